@@ -1,0 +1,164 @@
+"""The native core. The same names exist in every build, with CUDA or without."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+def build_info() -> dict[str, Any]:
+    """compiler, cuda (bool), isas (compiled), isa (what "auto" takes here), num_devices."""
+
+def available_isas() -> list[str]:
+    """The instruction sets that are compiled in and that this machine has, slowest first."""
+
+class Batch:
+    """What one step computes: ragged, with no distinction of prefill and decode.
+
+    Sequence s brings the tokens row_starts[s] .. row_starts[s+1] - 1 of `token_ids`; they are the
+    last of its context_lens[s] tokens, and everything before them is in the KV cache already. Its
+    keys and values lie in the blocks that block_tables[:, s] names, one table a KV group.
+
+    token_ids: int32 (num_tokens,). A negative id -1 - r means: what state row r sampled last.
+    row_starts: int32 (num_seqs + 1,), from 0 to num_tokens, strictly increasing.
+    context_lens: int32 (num_seqs,), new tokens included.
+    block_tables: int32 (num_kv_groups, num_seqs, max_blocks), -1 behind the last block.
+    logit_rows: int32 (num_rows,), indices into token_ids whose logits are wanted, ascending.
+    Sampling, one entry a logit row (all of length num_rows):
+    temperature: float32; 0 is greedy. top_k: int32; 0 keeps all. top_p, min_p: float32.
+    seed: uint64. sample_index: int32. num_logprobs: int32; -1 none, 0 only the token drawn.
+    state_rows: int32 in 0 .. max_num_seqs - 1; where the drawn token is kept for a later
+        negative token id; -1 keeps it nowhere.
+    The position that enters the random numbers is the position of the token to be drawn.
+    Left out, the sampling arrays mean greedy without logprobs.
+    """
+
+    def __init__(
+        self,
+        token_ids: Int32,
+        row_starts: Int32,
+        context_lens: Int32,
+        block_tables: Int32,
+        logit_rows: Int32,
+        temperature: Float32 | None = None,
+        top_k: Int32 | None = None,
+        top_p: Float32 | None = None,
+        min_p: Float32 | None = None,
+        seed: NDArray[np.uint64] | None = None,
+        sample_index: Int32 | None = None,
+        num_logprobs: Int32 | None = None,
+        state_rows: Int32 | None = None,
+    ) -> None: ...
+
+class StepOutput:
+    """What a step gave; arrays have one entry a logit row of the batch."""
+
+    @property
+    def token_ids(self) -> Int32: ...
+    @property
+    def logprobs(self) -> Float32:
+        """Log-probability of each drawn token; NaN where num_logprobs was -1."""
+    @property
+    def top_token_ids(self) -> Int32:
+        """(num_rows, most asked for), most probable first; -1 where fewer were asked for."""
+    @property
+    def top_logprobs(self) -> Float32:
+        """(num_rows, most asked for); NaN where fewer were asked for."""
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """False where a row's logits hold a NaN or an infinity: its token means nothing."""
+    @property
+    def taps(self) -> dict[str, Float32]:
+        """(num_tokens, width) a tap; for "final_norm" and "logits" (num_rows, width)."""
+
+class Runtime:
+    """One model on one device: weights, KV cache, and the step.
+
+    Every call may raise ValueError (the message names the argument), MemoryError, or RuntimeError.
+    """
+
+    def __init__(self, device: str, spec: Any, options: Any) -> None:
+        """device: "cpu" or "cuda"; spec: octavo.models.spec.ModelSpec; options: RuntimeOptions."""
+
+    def load(self, name: str, array: NDArray[Any], dtype: str) -> None:
+        """Take one weight, in octavo's names. dtype "f32", "f16", or "bf16" (raw bits, uint16).
+
+        The array is copied or packed before the call returns."""
+
+    def missing_weights(self) -> list[str]:
+        """Names that `load` has not seen yet; the first step needs this to be empty."""
+
+    def kv_bytes_per_block(self) -> int: ...
+    def alloc_kv(self, num_blocks: int) -> None: ...
+    def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
+        """Copy whole KV blocks; pairs: int32 (n, 2), source and destination."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: weights, kv_cache, workspace, available (on the device, now)."""
+
+    def allocations(self) -> int:
+        """How many times the step had to grow a buffer so far; constant once warm."""
+
+    def submit(self, batch: Batch, taps: Sequence[str] | None = None) -> int:
+        """Queue the forward pass and return a ticket at once; at most two may be in flight.
+
+        taps: names from octavo.models.spec.tap_names, or ["*"] for all."""
+
+    def sample(self, ticket: int, masks: Int32 | None = None) -> None:
+        """Queue the sampling of the ticket's rows.
+
+        masks: int32 (num_rows, ceil(vocab / 32)); bit b of word w set allows token 32 w + b."""
+
+    def logits(self, ticket: int) -> Float32:
+        """(num_rows, vocab): waits for the forward pass. The ticket stays open."""
+
+    def wait(self, ticket: int) -> StepOutput:
+        """Wait for the ticket and close it (its sampling is queued first if it was not)."""
+
+    def step(self, batch: Batch, taps: Sequence[str] | None = None) -> StepOutput:
+        """submit, sample and wait in one call."""
+
+class Ops:
+    """Each compute op by itself, for tests; arguments and results as in octavo.reference.ops."""
+
+    def __init__(self, device: str = "cpu", num_threads: int = 0, isa: str = "auto") -> None: ...
+    def embed(
+        self, table: Float32, token_ids: Int32, position_table: Float32 | None = None,
+        positions: Int32 | None = None, dtype: str = "f32",
+    ) -> Float32: ...
+    def norm(
+        self, x: Float32, weight: Float32, bias: Float32 | None, eps: float, kind: str = "rms"
+    ) -> Float32: ...
+    def add_norm(
+        self, residual: Float32, x: Float32, weight: Float32, bias: Float32 | None, eps: float,
+        kind: str = "rms",
+    ) -> tuple[Float32, Float32]: ...
+    def linear(
+        self, x: Float32, weight: Float32, bias: Float32 | None = None, dtype: str = "f32"
+    ) -> Float32: ...
+    def rope_frequencies(self, rope: Any, head_dim: int) -> Float32: ...
+    def rope_and_store(
+        self, q: Float32, k: Float32, v: Float32, positions: Int32, slots: Int32,
+        frequencies: Float32 | None, num_slots: int, block_size: int = 16, kv_dtype: str = "f32",
+    ) -> tuple[Float32, Float32, Float32]: ...
+    def attention(
+        self, q: Float32, k: Float32, v: Float32, row_starts: Int32, context_lens: Int32,
+        block_tables: Int32, scale: float, window: int = 0, block_size: int = 16,
+        kv_dtype: str = "f32",
+    ) -> Float32: ...
+    def gated_activation(
+        self, gate: Float32 | None, up: Float32, activation: str
+    ) -> Float32: ...
+    def take_rows(self, x: Float32, rows: Int32) -> Float32: ...
+    def sample(
+        self, logits: Float32, temperature: Float32, top_k: Int32, top_p: Float32, min_p: Float32,
+        seed: NDArray[np.uint64], sample_index: Int32, positions: Int32,
+        masks: Int32 | None = None,
+    ) -> Int32: ...
+    def log_softmax(self, logits: Float32) -> Float32: ...
+    def gumbel(
+        self, seed: int, sample_index: int, position: int, vocab_size: int
+    ) -> Float32: ...

@@ -1,0 +1,136 @@
+"""Options of the engine: frozen, validated, and the only reader of environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from octavo.errors import InvalidArgumentError
+
+DType = Literal["auto", "f32", "bf16"]
+LoadFormat = Literal["auto", "dummy"]
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "f32", "bf16")
+LOAD_FORMATS = ("auto", "dummy")
+ISAS = ("auto", "scalar", "avx2", "avx512")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What octavo takes from environment variables; read once by `read_environment`."""
+
+    home: Path  # OCTAVO_HOME, else $XDG_CACHE_HOME/octavo, else ~/.cache/octavo: pulled models
+    num_threads: int  # OCTAVO_NUM_THREADS; 0: the physical cores this process may use
+    isa: str  # OCTAVO_ISA: "auto", or the instruction set to force on the CPU
+
+    @property
+    def models(self) -> Path:
+        """Where pulled models lie, one directory each."""
+        return self.home / "models"
+
+
+def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Parse OCTAVO_* variables; an InvalidArgumentError names the variable and its value."""
+    variables = os.environ if variables is None else variables
+    if home := variables.get("OCTAVO_HOME"):
+        home_path = Path(home).expanduser()
+    else:
+        cache = variables.get("XDG_CACHE_HOME") or "~/.cache"
+        home_path = Path(cache).expanduser() / "octavo"
+    threads = variables.get("OCTAVO_NUM_THREADS") or "0"
+    if not threads.isdecimal() or int(threads) > 1024:
+        raise InvalidArgumentError(
+            f"OCTAVO_NUM_THREADS is {threads!r}; expected an integer from 0 (all cores) to 1024"
+        )
+    isa = variables.get("OCTAVO_ISA") or "auto"
+    _check_choice("OCTAVO_ISA", isa, ISAS)
+    return Environment(home=home_path, num_threads=int(threads), isa=isa)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to run a model.
+
+    device: "auto" takes CUDA when a device is there, else the CPU.
+    dtype: the format of the weights, "f32" or "bf16"; "auto" keeps bf16 as bf16 and holds every
+        other format as f32 (which represents f16 exactly; bf16 would not).
+    kv_dtype: the format of the KV cache; "auto" follows dtype.
+    load_format: "auto" reads the model's files; "dummy" makes seeded random weights from the
+        configuration alone, for benchmarks.
+    max_model_len: the longest prompt plus answer, in tokens; None takes the model's own limit.
+    max_num_seqs: how many sequences a step carries at most.
+    max_num_batched_tokens: how many tokens a step carries at most; a longer prompt is computed
+        in chunks of this size.
+    block_size: tokens in one block of the KV cache, a multiple of 16.
+    num_kv_blocks: size of the KV cache; None sizes it by `kv_memory_fraction`.
+    kv_memory_fraction: which part of the memory still free after loading the KV cache may take.
+    num_threads: CPU threads; 0 takes OCTAVO_NUM_THREADS, else the physical cores.
+    seed: of dummy weights, and of requests that name no seed of their own.
+    """
+
+    device: str = "auto"
+    dtype: DType = "auto"
+    kv_dtype: DType = "auto"
+    load_format: LoadFormat = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_memory_fraction: float = 0.5
+    num_threads: int = 0
+    isa: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("device", self.device, DEVICES)
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("kv_dtype", self.kv_dtype, DTYPES)
+        _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        _check_choice("isa", self.isa, ISAS)
+        _check_positive("max_num_seqs", self.max_num_seqs)
+        _check_positive("max_num_batched_tokens", self.max_num_batched_tokens)
+        _check_positive("block_size", self.block_size)
+        if self.max_model_len is not None:
+            _check_positive("max_model_len", self.max_model_len)
+        if self.num_kv_blocks is not None:
+            _check_positive("num_kv_blocks", self.num_kv_blocks)
+        if self.block_size % 16:
+            raise InvalidArgumentError(
+                f"block_size is {self.block_size}; expected a multiple of 16 (the kernels' tile)"
+            )
+        if not 0.0 < self.kv_memory_fraction <= 1.0:
+            raise InvalidArgumentError(
+                f"kv_memory_fraction is {self.kv_memory_fraction!r}; expected above 0, at most 1"
+            )
+        if not 0 <= self.num_threads <= 1024:
+            raise InvalidArgumentError(
+                f"num_threads is {self.num_threads}; expected 0 (all cores) to 1024"
+            )
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """What the native `Runtime` is built with: an `EngineConfig` with every "auto" resolved."""
+
+    dtype: Literal["f32", "bf16"]
+    kv_dtype: Literal["f32", "bf16"]
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_threads: int = 0
+    isa: str = "auto"
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidArgumentError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidArgumentError(f"{name} is {value!r}; expected an integer, 1 or more")

@@ -1,0 +1,144 @@
+"""What a model is, in numbers: the contract between the Hugging Face configuration and the core.
+
+A family file (`models/llama.py`) translates a Hugging Face `config.json` into a `ModelSpec`; the
+NumPy reference and the native core both run from it. It holds numbers only, no arithmetic.
+
+Weight names are octavo's own and the same for every family. Matrices are (outputs, inputs), as in
+PyTorch's `nn.Linear`; `weight_shapes` lists every name a spec needs with its shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+NormKind = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+RopeScaling = Literal["default", "linear", "llama3"]
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """A normalization over the last axis. kind "rms": Zhang & Sennrich 2019; "layer": Ba 2016."""
+
+    kind: NormKind = "rms"
+    eps: float = 1e-5
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding (Su et al. 2021), rotating element i with i + head_dim/2.
+
+    scaling "linear" divides every frequency by `factor`; "llama3" does so for low frequencies
+    only, with a smooth passage between (Llama 3.1's rule).
+    """
+
+    theta: float = 10000.0
+    scaling: RopeScaling = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer: norm, attention, residual add, norm, MLP, residual add."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm: NormSpec
+    rope: RopeSpec | None  # None: positions are added in the embedding instead
+    activation: Activation = "silu"
+    gated: bool = True  # True: down(act(gate(x)) * up(x)); False: down(act(up(x)))
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    window: int = 0  # a token sees at most this many positions, itself included; 0: all
+    kv_group: int = 0  # which of a sequence's block tables holds this layer's keys and values
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads together (values have the same)."""
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A whole decoder-only model."""
+
+    architecture: str  # the Hugging Face name, for messages
+    vocab_size: int
+    hidden_size: int
+    max_position_embeddings: int
+    layers: tuple[LayerSpec, ...]
+    final_norm: NormSpec
+    tie_word_embeddings: bool
+    learned_positions: bool = False  # True: a table `positions.weight` is added in embed
+
+    @property
+    def num_kv_groups(self) -> int:
+        """How many block tables a sequence carries."""
+        return 1 + max(layer.kv_group for layer in self.layers)
+
+    def kv_elements_per_token(self) -> int:
+        """Numbers (not bytes) kept in the KV cache for one token, over all layers."""
+        return sum(2 * layer.kv_size for layer in self.layers)
+
+
+def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every weight the spec needs, in octavo's names, with its shape.
+
+    A tied head is not listed: `lm_head.weight` is then `embed.weight`.
+    """
+    hidden = spec.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (spec.vocab_size, hidden)}
+    if spec.learned_positions:
+        shapes["positions.weight"] = (spec.max_position_embeddings, hidden)
+
+    def add_norm(name: str, norm: NormSpec) -> None:
+        shapes[f"{name}.weight"] = (hidden,)
+        if norm.bias:
+            shapes[f"{name}.bias"] = (hidden,)
+
+    def add_linear(name: str, outputs: int, inputs: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs)
+        if bias:
+            shapes[f"{name}.bias"] = (outputs,)
+
+    for index, layer in enumerate(spec.layers):
+        prefix = f"layers.{index}."
+        add_norm(prefix + "attn_norm", layer.norm)
+        add_linear(prefix + "q", layer.q_size, hidden, layer.qkv_bias)
+        add_linear(prefix + "k", layer.kv_size, hidden, layer.qkv_bias)
+        add_linear(prefix + "v", layer.kv_size, hidden, layer.qkv_bias)
+        add_linear(prefix + "o", hidden, layer.q_size, layer.o_bias)
+        add_norm(prefix + "mlp_norm", layer.norm)
+        if layer.gated:
+            add_linear(prefix + "gate", layer.intermediate_size, hidden, layer.mlp_bias)
+        add_linear(prefix + "up", layer.intermediate_size, hidden, layer.mlp_bias)
+        add_linear(prefix + "down", hidden, layer.intermediate_size, layer.mlp_bias)
+    add_norm("final_norm", spec.final_norm)
+    if not spec.tie_word_embeddings:
+        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
+    return shapes
+
+
+def tap_names(spec: ModelSpec) -> list[str]:
+    """The names of all taps in the order of execution (see docs/taps.md)."""
+    names = ["embed"]
+    for index, layer in enumerate(spec.layers):
+        mlp = ["gate", "up", "act"] if layer.gated else ["up", "act"]
+        rotated = ["q_rope", "k_rope"] if layer.rope is not None else []
+        parts = ["attn_norm", "q", "k", "v", *rotated, "attn", "attn_out"]
+        parts += ["mlp_norm", *mlp, "mlp_out", "out"]
+        names += [f"layers.{index}.{part}" for part in parts]
+    return [*names, "final_norm", "logits"]

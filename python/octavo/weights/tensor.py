@@ -1,0 +1,41 @@
+"""A weight as it lies in a file: bytes seen as an array, and the name of the format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+TensorDType = Literal["f32", "f16", "bf16"]
+ITEM_SIZE: dict[TensorDType, int] = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An array and its format.
+
+    NumPy has no bfloat16, so a bf16 tensor's `data` is uint16 holding the raw bits.
+    """
+
+    data: npt.NDArray[Any]  # float32, float16, or uint16 (bf16); any shape, C-contiguous
+    dtype: TensorDType
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    def to_float32(self) -> npt.NDArray[np.float32]:
+        """The values as float32, exactly (a copy unless the tensor is float32 already)."""
+        if self.dtype == "bf16":
+            return (self.data.astype(np.uint32) << 16).view(np.float32)
+        return self.data.astype(np.float32, copy=False)
+
+
+def float32_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Round float32 to bfloat16 bits, ties to even; a NaN stays a (quiet) NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return np.where(is_nan, (bits >> 16).astype(np.uint16) | 0x40, rounded).astype(np.uint16)
