@@ -1,0 +1,216 @@
+"""The Llama family (Touvron et al. 2023; Llama 3: Grattafiori et al. 2024).
+
+From a Hugging Face configuration of `LlamaForCausalLM` to a `ModelSpec`, and from octavo's names
+of the weights to Hugging Face's. Defaults of missing fields are those of transformers'
+`LlamaConfig`. What the configuration asks for and octavo does not compute is refused by name;
+nothing that would change the result is ignored.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+from octavo.models.fields import Fields, describe
+from octavo.models.spec import (
+    Activation,
+    LayerSpec,
+    ModelSpec,
+    NormSpec,
+    RopeScaling,
+    RopeSpec,
+)
+
+ARCHITECTURE = "LlamaForCausalLM"
+MODEL_TYPE = "llama"
+DEFAULT_EOS_TOKEN_ID = 2
+
+# Old checkpoints carry the rope frequencies as buffers; they follow from the configuration.
+IGNORED_WEIGHTS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+
+# Hugging Face's names of the activations, by the formula they stand for.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+# Bounds no model of the next years comes near: a mistyped digit is caught here, by name, and not
+# by an allocation that fails. Positions stay below 2^24 since float32 must hold them exactly.
+MAX_VOCAB = 2**22
+MAX_WIDTH = 2**18
+MAX_INTERMEDIATE = 2**20
+MAX_LAYERS = 1024
+MAX_HEADS = 4096
+MAX_HEAD_DIM = 1024
+MAX_POSITIONS = 2**24
+
+
+def read_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec of a Llama configuration; UnsupportedModelError names the field otherwise."""
+    fields = Fields(config, "config.json")
+    _refuse_variants(fields)
+    hidden_size = fields.integer("hidden_size", 1, MAX_WIDTH)
+    num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
+    # `null` means as many as query heads, as in configurations older than grouped attention.
+    num_kv_heads = fields.optional_integer("num_key_value_heads", 1, MAX_HEADS) or num_heads
+    if num_heads % num_kv_heads:
+        raise fields.error(
+            "num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads ({num_heads})"
+        )
+    max_positions = fields.integer("max_position_embeddings", 1, MAX_POSITIONS, default=2048)
+    attention_bias = fields.boolean("attention_bias", False)
+    norm = NormSpec(kind="rms", eps=fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6))
+    activation = config.get("hidden_act", "silu")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise fields.error("hidden_act", activation, ", ".join(ACTIVATIONS))
+    layer = LayerSpec(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=_head_dim(fields, hidden_size, num_heads),
+        intermediate_size=fields.integer("intermediate_size", 1, MAX_INTERMEDIATE),
+        norm=norm,
+        rope=read_rope(config, max_positions),
+        activation=ACTIVATIONS[activation],
+        gated=True,
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=fields.boolean("mlp_bias", False),
+    )
+    return ModelSpec(
+        architecture=ARCHITECTURE,
+        vocab_size=fields.integer("vocab_size", 1, MAX_VOCAB),
+        hidden_size=hidden_size,
+        max_position_embeddings=max_positions,
+        layers=(layer,) * fields.integer("num_hidden_layers", 1, MAX_LAYERS),
+        final_norm=norm,
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+    )
+
+
+def weight_map(spec: ModelSpec) -> dict[str, str]:
+    """octavo's name of every weight the spec needs -> its name in a Hugging Face checkpoint."""
+    names = {"embed.weight": "model.embed_tokens.weight"}
+    for index, layer in enumerate(spec.layers):
+        ours, theirs = f"layers.{index}.", f"model.layers.{index}."
+        names[ours + "attn_norm.weight"] = theirs + "input_layernorm.weight"
+        for part in ("q", "k", "v", "o"):
+            names[f"{ours}{part}.weight"] = f"{theirs}self_attn.{part}_proj.weight"
+            if layer.o_bias if part == "o" else layer.qkv_bias:
+                names[f"{ours}{part}.bias"] = f"{theirs}self_attn.{part}_proj.bias"
+        names[ours + "mlp_norm.weight"] = theirs + "post_attention_layernorm.weight"
+        for part in ("gate", "up", "down"):
+            names[f"{ours}{part}.weight"] = f"{theirs}mlp.{part}_proj.weight"
+            if layer.mlp_bias:
+                names[f"{ours}{part}.bias"] = f"{theirs}mlp.{part}_proj.bias"
+    names["final_norm.weight"] = "model.norm.weight"
+    if not spec.tie_word_embeddings:
+        names["lm_head.weight"] = "lm_head.weight"
+    return names
+
+
+def read_rope(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
+    """The rope of a configuration in its old or its new spelling.
+
+    Old: `rope_theta` and `rope_scaling` (its kind named by `rope_type`, or `type`) at top level.
+    New (transformers 5): one object `rope_parameters` with all of it. Where a file has both,
+    the precedence is that of transformers: `rope_scaling`, if not empty, replaces
+    `rope_parameters`, and a theta inside the object comes before the one at top level.
+    """
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    values = config.get(name)
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise Fields(config, "config.json").error(name, values, "an object or null")
+    fields = Fields(values, f"config.json: {name}")
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise fields.error(
+            "rope_type" if "rope_type" in values else "type", kind, "default, linear, llama3"
+        )
+    _check_rope_keys(fields, kind)
+    theta_source = fields if "rope_theta" in values else Fields(config, "config.json")
+    theta = theta_source.number("rope_theta", 0.0, default=10000.0, exclude_low=True)
+    scaling = cast(RopeScaling, kind)
+    if scaling == "default":
+        return RopeSpec(theta=theta)
+    factor = fields.number("factor", 0.0, exclude_low=True)
+    if scaling == "linear":
+        return RopeSpec(theta=theta, scaling=scaling, factor=factor)
+    low = fields.number("low_freq_factor", 0.0, exclude_low=True)
+    high = fields.number("high_freq_factor", 0.0, exclude_low=True)
+    if high <= low:
+        raise fields.error("high_freq_factor", high, f"a number above low_freq_factor ({low:g})")
+    # transformers prefers the length at top level, and else takes the model's own.
+    length_name = "original_max_position_embeddings"
+    length_source = Fields(config, "config.json") if config.get(length_name) else fields
+    length = length_source.integer(length_name, 1, MAX_POSITIONS, default=max_positions)
+    return RopeSpec(
+        theta=theta,
+        scaling=scaling,
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=length,
+    )
+
+
+def _check_rope_keys(fields: Fields, kind: str) -> None:
+    """Refuse what would change the rotation; warn of what transformers ignores too."""
+    fields.refuse_unless("partial_rotary_factor", (1, 1.0), "1 (the whole head is rotated)")
+    used = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if kind != "default":
+        used.add("factor")
+    if kind == "llama3":
+        used |= {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    for name, value in fields.values.items():
+        if isinstance(value, (dict, list)) and value:
+            # One rope a kind of layer, per-frequency factors, sections of images and video.
+            raise fields.error(name, value, "plain numbers, the same for every layer")
+        if name not in used and value is not None:
+            warnings.warn(
+                f"{fields.source}: {name} ({describe(value)}) is not a field of rope type "
+                f"{kind!r}; it is ignored, as transformers does",
+                stacklevel=2,
+            )
+
+
+def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
+    head_dim = fields.optional_integer("head_dim", 1, MAX_HEAD_DIM)
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise fields.error(
+                "hidden_size",
+                hidden_size,
+                f"a multiple of num_attention_heads ({num_heads}), or a head_dim of its own",
+            )
+        head_dim = hidden_size // num_heads
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise fields.error("head_dim", head_dim, f"an even number up to {MAX_HEAD_DIM} (for rope)")
+    return head_dim
+
+
+def _refuse_variants(fields: Fields) -> None:
+    """Fields that change what a Llama model computes, or how its weights are stored."""
+    unquantized = "unquantized weights (null); convert the model to bf16, f16 or f32 first"
+    for name in ("quantization_config", "compression_config"):
+        fields.refuse_unless(name, (), unquantized)
+    fields.refuse_unless("sliding_window", (), "null (every token attends to all before it)")
+    fields.refuse_unless("pretraining_tp", (1,), "1 (set it so: the weights are the same)")
+    fields.refuse_unless("partial_rotary_factor", (1, 1.0), "1 (the whole head is rotated)")
+    for name in ("is_encoder_decoder", "add_cross_attention"):
+        fields.refuse_unless(name, (False,), "false (decoder-only models)")
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        fields.refuse_unless(name, (), "null (no mixture of experts)")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        fields.refuse_unless(name, (), "null (logits are not capped)")
+    layer_types = fields.values.get("layer_types")
+    if layer_types is not None and (
+        not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
+    ):
+        raise fields.error("layer_types", layer_types, "full_attention in every layer")

@@ -1,0 +1,149 @@
+"""Which model families there are, and reading a model directory's configuration.
+
+A family is one file beside this one and one entry in `FAMILIES`. Nothing here opens weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from octavo.errors import ModelNotFoundError, UnsupportedModelError
+from octavo.models import llama
+from octavo.models.fields import Fields, describe, read_json_object
+from octavo.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to read one architecture of Hugging Face."""
+
+    architecture: str  # in the field `architectures` of config.json
+    model_type: str  # in its field `model_type`
+    read_spec: Callable[[Mapping[str, Any]], ModelSpec]
+    weight_map: Callable[[ModelSpec], dict[str, str]]  # octavo's names -> Hugging Face's
+    ignored_weights: tuple[str, ...]  # patterns of names that a checkpoint may hold besides
+    default_eos_token_id: int | None  # where config.json has no such field
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        llama.ARCHITECTURE: Family(
+            architecture=llama.ARCHITECTURE,
+            model_type=llama.MODEL_TYPE,
+            read_spec=llama.read_spec,
+            weight_map=llama.weight_map,
+            ignored_weights=llama.IGNORED_WEIGHTS,
+            default_eos_token_id=llama.DEFAULT_EOS_TOKEN_ID,
+        )
+    }
+)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model directory whose configuration has been read and found usable."""
+
+    path: Path
+    config: dict[str, Any]  # config.json as it stands
+    spec: ModelSpec
+    weight_map: dict[str, str]  # octavo's name -> the checkpoint's name
+    eos_token_ids: tuple[int, ...]  # any of these ends a text; may be empty
+    generation_config: dict[str, Any]  # generation_config.json; empty where there is none
+    ignored_weights: tuple[str, ...] = ()  # regular expressions of names that may be left over
+
+
+def read_model(path: Path) -> ModelFiles:
+    """Read config.json and generation_config.json of a Hugging Face model directory.
+
+    Raises ModelNotFoundError where there is no such directory or no config.json in it, and
+    UnsupportedModelError, naming field and value, for what octavo cannot run.
+    """
+    path = Path(path)
+    config_path = path / "config.json"
+    if not path.is_dir():
+        raise ModelNotFoundError(
+            f"{path} is not a directory; expected a Hugging Face model directory (config.json, "
+            "tokenizer.json, model.safetensors). `octavo pull` fetches one"
+        )
+    if not config_path.is_file():
+        raise ModelNotFoundError(
+            f"{path} holds no config.json; expected a Hugging Face model directory "
+            "(config.json, tokenizer.json, model.safetensors)"
+        )
+    config = read_json_object(config_path)
+    family = _find_family(config)
+    spec = family.read_spec(config)
+    generation_path = path / "generation_config.json"
+    generation = read_json_object(generation_path) if generation_path.is_file() else {}
+    return ModelFiles(
+        path=path,
+        config=config,
+        spec=spec,
+        weight_map=family.weight_map(spec),
+        eos_token_ids=_eos_token_ids(config, generation, family, spec.vocab_size),
+        generation_config=generation,
+        ignored_weights=family.ignored_weights,
+    )
+
+
+def _find_family(config: Mapping[str, Any]) -> Family:
+    """The family that `architectures` names, or `model_type` where there is no such list."""
+    supported = ", ".join(FAMILIES)
+    fields = Fields(config, "config.json")
+    architectures = config.get("architectures")
+    model_type = config.get("model_type")
+    if architectures is None and model_type is None:
+        raise UnsupportedModelError(
+            "config.json: architectures and model_type are missing; expected architectures to "
+            f"name one of: {supported}"
+        )
+    if architectures is not None:
+        if not isinstance(architectures, list) or not architectures:
+            raise fields.error("architectures", architectures, f"a list naming {supported}")
+        names = [name for name in architectures if isinstance(name, str) and name in FAMILIES]
+        if not names:
+            raise fields.error("architectures", architectures, supported)
+        family = FAMILIES[names[0]]
+        if model_type not in (None, family.model_type):
+            raise fields.error(
+                "model_type", model_type, f"{family.model_type!r} (for {family.architecture})"
+            )
+        return family
+    for family in FAMILIES.values():
+        if model_type == family.model_type:
+            return family
+    raise fields.error(
+        "model_type", model_type, ", ".join(family.model_type for family in FAMILIES.values())
+    )
+
+
+def _eos_token_ids(
+    config: Mapping[str, Any], generation: Mapping[str, Any], family: Family, vocab_size: int
+) -> tuple[int, ...]:
+    """Which tokens end a text: generation_config.json's, else config.json's, else the family's.
+
+    A null in config.json means that there are none; a missing field the family's default, which
+    is what transformers fills in.
+    """
+    source, value = "generation_config.json", generation.get("eos_token_id")
+    if value is None:
+        source, value = "config.json", config.get("eos_token_id", family.default_eos_token_id)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise Fields({}, source).error(
+                "eos_token_id", value, "a token id (0 or more), a list of them, or null"
+            )
+    outside = [token for token in ids if token >= vocab_size]
+    if outside and "eos_token_id" in (*config, *generation):
+        warnings.warn(
+            f"{source}: eos_token_id {describe(outside)} lies outside the vocabulary of "
+            f"{vocab_size} tokens, so it never ends a text",
+            stacklevel=3,
+        )
+    return tuple(dict.fromkeys(token for token in ids if token < vocab_size))

@@ -1,0 +1,245 @@
+"""Reading safetensors files: the header checked strictly, the data memory-mapped.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes with the length of the header,
+little-endian; the header, a JSON object `{name: {dtype, shape, data_offsets}}` with an optional
+`__metadata__`; then the data, which the tensors tile without gap or overlap. NumPy has no
+bfloat16, so tensors are views of the mapped bytes as float32, float16, or uint16 (bf16).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.errors import WeightsError
+from octavo.models.fields import describe
+from octavo.weights.source import TensorInfo
+from octavo.weights.tensor import Tensor, TensorDType
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library too
+
+# Bits of an element, for every type a header may name; only three of them can be loaded.
+ELEMENT_BITS: Mapping[str, int] = MappingProxyType(
+    {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+    | dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8)
+    | dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+    | dict.fromkeys(("U16", "I16", "F16", "BF16"), 16)
+    | dict.fromkeys(("U32", "I32", "F32"), 32)
+    | dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
+)
+_LOADABLE: Mapping[str, tuple[TensorDType, str]] = MappingProxyType(
+    {"F32": ("f32", "<f4"), "F16": ("f16", "<f2"), "BF16": ("bf16", "<u2")}
+)
+
+
+class SafetensorsFile:
+    """One file. Opening it reads and checks the header; data is paged in when it is used."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises WeightsError for anything that is not a whole, consistent safetensors file."""
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                header, self._data_start = _read_header(path, file.read(8), file, size)
+            self._offsets = _check_header(path, header, size - self._data_start)
+            self._bytes: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
+        except OSError as error:
+            raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(
+                dtype=_LOADABLE[entry["dtype"]][0]
+                if entry["dtype"] in _LOADABLE
+                else entry["dtype"],
+                shape=tuple(entry["shape"]),
+                num_bytes=self._offsets[name][1] - self._offsets[name][0],
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+
+    def read(self, name: str) -> Tensor:
+        """A view of the mapped file; a copy only where an old file left the data unaligned."""
+        info = self.infos[name]
+        loadable = {ours: numpy_name for ours, numpy_name in _LOADABLE.values()}
+        if info.dtype not in loadable:
+            raise WeightsError(
+                f"{self.path}: {name} is stored as {info.dtype}; supported: F32, F16, BF16"
+            )
+        begin, end = self._offsets[name]
+        raw = self._bytes[self._data_start + begin : self._data_start + end]
+        data = np.frombuffer(raw, dtype=loadable[info.dtype]).reshape(info.shape)
+        if not data.flags.aligned:
+            data = data.copy()
+        dtype: TensorDType = "f32"
+        for ours, _ in _LOADABLE.values():
+            dtype = ours if ours == info.dtype else dtype
+        return Tensor(data, dtype)
+
+
+class ShardedSafetensors:
+    """Several files and the index that says which tensor lies where."""
+
+    def __init__(self, index_path: Path) -> None:
+        """Raises WeightsError with all shards that are missing or contradict the index."""
+        places = _read_index(index_path)
+        missing = [
+            f"{file} is missing; fetch it again"
+            for file in sorted(set(places.values()))
+            if not (index_path.parent / file).is_file()
+        ]
+        if missing:
+            raise WeightsError(f"{index_path} names files that are not there:", missing)
+        files = {name: SafetensorsFile(index_path.parent / name) for name in set(places.values())}
+        problems = [
+            f"{name} should be in {file}, which does not hold it"
+            for name, file in places.items()
+            if name not in files[file].infos
+        ]
+        self._files: dict[str, SafetensorsFile] = {}
+        for file_name in sorted(files):
+            for name in files[file_name].infos:
+                if name in self._files:
+                    problems.append(f"{name} is in {file_name} and in another file")
+                self._files.setdefault(name, files[places.get(name, file_name)])
+        if problems:
+            raise WeightsError(f"{index_path} does not fit its files:", problems)
+        self.infos: Mapping[str, TensorInfo] = {
+            name: file.infos[name] for name, file in self._files.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """A view of the mapped file that holds the tensor."""
+        return self._files[name].read(name)
+
+
+def _read_header(path: Path, first: bytes, file: Any, size: int) -> tuple[dict[str, Any], int]:
+    """The header's JSON object and where the data starts; `file` stands behind `first`."""
+    if len(first) < 8:
+        raise WeightsError(
+            f"{path} has {size} bytes, too few for a safetensors file: it is truncated. "
+            "Fetch it again"
+        )
+    length = int.from_bytes(first, "little")
+    if length > MAX_HEADER_BYTES:
+        raise WeightsError(
+            f"{path} announces a header of {length} bytes; expected at most {MAX_HEADER_BYTES}. "
+            "It is damaged, or no safetensors file"
+        )
+    if length > size - 8:
+        raise WeightsError(
+            f"{path} announces a header of {length} bytes, but only {size - 8} follow: it is "
+            "truncated. Fetch it again"
+        )
+    try:
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} has a header that is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise WeightsError(f"{path} has a header that is not a JSON object: {describe(header)}")
+    return header, 8 + length
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{describe(twice)} appears twice")
+    return values
+
+
+def _check_header(path: Path, header: dict[str, Any], size: int) -> dict[str, tuple[int, int]]:
+    """Where each tensor's data begins and ends, once every entry has been found consistent."""
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise WeightsError(f"{path}: __metadata__ is not a JSON object of strings")
+    offsets: dict[str, tuple[int, int]] = {}
+    problems: list[str] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        problem = _entry_problem(entry, size)
+        if problem:
+            problems.append(f"{describe(name)}: {problem}")
+        else:
+            begin, end = entry["data_offsets"]
+            offsets[name] = (begin, end)
+    if problems:
+        raise WeightsError(f"{path} has a damaged header:", problems)
+    position = 0
+    for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
+        if begin != position:
+            what = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
+            raise WeightsError(
+                f"{path}: the data of {describe(name)} begins at {begin}, expected {position}: it "
+                f"{what}"
+            )
+        position = end
+    if position != size:
+        raise WeightsError(
+            f"{path} holds {size} bytes of data, but its header describes {position}: it is "
+            "damaged. Fetch it again"
+        )
+    return offsets
+
+
+def _entry_problem(entry: object, size: int) -> str:
+    """What is wrong with one entry of the header; "" if nothing is."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return f"{describe(entry)} is not an object of dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ELEMENT_BITS:
+        return f"dtype {describe(dtype)} is not a safetensors type"
+    if not _are_sizes(shape):
+        return f"shape {describe(shape)} is not a list of sizes"
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        return f"data_offsets {describe(offsets)} is not a pair of offsets"
+    begin, end = offsets
+    if begin > end:
+        return f"data_offsets {offsets} end before they begin"
+    if end > size:
+        return f"data_offsets {offsets} reach behind the {size} bytes of data: truncated"
+    bits = math.prod(shape) * ELEMENT_BITS[dtype]
+    if bits != 8 * (end - begin):
+        return f"{dtype} of shape {shape} takes {bits / 8:g} bytes, data_offsets span {end - begin}"
+    return ""
+
+
+def _are_sizes(values: object) -> bool:
+    """A list of at most 64 integers from 0 up to what fits 63 bits; true is no integer here."""
+    return (
+        isinstance(values, list)
+        and len(values) <= 64
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The index's weight_map: tensor name -> name of a file beside the index."""
+    try:
+        index = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise WeightsError(f"{path} holds no weight_map; expected an object name -> file")
+    for name, file in places.items():
+        # A plain name only: an index from the network must not reach outside its directory.
+        is_plain = isinstance(file, str) and file == os.path.basename(file) and "\\" not in file
+        if not is_plain or not file.endswith(".safetensors") or "\0" in file:
+            raise WeightsError(
+                f"{path}: {describe(name)} is placed in {describe(file)}; expected the name of a "
+                ".safetensors file in the same directory"
+            )
+    return places
