@@ -1,1 +1,288 @@
-z=3
+"""Every operation of a decoder-only transformer, by definition.
+
+Conventions, here and in the native core:
+
+* A row is a token. x has shape (rows, width); q (rows, num_heads, head_dim);
+  k and v (rows, num_kv_heads, head_dim). Matrices are (outputs, inputs), as in PyTorch.
+* Query head h reads key/value head h // (num_heads // num_kv_heads): grouped-query attention
+  (Ainslie et al. 2023, arXiv 2305.13245), of which multi-query (one key/value head) and plain
+  multi-head attention (as many as query heads) are the ends.
+* Arithmetic is float32 when the activations are float32 and float64 when they are float64: to
+  judge another implementation's rounding, hand in float64. Weights are cast to match. Only the
+  angles of the rotary embedding are float32 always, because models are trained with those.
+* dtype "bf16" means: the matrix and the activations entering a product are rounded to bfloat16
+  (ties to even), the products and their sum are not. Norm weights and biases are never rounded.
+* Nothing is modified in place.
+
+Each function of `OPS` is a method of the same name of `octavo._native.Ops`, which takes options
+of storage besides (blocks, slots). `rope` and the rest are what those functions are made of.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.models.spec import RopeSpec
+
+Array = npt.NDArray[Any]  # float32, or float64 when judging
+Float32 = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.integer[Any]]
+
+OPS = (
+    "embed",
+    "norm",
+    "add_norm",
+    "linear",
+    "rope_frequencies",
+    "rope_and_store",
+    "attention",
+    "gated_activation",
+    "take_rows",
+)
+
+
+def round_to_bf16(x: Array) -> Array:
+    """Round every element to the nearest bfloat16, ties to even; the dtype stays as it was.
+
+    A bfloat16 is the upper half of a float32. Adding just under half of the lower half's range
+    (and one more when the upper half is odd) carries into the upper half exactly when it has to
+    be rounded up. float64 goes through float32 first.
+    """
+    values = np.ascontiguousarray(x, dtype=np.float32)
+    bits = values.view(np.uint32)
+    carried = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    rounded = (carried & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.where(np.isnan(values), values, rounded).astype(x.dtype, copy=False)
+
+
+def embed(
+    table: Array,
+    token_ids: Integers,
+    position_table: Array | None = None,
+    positions: Integers | None = None,
+    dtype: str = "f32",
+) -> Array:
+    """Look up each token's row, and add its position's row where positions are learned.
+
+    table: (vocab_size, width); token_ids: (rows,); position_table: (max positions, width), with
+    positions: (rows,). dtype "bf16": both tables are rounded to bfloat16. Returns (rows, width).
+    """
+    x = table[token_ids]
+    x = round_to_bf16(x) if dtype == "bf16" else x
+    if position_table is not None:
+        if positions is None:
+            raise ValueError("embed got a position_table and no positions; give both or neither")
+        added = position_table[positions]
+        x = x + (round_to_bf16(added) if dtype == "bf16" else added)
+    return x
+
+
+def norm(x: Array, weight: Array, bias: Array | None, eps: float, kind: str = "rms") -> Array:
+    """Normalize each row to a standard size, then scale (and shift) each column.
+
+    kind "rms" (Zhang & Sennrich 2019, arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight.
+    kind "layer" (Ba et al. 2016, arXiv 1607.06450): the same of x - mean(x).
+    x: (rows, width); weight, bias: (width,). Returns (rows, width).
+    """
+    if kind not in ("rms", "layer"):
+        raise ValueError(f"norm kind is {kind!r}; expected 'rms' or 'layer'")
+    if kind == "layer":
+        x = x - np.mean(x, axis=-1, keepdims=True)
+    mean_square = np.mean(x * x, axis=-1, keepdims=True)
+    normed = x * (1 / np.sqrt(mean_square + x.dtype.type(eps)))
+    y: Array = normed * weight.astype(x.dtype, copy=False)
+    return y if bias is None else y + bias.astype(x.dtype, copy=False)
+
+
+def add_norm(
+    residual: Array, x: Array, weight: Array, bias: Array | None, eps: float, kind: str = "rms"
+) -> tuple[Array, Array]:
+    """End one sublayer and begin the next: the new residual stream, and that normalized.
+
+    residual, x: (rows, width); the rest as in `norm`. Returns two of (rows, width).
+    """
+    total = residual + x
+    return total, norm(total, weight, bias, eps, kind)
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None, dtype: str = "f32") -> Array:
+    """x @ weight^T + bias. x: (rows, inputs); weight: (outputs, inputs); bias: (outputs,).
+
+    dtype "bf16": weight and x are rounded to bfloat16 before the product; the products, their
+    sum, the bias and the result are not. Returns (rows, outputs).
+    """
+    if dtype == "bf16":
+        x, weight = round_to_bf16(x), round_to_bf16(weight)
+    y: Array = x @ weight.astype(x.dtype, copy=False).T
+    return y if bias is None else y + bias.astype(x.dtype, copy=False)
+
+
+def rope_frequencies(rope: RopeSpec, head_dim: int) -> Float32:
+    """How far each pair of elements turns from one position to the next, in radians.
+
+    theta^(-2i / head_dim) for pair i (Su et al. 2021, arXiv 2104.09864), then scaled for long
+    contexts: "linear" (Chen et al. 2023, arXiv 2306.15595) divides by `factor`; "llama3" (the
+    Llama 3.1 release) divides those that turn slowly over the original context, keeps those that
+    turn fast, and passes smoothly from one to the other. All in float32, in the order in which
+    `transformers` computes it, except that the power is taken in float64 and then rounded.
+    Returns float32 (head_dim / 2,).
+    """
+    exponents = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
+    powers = np.array([math.pow(rope.theta, exponent) for exponent in exponents.tolist()])
+    frequencies = (np.float32(1) / powers.astype(np.float32)).astype(np.float32)
+    if rope.scaling == "default":
+        return frequencies
+    factor = np.float32(rope.factor)
+    if rope.scaling == "linear":
+        return frequencies / factor
+    if rope.scaling != "llama3":
+        raise ValueError(f"rope scaling is {rope.scaling!r}; expected default, linear or llama3")
+    context, low, high = (
+        np.float32(rope.original_max_position_embeddings),
+        np.float32(rope.low_freq_factor),
+        np.float32(rope.high_freq_factor),
+    )
+    wavelengths = np.float32(2 * math.pi) / frequencies  # positions to a full turn
+    # 0 where a full turn takes the context / low or longer, 1 where context / high or shorter.
+    smooth = (context / wavelengths - low) / (high - low)
+    between = ((1 - smooth) * frequencies) / factor + smooth * frequencies
+    scaled = np.where(wavelengths > context / low, frequencies / factor, between)
+    return np.where(wavelengths < context / high, frequencies, scaled).astype(np.float32)
+
+
+def rope(x: Array, positions: Integers, frequencies: Float32 | None) -> Array:
+    """Rotary position embedding: turn each pair of elements by position * frequency.
+
+    Element i is paired with i + head_dim / 2 ("rotate half", as in GPT-NeoX and Hugging Face;
+    GGUF files and Meta's own code pair neighbours instead, with the rows of q and k reordered).
+    The product of a turned q and a turned k depends on the distance of their positions alone.
+
+    x: (rows, heads, head_dim); positions: (rows,); frequencies: float32 (head_dim / 2,), or None
+    for no rotation. Returns the shape of x.
+    """
+    if frequencies is None:
+        return x
+    angles = positions.astype(np.float32)[:, None] * frequencies  # float32 on purpose
+    cos, sin = _cos_and_sin(angles, x.dtype)
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return np.concatenate(turned, axis=-1)
+
+
+def _cos_and_sin(angles: Float32, dtype: npt.DTypeLike) -> tuple[Array, Array]:
+    """(rows, pairs) -> two of (rows, 1, pairs): evaluated in float64, kept as float32."""
+    exact = angles.astype(np.float64)[:, None, :]
+    cos, sin = np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)
+    return cos.astype(dtype, copy=False), sin.astype(dtype, copy=False)
+
+
+def rope_and_store(
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Integers,
+    slots: Integers,
+    frequencies: Float32 | None,
+    num_slots: int,
+    kv_dtype: str = "f32",
+) -> tuple[Array, Array, Array]:
+    """Rotate q and k, and put k and v into the slots of an (empty) cache.
+
+    q: (rows, num_heads, head_dim); k, v: (rows, num_kv_heads, head_dim); positions: (rows,);
+    slots: (rows,), where each row's key and value go, a negative one nowhere; frequencies as in
+    `rope`. kv_dtype "bf16" rounds what is stored. Returns the rotated q, and the cache's keys and
+    values, each (num_slots, num_kv_heads, head_dim), zero where nothing was stored.
+    """
+    k_cache = np.zeros((num_slots, *k.shape[1:]), dtype=k.dtype)
+    v_cache = np.zeros((num_slots, *v.shape[1:]), dtype=v.dtype)
+    stored = slots >= 0
+    k_cache[slots[stored]] = to_cache(rope(k, positions, frequencies)[stored], kv_dtype)
+    v_cache[slots[stored]] = to_cache(v[stored], kv_dtype)
+    return rope(q, positions, frequencies), k_cache, v_cache
+
+
+def to_cache(x: Array, kv_dtype: str) -> Array:
+    """What a KV cache of this dtype keeps of rotated keys or of values; any shape."""
+    return round_to_bf16(x) if kv_dtype == "bf16" else x
+
+
+def attention(q: Array, k: Array, v: Array, scale: float, window: int = 0) -> Array:
+    """Causal attention (Vaswani et al. 2017, arXiv 1706.03762) over one sequence.
+
+    The queries are of the last `rows` tokens of the sequence: of one token when decoding, of all
+    of them for a whole prompt. The token at position p sees those at j <= p; with a window (as in
+    Mistral 7B, arXiv 2310.06825) only those with p - j < window.
+
+    q: (rows, num_heads, head_dim); k, v: (context, num_kv_heads, head_dim), rotated and as the
+    cache holds them. Returns (rows, num_heads, head_dim).
+    """
+    rows, num_heads, head_dim = q.shape
+    context, num_kv_heads, _ = k.shape
+    group = num_heads // num_kv_heads
+    distance = np.arange(context - rows, context)[:, None] - np.arange(context)  # p - j
+    visible = distance >= 0
+    if window:
+        visible &= distance < window
+    out = np.empty_like(q)
+    for kv_head in range(num_kv_heads):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        queries = q[:, heads].transpose(1, 0, 2)  # (group, rows, head_dim)
+        scores = (queries @ k[:, kv_head].T) * q.dtype.type(scale)  # (group, rows, context)
+        weights = softmax(np.where(visible, scores, q.dtype.type(-np.inf)))
+        out[:, heads] = (weights @ v[:, kv_head]).transpose(1, 0, 2)
+    return out
+
+
+def softmax(x: Array) -> Array:
+    """exp(x) / sum(exp(x)) over the last axis; the maximum is subtracted so nothing overflows."""
+    exponentials = np.exp(x - np.max(x, axis=-1, keepdims=True))
+    result: Array = exponentials / np.sum(exponentials, axis=-1, keepdims=True)
+    return result
+
+
+def gated_activation(gate: Array | None, up: Array, activation: str) -> Array:
+    """activation(gate) * up (Shazeer 2020, arXiv 2002.05202), or activation(up) with no gate.
+
+    gate, up: (rows, width); activation: "silu", "gelu", "gelu_tanh" or "relu".
+    Returns (rows, width).
+    """
+    return activate(up, activation) if gate is None else activate(gate, activation) * up
+
+
+def activate(x: Array, activation: str) -> Array:
+    """An activation function, element by element. Any shape.
+
+    silu: x * sigmoid(x). gelu (Hendrycks & Gimpel 2016, arXiv 1606.08415): x times the normal
+    distribution's cumulative function. gelu_tanh: the same paper's approximation. relu: max(x, 0).
+    """
+    y: Array
+    if activation == "silu":
+        with np.errstate(over="ignore"):  # exp(-x) = inf is fine: x / inf is 0
+            y = x / (1 + np.exp(-x))
+    elif activation == "gelu":
+        y = x * (0.5 * (1 + _erf(x * math.sqrt(0.5)).astype(x.dtype)))
+    elif activation == "gelu_tanh":
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
+        y = 0.5 * x * (1 + np.tanh(inner))
+    elif activation == "relu":
+        y = np.maximum(x, 0)
+    else:
+        raise ValueError(f"activation is {activation!r}; expected silu, gelu, gelu_tanh or relu")
+    return y
+
+
+# NumPy has no error function; the standard library's is exact to float64, one number at a time.
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def take_rows(x: Array, rows: Integers) -> Array:
+    """Select rows: of all tokens, those whose logits are wanted.
+
+    x: (rows, width); rows: (n,). Returns (n, width).
+    """
+    return x[rows]

@@ -1,0 +1,238 @@
+"""From logits to the next token, bit by bit.
+
+Drawing token i with probability softmax(logits / temperature)_i is the same as taking the token
+with the largest logits_i / temperature + g_i, where the g_i are independent Gumbel variates (Gumbel
+1954; Maddison et al. 2014, arXiv 1411.0030). The variates here come from a counter: g is a pure
+function of (seed, sample_index, position, token). So what a request draws depends on nothing but
+its logits and its seed: not on the batch, nor on the order of the work, nor on the device.
+
+That asks for the same bits everywhere. Libraries differ in the last bit of exp and log, so both
+are spelled out below (the polynomials of Moshier's Cephes library), every multiplication and
+addition rounded to float32 by itself, and the sums that decide on top-p are of integers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
+UInt32 = npt.NDArray[np.uint32]
+UInt64 = npt.NDArray[np.uint64]
+Integers = npt.NDArray[np.integer[Any]]
+
+OPS = ("sample", "log_softmax", "gumbel")
+
+_f = np.float32
+_EXP_COEFFICIENTS = (
+    *(1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3),
+    *(4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1),
+)
+_LOG_COEFFICIENTS = (
+    *(7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1),
+    *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
+)
+_LN2_HIGH, _LN2_LOW = _f(0.693359375), _f(-2.12194440e-4)  # their sum is ln 2
+_FIXED_POINT = float(2**40)  # probabilities relative to the largest are summed in units of 2^-40
+
+
+def exp32(x: Float32) -> Float32:
+    """e^x for x <= 0, within 2 units in the last place; 0 below -87. Any shape."""
+    clamped = np.maximum(x, _f(-87))
+    n = np.floor(clamped * _f(1.44269504088896341) + _f(0.5))  # x = n ln 2 + r
+    r = clamped - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    y = (_polynomial(_EXP_COEFFICIENTS, r) * (r * r) + r) + _f(1)
+    y = np.ldexp(y, n.astype(np.int32))  # exact
+    return np.where(x < _f(-87), _f(0), y).astype(np.float32)
+
+
+def log32(x: Float32) -> Float32:
+    """The natural logarithm of x > 0, not denormal, within 2 units in the last place."""
+    mantissa, exponent = np.frexp(x)  # x = mantissa * 2^exponent, mantissa in [0.5, 1)
+    low = mantissa < _f(0.707106781186547524)
+    fraction = np.where(low, (mantissa + mantissa) - _f(1), mantissa - _f(1))
+    exponent = np.where(low, exponent - 1, exponent).astype(np.float32)
+    return _log_of_parts(fraction, exponent)
+
+
+def _log_of_parts(f: Float32, e: Float32) -> Float32:
+    """log((1 + f) * 2^e) for f between sqrt(1/2) - 1 and sqrt(2) - 1, e a whole number."""
+    z = f * f
+    y = (_polynomial(_LOG_COEFFICIENTS, f) * f) * z
+    y = y + e * _LN2_LOW
+    y = y - _f(0.5) * z
+    r: Float32 = f + y
+    return r + e * _LN2_HIGH
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Float32) -> Float32:
+    """Horner's scheme, highest power first."""
+    result = np.full_like(x, _f(coefficients[0]))
+    for coefficient in coefficients[1:]:
+        result = result * x + _f(coefficient)
+    return result
+
+
+def philox4x32(counter: tuple[UInt32, UInt32, UInt32, UInt32], key: tuple[int, int]) -> UInt32:
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+    counter: four uint32 arrays of one shape (n,); key: two 32-bit numbers.
+    Returns uint32 (n, 4): four random words for each counter.
+    """
+    mask = np.uint64(0xFFFFFFFF)
+    c0, c1, c2, c3 = (word.astype(np.uint64) for word in counter)
+    key_low, key_high = key
+    for _ in range(10):
+        product0 = c0 * np.uint64(0xD2511F53)
+        product1 = c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (product1 >> np.uint64(32)) ^ c1 ^ np.uint64(key_low),
+            product1 & mask,
+            (product0 >> np.uint64(32)) ^ c3 ^ np.uint64(key_high),
+            product0 & mask,
+        )
+        key_low = (key_low + 0x9E3779B9) & 0xFFFFFFFF
+        key_high = (key_high + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
+
+
+def random_bits(seed: int, sample_index: int, position: int, vocab_size: int) -> UInt32:
+    """32 random bits for every token, uint32 (vocab_size,); arguments as in `gumbel`."""
+    num_counters = (vocab_size + 3) // 4  # one gives four tokens their bits
+    counter = (
+        np.arange(num_counters, dtype=np.uint32),
+        np.full(num_counters, position, dtype=np.uint32),
+        np.full(num_counters, sample_index, dtype=np.uint32),
+        np.zeros(num_counters, dtype=np.uint32),
+    )
+    key = (seed & 0xFFFFFFFF, seed >> 32)
+    return philox4x32(counter, key).reshape(-1)[:vocab_size]
+
+
+def gumbel(seed: int, sample_index: int, position: int, vocab_size: int) -> Float32:
+    """A standard Gumbel variate for every token, float32 (vocab_size,).
+
+    seed: 0 to 2^64 - 1. sample_index: which of a prompt's answers. position: of the token to be
+    drawn, counted from the start of the prompt.
+
+    -log(E), where E is exponential: E = -log(u) with u in (0, 1) from the random bits. Large
+    variates come from u close to 1, where float32 is coarse, so there 1 - u is made instead.
+    """
+    bits = random_bits(seed, sample_index, position, vocab_size)
+    below_half = bits < np.uint32(2**31)
+    u = (bits.astype(np.float32) + _f(0.5)) * _f(2.0**-32)
+    rest = ((~bits).astype(np.float32) + _f(0.5)) * _f(2.0**-32)  # 1 - u
+    near_one = ~below_half & (rest <= _f(0.2929))
+    exponential_near_one = -_log_of_parts(-rest, np.zeros_like(rest))
+    exponential = -log32(np.where(below_half, u, _f(1) - rest))
+    return -log32(np.where(near_one, exponential_near_one, exponential))
+
+
+def sample(
+    logits: Float32,
+    temperature: Float32,
+    top_k: Int32,
+    top_p: Float32,
+    min_p: Float32,
+    seed: UInt64,
+    sample_index: Int32,
+    positions: Int32,
+    masks: Int32 | None = None,
+) -> Int32:
+    """Draw a token for every row. Everything but logits and masks has shape (rows,).
+
+    logits: float32 (rows, vocab_size). temperature: 0 takes the largest logit. top_k: keep so
+    many; 0 keeps all. top_p: keep the most probable tokens up to this probability; 1 keeps all.
+    min_p: drop tokens less probable than this part of the most probable; 0 keeps all.
+    seed, sample_index, positions: as in `gumbel`. masks: int32 (rows, ceil(vocab_size / 32)); bit
+    b of word w allows token 32 w + b; at least one has to be allowed. Returns int32 (rows,); of
+    equals the lowest token id.
+    """
+    allowed = None if masks is None else unpack_masks(masks, logits.shape[1])
+    tokens = [
+        sample_row(
+            logits[row] if allowed is None else np.where(allowed[row], logits[row], _f(-np.inf)),
+            float(temperature[row]),
+            int(top_k[row]),
+            float(top_p[row]),
+            float(min_p[row]),
+            int(seed[row]),
+            int(sample_index[row]),
+            int(positions[row]),
+        )
+        for row in range(len(logits))
+    ]
+    return np.array(tokens, dtype=np.int32)
+
+
+def sample_row(
+    logits: Float32,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    sample_index: int,
+    position: int,
+) -> int:
+    """Draw one token from logits (vocab_size,), masked ones being -inf; see `sample`."""
+    if _f(temperature) == 0:
+        return int(np.argmax(logits))
+    scaled = logits / _f(temperature)
+    kept = keep_tokens(scaled, top_k, top_p, min_p)
+    noisy = scaled + gumbel(seed, sample_index, position, len(logits))
+    return int(np.argmax(np.where(kept, noisy, _f(-np.inf))))
+
+
+def keep_tokens(scaled: Float32, top_k: int, top_p: float, min_p: float) -> npt.NDArray[np.bool_]:
+    """Which tokens may be drawn: bool (vocab_size,); scaled: logits / temperature, (vocab_size,).
+
+    min_p (Nguyen et al. 2024, arXiv 2407.01082) goes first, then top_k, then top_p (Holtzman et
+    al. 2019, arXiv 1904.09751) of the probability that is left.
+    """
+    largest = scaled.max()
+    kept = scaled > _f(-np.inf)
+    if _f(min_p) > 0:
+        kept &= scaled >= largest + log32(np.array([min_p], dtype=np.float32))
+    # Most probable first; a stable sort leaves equals in the order of their ids.
+    order = np.argsort(-scaled, kind="stable")
+    order = order[kept[order]]
+    if top_k > 0:
+        order = order[:top_k]
+    if _f(top_p) < 1:
+        weights = _fixed_point(exp32(scaled[order] - largest))
+        cumulative = np.cumsum(weights, dtype=np.uint64)
+        enough = np.uint64(math.ceil(float(_f(top_p)) * float(cumulative[-1])))
+        order = order[: max(1, 1 + int(np.searchsorted(cumulative, enough)))]
+    result = np.zeros(len(scaled), dtype=np.bool_)
+    result[order] = True
+    return result
+
+
+def log_softmax(logits: Float32) -> Float32:
+    """log(softmax(logits)) over the last axis: the tokens' log-probabilities.
+
+    logits: float32 (rows, vocab_size). Returns the same shape.
+    """
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    totals = _fixed_point(exp32(shifted)).sum(axis=-1, dtype=np.uint64)
+    logs = [math.log(float(total) / _FIXED_POINT) for total in np.atleast_1d(totals)]
+    result: Float32 = shifted - np.array(logs, dtype=np.float32).reshape(*totals.shape, 1)
+    return result
+
+
+def unpack_masks(masks: Int32, vocab_size: int) -> npt.NDArray[np.bool_]:
+    """int32 (rows, ceil(vocab_size / 32)) -> bool (rows, vocab_size): which tokens are allowed."""
+    words = np.ascontiguousarray(masks).view(np.uint32)
+    bits = (words[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
+    return bits.reshape(len(masks), -1)[:, :vocab_size].astype(np.bool_)
+
+
+def _fixed_point(x: Float32) -> UInt64:
+    """floor(x * 2^40), uint64: sums of these are exact, whatever their order."""
+    return np.floor(x.astype(np.float64) * _FIXED_POINT).astype(np.uint64)
