@@ -1,0 +1,255 @@
+"""Chat templates: messages to the prompt that the model was trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from octavo.errors import InvalidArgumentError, TokenizerError
+from octavo.text.tokenizer import read_json, read_tokenizer_config, token_content
+
+if TYPE_CHECKING:
+    import jinja2
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplate:
+    """A Jinja template in the dialect of Hugging Face, rendered in a sandbox.
+
+    Templates come with the model, so they are foreign code: they run in Jinja's immutable
+    sandbox, see plain data only, and reach neither files nor Python's internals.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        origin: str = "the chat template",
+    ) -> None:
+        """source: the template. special_tokens: bos_token, eos_token … as the template sees them.
+
+        origin: what error messages call the template: the file it came from.
+        """
+        self.source = source
+        self.origin = origin
+        self._special_tokens = dict(special_tokens or {})
+
+    @classmethod
+    def load(cls, path: Path | str, name: str = "default") -> ChatTemplate | None:
+        """The template of a model's directory; None where there is none (a base model).
+
+        Looked for as transformers does: chat_template.jinja (with more of them, by name, in
+        additional_chat_templates/), then tokenizer_config.json (one string, or a list of named
+        ones), then the older chat_template.json.
+        """
+        directory = Path(path)
+        config = read_tokenizer_config(directory)
+        templates, origin = _find_templates(directory, config)
+        if not templates:
+            return None
+        if name not in templates:
+            raise TokenizerError(
+                f"{origin} has no chat template named {name!r}; it has "
+                f"{', '.join(sorted(templates))}"
+            )
+        tokens = {
+            key: content
+            for key, value in config.items()
+            if key.endswith("_token") and (content := token_content(value)) is not None
+        }
+        return cls(templates[name], special_tokens=tokens, origin=origin)
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any
+    ) -> str:
+        """The prompt for `messages`; encode it with add_special_tokens=False.
+
+        messages: dicts with a "role" and a "content": a string, or a list of text parts as in
+        OpenAI's API, which are joined by newlines. add_generation_prompt: end where the
+        assistant's answer begins. extra: more variables for the template (tools, a date).
+        Raises InvalidArgumentError for messages that are malformed, TokenizerError where the
+        template fails or refuses them.
+        """
+        import jinja2
+
+        variables = {
+            **self._special_tokens,
+            "tools": None,
+            "documents": None,
+            **extra,
+            "messages": check_messages(messages),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return self._template.render(variables)
+        except _Refusal as error:
+            raise TokenizerError(
+                f"the chat template refuses these messages: {error} ({self.origin})"
+            ) from error
+        except jinja2.TemplateError as error:
+            raise TokenizerError(f"{self.origin} fails: {error}") from error
+        except Exception as error:  # whatever a filter or an operator raised
+            raise TokenizerError(
+                f"{self.origin} fails on these messages: {type(error).__name__}: {error}"
+            ) from error
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        import jinja2
+
+        try:
+            return _environment().from_string(self.source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TokenizerError(
+                f"{self.origin} is malformed at line {error.lineno}: {error.message}"
+            ) from error
+        except (RecursionError, jinja2.TemplateError) as error:
+            raise TokenizerError(f"{self.origin} cannot be compiled: {error}") from error
+
+
+class _Refusal(Exception):
+    """What a template says with raise_exception."""
+
+
+def _refuse(message: object) -> NoReturn:
+    raise _Refusal(str(message))
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own tojson escapes HTML, which a prompt must not have."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _environment() -> jinja2.Environment:
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationTag(Extension):
+        """{% generation %} marks the assistant's answer for training; here it does nothing."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as plain dicts with string contents, or an InvalidArgumentError saying what is off.
+
+    A content may be left out or null beside "tool_calls"; it becomes an empty string.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise InvalidArgumentError(
+            f"messages is {type(messages).__name__}; expected a list of "
+            '{"role": ..., "content": ...} objects'
+        )
+    if not messages:
+        raise InvalidArgumentError("messages is empty; expected at least one message")
+    return [_check_message(index, message) for index, message in enumerate(messages)]
+
+
+def _check_message(index: int, message: Message) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise InvalidArgumentError(
+            f'{where} is {type(message).__name__}; expected {{"role": ..., "content": ...}}'
+        )
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise InvalidArgumentError(
+            f"{where} has the role {role!r}; expected system, user, assistant or another string"
+        )
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        content = ""
+    return {**message, "content": _check_content(f"{where}.content", content)}
+
+
+def _check_content(where: str, content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence) or not content:
+        raise InvalidArgumentError(f"{where} is {content!r}; expected a string")
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(text, str):
+            raise InvalidArgumentError(
+                f"{where}[{index}] is of type {kind!r}; octavo's models read text parts only: "
+                '{"type": "text", "text": ...}'
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _find_templates(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """Name -> source, and the file they came from (its name for messages)."""
+    file = directory / "chat_template.jinja"
+    named = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    if file.is_file() or named:
+        templates = {path.stem: _read_text(path) for path in named}
+        if file.is_file():
+            templates["default"] = _read_text(file)
+        return templates, str(file)
+    file = directory / "tokenizer_config.json"
+    found = config.get("chat_template")
+    if found is None and (directory / "chat_template.json").is_file():
+        file = directory / "chat_template.json"
+        found = read_json(file).get("chat_template")
+    origin = f"{file} (chat_template)"
+    if found is None:
+        return {}, origin
+    if isinstance(found, str):
+        return {"default": found}, origin
+    entries = found.items() if isinstance(found, Mapping) else _named_entries(found)
+    templates = dict(entries)
+    if not templates or not all(isinstance(t, str) for pair in templates.items() for t in pair):
+        raise TokenizerError(
+            f"{origin} is {type(found).__name__}; expected a string, or a list of "
+            '{"name": ..., "template": ...}'
+        )
+    return templates, origin
+
+
+def _named_entries(found: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(found, list):
+        return []
+    entries = [entry for entry in found if isinstance(entry, Mapping)]
+    return [(entry.get("name"), entry.get("template")) for entry in entries]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,117 @@
+"""An answer as it grows: token ids in, text out, and stop strings found on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from octavo.errors import InvalidArgumentError
+from octavo.text.tokenizer import Tokenizer
+
+
+class StreamDecoder:
+    """Text of a growing list of token ids, O(1) amortized a token.
+
+    The pieces that `push` and at last `flush` return, put together, are `tokenizer.decode` of all
+    the ids. A character whose bytes are spread over tokens comes out when it is whole; U+FFFD
+    appears only for bytes that can no longer become a character, or at `flush`.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, *, continues: bool = False
+    ) -> None:
+        """continues: the ids go on from a text before them, so that the space which a
+        sentencepiece tokenizer drops at the start of a text is kept: prompt + answer reads right.
+        """
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._pipeline = tokenizer.pipeline(at_start=not continues)
+
+    def push(self, token_id: int) -> str:
+        """The text that this token makes certain; "" while a character is unfinished."""
+        if token_id in self._skipped:
+            return ""
+        token = self._tokenizer.token(token_id)
+        return "" if token is None else self._pipeline.push(token)
+
+    def flush(self) -> str:
+        """What is left when no token follows; the decoder is not to be pushed again."""
+        return self._pipeline.finish()
+
+
+class StopChecker:
+    """Finds stop strings in text that arrives in pieces, however they are cut.
+
+    Holds back the end of the text while it could still be the beginning of a stop string, and
+    cuts exactly before the first one (behind it, with `include`). First is the one that is
+    complete first; among those complete at the same character, the longest.
+
+    Each stop string is followed by the automaton of Knuth, Morris and Pratt (1977): O(1)
+    amortized a character and stop string.
+    """
+
+    def __init__(self, stop: Sequence[str], include: bool = False) -> None:
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise InvalidArgumentError(f"stop is {stop!r}; expected non-empty strings")
+        self._stop = stop
+        self._failures = [_failures(text) for text in stop]
+        self._states = [0] * len(stop)  # how much of each stop string the text ends with
+        self._include = include
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str, armed: bool = True) -> str:
+        """The text that may be shown. Once `matched` is set, nothing more comes.
+
+        armed: False lets stop strings that are complete within this text pass (min_tokens).
+        """
+        if self.matched is not None:
+            return ""
+        if not self._stop:
+            return text
+        whole = self._held + text
+        for position, character in enumerate(text, start=len(self._held) + 1):
+            match = self._advance(character, armed)
+            if match is not None:
+                self.matched = match
+                self._held = ""
+                return whole[: position if self._include else position - len(match)]
+        held = max(self._states)
+        self._held = whole[len(whole) - held :]
+        return whole[: len(whole) - held]
+
+    def flush(self) -> str:
+        """The text still held back, when the answer ended for another reason."""
+        held, self._held = self._held, ""
+        self._states = [0] * len(self._stop)
+        return held
+
+    def _advance(self, character: str, armed: bool) -> str | None:
+        """Move every automaton by one character; the longest stop string complete here."""
+        longest: str | None = None
+        for index, stop in enumerate(self._stop):
+            failures = self._failures[index]
+            state = self._states[index]
+            while state and stop[state] != character:
+                state = failures[state - 1]
+            if stop[state] == character:
+                state += 1
+            if state == len(stop):
+                if armed and (longest is None or len(stop) > len(longest)):
+                    longest = stop
+                state = failures[state - 1]
+            self._states[index] = state
+        return longest
+
+
+def _failures(text: str) -> list[int]:
+    """Entry i: the length of the longest proper prefix of text[:i + 1] that is also its suffix."""
+    table = [0] * len(text)
+    length = 0
+    for index in range(1, len(text)):
+        while length and text[index] != text[length]:
+            length = table[length - 1]
+        if text[index] == text[length]:
+            length += 1
+        table[index] = length
+    return table

@@ -1,0 +1,254 @@
+"""The tokenizer of a Hugging Face directory, over the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.errors import InvalidArgumentError, TokenizerError
+from octavo.text.decoders import Pipeline, PipelineFactory
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_EXTRA_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+
+
+class Tokenizer:
+    """Text to token ids and back, with the ids that transformers gives for the same directory.
+
+    Reads tokenizer.json, tokenizer_config.json and, in older directories,
+    special_tokens_map.json. Whether `encode` puts a BOS token first is what the post-processor of
+    tokenizer.json says, unless tokenizer_config.json has `add_bos_token` or `add_eos_token`: then
+    those decide, as in transformers 5.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        """path: the model's directory. Raises TokenizerError naming the file and the cause."""
+        directory = Path(path)
+        self.path = directory / "tokenizer.json"
+        if not self.path.is_file():
+            raise TokenizerError(
+                f"{directory} holds no tokenizer.json; expected a Hugging Face directory with a "
+                "fast tokenizer (transformers writes one with tokenizer.save_pretrained)"
+            )
+        content = read_json(self.path)
+        if "model" not in content:
+            raise TokenizerError(f'{self.path}: no "model" field; this is not a tokenizer.json')
+        self.config = read_tokenizer_config(directory)
+        self._tokenizer = _load(self.path)
+        self._pipelines = PipelineFactory(content.get("decoder"), str(self.path))
+        named = self._add_special_tokens()
+        self.bos_token: str | None = named.get("bos_token")
+        self.eos_token: str | None = named.get("eos_token")
+        self._apply_bos_and_eos_options()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are, added ones included; the model's embedding may be larger."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._id_of(self.bos_token)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokenizer's own end of text; a model's generation_config.json may name more."""
+        eos = self._id_of(self.eos_token)
+        return () if eos is None else (eos,)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that `skip_special_tokens` leaves out."""
+        return self._special_ids
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        add_special_tokens: apply the post-processor (BOS, where the model has one). Leave it off
+        for text that came out of a chat template, which writes its own. The names of special
+        tokens within `text` are special tokens, as in transformers.
+        """
+        return list(self._encode(text, add_special_tokens).ids)
+
+    def encode_batch(
+        self, texts: Sequence[str], add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """`encode` of many texts at once, on several threads."""
+        for text in texts:
+            _check_text(text)
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return [list(encoding.ids) for encoding in encodings]
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`; ids outside of the vocabulary are left out.
+
+        Exactly what a `StreamDecoder` gives for the same ids one by one. Bytes that are no valid
+        UTF-8 become U+FFFD.
+        """
+        pipeline = self.pipeline()
+        pieces = []
+        for token_id in token_ids:
+            if skip_special_tokens and token_id in self._special_ids:
+                continue
+            token = self.token(token_id)
+            if token is not None:
+                pieces.append(pipeline.push(token))
+        pieces.append(pipeline.finish())
+        return "".join(pieces)
+
+    def pipeline(self, *, at_start: bool = True) -> Pipeline:
+        """Fresh decoders for one stream of tokens."""
+        return self._pipelines.create(at_start=at_start)
+
+    def token(self, token_id: int) -> str | None:
+        """How the vocabulary spells a token; None for an id that it does not have."""
+        if token_id < 0:
+            return None
+        token: str | None = self._tokenizer.id_to_token(token_id)
+        return token
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it; None where there is none."""
+        return self._id_of(token)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        _check_text(text)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def _add_special_tokens(self) -> dict[str, str]:
+        """Make sure of the tokens that tokenizer_config.json declares; name -> content."""
+        import tokenizers
+
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        declared = self.config.get("added_tokens_decoder")
+        if isinstance(declared, Mapping):
+            for _, fields in sorted(declared.items(), key=lambda item: int(item[0])):
+                token = _added_token(fields)
+                if token is not None and token.content not in known:
+                    self._tokenizer.add_tokens([token])
+        named = {}
+        for name in _NAMED_TOKENS:
+            content = token_content(self.config.get(name))
+            if content is not None:
+                named[name] = content
+        extra: list[str] = []
+        for key in _EXTRA_TOKENS:
+            values = self.config.get(key) or []
+            values = values.values() if isinstance(values, Mapping) else values
+            extra.extend(filter(None, (token_content(value) for value in values)))
+        special = [
+            tokenizers.AddedToken(content, special=True, normalized=False)
+            for content in dict.fromkeys([*named.values(), *extra])
+        ]
+        if special:
+            self._tokenizer.add_special_tokens(special)
+        return named
+
+    def _apply_bos_and_eos_options(self) -> None:
+        """tokenizer_config.json's add_bos_token and add_eos_token replace the post-processor."""
+        from tokenizers import processors
+
+        if "add_bos_token" not in self.config and "add_eos_token" not in self.config:
+            return
+        bos = self.bos_token if self.config.get("add_bos_token") else None
+        eos = self.eos_token if self.config.get("add_eos_token") else None
+        parts = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
+        special = [(token, self._id_of(token)) for token in dict.fromkeys([bos, eos]) if token]
+        try:
+            # A list, not one string, so that a token may hold a space.
+            self._tokenizer.post_processor = processors.TemplateProcessing(
+                single=parts, pair=[*parts, "$B:1"], special_tokens=special
+            )
+        except Exception as error:
+            raise TokenizerError(
+                f"{self.path.parent / 'tokenizer_config.json'}: add_bos_token or add_eos_token "
+                f"cannot be applied with bos {bos!r} and eos {eos!r}: {error}"
+            ) from error
+
+
+def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json over special_tokens_map.json; {} where neither is there."""
+    merged: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            merged.update(read_json(directory / name))
+    return merged
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; a TokenizerError names the file and what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(
+            f"{path} cannot be read: {error or type(error).__name__}; fetch the file again"
+        ) from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} holds {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def _load(path: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except BaseException as error:
+        # A panic of the Rust library derives from BaseException; nothing else may be swallowed.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(
+            f"{path} is not a tokenizer that the tokenizers library "
+            f"({tokenizers.__version__}) reads: {error}; fetch the file again"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def token_content(value: Any) -> str | None:
+    """A token is written as a string or as an object with a "content"."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+def _added_token(fields: Any) -> tokenizers.AddedToken | None:
+    import tokenizers
+
+    content = token_content(fields)
+    if content is None:
+        return None
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    options = {flag: bool(fields[flag]) for flag in flags if flag in fields}
+    return tokenizers.AddedToken(content, **options)
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise InvalidArgumentError(f"a text is {type(text).__name__}; expected str")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(
+            f"the text holds a lone surrogate at character {error.start}, which is no valid "
+            "Unicode; decode the input with errors='replace'"
+        ) from error
