@@ -1,0 +1,163 @@
+"""Loading a tokenizer: ids, special tokens, BOS, and every way a file can be bad."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokenizers
+from octavo.errors import InvalidArgumentError, TokenizerError
+from octavo.text.tokenizer import Tokenizer
+from text_helpers import (
+    HARD_STRINGS,
+    STYLES,
+    byte_level_directory,
+    sentencepiece_directory,
+    write_config,
+)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_ids_are_the_library_s_and_decoding_round_trips(tmp_path, style):
+    path = STYLES[style](tmp_path)
+    tokenizer = Tokenizer(path)
+    reference = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    for text in HARD_STRINGS:
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text).ids
+        if style == "byte_level":
+            assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.encode_batch(HARD_STRINGS) == [tokenizer.encode(t) for t in HARD_STRINGS]
+
+
+def test_bos_follows_the_post_processor(tmp_path):
+    plain = Tokenizer(byte_level_directory(tmp_path / "a"))
+    assert plain.bos_token_id == 1 and plain.eos_token_ids == (2,)
+    assert plain.encode("hi")[0] != plain.bos_token_id
+    llama = Tokenizer(sentencepiece_directory(tmp_path / "b"))
+    assert llama.encode("hi")[0] == llama.bos_token_id == 1
+    assert llama.encode("hi", add_special_tokens=False)[0] != 1
+    assert llama.eos_token_ids == (2,)
+
+
+def test_add_bos_token_in_the_config_decides(tmp_path):
+    without = Tokenizer(sentencepiece_directory(tmp_path / "a", add_bos_token=False))
+    assert without.encode("hi")[0] != 1
+    both = Tokenizer(byte_level_directory(tmp_path / "b", add_bos_token=True, add_eos_token=True))
+    assert both.encode("hi")[0] == 1 and both.encode("hi")[-1] == 2
+
+
+def test_special_tokens_of_the_config_are_added(tmp_path):
+    path = byte_level_directory(
+        tmp_path,
+        eos_token="<|done|>",
+        additional_special_tokens=["<|tool|>", {"content": "<|think|>"}],
+        added_tokens_decoder={"500": {"content": "<plain>", "special": False}},
+    )
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode("<|tool|>x<|think|><|done|><plain>")
+    assert len(ids) == 5
+    assert tokenizer.eos_token_ids == (ids[3],)
+    assert tokenizer.decode(ids) == "x<plain>"
+
+
+def test_special_tokens_map_is_read_in_older_directories(tmp_path):
+    path = byte_level_directory(tmp_path)
+    (path / "tokenizer_config.json").unlink()
+    (path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    tokenizer = Tokenizer(path)
+    assert tokenizer.eos_token_ids == (2,) and tokenizer.bos_token_id is None
+
+
+def test_truncation_and_padding_of_the_file_are_off(tmp_path):
+    path = byte_level_directory(tmp_path)
+    raw = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    raw.enable_truncation(4)
+    raw.enable_padding(length=64)
+    raw.save(str(path / "tokenizer.json"))
+    assert len(Tokenizer(path).encode("1234567890")) == 10
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("", "Expecting value"),
+        ("{", "Expecting"),
+        ("[1, 2]", "expected a JSON object"),
+        ("{}", "model"),
+        ('{"model": 5}', "not a tokenizer"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}}', "not a tokenizer"),
+        ("[" * 100_000, "cannot be read"),
+        ("\xff\xfe", "cannot be read"),
+    ],
+)
+def test_malformed_tokenizer_json_is_named_with_its_cause(tmp_path, content, cause):
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(TokenizerError, match=cause) as caught:
+        Tokenizer(tmp_path)
+    assert str(file) in str(caught.value)
+
+
+def test_malformed_tokenizer_config_is_named(tmp_path):
+    path = byte_level_directory(tmp_path)
+    (path / "tokenizer_config.json").write_text("{oops")
+    with pytest.raises(TokenizerError, match="tokenizer_config.json cannot be read"):
+        Tokenizer(path)
+
+
+def test_missing_tokenizer_says_what_to_do(tmp_path):
+    with pytest.raises(TokenizerError, match="no tokenizer.json"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        {"type": "Sequence", "decoders": [{"type": "CTC"}]},
+        {"type": "Replace", "pattern": {"Regex": "a+"}, "content": ""},
+    ],
+)
+def test_an_unknown_decoder_is_refused_by_name(tmp_path, decoder):
+    path = byte_level_directory(tmp_path)
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["decoder"] = {"pad_token": "", "word_delimiter_token": "", **decoder}
+    for part in content["decoder"].get("decoders", []):
+        part.update(pad_token="<pad>", word_delimiter_token="|", cleanup=True)
+    file.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match="not supported; octavo implements ByteLevel"):
+        Tokenizer(path)
+
+
+def test_a_tokenizer_without_decoder_joins_with_spaces(tmp_path):
+    path = byte_level_directory(tmp_path)
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["decoder"] = None
+    file.write_text(json.dumps(content))
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode("fox dog")
+    assert tokenizer.decode(ids) == tokenizers.Tokenizer.from_file(str(file)).decode(ids)
+
+
+def test_lone_surrogates_and_other_types_are_refused(tmp_path):
+    tokenizer = Tokenizer(byte_level_directory(tmp_path))
+    with pytest.raises(InvalidArgumentError, match="surrogate at character 1"):
+        tokenizer.encode("a\ud800")
+    with pytest.raises(InvalidArgumentError, match="expected str"):
+        tokenizer.encode(b"bytes")
+
+
+def test_ids_outside_of_the_vocabulary_decode_to_nothing(tmp_path):
+    tokenizer = Tokenizer(byte_level_directory(tmp_path))
+    assert tokenizer.decode([-1, 10**6]) == ""
+    assert tokenizer.token(-1) is None and tokenizer.token(10**6) is None
+
+
+def test_bos_token_with_a_space_can_be_prepended(tmp_path):
+    path = byte_level_directory(tmp_path)
+    write_config(path, bos_token="<big begin>", add_bos_token=True)
+    tokenizer = Tokenizer(path)
+    assert tokenizer.encode("hi")[0] == tokenizer.bos_token_id
