@@ -13,7 +13,6 @@ from text_helpers import (
     STYLES,
     byte_level_directory,
     sentencepiece_directory,
-    write_config,
 )
 
 
@@ -40,11 +39,11 @@ def test_bos_follows_the_post_processor(tmp_path):
     assert llama.eos_token_ids == (2,)
 
 
-def test_add_bos_token_in_the_config_decides(tmp_path):
-    without = Tokenizer(sentencepiece_directory(tmp_path / "a", add_bos_token=False))
+def test_add_bos_token_in_the_config_is_ignored_as_in_transformers(tmp_path):
+    with_bos = Tokenizer(sentencepiece_directory(tmp_path / "a", add_bos_token=False))
+    assert with_bos.encode("hi")[0] == 1
+    without = Tokenizer(byte_level_directory(tmp_path / "b", add_bos_token=True))
     assert without.encode("hi")[0] != 1
-    both = Tokenizer(byte_level_directory(tmp_path / "b", add_bos_token=True, add_eos_token=True))
-    assert both.encode("hi")[0] == 1 and both.encode("hi")[-1] == 2
 
 
 def test_special_tokens_of_the_config_are_added(tmp_path):
@@ -154,10 +153,3 @@ def test_ids_outside_of_the_vocabulary_decode_to_nothing(tmp_path):
     tokenizer = Tokenizer(byte_level_directory(tmp_path))
     assert tokenizer.decode([-1, 10**6]) == ""
     assert tokenizer.token(-1) is None and tokenizer.token(10**6) is None
-
-
-def test_bos_token_with_a_space_can_be_prepended(tmp_path):
-    path = byte_level_directory(tmp_path)
-    write_config(path, bos_token="<big begin>", add_bos_token=True)
-    tokenizer = Tokenizer(path)
-    assert tokenizer.encode("hi")[0] == tokenizer.bos_token_id

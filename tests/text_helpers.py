@@ -114,7 +114,8 @@ def sentencepiece_directory(directory: Path, **config: Any) -> Path:
     )
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    fields = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+    eos = {"__type": "AddedToken", "content": "</s>", "normalized": False, "special": True}
+    fields = {"bos_token": "<s>", "eos_token": eos}
     write_config(directory, **{**fields, **config})
     return directory
 

@@ -30,8 +30,8 @@ class Tokenizer:
 
     Reads tokenizer.json, tokenizer_config.json and, in older directories,
     special_tokens_map.json. Whether `encode` puts a BOS token first is what the post-processor of
-    tokenizer.json says, unless tokenizer_config.json has `add_bos_token` or `add_eos_token`: then
-    those decide, as in transformers 5.
+    tokenizer.json says; `add_bos_token` and `add_eos_token` of tokenizer_config.json are ignored
+    beside a tokenizer.json, as in transformers 5.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -52,7 +52,6 @@ class Tokenizer:
         named = self._add_special_tokens()
         self.bos_token: str | None = named.get("bos_token")
         self.eos_token: str | None = named.get("eos_token")
-        self._apply_bos_and_eos_options()
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
 
@@ -162,35 +161,20 @@ class Tokenizer:
             self._tokenizer.add_special_tokens(special)
         return named
 
-    def _apply_bos_and_eos_options(self) -> None:
-        """tokenizer_config.json's add_bos_token and add_eos_token replace the post-processor."""
-        from tokenizers import processors
-
-        if "add_bos_token" not in self.config and "add_eos_token" not in self.config:
-            return
-        bos = self.bos_token if self.config.get("add_bos_token") else None
-        eos = self.eos_token if self.config.get("add_eos_token") else None
-        parts = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
-        special = [(token, self._id_of(token)) for token in dict.fromkeys([bos, eos]) if token]
-        try:
-            # A list, not one string, so that a token may hold a space.
-            self._tokenizer.post_processor = processors.TemplateProcessing(
-                single=parts, pair=[*parts, "$B:1"], special_tokens=special
-            )
-        except Exception as error:
-            raise TokenizerError(
-                f"{self.path.parent / 'tokenizer_config.json'}: add_bos_token or add_eos_token "
-                f"cannot be applied with bos {bos!r} and eos {eos!r}: {error}"
-            ) from error
-
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json; {} where neither is there."""
-    merged: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            merged.update(read_json(directory / name))
-    return merged
+    """tokenizer_config.json, completed from special_tokens_map.json; {} where neither is there.
+
+    The older file counts, and then wins, only where the newer one lists no added tokens: as in
+    transformers 5.
+    """
+    config: dict[str, Any] = {}
+    if (directory / "tokenizer_config.json").is_file():
+        config = read_json(directory / "tokenizer_config.json")
+    older = directory / "special_tokens_map.json"
+    if "added_tokens_decoder" not in config and older.is_file():
+        config = {**config, **read_json(older)}
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
