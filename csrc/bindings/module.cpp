@@ -1,2 +1,43 @@
-#include <nanobind/nanobind.h>
-NB_MODULE(_native, m) { m.def("one", [] { return 1; }); }
+// The module octavo._native. python/octavo/_native.pyi documents what it holds.
+
+#include "bindings/bindings.h"
+#include "cpu/kernels.h"
+#include "cpu/platform.h"
+#include "cuda/devices.h"
+
+namespace octavo::bindings {
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return text("gcc ", __GNUC__, ".", __GNUC_MINOR__, ".", __GNUC_PATCHLEVEL__);
+#else
+  return "unknown";
+#endif
+}
+
+nb::dict build_info() {
+  nb::dict info;
+  info["compiler"] = compiler();
+  info["cuda"] = cuda::is_built();
+  info["num_devices"] = cuda::num_devices();
+  info["isas"] = cpu::compiled_isas();
+  info["isa"] = cpu::available_isas().back();
+  info["physical_cores"] = cpu::physical_cores();
+  return info;
+}
+
+}  // namespace
+
+}  // namespace octavo::bindings
+
+NB_MODULE(_native, module) {
+  using namespace octavo::bindings;
+  module.def("build_info", &build_info);
+  module.def("available_isas", &octavo::cpu::available_isas);
+  bind_runtime(module);
+  bind_ops(module);
+}

@@ -1,0 +1,429 @@
+// Each compute op by itself, for tests: arrays go to the device, through one op, and back.
+
+#include <algorithm>
+#include <cmath>
+
+#include "bindings/bindings.h"
+#include "core/backend.h"
+#include "cpu/kernels.h"
+
+namespace octavo::bindings {
+
+namespace {
+
+using FloatArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using IntArray = Array1<std::int32_t>;
+
+class Ops {
+ public:
+  Ops(const std::string& device, int num_threads, const std::string& isa)
+      : backend_(make_backend(device, num_threads, isa)) {}
+
+  nb::object embed(Array2<float> table, IntArray token_ids,
+                   std::optional<Array2<float>> position_table, std::optional<IntArray> positions,
+                   const std::string& dtype) {
+    const Linear packed = pack(table, dtype);
+    Step step;
+    step.num_tokens = size(token_ids);
+    const Device ids = up(token_ids);
+    step.token_ids = ids.as<std::int32_t>();
+    Linear packed_positions;
+    Device position_ids;
+    if (position_table) {
+      require(positions.has_value(), "position_table needs positions");
+      packed_positions = pack(*position_table, dtype);
+      position_ids = up(*positions);
+      step.positions = position_ids.as<std::int32_t>();
+    }
+    const Matrix out = matrix(step.num_tokens, packed.inputs);
+    backend_->embed(out.view, packed, position_table ? &packed_positions : nullptr, step);
+    return down(out);
+  }
+
+  nb::object norm(Array2<float> x, Array1<float> weight, std::optional<Array1<float>> bias,
+                  float eps, const std::string& kind) {
+    const Matrix in = up(x), out = matrix(in.view.rows, in.view.cols);
+    const NormArrays arrays = norm_arrays(weight, bias, eps, kind, in.view.cols);
+    backend_->norm(out.view, in.view, arrays.norm);
+    return down(out);
+  }
+
+  nb::object add_norm(Array2<float> residual, Array2<float> x, Array1<float> weight,
+                      std::optional<Array1<float>> bias, float eps, const std::string& kind) {
+    const Matrix stream = up(residual), in = up(x), out = matrix(in.view.rows, in.view.cols);
+    const NormArrays arrays = norm_arrays(weight, bias, eps, kind, in.view.cols);
+    backend_->add_norm(out.view, stream.view, in.view, arrays.norm);
+    return nb::make_tuple(down(stream), down(out));
+  }
+
+  nb::object linear(Array2<float> x, Array2<float> weight, std::optional<Array1<float>> bias,
+                    const std::string& dtype) {
+    require(x.shape(1) == weight.shape(1), "x has ", x.shape(1), " columns; weight has ",
+            weight.shape(1));
+    Linear packed = pack(weight, dtype, bias.has_value());
+    if (bias) {
+      require(size(*bias) == packed.outputs, "bias has ", size(*bias), " entries; expected ",
+              packed.outputs);
+      backend_->upload(packed.bias.data(), bias->data(), bias->size() * 4);
+    }
+    const Matrix in = up(x), out = matrix(in.view.rows, packed.outputs);
+    backend_->linear(out.view, in.view, packed);
+    return down(out);
+  }
+
+  nb::object rope_frequencies(nb::handle rope, std::int64_t head_dim) {
+    return to_numpy(octavo::rope_frequencies(rope_spec(rope), head_dim));
+  }
+
+  nb::object rope_and_store(Array3<float> q, Array3<float> k, Array3<float> v, IntArray positions,
+                            IntArray slots, std::optional<Array1<float>> frequencies,
+                            std::int64_t num_slots, std::int64_t block_size,
+                            const std::string& kv_dtype);
+  nb::object attention(Array3<float> q, Array3<float> k, Array3<float> v, IntArray row_starts,
+                       IntArray context_lens, Array2<std::int32_t> block_tables, float scale,
+                       std::int64_t window, std::int64_t block_size, const std::string& kv_dtype);
+
+  nb::object gated_activation(std::optional<Array2<float>> gate, Array2<float> up_array,
+                              const std::string& name) {
+    const auto rows = static_cast<std::int64_t>(up_array.shape(0));
+    const auto width = static_cast<std::int64_t>(up_array.shape(1));
+    const Matrix in = matrix(rows, gate ? 2 * width : width), out = matrix(rows, width);
+    if (gate) put(in.view.columns(0, width), gate->data());
+    put(in.view.columns(gate ? width : 0, width), up_array.data());
+    backend_->gated_activation(out.view, in.view, activation(name), gate.has_value());
+    return down(out);
+  }
+
+  nb::object take_rows(Array2<float> x, IntArray rows) {
+    const Device indices = up(rows);
+    const Matrix in = up(x), out = matrix(size(rows), in.view.cols);
+    backend_->take_rows(out.view, in.view, indices.as<std::int32_t>());
+    return down(out);
+  }
+
+  nb::object sample(Array2<float> logits, Array1<float> temperature, IntArray top_k,
+                    Array1<float> top_p, Array1<float> min_p, Array1<std::uint64_t> seed,
+                    IntArray sample_index, IntArray positions,
+                    std::optional<Array2<std::int32_t>> masks);
+
+  nb::object log_softmax(Array2<float> logits) {
+    const Matrix in = up(logits), out = matrix(in.view.rows, in.view.cols);
+    backend_->log_softmax(out.view, in.view);
+    return down(out);
+  }
+
+  // The noise alone: what a row of zeros is turned into before the largest is taken.
+  nb::object gumbel(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
+                    std::int64_t vocab_size) {
+    std::vector<float> noise(static_cast<std::size_t>(vocab_size));
+    cpu::kernels_for("auto").gumbel(noise.data(), seed, sample_index, position, 0, vocab_size);
+    return to_numpy(std::move(noise));
+  }
+
+ private:
+  using Device = Buffer;
+  struct Matrix {
+    Buffer memory;
+    View view;
+  };
+  struct NormArrays {
+    Buffer weight, bias;
+    Norm norm;
+  };
+
+  template <class Array>
+  static std::int64_t size(const Array& array) {
+    return static_cast<std::int64_t>(array.size());
+  }
+
+  template <class T>
+  Device up(const Array1<T>& array) {
+    Device memory(backend_.get(), array.size() * sizeof(T));
+    backend_->upload(memory.data(), array.data(), array.size() * sizeof(T));
+    return memory;
+  }
+
+  Matrix matrix(std::int64_t rows, std::int64_t cols) {
+    Matrix result;
+    result.memory = Buffer(backend_.get(), static_cast<std::size_t>(rows * cols) * 4);
+    result.view = {result.memory.as<float>(), rows, cols, cols};
+    return result;
+  }
+
+  // Any array as a matrix: the first axis stays, the others become columns.
+  template <class Array>
+  Matrix up_matrix(const Array& array) {
+    const auto rows = static_cast<std::int64_t>(array.shape(0));
+    Matrix result = matrix(rows, rows ? size(array) / rows : 0);
+    backend_->upload(result.memory.data(), array.data(), array.size() * 4);
+    return result;
+  }
+  Matrix up(const Array2<float>& array) { return up_matrix(array); }
+
+  void put(View view, const float* values) {
+    for (std::int64_t row = 0; row < view.rows; ++row)
+      backend_->upload(view.row(row), values + row * view.cols,
+                       static_cast<std::size_t>(view.cols) * 4);
+  }
+
+  std::vector<float> get(View view) {
+    std::vector<float> values(static_cast<std::size_t>(view.rows * view.cols));
+    backend_->sync();
+    for (std::int64_t row = 0; row < view.rows; ++row)
+      backend_->download(values.data() + row * view.cols, view.row(row),
+                         static_cast<std::size_t>(view.cols) * 4);
+    return values;
+  }
+
+  nb::object down(const Matrix& matrix) {
+    return to_numpy(get(matrix.view), {static_cast<std::size_t>(matrix.view.rows),
+                                       static_cast<std::size_t>(matrix.view.cols)});
+  }
+
+  Linear pack(const Array2<float>& weight, const std::string& dtype, bool with_bias = false) {
+    const auto outputs = static_cast<std::int64_t>(weight.shape(0));
+    const auto inputs = static_cast<std::int64_t>(weight.shape(1));
+    Linear linear =
+        backend_->make_linear(outputs, inputs, parse_dtype(dtype, "dtype"), with_bias);
+    backend_->pack_rows(linear, 0, {weight.data(), DType::f32, outputs, inputs});
+    return linear;
+  }
+
+  NormArrays norm_arrays(const Array1<float>& weight, const std::optional<Array1<float>>& bias,
+                         float eps, const std::string& kind, std::int64_t width) {
+    require(size(weight) == width && (!bias || size(*bias) == width),
+            "weight and bias need one entry a column, ", width);
+    NormArrays arrays;
+    arrays.weight = up(weight);
+    if (bias) arrays.bias = up(*bias);
+    arrays.norm.spec = {norm_kind(kind), eps, bias.has_value()};
+    arrays.norm.weight = arrays.weight.as<float>();
+    arrays.norm.bias = arrays.bias.as<float>();
+    return arrays;
+  }
+
+  // A KV layer with room for num_slots tokens.
+  struct Cache {
+    Buffer memory;
+    KvLayer layer;
+  };
+  Cache cache(const LayerSpec& spec, std::int64_t num_slots, std::int64_t block_size,
+              const std::string& kv_dtype) {
+    require(block_size >= 16 && block_size % 16 == 0, "block_size is ", block_size,
+            "; expected a multiple of 16");
+    Cache result;
+    KvLayer& layer = result.layer;
+    layer.dtype = parse_dtype(kv_dtype, "kv_dtype");
+    layer.num_blocks = (num_slots + block_size - 1) / block_size;
+    layer.block_size = block_size;
+    layer.num_kv_heads = spec.num_kv_heads;
+    layer.head_dim = spec.head_dim;
+    layer.block_bytes = backend_->kv_block_bytes(spec, layer.dtype, block_size);
+    result.memory = Buffer(backend_.get(),
+                           static_cast<std::size_t>(layer.num_blocks * layer.block_bytes));
+    layer.data = result.memory.data();
+    return result;
+  }
+
+  static LayerSpec heads_of(const Array3<float>& q, const Array3<float>& k) {
+    LayerSpec spec;
+    spec.num_heads = static_cast<std::int64_t>(q.shape(1));
+    spec.num_kv_heads = static_cast<std::int64_t>(k.shape(1));
+    spec.head_dim = static_cast<std::int64_t>(q.shape(2));
+    require(spec.num_kv_heads >= 1 && spec.num_heads % spec.num_kv_heads == 0,
+            "q has ", spec.num_heads, " heads; expected a multiple of k's ", spec.num_kv_heads);
+    return spec;
+  }
+
+  // q, k and v side by side in one matrix, as a fused projection leaves them.
+  Matrix fuse(const Array3<float>& q, const Array3<float>& k, const Array3<float>& v,
+              const LayerSpec& spec) {
+    Matrix fused = matrix(static_cast<std::int64_t>(q.shape(0)), spec.q_size() + 2 * spec.kv_size());
+    put(fused.view.columns(0, spec.q_size()), q.data());
+    put(fused.view.columns(spec.q_size(), spec.kv_size()), k.data());
+    put(fused.view.columns(spec.q_size() + spec.kv_size(), spec.kv_size()), v.data());
+    return fused;
+  }
+
+  std::unique_ptr<Backend> backend_;
+};
+
+// Returns the rotated q, and the cache's keys and values slot by slot.
+nb::object Ops::rope_and_store(Array3<float> q, Array3<float> k, Array3<float> v,
+                               IntArray positions, IntArray slots,
+                               std::optional<Array1<float>> frequencies, std::int64_t num_slots,
+                               std::int64_t block_size, const std::string& kv_dtype) {
+  const LayerSpec spec = heads_of(q, k);
+  const Matrix fused = fuse(q, k, v, spec);
+  Cache kv = cache(spec, num_slots, block_size, kv_dtype);
+  const Device position_ids = up(positions), slot_ids = up(slots);
+  Step step;
+  step.num_tokens = size(positions);
+  step.positions = position_ids.as<std::int32_t>();
+  step.slots = slot_ids.as<std::int32_t>();
+
+  Rope rope;
+  Device cosines, sines;
+  if (frequencies) {
+    std::int64_t most = 0;
+    for (std::size_t i = 0; i < positions.size(); ++i)
+      most = std::max<std::int64_t>(most, positions.data()[i]);
+    std::vector<float> cosine_table, sine_table;
+    for (std::int64_t position = 0; position <= most; ++position) {
+      for (std::size_t i = 0; i < frequencies->size(); ++i) {
+        const double angle = static_cast<float>(position) * frequencies->data()[i];
+        cosine_table.push_back(static_cast<float>(std::cos(angle)));
+        sine_table.push_back(static_cast<float>(std::sin(angle)));
+      }
+    }
+    const std::size_t bytes = cosine_table.size() * 4;
+    cosines = Device(backend_.get(), bytes);
+    sines = Device(backend_.get(), bytes);
+    backend_->upload(cosines.data(), cosine_table.data(), bytes);
+    backend_->upload(sines.data(), sine_table.data(), bytes);
+    rope = {cosines.as<float>(), sines.as<float>()};
+  }
+  backend_->rope_and_store(fused.view, frequencies ? &rope : nullptr, spec, kv.layer, step);
+
+  const auto heads = static_cast<std::size_t>(spec.num_heads);
+  const auto kv_heads = static_cast<std::size_t>(spec.num_kv_heads);
+  const auto dim = static_cast<std::size_t>(spec.head_dim);
+  const auto tokens = static_cast<std::size_t>(step.num_tokens);
+  std::vector<float> keys, values;
+  backend_->read_kv(kv.layer, num_slots, keys, values);
+  const auto total = static_cast<std::size_t>(num_slots);
+  return nb::make_tuple(
+      to_numpy(get(fused.view.columns(0, spec.q_size())), {tokens, heads, dim}),
+      to_numpy(std::move(keys), {total, kv_heads, dim}),
+      to_numpy(std::move(values), {total, kv_heads, dim}));
+}
+
+// k, v: (num_slots, num_kv_heads, head_dim), stored slot by slot first.
+nb::object Ops::attention(Array3<float> q, Array3<float> k, Array3<float> v, IntArray row_starts,
+                          IntArray context_lens, Array2<std::int32_t> block_tables, float scale,
+                          std::int64_t window, std::int64_t block_size,
+                          const std::string& kv_dtype) {
+  LayerSpec spec = heads_of(q, k);
+  spec.window = window;
+  const auto num_slots = static_cast<std::int64_t>(k.shape(0));
+  Cache kv = cache(spec, num_slots, block_size, kv_dtype);
+  {
+    // Stored through the op itself, with as many unused queries.
+    std::vector<std::int32_t> slots(static_cast<std::size_t>(num_slots));
+    for (std::size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<std::int32_t>(i);
+    Matrix fused = matrix(num_slots, spec.q_size() + 2 * spec.kv_size());
+    put(fused.view.columns(spec.q_size(), spec.kv_size()), k.data());
+    put(fused.view.columns(spec.q_size() + spec.kv_size(), spec.kv_size()), v.data());
+    Device slot_ids(backend_.get(), slots.size() * 4);
+    backend_->upload(slot_ids.data(), slots.data(), slots.size() * 4);
+    Step store;
+    store.num_tokens = num_slots;
+    store.slots = slot_ids.as<std::int32_t>();
+    backend_->rope_and_store(fused.view, nullptr, spec, kv.layer, store);
+  }
+  Step step;
+  step.num_tokens = static_cast<std::int64_t>(q.shape(0));
+  step.num_seqs = size(context_lens);
+  step.max_blocks = static_cast<std::int64_t>(block_tables.shape(1));
+  std::vector<std::int32_t> positions;
+  for (std::int64_t seq = 0; seq < step.num_seqs; ++seq) {
+    const std::int32_t length = row_starts.data()[seq + 1] - row_starts.data()[seq];
+    for (std::int32_t t = 0; t < length; ++t)
+      positions.push_back(context_lens.data()[seq] - length + t);
+  }
+  Device position_ids(backend_.get(), positions.size() * 4);
+  backend_->upload(position_ids.data(), positions.data(), positions.size() * 4);
+  const Device starts = up(row_starts), lens = up(context_lens);
+  Device tables(backend_.get(), block_tables.size() * 4);
+  backend_->upload(tables.data(), block_tables.data(), block_tables.size() * 4);
+  step.positions = position_ids.as<std::int32_t>();
+  step.row_starts = starts.as<std::int32_t>();
+  step.context_lens = lens.as<std::int32_t>();
+  step.block_tables = tables.as<std::int32_t>();
+
+  const Matrix queries = up_matrix(q), out = matrix(step.num_tokens, spec.q_size());
+  backend_->attention(out.view, queries.view, spec, scale, kv.layer, step);
+  return to_numpy(get(out.view),
+                  {static_cast<std::size_t>(step.num_tokens),
+                   static_cast<std::size_t>(spec.num_heads), static_cast<std::size_t>(spec.head_dim)});
+}
+
+nb::object Ops::sample(Array2<float> logits, Array1<float> temperature, IntArray top_k,
+                       Array1<float> top_p, Array1<float> min_p, Array1<std::uint64_t> seed,
+                       IntArray sample_index, IntArray positions,
+                       std::optional<Array2<std::int32_t>> masks) {
+  const Matrix in = up(logits);
+  const std::int64_t rows = in.view.rows;
+  for (const std::int64_t given : {size(temperature), size(top_k), size(top_p), size(min_p),
+                                   size(seed), size(sample_index), size(positions)})
+    require(given == rows, "a sampling array has ", given, " entries; expected ", rows);
+  const Device temperatures = up(temperature), ks = up(top_k), ps = up(top_p), mins = up(min_p),
+               seeds = up(seed), indices = up(sample_index), places = up(positions);
+  std::vector<std::int32_t> none(static_cast<std::size_t>(rows), -1);
+  Device no_state(backend_.get(), none.size() * 4);
+  backend_->upload(no_state.data(), none.data(), none.size() * 4);
+  Step step;
+  step.num_rows = rows;
+  step.temperature = temperatures.as<float>();
+  step.top_k = ks.as<std::int32_t>();
+  step.top_p = ps.as<float>();
+  step.min_p = mins.as<float>();
+  step.seed = seeds.as<std::uint64_t>();
+  step.sample_index = indices.as<std::int32_t>();
+  step.sample_positions = places.as<std::int32_t>();
+  step.num_logprobs = no_state.as<std::int32_t>();
+  step.state_rows = no_state.as<std::int32_t>();
+
+  Device mask_words;
+  if (masks) {
+    mask_words = Device(backend_.get(), masks->size() * 4);
+    backend_->upload(mask_words.data(), masks->data(), masks->size() * 4);
+  }
+  const Device ids(backend_.get(), none.size() * 4), logprobs(backend_.get(), none.size() * 4),
+      finite(backend_.get(), none.size());
+  Samples samples;
+  samples.token_ids = ids.as<std::int32_t>();
+  samples.logprobs = logprobs.as<float>();
+  samples.finite = finite.as<std::uint8_t>();
+  backend_->sample(samples, in.view, mask_words.as<std::int32_t>(), step);
+  std::vector<std::int32_t> result(none.size());
+  backend_->download(result.data(), ids.data(), result.size() * 4);
+  return to_numpy(std::move(result));
+}
+
+}  // namespace
+
+void bind_ops(nb::module_& module) {
+  const auto none = nb::none();
+  nb::class_<Ops>(module, "Ops")
+      .def(nb::init<const std::string&, int, const std::string&>(), nb::arg("device") = "cpu",
+           nb::arg("num_threads") = 0, nb::arg("isa") = "auto")
+      .def("embed", &Ops::embed, nb::arg("table"), nb::arg("token_ids"),
+           nb::arg("position_table") = none, nb::arg("positions") = none,
+           nb::arg("dtype") = "f32")
+      .def("norm", &Ops::norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
+           nb::arg("eps"), nb::arg("kind") = "rms")
+      .def("add_norm", &Ops::add_norm, nb::arg("residual"), nb::arg("x"), nb::arg("weight"),
+           nb::arg("bias").none(), nb::arg("eps"), nb::arg("kind") = "rms")
+      .def("linear", &Ops::linear, nb::arg("x"), nb::arg("weight"), nb::arg("bias") = none,
+           nb::arg("dtype") = "f32")
+      .def("rope_frequencies", &Ops::rope_frequencies, nb::arg("rope"), nb::arg("head_dim"))
+      .def("rope_and_store", &Ops::rope_and_store, nb::arg("q"), nb::arg("k"), nb::arg("v"),
+           nb::arg("positions"), nb::arg("slots"), nb::arg("frequencies").none(),
+           nb::arg("num_slots"), nb::arg("block_size") = 16, nb::arg("kv_dtype") = "f32")
+      .def("attention", &Ops::attention, nb::arg("q"), nb::arg("k"), nb::arg("v"),
+           nb::arg("row_starts"), nb::arg("context_lens"), nb::arg("block_tables"),
+           nb::arg("scale"), nb::arg("window") = 0, nb::arg("block_size") = 16,
+           nb::arg("kv_dtype") = "f32")
+      .def("gated_activation", &Ops::gated_activation, nb::arg("gate").none(), nb::arg("up"),
+           nb::arg("activation"))
+      .def("take_rows", &Ops::take_rows, nb::arg("x"), nb::arg("rows"))
+      .def("sample", &Ops::sample, nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"),
+           nb::arg("top_p"), nb::arg("min_p"), nb::arg("seed"), nb::arg("sample_index"),
+           nb::arg("positions"), nb::arg("masks") = none)
+      .def("log_softmax", &Ops::log_softmax, nb::arg("logits"))
+      .def("gumbel", &Ops::gumbel, nb::arg("seed"), nb::arg("sample_index"), nb::arg("position"),
+           nb::arg("vocab_size"));
+}
+
+}  // namespace octavo::bindings

@@ -1,0 +1,177 @@
+#include "core/runtime.h"
+
+#include "bindings/bindings.h"
+
+namespace octavo::bindings {
+
+namespace {
+
+template <class T>
+std::vector<T> or_else(const std::optional<Array1<T>>& given, std::size_t count, T otherwise) {
+  return given ? to_vector<T>(*given) : std::vector<T>(count, otherwise);
+}
+
+void make_batch(Batch* self, Array1<std::int32_t> token_ids, Array1<std::int32_t> row_starts,
+                Array1<std::int32_t> context_lens, Array3<std::int32_t> block_tables,
+                Array1<std::int32_t> logit_rows, std::optional<Array1<float>> temperature,
+                std::optional<Array1<std::int32_t>> top_k, std::optional<Array1<float>> top_p,
+                std::optional<Array1<float>> min_p, std::optional<Array1<std::uint64_t>> seed,
+                std::optional<Array1<std::int32_t>> sample_index,
+                std::optional<Array1<std::int32_t>> num_logprobs,
+                std::optional<Array1<std::int32_t>> state_rows) {
+  Batch batch;
+  batch.token_ids = to_vector<std::int32_t>(token_ids);
+  batch.row_starts = to_vector<std::int32_t>(row_starts);
+  batch.context_lens = to_vector<std::int32_t>(context_lens);
+  batch.block_tables = to_vector<std::int32_t>(block_tables);
+  batch.logit_rows = to_vector<std::int32_t>(logit_rows);
+  batch.num_kv_groups = static_cast<std::int64_t>(block_tables.shape(0));
+  require(block_tables.shape(1) == context_lens.size(), "block_tables is for ",
+          block_tables.shape(1), " sequences; context_lens has ", context_lens.size());
+  batch.max_blocks = static_cast<std::int64_t>(block_tables.shape(2));
+  const std::size_t rows = logit_rows.size();
+  batch.temperature = or_else<float>(temperature, rows, 0.0f);
+  batch.top_k = or_else<std::int32_t>(top_k, rows, 0);
+  batch.top_p = or_else<float>(top_p, rows, 1.0f);
+  batch.min_p = or_else<float>(min_p, rows, 0.0f);
+  batch.seed = or_else<std::uint64_t>(seed, rows, 0);
+  batch.sample_index = or_else<std::int32_t>(sample_index, rows, 0);
+  batch.num_logprobs = or_else<std::int32_t>(num_logprobs, rows, -1);
+  batch.state_rows = or_else<std::int32_t>(state_rows, rows, -1);
+  new (self) Batch(std::move(batch));
+}
+
+// What Python sees of a step: NumPy arrays that own their memory.
+struct StepOutput {
+  nb::object token_ids, logprobs, top_token_ids, top_logprobs, finite;
+  nb::dict taps;
+};
+
+StepOutput to_output(StepResult result) {
+  const auto rows = static_cast<std::size_t>(result.num_rows);
+  const auto top = static_cast<std::size_t>(result.num_top);
+  StepOutput output;
+  output.token_ids = to_numpy(std::move(result.token_ids));
+  output.logprobs = to_numpy(std::move(result.logprobs));
+  output.top_token_ids = to_numpy(std::move(result.top_token_ids), {rows, top});
+  output.top_logprobs = to_numpy(std::move(result.top_logprobs), {rows, top});
+  output.finite = to_numpy(std::move(result.finite)).attr("view")("bool");
+  for (TapResult& tap : result.taps) {
+    const auto tap_rows = static_cast<std::size_t>(tap.rows);
+    const auto tap_cols = static_cast<std::size_t>(tap.cols);
+    output.taps[tap.name.c_str()] = to_numpy(std::move(tap.values), {tap_rows, tap_cols});
+  }
+  return output;
+}
+
+std::int64_t submit(Runtime& self, const Batch& batch,
+                    const std::optional<std::vector<std::string>>& taps) {
+  return self.submit(batch, taps.value_or(std::vector<std::string>{}));
+}
+
+void sample(Runtime& self, std::int64_t ticket, std::optional<Array2<std::int32_t>> masks) {
+  self.sample(ticket, masks ? to_vector<std::int32_t>(*masks) : std::vector<std::int32_t>{});
+}
+
+StepOutput wait(Runtime& self, std::int64_t ticket) {
+  StepResult result;
+  {
+    nb::gil_scoped_release unlocked;
+    result = self.wait(ticket);
+  }
+  return to_output(std::move(result));
+}
+
+nb::object logits(Runtime& self, std::int64_t ticket) {
+  std::vector<float> values;
+  {
+    nb::gil_scoped_release unlocked;
+    values = self.logits(ticket);
+  }
+  const auto vocab = static_cast<std::size_t>(self.spec().vocab_size);
+  const std::size_t rows = values.size() / vocab;
+  return to_numpy(std::move(values), {rows, vocab});
+}
+
+void load(Runtime& self, const std::string& name,
+          nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> array, const std::string& dtype) {
+  const DType format = parse_dtype(dtype, "dtype");
+  const nb::dlpack::dtype expected = format == DType::f32   ? nb::dtype<float>()
+                                     : format == DType::bf16
+                                         ? nb::dtype<std::uint16_t>()
+                                         : nb::dlpack::dtype{2, 16, 1};  // IEEE half
+  require(array.dtype() == expected, "weight ", name, ": the array does not hold ", dtype,
+          " (bf16 is passed as its raw bits, uint16)");
+  std::vector<std::int64_t> shape;
+  for (std::size_t i = 0; i < array.ndim(); ++i)
+    shape.push_back(static_cast<std::int64_t>(array.shape(i)));
+  nb::gil_scoped_release unlocked;
+  self.load(name, array.data(), format, shape);
+}
+
+nb::dict memory(const Runtime& self) {
+  const MemoryUse use = self.memory();
+  nb::dict result;
+  result["weights"] = use.weights;
+  result["kv_cache"] = use.kv_cache;
+  result["workspace"] = use.workspace;
+  result["available"] = use.available;
+  return result;
+}
+
+}  // namespace
+
+void bind_runtime(nb::module_& module) {
+  nb::class_<Batch>(module, "Batch")
+      .def("__init__", &make_batch, nb::arg("token_ids").noconvert(),
+           nb::arg("row_starts").noconvert(), nb::arg("context_lens").noconvert(),
+           nb::arg("block_tables").noconvert(), nb::arg("logit_rows").noconvert(),
+           nb::arg("temperature").noconvert() = nb::none(),
+           nb::arg("top_k").noconvert() = nb::none(), nb::arg("top_p").noconvert() = nb::none(),
+           nb::arg("min_p").noconvert() = nb::none(), nb::arg("seed").noconvert() = nb::none(),
+           nb::arg("sample_index").noconvert() = nb::none(),
+           nb::arg("num_logprobs").noconvert() = nb::none(),
+           nb::arg("state_rows").noconvert() = nb::none());
+
+  nb::class_<StepOutput>(module, "StepOutput")
+      .def_ro("token_ids", &StepOutput::token_ids)
+      .def_ro("logprobs", &StepOutput::logprobs)
+      .def_ro("top_token_ids", &StepOutput::top_token_ids)
+      .def_ro("top_logprobs", &StepOutput::top_logprobs)
+      .def_ro("finite", &StepOutput::finite)
+      .def_ro("taps", &StepOutput::taps);
+
+  nb::class_<Runtime>(module, "Runtime")
+      .def(
+          "__init__",
+          [](Runtime* self, const std::string& device, nb::handle spec, nb::handle options) {
+            new (self) Runtime(device, model_spec(spec), runtime_options(options));
+          },
+          nb::arg("device"), nb::arg("spec"), nb::arg("options"))
+      .def("load", &load, nb::arg("name"), nb::arg("array").noconvert(), nb::arg("dtype"))
+      .def("missing_weights", &Runtime::missing_weights)
+      .def("kv_bytes_per_block", &Runtime::kv_bytes_per_block)
+      .def("alloc_kv", &Runtime::alloc_kv, nb::arg("num_blocks"))
+      .def(
+          "copy_blocks",
+          [](Runtime& self, std::int64_t kv_group, Array2<std::int32_t> pairs) {
+            require(pairs.shape(1) == 2, "pairs has ", pairs.shape(1), " columns; expected 2");
+            self.copy_blocks(kv_group, to_vector<std::int32_t>(pairs));
+          },
+          nb::arg("kv_group"), nb::arg("pairs").noconvert())
+      .def("memory", &memory)
+      .def("allocations", &Runtime::allocations)
+      .def("submit", &submit, nb::arg("batch"), nb::arg("taps") = nb::none())
+      .def("sample", &sample, nb::arg("ticket"), nb::arg("masks").noconvert() = nb::none())
+      .def("logits", &logits, nb::arg("ticket"))
+      .def("wait", &wait, nb::arg("ticket"))
+      .def(
+          "step",
+          [](Runtime& self, const Batch& batch,
+             const std::optional<std::vector<std::string>>& taps) {
+            return wait(self, submit(self, batch, taps));
+          },
+          nb::arg("batch"), nb::arg("taps") = nb::none());
+}
+
+}  // namespace octavo::bindings

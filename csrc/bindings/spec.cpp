@@ -1,0 +1,101 @@
+// Reads the Python dataclasses field by field, so that they stay the only definition.
+
+#include "bindings/bindings.h"
+
+namespace octavo::bindings {
+
+namespace {
+
+template <class T>
+T field(nb::handle object, const char* name) {
+  return nb::cast<T>(object.attr(name));
+}
+
+NormSpec norm_spec(nb::handle spec) {
+  NormSpec norm;
+  norm.kind = norm_kind(field<std::string>(spec, "kind"));
+  norm.eps = field<float>(spec, "eps");
+  norm.bias = field<bool>(spec, "bias");
+  return norm;
+}
+
+LayerSpec layer_spec(nb::handle spec) {
+  LayerSpec layer;
+  layer.num_heads = field<std::int64_t>(spec, "num_heads");
+  layer.num_kv_heads = field<std::int64_t>(spec, "num_kv_heads");
+  layer.head_dim = field<std::int64_t>(spec, "head_dim");
+  layer.intermediate_size = field<std::int64_t>(spec, "intermediate_size");
+  layer.norm = norm_spec(spec.attr("norm"));
+  if (!spec.attr("rope").is_none()) layer.rope = rope_spec(spec.attr("rope"));
+  layer.activation = activation(field<std::string>(spec, "activation"));
+  layer.gated = field<bool>(spec, "gated");
+  layer.qkv_bias = field<bool>(spec, "qkv_bias");
+  layer.o_bias = field<bool>(spec, "o_bias");
+  layer.mlp_bias = field<bool>(spec, "mlp_bias");
+  layer.window = field<std::int64_t>(spec, "window");
+  layer.kv_group = field<std::int64_t>(spec, "kv_group");
+  return layer;
+}
+
+}  // namespace
+
+NormKind norm_kind(const std::string& name) {
+  if (name == "rms") return NormKind::rms;
+  if (name == "layer") return NormKind::layer;
+  throw std::invalid_argument(text("norm kind is \"", name, "\"; expected rms or layer"));
+}
+
+Activation activation(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  throw std::invalid_argument(
+      text("activation is \"", name, "\"; expected silu, gelu, gelu_tanh or relu"));
+}
+
+RopeSpec rope_spec(nb::handle spec) {
+  RopeSpec rope;
+  rope.theta = field<double>(spec, "theta");
+  const auto scaling = field<std::string>(spec, "scaling");
+  require(scaling == "default" || scaling == "linear" || scaling == "llama3",
+          "rope scaling is \"", scaling, "\"; expected default, linear or llama3");
+  rope.scaling = scaling == "default"  ? RopeScaling::none
+                 : scaling == "linear" ? RopeScaling::linear
+                                       : RopeScaling::llama3;
+  rope.factor = field<double>(spec, "factor");
+  rope.low_freq_factor = field<double>(spec, "low_freq_factor");
+  rope.high_freq_factor = field<double>(spec, "high_freq_factor");
+  rope.original_max_position_embeddings =
+      field<std::int64_t>(spec, "original_max_position_embeddings");
+  return rope;
+}
+
+ModelSpec model_spec(nb::handle spec) {
+  ModelSpec model;
+  model.architecture = field<std::string>(spec, "architecture");
+  model.vocab_size = field<std::int64_t>(spec, "vocab_size");
+  model.hidden_size = field<std::int64_t>(spec, "hidden_size");
+  model.max_position_embeddings = field<std::int64_t>(spec, "max_position_embeddings");
+  for (nb::handle layer : nb::cast<nb::sequence>(spec.attr("layers")))
+    model.layers.push_back(layer_spec(layer));
+  model.final_norm = norm_spec(spec.attr("final_norm"));
+  model.tie_word_embeddings = field<bool>(spec, "tie_word_embeddings");
+  model.learned_positions = field<bool>(spec, "learned_positions");
+  return model;
+}
+
+RuntimeOptions runtime_options(nb::handle options) {
+  RuntimeOptions result;
+  result.dtype = field<std::string>(options, "dtype");
+  result.kv_dtype = field<std::string>(options, "kv_dtype");
+  result.block_size = field<std::int64_t>(options, "block_size");
+  result.max_model_len = field<std::int64_t>(options, "max_model_len");
+  result.max_num_seqs = field<std::int64_t>(options, "max_num_seqs");
+  result.max_num_batched_tokens = field<std::int64_t>(options, "max_num_batched_tokens");
+  result.num_threads = field<int>(options, "num_threads");
+  result.isa = field<std::string>(options, "isa");
+  return result;
+}
+
+}  // namespace octavo::bindings

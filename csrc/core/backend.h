@@ -1,0 +1,191 @@
+// The device seam: what a device must do for decoder.cpp to run a model on it.
+//
+// Ops of LLM shape, not a tensor library. An op enqueues its work and may return before it is
+// done; ops run in the order of the calls; `sync` waits for all of them. Activations are float32
+// matrices (View) in the device's memory; weights and the KV cache are packed as the device likes.
+// octavo.reference.ops defines every compute op under the same name.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/spec.h"
+#include "core/step.h"
+#include "core/view.h"
+
+namespace octavo {
+
+class Backend;
+
+// Device memory with one owner. Zero-filled when new, aligned to 64 bytes.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Backend* backend, std::size_t bytes);
+  Buffer(Buffer&& other) noexcept { swap(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Buffer();
+
+  void* data() const { return data_; }
+  std::size_t bytes() const { return bytes_; }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void swap(Buffer& other) noexcept {
+    std::swap(backend_, other.backend_);
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
+
+  Backend* backend_ = nullptr;
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+// Rows of a weight as they lie in host memory: (rows, cols), contiguous.
+struct HostMatrix {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+};
+
+// A matrix (outputs, inputs) packed for the device in the format it computes with.
+struct Linear {
+  std::int64_t outputs = 0;
+  std::int64_t inputs = 0;
+  DType format = DType::f32;
+  Buffer weight;  // the layout is the backend's own
+  Buffer bias;    // float32 [outputs], or empty
+};
+
+// Weights of a normalization: float32 [width] each; bias may be null.
+struct Norm {
+  NormSpec spec;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+};
+
+// Cosines and sines of every position: float32 (max_model_len, head_dim / 2) each.
+struct Rope {
+  const float* cosines = nullptr;
+  const float* sines = nullptr;
+};
+
+// The paged keys and values of one layer. The layout within a block is the backend's own.
+struct KvLayer {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t num_blocks = 0;
+  std::int64_t block_size = 0;
+  std::int64_t num_kv_heads = 0;
+  std::int64_t head_dim = 0;
+  std::int64_t block_bytes = 0;  // of one block, keys and values
+};
+
+// Where `sample` leaves its results; device memory, one entry a logit row of the step.
+struct Samples {
+  std::int32_t* token_ids = nullptr;
+  float* logprobs = nullptr;            // of the drawn token; NaN where not asked for
+  std::uint8_t* finite = nullptr;       // 0 where the logits hold a NaN or an infinity
+  std::int32_t* top_token_ids = nullptr;  // (num_rows, num_top)
+  float* top_logprobs = nullptr;          // (num_rows, num_top)
+  std::int64_t num_top = 0;
+};
+
+// Names a shape of step, so that a device can record it once and replay it.
+struct StepKey {
+  std::int64_t num_seqs = 0;
+  std::int64_t tokens_per_seq = 0;  // 0: ragged, not to be recorded
+  std::int64_t max_blocks = 0;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // ---- memory ----
+  virtual void* allocate(std::size_t bytes) = 0;  // zero-filled; throws std::bad_alloc
+  virtual void release(void* data, std::size_t bytes) noexcept = 0;
+  virtual void upload(void* device, const void* host, std::size_t bytes) = 0;
+  virtual void download(void* host, const void* device, std::size_t bytes) = 0;  // waits
+  virtual std::size_t available_memory() const = 0;                              // bytes, now
+
+  // ---- packing ----
+  // An empty matrix in the device's layout; `pack_rows` fills it piece by piece, so that q, k and
+  // v (gate and up) become one matrix without ever lying side by side in host memory.
+  virtual Linear make_linear(std::int64_t outputs, std::int64_t inputs, DType format,
+                             bool with_bias) = 0;
+  virtual void pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) = 0;
+  // What is stored for slots 0 .. num_slots - 1: (num_slots, num_kv_heads, head_dim) each.
+  virtual void read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
+                       std::vector<float>& values) = 0;
+  // Bytes of one block of one layer, keys and values.
+  virtual std::int64_t kv_block_bytes(const LayerSpec& layer, DType dtype,
+                                      std::int64_t block_size) const = 0;
+  // All that this device cannot do of a model, in words; empty when it can run it.
+  virtual std::vector<std::string> unsupported(const ModelSpec& spec) const = 0;
+
+  // ---- compute ----
+  // out[t] = table[id of token t] (+ positions[position of t], when given).
+  virtual void embed(View out, const Linear& table, const Linear* positions, const Step& step) = 0;
+  // out = normalized x. out may be x.
+  virtual void norm(View out, View x, const Norm& norm) = 0;
+  // residual += x; out = normalized residual.
+  virtual void add_norm(View out, View residual, View x, const Norm& norm) = 0;
+  // out = x @ weight^T + bias. The order of summation depends on nothing but the row.
+  virtual void linear(View out, View x, const Linear& weight) = 0;
+  // qkv: (num_tokens, q_size + 2 kv_size). Rotates q and k in place (rope null: leaves them), then
+  // stores k and v at the step's slots.
+  virtual void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
+                              const Step& step) = 0;
+  // out: (num_tokens, q_size), q: the same. Causal attention over the stored keys and values,
+  // scores being scale * q.k.
+  virtual void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
+                         const Step& step) = 0;
+  // gated: x is (rows, 2 width), gate before up; out = act(gate) * up. Else out = act(x).
+  virtual void gated_activation(View out, View x, Activation activation, bool gated) = 0;
+  // out[i] = x[rows[i]]
+  virtual void take_rows(View out, View x, const std::int32_t* rows) = 0;
+  // Draws a token from every row of logits. masks: bit b of word w of a row allows token
+  // 32 w + b; null allows all. Also notes each token in step.sampled.
+  virtual void sample(const Samples& out, View logits, const std::int32_t* masks,
+                      const Step& step) = 0;
+  // out = log(softmax(logits)), row by row.
+  virtual void log_softmax(View out, View logits) = 0;
+  // Sum over the ranks of a model split over several devices. With one rank nothing is to be done.
+  virtual void all_reduce(View) {}
+  // Copies whole blocks of one layer; pairs of source and destination in host memory.
+  virtual void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) = 0;
+
+  // ---- running ----
+  // Runs `record`, which calls ops; a device may keep what it launched and replay it for the key.
+  virtual void run(const StepKey& key, const std::function<void()>& record) = 0;
+  virtual void sync() = 0;
+};
+
+inline Buffer::Buffer(Backend* backend, std::size_t bytes)
+    : backend_(backend), data_(backend->allocate(bytes)), bytes_(bytes) {}
+
+inline Buffer::~Buffer() {
+  if (data_) backend_->release(data_, bytes_);
+}
+
+// device: "cpu" or "cuda". num_threads 0: the physical cores this process may use. isa: "auto" or
+// an instruction set of the CPU. Throws std::invalid_argument where the device is not to be had.
+std::unique_ptr<Backend> make_backend(const std::string& device, int num_threads,
+                                      const std::string& isa);
+
+}  // namespace octavo

@@ -1,0 +1,188 @@
+#include "core/batch.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace octavo {
+
+namespace {
+
+void check_size(const char* field, std::size_t size, std::int64_t expected) {
+  require(static_cast<std::int64_t>(size) == expected, field, " has ", size,
+          " entries; expected ", expected);
+}
+
+void check_range(const char* field, std::int64_t index, std::int64_t value, std::int64_t low,
+                 std::int64_t high) {
+  require(low <= value && value <= high, field, "[", index, "] is ", value, "; expected ", low,
+          " to ", high);
+}
+
+void check_sequences(const Batch& batch, const BatchLimits& limits) {
+  const std::int64_t num_seqs = batch.num_seqs();
+  require(num_seqs >= 1 && num_seqs <= limits.max_num_seqs, "the batch has ", num_seqs,
+          " sequences; expected 1 to max_num_seqs = ", limits.max_num_seqs);
+  check_size("row_starts", batch.row_starts.size(), num_seqs + 1);
+  require(batch.num_kv_groups == limits.num_kv_groups, "block_tables has ", batch.num_kv_groups,
+          " KV groups; the model has ", limits.num_kv_groups);
+  check_size("block_tables", batch.block_tables.size(),
+             batch.num_kv_groups * num_seqs * batch.max_blocks);
+  require(batch.row_starts.front() == 0, "row_starts[0] is ", batch.row_starts.front(),
+          "; expected 0");
+  require(batch.row_starts.back() == batch.num_tokens(), "row_starts ends with ",
+          batch.row_starts.back(), "; expected the number of tokens, ", batch.num_tokens());
+  for (std::int64_t s = 0; s < num_seqs; ++s) {
+    const auto seq = static_cast<std::size_t>(s);
+    const std::int64_t length = batch.row_starts[seq + 1] - batch.row_starts[seq];
+    require(length >= 1, "sequence ", s, " brings ", length, " tokens; expected at least 1");
+    check_range("context_lens", s, batch.context_lens[seq], length, limits.max_model_len);
+    const std::int64_t blocks =
+        (batch.context_lens[seq] + limits.block_size - 1) / limits.block_size;
+    require(blocks <= batch.max_blocks, "sequence ", s, " needs ", blocks,
+            " blocks; block_tables has room for ", batch.max_blocks);
+    for (std::int64_t group = 0; group < batch.num_kv_groups; ++group) {
+      for (std::int64_t b = 0; b < blocks; ++b) {
+        const std::int64_t index = (group * num_seqs + s) * batch.max_blocks + b;
+        check_range("block_tables", index, batch.block_tables[static_cast<std::size_t>(index)], 0,
+                    limits.num_blocks - 1);
+      }
+    }
+  }
+}
+
+void check_rows(const Batch& batch, const BatchLimits& limits) {
+  const std::int64_t num_rows = batch.num_rows();
+  for (std::int64_t i = 0; i < num_rows; ++i) {
+    const std::int64_t low = i ? batch.logit_rows[static_cast<std::size_t>(i - 1)] + 1 : 0;
+    check_range("logit_rows", i, batch.logit_rows[static_cast<std::size_t>(i)], low,
+                batch.num_tokens() - 1);
+  }
+  check_size("temperature", batch.temperature.size(), num_rows);
+  check_size("top_k", batch.top_k.size(), num_rows);
+  check_size("top_p", batch.top_p.size(), num_rows);
+  check_size("min_p", batch.min_p.size(), num_rows);
+  check_size("seed", batch.seed.size(), num_rows);
+  check_size("sample_index", batch.sample_index.size(), num_rows);
+  check_size("num_logprobs", batch.num_logprobs.size(), num_rows);
+  check_size("state_rows", batch.state_rows.size(), num_rows);
+  for (std::int64_t i = 0; i < num_rows; ++i) {
+    const auto row = static_cast<std::size_t>(i);
+    require(batch.temperature[row] >= 0.0f, "temperature[", i, "] is ", batch.temperature[row],
+            "; expected 0 or more");
+    require(batch.top_p[row] > 0.0f && batch.top_p[row] <= 1.0f, "top_p[", i, "] is ",
+            batch.top_p[row], "; expected above 0, at most 1");
+    require(batch.min_p[row] >= 0.0f && batch.min_p[row] <= 1.0f, "min_p[", i, "] is ",
+            batch.min_p[row], "; expected 0 to 1");
+    require(batch.top_k[row] >= 0, "top_k[", i, "] is ", batch.top_k[row],
+            "; expected 0 or more");
+    check_range("num_logprobs", i, batch.num_logprobs[row], -1, limits.vocab_size);
+    check_range("state_rows", i, batch.state_rows[row], -1, limits.max_num_seqs - 1);
+  }
+}
+
+}  // namespace
+
+std::int64_t Batch::num_top() const {
+  std::int64_t most = 0;
+  for (const std::int32_t count : num_logprobs) most = std::max<std::int64_t>(most, count);
+  return most;
+}
+
+std::int64_t Batch::tokens_per_seq() const {
+  const std::int64_t first = row_starts[1] - row_starts[0];
+  for (std::size_t s = 1; s + 1 < row_starts.size(); ++s) {
+    if (row_starts[s + 1] - row_starts[s] != first) return 0;
+  }
+  return first;
+}
+
+void check(const Batch& batch, const BatchLimits& limits) {
+  require(batch.num_tokens() <= limits.max_num_batched_tokens, "the batch has ",
+          batch.num_tokens(), " tokens; expected at most max_num_batched_tokens = ",
+          limits.max_num_batched_tokens);
+  check_sequences(batch, limits);
+  for (std::int64_t t = 0; t < batch.num_tokens(); ++t) {
+    check_range("token_ids", t, batch.token_ids[static_cast<std::size_t>(t)],
+                -limits.max_num_seqs, limits.vocab_size - 1);
+  }
+  check_rows(batch, limits);
+}
+
+Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block_size,
+                        std::int32_t* sampled) {
+  Step step;
+  step.num_tokens = batch.num_tokens();
+  step.num_seqs = batch.num_seqs();
+  step.num_rows = batch.num_rows();
+  step.max_blocks = batch.max_blocks;
+  step.sampled = sampled;
+
+  // Positions and slots follow from the context lengths and the block tables.
+  const auto num_tokens = static_cast<std::size_t>(step.num_tokens);
+  std::vector<std::int32_t> positions(num_tokens), sample_positions(batch.logit_rows.size());
+  std::vector<std::int32_t> slots(num_tokens * static_cast<std::size_t>(batch.num_kv_groups));
+  for (std::int64_t s = 0; s < step.num_seqs; ++s) {
+    const auto seq = static_cast<std::size_t>(s);
+    const std::int32_t first_position =
+        batch.context_lens[seq] - (batch.row_starts[seq + 1] - batch.row_starts[seq]);
+    for (std::int32_t t = batch.row_starts[seq]; t < batch.row_starts[seq + 1]; ++t) {
+      const std::int64_t position = first_position + t - batch.row_starts[seq];
+      positions[static_cast<std::size_t>(t)] = static_cast<std::int32_t>(position);
+      for (std::int64_t group = 0; group < batch.num_kv_groups; ++group) {
+        const std::int64_t entry =
+            (group * step.num_seqs + s) * batch.max_blocks + position / block_size;
+        const std::int64_t block = batch.block_tables[static_cast<std::size_t>(entry)];
+        slots[static_cast<std::size_t>(group * step.num_tokens + t)] =
+            static_cast<std::int32_t>(block * block_size + position % block_size);
+      }
+    }
+  }
+  for (std::size_t i = 0; i < sample_positions.size(); ++i)
+    sample_positions[i] = positions[static_cast<std::size_t>(batch.logit_rows[i])] + 1;
+
+  // Laid one behind the other in one piece of memory, twice over: once to add up the size (the
+  // device's address is not known yet), once to copy and to point.
+  std::size_t offset = 0;
+  bool copying = false;
+  const auto place = [&](const auto& values, auto*& pointer) {
+    using T = std::remove_const_t<std::remove_pointer_t<std::remove_reference_t<decltype(pointer)>>>;
+    const std::size_t bytes = values.size() * sizeof(T);
+    if (copying && bytes) {
+      std::memcpy(staging_.data() + offset, values.data(), bytes);
+      pointer = reinterpret_cast<const T*>(device_.as<unsigned char>() + offset);
+    }
+    offset += (bytes + 63) / 64 * 64;
+  };
+  const auto place_all = [&] {
+    offset = 0;
+    place(batch.token_ids, step.token_ids);
+    place(positions, step.positions);
+    place(slots, step.slots);
+    place(batch.row_starts, step.row_starts);
+    place(batch.context_lens, step.context_lens);
+    place(batch.block_tables, step.block_tables);
+    place(batch.logit_rows, step.logit_rows);
+    place(batch.temperature, step.temperature);
+    place(batch.top_k, step.top_k);
+    place(batch.top_p, step.top_p);
+    place(batch.min_p, step.min_p);
+    place(batch.seed, step.seed);
+    place(batch.sample_index, step.sample_index);
+    place(batch.num_logprobs, step.num_logprobs);
+    place(sample_positions, step.sample_positions);
+    place(batch.state_rows, step.state_rows);
+  };
+  place_all();
+  if (offset > staging_.size()) {
+    // Room for twice as much, so that a slowly growing block table does not grow it every step.
+    staging_.resize(2 * offset);
+    device_ = Buffer(&backend, staging_.size());
+    ++growths_;
+  }
+  copying = true;
+  place_all();
+  backend.upload(device_.data(), staging_.data(), offset);
+  return step;
+}
+
+}  // namespace octavo

@@ -1,0 +1,52 @@
+// One step's work as Python hands it over, and its way to the device.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/step.h"
+
+namespace octavo {
+
+// A ragged batch in host memory. `python/octavo/_native.pyi`, class Batch, says what each field is.
+struct Batch {
+  std::vector<std::int32_t> token_ids, row_starts, context_lens, block_tables, logit_rows;
+  std::int64_t num_kv_groups = 1;
+  std::int64_t max_blocks = 0;
+
+  // One entry a logit row.
+  std::vector<float> temperature, top_p, min_p;
+  std::vector<std::int32_t> top_k, sample_index, num_logprobs, state_rows;
+  std::vector<std::uint64_t> seed;
+
+  std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }
+  std::int64_t num_seqs() const { return static_cast<std::int64_t>(context_lens.size()); }
+  std::int64_t num_rows() const { return static_cast<std::int64_t>(logit_rows.size()); }
+  std::int64_t num_top() const;       // the most log-probabilities any row asks for
+  std::int64_t tokens_per_seq() const;  // 0 when the sequences bring different numbers
+};
+
+// What a batch is checked against.
+struct BatchLimits {
+  std::int64_t vocab_size, max_num_batched_tokens, max_num_seqs, max_model_len;
+  std::int64_t num_kv_groups, num_blocks, block_size;
+};
+
+// Throws std::invalid_argument naming the first field that is wrong, its value and its range.
+void check(const Batch& batch, const BatchLimits& limits);
+
+// Holds the device's copy of a batch. One upload a step; the buffers grow and are then kept.
+class StepUpload {
+ public:
+  // `sampled` is the device's [max_num_seqs] memory of drawn tokens.
+  Step upload(Backend& backend, const Batch& batch, std::int64_t block_size, std::int32_t* sampled);
+  std::int64_t growths() const { return growths_; }
+
+ private:
+  std::vector<unsigned char> staging_;
+  Buffer device_;
+  std::int64_t growths_ = 0;
+};
+
+}  // namespace octavo

@@ -1,0 +1,127 @@
+#include "core/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace octavo {
+
+namespace {
+
+// Inactive, a tap is one pointer test: its name is not even put together.
+template <class... Parts>
+void tap(TapSink* taps, View rows, const Parts&... name_parts) {
+  if (!taps) return;
+  const std::string name = text(name_parts...);
+  if (taps->wants(name)) taps->record(name, rows);
+}
+
+}  // namespace
+
+Decoder::Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights,
+                 std::int64_t max_num_batched_tokens)
+    : backend_(backend), spec_(spec), weights_(weights) {
+  std::int64_t qkv = 0, attn = 0, up = 0, act = 0;
+  for (const LayerSpec& layer : spec.layers) {
+    qkv = std::max(qkv, layer.q_size() + 2 * layer.kv_size());
+    attn = std::max(attn, layer.q_size());
+    up = std::max(up, layer.intermediate_size * (layer.gated ? 2 : 1));
+    act = std::max(act, layer.intermediate_size);
+  }
+  const auto workspace = [&](std::int64_t cols) {
+    return Buffer(&backend, static_cast<std::size_t>(max_num_batched_tokens * cols) * 4);
+  };
+  residual_ = workspace(spec.hidden_size);
+  hidden_ = workspace(spec.hidden_size);
+  qkv_ = workspace(qkv);
+  attn_ = workspace(attn);
+  up_ = workspace(up);
+  act_ = workspace(act);
+}
+
+std::int64_t Decoder::workspace_bytes() const {
+  std::size_t total = 0;
+  for (const Buffer* buffer : {&residual_, &hidden_, &qkv_, &attn_, &up_, &act_})
+    total += buffer->bytes();
+  return static_cast<std::int64_t>(total);
+}
+
+void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, View normed,
+                      TapSink* taps) {
+  const View residual = rows(residual_, step.num_tokens, spec_.hidden_size);
+  const View hidden = rows(hidden_, step.num_tokens, spec_.hidden_size);
+  const Linear* positions = spec_.learned_positions ? &weights_.positions : nullptr;
+
+  backend_.embed(residual, weights_.embed, positions, step);
+  tap(taps, residual, "embed");
+  for (std::size_t i = 0; i < spec_.layers.size(); ++i) {
+    // A sublayer's result is added to the residual stream together with the next norm, so
+    // `hidden` holds what the previous layer's MLP gave, except before the first layer.
+    if (i == 0) {
+      backend_.norm(hidden, residual, weights_.layers[i].attn_norm);
+    } else {
+      backend_.add_norm(hidden, residual, hidden, weights_.layers[i].attn_norm);
+      tap(taps, residual, "layers.", i - 1, ".out");
+    }
+    attention_half(i, hidden, residual, kv, step, taps);
+    mlp_half(i, hidden, taps);
+  }
+  backend_.add_norm(hidden, residual, hidden, weights_.final_norm);
+  tap(taps, residual, "layers.", spec_.layers.size() - 1, ".out");
+  if (step.num_rows == 0) return;
+  backend_.take_rows(normed, hidden, step.logit_rows);
+  tap(taps, normed, "final_norm");
+  backend_.linear(logits, normed, weights_.head());
+  tap(taps, logits, "logits");
+}
+
+// hidden: the normalized input; on return the normalized input of the MLP. residual has grown by
+// the attention's output.
+void Decoder::attention_half(std::size_t i, View hidden, View residual, std::vector<KvLayer>& kv,
+                             const Step& step, TapSink* taps) {
+  const LayerSpec& layer = spec_.layers[i];
+  const LayerWeights& weights = weights_.layers[i];
+  const View qkv = rows(qkv_, step.num_tokens, layer.q_size() + 2 * layer.kv_size());
+  const View q = qkv.columns(0, layer.q_size());
+  const View k = qkv.columns(layer.q_size(), layer.kv_size());
+  const View v = qkv.columns(layer.q_size() + layer.kv_size(), layer.kv_size());
+  const View attn = rows(attn_, step.num_tokens, layer.q_size());
+
+  tap(taps, hidden, "layers.", i, ".attn_norm");
+  backend_.linear(qkv, hidden, weights.qkv);
+  tap(taps, q, "layers.", i, ".q");
+  tap(taps, k, "layers.", i, ".k");
+  tap(taps, v, "layers.", i, ".v");
+  backend_.rope_and_store(qkv, weights.rope, layer, kv[i], step);
+  if (weights.rope) {
+    tap(taps, q, "layers.", i, ".q_rope");
+    tap(taps, k, "layers.", i, ".k_rope");
+  }
+  const float scale = 1.0f / std::sqrt(static_cast<float>(layer.head_dim));
+  backend_.attention(attn, q, layer, scale, kv[i], step);
+  tap(taps, attn, "layers.", i, ".attn");
+  backend_.linear(hidden, attn, weights.o);
+  backend_.all_reduce(hidden);
+  tap(taps, hidden, "layers.", i, ".attn_out");
+  backend_.add_norm(hidden, residual, hidden, weights.mlp_norm);
+  tap(taps, hidden, "layers.", i, ".mlp_norm");
+}
+
+// hidden: the normalized input; on return the MLP's output, not yet added to the residual.
+void Decoder::mlp_half(std::size_t i, View hidden, TapSink* taps) {
+  const LayerSpec& layer = spec_.layers[i];
+  const LayerWeights& weights = weights_.layers[i];
+  const std::int64_t width = layer.intermediate_size;
+  const View up = rows(up_, hidden.rows, layer.gated ? 2 * width : width);
+  const View act = rows(act_, hidden.rows, width);
+
+  backend_.linear(up, hidden, weights.up);
+  if (layer.gated) tap(taps, up.columns(0, width), "layers.", i, ".gate");
+  tap(taps, up.columns(layer.gated ? width : 0, width), "layers.", i, ".up");
+  backend_.gated_activation(act, up, layer.activation, layer.gated);
+  tap(taps, act, "layers.", i, ".act");
+  backend_.linear(hidden, act, weights.down);
+  backend_.all_reduce(hidden);
+  tap(taps, hidden, "layers.", i, ".mlp_out");
+}
+
+}  // namespace octavo

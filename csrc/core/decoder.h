@@ -1,0 +1,52 @@
+// The forward pass: the only loop over layers in octavo.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/weights.h"
+
+namespace octavo {
+
+// Receives intermediate results by name. `wants` is asked before a name's rows are handed over.
+class TapSink {
+ public:
+  virtual ~TapSink() = default;
+  virtual bool wants(const std::string& name) const = 0;
+  virtual void record(const std::string& name, View rows) = 0;
+};
+
+class Decoder {
+ public:
+  Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights,
+          std::int64_t max_num_batched_tokens);
+
+  // Runs the step's tokens through the model, storing their keys and values in `kv` (one entry a
+  // layer), and leaves the wanted rows' logits (num_rows, vocab) in `logits`.
+  //
+  // normed: (num_rows, hidden), workspace for the final norm of those rows.
+  // taps: null, or who wants to see what is computed on the way.
+  void forward(const Step& step, std::vector<KvLayer>& kv, View logits, View normed, TapSink* taps);
+
+  std::int64_t workspace_bytes() const;
+
+ private:
+  void attention_half(std::size_t layer, View hidden, View residual, std::vector<KvLayer>& kv,
+                      const Step& step, TapSink* taps);
+  void mlp_half(std::size_t layer, View hidden, TapSink* taps);
+
+  // The first num_tokens rows of a workspace matrix.
+  View rows(const Buffer& buffer, std::int64_t num_rows, std::int64_t cols) const {
+    return {buffer.as<float>(), num_rows, cols, cols};
+  }
+
+  Backend& backend_;
+  const ModelSpec& spec_;
+  const Weights& weights_;
+  // float32, max_num_batched_tokens rows each.
+  Buffer residual_, hidden_, qkv_, attn_, up_, act_;
+};
+
+}  // namespace octavo

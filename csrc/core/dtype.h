@@ -1,0 +1,70 @@
+// Number formats, and the conversions between them that every backend shares.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "core/text.h"
+
+namespace octavo {
+
+enum class DType : std::uint8_t { f32, f16, bf16 };
+
+inline std::int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+inline const char* name(DType dtype) {
+  return dtype == DType::f32 ? "f32" : dtype == DType::f16 ? "f16" : "bf16";
+}
+
+inline DType parse_dtype(const std::string& given, const char* what) {
+  if (given == "f32") return DType::f32;
+  if (given == "f16") return DType::f16;
+  if (given == "bf16") return DType::bf16;
+  throw std::invalid_argument(text(what, " is \"", given, "\"; expected f32, f16 or bf16"));
+}
+
+inline std::uint32_t float_bits(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float bits_float(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline float bf16_to_float(std::uint16_t bits) {
+  return bits_float(static_cast<std::uint32_t>(bits) << 16);
+}
+
+// Round to nearest, ties to even; a NaN stays a quiet NaN.
+inline std::uint16_t float_to_bf16(float value) {
+  const std::uint32_t bits = float_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// IEEE half to float, exactly. A subnormal half is its fraction times 2^-24.
+inline float f16_to_float(std::uint16_t half) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
+  const std::uint32_t exponent = (half >> 10) & 0x1fu;
+  const std::uint32_t fraction = half & 0x3ffu;
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(fraction) * (1.0f / 16777216.0f);
+    return bits_float(float_bits(magnitude) | sign);
+  }
+  const std::uint32_t wide_exponent = exponent == 31 ? 255u : exponent + 112u;
+  return bits_float(sign | (wide_exponent << 23) | (fraction << 13));
+}
+
+// Element `index` of an array of the given format.
+inline float load_float(const void* data, DType dtype, std::int64_t index) {
+  if (dtype == DType::f32) return static_cast<const float*>(data)[index];
+  const std::uint16_t bits = static_cast<const std::uint16_t*>(data)[index];
+  return dtype == DType::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
+}
+
+}  // namespace octavo

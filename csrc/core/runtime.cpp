@@ -1,0 +1,378 @@
+#include "core/runtime.h"
+
+#include <algorithm>
+
+namespace octavo {
+
+// ---- JobQueue ----
+
+JobQueue::JobQueue() : thread_([this] { work(); }) {}
+
+JobQueue::~JobQueue() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  changed_.notify_one();
+  thread_.join();
+}
+
+void JobQueue::push(std::function<void()> job) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    jobs_.push_back(std::move(job));
+  }
+  changed_.notify_one();
+}
+
+void JobQueue::run(const std::function<void()>& job) {
+  std::mutex mutex;
+  std::condition_variable finished;
+  bool done = false;
+  std::exception_ptr error;
+  push([&] {
+    try {
+      job();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    // Notified under the lock: the waiter's condition variable must outlive the call.
+    const std::lock_guard<std::mutex> lock(mutex);
+    done = true;
+    finished.notify_one();
+  });
+  std::unique_lock<std::mutex> lock(mutex);
+  finished.wait(lock, [&] { return done; });
+  if (error) std::rethrow_exception(error);
+}
+
+void JobQueue::work() {
+  while (true) {
+    std::function<void()> job;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
+      if (jobs_.empty()) return;
+      job = std::move(jobs_.front());
+      jobs_.pop_front();
+    }
+    job();
+  }
+}
+
+// ---- Runtime ----
+
+namespace {
+
+// Copies wanted taps to host memory.
+class TapRecorder : public TapSink {
+ public:
+  TapRecorder(Backend& backend, const std::vector<std::string>& names,
+              std::vector<TapResult>& results)
+      : backend_(backend), names_(names), results_(results) {}
+
+  bool wants(const std::string& name) const override {
+    return std::any_of(names_.begin(), names_.end(), [&](const std::string& wanted) {
+      return wanted == "*" || wanted == name;
+    });
+  }
+
+  void record(const std::string& name, View view) override {
+    TapResult result;
+    result.name = name;
+    result.rows = view.rows;
+    result.cols = view.cols;
+    result.values.resize(static_cast<std::size_t>(view.rows * view.cols));
+    for (std::int64_t row = 0; row < view.rows; ++row) {
+      backend_.download(result.values.data() + row * view.cols, view.row(row),
+                        static_cast<std::size_t>(view.cols) * 4);
+    }
+    results_.push_back(std::move(result));
+  }
+
+ private:
+  Backend& backend_;
+  const std::vector<std::string>& names_;
+  std::vector<TapResult>& results_;
+};
+
+void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
+  require(!spec.layers.empty(), "the model has no layers");
+  require(options.block_size >= 16 && options.block_size % 16 == 0, "block_size is ",
+          options.block_size, "; expected a multiple of 16");
+  require(options.max_model_len >= 1, "max_model_len is ", options.max_model_len,
+          "; expected 1 or more");
+  require(!spec.learned_positions || options.max_model_len <= spec.max_position_embeddings,
+          "max_model_len is ", options.max_model_len, "; the model has only ",
+          spec.max_position_embeddings, " learned positions");
+  require(options.max_num_seqs >= 1, "max_num_seqs is ", options.max_num_seqs,
+          "; expected 1 or more");
+  require(options.max_num_batched_tokens >= 1, "max_num_batched_tokens is ",
+          options.max_num_batched_tokens, "; expected 1 or more");
+  for (const LayerSpec& layer : spec.layers) {
+    require(layer.num_kv_heads >= 1 && layer.num_heads % layer.num_kv_heads == 0, "num_heads is ",
+            layer.num_heads, "; expected a multiple of num_kv_heads = ", layer.num_kv_heads);
+    require(layer.head_dim >= 2 && layer.head_dim % 2 == 0, "head_dim is ", layer.head_dim,
+            "; expected an even number");
+  }
+}
+
+std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec& spec,
+                                     const RuntimeOptions& options) {
+  check_options(options, spec);
+  std::unique_ptr<Backend> backend = make_backend(device, options.num_threads, options.isa);
+  std::string problems;
+  for (const std::string& problem : backend->unsupported(spec)) problems += "\n  - " + problem;
+  require(problems.empty(), "device \"", device, "\" cannot run ", spec.architecture, ":",
+          problems);
+  return backend;
+}
+
+DType storage_dtype(const std::string& given, const char* what) {
+  const DType dtype = parse_dtype(given, what);
+  require(dtype != DType::f16, what, " is \"f16\"; expected f32 or bf16");
+  return dtype;
+}
+
+}  // namespace
+
+Runtime::Runtime(const std::string& device, const ModelSpec& spec, const RuntimeOptions& options)
+    : spec_(spec),
+      options_(options),
+      kv_dtype_(storage_dtype(options.kv_dtype, "kv_dtype")),
+      backend_(backend_for(device, spec_, options_)),
+      weights_(*backend_, spec_, storage_dtype(options.dtype, "dtype"), options.max_model_len),
+      decoder_(*backend_, spec_, weights_, options.max_num_batched_tokens),
+      sampled_(backend_.get(), static_cast<std::size_t>(options.max_num_seqs) * 4) {}
+
+Runtime::~Runtime() = default;
+
+void Runtime::load(const std::string& name, const void* data, DType dtype,
+                   const std::vector<std::int64_t>& shape) {
+  queue_.run([&] { weights_.load(name, data, dtype, shape); });
+}
+
+std::vector<std::string> Runtime::missing_weights() const { return weights_.missing(); }
+
+std::int64_t Runtime::kv_bytes_per_block() const {
+  std::int64_t bytes = 0;
+  for (const LayerSpec& layer : spec_.layers)
+    bytes += backend_->kv_block_bytes(layer, kv_dtype_, options_.block_size);
+  return bytes;
+}
+
+void Runtime::alloc_kv(std::int64_t num_blocks) {
+  require(num_blocks >= 1, "num_blocks is ", num_blocks, "; expected 1 or more");
+  queue_.run([&] {
+    kv_.clear();
+    kv_buffers_.clear();
+    std::vector<KvLayer> layers;
+    for (const LayerSpec& spec : spec_.layers) {
+      KvLayer layer;
+      layer.dtype = kv_dtype_;
+      layer.num_blocks = num_blocks;
+      layer.block_size = options_.block_size;
+      layer.num_kv_heads = spec.num_kv_heads;
+      layer.head_dim = spec.head_dim;
+      layer.block_bytes = backend_->kv_block_bytes(spec, kv_dtype_, options_.block_size);
+      kv_buffers_.emplace_back(backend_.get(),
+                               static_cast<std::size_t>(num_blocks * layer.block_bytes));
+      layer.data = kv_buffers_.back().data();
+      layers.push_back(layer);
+    }
+    kv_ = std::move(layers);  // only once all of it could be had
+  });
+}
+
+void Runtime::copy_blocks(std::int64_t kv_group, const std::vector<std::int32_t>& pairs) {
+  require(!kv_.empty(), "copy_blocks was called before alloc_kv");
+  require(pairs.size() % 2 == 0, "pairs has ", pairs.size(), " entries; expected pairs");
+  for (const std::int32_t block : pairs) {
+    require(block >= 0 && block < kv_[0].num_blocks, "pairs names block ", block,
+            "; expected 0 to ", kv_[0].num_blocks - 1);
+  }
+  queue_.run([&] {
+    for (std::size_t i = 0; i < kv_.size(); ++i) {
+      if (spec_.layers[i].kv_group != kv_group) continue;
+      backend_->copy_blocks(kv_[i], pairs.data(), static_cast<std::int64_t>(pairs.size() / 2));
+    }
+  });
+}
+
+MemoryUse Runtime::memory() const {
+  MemoryUse use;
+  use.weights = weights_.bytes();
+  for (const Buffer& buffer : kv_buffers_) use.kv_cache += static_cast<std::int64_t>(buffer.bytes());
+  use.workspace = decoder_.workspace_bytes();
+  for (const Flight& flight : flights_)
+    use.workspace += static_cast<std::int64_t>(flight.logits.bytes() + flight.normed.bytes());
+  use.available = static_cast<std::int64_t>(backend_->available_memory());
+  return use;
+}
+
+std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps) {
+  if (!weights_complete_) {
+    const std::vector<std::string> missing = missing_weights();
+    require(missing.empty(), missing.size(), " weights are not loaded yet, the first is ",
+            missing.empty() ? "" : missing.front());
+    weights_complete_ = true;
+  }
+  require(!kv_.empty(), "submit was called before alloc_kv");
+  check(batch, {spec_.vocab_size, options_.max_num_batched_tokens, options_.max_num_seqs,
+                options_.max_model_len, spec_.num_kv_groups(), kv_[0].num_blocks,
+                options_.block_size});
+  Flight* free_flight = nullptr;
+  for (Flight& flight : flights_) {
+    if (!flight.open) free_flight = &flight;
+  }
+  require(free_flight, "two tickets are in flight already; wait for one before the next submit");
+  Flight& flight = *free_flight;
+  flight.open = true;
+  flight.sampling_queued = false;
+  flight.ticket = next_ticket_++;
+  flight.batch = std::move(batch);
+  flight.tap_names = std::move(taps);
+  flight.taps.clear();
+  flight.error = nullptr;
+  queue_.push([this, &flight] {
+    try {
+      forward(flight);
+    } catch (...) {
+      flight.error = std::current_exception();
+    }
+  });
+  return flight.ticket;
+}
+
+Runtime::Flight& Runtime::flight_of(std::int64_t ticket) {
+  for (Flight& flight : flights_) {
+    if (flight.open && flight.ticket == ticket) return flight;
+  }
+  throw std::invalid_argument(text("ticket ", ticket, " is not open"));
+}
+
+void Runtime::reserve(Buffer& buffer, std::size_t bytes) {
+  if (buffer.bytes() >= bytes) return;
+  buffer = Buffer();  // the old one goes first: both may not fit
+  buffer = Buffer(backend_.get(), bytes);
+  ++growths_;
+}
+
+View Runtime::logits_view(const Flight& flight) const {
+  return {flight.logits.as<float>(), flight.batch.num_rows(), spec_.vocab_size, spec_.vocab_size};
+}
+
+void Runtime::forward(Flight& flight) {
+  const std::int64_t growths_before = flight.upload.growths();
+  flight.step = flight.upload.upload(*backend_, flight.batch, options_.block_size,
+                                     sampled_.as<std::int32_t>());
+  growths_ += flight.upload.growths() - growths_before;
+  const auto num_rows = static_cast<std::size_t>(flight.batch.num_rows());
+  reserve(flight.logits, num_rows * static_cast<std::size_t>(spec_.vocab_size) * 4);
+  reserve(flight.normed, num_rows * static_cast<std::size_t>(spec_.hidden_size) * 4);
+  const View normed{flight.normed.as<float>(), flight.batch.num_rows(), spec_.hidden_size,
+                    spec_.hidden_size};
+  if (flight.tap_names.empty()) {
+    const StepKey key{flight.batch.num_seqs(), flight.batch.tokens_per_seq(),
+                      flight.batch.max_blocks};
+    backend_->run(key, [&] {
+      decoder_.forward(flight.step, kv_, logits_view(flight), normed, nullptr);
+    });
+  } else {
+    TapRecorder recorder(*backend_, flight.tap_names, flight.taps);
+    decoder_.forward(flight.step, kv_, logits_view(flight), normed, &recorder);
+  }
+}
+
+void Runtime::sample(std::int64_t ticket, std::vector<std::int32_t> masks) {
+  Flight& flight = flight_of(ticket);
+  require(!flight.sampling_queued, "ticket ", ticket, " is sampled already");
+  const std::int64_t words = (spec_.vocab_size + 31) / 32;
+  require(masks.empty() ||
+              static_cast<std::int64_t>(masks.size()) == flight.batch.num_rows() * words,
+          "masks has ", masks.size(), " words; expected ", words, " for each of ",
+          flight.batch.num_rows(), " rows");
+  flight.sampling_queued = true;
+  queue_.push([this, &flight, masks = std::move(masks)] {
+    if (flight.error) return;  // the forward pass failed: there is nothing to sample from
+    try {
+      draw(flight, masks);
+    } catch (...) {
+      flight.error = std::current_exception();
+    }
+  });
+}
+
+Samples Runtime::samples_of(Flight& flight) const {
+  Samples samples;
+  samples.token_ids = flight.token_ids.as<std::int32_t>();
+  samples.logprobs = flight.logprobs.as<float>();
+  samples.finite = flight.finite.as<std::uint8_t>();
+  samples.top_token_ids = flight.top_token_ids.as<std::int32_t>();
+  samples.top_logprobs = flight.top_logprobs.as<float>();
+  samples.num_top = flight.batch.num_top();
+  return samples;
+}
+
+void Runtime::draw(Flight& flight, const std::vector<std::int32_t>& masks) {
+  const auto num_rows = static_cast<std::size_t>(flight.batch.num_rows());
+  if (num_rows == 0) return;
+  const std::size_t num_top = num_rows * static_cast<std::size_t>(flight.batch.num_top());
+  reserve(flight.token_ids, num_rows * 4);
+  reserve(flight.logprobs, num_rows * 4);
+  reserve(flight.finite, num_rows);
+  reserve(flight.top_token_ids, num_top * 4);
+  reserve(flight.top_logprobs, num_top * 4);
+  reserve(flight.masks, masks.size() * 4);
+  if (!masks.empty()) backend_->upload(flight.masks.data(), masks.data(), masks.size() * 4);
+  backend_->sample(samples_of(flight), logits_view(flight),
+                   masks.empty() ? nullptr : flight.masks.as<std::int32_t>(), flight.step);
+}
+
+std::vector<float> Runtime::logits(std::int64_t ticket) {
+  Flight& flight = flight_of(ticket);
+  std::vector<float> values(
+      static_cast<std::size_t>(flight.batch.num_rows() * spec_.vocab_size));
+  queue_.run([&] {
+    if (flight.error) std::rethrow_exception(flight.error);
+    if (!values.empty())
+      backend_->download(values.data(), flight.logits.data(), values.size() * 4);
+  });
+  return values;
+}
+
+StepResult Runtime::collect(Flight& flight) {
+  StepResult result;
+  result.num_rows = flight.batch.num_rows();
+  result.num_top = flight.batch.num_top();
+  const auto fetch = [&](auto& values, const Buffer& buffer, std::int64_t count) {
+    values.resize(static_cast<std::size_t>(count));
+    if (count) backend_->download(values.data(), buffer.data(), values.size() * sizeof(values[0]));
+  };
+  fetch(result.token_ids, flight.token_ids, result.num_rows);
+  fetch(result.logprobs, flight.logprobs, result.num_rows);
+  fetch(result.finite, flight.finite, result.num_rows);
+  fetch(result.top_token_ids, flight.top_token_ids, result.num_rows * result.num_top);
+  fetch(result.top_logprobs, flight.top_logprobs, result.num_rows * result.num_top);
+  result.taps = std::move(flight.taps);
+  return result;
+}
+
+StepResult Runtime::wait(std::int64_t ticket) {
+  Flight& flight = flight_of(ticket);
+  if (!flight.sampling_queued) sample(ticket, {});
+  StepResult result;
+  try {
+    queue_.run([&] {
+      if (flight.error) std::rethrow_exception(flight.error);
+      result = collect(flight);
+    });
+  } catch (...) {
+    flight.open = false;
+    throw;
+  }
+  flight.open = false;
+  return result;
+}
+
+}  // namespace octavo

@@ -1,0 +1,129 @@
+// One model on one device: the model-level seam that Python drives.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/batch.h"
+#include "core/decoder.h"
+#include "core/weights.h"
+
+namespace octavo {
+
+// Runs jobs one after the other on a thread of its own, so that `submit` returns at once.
+class JobQueue {
+ public:
+  JobQueue();
+  ~JobQueue();  // finishes what is queued
+  void push(std::function<void()> job);
+  // Runs `job` behind all others, waits for it, and throws here what it threw there.
+  void run(const std::function<void()>& job);
+
+ private:
+  void work();
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> jobs_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+// A tapped matrix, copied to host memory.
+struct TapResult {
+  std::string name;
+  std::int64_t rows = 0, cols = 0;
+  std::vector<float> values;
+};
+
+struct StepResult {
+  std::int64_t num_rows = 0, num_top = 0;
+  std::vector<std::int32_t> token_ids, top_token_ids;
+  std::vector<float> logprobs, top_logprobs;
+  std::vector<std::uint8_t> finite;
+  std::vector<TapResult> taps;  // in the order of execution
+};
+
+struct MemoryUse {
+  std::int64_t weights = 0, kv_cache = 0, workspace = 0, available = 0;
+};
+
+class Runtime {
+ public:
+  Runtime(const std::string& device, const ModelSpec& spec, const RuntimeOptions& options);
+  ~Runtime();
+
+  void load(const std::string& name, const void* data, DType dtype,
+            const std::vector<std::int64_t>& shape);
+  std::vector<std::string> missing_weights() const;
+
+  std::int64_t kv_bytes_per_block() const;
+  void alloc_kv(std::int64_t num_blocks);
+  void copy_blocks(std::int64_t kv_group, const std::vector<std::int32_t>& pairs);
+  MemoryUse memory() const;
+  std::int64_t allocations() const { return growths_; }
+  const ModelSpec& spec() const { return spec_; }
+
+  // Queues the forward pass; the ticket names the step until `wait` closes it. At most two may be
+  // open. taps: names, or "*" for all.
+  std::int64_t submit(Batch batch, std::vector<std::string> taps);
+  // masks: (num_rows, ceil(vocab / 32)) words, or empty.
+  void sample(std::int64_t ticket, std::vector<std::int32_t> masks);
+  // Waits for the forward pass; (num_rows, vocab). The ticket stays open.
+  std::vector<float> logits(std::int64_t ticket);
+  StepResult wait(std::int64_t ticket);
+
+ private:
+  static constexpr std::int64_t kMaxInFlight = 2;
+
+  // What one open step owns; two of them take turns.
+  struct Flight {
+    bool open = false;
+    bool sampling_queued = false;
+    std::int64_t ticket = -1;
+    Batch batch;
+    std::vector<std::string> tap_names;
+    std::vector<TapResult> taps;
+    std::exception_ptr error;
+    StepUpload upload;
+    Step step;
+    Buffer logits, normed, masks, token_ids, logprobs, finite, top_token_ids, top_logprobs;
+  };
+
+  Flight& flight_of(std::int64_t ticket);
+  void forward(Flight& flight);
+  void draw(Flight& flight, const std::vector<std::int32_t>& masks);
+  StepResult collect(Flight& flight);
+  // Grows `buffer` when it is too small, and counts that.
+  void reserve(Buffer& buffer, std::size_t bytes);
+  View logits_view(const Flight& flight) const;
+  Samples samples_of(Flight& flight) const;
+
+  ModelSpec spec_;
+  RuntimeOptions options_;
+  DType kv_dtype_;
+  std::unique_ptr<Backend> backend_;
+  Weights weights_;
+  Decoder decoder_;
+  Buffer sampled_;
+  std::vector<Buffer> kv_buffers_;
+  std::vector<KvLayer> kv_;
+  Flight flights_[kMaxInFlight];
+  std::int64_t next_ticket_ = 0;
+  std::int64_t growths_ = 0;
+  bool weights_complete_ = false;
+  JobQueue queue_;  // last: its thread ends before anything it uses goes
+};
+
+}  // namespace octavo

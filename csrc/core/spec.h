@@ -1,0 +1,90 @@
+// The model in numbers: the C++ side of python/octavo/models/spec.py, field for field.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace octavo {
+
+enum class NormKind : std::uint8_t { rms, layer };
+enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
+enum class RopeScaling : std::uint8_t { none, linear, llama3 };
+
+struct NormSpec {
+  NormKind kind = NormKind::rms;
+  float eps = 1e-5f;
+  bool bias = false;
+};
+
+struct RopeSpec {
+  double theta = 10000.0;
+  RopeScaling scaling = RopeScaling::none;
+  double factor = 1.0;
+  double low_freq_factor = 1.0;
+  double high_freq_factor = 4.0;
+  std::int64_t original_max_position_embeddings = 8192;
+
+  bool operator==(const RopeSpec& other) const {
+    return theta == other.theta && scaling == other.scaling && factor == other.factor &&
+           low_freq_factor == other.low_freq_factor && high_freq_factor == other.high_freq_factor &&
+           original_max_position_embeddings == other.original_max_position_embeddings;
+  }
+};
+
+struct LayerSpec {
+  std::int64_t num_heads = 0;
+  std::int64_t num_kv_heads = 0;
+  std::int64_t head_dim = 0;
+  std::int64_t intermediate_size = 0;
+  NormSpec norm;
+  std::optional<RopeSpec> rope;
+  Activation activation = Activation::silu;
+  bool gated = true;
+  bool qkv_bias = false;
+  bool o_bias = false;
+  bool mlp_bias = false;
+  std::int64_t window = 0;    // 0: no limit
+  std::int64_t kv_group = 0;  // which of a sequence's block tables
+
+  std::int64_t q_size() const { return num_heads * head_dim; }
+  std::int64_t kv_size() const { return num_kv_heads * head_dim; }
+};
+
+struct ModelSpec {
+  std::string architecture;
+  std::int64_t vocab_size = 0;
+  std::int64_t hidden_size = 0;
+  std::int64_t max_position_embeddings = 0;
+  std::vector<LayerSpec> layers;
+  NormSpec final_norm;
+  bool tie_word_embeddings = false;
+  bool learned_positions = false;
+
+  std::int64_t num_kv_groups() const {
+    std::int64_t last = 0;
+    for (const LayerSpec& layer : layers) last = layer.kv_group > last ? layer.kv_group : last;
+    return last + 1;
+  }
+};
+
+// How a model is run: the C++ side of RuntimeOptions in python/octavo/config.py.
+struct RuntimeOptions {
+  std::string dtype = "f32";
+  std::string kv_dtype = "f32";
+  std::int64_t block_size = 16;
+  std::int64_t max_model_len = 0;
+  std::int64_t max_num_seqs = 1;
+  std::int64_t max_num_batched_tokens = 512;
+  int num_threads = 0;
+  std::string isa = "auto";
+};
+
+// Inverse wavelengths of the rotary embedding, head_dim / 2 of them, in radians a position.
+//
+// float32 exactly as Hugging Face computes them, since a position of 1,500 multiplies any
+// difference. Su et al. 2021; "llama3" is the smooth rule of Llama 3.1.
+std::vector<float> rope_frequencies(const RopeSpec& rope, std::int64_t head_dim);
+
+}  // namespace octavo

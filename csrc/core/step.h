@@ -1,0 +1,43 @@
+// What changes from step to step. All of it lies in device memory and arrives in one upload.
+#pragma once
+
+#include <cstdint>
+
+namespace octavo {
+
+// A ragged batch, as the ops see it. Every pointer is device memory; sizes are in brackets.
+// `python/octavo/_native.pyi`, class Batch, says what the fields mean.
+struct Step {
+  std::int64_t num_tokens = 0;
+  std::int64_t num_seqs = 0;
+  std::int64_t num_rows = 0;    // rows whose logits are wanted
+  std::int64_t max_blocks = 0;  // width of a block table
+
+  const std::int32_t* token_ids = nullptr;     // [num_tokens]; -1 - r: sampled[r]
+  const std::int32_t* positions = nullptr;     // [num_tokens]
+  const std::int32_t* slots = nullptr;         // [num_kv_groups, num_tokens]; -1: store nothing
+  const std::int32_t* row_starts = nullptr;    // [num_seqs + 1]
+  const std::int32_t* context_lens = nullptr;  // [num_seqs], new tokens included
+  const std::int32_t* block_tables = nullptr;  // [num_kv_groups, num_seqs, max_blocks]
+  const std::int32_t* logit_rows = nullptr;    // [num_rows]
+
+  // One entry a logit row.
+  const float* temperature = nullptr;
+  const std::int32_t* top_k = nullptr;
+  const float* top_p = nullptr;
+  const float* min_p = nullptr;
+  const std::uint64_t* seed = nullptr;
+  const std::int32_t* sample_index = nullptr;
+  const std::int32_t* num_logprobs = nullptr;
+  const std::int32_t* sample_positions = nullptr;  // position of the token to be drawn
+  const std::int32_t* state_rows = nullptr;        // -1: keep the drawn token nowhere
+
+  std::int32_t* sampled = nullptr;  // [max_num_seqs], lives on: what each state row drew last
+
+  const std::int32_t* slots_of(std::int64_t group) const { return slots + group * num_tokens; }
+  const std::int32_t* block_table(std::int64_t group, std::int64_t seq) const {
+    return block_tables + (group * num_seqs + seq) * max_blocks;
+  }
+};
+
+}  // namespace octavo

@@ -1,0 +1,258 @@
+// Paged attention: rotating and storing, and cutting attention into pieces for the threads.
+
+#include "cpu/backend.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace octavo::cpu {
+
+namespace {
+
+KvLayout make_layout(DType dtype, std::int64_t block_size, std::int64_t head_dim,
+                     std::int64_t num_kv_heads) {
+  KvLayout layout;
+  layout.dtype = dtype;
+  layout.block_size = block_size;
+  layout.head_dim = head_dim;
+  layout.padded_dim = (head_dim + kLanes - 1) / kLanes * kLanes;
+  layout.num_kv_heads = num_kv_heads;
+  return layout;
+}
+
+KvLayout layout_of(const KvLayer& kv) {
+  return make_layout(kv.dtype, kv.block_size, kv.head_dim, kv.num_kv_heads);
+}
+
+// x[i], x[i + half] -> rotated by the angle whose cosine and sine are given.
+void rotate(float* x, const float* cosines, const float* sines, std::int64_t half) {
+  for (std::int64_t i = 0; i < half; ++i) {
+    const float first = x[i], second = x[i + half];
+    x[i] = first * cosines[i] - second * sines[i];
+    x[i + half] = second * cosines[i] + first * sines[i];
+  }
+}
+
+template <class Item>
+Item stored(float value) {
+  if constexpr (sizeof(Item) == 2) {
+    return float_to_bf16(value);
+  } else {
+    return value;
+  }
+}
+
+template <class Item>
+void store_token(unsigned char* block, const KvLayout& layout, std::int64_t within,
+                 const float* keys, const float* values) {
+  for (std::int64_t head = 0; head < layout.num_kv_heads; ++head) {
+    Item* items = reinterpret_cast<Item*>(block) + head * layout.head_items();
+    for (std::int64_t d = 0; d < layout.head_dim; ++d) {
+      items[layout.key_item(within, d)] = stored<Item>(keys[head * layout.head_dim + d]);
+      items[layout.value_item(within, d)] = stored<Item>(values[head * layout.head_dim + d]);
+    }
+  }
+}
+
+// One piece of attention: some query rows of one sequence and KV head. A row is a new token and
+// one of the group's query heads; rows are numbered token by token.
+struct Piece {
+  std::int64_t seq, head, first_row, rows;
+  std::int64_t last_position;  // of its last row
+
+  std::int64_t splits() const { return last_position / kAttentionSplit + 1; }
+};
+
+std::vector<Piece> cut_pieces(const LayerSpec& layer, const Step& step) {
+  std::vector<Piece> pieces;
+  const std::int64_t group = layer.num_heads / layer.num_kv_heads;
+  for (std::int64_t seq = 0; seq < step.num_seqs; ++seq) {
+    const std::int64_t first_token = step.row_starts[seq];
+    const std::int64_t rows = (step.row_starts[seq + 1] - first_token) * group;
+    for (std::int64_t head = 0; head < layer.num_kv_heads; ++head) {
+      for (std::int64_t row = 0; row < rows; row += kMaxAttendRows) {
+        const std::int64_t count = std::min<std::int64_t>(kMaxAttendRows, rows - row);
+        const std::int64_t last_token = first_token + (row + count - 1) / group;
+        pieces.push_back({seq, head, row, count, step.positions[last_token]});
+      }
+    }
+  }
+  return pieces;
+}
+
+AttendTask make_task(const Piece& piece, View q, const LayerSpec& layer, float scale,
+                     const KvLayer& kv, const Step& step) {
+  AttendTask task;
+  task.layout = layout_of(kv);
+  task.kv = static_cast<const unsigned char*>(kv.data) +
+            piece.head * task.layout.head_items() * item_size(kv.dtype);
+  task.block_table = step.block_table(layer.kv_group, piece.seq);
+  task.window = layer.window;
+  task.scale = scale;
+  task.rows = static_cast<int>(piece.rows);
+  const std::int64_t group = layer.num_heads / layer.num_kv_heads;
+  for (int r = 0; r < task.rows; ++r) {
+    const std::int64_t row = piece.first_row + r;
+    const std::int64_t token = step.row_starts[piece.seq] + row / group;
+    task.q[r] = q.row(token) + (piece.head * group + row % group) * layer.head_dim;
+    task.position[r] = step.positions[token];
+  }
+  return task;
+}
+
+void set_range(AttendTask& task, std::int64_t split) {
+  task.begin = split * kAttentionSplit;
+  const std::int64_t last = *std::max_element(task.position, task.position + task.rows);
+  task.end = std::min(task.begin + kAttentionSplit, last + 1);
+}
+
+// Row r of a piece: where its result belongs.
+float* result_row(View out, const Piece& piece, const LayerSpec& layer, const Step& step,
+                  std::int64_t r) {
+  const std::int64_t group = layer.num_heads / layer.num_kv_heads;
+  const std::int64_t row = piece.first_row + r;
+  return out.row(step.row_starts[piece.seq] + row / group) +
+         (piece.head * group + row % group) * layer.head_dim;
+}
+
+}  // namespace
+
+std::int64_t CpuBackend::kv_block_bytes(const LayerSpec& layer, DType dtype,
+                                        std::int64_t block_size) const {
+  return make_layout(dtype, block_size, layer.head_dim, layer.num_kv_heads).block_bytes();
+}
+
+void CpuBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
+                                const Step& step) {
+  const KvLayout layout = layout_of(kv);
+  const std::int32_t* slots = step.slots_of(layer.kv_group);
+  const std::int64_t half = layer.head_dim / 2;
+  each_row(qkv, [&](std::int64_t t) {
+    float* row = qkv.row(t);
+    if (rope) {
+      const float* cosines = rope->cosines + step.positions[t] * half;
+      const float* sines = rope->sines + step.positions[t] * half;
+      for (std::int64_t head = 0; head < layer.num_heads + layer.num_kv_heads; ++head)
+        rotate(row + head * layer.head_dim, cosines, sines, half);
+    }
+    if (slots[t] < 0) return;
+    const float* keys = row + layer.q_size();
+    const float* values = keys + layer.kv_size();
+    unsigned char* block = static_cast<unsigned char*>(kv.data) +
+                           slots[t] / kv.block_size * kv.block_bytes;
+    const std::int64_t within = slots[t] % kv.block_size;
+    if (kv.dtype == DType::bf16) {
+      store_token<std::uint16_t>(block, layout, within, keys, values);
+    } else {
+      store_token<float>(block, layout, within, keys, values);
+    }
+  });
+}
+
+void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale,
+                           const KvLayer& kv, const Step& step) {
+  const std::vector<Piece> pieces = cut_pieces(layer, step);
+  const std::int64_t padded = layout_of(kv).padded_dim;
+  std::int64_t most_splits = 1, total_splits = 0;
+  for (const Piece& piece : pieces) {
+    most_splits = std::max(most_splits, piece.splits());
+    total_splits += piece.splits();
+  }
+  const auto num_pieces = static_cast<std::int64_t>(pieces.size());
+  const auto finish = [&](const Piece& piece, std::int64_t r, const AttendState& state) {
+    float* result = result_row(out, piece, layer, step, r);
+    for (std::int64_t d = 0; d < layer.head_dim; ++d) result[d] = state.out[d] / state.sum;
+  };
+
+  // Enough pieces for all threads: each goes through its context alone, range by range.
+  const bool spread = pool_.size() > 1 && num_pieces < 4 * pool_.size() && most_splits > 1;
+  const std::int64_t piece_floats = kMaxAttendRows * padded;
+  if (!spread) {
+    float* memory = scratch(attention_scratch_, 2 * piece_floats * pool_.size());
+    const auto attend_piece = [&](std::int64_t index, int thread) {
+      const Piece& piece = pieces[static_cast<std::size_t>(index)];
+      AttendTask task = make_task(piece, q, layer, scale, kv, step);
+      AttendState total[kMaxAttendRows], part[kMaxAttendRows];
+      float* mine = memory + 2 * piece_floats * thread;
+      for (int r = 0; r < task.rows; ++r) {
+        total[r].out = mine + r * padded;
+        part[r].out = mine + piece_floats + r * padded;
+      }
+      for (std::int64_t split = 0; split < piece.splits(); ++split) {
+        set_range(task, split);
+        kernels_.attend(task, split == 0 ? total : part);
+        for (int r = 0; split > 0 && r < task.rows; ++r)
+          kernels_.merge(total[r], part[r], padded);
+      }
+      for (int r = 0; r < task.rows; ++r) finish(piece, r, total[r]);
+    };
+    constexpr std::int64_t kWorthThreads = 1 << 13;  // query rows x stored tokens
+    std::int64_t work = 0;
+    for (const Piece& piece : pieces) work += piece.rows * (piece.last_position + 1);
+    if (work < kWorthThreads) {
+      for (std::int64_t index = 0; index < num_pieces; ++index) attend_piece(index, 0);
+    } else {
+      pool_.each(num_pieces, attend_piece);
+    }
+    return;
+  }
+
+  // Few pieces, long contexts: the ranges go to the threads, then the results are merged.
+  float* memory = scratch(attention_scratch_, total_splits * piece_floats);
+  std::vector<AttendState> states(static_cast<std::size_t>(total_splits * kMaxAttendRows));
+  std::vector<std::pair<std::int64_t, std::int64_t>> jobs;  // piece, split
+  for (std::int64_t index = 0; index < num_pieces; ++index) {
+    for (std::int64_t split = 0; split < pieces[static_cast<std::size_t>(index)].splits(); ++split)
+      jobs.emplace_back(index, split);
+  }
+  pool_.each(total_splits, [&](std::int64_t job, int) {
+    const auto [index, split] = jobs[static_cast<std::size_t>(job)];
+    AttendTask task = make_task(pieces[static_cast<std::size_t>(index)], q, layer, scale, kv, step);
+    set_range(task, split);
+    AttendState* mine = states.data() + job * kMaxAttendRows;
+    for (int r = 0; r < task.rows; ++r)
+      mine[r].out = memory + job * piece_floats + r * padded;
+    kernels_.attend(task, mine);
+  });
+  std::int64_t job = 0;
+  for (const Piece& piece : pieces) {
+    AttendState* total = states.data() + job * kMaxAttendRows;
+    for (std::int64_t r = 0; r < piece.rows; ++r) {
+      for (std::int64_t split = 1; split < piece.splits(); ++split)
+        kernels_.merge(total[r], states[static_cast<std::size_t>(
+                                     (job + split) * kMaxAttendRows + r)], padded);
+      finish(piece, r, total[r]);
+    }
+    job += piece.splits();
+  }
+}
+
+void CpuBackend::read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
+                         std::vector<float>& values) {
+  const KvLayout layout = layout_of(kv);
+  keys.clear();
+  values.clear();
+  for (std::int64_t slot = 0; slot < num_slots; ++slot) {
+    const auto* block = static_cast<const unsigned char*>(kv.data) +
+                        slot / kv.block_size * kv.block_bytes;
+    const std::int64_t within = slot % kv.block_size;
+    for (std::int64_t head = 0; head < kv.num_kv_heads; ++head) {
+      const std::int64_t items = head * layout.head_items();
+      for (std::int64_t d = 0; d < kv.head_dim; ++d) {
+        keys.push_back(load_float(block, kv.dtype, items + layout.key_item(within, d)));
+        values.push_back(load_float(block, kv.dtype, items + layout.value_item(within, d)));
+      }
+    }
+  }
+}
+
+void CpuBackend::copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) {
+  auto* blocks = static_cast<unsigned char*>(kv.data);
+  for (std::int64_t i = 0; i < num_pairs; ++i) {
+    if (pairs[2 * i] == pairs[2 * i + 1]) continue;
+    std::memcpy(blocks + pairs[2 * i + 1] * kv.block_bytes, blocks + pairs[2 * i] * kv.block_bytes,
+                static_cast<std::size_t>(kv.block_bytes));
+  }
+}
+
+}  // namespace octavo::cpu

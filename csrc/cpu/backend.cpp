@@ -1,0 +1,196 @@
+// Memory, packing, and the ops that touch each number once.
+
+#include "cpu/backend.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "cpu/platform.h"
+
+namespace octavo::cpu {
+
+namespace {
+
+constexpr std::size_t kAlignment = 64;               // a cache line
+constexpr std::size_t kLargePage = std::size_t{2} << 20;
+
+// Element (row, input) of packed weights; kernels.h has the layout.
+std::int64_t packed_item(const Linear& linear, std::int64_t depth, std::int64_t row,
+                         std::int64_t input) {
+  const std::int64_t panel = row / kLanes * depth * kLanes, lane = row % kLanes;
+  if (linear.format == DType::bf16) return panel + (input / 2 * kLanes + lane) * 2 + input % 2;
+  return panel + input * kLanes + lane;
+}
+
+std::int64_t padded_depth(std::int64_t inputs) {
+  return (inputs + kDepthBlock - 1) / kDepthBlock * kDepthBlock;
+}
+
+void unpack_row(float* out, const Linear& table, std::int64_t row, bool add) {
+  const std::int64_t depth = padded_depth(table.inputs);
+  for (std::int64_t i = 0; i < table.inputs; ++i) {
+    const float value = load_float(table.weight.data(), table.format,
+                                   packed_item(table, depth, row, i));
+    out[i] = add ? out[i] + value : value;
+  }
+}
+
+}  // namespace
+
+CpuBackend::CpuBackend(int num_threads, const std::string& isa)
+    : pool_(num_threads > 0 ? num_threads : physical_cores()), kernels_(kernels_for(isa)) {}
+
+void* CpuBackend::allocate(std::size_t bytes) {
+  if (bytes == 0) return nullptr;
+  const std::size_t alignment = bytes >= kLargePage ? kLargePage : kAlignment;
+  if (bytes > SIZE_MAX - alignment) throw std::bad_alloc();
+  const std::size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  void* data = std::aligned_alloc(alignment, rounded);
+  if (!data) throw std::bad_alloc();
+  if (alignment == kLargePage) advise_large_pages(data, rounded);
+  std::memset(data, 0, rounded);
+  return data;
+}
+
+void CpuBackend::release(void* data, std::size_t) noexcept { std::free(data); }
+
+void CpuBackend::upload(void* device, const void* host, std::size_t bytes) {
+  std::memcpy(device, host, bytes);
+}
+
+void CpuBackend::download(void* host, const void* device, std::size_t bytes) {
+  std::memcpy(host, device, bytes);
+}
+
+std::size_t CpuBackend::available_memory() const { return cpu::available_memory(); }
+
+Linear CpuBackend::make_linear(std::int64_t outputs, std::int64_t inputs, DType format,
+                               bool with_bias) {
+  require(format != DType::f16, "the CPU computes with f32 or bf16 weights, not f16");
+  Linear linear;
+  linear.outputs = outputs;
+  linear.inputs = inputs;
+  linear.format = format;
+  const std::int64_t panels = (outputs + kLanes - 1) / kLanes;
+  linear.weight = Buffer(this, static_cast<std::size_t>(panels * kLanes * padded_depth(inputs) *
+                                                        item_size(format)));
+  if (with_bias) linear.bias = Buffer(this, static_cast<std::size_t>(outputs) * 4);
+  return linear;
+}
+
+void CpuBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) {
+  const std::int64_t depth = padded_depth(linear.inputs);
+  each_row({nullptr, rows.rows, rows.cols, rows.cols}, [&](std::int64_t row) {
+    for (std::int64_t i = 0; i < rows.cols; ++i) {
+      const std::int64_t from = row * rows.cols + i;
+      const std::int64_t to = packed_item(linear, depth, first_row + row, i);
+      if (linear.format == DType::f32) {
+        linear.weight.as<float>()[to] = load_float(rows.data, rows.dtype, from);
+      } else if (rows.dtype == DType::bf16) {
+        linear.weight.as<std::uint16_t>()[to] = static_cast<const std::uint16_t*>(rows.data)[from];
+      } else {
+        linear.weight.as<std::uint16_t>()[to] =
+            float_to_bf16(load_float(rows.data, rows.dtype, from));
+      }
+    }
+  });
+}
+
+std::vector<std::string> CpuBackend::unsupported(const ModelSpec&) const { return {}; }
+
+void CpuBackend::embed(View out, const Linear& table, const Linear* positions, const Step& step) {
+  each_row(out, [&](std::int64_t t) {
+    const std::int32_t id = step.token_ids[t];
+    unpack_row(out.row(t), table, id >= 0 ? id : step.sampled[-1 - id], false);
+    if (positions) unpack_row(out.row(t), *positions, step.positions[t], true);
+  });
+}
+
+void CpuBackend::norm(View out, View x, const Norm& norm) {
+  each_row(out, [&](std::int64_t row) {
+    kernels_.norm(out.row(row), x.row(row), norm.weight, norm.bias, norm.spec.eps, norm.spec.kind,
+                  out.cols);
+  });
+}
+
+void CpuBackend::add_norm(View out, View residual, View x, const Norm& norm) {
+  each_row(out, [&](std::int64_t row) {
+    kernels_.add(residual.row(row), x.row(row), residual.cols);
+    kernels_.norm(out.row(row), residual.row(row), norm.weight, norm.bias, norm.spec.eps,
+                  norm.spec.kind, out.cols);
+  });
+}
+
+void CpuBackend::linear(View out, View x, const Linear& weight) {
+  LinearTask task;
+  task.weight = weight.weight.data();
+  task.format = weight.format;
+  task.depth = padded_depth(weight.inputs);
+  task.outputs = weight.outputs;
+  task.bias = weight.bias.as<float>();
+  task.out = out.data;
+  task.out_stride = out.stride;
+  if (weight.format == DType::f32 && task.depth == weight.inputs) {
+    task.x = x.data;
+    task.x_stride = x.stride;
+  } else {
+    float* rounded = scratch(linear_scratch_, x.rows * task.depth);
+    each_row(x, [&](std::int64_t row) {
+      float* to = rounded + row * task.depth;
+      if (weight.format == DType::bf16) {
+        kernels_.round_bf16(to, x.row(row), x.cols);
+      } else {
+        std::copy_n(x.row(row), x.cols, to);
+      }
+      std::fill(to + x.cols, to + task.depth, 0.0f);
+    });
+    task.x = rounded;
+    task.x_stride = task.depth;
+  }
+
+  const std::int64_t panels = (weight.outputs + kLanes - 1) / kLanes;
+  constexpr std::int64_t kFewRows = 8;  // as many rows as stay in the first cache beside weights
+  if (x.rows <= kFewRows) {
+    // Weights are read once: every thread streams a piece of its own, the same in every step.
+    pool_.run([&](int thread) {
+      const std::int64_t first = panels * thread / pool_.size();
+      const std::int64_t last = panels * (thread + 1) / pool_.size();
+      kernels_.linear(task, 0, x.rows, first, last);
+    });
+    return;
+  }
+  // Pieces of rows x panels that fit the second cache, taken by whichever thread is free.
+  constexpr std::int64_t kRowPiece = 96, kPanelPiece = 8;
+  const std::int64_t row_pieces = (x.rows + kRowPiece - 1) / kRowPiece;
+  const std::int64_t panel_pieces = (panels + kPanelPiece - 1) / kPanelPiece;
+  pool_.each(row_pieces * panel_pieces, [&](std::int64_t index, int) {
+    const std::int64_t row = index % row_pieces * kRowPiece;
+    const std::int64_t panel = index / row_pieces * kPanelPiece;
+    kernels_.linear(task, row, std::min(x.rows, row + kRowPiece), panel,
+                    std::min(panels, panel + kPanelPiece));
+  });
+}
+
+void CpuBackend::gated_activation(View out, View x, Activation activation, bool gated) {
+  each_row(out, [&](std::int64_t row) {
+    const float* first = x.row(row);
+    kernels_.activate(out.row(row), gated ? first : nullptr, gated ? first + out.cols : first,
+                      activation, out.cols);
+  });
+}
+
+void CpuBackend::take_rows(View out, View x, const std::int32_t* rows) {
+  for (std::int64_t i = 0; i < out.rows; ++i) std::copy_n(x.row(rows[i]), out.cols, out.row(i));
+}
+
+}  // namespace octavo::cpu
+
+namespace octavo {
+
+std::unique_ptr<Backend> make_cpu_backend(int num_threads, const std::string& isa) {
+  return std::make_unique<cpu::CpuBackend>(num_threads, isa);
+}
+
+}  // namespace octavo

@@ -1,0 +1,79 @@
+// The CPU backend: every op of core/backend.h over the kernels of one instruction set.
+#pragma once
+
+#include "core/backend.h"
+#include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
+
+namespace octavo::cpu {
+
+// Attention sums up ranges of this many tokens, which begin at absolute multiples of it, and
+// merges them in ascending order: so a context can be split over threads without changing a bit.
+constexpr std::int64_t kAttentionSplit = 256;
+
+class CpuBackend : public Backend {
+ public:
+  CpuBackend(int num_threads, const std::string& isa);
+
+  void* allocate(std::size_t bytes) override;
+  void release(void* data, std::size_t bytes) noexcept override;
+  void upload(void* device, const void* host, std::size_t bytes) override;
+  void download(void* host, const void* device, std::size_t bytes) override;
+  std::size_t available_memory() const override;
+
+  Linear make_linear(std::int64_t outputs, std::int64_t inputs, DType format,
+                     bool with_bias) override;
+  void pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) override;
+  void read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
+               std::vector<float>& values) override;
+  std::int64_t kv_block_bytes(const LayerSpec& layer, DType dtype,
+                              std::int64_t block_size) const override;
+  std::vector<std::string> unsupported(const ModelSpec& spec) const override;
+
+  void embed(View out, const Linear& table, const Linear* positions, const Step& step) override;
+  void norm(View out, View x, const Norm& norm) override;
+  void add_norm(View out, View residual, View x, const Norm& norm) override;
+  void linear(View out, View x, const Linear& weight) override;
+  void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
+                      const Step& step) override;
+  void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
+                 const Step& step) override;
+  void gated_activation(View out, View x, Activation activation, bool gated) override;
+  void take_rows(View out, View x, const std::int32_t* rows) override;
+  void sample(const Samples& out, View logits, const std::int32_t* masks,
+              const Step& step) override;
+  void log_softmax(View out, View logits) override;
+  void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) override;
+
+  void run(const StepKey&, const std::function<void()>& record) override { record(); }
+  void sync() override {}
+
+ private:
+  // Calls body(row) for every row, on all threads when there is enough to do.
+  template <class Body>
+  void each_row(View shape, Body&& body) {
+    constexpr std::int64_t kWorthThreads = 1 << 15;  // numbers; less takes under 10 microseconds
+    if (shape.rows * shape.cols < kWorthThreads) {
+      for (std::int64_t row = 0; row < shape.rows; ++row) body(row);
+      return;
+    }
+    const std::int64_t chunk = (shape.rows + 4 * pool_.size() - 1) / (4 * pool_.size());
+    pool_.each((shape.rows + chunk - 1) / chunk, [&](std::int64_t index, int) {
+      const std::int64_t end = std::min(shape.rows, (index + 1) * chunk);
+      for (std::int64_t row = index * chunk; row < end; ++row) body(row);
+    });
+  }
+
+  // Float scratch of at least `count` numbers that lives until the next call with this buffer.
+  float* scratch(std::vector<float>& buffer, std::int64_t count) {
+    if (static_cast<std::int64_t>(buffer.size()) < count)
+      buffer.resize(static_cast<std::size_t>(count));
+    return buffer.data();
+  }
+
+  ThreadPool pool_;
+  const Kernels& kernels_;
+  std::vector<float> linear_scratch_, attention_scratch_;
+};
+
+}  // namespace octavo::cpu

@@ -1,0 +1,28 @@
+// The kernels for AVX2 and FMA.
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+
+namespace octavo::cpu {
+namespace avx2 {
+
+// A tile of the matrix product: the even and odd sums of kRows x kPanels have to fit in registers.
+constexpr int kRows = 3;
+constexpr int kPanels = 1;
+constexpr int kPanelsOneRow = 3;  // more panels for one row: enough sums under way at a time
+constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
+constexpr int kScoreRows = 4;     // query rows that share a load of the keys
+
+#include "cpu/kernels/vec_avx2.h"
+//
+#include "cpu/kernels/bodies.h"
+
+}  // namespace avx2
+
+const Kernels& avx2_kernels() { return avx2::table("avx2"); }
+
+}  // namespace octavo::cpu

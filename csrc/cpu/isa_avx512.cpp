@@ -1,0 +1,28 @@
+// The kernels for AVX-512 (F, BW, DQ, VL).
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+
+namespace octavo::cpu {
+namespace avx512 {
+
+// A tile of the matrix product: the even and odd sums of kRows x kPanels have to fit in registers.
+constexpr int kRows = 6;
+constexpr int kPanels = 2;
+constexpr int kPanelsOneRow = 4;  // more panels for one row: enough sums under way at a time
+constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
+constexpr int kScoreRows = 4;     // query rows that share a load of the keys
+
+#include "cpu/kernels/vec_avx512.h"
+//
+#include "cpu/kernels/bodies.h"
+
+}  // namespace avx512
+
+const Kernels& avx512_kernels() { return avx512::table("avx512"); }
+
+}  // namespace octavo::cpu

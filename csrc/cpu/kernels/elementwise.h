@@ -1,0 +1,75 @@
+// Norms, activations, rounding: what touches each number once or twice.
+
+void round_bf16(float* out, const float* x, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) out[i] = bf16_to_float(float_to_bf16(x[i]));
+}
+
+void add_to(float* residual, const float* x, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) residual[i] = residual[i] + x[i];
+}
+
+// Sums run in 16 lanes, element i in lane i mod 16, then over the lanes.
+void norm(float* out, const float* x, const float* weight, const float* bias, float eps,
+          NormKind kind, std::int64_t count) {
+  float mean = 0.0f;
+  if (kind == NormKind::layer) {
+    Vec sum = zero();
+    for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
+      sum = add(sum, load_at(x + i, 0.0f));
+    });
+    mean = sum_lanes(sum) / static_cast<float>(count);
+  }
+  const Vec center = splat(mean);
+  Vec squares = zero();
+  for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
+    const Vec d = sub(load_at(x + i, mean), center);
+    squares = fma(d, d, squares);
+  });
+  const float variance = sum_lanes(squares) / static_cast<float>(count);
+  const Vec scale = splat(1.0f / std::sqrt(variance + eps));
+  for_each_vec(count, [&](std::int64_t i, auto load_at, auto store_at) {
+    Vec y = mul(sub(load_at(x + i, mean), center), scale);
+    y = mul(y, load_at(weight + i, 0.0f));
+    if (bias) y = add(y, load_at(bias + i, 0.0f));
+    store_at(out + i, y);
+  });
+}
+
+// x / (1 + e^-x), with e only of what is not positive, so that nothing overflows.
+inline Vec silu(Vec x) {
+  const Vec t = exp_negative(sub(zero(), max(x, sub(zero(), x))));  // e^-|x|
+  const Vec numerator = select_less(x, zero(), mul(x, t), x);
+  return div(numerator, add(splat(1.0f), t));
+}
+
+inline float gelu(float x) {
+  return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
+}
+
+inline float gelu_tanh(float x) {
+  const float inner = 0.79788456080286536f * (x + 0.044715f * x * x * x);
+  return 0.5f * x * (1.0f + std::tanh(inner));
+}
+
+template <class F>
+inline void activate_each(float* out, const float* gate, const float* up, std::int64_t count,
+                          F&& f) {
+  for (std::int64_t i = 0; i < count; ++i) out[i] = gate ? f(gate[i]) * up[i] : f(up[i]);
+}
+
+void activate(float* out, const float* gate, const float* up, Activation activation,
+              std::int64_t count) {
+  switch (activation) {
+    case Activation::silu:
+      for_each_vec(count, [&](std::int64_t i, auto load_at, auto store_at) {
+        const Vec x = load_at((gate ? gate : up) + i, 0.0f);
+        store_at(out + i, gate ? mul(silu(x), load_at(up + i, 0.0f)) : silu(x));
+      });
+      break;
+    case Activation::gelu: activate_each(out, gate, up, count, gelu); break;
+    case Activation::gelu_tanh: activate_each(out, gate, up, count, gelu_tanh); break;
+    case Activation::relu:
+      activate_each(out, gate, up, count, [](float x) { return x > 0.0f ? x : 0.0f; });
+      break;
+  }
+}

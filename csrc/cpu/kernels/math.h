@@ -1,0 +1,72 @@
+// Functions over 16 lanes that are the same to the bit on every instruction set.
+
+// The sum of the lanes, halves onto halves: one order for everybody.
+inline float sum_lanes(Vec a) {
+  float lane[16];
+  store(lane, a);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] + lane[i + width];
+  }
+  return lane[0];
+}
+
+inline float max_lanes(Vec a) {
+  float lane[16];
+  store(lane, a);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+  }
+  return lane[0];
+}
+
+// e^x for x <= 0; 0 below -87. Cephes' expf (Moshier), products not fused: the definition is
+// reference/sampling.py, exp32, and attention uses it too.
+inline Vec exp_negative(Vec given) {
+  const Vec x = max(splat(-88.0f), given);  // in range; a NaN stays one
+  const Vec n = floor(add(mul(x, splat(1.44269504088896341f)), splat(0.5f)));
+  Vec r = sub(x, mul(n, splat(0.693359375f)));
+  r = sub(r, mul(n, splat(-2.12194440e-4f)));
+  Vec p = splat(1.9875691500e-4f);
+  p = add(mul(p, r), splat(1.3981999507e-3f));
+  p = add(mul(p, r), splat(8.3334519073e-3f));
+  p = add(mul(p, r), splat(4.1665795894e-2f));
+  p = add(mul(p, r), splat(1.6666665459e-1f));
+  p = add(mul(p, r), splat(5.0000001201e-1f));
+  const Vec y = add(add(mul(p, mul(r, r)), r), splat(1.0f));
+  return select_less(given, splat(-87.0f), zero(), scale_exponent(y, n));
+}
+
+inline float exp_negative(float x) {
+  float lane[16];
+  store(lane, exp_negative(splat(x)));
+  return lane[0];
+}
+
+// The last, incomplete 16 numbers of an array, what is missing being `fill`.
+inline Vec load_tail(const float* p, std::int64_t count, float fill) {
+  float lane[16];
+  for (std::int64_t i = 0; i < 16; ++i) lane[i] = i < count ? p[i] : fill;
+  return load(lane);
+}
+
+inline void store_tail(float* p, Vec a, std::int64_t count) {
+  float lane[16];
+  store(lane, a);
+  for (std::int64_t i = 0; i < count; ++i) p[i] = lane[i];
+}
+
+// Calls body(offset, load, store) for every 16 numbers of an array of `count`; `load(p, fill)` and
+// `store(p, value)` know about the incomplete end.
+template <class Body>
+inline void for_each_vec(std::int64_t count, Body&& body) {
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    body(i, [](const float* p, float) { return load(p); },
+         [](float* p, Vec a) { store(p, a); });
+  }
+  if (i < count) {
+    const std::int64_t rest = count - i;
+    body(i, [rest](const float* p, float fill) { return load_tail(p, rest, fill); },
+         [rest](float* p, Vec a) { store_tail(p, a, rest); });
+  }
+}

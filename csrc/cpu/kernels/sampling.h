@@ -1,0 +1,135 @@
+// The arithmetic of sampling over a row of logits. reference/sampling.py defines every function
+// here, and the bits are the same: no fused products, sums in fixed point.
+
+// e^(x - max) in units of 2^-40.
+inline std::uint64_t fixed_point(float weight) {
+  return static_cast<std::uint64_t>(static_cast<double>(weight) * 1099511627776.0);
+}
+
+void exp_weights(std::uint64_t* out, const float* x, float max_value, std::int64_t count) {
+  for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
+    float lane[16];
+    store(lane, exp_negative(sub(load_at(x + i, max_value), splat(max_value))));
+    const std::int64_t left = count - i < 16 ? count - i : 16;
+    for (std::int64_t j = 0; j < left; ++j) out[i + j] = fixed_point(lane[j]);
+  });
+}
+
+std::uint64_t exp_sum(const float* x, float max_value, std::int64_t count) {
+  std::uint64_t lanes[16] = {};
+  for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
+    float lane[16];
+    // What is missing at the end lies far below every maximum and adds nothing.
+    store(lane, exp_negative(sub(load_at(x + i, max_value - 1000.0f), splat(max_value))));
+    for (int j = 0; j < 16; ++j) lanes[j] += fixed_point(lane[j]);
+  });
+  std::uint64_t total = 0;
+  for (const std::uint64_t lane : lanes) total += lane;
+  return total;
+}
+
+// log(1 + f) + e log(2) for f in [-0.293, 0.415]: Cephes' logf.
+inline float log_pieces(float f, float e) {
+  const float z = f * f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  float y = (p * f) * z;
+  y = y + e * -2.12194440e-4f;
+  y = y - 0.5f * z;
+  float r = f + y;
+  r = r + e * 0.693359375f;
+  return r;
+}
+
+inline float log_positive(float x) {
+  const std::uint32_t bits = float_bits(x);
+  const float mantissa = bits_float((bits & 0x007fffffu) | 0x3f000000u);  // in [0.5, 1)
+  const float exponent = static_cast<float>(static_cast<std::int32_t>(bits >> 23) - 126);
+  const bool low = mantissa < 0.707106781186547524f;
+  const float f = low ? (mantissa + mantissa) - 1.0f : mantissa - 1.0f;
+  return log_pieces(f, low ? exponent - 1.0f : exponent);
+}
+
+float log_one(float x) { return log_positive(x); }
+
+// A number from the standard exponential distribution out of 32 random bits, with full relative
+// precision at both ends: small results decide which token wins.
+inline float exponential_variate(std::uint32_t x) {
+  constexpr float kUnit = 2.3283064365386963e-10f;  // 2^-32
+  const bool upper = x >= 0x80000000u;
+  const std::uint32_t distance = upper ? 0xffffffffu - x : x;  // from the nearer end
+  const float w = (static_cast<float>(distance) + 0.5f) * kUnit;
+  const float near_one = -log_pieces(-w, 0.0f);
+  const float v = upper ? 1.0f - w : w;
+  const float elsewhere = -log_positive(v);
+  return upper && w <= 0.2929f ? near_one : elsewhere;
+}
+
+// Philox4x32-10 (Salmon et al. 2011): four random words out of a counter and a key.
+struct Words {
+  std::uint32_t word[4];
+};
+
+inline Words philox(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
+                    std::uint32_t k0, std::uint32_t k1) {
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c0;
+    const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * c2;
+    const std::uint32_t n0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    const std::uint32_t n2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<std::uint32_t>(p1);
+    c3 = static_cast<std::uint32_t>(p0);
+    c0 = n0;
+    c2 = n2;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// Gumbel noise of tokens first_token .. first_token + count - 1; first_token a multiple of 4.
+void gumbel(float* out, std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
+            std::int64_t first_token, std::int64_t count) {
+  const auto key0 = static_cast<std::uint32_t>(seed);
+  const auto key1 = static_cast<std::uint32_t>(seed >> 32);
+  constexpr std::int64_t kBatch = 64;  // a length the compiler can vectorize over
+  for (std::int64_t start = 0; start < count; start += kBatch) {
+    std::uint32_t random[kBatch];
+    const auto first = static_cast<std::uint32_t>((first_token + start) / 4);
+    for (std::uint32_t i = 0; i < kBatch / 4; ++i) {
+      const Words words = philox(first + i, position, sample_index, 0, key0, key1);
+      for (std::uint32_t j = 0; j < 4; ++j) random[4 * i + j] = words.word[j];
+    }
+    float noise[kBatch];
+    for (std::int64_t i = 0; i < kBatch; ++i)
+      noise[i] = -log_positive(exponential_variate(random[i]));
+    const std::int64_t left = count - start < kBatch ? count - start : kBatch;
+    for (std::int64_t i = 0; i < left; ++i) out[start + i] = noise[i];
+  }
+}
+
+float max_value(const float* x, std::int64_t count) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  Vec most = splat(kLowest);
+  for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
+    most = max(load_at(x + i, kLowest), most);
+  });
+  return max_lanes(most);
+}
+
+bool all_finite(const float* x, std::int64_t count) {
+  // x - x is 0 for a finite number and NaN for every other.
+  Vec sum = zero();
+  for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
+    const Vec value = load_at(x + i, 0.0f);
+    sum = add(sum, sub(value, value));
+  });
+  return sum_lanes(sum) == 0.0f;
+}

@@ -1,0 +1,57 @@
+// 16 lanes as two AVX registers; needs AVX2 and FMA.
+
+struct Vec {
+  __m256 a, b;  // lanes 0-7 and 8-15
+};
+
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, Vec x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+inline Vec splat(float value) {
+  const __m256 all = _mm256_set1_ps(value);
+  return {all, all};
+}
+inline Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Vec add(Vec x, Vec y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline Vec sub(Vec x, Vec y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline Vec mul(Vec x, Vec y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline Vec div(Vec x, Vec y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+// x * y + z, rounded once.
+inline Vec fma(Vec x, Vec y, Vec z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline Vec max(Vec x, Vec y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline Vec floor(Vec x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
+// u < v ? x : y
+inline Vec select_less(Vec u, Vec v, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(u.a, v.a, _CMP_LT_OQ)),
+          _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(u.b, v.b, _CMP_LT_OQ))};
+}
+// y * 2^n for whole n, by adding n to the exponent's bits.
+inline __m256 scale_exponent(__m256 y, __m256 n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvttps_epi32(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
+}
+inline Vec scale_exponent(Vec y, Vec n) {
+  return {scale_exponent(y.a, n.a), scale_exponent(y.b, n.b)};
+}
+// 16 bf16 numbers.
+inline Vec load(const std::uint16_t* p) {
+  const auto widen = [](const std::uint16_t* from) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  };
+  return {widen(p), widen(p + 8)};
+}
+// 16 pairs of bf16 numbers, each pair's first into `even`, its second into `odd`.
+inline void load_pairs(const std::uint16_t* p, Vec& even, Vec& odd) {
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
+  const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(low, mask)),
+         _mm256_castsi256_ps(_mm256_and_si256(high, mask))};
+}

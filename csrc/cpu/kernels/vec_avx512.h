@@ -1,0 +1,41 @@
+// 16 lanes as one AVX-512 register; needs AVX-512 F, BW, DQ and VL.
+
+struct Vec {
+  __m512 v;
+};
+
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
+inline Vec splat(float value) { return {_mm512_set1_ps(value)}; }
+inline Vec zero() { return {_mm512_setzero_ps()}; }
+inline Vec add(Vec x, Vec y) { return {_mm512_add_ps(x.v, y.v)}; }
+inline Vec sub(Vec x, Vec y) { return {_mm512_sub_ps(x.v, y.v)}; }
+inline Vec mul(Vec x, Vec y) { return {_mm512_mul_ps(x.v, y.v)}; }
+inline Vec div(Vec x, Vec y) { return {_mm512_div_ps(x.v, y.v)}; }
+// x * y + z, rounded once.
+inline Vec fma(Vec x, Vec y, Vec z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
+inline Vec max(Vec x, Vec y) { return {_mm512_max_ps(x.v, y.v)}; }
+inline Vec floor(Vec x) {
+  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+// u < v ? x : y
+inline Vec select_less(Vec u, Vec v, Vec x, Vec y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(u.v, v.v, _CMP_LT_OQ), y.v, x.v)};
+}
+// y * 2^n for whole n, by adding n to the exponent's bits.
+inline Vec scale_exponent(Vec y, Vec n) {
+  const __m512i exponent = _mm512_slli_epi32(_mm512_cvttps_epi32(n.v), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y.v), exponent))};
+}
+// 16 bf16 numbers.
+inline Vec load(const std::uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+// 16 pairs of bf16 numbers, each pair's first into `even`, its second into `odd`.
+inline void load_pairs(const std::uint16_t* p, Vec& even, Vec& odd) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  even = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+  odd = {_mm512_castsi512_ps(
+      _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}

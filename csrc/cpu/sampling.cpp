@@ -1,0 +1,173 @@
+// Drawing a token from each row of logits. reference/sampling.py defines every step, to the bit.
+
+#include "cpu/backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace octavo::cpu {
+
+namespace {
+
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+bool is_allowed(const std::int32_t* mask, std::int64_t token) {
+  return !mask || ((static_cast<std::uint32_t>(mask[token / 32]) >> (token % 32)) & 1u);
+}
+
+// How one row is to be drawn from.
+struct Draw {
+  float temperature, top_p, min_p;
+  std::int32_t top_k;
+  std::uint64_t seed;
+  std::uint32_t sample_index, position;
+};
+
+std::int64_t first_largest(const float* values, std::int64_t count, const Kernels& kernels) {
+  const float* found = std::find(values, values + count, kernels.max_value(values, count));
+  return found == values + count ? 0 : found - values;  // all NaN: any token, the row is flagged
+}
+
+// Orders tokens by score, the best first; the lower id first among equals.
+struct Better {
+  const float* scores;
+  bool operator()(std::int32_t a, std::int32_t b) const {
+    return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+  }
+};
+
+// Keeps the shortest prefix, best first, whose probability reaches top_p.
+void keep_top_p(std::vector<std::int32_t>& tokens, const float* scores, float max, float top_p,
+                const Kernels& kernels) {
+  std::vector<float> gathered(tokens.size());
+  for (std::size_t i = 0; i < tokens.size(); ++i) gathered[i] = scores[tokens[i]];
+  const std::uint64_t total =
+      kernels.exp_sum(gathered.data(), max, static_cast<std::int64_t>(gathered.size()));
+  const auto needed = static_cast<std::uint64_t>(
+      std::ceil(static_cast<double>(top_p) * static_cast<double>(total)));
+  std::uint64_t reached = 0;
+  // Sorted piece by piece, since a few hundred of many tokens usually do.
+  for (std::size_t begin = 0, piece = 256; begin < tokens.size(); begin += piece, piece *= 4) {
+    const std::size_t end = std::min(tokens.size(), begin + piece);
+    const auto at = [&](std::size_t i) { return tokens.begin() + static_cast<std::ptrdiff_t>(i); };
+    std::partial_sort(at(begin), at(end), tokens.end(), Better{scores});
+    for (std::size_t i = begin; i < end; ++i) {
+      std::uint64_t weight;
+      kernels.exp_weights(&weight, &scores[tokens[i]], max, 1);
+      reached += weight;
+      if (reached >= needed) {
+        tokens.resize(i + 1);
+        return;
+      }
+    }
+  }
+}
+
+std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int32_t* mask,
+                        const Draw& draw, const Kernels& kernels) {
+  std::vector<float> scores(logits, logits + vocab);
+  for (std::int64_t i = 0; mask && i < vocab; ++i) {
+    if (!is_allowed(mask, i)) scores[static_cast<std::size_t>(i)] = kNever;
+  }
+  if (draw.temperature == 0.0f) return first_largest(scores.data(), vocab, kernels);
+  for (float& score : scores) score = score / draw.temperature;
+  std::vector<float> noise(static_cast<std::size_t>(vocab));
+  kernels.gumbel(noise.data(), draw.seed, draw.sample_index, draw.position, 0, vocab);
+
+  if (draw.min_p == 0.0f && draw.top_k == 0 && draw.top_p >= 1.0f) {
+    for (std::size_t i = 0; i < scores.size(); ++i) scores[i] = scores[i] + noise[i];
+    return first_largest(scores.data(), vocab, kernels);
+  }
+  const float max = kernels.max_value(scores.data(), vocab);
+  const float lowest = draw.min_p > 0.0f ? max + kernels.log_positive(draw.min_p) : kNever;
+  std::vector<std::int32_t> tokens;
+  for (std::int64_t i = 0; i < vocab; ++i) {
+    const float score = scores[static_cast<std::size_t>(i)];
+    if (score >= lowest && score != kNever) tokens.push_back(static_cast<std::int32_t>(i));
+  }
+  if (tokens.empty()) return 0;  // every logit is a NaN, or none is allowed
+  const auto top_k = static_cast<std::size_t>(draw.top_k);
+  if (top_k > 0 && top_k < tokens.size()) {
+    std::nth_element(tokens.begin(), tokens.begin() + draw.top_k, tokens.end(),
+                     Better{scores.data()});
+    tokens.resize(top_k);
+  }
+  if (draw.top_p < 1.0f) keep_top_p(tokens, scores.data(), max, draw.top_p, kernels);
+  for (const std::int32_t token : tokens) {
+    const auto i = static_cast<std::size_t>(token);
+    scores[i] = scores[i] + noise[i];
+  }
+  return *std::min_element(tokens.begin(), tokens.end(), Better{scores.data()});
+}
+
+// log(sum of e^(logit - max)), the sum in fixed point.
+float log_sum(const float* logits, float max, std::int64_t vocab, const Kernels& kernels) {
+  const double sum = static_cast<double>(kernels.exp_sum(logits, max, vocab));
+  return static_cast<float>(std::log(sum * 0x1p-40));
+}
+
+// The most probable `count` tokens of a row and their log-probabilities.
+void list_top(const float* logits, std::int64_t vocab, float max, float log_total,
+              std::int64_t count, std::int32_t* token_ids, float* logprobs) {
+  std::vector<std::int32_t> tokens(static_cast<std::size_t>(vocab));
+  std::iota(tokens.begin(), tokens.end(), 0);
+  const auto end = tokens.begin() + static_cast<std::ptrdiff_t>(count);
+  std::partial_sort(tokens.begin(), end, tokens.end(), Better{logits});
+  for (std::int64_t i = 0; i < count; ++i) {
+    token_ids[i] = tokens[static_cast<std::size_t>(i)];
+    logprobs[i] = (logits[token_ids[i]] - max) - log_total;
+  }
+}
+
+}  // namespace
+
+void CpuBackend::sample(const Samples& out, View logits, const std::int32_t* masks,
+                        const Step& step) {
+  const std::int64_t vocab = logits.cols;
+  const std::int64_t words = (vocab + 31) / 32;
+  pool_.each(logits.rows, [&](std::int64_t row, int) {
+    const float* values = logits.row(row);
+    const bool finite = kernels_.all_finite(values, vocab);
+    const Draw draw{step.temperature[row],
+                    step.top_p[row],
+                    step.min_p[row],
+                    step.top_k[row],
+                    step.seed[row],
+                    static_cast<std::uint32_t>(step.sample_index[row]),
+                    static_cast<std::uint32_t>(step.sample_positions[row])};
+    // Of a row that is not finite nothing is drawn: comparing a NaN orders nothing.
+    const auto token = finite ? static_cast<std::int32_t>(draw_token(
+                                    values, vocab, masks ? masks + row * words : nullptr, draw,
+                                    kernels_))
+                              : 0;
+    out.finite[row] = finite;
+    out.token_ids[row] = token;
+    if (step.state_rows[row] >= 0) step.sampled[step.state_rows[row]] = token;
+
+    constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
+    const std::int64_t num_top = step.num_logprobs[row];
+    out.logprobs[row] = kNone;
+    std::fill_n(out.top_token_ids + row * out.num_top, out.num_top, -1);
+    std::fill_n(out.top_logprobs + row * out.num_top, out.num_top, kNone);
+    if (num_top < 0 || !finite) return;
+    const float max = kernels_.max_value(values, vocab);
+    const float log_total = log_sum(values, max, vocab, kernels_);
+    out.logprobs[row] = (values[token] - max) - log_total;
+    list_top(values, vocab, max, log_total, num_top, out.top_token_ids + row * out.num_top,
+             out.top_logprobs + row * out.num_top);
+  });
+}
+
+void CpuBackend::log_softmax(View out, View logits) {
+  each_row(out, [&](std::int64_t row) {
+    const float* values = logits.row(row);
+    const float max = kernels_.max_value(values, logits.cols);
+    const float log_total = log_sum(values, max, logits.cols, kernels_);
+    for (std::int64_t i = 0; i < logits.cols; ++i)
+      out.row(row)[i] = (values[i] - max) - log_total;
+  });
+}
+
+}  // namespace octavo::cpu

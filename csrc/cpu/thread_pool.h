@@ -1,0 +1,63 @@
+// Threads that wait for the next piece of an op: first spinning, then asleep.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace octavo::cpu {
+
+class ThreadPool {
+ public:
+  // num_threads counts the calling thread, which works along.
+  explicit ThreadPool(int num_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls body(thread) once on every thread and returns when all are done. `body` must not throw.
+  template <class Body>
+  void run(Body&& body) {
+    using Plain = std::remove_reference_t<Body>;
+    run_erased([](void* context, int thread) { (*static_cast<Plain*>(context))(thread); },
+               const_cast<void*>(static_cast<const void*>(&body)));
+  }
+
+  // Calls body(index, thread) for index 0 .. count - 1, each once, on whichever thread is free.
+  template <class Body>
+  void each(std::int64_t count, Body&& body) {
+    if (count <= 1 || workers_.empty()) {
+      for (std::int64_t index = 0; index < count; ++index) body(index, 0);
+      return;
+    }
+    std::atomic<std::int64_t> next{0};
+    run([&](int thread) {
+      for (std::int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+        body(index, thread);
+    });
+  }
+
+ private:
+  using Function = void (*)(void* context, int thread);
+
+  void run_erased(Function function, void* context);
+  void work(int thread);
+
+  std::vector<std::thread> workers_;
+  Function function_ = nullptr;
+  void* context_ = nullptr;
+  std::atomic<std::uint64_t> epoch_{0};  // grows by one a job
+  std::atomic<int> running_{0};          // workers that have not finished the job
+  std::atomic<int> sleeping_{0};
+  std::atomic<bool> stopping_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+}  // namespace octavo::cpu
