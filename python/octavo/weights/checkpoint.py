@@ -97,14 +97,19 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
     if load_format == "dummy":
         return Checkpoint(DummySource(expected, seed), {name: name for name in expected})
     source = open_weight_files(files.path)
-    problems = _find_problems(source, expected, files)
+    check_weights(source, files)
+    return Checkpoint(source, {name: files.weight_map[name] for name in expected})
+
+
+def check_weights(source: TensorSource, files: ModelFiles) -> None:
+    """Raise WeightsError with every way in which `source` does not fit the configuration."""
+    problems = _find_problems(source, weight_shapes(files.spec), files)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise WeightsError(
-            f"The weights in {files.path} do not fit its config.json ({count}):", problems
+            f"The weights in {files.path} do not fit its configuration ({count}):", problems
         )
     _check_redundant_head(source, files)
-    return Checkpoint(source, {name: files.weight_map[name] for name in expected})
 
 
 def open_weight_files(path: Path) -> TensorSource:

@@ -90,7 +90,7 @@ class ShardedSafetensors:
 
     def __init__(self, index_path: Path) -> None:
         """Raises WeightsError with all shards that are missing or contradict the index."""
-        places = _read_index(index_path)
+        places = read_index(index_path)
         missing = [
             f"{file} is missing; fetch it again"
             for file in sorted(set(places.values()))
@@ -223,7 +223,7 @@ def _are_sizes(values: object) -> bool:
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     """The index's weight_map: tensor name -> name of a file beside the index."""
     try:
         index = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique_keys)

