@@ -1,0 +1,86 @@
+"""From the taps that are over a tolerance to the ops to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from octavo.diff.culprits import CULPRITS
+from octavo.diff.result import Finding, TapResult
+from octavo.diff.sides import Side
+
+
+def find_culprits(
+    taps: tuple[TapResult, ...],
+    left: Side,
+    right: Side,
+    mistakes: tuple[Mapping[str, str | None], Mapping[str, str | None]],
+) -> tuple[Finding, ...]:
+    """The ops to look at, in the order of execution.
+
+    An op that is wrong in many layers has one entry. mistakes: by side, then by part of a layer,
+    what a broken op was recognized as. Where the runs part and no op is wrong by itself, one
+    entry says that.
+    """
+    findings: list[Finding] = []
+    for index, side in enumerate((left, right)):
+        wrong = [tap for tap in taps if (tap.left_broken, tap.right_broken)[index]]
+        for part in dict.fromkeys(tap.part for tap in wrong):
+            names = [tap for tap in wrong if tap.part == part]
+            findings.append(_broken(names, index, side, mistakes[index].get(part)))
+    order = {tap.name: place for place, tap in enumerate(taps)}
+    findings.sort(key=lambda finding: order[finding.tap])
+    parted = next((tap for tap in taps if tap.parted), None)
+    if parted is not None and not findings:
+        findings.append(_unexplained(parted, left, right))
+    return tuple(findings)
+
+
+def _broken(taps: list[TapResult], index: int, side: Side, mistake: str | None) -> Finding:
+    """The entry of one op of one side; taps: all the places where it is wrong."""
+    first = taps[0]
+    own, limit = (
+        (first.own_left, first.own_tolerance_left),
+        (first.own_right, first.own_tolerance_right),
+    )[index]
+    op = CULPRITS[first.part]
+    return Finding(
+        side=side.name,
+        tap=first.name,
+        taps=tuple(tap.name for tap in taps),
+        op=op.name,
+        files=_files(first.part, side),
+        evidence=f"given the same inputs, its result is {own:.1e} from the definition's "
+        f"(tolerance {limit:.1e})",
+        mistake=mistake,
+        hint=op.hint,
+    )
+
+
+def _files(part: str, side: Side) -> str:
+    op = CULPRITS[part]
+    if side.op_files == "reference":
+        return op.reference
+    return f"{op.reference}; {op.files(side.op_files)}"
+
+
+def _unexplained(tap: TapResult, left: Side, right: Side) -> Finding:
+    op = CULPRITS[tap.part]
+    unjudged = (tap.own_left is None and not left.is_definition) or (
+        tap.own_right is None and not right.is_definition
+    )
+    return Finding(
+        side="",
+        tap=tap.name,
+        taps=(tap.name,),
+        op=op.name,
+        files=_files(tap.part, left),
+        evidence=f"the runs are {tap.relative:.1e} apart here (tolerance {tap.tolerance:.1e}), "
+        + (
+            "and the op could not be judged by itself: an input is not among the taps"
+            if unjudged
+            else "though each op is right on its own inputs: rounding has added up, or the "
+            "tolerance asked for is too tight"
+        ),
+        mistake=None,
+        hint=op.hint,
+    )

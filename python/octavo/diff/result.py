@@ -1,0 +1,179 @@
+"""What a comparison found: plain data, for the terminal, for JSON and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from octavo.diff.measure import Float64, RowErrors
+
+
+@dataclass(frozen=True)
+class TapResult:
+    """One tap over all positions. Errors are of the worst row (token).
+
+    relative, max_abs, cosine_gap: left against right, see measure.RowErrors. position: the row of
+    the worst relative error. growth: relative over the largest relative of the tap's inputs; None
+    where those are 0 or unknown. own_left, own_right: each side's op against its definition on
+    that side's own inputs; None where not judged. The tolerances are those of tolerance.py.
+    """
+
+    name: str
+    layer: int | None
+    part: str
+    relative: float
+    max_abs: float
+    cosine_gap: float
+    position: int
+    growth: float | None
+    own_left: float | None
+    own_right: float | None
+    tolerance: float
+    own_tolerance_left: float
+    own_tolerance_right: float
+
+    @property
+    def parted(self) -> bool:
+        """The two runs are no longer together here."""
+        return not self.relative <= self.tolerance
+
+    @property
+    def left_broken(self) -> bool:
+        return self.own_left is not None and not self.own_left <= self.own_tolerance_left
+
+    @property
+    def right_broken(self) -> bool:
+        return self.own_right is not None and not self.own_right <= self.own_tolerance_right
+
+    @property
+    def ok(self) -> bool:
+        return not (self.parted or self.left_broken or self.right_broken)
+
+
+@dataclass(frozen=True)
+class TapRows:
+    """The heat map's figures of one tap, float64 (positions,) each."""
+
+    errors: RowErrors
+    own_left: Float64 | None
+    own_right: Float64 | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One op that is wrong, or the place where two right-looking runs part.
+
+    side: whose op, or "" where neither is at fault by itself. taps: all taps where it shows.
+    evidence: what was measured; mistake: what the op seems to do instead, if it was recognized.
+    """
+
+    side: str
+    tap: str
+    taps: tuple[str, ...]
+    op: str
+    files: str
+    evidence: str
+    mistake: str | None
+    hint: str
+
+
+@dataclass(frozen=True)
+class LogitsResult:
+    """Logits at every position. same_choice: positions where both have the same largest one."""
+
+    positions: int
+    max_abs: float
+    worst_position: int
+    same_choice: int
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.max_abs <= self.tolerance
+
+
+@dataclass(frozen=True)
+class GreedyResult:
+    """Greedy decoding on both sides.
+
+    parted_at: first step with different tokens, None if there is none. left_margin, right_margin:
+    top logit minus the second one at that step, by each side. tie: both margins are within what
+    rounding explains (bf16 only; float32 promises the same tokens).
+    """
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    parted_at: int | None
+    left_margin: float | None
+    right_margin: float | None
+    tie: bool
+
+    @property
+    def ok(self) -> bool:
+        return self.parted_at is None or self.tie
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """The left side's own prefill against its token-by-token decode, on the last positions.
+
+    promised: the side promises equality in every bit. different: rows that differ in any bit.
+    """
+
+    positions: int
+    different: int
+    max_abs: float
+    promised: bool
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.different == 0 if self.promised else self.max_abs <= self.tolerance
+
+
+@dataclass(frozen=True)
+class JudgeResult:
+    """Both sides against the same model without rounding (float64, or float32 for bf16).
+
+    left, right: relative error of the worst row, by tap. logits_*: largest absolute error.
+    """
+
+    description: str
+    left: Mapping[str, float]
+    right: Mapping[str, float]
+    logits_left: float
+    logits_right: float
+
+
+@dataclass(frozen=True)
+class DiffResult:
+    """All of a comparison."""
+
+    model: str
+    left_name: str
+    right_name: str
+    left_description: str
+    right_description: str
+    dtype: str
+    token_ids: tuple[int, ...]
+    token_texts: tuple[str, ...]
+    taps: tuple[TapResult, ...]
+    rows: Mapping[str, TapRows]
+    missing: tuple[str, ...]  # taps that one of the sides does not give
+    logits: LogitsResult
+    greedy: GreedyResult | None
+    greedy_texts: tuple[str, str]
+    decode: DecodeResult | None
+    judge: JudgeResult | None
+    findings: tuple[Finding, ...]
+    seconds: float
+
+    @property
+    def first_bad(self) -> TapResult | None:
+        """The first tap, in the order of execution, that is over a tolerance."""
+        return next((tap for tap in self.taps if not tap.ok), None)
+
+    @property
+    def ok(self) -> bool:
+        checks = (self.logits, self.greedy, self.decode)
+        return self.first_bad is None and all(check is None or check.ok for check in checks)

@@ -1,0 +1,103 @@
+"""What `octavo diff` compares: computations of the same model, all behind one small interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.diff.measure import Float32
+from octavo.reference.llama import KVCache, ReferenceModel
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What came of feeding tokens to a side.
+
+    logits: float32 (rows, vocab_size), a row for each token fed, or one row (the last token's).
+    next_token: the greedy choice after the last token, by the side's own sampler.
+    taps: name -> float32 (rows, width), empty if none were asked for.
+    """
+
+    logits: Float32
+    next_token: int
+    taps: Mapping[str, Float32] = field(default_factory=dict)
+
+
+class Side(Protocol):
+    """One way to run the model, over one sequence at a time.
+
+    name: short, for column heads. description: what exactly runs. dtype: "f32" or "bf16".
+    is_definition: its ops are the definition, so judging them by it would show nothing.
+    bit_exact: it promises that prefill and step-by-step decode agree in every bit.
+    op_files: which of a culprit's files implement this side's ops ("native", "reference", "hf").
+    rounds_output: every op's result is rounded to bf16.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def is_definition(self) -> bool: ...
+    @property
+    def bit_exact(self) -> bool: ...
+    @property
+    def op_files(self) -> str: ...
+    @property
+    def rounds_output(self) -> bool: ...
+
+    def reset(self) -> None:
+        """Forget the sequence; the next token fed is at position 0."""
+
+    def feed(self, token_ids: Int32, *, taps: bool = False, all_logits: bool = True) -> Fed:
+        """Compute the sequence's next tokens, (rows,), on top of those fed before."""
+
+
+@dataclass
+class ReferenceSide:
+    """The NumPy reference as a side."""
+
+    model: ReferenceModel
+    name: str = "reference"
+    is_definition: bool = True
+    cache: KVCache = field(default_factory=KVCache)
+
+    @property
+    def description(self) -> str:
+        arithmetic = "float64" if self.model.compute is np.float64 else "float32"
+        return f"NumPy reference, {self.model.dtype} weights, {arithmetic} arithmetic"
+
+    @property
+    def dtype(self) -> str:
+        return self.model.dtype
+
+    @property
+    def bit_exact(self) -> bool:
+        return False  # NumPy's matrix product sums in another order for one row than for many
+
+    @property
+    def op_files(self) -> str:
+        return "reference"
+
+    @property
+    def rounds_output(self) -> bool:
+        return False
+
+    def reset(self) -> None:
+        self.cache = KVCache()
+
+    def feed(self, token_ids: Int32, *, taps: bool = False, all_logits: bool = True) -> Fed:
+        recorded: dict[str, Float32] = {}
+        rows = None if all_logits else [len(token_ids) - 1]
+        logits = self.model.forward(
+            token_ids, self.cache, recorded if taps else None, logit_rows=rows
+        ).astype(np.float32)
+        return Fed(logits, int(logits[-1].argmax()), recorded)

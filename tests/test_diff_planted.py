@@ -1,0 +1,141 @@
+"""A planted mistake is found at the right tap, named, and its op's files pointed at."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diff_helpers import (
+    MISTAKES,
+    broken_side,
+    compare,
+    good_side,
+    random_weights,
+    small_spec,
+)
+from octavo.models.spec import NormSpec, RopeSpec
+
+SPEC = small_spec()
+WEIGHTS = random_weights(SPEC)
+
+
+def test_good_against_good_finds_nothing() -> None:
+    result = compare(good_side(SPEC, WEIGHTS), good_side(SPEC, WEIGHTS), SPEC, WEIGHTS)
+    assert result.ok and not result.findings and result.first_bad is None
+    assert result.logits.max_abs == 0 and result.logits.same_choice == 23
+    assert result.greedy.parted_at is None and result.decode.ok
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistake_on_the_left(mistake: str, chunk_size: int | None) -> None:
+    tap, op, words = MISTAKES[mistake]
+    result = compare(
+        broken_side(mistake, SPEC, WEIGHTS),
+        good_side(SPEC, WEIGHTS),
+        SPEC,
+        WEIGHTS,
+        chunk_size=chunk_size,
+    )
+    assert not result.ok
+    assert result.first_bad.name == tap
+    first = result.findings[0]
+    assert (first.side, first.tap, first.op) == ("broken", tap, op)
+    assert op in first.files and "reference/ops.py" in first.files
+    if words is not None:
+        assert words in first.mistake
+    parts = {name.split(".")[-1] for finding in result.findings for name in finding.taps}
+    expected = {
+        "rope halves swapped": {"q_rope", "k_rope"},
+        "rope of neighbours": {"q_rope", "k_rope"},
+        "epsilon outside": {"attn_norm", "mlp_norm", "final_norm"},
+        "k and v swapped": {"k", "v"},
+    }.get(mistake, {tap.split(".")[-1]})
+    assert parts == expected, "ops that are right must not be blamed for their inputs"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistake_on_the_right(mistake: str) -> None:
+    tap, op, _ = MISTAKES[mistake]
+    result = compare(
+        good_side(SPEC, WEIGHTS), broken_side(mistake, SPEC, WEIGHTS), SPEC, WEIGHTS, steps=0
+    )
+    assert (result.findings[0].side, result.findings[0].tap) == ("broken", tap)
+    assert result.findings[0].op == op
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistake_in_bf16(mistake: str) -> None:
+    """Rounding to bf16 hides nothing from the judgement of single ops."""
+    tap, op, words = MISTAKES[mistake]
+    options = {"dtype": "bf16", "kv_dtype": "bf16"}
+    exact = good_side(SPEC, good_side(SPEC, WEIGHTS, **options).model.weights)
+    result = compare(
+        broken_side(mistake, SPEC, WEIGHTS, **options),
+        good_side(SPEC, WEIGHTS, **options),
+        SPEC,
+        WEIGHTS,
+        dtype="bf16",
+        truth=exact,
+    )
+    assert (result.first_bad.name, result.findings[0].op) == (tap, op)
+    assert words is None or words in result.findings[0].mistake
+
+
+def test_two_mistakes_are_both_found() -> None:
+    """The first mistake does not hide the second, although everything after it differs."""
+    from diff_helpers import _gate_up_swapped, _reference_with, _rope_halves_swapped
+    from octavo.diff.sides import ReferenceSide
+
+    module = _reference_with(rope=_rope_halves_swapped, gated_activation=_gate_up_swapped)
+    model = module.ReferenceModel(SPEC, WEIGHTS)
+    result = compare(
+        ReferenceSide(model, "broken", False), good_side(SPEC, WEIGHTS), SPEC, WEIGHTS, steps=0
+    )
+    assert [finding.tap for finding in result.findings] == [
+        "layers.0.q_rope",
+        "layers.0.k_rope",
+        "layers.0.act",
+    ]
+    assert len(result.findings[2].taps) == len(SPEC.layers)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        small_spec(num_heads=4, num_kv_heads=1, head_dim=10, tied=True),
+        small_spec(qkv_bias=True, o_bias=True, mlp_bias=True, activation="gelu"),
+        small_spec(gated=False, activation="relu", norm=NormSpec("layer", 1e-5, True)),
+        small_spec(rope=None),
+        small_spec(window=5, rope=RopeSpec(scaling="linear", factor=3.0)),
+    ],
+    ids=["multi-query tied", "biases gelu", "ungated layer norm", "no rope", "window linear"],
+)
+def test_every_kind_of_layer_is_judged_right(spec: object) -> None:
+    weights = random_weights(spec, seed=3)
+    left = good_side(spec, weights)
+    left.is_definition = False  # so that its ops are judged
+    exact = good_side(spec, weights, compute=np.float64)
+    exact.name = "float64"
+    result = compare(left, exact, spec, weights, chunk_size=9)
+    assert result.ok, result.findings
+    assert all(tap.own_left is not None for tap in result.taps)
+    assert not result.missing
+
+
+def test_nan_counts_as_a_difference() -> None:
+    weights = dict(WEIGHTS)
+    weights["layers.1.up.weight"] = WEIGHTS["layers.1.up.weight"].copy()
+    weights["layers.1.up.weight"][3, 5] = np.nan
+    result = compare(good_side(SPEC, weights), good_side(SPEC, WEIGHTS), SPEC, WEIGHTS, steps=0)
+    assert result.first_bad.name == "layers.1.up" and result.first_bad.relative == np.inf
+
+
+def test_own_tolerance_does_not_stretch() -> None:
+    """A result a ten-thousandth off in one op of one layer is found."""
+    weights = dict(WEIGHTS)
+    weights["layers.2.down.weight"] = WEIGHTS["layers.2.down.weight"] * np.float32(1.0001)
+    left = good_side(SPEC, weights)
+    left.is_definition = False
+    result = compare(left, good_side(SPEC, WEIGHTS), SPEC, WEIGHTS, steps=0)
+    assert [finding.tap for finding in result.findings] == ["layers.2.mlp_out"]
