@@ -3,18 +3,13 @@
 #include "cpu/backend.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "cpu/platform.h"
 
 namespace octavo::cpu {
 
 namespace {
-
-constexpr std::size_t kAlignment = 64;               // a cache line
-constexpr std::size_t kLargePage = std::size_t{2} << 20;
 
 // Element (row, input) of packed weights; kernels.h has the layout.
 std::int64_t packed_item(const Linear& linear, std::int64_t depth, std::int64_t row,
@@ -42,19 +37,9 @@ void unpack_row(float* out, const Linear& table, std::int64_t row, bool add) {
 CpuBackend::CpuBackend(int num_threads, const std::string& isa)
     : pool_(num_threads > 0 ? num_threads : physical_cores()), kernels_(kernels_for(isa)) {}
 
-void* CpuBackend::allocate(std::size_t bytes) {
-  if (bytes == 0) return nullptr;
-  const std::size_t alignment = bytes >= kLargePage ? kLargePage : kAlignment;
-  if (bytes > SIZE_MAX - alignment) throw std::bad_alloc();
-  const std::size_t rounded = (bytes + alignment - 1) / alignment * alignment;
-  void* data = std::aligned_alloc(alignment, rounded);
-  if (!data) throw std::bad_alloc();
-  if (alignment == kLargePage) advise_large_pages(data, rounded);
-  std::memset(data, 0, rounded);
-  return data;
-}
+void* CpuBackend::allocate(std::size_t bytes) { return cpu::allocate(bytes); }
 
-void CpuBackend::release(void* data, std::size_t) noexcept { std::free(data); }
+void CpuBackend::release(void* data, std::size_t bytes) noexcept { cpu::release(data, bytes); }
 
 void CpuBackend::upload(void* device, const void* host, std::size_t bytes) {
   std::memcpy(device, host, bytes);
@@ -80,20 +65,50 @@ Linear CpuBackend::make_linear(std::int64_t outputs, std::int64_t inputs, DType 
   return linear;
 }
 
+namespace {
+
+// Packs the rows of one panel: lanes [first_lane, last_lane) from consecutive rows of `rows`.
+// Inputs outside, lanes inside: what is written lies in one piece.
+template <class Item, class Convert>
+void pack_panel(Item* panel, const HostMatrix& rows, std::int64_t first_row,
+                std::int64_t first_lane, std::int64_t last_lane, Convert&& convert) {
+  constexpr std::int64_t kPair = sizeof(Item) == 2 ? 2 : 1;  // bf16 inputs lie in pairs
+  for (std::int64_t i = 0; i < rows.cols; ++i) {
+    Item* lanes = panel + i / kPair * kPair * kLanes + i % kPair;
+    for (std::int64_t lane = first_lane; lane < last_lane; ++lane)
+      lanes[lane * kPair] = convert((first_row + lane - first_lane) * rows.cols + i);
+  }
+}
+
+}  // namespace
+
 void CpuBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) {
-  const std::int64_t depth = padded_depth(linear.inputs);
-  each_row({nullptr, rows.rows, rows.cols, rows.cols}, [&](std::int64_t row) {
-    for (std::int64_t i = 0; i < rows.cols; ++i) {
-      const std::int64_t from = row * rows.cols + i;
-      const std::int64_t to = packed_item(linear, depth, first_row + row, i);
-      if (linear.format == DType::f32) {
-        linear.weight.as<float>()[to] = load_float(rows.data, rows.dtype, from);
-      } else if (rows.dtype == DType::bf16) {
-        linear.weight.as<std::uint16_t>()[to] = static_cast<const std::uint16_t*>(rows.data)[from];
-      } else {
-        linear.weight.as<std::uint16_t>()[to] =
-            float_to_bf16(load_float(rows.data, rows.dtype, from));
-      }
+  const std::int64_t panel_items = padded_depth(linear.inputs) * kLanes;
+  const std::int64_t last_row = first_row + rows.rows;
+  const std::int64_t first_panel = first_row / kLanes;
+  const std::int64_t num_panels = (last_row - 1) / kLanes - first_panel + 1;
+  pool_.each(num_panels, [&](std::int64_t index, int) {
+    const std::int64_t begin = (first_panel + index) * kLanes;
+    const std::int64_t first_lane = std::max<std::int64_t>(0, first_row - begin);
+    const std::int64_t last_lane = std::min(kLanes, last_row - begin);
+    const std::int64_t source = begin + first_lane - first_row;
+    const auto pack = [&](auto* items, auto&& convert) {
+      pack_panel(items + (first_panel + index) * panel_items, rows, source, first_lane, last_lane,
+                 convert);
+    };
+    if (linear.format == DType::f32 && rows.dtype == DType::bf16) {
+      const auto* from = static_cast<const std::uint16_t*>(rows.data);
+      pack(linear.weight.as<float>(), [=](std::int64_t i) { return bf16_to_float(from[i]); });
+    } else if (linear.format == DType::f32) {
+      pack(linear.weight.as<float>(),
+           [&](std::int64_t i) { return load_float(rows.data, rows.dtype, i); });
+    } else if (rows.dtype == DType::bf16) {
+      const auto* from = static_cast<const std::uint16_t*>(rows.data);
+      pack(linear.weight.as<std::uint16_t>(), [=](std::int64_t i) { return from[i]; });
+    } else {
+      pack(linear.weight.as<std::uint16_t>(), [&](std::int64_t i) {
+        return float_to_bf16(load_float(rows.data, rows.dtype, i));
+      });
     }
   });
 }

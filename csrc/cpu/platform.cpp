@@ -2,15 +2,19 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <fstream>
+#include <new>
 #include <set>
 #include <string>
 #include <thread>
 
+#if defined(__linux__) || defined(__APPLE__)
+#include <sys/mman.h>
+#endif
 #if defined(__linux__)
 #include <sched.h>
-#include <sys/mman.h>
-#include <unistd.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
@@ -28,6 +32,73 @@ void pause() {
   asm volatile("yield");
 #endif
 }
+
+// ---- memory ----
+
+namespace {
+
+constexpr std::size_t kCacheLine = 64;
+constexpr std::size_t kLargePage = std::size_t{2} << 20;
+
+std::size_t round_up(std::size_t bytes, std::size_t unit) {
+  if (bytes > SIZE_MAX - unit) throw std::bad_alloc();
+  return (bytes + unit - 1) / unit * unit;
+}
+
+bool takes_whole_pages(std::size_t bytes) {
+#if defined(__linux__) || defined(__APPLE__)
+  return bytes >= kLargePage;
+#else
+  return false;
+#endif
+}
+
+#if defined(__linux__) || defined(__APPLE__)
+
+// Pages that begin on a large page's boundary: maps more than is needed, gives the ends back.
+void* map_pages(std::size_t bytes) {
+  void* mapped = mmap(nullptr, round_up(bytes, kLargePage) + kLargePage, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANON, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  auto* begin = static_cast<unsigned char*>(mapped);
+  const std::size_t head =
+      (kLargePage - reinterpret_cast<std::uintptr_t>(begin) % kLargePage) % kLargePage;
+  if (head) munmap(begin, head);
+  if (head < kLargePage) munmap(begin + head + round_up(bytes, kLargePage), kLargePage - head);
+#if defined(__linux__)
+  // A refusal costs speed and nothing else.
+  (void)madvise(begin + head, round_up(bytes, kLargePage), MADV_HUGEPAGE);
+#endif
+  return begin + head;
+}
+
+#endif
+
+}  // namespace
+
+void* allocate(std::size_t bytes) {
+  if (bytes == 0) return nullptr;
+#if defined(__linux__) || defined(__APPLE__)
+  if (takes_whole_pages(bytes)) return map_pages(bytes);
+#endif
+  const std::size_t rounded = round_up(bytes, kCacheLine);
+  void* data = std::aligned_alloc(kCacheLine, rounded);
+  if (!data) throw std::bad_alloc();
+  std::memset(data, 0, rounded);
+  return data;
+}
+
+void release(void* data, std::size_t bytes) noexcept {
+#if defined(__linux__) || defined(__APPLE__)
+  if (takes_whole_pages(bytes)) {
+    munmap(data, (bytes + kLargePage - 1) / kLargePage * kLargePage);
+    return;
+  }
+#endif
+  std::free(data);
+}
+
+// ---- processors, memory limits ----
 
 #if defined(__linux__)
 
@@ -78,14 +149,6 @@ std::size_t available_memory() {
   return static_cast<std::size_t>(std::max(0.0, std::min(available, limit - used)));
 }
 
-void advise_large_pages(void* data, std::size_t bytes) {
-  constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
-  const auto begin = (reinterpret_cast<std::uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kPage * kPage;
-  // A refusal costs speed and nothing else.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-
 #elif defined(__APPLE__)
 
 namespace {
@@ -106,14 +169,10 @@ std::size_t available_memory() {
   return static_cast<std::size_t>(sysctl_value<std::uint64_t>("hw.memsize", 0) / 2);
 }
 
-void advise_large_pages(void*, std::size_t) {}
-
 #else
 
 int physical_cores() { return static_cast<int>(std::max(1u, std::thread::hardware_concurrency())); }
 std::size_t available_memory() { return std::size_t{4} << 30; }
-void advise_large_pages(void*, std::size_t) {}
-
 #endif
 
 }  // namespace octavo::cpu

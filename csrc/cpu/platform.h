@@ -11,8 +11,11 @@ int physical_cores();
 // Memory that can be taken without swapping, in bytes, respecting a container's limit.
 std::size_t available_memory();
 
-// Asks for large pages behind [data, data + bytes), where the system has such a request.
-void advise_large_pages(void* data, std::size_t bytes);
+// Zero-filled memory aligned to 64 bytes; throws std::bad_alloc. Large pieces begin on a large page
+// where the system has such pages, and take no memory until they are touched: whoever touches a
+// page first decides which processor's memory it comes from.
+void* allocate(std::size_t bytes);
+void release(void* data, std::size_t bytes) noexcept;
 
 // Tells the processor that this thread is waiting in a loop.
 void pause();
