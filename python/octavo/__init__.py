@@ -1,1 +1,52 @@
-x = 1
+"""octavo: a readable, verifiable inference engine for Llama-family language models.
+
+    from octavo import LLM, SamplingParams
+    llm = LLM("smollm2-135m")
+    print(llm.generate("The capital of France is", SamplingParams(temperature=0))[0].text)
+
+Names are imported when they are first used, so that `import octavo` itself takes no time.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from octavo.config import EngineConfig
+    from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
+    from octavo.errors import OctavoError
+    from octavo.llm import LLM
+    from octavo.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "OctavoError",
+    "OutputChunk",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenLogprob",
+]
+_MODULES = {
+    "LLM": "octavo.llm",
+    "CompletionOutput": "octavo.engine.outputs",
+    "EngineConfig": "octavo.config",
+    "OctavoError": "octavo.errors",
+    "OutputChunk": "octavo.engine.outputs",
+    "RequestOutput": "octavo.engine.outputs",
+    "SamplingParams": "octavo.sampling_params",
+    "TokenLogprob": "octavo.engine.outputs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

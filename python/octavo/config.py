@@ -126,6 +126,13 @@ class RuntimeOptions:
     isa: str = "auto"
 
 
+def resolve_device(device: str, num_accelerators: int) -> str:
+    """The device to run on: "auto" takes the accelerator when the machine has one."""
+    if device != "auto":
+        return device
+    return "cuda" if num_accelerators else "cpu"
+
+
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InvalidArgumentError(f"{name} is {value!r}; expected one of {', '.join(choices)}")

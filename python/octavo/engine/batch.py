@@ -1,0 +1,99 @@
+"""From a schedule to the arrays that the native core takes: no decisions here, only packing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.engine.block_manager import BlockManager
+from octavo.engine.scheduler import Schedule, ScheduledSequence
+
+Int32 = NDArray[np.int32]
+
+
+class BatchArrays(NamedTuple):
+    """The arguments of `_native.Batch`, which documents them; all arrays are int32 but for
+    temperature, top_p, min_p (float32) and seed (uint64)."""
+
+    token_ids: Int32
+    row_starts: Int32
+    context_lens: Int32
+    block_tables: Int32
+    logit_rows: Int32
+    temperature: NDArray[np.float32]
+    top_k: Int32
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    seed: NDArray[np.uint64]
+    sample_index: Int32
+    num_logprobs: Int32
+
+
+def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> BatchArrays:
+    """Pack one step. Every sequence that draws a token gets one logit row, its last.
+
+    Raises ValueError on a schedule with no entries.
+    """
+    entries = schedule.entries
+    if not entries:
+        raise ValueError("the schedule is empty; expected at least one sequence")
+    token_ids: list[int] = []
+    row_starts = [0]
+    logit_rows: list[int] = []
+    for sequence, start, num_new_tokens, draws_token in entries:
+        if num_new_tokens == 1:  # decoding: the commonest case, without slicing
+            token_ids.append(sequence.token_ids[start])
+        else:
+            token_ids.extend(sequence.token_ids[start : start + num_new_tokens])
+        row_starts.append(len(token_ids))
+        if draws_token:
+            logit_rows.append(len(token_ids) - 1)
+    drawing = [entry.sequence for entry in entries if entry.draws_token]
+    params = [sequence.params for sequence in drawing]
+    return BatchArrays(
+        token_ids=np.array(token_ids, np.int32),
+        row_starts=np.array(row_starts, np.int32),
+        context_lens=np.array([e.start + e.num_new_tokens for e in entries], np.int32),
+        block_tables=_pack_block_tables(entries, blocks),
+        logit_rows=np.array(logit_rows, np.int32),
+        temperature=np.array([p.temperature for p in params], np.float32),
+        # "Keep more than there are" means "keep all", whatever an int32 can hold.
+        top_k=np.array([p.top_k if p.top_k < vocab_size else 0 for p in params], np.int32),
+        top_p=np.array([p.top_p for p in params], np.float32),
+        min_p=np.array([p.min_p for p in params], np.float32),
+        seed=np.array([p.seed or 0 for p in params], np.uint64),
+        sample_index=np.array([sequence.sample_index for sequence in drawing], np.int32),
+        num_logprobs=np.array(
+            [-1 if p.logprobs is None else min(p.logprobs, vocab_size) for p in params], np.int32
+        ),
+    )
+
+
+def _pack_block_tables(entries: tuple[ScheduledSequence, ...], blocks: BlockManager) -> Int32:
+    """(num_kv_groups, num_seqs, most blocks held by one), -1 behind each last block."""
+    tables = [blocks.block_tables(entry.sequence.key) for entry in entries]
+    width = max(len(groups[0]) for groups in tables)
+    packed = np.full((blocks.num_kv_groups, len(entries), width), -1, np.int32)
+    for row, groups in enumerate(tables):
+        for group, table in enumerate(groups):
+            packed[group, row, : len(table)] = table
+    return packed
+
+
+def build_masks(forbidden: SequenceOf[frozenset[int]], vocab_size: int) -> Int32 | None:
+    """Which tokens each logit row may take, as `Runtime.sample` wants it; None: all may.
+
+    forbidden: for each row the token ids it must not draw now. Returns int32
+    (num_rows, ceil(vocab_size / 32)); a set bit allows a token.
+    """
+    if not any(forbidden):
+        return None
+    masks = np.full((len(forbidden), (vocab_size + 31) // 32), -1, np.int32)
+    words = masks.view(np.uint32)
+    for row, tokens in enumerate(forbidden):
+        for token in tokens:
+            words[row, token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
+    return masks

@@ -1,0 +1,187 @@
+"""From model files to a runtime that can step: options resolved, weights loaded, cache sized."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from octavo.config import (
+    EngineConfig,
+    Environment,
+    RuntimeOptions,
+    read_environment,
+    resolve_device,
+)
+from octavo.errors import InsufficientMemoryError, InvalidArgumentError
+from octavo.machine import available_memory
+from octavo.models.registry import ModelFiles
+from octavo.models.spec import ModelSpec
+from octavo.weights.checkpoint import Checkpoint
+from octavo.weights.tensor import ITEM_SIZE, TensorDType
+
+if TYPE_CHECKING:
+    from octavo import _native
+
+LoadProgress = Callable[[int, int], None]
+"""Called after each weight with the bytes loaded so far and the bytes of all."""
+
+# Devices that share this process's memory, so that the limits on the process (control groups,
+# ulimit) bound them too; any other device knows its own memory best.
+_HOST_DEVICES = frozenset({"cpu"})
+
+
+@dataclass(frozen=True)
+class LoadedRuntime:
+    """A native runtime with its weights and KV cache, and what it was built with."""
+
+    runtime: _native.Runtime
+    options: RuntimeOptions
+    num_kv_blocks: int
+    device: str
+
+
+def load_runtime(
+    files: ModelFiles,
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    progress: LoadProgress | None = None,
+    environment: Environment | None = None,
+) -> LoadedRuntime:
+    """Build the runtime, feed it the weights, and allocate its KV cache.
+
+    Raises InvalidArgumentError for options that do not fit the model or each other, and
+    InsufficientMemoryError, before anything large is allocated, when weights or cache do not fit.
+    Warns of weights that hold a NaN or an infinity.
+    """
+    from octavo import _native
+
+    environment = read_environment() if environment is None else environment
+    options = resolve_options(files.spec, checkpoint.dtype, config, environment)
+    device = resolve_device(config.device, int(_native.build_info()["num_devices"]))
+    try:
+        runtime = _native.Runtime(device, files.spec, options)
+    except ValueError as error:  # an instruction set or a device that this machine lacks
+        raise InvalidArgumentError(str(error)) from error
+    num_bytes = checkpoint.num_parameters * ITEM_SIZE[options.dtype]
+    _check_weights_fit(num_bytes, _available(runtime, device), options.dtype)
+    _load_weights(runtime, checkpoint, progress)
+    num_kv_blocks = plan_kv_blocks(
+        config, options, runtime.kv_bytes_per_block(), _available(runtime, device)
+    )
+    try:
+        runtime.alloc_kv(num_kv_blocks)
+    except MemoryError as error:
+        raise InsufficientMemoryError(
+            f"the KV cache of {num_kv_blocks} blocks "
+            f"({_format_bytes(num_kv_blocks * runtime.kv_bytes_per_block())}) could not be "
+            f"allocated: lower num_kv_blocks, kv_memory_fraction or max_model_len"
+        ) from error
+    return LoadedRuntime(runtime, options, num_kv_blocks, device)
+
+
+def resolve_options(
+    spec: ModelSpec, stored_dtype: TensorDType, config: EngineConfig, environment: Environment
+) -> RuntimeOptions:
+    """Replace every "auto" of the configuration; InvalidArgumentError where it does not fit."""
+    dtype: Literal["f32", "bf16"]
+    if config.dtype == "auto":
+        dtype = "bf16" if stored_dtype == "bf16" else "f32"
+    else:
+        dtype = config.dtype
+    limit = spec.max_position_embeddings
+    max_model_len = limit if config.max_model_len is None else config.max_model_len
+    if max_model_len > limit:
+        raise InvalidArgumentError(
+            f"max_model_len is {max_model_len}; expected at most {limit}, the positions that "
+            f"the model was made for (max_position_embeddings)"
+        )
+    return RuntimeOptions(
+        dtype=dtype,
+        kv_dtype=dtype if config.kv_dtype == "auto" else config.kv_dtype,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        num_threads=config.num_threads or environment.num_threads,
+        isa=environment.isa if config.isa == "auto" else config.isa,
+    )
+
+
+def plan_kv_blocks(
+    config: EngineConfig, options: RuntimeOptions, bytes_per_block: int, available: int
+) -> int:
+    """How many blocks the KV cache gets.
+
+    As many as kv_memory_fraction of the available bytes holds, but no more than all sequences at
+    their longest could use; or just num_kv_blocks where that is given. Raises
+    InsufficientMemoryError, saying what would help, where the memory does not suffice, and
+    InvalidArgumentError where num_kv_blocks is too few for one sequence of max_model_len.
+    """
+    blocks_per_sequence = -(-options.max_model_len // options.block_size)
+    if config.num_kv_blocks is not None:
+        num_blocks = config.num_kv_blocks
+        if num_blocks * bytes_per_block > available:
+            raise InsufficientMemoryError(
+                f"num_kv_blocks is {num_blocks}, which takes "
+                f"{_format_bytes(num_blocks * bytes_per_block)}; {_format_bytes(available)} are "
+                f"available: ask for at most {available // bytes_per_block}, or leave it out"
+            )
+        if num_blocks < blocks_per_sequence:
+            raise InvalidArgumentError(
+                f"num_kv_blocks is {num_blocks}, which holds {num_blocks * options.block_size} "
+                f"tokens; expected at least {blocks_per_sequence}, enough for one sequence of "
+                f"max_model_len = {options.max_model_len}: raise it, or lower max_model_len"
+            )
+        return num_blocks
+    budget = int(available * config.kv_memory_fraction)
+    num_blocks = min(budget // bytes_per_block, blocks_per_sequence * options.max_num_seqs)
+    if num_blocks < blocks_per_sequence:
+        held = num_blocks * options.block_size
+        advice = f"--max-model-len {held} (max_model_len={held})" if held else "a smaller model"
+        raise InsufficientMemoryError(
+            f"one sequence of max_model_len = {options.max_model_len} tokens needs a KV cache of "
+            f"{_format_bytes(blocks_per_sequence * bytes_per_block)}; it may take "
+            f"{_format_bytes(budget)} (kv_memory_fraction = {config.kv_memory_fraction:g} of the "
+            f"{_format_bytes(available)} available): use {advice}, a kv_dtype of bf16, or a "
+            f"larger kv_memory_fraction"
+        )
+    return num_blocks
+
+
+def _load_weights(
+    runtime: _native.Runtime, checkpoint: Checkpoint, progress: LoadProgress | None
+) -> None:
+    """Feed the weights one by one; each array is let go before the next is read."""
+    loaded = 0
+    for name, tensor in checkpoint.checked_items():
+        runtime.load(name, tensor.data, tensor.dtype)
+        loaded += tensor.data.nbytes
+        del tensor
+        if progress is not None:
+            progress(loaded, checkpoint.total_bytes)
+
+
+def _check_weights_fit(num_bytes: int, available: int, dtype: str) -> None:
+    if num_bytes > available:
+        advice = "dtype bf16 halves them" if dtype == "f32" else "use a smaller model"
+        raise InsufficientMemoryError(
+            f"the weights take {_format_bytes(num_bytes)} as {dtype}; {_format_bytes(available)} "
+            f"are available: {advice}, or free memory"
+        )
+
+
+def _available(runtime: _native.Runtime, device: str) -> int:
+    if device in _HOST_DEVICES:
+        return available_memory()
+    memory: Mapping[str, int] = runtime.memory()
+    return memory["available"]
+
+
+def _format_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    if count < 1024:
+        return f"{count:.0f} bytes"
+    power = min(int(math.log2(count)) // 10, 4)
+    return f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"

@@ -1,0 +1,117 @@
+"""What a user gets back: finished requests, and the pieces of a streamed one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The log-probability (natural, of the raw distribution) of one token of an answer.
+
+    top_token_ids and top_logprobs: the most probable tokens there, most probable first, as many as
+    `SamplingParams.logprobs` asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top_token_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer.
+
+    index: which of the n answers. text: without the stop string (unless asked for) and without
+    special tokens (unless asked for). token_ids: every token drawn, the one that ended it included.
+    finish_reason: "stop" (end of text, a stop string or a stop token), "length" (max_tokens or the
+    end of the context), "abort" or "error"; None while the answer is being made. stop_reason: the
+    stop string or stop token id that matched, None for the model's own end of text.
+    logprobs: one entry a token, None when none were asked for; cumulative_logprob: their sum.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    cumulative_logprob: float | None = None
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """When things happened to one request, in seconds of `time.monotonic`, and how often."""
+
+    arrival_time: float
+    first_scheduled_time: float | None
+    first_token_time: float | None
+    finished_time: float
+    num_prompt_tokens: int
+    num_output_tokens: int  # of all answers together
+    num_preemptions: int
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token; None if there was none."""
+        if self.first_token_time is None:
+            return None
+        return self.first_token_time - self.arrival_time
+
+    @property
+    def total_time(self) -> float:
+        """Seconds from arrival to the end."""
+        return self.finished_time - self.arrival_time
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens after the first, over the time since the first: the speed of decoding.
+
+        None with fewer than two tokens.
+        """
+        if self.first_token_time is None or self.num_output_tokens < 2:
+            return None
+        seconds = self.finished_time - self.first_token_time
+        return (self.num_output_tokens - 1) / seconds if seconds > 0 else None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A finished request.
+
+    prompt: the text, None when the prompt was given as token ids. outputs: the n answers in order.
+    error: what went wrong when a finish_reason is "error", else None.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    error: str | None
+    metrics: RequestMetrics
+
+    @property
+    def text(self) -> str:
+        """The text of the first answer."""
+        return self.outputs[0].text
+
+
+@dataclass(frozen=True)
+class OutputChunk:
+    """What one step added to one answer.
+
+    index: which of the n answers. text: the new text; may be empty, as when a character's bytes
+    are not complete yet or a stop string may have begun. token_ids, logprobs: the new tokens.
+    finish_reason: set on the answer's last chunk. result: the whole request, on the request's
+    last chunk.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = field(default=())
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    result: RequestOutput | None = None

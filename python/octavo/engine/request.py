@@ -1,0 +1,160 @@
+"""Requests and their sequences: what was asked, and how far each answer has come.
+
+A request asks for `params.n` answers; each answer is a `Sequence` of its own, told apart in the
+random numbers by its `sample_index`. The states of a sequence:
+
+    WAITING --admitted--> RUNNING --finish reason--> FINISHED
+       ^                     |
+       +-----preempted-------+        (aborted: from WAITING or RUNNING to FINISHED)
+
+A preempted sequence keeps the tokens it has drawn. It loses its KV cache only, and recomputes it
+later as if prompt and answer so far were one long prompt.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import time
+from collections.abc import Hashable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Literal
+
+from octavo.engine.outputs import TokenLogprob
+from octavo.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SequenceState(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One answer in the making.
+
+    token_ids: prompt and answer so far. num_computed_tokens: how many of them have their keys and
+    values in the cache; 0 after a preemption. A sequence whose tokens are all computed but one is
+    decoding; with more to compute it is in prefill. Nothing else tells the two apart.
+    """
+
+    __slots__ = (
+        "cumulative_logprob",
+        "finish_reason",
+        "key",
+        "logprobs",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "params",
+        "sample_index",
+        "state",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        key: Hashable,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        sample_index: int = 0,
+    ) -> None:
+        self.key = key
+        self.params = params
+        self.sample_index = sample_index
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0
+        self.num_preemptions = 0
+        self.state = SequenceState.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.logprobs: list[TokenLogprob] = []
+        self.cumulative_logprob = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer together."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose keys and values are not in the cache; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def output_token_ids(self) -> tuple[int, ...]:
+        """The answer so far."""
+        return tuple(self.token_ids[self.num_prompt_tokens :])
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the sequence has left the scheduler for good."""
+        return self.state is SequenceState.FINISHED
+
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """Enter the last state. The scheduler calls it, once it has taken the blocks back."""
+        self.state = SequenceState.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.key!r}, {self.state.value}, tokens {self.num_tokens}, "
+            f"computed {self.num_computed_tokens})"
+        )
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt with its sampling parameters, and the answers being made for it.
+
+    prompt: the text, None when the prompt came as token ids. stream: report every step's progress
+    and not the end alone. continues_prompt: the answer is read right behind the prompt, as a
+    completion, and not by itself, as a turn of a chat; matters for the first space of some
+    tokenizers. Times are seconds of `time.monotonic`.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    stream: bool = False
+    continues_prompt: bool = True
+    sequences: tuple[Sequence, ...] = ()
+    error: str | None = None
+    arrival_time: float = field(default_factory=time.monotonic)
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+
+    def __post_init__(self) -> None:
+        self.sequences = tuple(
+            Sequence((self.request_id, index), self.prompt_token_ids, self.params, index)
+            for index in range(self.params.n)
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every answer has ended."""
+        return all(sequence.is_finished for sequence in self.sequences)
+
+
+def derive_seed(engine_seed: int, label: str) -> int:
+    """A 64-bit seed for a request that names none: a hash of the engine's seed and a label.
+
+    The label is the request's id (or the caller's own key), so the same requests to an engine of
+    the same seed give the same answers, and different requests draw independently.
+    """
+    digest = hashlib.blake2b(f"{engine_seed}:{label}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

@@ -1,0 +1,401 @@
+"""The blocking API: a model in memory, prompts in, answers out."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from octavo.config import EngineConfig, read_environment
+from octavo.engine.engine import Engine
+from octavo.engine.interrupts import deferred_interrupt
+from octavo.engine.outputs import OutputChunk, RequestMetrics, RequestOutput
+from octavo.engine.progress import progress_bar
+from octavo.engine.request import derive_seed
+from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
+from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.engine.loader import LoadProgress
+    from octavo.text.chat import ChatTemplate
+    from octavo.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Conversation = SequenceOf[Message]
+Prompt = str | SequenceOf[int]
+"""One prompt: text, or the ids of its tokens."""
+Inbox = deque[OutputChunk]
+"""Where one call finds the chunks of its requests, whoever made the step."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt ready for the engine. is_chat: it came out of a chat template."""
+
+    text: str | None
+    token_ids: SequenceOf[int]
+    is_chat: bool = False
+
+
+class LLM:
+    """A model in memory.
+
+        llm = LLM("smollm2-135m", max_model_len=2048)
+        for output in llm.generate(["Once upon a time", "2 + 2 ="], SamplingParams(max_tokens=32)):
+            print(output.text)
+
+    Requests that name no seed draw theirs from `EngineConfig.seed` and the number of the request,
+    so a program that is run again gives the same texts. Not thread-safe.
+    """
+
+    engine: Engine
+    config: EngineConfig
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        config: EngineConfig | None = None,
+        on_load: LoadProgress | None = None,
+        **options: Any,
+    ) -> None:
+        """Load a model.
+
+        model: a Hugging Face directory, or the name of a pulled model; None takes smollm2-135m.
+        config, or its fields as options: see `EngineConfig`; options win over config.
+        on_load: called with the bytes loaded so far and in all.
+        Raises ModelNotFoundError, UnsupportedModelError, WeightsError, TokenizerError,
+        InsufficientMemoryError, or InvalidArgumentError.
+        """
+        from octavo.engine.loader import load_runtime
+        from octavo.models.registry import read_model
+        from octavo.text.chat import ChatTemplate
+        from octavo.text.tokenizer import Tokenizer
+        from octavo.weights.checkpoint import open_checkpoint
+        from octavo.weights.hub import resolve_model
+
+        config = _merge_options(config, options)
+        environment = read_environment()
+        path = resolve_model(None if model is None else str(model), environment)
+        files = read_model(path)
+        # Before the weights, so that a broken tokenizer is told of at once.
+        has_tokenizer = (path / "tokenizer.json").is_file()
+        tokenizer = Tokenizer(path) if has_tokenizer else None
+        chat_template = ChatTemplate.load(path) if has_tokenizer else None
+        checkpoint = open_checkpoint(files, config.load_format, config.seed)
+        loaded = load_runtime(files, checkpoint, config, on_load, environment)
+        own_eos = tokenizer.eos_token_ids if tokenizer is not None else ()
+        engine = Engine(
+            loaded.runtime,
+            loaded.options,
+            num_kv_blocks=loaded.num_kv_blocks,
+            vocab_size=files.spec.vocab_size,
+            num_kv_groups=files.spec.num_kv_groups,
+            tokenizer=tokenizer,
+            eos_token_ids=files.eos_token_ids or own_eos,
+            seed=config.seed,
+        )
+        self._set_up(engine, chat_template, config)
+
+    @classmethod
+    def from_engine(
+        cls,
+        engine: Engine,
+        chat_template: ChatTemplate | None = None,
+        config: EngineConfig | None = None,
+    ) -> LLM:
+        """The same API over an engine that was built by hand."""
+        llm = cls.__new__(cls)
+        llm._set_up(engine, chat_template, config or EngineConfig(seed=engine.seed))
+        return llm
+
+    def _set_up(
+        self, engine: Engine, chat_template: ChatTemplate | None, config: EngineConfig
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.chat_template = chat_template
+        self._request_numbers = itertools.count()
+        self._inboxes: dict[str, Inbox] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None where its directory has none."""
+        return self.engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens that prompt and answer may have together."""
+        return self.engine.options.max_model_len
+
+    def generate(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue one prompt or many, batched together; the outputs are in the prompts' order.
+
+        prompts: a text, a list of texts, the token ids of one prompt, or a list of such lists.
+        params: for all prompts, or one for each; None takes the defaults. progress: show a bar on
+        stderr. Every prompt is checked before any runs: an InvalidArgumentError says which one is
+        bad. Ctrl-C ends all of them and raises KeyboardInterrupt.
+        """
+        many, items = _split_prompts(prompts)
+        encoded = []
+        for index, item in enumerate(items):
+            with _naming(f"prompt {index}", many):
+                encoded.append(self.encode_prompt(item))
+        return self._run_all(encoded, params, progress)
+
+    def chat(
+        self,
+        messages: Conversation | SequenceOf[Conversation],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+        **template_variables: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many: lists of {"role": ..., "content": ...}.
+
+        template_variables go to the chat template (tools, a date). Otherwise as `generate`.
+        """
+        many = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations = cast("SequenceOf[Conversation]", messages if many else [messages])
+        encoded = []
+        for index, item in enumerate(conversations):
+            with _naming(f"conversation {index}", many):
+                encoded.append(self.encode_chat(item, **template_variables))
+        return self._run_all(encoded, params, progress)
+
+    def stream(
+        self, prompt: Prompt | Conversation | EncodedPrompt, params: SamplingParams | None = None
+    ) -> Iterator[OutputChunk]:
+        """Answer one prompt or conversation piece by piece, as its tokens are drawn.
+
+        The texts of the chunks, put together, are the answer; the last chunk's `result` is what
+        `generate` would have returned. With params.n above 1 the answers' chunks are mixed and
+        told apart by `index`. Leaving the loop early ends the request. A bad prompt raises an
+        InvalidArgumentError at once, not at the first chunk.
+        """
+        encoded = self._encode(prompt)
+        params = params or SamplingParams()
+        self.engine.check_request(encoded.token_ids, params)
+        return self._stream(encoded, params)
+
+    def generate_as_completed(
+        self,
+        items: Iterable[tuple[Hashable, Prompt | Conversation, SamplingParams]],
+        max_in_flight: int | None = None,
+    ) -> Iterator[tuple[Any, RequestOutput]]:
+        """Answer any number of (key, prompt or conversation, params), as each one finishes.
+
+        Yields (key, output) in the order of finishing. Items are taken lazily, max_in_flight at a
+        time (twice max_num_seqs if None), so the input may be endless. An item that cannot be
+        answered is yielded with its `error` set and no outputs, and the others go on. An item
+        whose params name no seed draws it from the engine's seed and str(key): a run that is
+        resumed half-way continues as if it had never stopped.
+        """
+        limit = max_in_flight or 2 * self.engine.options.max_num_seqs
+        keys: dict[str, Hashable] = {}
+        inbox: Inbox = deque()
+        source = iter(items)
+        try:
+            while True:
+                for key, prompt, params in itertools.islice(source, limit - len(keys)):
+                    if params.seed is None:
+                        seed = derive_seed(self.engine.seed, f"key {key}")
+                        params = replace(params, seed=seed)
+                    try:
+                        keys[self._start(self._encode(prompt), params, inbox)] = key
+                    except (InvalidArgumentError, TokenizerError) as error:
+                        yield key, _refused(prompt, error)
+                if not keys:
+                    return
+                self._step()
+                while inbox:
+                    result = inbox.popleft().result
+                    if result is not None:
+                        yield keys.pop(result.request_id), result
+        finally:
+            self._end(keys)
+
+    def encode_prompt(self, prompt: Prompt) -> EncodedPrompt:
+        """Token ids of a prompt, with the special tokens that the model wants at its start."""
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidArgumentError('the prompt is ""; expected some text to continue')
+            return EncodedPrompt(prompt, self._need_tokenizer().encode(prompt))
+        return EncodedPrompt(None, prompt)
+
+    def encode_chat(self, messages: Conversation, **template_variables: Any) -> EncodedPrompt:
+        """A conversation as the prompt that the model's chat template makes of it."""
+        tokenizer = self._need_tokenizer()
+        if self.chat_template is None:
+            raise TokenizerError(
+                "this model has no chat template (it is a base model): use generate with a text "
+                "to continue, or a model that was trained to chat"
+            )
+        text = self.chat_template.render(messages, **template_variables)
+        return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens=False), is_chat=True)
+
+    def _encode(self, prompt: Prompt | Conversation | EncodedPrompt) -> EncodedPrompt:
+        if isinstance(prompt, EncodedPrompt):
+            return prompt
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            return self.encode_chat(cast("Conversation", prompt))
+        return self.encode_prompt(cast("Prompt", prompt))
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise TokenizerError(
+                "this model's directory has no tokenizer.json: give the prompt as token ids, or "
+                "put the tokenizer beside the weights"
+            )
+        return self.tokenizer
+
+    def _run_all(
+        self,
+        prompts: list[EncodedPrompt],
+        params: SamplingParams | SequenceOf[SamplingParams] | None,
+        progress: bool,
+    ) -> list[RequestOutput]:
+        each = _params_for_each(params, len(prompts))
+        for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+            with _naming(f"prompt {index}", len(prompts) > 1):
+                self.engine.check_request(prompt.token_ids, own)
+        results: dict[str, RequestOutput | None] = {}
+        inbox: Inbox = deque()
+        try:
+            for prompt, own in zip(prompts, each, strict=True):
+                results[self._start(prompt, own, inbox)] = None
+            with progress_bar(progress, len(prompts)) as advance:
+                num_running = len(prompts)
+                while num_running:
+                    num_tokens = self._step()
+                    num_finished = 0
+                    while inbox:
+                        result = inbox.popleft().result
+                        if result is not None:
+                            results[result.request_id] = result
+                            num_finished += 1
+                    num_running -= num_finished
+                    advance(num_finished, num_tokens)
+        finally:
+            self._end(results)
+        return [output for output in results.values() if output is not None]
+
+    def _stream(self, prompt: EncodedPrompt, params: SamplingParams) -> Iterator[OutputChunk]:
+        # The request starts with the first chunk: an iterator nobody reads must not run.
+        inbox: Inbox = deque()
+        request_id = self._start(prompt, params, inbox, stream=True)
+        try:
+            is_running = True
+            while is_running:
+                self._step()
+                while inbox:
+                    chunk = inbox.popleft()
+                    is_running = chunk.result is None
+                    yield chunk
+        finally:
+            self._end([request_id])
+
+    def _start(
+        self, prompt: EncodedPrompt, params: SamplingParams, inbox: Inbox, stream: bool = False
+    ) -> str:
+        request_id = str(next(self._request_numbers))
+        self.engine.add_request(
+            request_id,
+            prompt.token_ids,
+            params,
+            prompt=prompt.text,
+            stream=stream,
+            continues_prompt=not prompt.is_chat,
+        )
+        self._inboxes[request_id] = inbox
+        return request_id
+
+    def _step(self) -> int:
+        """One step of the engine, its chunks delivered; returns how many tokens it drew.
+
+        All calls that are open (iterators not yet read to their end) advance together.
+        """
+        with deferred_interrupt():
+            drawn_before = self.engine.num_drawn_tokens
+            for chunk in self.engine.step():
+                self._inboxes[chunk.request_id].append(chunk)
+                if chunk.result is not None:
+                    del self._inboxes[chunk.request_id]
+            return self.engine.num_drawn_tokens - drawn_before
+
+    def _end(self, request_ids: Iterable[str]) -> None:
+        """Abort those that have not ended: after an error, Ctrl-C, or a loop left early."""
+        with deferred_interrupt():
+            for request_id in request_ids:
+                self.engine.abort(request_id)
+                self._inboxes.pop(request_id, None)
+
+
+def _merge_options(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
+    known = {field.name for field in fields(EngineConfig)}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise InvalidArgumentError(
+            f"LLM has no option {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
+        )
+    return replace(config or EngineConfig(), **options)
+
+
+def _split_prompts(prompts: Prompt | SequenceOf[Prompt]) -> tuple[bool, list[Prompt]]:
+    """(whether a list of prompts was given, the prompts)."""
+    if isinstance(prompts, str):
+        return False, [prompts]
+    try:
+        items = list(prompts)
+    except TypeError:
+        raise InvalidArgumentError(
+            f"prompts is {prompts!r}; expected a text, token ids, or a list of either"
+        ) from None
+    if items and not hasattr(items[0], "__len__"):  # numbers: one prompt's token ids
+        return False, [cast("Prompt", items)]
+    return True, cast("list[Prompt]", items)
+
+
+def _params_for_each(
+    params: SamplingParams | SequenceOf[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    each = list(params)
+    if len(each) != count:
+        raise InvalidArgumentError(
+            f"params has {len(each)} entries for {count} prompts; expected one for all, or one "
+            f"for each"
+        )
+    return each
+
+
+@contextmanager
+def _naming(what: str, many: bool) -> Iterator[None]:
+    """Say which of many an error is about."""
+    try:
+        yield
+    except (InvalidArgumentError, TokenizerError) as error:
+        if not many:
+            raise
+        raise type(error)(f"{what}: {error}") from error
+
+
+def _refused(prompt: Prompt | Conversation | EncodedPrompt, error: OctavoError) -> RequestOutput:
+    """The output of a request that was never started."""
+    now = time.monotonic()
+    metrics = RequestMetrics(now, None, None, now, 0, 0, 0)
+    text = prompt if isinstance(prompt, str) else None
+    return RequestOutput("", text, (), (), str(error), metrics)
