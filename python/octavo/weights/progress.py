@@ -70,8 +70,7 @@ class BarProgress:
         self._task: Any = None
 
     def __enter__(self) -> BarProgress:
-        self._bar.start()
-        return self
+        return self  # drawn from the first step on: a message alone needs no bar
 
     def __exit__(
         self,
@@ -85,6 +84,7 @@ class BarProgress:
         self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, description: str, total: int) -> None:
+        self._bar.start()
         self._task = self._bar.add_task(description, total=total or None)
 
     def advance(self, amount: int) -> None:

@@ -1,0 +1,236 @@
+"""`octavo info`: what a model is and whether it fits, from its configuration and headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from octavo.models.registry import ModelFiles
+
+_KV_FRACTION_HELP = "of the memory left beside the weights, as the engine takes by default"
+
+
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Name of a pulled model, or a folder with a Hugging Face model (its config.json "
+            "is enough). Left out: smollm2-135m, fetched on first use.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Show what a model is and whether it fits in this machine's memory, from its configuration
+    and the headers of its weight files; no weights are loaded.
+    """
+    from octavo.config import read_environment
+    from octavo.models.registry import read_model
+    from octavo.weights.hub import resolve_model
+
+    facts = describe(read_model(resolve_model(model, read_environment())))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _print_table(facts)
+
+
+def describe(files: ModelFiles) -> dict[str, Any]:
+    """All that `octavo info` tells, as JSON values; sizes in bytes.
+
+    Raises WeightsError where there are weight files and they are damaged or do not fit. A folder
+    that holds no weight file at all is described from its configuration.
+    """
+    from octavo.models.spec import weight_shapes
+
+    spec = files.spec
+    layer = spec.layers[0]
+    num_parameters = sum(math.prod(shape) for shape in weight_shapes(spec).values())
+    kv_elements = spec.kv_elements_per_token()
+    return {
+        "path": str(files.path),
+        "architecture": spec.architecture,
+        "num_parameters": num_parameters,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "num_layers": len(spec.layers),
+        "num_heads": layer.num_heads,
+        "num_kv_heads": layer.num_kv_heads,
+        "head_dim": layer.head_dim,
+        "intermediate_size": layer.intermediate_size,
+        "activation": layer.activation,
+        "attention_bias": layer.qkv_bias,
+        "mlp_bias": layer.mlp_bias,
+        "tie_word_embeddings": spec.tie_word_embeddings,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "rope": asdict(layer.rope) if layer.rope is not None else None,
+        "eos_token_ids": list(files.eos_token_ids),
+        "weights": _weights(files),
+        "kv_bytes_per_token": {"f32": 4 * kv_elements, "bf16": 2 * kv_elements},
+        "memory": _memory(num_parameters, kv_elements, spec.max_position_embeddings),
+    }
+
+
+def _weights(files: ModelFiles) -> dict[str, Any] | None:
+    """What the weight files hold; None for a folder with a configuration only."""
+    from octavo.weights.checkpoint import open_checkpoint
+
+    kinds = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
+    if not any(entry.name.endswith(kinds) for entry in files.path.iterdir()):
+        return None
+    checkpoint = open_checkpoint(files)
+    return {
+        "dtype": checkpoint.dtype,
+        "total_bytes": checkpoint.total_bytes,
+        "bytes_by_dtype": checkpoint.bytes_by_dtype(),
+        "num_tensors": len(checkpoint),
+    }
+
+
+def _memory(num_parameters: int, kv_elements: int, max_positions: int) -> dict[str, Any]:
+    """What fits here, with weights and KV cache both in f32, or both in bf16."""
+    from octavo.config import EngineConfig
+    from octavo.machine import available_memory, total_memory
+    from octavo.weights.tensor import ITEM_SIZE
+
+    available = available_memory()
+    fraction = EngineConfig().kv_memory_fraction
+    fits = {}
+    for dtype in ("f32", "bf16"):
+        weights = num_parameters * ITEM_SIZE[dtype]
+        left = max(0, available - weights)
+        tokens = int(left * fraction) // (kv_elements * ITEM_SIZE[dtype])
+        fits[dtype] = {
+            "weight_bytes": weights,
+            "fits": weights <= available,
+            "kv_tokens": tokens,
+            "full_length_sequences": tokens // max_positions,
+        }
+    return {
+        "available_bytes": available,
+        "total_bytes": total_memory(),
+        "kv_memory_fraction": fraction,
+        "as": fits,
+    }
+
+
+def _print_table(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in _rows(facts):
+        table.add_row(label, text)
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    console.print(_fit_table(facts["memory"]))
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    heads, kv_heads = facts["num_heads"], facts["num_kv_heads"]
+    kind = "multi-head" if heads == kv_heads else "multi-query" if kv_heads == 1 else "grouped"
+    head = "tied to the embedding" if facts["tie_word_embeddings"] else "of its own"
+    biases = [name for name in ("attention", "mlp") if facts[f"{name}_bias"]]
+    kv_bytes = facts["kv_bytes_per_token"]
+    return [
+        ("Model", str(Path(facts["path"]))),
+        ("Architecture", facts["architecture"]),
+        ("Parameters", f"{facts['num_parameters']:,} ({_short(facts['num_parameters'])})"),
+        ("Weight files", _weights_text(facts["weights"])),
+        ("Layers", f"{facts['num_layers']}, hidden size {facts['hidden_size']:,}"),
+        (
+            "Attention",
+            f"{heads} query heads and {kv_heads} KV heads of {facts['head_dim']} ({kind})",
+        ),
+        ("MLP", f"{facts['intermediate_size']:,} wide, gated {facts['activation']}"),
+        ("Biases", " and ".join(biases) or "none"),
+        ("Vocabulary", f"{facts['vocab_size']:,} tokens; output head {head}"),
+        ("Context", f"{facts['max_position_embeddings']:,} tokens"),
+        ("Rope", _rope_text(facts["rope"])),
+        ("End of text", ", ".join(map(str, facts["eos_token_ids"])) or "no token"),
+        (
+            "KV cache",
+            f"{format_bytes(kv_bytes['bf16'])} a token as bf16, {format_bytes(kv_bytes['f32'])} "
+            "as f32",
+        ),
+    ]
+
+
+def _weights_text(weights: dict[str, Any] | None) -> str:
+    if weights is None:
+        return "none (configuration only)"
+    parts = [f"{format_bytes(size)} {dtype}" for dtype, size in weights["bytes_by_dtype"].items()]
+    return f"{format_bytes(weights['total_bytes'])} in {weights['num_tensors']} tensors: " + (
+        " and ".join(parts)
+    )
+
+
+def _rope_text(rope: dict[str, Any] | None) -> str:
+    if rope is None:
+        return "none"
+    text = f"theta {rope['theta']:g}"
+    if rope["scaling"] == "linear":
+        text += f", linear scaling by {rope['factor']:g}"
+    elif rope["scaling"] == "llama3":
+        text += (
+            f", llama3 scaling by {rope['factor']:g} (low {rope['low_freq_factor']:g}, high "
+            f"{rope['high_freq_factor']:g}, from {rope['original_max_position_embeddings']:,} "
+            "tokens)"
+        )
+    return text
+
+
+def _fit_table(memory: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    available, total = memory["available_bytes"], memory["total_bytes"]
+    share = f"{memory['kv_memory_fraction']:.0%}"
+    table = Table(
+        title=f"In this machine's memory: {format_bytes(available)} available of "
+        f"{format_bytes(total)}",
+        caption=f"KV cache: {share} {_KV_FRACTION_HELP}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("dtype")
+    for heading in ("weights", "fits", "KV cache, tokens", "sequences of full length"):
+        table.add_column(heading, justify="right")
+    for dtype, fit in memory["as"].items():
+        table.add_row(
+            dtype,
+            format_bytes(fit["weight_bytes"]),
+            "yes" if fit["fits"] else "no",
+            f"{fit['kv_tokens']:,}",
+            f"{fit['full_length_sequences']:,}",
+        )
+    return table
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    index = 0
+    while count >= 1024 and index < len(units) - 1:
+        count /= 1024
+        index += 1
+    return f"{count:.0f} {units[index]}" if index == 0 else f"{count:.1f} {units[index]}"
+
+
+def _short(count: float) -> str:
+    """135000000 -> "135.0M"."""
+    for unit in ("", "K", "M", "B"):
+        if count < 1000 or unit == "B":
+            break
+        count /= 1000
+    return f"{count:.1f}{unit}" if unit else str(int(count))
