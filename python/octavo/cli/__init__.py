@@ -1,0 +1,16 @@
+"""The `octavo` command; one file a verb."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 a difference or failed requests,
+    2 something the user can put right, 130 interrupted.
+
+    arguments: without the program's name; None takes those of this process.
+    """
+    from octavo.cli.app import run
+
+    return run(arguments)

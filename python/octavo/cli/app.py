@@ -1,0 +1,123 @@
+"""The table of verbs, and how a command line ends: exit codes and error messages."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from octavo.cli.common import INTERRUPTED, MISTAKE, print_error
+from octavo.errors import OctavoError
+
+
+class Verb(NamedTuple):
+    """A command: its module has a function of the same name, annotated for typer."""
+
+    name: str
+    summary: str
+    panel: str
+
+
+_RUN, _MODELS = "Run a model", "Look after models"
+
+# In the order of `octavo --help`. The summaries stand here so that help need not import the verbs.
+VERBS = (
+    Verb("generate", "Answer one prompt, or go on with a text.", _RUN),
+    Verb("chat", "Talk with a model in the terminal.", _RUN),
+    Verb("batch", "Answer a whole file of prompts; can be stopped and resumed.", _RUN),
+    Verb("pull", "Fetch a model, or convert a GGUF file, into the cache.", _MODELS),
+    Verb("info", "Show what a model is and whether it fits in memory.", _MODELS),
+    Verb("diff", "Show where octavo, its reference and Hugging Face part.", _MODELS),
+)
+
+_EPILOG = """Start here:  [bold]octavo generate "What is the capital of France?"[/bold]
+
+Each command explains itself:  [bold]octavo generate --help[/bold]"""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; every expected failure becomes one message on stderr and an exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = build_app(arguments)(arguments or ["--help"], "octavo", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:
+        # Whoever read our output has gone (`octavo … | head`): end without a word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else MISTAKE
+    except (OctavoError, OSError) as error:
+        print_error(str(error))
+        return MISTAKE
+    except Exception as error:
+        message = _usage_message(error)
+        if message is None:
+            raise  # a defect of octavo: the traceback is what a report needs
+        print_error(message)
+        return MISTAKE
+
+
+def build_app(arguments: Sequence[str]) -> typer.Typer:
+    """The application with the wanted verb loaded and the others as names with a summary.
+
+    No import of a verb (and of what it stands on) happens but for the one that runs.
+    """
+    app = typer.Typer(
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(epilog=_EPILOG)(_octavo)
+    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    for verb in VERBS:
+        if verb.name == wanted:
+            function = getattr(importlib.import_module(f"octavo.cli.{verb.name}"), verb.name)
+            app.command(verb.name, rich_help_panel=verb.panel)(function)
+        else:
+            app.command(verb.name, help=verb.summary, rich_help_panel=verb.panel)(_not_loaded)
+    return app
+
+
+def _not_loaded() -> None:
+    """Stands for a verb in the help; only the verb on the command line ever runs."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"octavo {version('octavo')}")
+        raise typer.Exit()
+
+
+def _octavo(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Run Llama-family language models, and check that the answers are right."""
+
+
+def _usage_message(error: Exception) -> str | None:
+    """The message of a mistake on the command line; None for any other exception.
+
+    Known by its shape: typer brings its own copy of click or uses the installed one.
+    """
+    format_message: Callable[[], Any] | None = getattr(error, "format_message", None)
+    if format_message is None:
+        return None
+    message = str(format_message()).strip().replace("\n", " ")
+    path = getattr(getattr(error, "ctx", None), "command_path", None)
+    return f"{message} (see `{path} --help`)" if path else message

@@ -1,0 +1,250 @@
+"""What the verbs share: options with their help texts, messages, and loading a model."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from octavo.engine.outputs import RequestMetrics
+    from octavo.llm import LLM
+
+FAILED = 1  # exit code: it ran, and not everything went well
+MISTAKE = 2  # exit code: the user can put it right
+INTERRUPTED = 130  # exit code: Ctrl-C, as shells have it
+
+_MODEL_PANEL, _SAMPLING_PANEL, _STOP_PANEL = "Model", "How to choose words", "Where to stop"
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Name of a pulled model (smollm2-135m), ORG/NAME, or a folder with a Hugging Face "
+        "model. Left out: smollm2-135m, fetched on first use.",
+        show_default=False,
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+DTypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Number format of the weights: f32 (exact, slower), bf16 (half the memory), or auto: "
+        "bf16 for a bf16 model, else f32.",
+        metavar="auto|f32|bf16",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where to compute. auto takes a GPU if there is one.",
+        metavar="auto|cpu|cuda",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+MaxModelLenOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-model-len",
+        help="Longest prompt and answer together, in tokens. Left out: the model's own limit. "
+        "A smaller one needs less memory.",
+        show_default=False,
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+NumThreadsOption = Annotated[
+    int,
+    typer.Option(
+        "--num-threads",
+        help="CPU threads. 0: OCTAVO_NUM_THREADS, else one for each physical core.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+LoadFormatOption = Annotated[
+    str,
+    typer.Option(
+        "--load-format",
+        help="auto reads the weights; dummy makes random ones from config.json alone, to measure "
+        "speed (the text is nonsense).",
+        metavar="auto|dummy",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+TopKOption = Annotated[
+    int,
+    typer.Option(
+        "--top-k",
+        help="Choose among the k most probable tokens only. 0: among all.",
+        rich_help_panel=_SAMPLING_PANEL,
+    ),
+]
+MinPOption = Annotated[
+    float,
+    typer.Option(
+        "--min-p",
+        help="Leave out tokens less probable than this part of the best one's probability. 0: off.",
+        rich_help_panel=_SAMPLING_PANEL,
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        help="A number that makes random choices repeatable: same seed, same text.",
+        show_default=False,
+        rich_help_panel=_SAMPLING_PANEL,
+    ),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop",
+        help="End the answer before this text. May be given several times.",
+        show_default=False,
+        rich_help_panel=_STOP_PANEL,
+    ),
+]
+SystemOption = Annotated[
+    str | None,
+    typer.Option(
+        "--system",
+        help='System message: how the model should behave, as in "You are a pirate."',
+        show_default=False,
+    ),
+]
+
+
+def temperature_option(default_meaning: str) -> Any:
+    """--temperature; the verbs have different defaults."""
+    return typer.Option(
+        "--temperature",
+        "-t",
+        help="0 always takes the most probable token; around 1 is varied, above 1.5 wild. "
+        + default_meaning,
+        rich_help_panel=_SAMPLING_PANEL,
+    )
+
+
+def top_p_option() -> Any:
+    """--top-p; the verbs have different defaults."""
+    return typer.Option(
+        "--top-p",
+        help="Choose among the most probable tokens that together reach this probability. 1: "
+        "among all.",
+        rich_help_panel=_SAMPLING_PANEL,
+    )
+
+
+def max_tokens_option(help_text: str = "Longest answer, in tokens (a word is one or two).") -> Any:
+    """--max-tokens; the verbs have different defaults."""
+    return typer.Option("--max-tokens", "-n", help=help_text, rich_help_panel=_STOP_PANEL)
+
+
+def stderr_console() -> Console:
+    """For everything that is not the answer itself: stdout stays clean for pipes."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def print_error(message: str) -> None:
+    """`error: …` on stderr, in red where the terminal has colours."""
+    from rich.text import Text
+
+    sys.stdout.flush()
+    stderr_console().print(Text.assemble(("error: ", "bold red"), message))
+
+
+def note(message: str) -> None:
+    """A dim line on stderr."""
+    stderr_console().print(message, style="dim")
+
+
+def read_prompt(argument: str) -> str:
+    """The prompt itself, or all of standard input for "-"."""
+    if argument != "-":
+        text = argument
+    else:
+        if sys.stdin.isatty():
+            note("Type the prompt, then Ctrl-D:")
+        text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    if not text.strip():
+        raise InvalidArgumentError("the prompt is empty; expected some text")
+    return text
+
+
+def load_llm(model: str | None, **options: Any) -> LLM:
+    """The model in memory, with a bar on a terminal; fetches smollm2-135m where it is missing.
+
+    options: fields of EngineConfig.
+    """
+    from octavo.config import EngineConfig, read_environment
+    from octavo.llm import LLM
+    from octavo.weights.hub import resolve_model
+
+    config = EngineConfig(**options)  # a wrong option is told of before anything is fetched
+    path = resolve_model(model, read_environment())
+    with _loading_bar(path.name) as on_load:
+        return LLM(path, config=config, on_load=on_load)
+
+
+@contextmanager
+def _loading_bar(name: str) -> Iterator[Any]:
+    """A callback of (bytes done, bytes in all), drawn as a bar that vanishes at the end."""
+    console = stderr_console()
+    if not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"loading {name}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def random_seed() -> int:
+    """A seed for whoever names none: random, and short enough to be typed again."""
+    return secrets.randbelow(10**9)
+
+
+def printable(text: str, stream: IO[str]) -> str:
+    """Text for a terminal with its control characters made visible; unchanged for a pipe.
+
+    A model may draw an escape sequence; it must not move the cursor or rename the window.
+    """
+    return text.translate(_VISIBLE) if stream.isatty() else text
+
+
+# Control characters but for tab and newline, as the pictures that Unicode has for them.
+_VISIBLE = {
+    **{code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)},
+    **dict.fromkeys(range(0x7F, 0xA0), 0xFFFD),
+}
+
+
+def speed_line(metrics: RequestMetrics) -> str:
+    """The line at the end of a generation."""
+    parts = [_count(metrics.num_prompt_tokens, "prompt token")]
+    if metrics.time_to_first_token is not None:
+        parts.append(f"first token after {metrics.time_to_first_token:.2f} s")
+    tokens = _count(metrics.num_output_tokens, "token")
+    speed = metrics.tokens_per_second
+    parts.append(tokens if speed is None else f"{tokens} at {speed:.1f} tokens/s")
+    return " · ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

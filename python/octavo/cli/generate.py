@@ -1,0 +1,314 @@
+"""`octavo generate`: one prompt, its answer on stdout as it is made."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.cli import common
+from octavo.cli.common import (
+    DeviceOption,
+    DTypeOption,
+    LoadFormatOption,
+    MaxModelLenOption,
+    MinPOption,
+    ModelOption,
+    NumThreadsOption,
+    SeedOption,
+    StopOption,
+    SystemOption,
+    TopKOption,
+)
+from octavo.errors import InvalidArgumentError
+from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput
+    from octavo.llm import LLM, EncodedPrompt
+
+_OUTPUT_PANEL = "What to show"
+
+
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(help='The question, or the text to go on with. "-" reads stdin.')
+    ],
+    model: ModelOption = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="--chat wraps the prompt in the model's chat template, so that it is answered; "
+            "--raw gives it as it is, so that it is continued. Left out: --chat for a model that "
+            "has a chat template.",
+            show_default=False,
+        ),
+    ] = None,
+    system: SystemOption = None,
+    max_tokens: Annotated[int, common.max_tokens_option()] = 256,
+    min_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Shortest answer, in tokens: no end before.", rich_help_panel="Where to stop"
+        ),
+    ] = 0,
+    stop: StopOption = None,
+    stop_token_id: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="End the answer at this token id. May be given several times.",
+            show_default=False,
+            rich_help_panel="Where to stop",
+        ),
+    ] = None,
+    include_stop: Annotated[
+        bool,
+        typer.Option(
+            "--include-stop",
+            help="Keep the --stop text at the end of the answer.",
+            rich_help_panel="Where to stop",
+        ),
+    ] = False,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-eos",
+            help="Go on when the model wants to end, up to --max-tokens. For measuring speed.",
+            rich_help_panel="Where to stop",
+        ),
+    ] = False,
+    temperature: Annotated[
+        float, common.temperature_option("0 gives the same text every time.")
+    ] = 0.0,
+    top_k: TopKOption = 0,
+    top_p: Annotated[float, common.top_p_option()] = 1.0,
+    min_p: MinPOption = 0.0,
+    seed: SeedOption = None,
+    n: Annotated[
+        int,
+        typer.Option(
+            "--answers",
+            help="How many answers to make; with a --temperature above 0 they differ.",
+            rich_help_panel="How to choose words",
+        ),
+    ] = 1,
+    json_output: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON object: text, token ids, finish reason, usage, timings.",
+            rich_help_panel=_OUTPUT_PANEL,
+        ),
+    ] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="With --json: the log-probability of each token, and of the N most probable "
+            "ones in its place.",
+            metavar="N",
+            show_default=False,
+            rich_help_panel=_OUTPUT_PANEL,
+        ),
+    ] = None,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens",
+            help="Show special tokens such as <|im_end|> in the text.",
+            rich_help_panel=_OUTPUT_PANEL,
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            help="Leave out the line about speed at the end.",
+            rich_help_panel=_OUTPUT_PANEL,
+        ),
+    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
+    num_threads: NumThreadsOption = 0,
+    load_format: LoadFormatOption = "auto",
+) -> int:
+    """Answer one prompt, or go on with a text.
+
+    The answer goes to stdout as it is made, a line about its speed to stderr.
+
+    [bold]octavo generate "What is the capital of France?"[/bold]
+
+    [bold]octavo generate --raw "Once upon a time" -t 0.8 --max-tokens 100[/bold]
+
+    [bold]octavo generate - --system "Summarize this letter." < letter.txt[/bold]
+    """
+    if temperature > 0 and seed is None:
+        seed = common.random_seed()
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_id or ()),
+        include_stop_str_in_output=include_stop,
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+        skip_special_tokens=not special_tokens,
+        n=n,
+    )
+    if logprobs is not None and not json_output:
+        raise InvalidArgumentError("--logprobs has nowhere to be shown; add --json")
+    if system is not None and chat is False:
+        raise InvalidArgumentError("--system needs the chat template; leave out --raw")
+    text = common.read_prompt(prompt)
+    start = time.monotonic()
+    llm = common.load_llm(
+        model,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        num_threads=num_threads,
+        load_format=load_format,
+    )
+    load_seconds = time.monotonic() - start
+    encoded = encode(llm, text, chat, system)
+    live = not json_output and n == 1
+    if live and not encoded.is_chat and sys.stdout.isatty():
+        # The prompt and its continuation are one text: show it as one.
+        typer.echo(typer.style(common.printable(text, sys.stdout), dim=True), nl=False)
+    chunks, interrupted = _collect(llm, encoded, params, live)
+    result = next((chunk.result for chunk in chunks if chunk.result is not None), None)
+    if result is None:
+        return common.INTERRUPTED if interrupted else common.FAILED
+    if json_output:
+        record = _record(llm, result, params, load_seconds)
+        print(json.dumps(record, ensure_ascii=False))
+    elif n > 1:
+        _print_answers(result)
+    if not quiet:
+        common.note(_closing_line(result, params, llm.max_model_len))
+    if result.error is not None:
+        common.print_error(result.error)
+        return common.FAILED
+    return 0
+
+
+def encode(llm: LLM, text: str, chat: bool | None, system: str | None = None) -> EncodedPrompt:
+    """The prompt as the model shall see it; chat None decides by the model's having a template."""
+    if chat is None:
+        chat = llm.chat_template is not None or system is not None
+    if not chat:
+        return llm.encode_prompt(text)
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return llm.encode_chat(messages)
+
+
+def _collect(
+    llm: LLM, prompt: EncodedPrompt, params: SamplingParams, live: bool
+) -> tuple[list[OutputChunk], bool]:
+    """All chunks, shown as they come if `live`; and whether Ctrl-C ended them."""
+    chunks = []
+    interrupted = False
+    stream = llm.stream(prompt, params)
+    try:
+        for chunk in stream:
+            chunks.append(chunk)
+            if live and chunk.text:
+                sys.stdout.write(common.printable(chunk.text, sys.stdout))
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted = True
+    if live:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    return chunks, interrupted
+
+
+def _print_answers(result: RequestOutput) -> None:
+    for answer in result.outputs:
+        print(f"--- answer {answer.index + 1} of {len(result.outputs)} ---")
+        print(common.printable(answer.text, sys.stdout))
+
+
+def _closing_line(result: RequestOutput, params: SamplingParams, max_model_len: int) -> str:
+    line = common.speed_line(result.metrics)
+    if params.temperature > 0:
+        line += f" · seed {params.seed}"
+    if any(answer.finish_reason == "length" for answer in result.outputs):
+        at_limit = any(len(a.token_ids) >= params.max_tokens for a in result.outputs)
+        limit = f"--max-tokens {params.max_tokens}" if at_limit else f"context of {max_model_len}"
+        line += f" · cut off ({limit})"
+    return line
+
+
+def _record(
+    llm: LLM, result: RequestOutput, params: SamplingParams, load_seconds: float
+) -> dict[str, Any]:
+    """What --json prints. The first answer stands at the top; all of them under "answers"."""
+    metrics = result.metrics
+    answers = [_answer(llm, answer) for answer in result.outputs]
+    return {
+        "prompt": result.prompt,
+        "prompt_token_ids": list(result.prompt_token_ids),
+        **{key: value for key, value in answers[0].items() if key != "index"},
+        **({"answers": answers} if params.n > 1 else {}),
+        "seed": params.seed,
+        "error": result.error,
+        "usage": {
+            "prompt_tokens": metrics.num_prompt_tokens,
+            "completion_tokens": metrics.num_output_tokens,
+            "total_tokens": metrics.num_prompt_tokens + metrics.num_output_tokens,
+        },
+        "timings": {
+            "load_seconds": round(load_seconds, 4),
+            "time_to_first_token_seconds": _rounded(metrics.time_to_first_token),
+            "total_seconds": _rounded(metrics.total_time),
+            "tokens_per_second": _rounded(metrics.tokens_per_second),
+        },
+    }
+
+
+def _answer(llm: LLM, answer: CompletionOutput) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "index": answer.index,
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
+    }
+    if answer.logprobs is not None:
+        record["cumulative_logprob"] = answer.cumulative_logprob
+        record["logprobs"] = [
+            {
+                "token_id": entry.token_id,
+                "token": _token_text(llm, entry.token_id),
+                "logprob": entry.logprob,
+                "top": [
+                    {"token_id": token, "token": _token_text(llm, token), "logprob": logprob}
+                    for token, logprob in zip(entry.top_token_ids, entry.top_logprobs, strict=True)
+                ],
+            }
+            for entry in answer.logprobs
+        ]
+    return record
+
+
+def _token_text(llm: LLM, token_id: int) -> str | None:
+    if llm.tokenizer is None:
+        return None
+    return llm.tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
