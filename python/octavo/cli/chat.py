@@ -1,0 +1,256 @@
+"""`octavo chat`: a conversation in the terminal, or over a pipe, one line a turn."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from octavo.cli import common
+from octavo.cli.common import (
+    DeviceOption,
+    DTypeOption,
+    LoadFormatOption,
+    MaxModelLenOption,
+    MinPOption,
+    ModelOption,
+    NumThreadsOption,
+    SeedOption,
+    StopOption,
+    SystemOption,
+    TopKOption,
+)
+from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
+from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from octavo.engine.outputs import RequestOutput
+    from octavo.llm import LLM, EncodedPrompt
+
+_HELP = """\
+  /system TEXT   how the model should behave; begins anew
+  /reset         forget the conversation (the system message stays)
+  /help          this list
+  /exit          leave (so does Ctrl-D)
+  Ctrl-C         stop the answer
+A line that begins with a space is sent as it is, even with a / behind it."""
+
+
+def chat(
+    model: ModelOption = None,
+    system: SystemOption = None,
+    max_tokens: Annotated[
+        int, common.max_tokens_option("Longest answer, in tokens (a word is one or two).")
+    ] = 1024,
+    stop: StopOption = None,
+    temperature: Annotated[
+        float, common.temperature_option("0 gives the same answers every time.")
+    ] = 0.6,
+    top_k: TopKOption = 0,
+    top_p: Annotated[float, common.top_p_option()] = 0.9,
+    min_p: MinPOption = 0.0,
+    seed: SeedOption = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Leave out the line about speed.")
+    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
+    num_threads: NumThreadsOption = 0,
+    load_format: LoadFormatOption = "auto",
+) -> int:
+    """Talk with a model in the terminal.
+
+    It remembers the conversation. Ctrl-C stops an answer, Ctrl-D or /exit leaves.
+
+    [bold]octavo chat[/bold]
+
+    [bold]octavo chat --system "You answer in rhymes." --temperature 0.9[/bold]
+
+    [bold]octavo chat < questions.txt[/bold]  takes each line as a turn
+    """
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=common.random_seed() if seed is None and temperature > 0 else seed,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+    )
+    llm = common.load_llm(
+        model,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        num_threads=num_threads,
+        load_format=load_format,
+    )
+    if llm.chat_template is None:
+        raise TokenizerError(
+            "this model has no chat template (it is a base model, which only goes on with a text): "
+            "use `octavo generate --raw`, or a model that was trained to chat"
+        )
+    interactive = sys.stdin.isatty()
+    if interactive:
+        common.note(
+            f"{model or 'smollm2-135m'} · remembers {llm.max_model_len:,} tokens · "
+            "/help lists commands, Ctrl-D leaves"
+        )
+    conversation = Conversation(llm, params, system, quiet=quiet or not interactive)
+    return conversation.run(line_reader(interactive))
+
+
+class Conversation:
+    """The turns so far, and the loop that adds to them."""
+
+    def __init__(
+        self, llm: LLM, params: SamplingParams, system: str | None, *, quiet: bool = False
+    ) -> None:
+        self.llm = llm
+        self.params = params
+        self.system = system
+        self.turns: list[dict[str, str]] = []  # user and assistant by turns, user first
+        self.failed = False
+        self._quiet = quiet
+
+    def run(self, read_line: Callable[[], str | None]) -> int:
+        """Until /exit or the end of the input; returns the exit code."""
+        while True:
+            try:
+                line = read_line()
+            except KeyboardInterrupt:
+                common.note("\n(Ctrl-D or /exit leaves)")
+                continue
+            if line is None or line.strip() in ("/exit", "/quit"):
+                return common.FAILED if self.failed else 0
+            if line.strip() and not self._command(line):
+                self._turn(line.strip())
+
+    def _command(self, line: str) -> bool:
+        """Obey a command; False if the line is none."""
+        found = re.fullmatch(r"/([a-z]*)(?:\s+(.*))?", line.rstrip(), flags=re.DOTALL)
+        if found is None:
+            return False
+        name, rest = found[1], (found[2] or "").strip()
+        if name == "reset":
+            self.turns.clear()
+            common.note("(the conversation is forgotten)")
+        elif name == "system":
+            self.system = rest or None
+            self.turns.clear()
+            change = "set" if rest else "the model's own again"
+            common.note(f"(system message {change}; the conversation begins anew)")
+        elif name == "help":
+            common.note(_HELP)
+        else:
+            common.note(f"(there is no command /{name}; /help lists them)")
+        return True
+
+    def _turn(self, text: str) -> None:
+        """Ask, show the answer as it comes, remember both. A failed turn is not remembered."""
+        self.turns.append({"role": "user", "content": text})
+        try:
+            answer = self._answer(self._fit())
+        except OctavoError as error:
+            common.print_error(str(error))
+            self.failed = True
+            answer = None
+        except KeyboardInterrupt:  # before the answer began
+            common.note("(stopped)")
+            answer = None
+        if answer is None:
+            self.turns.pop()
+        else:
+            self.turns.append({"role": "assistant", "content": answer})
+
+    def _fit(self) -> EncodedPrompt:
+        """The conversation as a prompt, without its oldest turns where it is too long."""
+        limit = self.llm.max_model_len
+        # What the answer is to have at least; a quarter of a small context is enough.
+        room = min(self.params.max_tokens, limit // 4)
+        dropped = 0
+        prompt = self._encode()
+        while len(prompt.token_ids) > limit - room and len(self.turns) > 1:
+            del self.turns[:2]
+            dropped += 1
+            prompt = self._encode()
+        if dropped:
+            common.note(
+                f"(dropped from memory: the oldest {dropped} turn{'s' if dropped > 1 else ''}; "
+                f"the model sees {limit:,} tokens)"
+            )
+        if len(prompt.token_ids) >= limit:
+            raise InvalidArgumentError(
+                f"the message has {len(prompt.token_ids):,} tokens with its frame; expected fewer "
+                f"than the model's context of {limit:,}: shorten it"
+            )
+        return prompt
+
+    def _encode(self) -> EncodedPrompt:
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return self.llm.encode_chat([*first, *self.turns])
+
+    def _answer(self, prompt: EncodedPrompt) -> str | None:
+        """Stream one answer; Ctrl-C keeps what there is. None if the model failed."""
+        pieces: list[str] = []
+        result: RequestOutput | None = None
+        stopped = False
+        try:
+            for chunk in self.llm.stream(prompt, self.params):
+                # Some templates end so that every answer begins with a space.
+                text = chunk.text if pieces else chunk.text.lstrip()
+                if text:
+                    pieces.append(text)
+                    sys.stdout.write(common.printable(text, sys.stdout))
+                    sys.stdout.flush()
+                result = chunk.result or result
+        except KeyboardInterrupt:
+            stopped = True
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        if stopped:
+            common.note("(stopped)")
+        elif result is not None and result.error is not None:
+            common.print_error(result.error)
+            self.failed = True
+            return None
+        elif result is not None:
+            self._remark(result)
+        return "".join(pieces).strip()
+
+    def _remark(self, result: RequestOutput) -> None:
+        if result.outputs[0].finish_reason == "length":
+            common.note("(cut off: --max-tokens, or the end of the context, is reached)")
+        if not self._quiet:
+            common.note(common.speed_line(result.metrics))
+
+
+def line_reader(interactive: bool) -> Callable[[], str | None]:
+    """A function that gives the next line, None at the end of the input."""
+    if not interactive:
+        return _read_piped_line
+    with contextlib.suppress(ImportError):  # not in every build of Python
+        import readline  # noqa: F401  gives input() line editing and history
+    return _read_typed_line
+
+
+def _read_piped_line() -> str | None:
+    line = sys.stdin.buffer.readline().decode("utf-8", errors="replace")
+    return line.rstrip("\r\n") if line else None
+
+
+def _read_typed_line() -> str | None:
+    if not sys.stdout.isatty():  # the prompt must not end up among the answers
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    try:
+        return input("> " if sys.stdout.isatty() else "")
+    except EOFError:
+        sys.stderr.write("\n")
+        return None
