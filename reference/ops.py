@@ -133,12 +133,13 @@ def rope_frequencies(rope: RopeSpec, head_dim: int) -> Float32:
     """
     exponents = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
     powers = np.array([math.pow(rope.theta, exponent) for exponent in exponents.tolist()])
-    frequencies = (np.float32(1) / powers.astype(np.float32)).astype(np.float32)
+    frequencies: Float32 = (np.float32(1) / powers.astype(np.float32)).astype(np.float32)
     if rope.scaling == "default":
         return frequencies
     factor = np.float32(rope.factor)
+    slower: Float32 = frequencies / factor
     if rope.scaling == "linear":
-        return frequencies / factor
+        return slower
     if rope.scaling != "llama3":
         raise ValueError(f"rope scaling is {rope.scaling!r}; expected default, linear or llama3")
     context, low, high = (
@@ -150,8 +151,9 @@ def rope_frequencies(rope: RopeSpec, head_dim: int) -> Float32:
     # 0 where a full turn takes the context / low or longer, 1 where context / high or shorter.
     smooth = (context / wavelengths - low) / (high - low)
     between = ((1 - smooth) * frequencies) / factor + smooth * frequencies
-    scaled = np.where(wavelengths > context / low, frequencies / factor, between)
-    return np.where(wavelengths < context / high, frequencies, scaled).astype(np.float32)
+    scaled = np.where(wavelengths > context / low, slower, between)
+    result: Float32 = np.where(wavelengths < context / high, frequencies, scaled)
+    return result.astype(np.float32)
 
 
 def rope(x: Array, positions: Integers, frequencies: Float32 | None) -> Array:
@@ -221,7 +223,7 @@ def attention(q: Array, k: Array, v: Array, scale: float, window: int = 0) -> Ar
     q: (rows, num_heads, head_dim); k, v: (context, num_kv_heads, head_dim), rotated and as the
     cache holds them. Returns (rows, num_heads, head_dim).
     """
-    rows, num_heads, head_dim = q.shape
+    rows, num_heads, _ = q.shape
     context, num_kv_heads, _ = k.shape
     group = num_heads // num_kv_heads
     distance = np.arange(context - rows, context)[:, None] - np.arange(context)  # p - j

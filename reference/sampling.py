@@ -48,7 +48,8 @@ def exp32(x: Float32) -> Float32:
     r = r - n * _LN2_LOW
     y = (_polynomial(_EXP_COEFFICIENTS, r) * (r * r) + r) + _f(1)
     y = np.ldexp(y, n.astype(np.int32))  # exact
-    return np.where(x < _f(-87), _f(0), y).astype(np.float32)
+    result: Float32 = np.where(x < _f(-87), _f(0), y).astype(np.float32)
+    return result
 
 
 def log32(x: Float32) -> Float32:
@@ -66,8 +67,8 @@ def _log_of_parts(f: Float32, e: Float32) -> Float32:
     y = (_polynomial(_LOG_COEFFICIENTS, f) * f) * z
     y = y + e * _LN2_LOW
     y = y - _f(0.5) * z
-    r: Float32 = f + y
-    return r + e * _LN2_HIGH
+    r: Float32 = (f + y) + e * _LN2_HIGH
+    return r
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Float32) -> Float32:
@@ -230,7 +231,8 @@ def unpack_masks(masks: Int32, vocab_size: int) -> npt.NDArray[np.bool_]:
     """int32 (rows, ceil(vocab_size / 32)) -> bool (rows, vocab_size): which tokens are allowed."""
     words = np.ascontiguousarray(masks).view(np.uint32)
     bits = (words[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
-    return bits.reshape(len(masks), -1)[:, :vocab_size].astype(np.bool_)
+    allowed: npt.NDArray[np.bool_] = bits.reshape(len(masks), -1)[:, :vocab_size] != 0
+    return allowed
 
 
 def _fixed_point(x: Float32) -> UInt64:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from reference_helpers import Float32, cache_from_sequence, uniform
 
 from octavo import _native
 from octavo.models.spec import RopeSpec
+from reference_helpers import Float32, cache_from_sequence, uniform
 
 Arrays = list[npt.NDArray[Any]]
 

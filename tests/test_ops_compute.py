@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ops_helpers import ROPES, TOLERANCES, Case, compute_cases, make_sequence, native_attention
-from reference_helpers import max_error, same_bits, uniform
 
 from octavo import _native
 from octavo.reference import ops, sampling
+from ops_helpers import ROPES, TOLERANCES, Case, compute_cases, make_sequence, native_attention
+from reference_helpers import max_error, same_bits, uniform
 
 CASES = compute_cases()
 ISAS = _native.available_isas()

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ops_helpers import TOLERANCES, compute_cases
-from reference_helpers import max_error
 
 from octavo.models.spec import RopeSpec
 from octavo.reference import ops
+from ops_helpers import TOLERANCES, compute_cases
+from reference_helpers import max_error
 
 Array = np.ndarray
 PLANTED: dict[str, Callable[..., Any]] = {}
