@@ -45,8 +45,8 @@ nb::object to_numpy(std::vector<T> values) {
   return to_numpy(std::move(values), {size});
 }
 
-ModelSpec model_spec(nb::handle spec);          // from octavo.models.spec.ModelSpec
-RopeSpec rope_spec(nb::handle spec);            // from octavo.models.spec.RopeSpec
+ModelSpec model_spec(nb::handle spec);               // from octavo.models.spec.ModelSpec
+RopeSpec rope_spec(nb::handle spec);                 // from octavo.models.spec.RopeSpec
 RuntimeOptions runtime_options(nb::handle options);  // from octavo.config.RuntimeOptions
 NormKind norm_kind(const std::string& name);
 Activation activation(const std::string& name);

@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "bindings/bindings.h"
-#include "core/backend.h"
+#include "bindings/ops_device.h"
 #include "cpu/kernels.h"
 
 namespace octavo::bindings {
@@ -14,10 +13,10 @@ namespace {
 using FloatArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using IntArray = Array1<std::int32_t>;
 
-class Ops {
+class Ops : private OpsDevice {
  public:
   Ops(const std::string& device, int num_threads, const std::string& isa)
-      : backend_(make_backend(device, num_threads, isa)) {}
+      : OpsDevice(device, num_threads, isa), isa_(isa) {}
 
   nb::object embed(Array2<float> table, IntArray token_ids,
                    std::optional<Array2<float>> position_table, std::optional<IntArray> positions,
@@ -112,140 +111,16 @@ class Ops {
     return down(out);
   }
 
-  // The noise alone: what a row of zeros is turned into before the largest is taken.
+  // The noise that `sample` adds to a row of logits, by the CPU's kernels.
   nb::object gumbel(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
                     std::int64_t vocab_size) {
     std::vector<float> noise(static_cast<std::size_t>(vocab_size));
-    cpu::kernels_for("auto").gumbel(noise.data(), seed, sample_index, position, 0, vocab_size);
+    cpu::kernels_for(isa_).gumbel(noise.data(), seed, sample_index, position, 0, vocab_size);
     return to_numpy(std::move(noise));
   }
 
  private:
-  using Device = Buffer;
-  struct Matrix {
-    Buffer memory;
-    View view;
-  };
-  struct NormArrays {
-    Buffer weight, bias;
-    Norm norm;
-  };
-
-  template <class Array>
-  static std::int64_t size(const Array& array) {
-    return static_cast<std::int64_t>(array.size());
-  }
-
-  template <class T>
-  Device up(const Array1<T>& array) {
-    Device memory(backend_.get(), array.size() * sizeof(T));
-    backend_->upload(memory.data(), array.data(), array.size() * sizeof(T));
-    return memory;
-  }
-
-  Matrix matrix(std::int64_t rows, std::int64_t cols) {
-    Matrix result;
-    result.memory = Buffer(backend_.get(), static_cast<std::size_t>(rows * cols) * 4);
-    result.view = {result.memory.as<float>(), rows, cols, cols};
-    return result;
-  }
-
-  // Any array as a matrix: the first axis stays, the others become columns.
-  template <class Array>
-  Matrix up_matrix(const Array& array) {
-    const auto rows = static_cast<std::int64_t>(array.shape(0));
-    Matrix result = matrix(rows, rows ? size(array) / rows : 0);
-    backend_->upload(result.memory.data(), array.data(), array.size() * 4);
-    return result;
-  }
-  Matrix up(const Array2<float>& array) { return up_matrix(array); }
-
-  void put(View view, const float* values) {
-    for (std::int64_t row = 0; row < view.rows; ++row)
-      backend_->upload(view.row(row), values + row * view.cols,
-                       static_cast<std::size_t>(view.cols) * 4);
-  }
-
-  std::vector<float> get(View view) {
-    std::vector<float> values(static_cast<std::size_t>(view.rows * view.cols));
-    backend_->sync();
-    for (std::int64_t row = 0; row < view.rows; ++row)
-      backend_->download(values.data() + row * view.cols, view.row(row),
-                         static_cast<std::size_t>(view.cols) * 4);
-    return values;
-  }
-
-  nb::object down(const Matrix& matrix) {
-    return to_numpy(get(matrix.view), {static_cast<std::size_t>(matrix.view.rows),
-                                       static_cast<std::size_t>(matrix.view.cols)});
-  }
-
-  Linear pack(const Array2<float>& weight, const std::string& dtype, bool with_bias = false) {
-    const auto outputs = static_cast<std::int64_t>(weight.shape(0));
-    const auto inputs = static_cast<std::int64_t>(weight.shape(1));
-    Linear linear =
-        backend_->make_linear(outputs, inputs, parse_dtype(dtype, "dtype"), with_bias);
-    backend_->pack_rows(linear, 0, {weight.data(), DType::f32, outputs, inputs});
-    return linear;
-  }
-
-  NormArrays norm_arrays(const Array1<float>& weight, const std::optional<Array1<float>>& bias,
-                         float eps, const std::string& kind, std::int64_t width) {
-    require(size(weight) == width && (!bias || size(*bias) == width),
-            "weight and bias need one entry a column, ", width);
-    NormArrays arrays;
-    arrays.weight = up(weight);
-    if (bias) arrays.bias = up(*bias);
-    arrays.norm.spec = {norm_kind(kind), eps, bias.has_value()};
-    arrays.norm.weight = arrays.weight.as<float>();
-    arrays.norm.bias = arrays.bias.as<float>();
-    return arrays;
-  }
-
-  // A KV layer with room for num_slots tokens.
-  struct Cache {
-    Buffer memory;
-    KvLayer layer;
-  };
-  Cache cache(const LayerSpec& spec, std::int64_t num_slots, std::int64_t block_size,
-              const std::string& kv_dtype) {
-    require(block_size >= 16 && block_size % 16 == 0, "block_size is ", block_size,
-            "; expected a multiple of 16");
-    Cache result;
-    KvLayer& layer = result.layer;
-    layer.dtype = parse_dtype(kv_dtype, "kv_dtype");
-    layer.num_blocks = (num_slots + block_size - 1) / block_size;
-    layer.block_size = block_size;
-    layer.num_kv_heads = spec.num_kv_heads;
-    layer.head_dim = spec.head_dim;
-    layer.block_bytes = backend_->kv_block_bytes(spec, layer.dtype, block_size);
-    result.memory = Buffer(backend_.get(),
-                           static_cast<std::size_t>(layer.num_blocks * layer.block_bytes));
-    layer.data = result.memory.data();
-    return result;
-  }
-
-  static LayerSpec heads_of(const Array3<float>& q, const Array3<float>& k) {
-    LayerSpec spec;
-    spec.num_heads = static_cast<std::int64_t>(q.shape(1));
-    spec.num_kv_heads = static_cast<std::int64_t>(k.shape(1));
-    spec.head_dim = static_cast<std::int64_t>(q.shape(2));
-    require(spec.num_kv_heads >= 1 && spec.num_heads % spec.num_kv_heads == 0,
-            "q has ", spec.num_heads, " heads; expected a multiple of k's ", spec.num_kv_heads);
-    return spec;
-  }
-
-  // q, k and v side by side in one matrix, as a fused projection leaves them.
-  Matrix fuse(const Array3<float>& q, const Array3<float>& k, const Array3<float>& v,
-              const LayerSpec& spec) {
-    Matrix fused = matrix(static_cast<std::int64_t>(q.shape(0)), spec.q_size() + 2 * spec.kv_size());
-    put(fused.view.columns(0, spec.q_size()), q.data());
-    put(fused.view.columns(spec.q_size(), spec.kv_size()), k.data());
-    put(fused.view.columns(spec.q_size() + spec.kv_size(), spec.kv_size()), v.data());
-    return fused;
-  }
-
-  std::unique_ptr<Backend> backend_;
+  std::string isa_;
 };
 
 // Returns the rotated q, and the cache's keys and values slot by slot.
@@ -292,10 +167,9 @@ nb::object Ops::rope_and_store(Array3<float> q, Array3<float> k, Array3<float> v
   std::vector<float> keys, values;
   backend_->read_kv(kv.layer, num_slots, keys, values);
   const auto total = static_cast<std::size_t>(num_slots);
-  return nb::make_tuple(
-      to_numpy(get(fused.view.columns(0, spec.q_size())), {tokens, heads, dim}),
-      to_numpy(std::move(keys), {total, kv_heads, dim}),
-      to_numpy(std::move(values), {total, kv_heads, dim}));
+  return nb::make_tuple(to_numpy(get(fused.view.columns(0, spec.q_size())), {tokens, heads, dim}),
+                        to_numpy(std::move(keys), {total, kv_heads, dim}),
+                        to_numpy(std::move(values), {total, kv_heads, dim}));
 }
 
 // k, v: (num_slots, num_kv_heads, head_dim), stored slot by slot first.
@@ -343,9 +217,9 @@ nb::object Ops::attention(Array3<float> q, Array3<float> k, Array3<float> v, Int
 
   const Matrix queries = up_matrix(q), out = matrix(step.num_tokens, spec.q_size());
   backend_->attention(out.view, queries.view, spec, scale, kv.layer, step);
-  return to_numpy(get(out.view),
-                  {static_cast<std::size_t>(step.num_tokens),
-                   static_cast<std::size_t>(spec.num_heads), static_cast<std::size_t>(spec.head_dim)});
+  return to_numpy(get(out.view), {static_cast<std::size_t>(step.num_tokens),
+                                  static_cast<std::size_t>(spec.num_heads),
+                                  static_cast<std::size_t>(spec.head_dim)});
 }
 
 nb::object Ops::sample(Array2<float> logits, Array1<float> temperature, IntArray top_k,
@@ -399,8 +273,7 @@ void bind_ops(nb::module_& module) {
       .def(nb::init<const std::string&, int, const std::string&>(), nb::arg("device") = "cpu",
            nb::arg("num_threads") = 0, nb::arg("isa") = "auto")
       .def("embed", &Ops::embed, nb::arg("table"), nb::arg("token_ids"),
-           nb::arg("position_table") = none, nb::arg("positions") = none,
-           nb::arg("dtype") = "f32")
+           nb::arg("position_table") = none, nb::arg("positions") = none, nb::arg("dtype") = "f32")
       .def("norm", &Ops::norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
            nb::arg("eps"), nb::arg("kind") = "rms")
       .def("add_norm", &Ops::add_norm, nb::arg("residual"), nb::arg("x"), nb::arg("weight"),

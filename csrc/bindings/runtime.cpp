@@ -96,7 +96,7 @@ nb::object logits(Runtime& self, std::int64_t ticket) {
 void load(Runtime& self, const std::string& name,
           nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> array, const std::string& dtype) {
   const DType format = parse_dtype(dtype, "dtype");
-  const nb::dlpack::dtype expected = format == DType::f32   ? nb::dtype<float>()
+  const nb::dlpack::dtype expected = format == DType::f32 ? nb::dtype<float>()
                                      : format == DType::bf16
                                          ? nb::dtype<std::uint16_t>()
                                          : nb::dlpack::dtype{2, 16, 1};  // IEEE half

@@ -58,8 +58,8 @@ RopeSpec rope_spec(nb::handle spec) {
   RopeSpec rope;
   rope.theta = field<double>(spec, "theta");
   const auto scaling = field<std::string>(spec, "scaling");
-  require(scaling == "default" || scaling == "linear" || scaling == "llama3",
-          "rope scaling is \"", scaling, "\"; expected default, linear or llama3");
+  require(scaling == "default" || scaling == "linear" || scaling == "llama3", "rope scaling is \"",
+          scaling, "\"; expected default, linear or llama3");
   rope.scaling = scaling == "default"  ? RopeScaling::none
                  : scaling == "linear" ? RopeScaling::linear
                                        : RopeScaling::llama3;

@@ -98,8 +98,8 @@ struct KvLayer {
 // Where `sample` leaves its results; device memory, one entry a logit row of the step.
 struct Samples {
   std::int32_t* token_ids = nullptr;
-  float* logprobs = nullptr;            // of the drawn token; NaN where not asked for
-  std::uint8_t* finite = nullptr;       // 0 where the logits hold a NaN or an infinity
+  float* logprobs = nullptr;              // of the drawn token; NaN where not asked for
+  std::uint8_t* finite = nullptr;         // 0 where the logits hold a NaN or an infinity
   std::int32_t* top_token_ids = nullptr;  // (num_rows, num_top)
   float* top_logprobs = nullptr;          // (num_rows, num_top)
   std::int64_t num_top = 0;

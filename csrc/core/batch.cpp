@@ -8,8 +8,8 @@ namespace octavo {
 namespace {
 
 void check_size(const char* field, std::size_t size, std::int64_t expected) {
-  require(static_cast<std::int64_t>(size) == expected, field, " has ", size,
-          " entries; expected ", expected);
+  require(static_cast<std::int64_t>(size) == expected, field, " has ", size, " entries; expected ",
+          expected);
 }
 
 void check_range(const char* field, std::int64_t index, std::int64_t value, std::int64_t low,
@@ -73,8 +73,7 @@ void check_rows(const Batch& batch, const BatchLimits& limits) {
             batch.top_p[row], "; expected above 0, at most 1");
     require(batch.min_p[row] >= 0.0f && batch.min_p[row] <= 1.0f, "min_p[", i, "] is ",
             batch.min_p[row], "; expected 0 to 1");
-    require(batch.top_k[row] >= 0, "top_k[", i, "] is ", batch.top_k[row],
-            "; expected 0 or more");
+    require(batch.top_k[row] >= 0, "top_k[", i, "] is ", batch.top_k[row], "; expected 0 or more");
     check_range("num_logprobs", i, batch.num_logprobs[row], -1, limits.vocab_size);
     check_range("state_rows", i, batch.state_rows[row], -1, limits.max_num_seqs - 1);
   }
@@ -97,13 +96,12 @@ std::int64_t Batch::tokens_per_seq() const {
 }
 
 void check(const Batch& batch, const BatchLimits& limits) {
-  require(batch.num_tokens() <= limits.max_num_batched_tokens, "the batch has ",
-          batch.num_tokens(), " tokens; expected at most max_num_batched_tokens = ",
-          limits.max_num_batched_tokens);
+  require(batch.num_tokens() <= limits.max_num_batched_tokens, "the batch has ", batch.num_tokens(),
+          " tokens; expected at most max_num_batched_tokens = ", limits.max_num_batched_tokens);
   check_sequences(batch, limits);
   for (std::int64_t t = 0; t < batch.num_tokens(); ++t) {
-    check_range("token_ids", t, batch.token_ids[static_cast<std::size_t>(t)],
-                -limits.max_num_seqs, limits.vocab_size - 1);
+    check_range("token_ids", t, batch.token_ids[static_cast<std::size_t>(t)], -limits.max_num_seqs,
+                limits.vocab_size - 1);
   }
   check_rows(batch, limits);
 }
@@ -145,7 +143,8 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
   std::size_t offset = 0;
   bool copying = false;
   const auto place = [&](const auto& values, auto*& pointer) {
-    using T = std::remove_const_t<std::remove_pointer_t<std::remove_reference_t<decltype(pointer)>>>;
+    using T =
+        std::remove_const_t<std::remove_pointer_t<std::remove_reference_t<decltype(pointer)>>>;
     const std::size_t bytes = values.size() * sizeof(T);
     if (copying && bytes) {
       std::memcpy(staging_.data() + offset, values.data(), bytes);

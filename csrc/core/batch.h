@@ -23,7 +23,7 @@ struct Batch {
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }
   std::int64_t num_seqs() const { return static_cast<std::int64_t>(context_lens.size()); }
   std::int64_t num_rows() const { return static_cast<std::int64_t>(logit_rows.size()); }
-  std::int64_t num_top() const;       // the most log-probabilities any row asks for
+  std::int64_t num_top() const;         // the most log-probabilities any row asks for
   std::int64_t tokens_per_seq() const;  // 0 when the sequences bring different numbers
 };
 

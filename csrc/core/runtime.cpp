@@ -72,9 +72,8 @@ class TapRecorder : public TapSink {
       : backend_(backend), names_(names), results_(results) {}
 
   bool wants(const std::string& name) const override {
-    return std::any_of(names_.begin(), names_.end(), [&](const std::string& wanted) {
-      return wanted == "*" || wanted == name;
-    });
+    return std::any_of(names_.begin(), names_.end(),
+                       [&](const std::string& wanted) { return wanted == "*" || wanted == name; });
   }
 
   void record(const std::string& name, View view) override {
@@ -202,7 +201,8 @@ void Runtime::copy_blocks(std::int64_t kv_group, const std::vector<std::int32_t>
 MemoryUse Runtime::memory() const {
   MemoryUse use;
   use.weights = weights_.bytes();
-  for (const Buffer& buffer : kv_buffers_) use.kv_cache += static_cast<std::int64_t>(buffer.bytes());
+  for (const Buffer& buffer : kv_buffers_)
+    use.kv_cache += static_cast<std::int64_t>(buffer.bytes());
   use.workspace = decoder_.workspace_bytes();
   for (const Flight& flight : flights_)
     use.workspace += static_cast<std::int64_t>(flight.logits.bytes() + flight.normed.bytes());
@@ -218,9 +218,9 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps) {
     weights_complete_ = true;
   }
   require(!kv_.empty(), "submit was called before alloc_kv");
-  check(batch, {spec_.vocab_size, options_.max_num_batched_tokens, options_.max_num_seqs,
-                options_.max_model_len, spec_.num_kv_groups(), kv_[0].num_blocks,
-                options_.block_size});
+  check(batch,
+        {spec_.vocab_size, options_.max_num_batched_tokens, options_.max_num_seqs,
+         options_.max_model_len, spec_.num_kv_groups(), kv_[0].num_blocks, options_.block_size});
   Flight* free_flight = nullptr;
   for (Flight& flight : flights_) {
     if (!flight.open) free_flight = &flight;
@@ -275,9 +275,8 @@ void Runtime::forward(Flight& flight) {
   if (flight.tap_names.empty()) {
     const StepKey key{flight.batch.num_seqs(), flight.batch.tokens_per_seq(),
                       flight.batch.max_blocks};
-    backend_->run(key, [&] {
-      decoder_.forward(flight.step, kv_, logits_view(flight), normed, nullptr);
-    });
+    backend_->run(
+        key, [&] { decoder_.forward(flight.step, kv_, logits_view(flight), normed, nullptr); });
   } else {
     TapRecorder recorder(*backend_, flight.tap_names, flight.taps);
     decoder_.forward(flight.step, kv_, logits_view(flight), normed, &recorder);
@@ -288,10 +287,10 @@ void Runtime::sample(std::int64_t ticket, std::vector<std::int32_t> masks) {
   Flight& flight = flight_of(ticket);
   require(!flight.sampling_queued, "ticket ", ticket, " is sampled already");
   const std::int64_t words = (spec_.vocab_size + 31) / 32;
-  require(masks.empty() ||
-              static_cast<std::int64_t>(masks.size()) == flight.batch.num_rows() * words,
-          "masks has ", masks.size(), " words; expected ", words, " for each of ",
-          flight.batch.num_rows(), " rows");
+  require(
+      masks.empty() || static_cast<std::int64_t>(masks.size()) == flight.batch.num_rows() * words,
+      "masks has ", masks.size(), " words; expected ", words, " for each of ",
+      flight.batch.num_rows(), " rows");
   flight.sampling_queued = true;
   queue_.push([this, &flight, masks = std::move(masks)] {
     if (flight.error) return;  // the forward pass failed: there is nothing to sample from
@@ -331,12 +330,10 @@ void Runtime::draw(Flight& flight, const std::vector<std::int32_t>& masks) {
 
 std::vector<float> Runtime::logits(std::int64_t ticket) {
   Flight& flight = flight_of(ticket);
-  std::vector<float> values(
-      static_cast<std::size_t>(flight.batch.num_rows() * spec_.vocab_size));
+  std::vector<float> values(static_cast<std::size_t>(flight.batch.num_rows() * spec_.vocab_size));
   queue_.run([&] {
     if (flight.error) std::rethrow_exception(flight.error);
-    if (!values.empty())
-      backend_->download(values.data(), flight.logits.data(), values.size() * 4);
+    if (!values.empty()) backend_->download(values.data(), flight.logits.data(), values.size() * 4);
   });
   return values;
 }

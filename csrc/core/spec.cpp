@@ -29,11 +29,15 @@ std::vector<float> rope_frequencies(const RopeSpec& rope, std::int64_t head_dim)
     const float power = static_cast<float>(std::pow(rope.theta, static_cast<double>(exponent)));
     const float frequency = 1.0f / power;
     switch (rope.scaling) {
-      case RopeScaling::none: frequencies[i] = frequency; break;
+      case RopeScaling::none:
+        frequencies[i] = frequency;
+        break;
       case RopeScaling::linear:
         frequencies[i] = frequency / static_cast<float>(rope.factor);
         break;
-      case RopeScaling::llama3: frequencies[i] = scale_llama3(frequency, rope); break;
+      case RopeScaling::llama3:
+        frequencies[i] = scale_llama3(frequency, rope);
+        break;
     }
   }
   return frequencies;

@@ -14,7 +14,8 @@ std::string text(const Parts&... parts) {
   return out.str();
 }
 
-// A caller's mistake becomes ValueError in Python: say what was given, what was expected, what to do.
+// A caller's mistake becomes ValueError in Python: say what was given, what was expected, what to
+// do.
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
   if (!condition) throw std::invalid_argument(text(parts...));

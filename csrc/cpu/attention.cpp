@@ -138,8 +138,8 @@ void CpuBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& lay
     if (slots[t] < 0) return;
     const float* keys = row + layer.q_size();
     const float* values = keys + layer.kv_size();
-    unsigned char* block = static_cast<unsigned char*>(kv.data) +
-                           slots[t] / kv.block_size * kv.block_bytes;
+    unsigned char* block =
+        static_cast<unsigned char*>(kv.data) + slots[t] / kv.block_size * kv.block_bytes;
     const std::int64_t within = slots[t] % kv.block_size;
     if (kv.dtype == DType::bf16) {
       store_token<std::uint16_t>(block, layout, within, keys, values);
@@ -149,8 +149,8 @@ void CpuBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& lay
   });
 }
 
-void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale,
-                           const KvLayer& kv, const Step& step) {
+void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
+                           const Step& step) {
   const std::vector<Piece> pieces = cut_pieces(layer, step);
   const std::int64_t padded = layout_of(kv).padded_dim;
   std::int64_t most_splits = 1, total_splits = 0;
@@ -181,8 +181,7 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
       for (std::int64_t split = 0; split < piece.splits(); ++split) {
         set_range(task, split);
         kernels_.attend(task, split == 0 ? total : part);
-        for (int r = 0; split > 0 && r < task.rows; ++r)
-          kernels_.merge(total[r], part[r], padded);
+        for (int r = 0; split > 0 && r < task.rows; ++r) kernels_.merge(total[r], part[r], padded);
       }
       for (int r = 0; r < task.rows; ++r) finish(piece, r, total[r]);
     };
@@ -210,8 +209,7 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
     AttendTask task = make_task(pieces[static_cast<std::size_t>(index)], q, layer, scale, kv, step);
     set_range(task, split);
     AttendState* mine = states.data() + job * kMaxAttendRows;
-    for (int r = 0; r < task.rows; ++r)
-      mine[r].out = memory + job * piece_floats + r * padded;
+    for (int r = 0; r < task.rows; ++r) mine[r].out = memory + job * piece_floats + r * padded;
     kernels_.attend(task, mine);
   });
   std::int64_t job = 0;
@@ -219,8 +217,8 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
     AttendState* total = states.data() + job * kMaxAttendRows;
     for (std::int64_t r = 0; r < piece.rows; ++r) {
       for (std::int64_t split = 1; split < piece.splits(); ++split)
-        kernels_.merge(total[r], states[static_cast<std::size_t>(
-                                     (job + split) * kMaxAttendRows + r)], padded);
+        kernels_.merge(
+            total[r], states[static_cast<std::size_t>((job + split) * kMaxAttendRows + r)], padded);
       finish(piece, r, total[r]);
     }
     job += piece.splits();
@@ -233,8 +231,8 @@ void CpuBackend::read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<
   keys.clear();
   values.clear();
   for (std::int64_t slot = 0; slot < num_slots; ++slot) {
-    const auto* block = static_cast<const unsigned char*>(kv.data) +
-                        slot / kv.block_size * kv.block_bytes;
+    const auto* block =
+        static_cast<const unsigned char*>(kv.data) + slot / kv.block_size * kv.block_bytes;
     const std::int64_t within = slot % kv.block_size;
     for (std::int64_t head = 0; head < kv.num_kv_heads; ++head) {
       const std::int64_t items = head * layout.head_items();

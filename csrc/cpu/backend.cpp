@@ -26,8 +26,8 @@ std::int64_t padded_depth(std::int64_t inputs) {
 void unpack_row(float* out, const Linear& table, std::int64_t row, bool add) {
   const std::int64_t depth = padded_depth(table.inputs);
   for (std::int64_t i = 0; i < table.inputs; ++i) {
-    const float value = load_float(table.weight.data(), table.format,
-                                   packed_item(table, depth, row, i));
+    const float value =
+        load_float(table.weight.data(), table.format, packed_item(table, depth, row, i));
     out[i] = add ? out[i] + value : value;
   }
 }
@@ -59,8 +59,8 @@ Linear CpuBackend::make_linear(std::int64_t outputs, std::int64_t inputs, DType 
   linear.inputs = inputs;
   linear.format = format;
   const std::int64_t panels = (outputs + kLanes - 1) / kLanes;
-  linear.weight = Buffer(this, static_cast<std::size_t>(panels * kLanes * padded_depth(inputs) *
-                                                        item_size(format)));
+  linear.weight = Buffer(
+      this, static_cast<std::size_t>(panels * kLanes * padded_depth(inputs) * item_size(format)));
   if (with_bias) linear.bias = Buffer(this, static_cast<std::size_t>(outputs) * 4);
   return linear;
 }
@@ -106,9 +106,8 @@ void CpuBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMat
       const auto* from = static_cast<const std::uint16_t*>(rows.data);
       pack(linear.weight.as<std::uint16_t>(), [=](std::int64_t i) { return from[i]; });
     } else {
-      pack(linear.weight.as<std::uint16_t>(), [&](std::int64_t i) {
-        return float_to_bf16(load_float(rows.data, rows.dtype, i));
-      });
+      pack(linear.weight.as<std::uint16_t>(),
+           [&](std::int64_t i) { return float_to_bf16(load_float(rows.data, rows.dtype, i)); });
     }
   });
 }

@@ -24,12 +24,10 @@ struct Entry {
 std::vector<Entry> entries() {
   std::vector<Entry> list{{"scalar", [] { return true; }, scalar_kernels}};
 #if defined(OCTAVO_HAVE_AVX2)
-  list.push_back({"avx2",
-                  [] {
-                    return bool(__builtin_cpu_supports("avx2")) &&
-                           bool(__builtin_cpu_supports("fma"));
-                  },
-                  avx2_kernels});
+  list.push_back(
+      {"avx2",
+       [] { return bool(__builtin_cpu_supports("avx2")) && bool(__builtin_cpu_supports("fma")); },
+       avx2_kernels});
 #endif
 #if defined(OCTAVO_HAVE_AVX512)
   list.push_back({"avx512",

@@ -1,9 +1,9 @@
 // The kernels for AVX2 and FMA.
 
+#include <immintrin.h>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <immintrin.h>
 
 #include "cpu/kernels.h"
 

@@ -53,7 +53,7 @@ constexpr int kMaxAttendRows = 16;
 
 // Attention of a few query rows, all of one KV head, over tokens [begin, end) of their sequence.
 struct AttendTask {
-  const float* q[kMaxAttendRows] = {};        // head_dim numbers each
+  const float* q[kMaxAttendRows] = {};         // head_dim numbers each
   std::int64_t position[kMaxAttendRows] = {};  // of each row
   int rows = 0;
   const unsigned char* kv = nullptr;  // the layer's blocks, at the head's place in block 0
@@ -91,8 +91,8 @@ struct Kernels {
   // Sampling: see reference/sampling.py for the definition of each.
   void (*exp_weights)(std::uint64_t* out, const float* x, float max, std::int64_t count);
   std::uint64_t (*exp_sum)(const float* x, float max, std::int64_t count);
-  void (*gumbel)(float* out, std::uint64_t seed, std::uint32_t sample_index,
-                 std::uint32_t position, std::int64_t first_token, std::int64_t count);
+  void (*gumbel)(float* out, std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
+                 std::int64_t first_token, std::int64_t count);
   float (*log_positive)(float x);
   float (*max_value)(const float* x, std::int64_t count);
   bool (*all_finite)(const float* x, std::int64_t count);

@@ -138,10 +138,10 @@ void CpuBackend::sample(const Samples& out, View logits, const std::int32_t* mas
                     static_cast<std::uint32_t>(step.sample_index[row]),
                     static_cast<std::uint32_t>(step.sample_positions[row])};
     // Of a row that is not finite nothing is drawn: comparing a NaN orders nothing.
-    const auto token = finite ? static_cast<std::int32_t>(draw_token(
-                                    values, vocab, masks ? masks + row * words : nullptr, draw,
-                                    kernels_))
-                              : 0;
+    const auto token =
+        finite ? static_cast<std::int32_t>(draw_token(
+                     values, vocab, masks ? masks + row * words : nullptr, draw, kernels_))
+               : 0;
     out.finite[row] = finite;
     out.token_ids[row] = token;
     if (step.state_rows[row] >= 0) step.sampled[step.state_rows[row]] = token;
@@ -165,8 +165,7 @@ void CpuBackend::log_softmax(View out, View logits) {
     const float* values = logits.row(row);
     const float max = kernels_.max_value(values, logits.cols);
     const float log_total = log_sum(values, max, logits.cols, kernels_);
-    for (std::int64_t i = 0; i < logits.cols; ++i)
-      out.row(row)[i] = (values[i] - max) - log_total;
+    for (std::int64_t i = 0; i < logits.cols; ++i) out.row(row)[i] = (values[i] - max) - log_total;
   });
 }
 

@@ -9,8 +9,8 @@
 #include "cpu/kernels/sampling.h"
 
 inline const Kernels& table(const char* isa) {
-  static const Kernels kernels = {isa,      linear,      round_bf16, norm,   add_to,
-                                  activate, attend,      merge,      exp_weights, exp_sum,
-                                  gumbel,   log_one,    max_value, all_finite};
+  static const Kernels kernels = {isa,      linear,  round_bf16, norm,        add_to,
+                                  activate, attend,  merge,      exp_weights, exp_sum,
+                                  gumbel,   log_one, max_value,  all_finite};
   return kernels;
 }

@@ -14,9 +14,8 @@ void norm(float* out, const float* x, const float* weight, const float* bias, fl
   float mean = 0.0f;
   if (kind == NormKind::layer) {
     Vec sum = zero();
-    for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
-      sum = add(sum, load_at(x + i, 0.0f));
-    });
+    for_each_vec(count,
+                 [&](std::int64_t i, auto load_at, auto) { sum = add(sum, load_at(x + i, 0.0f)); });
     mean = sum_lanes(sum) / static_cast<float>(count);
   }
   const Vec center = splat(mean);
@@ -42,9 +41,7 @@ inline Vec silu(Vec x) {
   return div(numerator, add(splat(1.0f), t));
 }
 
-inline float gelu(float x) {
-  return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
-}
+inline float gelu(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
 
 inline float gelu_tanh(float x) {
   const float inner = 0.79788456080286536f * (x + 0.044715f * x * x * x);
@@ -66,8 +63,12 @@ void activate(float* out, const float* gate, const float* up, Activation activat
         store_at(out + i, gate ? mul(silu(x), load_at(up + i, 0.0f)) : silu(x));
       });
       break;
-    case Activation::gelu: activate_each(out, gate, up, count, gelu); break;
-    case Activation::gelu_tanh: activate_each(out, gate, up, count, gelu_tanh); break;
+    case Activation::gelu:
+      activate_each(out, gate, up, count, gelu);
+      break;
+    case Activation::gelu_tanh:
+      activate_each(out, gate, up, count, gelu_tanh);
+      break;
     case Activation::relu:
       activate_each(out, gate, up, count, [](float x) { return x > 0.0f ? x : 0.0f; });
       break;

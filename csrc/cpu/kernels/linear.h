@@ -65,15 +65,15 @@ inline void linear_tile(const LinearTask& task, std::int64_t row, std::int64_t p
   };
   for (int m = 0; m < MR; ++m) {
     for (int n = 0; n < NR; ++n) {
-      const Vec start = first == 0          ? zero()
+      const Vec start = first == 0           ? zero()
                         : width(n) == kLanes ? load(out(m, n))
                                              : load_tail(out(m, n), width(n), 0.0f);
       store(acc + (m * NR + n) * kLanes, start);
     }
   }
   const std::int64_t panel_items = task.depth * kLanes;
-  const auto* weight = static_cast<const typename Format::Item*>(task.weight) +
-                       panel * panel_items + first * kLanes;
+  const auto* weight =
+      static_cast<const typename Format::Item*>(task.weight) + panel * panel_items + first * kLanes;
   accumulate<MR, NR, Format>(task.x + row * task.x_stride + first, task.x_stride, weight,
                              panel_items, last - first, acc);
   for (int m = 0; m < MR; ++m) {
@@ -117,7 +117,8 @@ inline void linear_few_rows(const LinearTask& task, std::int64_t row, std::int64
       return linear_rows<4, kPanels, Format>(task, row, first_panel, last_panel, first, last);
     case 5:
       return linear_rows<5, kPanels, Format>(task, row, first_panel, last_panel, first, last);
-    default: break;
+    default:
+      break;
   }
 }
 

@@ -61,12 +61,12 @@ template <class Body>
 inline void for_each_vec(std::int64_t count, Body&& body) {
   std::int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
-    body(i, [](const float* p, float) { return load(p); },
-         [](float* p, Vec a) { store(p, a); });
+    body(i, [](const float* p, float) { return load(p); }, [](float* p, Vec a) { store(p, a); });
   }
   if (i < count) {
     const std::int64_t rest = count - i;
-    body(i, [rest](const float* p, float fill) { return load_tail(p, rest, fill); },
-         [rest](float* p, Vec a) { store_tail(p, a, rest); });
+    body(
+        i, [rest](const float* p, float fill) { return load_tail(p, rest, fill); },
+        [rest](float* p, Vec a) { store_tail(p, a, rest); });
   }
 }

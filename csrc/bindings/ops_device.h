@@ -1,0 +1,146 @@
+// Arrays on their way to a device and back: what the ops for tests are made with.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "core/backend.h"
+
+namespace octavo::bindings {
+
+class OpsDevice {
+ protected:
+  OpsDevice(const std::string& device, int num_threads, const std::string& isa)
+      : backend_(make_backend(device, num_threads, isa)) {}
+
+  using Device = Buffer;
+  struct Matrix {
+    Buffer memory;
+    View view;
+  };
+  struct NormArrays {
+    Buffer weight, bias;
+    Norm norm;
+  };
+
+  template <class Array>
+  static std::int64_t size(const Array& array) {
+    return static_cast<std::int64_t>(array.size());
+  }
+
+  template <class T>
+  Device up(const Array1<T>& array) {
+    Device memory(backend_.get(), array.size() * sizeof(T));
+    backend_->upload(memory.data(), array.data(), array.size() * sizeof(T));
+    return memory;
+  }
+
+  Matrix matrix(std::int64_t rows, std::int64_t cols) {
+    Matrix result;
+    result.memory = Buffer(backend_.get(), static_cast<std::size_t>(rows * cols) * 4);
+    result.view = {result.memory.as<float>(), rows, cols, cols};
+    return result;
+  }
+
+  // Any array as a matrix: the first axis stays, the others become columns.
+  template <class Array>
+  Matrix up_matrix(const Array& array) {
+    const auto rows = static_cast<std::int64_t>(array.shape(0));
+    Matrix result = matrix(rows, rows ? size(array) / rows : 0);
+    backend_->upload(result.memory.data(), array.data(), array.size() * 4);
+    return result;
+  }
+  Matrix up(const Array2<float>& array) { return up_matrix(array); }
+
+  void put(View view, const float* values) {
+    for (std::int64_t row = 0; row < view.rows; ++row)
+      backend_->upload(view.row(row), values + row * view.cols,
+                       static_cast<std::size_t>(view.cols) * 4);
+  }
+
+  std::vector<float> get(View view) {
+    std::vector<float> values(static_cast<std::size_t>(view.rows * view.cols));
+    backend_->sync();
+    for (std::int64_t row = 0; row < view.rows; ++row)
+      backend_->download(values.data() + row * view.cols, view.row(row),
+                         static_cast<std::size_t>(view.cols) * 4);
+    return values;
+  }
+
+  nb::object down(const Matrix& matrix) {
+    return to_numpy(get(matrix.view), {static_cast<std::size_t>(matrix.view.rows),
+                                       static_cast<std::size_t>(matrix.view.cols)});
+  }
+
+  Linear pack(const Array2<float>& weight, const std::string& dtype, bool with_bias = false) {
+    const auto outputs = static_cast<std::int64_t>(weight.shape(0));
+    const auto inputs = static_cast<std::int64_t>(weight.shape(1));
+    Linear linear = backend_->make_linear(outputs, inputs, parse_dtype(dtype, "dtype"), with_bias);
+    backend_->pack_rows(linear, 0, {weight.data(), DType::f32, outputs, inputs});
+    return linear;
+  }
+
+  NormArrays norm_arrays(const Array1<float>& weight, const std::optional<Array1<float>>& bias,
+                         float eps, const std::string& kind, std::int64_t width) {
+    require(size(weight) == width && (!bias || size(*bias) == width),
+            "weight and bias need one entry a column, ", width);
+    NormArrays arrays;
+    arrays.weight = up(weight);
+    if (bias) arrays.bias = up(*bias);
+    arrays.norm.spec = {norm_kind(kind), eps, bias.has_value()};
+    arrays.norm.weight = arrays.weight.as<float>();
+    arrays.norm.bias = arrays.bias.as<float>();
+    return arrays;
+  }
+
+  // A KV layer with room for num_slots tokens.
+  struct Cache {
+    Buffer memory;
+    KvLayer layer;
+  };
+  Cache cache(const LayerSpec& spec, std::int64_t num_slots, std::int64_t block_size,
+              const std::string& kv_dtype) {
+    require(block_size >= 16 && block_size % 16 == 0, "block_size is ", block_size,
+            "; expected a multiple of 16");
+    Cache result;
+    KvLayer& layer = result.layer;
+    layer.dtype = parse_dtype(kv_dtype, "kv_dtype");
+    layer.num_blocks = (num_slots + block_size - 1) / block_size;
+    layer.block_size = block_size;
+    layer.num_kv_heads = spec.num_kv_heads;
+    layer.head_dim = spec.head_dim;
+    layer.block_bytes = backend_->kv_block_bytes(spec, layer.dtype, block_size);
+    result.memory =
+        Buffer(backend_.get(), static_cast<std::size_t>(layer.num_blocks * layer.block_bytes));
+    layer.data = result.memory.data();
+    return result;
+  }
+
+  static LayerSpec heads_of(const Array3<float>& q, const Array3<float>& k) {
+    LayerSpec spec;
+    spec.num_heads = static_cast<std::int64_t>(q.shape(1));
+    spec.num_kv_heads = static_cast<std::int64_t>(k.shape(1));
+    spec.head_dim = static_cast<std::int64_t>(q.shape(2));
+    require(spec.num_kv_heads >= 1 && spec.num_heads % spec.num_kv_heads == 0, "q has ",
+            spec.num_heads, " heads; expected a multiple of k's ", spec.num_kv_heads);
+    return spec;
+  }
+
+  // q, k and v side by side in one matrix, as a fused projection leaves them.
+  Matrix fuse(const Array3<float>& q, const Array3<float>& k, const Array3<float>& v,
+              const LayerSpec& spec) {
+    Matrix fused =
+        matrix(static_cast<std::int64_t>(q.shape(0)), spec.q_size() + 2 * spec.kv_size());
+    put(fused.view.columns(0, spec.q_size()), q.data());
+    put(fused.view.columns(spec.q_size(), spec.kv_size()), k.data());
+    put(fused.view.columns(spec.q_size() + spec.kv_size(), spec.kv_size()), v.data());
+    return fused;
+  }
+
+  std::unique_ptr<Backend> backend_;
+};
+
+}  // namespace octavo::bindings
