@@ -30,8 +30,9 @@ def info(
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
     ] = False,
 ) -> None:
-    """Show what a model is and whether it fits in this machine's memory, from its configuration
-    and the headers of its weight files; no weights are loaded.
+    """Show what a model is and whether it fits in this machine's memory.
+
+    Reads the configuration and the headers of the weight files only.
     """
     from octavo.config import read_environment
     from octavo.models.registry import read_model

@@ -59,9 +59,11 @@ def pull(
         bool, typer.Option("--json", help="Print the model's name and folder as JSON.")
     ] = False,
 ) -> None:
-    """Fetch a model, or convert a GGUF file, into the cache (OCTAVO_HOME, else ~/.cache/octavo).
-    A model that is there already is not fetched again, and a pull that was interrupted can simply
-    be repeated. From the Hugging Face Hub only safetensors and JSON files are taken, no pickles.
+    """Fetch a model, or convert a GGUF file, into the cache.
+
+    The cache is OCTAVO_HOME, else ~/.cache/octavo. A model that is there
+    already is not fetched again; an interrupted pull can be repeated.
+    From the Hub only safetensors and JSON files are taken, never pickles.
     """
     from octavo.config import read_environment
     from octavo.weights.hub import model_directory

@@ -1,0 +1,120 @@
+"""Directories that transformers itself writes: every weight comes back as it is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from octavo.models.registry import read_model
+from octavo.models.spec import RopeSpec
+from octavo.weights.checkpoint import open_checkpoint
+
+torch.set_num_threads(1)
+
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0},
+    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "implied_head_dim": {"head_dim": None},
+    "wide_heads": {"head_dim": 20},
+    "multi_query": {"num_key_value_heads": 1},
+    "plain_attention": {"num_key_value_heads": 6},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "attention_bias": {"attention_bias": True},
+    "llama3": {"rope_parameters": LLAMA3},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.5}},
+    "several_ends": {"eos_token_id": [2, 5, 9]},
+    "no_end": {"eos_token_id": None},
+}
+
+
+def save(case: str, directory: Path, dtype: torch.dtype, shard_size: str) -> LlamaForCausalLM:
+    torch.manual_seed(11)
+    settings: dict[str, Any] = {
+        **{"vocab_size": 61, "hidden_size": 48, "intermediate_size": 52, "num_hidden_layers": 3},
+        **{"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8},
+        "max_position_embeddings": 256,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **CASES[case]}))
+    for parameter in model.parameters():  # norms and biases too, so that none is constant
+        parameter.data.normal_(0.5, 0.2)
+    model = model.to(dtype)
+    model.save_pretrained(directory, max_shard_size=shard_size)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+def test_loaded_as_saved(case: str, shard_size: str, tmp_path: Path) -> None:
+    dtype = [torch.float32, torch.float16, torch.bfloat16][len(case) % 3]
+    model = save(case, tmp_path, dtype, shard_size)
+    sharded = (tmp_path / "model.safetensors.index.json").exists()
+    assert sharded == (shard_size == "20KB")
+    files = read_model(tmp_path)
+    checkpoint = open_checkpoint(files)
+    theirs = model.state_dict()
+    tied = {"lm_head.weight"} if CASES[case].get("tie_word_embeddings") else set()
+    assert set(files.weight_map.values()) == set(theirs) - tied
+    for name, tensor in checkpoint.items():
+        expected = theirs[files.weight_map[name]].float().numpy()
+        assert expected.std() > 0
+        np.testing.assert_array_equal(tensor.to_float32(), expected, err_msg=name)
+    assert {"f32": 4, "f16": 2, "bf16": 2}[checkpoint.dtype] == model.dtype.itemsize
+    ends = model.generation_config.eos_token_id
+    assert files.eos_token_ids == tuple(
+        ends if isinstance(ends, list) else [] if ends is None else [ends]
+    )
+
+
+@pytest.mark.parametrize("case", ["untied", "llama3", "linear"])
+def test_rope_in_both_spellings_is_what_transformers_reads(case: str, tmp_path: Path) -> None:
+    model = save(case, tmp_path, torch.float32, "1GB")
+    files = read_model(tmp_path)
+    new = dict(model.config.rope_parameters)
+    old = {name: value for name, value in files.config.items() if name != "rope_parameters"}
+    old["rope_theta"] = new.pop("rope_theta")
+    old["rope_scaling"] = None if case == "untied" else new
+    from octavo.models.llama import read_spec
+
+    assert read_spec(old) == files.spec
+    rope = files.spec.layers[0].rope
+    assert isinstance(rope, RopeSpec)
+    config = LlamaConfig(**old)
+    parameters = config.rope_parameters
+    assert parameters["rope_theta"] == rope.theta
+    assert parameters["rope_type"] == rope.scaling
+    if case != "untied":
+        assert parameters["factor"] == rope.factor
+    if case == "llama3":
+        assert parameters["low_freq_factor"] == rope.low_freq_factor
+        assert parameters["high_freq_factor"] == rope.high_freq_factor
+        length = parameters["original_max_position_embeddings"]
+        assert length == rope.original_max_position_embeddings
+
+
+def test_missing_fields_take_the_defaults_of_transformers() -> None:
+    from octavo.models.llama import read_spec
+
+    sizes = {
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 61},
+        **{"hidden_size": 48, "intermediate_size": 52, "num_hidden_layers": 3},
+        "num_attention_heads": 6,
+    }
+    theirs, ours = LlamaConfig(**sizes), read_spec(sizes)
+    layer = ours.layers[0]
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert layer.norm.eps == theirs.rms_norm_eps
+    assert layer.num_kv_heads == theirs.num_key_value_heads
+    assert layer.head_dim == theirs.head_dim
+    assert layer.activation == theirs.hidden_act
+    assert (layer.qkv_bias, layer.mlp_bias) == (theirs.attention_bias, theirs.mlp_bias)
+    assert layer.rope == RopeSpec(theta=theirs.rope_parameters["rope_theta"])
