@@ -1,0 +1,161 @@
+# One command each. `make` alone lists them; CONTRIBUTING.md explains them.
+#
+# Every command makes the virtual environment it needs and reinstalls only when a file it depends
+# on has changed. PYTHON=... chooses the Python, CXX=... the compiler, JOBS=... how many tests run
+# at a time.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+DEV_VENV  ?= .venv
+TEST_VENV ?= .venv-test
+DEMO_VENV ?= .venv-demo
+HF_VENV   ?= .venv-hf
+ASAN_VENV ?= .venv-asan
+JOBS      ?= 2
+
+# What an installed octavo is made of.
+NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
+PYTHON_SOURCES := pyproject.toml $(shell find python reference -type f \
+                    -not -path '*/__pycache__/*' -not -name '*.so')
+SOURCES := $(NATIVE_SOURCES) $(PYTHON_SOURCES)
+
+PIP := bin/python -m pip --quiet --disable-pip-version-check
+# Building with the environment's own CMake keeps the object files from one build to the next.
+BUILD_TOOLS := "scikit-build-core>=1.0" "nanobind>=3.0" "cmake>=3.28" "ninja>=1.10"
+
+.PHONY: help
+help: ## List the commands
+	@echo "octavo: make COMMAND"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)$$/  \1|\2/p' $(MAKEFILE_LIST) | \
+	  awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+
+# ---- the two commands for a newcomer ----
+
+.PHONY: demo
+demo: $(DEMO_VENV)/.installed ## Build octavo from source, fetch a small model and ask it something
+	$(DEMO_VENV)/bin/octavo pull smollm2-135m
+	$(DEMO_VENV)/bin/octavo generate "What is the capital of France?"
+
+# Exactly what a user does: `pip install .`, with the build requirements fetched by pip.
+$(DEMO_VENV)/.installed: $(SOURCES) scripts/venv.sh
+	@scripts/venv.sh $(DEMO_VENV)
+	@echo "building and installing octavo (a minute or two)"
+	@$(DEMO_VENV)/$(PIP) install .
+	@touch $@
+
+.PHONY: test
+test: $(TEST_VENV)/.installed ## Run all tests that need no torch, against an installed octavo
+	$(TEST_VENV)/bin/octavo pull smollm2-135m
+	$(TEST_VENV)/bin/python -m pytest --ignore=tests/hf --timeout=300 -n $(JOBS) $(ARGS)
+
+$(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
+	@scripts/venv.sh $(TEST_VENV)
+	@echo "building and installing octavo with what its tests need (a minute or two)"
+	@$(TEST_VENV)/$(PIP) install $(BUILD_TOOLS)
+	@$(TEST_VENV)/$(PIP) install --no-build-isolation ".[test]" -Cbuild-dir=build/test
+	@touch $@
+
+# ---- development ----
+
+.PHONY: dev
+dev: $(DEV_VENV)/.tools build ## Make .venv for development: editable install, tools, pre-commit hooks
+	@$(DEV_VENV)/$(PIP) install --no-build-isolation --editable ".[dev,test,hf]" \
+	  -Cwheel.cmake=false -Ceditable.mode=inplace
+	@if [ -d .git ]; then $(DEV_VENV)/bin/pre-commit install; fi
+	@echo "ready: . $(DEV_VENV)/bin/activate"
+
+# An editable install without its native part, which `make build` puts beside the Python files.
+$(DEV_VENV)/.tools: pyproject.toml scripts/venv.sh
+	@scripts/venv.sh $(DEV_VENV)
+	@echo "installing the development tools"
+	@$(DEV_VENV)/$(PIP) install $(BUILD_TOOLS)
+	@$(DEV_VENV)/$(PIP) install --no-build-isolation --editable ".[dev,test]" \
+	  -Cwheel.cmake=false -Ceditable.mode=inplace
+	@touch $@
+
+.PHONY: build
+build: $(DEV_VENV)/.tools ## Build the native module in place, compiling only what changed
+	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake -S . -B build/dev -G Ninja --log-level=WARNING \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(DEV_VENV)/bin/python"
+	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake --build build/dev
+
+.PHONY: check
+check: $(DEV_VENV)/.tools ## Lint, types and formatting: ruff, mypy --strict, clang-format
+	$(DEV_VENV)/bin/ruff check
+	$(DEV_VENV)/bin/ruff format --check
+	$(DEV_VENV)/bin/mypy
+	@echo "$(DEV_VENV)/bin/clang-format --dry-run -Werror csrc tests/native"
+	@find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+	  sort | xargs $(DEV_VENV)/bin/clang-format --dry-run -Werror
+
+.PHONY: format
+format: $(DEV_VENV)/.tools ## Let the formatters rewrite Python and C++
+	$(DEV_VENV)/bin/ruff check --fix
+	$(DEV_VENV)/bin/ruff format
+	find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+	  xargs $(DEV_VENV)/bin/clang-format -i
+
+.PHONY: asan
+asan: asan-native asan-python ## Native tests and the ops' tests under address and UB sanitizers
+
+.PHONY: asan-native
+asan-native: native-asan ;
+
+# native-NAME builds and runs tests/native with the options of that variant.
+.PHONY: native-asan native-clang native-scalar
+native-asan:   NATIVE_OPTIONS = -DOCTAVO_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+native-clang:  NATIVE_OPTIONS = -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_CXX_FLAGS=-stdlib=libc++
+native-scalar: NATIVE_OPTIONS = "-DOCTAVO_DISABLE_ISAS=avx2;avx512"
+native-asan native-clang native-scalar: $(DEV_VENV)/.tools
+	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake -S . -B build/$@ -G Ninja --log-level=WARNING \
+	  -DOCTAVO_BUILD_PYTHON=OFF -DOCTAVO_BUILD_TESTS=ON -DOCTAVO_WERROR=ON -DOCTAVO_CUDA=OFF \
+	  $(NATIVE_OPTIONS)
+	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake --build build/$@
+	UBSAN_OPTIONS=print_stacktrace=1 build/$@/tests/native/octavo_tests
+
+# Python itself is not instrumented: the sanitizer is loaded before it, and leaks are not counted.
+.PHONY: asan-python
+asan-python: $(ASAN_VENV)/.installed
+	scripts/asan_pytest.sh $(ASAN_VENV)/bin/python $(ARGS)
+
+$(ASAN_VENV)/.installed: $(SOURCES) scripts/venv.sh
+	@scripts/venv.sh $(ASAN_VENV)
+	@echo "building and installing octavo with sanitizers"
+	@$(ASAN_VENV)/$(PIP) install $(BUILD_TOOLS)
+	@$(ASAN_VENV)/$(PIP) install --no-build-isolation ".[test]" -Cbuild-dir=build/asan-python \
+	  -Ccmake.define.OCTAVO_SANITIZE=ON -Ccmake.define.OCTAVO_CUDA=OFF \
+	  -Ccmake.build-type=RelWithDebInfo -Cinstall.strip=false
+	@touch $@
+
+# ---- beside Hugging Face ----
+
+.PHONY: test-hf
+test-hf: $(HF_VENV)/.installed ## Compare with live Hugging Face (installs torch, 200 MB or more)
+	$(HF_VENV)/bin/octavo pull smollm2-135m
+	$(HF_VENV)/bin/python tests/golden/make_golden.py --check
+	$(HF_VENV)/bin/python -m pytest tests/hf --timeout=600 $(ARGS)
+
+.PHONY: golden
+golden: $(HF_VENV)/.installed ## Make the golden files of the tests anew from Hugging Face
+	$(HF_VENV)/bin/python tests/golden/make_golden.py
+
+.PHONY: bench
+bench: $(HF_VENV)/.installed ## Measure octavo beside Hugging Face on SmolLM2; writes benchmarks/results/
+	$(HF_VENV)/bin/octavo pull smollm2-135m
+	$(HF_VENV)/bin/python benchmarks/compare_hf.py $(ARGS)
+
+$(HF_VENV)/.installed: $(SOURCES) scripts/venv.sh
+	@scripts/venv.sh $(HF_VENV)
+	@echo "building and installing octavo, torch and transformers (some minutes)"
+	@$(HF_VENV)/$(PIP) install $(BUILD_TOOLS)
+	@$(HF_VENV)/$(PIP) install --no-build-isolation ".[test,hf]" -Cbuild-dir=build/hf
+	@touch $@
+
+.PHONY: clean
+clean: ## Remove builds, caches and the virtual environments of demo, test, asan and test-hf
+	rm -rf build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	  $(TEST_VENV) $(DEMO_VENV) $(ASAN_VENV) $(HF_VENV)
+	find python reference tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f python/octavo/_native*.so

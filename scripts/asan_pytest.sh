@@ -1,0 +1,36 @@
+#!/bin/sh
+# Runs Python tests that drive the sanitized native module: scripts/asan_pytest.sh PYTHON [ARGS]
+#
+# Python is not instrumented, so the sanitizer's library has to be loaded before it. libstdc++ goes
+# with it, since the sanitizer looks up the C++ exception functions when it starts. Leaks are not
+# counted: the interpreter keeps much of what it allocates until the process ends.
+set -eu
+
+python=$1
+shift
+
+compiler=${CXX:-c++}
+libraries=
+for library in libasan.so libstdc++.so; do
+    path=$("$compiler" -print-file-name=$library)
+    case $path in
+        /*) libraries="$libraries $path" ;;
+        *)
+            echo "error: $compiler has no $library, which these tests load before Python." \
+                "Use GCC with its sanitizers: make asan CXX=g++" >&2
+            exit 1
+            ;;
+    esac
+done
+
+# The tests that reach native code with odd shapes, bad arguments and damaged files.
+files=
+for file in tests/test_ops*.py tests/test_native*.py tests/test_*fuzz*.py; do
+    [ -e "$file" ] && files="$files $file"
+done
+
+export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1
+export UBSAN_OPTIONS=print_stacktrace=1
+export PYTHONMALLOC=malloc
+# shellcheck disable=SC2086 # word splitting is meant
+LD_PRELOAD="${libraries# }" "$python" -m pytest -p no:cacheprovider --timeout=600 $files "$@"
