@@ -192,7 +192,7 @@ class LLM:
 
     def generate_as_completed(
         self,
-        items: Iterable[tuple[Hashable, Prompt | Conversation, SamplingParams]],
+        items: Iterable[tuple[Hashable, Prompt | Conversation | EncodedPrompt, SamplingParams]],
         max_in_flight: int | None = None,
     ) -> Iterator[tuple[Any, RequestOutput]]:
         """Answer any number of (key, prompt or conversation, params), as each one finishes.
