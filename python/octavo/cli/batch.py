@@ -1,0 +1,318 @@
+"""`octavo batch`: a file of prompts in, a file of answers out; stopped and resumed at will."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.cli import common
+from octavo.cli.batch_input import (
+    BadLine,
+    BatchRequest,
+    Defaults,
+    check_ids,
+    parse_line,
+    read_lines,
+)
+from octavo.cli.batch_output import Journal, answer_record, bad_line_record
+from octavo.cli.common import (
+    DeviceOption,
+    DTypeOption,
+    LoadFormatOption,
+    MaxModelLenOption,
+    ModelOption,
+    NumThreadsOption,
+    StopOption,
+    SystemOption,
+)
+from octavo.errors import InvalidArgumentError, OctavoError
+from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.engine.outputs import RequestOutput
+    from octavo.llm import LLM, EncodedPrompt
+
+_LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
+
+
+def batch(
+    input_file: Annotated[
+        Path,
+        typer.Argument(metavar="IN.jsonl", help="One prompt a line; see above.", dir_okay=False),
+    ],
+    output_file: Annotated[
+        Path,
+        typer.Argument(metavar="OUT.jsonl", help="Where the answers go, one a line."),
+    ],
+    model: ModelOption = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="For lines that are a bare prompt: answer it, or go on with it. Left out: --chat "
+            "for a model that has a chat template.",
+            show_default=False,
+        ),
+    ] = None,
+    system: SystemOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew, and forget the answers in OUT.jsonl.")
+    ] = False,
+    max_tokens: Annotated[
+        int,
+        common.max_tokens_option("Longest answer, in tokens, for lines that do not say."),
+    ] = 256,
+    stop: StopOption = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            "-t",
+            help="For lines that do not say. Left out: 1 for OpenAI's lines (their default), 0 "
+            "for all others.",
+            show_default=False,
+            rich_help_panel="How to choose words",
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="For random choices, with each line's custom_id: a resumed run gives the answers "
+            "that it would have given.",
+            rich_help_panel="How to choose words",
+        ),
+    ] = 0,
+    max_num_seqs: Annotated[
+        int,
+        typer.Option(
+            help="How many prompts to answer at the same time. More is faster in all, and needs "
+            "more memory.",
+            rich_help_panel="Model",
+        ),
+    ] = 64,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
+    num_threads: NumThreadsOption = 0,
+    load_format: LoadFormatOption = "auto",
+) -> int:
+    """Answer a whole file of prompts; can be stopped and resumed.
+
+    Each line of IN.jsonl is a prompt as plain text, or an object {"prompt": …} or {"messages": …}, or a line of OpenAI's batch format.
+
+    Answers are written as they come, in OpenAI's batch output format; the text is at response.body.choices[0]. Whatever stopped a run, the same command goes on where it was. A line that cannot be answered gets an "error" and does not stop the rest.
+
+    Exit code: 0 all answered, 1 some lines failed, 2 a mistake in the command, 130 Ctrl-C.
+
+    [bold]octavo batch prompts.txt answers.jsonl --max-tokens 100[/bold]
+    """  # noqa: E501  (typer takes a line break for one)
+    defaults = Defaults(temperature, max_tokens, {"stop": tuple(stop or ())})
+    # A wrong default is a mistake in the command, not one in every line.
+    SamplingParams(temperature=temperature or 0.0, max_tokens=max_tokens, stop=tuple(stop or ()))
+    if system is not None and chat is False:
+        raise InvalidArgumentError("--system needs the chat template; leave out --raw")
+    name = model or "smollm2-135m"
+    ids = check_ids(input_file)
+    if not ids:
+        raise InvalidArgumentError(f"{input_file} is empty; expected one prompt a line")
+    if output_file.exists() and output_file.samefile(input_file):
+        raise InvalidArgumentError("the output is the input; expected another file")
+    with Journal(output_file, set(ids), name, overwrite) as journal:
+        skipped = len(journal.answered)
+        if skipped:
+            common.note(f"{skipped:,} of {len(ids):,} answered by an earlier run; going on")
+        tally = Tally(total=len(ids), skipped=skipped, failed=journal.num_failed)
+        interrupted = False
+        if skipped < len(ids):
+            llm = common.load_llm(
+                model,
+                device=device,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                num_threads=num_threads,
+                load_format=load_format,
+                max_num_seqs=max_num_seqs,
+                seed=seed,
+            )
+            encoder = PromptEncoder(llm, chat, system)
+            interrupted = _answer_all(llm, encoder, input_file, journal, defaults, name, tally)
+    return _summarize(tally, output_file, interrupted)
+
+
+@dataclass
+class Tally:
+    """What has been done; times in seconds of `time.monotonic`."""
+
+    total: int
+    skipped: int
+    failed: int
+    done: int = 0  # in this run, failed ones included
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    start: float = 0.0
+
+    @property
+    def finished(self) -> int:
+        return self.skipped + self.done
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over the time since the model was ready."""
+        return self.output_tokens / max(time.monotonic() - self.start, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace so far; None before the first answer."""
+        if not self.done:
+            return None
+        return (time.monotonic() - self.start) / self.done * (self.total - self.finished)
+
+
+class PromptEncoder:
+    """Lines to token ids: with the chat template, or as they are."""
+
+    def __init__(self, llm: LLM, chat: bool | None, system: str | None) -> None:
+        self._llm = llm
+        self._chat = llm.chat_template is not None if chat is None else chat
+        self._system = system
+
+    def is_chat(self, request: BatchRequest) -> bool:
+        """Whether the request is answered rather than continued."""
+        return self._chat if request.is_chat is None else request.is_chat
+
+    def encode(self, request: BatchRequest) -> EncodedPrompt:
+        if not self.is_chat(request):
+            return self._llm.encode_prompt(request.prompt)
+        messages = request.prompt
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+            if self._system is not None:
+                messages.insert(0, {"role": "system", "content": self._system})
+        return self._llm.encode_chat(messages)
+
+
+def _answer_all(
+    llm: LLM,
+    encoder: PromptEncoder,
+    input_file: Path,
+    journal: Journal,
+    defaults: Defaults,
+    model: str,
+    tally: Tally,
+) -> bool:
+    """Answer every line that has no answer yet; returns whether Ctrl-C ended it."""
+    waiting: dict[str, BatchRequest] = {}
+
+    def items() -> Iterator[tuple[str, EncodedPrompt, SamplingParams]]:
+        for line in read_lines(input_file):
+            if line.custom_id in journal.answered:
+                continue
+            request = parse_line(line, defaults)
+            if isinstance(request, BatchRequest):
+                try:
+                    prompt = encoder.encode(request)
+                except OctavoError as error:
+                    request = BadLine(line.custom_id, f"line {line.number}: {error}")
+            if isinstance(request, BadLine):
+                journal.write(bad_line_record(request))
+                tally.done += 1
+                tally.failed += 1
+                continue
+            waiting[request.custom_id] = request
+            yield request.custom_id, prompt, request.params
+
+    tally.start = time.monotonic()
+    try:
+        with _progress(tally) as update:
+            for custom_id, output in llm.generate_as_completed(items()):
+                request = waiting.pop(custom_id)
+                record = _record(llm, encoder, request, output, model)
+                journal.write(record)
+                tally.done += 1
+                tally.failed += record["error"] is not None
+                tally.prompt_tokens += output.metrics.num_prompt_tokens
+                tally.output_tokens += output.metrics.num_output_tokens
+                update()
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def _record(
+    llm: LLM, encoder: PromptEncoder, request: BatchRequest, output: RequestOutput, model: str
+) -> dict[str, Any]:
+    if llm.tokenizer is None:
+        raise InvalidArgumentError(
+            "this model has no tokenizer.json, without which there is no text"
+        )
+    return answer_record(request, output, model, llm.tokenizer, encoder.is_chat(request))
+
+
+@contextmanager
+def _progress(tally: Tally) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, else a line now and then (a log of Slurm, say)."""
+    console = common.stderr_console()
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def log() -> None:
+            nonlocal last
+            if time.monotonic() - last >= _LOG_SECONDS:
+                last = time.monotonic()
+                console.print(f"{tally.finished:,} of {tally.total:,} done, {_pace(tally)}")
+
+        yield log
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=tally.total, completed=tally.finished, pace="")
+        yield lambda: bar.update(task, completed=tally.finished, pace=_pace(tally))
+
+
+def _pace(tally: Tally) -> str:
+    parts = [f"{tally.tokens_per_second:,.0f} tokens/s"]
+    if tally.failed:
+        parts.append(f"{tally.failed:,} failed")
+    if tally.seconds_left is not None:
+        parts.append(f"about {duration(tally.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """43 s, 5 min 12 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def _summarize(tally: Tally, output_file: Path, interrupted: bool) -> int:
+    if tally.done:
+        seconds = time.monotonic() - tally.start
+        common.note(
+            f"{tally.done:,} prompts in {duration(seconds)}: {tally.prompt_tokens:,} prompt "
+            f"tokens, {tally.output_tokens:,} new tokens, {tally.tokens_per_second:,.1f} new "
+            "tokens/s"
+        )
+    if interrupted:
+        common.note(
+            f"interrupted with {tally.finished:,} of {tally.total:,} done; the same command goes on"
+        )
+        return common.INTERRUPTED
+    if tally.failed:
+        common.note(
+            f'{tally.failed:,} of {tally.total:,} lines failed: look for "error" in {output_file}'
+        )
+        return common.FAILED
+    common.note(f"all {tally.total:,} answered: {output_file}")
+    return 0
