@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 _HF = "transformers: models/llama/modeling_llama.py"
+_ELEMENTWISE = "csrc/cpu/kernels/elementwise.h"
+_LINEAR = "csrc/cpu/kernels/linear.h"
 _HF_LOADING = f"{_HF} (and its loading of the weights)"
 
 
@@ -37,9 +39,8 @@ _NORM_HINT = (
     "width, or the weight left out."
 )
 _ADD_NORM_HINT = "Usually the residual dropped or added twice, or epsilon outside the square root."
-_NORM = _op("norm", "csrc/cpu/norm.cpp", _NORM_HINT)
-_ADD_NORM = _op("add_norm", "csrc/cpu/norm.cpp, csrc/core/decoder.cpp", _ADD_NORM_HINT)
-_LINEAR = "csrc/cpu/linear.cpp"
+_NORM = _op("norm", _ELEMENTWISE, _NORM_HINT)
+_ADD_NORM = _op("add_norm", f"{_ELEMENTWISE}, csrc/core/decoder.cpp", _ADD_NORM_HINT)
 _PROJECTION = _op(
     "linear",
     f"{_LINEAR}, csrc/core/decoder.cpp",
@@ -49,7 +50,7 @@ _PROJECTION = _op(
 )
 _ROPE = _op(
     "rope_and_store",
-    "csrc/cpu/rope.cpp",
+    _ELEMENTWISE,
     "Usually the halves (element i turns with i + head_dim/2, first half minus), positions off "
     "by one, or a rope scaling that was not read.",
 )
@@ -58,7 +59,7 @@ CULPRITS: Mapping[str, Op] = MappingProxyType(
     {
         "embed": _op(
             "embed",
-            "csrc/cpu/embed.cpp",
+            _ELEMENTWISE,
             "Usually token ids off by one, a table loaded wrongly, or learned positions left out.",
             _HF_LOADING,
         ),
@@ -70,7 +71,7 @@ CULPRITS: Mapping[str, Op] = MappingProxyType(
         "k_rope": _ROPE,
         "attn": _op(
             "attention",
-            "csrc/cpu/attention.cpp, csrc/cpu/rope.cpp (what is stored)",
+            "csrc/cpu/attention.cpp, csrc/cpu/kernels/attention.h",
             "Usually the scale, the mapping of query heads to KV heads, the causal mask or window "
             "off by one, or keys and values read from the wrong slot.",
         ),
@@ -95,7 +96,7 @@ CULPRITS: Mapping[str, Op] = MappingProxyType(
         ),
         "act": _op(
             "gated_activation",
-            "csrc/cpu/activation.cpp",
+            _ELEMENTWISE,
             "Usually gate and up swapped (the activation belongs to gate), or another activation.",
         ),
         "mlp_out": _op(

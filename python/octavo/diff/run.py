@@ -273,7 +273,7 @@ class Comparison:
             layer, part = split_tap(name)
             tolerance = self.options.tolerance
             if tolerance is None:
-                tolerance = run_tolerance(self.left.dtype, self.truth_worst[1].get(name))
+                tolerance = run_tolerance(self.left.dtype, self._yardstick(layer, name))
             limits = [
                 own_tolerance(self.spec, name, context, rounds_output=side.rounds_output)
                 for side in (self.left, self.right)
@@ -297,6 +297,16 @@ class Comparison:
             )
             rows[name] = TapRows(errors, own[0], own[1])
         return tuple(results), rows
+
+    def _yardstick(self, layer: int | None, name: str) -> float | None:
+        """How far rounding alone takes the right side around a tap: in its whole layer, since
+        the worst row of one tap alone is a matter of luck. None without a truth."""
+        if self.truth is None:
+            return None
+        near = [name] if layer is None else [
+            other for other in self.truth_worst[1] if split_tap(other)[0] == layer
+        ]
+        return max((self.truth_worst[1].get(other, 0.0) for other in near), default=None)
 
     def _logits_result(self, errors: RowErrors) -> LogitsResult:
         return LogitsResult(

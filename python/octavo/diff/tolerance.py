@@ -27,8 +27,8 @@ UNIT_BF16 = 2.0**-8
 # of SmolLM2 differ by 5e-5 at the worst tap of the worst token; four times that.
 RUN_F32 = 2e-4
 # In bf16 the measure is the other side's own rounding, taken in the same run: its distance from
-# the same model computed without rounding activations. If octavo rounds no more than that side,
-# the two are at most twice that apart.
+# the same model computed without rounding activations, at the worst tap of the layer. If octavo
+# rounds no more than that side, the two are at most twice that apart.
 RUN_BF16_FACTOR = 2.0
 # ... but never more than this: beyond it a side is wrong, not rounded (Hugging Face's bf16 was
 # measured 0.35 away from exact at the worst tap, a wrong op 1 or more).

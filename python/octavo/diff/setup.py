@@ -1,0 +1,205 @@
+"""From the words of a command line to two sides, ready to be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from octavo.config import LOAD_FORMATS, Environment
+from octavo.diff.run import Comparison, DiffOptions, Progress, chunk_size_for
+from octavo.diff.sides import Int32, ReferenceSide, Side
+from octavo.errors import InsufficientMemoryError, InvalidArgumentError
+from octavo.machine import available_memory
+from octavo.models.registry import ModelFiles, read_model
+from octavo.models.spec import ModelSpec
+from octavo.reference.llama import ReferenceModel
+from octavo.text.tokenizer import Tokenizer
+from octavo.weights.checkpoint import Checkpoint, open_checkpoint
+from octavo.weights.hub import resolve_model
+from octavo.weights.tensor import Tensor
+
+AGAINST = ("reference", "hf")
+DTYPES = ("f32", "bf16")
+# Words, digits, code, accents, Chinese, an emoji: what breaks tends to break on one of them.
+DEFAULT_PROMPT = (
+    "The capital of France is Paris, and 12 * 34 = 408.\n"
+    "def square(x):\n    return x ** 2\n"
+    "Ça va très bien à Zürich; 你好，世界! 🙂 Once upon a time, there was a"
+)
+RANDOM_TOKENS = 64  # where a model has no tokenizer and nothing was asked for
+
+
+@dataclass(frozen=True)
+class DiffRequest:
+    """What to compare; see `octavo diff --help`. An InvalidArgumentError names what is wrong."""
+
+    model: str | None = None
+    against: str = "reference"
+    dtype: str = "f32"
+    prompt: str | None = None
+    random: int | None = None
+    device: str = "cpu"
+    load_format: str = "auto"
+    judge: bool = False
+    seed: int = 0
+    num_threads: int = 0
+    options: DiffOptions = field(default_factory=DiffOptions)
+
+    def __post_init__(self) -> None:
+        _check("--against", self.against, AGAINST)
+        _check("--dtype", self.dtype, DTYPES)
+        _check("--load-format", self.load_format, LOAD_FORMATS)
+        if self.prompt is not None and self.random is not None:
+            raise InvalidArgumentError("--prompt and --random were both given; expected one")
+        if self.prompt is not None and not self.prompt:
+            raise InvalidArgumentError("the prompt is empty; expected some text")
+        if self.random is not None and self.random < 1:
+            raise InvalidArgumentError(f"--random is {self.random}; expected 1 or more tokens")
+        if self.options.steps < 0:
+            raise InvalidArgumentError(f"--steps is {self.options.steps}; expected 0 or more")
+        tolerance = self.options.tolerance
+        if tolerance is not None and not 0 <= tolerance < float("inf"):
+            raise InvalidArgumentError(
+                f"--tolerance is {tolerance}; expected a relative error, such as 1e-4"
+            )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A comparison ready to run, and what its report needs besides."""
+
+    comparison: Comparison
+    title: str
+    token_texts: tuple[str, ...]
+    decode: Callable[[list[int]], str]
+
+
+def prepare(request: DiffRequest, environment: Environment, progress: Progress) -> Prepared:
+    """Open the model, load both sides, and cut the text into tokens.
+
+    Raises OctavoError of every kind for what the user can put right.
+    """
+    path = resolve_model(request.model, environment)
+    files = read_model(path)
+    token_ids, tokenizer = _tokens(request, files)
+    _check_length(files.spec, len(token_ids), request.options.steps)
+    checkpoint = open_checkpoint(files, request.load_format, request.seed)
+    _check_memory(request, checkpoint)
+    weights = _float32_weights(checkpoint, progress)
+    definition = ReferenceModel(files.spec, weights, dtype=request.dtype, kv_dtype=request.dtype)
+    del weights
+    left, right = _load_sides(request, files, checkpoint, definition, len(token_ids), progress)
+    comparison = Comparison(
+        left,
+        right,
+        definition,
+        token_ids,
+        request.options,
+        _truth(request, definition),
+        progress,
+    )
+
+    def decode(ids: list[int]) -> str:
+        return "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=False)
+
+    texts = tuple(decode([int(token)]) or f"#{token}" for token in token_ids)
+    return Prepared(comparison, request.model or path.name, texts, decode)
+
+
+def _tokens(request: DiffRequest, files: ModelFiles) -> tuple[Int32, Tokenizer | None]:
+    """The tokens to run, int32 (count,), and the model's tokenizer if it is there."""
+    has_tokenizer = (Path(files.path) / "tokenizer.json").is_file()
+    tokenizer = Tokenizer(files.path) if has_tokenizer or request.prompt is not None else None
+    if request.random is not None or tokenizer is None:
+        generator = np.random.default_rng(request.seed)
+        count = request.random or RANDOM_TOKENS
+        return generator.integers(0, files.spec.vocab_size, count).astype(np.int32), tokenizer
+    ids = tokenizer.encode(DEFAULT_PROMPT if request.prompt is None else request.prompt)
+    if not ids:
+        raise InvalidArgumentError("the prompt has no tokens; expected some text")
+    return np.array(ids, dtype=np.int32), tokenizer
+
+
+def _check_length(spec: ModelSpec, count: int, steps: int) -> None:
+    limit = spec.max_position_embeddings
+    if count + steps > limit:
+        raise InvalidArgumentError(
+            f"{count} tokens and {steps} greedy steps make {count + steps}; the model has room "
+            f"for {limit}: shorten the prompt, or lower --steps"
+        )
+
+
+def _check_memory(request: DiffRequest, checkpoint: Checkpoint) -> None:
+    """Every side holds the weights once more; better to say so than to be killed half-way."""
+    parameters = checkpoint.num_parameters
+    size = 4 if request.dtype == "f32" else 2
+    needed = 4 * parameters + size * parameters  # the reference's, octavo's
+    needed += 4 * parameters if request.dtype == "bf16" else 0  # while rounding the reference's
+    needed += size * parameters if request.against == "hf" else 0
+    available = available_memory()
+    if needed > available:
+        raise InsufficientMemoryError(
+            f"comparing holds the weights several times, {needed / 2**30:.1f} GiB in all; "
+            f"{available / 2**30:.1f} GiB are available: free memory, or compare a smaller model"
+        )
+
+
+def _float32_weights(checkpoint: Checkpoint, progress: Progress) -> Mapping[str, np.ndarray]:
+    """All weights as float32, by octavo's names."""
+    weights = {}
+    for index, name in enumerate(checkpoint):
+        progress("reading weights", index, len(checkpoint))
+        weights[name] = checkpoint[name].to_float32()
+    return weights
+
+
+def _load_sides(
+    request: DiffRequest,
+    files: ModelFiles,
+    checkpoint: Checkpoint,
+    definition: ReferenceModel,
+    count: int,
+    progress: Progress,
+) -> tuple[Side, Side]:
+    from octavo.diff.native_side import load_native_side
+
+    if request.against == "hf":
+        from octavo.diff.hf_side import HuggingFaceSide, import_hugging_face
+
+        import_hugging_face()  # before octavo's weights are loaded: a missing one shows at once
+    left = load_native_side(
+        files,
+        checkpoint,
+        device=request.device,
+        dtype=request.dtype,
+        max_tokens=count + max(request.options.steps, 1),
+        chunk_size=min(request.options.chunk_size or chunk_size_for(files.spec), count),
+        num_threads=request.num_threads,
+        progress=lambda done, total: progress("loading octavo", done, total),
+    )
+    if request.against == "reference":
+        return left, ReferenceSide(definition)
+    progress("loading Hugging Face", 0, 1)
+    given: Mapping[str, Tensor] | None = checkpoint if request.load_format == "dummy" else None
+    return left, HuggingFaceSide(files, request.dtype, weights=given)
+
+
+def _truth(request: DiffRequest, definition: ReferenceModel) -> Side | None:
+    """The model without rounding: what bf16 is measured by, and what --judge compares with.
+
+    The weights are those of `definition` (rounded to bf16 if it is so), the activations are not
+    rounded; arithmetic is float64 when judging, else float32.
+    """
+    if not request.judge and request.dtype == "f32":
+        return None
+    compute = np.float64 if request.judge else np.float32
+    model = ReferenceModel(definition.spec, definition.weights, compute=compute)
+    return ReferenceSide(model, name="exact")
+
+
+def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidArgumentError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
