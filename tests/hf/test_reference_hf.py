@@ -11,6 +11,7 @@ from hf.hf_models import SHAPES, hf_logits, hf_taps, make_hf_model, save_and_rea
 from octavo.models.spec import tap_names
 from octavo.reference import KVCache, ReferenceModel
 
+pytestmark = pytest.mark.hf
 TOLERANCE = 3e-4
 
 
