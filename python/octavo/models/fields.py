@@ -39,6 +39,11 @@ def describe(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def printable(name: str) -> str:
+    """A name from a file for a message: as it is, or escaped where a terminal would choke."""
+    return name if name.isprintable() and len(name) <= 200 else describe(name)
+
+
 class Fields:
     """The fields of one JSON object, read with their types and ranges checked.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from octavo.errors import WeightsError
+from octavo.models.fields import printable
 from octavo.models.registry import ModelFiles
 from octavo.models.spec import weight_shapes
 from octavo.weights.dummy import DummySource
@@ -177,7 +178,8 @@ def _find_problems(
     for name, info in source.infos.items():
         if name not in known and not any(pattern.fullmatch(name) for pattern in ignored):
             problems.append(
-                f"{name} (shape {info.shape}) is left over: config.json has no place for it"
+                f"{printable(name)} (shape {info.shape}) is left over: config.json has no place "
+                "for it"
             )
     return problems
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import WeightsError
-from octavo.models.fields import describe
+from octavo.models.fields import describe, printable
 from octavo.weights.source import TensorInfo
 from octavo.weights.tensor import Tensor, TensorDType
 
@@ -35,8 +36,12 @@ ELEMENT_BITS: Mapping[str, int] = MappingProxyType(
     | dict.fromkeys(("U32", "I32", "F32"), 32)
     | dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
 )
-_LOADABLE: Mapping[str, tuple[TensorDType, str]] = MappingProxyType(
-    {"F32": ("f32", "<f4"), "F16": ("f16", "<f2"), "BF16": ("bf16", "<u2")}
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}\.safetensors")
+_LOADABLE: Mapping[str, TensorDType] = MappingProxyType(
+    {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+)
+_NUMPY_TYPES: Mapping[TensorDType, str] = MappingProxyType(
+    {"f32": "<f4", "f16": "<f2", "bf16": "<u2"}
 )
 
 
@@ -51,37 +56,28 @@ class SafetensorsFile:
                 size = os.fstat(file.fileno()).st_size
                 header, self._data_start = _read_header(path, file.read(8), file, size)
             self._offsets = _check_header(path, header, size - self._data_start)
-            self._bytes: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
+            # asarray: a plain array over the mapping, which the slices keep alive.
+            self._bytes: npt.NDArray[np.uint8] = np.asarray(np.memmap(path, np.uint8, "r"))
         except OSError as error:
             raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
         self.infos: Mapping[str, TensorInfo] = {
-            name: TensorInfo(
-                dtype=_LOADABLE[entry["dtype"]][0]
-                if entry["dtype"] in _LOADABLE
-                else entry["dtype"],
-                shape=tuple(entry["shape"]),
-                num_bytes=self._offsets[name][1] - self._offsets[name][0],
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
+            name: TensorInfo(_our_name(header[name]["dtype"]), tuple(header[name]["shape"]), e - b)
+            for name, (b, e) in self._offsets.items()
         }
 
     def read(self, name: str) -> Tensor:
         """A view of the mapped file; a copy only where an old file left the data unaligned."""
         info = self.infos[name]
-        loadable = {ours: numpy_name for ours, numpy_name in _LOADABLE.values()}
-        if info.dtype not in loadable:
+        dtype = _loadable_dtype(info.dtype)
+        if dtype is None:
             raise WeightsError(
                 f"{self.path}: {name} is stored as {info.dtype}; supported: F32, F16, BF16"
             )
         begin, end = self._offsets[name]
         raw = self._bytes[self._data_start + begin : self._data_start + end]
-        data = np.frombuffer(raw, dtype=loadable[info.dtype]).reshape(info.shape)
+        data = raw.view(_NUMPY_TYPES[dtype]).reshape(info.shape)
         if not data.flags.aligned:
             data = data.copy()
-        dtype: TensorDType = "f32"
-        for ours, _ in _LOADABLE.values():
-            dtype = ours if ours == info.dtype else dtype
         return Tensor(data, dtype)
 
 
@@ -100,7 +96,7 @@ class ShardedSafetensors:
             raise WeightsError(f"{index_path} names files that are not there:", missing)
         files = {name: SafetensorsFile(index_path.parent / name) for name in set(places.values())}
         problems = [
-            f"{name} should be in {file}, which does not hold it"
+            f"{printable(name)} should be in {file}, which does not hold it"
             for name, file in places.items()
             if name not in files[file].infos
         ]
@@ -108,7 +104,7 @@ class ShardedSafetensors:
         for file_name in sorted(files):
             for name in files[file_name].infos:
                 if name in self._files:
-                    problems.append(f"{name} is in {file_name} and in another file")
+                    problems.append(f"{printable(name)} is in {file_name} and in another file")
                 self._files.setdefault(name, files[places.get(name, file_name)])
         if problems:
             raise WeightsError(f"{index_path} does not fit its files:", problems)
@@ -119,6 +115,15 @@ class ShardedSafetensors:
     def read(self, name: str) -> Tensor:
         """A view of the mapped file that holds the tensor."""
         return self._files[name].read(name)
+
+
+def _our_name(dtype: str) -> str:
+    """octavo's name of a safetensors type; types that cannot be loaded keep theirs."""
+    return _LOADABLE.get(dtype, dtype)
+
+
+def _loadable_dtype(name: str) -> TensorDType | None:
+    return next((dtype for dtype in _NUMPY_TYPES if dtype == name), None)
 
 
 def _read_header(path: Path, first: bytes, file: Any, size: int) -> tuple[dict[str, Any], int]:
@@ -210,7 +215,8 @@ def _entry_problem(entry: object, size: int) -> str:
         return f"data_offsets {offsets} reach behind the {size} bytes of data: truncated"
     bits = math.prod(shape) * ELEMENT_BITS[dtype]
     if bits != 8 * (end - begin):
-        return f"{dtype} of shape {shape} takes {bits / 8:g} bytes, data_offsets span {end - begin}"
+        need = describe(-(-bits // 8))
+        return f"{dtype} of shape {describe(shape)} takes {need} bytes, not {end - begin}"
     return ""
 
 
@@ -236,8 +242,7 @@ def read_index(path: Path) -> dict[str, str]:
         raise WeightsError(f"{path} holds no weight_map; expected an object name -> file")
     for name, file in places.items():
         # A plain name only: an index from the network must not reach outside its directory.
-        is_plain = isinstance(file, str) and file == os.path.basename(file) and "\\" not in file
-        if not is_plain or not file.endswith(".safetensors") or "\0" in file:
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
             raise WeightsError(
                 f"{path}: {describe(name)} is placed in {describe(file)}; expected the name of a "
                 ".safetensors file in the same directory"
