@@ -1,0 +1,171 @@
+"""Who computes what, when: order, budget, memory, preemption."""
+
+from __future__ import annotations
+
+import pytest
+
+from octavo.engine.block_manager import BlockManager, IntegrityError
+from octavo.engine.request import Sequence, SequenceState
+from octavo.engine.scheduler import Schedule, Scheduler, SchedulerLimits
+from octavo.errors import InvalidArgumentError
+from octavo.sampling_params import SamplingParams
+
+
+def make_scheduler(
+    num_blocks: int = 100,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 10,
+    max_model_len: int = 64,
+) -> Scheduler:
+    limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, max_model_len)
+    return Scheduler(limits, BlockManager(num_blocks, block_size))
+
+
+def add(scheduler: Scheduler, key: str, num_tokens: int, max_tokens: int = 20) -> Sequence:
+    prompt = [(7 * i + len(key)) % 50 for i in range(num_tokens)]
+    sequence = Sequence(key, prompt, SamplingParams(max_tokens=max_tokens))
+    scheduler.add(sequence)
+    return sequence
+
+
+def step(scheduler: Scheduler) -> list[tuple[str, int, int, bool]]:
+    """Schedule and "compute" a step; every sequence that draws gets a token."""
+    schedule = scheduler.schedule()
+    compute(scheduler, schedule)
+    return [(str(e.sequence.key), *e[1:]) for e in schedule.entries]
+
+
+def compute(scheduler: Scheduler, schedule: Schedule) -> None:
+    scheduler.update(schedule)
+    for entry in schedule.entries:
+        if entry.draws_token:
+            entry.sequence.token_ids.append(1)
+    scheduler.check_integrity()
+
+
+def test_prompts_are_cut_into_chunks_behind_the_decodes() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=10)
+    add(scheduler, "a", 4)
+    add(scheduler, "b", 17)
+    add(scheduler, "c", 3)
+    assert step(scheduler) == [("a", 0, 4, True), ("b", 0, 6, False)]
+    assert step(scheduler) == [("a", 4, 1, True), ("b", 6, 9, False)]
+    assert step(scheduler) == [("a", 5, 1, True), ("b", 15, 2, True), ("c", 0, 3, True)]
+    assert step(scheduler) == [("a", 6, 1, True), ("b", 17, 1, True), ("c", 3, 1, True)]
+
+
+def test_budget_of_one_serves_the_earliest_first() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=1)
+    first = add(scheduler, "a", 2)
+    add(scheduler, "b", 1)
+    seen = [step(scheduler) for _ in range(4)]
+    assert seen == [[("a", 0, 1, False)], *[[("a", i, 1, True)] for i in (1, 2, 3)]]
+    scheduler.finish(first, "stop")
+    assert step(scheduler) == [("b", 0, 1, True)]
+
+
+def test_max_num_seqs_holds_and_a_place_is_filled_at_once() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    first = add(scheduler, "a", 2)
+    add(scheduler, "b", 2)
+    add(scheduler, "c", 2)
+    assert [entry[0] for entry in step(scheduler)] == ["a", "b"]
+    scheduler.finish(first, "length")
+    assert [entry[0] for entry in step(scheduler)] == ["b", "c"]
+
+
+def test_the_first_in_the_queue_is_not_overtaken() -> None:
+    scheduler = make_scheduler(num_blocks=8, max_num_batched_tokens=100)
+    add(scheduler, "a", 20, 9)  # 5 of 8 blocks
+    add(scheduler, "large", 12, 9)  # 3 blocks: they are free, but one is kept for a's growth
+    add(scheduler, "small", 2, 9)  # would fit
+    assert [entry[0] for entry in step(scheduler)] == ["a"]
+    assert scheduler.num_waiting == 2
+
+
+def test_the_latest_is_preempted_and_comes_back_first() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_num_batched_tokens=100)
+    first = add(scheduler, "a", 7, 10)
+    second = add(scheduler, "b", 3, 9)
+    add(scheduler, "c", 2, 9)
+    assert [entry[0] for entry in step(scheduler)] == ["a", "b"]  # c waits: no spare block
+    step(scheduler)  # a and b fill their blocks
+    schedule = scheduler.schedule()  # both need one more, and one is left
+    assert schedule.preempted == (second,)
+    assert [entry.sequence for entry in schedule.entries] == [first]
+    assert second.state is SequenceState.WAITING and second.num_computed_tokens == 0
+    assert second.num_output_tokens == 2  # what was drawn is kept
+    compute(scheduler, schedule)
+    while scheduler.num_running == 1 and first.num_output_tokens < 9:
+        assert [entry[0] for entry in step(scheduler)] == ["a"]
+    scheduler.finish(first, "stop")
+    # All of b, prompt and answer so far, is computed anew, and before c.
+    assert step(scheduler) == [("b", 0, 5, True), ("c", 0, 2, True)]
+    assert second.num_preemptions == 1
+
+
+def test_a_sequence_may_have_to_preempt_itself() -> None:
+    scheduler = make_scheduler(num_blocks=5, max_num_batched_tokens=100)
+    add(scheduler, "a", 6, 14)
+    latest = add(scheduler, "b", 7, 12)
+    step(scheduler)
+    for _ in range(20):
+        schedule = scheduler.schedule()
+        if schedule.preempted:
+            break
+        compute(scheduler, schedule)
+    assert schedule.preempted == (latest,)
+    assert [str(entry.sequence.key) for entry in schedule.entries] == ["a"]
+    assert scheduler.num_waiting == 1
+
+
+def test_a_step_that_was_not_computed_is_scheduled_again() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a", 17)
+    step(scheduler)
+    lost = scheduler.schedule()
+    assert scheduler.schedule() == lost
+    scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "max_tokens", "message"),
+    [
+        (0, 5, "the prompt has no tokens"),
+        (64, 1, "has 64 tokens; expected at most 63"),
+        (1000, 1, "has 1000 tokens; expected at most 63"),
+        (30, 20, "may have 50 tokens; the whole KV cache holds 48"),
+    ],
+)
+def test_what_can_never_fit_is_refused(num_tokens: int, max_tokens: int, message: str) -> None:
+    scheduler = make_scheduler(num_blocks=12, max_model_len=64)
+    with pytest.raises(InvalidArgumentError, match=message):
+        add(scheduler, "a", num_tokens, max_tokens)
+    assert not scheduler.has_unfinished
+
+
+def test_the_last_token_needs_no_place_in_the_cache() -> None:
+    scheduler = make_scheduler(num_blocks=12, max_num_batched_tokens=100)
+    sequence = add(scheduler, "a", 40, 9)  # 49 tokens, of which 48 are computed
+    while sequence.num_output_tokens < 9:
+        step(scheduler)
+    assert scheduler.blocks.num_free_blocks == 0
+
+
+def test_finishing_twice_is_found() -> None:
+    scheduler = make_scheduler()
+    sequence = add(scheduler, "a", 3)
+    scheduler.finish(sequence, "abort")  # while waiting
+    assert not scheduler.has_unfinished
+    with pytest.raises(IntegrityError, match="finished twice"):
+        scheduler.finish(sequence, "abort")
+
+
+def test_integrity_check_finds_a_leak() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a", 3)
+    step(scheduler)
+    scheduler.blocks.reserve("ghost", 2)
+    with pytest.raises(IntegrityError, match="ghost"):
+        scheduler.check_integrity()
