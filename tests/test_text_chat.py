@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from octavo.errors import InvalidArgumentError, TokenizerError
 from octavo.text.chat import ChatTemplate
 from text_helpers import CHATML_TEMPLATE, LLAMA3_TEMPLATE, byte_level_directory

@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from octavo.errors import InvalidArgumentError
 from octavo.text.stream import StopChecker, StreamDecoder
 from octavo.text.tokenizer import Tokenizer

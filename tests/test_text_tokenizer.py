@@ -6,6 +6,7 @@ import json
 
 import pytest
 import tokenizers
+
 from octavo.errors import InvalidArgumentError, TokenizerError
 from octavo.text.tokenizer import Tokenizer
 from text_helpers import (

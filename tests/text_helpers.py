@@ -185,3 +185,21 @@ Answer briefly; today's words: {{ ["ä", "<b>", 1] | tojson }}.<|im_end|>
 {{ '<|im_start|>assistant\n' }}
 {%- endif %}
 """
+
+
+def tiny_model(
+    directory: Path, chat_template: str | None = CHATML_TEMPLATE, context: int = 256
+) -> Path:
+    """A Llama of 47 thousand parameters for `--load-format dummy`: config.json and a tokenizer."""
+    fields = {} if chat_template is None else {"chat_template": chat_template}
+    byte_level_directory(directory, **fields)
+    config = {
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512},
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+        **{"max_position_embeddings": context, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+        **{"hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "float32"},
+        **{"bos_token_id": 1, "eos_token_id": 2, "attention_bias": False, "mlp_bias": False},
+    }
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory

@@ -6,6 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
 from octavo.config import read_environment
 from octavo.text.chat import ChatTemplate
 from octavo.text.stream import StreamDecoder
@@ -19,7 +21,8 @@ from text_helpers import (
     sentencepiece_directory,
     write_config,
 )
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+pytestmark = pytest.mark.hf
 
 CODE = [
     "def f(x: int) -> str:\n    return f'{x:>10}'  # Zahl\n",

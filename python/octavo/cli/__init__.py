@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 a difference or failed requests,
-    2 something the user can put right, 130 interrupted.
+    """Run the command line and return the exit code.
 
-    arguments: without the program's name; None takes those of this process.
+    0: done. 1: a difference, or requests that failed. 2: something the user can put right. 130:
+    interrupted. arguments: without the program's name; None takes those of this process.
     """
     from octavo.cli.app import run
 

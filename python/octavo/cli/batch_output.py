@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """The output file. A line is written whole and handed to the system at once, so that whatever
-    kills this process costs only the answers that were in the making.
+    """The output file, one answer a line.
 
-    Opening it reads what an earlier run has answered. A last line that was cut off is dropped.
+    A line is written whole and handed to the system at once, so that whatever kills this process
+    costs only the answers that were in the making. Opening it reads what an earlier run has answered. A last line that was cut off is dropped.
     """
 
     def __init__(self, path: Path, wanted: Collection[str], model: str, overwrite: bool) -> None:
-        """wanted: the ids of the input. Raises InvalidArgumentError where the file holds something
+        """Open and read the file; it is created where it does not exist.
+
+        wanted: the ids of the input. Raises InvalidArgumentError where the file holds something
         else than answers to these, of this model, and where another process is writing it.
         """
         self.path = path

@@ -19,8 +19,10 @@ class StreamDecoder:
     def __init__(
         self, tokenizer: Tokenizer, skip_special_tokens: bool = True, *, continues: bool = False
     ) -> None:
-        """continues: the ids go on from a text before them, so that the space which a
-        sentencepiece tokenizer drops at the start of a text is kept: prompt + answer reads right.
+        """Begin a new stream.
+
+        continues: the ids go on from a text before them, so that the space which a sentencepiece
+        tokenizer drops at the start of a text is kept: prompt + answer reads right.
         """
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
