@@ -205,14 +205,14 @@ def test_a_torn_last_line_is_dropped_and_only_the_rest_is_answered(model, tmp_pa
 
 
 def test_killed_and_resumed(model, tmp_path):
-    count = 60
+    count = 40
     source = write(tmp_path / "in.jsonl", [f"prompt {number}" for number in range(count)])
     target = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "octavo.cli", "batch", str(source), str(target)]
-    command += ["-m", model, "--load-format", "dummy", "--max-tokens", "120"]
+    command += ["-m", model, "--load-format", "dummy", "--max-tokens", "60"]
     command += ["--max-num-seqs", "2"]
     kills = 0
-    while kills < 3:
+    while kills < 2:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         before = target.stat().st_size if target.exists() else 0
         end = time.monotonic() + 60

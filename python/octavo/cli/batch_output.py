@@ -23,7 +23,8 @@ class Journal:
     """The output file, one answer a line.
 
     A line is written whole and handed to the system at once, so that whatever kills this process
-    costs only the answers that were in the making. Opening it reads what an earlier run has answered. A last line that was cut off is dropped.
+    costs only the answers that were in the making. Opening it reads what an earlier run has
+    answered. A last line that was cut off is dropped.
     """
 
     def __init__(self, path: Path, wanted: Collection[str], model: str, overwrite: bool) -> None:

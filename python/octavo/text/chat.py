@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from octavo.errors import InvalidArgumentError, TokenizerError
 from octavo.text.tokenizer import read_json, read_tokenizer_config, token_content
@@ -146,7 +146,7 @@ def _environment() -> jinja2.Environment:
     class GenerationTag(Extension):
         """{% generation %} marks the assistant's answer for training; here it does nothing."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
 
         def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
             line = next(parser.stream).lineno
