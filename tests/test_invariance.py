@@ -1,0 +1,219 @@
+"""The promise about bits: who shares the batch, how a prompt is cut, and whether a request was
+preempted changes nothing, neither its tokens nor its log-probabilities.
+
+Everything here is exact equality of float32 numbers, over a tiny random model in the native core.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_helpers import run_to_end
+from reference_helpers import random_weights, uniform
+
+from octavo import _native
+from octavo.config import RuntimeOptions
+from octavo.engine.engine import Engine
+from octavo.engine.outputs import RequestOutput
+from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.sampling_params import SamplingParams
+
+VOCAB = 211
+_NORM = NormSpec(eps=1e-5)
+_LAYER = LayerSpec(
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=150,
+    norm=_NORM,
+    rope=RopeSpec(theta=5000.0),
+    qkv_bias=True,
+)
+SPEC = ModelSpec("Tiny", VOCAB, 72, 1024, (_LAYER, _LAYER), _NORM, tie_word_embeddings=False)
+
+# Short; odd; over the lengths at which kernels and attention cut their work.
+SUBJECT_LENGTHS = (3, 77, 301)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, logprobs=3)
+SAMPLED = SamplingParams(
+    temperature=0.9, top_k=90, top_p=0.97, min_p=0.001, seed=2**63 + 5, max_tokens=24, logprobs=3
+)
+MODES = {"greedy": GREEDY, "sampled": SAMPLED}
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    """Random tokens, the last of the vocabulary never among them."""
+    return [int(x) for x in (uniform(seed, length) + 1) * np.float32((VOCAB - 1) / 2 - 0.01)]
+
+
+@cache
+def weights() -> dict[str, Any]:
+    return random_weights(SPEC, seed=4)
+
+
+def make_engine(
+    dtype: Any = "f32",
+    *,
+    isa: str = "auto",
+    num_threads: int = 1,
+    max_num_batched_tokens: int = 512,
+    num_blocks: int = 200,
+) -> Engine:
+    options = RuntimeOptions(
+        dtype=dtype,
+        kv_dtype=dtype,
+        block_size=16,
+        max_model_len=512,
+        max_num_seqs=24,
+        max_num_batched_tokens=max_num_batched_tokens,
+        num_threads=num_threads,
+        isa=isa,
+    )
+    runtime = _native.Runtime("cpu", SPEC, options)
+    for name, array in weights().items():
+        runtime.load(name, array, "f32")
+    runtime.alloc_kv(num_blocks)
+    return Engine(runtime, options, num_kv_blocks=num_blocks, vocab_size=VOCAB)
+
+
+def subjects(params: SamplingParams) -> dict[str, tuple[list[int], SamplingParams]]:
+    return {f"subject{n}": (prompt_of(n, seed=n), params) for n in SUBJECT_LENGTHS}
+
+
+def others(count: int = 17) -> dict[str, tuple[list[int], SamplingParams]]:
+    """Requests of all lengths, greedy and sampled, that come and go at different times."""
+    return {
+        f"other{i}": (
+            prompt_of(1 + (i * i * 7) % 130, seed=1000 + i),
+            SamplingParams(temperature=i % 3 / 2, seed=i, max_tokens=5 + 3 * i % 31),
+        )
+        for i in range(count)
+    }
+
+
+def run(engine: Engine, requests: Any, *, apart: bool = False) -> dict[str, RequestOutput]:
+    """Run requests together, or one after the other."""
+    outputs = {}
+    for request_id, (prompt, params) in requests.items():
+        engine.add_request(request_id, prompt, params)
+        if apart:
+            outputs.update(run_to_end(engine))
+    return {**outputs, **run_to_end(engine)}
+
+
+def facts(outputs: dict[str, RequestOutput]) -> dict[str, Any]:
+    """Everything that must not change, of the subjects."""
+    return {
+        request_id: [
+            (answer.token_ids, answer.finish_reason, answer.logprobs, answer.cumulative_logprob)
+            for answer in output.outputs
+        ]
+        for request_id, output in outputs.items()
+        if request_id.startswith("subject")
+    }
+
+
+@cache
+def alone(dtype: str, mode: str, isa: str = "auto") -> dict[str, Any]:
+    """The subjects, each by itself and its prompt in one piece: what all else must equal."""
+    found = facts(run(make_engine(dtype, isa=isa), subjects(MODES[mode]), apart=True))
+    assert len(found) == len(SUBJECT_LENGTHS)
+    for answers in found.values():
+        tokens, reason, logprobs, _ = answers[0]
+        assert len(tokens) == 24 and reason == "length"
+        assert len(set(tokens)) > 3, "an answer that repeats itself would show little"
+        assert all(np.isfinite(entry.logprob) for entry in logprobs)
+    return found
+
+
+every_case = pytest.mark.parametrize(
+    ("dtype", "mode"), [(d, m) for d in ("f32", "bf16") for m in MODES]
+)
+
+
+@every_case
+@pytest.mark.parametrize("isa", _native.available_isas())
+def test_in_a_batch_of_seventeen_others(dtype: str, mode: str, isa: str) -> None:
+    company = others()
+    names = list(company)
+    requests = {name: company[name] for name in names[:9]}
+    requests.update(subjects(MODES[mode]))
+    requests.update({name: company[name] for name in names[9:]})
+    assert facts(run(make_engine(dtype, isa=isa), requests)) == alone(dtype, mode, isa)
+
+
+@every_case
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_in_chunks(dtype: str, mode: str, chunk: int) -> None:
+    engine = make_engine(dtype, max_num_batched_tokens=chunk)
+    assert facts(run(engine, subjects(MODES[mode]), apart=True)) == alone(dtype, mode)
+
+
+@every_case
+def test_in_chunks_of_a_crowded_batch(dtype: str, mode: str) -> None:
+    engine = make_engine(dtype, max_num_batched_tokens=29)
+    assert facts(run(engine, {**others(), **subjects(MODES[mode])})) == alone(dtype, mode)
+
+
+@every_case
+@pytest.mark.parametrize("chunk", [13, 512])
+def test_after_forced_preemption(dtype: str, mode: str, chunk: int) -> None:
+    """Two long answers that came first crowd each subject out of a cache of 32 blocks."""
+    for name, (prompt, params) in subjects(MODES[mode]).items():
+        engine = make_engine(dtype, num_blocks=32, max_num_batched_tokens=chunk)
+        first = (SUBJECT_LENGTHS[2] - len(prompt)) // 2 + 65
+        for i in range(2):
+            crowd = SamplingParams(temperature=1.0, seed=i, max_tokens=90)
+            engine.add_request(f"crowd{i}", prompt_of(first, seed=50 + i), crowd)
+        engine.add_request(name, prompt, params)
+        outputs = run_to_end(engine)
+        if len(prompt) > 3:  # the shortest one needs two blocks, which are always left
+            assert outputs[name].metrics.num_preemptions >= 1
+        assert facts(outputs)[name] == alone(dtype, mode)[name]
+
+
+@every_case
+def test_across_numbers_of_threads(dtype: str, mode: str) -> None:
+    for num_threads in (2, 3):
+        engine = make_engine(dtype, num_threads=num_threads)
+        assert facts(run(engine, {**others(), **subjects(MODES[mode])})) == alone(dtype, mode)
+
+
+def test_answers_of_one_request_are_those_of_single_requests() -> None:
+    """n = 3 draws with sample indices 0, 1, 2; index 0 is what n = 1 draws."""
+    prompt = prompt_of(77, seed=77)
+    three = SamplingParams(temperature=0.9, seed=8, max_tokens=24, logprobs=0, n=3)
+    one = SamplingParams(temperature=0.9, seed=8, max_tokens=24, logprobs=0)
+    requests = {"subject3": (prompt, three), "subject1": (prompt, one)}
+    found = facts(run(make_engine(), requests))
+    assert found["subject3"][0] == found["subject1"][0]
+    assert len({answer[0] for answer in found["subject3"]}) == 3
+
+
+def test_a_request_with_nan_leaves_the_others_bits_alone() -> None:
+    """Even in blocks that held its keys and values before: the embedding of one token is NaN."""
+    poisoned = VOCAB - 1
+    assert all(poisoned not in answers[0][0] for answers in alone("f32", "sampled").values())
+    engine = make_engine(num_blocks=34)
+    table = weights()["embed.weight"].copy()
+    table[poisoned] = np.nan
+    engine.runtime.load("embed.weight", table, "f32")  # type: ignore[attr-defined]
+    requests: dict[str, Any] = {"bad": ([5, 6, poisoned] * 60, SAMPLED)}
+    outputs = run(engine, {**requests, **subjects(SAMPLED)})
+    outputs.update(run(engine, {**subjects(SAMPLED)}))
+    assert outputs["bad"].outputs[0].finish_reason == "error"
+    assert "NaN or an infinity at token 180" in (outputs["bad"].error or "")
+    assert facts(outputs) == alone("f32", "sampled")
+
+
+def test_different_requests_do_differ() -> None:
+    """The comparisons above could fail: other dtype, other seed, other prompt, other bits."""
+    base = alone("f32", "sampled")
+    assert base != alone("bf16", "sampled")
+    assert base != alone("f32", "greedy")
+    prompt = prompt_of(77, seed=77)
+    changed = [*prompt[:-1], (prompt[-1] + 1) % VOCAB]
+    other = facts(run(make_engine(), {"subject77": (changed, SAMPLED)}))
+    assert other["subject77"] != base["subject77"]
