@@ -16,7 +16,7 @@ from octavo.models.spec import (
     weight_shapes,
 )
 from octavo.reference import KVCache, ReferenceModel, ops
-from reference_helpers import max_error, random_weights
+from reference_helpers import NativeModel, max_error, random_weights
 
 
 def make_spec(
@@ -103,6 +103,27 @@ def test_causal(name: str) -> None:
     one, two = reference.forward(TOKENS), reference.forward(other)
     assert max_error(one[:20], two[:20]) < 1e-6
     assert (np.abs(one - two)[20:].max(axis=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_native_core_equals_the_reference(name: str) -> None:
+    """Every tap of every kind of layer, in chunks on the native side."""
+    spec, weights = SPECS[name], random_weights(SPECS[name], 1)
+    expected: dict[str, np.ndarray] = {}
+    model(name, compute=np.float64).forward(TOKENS, taps=expected)
+    native, pieces = NativeModel(spec, weights, max_tokens=64), []
+    for piece in np.split(TOKENS, [3, 4, 20]):
+        pieces.append(dict[str, np.ndarray]())
+        native.forward(piece, pieces[-1])
+    assert list(pieces[0]) == tap_names(spec)
+    for tap, value in expected.items():
+        assert max_error(np.concatenate([taps[tap] for taps in pieces]), value) < 2e-5, tap
+
+    rounded = {"dtype": "bf16", "kv_dtype": "bf16"}
+    judge = model(name, compute=np.float64, **rounded).forward(TOKENS)
+    own_rounding = max_error(judge, expected["logits"])
+    logits = NativeModel(spec, weights, max_tokens=64, **rounded).forward(TOKENS)
+    assert max_error(logits, judge) < 0.5 * own_rounding
 
 
 def test_position_matters() -> None:
