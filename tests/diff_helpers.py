@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from octavo.diff.run import Comparison, DiffOptions
 from octavo.diff.sides import ReferenceSide
+from octavo.models.registry import read_model
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec, weight_shapes
 from octavo.reference import llama, ops
 
@@ -80,8 +85,6 @@ def _reference_with(**changed: Callable[..., Any]) -> ModuleType:
     loader = importlib.util.spec_from_file_location("broken_llama", llama.__file__)
     assert loader is not None and loader.loader is not None
     module = importlib.util.module_from_spec(loader)
-    import sys
-
     sys.modules["broken_llama"] = module  # dataclasses look their module up
     try:
         loader.loader.exec_module(module)
@@ -219,3 +222,41 @@ def compare(left: Any, right: Any, spec: ModelSpec, weights: Weights, **options:
     settings = DiffOptions(**{"steps": 5, "decode_rows": 6, **options})
     run = Comparison(left, right, definition, tokens_for(spec, count), settings, truth)
     return run.run("a small model", judged=truth is not None)
+
+
+# ---- models on disk, for the native core, the command and Hugging Face ----
+
+SMALL_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 101,
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def write_model(path: Path, seed: int = 0, **changed: Any) -> Path:
+    """A Hugging Face directory with a small random model, float32; no tokenizer."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps({**SMALL_CONFIG, **changed}))
+    files = read_model(path)
+    weights = random_weights(files.spec, seed)
+    save_file(
+        {files.weight_map[name]: value for name, value in weights.items()},
+        path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from octavo.diff.culprits import CULPRITS
+from octavo.diff.numbers import number
 from octavo.diff.result import Finding, TapResult
 from octavo.diff.sides import Side
 
@@ -24,9 +25,14 @@ def find_culprits(
     findings: list[Finding] = []
     for index, side in enumerate((left, right)):
         wrong = [tap for tap in taps if (tap.left_broken, tap.right_broken)[index]]
-        for part in dict.fromkeys(tap.part for tap in wrong):
-            names = [tap for tap in wrong if tap.part == part]
-            findings.append(_broken(names, index, side, mistakes[index].get(part)))
+        groups: dict[tuple[str, str | None], list[TapResult]] = {}
+        for tap in wrong:
+            # q_rope and k_rope, say, are one op: with the same mistake they are one entry.
+            mistake = mistakes[index].get(tap.part)
+            key = CULPRITS[tap.part].name if mistake else tap.part
+            groups.setdefault((key, mistake), []).append(tap)
+        for (_, mistake), names in groups.items():
+            findings.append(_broken(names, index, side, mistake))
     order = {tap.name: place for place, tap in enumerate(taps)}
     findings.sort(key=lambda finding: order[finding.tap])
     parted = next((tap for tap in taps if tap.parted), None)
@@ -49,8 +55,8 @@ def _broken(taps: list[TapResult], index: int, side: Side, mistake: str | None) 
         taps=tuple(tap.name for tap in taps),
         op=op.name,
         files=_files(first.part, side),
-        evidence=f"given the same inputs, its result is {own:.1e} from the definition's "
-        f"(tolerance {limit:.1e})",
+        evidence=f"given the same inputs, its result is {number(own)} from the definition's "
+        f"(tolerance {number(limit)})",
         mistake=mistake,
         hint=op.hint,
     )
@@ -74,7 +80,8 @@ def _unexplained(tap: TapResult, left: Side, right: Side) -> Finding:
         taps=(tap.name,),
         op=op.name,
         files=_files(tap.part, left),
-        evidence=f"the runs are {tap.relative:.1e} apart here (tolerance {tap.tolerance:.1e}), "
+        evidence=f"the runs are {number(tap.relative)} apart here "
+        f"(tolerance {number(tap.tolerance)}), "
         + (
             "and the op could not be judged by itself: an input is not among the taps"
             if unjudged

@@ -21,13 +21,8 @@ import numpy as np
 from octavo.diff.culprits import CULPRITS
 from octavo.diff.graph import LAYER_PARTS
 from octavo.diff.measure import Float64
-from octavo.diff.report import (
-    cosine,
-    decode_sentence,
-    greedy_sentence,
-    judge_sentence,
-    number,
-)
+from octavo.diff.numbers import cosine, growth, number
+from octavo.diff.report import decode_sentence, greedy_sentence, judge_sentence
 from octavo.diff.result import DiffResult, Finding, TapResult
 from octavo.errors import InvalidArgumentError
 
@@ -37,7 +32,7 @@ MAX_BINS = 512  # positions across the map; more are put together, the worst cou
 
 
 def write_html(path: Path, result: DiffResult) -> None:
-    """Write the page, whole or not at all. InvalidArgumentError where the place cannot be written."""
+    """Write the page, whole or not at all; an InvalidArgumentError says why it could not be."""
     page = render(result)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -62,7 +57,9 @@ def render(result: DiffResult) -> str:
         "table": _table(result),
         "foot": f"octavo diff, {result.seconds:.1f} s. This page needs nothing but itself.",
         # "</script>" in a token must not end the block.
-        "data": json.dumps(_data(result), ensure_ascii=True, allow_nan=False).replace("<", "\\u003c"),
+        "data": json.dumps(_data(result), ensure_ascii=True, allow_nan=False).replace(
+            "<", "\\u003c"
+        ),
     }
     for name, content in slots.items():
         head, tail = page.split(f"<!--slot:{name}-->")
@@ -139,7 +136,7 @@ def _findings(result: DiffResult) -> str:
 
 def _finding(finding: Finding) -> str:
     more = len(finding.taps) - 1
-    also = f" and {more} more like it" if more else ""
+    also = f" and at {more} more" if more else ""
     who = f"{finding.side}’s {finding.op} is wrong" if finding.side else "the runs part"
     mistake = (
         ""
@@ -195,17 +192,19 @@ def _tap_row(tap: TapResult, sides: list[int], first: TapResult | None) -> str:
         f'<td class="{"hot" if tap.parted else ""}">{number(tap.relative)}</td>',
         f"<td>{number(tap.tolerance)}</td>",
         f"<td>{cosine(tap.cosine_gap)}</td>",
-        f"<td>{'–' if tap.growth is None else f'×{tap.growth:.3g}'}</td>",
+        f"<td>{growth(tap.growth, tap.relative)}</td>",
     ]
     for index in sides:
-        broken = (tap.left_broken, tap.right_broken)[index]
-        cells.append(f'<td class="{"hot" if broken else ""}">{number(_own(tap, index))}</td>')
-    verdict = "✓" if tap.ok else "✗ op" if tap.left_broken or tap.right_broken else "✗"
+        hot = "hot" if (tap.left_broken, tap.right_broken)[index] else ""
+        cells.append(f'<td class="{hot}">{number(_own(tap, index))}</td>')
+    broken = tap.left_broken or tap.right_broken
+    verdict = "✓" if tap.ok else "✗ op is wrong" if broken else "≠ differs"
     marks = " ".join(
         name
         for name, true in (
             ("tap", tap.layer is not None),
-            ("bad", not tap.ok),
+            ("bad", broken),
+            ("after", not (broken or tap.ok)),
             ("first", tap is first),
         )
         if true
@@ -223,13 +222,15 @@ def _layer_row(taps: list[TapResult], sides: list[int], unfold: bool) -> str:
         f"<td>{number(max(tap.relative for tap in taps))}</td>",
         "<td></td>",
         f"<td>{cosine(max(tap.cosine_gap for tap in taps))}</td>",
-        f"<td>{f'×{max(growths):.3g}' if growths else '–'}</td>",
+        f"<td>{growth(max(growths, default=None), 0.0)}</td>",
     ]
     for index in sides:
         known = [value for tap in taps if (value := _own(tap, index)) is not None]
         cells.append(f"<td>{number(max(known)) if known else '–'}</td>")
-    verdict = f"✗ {bad} of {len(taps)}" if bad else "✓"
-    return f'<tr class="sum{" bad" if bad else ""}">{"".join(cells)}<td>{verdict}</td></tr>'
+    broken = [tap.part for tap in taps if tap.left_broken or tap.right_broken]
+    verdict = f"✗ {', '.join(broken)}" if broken else f"≠ {bad} of {len(taps)}" if bad else "✓"
+    kind = " bad" if broken else " after" if bad else ""
+    return f'<tr class="sum{kind}">{"".join(cells)}<td>{escape(verdict)}</td></tr>'
 
 
 def _data(result: DiffResult) -> dict[str, Any]:
@@ -239,6 +240,7 @@ def _data(result: DiffResult) -> dict[str, Any]:
     starts = [bin_index * count // bins for bin_index in range(bins)]
     parts = {tap.part for tap in result.taps if tap.layer is not None}
     first = result.first_bad
+    any_wrong = any(tap.left_broken or tap.right_broken for tap in result.taps)
     return {
         "tokens": list(result.token_texts) or [f"#{token}" for token in result.token_ids],
         "token_ids": list(result.token_ids),
@@ -247,12 +249,14 @@ def _data(result: DiffResult) -> dict[str, Any]:
         "log_high": LOG_HIGH,
         "parts": [part for part in LAYER_PARTS if part in parts],
         "first_bad": None if first is None else first.name,
-        "taps": [_tap_data(tap) for tap in result.taps],
+        "taps": [_tap_data(tap, any_wrong) for tap in result.taps],
         "metrics": _metrics(result, starts),
     }
 
 
-def _tap_data(tap: TapResult) -> dict[str, Any]:
+def _tap_data(tap: TapResult, any_wrong: bool) -> dict[str, Any]:
+    """any_wrong: some op is wrong by itself; then only such are marked, else all that differ."""
+
     def plain(value: float | None) -> float | None:
         # JSON has no infinity; 1e999 is read as one by JavaScript, but is not valid everywhere.
         return value if value is None or math.isfinite(value) else 1e308
@@ -270,7 +274,7 @@ def _tap_data(tap: TapResult) -> dict[str, Any]:
         "tolerance": tap.tolerance,
         "own_tolerance_left": tap.own_tolerance_left,
         "own_tolerance_right": tap.own_tolerance_right,
-        "broken": not tap.ok,
+        "marked": tap.left_broken or tap.right_broken or not (any_wrong or tap.ok),
     }
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from octavo.diff.numbers import cosine, growth, number
 from octavo.diff.result import DiffResult, Finding, TapResult
 
 UNSEEN_WIDTH = 110  # columns when the output is no terminal
@@ -27,8 +28,11 @@ _STAGES = {
 
 
 class StatusLine:
-    """A progress bar on standard error while the comparison runs; nothing where that is no
-    terminal. Use as a context manager; `update` is the callback that the comparison takes."""
+    """A progress bar on standard error while the comparison runs.
+
+    Nothing where that is no terminal. Use as a context manager; `update` is the callback that the
+    comparison takes.
+    """
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -81,6 +85,7 @@ def print_report(
     marks = Marks(ascii_only=not (console.encoding or "").lower().startswith("utf"))
     console.print(_header(result))
     console.print(tap_table(result, marks, width=console.width, show_all=show_all))
+    console.print(_legend(result))
     for finding in result.findings:
         console.print(_finding(finding, marks))
     console.print(_checks(result, marks))
@@ -95,28 +100,15 @@ class Marks:
         self.good = Text("ok" if ascii_only else "✓", style="green")
         self.bad = Text("X" if ascii_only else "✗", style="bold red")
         self.note = Text("~" if ascii_only else "≈", style="yellow")
+        self.parted = Text("! " if ascii_only else "≠ ", style="yellow")
         self.first = "> " if ascii_only else "▶ "
-        self.times = "x" if ascii_only else "×"
+        self._ascii_only = ascii_only
+
+    def plain(self, text: str) -> str:
+        return text.replace("×", "x") if self._ascii_only else text
 
     def of(self, ok: bool) -> Text:
         return self.good if ok else self.bad
-
-
-def number(value: float | None) -> str:
-    """2.3e-05 -> "2.3e-5"; 0 -> "0"; None -> "-"."""
-    if value is None:
-        return "-"
-    if value == 0:
-        return "0"
-    if not math.isfinite(value):
-        return "not finite"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def cosine(gap: float) -> str:
-    """The cosine from 1 - cosine: "1-3.0e-11" where digits would all be nines."""
-    return "1" if gap == 0 else f"1-{number(gap)}" if gap < 1e-4 else f"{1 - gap:.5f}"
 
 
 def _header(result: DiffResult) -> RenderableType:
@@ -137,7 +129,7 @@ def tap_table(result: DiffResult, marks: Marks, *, width: int, show_all: bool = 
     width: of the terminal, in columns; narrow ones lose the less telling figures.
     """
     own = [
-        (f"own error {name}", values)
+        (f"own error\n{name}", values)
         for name, values in (
             (result.left_name, [tap.own_left for tap in result.taps]),
             (result.right_name, [tap.own_right for tap in result.taps]),
@@ -152,13 +144,13 @@ def tap_table(result: DiffResult, marks: Marks, *, width: int, show_all: bool = 
     if width >= 88:
         columns.append("growth")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("tap", no_wrap=True)
+    table.add_column("\n  tap", no_wrap=True)
     for title in columns:
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(f"\n{title}", justify="right", no_wrap=True)
     own_index = []
     for title, values in own:
         if width >= 52:
-            table.add_column(title, justify="right", no_wrap=width >= 100)
+            table.add_column(title, justify="right", no_wrap=True)
             own_index.append(0 if values == [tap.own_left for tap in result.taps] else 1)
     table.add_column("", no_wrap=True)
     first = result.first_bad
@@ -192,12 +184,11 @@ def _row(
 ) -> list[Text]:
     folded = len(taps) > 1
     worst = max(taps, key=lambda tap: (tap.relative, tap.max_abs))
-    growths = [tap.growth for tap in taps if tap.growth is not None]
     figures = {
         "max abs": number(max(tap.max_abs for tap in taps)),
         "relative": number(worst.relative),
         "cosine": cosine(max(tap.cosine_gap for tap in taps)),
-        "growth": f"{marks.times}{max(growths):.3g}" if growths else "-",
+        "growth": marks.plain(_largest_growth(taps)),
     }
     is_first = first is not None and taps == [first]
     name = f"layers.{taps[0].layer}" if folded else taps[0].name
@@ -215,26 +206,61 @@ def _row(
     return [*cells, _verdict(taps, marks)]
 
 
+def _largest_growth(taps: list[TapResult]) -> str:
+    shown = [growth(tap.growth, tap.relative) for tap in taps]
+    known = [tap.growth for tap in taps if tap.growth is not None]
+    return "new" if "new" in shown else growth(max(known, default=None), 0.0)
+
+
 def _verdict(taps: list[TapResult], marks: Marks) -> Text:
     if all(tap.ok for tap in taps):
         return marks.good
-    verdict = marks.bad.copy()
     broken = [tap.part for tap in taps if tap.left_broken or tap.right_broken]
-    if broken:
-        verdict.append(" op is wrong" if len(taps) == 1 else f" wrong: {', '.join(broken)}")
-    else:
-        verdict.append(" differs", style="not bold")
+    if not broken:
+        # Its own op is right (or could not be judged): what went in differs already.
+        return Text.assemble(marks.parted, ("differs", "yellow"))
+    verdict = marks.bad.copy()
+    verdict.append(" op is wrong" if len(taps) == 1 else f" wrong: {', '.join(broken)}")
     return verdict
 
 
 def _style(taps: list[TapResult]) -> str:
-    return "" if all(tap.ok for tap in taps) else "red"
+    return "red" if any(tap.left_broken or tap.right_broken for tap in taps) else ""
+
+
+def _legend(result: DiffResult) -> RenderableType:
+    """One dim paragraph: what the columns are, and their tolerances."""
+    runs = _span([tap.tolerance for tap in result.taps])
+    own = [
+        f"{name} {_span(limits)}"
+        for name, limits in (
+            (
+                result.left_name,
+                [t.own_tolerance_left for t in result.taps if t.own_left is not None],
+            ),
+            (
+                result.right_name,
+                [t.own_tolerance_right for t in result.taps if t.own_right is not None],
+            ),
+        )
+        if limits
+    ]
+    text = (
+        f"Figures of the worst token. relative: |a - b| / |a|, tolerance {runs}. growth: over the "
+        "relative error of what went in. own error: the op against its definition on the inputs "
+        f"it had, tolerance {', '.join(own) or '-'}."
+    )
+    return Padding(Text(text, style="dim"), (1, 0, 0, 2))
+
+
+def _span(limits: list[float]) -> str:
+    low, high = number(min(limits)), number(max(limits))
+    return low if low == high else f"{low} to {high}"
 
 
 def _finding(finding: Finding, marks: Marks) -> RenderableType:
     """The paragraph that names an op to look at."""
-    layers = len(finding.taps)
-    more = f" and {layers - 1} more like it" if layers > 1 else ""
+    more = f" and at {len(finding.taps) - 1} more taps" if len(finding.taps) > 1 else ""
     who = f"{finding.side}'s {finding.op} is wrong" if finding.side else "the runs part"
     lines = Table.grid(padding=(0, 2))
     lines.add_column(style="dim", no_wrap=True)

@@ -299,13 +299,17 @@ class Comparison:
         return tuple(results), rows
 
     def _yardstick(self, layer: int | None, name: str) -> float | None:
-        """How far rounding alone takes the right side around a tap: in its whole layer, since
-        the worst row of one tap alone is a matter of luck. None without a truth."""
+        """How far rounding alone takes the right side around a tap; None without a truth.
+
+        Around: in its whole layer, since the worst row of one tap alone is a matter of luck.
+        """
         if self.truth is None:
             return None
-        near = [name] if layer is None else [
-            other for other in self.truth_worst[1] if split_tap(other)[0] == layer
-        ]
+        near = (
+            [name]
+            if layer is None
+            else [other for other in self.truth_worst[1] if split_tap(other)[0] == layer]
+        )
         return max((self.truth_worst[1].get(other, 0.0) for other in near), default=None)
 
     def _logits_result(self, errors: RowErrors) -> LogitsResult:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from octavo.config import LOAD_FORMATS, Environment
+from octavo.diff.native_side import load_native_side
 from octavo.diff.run import Comparison, DiffOptions, Progress, chunk_size_for
 from octavo.diff.sides import Int32, ReferenceSide, Side
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
@@ -16,9 +17,10 @@ from octavo.machine import available_memory
 from octavo.models.registry import ModelFiles, read_model
 from octavo.models.spec import ModelSpec
 from octavo.reference.llama import ReferenceModel
+from octavo.text.stream import StreamDecoder
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
-from octavo.weights.hub import resolve_model
+from octavo.weights.hub import DEFAULT_MODEL, resolve_model
 from octavo.weights.tensor import Tensor
 
 AGAINST = ("reference", "hf")
@@ -105,8 +107,9 @@ def prepare(request: DiffRequest, environment: Environment, progress: Progress) 
     def decode(ids: list[int]) -> str:
         return "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=False)
 
-    texts = tuple(decode([int(token)]) or f"#{token}" for token in token_ids)
-    return Prepared(comparison, request.model or path.name, texts, decode)
+    name = request.model or DEFAULT_MODEL
+    title = path.resolve().name if Path(name).expanduser().is_dir() else name
+    return Prepared(comparison, title, _token_texts(token_ids, tokenizer), decode)
 
 
 def _tokens(request: DiffRequest, files: ModelFiles) -> tuple[Int32, Tokenizer | None]:
@@ -121,6 +124,14 @@ def _tokens(request: DiffRequest, files: ModelFiles) -> tuple[Int32, Tokenizer |
     if not ids:
         raise InvalidArgumentError("the prompt has no tokens; expected some text")
     return np.array(ids, dtype=np.int32), tokenizer
+
+
+def _token_texts(token_ids: Int32, tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    """What each token adds to the text; "·" where a character is not whole yet."""
+    if tokenizer is None:
+        return tuple(f"#{token} " for token in token_ids)
+    stream = StreamDecoder(tokenizer, skip_special_tokens=False)
+    return tuple(stream.push(int(token)) or "·" for token in token_ids)
 
 
 def _check_length(spec: ModelSpec, count: int, steps: int) -> None:
@@ -164,12 +175,11 @@ def _load_sides(
     count: int,
     progress: Progress,
 ) -> tuple[Side, Side]:
-    from octavo.diff.native_side import load_native_side
-
     if request.against == "hf":
         from octavo.diff.hf_side import HuggingFaceSide, import_hugging_face
 
-        import_hugging_face()  # before octavo's weights are loaded: a missing one shows at once
+        _, transformers = import_hugging_face()
+        transformers.utils.logging.disable_progress_bar()  # ours is running
     left = load_native_side(
         files,
         checkpoint,
