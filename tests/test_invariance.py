@@ -1,7 +1,8 @@
-"""The promise about bits: who shares the batch, how a prompt is cut, and whether a request was
-preempted changes nothing, neither its tokens nor its log-probabilities.
+"""The promise about bits, over a tiny random model in the native core.
 
-Everything here is exact equality of float32 numbers, over a tiny random model in the native core.
+Who shares the batch, how a prompt is cut, and whether a request was preempted changes nothing,
+neither its tokens nor its log-probabilities. Everything here is exact equality of
+float32 numbers.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_helpers import run_to_end
-from reference_helpers import random_weights, uniform
 
+from engine_helpers import run_to_end
 from octavo import _native
 from octavo.config import RuntimeOptions
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import RequestOutput
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
 from octavo.sampling_params import SamplingParams
+from reference_helpers import random_weights, uniform
 
 VOCAB = 211
 _NORM = NormSpec(eps=1e-5)

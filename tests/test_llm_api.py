@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from engine_helpers import VOCAB, FakeRuntime, check_answers, fake_engine, solo_answer
 from octavo.config import EngineConfig
 from octavo.engine.outputs import RequestOutput
@@ -72,9 +73,7 @@ def test_forms_of_prompts(llm: LLM) -> None:
 
 def test_many_prompts_come_back_in_order(llm: LLM) -> None:
     prompts = [[i % 90, 3 * i % 90, i // 90] for i in range(200)]
-    params = [
-        SamplingParams(temperature=i % 2, seed=i, max_tokens=1 + i % 13) for i in range(200)
-    ]
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=1 + i % 13) for i in range(200)]
     outputs = llm.generate(prompts, params, progress=False)
     for output, prompt, own in zip(outputs, prompts, params, strict=True):
         assert list(output.prompt_token_ids) == prompt

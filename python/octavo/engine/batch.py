@@ -15,8 +15,10 @@ Int32 = NDArray[np.int32]
 
 
 class BatchArrays(NamedTuple):
-    """The arguments of `_native.Batch`, which documents them; all arrays are int32 but for
-    temperature, top_p, min_p (float32) and seed (uint64)."""
+    """The arguments of `_native.Batch`, which documents their shapes.
+
+    All are int32 but for temperature, top_p, min_p (float32) and seed (uint64).
+    """
 
     token_ids: Int32
     row_starts: Int32

@@ -1,5 +1,4 @@
-"""Which sequences compute how many tokens in the next step: continuous batching, first come first
-served.
+"""Which sequences compute how many tokens in the next step: continuous batching, FIFO.
 
 There are no prefill and decode phases (Orca, Yu et al. 2022; chunked prefill, Agrawal et al. 2023).
 A step has a budget of tokens. Sequences that decode take one each, in order of arrival; what is
