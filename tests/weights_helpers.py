@@ -181,6 +181,29 @@ def tiny_vocabulary() -> tuple[list[str], list[int], list[str]]:
     return tokens, [3, 3, 3] + [1] * (len(tokens) - 3), merges
 
 
+def sentencepiece_metadata() -> dict[str, Any]:
+    """A vocabulary as Llama 2 has it: unknown, begin, end, 256 bytes, letters, merged pieces."""
+    pieces = ["he", "▁t", "▁the", "ll", "llo", "▁a", "in"]
+    letters = [*"▁abcdefghijklmnopqrstuvwxyz"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds = [2, 3, 3] + [6] * 256
+    scores = [0.0] * 259
+    tokens += pieces + letters
+    kinds += [1] * (len(pieces) + len(letters))
+    scores += [-float(rank) for rank in range(len(pieces) + len(letters))]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": None,
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "llama.vocab_size": None,
+    }
+
+
 def gguf_config(**changes: Any) -> dict[str, Any]:
     """A configuration whose rows are whole 256-wide blocks, with the tiny vocabulary's size."""
     sizes = {

@@ -52,7 +52,7 @@ def convert_gguf(
         generation_config={},
     )
     check_weights(source, files)
-    texts = convert_tokenizer(file.metadata, spec.max_position_embeddings)
+    texts = convert_tokenizer(file.metadata, spec.vocab_size, spec.max_position_embeddings)
     dtypes = {name: _output_dtype(source, name, dtype) for name in source.infos}
     counts = {kind: 0 for kind in _TORCH_NAMES}
     for name, kind in dtypes.items():

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from octavo.errors import WeightsError
 from octavo.models.fields import describe
-from octavo.weights.tensor import Tensor
+from octavo.weights.tensor import Tensor, TensorDType
 
 _STRING, _ARRAY = 8, 9
 _SCALARS: Mapping[int, struct.Struct] = MappingProxyType(
@@ -49,6 +49,9 @@ KINDS = (
 MAX_ARRAY = 1 << 24  # entries of one metadata array; vocabularies have up to a few 100,000
 MAX_TENSORS = 1 << 20
 MAX_NAME = 1 << 16
+_PLAIN: Mapping[str, tuple[TensorDType, str]] = MappingProxyType(
+    {"F32": ("f32", "<f4"), "F16": ("f16", "<f2"), "BF16": ("bf16", "<u2")}
+)
 _ROWS_AT_ONCE = 1 << 22  # elements decoded in one go, so that a large table needs no second copy
 
 
@@ -84,33 +87,43 @@ class GgufFile:
         )
 
     def decode(self, name: str, first_row: int = 0, num_rows: int | None = None) -> Tensor:
-        """Rows of a tensor: F32, F16 and BF16 as they are, everything else as float32."""
-        import gguf
-
+        """Rows of a matrix, or a whole vector: F32, F16 and BF16 as they are, others as float32."""
         info = self.tensors[name]
-        rows, width = info.shape[0] if info.shape else 1, info.num_bytes
-        width //= max(rows, 1)
-        count = rows - first_row if num_rows is None else min(num_rows, rows - first_row)
+        shape, row_bytes = info.shape, info.num_bytes
+        if len(shape) >= 2:
+            row_bytes //= max(1, shape[0])
+            last = shape[0] if num_rows is None else min(shape[0], first_row + num_rows)
+            shape = (last - first_row, *shape[1:])
+        else:
+            first_row = 0  # the blocks of a vector know no rows
+        num_bytes = row_bytes * (shape[0] if len(shape) >= 2 else 1)
         raw: npt.NDArray[np.uint8] = np.frombuffer(
-            self._map, np.uint8, count * width, info.offset + first_row * width
+            self._map, np.uint8, num_bytes, info.offset + first_row * row_bytes
         )
-        shape = (count, *info.shape[1:]) if info.shape else ()
-        if info.kind == "F32":
-            return Tensor(raw.view("<f4").reshape(shape), "f32")
-        if info.kind == "F16":
-            return Tensor(raw.view("<f2").reshape(shape), "f16")
-        if info.kind == "BF16":
-            return Tensor(raw.view("<u2").reshape(shape), "bf16")
-        row_bytes = info.num_bytes // max(1, _product(info.shape[:-1]))
-        with np.errstate(all="ignore"):  # scales of a damaged block may be infinite or NaN
-            values = gguf.dequantize(
-                raw.reshape((-1, row_bytes)), gguf.GGMLQuantizationType[info.kind]
-            )
-        return Tensor(np.ascontiguousarray(values, np.float32).reshape(shape), "f32")
+        if info.kind in _PLAIN:
+            dtype, numpy_name = _PLAIN[info.kind]
+            return Tensor(raw.view(numpy_name).reshape(shape), dtype)
+        return Tensor(_decode_blocks(raw, info.kind, shape), "f32")
 
     def rows_at_once(self, name: str) -> int:
-        """How many rows to decode in one go."""
+        """How many rows of a matrix to decode in one go."""
         return max(1, _ROWS_AT_ONCE // max(1, _product(self.tensors[name].shape[1:])))
+
+
+def _decode_blocks(
+    raw: npt.NDArray[np.uint8], kind: str, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    import gguf
+
+    if raw.size == 0:
+        return np.zeros(shape, np.float32)
+    num_rows = _product(shape[:-1])
+    try:
+        with np.errstate(all="ignore"):  # scales of a damaged block may be infinite or NaN
+            values = gguf.dequantize(raw.reshape((num_rows, -1)), gguf.GGMLQuantizationType[kind])
+    except NotImplementedError as error:  # a format that an older gguf package lacks
+        raise WeightsError(f"{kind} cannot be decoded: {error}; upgrade gguf") from error
+    return np.ascontiguousarray(values, np.float32).reshape(shape)
 
 
 class _Cursor:

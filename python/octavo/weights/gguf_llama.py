@@ -122,8 +122,8 @@ class GgufLlamaSource:
         gguf_name = self.names[name]
         shape = self._file.tensors[gguf_name].shape
         num_rows = shape[0] if shape else 1
+        step = self._file.rows_at_once(gguf_name) if len(shape) >= 2 else num_rows
         num_heads = self._heads.get(name.split(".")[-2])
-        step = self._file.rows_at_once(gguf_name)
         if num_heads is not None:
             head_dim = num_rows // num_heads
             if head_dim == 0 or head_dim % 2 or num_rows % num_heads:
@@ -132,7 +132,7 @@ class GgufLlamaSource:
                     f"{num_heads} heads of an even size"
                 )
             step = max(1, step // head_dim) * head_dim  # whole heads
-        for first in range(0, num_rows, step):
+        for first in range(0, num_rows, max(1, step)):
             part = self._file.decode(gguf_name, first, step)
             if num_heads is not None:
                 heads = part.data.shape[0] // (num_rows // num_heads)

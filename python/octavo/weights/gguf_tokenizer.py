@@ -30,8 +30,12 @@ LLAMA3_SPLIT = (
 )
 
 
-def convert_tokenizer(metadata: Mapping[str, Any], context_length: int) -> dict[str, str]:
+def convert_tokenizer(
+    metadata: Mapping[str, Any], vocab_size: int, context_length: int
+) -> dict[str, str]:
     """File name -> text of tokenizer.json and tokenizer_config.json.
+
+    vocab_size: how many rows the embedding has; tokens may be fewer, but not more.
 
     Raises TokenizerError, naming the metadata entry, for what cannot be converted exactly.
     """
@@ -39,6 +43,11 @@ def convert_tokenizer(metadata: Mapping[str, Any], context_length: int) -> dict[
     tokens = _string_list(metadata, "tokenizer.ggml.tokens")
     if len(set(tokens)) != len(tokens):
         raise TokenizerError("tokenizer.ggml.tokens holds a token twice; expected each once")
+    if len(tokens) > vocab_size:
+        raise TokenizerError(
+            f"tokenizer.ggml.tokens holds {len(tokens)} tokens; expected at most {vocab_size}, "
+            "the rows of token_embd.weight"
+        )
     kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise TokenizerError(

@@ -1,0 +1,96 @@
+"""1,000 damaged files for each loader: a typed error or a readable file, never anything else."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+from fuzz_weights import count_outcomes, mutations
+from octavo.models.registry import read_model
+from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.convert import convert_gguf
+from octavo.weights.safetensors import SafetensorsFile
+from weights_helpers import gguf_config, tiny_config, write_gguf, write_model
+
+
+def read_everything(path: Path) -> None:
+    file = SafetensorsFile(path)
+    for name, info in file.infos.items():
+        if info.dtype in ("f32", "f16", "bf16"):
+            assert file.read(name).to_float32().shape == info.shape
+
+
+def test_mutated_safetensors(tmp_path: Path) -> None:
+    write_model(tmp_path, tiny_config(num_hidden_layers=1), dtype="BF16")
+    path = tmp_path / "model.safetensors"
+    original = path.read_bytes()
+    header = 8 + int.from_bytes(original[:8], "little")
+    tracemalloc.start()
+    outcomes = count_outcomes(read_everything, path, mutations(original, 1000, header, seed=1))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert outcomes["refused"] > 600 and outcomes["read"] > 20, outcomes
+    assert peak < 20 * len(original) + 10_000_000
+
+
+def test_mutated_safetensors_as_a_model(tmp_path: Path) -> None:
+    write_model(tmp_path, tiny_config(num_hidden_layers=1), dtype="F16")
+    path = tmp_path / "model.safetensors"
+    original = path.read_bytes()
+    header = 8 + int.from_bytes(original[:8], "little")
+
+    def load(_: Path) -> None:
+        for _, tensor in open_checkpoint(read_model(tmp_path)).checked_items():
+            assert tensor.data.size
+
+    outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=2))
+    assert outcomes["refused"] > 600, outcomes
+
+
+def test_mutated_shard_indexes(tmp_path: Path) -> None:
+    write_model(tmp_path, tiny_config(num_hidden_layers=1), num_shards=3)
+    path = tmp_path / "model.safetensors.index.json"
+    original = path.read_bytes()
+
+    def load(_: Path) -> None:
+        open_checkpoint(read_model(tmp_path))
+
+    outcomes = count_outcomes(load, path, mutations(original, 1000, len(original), seed=3))
+    assert outcomes["refused"] > 600, outcomes
+
+
+def test_mutated_gguf(tmp_path: Path) -> None:
+    """Headers, metadata, tokenizer and quantized data: the whole conversion runs on each file."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = gguf_config(**sizes, num_key_value_heads=1, head_dim=16, num_hidden_layers=1)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, config, kind="Q4_1")
+    original = path.read_bytes()
+    header = original.index(b"blk.0.ffn_down") + 400
+    (tmp_path / "out").mkdir()
+
+    def load(file: Path) -> None:
+        convert_gguf(file, tmp_path / "out")
+
+    tracemalloc.start()
+    outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=4))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert outcomes["refused"] > 300 and outcomes["read"] > 100, outcomes
+    assert peak < 100_000_000
+
+
+def test_every_truncation_of_a_gguf_header_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = gguf_config(**sizes, num_key_value_heads=1, head_dim=16, num_hidden_layers=1)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, config)
+    original = path.read_bytes()
+    (tmp_path / "out").mkdir()
+    cuts = range(0, len(original), 101)
+
+    def load(file: Path) -> None:
+        convert_gguf(file, tmp_path / "out")
+
+    outcomes = count_outcomes(load, path, (original[:cut] for cut in cuts))
+    assert outcomes == {"read": 0, "refused": len(cuts)}
