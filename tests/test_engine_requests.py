@@ -190,6 +190,14 @@ def test_a_nan_ends_its_request_alone() -> None:
     assert "NaN or an infinity at token 3 of request 'bad'" in outputs["bad"].error
 
 
+def test_a_failed_stream_closes_each_of_its_answers() -> None:
+    engine = fake_engine()
+    engine.add_request("bad", [1, NAN_TOKEN], SamplingParams(**GREEDY, n=3), stream=True)
+    chunks = engine.step()
+    assert [(c.index, c.finish_reason) for c in chunks] == [(i, "error") for i in range(3)]
+    assert [c.result is not None for c in chunks] == [False, False, True]
+
+
 def test_abort_keeps_what_there_is(tokenizer: Tokenizer) -> None:
     engine = fake_engine(tokenizer=tokenizer)
     params = SamplingParams(**GREEDY)

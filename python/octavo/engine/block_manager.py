@@ -95,6 +95,8 @@ class BlockManager:
         """
         tables = self._tables.get(key)
         num_held = len(tables[0]) if tables is not None else 0
+        if num_tokens <= num_held * self.block_size:  # the commonest case: decoding within a block
+            return True
         num_missing = self.blocks_for(num_tokens) - num_held
         if num_missing > self.num_free_blocks:
             return False

@@ -229,11 +229,10 @@ class Engine:
                 continue
             answer = self._answers[sequence.key]
             if not is_finite:
-                self._fail(answer)
-                chunks.append(self._chunk(answer, "", now))
+                chunks += self._fail(answer, now)
                 continue
             text = self._append(answer, token, logprobs[row], now)
-            if answer.request.stream or answer.request.is_finished:
+            if answer.request.stream or (sequence.is_finished and answer.request.is_finished):
                 chunks.append(self._chunk(answer, text, now, token, logprobs[row]))
         return chunks
 
@@ -247,10 +246,8 @@ class Engine:
         if logprob is not None:
             sequence.logprobs.append(logprob)
             sequence.cumulative_logprob += logprob.logprob
-        if (
-            token in answer.stop_token_ids
-            and sequence.num_output_tokens > sequence.params.min_tokens
-        ):
+        num_output_tokens = sequence.num_output_tokens
+        if token in answer.stop_token_ids and num_output_tokens > sequence.params.min_tokens:
             # The text ends before it, as before a stop string.
             shown = answer.push(token) if sequence.params.include_stop_str_in_output else ""
             shown += answer.flush()
@@ -258,16 +255,18 @@ class Engine:
             self.scheduler.finish(sequence, "stop", None if is_own else token)
             return shown
         text = answer.push(token)
-        at_limit = sequence.num_tokens >= answer.max_total_tokens
-        if at_limit and answer.matched_stop is None:
+        matched = answer.matched_stop
+        at_limit = len(sequence.token_ids) >= answer.max_total_tokens
+        if at_limit and matched is None:
             text += answer.flush()  # which may complete a stop string
-        if answer.matched_stop is not None:
-            self.scheduler.finish(sequence, "stop", answer.matched_stop)
+            matched = answer.matched_stop
+        if matched is not None:
+            self.scheduler.finish(sequence, "stop", matched)
         elif at_limit:
             self.scheduler.finish(sequence, "length")
         return text
 
-    def _fail(self, answer: Answer) -> None:
+    def _fail(self, answer: Answer, now: float) -> list[OutputChunk]:
         """End the answer's whole request: its logits hold a NaN or an infinity."""
         sequence, request = answer.sequence, answer.request
         request.error = (
@@ -275,10 +274,14 @@ class Engine:
             f"request {request.request_id!r}: its weights may be damaged, or its values exceed "
             f"the dtype; `octavo diff` shows where they first appear"
         )
-        for other in self._requests[request.request_id]:
-            if not other.sequence.is_finished:
-                other.flush()
-                self.scheduler.finish(other.sequence, "error")
+        chunks = []
+        failed = [a for a in self._requests[request.request_id] if not a.sequence.is_finished]
+        for other in failed:
+            text = other.flush()
+            self.scheduler.finish(other.sequence, "error")
+            if request.stream or other is failed[-1]:
+                chunks.append(self._chunk(other, text, now))
+        return chunks
 
     def _chunk(
         self,
