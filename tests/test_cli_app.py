@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -86,7 +87,7 @@ def test_mistakes_give_one_message_and_exit_code_2(name, capsys):
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("error: ") and shown.err.count("error:") == 1
-    assert hint in shown.err and "Traceback" not in shown.err
+    assert hint.lower() in shown.err.lower() and "Traceback" not in shown.err
 
 
 def test_prompt_longer_than_the_context(model, capsys):
@@ -123,6 +124,15 @@ def test_a_bad_environment_variable_is_named(monkeypatch, capsys):
     monkeypatch.setenv("OCTAVO_NUM_THREADS", "lots")
     assert main(["generate", "hi"]) == 2
     assert "OCTAVO_NUM_THREADS is 'lots'" in capsys.readouterr().err
+
+
+def test_a_terminal_that_is_not_utf_8(model):
+    command = [sys.executable, "-m", "octavo.cli", "generate", "Grüße 🎉", "-m", model]
+    command += ["--load-format", "dummy", "-n", "5", "--json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert "Gr??e ?" in done.stdout.decode("ascii")
 
 
 def test_a_closed_pipe_ends_quietly(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +43,9 @@ Each command explains itself:  [bold]octavo generate --help[/bold]"""
 def run(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; every expected failure becomes one message on stderr and an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
     try:
         result = build_app(arguments)(arguments or ["--help"], "octavo", standalone_mode=False)
         sys.stdout.flush()

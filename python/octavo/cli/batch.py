@@ -273,7 +273,7 @@ def _progress(tally: Tally) -> Iterator[Callable[[], None]]:
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=tally.total, completed=tally.finished, pace="")
+        task = bar.add_task("", total=tally.total, completed=tally.finished, pace="begun")
         yield lambda: bar.update(task, completed=tally.finished, pace=_pace(tally))
 
 
