@@ -142,7 +142,7 @@ def test_streams_may_be_read_side_by_side_and_left_early(llm: LLM) -> None:
     between = llm.generate(["BA"], GREEDY, progress=False)[0]  # runs beside the open stream
     assert between.text == texts[1]
     next(third)
-    third.close()  # type: ignore[attr-defined]
+    third.close()
     llm.stream("AB", GREEDY)  # never read: never started
     assert is_clean(llm)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -177,12 +177,13 @@ class LLM:
 
     def stream(
         self, prompt: Prompt | Conversation | EncodedPrompt, params: SamplingParams | None = None
-    ) -> Iterator[OutputChunk]:
+    ) -> Generator[OutputChunk, None, None]:
         """Answer one prompt or conversation piece by piece, as its tokens are drawn.
 
         The texts of the chunks, put together, are the answer; the last chunk's `result` is what
         `generate` would have returned. With params.n above 1 the answers' chunks are mixed and
-        told apart by `index`. Leaving the loop early ends the request. A bad prompt raises an
+        told apart by `index`. Closing the iterator ends the request, and so does
+        leaving the loop, once nothing refers to the iterator any more. A bad prompt raises an
         InvalidArgumentError at once, not at the first chunk.
         """
         encoded = self._encode(prompt)
@@ -292,7 +293,9 @@ class LLM:
             self._end(results)
         return [output for output in results.values() if output is not None]
 
-    def _stream(self, prompt: EncodedPrompt, params: SamplingParams) -> Iterator[OutputChunk]:
+    def _stream(
+        self, prompt: EncodedPrompt, params: SamplingParams
+    ) -> Generator[OutputChunk, None, None]:
         # The request starts with the first chunk: an iterator nobody reads must not run.
         inbox: Inbox = deque()
         request_id = self._start(prompt, params, inbox, stream=True)

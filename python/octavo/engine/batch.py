@@ -12,6 +12,8 @@ from octavo.engine.block_manager import BlockManager
 from octavo.engine.scheduler import Schedule, ScheduledSequence
 
 Int32 = NDArray[np.int32]
+_TINY = float(np.finfo(np.float32).tiny)
+_HUGE = float(np.finfo(np.float32).max)
 
 
 class BatchArrays(NamedTuple):
@@ -61,10 +63,10 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
         context_lens=np.array([e.start + e.num_new_tokens for e in entries], np.int32),
         block_tables=_pack_block_tables(entries, blocks),
         logit_rows=np.array(logit_rows, np.int32),
-        temperature=np.array([p.temperature for p in params], np.float32),
+        temperature=np.array([_temperature(p.temperature) for p in params], np.float32),
         # "Keep more than there are" means "keep all", whatever an int32 can hold.
         top_k=np.array([p.top_k if p.top_k < vocab_size else 0 for p in params], np.int32),
-        top_p=np.array([p.top_p for p in params], np.float32),
+        top_p=np.array([max(p.top_p, _TINY) for p in params], np.float32),
         min_p=np.array([p.min_p for p in params], np.float32),
         seed=np.array([p.seed or 0 for p in params], np.uint64),
         sample_index=np.array([sequence.sample_index for sequence in drawing], np.int32),
@@ -72,6 +74,15 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
             [-1 if p.logprobs is None else min(p.logprobs, vocab_size) for p in params], np.int32
         ),
     )
+
+
+def _temperature(value: float) -> float:
+    """The temperature within what float32 can divide by.
+
+    Below 1e-30 the quotients could overflow; the most probable token is all that is ever drawn
+    there, so that it is greedy. Above float32's range all tokens are equally probable anyway.
+    """
+    return min(value, _HUGE) if value >= 1e-30 else 0.0
 
 
 def _pack_block_tables(entries: tuple[ScheduledSequence, ...], blocks: BlockManager) -> Int32:
