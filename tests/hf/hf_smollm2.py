@@ -39,9 +39,9 @@ class SmolLM2:
         self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         self.hf_model = self.load_hf(torch.float32)
 
-    def load_hf(self, dtype: torch.dtype) -> LlamaForCausalLM:
+    def load_hf(self, dtype: torch.dtype, attention: str = "eager") -> LlamaForCausalLM:
         model = LlamaForCausalLM.from_pretrained(
-            self.path, dtype=dtype, attn_implementation="eager", local_files_only=True
+            self.path, dtype=dtype, attn_implementation=attention, local_files_only=True
         )
         return model.eval()
 
