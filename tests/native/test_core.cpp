@@ -1,0 +1,140 @@
+// Number formats, threads, the job queue, and the choice of backend and instruction set.
+
+#include <atomic>
+
+#include "core/runtime.h"
+#include "cpu/platform.h"
+#include "cpu/thread_pool.h"
+#include "host.h"
+
+namespace octavo::tests {
+
+namespace {
+
+// All 65,536 halves, against their definition.
+void half_to_float() {
+  for (std::int32_t bits = 0; bits < 65536; ++bits) {
+    const float given = f16_to_float(static_cast<std::uint16_t>(bits));
+    const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
+    const double sign = bits & 0x8000 ? -1.0 : 1.0;
+    if (exponent == 31) {
+      CHECK(fraction ? std::isnan(given) : (std::isinf(given) && (given < 0) == (sign < 0)));
+    } else {
+      const double expected = exponent ? std::ldexp(1024.0 + fraction, exponent - 25)
+                                       : std::ldexp(static_cast<double>(fraction), -24);
+      CHECK(given == sign * expected && std::signbit(given) == (sign < 0));
+    }
+  }
+}
+
+// Every bfloat16 survives, and between two neighbours the nearer (the even one in the middle) wins.
+void bfloat16() {
+  for (std::uint32_t high = 0; high < 0x10000u; ++high) {
+    const auto bits = static_cast<std::uint16_t>(high);
+    const float value = bf16_to_float(bits);
+    if (std::isnan(value)) {
+      CHECK(std::isnan(bf16_to_float(float_to_bf16(value))));
+      CHECK(std::isnan(bf16_to_float(float_to_bf16(bits_float((high << 16) | 1u)))));
+      continue;
+    }
+    CHECK(float_to_bf16(value) == bits);
+    if (std::isinf(value)) continue;
+    const auto next = static_cast<std::uint16_t>(bits + 1);
+    CHECK(float_to_bf16(bits_float((high << 16) | 0x7fffu)) == bits);
+    CHECK(float_to_bf16(bits_float((high << 16) | 0x8001u)) == next);
+    CHECK(float_to_bf16(bits_float((high << 16) | 0x8000u)) == (bits % 2 ? next : bits));
+  }
+}
+
+void threads() {
+  for (const int size : {1, 2, 5}) {
+    cpu::ThreadPool pool(size);
+    CHECK(pool.size() == size);
+    for (std::int64_t round = 0; round < 300; ++round) {
+      const std::int64_t count = round % 17;
+      std::vector<std::atomic<int>> seen(17);
+      pool.each(count, [&](std::int64_t index, int thread) {
+        if (thread < 0 || thread >= size) return;  // then it is missing below
+        seen[static_cast<std::size_t>(index)].fetch_add(1);
+      });
+      for (std::int64_t i = 0; i < 17; ++i)
+        CHECK(seen[static_cast<std::size_t>(i)].load() == (i < count ? 1 : 0));
+      std::atomic<int> mask{0};
+      pool.run([&](int thread) { mask.fetch_or(1 << thread); });
+      CHECK(mask.load() == (1 << size) - 1);
+    }
+  }
+}
+
+void job_queue() {
+  std::vector<int> order;
+  {
+    JobQueue queue;
+    for (int i = 0; i < 100; ++i) queue.push([&order, i] { order.push_back(i); });
+    check_throws<std::invalid_argument>(
+        "number 7", [&] { queue.run([] { throw std::invalid_argument("number 7"); }); });
+    CHECK(order.size() == 100);
+    queue.push([&order] { order.push_back(100); });
+  }
+  for (int i = 0; i <= 100; ++i) CHECK(order[static_cast<std::size_t>(i)] == i);
+}
+
+void buffers() {
+  const auto backend = make_backend("cpu", 1, "auto");
+  Buffer first(backend.get(), 1001);
+  CHECK(reinterpret_cast<std::uintptr_t>(first.data()) % 64 == 0);
+  for (std::size_t i = 0; i < first.bytes(); ++i) CHECK(first.as<unsigned char>()[i] == 0);
+  first.as<unsigned char>()[1000] = 7;
+  Buffer second(std::move(first));
+  CHECK(second.as<unsigned char>()[1000] == 7);
+  second = Buffer(backend.get(), 8u << 20);  // large enough for large pages
+  CHECK(second.as<unsigned char>()[(8u << 20) - 1] == 0);
+  Buffer none(backend.get(), 0);
+  CHECK(none.bytes() == 0);
+  check_throws<std::bad_alloc>("", [&] { Buffer(backend.get(), SIZE_MAX / 4); });
+}
+
+void backends() {
+  CHECK(cpu::physical_cores() >= 1);
+  CHECK(cpu::available_memory() > (std::size_t{1} << 20));
+  CHECK(cpu::available_isas().front() == "scalar");
+  for (const std::string& isa : cpu::available_isas()) CHECK(cpu::kernels_for(isa).isa == isa);
+  CHECK(cpu::kernels_for("auto").isa == cpu::available_isas().back());
+  check_throws<std::invalid_argument>("abacus", [] { make_backend("abacus", 0, "auto"); });
+  check_throws<std::invalid_argument>("avx1024", [] { make_backend("cpu", 0, "avx1024"); });
+  check_throws<std::invalid_argument>("-1", [] { make_backend("cpu", -1, "auto"); });
+}
+
+void frequencies() {
+  RopeSpec rope;
+  rope.theta = 500000.0;
+  const std::vector<float> plain = rope_frequencies(rope, 64);
+  CHECK(plain.size() == 32 && plain[0] == 1.0f);
+  for (std::size_t i = 0; i < 32; ++i)
+    check_near("frequency", plain[i], std::pow(500000.0, -static_cast<double>(2 * i) / 64.0), 1e-6);
+  rope.scaling = RopeScaling::linear;
+  rope.factor = 4.0;
+  const std::vector<float> stretched = rope_frequencies(rope, 64);
+  for (std::size_t i = 0; i < 32; ++i) CHECK(stretched[i] == plain[i] / 4.0f);
+  // Llama 3.1: short waves stay, long ones are stretched in full, those between partly.
+  rope.scaling = RopeScaling::llama3;
+  rope.factor = 8.0;
+  const std::vector<float> llama3 = rope_frequencies(rope, 64);
+  CHECK(llama3[0] == plain[0] && llama3[31] == plain[31] / 8.0f);
+  for (std::size_t i = 0; i < 32; ++i)
+    CHECK(llama3[i] <= plain[i] * 1.0000001f && llama3[i] >= plain[i] / 8.0000001f);
+}
+
+}  // namespace
+
+std::vector<Test> core_tests() {
+  return {{"half to float", half_to_float},
+          {"bfloat16", bfloat16},
+          {"thread pool", threads},
+          {"job queue", job_queue},
+          {"buffers", buffers},
+          {"backends and instruction sets", backends},
+          {"rope frequencies", frequencies}};
+}
+
+}  // namespace octavo::tests
