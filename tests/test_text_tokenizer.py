@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import tokenizers
 
-from octavo.errors import InvalidArgumentError, TokenizerError
+from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
+from octavo.text.chat import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
 from text_helpers import (
     HARD_STRINGS,
@@ -154,3 +156,52 @@ def test_ids_outside_of_the_vocabulary_decode_to_nothing(tmp_path):
     tokenizer = Tokenizer(byte_level_directory(tmp_path))
     assert tokenizer.decode([-1, 10**6]) == ""
     assert tokenizer.token(-1) is None and tokenizer.token(10**6) is None
+
+
+def mutate(value: object, generator: random.Random) -> None:
+    """Replace one node somewhere in a JSON document."""
+    places = []
+    pending = [value]
+    while pending:
+        node = pending.pop()
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        for key in list(keys)[:40]:
+            places.append((node, key))
+            if isinstance(node[key], (dict, list)):
+                pending.append(node[key])
+    node, key = generator.choice(places)
+    node[key] = generator.choice(
+        [None, -1, 1e30, 10**25, "", [], {}, "x", True, 0, [[1]], {"type": "BPE"}]
+    )
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_mutated_files_give_errors_and_nothing_else(tmp_path, style):
+    generator = random.Random(style)
+    path = STYLES[style](tmp_path, chat_template="x", extra_special_tokens=["<e>"])
+    files = [path / "tokenizer.json", path / "tokenizer_config.json"]
+    whole = [file.read_bytes() for file in files]
+    loaded = 0
+    for attempt in range(120):
+        for file, content in zip(files, whole, strict=True):
+            file.write_bytes(content)
+        chosen = generator.randrange(2)
+        data = bytearray(whole[chosen])
+        if attempt % 3 == 0:
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        elif attempt % 3 == 1:
+            del data[generator.randrange(len(data)) :]
+        else:
+            content = json.loads(data)
+            mutate(content, generator)
+            data = bytearray(json.dumps(content).encode())
+        files[chosen].write_bytes(data)
+        try:
+            tokenizer = Tokenizer(path)
+            tokenizer.decode(tokenizer.encode("Hello, 人 🎉 world 123"))
+            tokenizer.decode(range(0, tokenizer.vocab_size, 7))
+            ChatTemplate.load(path)
+            loaded += 1
+        except OctavoError as error:
+            assert str(error)
+    assert 0 < loaded < 100

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import InvalidArgumentError, TokenizerError
+from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
 from octavo.text.decoders import Pipeline, PipelineFactory
 
 if TYPE_CHECKING:
@@ -47,12 +48,13 @@ class Tokenizer:
         if "model" not in content:
             raise TokenizerError(f'{self.path}: no "model" field; this is not a tokenizer.json')
         self.config = read_tokenizer_config(directory)
-        self._tokenizer = _load(self.path)
+        with self._errors_named():
+            self._tokenizer = _load(self.path)
+            named = self._add_special_tokens()
+            added = self._tokenizer.get_added_tokens_decoder()
         self._pipelines = PipelineFactory(content.get("decoder"), str(self.path))
-        named = self._add_special_tokens()
         self.bos_token: str | None = named.get("bos_token")
         self.eos_token: str | None = named.get("eos_token")
-        added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
 
     @property
@@ -82,7 +84,9 @@ class Tokenizer:
         for text that came out of a chat template, which writes its own. The names of special
         tokens within `text` are special tokens, as in transformers.
         """
-        return list(self._encode(text, add_special_tokens).ids)
+        _check_text(text)
+        with self._errors_named():
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = True
@@ -90,7 +94,10 @@ class Tokenizer:
         """`encode` of many texts at once, on several threads."""
         for text in texts:
             _check_text(text)
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        with self._errors_named():
+            encodings = self._tokenizer.encode_batch(
+                list(texts), add_special_tokens=add_special_tokens
+            )
         return [list(encoding.ids) for encoding in encodings]
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -125,9 +132,21 @@ class Tokenizer:
         """The id of a token as the vocabulary spells it; None where there is none."""
         return self._id_of(token)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
-        _check_text(text)
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        """Turn what the library raises about a damaged file into a TokenizerError."""
+        try:
+            yield
+        except OctavoError:
+            raise
+        except BaseException as error:
+            # A panic of the Rust library derives from BaseException; nothing else may be caught.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise TokenizerError(
+                f"{self.path} is not a tokenizer that the tokenizers library reads: {error}; fetch "
+                "the file again"
+            ) from error
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(token)
@@ -139,7 +158,8 @@ class Tokenizer:
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         declared = self.config.get("added_tokens_decoder")
         if isinstance(declared, Mapping):
-            for _, fields in sorted(declared.items(), key=lambda item: int(item[0])):
+            numbered = {int(i): fields for i, fields in declared.items() if i.isdecimal()}
+            for _, fields in sorted(numbered.items()):
                 token = _added_token(fields)
                 if token is not None and token.content not in known:
                     self._tokenizer.add_tokens([token])
@@ -150,8 +170,9 @@ class Tokenizer:
                 named[name] = content
         extra: list[str] = []
         for key in _EXTRA_TOKENS:
-            values = self.config.get(key) or []
-            values = values.values() if isinstance(values, Mapping) else values
+            values = self.config.get(key)
+            values = list(values.values()) if isinstance(values, Mapping) else values
+            values = values if isinstance(values, list) else []
             extra.extend(filter(None, (token_content(value) for value in values)))
         special = [
             tokenizers.AddedToken(content, special=True, normalized=False)
@@ -193,16 +214,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _load(path: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except BaseException as error:
-        # A panic of the Rust library derives from BaseException; nothing else may be swallowed.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise TokenizerError(
-            f"{path} is not a tokenizer that the tokenizers library "
-            f"({tokenizers.__version__}) reads: {error}; fetch the file again"
-        ) from error
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
