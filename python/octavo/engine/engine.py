@@ -246,8 +246,7 @@ class Engine:
         if logprob is not None:
             sequence.logprobs.append(logprob)
             sequence.cumulative_logprob += logprob.logprob
-        num_output_tokens = sequence.num_output_tokens
-        if token in answer.stop_token_ids and num_output_tokens > sequence.params.min_tokens:
+        if token in answer.stop_token_ids:  # before min_tokens they are masked out
             # The text ends before it, as before a stop string.
             shown = answer.push(token) if sequence.params.include_stop_str_in_output else ""
             shown += answer.flush()
