@@ -136,3 +136,16 @@ def test_own_tolerance_does_not_stretch() -> None:
     left.is_definition = False
     result = compare(left, good_side(SPEC, WEIGHTS), SPEC, WEIGHTS, steps=0)
     assert [finding.tap for finding in result.findings] == ["layers.2.mlp_out"]
+
+
+def test_a_broken_definition_is_suspected_when_both_sides_agree() -> None:
+    """Both sides right and the yardstick wrong: the report must not send anyone to the sides."""
+    left, right = good_side(SPEC, WEIGHTS), good_side(SPEC, WEIGHTS)
+    left.is_definition = right.is_definition = False
+    left.name, right.name = "octavo", "Hugging Face"
+    judge_weights = dict(WEIGHTS)
+    judge_weights["layers.0.up.weight"] = 2 * WEIGHTS["layers.0.up.weight"]
+    result = compare(left, right, SPEC, judge_weights, steps=0)
+    assert {finding.tap for finding in result.findings} == {"layers.0.up"}
+    assert [finding.side for finding in result.findings] == ["octavo", "Hugging Face"]
+    assert all("suspect the definition" in finding.hint for finding in result.findings)

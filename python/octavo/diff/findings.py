@@ -9,6 +9,11 @@ from octavo.diff.numbers import number
 from octavo.diff.result import Finding, TapResult
 from octavo.diff.sides import Side
 
+_AGREED = (
+    "Both sides depart from the definition here and agree with one another: suspect the "
+    "definition, reference/ops.py, or how it reads the configuration."
+)
+
 
 def find_culprits(
     taps: tuple[TapResult, ...],
@@ -49,6 +54,7 @@ def _broken(taps: list[TapResult], index: int, side: Side, mistake: str | None) 
         (first.own_right, first.own_tolerance_right),
     )[index]
     op = CULPRITS[first.part]
+    agreed = first.left_broken and first.right_broken and not first.parted
     return Finding(
         side=side.name,
         tap=first.name,
@@ -58,7 +64,7 @@ def _broken(taps: list[TapResult], index: int, side: Side, mistake: str | None) 
         evidence=f"given the same inputs, its result is {number(own)} from the definition's "
         f"(tolerance {number(limit)})",
         mistake=mistake,
-        hint=op.hint,
+        hint=_AGREED if agreed else op.hint,
     )
 
 

@@ -148,7 +148,7 @@ def _finding(finding: Finding) -> str:
         f"<code>{escape(finding.tap)}</code>{also}</h3>{mistake}<dl>"
         f"<dt>measured</dt><dd>{escape(finding.evidence)}</dd>"
         f"<dt>look at</dt><dd><code>{escape(finding.files)}</code></dd>"
-        f"<dt>usually</dt><dd>{escape(finding.hint.removeprefix('Usually '))}</dd></dl></article>"
+        f"<dt>hint</dt><dd>{escape(finding.hint)}</dd></dl></article>"
     )
 
 

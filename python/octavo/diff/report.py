@@ -269,7 +269,7 @@ def _finding(finding: Finding, marks: Marks) -> RenderableType:
         lines.add_row("it gives", Text(f"{finding.mistake} (agrees to rounding)", style="yellow"))
     lines.add_row("measured", finding.evidence)
     lines.add_row("look at", Text(finding.files, style="cyan"))
-    if finding.mistake is None:
+    if finding.mistake is None or not finding.hint.startswith("Usually"):
         lines.add_row("hint", finding.hint)
     title = Text.assemble(
         marks.bad, " ", (who, "bold red"), (f"   first at {finding.tap}{more}", "red")

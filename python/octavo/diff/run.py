@@ -122,6 +122,7 @@ class Comparison:
         self.same_choice = 0
         self.missing: set[str] = set()
         self.kept_logits: list[Float32] = []  # the left side's, for the last positions
+        self.last_fed: list[Fed] = []  # what the last chunk of the prompt gave, without its taps
 
     def run(
         self,
@@ -190,6 +191,7 @@ class Comparison:
                 self.missing.add(name)
         choices = [fed.logits.argmax(axis=1) for fed in feds]
         self.same_choice += int((choices[0] == choices[1]).sum())
+        self.last_fed = [Fed(fed.logits[-1:], fed.next_token) for fed in feds]
         self.kept_logits.append(feds[0].logits[-self.options.decode_rows :].copy())
         for watch, fed in zip(self.watches, feds, strict=True):
             watch.look(fed, chunk, len(self.token_ids))
@@ -211,9 +213,7 @@ class Comparison:
         answers: list[tuple[int, ...]] = []
         margins: list[list[float]] = []
         for index, side in enumerate((self.left, self.right)):
-            side.reset()
-            for chunk in self._chunks(self.token_ids):
-                fed = side.feed(chunk, all_logits=False)
+            fed = self.last_fed[index]  # both stand at the prompt's end
             tokens, own_margins = [fed.next_token], [_margin(fed.logits)]
             for step in range(1, steps):
                 self.progress("greedy", index * steps + step, 2 * steps)

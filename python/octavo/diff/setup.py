@@ -207,7 +207,9 @@ def _truth(request: DiffRequest, definition: ReferenceModel) -> Side | None:
         return None
     compute = np.float64 if request.judge else np.float32
     model = ReferenceModel(definition.spec, definition.weights, compute=compute)
-    return ReferenceSide(model, name="exact")
+    arithmetic = "float64" if request.judge else "float32"
+    about = f"the same {request.dtype} weights, activations not rounded, {arithmetic}"
+    return ReferenceSide(model, name="exact", about=about)
 
 
 def _check(name: str, value: str, choices: tuple[str, ...]) -> None:

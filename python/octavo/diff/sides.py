@@ -63,15 +63,18 @@ class Side(Protocol):
 
 @dataclass
 class ReferenceSide:
-    """The NumPy reference as a side."""
+    """The NumPy reference as a side. about: a description other than the usual one."""
 
     model: ReferenceModel
     name: str = "reference"
     is_definition: bool = True
+    about: str = ""
     cache: KVCache = field(default_factory=KVCache)
 
     @property
     def description(self) -> str:
+        if self.about:
+            return self.about
         arithmetic = "float64" if self.model.compute is np.float64 else "float32"
         return f"NumPy reference, {self.model.dtype} weights, {arithmetic} arithmetic"
 
