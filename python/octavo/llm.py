@@ -54,9 +54,6 @@ class LLM:
     so a program that is run again gives the same texts. Not thread-safe.
     """
 
-    engine: Engine
-    config: EngineConfig
-
     def __init__(
         self,
         model: str | Path | None = None,
@@ -90,7 +87,6 @@ class LLM:
         chat_template = ChatTemplate.load(path) if has_tokenizer else None
         checkpoint = open_checkpoint(files, config.load_format, config.seed)
         loaded = load_runtime(files, checkpoint, config, on_load, environment)
-        own_eos = tokenizer.eos_token_ids if tokenizer is not None else ()
         engine = Engine(
             loaded.runtime,
             loaded.options,
@@ -98,7 +94,7 @@ class LLM:
             vocab_size=files.spec.vocab_size,
             num_kv_groups=files.spec.num_kv_groups,
             tokenizer=tokenizer,
-            eos_token_ids=files.eos_token_ids or own_eos,
+            eos_token_ids=files.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
             seed=config.seed,
         )
         self._set_up(engine, chat_template, config)
@@ -229,7 +225,7 @@ class LLM:
             self._end(keys)
 
     def encode_prompt(self, prompt: Prompt) -> EncodedPrompt:
-        """Token ids of a prompt, with the special tokens that the model wants at its start."""
+        """Token ids of a prompt, with the special tokens that the model wants before it."""
         if isinstance(prompt, str):
             if not prompt:
                 raise InvalidArgumentError('the prompt is ""; expected some text to continue')
