@@ -250,6 +250,23 @@ def test_an_interrupted_pull_goes_on(hub: Hub, tmp_path: Path) -> None:
     assert last in files and ".cache" not in files
 
 
+def test_an_interrupted_pull_of_another_revision_leaves_no_files(hub: Hub, tmp_path: Path) -> None:
+    hub.files["org/big"] = repository_files(tmp_path / "one", num_shards=1)
+    hub.fail_once = {"tokenizer.json", "tokenizer_config.json"}
+    assert octavo(hub, tmp_path, "pull", "org/big")[0] == 2
+    partial = tmp_path / "models" / ".org--big.partial"
+    (partial / "model.safetensors").write_bytes(b"of the other revision")
+    (partial / "chat_template.json").write_bytes(b"of the other revision")
+    hub.fail_once = set()
+    hub.files["org/big"] = repository_files(tmp_path / "three", num_shards=3, seed=8)
+    code, said = octavo(hub, tmp_path, "pull", "org/big")
+    assert code == 0, said
+    path = tmp_path / "models" / "org--big"
+    left = {entry.name for entry in path.iterdir()} - set(hub.files["org/big"])
+    assert left == {"octavo.json"}
+    assert len(open_checkpoint(read_model(path))) == 21
+
+
 def test_revisions(hub: Hub, tmp_path: Path) -> None:
     hub.files["org/model"] = repository_files(tmp_path / "source")
     code, said = octavo(hub, tmp_path, "pull", "org/model", "--revision", "nowhere")

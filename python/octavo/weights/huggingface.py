@@ -59,6 +59,7 @@ def fetch_repository(
             if "/" not in name and (name.endswith((".json", ".jinja"))) and name != INDEX
         ]
         wanted = [*small, *weights]
+        _remove_others(staging, {*wanted, INDEX} & sizes.keys())
         total = sum(sizes.get(name, 0) for name in wanted)
         done = folder_size(staging)
         _check_disk(staging, total - done)
@@ -95,6 +96,13 @@ def _check_files(repository: str, sizes: dict[str, int]) -> None:
             "form of tokenizer. AutoTokenizer.from_pretrained(...).save_pretrained(...) of "
             "transformers writes it"
         )
+
+
+def _remove_others(staging: Path, wanted: set[str]) -> None:
+    """Drop what an interrupted pull of another revision left and this one does not have."""
+    for entry in staging.iterdir():
+        if entry.is_file() and entry.name not in wanted:
+            entry.unlink()
 
 
 def _check_disk(folder: Path, needed: int) -> None:
