@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from octavo import _native
-from octavo.reference import ops, sampling
+from octavo.reference import ops, quantization, sampling
 from ops_helpers import ROPES, TOLERANCES, Case, compute_cases, make_sequence, native_attention
 from reference_helpers import max_error, same_bits, uniform
 
@@ -24,9 +24,9 @@ def everywhere() -> dict[str, _native.Ops]:
 
 def test_every_op_has_a_definition() -> None:
     native = {name for name in dir(_native.Ops) if not name.startswith("_")}
-    assert native == {*ops.OPS, *sampling.OPS}
-    assert native == set(TOLERANCES)
-    for module in (ops, sampling):
+    assert native == {*ops.OPS, *quantization.OPS, *sampling.OPS}
+    assert native == {*TOLERANCES, *quantization.OPS}
+    for module in (ops, quantization, sampling):
         for name in module.OPS:
             assert callable(getattr(module, name))
 

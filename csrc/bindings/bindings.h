@@ -48,6 +48,7 @@ nb::object to_numpy(std::vector<T> values) {
 ModelSpec model_spec(nb::handle spec);               // from octavo.models.spec.ModelSpec
 RopeSpec rope_spec(nb::handle spec);                 // from octavo.models.spec.RopeSpec
 RuntimeOptions runtime_options(nb::handle options);  // from octavo.config.RuntimeOptions
+WeightFormat weight_format(nb::handle format);       // from octavo.models.spec.WeightFormat
 NormKind norm_kind(const std::string& name);
 Activation activation(const std::string& name);
 

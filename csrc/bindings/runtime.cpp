@@ -93,18 +93,31 @@ nb::object logits(Runtime& self, std::int64_t ticket) {
   return to_numpy(std::move(values), {rows, vocab});
 }
 
+nb::dlpack::dtype array_dtype(DType format) {
+  switch (format) {
+    case DType::f32:
+      return nb::dtype<float>();
+    case DType::f16:
+      return {2, 16, 1};  // IEEE half, which C++ has no type for
+    case DType::bf16:
+      return nb::dtype<std::uint16_t>();
+    case DType::int8:
+      return nb::dtype<std::int8_t>();
+    case DType::int4:
+      break;
+  }
+  return nb::dtype<std::uint8_t>();
+}
+
 void load(Runtime& self, const std::string& name,
           nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> array, const std::string& dtype) {
   const DType format = parse_dtype(dtype, "dtype");
-  const nb::dlpack::dtype expected = format == DType::f32 ? nb::dtype<float>()
-                                     : format == DType::bf16
-                                         ? nb::dtype<std::uint16_t>()
-                                         : nb::dlpack::dtype{2, 16, 1};  // IEEE half
-  require(array.dtype() == expected, "weight ", name, ": the array does not hold ", dtype,
-          " (bf16 is passed as its raw bits, uint16)");
+  require(array.dtype() == array_dtype(format), "weight ", name, ": the array does not hold ",
+          dtype, " (bf16 is passed as its raw bits, uint16; int4 as two codes a byte, uint8)");
   std::vector<std::int64_t> shape;
   for (std::size_t i = 0; i < array.ndim(); ++i)
     shape.push_back(static_cast<std::int64_t>(array.shape(i)));
+  if (format == DType::int4 && !shape.empty()) shape.back() *= 2;
   nb::gil_scoped_release unlocked;
   self.load(name, array.data(), format, shape);
 }

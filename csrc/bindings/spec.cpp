@@ -2,6 +2,8 @@
 
 #include "bindings/bindings.h"
 
+#include <algorithm>
+
 namespace octavo::bindings {
 
 namespace {
@@ -85,9 +87,25 @@ ModelSpec model_spec(nb::handle spec) {
   return model;
 }
 
+WeightFormat weight_format(nb::handle format) {
+  WeightFormat result;
+  result.dtype = parse_dtype(field<std::string>(format, "dtype"), "format dtype");
+  result.group_size = field<std::int64_t>(format, "group_size");
+  result.has_zeros = field<bool>(format, "has_zeros");
+  if (result.dtype == DType::int4) {
+    const auto levels = field<std::vector<float>>(format, "levels");
+    require(levels.size() == result.levels.size(), "levels has ", levels.size(),
+            " entries; expected 16");
+    std::copy(levels.begin(), levels.end(), result.levels.begin());
+  }
+  return result;
+}
+
 RuntimeOptions runtime_options(nb::handle options) {
   RuntimeOptions result;
   result.dtype = field<std::string>(options, "dtype");
+  for (const auto& [name, format] : nb::cast<nb::dict>(options.attr("formats")))
+    result.formats[nb::cast<std::string>(name)] = weight_format(format);
   result.kv_dtype = field<std::string>(options, "kv_dtype");
   result.block_size = field<std::int64_t>(options, "block_size");
   result.max_model_len = field<std::int64_t>(options, "max_model_len");

@@ -66,9 +66,10 @@ struct HostMatrix {
 struct Linear {
   std::int64_t outputs = 0;
   std::int64_t inputs = 0;
-  DType format = DType::f32;
-  Buffer weight;  // the layout is the backend's own
-  Buffer bias;    // float32 [outputs], or empty
+  WeightFormat format;
+  Buffer weight;         // the layout is the backend's own, here and of the next two
+  Buffer scales, zeros;  // of quantized formats
+  Buffer bias;           // float32 [outputs], or empty
 };
 
 // Weights of a normalization: float32 [width] each; bias may be null.
@@ -126,9 +127,17 @@ class Backend {
   // ---- packing ----
   // An empty matrix in the device's layout; `pack_rows` fills it piece by piece, so that q, k and
   // v (gate and up) become one matrix without ever lying side by side in host memory.
-  virtual Linear make_linear(std::int64_t outputs, std::int64_t inputs, DType format,
+  virtual Linear make_linear(std::int64_t outputs, std::int64_t inputs, const WeightFormat& format,
                              bool with_bias) = 0;
+  // A plain format takes any floating-point rows. A quantized format takes its own codes, two int4
+  // codes a byte, the first in the low half; an int8 matrix also takes floating-point rows, which
+  // it rounds to 127 steps of each row's largest magnitude.
   virtual void pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) = 0;
+  // float32 (rows, groups) each, a zero point in units of a level.
+  virtual void pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
+                           const float* scales) = 0;
+  virtual void pack_zeros(Linear& linear, std::int64_t first_row, std::int64_t rows,
+                          const float* zeros) = 0;
   // What is stored for slots 0 .. num_slots - 1: (num_slots, num_kv_heads, head_dim) each.
   virtual void read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
                        std::vector<float>& values) = 0;

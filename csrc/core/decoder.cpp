@@ -74,6 +74,14 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, V
   tap(taps, logits, "logits");
 }
 
+void Decoder::linear_stack(View out, View x, const Stack& stack) {
+  std::int64_t first = 0;
+  for (const Linear& matrix : stack) {
+    backend_.linear(out.columns(first, matrix.outputs), x, matrix);
+    first += matrix.outputs;
+  }
+}
+
 // hidden: the normalized input; on return the normalized input of the MLP. residual has grown by
 // the attention's output.
 void Decoder::attention_half(std::size_t i, View hidden, View residual, std::vector<KvLayer>& kv,
@@ -87,7 +95,7 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, std::vec
   const View attn = rows(attn_, step.num_tokens, layer.q_size());
 
   tap(taps, hidden, "layers.", i, ".attn_norm");
-  backend_.linear(qkv, hidden, weights.qkv);
+  linear_stack(qkv, hidden, weights.qkv);
   tap(taps, q, "layers.", i, ".q");
   tap(taps, k, "layers.", i, ".k");
   tap(taps, v, "layers.", i, ".v");
@@ -114,7 +122,7 @@ void Decoder::mlp_half(std::size_t i, View hidden, TapSink* taps) {
   const View up = rows(up_, hidden.rows, layer.gated ? 2 * width : width);
   const View act = rows(act_, hidden.rows, width);
 
-  backend_.linear(up, hidden, weights.up);
+  linear_stack(up, hidden, weights.up);
   if (layer.gated) tap(taps, up.columns(0, width), "layers.", i, ".gate");
   tap(taps, up.columns(layer.gated ? width : 0, width), "layers.", i, ".up");
   backend_.gated_activation(act, up, layer.activation, layer.gated);

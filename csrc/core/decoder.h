@@ -37,6 +37,9 @@ class Decoder {
                       const Step& step, TapSink* taps);
   void mlp_half(std::size_t layer, View hidden, TapSink* taps);
 
+  // out = x times each matrix of the stack, side by side.
+  void linear_stack(View out, View x, const Stack& stack);
+
   // The first num_tokens rows of a workspace matrix.
   View rows(const Buffer& buffer, std::int64_t num_rows, std::int64_t cols) const {
     return {buffer.as<float>(), num_rows, cols, cols};

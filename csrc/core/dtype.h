@@ -9,19 +9,37 @@
 
 namespace octavo {
 
-enum class DType : std::uint8_t { f32, f16, bf16 };
+// int8 and int4 are whole numbers that a scale belongs to (see WeightFormat in spec.h).
+enum class DType : std::uint8_t { f32, f16, bf16, int8, int4 };
 
-inline std::int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+inline std::int64_t bits_of(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+      return 32;
+    case DType::f16:
+    case DType::bf16:
+      return 16;
+    case DType::int8:
+      return 8;
+    case DType::int4:
+      return 4;
+  }
+  return 0;
+}
 
 inline const char* name(DType dtype) {
-  return dtype == DType::f32 ? "f32" : dtype == DType::f16 ? "f16" : "bf16";
+  constexpr const char* kNames[] = {"f32", "f16", "bf16", "int8", "int4"};
+  return kNames[static_cast<int>(dtype)];
 }
 
 inline DType parse_dtype(const std::string& given, const char* what) {
   if (given == "f32") return DType::f32;
   if (given == "f16") return DType::f16;
   if (given == "bf16") return DType::bf16;
-  throw std::invalid_argument(text(what, " is \"", given, "\"; expected f32, f16 or bf16"));
+  if (given == "int8") return DType::int8;
+  if (given == "int4") return DType::int4;
+  throw std::invalid_argument(
+      text(what, " is \"", given, "\"; expected f32, f16, bf16, int8 or int4"));
 }
 
 inline std::uint32_t float_bits(float value) {
@@ -60,7 +78,7 @@ inline float f16_to_float(std::uint16_t half) {
   return bits_float(sign | (wide_exponent << 23) | (fraction << 13));
 }
 
-// Element `index` of an array of the given format.
+// Element `index` of an array of floating-point numbers of the given format.
 inline float load_float(const void* data, DType dtype, std::int64_t index) {
   if (dtype == DType::f32) return static_cast<const float*>(data)[index];
   const std::uint16_t bits = static_cast<const std::uint16_t*>(data)[index];

@@ -116,21 +116,23 @@ void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
   }
 }
 
+DType storage_dtype(const std::string& given, const char* what) {
+  const DType dtype = parse_dtype(given, what);
+  require(dtype == DType::f32 || dtype == DType::bf16, what, " is \"", given,
+          "\"; expected f32 or bf16");
+  return dtype;
+}
+
 std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec& spec,
                                      const RuntimeOptions& options) {
   check_options(options, spec);
+  storage_dtype(options.dtype, "dtype");
   std::unique_ptr<Backend> backend = make_backend(device, options.num_threads, options.isa);
   std::string problems;
   for (const std::string& problem : backend->unsupported(spec)) problems += "\n  - " + problem;
   require(problems.empty(), "device \"", device, "\" cannot run ", spec.architecture, ":",
           problems);
   return backend;
-}
-
-DType storage_dtype(const std::string& given, const char* what) {
-  const DType dtype = parse_dtype(given, what);
-  require(dtype != DType::f16, what, " is \"f16\"; expected f32 or bf16");
-  return dtype;
 }
 
 }  // namespace
@@ -140,7 +142,7 @@ Runtime::Runtime(const std::string& device, const ModelSpec& spec, const Runtime
       options_(options),
       kv_dtype_(storage_dtype(options.kv_dtype, "kv_dtype")),
       backend_(backend_for(device, spec_, options_)),
-      weights_(*backend_, spec_, storage_dtype(options.dtype, "dtype"), options.max_model_len),
+      weights_(*backend_, spec_, options_),
       decoder_(*backend_, spec_, weights_, options.max_num_batched_tokens),
       sampled_(backend_.get(), static_cast<std::size_t>(options.max_num_seqs) * 4) {}
 

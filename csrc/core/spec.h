@@ -1,16 +1,41 @@
 // The model in numbers: the C++ side of python/octavo/models/spec.py, field for field.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "core/dtype.h"
 
 namespace octavo {
 
 enum class NormKind : std::uint8_t { rms, layer };
 enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
 enum class RopeScaling : std::uint8_t { none, linear, llama3 };
+
+// How a matrix is kept and computed with. f32 and bf16 are plain numbers. int8 has a scale for each
+// output. int4 has a scale, and perhaps a zero point, for each group of inputs of each output.
+struct WeightFormat {
+  WeightFormat(DType plain = DType::f32) : dtype(plain) {}
+
+  DType dtype;
+  std::int64_t group_size = 0;  // int4: inputs that share a scale, a multiple of 32
+  bool has_zeros = false;       // int4: asymmetric
+  // int4: what the 16 codes stand for, before the scale.
+  std::array<float, 16> levels = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+  bool is_quantized() const { return dtype == DType::int8 || dtype == DType::int4; }
+  std::int64_t groups(std::int64_t inputs) const {
+    return dtype == DType::int4 ? (inputs + group_size - 1) / group_size : 1;
+  }
+  bool operator==(const WeightFormat& other) const {
+    return dtype == other.dtype && group_size == other.group_size && has_zeros == other.has_zeros &&
+           levels == other.levels;
+  }
+};
 
 struct NormSpec {
   NormKind kind = NormKind::rms;
@@ -71,7 +96,8 @@ struct ModelSpec {
 
 // How a model is run: the C++ side of RuntimeOptions in python/octavo/config.py.
 struct RuntimeOptions {
-  std::string dtype = "f32";
+  std::string dtype = "f32";                    // of every matrix that `formats` does not name
+  std::map<std::string, WeightFormat> formats;  // by name without ".weight": "layers.3.q"
   std::string kv_dtype = "f32";
   std::int64_t block_size = 16;
   std::int64_t max_model_len = 0;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -10,12 +11,15 @@
 
 namespace octavo {
 
+// Matrices with the same input, one above the other: neighbours of one format are one matrix.
+using Stack = std::vector<Linear>;
+
 struct LayerWeights {
   Norm attn_norm;
-  Linear qkv;  // q, k and v one above the other
+  Stack qkv;  // q, k, v
   Linear o;
   Norm mlp_norm;
-  Linear up;  // gate above up when the layer is gated
+  Stack up;  // gate (when the layer is gated), up
   Linear down;
   const Rope* rope = nullptr;  // null: the layer does not rotate
 };
@@ -23,12 +27,13 @@ struct LayerWeights {
 class Weights {
  public:
   // Makes room for every weight of `spec`; nothing is loaded yet.
-  Weights(Backend& backend, const ModelSpec& spec, DType format, std::int64_t max_positions);
+  Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& options);
   Weights(const Weights&) = delete;
   Weights& operator=(const Weights&) = delete;
 
-  // Takes one weight under octavo's name. Throws std::invalid_argument when the model has no such
-  // weight, or when its shape is another.
+  // Takes one weight under octavo's name; a quantized matrix has a ".scale" of shape (rows, groups)
+  // besides, and where its format says so a ".zero". Throws std::invalid_argument when the model
+  // has no such weight, or when its shape is another.
   void load(const std::string& name, const void* data, DType dtype,
             const std::vector<std::int64_t>& shape);
 
@@ -42,18 +47,28 @@ class Weights {
   const Linear& head() const { return lm_head_.outputs ? lm_head_ : embed; }
 
  private:
-  // Where a named weight goes: rows of a packed matrix, or a plain float32 vector.
+  // Where a named weight goes: rows of a packed matrix, or of its scales or zero points, or a plain
+  // float32 vector.
+  enum class Part { values, scales, zeros, vector };
   struct Place {
+    Part part = Part::values;
     Linear* matrix = nullptr;
     float* vector = nullptr;
     std::int64_t first_row = 0;
-    std::int64_t rows = 0;
-    std::int64_t cols = 0;  // 0 for a vector
+    std::vector<std::int64_t> shape;
     bool loaded = false;
   };
+  struct NamedRows {
+    std::string name;
+    std::int64_t rows;
+  };
 
+  Linear make_matrix(const std::string& name, std::int64_t rows, std::int64_t inputs, bool bias);
+  // Makes `stack` of these matrices. It must not move afterwards: places_ points into it.
+  void add_stack(Stack& stack, const std::vector<NamedRows>& parts, std::int64_t inputs, bool bias);
   void add_matrix(const std::string& name, Linear& matrix, std::int64_t first_row,
                   std::int64_t rows, bool bias);
+  WeightFormat format_of(const std::string& name) const;
   Norm add_norm(const std::string& name, const NormSpec& spec, std::int64_t width);
   const Rope* add_rope(const LayerSpec& layer, std::int64_t max_positions);
 
@@ -65,6 +80,7 @@ class Weights {
   };
 
   Backend& backend_;
+  const RuntimeOptions& options_;
   Linear lm_head_;
   std::vector<Buffer> vectors_;
   std::vector<std::unique_ptr<RopeTable>> ropes_;

@@ -85,7 +85,7 @@ AttendTask make_task(const Piece& piece, View q, const LayerSpec& layer, float s
   AttendTask task;
   task.layout = layout_of(kv);
   task.kv = static_cast<const unsigned char*>(kv.data) +
-            piece.head * task.layout.head_items() * item_size(kv.dtype);
+            piece.head * task.layout.head_items() * bits_of(kv.dtype) / 8;
   task.block_table = step.block_table(layer.kv_group, piece.seq);
   task.window = layer.window;
   task.scale = scale;

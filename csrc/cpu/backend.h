@@ -21,9 +21,13 @@ class CpuBackend : public Backend {
   void download(void* host, const void* device, std::size_t bytes) override;
   std::size_t available_memory() const override;
 
-  Linear make_linear(std::int64_t outputs, std::int64_t inputs, DType format,
+  Linear make_linear(std::int64_t outputs, std::int64_t inputs, const WeightFormat& format,
                      bool with_bias) override;
   void pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) override;
+  void pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
+                   const float* scales) override;
+  void pack_zeros(Linear& linear, std::int64_t first_row, std::int64_t rows,
+                  const float* zeros) override;
   void read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
                std::vector<float>& values) override;
   std::int64_t kv_block_bytes(const LayerSpec& layer, DType dtype,
@@ -70,6 +74,8 @@ class CpuBackend : public Backend {
       buffer.resize(static_cast<std::size_t>(count));
     return buffer.data();
   }
+
+  void prepare_input(LinearTask& task, View x, const Linear& weight);
 
   ThreadPool pool_;
   const Kernels& kernels_;

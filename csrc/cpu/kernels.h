@@ -18,20 +18,34 @@ namespace octavo::cpu {
 constexpr std::int64_t kLanes = 16;       // outputs of a weight panel, tokens of a key tile
 constexpr std::int64_t kDepthBlock = 32;  // inputs that are summed up before they are added on
 
-// Weights of a matrix product, packed in panels of 16 outputs:
-//   f32:  [panel][depth][16]      bf16: [panel][depth / 2][16][2]
-// depth is the number of inputs rounded up to a multiple of 32; what is added is zero.
+// Weights of a matrix product, packed in panels of 16 outputs, as 32-bit words:
+//   [panel][depth / n][16], a word holding n inputs of one output, the first in the lowest bits
+// with n = 1 (f32), 2 (bf16), 4 (int8) or 8 (int4). depth is the number of inputs rounded up to a
+// multiple of 32; what is added is zero, or meets an input of zero.
+//
+// int8: one scale an output, [panel][16]. int4: a scale for each group of inputs,
+// [panel][group][16]; a word's four bits choose one of 16 levels, and a group's zero point, in
+// units of a level, is taken off: weight = (level - zero) * scale.
 struct LinearTask {
-  const float* x = nullptr;  // rows of `depth` numbers, bf16-rounded when the format is bf16
+  const float* x = nullptr;  // rows of `depth` numbers, bf16-rounded unless the format is f32
   std::int64_t x_stride = 0;
-  const void* weight = nullptr;
+  const float* x_sums = nullptr;  // (rows, depth / 32): sums of 32 inputs each; with zeros only
+  const std::uint32_t* weight = nullptr;
   DType format = DType::f32;
+  std::int64_t group_size = 0;    // int4: a multiple of 32
+  const float* scales = nullptr;  // int8, int4
+  const float* zeros = nullptr;   // int4, or null
+  const float* levels = nullptr;  // int4: [16]
   std::int64_t depth = 0;
   std::int64_t outputs = 0;
   const float* bias = nullptr;  // or null
   float* out = nullptr;
   std::int64_t out_stride = 0;
 };
+
+inline std::int64_t num_groups(const LinearTask& task) {
+  return (task.depth + task.group_size - 1) / task.group_size;
+}
 
 // How the keys and values of one KV head lie in a block:
 //   keys [block_size / 16][head_dim][16], then values [block_size][padded_dim]
@@ -40,7 +54,7 @@ struct KvLayout {
   std::int64_t block_size = 0, head_dim = 0, padded_dim = 0, num_kv_heads = 0;
 
   std::int64_t head_items() const { return block_size * (head_dim + padded_dim); }
-  std::int64_t block_bytes() const { return num_kv_heads * head_items() * item_size(dtype); }
+  std::int64_t block_bytes() const { return num_kv_heads * head_items() * bits_of(dtype) / 8; }
   std::int64_t key_item(std::int64_t token, std::int64_t dim) const {
     return (token / kLanes * head_dim + dim) * kLanes + token % kLanes;
   }

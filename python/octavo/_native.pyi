@@ -86,6 +86,10 @@ class Runtime:
     def load(self, name: str, array: NDArray[Any], dtype: str) -> None:
         """Take one weight, in octavo's names. dtype "f32", "f16", or "bf16" (raw bits, uint16).
 
+        A matrix that options.formats names as quantized comes as codes, "int8" (int8) or "int4"
+        (uint8, two codes a byte, the first in the low half), with its "NAME.scale" and, where the
+        format has zeros, "NAME.zero", float (outputs, groups). An int8 matrix may also come as
+        numbers, which are rounded to 127 steps of each row's largest magnitude.
         The array is copied or packed before the call returns."""
 
     def missing_weights(self) -> list[str]:
@@ -138,6 +142,10 @@ class Ops:
     ) -> tuple[Float32, Float32]: ...
     def linear(
         self, x: Float32, weight: Float32, bias: Float32 | None = None, dtype: str = "f32"
+    ) -> Float32: ...
+    def quantized_linear(
+        self, x: Float32, codes: NDArray[Any], scales: Float32, format: Any,
+        zeros: Float32 | None = None, bias: Float32 | None = None,
     ) -> Float32: ...
     def rope_frequencies(self, rope: Any, head_dim: int) -> Float32: ...
     def rope_and_store(

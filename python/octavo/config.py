@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from octavo.errors import InvalidArgumentError
+from octavo.models.spec import WeightFormat
 
 DType = Literal["auto", "f32", "bf16"]
 LoadFormat = Literal["auto", "dummy"]
@@ -124,6 +125,8 @@ class RuntimeOptions:
     max_num_batched_tokens: int
     num_threads: int = 0
     isa: str = "auto"
+    # Of matrices kept in another format than dtype, by name without ".weight": "layers.3.q".
+    formats: Mapping[str, WeightFormat] = field(default_factory=dict)
 
 
 def resolve_device(device: str, num_accelerators: int) -> str:

@@ -73,12 +73,12 @@ inline float exponential_variate(std::uint32_t x) {
 }
 
 // Philox4x32-10 (Salmon et al. 2011): four random words out of a counter and a key.
-struct Words {
+struct RandomWords {
   std::uint32_t word[4];
 };
 
-inline Words philox(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
-                    std::uint32_t k0, std::uint32_t k1) {
+inline RandomWords philox(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
+                          std::uint32_t k0, std::uint32_t k1) {
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c0;
     const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * c2;
@@ -104,7 +104,7 @@ void gumbel(float* out, std::uint64_t seed, std::uint32_t sample_index, std::uin
     std::uint32_t random[kBatch];
     const auto first = static_cast<std::uint32_t>((first_token + start) / 4);
     for (std::uint32_t i = 0; i < kBatch / 4; ++i) {
-      const Words words = philox(first + i, position, sample_index, 0, key0, key1);
+      const RandomWords words = philox(first + i, position, sample_index, 0, key0, key1);
       for (std::uint32_t j = 0; j < 4; ++j) random[4 * i + j] = words.word[j];
     }
     float noise[kBatch];

@@ -45,13 +45,53 @@ inline Vec load(const std::uint16_t* p) {
   };
   return {widen(p), widen(p + 8)};
 }
-// 16 pairs of bf16 numbers, each pair's first into `even`, its second into `odd`.
-inline void load_pairs(const std::uint16_t* p, Vec& even, Vec& odd) {
-  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
+
+// ---- 16 words of packed weights ----
+
+struct Words {
+  __m256i a, b;
+};
+
+inline Words load_words(const std::uint32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+template <int N>
+inline Words shift_left(Words x) {
+  return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)};
+}
+template <int N>
+inline Words shift_right(Words x) {
+  return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)};
+}
+inline Words clear_low_half(Words x) {
   const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-  even = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)),
-          _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
-  odd = {_mm256_castsi256_ps(_mm256_and_si256(low, mask)),
-         _mm256_castsi256_ps(_mm256_and_si256(high, mask))};
+  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+inline Vec as_floats(Words x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+// Byte N of each word, a signed number.
+template <int N>
+inline __m256 signed_byte(__m256i x) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 24 - 8 * N), 24));
+}
+template <int N>
+inline Vec signed_byte(Words x) {
+  return {signed_byte<N>(x.a), signed_byte<N>(x.b)};
+}
+// 16 numbers to choose from.
+struct Table {
+  __m256 low, high;
+};
+inline Table load_table(const float* p) {
+  return p ? Table{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}
+           : Table{_mm256_setzero_ps(), _mm256_setzero_ps()};
+}
+// The entries that the lowest four bits of each word choose: three in each half, one between them.
+inline __m256 look_up(const Table& table, __m256i x) {
+  const __m256 half = _mm256_castsi256_ps(_mm256_slli_epi32(x, 28));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, x),
+                          _mm256_permutevar8x32_ps(table.high, x), half);
+}
+inline Vec look_up(const Table& table, Words x) {
+  return {look_up(table, x.a), look_up(table, x.b)};
 }

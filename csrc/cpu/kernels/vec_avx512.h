@@ -32,10 +32,37 @@ inline Vec load(const std::uint16_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
-// 16 pairs of bf16 numbers, each pair's first into `even`, its second into `odd`.
-inline void load_pairs(const std::uint16_t* p, Vec& even, Vec& odd) {
-  const __m512i pairs = _mm512_loadu_si512(p);
-  even = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
-  odd = {_mm512_castsi512_ps(
-      _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+
+// ---- 16 words of packed weights ----
+
+struct Words {
+  __m512i v;
+};
+
+inline Words load_words(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+template <int N>
+inline Words shift_left(Words x) {
+  return {_mm512_slli_epi32(x.v, N)};
+}
+template <int N>
+inline Words shift_right(Words x) {
+  return {_mm512_srli_epi32(x.v, N)};
+}
+inline Words clear_low_half(Words x) {
+  return {_mm512_and_si512(x.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))};
+}
+inline Vec as_floats(Words x) { return {_mm512_castsi512_ps(x.v)}; }
+// Byte N of each word, a signed number.
+template <int N>
+inline Vec signed_byte(Words x) {
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x.v, 24 - 8 * N), 24))};
+}
+// 16 numbers to choose from.
+struct Table {
+  __m512 entries;
+};
+inline Table load_table(const float* p) { return {p ? _mm512_loadu_ps(p) : _mm512_setzero_ps()}; }
+// The entries that the lowest four bits of each word choose.
+inline Vec look_up(const Table& table, Words x) {
+  return {_mm512_permutexvar_ps(x.v, table.entries)};
 }

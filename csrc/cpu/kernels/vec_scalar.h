@@ -60,10 +60,55 @@ inline Vec scale_exponent(Vec y, Vec n) {
 inline Vec load(const std::uint16_t* p) {
   return each_lane([&](int i) { return bf16_to_float(p[i]); });
 }
-// 16 pairs of bf16 numbers, each pair's first into `even`, its second into `odd`.
-inline void load_pairs(const std::uint16_t* p, Vec& even, Vec& odd) {
-  for (int i = 0; i < 16; ++i) {
-    even.lane[i] = bf16_to_float(p[2 * i]);
-    odd.lane[i] = bf16_to_float(p[2 * i + 1]);
-  }
+
+// ---- 16 words of packed weights ----
+
+struct Words {
+  std::uint32_t lane[16];
+};
+
+inline Words load_words(const std::uint32_t* p) {
+  Words out;
+  std::memcpy(out.lane, p, sizeof out.lane);
+  return out;
+}
+template <class F>
+inline Words each_word(F&& f) {
+  Words out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = f(i);
+  return out;
+}
+template <int N>
+inline Words shift_left(Words a) {
+  return each_word([&](int i) { return a.lane[i] << N; });
+}
+template <int N>
+inline Words shift_right(Words a) {
+  return each_word([&](int i) { return a.lane[i] >> N; });
+}
+inline Words clear_low_half(Words a) {
+  return each_word([&](int i) { return a.lane[i] & 0xffff0000u; });
+}
+inline Vec as_floats(Words a) {
+  return each_lane([&](int i) { return bits_float(a.lane[i]); });
+}
+// Byte N of each word, a signed number.
+template <int N>
+inline Vec signed_byte(Words a) {
+  return each_lane([&](int i) {
+    return static_cast<float>(static_cast<std::int8_t>((a.lane[i] >> (8 * N)) & 0xffu));
+  });
+}
+// 16 numbers to choose from.
+struct Table {
+  float entry[16];
+};
+inline Table load_table(const float* p) {
+  Table out;
+  if (p) std::memcpy(out.entry, p, sizeof out.entry);
+  return out;
+}
+// The entries that the lowest four bits of each word choose.
+inline Vec look_up(Table table, Words a) {
+  return each_lane([&](int i) { return table.entry[a.lane[i] & 15u]; });
 }

@@ -17,6 +17,28 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeScaling = Literal["default", "linear", "llama3"]
 
 
+UNIFORM_LEVELS = tuple(float(level) for level in range(-8, 8))
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a matrix (outputs, inputs) is kept: plain numbers, or codes with scales.
+
+    int8: codes -127 to 127, one scale an output: weight = code * scale.
+    int4: codes 0 to 15, which stand for `levels`; one scale, and with has_zeros one zero point in
+    units of a level, for each group of `group_size` inputs: weight = (level - zero) * scale.
+    """
+
+    dtype: Literal["f32", "bf16", "int8", "int4"]
+    group_size: int = 0  # int4: a multiple of 32
+    has_zeros: bool = False
+    levels: tuple[float, ...] = UNIFORM_LEVELS
+
+    def num_groups(self, inputs: int) -> int:
+        """Scales a row of `inputs` weights has."""
+        return -(-inputs // self.group_size) if self.dtype == "int4" else 1
+
+
 @dataclass(frozen=True)
 class NormSpec:
     """A normalization over the last axis. kind "rms": Zhang & Sennrich 2019; "layer": Ba 2016."""
