@@ -20,8 +20,9 @@ NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 PYTHON_SOURCES := pyproject.toml $(shell find python reference -type f \
                     -not -path '*/__pycache__/*' -not -name '*.so')
 SOURCES := $(NATIVE_SOURCES) $(PYTHON_SOURCES)
+CXX_FILES := csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-PIP := bin/python -m pip --quiet --disable-pip-version-check
+PIP := bin/python -m pip -qq --disable-pip-version-check
 # Building with the environment's own CMake keeps the object files from one build to the next.
 BUILD_TOOLS := "scikit-build-core>=1.0" "nanobind>=3.0" "cmake>=3.28" "ninja>=1.10"
 
@@ -81,35 +82,38 @@ build: $(DEV_VENV)/.tools ## Build the native module in place, compiling only wh
 	  -DPython_EXECUTABLE="$(CURDIR)/$(DEV_VENV)/bin/python"
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake --build build/dev
 
-.PHONY: check
-check: $(DEV_VENV)/.tools ## Lint, types and formatting: ruff, mypy --strict, clang-format
+# Apart, so that `make -k check` goes on after the first that complains.
+.PHONY: check lint types clang-format
+check: lint types clang-format ## Lint, types and formatting: ruff, mypy --strict, clang-format
+
+lint: $(DEV_VENV)/.tools
 	$(DEV_VENV)/bin/ruff check
 	$(DEV_VENV)/bin/ruff format --check
+
+types: $(DEV_VENV)/.tools
 	$(DEV_VENV)/bin/mypy
+
+clang-format: $(DEV_VENV)/.tools
 	@echo "$(DEV_VENV)/bin/clang-format --dry-run -Werror csrc tests/native"
-	@find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
-	  sort | xargs $(DEV_VENV)/bin/clang-format --dry-run -Werror
+	@find $(CXX_FILES) | sort | xargs $(DEV_VENV)/bin/clang-format --dry-run -Werror
 
 .PHONY: format
 format: $(DEV_VENV)/.tools ## Let the formatters rewrite Python and C++
 	$(DEV_VENV)/bin/ruff check --fix
 	$(DEV_VENV)/bin/ruff format
-	find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
-	  xargs $(DEV_VENV)/bin/clang-format -i
+	find $(CXX_FILES) | xargs $(DEV_VENV)/bin/clang-format -i
 
 .PHONY: asan
-asan: asan-native asan-python ## Native tests and the ops' tests under address and UB sanitizers
-
-.PHONY: asan-native
-asan-native: native-asan ;
+asan: native-asan asan-python ## Native tests and the ops' tests under address and UB sanitizers
 
 # native-NAME builds and runs tests/native with the options of that variant. Sanitizers lead GCC to
 # warn about its own intrinsics, so there a warning is no error.
-.PHONY: native-asan native-clang native-scalar
+.PHONY: native-asan native-tsan native-clang native-scalar
 native-asan:   NATIVE_OPTIONS = -DOCTAVO_SANITIZE=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g"
+native-tsan:   NATIVE_OPTIONS = -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize=thread"
 native-clang:  NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_CXX_FLAGS=-stdlib=libc++
 native-scalar: NATIVE_OPTIONS = -DOCTAVO_WERROR=ON "-DOCTAVO_DISABLE_ISAS=avx2;avx512"
-native-asan native-clang native-scalar: $(DEV_VENV)/.tools
+native-asan native-tsan native-clang native-scalar: $(DEV_VENV)/.tools
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake -S . -B build/$@ -G Ninja --log-level=WARNING \
 	  -DOCTAVO_BUILD_PYTHON=OFF -DOCTAVO_BUILD_TESTS=ON -DOCTAVO_CUDA=OFF \
 	  $(NATIVE_OPTIONS)
