@@ -80,7 +80,7 @@ def tokens_for(spec: ModelSpec, count: int, seed: int = 1) -> np.ndarray:
     return generator.integers(0, spec.vocab_size, count).astype(np.int32)
 
 
-def _reference_with(**changed: Callable[..., Any]) -> ModuleType:
+def reference_with(**changed: Callable[..., Any]) -> ModuleType:
     """A second copy of octavo.reference.llama whose `ops` has some functions replaced."""
     loader = importlib.util.spec_from_file_location("broken_llama", llama.__file__)
     assert loader is not None and loader.loader is not None
@@ -94,7 +94,7 @@ def _reference_with(**changed: Callable[..., Any]) -> ModuleType:
     return module
 
 
-def _rope_halves_swapped(x: Any, positions: Any, frequencies: Any) -> Any:
+def rope_halves_swapped(x: Any, positions: Any, frequencies: Any) -> Any:
     return ops.rope(x, positions, -frequencies)
 
 
@@ -129,7 +129,7 @@ def _mask_off_by_one(q: Any, k: Any, v: Any, scale: float, window: int = 0) -> A
     return out
 
 
-def _gate_up_swapped(gate: Any, up: Any, activation: str) -> Any:
+def gate_up_swapped(gate: Any, up: Any, activation: str) -> Any:
     return ops.gated_activation(up, gate, activation)
 
 
@@ -141,7 +141,7 @@ def _transposed(x: Any, weight: Any, bias: Any = None, dtype: str = "f32") -> An
 def broken_model(mistake: str, spec: ModelSpec, weights: Weights, **options: Any) -> Any:
     """A ReferenceModel with the named mistake (see MISTAKES)."""
     if mistake in _OP_MISTAKES:
-        return _reference_with(**_OP_MISTAKES[mistake]).ReferenceModel(spec, weights, **options)
+        return reference_with(**_OP_MISTAKES[mistake]).ReferenceModel(spec, weights, **options)
     if mistake == "k and v swapped":
         changed = dict(weights)
         for index in range(len(spec.layers)):
@@ -181,13 +181,13 @@ class _ResidualDropped(llama.ReferenceModel):
 
 
 _OP_MISTAKES: dict[str, dict[str, Callable[..., Any]]] = {
-    "rope halves swapped": {"rope": _rope_halves_swapped},
+    "rope halves swapped": {"rope": rope_halves_swapped},
     "rope of neighbours": {"rope": _rope_neighbours},
     "epsilon outside": {"norm": _eps_outside},
     "no scale": {"attention": _no_scale},
     "wrong groups": {"attention": _wrong_groups},
     "blind to itself": {"attention": _mask_off_by_one},
-    "gate and up swapped": {"gated_activation": _gate_up_swapped},
+    "gate and up swapped": {"gated_activation": gate_up_swapped},
 }
 
 # mistake -> (the tap diff must name, the op, words that its recognized mistake must hold or None)

@@ -9,10 +9,14 @@ from diff_helpers import (
     MISTAKES,
     broken_side,
     compare,
+    gate_up_swapped,
     good_side,
     random_weights,
+    reference_with,
+    rope_halves_swapped,
     small_spec,
 )
+from octavo.diff.sides import Fed, ReferenceSide
 from octavo.models.spec import NormSpec, RopeSpec
 
 SPEC = small_spec()
@@ -84,10 +88,7 @@ def test_planted_mistake_in_bf16(mistake: str) -> None:
 
 def test_two_mistakes_are_both_found() -> None:
     """The first mistake does not hide the second, although everything after it differs."""
-    from diff_helpers import _gate_up_swapped, _reference_with, _rope_halves_swapped
-    from octavo.diff.sides import ReferenceSide
-
-    module = _reference_with(rope=_rope_halves_swapped, gated_activation=_gate_up_swapped)
+    module = reference_with(rope=rope_halves_swapped, gated_activation=gate_up_swapped)
     model = module.ReferenceModel(SPEC, WEIGHTS)
     result = compare(
         ReferenceSide(model, "broken", False), good_side(SPEC, WEIGHTS), SPEC, WEIGHTS, steps=0
@@ -149,3 +150,43 @@ def test_a_broken_definition_is_suspected_when_both_sides_agree() -> None:
     assert {finding.tap for finding in result.findings} == {"layers.0.up"}
     assert [finding.side for finding in result.findings] == ["octavo", "Hugging Face"]
     assert all("suspect the definition" in finding.hint for finding in result.findings)
+
+
+@pytest.mark.parametrize(("nudge", "tie"), [(0.02, True), (3.0, False)])
+def test_greedy_tokens_may_part_in_bf16_where_rounding_explains_it(
+    monkeypatch: pytest.MonkeyPatch, nudge: float, tie: bool
+) -> None:
+    """The right side's second choice is lifted over its first by `nudge`."""
+    options = {"dtype": "bf16", "kv_dtype": "bf16"}
+    left, right = good_side(SPEC, WEIGHTS, **options), good_side(SPEC, WEIGHTS, **options)
+    exact = good_side(SPEC, left.model.weights)
+    feed = right.feed
+
+    def feed_nudged(token_ids: np.ndarray, **wanted: bool) -> Fed:
+        fed = feed(token_ids, **wanted)
+        if len(token_ids) > 1:
+            return fed
+        logits = fed.logits.copy()
+        first, second = np.argsort(logits[0])[:-3:-1]
+        logits[0, second] = logits[0, first] + nudge
+        return Fed(logits, int(second), fed.taps)
+
+    monkeypatch.setattr(right, "feed", feed_nudged)
+    result = compare(left, right, SPEC, WEIGHTS, dtype="bf16", truth=exact, steps=12)
+    assert result.greedy.parted_at == 1
+    wide = result.greedy.left_margin > 0.05
+    assert result.greedy.tie is (tie and not wide)
+    assert result.ok is result.greedy.tie
+
+
+def test_greedy_tokens_may_not_part_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = good_side(SPEC, WEIGHTS), good_side(SPEC, WEIGHTS)
+    feed = right.feed
+
+    def feed_other(token_ids: np.ndarray, **wanted: bool) -> Fed:
+        fed = feed(token_ids, **wanted)
+        return Fed(fed.logits, 7, fed.taps) if len(token_ids) == 1 else fed
+
+    monkeypatch.setattr(right, "feed", feed_other)
+    result = compare(left, right, SPEC, WEIGHTS)
+    assert result.first_bad is None and not result.greedy.tie and not result.ok

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 _HF = "transformers: models/llama/modeling_llama.py"
-_ELEMENTWISE = "csrc/cpu/kernels/elementwise.h"
-_LINEAR = "csrc/cpu/kernels/linear.h"
+_ELEMENTWISE = "csrc/cpu/backend.cpp, csrc/cpu/kernels/elementwise.h"
+_LINEAR = "csrc/cpu/linear.cpp, csrc/cpu/kernels/linear.h"
 _HF_LOADING = f"{_HF} (and its loading of the weights)"
 
 
@@ -50,7 +50,7 @@ _PROJECTION = _op(
 )
 _ROPE = _op(
     "rope_and_store",
-    _ELEMENTWISE,
+    "csrc/cpu/attention.cpp, csrc/core/weights.cpp (cosines and sines)",
     "Usually the halves (element i turns with i + head_dim/2, first half minus), positions off "
     "by one, or a rope scaling that was not read.",
 )
@@ -59,7 +59,7 @@ CULPRITS: Mapping[str, Op] = MappingProxyType(
     {
         "embed": _op(
             "embed",
-            _ELEMENTWISE,
+            "csrc/cpu/linear.cpp",
             "Usually token ids off by one, a table loaded wrongly, or learned positions left out.",
             _HF_LOADING,
         ),

@@ -7,6 +7,7 @@ side's decode, token by token, against its own prefill.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from octavo.diff.suspects import find_suspect
 from octavo.diff.tolerance import (
     LOGITS_F32,
     RUN_BF16_FACTOR,
+    TIE_DEVIATIONS,
     own_tolerance,
     run_tolerance,
 )
@@ -119,6 +121,7 @@ class Comparison:
         self.traces: dict[str, Trace] = {}
         self.truth_worst: list[dict[str, float]] = [{}, {}]
         self.truth_logits = [0.0, 0.0]
+        self.truth_squares = 0.0  # of the right side's errors in the logits
         self.same_choice = 0
         self.missing: set[str] = set()
         self.kept_logits: list[Float32] = []  # the left side's, for the last positions
@@ -204,8 +207,11 @@ class Comparison:
                 if name in fed.taps:
                     error = float(row_errors(fed.taps[name], value).relative.max())
                     worst[name] = max(worst.get(name, 0.0), error)
-            off = float(np.abs(fed.logits - exact.logits).max())
-            self.truth_logits[index] = max(self.truth_logits[index], off)
+            off = fed.logits - exact.logits
+            self.truth_logits[index] = max(self.truth_logits[index], float(np.abs(off).max()))
+        # What shifts all logits of a row alike does not matter to which is the largest.
+        centred = off - off.mean(axis=1, keepdims=True)
+        self.truth_squares += float(np.square(centred, dtype=np.float64).sum())
 
     def _compare_greedy(self) -> GreedyResult:
         """Decode on from the prompt's end, each side by itself."""
@@ -228,8 +234,9 @@ class Comparison:
         if parted is None:
             return GreedyResult(answers[0], answers[1], None, None, None, False)
         left, right = margins[0][parted], margins[1][parted]
-        # Two logits may each be off by the tolerance, in opposite directions.
-        tie = self.left.dtype != "f32" and max(left, right) <= 2 * self._logits_tolerance()
+        # Left puts one token ahead by its margin, right the other by its own: the four logits'
+        # roundings together have to make up the sum, and have twice one logit's deviation.
+        tie = self.left.dtype != "f32" and left + right <= TIE_DEVIATIONS * 2 * self._deviation()
         return GreedyResult(answers[0], answers[1], parted, left, right, tie)
 
     def _compare_decode(self) -> DecodeResult | None:
@@ -249,6 +256,11 @@ class Comparison:
             max_abs = max(max_abs, float(np.abs(logits - expected[index]).max()))
         self.progress("decode", rows, rows)
         return DecodeResult(rows, different, max_abs, self.left.bit_exact, self._logits_tolerance())
+
+    def _deviation(self) -> float:
+        """Standard deviation of what rounding adds to one of the right side's logits."""
+        count = len(self.token_ids) * self.spec.vocab_size
+        return math.sqrt(self.truth_squares / count)
 
     def _logits_tolerance(self) -> float:
         """Absolute: the promise for float32, the other side's own rounding for bf16."""

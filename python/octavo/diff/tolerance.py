@@ -35,6 +35,9 @@ RUN_BF16_FACTOR = 2.0
 RUN_BF16_CAP = 0.5
 # Logits, absolute, at every position: octavo's promise for float32 (issue: "within 1e-3").
 LOGITS_F32 = 1e-3
+# In bf16 greedy tokens may part where the leading logits are this close, in standard deviations of
+# what the other side's rounding adds. In float32 they may not part at all.
+TIE_DEVIATIONS = 3.0
 # Hugging Face's bf16 rounds what every op returns (by u = 2^-8 at most), a norm and a residual
 # add twice; its attention also rounds scores and weights inside (measured 6.6 u).
 OWN_BF16_OUTPUT = 4 * UNIT_BF16
