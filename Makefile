@@ -123,7 +123,7 @@ native-asan native-tsan native-clang native-scalar: $(DEV_VENV)/.tools
 # Python itself is not instrumented: the sanitizer is loaded before it, and leaks are not counted.
 .PHONY: asan-python
 asan-python: $(ASAN_VENV)/.installed
-	scripts/asan_pytest.sh $(ASAN_VENV)/bin/python $(ARGS)
+	scripts/asan_pytest.sh $(ASAN_VENV)/bin/python -n $(JOBS) $(ARGS)
 
 $(ASAN_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(ASAN_VENV)

@@ -25,12 +25,12 @@ done
 
 # The tests that reach native code with odd shapes, bad arguments and damaged files.
 files=
-for file in tests/test_ops*.py tests/test_native*.py tests/test_*fuzz*.py; do
+for file in tests/test_ops*.py tests/test_runtime*.py tests/test_invariance.py tests/test_*fuzz*.py; do
     [ -e "$file" ] && files="$files $file"
 done
 
-export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1
+export ASAN_OPTIONS=detect_leaks=0
 export UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONMALLOC=malloc
 # shellcheck disable=SC2086 # word splitting is meant
-LD_PRELOAD="${libraries# }" "$python" -m pytest -p no:cacheprovider --timeout=600 $files "$@"
+LD_PRELOAD="${libraries# }" "$python" -m pytest --timeout=600 $files "$@"
