@@ -219,7 +219,7 @@ def test_page_is_well_formed_and_asks_no_host(mistake: str | None) -> None:
 
 def test_page_says_what_is_wrong_without_its_script() -> None:
     text = " ".join(Page(render(broken_result())).text)
-    assert "different" in text and "broken’s attention is wrong" in text
+    assert "different" in text and "broken's attention is wrong" in text
     assert "layers.0.attn" in text and "layers.3" in text
 
 

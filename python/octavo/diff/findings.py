@@ -9,9 +9,9 @@ from octavo.diff.numbers import number
 from octavo.diff.result import Finding, TapResult
 from octavo.diff.sides import Side
 
-_AGREED = (
-    "Both sides depart from the definition here and agree with one another: suspect the "
-    "definition, reference/ops.py, or how it reads the configuration."
+_NOT_OCTAVOS = (
+    "Usually octavo reads the model wrongly (config.json, python/octavo/models/llama.py, the order "
+    "of the weights): its native core and its reference would share that mistake."
 )
 
 
@@ -37,7 +37,10 @@ def find_culprits(
             key = CULPRITS[tap.part].name if mistake else tap.part
             groups.setdefault((key, mistake), []).append(tap)
         for (_, mistake), names in groups.items():
-            findings.append(_broken(names, index, side, mistake))
+            if not _agreed(names[0]):
+                findings.append(_broken(names, index, side, mistake))
+            elif index == 0:
+                findings.append(_suspect_definition(names, left, right))
     order = {tap.name: place for place, tap in enumerate(taps)}
     findings.sort(key=lambda finding: order[finding.tap])
     parted = next((tap for tap in taps if tap.parted), None)
@@ -54,9 +57,10 @@ def _broken(taps: list[TapResult], index: int, side: Side, mistake: str | None) 
         (first.own_right, first.own_tolerance_right),
     )[index]
     op = CULPRITS[first.part]
-    agreed = first.left_broken and first.right_broken and not first.parted
     return Finding(
         side=side.name,
+        title=f"{side.name}'s {op.name} is "
+        + ("not octavo's" if side.op_files == "hf" else "wrong"),
         tap=first.name,
         taps=tuple(tap.name for tap in taps),
         op=op.name,
@@ -64,7 +68,31 @@ def _broken(taps: list[TapResult], index: int, side: Side, mistake: str | None) 
         evidence=f"given the same inputs, its result is {number(own)} from the definition's "
         f"(tolerance {number(limit)})",
         mistake=mistake,
-        hint=_AGREED if agreed else op.hint,
+        hint=_NOT_OCTAVOS if side.op_files == "hf" else op.hint,
+    )
+
+
+def _agreed(tap: TapResult) -> bool:
+    """Both sides' ops are off, and yet the sides are together."""
+    return tap.left_broken and tap.right_broken and not tap.parted
+
+
+def _suspect_definition(taps: list[TapResult], left: Side, right: Side) -> Finding:
+    """The entry of an op that both sides compute alike, and the definition otherwise."""
+    first = taps[0]
+    op = CULPRITS[first.part]
+    return Finding(
+        side="",
+        title=f"the definition of {op.name} stands alone",
+        tap=first.name,
+        taps=tuple(tap.name for tap in taps),
+        op=op.name,
+        files=op.reference,
+        evidence=f"{left.name} and {right.name} agree with one another here (to "
+        f"{number(first.relative)}), and both are {number(first.own_left)} from the definition",
+        mistake=None,
+        hint="Suspect the definition, or how octavo reads the model's configuration: both runs "
+        "are judged by octavo's reading of it.",
     )
 
 
@@ -82,6 +110,7 @@ def _unexplained(tap: TapResult, left: Side, right: Side) -> Finding:
     )
     return Finding(
         side="",
+        title="the runs part",
         tap=tap.name,
         taps=(tap.name,),
         op=op.name,

@@ -137,14 +137,13 @@ def _findings(result: DiffResult) -> str:
 def _finding(finding: Finding) -> str:
     more = len(finding.taps) - 1
     also = f" and at {more} more" if more else ""
-    who = f"{finding.side}’s {finding.op} is wrong" if finding.side else "the runs part"
     mistake = (
         ""
         if finding.mistake is None
         else f'<p class="mistake">it gives: {escape(finding.mistake)}</p>'
     )
     return (
-        f'<article class="card finding"><h3>{escape(who)}, first at '
+        f'<article class="card finding"><h3>{escape(finding.title)}, first at '
         f"<code>{escape(finding.tap)}</code>{also}</h3>{mistake}<dl>"
         f"<dt>measured</dt><dd>{escape(finding.evidence)}</dd>"
         f"<dt>look at</dt><dd><code>{escape(finding.files)}</code></dd>"

@@ -261,7 +261,6 @@ def _span(limits: list[float]) -> str:
 def _finding(finding: Finding, marks: Marks) -> RenderableType:
     """The paragraph that names an op to look at."""
     more = f" and at {len(finding.taps) - 1} more taps" if len(finding.taps) > 1 else ""
-    who = f"{finding.side}'s {finding.op} is wrong" if finding.side else "the runs part"
     lines = Table.grid(padding=(0, 2))
     lines.add_column(style="dim", no_wrap=True)
     lines.add_column()
@@ -269,10 +268,9 @@ def _finding(finding: Finding, marks: Marks) -> RenderableType:
         lines.add_row("it gives", Text(f"{finding.mistake} (agrees to rounding)", style="yellow"))
     lines.add_row("measured", finding.evidence)
     lines.add_row("look at", Text(finding.files, style="cyan"))
-    if finding.mistake is None or not finding.hint.startswith("Usually"):
-        lines.add_row("hint", finding.hint)
+    lines.add_row("hint", finding.hint)
     title = Text.assemble(
-        marks.bad, " ", (who, "bold red"), (f"   first at {finding.tap}{more}", "red")
+        marks.bad, " ", (finding.title, "bold red"), (f"   first at {finding.tap}{more}", "red")
     )
     return Group(Text(), title, Padding(lines, (0, 0, 0, 2)))
 
@@ -331,7 +329,8 @@ def decode_sentence(result: DiffResult) -> str:
     decode = result.decode
     if decode is None:
         return ""
-    who = f"{result.left_name}'s last {decode.positions} positions, one token at a time"
+    count = f"{decode.positions} position{'s' * (decode.positions != 1)}"
+    who = f"{result.left_name}'s last {count}, one token at a time"
     if decode.different == 0:
         promise = ", as it promises on the CPU" if decode.promised else ""
         return f"{who}: bit-identical to prefill{promise}"

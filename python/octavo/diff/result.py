@@ -63,11 +63,13 @@ class TapRows:
 class Finding:
     """One op that is wrong, or the place where two right-looking runs part.
 
-    side: whose op, or "" where neither is at fault by itself. taps: all taps where it shows.
-    evidence: what was measured; mistake: what the op seems to do instead, if it was recognized.
+    side: whose op, or "" where neither is at fault by itself. title: the finding in a few words.
+    taps: all taps where it shows. evidence: what was measured. mistake: what the op seems to do
+    instead, if that was recognized.
     """
 
     side: str
+    title: str
     tap: str
     taps: tuple[str, ...]
     op: str

@@ -4,10 +4,12 @@ Two questions are asked of every tap, and each has its own tolerance.
 
 *Is this op right?* (the "own error": the op against its definition on the run's own inputs).
 Float32 rounds with u = 2^-24, and n roundings in a sum wander off by about sqrt(n) u, whatever
-their order. Two right orders were measured to lie at most 1.3 sqrt(n) u apart over SmolLM2 (row
-by row, Euclidean norm); 8 sqrt(n) u leaves room for sums that cancel. It is as sharp for octavo's
-bf16 as for float32, because rounding to bf16 is part of the definition: equal inputs are rounded
-equally, and only the sums differ.
+their order. Two right orders were measured to lie at most 1 sqrt(n) u apart over SmolLM2 (row by
+row, Euclidean norm); 8 leaves room for sums that cancel. Attention was measured at 3 sqrt(n) u, n
+the head's width plus the context, since the exponential makes the absolute error of a score (some
+tens) a relative one: three times the room. All this is as sharp for octavo's bf16 as for float32,
+because rounding to bf16 is part of the definition: equal inputs are rounded equally, and only the
+sums differ.
 
 *Are the two runs still together?* (the relative error of the tap). Here earlier errors add up and
 the model magnifies them, by an amount that no theory gives, so the figures come from measurement.
@@ -44,6 +46,7 @@ OWN_BF16_OUTPUT = 4 * UNIT_BF16
 OWN_BF16_ATTENTION = 16 * UNIT_BF16
 
 SUM_FACTOR = 8.0
+ATTENTION_FACTOR = 24.0
 SHORTEST_SUM = 64  # exp, division and products round too, even where little is summed
 
 
@@ -57,7 +60,8 @@ def own_tolerance(spec: ModelSpec, name: str, context: int, *, rounds_output: bo
     if rounds_output:
         return OWN_BF16_ATTENTION if part == "attn" else OWN_BF16_OUTPUT
     terms = max(SHORTEST_SUM, _terms(spec, name, context))
-    return SUM_FACTOR * math.sqrt(terms) * UNIT_F32
+    factor = ATTENTION_FACTOR if part == "attn" else SUM_FACTOR
+    return factor * math.sqrt(terms) * UNIT_F32
 
 
 def _terms(spec: ModelSpec, name: str, context: int) -> int:
