@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runtime_helpers import VOCAB, make_batch, random_weights, tiny_runtime, tiny_spec
 
 from octavo import _native
 from octavo.config import RuntimeOptions
 from octavo.models.spec import tap_names
 from octavo.reference.llama import ReferenceModel
+from runtime_helpers import VOCAB, make_batch, random_weights, tiny_runtime, tiny_spec
 
 PROMPT = [5, 17, 80, 3, 3, 41, 9, 60, 22, 7, 55, 1, 33, 70, 12, 48, 29, 64, 2]
 

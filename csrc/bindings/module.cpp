@@ -1,7 +1,9 @@
 // The module octavo._native. python/octavo/_native.pyi documents what it holds.
 
 #include "bindings/bindings.h"
+#include "core/backend.h"
 #include "cpu/kernels.h"
+#include "cpu/measure.h"
 #include "cpu/platform.h"
 #include "cuda/devices.h"
 
@@ -37,7 +39,14 @@ nb::dict build_info() {
 NB_MODULE(_native, module) {
   using namespace octavo::bindings;
   module.def("build_info", &build_info);
+  module.def("available_devices", &octavo::available_devices);
   module.def("available_isas", &octavo::cpu::available_isas);
+  module.def("measure_bandwidth", &octavo::cpu::measure_bandwidth, nb::arg("num_threads") = 0,
+             nb::arg("seconds") = 1.0, nb::arg("num_bytes") = 0,
+             nb::call_guard<nb::gil_scoped_release>());
+  module.def("measure_flops", &octavo::cpu::measure_flops, nb::arg("num_threads") = 0,
+             nb::arg("isa") = "auto", nb::arg("seconds") = 0.5,
+             nb::call_guard<nb::gil_scoped_release>());
   bind_runtime(module);
   bind_ops(module);
 }

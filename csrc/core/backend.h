@@ -192,7 +192,10 @@ inline Buffer::~Buffer() {
   if (data_) backend_->release(data_, bytes_);
 }
 
-// device: "cpu" or "cuda". num_threads 0: the physical cores this process may use. isa: "auto" or
+// The devices that this build can run a model on, on this machine; slowest first.
+std::vector<std::string> available_devices();
+
+// device: one of those. num_threads 0: the physical cores this process may use. isa: "auto" or
 // an instruction set of the CPU. Throws std::invalid_argument where the device is not to be had.
 std::unique_ptr<Backend> make_backend(const std::string& device, int num_threads,
                                       const std::string& isa);

@@ -10,10 +10,26 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 def build_info() -> dict[str, Any]:
-    """compiler, cuda (bool), isas (compiled), isa (what "auto" takes here), num_devices."""
+    """What was built, and what it found.
+
+    compiler, isas (compiled), isa (what "auto" takes here), physical_cores; cuda: whether the
+    build has CUDA's runtime; num_devices: CUDA devices of this machine.
+    """
+
+def available_devices() -> list[str]:
+    """The devices that a Runtime can be made for on this machine, slowest first."""
 
 def available_isas() -> list[str]:
     """The instruction sets that are compiled in and that this machine has, slowest first."""
+
+def measure_bandwidth(num_threads: int = 0, seconds: float = 1.0, num_bytes: int = 0) -> float:
+    """Bytes a second that all CPU threads together read from memory, the best of several passes.
+
+    num_bytes: the buffer to read; 0 takes a quarter of the free memory, at most 1 GiB.
+    """
+
+def measure_flops(num_threads: int = 0, isa: str = "auto", seconds: float = 0.5) -> float:
+    """Float32 operations a second, multiply-adds counted as two, of all CPU threads together."""
 
 class Batch:
     """What one step computes: ragged, with no distinction of prefill and decode.
@@ -90,7 +106,8 @@ class Runtime:
         (uint8, two codes a byte, the first in the low half), with its "NAME.scale" and, where the
         format has zeros, "NAME.zero", float (outputs, groups). An int8 matrix may also come as
         numbers, which are rounded to 127 steps of each row's largest magnitude.
-        The array is copied or packed before the call returns."""
+        The array is copied or packed before the call returns.
+        """
 
     def missing_weights(self) -> list[str]:
         """Names that `load` has not seen yet; the first step needs this to be empty."""
@@ -109,12 +126,14 @@ class Runtime:
     def submit(self, batch: Batch, taps: Sequence[str] | None = None) -> int:
         """Queue the forward pass and return a ticket at once; at most two may be in flight.
 
-        taps: names from octavo.models.spec.tap_names, or ["*"] for all."""
+        taps: names from octavo.models.spec.tap_names, or ["*"] for all.
+        """
 
     def sample(self, ticket: int, masks: Int32 | None = None) -> None:
         """Queue the sampling of the ticket's rows.
 
-        masks: int32 (num_rows, ceil(vocab / 32)); bit b of word w set allows token 32 w + b."""
+        masks: int32 (num_rows, ceil(vocab / 32)); bit b of word w set allows token 32 w + b.
+        """
 
     def logits(self, ticket: int) -> Float32:
         """(num_rows, vocab): waits for the forward pass. The ticket stays open."""
@@ -130,43 +149,76 @@ class Ops:
 
     def __init__(self, device: str = "cpu", num_threads: int = 0, isa: str = "auto") -> None: ...
     def embed(
-        self, table: Float32, token_ids: Int32, position_table: Float32 | None = None,
-        positions: Int32 | None = None, dtype: str = "f32",
+        self,
+        table: Float32,
+        token_ids: Int32,
+        position_table: Float32 | None = None,
+        positions: Int32 | None = None,
+        dtype: str = "f32",
     ) -> Float32: ...
     def norm(
         self, x: Float32, weight: Float32, bias: Float32 | None, eps: float, kind: str = "rms"
     ) -> Float32: ...
     def add_norm(
-        self, residual: Float32, x: Float32, weight: Float32, bias: Float32 | None, eps: float,
+        self,
+        residual: Float32,
+        x: Float32,
+        weight: Float32,
+        bias: Float32 | None,
+        eps: float,
         kind: str = "rms",
     ) -> tuple[Float32, Float32]: ...
     def linear(
         self, x: Float32, weight: Float32, bias: Float32 | None = None, dtype: str = "f32"
     ) -> Float32: ...
     def quantized_linear(
-        self, x: Float32, codes: NDArray[Any], scales: Float32, format: Any,
-        zeros: Float32 | None = None, bias: Float32 | None = None,
+        self,
+        x: Float32,
+        codes: NDArray[Any],
+        scales: Float32,
+        format: Any,
+        zeros: Float32 | None = None,
+        bias: Float32 | None = None,
     ) -> Float32: ...
     def rope_frequencies(self, rope: Any, head_dim: int) -> Float32: ...
     def rope_and_store(
-        self, q: Float32, k: Float32, v: Float32, positions: Int32, slots: Int32,
-        frequencies: Float32 | None, num_slots: int, block_size: int = 16, kv_dtype: str = "f32",
+        self,
+        q: Float32,
+        k: Float32,
+        v: Float32,
+        positions: Int32,
+        slots: Int32,
+        frequencies: Float32 | None,
+        num_slots: int,
+        block_size: int = 16,
+        kv_dtype: str = "f32",
     ) -> tuple[Float32, Float32, Float32]: ...
     def attention(
-        self, q: Float32, k: Float32, v: Float32, row_starts: Int32, context_lens: Int32,
-        block_tables: Int32, scale: float, window: int = 0, block_size: int = 16,
+        self,
+        q: Float32,
+        k: Float32,
+        v: Float32,
+        row_starts: Int32,
+        context_lens: Int32,
+        block_tables: Int32,
+        scale: float,
+        window: int = 0,
+        block_size: int = 16,
         kv_dtype: str = "f32",
     ) -> Float32: ...
-    def gated_activation(
-        self, gate: Float32 | None, up: Float32, activation: str
-    ) -> Float32: ...
+    def gated_activation(self, gate: Float32 | None, up: Float32, activation: str) -> Float32: ...
     def take_rows(self, x: Float32, rows: Int32) -> Float32: ...
     def sample(
-        self, logits: Float32, temperature: Float32, top_k: Int32, top_p: Float32, min_p: Float32,
-        seed: NDArray[np.uint64], sample_index: Int32, positions: Int32,
+        self,
+        logits: Float32,
+        temperature: Float32,
+        top_k: Int32,
+        top_p: Float32,
+        min_p: Float32,
+        seed: NDArray[np.uint64],
+        sample_index: Int32,
+        positions: Int32,
         masks: Int32 | None = None,
     ) -> Int32: ...
     def log_softmax(self, logits: Float32) -> Float32: ...
-    def gumbel(
-        self, seed: int, sample_index: int, position: int, vocab_size: int
-    ) -> Float32: ...
+    def gumbel(self, seed: int, sample_index: int, position: int, vocab_size: int) -> Float32: ...

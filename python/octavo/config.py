@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -129,11 +129,9 @@ class RuntimeOptions:
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)
 
 
-def resolve_device(device: str, num_accelerators: int) -> str:
-    """The device to run on: "auto" takes the accelerator when the machine has one."""
-    if device != "auto":
-        return device
-    return "cuda" if num_accelerators else "cpu"
+def resolve_device(device: str, available: Sequence[str]) -> str:
+    """The device to run on: "auto" takes the last of those available, which is the fastest."""
+    return available[-1] if device == "auto" else device
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

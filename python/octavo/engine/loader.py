@@ -59,7 +59,7 @@ def load_runtime(
 
     environment = read_environment() if environment is None else environment
     options = resolve_options(files.spec, checkpoint.dtype, config, environment)
-    device = resolve_device(config.device, int(_native.build_info()["num_devices"]))
+    device = resolve_device(config.device, _native.available_devices())
     try:
         runtime = _native.Runtime(device, files.spec, options)
     except ValueError as error:  # an instruction set or a device that this machine lacks

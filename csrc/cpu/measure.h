@@ -1,0 +1,22 @@
+// What this machine can do at best, for `octavo bench` to hold its figures against: measured here
+// and now, not looked up.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace octavo::cpu {
+
+// Bytes a second that all threads together read from memory: the fastest of several passes over
+// one buffer much larger than the caches, each thread reading a part that it touched first.
+// num_threads 0: one for each physical core. num_bytes 0: a quarter of the memory available, at
+// most 1 GiB. Takes about `seconds`, three passes at least.
+double measure_bandwidth(int num_threads, double seconds, std::size_t num_bytes);
+
+// Float32 operations a second (a fused multiply-add counts two) of all threads together, out of
+// registers: nothing that works on float32 numbers in this instruction set can be faster.
+// isa: one of available_isas(), or "auto" for the fastest of them; throws std::invalid_argument for
+// another. "scalar" is plain C++ as the compiler made it, a product and a sum.
+double measure_flops(int num_threads, const std::string& isa, double seconds);
+
+}  // namespace octavo::cpu
