@@ -81,9 +81,7 @@ def diff(
     ] = None,
     device: Annotated[
         str,
-        typer.Option(
-            help="Where octavo computes.", metavar="auto|cpu|cuda", rich_help_panel=_HOW
-        ),
+        typer.Option(help="Where octavo computes.", metavar="auto|cpu|cuda", rich_help_panel=_HOW),
     ] = "cpu",
     num_threads: NumThreadsOption = 0,
     load_format: Annotated[
