@@ -24,6 +24,7 @@ from octavo.reference.ops import Array, Float32, Integers
 
 Taps = dict[str, Float32]
 _DTYPES = ("f32", "bf16")
+_KV_DTYPES = (*_DTYPES, "int8")
 
 
 @dataclass
@@ -53,7 +54,8 @@ class ReferenceModel:
 
     spec: what the model is. weights: float32 arrays with the names and shapes of
     `octavo.models.spec.weight_shapes`. dtype: "bf16" rounds the matrices and what is multiplied
-    by them to bfloat16. kv_dtype: "bf16" rounds keys and values as they enter the cache.
+    by them to bfloat16. kv_dtype: "bf16" and "int8" round keys and values as they enter the
+    cache (`ops.to_cache`).
     compute: np.float32, or np.float64 for judging the rounding of others.
     """
 
@@ -66,8 +68,11 @@ class ReferenceModel:
         kv_dtype: str = "f32",
         compute: type[np.float32] | type[np.float64] = np.float32,
     ) -> None:
-        if dtype not in _DTYPES or kv_dtype not in _DTYPES:
-            raise ValueError(f"dtype is {dtype!r} and kv_dtype {kv_dtype!r}; expected f32 or bf16")
+        if dtype not in _DTYPES or kv_dtype not in _KV_DTYPES:
+            raise ValueError(
+                f"dtype is {dtype!r} and kv_dtype {kv_dtype!r}; "
+                f"expected one of {_DTYPES} and one of {_KV_DTYPES}"
+            )
         self.spec = spec
         self.dtype = dtype
         self.kv_dtype = kv_dtype

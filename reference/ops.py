@@ -197,7 +197,7 @@ def rope_and_store(
 
     q: (rows, num_heads, head_dim); k, v: (rows, num_kv_heads, head_dim); positions: (rows,);
     slots: (rows,), where each row's key and value go, a negative one nowhere; frequencies as in
-    `rope`. kv_dtype "bf16" rounds what is stored. Returns the rotated q, and the cache's keys and
+    `rope`. kv_dtype: see `to_cache`. Returns the rotated q, and the cache's keys and
     values, each (num_slots, num_kv_heads, head_dim), zero where nothing was stored.
     """
     k_cache = np.zeros((num_slots, *k.shape[1:]), dtype=k.dtype)
@@ -209,7 +209,15 @@ def rope_and_store(
 
 
 def to_cache(x: Array, kv_dtype: str) -> Array:
-    """What a KV cache of this dtype keeps of rotated keys or of values; any shape."""
+    """What a KV cache of this dtype keeps of rotated keys or of values, (..., head_dim).
+
+    "int8": each head of each token is rounded to 127 steps of its largest magnitude.
+    """
+    if kv_dtype == "int8":
+        values = x.astype(np.float32)
+        largest = np.max(np.abs(values), axis=-1, keepdims=True)
+        scales = np.where(largest > 0, largest / np.float32(127), np.float32(1))
+        return (np.rint(values / scales) * scales).astype(x.dtype, copy=False)
     return round_to_bf16(x) if kv_dtype == "bf16" else x
 
 

@@ -154,7 +154,7 @@ def rope_and_store_cases() -> Iterator[Case]:
         slots[rows // 2] = -1 if rows > 1 else slots[0]
         for name in (None, *ROPES):
             frequencies = name and definition.rope_frequencies(ROPES[name], head_dim)
-            for kv_dtype in ("f32", "bf16"):
+            for kv_dtype in ("f32", "bf16", "int8"):
                 arguments = (q, k, v, positions, slots, frequencies, 64)
                 yield Case(
                     "rope_and_store",
@@ -258,7 +258,7 @@ def attention_cases() -> Iterator[Case]:
             make_sequence(100 * index + i, rows, context, heads, head_dim)
             for i, (rows, context) in enumerate(lengths)
         ]
-        for kv_dtype in ("f32", "bf16"):
+        for kv_dtype in ("f32", "bf16", "int8"):
             arguments = (sequences, head_dim**-0.5, window, kv_dtype)
             yield Case(
                 "attention",

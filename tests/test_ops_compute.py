@@ -75,7 +75,7 @@ def test_row_alone_or_among_others(op: str) -> None:
     assert same_bits(alone, run(slice(0, 40)))
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, threads: int) -> None:

@@ -116,17 +116,19 @@ void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
   }
 }
 
-DType storage_dtype(const std::string& given, const char* what) {
-  const DType dtype = parse_dtype(given, what);
-  require(dtype == DType::f32 || dtype == DType::bf16, what, " is \"", given,
-          "\"; expected f32 or bf16");
+// The format of the KV cache.
+DType kv_dtype(const std::string& given) {
+  const DType dtype = parse_dtype(given, "kv_dtype");
+  require(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::int8, "kv_dtype is \"",
+          given, "\"; expected f32, bf16 or int8");
   return dtype;
 }
 
 std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec& spec,
                                      const RuntimeOptions& options) {
   check_options(options, spec);
-  storage_dtype(options.dtype, "dtype");
+  require(options.dtype == "f32" || options.dtype == "bf16", "dtype is \"", options.dtype,
+          "\"; expected f32 or bf16");
   std::unique_ptr<Backend> backend = make_backend(device, options.num_threads, options.isa);
   std::string problems;
   for (const std::string& problem : backend->unsupported(spec)) problems += "\n  - " + problem;
@@ -140,7 +142,7 @@ std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec&
 Runtime::Runtime(const std::string& device, const ModelSpec& spec, const RuntimeOptions& options)
     : spec_(spec),
       options_(options),
-      kv_dtype_(storage_dtype(options.kv_dtype, "kv_dtype")),
+      kv_dtype_(kv_dtype(options.kv_dtype)),
       backend_(backend_for(device, spec_, options_)),
       weights_(*backend_, spec_, options_),
       decoder_(*backend_, spec_, weights_, options.max_num_batched_tokens),

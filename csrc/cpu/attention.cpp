@@ -3,6 +3,7 @@
 #include "cpu/backend.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace octavo::cpu {
@@ -33,24 +34,45 @@ void rotate(float* x, const float* cosines, const float* sines, std::int64_t hal
   }
 }
 
-template <class Item>
-Item stored(float value) {
-  if constexpr (sizeof(Item) == 2) {
-    return float_to_bf16(value);
-  } else {
-    return value;
+// Puts one head's vector of a token into a block: item(d) is where element d goes. Returns the
+// scale: 1 unless the items are int8, which are 127 steps of the vector's largest magnitude.
+template <class Item, class Where>
+float store_vector(Item* items, const float* values, std::int64_t head_dim, Where&& where) {
+  float scale = 1.0f;
+  if constexpr (sizeof(Item) == 1) {
+    float largest = 0.0f;
+    for (std::int64_t d = 0; d < head_dim; ++d) largest = std::max(largest, std::fabs(values[d]));
+    if (largest > 0.0f) scale = largest / 127.0f;
   }
+  for (std::int64_t d = 0; d < head_dim; ++d) {
+    if constexpr (sizeof(Item) == 1) {
+      const float steps = std::nearbyint(values[d] / scale);  // ties to even
+      items[where(d)] = static_cast<Item>(std::min(127.0f, std::max(-127.0f, steps)));
+    } else if constexpr (sizeof(Item) == 2) {
+      items[where(d)] = float_to_bf16(values[d]);
+    } else {
+      items[where(d)] = values[d];
+    }
+  }
+  return scale;
 }
 
 template <class Item>
 void store_token(unsigned char* block, const KvLayout& layout, std::int64_t within,
                  const float* keys, const float* values) {
+  const std::int64_t dim = layout.head_dim;
   for (std::int64_t head = 0; head < layout.num_kv_heads; ++head) {
-    Item* items = reinterpret_cast<Item*>(block) + head * layout.head_items();
-    for (std::int64_t d = 0; d < layout.head_dim; ++d) {
-      items[layout.key_item(within, d)] = stored<Item>(keys[head * layout.head_dim + d]);
-      items[layout.value_item(within, d)] = stored<Item>(values[head * layout.head_dim + d]);
-    }
+    unsigned char* bytes = block + head * layout.head_bytes();
+    Item* items = reinterpret_cast<Item*>(bytes);
+    const float key_scale = store_vector(
+        items, keys + head * dim, dim, [&](std::int64_t d) { return layout.key_item(within, d); });
+    const float value_scale = store_vector(items, values + head * dim, dim, [&](std::int64_t d) {
+      return layout.value_item(within, d);
+    });
+    if (layout.dtype != DType::int8) continue;
+    float* scales = reinterpret_cast<float*>(bytes + layout.scales_at());
+    scales[within] = key_scale;
+    scales[layout.block_size + within] = value_scale;
   }
 }
 
@@ -84,8 +106,7 @@ AttendTask make_task(const Piece& piece, View q, const LayerSpec& layer, float s
                      const KvLayer& kv, const Step& step) {
   AttendTask task;
   task.layout = layout_of(kv);
-  task.kv = static_cast<const unsigned char*>(kv.data) +
-            piece.head * task.layout.head_items() * bits_of(kv.dtype) / 8;
+  task.kv = static_cast<const unsigned char*>(kv.data) + piece.head * task.layout.head_bytes();
   task.block_table = step.block_table(layer.kv_group, piece.seq);
   task.window = layer.window;
   task.scale = scale;
@@ -141,10 +162,15 @@ void CpuBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& lay
     unsigned char* block =
         static_cast<unsigned char*>(kv.data) + slots[t] / kv.block_size * kv.block_bytes;
     const std::int64_t within = slots[t] % kv.block_size;
-    if (kv.dtype == DType::bf16) {
-      store_token<std::uint16_t>(block, layout, within, keys, values);
-    } else {
-      store_token<float>(block, layout, within, keys, values);
+    switch (kv.dtype) {
+      case DType::f32:
+        return store_token<float>(block, layout, within, keys, values);
+      case DType::bf16:
+        return store_token<std::uint16_t>(block, layout, within, keys, values);
+      case DType::int8:
+        return store_token<std::int8_t>(block, layout, within, keys, values);
+      default:
+        break;  // Runtime admits no other
     }
   });
 }
@@ -235,10 +261,21 @@ void CpuBackend::read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<
         static_cast<const unsigned char*>(kv.data) + slot / kv.block_size * kv.block_bytes;
     const std::int64_t within = slot % kv.block_size;
     for (std::int64_t head = 0; head < kv.num_kv_heads; ++head) {
-      const std::int64_t items = head * layout.head_items();
+      const unsigned char* bytes = block + head * layout.head_bytes();
+      float key_scale = 1.0f, value_scale = 1.0f;
+      if (kv.dtype == DType::int8) {
+        const float* scales = reinterpret_cast<const float*>(bytes + layout.scales_at());
+        key_scale = scales[within];
+        value_scale = scales[layout.block_size + within];
+      }
+      const auto item = [&](std::int64_t index) {
+        return kv.dtype == DType::int8
+                   ? static_cast<float>(reinterpret_cast<const std::int8_t*>(bytes)[index])
+                   : load_float(bytes, kv.dtype, index);
+      };
       for (std::int64_t d = 0; d < kv.head_dim; ++d) {
-        keys.push_back(load_float(block, kv.dtype, items + layout.key_item(within, d)));
-        values.push_back(load_float(block, kv.dtype, items + layout.value_item(within, d)));
+        keys.push_back(item(layout.key_item(within, d)) * key_scale);
+        values.push_back(item(layout.value_item(within, d)) * value_scale);
       }
     }
   }

@@ -49,12 +49,17 @@ inline std::int64_t num_groups(const LinearTask& task) {
 
 // How the keys and values of one KV head lie in a block:
 //   keys [block_size / 16][head_dim][16], then values [block_size][padded_dim]
+// and when they are int8, a float32 scale for each token's key, then for each token's value.
 struct KvLayout {
   DType dtype = DType::f32;
   std::int64_t block_size = 0, head_dim = 0, padded_dim = 0, num_kv_heads = 0;
 
-  std::int64_t head_items() const { return block_size * (head_dim + padded_dim); }
-  std::int64_t block_bytes() const { return num_kv_heads * head_items() * bits_of(dtype) / 8; }
+  std::int64_t item_bytes() const { return bits_of(dtype) / 8; }
+  std::int64_t scales_at() const { return block_size * (head_dim + padded_dim) * item_bytes(); }
+  std::int64_t head_bytes() const {
+    return scales_at() + (dtype == DType::int8 ? 2 * block_size * 4 : 0);
+  }
+  std::int64_t block_bytes() const { return num_kv_heads * head_bytes(); }
   std::int64_t key_item(std::int64_t token, std::int64_t dim) const {
     return (token / kLanes * head_dim + dim) * kLanes + token % kLanes;
   }

@@ -46,15 +46,39 @@ inline void add_values(float* out, const Item* values, std::int64_t padded_dim,
   for (int n = 0; n < NV; ++n) store(out + n * kLanes, acc[n]);
 }
 
+// One tile of stored tokens, as one KV head sees it. The scales are null unless they are int8.
+template <class Item>
+struct Tile {
+  const Item* keys;
+  const Item* values;
+  const float* key_scales;
+  const float* value_scales;
+};
+
+template <class Item>
+inline Tile<Item> find_tile(const AttendTask& task, std::int64_t token) {
+  const KvLayout& layout = task.layout;
+  const std::int64_t within = token % layout.block_size;
+  const std::int64_t block = task.block_table[token / layout.block_size];
+  const unsigned char* head = task.kv + block * layout.block_bytes();
+  const Item* items = reinterpret_cast<const Item*>(head);
+  const float* scales = nullptr;
+  if (layout.dtype == DType::int8)
+    scales = reinterpret_cast<const float*>(head + layout.scales_at()) + within;
+  return {items + layout.key_item(within, 0), items + layout.value_item(within, 0), scales,
+          scales ? scales + layout.block_size : nullptr};
+}
+
 // Takes one tile into a row's state. sum_lane: the denominator, still in 16 lanes.
 template <class Item>
 inline void attend_tile(const AttendTask& task, AttendState& state, Vec& sum_lane,
-                        const float* scores, const Item* values, Visible visible) {
+                        const float* scores, const Tile<Item>& tile, Visible visible) {
   constexpr float kHidden = -std::numeric_limits<float>::infinity();
   float masked[16];
   for (std::int64_t t = 0; t < kLanes; ++t) {
     const bool is_visible = visible.low <= t && t < visible.high;
-    masked[t] = is_visible ? scores[t] * task.scale : kHidden;
+    const float score = tile.key_scales ? scores[t] * tile.key_scales[t] : scores[t];
+    masked[t] = is_visible ? score * task.scale : kHidden;
   }
   const Vec score = load(masked);
   const float tile_max = max_lanes(score);
@@ -65,13 +89,13 @@ inline void attend_tile(const AttendTask& task, AttendState& state, Vec& sum_lan
   sum_lane = add(mul(sum_lane, correction), weight);
   state.max = new_max;
   float weights[16];
-  store(weights, weight);
+  store(weights, tile.value_scales ? mul(weight, load(tile.value_scales)) : weight);
   const std::int64_t padded = task.layout.padded_dim;
   std::int64_t d = 0;
   for (; d + 4 * kLanes <= padded; d += 4 * kLanes)
-    add_values<4>(state.out + d, values + d, padded, weights, visible, correction);
+    add_values<4>(state.out + d, tile.values + d, padded, weights, visible, correction);
   for (; d < padded; d += kLanes)
-    add_values<1>(state.out + d, values + d, padded, weights, visible, correction);
+    add_values<1>(state.out + d, tile.values + d, padded, weights, visible, correction);
 }
 
 template <class Item>
@@ -83,25 +107,21 @@ inline void attend_format(const AttendTask& task, AttendState* states) {
     sum_lane[r] = zero();
     std::memset(states[r].out, 0, static_cast<std::size_t>(layout.padded_dim) * sizeof(float));
   }
-  for (std::int64_t tile = task.begin; tile < task.end; tile += kLanes) {
-    const std::int64_t within = tile % layout.block_size;
-    const std::int64_t block = task.block_table[tile / layout.block_size];
-    const Item* head = reinterpret_cast<const Item*>(task.kv + block * layout.block_bytes());
-    const Item* keys = head + layout.key_item(within, 0);
-    const Item* values = head + layout.value_item(within, 0);
+  for (std::int64_t token = task.begin; token < task.end; token += kLanes) {
+    const Tile<Item> tile = find_tile<Item>(task, token);
     for (int first = 0; first < task.rows; first += kScoreRows) {
       float scores[kScoreRows * kLanes];
       const int rows = task.rows - first < kScoreRows ? task.rows - first : kScoreRows;
       if (rows == kScoreRows) {
-        tile_scores<kScoreRows>(task.q + first, keys, layout.head_dim, scores);
+        tile_scores<kScoreRows>(task.q + first, tile.keys, layout.head_dim, scores);
       } else {
         for (int r = 0; r < rows; ++r)
-          tile_scores<1>(task.q + first + r, keys, layout.head_dim, scores + r * kLanes);
+          tile_scores<1>(task.q + first + r, tile.keys, layout.head_dim, scores + r * kLanes);
       }
       for (int r = 0; r < rows; ++r) {
-        const Visible visible = visible_lanes(task, first + r, tile);
+        const Visible visible = visible_lanes(task, first + r, token);
         if (visible.low >= visible.high) continue;
-        attend_tile(task, states[first + r], sum_lane[first + r], scores + r * kLanes, values,
+        attend_tile(task, states[first + r], sum_lane[first + r], scores + r * kLanes, tile,
                     visible);
       }
     }
@@ -110,10 +130,15 @@ inline void attend_format(const AttendTask& task, AttendState* states) {
 }
 
 void attend(const AttendTask& task, AttendState* states) {
-  if (task.layout.dtype == DType::bf16) {
-    attend_format<std::uint16_t>(task, states);
-  } else {
-    attend_format<float>(task, states);
+  switch (task.layout.dtype) {
+    case DType::f32:
+      return attend_format<float>(task, states);
+    case DType::bf16:
+      return attend_format<std::uint16_t>(task, states);
+    case DType::int8:
+      return attend_format<std::int8_t>(task, states);
+    default:
+      break;  // Runtime admits no other
   }
 }
 

@@ -45,6 +45,14 @@ inline Vec load(const std::uint16_t* p) {
   };
   return {widen(p), widen(p + 8)};
 }
+// 16 signed bytes.
+inline Vec load(const std::int8_t* p) {
+  const auto widen = [](const std::int8_t* from) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  };
+  return {widen(p), widen(p + 8)};
+}
 
 // ---- 16 words of packed weights ----
 
