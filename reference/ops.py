@@ -217,7 +217,8 @@ def to_cache(x: Array, kv_dtype: str) -> Array:
         values = x.astype(np.float32)
         largest = np.max(np.abs(values), axis=-1, keepdims=True)
         scales = np.where(largest > 0, largest / np.float32(127), np.float32(1))
-        return (np.rint(values / scales) * scales).astype(x.dtype, copy=False)
+        rounded: Array = (np.rint(values / scales) * scales).astype(x.dtype, copy=False)
+        return rounded
     return round_to_bf16(x) if kv_dtype == "bf16" else x
 
 
