@@ -78,11 +78,9 @@ def _check_number(
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     in_range = is_number and math.isfinite(value) and low <= value <= high
     if not in_range or (exclude_low and value == low):
-        start = "above" if exclude_low else "from"
-        end = "" if math.isinf(high) else f" to {high:g}"
-        raise InvalidArgumentError(
-            f"{name} is {value!r}; expected a number {start} {low:g}{end} ({advice})"
-        )
+        start = f"above {low:g}" if exclude_low else f"{low:g} or more"
+        end = "" if math.isinf(high) else f", at most {high:g}"
+        raise InvalidArgumentError(f"{name} is {value!r}; expected {start}{end} ({advice})")
 
 
 def _check_integer(name: str, value: int, low: int, high: int | None, advice: str) -> None:
