@@ -1,0 +1,251 @@
+"""octavo beside Hugging Face on one machine in one run: decoding and prefill, with their ceilings.
+
+    python benchmarks/compare_hf.py [--quick] [--dtypes bf16,f32] [--rounds 5]
+
+No figure without its gate: before anything is timed, both sides must give the same answer (float32:
+log-probabilities within 1e-3 and 64 greedy tokens identical; bf16: no further from float32 than
+half as far again as Hugging Face's own bf16). Then the two take turns, and the ratio is the median
+over the rounds. Beside each figure stands its limit: what decoding reads from memory against the
+memory's measured bandwidth, and what prefill computes against the measured peak of float32
+multiply-adds.
+benchmarks/README.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from machine import processor, stamp
+from sides import HuggingFaceSide, OctavoSide, Remote
+
+from octavo import _native
+from octavo.config import read_environment
+from octavo.models.registry import read_model
+from octavo.models.spec import ModelSpec, weight_shapes
+from octavo.text.tokenizer import Tokenizer
+from octavo.weights.hub import resolve_model
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BYTES = {"f32": 4, "bf16": 2}
+GATE_TOKENS = 64
+TEXT = """The octavo is a book made of sheets that were folded three times, so that each of them
+gives eight leaves, or sixteen pages. Printers chose it when a book had to be cheap and easy to
+carry: a traveller could hold it in one hand and read by a window. In 1501 a printer in Venice
+published Virgil this way, in a slanted type that saved space, and within a few years 3,000 copies
+were on the road. What had been furniture became company. Consider how much is decided by such a
+format: the length of a line, the size of a letter, the number of words an eye takes in at once.
+"""
+
+
+def linear_parameters(spec: ModelSpec) -> int:
+    """Numbers in the matrices that every token is multiplied with, the head among them."""
+    matrices = [shape for shape in weight_shapes(spec).values() if len(shape) == 2]
+    total = sum(rows * columns for rows, columns in matrices)
+    # A tied head is the embedding; an untied model has both, and the table is only looked up in.
+    return total if spec.tie_word_embeddings else total - spec.vocab_size * spec.hidden_size
+
+
+def decode_bytes(spec: ModelSpec, dtype: str, context: float) -> float:
+    """Bytes one decoded token has to read: every matrix once, and the cache of its context."""
+    return BYTES[dtype] * (linear_parameters(spec) + spec.kv_elements_per_token() * context)
+
+
+def prefill_operations(spec: ModelSpec, num_tokens: int) -> float:
+    """Multiplications and additions of a prompt whose last row alone goes through the head."""
+    head = spec.vocab_size * spec.hidden_size
+    attention = sum(2 * layer.q_size * num_tokens**2 for layer in spec.layers)  # half is masked
+    return 2.0 * ((linear_parameters(spec) - head) * num_tokens + head) + attention
+
+
+class Comparison:
+    """Both sides in one format."""
+
+    def __init__(self, arguments: argparse.Namespace, path: Path, dtype: str) -> None:
+        self.arguments = arguments
+        self.path = path
+        self.dtype = dtype
+        self.spec = read_model(path).spec
+        tokens = Tokenizer(path).encode(TEXT * 8)
+        self.prompt = tokens[: arguments.prompt_tokens]
+        self.long_prompt = tokens[: arguments.prefill_tokens]
+        self.sides = {
+            "octavo": Remote(OctavoSide, path, dtype, arguments.threads),
+            "hugging face": Remote(HuggingFaceSide, path, dtype, arguments.threads),
+        }
+
+    def close(self) -> None:
+        for side in self.sides.values():
+            side.close()
+
+    def gate(self) -> dict[str, Any]:
+        """What must hold before anything is timed; also warms both sides up."""
+        if self.dtype == "f32":
+            exact = self.sides["hugging face"]
+        else:
+            exact = Remote(HuggingFaceSide, self.path, "f32", self.arguments.threads)
+        errors = {}
+        for name, side in self.sides.items():
+            errors[name] = 0.0
+            for prompt in (self.prompt, self.long_prompt):
+                truth = exact("logprobs", prompt)
+                given = side("logprobs", prompt)
+                best = sorted(truth, key=truth.__getitem__)[-20:]
+                common = [token for token in best if token in given]
+                if len(common) < 10:
+                    sys.exit(f"gate: {name} shares {len(common)} of the 20 likeliest tokens")
+                error = max(abs(truth[token] - given[token]) for token in common)
+                errors[name] = max(errors[name], error)
+        if exact is not self.sides["hugging face"]:
+            exact.close()
+        tokens = {
+            name: list(side("decode", self.prompt, self.arguments.new_tokens)["tokens"])
+            for name, side in self.sides.items()
+        }
+        pairs = list(zip(*tokens.values(), strict=True))
+        same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
+        if self.dtype == "f32":
+            passed = errors["octavo"] <= 1e-3 and same >= min(GATE_TOKENS, len(pairs))
+        else:
+            passed = errors["octavo"] <= 1.5 * errors["hugging face"]
+        text = ",".join(map(str, tokens["octavo"]))
+        result = {
+            "passed": passed,
+            "logprob_errors": errors,
+            "same_greedy_tokens": f"{same} of {len(pairs)}",
+            "tokens_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+        }
+        print(
+            f"{self.dtype}: gate {'passed' if passed else 'FAILED'}: log-probabilities from "
+            f"float32: octavo {errors['octavo']:.1e}, Hugging Face {errors['hugging face']:.1e}; "
+            f"greedy tokens the same: {result['same_greedy_tokens']}",
+            flush=True,
+        )
+        return result
+
+    def measure(self) -> dict[str, dict[str, list[float]]]:
+        """Speeds of every round; the two sides take turns at going first."""
+        speeds: dict[str, dict[str, list[float]]] = {
+            kind: {name: [] for name in self.sides} for kind in ("decode", "prefill")
+        }
+        for number in range(self.arguments.rounds):
+            for kind in speeds:
+                names = list(self.sides)[:: 1 if number % 2 == 0 else -1]
+                for name in names:
+                    if kind == "decode":
+                        values = (self.prompt, self.arguments.new_tokens)
+                    else:
+                        values = (self.long_prompt,)
+                    speeds[kind][name].append(self.sides[name](kind, *values)["speed"])
+        return speeds
+
+    def ceilings(self) -> dict[str, Any]:
+        """The machine's limits, and what they would allow in tokens a second."""
+        bandwidth = _native.measure_bandwidth(self.arguments.threads)
+        flops = _native.measure_flops(self.arguments.threads)
+        context = len(self.prompt) + self.arguments.new_tokens / 2
+        token_bytes = decode_bytes(self.spec, self.dtype, context)
+        operations = prefill_operations(self.spec, len(self.long_prompt)) / len(self.long_prompt)
+        return {
+            "read_bandwidth": bandwidth,
+            "bytes_per_decoded_token": token_bytes,
+            "decode": bandwidth / token_bytes,
+            "multiply_add_peak": flops,
+            "torch_matmul": self.sides["hugging face"]("matmul_peak")["speed"],
+            "operations_per_prompt_token": operations,
+            "prefill": flops / operations,
+        }
+
+
+def report(dtype: str, speeds: dict[str, dict[str, list[float]]], limits: dict[str, Any]) -> dict:
+    """Print the two rows of a format; returns the ratios."""
+    ratios = {}
+    for kind, sides in speeds.items():
+        ours, theirs = (statistics.median(values) for values in sides.values())
+        pairs = zip(*sides.values(), strict=True)
+        ratios[kind] = statistics.median(mine / other for mine, other in pairs)
+        if kind == "decode":
+            rate = ours * limits["bytes_per_decoded_token"]
+            reached = f"{rate / 1e9:.1f} of {limits['read_bandwidth'] / 1e9:.1f} GB/s"
+        else:
+            rate = ours * limits["operations_per_prompt_token"]
+            reached = f"{rate / 1e9:.0f} of {limits['multiply_add_peak'] / 1e9:.0f} Gop/s"
+        share = 100 * ours / limits[kind]
+        print(
+            f"{kind:8} {dtype:5} {ours:10.1f} {theirs:14.1f} {ratios[kind]:8.2f}   "
+            f"{reached:22} {share:4.0f}%",
+            flush=True,
+        )
+    return ratios
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtypes", default="bf16,f32")
+    parser.add_argument(
+        "--threads", type=int, default=_native.build_info()["physical_cores"], help="of each side"
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=32, help="before decoding")
+    parser.add_argument("--new-tokens", type=int, default=128, help="decoded")
+    parser.add_argument("--prefill-tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="two rounds, nothing written")
+    parser.add_argument("--min-decode", type=float, default=0.0, help="fail below this ratio, bf16")
+    parser.add_argument("--min-prefill", type=float, default=0.0, help="the same for prefill")
+    parser.add_argument("--output", type=Path, help="JSON file; default: in benchmarks/results")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rounds, arguments.new_tokens = 2, GATE_TOKENS
+    return arguments
+
+
+def main() -> None:
+    """Compare in every format asked for; exit code 1 when a gate fails."""
+    arguments = parse_arguments()
+    path = resolve_model(arguments.model, read_environment())
+    print(f"{processor()}, {arguments.threads} threads", flush=True)
+    result: dict[str, Any] = {
+        "benchmark": "compare_hf",
+        "arguments": {k: str(v) for k, v in vars(arguments).items() if k != "output"},
+        "machine": stamp(arguments.threads),
+    }
+    rows = []
+    for dtype in arguments.dtypes.split(","):
+        comparison = Comparison(arguments, path, dtype)
+        try:
+            gate = comparison.gate()
+            if not gate["passed"]:
+                sys.exit(1)
+            speeds, limits = comparison.measure(), comparison.ceilings()
+        finally:
+            comparison.close()
+        result[dtype] = {"gate": gate, "tokens_per_second": speeds, "ceilings": limits}
+        rows.append((dtype, speeds, limits))
+
+    print(f"\n{'tokens/s':14} {'octavo':>10} {'Hugging Face':>14} {'ratio':>8}   of the ceiling")
+    too_slow = False
+    for dtype, speeds, limits in rows:
+        ratios = report(dtype, speeds, limits)
+        result[dtype]["ratios"] = ratios
+        if dtype == "bf16":
+            wanted = {"decode": arguments.min_decode, "prefill": arguments.min_prefill}
+            too_slow = any(ratios[kind] < ratio for kind, ratio in wanted.items())
+    if not arguments.quick:
+        name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+        file = arguments.output or RESULTS / f"compare_hf-{name}-{arguments.threads}t.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"\nwritten: {file}")
+    if too_slow:
+        sys.exit("error: octavo is slower than asked for (--min-decode, --min-prefill)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What a figure was measured on: the machine and the versions of everything."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from octavo import _native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit of the checkout, "-dirty" behind it when files differ; "" outside git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def stamp(num_threads: int) -> dict[str, Any]:
+    """What belongs beside every figure."""
+    packages = ["octavo", "numpy", "torch", "transformers"]
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "processor": processor(),
+        "num_threads": num_threads,
+        "native": _native.build_info(),
+        "system": platform.platform(),
+        "python": sys.version.split()[0],
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit(),
+    }
