@@ -24,6 +24,7 @@ class Verb(NamedTuple):
 
 
 _RUN, _MODELS = "Run a model", "Look after models"
+_MEASURE = "Measure"
 
 # In the order of `octavo --help`. The summaries stand here so that help need not import the verbs.
 VERBS = (
@@ -33,6 +34,7 @@ VERBS = (
     Verb("pull", "Fetch a model, or convert a GGUF file, into the cache.", _MODELS),
     Verb("info", "Show what a model is and whether it fits in memory.", _MODELS),
     Verb("diff", "Show where octavo, its reference and Hugging Face part.", _MODELS),
+    Verb("eval", "Measure perplexity, and what a number format costs.", _MEASURE),
 )
 
 _EPILOG = """Start here:  [bold]octavo generate "What is the capital of France?"[/bold]

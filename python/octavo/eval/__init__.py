@@ -1,0 +1,1 @@
+"""`octavo eval`: perplexity, and how far a model's distributions lie from another's."""
