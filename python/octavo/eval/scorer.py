@@ -85,8 +85,7 @@ class Scorer:
                 row_starts=np.array([0, end - start], np.int32),
                 context_lens=np.array([length], np.int32),
                 block_tables=np.ascontiguousarray(self._blocks[:, :, :held]),
-                # A step has at least one logit row; one that scores nothing is not passed on.
-                logit_rows=np.arange(min(first, end - 1) - start, end - start, dtype=np.int32),
+                logit_rows=np.arange(first - start, end - start, dtype=np.int32),
             )
             ticket = self._runtime.submit(batch)
             logits = self._runtime.logits(ticket) if first < end else None

@@ -1,0 +1,1 @@
+"""`octavo bench`: speed, held against the machine's limits, and never without its gate."""

@@ -1,0 +1,156 @@
+"""What is measured, and what it has to read and compute at least: arithmetic only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from octavo.errors import InvalidArgumentError
+from octavo.models.spec import LayerSpec, ModelSpec, weight_shapes
+
+KV_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    "prefill": one prompt of num_tokens tokens, into an empty cache, logits of the last.
+    "decode": num_tokens steps of `batch` sequences, each with `depth` tokens in the cache before.
+    """
+
+    kind: Literal["prefill", "decode"]
+    num_tokens: int
+    batch: int = 1
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """As llama-bench names it: pp512, tg128, tg128 @ d1024."""
+        short = "pp" if self.kind == "prefill" else "tg"
+        return f"{short}{self.num_tokens}" + (f" @ d{self.depth}" if self.depth else "")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one run computes, by which its speed is counted."""
+        return self.num_tokens * self.batch
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence holds at the end."""
+        return self.depth + self.num_tokens
+
+
+def make_cases(
+    prompts: Sequence[int], generated: Sequence[int], batches: Sequence[int], depths: Sequence[int]
+) -> list[Case]:
+    """Every prompt length; then every number of tokens, at every depth and batch size.
+
+    A 0 among prompts or generated leaves those out, as in llama-bench. Raises
+    InvalidArgumentError when nothing is left, or a batch is 0 or anything negative.
+    """
+    for name, values, least in (
+        ("-p", prompts, 0),
+        ("-n", generated, 0),
+        ("-b", batches, 1),
+        ("-d", depths, 0),
+    ):
+        for value in values:
+            if value < least:
+                raise InvalidArgumentError(f"{name} has {value}; expected {least} or more")
+    cases = [Case("prefill", tokens) for tokens in prompts if tokens]
+    cases += [
+        Case("decode", tokens, batch, depth)
+        for tokens in generated
+        if tokens
+        for depth in depths
+        for batch in batches
+    ]
+    if not cases:
+        raise InvalidArgumentError("nothing to measure; expected a -p or a -n above 0")
+    return cases
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that a run moves and computes.
+
+    num_bytes: read from memory: every weight once a step, and the keys and values of every token
+        attended to, once a step and sequence (what a step writes is little beside it).
+    num_operations: multiplications and additions of matrix products and attention.
+    """
+
+    num_bytes: float
+    num_operations: float
+
+
+def linear_weights(spec: ModelSpec) -> int:
+    """Numbers in the matrices of the layers; the head is apart, for it sees fewer rows."""
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    return sum(
+        math.prod(shape)
+        for name, shape in weight_shapes(spec).items()
+        if name.endswith(tuple(f".{part}.weight" for part in names))
+    )
+
+
+def streamed_bytes(spec: ModelSpec, weight_bytes: int, embed_item_size: float) -> float:
+    """Bytes of weights that a step reads, of `weight_bytes` that all of them take.
+
+    All, but for an embedding that is not the head too: there only the tokens' rows are read.
+    """
+    if spec.tie_word_embeddings:
+        return float(weight_bytes)
+    return weight_bytes - embed_item_size * spec.vocab_size * spec.hidden_size
+
+
+def _seen(layer: LayerSpec, context: int) -> int:
+    """How many tokens a query sees with `context` tokens up to and with its own."""
+    return min(context, layer.window) if layer.window else context
+
+
+def work_of(case: Case, spec: ModelSpec, step_bytes: float, kv_dtype: str, chunk: int) -> Work:
+    """The work of one run of a case.
+
+    step_bytes: of `streamed_bytes`. chunk: most tokens a step carries, in prefill.
+    """
+    if case.kind == "prefill":
+        ends = [min(start + chunk, case.num_tokens) for start in range(0, case.num_tokens, chunk)]
+        num_steps, rows = len(ends), 1
+        read = [(end, 1) for end in ends]
+        queries: Iterable[int] = range(1, case.num_tokens + 1)
+    else:
+        contexts = range(case.depth + 1, case.depth + case.num_tokens + 1)
+        num_steps, rows = case.num_tokens, case.tokens
+        read = [(context, case.batch) for context in contexts]
+        queries = contexts
+    item = KV_BYTES[kv_dtype]
+    num_bytes = num_steps * step_bytes
+    operations = 2.0 * linear_weights(spec) * case.tokens
+    operations += 2.0 * spec.vocab_size * spec.hidden_size * rows
+    queries = list(queries)
+    for layer in spec.layers:
+        num_bytes += sum(
+            2.0 * layer.kv_size * item * _seen(layer, end) * count for end, count in read
+        )
+        # A product with each key, and one with each value.
+        operations += sum(4.0 * layer.q_size * _seen(layer, context) for context in queries) * (
+            case.batch
+        )
+    return Work(num_bytes, operations)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What the machine can do: bytes a second from memory, float32 operations a second."""
+
+    bandwidth: float
+    flops: float
+
+
+def least_seconds(work: Work, peak: Peak) -> tuple[float, Literal["memory", "arithmetic"]]:
+    """How long the work takes at the machine's limit, and which limit it is (a roofline)."""
+    memory, arithmetic = work.num_bytes / peak.bandwidth, work.num_operations / peak.flops
+    return (memory, "memory") if memory >= arithmetic else (arithmetic, "arithmetic")

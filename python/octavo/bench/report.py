@@ -1,0 +1,125 @@
+"""The outputs of `octavo bench`: a table, Markdown, JSON, CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+from octavo.bench.run import BenchResult, Row
+
+OUTPUTS = ("table", "md", "json", "csv")
+HEADINGS = (
+    "test",
+    "batch",
+    "tok/s",
+    "GB/s",
+    "TFLOP/s",
+    "% of limit",
+    "limit",
+    "logits",
+    "gate",
+)
+
+CSV_COLUMNS = (
+    *("model", "dtype", "kv_dtype", "processor", "isa", "num_threads"),
+    *("test", "kind", "num_tokens", "batch", "depth", "tokens_per_second", "deviation"),
+    *("bytes_per_second", "flops", "percent_of_limit", "limit", "logits_hash", "gate", "date"),
+)
+_LEFT = {"test", "limit", "logits", "gate"}
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text, in the order of HEADINGS; "-" where there is no figure."""
+
+    def number(value: float | None, scale: float, digits: int) -> str:
+        return "-" if value is None else f"{value / scale:.{digits}f}"
+
+    speed = "-" if row.mean is None else f"{row.mean:.2f} ± {row.deviation:.2f}"
+    return (
+        row.case.name,
+        str(row.case.batch),
+        speed,
+        number(row.bytes_per_second, 1e9, 2),
+        number(row.flops, 1e12, 3),
+        number(row.percent_of_limit, 1, 0),
+        row.limit or "-",
+        row.gate.logits_hash,
+        "passed" if row.gate.passed else "FAILED",
+    )
+
+
+def header(result: BenchResult) -> list[str]:
+    """What the figures were measured on, in three lines."""
+    lines = [
+        f"{result.model}: {result.num_parameters / 1e6:,.1f} M parameters, "
+        f"{result.dtype} ({result.weight_bytes / 2**20:,.0f} MiB), KV cache {result.kv_dtype}"
+        + (", random weights" if result.load_format == "dummy" else ""),
+        f"{result.processor}: {result.num_threads} threads, {result.isa}, {result.device}; "
+        f"{result.native['compiler']}; {result.date}",
+    ]
+    if result.peak is not None:
+        lines.append(
+            f"limits measured: {result.peak.bandwidth / 1e9:.1f} GB/s read from memory, "
+            f"{result.peak.flops / 1e12:.3f} TFLOP/s of float32 multiply-adds ({result.isa})"
+        )
+    return lines
+
+
+def to_markdown(result: BenchResult) -> str:
+    """The header as a list, then a table in GitHub's Markdown."""
+    lines = [f"- {line}" for line in header(result)]
+    lines += ["", "| " + " | ".join(HEADINGS) + " |"]
+    lines += ["|" + "|".join(" --- " if h in _LEFT else " ---: " for h in HEADINGS) + "|"]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in result.rows]
+    return "\n".join(lines)
+
+
+def to_json(result: BenchResult) -> str:
+    """Everything, every sample included."""
+    return json.dumps(result.to_json(), indent=2)
+
+
+def to_csv(result: BenchResult) -> str:
+    """A line a row, with plain numbers and what a spreadsheet needs to tell runs apart."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for row in result.rows:
+        case = row.case
+        writer.writerow(
+            [
+                *(result.model, result.dtype, result.kv_dtype, result.processor, result.isa),
+                *(result.num_threads, case.name, case.kind, case.num_tokens, case.batch),
+                *(case.depth, row.mean, row.deviation, row.bytes_per_second, row.flops),
+                *(row.percent_of_limit, row.limit, row.gate.logits_hash),
+                *("passed" if row.gate.passed else "failed", result.date),
+            ]
+        )
+    return stream.getvalue().rstrip("\n")
+
+
+def print_table(result: BenchResult) -> None:
+    """On standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=110)
+    for line in header(result):
+        console.print(line)
+    table = Table()
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in _LEFT else "right", no_wrap=True)
+    for row in result.rows:
+        table.add_row(*cells(row), style=None if row.gate.passed else "red")
+    console.print(table)
+
+
+def print_result(result: BenchResult, output: str) -> None:
+    """In one of OUTPUTS."""
+    if output == "table":
+        print_table(result)
+    else:
+        print({"md": to_markdown, "json": to_json, "csv": to_csv}[output](result))

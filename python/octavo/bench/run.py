@@ -1,0 +1,285 @@
+"""Measure the machine, then for each case its gate and its speed: what `octavo bench` does."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from octavo.bench.cases import Case, Peak, Work, least_seconds, streamed_bytes, work_of
+from octavo.bench.session import Session, hash_of
+from octavo.config import EngineConfig, Environment, RuntimeOptions
+from octavo.engine.loader import LoadedRuntime, load_runtime
+from octavo.errors import InvalidArgumentError
+from octavo.models.registry import read_model
+from octavo.models.spec import ModelSpec
+from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.hub import resolve_model
+from octavo.weights.tensor import ITEM_SIZE
+
+GATE_STEPS = 4  # decoded tokens whose logits are compared
+Progress = Callable[[str, int, int], None]
+"""Called with what is going on, and how much of how much is done."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether a sequence's logits have the same bits alone and in company.
+
+    logits_hash: of the sequence alone; the same on every machine that rounds alike.
+    """
+
+    passed: bool
+    logits_hash: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case measured. Speeds in tokens a second; all but the gate empty where that failed.
+
+    limit: which of the machine's limits the case meets first; percent_of_limit: how much of the
+    speed at that limit was reached (None where the machine was not measured).
+    """
+
+    case: Case
+    gate: Gate
+    samples: tuple[float, ...]
+    bytes_per_second: float | None
+    flops: float | None
+    limit: str | None
+    percent_of_limit: float | None
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.samples) if self.samples else None
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the samples; 0 of a single one."""
+        return statistics.stdev(self.samples) if len(self.samples) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """All that `octavo bench` tells."""
+
+    model: str
+    num_parameters: int
+    weight_bytes: int
+    dtype: str
+    kv_dtype: str
+    load_format: str
+    device: str
+    isa: str
+    num_threads: int
+    processor: str
+    native: dict[str, Any]
+    date: str
+    peak: Peak | None
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate did."""
+        return all(row.gate.passed for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; mean and deviation beside the samples."""
+        values = asdict(self)
+        for row, source in zip(values["rows"], self.rows, strict=True):
+            row["name"] = source.case.name
+            row["mean"], row["deviation"] = source.mean, source.deviation
+        return values
+
+
+def bench(
+    model: str | None,
+    config: EngineConfig,
+    cases: Sequence[Case],
+    repetitions: int,
+    environment: Environment,
+    progress: Progress = lambda *_: None,
+) -> BenchResult:
+    """Measure every case `repetitions` times. config: sizes of batch and cache are set here.
+
+    Raises what loading raises, and InvalidArgumentError for cases that the model has no room for.
+    """
+    if repetitions < 1:
+        raise InvalidArgumentError(f"repetitions is {repetitions}; expected 1 or more")
+    from octavo import _native
+
+    files = read_model(resolve_model(model, environment))
+    checkpoint = open_checkpoint(files, config.load_format, config.seed)
+    loaded = load_runtime(
+        files,
+        checkpoint,
+        fit_config(config, cases),
+        lambda done, total: progress(f"loading {files.path.name}", done, total),
+        environment,
+    )
+    info = _native.build_info()
+    options = loaded.options
+    threads = options.num_threads or int(info["physical_cores"])
+    peak = measure_peak(loaded, threads, progress)
+    runner = Runner(loaded, files.spec, peak)
+    rows = []
+    for number, case in enumerate(cases):
+        progress(f"{case.name}, batch {case.batch}", number, len(cases))
+        rows.append(runner.measure(case, repetitions))
+    return BenchResult(
+        model=files.path.name,
+        num_parameters=checkpoint.num_parameters,
+        weight_bytes=runner.weight_bytes,
+        dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
+        load_format=config.load_format,
+        device=loaded.device,
+        isa=str(info["isa"]) if options.isa == "auto" else options.isa,
+        num_threads=threads,
+        processor=processor(),
+        native=info,
+        date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        peak=peak,
+        rows=tuple(rows),
+    )
+
+
+def fit_config(config: EngineConfig, cases: Sequence[Case]) -> EngineConfig:
+    """The configuration with room for every case and its gate, and no more."""
+    longest = max(max(case.longest, case.depth + GATE_STEPS) for case in cases)
+    blocks = max(max(case.batch, 2) * -(-_room(case) // config.block_size) for case in cases)
+    most = max(max(case.batch, 2) for case in cases)
+    return replace(
+        config,
+        max_model_len=longest,
+        max_num_seqs=most,
+        max_num_batched_tokens=max(config.max_num_batched_tokens, most),
+        num_kv_blocks=max(blocks, -(-longest // config.block_size)),
+    )
+
+
+def _room(case: Case) -> int:
+    """Tokens that each sequence of a case, or of its gate, may hold."""
+    return max(case.longest, case.depth + GATE_STEPS)
+
+
+def measure_peak(loaded: LoadedRuntime, num_threads: int, progress: Progress) -> Peak | None:
+    """The machine's limits; None for a device whose limits cannot be measured yet."""
+    from octavo import _native
+
+    if loaded.device != "cpu":
+        return None
+    progress("measuring the machine", 0, 2)
+    bandwidth = _native.measure_bandwidth(num_threads)
+    progress("measuring the machine", 1, 2)
+    return Peak(bandwidth, _native.measure_flops(num_threads, loaded.options.isa))
+
+
+class Runner:
+    """Runs cases on one loaded model."""
+
+    def __init__(self, loaded: LoadedRuntime, spec: ModelSpec, peak: Peak | None) -> None:
+        self._session = Session(loaded, spec.num_kv_groups)
+        self._spec = spec
+        self._options: RuntimeOptions = loaded.options
+        self._peak = peak
+        self.weight_bytes = loaded.runtime.memory()["weights"]
+
+    def measure(self, case: Case, repetitions: int) -> Row:
+        """Gate, one run to warm up, then the timed ones. No figure where the gate fails."""
+        gate = self.gate(case)
+        if not gate.passed:
+            return Row(case, gate, (), None, None, None, None)
+        seconds = self.time(case, repetitions)
+        work = self._work(case)
+        mean = statistics.fmean(seconds)
+        limit, percent = None, None
+        if self._peak is not None:
+            least, limit = least_seconds(work, self._peak)
+            percent = 100 * least / mean
+        return Row(
+            case=case,
+            gate=gate,
+            samples=tuple(case.tokens / s for s in seconds),
+            bytes_per_second=work.num_bytes / mean,
+            flops=work.num_operations / mean,
+            limit=limit,
+            percent_of_limit=percent,
+        )
+
+    def _work(self, case: Case) -> Work:
+        item = ITEM_SIZE[self._options.dtype]
+        step_bytes = streamed_bytes(self._spec, self.weight_bytes, item)
+        return work_of(case, self._spec, step_bytes, self._options.kv_dtype, self._session.chunk)
+
+    def tokens(self, sequence: int, count: int) -> list[int]:
+        """Random tokens of a sequence: the same in every case, and a longer run begins alike."""
+        bits = np.random.Philox(key=sequence).random_raw(count)
+        return [int(value) % self._spec.vocab_size for value in bits]
+
+    def gate(self, case: Case) -> Gate:
+        """Logits alone against logits in company, bit for bit."""
+        return self._gate_prefill(case) if case.kind == "prefill" else self._gate_decode(case)
+
+    def _gate_prefill(self, case: Case) -> Gate:
+        """The prompt alone, and beside another sequence in chunks of another size."""
+        prompt = self.tokens(0, case.num_tokens)
+        self._session.restart(2, _room(case))
+        alone = hash_of(self._session.prefill(prompt))
+        chunk = max(1, min(self._session.chunk - 1, case.num_tokens // 3 + 1))
+        num_steps = -(-case.num_tokens // chunk)
+        self._session.restart(2, _room(case))
+        beside = hash_of(self._session.prefill(prompt, chunk, self.tokens(1, num_steps)))
+        return Gate(alone == beside, alone)
+
+    def _gate_decode(self, case: Case) -> Gate:
+        """The first and the last sequence, each alone, against themselves in the batch."""
+        batch = max(case.batch, 2)
+        prompts = [self.tokens(index, case.depth + 1) for index in range(batch)]
+        together = self._decode_logits(case, prompts)
+        hashes = {}
+        passed = True
+        for index in (batch - 1, 0):
+            hashes[index] = hash_of(self._decode_logits(case, [prompts[index]]))
+            passed &= hashes[index] == hash_of(together[:, index : index + 1])
+        return Gate(passed, hashes[0])
+
+    def _decode_logits(self, case: Case, prompts: Sequence[Sequence[int]]) -> Any:
+        self._session.restart(len(prompts), _room(case))
+        self._session.fill([prompt[:-1] for prompt in prompts])
+        return self._session.decode_logits([prompt[-1] for prompt in prompts], GATE_STEPS)
+
+    def time(self, case: Case, repetitions: int) -> list[float]:
+        """Seconds of each run but the first."""
+        prompts = [self.tokens(index, case.longest) for index in range(case.batch)]
+        self._session.restart(case.batch, _room(case))
+        if case.kind == "decode":
+            self._session.fill([prompt[: case.depth] for prompt in prompts])
+        first = [prompt[case.depth] for prompt in prompts]
+        seconds = []
+        for _ in range(repetitions + 1):
+            self._session.rewind(case.depth)
+            start = time.perf_counter()
+            if case.kind == "prefill":
+                self._session.prefill(prompts[0])
+            else:
+                self._session.decode(first, case.num_tokens)
+            seconds.append(time.perf_counter() - start)
+        return seconds[1:]
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
