@@ -1,0 +1,111 @@
+"""A GGUF file in a model's shape, for llama.cpp to be timed on: weights as octavo has them.
+
+Its vocabulary is made up, so that a shape without a tokenizer can be measured: it takes token ids,
+and is of no other use. Rows of q and k are in llama.cpp's order; the numbers are the model's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.errors import UnsupportedModelError
+from octavo.models.registry import ModelFiles
+from octavo.weights.checkpoint import Checkpoint
+
+FORMATS = {
+    "f32": gguf.GGMLQuantizationType.F32,
+    "bf16": gguf.GGMLQuantizationType.BF16,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "q4_0": gguf.GGMLQuantizationType.Q4_0,
+}
+_PARTS = {
+    "attn_norm": "attn_norm",
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
+_WHOLE = {"embed": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_name(name: str) -> str:
+    """layers.3.gate.weight -> blk.3.ffn_gate.weight."""
+    parts = name.split(".")
+    if parts[0] == "layers":
+        return f"blk.{parts[1]}.{_PARTS[parts[2]]}.{parts[3]}"
+    return f"{_WHOLE[parts[0]]}.{parts[1]}"
+
+
+def permute(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
+    """Rows of q or k from "rotate half" to llama.cpp's order of neighbouring pairs."""
+    heads = weight.reshape(num_heads, 2, -1, weight.shape[-1])
+    return np.ascontiguousarray(heads.swapaxes(1, 2).reshape(weight.shape))
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+    """Tokens in the style of SentencePiece: three special ones, all bytes, then numbered ones."""
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = (special + [f"<0x{byte:02X}>" for byte in range(256)])[:vocab_size]
+    tokens += [f"t{number}" for number in range(len(tokens), vocab_size)]
+    types = [gguf.TokenType.NORMAL] * vocab_size
+    types[0] = gguf.TokenType.UNKNOWN
+    types[1:3] = [gguf.TokenType.CONTROL] * 2
+    types[3:259] = [gguf.TokenType.BYTE] * len(types[3:259])
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * vocab_size)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+
+
+def write_gguf(path: Path, files: ModelFiles, checkpoint: Checkpoint, kind: str) -> None:
+    """Write the model with its matrices in one of FORMATS; head and embedding too, at q4_0 as q8_0.
+
+    llama3's scaling of rope is left out: it changes no speed. Raises UnsupportedModelError for a
+    layer with biases.
+    """
+    spec = files.spec
+    layer = spec.layers[0]
+    if layer.qkv_bias or layer.mlp_bias or layer.rope is None:
+        raise UnsupportedModelError(
+            f"{files.path} has biases or no rope; expected a plain Llama to write as GGUF"
+        )
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(spec.vocab_size)
+    writer.add_context_length(spec.max_position_embeddings)
+    writer.add_embedding_length(spec.hidden_size)
+    writer.add_block_count(len(spec.layers))
+    writer.add_feed_forward_length(layer.intermediate_size)
+    writer.add_head_count(layer.num_heads)
+    writer.add_head_count_kv(layer.num_kv_heads)
+    writer.add_rope_dimension_count(layer.head_dim)
+    writer.add_key_length(layer.head_dim)
+    writer.add_value_length(layer.head_dim)
+    writer.add_rope_freq_base(layer.rope.theta)
+    writer.add_layer_norm_rms_eps(layer.norm.eps)
+    _add_vocabulary(writer, spec.vocab_size)
+    for name, tensor in checkpoint.items():
+        values = tensor.to_float32()
+        part = name.split(".")[-2]
+        if part in ("q", "k"):
+            values = permute(values, layer.num_heads if part == "q" else layer.num_kv_heads)
+        wanted = "q8_0" if kind == "q4_0" and part in ("embed", "lm_head") else kind
+        form = FORMATS[wanted] if values.ndim == 2 else FORMATS["f32"]
+        if values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[form][0]:
+            form = FORMATS["bf16"]
+        data = values if form == FORMATS["f32"] else gguf.quants.quantize(values, form)
+        writer.add_tensor(gguf_name(name), data, raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
