@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, weight_shapes
+from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, WeightFormat, weight_shapes
 from octavo.reference import ops
 from octavo.reference.ops import Array, Float32, Integers
 
@@ -56,6 +56,9 @@ class ReferenceModel:
     `octavo.models.spec.weight_shapes`. dtype: "bf16" rounds the matrices and what is multiplied
     by them to bfloat16. kv_dtype: "bf16" and "int8" round keys and values as they enter the
     cache (`ops.to_cache`).
+    formats: the quantized matrices, by name without ".weight"; their weights are the numbers that
+    the codes stand for (`octavo.reference.quantization.dequantize`), which are not rounded again,
+    and what is multiplied by them is rounded to bfloat16.
     compute: np.float32, or np.float64 for judging the rounding of others.
     """
 
@@ -66,6 +69,7 @@ class ReferenceModel:
         *,
         dtype: str = "f32",
         kv_dtype: str = "f32",
+        formats: Mapping[str, WeightFormat] | None = None,
         compute: type[np.float32] | type[np.float64] = np.float32,
     ) -> None:
         if dtype not in _DTYPES or kv_dtype not in _KV_DTYPES:
@@ -77,7 +81,8 @@ class ReferenceModel:
         self.dtype = dtype
         self.kv_dtype = kv_dtype
         self.compute = compute
-        self.weights = _checked_weights(spec, weights, dtype)
+        self.formats: Mapping[str, WeightFormat] = dict(formats or {})
+        self.weights = _checked_weights(spec, weights, dtype, self.formats)
         self.frequencies = [
             None if layer.rope is None else ops.rope_frequencies(layer.rope, layer.head_dim)
             for layer in spec.layers
@@ -189,7 +194,7 @@ class ReferenceModel:
 
     def _linear(self, name: str, x: Array) -> Array:
         # ops.linear(x, weight, bias, self.dtype), with the weight rounded once for all, not here.
-        x = ops.round_to_bf16(x) if self.dtype == "bf16" else x
+        x = ops.round_to_bf16(x) if self.dtype == "bf16" or name in self.formats else x
         return ops.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
 
     def _checked_tokens(self, token_ids: Sequence[int] | Integers) -> Integers:
@@ -212,9 +217,12 @@ def _tap(taps: Taps, name: str, value: Array) -> None:
 
 
 def _checked_weights(
-    spec: ModelSpec, weights: Mapping[str, npt.NDArray[np.float32]], dtype: str
+    spec: ModelSpec,
+    weights: Mapping[str, npt.NDArray[np.float32]],
+    dtype: str,
+    formats: Mapping[str, WeightFormat],
 ) -> dict[str, Float32]:
-    """All the weights the spec needs, matrices (but not norm weights or biases) rounded."""
+    """All the weights the spec needs, plain matrices (but not norm weights or biases) rounded."""
     problems = []
     checked: dict[str, Float32] = {}
     for name, shape in weight_shapes(spec).items():
@@ -224,8 +232,8 @@ def _checked_weights(
         weight = weights[name]
         if weight.shape != shape:
             problems.append(f"{name} has shape {weight.shape}, expected {shape}")
-        is_matrix = len(shape) == 2
-        rounds = is_matrix and dtype == "bf16"
+        is_plain_matrix = len(shape) == 2 and name.removesuffix(".weight") not in formats
+        rounds = is_plain_matrix and dtype == "bf16"
         checked[name] = ops.round_to_bf16(weight) if rounds else weight
     if problems:
         raise ValueError("weights do not fit the model:\n  - " + "\n  - ".join(problems))

@@ -73,6 +73,61 @@ def round_to_int8(weight: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
     return codes, scales
 
 
+def round_to_int4(
+    weight: Float32, format: WeightFormat
+) -> tuple[npt.NDArray[np.uint8], Float32, Float32 | None]:
+    """Round to nearest, uniform levels -8 to 7: the scale spans each group's largest magnitude.
+
+    Symmetric: fifteen steps from the largest magnitude to its opposite. Asymmetric: fifteen steps
+    from the group's least to its greatest weight, 0 always among the two and always a level.
+    Scales are rounded to bfloat16 before anything is measured by them.
+
+    weight: (outputs, inputs), inputs a multiple of the group. Returns codes, uint8 from 0 to 15,
+    (outputs, inputs); scales (outputs, groups); zeros (outputs, groups), or None.
+    """
+    outputs, inputs = weight.shape
+    groups = weight.reshape(outputs, -1, format.group_size)
+    low, high = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
+    span = high - low if format.has_zeros else 2 * np.maximum(-low, high)
+    scales = round_to_bf16((span / 15).astype(np.float32)).astype(np.float32)
+    scales = np.where(scales > 0, scales, 1).astype(np.float32)
+    zeros = np.clip(np.rint(-8 - low / scales), -8, 7) if format.has_zeros else None
+    # A product with the reciprocal, not a quotient: the rounding that production code can afford.
+    steps = np.rint(groups * (1 / scales).astype(np.float32)[:, :, None])
+    steps = steps if zeros is None else steps + zeros[:, :, None]
+    codes = (np.clip(steps, -8, 7) + 8).astype(np.uint8).reshape(outputs, inputs)
+    return codes, scales, None if zeros is None else zeros.astype(np.float32)
+
+
+def pack_int32(values: Codes, bits: int) -> npt.NDArray[np.int32]:
+    """Signed whole numbers in 32-bit words, as a `compressed-tensors` file holds them.
+
+    Element i of a row lies in word i // (32 / bits), the first in the lowest bits, with
+    2^(bits - 1) added so that it is never negative; the last word is filled up with zero bits.
+    values: (rows, width) from -2^(bits-1) to 2^(bits-1) - 1; bits: 4 or 8.
+    Returns (rows, ceil(width * bits / 32)).
+    """
+    per_word = 32 // bits
+    rows, width = values.shape
+    padded = np.zeros((rows, -(-width // per_word) * per_word), dtype=np.uint32)
+    padded[:, :width] = values.astype(np.int64) + (1 << (bits - 1))
+    words = np.zeros((rows, padded.shape[1] // per_word), dtype=np.uint32)
+    for place in range(per_word):
+        words |= padded[:, place::per_word] << np.uint32(place * bits)
+    return words.view(np.int32)
+
+
+def unpack_int32(words: npt.NDArray[np.int32], bits: int, width: int) -> npt.NDArray[np.int8]:
+    """What `pack_int32` packed: (rows, words) -> (rows, width)."""
+    per_word = 32 // bits
+    unsigned = words.view(np.uint32)
+    values = np.empty((words.shape[0], words.shape[1] * per_word), dtype=np.int8)
+    for place in range(per_word):
+        part = (unsigned >> np.uint32(place * bits)) & np.uint32((1 << bits) - 1)
+        values[:, place::per_word] = part.astype(np.int32) - (1 << (bits - 1))
+    return values[:, :width]
+
+
 def pack_int4(codes: Codes) -> npt.NDArray[np.uint8]:
     """Two codes (0 to 15) a byte, the first in the low half.
 

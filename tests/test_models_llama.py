@@ -171,7 +171,6 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
     ({"partial_rotary_factor": 0.25}, "partial_rotary_factor", "0.25", "1"),
     ({"rope_theta": -1.0}, "rope_theta", "-1.0", "above 0"),
     ({"rope_theta": float("nan")}, "rope_theta", "nan", "finite"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config", "bits", "unquantized"),
     ({"compression_config": {}}, "compression_config", "{}", "unquantized"),
     ({"sliding_window": 4096}, "sliding_window", "4096", "null"),
     ({"pretraining_tp": 2}, "pretraining_tp", "2", "1"),

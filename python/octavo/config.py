@@ -16,6 +16,7 @@ LoadFormat = Literal["auto", "dummy"]
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "f32", "bf16")
 LOAD_FORMATS = ("auto", "dummy")
+QUANTIZE = ("int8", "int4")
 ISAS = ("auto", "scalar", "avx2", "avx512")
 
 
@@ -59,6 +60,10 @@ class EngineConfig:
     dtype: the format of the weights, "f32" or "bf16"; "auto" keeps bf16 as bf16 and holds every
         other format as f32 (which represents f16 exactly; bf16 would not).
     kv_dtype: the format of the KV cache; "auto" follows dtype.
+    quantize: rounds the weights of a float model while it is loaded: "int8" (a scale an output) or
+        "int4" (groups of 32, scales of least squared error); None takes them as they are stored.
+    keep_embedding: in a quantized model, keeps embedding and head in `dtype`; they are rounded to
+        int8 otherwise.
     load_format: "auto" reads the model's files; "dummy" makes seeded random weights from the
         configuration alone, for benchmarks.
     max_model_len: the longest prompt plus answer, in tokens; None takes the model's own limit.
@@ -75,6 +80,8 @@ class EngineConfig:
     device: str = "auto"
     dtype: DType = "auto"
     kv_dtype: DType = "auto"
+    quantize: Literal["int8", "int4"] | None = None
+    keep_embedding: bool = False
     load_format: LoadFormat = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -90,6 +97,8 @@ class EngineConfig:
         _check_choice("device", self.device, DEVICES)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("kv_dtype", self.kv_dtype, DTYPES)
+        if self.quantize is not None:
+            _check_choice("quantize", self.quantize, QUANTIZE)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("isa", self.isa, ISAS)
         _check_positive("max_num_seqs", self.max_num_seqs)

@@ -45,6 +45,25 @@ DTypeOption = Annotated[
         rich_help_panel=_MODEL_PANEL,
     ),
 ]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        help="Round the weights while loading: int8 (half the memory of bf16, next to no loss) or "
+        "int4 (about a third, with some).",
+        metavar="int8|int4",
+        show_default=False,
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+KeepEmbeddingOption = Annotated[
+    bool,
+    typer.Option(
+        "--keep-embedding",
+        help="Of a quantized model, keep embedding and head in --dtype instead of int8.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
 DeviceOption = Annotated[
     str,
     typer.Option(

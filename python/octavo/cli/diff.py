@@ -39,6 +39,16 @@ def diff(
             rich_help_panel=_WHAT,
         ),
     ] = "f32",
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Round the weights first: octavo's quantized kernels against the reference's "
+            "quantized forward (at the tolerance of bf16).",
+            metavar="int8|int4",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -130,6 +140,7 @@ def diff(
         model=model,
         against=against,
         dtype=dtype,
+        quantize=quantize,
         prompt=prompt,
         random=random,
         device=device,

@@ -6,13 +6,14 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 if TYPE_CHECKING:
     from octavo.models.registry import ModelFiles
 
+_DTYPES: Final = ("f32", "bf16")
 _KV_FRACTION_HELP = "of the memory left beside the weights, as the engine takes by default"
 
 
@@ -52,10 +53,17 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     that holds no weight file at all is described from its configuration.
     """
     from octavo.models.spec import weight_shapes
+    from octavo.quantization.plan import describe_formats, embedding_formats, weight_bytes
+    from octavo.weights.tensor import ITEM_SIZE
 
     spec = files.spec
     layer = spec.layers[0]
     num_parameters = sum(math.prod(shape) for shape in weight_shapes(spec).values())
+    formats = {name: matrix.format for name, matrix in files.quantized.items()}
+    weight_sizes = {dtype: ITEM_SIZE[dtype] * num_parameters for dtype in _DTYPES}
+    if formats:  # embedding and head are rounded as they are loaded
+        loaded = {**embedding_formats(spec), **formats}
+        weight_sizes = {dtype: weight_bytes(spec, loaded, dtype) for dtype in _DTYPES}
     kv_elements = spec.kv_elements_per_token()
     return {
         "path": str(files.path),
@@ -76,8 +84,9 @@ def describe(files: ModelFiles) -> dict[str, Any]:
         "rope": asdict(layer.rope) if layer.rope is not None else None,
         "eos_token_ids": list(files.eos_token_ids),
         "weights": _weights(files),
+        "quantized": describe_formats(spec, formats),
         "kv_bytes_per_token": {"f32": 4 * kv_elements, "bf16": 2 * kv_elements},
-        "memory": _memory(num_parameters, kv_elements, spec.max_position_embeddings),
+        "memory": _memory(weight_sizes, kv_elements, spec.max_position_embeddings),
     }
 
 
@@ -97,8 +106,11 @@ def _weights(files: ModelFiles) -> dict[str, Any] | None:
     }
 
 
-def _memory(num_parameters: int, kv_elements: int, max_positions: int) -> dict[str, Any]:
-    """What fits here, with weights and KV cache both in f32, or both in bf16."""
+def _memory(weight_sizes: dict[str, int], kv_elements: int, max_positions: int) -> dict[str, Any]:
+    """What fits here, with weights (if not quantized) and KV cache both in f32, or both in bf16.
+
+    weight_sizes: bytes of the weights by that dtype.
+    """
     from octavo.config import EngineConfig
     from octavo.machine import available_memory, total_memory
     from octavo.weights.tensor import ITEM_SIZE
@@ -106,8 +118,8 @@ def _memory(num_parameters: int, kv_elements: int, max_positions: int) -> dict[s
     available = available_memory()
     fraction = EngineConfig().kv_memory_fraction
     fits = {}
-    for dtype in ("f32", "bf16"):
-        weights = num_parameters * ITEM_SIZE[dtype]
+    for dtype in _DTYPES:
+        weights = weight_sizes[dtype]
         left = max(0, available - weights)
         tokens = int(left * fraction) // (kv_elements * ITEM_SIZE[dtype])
         fits[dtype] = {
@@ -149,6 +161,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("Architecture", facts["architecture"]),
         ("Parameters", f"{facts['num_parameters']:,} ({_short(facts['num_parameters'])})"),
         ("Weight files", _weights_text(facts["weights"])),
+        *[("Quantized", text) for text in facts["quantized"]],
         ("Layers", f"{facts['num_layers']}, hidden size {facts['hidden_size']:,}"),
         (
             "Attention",

@@ -8,6 +8,7 @@ from octavo.config import EngineConfig
 from octavo.diff.sides import Fed, Int32
 from octavo.engine.loader import LoadedRuntime, LoadProgress, load_runtime
 from octavo.models.registry import ModelFiles
+from octavo.quantization.plan import describe_dtypes
 from octavo.weights.checkpoint import Checkpoint
 
 BLOCK_SIZE = 16
@@ -64,7 +65,8 @@ class NativeSide:
         # On other devices matrix products may sum in another order for one row than for many.
         self.bit_exact = loaded.device == "cpu"
         self.description = (
-            f"native core, {loaded.device}{arithmetic}, {options.dtype} weights, "
+            f"native core, {loaded.device}{arithmetic}, "
+            f"{describe_dtypes(options.formats, options.dtype)} weights, "
             f"{options.kv_dtype} KV cache"
         )
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from octavo.config import LOAD_FORMATS, Environment
+from octavo.config import LOAD_FORMATS, QUANTIZE, Environment
 from octavo.diff.native_side import load_native_side
 from octavo.diff.run import Comparison, DiffOptions, Progress, chunk_size_for
 from octavo.diff.sides import Int32, ReferenceSide, Side
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.machine import available_memory
 from octavo.models.registry import ModelFiles, read_model
-from octavo.models.spec import ModelSpec
+from octavo.models.spec import ModelSpec, weight_shapes
+from octavo.quantization.apply import dequantized, quantize_checkpoint
+from octavo.quantization.plan import Scheme
 from octavo.reference.llama import ReferenceModel
 from octavo.text.stream import StreamDecoder
 from octavo.text.tokenizer import Tokenizer
@@ -36,11 +38,16 @@ RANDOM_TOKENS = 64  # where a model has no tokenizer and nothing was asked for
 
 @dataclass(frozen=True)
 class DiffRequest:
-    """What to compare; see `octavo diff --help`. An InvalidArgumentError names what is wrong."""
+    """What to compare; see `octavo diff --help`. An InvalidArgumentError names what is wrong.
+
+    A quantized model, by `quantize` or in its files, is compared as bf16 is: what meets a
+    quantized matrix is rounded to bfloat16, and two right runs part as far as that takes them.
+    """
 
     model: str | None = None
     against: str = "reference"
     dtype: str = "f32"
+    quantize: str | None = None
     prompt: str | None = None
     random: int | None = None
     device: str = "cpu"
@@ -53,6 +60,8 @@ class DiffRequest:
     def __post_init__(self) -> None:
         _check("--against", self.against, AGAINST)
         _check("--dtype", self.dtype, DTYPES)
+        if self.quantize is not None:
+            _check("--quantize", self.quantize, QUANTIZE)
         _check("--load-format", self.load_format, LOAD_FORMATS)
         if self.prompt is not None and self.random is not None:
             raise InvalidArgumentError("--prompt and --random were both given; expected one")
@@ -88,10 +97,27 @@ def prepare(request: DiffRequest, environment: Environment, progress: Progress) 
     files = read_model(path)
     token_ids, tokenizer = _tokens(request, files)
     _check_length(files.spec, len(token_ids), request.options.steps)
-    checkpoint = open_checkpoint(files, request.load_format, request.seed)
+    checkpoint = quantize_checkpoint(
+        open_checkpoint(files, request.load_format, request.seed),
+        files.spec,
+        None if request.quantize is None else Scheme(request.quantize),
+    )
+    if checkpoint.formats:
+        if request.against == "hf":
+            raise InvalidArgumentError(
+                "Hugging Face runs other numbers than a quantized model; expected --against "
+                "reference. `octavo eval` measures what quantizing costs"
+            )
+        request = replace(request, dtype="bf16")
     _check_memory(request, checkpoint)
-    weights = _float32_weights(checkpoint, progress)
-    definition = ReferenceModel(files.spec, weights, dtype=request.dtype, kv_dtype=request.dtype)
+    weights = _float32_weights(files.spec, checkpoint, progress)
+    definition = ReferenceModel(
+        files.spec,
+        weights,
+        dtype=request.dtype,
+        kv_dtype=request.dtype,
+        formats=checkpoint.formats,
+    )
     del weights
     left, right = _load_sides(request, files, checkpoint, definition, len(token_ids), progress)
     comparison = Comparison(
@@ -158,12 +184,15 @@ def _check_memory(request: DiffRequest, checkpoint: Checkpoint) -> None:
         )
 
 
-def _float32_weights(checkpoint: Checkpoint, progress: Progress) -> Mapping[str, np.ndarray]:
-    """All weights as float32, by octavo's names."""
-    weights = {}
-    for index, name in enumerate(checkpoint):
-        progress("reading weights", index, len(checkpoint))
-        weights[name] = checkpoint[name].to_float32()
+def _float32_weights(
+    spec: ModelSpec, checkpoint: Checkpoint, progress: Progress
+) -> Mapping[str, np.ndarray]:
+    """All weights as float32, by octavo's names; codes as the numbers that they stand for."""
+    weights: dict[str, np.ndarray] = {}
+    names = weight_shapes(spec)
+    for index, name in enumerate(names):
+        progress("reading weights", index, len(names))
+        weights[name] = dequantized(checkpoint, name)
     return weights
 
 
@@ -206,9 +235,10 @@ def _truth(request: DiffRequest, definition: ReferenceModel) -> Side | None:
     if not request.judge and request.dtype == "f32":
         return None
     compute = np.float64 if request.judge else np.float32
-    model = ReferenceModel(definition.spec, definition.weights, compute=compute)
+    model = ReferenceModel(definition.spec, definition.weights, compute=compute)  # no formats
     arithmetic = "float64" if request.judge else "float32"
-    about = f"the same {request.dtype} weights, activations not rounded, {arithmetic}"
+    kind = "quantized" if definition.formats else request.dtype
+    about = f"the same {kind} weights, activations not rounded, {arithmetic}"
     return ReferenceSide(model, name="exact", about=about)
 
 

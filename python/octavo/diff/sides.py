@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.diff.measure import Float32
+from octavo.quantization.plan import describe_dtypes
 from octavo.reference.llama import KVCache, ReferenceModel
 
 Int32 = npt.NDArray[np.int32]
@@ -76,7 +77,8 @@ class ReferenceSide:
         if self.about:
             return self.about
         arithmetic = "float64" if self.model.compute is np.float64 else "float32"
-        return f"NumPy reference, {self.model.dtype} weights, {arithmetic} arithmetic"
+        weights = describe_dtypes(self.model.formats, self.model.dtype)
+        return f"NumPy reference, {weights} weights, {arithmetic} arithmetic"
 
     @property
     def dtype(self) -> str:

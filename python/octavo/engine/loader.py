@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from octavo.config import (
@@ -18,8 +18,10 @@ from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.machine import available_memory
 from octavo.models.registry import ModelFiles
 from octavo.models.spec import ModelSpec
+from octavo.quantization.apply import quantize_checkpoint
+from octavo.quantization.plan import Scheme, describe_dtypes, weight_bytes
 from octavo.weights.checkpoint import Checkpoint
-from octavo.weights.tensor import ITEM_SIZE, TensorDType
+from octavo.weights.tensor import TensorDType
 
 if TYPE_CHECKING:
     from octavo import _native
@@ -58,14 +60,18 @@ def load_runtime(
     from octavo import _native
 
     environment = read_environment() if environment is None else environment
+    checkpoint = quantize_checkpoint(
+        checkpoint, files.spec, _scheme(config), keep_embedding=config.keep_embedding
+    )
     options = resolve_options(files.spec, checkpoint.dtype, config, environment)
+    options = replace(options, formats=checkpoint.formats)
     device = resolve_device(config.device, _native.available_devices())
     try:
         runtime = _native.Runtime(device, files.spec, options)
     except ValueError as error:  # an instruction set or a device that this machine lacks
         raise InvalidArgumentError(str(error)) from error
-    num_bytes = checkpoint.num_parameters * ITEM_SIZE[options.dtype]
-    _check_weights_fit(num_bytes, _available(runtime, device), options.dtype)
+    num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
+    _check_weights_fit(num_bytes, _available(runtime, device), options)
     _load_weights(runtime, checkpoint, progress)
     num_kv_blocks = plan_kv_blocks(
         config, options, runtime.kv_bytes_per_block(), _available(runtime, device)
@@ -163,13 +169,24 @@ def _load_weights(
             progress(loaded, checkpoint.total_bytes)
 
 
-def _check_weights_fit(num_bytes: int, available: int, dtype: str) -> None:
-    if num_bytes > available:
-        advice = "dtype bf16 halves them" if dtype == "f32" else "use a smaller model"
-        raise InsufficientMemoryError(
-            f"the weights take {_format_bytes(num_bytes)} as {dtype}; {_format_bytes(available)} "
-            f"are available: {advice}, or free memory"
-        )
+def _scheme(config: EngineConfig) -> Scheme | None:
+    """What `config.quantize` stands for; nobody judges dummy weights, so they are rounded fast."""
+    if config.quantize is None:
+        return None
+    return Scheme(config.quantize, method="rtn" if config.load_format == "dummy" else "search")
+
+
+def _check_weights_fit(num_bytes: int, available: int, options: RuntimeOptions) -> None:
+    if num_bytes <= available:
+        return
+    taken = describe_dtypes(options.formats, options.dtype)
+    advice = "dtype bf16 halves them" if taken == "f32" else "use a smaller model"
+    if options.formats:
+        advice = "use a smaller model"
+    raise InsufficientMemoryError(
+        f"the weights take {_format_bytes(num_bytes)} as {taken}; {_format_bytes(available)} "
+        f"are available: {advice}, or free memory"
+    )
 
 
 def _available(runtime: _native.Runtime, device: str) -> int:

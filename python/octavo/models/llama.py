@@ -197,9 +197,9 @@ def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
 
 def _refuse_variants(fields: Fields) -> None:
     """Fields that change what a Llama model computes, or how its weights are stored."""
-    unquantized = "unquantized weights (null); convert the model to bf16, f16 or f32 first"
-    for name in ("quantization_config", "compression_config"):
-        fields.refuse_unless(name, (), unquantized)
+    # `quantization_config` is read by octavo.quantization.config; this is its spelling of old.
+    unquantized = "unquantized weights (null), or a quantization_config of compressed-tensors"
+    fields.refuse_unless("compression_config", (), unquantized)
     fields.refuse_unless("sliding_window", (), "null (every token attends to all before it)")
     fields.refuse_unless("pretraining_tp", (1,), "1 (set it so: the weights are the same)")
     fields.refuse_unless("partial_rotary_factor", (1, 1.0), "1 (the whole head is rotated)")

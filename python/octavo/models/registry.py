@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ from octavo.errors import ModelNotFoundError, UnsupportedModelError
 from octavo.models import llama
 from octavo.models.fields import Fields, describe, read_json_object
 from octavo.models.spec import ModelSpec
+from octavo.quantization.config import StoredMatrix, read_quantization
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class ModelFiles:
     eos_token_ids: tuple[int, ...]  # any of these ends a text; may be empty
     generation_config: dict[str, Any]  # generation_config.json; empty where there is none
     ignored_weights: tuple[str, ...] = ()  # regular expressions of names that may be left over
+    # Matrices that the checkpoint holds as codes, by octavo's name without ".weight".
+    quantized: Mapping[str, StoredMatrix] = field(default_factory=dict)
 
 
 def read_model(path: Path) -> ModelFiles:
@@ -78,16 +81,18 @@ def read_model(path: Path) -> ModelFiles:
     config = read_json_object(config_path)
     family = _find_family(config)
     spec = family.read_spec(config)
+    names = family.weight_map(spec)
     generation_path = path / "generation_config.json"
     generation = read_json_object(generation_path) if generation_path.is_file() else {}
     return ModelFiles(
         path=path,
         config=config,
         spec=spec,
-        weight_map=family.weight_map(spec),
+        weight_map=names,
         eos_token_ids=_eos_token_ids(config, generation, family, spec.vocab_size),
         generation_config=generation,
         ignored_weights=family.ignored_weights,
+        quantized=read_quantization(config, spec, names),
     )
 
 

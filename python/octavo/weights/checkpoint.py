@@ -12,7 +12,8 @@ import numpy as np
 from octavo.errors import WeightsError
 from octavo.models.fields import printable
 from octavo.models.registry import ModelFiles
-from octavo.models.spec import weight_shapes
+from octavo.models.spec import WeightFormat, weight_shapes
+from octavo.quantization.stored import StoredSource, find_problems, stored_tensors
 from octavo.weights.dummy import DummySource
 from octavo.weights.safetensors import SafetensorsFile, ShardedSafetensors
 from octavo.weights.source import TensorInfo, TensorSource
@@ -30,23 +31,38 @@ class Checkpoint(Mapping[str, Tensor]):
     """Every weight a model needs, by octavo's name; memory-mapped, read when asked for.
 
     infos: name -> shape, dtype and bytes, from headers alone.
-    dtype: the format that most of the elements have.
+    formats: of the matrices that are, or shall be, quantized, by name without ".weight". Codes
+        ("int8", "int4") bring along "NAME.scale" and, if asymmetric, "NAME.zero".
+    dtype: the format that most of the elements have that are no codes.
     total_bytes: of all weights as stored.
+    num_parameters: of the model, scales and zero points not counted.
     """
 
-    def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        names: Mapping[str, str],
+        formats: Mapping[str, WeightFormat] | None = None,
+        dtype: TensorDType | None = None,
+    ) -> None:
         self._source = source
         self._names = dict(names)
+        self.formats: Mapping[str, WeightFormat] = dict(formats or {})
         self.infos: Mapping[str, TensorInfo] = {
             ours: source.infos[theirs] for ours, theirs in self._names.items()
         }
         self.total_bytes = sum(info.num_bytes for info in self.infos.values())
-        self.num_parameters = sum(info.num_elements for info in self.infos.values())
-        counts = {
-            dtype: sum(info.num_elements for info in self.infos.values() if info.dtype == dtype)
-            for dtype in ITEM_SIZE
+        self.num_parameters = sum(
+            info.num_elements
+            for name, info in self.infos.items()
+            if not name.endswith((".scale", ".zero"))
+        )
+        counts: dict[TensorDType, int] = {
+            kind: sum(info.num_elements for info in self.infos.values() if info.dtype == kind)
+            for kind in ITEM_SIZE
         }
-        self.dtype: TensorDType = max(counts, key=lambda dtype: counts[dtype])
+        most = max(counts, key=lambda kind: counts[kind])
+        self.dtype: TensorDType = most if dtype is None else dtype
 
     def __getitem__(self, name: str) -> Tensor:
         return self._source.read(self._names[name])
@@ -99,7 +115,21 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
         return Checkpoint(DummySource(expected, seed), {name: name for name in expected})
     source = open_weight_files(files.path)
     check_weights(source, files)
-    return Checkpoint(source, {name: files.weight_map[name] for name in expected})
+    names = {name: files.weight_map[name] for name in expected}
+    if not files.quantized:
+        return Checkpoint(source, names)
+    # Scales stand behind their codes, for whoever takes the weights in order.
+    with_scales = {}
+    for name, theirs in names.items():
+        with_scales[name] = theirs
+        matrix = files.quantized.get(name.removesuffix(".weight"))
+        if matrix is not None and name.endswith(".weight"):
+            base = name.removesuffix(".weight")
+            with_scales[base + ".scale"] = matrix.module + ".weight_scale"
+            if matrix.format.has_zeros:
+                with_scales[base + ".zero"] = matrix.module + ".weight_zero_point"
+    formats = {name: matrix.format for name, matrix in files.quantized.items()}
+    return Checkpoint(StoredSource(source, files.quantized), with_scales, formats)
 
 
 def check_weights(source: TensorSource, files: ModelFiles) -> None:
@@ -113,7 +143,7 @@ def check_weights(source: TensorSource, files: ModelFiles) -> None:
     _check_redundant_head(source, files)
 
 
-def open_weight_files(path: Path) -> TensorSource:
+def open_weight_files(path: Path) -> SafetensorsFile | ShardedSafetensors:
     """The safetensors of a directory; WeightsError says what to do where there are none."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
@@ -140,6 +170,8 @@ def open_weight_files(path: Path) -> TensorSource:
 
 def has_non_finite(tensor: Tensor) -> bool:
     """Whether a NaN or an infinity is among the values (all exponent bits are set)."""
+    if tensor.dtype not in ITEM_SIZE:
+        return False  # codes are whole numbers
     exponents = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}
     magnitude = {"f32": 0x7FFFFFFF, "f16": 0x7FFF, "bf16": 0x7FFF}
     bits = tensor.data.reshape(-1).view(np.uint32 if tensor.dtype == "f32" else np.uint16)
@@ -161,8 +193,10 @@ def find_non_finite(checkpoint: Checkpoint) -> list[str]:
 def _find_problems(
     source: TensorSource, expected: Mapping[str, tuple[int, ...]], files: ModelFiles
 ) -> list[str]:
-    problems = []
+    problems = find_problems(source, files.quantized)
     for name, shape in expected.items():
+        if name.removesuffix(".weight") in files.quantized and name.endswith(".weight"):
+            continue
         theirs = files.weight_map[name]
         info = source.infos.get(theirs)
         if info is None:
@@ -172,6 +206,9 @@ def _find_problems(
         elif info.dtype not in ITEM_SIZE:
             problems.append(f"{theirs} is stored as {info.dtype}; supported: F32, F16, BF16")
     known = set(files.weight_map.values())
+    for matrix in files.quantized.values():
+        known.discard(matrix.module + ".weight")
+        known.update(stored_tensors(matrix))
     if files.spec.tie_word_embeddings:
         known.add(_HEAD)  # compared with the embedding below
     ignored = [re.compile(pattern) for pattern in files.ignored_weights]

@@ -45,6 +45,9 @@ _NUMPY_TYPES: Mapping[TensorDType, str] = MappingProxyType(
 )
 
 
+_INTEGER_TYPES: Mapping[str, str] = MappingProxyType({"I8": "<i1", "I32": "<i4", "I64": "<i8"})
+
+
 class SafetensorsFile:
     """One file. Opening it reads and checks the header; data is paged in when it is used."""
 
@@ -79,6 +82,14 @@ class SafetensorsFile:
         if not data.flags.aligned:
             data = data.copy()
         return Tensor(data, dtype)
+
+    def read_integers(self, name: str) -> npt.NDArray[Any]:
+        """An I8, I32 or I64 tensor: a view of the mapped file, or a copy if it is unaligned."""
+        kind = _INTEGER_TYPES[self.infos[name].dtype]
+        begin, end = self._offsets[name]
+        raw = self._bytes[self._data_start + begin : self._data_start + end]
+        data = raw.view(kind).reshape(self.infos[name].shape)
+        return data if data.flags.aligned else data.copy()
 
 
 class ShardedSafetensors:
@@ -115,6 +126,10 @@ class ShardedSafetensors:
     def read(self, name: str) -> Tensor:
         """A view of the mapped file that holds the tensor."""
         return self._files[name].read(name)
+
+    def read_integers(self, name: str) -> npt.NDArray[Any]:
+        """As `SafetensorsFile.read_integers`."""
+        return self._files[name].read_integers(name)
 
 
 def _our_name(dtype: str) -> str:
@@ -227,6 +242,23 @@ def _are_sizes(values: object) -> bool:
         and len(values) <= 64
         and all(type(value) is int and 0 <= value < 2**63 for value in values)
     )
+
+
+def make_header(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, int]:
+    """The beginning of a file whose tensors lie one behind the other in the order given.
+
+    entries: name -> (safetensors type, shape). Returns the bytes before the data, padded so that
+    the data begins at a multiple of 8, and how many bytes of data are to follow.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in entries.items():
+        end = offset + math.prod(shape) * ELEMENT_BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offset
 
 
 def read_index(path: Path) -> dict[str, str]:

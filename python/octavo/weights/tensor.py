@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-TensorDType = Literal["f32", "f16", "bf16"]
+TensorDType = Literal["f32", "f16", "bf16", "int8", "int4"]
 ITEM_SIZE: dict[TensorDType, int] = {"f32": 4, "f16": 2, "bf16": 2}
 
 
@@ -16,10 +16,11 @@ ITEM_SIZE: dict[TensorDType, int] = {"f32": 4, "f16": 2, "bf16": 2}
 class Tensor:
     """An array and its format.
 
-    NumPy has no bfloat16, so a bf16 tensor's `data` is uint16 holding the raw bits.
+    NumPy has no bfloat16, so a bf16 tensor's `data` is uint16 holding the raw bits. Codes, which
+    mean nothing without their scales, are int8, or uint8 with two int4 codes a byte.
     """
 
-    data: npt.NDArray[Any]  # float32, float16, or uint16 (bf16); any shape, C-contiguous
+    data: npt.NDArray[Any]  # float32, float16, uint16 (bf16), codes; any shape, C-contiguous
     dtype: TensorDType
 
     @property
@@ -27,7 +28,12 @@ class Tensor:
         return tuple(self.data.shape)
 
     def to_float32(self) -> npt.NDArray[np.float32]:
-        """The values as float32, exactly (a copy unless the tensor is float32 already)."""
+        """The values as float32, exactly (a copy unless the tensor is float32 already).
+
+        Raises TypeError for codes: `octavo.quantization.apply.dequantized` knows their scales.
+        """
+        if self.dtype not in ITEM_SIZE:
+            raise TypeError(f"a tensor of {self.dtype} codes has no values without its scales")
         if self.dtype == "bf16":
             return (self.data.astype(np.uint32) << 16).view(np.float32)
         return self.data.astype(np.float32, copy=False)

@@ -1,0 +1,119 @@
+"""Quantizing a checkpoint while it is loaded, and what the codes of one stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.errors import InvalidArgumentError
+from octavo.models.spec import ModelSpec, WeightFormat
+from octavo.quantization.plan import Scheme, embedding_formats, plan_formats
+from octavo.quantization.rounding import QuantizedMatrix, quantize_matrix
+from octavo.reference.quantization import dequantize, round_to_int8, unpack_int4
+from octavo.weights.checkpoint import Checkpoint
+from octavo.weights.source import TensorInfo
+from octavo.weights.tensor import Tensor
+
+_FLOATS = ("f32", "f16", "bf16")
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    scheme: Scheme | None,
+    *,
+    keep_embedding: bool = False,
+) -> Checkpoint:
+    """The same weights in the formats they are to run in; `checkpoint` itself if nothing changes.
+
+    scheme: how to round the layers' matrices of a float checkpoint; None leaves them as they are.
+    Wherever matrices are quantized, by this or in the files, embedding and head are rounded to
+    int8 too, unless keep_embedding says otherwise. int8 matrices stay floats here, and the
+    native core rounds them while packing; int4 is rounded when a weight is read.
+    Raises InvalidArgumentError where a scheme meets a checkpoint that is quantized already.
+    """
+    formats = dict(checkpoint.formats)
+    if scheme is not None:
+        if formats:
+            raise InvalidArgumentError(
+                f"quantize is {scheme.name!r}, but the model's weights are quantized already: "
+                "leave it out, or give the model that they were made from"
+            )
+        formats, _ = plan_formats(spec, scheme)
+    if not formats:
+        return checkpoint
+    if not keep_embedding:
+        formats = {**embedding_formats(spec), **formats}
+    if formats == checkpoint.formats:
+        return checkpoint
+    source = RoundingSource(checkpoint, formats, scheme.method if scheme else "rtn")
+    return Checkpoint(
+        source, {name: name for name in source.infos}, formats, dtype=checkpoint.dtype
+    )
+
+
+class RoundingSource:
+    """A `TensorSource` over a checkpoint that rounds to int4 what shall be and is not yet."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, formats: Mapping[str, WeightFormat], method: str
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._method = method
+        self._rounded: dict[str, WeightFormat] = {}
+        self._latest: tuple[str, QuantizedMatrix] | None = None
+        infos: dict[str, TensorInfo] = {}
+        for name, info in checkpoint.infos.items():
+            infos[name] = info
+            base = name.removesuffix(".weight")
+            format = formats.get(base)
+            if format is None or format.dtype != "int4" or info.dtype not in _FLOATS:
+                continue
+            outputs, inputs = info.shape
+            groups = (outputs, format.num_groups(inputs))
+            self._rounded[base] = format
+            infos[name] = TensorInfo("int4", info.shape, outputs * inputs // 2)
+            infos[base + ".scale"] = TensorInfo("f32", groups, 4 * groups[0] * groups[1])
+            if format.has_zeros:
+                infos[base + ".zero"] = infos[base + ".scale"]
+        self.infos: Mapping[str, TensorInfo] = infos
+
+    def read(self, name: str) -> Tensor:
+        """The tensor; the matrix rounded last is kept for its scales and zero points."""
+        base, _, part = name.rpartition(".")
+        if base not in self._rounded or part == "bias":
+            return self._checkpoint[name]
+        matrix = self._matrix(base)
+        if part == "weight":
+            return Tensor(matrix.codes, "int4")
+        values = matrix.scales if part == "scale" else matrix.zeros
+        if values is None:
+            raise KeyError(name)
+        return Tensor(values, "f32")
+
+    def _matrix(self, base: str) -> QuantizedMatrix:
+        if self._latest is None or self._latest[0] != base:
+            weight = self._checkpoint[base + ".weight"].to_float32()
+            self._latest = base, quantize_matrix(weight, self._rounded[base], self._method)
+        return self._latest[1]
+
+
+def dequantized(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
+    """A weight as the numbers that the model computes with, float32.
+
+    Codes are decoded; a float matrix that is to run as int8 is rounded as the native core does.
+    """
+    tensor = checkpoint[name]
+    base = name.removesuffix(".weight")
+    format = checkpoint.formats.get(base) if name.endswith(".weight") else None
+    if format is None:
+        return tensor.to_float32()
+    if tensor.dtype in _FLOATS:
+        codes, scales = round_to_int8(tensor.to_float32())
+        return dequantize(codes, scales, format)
+    scales = checkpoint[base + ".scale"].to_float32()
+    zeros = checkpoint[base + ".zero"].to_float32() if format.has_zeros else None
+    values = unpack_int4(tensor.data) if tensor.dtype == "int4" else tensor.data
+    return dequantize(values, scales, format, zeros)

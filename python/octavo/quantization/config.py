@@ -1,0 +1,223 @@
+"""`quantization_config` of config.json: reading what can be run, and writing ours.
+
+The layout is that of the library compressed-tensors (quant_method "compressed-tensors"), which
+llm-compressor writes and vLLM and transformers read. octavo runs its weight-only integer schemes:
+
+- 4 bits in groups that are a multiple of 32 wide, symmetric or not, format "pack-quantized";
+- 8 bits, one symmetric scale an output, format "pack-quantized" or "int-quantized".
+
+Anything else is refused by name. What changes no result (observers, ratios) is not looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from octavo.models.fields import Fields
+from octavo.models.spec import ModelSpec, WeightFormat
+from octavo.quantization.plan import matrix_names
+
+Layout = Literal["pack-quantized", "int-quantized"]
+_LAYOUTS: dict[str, Layout] = {
+    "pack-quantized": "pack-quantized",
+    "int-quantized": "int-quantized",
+    "naive-quantized": "int-quantized",
+}
+_SOURCE = "config.json: quantization_config"
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """How a checkpoint holds one matrix. module: its name there, without an ending."""
+
+    module: str
+    shape: tuple[int, int]  # (outputs, inputs)
+    format: WeightFormat
+    layout: Layout
+
+
+def read_quantization(
+    config: Mapping[str, Any], spec: ModelSpec, weight_map: Mapping[str, str]
+) -> dict[str, StoredMatrix]:
+    """The matrices that are stored as codes, by octavo's name without ".weight"; maybe none.
+
+    Raises UnsupportedModelError naming the field that asks for what octavo does not run.
+    """
+    values = config.get("quantization_config")
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise Fields(config, "config.json").error("quantization_config", values, "an object")
+    fields = Fields(values, _SOURCE)
+    if values.get("quant_method") != "compressed-tensors":
+        method = values.get("quant_method")
+        raise fields.error("quant_method", method, "'compressed-tensors', or no quantization")
+    if values.get("quantization_status", "compressed") != "compressed":
+        raise fields.error(
+            "quantization_status", values["quantization_status"], "'compressed' (codes are stored)"
+        )
+    for name in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
+        value = values.get(name)
+        dense = name == "sparsity_config" and isinstance(value, dict)
+        if value and not (dense and value.get("format") == "dense"):
+            raise fields.error(name, value, "null")
+    groups = values.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise fields.error("config_groups", groups, "an object with one group or several")
+    ignore = _names(fields, "ignore", values.get("ignore") or [])
+    found = [_Group.read(name, group, values.get("format")) for name, group in groups.items()]
+    linears: dict[str, tuple[int, int]] = dict(matrix_names(spec))
+    if not spec.tie_word_embeddings:
+        linears["lm_head"] = (spec.vocab_size, spec.hidden_size)
+    stored = {}
+    for name, shape in linears.items():
+        module = weight_map[name + ".weight"].removesuffix(".weight")
+        matching = [group for group in found if _matches(module, group.targets)]
+        if matching and not _matches(module, ignore):
+            stored[name] = matching[0].matrix(module, shape)
+    return stored
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One entry of config_groups."""
+
+    fields: Fields
+    targets: tuple[str, ...]
+    bits: int
+    group_size: int  # 0: one scale an output
+    symmetric: bool
+    layout: Layout
+
+    @staticmethod
+    def read(name: str, values: object, format: object) -> _Group:
+        source = f"{_SOURCE}: config_groups: {name}"
+        if not isinstance(values, dict):
+            raise Fields({}, _SOURCE).error(f"config_groups: {name}", values, "an object")
+        group = Fields(values, source)
+        for other in ("input_activations", "output_activations"):
+            group.refuse_unless(other, (), "null (weights alone are quantized)")
+        weights = values.get("weights")
+        if not isinstance(weights, dict):
+            raise group.error("weights", weights, "an object")
+        fields = Fields(weights, f"{source}: weights")
+        format = values.get("format") or format
+        if not isinstance(format, str) or format not in _LAYOUTS:
+            raise group.error("format", format, "'pack-quantized' or 'int-quantized'")
+        fields.refuse_unless("type", ("int",), "'int'")
+        fields.refuse_unless("dynamic", (False,), "false")
+        fields.refuse_unless("block_structure", (), "null")
+        fields.refuse_unless("actorder", (False, "weight", "static"), "null, 'weight' or 'static'")
+        symmetric = fields.boolean("symmetric", True)
+        bits = fields.integer("num_bits", 4, 8)
+        group_size = _group_size(fields)
+        if bits == 8 and (group_size or not symmetric):
+            wrong = "group_size" if group_size else "symmetric"
+            supported = "one symmetric scale an output for 8 bits (strategy 'channel')"
+            raise fields.error(wrong, weights.get(wrong), supported)
+        if bits not in (4, 8):
+            raise fields.error("num_bits", bits, "4 or 8")
+        if bits == 4 and _LAYOUTS[format] != "pack-quantized":
+            raise group.error("format", format, "'pack-quantized' for 4 bits")
+        targets = _names(group, "targets", values.get("targets"))
+        return _Group(fields, targets, bits, group_size, symmetric, _LAYOUTS[format])
+
+    def matrix(self, module: str, shape: tuple[int, int]) -> StoredMatrix:
+        """The scheme applied to one matrix."""
+        if self.bits == 8:
+            return StoredMatrix(module, shape, WeightFormat("int8"), self.layout)
+        group_size = self.group_size or shape[1]
+        if group_size % 32 or shape[1] % group_size:
+            supported = f"a multiple of 32 that divides the width of {module} ({shape[1]})"
+            raise self.fields.error("group_size", group_size, supported)
+        format = WeightFormat("int4", group_size, has_zeros=not self.symmetric)
+        return StoredMatrix(module, shape, format, self.layout)
+
+
+def _group_size(fields: Fields) -> int:
+    """The group of a scheme, 0 for one scale an output."""
+    strategy = fields.values.get("strategy")
+    size = fields.values.get("group_size")
+    if strategy is None:  # as the library infers it
+        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
+    if strategy == "channel":
+        fields.refuse_unless("group_size", (-1,), "null for strategy 'channel'")
+        return 0
+    if strategy != "group":
+        raise fields.error("strategy", strategy, "'group' or 'channel'")
+    return fields.integer("group_size", 32, 2**20)
+
+
+def _names(fields: Fields, name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise fields.error(name, value, "a list of names")
+    for entry in value:
+        try:
+            re.compile(entry.removeprefix("re:"))
+        except re.error as error:
+            raise fields.error(name, entry, f"a regular expression ({error})") from error
+    return tuple(value)
+
+
+def _matches(module: str, targets: Sequence[str]) -> bool:
+    """The library's rule: the class, the whole name, or a pattern from the name's beginning."""
+    return any(
+        re.match(target[3:], module) is not None
+        if target.startswith("re:")
+        else target in ("Linear", module)
+        for target in targets
+    )
+
+
+def make_quantization_config(modules: Mapping[str, WeightFormat]) -> dict[str, Any]:
+    """What goes into config.json. modules: the checkpoint's name of each matrix -> its format."""
+    by_format: dict[WeightFormat, list[str]] = {}
+    for module, format in modules.items():
+        by_format.setdefault(format, []).append(module)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": ["lm_head"],
+        "config_groups": {
+            f"group_{index}": {
+                "targets": _targets(names, modules),
+                "weights": _weights(format),
+                "input_activations": None,
+                "output_activations": None,
+            }
+            for index, (format, names) in enumerate(by_format.items())
+        },
+    }
+
+
+def _targets(names: Sequence[str], modules: Mapping[str, WeightFormat]) -> list[str]:
+    """All linear layers; else those of some kinds; else every one by its name."""
+    if len(names) == len(modules):
+        return ["Linear"]
+    kinds = {name.rsplit(".", 1)[1] for name in names}
+    others = {name.rsplit(".", 1)[1] for name in modules if name not in set(names)}
+    if kinds & others:
+        return list(names)
+    return [f"re:.*\\.{kind}$" for kind in sorted(kinds)]
+
+
+def _weights(format: WeightFormat) -> dict[str, Any]:
+    grouped = format.dtype == "int4"
+    return {
+        "num_bits": 4 if grouped else 8,
+        "type": "int",
+        "symmetric": not format.has_zeros,
+        "strategy": "group" if grouped else "channel",
+        "group_size": format.group_size if grouped else None,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }

@@ -1,0 +1,221 @@
+"""`octavo quantize`: a float model directory in, a directory of codes out.
+
+What comes out is the model's own directory with its matrices in the `compressed-tensors` layout
+(see `stored.py`) and a `quantization_config` in config.json. Embedding, head, norms and biases stay
+floats: vLLM cannot read a tied embedding in 8 bits, and octavo rounds it as it loads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.errors import InvalidArgumentError, WeightsError
+from octavo.models.registry import ModelFiles, read_model
+from octavo.models.spec import WeightFormat
+from octavo.quantization.config import StoredMatrix, make_quantization_config
+from octavo.quantization.plan import Scheme, plan_formats
+from octavo.quantization.rounding import quantize_matrix
+from octavo.quantization.stored import pack_words, pack_zeros, stored_tensors
+from octavo.weights.checkpoint import Checkpoint, has_non_finite, open_checkpoint
+from octavo.weights.convert import write_file
+from octavo.weights.progress import NO_PROGRESS, Progress
+from octavo.weights.safetensors import make_header
+from octavo.weights.tensor import Tensor, TensorDType, float32_to_bf16
+
+_NAMES: dict[TensorDType, str] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_WEIGHT_FILES = (
+    *(".safetensors", ".safetensors.index.json", ".gguf"),
+    *(".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl"),
+)
+_NOT_COPIED = ("config.json", "octavo.json")  # written anew; the note of where the source came from
+Entries = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class QuantizedDirectory:
+    """What was written.
+
+    num_bytes: of the weights file. bits_per_weight: of the matrices that were quantized, scales
+    and zero points included. notes: what the user should know of the formats.
+    """
+
+    path: Path
+    formats: Mapping[str, WeightFormat]
+    num_bytes: int
+    source_bytes: int
+    bits_per_weight: float
+    notes: tuple[str, ...]
+
+
+def quantize_directory(
+    source: Path, target: Path, scheme: Scheme, progress: Progress = NO_PROGRESS
+) -> QuantizedDirectory:
+    """Write the model in `source` to the new directory `target`, quantized by `scheme`.
+
+    The directory is filled under a hidden name beside its place, and renamed when it is whole and
+    on the disk. Raises InvalidArgumentError where `target` exists, its parent does not, or the
+    model is quantized already; WeightsError for weights that hold a NaN or an infinity; and what
+    reading the model raises. Nothing is left behind then.
+    """
+    # Whichever way it is spelled, with a slash at the end or dots inside.
+    target = Path(os.path.abspath(target.expanduser()))
+    if target.exists():
+        raise InvalidArgumentError(f"{target} exists; expected the name of a new directory")
+    if not target.parent.is_dir():
+        raise InvalidArgumentError(f"{target.parent} is not a directory; make it first")
+    files = read_model(source)
+    if files.quantized:
+        raise InvalidArgumentError(
+            f"{source} is quantized already; expected a model with float weights"
+        )
+    checkpoint = open_checkpoint(files)
+    formats, notes = plan_formats(files.spec, scheme)
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
+    try:
+        staging.mkdir()
+        _copy_files(source, staging)
+        config = {**files.config, "quantization_config": _config(files, formats)}
+        write_file(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        writer = _Writer(files, checkpoint, formats, scheme.method)
+        num_bytes = writer.write(staging / "model.safetensors", progress)
+        open_checkpoint(read_model(staging))  # what takes the name can be loaded
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return QuantizedDirectory(
+        path=target,
+        formats=formats,
+        num_bytes=num_bytes,
+        source_bytes=checkpoint.total_bytes,
+        bits_per_weight=writer.bits_per_weight(),
+        notes=tuple(notes),
+    )
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Tokenizer, generation config, license, whatever else lies there; no weights."""
+    for entry in sorted(source.iterdir()):
+        hidden = entry.name.startswith(".")
+        if not entry.is_file() or hidden or entry.name.endswith(_WEIGHT_FILES):
+            continue
+        if entry.name not in _NOT_COPIED:
+            shutil.copyfile(entry, target / entry.name)
+
+
+def _config(files: ModelFiles, formats: Mapping[str, WeightFormat]) -> dict[str, Any]:
+    modules = {
+        files.weight_map[name + ".weight"].removesuffix(".weight"): format
+        for name, format in formats.items()
+    }
+    return make_quantization_config(modules)
+
+
+class _Writer:
+    """Writes the weights one by one; memory holds one matrix and its codes."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        checkpoint: Checkpoint,
+        formats: Mapping[str, WeightFormat],
+        method: str,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._method = method
+        self._matrices: dict[str, StoredMatrix] = {}
+        self._entries: dict[str, Entries] = {}  # by octavo's name of the weight
+        for name, info in checkpoint.infos.items():
+            theirs = files.weight_map[name]
+            base = name.removesuffix(".weight")
+            if base in formats and name.endswith(".weight"):
+                outputs, inputs = info.shape
+                matrix = StoredMatrix(
+                    theirs.removesuffix(".weight"),
+                    (outputs, inputs),
+                    formats[base],
+                    "pack-quantized",
+                )
+                self._matrices[name] = matrix
+                self._entries[name] = {
+                    entry: (_stored_type(entry, dtypes), shape)
+                    for entry, (dtypes, shape) in stored_tensors(matrix).items()
+                }
+            else:
+                dtype = _kept_dtype(info.dtype, info.shape)
+                self._entries[name] = {theirs: (_NAMES[dtype], info.shape)}
+
+    def write(self, path: Path, progress: Progress) -> int:
+        """Write the file and wait until it is on the disk; returns its size."""
+        flat = {key: value for entries in self._entries.values() for key, value in entries.items()}
+        header, num_bytes = make_header(flat)
+        progress.start("Quantizing", num_bytes)
+        with path.open("wb") as file:
+            file.write(header)
+            for name in self._entries:
+                for array in self._arrays(name):
+                    file.write(np.ascontiguousarray(array).data)
+                    progress.advance(array.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
+        progress.finish()
+        return len(header) + num_bytes
+
+    def bits_per_weight(self) -> float:
+        """Of the quantized matrices, all that is stored of them."""
+        weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in self._matrices.values())
+        entries: Entries = {}
+        for name in self._matrices:
+            entries.update(self._entries[name])
+        return 8 * make_header(entries)[1] / weights
+
+    def _arrays(self, name: str) -> Iterator[npt.NDArray[Any]]:
+        """The contents of a weight's entries, in their order."""
+        tensor = self._checkpoint[name]
+        if has_non_finite(tensor):
+            raise WeightsError(
+                f"{next(iter(self._entries[name]))}: the weight holds a NaN or an infinity, which "
+                "cannot be rounded. Fetch or convert the model again"
+            )
+        if name not in self._matrices:
+            yield _cast(tensor)
+            return
+        matrix = self._matrices[name]
+        rounded = quantize_matrix(tensor.to_float32(), matrix.format, self._method)
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "weight_packed": pack_words(rounded.codes, matrix.format.dtype),
+            "weight_shape": np.array(matrix.shape, "<i8"),
+            "weight_scale": float32_to_bf16(rounded.scales),
+        }
+        if rounded.zeros is not None:
+            arrays["weight_zero_point"] = pack_zeros(rounded.zeros)
+        for entry in self._entries[name]:
+            yield arrays[entry.rsplit(".", 1)[1]]
+
+
+def _stored_type(name: str, dtypes: tuple[str, ...]) -> str:
+    """Of the types that an entry may have, the one that is written."""
+    part = name.rsplit(".", 1)[1]
+    return {"weight_scale": "BF16", "weight_shape": "I64"}.get(part, dtypes[0])
+
+
+def _kept_dtype(dtype: str, shape: tuple[int, ...]) -> TensorDType:
+    """Embedding and head in 16 bits; vectors as they are."""
+    if dtype == "f32":
+        return "bf16" if len(shape) == 2 else "f32"
+    return "f16" if dtype == "f16" else "bf16"
+
+
+def _cast(tensor: Tensor) -> npt.NDArray[Any]:
+    if _kept_dtype(tensor.dtype, tensor.shape) == tensor.dtype:
+        return tensor.data
+    return float32_to_bf16(tensor.to_float32())

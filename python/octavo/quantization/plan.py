@@ -1,0 +1,141 @@
+"""Which format every matrix of a model takes: the one place where that is decided.
+
+int8: codes -127 to 127 with a scale an output. int4: a scale, and perhaps a zero point, for each
+group of inputs. The embedding and the head are rounded to int8 whatever the other matrices are:
+in 4 bits they cost too much of the model, and in 16 they are half of a small model's bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from octavo.errors import InvalidArgumentError
+from octavo.models.spec import ModelSpec, WeightFormat, weight_shapes
+
+SCHEMES = ("int8", "int4")
+METHODS = ("rtn", "search")
+GROUP_SIZES = (32, 64, 128)
+# 4.5 bits a weight, as llama.cpp's Q4_0; wider groups are smaller and clearly worse.
+DEFAULT_GROUP_SIZE = 32
+EMBEDDINGS = ("embed", "lm_head")
+_FLOAT_BITS = {"f32": 32, "bf16": 16}
+_CODE_BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a user asks for.
+
+    name: "int8" or "int4". group_size, symmetric: of int4. method: how int4 is rounded, "rtn" to
+    nearest by the largest magnitude, or "search" for the scale of least squared error.
+    """
+
+    name: str
+    group_size: int = DEFAULT_GROUP_SIZE
+    symmetric: bool = True
+    method: str = "search"
+
+    def __post_init__(self) -> None:
+        _check("scheme", self.name, SCHEMES)
+        _check("group_size", self.group_size, GROUP_SIZES)
+        _check("method", self.method, METHODS)
+        if self.name == "int8" and not self.symmetric:
+            raise InvalidArgumentError(
+                "int8 was asked for asymmetric; expected int4, or symmetric int8: int8 has one "
+                "scale an output and no zero points"
+            )
+
+
+def _check(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise InvalidArgumentError(
+            f"{name} is {value!r}; expected one of {', '.join(map(str, choices))}"
+        )
+
+
+def matrix_names(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """The layers' matrices: octavo's name without ".weight" -> (outputs, inputs)."""
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in weight_shapes(spec).items()
+        if len(shape) == 2 and name.startswith("layers.")
+    }
+
+
+def embedding_formats(spec: ModelSpec) -> dict[str, WeightFormat]:
+    """int8 for the embedding, and for the head where it is not the embedding."""
+    names = ("embed",) if spec.tie_word_embeddings else EMBEDDINGS
+    return dict.fromkeys(names, WeightFormat("int8"))
+
+
+def plan_formats(spec: ModelSpec, scheme: Scheme) -> tuple[dict[str, WeightFormat], list[str]]:
+    """The formats of the layers' matrices, and what has to be said about them.
+
+    A width that the group does not divide takes the largest of 32, 64 and 128 that does and is no
+    larger than asked; where none does, the matrix is rounded to int8.
+    """
+    formats: dict[str, WeightFormat] = {}
+    others: dict[str, set[str]] = {}
+    for name, (_, inputs) in matrix_names(spec).items():
+        format = _format_for(inputs, scheme)
+        formats[name] = format
+        if scheme.name == "int4" and format.group_size != scheme.group_size:
+            taken = f"groups of {format.group_size}" if format.group_size else "int8"
+            others.setdefault(f"{taken} (width {inputs})", set()).add(name.rsplit(".", 1)[1])
+    notes = [
+        f"{', '.join(sorted(parts))}: {taken}, since {scheme.group_size} does not divide the width"
+        for taken, parts in others.items()
+    ]
+    return formats, notes
+
+
+def _format_for(inputs: int, scheme: Scheme) -> WeightFormat:
+    if scheme.name == "int4":
+        for group_size in reversed(GROUP_SIZES):
+            if group_size <= scheme.group_size and inputs % group_size == 0:
+                return WeightFormat("int4", group_size, has_zeros=not scheme.symmetric)
+    return WeightFormat("int8")
+
+
+def describe_format(format: WeightFormat) -> str:
+    """WeightFormat("int4", 64, True) -> "int4, groups of 64, asymmetric"."""
+    if format.dtype != "int4":
+        return format.dtype
+    kind = "asymmetric" if format.has_zeros else "symmetric"
+    return f"int4, groups of {format.group_size}, {kind}"
+
+
+def describe_formats(spec: ModelSpec, formats: Mapping[str, WeightFormat]) -> list[str]:
+    """One line a format, with the kinds of matrices that have it, the most weights first."""
+    kinds: dict[str, dict[str, int]] = {}
+    for name, shape in weight_shapes(spec).items():
+        base = name.removesuffix(".weight")
+        if base in formats:
+            kind = kinds.setdefault(describe_format(formats[base]), {})
+            part = base.rsplit(".", 1)[-1]
+            kind[part] = kind.get(part, 0) + math.prod(shape)
+    ordered = sorted(kinds.items(), key=lambda item: -sum(item[1].values()))
+    return [f"{format} ({', '.join(parts)})" for format, parts in ordered]
+
+
+def weight_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: str) -> int:
+    """Bytes that the weights take in memory; scales and zero points are float32 there.
+
+    dtype: "f32" or "bf16", of the matrices that `formats` does not name. Vectors are float32.
+    """
+    bits = 0
+    for name, shape in weight_shapes(spec).items():
+        format = formats.get(name.removesuffix(".weight"))
+        if format is None:
+            bits += math.prod(shape) * _FLOAT_BITS[dtype]
+        else:
+            bits += math.prod(shape) * _CODE_BITS[format.dtype]
+            bits += shape[0] * format.num_groups(shape[1]) * 32 * (1 + format.has_zeros)
+    return bits // 8
+
+
+def describe_dtypes(formats: Mapping[str, WeightFormat], dtype: str) -> str:
+    """What the matrices are kept in: "int4 and int8" if quantized, else `dtype`."""
+    return " and ".join(sorted({format.dtype for format in formats.values()})) or dtype

@@ -1,0 +1,218 @@
+"""Rounding matrices to int8 and int4, in NumPy, block by block so that scratch stays in cache.
+
+`octavo.reference.quantization` says what the codes stand for, and states the rules that are
+followed here plainly; the tests hold the two together.
+
+A block is turned so that the members of a group lie along the first axis: every step is then one
+operation over long contiguous rows, and sums over a group are sums of rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.models.spec import UNIFORM_LEVELS, WeightFormat
+from octavo.weights.tensor import float32_to_bf16
+
+Float32 = npt.NDArray[np.float32]
+
+_BLOCK = 1 << 17  # elements of a block: half a MiB an array
+_MAX_THREADS = 8
+# Scales tried for a group, as what the largest magnitude becomes. 8 is the end of the side with
+# eight levels, 7 of the other; beyond them the largest magnitudes are cut off, and below them
+# the steps are coarser. The best lies between for most groups.
+_LONG_SIDE = (6.5, 7.0, 7.25, 7.5, 7.75, 8.0, 8.3, 8.6, 9.0, 9.5, 10.0)
+_SHORT_SIDE = (6.4, 6.7, 7.0, 7.3, 7.6, 8.0)
+# Of an asymmetric group, which part of its range is covered.
+_SHRINKS = (1.03, 1.0, 0.97, 0.93, 0.89, 0.84, 0.78, 0.7)
+_REFINEMENTS = 2
+_SMALLEST = np.float32(1e-30)  # a scale whose reciprocal is surely finite
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """Codes as the native core takes them.
+
+    codes: int8 (outputs, inputs), or uint8 (outputs, inputs / 2) with two int4 codes a byte.
+    scales: float32 (outputs, groups), every one a bfloat16 number: a directory stores them so.
+    zeros: float32 (outputs, groups), whole numbers from -8 to 7, or None.
+    """
+
+    codes: npt.NDArray[Any]
+    scales: Float32
+    zeros: Float32 | None = None
+
+
+def quantize_matrix(
+    weight: Float32, format: WeightFormat, method: str = "search", num_threads: int | None = None
+) -> QuantizedMatrix:
+    """Round a matrix to a format.
+
+    weight: float32 (outputs, inputs). format: int8, or int4 with uniform levels whose group
+    divides inputs. method "rtn": scales that just span the largest magnitude; "search": scales
+    (and zero points) of least squared error among some twenty, then fitted to their codes by
+    least squares. A group that holds a NaN or an infinity gets a NaN for its scale. num_threads:
+    None takes the cores that this process may use, at most eight.
+    """
+    if format.dtype == "int8":
+        return _round_int8(weight)
+    if format.levels != UNIFORM_LEVELS or weight.shape[1] % format.group_size:
+        raise ValueError(
+            f"a width of {weight.shape[1]} in groups of {format.group_size}; expected uniform "
+            "levels and a group that divides the width"
+        )
+    outputs, inputs = weight.shape
+    groups = inputs // format.group_size
+    codes = np.empty((outputs, inputs // 2), np.uint8)
+    scales = np.empty((outputs, groups), np.float32)
+    zeros = np.empty((outputs, groups), np.float32) if format.has_zeros else None
+
+    def work(rows: slice) -> None:
+        block = np.ascontiguousarray(weight[rows].reshape(-1, format.group_size).T)
+        found, scale, zero = _round_block(block, format.has_zeros, method)
+        count = len(range(*rows.indices(outputs)))
+        flat = np.ascontiguousarray(found.T).reshape(count, inputs)
+        codes[rows] = flat[:, 0::2] | (flat[:, 1::2] << np.uint8(4))
+        scales[rows] = scale.reshape(count, groups)
+        if zeros is not None and zero is not None:
+            zeros[rows] = zero.reshape(count, groups)
+
+    threads = _usable_cores() if num_threads is None else num_threads
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        for _ in pool.map(work, _row_blocks(outputs, inputs)):
+            pass
+    return QuantizedMatrix(codes, scales, zeros)
+
+
+def _usable_cores() -> int:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(count or 1, _MAX_THREADS)
+
+
+def _row_blocks(outputs: int, inputs: int) -> Iterator[slice]:
+    rows = max(1, _BLOCK // inputs)
+    for start in range(0, outputs, rows):
+        yield slice(start, min(outputs, start + rows))
+
+
+def _bf16(values: Float32) -> Float32:
+    """Rounded to bfloat16, as a directory will store it; 1 in place of what is next to nothing."""
+    rounded = (float32_to_bf16(values).astype(np.uint32) << 16).view(np.float32)
+    return np.where(np.abs(rounded) < _SMALLEST, np.float32(1), rounded).astype(np.float32)
+
+
+def _round_int8(weight: Float32) -> QuantizedMatrix:
+    codes = np.empty(weight.shape, np.int8)
+    scales = np.empty((weight.shape[0], 1), np.float32)
+    for rows in _row_blocks(*weight.shape):
+        block = weight[rows]
+        largest = np.max(np.abs(block), axis=1, keepdims=True)
+        bad = ~np.isfinite(largest)
+        scale = _bf16(np.where(bad, 0, largest) / np.float32(127))
+        steps = np.rint(np.where(bad, np.float32(0), block) / scale)
+        codes[rows] = np.clip(steps, -127, 127).astype(np.int8)
+        scales[rows] = np.where(bad, np.float32(np.nan), scale)
+    return QuantizedMatrix(codes, scales)
+
+
+def _round_block(
+    x: Float32, asymmetric: bool, method: str
+) -> tuple[npt.NDArray[np.uint8], Float32, Float32 | None]:
+    """x: (members, groups). Returns codes 0 to 15 (members, groups), scales and zeros (groups,)."""
+    high, low = x.max(axis=0), x.min(axis=0)
+    bad = ~np.isfinite(high - low)
+    if bad.any():
+        x = np.where(bad, np.float32(0), x)
+        high, low = np.where(bad, 0, high), np.where(bad, 0, low)
+    fit = _Fit(x)
+    if asymmetric:
+        _try_asymmetric(fit, np.minimum(low, 0), np.maximum(high, 0), method)
+    else:
+        _try_symmetric(fit, low, high, method)
+    if method == "search":
+        for _ in range(_REFINEMENTS):
+            fit.refine()
+    codes = (fit.codes() + np.float32(8)).astype(np.uint8)
+    scales = np.where(bad, np.float32(np.nan), fit.scale).astype(np.float32)
+    return codes, scales, fit.zero if asymmetric else None
+
+
+def _try_symmetric(fit: _Fit, low: Float32, high: Float32, method: str) -> None:
+    if method == "rtn":
+        fit.set(np.maximum(-low, high) / np.float32(7.5))
+        return
+    # A scale below zero turns the group around, so that its longer side has the eight levels.
+    extreme = np.where(-low > high, low, high)
+    for steps in _LONG_SIDE:
+        fit.offer(extreme / np.float32(-steps))
+    for steps in _SHORT_SIDE:
+        fit.offer(extreme / np.float32(steps))
+
+
+def _try_asymmetric(fit: _Fit, low: Float32, high: Float32, method: str) -> None:
+    if method == "rtn":
+        scale = _bf16((high - low) / np.float32(15))
+        fit.set(scale, np.clip(np.rint(-8 - low / scale), -8, 7))
+        return
+    for shrink in _SHRINKS:
+        scale = _bf16((high - low) * np.float32(shrink / 15))
+        # The range shrinks about its middle.
+        middle = (high + low) / scale / 2
+        for zero in (np.floor(-0.5 - middle), np.ceil(-0.5 - middle)):
+            fit.offer(scale, np.clip(zero, -8, 7))
+
+
+class _Fit:
+    """The best scale and zero of each group so far. x: (members, groups)."""
+
+    def __init__(self, x: Float32) -> None:
+        self.x = x
+        self.scale = np.ones(x.shape[1], np.float32)
+        self.zero = np.zeros(x.shape[1], np.float32)
+        self.error = np.full(x.shape[1], np.inf, np.float32)
+        self._scratch = np.empty_like(x)
+
+    def codes(self, scale: Float32 | None = None, zero: Float32 | None = None) -> Float32:
+        """The nearest levels, -8 to 7, in scratch memory that the next call overwrites."""
+        scale, zero = self.scale if scale is None else scale, self.zero if zero is None else zero
+        out: Float32 = np.multiply(self.x, np.float32(1) / scale, out=self._scratch)
+        np.rint(out, out=out)
+        np.add(out, zero, out=out)
+        np.clip(out, -8, 7, out=out)
+        return out
+
+    def set(self, scale: Float32, zero: npt.NDArray[Any] | None = None) -> None:
+        """Take a scale and zero without comparing."""
+        self.scale = _bf16(scale)
+        if zero is not None:
+            self.zero = zero.astype(np.float32)
+
+    def offer(self, scale: Float32, zero: npt.NDArray[Any] | None = None) -> None:
+        """Take a scale and zero where their squared error is smaller."""
+        scale = _bf16(scale)
+        zero = np.zeros_like(scale) if zero is None else zero.astype(np.float32)
+        off = self.codes(scale, zero)
+        np.subtract(off, zero, out=off)
+        np.multiply(off, scale, out=off)
+        np.subtract(off, self.x, out=off)
+        error = np.einsum("ij,ij->j", off, off)
+        better = error < self.error
+        np.copyto(self.error, error, where=better)
+        np.copyto(self.scale, scale, where=better)
+        np.copyto(self.zero, zero, where=better)
+
+    def refine(self) -> None:
+        """Offer the scale that fits the present codes best, by least squares."""
+        steps = self.codes()
+        np.subtract(steps, self.zero, out=steps)
+        squares = np.einsum("ij,ij->j", steps, steps)
+        product = np.einsum("ij,ij->j", steps, self.x)
+        fitted = product / np.maximum(squares, np.float32(1))
+        self.offer(np.where(squares > 0, fitted, self.scale).astype(np.float32), self.zero)

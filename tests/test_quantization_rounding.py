@@ -1,0 +1,160 @@
+"""Rounding to int8 and int4: production code against the definition, and how good it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from octavo.errors import InvalidArgumentError
+from octavo.models.spec import WeightFormat
+from octavo.quantization.plan import Scheme, plan_formats, weight_bytes
+from octavo.quantization.rounding import QuantizedMatrix, quantize_matrix
+from octavo.reference import quantization as definition
+from octavo.weights.tensor import float32_to_bf16
+from runtime_helpers import tiny_spec
+
+FORMATS = [
+    WeightFormat("int8"),
+    WeightFormat("int4", 32),
+    WeightFormat("int4", 96),
+    WeightFormat("int4", 32, has_zeros=True),
+    WeightFormat("int4", 96, has_zeros=True),
+]
+
+
+def matrix(outputs: int = 37, inputs: int = 192, seed: int = 0) -> np.ndarray:
+    """Rows of different size, off their centre, some groups of zeros or of one sign."""
+    generator = np.random.default_rng(seed)
+    weight = generator.standard_normal((outputs, inputs)) * generator.uniform(0.01, 3, (outputs, 1))
+    weight += generator.uniform(-1, 1, (outputs, 1)) * 0.3
+    weight[1, :96] = 0
+    weight[2] = np.abs(weight[2])
+    weight[3] = 0
+    return weight.astype(np.float32)
+
+
+def codes_of(quantized: QuantizedMatrix, format: WeightFormat) -> np.ndarray:
+    return definition.unpack_int4(quantized.codes) if format.dtype == "int4" else quantized.codes
+
+
+def values_of(quantized: QuantizedMatrix, format: WeightFormat) -> np.ndarray:
+    codes = codes_of(quantized, format)
+    return definition.dequantize(codes, quantized.scales, format, quantized.zeros)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_round_to_nearest_is_the_definitions(format: WeightFormat) -> None:
+    weight = matrix()
+    got = quantize_matrix(weight, format, "rtn", num_threads=2)
+    if format.dtype == "int8":
+        codes, scales = definition.round_to_int8(weight)
+        assert np.abs(got.scales / scales - 1).max() < 2**-8  # rounded to bfloat16
+        assert np.abs(got.codes.astype(int) - codes).max() <= 1
+        return
+    codes, scales, zeros = definition.round_to_int4(weight, format)
+    assert np.array_equal(got.scales, scales)
+    assert np.array_equal(codes_of(got, format), codes)
+    assert (zeros is None) == (got.zeros is None)
+    if zeros is not None and got.zeros is not None:
+        assert np.array_equal(got.zeros, zeros) and len(np.unique(zeros)) > 5
+
+
+@pytest.mark.parametrize("method", ["rtn", "search"])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_every_weight_is_near_its_code(format: WeightFormat, method: str) -> None:
+    weight = matrix()
+    got = quantize_matrix(weight, format, method)
+    assert got.scales.shape == (37, format.num_groups(192))
+    bits = float32_to_bf16(got.scales).astype(np.uint32) << 16
+    assert np.array_equal(bits.view(np.float32), got.scales)  # nothing is lost in a directory
+    error = np.abs(values_of(got, format) - weight)
+    scales = np.repeat(np.abs(got.scales), 192 // format.num_groups(192), axis=1)
+    # Nearest, but where the range was cut off.
+    assert np.mean(error <= scales * 0.502) > 0.98
+    assert np.array_equal(values_of(got, format)[3], np.zeros(192))
+
+
+@pytest.mark.parametrize("format", FORMATS[1:], ids=str)
+def test_the_search_is_better_in_every_group(format: WeightFormat) -> None:
+    weight = matrix(outputs=300, seed=5)
+
+    def errors(method: str) -> np.ndarray:
+        values = values_of(quantize_matrix(weight, format, method), format)
+        groups = (values - weight).reshape(300, -1, format.group_size).astype(np.float64)
+        return np.square(groups).sum(axis=2)
+
+    rtn, search = errors("rtn"), errors("search")
+    assert search.sum() < (0.92 if format.has_zeros else 0.85) * rtn.sum()
+    if not format.has_zeros:
+        # Round to nearest's own scale is among those tried, as 7.5 steps of the longer side.
+        assert np.mean(search <= rtn * (1 + 1e-5)) == 1.0
+
+
+def test_how_the_work_is_cut_changes_nothing() -> None:
+    weight = matrix(outputs=1500, seed=2)
+    format = WeightFormat("int4", 32, has_zeros=True)
+    whole = quantize_matrix(weight, format, num_threads=3)
+    rows = quantize_matrix(np.ascontiguousarray(weight[700:705]), format, num_threads=1)
+    assert np.array_equal(whole.codes[700:705], rows.codes)
+    assert np.array_equal(whole.scales[700:705], rows.scales)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_nan_and_infinity_stay_visible(format: WeightFormat) -> None:
+    weight = matrix()
+    weight[5, 7], weight[9, 100] = np.nan, -np.inf
+    got = quantize_matrix(weight, format)
+    bad = np.isnan(got.scales)
+    assert bad.sum() == 2 and bad[5].any() and bad[9].any()
+
+
+@pytest.mark.parametrize("scale", [1e-38, 3e-30, 1e30])
+def test_extreme_sizes_do_no_harm(scale: float) -> None:
+    weight = (matrix().astype(np.float64) * scale).astype(np.float32)
+    for format in FORMATS:
+        got = quantize_matrix(weight, format)
+        assert np.isfinite(values_of(got, format)).all()
+
+
+def test_a_width_that_the_group_does_not_divide_is_an_error() -> None:
+    with pytest.raises(ValueError, match="width of 100 in groups of 32"):
+        quantize_matrix(matrix(inputs=100), WeightFormat("int4", 32))
+
+
+def test_the_plan_takes_the_largest_group_that_divides() -> None:
+    spec = tiny_spec()  # hidden 36, query heads 60, intermediate 44: nothing divides
+    formats, notes = plan_formats(spec, Scheme("int4"))
+    assert set(formats.values()) == {WeightFormat("int8")}
+    assert len(formats) == 14 and notes and all("int8" in note for note in notes)
+    wide = tiny_spec(intermediate_size=128, head_dim=16)  # down 128, o 96
+    formats, notes = plan_formats(wide, Scheme("int4", 128, symmetric=False))
+    assert formats["layers.0.down"] == WeightFormat("int4", 128, has_zeros=True)
+    assert formats["layers.1.o"] == WeightFormat("int4", 32, has_zeros=True)
+    assert formats["layers.1.q"] == WeightFormat("int8")
+    assert "o: groups of 32 (width 96), since 128 does not divide the width" in notes
+    assert plan_formats(wide, Scheme("int4", 64))[0]["layers.0.down"].group_size == 64
+    assert "embed" not in formats
+
+
+def test_bytes_of_weights() -> None:
+    spec = tiny_spec()
+    plain = weight_bytes(spec, {}, "f32")
+    assert plain == 4 * sum(  # by hand: embedding, five norms, and two layers' matrices
+        [83 * 36, 5 * 36, 2 * (36 * (60 + 20 + 20) + 36 * 60 + 3 * 36 * 44)]
+    )
+    saved = plain - weight_bytes(spec, {"embed": WeightFormat("int8")}, "f32")
+    assert saved == 3 * 83 * 36 - 4 * 83
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("int5",), "scheme is 'int5'; expected one of int8, int4"),
+        (("int4", 48), "group_size is 48; expected one of 32, 64, 128"),
+        (("int8", 32, False), "asymmetric"),
+        (("int4", 32, True, "magic"), "method is 'magic'"),
+    ],
+)
+def test_schemes_that_are_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        Scheme(*arguments)
