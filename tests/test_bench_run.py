@@ -182,7 +182,7 @@ def test_a_row_without_a_measured_machine(model: Path) -> None:
     assert row.samples and row.limit is None and row.percent_of_limit is None
     assert row.deviation == 0 and cells(row)[5] == "-"
     result = BenchResult(
-        *("tiny", 1, 1, "bf16", "bf16", "dummy", "elsewhere", "none", 1, "a processor"),
+        *("tiny", 1, 1, "bf16", "bf16", "bf16", "dummy", "elsewhere", "none", 1, "a processor"),
         native={"compiler": "none"},
         date="now",
         peak=None,

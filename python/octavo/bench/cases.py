@@ -10,7 +10,8 @@ from typing import Literal
 from octavo.errors import InvalidArgumentError
 from octavo.models.spec import LayerSpec, ModelSpec, weight_shapes
 
-KV_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
+# Of one number in each format; scales are little beside them.
+BYTES = {"f32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def work_of(case: Case, spec: ModelSpec, step_bytes: float, kv_dtype: str, chunk
         num_steps, rows = case.num_tokens, case.tokens
         read = [(context, case.batch) for context in contexts]
         queries = contexts
-    item = KV_BYTES[kv_dtype]
+    item = BYTES[kv_dtype]
     num_bytes = num_steps * step_bytes
     operations = 2.0 * linear_weights(spec) * case.tokens
     operations += 2.0 * spec.vocab_size * spec.hidden_size * rows

@@ -22,7 +22,7 @@ HEADINGS = (
 )
 
 CSV_COLUMNS = (
-    *("model", "dtype", "kv_dtype", "processor", "isa", "num_threads"),
+    *("model", "weights", "kv_dtype", "processor", "isa", "num_threads"),
     *("test", "kind", "num_tokens", "batch", "depth", "tokens_per_second", "deviation"),
     *("bytes_per_second", "flops", "percent_of_limit", "limit", "logits_hash", "gate", "date"),
 )
@@ -53,7 +53,7 @@ def header(result: BenchResult) -> list[str]:
     """What the figures were measured on, in three lines."""
     lines = [
         f"{result.model}: {result.num_parameters / 1e6:,.1f} M parameters, "
-        f"{result.dtype} ({result.weight_bytes / 2**20:,.0f} MiB), KV cache {result.kv_dtype}"
+        f"{result.weights} ({result.weight_bytes / 2**20:,.0f} MiB), KV cache {result.kv_dtype}"
         + (", random weights" if result.load_format == "dummy" else ""),
         f"{result.processor}: {result.num_threads} threads, {result.isa}, {result.device}; "
         f"{result.native['compiler']}; {result.date}",
@@ -89,7 +89,7 @@ def to_csv(result: BenchResult) -> str:
         case = row.case
         writer.writerow(
             [
-                *(result.model, result.dtype, result.kv_dtype, result.processor, result.isa),
+                *(result.model, result.weights, result.kv_dtype, result.processor, result.isa),
                 *(result.num_threads, case.name, case.kind, case.num_tokens, case.batch),
                 *(case.depth, row.mean, row.deviation, row.bytes_per_second, row.flops),
                 *(row.percent_of_limit, row.limit, row.gate.logits_hash),

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from octavo.bench.cases import Case, Peak, Work, least_seconds, streamed_bytes, work_of
+from octavo.bench.cases import BYTES, Case, Peak, Work, least_seconds, streamed_bytes, work_of
 from octavo.bench.session import Session, hash_of
 from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.engine.loader import LoadedRuntime, load_runtime
 from octavo.errors import InvalidArgumentError
+from octavo.eval.run import describe_weights
 from octavo.models.registry import read_model
 from octavo.models.spec import ModelSpec
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import resolve_model
-from octavo.weights.tensor import ITEM_SIZE
 
 GATE_STEPS = 4  # decoded tokens whose logits are compared
 Progress = Callable[[str, int, int], None]
@@ -72,6 +72,7 @@ class BenchResult:
     model: str
     num_parameters: int
     weight_bytes: int
+    weights: str  # what the matrices are kept in
     dtype: str
     kv_dtype: str
     load_format: str
@@ -136,6 +137,7 @@ def bench(
         model=files.path.name,
         num_parameters=checkpoint.num_parameters,
         weight_bytes=runner.weight_bytes,
+        weights=describe_weights(options),
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
         load_format=config.load_format,
@@ -214,8 +216,9 @@ class Runner:
         )
 
     def _work(self, case: Case) -> Work:
-        item = ITEM_SIZE[self._options.dtype]
-        step_bytes = streamed_bytes(self._spec, self.weight_bytes, item)
+        embed = self._options.formats.get("embed")
+        kind = self._options.dtype if embed is None else embed.dtype
+        step_bytes = streamed_bytes(self._spec, self.weight_bytes, BYTES[kind])
         return work_of(case, self._spec, step_bytes, self._options.kv_dtype, self._session.chunk)
 
     def tokens(self, sequence: int, count: int) -> list[int]:

@@ -76,7 +76,7 @@ def _row(run: ModelRun) -> tuple[str, ...]:
     value = run.perplexity
     return (
         Path(run.path).name,
-        f"{run.dtype}, KV {run.kv_dtype}, {run.device}",
+        f"{run.weights}, KV {run.kv_dtype}, {run.device}",
         f"{run.weight_bytes / 2**20:,.0f} MiB",
         f"{value.mean_surprisal:.5f}",
         f"{value.value:,.4f} ± {value.standard_error:,.2f}",

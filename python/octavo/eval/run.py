@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from octavo.config import EngineConfig, Environment
+from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.errors import InvalidArgumentError
 from octavo.eval.measures import (
     Divergence,
@@ -60,9 +60,10 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class ModelRun:
-    """A model as it was run."""
+    """A model as it was run. weights: what its matrices are kept in, as in "int4 and int8"."""
 
     path: str
+    weights: str
     dtype: str
     kv_dtype: str
     device: str
@@ -282,9 +283,15 @@ def score(
     return Scores(*(np.concatenate(parts) for parts in (ours, theirs, kl, same)))
 
 
+def describe_weights(options: RuntimeOptions) -> str:
+    """What the matrices are kept in: "int4 and int8" if quantized, else the dtype."""
+    return " and ".join(sorted({form.dtype for form in options.formats.values()})) or options.dtype
+
+
 def _describe(files: ModelFiles, scorer: Scorer, value: Perplexity) -> ModelRun:
     return ModelRun(
         path=str(files.path),
+        weights=describe_weights(scorer.options),
         dtype=scorer.options.dtype,
         kv_dtype=scorer.options.kv_dtype,
         device=scorer.device,
