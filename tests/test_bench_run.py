@@ -76,6 +76,16 @@ def test_a_run(model: Path, quick_peak: None) -> None:
     assert [row.gate for row in again.rows] == [row.gate for row in result.rows]
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantized_weights_keep_the_gate(model: Path, quick_peak: None, quantize: str) -> None:
+    result = run(model, quantize=quantize)
+    plain = run(model)
+    assert result.passed and quantize in result.weights and plain.weights == "bf16"
+    assert result.weight_bytes < plain.weight_bytes
+    hashes = [{row.gate.logits_hash for row in r.rows} for r in (result, plain)]
+    assert not hashes[0] & hashes[1]
+
+
 def test_the_session_computes_the_model(model: Path) -> None:
     """Its prefill and decode, in f32, against the reference."""
     loaded, spec = load(model, dtype="f32", max_num_batched_tokens=9)

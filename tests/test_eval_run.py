@@ -79,6 +79,21 @@ def test_bf16_is_held_against_f32_of_itself(model: Path, text: Path) -> None:
     assert result.divergence.perplexity_ratio == ratio
 
 
+def test_quantized_weights_are_held_against_f32(model: Path, text: Path) -> None:
+    """The fewer bits, the further; and the same text is as hard for f32 as ever."""
+    plain = run(model, text, {"dtype": "f32"}).model.perplexity
+    divergences = []
+    for quantize in (None, "int8", "int4"):
+        result = run(model, text, {"dtype": "bf16", "quantize": quantize})
+        assert result.against is not None and result.divergence is not None
+        assert result.against.weights == "f32" and result.against.perplexity == plain
+        assert (quantize or "bf16") in result.model.weights
+        divergences.append(result.divergence.mean_kl)
+    assert 0 < divergences[0] < divergences[1] < divergences[2]
+    exact = run(model, text, {"dtype": "f32", "quantize": "int8"})
+    assert exact.divergence is not None and exact.divergence.mean_kl > 0
+
+
 def test_f32_against_itself_is_no_difference(model: Path, text: Path) -> None:
     result = run(model, text, {"dtype": "f32"}, against="same")
     assert result.divergence is not None

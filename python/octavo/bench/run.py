@@ -17,9 +17,9 @@ from octavo.bench.session import Session, hash_of
 from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.engine.loader import LoadedRuntime, load_runtime
 from octavo.errors import InvalidArgumentError
-from octavo.eval.run import describe_weights
 from octavo.models.registry import read_model
 from octavo.models.spec import ModelSpec
+from octavo.quantization.plan import describe_dtypes
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import resolve_model
 
@@ -137,7 +137,7 @@ def bench(
         model=files.path.name,
         num_parameters=checkpoint.num_parameters,
         weight_bytes=runner.weight_bytes,
-        weights=describe_weights(options),
+        weights=describe_dtypes(options.formats, options.dtype),
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
         load_format=config.load_format,

@@ -10,8 +10,10 @@ from octavo.cli.common import (
     FAILED,
     DeviceOption,
     DTypeOption,
+    KeepEmbeddingOption,
     LoadFormatOption,
     NumThreadsOption,
+    QuantizeOption,
     print_error,
 )
 from octavo.errors import InvalidArgumentError
@@ -79,6 +81,8 @@ def bench(
         typer.Option(help="Tokens of a prompt that go into one step.", rich_help_panel=_WHAT),
     ] = 512,
     dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = None,
+    keep_embedding: KeepEmbeddingOption = False,
     device: DeviceOption = "auto",
     num_threads: NumThreadsOption = 0,
     load_format: LoadFormatOption = "auto",
@@ -116,6 +120,8 @@ def bench(
     config = EngineConfig(
         device=device,
         dtype=dtype,  # type: ignore[arg-type]  # EngineConfig checks it
+        quantize=quantize,  # type: ignore[arg-type]
+        keep_embedding=keep_embedding,
         load_format=load_format,  # type: ignore[arg-type]
         num_threads=num_threads,
         max_num_batched_tokens=max_num_batched_tokens,

@@ -11,8 +11,10 @@ import typer
 from octavo.cli.common import (
     DeviceOption,
     DTypeOption,
+    KeepEmbeddingOption,
     LoadFormatOption,
     NumThreadsOption,
+    QuantizeOption,
 )
 
 _TEXT, _OUT = "What to score", "Output"
@@ -32,7 +34,7 @@ def eval(
         str | None,
         typer.Option(
             help="What to compare its distributions with: same (this model unquantized in f32), "
-            "another MODEL, or none. Left out: same, unless the model runs in f32 anyway.",
+            "another MODEL, or none. Left out: same, unless it runs in f32 or is stored quantized.",
             metavar="same|none|MODEL",
             show_default=False,
         ),
@@ -81,6 +83,8 @@ def eval(
         ),
     ] = None,
     dtype: DTypeOption = "auto",
+    quantize: QuantizeOption = None,
+    keep_embedding: KeepEmbeddingOption = False,
     device: DeviceOption = "auto",
     num_threads: NumThreadsOption = 0,
     load_format: LoadFormatOption = "auto",
@@ -105,6 +109,8 @@ def eval(
     config = EngineConfig(
         device=device,
         dtype=dtype,  # type: ignore[arg-type]  # EngineConfig checks it
+        quantize=quantize,  # type: ignore[arg-type]
+        keep_embedding=keep_embedding,
         load_format=load_format,  # type: ignore[arg-type]
         num_threads=num_threads,
     )

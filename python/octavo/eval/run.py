@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from octavo.config import EngineConfig, Environment, RuntimeOptions
+from octavo.config import EngineConfig, Environment
 from octavo.errors import InvalidArgumentError
 from octavo.eval.measures import (
     Divergence,
@@ -26,6 +26,7 @@ from octavo.eval.measures import (
 from octavo.eval.scorer import Scorer
 from octavo.eval.windows import Window, make_windows
 from octavo.models.registry import ModelFiles, read_model
+from octavo.quantization.plan import describe_dtypes
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.hub import resolve_model
@@ -41,7 +42,8 @@ class EvalRequest:
 
     config: how to run the model; its window decides max_model_len, batch and cache.
     against: "same" (this model, unquantized, in f32), "none", a model as `model` takes it, or None:
-        "same" where the model's numbers are not plain f32 already, else "none".
+        "same" where the model is rounded while it is loaded, "none" where it runs in plain f32 or
+        is stored quantized.
     text: a file in UTF-8, or None for the text that octavo ships.
     random: so many random tokens in place of a text (seeded by config.seed); needs no tokenizer.
     window, stride: in tokens; None: 512 (or the model's limit, if less), and half the window.
@@ -112,7 +114,8 @@ class _Models:
         self.window = min(DEFAULT_WINDOW, limit) if request.window is None else request.window
         against = request.against
         if against is None:
-            against = "none" if is_plain_f32(request.config, checkpoint) else "same"
+            plain = is_plain_f32(request.config, checkpoint)
+            against = "none" if plain or checkpoint.formats else "same"
         reference = None
         if against != "none":
             reference = self._open_reference(against, request, checkpoint, environment)
@@ -131,6 +134,11 @@ class _Models:
         checkpoint: Checkpoint,
         environment: Environment,
     ) -> Checkpoint:
+        if against == "same" and checkpoint.formats:
+            raise InvalidArgumentError(
+                f"{self.files.path} holds quantized weights, so that there is no unquantized same "
+                "model to compare with; expected --against MODEL, the one it was made from"
+            )
         if against == "same":
             self.reference_files = self.files
             return checkpoint
@@ -165,12 +173,13 @@ class _Models:
 def is_plain_f32(config: EngineConfig, checkpoint: Checkpoint) -> bool:
     """Whether the model would run in f32 throughout."""
     in_f32 = checkpoint.dtype != "bf16" if config.dtype == "auto" else config.dtype == "f32"
-    return in_f32 and config.kv_dtype in ("auto", "f32")
+    plain = in_f32 and config.kv_dtype in ("auto", "f32")
+    return plain and config.quantize is None and not checkpoint.formats
 
 
 def plain_config(config: EngineConfig) -> EngineConfig:
-    """The same configuration in f32 throughout."""
-    return replace(config, dtype="f32", kv_dtype="f32")
+    """The same configuration in f32 throughout, nothing quantized."""
+    return replace(config, dtype="f32", kv_dtype="f32", quantize=None)
 
 
 def read_text(request: EvalRequest, files: ModelFiles, reference: ModelFiles | None) -> Text:
@@ -283,15 +292,10 @@ def score(
     return Scores(*(np.concatenate(parts) for parts in (ours, theirs, kl, same)))
 
 
-def describe_weights(options: RuntimeOptions) -> str:
-    """What the matrices are kept in: "int4 and int8" if quantized, else the dtype."""
-    return " and ".join(sorted({form.dtype for form in options.formats.values()})) or options.dtype
-
-
 def _describe(files: ModelFiles, scorer: Scorer, value: Perplexity) -> ModelRun:
     return ModelRun(
         path=str(files.path),
-        weights=describe_weights(scorer.options),
+        weights=describe_dtypes(scorer.options.formats, scorer.options.dtype),
         dtype=scorer.options.dtype,
         kv_dtype=scorer.options.kv_dtype,
         device=scorer.device,
