@@ -11,12 +11,14 @@ import pytest
 
 from octavo.cli import main
 from octavo.config import EngineConfig, read_environment
+from octavo.errors import InvalidArgumentError
 from octavo.eval.measures import perplexity, surprisals
 from octavo.eval.run import EvalRequest, EvalResult, evaluate
 from octavo.models.registry import read_model
 from octavo.reference import ReferenceModel
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import open_checkpoint
+from quantization_helpers import write_quantized_model
 from text_helpers import tiny_model
 
 TEXT = (
@@ -92,6 +94,19 @@ def test_quantized_weights_are_held_against_f32(model: Path, text: Path) -> None
     assert 0 < divergences[0] < divergences[1] < divergences[2]
     exact = run(model, text, {"dtype": "f32", "quantize": "int8"})
     assert exact.divergence is not None and exact.divergence.mean_kl > 0
+
+
+def test_a_quantized_directory_has_no_unquantized_self(tmp_path: Path) -> None:
+    source, quantized = write_quantized_model(tmp_path, "int4")
+    settings = {"load_format": "auto"}
+    alone = run(quantized, None, settings, random=90)
+    assert alone.against is None and "int4" in alone.model.weights
+    with pytest.raises(InvalidArgumentError, match="--against MODEL, the one it was made from"):
+        run(quantized, None, settings, random=90, against="same")
+    held = run(quantized, None, settings, random=90, against=str(source))
+    assert held.model == alone.model and held.divergence is not None
+    assert held.against is not None and held.against.weights == "f32"
+    assert held.divergence.mean_kl > 0
 
 
 def test_f32_against_itself_is_no_difference(model: Path, text: Path) -> None:
