@@ -24,6 +24,8 @@ CXX_FILES := csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 
 PIP := bin/python -m pip -qq --disable-pip-version-check
 # Building with the environment's own CMake keeps the object files from one build to the next.
+# (pip older than 23.1, which Python 3.10 and 3.11 bring, knows --config-settings but not -C.)
+SET := --config-settings=
 BUILD_TOOLS := "scikit-build-core>=1.0" "nanobind>=3.0" "cmake>=3.28" "ninja>=1.10"
 
 .PHONY: help
@@ -55,7 +57,8 @@ $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(TEST_VENV)
 	@echo "building and installing octavo with what its tests need (a minute or two)"
 	@$(TEST_VENV)/$(PIP) install $(BUILD_TOOLS)
-	@$(TEST_VENV)/$(PIP) install --no-build-isolation ".[test]" -Cbuild-dir=build/test
+	@$(TEST_VENV)/$(PIP) install --no-build-isolation ".[test]" \
+	  "$(SET)build-dir=build/test/{wheel_tag}"
 	@touch $@
 
 # ---- development ----
@@ -63,7 +66,7 @@ $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 .PHONY: dev
 dev: $(DEV_VENV)/.tools build ## Make .venv for development: editable install, tools, pre-commit hooks
 	@$(DEV_VENV)/$(PIP) install --no-build-isolation --editable ".[dev,test,hf]" \
-	  -Cwheel.cmake=false -Ceditable.mode=inplace
+	  $(SET)wheel.cmake=false $(SET)editable.mode=inplace
 	@if [ -d .git ]; then $(DEV_VENV)/bin/pre-commit install; fi
 	@echo "ready: . $(DEV_VENV)/bin/activate"
 
@@ -73,7 +76,7 @@ $(DEV_VENV)/.tools: pyproject.toml scripts/venv.sh
 	@echo "installing the development tools"
 	@$(DEV_VENV)/$(PIP) install $(BUILD_TOOLS)
 	@$(DEV_VENV)/$(PIP) install --no-build-isolation --editable ".[dev,test]" \
-	  -Cwheel.cmake=false -Ceditable.mode=inplace
+	  $(SET)wheel.cmake=false $(SET)editable.mode=inplace
 	@touch $@
 
 .PHONY: build
@@ -129,9 +132,11 @@ $(ASAN_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(ASAN_VENV)
 	@echo "building and installing octavo with sanitizers"
 	@$(ASAN_VENV)/$(PIP) install $(BUILD_TOOLS)
-	@$(ASAN_VENV)/$(PIP) install --no-build-isolation ".[test]" -Cbuild-dir=build/asan-python \
-	  -Ccmake.define.OCTAVO_SANITIZE=ON -Ccmake.define.OCTAVO_CUDA=OFF \
-	  -Ccmake.build-type=None "-Ccmake.define.CMAKE_CXX_FLAGS=-O1 -g" -Cinstall.strip=false
+	@$(ASAN_VENV)/$(PIP) install --no-build-isolation ".[test]" \
+	  "$(SET)build-dir=build/asan/{wheel_tag}" \
+	  $(SET)cmake.define.OCTAVO_SANITIZE=ON $(SET)cmake.define.OCTAVO_CUDA=OFF \
+	  $(SET)cmake.build-type=None "$(SET)cmake.define.CMAKE_CXX_FLAGS=-O1 -g" \
+	  $(SET)install.strip=false
 	@touch $@
 
 # ---- beside Hugging Face ----
@@ -155,7 +160,8 @@ $(HF_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(HF_VENV)
 	@echo "building and installing octavo, torch and transformers (some minutes)"
 	@$(HF_VENV)/$(PIP) install $(BUILD_TOOLS)
-	@$(HF_VENV)/$(PIP) install --no-build-isolation ".[test,hf]" -Cbuild-dir=build/hf
+	@$(HF_VENV)/$(PIP) install --no-build-isolation ".[test,hf]" \
+	  "$(SET)build-dir=build/hf/{wheel_tag}"
 	@touch $@
 
 .PHONY: clean
