@@ -57,6 +57,7 @@ def weights() -> dict[str, Any]:
 def make_engine(
     dtype: Any = "f32",
     *,
+    kv_dtype: Any = None,
     isa: str = "auto",
     num_threads: int = 1,
     max_num_batched_tokens: int = 512,
@@ -64,7 +65,7 @@ def make_engine(
 ) -> Engine:
     options = RuntimeOptions(
         dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=kv_dtype or dtype,
         block_size=16,
         max_model_len=512,
         max_num_seqs=24,
@@ -234,3 +235,16 @@ def test_different_requests_do_differ() -> None:
     changed = [*prompt[:-1], (prompt[-1] + 1) % VOCAB]
     other = facts(run(make_engine(), {"subject77": (changed, SAMPLED)}))
     assert other["subject77"] != base["subject77"]
+
+
+@pytest.mark.parametrize("chunk", [1, 13, 512])
+def test_with_an_int8_cache(chunk: int) -> None:
+    """Keys and values are rounded by themselves, so that neither chunks nor company show."""
+
+    def engine(max_num_batched_tokens: int) -> Engine:
+        return make_engine("bf16", kv_dtype="int8", max_num_batched_tokens=max_num_batched_tokens)
+
+    mode = MODES["sampled"]
+    expected = facts(run(engine(512), subjects(mode), apart=True))
+    assert expected != alone("bf16", "sampled")
+    assert facts(run(engine(chunk), {**others(), **subjects(mode)})) == expected

@@ -12,9 +12,11 @@ from octavo.errors import InvalidArgumentError
 from octavo.models.spec import WeightFormat
 
 DType = Literal["auto", "f32", "bf16"]
+KVDType = Literal["auto", "f32", "bf16", "int8"]
 LoadFormat = Literal["auto", "dummy"]
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "f32", "bf16")
+KV_DTYPES = (*DTYPES, "int8")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZE = ("int8", "int4")
 ISAS = ("auto", "scalar", "avx2", "avx512")
@@ -59,7 +61,8 @@ class EngineConfig:
     device: "auto" takes CUDA when a device is there, else the CPU.
     dtype: the format of the weights, "f32" or "bf16"; "auto" keeps bf16 as bf16 and holds every
         other format as f32 (which represents f16 exactly; bf16 would not).
-    kv_dtype: the format of the KV cache; "auto" follows dtype.
+    kv_dtype: the format of the KV cache; "auto" follows dtype. "int8" keeps each head of each
+        token with a scale of its own, in a little over half the memory of bf16.
     quantize: rounds the weights of a float model while it is loaded: "int8" (a scale an output) or
         "int4" (groups of 32, scales of least squared error); None takes them as they are stored.
     keep_embedding: in a quantized model, keeps embedding and head in `dtype`; they are rounded to
@@ -79,7 +82,7 @@ class EngineConfig:
 
     device: str = "auto"
     dtype: DType = "auto"
-    kv_dtype: DType = "auto"
+    kv_dtype: KVDType = "auto"
     quantize: Literal["int8", "int4"] | None = None
     keep_embedding: bool = False
     load_format: LoadFormat = "auto"
@@ -96,7 +99,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check_choice("device", self.device, DEVICES)
         _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("kv_dtype", self.kv_dtype, DTYPES)
+        _check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, QUANTIZE)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
@@ -127,7 +130,7 @@ class RuntimeOptions:
     """What the native `Runtime` is built with: an `EngineConfig` with every "auto" resolved."""
 
     dtype: Literal["f32", "bf16"]
-    kv_dtype: Literal["f32", "bf16"]
+    kv_dtype: Literal["f32", "bf16", "int8"]
     block_size: int
     max_model_len: int
     max_num_seqs: int

@@ -64,6 +64,16 @@ KeepEmbeddingOption = Annotated[
         rich_help_panel=_MODEL_PANEL,
     ),
 ]
+KVDTypeOption = Annotated[
+    str,
+    typer.Option(
+        "--kv-dtype",
+        help="Number format of the KV cache, the memory of the conversation: f32, bf16, int8 (a "
+        "little over half of bf16), or auto: as the weights' --dtype.",
+        metavar="auto|f32|bf16|int8",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
 DeviceOption = Annotated[
     str,
     typer.Option(
