@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from cpu_sides import HuggingFaceShape, LlamaBench, OctavoCore, XllamacppServer, why_absent
-from machine import processor, stamp
+from machine import stamp
 from sides import Remote
 
 from octavo import _native
 from octavo.config import read_environment
+from octavo.machine import processor
 from octavo.models.registry import read_model
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import resolve_model

@@ -22,11 +22,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from machine import processor, stamp
+from machine import stamp
 from sides import HuggingFaceSide, OctavoSide, Remote
 
 from octavo import _native
 from octavo.config import read_environment
+from octavo.machine import processor
 from octavo.models.registry import read_model
 from octavo.models.spec import ModelSpec, weight_shapes
 from octavo.text.tokenizer import Tokenizer

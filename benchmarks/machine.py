@@ -11,19 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from octavo import _native
+from octavo.machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str:

@@ -1,4 +1,4 @@
-"""How much memory this process may use: the machine's own, a container's limit, a shell's limit.
+"""What machine this is, and how much of its memory this process may use.
 
 Schedulers such as Slurm confine a job with a control group, so the smallest of all the limits is
 what counts: /proc/meminfo alone would promise a job the memory of the whole node.
@@ -7,6 +7,7 @@ what counts: /proc/meminfo alone would promise a job the memory of the whole nod
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 from octavo.errors import OctavoError
@@ -116,3 +117,14 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from octavo.bench.session import Session, hash_of
 from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.engine.loader import LoadedRuntime, load_runtime
 from octavo.errors import InvalidArgumentError
+from octavo.machine import processor
 from octavo.models.registry import read_model
 from octavo.models.spec import ModelSpec
 from octavo.quantization.plan import describe_dtypes
@@ -275,14 +274,3 @@ class Runner:
                 self._session.decode(first, case.num_tokens)
             seconds.append(time.perf_counter() - start)
         return seconds[1:]
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
