@@ -106,8 +106,8 @@ def bench(
     from octavo.bench.cases import make_cases
     from octavo.bench.report import OUTPUTS, print_result
     from octavo.bench.run import bench as run_bench
+    from octavo.cli.stage_bar import StageBar
     from octavo.config import EngineConfig, read_environment
-    from octavo.eval.report import ProgressBar
 
     if output not in OUTPUTS:
         raise InvalidArgumentError(f"--output is {output!r}; expected one of {', '.join(OUTPUTS)}")
@@ -126,7 +126,7 @@ def bench(
         num_threads=num_threads,
         max_num_batched_tokens=max_num_batched_tokens,
     )
-    with ProgressBar() as bar:
+    with StageBar.with_time_left() as bar:
         result = run_bench(model, config, cases, repetitions, read_environment(), bar.update)
     print_result(result, output)
     if not result.passed:

@@ -130,9 +130,10 @@ def diff(
     checked by itself on the inputs it had. Exit code: 0 no difference, 1 a difference, 2 a mistake
     in what was asked.
     """
+    from octavo.cli.stage_bar import StageBar
     from octavo.config import read_environment
     from octavo.diff.html import write_html
-    from octavo.diff.report import StatusLine, print_report, to_json
+    from octavo.diff.report import print_report, to_json
     from octavo.diff.run import DiffOptions
     from octavo.diff.setup import DiffRequest, prepare
 
@@ -149,7 +150,7 @@ def diff(
         num_threads=num_threads,
         options=DiffOptions(steps=steps, tolerance=tolerance),
     )
-    with StatusLine() as status:
+    with StageBar.with_counts() as status:
         prepared = prepare(request, read_environment(), status.update)
         result = prepared.comparison.run(
             prepared.title, prepared.token_texts, prepared.decode, judged=judge

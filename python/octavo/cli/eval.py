@@ -102,8 +102,9 @@ def eval(
     Against another model: the KL divergence of each prediction from the other's, in nats, and how
     often both think the same token the most probable.
     """
+    from octavo.cli.stage_bar import StageBar
     from octavo.config import EngineConfig, read_environment
-    from octavo.eval.report import ProgressBar, print_report
+    from octavo.eval.report import print_report
     from octavo.eval.run import EvalRequest, evaluate
 
     config = EngineConfig(
@@ -124,7 +125,7 @@ def eval(
         stride=stride,
         max_windows=max_windows,
     )
-    with ProgressBar() as bar:
+    with StageBar.with_time_left() as bar:
         result = evaluate(request, read_environment(), bar.update)
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=2))

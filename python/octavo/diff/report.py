@@ -1,18 +1,15 @@
-"""The terminal report, the status line while it runs, and the JSON."""
+"""The terminal report and the JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -20,54 +17,6 @@ from octavo.diff.numbers import cosine, growth, number
 from octavo.diff.result import DiffResult, Finding, TapResult
 
 UNSEEN_WIDTH = 110  # columns when the output is no terminal
-_STAGES = {
-    "taps": "comparing taps",
-    "greedy": "decoding greedily",
-    "decode": "prefill against decode",
-}
-
-
-class StatusLine:
-    """A progress bar on standard error while the comparison runs.
-
-    Nothing where that is no terminal. Use as a context manager; `update` is the callback that the
-    comparison takes.
-    """
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}", style="dim"),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
-        self._task: TaskID | None = None
-        self._stage = ""
-
-    def __enter__(self) -> StatusLine:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def update(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` of a stage are done."""
-        if stage != self._stage:
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(_STAGES.get(stage, stage), total=total)
-            self._stage = stage
-        if self._task is not None:
-            self._progress.update(self._task, completed=done, total=total)
 
 
 def print_report(

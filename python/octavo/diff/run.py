@@ -179,10 +179,10 @@ class Comparison:
             if side is not None:
                 side.reset()
         for chunk in self._chunks(self.token_ids):
-            self.progress("taps", done, total)
+            self.progress("comparing taps", done, total)
             self._compare_chunk(chunk)
             done += len(chunk)
-        self.progress("taps", total, total)
+        self.progress("comparing taps", total, total)
 
     def _compare_chunk(self, chunk: Int32) -> None:
         feds = [self.left.feed(chunk, taps=True), self.right.feed(chunk, taps=True)]
@@ -222,13 +222,13 @@ class Comparison:
             fed = self.last_fed[index]  # both stand at the prompt's end
             tokens, own_margins = [fed.next_token], [_margin(fed.logits)]
             for step in range(1, steps):
-                self.progress("greedy", index * steps + step, 2 * steps)
+                self.progress("decoding greedily", index * steps + step, 2 * steps)
                 fed = side.feed(np.array(tokens[-1:], dtype=np.int32), all_logits=False)
                 tokens.append(fed.next_token)
                 own_margins.append(_margin(fed.logits))
             answers.append(tuple(tokens))
             margins.append(own_margins)
-        self.progress("greedy", 2 * steps, 2 * steps)
+        self.progress("decoding greedily", 2 * steps, 2 * steps)
         pairs = enumerate(zip(*answers, strict=True))
         parted = next((step for step, (left, right) in pairs if left != right), None)
         if parted is None:
@@ -250,11 +250,11 @@ class Comparison:
             self.left.feed(chunk, all_logits=False)
         different, max_abs = 0, 0.0
         for index, token in enumerate(self.token_ids[-rows:]):
-            self.progress("decode", index, rows)
+            self.progress("prefill against decode", index, rows)
             logits = self.left.feed(np.array([token], dtype=np.int32)).logits[0]
             different += int((logits.view(np.int32) != expected[index].view(np.int32)).any())
             max_abs = max(max_abs, float(np.abs(logits - expected[index]).max()))
-        self.progress("decode", rows, rows)
+        self.progress("prefill against decode", rows, rows)
         return DecodeResult(rows, different, max_abs, self.left.bit_exact, self._logits_tolerance())
 
     def _deviation(self) -> float:

@@ -1,54 +1,13 @@
-"""The table of `octavo eval`, and its progress bar."""
+"""The table of `octavo eval`."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from octavo.eval.run import EvalResult, ModelRun
-
-
-class ProgressBar:
-    """A bar with the time left on standard error; nothing where that is no terminal."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f} %"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
-        self._task: TaskID | None = None
-        self._description = ""
-
-    def __enter__(self) -> ProgressBar:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def update(self, description: str, done: int, total: int) -> None:
-        """What goes on, and how much of how much is done."""
-        if self._task is None or description != self._description:
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(description, total=total)
-            self._description = description
-        self._progress.update(self._task, completed=done, total=total)
 
 
 def render(result: EvalResult) -> RenderableType:

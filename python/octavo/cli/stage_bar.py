@@ -1,0 +1,67 @@
+"""The progress bar of commands that work in stages: diff, eval, bench."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class StageBar:
+    """A bar on standard error, begun anew for each stage; nothing where that is no terminal.
+
+    Use as a context manager; `update` is the callback that the work takes.
+    """
+
+    def __init__(self, *columns: str | ProgressColumn) -> None:
+        self._progress = Progress(
+            *columns,
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task: TaskID | None = None
+        self._stage = ""
+
+    @classmethod
+    def with_counts(cls) -> StageBar:
+        """Shows how many of how many, for stages of a few seconds."""
+        counts = TextColumn("{task.completed:.0f}/{task.total:.0f}", style="dim")
+        return cls(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(28), counts)
+
+    @classmethod
+    def with_time_left(cls) -> StageBar:
+        """Shows per cent and the time left, for stages of minutes."""
+        percent = TextColumn("{task.percentage:3.0f} %")
+        return cls(TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
+
+    def __enter__(self) -> StageBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` of a stage are done."""
+        if self._task is None or stage != self._stage:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(stage, total=total)
+            self._stage = stage
+        self._progress.update(self._task, completed=done, total=total)
