@@ -21,6 +21,7 @@ import numpy.typing as npt
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, WeightFormat, weight_shapes
 from octavo.reference import ops
 from octavo.reference.ops import Array, Float32, Integers
+from octavo.reference.quantization import rounded_product
 
 Taps = dict[str, Float32]
 _DTYPES = ("f32", "bf16")
@@ -58,7 +59,7 @@ class ReferenceModel:
     cache (`ops.to_cache`).
     formats: the quantized matrices, by name without ".weight"; their weights are the numbers that
     the codes stand for (`octavo.reference.quantization.dequantize`), which are not rounded again,
-    and what is multiplied by them is rounded to bfloat16.
+    and what is multiplied by them is rounded to whole numbers (`rounded_product` there).
     compute: np.float32, or np.float64 for judging the rounding of others.
     """
 
@@ -193,9 +194,17 @@ class ReferenceModel:
         return ops.norm(x, self.weights[name + ".weight"], bias, norm.eps, norm.kind)
 
     def _linear(self, name: str, x: Array) -> Array:
-        # ops.linear(x, weight, bias, self.dtype), with the weight rounded once for all, not here.
-        x = ops.round_to_bf16(x) if self.dtype == "bf16" or name in self.formats else x
-        return ops.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
+        weight, bias = self.weights[name + ".weight"], self.weights.get(name + ".bias")
+        return self.multiply(name, x, weight, bias)
+
+    def multiply(self, name: str, x: Array, weight: Array, bias: Array | None) -> Array:
+        """x times a weight, x being rounded as the format of the matrix `name` asks.
+
+        As ops.linear(x, weight, bias, self.dtype), but for a weight that has been rounded already.
+        """
+        if name in self.formats:
+            return rounded_product(x, weight, bias, self.formats[name])
+        return ops.linear(ops.round_to_bf16(x) if self.dtype == "bf16" else x, weight, bias)
 
     def _checked_tokens(self, token_ids: Sequence[int] | Integers) -> Integers:
         tokens = np.asarray(token_ids)

@@ -154,3 +154,11 @@ def cache_from_sequence(
     positions = np.arange(len(keys))
     cache[block_table[positions // block_size] * block_size + positions % block_size] = keys
     return cache
+
+
+def bf16_order(isa: str) -> str:
+    """Which of two orders an instruction set sums bfloat16 products in; all else is summed alike.
+
+    "dot": by VDPBF16PS. "pairs": even and odd inputs apart, as fused multiply-adds and AMX do.
+    """
+    return "dot" if isa == "avx512_bf16" else "pairs"

@@ -17,12 +17,15 @@ from octavo.reference.ops import round_to_bf16
 from runtime_helpers import VOCAB, make_batch, random_weights, tiny_spec
 
 # Levels that are not evenly spaced: the format of a normal distribution's quantiles has such.
-UNEVEN = tuple(float(level) for level in np.sort(np.random.default_rng(5).normal(0, 4, 16)))
+UNEVEN = tuple(int(level) for level in np.sort(np.random.default_rng(5).normal(0, 50, 16)))
 FORMATS = [
     WeightFormat("int8"),
+    WeightFormat("int8", activation_bits=8),
     WeightFormat("int4", 32),
     WeightFormat("int4", 64, has_zeros=True),
-    WeightFormat("int4", 128),
+    WeightFormat("int4", 128, scale_dtype="f32"),
+    WeightFormat("int4", 96, has_zeros=True),
+    WeightFormat("int4", 1024),
     WeightFormat("int4", 32, has_zeros=True, levels=UNEVEN),
 ]
 SHAPES = [(1, 16, 64), (1, 100, 576), (2, 17, 34), (7, 33, 96), (13, 130, 1024), (50, 5, 130)]
@@ -37,10 +40,12 @@ def make_arguments(
     shape = (outputs, format.num_groups(inputs))
     x = generator.standard_normal((rows, inputs), dtype=np.float32)
     scales = generator.uniform(0.001, 0.1, shape).astype(np.float32)
+    if format.scale_dtype == "bf16" and format.dtype == "int4":
+        scales = round_to_bf16(scales)
     zeros = generator.integers(-8, 8, shape).astype(np.float32) if format.has_zeros else None
     bias = generator.standard_normal(outputs, dtype=np.float32)
     if format.dtype == "int8":
-        codes = generator.integers(-127, 128, (outputs, inputs)).astype(np.int8)
+        codes = generator.integers(-128, 128, (outputs, inputs)).astype(np.int8)
     else:
         codes = q.pack_int4(generator.integers(0, 16, (outputs, inputs)))
     return x, codes, scales, zeros, bias
@@ -131,7 +136,7 @@ def test_stacked_matrices_of_different_formats() -> None:
         formats[matrix] = format
         outputs, inputs = weights[name].shape
         shape = (outputs, format.num_groups(inputs))
-        scales = generator.uniform(0.01, 0.02, shape).astype(np.float32)
+        scales = round_to_bf16(generator.uniform(0.01, 0.02, shape).astype(np.float32))
         if wide:
             codes = generator.integers(-20, 20, (outputs, inputs)).astype(np.int8)
             arrays[name] = (codes, "int8")
@@ -148,8 +153,8 @@ def test_stacked_matrices_of_different_formats() -> None:
     runtime.alloc_kv(8)
     output = runtime.step(make_batch([([3, 1, 4, 1, 5], 0, [2])], range(5)), ["*"])
     for name, source in (("q", "attn_norm"), ("v", "attn_norm"), ("up", "mlp_norm")):
-        x = round_to_bf16(output.taps[f"layers.1.{source}"]).astype(np.float64)
-        expected = x @ weights[f"layers.1.{name}.weight"].T
+        steps, step = q.round_activations(output.taps[f"layers.1.{source}"].astype(np.float64))
+        expected = (steps * step) @ weights[f"layers.1.{name}.weight"].T
         assert error(output.taps[f"layers.1.{name}"], expected) < TOLERANCE
 
 
@@ -161,7 +166,7 @@ def test_wrong_formats_are_refused() -> None:
     with pytest.raises(ValueError, match="codes has 32 columns; expected 64"):
         native.quantized_linear(x, codes, scales, WeightFormat("int8"))
     with pytest.raises(ValueError, match="levels has 3 entries"):
-        native.quantized_linear(x, codes, scales, WeightFormat("int4", 32, levels=(0.0, 1.0, 2.0)))
+        native.quantized_linear(x, codes, scales, WeightFormat("int4", 32, levels=(0, 1, 2)))
     options = RuntimeOptions("f32", "f32", 16, 64, 2, 32, formats={"embed": WeightFormat("int8")})
     runtime = _native.Runtime("cpu", tiny_spec(), options)
     assert "embed.scale" in runtime.missing_weights()

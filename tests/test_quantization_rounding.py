@@ -149,7 +149,7 @@ def test_bytes_of_weights() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("int5",), "scheme is 'int5'; expected one of int8, int4"),
+        (("int5",), "scheme is 'int5'; expected one of int8, w8a8, int4"),
         (("int4", 48), "group_size is 48; expected one of 32, 64, 128"),
         (("int8", 32, False), "asymmetric"),
         (("int4", 32, True, "magic"), "method is 'magic'"),

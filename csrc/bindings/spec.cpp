@@ -93,11 +93,22 @@ WeightFormat weight_format(nb::handle format) {
   result.group_size = field<std::int64_t>(format, "group_size");
   result.has_zeros = field<bool>(format, "has_zeros");
   if (result.dtype == DType::int4) {
-    const auto levels = field<std::vector<float>>(format, "levels");
+    const auto levels = field<std::vector<std::int64_t>>(format, "levels");
     require(levels.size() == result.levels.size(), "levels has ", levels.size(),
             " entries; expected 16");
-    std::copy(levels.begin(), levels.end(), result.levels.begin());
+    for (std::size_t i = 0; i < levels.size(); ++i) {
+      require(levels[i] >= -127 && levels[i] <= 127, "levels[", i, "] is ", levels[i],
+              "; expected -127 to 127");
+      result.levels[i] = static_cast<std::int8_t>(levels[i]);
+    }
+    result.scale_dtype = parse_dtype(field<std::string>(format, "scale_dtype"), "scale_dtype");
+    require(result.scale_dtype == DType::bf16 || result.scale_dtype == DType::f32,
+            "scale_dtype is ", name(result.scale_dtype), "; expected bf16 or f32");
   }
+  result.activation_bits = field<std::int64_t>(format, "activation_bits");
+  require(
+      result.activation_bits == 16 || (result.activation_bits == 8 && result.dtype == DType::int8),
+      "activation_bits is ", result.activation_bits, "; expected 16, or 8 with int8 weights");
   return result;
 }
 

@@ -25,15 +25,19 @@ struct WeightFormat {
   std::int64_t group_size = 0;  // int4: inputs that share a scale, a multiple of 32
   bool has_zeros = false;       // int4: asymmetric
   // int4: what the 16 codes stand for, before the scale.
-  std::array<float, 16> levels = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  std::array<std::int8_t, 16> levels = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  DType scale_dtype = DType::bf16;    // int4: how scales are kept, bf16 or f32
+  std::int64_t activation_bits = 16;  // int8: of the codes that x is rounded to, 8 or 16
 
+  bool has_own_levels() const { return levels != WeightFormat().levels; }
   bool is_quantized() const { return dtype == DType::int8 || dtype == DType::int4; }
   std::int64_t groups(std::int64_t inputs) const {
     return dtype == DType::int4 ? (inputs + group_size - 1) / group_size : 1;
   }
   bool operator==(const WeightFormat& other) const {
     return dtype == other.dtype && group_size == other.group_size && has_zeros == other.has_zeros &&
-           levels == other.levels;
+           levels == other.levels && scale_dtype == other.scale_dtype &&
+           activation_bits == other.activation_bits;
   }
 };
 

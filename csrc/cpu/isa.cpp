@@ -2,14 +2,27 @@
 
 #include "cpu/kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace octavo::cpu {
 
 const Kernels& scalar_kernels();
 #if defined(OCTAVO_HAVE_AVX2)
 const Kernels& avx2_kernels();
 #endif
+#if defined(OCTAVO_HAVE_AVX2_VNNI)
+const Kernels& avx2_vnni_kernels();
+#endif
 #if defined(OCTAVO_HAVE_AVX512)
 const Kernels& avx512_kernels();
+#endif
+#if defined(OCTAVO_HAVE_AVX512_VNNI)
+const Kernels& avx512_vnni_kernels();
+#endif
+#if defined(OCTAVO_HAVE_AVX512_BF16)
+const Kernels& avx512_bf16_kernels();
 #endif
 
 namespace {
@@ -20,24 +33,46 @@ struct Entry {
   const Kernels& (*kernels)();
 };
 
-// Slowest first. __builtin_cpu_supports also asks whether the system saves the registers (XGETBV).
+// __builtin_cpu_supports also asks whether the system saves the registers (XGETBV); its argument
+// has to be a literal.
+#define HAS(feature) bool(__builtin_cpu_supports(feature))
+
+#if defined(OCTAVO_HAVE_AVX2)
+bool has_avx2() { return HAS("avx2") && HAS("fma"); }
+#endif
+#if defined(OCTAVO_HAVE_AVX2_VNNI)
+// Compilers' lists of features do not all know this one. It uses registers that AVX2 has.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1u);
+}
+#endif
+#if defined(OCTAVO_HAVE_AVX512)
+bool has_avx512() {
+  return HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl");
+}
+#endif
+
+// Slowest first.
 std::vector<Entry> entries() {
   std::vector<Entry> list{{"scalar", [] { return true; }, scalar_kernels}};
 #if defined(OCTAVO_HAVE_AVX2)
-  list.push_back(
-      {"avx2",
-       [] { return bool(__builtin_cpu_supports("avx2")) && bool(__builtin_cpu_supports("fma")); },
-       avx2_kernels});
+  list.push_back({"avx2", has_avx2, avx2_kernels});
+#endif
+#if defined(OCTAVO_HAVE_AVX2_VNNI)
+  list.push_back({"avx2_vnni", [] { return has_avx2() && has_avx_vnni(); }, avx2_vnni_kernels});
 #endif
 #if defined(OCTAVO_HAVE_AVX512)
-  list.push_back({"avx512",
-                  [] {
-                    return bool(__builtin_cpu_supports("avx512f")) &&
-                           bool(__builtin_cpu_supports("avx512bw")) &&
-                           bool(__builtin_cpu_supports("avx512dq")) &&
-                           bool(__builtin_cpu_supports("avx512vl"));
-                  },
-                  avx512_kernels});
+  list.push_back({"avx512", has_avx512, avx512_kernels});
+#endif
+#if defined(OCTAVO_HAVE_AVX512_VNNI)
+  list.push_back(
+      {"avx512_vnni", [] { return has_avx512() && HAS("avx512vnni"); }, avx512_vnni_kernels});
+#endif
+#if defined(OCTAVO_HAVE_AVX512_BF16)
+  list.push_back({"avx512_bf16",
+                  [] { return has_avx512() && HAS("avx512vnni") && HAS("avx512bf16"); },
+                  avx512_bf16_kernels});
 #endif
   return list;
 }

@@ -11,14 +11,20 @@
 namespace octavo::cpu {
 namespace avx512 {
 
-// A tile of the matrix product: the even and odd sums of kRows x kPanels have to fit in registers.
+// Tiles of the matrix products, rows x panels, so that what they sum up fits the 32 registers:
+// fused multiply-adds (even and odd sums), and dot products (16-bit codes; 8-bit ones).
 constexpr int kRows = 6;
 constexpr int kPanels = 2;
+constexpr int kDotRows = 4;
+constexpr int kDotRowsOnePass = 4;
+constexpr int kDotPanels = 4;
 constexpr int kPanelsOneRow = 4;  // more panels for one row: enough sums under way at a time
 constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
 constexpr int kScoreRows = 4;     // query rows that share a load of the keys
 
 #include "cpu/kernels/vec_avx512.h"
+//
+#include "cpu/kernels/dot_madd.h"
 //
 #include "cpu/kernels/bodies.h"
 

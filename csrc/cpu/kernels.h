@@ -18,24 +18,35 @@ namespace octavo::cpu {
 constexpr std::int64_t kLanes = 16;       // outputs of a weight panel, tokens of a key tile
 constexpr std::int64_t kDepthBlock = 32;  // inputs that are summed up before they are added on
 
+constexpr std::int64_t kIntegerBlock = 512;  // codes whose products are sure to fit in 32 bits
+
 // Weights of a matrix product, packed in panels of 16 outputs, as 32-bit words:
-//   [panel][depth / n][16], a word holding n inputs of one output, the first in the lowest bits
+//   [panel][depth / n][16], a word holding n inputs of one output
 // with n = 1 (f32), 2 (bf16), 4 (int8) or 8 (int4). depth is the number of inputs rounded up to a
-// multiple of 32; what is added is zero, or meets an input of zero.
+// multiple of 32; what is added is zero, or meets an input of zero. The first input is in the
+// lowest bits; of eight int4 inputs the first four are in the lower halves of the four bytes, the
+// others in the upper halves.
 //
-// int8: one scale an output, [panel][16]. int4: a scale for each group of inputs,
-// [panel][group][16]; a word's four bits choose one of 16 levels, and a group's zero point, in
-// units of a level, is taken off: weight = (level - zero) * scale.
+// int8: a byte is the code + 128; one scale an output, [panel][16]. int4: four bits choose one of
+// 16 levels; a scale for each group of inputs, [panel][group][16], and perhaps a zero point, in
+// units of a level: weight = (level - zero) * scale.
 struct LinearTask {
-  const float* x = nullptr;  // rows of `depth` numbers, bf16-rounded unless the format is f32
+  // Rows of x as `prepare_input` leaves them, x_stride 32-bit words apart, and of each row of codes
+  // its scale, and the sum of the codes of each block: (rows, num_blocks).
+  const void* x = nullptr;
   std::int64_t x_stride = 0;
-  const float* x_sums = nullptr;  // (rows, depth / 32): sums of 32 inputs each; with zeros only
+  float* x_scales = nullptr;
+  std::int32_t* x_sums = nullptr;
   const std::uint32_t* weight = nullptr;
   DType format = DType::f32;
-  std::int64_t group_size = 0;    // int4: a multiple of 32
-  const float* scales = nullptr;  // int8, int4
-  const float* zeros = nullptr;   // int4, or null
-  const float* levels = nullptr;  // int4: [16]
+  int activation_bits = 16;              // int8: 8 or 16
+  std::int64_t group_size = 0;           // int4: a multiple of 32
+  std::int64_t num_groups = 1;           // of a row
+  std::int64_t num_blocks = 1;           // of a row
+  DType scale_type = DType::f32;         // int4: f32 or bf16
+  const void* scales = nullptr;          // int8, int4
+  const std::int8_t* zeros = nullptr;    // int4, or null
+  const std::uint8_t* levels = nullptr;  // int4: [16], level + 128; null: uniform, -8 to 7
   std::int64_t depth = 0;
   std::int64_t outputs = 0;
   const float* bias = nullptr;  // or null
@@ -43,8 +54,26 @@ struct LinearTask {
   std::int64_t out_stride = 0;
 };
 
-inline std::int64_t num_groups(const LinearTask& task) {
-  return (task.depth + task.group_size - 1) / task.group_size;
+// Integer formats sum up a block of inputs exactly: at most 512, and all of one group (an int8 row
+// is one group), counted from where the group begins.
+inline std::int64_t group_inputs(const LinearTask& task) {
+  return task.format == DType::int4 ? task.group_size : task.depth;
+}
+inline std::int64_t blocks_per_group(const LinearTask& task) {
+  return (group_inputs(task) + kIntegerBlock - 1) / kIntegerBlock;
+}
+// Where the block that begins at input k, in group `group`, ends.
+inline std::int64_t block_end(const LinearTask& task, std::int64_t k, std::int64_t group) {
+  const std::int64_t group_end = (group + 1) * group_inputs(task);
+  const std::int64_t end = group_end < task.depth ? group_end : task.depth;
+  return k + kIntegerBlock < end ? k + kIntegerBlock : end;
+}
+inline std::int64_t block_end(const LinearTask& task, std::int64_t k) {
+  return block_end(task, k, k / group_inputs(task));
+}
+inline std::int64_t block_index(const LinearTask& task, std::int64_t k) {
+  const std::int64_t group = group_inputs(task);
+  return k / group * blocks_per_group(task) + k % group / kIntegerBlock;
 }
 
 // How the keys and values of one KV head lie in a block:
@@ -92,11 +121,13 @@ struct AttendState {
 
 struct Kernels {
   const char* isa = "";
+  // Brings row `row` of x, `inputs` numbers, into the form that `linear` wants: `depth` words at
+  // `to`. Integer formats also note the row's scale and sums.
+  void (*prepare_input)(const LinearTask& task, std::int64_t row, void* to, const float* x,
+                        std::int64_t inputs);
   // Outputs 16 first_panel .. of rows [first_row, last_row).
   void (*linear)(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
                  std::int64_t first_panel, std::int64_t last_panel);
-  // Copies x, rounding each number to bf16 (the result is float32 again).
-  void (*round_bf16)(float* out, const float* x, std::int64_t count);
   void (*norm)(float* out, const float* x, const float* weight, const float* bias, float eps,
                NormKind kind, std::int64_t count);
   void (*add)(float* residual, const float* x, std::int64_t count);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace octavo::cpu {
 
@@ -31,64 +32,91 @@ struct Packing {
 
   std::int64_t panel_words() const { return depth / inputs_per_word * kLanes; }
   Place place(std::int64_t row, std::int64_t input) const {
+    const std::int64_t within = input % inputs_per_word;
     return {row / kLanes * panel_words() + input / inputs_per_word * kLanes + row % kLanes,
-            static_cast<int>(input % inputs_per_word * bits)};
+            static_cast<int>(bits == 4 ? within % 4 * 8 + within / 4 * 4 : within * bits)};
   }
 };
 
-// Packs the rows of one panel, lanes [first_lane, last_lane): code(row, input) gives the bits.
-// Inputs outside, lanes inside: what is written lies in one piece.
-template <class Code>
-void pack_panel(std::uint32_t* panel, const Packing& packing, const HostMatrix& rows,
-                std::int64_t first_row, std::int64_t first_lane, std::int64_t last_lane,
-                Code&& code) {
-  for (std::int64_t i = 0; i < rows.cols; i += packing.inputs_per_word) {
-    const std::int64_t end = std::min(rows.cols, i + packing.inputs_per_word);
-    std::uint32_t* words = panel + i / packing.inputs_per_word * kLanes;
-    for (std::int64_t lane = first_lane; lane < last_lane; ++lane) {
-      std::uint32_t word = 0;
-      for (std::int64_t j = i; j < end; ++j) {
-        const std::uint32_t bits = code(first_row + lane - first_lane, j);
-        word |= bits << ((j - i) * packing.bits);
-      }
-      words[lane] = word;
-    }
-  }
+// Eight int4 codes, the first in the lowest bits -> the first four in the lower halves of the
+// bytes, the others in the upper halves.
+std::uint32_t interleave_nibbles(std::uint32_t codes) {
+  const auto spread = [](std::uint32_t four) {  // 16 bits -> a nibble in each byte
+    four = (four | four << 8) & 0x00ff00ffu;
+    return (four | four << 4) & 0x0f0f0f0fu;
+  };
+  return spread(codes & 0xffffu) | spread(codes >> 16) << 4;
 }
 
-// The scale that makes 127 steps of a row's largest magnitude; 1 for a row of zeros.
+// The scale that makes 127 steps of a row's largest magnitude, rounded to bf16 as files hold it; 1
+// for a row of zeros.
 float int8_scale(const HostMatrix& rows, std::int64_t row) {
   float largest = 0.0f;
   for (std::int64_t i = 0; i < rows.cols; ++i)
     largest = std::max(largest, std::fabs(load_float(rows.data, rows.dtype, row * rows.cols + i)));
-  return largest > 0.0f ? largest / 127.0f : 1.0f;
+  const float scale = bf16_to_float(float_to_bf16(largest / 127.0f));
+  return scale > 0.0f ? scale : 1.0f;
 }
 
 std::uint32_t int8_code(float value, float scale) {
   const float steps = std::nearbyint(value / scale);  // ties to even
-  const auto code = static_cast<std::int32_t>(std::min(127.0f, std::max(-127.0f, steps)));
-  return static_cast<std::uint32_t>(code) & 0xffu;
+  return static_cast<std::uint32_t>(static_cast<int>(std::min(127.0f, std::max(-127.0f, steps))));
 }
 
-// One float32 an output and group, [panel][group][16].
-void pack_grouped(Buffer& buffer, const Linear& linear, std::int64_t first_row, std::int64_t rows,
-                  const float* values) {
+// Rows in the format they are packed in: 32 bits of a row are a word, but for the order within it.
+std::uint32_t stored_word(const HostMatrix& rows, DType format, std::int64_t row,
+                          std::int64_t word) {
+  const std::int64_t row_bytes = (rows.cols * bits_of(format) + 7) / 8;
+  const auto* bytes = static_cast<const std::uint8_t*>(rows.data) + row * row_bytes + word * 4;
+  std::uint32_t bits = 0;
+  std::memcpy(&bits, bytes,
+              static_cast<std::size_t>(std::min<std::int64_t>(4, row_bytes - word * 4)));
+  if (format == DType::int8) return bits ^ 0x80808080u;
+  return format == DType::int4 ? interleave_nibbles(bits) : bits;
+}
+
+// Numbers rounded to the format. scale: of an int8 row.
+std::uint32_t rounded_word(const HostMatrix& rows, DType format, std::int64_t row,
+                           std::int64_t word, float scale) {
+  const int bits = bits_of(format);
+  const std::int64_t first = word * (32 / bits), last = std::min(rows.cols, first + 32 / bits);
+  std::uint32_t result = 0;
+  for (std::int64_t i = first; i < last; ++i) {
+    const float value = load_float(rows.data, rows.dtype, row * rows.cols + i);
+    const std::uint32_t code = format == DType::f32    ? float_bits(value)
+                               : format == DType::bf16 ? float_to_bf16(value)
+                                                       : (int8_code(value, scale) + 128u) & 255u;
+    result |= code << ((i - first) * bits);
+  }
+  return result;
+}
+
+// Calls set(index, value) for one number an output and group, in the order [panel][group][16].
+template <class Set>
+void pack_grouped(const Linear& linear, std::int64_t first_row, std::int64_t rows,
+                  const float* values, Set&& set) {
   const std::int64_t groups = linear.format.groups(linear.inputs);
   for (std::int64_t row = first_row; row < first_row + rows; ++row) {
     for (std::int64_t group = 0; group < groups; ++group) {
-      buffer.as<float>()[(row / kLanes * groups + group) * kLanes + row % kLanes] =
-          values[(row - first_row) * groups + group];
+      set((row / kLanes * groups + group) * kLanes + row % kLanes,
+          values[(row - first_row) * groups + group]);
     }
   }
+}
+
+// int4 keeps its scales as the format says, int8 as float32.
+DType scale_type(const WeightFormat& format) {
+  return format.dtype == DType::int4 ? format.scale_dtype : DType::f32;
+}
+
+float load_scale(const Linear& linear, std::int64_t index) {
+  return load_float(linear.scales.data(), scale_type(linear.format), index);
 }
 
 void unpack_row(float* out, const Linear& table, std::int64_t row, bool add) {
   const Packing packing(table);
   const auto* words = table.weight.as<std::uint32_t>();
   const std::int64_t groups = table.format.groups(table.inputs);
-  const auto grouped = [&](const Buffer& buffer, std::int64_t group) {
-    return buffer.as<float>()[(row / kLanes * groups + group) * kLanes + row % kLanes];
-  };
   for (std::int64_t i = 0; i < table.inputs; ++i) {
     const Place place = packing.place(row, i);
     const std::uint32_t bits = words[place.word] >> place.shift;
@@ -101,14 +129,14 @@ void unpack_row(float* out, const Linear& table, std::int64_t row, bool add) {
         value = bf16_to_float(static_cast<std::uint16_t>(bits));
         break;
       case DType::int8:
-        value =
-            static_cast<float>(static_cast<std::int8_t>(bits & 0xffu)) * grouped(table.scales, 0);
+        value = static_cast<float>(static_cast<int>(bits & 255u) - 128) * load_scale(table, row);
         break;
       case DType::int4: {
         const std::int64_t group = i / table.format.group_size;
+        const std::int64_t index = (row / kLanes * groups + group) * kLanes + row % kLanes;
         value = table.format.levels[bits & 15u];
-        if (table.format.has_zeros) value -= grouped(table.zeros, group);
-        value *= grouped(table.scales, group);
+        if (table.format.has_zeros) value -= table.zeros.as<std::int8_t>()[index];
+        value *= load_scale(table, index);
         break;
       }
       case DType::f16:
@@ -131,13 +159,14 @@ Linear CpuBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
   linear.inputs = inputs;
   linear.format = format;
   const std::int64_t panels = num_panels(outputs);
-  const auto floats = [&](std::int64_t count) {
-    return Buffer(this, static_cast<std::size_t>(count) * 4);
+  const auto buffer = [&](std::int64_t count, int bits) {
+    return Buffer(this, static_cast<std::size_t>(count * bits / 8));
   };
-  linear.weight = floats(panels * Packing(linear).panel_words());
-  if (format.is_quantized()) linear.scales = floats(panels * kLanes * format.groups(inputs));
-  if (format.has_zeros) linear.zeros = floats(panels * kLanes * format.groups(inputs));
-  if (with_bias) linear.bias = floats(outputs);
+  const std::int64_t per_group = panels * kLanes * format.groups(inputs);
+  linear.weight = buffer(panels * Packing(linear).panel_words(), 32);
+  if (format.is_quantized()) linear.scales = buffer(per_group, bits_of(scale_type(format)));
+  if (format.has_zeros) linear.zeros = buffer(per_group, 8);
+  if (with_bias) linear.bias = buffer(outputs, 32);
   return linear;
 }
 
@@ -146,60 +175,58 @@ void CpuBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMat
   const bool is_float = rows.dtype != DType::int8 && rows.dtype != DType::int4;
   require(rows.dtype == format || (is_float && format != DType::int4), "a matrix of format ",
           name(format), " does not take ", name(rows.dtype), " rows");
-  const Packing packing(linear);
+  const bool is_stored = rows.dtype == format && format != DType::f16;
+  const std::int64_t words = (rows.cols + 32 / bits_of(format) - 1) / (32 / bits_of(format));
+  const std::int64_t panel_words = Packing(linear).panel_words();
   const std::int64_t last_row = first_row + rows.rows;
-  const std::int64_t first_panel = first_row / kLanes;
-  pool_.each((last_row - 1) / kLanes - first_panel + 1, [&](std::int64_t index, int) {
-    const std::int64_t begin = (first_panel + index) * kLanes;
-    const std::int64_t first_lane = std::max<std::int64_t>(0, first_row - begin);
-    const std::int64_t last_lane = std::min(kLanes, last_row - begin);
-    const std::int64_t source = begin + first_lane - first_row;
-    const auto pack = [&](auto&& code) {
-      pack_panel(linear.weight.as<std::uint32_t>() + (first_panel + index) * packing.panel_words(),
-                 packing, rows, source, first_lane, last_lane, code);
-    };
-    const auto number = [&](std::int64_t row, std::int64_t i) {
-      return load_float(rows.data, rows.dtype, row * rows.cols + i);
-    };
-    if (format == DType::f32) {
-      pack([&](std::int64_t row, std::int64_t i) { return float_bits(number(row, i)); });
-    } else if (format == DType::bf16 && rows.dtype == DType::bf16) {
-      const auto* bits = static_cast<const std::uint16_t*>(rows.data);
-      pack([&](std::int64_t row, std::int64_t i) {
-        return std::uint32_t{bits[row * rows.cols + i]};
-      });
-    } else if (format == DType::bf16) {
-      pack([&](std::int64_t row, std::int64_t i) {
-        return std::uint32_t{float_to_bf16(number(row, i))};
-      });
-    } else if (format == DType::int8 && is_float) {
-      float scales[kLanes];
-      for (std::int64_t lane = first_lane; lane < last_lane; ++lane)
-        scales[lane - first_lane] = int8_scale(rows, source + lane - first_lane);
-      pack_grouped(linear.scales, linear, begin + first_lane, last_lane - first_lane, scales);
-      pack([&](std::int64_t row, std::int64_t i) {
-        return int8_code(number(row, i), scales[row - source]);
-      });
-    } else {
-      const auto* bytes = static_cast<const std::uint8_t*>(rows.data);
-      const bool halves = format == DType::int4;
-      const std::int64_t row_bytes = halves ? (rows.cols + 1) / 2 : rows.cols;
-      pack([&](std::int64_t row, std::int64_t i) {
-        const std::uint32_t byte = bytes[row * row_bytes + (halves ? i / 2 : i)];
-        return halves ? (byte >> (4 * (i % 2))) & 15u : byte;
-      });
+  const auto pack_panel = [&](std::int64_t panel) {
+    const std::int64_t begin = std::max(first_row, panel * kLanes);
+    const std::int64_t end = std::min(last_row, (panel + 1) * kLanes);
+    std::uint32_t* to = linear.weight.as<std::uint32_t>() + panel * panel_words - panel * kLanes;
+    if (is_stored) {
+      for (std::int64_t word = 0; word < words; ++word) {
+        for (std::int64_t row = begin; row < end; ++row)
+          to[word * kLanes + row] = stored_word(rows, format, row - first_row, word);
+      }
+      return;
     }
+    for (std::int64_t row = begin; row < end; ++row) {
+      float scale = 1.0f;
+      if (format == DType::int8)
+        linear.scales.as<float>()[row] = scale = int8_scale(rows, row - first_row);
+      for (std::int64_t word = 0; word < words; ++word)
+        to[word * kLanes + row] = rounded_word(rows, format, row - first_row, word, scale);
+    }
+  };
+  // Each thread packs the panels that it will multiply by: that is how their memory comes to lie
+  // near it.
+  pool_.run([&](int thread) {
+    const Range mine = panels_of_thread(num_panels(linear.outputs), thread);
+    for (std::int64_t panel = std::max(mine.begin, first_row / kLanes);
+         panel < std::min(mine.end, (last_row - 1) / kLanes + 1); ++panel)
+      pack_panel(panel);
   });
 }
 
 void CpuBackend::pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
                              const float* scales) {
-  pack_grouped(linear.scales, linear, first_row, rows, scales);
+  const bool is_bf16 = scale_type(linear.format) == DType::bf16;
+  pack_grouped(linear, first_row, rows, scales, [&](std::int64_t index, float value) {
+    if (is_bf16) {
+      linear.scales.as<std::uint16_t>()[index] = float_to_bf16(value);
+    } else {
+      linear.scales.as<float>()[index] = value;
+    }
+  });
 }
 
 void CpuBackend::pack_zeros(Linear& linear, std::int64_t first_row, std::int64_t rows,
                             const float* zeros) {
-  pack_grouped(linear.zeros, linear, first_row, rows, zeros);
+  pack_grouped(linear, first_row, rows, zeros, [&](std::int64_t index, float value) {
+    require(value >= -128.0f && value <= 127.0f && value == std::nearbyint(value),
+            "a zero point is ", value, "; expected a whole number from -128 to 127");
+    linear.zeros.as<std::int8_t>()[index] = static_cast<std::int8_t>(value);
+  });
 }
 
 void CpuBackend::embed(View out, const Linear& table, const Linear* positions, const Step& step) {
@@ -210,58 +237,65 @@ void CpuBackend::embed(View out, const Linear& table, const Linear* positions, c
   });
 }
 
-// Points the task at x, or at a copy that is rounded, padded and summed up as the format needs it.
-void CpuBackend::prepare_input(LinearTask& task, View x, const Linear& weight) {
-  if (task.format == DType::f32 && task.depth == weight.inputs) {
+namespace {
+
+LinearTask make_task(const Linear& weight) {
+  LinearTask task;
+  const WeightFormat& format = weight.format;
+  task.weight = weight.weight.as<std::uint32_t>();
+  task.format = format.dtype;
+  task.activation_bits = static_cast<int>(format.activation_bits);
+  task.group_size = format.group_size;
+  task.scales = weight.scales.data();
+  task.scale_type = scale_type(format);
+  task.zeros = weight.zeros.as<std::int8_t>();
+  task.depth = padded_depth(weight.inputs);
+  task.num_groups = format.groups(weight.inputs);
+  task.outputs = weight.outputs;
+  task.bias = weight.bias.as<float>();
+  if (format.is_quantized()) task.num_blocks = block_index(task, task.depth - 1) + 1;
+  return task;
+}
+
+}  // namespace
+
+// Points the task at x, or at a copy in the form that the format needs.
+void CpuBackend::prepare_input(LinearTask& task, View x) {
+  if (task.format == DType::f32 && task.depth == x.cols) {
     task.x = x.data;
     task.x_stride = x.stride;
     return;
   }
-  const std::int64_t blocks = task.zeros ? task.depth / kDepthBlock : 0;
-  float* rounded = scratch(linear_scratch_, x.rows * (task.depth + blocks));
-  float* sums = rounded + x.rows * task.depth;
-  each_row(x, [&](std::int64_t row) {
-    float* to = rounded + row * task.depth;
-    if (task.format == DType::f32) {
-      std::copy_n(x.row(row), x.cols, to);
-    } else {
-      kernels_.round_bf16(to, x.row(row), x.cols);
-    }
-    std::fill(to + x.cols, to + task.depth, 0.0f);
-    for (std::int64_t block = 0; block < blocks; ++block) {
-      float sum = 0.0f;
-      for (std::int64_t i = 0; i < kDepthBlock; ++i) sum = sum + to[block * kDepthBlock + i];
-      sums[row * blocks + block] = sum;
-    }
-  });
-  task.x = rounded;
+  const std::int64_t words = x.rows * task.depth;
+  float* memory = scratch(linear_scratch_, words + x.rows * (1 + task.num_blocks));
+  task.x = memory;
   task.x_stride = task.depth;
-  task.x_sums = sums;
+  task.x_scales = memory + words;
+  task.x_sums = reinterpret_cast<std::int32_t*>(task.x_scales + x.rows);
+  each_row(x, [&](std::int64_t row) {
+    kernels_.prepare_input(task, row, memory + row * task.depth, x.row(row), x.cols);
+  });
 }
 
 void CpuBackend::linear(View out, View x, const Linear& weight) {
-  LinearTask task;
-  task.weight = weight.weight.as<std::uint32_t>();
-  task.format = weight.format.dtype;
-  task.group_size = weight.format.group_size;
-  task.scales = weight.scales.as<float>();
-  task.zeros = weight.zeros.as<float>();
-  task.levels = weight.format.levels.data();
-  task.depth = padded_depth(weight.inputs);
-  task.outputs = weight.outputs;
-  task.bias = weight.bias.as<float>();
+  LinearTask task = make_task(weight);
   task.out = out.data;
   task.out_stride = out.stride;
-  prepare_input(task, x, weight);
+  std::uint8_t levels[16];
+  if (weight.format.has_own_levels()) {
+    for (std::size_t i = 0; i < 16; ++i)
+      levels[i] = static_cast<std::uint8_t>(weight.format.levels[i] + 128);
+    task.levels = levels;
+  }
+  prepare_input(task, x);
 
   const std::int64_t panels = num_panels(weight.outputs);
   constexpr std::int64_t kFewRows = 8;  // as many rows as stay in the first cache beside weights
   if (x.rows <= kFewRows) {
     // Weights are read once: every thread streams a piece of its own, the same in every step.
     pool_.run([&](int thread) {
-      const std::int64_t first = panels * thread / pool_.size();
-      const std::int64_t last = panels * (thread + 1) / pool_.size();
-      kernels_.linear(task, 0, x.rows, first, last);
+      const Range mine = panels_of_thread(panels, thread);
+      kernels_.linear(task, 0, x.rows, mine.begin, mine.end);
     });
     return;
   }

@@ -18,8 +18,12 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "f32", "bf16")
 KV_DTYPES = (*DTYPES, "int8")
 LOAD_FORMATS = ("auto", "dummy")
-QUANTIZE = ("int8", "int4")
-ISAS = ("auto", "scalar", "avx2", "avx512")
+QUANTIZE = ("int8", "w8a8", "int4")
+ISAS = (
+    "auto",
+    "scalar",
+    *("avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ class EngineConfig:
         other format as f32 (which represents f16 exactly; bf16 would not).
     kv_dtype: the format of the KV cache; "auto" follows dtype. "int8" keeps each head of each
         token with a scale of its own, in a little over half the memory of bf16.
-    quantize: rounds the weights of a float model while it is loaded: "int8" (a scale an output) or
-        "int4" (groups of 32, scales of least squared error); None takes them as they are stored.
+    quantize: rounds the weights of a float model while it is loaded: "int8" (a scale an output),
+        "w8a8" (the same, activations in 8 bits too: faster, less exact) or "int4" (groups of 32,
+        scales of least squared error); None takes them as they are stored.
     keep_embedding: in a quantized model, keeps embedding and head in `dtype`; they are rounded to
         int8 otherwise.
     load_format: "auto" reads the model's files; "dummy" makes seeded random weights from the
@@ -83,7 +88,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: DType = "auto"
     kv_dtype: KVDType = "auto"
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: Literal["int8", "w8a8", "int4"] | None = None
     keep_embedding: bool = False
     load_format: LoadFormat = "auto"
     max_model_len: int | None = None

@@ -62,7 +62,7 @@ void same_bits_in_chunks_and_batches() {
 }
 
 void same_bits_on_every_instruction_set() {
-  std::vector<float> first;
+  std::vector<float> firsts[2];  // VDPBF16PS sums up in an order of its own
   for (const std::string& isa : cpu::available_isas()) {
     for (const int num_threads : {1, 3}) {
       RuntimeOptions options = small_options();
@@ -72,6 +72,7 @@ void same_bits_on_every_instruction_set() {
       const auto runtime = small_runtime(options);
       const std::vector<float> logits =
           logits_of(*runtime, BatchBuilder(*runtime).add(0, some_tokens(90), 90, 90).build());
+      std::vector<float>& first = firsts[isa == "avx512_bf16"];
       if (first.empty()) first = logits;
       CHECK(logits == first);
     }

@@ -5,12 +5,13 @@
 //
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/elementwise.h"
-#include "cpu/kernels/linear.h"
 #include "cpu/kernels/sampling.h"
+//
+#include "cpu/kernels/linear.h"
 
 inline const Kernels& table(const char* isa) {
-  static const Kernels kernels = {isa,      linear,  round_bf16, norm,        add_to,
-                                  activate, attend,  merge,      exp_weights, exp_sum,
-                                  gumbel,   log_one, max_value,  all_finite};
+  static const Kernels kernels = {isa,      prepare_input, linear,    norm,        add_to,
+                                  activate, attend,        merge,     exp_weights, exp_sum,
+                                  gumbel,   log_one,       max_value, all_finite};
   return kernels;
 }

@@ -1,8 +1,4 @@
-// Norms, activations, rounding: what touches each number once or twice.
-
-void round_bf16(float* out, const float* x, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) out[i] = bf16_to_float(float_to_bf16(x[i]));
-}
+// Norms and activations: what touches each number once or twice.
 
 void add_to(float* residual, const float* x, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) residual[i] = residual[i] + x[i];

@@ -23,6 +23,7 @@ inline Vec fma(Vec x, Vec y, Vec z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
 inline Vec max(Vec x, Vec y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline Vec min(Vec x, Vec y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline Vec floor(Vec x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
 // u < v ? x : y
 inline Vec select_less(Vec u, Vec v, Vec x, Vec y) {
@@ -77,29 +78,57 @@ inline Words clear_low_half(Words x) {
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
 inline Vec as_floats(Words x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
-// Byte N of each word, a signed number.
-template <int N>
-inline __m256 signed_byte(__m256i x) {
-  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 24 - 8 * N), 24));
+inline Words splat_word(std::uint32_t value) {
+  const __m256i all = _mm256_set1_epi32(static_cast<int>(value));
+  return {all, all};
 }
-template <int N>
-inline Vec signed_byte(Words x) {
-  return {signed_byte<N>(x.a), signed_byte<N>(x.b)};
+inline Words add_words(Words x, Words y) {
+  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
 }
-// 16 numbers to choose from.
-struct Table {
-  __m256 low, high;
+inline Words sub_words(Words x, Words y) {
+  return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)};
+}
+// Of signed numbers, to the nearest.
+inline Vec to_floats(Words x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+// The lower half of each byte.
+inline Words low_nibbles(Words x) {
+  const __m256i mask = _mm256_set1_epi32(0x0f0f0f0f);
+  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+// 16 bytes to choose from.
+struct ByteTable {
+  __m256i entries;
 };
-inline Table load_table(const float* p) {
-  return p ? Table{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}
-           : Table{_mm256_setzero_ps(), _mm256_setzero_ps()};
+inline ByteTable load_byte_table(const std::uint8_t* p) {
+  return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-// The entries that the lowest four bits of each word choose: three in each half, one between them.
-inline __m256 look_up(const Table& table, __m256i x) {
-  const __m256 half = _mm256_castsi256_ps(_mm256_slli_epi32(x, 28));
-  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, x),
-                          _mm256_permutevar8x32_ps(table.high, x), half);
+// The entries that the bytes (0 to 15) choose.
+inline Words look_up_bytes(const ByteTable& table, Words x) {
+  return {_mm256_shuffle_epi8(table.entries, x.a), _mm256_shuffle_epi8(table.entries, x.b)};
 }
-inline Vec look_up(const Table& table, Words x) {
-  return {look_up(table, x.a), look_up(table, x.b)};
+// Rounded to the nearest whole number, ties to even; all within 16 bits.
+inline void store_rounded(std::int16_t* p, Vec x) {
+  // The instruction packs each half by itself: the middle quarters change places.
+  const __m256i mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(mixed, 0xd8));
 }
+
+// ---- sums of products of whole numbers ----
+
+// Bytes 0 and 2 of each word, widened to 16 bits.
+inline Words even_bytes(Words x) {
+  const __m256i mask = _mm256_set1_epi32(0x00ff00ff);
+  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+// Two products of 16 bits, added to each word.
+inline Words add_products(Words sums, Words x, Words y) {
+  return {_mm256_add_epi32(sums.a, _mm256_madd_epi16(x.a, y.a)),
+          _mm256_add_epi32(sums.b, _mm256_madd_epi16(x.b, y.b))};
+}
+#if defined(__AVXVNNI__)
+// Four products of an unsigned and a signed byte, added to each word.
+inline Words add_byte_products(Words sums, Words bytes, Words signed_bytes) {
+  return {_mm256_dpbusd_avx_epi32(sums.a, bytes.a, signed_bytes.a),
+          _mm256_dpbusd_avx_epi32(sums.b, bytes.b, signed_bytes.b)};
+}
+#endif

@@ -15,6 +15,7 @@ inline Vec div(Vec x, Vec y) { return {_mm512_div_ps(x.v, y.v)}; }
 // x * y + z, rounded once.
 inline Vec fma(Vec x, Vec y, Vec z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
 inline Vec max(Vec x, Vec y) { return {_mm512_max_ps(x.v, y.v)}; }
+inline Vec min(Vec x, Vec y) { return {_mm512_min_ps(x.v, y.v)}; }
 inline Vec floor(Vec x) {
   return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
 }
@@ -57,17 +58,50 @@ inline Words clear_low_half(Words x) {
   return {_mm512_and_si512(x.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))};
 }
 inline Vec as_floats(Words x) { return {_mm512_castsi512_ps(x.v)}; }
-// Byte N of each word, a signed number.
-template <int N>
-inline Vec signed_byte(Words x) {
-  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x.v, 24 - 8 * N), 24))};
+inline Words splat_word(std::uint32_t value) {
+  return {_mm512_set1_epi32(static_cast<int>(value))};
 }
-// 16 numbers to choose from.
-struct Table {
-  __m512 entries;
+inline Words add_words(Words x, Words y) { return {_mm512_add_epi32(x.v, y.v)}; }
+inline Words sub_words(Words x, Words y) { return {_mm512_sub_epi32(x.v, y.v)}; }
+// Of signed numbers, to the nearest.
+inline Vec to_floats(Words x) { return {_mm512_cvtepi32_ps(x.v)}; }
+// The lower half of each byte.
+inline Words low_nibbles(Words x) { return {_mm512_and_si512(x.v, _mm512_set1_epi32(0x0f0f0f0f))}; }
+// 16 bytes to choose from.
+struct ByteTable {
+  __m512i entries;
 };
-inline Table load_table(const float* p) { return {p ? _mm512_loadu_ps(p) : _mm512_setzero_ps()}; }
-// The entries that the lowest four bits of each word choose.
-inline Vec look_up(const Table& table, Words x) {
-  return {_mm512_permutexvar_ps(x.v, table.entries)};
+inline ByteTable load_byte_table(const std::uint8_t* p) {
+  return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+// The entries that the bytes (0 to 15) choose.
+inline Words look_up_bytes(const ByteTable& table, Words x) {
+  return {_mm512_shuffle_epi8(table.entries, x.v)};
+}
+// Rounded to the nearest whole number, ties to even; all within 16 bits.
+inline void store_rounded(std::int16_t* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v)));
+}
+
+// ---- sums of products of whole numbers ----
+
+// Bytes 0 and 2 of each word, widened to 16 bits.
+inline Words even_bytes(Words x) { return {_mm512_and_si512(x.v, _mm512_set1_epi32(0x00ff00ff))}; }
+// Two products of 16 bits, added to each word.
+inline Words add_products(Words sums, Words x, Words y) {
+  return {_mm512_add_epi32(sums.v, _mm512_madd_epi16(x.v, y.v))};
+}
+#if defined(__AVX512VNNI__)
+// Four products of an unsigned and a signed byte, added to each word.
+inline Words add_byte_products(Words sums, Words bytes, Words signed_bytes) {
+  return {_mm512_dpbusd_epi32(sums.v, bytes.v, signed_bytes.v)};
+}
+#endif
+#if defined(__AVX512BF16__)
+// Two products of bf16 numbers, the one of the upper halves first.
+inline Vec dot_bf16(Vec sum, Words x, Words y) {
+  return {
+      _mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(x.v), reinterpret_cast<__m512bh>(y.v))};
+}
+#endif

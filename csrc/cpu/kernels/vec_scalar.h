@@ -40,6 +40,9 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 inline Vec max(Vec a, Vec b) {
   return each_lane([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
+inline Vec min(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
 inline Vec floor(Vec a) {
   return each_lane([&](int i) { return std::floor(a.lane[i]); });
 }
@@ -96,23 +99,42 @@ inline Words clear_low_half(Words a) {
 inline Vec as_floats(Words a) {
   return each_lane([&](int i) { return bits_float(a.lane[i]); });
 }
-// Byte N of each word, a signed number.
-template <int N>
-inline Vec signed_byte(Words a) {
-  return each_lane([&](int i) {
-    return static_cast<float>(static_cast<std::int8_t>((a.lane[i] >> (8 * N)) & 0xffu));
+inline Words splat_word(std::uint32_t value) {
+  return each_word([&](int) { return value; });
+}
+inline Words add_words(Words a, Words b) {
+  return each_word([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline Words sub_words(Words a, Words b) {
+  return each_word([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+// Of signed numbers, to the nearest.
+inline Vec to_floats(Words a) {
+  return each_lane([&](int i) { return static_cast<float>(static_cast<std::int32_t>(a.lane[i])); });
+}
+// The lower half of each byte.
+inline Words low_nibbles(Words a) {
+  return each_word([&](int i) { return a.lane[i] & 0x0f0f0f0fu; });
+}
+// 16 bytes to choose from.
+struct ByteTable {
+  std::uint8_t entry[16];
+};
+inline ByteTable load_byte_table(const std::uint8_t* p) {
+  ByteTable table;
+  std::memcpy(table.entry, p, sizeof table.entry);
+  return table;
+}
+// The entries that the bytes (0 to 15) choose.
+inline Words look_up_bytes(const ByteTable& table, Words a) {
+  return each_word([&](int i) {
+    std::uint32_t chosen = 0;
+    for (int shift = 0; shift < 32; shift += 8)
+      chosen |= std::uint32_t{table.entry[(a.lane[i] >> shift) & 15u]} << shift;
+    return chosen;
   });
 }
-// 16 numbers to choose from.
-struct Table {
-  float entry[16];
-};
-inline Table load_table(const float* p) {
-  Table out;
-  if (p) std::memcpy(out.entry, p, sizeof out.entry);
-  return out;
-}
-// The entries that the lowest four bits of each word choose.
-inline Vec look_up(Table table, Words a) {
-  return each_lane([&](int i) { return table.entry[a.lane[i] & 15u]; });
+// Rounded to the nearest whole number, ties to even; all within 16 bits.
+inline void store_rounded(std::int16_t* p, Vec a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int16_t>(std::nearbyint(a.lane[i]));
 }

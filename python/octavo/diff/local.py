@@ -69,17 +69,12 @@ class Scene:
         """The layer's matrix `name` times x (rows, inputs), rounded as the model's dtype asks."""
         full = f"layers.{self.layer_index}.{name}"
         offset = self.model.weights.get(full + ".bias") if bias else None
-        return multiply(self.model, x, self.model.weights[full + ".weight"], offset)
+        return self.model.multiply(full, x, self.model.weights[full + ".weight"], offset)
 
     def norm(self, name: str, spec: NormSpec, x: Array) -> Array:
         full = name if name == "final_norm" else f"layers.{self.layer_index}.{name}"
         bias = self.model.weights[full + ".bias"] if spec.bias else None
         return ops.norm(x, self.model.weights[full + ".weight"], bias, spec.eps, spec.kind)
-
-
-def multiply(model: ReferenceModel, x: Array, weight: Array, bias: Array | None) -> Array:
-    """`ops.linear` with a weight that the model has rounded already. (rows, outputs)."""
-    return ops.linear(ops.round_to_bf16(x) if model.dtype == "bf16" else x, weight, bias)
 
 
 # The linear ops of a layer: tap -> (weight name, the tap that goes in).
@@ -104,7 +99,7 @@ def define(scene: Scene, part: str) -> Array:
         return scene.norm("final_norm", model.spec.final_norm, scene.residual)
     if part == "logits":
         head = "embed" if model.spec.tie_word_embeddings else "lm_head"
-        return multiply(model, scene.taps["final_norm"], model.weights[f"{head}.weight"], None)
+        return model.multiply(head, scene.taps["final_norm"], model.weights[f"{head}.weight"], None)
     return _define_in_layer(scene, part)
 
 

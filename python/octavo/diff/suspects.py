@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from octavo.diff.local import LINEAR_PARTS, Scene, define, multiply
+from octavo.diff.local import LINEAR_PARTS, Scene, define
 from octavo.diff.measure import Float32, row_errors
 from octavo.models.spec import NormSpec, RopeSpec
 from octavo.reference import ops
@@ -117,11 +117,13 @@ def _norm_eps_outside(x: Array, weight: Array, bias: Array | None, spec: NormSpe
 def _linear(scene: Scene, part: str) -> Iterator[Suspect]:
     name, source = LINEAR_PARTS[part]
     x, weight, model = scene.own(source), scene.weight(name), scene.model
-    bias = model.weights.get(f"layers.{scene.layer_index}.{name}.bias")
+    full_name = f"layers.{scene.layer_index}.{name}"
+    bias = model.weights.get(full_name + ".bias")
+    multiply = partial(model.multiply, full_name, x)
     if bias is not None:
         yield "the bias left out", lambda: scene.linear(name, x, bias=False)
     if weight.shape[0] == weight.shape[1]:
-        yield "the weight transposed", lambda: multiply(model, x, weight.T, bias)
+        yield "the weight transposed", lambda: multiply(weight.T, bias)
     others = (("q", "k", "v"), ("gate", "up"))
     for other in next((group for group in others if name in group), ()):
         full = f"layers.{scene.layer_index}.{other}.weight"
@@ -132,21 +134,23 @@ def _linear(scene: Scene, part: str) -> Iterator[Suspect]:
         if full in model.weights and model.weights[full].shape == weight.shape:
             yield (
                 f"the weight of layer {layer}",
-                partial(multiply, model, x, model.weights[full], bias),
+                partial(multiply, model.weights[full], bias),
             )
     if name in ("q", "k"):
         heads = weight.shape[0] // scene.layer.head_dim
         paired = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2)
         yield (
             "rows in GGUF's order (pairs side by side), not undone",
-            lambda: multiply(model, x, paired.reshape(weight.shape), bias),
+            lambda: multiply(paired.reshape(weight.shape), bias),
         )
         split = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2)
         yield (
             "GGUF's order of rows undone where there was none",
-            lambda: multiply(model, x, split.reshape(weight.shape), bias),
+            lambda: multiply(split.reshape(weight.shape), bias),
         )
-    if model.dtype == "bf16":
+    if full_name in model.formats:
+        yield "activations not rounded", lambda: ops.linear(x, weight, bias)
+    elif model.dtype == "bf16":
         yield "activations not rounded to bfloat16", lambda: ops.linear(x, weight, bias)
     else:
         yield (
@@ -283,7 +287,7 @@ def _head(scene: Scene) -> Iterator[Suspect]:
     if not model.spec.tie_word_embeddings:
         yield (
             "the embedding table used as the head",
-            lambda: multiply(model, x, model.weights["embed.weight"], None),
+            lambda: model.multiply("lm_head", x, model.weights["embed.weight"], None),
         )
     yield (
         "the final norm left out",

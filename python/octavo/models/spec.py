@@ -17,7 +17,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeScaling = Literal["default", "linear", "llama3"]
 
 
-UNIFORM_LEVELS = tuple(float(level) for level in range(-8, 8))
+UNIFORM_LEVELS = tuple(range(-8, 8))
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,17 @@ class WeightFormat:
     int8: codes -127 to 127, one scale an output: weight = code * scale.
     int4: codes 0 to 15, which stand for `levels`; one scale, and with has_zeros one zero point in
     units of a level, for each group of `group_size` inputs: weight = (level - zero) * scale.
+
+    What meets a quantized matrix is rounded to whole numbers of `activation_bits` with a scale a
+    row; `octavo.reference.quantization` defines the product.
     """
 
     dtype: Literal["f32", "bf16", "int8", "int4"]
     group_size: int = 0  # int4: a multiple of 32
     has_zeros: bool = False
-    levels: tuple[float, ...] = UNIFORM_LEVELS
+    levels: tuple[int, ...] = UNIFORM_LEVELS  # 16 whole numbers from -127 to 127
+    scale_dtype: Literal["bf16", "f32"] = "bf16"  # int4: how scales are kept
+    activation_bits: Literal[8, 16] = 16  # 8: with int8 only
 
     def num_groups(self, inputs: int) -> int:
         """Scales a row of `inputs` weights has."""

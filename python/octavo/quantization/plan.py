@@ -1,8 +1,10 @@
 """Which format every matrix of a model takes: the one place where that is decided.
 
-int8: codes -127 to 127 with a scale an output. int4: a scale, and perhaps a zero point, for each
-group of inputs. The embedding and the head are rounded to int8 whatever the other matrices are:
-in 4 bits they cost too much of the model, and in 16 they are half of a small model's bytes.
+int8: codes -127 to 127 with a scale an output. w8a8: the same, and the activations that meet them
+are rounded to 8 bits too: fastest, and a good deal less exact. int4: a scale, and perhaps a zero
+point, for each group of inputs. The embedding and the head are rounded to int8 whatever the other
+matrices are: in 4 bits they cost too much of the model, and in 16 they are half of a small model's
+bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from octavo.errors import InvalidArgumentError
 from octavo.models.spec import ModelSpec, WeightFormat, weight_shapes
 
-SCHEMES = ("int8", "int4")
+SCHEMES = ("int8", "w8a8", "int4")
 METHODS = ("rtn", "search")
 GROUP_SIZES = (32, 64, 128)
 # 4.5 bits a weight, as llama.cpp's Q4_0; wider groups are smaller and clearly worse.
@@ -28,8 +30,8 @@ _CODE_BITS = {"int8": 8, "int4": 4}
 class Scheme:
     """What a user asks for.
 
-    name: "int8" or "int4". group_size, symmetric: of int4. method: how int4 is rounded, "rtn" to
-    nearest by the largest magnitude, or "search" for the scale of least squared error.
+    name: "int8", "w8a8" or "int4". group_size, symmetric: of int4. method: how int4 is rounded,
+    "rtn" to nearest by the largest magnitude, or "search" for the scale of least squared error.
     """
 
     name: str
@@ -41,10 +43,10 @@ class Scheme:
         _check("scheme", self.name, SCHEMES)
         _check("group_size", self.group_size, GROUP_SIZES)
         _check("method", self.method, METHODS)
-        if self.name == "int8" and not self.symmetric:
+        if self.name != "int4" and not self.symmetric:
             raise InvalidArgumentError(
-                "int8 was asked for asymmetric; expected int4, or symmetric int8: int8 has one "
-                "scale an output and no zero points"
+                f"{self.name} was asked for asymmetric; expected int4, or symmetric {self.name}: "
+                "8 bits have one scale an output and no zero points"
             )
 
 
@@ -96,11 +98,13 @@ def _format_for(inputs: int, scheme: Scheme) -> WeightFormat:
         for group_size in reversed(GROUP_SIZES):
             if group_size <= scheme.group_size and inputs % group_size == 0:
                 return WeightFormat("int4", group_size, has_zeros=not scheme.symmetric)
-    return WeightFormat("int8")
+    return WeightFormat("int8", activation_bits=8 if scheme.name == "w8a8" else 16)
 
 
 def describe_format(format: WeightFormat) -> str:
     """WeightFormat("int4", 64, True) -> "int4, groups of 64, asymmetric"."""
+    if format.activation_bits == 8:
+        return f"{format.dtype}, activations in 8 bits"
     if format.dtype != "int4":
         return format.dtype
     kind = "asymmetric" if format.has_zeros else "symmetric"
@@ -121,7 +125,7 @@ def describe_formats(spec: ModelSpec, formats: Mapping[str, WeightFormat]) -> li
 
 
 def weight_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: str) -> int:
-    """Bytes that the weights take in memory; scales and zero points are float32 there.
+    """Bytes that the weights take in memory; zero points are bytes there, int8 scales float32.
 
     dtype: "f32" or "bf16", of the matrices that `formats` does not name. Vectors are float32.
     """
@@ -132,7 +136,8 @@ def weight_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: st
             bits += math.prod(shape) * _FLOAT_BITS[dtype]
         else:
             bits += math.prod(shape) * _CODE_BITS[format.dtype]
-            bits += shape[0] * format.num_groups(shape[1]) * 32 * (1 + format.has_zeros)
+            scale = 16 if format.dtype == "int4" and format.scale_dtype == "bf16" else 32
+            bits += shape[0] * format.num_groups(shape[1]) * (scale + 8 * format.has_zeros)
     return bits // 8
 
 

@@ -1,0 +1,135 @@
+// Products with float32 and bfloat16 weights, by fused multiply-adds.
+//
+// Within each 32 inputs, those with even and those with odd index are summed apart, in order from
+// zero; the two sums are added; that is added to the output so far. It is the order of AMX's
+// TDPBF16PS, so that a tile kernel gives the same bits.
+
+// Two inputs' weights of one panel.
+struct PairsF32 {
+  static constexpr int kInputsPerWord = 1;
+  static void load_pair(const std::uint32_t* p, Vec& even, Vec& odd) {
+    even = load(reinterpret_cast<const float*>(p));
+    odd = load(reinterpret_cast<const float*>(p) + 16);
+  }
+};
+
+struct PairsBf16 {
+  static constexpr int kInputsPerWord = 2;
+  static void load_pair(const std::uint32_t* p, Vec& even, Vec& odd) {
+    const Words words = load_words(p);
+    even = as_floats(shift_left<16>(words));
+    odd = as_floats(clear_low_half(words));
+  }
+};
+
+template <class Pairs>
+struct FloatFormat {
+  static constexpr int kTileRows = kRows, kTilePanels = kPanels, kTilePanelsOneRow = kPanelsOneRow;
+
+  explicit FloatFormat(const LinearTask&) {}
+
+  static std::int64_t next_chunk(const LinearTask&, std::int64_t first) {
+    return first + kDepthChunk;
+  }
+
+  // Adds inputs [first, last) to acc, [MR][NR][16]: in memory, since even and odd sums fill the
+  // registers.
+  template <int MR, int NR>
+  static void accumulate(const LinearTask& task, std::int64_t row, std::int64_t panel,
+                         std::int64_t first, std::int64_t last, float* acc) {
+    const float* x = static_cast<const float*>(task.x) + row * task.x_stride;
+    const std::int64_t panel_words = task.depth / Pairs::kInputsPerWord * kLanes;
+    const std::uint32_t* weight = task.weight + panel * panel_words;
+    for (std::int64_t k = first; k < last; k += kDepthBlock) {
+      Vec even[MR][NR], odd[MR][NR];
+      for (int m = 0; m < MR; ++m) {
+        for (int n = 0; n < NR; ++n) even[m][n] = odd[m][n] = zero();
+      }
+      for (std::int64_t i = k; i < k + kDepthBlock; i += 2) {
+        Vec weight_even[NR], weight_odd[NR];
+        for (int n = 0; n < NR; ++n) {
+          const std::int64_t word = n * panel_words + i / Pairs::kInputsPerWord * kLanes;
+          Pairs::load_pair(weight + word, weight_even[n], weight_odd[n]);
+        }
+        for (int m = 0; m < MR; ++m) {
+          const float* pair = x + m * task.x_stride + i;
+          const Vec x_even = splat(pair[0]);
+          for (int n = 0; n < NR; ++n) even[m][n] = fma(x_even, weight_even[n], even[m][n]);
+          const Vec x_odd = splat(pair[1]);
+          for (int n = 0; n < NR; ++n) odd[m][n] = fma(x_odd, weight_odd[n], odd[m][n]);
+        }
+      }
+      for (int m = 0; m < MR; ++m) {
+        for (int n = 0; n < NR; ++n) {
+          float* sum = acc + (m * NR + n) * kLanes;
+          store(sum, add(load(sum), add(even[m][n], odd[m][n])));
+        }
+      }
+    }
+  }
+
+  static Vec finish(const LinearTask&, Vec sum, std::int64_t, std::int64_t) { return sum; }
+};
+
+inline void prepare_f32(float* to, const float* x, std::int64_t inputs, std::int64_t depth) {
+  std::memcpy(to, x, static_cast<std::size_t>(inputs) * sizeof *x);
+  for (std::int64_t i = inputs; i < depth; ++i) to[i] = 0.0f;
+}
+
+// ---- bfloat16 ----
+
+#if defined(OCTAVO_BF16_DOT)
+// Where there is VDPBF16PS: each word's odd product is added first, then the even one, one chain
+// through all inputs. Twice as fast as fused multiply-adds, but in an order of its own, so these
+// are the only sums that differ (in rounding) between instruction sets; a row's bits are the same
+// in every tile all the same.
+struct FormatBf16 {
+  static constexpr int kTileRows = kDotRowsOnePass, kTilePanels = kDotPanels,
+                       kTilePanelsOneRow = kPanelsOneRow;
+
+  explicit FormatBf16(const LinearTask&) {}
+
+  static std::int64_t next_chunk(const LinearTask&, std::int64_t first) {
+    return first + kDepthChunk;
+  }
+
+  template <int MR, int NR>
+  static void accumulate(const LinearTask& task, std::int64_t row, std::int64_t panel,
+                         std::int64_t first, std::int64_t last, float* acc) {
+    const auto* x = static_cast<const std::uint32_t*>(task.x) + row * task.x_stride;
+    const std::int64_t panel_words = task.depth / 2 * kLanes;
+    const std::uint32_t* weight = task.weight + panel * panel_words;
+    Vec sum[MR][NR];
+    for (int m = 0; m < MR; ++m) {
+      for (int n = 0; n < NR; ++n) sum[m][n] = load(acc + (m * NR + n) * kLanes);
+    }
+    for (std::int64_t i = first / 2; i < last / 2; ++i) {
+      Words pairs[NR];
+      for (int n = 0; n < NR; ++n) pairs[n] = load_words(weight + n * panel_words + i * kLanes);
+      for (int m = 0; m < MR; ++m) {
+        const Words x_pair = splat_word(x[m * task.x_stride + i]);
+        for (int n = 0; n < NR; ++n) sum[m][n] = dot_bf16(sum[m][n], x_pair, pairs[n]);
+      }
+    }
+    for (int m = 0; m < MR; ++m) {
+      for (int n = 0; n < NR; ++n) store(acc + (m * NR + n) * kLanes, sum[m][n]);
+    }
+  }
+
+  static Vec finish(const LinearTask&, Vec sum, std::int64_t, std::int64_t) { return sum; }
+};
+
+inline void prepare_bf16(void* to, const float* x, std::int64_t inputs, std::int64_t depth) {
+  auto* out = static_cast<std::uint16_t*>(to);
+  for (std::int64_t i = 0; i < inputs; ++i) out[i] = float_to_bf16(x[i]);
+  for (std::int64_t i = inputs; i < depth; ++i) out[i] = 0;
+}
+#else
+using FormatBf16 = FloatFormat<PairsBf16>;
+
+inline void prepare_bf16(void* to, const float* x, std::int64_t inputs, std::int64_t depth) {
+  auto* out = static_cast<float*>(to);
+  for (std::int64_t i = 0; i < inputs; ++i) out[i] = bf16_to_float(float_to_bf16(x[i]));
+  for (std::int64_t i = inputs; i < depth; ++i) out[i] = 0.0f;
+}
+#endif
