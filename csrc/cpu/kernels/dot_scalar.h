@@ -1,18 +1,13 @@
 // Sums of whole numbers in plain C++: 16-bit codes times unsigned bytes.
 
-template <int kPasses>
-using Sums = Words;  // 16 outputs' sums, modulo 2^32
+constexpr bool kOneSum = true;
+
 using Bytes = Words;
 
-template <int kPasses>
 struct Codes {
   std::uint32_t code[4];
 };
 
-template <int kPasses>
-inline Words no_sums() {
-  return splat_word(0);
-}
 inline Bytes split_bytes(Words bytes) { return bytes; }
 
 // The codes of four inputs, in two words.
@@ -20,19 +15,17 @@ template <int kPasses>
 inline void store_codes(std::uint32_t* words, const std::int16_t* codes, std::int64_t count) {
   std::memcpy(words, codes, static_cast<std::size_t>(count) * sizeof *codes);
 }
-template <int kPasses>
-inline Codes<kPasses> load_codes(const std::uint32_t* words) {
+inline Codes load_codes(const std::uint32_t* words) {
   std::int16_t codes[4];
   std::memcpy(codes, words, sizeof codes);
-  Codes<kPasses> out;
+  Codes out;
   for (int i = 0; i < 4; ++i)
     out.code[i] = static_cast<std::uint32_t>(static_cast<std::int32_t>(codes[i]));
   return out;
 }
-template <int kPasses>
-inline void dot(Words& sums, const Bytes& bytes, const Codes<kPasses>& codes) {
+inline Words dot(Words sums, const Bytes& bytes, const Codes& codes) {
   for (int i = 0; i < 16; ++i) {
     for (int j = 0; j < 4; ++j) sums.lane[i] += codes.code[j] * (bytes.lane[i] >> (8 * j) & 255u);
   }
+  return sums;
 }
-inline Words total(const Words& sums) { return sums; }

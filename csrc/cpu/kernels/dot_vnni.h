@@ -1,24 +1,13 @@
 // Sums of whole numbers with VPDPBUSD: four unsigned bytes times four signed ones, an output each.
 //
-// A 16-bit code is 256 * high + low, both signed bytes, so it takes two sums, which meet at the
-// end; an 8-bit code has only the first.
+// A 16-bit code is 256 * high + low, both signed bytes, and has a sum for each; an 8-bit code has
+// only the first.
 
-template <int kPasses>
-struct Sums {
-  Words part[kPasses];  // 16 outputs' sums each, modulo 2^32
-};
+constexpr bool kOneSum = false;
+
 using Bytes = Words;
-template <int kPasses>
-struct Codes {
-  Words part[kPasses];
-};
+using Codes = Words;
 
-template <int kPasses>
-inline Sums<kPasses> no_sums() {
-  Sums<kPasses> sums;
-  for (Words& part : sums.part) part = splat_word(0);
-  return sums;
-}
 inline Bytes split_bytes(Words bytes) { return bytes; }
 
 // The codes of four inputs, in two words: their high bytes, their low bytes.
@@ -33,19 +22,8 @@ inline void store_codes(std::uint32_t* words, const std::int16_t* codes, std::in
     }
   }
 }
-template <int kPasses>
-inline Codes<kPasses> load_codes(const std::uint32_t* words) {
-  Codes<kPasses> codes;
-  for (int i = 0; i < kPasses; ++i) codes.part[i] = splat_word(words[i]);
-  return codes;
-}
-template <int kPasses>
-inline void dot(Sums<kPasses>& sums, const Bytes& bytes, const Codes<kPasses>& codes) {
-  for (int i = 0; i < kPasses; ++i)
-    sums.part[i] = add_byte_products(sums.part[i], bytes, codes.part[i]);
-}
-template <int kPasses>
-inline Words total(const Sums<kPasses>& sums) {
-  if constexpr (kPasses == 1) return sums.part[0];
-  return add_words(shift_left<8>(sums.part[0]), sums.part[1]);
+// One of the two words.
+inline Codes load_codes(const std::uint32_t* word) { return splat_word(*word); }
+inline Words dot(Words sums, Bytes bytes, Codes codes) {
+  return add_byte_products(sums, bytes, codes);
 }

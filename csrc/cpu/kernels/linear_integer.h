@@ -10,7 +10,8 @@
 // block's codes), is taken off again. A block's S becomes a float; int4 multiplies it by the
 // group's scale (after taking off zero point * sum of codes), int8 has one scale for the whole row.
 //
-// `Sums`, `Codes`, `dot` and their kin are the instruction set's own (dot_*.h).
+// `Bytes`, `Codes` and `dot` are the instruction set's own (dot_*.h). Where it multiplies bytes
+// only, a code of 16 bits is 256 * high + low and S takes two sums, one of each.
 
 template <int kPasses>
 struct FormatInt8 {
@@ -48,9 +49,12 @@ struct FormatInt4Levels : FormatInt4 {
   }
 };
 
+inline std::int64_t smaller(std::int64_t x, std::int64_t y) { return x < y ? x : y; }
+
 template <class Format>
 struct IntegerFormat {
   static constexpr int kPasses = Format::kActivationPasses;
+  static constexpr int kSums = kOneSum ? 1 : kPasses;
   static constexpr int kTileRows = kPasses == 1 ? kDotRowsOnePass : kDotRows,
                        kTilePanels = kDotPanels, kTilePanelsOneRow = kPanelsOneRow;
 
@@ -65,59 +69,87 @@ struct IntegerFormat {
   }
 
   // Adds inputs [first, last) to acc, [MR][NR][16].
+  //
+  // What the task says is copied out of it, since the compiler cannot know that storing a vector
+  // leaves it alone; and loops over sums are unrolled, so that these stay in registers.
   template <int MR, int NR>
   void accumulate(const LinearTask& task, std::int64_t row, std::int64_t panel, std::int64_t first,
                   std::int64_t last, float* acc) const {
     constexpr int kInputsPerWord = 4 * Format::kParts;
-    const auto* x = static_cast<const std::uint32_t*>(task.x) + row * task.x_stride;
+    const std::int64_t x_stride = task.x_stride, num_blocks = task.num_blocks;
+    const std::int64_t group_stride = task.num_groups * kLanes, group_size = group_inputs(task);
     const std::int64_t panel_words = task.depth / kInputsPerWord * kLanes;
-    const std::uint32_t* weight = task.weight + panel * panel_words;
-    std::int64_t group = first / group_inputs(task), block = block_index(task, first);
-    for (std::int64_t k = first; k < last; ++block) {
-      const std::int64_t end = block_end(task, k, group);
-      Sums<kPasses> sums[MR][NR];
+    const auto* x = static_cast<const std::uint32_t*>(task.x) + row * x_stride + first / 2;
+    const std::uint32_t* words =
+        task.weight + panel * panel_words + first / kInputsPerWord * kLanes;
+    const std::int32_t* code_sums = task.x_sums + row * num_blocks + block_index(task, first);
+    std::int64_t group_end = first / group_size * group_size + group_size;
+    std::int64_t group_at = panel * group_stride + first / group_size * kLanes;
+    const std::int8_t* zeros = task.zeros;
+    const bool scales_are_bf16 = task.scale_type == DType::bf16;
+    for (std::int64_t k = first; k < last; ++code_sums) {
+      const std::int64_t end = smaller(k + kIntegerBlock, smaller(group_end, last));
+      // What the levels' offset will have added is taken off beforehand, from the last sum.
+      Words sums[kSums][MR][NR];
+      OCTAVO_UNROLL
       for (int m = 0; m < MR; ++m) {
-        for (int n = 0; n < NR; ++n) sums[m][n] = no_sums<kPasses>();
+        const auto code_sum = static_cast<std::uint32_t>(code_sums[m * num_blocks]);
+        OCTAVO_UNROLL
+        for (int n = 0; n < NR; ++n) {
+          for (int s = 0; s + 1 < kSums; ++s) sums[s][m][n] = splat_word(0);
+          sums[kSums - 1][m][n] = splat_word(0u - Format::offset() * code_sum);
+        }
       }
-      for (std::int64_t i = k; i < end; i += kInputsPerWord) {
+      for (; k < end; k += kInputsPerWord, words += kLanes, x += 2 * Format::kParts) {
         const auto add_part = [&](auto part) {
           Bytes bytes[NR];
+          OCTAVO_UNROLL
           for (int n = 0; n < NR; ++n) {
-            const Words raw = load_words(weight + n * panel_words + i / kInputsPerWord * kLanes);
+            const Words raw = load_words(words + n * panel_words);
             bytes[n] = split_bytes(format.template bytes<part>(raw));
           }
+          OCTAVO_UNROLL
           for (int m = 0; m < MR; ++m) {
-            const Codes<kPasses> codes =
-                load_codes<kPasses>(x + m * task.x_stride + i / 2 + 2 * part);
-            for (int n = 0; n < NR; ++n) dot(sums[m][n], bytes[n], codes);
+            OCTAVO_UNROLL
+            for (int s = 0; s < kSums; ++s) {
+              const Codes codes = load_codes(x + m * x_stride + 2 * part + s);
+              OCTAVO_UNROLL
+              for (int n = 0; n < NR; ++n) sums[s][m][n] = dot(sums[s][m][n], bytes[n], codes);
+            }
           }
         };
         unroll(add_part, std::make_integer_sequence<int, Format::kParts>{});
       }
-      for (int m = 0; m < MR; ++m) {
-        const auto code_sum = task.x_sums[(row + m) * task.num_blocks + block];
-        const Words added = splat_word(Format::offset() * static_cast<std::uint32_t>(code_sum));
-        for (int n = 0; n < NR; ++n) {
+      OCTAVO_UNROLL
+      for (int n = 0; n < NR; ++n) {
+        const std::int64_t at = group_at + n * group_stride;
+        Vec scale = zero();
+        if constexpr (Format::kGrouped) {
+          scale = scales_are_bf16 ? load(static_cast<const std::uint16_t*>(task.scales) + at)
+                                  : load(static_cast<const float*>(task.scales) + at);
+        }
+        OCTAVO_UNROLL
+        for (int m = 0; m < MR; ++m) {
           float* sum = acc + (m * NR + n) * kLanes;
-          const Vec part = to_floats(sub_words(total(sums[m][n]), added));
-          store(sum, add_block(task, load(sum), part, static_cast<float>(code_sum),
-                               (panel + n) * task.num_groups + group));
+          Words whole = sums[0][m][n];
+          for (int s = 1; s < kSums; ++s) whole = add_words(shift_left<8>(whole), sums[s][m][n]);
+          Vec part = to_floats(whole);
+          if constexpr (Format::kGrouped) {
+            if (zeros) {
+              const auto code_sum = static_cast<float>(code_sums[m * num_blocks]);
+              part = fma(sub(zero(), load(zeros + at)), splat(code_sum), part);
+            }
+            store(sum, fma(part, scale, load(sum)));
+          } else {
+            store(sum, add(load(sum), part));
+          }
         }
       }
-      k = end;
-      if (k == (group + 1) * group_inputs(task)) ++group;
+      if (k == group_end) {
+        group_end += group_size;
+        group_at += kLanes;
+      }
     }
-  }
-
-  static Vec add_block(const LinearTask& task, Vec sum, Vec part, float code_sum,
-                       std::int64_t group) {
-    if constexpr (!Format::kGrouped) return add(sum, part);
-    if (task.zeros)
-      part = fma(sub(zero(), load(task.zeros + group * kLanes)), splat(code_sum), part);
-    const Vec scale = task.scale_type == DType::bf16
-                          ? load(static_cast<const std::uint16_t*>(task.scales) + group * kLanes)
-                          : load(static_cast<const float*>(task.scales) + group * kLanes);
-    return fma(part, scale, sum);
   }
 
   static Vec finish(const LinearTask& task, Vec sum, std::int64_t row, std::int64_t panel) {
