@@ -21,6 +21,24 @@ inline void unroll(F&& f, std::integer_sequence<int, J...>) {
 // So many inputs at a time that a few panels' weights stay in the first cache.
 constexpr std::int64_t kDepthChunk = 512;
 
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+// Asks for weights ahead of their use, when all inputs of a few panels are gone through at once:
+// that is when memory sets the pace. The processor's own prefetching begins anew with each panel.
+struct Stream {
+  static constexpr std::int64_t kAhead = 512;  // words, of each panel: 2 KiB
+  bool is_on;
+  std::int64_t panel_words, skip;
+
+  Stream(const LinearTask& task, std::int64_t words, int num_panels, std::int64_t inputs)
+      : is_on(inputs == task.depth), panel_words(words), skip((num_panels - 1) * words) {}
+
+  // How far ahead of word `at` of a panel; behind its end come the panels of the next tile.
+  std::int64_t ahead(std::int64_t at) const {
+    return at + kAhead < panel_words ? kAhead : kAhead + skip;
+  }
+};
+
 #include "cpu/kernels/linear_float.h"
 //
 #include "cpu/kernels/linear_integer.h"

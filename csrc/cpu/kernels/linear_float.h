@@ -11,6 +11,10 @@ struct PairsF32 {
     even = load(reinterpret_cast<const float*>(p));
     odd = load(reinterpret_cast<const float*>(p) + 16);
   }
+  static void prefetch_pair(const std::uint32_t* p) {
+    prefetch(p);
+    prefetch(p + kLanes);
+  }
 };
 
 struct PairsBf16 {
@@ -20,6 +24,7 @@ struct PairsBf16 {
     even = as_floats(shift_left<16>(words));
     odd = as_floats(clear_low_half(words));
   }
+  static void prefetch_pair(const std::uint32_t* p) { prefetch(p); }
 };
 
 template <class Pairs>
@@ -40,6 +45,7 @@ struct FloatFormat {
     const float* x = static_cast<const float*>(task.x) + row * task.x_stride;
     const std::int64_t panel_words = task.depth / Pairs::kInputsPerWord * kLanes;
     const std::uint32_t* weight = task.weight + panel * panel_words;
+    const Stream stream(task, panel_words, NR, last - first);
     for (std::int64_t k = first; k < last; k += kDepthBlock) {
       Vec even[MR][NR], odd[MR][NR];
       for (int m = 0; m < MR; ++m) {
@@ -48,8 +54,10 @@ struct FloatFormat {
       for (std::int64_t i = k; i < k + kDepthBlock; i += 2) {
         Vec weight_even[NR], weight_odd[NR];
         for (int n = 0; n < NR; ++n) {
-          const std::int64_t word = n * panel_words + i / Pairs::kInputsPerWord * kLanes;
-          Pairs::load_pair(weight + word, weight_even[n], weight_odd[n]);
+          const std::int64_t at = i / Pairs::kInputsPerWord * kLanes;
+          const std::uint32_t* pair = weight + n * panel_words + at;
+          if (stream.is_on) Pairs::prefetch_pair(pair + stream.ahead(at));
+          Pairs::load_pair(pair, weight_even[n], weight_odd[n]);
         }
         for (int m = 0; m < MR; ++m) {
           const float* pair = x + m * task.x_stride + i;
@@ -103,9 +111,14 @@ struct FormatBf16 {
     for (int m = 0; m < MR; ++m) {
       for (int n = 0; n < NR; ++n) sum[m][n] = load(acc + (m * NR + n) * kLanes);
     }
+    const Stream stream(task, panel_words, NR, last - first);
     for (std::int64_t i = first / 2; i < last / 2; ++i) {
+      const std::int64_t ahead = stream.ahead(i * kLanes);
       Words pairs[NR];
-      for (int n = 0; n < NR; ++n) pairs[n] = load_words(weight + n * panel_words + i * kLanes);
+      for (int n = 0; n < NR; ++n) {
+        if (stream.is_on) prefetch(weight + n * panel_words + i * kLanes + ahead);
+        pairs[n] = load_words(weight + n * panel_words + i * kLanes);
+      }
       for (int m = 0; m < MR; ++m) {
         const Words x_pair = splat_word(x[m * task.x_stride + i]);
         for (int n = 0; n < NR; ++n) sum[m][n] = dot_bf16(sum[m][n], x_pair, pairs[n]);

@@ -86,6 +86,7 @@ struct IntegerFormat {
     std::int64_t group_end = first / group_size * group_size + group_size;
     std::int64_t group_at = panel * group_stride + first / group_size * kLanes;
     const std::int8_t* zeros = task.zeros;
+    const Stream stream(task, panel_words, NR, last - first);
     const bool scales_are_bf16 = task.scale_type == DType::bf16;
     for (std::int64_t k = first; k < last; ++code_sums) {
       const std::int64_t end = smaller(k + kIntegerBlock, smaller(group_end, last));
@@ -101,10 +102,12 @@ struct IntegerFormat {
         }
       }
       for (; k < end; k += kInputsPerWord, words += kLanes, x += 2 * Format::kParts) {
+        const std::int64_t ahead = stream.ahead(k / kInputsPerWord * kLanes);
         const auto add_part = [&](auto part) {
           Bytes bytes[NR];
           OCTAVO_UNROLL
           for (int n = 0; n < NR; ++n) {
+            if (stream.is_on && part == 0) prefetch(words + n * panel_words + ahead);
             const Words raw = load_words(words + n * panel_words);
             bytes[n] = split_bytes(format.template bytes<part>(raw));
           }
