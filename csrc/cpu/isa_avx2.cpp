@@ -20,7 +20,8 @@ constexpr int kDotRowsOnePass = 4;
 constexpr int kDotPanels = 1;
 constexpr int kPanelsOneRow = 3;  // more panels for one row: enough sums under way at a time
 constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
-constexpr int kScoreRows = 4;     // query rows that share a load of the keys
+constexpr int kScoreChains = 4;   // query rows x tiles of keys under way at a time
+constexpr int kValueRows = 1;     // query rows that share a load of the values
 
 #include "cpu/kernels/vec_avx2.h"
 //

@@ -4,6 +4,8 @@
 // A row's arithmetic depends on its own position and on where tiles and ranges begin, which are
 // absolute multiples of constants; so chunking and company do not change its bits.
 
+constexpr std::int64_t kScoreStride = kScoreChains * kLanes;  // between rows of scores
+
 // The range of a row's tokens within a tile, as lanes [low, high).
 struct Visible {
   std::int64_t low, high;
@@ -17,33 +19,6 @@ inline Visible visible_lanes(const AttendTask& task, int row, std::int64_t tile)
   low = low < 0 ? 0 : low;
   high = high > kLanes ? kLanes : high;
   return {low, high};
-}
-
-// Scores of R query rows against the 16 keys of a tile: one chain over the dimensions a key.
-template <int R, class Item>
-inline void tile_scores(const float* const* q, const Item* keys, std::int64_t head_dim,
-                        float* scores) {
-  Vec sum[R];
-  for (int r = 0; r < R; ++r) sum[r] = zero();
-  for (std::int64_t d = 0; d < head_dim; ++d) {
-    const Vec key = load(keys + d * kLanes);
-    for (int r = 0; r < R; ++r) sum[r] = fma(splat(q[r][d]), key, sum[r]);
-  }
-  for (int r = 0; r < R; ++r) store(scores + r * kLanes, sum[r]);
-}
-
-// out = out * correction + sum over the visible tokens of weight x value.
-template <int NV, class Item>
-inline void add_values(float* out, const Item* values, std::int64_t padded_dim,
-                       const float* weights, Visible visible, Vec correction) {
-  Vec acc[NV];
-  for (int n = 0; n < NV; ++n) acc[n] = mul(load(out + n * kLanes), correction);
-  for (std::int64_t t = visible.low; t < visible.high; ++t) {
-    const Vec weight = splat(weights[t]);
-    for (int n = 0; n < NV; ++n)
-      acc[n] = fma(weight, load(values + t * padded_dim + n * kLanes), acc[n]);
-  }
-  for (int n = 0; n < NV; ++n) store(out + n * kLanes, acc[n]);
 }
 
 // One tile of stored tokens, as one KV head sees it. The scales are null unless they are int8.
@@ -69,33 +44,146 @@ inline Tile<Item> find_tile(const AttendTask& task, std::int64_t token) {
           scales ? scales + layout.block_size : nullptr};
 }
 
-// Takes one tile into a row's state. sum_lane: the denominator, still in 16 lanes.
-template <class Item>
-inline void attend_tile(const AttendTask& task, AttendState& state, Vec& sum_lane,
-                        const float* scores, const Tile<Item>& tile, Visible visible) {
-  constexpr float kHidden = -std::numeric_limits<float>::infinity();
-  float masked[16];
-  for (std::int64_t t = 0; t < kLanes; ++t) {
-    const bool is_visible = visible.low <= t && t < visible.high;
-    const float score = tile.key_scales ? scores[t] * tile.key_scales[t] : scores[t];
-    masked[t] = is_visible ? score * task.scale : kHidden;
+// Scores of R query rows against the keys of T tiles: one chain over the dimensions a key. R x T
+// chains are under way at a time, enough to hide how long each addition takes.
+template <int R, int T, class Item>
+inline void tile_scores(const float* const* q, const Tile<Item>* tiles, std::int64_t head_dim,
+                        float* scores) {
+  Vec sum[R][T];
+  for (int r = 0; r < R; ++r) {
+    for (int t = 0; t < T; ++t) sum[r][t] = zero();
   }
-  const Vec score = load(masked);
+  for (std::int64_t d = 0; d < head_dim; ++d) {
+    Vec key[T];
+    for (int t = 0; t < T; ++t) key[t] = load(tiles[t].keys + d * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const Vec element = splat(q[r][d]);
+      for (int t = 0; t < T; ++t) sum[r][t] = fma(element, key[t], sum[r][t]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int t = 0; t < T; ++t) store(scores + r * kScoreStride + t * kLanes, sum[r][t]);
+  }
+}
+
+// out = out * correction + sum over the visible tokens of weight x value, for R rows that see the
+// same tokens of a tile. weights: [R][16].
+template <int R, int NV, class Item>
+inline void add_values(float* const* out, const Item* values, std::int64_t padded_dim,
+                       const float* weights, Visible visible, const float* corrections) {
+  Vec acc[R][NV];
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < NV; ++n) acc[r][n] = mul(load(out[r] + n * kLanes), splat(corrections[r]));
+  }
+  for (std::int64_t t = visible.low; t < visible.high; ++t) {
+    Vec value[NV];
+    for (int n = 0; n < NV; ++n) value[n] = load(values + t * padded_dim + n * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const Vec weight = splat(weights[r * kLanes + t]);
+      for (int n = 0; n < NV; ++n) acc[r][n] = fma(weight, value[n], acc[r][n]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < NV; ++n) store(out[r] + n * kLanes, acc[r][n]);
+  }
+}
+
+template <int R, class Item>
+inline void add_all_values(AttendState* states, const Item* values, std::int64_t padded_dim,
+                           const float* weights, Visible visible, const float* corrections) {
+  float* out[R];
+  for (std::int64_t d = 0; d < padded_dim;) {
+    for (int r = 0; r < R; ++r) out[r] = states[r].out + d;
+    if (d + 4 * kLanes <= padded_dim) {
+      add_values<R, 4>(out, values + d, padded_dim, weights, visible, corrections);
+      d += 4 * kLanes;
+    } else {
+      add_values<R, 1>(out, values + d, padded_dim, weights, visible, corrections);
+      d += kLanes;
+    }
+  }
+}
+
+// A row's softmax over one more tile: its weights, and by what all there was before shrinks.
+// sum_lane: the denominator, still in 16 lanes.
+template <class Item>
+inline float tile_weights(const AttendTask& task, AttendState& state, Vec& sum_lane,
+                          const float* scores, const Tile<Item>& tile, Visible visible,
+                          float* weights) {
+  Vec score = load(scores);
+  if (tile.key_scales) score = mul(score, load(tile.key_scales));
+  score = mul(score, splat(task.scale));
+  if (visible.low > 0 || visible.high < kLanes) {
+    float lane[16];
+    store(lane, score);
+    for (std::int64_t t = 0; t < kLanes; ++t) {
+      if (t < visible.low || t >= visible.high) lane[t] = -std::numeric_limits<float>::infinity();
+    }
+    score = load(lane);
+  }
   const float tile_max = max_lanes(score);
   const float new_max = state.max > tile_max ? state.max : tile_max;
   // A first tile finds the maximum at minus infinity: e^-inf is 0, and so is all there was.
-  const Vec correction = exp_negative(splat(state.max - new_max));
+  const float correction = new_max == state.max ? 1.0f : exp_negative(state.max - new_max);
   const Vec weight = exp_negative(sub(score, splat(new_max)));
-  sum_lane = add(mul(sum_lane, correction), weight);
+  sum_lane = add(mul(sum_lane, splat(correction)), weight);
   state.max = new_max;
-  float weights[16];
   store(weights, tile.value_scales ? mul(weight, load(tile.value_scales)) : weight);
-  const std::int64_t padded = task.layout.padded_dim;
-  std::int64_t d = 0;
-  for (; d + 4 * kLanes <= padded; d += 4 * kLanes)
-    add_values<4>(state.out + d, tile.values + d, padded, weights, visible, correction);
-  for (; d < padded; d += kLanes)
-    add_values<1>(state.out + d, tile.values + d, padded, weights, visible, correction);
+  return correction;
+}
+
+// Takes one tile into the states of R rows.
+template <int R, class Item>
+inline void attend_tile(const AttendTask& task, int first, AttendState* states, Vec* sum_lanes,
+                        const float* scores, const Tile<Item>& tile, std::int64_t token) {
+  const std::int64_t padded_dim = task.layout.padded_dim;
+  float weights[R * kLanes], corrections[R];
+  Visible visible[R];
+  bool all_alike = true;
+  for (int r = 0; r < R; ++r) {
+    visible[r] = visible_lanes(task, first + r, token);
+    all_alike = all_alike && visible[r].low == visible[0].low && visible[r].high == visible[0].high;
+    if (visible[r].low < visible[r].high) {
+      corrections[r] =
+          tile_weights(task, states[first + r], sum_lanes[first + r], scores + r * kScoreStride,
+                       tile, visible[r], weights + r * kLanes);
+    }
+  }
+  if (all_alike) {
+    if (visible[0].low >= visible[0].high) return;
+    add_all_values<R>(states + first, tile.values, padded_dim, weights, visible[0], corrections);
+    return;
+  }
+  for (int r = 0; r < R; ++r) {
+    if (visible[r].low >= visible[r].high) continue;
+    add_all_values<1>(states + first + r, tile.values, padded_dim, weights + r * kLanes, visible[r],
+                      corrections + r);
+  }
+}
+
+// R rows over the tiles of the range, T tiles' scores at a time.
+template <int R, class Item>
+inline void attend_rows(const AttendTask& task, int first, AttendState* states, Vec* sum_lanes) {
+  constexpr int T = kScoreChains / R;
+  constexpr int kValueRowsAtOnce = R < kValueRows ? R : kValueRows;
+  for (std::int64_t token = task.begin; token < task.end;) {
+    float scores[R * kScoreStride];
+    Tile<Item> tiles[T];
+    int num_tiles = 0;
+    for (std::int64_t at = token; at < task.end && num_tiles < T; at += kLanes)
+      tiles[num_tiles++] = find_tile<Item>(task, at);
+    if (num_tiles == T) {
+      tile_scores<R, T>(task.q + first, tiles, task.layout.head_dim, scores);
+    } else {
+      for (int t = 0; t < num_tiles; ++t)
+        tile_scores<R, 1>(task.q + first, tiles + t, task.layout.head_dim, scores + t * kLanes);
+    }
+    for (int t = 0; t < num_tiles; ++t, token += kLanes) {
+      for (int r = 0; r < R; r += kValueRowsAtOnce)
+        attend_tile<kValueRowsAtOnce>(task, first + r, states, sum_lanes,
+                                      scores + r * kScoreStride + t * kLanes, tiles[t], token);
+    }
+  }
 }
 
 template <class Item>
@@ -107,25 +195,17 @@ inline void attend_format(const AttendTask& task, AttendState* states) {
     sum_lane[r] = zero();
     std::memset(states[r].out, 0, static_cast<std::size_t>(layout.padded_dim) * sizeof(float));
   }
-  for (std::int64_t token = task.begin; token < task.end; token += kLanes) {
-    const Tile<Item> tile = find_tile<Item>(task, token);
-    for (int first = 0; first < task.rows; first += kScoreRows) {
-      float scores[kScoreRows * kLanes];
-      const int rows = task.rows - first < kScoreRows ? task.rows - first : kScoreRows;
-      if (rows == kScoreRows) {
-        tile_scores<kScoreRows>(task.q + first, tile.keys, layout.head_dim, scores);
-      } else {
-        for (int r = 0; r < rows; ++r)
-          tile_scores<1>(task.q + first + r, tile.keys, layout.head_dim, scores + r * kLanes);
-      }
-      for (int r = 0; r < rows; ++r) {
-        const Visible visible = visible_lanes(task, first + r, token);
-        if (visible.low >= visible.high) continue;
-        attend_tile(task, states[first + r], sum_lane[first + r], scores + r * kLanes, tile,
-                    visible);
-      }
+  int row = 0;
+  const auto rows = [&](auto count) {
+    if constexpr (count <= kScoreChains) {
+      for (; row + count <= task.rows; row += count)
+        attend_rows<count, Item>(task, row, states, sum_lane);
     }
-  }
+  };
+  rows(std::integral_constant<int, 8>{});
+  rows(std::integral_constant<int, 4>{});
+  rows(std::integral_constant<int, 2>{});
+  rows(std::integral_constant<int, 1>{});
   for (int r = 0; r < task.rows; ++r) states[r].sum = sum_lanes(sum_lane[r]);
 }
 
