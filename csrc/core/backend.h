@@ -117,6 +117,9 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
+  // Called once on the thread from which all ops will be called, where that is one thread.
+  virtual void attach_thread() {}
+
   // ---- memory ----
   virtual void* allocate(std::size_t bytes) = 0;  // zero-filled; throws std::bad_alloc
   virtual void release(void* data, std::size_t bytes) noexcept = 0;

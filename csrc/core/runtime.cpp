@@ -146,7 +146,9 @@ Runtime::Runtime(const std::string& device, const ModelSpec& spec, const Runtime
       backend_(backend_for(device, spec_, options_)),
       weights_(*backend_, spec_, options_),
       decoder_(*backend_, spec_, weights_, options.max_num_batched_tokens),
-      sampled_(backend_.get(), static_cast<std::size_t>(options.max_num_seqs) * 4) {}
+      sampled_(backend_.get(), static_cast<std::size_t>(options.max_num_seqs) * 4) {
+  queue_.run([this] { backend_->attach_thread(); });
+}
 
 Runtime::~Runtime() = default;
 

@@ -15,6 +15,7 @@ class CpuBackend : public Backend {
  public:
   CpuBackend(int num_threads, const std::string& isa);
 
+  void attach_thread() override { pool_.bind_caller(); }
   void* allocate(std::size_t bytes) override;
   void release(void* data, std::size_t bytes) noexcept override;
   void upload(void* device, const void* host, std::size_t bytes) override;

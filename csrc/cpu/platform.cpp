@@ -121,21 +121,36 @@ int cpu_quota() {
 
 }  // namespace
 
-int physical_cores() {
+std::vector<int> core_processors() {
   cpu_set_t allowed;
   CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0)
-    return std::max(1u, std::thread::hardware_concurrency());
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return {};
   // Threads of one core share the list of their siblings.
   std::set<std::string> cores;
+  std::vector<int> processors;
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
     if (!CPU_ISSET(cpu, &allowed)) continue;
     const std::string name = std::to_string(cpu);
     std::ifstream file("/sys/devices/system/cpu/cpu" + name + "/topology/thread_siblings_list");
     std::string siblings;
-    cores.insert(std::getline(file, siblings) ? siblings : name);
+    if (cores.insert(std::getline(file, siblings) ? siblings : name).second)
+      processors.push_back(cpu);
   }
-  return std::max(1, std::min(static_cast<int>(cores.size()), cpu_quota()));
+  return processors;
+}
+
+void bind_thread(int processor) noexcept {
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(processor, &one);
+  sched_setaffinity(0, sizeof one, &one);
+}
+
+int physical_cores() {
+  const std::vector<int> processors = core_processors();
+  if (processors.empty())
+    return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  return std::max(1, std::min(static_cast<int>(processors.size()), cpu_quota()));
 }
 
 std::size_t available_memory() {
@@ -162,6 +177,10 @@ T sysctl_value(const char* name, T otherwise) {
 
 }  // namespace
 
+// macOS takes no orders about processors.
+std::vector<int> core_processors() { return {}; }
+void bind_thread(int) noexcept {}
+
 int physical_cores() { return std::max(1, sysctl_value<int>("hw.physicalcpu", 1)); }
 
 // Half of what is built in: macOS has no figure that means "without swapping".
@@ -171,6 +190,8 @@ std::size_t available_memory() {
 
 #else
 
+std::vector<int> core_processors() { return {}; }
+void bind_thread(int) noexcept {}
 int physical_cores() { return static_cast<int>(std::max(1u, std::thread::hardware_concurrency())); }
 std::size_t available_memory() { return std::size_t{4} << 30; }
 #endif

@@ -2,11 +2,19 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 namespace octavo::cpu {
 
 // Physical cores this process may run on, respecting affinity and a container's quota; at least 1.
 int physical_cores();
+
+// A logical processor on each physical core this process may run on; empty where the system does
+// not let threads be bound to one.
+std::vector<int> core_processors();
+
+// Binds the calling thread to a logical processor; does nothing where that is not allowed.
+void bind_thread(int processor) noexcept;
 
 // Memory that can be taken without swapping, in bytes, respecting a container's limit.
 std::size_t available_memory();

@@ -12,7 +12,8 @@ constexpr int kSpins = 2000;
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) {
+ThreadPool::ThreadPool(int num_threads) : processors_(core_processors()) {
+  if (static_cast<int>(processors_.size()) != num_threads) processors_.clear();
   for (int thread = 1; thread < num_threads; ++thread)
     workers_.emplace_back([this, thread] { work(thread); });
 }
@@ -25,6 +26,12 @@ ThreadPool::~ThreadPool() {
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
 }
+
+void ThreadPool::bind(int thread) const {
+  if (!processors_.empty()) bind_thread(processors_[static_cast<std::size_t>(thread)]);
+}
+
+void ThreadPool::bind_caller() const { bind(0); }
 
 void ThreadPool::run_erased(Function function, void* context) {
   if (workers_.empty()) {
@@ -52,6 +59,7 @@ void ThreadPool::run_erased(Function function, void* context) {
 }
 
 void ThreadPool::work(int thread) {
+  bind(thread);
   std::uint64_t seen = 0;
   while (true) {
     for (int spins = 0; epoch_.load() == seen; ++spins) {

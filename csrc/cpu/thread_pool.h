@@ -13,11 +13,16 @@ namespace octavo::cpu {
 
 class ThreadPool {
  public:
-  // num_threads counts the calling thread, which works along.
+  // num_threads counts the calling thread, which works along. Workers are bound to a core each when
+  // there are as many threads as cores; with fewer, another program may be using the other cores,
+  // and which ones that are, only the system knows.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
+
+  // Binds the calling thread, thread 0 of all calls to come, to a core of its own.
+  void bind_caller() const;
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
@@ -49,7 +54,10 @@ class ThreadPool {
   void run_erased(Function function, void* context);
   void work(int thread);
 
+  void bind(int thread) const;
+
   std::vector<std::thread> workers_;
+  std::vector<int> processors_;  // one for each thread, or empty: threads go where they like
   Function function_ = nullptr;
   void* context_ = nullptr;
   std::atomic<std::uint64_t> epoch_{0};  // grows by one a job
