@@ -1,145 +1,202 @@
-"""Who compare_cpu.py compares: each measures a prompt or decoding once, in tokens a second.
+"""octavo's and transformers' sides of compare_cpu.py, each in a process of its own.
 
-Every side but llama-bench runs in a process of its own (sides.Remote), so that its threads do not
-spin while another is measured.
+A side has `check(row)`, asked once before anything is timed, `warm_up(row)`, and `run(row)`: tokens
+a second. None of a side's threads may spin while another one is measured.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import json
-import subprocess
+import os
+import time
 from pathlib import Path
 from typing import Any
 
+from rows import Row
 from sides import HuggingFaceSide
 
 
-class OctavoCore:
-    """octavo's native core, as `octavo bench` runs it; no figure without its gate."""
+class OctavoSide:
+    """octavo: prompts and decoding as `octavo bench` runs them, requests through the engine."""
 
-    def __init__(self, path: Path, kind: str, threads: int, load_format: str, longest: int) -> None:
-        from octavo.bench.cases import Case
+    def __init__(
+        self, path: Path, kind: str, threads: int, load_format: str, rows: list[Row]
+    ) -> None:
+        from octavo import LLM
         from octavo.bench.run import Runner, fit_config
         from octavo.config import EngineConfig
+        from octavo.engine.engine import Engine
         from octavo.engine.loader import load_runtime
         from octavo.models.registry import read_model
         from octavo.weights.checkpoint import open_checkpoint
 
-        settings: dict[str, Any] = {"dtype": "bf16" if kind != "f32" else "f32"}
-        if kind in ("int8", "int4"):
+        settings: dict[str, Any] = {"dtype": kind if kind in ("f32", "bf16") else "bf16"}
+        if kind not in ("f32", "bf16"):
             settings["quantize"] = kind
         config = EngineConfig(
             device="cpu", num_threads=threads, load_format=load_format, **settings
         )
         files = read_model(path)
-        cases = [Case("prefill", longest), Case("decode", longest)]
-        loaded = load_runtime(files, open_checkpoint(files, load_format), fit_config(config, cases))
-        self._case = Case
-        self._runner = Runner(loaded, files.spec, None)
+        checkpoint = open_checkpoint(files, load_format)
+        cases = [case for row in rows for case in self._cases(row)]
+        self._loaded = load_runtime(files, checkpoint, fit_config(config, cases))
+        self._runner = Runner(self._loaded, files.spec, None)
+        self._spec, self._threads = files.spec, threads
+        self._num_parameters = checkpoint.num_parameters
+        self._llm = LLM.from_engine(
+            Engine(
+                self._loaded.runtime,
+                self._loaded.options,
+                num_kv_blocks=self._loaded.num_kv_blocks,
+                vocab_size=files.spec.vocab_size,
+                num_kv_groups=files.spec.num_kv_groups,
+            )
+        )
 
-    def gate(self, prompt: int, generate: int) -> dict[str, Any]:
-        """Batch invariance of both tests, and the hashes of their logits."""
-        cases = [self._case("prefill", prompt), self._case("decode", generate)]
-        gates = {case.name: self._runner.gate(case) for case in cases}
+    @staticmethod
+    def _cases(row: Row) -> list[Any]:
+        """The cases of `octavo bench` that a row consists of."""
+        from octavo.bench.cases import Case
+
+        if row.name == "prefill":
+            return [Case("prefill", row.prompt)]
+        if row.name == "decode":
+            return [Case("decode", row.generated)]
+        decoded = Case("decode", row.generated, row.requests, row.prompt)
+        return [Case("prefill", row.prompt), decoded]
+
+    def describe(self) -> dict[str, Any]:
+        """What was loaded."""
+        options = self._loaded.options
         return {
-            "passed": all(gate.passed for gate in gates.values()),
-            "logits": {name: gate.logits_hash for name, gate in gates.items()},
+            "num_parameters": self._num_parameters,
+            "weight_bytes": self._runner.weight_bytes,
+            "kv_dtype": options.kv_dtype,
+            "isa": options.isa,
         }
 
-    def run(self, kind: str, count: int) -> float:
-        """Tokens a second; the first of two runs only warms up."""
-        case = self._case(kind, count)
-        return count / self._runner.time(case, 1)[0]
+    def check(self, row: Row) -> dict[str, Any]:
+        """The gate: the same bits alone and in company, and a hash of them."""
+        gates = [self._runner.gate(case) for case in self._cases(row)]
+        passed = all(gate.passed for gate in gates)
+        logits = [gate.logits_hash for gate in gates]
+        if row.name != "serve":
+            return {"passed": passed, "logits": logits}
+        prompts = row.prompts()
+        together = self._generate(prompts, row.generated)
+        alone = self._generate(prompts[-1:], row.generated)
+        data = repr(together).encode()
+        return {
+            "passed": passed and alone == together[-1:],
+            "logits": logits,
+            "tokens": hashlib.sha256(data).hexdigest()[:16],
+        }
+
+    def _generate(self, prompts: list[list[int]], count: int) -> list[tuple[int, ...]]:
+        from octavo import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        outputs = self._llm.generate(prompts, params, progress=False)
+        found = [tuple(output.outputs[0].token_ids) for output in outputs]
+        if any(len(tokens) != count for tokens in found):
+            raise RuntimeError(f"an answer has not {count} tokens: {[len(t) for t in found]}")
+        return found
+
+    def warm_up(self, row: Row) -> None:
+        """The gate has run every kernel; a few more steps."""
+        self.run(Row(row.name, min(row.prompt, 16), min(row.generated, 4), row.requests))
+
+    def run(self, row: Row) -> float:
+        """Tokens a second."""
+        if row.name == "serve":
+            start = time.perf_counter()
+            self._generate(row.prompts(), row.generated)
+            return row.tokens / (time.perf_counter() - start)
+        return row.tokens / self._runner.time(self._cases(row)[0], 1, warm_up=False)[0]
+
+    def limits(self) -> dict[str, float]:
+        """The machine, measured now: bytes and operations a second."""
+        from octavo.bench.peak import measure
+
+        peak = measure(self._loaded.options, self._threads, seconds=0.3)
+        return {"bandwidth": peak.bandwidth, "flops": peak.flops}
+
+    def least_seconds(self, row: Row, limits: dict[str, float]) -> tuple[float, str]:
+        """How long a row takes at the machine's limits, and the limit of most of that time."""
+        from octavo.bench.cases import Case, Peak, Work, least_seconds
+
+        peak = Peak(limits["bandwidth"], limits["flops"])
+        if row.name != "serve":
+            return least_seconds(self._runner.work(self._cases(row)[0]), peak)
+        # Prompts share their steps: weights are read once a step, not once a prompt.
+        one = self._runner.work(Case("prefill", row.prompt))
+        num_steps = -(-row.requests * row.prompt // self._loaded.options.max_num_batched_tokens)
+        prompts = Work(self._runner.step_bytes * num_steps, one.num_operations * row.requests)
+        parts = [
+            least_seconds(prompts, peak),
+            least_seconds(
+                self._runner.work(Case("decode", row.generated - 1, row.requests, row.prompt)), peak
+            ),
+        ]
+        return sum(seconds for seconds, _ in parts), max(parts)[1]
 
 
-class HuggingFaceShape(HuggingFaceSide):
-    """transformers; with load_format "dummy" random weights in the configuration's shape."""
+class TransformersSide(HuggingFaceSide):
+    """transformers, eager, sdpa; with load_format "dummy" random weights in the shape."""
 
     def __init__(self, path: Path, kind: str, threads: int, load_format: str) -> None:
+        import torch
+
         if load_format != "dummy":
             super().__init__(path, kind, threads)
-            return
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        else:
+            from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers.initialization import no_init_weights
 
-        torch.set_num_threads(threads)
-        self._dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[kind]
-        config = AutoConfig.from_pretrained(path)
-        self._model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
+            torch.set_num_threads(threads)
+            self._dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[kind]
+            config = AutoConfig.from_pretrained(path)
+            with no_init_weights():
+                self._model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
+            with torch.no_grad():
+                for weight in self._model.parameters():
+                    weight.uniform_(-0.03, 0.03)
+        self._torch = torch
 
-    def run(self, kind: str, count: int) -> float:
+    def check(self, row: Row) -> dict[str, Any]:
+        """The shape."""
+        return {"num_parameters": sum(p.numel() for p in self._model.parameters())}
+
+    def warm_up(self, row: Row) -> None:
+        """A short one of the same kind."""
+        self.run(Row(row.name, min(row.prompt, 16), min(row.generated, 2), min(row.requests, 2)))
+
+    def run(self, row: Row) -> float:
         """Tokens a second."""
-        tokens = [(7919 * index) % 1000 + 3 for index in range(count)]
-        if kind == "prefill":
-            return float(self.prefill(tokens)["speed"])
-        return float(self.decode(tokens[:1], count)["speed"])
+        if row.name == "prefill":
+            return float(self.prefill(row.prompts()[0])["speed"])
+        prompts = row.prompts() if row.name == "serve" else [[10]]
+        steps = row.generated if row.name == "decode" else row.generated - 1
+        cache, ids = None, self._torch.tensor(prompts)
+        start = time.perf_counter()
+        with self._torch.inference_mode():
+            if row.name == "serve":
+                ids, cache = self._next(ids, cache)
+            for _ in range(steps):
+                ids, cache = self._next(ids, cache)
+        return row.tokens / (time.perf_counter() - start)
 
-
-class XllamacppServer:
-    """llama.cpp inside the package xllamacpp (built for AVX2), by the timings of its server."""
-
-    def __init__(self, file: Path, threads: int, longest: int) -> None:
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path = str(file)
-        params.n_ctx = longest + 64
-        params.n_parallel = 1
-        params.verbosity = 0
-        params.cpuparams.n_threads = threads
-        params.cpuparams_batch.n_threads = threads
-        self._server = xllamacpp.Server(params)
-
-    def run(self, kind: str, count: int) -> float:
-        """Tokens a second."""
-        length = count if kind == "prefill" else 1
-        answer = self._server.handle_completions(
-            {
-                "prompt": [(7919 * index) % 1000 + 300 for index in range(length)],
-                "n_predict": 1 if kind == "prefill" else count,
-                "ignore_eos": True,
-                "cache_prompt": False,
-                "temperature": 0.0,
-            }
-        )
-        answer = json.loads(answer) if isinstance(answer, str) else answer
-        if "timings" not in answer:
-            raise RuntimeError(f"xllamacpp answered without timings: {str(answer)[:300]}")
-        part = "prompt" if kind == "prefill" else "predicted"
-        return float(answer["timings"][f"{part}_per_second"])
-
-
-class LlamaBench:
-    """A llama-bench binary."""
-
-    def __init__(self, binary: str, file: Path, threads: int) -> None:
-        self._command = [binary, "-m", str(file), "-t", str(threads), "-r", "1", "-o", "json"]
-
-    def run(self, kind: str, count: int) -> float:
-        """Tokens a second, of one run after llama-bench's own warm-up."""
-        sizes = (
-            ["-p", str(count), "-n", "0"] if kind == "prefill" else ["-p", "0", "-n", str(count)]
-        )
-        done = subprocess.run(
-            self._command + sizes, capture_output=True, text=True, check=False, timeout=1800
-        )
-        if done.returncode:
-            raise RuntimeError(f"llama-bench failed ({done.returncode}): {done.stderr[-500:]}")
-        return parse_llama_bench(done.stdout)
-
-    def close(self) -> None:
-        """Nothing runs between measurements."""
-
-
-def parse_llama_bench(output: str) -> float:
-    """Tokens a second of the only test in llama-bench's JSON."""
-    tests = json.loads(output)
-    if len(tests) != 1:
-        raise ValueError(f"llama-bench reported {len(tests)} tests; expected 1")
-    return float(tests[0]["avg_ts"])
+    def _next(self, ids: Any, cache: Any) -> tuple[Any, Any]:
+        output = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
 
 
 def why_absent(package: str) -> str | None:
     """None where a package is installed, else a few words."""
     return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
+
+
+def forced_isa() -> str:
+    """What OCTAVO_ISA forces; "auto" where it says nothing."""
+    return os.environ.get("OCTAVO_ISA") or "auto"

@@ -1,11 +1,18 @@
 """A GGUF file in a model's shape, for llama.cpp to be timed on: weights as octavo has them.
 
-Its vocabulary is made up, so that a shape without a tokenizer can be measured: it takes token ids,
-and is of no other use. Rows of q and k are in llama.cpp's order; the numbers are the model's.
+    python benchmarks/write_gguf.py MODEL smollm2-f32.gguf --form f32 --vocabulary smollm
+
+Without --vocabulary the tokens are made up, so that a shape without a tokenizer can be measured:
+such a file takes token ids, and is of no other use. With it, the tokens are those of the model's
+byte-level BPE, and its value names llama.cpp's rule for cutting text into words ("smollm",
+"llama-bpe"): for llama-perplexity and llama-quantize. Rows of q and k are in llama.cpp's order; the
+numbers are the model's.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
 
 import gguf
@@ -14,6 +21,7 @@ from numpy.typing import NDArray
 
 from octavo.errors import UnsupportedModelError
 from octavo.models.registry import ModelFiles
+from octavo.models.spec import ModelSpec
 from octavo.weights.checkpoint import Checkpoint
 
 FORMATS = {
@@ -68,19 +76,35 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     writer.add_add_bos_token(False)
 
 
-def write_gguf(path: Path, files: ModelFiles, checkpoint: Checkpoint, kind: str) -> None:
-    """Write the model with its matrices in one of FORMATS; head and embedding too, at q4_0 as q8_0.
-
-    llama3's scaling of rope is left out: it changes no speed. Raises UnsupportedModelError for a
-    layer with biases.
-    """
-    spec = files.spec
-    layer = spec.layers[0]
-    if layer.qkv_bias or layer.mlp_bias or layer.rope is None:
+def _add_bpe(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, rule: str) -> None:
+    """The tokens of a byte-level BPE in tokenizer.json; those it lacks get names of their own."""
+    read = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    model = read["model"]
+    if model["type"] != "BPE":
         raise UnsupportedModelError(
-            f"{files.path} has biases or no rope; expected a plain Llama to write as GGUF"
+            f"{folder}'s tokenizer is {model['type']}; expected BPE to write as GGUF"
         )
-    writer = gguf.GGUFWriter(path, "llama")
+    tokens = [f"[unused {number}]" for number in range(vocab_size)]
+    types = [gguf.TokenType.UNUSED] * vocab_size
+    for token, number in model["vocab"].items():
+        tokens[number], types[number] = token, gguf.TokenType.NORMAL
+    for added in read["added_tokens"]:
+        special = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = added["content"], special
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(rule)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(int(config.get("bos_token_id") or 0))
+    writer.add_eos_token_id(int(config.get("eos_token_id") or 0))
+    writer.add_add_bos_token(False)
+
+
+def _add_shape(writer: gguf.GGUFWriter, spec: ModelSpec, rope_theta: float) -> None:
+    layer = spec.layers[0]
     writer.add_vocab_size(spec.vocab_size)
     writer.add_context_length(spec.max_position_embeddings)
     writer.add_embedding_length(spec.hidden_size)
@@ -91,9 +115,31 @@ def write_gguf(path: Path, files: ModelFiles, checkpoint: Checkpoint, kind: str)
     writer.add_rope_dimension_count(layer.head_dim)
     writer.add_key_length(layer.head_dim)
     writer.add_value_length(layer.head_dim)
-    writer.add_rope_freq_base(layer.rope.theta)
+    writer.add_rope_freq_base(rope_theta)
     writer.add_layer_norm_rms_eps(layer.norm.eps)
-    _add_vocabulary(writer, spec.vocab_size)
+
+
+def write_gguf(
+    path: Path, files: ModelFiles, checkpoint: Checkpoint, kind: str, vocabulary: str | None = None
+) -> None:
+    """Write the model with its matrices in one of FORMATS; head and embedding too, at q4_0 as q8_0.
+
+    vocabulary: llama.cpp's name for how the model's own tokenizer splits text; None makes tokens
+    up. llama3's scaling of rope is left out: it changes no speed. Raises UnsupportedModelError for
+    a layer with biases, or a tokenizer that is no BPE.
+    """
+    spec = files.spec
+    layer = spec.layers[0]
+    if layer.qkv_bias or layer.mlp_bias or layer.rope is None:
+        raise UnsupportedModelError(
+            f"{files.path} has biases or no rope; expected a plain Llama to write as GGUF"
+        )
+    writer = gguf.GGUFWriter(path, "llama")
+    _add_shape(writer, spec, layer.rope.theta)
+    if vocabulary is None:
+        _add_vocabulary(writer, spec.vocab_size)
+    else:
+        _add_bpe(writer, files.path, spec.vocab_size, vocabulary)
     for name, tensor in checkpoint.items():
         values = tensor.to_float32()
         part = name.split(".")[-2]
@@ -109,3 +155,26 @@ def write_gguf(path: Path, files: ModelFiles, checkpoint: Checkpoint, kind: str)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def main() -> None:
+    """Write one file."""
+    from octavo.config import read_environment
+    from octavo.models.registry import read_model
+    from octavo.weights.checkpoint import open_checkpoint
+    from octavo.weights.hub import resolve_model
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", help="a name or folder, as octavo takes it")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--form", choices=tuple(FORMATS), default="bf16")
+    parser.add_argument("--load-format", default="auto", choices=("auto", "dummy"))
+    parser.add_argument("--vocabulary", help="the model's own, split by this rule of llama.cpp's")
+    arguments = parser.parse_args()
+    files = read_model(resolve_model(arguments.model, read_environment()))
+    checkpoint = open_checkpoint(files, arguments.load_format)
+    write_gguf(arguments.output, files, checkpoint, arguments.form, arguments.vocabulary)
+
+
+if __name__ == "__main__":
+    main()

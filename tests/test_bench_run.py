@@ -38,9 +38,9 @@ def quick_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine is measured, but briefly."""
     bandwidth, flops = _native.measure_bandwidth, _native.measure_flops
     monkeypatch.setattr(
-        _native, "measure_bandwidth", lambda threads: bandwidth(threads, 0.0, 1 << 20)
+        _native, "measure_bandwidth", lambda threads, *_: bandwidth(threads, 0.0, 1 << 20)
     )
-    monkeypatch.setattr(_native, "measure_flops", lambda threads, isa: flops(threads, isa, 0.0))
+    monkeypatch.setattr(_native, "measure_flops", lambda threads, isa, *_: flops(threads, isa, 0.0))
 
 
 def config(**fields: Any) -> EngineConfig:

@@ -145,10 +145,16 @@ def work_of(case: Case, spec: ModelSpec, step_bytes: float, kv_dtype: str, chunk
 
 @dataclass(frozen=True)
 class Peak:
-    """What the machine can do: bytes a second from memory, float32 operations a second."""
+    """What the machine can do: bytes a second from memory, operations a second.
+
+    flops: in the arithmetic of the weights' format, which `arithmetic` describes (bench/peak.py).
+    float32_flops: of float32 multiply-adds, from which flops is counted; 0 where not told.
+    """
 
     bandwidth: float
     flops: float
+    arithmetic: str = "float32 multiply-adds"
+    float32_flops: float = 0.0
 
 
 def least_seconds(work: Work, peak: Peak) -> tuple[float, Literal["memory", "arithmetic"]]:

@@ -61,7 +61,7 @@ def header(result: BenchResult) -> list[str]:
     if result.peak is not None:
         lines.append(
             f"limits measured: {result.peak.bandwidth / 1e9:.1f} GB/s read from memory, "
-            f"{result.peak.flops / 1e12:.3f} TFLOP/s of float32 multiply-adds ({result.isa})"
+            f"{result.peak.flops / 1e12:.3f} TFLOP/s of {result.peak.arithmetic} ({result.isa})"
         )
     return lines
 

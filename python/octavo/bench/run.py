@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from octavo.bench.cases import BYTES, Case, Peak, Work, least_seconds, streamed_bytes, work_of
+from octavo.bench.peak import measure
 from octavo.bench.session import Session, hash_of
 from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.engine.loader import LoadedRuntime, load_runtime
@@ -172,14 +173,10 @@ def _room(case: Case) -> int:
 
 def measure_peak(loaded: LoadedRuntime, num_threads: int, progress: Progress) -> Peak | None:
     """The machine's limits; None for a device whose limits cannot be measured yet."""
-    from octavo import _native
-
     if loaded.device != "cpu":
         return None
-    progress("measuring the machine", 0, 2)
-    bandwidth = _native.measure_bandwidth(num_threads)
-    progress("measuring the machine", 1, 2)
-    return Peak(bandwidth, _native.measure_flops(num_threads, loaded.options.isa))
+    progress("measuring the machine", 0, 1)
+    return measure(loaded.options, num_threads)
 
 
 class Runner:
@@ -191,6 +188,9 @@ class Runner:
         self._options: RuntimeOptions = loaded.options
         self._peak = peak
         self.weight_bytes = loaded.runtime.memory()["weights"]
+        embed = self._options.formats.get("embed")
+        kind = self._options.dtype if embed is None else embed.dtype
+        self.step_bytes = streamed_bytes(spec, self.weight_bytes, BYTES[kind])
 
     def measure(self, case: Case, repetitions: int) -> Row:
         """Gate, one run to warm up, then the timed ones. No figure where the gate fails."""
@@ -198,7 +198,7 @@ class Runner:
         if not gate.passed:
             return Row(case, gate, (), None, None, None, None)
         seconds = self.time(case, repetitions)
-        work = self._work(case)
+        work = self.work(case)
         mean = statistics.fmean(seconds)
         limit, percent = None, None
         if self._peak is not None:
@@ -214,11 +214,10 @@ class Runner:
             percent_of_limit=percent,
         )
 
-    def _work(self, case: Case) -> Work:
-        embed = self._options.formats.get("embed")
-        kind = self._options.dtype if embed is None else embed.dtype
-        step_bytes = streamed_bytes(self._spec, self.weight_bytes, BYTES[kind])
-        return work_of(case, self._spec, step_bytes, self._options.kv_dtype, self._session.chunk)
+    def work(self, case: Case) -> Work:
+        """The least that one run of a case reads and computes."""
+        kv_dtype, chunk = self._options.kv_dtype, self._session.chunk
+        return work_of(case, self._spec, self.step_bytes, kv_dtype, chunk)
 
     def tokens(self, sequence: int, count: int) -> list[int]:
         """Random tokens of a sequence: the same in every case, and a longer run begins alike."""
@@ -257,15 +256,15 @@ class Runner:
         self._session.fill([prompt[:-1] for prompt in prompts])
         return self._session.decode_logits([prompt[-1] for prompt in prompts], GATE_STEPS)
 
-    def time(self, case: Case, repetitions: int) -> list[float]:
-        """Seconds of each run but the first."""
+    def time(self, case: Case, repetitions: int, *, warm_up: bool = True) -> list[float]:
+        """Seconds of each run; with `warm_up`, after one that does not count."""
         prompts = [self.tokens(index, case.longest) for index in range(case.batch)]
         self._session.restart(case.batch, _room(case))
         if case.kind == "decode":
             self._session.fill([prompt[: case.depth] for prompt in prompts])
         first = [prompt[case.depth] for prompt in prompts]
         seconds = []
-        for _ in range(repetitions + 1):
+        for _ in range(repetitions + warm_up):
             self._session.rewind(case.depth)
             start = time.perf_counter()
             if case.kind == "prefill":
@@ -273,4 +272,4 @@ class Runner:
             else:
                 self._session.decode(first, case.num_tokens)
             seconds.append(time.perf_counter() - start)
-        return seconds[1:]
+        return seconds[int(warm_up) :]
