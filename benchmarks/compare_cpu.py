@@ -211,12 +211,18 @@ class Comparison:
             for row in self.rows:
                 if name in self.measured(row):
                     self.call(name, "warm_up", self.row_for(row, name))
+        slow: set[tuple[str, str]] = set()
         for number in range(self.arguments.rounds):
             self._measure_limits()
             for row in self.rows:
                 for name in self.measured(row)[:: 1 if number % 2 == 0 else -1]:
+                    if (row.name, name) in slow:
+                        continue
+                    start = time.perf_counter()
                     speed = float(self.call(name, "run", self.row_for(row, name)))
                     speeds[row.name][name].append(speed)
+                    if time.perf_counter() - start > self.arguments.slow:
+                        slow.add((row.name, name))
                     say(f"round {number + 1}: {row.name:8} {name:32} {speed:9.1f} tok/s")
         self._measure_limits()
         return speeds
@@ -292,6 +298,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--request-prompt", type=int, default=128, help="tokens of each request's prompt")
     add("--request-generate", type=int, default=32, help="tokens of each answer")
     add("-r", "--rounds", type=int, default=3)
+    add("--slow", type=float, default=25, help="seconds; what takes longer is measured once only")
     add("--llama-bench", help="path of the binary; left out: from the PATH")
     add("--llama-label", default="", help="put behind llama.cpp's name, as ' (AVX2 build)'")
     add("--vllm-python", type=Path, help="a Python that has vLLM for CPUs")

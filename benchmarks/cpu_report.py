@@ -12,8 +12,8 @@ Speeds = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def ratios_of(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Median, least and most of the rounds' ratios."""
-    found = [one / other for one, other in zip(ours, theirs, strict=True)]
+    """Median, least and most of the rounds' ratios, of the rounds that both took part in."""
+    found = [one / other for one, other in zip(ours, theirs, strict=False)]
     return {"median": statistics.median(found), "least": min(found), "most": max(found)}
 
 
@@ -34,6 +34,7 @@ def summarize(
         for name, values in sides.items():
             median = statistics.median(values)
             found: dict[str, Any] = {"median": median, "least": min(values), "most": max(values)}
+            found["rounds"] = len(values)
             if name in at_the_limit.get(row, {}):
                 limit, which = at_the_limit[row][name]
                 found |= {"percent_of_limit": 100 * median / limit, "limit": which}
@@ -54,14 +55,14 @@ def tables(
         yield ""
         yield f"### {titles[row]}"
         yield ""
-        yield "| side | median | least to most | % of the machine's limit |"
-        yield "| --- | ---: | ---: | ---: |"
+        yield "| side | median | least to most | rounds | % of the machine's limit |"
+        yield "| --- | ---: | ---: | ---: | ---: |"
         for name, found in sides.items():
             percent = "-"
             if "percent_of_limit" in found:
                 percent = f"{found['percent_of_limit']:.0f} ({found['limit']})"
             spread = f"{found['least']:.1f} to {found['most']:.1f}"
-            yield f"| {name} | {found['median']:.1f} | {spread} | {percent} |"
+            yield f"| {name} | {found['median']:.1f} | {spread} | {found['rounds']} | {percent} |"
         peers = [name for name in sides if not name.startswith("octavo")]
         if not peers:
             continue

@@ -198,8 +198,9 @@ def test_ratios_are_medians_of_the_rounds(load) -> None:
     assert (found["percent_of_limit"], found["limit"]) == (50.0, "memory")
     assert found["best_peer"] == "llama.cpp q8_0"  # q4_0 is faster, and has fewer bits
     assert summary["decode"]["octavo int4"]["best_peer"] == "llama.cpp q4_0"
+    assert report.ratios_of([6.0, 8.0], [3.0]) == {"median": 2.0, "least": 2.0, "most": 2.0}
     lines = list(report.tables(summary, {"decode": "one"}))
-    assert "| octavo int8 | 12.0 | 10.0 to 90.0 | 50 (memory) |" in lines
+    assert "| octavo int8 | 12.0 | 10.0 to 90.0 | 3 | 50 (memory) |" in lines
     assert any(line.startswith("| octavo int8 | 10.00 (3.00 to 15.00) |") for line in lines)
 
 

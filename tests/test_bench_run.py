@@ -76,7 +76,7 @@ def test_a_run(model: Path, quick_peak: None) -> None:
     assert [row.gate for row in again.rows] == [row.gate for row in result.rows]
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("quantize", ["int8", "w8a8", "int4"])
 def test_quantized_weights_keep_the_gate(model: Path, quick_peak: None, quantize: str) -> None:
     result = run(model, quantize=quantize)
     plain = run(model)
@@ -183,6 +183,9 @@ def test_the_outputs(model: Path, quick_peak: None, capsys: pytest.CaptureFixtur
     assert {line.count("|") for line in lines if line.startswith("|")} == {len(HEADINGS) + 1}
     assert main([*arguments, "table"]) == 0
     table = capsys.readouterr().out
+    assert "KV cache bf16" in table
+    assert main([*arguments, "table", "--kv-dtype", "int8"]) == 0
+    assert "KV cache int8" in capsys.readouterr().out
     assert "tg3 @ d5" in table and "% of limit" in table and "limits measured" in table
 
 

@@ -19,7 +19,6 @@ from octavo.errors import InvalidArgumentError
 from octavo.machine import processor
 from octavo.models.registry import read_model
 from octavo.models.spec import ModelSpec
-from octavo.quantization.plan import describe_dtypes
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import resolve_model
 
@@ -137,7 +136,7 @@ def bench(
         model=files.path.name,
         num_parameters=checkpoint.num_parameters,
         weight_bytes=runner.weight_bytes,
-        weights=describe_dtypes(options.formats, options.dtype),
+        weights=describe_weights(options),
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
         load_format=config.load_format,
@@ -169,6 +168,15 @@ def fit_config(config: EngineConfig, cases: Sequence[Case]) -> EngineConfig:
 def _room(case: Case) -> int:
     """Tokens that each sequence of a case, or of its gate, may hold."""
     return max(case.longest, case.depth + GATE_STEPS)
+
+
+def describe_weights(options: RuntimeOptions) -> str:
+    """What the matrices are kept in: "int4 and int8"; "w8a8" where activations have 8 bits."""
+    names = {
+        "w8a8" if format.activation_bits == 8 else format.dtype
+        for format in options.formats.values()
+    }
+    return " and ".join(sorted(names)) or options.dtype
 
 
 def measure_peak(loaded: LoadedRuntime, num_threads: int, progress: Progress) -> Peak | None:

@@ -11,6 +11,7 @@ from octavo.cli.common import (
     DeviceOption,
     DTypeOption,
     KeepEmbeddingOption,
+    KVDTypeOption,
     LoadFormatOption,
     NumThreadsOption,
     QuantizeOption,
@@ -81,6 +82,7 @@ def bench(
         typer.Option(help="Tokens of a prompt that go into one step.", rich_help_panel=_WHAT),
     ] = 512,
     dtype: DTypeOption = "auto",
+    kv_dtype: KVDTypeOption = "auto",
     quantize: QuantizeOption = None,
     keep_embedding: KeepEmbeddingOption = False,
     device: DeviceOption = "auto",
@@ -120,6 +122,7 @@ def bench(
     config = EngineConfig(
         device=device,
         dtype=dtype,  # type: ignore[arg-type]  # EngineConfig checks it
+        kv_dtype=kv_dtype,  # type: ignore[arg-type]
         quantize=quantize,  # type: ignore[arg-type]
         keep_embedding=keep_embedding,
         load_format=load_format,  # type: ignore[arg-type]
