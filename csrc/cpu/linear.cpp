@@ -48,47 +48,59 @@ std::uint32_t interleave_nibbles(std::uint32_t codes) {
   return spread(codes & 0xffffu) | spread(codes >> 16) << 4;
 }
 
-// The scale that makes 127 steps of a row's largest magnitude, rounded to bf16 as files hold it; 1
-// for a row of zeros.
-float int8_scale(const HostMatrix& rows, std::int64_t row) {
-  float largest = 0.0f;
-  for (std::int64_t i = 0; i < rows.cols; ++i)
-    largest = std::max(largest, std::fabs(load_float(rows.data, rows.dtype, row * rows.cols + i)));
-  const float scale = bf16_to_float(float_to_bf16(largest / 127.0f));
-  return scale > 0.0f ? scale : 1.0f;
-}
+// Bytes of a row as `stored_word` reads it.
+std::int64_t row_bytes(std::int64_t cols, DType format) { return (cols * bits_of(format) + 7) / 8; }
 
-std::uint32_t int8_code(float value, float scale) {
-  const float steps = std::nearbyint(value / scale);  // ties to even
-  return static_cast<std::uint32_t>(static_cast<int>(std::min(127.0f, std::max(-127.0f, steps))));
-}
-
-// Rows in the format they are packed in: 32 bits of a row are a word, but for the order within it.
-std::uint32_t stored_word(const HostMatrix& rows, DType format, std::int64_t row,
+// Word `word` of a row of codes or numbers: 32 of its bits, but for their order.
+std::uint32_t stored_word(const std::uint8_t* row, std::int64_t bytes, DType format,
                           std::int64_t word) {
-  const std::int64_t row_bytes = (rows.cols * bits_of(format) + 7) / 8;
-  const auto* bytes = static_cast<const std::uint8_t*>(rows.data) + row * row_bytes + word * 4;
   std::uint32_t bits = 0;
-  std::memcpy(&bits, bytes,
-              static_cast<std::size_t>(std::min<std::int64_t>(4, row_bytes - word * 4)));
+  const std::int64_t left = bytes - word * 4;
+  std::memcpy(&bits, row + word * 4, left < 4 ? static_cast<std::size_t>(left) : 4);
   if (format == DType::int8) return bits ^ 0x80808080u;
   return format == DType::int4 ? interleave_nibbles(bits) : bits;
 }
 
-// Numbers rounded to the format. scale: of an int8 row.
-std::uint32_t rounded_word(const HostMatrix& rows, DType format, std::int64_t row,
-                           std::int64_t word, float scale) {
-  const int bits = bits_of(format);
-  const std::int64_t first = word * (32 / bits), last = std::min(rows.cols, first + 32 / bits);
-  std::uint32_t result = 0;
-  for (std::int64_t i = first; i < last; ++i) {
-    const float value = load_float(rows.data, rows.dtype, row * rows.cols + i);
-    const std::uint32_t code = format == DType::f32    ? float_bits(value)
-                               : format == DType::bf16 ? float_to_bf16(value)
-                                                       : (int8_code(value, scale) + 128u) & 255u;
-    result |= code << ((i - first) * bits);
+void row_to_floats(float* out, const HostMatrix& rows, std::int64_t row) {
+  const std::int64_t at = row * rows.cols;
+  const auto convert = [&](DType dtype) {
+    for (std::int64_t i = 0; i < rows.cols; ++i) out[i] = load_float(rows.data, dtype, at + i);
+  };
+  // A loop for each type: the first two become vector instructions.
+  if (rows.dtype == DType::f32) return convert(DType::f32);
+  if (rows.dtype == DType::bf16) return convert(DType::bf16);
+  convert(DType::f16);
+}
+
+// Codes of 127 steps of the row's largest magnitude; returns the step, rounded to bf16 as files
+// hold it, or 1 for a row of zeros.
+float round_to_int8(std::uint8_t* codes, const float* values, std::int64_t count) {
+  float largest = 0.0f;
+  for (std::int64_t i = 0; i < count; ++i)
+    largest = std::fabs(values[i]) > largest ? std::fabs(values[i]) : largest;
+  float scale = bf16_to_float(float_to_bf16(largest / 127.0f));
+  if (!(scale > 0.0f)) scale = 1.0f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it becomes a whole number
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float steps = (values[i] / scale + kRound) - kRound;  // ties to even
+    const float kept = steps > 127.0f     ? 127.0f
+                       : steps >= -127.0f ? steps
+                                          : -127.0f;  // also of a NaN
+    codes[i] = static_cast<std::uint8_t>(static_cast<std::int32_t>(kept));
   }
-  return result;
+  return scale;
+}
+
+// A row of numbers in another format; returns an int8 row's scale.
+float round_row(std::uint8_t* out, DType format, const float* values, std::int64_t count) {
+  if (format == DType::int8) return round_to_int8(out, values, count);
+  if (format == DType::f32) {
+    std::memcpy(out, values, static_cast<std::size_t>(count) * 4);
+  } else {
+    auto* halves = reinterpret_cast<std::uint16_t*>(out);
+    for (std::int64_t i = 0; i < count; ++i) halves[i] = float_to_bf16(values[i]);
+  }
+  return 1.0f;
 }
 
 // Calls set(index, value) for one number an output and group, in the order [panel][group][16].
@@ -176,35 +188,43 @@ void CpuBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMat
   require(rows.dtype == format || (is_float && format != DType::int4), "a matrix of format ",
           name(format), " does not take ", name(rows.dtype), " rows");
   const bool is_stored = rows.dtype == format && format != DType::f16;
-  const std::int64_t words = (rows.cols + 32 / bits_of(format) - 1) / (32 / bits_of(format));
+  const std::int64_t bytes = row_bytes(rows.cols, format), words = (bytes + 3) / 4;
   const std::int64_t panel_words = Packing(linear).panel_words();
   const std::int64_t last_row = first_row + rows.rows;
-  const auto pack_panel = [&](std::int64_t panel) {
+  const auto pack_panel = [&](std::int64_t panel, std::vector<std::uint32_t>& rounded,
+                              std::vector<float>& values) {
     const std::int64_t begin = std::max(first_row, panel * kLanes);
     const std::int64_t end = std::min(last_row, (panel + 1) * kLanes);
-    std::uint32_t* to = linear.weight.as<std::uint32_t>() + panel * panel_words - panel * kLanes;
-    if (is_stored) {
-      for (std::int64_t word = 0; word < words; ++word) {
-        for (std::int64_t row = begin; row < end; ++row)
-          to[word * kLanes + row] = stored_word(rows, format, row - first_row, word);
+    const auto* source = static_cast<const std::uint8_t*>(rows.data) + (begin - first_row) * bytes;
+    std::int64_t stride = bytes;
+    if (!is_stored) {
+      stride = words * 4;
+      rounded.resize(static_cast<std::size_t>(words * kLanes));
+      values.resize(static_cast<std::size_t>(rows.cols));
+      auto* out = reinterpret_cast<std::uint8_t*>(rounded.data());
+      source = out;
+      for (std::int64_t row = begin; row < end; ++row, out += stride) {
+        row_to_floats(values.data(), rows, row - first_row);
+        const float scale = round_row(out, format, values.data(), rows.cols);
+        if (format == DType::int8) linear.scales.as<float>()[row] = scale;
       }
-      return;
     }
-    for (std::int64_t row = begin; row < end; ++row) {
-      float scale = 1.0f;
-      if (format == DType::int8)
-        linear.scales.as<float>()[row] = scale = int8_scale(rows, row - first_row);
-      for (std::int64_t word = 0; word < words; ++word)
-        to[word * kLanes + row] = rounded_word(rows, format, row - first_row, word, scale);
+    std::uint32_t* to =
+        linear.weight.as<std::uint32_t>() + panel * panel_words + begin - panel * kLanes;
+    for (std::int64_t word = 0; word < words; ++word, to += kLanes) {
+      for (std::int64_t row = 0; row < end - begin; ++row)
+        to[row] = stored_word(source + row * stride, bytes, format, word);
     }
   };
   // Each thread packs the panels that it will multiply by: that is how their memory comes to lie
   // near it.
   pool_.run([&](int thread) {
+    std::vector<std::uint32_t> rounded;
+    std::vector<float> values;
     const Range mine = panels_of_thread(num_panels(linear.outputs), thread);
     for (std::int64_t panel = std::max(mine.begin, first_row / kLanes);
          panel < std::min(mine.end, (last_row - 1) / kLanes + 1); ++panel)
-      pack_panel(panel);
+      pack_panel(panel, rounded, values);
   });
 }
 
@@ -290,8 +310,7 @@ void CpuBackend::linear(View out, View x, const Linear& weight) {
   prepare_input(task, x);
 
   const std::int64_t panels = num_panels(weight.outputs);
-  constexpr std::int64_t kFewRows = 8;  // as many rows as stay in the first cache beside weights
-  if (x.rows <= kFewRows) {
+  if (x.rows <= kStreamRows) {
     // Weights are read once: every thread streams a piece of its own, the same in every step.
     pool_.run([&](int thread) {
       const Range mine = panels_of_thread(panels, thread);

@@ -95,9 +95,9 @@ inline void linear_format(const LinearTask& task, std::int64_t first_row, std::i
                           std::int64_t first_panel, std::int64_t last_panel) {
   constexpr int kTileRows = Format::kTileRows;
   const Format format(task);
-  const bool one_tile = last_row - first_row <= kTileRows;
+  const bool streams = last_row - first_row <= kStreamRows;
   for (std::int64_t first = 0; first < task.depth;) {
-    const std::int64_t chunk_end = one_tile ? task.depth : format.next_chunk(task, first);
+    const std::int64_t chunk_end = streams ? task.depth : format.next_chunk(task, first);
     const std::int64_t last = chunk_end < task.depth ? chunk_end : task.depth;
     for (std::int64_t panel = first_panel; panel < last_panel; panel += kPanelGroup) {
       const std::int64_t end = panel + kPanelGroup < last_panel ? panel + kPanelGroup : last_panel;
