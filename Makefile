@@ -109,19 +109,21 @@ format: $(DEV_VENV)/.tools ## Let the formatters rewrite Python and C++
 .PHONY: asan
 asan: native-asan asan-python ## Native tests and the ops' tests under address and UB sanitizers
 
-# native-NAME builds and runs tests/native with the options of that variant. Sanitizers lead GCC to
-# warn about its own intrinsics, so there a warning is no error.
-.PHONY: native-asan native-tsan native-clang native-scalar
-native-asan:   NATIVE_OPTIONS = -DOCTAVO_SANITIZE=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g"
-native-tsan:   NATIVE_OPTIONS = -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize=thread"
+# native-NAME builds and runs tests/native with the options of that variant.
+.PHONY: native-asan native-tsan native-clang native-scalar native-neon
+native-asan:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DOCTAVO_SANITIZE=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g"
+native-tsan:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize=thread"
 native-clang:  NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_CXX_FLAGS=-stdlib=libc++
 native-scalar: NATIVE_OPTIONS = -DOCTAVO_WERROR=ON "-DOCTAVO_DISABLE_ISAS=avx2;avx512"
-native-asan native-tsan native-clang native-scalar: $(DEV_VENV)/.tools
+# For 64-bit ARM, on any machine: needs g++-aarch64-linux-gnu and qemu-user.
+native-neon:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON "-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/aarch64-linux-gnu.cmake"
+native-neon:   NATIVE_RUN = qemu-aarch64 -L /usr/aarch64-linux-gnu
+native-asan native-tsan native-clang native-scalar native-neon: $(DEV_VENV)/.tools
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake -S . -B build/$@ -G Ninja --log-level=WARNING \
 	  -DOCTAVO_BUILD_PYTHON=OFF -DOCTAVO_BUILD_TESTS=ON -DOCTAVO_CUDA=OFF \
 	  $(NATIVE_OPTIONS)
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake --build build/$@
-	UBSAN_OPTIONS=print_stacktrace=1 build/$@/tests/native/octavo_tests
+	UBSAN_OPTIONS=print_stacktrace=1 $(NATIVE_RUN) build/$@/tests/native/octavo_tests
 
 # Python itself is not instrumented: the sanitizer is loaded before it, and leaks are not counted.
 .PHONY: asan-python

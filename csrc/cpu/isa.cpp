@@ -1,6 +1,7 @@
 // Chooses the instruction set at run time, by feature bits alone.
 
 #include "cpu/kernels.h"
+#include "cpu/platform.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -23,6 +24,12 @@ const Kernels& avx512_vnni_kernels();
 #endif
 #if defined(OCTAVO_HAVE_AVX512_BF16)
 const Kernels& avx512_bf16_kernels();
+#endif
+#if defined(OCTAVO_HAVE_NEON)
+const Kernels& neon_kernels();
+#endif
+#if defined(OCTAVO_HAVE_NEON_DOTPROD)
+const Kernels& neon_dotprod_kernels();
 #endif
 
 namespace {
@@ -73,6 +80,12 @@ std::vector<Entry> entries() {
   list.push_back({"avx512_bf16",
                   [] { return has_avx512() && HAS("avx512vnni") && HAS("avx512bf16"); },
                   avx512_bf16_kernels});
+#endif
+#if defined(OCTAVO_HAVE_NEON)
+  list.push_back({"neon", [] { return true; }, neon_kernels});  // a part of AArch64
+#endif
+#if defined(OCTAVO_HAVE_NEON_DOTPROD)
+  list.push_back({"neon_dotprod", has_dot_product, neon_dotprod_kernels});
 #endif
   return list;
 }

@@ -1,11 +1,11 @@
 // The kernels for AVX2, FMA and AVX-VNNI.
 
-#include <immintrin.h>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <utility>
 
+#include "cpu/intrinsics.h"
 #include "cpu/kernels.h"
 
 namespace octavo::cpu {

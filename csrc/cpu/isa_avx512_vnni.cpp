@@ -1,11 +1,11 @@
 // The kernels for AVX-512 with VNNI.
 
-#include <immintrin.h>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <utility>
 
+#include "cpu/intrinsics.h"
 #include "cpu/kernels.h"
 
 namespace octavo::cpu {

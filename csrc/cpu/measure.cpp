@@ -7,13 +7,10 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cpu/intrinsics.h"
 #include "cpu/kernels.h"
 #include "cpu/platform.h"
 #include "cpu/thread_pool.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace octavo::cpu {
 
@@ -83,6 +80,19 @@ __attribute__((target("avx512f"))) float avx512_loop(std::int64_t repeats) {
 }
 #endif
 
+#if defined(OCTAVO_HAVE_NEON)
+float neon_loop(std::int64_t repeats) {
+  float32x4_t sums[kOperations];
+  const float32x4_t factor = vdupq_n_f32(kFactor), term = vdupq_n_f32(kTerm);
+  for (int i = 0; i < kOperations; ++i) sums[i] = vdupq_n_f32(1.0f + static_cast<float>(i));
+  for (std::int64_t repeat = 0; repeat < repeats; ++repeat)
+    for (float32x4_t& sum : sums) sum = vfmaq_f32(sum, factor, term);  // adds onto its first
+  float32x4_t total = sums[0];
+  for (int i = 1; i < kOperations; ++i) total = vaddq_f32(total, sums[i]);
+  return vaddvq_f32(total);
+}
+#endif
+
 struct Loop {
   const char* isa;
   FmaLoop run;
@@ -98,7 +108,10 @@ Loop loop_for(const std::string& isa) {
 #if defined(OCTAVO_HAVE_AVX2)
   if (extends("avx2")) return {"avx2", avx2_loop, 8};
 #endif
-  require(name == "scalar", "isa is \"", name, "\"; its peak cannot be measured yet");
+#if defined(OCTAVO_HAVE_NEON)
+  if (extends("neon")) return {"neon", neon_loop, 4};
+#endif
+  require(extends("scalar"), "isa is \"", name, "\"; its peak cannot be measured yet");
   return {"scalar", scalar_loop, kScalarLanes};
 }
 

@@ -10,6 +10,8 @@
 #include <string>
 #include <thread>
 
+#include "cpu/intrinsics.h"
+
 #if defined(__linux__) || defined(__APPLE__)
 #include <sys/mman.h>
 #endif
@@ -19,8 +21,9 @@
 #include <sys/sysctl.h>
 #endif
 
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
+#if defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace octavo::cpu {
@@ -164,6 +167,10 @@ std::size_t available_memory() {
   return static_cast<std::size_t>(std::max(0.0, std::min(available, limit - used)));
 }
 
+#if defined(__aarch64__)
+bool has_dot_product() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+#endif
+
 #elif defined(__APPLE__)
 
 namespace {
@@ -188,12 +195,20 @@ std::size_t available_memory() {
   return static_cast<std::size_t>(sysctl_value<std::uint64_t>("hw.memsize", 0) / 2);
 }
 
+#if defined(__aarch64__)
+bool has_dot_product() { return sysctl_value<int>("hw.optional.arm.FEAT_DotProd", 0) != 0; }
+#endif
+
 #else
 
 std::vector<int> core_processors() { return {}; }
 void bind_thread(int) noexcept {}
 int physical_cores() { return static_cast<int>(std::max(1u, std::thread::hardware_concurrency())); }
 std::size_t available_memory() { return std::size_t{4} << 30; }
+#endif
+
+#if !defined(__aarch64__) || !(defined(__linux__) || defined(__APPLE__))
+bool has_dot_product() { return false; }
 #endif
 
 }  // namespace octavo::cpu

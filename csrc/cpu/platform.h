@@ -25,6 +25,9 @@ std::size_t available_memory();
 void* allocate(std::size_t bytes);
 void release(void* data, std::size_t bytes) noexcept;
 
+// Whether an ARM processor has ARMv8.2's dot products of bytes, which user code cannot ask it for.
+bool has_dot_product();
+
 // Tells the processor that this thread is waiting in a loop.
 void pause();
 

@@ -23,6 +23,7 @@ ISAS = (
     "auto",
     "scalar",
     *("avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16"),
+    *("neon", "neon_dotprod"),
 )
 
 

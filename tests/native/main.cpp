@@ -4,11 +4,17 @@
 #include <exception>
 
 #include "check.h"
+#include "cpu/kernels.h"
 
 int main(int argc, char** argv) {
   using namespace octavo::tests;
   const std::string part = argc > 1 ? argv[1] : "";
   int passed = 0, failed = 0;
+  std::printf("instruction sets tested:");
+  for (const std::string& isa : octavo::cpu::available_isas()) std::printf(" %s", isa.c_str());
+  std::printf(" (compiled in:");
+  for (const std::string& isa : octavo::cpu::compiled_isas()) std::printf(" %s", isa.c_str());
+  std::printf(")\n");
   for (const auto& tests : {core_tests(), op_tests(), attention_tests(), sampling_tests(),
                             runtime_tests(), runtime_error_tests()}) {
     for (const Test& test : tests) {

@@ -5,6 +5,7 @@
 // those of 1 and 3 after a shift by eight; the codes are stored in that order.
 
 constexpr bool kOneSum = true;
+constexpr std::uint32_t kByteOffset = 128;
 
 struct Bytes {
   Words even, odd;
@@ -13,6 +14,7 @@ struct Codes {
   Words even, odd;
 };
 
+inline Words stored_bytes(Words bytes) { return bytes; }
 inline Bytes split_bytes(Words bytes) {
   return {even_bytes(bytes), even_bytes(shift_right<8>(bytes))};
 }

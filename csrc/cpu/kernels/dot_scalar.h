@@ -1,6 +1,7 @@
 // Sums of whole numbers in plain C++: 16-bit codes times unsigned bytes.
 
 constexpr bool kOneSum = true;
+constexpr std::uint32_t kByteOffset = 128;
 
 using Bytes = Words;
 
@@ -8,6 +9,7 @@ struct Codes {
   std::uint32_t code[4];
 };
 
+inline Words stored_bytes(Words bytes) { return bytes; }
 inline Bytes split_bytes(Words bytes) { return bytes; }
 
 // The codes of four inputs, in two words.

@@ -4,10 +4,12 @@
 // only the first.
 
 constexpr bool kOneSum = false;
+constexpr std::uint32_t kByteOffset = 128;
 
 using Bytes = Words;
 using Codes = Words;
 
+inline Words stored_bytes(Words bytes) { return bytes; }
 inline Bytes split_bytes(Words bytes) { return bytes; }
 
 // The codes of four inputs, in two words: their high bytes, their low bytes.

@@ -6,22 +6,23 @@
 // or by which instructions S came about, nor that sums wrap around on the way: every tile and every
 // instruction set gives the same bits.
 //
-// Levels lie in memory as unsigned bytes, level + offset; what that adds, offset * (sum of the
-// block's codes), is taken off again. A block's S becomes a float; int4 multiplies it by the
+// Levels meet the codes as bytes, level + offset; what that adds, offset * (sum of the block's
+// codes), is taken off again. A block's S becomes a float; int4 multiplies it by the
 // group's scale (after taking off zero point * sum of codes), int8 has one scale for the whole row.
 //
 // `Bytes`, `Codes` and `dot` are the instruction set's own (dot_*.h). Where it multiplies bytes
-// only, a code of 16 bits is 256 * high + low and S takes two sums, one of each.
+// only, a code of 16 bits is 256 * high + low and S takes two sums, one of each. `stored_bytes`
+// makes of stored bytes, level + 128, the ones that it takes, level + kByteOffset.
 
 template <int kPasses>
 struct FormatInt8 {
   static constexpr int kParts = 1, kActivationPasses = kPasses;
   static constexpr bool kGrouped = false;
   explicit FormatInt8(const LinearTask&) {}
-  static constexpr std::uint32_t offset() { return 128; }
+  static constexpr std::uint32_t offset() { return kByteOffset; }
   template <int Part>
   Words bytes(Words raw) const {
-    return raw;
+    return stored_bytes(raw);
   }
 };
 
@@ -42,10 +43,10 @@ struct FormatInt4Levels : FormatInt4 {
   ByteTable table;
   explicit FormatInt4Levels(const LinearTask& task)
       : FormatInt4(task), table(load_byte_table(task.levels)) {}
-  static constexpr std::uint32_t offset() { return 128; }
+  static constexpr std::uint32_t offset() { return kByteOffset; }
   template <int Part>
   Words bytes(Words raw) const {
-    return look_up_bytes(table, FormatInt4::bytes<Part>(raw));
+    return stored_bytes(look_up_bytes(table, FormatInt4::bytes<Part>(raw)));
   }
 };
 
