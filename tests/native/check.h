@@ -75,6 +75,7 @@ class Numbers {
 // The tests, a file each.
 std::vector<Test> core_tests();
 std::vector<Test> op_tests();
+std::vector<Test> quantized_tests();
 std::vector<Test> attention_tests();
 std::vector<Test> sampling_tests();
 std::vector<Test> runtime_tests();
