@@ -1,6 +1,7 @@
 // Matrices, weights and caches on a backend, for tests. Only the CPU's memory is host memory too.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -77,6 +78,24 @@ class Matrix {
 
 inline float as_stored(float value, DType dtype) {
   return dtype == DType::bf16 ? bf16_to_float(float_to_bf16(value)) : value;
+}
+
+// What a cache of `dtype` keeps of vectors of head_dim numbers each; int8: 127 steps of a vector's
+// largest magnitude.
+inline std::vector<float> as_cached(const std::vector<float>& given, std::int64_t head_dim,
+                                    DType dtype) {
+  std::vector<float> kept = given;
+  for (float& value : kept) value = as_stored(value, dtype);
+  if (dtype != DType::int8) return kept;
+  const auto width = static_cast<std::size_t>(head_dim);
+  for (std::size_t begin = 0; begin < kept.size(); begin += width) {
+    float largest = 0.0f;
+    for (std::size_t d = 0; d < width; ++d) largest = std::max(largest, std::abs(kept[begin + d]));
+    const float scale = largest > 0.0f ? largest / 127.0f : 1.0f;
+    for (std::size_t d = 0; d < width; ++d)
+      kept[begin + d] = std::nearbyint(kept[begin + d] / scale) * scale;
+  }
+  return kept;
 }
 
 inline KvLayer make_kv(Backend& backend, Buffer& memory, const LayerSpec& layer, DType dtype,

@@ -91,14 +91,13 @@ Stored fill(Backend& backend, KvLayer& kv, const LayerSpec& layer, const Paged& 
 // One query head of one token: softmax(scale q.k) v over the keys that it may see.
 std::vector<double> attend(const float* q, const std::vector<float>& keys,
                            const std::vector<float>& values, const LayerSpec& layer,
-                           std::int64_t kv_head, std::int64_t position, double scale, DType dtype) {
+                           std::int64_t kv_head, std::int64_t position, double scale) {
   const std::int64_t first =
       layer.window ? std::max<std::int64_t>(0, position - layer.window + 1) : 0;
   std::vector<double> scores;
   const auto item = [&](const std::vector<float>& all, std::int64_t token, std::int64_t d) {
-    return static_cast<double>(as_stored(
-        all[static_cast<std::size_t>(token * layer.kv_size() + kv_head * layer.head_dim + d)],
-        dtype));
+    return static_cast<double>(
+        all[static_cast<std::size_t>(token * layer.kv_size() + kv_head * layer.head_dim + d)]);
   };
   for (std::int64_t j = first; j <= position; ++j) {
     double score = 0.0;
@@ -123,7 +122,10 @@ struct Shape {
   std::int64_t num_heads, num_kv_heads, head_dim, window;
 };
 
-void check_attention(Backend& backend, const Shape& shape, DType dtype, const Paged& paged) {
+// Compares with attention over keys and values rounded as a cache of `rounded_as` keeps them, and
+// returns the result.
+std::vector<float> check_attention(Backend& backend, const Shape& shape, DType dtype,
+                                   const Paged& paged, DType rounded_as) {
   LayerSpec layer;
   layer.num_heads = shape.num_heads;
   layer.num_kv_heads = shape.num_kv_heads;
@@ -139,30 +141,57 @@ void check_attention(Backend& backend, const Shape& shape, DType dtype, const Pa
   const float scale = 0.37f;
   backend.attention(out.view(), q.view(), layer, scale, kv, step);
   out.check_gaps();
+  std::vector<float> result;
   for (std::size_t s = 0; s < paged.context_lens.size(); ++s) {
+    const std::vector<float> keys = as_cached(stored.keys[s], layer.head_dim, rounded_as);
+    const std::vector<float> values = as_cached(stored.values[s], layer.head_dim, rounded_as);
     for (std::int64_t t = paged.row_starts[s]; t < paged.row_starts[s + 1]; ++t) {
       for (std::int64_t head = 0; head < layer.num_heads; ++head) {
         const std::vector<double> expected =
-            attend(&q.at(t, head * layer.head_dim), stored.keys[s], stored.values[s], layer,
+            attend(&q.at(t, head * layer.head_dim), keys, values, layer,
                    head / (layer.num_heads / layer.num_kv_heads),
-                   paged.positions[static_cast<std::size_t>(t)], scale, dtype);
-        for (std::int64_t d = 0; d < layer.head_dim; ++d)
-          check_near("attention", out.at(t, head * layer.head_dim + d),
-                     expected[static_cast<std::size_t>(d)], 1e-5);
+                   paged.positions[static_cast<std::size_t>(t)], scale);
+        for (std::int64_t d = 0; d < layer.head_dim; ++d) {
+          result.push_back(out.at(t, head * layer.head_dim + d));
+          check_near("attention", result.back(), expected[static_cast<std::size_t>(d)], 1e-5);
+        }
+      }
+    }
+  }
+  return result;
+}
+
+std::vector<float> check_attention(Backend& backend, const Shape& shape, DType dtype,
+                                   const Paged& paged) {
+  return check_attention(backend, shape, dtype, paged, dtype);
+}
+
+// On every variant, which all have to give the same bits.
+void attention() {
+  const std::vector<Variant> all = variants();
+  const Paged ragged({{1, 1}, {5, 5}, {1, 16}, {17, 40}, {1, 33}, {2, 18}}, 16);
+  const Paged wide_blocks({{3, 70}, {1, 49}}, 48);
+  for (const DType dtype : {DType::f32, DType::bf16, DType::int8}) {
+    for (const Shape& shape : {Shape{1, 1, 32, 0}, Shape{9, 3, 64, 0}, Shape{5, 1, 80, 0},
+                               Shape{4, 4, 7, 5}, Shape{6, 2, 33, 20}, Shape{16, 2, 128, 0}}) {
+      for (const Paged* paged : {&ragged, &wide_blocks}) {
+        std::vector<float> first;
+        for (const Variant& variant : all) {
+          const std::vector<float> out = check_attention(*variant.backend, shape, dtype, *paged);
+          if (first.empty()) first = out;
+          if (out != first) fail(variant.name, ": not the bits of ", all[0].name);
+        }
       }
     }
   }
 }
 
-void attention(Backend& backend) {
-  const Paged ragged({{1, 1}, {5, 5}, {1, 16}, {17, 40}, {1, 33}, {2, 18}}, 16);
-  const Paged wide_blocks({{3, 70}, {1, 49}}, 48);
-  for (const DType dtype : {DType::f32, DType::bf16}) {
-    for (const Shape& shape : {Shape{1, 1, 32, 0}, Shape{9, 3, 64, 0}, Shape{5, 1, 80, 0},
-                               Shape{4, 4, 7, 5}, Shape{6, 2, 33, 20}, Shape{16, 2, 128, 0}}) {
-      check_attention(backend, shape, dtype, ragged);
-      check_attention(backend, shape, dtype, wide_blocks);
-    }
+// What the cache rounds away shows.
+void rounding_is_noticed(Backend& backend) {
+  const Paged paged({{1, 1}, {5, 5}, {17, 40}}, 16);
+  for (const DType dtype : {DType::bf16, DType::int8}) {
+    check_throws<Failure>(
+        "attention is", [&] { check_attention(backend, {6, 2, 32, 0}, dtype, paged, DType::f32); });
   }
 }
 
@@ -171,18 +200,19 @@ void long_attention(Backend& backend) {
   for (const std::int64_t window : {0, 1, 100, 256, 300}) {
     check_attention(backend, {3, 1, 16, window}, DType::f32, Paged({{1, 700}}, 16));
     check_attention(backend, {2, 2, 16, window}, DType::bf16, Paged({{40, 270}, {1, 513}}, 32));
+    check_attention(backend, {2, 1, 24, window}, DType::int8, Paged({{3, 259}, {1, 540}}, 32));
   }
 }
 
 // The same bits for one row, whoever shares the batch and wherever the blocks lie.
-void attention_is_invariant(Backend& backend) {
+void check_invariance(Backend& backend, DType dtype) {
   LayerSpec layer;
   layer.num_heads = 6;
   layer.num_kv_heads = 2;
   layer.head_dim = 40;
   const auto run = [&](const Paged& paged, std::int64_t token) {
     Buffer memory;
-    KvLayer kv = make_kv(backend, memory, layer, DType::bf16, paged.num_blocks, paged.block_size);
+    KvLayer kv = make_kv(backend, memory, layer, dtype, paged.num_blocks, paged.block_size);
     Numbers numbers(77);  // the first sequence is the same in both
     fill(backend, kv, layer, paged, numbers);
     Numbers queries(78);
@@ -202,8 +232,12 @@ void attention_is_invariant(Backend& backend) {
   CHECK(alone == run(Paged({{1, 600}, {1, 1}}, 64), 0));
 }
 
+void attention_is_invariant(Backend& backend) {
+  for (const DType dtype : {DType::bf16, DType::int8}) check_invariance(backend, dtype);
+}
+
 void rope_and_store(Backend& backend) {
-  for (const DType dtype : {DType::f32, DType::bf16}) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::int8}) {
     for (const std::int64_t head_dim : {2, 14, 64, 80}) {
       LayerSpec layer;
       layer.num_heads = 5;
@@ -230,6 +264,8 @@ void rope_and_store(Backend& backend) {
       double stored_sum = 0.0, expected_sum = 0.0;
       for (std::int64_t t = 0; t < 4; ++t) {
         const auto row = static_cast<std::size_t>(t);
+        const std::vector<float> rotated(&qkv.at(t, 0), &qkv.at(t, 0) + width);
+        const std::vector<float> cached = as_cached(rotated, head_dim, dtype);
         for (std::int64_t c = 0; c < width; ++c) {
           const std::int64_t d = c % head_dim, begin = t * width + c - d;
           double expected = given[static_cast<std::size_t>(begin + d)];
@@ -243,7 +279,7 @@ void rope_and_store(Backend& backend) {
           const std::vector<float>& cache = c < 10 * head_dim ? keys : values;
           const float kept =
               cache[static_cast<std::size_t>(slots[row] * 5 * head_dim + c % (5 * head_dim))];
-          CHECK(kept == as_stored(qkv.at(t, c), dtype));
+          CHECK(kept == cached[static_cast<std::size_t>(c)]);
           expected_sum += std::abs(kept);
         }
       }
@@ -287,7 +323,8 @@ void copy_blocks(Backend& backend) {
 std::vector<Test> attention_tests() {
   return {
       on_each_variant("rope_and_store", rope_and_store),
-      on_each_variant("attention over ragged batches", attention),
+      {"attention over ragged batches, the same bits on every instruction set", attention},
+      on_each_variant("rounding in the cache shows", rounding_is_noticed),
       on_each_variant("attention over long contexts", long_attention),
       on_each_variant("attention gives a row the same bits in any batch", attention_is_invariant),
       on_each_variant("copy_blocks", copy_blocks)};
