@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "bindings/ops_checks.h"
 #include "bindings/ops_device.h"
 #include "cpu/kernels.h"
 
@@ -21,6 +22,7 @@ class Ops : private OpsDevice {
   nb::object embed(Array2<float> table, IntArray token_ids,
                    std::optional<Array2<float>> position_table, std::optional<IntArray> positions,
                    const std::string& dtype) {
+    check_embed(table, token_ids, position_table, positions);
     const Linear packed = pack(table, dtype);
     Step step;
     step.num_tokens = size(token_ids);
@@ -29,7 +31,6 @@ class Ops : private OpsDevice {
     Linear packed_positions;
     Device position_ids;
     if (position_table) {
-      require(positions.has_value(), "position_table needs positions");
       packed_positions = pack(*position_table, dtype);
       position_ids = up(*positions);
       step.positions = position_ids.as<std::int32_t>();
@@ -49,6 +50,7 @@ class Ops : private OpsDevice {
 
   nb::object add_norm(Array2<float> residual, Array2<float> x, Array1<float> weight,
                       std::optional<Array1<float>> bias, float eps, const std::string& kind) {
+    check_same_shape("x", x, "residual", residual);
     const Matrix stream = up(residual), in = up(x), out = matrix(in.view.rows, in.view.cols);
     const NormArrays arrays = norm_arrays(weight, bias, eps, kind, in.view.cols);
     backend_->add_norm(out.view, stream.view, in.view, arrays.norm);
@@ -78,11 +80,14 @@ class Ops : private OpsDevice {
                               std::optional<Array2<float>> zeros,
                               std::optional<Array1<float>> bias) {
     const WeightFormat format = weight_format(format_spec);
+    require(format.is_quantized(), "format is ", name(format.dtype), "; expected int8 or int4");
     const auto outputs = static_cast<std::int64_t>(codes.shape(0));
     const auto inputs = static_cast<std::int64_t>(x.shape(1));
     const std::int64_t row_bytes = format.dtype == DType::int4 ? (inputs + 1) / 2 : inputs;
     require(codes.itemsize() == 1 && static_cast<std::int64_t>(codes.shape(1)) == row_bytes,
             "codes has ", codes.shape(1), " columns; expected ", row_bytes, " of one byte");
+    require(format.dtype != DType::int4 || format.group_size >= 1, "group_size is ",
+            format.group_size, "; expected 1 or more");
     const std::int64_t groups = format.groups(inputs);
     const auto check_groups = [&](const Array2<float>& array, const char* what) {
       require(size(array) == outputs * groups, what, " has ", size(array), " entries; expected ",
@@ -90,6 +95,7 @@ class Ops : private OpsDevice {
     };
     check_groups(scales, "scales");
     require(zeros.has_value() == format.has_zeros, "zeros go with has_zeros");
+    if (bias) check_length("bias", size(*bias), outputs);
     Linear packed = backend_->make_linear(outputs, inputs, format, bias.has_value());
     backend_->pack_rows(packed, 0, {codes.data(), format.dtype, outputs, inputs});
     backend_->pack_scales(packed, 0, outputs, scales.data());
@@ -117,6 +123,7 @@ class Ops : private OpsDevice {
 
   nb::object gated_activation(std::optional<Array2<float>> gate, Array2<float> up_array,
                               const std::string& name) {
+    if (gate) check_same_shape("gate", *gate, "up", up_array);
     const auto rows = static_cast<std::int64_t>(up_array.shape(0));
     const auto width = static_cast<std::int64_t>(up_array.shape(1));
     const Matrix in = matrix(rows, gate ? 2 * width : width), out = matrix(rows, width);
@@ -127,6 +134,7 @@ class Ops : private OpsDevice {
   }
 
   nb::object take_rows(Array2<float> x, IntArray rows) {
+    check_entries("rows", rows, 0, length(x, 0) - 1);
     const Device indices = up(rows);
     const Matrix in = up(x), out = matrix(size(rows), in.view.cols);
     backend_->take_rows(out.view, in.view, indices.as<std::int32_t>());
@@ -147,6 +155,7 @@ class Ops : private OpsDevice {
   // The noise that `sample` adds to a row of logits, by the CPU's kernels.
   nb::object gumbel(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
                     std::int64_t vocab_size) {
+    require(vocab_size >= 0, "vocab_size is ", vocab_size, "; expected 0 or more");
     std::vector<float> noise(static_cast<std::size_t>(vocab_size));
     cpu::kernels_for(isa_).gumbel(noise.data(), seed, sample_index, position, 0, vocab_size);
     return to_numpy(std::move(noise));
@@ -161,6 +170,7 @@ nb::object Ops::rope_and_store(Array3<float> q, Array3<float> k, Array3<float> v
                                IntArray positions, IntArray slots,
                                std::optional<Array1<float>> frequencies, std::int64_t num_slots,
                                std::int64_t block_size, const std::string& kv_dtype) {
+  check_rope_and_store(q, k, v, positions, slots, frequencies, num_slots);
   const LayerSpec spec = heads_of(q, k);
   const Matrix fused = fuse(q, k, v, spec);
   Cache kv = cache(spec, num_slots, block_size, kv_dtype);
@@ -214,6 +224,7 @@ nb::object Ops::attention(Array3<float> q, Array3<float> k, Array3<float> v, Int
   spec.window = window;
   const auto num_slots = static_cast<std::int64_t>(k.shape(0));
   Cache kv = cache(spec, num_slots, block_size, kv_dtype);
+  check_attention(q, k, v, row_starts, context_lens, block_tables, block_size);
   {
     // Stored through the op itself, with as many unused queries.
     std::vector<std::int32_t> slots(static_cast<std::size_t>(num_slots));
@@ -263,7 +274,11 @@ nb::object Ops::sample(Array2<float> logits, Array1<float> temperature, IntArray
   const std::int64_t rows = in.view.rows;
   for (const std::int64_t given : {size(temperature), size(top_k), size(top_p), size(min_p),
                                    size(seed), size(sample_index), size(positions)})
-    require(given == rows, "a sampling array has ", given, " entries; expected ", rows);
+    check_length("a sampling array", given, rows);
+  if (masks) {
+    check_length("masks", length(*masks, 0), rows);
+    check_length("a row of masks", length(*masks, 1), (in.view.cols + 31) / 32);
+  }
   const Device temperatures = up(temperature), ks = up(top_k), ps = up(top_p), mins = up(min_p),
                seeds = up(seed), indices = up(sample_index), places = up(positions);
   std::vector<std::int32_t> none(static_cast<std::size_t>(rows), -1);

@@ -108,6 +108,8 @@ class OpsDevice {
     Cache result;
     KvLayer& layer = result.layer;
     layer.dtype = parse_dtype(kv_dtype, "kv_dtype");
+    require(layer.dtype == DType::f32 || layer.dtype == DType::bf16 || layer.dtype == DType::int8,
+            "kv_dtype is \"", kv_dtype, "\"; expected f32, bf16 or int8");
     layer.num_blocks = (num_slots + block_size - 1) / block_size;
     layer.block_size = block_size;
     layer.num_kv_heads = spec.num_kv_heads;
