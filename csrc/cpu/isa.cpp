@@ -1,6 +1,7 @@
 // Chooses the instruction set at run time, by feature bits alone.
 
 #include "cpu/kernels.h"
+#include "cpu/kernels/tile_config.h"
 #include "cpu/platform.h"
 
 #if defined(__x86_64__)
@@ -31,6 +32,12 @@ const Kernels& neon_kernels();
 #if defined(OCTAVO_HAVE_NEON_DOTPROD)
 const Kernels& neon_dotprod_kernels();
 #endif
+#if defined(OCTAVO_HAVE_AMX)
+const Kernels& amx_kernels();
+#endif
+#if defined(OCTAVO_HAVE_AMX_EMULATED)
+const Kernels& amx_emulated_kernels();
+#endif
 
 namespace {
 
@@ -60,9 +67,40 @@ bool has_avx512() {
 }
 #endif
 
-// Slowest first.
+#if defined(OCTAVO_HAVE_AVX512_VNNI)
+bool has_avx512_vnni() { return has_avx512() && HAS("avx512vnni"); }
+#endif
+#if defined(OCTAVO_HAVE_AMX)
+// Tiles of bf16 and int8 (leaf 7), of the size the kernels are written for (leaves 1d and 1e), and
+// the system saves them (XCR0, bits 17 and 18) and grants them to this process.
+bool has_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const auto has_leaf = [&](unsigned leaf, unsigned subleaf) {
+    return __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx) != 0;
+  };
+  constexpr unsigned kFeatures = 1u << 22 | 1u << 24 | 1u << 25, kXsave = 1u << 27;
+  if (!has_avx512_vnni() || !has_leaf(7, 0) || (edx & kFeatures) != kFeatures) return false;
+  if (!has_leaf(0x1d, 1) || eax >> 16 != kTileBytes || ebx != (kNumTiles << 16 | kTileRowBytes) ||
+      (ecx & 0xffffu) != kTileRows)
+    return false;
+  if (!has_leaf(0x1e, 0) || (ebx & 0xffu) < kTileRows || (ebx >> 8 & 0xffffu) < kTileRowBytes)
+    return false;
+  if (!has_leaf(1, 0) || !(ecx & kXsave)) return false;
+  constexpr unsigned kTileState = 1u << 17 | 1u << 18;
+  asm("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  if ((eax & kTileState) != kTileState) return false;
+  static const bool is_granted = request_tile_registers();  // once: it holds for all threads
+  return is_granted;
+}
+#endif
+
+// Slowest first. The emulated one is slower than any, so "auto" never takes it.
 std::vector<Entry> entries() {
-  std::vector<Entry> list{{"scalar", [] { return true; }, scalar_kernels}};
+  std::vector<Entry> list;
+#if defined(OCTAVO_HAVE_AMX_EMULATED)
+  list.push_back({"amx_emulated", has_avx512_vnni, amx_emulated_kernels});
+#endif
+  list.push_back({"scalar", [] { return true; }, scalar_kernels});
 #if defined(OCTAVO_HAVE_AVX2)
   list.push_back({"avx2", has_avx2, avx2_kernels});
 #endif
@@ -73,13 +111,14 @@ std::vector<Entry> entries() {
   list.push_back({"avx512", has_avx512, avx512_kernels});
 #endif
 #if defined(OCTAVO_HAVE_AVX512_VNNI)
-  list.push_back(
-      {"avx512_vnni", [] { return has_avx512() && HAS("avx512vnni"); }, avx512_vnni_kernels});
+  list.push_back({"avx512_vnni", has_avx512_vnni, avx512_vnni_kernels});
 #endif
 #if defined(OCTAVO_HAVE_AVX512_BF16)
-  list.push_back({"avx512_bf16",
-                  [] { return has_avx512() && HAS("avx512vnni") && HAS("avx512bf16"); },
-                  avx512_bf16_kernels});
+  list.push_back(
+      {"avx512_bf16", [] { return has_avx512_vnni() && HAS("avx512bf16"); }, avx512_bf16_kernels});
+#endif
+#if defined(OCTAVO_HAVE_AMX)
+  list.push_back({"amx", has_amx, amx_kernels});
 #endif
 #if defined(OCTAVO_HAVE_NEON)
   list.push_back({"neon", [] { return true; }, neon_kernels});  // a part of AArch64

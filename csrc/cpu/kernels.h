@@ -50,6 +50,7 @@ struct LinearTask {
   const void* scales = nullptr;          // int8, int4
   const std::int8_t* zeros = nullptr;    // int4, or null
   const std::uint8_t* levels = nullptr;  // int4: [16], level + 128; null: uniform, -8 to 7
+  std::int64_t rows = 0;
   std::int64_t depth = 0;
   std::int64_t outputs = 0;
   const float* bias = nullptr;  // or null
@@ -122,13 +123,21 @@ struct AttendState {
   float sum = 0.0f;
 };
 
+// How `linear` likes its work cut: up to so many rows, each thread has its share of the panels;
+// more rows come in pieces of rows x panels that fit the second cache.
+struct Pieces {
+  std::int64_t stream_rows = kStreamRows;
+  std::int64_t rows = 96, panels = 8;
+};
+
 struct Kernels {
   const char* isa = "";
   // Brings row `row` of x, `inputs` numbers, into the form that `linear` wants: `depth` words at
-  // `to`. Integer formats also note the row's scale and sums.
+  // `to`, or anywhere in the room of the 16 rows that it belongs to. Integer formats also note the
+  // row's scale and sums.
   void (*prepare_input)(const LinearTask& task, std::int64_t row, void* to, const float* x,
                         std::int64_t inputs);
-  // Outputs 16 first_panel .. of rows [first_row, last_row).
+  // Outputs 16 first_panel .. of rows [first_row, last_row); first_row is a multiple of 16.
   void (*linear)(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
                  std::int64_t first_panel, std::int64_t last_panel);
   void (*norm)(float* out, const float* x, const float* weight, const float* bias, float eps,
@@ -149,6 +158,7 @@ struct Kernels {
   float (*log_positive)(float x);
   float (*max_value)(const float* x, std::int64_t count);
   bool (*all_finite)(const float* x, std::int64_t count);
+  Pieces pieces = {};
 };
 
 // The instruction sets compiled in that this machine has, slowest first; "scalar" is always there.

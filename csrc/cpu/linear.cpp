@@ -286,8 +286,11 @@ void CpuBackend::prepare_input(LinearTask& task, View x) {
     task.x_stride = x.stride;
     return;
   }
-  const std::int64_t words = x.rows * task.depth;
-  float* memory = scratch(linear_scratch_, words + x.rows * (1 + task.num_blocks));
+  // Room for whole tiles of rows, from the beginning of a cache line.
+  const std::int64_t words = (x.rows + kLanes - 1) / kLanes * kLanes * task.depth;
+  constexpr std::int64_t kLine = 16;
+  float* memory = scratch(linear_scratch_, words + x.rows * (1 + task.num_blocks) + kLine);
+  memory += kLine - reinterpret_cast<std::uintptr_t>(memory) / sizeof(float) % kLine;
   task.x = memory;
   task.x_stride = task.depth;
   task.x_scales = memory + words;
@@ -307,10 +310,12 @@ void CpuBackend::linear(View out, View x, const Linear& weight) {
       levels[i] = static_cast<std::uint8_t>(weight.format.levels[i] + 128);
     task.levels = levels;
   }
+  task.rows = x.rows;
   prepare_input(task, x);
 
   const std::int64_t panels = num_panels(weight.outputs);
-  if (x.rows <= kStreamRows) {
+  const Pieces& pieces = kernels_.pieces;
+  if (x.rows <= pieces.stream_rows) {
     // Weights are read once: every thread streams a piece of its own, the same in every step.
     pool_.run([&](int thread) {
       const Range mine = panels_of_thread(panels, thread);
@@ -318,15 +323,16 @@ void CpuBackend::linear(View out, View x, const Linear& weight) {
     });
     return;
   }
-  // Pieces of rows x panels that fit the second cache, taken by whichever thread is free.
-  constexpr std::int64_t kRowPiece = 96, kPanelPiece = 8;
-  const std::int64_t row_pieces = (x.rows + kRowPiece - 1) / kRowPiece;
-  const std::int64_t panel_pieces = (panels + kPanelPiece - 1) / kPanelPiece;
-  pool_.each(row_pieces * panel_pieces, [&](std::int64_t index, int) {
-    const std::int64_t row = index % row_pieces * kRowPiece;
-    const std::int64_t panel = index / row_pieces * kPanelPiece;
-    kernels_.linear(task, row, std::min(x.rows, row + kRowPiece), panel,
-                    std::min(panels, panel + kPanelPiece));
+  // Taken by whichever thread is free: a few for each.
+  const std::int64_t row_pieces = (x.rows + pieces.rows - 1) / pieces.rows;
+  const auto panel_pieces = [&](std::int64_t size) { return (panels + size - 1) / size; };
+  std::int64_t size = pieces.panels;
+  while (size > 4 && row_pieces * panel_pieces(size) < 4 * pool_.size()) size /= 2;
+  pool_.each(row_pieces * panel_pieces(size), [&](std::int64_t index, int) {
+    const std::int64_t row = index % row_pieces * pieces.rows;
+    const std::int64_t panel = index / row_pieces * size;
+    kernels_.linear(task, row, std::min(x.rows, row + pieces.rows), panel,
+                    std::min(panels, panel + size));
   });
 }
 

@@ -28,6 +28,11 @@ void release(void* data, std::size_t bytes) noexcept;
 // Whether an ARM processor has ARMv8.2's dot products of bytes, which user code cannot ask it for.
 bool has_dot_product();
 
+// Asks the system for AMX's tile registers, which it keeps from processes that have not asked:
+// their 8 KiB are saved whenever it switches threads. Holds for all threads, also those begun
+// earlier.
+bool request_tile_registers();
+
 // Tells the processor that this thread is waiting in a loop.
 void pause();
 

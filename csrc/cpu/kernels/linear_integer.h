@@ -163,13 +163,9 @@ struct IntegerFormat {
   }
 };
 
-// The codes of a row of x, as `load_codes` wants them, with their sums block by block.
-//
-// to: depth / 2 words, then room for as many again.
-inline void prepare_integers(const LinearTask& task, std::int64_t row, void* to, const float* x,
-                             std::int64_t inputs) {
-  auto* words = static_cast<std::uint32_t*>(to);
-  auto* codes = reinterpret_cast<std::int16_t*>(words + task.depth / 2);
+// The codes of a row of x, `depth` of them, and of the row its scale and the sum of each block.
+inline void round_to_codes(const LinearTask& task, std::int64_t row, std::int16_t* codes,
+                           const float* x, std::int64_t inputs) {
   std::memset(codes, 0, static_cast<std::size_t>(task.depth) * sizeof *codes);
   Vec largest = zero();
   for_each_vec(inputs, [&](std::int64_t i, auto load_at, auto) {
@@ -199,6 +195,16 @@ inline void prepare_integers(const LinearTask& task, std::int64_t row, void* to,
     task.x_sums[row * task.num_blocks + block] = sum;
     k = end;
   }
+}
+
+// The codes of a row of x as `load_codes` wants them.
+//
+// to: depth / 2 words, then room for as many again.
+inline void prepare_integers(const LinearTask& task, std::int64_t row, void* to, const float* x,
+                             std::int64_t inputs) {
+  auto* words = static_cast<std::uint32_t*>(to);
+  auto* codes = reinterpret_cast<std::int16_t*>(words + task.depth / 2);
+  round_to_codes(task, row, codes, x, inputs);
   if (task.activation_bits == 8) {
     store_codes<1>(words, codes, task.depth);
   } else {

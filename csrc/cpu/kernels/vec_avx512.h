@@ -46,6 +46,7 @@ struct Words {
 };
 
 inline Words load_words(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_words(std::uint32_t* p, Words x) { _mm512_storeu_si512(p, x.v); }
 template <int N>
 inline Words shift_left(Words x) {
   return {_mm512_slli_epi32(x.v, N)};

@@ -1,0 +1,45 @@
+// The kernels for AMX, its tile registers emulated: for tests, and to look into.
+
+#include <immintrin.h>
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <utility>
+
+#include "cpu/kernels.h"
+#include "cpu/kernels/tile_config.h"
+
+namespace octavo::cpu {
+namespace amx_emulated {
+
+// Tiles of the products by vectors, of a few rows, as in isa_avx512_vnni.cpp.
+constexpr int kRows = 6;
+constexpr int kPanels = 2;
+constexpr int kDotRows = 3;
+constexpr int kDotRowsOnePass = 6;
+constexpr int kDotPanels = 4;
+constexpr int kPanelsOneRow = 4;  // more panels for one row: enough sums under way at a time
+constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
+constexpr int kScoreRows = 4;     // query rows that share a load of the keys
+
+#include "cpu/kernels/vec_avx512.h"
+//
+#include "cpu/kernels/dot_vnni.h"
+//
+#include "cpu/kernels/bodies.h"
+//
+#include "cpu/kernels/tile_emulated.h"
+//
+#include "cpu/kernels/linear_tiles.h"
+
+}  // namespace amx_emulated
+
+const Kernels& amx_emulated_kernels() {
+  static const Kernels kernels = amx_emulated::with_tiles(amx_emulated::table("amx_emulated"));
+  return kernels;
+}
+
+}  // namespace octavo::cpu

@@ -1,0 +1,61 @@
+// Products of bf16 on tile registers: linear_tiles.h has the formula and the layout.
+
+struct TilesBf16 {
+  static constexpr int kRowTiles = 2;
+  static constexpr std::int64_t kInputs = kTileRowBytes / 2;  // of a step
+  const std::int64_t step_bytes = kTileRowBytes, steps;
+
+  explicit TilesBf16(const LinearTask& task) : steps(task.depth / kInputs) {}
+
+  // Equal parts, so that no stretch is short; all at once where W is read only once anyway.
+  static std::int64_t next_stretch(const LinearTask& task, std::int64_t first,
+                                   std::int64_t row_tiles) {
+    constexpr std::int64_t kLongest = 384;
+    if (row_tiles <= kRowTiles) return task.depth;
+    const std::int64_t parts = (task.depth + kLongest - 1) / kLongest;
+    const std::int64_t length = (task.depth / kInputs + parts - 1) / parts * kInputs;
+    return first + length;
+  }
+
+  static const unsigned char* weights(const LinearTask& task, std::int64_t panel,
+                                      std::int64_t first, std::int64_t, unsigned char*) {
+    return reinterpret_cast<const unsigned char*>(task.weight + panel * task.depth / 2 * kLanes +
+                                                  first / 2 * kLanes);
+  }
+
+  template <int MT, int NR>
+  void add(const LinearTask& task, std::int64_t row_tile, std::int64_t, std::int64_t,
+           std::int64_t first, std::int64_t last, const unsigned char* const* w, float* sums,
+           std::int64_t sum_stride) const {
+    const unsigned char* x[MT];
+    for (int m = 0; m < MT; ++m) x[m] = x_tiles(task, row_tile + m) + first / kInputs * kTileBytes;
+    each_sum<MT, NR>([&](auto t, int m, int n) {
+      if (first == 0) {
+        tile_zero<t>();
+      } else {
+        tile_load<t>(sums + m * sum_stride + n * kTileSums, kTileRowBytes);
+      }
+    });
+    multiply_tiles<DotBf16, MT, NR>(x, w, (last - first) / kInputs, step_bytes);
+    each_sum<MT, NR>([&](auto t, int m, int n) {
+      tile_store<t>(sums + m * sum_stride + n * kTileSums, kTileRowBytes);
+    });
+  }
+
+  static const unsigned char* x_tiles(const LinearTask& task, std::int64_t row_tile) {
+    return static_cast<const unsigned char*>(task.x) + row_tile * kRowTile * task.x_stride * 4;
+  }
+  static Vec finish(const LinearTask&, Vec sum, std::int64_t, std::int64_t) { return sum; }
+};
+
+// A row of x, as its tile holds it.
+inline void prepare_bf16_tile(const LinearTask& task, unsigned char* to, const float* x,
+                              std::int64_t inputs) {
+  constexpr std::int64_t kInputs = TilesBf16::kInputs;
+  for (std::int64_t k = 0; k < task.depth; k += kInputs, to += kTileBytes) {
+    std::uint16_t row[kInputs] = {};
+    const std::int64_t count = std::min(kInputs, inputs - k);
+    for (std::int64_t i = 0; i < count; ++i) row[i] = float_to_bf16(x[k + i]);
+    std::memcpy(to, row, sizeof row);
+  }
+}
