@@ -4,11 +4,13 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <stdexcept>
 #include <vector>
 
 #include "cpu/intrinsics.h"
 #include "cpu/kernels.h"
+#include "cpu/kernels/tile_config.h"
 #include "cpu/platform.h"
 #include "cpu/thread_pool.h"
 
@@ -93,6 +95,42 @@ float neon_loop(std::int64_t repeats) {
 }
 #endif
 
+#if defined(OCTAVO_HAVE_AMX)
+namespace amx {
+
+#include "cpu/kernels/tile_amx.h"
+
+// Products of bf16 tiles: 16 x 16 outputs of 32 inputs, into four tiles of sums in turn.
+float loop(std::int64_t repeats) {
+  TileConfig config;
+  for (int t = 0; t < kNumTiles; ++t) config.set(t, kTileRows, kTileRowBytes);
+  alignas(64) std::uint16_t numbers[kTileBytes / 2];
+  std::fill(std::begin(numbers), std::end(numbers), std::uint16_t{0x3a80});  // 2^-10
+  tile_configure(config);
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  tile_load<4>(numbers, kTileRowBytes);
+  tile_load<5>(numbers, kTileRowBytes);
+  tile_load<6>(numbers, kTileRowBytes);
+  tile_load<7>(numbers, kTileRowBytes);
+  static_assert(kOperations % 4 == 0, "four at a time");
+  for (std::int64_t i = 0; i < repeats * kOperations / 4; ++i) {
+    tile_dot_bf16<0, 4, 6>();
+    tile_dot_bf16<1, 4, 7>();
+    tile_dot_bf16<2, 5, 6>();
+    tile_dot_bf16<3, 5, 7>();
+  }
+  alignas(64) float sums[kTileBytes / 4];
+  tile_store<0>(sums, kTileRowBytes);
+  tile_release();
+  return sums[0];
+}
+
+}  // namespace amx
+#endif
+
 struct Loop {
   const char* isa;
   FmaLoop run;
@@ -102,8 +140,11 @@ struct Loop {
 Loop loop_for(const std::string& isa) {
   const std::string name = kernels_for(isa).isa;  // says what there is when it is not there
   const auto extends = [&](const char* base) { return name.rfind(base, 0) == 0; };
+#if defined(OCTAVO_HAVE_AMX)
+  if (name == "amx") return {"amx", amx::loop, 16 * 16 * 32};
+#endif
 #if defined(OCTAVO_HAVE_AVX512)
-  if (extends("avx512")) return {"avx512", avx512_loop, 16};
+  if (extends("avx512") || name == "amx_emulated") return {"avx512", avx512_loop, 16};
 #endif
 #if defined(OCTAVO_HAVE_AVX2)
   if (extends("avx2")) return {"avx2", avx2_loop, 8};

@@ -111,7 +111,7 @@ inline void each_sum(F&& f) {
 //   step_bytes, steps        of a row of x, for all inputs
 //   next_stretch(task, first, row_tiles)
 //   weights(task, panel, first, last, room)    -> the panel's tiles
-//   add<MT, NR>(task, row_tile, rows, panel, first, last, weights, sums)
+//   accumulate<MT, NR>(task, row_tile, rows, panel, first, last, weights, sums)
 // with sums [row tile][panel][16][16], those of a row tile sum_stride apart.
 #include "cpu/kernels/tiles_bf16.h"
 //
@@ -161,7 +161,7 @@ inline void add_stretch(const LinearTask& task, const Tiles& tiles, const TilePi
   const std::int64_t stride = piece.panels() * kTileSums;
   const auto add = [&](auto num_tiles, std::int64_t row_tile) {
     const std::int64_t row = piece.first_row + row_tile * kRowTile;
-    tiles.template add<num_tiles, NR>(
+    tiles.template accumulate<num_tiles, NR>(
         task, row / kRowTile, piece.last_row - row, panel, first, last, w,
         scratch.sums + row_tile * stride + (panel - piece.first_panel) * kTileSums, stride);
   };

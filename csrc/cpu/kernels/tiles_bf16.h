@@ -24,7 +24,7 @@ struct TilesBf16 {
   }
 
   template <int MT, int NR>
-  void add(const LinearTask& task, std::int64_t row_tile, std::int64_t, std::int64_t,
+  void accumulate(const LinearTask& task, std::int64_t row_tile, std::int64_t, std::int64_t,
            std::int64_t first, std::int64_t last, const unsigned char* const* w, float* sums,
            std::int64_t sum_stride) const {
     const unsigned char* x[MT];

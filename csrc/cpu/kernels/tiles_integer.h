@@ -59,7 +59,7 @@ struct TilesInteger {
   }
 
   template <int MT, int NR>
-  void add(const LinearTask& task, std::int64_t row_tile, std::int64_t rows, std::int64_t panel,
+  void accumulate(const LinearTask& task, std::int64_t row_tile, std::int64_t rows, std::int64_t panel,
            std::int64_t first, std::int64_t last, const unsigned char* const* w, float* sums,
            std::int64_t sum_stride) const {
     constexpr int kX = MT * kPasses;
