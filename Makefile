@@ -120,7 +120,7 @@ native-neon:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON "-DCMAKE_TOOLCHAIN_FILE=$(CUR
 native-neon:   NATIVE_RUN = qemu-aarch64 -L /usr/aarch64-linux-gnu
 native-asan native-tsan native-clang native-scalar native-neon: $(DEV_VENV)/.tools
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake -S . -B build/$@ -G Ninja --log-level=WARNING \
-	  -DOCTAVO_BUILD_PYTHON=OFF -DOCTAVO_BUILD_TESTS=ON -DOCTAVO_CUDA=OFF \
+	  -DOCTAVO_BUILD_PYTHON=OFF -DOCTAVO_BUILD_TESTS=ON -DOCTAVO_CUDA=OFF -DOCTAVO_EMULATE_AMX=ON \
 	  $(NATIVE_OPTIONS)
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake --build build/$@
 	UBSAN_OPTIONS=print_stacktrace=1 $(NATIVE_RUN) build/$@/tests/native/octavo_tests

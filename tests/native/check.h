@@ -76,6 +76,7 @@ class Numbers {
 std::vector<Test> core_tests();
 std::vector<Test> op_tests();
 std::vector<Test> quantized_tests();
+std::vector<Test> tile_tests();
 std::vector<Test> attention_tests();
 std::vector<Test> sampling_tests();
 std::vector<Test> runtime_tests();

@@ -25,8 +25,8 @@ struct TilesBf16 {
 
   template <int MT, int NR>
   void accumulate(const LinearTask& task, std::int64_t row_tile, std::int64_t, std::int64_t,
-           std::int64_t first, std::int64_t last, const unsigned char* const* w, float* sums,
-           std::int64_t sum_stride) const {
+                  std::int64_t first, std::int64_t last, const unsigned char* const* w, float* sums,
+                  std::int64_t sum_stride) const {
     const unsigned char* x[MT];
     for (int m = 0; m < MT; ++m) x[m] = x_tiles(task, row_tile + m) + first / kInputs * kTileBytes;
     each_sum<MT, NR>([&](auto t, int m, int n) {

@@ -59,9 +59,9 @@ struct TilesInteger {
   }
 
   template <int MT, int NR>
-  void accumulate(const LinearTask& task, std::int64_t row_tile, std::int64_t rows, std::int64_t panel,
-           std::int64_t first, std::int64_t last, const unsigned char* const* w, float* sums,
-           std::int64_t sum_stride) const {
+  void accumulate(const LinearTask& task, std::int64_t row_tile, std::int64_t rows,
+                  std::int64_t panel, std::int64_t first, std::int64_t last,
+                  const unsigned char* const* w, float* sums, std::int64_t sum_stride) const {
     constexpr int kX = MT * kPasses;
     const std::int64_t tile_bytes = kRowTile * step_bytes;
     std::int64_t group = first / place.group, block = block_index(task, first);
