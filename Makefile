@@ -58,7 +58,7 @@ $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@echo "building and installing octavo with what its tests need (a minute or two)"
 	@$(TEST_VENV)/$(PIP) install $(BUILD_TOOLS)
 	@$(TEST_VENV)/$(PIP) install --no-build-isolation ".[test]" \
-	  "$(SET)build-dir=build/test/{wheel_tag}"
+	  "$(SET)build-dir=build/test/{wheel_tag}" $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON
 	@touch $@
 
 # ---- development ----
@@ -114,7 +114,7 @@ asan: native-asan asan-python ## Native tests and the ops' tests under address a
 native-asan:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DOCTAVO_SANITIZE=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g"
 native-tsan:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize=thread"
 native-clang:  NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_CXX_FLAGS=-stdlib=libc++
-native-scalar: NATIVE_OPTIONS = -DOCTAVO_WERROR=ON "-DOCTAVO_DISABLE_ISAS=avx2;avx512"
+native-scalar: NATIVE_OPTIONS = -DOCTAVO_WERROR=ON "-DOCTAVO_DISABLE_ISAS=avx2;avx512;amx"
 # For 64-bit ARM, on any machine: needs g++-aarch64-linux-gnu and qemu-user.
 native-neon:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON "-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/aarch64-linux-gnu.cmake"
 native-neon:   NATIVE_RUN = qemu-aarch64 -L /usr/aarch64-linux-gnu
@@ -137,6 +137,7 @@ $(ASAN_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@$(ASAN_VENV)/$(PIP) install --no-build-isolation ".[test]" \
 	  "$(SET)build-dir=build/asan/{wheel_tag}" \
 	  $(SET)cmake.define.OCTAVO_SANITIZE=ON $(SET)cmake.define.OCTAVO_CUDA=OFF \
+	  $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON \
 	  $(SET)cmake.build-type=None "$(SET)cmake.define.CMAKE_CXX_FLAGS=-O1 -g" \
 	  $(SET)install.strip=false
 	@touch $@

@@ -47,33 +47,31 @@ struct Entry {
   const Kernels& (*kernels)();
 };
 
+#if defined(__x86_64__)
+
+// One may be left out of a build and the others still want its test.
+
 // __builtin_cpu_supports also asks whether the system saves the registers (XGETBV); its argument
 // has to be a literal.
 #define HAS(feature) bool(__builtin_cpu_supports(feature))
 
-#if defined(OCTAVO_HAVE_AVX2)
-bool has_avx2() { return HAS("avx2") && HAS("fma"); }
-#endif
-#if defined(OCTAVO_HAVE_AVX2_VNNI)
+[[maybe_unused]] bool has_avx2() { return HAS("avx2") && HAS("fma"); }
+
 // Compilers' lists of features do not all know this one. It uses registers that AVX2 has.
-bool has_avx_vnni() {
+[[maybe_unused]] bool has_avx_vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1u);
 }
-#endif
-#if defined(OCTAVO_HAVE_AVX512)
-bool has_avx512() {
+
+[[maybe_unused]] bool has_avx512() {
   return HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl");
 }
-#endif
 
-#if defined(OCTAVO_HAVE_AVX512_VNNI)
-bool has_avx512_vnni() { return has_avx512() && HAS("avx512vnni"); }
-#endif
-#if defined(OCTAVO_HAVE_AMX)
+[[maybe_unused]] bool has_avx512_vnni() { return has_avx512() && HAS("avx512vnni"); }
+
 // Tiles of bf16 and int8 (leaf 7), of the size the kernels are written for (leaves 1d and 1e), and
 // the system saves them (XCR0, bits 17 and 18) and grants them to this process.
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   const auto has_leaf = [&](unsigned leaf, unsigned subleaf) {
     return __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx) != 0;
@@ -92,6 +90,7 @@ bool has_amx() {
   static const bool is_granted = request_tile_registers();  // once: it holds for all threads
   return is_granted;
 }
+
 #endif
 
 // Slowest first. The emulated one is slower than any, so "auto" never takes it.

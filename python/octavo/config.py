@@ -22,8 +22,9 @@ QUANTIZE = ("int8", "w8a8", "int4")
 ISAS = (
     "auto",
     "scalar",
-    *("avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16"),
+    *("avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"),
     *("neon", "neon_dotprod"),
+    "amx_emulated",  # in builds for tests alone
 )
 
 
