@@ -82,7 +82,7 @@ $(DEV_VENV)/.tools: pyproject.toml scripts/venv.sh
 .PHONY: build
 build: $(DEV_VENV)/.tools ## Build the native module in place, compiling only what changed
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake -S . -B build/dev -G Ninja --log-level=WARNING \
-	  -DPython_EXECUTABLE="$(CURDIR)/$(DEV_VENV)/bin/python"
+	  -DPython_EXECUTABLE="$(CURDIR)/$(DEV_VENV)/bin/python" -DOCTAVO_EMULATE_AMX=ON
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake --build build/dev
 
 # Apart, so that `make -k check` goes on after the first that complains.

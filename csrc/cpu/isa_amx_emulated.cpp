@@ -1,6 +1,5 @@
 // The kernels for AMX, its tile registers emulated: for tests, and to look into.
 
-#include <immintrin.h>
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -9,6 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cpu/intrinsics.h"
 #include "cpu/kernels.h"
 #include "cpu/kernels/tile_config.h"
 

@@ -1,7 +1,6 @@
 // Matrix products on tile registers: 16 rows of x by 16 outputs at a time.
 //
-//   sums (16 rows x 16 outputs) += X (16 rows x a step of inputs) * W (a step of inputs x 16
-//   outputs)
+//   sums (rows x outputs) += X (rows x a step of inputs) * W (a step of inputs x outputs)
 //
 // with 4 bytes of inputs, times 16, in each of W's 64-byte rows: that is a packed panel as it lies.
 // A step is 64 bytes of a row of x, 32 inputs in bf16, 64 in int8.
