@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from octavo.models.spec import WeightFormat
+from octavo.models.spec import UNIFORM_LEVELS, WeightFormat
 from octavo.reference.ops import Array, Float32, linear, round_to_bf16
 
 Codes = npt.NDArray[np.integer[Any]]
@@ -105,9 +105,12 @@ def round_to_int8(weight: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
 def round_to_int4(
     weight: Float32, format: WeightFormat
 ) -> tuple[npt.NDArray[np.uint8], Float32, Float32 | None]:
-    """Round to nearest, uniform levels -8 to 7: the scale spans each group's largest magnitude.
+    """Round to nearest: the scale spans each group's largest magnitude.
 
-    Symmetric: fifteen steps from the largest magnitude to its opposite. Asymmetric: fifteen steps
+    Levels of their own: the largest magnitude becomes the level of largest magnitude, which takes
+    a scale below zero where their signs differ; of two equally near levels the upper one is taken;
+    what is next to nothing gets scale 0, since no level may be 0.
+    Uniform levels, -8 to 7, symmetric: fifteen steps from the largest magnitude to its opposite. Asymmetric: fifteen steps
     from the group's least to its greatest weight, 0 always among the two and always a level.
     Scales are rounded to bfloat16 before anything is measured by them.
 
@@ -116,6 +119,8 @@ def round_to_int4(
     """
     outputs, inputs = weight.shape
     groups = weight.reshape(outputs, -1, format.group_size)
+    if format.levels != UNIFORM_LEVELS:
+        return *_round_to_levels(groups, np.array(format.levels)), None
     low, high = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
     span = high - low if format.has_zeros else 2 * np.maximum(-low, high)
     scales = round_to_bf16((span / 15).astype(np.float32)).astype(np.float32)
@@ -126,6 +131,23 @@ def round_to_int4(
     steps = steps if zeros is None else steps + zeros[:, :, None]
     codes = (np.clip(steps, -8, 7) + 8).astype(np.uint8).reshape(outputs, inputs)
     return codes, scales, None if zeros is None else zeros.astype(np.float32)
+
+
+def _round_to_levels(
+    groups: Float32, levels: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.uint8], Float32]:
+    """groups: (outputs, groups, members). Returns codes (outputs, inputs), scales."""
+    places = np.abs(groups).argmax(axis=2)[:, :, None]
+    largest = np.take_along_axis(groups, places, axis=2)[:, :, 0]
+    furthest = np.float32(levels[np.abs(levels).argmax()])
+    scales = round_to_bf16((largest / furthest).astype(np.float32)).astype(np.float32)
+    nothing = np.abs(largest) < np.float32(1e-30) * np.abs(furthest)
+    scales = np.where(nothing, 0, scales).astype(np.float32)
+    inverse = (1 / np.where(nothing, 1, scales)).astype(np.float32)
+    steps = groups * inverse[:, :, None]
+    distances = np.abs(steps[..., None].astype(np.float64) - levels[::-1])
+    codes = (15 - distances.argmin(axis=3)).astype(np.uint8)
+    return codes.reshape(len(groups), -1), scales
 
 
 def pack_int32(values: Codes, bits: int) -> npt.NDArray[np.int32]:

@@ -28,6 +28,8 @@ SCHEMES = {
     "int4-asymmetric": Scheme("int4", symmetric=False),
     "int4-asymmetric-rtn": Scheme("int4", symmetric=False, method="rtn"),
     "int4-128": Scheme("int4", group_size=128),
+    "int4-nonuniform": Scheme("int4-nonuniform"),
+    "int4-mixed": Scheme("int4", int8=("layers.0.?", "layers.0.down")),
 }
 
 

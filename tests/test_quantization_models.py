@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from octavo.cli.app import run
-from octavo.config import EngineConfig, Environment
+from octavo.config import QUANTIZE, EngineConfig, Environment
 from octavo.diff.native_side import NativeSide, load_native_side
 from octavo.diff.run import DiffOptions
 from octavo.diff.setup import DiffRequest, prepare
@@ -104,7 +104,7 @@ def test_the_reference_rounds_what_meets_a_quantized_matrix(tmp_path: Path) -> N
         assert not np.array_equal(weights[name], round_to_bf16(weights[name]))
 
 
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "int8"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_directory_gives_the_bits_of_quantizing_at_load(tmp_path: Path, scheme: str) -> None:
     source, target = write_quantized_model(tmp_path, scheme)
     files = read_model(source)
@@ -114,8 +114,8 @@ def test_a_directory_gives_the_bits_of_quantizing_at_load(tmp_path: Path, scheme
     )
     ours = side.feed(np.array(PROMPT, np.int32)).logits
     assert np.array_equal(ours, logits_of(target))
-    if scheme == "int4":
-        assert np.array_equal(ours, logits_of(source, quantize="int4"))
+    if scheme in QUANTIZE:
+        assert np.array_equal(ours, logits_of(source, quantize=scheme))
 
 
 def test_int8_from_a_directory_equals_int8_at_load(tmp_path: Path) -> None:

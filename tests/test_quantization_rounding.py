@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from octavo.errors import InvalidArgumentError
-from octavo.models.spec import WeightFormat
+from octavo.models.spec import UNIFORM_LEVELS, WeightFormat
+from octavo.quantization.levels import NONUNIFORM_LEVELS, fit_levels
 from octavo.quantization.plan import Scheme, plan_formats, weight_bytes
 from octavo.quantization.rounding import QuantizedMatrix, quantize_matrix
 from octavo.reference import quantization as definition
@@ -19,6 +20,8 @@ FORMATS = [
     WeightFormat("int4", 96),
     WeightFormat("int4", 32, has_zeros=True),
     WeightFormat("int4", 96, has_zeros=True),
+    WeightFormat("int4", 32, levels=NONUNIFORM_LEVELS),
+    WeightFormat("int4", 96, levels=NONUNIFORM_LEVELS),
 ]
 
 
@@ -48,8 +51,7 @@ def test_round_to_nearest_is_the_definitions(format: WeightFormat) -> None:
     got = quantize_matrix(weight, format, "rtn", num_threads=2)
     if format.dtype == "int8":
         codes, scales = definition.round_to_int8(weight)
-        assert np.abs(got.scales / scales - 1).max() < 2**-8  # rounded to bfloat16
-        assert np.abs(got.codes.astype(int) - codes).max() <= 1
+        assert np.array_equal(got.scales, scales) and np.array_equal(got.codes, codes)
         return
     codes, scales, zeros = definition.round_to_int4(weight, format)
     assert np.array_equal(got.scales, scales)
@@ -70,7 +72,8 @@ def test_every_weight_is_near_its_code(format: WeightFormat, method: str) -> Non
     error = np.abs(values_of(got, format) - weight)
     scales = np.repeat(np.abs(got.scales), 192 // format.num_groups(192), axis=1)
     # Nearest, but where the range was cut off.
-    assert np.mean(error <= scales * 0.502) > 0.98
+    widest = max(np.diff(format.levels)) if format.dtype == "int4" else 1
+    assert np.mean(error <= scales * 0.502 * widest) > 0.98
     assert np.array_equal(values_of(got, format)[3], np.zeros(192))
 
 
@@ -84,10 +87,61 @@ def test_the_search_is_better_in_every_group(format: WeightFormat) -> None:
         return np.square(groups).sum(axis=2)
 
     rtn, search = errors("rtn"), errors("search")
-    assert search.sum() < (0.92 if format.has_zeros else 0.85) * rtn.sum()
+    uniform = format.levels == UNIFORM_LEVELS
+    assert search.sum() < (0.85 if uniform and not format.has_zeros else 0.95) * rtn.sum()
     if not format.has_zeros:
         # Round to nearest's own scale is among those tried, as 7.5 steps of the longer side.
         assert np.mean(search <= rtn * (1 + 1e-5)) == 1.0
+
+
+def test_levels_closer_together_leave_less_error() -> None:
+    weight = np.random.default_rng(3).standard_normal((100, 576), dtype=np.float32)
+    errors = {}
+    for levels in (UNIFORM_LEVELS, NONUNIFORM_LEVELS):
+        format = WeightFormat("int4", 32, levels=levels)
+        off = values_of(quantize_matrix(weight, format), format) - weight
+        errors[levels] = np.square(off).sum() / np.square(weight).sum()
+    assert errors[NONUNIFORM_LEVELS] < 0.83 * errors[UNIFORM_LEVELS] < 0.0058
+
+
+def test_the_levels_are_fitted() -> None:
+    fitted = fit_levels(num_groups=500, rounds=40, seed=4)
+    assert np.abs(np.subtract(fitted, NONUNIFORM_LEVELS)).max() <= 5
+    assert fitted[0] == -127 and list(fitted) == sorted(set(fitted))
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+def test_ties_between_levels_take_the_upper(scale: float) -> None:
+    """Every middle between two levels, exactly, and the numbers beside it."""
+    levels = np.array(NONUNIFORM_LEVELS)
+    middles = np.repeat((levels[1:] + levels[:-1]) / 2, 2)
+    weight = np.concatenate([[-127], middles, [106]])[None].astype(np.float32) * np.float32(scale)
+    weight[0, 2:-1:2] = np.nextafter(weight[0, 2:-1:2], np.float32(-np.inf * scale))
+    format = WeightFormat("int4", 32, levels=NONUNIFORM_LEVELS)
+    got = quantize_matrix(weight, format, "rtn")
+    assert got.scales[0, 0] == scale
+    upper, lower = np.arange(1, 16), np.arange(15)
+    expected = np.concatenate([[0], np.stack([upper, lower], axis=1).ravel(), [15]])
+    assert np.array_equal(codes_of(got, format)[0], expected)
+    assert np.array_equal(definition.round_to_int4(weight, format)[0][0], expected)
+
+
+@pytest.mark.parametrize("format", FORMATS[1:], ids=str)
+def test_importance_decides_whose_errors_count(format: WeightFormat) -> None:
+    generator = np.random.default_rng(8)
+    weight = matrix(outputs=200, seed=9)
+    importance = generator.lognormal(sigma=2.0, size=192).astype(np.float32)
+    plain = quantize_matrix(weight, format)
+    weighted = quantize_matrix(weight, format, importance=importance)
+
+    def error(got: QuantizedMatrix) -> float:
+        return float((np.square(values_of(got, format) - weight) * importance).sum())
+
+    assert error(weighted) < 0.9 * error(plain)
+    same = quantize_matrix(weight, format, importance=np.full(192, 0.25, np.float32))
+    assert np.mean(same.scales == plain.scales) > 0.99  # but for the rounding of sums
+    with pytest.raises(ValueError, match="importance"):
+        quantize_matrix(weight, format, importance=np.zeros(192, np.float32))
 
 
 def test_how_the_work_is_cut_changes_nothing() -> None:
@@ -119,6 +173,8 @@ def test_extreme_sizes_do_no_harm(scale: float) -> None:
 def test_a_width_that_the_group_does_not_divide_is_an_error() -> None:
     with pytest.raises(ValueError, match="width of 100 in groups of 32"):
         quantize_matrix(matrix(inputs=100), WeightFormat("int4", 32))
+    with pytest.raises(ValueError, match="levels of their own with zero points"):
+        quantize_matrix(matrix(), WeightFormat("int4", 32, True, NONUNIFORM_LEVELS))
 
 
 def test_the_plan_takes_the_largest_group_that_divides() -> None:
@@ -153,6 +209,8 @@ def test_bytes_of_weights() -> None:
         (("int4", 48), "group_size is 48; expected one of 32, 64, 128"),
         (("int8", 32, False), "asymmetric"),
         (("int4", 32, True, "magic"), "method is 'magic'"),
+        (("int4-nonuniform", 32, False), "levels that are not uniform no zero points"),
+        (("int8", 32, True, "rtn", ("*",)), "named for int8, but the scheme is int8"),
     ],
 )
 def test_schemes_that_are_refused(arguments: tuple, message: str) -> None:

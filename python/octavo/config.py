@@ -18,7 +18,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "f32", "bf16")
 KV_DTYPES = (*DTYPES, "int8")
 LOAD_FORMATS = ("auto", "dummy")
-QUANTIZE = ("int8", "w8a8", "int4")
+QUANTIZE = ("int8", "w8a8", "int4", "int4-nonuniform")
 ISAS = (
     "auto",
     "scalar",
@@ -70,8 +70,9 @@ class EngineConfig:
     kv_dtype: the format of the KV cache; "auto" follows dtype. "int8" keeps each head of each
         token with a scale of its own, in a little over half the memory of bf16.
     quantize: rounds the weights of a float model while it is loaded: "int8" (a scale an output),
-        "w8a8" (the same, activations in 8 bits too: faster, less exact) or "int4" (groups of 32,
-        scales of least squared error); None takes them as they are stored.
+        "w8a8" (the same, activations in 8 bits too: faster, less exact), "int4" (groups of 32,
+        scales of least squared error) or "int4-nonuniform" (the same on levels that lie closer
+        together near 0: half the loss); None takes them as they are stored.
     keep_embedding: in a quantized model, keeps embedding and head in `dtype`; they are rounded to
         int8 otherwise.
     load_format: "auto" reads the model's files; "dummy" makes seeded random weights from the
@@ -90,7 +91,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: DType = "auto"
     kv_dtype: KVDType = "auto"
-    quantize: Literal["int8", "w8a8", "int4"] | None = None
+    quantize: Literal["int8", "w8a8", "int4", "int4-nonuniform"] | None = None
     keep_embedding: bool = False
     load_format: LoadFormat = "auto"
     max_model_len: int | None = None

@@ -42,7 +42,7 @@ def test_packing_is_the_librarys() -> None:
     assert np.array_equal(pack_zeros(zeros.astype(np.float32)), theirs)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "int4-nonuniform"])
 def test_the_library_decodes_what_octavo_writes(tmp_path: Path, scheme: str) -> None:
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationConfig
@@ -51,13 +51,18 @@ def test_the_library_decodes_what_octavo_writes(tmp_path: Path, scheme: str) -> 
     _, target = write_quantized_model(tmp_path, scheme)
     config: dict[str, Any] = json.loads((target / "config.json").read_text())
     parsed = QuantizationConfig.model_validate(config["quantization_config"])
-    (group,) = parsed.config_groups.values()
     assert parsed.quantization_status == "compressed" and parsed.ignore == ["lm_head"]
     tensors = load_file(target / "model.safetensors")
     files = read_model(target)
     checkpoint = open_checkpoint(files)
     for name, matrix in files.quantized.items():
         module = matrix.module + "."
+        (group,) = (
+            group
+            for group in parsed.config_groups.values()
+            if group.weights.num_bits == (4 if matrix.format.dtype == "int4" else 8)
+        )
+        assert matrix.module in group.targets or "Linear" in group.targets
         state = {
             key.removeprefix(module): value
             for key, value in tensors.items()
@@ -71,7 +76,7 @@ def test_the_library_decodes_what_octavo_writes(tmp_path: Path, scheme: str) -> 
 
 # Not the asymmetric one: transformers 5.23 makes room for zero points that are not packed, and
 # drops those of the file, which compressed-tensors itself packs so and decodes (above).
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int4-mixed"])
 def test_transformers_runs_what_octavo_writes(tmp_path: Path, scheme: str) -> None:
     _, target = write_quantized_model(tmp_path, scheme)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
@@ -85,3 +90,9 @@ def test_transformers_runs_what_octavo_writes(tmp_path: Path, scheme: str) -> No
     ours = ReferenceModel(files.spec, weights).forward(ids)
     # transformers rounds the decoded weights to the type of their scales, bfloat16.
     assert np.abs(theirs - ours).max() < 0.05 * ours.std()
+
+
+def test_transformers_refuses_levels_that_it_does_not_know(tmp_path: Path) -> None:
+    _, target = write_quantized_model(tmp_path, "int4-nonuniform")
+    with pytest.raises(ValueError, match="octavo"):
+        AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)

@@ -51,7 +51,7 @@ QuantizeOption = Annotated[
         "--quantize",
         help="Round the weights while loading: int8 (half the memory of bf16, next to no loss) or "
         "int4 (about a third, with some).",
-        metavar="int8|w8a8|int4",
+        metavar="int8|w8a8|int4|int4-nonuniform",
         show_default=False,
         rich_help_panel=_MODEL_PANEL,
     ),

@@ -44,7 +44,7 @@ def diff(
         typer.Option(
             help="Round the weights first: octavo's quantized kernels against the reference's "
             "quantized forward (at the tolerance of bf16).",
-            metavar="int8|w8a8|int4",
+            metavar="int8|w8a8|int4|int4-nonuniform",
             show_default=False,
             rich_help_panel=_WHAT,
         ),

@@ -6,6 +6,9 @@ llm-compressor writes and vLLM and transformers read. octavo runs its weight-onl
 - 4 bits in groups that are a multiple of 32 wide, symmetric or not, format "pack-quantized";
 - 8 bits, one symmetric scale an output, format "pack-quantized" or "int-quantized".
 
+quant_method "octavo" is our own, for what that library cannot say: the same layout and the same
+words, and a group's weights may name their `levels`, 16 ascending whole numbers. Others refuse it.
+
 Anything else is refused by name. What changes no result (observers, ratios) is not looked at.
 """
 
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from octavo.models.fields import Fields
-from octavo.models.spec import ModelSpec, WeightFormat
+from octavo.models.spec import UNIFORM_LEVELS, ModelSpec, WeightFormat
 from octavo.quantization.plan import matrix_names
 
 Layout = Literal["pack-quantized", "int-quantized"]
@@ -26,6 +29,7 @@ _LAYOUTS: dict[str, Layout] = {
     "int-quantized": "int-quantized",
     "naive-quantized": "int-quantized",
 }
+_METHODS = ("compressed-tensors", "octavo")
 _SOURCE = "config.json: quantization_config"
 
 
@@ -52,9 +56,10 @@ def read_quantization(
     if not isinstance(values, dict):
         raise Fields(config, "config.json").error("quantization_config", values, "an object")
     fields = Fields(values, _SOURCE)
-    if values.get("quant_method") != "compressed-tensors":
-        method = values.get("quant_method")
-        raise fields.error("quant_method", method, "'compressed-tensors', or no quantization")
+    method = values.get("quant_method")
+    if method not in _METHODS:
+        supported = "'compressed-tensors', 'octavo', or no quantization"
+        raise fields.error("quant_method", method, supported)
     if values.get("quantization_status", "compressed") != "compressed":
         raise fields.error(
             "quantization_status", values["quantization_status"], "'compressed' (codes are stored)"
@@ -68,7 +73,11 @@ def read_quantization(
     if not isinstance(groups, dict) or not groups:
         raise fields.error("config_groups", groups, "an object with one group or several")
     ignore = _names(fields, "ignore", values.get("ignore") or [])
-    found = [_Group.read(name, group, values.get("format")) for name, group in groups.items()]
+    format = values.get("format")
+    found = [
+        _Group.read(name, group, format, own_levels=method == "octavo")
+        for name, group in groups.items()
+    ]
     linears: dict[str, tuple[int, int]] = dict(matrix_names(spec))
     if not spec.tie_word_embeddings:
         linears["lm_head"] = (spec.vocab_size, spec.hidden_size)
@@ -91,9 +100,10 @@ class _Group:
     group_size: int  # 0: one scale an output
     symmetric: bool
     layout: Layout
+    levels: tuple[int, ...]
 
     @staticmethod
-    def read(name: str, values: object, format: object) -> _Group:
+    def read(name: str, values: object, format: object, *, own_levels: bool) -> _Group:
         source = f"{_SOURCE}: config_groups: {name}"
         if not isinstance(values, dict):
             raise Fields({}, _SOURCE).error(f"config_groups: {name}", values, "an object")
@@ -122,8 +132,13 @@ class _Group:
             raise fields.error("num_bits", bits, "4 or 8")
         if bits == 4 and _LAYOUTS[format] != "pack-quantized":
             raise group.error("format", format, "'pack-quantized' for 4 bits")
+        if not own_levels:
+            fields.refuse_unless("levels", (), "no levels (quant_method 'octavo' has them)")
+        levels = _levels(fields)
+        if levels != UNIFORM_LEVELS and (bits != 4 or not symmetric):
+            raise fields.error("levels", list(levels), "none, but for symmetric 4 bits")
         targets = _names(group, "targets", values.get("targets"))
-        return _Group(fields, targets, bits, group_size, symmetric, _LAYOUTS[format])
+        return _Group(fields, targets, bits, group_size, symmetric, _LAYOUTS[format], levels)
 
     def matrix(self, module: str, shape: tuple[int, int]) -> StoredMatrix:
         """The scheme applied to one matrix."""
@@ -133,7 +148,7 @@ class _Group:
         if group_size % 32 or shape[1] % group_size:
             supported = f"a multiple of 32 that divides the width of {module} ({shape[1]})"
             raise self.fields.error("group_size", group_size, supported)
-        format = WeightFormat("int4", group_size, has_zeros=not self.symmetric)
+        format = WeightFormat("int4", group_size, not self.symmetric, self.levels)
         return StoredMatrix(module, shape, format, self.layout)
 
 
@@ -149,6 +164,21 @@ def _group_size(fields: Fields) -> int:
     if strategy != "group":
         raise fields.error("strategy", strategy, "'group' or 'channel'")
     return fields.integer("group_size", 32, 2**20)
+
+
+def _levels(fields: Fields) -> tuple[int, ...]:
+    """What codes 0 to 15 stand for; -8 to 7 where nothing is said."""
+    levels = fields.values.get("levels")
+    if levels is None:
+        return UNIFORM_LEVELS
+    supported = "16 whole numbers from -127 to 127 in ascending order"
+    if not isinstance(levels, list) or not all(type(level) is int for level in levels):
+        raise fields.error("levels", levels, supported)
+    found = tuple(levels)
+    bounded = all(-127 <= level <= 127 for level in found)
+    if len(found) != 16 or sorted(set(found)) != levels or not bounded:
+        raise fields.error("levels", levels, supported)
+    return found
 
 
 def _names(fields: Fields, name: str, value: object) -> tuple[str, ...]:
@@ -173,12 +203,16 @@ def _matches(module: str, targets: Sequence[str]) -> bool:
 
 
 def make_quantization_config(modules: Mapping[str, WeightFormat]) -> dict[str, Any]:
-    """What goes into config.json. modules: the checkpoint's name of each matrix -> its format."""
+    """What goes into config.json. modules: the checkpoint's name of each matrix -> its format.
+
+    The quant_method is "compressed-tensors" where that can say it all, else "octavo".
+    """
+    uniform = all(format.levels == UNIFORM_LEVELS for format in modules.values())
     by_format: dict[WeightFormat, list[str]] = {}
     for module, format in modules.items():
         by_format.setdefault(format, []).append(module)
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": _METHODS[0] if uniform else _METHODS[1],
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
@@ -209,7 +243,9 @@ def _targets(names: Sequence[str], modules: Mapping[str, WeightFormat]) -> list[
 
 def _weights(format: WeightFormat) -> dict[str, Any]:
     grouped = format.dtype == "int4"
+    levels = {} if format.levels == UNIFORM_LEVELS else {"levels": list(format.levels)}
     return {
+        **levels,
         "num_bits": 4 if grouped else 8,
         "type": "int",
         "symmetric": not format.has_zeros,

@@ -2,7 +2,8 @@
 
 int8: codes -127 to 127 with a scale an output. w8a8: the same, and the activations that meet them
 are rounded to 8 bits too: fastest, and a good deal less exact. int4: a scale, and perhaps a zero
-point, for each group of inputs. The embedding and the head are rounded to int8 whatever the other
+point, for each group of inputs. int4-nonuniform: the same without zero points, its 16 levels lying
+closer together near 0. The embedding and the head are rounded to int8 whatever the other
 matrices are: in 4 bits they cost too much of the model, and in 16 they are half of a small model's
 bytes.
 """
@@ -12,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from octavo.errors import InvalidArgumentError
-from octavo.models.spec import ModelSpec, WeightFormat, weight_shapes
+from octavo.models.spec import UNIFORM_LEVELS, ModelSpec, WeightFormat, weight_shapes
+from octavo.quantization.levels import NONUNIFORM_LEVELS
 
-SCHEMES = ("int8", "w8a8", "int4")
+SCHEMES = ("int8", "w8a8", "int4", "int4-nonuniform")
 METHODS = ("rtn", "search")
 GROUP_SIZES = (32, 64, 128)
 # 4.5 bits a weight, as llama.cpp's Q4_0; wider groups are smaller and clearly worse.
@@ -30,14 +33,22 @@ _CODE_BITS = {"int8": 8, "int4": 4}
 class Scheme:
     """What a user asks for.
 
-    name: "int8", "w8a8" or "int4". group_size, symmetric: of int4. method: how int4 is rounded,
-    "rtn" to nearest by the largest magnitude, or "search" for the scale of least squared error.
+    name: "int8", "w8a8", "int4" or "int4-nonuniform". group_size: of both kinds of int4; symmetric:
+    of int4. method: how int4 is rounded, "rtn" to nearest by the largest magnitude, or "search" for
+    the scale of least squared error. int8: patterns of names ("layers.0.*", "*.down"): of an int4
+    model, matrices that take int8 all the same.
     """
 
     name: str
     group_size: int = DEFAULT_GROUP_SIZE
     symmetric: bool = True
     method: str = "search"
+    int8: tuple[str, ...] = ()
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the scheme is one of 4 bits."""
+        return self.name.startswith("int4")
 
     def __post_init__(self) -> None:
         _check("scheme", self.name, SCHEMES)
@@ -46,7 +57,12 @@ class Scheme:
         if self.name != "int4" and not self.symmetric:
             raise InvalidArgumentError(
                 f"{self.name} was asked for asymmetric; expected int4, or symmetric {self.name}: "
-                "8 bits have one scale an output and no zero points"
+                "8 bits have one scale an output, and levels that are not uniform no zero points"
+            )
+        if self.int8 and not self.has_groups:
+            raise InvalidArgumentError(
+                f"matrices were named for int8, but the scheme is {self.name}; expected int4 or "
+                "int4-nonuniform"
             )
 
 
@@ -76,14 +92,24 @@ def plan_formats(spec: ModelSpec, scheme: Scheme) -> tuple[dict[str, WeightForma
     """The formats of the layers' matrices, and what has to be said about them.
 
     A width that the group does not divide takes the largest of 32, 64 and 128 that does and is no
-    larger than asked; where none does, the matrix is rounded to int8.
+    larger than asked; where none does, the matrix is rounded to int8. Raises InvalidArgumentError
+    for a pattern in `scheme.int8` that no matrix has.
     """
+    names = matrix_names(spec)
+    for pattern in scheme.int8:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InvalidArgumentError(
+                f"int8 is asked for {pattern!r}, which no matrix is called; expected names such as "
+                f"{next(iter(names))!r}, or patterns of them such as '*.down'"
+            )
     formats: dict[str, WeightFormat] = {}
     others: dict[str, set[str]] = {}
-    for name, (_, inputs) in matrix_names(spec).items():
-        format = _format_for(inputs, scheme)
-        formats[name] = format
-        if scheme.name == "int4" and format.group_size != scheme.group_size:
+    for name, (_, inputs) in names.items():
+        if any(fnmatchcase(name, pattern) for pattern in scheme.int8):
+            formats[name] = WeightFormat("int8")
+            continue
+        formats[name] = format = _format_for(inputs, scheme)
+        if scheme.has_groups and format.group_size != scheme.group_size:
             taken = f"groups of {format.group_size}" if format.group_size else "int8"
             others.setdefault(f"{taken} (width {inputs})", set()).add(name.rsplit(".", 1)[1])
     notes = [
@@ -94,10 +120,11 @@ def plan_formats(spec: ModelSpec, scheme: Scheme) -> tuple[dict[str, WeightForma
 
 
 def _format_for(inputs: int, scheme: Scheme) -> WeightFormat:
-    if scheme.name == "int4":
+    if scheme.has_groups:
+        levels = UNIFORM_LEVELS if scheme.name == "int4" else NONUNIFORM_LEVELS
         for group_size in reversed(GROUP_SIZES):
             if group_size <= scheme.group_size and inputs % group_size == 0:
-                return WeightFormat("int4", group_size, has_zeros=not scheme.symmetric)
+                return WeightFormat("int4", group_size, not scheme.symmetric, levels)
     return WeightFormat("int8", activation_bits=8 if scheme.name == "w8a8" else 16)
 
 
@@ -108,6 +135,8 @@ def describe_format(format: WeightFormat) -> str:
     if format.dtype != "int4":
         return format.dtype
     kind = "asymmetric" if format.has_zeros else "symmetric"
+    if format.levels != UNIFORM_LEVELS:
+        kind = "non-uniform"
     return f"int4, groups of {format.group_size}, {kind}"
 
 

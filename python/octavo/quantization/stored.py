@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import WeightsError
+from octavo.models.spec import WeightFormat
 from octavo.quantization.config import StoredMatrix
 from octavo.weights.source import TensorInfo, TensorSource
 from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType
@@ -110,6 +112,22 @@ def find_problems(source: TensorSource, stored: Mapping[str, StoredMatrix]) -> l
                 expected = ", ".join(dtype.upper() for dtype in dtypes)
                 problems.append(f"{name} is stored as {info.dtype}; supported: {expected}")
     return problems
+
+
+def running_formats(
+    source: TensorSource, stored: Mapping[str, StoredMatrix]
+) -> dict[str, WeightFormat]:
+    """The formats of the stored matrices, by octavo's name, as they run.
+
+    Scales of int4 are kept in bfloat16 if they are stored so, else in float32, which holds every
+    other stored type exactly.
+    """
+    formats = {}
+    for name, matrix in stored.items():
+        bf16 = source.infos[matrix.module + ".weight_scale"].dtype == "bf16"
+        wide = matrix.format.dtype == "int4" and not bf16
+        formats[name] = replace(matrix.format, scale_dtype="f32") if wide else matrix.format
+    return formats
 
 
 class StoredSource:

@@ -13,7 +13,12 @@ from octavo.errors import WeightsError
 from octavo.models.fields import printable
 from octavo.models.registry import ModelFiles
 from octavo.models.spec import WeightFormat, weight_shapes
-from octavo.quantization.stored import StoredSource, find_problems, stored_tensors
+from octavo.quantization.stored import (
+    StoredSource,
+    find_problems,
+    running_formats,
+    stored_tensors,
+)
 from octavo.weights.dummy import DummySource
 from octavo.weights.safetensors import SafetensorsFile, ShardedSafetensors
 from octavo.weights.source import TensorInfo, TensorSource
@@ -128,7 +133,7 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
             with_scales[base + ".scale"] = matrix.module + ".weight_scale"
             if matrix.format.has_zeros:
                 with_scales[base + ".zero"] = matrix.module + ".weight_zero_point"
-    formats = {name: matrix.format for name, matrix in files.quantized.items()}
+    formats = running_formats(source, files.quantized)
     return Checkpoint(StoredSource(source, files.quantized), with_scales, formats)
 
 
