@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from octavo.quantization.directory import QuantizedDirectory
+
+_INT4, _BITS, _OUTPUT = "Of int4 and int4-nonuniform", "More bits where they are needed", "Output"
 
 
 def quantize(
@@ -19,25 +24,31 @@ def quantize(
         ),
     ],
     out: Annotated[
-        Path,
-        typer.Argument(metavar="OUT", help="The new folder; made whole or not at all."),
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="[OUT]",
+            help="The new folder; made whole or not at all. May be left out with --sensitivity.",
+            show_default=False,
+        ),
+    ] = None,
     scheme: Annotated[
         str,
         typer.Option(
             "--scheme",
             help="int8: a scale for each output, next to no loss. int4: a scale for each group "
-            "of inputs.",
-            metavar="int8|int4",
+            "of inputs. int4-nonuniform: the same with levels closer together near 0, half the "
+            "loss; octavo alone reads it.",
+            metavar="int8|int4|int4-nonuniform",
         ),
     ] = "int8",
     group_size: Annotated[
         int,
         typer.Option(
             "--group-size",
-            help="Of int4: weights that share a scale. Smaller is better and larger. A matrix "
+            help="Weights that share a scale. Smaller is better and larger. A matrix "
             "whose width it does not divide takes the next smaller one that does.",
             metavar="32|64|128",
+            rich_help_panel=_INT4,
         ),
     ] = 32,
     asymmetric: Annotated[
@@ -45,56 +56,125 @@ def quantize(
         typer.Option(
             "--asymmetric",
             help="Of int4: give each group a zero point too. Worth its bits in wide groups.",
+            rich_help_panel=_INT4,
         ),
     ] = False,
     method: Annotated[
         str,
         typer.Option(
             "--method",
-            help="Of int4: search finds the scale of least squared error; rtn rounds to nearest.",
-            metavar="search|rtn",
+            help="weighted finds the scales of least squared error, errors counting by how large "
+            "the inputs are that a few random tokens give; search counts all the same; rtn rounds "
+            "to nearest.",
+            metavar="weighted|search|rtn",
+            rich_help_panel=_INT4,
         ),
-    ] = "search",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    ] = "weighted",
+    int8: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--int8",
+            help="A matrix that takes int8 all the same: its name in octavo (layers.0.down), or a "
+            "pattern (*.down). May be given several times.",
+            metavar="PATTERN",
+            show_default=False,
+            rich_help_panel=_BITS,
+        ),
+    ] = None,
+    bits_per_weight: Annotated[
+        float | None,
+        typer.Option(
+            "--bits-per-weight",
+            help="Measure which parts lose the most in 4 bits, and give int8 to them, to at most "
+            "so many bits a weight (embedding and head apart).",
+            metavar="BITS",
+            show_default=False,
+            rich_help_panel=_BITS,
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Measure what quantizing each part alone costs, and print it.",
+            rich_help_panel=_BITS,
+        ),
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            help="What to measure sensitivity on, a text in UTF-8. Left out: random tokens.",
+            show_default=False,
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=_BITS,
+        ),
+    ] = None,
+    max_windows: Annotated[
+        int,
+        typer.Option(
+            "--max-windows",
+            help="How many windows of 512 tokens to measure sensitivity on.",
+            min=1,
+            rich_help_panel=_BITS,
+        ),
+    ] = 2,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bar.", rich_help_panel=_OUTPUT)
+    ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of the summary.")
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON object instead of the summary.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = False,
 ) -> None:
     """Write a model with its weights rounded to 8 or 4 bits.
 
     The folder is in the layout of compressed-tensors (pack-quantized), which octavo, vLLM and
-    transformers load. Embedding and head stay floats there; octavo rounds them to int8 when it
-    loads the folder (--keep-embedding leaves them).
+    transformers load; int4-nonuniform is for octavo alone. Embedding and head stay floats there;
+    octavo rounds them to int8 when it loads the folder (--keep-embedding leaves them).
 
     [bold]octavo quantize smollm2-135m ./smollm2-int8 --scheme int8[/bold]
     """
+    from octavo.cli.stage_bar import StageBar
     from octavo.config import read_environment
-    from octavo.quantization.directory import quantize_directory
+    from octavo.errors import InvalidArgumentError
     from octavo.quantization.plan import Scheme
-    from octavo.weights.hub import resolve_model
-    from octavo.weights.progress import NO_PROGRESS, BarProgress
+    from octavo.quantization.session import QuantizeRequest, quantize_model
 
-    wanted = Scheme(scheme, group_size, symmetric=not asymmetric, method=method)
-    source = resolve_model(model, read_environment())
-    if quiet:
-        result = quantize_directory(source, out, wanted, NO_PROGRESS)
-    else:
-        with BarProgress() as bar:
-            result = quantize_directory(source, out, wanted, bar)
+    if out is None and not sensitivity:
+        raise InvalidArgumentError("OUT is missing; expected the name of a new folder")
+    request = QuantizeRequest(
+        model,
+        out,
+        Scheme(scheme, group_size, not asymmetric, method, tuple(int8 or ())),
+        sensitivity=sensitivity,
+        bits_per_weight=bits_per_weight,
+        text=text,
+        max_windows=max_windows,
+    )
+    with StageBar.with_time_left(quiet=quiet) as bar:
+        result = quantize_model(request, read_environment(), bar.update)
     if as_json:
-        facts = {
-            "path": str(result.path),
-            "num_bytes": result.num_bytes,
-            "source_bytes": result.source_bytes,
-            "bits_per_weight": result.bits_per_weight,
-            "notes": list(result.notes),
-        }
-        typer.echo(json.dumps(facts))
+        typer.echo(json.dumps(result.to_json()))
         return
-    for note in result.notes:
+    if result.sensitivity is not None:
+        from octavo.quantization.report import print_sensitivity
+
+        print_sensitivity(result.sensitivity, result.chosen)
+    if result.directory is not None:
+        _summarize(result.directory)
+
+
+def _summarize(written: QuantizedDirectory) -> None:
+    for note in written.notes:
         typer.echo(note)
     typer.echo(
-        f"{result.path}: {result.num_bytes / 1e6:,.1f} MB of weights, from "
-        f"{result.source_bytes / 1e6:,.1f} MB; {result.bits_per_weight:.2f} bits a weight, "
+        f"{written.path}: {written.num_bytes / 1e6:,.1f} MB of weights, from "
+        f"{written.source_bytes / 1e6:,.1f} MB; {written.bits_per_weight:.2f} bits a weight, "
         "embedding and head apart"
     )

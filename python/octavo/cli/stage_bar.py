@@ -1,4 +1,4 @@
-"""The progress bar of commands that work in stages: diff, eval, bench."""
+"""The progress bar of commands that work in stages: diff, eval, bench, quantize."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class StageBar:
     Use as a context manager; `update` is the callback that the work takes.
     """
 
-    def __init__(self, *columns: str | ProgressColumn) -> None:
+    def __init__(self, *columns: str | ProgressColumn, quiet: bool = False) -> None:
         self._progress = Progress(
             *columns,
             console=Console(stderr=True),
             transient=True,
-            disable=not sys.stderr.isatty(),
+            disable=quiet or not sys.stderr.isatty(),
         )
         self._task: TaskID | None = None
         self._stage = ""
@@ -40,10 +40,16 @@ class StageBar:
         return cls(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(28), counts)
 
     @classmethod
-    def with_time_left(cls) -> StageBar:
-        """Shows per cent and the time left, for stages of minutes."""
+    def with_time_left(cls, *, quiet: bool = False) -> StageBar:
+        """Shows per cent and the time left, for stages of minutes; nothing if quiet."""
         percent = TextColumn("{task.percentage:3.0f} %")
-        return cls(TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
+        return cls(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            percent,
+            TimeRemainingColumn(),
+            quiet=quiet,
+        )
 
     def __enter__(self) -> StageBar:
         self._progress.start()

@@ -67,6 +67,10 @@ class Scorer:
         loaded = load_runtime(files, checkpoint, config, progress, environment)
         return cls(loaded, files.spec.num_kv_groups)
 
+    def load_weight(self, name: str, values: Float32) -> None:
+        """Put other numbers in the place of a weight, which the model runs in floats."""
+        self._runtime.load(name, np.ascontiguousarray(values), "f32")
+
     def logits(self, tokens: Int32, window: Window) -> Iterator[tuple[int, Float32]]:
         """Run the window; yields (index of the first token predicted, logits of those rows).
 

@@ -25,13 +25,15 @@ def quantize_checkpoint(
     scheme: Scheme | None,
     *,
     keep_embedding: bool = False,
+    importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> Checkpoint:
     """The same weights in the formats they are to run in; `checkpoint` itself if nothing changes.
 
     scheme: how to round the layers' matrices of a float checkpoint; None leaves them as they are.
     Wherever matrices are quantized, by this or in the files, embedding and head are rounded to
     int8 too, unless keep_embedding says otherwise. int8 matrices stay floats here, and the
-    native core rounds them while packing; int4 is rounded when a weight is read.
+    native core rounds them while packing; int4 is rounded when a weight is read. importance: for
+    method "weighted", by name without ".weight", as `measure_importance` returns it.
     Raises InvalidArgumentError where a scheme meets a checkpoint that is quantized already.
     """
     formats = dict(checkpoint.formats)
@@ -48,7 +50,8 @@ def quantize_checkpoint(
         formats = {**embedding_formats(spec), **formats}
     if formats == checkpoint.formats:
         return checkpoint
-    source = RoundingSource(checkpoint, formats, scheme.method if scheme else "rtn")
+    method = scheme.method if scheme else "rtn"
+    source = RoundingSource(checkpoint, formats, method, importance or {})
     return Checkpoint(
         source, {name: name for name in source.infos}, formats, dtype=checkpoint.dtype
     )
@@ -58,9 +61,14 @@ class RoundingSource:
     """A `TensorSource` over a checkpoint that rounds to int4 what shall be and is not yet."""
 
     def __init__(
-        self, checkpoint: Checkpoint, formats: Mapping[str, WeightFormat], method: str
+        self,
+        checkpoint: Checkpoint,
+        formats: Mapping[str, WeightFormat],
+        method: str,
+        importance: Mapping[str, npt.NDArray[np.float32]],
     ) -> None:
         self._checkpoint = checkpoint
+        self._importance = importance
         self._method = method
         self._rounded: dict[str, WeightFormat] = {}
         self._latest: tuple[str, QuantizedMatrix] | None = None
@@ -96,7 +104,9 @@ class RoundingSource:
     def _matrix(self, base: str) -> QuantizedMatrix:
         if self._latest is None or self._latest[0] != base:
             weight = self._checkpoint[base + ".weight"].to_float32()
-            self._latest = base, quantize_matrix(weight, self._rounded[base], self._method)
+            share = self._importance.get(base)
+            format = self._rounded[base]
+            self._latest = base, quantize_matrix(weight, format, self._method, importance=share)
         return self._latest[1]
 
 

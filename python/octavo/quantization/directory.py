@@ -22,6 +22,7 @@ from octavo.errors import InvalidArgumentError, WeightsError
 from octavo.models.registry import ModelFiles, read_model
 from octavo.models.spec import WeightFormat
 from octavo.quantization.config import StoredMatrix, make_quantization_config
+from octavo.quantization.importance import measure_importance
 from octavo.quantization.plan import Scheme, plan_formats
 from octavo.quantization.rounding import quantize_matrix
 from octavo.quantization.stored import pack_words, pack_zeros, stored_tensors
@@ -37,6 +38,7 @@ _WEIGHT_FILES = (
     *(".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl"),
 )
 _NOT_COPIED = ("config.json", "octavo.json")  # written anew; the note of where the source came from
+Float32 = npt.NDArray[np.float32]
 Entries = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -57,14 +59,19 @@ class QuantizedDirectory:
 
 
 def quantize_directory(
-    source: Path, target: Path, scheme: Scheme, progress: Progress = NO_PROGRESS
+    source: Path,
+    target: Path,
+    scheme: Scheme,
+    progress: Progress = NO_PROGRESS,
+    importance: Mapping[str, Float32] | None = None,
 ) -> QuantizedDirectory:
     """Write the model in `source` to the new directory `target`, quantized by `scheme`.
 
+    importance: for method "weighted", what `measure_importance` returned; None measures it here.
     The directory is filled under a hidden name beside its place, and renamed when it is whole and
-    on the disk. Raises InvalidArgumentError where `target` exists, its parent does not, or the
-    model is quantized already; WeightsError for weights that hold a NaN or an infinity; and what
-    reading the model raises. Nothing is left behind then.
+    on the disk. Raises InvalidArgumentError where `target` exists, its parent does not, the model
+    is quantized already, or the scheme is no way to store weights; WeightsError for weights that
+    hold a NaN or an infinity; and what reading the model raises. Nothing is left behind then.
     """
     # Whichever way it is spelled, with a slash at the end or dots inside.
     target = Path(os.path.abspath(target.expanduser()))
@@ -72,13 +79,14 @@ def quantize_directory(
         raise InvalidArgumentError(f"{target} exists; expected the name of a new directory")
     if not target.parent.is_dir():
         raise InvalidArgumentError(f"{target.parent} is not a directory; make it first")
-    files = read_model(source)
-    if files.quantized:
+    files, checkpoint = open_float_model(source)
+    if scheme.name == "w8a8":
         raise InvalidArgumentError(
-            f"{source} is quantized already; expected a model with float weights"
+            "w8a8 says how int8 weights are run; expected int8, or --quantize w8a8 of a float model"
         )
-    checkpoint = open_checkpoint(files)
     formats, notes = plan_formats(files.spec, scheme)
+    if scheme.method == "weighted" and scheme.has_groups and importance is None:
+        importance = measure_importance(files, checkpoint)
     staging = target.with_name(f".{target.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
     try:
@@ -86,7 +94,7 @@ def quantize_directory(
         _copy_files(source, staging)
         config = {**files.config, "quantization_config": _config(files, formats)}
         write_file(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        writer = _Writer(files, checkpoint, formats, scheme.method)
+        writer = _Writer(files, checkpoint, formats, scheme.method, importance or {})
         num_bytes = writer.write(staging / "model.safetensors", progress)
         open_checkpoint(read_model(staging))  # what takes the name can be loaded
         staging.rename(target)
@@ -100,6 +108,16 @@ def quantize_directory(
         bits_per_weight=writer.bits_per_weight(),
         notes=tuple(notes),
     )
+
+
+def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:
+    """A model that can be quantized; InvalidArgumentError if it is so already."""
+    files = read_model(source)
+    if files.quantized:
+        raise InvalidArgumentError(
+            f"{source} is quantized already; expected a model with float weights"
+        )
+    return files, open_checkpoint(files)
 
 
 def _copy_files(source: Path, target: Path) -> None:
@@ -129,8 +147,10 @@ class _Writer:
         checkpoint: Checkpoint,
         formats: Mapping[str, WeightFormat],
         method: str,
+        importance: Mapping[str, Float32],
     ) -> None:
         self._checkpoint = checkpoint
+        self._importance = importance
         self._method = method
         self._matrices: dict[str, StoredMatrix] = {}
         self._entries: dict[str, Entries] = {}  # by octavo's name of the weight
@@ -190,7 +210,12 @@ class _Writer:
             yield _cast(tensor)
             return
         matrix = self._matrices[name]
-        rounded = quantize_matrix(tensor.to_float32(), matrix.format, self._method)
+        rounded = quantize_matrix(
+            tensor.to_float32(),
+            matrix.format,
+            self._method,
+            importance=self._importance.get(name.removesuffix(".weight")),
+        )
         arrays: dict[str, npt.NDArray[Any]] = {
             "weight_packed": pack_words(rounded.codes, matrix.format.dtype),
             "weight_shape": np.array(matrix.shape, "<i8"),

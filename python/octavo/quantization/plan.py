@@ -20,7 +20,7 @@ from octavo.models.spec import UNIFORM_LEVELS, ModelSpec, WeightFormat, weight_s
 from octavo.quantization.levels import NONUNIFORM_LEVELS
 
 SCHEMES = ("int8", "w8a8", "int4", "int4-nonuniform")
-METHODS = ("rtn", "search")
+METHODS = ("rtn", "search", "weighted")
 GROUP_SIZES = (32, 64, 128)
 # 4.5 bits a weight, as llama.cpp's Q4_0; wider groups are smaller and clearly worse.
 DEFAULT_GROUP_SIZE = 32
@@ -33,10 +33,12 @@ _CODE_BITS = {"int8": 8, "int4": 4}
 class Scheme:
     """What a user asks for.
 
-    name: "int8", "w8a8", "int4" or "int4-nonuniform". group_size: of both kinds of int4; symmetric:
-    of int4. method: how int4 is rounded, "rtn" to nearest by the largest magnitude, or "search" for
-    the scale of least squared error. int8: patterns of names ("layers.0.*", "*.down"): of an int4
-    model, matrices that take int8 all the same.
+    name: "int8", "w8a8", "int4" or "int4-nonuniform". group_size: of both kinds of int4.
+    symmetric: of int4. method: how int4 is rounded, "rtn" to nearest by the largest magnitude,
+    "search" for the scale of least squared error, or "weighted" for the same with errors that
+    count by importance (as `octavo.quantization.importance` measures it; where nobody has, it is
+    "search"). int8: patterns of names ("layers.0.*", "*.down"): of an int4 model, matrices that
+    take int8 all the same.
     """
 
     name: str
@@ -168,6 +170,15 @@ def weight_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: st
             scale = 16 if format.dtype == "int4" and format.scale_dtype == "bf16" else 32
             bits += shape[0] * format.num_groups(shape[1]) * (scale + 8 * format.has_zeros)
     return bits // 8
+
+
+def stored_bits(format: WeightFormat, shape: tuple[int, int]) -> int:
+    """What a quantized matrix takes in a directory, scales and its shape included."""
+    outputs, inputs = shape
+    words = outputs * -(-inputs * _CODE_BITS[format.dtype] // 32)
+    groups = format.num_groups(inputs)
+    zeros = -(-outputs // 8) * groups if format.has_zeros else 0
+    return 32 * words + 16 * outputs * groups + 32 * zeros + 128
 
 
 def describe_dtypes(formats: Mapping[str, WeightFormat], dtype: str) -> str:

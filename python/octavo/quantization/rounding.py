@@ -66,7 +66,7 @@ def quantize_matrix(
     """Round a matrix to a format.
 
     weight: float32 (outputs, inputs). format: int8, or int4 whose group divides inputs; zero points
-    need uniform levels. method "rtn": scales that just span the largest magnitude; "search": scales
+    need uniform levels. method "rtn": scales that just span the largest magnitude; else scales
     (and zero points) of least squared error among some twenty, then fitted to their codes by
     least squares. A group that holds a NaN or an infinity gets a NaN for its scale. num_threads:
     None takes the cores that this process may use, at most eight. importance: float32 (inputs,),
@@ -168,7 +168,7 @@ def _round_block(
         _try_asymmetric(fit, np.minimum(low, 0), np.maximum(high, 0), method)
     else:
         _try_symmetric(fit, low, high, method)
-    if method == "search":
+    if method != "rtn":
         for _ in range(_REFINEMENTS):
             fit.refine()
     scales = fit.scale
@@ -242,7 +242,9 @@ class _Fit:
 
     def codes(self) -> npt.NDArray[np.uint8]:
         """The codes, 0 to 15, by the best scale and zero."""
-        return (self.nearest(self.scale, self.zero) + np.float32(8)).astype(np.uint8)
+        steps = self.nearest(self.scale, self.zero)
+        codes: npt.NDArray[np.uint8] = np.add(steps, np.float32(8), out=steps).astype(np.uint8)
+        return codes
 
     def set(self, scale: Float32, zero: npt.NDArray[Any] | None = None) -> None:
         """Take a scale and zero without comparing."""
