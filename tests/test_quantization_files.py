@@ -81,8 +81,10 @@ def test_a_directory_holds_the_weights(tmp_path: Path, scheme: str) -> None:
     down = original["layers.1.down.weight"].to_float32()
     name = "model.layers.1.mlp.down_proj.weight"
     bits = 8 if scheme == "int8" else 4
-    assert tensors[name + "_shape"].tolist() == [96, 160] and name not in tensors
-    codes = definition.unpack_int32(tensors[name + "_packed"], bits, 160).astype(np.float64)
+    assert tensors[name + "_shape"].tolist() == [96, 160]
+    words = name if scheme == "int4-nonuniform" else name + "_packed"
+    assert (name in tensors) == (words == name)
+    codes = definition.unpack_int32(tensors[words], bits, 160).astype(np.float64)
     scales = (tensors[name + "_scale"].astype(np.uint32) << 16).view(np.float32)
     if "asymmetric" in scheme:
         zeros = definition.unpack_int32(
@@ -99,7 +101,7 @@ def test_a_directory_holds_the_weights(tmp_path: Path, scheme: str) -> None:
     assert tensors["lm_head.weight"].dtype == tensors["model.embed_tokens.weight"].dtype
     ours = scheme == "int4-nonuniform"
     assert config["quant_method"] == ("octavo" if ours else "compressed-tensors")
-    assert config["format"] == "pack-quantized"
+    assert config["format"] == ("octavo" if ours else "pack-quantized")
     assert config["ignore"] == ["lm_head"]
     assert not list(tmp_path.glob(".*"))
 
@@ -247,6 +249,9 @@ def stored_config(bits: int = 4, **changes: Any) -> dict[str, Any]:
     return config
 
 
+OWN = {"quant_method": "octavo", "format": "octavo"}
+
+
 @pytest.mark.parametrize(
     ("bits", "changes", "message"),
     [
@@ -272,11 +277,13 @@ def stored_config(bits: int = 4, **changes: Any) -> dict[str, Any]:
         (4, {"weights_dynamic": True}, "dynamic is True"),
         (4, {"weights_strategy": "tensor"}, "strategy is 'tensor'"),
         (4, {"weights_levels": list(range(-8, 8))}, "levels is .*; supported: no levels"),
-        (4, {"quant_method": "octavo", "weights_levels": 4}, "levels is 4; supported: 16 whole"),
-        (4, {"quant_method": "octavo", "weights_levels": [*range(-8, 7), 7.5]}, "levels is"),
-        (4, {"quant_method": "octavo", "weights_levels": [*range(-8, 7), 6]}, "levels is"),
-        (4, {"quant_method": "octavo", "weights_levels": [-128, *range(-8, 7)]}, "levels is"),
-        (8, {"quant_method": "octavo", "weights_levels": list(LEVELS)}, "levels is .*symmetric 4"),
+        (4, {"quant_method": "octavo"}, "format is 'pack-quantized'; supported: 'octavo'"),
+        (4, {"format": "octavo"}, "format is 'octavo'; supported: 'pack-quantized' or"),
+        (4, OWN | {"weights_levels": 4}, "levels is 4; supported: 16 whole"),
+        (4, OWN | {"weights_levels": [*range(-8, 7), 7.5]}, "levels is"),
+        (4, OWN | {"weights_levels": [*range(-8, 7), 6]}, "levels is"),
+        (4, OWN | {"weights_levels": [-128, *range(-8, 7)]}, "levels is"),
+        (8, OWN | {"weights_levels": list(LEVELS)}, "levels is .*symmetric 4"),
         (4, {"weights_group_size": 48}, "group_size is 48; supported: a multiple of 32"),
         (4, {"weights_group_size": 128}, "group_size is 128; .*divides the width"),
         (4, {"weights_group_size": 16}, "group_size is 16"),

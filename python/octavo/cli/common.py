@@ -49,8 +49,9 @@ QuantizeOption = Annotated[
     str | None,
     typer.Option(
         "--quantize",
-        help="Round the weights while loading: int8 (half the memory of bf16, next to no loss) or "
-        "int4 (about a third, with some).",
+        help="Round the weights while loading: int8 (half the memory of bf16, next to no loss), "
+        "w8a8 (activations too: faster, more loss), int4 (about a third, with some loss) or "
+        "int4-nonuniform (half of int4's loss).",
         metavar="int8|w8a8|int4|int4-nonuniform",
         show_default=False,
         rich_help_panel=_MODEL_PANEL,

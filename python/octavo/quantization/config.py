@@ -6,8 +6,9 @@ llm-compressor writes and vLLM and transformers read. octavo runs its weight-onl
 - 4 bits in groups that are a multiple of 32 wide, symmetric or not, format "pack-quantized";
 - 8 bits, one symmetric scale an output, format "pack-quantized" or "int-quantized".
 
-quant_method "octavo" is our own, for what that library cannot say: the same layout and the same
-words, and a group's weights may name their `levels`, 16 ascending whole numbers. Others refuse it.
+quant_method "octavo", format "octavo", is our own, for what that library cannot say: the same
+words, and a group's weights may name their `levels`, 16 ascending whole numbers. Codes lie where
+others look for a matrix of floats, so that they stop at its shape instead of making up a matrix.
 
 Anything else is refused by name. What changes no result (observers, ratios) is not looked at.
 """
@@ -15,7 +16,7 @@ Anything else is refused by name. What changes no result (observers, ratios) is 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,11 +24,12 @@ from octavo.models.fields import Fields
 from octavo.models.spec import UNIFORM_LEVELS, ModelSpec, WeightFormat
 from octavo.quantization.plan import matrix_names
 
-Layout = Literal["pack-quantized", "int-quantized"]
+Layout = Literal["pack-quantized", "int-quantized", "octavo"]
 _LAYOUTS: dict[str, Layout] = {
     "pack-quantized": "pack-quantized",
     "int-quantized": "int-quantized",
     "naive-quantized": "int-quantized",
+    "octavo": "octavo",
 }
 _METHODS = ("compressed-tensors", "octavo")
 _SOURCE = "config.json: quantization_config"
@@ -115,8 +117,10 @@ class _Group:
             raise group.error("weights", weights, "an object")
         fields = Fields(weights, f"{source}: weights")
         format = values.get("format") or format
-        if not isinstance(format, str) or format not in _LAYOUTS:
-            raise group.error("format", format, "'pack-quantized' or 'int-quantized'")
+        known = isinstance(format, str) and format in _LAYOUTS
+        if not isinstance(format, str) or not known or (format == "octavo") != own_levels:
+            supported = "'octavo'" if own_levels else "'pack-quantized' or 'int-quantized'"
+            raise group.error("format", format, supported)
         fields.refuse_unless("type", ("int",), "'int'")
         fields.refuse_unless("dynamic", (False,), "false")
         fields.refuse_unless("block_structure", (), "null")
@@ -130,7 +134,7 @@ class _Group:
             raise fields.error(wrong, weights.get(wrong), supported)
         if bits not in (4, 8):
             raise fields.error("num_bits", bits, "4 or 8")
-        if bits == 4 and _LAYOUTS[format] != "pack-quantized":
+        if bits == 4 and _LAYOUTS[format] == "int-quantized":
             raise group.error("format", format, "'pack-quantized' for 4 bits")
         if not own_levels:
             fields.refuse_unless("levels", (), "no levels (quant_method 'octavo' has them)")
@@ -202,18 +206,24 @@ def _matches(module: str, targets: Sequence[str]) -> bool:
     )
 
 
+def choose_layout(formats: Iterable[WeightFormat]) -> Layout:
+    """The layout of a directory that octavo writes: others' own, where it can hold the formats."""
+    uniform = all(format.levels == UNIFORM_LEVELS for format in formats)
+    return "pack-quantized" if uniform else "octavo"
+
+
 def make_quantization_config(modules: Mapping[str, WeightFormat]) -> dict[str, Any]:
     """What goes into config.json. modules: the checkpoint's name of each matrix -> its format.
 
     The quant_method is "compressed-tensors" where that can say it all, else "octavo".
     """
-    uniform = all(format.levels == UNIFORM_LEVELS for format in modules.values())
+    layout = choose_layout(modules.values())
     by_format: dict[WeightFormat, list[str]] = {}
     for module, format in modules.items():
         by_format.setdefault(format, []).append(module)
     return {
-        "quant_method": _METHODS[0] if uniform else _METHODS[1],
-        "format": "pack-quantized",
+        "quant_method": "octavo" if layout == "octavo" else "compressed-tensors",
+        "format": layout,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,

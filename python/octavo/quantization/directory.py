@@ -21,11 +21,20 @@ import numpy.typing as npt
 from octavo.errors import InvalidArgumentError, WeightsError
 from octavo.models.registry import ModelFiles, read_model
 from octavo.models.spec import WeightFormat
-from octavo.quantization.config import StoredMatrix, make_quantization_config
+from octavo.quantization.config import (
+    StoredMatrix,
+    choose_layout,
+    make_quantization_config,
+)
 from octavo.quantization.importance import measure_importance
 from octavo.quantization.plan import Scheme, plan_formats
 from octavo.quantization.rounding import quantize_matrix
-from octavo.quantization.stored import pack_words, pack_zeros, stored_tensors
+from octavo.quantization.stored import (
+    pack_words,
+    pack_zeros,
+    stored_tensors,
+    words_name,
+)
 from octavo.weights.checkpoint import Checkpoint, has_non_finite, open_checkpoint
 from octavo.weights.convert import write_file
 from octavo.weights.progress import NO_PROGRESS, Progress
@@ -154,6 +163,7 @@ class _Writer:
         self._method = method
         self._matrices: dict[str, StoredMatrix] = {}
         self._entries: dict[str, Entries] = {}  # by octavo's name of the weight
+        layout = choose_layout(formats.values())
         for name, info in checkpoint.infos.items():
             theirs = files.weight_map[name]
             base = name.removesuffix(".weight")
@@ -163,7 +173,7 @@ class _Writer:
                     theirs.removesuffix(".weight"),
                     (outputs, inputs),
                     formats[base],
-                    "pack-quantized",
+                    layout,
                 )
                 self._matrices[name] = matrix
                 self._entries[name] = {
@@ -217,7 +227,7 @@ class _Writer:
             importance=self._importance.get(name.removesuffix(".weight")),
         )
         arrays: dict[str, npt.NDArray[Any]] = {
-            "weight_packed": pack_words(rounded.codes, matrix.format.dtype),
+            words_name(matrix).rsplit(".", 1)[1]: pack_words(rounded.codes, matrix.format.dtype),
             "weight_shape": np.array(matrix.shape, "<i8"),
             "weight_scale": float32_to_bf16(rounded.scales),
         }

@@ -7,7 +7,8 @@ Of a matrix M of (outputs, inputs), layout "pack-quantized" has
     M.weight_shape       int (2,): outputs and inputs
     M.weight_zero_point  int32 (ceil(outputs / 8), groups), of asymmetric matrices: packed downwards
 
-and "int-quantized" has M.weight int8 (outputs, inputs) with M.weight_scale (outputs, 1).
+"int-quantized" has M.weight int8 (outputs, inputs) with M.weight_scale (outputs, 1), and "octavo"
+is "pack-quantized" with M.weight for M.weight_packed.
 A weight is (code - zero point) * scale, with codes and zero points from -8 to 7 or -128 to 127.
 `octavo.reference.quantization.pack_int32` states the packing plainly.
 """
@@ -78,6 +79,11 @@ def unpack_zeros(words: npt.NDArray[np.int32], outputs: int) -> npt.NDArray[np.f
     return np.ascontiguousarray(zeros[:outputs] - 8)
 
 
+def words_name(matrix: StoredMatrix) -> str:
+    """The tensor that holds packed codes."""
+    return matrix.module + (".weight" if matrix.layout == "octavo" else ".weight_packed")
+
+
 def stored_tensors(matrix: StoredMatrix) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """The tensors of a matrix: name -> (types it may have, shape)."""
     outputs, inputs = matrix.shape
@@ -89,7 +95,7 @@ def stored_tensors(matrix: StoredMatrix) -> dict[str, tuple[tuple[str, ...], tup
         return {name + "weight": (("I8",), (outputs, inputs)), **scale}
     words = -(-inputs * _BITS[matrix.format.dtype] // 32)
     tensors = {
-        name + "weight_packed": (("I32",), (outputs, words)),
+        words_name(matrix): (("I32",), (outputs, words)),
         name + "weight_shape": (("I32", "I64"), (2,)),
         **scale,
     }
@@ -146,7 +152,7 @@ class StoredSource:
             for name in stored_tensors(matrix):
                 if name != module + ".weight_scale":
                     del infos[name]
-            if matrix.layout == "pack-quantized":
+            if matrix.layout != "int-quantized":
                 shape = tuple(int(size) for size in files.read_integers(module + ".weight_shape"))
                 if shape != matrix.shape:
                     raise WeightsError(
@@ -174,5 +180,5 @@ class StoredSource:
         kind: TensorDType = "int4" if matrix.format.dtype == "int4" else "int8"
         if matrix.layout == "int-quantized":
             return Tensor(self._files.read_integers(name), kind)
-        words = self._files.read_integers(name + "_packed")
+        words = self._files.read_integers(words_name(matrix))
         return Tensor(unpack_words(words, kind, inputs), kind)
