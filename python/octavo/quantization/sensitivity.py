@@ -7,7 +7,7 @@ its codes stand for, a piece of text is scored, and the part is put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from octavo.config import EngineConfig, Environment
 from octavo.errors import InvalidArgumentError
 from octavo.eval.measures import compare
 from octavo.eval.scorer import Int32, Scorer
-from octavo.eval.windows import make_windows
+from octavo.eval.windows import Window, make_windows
 from octavo.models.registry import ModelFiles
 from octavo.models.spec import ModelSpec, WeightFormat
 from octavo.quantization.plan import Scheme, matrix_names, plan_formats, stored_bits
@@ -95,30 +95,16 @@ def measure_sensitivity(
     of the windows.
     """
     window = min(DEFAULT_WINDOW, files.spec.max_position_embeddings)
-    windows = make_windows(len(tokens), window, window, max_windows)
-    config = EngineConfig(dtype="f32", kv_dtype="f32")
     scorer = Scorer.load(
         files,
         checkpoint,
-        config,
+        EngineConfig(dtype="f32", kv_dtype="f32"),
         window,
         lambda done, total: progress("loading", done, total),
         environment,
     )
-    expected = [
-        (first, logits) for part in windows for first, logits in scorer.logits(tokens, part)
-    ]
-
-    def divergence() -> float:
-        found = (chunk for part in windows for chunk in scorer.logits(tokens, part))
-        apart = [
-            compare(logits, before, tokens[first : first + len(logits)]).kl
-            for (first, logits), (_, before) in zip(found, expected, strict=True)
-        ]
-        return float(np.concatenate(apart).mean())
-
+    meter = _Meter(scorer, tokens, make_windows(len(tokens), window, window, max_windows))
     formats, _ = plan_formats(files.spec, scheme)
-    shapes = matrix_names(files.spec)
     costs = []
     parts = layer_parts(files.spec)
     for number, (name, matrices) in enumerate(parts.items()):
@@ -126,20 +112,50 @@ def measure_sensitivity(
         for matrix in matrices:
             weight = checkpoint[matrix + ".weight"].to_float32()
             share = None if importance is None else importance[matrix]
-            scorer.load_weight(
-                matrix + ".weight", _rounded(weight, formats[matrix], scheme.method, share)
-            )
-        kl = divergence()
+            rounded = _rounded(weight, formats[matrix], scheme.method, share)
+            scorer.load_weight(matrix + ".weight", rounded)
+        costs.append(_cost(name, matrices, files.spec, formats, meter.divergence()))
         for matrix in matrices:
             scorer.load_weight(matrix + ".weight", checkpoint[matrix + ".weight"].to_float32())
-        weights = sum(shapes[matrix][0] * shapes[matrix][1] for matrix in matrices)
-        bits = sum(stored_bits(formats[matrix], shapes[matrix]) for matrix in matrices)
-        eight = sum(stored_bits(WeightFormat("int8"), shapes[matrix]) for matrix in matrices)
-        costs.append(PartCost(name, matrices, weights, bits / weights, eight / weights, kl))
     progress("measuring sensitivity", len(parts), len(parts))
     total = sum(part.bits * part.weights for part in costs) / sum(part.weights for part in costs)
     ordered = sorted(costs, key=lambda part: -part.kl_per_megabit)
-    return Sensitivity(tuple(ordered), total, sum(len(logits) for _, logits in expected))
+    return Sensitivity(tuple(ordered), total, meter.num_scored)
+
+
+class _Meter:
+    """How far a model has come from what it was when the meter was made."""
+
+    def __init__(self, scorer: Scorer, tokens: Int32, windows: Sequence[Window]) -> None:
+        self._scorer, self._tokens, self._windows = scorer, tokens, windows
+        self._expected = list(self._logits())
+        self.num_scored = sum(len(logits) for _, logits in self._expected)
+
+    def _logits(self) -> Iterator[tuple[int, Float32]]:
+        for window in self._windows:
+            yield from self._scorer.logits(self._tokens, window)
+
+    def divergence(self) -> float:
+        """Mean KL of the model as it is now from the model as it was, in nats."""
+        apart = [
+            compare(logits, before, self._tokens[first : first + len(logits)]).kl
+            for (first, logits), (_, before) in zip(self._logits(), self._expected, strict=True)
+        ]
+        return float(np.concatenate(apart).mean())
+
+
+def _cost(
+    name: str,
+    matrices: tuple[str, ...],
+    spec: ModelSpec,
+    formats: Mapping[str, WeightFormat],
+    kl: float,
+) -> PartCost:
+    shapes = matrix_names(spec)
+    weights = sum(shapes[matrix][0] * shapes[matrix][1] for matrix in matrices)
+    bits = sum(stored_bits(formats[matrix], shapes[matrix]) for matrix in matrices)
+    eight = sum(stored_bits(WeightFormat("int8"), shapes[matrix]) for matrix in matrices)
+    return PartCost(name, matrices, weights, bits / weights, eight / weights, kl)
 
 
 def layer_parts(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
