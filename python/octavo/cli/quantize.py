@@ -104,7 +104,8 @@ def quantize(
         Path | None,
         typer.Option(
             "--text",
-            help="What to measure sensitivity on, a text in UTF-8. Left out: random tokens.",
+            help="What to measure sensitivity on, a text in UTF-8. Left out: random tokens, a "
+            "poorer guide.",
             show_default=False,
             exists=True,
             dir_okay=False,
