@@ -166,6 +166,7 @@ class TransformersSide(HuggingFaceSide):
             config = AutoConfig.from_pretrained(path)
             with no_init_weights():
                 self._model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
+            self._model.tie_weights()  # part of what was left out
             with torch.no_grad():
                 for weight in self._model.parameters():
                     weight.uniform_(-0.03, 0.03)
