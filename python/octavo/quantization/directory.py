@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from octavo.errors import InvalidArgumentError, WeightsError
 from octavo.models.registry import ModelFiles, read_model
 from octavo.models.spec import WeightFormat
+from octavo.quantization.calibration import CalibratedWeights
 from octavo.quantization.config import (
     StoredMatrix,
     choose_layout,
@@ -49,6 +50,7 @@ _WEIGHT_FILES = (
 _NOT_COPIED = ("config.json", "octavo.json")  # written anew; the note of where the source came from
 Float32 = npt.NDArray[np.float32]
 Entries = dict[str, tuple[str, tuple[int, ...]]]
+Calibrate = Callable[[ModelFiles, Checkpoint, Mapping[str, WeightFormat]], CalibratedWeights]
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,17 @@ def quantize_directory(
     scheme: Scheme,
     progress: Progress = NO_PROGRESS,
     importance: Mapping[str, Float32] | None = None,
+    calibrate: Calibrate | None = None,
 ) -> QuantizedDirectory:
     """Write the model in `source` to the new directory `target`, quantized by `scheme`.
 
     importance: for method "weighted", what `measure_importance` returned; None measures it here.
-    The directory is filled under a hidden name beside its place, and renamed when it is whole and
-    on the disk. Raises InvalidArgumentError where `target` exists, its parent does not, the model
-    is quantized already, or the scheme is no way to store weights; WeightsError for weights that
-    hold a NaN or an infinity; and what reading the model raises. Nothing is left behind then.
+    calibrate rounds the matrices with a text at hand (`calibrate.calibrate`); without it each is
+    rounded by itself. The directory is filled under a hidden name beside its place, and renamed
+    when it is whole and on the disk. Raises InvalidArgumentError where `target` exists, its parent
+    does not, the model is quantized already, or the scheme is no way to store weights; WeightsError
+    for weights that hold a NaN or an infinity; and what reading the model raises. Nothing is left
+    behind then.
     """
     # Whichever way it is spelled, with a slash at the end or dots inside.
     target = Path(os.path.abspath(target.expanduser()))
@@ -94,16 +99,20 @@ def quantize_directory(
             "w8a8 says how int8 weights are run; expected int8, or --quantize w8a8 of a float model"
         )
     formats, notes = plan_formats(files.spec, scheme)
-    if scheme.method == "weighted" and scheme.has_groups and importance is None:
+    weighted = scheme.method == "weighted" and scheme.has_groups and calibrate is None
+    if weighted and importance is None:
         importance = measure_importance(files, checkpoint)
     staging = target.with_name(f".{target.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
     try:
         staging.mkdir()
+        calibrated = CalibratedWeights()
+        if calibrate is not None:
+            calibrated = calibrate(files, checkpoint, formats)
         _copy_files(source, staging)
         config = {**files.config, "quantization_config": _config(files, formats)}
         write_file(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        writer = _Writer(files, checkpoint, formats, scheme.method, importance or {})
+        writer = _Writer(files, checkpoint, formats, scheme.method, importance or {}, calibrated)
         num_bytes = writer.write(staging / "model.safetensors", progress)
         open_checkpoint(read_model(staging))  # what takes the name can be loaded
         staging.rename(target)
@@ -115,7 +124,7 @@ def quantize_directory(
         num_bytes=num_bytes,
         source_bytes=checkpoint.total_bytes,
         bits_per_weight=writer.bits_per_weight(),
-        notes=tuple(notes),
+        notes=(*notes, *calibrated.notes),
     )
 
 
@@ -157,10 +166,12 @@ class _Writer:
         formats: Mapping[str, WeightFormat],
         method: str,
         importance: Mapping[str, Float32],
+        calibrated: CalibratedWeights,
     ) -> None:
         self._checkpoint = checkpoint
         self._importance = importance
         self._method = method
+        self._calibrated = calibrated
         self._matrices: dict[str, StoredMatrix] = {}
         self._entries: dict[str, Entries] = {}  # by octavo's name of the weight
         layout = choose_layout(formats.values())
@@ -182,6 +193,8 @@ class _Writer:
                 }
             else:
                 dtype = _kept_dtype(info.dtype, info.shape)
+                if name in calibrated.vectors:
+                    dtype = "f32"
                 self._entries[name] = {theirs: (_NAMES[dtype], info.shape)}
 
     def write(self, path: Path, progress: Progress) -> int:
@@ -216,16 +229,22 @@ class _Writer:
                 f"{next(iter(self._entries[name]))}: the weight holds a NaN or an infinity, which "
                 "cannot be rounded. Fetch or convert the model again"
             )
+        if name in self._calibrated.vectors:
+            yield self._calibrated.vectors[name]
+            return
         if name not in self._matrices:
             yield _cast(tensor)
             return
         matrix = self._matrices[name]
-        rounded = quantize_matrix(
-            tensor.to_float32(),
-            matrix.format,
-            self._method,
-            importance=self._importance.get(name.removesuffix(".weight")),
-        )
+        base = name.removesuffix(".weight")
+        rounded = self._calibrated.matrices.get(base)
+        if rounded is None:
+            rounded = quantize_matrix(
+                tensor.to_float32(),
+                matrix.format,
+                self._method,
+                importance=self._importance.get(base),
+            )
         arrays: dict[str, npt.NDArray[Any]] = {
             words_name(matrix).rsplit(".", 1)[1]: pack_words(rounded.codes, matrix.format.dtype),
             "weight_shape": np.array(matrix.shape, "<i8"),

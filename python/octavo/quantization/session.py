@@ -14,7 +14,11 @@ from octavo.config import EngineConfig, Environment
 from octavo.errors import InvalidArgumentError
 from octavo.eval.run import EvalRequest, read_text
 from octavo.models.registry import ModelFiles
+from octavo.models.spec import WeightFormat
+from octavo.quantization.calibrate import calibrate
+from octavo.quantization.calibration import CalibratedWeights, Calibration
 from octavo.quantization.directory import (
+    Calibrate,
     QuantizedDirectory,
     open_float_model,
     quantize_directory,
@@ -37,6 +41,7 @@ class QuantizeRequest:
     bits_per_weight: give int8 to the parts that gain the most by it, to at most so many bits (this
         measures too). text: what to measure on, a file in UTF-8, or None for random tokens.
     max_windows: how many windows of 512 tokens to measure on.
+    calibration: a text by which the weights are rounded, or None to round each by itself.
     """
 
     model: str | None
@@ -46,6 +51,7 @@ class QuantizeRequest:
     bits_per_weight: float | None = None
     text: Path | None = None
     max_windows: int = 2
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,8 @@ def quantize_model(
             "which matrices had better take int8"
         )
     importance: Mapping[str, npt.NDArray[np.float32]] | None = None
-    if scheme.method == "weighted" and scheme.has_groups:
+    needed = measures or request.calibration is None
+    if scheme.method == "weighted" and scheme.has_groups and needed:
         importance = measure_importance(files, checkpoint, progress)
     found: Sensitivity | None = None
     if measures:
@@ -110,8 +117,23 @@ def quantize_model(
         chosen = scheme.int8[len(request.scheme.int8) :]
     written = None
     if request.out is not None:
-        written = quantize_directory(source, request.out, scheme, _Bytes(progress), importance)
+        done, work = _Bytes(progress), _calibration(request.calibration, progress)
+        written = quantize_directory(source, request.out, scheme, done, importance, work)
     return QuantizeResult(written, found, chosen)
+
+
+def _calibration(asked: Calibration | None, progress: StepProgress) -> Calibrate | None:
+    """What rounds the matrices by a text; None without one."""
+    if asked is None:
+        return None
+    text = asked
+
+    def work(
+        files: ModelFiles, checkpoint: Checkpoint, formats: Mapping[str, WeightFormat]
+    ) -> CalibratedWeights:
+        return calibrate(files, checkpoint, formats, text, progress)
+
+    return work
 
 
 def _tokens(
