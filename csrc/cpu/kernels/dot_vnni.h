@@ -15,13 +15,21 @@ inline Bytes split_bytes(Words bytes) { return bytes; }
 // The codes of four inputs, in two words: their high bytes, their low bytes.
 template <int kPasses>
 inline void store_codes(std::uint32_t* words, const std::int16_t* codes, std::int64_t count) {
-  auto* bytes = reinterpret_cast<std::uint8_t*>(words);
+  // Four 16-bit numbers in 64 bits; the low bytes of them, pushed together.
+  const auto low_bytes = [](std::uint64_t four) {
+    four &= 0x00ff00ff00ff00ffu;
+    four = (four | four >> 8) & 0x0000ffff0000ffffu;
+    return static_cast<std::uint32_t>(four | four >> 16);
+  };
+  constexpr std::uint64_t kSigns = 0x8000800080008000u;
   for (std::int64_t i = 0; i < count; i += 4) {
-    for (std::int64_t j = 0; j < 4; ++j) {
-      const int code = codes[i + j];
-      bytes[2 * i + j] = static_cast<std::uint8_t>(kPasses == 1 ? code : (code + 128) >> 8);
-      bytes[2 * i + 4 + j] = static_cast<std::uint8_t>(code);
-    }
+    std::uint64_t four;
+    std::memcpy(&four, codes + i, sizeof four);
+    const std::uint32_t low = low_bytes(four);
+    // 128 added to each number by itself, so that the low byte rounds the high one.
+    const std::uint64_t rounded = ((four & ~kSigns) + 0x0080008000800080u) ^ (four & kSigns);
+    words[i / 2] = kPasses == 1 ? low : low_bytes(rounded >> 8);
+    words[i / 2 + 1] = low;
   }
 }
 // One of the two words.
