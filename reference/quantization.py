@@ -110,8 +110,9 @@ def round_to_int4(
     Levels of their own: the largest magnitude becomes the level of largest magnitude, which takes
     a scale below zero where their signs differ; of two equally near levels the upper one is taken;
     what is next to nothing gets scale 0, since no level may be 0.
-    Uniform levels, -8 to 7, symmetric: fifteen steps from the largest magnitude to its opposite. Asymmetric: fifteen steps
-    from the group's least to its greatest weight, 0 always among the two and always a level.
+    Uniform levels, -8 to 7, symmetric: fifteen steps from the largest magnitude to its opposite.
+    Asymmetric: fifteen steps from the group's least to its greatest weight, 0 always among the two
+    and always a level.
     Scales are rounded to bfloat16 before anything is measured by them.
 
     weight: (outputs, inputs), inputs a multiple of the group. Returns codes, uint8 from 0 to 15,
