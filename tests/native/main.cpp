@@ -15,8 +15,9 @@ int main(int argc, char** argv) {
   std::printf(" (compiled in:");
   for (const std::string& isa : octavo::cpu::compiled_isas()) std::printf(" %s", isa.c_str());
   std::printf(")\n");
-  for (const auto& tests : {core_tests(), op_tests(), quantized_tests(), tile_tests(), attention_tests(),
-                            sampling_tests(), runtime_tests(), runtime_error_tests()}) {
+  for (const auto& tests :
+       {core_tests(), op_tests(), quantized_tests(), tile_tests(), attention_tests(),
+        sampling_tests(), runtime_tests(), runtime_error_tests()}) {
     for (const Test& test : tests) {
       if (test.name.find(part) == std::string::npos) continue;
       try {
