@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import re
 from collections.abc import Mapping
@@ -58,9 +59,10 @@ class SafetensorsFile:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 header, self._data_start = _read_header(path, file.read(8), file, size)
-            self._offsets = _check_header(path, header, size - self._data_start)
-            # asarray: a plain array over the mapping, which the slices keep alive.
-            self._bytes: npt.NDArray[np.uint8] = np.asarray(np.memmap(path, np.uint8, "r"))
+                self._offsets = _check_header(path, header, size - self._data_start)
+                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # The array, and so every slice of it, keeps the mapping alive.
+            self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
         except OSError as error:
             raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
         self.infos: Mapping[str, TensorInfo] = {
@@ -76,9 +78,7 @@ class SafetensorsFile:
             raise WeightsError(
                 f"{self.path}: {name} is stored as {info.dtype}; supported: F32, F16, BF16"
             )
-        begin, end = self._offsets[name]
-        raw = self._bytes[self._data_start + begin : self._data_start + end]
-        data = raw.view(_NUMPY_TYPES[dtype]).reshape(info.shape)
+        data = self._slice(name).view(_NUMPY_TYPES[dtype]).reshape(info.shape)
         if not data.flags.aligned:
             data = data.copy()
         return Tensor(data, dtype)
@@ -86,10 +86,16 @@ class SafetensorsFile:
     def read_integers(self, name: str) -> npt.NDArray[Any]:
         """An I8, I32 or I64 tensor: a view of the mapped file, or a copy if it is unaligned."""
         kind = _INTEGER_TYPES[self.infos[name].dtype]
-        begin, end = self._offsets[name]
-        raw = self._bytes[self._data_start + begin : self._data_start + end]
-        data = raw.view(kind).reshape(self.infos[name].shape)
+        data = self._slice(name).view(kind).reshape(self.infos[name].shape)
         return data if data.flags.aligned else data.copy()
+
+    def _slice(self, name: str) -> npt.NDArray[np.uint8]:
+        # What was read before leaves our memory (the system keeps it, and brings it back when it is
+        # touched again): otherwise a loader would hold the file beside the packed weights.
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+        begin, end = self._offsets[name]
+        return self._bytes[self._data_start + begin : self._data_start + end]
 
 
 class ShardedSafetensors:
