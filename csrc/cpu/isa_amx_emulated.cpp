@@ -15,17 +15,8 @@
 namespace octavo::cpu {
 namespace amx_emulated {
 
-// Tiles of the products by vectors, of a few rows, as in isa_avx512_vnni.cpp.
-constexpr int kRows = 6;
-constexpr int kPanels = 2;
-constexpr int kDotRows = 3;
-constexpr int kDotRowsOnePass = 6;
-constexpr int kDotPanels = 4;
-constexpr int kPanelsOneRow = 4;  // more panels for one row: enough sums under way at a time
-constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
-constexpr int kScoreChains = 8;   // query rows x tiles of keys under way at a time
-constexpr int kValueRows = 4;     // query rows that share a load of the values
-
+#include "cpu/kernels/sizes_avx512_vnni.h"
+//
 #include "cpu/kernels/vec_avx512.h"
 //
 #include "cpu/kernels/dot_vnni.h"

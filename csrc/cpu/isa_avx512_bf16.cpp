@@ -11,19 +11,10 @@
 namespace octavo::cpu {
 namespace avx512_bf16 {
 
-// Tiles of the matrix products, rows x panels, so that what they sum up fits the 32 registers:
-// fused multiply-adds (even and odd sums), and dot products (16-bit codes; 8-bit ones).
-constexpr int kRows = 6;
-constexpr int kPanels = 2;
-constexpr int kDotRows = 3;
-constexpr int kDotRowsOnePass = 6;
-constexpr int kDotPanels = 4;
-constexpr int kPanelsOneRow = 4;  // more panels for one row: enough sums under way at a time
-constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
-constexpr int kScoreChains = 8;   // query rows x tiles of keys under way at a time
-constexpr int kValueRows = 4;     // query rows that share a load of the values
 #define OCTAVO_BF16_DOT
 
+#include "cpu/kernels/sizes_avx512_vnni.h"
+//
 #include "cpu/kernels/vec_avx512.h"
 //
 #include "cpu/kernels/dot_vnni.h"
