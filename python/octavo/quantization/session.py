@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ from octavo.config import EngineConfig, Environment
 from octavo.errors import InvalidArgumentError
 from octavo.eval.run import EvalRequest, read_text
 from octavo.models.registry import ModelFiles
-from octavo.models.spec import WeightFormat
 from octavo.quantization.calibrate import calibrate
-from octavo.quantization.calibration import CalibratedWeights, Calibration
+from octavo.quantization.calibration import Calibration
 from octavo.quantization.directory import (
     Calibrate,
     QuantizedDirectory,
@@ -117,23 +117,13 @@ def quantize_model(
         chosen = scheme.int8[len(request.scheme.int8) :]
     written = None
     if request.out is not None:
-        done, work = _Bytes(progress), _calibration(request.calibration, progress)
-        written = quantize_directory(source, request.out, scheme, done, importance, work)
+        work: Calibrate | None = None
+        if request.calibration is not None:
+            work = partial(calibrate, calibration=request.calibration, stages=progress)
+        written = quantize_directory(
+            source, request.out, scheme, _Bytes(progress), importance, work
+        )
     return QuantizeResult(written, found, chosen)
-
-
-def _calibration(asked: Calibration | None, progress: StepProgress) -> Calibrate | None:
-    """What rounds the matrices by a text; None without one."""
-    if asked is None:
-        return None
-    text = asked
-
-    def work(
-        files: ModelFiles, checkpoint: Checkpoint, formats: Mapping[str, WeightFormat]
-    ) -> CalibratedWeights:
-        return calibrate(files, checkpoint, formats, text, progress)
-
-    return work
 
 
 def _tokens(
