@@ -20,7 +20,7 @@ NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 PYTHON_SOURCES := pyproject.toml $(shell find python reference -type f \
                     -not -path '*/__pycache__/*' -not -name '*.so')
 SOURCES := $(NATIVE_SOURCES) $(PYTHON_SOURCES)
-CXX_FILES := csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES := csrc tests/native tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 PIP := bin/python -m pip -qq --disable-pip-version-check
 # Building with the environment's own CMake keeps the object files from one build to the next.
@@ -97,7 +97,7 @@ types: $(DEV_VENV)/.tools
 	$(DEV_VENV)/bin/mypy
 
 clang-format: $(DEV_VENV)/.tools
-	@echo "$(DEV_VENV)/bin/clang-format --dry-run -Werror csrc tests/native"
+	@echo "$(DEV_VENV)/bin/clang-format --dry-run -Werror csrc tests/native tests/emulator"
 	@find $(CXX_FILES) | sort | xargs $(DEV_VENV)/bin/clang-format --dry-run -Werror
 
 .PHONY: format

@@ -224,7 +224,7 @@ def test_weights_are_checked_by_name_shape_and_presence() -> None:
     [
         ("tpu", "isa", "auto", 'device is "tpu"'),
         ("cpu", "isa", "avx9", 'isa is "avx9"'),
-        ("cpu", "dtype", "f16", 'dtype is "f16"'),
+        ("cpu", "dtype", "f16", "dtype f16 is for GPUs"),
         ("cpu", "block_size", 24, "block_size is 24"),
         ("cpu", "num_threads", -1, "num_threads is -1"),
     ],

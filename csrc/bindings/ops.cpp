@@ -16,8 +16,10 @@ using IntArray = Array1<std::int32_t>;
 
 class Ops : private OpsDevice {
  public:
-  Ops(const std::string& device, int num_threads, const std::string& isa)
-      : OpsDevice(device, num_threads, isa), isa_(isa) {}
+  Ops(const std::string& device, int num_threads, const std::string& isa, const std::string& dtype,
+      bool deterministic)
+      : OpsDevice(device, {num_threads, isa, parse_dtype(dtype, "dtype"), deterministic}),
+        isa_(isa) {}
 
   nb::object embed(Array2<float> table, IntArray token_ids,
                    std::optional<Array2<float>> position_table, std::optional<IntArray> positions,
@@ -42,7 +44,7 @@ class Ops : private OpsDevice {
 
   nb::object norm(Array2<float> x, Array1<float> weight, std::optional<Array1<float>> bias,
                   float eps, const std::string& kind) {
-    const Matrix in = up(x), out = matrix(in.view.rows, in.view.cols);
+    const Matrix in = up(x), out = activations(in.view.rows, in.view.cols);
     const NormArrays arrays = norm_arrays(weight, bias, eps, kind, in.view.cols);
     backend_->norm(out.view, in.view, arrays.norm);
     return down(out);
@@ -51,7 +53,8 @@ class Ops : private OpsDevice {
   nb::object add_norm(Array2<float> residual, Array2<float> x, Array1<float> weight,
                       std::optional<Array1<float>> bias, float eps, const std::string& kind) {
     check_same_shape("x", x, "residual", residual);
-    const Matrix stream = up(residual), in = up(x), out = matrix(in.view.rows, in.view.cols);
+    const Matrix stream = up(residual), in = up_activations(x),
+                 out = activations(in.view.rows, in.view.cols);
     const NormArrays arrays = norm_arrays(weight, bias, eps, kind, in.view.cols);
     backend_->add_norm(out.view, stream.view, in.view, arrays.norm);
     return nb::make_tuple(down(stream), down(out));
@@ -67,7 +70,7 @@ class Ops : private OpsDevice {
               packed.outputs);
       backend_->upload(packed.bias.data(), bias->data(), bias->size() * 4);
     }
-    const Matrix in = up(x), out = matrix(in.view.rows, packed.outputs);
+    const Matrix in = up_activations(x), out = matrix(in.view.rows, packed.outputs);
     backend_->linear(out.view, in.view, packed);
     return down(out);
   }
@@ -104,7 +107,7 @@ class Ops : private OpsDevice {
       backend_->pack_zeros(packed, 0, outputs, zeros->data());
     }
     if (bias) backend_->upload(packed.bias.data(), bias->data(), bias->size() * 4);
-    const Matrix in = up(x), out = matrix(in.view.rows, outputs);
+    const Matrix in = up_activations(x), out = matrix(in.view.rows, outputs);
     backend_->linear(out.view, in.view, packed);
     return down(out);
   }
@@ -126,7 +129,7 @@ class Ops : private OpsDevice {
     if (gate) check_same_shape("gate", *gate, "up", up_array);
     const auto rows = static_cast<std::int64_t>(up_array.shape(0));
     const auto width = static_cast<std::int64_t>(up_array.shape(1));
-    const Matrix in = matrix(rows, gate ? 2 * width : width), out = matrix(rows, width);
+    const Matrix in = activations(rows, gate ? 2 * width : width), out = activations(rows, width);
     if (gate) put(in.view.columns(0, width), gate->data());
     put(in.view.columns(gate ? width : 0, width), up_array.data());
     backend_->gated_activation(out.view, in.view, activation(name), gate.has_value());
@@ -136,7 +139,7 @@ class Ops : private OpsDevice {
   nb::object take_rows(Array2<float> x, IntArray rows) {
     check_entries("rows", rows, 0, length(x, 0) - 1);
     const Device indices = up(rows);
-    const Matrix in = up(x), out = matrix(size(rows), in.view.cols);
+    const Matrix in = up_activations(x), out = activations(size(rows), in.view.cols);
     backend_->take_rows(out.view, in.view, indices.as<std::int32_t>());
     return down(out);
   }
@@ -229,7 +232,7 @@ nb::object Ops::attention(Array3<float> q, Array3<float> k, Array3<float> v, Int
     // Stored through the op itself, with as many unused queries.
     std::vector<std::int32_t> slots(static_cast<std::size_t>(num_slots));
     for (std::size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<std::int32_t>(i);
-    Matrix fused = matrix(num_slots, spec.q_size() + 2 * spec.kv_size());
+    Matrix fused = activations(num_slots, spec.q_size() + 2 * spec.kv_size());
     put(fused.view.columns(spec.q_size(), spec.kv_size()), k.data());
     put(fused.view.columns(spec.q_size() + spec.kv_size(), spec.kv_size()), v.data());
     Device slot_ids(backend_.get(), slots.size() * 4);
@@ -259,7 +262,7 @@ nb::object Ops::attention(Array3<float> q, Array3<float> k, Array3<float> v, Int
   step.context_lens = lens.as<std::int32_t>();
   step.block_tables = tables.as<std::int32_t>();
 
-  const Matrix queries = up_matrix(q), out = matrix(step.num_tokens, spec.q_size());
+  const Matrix queries = up_activations(q), out = activations(step.num_tokens, spec.q_size());
   backend_->attention(out.view, queries.view, spec, scale, kv.layer, step);
   return to_numpy(get(out.view), {static_cast<std::size_t>(step.num_tokens),
                                   static_cast<std::size_t>(spec.num_heads),
@@ -318,8 +321,9 @@ nb::object Ops::sample(Array2<float> logits, Array1<float> temperature, IntArray
 void bind_ops(nb::module_& module) {
   const auto none = nb::none();
   nb::class_<Ops>(module, "Ops")
-      .def(nb::init<const std::string&, int, const std::string&>(), nb::arg("device") = "cpu",
-           nb::arg("num_threads") = 0, nb::arg("isa") = "auto")
+      .def(nb::init<const std::string&, int, const std::string&, const std::string&, bool>(),
+           nb::arg("device") = "cpu", nb::arg("num_threads") = 0, nb::arg("isa") = "auto",
+           nb::arg("dtype") = "f32", nb::arg("deterministic") = false)
       .def("embed", &Ops::embed, nb::arg("table"), nb::arg("token_ids"),
            nb::arg("position_table") = none, nb::arg("positions") = none, nb::arg("dtype") = "f32")
       .def("norm", &Ops::norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),

@@ -13,8 +13,8 @@ namespace octavo::bindings {
 
 class OpsDevice {
  protected:
-  OpsDevice(const std::string& device, int num_threads, const std::string& isa)
-      : backend_(make_backend(device, num_threads, isa)) {}
+  OpsDevice(const std::string& device, const BackendOptions& options)
+      : backend_(make_backend(device, options)) {}
 
   using Device = Buffer;
   struct Matrix {
@@ -38,35 +38,50 @@ class OpsDevice {
     return memory;
   }
 
-  Matrix matrix(std::int64_t rows, std::int64_t cols) {
+  Matrix matrix(std::int64_t rows, std::int64_t cols, DType dtype = DType::f32) {
     Matrix result;
-    result.memory = Buffer(backend_.get(), static_cast<std::size_t>(rows * cols) * 4);
-    result.view = {result.memory.as<float>(), rows, cols, cols};
+    result.view = {nullptr, rows, cols, cols, dtype};
+    result.memory = Buffer(backend_.get(), static_cast<std::size_t>(rows) * result.view.row_size());
+    result.view.data = result.memory.data();
     return result;
+  }
+  // What the ops keep in the device's own format.
+  Matrix activations(std::int64_t rows, std::int64_t cols) {
+    return matrix(rows, cols, backend_->activation_dtype());
   }
 
   // Any array as a matrix: the first axis stays, the others become columns.
   template <class Array>
-  Matrix up_matrix(const Array& array) {
+  Matrix up_matrix(const Array& array, DType dtype = DType::f32) {
     const auto rows = static_cast<std::int64_t>(array.shape(0));
-    Matrix result = matrix(rows, rows ? size(array) / rows : 0);
-    backend_->upload(result.memory.data(), array.data(), array.size() * 4);
+    Matrix result = matrix(rows, rows ? size(array) / rows : 0, dtype);
+    put(result.view, array.data());
     return result;
   }
   Matrix up(const Array2<float>& array) { return up_matrix(array); }
+  template <class Array>
+  Matrix up_activations(const Array& array) {
+    return up_matrix(array, backend_->activation_dtype());
+  }
 
   void put(View view, const float* values) {
-    for (std::int64_t row = 0; row < view.rows; ++row)
-      backend_->upload(view.row(row), values + row * view.cols,
-                       static_cast<std::size_t>(view.cols) * 4);
+    std::vector<unsigned char> row_bytes(view.row_size());
+    for (std::int64_t row = 0; row < view.rows; ++row) {
+      for (std::int64_t col = 0; col < view.cols; ++col)
+        store_float(row_bytes.data(), view.dtype, col, values[row * view.cols + col]);
+      backend_->upload(view.row_bytes(row), row_bytes.data(), row_bytes.size());
+    }
   }
 
   std::vector<float> get(View view) {
-    std::vector<float> values(static_cast<std::size_t>(view.rows * view.cols));
+    std::vector<float> values;
+    std::vector<unsigned char> row_bytes(view.row_size());
     backend_->sync();
-    for (std::int64_t row = 0; row < view.rows; ++row)
-      backend_->download(values.data() + row * view.cols, view.row(row),
-                         static_cast<std::size_t>(view.cols) * 4);
+    for (std::int64_t row = 0; row < view.rows; ++row) {
+      backend_->download(row_bytes.data(), view.row_bytes(row), row_bytes.size());
+      for (std::int64_t col = 0; col < view.cols; ++col)
+        values.push_back(load_float(row_bytes.data(), view.dtype, col));
+    }
     return values;
   }
 
@@ -108,8 +123,8 @@ class OpsDevice {
     Cache result;
     KvLayer& layer = result.layer;
     layer.dtype = parse_dtype(kv_dtype, "kv_dtype");
-    require(layer.dtype == DType::f32 || layer.dtype == DType::bf16 || layer.dtype == DType::int8,
-            "kv_dtype is \"", kv_dtype, "\"; expected f32, bf16 or int8");
+    require(layer.dtype != DType::int4, "kv_dtype is \"", kv_dtype,
+            "\"; expected f32, bf16, f16 or int8");
     layer.num_blocks = (num_slots + block_size - 1) / block_size;
     layer.block_size = block_size;
     layer.num_kv_heads = spec.num_kv_heads;
@@ -135,7 +150,7 @@ class OpsDevice {
   Matrix fuse(const Array3<float>& q, const Array3<float>& k, const Array3<float>& v,
               const LayerSpec& spec) {
     Matrix fused =
-        matrix(static_cast<std::int64_t>(q.shape(0)), spec.q_size() + 2 * spec.kv_size());
+        activations(static_cast<std::int64_t>(q.shape(0)), spec.q_size() + 2 * spec.kv_size());
     put(fused.view.columns(0, spec.q_size()), q.data());
     put(fused.view.columns(spec.q_size(), spec.kv_size()), k.data());
     put(fused.view.columns(spec.q_size() + spec.kv_size(), spec.kv_size()), v.data());

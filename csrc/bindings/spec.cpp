@@ -124,6 +124,8 @@ RuntimeOptions runtime_options(nb::handle options) {
   result.max_num_batched_tokens = field<std::int64_t>(options, "max_num_batched_tokens");
   result.num_threads = field<int>(options, "num_threads");
   result.isa = field<std::string>(options, "isa");
+  result.deterministic = field<bool>(options, "deterministic");
+  result.graphs = field<bool>(options, "graphs");
   return result;
 }
 

@@ -1,8 +1,9 @@
 // The device seam: what a device must do for decoder.cpp to run a model on it.
 //
 // Ops of LLM shape, not a tensor library. An op enqueues its work and may return before it is
-// done; ops run in the order of the calls; `sync` waits for all of them. Activations are float32
-// matrices (View) in the device's memory; weights and the KV cache are packed as the device likes.
+// done; ops run in the order of the calls; `sync` waits for all of them. Activations are matrices
+// (View) in the device's memory, the residual stream and logits always float32, the others of
+// `activation_dtype`; weights and the KV cache are packed as the device likes.
 // octavo.reference.ops defines every compute op under the same name.
 #pragma once
 
@@ -10,7 +11,9 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <new>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -51,6 +54,33 @@ class Buffer {
 
   Backend* backend_ = nullptr;
   void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+// Memory of the host with one owner, of a kind that the device can copy from and to on its own.
+class HostBuffer {
+ public:
+  HostBuffer() = default;
+  HostBuffer(Backend* backend, std::size_t bytes);
+  HostBuffer(HostBuffer&& other) noexcept { swap(other); }
+  HostBuffer& operator=(HostBuffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~HostBuffer();
+
+  unsigned char* data() const { return data_; }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  void swap(HostBuffer& other) noexcept {
+    std::swap(backend_, other.backend_);
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
+
+  Backend* backend_ = nullptr;
+  unsigned char* data_ = nullptr;
   std::size_t bytes_ = 0;
 };
 
@@ -110,7 +140,22 @@ struct Samples {
 struct StepKey {
   std::int64_t num_seqs = 0;
   std::int64_t tokens_per_seq = 0;  // 0: ragged, not to be recorded
+  std::int64_t rows_per_seq = 0;    // logit rows
   std::int64_t max_blocks = 0;
+  std::int64_t part = 0;  // steps of one shape that use different memory, or do different things
+
+  bool operator<(const StepKey& other) const {
+    return std::tie(num_seqs, tokens_per_seq, rows_per_seq, max_blocks, part) <
+           std::tie(other.num_seqs, other.tokens_per_seq, other.rows_per_seq, other.max_blocks,
+                    other.part);
+  }
+};
+
+// The largest step that will come.
+struct StepLimits {
+  std::int64_t max_num_seqs = 0;
+  std::int64_t max_num_batched_tokens = 0;
+  std::int64_t max_model_len = 0;
 };
 
 class Backend {
@@ -126,6 +171,29 @@ class Backend {
   virtual void upload(void* device, const void* host, std::size_t bytes) = 0;
   virtual void download(void* host, const void* device, std::size_t bytes) = 0;  // waits
   virtual std::size_t available_memory() const = 0;                              // bytes, now
+
+  // ---- copies that may go on after the call, in order with the ops ----
+  virtual void* allocate_host(std::size_t bytes) { return ::operator new(bytes); }
+  virtual void release_host(void* data) noexcept { ::operator delete(data); }
+  // host: of a HostBuffer, left alone until a mark behind the copy was waited for.
+  virtual void upload_later(void* device, const HostBuffer& host, std::size_t bytes) {
+    upload(device, host.data(), bytes);
+  }
+  virtual void download_later(unsigned char* host, const void* device, std::size_t bytes) {
+    download(host, device, bytes);
+  }
+  // Marks what was queued so far; `wait` waits for that and no more. Two marks, 0 and 1.
+  virtual void mark(int) {}
+  virtual void wait(int) {}
+
+  // ---- the shape of steps ----
+  // What activations between ops are kept as.
+  virtual DType activation_dtype() const { return DType::f32; }
+  // The shape to which a step of this shape is padded, so that few have to be recorded: with
+  // sequences of no context whose tokens have slot -1.
+  virtual StepKey padded(const StepKey& key) const { return key; }
+  // Takes all memory that steps within these limits need, so that no step has to.
+  virtual void prepare(const ModelSpec&, const StepLimits&) {}
 
   // ---- packing ----
   // An empty matrix in the device's layout; `pack_rows` fills it piece by piece, so that q, k and
@@ -147,8 +215,9 @@ class Backend {
   // Bytes of one block of one layer, keys and values.
   virtual std::int64_t kv_block_bytes(const LayerSpec& layer, DType dtype,
                                       std::int64_t block_size) const = 0;
-  // All that this device cannot do of a model, in words; empty when it can run it.
-  virtual std::vector<std::string> unsupported(const ModelSpec& spec) const = 0;
+  // All that this device cannot do of a model run this way, in words; empty when it can run it.
+  virtual std::vector<std::string> unsupported(const ModelSpec& spec,
+                                               const RuntimeOptions& options) const = 0;
 
   // ---- compute ----
   // out[t] = table[id of token t] (+ positions[position of t], when given).
@@ -183,8 +252,11 @@ class Backend {
   virtual void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) = 0;
 
   // ---- running ----
-  // Runs `record`, which calls ops; a device may keep what it launched and replay it for the key.
+  // Runs `record`, which calls ops; a device may keep what it launched and replay it for the key,
+  // since whatever differs between two steps of one key lies in the same device memory.
   virtual void run(const StepKey& key, const std::function<void()>& record) = 0;
+  // Called when memory that recorded steps use has moved.
+  virtual void forget_recorded() {}
   virtual void sync() = 0;
 };
 
@@ -195,12 +267,29 @@ inline Buffer::~Buffer() {
   if (data_) backend_->release(data_, bytes_);
 }
 
+inline HostBuffer::HostBuffer(Backend* backend, std::size_t bytes)
+    : backend_(backend),
+      data_(static_cast<unsigned char*>(backend->allocate_host(bytes))),
+      bytes_(bytes) {}
+
+inline HostBuffer::~HostBuffer() {
+  if (data_) backend_->release_host(data_);
+}
+
+// How a device is to be used.
+struct BackendOptions {
+  int num_threads = 0;         // CPU; 0: the physical cores this process may use
+  std::string isa = "auto";    // CPU: an instruction set
+  DType dtype = DType::f32;    // CUDA: of activations
+  bool deterministic = false;  // CUDA: products by kernels whose sums do not depend on the batch
+  bool graphs = true;          // CUDA: record steps and replay them
+};
+
 // The devices that this build can run a model on, on this machine; slowest first.
 std::vector<std::string> available_devices();
 
-// device: one of those. num_threads 0: the physical cores this process may use. isa: "auto" or
-// an instruction set of the CPU. Throws std::invalid_argument where the device is not to be had.
-std::unique_ptr<Backend> make_backend(const std::string& device, int num_threads,
-                                      const std::string& isa);
+// device: one of those. Throws std::invalid_argument where the device is not to be had, and says
+// what is missing.
+std::unique_ptr<Backend> make_backend(const std::string& device, const BackendOptions& options);
 
 }  // namespace octavo

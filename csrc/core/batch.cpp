@@ -87,12 +87,57 @@ std::int64_t Batch::num_top() const {
   return most;
 }
 
-std::int64_t Batch::tokens_per_seq() const {
-  const std::int64_t first = row_starts[1] - row_starts[0];
-  for (std::size_t s = 1; s + 1 < row_starts.size(); ++s) {
-    if (row_starts[s + 1] - row_starts[s] != first) return 0;
+StepKey Batch::key() const {
+  StepKey key;
+  key.num_seqs = num_seqs();
+  key.max_blocks = max_blocks;
+  const std::int64_t tokens = num_tokens() / num_seqs();
+  for (std::int64_t s = 0; s <= num_seqs(); ++s) {
+    if (row_starts[static_cast<std::size_t>(s)] != s * tokens) return key;
   }
-  return first;
+  key.tokens_per_seq = tokens;
+  // Either all tokens' logits are wanted, or each sequence's last.
+  if (num_rows() == num_tokens()) {
+    key.rows_per_seq = tokens;
+  } else if (num_rows() == num_seqs()) {
+    for (std::int64_t s = 0; s < num_seqs(); ++s) {
+      if (logit_rows[static_cast<std::size_t>(s)] != (s + 1) * tokens - 1) return key;
+    }
+    key.rows_per_seq = 1;
+  }
+  return key;
+}
+
+void Batch::pad(const StepKey& shape) {
+  const auto seqs = static_cast<std::size_t>(shape.num_seqs);
+  const auto rows = seqs * static_cast<std::size_t>(shape.rows_per_seq);
+  const std::int64_t old_blocks = max_blocks, old_seqs = num_seqs();
+  std::vector<std::int32_t> tables(static_cast<std::size_t>(num_kv_groups) * seqs *
+                                   static_cast<std::size_t>(shape.max_blocks));
+  for (std::int64_t row = 0; row < num_kv_groups * old_seqs; ++row) {
+    const std::int64_t to = row / old_seqs * shape.num_seqs + row % old_seqs;
+    std::copy_n(block_tables.begin() + row * old_blocks, old_blocks,
+                tables.begin() + to * shape.max_blocks);
+  }
+  block_tables = std::move(tables);
+  max_blocks = shape.max_blocks;
+  for (std::int64_t s = old_seqs; s < shape.num_seqs; ++s) {
+    for (std::int64_t i = 0; i < shape.tokens_per_seq; ++i) {
+      if (i >= shape.tokens_per_seq - shape.rows_per_seq)
+        logit_rows.push_back(static_cast<std::int32_t>(token_ids.size()));
+      token_ids.push_back(0);
+    }
+    row_starts.push_back(static_cast<std::int32_t>(token_ids.size()));
+    context_lens.push_back(0);
+  }
+  temperature.resize(rows, 0.0f);
+  top_k.resize(rows, 0);
+  top_p.resize(rows, 1.0f);
+  min_p.resize(rows, 0.0f);
+  seed.resize(rows, 0);
+  sample_index.resize(rows, 0);
+  num_logprobs.resize(rows, -1);
+  state_rows.resize(rows, -1);
 }
 
 void check(const Batch& batch, const BatchLimits& limits) {
@@ -118,9 +163,10 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
   // Positions and slots follow from the context lengths and the block tables.
   const auto num_tokens = static_cast<std::size_t>(step.num_tokens);
   std::vector<std::int32_t> positions(num_tokens), sample_positions(batch.logit_rows.size());
-  std::vector<std::int32_t> slots(num_tokens * static_cast<std::size_t>(batch.num_kv_groups));
+  std::vector<std::int32_t> slots(num_tokens * static_cast<std::size_t>(batch.num_kv_groups), -1);
   for (std::int64_t s = 0; s < step.num_seqs; ++s) {
     const auto seq = static_cast<std::size_t>(s);
+    if (batch.context_lens[seq] == 0) continue;  // padding: its slots stay -1
     const std::int32_t first_position =
         batch.context_lens[seq] - (batch.row_starts[seq + 1] - batch.row_starts[seq]);
     for (std::int32_t t = batch.row_starts[seq]; t < batch.row_starts[seq + 1]; ++t) {
@@ -172,15 +218,16 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
     place(batch.state_rows, step.state_rows);
   };
   place_all();
-  if (offset > staging_.size()) {
+  if (offset > staging_.bytes()) {
     // Room for twice as much, so that a slowly growing block table does not grow it every step.
-    staging_.resize(2 * offset);
-    device_ = Buffer(&backend, staging_.size());
+    staging_ = HostBuffer(&backend, 2 * offset);
+    device_ = Buffer(&backend, staging_.bytes());
+    backend.forget_recorded();
     ++growths_;
   }
   copying = true;
   place_all();
-  backend.upload(device_.data(), staging_.data(), offset);
+  backend.upload_later(device_.data(), staging_, offset);
   return step;
 }
 

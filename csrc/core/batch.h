@@ -23,8 +23,11 @@ struct Batch {
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }
   std::int64_t num_seqs() const { return static_cast<std::int64_t>(context_lens.size()); }
   std::int64_t num_rows() const { return static_cast<std::int64_t>(logit_rows.size()); }
-  std::int64_t num_top() const;         // the most log-probabilities any row asks for
-  std::int64_t tokens_per_seq() const;  // 0 when the sequences bring different numbers
+  std::int64_t num_top() const;  // the most log-probabilities any row asks for
+  // tokens_per_seq and rows_per_seq are 0 when the sequences bring, or want, different numbers.
+  StepKey key() const;
+  // Adds sequences without context until the batch has this shape (`Backend::padded`).
+  void pad(const StepKey& shape);
 };
 
 // What a batch is checked against.
@@ -36,7 +39,8 @@ struct BatchLimits {
 // Throws std::invalid_argument naming the first field that is wrong, its value and its range.
 void check(const Batch& batch, const BatchLimits& limits);
 
-// Holds the device's copy of a batch. One upload a step; the buffers grow and are then kept.
+// Holds the device's copy of a batch. One upload a step; the buffers grow and are then kept, so
+// that batches of one shape (StepKey) lie at the same addresses.
 class StepUpload {
  public:
   // `sampled` is the device's [max_num_seqs] memory of drawn tokens.
@@ -44,7 +48,7 @@ class StepUpload {
   std::int64_t growths() const { return growths_; }
 
  private:
-  std::vector<unsigned char> staging_;
+  HostBuffer staging_;
   Buffer device_;
   std::int64_t growths_ = 0;
 };

@@ -19,7 +19,7 @@ void tap(TapSink* taps, View rows, const Parts&... name_parts) {
 
 Decoder::Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights,
                  std::int64_t max_num_batched_tokens)
-    : backend_(backend), spec_(spec), weights_(weights) {
+    : backend_(backend), spec_(spec), weights_(weights), dtype_(backend.activation_dtype()) {
   std::int64_t qkv = 0, attn = 0, up = 0, act = 0;
   for (const LayerSpec& layer : spec.layers) {
     qkv = std::max(qkv, layer.q_size() + 2 * layer.kv_size());
@@ -27,15 +27,16 @@ Decoder::Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights
     up = std::max(up, layer.intermediate_size * (layer.gated ? 2 : 1));
     act = std::max(act, layer.intermediate_size);
   }
-  const auto workspace = [&](std::int64_t cols) {
-    return Buffer(&backend, static_cast<std::size_t>(max_num_batched_tokens * cols) * 4);
+  const auto workspace = [&](std::int64_t cols, DType dtype) {
+    const std::int64_t bits = max_num_batched_tokens * cols * bits_of(dtype);
+    return Buffer(&backend, static_cast<std::size_t>(bits / 8));
   };
-  residual_ = workspace(spec.hidden_size);
-  hidden_ = workspace(spec.hidden_size);
-  qkv_ = workspace(qkv);
-  attn_ = workspace(attn);
-  up_ = workspace(up);
-  act_ = workspace(act);
+  residual_ = workspace(spec.hidden_size, DType::f32);
+  hidden_ = workspace(spec.hidden_size, dtype_);
+  qkv_ = workspace(qkv, dtype_);
+  attn_ = workspace(attn, dtype_);
+  up_ = workspace(up, dtype_);
+  act_ = workspace(act, dtype_);
 }
 
 std::int64_t Decoder::workspace_bytes() const {
@@ -47,7 +48,7 @@ std::int64_t Decoder::workspace_bytes() const {
 
 void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, View normed,
                       TapSink* taps) {
-  const View residual = rows(residual_, step.num_tokens, spec_.hidden_size);
+  const View residual{residual_.data(), step.num_tokens, spec_.hidden_size, spec_.hidden_size};
   const View hidden = rows(hidden_, step.num_tokens, spec_.hidden_size);
   const Linear* positions = spec_.learned_positions ? &weights_.positions : nullptr;
 

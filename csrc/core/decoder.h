@@ -42,13 +42,14 @@ class Decoder {
 
   // The first num_tokens rows of a workspace matrix.
   View rows(const Buffer& buffer, std::int64_t num_rows, std::int64_t cols) const {
-    return {buffer.as<float>(), num_rows, cols, cols};
+    return {buffer.data(), num_rows, cols, cols, dtype_};
   }
 
   Backend& backend_;
   const ModelSpec& spec_;
   const Weights& weights_;
-  // float32, max_num_batched_tokens rows each.
+  DType dtype_;  // of all activations but the residual stream
+  // max_num_batched_tokens rows each.
   Buffer residual_, hidden_, qkv_, attn_, up_, act_;
 };
 

@@ -78,11 +78,36 @@ inline float f16_to_float(std::uint16_t half) {
   return bits_float(sign | (wide_exponent << 23) | (fraction << 13));
 }
 
+// Round to nearest, ties to even; what is too large becomes infinity, a NaN stays one.
+inline std::uint16_t float_to_f16(float value) {
+  const std::uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffffu;
+  const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000u);
+  const auto with_sign = [&](std::uint32_t half) {
+    return static_cast<std::uint16_t>(sign | half);
+  };
+  if (magnitude > 0x7f800000u) return with_sign(0x7e00u);
+  if (magnitude >= 0x477ff000u) return with_sign(0x7c00u);  // 65520 and above
+  if (magnitude < 0x38800000u) {
+    // Subnormal: adding 1/2 leaves multiples of 2^-24 in the fraction, rounded by the processor.
+    return with_sign(float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f));
+  }
+  const std::uint32_t odd = magnitude >> 13 & 1u;
+  return with_sign((magnitude - 0x38000000u + 0xfffu + odd) >> 13);
+}
+
 // Element `index` of an array of floating-point numbers of the given format.
 inline float load_float(const void* data, DType dtype, std::int64_t index) {
   if (dtype == DType::f32) return static_cast<const float*>(data)[index];
   const std::uint16_t bits = static_cast<const std::uint16_t*>(data)[index];
   return dtype == DType::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
+}
+
+inline void store_float(void* data, DType dtype, std::int64_t index, float value) {
+  if (dtype == DType::f32)
+    static_cast<float*>(data)[index] = value;
+  else
+    static_cast<std::uint16_t*>(data)[index] =
+        dtype == DType::bf16 ? float_to_bf16(value) : float_to_f16(value);
 }
 
 }  // namespace octavo

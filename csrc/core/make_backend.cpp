@@ -1,20 +1,27 @@
 // From a device's name to its backend: the one place that knows which were built.
 
 #include "core/backend.h"
+#include "cuda/devices.h"
 
 namespace octavo {
 
 std::unique_ptr<Backend> make_cpu_backend(int num_threads, const std::string& isa);
 
-std::vector<std::string> available_devices() { return {"cpu"}; }
+std::vector<std::string> available_devices() {
+  std::vector<std::string> devices{"cpu"};
+  if (cuda::num_devices() > 0) devices.push_back("cuda");
+  return devices;
+}
 
-std::unique_ptr<Backend> make_backend(const std::string& device, int num_threads,
-                                      const std::string& isa) {
-  require(num_threads >= 0 && num_threads <= 1024, "num_threads is ", num_threads,
-          "; expected 0 (all cores) to 1024");
-  if (device == "cpu") return make_cpu_backend(num_threads, isa);
-  throw std::invalid_argument(
-      text("device is \"", device, "\"; this version of octavo runs on: cpu"));
+std::unique_ptr<Backend> make_backend(const std::string& device, const BackendOptions& options) {
+  require(options.num_threads >= 0 && options.num_threads <= 1024, "num_threads is ",
+          options.num_threads, "; expected 0 (all cores) to 1024");
+  if (device == "cpu") return make_cpu_backend(options.num_threads, options.isa);
+  if (device == "cuda") return cuda::make_backend(options);
+#ifdef OCTAVO_EMULATE_CUDA
+  if (device == "cuda_emulated") return cuda::make_emulated_backend(options);
+#endif
+  throw std::invalid_argument(text("device is \"", device, "\"; expected cpu or cuda"));
 }
 
 }  // namespace octavo

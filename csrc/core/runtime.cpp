@@ -1,6 +1,7 @@
 #include "core/runtime.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace octavo {
 
@@ -81,10 +82,11 @@ class TapRecorder : public TapSink {
     result.name = name;
     result.rows = view.rows;
     result.cols = view.cols;
-    result.values.resize(static_cast<std::size_t>(view.rows * view.cols));
+    std::vector<unsigned char> row_bytes(view.row_size());
     for (std::int64_t row = 0; row < view.rows; ++row) {
-      backend_.download(result.values.data() + row * view.cols, view.row(row),
-                        static_cast<std::size_t>(view.cols) * 4);
+      backend_.download(row_bytes.data(), view.row_bytes(row), row_bytes.size());
+      for (std::int64_t col = 0; col < view.cols; ++col)
+        result.values.push_back(load_float(row_bytes.data(), view.dtype, col));
     }
     results_.push_back(std::move(result));
   }
@@ -119,19 +121,25 @@ void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
 // The format of the KV cache.
 DType kv_dtype(const std::string& given) {
   const DType dtype = parse_dtype(given, "kv_dtype");
-  require(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::int8, "kv_dtype is \"",
-          given, "\"; expected f32, bf16 or int8");
+  require(dtype != DType::int4, "kv_dtype is \"", given, "\"; expected f32, bf16, f16 or int8");
   return dtype;
 }
 
 std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec& spec,
                                      const RuntimeOptions& options) {
   check_options(options, spec);
-  require(options.dtype == "f32" || options.dtype == "bf16", "dtype is \"", options.dtype,
-          "\"; expected f32 or bf16");
-  std::unique_ptr<Backend> backend = make_backend(device, options.num_threads, options.isa);
+  require(options.dtype == "f32" || options.dtype == "bf16" || options.dtype == "f16",
+          "dtype is \"", options.dtype, "\"; expected f32, bf16 or f16");
+  BackendOptions how;
+  how.num_threads = options.num_threads;
+  how.isa = options.isa;
+  how.dtype = parse_dtype(options.dtype, "dtype");
+  how.deterministic = options.deterministic;
+  how.graphs = options.graphs;
+  std::unique_ptr<Backend> backend = make_backend(device, how);
   std::string problems;
-  for (const std::string& problem : backend->unsupported(spec)) problems += "\n  - " + problem;
+  for (const std::string& problem : backend->unsupported(spec, options))
+    problems += "\n  - " + problem;
   require(problems.empty(), "device \"", device, "\" cannot run ", spec.architecture, ":",
           problems);
   return backend;
@@ -147,7 +155,12 @@ Runtime::Runtime(const std::string& device, const ModelSpec& spec, const Runtime
       weights_(*backend_, spec_, options_),
       decoder_(*backend_, spec_, weights_, options.max_num_batched_tokens),
       sampled_(backend_.get(), static_cast<std::size_t>(options.max_num_seqs) * 4) {
-  queue_.run([this] { backend_->attach_thread(); });
+  for (int i = 0; i < kMaxInFlight; ++i) flights_[i].index = i;
+  queue_.run([this] {
+    backend_->attach_thread();
+    backend_->prepare(
+        spec_, {options_.max_num_seqs, options_.max_num_batched_tokens, options_.max_model_len});
+  });
 }
 
 Runtime::~Runtime() = default;
@@ -235,7 +248,10 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps) {
   Flight& flight = *free_flight;
   flight.open = true;
   flight.sampling_queued = false;
+  flight.drawn = std::promise<void>();
   flight.ticket = next_ticket_++;
+  flight.num_rows = batch.num_rows();
+  flight.num_top = batch.num_top();
   flight.batch = std::move(batch);
   flight.tap_names = std::move(taps);
   flight.taps.clear();
@@ -261,31 +277,42 @@ void Runtime::reserve(Buffer& buffer, std::size_t bytes) {
   if (buffer.bytes() >= bytes) return;
   buffer = Buffer();  // the old one goes first: both may not fit
   buffer = Buffer(backend_.get(), bytes);
+  backend_->forget_recorded();
   ++growths_;
 }
 
 View Runtime::logits_view(const Flight& flight) const {
-  return {flight.logits.as<float>(), flight.batch.num_rows(), spec_.vocab_size, spec_.vocab_size};
+  return {flight.logits.data(), flight.batch.num_rows(), spec_.vocab_size, spec_.vocab_size};
 }
 
 void Runtime::forward(Flight& flight) {
+  const bool tapped = !flight.tap_names.empty();
+  flight.key = flight.batch.key();
+  flight.key.part = 2 * flight.index;
+  if (!tapped && flight.key.tokens_per_seq && flight.key.rows_per_seq) {
+    const StepKey padded = backend_->padded(flight.key);
+    if (flight.key < padded) flight.batch.pad(padded);
+    flight.key = padded;
+  } else {
+    flight.key.tokens_per_seq = 0;
+  }
   const std::int64_t growths_before = flight.upload.growths();
   flight.step = flight.upload.upload(*backend_, flight.batch, options_.block_size,
                                      sampled_.as<std::int32_t>());
   growths_ += flight.upload.growths() - growths_before;
+  const DType dtype = backend_->activation_dtype();
   const auto num_rows = static_cast<std::size_t>(flight.batch.num_rows());
   reserve(flight.logits, num_rows * static_cast<std::size_t>(spec_.vocab_size) * 4);
   reserve(flight.normed, num_rows * static_cast<std::size_t>(spec_.hidden_size) * 4);
-  const View normed{flight.normed.as<float>(), flight.batch.num_rows(), spec_.hidden_size,
-                    spec_.hidden_size};
-  if (flight.tap_names.empty()) {
-    const StepKey key{flight.batch.num_seqs(), flight.batch.tokens_per_seq(),
-                      flight.batch.max_blocks};
-    backend_->run(
-        key, [&] { decoder_.forward(flight.step, kv_, logits_view(flight), normed, nullptr); });
-  } else {
+  const View normed{flight.normed.data(), flight.batch.num_rows(), spec_.hidden_size,
+                    spec_.hidden_size, dtype};
+  if (tapped) {
     TapRecorder recorder(*backend_, flight.tap_names, flight.taps);
     decoder_.forward(flight.step, kv_, logits_view(flight), normed, &recorder);
+  } else {
+    backend_->run(flight.key, [&] {
+      decoder_.forward(flight.step, kv_, logits_view(flight), normed, nullptr);
+    });
   }
 }
 
@@ -293,18 +320,18 @@ void Runtime::sample(std::int64_t ticket, std::vector<std::int32_t> masks) {
   Flight& flight = flight_of(ticket);
   require(!flight.sampling_queued, "ticket ", ticket, " is sampled already");
   const std::int64_t words = (spec_.vocab_size + 31) / 32;
-  require(
-      masks.empty() || static_cast<std::int64_t>(masks.size()) == flight.batch.num_rows() * words,
-      "masks has ", masks.size(), " words; expected ", words, " for each of ",
-      flight.batch.num_rows(), " rows");
+  require(masks.empty() || static_cast<std::int64_t>(masks.size()) == flight.num_rows * words,
+          "masks has ", masks.size(), " words; expected ", words, " for each of ", flight.num_rows,
+          " rows");
   flight.sampling_queued = true;
-  queue_.push([this, &flight, masks = std::move(masks)] {
-    if (flight.error) return;  // the forward pass failed: there is nothing to sample from
+  queue_.push([this, &flight, masks = std::move(masks)]() mutable {
     try {
-      draw(flight, masks);
+      // Where the forward pass failed there is nothing to sample from.
+      if (!flight.error) draw(flight, masks);
     } catch (...) {
       flight.error = std::current_exception();
     }
+    flight.drawn.set_value();
   });
 }
 
@@ -315,28 +342,73 @@ Samples Runtime::samples_of(Flight& flight) const {
   samples.finite = flight.finite.as<std::uint8_t>();
   samples.top_token_ids = flight.top_token_ids.as<std::int32_t>();
   samples.top_logprobs = flight.top_logprobs.as<float>();
-  samples.num_top = flight.batch.num_top();
+  samples.num_top = flight.num_top;
   return samples;
 }
 
-void Runtime::draw(Flight& flight, const std::vector<std::int32_t>& masks) {
+void Runtime::draw(Flight& flight, std::vector<std::int32_t>& masks) {
   const auto num_rows = static_cast<std::size_t>(flight.batch.num_rows());
   if (num_rows == 0) return;
-  const std::size_t num_top = num_rows * static_cast<std::size_t>(flight.batch.num_top());
+  const std::size_t num_top = num_rows * static_cast<std::size_t>(flight.num_top);
   reserve(flight.token_ids, num_rows * 4);
   reserve(flight.logprobs, num_rows * 4);
   reserve(flight.finite, num_rows);
   reserve(flight.top_token_ids, num_top * 4);
   reserve(flight.top_logprobs, num_top * 4);
-  reserve(flight.masks, masks.size() * 4);
-  if (!masks.empty()) backend_->upload(flight.masks.data(), masks.data(), masks.size() * 4);
-  backend_->sample(samples_of(flight), logits_view(flight),
-                   masks.empty() ? nullptr : flight.masks.as<std::int32_t>(), flight.step);
+  const auto sample = [&](const std::int32_t* allowed) {
+    backend_->sample(samples_of(flight), logits_view(flight), allowed, flight.step);
+  };
+  if (!masks.empty()) {
+    // Padded rows may draw anything.
+    masks.resize(num_rows * static_cast<std::size_t>((spec_.vocab_size + 31) / 32), -1);
+    reserve(flight.masks, masks.size() * 4);
+    backend_->upload(flight.masks.data(), masks.data(), masks.size() * 4);
+    sample(flight.masks.as<std::int32_t>());
+  } else {
+    StepKey key = flight.key;
+    key.part = 2 * flight.index + 1;
+    if (flight.num_top) key.tokens_per_seq = 0;  // rare: not worth recording
+    backend_->run(key, [&] { sample(nullptr); });
+  }
+  fetch_results(flight);
+}
+
+namespace {
+
+// Where each result lies in a flight's HostBuffer, in bytes.
+struct ResultPlaces {
+  ResultPlaces(std::int64_t num_rows, std::int64_t num_top)
+      : rows(static_cast<std::size_t>(num_rows)),
+        tops(rows * static_cast<std::size_t>(num_top)),
+        logprobs(4 * rows),
+        top_token_ids(8 * rows),
+        top_logprobs(top_token_ids + 4 * tops),
+        finite(top_logprobs + 4 * tops),
+        end(finite + rows) {}
+
+  std::size_t rows, tops, logprobs, top_token_ids, top_logprobs, finite, end;
+};
+
+}  // namespace
+
+// Sends the results on their way to the host; `collect` waits for them.
+void Runtime::fetch_results(Flight& flight) {
+  const ResultPlaces at(flight.num_rows, flight.num_top);
+  if (flight.results.bytes() < at.end) flight.results = HostBuffer(backend_.get(), 2 * at.end);
+  unsigned char* host = flight.results.data();
+  backend_->download_later(host, flight.token_ids.data(), 4 * at.rows);
+  backend_->download_later(host + at.logprobs, flight.logprobs.data(), 4 * at.rows);
+  backend_->download_later(host + at.finite, flight.finite.data(), at.rows);
+  if (at.tops) {
+    backend_->download_later(host + at.top_token_ids, flight.top_token_ids.data(), 4 * at.tops);
+    backend_->download_later(host + at.top_logprobs, flight.top_logprobs.data(), 4 * at.tops);
+  }
+  backend_->mark(flight.index);
 }
 
 std::vector<float> Runtime::logits(std::int64_t ticket) {
   Flight& flight = flight_of(ticket);
-  std::vector<float> values(static_cast<std::size_t>(flight.batch.num_rows() * spec_.vocab_size));
+  std::vector<float> values(static_cast<std::size_t>(flight.num_rows * spec_.vocab_size));
   queue_.run([&] {
     if (flight.error) std::rethrow_exception(flight.error);
     if (!values.empty()) backend_->download(values.data(), flight.logits.data(), values.size() * 4);
@@ -346,36 +418,38 @@ std::vector<float> Runtime::logits(std::int64_t ticket) {
 
 StepResult Runtime::collect(Flight& flight) {
   StepResult result;
-  result.num_rows = flight.batch.num_rows();
-  result.num_top = flight.batch.num_top();
-  const auto fetch = [&](auto& values, const Buffer& buffer, std::int64_t count) {
-    values.resize(static_cast<std::size_t>(count));
-    if (count) backend_->download(values.data(), buffer.data(), values.size() * sizeof(values[0]));
-  };
-  fetch(result.token_ids, flight.token_ids, result.num_rows);
-  fetch(result.logprobs, flight.logprobs, result.num_rows);
-  fetch(result.finite, flight.finite, result.num_rows);
-  fetch(result.top_token_ids, flight.top_token_ids, result.num_rows * result.num_top);
-  fetch(result.top_logprobs, flight.top_logprobs, result.num_rows * result.num_top);
+  result.num_rows = flight.num_rows;
+  result.num_top = flight.num_top;
   result.taps = std::move(flight.taps);
+  const ResultPlaces at(flight.num_rows, flight.num_top);
+  if (at.rows == 0) {
+    // Nothing was drawn: the step is over when what was queued is.
+    queue_.run([this] { backend_->sync(); });
+    return result;
+  }
+  backend_->wait(flight.index);
+  const auto read = [&](auto& values, std::size_t place, std::size_t count) {
+    values.resize(count);
+    std::memcpy(values.data(), flight.results.data() + place, count * sizeof(values[0]));
+  };
+  read(result.token_ids, 0, at.rows);
+  read(result.logprobs, at.logprobs, at.rows);
+  read(result.finite, at.finite, at.rows);
+  if (at.tops) {
+    read(result.top_token_ids, at.top_token_ids, at.tops);
+    read(result.top_logprobs, at.top_logprobs, at.tops);
+  }
   return result;
 }
 
 StepResult Runtime::wait(std::int64_t ticket) {
   Flight& flight = flight_of(ticket);
   if (!flight.sampling_queued) sample(ticket, {});
-  StepResult result;
-  try {
-    queue_.run([&] {
-      if (flight.error) std::rethrow_exception(flight.error);
-      result = collect(flight);
-    });
-  } catch (...) {
-    flight.open = false;
-    throw;
-  }
+  // Not through the queue: another step may be in it already, and need not be waited for.
+  flight.drawn.get_future().wait();
   flight.open = false;
-  return result;
+  if (flight.error) std::rethrow_exception(flight.error);
+  return collect(flight);
 }
 
 }  // namespace octavo

@@ -6,6 +6,7 @@
 #include <deque>
 #include <exception>
 #include <functional>
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -89,21 +90,27 @@ class Runtime {
 
   // What one open step owns; two of them take turns.
   struct Flight {
+    int index = 0;
     bool open = false;
     bool sampling_queued = false;
     std::int64_t ticket = -1;
+    std::int64_t num_rows = 0, num_top = 0;  // as asked for; the batch may be padded
     Batch batch;
+    StepKey key;
     std::vector<std::string> tap_names;
     std::vector<TapResult> taps;
     std::exception_ptr error;
     StepUpload upload;
     Step step;
     Buffer logits, normed, masks, token_ids, logprobs, finite, top_token_ids, top_logprobs;
+    HostBuffer results;        // what `draw` left, one array behind the other
+    std::promise<void> drawn;  // set when the results are on their way
   };
 
   Flight& flight_of(std::int64_t ticket);
   void forward(Flight& flight);
-  void draw(Flight& flight, const std::vector<std::int32_t>& masks);
+  void draw(Flight& flight, std::vector<std::int32_t>& masks);
+  void fetch_results(Flight& flight);
   StepResult collect(Flight& flight);
   // Grows `buffer` when it is too small, and counts that.
   void reserve(Buffer& buffer, std::size_t bytes);

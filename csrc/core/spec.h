@@ -109,6 +109,8 @@ struct RuntimeOptions {
   std::int64_t max_num_batched_tokens = 512;
   int num_threads = 0;
   std::string isa = "auto";
+  bool deterministic = false;
+  bool graphs = true;
 };
 
 // Inverse wavelengths of the rotary embedding, head_dim / 2 of them, in radians a position.

@@ -26,7 +26,14 @@ void CpuBackend::download(void* host, const void* device, std::size_t bytes) {
 
 std::size_t CpuBackend::available_memory() const { return cpu::available_memory(); }
 
-std::vector<std::string> CpuBackend::unsupported(const ModelSpec&) const { return {}; }
+std::vector<std::string> CpuBackend::unsupported(const ModelSpec&,
+                                                 const RuntimeOptions& options) const {
+  std::vector<std::string> problems;
+  if (options.dtype == "f16")
+    problems.push_back("dtype f16 is for GPUs: use f32, which holds f16 exactly, or bf16");
+  if (options.kv_dtype == "f16") problems.push_back("kv_dtype f16 is for GPUs: use f32 or bf16");
+  return problems;
+}
 
 void CpuBackend::norm(View out, View x, const Norm& norm) {
   each_row(out, [&](std::int64_t row) {

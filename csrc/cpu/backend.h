@@ -33,7 +33,8 @@ class CpuBackend : public Backend {
                std::vector<float>& values) override;
   std::int64_t kv_block_bytes(const LayerSpec& layer, DType dtype,
                               std::int64_t block_size) const override;
-  std::vector<std::string> unsupported(const ModelSpec& spec) const override;
+  std::vector<std::string> unsupported(const ModelSpec& spec,
+                                       const RuntimeOptions& options) const override;
 
   void embed(View out, const Linear& table, const Linear* positions, const Step& step) override;
   void norm(View out, View x, const Norm& norm) override;

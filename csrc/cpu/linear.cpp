@@ -282,7 +282,7 @@ LinearTask make_task(const Linear& weight) {
 // Points the task at x, or at a copy in the form that the format needs.
 void CpuBackend::prepare_input(LinearTask& task, View x) {
   if (task.format == DType::f32 && task.depth == x.cols) {
-    task.x = x.data;
+    task.x = x.row(0);
     task.x_stride = x.stride;
     return;
   }
@@ -302,7 +302,7 @@ void CpuBackend::prepare_input(LinearTask& task, View x) {
 
 void CpuBackend::linear(View out, View x, const Linear& weight) {
   LinearTask task = make_task(weight);
-  task.out = out.data;
+  task.out = out.row(0);
   task.out_stride = out.stride;
   std::uint8_t levels[16];
   if (weight.format.has_own_levels()) {

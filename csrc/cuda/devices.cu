@@ -1,8 +1,20 @@
-#include <cuda_runtime.h>
-
 #include "cuda/devices.h"
 
+#include <cuda_runtime.h>
+
+#include "cuda/backend.h"
+
 namespace octavo::cuda {
+
+#ifdef OCTAVO_EMULATED
+
+// Its symbols stay inside their library, but for this one.
+__attribute__((visibility("default"))) std::unique_ptr<Backend> make_emulated_backend(
+    const BackendOptions& options) {
+  return std::make_unique<CudaBackend>(0, options);
+}
+
+#else
 
 bool is_built() { return true; }
 
@@ -11,5 +23,31 @@ int num_devices() {
   // No driver is an answer like any other: there are no devices.
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
+
+std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice || count == 0) {
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    cudaGetLastError();
+    const std::string found =
+        driver == 0 ? "no NVIDIA driver was found"
+        : error == cudaErrorInsufficientDriver
+            ? text("the driver knows CUDA ", driver / 1000, ".", driver % 1000 / 10,
+                   " and this octavo was built with CUDA ", CUDART_VERSION / 1000, ".",
+                   CUDART_VERSION % 1000 / 10)
+            : std::string("the driver shows no GPU to this process");
+    throw std::invalid_argument(
+        text("device is \"cuda\", but ", found,
+             ": check nvidia-smi, ask the cluster for a GPU, or look at CUDA_VISIBLE_DEVICES; "
+             "device \"cpu\" works without"));
+  }
+  check(error, "counting CUDA devices");
+  auto backend = std::make_unique<CudaBackend>(0, options);
+  return backend;
+}
+
+#endif
 
 }  // namespace octavo::cuda

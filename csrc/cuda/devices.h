@@ -1,9 +1,23 @@
-// How many CUDA devices this machine has: 0 without a driver, and in builds without CUDA.
+// The CUDA devices of this machine, as far as the rest of octavo knows of them.
 #pragma once
+
+#include <memory>
+#include <string>
+
+#include "core/backend.h"
 
 namespace octavo::cuda {
 
 bool is_built();
+
+// How many there are: 0 without a driver, and in builds without CUDA.
 int num_devices();
+
+// Throws std::invalid_argument that says what is missing and what to do: octavo built without CUDA,
+// no driver, no device, or one that is too old.
+std::unique_ptr<Backend> make_backend(const BackendOptions& options);
+
+// The same code on the emulator (docs/emulator.md); in builds for tests alone.
+std::unique_ptr<Backend> make_emulated_backend(const BackendOptions& options);
 
 }  // namespace octavo::cuda

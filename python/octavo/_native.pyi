@@ -147,7 +147,16 @@ class Runtime:
 class Ops:
     """Each compute op by itself, for tests; arguments and results as in octavo.reference.ops."""
 
-    def __init__(self, device: str = "cpu", num_threads: int = 0, isa: str = "auto") -> None: ...
+    def __init__(
+        self,
+        device: str = "cpu",
+        num_threads: int = 0,
+        isa: str = "auto",
+        dtype: str = "f32",
+        deterministic: bool = False,
+    ) -> None:
+        """dtype, deterministic: as in RuntimeOptions; the CPU keeps activations in float32."""
+
     def embed(
         self,
         table: Float32,

@@ -145,6 +145,8 @@ class RuntimeOptions:
     max_num_batched_tokens: int
     num_threads: int = 0
     isa: str = "auto"
+    deterministic: bool = False
+    graphs: bool = True
     # Of matrices kept in another format than dtype, by name without ".weight": "layers.3.q".
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)
 

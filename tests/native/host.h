@@ -14,6 +14,13 @@ namespace octavo::tests {
 
 using Ids = std::vector<std::int32_t>;
 
+inline BackendOptions cpu_options(int num_threads, const std::string& isa = "auto") {
+  BackendOptions options;
+  options.num_threads = num_threads;
+  options.isa = isa;
+  return options;
+}
+
 // One backend of every instruction set of this machine, with one thread and with three.
 struct Variant {
   std::string name;
@@ -24,7 +31,8 @@ inline std::vector<Variant> variants() {
   std::vector<Variant> all;
   for (const std::string& isa : cpu::available_isas()) {
     for (const int threads : {1, 3})
-      all.push_back({text(isa, " with ", threads, " threads"), make_backend("cpu", threads, isa)});
+      all.push_back({text(isa, " with ", threads, " threads"),
+                     make_backend("cpu", cpu_options(threads, isa))});
   }
   return all;
 }

@@ -81,7 +81,7 @@ void job_queue() {
 }
 
 void buffers() {
-  const auto backend = make_backend("cpu", 1, "auto");
+  const auto backend = make_backend("cpu", cpu_options(1));
   Buffer first(backend.get(), 1001);
   CHECK(reinterpret_cast<std::uintptr_t>(first.data()) % 64 == 0);
   for (std::size_t i = 0; i < first.bytes(); ++i) CHECK(first.as<unsigned char>()[i] == 0);
@@ -103,9 +103,10 @@ void backends() {
   CHECK(isas.back() != "amx_emulated");
   for (const std::string& isa : cpu::available_isas()) CHECK(cpu::kernels_for(isa).isa == isa);
   CHECK(cpu::kernels_for("auto").isa == cpu::available_isas().back());
-  check_throws<std::invalid_argument>("abacus", [] { make_backend("abacus", 0, "auto"); });
-  check_throws<std::invalid_argument>("avx1024", [] { make_backend("cpu", 0, "avx1024"); });
-  check_throws<std::invalid_argument>("-1", [] { make_backend("cpu", -1, "auto"); });
+  check_throws<std::invalid_argument>("abacus", [] { make_backend("abacus", {}); });
+  check_throws<std::invalid_argument>("avx1024",
+                                      [] { make_backend("cpu", cpu_options(0, "avx1024")); });
+  check_throws<std::invalid_argument>("-1", [] { make_backend("cpu", cpu_options(-1)); });
 }
 
 void frequencies() {

@@ -290,10 +290,10 @@ std::vector<WeightFormat> formats() {
 void same_bits_as_scalar() {
   const Case cases[] = {{5, 33, 17},    {16, 64, 32},   {17, 100, 48},  {33, 576, 50},
                         {31, 1056, 15}, {64, 1600, 33}, {257, 97, 290}, {270, 800, 20}};
-  const std::unique_ptr<Backend> scalar = make_backend("cpu", 1, "scalar");
+  const std::unique_ptr<Backend> scalar = make_backend("cpu", cpu_options(1, "scalar"));
   for (const std::string& isa : cpu::available_isas()) {
     if (isa.rfind("amx", 0) != 0) continue;
-    const std::unique_ptr<Backend> backend = make_backend("cpu", 1, isa);
+    const std::unique_ptr<Backend> backend = make_backend("cpu", cpu_options(1, isa));
     for (const WeightFormat& format : formats()) {
       for (const Case& size : cases) {
         const std::int64_t inputs = size.inputs + size.inputs % 2;  // int4: whole bytes

@@ -1,0 +1,275 @@
+#include "cuda/backend.h"
+
+#include <algorithm>
+
+#include "cuda/devices.h"
+
+namespace octavo::cuda {
+
+namespace {
+
+// Out of memory, with what was asked for and what is free: MemoryError in Python.
+class OutOfDeviceMemory : public std::bad_alloc {
+ public:
+  explicit OutOfDeviceMemory(std::string message) : message_(std::move(message)) {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
+};
+
+void* allocate_on(const Stream& stream, std::size_t bytes) {
+  void* data = nullptr;
+  const cudaError_t error = cudaMalloc(&data, std::max<std::size_t>(bytes, 1));
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    std::size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total), "asking for the free memory");
+    throw OutOfDeviceMemory(text(stream.device_name(), " has ", free >> 20, " MiB free of ",
+                                 total >> 20, " MiB; ", (bytes + 1048575) >> 20,
+                                 " MiB were asked for: lower kv_memory_fraction, "
+                                 "max_num_batched_tokens or max_num_seqs, or quantize the model"));
+  }
+  check(error, "allocating device memory");
+  return data;
+}
+
+// Batch sizes that steps are padded to: few enough to record them all.
+std::int64_t padded_seqs(std::int64_t num_seqs) {
+  for (const std::int64_t size : {1, 2, 4, 8, 12, 16, 24, 32, 48, 64}) {
+    if (num_seqs <= size) return size;
+  }
+  return (num_seqs + 31) / 32 * 32;
+}
+
+std::int64_t next_power_of_two(std::int64_t value) {
+  std::int64_t power = 1;
+  while (power < value) power *= 2;
+  return power;
+}
+
+}  // namespace
+
+Workspace::~Workspace() { cudaFree(data_); }
+
+void* Workspace::get(std::size_t bytes) {
+  if (bytes <= bytes_) return data_;
+  stream_.sync();  // what was queued may still use the old memory
+  check(cudaFree(data_), "freeing a workspace");
+  data_ = nullptr;
+  bytes_ = 0;
+  data_ = allocate_on(stream_, bytes);
+  bytes_ = bytes;
+  ++growths_;
+  check(cudaMemsetAsync(data_, 0, bytes, stream_.handle()), "clearing a workspace");
+  return data_;
+}
+
+CudaBackend::CudaBackend(int device, const BackendOptions& options)
+    : options_(options),
+      stream_(device),
+      linear_workspace_(stream_),
+      attention_workspace_(stream_),
+      sampling_workspace_(stream_),
+      copy_workspace_(stream_) {
+  if (!options.deterministic) cublas_ = CublasLt::open(stream_);
+  for (cudaEvent_t& mark : marks_)
+    check(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "creating an event");
+}
+
+CudaBackend::~CudaBackend() {
+  cudaStreamSynchronize(stream_.handle());
+  for (cudaEvent_t mark : marks_) cudaEventDestroy(mark);
+}
+
+// ---- memory ----
+
+void* CudaBackend::allocate(std::size_t bytes) {
+  void* data = allocate_on(stream_, bytes);
+  check(cudaMemsetAsync(data, 0, bytes, stream_.handle()), "clearing device memory");
+  return data;
+}
+
+void CudaBackend::release(void* data, std::size_t) noexcept {
+  cudaStreamSynchronize(stream_.handle());  // what was queued may still use it
+  cudaFree(data);
+}
+
+void CudaBackend::upload(void* device, const void* host, std::size_t bytes) {
+  if (bytes == 0) return;
+  check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_.handle()),
+        "copying to the device");
+  stream_.sync();
+}
+
+void CudaBackend::download(void* host, const void* device, std::size_t bytes) {
+  if (bytes == 0) return;
+  check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
+        "copying from the device");
+  stream_.sync();
+}
+
+std::size_t CudaBackend::available_memory() const {
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "asking for the free memory");
+  return free;
+}
+
+void* CudaBackend::allocate_host(std::size_t bytes) {
+  void* data = nullptr;
+  check(cudaHostAlloc(&data, bytes, cudaHostAllocDefault), "allocating pinned host memory");
+  return data;
+}
+
+void CudaBackend::release_host(void* data) noexcept {
+  cudaStreamSynchronize(stream_.handle());
+  cudaFreeHost(data);
+}
+
+void CudaBackend::upload_later(void* device, const HostBuffer& host, std::size_t bytes) {
+  check(cudaMemcpyAsync(device, host.data(), bytes, cudaMemcpyHostToDevice, stream_.handle()),
+        "copying to the device");
+}
+
+void CudaBackend::download_later(unsigned char* host, const void* device, std::size_t bytes) {
+  check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
+        "copying from the device");
+}
+
+void CudaBackend::mark(int index) {
+  check(cudaEventRecord(marks_[index], stream_.handle()), "recording an event");
+}
+
+void CudaBackend::wait(int index) {
+  if (cudaEventSynchronize(marks_[index]) != cudaSuccess) stream_.sync();  // which says more
+}
+
+// ---- the shape of steps ----
+
+StepKey CudaBackend::padded(const StepKey& key) const {
+  constexpr std::int64_t kMostTokens = 8;  // a sequence, of steps worth recording
+  if (!options_.graphs || key.tokens_per_seq > kMostTokens) return key;
+  StepKey result = key;
+  result.num_seqs = padded_seqs(key.num_seqs);
+  result.max_blocks = next_power_of_two(std::max<std::int64_t>(key.max_blocks, 16));
+  return result;
+}
+
+void CudaBackend::prepare(const ModelSpec& spec, const StepLimits& limits) {
+  const std::int64_t seqs = padded_seqs(limits.max_num_seqs);
+  const StepLimits padded{seqs, std::max(limits.max_num_batched_tokens, seqs),
+                          limits.max_model_len};
+  linear_workspace_.get(linear_workspace_bytes(spec, padded));
+  attention_workspace_.get(attention_workspace_bytes(stream_, spec, padded));
+  sampling_workspace_.get(sampling_workspace_bytes(spec.vocab_size, padded.max_num_seqs));
+}
+
+std::int64_t CudaBackend::growths() const {
+  return linear_workspace_.growths() + attention_workspace_.growths() +
+         sampling_workspace_.growths();
+}
+
+void CudaBackend::run(const StepKey& key, const std::function<void()>& record) {
+  if (!options_.graphs || key.tokens_per_seq == 0 || key.tokens_per_seq > 8)
+    record();
+  else
+    graphs_.run(stream_, key, growths(), record);
+}
+
+std::vector<std::string> CudaBackend::unsupported(const ModelSpec& spec,
+                                                  const RuntimeOptions& options) const {
+  std::vector<std::string> problems;
+  for (const LayerSpec& layer : spec.layers) {
+    if (layer.head_dim > 256) {
+      problems.push_back(text("head_dim is ", layer.head_dim,
+                              "; the attention kernels take up to "
+                              "256"));
+      break;
+    }
+  }
+  for (const auto& [name, format] : options.formats) {
+    if (format.is_quantized() && format.activation_bits != 16) {
+      problems.push_back(text("weight ", name,
+                              " is w8a8, which is for CPUs: use int8, whose activations keep "
+                              "their precision"));
+      break;
+    }
+  }
+  return problems;
+}
+
+// ---- packing and the ops ----
+
+Linear CudaBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
+                                const WeightFormat& format, bool with_bias) {
+  return cuda::make_linear(*this, outputs, inputs, format, with_bias);
+}
+
+void CudaBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) {
+  cuda::pack_rows(stream_, linear, first_row, rows, copy_workspace_);
+}
+
+void CudaBackend::pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
+                              const float* scales) {
+  cuda::pack_scales(stream_, linear, first_row, rows, scales);
+}
+
+void CudaBackend::pack_zeros(Linear& linear, std::int64_t first_row, std::int64_t rows,
+                             const float* zeros) {
+  cuda::pack_zeros(stream_, linear, first_row, rows, zeros);
+}
+
+void CudaBackend::read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
+                          std::vector<float>& values) {
+  cuda::read_kv(stream_, kv, num_slots, keys, values);
+}
+
+std::int64_t CudaBackend::kv_block_bytes(const LayerSpec& layer, DType dtype,
+                                         std::int64_t block_size) const {
+  return cuda::kv_block_bytes(layer, dtype, block_size);
+}
+
+void CudaBackend::embed(View out, const Linear& table, const Linear* positions, const Step& step) {
+  cuda::embed(stream_, out, table, positions, step);
+}
+
+void CudaBackend::norm(View out, View x, const Norm& norm) { cuda::norm(stream_, out, x, norm); }
+
+void CudaBackend::add_norm(View out, View residual, View x, const Norm& norm) {
+  cuda::add_norm(stream_, out, residual, x, norm);
+}
+
+void CudaBackend::linear(View out, View x, const Linear& weight) {
+  cuda::linear({stream_, linear_workspace_, cublas_.get()}, out, x, weight);
+}
+
+void CudaBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
+                                 const Step& step) {
+  cuda::rope_and_store(stream_, qkv, rope, layer, kv, step);
+}
+
+void CudaBackend::attention(View out, View q, const LayerSpec& layer, float scale,
+                            const KvLayer& kv, const Step& step) {
+  cuda::attention(stream_, out, q, layer, scale, kv, step, attention_workspace_);
+}
+
+void CudaBackend::gated_activation(View out, View x, Activation activation, bool gated) {
+  cuda::gated_activation(stream_, out, x, activation, gated);
+}
+
+void CudaBackend::take_rows(View out, View x, const std::int32_t* rows) {
+  cuda::take_rows(stream_, out, x, rows);
+}
+
+void CudaBackend::sample(const Samples& out, View logits, const std::int32_t* masks,
+                         const Step& step) {
+  cuda::sample(stream_, out, logits, masks, step, sampling_workspace_);
+}
+
+void CudaBackend::log_softmax(View out, View logits) { cuda::log_softmax(stream_, out, logits); }
+
+void CudaBackend::copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) {
+  cuda::copy_blocks(stream_, kv, pairs, num_pairs, copy_workspace_);
+}
+
+}  // namespace octavo::cuda

@@ -1,0 +1,84 @@
+// The CUDA backend: every op of core/backend.h as kernels on one stream of one device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <memory>
+
+#include "core/backend.h"
+#include "cuda/cublas.h"
+#include "cuda/graphs.h"
+#include "cuda/kernels.h"
+#include "cuda/stream.h"
+
+namespace octavo::cuda {
+
+class CudaBackend : public Backend {
+ public:
+  CudaBackend(int device, const BackendOptions& options);
+  ~CudaBackend() override;
+
+  void attach_thread() override { stream_.attach_thread(); }
+  void* allocate(std::size_t bytes) override;
+  void release(void* data, std::size_t bytes) noexcept override;
+  void upload(void* device, const void* host, std::size_t bytes) override;
+  void download(void* host, const void* device, std::size_t bytes) override;
+  std::size_t available_memory() const override;
+  void* allocate_host(std::size_t bytes) override;
+  void release_host(void* data) noexcept override;
+  void upload_later(void* device, const HostBuffer& host, std::size_t bytes) override;
+  void download_later(unsigned char* host, const void* device, std::size_t bytes) override;
+  void mark(int index) override;
+  void wait(int index) override;
+
+  DType activation_dtype() const override { return options_.dtype; }
+  StepKey padded(const StepKey& key) const override;
+  void prepare(const ModelSpec& spec, const StepLimits& limits) override;
+
+  Linear make_linear(std::int64_t outputs, std::int64_t inputs, const WeightFormat& format,
+                     bool with_bias) override;
+  void pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) override;
+  void pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
+                   const float* scales) override;
+  void pack_zeros(Linear& linear, std::int64_t first_row, std::int64_t rows,
+                  const float* zeros) override;
+  void read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
+               std::vector<float>& values) override;
+  std::int64_t kv_block_bytes(const LayerSpec& layer, DType dtype,
+                              std::int64_t block_size) const override;
+  std::vector<std::string> unsupported(const ModelSpec& spec,
+                                       const RuntimeOptions& options) const override;
+
+  void embed(View out, const Linear& table, const Linear* positions, const Step& step) override;
+  void norm(View out, View x, const Norm& norm) override;
+  void add_norm(View out, View residual, View x, const Norm& norm) override;
+  void linear(View out, View x, const Linear& weight) override;
+  void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
+                      const Step& step) override;
+  void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
+                 const Step& step) override;
+  void gated_activation(View out, View x, Activation activation, bool gated) override;
+  void take_rows(View out, View x, const std::int32_t* rows) override;
+  void sample(const Samples& out, View logits, const std::int32_t* masks,
+              const Step& step) override;
+  void log_softmax(View out, View logits) override;
+  void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) override;
+
+  void run(const StepKey& key, const std::function<void()>& record) override;
+  void forget_recorded() override { graphs_.clear(); }
+  void sync() override { stream_.sync(); }
+
+ private:
+  // Sum of the growths of all workspaces: recorded graphs hold their addresses.
+  std::int64_t growths() const;
+
+  BackendOptions options_;
+  Stream stream_;
+  Workspace linear_workspace_, attention_workspace_, sampling_workspace_, copy_workspace_;
+  std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is not there
+  cudaEvent_t marks_[2] = {};
+  Graphs graphs_;
+};
+
+}  // namespace octavo::cuda

@@ -1,0 +1,55 @@
+// One CUDA device and the stream on which all of its work runs in order.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace octavo::cuda {
+
+// The device failed: the message names what was tried and what it answered.
+class DeviceError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Throws a DeviceError "WHAT on DEVICE: ERROR" unless the call went well.
+void check(cudaError_t error, const char* what);
+
+class Stream {
+ public:
+  explicit Stream(int device);
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  // Makes the device the calling thread's own.
+  void attach_thread() const;
+  // Waits for all that was queued. An error names the kernels that were queued last.
+  void sync();
+
+  cudaStream_t handle() const { return handle_; }
+  int device() const { return device_; }
+  const std::string& device_name() const { return name_; }
+  int num_processors() const { return num_processors_; }              // "streaming multiprocessors"
+  int compute_capability() const { return compute_capability_; }      // 80, 90, ...
+  std::size_t max_shared_bytes() const { return max_shared_bytes_; }  // of one block
+  bool can_overlap() const { return compute_capability_ >= 90; }
+
+  void note_launch(const char* kernel) { launched_[num_launched_++ % launched_.size()] = kernel; }
+  std::int64_t num_launched() const { return static_cast<std::int64_t>(num_launched_); }
+
+ private:
+  int device_;
+  cudaStream_t handle_ = nullptr;
+  std::string name_;
+  int num_processors_ = 0, compute_capability_ = 0;
+  std::size_t max_shared_bytes_ = 0;
+  std::array<const char*, 8> launched_{};  // the latest ones, in turn
+  std::uint64_t num_launched_ = 0;
+};
+
+}  // namespace octavo::cuda

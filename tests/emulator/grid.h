@@ -1,0 +1,83 @@
+// Runs the blocks of a kernel on the host: one fiber a CUDA thread, in an order drawn at random.
+//
+// Inside a block a thread runs until it meets the others (a barrier, a shuffle, a matrix product)
+// or ends; then another is drawn. So whatever a kernel leaves to luck on a GPU (who writes first,
+// who reads too early) happens here sooner or later, and with a given seed it happens again.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+#include <cuda_runtime.h>
+
+namespace cuda_emulator {
+
+// A mistake of the kernel, in words: kernel, block, thread and what is wrong.
+class KernelError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+struct Options {
+  // 0: blocks and threads in ascending order. Else the seed of their order.
+  std::uint64_t seed = 1;
+  // What shared memory holds before a block starts, and device memory before anyone writes.
+  // 0xff makes every float, bf16 and f16 a NaN and every integer -1.
+  unsigned char poison = 0xff;
+  // Limits of one block, as on sm_80.
+  unsigned max_threads = 1024;
+  std::size_t max_shared_bytes = 163 * 1024;
+};
+
+// The options of all launches that follow.
+Options& options();
+
+struct Launch {
+  const char* name = "";
+  dim3 grid, block;
+  std::size_t shared_bytes = 0;
+};
+
+// Runs kernel() once for every thread of the grid. Throws KernelError.
+void run_grid(const Launch& launch, const std::function<void()>& kernel);
+
+// ---- for code running on a fiber ----
+
+struct Thread {
+  uint3 thread, block;
+  dim3 block_size, grid_size;
+  unsigned index;  // of the thread in its block
+};
+// Of the CUDA thread that runs now.
+extern Thread current;
+
+void* shared_memory();
+std::size_t shared_bytes();
+
+// __syncthreads(). file and line name the barrier: all threads must come to the same one.
+void sync_block(const char* file, int line);
+
+// What a whole warp does together. Waits until every lane of `mask` has come with the same `what`,
+// runs body(data of the lanes) once, and lets all go on. data: the lane's own, alive meanwhile;
+// lanes outside of the mask are null in the array of 32 that the body gets.
+void warp_collective(unsigned mask, const char* what, void* data, void (*body)(void* const* lanes));
+
+// Throws a KernelError that names kernel, block and thread.
+[[noreturn]] void fail(const std::string& what);
+
+// Faults of memory that a GPU reports as "misaligned address" and "illegal memory access".
+void check_aligned(const void* address, std::size_t bytes, const char* what);
+void check_shared(const void* address, std::size_t bytes, const char* what);
+
+// Whether the calling code runs as a CUDA thread.
+bool in_kernel();
+
+// cp.async: copies that are begun now and done no sooner than they are waited for.
+void async_copy(void* shared, const void* global, std::size_t bytes, std::size_t zeros);
+void async_commit();
+void async_wait(unsigned groups_left);
+
+}  // namespace cuda_emulator

@@ -1,0 +1,38 @@
+// Streams, events and graphs of the emulated device.
+//
+// A stream holds back what it is given until somebody waits for it. So host memory that is
+// overwritten too early, or read before it was waited for, shows here, though a fast GPU might
+// have been done in time.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <vector>
+
+namespace cuda_emulator {
+
+using Operation = std::function<void()>;
+using Graph = std::vector<Operation>;
+
+class Stream {
+ public:
+  void push(Operation operation);
+  // Does what was pushed up to the position (see `end`), in order.
+  void run_until(std::uint64_t position);
+  void run() { run_until(end()); }
+  std::uint64_t end() const { return done_ + queue_.size(); }
+  std::uint64_t done() const { return done_; }
+
+  void begin_capture() { capturing_ = true; }
+  bool is_capturing() const { return capturing_; }
+  Graph end_capture();
+
+ private:
+  std::deque<Operation> queue_;
+  std::uint64_t done_ = 0;
+  bool capturing_ = false;
+  Graph captured_;
+};
+
+}  // namespace cuda_emulator
