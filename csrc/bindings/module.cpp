@@ -25,6 +25,11 @@ nb::dict build_info() {
   nb::dict info;
   info["compiler"] = compiler();
   info["cuda"] = cuda::is_built();
+#ifdef OCTAVO_EMULATE_CUDA
+  info["cuda_emulated"] = true;
+#else
+  info["cuda_emulated"] = false;
+#endif
   info["num_devices"] = cuda::num_devices();
   info["isas"] = cpu::compiled_isas();
   info["isa"] = cpu::available_isas().back();

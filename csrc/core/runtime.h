@@ -1,45 +1,22 @@
 // One model on one device: the model-level seam that Python drives.
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <exception>
-#include <functional>
 #include <future>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "core/backend.h"
 #include "core/batch.h"
 #include "core/decoder.h"
+#include "core/job_queue.h"
 #include "core/weights.h"
 
 namespace octavo {
-
-// Runs jobs one after the other on a thread of its own, so that `submit` returns at once.
-class JobQueue {
- public:
-  JobQueue();
-  ~JobQueue();  // finishes what is queued
-  void push(std::function<void()> job);
-  // Runs `job` behind all others, waits for it, and throws here what it threw there.
-  void run(const std::function<void()>& job);
-
- private:
-  void work();
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<std::function<void()>> jobs_;
-  bool stopping_ = false;
-  std::thread thread_;
-};
 
 // A tapped matrix, copied to host memory.
 struct TapResult {

@@ -13,7 +13,8 @@ def build_info() -> dict[str, Any]:
     """What was built, and what it found.
 
     compiler, isas (compiled), isa (what "auto" takes here), physical_cores; cuda: whether the
-    build has CUDA's runtime; num_devices: CUDA devices of this machine.
+    build has CUDA's runtime; num_devices: CUDA devices of this machine; cuda_emulated: whether it
+    has the device "cuda_emulated", for tests.
     """
 
 def available_devices() -> list[str]:

@@ -11,11 +11,11 @@ from typing import Literal
 from octavo.errors import InvalidArgumentError
 from octavo.models.spec import WeightFormat
 
-DType = Literal["auto", "f32", "bf16"]
-KVDType = Literal["auto", "f32", "bf16", "int8"]
+DType = Literal["auto", "f32", "bf16", "f16"]
+KVDType = Literal["auto", "f32", "bf16", "f16", "int8"]
 LoadFormat = Literal["auto", "dummy"]
-DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("auto", "f32", "bf16")
+DEVICES = ("auto", "cpu", "cuda", "cuda_emulated")  # the last in builds for tests alone
+DTYPES = ("auto", "f32", "bf16", "f16")
 KV_DTYPES = (*DTYPES, "int8")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZE = ("int8", "w8a8", "int4", "int4-nonuniform")
@@ -65,8 +65,10 @@ class EngineConfig:
     """How to run a model.
 
     device: "auto" takes CUDA when a device is there, else the CPU.
-    dtype: the format of the weights, "f32" or "bf16"; "auto" keeps bf16 as bf16 and holds every
-        other format as f32 (which represents f16 exactly; bf16 would not).
+    dtype: the format of the weights, "f32", "bf16" or, on CUDA, "f16". "auto" on the CPU keeps bf16
+        as bf16 and holds every other format as f32 (which represents f16 exactly; bf16 would not);
+        on CUDA it keeps bf16 and f16 and rounds f32 to bf16. On CUDA activations between the ops
+        are kept in it too, but for the residual stream, which is float32.
     kv_dtype: the format of the KV cache; "auto" follows dtype. "int8" keeps each head of each
         token with a scale of its own, in a little over half the memory of bf16.
     quantize: rounds the weights of a float model while it is loaded: "int8" (a scale an output),
@@ -85,6 +87,10 @@ class EngineConfig:
     num_kv_blocks: size of the KV cache; None sizes it by `kv_memory_fraction`.
     kv_memory_fraction: which part of the memory still free after loading the KV cache may take.
     num_threads: CPU threads; 0 takes OCTAVO_NUM_THREADS, else the physical cores.
+    deterministic: CUDA: an answer's bits do not depend on what else is computed with it (on the CPU
+        they never do), at some cost in speed.
+    enforce_eager: CUDA: launches every kernel of a step by itself, instead of recording steps as
+        CUDA graphs and replaying them.
     seed: of dummy weights, and of requests that name no seed of their own.
     """
 
@@ -102,6 +108,8 @@ class EngineConfig:
     kv_memory_fraction: float = 0.5
     num_threads: int = 0
     isa: str = "auto"
+    deterministic: bool = False
+    enforce_eager: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -137,8 +145,8 @@ class EngineConfig:
 class RuntimeOptions:
     """What the native `Runtime` is built with: an `EngineConfig` with every "auto" resolved."""
 
-    dtype: Literal["f32", "bf16"]
-    kv_dtype: Literal["f32", "bf16", "int8"]
+    dtype: Literal["f32", "bf16", "f16"]
+    kv_dtype: Literal["f32", "bf16", "f16", "int8"]
     block_size: int
     max_model_len: int
     max_num_seqs: int

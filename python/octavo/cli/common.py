@@ -39,9 +39,10 @@ DTypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="Number format of the weights: f32 (exact, slower), bf16 (half the memory), or auto: "
-        "bf16 for a bf16 model, else f32.",
-        metavar="auto|f32|bf16",
+        help="Number format of the weights: f32 (exact, slower), bf16 (half the memory), f16 (GPUs "
+        "only), or auto: on the CPU bf16 for a bf16 model, else f32; on a GPU f16 for an f16 "
+        "model, else bf16.",
+        metavar="auto|f32|bf16|f16",
         rich_help_panel=_MODEL_PANEL,
     ),
 ]
@@ -69,9 +70,9 @@ KVDTypeOption = Annotated[
     str,
     typer.Option(
         "--kv-dtype",
-        help="Number format of the KV cache, the memory of the conversation: f32, bf16, int8 (a "
-        "little over half of bf16), or auto: as the weights' --dtype.",
-        metavar="auto|f32|bf16|int8",
+        help="Number format of the KV cache, the memory of the conversation: f32, bf16, f16 (GPUs "
+        "only), int8 (a little over half of bf16), or auto: as the weights' --dtype.",
+        metavar="auto|f32|bf16|f16|int8",
         rich_help_panel=_MODEL_PANEL,
     ),
 ]

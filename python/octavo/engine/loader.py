@@ -63,9 +63,9 @@ def load_runtime(
     checkpoint = quantize_checkpoint(
         checkpoint, files.spec, _scheme(config), keep_embedding=config.keep_embedding
     )
-    options = resolve_options(files.spec, checkpoint.dtype, config, environment)
-    options = replace(options, formats=checkpoint.formats)
     device = resolve_device(config.device, _native.available_devices())
+    options = resolve_options(files.spec, checkpoint.dtype, config, environment, device)
+    options = replace(options, formats=checkpoint.formats)
     try:
         runtime = _native.Runtime(device, files.spec, options)
     except ValueError as error:  # an instruction set or a device that this machine lacks
@@ -88,14 +88,20 @@ def load_runtime(
 
 
 def resolve_options(
-    spec: ModelSpec, stored_dtype: TensorDType, config: EngineConfig, environment: Environment
+    spec: ModelSpec,
+    stored_dtype: TensorDType,
+    config: EngineConfig,
+    environment: Environment,
+    device: str = "cpu",
 ) -> RuntimeOptions:
     """Replace every "auto" of the configuration; InvalidArgumentError where it does not fit."""
-    dtype: Literal["f32", "bf16"]
-    if config.dtype == "auto":
+    dtype: Literal["f32", "bf16", "f16"]
+    if config.dtype != "auto":
+        dtype = config.dtype
+    elif device in _HOST_DEVICES:
         dtype = "bf16" if stored_dtype == "bf16" else "f32"
     else:
-        dtype = config.dtype
+        dtype = "f16" if stored_dtype == "f16" else "bf16"
     limit = spec.max_position_embeddings
     max_model_len = limit if config.max_model_len is None else config.max_model_len
     if max_model_len > limit:
@@ -112,6 +118,8 @@ def resolve_options(
         max_num_batched_tokens=config.max_num_batched_tokens,
         num_threads=config.num_threads or environment.num_threads,
         isa=environment.isa if config.isa == "auto" else config.isa,
+        deterministic=config.deterministic,
+        graphs=not config.enforce_eager,
     )
 
 

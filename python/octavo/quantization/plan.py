@@ -25,7 +25,7 @@ GROUP_SIZES = (32, 64, 128)
 # 4.5 bits a weight, as llama.cpp's Q4_0; wider groups are smaller and clearly worse.
 DEFAULT_GROUP_SIZE = 32
 EMBEDDINGS = ("embed", "lm_head")
-_FLOAT_BITS = {"f32": 32, "bf16": 16}
+_FLOAT_BITS = {"f32": 32, "bf16": 16, "f16": 16}
 _CODE_BITS = {"int8": 8, "int4": 4}
 
 
@@ -158,7 +158,7 @@ def describe_formats(spec: ModelSpec, formats: Mapping[str, WeightFormat]) -> li
 def weight_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: str) -> int:
     """Bytes that the weights take in memory; zero points are bytes there, int8 scales float32.
 
-    dtype: "f32" or "bf16", of the matrices that `formats` does not name. Vectors are float32.
+    dtype: "f32", "bf16" or "f16", of the matrices that `formats` does not name. Vectors are float32.
     """
     bits = 0
     for name, shape in weight_shapes(spec).items():

@@ -1,0 +1,31 @@
+// A thread of its own for the steps of a runtime.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <thread>
+
+namespace octavo {
+
+// Runs jobs one after the other on a thread of its own, so that `submit` returns at once.
+class JobQueue {
+ public:
+  JobQueue();
+  ~JobQueue();  // finishes what is queued
+  void push(std::function<void()> job);
+  // Runs `job` behind all others, waits for it, and throws here what it threw there.
+  void run(const std::function<void()>& job);
+
+ private:
+  void work();
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> jobs_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+}  // namespace octavo
