@@ -53,6 +53,7 @@ NormKind norm_kind(const std::string& name);
 Activation activation(const std::string& name);
 
 void bind_runtime(nb::module_& module);
+void bind_op_bench(nb::module_& module);
 void bind_ops(nb::module_& module);
 
 }  // namespace octavo::bindings

@@ -6,6 +6,7 @@
 #include "cpu/measure.h"
 #include "cpu/platform.h"
 #include "cuda/devices.h"
+#include "cuda/measure.h"
 
 namespace octavo::bindings {
 
@@ -21,6 +22,26 @@ std::string compiler() {
 #endif
 }
 
+// Only "cpu" or a device that is there.
+bool on_cuda(const std::string& device) {
+  require(device == "cpu" || device == "cuda", "device is \"", device, "\"; expected cpu or cuda");
+  require(device == "cpu" || cuda::num_devices() > 0, "device is \"cuda\", but there is none here");
+  return device == "cuda";
+}
+
+double measure_bandwidth(int num_threads, double seconds, double num_bytes,
+                         const std::string& device) {
+  return on_cuda(device)
+             ? cuda::measure_bandwidth(seconds, num_bytes)
+             : cpu::measure_bandwidth(num_threads, seconds, static_cast<std::size_t>(num_bytes));
+}
+
+double measure_flops(int num_threads, const std::string& isa, double seconds,
+                     const std::string& device) {
+  return on_cuda(device) ? cuda::measure_flops(seconds)
+                         : cpu::measure_flops(num_threads, isa, seconds);
+}
+
 nb::dict build_info() {
   nb::dict info;
   info["compiler"] = compiler();
@@ -31,6 +52,7 @@ nb::dict build_info() {
   info["cuda_emulated"] = false;
 #endif
   info["num_devices"] = cuda::num_devices();
+  info["device_name"] = cuda::num_devices() > 0 ? cuda::device_name() : "";
   info["isas"] = cpu::compiled_isas();
   info["isa"] = cpu::available_isas().back();
   info["physical_cores"] = cpu::physical_cores();
@@ -46,12 +68,13 @@ NB_MODULE(_native, module) {
   module.def("build_info", &build_info);
   module.def("available_devices", &octavo::available_devices);
   module.def("available_isas", &octavo::cpu::available_isas);
-  module.def("measure_bandwidth", &octavo::cpu::measure_bandwidth, nb::arg("num_threads") = 0,
-             nb::arg("seconds") = 1.0, nb::arg("num_bytes") = 0,
+  module.def("measure_bandwidth", &measure_bandwidth, nb::arg("num_threads") = 0,
+             nb::arg("seconds") = 1.0, nb::arg("num_bytes") = 0, nb::arg("device") = "cpu",
              nb::call_guard<nb::gil_scoped_release>());
-  module.def("measure_flops", &octavo::cpu::measure_flops, nb::arg("num_threads") = 0,
-             nb::arg("isa") = "auto", nb::arg("seconds") = 0.5,
+  module.def("measure_flops", &measure_flops, nb::arg("num_threads") = 0, nb::arg("isa") = "auto",
+             nb::arg("seconds") = 0.5, nb::arg("device") = "cpu",
              nb::call_guard<nb::gil_scoped_release>());
   bind_runtime(module);
   bind_ops(module);
+  bind_op_bench(module);
 }

@@ -13,8 +13,8 @@ def build_info() -> dict[str, Any]:
     """What was built, and what it found.
 
     compiler, isas (compiled), isa (what "auto" takes here), physical_cores; cuda: whether the
-    build has CUDA's runtime; num_devices: CUDA devices of this machine; cuda_emulated: whether it
-    has the device "cuda_emulated", for tests.
+    build has CUDA's runtime; num_devices: CUDA devices of this machine; device_name: of the
+    first; cuda_emulated: whether the build has the device "cuda_emulated", for tests.
     """
 
 def available_devices() -> list[str]:
@@ -23,14 +23,22 @@ def available_devices() -> list[str]:
 def available_isas() -> list[str]:
     """The instruction sets that are compiled in and that this machine has, slowest first."""
 
-def measure_bandwidth(num_threads: int = 0, seconds: float = 1.0, num_bytes: int = 0) -> float:
-    """Bytes a second that all CPU threads together read from memory, the best of several passes.
+def measure_bandwidth(
+    num_threads: int = 0, seconds: float = 1.0, num_bytes: int = 0, device: str = "cpu"
+) -> float:
+    """Bytes a second that the device reads from its memory, the best of several passes.
 
-    num_bytes: the buffer to read; 0 takes a quarter of the free memory, at most 1 GiB.
+    num_threads: of the CPU; 0 takes all cores. num_bytes: the buffer to read; 0 takes a quarter of
+    the free memory, at most 1 GiB (CUDA: 4 GiB).
     """
 
-def measure_flops(num_threads: int = 0, isa: str = "auto", seconds: float = 0.5) -> float:
-    """Float32 operations a second, multiply-adds counted as two, of all CPU threads together."""
+def measure_flops(
+    num_threads: int = 0, isa: str = "auto", seconds: float = 0.5, device: str = "cpu"
+) -> float:
+    """Operations a second, multiply-adds counted as two.
+
+    The CPU's in float32, all threads together; a GPU's in bf16 with float32 sums (mma.sync).
+    """
 
 class Batch:
     """What one step computes: ragged, with no distinction of prefill and decode.
@@ -144,6 +152,52 @@ class Runtime:
 
     def step(self, batch: Batch, taps: Sequence[str] | None = None) -> StepOutput:
         """submit, sample and wait in one call."""
+
+class OpBench:
+    """How long single ops take on random numbers, in seconds a call: the best of `repeats` runs.
+
+    A run makes 20 calls or more, which CUDA replays as one graph. dtype: of activations.
+    """
+
+    def __init__(self, device: str, dtype: str, deterministic: bool = False) -> None: ...
+    def linear(
+        self,
+        rows: int,
+        outputs: int,
+        inputs: int,
+        format: Any = None,
+        copies: int = 1,
+        repeats: int = 10,
+    ) -> float:
+        """format: octavo.models.spec.WeightFormat; None takes dtype.
+
+        copies: matrices that take turns, so that no cache holds them all.
+        """
+
+    def attention(
+        self,
+        num_seqs: int,
+        tokens_per_seq: int,
+        context: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_dtype: str,
+        repeats: int = 10,
+    ) -> float:
+        """num_seqs sequences of `context` tokens, of which the last tokens_per_seq are new."""
+
+    def add_norm(self, rows: int, width: int, repeats: int = 10) -> float: ...
+    def gated_activation(self, rows: int, width: int, repeats: int = 10) -> float: ...
+    def sample(
+        self,
+        rows: int,
+        vocab_size: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repeats: int = 10,
+    ) -> float: ...
 
 class Ops:
     """Each compute op by itself, for tests; arguments and results as in octavo.reference.ops."""

@@ -11,7 +11,7 @@ from octavo.errors import InvalidArgumentError
 from octavo.models.spec import LayerSpec, ModelSpec, weight_shapes
 
 # Of one number in each format; scales are little beside them.
-BYTES = {"f32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
 @dataclass(frozen=True)

@@ -77,3 +77,11 @@ def measure(options: RuntimeOptions, num_threads: int, seconds: float | None = N
     flops = operations_per_second(float32, isa, arithmetic)
     words = " and ".join(WORDS[kind] for kind in sorted(arithmetic))
     return Peak(bandwidth, flops, words, float32)
+
+
+def measure_cuda() -> Peak:
+    """Both limits of the GPU: its memory, and bf16 products by the instruction octavo uses."""
+    from octavo import _native
+
+    flops = _native.measure_flops(device="cuda")
+    return Peak(_native.measure_bandwidth(device="cuda"), flops, "bf16 products (mma.sync)")

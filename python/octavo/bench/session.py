@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,6 +23,8 @@ class Session:
         self._num_blocks = loaded.num_kv_blocks
         self._num_kv_groups = num_kv_groups
         self._block_size = loaded.options.block_size
+        # Whether a sequence's logits are promised to have the same bits in any company.
+        self.is_exact = loaded.device == "cpu" or loaded.options.deterministic
         self.chunk = loaded.options.max_num_batched_tokens
         self._blocks: Int32 = np.empty((0, 0), np.int32)
         self._lengths: list[int] = []
@@ -50,6 +53,12 @@ class Session:
         Returns the greedy next tokens (of the sequences in order; empty without `sample`, when the
         step ends before the head), and the logits they come from if asked for.
         """
+        ticket = self._submit(new, sample)
+        logits = self._runtime.logits(ticket) if want_logits else None
+        return self._runtime.wait(ticket).token_ids, logits
+
+    def _submit(self, new: Mapping[int, Sequence[int]], sample: bool = True) -> int:
+        """Queue the step; what a sequence draws is kept in the state row of its number."""
         from octavo import _native
 
         rows = np.cumsum([0, *(len(tokens) for tokens in new.values())], dtype=np.int32)
@@ -68,10 +77,9 @@ class Session:
                 np.broadcast_to(tables, (self._num_kv_groups, *tables.shape))
             ),
             logit_rows=rows[1:] - 1 if sample else np.empty(0, np.int32),
+            state_rows=np.array(list(new), np.int32) if sample else None,
         )
-        ticket = self._runtime.submit(batch)
-        logits = self._runtime.logits(ticket) if want_logits else None
-        return self._runtime.wait(ticket).token_ids, logits
+        return self._runtime.submit(batch)
 
     def prefill(
         self, prompt: Sequence[int], chunk: int | None = None, companion: Sequence[int] = ()
@@ -100,11 +108,20 @@ class Session:
                 self.step({index: prompt[start : start + self.chunk]}, sample=False)
 
     def decode(self, first: Sequence[int], num_tokens: int) -> None:
-        """Greedy tokens for all sequences, each beginning with its token of `first`."""
-        tokens = list(first)
-        for _ in range(num_tokens):
-            drawn, _ = self.step({index: [token] for index, token in enumerate(tokens)})
-            tokens = drawn.tolist()
+        """Greedy tokens for all sequences, each beginning with its token of `first`.
+
+        A step is queued before the one before it is read: its tokens stay on the device.
+        """
+        tickets: deque[int] = deque()
+        for step in range(num_tokens):
+            tokens = first if step == 0 else [-1 - index for index in range(len(first))]
+            if len(tickets) == 2:
+                self._runtime.wait(tickets.popleft())
+            ticket = self._submit({index: [token] for index, token in enumerate(tokens)})
+            self._runtime.sample(ticket)
+            tickets.append(ticket)
+        for ticket in tickets:
+            self._runtime.wait(ticket)
 
     def decode_logits(self, first: Sequence[int], num_tokens: int) -> Float32:
         """As `decode`; returns all logits, (num_tokens, sequences, vocab_size)."""

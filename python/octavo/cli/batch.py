@@ -22,6 +22,7 @@ from octavo.cli.batch_input import (
 )
 from octavo.cli.batch_output import Journal, answer_record, bad_line_record
 from octavo.cli.common import (
+    DeterministicOption,
     DeviceOption,
     DTypeOption,
     KeepEmbeddingOption,
@@ -100,6 +101,7 @@ def batch(
         ),
     ] = 64,
     device: DeviceOption = "auto",
+    deterministic: DeterministicOption = False,
     dtype: DTypeOption = "auto",
     quantize: QuantizeOption = None,
     keep_embedding: KeepEmbeddingOption = False,
@@ -139,6 +141,7 @@ def batch(
             llm = common.load_llm(
                 model,
                 device=device,
+                deterministic=deterministic,
                 dtype=dtype,
                 quantize=quantize,
                 keep_embedding=keep_embedding,

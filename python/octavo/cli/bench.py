@@ -8,8 +8,10 @@ import typer
 
 from octavo.cli.common import (
     FAILED,
+    DeterministicOption,
     DeviceOption,
     DTypeOption,
+    EnforceEagerOption,
     KeepEmbeddingOption,
     KVDTypeOption,
     LoadFormatOption,
@@ -86,6 +88,8 @@ def bench(
     quantize: QuantizeOption = None,
     keep_embedding: KeepEmbeddingOption = False,
     device: DeviceOption = "auto",
+    deterministic: DeterministicOption = False,
+    enforce_eager: EnforceEagerOption = False,
     num_threads: NumThreadsOption = 0,
     load_format: LoadFormatOption = "auto",
     output: Annotated[
@@ -103,7 +107,8 @@ def bench(
 
     First the machine itself is measured: bytes read from memory and float32 operations a second.
     Each test then has a gate before it is timed: a sequence's logits must have the same bits alone
-    and in the batch. A test that fails it gets no figure. Exit code: 0 all gates passed, 1 not.
+    and in the batch (on a GPU without --deterministic: nearly the same numbers). A test that fails
+    it gets no figure. Exit code: 0 all gates passed, 1 not.
     """
     from octavo.bench.cases import make_cases
     from octavo.bench.report import OUTPUTS, print_result
@@ -121,6 +126,8 @@ def bench(
     )
     config = EngineConfig(
         device=device,
+        deterministic=deterministic,
+        enforce_eager=enforce_eager,
         dtype=dtype,  # type: ignore[arg-type]  # EngineConfig checks it
         kv_dtype=kv_dtype,  # type: ignore[arg-type]
         quantize=quantize,  # type: ignore[arg-type]

@@ -85,6 +85,24 @@ DeviceOption = Annotated[
         rich_help_panel=_MODEL_PANEL,
     ),
 ]
+DeterministicOption = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="On a GPU, compute so that an answer's bits do not depend on what else is computed "
+        "with it. On the CPU they never do.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
+EnforceEagerOption = Annotated[
+    bool,
+    typer.Option(
+        "--enforce-eager",
+        help="On a GPU, launch each kernel by itself instead of replaying recorded steps (CUDA "
+        "graphs): slower, easier to debug.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
 MaxModelLenOption = Annotated[
     int | None,
     typer.Option(

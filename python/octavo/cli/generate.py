@@ -11,6 +11,7 @@ import typer
 
 from octavo.cli import common
 from octavo.cli.common import (
+    DeterministicOption,
     DeviceOption,
     DTypeOption,
     KeepEmbeddingOption,
@@ -135,6 +136,7 @@ def generate(
         ),
     ] = False,
     device: DeviceOption = "auto",
+    deterministic: DeterministicOption = False,
     dtype: DTypeOption = "auto",
     quantize: QuantizeOption = None,
     keep_embedding: KeepEmbeddingOption = False,
@@ -180,6 +182,7 @@ def generate(
     llm = common.load_llm(
         model,
         device=device,
+        deterministic=deterministic,
         dtype=dtype,
         quantize=quantize,
         keep_embedding=keep_embedding,

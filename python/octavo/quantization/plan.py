@@ -158,7 +158,8 @@ def describe_formats(spec: ModelSpec, formats: Mapping[str, WeightFormat]) -> li
 def weight_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: str) -> int:
     """Bytes that the weights take in memory; zero points are bytes there, int8 scales float32.
 
-    dtype: "f32", "bf16" or "f16", of the matrices that `formats` does not name. Vectors are float32.
+    dtype: of the matrices that `formats` does not name, "f32", "bf16" or "f16". Vectors are
+    float32.
     """
     bits = 0
     for name, shape in weight_shapes(spec).items():
