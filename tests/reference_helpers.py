@@ -74,6 +74,7 @@ class NativeModel:
         max_tokens: int = 256,
         isa: str = "auto",
         num_threads: int = 2,
+        device: str = "cpu",
     ) -> None:
         self.options = RuntimeOptions(
             dtype=dtype,
@@ -85,7 +86,7 @@ class NativeModel:
             num_threads=num_threads,
             isa=isa,
         )
-        self.runtime = _native.Runtime("cpu", spec, self.options)
+        self.runtime = _native.Runtime(device, spec, self.options)
         for name in weight_shapes(spec):
             self.runtime.load(name, np.ascontiguousarray(weights[name]), "f32")
         num_blocks = -(-max_tokens // 16)

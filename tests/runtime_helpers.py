@@ -48,19 +48,23 @@ def tiny_runtime(
     num_threads: int = 2,
     isa: str = "auto",
     seed: int = 0,
+    device: str = "cpu",
+    **fields: Any,
 ) -> _native.Runtime:
+    """fields: more of RuntimeOptions."""
     spec = spec or tiny_spec()
     options = RuntimeOptions(
         dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=fields.pop("kv_dtype", dtype),
         block_size=16,
         max_model_len=256,
         max_num_seqs=8,
         max_num_batched_tokens=128,
         num_threads=num_threads,
         isa=isa,
+        **fields,
     )
-    runtime = _native.Runtime("cpu", spec, options)
+    runtime = _native.Runtime(device, spec, options)
     for name, values in random_weights(spec, seed).items():
         runtime.load(name, values, "f32")
     runtime.alloc_kv(num_blocks)

@@ -62,9 +62,9 @@ class OpBench {
     const std::int64_t blocks = (context + 15) / 16;
     kv.num_blocks = num_seqs * blocks;
     kv.block_bytes = backend_->kv_block_bytes(spec, kv.dtype, kv.block_size);
-    // Zeros: keys and values of what size they may be, time does not depend on them.
     const Buffer cache(backend_.get(), static_cast<std::size_t>(kv.num_blocks * kv.block_bytes));
     kv.data = cache.data();
+    fill(kv, spec);
 
     Step step;
     step.num_seqs = num_seqs;
@@ -181,6 +181,23 @@ class OpBench {
     result.memory = up(bytes);
     result.view.data = result.memory.data();
     return result;
+  }
+
+  // Random keys and values in every slot: on zeros a GPU is faster than on real ones.
+  void fill(KvLayer& kv, const LayerSpec& spec) {
+    constexpr std::int64_t kSlots = 1024;
+    const Matrix qkv = random_matrix(kSlots, spec.q_size() + 2 * spec.kv_size());
+    for (std::int64_t first = 0; first < kv.num_blocks * kv.block_size; first += kSlots) {
+      std::vector<std::int32_t> slots(kSlots, -1);
+      for (std::int64_t i = 0; i < kSlots && first + i < kv.num_blocks * kv.block_size; ++i)
+        slots[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(first + i);
+      const Buffer memory = up(slots);
+      Step step;
+      step.num_tokens = kSlots;
+      step.slots = memory.as<std::int32_t>();
+      backend_->rope_and_store(qkv.view, nullptr, spec, kv, step);
+      backend_->sync();
+    }
   }
 
   Linear random_linear(std::int64_t outputs, std::int64_t inputs, const WeightFormat& format) {

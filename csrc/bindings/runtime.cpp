@@ -174,6 +174,7 @@ void bind_runtime(nb::module_& module) {
           nb::arg("kv_group"), nb::arg("pairs").noconvert())
       .def("memory", &memory)
       .def("allocations", &Runtime::allocations)
+      .def("replays", &Runtime::replays)
       .def("submit", &submit, nb::arg("batch"), nb::arg("taps") = nb::none())
       .def("sample", &sample, nb::arg("ticket"), nb::arg("masks").noconvert() = nb::none())
       .def("logits", &logits, nb::arg("ticket"))

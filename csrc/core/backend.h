@@ -257,6 +257,8 @@ class Backend {
   virtual void run(const StepKey& key, const std::function<void()>& record) = 0;
   // Called when memory that recorded steps use has moved.
   virtual void forget_recorded() {}
+  // How many steps were replayed so far.
+  virtual std::int64_t num_replayed() const { return 0; }
   virtual void sync() = 0;
 };
 

@@ -51,6 +51,7 @@ class Runtime {
   void copy_blocks(std::int64_t kv_group, const std::vector<std::int32_t>& pairs);
   MemoryUse memory() const;
   std::int64_t allocations() const { return growths_; }
+  std::int64_t replays() const { return backend_->num_replayed(); }
   const ModelSpec& spec() const { return spec_; }
 
   // Queues the forward pass; the ticket names the step until `wait` closes it. At most two may be

@@ -67,6 +67,7 @@ class CudaBackend : public Backend {
 
   void run(const StepKey& key, const std::function<void()>& record) override;
   void forget_recorded() override { graphs_.clear(); }
+  std::int64_t num_replayed() const override { return graphs_.num_replayed(); }
   void sync() override { stream_.sync(); }
 
  private:

@@ -132,6 +132,9 @@ class Runtime:
     def allocations(self) -> int:
         """How many times the step had to grow a buffer so far; constant once warm."""
 
+    def replays(self) -> int:
+        """How many recorded steps (CUDA graphs) were replayed so far; sampling counts apart."""
+
     def submit(self, batch: Batch, taps: Sequence[str] | None = None) -> int:
         """Queue the forward pass and return a ticket at once; at most two may be in flight.
 

@@ -48,7 +48,6 @@ class NativeSide:
     name = "octavo"
     is_definition = False
     op_files = "native"
-    rounds_output = False
 
     def __init__(self, loaded: LoadedRuntime, num_kv_groups: int) -> None:
         from octavo import _native
@@ -63,7 +62,9 @@ class NativeSide:
         isa = options.isa if options.isa != "auto" else str(_native.build_info()["isa"])
         arithmetic = f", {isa}" if loaded.device == "cpu" else ""
         # On other devices matrix products may sum in another order for one row than for many.
-        self.bit_exact = loaded.device == "cpu"
+        self.bit_exact = loaded.device == "cpu" or options.deterministic
+        # ... and activations are kept in the weights' format.
+        self.rounds_output = loaded.device != "cpu" and self.dtype != "f32"
         self.description = (
             f"native core, {loaded.device}{arithmetic}, "
             f"{describe_dtypes(options.formats, options.dtype)} weights, "
