@@ -16,7 +16,7 @@ ASAN_VENV ?= .venv-asan
 JOBS      ?= 2
 
 # What an installed octavo is made of.
-NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
+NATIVE_SOURCES := CMakeLists.txt $(shell find csrc tests/emulator -type f)
 PYTHON_SOURCES := pyproject.toml $(shell find python reference -type f \
                     -not -path '*/__pycache__/*' -not -name '*.so')
 SOURCES := $(NATIVE_SOURCES) $(PYTHON_SOURCES)
@@ -58,7 +58,8 @@ $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@echo "building and installing octavo with what its tests need (a minute or two)"
 	@$(TEST_VENV)/$(PIP) install $(BUILD_TOOLS)
 	@$(TEST_VENV)/$(PIP) install --no-build-isolation ".[test]" \
-	  "$(SET)build-dir=build/test/{wheel_tag}" $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON
+	  "$(SET)build-dir=build/test/{wheel_tag}" \
+	  $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON
 	@touch $@
 
 # ---- development ----
@@ -82,7 +83,8 @@ $(DEV_VENV)/.tools: pyproject.toml scripts/venv.sh
 .PHONY: build
 build: $(DEV_VENV)/.tools ## Build the native module in place, compiling only what changed
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake -S . -B build/dev -G Ninja --log-level=WARNING \
-	  -DPython_EXECUTABLE="$(CURDIR)/$(DEV_VENV)/bin/python" -DOCTAVO_EMULATE_AMX=ON
+	  -DPython_EXECUTABLE="$(CURDIR)/$(DEV_VENV)/bin/python" -DOCTAVO_EMULATE_AMX=ON \
+	  -DOCTAVO_EMULATE_CUDA=ON
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake --build build/dev
 
 # Apart, so that `make -k check` goes on after the first that complains.
@@ -137,10 +139,16 @@ $(ASAN_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@$(ASAN_VENV)/$(PIP) install --no-build-isolation ".[test]" \
 	  "$(SET)build-dir=build/asan/{wheel_tag}" \
 	  $(SET)cmake.define.OCTAVO_SANITIZE=ON $(SET)cmake.define.OCTAVO_CUDA=OFF \
-	  $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON \
+	  $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON \
 	  $(SET)cmake.build-type=None "$(SET)cmake.define.CMAKE_CXX_FLAGS=-O1 -g" \
 	  $(SET)install.strip=false
 	@touch $@
+
+# ---- CUDA ----
+
+.PHONY: cuda-resources
+cuda-resources: $(DEV_VENV)/.tools ## Compile every CUDA kernel; registers and spills (needs nvcc)
+	$(DEV_VENV)/bin/python scripts/kernel_resources.py $(ARGS)
 
 # ---- beside Hugging Face ----
 
@@ -164,7 +172,7 @@ $(HF_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@echo "building and installing octavo, torch and transformers (some minutes)"
 	@$(HF_VENV)/$(PIP) install $(BUILD_TOOLS)
 	@$(HF_VENV)/$(PIP) install --no-build-isolation ".[test,hf]" \
-	  "$(SET)build-dir=build/hf/{wheel_tag}"
+	  "$(SET)build-dir=build/hf/{wheel_tag}" $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON
 	@touch $@
 
 .PHONY: clean
