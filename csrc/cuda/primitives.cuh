@@ -291,6 +291,21 @@ OCTAVO_DEVICE uint4 load_16(const void* address) {
   return *static_cast<const uint4*>(address);
 }
 
+// 8 bytes from or to an address that is a multiple of 8.
+OCTAVO_DEVICE uint2 load_8(const void* address) {
+#ifdef OCTAVO_EMULATED
+  cuda_emulator::check_aligned(address, 8, "a load of 8 bytes");
+#endif
+  return *static_cast<const uint2*>(address);
+}
+
+OCTAVO_DEVICE void store_8(void* address, uint2 value) {
+#ifdef OCTAVO_EMULATED
+  cuda_emulator::check_aligned(address, 8, "a store of 8 bytes");
+#endif
+  *static_cast<uint2*>(address) = value;
+}
+
 // The same for what is read once and by nobody else, as weights in decoding: past the first cache,
 // first to be evicted from the second. Never for what the kernel before may still be writing.
 OCTAVO_DEVICE uint4 load_16_once(const void* address) {
