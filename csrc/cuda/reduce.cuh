@@ -34,10 +34,10 @@ OCTAVO_DEVICE float block_max(float value, float* partial) {
 // ---- four numbers of type T at p, of which `count` (any number; 4 or more: all) are there ----
 // aligned: p is a multiple of four numbers' size.
 
-OCTAVO_DEVICE float4 load_four(const float* p, int count, bool aligned) {
+OCTAVO_DEVICE float4 load_four(const float* p, int count, bool aligned, float missing = 0.0f) {
   if (aligned && count >= 4) return bits_as<float4>(load_16(p));
-  return {count > 0 ? p[0] : 0.0f, count > 1 ? p[1] : 0.0f, count > 2 ? p[2] : 0.0f,
-          count > 3 ? p[3] : 0.0f};
+  return {count > 0 ? p[0] : missing, count > 1 ? p[1] : missing, count > 2 ? p[2] : missing,
+          count > 3 ? p[3] : missing};
 }
 
 template <class T>
