@@ -1,0 +1,165 @@
+// Rotary position embedding of q and k, and storing k and v in the paged cache.
+
+#include "cuda/kernels.h"
+#include "cuda/kv_layout.cuh"
+#include "cuda/launch.cuh"
+
+namespace octavo::cuda {
+
+namespace {
+
+constexpr unsigned kHeadsPerBlock = 4;  // a warp each
+constexpr int kPairsPerLane = 4;        // head_dim up to 256
+
+struct RopeArguments {
+  void* qkv;
+  std::int64_t stride;
+  const float *cosines, *sines;  // null: no rotation
+  const std::int32_t *positions, *slots;
+  int num_heads, num_kv_heads, head_dim;
+  KvLayout cache;
+  unsigned char* cache_data;
+};
+
+// One head's vector of one token, by one warp: lane i has elements i + 32 n of either half.
+struct HeadVector {
+  float first[kPairsPerLane], second[kPairsPerLane];
+};
+
+OCTAVO_DEVICE void store_item(unsigned char* items, DType dtype, int index, float value,
+                              float scale) {
+  switch (dtype) {
+    case DType::f32:
+      reinterpret_cast<float*>(items)[index] = value;
+      break;
+    case DType::bf16:
+      reinterpret_cast<Bf16*>(items)[index] = from_float<Bf16>(value);
+      break;
+    case DType::f16:
+      reinterpret_cast<F16*>(items)[index] = from_float<F16>(value);
+      break;
+    default: {
+      const float steps = rintf(divide_rn(value, scale));  // ties to even
+      reinterpret_cast<std::int8_t*>(items)[index] =
+          static_cast<std::int8_t>(fminf(127.0f, fmaxf(-127.0f, steps)));
+    }
+  }
+}
+
+// Puts a key (or value) where it belongs; int8 as 127 steps of the vector's largest magnitude.
+OCTAVO_DEVICE void store_vector(const RopeArguments& a, const HeadVector& x, int slot, int kv_head,
+                                bool is_value) {
+  const KvLayout& cache = a.cache;
+  const int half = (a.head_dim + 1) / 2, lane = static_cast<int>(lane_index());
+  const int within = slot % cache.block_size;
+  unsigned char* items = a.cache_data + cache.head_at(slot / cache.block_size, kv_head);
+  float scale = 1.0f;
+  if (cache.dtype == DType::int8) {
+    float largest = 0.0f;
+    for (int n = 0; n < kPairsPerLane; ++n)
+      largest = fmaxf(largest, fmaxf(fabsf(x.first[n]), fabsf(x.second[n])));
+    largest = warp_max(largest);
+    if (largest > 0.0f) scale = divide_rn(largest, 127.0f);
+    if (lane == 0)
+      reinterpret_cast<float*>(
+          items + cache.scales_at())[is_value ? cache.block_size + within : within] = scale;
+  }
+  for (int n = 0; n < kPairsPerLane; ++n) {
+    const int i = lane + 32 * n;
+    if (i >= half) continue;
+    const auto at = [&](int d) {
+      return is_value ? cache.value_item(within, d) : cache.key_item(within, d);
+    };
+    store_item(items, cache.dtype, at(i), x.first[n], scale);
+    if (i + half < a.head_dim) store_item(items, cache.dtype, at(i + half), x.second[n], scale);
+  }
+}
+
+// x[i], x[i + half] = x[i] cos - x[i + half] sin, x[i + half] cos + x[i] sin, rounded to T, in
+// place for q and k; then k and v, as rounded, to the slots. Heads are numbered q, k, v.
+//
+// Block (t, j): token t, heads 4 j to 4 j + 3, a warp each. Moves T (2 q + 2 k + v) + cache (k + v)
+// bytes: for 32 + 8 + 8 heads of 64 bf16 numbers 13 KiB a token. A step of one token is 12 blocks,
+// all of whose loads are under way at once; the angles are read before the kernel before has ended.
+template <class T>
+__global__ void rope_and_store_kernel(RopeArguments a) {
+  let_next_kernel_start();
+  const int token = static_cast<int>(blockIdx.x), lane = static_cast<int>(lane_index());
+  const int head = static_cast<int>(blockIdx.y * kHeadsPerBlock + warp_index());
+  if (head >= a.num_heads + 2 * a.num_kv_heads) return;
+  const int half = (a.head_dim + 1) / 2;
+  const bool is_value = head >= a.num_heads + a.num_kv_heads;
+  const int slot = head < a.num_heads ? -1 : a.slots[token];
+  const bool rotates = a.cosines && !is_value;
+  if (!rotates && slot < 0) return;
+
+  float cosine[kPairsPerLane] = {}, sine[kPairsPerLane] = {};
+  if (rotates) {
+    const std::int64_t angles = static_cast<std::int64_t>(a.positions[token]) * half;
+    for (int n = 0; n < kPairsPerLane; ++n) {
+      const int i = lane + 32 * n;
+      if (i >= half) continue;
+      cosine[n] = a.cosines[angles + i];
+      sine[n] = a.sines[angles + i];
+    }
+  }
+  wait_for_previous_kernel();
+  T* row = static_cast<T*>(a.qkv) + token * a.stride + head * a.head_dim;
+  HeadVector x = {};
+  for (int n = 0; n < kPairsPerLane; ++n) {
+    const int i = lane + 32 * n;
+    if (i >= half) continue;
+    x.first[n] = to_float(row[i]);
+    if (i + half < a.head_dim) x.second[n] = to_float(row[i + half]);
+    if (!rotates) continue;
+    const float first = x.first[n], second = x.second[n];
+    const T turned_first =
+        from_float<T>(add_rn(multiply_rn(first, cosine[n]), -multiply_rn(second, sine[n])));
+    const T turned_second =
+        from_float<T>(add_rn(multiply_rn(second, cosine[n]), multiply_rn(first, sine[n])));
+    row[i] = turned_first;
+    row[i + half] = turned_second;
+    x.first[n] = to_float(turned_first);
+    x.second[n] = to_float(turned_second);
+  }
+  if (slot >= 0) store_vector(a, x, slot, (head - a.num_heads) % a.num_kv_heads, is_value);
+}
+
+}  // namespace
+
+void rope_and_store(Stream& stream, View qkv, const Rope* rope, const LayerSpec& layer,
+                    const KvLayer& kv, const Step& step) {
+  require(qkv.cols == layer.q_size() + 2 * layer.kv_size(), "qkv has ", qkv.cols,
+          " columns; expected ", layer.q_size() + 2 * layer.kv_size());
+  require(!rope || layer.head_dim % 2 == 0, "head_dim is ", layer.head_dim,
+          "; only an even one can be rotated");
+  if (step.num_tokens == 0) return;
+  RopeArguments a{};
+  a.qkv = qkv.data;
+  a.stride = qkv.stride;
+  a.cosines = rope ? rope->cosines : nullptr;
+  a.sines = rope ? rope->sines : nullptr;
+  a.positions = step.positions;
+  a.slots = step.slots_of(layer.kv_group);
+  a.num_heads = static_cast<int>(layer.num_heads);
+  a.num_kv_heads = static_cast<int>(layer.num_kv_heads);
+  a.head_dim = static_cast<int>(layer.head_dim);
+  a.cache = layout_of(kv);
+  a.cache_data = static_cast<unsigned char*>(kv.data);
+  const auto heads = static_cast<unsigned>(layer.num_heads + 2 * layer.num_kv_heads);
+  const LaunchShape shape{
+      dim3(static_cast<unsigned>(step.num_tokens), (heads + kHeadsPerBlock - 1) / kHeadsPerBlock),
+      dim3(kWarp * kHeadsPerBlock), 0, true};
+  switch (qkv.dtype) {
+    case DType::f32:
+      return launch(stream, "rope_and_store", shape, rope_and_store_kernel<float>, a);
+    case DType::bf16:
+      return launch(stream, "rope_and_store", shape, rope_and_store_kernel<Bf16>, a);
+    case DType::f16:
+      return launch(stream, "rope_and_store", shape, rope_and_store_kernel<F16>, a);
+    default:
+      throw std::invalid_argument(text("qkv is ", name(qkv.dtype), "; expected f32, bf16 or f16"));
+  }
+}
+
+}  // namespace octavo::cuda
