@@ -1,0 +1,131 @@
+// How weight matrices lie in device memory: one layout for all kernels.
+//
+// A matrix (outputs, inputs) is kept output by output. A row is a sequence of units of 64 bytes,
+// padded with zeros to whole units; a unit holds 32 inputs of 16 bits, 64 of 8 or 128 of 4, that
+// is 1, 2 or 4 blocks of 32 inputs (float32 rows, which have no tensor core kernels, are plain rows
+// with the same padding). In a warp lane 4 g + t takes bytes 16 t .. 16 t + 15 of a unit of row g,
+// and finds in them inputs 8 t .. 8 t + 7 of every block of the unit:
+//
+//   16 bits: input i of the unit at number i
+//   8 bits:  byte 16 t + 8 block + 4 (j / 4) + {0, 2, 1, 3}[j % 4], j = 0 .. 7
+//   4 bits:  word 4 t + block, nibble j / 2 for an even j, 4 + j / 2 for an odd one
+//
+// so that one load of 16 bytes a lane gives operands of mma.m16n8k16 without any exchange, and the
+// two numbers of a pair lie 16 bits apart, where a mask makes bf16 or f16 pairs of them. That the
+// tensor core multiplies inputs in another order than they lie in makes no difference to it, since
+// the activations are taken in the same order: see products of blocks in tiles.cuh.
+//
+// Scales: int8 has a float32 for each output. int4 has for each output and group a number of the
+// backend's activation type, and where the format has zero points another, the offset that is added
+// to a code as the kernels read it (see `Offsets`); with float32 activations, which have no fast
+// kernels, the zero point itself.
+#pragma once
+
+#include <cstdint>
+
+#include "core/backend.h"
+#include "cuda/primitives.cuh"
+
+namespace octavo::cuda {
+
+constexpr int kBlock = 32;      // inputs
+constexpr int kUnitBytes = 64;  // of a row
+
+OCTAVO_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+OCTAVO_HOST_DEVICE int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+// What a weight is, as kernels tell formats apart.
+enum class Codes : int { f32, f16, bf16, int8, int4, int4_levels };
+
+struct Levels {  // int4_levels: what the 16 codes stand for
+  std::uint32_t words[4];
+};
+
+// A packed matrix as kernels get it, by value.
+struct Matrix {
+  const unsigned char* data = nullptr;
+  const void* scales = nullptr;
+  const void* zeros = nullptr;  // null: none
+  const float* bias = nullptr;  // null: none
+  long long row_bytes = 0;
+  int outputs = 0;
+  int inputs = 0;
+  int units = 0;             // of a row
+  int blocks_per_scale = 1;  // int4
+  int scales_per_row = 0;    // int4
+  Codes codes = Codes::f32;
+  DType scale_dtype = DType::f32;  // int4: of scales and zeros
+  Levels levels = {};
+
+  OCTAVO_HOST_DEVICE const unsigned char* row(int output) const {
+    return data + output * row_bytes;
+  }
+};
+
+OCTAVO_HOST_DEVICE int bits_of(Codes codes) {
+  return codes == Codes::f32 ? 32 : codes < Codes::int8 ? 16 : codes == Codes::int8 ? 8 : 4;
+}
+
+// Where in its row an input's code lies; int4: times two, in nibbles.
+OCTAVO_HOST_DEVICE int place_of(Codes codes, int input) {
+  const int j = input % 8, t = input % kBlock / 8;
+  if (codes == Codes::int8) {
+    const int swapped = j % 4 == 1 ? 2 : j % 4 == 2 ? 1 : j % 4;
+    return input / 64 * 64 + 16 * t + 8 * (input % 64 / kBlock) + j / 4 * 4 + swapped;
+  }
+  const int nibble = j % 2 * 4 + j / 2;
+  return input / 128 * 128 + 8 * (4 * t + input % 128 / kBlock) + nibble;
+}
+
+// int4 codes reach the kernels as base + code, exact in 16 bits: see codes_of in dequantize.cuh.
+OCTAVO_HOST_DEVICE float code_base(DType dtype) {
+  return dtype == DType::bf16 ? 128.0f : dtype == DType::f16 ? 1024.0f : 0.0f;
+}
+
+// What is added to a code as read to give the level less the zero point: with evenly spaced levels
+// -(base + 8 + zero), with others -zero.
+OCTAVO_HOST_DEVICE float offset_of(float zero, Codes codes, DType dtype) {
+  return codes == Codes::int4_levels ? -zero : -(code_base(dtype) + 8.0f + zero);
+}
+
+OCTAVO_DEVICE float read_number(const void* data, DType dtype, long long index) {
+  if (dtype == DType::f32) return static_cast<const float*>(data)[index];
+  const std::uint32_t bits = static_cast<const std::uint16_t*>(data)[index];
+  return dtype == DType::bf16 ? unpack2<Bf16>(bits).x : unpack2<F16>(bits).x;
+}
+OCTAVO_DEVICE void write_number(void* data, DType dtype, long long index, float value) {
+  if (dtype == DType::f32)
+    static_cast<float*>(data)[index] = value;
+  else if (dtype == DType::bf16)
+    static_cast<Bf16*>(data)[index] = from_float<Bf16>(value);
+  else
+    static_cast<F16*>(data)[index] = from_float<F16>(value);
+}
+
+// One weight, for what need not be fast.
+OCTAVO_DEVICE float weight_at(const Matrix& m, int output, int input) {
+  const unsigned char* row = m.row(output);
+  if (m.codes == Codes::f32) return read_number(row, DType::f32, input);
+  if (m.codes == Codes::f16) return read_number(row, DType::f16, input);
+  if (m.codes == Codes::bf16) return read_number(row, DType::bf16, input);
+  const int place = place_of(m.codes, input);
+  if (m.codes == Codes::int8)
+    return static_cast<float>(static_cast<std::int8_t>(row[place])) *
+           static_cast<const float*>(m.scales)[output];
+  const int code = row[place / 2] >> place % 2 * 4 & 15;
+  const long long at =
+      static_cast<long long>(output) * m.scales_per_row + input / kBlock / m.blocks_per_scale;
+  float value = static_cast<float>(code - 8);
+  if (m.codes == Codes::int4_levels)
+    value = static_cast<float>(static_cast<std::int8_t>(m.levels.words[code / 4] >> code % 4 * 8));
+  if (m.zeros) {
+    value += read_number(m.zeros, m.scale_dtype, at);
+    if (m.codes == Codes::int4) value += code_base(m.scale_dtype) + 8.0f;
+  }
+  return value * read_number(m.scales, m.scale_dtype, at);
+}
+
+// The packed matrix behind a Linear that make_linear made.
+Matrix matrix_of(const Linear& linear);
+
+}  // namespace octavo::cuda
