@@ -115,8 +115,8 @@ def test_replayed_steps_equal_eager_ones_bit_for_bit(dtype: str, num_seqs: int) 
     for _ in range(2):
         assert decode(recorded, num_seqs, 6, **SAMPLING) == expected
     assert eager.replays() == 0
-    # Of 12 decoding steps the first runs as it is; forward and sampling are recorded apart.
-    assert recorded.replays() >= 2 * 11
+    # Of 12 decoding steps the first run as they are; forward and sampling are recorded apart.
+    assert recorded.replays() >= 2 * 10
 
 
 def test_nothing_grows_once_warm() -> None:
