@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from octavo.diff.native_side import load_native_side
 from octavo.diff.run import Comparison, DiffOptions
 from octavo.diff.sides import ReferenceSide
 from octavo.models.registry import read_model
-from octavo.models.spec import ModelSpec, tap_names
+from octavo.models.spec import ModelSpec, NormSpec, tap_names
 from octavo.reference.llama import ReferenceModel
 from octavo.weights.checkpoint import open_checkpoint
 from runtime_helpers import VOCAB, make_batch, random_weights, tiny_runtime, tiny_spec
@@ -224,6 +225,22 @@ def test_octavo_diff_finds_nothing(tmp_path: Path, dtype: str) -> None:
     ids = tokens_for(files.spec, 41)
     result = Comparison(left, ReferenceSide(model), model, ids, options, truth).run("small")
     assert result.ok, (result.first_bad, result.findings)
+
+
+def test_octavo_diff_names_a_planted_mistake(tmp_path: Path) -> None:
+    files = read_model(write_model(tmp_path))
+    checkpoint = open_checkpoint(files)
+    model = ReferenceModel(files.spec, {n: t.to_float32() for n, t in checkpoint.items()})
+    layers = tuple(replace(layer, norm=NormSpec(eps=1e-6)) for layer in files.spec.layers)
+    wrong = replace(files, spec=replace(files.spec, layers=layers))
+    left = load_native_side(
+        wrong, checkpoint, device=DEVICE, dtype="f32", max_tokens=49, chunk_size=9
+    )
+    ids, options = tokens_for(files.spec, 41), DiffOptions(steps=0, decode_rows=0, chunk_size=9)
+    result = Comparison(left, ReferenceSide(model), model, ids, options).run("small")
+    assert result.first_bad.name == "layers.0.attn_norm"
+    assert result.findings[0].mistake == "epsilon 1e-06 instead of 1e-05"
+    assert "csrc/cuda/norm.cu" in result.findings[0].files
 
 
 def test_what_a_device_cannot_run_is_said() -> None:

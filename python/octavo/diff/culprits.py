@@ -10,6 +10,17 @@ _HF = "transformers: models/llama/modeling_llama.py"
 _ELEMENTWISE = "csrc/cpu/backend.cpp, csrc/cpu/kernels/elementwise.h"
 _LINEAR = "csrc/cpu/linear.cpp, csrc/cpu/kernels/linear.h"
 _HF_LOADING = f"{_HF} (and its loading of the weights)"
+_CUDA = MappingProxyType(
+    {
+        "embed": "csrc/cuda/embed.cu",
+        "norm": "csrc/cuda/norm.cu",
+        "add_norm": "csrc/cuda/norm.cu, csrc/core/decoder.cpp",
+        "linear": "csrc/cuda/linear.cu (which names the kernels), csrc/core/decoder.cpp",
+        "rope_and_store": "csrc/cuda/rope.cu, csrc/core/weights.cpp (cosines and sines)",
+        "attention": "csrc/cuda/attention.cu (which names the kernels)",
+        "gated_activation": "csrc/cuda/elementwise.cu",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -26,8 +37,9 @@ class Op:
     hint: str
 
     def files(self, kind: str) -> str:
-        """Where a side of this kind ("reference", "native", "hf") implements the op."""
-        return {"reference": self.reference, "native": self.native}.get(kind, self.hugging_face)
+        """Where a side of this kind ("reference", "native", "cuda", "hf") implements the op."""
+        places = {"reference": self.reference, "native": self.native, "cuda": _CUDA[self.name]}
+        return places.get(kind, self.hugging_face)
 
 
 def _op(name: str, native: str, hint: str, hugging_face: str = _HF) -> Op:

@@ -47,7 +47,6 @@ class NativeSide:
 
     name = "octavo"
     is_definition = False
-    op_files = "native"
 
     def __init__(self, loaded: LoadedRuntime, num_kv_groups: int) -> None:
         from octavo import _native
@@ -63,6 +62,7 @@ class NativeSide:
         arithmetic = f", {isa}" if loaded.device == "cpu" else ""
         # On other devices matrix products may sum in another order for one row than for many.
         self.bit_exact = loaded.device == "cpu" or options.deterministic
+        self.op_files = "native" if loaded.device == "cpu" else "cuda"
         # ... and activations are kept in the weights' format.
         self.rounds_output = loaded.device != "cpu" and self.dtype != "f32"
         self.description = (

@@ -36,7 +36,8 @@ class Side(Protocol):
     name: short, for column heads. description: what exactly runs. dtype: "f32" or "bf16".
     is_definition: its ops are the definition, so judging them by it would show nothing.
     bit_exact: it promises that prefill and step-by-step decode agree in every bit.
-    op_files: which of a culprit's files implement this side's ops ("native", "reference", "hf").
+    op_files: which of a culprit's files implement this side's ops ("native", "cuda",
+        "reference", "hf").
     rounds_output: every op's result is rounded to bf16.
     """
 
