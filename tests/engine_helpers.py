@@ -8,6 +8,7 @@ were never written, or handed to another sequence meanwhile, are found out at on
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,6 +229,7 @@ def fake_engine(
     tokenizer: Any = None,
     eos: Sequence[int] = (EOS,),
     seed: int = 3,
+    clock: Callable[[], float] = time.monotonic,
     **options: Any,
 ) -> Engine:
     """An engine over a fake runtime."""
@@ -242,7 +244,18 @@ def fake_engine(
         eos_token_ids=eos,
         seed=seed,
         make_batch=FakeBatch,
+        clock=clock,
     )
+
+
+class ManualClock:
+    """A clock that goes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,12 @@ class EngineConfig:
         they never do), at some cost in speed.
     enforce_eager: CUDA: launches every kernel of a step by itself, instead of recording steps as
         CUDA graphs and replaying them.
+    enable_prefix_caching: keep the keys and values of prompts that have been computed, and reuse
+        them for a later prompt that begins alike.
+    max_waiting_requests, max_waiting_tokens: how many requests, and prompt tokens of them, may
+        wait to be started; one more is refused with a QueueFullError. None: any number.
+    priority_ageing_seconds: a request of priority p queues as if it had come p times so much later
+        than it did, so that one level of priority is worth so many seconds of waiting.
     seed: of dummy weights, and of requests that name no seed of their own.
     """
 
@@ -110,6 +117,10 @@ class EngineConfig:
     isa: str = "auto"
     deterministic: bool = False
     enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+    max_waiting_requests: int | None = None
+    max_waiting_tokens: int | None = None
+    priority_ageing_seconds: float = 30.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -125,8 +136,14 @@ class EngineConfig:
         _check_positive("block_size", self.block_size)
         if self.max_model_len is not None:
             _check_positive("max_model_len", self.max_model_len)
-        if self.num_kv_blocks is not None:
-            _check_positive("num_kv_blocks", self.num_kv_blocks)
+        for name in ("num_kv_blocks", "max_waiting_requests", "max_waiting_tokens"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        if not 0.0 <= self.priority_ageing_seconds < math.inf:
+            raise InvalidArgumentError(
+                f"priority_ageing_seconds is {self.priority_ageing_seconds!r}; expected a number "
+                f"of seconds, 0 or more (0 makes all priorities equal)"
+            )
         if self.block_size % 16:
             raise InvalidArgumentError(
                 f"block_size is {self.block_size}; expected a multiple of 16 (the kernels' tile)"
@@ -143,7 +160,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """What the native `Runtime` is built with: an `EngineConfig` with every "auto" resolved."""
+    """An `EngineConfig` with every "auto" resolved: for the native `Runtime` and the scheduler."""
 
     dtype: Literal["f32", "bf16", "f16"]
     kv_dtype: Literal["f32", "bf16", "f16", "int8"]
@@ -157,6 +174,11 @@ class RuntimeOptions:
     graphs: bool = True
     # Of matrices kept in another format than dtype, by name without ".weight": "layers.3.q".
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)
+    # For the scheduler alone.
+    enable_prefix_caching: bool = True
+    max_waiting_requests: int | None = None
+    max_waiting_tokens: int | None = None
+    priority_ageing_seconds: float = 30.0
 
 
 def resolve_device(device: str, available: Sequence[str]) -> str:

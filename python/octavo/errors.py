@@ -44,5 +44,30 @@ class DownloadError(OctavoError):
     """A model that could not be fetched, or whose content is not the expected one."""
 
 
+class QueueFullError(OctavoError):
+    """A request that was refused because too many wait already: try again later.
+
+    num_requests, num_tokens: what waits now (requests that have not started, and their prompts'
+    tokens). max_requests, max_tokens: the limits; None where there is none.
+    """
+
+    def __init__(
+        self,
+        num_requests: int,
+        num_tokens: int,
+        max_requests: int | None,
+        max_tokens: int | None,
+        num_new_tokens: int,
+    ) -> None:
+        self.num_requests, self.num_tokens = num_requests, num_tokens
+        self.max_requests, self.max_tokens = max_requests, max_tokens
+        of_requests = "" if max_requests is None else f" of {max_requests} (max_waiting_requests)"
+        of_tokens = "" if max_tokens is None else f" of {max_tokens} (max_waiting_tokens)"
+        super().__init__(
+            f"the queue is full: {num_requests} requests{of_requests} with {num_tokens} prompt "
+            f"tokens{of_tokens} wait, and this one brings {num_new_tokens}: try again later"
+        )
+
+
 class InsufficientMemoryError(OctavoError, MemoryError):
     """The weights or the KV cache do not fit in the memory of the device."""

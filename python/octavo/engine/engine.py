@@ -7,6 +7,7 @@ core). It is not thread-safe: one thread adds requests and steps.
 
 from __future__ import annotations
 
+import math
 import operator
 import time
 from collections.abc import Callable, Collection
@@ -19,20 +20,19 @@ from octavo.engine.answer import Answer
 from octavo.engine.batch import Int32, build_batch, build_masks
 from octavo.engine.block_manager import BlockManager, IntegrityError
 from octavo.engine.interrupts import deferred_interrupt
-from octavo.engine.outputs import (
-    CompletionOutput,
-    OutputChunk,
-    RequestMetrics,
-    RequestOutput,
-    TokenLogprob,
-)
-from octavo.engine.request import Request, Sequence, derive_seed
+from octavo.engine.outputs import OutputChunk, RequestOutput, TokenLogprob
+from octavo.engine.request import FinishReason, Request, derive_seed
+from octavo.engine.results import read_logprobs, request_output
 from octavo.engine.scheduler import Schedule, Scheduler, SchedulerLimits
+from octavo.engine.waiting_room import Deadlines, WaitingRoom
 from octavo.errors import InvalidArgumentError
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
+
+
+MAX_PRIORITY = 2**31 - 1
 
 
 class StepRuntime(Protocol):
@@ -56,6 +56,7 @@ class Engine:
     tokenizer: None for a model without one; texts are then empty, and stop strings refused.
     eos_token_ids: any of these ends an answer. seed: of requests that name none.
     make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
+    clock: gives the time in seconds.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Engine:
         eos_token_ids: Collection[int] = (),
         seed: int = 0,
         make_batch: Callable[..., Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if make_batch is None:
             from octavo._native import Batch
@@ -83,12 +85,19 @@ class Engine:
         self.seed = seed
         self.blocks = BlockManager(num_kv_blocks, options.block_size, num_kv_groups)
         limits = SchedulerLimits(
-            options.max_num_seqs, options.max_num_batched_tokens, options.max_model_len
+            options.max_num_seqs,
+            options.max_num_batched_tokens,
+            options.max_model_len,
+            options.priority_ageing_seconds,
         )
         self.scheduler = Scheduler(limits, self.blocks)
         self.num_steps = 0
         self.num_drawn_tokens = 0
         self._make_batch = make_batch
+        self._clock = clock
+        self._waiting_room = WaitingRoom(options.max_waiting_requests, options.max_waiting_tokens)
+        self._deadlines = Deadlines()
+        self._undelivered: list[OutputChunk] = []  # of a step that failed before its end
         self._answers: dict[object, Answer] = {}  # by the key of their sequence
         self._requests: dict[str, list[Answer]] = {}
 
@@ -101,6 +110,16 @@ class Engine:
     def num_unfinished_requests(self) -> int:
         """Requests that have not ended."""
         return len(self._requests)
+
+    @property
+    def num_waiting_requests(self) -> int:
+        """Requests that have not started yet."""
+        return self._waiting_room.num_requests
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of the requests that have not started yet."""
+        return self._waiting_room.num_tokens
 
     def check_request(self, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> None:
         """Raise an InvalidArgumentError, naming value and limit, for what cannot be answered."""
@@ -129,17 +148,27 @@ class Engine:
         prompt: str | None = None,
         stream: bool = False,
         continues_prompt: bool = True,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
     ) -> None:
         """Queue a request; its answers come out of `step`.
 
-        Raises InvalidArgumentError, and changes nothing, for one that cannot be answered. stream
-        and continues_prompt are described at `Request`.
+        stream and continues_prompt are described at `Request`. priority: lower is more urgent.
+        timeout: seconds from now after which it ends with the finish reason "timeout", wherever it
+        stands; None lets it run. cache_salt: requests with different ones share no cached keys and
+        values, so that nobody can find out by timing what others asked.
+        Raises InvalidArgumentError for one that cannot be answered, QueueFullError when too many
+        wait already; both change nothing.
         """
         if request_id in self._requests:
             raise InvalidArgumentError(f"request {request_id!r} is already running: name it anew")
         self.check_request(prompt_token_ids, params)
+        _check_scheduling(priority, timeout)
+        self._waiting_room.enter(request_id, len(prompt_token_ids))
         if params.seed is None:
             params = replace(params, seed=derive_seed(self.seed, request_id))
+        now = self._clock()
         request = Request(
             request_id,
             prompt,
@@ -147,7 +176,13 @@ class Engine:
             params,
             stream=stream,
             continues_prompt=continues_prompt,
+            priority=priority,
+            deadline=None if timeout is None else now + timeout,
+            cache_salt=cache_salt,
+            arrival_time=now,
         )
+        if request.deadline is not None:
+            self._deadlines.add(request_id, request.deadline)
         length = self.scheduler.max_total_tokens(len(prompt_token_ids), params.max_tokens)
         answers = [
             Answer(request, sequence, self.tokenizer, self.eos_token_ids, length)
@@ -161,21 +196,24 @@ class Engine:
     def step(self) -> list[OutputChunk]:
         """Compute one step. Returns what it added to streamed requests, and finished requests.
 
-        A chunk's `result` is set when its request has ended. Nothing to do gives an empty list.
+        A chunk's `result` is set when its request has ended. Requests past their deadline end
+        first, and their blocks are free in this very step. Nothing to do gives an empty list.
         An error of the runtime leaves everything as it was before the step.
         """
         with deferred_interrupt():
-            started = time.monotonic()
+            started = self._clock()
+            for request_id in self._deadlines.expired(started):
+                self._undelivered += self._end_all(request_id, "timeout", started)
             schedule = self.scheduler.schedule()
             if not schedule.entries:
-                return []
+                return self._deliver([])
             ticket = self.runtime.submit(self._batch_of(schedule))
             try:
                 self.runtime.sample(ticket, self._masks_of(schedule))
             finally:
                 output = self.runtime.wait(ticket)  # even after an error: a ticket must be closed
             self.num_steps += 1
-            return self._update(schedule, output, started)
+            return self._deliver(self._update(schedule, output, started))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and free its blocks; returns what it has so far.
@@ -189,7 +227,7 @@ class Engine:
                 if not answer.sequence.is_finished:
                     answer.flush()
                     self.scheduler.finish(answer.sequence, "abort")
-            return self._remove(request_id, time.monotonic())
+            return self._remove(request_id, self._clock())
 
     def check_integrity(self) -> None:
         """Queues, blocks and requests agree; IntegrityError if not."""
@@ -213,15 +251,16 @@ class Engine:
         return build_masks(forbidden, self.vocab_size)
 
     def _update(self, schedule: Schedule, output: Any, started: float) -> list[OutputChunk]:
-        now = time.monotonic()
+        now = self._clock()
         for entry in schedule.entries:
             if entry.start == 0:
                 request = self._answers[entry.sequence.key].request
                 if request.first_scheduled_time is None:
                     request.first_scheduled_time = started
+                    self._waiting_room.leave(request.request_id)
         self.scheduler.update(schedule)
         drawing = [entry.sequence for entry in schedule.entries if entry.draws_token]
-        logprobs = _read_logprobs(drawing, output)
+        logprobs = read_logprobs(drawing, output)
         chunks: list[OutputChunk] = []
         rows = zip(drawing, output.token_ids.tolist(), output.finite.tolist(), strict=True)
         for row, (sequence, token, is_finite) in enumerate(rows):
@@ -273,13 +312,22 @@ class Engine:
             f"request {request.request_id!r}: its weights may be damaged, or its values exceed "
             f"the dtype; `octavo diff` shows where they first appear"
         )
+        return self._end_all(request.request_id, "error", now)
+
+    def _end_all(self, request_id: str, reason: FinishReason, now: float) -> list[OutputChunk]:
+        """End every answer of a request that has not ended yet; returns their last chunks."""
         chunks = []
-        failed = [a for a in self._requests[request.request_id] if not a.sequence.is_finished]
-        for other in failed:
-            text = other.flush()
-            self.scheduler.finish(other.sequence, "error")
-            if request.stream or other is failed[-1]:
-                chunks.append(self._chunk(other, text, now))
+        ending = [a for a in self._requests[request_id] if not a.sequence.is_finished]
+        for answer in ending:
+            text = answer.flush()
+            self.scheduler.finish(answer.sequence, reason)
+            if answer.request.stream or answer is ending[-1]:
+                chunks.append(self._chunk(answer, text, now))
+        return chunks
+
+    def _deliver(self, chunks: list[OutputChunk]) -> list[OutputChunk]:
+        """These chunks behind those that an earlier step could not hand out."""
+        chunks, self._undelivered = self._undelivered + chunks, []
         return chunks
 
     def _chunk(
@@ -307,59 +355,13 @@ class Engine:
         answers = self._requests.pop(request_id)
         for answer in answers:
             del self._answers[answer.sequence.key]
-        request = answers[0].request
-        return RequestOutput(
-            request_id,
-            request.prompt,
-            request.prompt_token_ids,
-            tuple(_completion(answer) for answer in answers),
-            request.error,
-            RequestMetrics(
-                request.arrival_time,
-                request.first_scheduled_time,
-                request.first_token_time,
-                now,
-                len(request.prompt_token_ids),
-                sum(sequence.num_output_tokens for sequence in request.sequences),
-                sum(sequence.num_preemptions for sequence in request.sequences),
-            ),
-        )
+        self._waiting_room.leave(request_id)
+        self._deadlines.remove(request_id)
+        return request_output(answers, now)
 
     def _num_stop_tokens(self, params: SamplingParams) -> int:
         own = () if params.ignore_eos else self.eos_token_ids
         return len(set(params.stop_token_ids).union(own))
-
-
-def _completion(answer: Answer) -> CompletionOutput:
-    sequence = answer.sequence
-    has_logprobs = sequence.params.logprobs is not None
-    return CompletionOutput(
-        sequence.sample_index,
-        answer.text,
-        sequence.output_token_ids,
-        sequence.finish_reason,
-        sequence.stop_reason,
-        tuple(sequence.logprobs) if has_logprobs else None,
-        sequence.cumulative_logprob if has_logprobs else None,
-    )
-
-
-def _read_logprobs(drawing: list[Sequence], output: Any) -> list[TokenLogprob | None]:
-    """For each logit row what its request asked to know; None where it asked nothing."""
-    if all(sequence.params.logprobs is None for sequence in drawing):
-        return [None] * len(drawing)
-    tokens, logprobs = output.token_ids.tolist(), output.logprobs.tolist()
-    top_ids, top_logprobs = output.top_token_ids.tolist(), output.top_logprobs.tolist()
-    found: list[TokenLogprob | None] = []
-    for row, sequence in enumerate(drawing):
-        count = sequence.params.logprobs
-        if count is None:
-            found.append(None)
-            continue
-        ids = tuple(token for token in top_ids[row][:count] if token >= 0)
-        tops = tuple(top_logprobs[row][: len(ids)])
-        found.append(TokenLogprob(tokens[row], logprobs[row], ids, tops))
-    return found
 
 
 def _check_token(what: str, token: int, vocab_size: int) -> None:
@@ -370,4 +372,19 @@ def _check_token(what: str, token: int, vocab_size: int) -> None:
     if not 0 <= value < vocab_size:
         raise InvalidArgumentError(
             f"{what} is {value}; expected 0 to {vocab_size - 1}, the model's vocabulary"
+        )
+
+
+def _check_scheduling(priority: int, timeout: float | None) -> None:
+    is_integer = isinstance(priority, int) and not isinstance(priority, bool)
+    if not is_integer or abs(priority) > MAX_PRIORITY:
+        raise InvalidArgumentError(
+            f"priority is {priority!r}; expected an integer from -{MAX_PRIORITY} to "
+            f"{MAX_PRIORITY} (lower is more urgent, 0 is usual)"
+        )
+    if timeout is not None and not (
+        isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout > 0
+    ):
+        raise InvalidArgumentError(
+            f"timeout is {timeout!r}; expected a number of seconds above 0, or None for no limit"
         )

@@ -120,6 +120,10 @@ def resolve_options(
         isa=environment.isa if config.isa == "auto" else config.isa,
         deterministic=config.deterministic,
         graphs=not config.enforce_eager,
+        enable_prefix_caching=config.enable_prefix_caching,
+        max_waiting_requests=config.max_waiting_requests,
+        max_waiting_tokens=config.max_waiting_tokens,
+        priority_ageing_seconds=config.priority_ageing_seconds,
     )
 
 

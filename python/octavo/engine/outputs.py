@@ -26,8 +26,9 @@ class CompletionOutput:
     index: which of the n answers. text: without the stop string (unless asked for) and without
     special tokens (unless asked for). token_ids: every token drawn, the one that ended it included.
     finish_reason: "stop" (end of text, a stop string or a stop token), "length" (max_tokens or the
-    end of the context), "abort" or "error"; None while the answer is being made. stop_reason: the
-    stop string or stop token id that matched, None for the model's own end of text.
+    end of the context), "timeout", "abort" or "error"; None while the answer is being made.
+    stop_reason: the stop string or stop token id that matched, None for the model's own end of
+    text.
     logprobs: one entry a token, None when none were asked for; cumulative_logprob: their sum.
     """
 

@@ -24,7 +24,9 @@ from typing import Literal
 from octavo.engine.outputs import TokenLogprob
 from octavo.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
+Rank = tuple[float, int]
+"""Where a sequence stands in every queue, smallest first; see `Scheduler.add`."""
 
 
 class SequenceState(enum.Enum):
@@ -41,9 +43,12 @@ class Sequence:
     token_ids: prompt and answer so far. num_computed_tokens: how many of them have their keys and
     values in the cache; 0 after a preemption. A sequence whose tokens are all computed but one is
     decoding; with more to compute it is in prefill. Nothing else tells the two apart.
+    priority: lower is more urgent. arrival_time: seconds of the engine's clock. rank: its place in
+    every queue, set by the scheduler.
     """
 
     __slots__ = (
+        "arrival_time",
         "cumulative_logprob",
         "finish_reason",
         "key",
@@ -52,6 +57,8 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "params",
+        "priority",
+        "rank",
         "sample_index",
         "state",
         "stop_reason",
@@ -64,6 +71,9 @@ class Sequence:
         prompt_token_ids: SequenceOf[int],
         params: SamplingParams,
         sample_index: int = 0,
+        *,
+        priority: int = 0,
+        arrival_time: float = 0.0,
     ) -> None:
         self.key = key
         self.params = params
@@ -72,6 +82,9 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.num_preemptions = 0
+        self.priority = priority
+        self.arrival_time = arrival_time
+        self.rank: Rank = (arrival_time, 0)
         self.state = SequenceState.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -123,7 +136,9 @@ class Request:
     prompt: the text, None when the prompt came as token ids. stream: report every step's progress
     and not the end alone. continues_prompt: the answer is read right behind the prompt, as a
     completion, and not by itself, as a turn of a chat; matters for the first space of some
-    tokenizers. Times are seconds of `time.monotonic`.
+    tokenizers. priority: lower is more urgent. deadline: when it ends, answered or not. cache_salt:
+    only requests with the same one share cached keys and values. Times are seconds of the engine's
+    clock, `time.monotonic` unless told otherwise.
     """
 
     request_id: str
@@ -132,6 +147,9 @@ class Request:
     params: SamplingParams
     stream: bool = False
     continues_prompt: bool = True
+    priority: int = 0
+    deadline: float | None = None
+    cache_salt: str | None = None
     sequences: tuple[Sequence, ...] = ()
     error: str | None = None
     arrival_time: float = field(default_factory=time.monotonic)
@@ -140,7 +158,14 @@ class Request:
 
     def __post_init__(self) -> None:
         self.sequences = tuple(
-            Sequence((self.request_id, index), self.prompt_token_ids, self.params, index)
+            Sequence(
+                (self.request_id, index),
+                self.prompt_token_ids,
+                self.params,
+                index,
+                priority=self.priority,
+                arrival_time=self.arrival_time,
+            )
             for index in range(self.params.n)
         )
 

@@ -17,11 +17,12 @@ Pure Python: no NumPy, no native code.
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from octavo.engine.block_manager import BlockManager, IntegrityError
+from octavo.engine.ranked_queue import RankedQueue
 from octavo.engine.request import FinishReason, Sequence, SequenceState
 from octavo.errors import InvalidArgumentError
 
@@ -53,11 +54,15 @@ class Schedule(NamedTuple):
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """max_num_seqs and max_num_batched_tokens bound a step, max_model_len prompt plus answer."""
+    """max_num_seqs and max_num_batched_tokens bound a step, max_model_len prompt plus answer.
+
+    priority_ageing_seconds: what one level of priority is worth; see `Scheduler.add`.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    priority_ageing_seconds: float = 30.0
 
 
 class Scheduler:
@@ -70,8 +75,9 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, blocks: BlockManager) -> None:
         self.limits = limits
         self.blocks = blocks
-        self._waiting: deque[Sequence] = deque()  # in order of arrival
-        self._running: list[Sequence] = []  # in order of arrival, all before those waiting
+        self._waiting = RankedQueue()
+        self._running = RankedQueue()
+        self._arrival_numbers = itertools.count()
 
     @property
     def num_waiting(self) -> int:
@@ -115,9 +121,17 @@ class Scheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence; InvalidArgumentError if it could never be answered."""
+        """Queue a new sequence; InvalidArgumentError if it could never be answered.
+
+        Its rank is its time of arrival, put off by priority_ageing_seconds for each level of
+        priority. All who wait age equally fast, so ranks need not change: ageing is in the
+        numbers from the start. Who comes later than that difference cannot overtake, however
+        urgent, so nobody starves.
+        """
         self.check_fits(sequence.num_prompt_tokens, sequence.params.max_tokens)
-        self._waiting.append(sequence)
+        delay = sequence.priority * self.limits.priority_ageing_seconds
+        sequence.rank = (sequence.arrival_time + delay, next(self._arrival_numbers))
+        self._waiting.add(sequence)
 
     def schedule(self) -> Schedule:
         """Decide the next step; its entries are empty only when nothing is unfinished."""
@@ -129,8 +143,8 @@ class Scheduler:
             if sequence.num_uncomputed_tokens > 1:
                 budget -= self._schedule_prefill(sequence, budget, entries)
         # A step that had to take blocks away admits nobody.
-        while budget > 0 and not preempted and self._admit_next():
-            budget -= self._schedule_prefill(self._running[-1], budget, entries)
+        while budget > 0 and not preempted and (admitted := self._admit_next()):
+            budget -= self._schedule_prefill(admitted, budget, entries)
         return Schedule(tuple(entries), tuple(preempted))
 
     def update(self, schedule: Schedule) -> None:
@@ -199,25 +213,25 @@ class Scheduler:
         )
         return chunk
 
-    def _admit_next(self) -> bool:
+    def _admit_next(self) -> Sequence | None:
         """Admit the first one waiting, with blocks for all of its tokens, if there is room."""
         if not self._waiting or len(self._running) >= self.limits.max_num_seqs:
-            return False
+            return None
         sequence = self._waiting[0]
         num_needed = self.blocks.blocks_for(sequence.num_tokens)
         if num_needed + len(self._running) > self.blocks.num_free_blocks:
-            return False
+            return None
         self.blocks.reserve(sequence.key, sequence.num_tokens)
-        self._waiting.popleft()
-        self._running.append(sequence)
+        self._waiting.remove(sequence)
+        self._running.add(sequence)
         sequence.state = SequenceState.RUNNING
-        return True
+        return sequence
 
     def _preempt_latest(self) -> Sequence:
-        sequence = self._running.pop()
+        sequence = self._running.pop_last()
         self.blocks.free(sequence.key)
         sequence.state = SequenceState.WAITING
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
-        self._waiting.appendleft(sequence)
+        self._waiting.add(sequence)
         return sequence
