@@ -94,6 +94,8 @@ class FakeRuntime:
     num_blocks: int
     num_kv_groups: int = 1
     max_tokens_seen: int = 0
+    num_tokens_computed: int = 0
+    num_copies: int = 0
     batches: list[FakeBatch] = field(default_factory=list)
     fail_next: Exception | None = None
 
@@ -114,6 +116,13 @@ class FakeRuntime:
         self._next_ticket += 1
         self._open[self._next_ticket] = batch
         return self._next_ticket
+
+    def copy_blocks(self, kv_group: int, pairs: npt.NDArray[np.int32]) -> None:
+        assert not self._open and pairs.dtype == np.int32 and pairs.shape[1:] == (2,)
+        for source, destination in pairs.tolist():
+            self.tokens[kv_group, destination] = self.tokens[kv_group, source]
+            self.positions[kv_group, destination] = self.positions[kv_group, source]
+        self.num_copies += len(pairs)
 
     def sample(self, ticket: int, masks: npt.NDArray[np.int32] | None = None) -> None:
         assert ticket in self._open and ticket not in self._masks
@@ -193,6 +202,7 @@ class FakeRuntime:
         num_seqs = len(batch.context_lens)
         assert 1 <= num_seqs <= options.max_num_seqs
         assert 1 <= len(batch.token_ids) <= options.max_num_batched_tokens
+        self.num_tokens_computed += len(batch.token_ids)
         self.max_tokens_seen = max(self.max_tokens_seen, len(batch.token_ids))
         assert batch.row_starts[0] == 0 and batch.row_starts[-1] == len(batch.token_ids)
         assert (np.diff(batch.row_starts) > 0).all()
@@ -205,9 +215,15 @@ class FakeRuntime:
             assert array.dtype == np.dtype(kind.get(name, "i4")), name
             assert array.flags.c_contiguous, name
         for group in range(self.num_kv_groups):
-            used = [int(b) for b in batch.block_tables[group].ravel() if b != -1]
-            assert len(used) == len(set(used)), "two sequences of a batch share a block"
+            tables = [[int(b) for b in row if b != -1] for row in batch.block_tables[group]]
+            used = [block for table in tables for block in table]
             assert all(0 <= block < self.num_blocks for block in used)
+            assert all(len(table) == len(set(table)) for table in tables)
+            for s, table in enumerate(tables):
+                num_new = int(batch.row_starts[s + 1] - batch.row_starts[s])
+                first_written = (int(batch.context_lens[s]) - num_new) // options.block_size
+                for block in table[first_written:]:
+                    assert used.count(block) == 1, "a block is written that others read"
 
 
 def fake_options(**changes: Any) -> RuntimeOptions:

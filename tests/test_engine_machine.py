@@ -6,6 +6,9 @@ gets when it runs alone.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -16,6 +19,7 @@ from engine_helpers import (
     NAN_TOKEN,
     VOCAB,
     FakeRuntime,
+    ManualClock,
     check_answers,
     fake_engine,
     is_refused,
@@ -27,8 +31,16 @@ from octavo.sampling_params import SamplingParams
 
 MAX_MODEL_LEN = 40
 
+# Prompts that often begin alike, and end where a block ends or not.
+SYSTEM_PROMPTS = [[(7 * i + j * j) % (VOCAB - 1) for j in range(22)] for i in range(2)]
 tokens = st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=MAX_MODEL_LEN + 2)
-prompts = st.one_of(tokens, tokens.map(lambda prompt: [*prompt, NAN_TOKEN]))
+alike = st.builds(
+    lambda which, kept, rest: [*SYSTEM_PROMPTS[which][:kept], *rest],
+    st.integers(0, 1),
+    st.sampled_from([3, 8, 12, 13, 20]),
+    st.lists(st.integers(0, 1), max_size=6),
+)
+prompts = st.one_of(alike, alike, tokens, tokens.map(lambda prompt: [*prompt, NAN_TOKEN]))
 sampling = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.7, 1.3]),
@@ -53,40 +65,67 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         max_num_batched_tokens=st.sampled_from([1, 3, 7, 64]),
         num_kv_groups=st.sampled_from([1, 2]),
+        enable_prefix_caching=st.sampled_from([True, True, True, False]),
     )
-    def start(
-        self, num_blocks: int, max_num_seqs: int, max_num_batched_tokens: int, num_kv_groups: int
-    ) -> None:
+    def start(self, num_blocks: int, num_kv_groups: int, **options: Any) -> None:
+        self.clock = ManualClock()
         self.engine = fake_engine(
-            num_blocks,
-            num_kv_groups,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=MAX_MODEL_LEN,
+            num_blocks, num_kv_groups, clock=self.clock, max_model_len=MAX_MODEL_LEN, **options
         )
         self.num_blocks = num_blocks
         self.num_requests = 0
         self.running: dict[str, SamplingParams] = {}
         self.streamed: dict[tuple[str, int], list[OutputChunk]] = {}
+        self.deadlines: dict[str, float] = {}
 
-    @rule(prompt=prompts, params=sampling, stream=st.booleans())
-    def arrive(self, prompt: list[int], params: SamplingParams, stream: bool) -> None:
+    @rule(
+        prompt=prompts,
+        params=sampling,
+        stream=st.booleans(),
+        priority=st.sampled_from([0, 0, 0, 1, -2]),
+        timeout=st.sampled_from([None, None, None, 0.5, 5.0]),
+        cache_salt=st.sampled_from([None, None, "tenant"]),
+    )
+    def arrive(
+        self, prompt: list[int], params: SamplingParams, timeout: float | None, **options: Any
+    ) -> None:
         if is_refused(self.engine, prompt, params):
             needed = min(len(prompt) + params.max_tokens, MAX_MODEL_LEN) - 1
             assert len(prompt) >= MAX_MODEL_LEN or needed > 4 * self.num_blocks
             return
         request_id = f"r{self.num_requests}"
         self.num_requests += 1
-        self.engine.add_request(request_id, prompt, params, stream=stream)
+        self.engine.add_request(request_id, prompt, params, timeout=timeout, **options)
         self.running[request_id] = params
-        if stream:
+        if timeout is not None:
+            self.deadlines[request_id] = self.clock.now + timeout
+        if options["stream"]:
             self.streamed.update({(request_id, index): [] for index in range(params.n)})
 
     @rule(count=st.integers(1, 12))
     def step(self, count: int) -> None:
         for _ in range(count):
+            self.clock.now += 0.125
             for chunk in self.engine.step():
                 self.take(chunk)
+            self.engine.check_integrity()
+
+    @precondition(lambda self: getattr(self, "running", None))
+    @rule()
+    def fail_a_step(self) -> None:
+        """A step that fails in the runtime can be repeated."""
+        runtime = self.engine.runtime
+        assert isinstance(runtime, FakeRuntime)
+        runtime.fail_next = RuntimeError("out of luck")
+        for _ in range(2):
+            try:
+                chunks = self.engine.step()
+            except RuntimeError:
+                self.engine.check_integrity()
+                continue
+            for chunk in chunks:
+                self.take(chunk)
+        runtime.fail_next = None
 
     @precondition(lambda self: getattr(self, "running", None))
     @rule(data=st.data())
@@ -96,16 +135,21 @@ class EngineMachine(RuleBasedStateMachine):
         output = self.engine.abort(request_id)
         assert output is not None
         assert self.engine.abort(request_id) is None
+        self.check_cut_short(output, params, "abort")
+
+    def check_cut_short(self, output: RequestOutput, params: SamplingParams, reason: str) -> None:
         for answer in output.outputs:
             solo = solo_answer(output.prompt_token_ids, params, answer.index, MAX_MODEL_LEN)
             assert answer.token_ids == solo.token_ids[: len(answer.token_ids)]
-            assert answer.finish_reason in ("abort", solo.finish_reason)
+            assert answer.finish_reason in (reason, solo.finish_reason)
 
     @invariant()
     def books_agree(self) -> None:
         if hasattr(self, "engine"):
             self.engine.check_integrity()
             assert self.engine.num_unfinished_requests == len(self.running)
+            late = [r for r in self.running if self.deadlines.get(r, math.inf) < self.clock.now]
+            assert not late, "a deadline passed, and the request still runs"
 
     def take(self, chunk: OutputChunk) -> None:
         if (chunk.request_id, chunk.index) in self.streamed:
@@ -115,6 +159,10 @@ class EngineMachine(RuleBasedStateMachine):
 
     def finish(self, output: RequestOutput) -> None:
         params = self.running.pop(output.request_id)
+        if any(answer.finish_reason == "timeout" for answer in output.outputs):
+            assert self.clock.now >= self.deadlines[output.request_id]
+            self.check_cut_short(output, params, "timeout")
+            return
         check_answers(output, params, MAX_MODEL_LEN)
         for answer in output.outputs:
             chunks = self.streamed.get((output.request_id, answer.index))
@@ -168,9 +216,14 @@ def test_planted_error_in_a_block_table_is_found() -> None:
     engine.add_request("a", [1, 2, 3, 4, 6], SamplingParams(temperature=0, ignore_eos=True))
     engine.add_request("b", [9, 8, 7, 6, 4], SamplingParams(temperature=0, ignore_eos=True))
     engine.step()
-    engine.blocks.block_tables(("b", 0))[0][0] = engine.blocks.block_tables(("a", 0))[0][0]
+    table = engine.blocks.block_table(("b", 0))
+    own = table[0]
+    table[0] = engine.blocks.block_table(("a", 0))[0]
+    engine.step()
+    table[0] = own
+    output = run_to_end(engine)["b"]
     with pytest.raises(AssertionError):
-        run_to_end(engine)
+        check_answers(output, SamplingParams(temperature=0, ignore_eos=True))
 
 
 def test_eos_is_drawn_at_times() -> None:

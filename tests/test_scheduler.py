@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from octavo.engine.block_manager import BlockManager, IntegrityError
+from octavo.engine.block_manager import BlockManager
+from octavo.engine.block_pool import IntegrityError
 from octavo.engine.request import Sequence, SequenceState
-from octavo.engine.scheduler import Schedule, Scheduler, SchedulerLimits
+from octavo.engine.schedule import Schedule, SchedulerLimits
+from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidArgumentError
 from octavo.sampling_params import SamplingParams
 
@@ -166,6 +170,92 @@ def test_integrity_check_finds_a_leak() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a", 3)
     step(scheduler)
-    scheduler.blocks.reserve("ghost", 2)
+    scheduler.blocks.start("ghost", 2)
     with pytest.raises(IntegrityError, match="ghost"):
         scheduler.check_integrity()
+
+
+def add_with(scheduler: Scheduler, key: str, num_tokens: int, max_tokens: int, **more: Any) -> Any:
+    prompt = [(11 * i + ord(key[0])) % 50 for i in range(num_tokens)]
+    sequence = Sequence(key, prompt, SamplingParams(max_tokens=max_tokens), **more)
+    scheduler.add(sequence)
+    return sequence
+
+
+def test_an_urgent_arrival_takes_the_place_of_the_least_urgent() -> None:
+    scheduler = make_scheduler(max_num_seqs=3, max_num_batched_tokens=100)
+    for i, priority in enumerate([0, 5, 5]):
+        add_with(scheduler, "abc"[i], 6, 20, priority=priority, arrival_time=float(i))
+    assert [entry[0] for entry in step(scheduler)] == ["a", "b", "c"]
+    add_with(scheduler, "urgent", 6, 20, priority=1, arrival_time=3.0)
+    schedule = scheduler.schedule()
+    assert [sequence.key for sequence in schedule.preempted] == ["c"]
+    assert [entry.sequence.key for entry in schedule.entries] == ["a", "b", "urgent"]
+    compute(scheduler, schedule)
+    # An equal comes too late: it waits, and so does c.
+    add_with(scheduler, "equal", 6, 20, priority=5, arrival_time=4.0)
+    assert [entry[0] for entry in step(scheduler)] == ["a", "urgent", "b"]
+    assert scheduler.num_waiting == 2 and scheduler.num_preemptions == 1
+
+
+def test_nobody_is_preempted_in_vain() -> None:
+    """Ten blocks; the urgent one needs eight, and only four can be had of who is less urgent."""
+    scheduler = make_scheduler(num_blocks=10, max_num_batched_tokens=100)
+    add_with(scheduler, "important", 20, 4, priority=-1)
+    add_with(scheduler, "low", 12, 4, priority=9)
+    step(scheduler)
+    add_with(scheduler, "urgent", 30, 2, priority=0)
+    for _ in range(3):
+        assert scheduler.schedule().preempted == ()
+        assert [entry[0] for entry in step(scheduler)] == ["important", "low"]
+    assert scheduler.waiting_reason == "kv_blocks"
+
+
+def test_who_was_preempted_comes_back_when_there_is_more_room() -> None:
+    scheduler = make_scheduler(num_blocks=12, max_num_batched_tokens=100, max_num_seqs=4)
+    first = add_with(scheduler, "a", 12, 30)
+    again = add_with(scheduler, "b", 8, 24)
+    step(scheduler)
+    again.num_preemptions = 0
+    scheduler._running.remove(again)
+    scheduler._send_back(again)
+    headrooms = []
+    for again.num_preemptions in range(5):
+        headrooms.append(scheduler._headroom(again, 1))
+    # a holds 3 blocks (it takes the fourth in the next step) and needs at most 11.
+    assert headrooms == [1, 2, 4, 8, 8]
+    scheduler.finish(first, "stop")
+    assert scheduler._headroom(again, 0) == 0  # alone it is always admitted
+
+
+def test_a_failed_step_admits_nobody() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "a", 4)
+    step(scheduler)
+    new = add(scheduler, "b", 3)
+    schedule = scheduler.schedule()
+    assert schedule.admitted == (new,)
+    scheduler.rollback(schedule)
+    scheduler.check_integrity()
+    assert new.state is SequenceState.WAITING and new.num_preemptions == 0
+    assert [entry[0] for entry in step(scheduler)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_num_seqs": 1}, "max_num_seqs"),
+        ({"max_num_batched_tokens": 5}, "token_budget"),
+        ({"num_blocks": 6}, "kv_blocks"),
+    ],
+)
+def test_why_the_first_in_the_queue_waits(options: dict[str, int], reason: str) -> None:
+    scheduler = make_scheduler(**{"max_num_batched_tokens": 100, **options})
+    add(scheduler, "a", 12, 8)
+    add(scheduler, "bb", 12, 8)
+    step(scheduler)
+    assert scheduler.waiting_reason == reason
+    waits = [event for event in scheduler.events if event[1] == "waited"]
+    assert [(event[2], event[3]) for event in waits] == [("bb", reason)]
+    step(scheduler)  # for the same reason: it is not noted again
+    assert len([event for event in scheduler.events if event[1] == "waited"]) == 1

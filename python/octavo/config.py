@@ -96,6 +96,7 @@ class EngineConfig:
         them for a later prompt that begins alike.
     max_waiting_requests, max_waiting_tokens: how many requests, and prompt tokens of them, may
         wait to be started; one more is refused with a QueueFullError. None: any number.
+    event_log_capacity: how many scheduling decisions are kept to be asked about.
     priority_ageing_seconds: a request of priority p queues as if it had come p times so much later
         than it did, so that one level of priority is worth so many seconds of waiting.
     seed: of dummy weights, and of requests that name no seed of their own.
@@ -121,6 +122,7 @@ class EngineConfig:
     max_waiting_requests: int | None = None
     max_waiting_tokens: int | None = None
     priority_ageing_seconds: float = 30.0
+    event_log_capacity: int = 65536
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -134,6 +136,7 @@ class EngineConfig:
         _check_positive("max_num_seqs", self.max_num_seqs)
         _check_positive("max_num_batched_tokens", self.max_num_batched_tokens)
         _check_positive("block_size", self.block_size)
+        _check_positive("event_log_capacity", self.event_log_capacity)
         if self.max_model_len is not None:
             _check_positive("max_model_len", self.max_model_len)
         for name in ("num_kv_blocks", "max_waiting_requests", "max_waiting_tokens"):
@@ -179,6 +182,7 @@ class RuntimeOptions:
     max_waiting_requests: int | None = None
     max_waiting_tokens: int | None = None
     priority_ageing_seconds: float = 30.0
+    event_log_capacity: int = 65536
 
 
 def resolve_device(device: str, available: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.engine.block_manager import BlockManager
-from octavo.engine.scheduler import Schedule, ScheduledSequence
+from octavo.engine.schedule import Schedule, ScheduledSequence
 
 Int32 = NDArray[np.int32]
 _TINY = float(np.finfo(np.float32).tiny)
@@ -36,7 +36,9 @@ class BatchArrays(NamedTuple):
     num_logprobs: Int32
 
 
-def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> BatchArrays:
+def build_batch(
+    schedule: Schedule, blocks: BlockManager, num_kv_groups: int, vocab_size: int
+) -> BatchArrays:
     """Pack one step. Every sequence that draws a token gets one logit row, its last.
 
     Raises ValueError on a schedule with no entries.
@@ -61,7 +63,7 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
         token_ids=np.array(token_ids, np.int32),
         row_starts=np.array(row_starts, np.int32),
         context_lens=np.array([e.start + e.num_new_tokens for e in entries], np.int32),
-        block_tables=_pack_block_tables(entries, blocks),
+        block_tables=_pack_block_tables(entries, blocks, num_kv_groups),
         logit_rows=np.array(logit_rows, np.int32),
         temperature=np.array([_temperature(p.temperature) for p in params], np.float32),
         # "Keep more than there are" means "keep all", whatever an int32 can hold.
@@ -85,14 +87,14 @@ def _temperature(value: float) -> float:
     return min(value, _HUGE) if value >= 1e-30 else 0.0
 
 
-def _pack_block_tables(entries: tuple[ScheduledSequence, ...], blocks: BlockManager) -> Int32:
+def _pack_block_tables(
+    entries: tuple[ScheduledSequence, ...], blocks: BlockManager, num_kv_groups: int
+) -> Int32:
     """(num_kv_groups, num_seqs, most blocks held by one), -1 behind each last block."""
-    tables = [blocks.block_tables(entry.sequence.key) for entry in entries]
-    width = max(len(groups[0]) for groups in tables)
-    packed = np.full((blocks.num_kv_groups, len(entries), width), -1, np.int32)
-    for row, groups in enumerate(tables):
-        for group, table in enumerate(groups):
-            packed[group, row, : len(table)] = table
+    tables = [blocks.block_table(entry.sequence.key) for entry in entries]
+    packed = np.full((num_kv_groups, len(entries), max(map(len, tables))), -1, np.int32)
+    for row, table in enumerate(tables):
+        packed[:, row, : len(table)] = table
     return packed
 
 

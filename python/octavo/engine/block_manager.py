@@ -1,12 +1,17 @@
-"""Blocks of the KV cache: who holds which, and which are free.
+"""Which blocks of the KV cache are whose.
 
 The cache is cut into blocks of `block_size` tokens, as in PagedAttention (Kwon et al. 2023). A
 sequence holds a *block table*: its tokens 0 .. block_size - 1 lie in the first block it names, the
 next block_size tokens in the second, and so on. Blocks need not be neighbours, so nothing is ever
 moved and nothing is lost but the rest of each sequence's last block.
 
-A model whose layers differ in what they keep (say, windowed and full attention) has several *KV
-groups*; each has its own blocks, numbered from 0, and a sequence has one table in each.
+Sequences that begin alike share the blocks of their common beginning. **A shared block is never
+written to**: only full blocks are shared, and a sequence writes behind its full blocks alone. Where
+a sequence starts in the midst of a block that others hold, it gets a copy (copy-on-write).
+
+A model whose layers differ in what they keep has several *KV groups*, each with blocks of its own.
+All of them grow by the same tokens, so one table serves them all: block 7 means block 7 of every
+group.
 
 Pure Python: no NumPy, no native code, so that every policy can be tested in microseconds.
 """
@@ -14,69 +19,59 @@ Pure Python: no NumPy, no native code, so that every policy can be tested in mic
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Iterable
+from collections import Counter
+from collections.abc import Hashable
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
 
+from octavo.engine.block_pool import BlockPool, IntegrityError
 from octavo.errors import InvalidArgumentError
 
 
-class IntegrityError(RuntimeError):
-    """The engine's own books disagree: a bug in octavo, never a user's mistake."""
+class Prefix(NamedTuple):
+    """Tokens whose keys and values are in the cache already.
+
+    num_tokens tokens lie in `blocks`, the last of which they may fill in part.
+    """
+
+    blocks: SequenceOf[int]
+    num_tokens: int
 
 
-class BlockPool:
-    """The free blocks of one KV group, as a stack: a block given back is the next one taken."""
+class BlockCopy(NamedTuple):
+    """A block whose content a step must copy, in every KV group, before it computes anything."""
 
-    def __init__(self, num_blocks: int) -> None:
-        # Reversed, so that a fresh pool hands out 0, 1, 2, ...
-        self._free = list(range(num_blocks - 1, -1, -1))
+    source: int
+    destination: int
 
-    @property
-    def num_free(self) -> int:
-        """How many blocks nobody holds."""
-        return len(self._free)
 
-    @property
-    def free_blocks(self) -> tuple[int, ...]:
-        """The blocks nobody holds, in no particular order."""
-        return tuple(self._free)
-
-    def take(self) -> int:
-        """Remove one free block and return its number; IntegrityError when there is none."""
-        if not self._free:
-            raise IntegrityError("a block was taken from an empty pool")
-        return self._free.pop()
-
-    def give_back(self, blocks: Iterable[int]) -> None:
-        """Make these blocks free again."""
-        self._free.extend(blocks)
+NO_PREFIX = Prefix((), 0)
 
 
 class BlockManager:
     """Hands blocks to sequences, which are known by any hashable key.
 
     num_blocks: blocks in each KV group. block_size: tokens in a block.
-    num_kv_groups: how many block tables every sequence has.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, num_kv_groups: int = 1) -> None:
-        for name, value in (
-            ("num_blocks", num_blocks),
-            ("block_size", block_size),
-            ("num_kv_groups", num_kv_groups),
-        ):
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
             if value < 1:
                 raise InvalidArgumentError(f"{name} is {value}; expected 1 or more")
-        self.num_blocks = num_blocks
         self.block_size = block_size
-        self.num_kv_groups = num_kv_groups
-        self._pools = tuple(BlockPool(num_blocks) for _ in range(num_kv_groups))
+        self.pool = BlockPool(num_blocks)
         # array("i") rather than list: the batch builder copies tables by the buffer protocol.
-        self._tables: dict[Hashable, tuple[array[int], ...]] = {}
+        self._tables: dict[Hashable, array[int]] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in each KV group, free or not."""
+        return self.pool.num_blocks
 
     @property
     def num_free_blocks(self) -> int:
-        """Free blocks of the KV group that has fewest."""
-        return min(pool.num_free for pool in self._pools)
+        """Blocks that nobody holds; those with cached content count."""
+        return self.pool.num_free
 
     @property
     def num_tokens_capacity(self) -> int:
@@ -87,67 +82,98 @@ class BlockManager:
         """How many blocks hold num_tokens tokens."""
         return -(-num_tokens // self.block_size)
 
-    def reserve(self, key: Hashable, num_tokens: int) -> bool:
-        """Let the sequence hold at least num_tokens tokens.
+    def find_prefix(self, names: SequenceOf[bytes], max_tokens: int) -> Prefix:
+        """The longest beginning, of at most max_tokens tokens, that the cache still holds.
 
-        Takes what is missing in every KV group and returns True; or, when too few blocks are
-        free, changes nothing and returns False.
+        names: those of the sequence's full blocks, in order; see block_hash.py.
         """
-        tables = self._tables.get(key)
-        num_held = len(tables[0]) if tables is not None else 0
-        if num_tokens <= num_held * self.block_size:  # the commonest case: decoding within a block
+        blocks: list[int] = []
+        for name in names:
+            block = self.pool.find(name)
+            if block is None or len(blocks) * self.block_size >= max_tokens:
+                break
+            blocks.append(block)
+        return Prefix(blocks, min(len(blocks) * self.block_size, max_tokens))
+
+    def num_blocks_needed(self, num_tokens: int, prefix: Prefix = NO_PREFIX) -> int:
+        """How many of the free blocks `start` would take."""
+        shared = prefix.blocks[: prefix.num_tokens // self.block_size]
+        num_held = sum(1 for block in shared if self.pool.num_holders(block))
+        return self.blocks_for(num_tokens) - num_held
+
+    def start(self, key: Hashable, num_tokens: int, prefix: Prefix = NO_PREFIX) -> list[BlockCopy]:
+        """Give a sequence blocks for num_tokens tokens, the first of them those of the prefix.
+
+        Returns what must be copied. IntegrityError when the key holds blocks already, or too few
+        are free: ask `num_blocks_needed` first.
+        """
+        if key in self._tables:
+            raise IntegrityError(f"sequence {key!r} holds blocks already")
+        num_shared, num_more = divmod(prefix.num_tokens, self.block_size)
+        table = array("i", prefix.blocks[:num_shared])
+        for block in table:
+            self.pool.hold(block)
+        copies: list[BlockCopy] = []
+        if num_more:  # it begins in the midst of a block, and is going to write there
+            source = prefix.blocks[num_shared]
+            if self.pool.num_holders(source):
+                copies.append(BlockCopy(source, self.pool.take()))
+                table.append(copies[0].destination)
+            else:  # nobody reads it: it need not be kept apart
+                self.pool.hold(source)
+                self.pool.withdraw(source)
+                table.append(source)
+        while len(table) * self.block_size < num_tokens:
+            table.append(self.pool.take())
+        self._tables[key] = table
+        return copies
+
+    def reserve(self, key: Hashable, num_tokens: int) -> bool:
+        """Let a sequence that holds blocks hold at least num_tokens tokens.
+
+        Takes what is missing and returns True; or, when too few blocks are free, changes nothing
+        and returns False.
+        """
+        table = self._tables[key]
+        num_missing = self.blocks_for(num_tokens) - len(table)
+        if num_missing <= 0:  # the commonest case: decoding within a block
             return True
-        num_missing = self.blocks_for(num_tokens) - num_held
         if num_missing > self.num_free_blocks:
             return False
-        if tables is None:
-            tables = tuple(array("i") for _ in self._pools)
-            self._tables[key] = tables
         for _ in range(num_missing):
-            for table, pool in zip(tables, self._pools, strict=True):
-                table.append(pool.take())
+            table.append(self.pool.take())
         return True
 
-    def block_tables(self, key: Hashable) -> tuple[array[int], ...]:
-        """The sequence's block tables, one a KV group; not to be changed by the caller."""
+    def publish(self, key: Hashable, index: int, name: bytes) -> None:
+        """The sequence's block `index` is full and computed: let others find it by its name."""
+        self.pool.publish(self._tables[key][index], name)
+
+    def block_table(self, key: Hashable) -> array[int]:
+        """The sequence's block table, for all KV groups; not to be changed by the caller."""
         return self._tables[key]
 
     def holders(self) -> set[Hashable]:
         """The keys of all sequences that hold a table."""
         return set(self._tables)
 
-    def free(self, key: Hashable) -> None:
-        """Take all blocks of the sequence back; IntegrityError when it holds no table."""
-        tables = self._tables.pop(key, None)
-        if tables is None:
+    def free(self, key: Hashable, *, keep_cached: bool = True) -> None:
+        """Take all blocks of the sequence back; IntegrityError when it holds no table.
+
+        keep_cached: what was published can still be found by others, until it is evicted.
+        """
+        table = self._tables.pop(key, None)
+        if table is None:
             raise IntegrityError(f"sequence {key!r} was freed, but it holds no blocks")
-        for table, pool in zip(tables, self._pools, strict=True):
-            # The last block first, so that the next sequence gets the same ones in order.
-            pool.give_back(reversed(table))
+        # The last block first: it goes back on top of its predecessors, so that the next sequence
+        # gets the same ones in order; and it is evicted before them, without whom it is worthless.
+        for block in reversed(table):
+            if not keep_cached and self.pool.num_holders(block) == 1:
+                self.pool.withdraw(block)
+            self.pool.release(block)
 
     def check_integrity(self) -> None:
-        """Every block is either free or in exactly one table; IntegrityError if not."""
-        for group, pool in enumerate(self._pools):
-            owners: dict[int, object] = {}
-            claims = [(block, "the free list") for block in pool.free_blocks]
-            claims += [
-                (block, f"sequence {key!r}")
-                for key, tables in self._tables.items()
-                for block in tables[group]
-            ]
-            for block, owner in claims:
-                if not 0 <= block < self.num_blocks:
-                    raise IntegrityError(f"{owner} names block {block} of {self.num_blocks}")
-                if block in owners:
-                    raise IntegrityError(
-                        f"block {block} of KV group {group} is held twice: "
-                        f"by {owners[block]} and by {owner}"
-                    )
-                owners[block] = owner
-            if len(owners) != self.num_blocks:
-                lost = sorted(set(range(self.num_blocks)) - owners.keys())
-                raise IntegrityError(f"blocks {lost} of KV group {group} are lost")
-        for key, tables in self._tables.items():
-            if len({len(table) for table in tables}) != 1:
-                lengths = [len(table) for table in tables]
-                raise IntegrityError(f"sequence {key!r} has tables of lengths {lengths}")
+        """Every block is free or held by those whose tables name it; IntegrityError if not."""
+        for key, table in self._tables.items():
+            if len(set(table)) != len(table):
+                raise IntegrityError(f"sequence {key!r} holds a block twice: {table.tolist()}")
+        self.pool.check_integrity(Counter(b for table in self._tables.values() for b in table))

@@ -7,32 +7,34 @@ core). It is not thread-safe: one thread adds requests and steps.
 
 from __future__ import annotations
 
-import math
 import operator
 import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from octavo.config import RuntimeOptions
 from octavo.engine.answer import Answer
 from octavo.engine.batch import Int32, build_batch, build_masks
-from octavo.engine.block_manager import BlockManager, IntegrityError
+from octavo.engine.block_manager import BlockManager
+from octavo.engine.block_pool import IntegrityError
+from octavo.engine.checks import check_scheduling, check_tokens
+from octavo.engine.events import EventLog
 from octavo.engine.interrupts import deferred_interrupt
 from octavo.engine.outputs import OutputChunk, RequestOutput, TokenLogprob
-from octavo.engine.request import FinishReason, Request, derive_seed
+from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
 from octavo.engine.results import read_logprobs, request_output
-from octavo.engine.scheduler import Schedule, Scheduler, SchedulerLimits
+from octavo.engine.schedule import Schedule, SchedulerLimits
+from octavo.engine.scheduler import Scheduler
 from octavo.engine.waiting_room import Deadlines, WaitingRoom
 from octavo.errors import InvalidArgumentError
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
-
-
-MAX_PRIORITY = 2**31 - 1
 
 
 class StepRuntime(Protocol):
@@ -46,6 +48,9 @@ class StepRuntime(Protocol):
 
     def wait(self, ticket: int) -> Any:
         """Wait for the ticket and close it; returns a `_native.StepOutput`."""
+
+    def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
+        """Copy whole KV blocks; pairs: (n, 2), source and destination."""
 
 
 class Engine:
@@ -83,16 +88,19 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
-        self.blocks = BlockManager(num_kv_blocks, options.block_size, num_kv_groups)
+        self.blocks = BlockManager(num_kv_blocks, options.block_size)
         limits = SchedulerLimits(
             options.max_num_seqs,
             options.max_num_batched_tokens,
             options.max_model_len,
             options.priority_ageing_seconds,
+            options.enable_prefix_caching,
         )
-        self.scheduler = Scheduler(limits, self.blocks)
+        self.events = EventLog(options.event_log_capacity, self._describe(limits))
+        self.scheduler = Scheduler(limits, self.blocks, self.events)
         self.num_steps = 0
         self.num_drawn_tokens = 0
+        self._num_kv_groups = num_kv_groups
         self._make_batch = make_batch
         self._clock = clock
         self._waiting_room = WaitingRoom(options.max_waiting_requests, options.max_waiting_tokens)
@@ -123,19 +131,11 @@ class Engine:
 
     def check_request(self, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> None:
         """Raise an InvalidArgumentError, naming value and limit, for what cannot be answered."""
-        for position, token in enumerate(prompt_token_ids):
-            _check_token(f"token {position} of the prompt", token, self.vocab_size)
-        for token in params.stop_token_ids:
-            _check_token("an entry of stop_token_ids", token, self.vocab_size)
+        check_tokens(prompt_token_ids, params, self.vocab_size, self.eos_token_ids)
         if params.stop and self.tokenizer is None:
             raise InvalidArgumentError(
                 f"stop is {params.stop!r}, but this model has no tokenizer to make text with: "
                 f"use stop_token_ids"
-            )
-        if params.min_tokens and self._num_stop_tokens(params) >= self.vocab_size:
-            raise InvalidArgumentError(
-                f"min_tokens is {params.min_tokens}, but stop_token_ids holds every token of the "
-                f"vocabulary: no token is left to draw"
             )
         self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
 
@@ -164,7 +164,7 @@ class Engine:
         if request_id in self._requests:
             raise InvalidArgumentError(f"request {request_id!r} is already running: name it anew")
         self.check_request(prompt_token_ids, params)
-        _check_scheduling(priority, timeout)
+        check_scheduling(priority, timeout)
         self._waiting_room.enter(request_id, len(prompt_token_ids))
         if params.seed is None:
             params = replace(params, seed=derive_seed(self.seed, request_id))
@@ -192,6 +192,7 @@ class Engine:
         for answer in answers:
             self._answers[answer.sequence.key] = answer
             self.scheduler.add(answer.sequence)
+        self._note_arrival(request, timeout)
 
     def step(self) -> list[OutputChunk]:
         """Compute one step. Returns what it added to streamed requests, and finished requests.
@@ -204,14 +205,14 @@ class Engine:
             started = self._clock()
             for request_id in self._deadlines.expired(started):
                 self._undelivered += self._end_all(request_id, "timeout", started)
-            schedule = self.scheduler.schedule()
+            schedule = self.scheduler.schedule(started)
             if not schedule.entries:
                 return self._deliver([])
-            ticket = self.runtime.submit(self._batch_of(schedule))
             try:
-                self.runtime.sample(ticket, self._masks_of(schedule))
-            finally:
-                output = self.runtime.wait(ticket)  # even after an error: a ticket must be closed
+                output = self._compute(schedule)
+            except BaseException:
+                self.scheduler.rollback(schedule)
+                raise
             self.num_steps += 1
             return self._deliver(self._update(schedule, output, started))
 
@@ -223,11 +224,12 @@ class Engine:
         if request_id not in self._requests:
             return None
         with deferred_interrupt():
+            now = self._clock()
             for answer in self._requests[request_id]:
                 if not answer.sequence.is_finished:
                     answer.flush()
-                    self.scheduler.finish(answer.sequence, "abort")
-            return self._remove(request_id, self._clock())
+                    self._finish(answer.sequence, "abort", now)
+            return self._remove(request_id, now)
 
     def check_integrity(self) -> None:
         """Queues, blocks and requests agree; IntegrityError if not."""
@@ -239,8 +241,21 @@ class Engine:
                 f"sequences wait and {self.scheduler.num_running} run"
             )
 
+    def _compute(self, schedule: Schedule) -> Any:
+        """One step of the runtime; returns its StepOutput."""
+        if schedule.copies:
+            pairs = np.array(schedule.copies, np.int32)
+            for kv_group in range(self._num_kv_groups):
+                self.runtime.copy_blocks(kv_group, pairs)
+        ticket = self.runtime.submit(self._batch_of(schedule))
+        try:
+            self.runtime.sample(ticket, self._masks_of(schedule))
+        finally:
+            output = self.runtime.wait(ticket)  # even after an error: a ticket must be closed
+        return output
+
     def _batch_of(self, schedule: Schedule) -> Any:
-        arrays = build_batch(schedule, self.blocks, self.vocab_size)
+        arrays = build_batch(schedule, self.blocks, self._num_kv_groups, self.vocab_size)
         return self._make_batch(**arrays._asdict())
 
     def _masks_of(self, schedule: Schedule) -> Int32 | None:
@@ -252,13 +267,13 @@ class Engine:
 
     def _update(self, schedule: Schedule, output: Any, started: float) -> list[OutputChunk]:
         now = self._clock()
-        for entry in schedule.entries:
-            if entry.start == 0:
-                request = self._answers[entry.sequence.key].request
-                if request.first_scheduled_time is None:
-                    request.first_scheduled_time = started
-                    self._waiting_room.leave(request.request_id)
+        for sequence in schedule.admitted:
+            request = self._answers[sequence.key].request
+            if request.first_scheduled_time is None:
+                request.first_scheduled_time = started
+                self._waiting_room.leave(request.request_id)
         self.scheduler.update(schedule)
+        self._note_step(schedule, started, now)
         drawing = [entry.sequence for entry in schedule.entries if entry.draws_token]
         logprobs = read_logprobs(drawing, output)
         chunks: list[OutputChunk] = []
@@ -280,6 +295,8 @@ class Engine:
         sequence = answer.sequence
         if answer.request.first_token_time is None:
             answer.request.first_token_time = now
+        if not sequence.num_output_tokens:
+            self.events.record((now, "first_token", sequence.key))
         sequence.token_ids.append(token)
         self.num_drawn_tokens += 1
         if logprob is not None:
@@ -290,7 +307,7 @@ class Engine:
             shown = answer.push(token) if sequence.params.include_stop_str_in_output else ""
             shown += answer.flush()
             is_own = token in self.eos_token_ids and token not in sequence.params.stop_token_ids
-            self.scheduler.finish(sequence, "stop", None if is_own else token)
+            self._finish(sequence, "stop", now, None if is_own else token)
             return shown
         text = answer.push(token)
         matched = answer.matched_stop
@@ -299,9 +316,9 @@ class Engine:
             text += answer.flush()  # which may complete a stop string
             matched = answer.matched_stop
         if matched is not None:
-            self.scheduler.finish(sequence, "stop", matched)
+            self._finish(sequence, "stop", now, matched)
         elif at_limit:
-            self.scheduler.finish(sequence, "length")
+            self._finish(sequence, "length", now)
         return text
 
     def _fail(self, answer: Answer, now: float) -> list[OutputChunk]:
@@ -320,10 +337,20 @@ class Engine:
         ending = [a for a in self._requests[request_id] if not a.sequence.is_finished]
         for answer in ending:
             text = answer.flush()
-            self.scheduler.finish(answer.sequence, reason)
+            self._finish(answer.sequence, reason, now)
             if answer.request.stream or answer is ending[-1]:
                 chunks.append(self._chunk(answer, text, now))
         return chunks
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        now: float,
+        stop_reason: str | int | None = None,
+    ) -> None:
+        self.scheduler.finish(sequence, reason, stop_reason)
+        self.events.record((now, "finished", sequence.key, reason, sequence.num_output_tokens))
 
     def _deliver(self, chunks: list[OutputChunk]) -> list[OutputChunk]:
         """These chunks behind those that an earlier step could not hand out."""
@@ -359,32 +386,25 @@ class Engine:
         self._deadlines.remove(request_id)
         return request_output(answers, now)
 
-    def _num_stop_tokens(self, params: SamplingParams) -> int:
-        own = () if params.ignore_eos else self.eos_token_ids
-        return len(set(params.stop_token_ids).union(own))
+    def _describe(self, limits: SchedulerLimits) -> dict[str, Any]:
+        """What a reader of the event log, or a replay of it, needs to know about the engine."""
+        return {
+            "block_size": self.blocks.block_size,
+            "num_blocks": self.blocks.num_blocks,
+            "max_waiting_requests": self.options.max_waiting_requests,
+            "max_waiting_tokens": self.options.max_waiting_tokens,
+            **asdict(limits),
+        }
 
+    def _note_arrival(self, request: Request, timeout: float | None) -> None:
+        names = self.scheduler.block_names(request.sequences[0])
+        params = request.params
+        asked = (len(request.prompt_token_ids), params.max_tokens, params.n)
+        event = (request.arrival_time, "arrived", request.request_id, *asked)
+        self.events.record((*event, request.priority, timeout, names))
 
-def _check_token(what: str, token: int, vocab_size: int) -> None:
-    try:
-        value = operator.index(token)
-    except TypeError:
-        raise InvalidArgumentError(f"{what} is {token!r}; expected an integer") from None
-    if not 0 <= value < vocab_size:
-        raise InvalidArgumentError(
-            f"{what} is {value}; expected 0 to {vocab_size - 1}, the model's vocabulary"
-        )
-
-
-def _check_scheduling(priority: int, timeout: float | None) -> None:
-    is_integer = isinstance(priority, int) and not isinstance(priority, bool)
-    if not is_integer or abs(priority) > MAX_PRIORITY:
-        raise InvalidArgumentError(
-            f"priority is {priority!r}; expected an integer from -{MAX_PRIORITY} to "
-            f"{MAX_PRIORITY} (lower is more urgent, 0 is usual)"
-        )
-    if timeout is not None and not (
-        isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout > 0
-    ):
-        raise InvalidArgumentError(
-            f"timeout is {timeout!r}; expected a number of seconds above 0, or None for no limit"
-        )
+    def _note_step(self, schedule: Schedule, started: float, now: float) -> None:
+        scheduler = self.scheduler
+        counts = (schedule.num_decodes, schedule.num_tokens, schedule.num_attended)
+        state = (scheduler.num_running, scheduler.num_waiting, self.blocks.num_free_blocks)
+        self.events.record((now, "step", None, now - started, *counts, *state))

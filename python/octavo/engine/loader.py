@@ -124,6 +124,7 @@ def resolve_options(
         max_waiting_requests=config.max_waiting_requests,
         max_waiting_tokens=config.max_waiting_tokens,
         priority_ageing_seconds=config.priority_ageing_seconds,
+        event_log_capacity=config.event_log_capacity,
     )
 
 

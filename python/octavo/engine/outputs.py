@@ -52,6 +52,7 @@ class RequestMetrics:
     num_prompt_tokens: int
     num_output_tokens: int  # of all answers together
     num_preemptions: int
+    num_cached_tokens: int = 0  # of the prompt, found in the cache by the first answer
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -43,19 +43,27 @@ class Sequence:
     token_ids: prompt and answer so far. num_computed_tokens: how many of them have their keys and
     values in the cache; 0 after a preemption. A sequence whose tokens are all computed but one is
     decoding; with more to compute it is in prefill. Nothing else tells the two apart.
-    priority: lower is more urgent. arrival_time: seconds of the engine's clock. rank: its place in
-    every queue, set by the scheduler.
+    priority: lower is more urgent. arrival_time: seconds of the engine's clock. leader: the first
+    answer of the same request, whose prompt this one shares; None for the first itself.
+    num_cached_tokens: how many of its tokens were in the cache when it was first admitted.
+    num_published_blocks: how many of its blocks are full and were offered to others.
     """
 
     __slots__ = (
         "arrival_time",
+        "block_hashes",
+        "cache_salt",
         "cumulative_logprob",
         "finish_reason",
         "key",
+        "leader",
         "logprobs",
+        "max_total_tokens",
+        "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_published_blocks",
         "params",
         "priority",
         "rank",
@@ -74,6 +82,8 @@ class Sequence:
         *,
         priority: int = 0,
         arrival_time: float = 0.0,
+        cache_salt: str | None = None,
+        leader: Sequence | None = None,
     ) -> None:
         self.key = key
         self.params = params
@@ -84,7 +94,14 @@ class Sequence:
         self.num_preemptions = 0
         self.priority = priority
         self.arrival_time = arrival_time
+        self.cache_salt = cache_salt
+        self.leader = leader
+        # Kept by the scheduler.
         self.rank: Rank = (arrival_time, 0)
+        self.max_total_tokens = 0
+        self.num_cached_tokens: int | None = None
+        self.num_published_blocks = 0
+        self.block_hashes: list[bytes] = []
         self.state = SequenceState.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -157,16 +174,19 @@ class Request:
     first_token_time: float | None = None
 
     def __post_init__(self) -> None:
-        self.sequences = tuple(
-            Sequence(
-                (self.request_id, index),
-                self.prompt_token_ids,
-                self.params,
-                index,
-                priority=self.priority,
-                arrival_time=self.arrival_time,
-            )
-            for index in range(self.params.n)
+        first = self._sequence(0, None)
+        self.sequences = (first, *(self._sequence(i, first) for i in range(1, self.params.n)))
+
+    def _sequence(self, index: int, leader: Sequence | None) -> Sequence:
+        return Sequence(
+            (self.request_id, index),
+            self.prompt_token_ids,
+            self.params,
+            index,
+            priority=self.priority,
+            arrival_time=self.arrival_time,
+            cache_salt=self.cache_salt,
+            leader=leader,
         )
 
     @property

@@ -48,6 +48,7 @@ def request_output(answers: SequenceOf[Answer], now: float) -> RequestOutput:
             len(request.prompt_token_ids),
             sum(sequence.num_output_tokens for sequence in request.sequences),
             sum(sequence.num_preemptions for sequence in request.sequences),
+            request.sequences[0].num_cached_tokens or 0,
         ),
     )
 

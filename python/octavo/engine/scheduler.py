@@ -1,16 +1,16 @@
-"""Which sequences compute how many tokens in the next step: continuous batching, FIFO.
+"""Which sequences compute how many tokens in the next step: continuous batching.
 
 There are no prefill and decode phases (Orca, Yu et al. 2022; chunked prefill, Agrawal et al. 2023).
-A step has a budget of tokens. Sequences that decode take one each, in order of arrival; what is
-left goes to prompts, in order of arrival, a chunk of the size that is left. So a long prompt never
-stalls running answers, and a step's cost is bounded.
+A step has a budget of tokens. Sequences that decode take one each; what is left goes to prompts, a
+chunk of the size that is left. So a long prompt never stalls running answers, and a step's cost is
+bounded. Within each, order is by rank: time of arrival, shifted by priority (see `add`).
 
-Memory. A sequence is admitted when blocks for all of its present tokens are free, besides one block
-for each sequence already running, so that these can go on for a while. While decoding it takes a
-block when it crosses into one. When none is free, the *latest* running sequence is preempted: it
-gives all of its blocks back and waits in front of those who have not run yet. The earliest one is
-therefore never preempted and always advances; and since no request is accepted that the whole
-cache could not hold, it ends, and then the next one is the earliest: everyone ends.
+Memory. A sequence is admitted when blocks for all of its present tokens are free, besides some
+headroom for those already running, so that these can go on for a while. What the cache still holds
+of its beginning it shares. While decoding it takes a block when it crosses into one. When none is
+free, the *last* running sequence in rank is preempted: it gives its blocks back and waits again.
+The first in rank is therefore never preempted and always advances; and since no request is accepted
+that the whole cache could not hold, it ends, and then the next one is the first: everyone ends.
 
 Pure Python: no NumPy, no native code.
 """
@@ -18,66 +18,39 @@ Pure Python: no NumPy, no native code.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import NamedTuple
 
-from octavo.engine.block_manager import BlockManager, IntegrityError
+from octavo.engine.block_hash import extend_block_hashes
+from octavo.engine.block_manager import NO_PREFIX, BlockManager, Prefix
+from octavo.engine.block_pool import IntegrityError
+from octavo.engine.events import EventLog
 from octavo.engine.ranked_queue import RankedQueue
 from octavo.engine.request import FinishReason, Sequence, SequenceState
+from octavo.engine.schedule import Schedule, SchedulerLimits, StepInTheMaking
 from octavo.errors import InvalidArgumentError
-
-
-class ScheduledSequence(NamedTuple):
-    """One sequence's part in a step.
-
-    It computes its tokens start .. start + num_new_tokens - 1. draws_token: these are the last it
-    has, so that its next token is drawn in this step.
-    """
-
-    sequence: Sequence
-    start: int
-    num_new_tokens: int
-    draws_token: bool
-
-
-class Schedule(NamedTuple):
-    """One step: who computes what, decodes before prompts, and who was preempted to allow it."""
-
-    entries: tuple[ScheduledSequence, ...]
-    preempted: tuple[Sequence, ...] = ()
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the step computes."""
-        return sum(entry.num_new_tokens for entry in self.entries)
-
-
-@dataclass(frozen=True)
-class SchedulerLimits:
-    """max_num_seqs and max_num_batched_tokens bound a step, max_model_len prompt plus answer.
-
-    priority_ageing_seconds: what one level of priority is worth; see `Scheduler.add`.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    priority_ageing_seconds: float = 30.0
 
 
 class Scheduler:
     """Holds every unfinished sequence and decides each step.
 
     A step is `schedule()`, then the computation, then `update(schedule)`; nothing counts as
-    computed before `update`, so a step that fails in between can simply be scheduled again.
+    computed before `update`. A step that fails in between is undone by `rollback(schedule)`.
+    events: where every decision is noted.
     """
 
-    def __init__(self, limits: SchedulerLimits, blocks: BlockManager) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, blocks: BlockManager, events: EventLog | None = None
+    ) -> None:
         self.limits = limits
         self.blocks = blocks
+        self.events = EventLog() if events is None else events
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0  # prompt tokens that were looked up in the cache
+        self.num_prefix_hits = 0  # those of them that it held
+        self.waiting_reason: str | None = None  # of the first in the queue; None: nobody waits
         self._waiting = RankedQueue()
         self._running = RankedQueue()
         self._arrival_numbers = itertools.count()
+        self._noted_wait: tuple[object, str] | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -128,29 +101,48 @@ class Scheduler:
         numbers from the start. Who comes later than that difference cannot overtake, however
         urgent, so nobody starves.
         """
-        self.check_fits(sequence.num_prompt_tokens, sequence.params.max_tokens)
+        max_tokens = sequence.params.max_tokens
+        self.check_fits(sequence.num_prompt_tokens, max_tokens)
         delay = sequence.priority * self.limits.priority_ageing_seconds
         sequence.rank = (sequence.arrival_time + delay, next(self._arrival_numbers))
+        sequence.max_total_tokens = self.max_total_tokens(sequence.num_prompt_tokens, max_tokens)
         self._waiting.add(sequence)
 
-    def schedule(self) -> Schedule:
-        """Decide the next step; its entries are empty only when nothing is unfinished."""
-        entries, preempted = self._schedule_decodes(self.limits.max_num_batched_tokens)
-        budget = self.limits.max_num_batched_tokens - len(entries)
-        for sequence in self._running:
-            if budget == 0:
-                break
-            if sequence.num_uncomputed_tokens > 1:
-                budget -= self._schedule_prefill(sequence, budget, entries)
-        # A step that had to take blocks away admits nobody.
-        while budget > 0 and not preempted and (admitted := self._admit_next()):
-            budget -= self._schedule_prefill(admitted, budget, entries)
-        return Schedule(tuple(entries), tuple(preempted))
+    def block_names(self, sequence: Sequence) -> tuple[bytes, ...]:
+        """The names of the full blocks among the sequence's tokens; see block_hash.py."""
+        self._extend_hashes(sequence)
+        return tuple(sequence.block_hashes)
+
+    def schedule(self, now: float = 0.0) -> Schedule:
+        """Decide the next step; its entries are empty only when nothing is unfinished.
+
+        now: for the event log, in seconds.
+        """
+        step = StepInTheMaking(self.limits.max_num_batched_tokens, now)
+        self._make_room_for_urgent(step)
+        num_yielded = len(step.preempted)
+        self._schedule_decodes(step)
+        num_decodes = len(step.entries)
+        self._schedule_prefills(step)
+        # A step that had to take blocks away, for those who run, admits nobody.
+        is_short = len(step.preempted) > num_yielded
+        self._note_wait("preemption" if is_short else self._admit(step), now)
+        return step.schedule(num_decodes)
 
     def update(self, schedule: Schedule) -> None:
         """Note that the step was computed: its keys and values are in the cache."""
+        block_size = self.blocks.block_size
         for sequence, start, num_new_tokens, _ in schedule.entries:
-            sequence.num_computed_tokens = start + num_new_tokens
+            num_computed = sequence.num_computed_tokens = start + num_new_tokens
+            if num_computed // block_size > sequence.num_published_blocks:
+                self._publish(sequence, num_computed // block_size)
+
+    def rollback(self, schedule: Schedule) -> None:
+        """The step failed: whoever it admitted waits again, and nothing else has changed."""
+        for sequence in schedule.admitted:
+            if sequence.state is SequenceState.RUNNING:
+                self._running.remove(sequence)
+                self._send_back(sequence)
 
     def finish(
         self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None
@@ -158,12 +150,219 @@ class Scheduler:
         """Let a sequence leave, waiting or running, and take its blocks back at once."""
         if sequence.state is SequenceState.RUNNING:
             self._running.remove(sequence)
-            self.blocks.free(sequence.key)
+            # Nobody shall take up what a failed sequence computed.
+            self.blocks.free(sequence.key, keep_cached=reason != "error")
         elif sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
         else:
             raise IntegrityError(f"{sequence!r} was finished twice")
         sequence.finish(reason, stop_reason)
+
+    # ---- who is in a step ----
+
+    def _schedule_decodes(self, step: StepInTheMaking) -> None:
+        index = 0
+        # The queue shrinks from its end when someone is preempted. Those before `index` stay, so
+        # nobody loses blocks that this very step is going to use.
+        while index < len(self._running) and step.budget:
+            sequence = self._running[index]
+            index += 1
+            if sequence.num_uncomputed_tokens > 1:
+                continue
+            while not self.blocks.reserve(sequence.key, len(sequence.token_ids)):
+                if self._preempt_last("kv_blocks", sequence, step) is sequence:
+                    break
+            else:
+                step.add(sequence, 1)
+
+    def _schedule_prefills(self, step: StepInTheMaking) -> None:
+        for sequence in self._running:
+            if not step.budget:
+                break
+            if sequence.num_uncomputed_tokens > 1:
+                self._schedule_chunk(sequence, step)
+
+    def _schedule_chunk(self, sequence: Sequence, step: StepInTheMaking) -> None:
+        start = sequence.num_computed_tokens
+        num_new_tokens = min(sequence.num_uncomputed_tokens, step.budget)
+        self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens))
+        step.add(sequence, num_new_tokens)
+
+    # ---- who gets in ----
+
+    def _admit(self, step: StepInTheMaking) -> str | None:
+        """Admit who fits, in the order of the queue; returns why the first who waits still does."""
+        while True:
+            sequence = self._next_candidate()
+            if sequence is None:
+                return "sibling" if self._waiting else None
+            if not step.budget:
+                return "token_budget"
+            prefix = self._prefix_of(sequence)
+            obstacle = self._obstacle(sequence, prefix)
+            if obstacle is not None:
+                return obstacle
+            self._start(sequence, prefix, step)
+            self._schedule_chunk(sequence, step)
+
+    def _next_candidate(self) -> Sequence | None:
+        """The first in the queue whose prompt is not just being computed by a sibling."""
+        for sequence in self._waiting:
+            leader = sequence.leader
+            if (
+                leader is None
+                or leader.state is not SequenceState.RUNNING
+                or leader.num_computed_tokens >= leader.num_prompt_tokens
+            ):
+                return sequence
+        return None
+
+    def _prefix_of(self, sequence: Sequence) -> Prefix:
+        """What is in the cache of the sequence's tokens; the last is always computed anew.
+
+        Its logits are wanted, and they are not in the cache.
+        """
+        prefix = NO_PREFIX
+        if self.limits.enable_prefix_caching:
+            self._extend_hashes(sequence)
+            prefix = self.blocks.find_prefix(sequence.block_hashes, sequence.num_tokens - 1)
+        leader = sequence.leader
+        if leader is not None and leader.state is SequenceState.RUNNING:
+            num_alike = sequence.num_prompt_tokens - 1
+            if leader.num_computed_tokens > num_alike > prefix.num_tokens:
+                num_blocks = self.blocks.blocks_for(num_alike)
+                prefix = Prefix(self.blocks.block_table(leader.key)[:num_blocks], num_alike)
+        return prefix
+
+    def _obstacle(self, sequence: Sequence, prefix: Prefix) -> str | None:
+        """What keeps the sequence from being admitted now."""
+        if len(self._running) >= self.limits.max_num_seqs:
+            return "max_num_seqs"
+        num_needed = self.blocks.num_blocks_needed(sequence.num_tokens, prefix)
+        num_available = self.blocks.num_free_blocks
+        if num_needed > num_available or (
+            num_needed + self._headroom(sequence, len(self._running)) > num_available
+        ):
+            return "kv_blocks"
+        return None
+
+    def _headroom(self, sequence: Sequence, num_running: int) -> int:
+        """Blocks to leave for the first num_running of those who run, if `sequence` is to join.
+
+        One block each, if they may still need one. Twice as many each time that the sequence has
+        been preempted: else it would soon be preempted again, having drawn few tokens for
+        computing many.
+        """
+        lookahead = 1 << min(sequence.num_preemptions, 20)
+        headroom = 0
+        for running in itertools.islice(self._running, num_running):
+            # The last token is drawn but never computed.
+            at_the_end = self.blocks.blocks_for(running.max_total_tokens - 1)
+            num_held = len(self.blocks.block_table(running.key))
+            headroom += min(lookahead, at_the_end - num_held)
+        return headroom
+
+    def _start(self, sequence: Sequence, prefix: Prefix, step: StepInTheMaking) -> None:
+        is_first = sequence.num_cached_tokens is None
+        if is_first:
+            sequence.num_cached_tokens = prefix.num_tokens
+        if is_first and sequence.leader is None and self.limits.enable_prefix_caching:
+            self.num_prefix_queries += sequence.num_tokens
+            self.num_prefix_hits += prefix.num_tokens
+        step.copies += self.blocks.start(sequence.key, sequence.num_tokens, prefix)
+        self._waiting.remove(sequence)
+        self._running.add(sequence)
+        sequence.state = SequenceState.RUNNING
+        sequence.num_computed_tokens = prefix.num_tokens
+        sequence.num_published_blocks = prefix.num_tokens // self.blocks.block_size
+        step.admitted.append(sequence)
+        sizes = (sequence.num_tokens, prefix.num_tokens)
+        after = (len(self._running), self.blocks.num_free_blocks)
+        self.events.record((step.now, "admitted", sequence.key, *sizes, *after))
+
+    # ---- who must leave ----
+
+    def _make_room_for_urgent(self, step: StepInTheMaking) -> None:
+        """Preempt sequences of lower priority for the first in the queue, if that lets it in.
+
+        Only those behind it in rank: they will not preempt it in turn.
+        """
+        sequence = self._next_candidate()
+        if sequence is None or not len(self._running):
+            return
+        if self._running[-1].priority <= sequence.priority:
+            return
+        prefix = self._prefix_of(sequence)
+        if self._obstacle(sequence, prefix) is None:
+            return
+        num_missing = self.blocks.num_blocks_needed(sequence.num_tokens, prefix)
+        num_missing -= self.blocks.num_free_blocks
+        kept = set(prefix.blocks)
+        for num_left in range(len(self._running) - 1, -1, -1):
+            victim = self._running[num_left]
+            if victim.priority <= sequence.priority or victim.rank < sequence.rank:
+                return
+            # A block that others hold too will not be free; one of the prefix is free no more.
+            num_missing -= sum(
+                1
+                for block in self.blocks.block_table(victim.key)
+                if self.blocks.pool.num_holders(block) == 1 and block not in kept
+            )
+            if num_missing + self._headroom(sequence, num_left) <= 0:
+                while len(self._running) > num_left:
+                    self._preempt_last("priority", sequence, step)
+                return
+
+    def _preempt_last(self, reason: str, by: Sequence, step: StepInTheMaking) -> Sequence:
+        sequence = self._running.pop_last()
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        step.preempted.append(sequence)
+        num_lost = sequence.num_computed_tokens
+        self.events.record((step.now, "preempted", sequence.key, reason, by.key, num_lost))
+        self._send_back(sequence)
+        return sequence
+
+    def _send_back(self, sequence: Sequence) -> None:
+        """Let a sequence that has left the running ones wait again; it keeps its tokens."""
+        self.blocks.free(sequence.key)
+        sequence.state = SequenceState.WAITING
+        sequence.num_computed_tokens = 0
+        sequence.num_published_blocks = 0
+        self._waiting.add(sequence)
+
+    # ---- books ----
+
+    def _extend_hashes(self, sequence: Sequence) -> None:
+        extend_block_hashes(
+            sequence.block_hashes,
+            sequence.token_ids,
+            sequence.num_tokens,
+            self.blocks.block_size,
+            sequence.cache_salt,
+        )
+
+    def _publish(self, sequence: Sequence, num_full_blocks: int) -> None:
+        """Let others find the sequence's blocks up to num_full_blocks, which are computed."""
+        if self.limits.enable_prefix_caching:
+            self._extend_hashes(sequence)
+            for index in range(sequence.num_published_blocks, num_full_blocks):
+                self.blocks.publish(sequence.key, index, sequence.block_hashes[index])
+        sequence.num_published_blocks = num_full_blocks
+
+    def _note_wait(self, reason: str | None, now: float) -> None:
+        """Record why the first in the queue waits, unless that was recorded before."""
+        self.waiting_reason = reason if self._waiting else None
+        if self.waiting_reason is None:
+            self._noted_wait = None
+            return
+        sequence = self._waiting[0]
+        noted = (sequence.key, self.waiting_reason)
+        if noted != self._noted_wait:
+            self._noted_wait = noted
+            num_needed = self.blocks.blocks_for(sequence.num_tokens)
+            num_free = self.blocks.num_free_blocks
+            self.events.record((now, "waited", *noted, num_needed, num_free, len(self._waiting)))
 
     def check_integrity(self) -> None:
         """The queues, the states and the blocks agree; IntegrityError if not."""
@@ -174,9 +373,7 @@ class Scheduler:
         for sequence in self._running:
             if sequence.state is not SequenceState.RUNNING:
                 raise IntegrityError(f"{sequence!r} is among the running")
-            num_held = len(self.blocks.block_tables(sequence.key)[0])
-            if num_held < self.blocks.blocks_for(sequence.num_computed_tokens):
-                raise IntegrityError(f"{sequence!r} holds only {num_held} blocks")
+            self._check_table(sequence)
         running = {sequence.key for sequence in self._running}
         if len(running) != len(self._running) or self.blocks.holders() != running:
             raise IntegrityError(
@@ -185,53 +382,12 @@ class Scheduler:
         if len(running) > self.limits.max_num_seqs:
             raise IntegrityError(f"{len(running)} run, over max_num_seqs")
 
-    def _schedule_decodes(self, budget: int) -> tuple[list[ScheduledSequence], list[Sequence]]:
-        entries: list[ScheduledSequence] = []
-        preempted: list[Sequence] = []
-        index = 0
-        # The list shrinks from its end when someone is preempted. Those before `index` stay, so
-        # nobody loses blocks that this very step is going to use.
-        while index < len(self._running) and len(entries) < budget:
-            sequence = self._running[index]
-            index += 1
-            if sequence.num_uncomputed_tokens > 1:
-                continue
-            while not self.blocks.reserve(sequence.key, sequence.num_tokens):
-                preempted.append(self._preempt_latest())
-                if preempted[-1] is sequence:
-                    break
-            else:
-                entries.append(ScheduledSequence(sequence, sequence.num_computed_tokens, 1, True))
-        return entries, preempted
-
-    @staticmethod
-    def _schedule_prefill(sequence: Sequence, budget: int, entries: list[ScheduledSequence]) -> int:
-        remaining = sequence.num_uncomputed_tokens
-        chunk = min(remaining, budget)
-        entries.append(
-            ScheduledSequence(sequence, sequence.num_computed_tokens, chunk, chunk == remaining)
-        )
-        return chunk
-
-    def _admit_next(self) -> Sequence | None:
-        """Admit the first one waiting, with blocks for all of its tokens, if there is room."""
-        if not self._waiting or len(self._running) >= self.limits.max_num_seqs:
-            return None
-        sequence = self._waiting[0]
-        num_needed = self.blocks.blocks_for(sequence.num_tokens)
-        if num_needed + len(self._running) > self.blocks.num_free_blocks:
-            return None
-        self.blocks.reserve(sequence.key, sequence.num_tokens)
-        self._waiting.remove(sequence)
-        self._running.add(sequence)
-        sequence.state = SequenceState.RUNNING
-        return sequence
-
-    def _preempt_latest(self) -> Sequence:
-        sequence = self._running.pop_last()
-        self.blocks.free(sequence.key)
-        sequence.state = SequenceState.WAITING
-        sequence.num_computed_tokens = 0
-        sequence.num_preemptions += 1
-        self._waiting.add(sequence)
-        return sequence
+    def _check_table(self, sequence: Sequence) -> None:
+        """The sequence holds what it has computed, and alone what it is going to write to."""
+        table = self.blocks.block_table(sequence.key)
+        if len(table) < self.blocks.blocks_for(sequence.num_computed_tokens):
+            raise IntegrityError(f"{sequence!r} holds only {len(table)} blocks")
+        pool = self.blocks.pool
+        for block in table[sequence.num_computed_tokens // self.blocks.block_size :]:
+            if pool.num_holders(block) != 1 or pool.is_published(block):
+                raise IntegrityError(f"{sequence!r} is going to write to block {block}, shared")

@@ -1,0 +1,144 @@
+"""The blocks of the KV cache: how many hold each one, what each one holds, and which are free.
+
+A block is in one of three states:
+
+    held       by one or more sequences, which all read it
+    cached     held by nobody, but what it holds has a name: the next prompt that begins alike may
+               take it up again
+    blank      held by nobody, and nothing in it is worth keeping
+
+Cached and blank blocks are both free. `take` prefers a blank one; with none left it evicts the
+cached block that has been free for longest (least recently used).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+
+class IntegrityError(RuntimeError):
+    """The engine's own books disagree: a bug in octavo, never a user's mistake."""
+
+
+class BlockPool:
+    """Counts the holders of each of num_blocks blocks, and knows the published ones by name."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.num_evictions = 0
+        self._num_holders = [0] * num_blocks
+        self._name: list[bytes | None] = [None] * num_blocks
+        self._by_name: dict[bytes, int] = {}
+        # A stack, reversed so that a fresh pool hands out 0, 1, 2, ...
+        self._blank = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # the one free for longest first
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self._blank) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks whose content could be taken up again."""
+        return len(self._cached)
+
+    def num_holders(self, block: int) -> int:
+        """How many sequences hold the block."""
+        return self._num_holders[block]
+
+    def is_published(self, block: int) -> bool:
+        """Whether the block can be found by its name."""
+        return self._name[block] is not None
+
+    def find(self, name: bytes) -> int | None:
+        """The block of this name, held or free."""
+        return self._by_name.get(name)
+
+    def take(self) -> int:
+        """Hold a free block and forget what it held; IntegrityError when none is free."""
+        if self._blank:
+            block = self._blank.pop()
+        elif self._cached:
+            block, _ = self._cached.popitem(last=False)
+            self._forget(block)
+            self.num_evictions += 1
+        else:
+            raise IntegrityError("a block was taken from an empty pool")
+        self._num_holders[block] = 1
+        return block
+
+    def hold(self, block: int) -> None:
+        """Hold a published block, whether others hold it or not."""
+        if not self._num_holders[block]:
+            if block not in self._cached:
+                raise IntegrityError(f"block {block} was held, but it is blank")
+            del self._cached[block]
+        self._num_holders[block] += 1
+
+    def release(self, block: int) -> None:
+        """Hold the block no longer; IntegrityError if nobody did."""
+        if self._num_holders[block] < 1:
+            raise IntegrityError(f"block {block} was released, but nobody holds it")
+        self._num_holders[block] -= 1
+        if not self._num_holders[block]:
+            if self._name[block] is None:
+                self._blank.append(block)
+            else:
+                self._cached[block] = None
+
+    def publish(self, block: int, name: bytes) -> None:
+        """Let a held block be found by its name; the first block of a name keeps it."""
+        if name not in self._by_name and self._name[block] is None:
+            self._by_name[name] = block
+            self._name[block] = name
+
+    def withdraw(self, block: int) -> None:
+        """Let a held block no longer be found: it is going to be written to."""
+        if self._name[block] is not None:
+            self._forget(block)
+
+    def clear_cache(self) -> None:
+        """Make every cached block blank, and let no held one be found."""
+        for block in self._cached:
+            self._blank.append(block)
+        self._cached.clear()
+        self._by_name.clear()
+        self._name = [None] * self.num_blocks
+
+    def _forget(self, block: int) -> None:
+        name = self._name[block]
+        if name is not None:
+            del self._by_name[name]
+            self._name[block] = None
+
+    def check_integrity(self, num_holders: dict[int, int]) -> None:
+        """The books agree with each other and with who really holds what; IntegrityError if not.
+
+        num_holders: of every block that some sequence holds, how many do.
+        """
+        free = [*self._blank, *self._cached]
+        for block in {*free, *num_holders}:
+            if not 0 <= block < self.num_blocks:
+                raise IntegrityError(f"there is no block {block}, only {self.num_blocks}")
+        if len(free) != len(set(free)):
+            raise IntegrityError(f"a block is free twice: {sorted(free)}")
+        is_free = set(free)
+        for block, counted in enumerate(self._num_holders):
+            if counted != num_holders.get(block, 0):
+                raise IntegrityError(
+                    f"block {block} counts {counted} holders; {num_holders.get(block, 0)} hold it"
+                )
+            if (counted == 0) != (block in is_free):
+                raise IntegrityError(f"block {block} has {counted} holders: lost, or wrongly free")
+        for block, name in enumerate(self._name):
+            if name is not None and self._by_name.get(name) != block:
+                raise IntegrityError(f"block {block} cannot be found by its own name")
+        if len(self._by_name) != sum(name is not None for name in self._name):
+            raise IntegrityError("a name leads to a block that does not bear it")
+        for block in self._blank:
+            if self._name[block] is not None:
+                raise IntegrityError(f"block {block} is blank, but has a name")
+        for block in self._cached:
+            if self._name[block] is None:
+                raise IntegrityError(f"block {block} is cached, but has no name")

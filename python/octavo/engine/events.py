@@ -1,0 +1,171 @@
+"""The event log: every decision about every request, in a ring of bounded size.
+
+An event is a plain tuple (time, kind, key, *values): appending one costs a fraction of a
+microsecond, and names are put to the values only when somebody reads the log. Decoding steps are
+not logged sequence by sequence; one `step` event stands for all of them.
+
+What is logged is numbers and ids. Prompts are not: of their blocks the log tells only which are
+equal to which, so that a replay can meet the same prefixes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+Event = tuple[Any, ...]
+"""(time in seconds of the engine's clock, kind, key of a sequence or request, *values)."""
+
+LOG_VERSION = 1
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    # A request came. blocks: names of its prompt's full blocks (numbers once written to a file).
+    "arrived": ("num_prompt_tokens", "max_tokens", "n", "priority", "timeout", "blocks"),
+    # The first in the queue still waits. reason: see WAITING_REASONS; for kv_blocks how many it
+    # needs and how many it may have; num_waiting: the length of the queue.
+    "waited": ("reason", "num_needed", "num_available", "num_waiting"),
+    # A sequence got its blocks. Of its num_tokens tokens the cache (or a sibling) held so many.
+    "admitted": ("num_tokens", "num_cached_tokens", "num_running", "num_free_blocks"),
+    # A part of a prompt is computed in this step.
+    "chunk": ("start", "num_tokens"),
+    # A sequence lost its blocks to another one; reason: kv_blocks or priority.
+    "preempted": ("reason", "by", "num_computed_tokens"),
+    "first_token": (),
+    "finished": ("reason", "num_output_tokens"),
+    # A step was computed; it began `seconds` before `time`. num_attended: for every token computed
+    # the tokens it attends to, summed.
+    "step": (
+        "seconds",
+        "num_decodes",
+        "num_tokens",
+        "num_attended",
+        "num_running",
+        "num_waiting",
+        "num_free_blocks",
+    ),
+}
+
+WAITING_REASONS = {
+    "max_num_seqs": "all places in a step (max_num_seqs) were taken",
+    "kv_blocks": "too few blocks of the KV cache were free",
+    "token_budget": "the step's tokens (max_num_batched_tokens) were used up by others",
+    "preemption": "blocks had just been taken from a running sequence",
+    "sibling": "the prompt was being computed for another answer of the same request",
+}
+
+
+class EventLog:
+    """The last `capacity` events, and how many there were before them.
+
+    header: facts about the engine that stand at the top of a written log.
+    """
+
+    def __init__(self, capacity: int = 65536, header: dict[str, Any] | None = None) -> None:
+        self.header = header or {}
+        self.num_recorded = 0
+        self._ring: deque[Event] = deque(maxlen=capacity)
+
+    def __len__(self) -> int:
+        return len(self._ring)
+
+    def __iter__(self) -> Iterator[Event]:
+        return iter(self._ring)
+
+    def record(self, event: Event) -> None:
+        """Append one event; the oldest falls out of a full ring."""
+        self.num_recorded += 1
+        self._ring.append(event)
+
+    def since(self, number: int) -> list[Event]:
+        """The events from the `number`-th on, counted from 0, as far as the ring still has them."""
+        num_dropped = self.num_recorded - len(self._ring)
+        return list(itertools.islice(self._ring, max(0, number - num_dropped), None))
+
+    def as_jsonl(self) -> Iterator[str]:
+        """The header and every event, each as one line of JSON without its line break."""
+        numbers: dict[bytes, int] = {}
+        yield header_line(self.header, self.num_recorded - len(self._ring))
+        for event in tuple(self._ring):
+            yield event_line(event, numbers)
+
+    def write(self, path: str | Path) -> None:
+        """Write the log as JSON lines."""
+        with Path(path).open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in self.as_jsonl())
+
+
+class EventLogFile:
+    """Writes a log to a file bit by bit, so that a long run outgrows the ring without a loss."""
+
+    def __init__(self, log: EventLog, path: str | Path) -> None:
+        self._log = log
+        self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        self._numbers: dict[bytes, int] = {}
+        self._next = max(0, log.num_recorded - len(log))
+        self._file.write(header_line(log.header, self._next) + "\n")
+
+    def flush(self) -> None:
+        """Write what is new."""
+        events = self._log.since(self._next)
+        self._next = self._log.num_recorded
+        self._file.writelines(event_line(event, self._numbers) + "\n" for event in events)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write what is new, and close the file; harmless when it is closed."""
+        if not self._file.closed:
+            self.flush()
+            self._file.close()
+
+    def __enter__(self) -> EventLogFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def header_line(header: dict[str, Any], num_dropped: int) -> str:
+    """The first line of a log: format, version, what the engine was, events lost before it."""
+    return json.dumps(
+        {"event": "log", "version": LOG_VERSION, **header, "num_dropped": num_dropped}
+    )
+
+
+def event_line(event: Event, numbers: dict[bytes, int]) -> str:
+    """One event as JSON. numbers: which number stands for which block's name, added to."""
+    return json.dumps(as_dict(event, numbers), ensure_ascii=False)
+
+
+def as_dict(event: Event, numbers: dict[bytes, int] | None = None) -> dict[str, Any]:
+    """An event with names to its values; block names become small numbers, the same for the same.
+
+    numbers: those given so far, added to; None leaves the blocks out.
+    """
+    time, kind, key, *values = event
+    record: dict[str, Any] = {"time": round(time, 6), "event": kind}
+    if key is not None:
+        record.update(_name_key(key))
+    for name, value in zip(FIELDS[kind], values, strict=True):
+        if name == "blocks":
+            if numbers is not None:
+                record[name] = _number_blocks(value, numbers)
+        elif name == "by":
+            record[name] = _name_key(value)["request"]
+        else:
+            record[name] = round(value, 6) if isinstance(value, float) else value
+    return record
+
+
+def _name_key(key: Hashable) -> dict[str, Any]:
+    """A sequence's key is (request id, which of its answers); a request's is its id."""
+    if isinstance(key, tuple):
+        return {"request": key[0], "sample": key[1]}
+    return {"request": key}
+
+
+def _number_blocks(names: Iterable[bytes], numbers: dict[bytes, int]) -> list[int]:
+    return [numbers.setdefault(name, len(numbers)) for name in names]
