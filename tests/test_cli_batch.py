@@ -307,3 +307,16 @@ def test_durations_read_well():
     assert duration(59.4) == "59 s"
     assert duration(312) == "5 min 12 s"
     assert duration(7_500) == "2 h 05 min"
+
+
+def test_the_event_log_of_a_batch(model, tmp_path, capsys):
+    source = write(tmp_path / "in.txt", [f"Hello fox {i}" for i in range(9)])
+    log = tmp_path / "events.jsonl"
+    arguments = ["--max-tokens", "5", "--event-log", str(log), "--max-num-seqs", "4"]
+    assert run(model, source, tmp_path / "out.jsonl", *arguments) == 0
+    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert events[0]["event"] == "log" and events[0]["max_num_seqs"] == 4
+    assert sum(event["event"] == "finished" for event in events) == 9
+    capsys.readouterr()
+    assert main(["explain", "8", "--log", str(log)]) == 0
+    assert "all places in a step (max_num_seqs) were taken" in capsys.readouterr().out

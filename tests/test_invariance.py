@@ -62,16 +62,19 @@ def make_engine(
     num_threads: int = 1,
     max_num_batched_tokens: int = 512,
     num_blocks: int = 200,
+    max_num_seqs: int = 24,
+    enable_prefix_caching: bool = True,
 ) -> Engine:
     options = RuntimeOptions(
         dtype=dtype,
         kv_dtype=kv_dtype or dtype,
         block_size=16,
         max_model_len=512,
-        max_num_seqs=24,
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         num_threads=num_threads,
         isa=isa,
+        enable_prefix_caching=enable_prefix_caching,
     )
     runtime = _native.Runtime("cpu", SPEC, options)
     for name, array in weights().items():
@@ -163,18 +166,32 @@ def test_in_chunks_of_a_crowded_batch(dtype: str, mode: str) -> None:
 
 @every_case
 @pytest.mark.parametrize("chunk", [13, 512])
-def test_after_forced_preemption(dtype: str, mode: str, chunk: int) -> None:
-    """Two long answers that came first crowd each subject out of a cache of 32 blocks."""
+@pytest.mark.parametrize("caching", [True, False])
+def test_after_forced_preemption(dtype: str, mode: str, chunk: int, caching: bool) -> None:
+    """Urgent requests take each subject's only place, and blocks of its, again and again.
+
+    With prefix caching it finds what is left of its blocks, without it computes all of them anew.
+    """
     for name, (prompt, params) in subjects(MODES[mode]).items():
-        engine = make_engine(dtype, num_blocks=32, max_num_batched_tokens=chunk)
-        first = (SUBJECT_LENGTHS[2] - len(prompt)) // 2 + 65
-        for i in range(2):
-            crowd = SamplingParams(temperature=1.0, seed=i, max_tokens=90)
-            engine.add_request(f"crowd{i}", prompt_of(first, seed=50 + i), crowd)
-        engine.add_request(name, prompt, params)
-        outputs = run_to_end(engine)
-        if len(prompt) > 3:  # the shortest one needs two blocks, which are always left
-            assert outputs[name].metrics.num_preemptions >= 1
+        engine = make_engine(
+            dtype,
+            num_blocks=33,
+            max_num_seqs=1,
+            max_num_batched_tokens=chunk,
+            enable_prefix_caching=caching,
+        )
+        engine.add_request(name, prompt, params, priority=1)
+        outputs = {}
+        for i in range(3):
+            for _ in range(2 + 3 * i):
+                engine.step()
+            urgent = SamplingParams(temperature=1.0, seed=i, max_tokens=3)
+            engine.add_request(f"urgent{i}", prompt_of(401 - 90 * i, seed=50 + i), urgent)
+            while f"urgent{i}" not in outputs:
+                outputs.update({c.request_id: c.result for c in engine.step() if c.result})
+                engine.check_integrity()
+        outputs.update(run_to_end(engine))
+        assert outputs[name].metrics.num_preemptions == 3
         assert facts(outputs)[name] == alone(dtype, mode)[name]
 
 

@@ -21,8 +21,11 @@ def make_scheduler(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 10,
     max_model_len: int = 64,
+    headroom_blocks: int = 1,
 ) -> Scheduler:
-    limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, max_model_len)
+    limits = SchedulerLimits(
+        max_num_seqs, max_num_batched_tokens, max_model_len, headroom_blocks=headroom_blocks
+    )
     return Scheduler(limits, BlockManager(num_blocks, block_size))
 
 
@@ -211,21 +214,13 @@ def test_nobody_is_preempted_in_vain() -> None:
     assert scheduler.waiting_reason == "kv_blocks"
 
 
-def test_who_was_preempted_comes_back_when_there_is_more_room() -> None:
-    scheduler = make_scheduler(num_blocks=12, max_num_batched_tokens=100, max_num_seqs=4)
-    first = add_with(scheduler, "a", 12, 30)
-    again = add_with(scheduler, "b", 8, 24)
+def test_headroom_is_what_the_running_may_still_need() -> None:
+    scheduler = make_scheduler(num_blocks=30, max_num_batched_tokens=100, headroom_blocks=3)
+    for key, num_tokens, max_tokens in (("a", 12, 30), ("b", 8, 6), ("c", 8, 1)):
+        add_with(scheduler, key, num_tokens, max_tokens)
     step(scheduler)
-    again.num_preemptions = 0
-    scheduler._running.remove(again)
-    scheduler._send_back(again)
-    headrooms = []
-    for again.num_preemptions in range(5):
-        headrooms.append(scheduler._headroom(again, 1))
-    # a holds 3 blocks (it takes the fourth in the next step) and needs at most 11.
-    assert headrooms == [1, 2, 4, 8, 8]
-    scheduler.finish(first, "stop")
-    assert scheduler._headroom(again, 0) == 0  # alone it is always admitted
+    # a may come to need 8 more blocks, b 2, and c none: its last token is never computed.
+    assert [scheduler._headroom(n) for n in range(4)] == [0, 3, 5, 5]
 
 
 def test_a_failed_step_admits_nobody() -> None:

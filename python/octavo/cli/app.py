@@ -25,6 +25,7 @@ class Verb(NamedTuple):
 
 _RUN, _MODELS = "Run a model", "Look after models"
 _MEASURE = "Measure"
+_SCHEDULING = "Question the scheduler"
 
 # In the order of `octavo --help`. The summaries stand here so that help need not import the verbs.
 VERBS = (
@@ -37,6 +38,9 @@ VERBS = (
     Verb("diff", "Show where octavo, its reference and Hugging Face part.", _MODELS),
     Verb("bench", "Measure speed beside the machine's limits.", _MEASURE),
     Verb("eval", "Measure perplexity, and what a number format costs.", _MEASURE),
+    Verb("explain", "Tell where a request's time went, from an event log.", _SCHEDULING),
+    Verb("trace", "Turn an event log into a trace for ui.perfetto.dev.", _SCHEDULING),
+    Verb("replay", "Run a log's requests again on a simulated device.", _SCHEDULING),
 )
 
 _EPILOG = """Start here:  [bold]octavo generate "What is the capital of France?"[/bold]

@@ -25,6 +25,7 @@ from octavo.cli.common import (
     DeterministicOption,
     DeviceOption,
     DTypeOption,
+    EventLogOption,
     KeepEmbeddingOption,
     KVDTypeOption,
     LoadFormatOption,
@@ -109,6 +110,7 @@ def batch(
     max_model_len: MaxModelLenOption = None,
     num_threads: NumThreadsOption = 0,
     load_format: LoadFormatOption = "auto",
+    event_log: EventLogOption = None,
 ) -> int:
     """Answer a whole file of prompts; can be stopped and resumed.
 
@@ -153,7 +155,9 @@ def batch(
                 seed=seed,
             )
             encoder = PromptEncoder(llm, chat, system)
-            interrupted = _answer_all(llm, encoder, input_file, journal, defaults, name, tally)
+            with _event_log(llm, event_log) as note_events:
+                answers = Answers(journal, tally, note_events)
+                interrupted = _answer_all(llm, encoder, input_file, answers, defaults, name)
     return _summarize(tally, output_file, interrupted)
 
 
@@ -186,6 +190,15 @@ class Tally:
         return (time.monotonic() - self.start) / self.done * (self.total - self.finished)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Where answers go, and what is counted and noted on the way."""
+
+    journal: Journal
+    tally: Tally
+    note_events: Callable[[], None]
+
+
 class PromptEncoder:
     """Lines to token ids: with the chat template, or as they are."""
 
@@ -213,13 +226,13 @@ def _answer_all(
     llm: LLM,
     encoder: PromptEncoder,
     input_file: Path,
-    journal: Journal,
+    answers: Answers,
     defaults: Defaults,
     model: str,
-    tally: Tally,
 ) -> bool:
     """Answer every line that has no answer yet; returns whether Ctrl-C ended it."""
     waiting: dict[str, BatchRequest] = {}
+    journal, tally = answers.journal, answers.tally
 
     def items() -> Iterator[tuple[str, EncodedPrompt, SamplingParams]]:
         for line in read_lines(input_file):
@@ -250,6 +263,7 @@ def _answer_all(
                 tally.failed += record["error"] is not None
                 tally.prompt_tokens += output.metrics.num_prompt_tokens
                 tally.output_tokens += output.metrics.num_output_tokens
+                answers.note_events()
                 update()
     except KeyboardInterrupt:
         return True
@@ -264,6 +278,18 @@ def _record(
             "this model has no tokenizer.json, without which there is no text"
         )
     return answer_record(request, output, model, llm.tokenizer, encoder.is_chat(request))
+
+
+@contextmanager
+def _event_log(llm: LLM, path: Path | None) -> Iterator[Callable[[], None]]:
+    """What writes the scheduler's latest events to the file, if one was asked for."""
+    if path is None:
+        yield lambda: None
+        return
+    from octavo.engine.events import EventLogFile
+
+    with EventLogFile(llm.engine.events, path) as file:
+        yield file.flush
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -170,6 +171,16 @@ SystemOption = Annotated[
     typer.Option(
         "--system",
         help='System message: how the model should behave, as in "You are a pirate."',
+        show_default=False,
+    ),
+]
+EventLogOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--event-log",
+        help="Write every decision of the scheduler to this file, for `octavo explain`, `trace` "
+        "and `replay`.",
+        metavar="FILE",
         show_default=False,
     ),
 ]

@@ -14,6 +14,7 @@ from octavo.cli.common import (
     DeterministicOption,
     DeviceOption,
     DTypeOption,
+    EventLogOption,
     KeepEmbeddingOption,
     KVDTypeOption,
     LoadFormatOption,
@@ -144,6 +145,7 @@ def generate(
     max_model_len: MaxModelLenOption = None,
     num_threads: NumThreadsOption = 0,
     load_format: LoadFormatOption = "auto",
+    event_log: EventLogOption = None,
 ) -> int:
     """Answer one prompt, or go on with a text.
 
@@ -198,6 +200,8 @@ def generate(
         # The prompt and its continuation are one text: show it as one.
         typer.echo(typer.style(common.printable(text, sys.stdout), dim=True), nl=False)
     chunks, interrupted = _collect(llm, encoded, params, live)
+    if event_log is not None:
+        llm.engine.events.write(event_log)
     result = next((chunk.result for chunk in chunks if chunk.result is not None), None)
     if result is None:
         return common.INTERRUPTED if interrupted else common.FAILED

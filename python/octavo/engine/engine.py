@@ -24,13 +24,13 @@ from octavo.engine.block_pool import IntegrityError
 from octavo.engine.checks import check_scheduling, check_tokens
 from octavo.engine.events import EventLog
 from octavo.engine.interrupts import deferred_interrupt
-from octavo.engine.outputs import OutputChunk, RequestOutput, TokenLogprob
+from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
 from octavo.engine.results import read_logprobs, request_output
 from octavo.engine.schedule import Schedule, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.waiting_room import Deadlines, WaitingRoom
-from octavo.errors import InvalidArgumentError
+from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -165,10 +165,15 @@ class Engine:
             raise InvalidArgumentError(f"request {request_id!r} is already running: name it anew")
         self.check_request(prompt_token_ids, params)
         check_scheduling(priority, timeout)
-        self._waiting_room.enter(request_id, len(prompt_token_ids))
+        now = self._clock()
+        try:
+            self._waiting_room.enter(request_id, len(prompt_token_ids))
+        except QueueFullError as error:
+            waiting = (error.num_requests, error.num_tokens)
+            self.events.record((now, "refused", request_id, len(prompt_token_ids), *waiting))
+            raise
         if params.seed is None:
             params = replace(params, seed=derive_seed(self.seed, request_id))
-        now = self._clock()
         request = Request(
             request_id,
             prompt,
@@ -230,6 +235,26 @@ class Engine:
                     answer.flush()
                     self._finish(answer.sequence, "abort", now)
             return self._remove(request_id, now)
+
+    def stats(self) -> EngineStats:
+        """Where the engine stands: the numbers that metrics and a live view are made of."""
+        scheduler, pool = self.scheduler, self.blocks.pool
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_waiting_requests=self.num_waiting_requests,
+            num_waiting_tokens=self.num_waiting_tokens,
+            waiting_reason=scheduler.waiting_reason,
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_free,
+            num_cached_blocks=pool.num_cached,
+            num_steps=self.num_steps,
+            num_drawn_tokens=self.num_drawn_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_prefix_queries=scheduler.num_prefix_queries,
+            num_prefix_hits=scheduler.num_prefix_hits,
+            num_evictions=pool.num_evictions,
+        )
 
     def check_integrity(self) -> None:
         """Queues, blocks and requests agree; IntegrityError if not."""

@@ -25,6 +25,8 @@ LOG_VERSION = 1
 FIELDS: dict[str, tuple[str, ...]] = {
     # A request came. blocks: names of its prompt's full blocks (numbers once written to a file).
     "arrived": ("num_prompt_tokens", "max_tokens", "n", "priority", "timeout", "blocks"),
+    # A request was turned away: the queue was full.
+    "refused": ("num_prompt_tokens", "num_waiting_requests", "num_waiting_tokens"),
     # The first in the queue still waits. reason: see WAITING_REASONS; for kv_blocks how many it
     # needs and how many it may have; num_waiting: the length of the queue.
     "waited": ("reason", "num_needed", "num_available", "num_waiting"),

@@ -117,3 +117,36 @@ class OutputChunk:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     result: RequestOutput | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Where an engine stands now, and what it has done since it began.
+
+    Now: num_running and num_waiting are sequences (answers), num_waiting_requests those requests
+    that have not started, num_waiting_tokens their prompts' tokens; waiting_reason says why the
+    first in the queue waits (a key of `events.WAITING_REASONS`; None when nobody does);
+    num_free_blocks are blocks of the KV cache that nobody holds, of which num_cached_blocks hold
+    something that may be taken up again. Since it began: steps, tokens drawn, preemptions; prompt
+    tokens looked up in the prefix cache and found there; cached blocks evicted.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_waiting_requests: int
+    num_waiting_tokens: int
+    waiting_reason: str | None
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_steps: int
+    num_drawn_tokens: int
+    num_preemptions: int
+    num_prefix_queries: int
+    num_prefix_hits: int
+    num_evictions: int
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The part of the KV cache's blocks that sequences hold, 0 to 1."""
+        return 1.0 - self.num_free_blocks / self.num_blocks

@@ -55,7 +55,8 @@ class SchedulerLimits:
 
     priority_ageing_seconds: what one level of priority is worth; see `Scheduler.add`.
     enable_prefix_caching: whether to look for known beginnings; answers of one request share their
-    prompt in any case.
+    prompt in any case. headroom_blocks: how many blocks must be free for each running sequence
+    when another joins; docs/scheduler.md says why two.
     """
 
     max_num_seqs: int
@@ -63,6 +64,7 @@ class SchedulerLimits:
     max_model_len: int
     priority_ageing_seconds: float = 30.0
     enable_prefix_caching: bool = True
+    headroom_blocks: int = 2
 
 
 @dataclass

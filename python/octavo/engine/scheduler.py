@@ -126,7 +126,10 @@ class Scheduler:
         self._schedule_prefills(step)
         # A step that had to take blocks away, for those who run, admits nobody.
         is_short = len(step.preempted) > num_yielded
-        self._note_wait("preemption" if is_short else self._admit(step), now)
+        if is_short:
+            self._note_wait(self._waiting[0], "preemption", now)
+        else:
+            self._note_wait(*self._admit(step), now)
         return step.schedule(num_decodes)
 
     def update(self, schedule: Schedule) -> None:
@@ -190,18 +193,18 @@ class Scheduler:
 
     # ---- who gets in ----
 
-    def _admit(self, step: StepInTheMaking) -> str | None:
-        """Admit who fits, in the order of the queue; returns why the first who waits still does."""
+    def _admit(self, step: StepInTheMaking) -> tuple[Sequence | None, str | None]:
+        """Admit who fits, in the order of the queue; returns who is next, and why it waits."""
         while True:
             sequence = self._next_candidate()
             if sequence is None:
-                return "sibling" if self._waiting else None
+                return (self._waiting[0], "sibling") if self._waiting else (None, None)
             if not step.budget:
-                return "token_budget"
+                return sequence, "token_budget"
             prefix = self._prefix_of(sequence)
             obstacle = self._obstacle(sequence, prefix)
             if obstacle is not None:
-                return obstacle
+                return sequence, obstacle
             self._start(sequence, prefix, step)
             self._schedule_chunk(sequence, step)
 
@@ -241,25 +244,23 @@ class Scheduler:
         num_needed = self.blocks.num_blocks_needed(sequence.num_tokens, prefix)
         num_available = self.blocks.num_free_blocks
         if num_needed > num_available or (
-            num_needed + self._headroom(sequence, len(self._running)) > num_available
+            num_needed + self._headroom(len(self._running)) > num_available
         ):
             return "kv_blocks"
         return None
 
-    def _headroom(self, sequence: Sequence, num_running: int) -> int:
-        """Blocks to leave for the first num_running of those who run, if `sequence` is to join.
+    def _headroom(self, num_running: int) -> int:
+        """Blocks to leave for the first num_running of those who run, if another is to join.
 
-        One block each, if they may still need one. Twice as many each time that the sequence has
-        been preempted: else it would soon be preempted again, having drawn few tokens for
-        computing many.
+        A few for each, as far as it may still need them: with none the new one would soon be
+        preempted again, having drawn few tokens for computing many.
         """
-        lookahead = 1 << min(sequence.num_preemptions, 20)
         headroom = 0
         for running in itertools.islice(self._running, num_running):
             # The last token is drawn but never computed.
             at_the_end = self.blocks.blocks_for(running.max_total_tokens - 1)
             num_held = len(self.blocks.block_table(running.key))
-            headroom += min(lookahead, at_the_end - num_held)
+            headroom += min(self.limits.headroom_blocks, at_the_end - num_held)
         return headroom
 
     def _start(self, sequence: Sequence, prefix: Prefix, step: StepInTheMaking) -> None:
@@ -308,7 +309,7 @@ class Scheduler:
                 for block in self.blocks.block_table(victim.key)
                 if self.blocks.pool.num_holders(block) == 1 and block not in kept
             )
-            if num_missing + self._headroom(sequence, num_left) <= 0:
+            if num_missing + self._headroom(num_left) <= 0:
                 while len(self._running) > num_left:
                     self._preempt_last("priority", sequence, step)
                 return
@@ -350,14 +351,13 @@ class Scheduler:
                 self.blocks.publish(sequence.key, index, sequence.block_hashes[index])
         sequence.num_published_blocks = num_full_blocks
 
-    def _note_wait(self, reason: str | None, now: float) -> None:
+    def _note_wait(self, sequence: Sequence | None, reason: str | None, now: float) -> None:
         """Record why the first in the queue waits, unless that was recorded before."""
-        self.waiting_reason = reason if self._waiting else None
-        if self.waiting_reason is None:
+        self.waiting_reason = reason
+        if sequence is None or reason is None:
             self._noted_wait = None
             return
-        sequence = self._waiting[0]
-        noted = (sequence.key, self.waiting_reason)
+        noted = (sequence.key, reason)
         if noted != self._noted_wait:
             self._noted_wait = noted
             num_needed = self.blocks.blocks_for(sequence.num_tokens)

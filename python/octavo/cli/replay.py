@@ -1,0 +1,166 @@
+"""`octavo replay`: a log's requests once more, under other options, on a simulated device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from octavo.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from octavo.engine.replay import Quantiles, Summary
+
+_POLICY_PANEL = "The engine (left out: as in the log)"
+_COST_PANEL = "The device: seconds of a step (left out: measured from the log's steps)"
+
+
+def replay(
+    log: Annotated[
+        Path,
+        typer.Argument(metavar="LOG", help="An event log, from `--event-log` or the server."),
+    ],
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(help="Answers in a step at most.", rich_help_panel=_POLICY_PANEL),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a step at most.", rich_help_panel=_POLICY_PANEL),
+    ] = None,
+    num_kv_blocks: Annotated[
+        int | None,
+        typer.Option(help="Blocks of the KV cache.", rich_help_panel=_POLICY_PANEL),
+    ] = None,
+    enable_prefix_caching: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefix-caching/--no-prefix-caching",
+            help="Reuse what prompts have in common.",
+            show_default=False,
+            rich_help_panel=_POLICY_PANEL,
+        ),
+    ] = None,
+    priority_ageing_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="What one level of priority is worth, in seconds of waiting.",
+            rich_help_panel=_POLICY_PANEL,
+        ),
+    ] = None,
+    max_waiting_requests: Annotated[
+        int | None,
+        typer.Option(
+            help="Requests that may wait; more are refused.", rich_help_panel=_POLICY_PANEL
+        ),
+    ] = None,
+    speed: Annotated[
+        float, typer.Option(help="2: the requests come twice as fast.", show_default=True)
+    ] = 1.0,
+    fixed: Annotated[
+        float | None,
+        typer.Option(help="Whatever is in it: reading the weights.", rich_help_panel=_COST_PANEL),
+    ] = None,
+    per_token: Annotated[
+        float | None,
+        typer.Option(help="More for each token it computes.", rich_help_panel=_COST_PANEL),
+    ] = None,
+    per_attended: Annotated[
+        float | None,
+        typer.Option(
+            help="More for each token that one of these attends to.", rich_help_panel=_COST_PANEL
+        ),
+    ] = None,
+    event_log: Annotated[
+        Path | None,
+        typer.Option(help="Write the simulated run's own event log here.", metavar="FILE"),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Run a log's requests again on a simulated device.
+
+    The real scheduler decides, only device and clock are made up; the same log and options give the same figures on any machine.
+
+    [bold]octavo replay events.jsonl --max-num-seqs 16[/bold]
+
+    [bold]octavo replay events.jsonl --num-kv-blocks 500 --speed 2[/bold]
+    """  # noqa: E501  (typer takes a line break for one)
+    from octavo.engine.log_file import log_of, read_log
+    from octavo.engine.replay import arrivals_of, options_of, summarize
+    from octavo.engine.simulation import CostModel, Simulation, fit_costs
+
+    if not 0 < speed < float("inf"):
+        raise InvalidArgumentError(f"--speed is {speed}; expected a number above 0")
+    recorded = read_log(log)
+    given = {"fixed": fixed, "per_token": per_token, "per_attended": per_attended}
+    known = {name: value for name, value in given.items() if value is not None}
+    if any(value < 0 for value in known.values()):
+        raise InvalidArgumentError("a cost is below 0; expected seconds, 0 or more")
+    costs = CostModel(**known) if len(known) == 3 else replace(fit_costs(recorded.steps), **known)
+    options, num_blocks = options_of(
+        recorded,
+        {
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "num_kv_blocks": num_kv_blocks,
+            "enable_prefix_caching": enable_prefix_caching,
+            "priority_ageing_seconds": priority_ageing_seconds,
+            "max_waiting_requests": max_waiting_requests,
+        },
+    )
+    simulation = Simulation(options, num_blocks, costs, recorded.header["block_size"])
+    simulation.run(arrivals_of(recorded, speed))
+    events = simulation.engine.events
+    if event_log is not None:
+        events.write(event_log)
+    before, after = summarize(recorded), summarize(log_of(events))
+    if json_output:
+        record = {"log": before.as_dict(), "replay": after.as_dict(), "costs": vars(costs)}
+        print(json.dumps(record))
+    else:
+        _print_table(before, after)
+        print(
+            f"\nA step costs {costs.fixed * 1e3:.3g} ms, {costs.per_token * 1e6:.3g} µs a token "
+            f"and {costs.per_attended * 1e9:.3g} ns an attended token."
+        )
+    return 0
+
+
+def _print_table(before: Summary, after: Summary) -> None:
+    rows = [("", "log", "replay")]
+    rows += [(name, show(before), show(after)) for name, show in _ROWS]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for name, left, right in rows:
+        print(f"{name:{widths[0]}}  {left:>{widths[1]}}  {right:>{widths[2]}}")
+
+
+def _show(quantiles: Quantiles | None) -> str:
+    """Mean, median, 90th and 99th percentile in milliseconds."""
+    if quantiles is None:
+        return "-"
+    values = (quantiles.mean, quantiles.p50, quantiles.p90, quantiles.p99)
+    return " ".join(f"{value * 1e3:>8,.1f}" for value in values)
+
+
+def _reasons(summary: Summary) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(summary.finished.items()))
+
+
+_ROWS = (
+    ("requests", lambda s: f"{s.num_requests:,}"),
+    ("refused", lambda s: f"{s.num_refused:,}"),
+    ("answers ended by", _reasons),
+    ("seconds", lambda s: f"{s.seconds:,.3f}"),
+    ("tokens/s", lambda s: f"{s.tokens_per_second:,.1f}"),
+    ("steps", lambda s: f"{s.num_steps:,}"),
+    ("preemptions", lambda s: f"{s.num_preemptions:,}"),
+    ("prompt tokens cached", lambda s: f"{s.num_cached_tokens:,} of {s.num_prompt_tokens:,}"),
+    ("ms:", lambda s: " ".join(f"{name:>8}" for name in ("mean", "p50", "p90", "p99"))),
+    ("  waiting to start", lambda s: _show(s.waiting)),
+    ("  time to first token", lambda s: _show(s.time_to_first_token)),
+    ("  between tokens", lambda s: _show(s.time_per_token)),
+    ("  whole request", lambda s: _show(s.total_time)),
+)
