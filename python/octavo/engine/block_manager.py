@@ -135,9 +135,9 @@ class BlockManager:
         and returns False.
         """
         table = self._tables[key]
-        num_missing = self.blocks_for(num_tokens) - len(table)
-        if num_missing <= 0:  # the commonest case: decoding within a block
+        if num_tokens <= len(table) * self.block_size:  # the commonest case: within a block
             return True
+        num_missing = self.blocks_for(num_tokens) - len(table)
         if num_missing > self.num_free_blocks:
             return False
         for _ in range(num_missing):

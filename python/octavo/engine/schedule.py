@@ -38,13 +38,14 @@ class Schedule(NamedTuple):
     @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
-        return sum(entry.num_new_tokens for entry in self.entries)
+        prompts = self.entries[self.num_decodes :]
+        return self.num_decodes + sum([entry.num_new_tokens for entry in prompts])
 
     @property
     def num_attended(self) -> int:
         """For every token the step computes the tokens it attends to, summed."""
-        total = 0
-        for _, start, num_new_tokens, _ in self.entries:
+        total = self.num_decodes + sum([entry.start for entry in self.entries[: self.num_decodes]])
+        for _, start, num_new_tokens, _ in self.entries[self.num_decodes :]:
             total += num_new_tokens * start + num_new_tokens * (num_new_tokens + 1) // 2
         return total
 

@@ -25,7 +25,7 @@ from octavo.engine.block_pool import IntegrityError
 from octavo.engine.events import EventLog
 from octavo.engine.ranked_queue import RankedQueue
 from octavo.engine.request import FinishReason, Sequence, SequenceState
-from octavo.engine.schedule import Schedule, SchedulerLimits, StepInTheMaking
+from octavo.engine.schedule import Schedule, ScheduledSequence, SchedulerLimits, StepInTheMaking
 from octavo.errors import InvalidArgumentError
 
 
@@ -170,13 +170,15 @@ class Scheduler:
         while index < len(self._running) and step.budget:
             sequence = self._running[index]
             index += 1
-            if sequence.num_uncomputed_tokens > 1:
+            num_tokens, start = len(sequence.token_ids), sequence.num_computed_tokens
+            if num_tokens - start > 1:
                 continue
-            while not self.blocks.reserve(sequence.key, len(sequence.token_ids)):
+            while not self.blocks.reserve(sequence.key, num_tokens):
                 if self._preempt_last("kv_blocks", sequence, step) is sequence:
                     break
             else:
-                step.add(sequence, 1)
+                step.entries.append(ScheduledSequence(sequence, start, 1, True))
+                step.budget -= 1
 
     def _schedule_prefills(self, step: StepInTheMaking) -> None:
         for sequence in self._running:
