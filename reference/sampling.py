@@ -25,7 +25,7 @@ UInt32 = npt.NDArray[np.uint32]
 UInt64 = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.integer[Any]]
 
-OPS = ("sample", "log_softmax", "gumbel")
+OPS = ("adjust_logits", "sample", "log_softmax", "gumbel")
 
 _f = np.float32
 _EXP_COEFFICIENTS = (
@@ -132,6 +132,27 @@ def gumbel(seed: int, sample_index: int, position: int, vocab_size: int) -> Floa
     exponential_near_one = -_log_of_parts(-rest, np.zeros_like(rest))
     exponential = -log32(np.where(below_half, u, _f(1) - rest))
     return -log32(np.where(near_one, exponential_near_one, exponential))
+
+
+def adjust_logits(
+    logits: Float32, row_starts: Int32, token_ids: Int32, repetition: Float32, bias: Float32
+) -> Float32:
+    """The logits with some of them changed, before a token is drawn: penalties and biases.
+
+    logits: float32 (rows, vocab_size). row_starts: int32 (rows + 1,); row r has the entries
+    row_starts[r] .. row_starts[r + 1] - 1 of the other three, each of shape (entries,).
+    token_ids: int32, ascending within a row. repetition: float32, above 0: divides a positive
+    logit and multiplies any other (Keskar et al. 2019, arXiv 1909.05858, with the sign looked at
+    as everybody does since); 1 changes nothing. bias: float32, added after that. Returns a new
+    array of the shape of logits.
+    """
+    result: Float32 = logits.copy()
+    for row in range(len(logits)):
+        entries = slice(row_starts[row], row_starts[row + 1])
+        x = result[row, token_ids[entries]]
+        x = np.where(x > 0, x / repetition[entries], x * repetition[entries])
+        result[row, token_ids[entries]] = x + bias[entries]
+    return result
 
 
 def sample(

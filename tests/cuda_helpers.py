@@ -11,14 +11,14 @@ from octavo import _native
 # A GPU machine sets this to "cuda" and runs the very same tests on the hardware.
 DEVICE = os.environ.get("OCTAVO_TEST_CUDA_DEVICE", "cuda_emulated")
 
-_HAS_DEVICE = (
+has_cuda = (
     bool(_native.build_info()["cuda_emulated"])
     if DEVICE == "cuda_emulated"
     else DEVICE in _native.available_devices()
 )
 
 needs_cuda = pytest.mark.skipif(
-    not _HAS_DEVICE,
+    not has_cuda,
     reason=f"this build has no device {DEVICE}: the CUDA headers were not found when it was built"
     if DEVICE == "cuda_emulated"
     else f"this machine has no device {DEVICE}",

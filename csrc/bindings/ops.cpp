@@ -5,6 +5,7 @@
 
 #include "bindings/ops_checks.h"
 #include "bindings/ops_device.h"
+#include "core/adjustments.h"
 #include "cpu/kernels.h"
 
 namespace octavo::bindings {
@@ -141,6 +142,21 @@ class Ops : private OpsDevice {
     const Device indices = up(rows);
     const Matrix in = up_activations(x), out = activations(size(rows), in.view.cols);
     backend_->take_rows(out.view, in.view, indices.as<std::int32_t>());
+    return down(out);
+  }
+
+  nb::object adjust_logits(Array2<float> logits, IntArray row_starts, IntArray token_ids,
+                           Array1<float> repetition, Array1<float> bias) {
+    const Adjustments adjustments{to_vector<std::int32_t>(row_starts),
+                                  to_vector<std::int32_t>(token_ids), to_vector<float>(repetition),
+                                  to_vector<float>(bias)};
+    const Matrix in = up(logits), out = matrix(in.view.rows, in.view.cols);
+    check(adjustments, in.view.rows, in.view.cols);
+    std::vector<unsigned char> bytes(bytes_of(adjustments));
+    write(adjustments, bytes.data());
+    const Device memory(backend_.get(), bytes.size());
+    backend_->upload(memory.data(), bytes.data(), bytes.size());
+    backend_->adjust_logits(out.view, in.view, find(adjustments, memory.as<unsigned char>()));
     return down(out);
   }
 
@@ -345,6 +361,8 @@ void bind_ops(nb::module_& module) {
       .def("gated_activation", &Ops::gated_activation, nb::arg("gate").none(), nb::arg("up"),
            nb::arg("activation"))
       .def("take_rows", &Ops::take_rows, nb::arg("x"), nb::arg("rows"))
+      .def("adjust_logits", &Ops::adjust_logits, nb::arg("logits"), nb::arg("row_starts"),
+           nb::arg("token_ids"), nb::arg("repetition"), nb::arg("bias"))
       .def("sample", &Ops::sample, nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"),
            nb::arg("top_p"), nb::arg("min_p"), nb::arg("seed"), nb::arg("sample_index"),
            nb::arg("positions"), nb::arg("masks") = none)

@@ -1,5 +1,7 @@
 #include "core/runtime.h"
 
+#include <nanobind/stl/tuple.h>
+
 #include "bindings/bindings.h"
 
 namespace octavo::bindings {
@@ -69,8 +71,20 @@ std::int64_t submit(Runtime& self, const Batch& batch,
   return self.submit(batch, taps.value_or(std::vector<std::string>{}));
 }
 
-void sample(Runtime& self, std::int64_t ticket, std::optional<Array2<std::int32_t>> masks) {
-  self.sample(ticket, masks ? to_vector<std::int32_t>(*masks) : std::vector<std::int32_t>{});
+// row_starts, token_ids, repetition, bias
+using AdjustmentArrays =
+    std::tuple<Array1<std::int32_t>, Array1<std::int32_t>, Array1<float>, Array1<float>>;
+
+void sample(Runtime& self, std::int64_t ticket, std::optional<Array2<std::int32_t>> masks,
+            std::optional<AdjustmentArrays> arrays) {
+  Adjustments adjustments;
+  if (arrays) {
+    const auto& [row_starts, token_ids, repetition, bias] = *arrays;
+    adjustments = {to_vector<std::int32_t>(row_starts), to_vector<std::int32_t>(token_ids),
+                   to_vector<float>(repetition), to_vector<float>(bias)};
+  }
+  self.sample(ticket, masks ? to_vector<std::int32_t>(*masks) : std::vector<std::int32_t>{},
+              std::move(adjustments));
 }
 
 StepOutput wait(Runtime& self, std::int64_t ticket) {
@@ -176,7 +190,8 @@ void bind_runtime(nb::module_& module) {
       .def("allocations", &Runtime::allocations)
       .def("replays", &Runtime::replays)
       .def("submit", &submit, nb::arg("batch"), nb::arg("taps") = nb::none())
-      .def("sample", &sample, nb::arg("ticket"), nb::arg("masks").noconvert() = nb::none())
+      .def("sample", &sample, nb::arg("ticket"), nb::arg("masks").noconvert() = nb::none(),
+           nb::arg("adjustments").noconvert() = nb::none())
       .def("logits", &logits, nb::arg("ticket"))
       .def("wait", &wait, nb::arg("ticket"))
       .def(

@@ -136,6 +136,15 @@ struct Samples {
   std::int64_t num_top = 0;
 };
 
+// Logits to be changed before a token is drawn: device memory. Row r has the entries
+// row_starts[r] .. row_starts[r + 1] - 1, each token at most once.
+struct LogitAdjustments {
+  const std::int32_t* row_starts = nullptr;  // [num_rows + 1]
+  const std::int32_t* token_ids = nullptr;
+  const float* repetition = nullptr;  // divides a positive logit, multiplies any other; 1: nothing
+  const float* bias = nullptr;        // is added then
+};
+
 // Names a shape of step, so that a device can record it once and replay it.
 struct StepKey {
   std::int64_t num_seqs = 0;
@@ -240,6 +249,8 @@ class Backend {
   virtual void gated_activation(View out, View x, Activation activation, bool gated) = 0;
   // out[i] = x[rows[i]]
   virtual void take_rows(View out, View x, const std::int32_t* rows) = 0;
+  // out = logits, adjusted where a row says so. out may be logits.
+  virtual void adjust_logits(View out, View logits, const LogitAdjustments& adjustments) = 0;
   // Draws a token from every row of logits. masks: bit b of word w of a row allows token
   // 32 w + b; null allows all. Also notes each token in step.sampled.
   virtual void sample(const Samples& out, View logits, const std::int32_t* masks,

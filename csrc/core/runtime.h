@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "core/adjustments.h"
 #include "core/backend.h"
 #include "core/batch.h"
 #include "core/decoder.h"
@@ -57,8 +58,9 @@ class Runtime {
   // Queues the forward pass; the ticket names the step until `wait` closes it. At most two may be
   // open. taps: names, or "*" for all.
   std::int64_t submit(Batch batch, std::vector<std::string> taps);
-  // masks: (num_rows, ceil(vocab / 32)) words, or empty.
-  void sample(std::int64_t ticket, std::vector<std::int32_t> masks);
+  // masks: (num_rows, ceil(vocab / 32)) words, or empty. Log-probabilities that are told are those
+  // of the logits before any adjustment.
+  void sample(std::int64_t ticket, std::vector<std::int32_t> masks, Adjustments adjustments = {});
   // Waits for the forward pass; (num_rows, vocab). The ticket stays open.
   std::vector<float> logits(std::int64_t ticket);
   StepResult wait(std::int64_t ticket);
@@ -80,15 +82,21 @@ class Runtime {
     std::exception_ptr error;
     StepUpload upload;
     Step step;
-    Buffer logits, normed, masks, token_ids, logprobs, finite, top_token_ids, top_logprobs;
+    Buffer logits, scores, normed, token_ids, logprobs, finite, top_token_ids, top_logprobs;
+    Buffer inputs;  // masks and adjustments
+    HostBuffer inputs_host;
     HostBuffer results;        // what `draw` left, one array behind the other
     std::promise<void> drawn;  // set when the results are on their way
   };
 
   Flight& flight_of(std::int64_t ticket);
   void forward(Flight& flight);
-  void draw(Flight& flight, std::vector<std::int32_t>& masks);
+  void draw(Flight& flight, std::vector<std::int32_t>& masks, const Adjustments& adjustments);
+  static std::size_t mask_bytes(const std::vector<std::int32_t>& masks);
+  const unsigned char* send(Flight& flight, const std::vector<std::int32_t>& masks,
+                            const Adjustments& adjustments);
   void fetch_results(Flight& flight);
+  void take_own_logprobs(Flight& flight);
   StepResult collect(Flight& flight);
   // Grows `buffer` when it is too small, and counts that.
   void reserve(Buffer& buffer, std::size_t bytes);

@@ -46,6 +46,7 @@ class CpuBackend : public Backend {
                  const Step& step) override;
   void gated_activation(View out, View x, Activation activation, bool gated) override;
   void take_rows(View out, View x, const std::int32_t* rows) override;
+  void adjust_logits(View out, View logits, const LogitAdjustments& adjustments) override;
   void sample(const Samples& out, View logits, const std::int32_t* masks,
               const Step& step) override;
   void log_softmax(View out, View logits) override;

@@ -123,6 +123,19 @@ void list_top(const float* logits, std::int64_t vocab, float max, float log_tota
 
 }  // namespace
 
+void CpuBackend::adjust_logits(View out, View logits, const LogitAdjustments& adjustments) {
+  each_row(out, [&](std::int64_t row) {
+    float* values = out.row(row);
+    if (values != logits.row(row)) std::copy_n(logits.row(row), logits.cols, values);
+    for (std::int32_t i = adjustments.row_starts[row]; i < adjustments.row_starts[row + 1]; ++i) {
+      float& x = values[adjustments.token_ids[i]];
+      const float repetition = adjustments.repetition[i];
+      x = x > 0.0f ? x / repetition : x * repetition;
+      x = x + adjustments.bias[i];
+    }
+  });
+}
+
 void CpuBackend::sample(const Samples& out, View logits, const std::int32_t* masks,
                         const Step& step) {
   const std::int64_t vocab = logits.cols;

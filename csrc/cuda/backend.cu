@@ -261,6 +261,10 @@ void CudaBackend::take_rows(View out, View x, const std::int32_t* rows) {
   cuda::take_rows(stream_, out, x, rows);
 }
 
+void CudaBackend::adjust_logits(View out, View logits, const LogitAdjustments& adjustments) {
+  cuda::adjust_logits(stream_, out, logits, adjustments);
+}
+
 void CudaBackend::sample(const Samples& out, View logits, const std::int32_t* masks,
                          const Step& step) {
   cuda::sample(stream_, out, logits, masks, step, sampling_workspace_);

@@ -81,6 +81,9 @@ struct LinearContext {
 // x: rows of bf16, f16 or float32 numbers; out: the same, or float32.
 void linear(const LinearContext& context, View out, View x, const Linear& weight);
 
+// ---- adjust.cu ----
+void adjust_logits(Stream& stream, View out, View logits, const LogitAdjustments& adjustments);
+
 // ---- sampling.cu ----
 std::size_t sampling_workspace_bytes(std::int64_t vocab_size, std::int64_t max_num_rows);
 void sample(Stream& stream, const Samples& out, View logits, const std::int32_t* masks,

@@ -141,10 +141,17 @@ class Runtime:
         taps: names from octavo.models.spec.tap_names, or ["*"] for all.
         """
 
-    def sample(self, ticket: int, masks: Int32 | None = None) -> None:
+    def sample(
+        self,
+        ticket: int,
+        masks: Int32 | None = None,
+        adjustments: tuple[Int32, Int32, Float32, Float32] | None = None,
+    ) -> None:
         """Queue the sampling of the ticket's rows.
 
         masks: int32 (num_rows, ceil(vocab / 32)); bit b of word w set allows token 32 w + b.
+        adjustments: (row_starts, token_ids, repetition, bias) as in the reference's
+        `adjust_logits`; log-probabilities are of the logits without them.
         """
 
     def logits(self, ticket: int) -> Float32:
@@ -275,6 +282,14 @@ class Ops:
     ) -> Float32: ...
     def gated_activation(self, gate: Float32 | None, up: Float32, activation: str) -> Float32: ...
     def take_rows(self, x: Float32, rows: Int32) -> Float32: ...
+    def adjust_logits(
+        self,
+        logits: Float32,
+        row_starts: Int32,
+        token_ids: Int32,
+        repetition: Float32,
+        bias: Float32,
+    ) -> Float32: ...
     def sample(
         self,
         logits: Float32,

@@ -1,0 +1,41 @@
+// Changes to single logits before a token is drawn: biases and penalties, most tokens having none.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/backend.h"
+
+namespace octavo {
+
+// In host memory, as Python hands them over; empty when no row has any. LogitAdjustments
+// (core/backend.h) says what the fields mean.
+struct Adjustments {
+  std::vector<std::int32_t> row_starts, token_ids;
+  std::vector<float> repetition, bias;
+
+  bool empty() const { return token_ids.empty(); }
+};
+
+// Throws std::invalid_argument naming the first entry that is wrong, its value and its range.
+void check(const Adjustments& adjustments, std::int64_t num_rows, std::int64_t vocab_size);
+
+// Bytes that they take one array behind the other, as `write` lays them down.
+std::size_t bytes_of(const Adjustments& adjustments);
+void write(const Adjustments& adjustments, unsigned char* host);
+
+// Where each array is in a copy of what `write` wrote.
+LogitAdjustments find(const Adjustments& adjustments, const unsigned char* copy);
+
+// Log-probabilities of the tokens drawn, and the most probable ones, of one row:
+// values: log(softmax(logits)), [vocab_size]. top: the best `num_top`, the lower id first of
+// equals.
+struct RowLogprobs {
+  float logprob = 0.0f;
+  std::vector<std::int32_t> top_token_ids;
+  std::vector<float> top_logprobs;
+};
+RowLogprobs list_logprobs(const std::vector<float>& values, std::int32_t token_id,
+                          std::int64_t num_top);
+
+}  // namespace octavo
