@@ -124,7 +124,10 @@ class FakeRuntime:
             self.positions[kv_group, destination] = self.positions[kv_group, source]
         self.num_copies += len(pairs)
 
-    def sample(self, ticket: int, masks: npt.NDArray[np.int32] | None = None) -> None:
+    def sample(
+        self, ticket: int, masks: npt.NDArray[np.int32] | None = None, adjustments: Any = None
+    ) -> None:
+        assert adjustments is None, "the fake model has no logits: test adjustments on a real one"
         assert ticket in self._open and ticket not in self._masks
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from octavo.errors import InvalidArgumentError
@@ -26,8 +27,15 @@ class SamplingParams:
     stop_token_ids: stop when one of these tokens is drawn, besides the model's own end of text.
     include_stop_str_in_output: keep the stop string at the end of the text.
     ignore_eos: go on past the model's end of text.
+    repetition_penalty: divides the positive logits of tokens that the prompt or the answer has
+        already, and multiplies their negative ones; 1 changes nothing.
+    frequency_penalty: taken off a token's logit as many times as the answer has it already.
+    presence_penalty: taken off the logits of all tokens that the answer has already.
+    logit_bias: token id -> what is added to its logit, -100 to 100; given as a mapping, kept as
+        pairs.
     logprobs: report the log-probability of each token and of the most probable n; None reports
-        none. Log-probabilities are of the model's own distribution, before temperature.
+        none. Log-probabilities are of the model's own distribution, before penalties, biases and
+        temperature.
     skip_special_tokens: leave special tokens out of the text.
     n: how many answers to draw for the prompt.
     """
@@ -43,6 +51,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     skip_special_tokens: bool = True
     n: int = 1
@@ -56,6 +68,10 @@ class SamplingParams:
         _check_integer("top_k", self.top_k, 0, None, "0 to keep all tokens")
         _check_number("top_p", self.top_p, 0.0, 1.0, "1 to keep all tokens", exclude_low=True)
         _check_number("min_p", self.min_p, 0.0, 1.0, "0 to keep all tokens")
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0, "1 for none")
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "0 for none")
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0, "0 for none")
+        object.__setattr__(self, "logit_bias", _check_bias(self.logit_bias))
         _check_integer("max_tokens", self.max_tokens, 1, None, "ask for at least one token")
         _check_integer("min_tokens", self.min_tokens, 0, self.max_tokens, "at most max_tokens")
         _check_integer("n", self.n, 1, None, "ask for at least one answer")
@@ -70,6 +86,17 @@ class SamplingParams:
                 )
         for token in self.stop_token_ids:
             _check_integer("stop_token_ids", token, 0, None, "token ids are not negative")
+
+
+def _check_bias(
+    bias: Mapping[int, float] | tuple[tuple[int, float], ...],
+) -> tuple[tuple[int, float], ...]:
+    """The pairs in ascending order of token ids."""
+    pairs = dict(bias)
+    for token, value in pairs.items():
+        _check_integer("a token id of logit_bias", token, 0, None, "token ids are not negative")
+        _check_number(f"logit_bias of token {token}", value, -100.0, 100.0, "0 for none")
+    return tuple(sorted(pairs.items()))
 
 
 def _check_number(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from octavo.engine.adjustments import Adjuster
 from octavo.engine.request import Request, Sequence
 from octavo.text.stream import StopChecker, StreamDecoder
 
@@ -17,6 +18,7 @@ class Answer:
 
     stop_token_ids: every token that ends it, the model's own included unless they are ignored.
     max_total_tokens: prompt and answer end at this length.
+    adjuster: knows its penalties and biases; None when it has none.
     text: everything that may be shown so far. Without a tokenizer it stays empty.
     """
 
@@ -24,6 +26,7 @@ class Answer:
         "_checker",
         "_decoder",
         "_pieces",
+        "adjuster",
         "max_total_tokens",
         "request",
         "sequence",
@@ -42,6 +45,7 @@ class Answer:
         self.request = request
         self.sequence = sequence
         self.max_total_tokens = max_total_tokens
+        self.adjuster = Adjuster.create(sequence)
         own = () if params.ignore_eos else eos_token_ids
         self.stop_token_ids = frozenset(own).union(params.stop_token_ids)
         self._decoder = (

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from octavo.config import RuntimeOptions
+from octavo.engine.adjustments import LogitAdjustments, build_adjustments
 from octavo.engine.answer import Answer
 from octavo.engine.batch import Int32, build_batch, build_masks
 from octavo.engine.block_manager import BlockManager
@@ -43,7 +44,12 @@ class StepRuntime(Protocol):
     def submit(self, batch: Any) -> int:
         """Queue the forward pass and return a ticket."""
 
-    def sample(self, ticket: int, masks: Int32 | None = None) -> None:
+    def sample(
+        self,
+        ticket: int,
+        masks: Int32 | None = None,
+        adjustments: LogitAdjustments | None = None,
+    ) -> None:
         """Queue the sampling."""
 
     def wait(self, ticket: int) -> Any:
@@ -274,7 +280,8 @@ class Engine:
                 self.runtime.copy_blocks(kv_group, pairs)
         ticket = self.runtime.submit(self._batch_of(schedule))
         try:
-            self.runtime.sample(ticket, self._masks_of(schedule))
+            masks, adjustments = self._masks_of(schedule), self._adjustments_of(schedule)
+            self.runtime.sample(ticket, masks, adjustments)
         finally:
             output = self.runtime.wait(ticket)  # even after an error: a ticket must be closed
         return output
@@ -289,6 +296,10 @@ class Engine:
             return None
         forbidden = [self._answers[sequence.key].forbidden_token_ids for sequence in drawing]
         return build_masks(forbidden, self.vocab_size)
+
+    def _adjustments_of(self, schedule: Schedule) -> LogitAdjustments | None:
+        drawing = (entry.sequence.key for entry in schedule.entries if entry.draws_token)
+        return build_adjustments([self._answers[key].adjuster for key in drawing])
 
     def _update(self, schedule: Schedule, output: Any, started: float) -> list[OutputChunk]:
         now = self._clock()
