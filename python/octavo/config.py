@@ -36,6 +36,8 @@ class Environment:
     home: Path  # OCTAVO_HOME, else $XDG_CACHE_HOME/octavo, else ~/.cache/octavo: pulled models
     num_threads: int  # OCTAVO_NUM_THREADS; 0: the physical cores this process may use
     isa: str  # OCTAVO_ISA: "auto", or the instruction set to force on the CPU
+    # OCTAVO_API_KEY: what clients of `octavo serve` must present; None: nothing.
+    api_key: str | None = field(default=None, repr=False)
 
     @property
     def models(self) -> Path:
@@ -58,7 +60,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         )
     isa = variables.get("OCTAVO_ISA") or "auto"
     _check_choice("OCTAVO_ISA", isa, ISAS)
-    return Environment(home=home_path, num_threads=int(threads), isa=isa)
+    api_key = variables.get("OCTAVO_API_KEY") or None
+    return Environment(home=home_path, num_threads=int(threads), isa=isa, api_key=api_key)
 
 
 @dataclass(frozen=True)

@@ -69,5 +69,9 @@ class QueueFullError(OctavoError):
         )
 
 
+class EngineStepError(OctavoError, RuntimeError):
+    """A step of the engine failed, and with it every request that was being computed."""
+
+
 class InsufficientMemoryError(OctavoError, MemoryError):
     """The weights or the KV cache do not fit in the memory of the device."""

@@ -75,13 +75,17 @@ class Answer:
 
     def push(self, token_id: int) -> str:
         """Add the text of a drawn token (already in the sequence); returns what is new."""
-        if self._decoder is None:
+        decoder, self._decoder = self._decoder, None
+        if decoder is None:
             return ""
-        return self._show(self._decoder.push(token_id))
+        text = self._show(decoder.push(token_id))
+        self._decoder = decoder  # one that has failed is not asked again
+        return text
 
     def flush(self) -> str:
         """The answer has ended: the text that was held back, to be called once."""
-        text = self._show(self._decoder.flush()) if self._decoder is not None else ""
+        decoder, self._decoder = self._decoder, None
+        text = self._show(decoder.flush()) if decoder is not None else ""
         held = self._checker.flush()
         if held:
             self._pieces.append(held)

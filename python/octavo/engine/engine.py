@@ -319,9 +319,14 @@ class Engine:
                 continue
             answer = self._answers[sequence.key]
             if not is_finite:
-                chunks += self._fail(answer, now)
+                chunks += self._fail(answer, now, self._not_finite(answer))
                 continue
-            text = self._append(answer, token, logprobs[row], now)
+            try:
+                text = self._append(answer, token, logprobs[row], now)
+            except Exception as error:  # of its detokenizer: no other request is to blame
+                problem = f"the text of request {answer.request.request_id!r} cannot be made: "
+                chunks += self._fail(answer, now, f"{problem}{type(error).__name__}: {error}")
+                continue
             if answer.request.stream or (sequence.is_finished and answer.request.is_finished):
                 chunks.append(self._chunk(answer, text, now, token, logprobs[row]))
         return chunks
@@ -357,15 +362,18 @@ class Engine:
             self._finish(sequence, "length", now)
         return text
 
-    def _fail(self, answer: Answer, now: float) -> list[OutputChunk]:
-        """End the answer's whole request: its logits hold a NaN or an infinity."""
-        sequence, request = answer.sequence, answer.request
-        request.error = (
-            f"the model's logits hold a NaN or an infinity at token {sequence.num_tokens} of "
-            f"request {request.request_id!r}: its weights may be damaged, or its values exceed "
-            f"the dtype; `octavo diff` shows where they first appear"
+    @staticmethod
+    def _not_finite(answer: Answer) -> str:
+        return (
+            f"the model's logits hold a NaN or an infinity at token {answer.sequence.num_tokens} "
+            f"of request {answer.request.request_id!r}: its weights may be damaged, or its values "
+            f"exceed the dtype; `octavo diff` shows where they first appear"
         )
-        return self._end_all(request.request_id, "error", now)
+
+    def _fail(self, answer: Answer, now: float, problem: str) -> list[OutputChunk]:
+        """End the answer's whole request with an error."""
+        answer.request.error = problem
+        return self._end_all(answer.request.request_id, "error", now)
 
     def _end_all(self, request_id: str, reason: FinishReason, now: float) -> list[OutputChunk]:
         """End every answer of a request that has not ended yet; returns their last chunks."""
