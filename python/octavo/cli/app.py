@@ -31,6 +31,7 @@ _SCHEDULING = "Question the scheduler"
 VERBS = (
     Verb("generate", "Answer one prompt, or go on with a text.", _RUN),
     Verb("chat", "Talk with a model in the terminal.", _RUN),
+    Verb("serve", "Serve a model over HTTP, with OpenAI's API.", _RUN),
     Verb("batch", "Answer a whole file of prompts; can be stopped and resumed.", _RUN),
     Verb("pull", "Fetch a model, or convert a GGUF file, into the cache.", _MODELS),
     Verb("info", "Show what a model is and whether it fits in memory.", _MODELS),

@@ -1,0 +1,327 @@
+"""The engine in a thread of its own: requests go in by a queue, outputs come out once a step.
+
+The event loop and the engine share nothing but this file's two directions. In: commands on a
+thread-safe queue, carried out between steps. Out: one `call_soon_threadsafe` a step that brings
+everything the step gave, so that the loop is woken once and not once a token. The native core lets
+the interpreter's lock go while it computes; meanwhile the loop writes what came before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+
+from octavo.errors import EngineStepError, OctavoError
+from octavo.server.stream import EngineRequest, ResultStream
+
+if TYPE_CHECKING:
+    from octavo.engine.engine import Engine
+    from octavo.engine.outputs import OutputChunk
+    from octavo.llm import LLM
+
+T = TypeVar("T")
+State = Literal["loading", "ready", "failed", "stopped"]
+_log = logging.getLogger("octavo.engine")
+_IDLE_BEAT = 0.5  # seconds between two signs of life while there is nothing to do
+
+
+class StepStats(NamedTuple):
+    """How the engine stands after a step; sequences, blocks and seconds."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_used_blocks: int = 0
+    num_steps: int = 0
+    seconds: float = 0.0
+
+
+class Health(NamedTuple):
+    """Whether the loop really steps, and if not, why."""
+
+    ok: bool
+    reason: str
+    seconds_since_progress: float
+
+
+class EngineThread:
+    """Loads a model and runs its engine, away from the event loop.
+
+    load: makes the model, called in the thread. on_step: told of every step, in the event loop,
+    after its outputs have been handed to their streams. stall_timeout: seconds without progress
+    after which `health` says no. Everything but `call`'s function runs in the event loop.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], LLM],
+        on_step: Callable[[StepStats], None] | None = None,
+        stall_timeout: float = 60.0,
+    ) -> None:
+        self._load = load
+        self._on_step = on_step
+        self._stall_timeout = stall_timeout
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="octavo-engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._open: dict[str, ResultStream] = {}  # of the event loop
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.loaded: asyncio.Future[LLM] | None = None
+        # Of the thread; read elsewhere one attribute at a time.
+        self._streams: dict[str, ResultStream] = {}
+        self._outbox: list[tuple[ResultStream, OutputChunk | OctavoError]] = []
+        self._stopping = False
+        self._progress_at = time.monotonic()
+        self.llm: LLM | None = None
+        self.state: State = "loading"
+        self.problem = ""
+
+    # ---- the event loop's side ----
+
+    def start(self) -> asyncio.Future[LLM]:
+        """Begin to load; the future is done when the first request can be taken, or failed."""
+        self._loop = asyncio.get_running_loop()
+        self.loaded = self._loop.create_future()
+        self._thread.start()
+        return self.loaded
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    def submit(self, request: EngineRequest) -> ResultStream:
+        """Hand a request to the engine; whatever becomes of it comes out of the stream."""
+        stream = ResultStream(request, self._close)
+        if self.state != "ready":
+            stream.put(EngineStepError(f"the engine does not run: {self.problem or self.state}"))
+            return stream
+        self._open[request.request_id] = stream
+        self._idle.clear()
+        self._commands.put(partial(self._add, request, stream))
+        return stream
+
+    def abort_all(self, error: OctavoError) -> None:
+        """End every request with an error."""
+        for stream in list(self._open.values()):
+            stream.put(error)
+            self._commands.put(partial(self._abort, stream.request.request_id))
+            self._forget(stream)
+
+    async def wait_until_idle(self) -> None:
+        """Return when no request is open."""
+        await self._idle.wait()
+
+    async def call(self, function: Callable[[LLM], T]) -> T:
+        """Run a function between two steps, where it may look at the engine."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def resolve(result: T | None, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def command() -> None:
+            try:
+                if self.llm is None:
+                    raise EngineStepError("the engine does not run")
+                result = function(self.llm)
+            except Exception as error:
+                loop.call_soon_threadsafe(resolve, None, error)
+            else:
+                loop.call_soon_threadsafe(resolve, result, None)
+
+        self._commands.put(command)
+        return await future
+
+    async def stop(self) -> None:
+        """End the thread after the step it is in; what is unfinished stays so."""
+        self._commands.put(self._stop)
+        await asyncio.to_thread(self._thread.join)
+
+    def health(self) -> Health:
+        """Looks at the loop's last sign of progress, not at whether the process is there."""
+        seconds = time.monotonic() - self._progress_at
+        if self.state == "loading":
+            return Health(False, "the model is being loaded", seconds)
+        if self.state != "ready" or not self._thread.is_alive():
+            return Health(False, f"the engine has {self.state}: {self.problem}", seconds)
+        if seconds > self._stall_timeout:
+            reason = f"there is work, but no step has ended for {seconds:.0f} seconds"
+            return Health(False, reason, seconds)
+        return Health(True, "ok", seconds)
+
+    def _close(self, stream: ResultStream) -> None:
+        """Its reader has gone."""
+        if self._open.get(stream.request.request_id) is stream:
+            self._commands.put(partial(self._abort, stream.request.request_id))
+            self._forget(stream)
+
+    def _forget(self, stream: ResultStream) -> None:
+        self._open.pop(stream.request.request_id, None)
+        if not self._open:
+            self._idle.set()
+
+    def _deliver(
+        self, outbox: list[tuple[ResultStream, OutputChunk | OctavoError]], stats: StepStats
+    ) -> None:
+        for stream, item in outbox:
+            stream.put(item)
+            if stream.has_ended and self._open.get(stream.request.request_id) is stream:
+                self._forget(stream)
+        if self._on_step is not None:
+            self._on_step(stats)
+
+    # ---- the thread's side ----
+
+    def _run(self) -> None:
+        try:
+            self.llm = self._load()
+        except BaseException as error:
+            self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
+            self._tell_loaded(error)
+            return
+        self._progress_at = time.monotonic()
+        self.state = "ready"
+        self._tell_loaded(None)
+        try:
+            self._step_until_stopped(self.llm.engine)
+            self.state = "stopped"
+        except BaseException as error:
+            _log.critical("the engine's loop has ended", exc_info=error)
+            self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
+        self._fail(list(self._streams), EngineStepError(f"the engine has {self.state}"))
+        self._send(StepStats())
+
+    def _tell_loaded(self, error: BaseException | None) -> None:
+        def tell() -> None:
+            if self.loaded is None or self.loaded.done():
+                return
+            if error is None and self.llm is not None:
+                self.loaded.set_result(self.llm)
+            else:
+                self.loaded.set_exception(error or RuntimeError("the model was not loaded"))
+
+        self._call_loop(tell)
+
+    def _step_until_stopped(self, engine: Engine) -> None:
+        was_idle = True
+        while True:
+            self._take_commands(wait=not engine.has_unfinished_requests)
+            if self._stopping:
+                return
+            steps_before, started = engine.num_steps, time.monotonic()
+            if engine.has_unfinished_requests:
+                was_idle = False
+                self._step(engine)
+                if engine.num_steps == steps_before and not self._outbox:
+                    time.sleep(0.001)  # nothing could be scheduled: do not spin
+            elif not was_idle:
+                engine.check_integrity()  # an IntegrityError ends the loop, and /health says so
+                was_idle = True
+            now = time.monotonic()
+            if engine.num_steps != steps_before or not engine.has_unfinished_requests:
+                self._progress_at = now
+            if self._outbox or not was_idle:
+                self._send(_stats_of(engine, now - started))
+
+    def _take_commands(self, wait: bool) -> None:
+        if wait:
+            with contextlib.suppress(Empty):
+                self._commands.get(timeout=_IDLE_BEAT)()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _step(self, engine: Engine) -> None:
+        try:
+            chunks = engine.step()
+        except Exception as error:
+            _log.exception("a step of the engine failed")
+            # Those that hold blocks were in it. Those that wait go on; with nobody running, the
+            # fault lies in the queue, and all must go lest the same step fail for ever.
+            ids = {key[0] for key in engine.blocks.holders() if isinstance(key, tuple)}
+            message = f"a step of the engine failed: {type(error).__name__}: {error}"
+            self._fail(list(ids or self._streams), EngineStepError(message))
+            engine.check_integrity()
+            return
+        for chunk in chunks:
+            stream = self._streams.get(chunk.request_id)
+            if stream is not None:
+                self._outbox.append((stream, chunk))
+                if chunk.result is not None:
+                    del self._streams[chunk.request_id]
+
+    def _add(self, request: EngineRequest, stream: ResultStream) -> None:
+        llm = self.llm
+        if llm is None:
+            return
+        try:
+            llm.engine.add_request(
+                request.request_id,
+                request.prompt.token_ids,
+                request.params,
+                prompt=request.prompt.text,
+                stream=True,
+                continues_prompt=not request.prompt.is_chat,
+                priority=request.priority,
+                timeout=request.timeout,
+                cache_salt=request.cache_salt,
+            )
+        except OctavoError as error:
+            self._outbox.append((stream, error))
+        except Exception as error:
+            _log.exception("a request could not be added")
+            self._outbox.append((stream, EngineStepError(f"{type(error).__name__}: {error}")))
+        else:
+            self._streams[request.request_id] = stream
+
+    def _fail(self, request_ids: list[str], error: OctavoError) -> None:
+        for request_id in request_ids:
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                self._outbox.append((stream, error))
+            self._abort(request_id)
+
+    def _abort(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        if self.llm is None:
+            return
+        try:
+            self.llm.engine.abort(request_id)
+        except Exception:
+            # A detokenizer that fails while the text is finished is not asked a second time.
+            _log.exception("a request could not be aborted at the first attempt")
+            self.llm.engine.abort(request_id)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _send(self, stats: StepStats) -> None:
+        outbox, self._outbox = self._outbox, []
+        self._call_loop(partial(self._deliver, outbox, stats))
+
+    def _call_loop(self, function: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to be told
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(function)
+
+
+def _stats_of(engine: Engine, seconds: float) -> StepStats:
+    return StepStats(
+        engine.scheduler.num_running,
+        engine.scheduler.num_waiting,
+        engine.blocks.num_blocks - engine.blocks.num_free_blocks,
+        engine.num_steps,
+        seconds,
+    )

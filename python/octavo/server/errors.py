@@ -1,0 +1,108 @@
+"""Errors as HTTP has them: a status, and the JSON object that OpenAI's clients expect."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from octavo.errors import (
+    EngineStepError,
+    InvalidArgumentError,
+    OctavoError,
+    QueueFullError,
+    TokenizerError,
+)
+
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    429: "rate_limit_error",
+    499: "client_closed_request",
+    500: "internal_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
+# "temperature is -1; …", "messages[0].content is …", "an entry of stop_token_ids is …".
+_FIELD = re.compile(
+    r"(?:an? (?:entry|token id) of )?([a-z_]+(?:\[\d+\]|\.\w+)*) (?:is|has|holds|of)\b"
+)
+_NO_FIELDS = frozenset({"the", "this", "an", "a", "token"})
+
+
+class ApiError(Exception):
+    """What a client gets instead of an answer.
+
+    status: of HTTP. param: the field at fault; code: a word for programs; headers: more of HTTP's.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """{"error": {"message": …, "type": …, "param": …, "code": …}}"""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {
+            "error": {
+                "message": self.message,
+                "type": kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def encoded(self) -> bytes:
+        """The body as JSON; ASCII, since a message may quote what is no valid Unicode."""
+        return json.dumps(self.body).encode("ascii")
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """Status 400."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def unavailable(message: str, code: str, retry_after: int = 1) -> ApiError:
+    """Status 503: try again later."""
+    return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after)})
+
+
+def to_api_error(error: Exception, param: str | None = None) -> ApiError:
+    """Any exception as what to tell a client; unknown ones keep their details to the log.
+
+    param: the field that is to blame when the message does not begin with one.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
+    if isinstance(error, (InvalidArgumentError, TokenizerError)):
+        message = str(error)
+        code = "context_length_exceeded" if "max_model_len" in message else None
+        return ApiError(400, message, param=field_of(message) or param, code=code)
+    if isinstance(error, EngineStepError):
+        return ApiError(500, str(error), code="engine_step_failed")
+    if isinstance(error, OctavoError):
+        return ApiError(500, str(error), code="engine_error")
+    return ApiError(500, "octavo failed on this request; its log says why", code="internal_error")
+
+
+def field_of(message: str) -> str | None:
+    """The field that one of octavo's messages begins with, if it does."""
+    found = _FIELD.match(message)
+    return found[1] if found and found[1] not in _NO_FIELDS else None

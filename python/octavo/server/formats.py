@@ -1,0 +1,265 @@
+"""Answers as OpenAI's API writes them: whole, or piece by piece as server-sent events.
+
+A streamed piece is put together from strings that were made once for the stream; only the text
+itself goes through the JSON encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
+from octavo.server.tools import ToolCall, ToolFormat, ToolParser, make_parser
+
+if TYPE_CHECKING:
+    from octavo.text.tokenizer import Tokenizer
+
+DONE = "data: [DONE]\n\n"
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Head:
+    """What every piece of an answer says: its id, when it was begun (Unix time), the model."""
+
+    response_id: str
+    created: int
+    model: str
+
+
+def usage_of(num_prompt: int, num_answer: int, num_cached: int | None = None) -> dict[str, Any]:
+    """Tokens of the prompts, of the answers, and of the prompts' part that came from the cache."""
+    usage: dict[str, Any] = {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_answer,
+        "total_tokens": num_prompt + num_answer,
+    }
+    if num_cached is not None:
+        usage["prompt_tokens_details"] = {"cached_tokens": num_cached}
+    return usage
+
+
+class Format(Protocol):
+    """One of the two APIs. Choices are counted over all prompts and answers."""
+
+    def whole(self, results: Sequence[RequestOutput], usage: dict[str, Any]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+
+    def opening(self, num_choices: int) -> str:
+        """Events before the first text."""
+
+    def piece(self, choice: int, chunk: OutputChunk, usage: str) -> str:
+        """Events for one chunk, "" where it shows nothing; usage: "" or a JSON member."""
+
+    def closing(self, usage: dict[str, Any]) -> str:
+        """The event with the usage of the whole request."""
+
+
+class CompletionFormat:
+    """/v1/completions. echoes: for each choice the prompt's text to be shown before the answer."""
+
+    def __init__(self, head: Head, tokenizer: Tokenizer | None, echoes: Sequence[str]) -> None:
+        self._head = head
+        self._tokenizer = tokenizer
+        self._echoes = list(echoes)
+        self._lengths = [len(echo) for echo in echoes]  # of the text shown so far
+        self._pending = list(echoes)
+        self._start = (
+            f'data: {{"id":{to_json(head.response_id)},"object":"text_completion",'
+            f'"created":{head.created},"model":{to_json(head.model)},"choices":['
+        )
+
+    def whole(self, results: Sequence[RequestOutput], usage: dict[str, Any]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        outputs = [output for result in results for output in result.outputs]
+        return {
+            "id": self._head.response_id,
+            "object": "text_completion",
+            "created": self._head.created,
+            "model": self._head.model,
+            "choices": [self._choice(index, output) for index, output in enumerate(outputs)],
+            "usage": usage,
+        }
+
+    def _choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
+        logprobs = output.logprobs
+        return {
+            "index": index,
+            "text": self._echoes[index] + output.text,
+            "logprobs": None if logprobs is None else self._logprobs(logprobs, 0),
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+
+    def opening(self, num_choices: int) -> str:
+        """Nothing comes before the text."""
+        return ""
+
+    def piece(self, choice: int, chunk: OutputChunk, usage: str) -> str:
+        """One event, or none while there is nothing to show."""
+        text = self._pending[choice] + chunk.text
+        self._pending[choice] = ""
+        if not text and not chunk.logprobs and chunk.finish_reason is None:
+            return ""
+        logprobs = "null"
+        if chunk.logprobs:
+            logprobs = to_json(self._logprobs(chunk.logprobs, self._lengths[choice]))
+        self._lengths[choice] += len(chunk.text)
+        return (
+            f'{self._start}{{"index":{choice},"text":{to_json(text)},"logprobs":{logprobs},'
+            f'"finish_reason":{to_json(chunk.finish_reason)},'
+            f'"stop_reason":{to_json(chunk.stop_reason)}}}]{usage}}}\n\n'
+        )
+
+    def closing(self, usage: dict[str, Any]) -> str:
+        """The event with the usage of the whole request."""
+        return f'{self._start}],"usage":{to_json(usage)}}}\n\n'
+
+    def _logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+        tokens, offsets = [], []
+        for entry in entries:
+            tokens.append(token_text(self._tokenizer, entry.token_id))
+            offsets.append(offset)
+            offset += len(tokens[-1])
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [self._top(entry, tokens[i]) for i, entry in enumerate(entries)],
+            "text_offset": offsets,
+        }
+
+    def _top(self, entry: TokenLogprob, token: str) -> dict[str, float]:
+        tops = zip(entry.top_token_ids, entry.top_logprobs, strict=True)
+        found = {token_text(self._tokenizer, token_id): logprob for token_id, logprob in tops}
+        # As vLLM: the token that was drawn is among them, even where it is not of the best.
+        return {**found, token: entry.logprob}
+
+
+class ChatFormat:
+    """/v1/chat/completions. tools: how calls are written; None looks for none."""
+
+    def __init__(self, head: Head, tokenizer: Tokenizer | None, tools: ToolFormat | None) -> None:
+        self._head = head
+        self._tokenizer = tokenizer
+        self._tools = tools
+        self._parsers: dict[int, ToolParser] = {}
+        self._num_calls: dict[int, int] = {}
+        self._start = (
+            f'data: {{"id":{to_json(head.response_id)},"object":"chat.completion.chunk",'
+            f'"created":{head.created},"model":{to_json(head.model)},"choices":['
+        )
+
+    def whole(self, results: Sequence[RequestOutput], usage: dict[str, Any]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        outputs = [output for result in results for output in result.outputs]
+        return {
+            "id": self._head.response_id,
+            "object": "chat.completion",
+            "created": self._head.created,
+            "model": self._head.model,
+            "choices": [self._choice(index, output) for index, output in enumerate(outputs)],
+            "usage": usage,
+        }
+
+    def _choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": output.text}
+        finish_reason = output.finish_reason
+        if self._tools is not None:
+            parser = make_parser(self._tools)
+            pieces = [*parser.push(output.text), *parser.finish()]
+            calls = [piece.as_json() for piece in pieces if isinstance(piece, ToolCall)]
+            text = "".join(piece for piece in pieces if isinstance(piece, str))
+            if calls:
+                message = {"role": "assistant", "content": text.strip() or None}
+                message["tool_calls"] = calls
+                finish_reason = _with_calls(finish_reason)
+        logprobs = output.logprobs
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": None if logprobs is None else self._logprobs(logprobs),
+            "finish_reason": finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+
+    def opening(self, num_choices: int) -> str:
+        """Each choice says who speaks."""
+        delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        return "".join(f'{self._start}{{"index":{i},{delta}}}]}}\n\n' for i in range(num_choices))
+
+    def piece(self, choice: int, chunk: OutputChunk, usage: str) -> str:
+        """The text or the calls that a chunk adds, and the end."""
+        if self._tools is None:
+            deltas = [{"content": chunk.text}] if chunk.text else []
+            finish_reason = chunk.finish_reason
+        else:
+            deltas, finish_reason = self._parse(choice, chunk, self._tools)
+        if not deltas and not chunk.logprobs and finish_reason is None:
+            return ""
+        logprobs = "null" if not chunk.logprobs else to_json(self._logprobs(chunk.logprobs))
+        events = []
+        for index, delta in enumerate(deltas or [{}]):
+            is_last = index >= len(deltas) - 1
+            events.append(
+                f'{self._start}{{"index":{choice},"delta":{to_json(delta)},'
+                f'"logprobs":{logprobs if is_last else "null"},'
+                f'"finish_reason":{to_json(finish_reason if is_last else None)},'
+                f'"stop_reason":{to_json(chunk.stop_reason if is_last else None)}}}]{usage}}}\n\n'
+            )
+        return "".join(events)
+
+    def closing(self, usage: dict[str, Any]) -> str:
+        """The event with the usage of the whole request."""
+        return f'{self._start}],"usage":{to_json(usage)}}}\n\n'
+
+    def _parse(
+        self, choice: int, chunk: OutputChunk, tools: ToolFormat
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        parser = self._parsers.setdefault(choice, make_parser(tools))
+        pieces = parser.push(chunk.text)
+        if chunk.finish_reason is not None:
+            pieces += parser.finish()
+        deltas: list[dict[str, Any]] = []
+        for piece in pieces:
+            if isinstance(piece, str):
+                deltas.append({"content": piece})
+            else:
+                number = self._num_calls.get(choice, 0)
+                self._num_calls[choice] = number + 1
+                deltas.append({"tool_calls": [{"index": number, **piece.as_json()}]})
+        has_calls = bool(self._num_calls.get(choice))
+        return deltas, _with_calls(chunk.finish_reason) if has_calls else chunk.finish_reason
+
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        content = []
+        for entry in entries:
+            tops = zip(entry.top_token_ids, entry.top_logprobs, strict=True)
+            content.append(
+                {
+                    **self._token(entry.token_id, entry.logprob),
+                    "top_logprobs": [self._token(token, logprob) for token, logprob in tops],
+                }
+            )
+        return {"content": content}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = token_text(self._tokenizer, token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
+    """A token by itself; "token_id:17" where the model has no tokenizer."""
+    if tokenizer is None:
+        return f"token_id:{token_id}"
+    return tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _with_calls(finish_reason: str | None) -> str | None:
+    return "tool_calls" if finish_reason == "stop" else finish_reason

@@ -1,0 +1,86 @@
+"""Options of the server: frozen and validated."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from dataclasses import dataclass
+
+from octavo.errors import InvalidArgumentError
+
+TOOL_PARSERS = ("auto", "hermes", "llama3_json", "none")
+LOG_FORMATS = ("auto", "json", "text")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How to serve a model that `EngineConfig` says how to run.
+
+    host, port: where to listen; port 0 takes a free one.
+    api_keys: a client must present one of these; none: everybody is welcome.
+    served_names: what clients may call the model; the first is the one that answers give.
+    max_body_bytes: a larger request is refused with status 413.
+    request_timeout: seconds after which every request ends, whatever its own `timeout` says; None
+        lets it run.
+    shutdown_timeout: seconds that running requests get to end after SIGTERM.
+    stall_timeout: seconds without a step, while there is work, after which /health says so.
+    tool_parser: how calls of tools are written in answers; "auto" goes by the chat template.
+    allowed_origins: web pages from there may use the API (CORS); "*" for any.
+    log_format: "json" (a line of JSON an event), "text", or "auto": text on a terminal.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    served_names: tuple[str, ...] = ("model",)
+    max_body_bytes: int = 4 << 20
+    request_timeout: float | None = None
+    shutdown_timeout: float = 30.0
+    stall_timeout: float = 60.0
+    tool_parser: str = "auto"
+    allowed_origins: tuple[str, ...] = ()
+    log_format: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise InvalidArgumentError(f"port is {self.port}; expected 0 (any) to 65535")
+        if self.max_body_bytes < 1:
+            raise InvalidArgumentError(
+                f"max_body_bytes is {self.max_body_bytes}; expected 1 or more"
+            )
+        if not all(self.api_keys):
+            raise InvalidArgumentError("an API key is empty; expected some text, or no key at all")
+        if not all(key.isascii() for key in self.api_keys):
+            raise InvalidArgumentError("an API key has a character beyond ASCII: HTTP forbids it")
+        if not self.served_names or not all(self.served_names):
+            raise InvalidArgumentError(
+                f"served_names is {self.served_names!r}; expected at least one name, none empty"
+            )
+        for name, low in (("shutdown_timeout", 0.0), ("stall_timeout", 1.0)):
+            if not low <= getattr(self, name) < math.inf:
+                raise InvalidArgumentError(
+                    f"{name} is {getattr(self, name)!r}; expected {low:g} seconds or more"
+                )
+        if self.request_timeout is not None and not 0 < self.request_timeout < math.inf:
+            raise InvalidArgumentError(
+                f"request_timeout is {self.request_timeout!r}; expected seconds above 0, or None"
+            )
+        for name, choices in (("tool_parser", TOOL_PARSERS), ("log_format", LOG_FORMATS)):
+            if getattr(self, name) not in choices:
+                raise InvalidArgumentError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}"
+                )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether other machines may reach the server, and no key keeps them out."""
+        return not self.api_keys and not _is_loopback(self.host)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,186 @@
+"""Bodies of requests, as OpenAI and vLLM have them; every field that clients send is checked here.
+
+Fields that are not named here are accepted and ignored, as vLLM does. Those that would change the
+answer and are not offered (a grammar, an image) are refused, see `unsupported`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from octavo.engine.engine import MAX_PRIORITY
+from octavo.sampling_params import MAX_LOGPROBS
+from octavo.server.errors import ApiError, bad_request
+
+MAX_N = 128  # answers to one request; OpenAI's limit
+MAX_PROMPTS = 1024  # prompts in one request
+MAX_STOP = 32  # stop strings, each of which costs time for every character
+_MAX_SIGNED = 2**63 - 1
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Body(BaseModel):
+    """What every body has in common."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str | None = Field(None, description="A served name; left out: the model served.")
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    model_config = ConfigDict(extra="allow")
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingBody(Body):
+    """Fields that chat and completions share; `octavo.SamplingParams` says what they mean."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-_MAX_SIGNED - 1, le=2 * _MAX_SIGNED + 1)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOP)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    timeout: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    response_format: dict[str, Any] | None = None
+    user: str | None = None
+
+    @property
+    def num_answers(self) -> int:
+        """How many answers a prompt gets."""
+        return 1 if self.n is None else self.n
+
+
+class Message(BaseModel):
+    """One turn of a conversation; more fields go to the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Annotated[str, Field(min_length=1)]
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ChatFields(Body):
+    """A conversation and how its prompt is made."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+
+
+class ChatBody(ChatFields, SamplingBody):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    echo: bool | None = None
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+class TokenizeCompletionBody(Body):
+    """POST /tokenize with a text."""
+
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = None
+
+
+class TokenizeChatBody(ChatFields):
+    """POST /tokenize with a conversation."""
+
+    add_special_tokens: bool = False
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
+
+
+# Fields that vLLM has, that change the answer, and that octavo does not offer.
+_UNSUPPORTED = (
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
+    *("prompt_logprobs", "use_beam_search", "allowed_token_ids", "bad_words"),
+    *("truncate_prompt_tokens", "functions", "function_call", "audio", "modalities"),
+)
+
+
+def unsupported(body: SamplingBody) -> ApiError | None:
+    """The first thing that was asked for and cannot be had; ignoring it would give wrong answers.
+
+    A field that is null, false or empty asks for nothing.
+    """
+    extra = body.model_extra or {}
+    for name in _UNSUPPORTED:
+        if extra.get(name) and extra[name] != ["text"]:  # modalities: ["text"] is what there is
+            return bad_request(f"{name} is not offered by octavo: leave it out", name)
+    kind = (body.response_format or {}).get("type", "text")
+    if kind != "text":
+        return bad_request(
+            f"response_format is of type {kind!r}; octavo offers {{'type': 'text'}} alone",
+            "response_format",
+        )
+    if isinstance(body, CompletionBody):
+        if body.suffix:
+            return bad_request("suffix is not offered by octavo: leave it out", "suffix")
+        if body.best_of is not None and body.best_of != body.num_answers:
+            return bad_request(f"best_of is {body.best_of}; expected n, or nothing", "best_of")
+        if body.echo and body.logprobs is not None:
+            return bad_request(
+                "echo is true beside logprobs, but octavo has no log-probabilities of the prompt: "
+                "leave one of them out",
+                "echo",
+            )
+    if isinstance(body, ChatBody):
+        if body.continue_final_message:
+            return bad_request(
+                "continue_final_message is not offered by octavo: use /v1/completions",
+                "continue_final_message",
+            )
+        if body.top_logprobs is not None and not body.logprobs:
+            return bad_request("top_logprobs is given, so logprobs must be true", "top_logprobs")
+    return None

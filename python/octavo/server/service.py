@@ -1,0 +1,167 @@
+"""What the routes stand on: the engine's thread, the model's names, and whether requests may come.
+
+LOADING --loaded--> READY --SIGTERM--> DRAINING --idle or out of time--> the end
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from octavo.errors import EngineStepError, InvalidArgumentError
+from octavo.llm import EncodedPrompt
+from octavo.sampling_params import SamplingParams
+from octavo.server.engine_thread import EngineThread, StepStats
+from octavo.server.errors import ApiError, unavailable
+from octavo.server.metrics import Metrics
+from octavo.server.options import ServerOptions
+from octavo.server.protocol import ChatBody, ChatFields, CompletionBody, SamplingBody
+from octavo.server.stream import EngineRequest, ResultStream
+from octavo.server.tools import ToolFormat, detect_format
+
+if TYPE_CHECKING:
+    from octavo.llm import LLM
+
+Phase = Literal["loading", "ready", "draining", "failed"]
+
+
+class Service:
+    """One model behind the API. load: makes it, in the engine's thread."""
+
+    def __init__(self, options: ServerOptions, load: Callable[[], LLM]) -> None:
+        self.options = options
+        self.engine = EngineThread(load, self._on_step, options.stall_timeout)
+        self.phase: Phase = "loading"
+        self.started = time.time()
+        self.stats = StepStats()
+        self.metrics: Metrics | None = None
+        self.tool_format: ToolFormat | None = None
+        self._llm: LLM | None = None
+
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        return self.options.served_names[0]
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The most tokens of prompt and answer; None while the model is being loaded."""
+        return None if self._llm is None else self._llm.max_model_len
+
+    async def start(self) -> LLM:
+        """Load the model; raises what loading it raised."""
+        try:
+            llm = await self.engine.start()
+        except BaseException:
+            self.phase = "failed"
+            raise
+        self._llm = llm
+        self.metrics = Metrics(self.name, llm.engine)
+        parser = self.options.tool_parser
+        if parser == "auto" and llm.chat_template is not None:
+            self.tool_format = detect_format(llm.chat_template.source)
+        elif parser in ("hermes", "llama3_json"):
+            self.tool_format = "hermes" if parser == "hermes" else "llama3_json"
+        if self.phase == "loading":
+            self.phase = "ready"
+        return llm
+
+    async def drain(self) -> None:
+        """Take no more requests, and let those that run end, as long as shutdown_timeout says."""
+        self.phase = "draining"
+        try:
+            await asyncio.wait_for(self.engine.wait_until_idle(), self.options.shutdown_timeout)
+        except asyncio.TimeoutError:
+            self.abort_all()
+
+    def abort_all(self) -> None:
+        """End what still runs."""
+        self.engine.abort_all(EngineStepError("the server is shutting down"))
+
+    def llm(self) -> LLM:
+        """The model; an ApiError with status 503 while requests cannot be taken."""
+        if self.phase == "loading":
+            raise self._unavailable("the model is being loaded: try again soon", "loading")
+        if self.phase == "draining":
+            raise self._unavailable("the server is shutting down", "draining")
+        if self._llm is None or self.engine.state != "ready":
+            raise self._unavailable(f"the engine has stopped: {self.engine.problem}", "stopped")
+        return self._llm
+
+    def _unavailable(self, message: str, code: str) -> ApiError:
+        if self.metrics is not None:
+            self.metrics.rejected("unavailable")
+        return unavailable(message, code)
+
+    def check_model(self, name: str | None) -> None:
+        """404 for a model that is not served."""
+        if name is not None and name not in self.options.served_names:
+            raise ApiError(
+                404,
+                f"the model {name!r} is not served here; expected "
+                f"{' or '.join(map(repr, self.options.served_names))}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def submit(
+        self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, body: SamplingBody
+    ) -> ResultStream:
+        """Hand one prompt to the engine."""
+        limit = self.options.request_timeout
+        timeout = body.timeout
+        if limit is not None:
+            timeout = limit if timeout is None else min(limit, timeout)
+        stream = self.engine.submit(
+            EngineRequest(request_id, prompt, params, body.priority or 0, timeout, body.cache_salt)
+        )
+        if self.metrics is not None:
+            self.metrics.watch(stream)
+        return stream
+
+    def tools_of(self, body: ChatFields) -> ToolFormat | None:
+        """How calls are written in the answer to `body`; None where none is to be looked for."""
+        choice = body.tool_choice if isinstance(body, ChatBody) else None
+        if choice == "required" or isinstance(choice, dict):
+            raise ApiError(
+                400,
+                f"tool_choice is {choice!r}, which needs the answer to be constrained; octavo "
+                f"offers 'auto' and 'none'",
+                param="tool_choice",
+            )
+        return self.tool_format if body.tools and choice != "none" else None
+
+    def _on_step(self, stats: StepStats) -> None:
+        self.stats = stats
+        if self.metrics is not None:
+            self.metrics.observe_step(stats)
+
+
+def echoes_of(llm: LLM, body: CompletionBody, prompts: list[EncodedPrompt]) -> list[str]:
+    """For each choice, the prompt's text to be shown before it."""
+    if not body.echo:
+        return [""] * (len(prompts) * body.num_answers)
+    texts = []
+    for prompt in prompts:
+        if prompt.text is None and llm.tokenizer is None:
+            raise InvalidArgumentError("echo is true, but this model has no tokenizer")
+        text = prompt.text
+        if text is None and llm.tokenizer is not None:
+            text = llm.tokenizer.decode(prompt.token_ids)
+        texts += [text or ""] * body.num_answers
+    return texts
+
+
+def describe_model(service: Service, name: str, max_model_len: int | None) -> dict[str, Any]:
+    """An entry of /v1/models."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(service.started),
+        "owned_by": "octavo",
+        "root": service.name,
+        "parent": None,
+        "max_model_len": max_model_len,
+    }

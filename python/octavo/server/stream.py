@@ -1,0 +1,102 @@
+"""What the event loop knows of one request: its outputs as they come, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from octavo.engine.outputs import OutputChunk, RequestOutput
+from octavo.errors import EngineStepError, OctavoError
+from octavo.llm import EncodedPrompt
+from octavo.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """Arguments of `Engine.add_request`."""
+
+    request_id: str
+    prompt: EncodedPrompt
+    params: SamplingParams
+    priority: int = 0
+    timeout: float | None = None
+    cache_salt: str | None = None
+
+
+class ResultStream:
+    """Outputs of a request, put in step by step and read by one reader.
+
+    request: what was asked. arrival_time: seconds of `time.monotonic`. result: the whole output,
+    once it has ended well. observe: called with each chunk as it comes, and with None when the
+    request ends without its last one; for the metrics.
+    """
+
+    def __init__(
+        self, request: EngineRequest, on_close: Callable[[ResultStream], None] | None = None
+    ) -> None:
+        self.request = request
+        self.arrival_time = time.monotonic()
+        self.result: RequestOutput | None = None
+        self.observe: Callable[[OutputChunk | None], None] | None = None
+        self._on_close = on_close
+        self._chunks: list[OutputChunk] = []
+        self._error: OctavoError | None = None
+        self._changed: asyncio.Future[None] | None = None
+        self._only_end = False  # what the reader waits for
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self.result is not None or self._error is not None
+
+    def put(self, item: OutputChunk | OctavoError) -> None:
+        """Add what came; only the last chunk, and an error, wake a reader of `wait`."""
+        if self.has_ended:
+            return
+        if isinstance(item, OctavoError):
+            self._error = item
+        else:
+            if not self._only_end:
+                self._chunks.append(item)
+            self.result = item.result
+        if self.observe is not None and isinstance(item, (OutputChunk, EngineStepError)):
+            self.observe(None if isinstance(item, EngineStepError) else item)
+        if self._only_end and not self.has_ended:
+            return
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
+
+    async def next_chunks(self) -> list[OutputChunk]:
+        """All that has come since the last call, at least one chunk; [] at the end.
+
+        Raises the error that ended the request, after the chunks that came before it.
+        """
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error
+            if self.result is not None:
+                return []
+            self._changed = asyncio.get_running_loop().create_future()
+            await self._changed
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+    async def wait(self) -> RequestOutput:
+        """The whole output; raises the error that ended the request."""
+        self._only_end = True
+        while not self.has_ended:
+            self._changed = asyncio.get_running_loop().create_future()
+            await self._changed
+        if self._error is not None:
+            raise self._error
+        if self.result is None:
+            raise EngineStepError("the request ended without a result")
+        return self.result
+
+    def close(self) -> None:
+        """Nobody reads any more: what is unfinished is aborted within a step."""
+        if not self.has_ended and self._on_close is not None:
+            self._on_close(self)
+            self.put(EngineStepError("the client has gone"))

@@ -1,0 +1,182 @@
+"""Calls of tools found in an answer, for the ways of writing them that models were trained on.
+
+Hermes and Qwen: <tool_call>{"name": …, "arguments": {…}}</tool_call>, anywhere in the text.
+Llama 3: the whole answer is {"name": …, "parameters": {…}}, several being parted by ";".
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+ToolFormat = Literal["hermes", "llama3_json"]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call: the function's name, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+    call_id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+
+    def as_json(self) -> dict[str, Any]:
+        """As OpenAI's API has it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.call_id, "type": "function", "function": function}
+
+
+Piece = str | ToolCall
+
+
+class ToolParser(Protocol):
+    """Takes an answer's text as it grows; gives text to be shown, and calls once they are whole."""
+
+    def push(self, text: str) -> list[Piece]:
+        """What this text makes certain."""
+
+    def finish(self) -> list[Piece]:
+        """What is left at the end."""
+
+
+def detect_format(template: str) -> ToolFormat | None:
+    """The format that a chat template teaches; None where it has no tools, or unknown ones."""
+    if "tools" not in template:
+        return None
+    if "<tool_call>" in template:
+        return "hermes"
+    if '"parameters"' in template and ("<|python_tag|>" in template or "ipython" in template):
+        return "llama3_json"
+    return None
+
+
+def make_parser(tool_format: ToolFormat) -> ToolParser:
+    """A parser for one answer."""
+    return HermesParser() if tool_format == "hermes" else Llama3Parser()
+
+
+class HermesParser:
+    """Cuts <tool_call>…</tool_call> out of the text.
+
+    What might be the beginning of a tag is held back. Of a call that is no JSON the text is shown
+    as it is: nothing the model says is lost.
+    """
+
+    _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._inside = False
+        self._called = False
+
+    def push(self, text: str) -> list[Piece]:
+        """What this text makes certain."""
+        self._held += text
+        pieces: list[Piece] = []
+        while True:
+            tag = self._CLOSE if self._inside else self._OPEN
+            position = self._held.find(tag)
+            if position < 0:
+                break
+            before, self._held = self._held[:position], self._held[position + len(tag) :]
+            if self._inside:
+                pieces += self._calls(before, closed=True)
+            else:
+                pieces += self._show(before)
+            self._inside = not self._inside
+        if not self._inside:
+            cut = len(self._held) - _overlap(self._held, self._OPEN)
+            shown, self._held = self._held[:cut], self._held[cut:]
+            pieces += self._show(shown)
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """What is left at the end; a last call may lack its closing tag."""
+        held, self._held = self._held, ""
+        return self._calls(held, closed=False) if self._inside else self._show(held)
+
+    def _show(self, text: str) -> list[Piece]:
+        # Models put a newline between calls, which is no answer.
+        return [] if not text or (self._called and not text.strip()) else [text]
+
+    def _calls(self, text: str, *, closed: bool) -> list[Piece]:
+        call = _read_call(text)
+        if call is None:
+            return [f"{self._OPEN}{text}{self._CLOSE if closed else ''}"]
+        self._called = True
+        return [call]
+
+
+class Llama3Parser:
+    """An answer that begins with "{" may be a call, so it is held back to its end."""
+
+    _TAG = "<|python_tag|>"
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._is_text = False
+
+    def push(self, text: str) -> list[Piece]:
+        """What this text makes certain."""
+        if self._is_text:
+            return [text] if text else []
+        self._held += text
+        start = self._held.lstrip()
+        if not start or start.startswith(("{", self._TAG)) or self._TAG.startswith(start):
+            return []
+        self._is_text = True
+        return self._release()
+
+    def finish(self) -> list[Piece]:
+        """The calls, if the whole text is calls; else the text."""
+        if self._is_text:
+            return []
+        calls = _read_calls(self._held.strip().removeprefix(self._TAG))
+        return list(calls) if calls else self._release()
+
+    def _release(self) -> list[Piece]:
+        held, self._held = self._held, ""
+        return [held] if held else []
+
+
+def _read_calls(text: str) -> Sequence[ToolCall]:
+    calls = []
+    decoder = json.JSONDecoder()
+    while text:
+        try:
+            content, end = decoder.raw_decode(text)
+        except (ValueError, RecursionError):
+            return []
+        call = _to_call(content)
+        if call is None:
+            return []
+        calls.append(call)
+        text = text[end:].lstrip().removeprefix(";").lstrip()
+    return calls
+
+
+def _read_call(text: str) -> ToolCall | None:
+    try:
+        return _to_call(json.loads(text))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _to_call(content: Any) -> ToolCall | None:
+    if not isinstance(content, dict) or not isinstance(content.get("name"), str):
+        return None
+    arguments = content.get("arguments", content.get("parameters", {}))
+    if isinstance(arguments, str):
+        return ToolCall(content["name"], arguments)
+    return ToolCall(content["name"], json.dumps(arguments, ensure_ascii=False))
+
+
+def _overlap(text: str, tag: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `tag`."""
+    for length in range(min(len(text), len(tag) - 1), 0, -1):
+        if tag.startswith(text[-length:]):
+            return length
+    return 0

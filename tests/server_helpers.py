@@ -1,0 +1,165 @@
+"""The server over the fake engine, in this process, and over a real model, in another one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from engine_helpers import FakeRuntime, fake_engine, plain_tokenizer_directory
+from octavo.llm import LLM
+from octavo.server.app import create_app
+from octavo.server.options import ServerOptions
+from octavo.server.service import Service
+from octavo.text.chat import ChatTemplate
+from octavo.text.tokenizer import Tokenizer
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}A"
+
+
+def fake_llm(
+    directory: Path, template: str | None = TEMPLATE, num_blocks: int = 256, **options: Any
+) -> LLM:
+    """A model whose tokens are characters; its answers mean nothing, and are always the same."""
+    tokenizer = Tokenizer(plain_tokenizer_directory(directory))
+    limits = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64, **options}
+    engine = fake_engine(num_blocks=num_blocks, tokenizer=tokenizer, **limits)
+    return LLM.from_engine(engine, None if template is None else ChatTemplate(template))
+
+
+def runtime_of(llm: LLM) -> FakeRuntime:
+    runtime = llm.engine.runtime
+    assert isinstance(runtime, FakeRuntime)
+    return runtime
+
+
+def slow_down(llm: LLM, seconds: float) -> None:
+    """Let every step take so long."""
+    runtime = runtime_of(llm)
+    wait = runtime.wait
+
+    def slow_wait(ticket: int) -> Any:
+        time.sleep(seconds)
+        return wait(ticket)
+
+    runtime.wait = slow_wait  # type: ignore[method-assign]
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    llm: LLM | Callable[[], LLM], **options: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
+    """A client of the application, no socket between; the engine in its thread as ever."""
+    load = llm if callable(llm) else lambda: llm
+    service = Service(ServerOptions(**options), load)
+    transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=True)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        await service.start()
+        try:
+            yield client, service
+            await asyncio.wait_for(service.engine.wait_until_idle(), 30)
+            # Whatever has happened, all blocks are free in the end.
+            used = await service.engine.call(
+                lambda found: found.engine.blocks.num_blocks - found.engine.blocks.num_free_blocks
+            )
+            assert used == 0
+            await service.engine.call(lambda found: found.engine.check_integrity())
+        finally:
+            await service.engine.stop()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    """Run an asynchronous test."""
+
+    async def limited() -> None:
+        await asyncio.wait_for(test(), 120)
+
+    asyncio.run(limited())
+
+
+def events_of(text: str) -> list[Any]:
+    """The objects of server-sent events; the text must end with [DONE]."""
+    parts = text.split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""]
+    assert all(part.startswith("data: ") for part in parts[:-1])
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error in OpenAI's form."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str) and error["message"]
+    return dict(error)
+
+
+@dataclass
+class ServerProcess:
+    """`octavo serve` in a process of its own. lines: its log."""
+
+    arguments: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    url: str = ""
+    process: Any = None
+    log_path: Path = Path()
+
+    def start(self, directory: Path, wait: bool = True) -> ServerProcess:
+        self.log_path = directory / "server.log"
+        command = [sys.executable, "-m", "octavo.cli", "serve", "--port", "0", "--log-format"]
+        with self.log_path.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, "json", *self.arguments],
+                stderr=log,
+                stdout=log,
+                env={**os.environ, **self.environment},
+            )
+        self.url = re.sub("/$", "", self.wait_for("listening")["url"])
+        if wait:
+            self.wait_for("ready")
+        return self
+
+    def events(self) -> list[dict[str, Any]]:
+        lines = self.log_path.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def wait_for(self, event: str, seconds: float = 60, **fields: Any) -> dict[str, Any]:
+        """The first log line of this event with these fields."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for entry in self.events():
+                if event in entry["event"] and fields.items() <= entry.items():
+                    return entry
+            assert self.process.poll() is None, self.log_path.read_text()
+            time.sleep(0.02)
+        raise AssertionError(f"no {event} in {self.log_path.read_text()}")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Signal it and wait; returns the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return int(self.process.wait(30))
+
+
+@contextlib.contextmanager
+def server_process(directory: Path, *arguments: str, **options: Any) -> Iterator[ServerProcess]:
+    wait = options.pop("wait", True)
+    server = ServerProcess(arguments, **options)
+    try:
+        yield server.start(directory, wait)
+    finally:
+        if server.process is not None and server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
