@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from octavo.errors import EngineStepError, OctavoError
 from octavo.server.stream import EngineRequest, ResultStream
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 State = Literal["loading", "ready", "failed", "stopped"]
 _log = logging.getLogger("octavo.engine")
-_IDLE_BEAT = 0.5  # seconds between two signs of life while there is nothing to do
+_IDLE_BEAT = 0.5  # most seconds between two signs of life while there is nothing to do
 
 
 class StepStats(NamedTuple):
@@ -67,10 +67,12 @@ class EngineThread:
         self._load = load
         self._on_step = on_step
         self._stall_timeout = stall_timeout
+        self._idle_beat = min(_IDLE_BEAT, stall_timeout / 4)
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="octavo-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._open: dict[str, ResultStream] = {}  # of the event loop
+        self._open: dict[str, ResultStream] = {}  # of the event loop, as the next one
+        self._calls: set[asyncio.Future[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self.loaded: asyncio.Future[LLM] | None = None
@@ -101,7 +103,7 @@ class EngineThread:
         """Hand a request to the engine; whatever becomes of it comes out of the stream."""
         stream = ResultStream(request, self._close)
         if self.state != "ready":
-            stream.put(EngineStepError(f"the engine does not run: {self.problem or self.state}"))
+            stream.put(self._not_running())
             return stream
         self._open[request.request_id] = stream
         self._idle.clear()
@@ -123,6 +125,10 @@ class EngineThread:
         """Run a function between two steps, where it may look at the engine."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
+        if self.state != "ready":
+            raise self._not_running()
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
 
         def resolve(result: T | None, error: BaseException | None) -> None:
             if future.done():
@@ -135,7 +141,7 @@ class EngineThread:
         def command() -> None:
             try:
                 if self.llm is None:
-                    raise EngineStepError("the engine does not run")
+                    raise self._not_running()
                 result = function(self.llm)
             except Exception as error:
                 loop.call_soon_threadsafe(resolve, None, error)
@@ -161,6 +167,18 @@ class EngineThread:
             reason = f"there is work, but no step has ended for {seconds:.0f} seconds"
             return Health(False, reason, seconds)
         return Health(True, "ok", seconds)
+
+    def _not_running(self) -> EngineStepError:
+        return EngineStepError(f"the engine does not run: {self.problem or self.state}")
+
+    def _end(self) -> None:
+        """The thread has ended: what it did not get to will never be done."""
+        for stream in list(self._open.values()):
+            stream.put(self._not_running())
+            self._forget(stream)
+        for future in list(self._calls):
+            if not future.done():
+                future.set_exception(self._not_running())
 
     def _close(self, stream: ResultStream) -> None:
         """Its reader has gone."""
@@ -201,8 +219,8 @@ class EngineThread:
         except BaseException as error:
             _log.critical("the engine's loop has ended", exc_info=error)
             self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
-        self._fail(list(self._streams), EngineStepError(f"the engine has {self.state}"))
         self._send(StepStats())
+        self._call_loop(self._end)
 
     def _tell_loaded(self, error: BaseException | None) -> None:
         def tell() -> None:
@@ -239,7 +257,7 @@ class EngineThread:
     def _take_commands(self, wait: bool) -> None:
         if wait:
             with contextlib.suppress(Empty):
-                self._commands.get(timeout=_IDLE_BEAT)()
+                self._commands.get(timeout=self._idle_beat)()
         while not self._commands.empty():
             self._commands.get()()
 
