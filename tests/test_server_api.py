@@ -123,6 +123,9 @@ def test_a_chat_streams_what_it_would_answer_whole(llm: LLM) -> None:
             response = await client.post(CHAT, json={**body, "n": 2, **options})
             assert response.headers["content-type"].startswith("text/event-stream")
             *events, last = events_of(response.text)
+            cached = last["usage"].pop("prompt_tokens_details")["cached_tokens"]
+            assert whole["usage"].pop("prompt_tokens_details") == {"cached_tokens": 0}
+            assert cached > 0  # of the same prompt, asked a second time
             assert last["choices"] == [] and last["usage"] == whole["usage"]
             assert all(event["usage"] is None for event in events[2:])
             roles = [event["choices"][0]["delta"].get("role") for event in events[:2]]

@@ -14,7 +14,8 @@ from engine_helpers import solo_answer
 from octavo.errors import EngineStepError, InvalidArgumentError, QueueFullError
 from octavo.llm import LLM, EncodedPrompt
 from octavo.sampling_params import SamplingParams
-from octavo.server.engine_thread import EngineThread, StepStats
+from octavo.server.engine_thread import EngineThread
+from octavo.server.step_stats import StepStats
 from octavo.server.stream import EngineRequest
 from server_helpers import fake_llm, run, runtime_of, slow_down
 
@@ -233,7 +234,7 @@ def test_books_that_disagree_end_the_loop_and_everyone_is_told(llm: LLM) -> None
         await thread.submit(request("a")).wait()
 
         def lose_a_block(m: LLM) -> None:
-            m.engine.blocks.reserve(("nobody", 0), 1)
+            m.engine.blocks.start(("nobody", 0), 1)
 
         await thread.call(lose_a_block)
         with contextlib.suppress(EngineStepError):  # the loop may find out before, or behind it

@@ -73,5 +73,9 @@ class EngineStepError(OctavoError, RuntimeError):
     """A step of the engine failed, and with it every request that was being computed."""
 
 
+class ShutdownError(OctavoError):
+    """A request that was cut off, since the server is shutting down."""
+
+
 class InsufficientMemoryError(OctavoError, MemoryError):
     """The weights or the KV cache do not fit in the memory of the device."""

@@ -27,7 +27,7 @@ from octavo.engine.events import EventLog
 from octavo.engine.interrupts import deferred_interrupt
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
-from octavo.engine.results import read_logprobs, request_output
+from octavo.engine.results import not_finite, read_logprobs, request_output
 from octavo.engine.schedule import Schedule, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.waiting_room import Deadlines, WaitingRoom
@@ -319,7 +319,7 @@ class Engine:
                 continue
             answer = self._answers[sequence.key]
             if not is_finite:
-                chunks += self._fail(answer, now, self._not_finite(answer))
+                chunks += self._fail(answer, now, not_finite(answer))
                 continue
             try:
                 text = self._append(answer, token, logprobs[row], now)
@@ -361,14 +361,6 @@ class Engine:
         elif at_limit:
             self._finish(sequence, "length", now)
         return text
-
-    @staticmethod
-    def _not_finite(answer: Answer) -> str:
-        return (
-            f"the model's logits hold a NaN or an infinity at token {answer.sequence.num_tokens} "
-            f"of request {answer.request.request_id!r}: its weights may be damaged, or its values "
-            f"exceed the dtype; `octavo diff` shows where they first appear"
-        )
 
     def _fail(self, answer: Answer, now: float, problem: str) -> list[OutputChunk]:
         """End the answer's whole request with an error."""

@@ -84,8 +84,9 @@ class EventLog:
 
     def since(self, number: int) -> list[Event]:
         """The events from the `number`-th on, counted from 0, as far as the ring still has them."""
-        num_dropped = self.num_recorded - len(self._ring)
-        return list(itertools.islice(self._ring, max(0, number - num_dropped), None))
+        count = min(self.num_recorded - number, len(self._ring))
+        # From the newest backwards: whoever asks often wants few of many.
+        return list(itertools.islice(reversed(self._ring), max(0, count)))[::-1]
 
     def as_jsonl(self) -> Iterator[str]:
         """The header and every event, each as one line of JSON without its line break."""

@@ -31,6 +31,15 @@ def read_logprobs(drawing: SequenceOf[Sequence], output: Any) -> list[TokenLogpr
     return found
 
 
+def not_finite(answer: Answer) -> str:
+    """What to say of an answer whose logits hold a NaN or an infinity."""
+    return (
+        f"the model's logits hold a NaN or an infinity at token {answer.sequence.num_tokens} of "
+        f"request {answer.request.request_id!r}: its weights may be damaged, or its values exceed "
+        f"the dtype; `octavo diff` shows where they first appear"
+    )
+
+
 def request_output(answers: SequenceOf[Answer], now: float) -> RequestOutput:
     """The output of a request that has ended; answers: all of its answers, in order."""
     request = answers[0].request

@@ -156,12 +156,19 @@ class Answering:
 
     def _usage(self) -> dict[str, Any]:
         metrics = [stream.result.metrics for stream in self._streams if stream.result is not None]
-        return usage_of(self._num_prompt_tokens(), sum(m.num_output_tokens for m in metrics))
+        return usage_of(
+            self._num_prompt_tokens(),
+            sum(m.num_output_tokens for m in metrics),
+            sum(m.num_cached_tokens for m in metrics),
+        )
 
     def _take_notes(self) -> None:
         results = [stream.result for stream in self._streams if stream.result is not None]
         self._notes["prompt_tokens"] = self._num_prompt_tokens()
         self._notes["completion_tokens"] = sum(r.metrics.num_output_tokens for r in results)
+        cached = sum(r.metrics.num_cached_tokens for r in results)
+        if cached:
+            self._notes["cached_tokens"] = cached
         reasons = {str(output.finish_reason) for r in results for output in r.outputs}
         if reasons:
             self._notes["finish_reason"] = ",".join(sorted(reasons))

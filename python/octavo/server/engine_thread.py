@@ -19,6 +19,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from octavo.errors import EngineStepError, OctavoError
+from octavo.server.step_stats import StatsReader, StepStats
 from octavo.server.stream import EngineRequest, ResultStream
 
 if TYPE_CHECKING:
@@ -30,16 +31,6 @@ T = TypeVar("T")
 State = Literal["loading", "ready", "failed", "stopped"]
 _log = logging.getLogger("octavo.engine")
 _IDLE_BEAT = 0.5  # most seconds between two signs of life while there is nothing to do
-
-
-class StepStats(NamedTuple):
-    """How the engine stands after a step; sequences, blocks and seconds."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_used_blocks: int = 0
-    num_steps: int = 0
-    seconds: float = 0.0
 
 
 class Health(NamedTuple):
@@ -235,11 +226,12 @@ class EngineThread:
 
     def _step_until_stopped(self, engine: Engine) -> None:
         was_idle = True
+        reader = StatsReader(engine)
         while True:
             self._take_commands(wait=not engine.has_unfinished_requests)
             if self._stopping:
                 return
-            steps_before, started = engine.num_steps, time.monotonic()
+            steps_before = engine.num_steps
             if engine.has_unfinished_requests:
                 was_idle = False
                 self._step(engine)
@@ -248,11 +240,10 @@ class EngineThread:
             elif not was_idle:
                 engine.check_integrity()  # an IntegrityError ends the loop, and /health says so
                 was_idle = True
-            now = time.monotonic()
             if engine.num_steps != steps_before or not engine.has_unfinished_requests:
-                self._progress_at = now
+                self._progress_at = time.monotonic()
             if self._outbox or not was_idle:
-                self._send(_stats_of(engine, now - started))
+                self._send(reader.read())
 
     def _take_commands(self, wait: bool) -> None:
         if wait:
@@ -333,13 +324,3 @@ class EngineThread:
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to be told
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function)
-
-
-def _stats_of(engine: Engine, seconds: float) -> StepStats:
-    return StepStats(
-        engine.scheduler.num_running,
-        engine.scheduler.num_waiting,
-        engine.blocks.num_blocks - engine.blocks.num_free_blocks,
-        engine.num_steps,
-        seconds,
-    )

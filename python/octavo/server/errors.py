@@ -12,6 +12,7 @@ from octavo.errors import (
     InvalidArgumentError,
     OctavoError,
     QueueFullError,
+    ShutdownError,
     TokenizerError,
 )
 
@@ -91,6 +92,8 @@ def to_api_error(error: Exception, param: str | None = None) -> ApiError:
         return error
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
+    if isinstance(error, ShutdownError):
+        return unavailable(str(error), "draining")
     if isinstance(error, (InvalidArgumentError, TokenizerError)):
         message = str(error)
         code = "context_length_exceeded" if "max_model_len" in message else None

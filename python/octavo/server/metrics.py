@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from octavo.engine.events import WAITING_REASONS
 from octavo.engine.outputs import OutputChunk, RequestOutput
-from octavo.server.engine_thread import StepStats
+from octavo.server.step_stats import StepStats
 from octavo.server.stream import ResultStream
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ _LATENCY = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0),
     *(240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+
+
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 def token_buckets(most: int) -> list[float]:
@@ -63,6 +67,17 @@ class Metrics:
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting)
         self.kv_usage.set(stats.num_used_blocks / self._num_blocks)
+        for reason, gauge in self.waiting_by_reason.items():
+            gauge.set(stats.num_waiting if reason == stats.waiting_reason else 0)
+        self.waiting_for_capacity.set(stats.num_waiting)
+        if stats.num_tokens:
+            self.iteration_tokens.observe(stats.num_tokens)
+        if stats.num_queried_tokens:
+            self.cache_queries.inc(stats.num_queried_tokens)
+            self.cache_hits.inc(stats.num_cached_tokens)
+        for reason, count in stats.preemptions.items():
+            self.preemptions.inc(count)
+            self.preemptions_by_reason.labels(*self._labels, reason).inc(count)
 
     def watch(self, stream: ResultStream) -> None:
         """Follow one request to its end."""
@@ -104,7 +119,12 @@ class Metrics:
         self.request_prompt.observe(metrics.num_prompt_tokens)
         self.request_generation.observe(metrics.num_output_tokens)
         self.request_preemptions.observe(metrics.num_preemptions)
-        self.preemptions.inc(metrics.num_preemptions)
+        self.cached_tokens.inc(metrics.num_cached_tokens)
+        num_computed = metrics.num_prompt_tokens - metrics.num_cached_tokens
+        self.computed_tokens.observe(num_computed)
+        by_source = {"local_cache_hit": metrics.num_cached_tokens, "local_compute": num_computed}
+        for source, count in by_source.items():
+            self.tokens_by_source.labels(*self._labels, source).inc(count)
         for output in result.outputs:
             self.success.labels(*self._labels, output.finish_reason or "abort").inc()
         if result.error is not None:
@@ -138,32 +158,70 @@ class Metrics:
         self.running = self._gauge("num_requests_running", "Sequences in execution.")
         self.waiting = self._gauge("num_requests_waiting", "Sequences waiting.")
         self.kv_usage = self._gauge("kv_cache_usage_perc", "KV cache in use; 1 is all of it.")
+        names = (*_LABELS, "reason")
+        by_reason = Gauge(
+            "vllm:num_requests_waiting_by_reason",
+            "Sequences waiting; octavo defers none for another reason than capacity.",
+            names,
+            registry=self.registry,
+        )
+        self.waiting_for_capacity = by_reason.labels(*self._labels, "capacity")
+        by_reason.labels(*self._labels, "deferred")
+        exactly = Gauge(
+            "octavo:num_requests_waiting_for",
+            "Sequences waiting, under what the first of them waits for.",
+            names,
+            registry=self.registry,
+        )
+        self.waiting_by_reason = {
+            reason: exactly.labels(*self._labels, reason) for reason in WAITING_REASONS
+        }
 
     def _make_counters(self) -> None:
-        self.preemptions = self._counter(
-            "num_preemptions", "Preemptions, counted when their requests end."
+        self.preemptions = self._counter("num_preemptions", "Preemptions.")
+        self.cached_tokens = self._counter(
+            "prompt_tokens_cached", "Prompt tokens that the prefix cache had, of ended requests."
+        )
+        self.cache_queries = self._counter(
+            "prefix_cache_queries", "Tokens that the prefix cache was asked for."
+        )
+        self.cache_hits = self._counter("prefix_cache_hits", "Those of them that it had.")
+        self.tokens_by_source = self._labelled(
+            "vllm:prompt_tokens_by_source",
+            "Prompt tokens of ended requests, by source.",
+            "source",
+            ("local_compute", "local_cache_hit"),
+        )
+        self.preemptions_by_reason = self._labelled(
+            "octavo:preemptions",
+            "Preemptions, by what the blocks were taken for.",
+            "reason",
+            ("kv_blocks", "priority"),
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.corrupted = self._counter(
             "corrupted_requests", "Requests that a NaN, or another error of their own, ended."
         )
-        self.success = Counter(
+        self.success = self._labelled(
             "vllm:request_success",
             "Answers that ended, by reason.",
-            (*_LABELS, "finished_reason"),
-            registry=self.registry,
+            "finished_reason",
+            ("stop", "length", "abort", "error", "timeout"),
         )
-        for reason in ("stop", "length", "abort", "error", "timeout"):
-            self.success.labels(*self._labels, reason)
-        self.rejections = Counter(
+        self.rejections = self._labelled(
             "vllm:admission_rejections",
             "Requests turned away, by reason.",
-            (*_LABELS, "reason"),
-            registry=self.registry,
+            "reason",
+            ("queue_full", "unavailable"),
         )
-        for reason in ("queue_full", "unavailable"):
-            self.rejections.labels(*self._labels, reason)
+
+    def _labelled(self, name: str, text: str, label: str, values: Sequence[str]) -> Counter:
+        """A counter with one label more, each of whose values stands at 0 from the start."""
+        counter = Counter(name, text, (*_LABELS, label), registry=self.registry)
+        for value in values:
+            counter.labels(*self._labels, value)
+        return counter
 
     def _make_histograms(self, max_model_len: int) -> None:
         make, tokens = self._histogram, token_buckets(max_model_len)
@@ -187,6 +245,10 @@ class Metrics:
         )
         self.max_tokens = make("request_params_max_tokens", "The max_tokens asked for.", tokens)
         self.num_answers = make("request_params_n", "The n asked for.", (1, 2, 5, 10, 20))
+        self.computed_tokens = make(
+            "request_prefill_kv_computed_tokens", "Prompt tokens not found in the cache.", tokens
+        )
+        self.iteration_tokens = make("iteration_tokens_total", "Tokens of a step.", _STEP_TOKENS)
         self.request_preemptions = make(
             "request_num_preemptions", "Preemptions of a request.", (0, 1, 2, 5, 10, 20)
         )

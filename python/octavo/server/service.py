@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from octavo.errors import EngineStepError, InvalidArgumentError
+from octavo.errors import InvalidArgumentError, ShutdownError
 from octavo.llm import EncodedPrompt
 from octavo.sampling_params import SamplingParams
-from octavo.server.engine_thread import EngineThread, StepStats
+from octavo.server.engine_thread import EngineThread
 from octavo.server.errors import ApiError, unavailable
 from octavo.server.metrics import Metrics
 from octavo.server.options import ServerOptions
 from octavo.server.protocol import ChatBody, ChatFields, CompletionBody, SamplingBody
+from octavo.server.step_stats import StepStats
 from octavo.server.stream import EngineRequest, ResultStream
 from octavo.server.tools import ToolFormat, detect_format
 
@@ -78,7 +79,7 @@ class Service:
 
     def abort_all(self) -> None:
         """End what still runs."""
-        self.engine.abort_all(EngineStepError("the server is shutting down"))
+        self.engine.abort_all(ShutdownError("the server is shutting down"))
 
     def llm(self) -> LLM:
         """The model; an ApiError with status 503 while requests cannot be taken."""

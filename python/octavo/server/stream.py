@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from octavo.engine.outputs import OutputChunk, RequestOutput
-from octavo.errors import EngineStepError, OctavoError
+from octavo.errors import EngineStepError, InvalidArgumentError, OctavoError, QueueFullError
 from octavo.llm import EncodedPrompt
 from octavo.sampling_params import SamplingParams
+
+_REFUSALS = (InvalidArgumentError, QueueFullError)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class ResultStream:
 
     request: what was asked. arrival_time: seconds of `time.monotonic`. result: the whole output,
     once it has ended well. observe: called with each chunk as it comes, and with None when the
-    request ends without its last one; for the metrics.
+    request ends without its last one, unless it was never begun; for the metrics.
     """
 
     def __init__(
@@ -61,8 +63,8 @@ class ResultStream:
             if not self._only_end:
                 self._chunks.append(item)
             self.result = item.result
-        if self.observe is not None and isinstance(item, (OutputChunk, EngineStepError)):
-            self.observe(None if isinstance(item, EngineStepError) else item)
+        if self.observe is not None and not isinstance(item, _REFUSALS):
+            self.observe(item if isinstance(item, OutputChunk) else None)
         if self._only_end and not self.has_ended:
             return
         if self._changed is not None and not self._changed.done():
