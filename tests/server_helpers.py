@@ -18,13 +18,17 @@ from typing import Any
 
 import httpx
 
-from engine_helpers import FakeRuntime, fake_engine, plain_tokenizer_directory
+from engine_helpers import EOS, FakeRuntime, fake_engine, plain_tokenizer_directory
+from octavo.config import RuntimeOptions
+from octavo.engine.engine import Engine
 from octavo.llm import LLM
 from octavo.server.app import create_app
 from octavo.server.options import ServerOptions
 from octavo.server.service import Service
 from octavo.text.chat import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
+from runtime_helpers import VOCAB as TINY_VOCAB
+from runtime_helpers import tiny_runtime
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}A"
 
@@ -36,6 +40,20 @@ def fake_llm(
     tokenizer = Tokenizer(plain_tokenizer_directory(directory))
     limits = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64, **options}
     engine = fake_engine(num_blocks=num_blocks, tokenizer=tokenizer, **limits)
+    return LLM.from_engine(engine, None if template is None else ChatTemplate(template))
+
+
+def tiny_llm(directory: Path, template: str | None = TEMPLATE) -> LLM:
+    """Two layers of random weights in the real native core, over the same tokenizer."""
+    options = RuntimeOptions("f32", "f32", 16, 256, 8, 128, 1)
+    engine = Engine(
+        tiny_runtime(num_blocks=32, num_threads=1),
+        options,
+        num_kv_blocks=32,
+        vocab_size=TINY_VOCAB,
+        tokenizer=Tokenizer(plain_tokenizer_directory(directory, TINY_VOCAB)),
+        eos_token_ids=(EOS,),
+    )
     return LLM.from_engine(engine, None if template is None else ChatTemplate(template))
 
 
@@ -80,11 +98,11 @@ async def serving(
             await service.engine.stop()
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
+def run(test: Callable[[], Awaitable[None]], seconds: float = 120) -> None:
     """Run an asynchronous test."""
 
     async def limited() -> None:
-        await asyncio.wait_for(test(), 120)
+        await asyncio.wait_for(test(), seconds)
 
     asyncio.run(limited())
 

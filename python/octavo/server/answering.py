@@ -74,6 +74,8 @@ class Answering:
         watcher = asyncio.ensure_future(_call_on_disconnect(receive, self.close))
         try:
             first = await anext(batches)
+            for stream in self._streams:  # the queue may have been full for one of many
+                stream.raise_if_refused()
             _check_first(first[1])
         except (OctavoError, ApiError) as error:
             self._take_notes()

@@ -80,14 +80,15 @@ def check_tools(
     return list(tools)
 
 
-def sampling_params(
-    body: SamplingBody, prompt: EncodedPrompt, max_model_len: int
-) -> SamplingParams:
-    """What the body asks for; a chat that names no length may fill the rest of the context."""
+def sampling_params(llm: LLM, body: SamplingBody, prompt: EncodedPrompt) -> SamplingParams:
+    """What the body asks for, checked against the model: it could be answered.
+
+    A chat that names no length may fill the rest of the context.
+    """
     refused = unsupported(body)
     if refused is not None:
         raise refused
-    room = max(1, max_model_len - len(prompt.token_ids))
+    room = max(1, llm.max_model_len - len(prompt.token_ids))
     max_tokens, logprobs = body.max_tokens, None
     if isinstance(body, ChatBody):
         max_tokens = body.max_completion_tokens or body.max_tokens or room
@@ -108,9 +109,11 @@ def sampling_params(
         if value is not None:
             fields[name] = value
     try:
-        return SamplingParams(**fields)
+        params = SamplingParams(**fields)
+        llm.engine.check_request(prompt.token_ids, params)  # reads only what never changes
     except InvalidArgumentError as error:
-        raise to_api_error(error) from error
+        raise to_api_error(error, "messages" if isinstance(body, ChatBody) else "prompt") from error
+    return params
 
 
 _AS_GIVEN = (

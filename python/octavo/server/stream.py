@@ -97,6 +97,11 @@ class ResultStream:
             raise EngineStepError("the request ended without a result")
         return self.result
 
+    def raise_if_refused(self) -> None:
+        """Raise the error, if there is one, of a request that was never begun."""
+        if isinstance(self._error, _REFUSALS):
+            raise self._error
+
     def close(self) -> None:
         """Nobody reads any more: what is unfinished is aborted within a step."""
         if not self.has_ended and self._on_close is not None:
