@@ -237,13 +237,13 @@ class EngineThread:
                 self._step(engine)
                 if engine.num_steps == steps_before and not self._outbox:
                     time.sleep(0.001)  # nothing could be scheduled: do not spin
-            elif not was_idle:
-                engine.check_integrity()  # an IntegrityError ends the loop, and /health says so
-                was_idle = True
             if engine.num_steps != steps_before or not engine.has_unfinished_requests:
                 self._progress_at = time.monotonic()
             if self._outbox or not was_idle:
                 self._send(reader.read())
+            if not was_idle and not engine.has_unfinished_requests:
+                engine.check_integrity()  # an IntegrityError ends the loop, and /health says so
+                was_idle = True
 
     def _take_commands(self, wait: bool) -> None:
         if wait:

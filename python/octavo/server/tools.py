@@ -70,7 +70,8 @@ class HermesParser:
     def __init__(self) -> None:
         self._held = ""
         self._inside = False
-        self._called = False
+        self._behind_call = False
+        self._space = ""  # behind a call, held back until it is known what it parts
 
     def push(self, text: str) -> list[Piece]:
         """What this text makes certain."""
@@ -99,14 +100,19 @@ class HermesParser:
         return self._calls(held, closed=False) if self._inside else self._show(held)
 
     def _show(self, text: str) -> list[Piece]:
-        # Models put a newline between calls, which is no answer.
-        return [] if not text or (self._called and not text.strip()) else [text]
+        text = self._space + text
+        self._space = ""
+        if self._behind_call and not text.strip():  # between two calls it is no answer
+            self._space = text
+            return []
+        self._behind_call = False
+        return [text] if text else []
 
     def _calls(self, text: str, *, closed: bool) -> list[Piece]:
         call = _read_call(text)
         if call is None:
             return [f"{self._OPEN}{text}{self._CLOSE if closed else ''}"]
-        self._called = True
+        self._behind_call, self._space = True, ""
         return [call]
 
 
