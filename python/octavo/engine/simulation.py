@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.config import RuntimeOptions
+from octavo.engine.adjustments import LogitAdjustments
 from octavo.engine.batch import Int32
 from octavo.engine.engine import Engine
 from octavo.engine.log_file import Step
@@ -119,7 +120,12 @@ class SimulatedRuntime:
         self._num_rows = len(batch["logit_rows"])
         return 0
 
-    def sample(self, ticket: int, masks: Int32 | None = None) -> None:
+    def sample(
+        self,
+        ticket: int,
+        masks: Int32 | None = None,
+        adjustments: LogitAdjustments | None = None,
+    ) -> None:
         """Nothing to do."""
 
     def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
