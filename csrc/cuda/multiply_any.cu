@@ -18,14 +18,7 @@ constexpr int kRows = 16, kOutputs = 32, kInputs = 32, kThreads = 128;
 constexpr int kRowsPerThread = kRows * kOutputs / kThreads;
 constexpr int kPitch = kInputs + 1;  // in other banks than the row above
 
-struct Numbers {
-  void* data;
-  DType dtype;
-  int rows;
-  long long stride;
-};
-
-__global__ void multiply_tiles(Numbers out, Numbers x, Matrix weight) {
+__global__ void multiply_any_tile(Numbers out, Numbers x, Matrix weight) {
   auto* weights = reinterpret_cast<float*>(shared_memory());  // [kOutputs][kPitch]
   float* xs = weights + kOutputs * kPitch;                    // [kRows][kPitch]
   const int first_output = static_cast<int>(blockIdx.x) * kOutputs;
@@ -64,10 +57,6 @@ __global__ void multiply_tiles(Numbers out, Numbers x, Matrix weight) {
   }
 }
 
-Numbers numbers(View view) {
-  return {view.data, view.dtype, static_cast<int>(view.rows), view.stride};
-}
-
 }  // namespace
 
 void multiply_any(Stream& stream, View out, View x, const Matrix& weight) {
@@ -75,7 +64,7 @@ void multiply_any(Stream& stream, View out, View x, const Matrix& weight) {
                          static_cast<unsigned>(ceil_div(static_cast<int>(x.rows), kRows))),
                     dim3(kThreads), (kOutputs + kRows) * kPitch * sizeof(float)};
   shape.overlaps = true;
-  launch(stream, "multiply_any", shape, multiply_tiles, numbers(out), numbers(x), weight);
+  launch(stream, "multiply_any", shape, multiply_any_tile, numbers_of(out), numbers_of(x), weight);
 }
 
 }  // namespace octavo::cuda

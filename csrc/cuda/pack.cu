@@ -127,14 +127,16 @@ int row_units(const WeightFormat& format, std::int64_t inputs) {
   return static_cast<int>((inputs * bits + 8 * kUnitBytes - 1) / (8 * kUnitBytes));
 }
 
-// Groups that no 16-byte load is aligned with are kept as groups of one block.
-int blocks_per_scale(const WeightFormat& format) {
-  const std::int64_t blocks = format.group_size / kBlock;
-  return blocks == 2 || blocks % 4 == 0 ? static_cast<int>(blocks) : 1;
+// Log2 of the blocks that share a scale. Groups that are no power of two are kept as groups of one
+// block.
+int scale_shift(const WeightFormat& format) {
+  int shift = 0;
+  while ((std::int64_t{kBlock} << shift) < format.group_size) ++shift;
+  return std::int64_t{kBlock} << shift == format.group_size ? shift : 0;
 }
 
 int scales_per_row(const WeightFormat& format, int units) {
-  return ceil_div(4 * units, blocks_per_scale(format));
+  return ceil_div(4 * units, 1 << scale_shift(format));
 }
 
 void pack_piece(Stream& stream, const Matrix& matrix, std::int64_t first_row,
@@ -142,7 +144,7 @@ void pack_piece(Stream& stream, const Matrix& matrix, std::int64_t first_row,
   auto* to = const_cast<unsigned char*>(matrix.row(static_cast<int>(first_row)));
   const bool is_float = source.dtype != DType::int8 && source.dtype != DType::int4;
   if (is_float && matrix.codes == Codes::int8) {
-    auto* scales = const_cast<float*>(static_cast<const float*>(matrix.scales)) + first_row;
+    auto* scales = const_cast<float*>(matrix.output_scales) + first_row;
     const LaunchShape shape{dim3(static_cast<unsigned>(source.rows)), dim3(kThreads),
                             kThreads / kWarp * sizeof(float)};
     launch(stream, "round_to_int8", shape, round_to_int8, to, matrix.row_bytes, scales, source);
@@ -173,7 +175,7 @@ void pack_grouped(Stream& stream, Linear& linear, const Buffer& to, std::int64_t
   std::vector<unsigned char> packed(static_cast<std::size_t>(rows * per_row * bytes));
   for (std::int64_t row = 0; row < rows; ++row) {
     for (std::int64_t i = 0; i < per_row; ++i) {
-      const std::int64_t group = i * blocks_per_scale(format) * kBlock / format.group_size;
+      const std::int64_t group = (i << scale_shift(format)) * kBlock / format.group_size;
       if (group >= groups) break;
       store_float(packed.data(), dtype, row * per_row + i, change(values[row * groups + group]));
     }
@@ -190,7 +192,10 @@ Matrix matrix_of(const Linear& linear) {
   const WeightFormat& format = linear.format;
   Matrix matrix;
   matrix.data = linear.weight.as<unsigned char>();
-  matrix.scales = linear.scales.data();
+  if (format.dtype == DType::int8)
+    matrix.output_scales = linear.scales.as<float>();
+  else
+    matrix.scales = linear.scales.data();
   matrix.zeros = linear.zeros.data();
   matrix.bias = linear.bias.as<float>();
   matrix.units = row_units(format, linear.inputs);
@@ -200,7 +205,7 @@ Matrix matrix_of(const Linear& linear) {
   matrix.codes = codes_of(format);
   matrix.scale_dtype = format.scale_dtype;
   if (format.dtype == DType::int4) {
-    matrix.blocks_per_scale = blocks_per_scale(format);
+    matrix.scale_shift = scale_shift(format);
     matrix.scales_per_row = scales_per_row(format, matrix.units);
   }
   for (std::size_t i = 0; i < 16; ++i) {

@@ -320,6 +320,15 @@ OCTAVO_DEVICE uint4 load_16_once(const void* address) {
 #endif
 }
 
+// What was loaded into it is loaded before whatever follows: the compiler may not put it off.
+OCTAVO_DEVICE void keep_in_registers(uint4& value) {
+#ifdef OCTAVO_EMULATED
+  static_cast<void>(value);
+#else
+  asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
+#endif
+}
+
 OCTAVO_DEVICE void store_16(void* address, uint4 value) {
 #ifdef OCTAVO_EMULATED
   cuda_emulator::check_aligned(address, 16, "a store of 16 bytes");

@@ -13,11 +13,11 @@
 // so that one load of 16 bytes a lane gives operands of mma.m16n8k16 without any exchange, and the
 // two numbers of a pair lie 16 bits apart, where a mask makes bf16 or f16 pairs of them. That the
 // tensor core multiplies inputs in another order than they lie in makes no difference to it, since
-// the activations are taken in the same order: see products of blocks in tiles.cuh.
+// the activations are taken in the same order: see fragments.cuh.
 //
 // Scales: int8 has a float32 for each output. int4 has for each output and group a number of the
 // backend's activation type, and where the format has zero points another, the offset that is added
-// to a code as the kernels read it (see `Offsets`); with float32 activations, which have no fast
+// to a code as the kernels read it (see offset_of); with float32 activations, which have no fast
 // kernels, the zero point itself.
 #pragma once
 
@@ -32,6 +32,7 @@ constexpr int kBlock = 32;      // inputs
 constexpr int kUnitBytes = 64;  // of a row
 
 OCTAVO_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+OCTAVO_HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 OCTAVO_HOST_DEVICE int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
 // What a weight is, as kernels tell formats apart.
@@ -44,15 +45,16 @@ struct Levels {  // int4_levels: what the 16 codes stand for
 // A packed matrix as kernels get it, by value.
 struct Matrix {
   const unsigned char* data = nullptr;
-  const void* scales = nullptr;
-  const void* zeros = nullptr;  // null: none
-  const float* bias = nullptr;  // null: none
+  const void* scales = nullptr;          // int4
+  const void* zeros = nullptr;           // int4; null: none
+  const float* output_scales = nullptr;  // int8; null: none
+  const float* bias = nullptr;           // null: none
   long long row_bytes = 0;
   int outputs = 0;
   int inputs = 0;
-  int units = 0;             // of a row
-  int blocks_per_scale = 1;  // int4
-  int scales_per_row = 0;    // int4
+  int units = 0;           // of a row
+  int scale_shift = 0;     // int4: log2 of the blocks that share a scale
+  int scales_per_row = 0;  // int4
   Codes codes = Codes::f32;
   DType scale_dtype = DType::f32;  // int4: of scales and zeros
   Levels levels = {};
@@ -77,7 +79,7 @@ OCTAVO_HOST_DEVICE int place_of(Codes codes, int input) {
   return input / 128 * 128 + 8 * (4 * t + input % 128 / kBlock) + nibble;
 }
 
-// int4 codes reach the kernels as base + code, exact in 16 bits: see codes_of in dequantize.cuh.
+// int4 codes reach the kernels as base + code, exact in 16 bits: see fragments.cuh.
 OCTAVO_HOST_DEVICE float code_base(DType dtype) {
   return dtype == DType::bf16 ? 128.0f : dtype == DType::f16 ? 1024.0f : 0.0f;
 }
@@ -110,11 +112,10 @@ OCTAVO_DEVICE float weight_at(const Matrix& m, int output, int input) {
   if (m.codes == Codes::bf16) return read_number(row, DType::bf16, input);
   const int place = place_of(m.codes, input);
   if (m.codes == Codes::int8)
-    return static_cast<float>(static_cast<std::int8_t>(row[place])) *
-           static_cast<const float*>(m.scales)[output];
+    return static_cast<float>(static_cast<std::int8_t>(row[place])) * m.output_scales[output];
   const int code = row[place / 2] >> place % 2 * 4 & 15;
   const long long at =
-      static_cast<long long>(output) * m.scales_per_row + input / kBlock / m.blocks_per_scale;
+      static_cast<long long>(output) * m.scales_per_row + (input / kBlock >> m.scale_shift);
   float value = static_cast<float>(code - 8);
   if (m.codes == Codes::int4_levels)
     value = static_cast<float>(static_cast<std::int8_t>(m.levels.words[code / 4] >> code % 4 * 8));

@@ -1,0 +1,153 @@
+// From packed weights to operands of mma.m16n8k16, in registers.
+//
+// Everywhere weights are the operand a, 16 outputs at a time, and activations the operand b, 8 rows
+// at a time: few rows then fill a tensor core as well as many. Of a block of 32 inputs lane
+// 4 g + t holds inputs 8 t .. 8 t + 7 of outputs g and g + 8 and of row g, 16 bytes of 16-bit
+// numbers each; its first and second pair are what mma calls k = 2 t, 2 t + 1 and
+// k = 2 t + 8, 2 t + 9 of a first product, the third and fourth those of a second one. So a block
+// is two products whose inputs are {8 t .. 8 t + 3} and {8 t + 4 .. 8 t + 7}, t = 0 .. 3, in every
+// kernel.
+//
+// One order of summation for all kernels, and so the same bits of a row whatever the number of rows
+// it is multiplied with: the inputs fall into at most 8 slices, whose length depends on the number
+// of inputs alone. The products of a slice are added one after another into one accumulator of the
+// tensor core that begins with 0; the slices' sums are added in ascending order in float32.
+//
+// Codes become numbers as in Frantar et al. 2024 ("Marlin"), and Kim et al. 2022 ("Who says
+// elephants can't run"): a code's bits are put below the exponent of 128 (bf16) or 1024 (f16),
+// which makes them 128 + code, exactly.
+#pragma once
+
+#include "cuda/products.cuh"
+#include "cuda/weights.cuh"
+
+namespace octavo::cuda {
+
+constexpr int kMostSlices = 8;
+
+// Inputs of a slice: whole units of every format.
+OCTAVO_HOST_DEVICE int slice_inputs(int inputs) {
+  return round_up(ceil_div(inputs, kMostSlices), 128);
+}
+OCTAVO_HOST_DEVICE int num_slices(int inputs) { return ceil_div(inputs, slice_inputs(inputs)); }
+
+constexpr int blocks_per_unit(Codes codes) {
+  return codes < Codes::int8 ? 1 : codes == Codes::int8 ? 2 : 4;
+}
+
+// Pairs of one 16-bit number.
+template <class T>
+constexpr std::uint32_t kOnes = std::is_same_v<T, Bf16> ? 0x3f803f80u : 0x3c003c00u;
+template <class T>  // 128 or 1024: with a code in the lowest bits, that plus the code
+constexpr std::uint32_t kBases = std::is_same_v<T, Bf16> ? 0x43004300u : 0x64006400u;
+template <class T>  // -(128 + 8), -(1024 + 8)
+constexpr std::uint32_t kUniformOffsets = std::is_same_v<T, Bf16> ? 0xc308c308u : 0xe408e408u;
+
+// Signed bytes of inputs 0, 2, 1, 3 -> pairs of inputs 0, 1 and 2, 3.
+template <class T>
+OCTAVO_DEVICE void pairs_of_bytes(std::uint32_t& first, std::uint32_t& second,
+                                  std::uint32_t bytes) {
+  if constexpr (std::is_same_v<T, Bf16>) {
+    // A bf16 has room for seven of the bits: (128 + low seven) - (128 or, of a negative one, 256).
+    constexpr std::uint32_t kMinusOnes = 0xbf80bf80u;
+    const auto pair = [](std::uint32_t two) {
+      const std::uint32_t low = (two & 0x007f007fu) | kBases<T>;
+      const std::uint32_t less = (two & 0x00800080u) | kBases<T>;
+      return fma2<T>(less, kMinusOnes, low);
+    };
+    first = pair(bytes);
+    second = pair(bytes >> 8);
+  } else {
+    constexpr std::uint32_t kOffsets = 0xe480e480u;  // -(1024 + 128)
+    const std::uint32_t above = bytes ^ 0x80808080u;  // plus 128
+    first = fma2<T>((above & 0x00ff00ffu) | kBases<T>, kOnes<T>, kOffsets);
+    second = fma2<T>((above >> 8 & 0x00ff00ffu) | kBases<T>, kOnes<T>, kOffsets);
+  }
+}
+
+// The levels, one a byte, of the four codes in the lower half of `codes`.
+OCTAVO_DEVICE std::uint32_t look_up(std::uint32_t codes, const Levels& levels) {
+  const std::uint32_t low = permute_bytes(levels.words[0], levels.words[1], codes & 0x7777u);
+  const std::uint32_t high = permute_bytes(levels.words[2], levels.words[3], codes & 0x7777u);
+  return permute_bytes(low, high, 0x3210u + (codes >> 1 & 0x4444u));
+}
+
+// Scales or offsets of int4 that a lane needs for one unit of one output: of block b the half b % 2
+// of word b / 2.
+struct UnitScales {
+  std::uint32_t words[2];
+};
+
+OCTAVO_DEVICE UnitScales load_scales(const void* table, const Matrix& m, int output, int unit) {
+  const auto* row = static_cast<const std::uint16_t*>(table) +
+                    static_cast<long long>(output) * m.scales_per_row;
+  UnitScales s;
+  if (m.scale_shift == 0) {
+    const auto* two = reinterpret_cast<const std::uint32_t*>(row + 4 * unit);
+    s.words[0] = two[0];
+    s.words[1] = two[1];
+  } else if (m.scale_shift == 1) {
+    const std::uint32_t two = *reinterpret_cast<const std::uint32_t*>(row + 2 * unit);
+    s.words[0] = permute_bytes(two, 0, 0x1010u);
+    s.words[1] = permute_bytes(two, 0, 0x3232u);
+  } else {
+    const std::uint32_t one = row[4 * unit >> m.scale_shift];
+    s.words[0] = s.words[1] = one | one << 16;
+  }
+  return s;
+}
+
+OCTAVO_DEVICE std::uint32_t scale_of(const UnitScales& s, int block) {
+  return permute_bytes(s.words[block / 2], 0, block % 2 ? 0x3232u : 0x1010u);
+}
+
+// Pairs of the 8 numbers that a lane's 16 bytes of a unit hold of a block. int8 codes stay whole
+// numbers: their scale is the output's, and multiplies the sum.
+template <class T, Codes codes>
+OCTAVO_DEVICE void numbers_of_block(std::uint32_t (&pairs)[4], const uint4& bytes, int block,
+                                    const UnitScales& scales, const UnitScales& offsets,
+                                    bool has_zeros, const Levels& levels) {
+  const std::uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+  if constexpr (codes < Codes::int8) {
+    for (int i = 0; i < 4; ++i) pairs[i] = words[i];
+  } else if constexpr (codes == Codes::int8) {
+    pairs_of_bytes<T>(pairs[0], pairs[1], words[2 * block]);
+    pairs_of_bytes<T>(pairs[2], pairs[3], words[2 * block + 1]);
+  } else {
+    const std::uint32_t scale = scale_of(scales, block);
+    if constexpr (codes == Codes::int4) {
+      const std::uint32_t offset = has_zeros ? scale_of(offsets, block) : kUniformOffsets<T>;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const std::uint32_t pair = (words[block] >> 4 * i & 0x000f000fu) | kBases<T>;
+        pairs[i] = fma2<T>(fma2<T>(pair, kOnes<T>, offset), scale, 0);
+      }
+    } else {
+      const std::uint32_t even = look_up(words[block], levels);  // inputs 0, 2, 4, 6
+      const std::uint32_t odd = look_up(words[block] >> 16, levels);
+      pairs_of_bytes<T>(pairs[0], pairs[1], permute_bytes(even, odd, 0x5410u));
+      pairs_of_bytes<T>(pairs[2], pairs[3], permute_bytes(even, odd, 0x7632u));
+      const std::uint32_t offset = has_zeros ? scale_of(offsets, block) : 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        pairs[i] = fma2<T>(fma2<T>(pairs[i], kOnes<T>, offset), scale, 0);
+    }
+  }
+}
+
+// sums (16 outputs x 8 rows) += a block of weights (a lane's parts of outputs g and g + 8) times a
+// block of activations.
+template <class T>
+OCTAVO_DEVICE void multiply_block(float (&sums)[4], const std::uint32_t (&upper)[4],
+                                  const std::uint32_t (&lower)[4], const uint4& x) {
+  multiply_accumulate<T>(sums, {upper[0], lower[0], upper[1], lower[1]}, {x.x, x.y});
+  multiply_accumulate<T>(sums, {upper[2], lower[2], upper[3], lower[3]}, {x.z, x.w});
+}
+
+// What an output becomes of its sum.
+OCTAVO_DEVICE float finished(const Matrix& m, int output, float sum) {
+  if (m.output_scales) sum = multiply_rn(sum, m.output_scales[output]);
+  return m.bias ? add_rn(sum, m.bias[output]) : sum;
+}
+
+}  // namespace octavo::cuda

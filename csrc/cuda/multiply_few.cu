@@ -1,0 +1,164 @@
+// out = x weight^T + bias of 1 to 8 rows: decoding, where the time is that of reading the weights.
+//
+// A block makes 16 outputs, with a warp for every slice of the inputs (fragments.cuh). A lane loads
+// 16 bytes of two outputs at a time, straight into the operands of the tensor core: for these few
+// rows it is not a faster multiplier but a shorter program, one instruction for 256 weights whether
+// the rows are 1 or 8, where bf16 weights on the float32 units would take 2 to 9 instructions each
+// and a GPU has time for 14 (bf16), 7 (int8) or 3.5 (int4). int8 costs 1.8 instructions a weight,
+// int4 2.1, levels of their own 4.
+//
+// In flight are up to 8 KB a warp: a ring of 8 (bf16), 4 (int8, int4) loads for each of the two
+// outputs, begun before the kernel before has ended (only x is its work), refilled as they are
+// used. For 2048 inputs a slice is 256, and all of a warp's bf16 weights are on their way at once;
+// 2048 outputs are 128 blocks, that is 64 KB a processor of an H200 or A100, and where there are
+// more, 128 registers a thread let two blocks at a time have 128 KB. Little's law asks for
+// 4.8 TB/s * 0.8 us / 132 = 29 KB. All blocks of matrices up to 264 * 16 = 4224 outputs run at
+// once, so that no wave is left half empty; larger ones have many more blocks than a wave.
+//
+// Moves the weights once, and x (16 inputs' worth of every row for each 16 weights) from the
+// caches.
+
+#include "cuda/fragments.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/multiply.h"
+
+namespace octavo::cuda {
+
+namespace {
+
+constexpr int kOutputs = 16;
+constexpr int kAheadBlocks = 4;  // of x
+constexpr int kPitch = 20;       // of sums in shared memory: lanes in different banks
+
+template <class T, Codes codes, bool has_zeros>
+__global__ void __launch_bounds__(kMostSlices* kWarp, codes >= Codes::int4 && !has_zeros ? 3 : 2)
+    multiply_rows(Numbers out, Numbers x, Matrix weight, int slice_units) {
+  constexpr int kBlocks = blocks_per_unit(codes);
+  constexpr int kRing = codes < Codes::int8 ? 8 : codes == Codes::int8 ? 4 : 2;
+  constexpr bool kScaled = codes >= Codes::int4;
+  const int lane = static_cast<int>(lane_index()), slice = static_cast<int>(warp_index());
+  const int g = lane / 4, t = lane % 4;
+  const int first_output = static_cast<int>(blockIdx.x) * kOutputs;
+  const int first_unit = slice * slice_units;
+  const int units = smaller(slice_units, weight.units - first_unit);
+  // Outputs that there are not read the last one's weights, and are not written.
+  const int upper = smaller(first_output + g, weight.outputs - 1);
+  const int lower = smaller(first_output + g + 8, weight.outputs - 1);
+  const unsigned char* upper_codes = weight.row(upper) + first_unit * kUnitBytes + 16 * t;
+  const unsigned char* lower_codes = weight.row(lower) + first_unit * kUnitBytes + 16 * t;
+
+  let_next_kernel_start();
+  uint4 ring[kRing][2];
+  UnitScales scales[kScaled ? kRing : 1][2], offsets[has_zeros ? kRing : 1][2];
+  const auto fetch = [&](int slot, int unit) {
+    ring[slot][0] = load_16_once(upper_codes + unit * kUnitBytes);
+    ring[slot][1] = load_16_once(lower_codes + unit * kUnitBytes);
+    if constexpr (kScaled) {
+      scales[slot][0] = load_scales(weight.scales, weight, upper, first_unit + unit);
+      scales[slot][1] = load_scales(weight.scales, weight, lower, first_unit + unit);
+      if constexpr (has_zeros) {
+        offsets[slot][0] = load_scales(weight.zeros, weight, upper, first_unit + unit);
+        offsets[slot][1] = load_scales(weight.zeros, weight, lower, first_unit + unit);
+      }
+    }
+  };
+#pragma unroll
+  for (int u = 0; u < kRing; ++u) {
+    ring[u][0] = ring[u][1] = uint4{0, 0, 0, 0};
+    if (u < units) fetch(u, u);
+  }
+#pragma unroll
+  for (int u = 0; u < kRing; ++u) {
+    keep_in_registers(ring[u][0]);
+    keep_in_registers(ring[u][1]);
+  }
+  wait_for_previous_kernel();
+
+  const int first_input = first_unit * kBlocks * kBlock + 8 * t;
+  const int slice_end = (first_unit + units) * kBlocks * kBlock;
+  const int inputs = g < x.rows ? smaller(weight.inputs, slice_end) : 0;
+  const T* row = static_cast<const T*>(x.data) + g * x.stride;
+  uint4 ahead[kAheadBlocks];
+  const auto fetch_x = [&](int slot, int block) {
+    const int input = first_input + block * kBlock;
+    ahead[slot] = input < inputs ? load_16(row + input) : uint4{0, 0, 0, 0};
+  };
+#pragma unroll
+  for (int b = 0; b < kAheadBlocks; ++b) fetch_x(b, b);
+
+  float sums[4] = {};
+  for (int base = 0; base < units; base += kRing) {
+#pragma unroll
+    for (int u = 0; u < kRing; ++u) {
+      const int unit = base + u;
+      if (unit >= units) break;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        const int slot = (u * kBlocks + block) % kAheadBlocks, s = kScaled ? u : 0,
+                  o = has_zeros ? u : 0;
+        std::uint32_t a[4], b[4];
+        numbers_of_block<T, codes>(a, ring[u][0], block, scales[s][0], offsets[o][0], has_zeros,
+                                   weight.levels);
+        numbers_of_block<T, codes>(b, ring[u][1], block, scales[s][1], offsets[o][1], has_zeros,
+                                   weight.levels);
+        multiply_block<T>(sums, a, b, ahead[slot]);
+        fetch_x(slot, unit * kBlocks + block + kAheadBlocks);
+      }
+      if (unit + kRing < units) fetch(u, unit + kRing);
+    }
+  }
+
+  auto* partial = reinterpret_cast<float*>(shared_memory());  // [slices][8 rows][kPitch]
+  for (int i = 0; i < 4; ++i)
+    partial[(slice * kFewRows + 2 * t + i % 2) * kPitch + g + i / 2 * 8] = sums[i];
+  __syncthreads();
+  const int slices = static_cast<int>(blockDim.x / kWarp);
+  for (int i = static_cast<int>(threadIdx.x); i < x.rows * kOutputs;
+       i += static_cast<int>(blockDim.x)) {
+    const int r = i / kOutputs, output = first_output + i % kOutputs;
+    if (output >= weight.outputs) continue;
+    float sum = 0.0f;
+    for (int s = 0; s < slices; ++s)
+      sum = add_rn(sum, partial[(s * kFewRows + r) * kPitch + i % kOutputs]);
+    write_number(out.data, out.dtype, r * out.stride + output, finished(weight, output, sum));
+  }
+}
+
+template <class T, Codes codes, bool has_zeros = false>
+void run(Stream& stream, View out, View x, const Matrix& weight) {
+  const int slices = num_slices(weight.inputs);
+  LaunchShape shape{dim3(static_cast<unsigned>(ceil_div(weight.outputs, kOutputs))),
+                    dim3(static_cast<unsigned>(slices) * kWarp),
+                    static_cast<std::size_t>(slices) * kFewRows * kPitch * sizeof(float)};
+  shape.overlaps = true;
+  const int slice_units = slice_inputs(weight.inputs) / (blocks_per_unit(codes) * kBlock);
+  launch(stream, "multiply_few", shape, multiply_rows<T, codes, has_zeros>, numbers_of(out),
+         numbers_of(x), weight, slice_units);
+}
+
+template <class T>
+void run(Stream& stream, View out, View x, const Matrix& weight) {
+  switch (weight.codes) {
+    case Codes::int8:
+      return run<T, Codes::int8>(stream, out, x, weight);
+    case Codes::int4:
+      if (weight.zeros) return run<T, Codes::int4, true>(stream, out, x, weight);
+      return run<T, Codes::int4>(stream, out, x, weight);
+    case Codes::int4_levels:
+      if (weight.zeros) return run<T, Codes::int4_levels, true>(stream, out, x, weight);
+      return run<T, Codes::int4_levels>(stream, out, x, weight);
+    default:
+      return run<T, Codes::bf16>(stream, out, x, weight);
+  }
+}
+
+}  // namespace
+
+void multiply_few(Stream& stream, View out, View x, const Matrix& weight) {
+  if (x.dtype == DType::bf16)
+    run<Bf16>(stream, out, x, weight);
+  else
+    run<F16>(stream, out, x, weight);
+}
+
+}  // namespace octavo::cuda
