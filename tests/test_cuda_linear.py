@@ -78,7 +78,18 @@ def dequantized(
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("weight_dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (1, 7, 3), (3, 64, 101), (8, 72, 49), (40, 211, 35), (19, 128, 64)]
+    "shape",
+    [
+        (1, 1, 1),
+        (1, 7, 3),
+        (3, 64, 101),
+        (8, 72, 49),
+        (40, 211, 35),
+        (19, 128, 64),
+        (9, 200, 70),
+        (16, 640, 33),
+        (70, 392, 150),
+    ],
 )
 def test_plain_products_equal_the_reference(
     shape: tuple[int, int, int], weight_dtype: str, dtype: str
@@ -96,7 +107,13 @@ def test_plain_products_equal_the_reference(
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_quantized_products_equal_the_reference(format: WeightFormat, dtype: str) -> None:
-    for rows, outputs, inputs in [(1, 16, 64), (2, 17, 34), (7, 33, 96), (11, 130, 328)]:
+    for rows, outputs, inputs in [
+        (1, 16, 64),
+        (2, 17, 34),
+        (7, 33, 96),
+        (11, 130, 328),
+        (20, 150, 272),
+    ]:
         codes, scales, zeros = quantized(outputs, inputs, format)
         x, bias = uniform(rows, rows, inputs), uniform(rows + 2, outputs)
         weight = dequantized(codes, scales, zeros, format, inputs)

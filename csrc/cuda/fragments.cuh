@@ -150,4 +150,20 @@ OCTAVO_DEVICE float finished(const Matrix& m, int output, float sum) {
   return m.bias ? add_rn(sum, m.bias[output]) : sum;
 }
 
+// Writes the sums of outputs `output` (an even one) and the next, as far as there are such.
+OCTAVO_DEVICE void write_pair(const Numbers& out, const Matrix& weight, int row, int output,
+                              float first, float second) {
+  if (output >= weight.outputs) return;
+  const long long at = row * out.stride + output;
+  first = finished(weight, output, first);
+  if (output + 1 == weight.outputs) return write_number(out.data, out.dtype, at, first);
+  second = finished(weight, output + 1, second);
+  if (out.dtype == DType::f32 || out.stride % 2 || reinterpret_cast<std::uintptr_t>(out.data) % 4) {
+    write_number(out.data, out.dtype, at, first);
+    return write_number(out.data, out.dtype, at + 1, second);
+  }
+  static_cast<std::uint32_t*>(out.data)[at / 2] =
+      out.dtype == DType::bf16 ? pack2<Bf16>(first, second) : pack2<F16>(first, second);
+}
+
 }  // namespace octavo::cuda

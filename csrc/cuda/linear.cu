@@ -26,6 +26,12 @@ void linear(const LinearContext& context, View out, View x, const Linear& weight
   const Matrix matrix = matrix_of(weight);
   if (!is_fast(x, weight)) return multiply_any(context.stream, out, x, matrix);
   if (x.rows <= kFewRows) return multiply_few(context.stream, out, x, matrix);
+  const std::size_t bytes = partial_bytes(x.rows, weight.outputs, weight.inputs);
+  auto* memory = static_cast<unsigned char*>(context.workspace.get(kCounterBytes + bytes));
+  Partials partials{reinterpret_cast<float*>(memory + kCounterBytes),
+                    reinterpret_cast<std::int32_t*>(memory)};
+  if (!weight.format.is_quantized() || x.rows <= kMostQuantizedRows)
+    return multiply_tiles(context.stream, out, x, matrix, partials);
   multiply_any(context.stream, out, x, matrix);
 }
 

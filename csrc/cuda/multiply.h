@@ -11,17 +11,6 @@
 
 namespace octavo::cuda {
 
-// A View as kernels get it.
-struct Numbers {
-  void* data;
-  DType dtype;
-  int rows;
-  long long stride;
-};
-inline Numbers numbers_of(View view) {
-  return {view.data, view.dtype, static_cast<int>(view.rows), view.stride};
-}
-
 // Any types, any widths, any strides; slow. (multiply_any.cu)
 void multiply_any(Stream& stream, View out, View x, const Matrix& weight);
 

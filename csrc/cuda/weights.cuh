@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "core/backend.h"
+#include "core/view.h"
 #include "cuda/primitives.cuh"
 
 namespace octavo::cuda {
@@ -102,6 +103,17 @@ OCTAVO_DEVICE void write_number(void* data, DType dtype, long long index, float 
     static_cast<Bf16*>(data)[index] = from_float<Bf16>(value);
   else
     static_cast<F16*>(data)[index] = from_float<F16>(value);
+}
+
+// A View as kernels get it.
+struct Numbers {
+  void* data;
+  DType dtype;
+  int rows;
+  long long stride;
+};
+inline Numbers numbers_of(View view) {
+  return {view.data, view.dtype, static_cast<int>(view.rows), view.stride};
 }
 
 // One weight, for what need not be fast.

@@ -1,0 +1,329 @@
+// out = x weight^T + bias by tiles: any number of rows.
+//
+// A block makes a tile of Shape::rows x Shape::outputs. Stages of weights and activations come into
+// shared memory by cp.async, up to three stages ahead of the products. Both lie there in pieces of
+// 64 bytes a row and unit (weights, still as codes) or block (x), the rows of odd units in swapped
+// pairs: so the 16 bytes that a lane needs (fragments.cuh) are read without bank conflicts by plain
+// 16-byte loads, 8 lanes at a time from 128 neighbouring bytes, and neither ldmatrix nor a swizzle
+// is needed. Each warp makes outputs / output_warps x rows / row_warps of the tile.
+//
+// Where the tiles are too few for the processors, gridDim.z blocks share one: each takes a share
+// of the slices and leaves every slice's sum in memory, and the last to arrive adds them in
+// ascending order. So the sums' bits depend neither on the number of blocks nor on the tile.
+//
+// Moves the weights once for every Shape::rows rows and x once for every Shape::outputs outputs
+// (from the second cache: the rows' tiles are neighbours in the grid), and of shared tiles 8 bytes
+// a sum and slice.
+//
+//   rows outputs warps  for
+//    16     64     4    9 to 16 rows: decoding; 30 KB of bf16 weights in flight a block, 4 or more
+//                       blocks a processor
+//    64    128     4    17 to 64 rows: 48 KB in flight (bf16), 24 KB (int8, int4), 1 to 3 blocks.
+//                       x from shared memory is 2 times (bf16) to 8 times (int4) what the weights
+//                       are: for 64 rows of int4 it is the products that bound, not the memory
+//   128    128     8    more rows: 128 KB of shared memory, warps of 64 x 32
+#pragma once
+
+#include "cuda/fragments.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/multiply.h"
+
+namespace octavo::cuda {
+
+template <int rows_, int outputs_, int row_warps_, int output_warps_, int blocks_>
+struct TileShape {
+  static constexpr int rows = rows_, outputs = outputs_;
+  static constexpr int row_warps = row_warps_, output_warps = output_warps_;
+  static constexpr int threads = row_warps * output_warps * 32;
+  static constexpr int blocks = blocks_;  // on a processor, as far as registers go
+  static constexpr int stages = 4;
+};
+using SmallTile = TileShape<16, 64, 1, 4, 4>;
+using MediumTile = TileShape<64, 128, 1, 4, 2>;
+using LargeTile = TileShape<128, 128, 2, 4, 1>;
+
+// What a stage holds.
+template <Codes codes, class Shape>
+struct Stage {
+  static constexpr int units = codes < Codes::int8 ? 2 : 1;
+  static constexpr int blocks = units * blocks_per_unit(codes);
+  static constexpr int weight_bytes = units * Shape::outputs * kUnitBytes;
+  static constexpr int bytes = weight_bytes + blocks * Shape::rows * kUnitBytes;
+};
+
+// Where row `row` of piece `piece` (a unit of weights, a block of x) begins, of `rows` rows.
+OCTAVO_DEVICE int piece_offset(int piece, int row, int rows) {
+  return (piece * rows + (row ^ (piece & 1))) * kUnitBytes;
+}
+
+// Begins to copy the weights of stage `stage` of this block to `to`.
+template <Codes codes, class Shape>
+OCTAVO_DEVICE void copy_weights(unsigned char* to, const Matrix& weight, int first_output,
+                                int first_unit) {
+  constexpr int kUnits = Stage<codes, Shape>::units;
+#pragma unroll
+  for (int i = 0; i < Stage<codes, Shape>::weight_bytes / 16 / Shape::threads; ++i) {
+    const int piece = static_cast<int>(threadIdx.x) + i * Shape::threads;
+    const int quarter = piece % 4, unit = piece / 4 % kUnits, row = piece / (4 * kUnits);
+    const bool valid = first_output + row < weight.outputs && first_unit + unit < weight.units;
+    const unsigned char* from = weight.row(first_output + row) +
+                                static_cast<long long>(first_unit + unit) * kUnitBytes +
+                                16 * quarter;
+    async_copy_16(to + piece_offset(unit, row, Shape::outputs) + 16 * quarter,
+                  valid ? from : weight.data, valid);
+  }
+}
+
+template <class T, Codes codes, class Shape>
+OCTAVO_DEVICE void copy_x(unsigned char* to, const Numbers& x, int first_row, int first_input,
+                          int inputs) {
+  constexpr int kBlocks = Stage<codes, Shape>::blocks;
+  constexpr int kPieces = kBlocks * Shape::rows * 4;
+#pragma unroll
+  for (int i = 0; i < kPieces / Shape::threads; ++i) {
+    const int piece = static_cast<int>(threadIdx.x) + i * Shape::threads;
+    const int quarter = piece % 4, block = piece / 4 % kBlocks, row = piece / (4 * kBlocks);
+    const int input = first_input + block * kBlock + 8 * quarter;
+    const bool valid = first_row + row < x.rows && input < inputs;
+    const T* data = static_cast<const T*>(x.data);
+    async_copy_16(to + piece_offset(block, row, Shape::rows) + 16 * quarter,
+                  valid ? data + (first_row + row) * x.stride + input : data, valid);
+  }
+  static_assert(kPieces % Shape::threads == 0, "every thread copies as much");
+}
+
+// A warp's part of a tile: its own outputs and rows.
+template <class Shape>
+struct Part {
+  static constexpr int outputs = Shape::outputs / Shape::output_warps / 16;  // times 16
+  static constexpr int rows = Shape::rows / Shape::row_warps / 8;            // times 8
+  int first_output, first_row;                                               // in the tile
+};
+
+template <class Shape>
+using Sums = float[Part<Shape>::outputs][Part<Shape>::rows][4];
+
+// sums += the products of a stage.
+template <class T, Codes codes, class Shape>
+OCTAVO_DEVICE void multiply_stage(Sums<Shape>& sums, const unsigned char* stage,
+                                  const Part<Shape>& part, const Matrix& weight, int first_output,
+                                  int first_unit) {
+  const int lane = static_cast<int>(lane_index()), g = lane / 4, t = lane % 4;
+  const unsigned char* xs = stage + Stage<codes, Shape>::weight_bytes;
+  const auto row_of = [&](int i, int half) { return part.first_output + 16 * i + 8 * half + g; };
+  const auto scales_of = [&](const void* table, int row, int unit) {
+    return load_scales(table, weight, smaller(first_output + row, weight.outputs - 1),
+                       smaller(first_unit + unit, weight.units - 1));
+  };
+#pragma unroll
+  for (int unit = 0; unit < Stage<codes, Shape>::units; ++unit) {
+    uint4 bytes[Part<Shape>::outputs][2];
+    UnitScales scales[Part<Shape>::outputs][2] = {};
+#pragma unroll
+    for (int i = 0; i < Part<Shape>::outputs; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row_of(i, half);
+        bytes[i][half] = load_16(stage + piece_offset(unit, row, Shape::outputs) + 16 * t);
+        if constexpr (codes >= Codes::int4) scales[i][half] = scales_of(weight.scales, row, unit);
+      }
+    }
+#pragma unroll
+    for (int block = 0; block < blocks_per_unit(codes); ++block) {
+      std::uint32_t pairs[Part<Shape>::outputs][2][4];
+#pragma unroll
+      for (int i = 0; i < Part<Shape>::outputs; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          UnitScales offsets = {};  // not kept: registers are scarcer than loads here
+          if (codes >= Codes::int4 && weight.zeros)
+            offsets = scales_of(weight.zeros, row_of(i, half), unit);
+          numbers_of_block<T, codes>(pairs[i][half], bytes[i][half], block, scales[i][half],
+                                     offsets, weight.zeros != nullptr, weight.levels);
+        }
+      }
+      const int piece = unit * blocks_per_unit(codes) + block;
+#pragma unroll
+      for (int j = 0; j < Part<Shape>::rows; ++j) {
+        const int row = part.first_row + 8 * j + g;
+        const uint4 x = load_16(xs + piece_offset(piece, row, Shape::rows) + 16 * t);
+#pragma unroll
+        for (int i = 0; i < Part<Shape>::outputs; ++i)
+          multiply_block<T>(sums[i][j], pairs[i][0], pairs[i][1], x);
+      }
+    }
+  }
+}
+
+// Where the sums of a slice of a shared tile lie: thread by thread, four of each at a time.
+template <class Shape>
+OCTAVO_DEVICE long long place_of_sums(int tile, int slices, int slice) {
+  return (static_cast<long long>(tile) * slices + slice) * Part<Shape>::outputs *
+         Part<Shape>::rows * Shape::threads;
+}
+
+// total += sums, sums = 0. left, where not null: a place for the sums.
+template <class Shape>
+OCTAVO_DEVICE void end_slice(Sums<Shape>& total, Sums<Shape>& sums, uint4* left) {
+#pragma unroll
+  for (int i = 0; i < Part<Shape>::outputs; ++i) {
+#pragma unroll
+    for (int j = 0; j < Part<Shape>::rows; ++j) {
+      if (left) left[(i * Part<Shape>::rows + j) * Shape::threads] = bits_as<uint4>(sums[i][j]);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        total[i][j][k] = add_rn(total[i][j][k], sums[i][j][k]);
+        sums[i][j][k] = 0.0f;
+      }
+    }
+  }
+}
+
+// total = the sum of what all blocks left of a tile, slices in ascending order.
+template <class Shape>
+OCTAVO_DEVICE void add_shares(Sums<Shape>& total, const uint4* left, int tile, int slices) {
+  for (int slice = 0; slice < slices; ++slice) {
+    const uint4* from = left + place_of_sums<Shape>(tile, slices, slice);
+#pragma unroll
+    for (int i = 0; i < Part<Shape>::outputs; ++i) {
+#pragma unroll
+      for (int j = 0; j < Part<Shape>::rows; ++j) {
+        const uint4 quad = from[(i * Part<Shape>::rows + j) * Shape::threads];
+        const float four[4] = {bits_as<float>(quad.x), bits_as<float>(quad.y),
+                               bits_as<float>(quad.z), bits_as<float>(quad.w)};
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          total[i][j][k] = add_rn(slice == 0 ? 0.0f : total[i][j][k], four[k]);
+      }
+    }
+  }
+}
+
+// Writes a warp's part of the tile. Lanes exchange sums, so that each has two neighbouring outputs
+// of one row and writes them together where they lie so.
+template <class Shape>
+OCTAVO_DEVICE void write_part(const Numbers& out, const Matrix& weight, const Sums<Shape>& total,
+                              int first_output, int first_row) {
+  const int lane = static_cast<int>(lane_index()), g = lane / 4, odd = g % 2;
+#pragma unroll
+  for (int i = 0; i < Part<Shape>::outputs; ++i) {
+#pragma unroll
+    for (int j = 0; j < Part<Shape>::rows; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float mine[2] = {total[i][j][2 * half], total[i][j][2 * half + 1]};
+        const float other = shuffle_xor(mine[1 - odd], 4);
+        const int row = first_row + 8 * j + 2 * (lane % 4) + odd;
+        const int output = first_output + 16 * i + 8 * half + g - odd;
+        if (row < out.rows)
+          write_pair(out, weight, row, output, odd ? other : mine[0], odd ? mine[1] : other);
+      }
+    }
+  }
+}
+
+// The last of the blocks that share a tile: true for all of its threads.
+OCTAVO_DEVICE bool arrives_last(std::int32_t* counter) {
+  auto* last = reinterpret_cast<int*>(shared_memory());
+  fence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int before = atomic_add(counter, 1);
+    *last = before == static_cast<int>(gridDim.z) - 1;
+    if (*last) *counter = 0;
+  }
+  __syncthreads();
+  fence();
+  return *last != 0;
+}
+
+// grid: (tiles of rows, tiles of outputs, blocks that share a tile)
+template <class T, Codes codes, class Shape>
+__global__ void __launch_bounds__(Shape::threads, Shape::blocks)
+    multiply_tile(Numbers out, Numbers x, Matrix weight, int slices, int slice_stages,
+                  Partials partials) {
+  using S = Stage<codes, Shape>;
+  constexpr int kAhead = Shape::stages - 1;
+  const int warp = static_cast<int>(warp_index());
+  const Part<Shape> part{warp % Shape::output_warps * (Shape::outputs / Shape::output_warps),
+                         warp / Shape::output_warps * (Shape::rows / Shape::row_warps)};
+  const int first_row = static_cast<int>(blockIdx.x) * Shape::rows;
+  const int first_output = static_cast<int>(blockIdx.y) * Shape::outputs;
+  const int tile = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x);
+  const int share = static_cast<int>(blockIdx.z), shares = static_cast<int>(gridDim.z);
+  int slice = share * slices / shares;
+  const int first = slice * slice_stages;
+  const int end =
+      smaller((share + 1) * slices / shares * slice_stages, ceil_div(weight.units, S::units));
+  unsigned char* memory = shared_memory();
+  const auto buffer = [&](int stage) {
+    return memory + (stage - first) % Shape::stages * S::bytes;
+  };
+  const auto begin_weights = [&](int stage) {
+    if (stage < end)
+      copy_weights<codes, Shape>(buffer(stage), weight, first_output, stage * S::units);
+  };
+  const auto begin_x = [&](int stage) {
+    if (stage < end)
+      copy_x<T, codes, Shape>(buffer(stage) + S::weight_bytes, x, first_row,
+                              stage * S::blocks * kBlock, weight.inputs);
+    async_commit();
+  };
+
+  let_next_kernel_start();
+  for (int i = 0; i < kAhead; ++i) begin_weights(first + i);
+  wait_for_previous_kernel();
+  for (int i = 0; i < kAhead; ++i) begin_x(first + i);
+
+  Sums<Shape> sums = {}, total = {};
+  uint4* left = reinterpret_cast<uint4*>(partials.sums) + threadIdx.x;
+  for (int stage = first; stage < end; ++stage) {
+    async_wait<kAhead - 1>();
+    __syncthreads();
+    begin_weights(stage + kAhead);
+    begin_x(stage + kAhead);
+    multiply_stage<T, codes, Shape>(sums, buffer(stage), part, weight, first_output,
+                                    stage * S::units);
+    if (stage + 1 < end && (stage + 1) % slice_stages != 0) continue;
+    end_slice<Shape>(total, sums,
+                     shares > 1 ? left + place_of_sums<Shape>(tile, slices, slice) : nullptr);
+    ++slice;
+  }
+  async_wait<0>();
+  if (shares > 1) {
+    __syncthreads();  // before shared memory has another use
+    if (!arrives_last(partials.counters + tile)) return;
+    add_shares<Shape>(total, left, tile, slices);
+  }
+  write_part<Shape>(out, weight, total, first_output + part.first_output,
+                    first_row + part.first_row);
+}
+
+// Blocks that share a tile: none where there are tiles for more than half of the processors.
+inline int blocks_a_tile(int tiles, int slices, int processors) {
+  constexpr int kMostSharedTiles = static_cast<int>(kCounterBytes / sizeof(std::int32_t));
+  if (2 * tiles > processors || tiles > kMostSharedTiles) return 1;
+  return smaller(slices, 2 * processors / tiles);
+}
+
+template <class T, Codes codes, class Shape>
+void run_tiles(Stream& stream, View out, View x, const Matrix& weight, const Partials& partials) {
+  using S = Stage<codes, Shape>;
+  const int row_tiles = ceil_div(static_cast<int>(x.rows), Shape::rows);
+  const int output_tiles = ceil_div(weight.outputs, Shape::outputs);
+  const int slices = num_slices(weight.inputs);
+  const int shares = blocks_a_tile(row_tiles * output_tiles, slices, stream.num_processors());
+  LaunchShape shape{dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(output_tiles),
+                         static_cast<unsigned>(shares)),
+                    dim3(Shape::threads), static_cast<std::size_t>(Shape::stages) * S::bytes};
+  shape.overlaps = true;
+  launch(stream, "multiply_tile", shape, multiply_tile<T, codes, Shape>, numbers_of(out),
+         numbers_of(x), weight, slices, slice_inputs(weight.inputs) / (S::blocks * kBlock),
+         partials);
+}
+
+// Of quantized weights, up to 64 rows. (multiply_tiles_quantized.cu)
+void multiply_quantized_tiles(Stream& stream, View out, View x, const Matrix& weight,
+                              const Partials& partials);
+
+}  // namespace octavo::cuda
