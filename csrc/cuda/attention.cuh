@@ -21,13 +21,16 @@ struct AttentionArguments {
   KvLayout cache;
 };
 
+OCTAVO_DEVICE int least(int a, int b) { return a < b ? a : b; }
+OCTAVO_DEVICE int most(int a, int b) { return a < b ? b : a; }
+
 // Of one query row.
 struct Visible {
   int begin, end;  // keys begin .. end - 1; none for padding
 };
 OCTAVO_DEVICE Visible visible_keys(int position, int window) {
   const int begin = window > 0 ? position - window + 1 : 0;
-  return {begin > 0 ? begin : 0, position + 1};
+  return {most(begin, 0), position + 1};
 }
 
 constexpr float kLog2E = 1.44269504088896340736f;

@@ -98,7 +98,7 @@ __global__ void attend_simply_kernel(AttentionArguments a) {
   T* to = static_cast<T*>(a.out) + token * a.out_stride + head * a.head_dim;
   for (int n = 0; n < kDimsPerLane; ++n) {
     const int d = lane + 32 * n;
-    if (d < a.head_dim) to[d] = from_float<T>(sum > 0.0f ? divide_rn(out[n], sum) : 0.0f);
+    if (d < a.head_dim) to[d] = from_float<T>(position < 0 ? 0.0f : divide_rn(out[n], sum));
   }
 }
 

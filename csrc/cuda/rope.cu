@@ -86,12 +86,14 @@ __global__ void rope_and_store_kernel(RopeArguments a) {
   let_next_kernel_start();
   const int token = static_cast<int>(blockIdx.x), lane = static_cast<int>(lane_index());
   const int head = static_cast<int>(blockIdx.y * kHeadsPerBlock + warp_index());
-  if (head >= a.num_heads + 2 * a.num_kv_heads) return;
+  if (head >= a.num_heads + 2 * a.num_kv_heads) {
+    wait_for_previous_kernel();  // a kernel must not end before the one ahead of it
+    return;
+  }
   const int half = (a.head_dim + 1) / 2;
   const bool is_value = head >= a.num_heads + a.num_kv_heads;
   const int slot = head < a.num_heads ? -1 : a.slots[token];
   const bool rotates = a.cosines && !is_value;
-  if (!rotates && slot < 0) return;
 
   float cosine[kPairsPerLane] = {}, sine[kPairsPerLane] = {};
   if (rotates) {
@@ -104,6 +106,7 @@ __global__ void rope_and_store_kernel(RopeArguments a) {
     }
   }
   wait_for_previous_kernel();
+  if (!rotates && slot < 0) return;
   T* row = static_cast<T*>(a.qkv) + token * a.stride + head * a.head_dim;
   HeadVector x = {};
   for (int n = 0; n < kPairsPerLane; ++n) {
