@@ -21,8 +21,8 @@ TOLERANCES = {"f32": 3e-6, "bf16": 0.03, "f16": 0.004}
 SHAPES = [(1, 1), (3, 7), (2, 64), (5, 101), (17, 576), (1, 2049), (2, 4100), (70, 36)]
 
 
-def cuda(dtype: str) -> _native.Ops:
-    return _native.Ops(DEVICE, dtype=dtype)
+def cuda(dtype: str, row_gap: int = 0) -> _native.Ops:
+    return _native.Ops(DEVICE, dtype=dtype, row_gap=row_gap)
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -121,6 +121,30 @@ def test_row_alone_or_among_others(op: str) -> None:
 
     alone = np.concatenate([run(slice(i, i + 1)) for i in range(9)])
     assert same_bits(alone, run(slice(0, 9)))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("width", [8, 64, 101])
+def test_gaps_between_rows_change_nothing(width: int, dtype: str) -> None:
+    """Odd gaps and widths go number by number, gaps of 8 by four or 16 bytes at once."""
+    given = norm_inputs(1, 5, width)
+    x, residual, weight = given["x"], given["residual"], given["weight"]
+    rows = np.array([3, 0, 4, 4], np.int32)
+    results = []
+    for gap in (0, 1, 4, 8):  # downloading checks that nobody wrote into a gap
+        native = cuda(dtype, gap)
+        results.append(
+            [
+                native.norm(x, weight, given["bias"], 1e-5),
+                *native.add_norm(residual, x, weight, None, 1e-5, "layer"),
+                native.gated_activation(x, residual, "silu"),
+                native.gated_activation(None, residual, "gelu"),
+                native.take_rows(x, rows),
+                native.log_softmax(residual),
+            ]
+        )
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(other, results[0], strict=True))
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 33, 1000, 49152])

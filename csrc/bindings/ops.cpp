@@ -18,8 +18,8 @@ using IntArray = Array1<std::int32_t>;
 class Ops : private OpsDevice {
  public:
   Ops(const std::string& device, int num_threads, const std::string& isa, const std::string& dtype,
-      bool deterministic)
-      : OpsDevice(device, {num_threads, isa, parse_dtype(dtype, "dtype"), deterministic}),
+      bool deterministic, std::int64_t row_gap)
+      : OpsDevice(device, {num_threads, isa, parse_dtype(dtype, "dtype"), deterministic}, row_gap),
         isa_(isa) {}
 
   nb::object embed(Array2<float> table, IntArray token_ids,
@@ -163,7 +163,8 @@ class Ops : private OpsDevice {
   nb::object sample(Array2<float> logits, Array1<float> temperature, IntArray top_k,
                     Array1<float> top_p, Array1<float> min_p, Array1<std::uint64_t> seed,
                     IntArray sample_index, IntArray positions,
-                    std::optional<Array2<std::int32_t>> masks);
+                    std::optional<Array2<std::int32_t>> masks,
+                    std::optional<IntArray> num_logprobs);
 
   nb::object log_softmax(Array2<float> logits) {
     const Matrix in = up(logits), out = matrix(in.view.rows, in.view.cols);
@@ -285,10 +286,14 @@ nb::object Ops::attention(Array3<float> q, Array3<float> k, Array3<float> v, Int
                                   static_cast<std::size_t>(spec.head_dim)});
 }
 
+// Without num_logprobs the tokens; with it also their log-probabilities, whether a row is finite,
+// the best tokens and their log-probabilities, and what a state of as many rows keeps of it: row
+// r's token in the last row but r.
 nb::object Ops::sample(Array2<float> logits, Array1<float> temperature, IntArray top_k,
                        Array1<float> top_p, Array1<float> min_p, Array1<std::uint64_t> seed,
                        IntArray sample_index, IntArray positions,
-                       std::optional<Array2<std::int32_t>> masks) {
+                       std::optional<Array2<std::int32_t>> masks,
+                       std::optional<IntArray> num_logprobs) {
   const Matrix in = up(logits);
   const std::int64_t rows = in.view.rows;
   for (const std::int64_t given : {size(temperature), size(top_k), size(top_p), size(min_p),
@@ -298,11 +303,21 @@ nb::object Ops::sample(Array2<float> logits, Array1<float> temperature, IntArray
     check_length("masks", length(*masks, 0), rows);
     check_length("a row of masks", length(*masks, 1), (in.view.cols + 31) / 32);
   }
+  std::vector<std::int32_t> counts(static_cast<std::size_t>(rows), -1), states = counts;
+  std::int32_t num_top = 0;
+  if (num_logprobs) {
+    check_length("num_logprobs", size(*num_logprobs), rows);
+    check_entries("num_logprobs", *num_logprobs, -1, in.view.cols);
+    for (std::size_t row = 0; row < counts.size(); ++row) {
+      counts[row] = num_logprobs->data()[row];
+      states[row] = static_cast<std::int32_t>(counts.size() - 1 - row);
+      num_top = std::max(num_top, counts[row]);
+    }
+  }
   const Device temperatures = up(temperature), ks = up(top_k), ps = up(top_p), mins = up(min_p),
-               seeds = up(seed), indices = up(sample_index), places = up(positions);
-  std::vector<std::int32_t> none(static_cast<std::size_t>(rows), -1);
-  Device no_state(backend_.get(), none.size() * 4);
-  backend_->upload(no_state.data(), none.data(), none.size() * 4);
+               seeds = up(seed), indices = up(sample_index), places = up(positions),
+               count_array = up_vector(counts), state_array = up_vector(states),
+               sampled = up_vector(std::vector<std::int32_t>(counts.size(), -1));
   Step step;
   step.num_rows = rows;
   step.temperature = temperatures.as<float>();
@@ -312,24 +327,29 @@ nb::object Ops::sample(Array2<float> logits, Array1<float> temperature, IntArray
   step.seed = seeds.as<std::uint64_t>();
   step.sample_index = indices.as<std::int32_t>();
   step.sample_positions = places.as<std::int32_t>();
-  step.num_logprobs = no_state.as<std::int32_t>();
-  step.state_rows = no_state.as<std::int32_t>();
+  step.num_logprobs = count_array.as<std::int32_t>();
+  step.state_rows = state_array.as<std::int32_t>();
+  step.sampled = sampled.as<std::int32_t>();
 
   Device mask_words;
   if (masks) {
     mask_words = Device(backend_.get(), masks->size() * 4);
     backend_->upload(mask_words.data(), masks->data(), masks->size() * 4);
   }
-  const Device ids(backend_.get(), none.size() * 4), logprobs(backend_.get(), none.size() * 4),
-      finite(backend_.get(), none.size());
-  Samples samples;
-  samples.token_ids = ids.as<std::int32_t>();
-  samples.logprobs = logprobs.as<float>();
-  samples.finite = finite.as<std::uint8_t>();
-  backend_->sample(samples, in.view, mask_words.as<std::int32_t>(), step);
-  std::vector<std::int32_t> result(none.size());
-  backend_->download(result.data(), ids.data(), result.size() * 4);
-  return to_numpy(std::move(result));
+  const std::size_t num_rows = counts.size(), top = static_cast<std::size_t>(num_top);
+  const Device ids(backend_.get(), num_rows * 4), logprobs(backend_.get(), num_rows * 4),
+      finite(backend_.get(), num_rows), top_ids(backend_.get(), num_rows * top * 4),
+      top_logprobs(backend_.get(), num_rows * top * 4);
+  backend_->sample({ids.as<std::int32_t>(), logprobs.as<float>(), finite.as<std::uint8_t>(),
+                    top_ids.as<std::int32_t>(), top_logprobs.as<float>(), num_top},
+                   in.view, mask_words.as<std::int32_t>(), step);
+  nb::object tokens = to_numpy(down_vector<std::int32_t>(ids));
+  if (!num_logprobs) return tokens;
+  return nb::make_tuple(tokens, to_numpy(down_vector<float>(logprobs)),
+                        to_numpy(down_vector<std::uint8_t>(finite)),
+                        to_numpy(down_vector<std::int32_t>(top_ids), {num_rows, top}),
+                        to_numpy(down_vector<float>(top_logprobs), {num_rows, top}),
+                        to_numpy(down_vector<std::int32_t>(sampled)));
 }
 
 }  // namespace
@@ -337,9 +357,10 @@ nb::object Ops::sample(Array2<float> logits, Array1<float> temperature, IntArray
 void bind_ops(nb::module_& module) {
   const auto none = nb::none();
   nb::class_<Ops>(module, "Ops")
-      .def(nb::init<const std::string&, int, const std::string&, const std::string&, bool>(),
+      .def(nb::init<const std::string&, int, const std::string&, const std::string&, bool,
+                    std::int64_t>(),
            nb::arg("device") = "cpu", nb::arg("num_threads") = 0, nb::arg("isa") = "auto",
-           nb::arg("dtype") = "f32", nb::arg("deterministic") = false)
+           nb::arg("dtype") = "f32", nb::arg("deterministic") = false, nb::arg("row_gap") = 0)
       .def("embed", &Ops::embed, nb::arg("table"), nb::arg("token_ids"),
            nb::arg("position_table") = none, nb::arg("positions") = none, nb::arg("dtype") = "f32")
       .def("norm", &Ops::norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
@@ -365,7 +386,7 @@ void bind_ops(nb::module_& module) {
            nb::arg("token_ids"), nb::arg("repetition"), nb::arg("bias"))
       .def("sample", &Ops::sample, nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"),
            nb::arg("top_p"), nb::arg("min_p"), nb::arg("seed"), nb::arg("sample_index"),
-           nb::arg("positions"), nb::arg("masks") = none)
+           nb::arg("positions"), nb::arg("masks") = none, nb::arg("num_logprobs") = none)
       .def("log_softmax", &Ops::log_softmax, nb::arg("logits"))
       .def("gumbel", &Ops::gumbel, nb::arg("seed"), nb::arg("sample_index"), nb::arg("position"),
            nb::arg("vocab_size"));

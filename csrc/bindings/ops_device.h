@@ -13,8 +13,11 @@ namespace octavo::bindings {
 
 class OpsDevice {
  protected:
-  OpsDevice(const std::string& device, const BackendOptions& options)
-      : backend_(make_backend(device, options)) {}
+  // row_gap: numbers behind every row of every matrix that no op may touch, nor read to any effect.
+  OpsDevice(const std::string& device, const BackendOptions& options, std::int64_t row_gap)
+      : backend_(make_backend(device, options)), row_gap_(row_gap) {
+    require(row_gap >= 0, "row_gap is ", row_gap, "; expected 0 or more");
+  }
 
   using Device = Buffer;
   struct Matrix {
@@ -38,11 +41,29 @@ class OpsDevice {
     return memory;
   }
 
+  template <class T>
+  Device up_vector(const std::vector<T>& values) {
+    Device memory(backend_.get(), values.size() * sizeof(T));
+    backend_->upload(memory.data(), values.data(), values.size() * sizeof(T));
+    return memory;
+  }
+  template <class T>
+  std::vector<T> down_vector(const Device& memory) {
+    std::vector<T> values(memory.bytes() / sizeof(T));
+    backend_->sync();
+    backend_->download(values.data(), memory.data(), memory.bytes());
+    return values;
+  }
+
   Matrix matrix(std::int64_t rows, std::int64_t cols, DType dtype = DType::f32) {
     Matrix result;
-    result.view = {nullptr, rows, cols, cols, dtype};
-    result.memory = Buffer(backend_.get(), static_cast<std::size_t>(rows) * result.view.row_size());
+    result.view = {nullptr, rows, cols, cols + row_gap_, dtype};
+    const auto bytes = static_cast<std::size_t>(rows * result.view.stride * bits_of(dtype) / 8);
+    result.memory = Buffer(backend_.get(), bytes);
     result.view.data = result.memory.data();
+    if (row_gap_ == 0) return result;
+    const std::vector<unsigned char> gaps(bytes, kGap);  // every number a NaN
+    backend_->upload(result.memory.data(), gaps.data(), bytes);
     return result;
   }
   // What the ops keep in the device's own format.
@@ -86,6 +107,7 @@ class OpsDevice {
   }
 
   nb::object down(const Matrix& matrix) {
+    check_gaps(matrix);
     return to_numpy(get(matrix.view), {static_cast<std::size_t>(matrix.view.rows),
                                        static_cast<std::size_t>(matrix.view.cols)});
   }
@@ -157,7 +179,23 @@ class OpsDevice {
     return fused;
   }
 
+  static constexpr unsigned char kGap = 0xff;
+
+  void check_gaps(const Matrix& matrix) {
+    std::vector<unsigned char> bytes(matrix.memory.bytes());
+    backend_->sync();
+    backend_->download(bytes.data(), matrix.memory.data(), row_gap_ ? bytes.size() : 0);
+    const std::size_t row_bytes = matrix.view.row_size();
+    const std::size_t stride =
+        matrix.view.rows ? bytes.size() / static_cast<std::size_t>(matrix.view.rows) : 0;
+    for (std::size_t at = 0; row_gap_ && at < bytes.size(); ++at) {
+      if (at % stride >= row_bytes && bytes[at] != kGap)
+        throw std::runtime_error(text("an op wrote behind row ", at / stride, " of a matrix"));
+    }
+  }
+
   std::unique_ptr<Backend> backend_;
+  std::int64_t row_gap_;
 };
 
 }  // namespace octavo::bindings

@@ -219,8 +219,12 @@ class Ops:
         isa: str = "auto",
         dtype: str = "f32",
         deterministic: bool = False,
+        row_gap: int = 0,
     ) -> None:
-        """dtype, deterministic: as in RuntimeOptions; the CPU keeps activations in float32."""
+        """dtype, deterministic: as in RuntimeOptions; the CPU keeps activations in float32.
+
+        row_gap: numbers behind every row of every matrix, NaNs that no op may read or write.
+        """
 
     def embed(
         self,
@@ -301,6 +305,14 @@ class Ops:
         sample_index: Int32,
         positions: Int32,
         masks: Int32 | None = None,
-    ) -> Int32: ...
+        num_logprobs: Int32 | None = None,
+    ) -> Any:
+        """The tokens, int32 (rows,).
+
+        With num_logprobs (-1: none) a tuple: tokens; their logprobs, float32; finite, uint8;
+        the best tokens and their logprobs, (rows, largest num_logprobs); and what a state of as
+        many rows kept, row r's token in the last row but r.
+        """
+
     def log_softmax(self, logits: Float32) -> Float32: ...
     def gumbel(self, seed: int, sample_index: int, position: int, vocab_size: int) -> Float32: ...
