@@ -236,7 +236,7 @@ TAMPERED = {
     "positions": lambda position: position + 1,
     "sample_index": lambda index: index * 0,
     "seed": lambda seed: seed & np.uint64(0xFFFFFFFF),
-    "temperature": lambda t: np.where(t > 0, t * 1.01, t),
+    "temperature": lambda t: np.where(t > 0, t * 1.1, t),
     "masks": lambda masks: masks.view(np.uint8)[:, ::-1].copy().view(np.int32),
 }
 
