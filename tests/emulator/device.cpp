@@ -1,7 +1,5 @@
 #include "device.h"
 
-#include <algorithm>
-
 #include "launch.h"
 
 namespace cuda_emulator {
@@ -20,10 +18,16 @@ Stream& stream_of(cudaStream_t stream) {
   return stream && stream != cudaStreamPerThread ? *stream : device().default_stream;
 }
 
-bool any_capture() {
-  if (device().default_stream.is_capturing()) return true;
-  return std::any_of(device().streams.begin(), device().streams.end(),
-                     [](const Stream* stream) { return stream->is_capturing(); });
+bool spoils_a_capture() {
+  bool any = false;
+  const auto spoil = [&](Stream& stream) {
+    if (!stream.is_capturing()) return;
+    stream.spoil_capture();
+    any = true;
+  };
+  spoil(device().default_stream);
+  for (Stream* stream : device().streams) spoil(*stream);
+  return any;
 }
 
 void run_all() {
@@ -62,20 +66,15 @@ void check_copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind ki
     throw KernelError("the source of a copy from the host is device memory");
 }
 
-void check_guards(const char* kernel) {
-  for (const auto& [address, memory] : device().memory) {
-    if (!memory.intact())
-      throw KernelError(std::string("kernel ") + kernel + " wrote outside of an allocation of " +
-                        std::to_string(memory.bytes()) + " bytes of device memory");
-  }
-}
-
 cudaError_t enqueue(const Launch& launch, cudaStream_t stream, std::function<void()> kernel) {
   const Lock lock(device().mutex);
-  stream_of(stream).push([launch, kernel = std::move(kernel)] {
-    run_grid(launch, kernel);
-    check_guards(launch.name);
-  });
+  try {
+    check_launch(launch);
+  } catch (const KernelError& error) {  // which the device itself survives
+    device().launch_message = error.what();
+    return note(cudaErrorInvalidConfiguration);
+  }
+  stream_of(stream).push([launch, kernel = std::move(kernel)] { run_checked(launch, kernel); });
   return note(device().sticky);
 }
 

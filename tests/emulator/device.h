@@ -29,8 +29,6 @@ struct CUevent_st {
 
 namespace cuda_emulator {
 
-constexpr std::size_t kTotalMemory = std::size_t{2} << 30;
-
 // The device's whole state. One lock: the host's threads take turns.
 struct Device {
   std::recursive_mutex mutex;
@@ -41,7 +39,8 @@ struct Device {
   CUstream_st default_stream;
   cudaError_t sticky = cudaSuccess;  // after a fault nothing works any more, as on a GPU
   cudaError_t last = cudaSuccess;
-  std::string message;  // of the fault
+  std::string message;         // of the fault
+  std::string launch_message;  // of the latest launch that was refused
 };
 
 using Lock = std::lock_guard<std::recursive_mutex>;
@@ -52,15 +51,18 @@ Device& device();
 cudaError_t note(cudaError_t error);
 
 Stream& stream_of(cudaStream_t stream);
-bool any_capture();
+// Whether a stream is being captured, which whoever asks would have to wait for: so the capture is
+// spoilt.
+bool spoils_a_capture();
 void run_all();
 
 // Throw a KernelError where a copy's bytes do not lie where its kind says.
 void check_on_device(const char* what, const void* address, std::size_t bytes);
 void check_copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind);
 
-// Throws a KernelError where somebody wrote beside an allocation.
-void check_guards(const char* kernel);
+// Runs a kernel and looks for what it should not have done: writes outside of device memory and,
+// with options().twice, results that hang on luck. Throws a KernelError.
+void run_checked(const Launch& launch, const std::function<void()>& kernel);
 
 // Runs what may meet faulty kernels; a fault stays, with its text.
 template <class Body>

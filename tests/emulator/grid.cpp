@@ -14,11 +14,6 @@ namespace cuda_emulator {
 
 Thread current;
 
-Options& options() {
-  static Options instance;
-  return instance;
-}
-
 namespace {
 
 constexpr std::size_t kStackBytes = 256 * 1024;
@@ -42,11 +37,11 @@ struct ThreadState {
   std::deque<std::vector<Copy>> copy_groups;  // committed, oldest first
 };
 
-// A warp on its way to a collective operation.
-struct WarpState {
-  unsigned mask = 0, arrived = 0;
-  const char* what = "";
-  void* lanes[kWarp] = {};
+// Lanes of a warp on their way to a collective operation.
+struct Meeting {
+  unsigned mask, arrived;
+  const char* what;
+  void* lanes[kWarp];
 };
 
 // splitmix64 (Steele et al. 2014): enough to shuffle with.
@@ -68,9 +63,9 @@ class Random {
 // One launch, block after block.
 class Grid {
  public:
-  Grid(const Launch& launch, const std::function<void()>& kernel)
-      : launch_(launch), kernel_(kernel), random_(options().seed + launches_++) {
-    check_launch();
+  Grid(const Launch& launch, const std::function<void()>& kernel, const Watch& watch)
+      : launch_(launch), kernel_(kernel), watch_(watch), random_(options().seed + launches_++) {
+    check_launch(launch);
     num_threads_ = launch.block.x * launch.block.y * launch.block.z;
     while (threads_.size() < num_threads_) {
       threads_.push_back(new ThreadState);
@@ -119,24 +114,26 @@ class Grid {
 
   void collect(unsigned mask, const char* what, void* data, void (*body)(void* const*)) {
     const unsigned lane = current.index % kWarp, bit = 1u << lane;
-    WarpState& warp = warps_[current.index / kWarp];
     if (!(mask & bit)) fail(text_of(what, " with a mask that leaves out lane ", lane, " itself"));
-    if (warp.arrived == 0) {
-      warp.mask = mask;
-      warp.what = what;
-      std::fill(std::begin(warp.lanes), std::end(warp.lanes), nullptr);
-    } else if (warp.mask != mask || std::strcmp(warp.what, what) != 0) {
-      fail(text_of("came to ", what, " (mask ", mask, ") while others of its warp wait in ",
-                   warp.what, " (mask ", warp.mask, ")"));
+    std::vector<Meeting>& meetings = warps_[current.index / kWarp];
+    auto found = meetings.end();
+    for (auto other = meetings.begin(); other != meetings.end(); ++other) {
+      if (other->mask == mask && std::strcmp(other->what, what) == 0) {
+        found = other;
+      } else if ((other->mask & bit) && (mask & other->arrived)) {  // each waits for the other
+        fail(text_of("came to ", what, " (mask ", mask, ") while others of its warp wait in ",
+                     other->what, " (mask ", other->mask, ")"));
+      }
     }
-    warp.lanes[lane] = data;
-    warp.arrived |= bit;
-    if (warp.arrived != mask) {
-      wait(State::in_warp, warp.what);
+    if (found == meetings.end()) found = meetings.insert(found, {mask, 0, what, {}});
+    found->lanes[lane] = data;
+    found->arrived |= bit;
+    if (found->arrived != mask) {
+      wait(State::in_warp, what);
       return;
     }
-    body(warp.lanes);
-    warp.arrived = 0;
+    body(found->lanes);
+    meetings.erase(found);
     for (unsigned other = 0; other < kWarp; ++other) {
       if (other != lane && (mask >> other & 1u))
         make_ready(*threads_[current.index / kWarp * kWarp + other]);
@@ -148,10 +145,12 @@ class Grid {
   const Launch& launch() const { return launch_; }
   void* shared() const { return shared_.data(); }
 
+  std::string place() const {
+    return text_of("kernel ", launch_.name, ", block (", current.block.x, ", ", current.block.y,
+                   ", ", current.block.z, "), thread ", current.index);
+  }
   [[noreturn]] void fail(const std::string& what) const {
-    throw KernelError(text_of("kernel ", launch_.name, ", block (", current.block.x, ", ",
-                              current.block.y, ", ", current.block.z, "), thread ", current.index,
-                              ": ", what));
+    throw KernelError(text_of(place(), ": ", what));
   }
 
   template <class... Parts>
@@ -164,22 +163,6 @@ class Grid {
  private:
   // Runs on a fiber: the whole life of one CUDA thread.
   static void thread_main();
-
-  void check_launch() const {
-    const auto refuse = [&](const std::string& why) {
-      throw KernelError(text_of("kernel ", launch_.name, " cannot be launched: ", why));
-    };
-    const std::size_t threads = std::size_t{launch_.block.x} * launch_.block.y * launch_.block.z;
-    if (threads < 1 || threads > options().max_threads)
-      refuse(text_of(threads, " threads a block; expected 1 to ", options().max_threads));
-    if (launch_.shared_bytes > options().max_shared_bytes)
-      refuse(text_of(launch_.shared_bytes, " bytes of shared memory; a block can have ",
-                     options().max_shared_bytes));
-    if (!launch_.grid.x || !launch_.grid.y || !launch_.grid.z || launch_.grid.y > 65535 ||
-        launch_.grid.z > 65535 || launch_.grid.x > 0x7fffffffu)
-      refuse(text_of("a grid of ", launch_.grid.x, " x ", launch_.grid.y, " x ", launch_.grid.z,
-                     " blocks; expected 1 to 2^31 - 1, 65535 and 65535"));
-  }
 
   void make_ready(ThreadState& thread) {
     thread.state = State::ready;
@@ -200,7 +183,7 @@ class Grid {
     shared_ = GuardedBytes(launch_.shared_bytes);
     ready_.clear();
     num_at_barrier_ = 0;
-    for (WarpState& warp : warps_) warp = WarpState();
+    for (std::vector<Meeting>& meetings : warps_) meetings.clear();
     for (unsigned i = 0; i < num_threads_; ++i) {
       ThreadState& thread = *threads_[i];
       thread.place.thread = {i % size.x, i / size.x % size.y, i / size.x / size.y};
@@ -215,14 +198,23 @@ class Grid {
       prepare(thread.fiber, stacks_[i], kStackBytes, &thread_main);
       make_ready(thread);
     }
-    schedule();
-    if (!shared_.intact())
-      throw KernelError(text_of("kernel ", launch_.name, ", block ", block,
-                                ": wrote outside of its ", launch_.shared_bytes,
-                                " bytes of shared memory"));
+    schedule(watch_);
+    if (shared_.intact()) return;
+    if (looks_for_writer_) return;
+    // Once more, to name the thread that did it.
+    looks_for_writer_ = true;
+    shared_watch_ = [this] {
+      return shared_.intact() ? std::string()
+                              : text_of("wrote outside of its ", launch_.shared_bytes,
+                                        " bytes of shared memory");
+    };
+    std::swap(watch_, shared_watch_);
+    run_block(block);
+    throw KernelError(text_of("kernel ", launch_.name, ", block ", block, ": wrote outside of its ",
+                              launch_.shared_bytes, " bytes of shared memory"));
   }
 
-  void schedule() {
+  void schedule(const Watch& watch) {
     unsigned num_finished = 0;
     while (!ready_.empty()) {
       // In order, the oldest goes first; else any.
@@ -237,6 +229,10 @@ class Grid {
       current = running_->place;
       switch_fiber(scheduler_, running_->fiber);
       if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+      if (watch) {
+        const std::string seen = watch();
+        if (!seen.empty()) fail(seen);
+      }
       num_finished += running_->state == State::finished;
     }
     if (num_finished == num_threads_) return;
@@ -255,13 +251,15 @@ class Grid {
 
   const Launch& launch_;
   const std::function<void()>& kernel_;
+  Watch watch_, shared_watch_;
+  bool looks_for_writer_ = false;
   Random random_;
   unsigned num_threads_ = 0;
   GuardedBytes shared_;
   Fiber scheduler_;
   ThreadState* running_ = nullptr;
   std::deque<ThreadState*> ready_;
-  std::vector<WarpState> warps_;
+  std::vector<std::vector<Meeting>> warps_;  // those under way in each
   unsigned num_at_barrier_ = 0;
   const char* barrier_file_ = "";
   int barrier_line_ = 0;
@@ -295,8 +293,24 @@ void Grid::thread_main() {
 
 }  // namespace
 
-void run_grid(const Launch& launch, const std::function<void()>& kernel) {
-  Grid grid(launch, kernel);
+void check_launch(const Launch& launch) {
+  const auto refuse = [&](const std::string& why) {
+    throw KernelError(Grid::text_of("kernel ", launch.name, " cannot be launched: ", why));
+  };
+  const std::size_t threads = std::size_t{launch.block.x} * launch.block.y * launch.block.z;
+  if (threads < 1 || threads > options().max_threads)
+    refuse(Grid::text_of(threads, " threads a block; expected 1 to ", options().max_threads));
+  if (launch.shared_bytes > options().max_shared_bytes)
+    refuse(Grid::text_of(launch.shared_bytes, " bytes of shared memory; a block can have ",
+                         options().max_shared_bytes));
+  if (!launch.grid.x || !launch.grid.y || !launch.grid.z || launch.grid.y > 65535 ||
+      launch.grid.z > 65535 || launch.grid.x > 0x7fffffffu)
+    refuse(Grid::text_of("a grid of ", launch.grid.x, " x ", launch.grid.y, " x ", launch.grid.z,
+                         " blocks; expected 1 to 2^31 - 1, 65535 and 65535"));
+}
+
+void run_grid(const Launch& launch, const std::function<void()>& kernel, const Watch& watch) {
+  Grid grid(launch, kernel, watch);
   g_grid = &grid;
   try {
     grid.run();
@@ -308,6 +322,8 @@ void run_grid(const Launch& launch, const std::function<void()>& kernel) {
 }
 
 bool in_kernel() { return g_grid != nullptr; }
+
+std::string place_in_kernel() { return g_grid->place(); }
 
 void* shared_memory() { return g_grid->shared(); }
 

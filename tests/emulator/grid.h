@@ -27,12 +27,17 @@ struct Options {
   // What shared memory holds before a block starts, and device memory before anyone writes.
   // 0xff makes every float, bf16 and f16 a NaN and every integer -1.
   unsigned char poison = 0xff;
+  // Runs every kernel twice from the same device memory, with other orders, poison and guards, and
+  // reports it where the results differ: a race, or a read of what nobody wrote. Slow.
+  bool twice = false;
+  std::size_t memory_bytes = std::size_t{2} << 30;  // of the device
   // Limits of one block, as on sm_80.
   unsigned max_threads = 1024;
   std::size_t max_shared_bytes = 163 * 1024;
 };
 
-// The options of all launches that follow.
+// The options of all launches that follow. At first they are what the environment says:
+// CUDA_EMULATOR_SEED, CUDA_EMULATOR_POISON (0 to 255), CUDA_EMULATOR_TWICE (0 or 1).
 Options& options();
 
 struct Launch {
@@ -41,8 +46,15 @@ struct Launch {
   std::size_t shared_bytes = 0;
 };
 
+// Throws a KernelError unless a GPU would accept such a launch.
+void check_launch(const Launch& launch);
+
+// Looked at whenever a thread has stopped: a text, if there is one, ends the run with an error that
+// names this thread. To find out who did what was noticed too late.
+using Watch = std::function<std::string()>;
+
 // Runs kernel() once for every thread of the grid. Throws KernelError.
-void run_grid(const Launch& launch, const std::function<void()>& kernel);
+void run_grid(const Launch& launch, const std::function<void()>& kernel, const Watch& watch = {});
 
 // ---- for code running on a fiber ----
 
@@ -72,8 +84,9 @@ void warp_collective(unsigned mask, const char* what, void* data, void (*body)(v
 void check_aligned(const void* address, std::size_t bytes, const char* what);
 void check_shared(const void* address, std::size_t bytes, const char* what);
 
-// Whether the calling code runs as a CUDA thread.
+// Whether the calling code runs as a CUDA thread, and "kernel NAME, block (x, y, z), thread n".
 bool in_kernel();
+std::string place_in_kernel();
 
 // cp.async: copies that are begun now and done no sooner than they are waited for.
 void async_copy(void* shared, const void* global, std::size_t bytes, std::size_t zeros);

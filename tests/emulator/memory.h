@@ -22,17 +22,22 @@ class GuardedBytes {
   void* data() const { return data_; }
   std::size_t bytes() const { return bytes_; }
   bool intact() const;  // nobody wrote beside it
+  // Writes the guards anew, flipped or as at first. (Under the address sanitizer they are nobody's
+  // to read, and stay.)
+  void repair(bool flipped = false);
 
  private:
   void swap(GuardedBytes& other) noexcept {
     std::swap(whole_, other.whole_);
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
+    std::swap(guard_, other.guard_);
   }
 
   void* whole_ = nullptr;
   unsigned char* data_ = nullptr;
   std::size_t bytes_ = 0;
+  unsigned char guard_ = 0;
 };
 
 }  // namespace cuda_emulator

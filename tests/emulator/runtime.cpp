@@ -10,16 +10,17 @@
 
 #include "device.h"
 
-using cuda_emulator::any_capture;
 using cuda_emulator::check_copy;
 using cuda_emulator::check_on_device;
 using cuda_emulator::device;
 using cuda_emulator::guarded;
 using cuda_emulator::GuardedBytes;
-using cuda_emulator::kTotalMemory;
 using cuda_emulator::Lock;
 using cuda_emulator::note;
+using cuda_emulator::options;
 using cuda_emulator::run_all;
+using cuda_emulator::spoils_a_capture;
+using cuda_emulator::Stream;
 using cuda_emulator::stream_of;
 
 // ---- devices ----
@@ -42,7 +43,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
   if (index != 0) return note(cudaErrorInvalidDevice);
   *properties = cudaDeviceProp{};
   std::strcpy(properties->name, "CUDA emulator");
-  properties->totalGlobalMem = kTotalMemory;
+  properties->totalGlobalMem = options().memory_bytes;
   properties->major = 9;
   properties->multiProcessorCount = 4;
   return cudaSuccess;
@@ -61,7 +62,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
       *value = 4;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(cuda_emulator::options().max_shared_bytes);
+      *value = static_cast<int>(options().max_shared_bytes);
       return cudaSuccess;
     default:
       return note(cudaErrorInvalidValue);
@@ -80,13 +81,15 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 
 cudaError_t cudaDeviceSynchronize() {
   const Lock lock(device().mutex);
-  if (any_capture()) return note(cudaErrorStreamCaptureUnsupported);
+  if (spoils_a_capture()) return note(cudaErrorStreamCaptureUnsupported);
   return guarded(run_all);
 }
 
 cudaError_t cudaDeviceReset() {
   const Lock lock(device().mutex);
   device().sticky = device().last = cudaSuccess;
+  device().default_stream.clear();
+  for (Stream* stream : device().streams) stream->clear();
   return cudaSuccess;
 }
 
@@ -112,6 +115,8 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorMemoryAllocation";
     case cudaErrorLaunchFailure:
       return "cudaErrorLaunchFailure";
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
     case cudaErrorStreamCaptureUnsupported:
       return "cudaErrorStreamCaptureUnsupported";
     default:
@@ -128,8 +133,12 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "out of memory";
     case cudaErrorLaunchFailure:
       return device().message.c_str();
+    case cudaErrorInvalidConfiguration:
+      return device().launch_message.c_str();
     case cudaErrorStreamCaptureUnsupported:
       return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated:
+      return "operation failed due to a previous error during capture";
     case cudaErrorInvalidValue:
       return "invalid argument";
     case cudaErrorInvalidDevice:
@@ -143,8 +152,8 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 cudaError_t cudaMalloc(void** pointer, std::size_t bytes) {
   const Lock lock(device().mutex);
-  if (any_capture()) return note(cudaErrorStreamCaptureUnsupported);
-  if (device().used + bytes > kTotalMemory) return note(cudaErrorMemoryAllocation);
+  if (spoils_a_capture()) return note(cudaErrorStreamCaptureUnsupported);
+  if (device().used + bytes > options().memory_bytes) return note(cudaErrorMemoryAllocation);
   GuardedBytes memory(bytes);
   *pointer = memory.data();
   device().used += bytes;
@@ -167,7 +176,7 @@ cudaError_t cudaHostAlloc(void** pointer, std::size_t bytes, unsigned) {
   const Lock lock(device().mutex);
   *pointer = std::malloc(bytes ? bytes : 1);
   if (!*pointer) return note(cudaErrorMemoryAllocation);
-  std::memset(*pointer, cuda_emulator::options().poison, bytes);
+  std::memset(*pointer, options().poison, bytes);
   device().host_memory.insert(*pointer);
   return cudaSuccess;
 }
@@ -181,8 +190,8 @@ cudaError_t cudaFreeHost(void* pointer) {
 
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
   const Lock lock(device().mutex);
-  *free = kTotalMemory - device().used;
-  *total = kTotalMemory;
+  *free = options().memory_bytes - device().used;
+  *total = options().memory_bytes;
   return cudaSuccess;
 }
 
@@ -199,7 +208,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
 
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
   const Lock lock(device().mutex);
-  if (any_capture()) return note(cudaErrorStreamCaptureUnsupported);
+  if (spoils_a_capture()) return note(cudaErrorStreamCaptureUnsupported);
   return guarded([&] {
     check_copy(to, from, bytes, kind);
     run_all();
@@ -219,7 +228,7 @@ cudaError_t cudaMemsetAsync(void* pointer, int value, std::size_t bytes, cudaStr
 
 cudaError_t cudaMemset(void* pointer, int value, std::size_t bytes) {
   const Lock lock(device().mutex);
-  if (any_capture()) return note(cudaErrorStreamCaptureUnsupported);
+  if (spoils_a_capture()) return note(cudaErrorStreamCaptureUnsupported);
   return guarded([&] {
     check_on_device("memset", pointer, bytes);
     run_all();

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <utility>
+
 #include "device.h"
 
 using cuda_emulator::device;
@@ -30,7 +32,10 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   const Lock lock(device().mutex);
-  if (stream_of(stream).is_capturing()) return note(cudaErrorStreamCaptureUnsupported);
+  if (stream_of(stream).is_capturing()) {
+    stream_of(stream).spoil_capture();
+    return note(cudaErrorStreamCaptureUnsupported);
+  }
   return guarded([&] { stream_of(stream).run(); });
 }
 
@@ -96,7 +101,11 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   const Lock lock(device().mutex);
   if (!stream_of(stream).is_capturing()) return note(cudaErrorIllegalState);
-  *graph = new CUgraph_st{stream_of(stream).end_capture()};
+  const bool valid = stream_of(stream).capture_is_valid();
+  *graph = nullptr;
+  cuda_emulator::Graph operations = stream_of(stream).end_capture();
+  if (!valid) return note(cudaErrorStreamCaptureInvalidated);
+  *graph = new CUgraph_st{std::move(operations)};
   return cudaSuccess;
 }
 

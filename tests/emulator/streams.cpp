@@ -20,6 +20,12 @@ void Stream::run_until(std::uint64_t position) {
   }
 }
 
+void Stream::clear() {
+  done_ = end();
+  queue_.clear();
+  end_capture();
+}
+
 Graph Stream::end_capture() {
   capturing_ = false;
   return std::exchange(captured_, {});

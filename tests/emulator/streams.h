@@ -24,14 +24,20 @@ class Stream {
   std::uint64_t end() const { return done_ + queue_.size(); }
   std::uint64_t done() const { return done_; }
 
-  void begin_capture() { capturing_ = true; }
+  // Forgets what was pushed and not done.
+  void clear();
+
+  void begin_capture() { capturing_ = capture_is_valid_ = true; }
   bool is_capturing() const { return capturing_; }
+  // Something was called that cannot be captured: the capture goes on and comes to nothing.
+  void spoil_capture() { capture_is_valid_ = false; }
+  bool capture_is_valid() const { return capture_is_valid_; }
   Graph end_capture();
 
  private:
   std::deque<Operation> queue_;
   std::uint64_t done_ = 0;
-  bool capturing_ = false;
+  bool capturing_ = false, capture_is_valid_ = true;
   Graph captured_;
 };
 
