@@ -45,6 +45,7 @@ class FakeBatch:
     seed: npt.NDArray[Any]
     sample_index: npt.NDArray[Any]
     num_logprobs: npt.NDArray[Any]
+    state_rows: npt.NDArray[Any]
 
 
 @dataclass
@@ -97,28 +98,36 @@ class FakeRuntime:
     num_tokens_computed: int = 0
     num_copies: int = 0
     batches: list[FakeBatch] = field(default_factory=list)
-    fail_next: Exception | None = None
+    max_in_flight: int = 0
+    fail_next: Exception | None = None  # in `sample`
+    fail_wait: Exception | None = None  # in `wait`
 
     def __post_init__(self) -> None:
         shape = (self.num_kv_groups, self.num_blocks, self.options.block_size)
         self.tokens = np.full(shape, EMPTY, np.int64)
         self.positions = np.full(shape, EMPTY, np.int64)
+        self.sampled = np.full(self.options.max_num_seqs, EMPTY, np.int64)  # by state row
         self._open: dict[int, FakeBatch] = {}
-        self._masks: dict[int, Any] = {}
+        self._drawn: dict[int, FakeOutput] = {}
         self._next_ticket = 0
 
     def submit(self, batch: FakeBatch) -> int:
-        assert not self._open, "the engine keeps one ticket in flight"
+        assert len(self._open) < 2, "two tickets are in flight already"
+        assert not (self._open.keys() - self._drawn.keys()), "a step is not sampled yet"
+        unknown = batch.token_ids < 0
+        batch.token_ids = batch.token_ids.copy()
+        batch.token_ids[unknown] = self.sampled[-1 - batch.token_ids[unknown]]
         self._check(batch)
         for s in range(len(batch.context_lens)):
             self._write(batch, s)
         self.batches.append(batch)
         self._next_ticket += 1
         self._open[self._next_ticket] = batch
+        self.max_in_flight = max(self.max_in_flight, len(self._open))
         return self._next_ticket
 
     def copy_blocks(self, kv_group: int, pairs: npt.NDArray[np.int32]) -> None:
-        assert not self._open and pairs.dtype == np.int32 and pairs.shape[1:] == (2,)
+        assert pairs.dtype == np.int32 and pairs.shape[1:] == (2,)
         for source, destination in pairs.tolist():
             self.tokens[kv_group, destination] = self.tokens[kv_group, source]
             self.positions[kv_group, destination] = self.positions[kv_group, source]
@@ -128,15 +137,21 @@ class FakeRuntime:
         self, ticket: int, masks: npt.NDArray[np.int32] | None = None, adjustments: Any = None
     ) -> None:
         assert adjustments is None, "the fake model has no logits: test adjustments on a real one"
-        assert ticket in self._open and ticket not in self._masks
+        assert ticket in self._open and ticket not in self._drawn
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
-        self._masks[ticket] = masks
+        self._drawn[ticket] = self._draw(self._open[ticket], masks)
 
     def wait(self, ticket: int) -> FakeOutput:
-        batch = self._open.pop(ticket)
-        masks = self._masks.pop(ticket, None)
+        assert ticket == min(self._open), "steps end in the order in which they were submitted"
+        self._open.pop(ticket)
+        if self.fail_wait is not None:
+            error, self.fail_wait = self.fail_wait, None
+            raise error
+        return self._drawn.pop(ticket)
+
+    def _draw(self, batch: FakeBatch, masks: Any) -> FakeOutput:
         num_rows = len(batch.logit_rows)
         num_top = max([0, *batch.num_logprobs.tolist()])
         output = FakeOutput(
@@ -148,6 +163,7 @@ class FakeRuntime:
         )
         for row, position in enumerate(batch.logit_rows.tolist()):
             self._draw_row(batch, row, position, None if masks is None else masks[row], output)
+            self.sampled[batch.state_rows[row]] = output.token_ids[row]
         return output
 
     def _draw_row(

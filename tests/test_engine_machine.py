@@ -66,6 +66,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_batched_tokens=st.sampled_from([1, 3, 7, 64]),
         num_kv_groups=st.sampled_from([1, 2]),
         enable_prefix_caching=st.sampled_from([True, True, True, False]),
+        overlap_steps=st.booleans(),
     )
     def start(self, num_blocks: int, num_kv_groups: int, **options: Any) -> None:
         self.clock = ManualClock()
@@ -111,12 +112,12 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.check_integrity()
 
     @precondition(lambda self: getattr(self, "running", None))
-    @rule()
-    def fail_a_step(self) -> None:
+    @rule(when=st.sampled_from(["fail_next", "fail_wait"]))
+    def fail_a_step(self, when: str) -> None:
         """A step that fails in the runtime can be repeated."""
         runtime = self.engine.runtime
         assert isinstance(runtime, FakeRuntime)
-        runtime.fail_next = RuntimeError("out of luck")
+        setattr(runtime, when, RuntimeError("out of luck"))
         for _ in range(2):
             try:
                 chunks = self.engine.step()
@@ -125,7 +126,7 @@ class EngineMachine(RuleBasedStateMachine):
                 continue
             for chunk in chunks:
                 self.take(chunk)
-        runtime.fail_next = None
+        setattr(runtime, when, None)
 
     @precondition(lambda self: getattr(self, "running", None))
     @rule(data=st.data())
@@ -193,8 +194,11 @@ TestEngineMachine.settings = settings(
 
 
 @pytest.mark.parametrize("num_blocks", [12, 13, 17, 30, 200])
-def test_thirty_requests_in_a_small_cache(num_blocks: int) -> None:
-    engine = fake_engine(num_blocks, max_num_seqs=9, max_num_batched_tokens=16)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_thirty_requests_in_a_small_cache(num_blocks: int, overlap: bool) -> None:
+    engine = fake_engine(
+        num_blocks, max_num_seqs=9, max_num_batched_tokens=16, overlap_steps=overlap
+    )
     params = {}
     for i in range(30):
         prompt = [(i * i + 3 * j) % (VOCAB - 1) for j in range(1 + 5 * i % 17)]

@@ -63,7 +63,7 @@ def make_engine(
     max_num_batched_tokens: int = 512,
     num_blocks: int = 200,
     max_num_seqs: int = 24,
-    enable_prefix_caching: bool = True,
+    **more: Any,
 ) -> Engine:
     options = RuntimeOptions(
         dtype=dtype,
@@ -74,7 +74,7 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         num_threads=num_threads,
         isa=isa,
-        enable_prefix_caching=enable_prefix_caching,
+        **more,
     )
     runtime = _native.Runtime("cpu", SPEC, options)
     for name, array in weights().items():

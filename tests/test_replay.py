@@ -141,7 +141,7 @@ def test_costs_are_measured(planted: CostModel) -> None:
     for i in range(50):
         num_tokens, num_attended = 1 + i * 17 % 97, 10 + i * i * 31 % 5003
         seconds = planted.seconds(num_tokens, num_attended)
-        steps.append(Step(0.0, seconds, 1, num_tokens, num_attended, 1, 0, 1))
+        steps.append(Step(i, 0.0, seconds, 1, num_tokens, num_attended, 1, 0, 1))
     found = fit_costs(steps)
     for name, value in vars(planted).items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-6, abs=1e-12)

@@ -100,6 +100,8 @@ class EngineConfig:
     max_waiting_requests, max_waiting_tokens: how many requests, and prompt tokens of them, may
         wait to be started; one more is refused with a QueueFullError. None: any number.
     event_log_capacity: how many scheduling decisions are kept to be asked about.
+    overlap_steps: schedule and pack the next step while the device computes this one. None: on
+        devices of their own; on the CPU Python would take time from the computation.
     priority_ageing_seconds: a request of priority p queues as if it had come p times so much later
         than it did, so that one level of priority is worth so many seconds of waiting.
     seed: of dummy weights, and of requests that name no seed of their own.
@@ -126,6 +128,7 @@ class EngineConfig:
     max_waiting_tokens: int | None = None
     priority_ageing_seconds: float = 30.0
     event_log_capacity: int = 65536
+    overlap_steps: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -186,6 +189,7 @@ class RuntimeOptions:
     max_waiting_tokens: int | None = None
     priority_ageing_seconds: float = 30.0
     event_log_capacity: int = 65536
+    overlap_steps: bool = False
 
 
 def resolve_device(device: str, available: Sequence[str]) -> str:

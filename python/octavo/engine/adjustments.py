@@ -27,6 +27,8 @@ class LogitAdjustments(NamedTuple):
 class Adjuster:
     """Which logits of one answer are to be changed, and how.
 
+    watches_answer: whether that depends on the tokens it has drawn.
+
     The order is: repetition_penalty, over prompt and answer; then logit_bias is added and
     frequency_penalty and presence_penalty, over the answer alone, are taken off. (vLLM adds the
     bias first; it makes a difference only to a token that has both.)
@@ -43,7 +45,7 @@ class Adjuster:
         params = sequence.params
         self._sequence = sequence
         self._num_counted = sequence.num_prompt_tokens
-        self._watches = _counts_answer(params) or params.repetition_penalty != 1
+        self.watches_answer = _counts_answer(params) or params.repetition_penalty != 1
         pairs = dict(params.logit_bias)
         prompt = sequence.token_ids[: self._num_counted] if params.repetition_penalty != 1 else []
         # Sorted by token, each once; the columns beside it are of the same length.
@@ -55,7 +57,7 @@ class Adjuster:
     def arrays(self) -> tuple[Int32, Float32, Float32]:
         """token_ids, repetition and bias for the next token of the answer as it is now."""
         params = self._sequence.params
-        if self._watches:
+        if self.watches_answer:
             self._count_new_tokens()
         repetition = np.where(self._seen, np.float32(params.repetition_penalty), np.float32(1))
         bias = self._bias - np.float32(params.frequency_penalty) * self._counts

@@ -63,8 +63,9 @@ class Answer:
 
     @property
     def forbidden_token_ids(self) -> frozenset[int]:
-        """Tokens that must not be drawn next: those that would end it before min_tokens."""
-        if self.sequence.num_output_tokens < self.sequence.params.min_tokens:
+        """Tokens that the next step must not draw: those that would end it before min_tokens."""
+        num_drawn = self.sequence.num_output_tokens + self.sequence.num_pending_tokens
+        if num_drawn < self.sequence.params.min_tokens:
             return self.stop_token_ids
         return frozenset()
 

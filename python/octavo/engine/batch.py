@@ -34,12 +34,15 @@ class BatchArrays(NamedTuple):
     seed: NDArray[np.uint64]
     sample_index: Int32
     num_logprobs: Int32
+    state_rows: Int32
 
 
 def build_batch(
     schedule: Schedule, blocks: BlockManager, num_kv_groups: int, vocab_size: int
 ) -> BatchArrays:
     """Pack one step. Every sequence that draws a token gets one logit row, its last.
+
+    A token that a step in flight draws is named by its sequence's state row.
 
     Raises ValueError on a schedule with no entries.
     """
@@ -51,7 +54,8 @@ def build_batch(
     logit_rows: list[int] = []
     for sequence, start, num_new_tokens, draws_token in entries:
         if num_new_tokens == 1:  # decoding: the commonest case, without slicing
-            token_ids.append(sequence.token_ids[start])
+            known = sequence.token_ids
+            token_ids.append(known[start] if start < len(known) else -1 - sequence.state_row)
         else:
             token_ids.extend(sequence.token_ids[start : start + num_new_tokens])
         row_starts.append(len(token_ids))
@@ -75,6 +79,7 @@ def build_batch(
         num_logprobs=np.array(
             [-1 if p.logprobs is None else min(p.logprobs, vocab_size) for p in params], np.int32
         ),
+        state_rows=np.array([sequence.state_row for sequence in drawing], np.int32),
     )
 
 

@@ -12,20 +12,19 @@ import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from octavo.config import RuntimeOptions
 from octavo.engine.adjustments import LogitAdjustments, build_adjustments
 from octavo.engine.answer import Answer
-from octavo.engine.batch import Int32, build_batch, build_masks
+from octavo.engine.batch import Int32, build_masks
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.block_pool import IntegrityError
 from octavo.engine.checks import check_scheduling, check_tokens
 from octavo.engine.events import EventLog
 from octavo.engine.interrupts import deferred_interrupt
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
+from octavo.engine.pipeline import Flight, Pipeline, StepRuntime
 from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
 from octavo.engine.results import not_finite, read_logprobs, request_output
 from octavo.engine.schedule import Schedule, SchedulerLimits
@@ -36,27 +35,6 @@ from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
-
-
-class StepRuntime(Protocol):
-    """What the engine asks of `_native.Runtime`: one step in three calls."""
-
-    def submit(self, batch: Any) -> int:
-        """Queue the forward pass and return a ticket."""
-
-    def sample(
-        self,
-        ticket: int,
-        masks: Int32 | None = None,
-        adjustments: LogitAdjustments | None = None,
-    ) -> None:
-        """Queue the sampling."""
-
-    def wait(self, ticket: int) -> Any:
-        """Wait for the ticket and close it; returns a `_native.StepOutput`."""
-
-    def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
-        """Copy whole KV blocks; pairs: (n, 2), source and destination."""
 
 
 class Engine:
@@ -106,14 +84,22 @@ class Engine:
         self.scheduler = Scheduler(limits, self.blocks, self.events)
         self.num_steps = 0
         self.num_drawn_tokens = 0
-        self._num_kv_groups = num_kv_groups
-        self._make_batch = make_batch
+        self._pipeline = Pipeline(
+            runtime,
+            self.blocks,
+            make_batch,
+            num_kv_groups=num_kv_groups,
+            vocab_size=vocab_size,
+            depth=2 if options.overlap_steps else 1,
+        )
         self._clock = clock
+        self._last_step_end = clock()
         self._waiting_room = WaitingRoom(options.max_waiting_requests, options.max_waiting_tokens)
         self._deadlines = Deadlines()
         self._undelivered: list[OutputChunk] = []  # of a step that failed before its end
         self._answers: dict[object, Answer] = {}  # by the key of their sequence
         self._requests: dict[str, list[Answer]] = {}
+        self._watching: set[str] = set()  # requests whose logits depend on what they have drawn
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -200,6 +186,8 @@ class Engine:
             for sequence in request.sequences
         ]
         self._requests[request_id] = answers
+        if answers[0].adjuster is not None and answers[0].adjuster.watches_answer:
+            self._watching.add(request_id)
         for answer in answers:
             self._answers[answer.sequence.key] = answer
             self.scheduler.add(answer.sequence)
@@ -210,22 +198,27 @@ class Engine:
 
         A chunk's `result` is set when its request has ended. Requests past their deadline end
         first, and their blocks are free in this very step. Nothing to do gives an empty list.
-        An error of the runtime leaves everything as it was before the step.
+        An error of the runtime leaves everything as it was before the step. With `overlap_steps`
+        the next step is on its way when this one's output is taken in.
         """
         with deferred_interrupt():
-            started = self._clock()
-            for request_id in self._deadlines.expired(started):
-                self._undelivered += self._end_all(request_id, "timeout", started)
-            schedule = self.scheduler.schedule(started)
-            if not schedule.entries:
-                return self._deliver([])
+            now = self._clock()
+            for request_id in self._deadlines.expired(now):
+                self._undelivered += self._end_all(request_id, "timeout", now)
             try:
-                output = self._compute(schedule)
+                while self._pipeline.has_room and self._submit_next():
+                    pass
+                if not len(self._pipeline):
+                    return self._deliver([])
+                flight, output = self._pipeline.wait()
             except BaseException:
-                self.scheduler.rollback(schedule)
+                self._abandon_steps()
                 raise
             self.num_steps += 1
-            return self._deliver(self._update(schedule, output, started))
+            chunks = self._update(flight, output)
+            if not self._requests:  # what is still in flight is for nobody
+                self._abandon_steps()
+            return self._deliver(chunks)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and free its blocks; returns what it has so far.
@@ -272,23 +265,28 @@ class Engine:
                 f"sequences wait and {self.scheduler.num_running} run"
             )
 
-    def _compute(self, schedule: Schedule) -> Any:
-        """One step of the runtime; returns its StepOutput."""
-        if schedule.copies:
-            pairs = np.array(schedule.copies, np.int32)
-            for kv_group in range(self._num_kv_groups):
-                self.runtime.copy_blocks(kv_group, pairs)
-        ticket = self.runtime.submit(self._batch_of(schedule))
-        try:
-            masks, adjustments = self._masks_of(schedule), self._adjustments_of(schedule)
-            self.runtime.sample(ticket, masks, adjustments)
-        finally:
-            output = self.runtime.wait(ticket)  # even after an error: a ticket must be closed
-        return output
+    def _submit_next(self) -> bool:
+        """Schedule a step and send it on its way; False if there is nothing to compute."""
+        if len(self._pipeline) and self._watching:
+            return False  # penalties depend on the very tokens that are in flight
+        now = self._clock()
+        schedule = self.scheduler.schedule(now)
+        if not schedule.entries:
+            return False
+        masks, adjustments = self._masks_of(schedule), self._adjustments_of(schedule)
+        self.scheduler.advance(schedule)
+        self._pipeline.submit(schedule, now, masks, adjustments)
+        for sequence in schedule.admitted:
+            request = self._answers[sequence.key].request
+            if request.first_scheduled_time is None:
+                request.first_scheduled_time = now
+                self._waiting_room.leave(request.request_id)
+        return True
 
-    def _batch_of(self, schedule: Schedule) -> Any:
-        arrays = build_batch(schedule, self.blocks, self._num_kv_groups, self.vocab_size)
-        return self._make_batch(**arrays._asdict())
+    def _abandon_steps(self) -> None:
+        """Undo every step in flight, as if it had not been scheduled."""
+        for schedule in self._pipeline.abandon():
+            self.scheduler.rollback(schedule)
 
     def _masks_of(self, schedule: Schedule) -> Int32 | None:
         drawing = [entry.sequence for entry in schedule.entries if entry.draws_token]
@@ -301,21 +299,20 @@ class Engine:
         drawing = (entry.sequence.key for entry in schedule.entries if entry.draws_token)
         return build_adjustments([self._answers[key].adjuster for key in drawing])
 
-    def _update(self, schedule: Schedule, output: Any, started: float) -> list[OutputChunk]:
+    def _update(self, flight: Flight, output: Any) -> list[OutputChunk]:
+        """Take in what a step has drawn."""
         now = self._clock()
-        for sequence in schedule.admitted:
-            request = self._answers[sequence.key].request
-            if request.first_scheduled_time is None:
-                request.first_scheduled_time = started
-                self._waiting_room.leave(request.request_id)
-        self.scheduler.update(schedule)
-        self._note_step(schedule, started, now)
+        schedule = flight.schedule
+        self.scheduler.complete(schedule)
+        # With two in flight it began when the one before it ended, not when it was submitted.
+        self._note_step(schedule, max(flight.started, self._last_step_end), now)
+        self._last_step_end = now
         drawing = [entry.sequence for entry in schedule.entries if entry.draws_token]
         logprobs = read_logprobs(drawing, output)
         chunks: list[OutputChunk] = []
         rows = zip(drawing, output.token_ids.tolist(), output.finite.tolist(), strict=True)
         for row, (sequence, token, is_finite) in enumerate(rows):
-            if sequence.is_finished:  # another answer of its request failed in this very step
+            if sequence.is_finished:  # since it was submitted: aborted, or its request failed
                 continue
             answer = self._answers[sequence.key]
             if not is_finite:
@@ -420,6 +417,7 @@ class Engine:
             del self._answers[answer.sequence.key]
         self._waiting_room.leave(request_id)
         self._deadlines.remove(request_id)
+        self._watching.discard(request_id)
         return request_output(answers, now)
 
     def _describe(self, limits: SchedulerLimits) -> dict[str, Any]:
@@ -443,4 +441,4 @@ class Engine:
         scheduler = self.scheduler
         counts = (schedule.num_decodes, schedule.num_tokens, schedule.num_attended)
         state = (scheduler.num_running, scheduler.num_waiting, self.blocks.num_free_blocks)
-        self.events.record((now, "step", None, now - started, *counts, *state))
+        self.events.record((now, "step", None, schedule.number, now - started, *counts, *state))

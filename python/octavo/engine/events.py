@@ -32,15 +32,16 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "waited": ("reason", "num_needed", "num_available", "num_waiting"),
     # A sequence got its blocks. Of its num_tokens tokens the cache (or a sibling) held so many.
     "admitted": ("num_tokens", "num_cached_tokens", "num_running", "num_free_blocks"),
-    # A part of a prompt is computed in this step.
-    "chunk": ("start", "num_tokens"),
+    # A part of a prompt is computed in this step, a number.
+    "chunk": ("step", "start", "num_tokens"),
     # A sequence lost its blocks to another one; reason: kv_blocks or priority.
     "preempted": ("reason", "by", "num_computed_tokens"),
     "first_token": (),
     "finished": ("reason", "num_output_tokens"),
-    # A step was computed; it began `seconds` before `time`. num_attended: for every token computed
+    # A step has ended; it began `seconds` before `time`. num_attended: for every token computed
     # the tokens it attends to, summed.
     "step": (
+        "step",
         "seconds",
         "num_decodes",
         "num_tokens",

@@ -46,7 +46,7 @@ def spans_of(log: LogFile, request_id: str, sample: int = 0) -> list[Span]:
         if event == "arrived":
             kind, opening = "wait", record
         elif event == "chunk":
-            step = log.step_at(time)
+            step = log.step(record["step"])
             total = opening["num_tokens"] if opening and opening["event"] == "admitted" else 0
             if record["start"] + record["num_tokens"] >= total and step is not None:
                 filled_until = step.end
@@ -162,7 +162,7 @@ def _prefill(log: LogFile, request_id: str, sample: int, span: Span) -> str:
         and record["sample"] == sample
         and span.start - 1e-6 <= record["time"] <= span.end
     ]
-    steps = [step for chunk in chunks if (step := log.step_at(chunk["time"])) is not None]
+    steps = [step for chunk in chunks if (step := log.step(chunk["step"])) is not None]
     num_own = sum(chunk["num_tokens"] for chunk in chunks)
     num_others = sum(step.num_tokens for step in steps) - num_own
     total, cached = span.opening["num_tokens"], span.opening["num_cached_tokens"]

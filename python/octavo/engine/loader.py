@@ -66,6 +66,8 @@ def load_runtime(
     device = resolve_device(config.device, _native.available_devices())
     options = resolve_options(files.spec, checkpoint.dtype, config, environment, device)
     options = replace(options, formats=checkpoint.formats)
+    if config.overlap_steps is None:
+        options = replace(options, overlap_steps=device not in _HOST_DEVICES)
     try:
         runtime = _native.Runtime(device, files.spec, options)
     except ValueError as error:  # an instruction set or a device that this machine lacks
@@ -125,6 +127,7 @@ def resolve_options(
         max_waiting_tokens=config.max_waiting_tokens,
         priority_ageing_seconds=config.priority_ageing_seconds,
         event_log_capacity=config.event_log_capacity,
+        overlap_steps=bool(config.overlap_steps),
     )
 
 

@@ -21,6 +21,7 @@ Record = Mapping[str, Any]
 class Step:
     """A step that was computed; times in seconds of the log."""
 
+    number: int
     start: float
     end: float
     num_decodes: int
@@ -75,10 +76,10 @@ class LogFile:
             )
         return self._by_request[request_id]
 
-    def step_at(self, time: float) -> Step | None:
-        """The step that was decided at this time, which is when it began."""
-        index = bisect_right(self.steps, time + 2e-6, key=lambda step: step.start) - 1
-        return self.steps[index] if index >= 0 else None
+    def step(self, number: int) -> Step | None:
+        """The step of this number; None for one that failed or is not in the log."""
+        index = bisect_right(self.steps, number, key=lambda step: step.number) - 1
+        return self.steps[index] if index >= 0 and self.steps[index].number == number else None
 
     def steps_between(self, start: float, end: float) -> tuple[Step, ...]:
         """The steps that ended in the half-open span from start (not included) to end."""
@@ -159,10 +160,9 @@ def _index(header: dict[str, Any], records: list[dict[str, Any]]) -> LogFile:
     for record in records:
         record["time"] = round(record["time"] - begin, 6)
         if record["event"] == "step":
-            values = [record[name] for name in FIELDS["step"][1:]]
-            steps.append(
-                Step(round(record["time"] - record["seconds"], 6), record["time"], *values)
-            )
+            values = [record[name] for name in FIELDS["step"][2:]]
+            start = round(record["time"] - record["seconds"], 6)
+            steps.append(Step(record["step"], start, record["time"], *values))
         elif "request" in record:
             by_request[record["request"]].append(record)
     waits = _waits(records)

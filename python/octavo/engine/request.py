@@ -40,13 +40,16 @@ class SequenceState(enum.Enum):
 class Sequence:
     """One answer in the making.
 
-    token_ids: prompt and answer so far. num_computed_tokens: how many of them have their keys and
-    values in the cache; 0 after a preemption. A sequence whose tokens are all computed but one is
-    decoding; with more to compute it is in prefill. Nothing else tells the two apart.
+    token_ids: prompt and answer so far. num_pending_tokens: one if a step in flight draws the next
+    token, which stands behind these and is not known yet. num_computed_tokens: how many of all of
+    them have their keys and values in the cache, or will by the end of the steps in flight; 0 after
+    a preemption. A sequence whose tokens are all computed but one is decoding; with more to
+    compute it is in prefill. Nothing else tells the two apart.
     priority: lower is more urgent. arrival_time: seconds of the engine's clock. leader: the first
     answer of the same request, whose prompt this one shares; None for the first itself.
     num_cached_tokens: how many of its tokens were in the cache when it was first admitted.
-    num_published_blocks: how many of its blocks are full and were offered to others.
+    num_published_blocks: how many of its blocks are full and were offered to others. state_row:
+    where the device keeps the token it drew last, while it runs.
     """
 
     __slots__ = (
@@ -61,6 +64,7 @@ class Sequence:
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_published_blocks",
@@ -69,6 +73,7 @@ class Sequence:
         "rank",
         "sample_index",
         "state",
+        "state_row",
         "stop_reason",
         "token_ids",
     )
@@ -91,6 +96,7 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
         self.num_preemptions = 0
         self.priority = priority
         self.arrival_time = arrival_time
@@ -101,6 +107,7 @@ class Sequence:
         self.max_total_tokens = 0
         self.num_cached_tokens: int | None = None
         self.num_published_blocks = 0
+        self.state_row = -1
         self.block_hashes: list[bytes] = []
         self.state = SequenceState.WAITING
         self.finish_reason: FinishReason | None = None
@@ -110,7 +117,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and answer together."""
+        """Tokens of prompt and answer together, as far as they are known."""
         return len(self.token_ids)
 
     @property
@@ -121,7 +128,7 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose keys and values are not in the cache; 1 while decoding."""
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def output_token_ids(self) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ class ScheduledSequence(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """One step.
+    """One step. number: counted from 0 over all that computed something.
 
     entries: who computes what, the num_decodes that decode before the prompts. preempted: who lost
     its blocks to allow it. admitted: who got blocks. copies: to be done before anything else.
@@ -34,6 +34,7 @@ class Schedule(NamedTuple):
     admitted: tuple[Sequence, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
     num_decodes: int = 0
+    number: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -70,8 +71,12 @@ class SchedulerLimits:
 
 @dataclass
 class StepInTheMaking:
-    """A schedule in the making. budget: the tokens that may still be added; now: in seconds."""
+    """A schedule in the making, the number-th.
 
+    budget: the tokens that may still be added. now: the time in seconds.
+    """
+
+    number: int
     budget: int
     now: float
     entries: list[ScheduledSequence] = field(default_factory=list)
@@ -82,7 +87,7 @@ class StepInTheMaking:
     def add(self, sequence: Sequence, num_new_tokens: int) -> None:
         """Let the sequence compute so many of its uncomputed tokens."""
         start = sequence.num_computed_tokens
-        draws_token = start + num_new_tokens == len(sequence.token_ids)
+        draws_token = num_new_tokens == sequence.num_uncomputed_tokens
         self.entries.append(ScheduledSequence(sequence, start, num_new_tokens, draws_token))
         self.budget -= num_new_tokens
 
@@ -94,4 +99,5 @@ class StepInTheMaking:
             tuple(self.admitted),
             tuple(self.copies),
             num_decodes,
+            self.number,
         )

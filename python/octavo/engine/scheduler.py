@@ -32,8 +32,8 @@ from octavo.errors import InvalidArgumentError
 class Scheduler:
     """Holds every unfinished sequence and decides each step.
 
-    A step is `schedule()`, then the computation, then `update(schedule)`; nothing counts as
-    computed before `update`. A step that fails in between is undone by `rollback(schedule)`.
+    A step is `schedule()`, `advance(schedule)` when it is submitted, `complete(schedule)` when it
+    has ended; the next one may be scheduled before it has. One that fails is undone by `rollback`.
     events: where every decision is noted.
     """
 
@@ -43,6 +43,7 @@ class Scheduler:
         self.limits = limits
         self.blocks = blocks
         self.events = EventLog() if events is None else events
+        self.num_schedules = 0
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens that were looked up in the cache
         self.num_prefix_hits = 0  # those of them that it held
@@ -50,6 +51,7 @@ class Scheduler:
         self._waiting = RankedQueue()
         self._running = RankedQueue()
         self._arrival_numbers = itertools.count()
+        self._free_state_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._noted_wait: tuple[object, str] | None = None
 
     @property
@@ -118,7 +120,7 @@ class Scheduler:
 
         now: for the event log, in seconds.
         """
-        step = StepInTheMaking(self.limits.max_num_batched_tokens, now)
+        step = StepInTheMaking(self.num_schedules, self.limits.max_num_batched_tokens, now)
         self._make_room_for_urgent(step)
         num_yielded = len(step.preempted)
         self._schedule_decodes(step)
@@ -130,18 +132,35 @@ class Scheduler:
             self._note_wait(self._waiting[0], "preemption", now)
         else:
             self._note_wait(*self._admit(step), now)
+        self.num_schedules += bool(step.entries)
         return step.schedule(num_decodes)
 
-    def update(self, schedule: Schedule) -> None:
-        """Note that the step was computed: its keys and values are in the cache."""
+    def advance(self, schedule: Schedule) -> None:
+        """The step is on its way: the next `schedule` builds on what it will have computed."""
+        for sequence, start, num_new_tokens, draws_token in schedule.entries:
+            sequence.num_computed_tokens = start + num_new_tokens
+            sequence.num_pending_tokens += draws_token
+
+    def complete(self, schedule: Schedule) -> None:
+        """The step has ended: its keys and values are in the cache, and its tokens are known."""
         block_size = self.blocks.block_size
-        for sequence, start, num_new_tokens, _ in schedule.entries:
-            num_computed = sequence.num_computed_tokens = start + num_new_tokens
-            if num_computed // block_size > sequence.num_published_blocks:
-                self._publish(sequence, num_computed // block_size)
+        for sequence, start, num_new_tokens, draws_token in schedule.entries:
+            sequence.num_pending_tokens -= draws_token
+            # If it still runs it has not been preempted since: it could not be back so soon.
+            num_full_blocks = (start + num_new_tokens) // block_size
+            is_running = sequence.state is SequenceState.RUNNING
+            if num_full_blocks > sequence.num_published_blocks and is_running:
+                self._publish(sequence, num_full_blocks)
 
     def rollback(self, schedule: Schedule) -> None:
-        """The step failed: whoever it admitted waits again, and nothing else has changed."""
+        """The step failed, after `advance`: undo it, and let whom it admitted wait again.
+
+        Of several steps in flight the latest comes first.
+        """
+        for sequence, start, _, draws_token in schedule.entries:
+            sequence.num_pending_tokens -= draws_token
+            if sequence.state is SequenceState.RUNNING:
+                sequence.num_computed_tokens = start
         for sequence in schedule.admitted:
             if sequence.state is SequenceState.RUNNING:
                 self._running.remove(sequence)
@@ -153,6 +172,7 @@ class Scheduler:
         """Let a sequence leave, waiting or running, and take its blocks back at once."""
         if sequence.state is SequenceState.RUNNING:
             self._running.remove(sequence)
+            self._free_state_rows.append(sequence.state_row)
             # Nobody shall take up what a failed sequence computed.
             self.blocks.free(sequence.key, keep_cached=reason != "error")
         elif sequence.state is SequenceState.WAITING:
@@ -170,8 +190,10 @@ class Scheduler:
         while index < len(self._running) and step.budget:
             sequence = self._running[index]
             index += 1
-            num_tokens, start = len(sequence.token_ids), sequence.num_computed_tokens
-            if num_tokens - start > 1:
+            num_tokens = len(sequence.token_ids) + sequence.num_pending_tokens
+            start = sequence.num_computed_tokens
+            # One whose last token is being drawn has nothing left to compute.
+            if num_tokens - start > 1 or num_tokens >= sequence.max_total_tokens:
                 continue
             while not self.blocks.reserve(sequence.key, num_tokens):
                 if self._preempt_last("kv_blocks", sequence, step) is sequence:
@@ -190,7 +212,7 @@ class Scheduler:
     def _schedule_chunk(self, sequence: Sequence, step: StepInTheMaking) -> None:
         start = sequence.num_computed_tokens
         num_new_tokens = min(sequence.num_uncomputed_tokens, step.budget)
-        self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens))
+        self.events.record((step.now, "chunk", sequence.key, step.number, start, num_new_tokens))
         step.add(sequence, num_new_tokens)
 
     # ---- who gets in ----
@@ -203,6 +225,8 @@ class Scheduler:
                 return (self._waiting[0], "sibling") if self._waiting else (None, None)
             if not step.budget:
                 return sequence, "token_budget"
+            if sequence.num_pending_tokens or sequence in step.preempted:
+                return sequence, "preemption"  # a step in flight still computes for it
             prefix = self._prefix_of(sequence)
             obstacle = self._obstacle(sequence, prefix)
             if obstacle is not None:
@@ -276,6 +300,7 @@ class Scheduler:
         self._waiting.remove(sequence)
         self._running.add(sequence)
         sequence.state = SequenceState.RUNNING
+        sequence.state_row = self._free_state_rows.pop()
         sequence.num_computed_tokens = prefix.num_tokens
         sequence.num_published_blocks = prefix.num_tokens // self.blocks.block_size
         step.admitted.append(sequence)
@@ -329,6 +354,7 @@ class Scheduler:
     def _send_back(self, sequence: Sequence) -> None:
         """Let a sequence that has left the running ones wait again; it keeps its tokens."""
         self.blocks.free(sequence.key)
+        self._free_state_rows.append(sequence.state_row)
         sequence.state = SequenceState.WAITING
         sequence.num_computed_tokens = 0
         sequence.num_published_blocks = 0
@@ -383,6 +409,9 @@ class Scheduler:
             )
         if len(running) > self.limits.max_num_seqs:
             raise IntegrityError(f"{len(running)} run, over max_num_seqs")
+        rows = [*self._free_state_rows, *(sequence.state_row for sequence in self._running)]
+        if sorted(rows) != list(range(self.limits.max_num_seqs)):
+            raise IntegrityError(f"state rows are lost or shared: {rows}")
 
     def _check_table(self, sequence: Sequence) -> None:
         """The sequence holds what it has computed, and alone what it is going to write to."""

@@ -1,0 +1,124 @@
+"""Steps on their way through the runtime: one at a time, or the next before the last has ended.
+
+With a depth of 2 the device never waits for Python: while it computes one step, the next is
+scheduled, packed and queued behind it. The next step needs the tokens that the last one draws, and
+Python does not know them yet; but the device will, by then. So the batch names them: token id
+-1 - r stands for "what state row r drew last" (see `_native.Batch`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from octavo.engine.adjustments import LogitAdjustments
+from octavo.engine.batch import Int32, build_batch
+from octavo.engine.block_manager import BlockManager
+from octavo.engine.schedule import Schedule
+
+
+class StepRuntime(Protocol):
+    """What the engine asks of `_native.Runtime`: one step in three calls, and copies before it."""
+
+    def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
+        """Copy whole KV blocks, behind the steps queued so far; pairs: (n, 2), from and to."""
+
+    def submit(self, batch: Any) -> int:
+        """Queue the forward pass and return a ticket."""
+
+    def sample(
+        self,
+        ticket: int,
+        masks: Int32 | None = None,
+        adjustments: LogitAdjustments | None = None,
+    ) -> None:
+        """Queue the sampling."""
+
+    def wait(self, ticket: int) -> Any:
+        """Wait for the ticket and close it; returns a `_native.StepOutput`."""
+
+
+NO_TICKET = -1
+
+
+@dataclass
+class Flight:
+    """A step on its way. started: when it was scheduled, in seconds of the engine's clock."""
+
+    schedule: Schedule
+    started: float
+    ticket: int = NO_TICKET
+
+
+class Pipeline:
+    """Submits schedules to a runtime, at most `depth` at a time, and waits for the oldest.
+
+    make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
+    """
+
+    def __init__(
+        self,
+        runtime: StepRuntime,
+        blocks: BlockManager,
+        make_batch: Callable[..., Any],
+        *,
+        num_kv_groups: int,
+        vocab_size: int,
+        depth: int,
+    ) -> None:
+        self.depth = depth
+        self._runtime = runtime
+        self._blocks = blocks
+        self._make_batch = make_batch
+        self._num_kv_groups = num_kv_groups
+        self._vocab_size = vocab_size
+        self._flights: deque[Flight] = deque()
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another step may be submitted."""
+        return len(self._flights) < self.depth
+
+    def submit(
+        self,
+        schedule: Schedule,
+        now: float,
+        masks: Int32 | None,
+        adjustments: LogitAdjustments | None,
+    ) -> None:
+        """Queue a step; an error leaves it, and those before it, to `abandon`."""
+        flight = Flight(schedule, now)
+        self._flights.append(flight)
+        if schedule.copies:
+            pairs = np.array(schedule.copies, np.int32)
+            for kv_group in range(self._num_kv_groups):
+                self._runtime.copy_blocks(kv_group, pairs)
+        arrays = build_batch(schedule, self._blocks, self._num_kv_groups, self._vocab_size)
+        flight.ticket = self._runtime.submit(self._make_batch(**arrays._asdict()))
+        self._runtime.sample(flight.ticket, masks, adjustments)
+
+    def wait(self) -> tuple[Flight, Any]:
+        """The oldest step and its output; an error of the runtime leaves it to `abandon`."""
+        flight = self._flights[0]
+        output = self._runtime.wait(flight.ticket)
+        self._flights.popleft()
+        return flight, output
+
+    def abandon(self) -> list[Schedule]:
+        """Let every step in flight end and come to nothing; returns them, the latest first."""
+        schedules = [flight.schedule for flight in reversed(self._flights)]
+        while self._flights:
+            ticket = self._flights.popleft().ticket
+            if ticket != NO_TICKET:
+                # It may have been waited for already, and have failed.
+                with contextlib.suppress(Exception):
+                    self._runtime.wait(ticket)
+        return schedules
