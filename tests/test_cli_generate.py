@@ -130,3 +130,11 @@ def test_control_characters_are_shown_and_not_sent_to_a_terminal():
     text = "a\x1b[2Jb\tc\nd\x07\x9b"
     assert printable(text, io.StringIO()) == text
     assert printable(text, Terminal()) == "a\u241b[2Jb\tc\nd\u2407\ufffd"
+
+
+def test_event_log(model, tmp_path, capsys):
+    log = tmp_path / "events.jsonl"
+    arguments = ["generate", "hi", "-m", model, *DUMMY, "-n", "4", "--event-log", str(log)]
+    assert main(arguments) == 0
+    events = [json.loads(line)["event"] for line in log.read_text(encoding="utf-8").splitlines()]
+    assert events[:2] == ["log", "arrived"] and events[-1] == "finished"

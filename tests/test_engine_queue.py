@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from engine_helpers import ManualClock, check_answers, fake_engine, run_to_end, solo_answer
+from octavo.engine.block_pool import IntegrityError
 from octavo.engine.waiting_room import Deadlines
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
@@ -146,3 +147,59 @@ def test_deadlines_of_the_ended_do_not_pile_up() -> None:
     assert deadlines.expired(1e6 + 299) == ["0", "100", "200"]
     assert deadlines.expired(1e6 + 299) == []
     deadlines.remove("0")
+
+
+def test_the_books_are_checked_when_there_is_nothing_else_to_do() -> None:
+    clock = ManualClock()
+    engine = fake_engine(clock=clock)
+    engine.add_request("a", [1, 2], PARAMS)
+    run_to_end(engine)
+    engine.blocks.start("leak", 3)
+    engine.add_request("b", [1, 2], PARAMS)
+    while engine.has_unfinished_requests:
+        engine.step()  # too soon after the last check
+    clock.now += 11.0
+    engine.add_request("c", [1, 2], PARAMS)
+    with pytest.raises(IntegrityError, match="leak"):
+        for _ in range(100):
+            engine.step()
+    # What the last step had drawn is not lost.
+    assert [chunk.request_id for chunk in engine.step()] == ["c"]
+
+
+def test_stats_and_live_tokens() -> None:
+    engine = fake_engine(num_blocks=20, max_num_seqs=2)
+    prompt = [7, 8, 9, 1, 2, 3, 4, 5, 6]
+    engine.add_request("a", prompt, PARAMS)
+    engine.step()
+    engine.add_request("b", [*prompt[:8], 50], PARAMS)
+    engine.add_request("c", [3, 4], PARAMS)
+    engine.step()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.waiting_reason) == (2, 1, "max_num_seqs")
+    assert (stats.num_waiting_requests, stats.num_waiting_tokens) == (1, 2)
+    assert (stats.num_blocks, stats.num_free_blocks) == (20, 16)  # two are shared
+    assert stats.kv_cache_usage == pytest.approx(0.2)
+    assert (stats.num_prefix_queries, stats.num_prefix_hits) == (18, 8)
+    assert stats.num_drawn_tokens == 3 and stats.num_steps == 2
+    assert engine.scheduler.num_live_tokens == 8 + 2 + 1
+    run_to_end(engine)
+    assert engine.scheduler.num_live_tokens == 0
+    assert engine.stats().num_cached_blocks > 0
+
+
+def test_a_long_prompt_does_not_stall_running_answers() -> None:
+    """Every step still draws a token for each of them, and no step is larger than the budget."""
+    engine = fake_engine(num_blocks=60, max_num_seqs=4, max_num_batched_tokens=10)
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=30)
+    for name in "abc":
+        engine.add_request(name, [ord(name) % 90, 1], params)
+    engine.step()
+    engine.add_request("long", [(3 * i) % 90 for i in range(44)], PARAMS)
+    drawn = []
+    for _ in range(8):
+        before = engine.num_drawn_tokens
+        engine.step()
+        drawn.append(engine.num_drawn_tokens - before)
+    assert drawn == [3, 3, 3, 3, 3, 3, 4, 4]
+    assert engine.runtime.max_tokens_seen == 10  # type: ignore[attr-defined]

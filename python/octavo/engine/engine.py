@@ -11,7 +11,7 @@ import operator
 import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import RuntimeOptions
@@ -23,6 +23,7 @@ from octavo.engine.block_pool import IntegrityError
 from octavo.engine.checks import check_scheduling, check_tokens
 from octavo.engine.events import EventLog
 from octavo.engine.interrupts import deferred_interrupt
+from octavo.engine.journal import arrival, describe_engine, refusal, step_end
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import Flight, Pipeline, StepRuntime
 from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
@@ -35,6 +36,9 @@ from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
+
+
+IDLE_CHECK_SECONDS = 10.0
 
 
 class Engine:
@@ -80,7 +84,8 @@ class Engine:
             options.priority_ageing_seconds,
             options.enable_prefix_caching,
         )
-        self.events = EventLog(options.event_log_capacity, self._describe(limits))
+        header = describe_engine(options, limits, self.blocks)
+        self.events = EventLog(options.event_log_capacity, header)
         self.scheduler = Scheduler(limits, self.blocks, self.events)
         self.num_steps = 0
         self.num_drawn_tokens = 0
@@ -93,7 +98,7 @@ class Engine:
             depth=2 if options.overlap_steps else 1,
         )
         self._clock = clock
-        self._last_step_end = clock()
+        self._last_step_end = self._last_check = clock()
         self._waiting_room = WaitingRoom(options.max_waiting_requests, options.max_waiting_tokens)
         self._deadlines = Deadlines()
         self._undelivered: list[OutputChunk] = []  # of a step that failed before its end
@@ -161,8 +166,7 @@ class Engine:
         try:
             self._waiting_room.enter(request_id, len(prompt_token_ids))
         except QueueFullError as error:
-            waiting = (error.num_requests, error.num_tokens)
-            self.events.record((now, "refused", request_id, len(prompt_token_ids), *waiting))
+            self.events.record(refusal(request_id, len(prompt_token_ids), error, now))
             raise
         if params.seed is None:
             params = replace(params, seed=derive_seed(self.seed, request_id))
@@ -191,7 +195,8 @@ class Engine:
         for answer in answers:
             self._answers[answer.sequence.key] = answer
             self.scheduler.add(answer.sequence)
-        self._note_arrival(request, timeout)
+        names = self.scheduler.block_names(request.sequences[0])
+        self.events.record(arrival(request, timeout, names))
 
     def step(self) -> list[OutputChunk]:
         """Compute one step. Returns what it added to streamed requests, and finished requests.
@@ -209,16 +214,17 @@ class Engine:
                 while self._pipeline.has_room and self._submit_next():
                     pass
                 if not len(self._pipeline):
-                    return self._deliver([])
+                    return self._deliver()
                 flight, output = self._pipeline.wait()
             except BaseException:
                 self._abandon_steps()
                 raise
             self.num_steps += 1
-            chunks = self._update(flight, output)
-            if not self._requests:  # what is still in flight is for nobody
-                self._abandon_steps()
-            return self._deliver(chunks)
+            self._undelivered += self._update(flight, output)
+            if not self._requests:
+                self._abandon_steps()  # what is still in flight is for nobody
+                self._check_when_idle()
+            return self._deliver()
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and free its blocks; returns what it has so far.
@@ -305,7 +311,8 @@ class Engine:
         schedule = flight.schedule
         self.scheduler.complete(schedule)
         # With two in flight it began when the one before it ended, not when it was submitted.
-        self._note_step(schedule, max(flight.started, self._last_step_end), now)
+        started = max(flight.started, self._last_step_end)
+        self.events.record(step_end(schedule, self.scheduler, started, now))
         self._last_step_end = now
         drawing = [entry.sequence for entry in schedule.entries if entry.draws_token]
         logprobs = read_logprobs(drawing, output)
@@ -385,10 +392,16 @@ class Engine:
         self.scheduler.finish(sequence, reason, stop_reason)
         self.events.record((now, "finished", sequence.key, reason, sequence.num_output_tokens))
 
-    def _deliver(self, chunks: list[OutputChunk]) -> list[OutputChunk]:
-        """These chunks behind those that an earlier step could not hand out."""
-        chunks, self._undelivered = self._undelivered + chunks, []
+    def _deliver(self) -> list[OutputChunk]:
+        """What this step has to hand out, and what an earlier one could not."""
+        chunks, self._undelivered = self._undelivered, []
         return chunks
+
+    def _check_when_idle(self) -> None:
+        """With nothing to do there is time to check the books, now and then."""
+        if self._last_step_end - self._last_check >= IDLE_CHECK_SECONDS:
+            self._last_check = self._last_step_end
+            self.check_integrity()
 
     def _chunk(
         self,
@@ -419,26 +432,3 @@ class Engine:
         self._deadlines.remove(request_id)
         self._watching.discard(request_id)
         return request_output(answers, now)
-
-    def _describe(self, limits: SchedulerLimits) -> dict[str, Any]:
-        """What a reader of the event log, or a replay of it, needs to know about the engine."""
-        return {
-            "block_size": self.blocks.block_size,
-            "num_blocks": self.blocks.num_blocks,
-            "max_waiting_requests": self.options.max_waiting_requests,
-            "max_waiting_tokens": self.options.max_waiting_tokens,
-            **asdict(limits),
-        }
-
-    def _note_arrival(self, request: Request, timeout: float | None) -> None:
-        names = self.scheduler.block_names(request.sequences[0])
-        params = request.params
-        asked = (len(request.prompt_token_ids), params.max_tokens, params.n)
-        event = (request.arrival_time, "arrived", request.request_id, *asked)
-        self.events.record((*event, request.priority, timeout, names))
-
-    def _note_step(self, schedule: Schedule, started: float, now: float) -> None:
-        scheduler = self.scheduler
-        counts = (schedule.num_decodes, schedule.num_tokens, schedule.num_attended)
-        state = (scheduler.num_running, scheduler.num_waiting, self.blocks.num_free_blocks)
-        self.events.record((now, "step", None, schedule.number, now - started, *counts, *state))

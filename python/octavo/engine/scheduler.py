@@ -23,6 +23,7 @@ from octavo.engine.block_hash import extend_block_hashes
 from octavo.engine.block_manager import NO_PREFIX, BlockManager, Prefix
 from octavo.engine.block_pool import IntegrityError
 from octavo.engine.events import EventLog
+from octavo.engine.integrity import check_running, check_waiting
 from octavo.engine.ranked_queue import RankedQueue
 from octavo.engine.request import FinishReason, Sequence, SequenceState
 from octavo.engine.schedule import Schedule, ScheduledSequence, SchedulerLimits, StepInTheMaking
@@ -392,33 +393,30 @@ class Scheduler:
             num_free = self.blocks.num_free_blocks
             self.events.record((now, "waited", *noted, num_needed, num_free, len(self._waiting)))
 
+    @property
+    def num_live_tokens(self) -> int:
+        """Tokens of running sequences in the cache; those in shared blocks are counted once."""
+        size = self.blocks.block_size
+        full: set[int] = set()
+        rest = 0
+        for sequence in self._running:
+            num_full, num_more = divmod(sequence.num_computed_tokens, size)
+            full.update(self.blocks.block_table(sequence.key)[:num_full])
+            rest += num_more
+        return len(full) * size + rest
+
     def check_integrity(self) -> None:
         """The queues, the states and the blocks agree; IntegrityError if not."""
         self.blocks.check_integrity()
         for sequence in self._waiting:
-            if sequence.state is not SequenceState.WAITING or sequence.num_computed_tokens:
-                raise IntegrityError(f"{sequence!r} is in the waiting queue")
+            check_waiting(sequence)
         for sequence in self._running:
-            if sequence.state is not SequenceState.RUNNING:
-                raise IntegrityError(f"{sequence!r} is among the running")
-            self._check_table(sequence)
+            check_running(sequence, self.blocks)
         running = {sequence.key for sequence in self._running}
         if len(running) != len(self._running) or self.blocks.holders() != running:
             raise IntegrityError(
                 f"blocks are held by {self.blocks.holders()}, but {running} are running"
             )
-        if len(running) > self.limits.max_num_seqs:
-            raise IntegrityError(f"{len(running)} run, over max_num_seqs")
         rows = [*self._free_state_rows, *(sequence.state_row for sequence in self._running)]
         if sorted(rows) != list(range(self.limits.max_num_seqs)):
-            raise IntegrityError(f"state rows are lost or shared: {rows}")
-
-    def _check_table(self, sequence: Sequence) -> None:
-        """The sequence holds what it has computed, and alone what it is going to write to."""
-        table = self.blocks.block_table(sequence.key)
-        if len(table) < self.blocks.blocks_for(sequence.num_computed_tokens):
-            raise IntegrityError(f"{sequence!r} holds only {len(table)} blocks")
-        pool = self.blocks.pool
-        for block in table[sequence.num_computed_tokens // self.blocks.block_size :]:
-            if pool.num_holders(block) != 1 or pool.is_published(block):
-                raise IntegrityError(f"{sequence!r} is going to write to block {block}, shared")
+            raise IntegrityError(f"of max_num_seqs state rows some are lost or shared: {rows}")

@@ -1,0 +1,47 @@
+"""The engine's own events, put together for the log; the scheduler records its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from octavo.config import RuntimeOptions
+from octavo.engine.block_manager import BlockManager
+from octavo.engine.events import Event
+from octavo.engine.request import Request
+from octavo.engine.schedule import Schedule, SchedulerLimits
+from octavo.engine.scheduler import Scheduler
+from octavo.errors import QueueFullError
+
+
+def describe_engine(
+    options: RuntimeOptions, limits: SchedulerLimits, blocks: BlockManager
+) -> dict[str, Any]:
+    """What a reader of the log, or a replay of it, needs to know about the engine."""
+    return {
+        "block_size": blocks.block_size,
+        "num_blocks": blocks.num_blocks,
+        "max_waiting_requests": options.max_waiting_requests,
+        "max_waiting_tokens": options.max_waiting_tokens,
+        **asdict(limits),
+    }
+
+
+def arrival(request: Request, timeout: float | None, block_names: tuple[bytes, ...]) -> Event:
+    """A request was accepted."""
+    params = request.params
+    asked = (len(request.prompt_token_ids), params.max_tokens, params.n)
+    event = (request.arrival_time, "arrived", request.request_id, *asked)
+    return (*event, request.priority, timeout, block_names)
+
+
+def refusal(request_id: str, num_prompt_tokens: int, error: QueueFullError, now: float) -> Event:
+    """A request found the queue full."""
+    return (now, "refused", request_id, num_prompt_tokens, error.num_requests, error.num_tokens)
+
+
+def step_end(schedule: Schedule, scheduler: Scheduler, started: float, now: float) -> Event:
+    """A step has ended."""
+    counts = (schedule.num_decodes, schedule.num_tokens, schedule.num_attended)
+    state = (scheduler.num_running, scheduler.num_waiting, scheduler.blocks.num_free_blocks)
+    return (now, "step", None, schedule.number, now - started, *counts, *state)
