@@ -75,7 +75,7 @@ def test_the_loop_is_woken_once_a_step(llm: LLM) -> None:
         assert sum(batches) == 12
         await thread.stop()
         assert steps <= len(deliveries) <= steps + 6
-        assert max(stats.num_running for stats in deliveries) == 8
+        assert max(stats.engine.num_running for stats in deliveries) == 8
 
     run(test)
 

@@ -78,7 +78,7 @@ def test_a_full_queue_and_what_is_told(tmp_path: Path) -> None:
             text = (await client.get("/metrics")).text
             line = 'vllm:admission_rejections_total{engine="0",model_name="model",reason='
             assert f'{line}"queue_full"}} {len(refused)}.0' in text
-            assert service.stats.num_steps > 0
+            assert service.stats is not None and service.stats.engine.num_steps > 0
 
     run(test)
 

@@ -9,6 +9,7 @@ import typer
 from octavo.cli.common import (
     DeviceOption,
     DTypeOption,
+    EventLogOption,
     KeepEmbeddingOption,
     KVDTypeOption,
     LoadFormatOption,
@@ -163,6 +164,7 @@ def serve(
             rich_help_panel=_LIMITS,
         ),
     ] = 60.0,
+    event_log: EventLogOption = None,
     log_format: Annotated[
         str,
         typer.Option(
@@ -214,6 +216,7 @@ def serve(
         stall_timeout=stall_timeout,
         tool_parser=tool_call_parser,
         allowed_origins=tuple(allowed_origin or ()),
+        event_log=event_log,
         log_format=log_format,
     )
     path = resolve_model(model, environment)

@@ -23,6 +23,7 @@ from octavo.server.errors import ApiError, to_api_error
 from octavo.server.formats import ChatFormat, CompletionFormat, Format, Head
 from octavo.server.gate import Gate
 from octavo.server.metrics import CONTENT_TYPE
+from octavo.server.pages import add_pages
 from octavo.server.protocol import (
     ChatBody,
     CompletionBody,
@@ -64,6 +65,7 @@ def create_app(service: Service) -> ASGIApp:
     _add_models(app)
     _add_tokens(app)
     _add_probes(app)
+    add_pages(app, _service)
     gated: ASGIApp = Gate(app, service.options)
     if service.options.allowed_origins:
         from starlette.middleware.cors import CORSMiddleware
@@ -227,7 +229,7 @@ def _add_probes(app: FastAPI) -> None:
             "status": "ok" if health.ok else "unhealthy",
             "phase": service.phase,
             "reason": None if health.ok else health.reason,
-            "steps": service.stats.num_steps,
+            "steps": 0 if service.stats is None else service.stats.engine.num_steps,
             "seconds_since_progress": round(health.seconds_since_progress, 3),
         }
         return JSONResponse(body, 200 if health.ok else 503)

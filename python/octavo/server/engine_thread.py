@@ -15,9 +15,11 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
+from octavo.engine.events import EventLogFile
 from octavo.errors import EngineStepError, OctavoError
 from octavo.server.step_stats import StatsReader, StepStats
 from octavo.server.stream import EngineRequest, ResultStream
@@ -46,7 +48,8 @@ class EngineThread:
 
     load: makes the model, called in the thread. on_step: told of every step, in the event loop,
     after its outputs have been handed to their streams. stall_timeout: seconds without progress
-    after which `health` says no. Everything but `call`'s function runs in the event loop.
+    after which `health` says no. event_log: a file for the scheduler's decisions.
+    Everything but `call`'s function runs in the event loop.
     """
 
     def __init__(
@@ -54,8 +57,10 @@ class EngineThread:
         load: Callable[[], LLM],
         on_step: Callable[[StepStats], None] | None = None,
         stall_timeout: float = 60.0,
+        event_log: Path | None = None,
     ) -> None:
         self._load = load
+        self._event_log = event_log
         self._on_step = on_step
         self._stall_timeout = stall_timeout
         self._idle_beat = min(_IDLE_BEAT, stall_timeout / 4)
@@ -89,6 +94,10 @@ class EngineThread:
     def num_open(self) -> int:
         """Requests that have not ended."""
         return len(self._open)
+
+    def open_streams(self) -> list[ResultStream]:
+        """Requests that have not ended, in order of arrival."""
+        return list(self._open.values())
 
     def submit(self, request: EngineRequest) -> ResultStream:
         """Hand a request to the engine; whatever becomes of it comes out of the stream."""
@@ -210,7 +219,6 @@ class EngineThread:
         except BaseException as error:
             _log.critical("the engine's loop has ended", exc_info=error)
             self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
-        self._send(StepStats())
         self._call_loop(self._end)
 
     def _tell_loaded(self, error: BaseException | None) -> None:
@@ -227,23 +235,25 @@ class EngineThread:
     def _step_until_stopped(self, engine: Engine) -> None:
         was_idle = True
         reader = StatsReader(engine)
-        while True:
-            self._take_commands(wait=not engine.has_unfinished_requests)
-            if self._stopping:
-                return
-            steps_before = engine.num_steps
-            if engine.has_unfinished_requests:
-                was_idle = False
-                self._step(engine)
-                if engine.num_steps == steps_before and not self._outbox:
-                    time.sleep(0.001)  # nothing could be scheduled: do not spin
-            if engine.num_steps != steps_before or not engine.has_unfinished_requests:
-                self._progress_at = time.monotonic()
-            if self._outbox or not was_idle:
-                self._send(reader.read())
-            if not was_idle and not engine.has_unfinished_requests:
-                engine.check_integrity()  # an IntegrityError ends the loop, and /health says so
-                was_idle = True
+        with _Recorder(engine, self._event_log) as recorder:
+            while True:
+                self._take_commands(wait=not engine.has_unfinished_requests)
+                if self._stopping:
+                    return
+                steps_before = engine.num_steps
+                if engine.has_unfinished_requests:
+                    was_idle = False
+                    self._step(engine)
+                    if engine.num_steps == steps_before and not self._outbox:
+                        time.sleep(0.001)  # nothing could be scheduled: do not spin
+                if engine.num_steps != steps_before or not engine.has_unfinished_requests:
+                    self._progress_at = time.monotonic()
+                if self._outbox or not was_idle:
+                    self._send(reader.read())
+                if not was_idle and not engine.has_unfinished_requests:
+                    engine.check_integrity()  # an IntegrityError ends the loop; /health says so
+                    was_idle = True
+                recorder.flush(at_once=was_idle)
 
     def _take_commands(self, wait: bool) -> None:
         if wait:
@@ -324,3 +334,30 @@ class EngineThread:
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to be told
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function)
+
+
+class _Recorder:
+    """Writes the engine's event log to a file, once a second and whenever it falls idle."""
+
+    def __init__(self, engine: Engine, path: Path | None) -> None:
+        self._file = None if path is None else EventLogFile(engine.events, path)
+        self._events = engine.events
+        self._num_written = 0
+        self._next = 0.0
+
+    def flush(self, at_once: bool) -> None:
+        """Write what is new, if it is time to."""
+        if self._file is None or self._events.num_recorded == self._num_written:
+            return
+        now = time.monotonic()
+        if at_once or now >= self._next:
+            self._file.flush()
+            self._num_written = self._events.num_recorded
+            self._next = now + 1.0
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -76,7 +76,8 @@ class Gate:
                 message = "octavo failed on this request; its log says why"
                 await send_error(send_marked, ApiError(500, message, code="internal_error"))
         finally:
-            quiet = scope["path"] in _OPEN_PATHS or scope["path"].startswith("/static/")
+            # What the page and the probes ask for all the time is not worth a line each.
+            quiet = scope["path"] in (*_OPEN_PATHS, "/engine") or _is_static(scope["path"])
             log_event(
                 _log,
                 logging.DEBUG if quiet else logging.INFO,
@@ -93,7 +94,7 @@ class Gate:
             )
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if not self._keys or path in _OPEN_PATHS or path.startswith("/static/"):
+        if not self._keys or path in _OPEN_PATHS or _is_static(path):
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
         presented = given.strip().encode() if kind.lower() == "bearer" else b""
@@ -162,6 +163,10 @@ def _request_id(headers: Headers) -> str:
     """The client's own where it has a decent one, else a new one."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+def _is_static(path: str) -> bool:
+    return path.startswith("/static/")
 
 
 def _too_large(limit: int) -> ApiError:

@@ -7,6 +7,7 @@ Everything is observed in the event loop, once a step.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -51,8 +52,8 @@ class Metrics:
     def __init__(self, model_name: str, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self._labels = (model_name, "0")
-        self._engine = engine
-        self._num_blocks = engine.blocks.num_blocks
+        self._last = engine.stats()
+        self.recent_ttft: deque[float] = deque(maxlen=64)  # seconds
         self._make_gauges()
         self._make_counters()
         self._make_histograms(engine.options.max_model_len)
@@ -64,17 +65,20 @@ class Metrics:
 
     def observe_step(self, stats: StepStats) -> None:
         """After every step."""
-        self.running.set(stats.num_running)
-        self.waiting.set(stats.num_waiting)
-        self.kv_usage.set(stats.num_used_blocks / self._num_blocks)
-        for reason, gauge in self.waiting_by_reason.items():
-            gauge.set(stats.num_waiting if reason == stats.waiting_reason else 0)
-        self.waiting_for_capacity.set(stats.num_waiting)
+        now, before = stats.engine, self._last
+        self._last = now
+        self.running.set(now.num_running)
+        self.waiting.set(now.num_waiting)
+        self.kv_usage.set(1 - now.num_free_blocks / now.num_blocks)
+        if now.num_waiting or before.num_waiting:
+            for reason, gauge in self.waiting_by_reason.items():
+                gauge.set(now.num_waiting if reason == now.waiting_reason else 0)
+            self.waiting_for_capacity.set(now.num_waiting)
         if stats.num_tokens:
             self.iteration_tokens.observe(stats.num_tokens)
-        if stats.num_queried_tokens:
-            self.cache_queries.inc(stats.num_queried_tokens)
-            self.cache_hits.inc(stats.num_cached_tokens)
+        self.cache_queries.inc(now.num_prefix_queries - before.num_prefix_queries)
+        self.cache_hits.inc(now.num_prefix_hits - before.num_prefix_hits)
+        self.evictions.inc(now.num_evictions - before.num_evictions)
         for reason, count in stats.preemptions.items():
             self.preemptions.inc(count)
             self.preemptions_by_reason.labels(*self._labels, reason).inc(count)
@@ -103,6 +107,7 @@ class Metrics:
                 before = last.get(chunk.index)
                 if not last:
                     self.ttft.observe(now - stream.arrival_time)
+                    self.recent_ttft.append(round(now - stream.arrival_time, 4))
                     self.prompt_tokens.inc(num_prompt)
                 elif before is not None:
                     self.between_tokens.observe(now - before)
@@ -186,6 +191,12 @@ class Metrics:
             "prefix_cache_queries", "Tokens that the prefix cache was asked for."
         )
         self.cache_hits = self._counter("prefix_cache_hits", "Those of them that it had.")
+        self.evictions = Counter(
+            "octavo:kv_cache_evictions",
+            "Cached blocks that were given to others.",
+            _LABELS,
+            registry=self.registry,
+        ).labels(*self._labels)
         self.tokens_by_source = self._labelled(
             "vllm:prompt_tokens_by_source",
             "Prompt tokens of ended requests, by source.",
@@ -262,5 +273,5 @@ class Metrics:
             registry=self.registry,
         )
         options = engine.options
-        values = (options.block_size, self._num_blocks, options.kv_dtype)
+        values = (options.block_size, engine.blocks.num_blocks, options.kv_dtype)
         info.labels(*map(str, (*values, options.enable_prefix_caching)), "0").set(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from octavo.errors import InvalidArgumentError
 
@@ -26,6 +27,7 @@ class ServerOptions:
     stall_timeout: seconds without a step, while there is work, after which /health says so.
     tool_parser: how calls of tools are written in answers; "auto" goes by the chat template.
     allowed_origins: web pages from there may use the API (CORS); "*" for any.
+    event_log: a file for every decision of the scheduler.
     log_format: "json" (a line of JSON an event), "text", or "auto": text on a terminal.
     """
 
@@ -39,6 +41,7 @@ class ServerOptions:
     stall_timeout: float = 60.0
     tool_parser: str = "auto"
     allowed_origins: tuple[str, ...] = ()
+    event_log: Path | None = None
     log_format: str = "auto"
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from octavo.llm import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
 from octavo.server.errors import ApiError, unavailable
+from octavo.server.live import LiveView
 from octavo.server.metrics import Metrics
 from octavo.server.options import ServerOptions
 from octavo.server.protocol import ChatBody, ChatFields, CompletionBody, SamplingBody
@@ -33,10 +34,11 @@ class Service:
 
     def __init__(self, options: ServerOptions, load: Callable[[], LLM]) -> None:
         self.options = options
-        self.engine = EngineThread(load, self._on_step, options.stall_timeout)
+        self.engine = EngineThread(load, self._on_step, options.stall_timeout, options.event_log)
         self.phase: Phase = "loading"
         self.started = time.time()
-        self.stats = StepStats()
+        self.stats: StepStats | None = None
+        self.live = LiveView(self)
         self.metrics: Metrics | None = None
         self.tool_format: ToolFormat | None = None
         self._llm: LLM | None = None
@@ -91,6 +93,12 @@ class Service:
             raise self._unavailable(f"the engine has stopped: {self.engine.problem}", "stopped")
         return self._llm
 
+    def llm_to_watch(self) -> LLM:
+        """The model, while requests are taken and while the last ones end."""
+        if self._llm is None or self.engine.state != "ready":
+            return self.llm()
+        return self._llm
+
     def _unavailable(self, message: str, code: str) -> ApiError:
         if self.metrics is not None:
             self.metrics.rejected("unavailable")
@@ -136,6 +144,7 @@ class Service:
 
     def _on_step(self, stats: StepStats) -> None:
         self.stats = stats
+        self.live.observe_step(stats)
         if self.metrics is not None:
             self.metrics.observe_step(stats)
 

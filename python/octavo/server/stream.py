@@ -33,6 +33,7 @@ class ResultStream:
     request: what was asked. arrival_time: seconds of `time.monotonic`. result: the whole output,
     once it has ended well. observe: called with each chunk as it comes, and with None when the
     request ends without its last one, unless it was never begun; for the metrics.
+    first_token_time, num_output_tokens: how far it has come.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class ResultStream:
     ) -> None:
         self.request = request
         self.arrival_time = time.monotonic()
+        self.first_token_time: float | None = None
+        self.num_output_tokens = 0
         self.result: RequestOutput | None = None
         self.observe: Callable[[OutputChunk | None], None] | None = None
         self._on_close = on_close
@@ -60,6 +63,9 @@ class ResultStream:
         if isinstance(item, OctavoError):
             self._error = item
         else:
+            self.num_output_tokens += len(item.token_ids)
+            if item.token_ids and self.first_token_time is None:
+                self.first_token_time = time.monotonic()
             if not self._only_end:
                 self._chunks.append(item)
             self.result = item.result

@@ -1,0 +1,83 @@
+"""The page at /, its files, and what it asks of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from octavo.engine.events import EventLog
+from octavo.engine.explain import explain
+from octavo.engine.log_file import log_of
+from octavo.errors import InvalidArgumentError
+from octavo.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from octavo.llm import LLM
+    from octavo.server.service import Service
+
+_STATIC = Path(__file__).parent / "static"
+# Nothing from another host, nothing inline, nobody's frame around it.
+_POLICY = (
+    "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+
+
+def add_pages(app: FastAPI, service_of: Callable[[Request], Service]) -> None:
+    """Add the page and the routes under /engine."""
+    app.mount("/static", StaticFiles(directory=_STATIC), name="static")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
+        return FileResponse(_STATIC / "index.html", headers=headers)
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return FileResponse(_STATIC / "icon.svg", media_type="image/svg+xml")
+
+    @app.get("/engine")
+    async def engine(request: Request) -> Response:
+        """Running and waiting requests, the KV cache block by block, speeds."""
+        return JSONResponse(await service_of(request).live.describe())
+
+    @app.get("/engine/requests/{request_id}")
+    async def explanation(request_id: str, request: Request) -> Response:
+        """Where a request's time went, in sentences, as far as the event log's ring remembers."""
+        service = service_of(request)
+        service.llm_to_watch()
+        copy = await service.engine.call(_copy_events)
+        try:
+            sentences = await asyncio.to_thread(_explain, copy, request_id)
+        except InvalidArgumentError as error:
+            raise ApiError(404, str(error), param="request_id") from error
+        return JSONResponse({"id": request_id, "sentences": sentences})
+
+    @app.get("/engine/events")
+    async def events(request: Request) -> Response:
+        """The scheduler's last decisions, for `octavo explain`, `trace` and `replay`."""
+        service = service_of(request)
+        service.llm_to_watch()
+        copy = await service.engine.call(_copy_events)
+        lines = await asyncio.to_thread(lambda: "".join(f"{line}\n" for line in copy.as_jsonl()))
+        return Response(lines, media_type="application/x-ndjson")
+
+
+def _copy_events(llm: LLM) -> EventLog:
+    """The ring as it is now, so that it can be read while the engine goes on."""
+    events = llm.engine.events
+    copy = EventLog(max(1, len(events)), events.header)
+    for event in events:
+        copy.record(event)
+    copy.num_recorded = events.num_recorded
+    return copy
+
+
+def _explain(events: Any, request_id: str) -> list[str]:
+    return list(explain(log_of(events), request_id))
