@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import uvicorn
 
 from engine_helpers import EOS, FakeRuntime, fake_engine, plain_tokenizer_directory
 from octavo.config import RuntimeOptions
@@ -96,6 +98,29 @@ async def serving(
             await service.engine.call(lambda found: found.engine.check_integrity())
         finally:
             await service.engine.stop()
+
+
+@contextlib.contextmanager
+def listening(llm: LLM, **options: Any) -> Iterator[str]:
+    """The application behind a real socket, in a thread of its own; yields its URL."""
+    service = Service(ServerOptions(**options), lambda: llm)
+    app = create_app(service)
+
+    async def started(scope: Any, receive: Any, send: Any) -> None:
+        if service.engine.loaded is None:
+            await service.start()
+        await app(scope, receive, send)
+
+    server = uvicorn.Server(uvicorn.Config(started, port=0, log_config=None, lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
 
 
 def run(test: Callable[[], Awaitable[None]], seconds: float = 120) -> None:

@@ -7,15 +7,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import octavo
+from octavo.engine.events import WAITING_REASONS
 from octavo.server.live import BLANK, FIRST_OWNER, SHARED
-from octavo.server.options import ServerOptions
-from octavo.server.service import Service
-from server_helpers import error_of, fake_llm, run, serving, slow_down
+from server_helpers import error_of, fake_llm, listening, run, serving, slow_down
 
 STATIC = Path(octavo.__file__).parent / "server" / "static"
 
@@ -70,7 +68,7 @@ def test_the_live_view(tmp_path: Path) -> None:
             running = [r for r in now["requests"] if r["state"] == "running"]
             assert len(now["requests"]) == 6 and 1 <= len(running) <= 5
             assert now["stats"]["num_running"] > 0 and now["stats"]["num_waiting"] > 0
-            assert "were" in now["stats"]["waiting_for"]
+            assert now["stats"]["waiting_for"] in WAITING_REASONS.values()
             states = base64.b64decode(now["blocks"]["map"])
             assert SHARED in states  # the answers of one request share their prompt
             owners = {owner for request in running for owner in request["owners"]}
@@ -109,32 +107,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def page_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The fake model behind a real socket, in a thread."""
-    import threading
-
-    import uvicorn
-
-    from octavo.server.app import create_app
-
     llm = fake_llm(tmp_path_factory.mktemp("page"))
     slow_down(llm, 0.004)
-    service = Service(ServerOptions(served_names=("tiny",)), lambda: llm)
-    app = create_app(service)
-
-    async def started(scope: Any, receive: Any, send: Any) -> None:
-        if service.engine.loaded is None:
-            await service.start()
-        await app(scope, receive, send)
-
-    config = uvicorn.Config(started, port=0, log_config=None, lifespan="off")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        thread.join(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+    with listening(llm, served_names=("tiny",)) as url:
+        yield url
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")

@@ -16,11 +16,20 @@ from octavo.errors import OctavoError
 
 
 class Verb(NamedTuple):
-    """A command: its module has a function of the same name, annotated for typer."""
+    """A command of one word or two.
+
+    Its module has a function of the same name (an underscore for the space), annotated for typer.
+    """
 
     name: str
     summary: str
     panel: str
+
+    def load(self) -> Callable[..., Any]:
+        """Import the function."""
+        name = self.name.replace(" ", "_")
+        function: Callable[..., Any] = getattr(importlib.import_module(f"octavo.cli.{name}"), name)
+        return function
 
 
 _RUN, _MODELS = "Run a model", "Look after models"
@@ -38,6 +47,7 @@ VERBS = (
     Verb("quantize", "Write a model with its weights rounded to 8 or 4 bits.", _MODELS),
     Verb("diff", "Show where octavo, its reference and Hugging Face part.", _MODELS),
     Verb("bench", "Measure speed beside the machine's limits.", _MEASURE),
+    Verb("bench serve", "Measure a server under load.", _MEASURE),
     Verb("eval", "Measure perplexity, and what a number format costs.", _MEASURE),
     Verb("explain", "Tell where a request's time went, from an event log.", _SCHEDULING),
     Verb("trace", "Turn an event log into a trace for ui.perfetto.dev.", _SCHEDULING),
@@ -90,11 +100,19 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog=_EPILOG)(_octavo)
-    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    words = [word for word in arguments if not word.startswith("-")][:2]
     for verb in VERBS:
-        if verb.name == wanted:
-            function = getattr(importlib.import_module(f"octavo.cli.{verb.name}"), verb.name)
-            app.command(verb.name, rich_help_panel=verb.panel)(function)
+        if " " in verb.name and verb.name == " ".join(words):
+            # A command beside another of the same first word, which alone would take the second
+            # for its argument.
+            group = typer.Typer()
+            group.callback()(_bench)
+            group.command(words[1])(verb.load())
+            app.add_typer(group, name=words[0])
+            return app
+    for verb in VERBS:
+        if words[:1] == [verb.name]:
+            app.command(verb.name, rich_help_panel=verb.panel)(verb.load())
         else:
             app.command(verb.name, help=verb.summary, rich_help_panel=verb.panel)(_not_loaded)
     return app
@@ -102,6 +120,10 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
 
 def _not_loaded() -> None:
     """Stands for a verb in the help; only the verb on the command line ever runs."""
+
+
+def _bench() -> None:
+    """Measure speed."""
 
 
 def _print_version(asked: bool) -> None:

@@ -109,6 +109,8 @@ def bench(
     Each test then has a gate before it is timed: a sequence's logits must have the same bits alone
     and in the batch (on a GPU without --deterministic: nearly the same numbers). A test that fails
     it gets no figure. Exit code: 0 all gates passed, 1 not.
+
+    A server is measured by [bold]octavo bench serve[/bold].
     """
     from octavo.bench.cases import make_cases
     from octavo.bench.report import OUTPUTS, print_result

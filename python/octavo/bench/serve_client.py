@@ -1,0 +1,183 @@
+"""A client of OpenAI's API that does no more than a load test needs, so that it costs little.
+
+HTTP/1.1 over asyncio's streams, a connection a request, and of each server-sent event the time it
+came. What a general client does besides would take the time of the server on a small machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+from urllib.parse import urlsplit
+
+from octavo.bench.serve_workload import Job
+from octavo.errors import InvalidArgumentError, OctavoError
+
+
+@dataclass
+class Record:
+    """What became of one request; times in seconds of `time.perf_counter`.
+
+    chunk_times: when each piece of text came. status: of HTTP, 0 where there was no answer.
+    """
+
+    start: float
+    end: float = 0.0
+    chunk_times: list[float] = field(default_factory=list)
+    num_prompt_tokens: int = 0
+    num_answer_tokens: int = 0
+    status: int = 0
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the whole answer came."""
+        return self.error is None and self.status == 200 and bool(self.chunk_times)
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first text."""
+        return self.chunk_times[0] - self.start
+
+    @property
+    def e2e(self) -> float:
+        """Seconds to the end."""
+        return self.end - self.start
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between one piece of text and the next."""
+        times = self.chunk_times
+        return [after - before for before, after in pairwise(times)]
+
+    @property
+    def mean_gap(self) -> float:
+        """Seconds for each token after the first; 0 for a single one."""
+        count = self.num_answer_tokens - 1
+        return (self.chunk_times[-1] - self.chunk_times[0]) / count if count > 0 else 0.0
+
+
+class Client:
+    """Asks one server. url: as in http://127.0.0.1:8000, with or without /v1 at its end."""
+
+    def __init__(self, url: str, api_key: str | None = None, timeout: float = 600.0) -> None:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidArgumentError(f"url is {url!r}; expected one as http://127.0.0.1:8000")
+        self._host = parts.hostname
+        self._port = parts.port or (443 if parts.scheme == "https" else 80)
+        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self._prefix = parts.path.rstrip("/").removesuffix("/v1")
+        self._timeout = timeout
+        key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
+        self._headers = f"Host: {parts.netloc}\r\n{key}Connection: close\r\n"
+        self.url = url
+
+    async def model(self) -> str:
+        """The first model that the server names."""
+        try:
+            status, body = await asyncio.wait_for(self._get("/v1/models"), 30)
+        except (OSError, asyncio.TimeoutError) as error:
+            raise OctavoError(
+                f"{self.url} does not answer ({error or 'no reply in 30 seconds'}): start a "
+                f"server first, as in `octavo serve`"
+            ) from error
+        try:
+            return str(json.loads(body)["data"][0]["id"])
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            text = body[:200].decode(errors="replace")
+            raise OctavoError(f"{self.url}/v1/models gave status {status}: {text}") from error
+
+    async def ask(self, job: Job, model: str) -> Record:
+        """Send a request and follow its answer to the end; never raises for what it meets."""
+        body = {**job.body, "model": model, "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        record = Record(time.perf_counter())
+        try:
+            await asyncio.wait_for(self._post(job.path, body, record), self._timeout)
+        except (OSError, asyncio.TimeoutError, ValueError, asyncio.IncompleteReadError) as error:
+            record.error = f"{type(error).__name__}: {error}"
+        record.end = time.perf_counter()
+        if record.error is None and record.status == 200 and not record.num_answer_tokens:
+            record.num_answer_tokens = len(record.chunk_times)  # a server that counts nothing
+        return record
+
+    async def _get(self, path: str) -> tuple[int, bytes]:
+        reader, writer = await self._connect()
+        try:
+            writer.write(f"GET {self._prefix}{path} HTTP/1.1\r\n{self._headers}\r\n".encode())
+            status, chunked = await _read_head(reader)
+            parts = [part async for part in _body(reader, chunked)]
+        finally:
+            writer.close()
+        return status, b"".join(parts)
+
+    async def _post(self, path: str, body: dict[str, Any], record: Record) -> None:
+        content = json.dumps(body).encode()
+        head = (
+            f"POST {self._prefix}{path} HTTP/1.1\r\n{self._headers}"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        )
+        reader, writer = await self._connect()
+        try:
+            writer.write(head.encode() + content)
+            record.status, chunked = await _read_head(reader)
+            if record.status != 200:
+                parts = [part async for part in _body(reader, chunked)]
+                record.error = b"".join(parts)[:300].decode(errors="replace")
+                return
+            rest = b""
+            async for part in _body(reader, chunked):
+                now = time.perf_counter()
+                *events, rest = (rest + part).split(b"\n\n")
+                for event in events:
+                    _take_event(event, now, record)
+        finally:
+            writer.close()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(self._host, self._port, ssl=self._ssl)
+
+
+def _take_event(event: bytes, now: float, record: Record) -> None:
+    data = event.strip().removeprefix(b"data:").strip()
+    if not data or data == b"[DONE]" or data.startswith(b":"):
+        return
+    found = json.loads(data)
+    if "error" in found:
+        error = found["error"]
+        record.error = str(error.get("message", error) if isinstance(error, dict) else error)
+        return
+    usage = found.get("usage")
+    if usage:
+        record.num_prompt_tokens = usage.get("prompt_tokens", 0)
+        record.num_answer_tokens = usage.get("completion_tokens", 0)
+    for choice in found.get("choices") or ():
+        if choice.get("text") or (choice.get("delta") or {}).get("content"):
+            record.chunk_times.append(now)
+
+
+async def _read_head(reader: asyncio.StreamReader) -> tuple[int, bool]:
+    """The status, and whether the body is chunked."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    chunked = any(line.lower().replace(b" ", b"") == b"transfer-encoding:chunked" for line in lines)
+    return int(first.split()[1]), chunked
+
+
+async def _body(reader: asyncio.StreamReader, chunked: bool) -> Any:
+    """The body's pieces as they come; the connection ends with it."""
+    if not chunked:
+        while part := await reader.read(65536):
+            yield part
+        return
+    while True:
+        size = int((await reader.readline()).split(b";")[0], 16)
+        if size == 0:
+            return
+        yield (await reader.readexactly(size + 2))[:size]
