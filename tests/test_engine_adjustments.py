@@ -21,8 +21,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 WARM = replace(GREEDY, temperature=0.8, seed=11)
 
 
-def tiny_engine(num_blocks: int = 32, max_num_batched_tokens: int = 128) -> Engine:
-    options = RuntimeOptions("f32", "f32", 16, 256, 8, max_num_batched_tokens, 2)
+def tiny_engine(num_blocks: int = 32, overlap_steps: bool = False) -> Engine:
+    options = RuntimeOptions("f32", "f32", 16, 256, 8, 128, 2, overlap_steps=overlap_steps)
     runtime = tiny_runtime(num_blocks=num_blocks)
     return Engine(runtime, options, num_kv_blocks=num_blocks, vocab_size=VOCAB)
 
@@ -105,16 +105,20 @@ def test_every_kind_changes_something() -> None:
         assert (changed == plain) == (name == "nothing"), name
 
 
+@pytest.mark.parametrize("overlap_steps", [False, True])
 @pytest.mark.parametrize("num_blocks", [32, 7])
-def test_in_company_and_preempted_as_alone(num_blocks: int) -> None:
-    """Requests with and without penalties in one batch; 7 blocks are too few for all of them."""
+def test_in_company_and_preempted_as_alone(num_blocks: int, overlap_steps: bool) -> None:
+    """Requests with and without penalties in one batch; 7 blocks are too few for all of them.
+
+    With two steps in flight a penalty must still know the token before.
+    """
     requests = [
         (PROMPTS[index % len(PROMPTS)], replace(base, **changes))
         for base in (GREEDY, WARM)
         for index, changes in enumerate(CHANGES.values())
     ][:7]
     alone = [answers(tiny_engine(), [request])[0] for request in requests]
-    engine = tiny_engine(num_blocks)
+    engine = tiny_engine(num_blocks, overlap_steps)
     together = answers(engine, requests)
     assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
     preempted = any(output.metrics.num_preemptions for output in together)
