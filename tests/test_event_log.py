@@ -209,7 +209,7 @@ def test_a_torn_last_line_is_forgiven(tmp_path: Path) -> None:
         (['{"event": "log", "version": 1}', '{"event": "step"}'], "'step'; expected an event"),
         (
             ['{"event": "log", "version": 1}', '{"event": "chunk", "time": 1, "start": 0}'],
-            "line 2 of x is a 'chunk' without step, num_tokens",
+            "line 2 of x is a 'chunk' without num_tokens, step",
         ),
     ],
 )

@@ -186,3 +186,20 @@ def test_the_llm_takes_the_option(tmp_path: Path) -> None:
         assert llm.engine.options.overlap_steps == bool(overlap)  # not on the CPU, unless asked
         texts.add(llm.generate("Hello fox", params, progress=False)[0].text)
     assert len(texts) == 1
+
+
+def test_penalties_wait_for_the_tokens_they_count() -> None:
+    """What a step may draw depends on what the last one drew: such steps are not overlapped."""
+    penalized = SamplingParams(
+        temperature=0.8, seed=4, max_tokens=40, frequency_penalty=1.5, repetition_penalty=1.3
+    )
+    biased = SamplingParams(temperature=0.8, seed=4, max_tokens=40, logit_bias=((7, 2.5),))
+    requests = {
+        "subject1": (prompt_of(40, seed=1), penalized),
+        "subject2": (prompt_of(33, seed=2), biased),
+        "subject3": (prompt_of(20, seed=3), SamplingParams(**GREEDY, max_tokens=60)),
+    }
+    expected = facts(run(make_engine(), requests, apart=True))
+    plain = facts(run(make_engine(), {"subject1": (requests["subject1"][0], MODES["greedy"])}))
+    assert expected["subject1"] != plain["subject1"]
+    assert facts(run(make_engine(overlap_steps=True), requests)) == expected

@@ -327,6 +327,8 @@ class Engine:
                 continue
             try:
                 text = self._append(answer, token, logprobs[row], now)
+            except IntegrityError:
+                raise
             except Exception as error:  # of its detokenizer: no other request is to blame
                 problem = f"the text of request {answer.request.request_id!r} cannot be made: "
                 chunks += self._fail(answer, now, f"{problem}{type(error).__name__}: {error}")

@@ -33,7 +33,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     # A sequence got its blocks. Of its num_tokens tokens the cache (or a sibling) held so many.
     "admitted": ("num_tokens", "num_cached_tokens", "num_running", "num_free_blocks"),
     # A part of a prompt is computed in this step, a number.
-    "chunk": ("step", "start", "num_tokens"),
+    "chunk": ("start", "num_tokens", "step"),
     # A sequence lost its blocks to another one; reason: kv_blocks or priority.
     "preempted": ("reason", "by", "num_computed_tokens"),
     "first_token": (),
@@ -41,7 +41,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
     # A step has ended; it began `seconds` before `time`. num_attended: for every token computed
     # the tokens it attends to, summed.
     "step": (
-        "step",
         "seconds",
         "num_decodes",
         "num_tokens",
@@ -49,6 +48,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "num_running",
         "num_waiting",
         "num_free_blocks",
+        "step",
     ),
 }
 

@@ -44,4 +44,4 @@ def step_end(schedule: Schedule, scheduler: Scheduler, started: float, now: floa
     """A step has ended."""
     counts = (schedule.num_decodes, schedule.num_tokens, schedule.num_attended)
     state = (scheduler.num_running, scheduler.num_waiting, scheduler.blocks.num_free_blocks)
-    return (now, "step", None, schedule.number, now - started, *counts, *state)
+    return (now, "step", None, now - started, *counts, *state, schedule.number)

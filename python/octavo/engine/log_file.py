@@ -160,7 +160,7 @@ def _index(header: dict[str, Any], records: list[dict[str, Any]]) -> LogFile:
     for record in records:
         record["time"] = round(record["time"] - begin, 6)
         if record["event"] == "step":
-            values = [record[name] for name in FIELDS["step"][2:]]
+            values = [record[name] for name in FIELDS["step"][1:-1]]
             start = round(record["time"] - record["seconds"], 6)
             steps.append(Step(record["step"], start, record["time"], *values))
         elif "request" in record:

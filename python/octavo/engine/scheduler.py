@@ -213,7 +213,7 @@ class Scheduler:
     def _schedule_chunk(self, sequence: Sequence, step: StepInTheMaking) -> None:
         start = sequence.num_computed_tokens
         num_new_tokens = min(sequence.num_uncomputed_tokens, step.budget)
-        self.events.record((step.now, "chunk", sequence.key, step.number, start, num_new_tokens))
+        self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens, step.number))
         step.add(sequence, num_new_tokens)
 
     # ---- who gets in ----
