@@ -23,7 +23,7 @@ struct Partials {
   float* sums = nullptr;
   std::int32_t* counters = nullptr;  // zero, and zero again afterwards
 };
-constexpr std::size_t kCounterBytes = 64 * sizeof(std::int32_t);
+constexpr std::size_t kCounterBytes = 64 * sizeof(std::int32_t);  // a multiple of 256
 // Bytes of sums for `rows` rows at most.
 std::size_t partial_bytes(std::int64_t rows, std::int64_t outputs, std::int64_t inputs);
 
@@ -31,5 +31,11 @@ std::size_t partial_bytes(std::int64_t rows, std::int64_t outputs, std::int64_t 
 constexpr int kMostQuantizedRows = 64;
 void multiply_tiles(Stream& stream, View out, View x, const Matrix& weight,
                     const Partials& partials);
+
+// The matrix's numbers in T, written to `to`: outputs * ceil(inputs / 32) * 64 bytes. int8 ones as
+// whole numbers whose sums are still to be scaled, unless `scaled`. (dequantize.cu)
+Matrix dequantize(Stream& stream, void* to, DType dtype, const Matrix& weight, bool scaled);
+// Outputs first .. first + count - 1 of a matrix with 16-bit scales.
+Matrix outputs_of(const Matrix& weight, int first, int count);
 
 }  // namespace octavo::cuda

@@ -199,26 +199,33 @@ OCTAVO_DEVICE void add_shares(Sums<Shape>& total, const uint4* left, int tile, i
   }
 }
 
-// Writes a warp's part of the tile. Lanes exchange sums, so that each has two neighbouring outputs
-// of one row and writes them together where they lie so.
+// Writes the tile by way of shared memory, so that neighbouring threads write neighbouring outputs.
 template <class Shape>
-OCTAVO_DEVICE void write_part(const Numbers& out, const Matrix& weight, const Sums<Shape>& total,
-                              int first_output, int first_row) {
-  const int lane = static_cast<int>(lane_index()), g = lane / 4, odd = g % 2;
+OCTAVO_DEVICE void write_tile(const Numbers& out, const Matrix& weight, const Sums<Shape>& total,
+                              const Part<Shape>& part, int first_output, int first_row) {
+  constexpr int kPitch = Shape::outputs + 4;  // a warp's lanes write to different banks
+  auto* tile = reinterpret_cast<float*>(shared_memory());
+  const int lane = static_cast<int>(lane_index());
+  __syncthreads();
 #pragma unroll
   for (int i = 0; i < Part<Shape>::outputs; ++i) {
 #pragma unroll
     for (int j = 0; j < Part<Shape>::rows; ++j) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float mine[2] = {total[i][j][2 * half], total[i][j][2 * half + 1]};
-        const float other = shuffle_xor(mine[1 - odd], 4);
-        const int row = first_row + 8 * j + 2 * (lane % 4) + odd;
-        const int output = first_output + 16 * i + 8 * half + g - odd;
-        if (row < out.rows)
-          write_pair(out, weight, row, output, odd ? other : mine[0], odd ? mine[1] : other);
+      for (int k = 0; k < 4; ++k) {
+        const int row = part.first_row + 8 * j + 2 * (lane % 4) + k % 2;
+        const int output = part.first_output + 16 * i + k / 2 * 8 + lane / 4;
+        tile[row * kPitch + output] = total[i][j][k];
       }
     }
+  }
+  __syncthreads();
+  constexpr int kPairs = Shape::outputs / 2;
+  const int rows = smaller(Shape::rows, out.rows - first_row);
+  for (int i = static_cast<int>(threadIdx.x); i < rows * kPairs; i += Shape::threads) {
+    const int row = i / kPairs, output = i % kPairs * 2;
+    const float* two = tile + row * kPitch + output;
+    write_pair(out, weight, first_row + row, first_output + output, two[0], two[1]);
   }
 }
 
@@ -290,13 +297,12 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
     ++slice;
   }
   async_wait<0>();
+  __syncthreads();  // before shared memory has another use
   if (shares > 1) {
-    __syncthreads();  // before shared memory has another use
     if (!arrives_last(partials.counters + tile)) return;
     add_shares<Shape>(total, left, tile, slices);
   }
-  write_part<Shape>(out, weight, total, first_output + part.first_output,
-                    first_row + part.first_row);
+  write_tile<Shape>(out, weight, total, part, first_output, first_row);
 }
 
 // Blocks that share a tile: none where there are tiles for more than half of the processors.
