@@ -113,6 +113,8 @@ def test_quantized_products_equal_the_reference(format: WeightFormat, dtype: str
         (7, 33, 96),
         (11, 130, 328),
         (20, 150, 272),
+        (45, 40, 200),
+        (70, 33, 144),
     ]:
         codes, scales, zeros = quantized(outputs, inputs, format)
         x, bias = uniform(rows, rows, inputs), uniform(rows + 2, outputs)
@@ -134,3 +136,32 @@ def test_embeddings_are_rows_of_the_table(dtype: str) -> None:
             assert (ops.embed(table, ids, dtype=weight_dtype) == stored[0][ids]).all()
             actual = ops.embed(table, ids, position_table, positions, weight_dtype)
             assert (actual == stored[0][ids] + stored[1][positions]).all()
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("format", [None, *FORMATS[:5], FORMATS[-1]], ids=str)
+def test_a_row_has_the_same_bits_in_every_batch(format: WeightFormat | None, dtype: str) -> None:
+    """Across all kernels and tiles: 1 to 8, 9 to 16, to 32, to 64 and more rows."""
+    ops = native(dtype, deterministic=True)
+    # 392 and 1400 inputs: 4 slices, and 6 of 256 whose last is cut short; 2 tiles of outputs.
+    for outputs, inputs in [(136, 392), (20, 1400)]:
+        x = uniform(inputs, 70, inputs) * np.float32(3)
+        if format is None:
+            weight = uniform(outputs, outputs, inputs)
+
+            def product(rows: Float32, weight: Float32 = weight) -> Any:
+                return ops.linear(rows, weight, None, dtype)
+        else:
+            codes, scales, zeros = quantized(outputs, inputs, format)
+
+            def product(
+                rows: Float32,
+                codes: np.ndarray = codes,
+                scales: Float32 = scales,
+                zeros: Float32 | None = zeros,
+            ) -> Any:
+                return ops.quantized_linear(rows, codes, scales, format, zeros)
+
+        together = product(x)
+        for first, count in [(69, 1), (3, 5), (60, 8), (7, 9), (5, 16), (20, 17), (1, 33), (0, 64)]:
+            assert (product(x[first : first + count]) == together[first : first + count]).all()

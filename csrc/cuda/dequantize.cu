@@ -36,8 +36,8 @@ __global__ void dequantize_units(unsigned char* to, long long to_row_bytes, Matr
     const int place = unit * blocks_per_unit(codes) + block;
     if (place * kUnitBytes >= to_row_bytes) break;  // padding
     std::uint32_t pairs[4];
-    numbers_of_block<T, codes>(pairs, bytes, block, scales, offsets, weight.zeros != nullptr,
-                               weight.levels);
+    numbers_of_block<T, codes>(pairs, bytes, block, scales.words[block / 2],
+                               offsets.words[block / 2], weight.zeros != nullptr, weight.levels);
     if (codes == Codes::int8 && scaled) {
       const float scale = weight.output_scales[output];
       for (int i = 0; i < 4; ++i) {

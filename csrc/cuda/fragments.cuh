@@ -78,35 +78,39 @@ struct UnitScales {
   std::uint32_t words[2];
 };
 
+
+// Where the first scale of a unit lies in its row of them.
+OCTAVO_DEVICE int first_scale(const Matrix& m, int unit) { return 4 * unit >> m.scale_shift; }
+
+// Word `pair` of them, that of blocks 2 pair and 2 pair + 1. scales: the unit's first.
+OCTAVO_DEVICE std::uint32_t load_scale_pair(const std::uint16_t* scales, const Matrix& m,
+                                            int pair) {
+  if (m.scale_shift == 0) return reinterpret_cast<const std::uint32_t*>(scales)[pair];
+  const std::uint32_t one = scales[m.scale_shift == 1 ? pair : 0];
+  return one | one << 16;
+}
+
 OCTAVO_DEVICE UnitScales load_scales(const void* table, const Matrix& m, int output, int unit) {
-  const auto* row = static_cast<const std::uint16_t*>(table) +
-                    static_cast<long long>(output) * m.scales_per_row;
+  const auto* scales = static_cast<const std::uint16_t*>(table) +
+                       static_cast<long long>(output) * m.scales_per_row + first_scale(m, unit);
   UnitScales s;
-  if (m.scale_shift == 0) {
-    const auto* two = reinterpret_cast<const std::uint32_t*>(row + 4 * unit);
-    s.words[0] = two[0];
-    s.words[1] = two[1];
-  } else if (m.scale_shift == 1) {
-    const std::uint32_t two = *reinterpret_cast<const std::uint32_t*>(row + 2 * unit);
-    s.words[0] = permute_bytes(two, 0, 0x1010u);
-    s.words[1] = permute_bytes(two, 0, 0x3232u);
-  } else {
-    const std::uint32_t one = row[4 * unit >> m.scale_shift];
-    s.words[0] = s.words[1] = one | one << 16;
-  }
+  s.words[0] = load_scale_pair(scales, m, 0);
+  s.words[1] = m.scale_shift < 2 ? load_scale_pair(scales, m, 1) : s.words[0];
   return s;
 }
 
-OCTAVO_DEVICE std::uint32_t scale_of(const UnitScales& s, int block) {
-  return permute_bytes(s.words[block / 2], 0, block % 2 ? 0x3232u : 0x1010u);
+// Twice the scale of the first or second block of a pair.
+OCTAVO_DEVICE std::uint32_t scale_of(std::uint32_t pair, int block) {
+  return permute_bytes(pair, 0, block % 2 ? 0x3232u : 0x1010u);
 }
 
-// Pairs of the 8 numbers that a lane's 16 bytes of a unit hold of a block. int8 codes stay whole
-// numbers: their scale is the output's, and multiplies the sum.
+// Pairs of the 8 numbers that a lane's 16 bytes of a unit hold of a block. scales, offsets: those of
+// the block and its neighbour. int8 codes stay whole numbers: their scale is the output's, and
+// multiplies the sum.
 template <class T, Codes codes>
 OCTAVO_DEVICE void numbers_of_block(std::uint32_t (&pairs)[4], const uint4& bytes, int block,
-                                    const UnitScales& scales, const UnitScales& offsets,
-                                    bool has_zeros, const Levels& levels) {
+                                    std::uint32_t scales, std::uint32_t offsets, bool has_zeros,
+                                    const Levels& levels) {
   const std::uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
   if constexpr (codes < Codes::int8) {
     for (int i = 0; i < 4; ++i) pairs[i] = words[i];

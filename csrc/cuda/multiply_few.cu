@@ -97,10 +97,10 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, codes >= Codes::int4 && !h
         const int slot = (u * kBlocks + block) % kAheadBlocks, s = kScaled ? u : 0,
                   o = has_zeros ? u : 0;
         std::uint32_t a[4], b[4];
-        numbers_of_block<T, codes>(a, ring[u][0], block, scales[s][0], offsets[o][0], has_zeros,
-                                   weight.levels);
-        numbers_of_block<T, codes>(b, ring[u][1], block, scales[s][1], offsets[o][1], has_zeros,
-                                   weight.levels);
+        numbers_of_block<T, codes>(a, ring[u][0], block, scales[s][0].words[block / 2],
+                                   offsets[o][0].words[block / 2], has_zeros, weight.levels);
+        numbers_of_block<T, codes>(b, ring[u][1], block, scales[s][1].words[block / 2],
+                                   offsets[o][1].words[block / 2], has_zeros, weight.levels);
         multiply_block<T>(sums, a, b, ahead[slot]);
         fetch_x(slot, unit * kBlocks + block + kAheadBlocks);
       }

@@ -11,6 +11,8 @@ template <class T, Codes codes>
 void run(Stream& stream, View out, View x, const Matrix& weight, const Partials& partials) {
   if (x.rows <= SmallTile::rows)
     run_tiles<T, codes, SmallTile>(stream, out, x, weight, partials);
+  else if (x.rows <= HalfTile::rows || codes == Codes::int4_levels)  // more would spill registers
+    run_tiles<T, codes, HalfTile>(stream, out, x, weight, partials);
   else
     run_tiles<T, codes, MediumTile>(stream, out, x, weight, partials);
 }

@@ -136,7 +136,7 @@ int scale_shift(const WeightFormat& format) {
 }
 
 int scales_per_row(const WeightFormat& format, int units) {
-  return ceil_div(4 * units, 1 << scale_shift(format));
+  return round_up(ceil_div(4 * units, 1 << scale_shift(format)), 8);  // whole 16 bytes
 }
 
 void pack_piece(Stream& stream, const Matrix& matrix, std::int64_t first_row,
@@ -229,6 +229,7 @@ Linear make_linear(Backend& backend, std::int64_t outputs, std::int64_t inputs,
   linear.format = format;
   linear.format.scale_dtype = backend.activation_dtype();  // as they are kept from here on
   const Matrix matrix = matrix_of(linear);
+  require(128 * matrix.row_bytes < kMost, "a matrix of ", outputs, " x ", inputs, " is too large");
   const auto buffer = [&](std::int64_t bytes) {
     return Buffer(&backend, static_cast<std::size_t>(bytes));
   };

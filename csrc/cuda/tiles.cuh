@@ -40,6 +40,7 @@ struct TileShape {
 };
 using SmallTile = TileShape<16, 64, 1, 4, 4>;
 using MediumTile = TileShape<64, 128, 1, 4, 2>;
+using HalfTile = TileShape<32, 128, 1, 4, 2>;
 using LargeTile = TileShape<128, 128, 2, 4, 1>;
 
 // What a stage holds.
@@ -48,7 +49,10 @@ struct Stage {
   static constexpr int units = codes < Codes::int8 ? 2 : 1;
   static constexpr int blocks = units * blocks_per_unit(codes);
   static constexpr int weight_bytes = units * Shape::outputs * kUnitBytes;
-  static constexpr int bytes = weight_bytes + blocks * Shape::rows * kUnitBytes;
+  static constexpr int x_bytes = blocks * Shape::rows * kUnitBytes;
+  // int4: the 16 bytes of each output's scales that hold those of the unit, and as many of offsets.
+  static constexpr int scale_bytes = codes < Codes::int4 ? 0 : 16 * Shape::outputs;
+  static constexpr int bytes = weight_bytes + x_bytes + 2 * scale_bytes;
 };
 
 // Where row `row` of piece `piece` (a unit of weights, a block of x) begins, of `rows` rows.
@@ -56,26 +60,36 @@ OCTAVO_DEVICE int piece_offset(int piece, int row, int rows) {
   return (piece * rows + (row ^ (piece & 1))) * kUnitBytes;
 }
 
-// Begins to copy the weights of stage `stage` of this block to `to`.
+// Begins to copy weights of a stage to `to`. from: the tile's first row; rows: how many there are.
 template <Codes codes, class Shape>
-OCTAVO_DEVICE void copy_weights(unsigned char* to, const Matrix& weight, int first_output,
-                                int first_unit) {
+OCTAVO_DEVICE void copy_weights(unsigned char* to, const unsigned char* from, int row_bytes,
+                                int rows, int first_unit, int units) {
   constexpr int kUnits = Stage<codes, Shape>::units;
 #pragma unroll
   for (int i = 0; i < Stage<codes, Shape>::weight_bytes / 16 / Shape::threads; ++i) {
     const int piece = static_cast<int>(threadIdx.x) + i * Shape::threads;
     const int quarter = piece % 4, unit = piece / 4 % kUnits, row = piece / (4 * kUnits);
-    const bool valid = first_output + row < weight.outputs && first_unit + unit < weight.units;
-    const unsigned char* from = weight.row(first_output + row) +
-                                static_cast<long long>(first_unit + unit) * kUnitBytes +
-                                16 * quarter;
+    const bool valid = row < rows && first_unit + unit < units;
+    const int offset = row * row_bytes + (first_unit + unit) * kUnitBytes + 16 * quarter;
     async_copy_16(to + piece_offset(unit, row, Shape::outputs) + 16 * quarter,
-                  valid ? from : weight.data, valid);
+                  from + (valid ? offset : 0), valid);
   }
 }
 
+// The same of int4 scales or offsets. from: the tile's first row of them.
+template <class Shape>
+OCTAVO_DEVICE void copy_scales(unsigned char* to, const std::uint16_t* from, int scales_per_row,
+                               int rows, int first) {
+#pragma unroll
+  for (int row = static_cast<int>(threadIdx.x); row < Shape::outputs; row += Shape::threads) {
+    const bool valid = row < rows;
+    async_copy_16(to + 16 * row, from + (valid ? row * scales_per_row + first / 8 * 8 : 0), valid);
+  }
+}
+
+// The same of x. from: the tile's first row of `inputs` numbers.
 template <class T, Codes codes, class Shape>
-OCTAVO_DEVICE void copy_x(unsigned char* to, const Numbers& x, int first_row, int first_input,
+OCTAVO_DEVICE void copy_x(unsigned char* to, const T* from, int stride, int rows, int first_input,
                           int inputs) {
   constexpr int kBlocks = Stage<codes, Shape>::blocks;
   constexpr int kPieces = kBlocks * Shape::rows * 4;
@@ -84,10 +98,9 @@ OCTAVO_DEVICE void copy_x(unsigned char* to, const Numbers& x, int first_row, in
     const int piece = static_cast<int>(threadIdx.x) + i * Shape::threads;
     const int quarter = piece % 4, block = piece / 4 % kBlocks, row = piece / (4 * kBlocks);
     const int input = first_input + block * kBlock + 8 * quarter;
-    const bool valid = first_row + row < x.rows && input < inputs;
-    const T* data = static_cast<const T*>(x.data);
+    const bool valid = row < rows && input < inputs;
     async_copy_16(to + piece_offset(block, row, Shape::rows) + 16 * quarter,
-                  valid ? data + (first_row + row) * x.stride + input : data, valid);
+                  from + (valid ? row * stride + input : 0), valid);
   }
   static_assert(kPieces % Shape::threads == 0, "every thread copies as much");
 }
@@ -103,31 +116,22 @@ struct Part {
 template <class Shape>
 using Sums = float[Part<Shape>::outputs][Part<Shape>::rows][4];
 
-// sums += the products of a stage.
+// sums += the products of a stage, whose first unit is first_unit.
 template <class T, Codes codes, class Shape>
 OCTAVO_DEVICE void multiply_stage(Sums<Shape>& sums, const unsigned char* stage,
-                                  const Part<Shape>& part, const Matrix& weight, int first_output,
-                                  int first_unit) {
+                                  const Part<Shape>& part, const Matrix& weight, int first_unit) {
+  using S = Stage<codes, Shape>;
   const int lane = static_cast<int>(lane_index()), g = lane / 4, t = lane % 4;
-  const unsigned char* xs = stage + Stage<codes, Shape>::weight_bytes;
-  const auto row_of = [&](int i, int half) { return part.first_output + 16 * i + 8 * half + g; };
-  const auto scales_of = [&](const void* table, int row, int unit) {
-    return load_scales(table, weight, smaller(first_output + row, weight.outputs - 1),
-                       smaller(first_unit + unit, weight.units - 1));
+  const unsigned char* xs = stage + S::weight_bytes;
+  const unsigned char* all_scales = xs + S::x_bytes + first_scale(weight, first_unit) % 8 * 2;
+  const auto scales_of = [&](const unsigned char* rows, int row, int block) {
+    return load_scale_pair(reinterpret_cast<const std::uint16_t*>(rows + 16 * row), weight,
+                           block / 2);
   };
 #pragma unroll
-  for (int unit = 0; unit < Stage<codes, Shape>::units; ++unit) {
+  for (int unit = 0; unit < S::units; ++unit) {
     uint4 bytes[Part<Shape>::outputs][2];
-    UnitScales scales[Part<Shape>::outputs][2] = {};
-#pragma unroll
-    for (int i = 0; i < Part<Shape>::outputs; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row_of(i, half);
-        bytes[i][half] = load_16(stage + piece_offset(unit, row, Shape::outputs) + 16 * t);
-        if constexpr (codes >= Codes::int4) scales[i][half] = scales_of(weight.scales, row, unit);
-      }
-    }
+    std::uint32_t scales[Part<Shape>::outputs][2] = {};
 #pragma unroll
     for (int block = 0; block < blocks_per_unit(codes); ++block) {
       std::uint32_t pairs[Part<Shape>::outputs][2][4];
@@ -135,9 +139,14 @@ OCTAVO_DEVICE void multiply_stage(Sums<Shape>& sums, const unsigned char* stage,
       for (int i = 0; i < Part<Shape>::outputs; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          UnitScales offsets = {};  // not kept: registers are scarcer than loads here
-          if (codes >= Codes::int4 && weight.zeros)
-            offsets = scales_of(weight.zeros, row_of(i, half), unit);
+          const int row = part.first_output + 16 * i + 8 * half + g;
+          if (block == 0)
+            bytes[i][half] = load_16(stage + piece_offset(unit, row, Shape::outputs) + 16 * t);
+          std::uint32_t offsets = 0;
+          if constexpr (codes >= Codes::int4) {
+            if (block % 2 == 0) scales[i][half] = scales_of(all_scales, row, block);
+            if (weight.zeros) offsets = scales_of(all_scales + S::scale_bytes, row, block);
+          }
           numbers_of_block<T, codes>(pairs[i][half], bytes[i][half], block, scales[i][half],
                                      offsets, weight.zeros != nullptr, weight.levels);
         }
@@ -266,13 +275,28 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
   const auto buffer = [&](int stage) {
     return memory + (stage - first) % Shape::stages * S::bytes;
   };
+  const int outputs = weight.outputs - first_output;  // from here on
+  const unsigned char* codes_of_tile = weight.row(first_output);
+  const long long scale_offset = static_cast<long long>(first_output) * weight.scales_per_row;
   const auto begin_weights = [&](int stage) {
-    if (stage < end)
-      copy_weights<codes, Shape>(buffer(stage), weight, first_output, stage * S::units);
+    if (stage >= end) return;
+    copy_weights<codes, Shape>(buffer(stage), codes_of_tile, static_cast<int>(weight.row_bytes),
+                               outputs, stage * S::units, weight.units);
+    if constexpr (codes >= Codes::int4) {
+      const auto copy = [&](const void* table, int at) {
+        copy_scales<Shape>(buffer(stage) + at,
+                           static_cast<const std::uint16_t*>(table) + scale_offset,
+                           weight.scales_per_row, outputs, first_scale(weight, stage * S::units));
+      };
+      copy(weight.scales, S::weight_bytes + S::x_bytes);
+      if (weight.zeros) copy(weight.zeros, S::weight_bytes + S::x_bytes + S::scale_bytes);
+    }
   };
+  const T* rows_of_tile = static_cast<const T*>(x.data) + first_row * x.stride;
   const auto begin_x = [&](int stage) {
     if (stage < end)
-      copy_x<T, codes, Shape>(buffer(stage) + S::weight_bytes, x, first_row,
+      copy_x<T, codes, Shape>(buffer(stage) + S::weight_bytes, rows_of_tile,
+                              static_cast<int>(x.stride), x.rows - first_row,
                               stage * S::blocks * kBlock, weight.inputs);
     async_commit();
   };
@@ -289,8 +313,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
     __syncthreads();
     begin_weights(stage + kAhead);
     begin_x(stage + kAhead);
-    multiply_stage<T, codes, Shape>(sums, buffer(stage), part, weight, first_output,
-                                    stage * S::units);
+    multiply_stage<T, codes, Shape>(sums, buffer(stage), part, weight, stage * S::units);
     if (stage + 1 < end && (stage + 1) % slice_stages != 0) continue;
     end_slice<Shape>(total, sums,
                      shares > 1 ? left + place_of_sums<Shape>(tile, slices, slice) : nullptr);
