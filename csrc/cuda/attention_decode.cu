@@ -27,6 +27,13 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16;
 
+// The states of 16 rows, as the threads that fold them hold them, while these do other things.
+template <int kDim>
+struct Kept {
+  float4 values[kDim / 32][kThreads];
+  float max[kThreads], sum[kThreads];
+};
+
 // Rows of a part in shared memory, apart by 8 numbers more than they have, so that the lanes of a
 // warp write to different banks.
 template <int kDim>
@@ -34,6 +41,8 @@ struct Parts {
   static constexpr int kStride = kDim + 8;
   float values[kWarps][kRows][kStride];
   float max[kWarps][kRows], sum[kWarps][kRows];
+  float scales[kWarps][2][kTileKeys];  // int8: of the keys and values of the warp's tile
+  Kept<kDim> split, total;
   int is_last;
 };
 
@@ -48,6 +57,18 @@ struct State {
     sum = 0.0f;
 #pragma unroll
     for (float4& v : values) v = {0.0f, 0.0f, 0.0f, 0.0f};
+  }
+  OCTAVO_DEVICE void keep(Kept<kDim>& to) const {
+    to.max[threadIdx.x] = max;
+    to.sum[threadIdx.x] = sum;
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) to.values[i][threadIdx.x] = values[i];
+  }
+  OCTAVO_DEVICE void take(const Kept<kDim>& from) {
+    max = from.max[threadIdx.x];
+    sum = from.sum[threadIdx.x];
+#pragma unroll
+    for (int i = 0; i < kDim / 32; ++i) values[i] = from.values[i][threadIdx.x];
   }
   OCTAVO_DEVICE void add(float part_max, float part_sum, const float4 (&part)[kDim / 32]) {
     const Fold f = fold_of(max, part_max);
@@ -97,15 +118,17 @@ class TileWorker {
     const Page page = page_of(a_.cache, rows_.kv_head, tile, rows_.context, entry);
     const bool is_past = (tile + 1) * kTileKeys <= rows_.first_position;
     if (!is_past) wait_for_previous_kernel();
-    Sight sight = look(tile);
+    const Sight sight = look(tile);
     uint4 first[kPart], second[kPart];
     float s[8][4] = {};
-    LaneScales scales;
+    float2 key_scales, value_scales;
+    LaneScales scales{};
+    if constexpr (Shape::kScaled) load_scales(key_scales, value_scales, page);
     if constexpr (kHalves == 1) {
       load_keys<0>(first, page);
       load_values<0>(second, page);
-      if constexpr (Shape::kScaled) load_page_scales(scales, page, sight);
       load_rows();
+      if constexpr (Shape::kScaled) scales = share(parts, key_scales, value_scales);
       score<0>(s, first);
     } else {
       load_keys<0>(first, page);
@@ -147,11 +170,10 @@ class TileWorker {
     return sight;
   }
 
-  // Queries, once the kernel that rotated them has ended.
+  // Queries, once the kernel that rotated them has ended: for each tile anew, from the first cache,
+  // rather than to keep registers for them.
   OCTAVO_DEVICE void load_rows() {
     wait_for_previous_kernel();
-    if (has_rows_) return;
-    has_rows_ = true;
     const int g = static_cast<int>(lane_index() / 4);
     const T* q = static_cast<const T*>(a_.q);
     load_queries<T, Item, kDim>(
@@ -212,33 +234,41 @@ class TileWorker {
     }
   }
 
-  OCTAVO_DEVICE void load_page_scales(LaneScales& scales, const Page& page,
-                                      const Sight& sight) const {
-    const Page from = shuffle_page(page, lane_index() % 4);
-    const auto* keys =
+  // int8: lane i loads the scales of keys 2 i and 2 i + 1, and all get theirs from shared memory.
+  OCTAVO_DEVICE void load_scales(float2& keys, float2& values, const Page& page) const {
+    const Page from = shuffle_page(page, lane_index() / 8);
+    const auto* at =
         reinterpret_cast<const float*>(a_.cache.data + from.head + a_.cache.scales_at()) +
-        from.within;
-    load_scales<T>(scales, keys, keys + a_.cache.block_size, sight);
+        from.within + lane_index() % 8 * 2;
+    keys = *reinterpret_cast<const float2*>(at);
+    values = *reinterpret_cast<const float2*>(at + a_.cache.block_size);
+  }
+  OCTAVO_DEVICE LaneScales share(Parts<kDim>& parts, float2 keys, float2 values) const {
+    auto& to = parts.scales[warp_index()];
+    *reinterpret_cast<float2*>(to[0] + 2 * lane_index()) = keys;
+    *reinterpret_cast<float2*>(to[1] + 2 * lane_index()) = values;
+    sync_warp();
+    return {to[0] + 16 * (lane_index() % 4), to[1] + 16 * (lane_index() % 4)};
   }
 
   template <int kHalf>
-  OCTAVO_DEVICE void add_up(const std::uint32_t (&p)[4][4], const uint4 (&pieces)[kPart],
+  OCTAVO_DEVICE void add_up(const std::uint32_t (&p)[4][4], uint4 (&pieces)[kPart],
                             const Sight& sight, Parts<kDim>& parts, bool upper_rows) const {
     const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
-    const bool whole = sight.first_key + kTileKeys <= sight.context;
+    if (sight.first_key + kTileKeys > sight.context) {
+#pragma unroll
+      for (int i = 0; i < kPart; ++i)
+        pieces[i] = without_unwritten<Item>(
+            pieces[i], sight.first_key + i % Shape::kGroups * 4 * Shape::kItems, sight.context);
+    }
     auto& to = parts.values[warp_index()];
     constexpr int kProducts = kDim / 8 / kHalves;
 #pragma unroll
     for (int n = 0; n < kProducts; ++n) {
       float acc[4] = {};
 #pragma unroll
-      for (int group = 0; group < Shape::kGroups; ++group) {
-        uint4 piece = pieces[n * Shape::kGroups + group];
-        if (!whole)
-          piece = without_unwritten<T, Item>(piece, sight.first_key + group * 4 * Shape::kItems,
-                                             sight.context);
-        add_piece<T, Item, kDim>(acc, p, group, piece);
-      }
+      for (int group = 0; group < Shape::kGroups; ++group)
+        add_piece<T, Item, kDim>(acc, p, group, pieces[n * Shape::kGroups + group]);
       const int dim = 8 * (kHalf * kProducts + n) + 2 * j;
       to[g][dim] = acc[0];
       to[g][dim + 1] = acc[1];
@@ -251,7 +281,6 @@ class TileWorker {
   const AttentionArguments& a_;
   const Rows& rows_;
   std::uint32_t q_[kDim / 16][4];
-  bool has_rows_ = false;
 };
 
 // The thread's row of the 16, and its number among the row's 8 threads.
@@ -269,6 +298,14 @@ OCTAVO_DEVICE void fold_parts(State<kDim>& state, const Parts<kDim>& parts, int 
       part[i] = bits_as<float4>(load_16(&parts.values[warp][row][4 * (my_column() + 8 * i)]));
     state.add(parts.max[warp][row], parts.sum[warp][row], part);
   }
+}
+
+template <int kDim>
+OCTAVO_DEVICE void add_to_total(Kept<kDim>& kept, const State<kDim>& split, bool is_first) {
+  State<kDim> total;
+  is_first ? total.clear() : total.take(kept);
+  total.add(split.max, split.sum, split.values);
+  total.keep(kept);
 }
 
 // A row's part of the workspace: of each split values, maximum and sum.
@@ -293,10 +330,11 @@ OCTAVO_DEVICE void write_partial(float* to, const State<kDim>& state) {
   }
 }
 
-// Folds the splits' states: 8 at a time are loaded before the first is used.
+// Folds the splits' states: some are loaded before the first is used.
 template <int kDim>
 OCTAVO_DEVICE void fold_splits(State<kDim>& total, const float* from, int count) {
-  constexpr int kAhead = 8;
+  constexpr int kAhead = 512 / kDim;
+  total.clear();
   for (int first = 0; first < count; first += kAhead) {
     float4 part[kAhead][kDim / 32];
     float max[kAhead], sum[kAhead];
@@ -320,7 +358,6 @@ OCTAVO_DEVICE void fold_splits(State<kDim>& total, const float* from, int count)
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void write_row(const AttentionArguments& a, const Rows& rows,
                              const State<kDim>& total) {
-  if (my_row() >= rows.count) return;
   T* out = row_of(static_cast<T*>(a.out), a.out_stride, a, rows, my_row());
   const float sum = multiply_rn(total.sum, Tile<T, Item, kDim>::kBoost);
 #pragma unroll
@@ -377,38 +414,50 @@ OCTAVO_DEVICE void attend_rows(const AttentionArguments& a, const DecodeWork& wo
   const auto first_of = [&](int split) { return most(split_begin(split), rows.first_tile); };
   if (a.window > 0) entry = entry_of(first_of(first_split + worker) + warp);
   TileWorker<T, Item, kDim> tiles(a, rows);
-  State<kDim> total, state;
-  total.clear();
+  State<kDim> state;
   for (int split = first_split + worker; split < first_split + num_splits; split += workers) {
-    const int end = least(split_begin(split + 1), rows.end_tile);
-    state.clear();
-    for (int at = first_of(split); at < end; at += kWarps) {
+    const int begin = first_of(split), end = least(split_begin(split + 1), rows.end_tile);
+    for (int at = begin; at < end; at += kWarps) {
       const int next = at + kWarps < end ? at + kWarps : split_begin(split + workers);
       const int next_entry = entry_of(next + warp);
       if (at + warp < end) tiles.work(at + warp, entry, parts, rows.count > 8);
       entry = next_entry;
       wait_for_previous_kernel();  // whose input may be this kernel's output
       __syncthreads();
-      if (has_row) fold_parts(state, parts, least(end - at, kWarps));
+      if (has_row) {
+        at == begin ? state.clear() : state.take(parts.split);
+        fold_parts(state, parts, least(end - at, kWarps));
+        if (at + kWarps < end)
+          state.keep(parts.split);
+        else if (workers > 1)
+          write_partial(partial_of<kDim>(work, rows, num_kv_heads, split - first_split), state);
+        else
+          add_to_total(parts.total, state, split == first_split);
+      }
       __syncthreads();
     }
-    if (workers == 1)
-      total.add(state.max, state.sum, state.values);
-    else if (has_row)
-      write_partial(partial_of<kDim>(work, rows, num_kv_heads, split - first_split), state);
   }
   if (workers > 1) {
     const int counter = (rows.seq * work.sets + set) * num_kv_heads + rows.kv_head;
     if (!arrive(work.counters + counter, workers, parts)) return;
-    if (has_row) fold_splits(total, partial_of<kDim>(work, rows, num_kv_heads, 0), num_splits);
+    if (has_row) fold_splits(state, partial_of<kDim>(work, rows, num_kv_heads, 0), num_splits);
+  } else if (has_row) {
+    state.take(parts.total);
   }
-  write_row<T, Item, kDim>(a, rows, total);
+  if (has_row) write_row<T, Item, kDim>(a, rows, state);
+}
+
+// What registers leave room for without spilling: 24 KiB (int8) or 32 KiB and more on their way to
+// each processor.
+template <class Item, int kDim>
+constexpr int blocks_of_processor() {
+  return sizeof(Item) == 1 && kDim == 64 ? 3 : 2;
 }
 
 // Block (i, h, w): set i % sets of the rows of sequence i / sets (and every sets-th after it),
 // KV head h, worker w of those that share the splits.
 template <class T, class Item, int kDim>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, blocks_of_processor<Item, kDim>())
     decode_attention_kernel(AttentionArguments a, DecodeWork work) {
   let_next_kernel_start();
   Rows rows{};

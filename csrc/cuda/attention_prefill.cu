@@ -28,10 +28,10 @@ namespace {
 
 constexpr int kRows = 128;
 // Warps of a block, and 16-row products of a warp.
-template <int kDim>
-constexpr int kWarps = kDim == 64 ? 4 : 8;
-template <int kDim>
-constexpr int kBands = kRows / 16 / kWarps<kDim>;
+template <class Item, int kDim>
+constexpr int kWarps = kDim == 64 && sizeof(Item) == 2 ? 4 : 8;
+template <class Item, int kDim>
+constexpr int kBands = kRows / 16 / kWarps<Item, kDim>;
 
 // A tile in shared memory. Keys: rows, their 64-byte halves swapped in odd ones; values: pages, a
 // little apart. So the lanes of a warp that load together find their pieces in different banks.
@@ -42,8 +42,8 @@ struct Stage {
   static constexpr int kPageStride = kPageBytes + (Shape::kItems == 8 ? 64 : 32);
   unsigned char keys[kTilePages * kPageBytes];
   unsigned char values[kTilePages * kPageStride];
-  float key_scales[Shape::kScaled ? kTileKeys : 4];
-  float value_scales[Shape::kScaled ? kTileKeys : 4];
+  // Of int8 alone.
+  float key_scales[kTileKeys], value_scales[kTileKeys];
 
   OCTAVO_DEVICE static int key_at(int key, int chunk) {  // chunk: of 16 bytes
     const int swap = Shape::kRowBytes % 128 == 0 ? key % 2 * 4 : 0;
@@ -55,7 +55,7 @@ template <class T, class Item, int kDim>
 struct Shared {
   Stage<T, Item, kDim> stages[2];
   // Results so far, as the threads hold them: [16 rows x 8 dimensions][thread].
-  float4 total[kBands<kDim> * kDim / 8][32 * kWarps<kDim>];
+  float4 total[kBands<Item, kDim> * kDim / 8][32 * kWarps<Item, kDim>];
 };
 
 // The rows of a block.
@@ -98,20 +98,18 @@ template <class T, class Item, int kDim>
 OCTAVO_DEVICE void copy_tile(Stage<T, Item, kDim>& stage, const KvLayout& cache, const Page& page) {
   using Shape = Tile<T, Item, kDim>;
   using To = Stage<T, Item, kDim>;
-  constexpr int kChunks = To::kPageBytes / 16, kThreads = 32 * kWarps<kDim>;
+  constexpr int kChunks = To::kPageBytes / 16, kThreads = 32 * kWarps<Item, kDim>;
   const int values_at = cache.block_size * Shape::kRowBytes;
   const auto thread = static_cast<int>(threadIdx.x);
 #pragma unroll
-  for (int p = 0; p < kTilePages; ++p) {
+  for (int i = 0; i < kTilePages * kChunks / kThreads; ++i) {
+    const int p = (i * kThreads + thread) / kChunks, chunk = (i * kThreads + thread) % kChunks;
     const Page from = shuffle_page(page, static_cast<unsigned>(p));
     const unsigned char* keys = cache.data + from.head + from.within * Shape::kRowBytes;
-#pragma unroll
-    for (int chunk = thread; chunk < kChunks; chunk += kThreads) {
-      constexpr int kRowChunks = Shape::kRowBytes / 16;
-      const int key = p * kPageTokens + chunk / kRowChunks;
-      async_copy_16(stage.keys + To::key_at(key, chunk % kRowChunks), keys + 16 * chunk);
-      async_copy_16(stage.values + p * To::kPageStride + 16 * chunk, keys + values_at + 16 * chunk);
-    }
+    constexpr int kRowChunks = Shape::kRowBytes / 16;
+    const int key = p * kPageTokens + chunk / kRowChunks;
+    async_copy_16(stage.keys + To::key_at(key, chunk % kRowChunks), keys + 16 * chunk);
+    async_copy_16(stage.values + p * To::kPageStride + 16 * chunk, keys + values_at + 16 * chunk);
   }
   if constexpr (Shape::kScaled) {
     const Page from = shuffle_page(page, thread / 4 % 4);
@@ -127,10 +125,24 @@ OCTAVO_DEVICE void copy_tile(Stage<T, Item, kDim>& stage, const KvLayout& cache,
   async_commit();
 }
 
+// Values of keys that were never written may be anything, and 0 times a NaN is one: makes them 0.
+// All threads of the block, between barriers; int8 codes are finite.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void clear_unwritten(Stage<T, Item, kDim>& stage, int first_key, int context) {
+  if constexpr (sizeof(Item) == 2) {
+    for (int i = static_cast<int>(threadIdx.x); i < kTileKeys * kDim; i += blockDim.x) {
+      const int key = i % kTileKeys, dim = i / kTileKeys;
+      if (first_key + key < context) continue;
+      auto* page = reinterpret_cast<Item*>(stage.values + key / kPageTokens * stage.kPageStride);
+      page[dim * kPageTokens + key % kPageTokens] = from_float<Item>(0.0f);
+    }
+  }
+}
+
 // What a warp holds of its rows: 16 a band. Halves: rows g and g + 8.
 template <class T, class Item, int kDim>
 struct Bands {
-  static constexpr int kCount = kBands<kDim>;
+  static constexpr int kCount = kBands<Item, kDim>;
   std::uint32_t q[kCount][kDim / 16][4];
   float values[kCount][kDim / 8][4];  // of the split
   float max[kCount][2], sum[kCount][2];
@@ -162,7 +174,7 @@ OCTAVO_DEVICE T* row_of(T* data, std::int64_t stride, const AttentionArguments& 
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void load_bands(Bands<T, Item, kDim>& bands, const AttentionArguments& a,
                               const Rows& rows) {
-  constexpr int kCount = kBands<kDim>;
+  constexpr int kCount = kBands<Item, kDim>;
   const int g = static_cast<int>(lane_index() / 4);
   const int warp_row = rows.first_row + static_cast<int>(warp_index()) * 16 * kCount;
   const T* q = static_cast<const T*>(a.q);
@@ -185,7 +197,8 @@ OCTAVO_DEVICE void load_bands(Bands<T, Item, kDim>& bands, const AttentionArgume
 
 // S of all bands.
 template <class T, class Item, int kDim>
-OCTAVO_DEVICE void score_tile(float (&s)[kBands<kDim>][8][4], const Bands<T, Item, kDim>& bands,
+OCTAVO_DEVICE void score_tile(float (&s)[kBands<Item, kDim>][8][4],
+                              const Bands<T, Item, kDim>& bands,
                               const Stage<T, Item, kDim>& stage) {
   using Shape = Tile<T, Item, kDim>;
   const int j = static_cast<int>(lane_index() % 4);
@@ -197,7 +210,7 @@ OCTAVO_DEVICE void score_tile(float (&s)[kBands<kDim>][8][4], const Bands<T, Ite
     for (int c = 0; c < Shape::kPieces; ++c) {
       const uint4 piece = load_16(stage.keys + stage.key_at(key, 4 * c + j));
 #pragma unroll
-      for (int band = 0; band < kBands<kDim>; ++band)
+      for (int band = 0; band < kBands<Item, kDim>; ++band)
         multiply_piece<T, Item, kDim>(s[band][t], bands.q[band], c, piece);
     }
   }
@@ -206,31 +219,27 @@ OCTAVO_DEVICE void score_tile(float (&s)[kBands<kDim>][8][4], const Bands<T, Ite
 // Folds P V of the tile into the split's values, 8 dimensions at a time.
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
-                            const std::uint32_t (&p)[kBands<kDim>][4][4],
-                            const Fold (&folds)[kBands<kDim>][2], const Stage<T, Item, kDim>& stage,
-                            const Sight& sight) {
+                            const std::uint32_t (&p)[kBands<Item, kDim>][4][4],
+                            const Fold (&folds)[kBands<Item, kDim>][2],
+                            const Stage<T, Item, kDim>& stage) {
   using Shape = Tile<T, Item, kDim>;
   using From = Stage<T, Item, kDim>;
   constexpr int kDimBytes = kPageTokens * static_cast<int>(sizeof(Item));
   const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
-  const bool whole = sight.first_key + kTileKeys <= sight.context;
 #pragma unroll
   for (int n = 0; n < kDim / 8; ++n) {
-    float acc[kBands<kDim>][4] = {};
+    float acc[kBands<Item, kDim>][4] = {};
 #pragma unroll
     for (int group = 0; group < Shape::kGroups; ++group) {
       const int at = Shape::kItems == 8 ? (2 * group + j / 2) * From::kPageStride + j % 2 * 16
                                         : j * From::kPageStride;
-      uint4 piece = load_16(stage.values + at + (8 * n + g) * kDimBytes);
-      if (!whole)
-        piece = without_unwritten<T, Item>(piece, sight.first_key + group * 4 * Shape::kItems,
-                                           sight.context);
+      const uint4 piece = load_16(stage.values + at + (8 * n + g) * kDimBytes);
 #pragma unroll
-      for (int band = 0; band < kBands<kDim>; ++band)
+      for (int band = 0; band < kBands<Item, kDim>; ++band)
         add_piece<T, Item, kDim>(acc[band], p[band], group, piece);
     }
 #pragma unroll
-    for (int band = 0; band < kBands<kDim>; ++band) {
+    for (int band = 0; band < kBands<Item, kDim>; ++band) {
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         bands.values[band][n][e] = fold(folds[band][e / 2], bands.values[band][n][e], acc[band][e]);
@@ -241,7 +250,6 @@ OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArguments& a,
                                 const Rows& rows, const Stage<T, Item, kDim>& stage, int tile) {
-  using Shape = Tile<T, Item, kDim>;
   const int first_key = tile * kTileKeys, last_key = first_key + kTileKeys - 1;
   if (first_key > bands.last_position ||
       last_key < visible_keys(bands.first_position, a.window).begin)
@@ -250,15 +258,13 @@ OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArgu
   Sight sight{first_key, rows.context, a.window, false, {}};
   sight.all = last_key <= bands.first_position &&
               first_key >= visible_keys(bands.last_position, a.window).begin;
-  LaneScales scales;
-  if constexpr (Shape::kScaled)
-    load_scales<T>(scales, stage.key_scales + 16 * j, stage.value_scales + 16 * j, sight);
-  float s[kBands<kDim>][8][4] = {};
+  const LaneScales scales{stage.key_scales + 16 * j, stage.value_scales + 16 * j};
+  float s[kBands<Item, kDim>][8][4] = {};
   score_tile(s, bands, stage);
-  std::uint32_t p[kBands<kDim>][4][4];
-  Fold folds[kBands<kDim>][2];
+  std::uint32_t p[kBands<Item, kDim>][4][4];
+  Fold folds[kBands<Item, kDim>][2];
 #pragma unroll
-  for (int band = 0; band < kBands<kDim>; ++band) {
+  for (int band = 0; band < kBands<Item, kDim>; ++band) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       sight.position[half] = bands.position[band][half];
@@ -270,7 +276,7 @@ OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArgu
     }
     pack_weights<T>(p[band], s[band]);
   }
-  add_tile(bands, p, folds, stage, sight);
+  add_tile(bands, p, folds, stage);
 }
 
 // Folds the split's state into the result, which lies in shared memory but the first time, and
@@ -279,7 +285,7 @@ template <class T, class Item, int kDim>
 OCTAVO_DEVICE void end_split(Bands<T, Item, kDim>& bands, Shared<T, Item, kDim>& shared,
                              bool is_first, bool is_last) {
 #pragma unroll
-  for (int band = 0; band < kBands<kDim>; ++band) {
+  for (int band = 0; band < kBands<Item, kDim>; ++band) {
     Fold f[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -305,7 +311,7 @@ OCTAVO_DEVICE void end_split(Bands<T, Item, kDim>& bands, Shared<T, Item, kDim>&
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void write_bands(const Bands<T, Item, kDim>& bands, const AttentionArguments& a,
                                const Rows& rows) {
-  constexpr int kCount = kBands<kDim>;
+  constexpr int kCount = kBands<Item, kDim>;
   const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
   const int warp_row = rows.first_row + static_cast<int>(warp_index()) * 16 * kCount;
   for (int band = 0; band < kCount; ++band) {
@@ -336,7 +342,7 @@ OCTAVO_DEVICE void clear_rows(const AttentionArguments& a, const Rows& rows) {
 
 // Block (i, h): rows i of the step, the last ones first since they see most; KV head h.
 template <class T, class Item, int kDim>
-__global__ void __launch_bounds__(32 * kWarps<kDim>, kDim == 64 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kWarps<Item, kDim>, kWarps<Item, kDim> == 4 ? 2 : 1)
     prefill_attention_kernel(AttentionArguments a, int min_tokens) {
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -372,6 +378,10 @@ __global__ void __launch_bounds__(32 * kWarps<kDim>, kDim == 64 ? 2 : 1)
     else
       async_wait<0>();
     __syncthreads();
+    if ((tile + 1) * kTileKeys > rows.context) {
+      clear_unwritten(shared.stages[tile % 2], tile * kTileKeys, rows.context);
+      __syncthreads();
+    }
     work_on_tile(bands, a, rows, shared.stages[tile % 2], tile);
     if (tile + 1 == end_tile || tile + 1 == split_begin(split + 1)) {
       end_split(bands, shared, is_first, tile + 1 == end_tile);
@@ -389,7 +399,7 @@ void launch_prefill(Stream& stream, const AttentionArguments& a, int min_tokens)
   const std::int64_t sets = static_cast<std::int64_t>(a.num_tokens) * a.group / kRows + a.num_seqs;
   const LaunchShape shape{
       dim3(static_cast<unsigned>(sets), static_cast<unsigned>(a.num_heads / a.group)),
-      dim3(32 * kWarps<kDim>), sizeof(Shared<T, Item, kDim>), true};
+      dim3(32 * kWarps<Item, kDim>), sizeof(Shared<T, Item, kDim>), true};
   launch(stream, "prefill_attention", shape, prefill_attention_kernel<T, Item, kDim>, a,
          min_tokens);
 }

@@ -140,13 +140,12 @@ OCTAVO_DEVICE int key_of_product(int t) {
   return kItems * (g / 2) + 2 * t + g % 2;
 }
 
-// The scales of the 16 keys whose scores a lane has (int8): of key 2 t + e.
+// Of the 16 keys whose scores a lane has, in shared memory: int8's scales of keys and of values.
 struct LaneScales {
-  float4 key[4], value[4];
+  const float *keys, *values;
 };
-OCTAVO_DEVICE float scale_at(const float4 (&scales)[4], int key) {
-  const float4& four = scales[key / 4];
-  return key % 4 == 0 ? four.x : key % 4 == 1 ? four.y : key % 4 == 2 ? four.z : four.w;
+OCTAVO_DEVICE float number_of(const float4& four, int i) {
+  return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
 }
 
 // What a tile's keys are to the rows of a lane.
@@ -173,12 +172,15 @@ OCTAVO_DEVICE RowPart weigh(float (&s)[8][4], int half, float scale, const Sight
   using Shape = Tile<T, Item, kDim>;
   const int j = static_cast<int>(lane_index() % 4);
   float max = minus_infinity();
+  float4 scales_of_four{};
 #pragma unroll
   for (int t = 0; t < 8; ++t) {
+    if (Shape::kScaled && t % 2 == 0)
+      scales_of_four = bits_as<float4>(load_16(scales.keys + 2 * t));
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       float& x = s[t][2 * half + e];
-      if constexpr (Shape::kScaled) x = multiply_rn(x, scale_at(scales.key, 2 * t + e));
+      if (Shape::kScaled) x = multiply_rn(x, number_of(scales_of_four, t % 2 * 2 + e));
       if (!sight.all) {
         const int key = sight.first_key + t / Shape::kProducts * 4 * Shape::kItems +
                         Shape::kItems * j + 2 * (t % Shape::kProducts) + e;
@@ -195,12 +197,18 @@ OCTAVO_DEVICE RowPart weigh(float (&s)[8][4], int half, float scale, const Sight
   float sum = 0.0f;
 #pragma unroll
   for (int t = 0; t < 8; ++t) {
+    if (Shape::kScaled && t % 2 == 0)
+      scales_of_four = bits_as<float4>(load_16(scales.values + 2 * t));
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       float& x = s[t][2 * half + e];
       x = fast_exp2(fma_rn(x, scale, -from));
       sum = add_rn(sum, x);
-      if constexpr (Shape::kScaled) x = multiply_rn(x, scale_at(scales.value, 2 * t + e));
+      if (!Shape::kScaled) continue;
+      // Where nothing was ever written, the scale may be a NaN; the weight is 0.
+      const bool counts = sight.all || x != 0.0f;
+      const float boosted = multiply_rn(x, Shape::kBoost);
+      x = counts ? multiply_rn(boosted, number_of(scales_of_four, t % 2 * 2 + e)) : 0.0f;
     }
   }
   sum = add_rn(sum, shuffle_xor(sum, 1));
@@ -246,7 +254,7 @@ OCTAVO_DEVICE void add_piece(float (&acc)[4], const std::uint32_t (&p)[4][4], in
 
 // Values of keys that were never written may be anything, and 0 times a NaN is one: makes them 0.
 // They are keys first_key + N j + i of a group. int8 codes are finite; their scales are seen to.
-template <class T, class Item>
+template <class Item>
 OCTAVO_DEVICE uint4 without_unwritten(uint4 piece, int first_key, int context) {
   if constexpr (sizeof(Item) == 1) return piece;
   const int j = static_cast<int>(lane_index() % 4), written = context - (first_key + 8 * j);
@@ -254,23 +262,6 @@ OCTAVO_DEVICE uint4 without_unwritten(uint4 piece, int first_key, int context) {
     return written >= i + 2 ? word : written == i + 1 ? word & 0xffffu : 0u;
   };
   return {keep(piece.x, 0), keep(piece.y, 2), keep(piece.z, 4), keep(piece.w, 6)};
-}
-
-// 16 scales from where they lie; those of keys that were never written become 0.
-template <class T>
-OCTAVO_DEVICE void load_scales(LaneScales& scales, const float* keys, const float* values,
-                               const Sight& sight) {
-  constexpr float kBoost = Tile<T, std::int8_t, 64>::kBoost;
-  const int first = sight.first_key + 16 * static_cast<int>(lane_index() % 4);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    scales.key[i] = bits_as<float4>(load_16(keys + 4 * i));
-    const float4 v = bits_as<float4>(load_16(values + 4 * i));
-    const auto written = [&](float scale, int e) {
-      return first + 4 * i + e < sight.context ? multiply_rn(scale, kBoost) : 0.0f;
-    };
-    scales.value[i] = {written(v.x, 0), written(v.y, 1), written(v.z, 2), written(v.w, 3)};
-  }
 }
 
 // ---- where keys are ----
