@@ -58,7 +58,7 @@ std::int64_t splits_of(std::int64_t max_context) {
 
 struct DecodePlan {
   DecodeWork work{};
-  std::size_t bytes = 0;  // of partial results
+  std::size_t bytes = 0;  // of partial results, were there no limit to them
 };
 
 // Into how many blocks the work on sequences of so many tokens each is cut. Blocks of one set of
@@ -70,18 +70,17 @@ DecodePlan plan_decode(std::int64_t num_seqs, std::int64_t tokens, std::int64_t 
   DecodeWork& work = plan.work;
   const std::int64_t sets = divide_up(tokens * group, kRowsOfSet);
   const std::int64_t blocks = num_seqs * sets * num_kv_heads, splits = splits_of(max_context);
-  const std::size_t bytes =
+  plan.bytes =
       static_cast<std::size_t>(num_seqs * tokens * group * num_kv_heads * splits * (head_dim + 4)) *
       sizeof(float);
   std::int64_t workers = divide_up(kBlocksOfProcessor * num_processors, blocks);
   if (workers > splits) workers = splits;
-  if (bytes > kMostPartialBytes || static_cast<std::size_t>(blocks) * 4 > kCounterBytes)
-    workers = 1;
+  if (static_cast<std::size_t>(blocks) * 4 > kCounterBytes) workers = 1;
   work.max_rows = static_cast<int>(tokens * group);
   work.sets = static_cast<int>(sets);
   work.workers = static_cast<int>(workers);
   work.max_splits = static_cast<int>(splits);
-  plan.bytes = workers > 1 ? bytes : 0;
+  if (workers == 1) plan.bytes = 0;
   return plan;
 }
 
@@ -100,7 +99,7 @@ std::size_t attention_workspace_bytes(const Stream& stream, const ModelSpec& spe
         const DecodePlan plan =
             plan_decode(seqs, tokens, layer.num_heads / layer.num_kv_heads, layer.num_kv_heads,
                         layer.head_dim, max_context, stream.num_processors());
-        most_bytes = std::max(most_bytes, plan.bytes);
+        most_bytes = std::max(most_bytes, std::min(plan.bytes, kMostPartialBytes));
       }
     }
   }
@@ -129,6 +128,10 @@ void attention(Stream& stream, View out, View q, const LayerSpec& layer, float s
     DecodePlan plan =
         plan_decode(step.num_seqs, all_few ? tokens : 1, a.group, layer.num_kv_heads,
                     layer.head_dim, step.max_blocks * kv.block_size, stream.num_processors());
+    if (plan.bytes > kMostPartialBytes) {
+      plan.work.workers = 1;
+      plan.bytes = 0;
+    }
     plan.work.max_tokens = all_few ? 0 : static_cast<int>(kFewTokens);
     auto* memory = static_cast<unsigned char*>(workspace.get(kCounterBytes + plan.bytes));
     plan.work.counters = reinterpret_cast<std::int32_t*>(memory);
