@@ -15,6 +15,7 @@
 #endif
 
 #ifdef EMULATOR_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -162,6 +163,15 @@ void switch_fiber(Fiber& from, Fiber& to, bool finished) {
 #else
   static_cast<void>(finished);
   cuda_emulator_switch(&from.stack_pointer, to.stack_pointer);
+#endif
+}
+
+void forget_frames(void* stack, std::size_t bytes) {
+#ifdef EMULATOR_ASAN
+  ASAN_UNPOISON_MEMORY_REGION(stack, bytes);
+#else
+  static_cast<void>(stack);
+  static_cast<void>(bytes);
 #endif
 }
 

@@ -21,6 +21,9 @@ struct Fiber {
 // switching away with `finished`. The stack is the caller's and may be used again afterwards.
 void prepare(Fiber& fiber, void* stack, std::size_t stack_bytes, void (*entry)());
 
+// To be called before `prepare` where a fiber was given up in the middle: its frames are no more.
+void forget_frames(void* stack, std::size_t bytes);
+
 // Leaves `from` where it is and goes on with `to`. finished: `from` will not be resumed.
 void switch_fiber(Fiber& from, Fiber& to, bool finished = false);
 

@@ -60,6 +60,12 @@ class Random {
   std::uint64_t state_;
 };
 
+template <class T>
+std::vector<T*>& kept() {
+  static auto* all = new std::vector<T*>;
+  return *all;
+}
+
 // One launch, block after block.
 class Grid {
  public:
@@ -195,6 +201,7 @@ class Grid {
       thread.place.index = i;
       thread.open_copies.clear();
       thread.copy_groups.clear();
+      if (thread.state != State::finished) forget_frames(stacks_[i], kStackBytes);
       prepare(thread.fiber, stacks_[i], kStackBytes, &thread_main);
       make_ready(thread);
     }
@@ -266,13 +273,12 @@ class Grid {
   std::exception_ptr error_;
 
   static std::uint64_t launches_;
-  static std::vector<ThreadState*> threads_;  // kept from launch to launch, with their stacks
-  static std::vector<void*> stacks_;
+  // Kept from launch to launch, with their stacks, and never destroyed.
+  std::vector<ThreadState*>& threads_ = kept<ThreadState>();
+  std::vector<void*>& stacks_ = kept<void>();
 };
 
 std::uint64_t Grid::launches_ = 0;
-std::vector<ThreadState*> Grid::threads_;
-std::vector<void*> Grid::stacks_;
 
 Grid* g_grid = nullptr;
 

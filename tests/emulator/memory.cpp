@@ -26,14 +26,14 @@ namespace {
 constexpr std::size_t kAlignment = 256, kGuard = 256;
 constexpr unsigned char kGuardByte = 0xa5;
 
-bool all_are(const unsigned char* bytes, unsigned char value) {
-  return bytes[0] == value && std::memcmp(bytes, bytes + 1, kGuard - 1) == 0;
-}
-
 #ifdef EMULATOR_ASAN
 // Adds to the sanitizer's report what it cannot know.
 void name_thread(const char*) {
   if (in_kernel()) std::fprintf(stderr, "in %s\n", place_in_kernel().c_str());
+}
+#else
+bool all_are(const unsigned char* bytes, unsigned char value) {
+  return bytes[0] == value && std::memcmp(bytes, bytes + 1, kGuard - 1) == 0;
 }
 #endif
 

@@ -93,7 +93,7 @@ __global__ void scan(int* out, const int* x, int count) {
     from = to;
     to = swapped;
   }
-  if (planted == ScanFault::reads_past_the_end && i == count - 1) from[i] += x[i + 1] * 0;
+  if (planted == ScanFault::reads_past_the_end && i == count - 1 && x[i + 1] == 123) from[i] = 0;
   if (planted == ScanFault::writes_past_shared_memory && i == 3) sums[2 * count] = 1;
   out[i] = from[i];
   if (planted == ScanFault::writes_past_the_end && i == count - 1) out[i + 1] = 0;
