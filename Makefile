@@ -113,7 +113,7 @@ asan: native-asan asan-python ## Native tests and the ops' tests under address a
 
 # native-NAME builds and runs tests/native with the options of that variant.
 .PHONY: native-asan native-tsan native-clang native-scalar native-neon
-native-asan:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DOCTAVO_SANITIZE=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g"
+native-asan:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DOCTAVO_SANITIZE=ON -DOCTAVO_EMULATE_CUDA=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g"
 native-tsan:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize=thread"
 native-clang:  NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_CXX_FLAGS=-stdlib=libc++
 native-scalar: NATIVE_OPTIONS = -DOCTAVO_WERROR=ON "-DOCTAVO_DISABLE_ISAS=avx2;avx512;amx"
@@ -126,6 +126,8 @@ native-asan native-tsan native-clang native-scalar native-neon: $(DEV_VENV)/.too
 	  $(NATIVE_OPTIONS)
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake --build build/$@
 	UBSAN_OPTIONS=print_stacktrace=1 $(NATIVE_RUN) build/$@/tests/native/octavo_tests
+	@emulator=build/$@/tests/emulator/emulator_tests; if [ -x $$emulator ]; then \
+	  echo $$emulator; UBSAN_OPTIONS=print_stacktrace=1 $$emulator; fi
 
 # Python itself is not instrumented: the sanitizer is loaded before it, and leaks are not counted.
 .PHONY: asan-python

@@ -9,6 +9,7 @@
 
 #include "fiber.h"
 #include "memory.h"
+#include "turns.h"
 
 namespace cuda_emulator {
 
@@ -42,22 +43,6 @@ struct Meeting {
   unsigned mask, arrived;
   const char* what;
   void* lanes[kWarp];
-};
-
-// splitmix64 (Steele et al. 2014): enough to shuffle with.
-class Random {
- public:
-  explicit Random(std::uint64_t seed) : state_(seed) {}
-  std::size_t below(std::size_t bound) {
-    state_ += 0x9e3779b97f4a7c15ull;
-    std::uint64_t z = state_;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return static_cast<std::size_t>((z ^ (z >> 31)) % bound);
-  }
-
- private:
-  std::uint64_t state_;
 };
 
 template <class T>
@@ -172,7 +157,7 @@ class Grid {
 
   void make_ready(ThreadState& thread) {
     thread.state = State::ready;
-    ready_.push_back(&thread);
+    turns_.add(thread.place.index);
   }
 
   // Lets the others have a chance to go first.
@@ -187,7 +172,7 @@ class Grid {
     // Its own piece of memory, exactly as long as asked for, so that the address sanitizer sees
     // the first byte behind it.
     shared_ = GuardedBytes(launch_.shared_bytes);
-    ready_.clear();
+    turns_.start_block(num_threads_, options().seed ? &random_ : nullptr);
     num_at_barrier_ = 0;
     for (std::vector<Meeting>& meetings : warps_) meetings.clear();
     for (unsigned i = 0; i < num_threads_; ++i) {
@@ -223,16 +208,8 @@ class Grid {
 
   void schedule(const Watch& watch) {
     unsigned num_finished = 0;
-    while (!ready_.empty()) {
-      // In order, the oldest goes first; else any.
-      const std::size_t pick = options().seed ? random_.below(ready_.size()) : 0;
-      running_ = ready_[pick];
-      if (options().seed) {
-        ready_[pick] = ready_.back();
-        ready_.pop_back();
-      } else {
-        ready_.pop_front();
-      }
+    while (!turns_.empty()) {
+      running_ = threads_[turns_.take()];
       current = running_->place;
       switch_fiber(scheduler_, running_->fiber);
       if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
@@ -265,7 +242,7 @@ class Grid {
   GuardedBytes shared_;
   Fiber scheduler_;
   ThreadState* running_ = nullptr;
-  std::deque<ThreadState*> ready_;
+  Turns turns_;
   std::vector<std::vector<Meeting>> warps_;  // those under way in each
   unsigned num_at_barrier_ = 0;
   const char* barrier_file_ = "";

@@ -1,8 +1,9 @@
 // Runs the blocks of a kernel on the host: one fiber a CUDA thread, in an order drawn at random.
 //
 // Inside a block a thread runs until it meets the others (a barrier, a shuffle, a matrix product)
-// or ends; then another is drawn. So whatever a kernel leaves to luck on a GPU (who writes first,
-// who reads too early) happens here sooner or later, and with a given seed it happens again.
+// or ends; then it is another's turn (turns.h). So whatever a kernel leaves to luck on a GPU (who
+// writes first, who reads too early) happens here sooner or later, and with a given seed it happens
+// again.
 #pragma once
 
 #include <cstddef>
