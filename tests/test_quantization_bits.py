@@ -164,5 +164,3 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "OUT is missing" in capsys.readouterr().err
     assert run(["quantize", source, "--sensitivity"]) == 2
     assert "expected --scheme int4" in capsys.readouterr().err
-    assert run(["quantize", source, str(tmp_path / "b"), "--scheme", "w8a8"]) == 2
-    assert "w8a8 says how int8 weights are run" in capsys.readouterr().err

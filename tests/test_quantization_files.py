@@ -269,7 +269,7 @@ OWN = {"quant_method": "octavo", "format": "octavo"}
         (4, {"ignore": ["re:("]}, "regular expression"),
         (4, {"group_targets": None}, "targets is None"),
         (4, {"group_weights": None}, "weights is None"),
-        (8, {"group_input_activations": {"num_bits": 8}}, "input_activations is"),
+        (8, {"group_input_activations": {"num_bits": 8}}, "input_activations: dynamic is None"),
         (4, {"weights_num_bits": 3}, "num_bits is 3"),
         (4, {"weights_num_bits": 6}, "num_bits is 6; supported: 4 or 8"),
         (4, {"weights_type": "float"}, "type is 'float'"),

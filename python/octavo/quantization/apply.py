@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,9 @@ def quantize_checkpoint(
     Raises InvalidArgumentError where a scheme meets a checkpoint that is quantized already.
     """
     formats = dict(checkpoint.formats)
-    if scheme is not None:
+    if scheme is not None and scheme.name == "w8a8" and _all_int8(formats):
+        formats = {name: replace(format, activation_bits=8) for name, format in formats.items()}
+    elif scheme is not None:
         if formats:
             raise InvalidArgumentError(
                 f"quantize is {scheme.name!r}, but the model's weights are quantized already: "
@@ -55,6 +58,11 @@ def quantize_checkpoint(
     return Checkpoint(
         source, {name: name for name in source.infos}, formats, dtype=checkpoint.dtype
     )
+
+
+def _all_int8(formats: Mapping[str, WeightFormat]) -> bool:
+    """Whether the codes of a quantized checkpoint can be run as W8A8."""
+    return bool(formats) and all(format.dtype == "int8" for format in formats.values())
 
 
 class RoundingSource:

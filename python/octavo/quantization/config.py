@@ -1,10 +1,11 @@
 """`quantization_config` of config.json: reading what can be run, and writing ours.
 
 The layout is that of the library compressed-tensors (quant_method "compressed-tensors"), which
-llm-compressor writes and vLLM and transformers read. octavo runs its weight-only integer schemes:
+llm-compressor writes and vLLM and transformers read. octavo runs its integer schemes:
 
 - 4 bits in groups that are a multiple of 32 wide, symmetric or not, format "pack-quantized";
-- 8 bits, one symmetric scale an output, format "pack-quantized" or "int-quantized".
+- 8 bits, one symmetric scale an output, format "pack-quantized" or "int-quantized"; there the
+  activations may have 8 bits too, rounded for each token as it comes (W8A8).
 
 quant_method "octavo", format "octavo", is our own, for what that library cannot say: the same
 words, and a group's weights may name their `levels`, 16 ascending whole numbers. Codes lie where
@@ -103,6 +104,7 @@ class _Group:
     symmetric: bool
     layout: Layout
     levels: tuple[int, ...]
+    activation_bits: Literal[8, 16]
 
     @staticmethod
     def read(name: str, values: object, format: object, *, own_levels: bool) -> _Group:
@@ -110,8 +112,7 @@ class _Group:
         if not isinstance(values, dict):
             raise Fields({}, _SOURCE).error(f"config_groups: {name}", values, "an object")
         group = Fields(values, source)
-        for other in ("input_activations", "output_activations"):
-            group.refuse_unless(other, (), "null (weights alone are quantized)")
+        group.refuse_unless("output_activations", (), "null")
         weights = values.get("weights")
         if not isinstance(weights, dict):
             raise group.error("weights", weights, "an object")
@@ -142,12 +143,22 @@ class _Group:
         if levels != UNIFORM_LEVELS and (bits != 4 or not symmetric):
             raise fields.error("levels", list(levels), "none, but for symmetric 4 bits")
         targets = _names(group, "targets", values.get("targets"))
-        return _Group(fields, targets, bits, group_size, symmetric, _LAYOUTS[format], levels)
+        return _Group(
+            fields,
+            targets,
+            bits,
+            group_size,
+            symmetric,
+            _LAYOUTS[format],
+            levels,
+            _activation_bits(group, values.get("input_activations"), bits),
+        )
 
     def matrix(self, module: str, shape: tuple[int, int]) -> StoredMatrix:
         """The scheme applied to one matrix."""
         if self.bits == 8:
-            return StoredMatrix(module, shape, WeightFormat("int8"), self.layout)
+            format = WeightFormat("int8", activation_bits=self.activation_bits)
+            return StoredMatrix(module, shape, format, self.layout)
         group_size = self.group_size or shape[1]
         if group_size % 32 or shape[1] % group_size:
             supported = f"a multiple of 32 that divides the width of {module} ({shape[1]})"
@@ -168,6 +179,25 @@ def _group_size(fields: Fields) -> int:
     if strategy != "group":
         raise fields.error("strategy", strategy, "'group' or 'channel'")
     return fields.integer("group_size", 32, 2**20)
+
+
+def _activation_bits(group: Fields, activations: object, bits: int) -> Literal[8, 16]:
+    """8 where the group says W8A8, as llm-compressor writes it; else 16, which loses nothing."""
+    if activations is None:
+        return 16
+    supported = "null (weights alone are quantized), or for 8-bit weights W8A8's object"
+    if bits != 8 or not isinstance(activations, dict):
+        raise group.error("input_activations", activations, supported)
+    fields = Fields(activations, f"{group.source}: input_activations")
+    if fields.integer("num_bits", 1, 16) != 8:
+        raise fields.error("num_bits", activations.get("num_bits"), "8")
+    fields.refuse_unless("type", ("int",), "'int'")
+    fields.refuse_unless("symmetric", (True,), "true")
+    for name, value in (("dynamic", True), ("strategy", "token")):
+        if activations.get(name) != value:
+            expected = "true" if value is True else f"'{value}'"
+            raise fields.error(name, activations.get(name), f"{expected} (rounded for each token)")
+    return 8
 
 
 def _levels(fields: Fields) -> tuple[int, ...]:
@@ -208,6 +238,9 @@ def _matches(module: str, targets: Sequence[str]) -> bool:
 
 def choose_layout(formats: Iterable[WeightFormat]) -> Layout:
     """The layout of a directory that octavo writes: others' own, where it can hold the formats."""
+    formats = tuple(formats)
+    if any(format.activation_bits == 8 for format in formats):
+        return "int-quantized"  # in which others look for W8A8
     uniform = all(format.levels == UNIFORM_LEVELS for format in formats)
     return "pack-quantized" if uniform else "octavo"
 
@@ -232,7 +265,7 @@ def make_quantization_config(modules: Mapping[str, WeightFormat]) -> dict[str, A
             f"group_{index}": {
                 "targets": _targets(names, modules),
                 "weights": _weights(format),
-                "input_activations": None,
+                "input_activations": _activations(format),
                 "output_activations": None,
             }
             for index, (format, names) in enumerate(by_format.items())
@@ -265,5 +298,23 @@ def _weights(format: WeightFormat) -> dict[str, Any]:
         "actorder": None,
         "block_structure": None,
         "observer": "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def _activations(format: WeightFormat) -> dict[str, Any] | None:
+    """What meets int8 weights: None for activations that keep their precision."""
+    if format.activation_bits != 8:
+        return None
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "group_size": None,
+        "dynamic": True,
+        "actorder": None,
+        "block_structure": None,
+        "observer": None,
         "observer_kwargs": {},
     }

@@ -94,10 +94,6 @@ def quantize_directory(
     if not target.parent.is_dir():
         raise InvalidArgumentError(f"{target.parent} is not a directory; make it first")
     files, checkpoint = open_float_model(source)
-    if scheme.name == "w8a8":
-        raise InvalidArgumentError(
-            "w8a8 says how int8 weights are run; expected int8, or --quantize w8a8 of a float model"
-        )
     formats, notes = plan_formats(files.spec, scheme)
     weighted = scheme.method == "weighted" and scheme.has_groups and calibrate is None
     if weighted and importance is None:
@@ -245,8 +241,10 @@ class _Writer:
                 self._method,
                 importance=self._importance.get(base),
             )
+        packed = matrix.layout != "int-quantized"
+        codes = pack_words(rounded.codes, matrix.format.dtype) if packed else rounded.codes
         arrays: dict[str, npt.NDArray[Any]] = {
-            words_name(matrix).rsplit(".", 1)[1]: pack_words(rounded.codes, matrix.format.dtype),
+            words_name(matrix).rsplit(".", 1)[1]: codes,
             "weight_shape": np.array(matrix.shape, "<i8"),
             "weight_scale": float32_to_bf16(rounded.scales),
         }

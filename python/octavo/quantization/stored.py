@@ -80,8 +80,8 @@ def unpack_zeros(words: npt.NDArray[np.int32], outputs: int) -> npt.NDArray[np.f
 
 
 def words_name(matrix: StoredMatrix) -> str:
-    """The tensor that holds packed codes."""
-    return matrix.module + (".weight" if matrix.layout == "octavo" else ".weight_packed")
+    """The tensor that holds the codes."""
+    return matrix.module + (".weight_packed" if matrix.layout == "pack-quantized" else ".weight")
 
 
 def stored_tensors(matrix: StoredMatrix) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
