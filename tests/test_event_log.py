@@ -147,7 +147,7 @@ def test_an_answer_waits_for_the_prompt_of_its_sibling() -> None:
     run_to_end(engine)
     lines = list(explain(log_of(engine.events), "two"))
     second = lines[lines.index("Answer 2 of 2:") :]
-    assert "because the prompt was being computed for another answer" in second[1]
+    assert "because what it begins with was just being computed" in second[1]
     assert "Of 14 tokens the cache held 13" in second[2]
 
 

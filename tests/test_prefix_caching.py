@@ -53,8 +53,8 @@ def test_what_was_computed_is_not_computed_again(second: list[int], num_cached: 
     assert output.metrics.num_cached_tokens == num_cached
     num_computed = fake_runtime(engine).num_tokens_computed - before
     assert num_computed == len(second) - num_cached + PARAMS.max_tokens - 1
-    assert engine.scheduler.num_prefix_hits == num_cached
-    assert engine.scheduler.num_prefix_queries == len(SYSTEM) + 2 + len(second)
+    assert engine.scheduler.prefix_cache.num_hits == num_cached
+    assert engine.scheduler.prefix_cache.num_queries == len(SYSTEM) + 2 + len(second)
 
 
 def test_an_answer_is_found_again_by_the_next_turn() -> None:
@@ -113,6 +113,42 @@ def test_the_whole_cache_can_be_one_known_prompt() -> None:
     assert ask(engine, "second", prompt, params=one).metrics.num_cached_tokens == 31
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_of_requests_that_come_together_one_computes_the_beginning(overlap: bool) -> None:
+    engine = fake_engine(
+        num_blocks=80, max_num_seqs=10, max_num_batched_tokens=200, overlap_steps=overlap
+    )
+    stranger = [(3 * i + 7) % 90 for i in range(9)]
+    for i in range(6):
+        engine.add_request(f"{i}", [*SYSTEM, 20 + i, 30], PARAMS)
+    engine.add_request("stranger", stranger, PARAMS)
+    engine.step()  # the first, and the stranger, who need not wait for them
+    assert {key[0] for key in engine.blocks.holders()} >= {"0", "stranger"}
+    outputs = run_to_end(engine)
+    for output in outputs.values():
+        check_answers(output, PARAMS)
+    cached = [outputs[f"{i}"].metrics.num_cached_tokens for i in range(6)]
+    assert cached == [0, 16, 16, 16, 16, 16]
+    num_decoded = 7 * (PARAMS.max_tokens - 1)
+    assert fake_runtime(engine).num_tokens_computed == 19 + 5 * 3 + 9 + num_decoded
+
+
+def test_who_waits_for_a_beginning_does_not_wait_for_ever() -> None:
+    """The one who computes it is aborted in its midst: the next one goes on with it."""
+    engine = fake_engine(num_blocks=40, max_num_batched_tokens=5)
+    for name in ("gone", "next", "last"):
+        engine.add_request(name, [*SYSTEM, 1], PARAMS)
+    for _ in range(2):
+        engine.step()
+    assert engine.scheduler.num_running == 1
+    assert engine.scheduler.waiting_reason in ("prefix", "token_budget")
+    engine.abort("gone")
+    outputs = run_to_end(engine)
+    assert [outputs[name].metrics.num_cached_tokens for name in ("next", "last")] == [8, 16]
+    for output in outputs.values():
+        check_answers(output, PARAMS)
+
+
 def test_a_failed_request_leaves_nothing_behind() -> None:
     from engine_helpers import NAN_TOKEN
 
@@ -146,7 +182,7 @@ def test_a_crowd_with_common_beginnings(num_blocks: int, caching: bool) -> None:
         num_blocks, max_num_seqs=7, max_num_batched_tokens=23, enable_prefix_caching=caching
     )
     crowd(engine)
-    assert (engine.scheduler.num_prefix_hits > 100) == caching
+    assert (engine.scheduler.prefix_cache.num_hits > 100) == caching
     assert engine.blocks.num_free_blocks == num_blocks
 
 
@@ -158,7 +194,7 @@ def _unchained(hashes: Any, tokens: Any, count: int, size: int, salt: Any) -> No
 
 PLANTED: dict[str, tuple[str, Callable[..., Any]]] = {
     "names say nothing of what came before": (
-        "octavo.engine.scheduler.extend_block_hashes",
+        "octavo.engine.prefix_cache.extend_block_hashes",
         _unchained,
     ),
     "what must be copied is not": (

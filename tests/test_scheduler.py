@@ -30,7 +30,7 @@ def make_scheduler(
 
 
 def add(scheduler: Scheduler, key: str, num_tokens: int, max_tokens: int = 20) -> Sequence:
-    prompt = [(7 * i + len(key)) % 50 for i in range(num_tokens)]
+    prompt = [(7 * i + ord(key[0])) % 50 for i in range(num_tokens)]
     sequence = Sequence(key, prompt, SamplingParams(max_tokens=max_tokens))
     scheduler.add(sequence)
     return sequence

@@ -195,8 +195,8 @@ class Engine:
         for answer in answers:
             self._answers[answer.sequence.key] = answer
             self.scheduler.add(answer.sequence)
-        names = self.scheduler.block_names(request.sequences[0])
-        self.events.record(arrival(request, timeout, names))
+        names = self.scheduler.prefix_cache.names_of(request.sequences[0])
+        self.events.record(arrival(request, timeout, tuple(names)))
 
     def step(self) -> list[OutputChunk]:
         """Compute one step. Returns what it added to streamed requests, and finished requests.
@@ -256,8 +256,8 @@ class Engine:
             num_steps=self.num_steps,
             num_drawn_tokens=self.num_drawn_tokens,
             num_preemptions=scheduler.num_preemptions,
-            num_prefix_queries=scheduler.num_prefix_queries,
-            num_prefix_hits=scheduler.num_prefix_hits,
+            num_prefix_queries=scheduler.prefix_cache.num_queries,
+            num_prefix_hits=scheduler.prefix_cache.num_hits,
             num_evictions=pool.num_evictions,
         )
 

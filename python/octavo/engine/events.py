@@ -30,7 +30,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     # The first in the queue still waits. reason: see WAITING_REASONS; for kv_blocks how many it
     # needs and how many it may have; num_waiting: the length of the queue.
     "waited": ("reason", "num_needed", "num_available", "num_waiting"),
-    # A sequence got its blocks. Of its num_tokens tokens the cache (or a sibling) held so many.
+    # A sequence got its blocks. Of its tokens the cache (or another answer) held so many.
     "admitted": ("num_tokens", "num_cached_tokens", "num_running", "num_free_blocks"),
     # A part of a prompt is computed in this step, a number.
     "chunk": ("start", "num_tokens", "step"),
@@ -57,7 +57,7 @@ WAITING_REASONS = {
     "kv_blocks": "too few blocks of the KV cache were free",
     "token_budget": "the step's tokens (max_num_batched_tokens) were used up by others",
     "preemption": "blocks had just been taken from a running sequence",
-    "sibling": "the prompt was being computed for another answer of the same request",
+    "prefix": "what it begins with was just being computed, for another request or answer",
 }
 
 

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import itertools
 
-from octavo.engine.block_hash import extend_block_hashes
-from octavo.engine.block_manager import NO_PREFIX, BlockManager, Prefix
+from octavo.engine.block_manager import BlockManager, Prefix
 from octavo.engine.block_pool import IntegrityError
 from octavo.engine.events import EventLog
 from octavo.engine.integrity import check_running, check_waiting
+from octavo.engine.prefix_cache import PrefixCache
 from octavo.engine.ranked_queue import RankedQueue
 from octavo.engine.request import FinishReason, Sequence, SequenceState
 from octavo.engine.schedule import Schedule, ScheduledSequence, SchedulerLimits, StepInTheMaking
@@ -43,11 +43,10 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self.blocks = blocks
+        self.prefix_cache = PrefixCache(blocks, limits.enable_prefix_caching)
         self.events = EventLog() if events is None else events
         self.num_schedules = 0
         self.num_preemptions = 0
-        self.num_prefix_queries = 0  # prompt tokens that were looked up in the cache
-        self.num_prefix_hits = 0  # those of them that it held
         self.waiting_reason: str | None = None  # of the first in the queue; None: nobody waits
         self._waiting = RankedQueue()
         self._running = RankedQueue()
@@ -111,11 +110,6 @@ class Scheduler:
         sequence.max_total_tokens = self.max_total_tokens(sequence.num_prompt_tokens, max_tokens)
         self._waiting.add(sequence)
 
-    def block_names(self, sequence: Sequence) -> tuple[bytes, ...]:
-        """The names of the full blocks among the sequence's tokens; see block_hash.py."""
-        self._extend_hashes(sequence)
-        return tuple(sequence.block_hashes)
-
     def schedule(self, now: float = 0.0) -> Schedule:
         """Decide the next step; its entries are empty only when nothing is unfinished.
 
@@ -151,7 +145,7 @@ class Scheduler:
             num_full_blocks = (start + num_new_tokens) // block_size
             is_running = sequence.state is SequenceState.RUNNING
             if num_full_blocks > sequence.num_published_blocks and is_running:
-                self._publish(sequence, num_full_blocks)
+                self.prefix_cache.publish(sequence, num_full_blocks)
 
     def rollback(self, schedule: Schedule) -> None:
         """The step failed, after `advance`: undo it, and let whom it admitted wait again.
@@ -223,12 +217,12 @@ class Scheduler:
         while True:
             sequence = self._next_candidate()
             if sequence is None:
-                return (self._waiting[0], "sibling") if self._waiting else (None, None)
+                return (self._waiting[0], "prefix") if self._waiting else (None, None)
             if not step.budget:
                 return sequence, "token_budget"
             if sequence.num_pending_tokens or sequence in step.preempted:
                 return sequence, "preemption"  # a step in flight still computes for it
-            prefix = self._prefix_of(sequence)
+            prefix = self.prefix_cache.find(sequence)
             obstacle = self._obstacle(sequence, prefix)
             if obstacle is not None:
                 return sequence, obstacle
@@ -236,33 +230,11 @@ class Scheduler:
             self._schedule_chunk(sequence, step)
 
     def _next_candidate(self) -> Sequence | None:
-        """The first in the queue whose prompt is not just being computed by a sibling."""
-        for sequence in self._waiting:
-            leader = sequence.leader
-            if (
-                leader is None
-                or leader.state is not SequenceState.RUNNING
-                or leader.num_computed_tokens >= leader.num_prompt_tokens
-            ):
+        """The first in the queue whose beginning is not just being computed for another."""
+        for sequence in itertools.islice(self._waiting, self.limits.max_num_seqs):
+            if not self.prefix_cache.is_being_computed(sequence, self._running):
                 return sequence
         return None
-
-    def _prefix_of(self, sequence: Sequence) -> Prefix:
-        """What is in the cache of the sequence's tokens; the last is always computed anew.
-
-        Its logits are wanted, and they are not in the cache.
-        """
-        prefix = NO_PREFIX
-        if self.limits.enable_prefix_caching:
-            self._extend_hashes(sequence)
-            prefix = self.blocks.find_prefix(sequence.block_hashes, sequence.num_tokens - 1)
-        leader = sequence.leader
-        if leader is not None and leader.state is SequenceState.RUNNING:
-            num_alike = sequence.num_prompt_tokens - 1
-            if leader.num_computed_tokens > num_alike > prefix.num_tokens:
-                num_blocks = self.blocks.blocks_for(num_alike)
-                prefix = Prefix(self.blocks.block_table(leader.key)[:num_blocks], num_alike)
-        return prefix
 
     def _obstacle(self, sequence: Sequence, prefix: Prefix) -> str | None:
         """What keeps the sequence from being admitted now."""
@@ -291,12 +263,8 @@ class Scheduler:
         return headroom
 
     def _start(self, sequence: Sequence, prefix: Prefix, step: StepInTheMaking) -> None:
-        is_first = sequence.num_cached_tokens is None
-        if is_first:
-            sequence.num_cached_tokens = prefix.num_tokens
-        if is_first and sequence.leader is None and self.limits.enable_prefix_caching:
-            self.num_prefix_queries += sequence.num_tokens
-            self.num_prefix_hits += prefix.num_tokens
+        if sequence.num_cached_tokens is None:
+            self.prefix_cache.note_first_admission(sequence, prefix)
         step.copies += self.blocks.start(sequence.key, sequence.num_tokens, prefix)
         self._waiting.remove(sequence)
         self._running.add(sequence)
@@ -321,7 +289,7 @@ class Scheduler:
             return
         if self._running[-1].priority <= sequence.priority:
             return
-        prefix = self._prefix_of(sequence)
+        prefix = self.prefix_cache.find(sequence)
         if self._obstacle(sequence, prefix) is None:
             return
         num_missing = self.blocks.num_blocks_needed(sequence.num_tokens, prefix)
@@ -362,23 +330,6 @@ class Scheduler:
         self._waiting.add(sequence)
 
     # ---- books ----
-
-    def _extend_hashes(self, sequence: Sequence) -> None:
-        extend_block_hashes(
-            sequence.block_hashes,
-            sequence.token_ids,
-            sequence.num_tokens,
-            self.blocks.block_size,
-            sequence.cache_salt,
-        )
-
-    def _publish(self, sequence: Sequence, num_full_blocks: int) -> None:
-        """Let others find the sequence's blocks up to num_full_blocks, which are computed."""
-        if self.limits.enable_prefix_caching:
-            self._extend_hashes(sequence)
-            for index in range(sequence.num_published_blocks, num_full_blocks):
-                self.blocks.publish(sequence.key, index, sequence.block_hashes[index])
-        sequence.num_published_blocks = num_full_blocks
 
     def _note_wait(self, sequence: Sequence | None, reason: str | None, now: float) -> None:
         """Record why the first in the queue waits, unless that was recorded before."""
