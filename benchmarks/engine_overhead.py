@@ -54,7 +54,7 @@ class NullRuntime:
     def submit(self, batch: Any) -> int:
         return 1
 
-    def sample(self, ticket: int, masks: Any = None) -> None:
+    def sample(self, ticket: int, masks: Any = None, adjustments: Any = None) -> None:
         return None
 
     def wait(self, ticket: int) -> Any:

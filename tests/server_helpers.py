@@ -45,13 +45,15 @@ def fake_llm(
     return LLM.from_engine(engine, None if template is None else ChatTemplate(template))
 
 
-def tiny_llm(directory: Path, template: str | None = TEMPLATE) -> LLM:
+def tiny_llm(
+    directory: Path, template: str | None = TEMPLATE, num_blocks: int = 32, **limits: Any
+) -> LLM:
     """Two layers of random weights in the real native core, over the same tokenizer."""
-    options = RuntimeOptions("f32", "f32", 16, 256, 8, 128, 1)
+    options = RuntimeOptions("f32", "f32", 16, 256, 8, 128, 1, **limits)
     engine = Engine(
-        tiny_runtime(num_blocks=32, num_threads=1),
+        tiny_runtime(num_blocks=num_blocks, num_threads=1),
         options,
-        num_kv_blocks=32,
+        num_kv_blocks=num_blocks,
         vocab_size=TINY_VOCAB,
         tokenizer=Tokenizer(plain_tokenizer_directory(directory, TINY_VOCAB)),
         eos_token_ids=(EOS,),
@@ -98,6 +100,43 @@ async def serving(
             await service.engine.call(lambda found: found.engine.check_integrity())
         finally:
             await service.engine.stop()
+
+
+class RawClient:
+    """One request spoken in ASGI, that goes when it is told to."""
+
+    def __init__(self, service: Service, path: str, body: dict[str, Any]) -> None:
+        self.app = create_app(service)
+        self.gone = asyncio.Event()
+        self.sent: list[dict[str, Any]] = []
+        self.scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "http_version": "1.1",
+            "client": ("1.2.3.4", 5),
+            "server": ("server", 80),
+            "headers": [(b"content-type", b"application/json")],
+        }
+        self._body = json.dumps(body).encode()
+        self._read = False
+
+    async def receive(self) -> dict[str, Any]:
+        if not self._read:
+            self._read = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    async def run(self) -> None:
+        await self.app(self.scope, self.receive, self.send)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
 import time
@@ -19,7 +18,16 @@ from octavo.server.app import create_app
 from octavo.server.options import ServerOptions
 from octavo.server.service import Service
 from octavo.text.chat import ChatTemplate
-from server_helpers import error_of, events_of, fake_llm, run, runtime_of, serving, slow_down
+from server_helpers import (
+    RawClient,
+    error_of,
+    events_of,
+    fake_llm,
+    run,
+    runtime_of,
+    serving,
+    slow_down,
+)
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG = {"prompt": "ABC", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
@@ -107,43 +115,6 @@ def test_deadlines(tmp_path: Path) -> None:
             assert time.monotonic() - started < 1
 
     run(test)
-
-
-class RawClient:
-    """One request spoken in ASGI, that goes when it is told to."""
-
-    def __init__(self, service: Service, path: str, body: dict[str, Any]) -> None:
-        self.app = create_app(service)
-        self.gone = asyncio.Event()
-        self.sent: list[dict[str, Any]] = []
-        self.scope = {
-            "type": "http",
-            "method": "POST",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "scheme": "http",
-            "http_version": "1.1",
-            "client": ("1.2.3.4", 5),
-            "server": ("server", 80),
-            "headers": [(b"content-type", b"application/json")],
-        }
-        self._body = json.dumps(body).encode()
-        self._read = False
-
-    async def receive(self) -> dict[str, Any]:
-        if not self._read:
-            self._read = True
-            return {"type": "http.request", "body": self._body, "more_body": False}
-        await self.gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(self, message: Any) -> None:
-        self.sent.append(message)
-
-    async def run(self) -> None:
-        await self.app(self.scope, self.receive, self.send)
 
 
 @pytest.mark.parametrize("prompt", ["ABC", ["ABC", "DEF", "GHI"]])
