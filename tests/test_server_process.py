@@ -218,6 +218,36 @@ def test_a_signal_drains_and_a_second_one_stops(tmp_path: Path, second: bool) ->
         assert "Traceback" not in server.log_path.read_text()
 
 
+LOADING = """
+import time
+from octavo.server.options import ServerOptions
+from octavo.server.run import serve
+serve(ServerOptions(port=0, log_format="json"), lambda: time.sleep(600))
+"""
+
+
+def test_a_signal_while_loading(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADING], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert process.stderr is not None
+    assert json.loads(process.stderr.readline())["event"] == "listening"
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=20)
+    assert process.returncode == 0 and "stopped" in log and "Traceback" not in log
+
+
+def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    code = LOADING.replace("time.sleep(600)", "exec('raise OSError(\"damaged\")')")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1 and "OSError: damaged" in done.stderr
+    command = [sys.executable, "-m", "octavo.cli", "serve", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_port_in_use_is_told_at_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -53,8 +53,10 @@ async def _serve(options: ServerOptions, load: Callable[[], LLM], listener: sock
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=75,  # longer than clients keep idle connections
     )
     server = _Uvicorn(config)
+    stopping = _Stopping(service, server)
     url = _url(options.host, listener)
     log_event(_log, logging.INFO, "listening", url=url, model=service.name)
     if options.is_open:
@@ -65,11 +67,16 @@ async def _serve(options: ServerOptions, load: Callable[[], LLM], listener: sock
             host=options.host,
         )
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    stopping = _Stopping(service, server)
+    loading = asyncio.ensure_future(_load(service, url))
     try:
-        await _load(service, url)
-        await serving
+        # A signal ends the server while the model is still being loaded; the thread that loads it
+        # is left to the end of the process.
+        await asyncio.wait([loading, serving], return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            await loading
+            await serving
     finally:
+        loading.cancel()
         server.should_exit = True
         await asyncio.wait([serving])
         stopping.cancel()
