@@ -381,6 +381,9 @@ def test_models_tokens_and_probes(llm: LLM) -> None:
             error_of(await client.put("/tokenize", json={}), 405)
             schema = (await client.get("/openapi.json")).json()
             assert {CHAT, COMPLETIONS, "/tokenize", "/health"} <= set(schema["paths"])
+            responses = schema["paths"][CHAT]["post"]["responses"]
+            assert {"200", "400", "401", "429", "503", "504"} <= set(responses) - {"422"}
+            assert "422" not in responses and "text/event-stream" in responses["200"]["content"]
 
     run(test)
 

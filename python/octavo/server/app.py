@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 import octavo
@@ -45,11 +45,29 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"description": "The model is being loaded, or the server is shutting down."},
     504: {"description": "The request's deadline passed."},
 }
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, whole or as server-sent events.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    },
+    **_ERRORS,
+}
+
+
+class _App(FastAPI):
+    """Its schema says what the routes really give: 400 where FastAPI would write 422."""
+
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        return schema
 
 
 def create_app(service: Service) -> ASGIApp:
     """The application, ready for an ASGI server; the service is started by whoever runs it."""
-    app = FastAPI(
+    app = _App(
         title="octavo",
         version=octavo.__version__,
         description="OpenAI's API, as vLLM speaks it.",
@@ -85,7 +103,7 @@ def _service(request: Request) -> Service:
 
 
 def _add_generation(app: FastAPI) -> None:
-    @app.post("/v1/chat/completions", responses=_ERRORS)
+    @app.post("/v1/chat/completions", responses=_STREAMED)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         service = _service(request)
@@ -98,7 +116,7 @@ def _add_generation(app: FastAPI) -> None:
         answer_format = ChatFormat(head, llm.tokenizer, tools)
         return await _answer(request, body, [(prompt, params)], head, answer_format)
 
-    @app.post("/v1/completions", responses=_ERRORS)
+    @app.post("/v1/completions", responses=_STREAMED)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Go on with a text, or with many."""
         service = _service(request)
@@ -246,7 +264,7 @@ def _add_probes(app: FastAPI) -> None:
         """octavo's version."""
         return JSONResponse({"version": octavo.__version__})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:
         """Metrics for Prometheus."""
         found = _service(request).metrics

@@ -29,6 +29,10 @@ _POLICY = (
 )
 
 
+class _JsonLines(Response):
+    media_type = "application/x-ndjson"
+
+
 def add_pages(app: FastAPI, service_of: Callable[[Request], Service]) -> None:
     """Add the page and the routes under /engine."""
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
@@ -47,7 +51,7 @@ def add_pages(app: FastAPI, service_of: Callable[[Request], Service]) -> None:
         """Running and waiting requests, the KV cache block by block, speeds."""
         return JSONResponse(await service_of(request).live.describe())
 
-    @app.get("/engine/requests/{request_id}")
+    @app.get("/engine/requests/{request_id}", responses={404: {"description": "Unknown, or past."}})
     async def explanation(request_id: str, request: Request) -> Response:
         """Where a request's time went, in sentences, as far as the event log's ring remembers."""
         service = service_of(request)
@@ -56,17 +60,18 @@ def add_pages(app: FastAPI, service_of: Callable[[Request], Service]) -> None:
         try:
             sentences = await asyncio.to_thread(_explain, copy, request_id)
         except InvalidArgumentError as error:
-            raise ApiError(404, str(error), param="request_id") from error
+            message = f"the event log has no request {request_id!r}: it never came, or long ago"
+            raise ApiError(404, message, param="request_id") from error
         return JSONResponse({"id": request_id, "sentences": sentences})
 
-    @app.get("/engine/events")
+    @app.get("/engine/events", response_class=_JsonLines)
     async def events(request: Request) -> Response:
         """The scheduler's last decisions, for `octavo explain`, `trace` and `replay`."""
         service = service_of(request)
         service.llm_to_watch()
         copy = await service.engine.call(_copy_events)
         lines = await asyncio.to_thread(lambda: "".join(f"{line}\n" for line in copy.as_jsonl()))
-        return Response(lines, media_type="application/x-ndjson")
+        return _JsonLines(lines)
 
 
 def _copy_events(llm: LLM) -> EventLog:
