@@ -83,7 +83,7 @@ def test_arrivals_are_poisson() -> None:
 
 
 def record(start: float, times: list[float], tokens: int, **fields: object) -> Record:
-    found = Record(start, times[-1] if times else start, times, 10, tokens, 200)
+    found = Record(start, times[-1] if times else start, times, [], 10, tokens, 200)
     for name, value in fields.items():
         setattr(found, name, value)
     return found
@@ -160,6 +160,7 @@ def test_loads_against_a_real_socket(url: str, load: Load) -> None:
     assert most <= load.concurrency
     for own in measured.records:
         assert own.num_prompt_tokens == 5 and own.num_answer_tokens == 6
+        assert len(own.text) == 6 and own.text == measured.records[0].text
         assert 1 <= len(own.chunk_times) <= 6 and own.ttft > 0 and own.e2e >= own.ttft
     if load.rate == 200.0:
         assert measured.seconds > 0.03  # 25 of them cannot come at once

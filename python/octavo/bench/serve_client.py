@@ -23,12 +23,13 @@ from octavo.errors import InvalidArgumentError, OctavoError
 class Record:
     """What became of one request; times in seconds of `time.perf_counter`.
 
-    chunk_times: when each piece of text came. status: of HTTP, 0 where there was no answer.
+    chunk_times: when each piece of text came; pieces: the text. status: of HTTP, 0 where there was no answer.
     """
 
     start: float
     end: float = 0.0
     chunk_times: list[float] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_answer_tokens: int = 0
     status: int = 0
@@ -38,6 +39,11 @@ class Record:
     def ok(self) -> bool:
         """Whether the whole answer came."""
         return self.error is None and self.status == 200 and bool(self.chunk_times)
+
+    @property
+    def text(self) -> str:
+        """The answer."""
+        return "".join(self.pieces)
 
     @property
     def ttft(self) -> float:
@@ -158,8 +164,10 @@ def _take_event(event: bytes, now: float, record: Record) -> None:
         record.num_prompt_tokens = usage.get("prompt_tokens", 0)
         record.num_answer_tokens = usage.get("completion_tokens", 0)
     for choice in found.get("choices") or ():
-        if choice.get("text") or (choice.get("delta") or {}).get("content"):
+        text = choice.get("text") or (choice.get("delta") or {}).get("content")
+        if text:
             record.chunk_times.append(now)
+            record.pieces.append(text)
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, bool]:

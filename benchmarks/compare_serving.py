@@ -1,0 +1,155 @@
+"""octavo, llama-server and vLLM under the same load, in one run.
+
+    python benchmarks/compare_serving.py --users 1,16,64
+    python benchmarks/compare_serving.py --llama-server PATH --gguf FILE --vllm-python PATH \
+        --output benchmarks/results/FILE.json
+
+Every side is started, asked the same requests by the same client (octavo.bench.serve_client) for
+each number of users, and stopped, in every round anew; who goes first alternates. Before it is
+timed each side must answer: eight prompts one by one, and then all at a time among as many others;
+how many answers stay the same is kept, and octavo must keep all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from machine import stamp
+from serving_sides import Side, llama_side, octavo_side, running, vllm_side
+
+from octavo.bench.serve_client import Client
+from octavo.bench.serve_report import summarize
+from octavo.bench.serve_run import Load, run_load
+from octavo.bench.serve_workload import parse_lengths, random_jobs
+from octavo.config import read_environment
+from octavo.weights.hub import resolve_model
+
+GATE = 8
+
+
+async def check(client: Client, model: str) -> int:
+    """How many of eight greedy answers are the same alone and among sixteen."""
+    lengths = parse_lengths("gate", "20-60")
+    jobs = list(islice(random_jobs(lengths, parse_lengths("gate", "24"), 0, 99), 2 * GATE))
+    alone = [(await client.ask(job, model)).text for job in jobs[:GATE]]
+    together = await asyncio.gather(*(client.ask(job, model) for job in jobs))
+    if not all(alone):
+        raise SystemExit(f"{client.url} gave an empty answer")
+    return sum(a == b.text for a, b in zip(alone, together[:GATE], strict=True))
+
+
+async def measure(url: str, name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The gate, a warm-up, and every load."""
+    client = Client(url, timeout=arguments.timeout)
+    model = await client.model()
+    same = await check(client, model)
+    if name.startswith("octavo") and same != GATE:
+        raise SystemExit(f"{name}: {GATE - same} of {GATE} answers depend on who shares the batch")
+    found = []
+    for users in arguments.users:
+        jobs = random_jobs(
+            parse_lengths("--prompt-len", arguments.prompt_len),
+            parse_lengths("--answer-len", arguments.answer_len),
+            arguments.shared_prefix,
+            arguments.seed + users,
+        )
+        count = max(arguments.least, arguments.each * users)
+        measured = await run_load(client, model, jobs, Load(count, users), arguments.seed)
+        summary = {"side": name, "same_answers": f"{same} of {GATE}", **summarize(measured)}
+        print(
+            f"{name:28} {users:4} users  {summary['total_tokens_per_second']:9.1f} tokens/s  "
+            f"first {summary['ttft_ms']['p50']:7.0f} ms  between p99 "
+            f"{summary['itl_ms']['p99']:6.0f} ms  {summary['failed']} failed",
+            flush=True,
+        )
+        found.append(summary)
+    return found
+
+
+def make_sides(arguments: argparse.Namespace) -> list[Side]:
+    path = resolve_model(arguments.model, read_environment())
+    most, context = max(arguments.users), arguments.context
+    sides = [
+        octavo_side(str(path), arguments.threads, context, most, extra.split())
+        for extra in arguments.octavo
+    ]
+    for file in arguments.gguf if arguments.llama_server else ():
+        sides.append(llama_side(arguments.llama_server, file, arguments.threads, context, most))
+    if arguments.vllm_python:
+        sides.append(vllm_side(arguments.vllm_python, path, context, most))
+    sides += [Side(name, url=url) for name, _, url in (u.partition("=") for u in arguments.url)]
+    return sides
+
+
+def ratios(rounds: list[dict[str, Any]]) -> list[str]:
+    """octavo's throughput over each other side's, and over its own with one user."""
+
+    def of(side: str, users: int) -> float:
+        own = [r for r in rounds if r["side"] == side and r["concurrency"] == users]
+        return median(r["total_tokens_per_second"] for r in own)
+
+    sides = list(dict.fromkeys(r["side"] for r in rounds))
+    users = sorted({r["concurrency"] for r in rounds})
+    lines = []
+    for side in sides[1:]:
+        parts = [f"{of(sides[0], n) / of(side, n):.2f}x at {n}" for n in users]
+        lines.append(f"{sides[0]} over {side}: {', '.join(parts)}")
+    for side in sides if len(users) > 1 else ():
+        parts = [f"{of(side, n) / of(side, users[0]):.2f}x at {n}" for n in users[1:]]
+        lines.append(f"{side} over itself with {users[0]}: {', '.join(parts)}")
+    return lines
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--octavo", action="append", help="options of one octavo side, as one text")
+    parser.add_argument("--llama-server", type=Path)
+    parser.add_argument("--gguf", type=Path, action="append", default=[])
+    parser.add_argument("--vllm-python", type=Path)
+    parser.add_argument("--url", action="append", default=[], help="NAME=URL of a running server")
+    parser.add_argument("--users", default="1,16,64")
+    parser.add_argument("--prompt-len", default="32-256")
+    parser.add_argument("--answer-len", default="32-128")
+    parser.add_argument("--shared-prefix", type=int, default=0)
+    parser.add_argument("--each", type=int, default=3, help="requests of each user")
+    parser.add_argument("--least", type=int, default=8, help="requests of a load at least")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=900.0)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    arguments.users = [int(number) for number in arguments.users.split(",")]
+    arguments.octavo = arguments.octavo or [""]
+    sides = make_sides(arguments)
+    rounds: list[dict[str, Any]] = []
+    for number in range(arguments.rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            with running(side) as (url, seconds):
+                for summary in asyncio.run(measure(url, side.name, arguments)):
+                    rounds.append({"round": number, "start_seconds": round(seconds, 2), **summary})
+    print("\n".join(ratios(rounds)))
+    if arguments.output:
+        asked = {key: _plain(value) for key, value in vars(arguments).items()}
+        content = {**stamp(arguments.threads), "asked": asked, "rounds": rounds}
+        arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+if __name__ == "__main__":
+    main()
