@@ -25,6 +25,14 @@ def commit() -> str:
         return ""
 
 
+def _version(package: str) -> str:
+    """ "" for one that is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def stamp(num_threads: int) -> dict[str, Any]:
     """What belongs beside every figure."""
     packages = ["octavo", "numpy", "torch", "transformers"]
@@ -35,6 +43,6 @@ def stamp(num_threads: int) -> dict[str, Any]:
         "native": _native.build_info(),
         "system": platform.platform(),
         "python": sys.version.split()[0],
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: found for name in packages if (found := _version(name))},
         "commit": commit(),
     }

@@ -23,7 +23,8 @@ from octavo.errors import InvalidArgumentError, OctavoError
 class Record:
     """What became of one request; times in seconds of `time.perf_counter`.
 
-    chunk_times: when each piece of text came; pieces: the text. status: of HTTP, 0 where there was no answer.
+    chunk_times: when each piece of text came; pieces: the text. status: of HTTP, 0 where there was
+    no answer.
     """
 
     start: float
