@@ -169,6 +169,20 @@ print(",".join(sorted(heavy)))
     assert run_python(code).stdout.strip() == ""
 
 
+def test_the_core_needs_nothing_that_only_the_server_does() -> None:
+    code = """
+import importlib, pkgutil, sys
+for name in ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "httptools"):
+    sys.modules[name] = None
+import octavo
+for module in pkgutil.walk_packages(octavo.__path__, "octavo."):
+    if not module.name.startswith("octavo.server.") and not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+print("imported")
+"""
+    assert run_python(code).stdout.strip() == "imported"
+
+
 def test_help_starts_without_the_heavy_libraries() -> None:
     code = """
 import sys

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from engine_helpers import EOS, NAN_TOKEN, VOCAB, solo_answer
+from engine_helpers import EOS, NAN_TOKEN, solo_answer
 from octavo.llm import LLM
 from octavo.sampling_params import SamplingParams
+from octavo.server.options import read_defaults
 from server_helpers import error_of, events_of, fake_llm, run, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -221,131 +221,35 @@ def test_logprobs_in_both_forms(llm: LLM) -> None:
     run(test)
 
 
+def test_what_a_request_leaves_out_is_as_the_model_recommends(llm: LLM, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(
+        '{"temperature": 0.4, "top_k": 7, "top_p": 0.9, "eos_token_id": 2, "do_sample": true}'
+    )
+    defaults = read_defaults(tmp_path)
+    assert defaults == {"temperature": 0.4, "top_k": 7, "top_p": 0.9}
+    assert read_defaults(tmp_path / "nowhere") == {}
+    (tmp_path / "generation_config.json").write_text("{")
+    assert read_defaults(tmp_path) == {}
+    common = {"max_tokens": 12, "seed": 4, "ignore_eos": True}
+    want = expected("ABC", SamplingParams(temperature=0.4, top_k=7, top_p=0.9, **common))
+    other = expected("ABC", SamplingParams(temperature=0.4, top_k=0, top_p=0.5, **common))
+    assert want.token_ids != other.token_ids
+
+    async def test() -> None:
+        async with serving(llm, defaults=defaults) as (client, _):
+            for more, answer in (({}, want), ({"top_k": -1, "top_p": 0.5}, other)):
+                body = {"prompt": "ABC", **common, **more}
+                found = (await client.post(COMPLETIONS, json=body)).json()["choices"][0]
+                assert found["text"] == text_of(answer.token_ids)
+
+    run(test)
+
+
 def test_unknown_fields_are_ignored(llm: LLM) -> None:
     async def test() -> None:
         async with serving(llm) as (client, _):
             body = {"messages": USER, "max_tokens": 2, "invented": {"a": [1]}, "store": True}
             assert (await client.post(CHAT, json=body)).status_code == 200
-
-    run(test)
-
-
-WRONG: list[tuple[str, dict[str, Any], str | None]] = [
-    (COMPLETIONS, {"temperature": -1}, "temperature"),
-    (COMPLETIONS, {"temperature": "hot"}, "temperature"),
-    (COMPLETIONS, {"temperature": 1e400}, None),
-    (COMPLETIONS, {"top_p": 0}, "top_p"),
-    (COMPLETIONS, {"top_p": 1.5}, "top_p"),
-    (COMPLETIONS, {"top_k": -2}, "top_k"),
-    (COMPLETIONS, {"min_p": 2}, "min_p"),
-    (COMPLETIONS, {"n": 0}, "n"),
-    (COMPLETIONS, {"n": 10**9}, "n"),
-    (COMPLETIONS, {"max_tokens": 0}, "max_tokens"),
-    (COMPLETIONS, {"max_tokens": 4, "min_tokens": 5}, "min_tokens"),
-    (COMPLETIONS, {"seed": "x"}, "seed"),
-    (COMPLETIONS, {"stop": ""}, "stop"),
-    (COMPLETIONS, {"stop": ["a", 5]}, "stop"),
-    (COMPLETIONS, {"stop": ["a"] * 33}, "stop"),
-    (COMPLETIONS, {"stop_token_ids": [VOCAB]}, "stop_token_ids"),
-    (COMPLETIONS, {"logit_bias": {"a": 1}}, "logit_bias"),
-    (COMPLETIONS, {"logit_bias": {"5": 101}}, "logit_bias"),
-    (COMPLETIONS, {"logit_bias": {str(VOCAB): 1}}, "logit_bias"),
-    (COMPLETIONS, {"presence_penalty": 3}, "presence_penalty"),
-    (COMPLETIONS, {"frequency_penalty": -2.1}, "frequency_penalty"),
-    (COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
-    (COMPLETIONS, {"logprobs": 21}, "logprobs"),
-    (COMPLETIONS, {"logprobs": 1, "echo": True}, "echo"),
-    (COMPLETIONS, {"suffix": "end"}, "suffix"),
-    (COMPLETIONS, {"best_of": 3}, "best_of"),
-    (COMPLETIONS, {"prompt": ""}, "prompt"),
-    (COMPLETIONS, {"prompt": []}, "prompt"),
-    (COMPLETIONS, {"prompt": [VOCAB]}, "prompt"),
-    (COMPLETIONS, {"prompt": [-1]}, "prompt"),
-    (COMPLETIONS, {"prompt": None}, "prompt"),
-    (COMPLETIONS, {"timeout": 0}, "timeout"),
-    (COMPLETIONS, {"priority": 2**40}, "priority"),
-    (COMPLETIONS, {"cache_salt": ""}, "cache_salt"),
-    (COMPLETIONS, {"stream": "maybe"}, "stream"),
-    (COMPLETIONS, {"guided_json": {"type": "object"}}, "guided_json"),
-    (COMPLETIONS, {"response_format": {"type": "json_object"}}, "response_format"),
-    (COMPLETIONS, {"response_format": {"type": ["text"]}}, "response_format"),
-    (CHAT, {"messages": []}, "messages"),
-    (CHAT, {"messages": None}, "messages"),
-    (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role"),
-    (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
-    (CHAT, {"messages": [*USER, {"role": "tool", "content": 5}]}, "messages[1].content"),
-    (CHAT, {"top_logprobs": 2}, "top_logprobs"),
-    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    (CHAT, {"tool_choice": "required"}, "tool_choice"),
-    (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
-    (CHAT, {"continue_final_message": True}, "continue_final_message"),
-    (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
-]
-
-
-@pytest.fixture(scope="module")
-def wrong_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, httpx.Response]:
-    """All of WRONG through one server."""
-    llm = fake_llm(tmp_path_factory.mktemp("wrong"))
-    found = {}
-
-    async def ask() -> None:
-        async with serving(llm) as (client, _):
-            for index, (path, fields, _param) in enumerate(WRONG):
-                base = {"messages": USER} if path == CHAT else {"prompt": "ABC"}
-                import json
-
-                content = json.dumps({**base, **fields})
-                headers = {"content-type": "application/json"}
-                found[index] = await client.post(path, content=content, headers=headers)
-
-    run(ask)
-    return found
-
-
-@pytest.mark.parametrize("index", range(len(WRONG)), ids=lambda i: str(WRONG[i][1])[:50])
-def test_what_is_wrong_is_named(index: int, wrong_answers: dict[int, httpx.Response]) -> None:
-    error = error_of(wrong_answers[index], 400)
-    assert error["type"] == "invalid_request_error"
-    name = WRONG[index][2]
-    assert name is None or (error["param"] or "").startswith(name), error
-
-
-def test_a_prompt_that_does_not_fit(llm: LLM) -> None:
-    async def test() -> None:
-        async with serving(llm) as (client, _):
-            for stream in (False, True):
-                body = {"prompt": "A" * 600, "stream": stream}
-                error = error_of(await client.post(COMPLETIONS, json=body), 400)
-                assert error["code"] == "context_length_exceeded"
-                assert "600 tokens" in error["message"] and error["param"] == "prompt"
-
-    run(test)
-
-
-def test_bodies_that_are_no_requests(llm: LLM) -> None:
-    json_type = {"content-type": "application/json"}
-
-    async def test() -> None:
-        async with serving(llm, max_body_bytes=1000) as (client, _):
-            for content in (b"", b"{", b"[]", b"5", b'"x"', b"\xff\xfe", b"[" * 900, b"null"):
-                error_of(await client.post(CHAT, content=content, headers=json_type), 400)
-            lone = b'{"prompt": "a\\ud800b"}'
-            error = error_of(await client.post(COMPLETIONS, content=lone, headers=json_type), 400)
-            assert "surrogate" in error["message"]
-            paired = b'{"prompt": "a\\u0041", "max_tokens": 1}'
-            response = await client.post(COMPLETIONS, content=paired, headers=json_type)
-            assert response.status_code == 200
-            error_of(await client.post(CHAT, content=b"x" * 1001, headers=json_type), 413)
-            error_of(await client.post(CHAT, content=b"{}"), 415)
-
-            async def endless() -> Any:
-                for _ in range(100):
-                    yield b"x" * 100
-
-            error_of(await client.post(CHAT, content=endless(), headers=json_type), 413)
 
     run(test)
 

@@ -69,6 +69,10 @@ def test_the_live_view(tmp_path: Path) -> None:
             assert len(now["requests"]) == 6 and 1 <= len(running) <= 5
             assert now["stats"]["num_running"] > 0 and now["stats"]["num_waiting"] > 0
             assert now["stats"]["waiting_for"] in WAITING_REASONS.values()
+            metrics = (await client.get("/metrics")).text
+            waits = r'octavo:num_requests_waiting_for\{.*reason="\w+"\} [1-9]'
+            assert re.search(waits, metrics)
+            assert re.search(r'waiting_by_reason\{.*reason="capacity"\} [1-9]', metrics)
             states = base64.b64decode(now["blocks"]["map"])
             assert SHARED in states  # the answers of one request share their prompt
             owners = {owner for request in running for owner in request["owners"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +18,7 @@ from octavo.cli.common import (
     NumThreadsOption,
     QuantizeOption,
 )
+from octavo.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
@@ -115,6 +117,15 @@ def serve(
     seed: Annotated[
         int, typer.Option(help="Of requests that name none.", rich_help_panel=_ANSWERS)
     ] = 0,
+    generation_config: Annotated[
+        str,
+        typer.Option(
+            help="auto: what requests leave out is as the model's generation_config.json "
+            "recommends (temperature, top_p …). none: as OpenAI's API has it.",
+            metavar="auto|none",
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = "auto",
     tool_call_parser: Annotated[
         str,
         typer.Option(
@@ -181,7 +192,7 @@ def serve(
     openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     """
     from octavo.config import EngineConfig, read_environment
-    from octavo.server.options import ServerOptions
+    from octavo.server.options import ServerOptions, read_defaults
     from octavo.weights.hub import resolve_model
 
     environment = read_environment()
@@ -219,11 +230,16 @@ def serve(
         event_log=event_log,
         log_format=log_format,
     )
+    if generation_config not in ("auto", "none"):
+        raise InvalidArgumentError(
+            f"--generation-config is {generation_config!r}; expected auto or none"
+        )
     path = resolve_model(model, environment)
-    if not names:
-        from dataclasses import replace
-
-        options = replace(options, served_names=(model if model else path.name,))
+    options = replace(
+        options,
+        served_names=names or (model if model else path.name,),
+        defaults=read_defaults(path) if generation_config == "auto" else {},
+    )
 
     def load() -> LLM:
         from octavo.llm import LLM

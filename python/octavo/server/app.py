@@ -111,7 +111,7 @@ def _add_generation(app: FastAPI) -> None:
         service.check_model(body.model)
         tools = service.tools_of(body)
         prompt = await asyncio.to_thread(prepare.encode_chat, llm, body, service.tool_format)
-        params = prepare.sampling_params(llm, body, prompt)
+        params = prepare.sampling_params(llm, body, prompt, service.options.defaults)
         head = Head(_response_id(request, "chatcmpl"), int(time.time()), service.name)
         answer_format = ChatFormat(head, llm.tokenizer, tools)
         return await _answer(request, body, [(prompt, params)], head, answer_format)
@@ -123,7 +123,8 @@ def _add_generation(app: FastAPI) -> None:
         llm = service.llm()
         service.check_model(body.model)
         prompts = await asyncio.to_thread(prepare.encode_completion, llm, body)
-        work = [(prompt, prepare.sampling_params(llm, body, prompt)) for prompt in prompts]
+        defaults = service.options.defaults
+        work = [(p, prepare.sampling_params(llm, body, p, defaults)) for p in prompts]
         try:
             echoes = echoes_of(llm, body, prompts)
         except InvalidArgumentError as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from octavo.errors import InvalidArgumentError
@@ -27,6 +29,7 @@ class ServerOptions:
     stall_timeout: seconds without a step, while there is work, after which /health says so.
     tool_parser: how calls of tools are written in answers; "auto" goes by the chat template.
     allowed_origins: web pages from there may use the API (CORS); "*" for any.
+    defaults: sampling fields of requests that do not name them, such as the model's own.
     event_log: a file for every decision of the scheduler.
     log_format: "json" (a line of JSON an event), "text", or "auto": text on a terminal.
     """
@@ -41,6 +44,7 @@ class ServerOptions:
     stall_timeout: float = 60.0
     tool_parser: str = "auto"
     allowed_origins: tuple[str, ...] = ()
+    defaults: Mapping[str, float] = field(default_factory=dict)
     event_log: Path | None = None
     log_format: str = "auto"
 
@@ -78,6 +82,26 @@ class ServerOptions:
     def is_open(self) -> bool:
         """Whether other machines may reach the server, and no key keeps them out."""
         return not self.api_keys and not _is_loopback(self.host)
+
+
+def read_defaults(model: Path) -> dict[str, float]:
+    """The sampling that a model's authors recommend: from its generation_config.json, as vLLM.
+
+    {} for a model that has none. A damaged file is told of by whoever loads the model.
+    """
+    try:
+        content = json.loads((model / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found = {} if not isinstance(content, dict) else content
+    return {
+        name: found[name]
+        for name in _RECOMMENDED
+        if isinstance(found.get(name), (int, float)) and not isinstance(found[name], bool)
+    }
+
+
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def _is_loopback(host: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError, OctavoError
@@ -80,10 +80,12 @@ def check_tools(
     return list(tools)
 
 
-def sampling_params(llm: LLM, body: SamplingBody, prompt: EncodedPrompt) -> SamplingParams:
+def sampling_params(
+    llm: LLM, body: SamplingBody, prompt: EncodedPrompt, defaults: Mapping[str, float]
+) -> SamplingParams:
     """What the body asks for, checked against the model: it could be answered.
 
-    A chat that names no length may fill the rest of the context.
+    A chat that names no length may fill the rest of the context. defaults: for what is not named.
     """
     refused = unsupported(body)
     if refused is not None:
@@ -97,10 +99,10 @@ def sampling_params(llm: LLM, body: SamplingBody, prompt: EncodedPrompt) -> Samp
         max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
         logprobs = body.logprobs
     fields: dict[str, Any] = {
+        **defaults,
         "max_tokens": max_tokens,
         "logprobs": logprobs,
         "n": body.num_answers,
-        "top_k": 0 if body.top_k in (None, -1) else body.top_k,
         "seed": None if body.seed is None else body.seed & MAX_SEED,
         "logit_bias": _logit_bias(body.logit_bias or {}),
     }
@@ -108,6 +110,8 @@ def sampling_params(llm: LLM, body: SamplingBody, prompt: EncodedPrompt) -> Samp
         value = getattr(body, name)
         if value is not None:
             fields[name] = value
+    if fields.get("top_k") == -1:  # as vLLM spells "all"
+        fields["top_k"] = 0
     try:
         params = SamplingParams(**fields)
         llm.engine.check_request(prompt.token_ids, params)  # reads only what never changes
@@ -117,7 +121,16 @@ def sampling_params(llm: LLM, body: SamplingBody, prompt: EncodedPrompt) -> Samp
 
 
 _AS_GIVEN = (
-    *("temperature", "top_p", "min_p", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
+    *(
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "min_tokens",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+    ),
     *("include_stop_str_in_output", "skip_special_tokens"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
