@@ -103,7 +103,7 @@ def serve(
         typer.Option(
             "--enable-prefix-caching/--no-enable-prefix-caching",
             help="Keep computed prompts, for later ones that begin alike.",
-            rich_help_panel=_BATCH,
+            rich_help_panel="Prefix cache",
         ),
     ] = True,
     max_model_len: MaxModelLenOption = None,
