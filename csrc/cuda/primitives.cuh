@@ -308,12 +308,14 @@ OCTAVO_DEVICE void store_8(void* address, uint2 value) {
 
 // The same for what is read once and by nobody else, as weights in decoding: past the first cache,
 // first to be evicted from the second. Never for what the kernel before may still be writing.
+// Not ld.global.nc: ptxas puts such loads off until after griddepcontrol.wait, and with it the whole
+// gain of starting early (seen in the machine code that CUDA 13.0 makes for sm_90).
 OCTAVO_DEVICE uint4 load_16_once(const void* address) {
 #ifdef OCTAVO_EMULATED
   return load_16(address);
 #else
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(address));
   return v;
