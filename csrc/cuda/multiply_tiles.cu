@@ -12,7 +12,7 @@ void run(Stream& stream, View out, View x, const Matrix& weight, const Partials&
   if (x.rows <= SmallTile::rows)
     run_tiles<T, kCodes, SmallTile>(stream, out, x, weight, partials);
   else if (x.rows <= MediumTile::rows)
-    run_tiles<T, kCodes, MediumTile>(stream, out, x, weight, partials);
+    run_tiles<T, kCodes, PlainMediumTile>(stream, out, x, weight, partials);
   else
     run_tiles<T, kCodes, LargeTile>(stream, out, x, weight, partials);
 }

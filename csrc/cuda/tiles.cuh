@@ -40,6 +40,7 @@ struct TileShape {
 };
 using SmallTile = TileShape<16, 64, 1, 4, 4>;
 using MediumTile = TileShape<64, 128, 1, 4, 2>;
+using PlainMediumTile = TileShape<64, 128, 2, 4, 2>;
 using HalfTile = TileShape<32, 128, 1, 4, 2>;
 using LargeTile = TileShape<128, 128, 2, 4, 1>;
 
