@@ -47,9 +47,10 @@ FORMATS = [
     WeightFormat("int4", 128, has_zeros=True),
     WeightFormat("int4", 256, levels=UNEVEN, has_zeros=True),
 ]
-# float32 sums; weights of int4 are rounded to the activations' format twice (scale, product).
-PLAIN_TOLERANCE = 5e-6
-QUANTIZED_TOLERANCE = {"f32": 5e-6, "f16": 2e-3, "bf16": 1.5e-2}
+PLAIN_TOLERANCE = 5e-6  # float32 sums
+# Of more than 64 rows, where the library multiplies by weights that were rounded.
+ROUNDED_TOLERANCE = {"f32": 5e-6, "f16": 2e-3, "bf16": 1.5e-2}
+F16_SCALES_TOLERANCE = 2e-3  # what float32 scales become beside 16-bit activations
 
 
 def quantized(
@@ -121,7 +122,10 @@ def test_quantized_products_equal_the_reference(format: WeightFormat, dtype: str
         weight = dequantized(codes, scales, zeros, format, inputs)
         expected = reference.linear(rounded(x, dtype).astype(np.float64), weight, bias)
         actual = native(dtype).quantized_linear(x, codes, scales, format, zeros, bias)
-        assert error(actual, expected) < QUANTIZED_TOLERANCE[dtype]
+        tolerance = PLAIN_TOLERANCE if rows <= 64 else ROUNDED_TOLERANCE[dtype]
+        if format.scale_dtype == "f32" and dtype != "f32":
+            tolerance = max(tolerance, F16_SCALES_TOLERANCE)
+        assert error(actual, expected) < tolerance
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])

@@ -10,11 +10,35 @@
 #include <array>
 #include <map>
 
+#include "cuda/multiply.h"
+
 namespace octavo::cuda {
 
 #ifdef OCTAVO_EMULATED
 
-std::unique_ptr<CublasLt> CublasLt::open(Stream&) { return nullptr; }
+namespace {
+
+// In the library's place, for tests of what calls it: a slow kernel of our own, that knows no
+// algorithm for an odd number of outputs.
+class Emulated : public CublasLt {
+ public:
+  bool multiply(Stream& stream, View out, View x, const void* weight, std::int64_t weight_stride,
+                void*) override {
+    if (out.cols % 2) return false;
+    Matrix matrix;
+    matrix.data = static_cast<const unsigned char*>(weight);
+    matrix.row_bytes = 2 * weight_stride;
+    matrix.outputs = static_cast<int>(out.cols);
+    matrix.inputs = static_cast<int>(x.cols);
+    matrix.codes = x.dtype == DType::bf16 ? Codes::bf16 : Codes::f16;
+    multiply_any(stream, out, x, matrix);
+    return true;
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<CublasLt> CublasLt::open(Stream&) { return std::make_unique<Emulated>(); }
 
 #else
 

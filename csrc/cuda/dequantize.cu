@@ -2,8 +2,8 @@
 // do it once for all of them.
 //
 // A thread takes 16 bytes of codes, lane t's part of a unit, and writes 16 bytes for each of the
-// unit's blocks: 16 inputs of int8, 32 of int4. The numbers are those that the other kernels have
-// in their registers; int8 codes stay whole numbers unless `scaled`. Moves the codes once, and 2 or
+// unit's blocks: 16 inputs of int8, 32 of int4. int8 codes stay whole numbers unless `scaled`; the
+// others are rounded to T. Moves the codes once, and 2 or
 // 4 times as many bytes of results, which the product then finds in the second cache if they are
 // few.
 
@@ -26,24 +26,29 @@ __global__ void dequantize_units(unsigned char* to, long long to_row_bytes, Matr
   wait_for_previous_kernel();
   if (unit >= weight.units) return;
   const uint4 bytes = load_16_once(weight.row(output) + unit * kUnitBytes + 16 * t);
-  UnitScales scales = {}, offsets = {};
+  UnitScales scales = {}, zeros = {};
   if constexpr (codes >= Codes::int4) {
     scales = load_scales(weight.scales, weight, output, unit);
-    if (weight.zeros) offsets = load_scales(weight.zeros, weight, output, unit);
+    if (weight.zeros) zeros = load_scales(weight.zeros, weight, output, unit);
   }
 #pragma unroll
   for (int block = 0; block < blocks_per_unit(codes); ++block) {
     const int place = unit * blocks_per_unit(codes) + block;
     if (place * kUnitBytes >= to_row_bytes) break;  // padding
-    std::uint32_t pairs[4];
-    numbers_of_block<T, codes>(pairs, bytes, block, scales.words[block / 2],
-                               offsets.words[block / 2], weight.zeros != nullptr, weight.levels);
-    if (codes == Codes::int8 && scaled) {
-      const float scale = weight.output_scales[output];
-      for (int i = 0; i < 4; ++i) {
-        const float2 two = unpack2<T>(pairs[i]);
-        pairs[i] = pack2<T>(two.x * scale, two.y * scale);
-      }
+    std::uint32_t pairs[4], offset = kNoZeros<T, codes>;
+    float scale = 1.0f;
+    if constexpr (codes >= Codes::int4) {
+      if (weight.zeros) offset = offsets_of<T, codes>(zeros.words[block / 2], block);
+      const std::uint32_t pair = scales.words[block / 2];
+      scale = weight.scale_dtype == DType::bf16 ? scale_of<Bf16>(pair, block)
+                                                : scale_of<F16>(pair, block);
+    } else if (scaled) {
+      scale = weight.output_scales[output];
+    }
+    numbers_of_block<T, codes>(pairs, bytes, block, offset, weight.levels);
+    for (int i = 0; i < 4; ++i) {
+      const float2 two = unpack2<T>(pairs[i]);
+      pairs[i] = pack2<T>(two.x * scale, two.y * scale);
     }
     store_16(to + output * to_row_bytes + place * kUnitBytes + 16 * t,
              uint4{pairs[0], pairs[1], pairs[2], pairs[3]});

@@ -11,7 +11,9 @@
 // One order of summation for all kernels, and so the same bits of a row whatever the number of rows
 // it is multiplied with: the inputs fall into at most 8 slices, whose length depends on the number
 // of inputs alone. The products of a slice are added one after another into one accumulator of the
-// tensor core that begins with 0; the slices' sums are added in ascending order in float32.
+// tensor core that begins with 0; the slices' sums are added in ascending order in float32. Of int4
+// each block has an accumulator that begins with 0, and the slice's sum grows by it times the
+// block's scale, fused: so weights meet activations as exact whole numbers.
 //
 // Codes become numbers as in Frantar et al. 2024 ("Marlin"), and Kim et al. 2022 ("Who says
 // elephants can't run"): a code's bits are put below the exponent of 128 (bf16) or 1024 (f16),
@@ -40,6 +42,8 @@ template <class T>
 constexpr std::uint32_t kOnes = std::is_same_v<T, Bf16> ? 0x3f803f80u : 0x3c003c00u;
 template <class T>  // 128 or 1024: with a code in the lowest bits, that plus the code
 constexpr std::uint32_t kBases = std::is_same_v<T, Bf16> ? 0x43004300u : 0x64006400u;
+template <class T>
+constexpr std::uint32_t kMinusBases = kBases<T> | 0x80008000u;
 template <class T>  // -(128 + 8), -(1024 + 8)
 constexpr std::uint32_t kUniformOffsets = std::is_same_v<T, Bf16> ? 0xc308c308u : 0xe408e408u;
 
@@ -49,11 +53,10 @@ OCTAVO_DEVICE void pairs_of_bytes(std::uint32_t& first, std::uint32_t& second,
                                   std::uint32_t bytes) {
   if constexpr (std::is_same_v<T, Bf16>) {
     // A bf16 has room for seven of the bits: (128 + low seven) - (128 or, of a negative one, 256).
-    constexpr std::uint32_t kMinusOnes = 0xbf80bf80u;
     const auto pair = [](std::uint32_t two) {
       const std::uint32_t low = (two & 0x007f007fu) | kBases<T>;
       const std::uint32_t less = (two & 0x00800080u) | kBases<T>;
-      return fma2<T>(less, kMinusOnes, low);
+      return fma2<T>(less, kOnes<T> | 0x80008000u, low);
     };
     first = pair(bytes);
     second = pair(bytes >> 8);
@@ -72,12 +75,11 @@ OCTAVO_DEVICE std::uint32_t look_up(std::uint32_t codes, const Levels& levels) {
   return permute_bytes(low, high, 0x3210u + (codes >> 1 & 0x4444u));
 }
 
-// Scales or offsets of int4 that a lane needs for one unit of one output: of block b the half b % 2
-// of word b / 2.
+// Scales or zero points of int4 that a lane needs for one unit of one output: of block b the half
+// b % 2 of word b / 2.
 struct UnitScales {
   std::uint32_t words[2];
 };
-
 
 // Where the first scale of a unit lies in its row of them.
 OCTAVO_DEVICE int first_scale(const Matrix& m, int unit) { return 4 * unit >> m.scale_shift; }
@@ -99,45 +101,59 @@ OCTAVO_DEVICE UnitScales load_scales(const void* table, const Matrix& m, int out
   return s;
 }
 
-// Twice the scale of the first or second block of a pair.
-OCTAVO_DEVICE std::uint32_t scale_of(std::uint32_t pair, int block) {
-  return permute_bytes(pair, 0, block % 2 ? 0x3232u : 0x1010u);
+// The scale of the first or second block of a pair. Scale: Bf16 or F16.
+template <class Scale>
+OCTAVO_DEVICE float scale_of(std::uint32_t pair, int block) {
+  const float2 two = unpack2<Scale>(pair);
+  return block % 2 ? two.y : two.x;
 }
 
-// Pairs of the 8 numbers that a lane's 16 bytes of a unit hold of a block. scales, offsets: those of
-// the block and its neighbour. int8 codes stay whole numbers: their scale is the output's, and
-// multiplies the sum.
+// What is added to a pair of codes as they are read to make it levels less zero points.
+// zeros: those of the block and its neighbour.
+template <class T, Codes codes>
+OCTAVO_DEVICE std::uint32_t offsets_of(std::uint32_t zeros, int block) {
+  constexpr std::uint32_t kSigns = 0x80008000u;
+  if constexpr (std::is_same_v<T, Bf16>) {
+    const std::uint32_t zero = permute_bytes(zeros, 0, block % 2 ? 0x3232u : 0x1010u);
+    if (codes == Codes::int4_levels) return zero ^ kSigns;
+    return fma2<T>(zero, kOnes<T> | kSigns, kMinusBases<T>);
+  } else {
+    const float zero = scale_of<Bf16>(zeros, block);
+    const float offset = codes == Codes::int4_levels ? -zero : -1024.0f - zero;
+    return pack2<T>(offset, offset);
+  }
+}
+
+// Pairs of the 8 numbers that a lane's 16 bytes of a unit hold of a block, before any scale: exact.
+// offsets: see offsets_of.
 template <class T, Codes codes>
 OCTAVO_DEVICE void numbers_of_block(std::uint32_t (&pairs)[4], const uint4& bytes, int block,
-                                    std::uint32_t scales, std::uint32_t offsets, bool has_zeros,
-                                    const Levels& levels) {
+                                    std::uint32_t offsets, const Levels& levels) {
   const std::uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
   if constexpr (codes < Codes::int8) {
     for (int i = 0; i < 4; ++i) pairs[i] = words[i];
   } else if constexpr (codes == Codes::int8) {
     pairs_of_bytes<T>(pairs[0], pairs[1], words[2 * block]);
     pairs_of_bytes<T>(pairs[2], pairs[3], words[2 * block + 1]);
-  } else {
-    const std::uint32_t scale = scale_of(scales, block);
-    if constexpr (codes == Codes::int4) {
-      const std::uint32_t offset = has_zeros ? scale_of(offsets, block) : kUniformOffsets<T>;
+  } else if constexpr (codes == Codes::int4) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const std::uint32_t pair = (words[block] >> 4 * i & 0x000f000fu) | kBases<T>;
-        pairs[i] = fma2<T>(fma2<T>(pair, kOnes<T>, offset), scale, 0);
-      }
-    } else {
-      const std::uint32_t even = look_up(words[block], levels);  // inputs 0, 2, 4, 6
-      const std::uint32_t odd = look_up(words[block] >> 16, levels);
-      pairs_of_bytes<T>(pairs[0], pairs[1], permute_bytes(even, odd, 0x5410u));
-      pairs_of_bytes<T>(pairs[2], pairs[3], permute_bytes(even, odd, 0x7632u));
-      const std::uint32_t offset = has_zeros ? scale_of(offsets, block) : 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        pairs[i] = fma2<T>(fma2<T>(pairs[i], kOnes<T>, offset), scale, 0);
+    for (int i = 0; i < 4; ++i) {
+      const std::uint32_t pair = (words[block] >> 4 * i & 0x000f000fu) | kBases<T>;
+      pairs[i] = fma2<T>(pair, kOnes<T>, offsets);
     }
+  } else {
+    const std::uint32_t even = look_up(words[block], levels);  // inputs 0, 2, 4, 6
+    const std::uint32_t odd = look_up(words[block] >> 16, levels);
+    pairs_of_bytes<T>(pairs[0], pairs[1], permute_bytes(even, odd, 0x5410u));
+    pairs_of_bytes<T>(pairs[2], pairs[3], permute_bytes(even, odd, 0x7632u));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = fma2<T>(pairs[i], kOnes<T>, offsets);
   }
 }
+
+// Offsets of a format without zero points.
+template <class T, Codes codes>
+constexpr std::uint32_t kNoZeros = codes == Codes::int4 ? kUniformOffsets<T> : 0;
 
 // sums (16 outputs x 8 rows) += a block of weights (a lane's parts of outputs g and g + 8) times a
 // block of activations.
@@ -146,6 +162,19 @@ OCTAVO_DEVICE void multiply_block(float (&sums)[4], const std::uint32_t (&upper)
                                   const std::uint32_t (&lower)[4], const uint4& x) {
   multiply_accumulate<T>(sums, {upper[0], lower[0], upper[1], lower[1]}, {x.x, x.y});
   multiply_accumulate<T>(sums, {upper[2], lower[2], upper[3], lower[3]}, {x.z, x.w});
+}
+
+// The same of int4, with the scales of outputs g and g + 8.
+template <class T>
+OCTAVO_DEVICE void multiply_scaled(float (&sums)[4], const std::uint32_t (&upper)[4],
+                                   const std::uint32_t (&lower)[4], const uint4& x,
+                                   float upper_scale, float lower_scale) {
+  float whole[4] = {};
+  multiply_block<T>(whole, upper, lower, x);
+  sums[0] = fma_rn(whole[0], upper_scale, sums[0]);
+  sums[1] = fma_rn(whole[1], upper_scale, sums[1]);
+  sums[2] = fma_rn(whole[2], lower_scale, sums[2]);
+  sums[3] = fma_rn(whole[3], lower_scale, sums[3]);
 }
 
 // What an output becomes of its sum.

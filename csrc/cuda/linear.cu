@@ -3,11 +3,13 @@
 //   rows    plain weights                        quantized weights
 //   1-8     multiply_few                         multiply_few
 //   9-64    multiply_tiles                       multiply_tiles
-//   65-     cuBLASLt, or else multiply_tiles     dequantize, then as plain weights
+//   65-     cuBLASLt, or else multiply_tiles     dequantize and cuBLASLt, or else int8:
+//                                                dequantize and multiply_tiles; int4:
+//                                                multiply_tiles
 //
-// Without cuBLASLt (that is also how `deterministic` runs) a row's bits are the same in every line
-// and column of rows; with it they are so up to 64 rows. float32 and odd widths: multiply_any,
-// whatever the rows.
+// Without cuBLASLt, and that is how `deterministic` runs, a row's bits are the same however many
+// rows there are (fragments.cuh); with it they are so up to 64 rows. float32 and odd widths:
+// multiply_any, whatever the rows.
 
 #include "cuda/cublas.h"
 #include "cuda/kernels.h"
@@ -53,8 +55,9 @@ struct Memory {
 // Whether the kernels for tensor cores take it: 16-bit activations, rows of whole 16 bytes.
 bool is_fast(View x, const Linear& weight) {
   const WeightFormat& format = weight.format;
-  const DType expected = format.is_quantized() ? format.scale_dtype : format.dtype;
-  return x.dtype != DType::f32 && x.dtype == expected && x.cols % 8 == 0 && x.stride % 8 == 0 &&
+  const bool is_known =
+      format.is_quantized() ? format.scale_dtype != DType::f32 : format.dtype == x.dtype;
+  return x.dtype != DType::f32 && is_known && x.cols % 8 == 0 && x.stride % 8 == 0 &&
          reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
 }
 
@@ -100,7 +103,9 @@ void linear(const LinearContext& context, View out, View x, const Linear& weight
   const Memory layout(x.rows, weight.outputs, weight.inputs, is_quantized,
                       context.cublas != nullptr);
   auto* memory = static_cast<unsigned char*>(context.workspace.get(layout.bytes));
-  if (is_quantized && x.rows > kMostQuantizedRows)
+  // int8 codes are exact in T, so that without cuBLASLt no bit changes by that way; int4 would.
+  const bool pays = context.cublas || matrix.codes == Codes::int8;
+  if (is_quantized && x.rows > kFewEnoughForTiles && pays)
     multiply_dequantized(context, out, x, matrix, memory, memory + layout.dequantized);
   else
     multiply_many(context, out, x, matrix, memory);

@@ -27,13 +27,14 @@ constexpr std::size_t kCounterBytes = 64 * sizeof(std::int32_t);  // a multiple 
 // Bytes of sums for `rows` rows at most.
 std::size_t partial_bytes(std::int64_t rows, std::int64_t outputs, std::int64_t inputs);
 
-// Any number of rows, by tiles in shared memory; quantized weights up to 64 rows. (multiply_tiles*)
-constexpr int kMostQuantizedRows = 64;
+// Any number of rows, by tiles in shared memory, of quantized weights best up to 64 rows.
+// (multiply_tiles*)
 void multiply_tiles(Stream& stream, View out, View x, const Matrix& weight,
                     const Partials& partials);
 
 // The matrix's numbers in T, written to `to`: outputs * ceil(inputs / 32) * 64 bytes. int8 ones as
-// whole numbers whose sums are still to be scaled, unless `scaled`. (dequantize.cu)
+// whole numbers whose sums are still to be scaled, unless `scaled`; those of int4 are scaled, and
+// rounded, always. (dequantize.cu)
 Matrix dequantize(Stream& stream, void* to, DType dtype, const Matrix& weight, bool scaled);
 // Outputs first .. first + count - 1 of a matrix with 16-bit scales.
 Matrix outputs_of(const Matrix& weight, int first, int count);

@@ -30,7 +30,8 @@ constexpr int kOutputs = 16;
 constexpr int kAheadBlocks = 4;  // of x
 constexpr int kPitch = 20;       // of sums in shared memory: lanes in different banks
 
-template <class T, Codes codes, bool has_zeros>
+// Scale: of int4. has_zeros: int4.
+template <class T, Codes codes, class Scale, bool has_zeros>
 __global__ void __launch_bounds__(kMostSlices* kWarp, codes >= Codes::int4 && !has_zeros ? 3 : 2)
     multiply_rows(Numbers out, Numbers x, Matrix weight, int slice_units) {
   constexpr int kBlocks = blocks_per_unit(codes);
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, codes >= Codes::int4 && !h
 
   let_next_kernel_start();
   uint4 ring[kRing][2];
-  UnitScales scales[kScaled ? kRing : 1][2], offsets[has_zeros ? kRing : 1][2];
+  UnitScales scales[kScaled ? kRing : 1][2], zeros[has_zeros ? kRing : 1][2];
   const auto fetch = [&](int slot, int unit) {
     ring[slot][0] = load_16_once(upper_codes + unit * kUnitBytes);
     ring[slot][1] = load_16_once(lower_codes + unit * kUnitBytes);
@@ -57,8 +58,8 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, codes >= Codes::int4 && !h
       scales[slot][0] = load_scales(weight.scales, weight, upper, first_unit + unit);
       scales[slot][1] = load_scales(weight.scales, weight, lower, first_unit + unit);
       if constexpr (has_zeros) {
-        offsets[slot][0] = load_scales(weight.zeros, weight, upper, first_unit + unit);
-        offsets[slot][1] = load_scales(weight.zeros, weight, lower, first_unit + unit);
+        zeros[slot][0] = load_scales(weight.zeros, weight, upper, first_unit + unit);
+        zeros[slot][1] = load_scales(weight.zeros, weight, lower, first_unit + unit);
       }
     }
   };
@@ -94,14 +95,21 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, codes >= Codes::int4 && !h
       if (unit >= units) break;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        const int slot = (u * kBlocks + block) % kAheadBlocks, s = kScaled ? u : 0,
-                  o = has_zeros ? u : 0;
-        std::uint32_t a[4], b[4];
-        numbers_of_block<T, codes>(a, ring[u][0], block, scales[s][0].words[block / 2],
-                                   offsets[o][0].words[block / 2], has_zeros, weight.levels);
-        numbers_of_block<T, codes>(b, ring[u][1], block, scales[s][1].words[block / 2],
-                                   offsets[o][1].words[block / 2], has_zeros, weight.levels);
-        multiply_block<T>(sums, a, b, ahead[slot]);
+        const int slot = (u * kBlocks + block) % kAheadBlocks;
+        std::uint32_t a[2][4];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          std::uint32_t offset = kNoZeros<T, codes>;
+          if constexpr (has_zeros)
+            offset = offsets_of<T, codes>(zeros[u][half].words[block / 2], block);
+          numbers_of_block<T, codes>(a[half], ring[u][half], block, offset, weight.levels);
+        }
+        if constexpr (kScaled)
+          multiply_scaled<T>(sums, a[0], a[1], ahead[slot],
+                             scale_of<Scale>(scales[u][0].words[block / 2], block),
+                             scale_of<Scale>(scales[u][1].words[block / 2], block));
+        else
+          multiply_block<T>(sums, a[0], a[1], ahead[slot]);
         fetch_x(slot, unit * kBlocks + block + kAheadBlocks);
       }
       if (unit + kRing < units) fetch(u, unit + kRing);
@@ -124,7 +132,7 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, codes >= Codes::int4 && !h
   }
 }
 
-template <class T, Codes codes, bool has_zeros = false>
+template <class T, Codes codes, class Scale = Bf16, bool has_zeros = false>
 void run(Stream& stream, View out, View x, const Matrix& weight) {
   const int slices = num_slices(weight.inputs);
   LaunchShape shape{dim3(static_cast<unsigned>(ceil_div(weight.outputs, kOutputs))),
@@ -132,8 +140,17 @@ void run(Stream& stream, View out, View x, const Matrix& weight) {
                     static_cast<std::size_t>(slices) * kFewRows * kPitch * sizeof(float)};
   shape.overlaps = true;
   const int slice_units = slice_inputs(weight.inputs) / (blocks_per_unit(codes) * kBlock);
-  launch(stream, "multiply_few", shape, multiply_rows<T, codes, has_zeros>, numbers_of(out),
+  launch(stream, "multiply_few", shape, multiply_rows<T, codes, Scale, has_zeros>, numbers_of(out),
          numbers_of(x), weight, slice_units);
+}
+
+template <class T, Codes codes>
+void run_scaled(Stream& stream, View out, View x, const Matrix& weight) {
+  const bool is_bf16 = weight.scale_dtype == DType::bf16;
+  if (weight.zeros && is_bf16) return run<T, codes, Bf16, true>(stream, out, x, weight);
+  if (weight.zeros) return run<T, codes, F16, true>(stream, out, x, weight);
+  if (is_bf16) return run<T, codes, Bf16>(stream, out, x, weight);
+  run<T, codes, F16>(stream, out, x, weight);
 }
 
 template <class T>
@@ -142,11 +159,9 @@ void run(Stream& stream, View out, View x, const Matrix& weight) {
     case Codes::int8:
       return run<T, Codes::int8>(stream, out, x, weight);
     case Codes::int4:
-      if (weight.zeros) return run<T, Codes::int4, true>(stream, out, x, weight);
-      return run<T, Codes::int4>(stream, out, x, weight);
+      return run_scaled<T, Codes::int4>(stream, out, x, weight);
     case Codes::int4_levels:
-      if (weight.zeros) return run<T, Codes::int4_levels, true>(stream, out, x, weight);
-      return run<T, Codes::int4_levels>(stream, out, x, weight);
+      return run_scaled<T, Codes::int4_levels>(stream, out, x, weight);
     default:
       return run<T, Codes::bf16>(stream, out, x, weight);
   }

@@ -9,10 +9,11 @@ namespace {
 template <class T>
 void run(Stream& stream, View out, View x, const Matrix& weight, const Partials& partials) {
   constexpr Codes kCodes = std::is_same_v<T, Bf16> ? Codes::bf16 : Codes::f16;
+  using Medium = MediumTile<kCodes>;
   if (x.rows <= SmallTile::rows)
     run_tiles<T, kCodes, SmallTile>(stream, out, x, weight, partials);
-  else if (x.rows <= MediumTile::rows)
-    run_tiles<T, kCodes, PlainMediumTile>(stream, out, x, weight, partials);
+  else if (x.rows <= Medium::rows)
+    run_tiles<T, kCodes, Medium>(stream, out, x, weight, partials);
   else
     run_tiles<T, kCodes, LargeTile>(stream, out, x, weight, partials);
 }
@@ -20,6 +21,7 @@ void run(Stream& stream, View out, View x, const Matrix& weight, const Partials&
 }  // namespace
 
 std::size_t partial_bytes(std::int64_t rows, std::int64_t outputs, std::int64_t inputs) {
+  using Medium = MediumTile<Codes::bf16>;
   // Of as many whole tiles as the matrix has or as may be shared, whichever is less.
   const auto tiles = [](std::int64_t count, std::int64_t size) {
     return (count + size - 1) / size;
@@ -31,8 +33,8 @@ std::size_t partial_bytes(std::int64_t rows, std::int64_t outputs, std::int64_t 
   };
   std::int64_t most = bytes(SmallTile::rows, SmallTile::outputs);
   for (const std::int64_t size :
-       {bytes(MediumTile::rows, MediumTile::outputs),
-        rows > MediumTile::rows ? bytes(LargeTile::rows, LargeTile::outputs) : 0})
+       {bytes(Medium::rows, Medium::outputs),
+        rows > Medium::rows ? bytes(LargeTile::rows, LargeTile::outputs) : 0})
     most = size > most ? size : most;
   return static_cast<std::size_t>(most * num_slices(static_cast<int>(inputs)));
 }

@@ -11,10 +11,10 @@ template <class T, Codes codes>
 void run(Stream& stream, View out, View x, const Matrix& weight, const Partials& partials) {
   if (x.rows <= SmallTile::rows)
     run_tiles<T, codes, SmallTile>(stream, out, x, weight, partials);
-  else if (x.rows <= HalfTile::rows || codes == Codes::int4_levels)  // more would spill registers
+  else if (x.rows <= HalfTile::rows)
     run_tiles<T, codes, HalfTile>(stream, out, x, weight, partials);
   else
-    run_tiles<T, codes, MediumTile>(stream, out, x, weight, partials);
+    run_tiles<T, codes, MediumTile<codes>>(stream, out, x, weight, partials);
 }
 
 template <class T>

@@ -165,10 +165,9 @@ void pack_piece(Stream& stream, const Matrix& matrix, std::int64_t first_row,
 // values: (rows, groups) of the host -> one 16- or 32-bit number each, in the order of the kernels,
 // after `change`.
 template <class Change>
-void pack_grouped(Stream& stream, Linear& linear, const Buffer& to, std::int64_t first_row,
-                  std::int64_t rows, const float* values, Change&& change) {
+void pack_grouped(Stream& stream, Linear& linear, const Buffer& to, DType dtype,
+                  std::int64_t first_row, std::int64_t rows, const float* values, Change&& change) {
   const WeightFormat& format = linear.format;
-  const DType dtype = format.scale_dtype;
   const std::int64_t groups = format.groups(linear.inputs);
   const std::int64_t per_row = scales_per_row(format, row_units(format, linear.inputs));
   const std::int64_t bytes = bits_of(dtype) / 8;
@@ -227,7 +226,11 @@ Linear make_linear(Backend& backend, std::int64_t outputs, std::int64_t inputs,
   linear.outputs = outputs;
   linear.inputs = inputs;
   linear.format = format;
-  linear.format.scale_dtype = backend.activation_dtype();  // as they are kept from here on
+  // How they are kept from here on.
+  if (backend.activation_dtype() == DType::f32)
+    linear.format.scale_dtype = DType::f32;
+  else if (format.scale_dtype != DType::bf16)
+    linear.format.scale_dtype = DType::f16;
   const Matrix matrix = matrix_of(linear);
   require(128 * matrix.row_bytes < kMost, "a matrix of ", outputs, " x ", inputs, " is too large");
   const auto buffer = [&](std::int64_t bytes) {
@@ -238,7 +241,7 @@ Linear make_linear(Backend& backend, std::int64_t outputs, std::int64_t inputs,
   if (format.dtype == DType::int8) linear.scales = buffer(outputs * 4);
   if (format.dtype == DType::int4)
     linear.scales = buffer(outputs * matrix.scales_per_row * per_scale);
-  if (format.has_zeros) linear.zeros = buffer(outputs * matrix.scales_per_row * per_scale);
+  if (format.has_zeros) linear.zeros = buffer(outputs * matrix.scales_per_row * 2);
   if (with_bias) linear.bias = buffer(outputs * 4);
   return linear;
 }
@@ -273,7 +276,7 @@ void pack_rows(Stream& stream, Linear& linear, std::int64_t first_row, const Hos
 void pack_scales(Stream& stream, Linear& linear, std::int64_t first_row, std::int64_t rows,
                  const float* scales) {
   if (linear.format.dtype == DType::int4) {
-    pack_grouped(stream, linear, linear.scales, first_row, rows, scales,
+    pack_grouped(stream, linear, linear.scales, linear.format.scale_dtype, first_row, rows, scales,
                  [](float scale) { return scale; });
     return;
   }
@@ -287,11 +290,11 @@ void pack_scales(Stream& stream, Linear& linear, std::int64_t first_row, std::in
 void pack_zeros(Stream& stream, Linear& linear, std::int64_t first_row, std::int64_t rows,
                 const float* zeros) {
   constexpr float kMost = 120.0f;  // 128 + 8 + zero must be a bf16
-  const Matrix matrix = matrix_of(linear);
-  pack_grouped(stream, linear, linear.zeros, first_row, rows, zeros, [&](float zero) {
+  const float less = linear.format.has_own_levels() ? 0.0f : 8.0f;
+  pack_grouped(stream, linear, linear.zeros, DType::bf16, first_row, rows, zeros, [&](float zero) {
     require(zero >= -kMost && zero <= kMost && zero == static_cast<float>(static_cast<int>(zero)),
             "a zero point is ", zero, "; expected a whole number from -120 to 120");
-    return offset_of(zero, matrix.codes, matrix.scale_dtype);
+    return less + zero;
   });
 }
 

@@ -39,9 +39,11 @@ struct TileShape {
   static constexpr int stages = 4;
 };
 using SmallTile = TileShape<16, 64, 1, 4, 4>;
-using MediumTile = TileShape<64, 128, 1, 4, 2>;
-using PlainMediumTile = TileShape<64, 128, 2, 4, 2>;
 using HalfTile = TileShape<32, 128, 1, 4, 2>;
+// int8 codes become numbers once, in one warp; int4 ones twice, or the registers would not do.
+template <Codes codes>
+using MediumTile =
+    TileShape<64, 128, codes == Codes::int8 ? 1 : 2, 4, codes >= Codes::int4 ? 1 : 2>;
 using LargeTile = TileShape<128, 128, 2, 4, 1>;
 
 // What a stage holds.
@@ -51,7 +53,7 @@ struct Stage {
   static constexpr int blocks = units * blocks_per_unit(codes);
   static constexpr int weight_bytes = units * Shape::outputs * kUnitBytes;
   static constexpr int x_bytes = blocks * Shape::rows * kUnitBytes;
-  // int4: the 16 bytes of each output's scales that hold those of the unit, and as many of offsets.
+  // int4: the 16 bytes of each output's scales that hold those of the unit, and as many of zeros.
   static constexpr int scale_bytes = codes < Codes::int4 ? 0 : 16 * Shape::outputs;
   static constexpr int bytes = weight_bytes + x_bytes + 2 * scale_bytes;
 };
@@ -77,7 +79,7 @@ OCTAVO_DEVICE void copy_weights(unsigned char* to, const unsigned char* from, in
   }
 }
 
-// The same of int4 scales or offsets. from: the tile's first row of them.
+// The same of int4 scales or zero points. from: the tile's first row of them.
 template <class Shape>
 OCTAVO_DEVICE void copy_scales(unsigned char* to, const std::uint16_t* from, int scales_per_row,
                                int rows, int first) {
@@ -132,10 +134,10 @@ OCTAVO_DEVICE void multiply_stage(Sums<Shape>& sums, const unsigned char* stage,
 #pragma unroll
   for (int unit = 0; unit < S::units; ++unit) {
     uint4 bytes[Part<Shape>::outputs][2];
-    std::uint32_t scales[Part<Shape>::outputs][2] = {};
 #pragma unroll
     for (int block = 0; block < blocks_per_unit(codes); ++block) {
       std::uint32_t pairs[Part<Shape>::outputs][2][4];
+      float scales[Part<Shape>::outputs][2];
 #pragma unroll
       for (int i = 0; i < Part<Shape>::outputs; ++i) {
 #pragma unroll
@@ -143,13 +145,16 @@ OCTAVO_DEVICE void multiply_stage(Sums<Shape>& sums, const unsigned char* stage,
           const int row = part.first_output + 16 * i + 8 * half + g;
           if (block == 0)
             bytes[i][half] = load_16(stage + piece_offset(unit, row, Shape::outputs) + 16 * t);
-          std::uint32_t offsets = 0;
+          std::uint32_t offset = kNoZeros<T, codes>;
           if constexpr (codes >= Codes::int4) {
-            if (block % 2 == 0) scales[i][half] = scales_of(all_scales, row, block);
-            if (weight.zeros) offsets = scales_of(all_scales + S::scale_bytes, row, block);
+            const std::uint32_t pair = scales_of(all_scales, row, block);
+            scales[i][half] = weight.scale_dtype == DType::bf16 ? scale_of<Bf16>(pair, block)
+                                                                : scale_of<F16>(pair, block);
+            if (weight.zeros)
+              offset =
+                  offsets_of<T, codes>(scales_of(all_scales + S::scale_bytes, row, block), block);
           }
-          numbers_of_block<T, codes>(pairs[i][half], bytes[i][half], block, scales[i][half],
-                                     offsets, weight.zeros != nullptr, weight.levels);
+          numbers_of_block<T, codes>(pairs[i][half], bytes[i][half], block, offset, weight.levels);
         }
       }
       const int piece = unit * blocks_per_unit(codes) + block;
@@ -158,8 +163,12 @@ OCTAVO_DEVICE void multiply_stage(Sums<Shape>& sums, const unsigned char* stage,
         const int row = part.first_row + 8 * j + g;
         const uint4 x = load_16(xs + piece_offset(piece, row, Shape::rows) + 16 * t);
 #pragma unroll
-        for (int i = 0; i < Part<Shape>::outputs; ++i)
-          multiply_block<T>(sums[i][j], pairs[i][0], pairs[i][1], x);
+        for (int i = 0; i < Part<Shape>::outputs; ++i) {
+          if constexpr (codes >= Codes::int4)
+            multiply_scaled<T>(sums[i][j], pairs[i][0], pairs[i][1], x, scales[i][0], scales[i][1]);
+          else
+            multiply_block<T>(sums[i][j], pairs[i][0], pairs[i][1], x);
+        }
       }
     }
   }

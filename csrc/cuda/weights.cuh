@@ -15,10 +15,10 @@
 // tensor core multiplies inputs in another order than they lie in makes no difference to it, since
 // the activations are taken in the same order: see fragments.cuh.
 //
-// Scales: int8 has a float32 for each output. int4 has for each output and group a number of the
-// backend's activation type, and where the format has zero points another, the offset that is added
-// to a code as the kernels read it (see offset_of); with float32 activations, which have no fast
-// kernels, the zero point itself.
+// Scales: int8 has a float32 for each output. int4 has for each output and group a bf16 where the
+// format's scales are such, and else a float32 (with float32 activations) or an f16, which is what
+// the files of such formats hold; rows of them are padded to 16 bytes. Where the format has zero
+// points they lie in the same order, as bf16 of 8 + zero (with levels of their own: of the zero).
 #pragma once
 
 #include <cstdint>
@@ -57,7 +57,7 @@ struct Matrix {
   int scale_shift = 0;     // int4: log2 of the blocks that share a scale
   int scales_per_row = 0;  // int4
   Codes codes = Codes::f32;
-  DType scale_dtype = DType::f32;  // int4: of scales and zeros
+  DType scale_dtype = DType::f32;  // int4
   Levels levels = {};
 
   OCTAVO_HOST_DEVICE const unsigned char* row(int output) const {
@@ -78,17 +78,6 @@ OCTAVO_HOST_DEVICE int place_of(Codes codes, int input) {
   }
   const int nibble = j % 2 * 4 + j / 2;
   return input / 128 * 128 + 8 * (4 * t + input % 128 / kBlock) + nibble;
-}
-
-// int4 codes reach the kernels as base + code, exact in 16 bits: see fragments.cuh.
-OCTAVO_HOST_DEVICE float code_base(DType dtype) {
-  return dtype == DType::bf16 ? 128.0f : dtype == DType::f16 ? 1024.0f : 0.0f;
-}
-
-// What is added to a code as read to give the level less the zero point: with evenly spaced levels
-// -(base + 8 + zero), with others -zero.
-OCTAVO_HOST_DEVICE float offset_of(float zero, Codes codes, DType dtype) {
-  return codes == Codes::int4_levels ? -zero : -(code_base(dtype) + 8.0f + zero);
 }
 
 OCTAVO_DEVICE float read_number(const void* data, DType dtype, long long index) {
@@ -132,8 +121,8 @@ OCTAVO_DEVICE float weight_at(const Matrix& m, int output, int input) {
   if (m.codes == Codes::int4_levels)
     value = static_cast<float>(static_cast<std::int8_t>(m.levels.words[code / 4] >> code % 4 * 8));
   if (m.zeros) {
-    value += read_number(m.zeros, m.scale_dtype, at);
-    if (m.codes == Codes::int4) value += code_base(m.scale_dtype) + 8.0f;
+    const float zero = read_number(m.zeros, DType::bf16, at);
+    value -= m.codes == Codes::int4 ? zero - 8.0f : zero;
   }
   return value * read_number(m.scales, m.scale_dtype, at);
 }
