@@ -17,7 +17,7 @@ int main(int argc, char** argv) {
   std::printf(")\n");
   for (const auto& tests :
        {core_tests(), op_tests(), quantized_tests(), tile_tests(), attention_tests(),
-        sampling_tests(), runtime_tests(), runtime_error_tests()}) {
+        cuda_attention_tests(), sampling_tests(), runtime_tests(), runtime_error_tests()}) {
     for (const Test& test : tests) {
       if (test.name.find(part) == std::string::npos) continue;
       try {
