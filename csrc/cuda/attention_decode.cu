@@ -19,32 +19,13 @@
 // ahead of it has ended: only tokens of this step are stored by kernels of this step.
 
 #include "cuda/attention_plan.cuh"
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention_worker.cuh"
 
 namespace octavo::cuda {
 
+using namespace decoding;
+
 namespace {
-
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16;
-
-// The states of 16 rows, as the threads that fold them hold them, while these do other things.
-template <int kDim>
-struct Kept {
-  float4 values[kDim / 32][kThreads];
-  float max[kThreads], sum[kThreads];
-};
-
-// Rows of a part in shared memory, apart by 8 numbers more than they have, so that the lanes of a
-// warp write to different banks.
-template <int kDim>
-struct Parts {
-  static constexpr int kStride = kDim + 8;
-  float values[kWarps][kRows][kStride];
-  float max[kWarps][kRows], sum[kWarps][kRows];
-  float scales[kWarps][2][kTileKeys];  // int8: of the keys and values of the warp's tile
-  Kept<kDim> split, total;
-  int is_last;
-};
 
 // A row's state, spread over 8 threads: thread c of them has dimensions 4 (c + 8 i) .. + 3.
 template <int kDim>
@@ -83,206 +64,6 @@ struct State {
   }
 };
 
-// What a block works on at a time.
-struct Rows {
-  int seq, kv_head;
-  int first_token;       // of the sequence, in the step
-  int first_row, count;  // of the sequence's rows
-  int first_position;    // of the sequence's first new token
-  int context;
-  int first_tile, end_tile;  // that any of the rows sees
-};
-
-template <class T>
-OCTAVO_DEVICE T* row_of(T* data, std::int64_t stride, const AttentionArguments& a, const Rows& rows,
-                        int row) {
-  const int index = rows.first_row + row;
-  return data + (rows.first_token + index / a.group) * stride +
-         (rows.kv_head * a.group + index % a.group) * a.head_dim;
-}
-
-// One warp's tile: everything from loading to its part in shared memory.
-template <class T, class Item, int kDim>
-class TileWorker {
- public:
-  using Shape = Tile<T, Item, kDim>;
-  // What is loaded at a time: 16 x 16 bytes a lane. More (bf16 and head_dim 128) are two halves, of
-  // the keys by groups, of the values by dimensions.
-  static constexpr int kAll = kTileKeys * Shape::kRowBytes / (32 * 16);
-  static constexpr int kHalves = kAll > 16 ? 2 : 1;
-  static constexpr int kPart = kAll / kHalves;
-
-  OCTAVO_DEVICE TileWorker(const AttentionArguments& a, const Rows& rows) : a_(a), rows_(rows) {}
-
-  OCTAVO_DEVICE void work(int tile, int entry, Parts<kDim>& parts, bool upper_rows) {
-    const Page page = page_of(a_.cache, rows_.kv_head, tile, rows_.context, entry);
-    const bool is_past = (tile + 1) * kTileKeys <= rows_.first_position;
-    if (!is_past) wait_for_previous_kernel();
-    const Sight sight = look(tile);
-    uint4 first[kPart], second[kPart];
-    float s[8][4] = {};
-    float2 key_scales, value_scales;
-    LaneScales scales{};
-    if constexpr (Shape::kScaled) load_scales(key_scales, value_scales, page);
-    if constexpr (kHalves == 1) {
-      load_keys<0>(first, page);
-      load_values<0>(second, page);
-      load_rows();
-      if constexpr (Shape::kScaled) scales = share(parts, key_scales, value_scales);
-      score<0>(s, first);
-    } else {
-      load_keys<0>(first, page);
-      load_keys<1>(second, page);
-      load_rows();
-      score<0>(s, first);
-      load_values<0>(first, page);
-      score<1>(s, second);
-      load_values<1>(second, page);
-    }
-    const int g = static_cast<int>(lane_index() / 4), warp = static_cast<int>(warp_index());
-    RowPart part[2] = {weigh<T, Item, kDim>(s, 0, a_.scale, sight, scales), {}};
-    if (upper_rows) part[1] = weigh<T, Item, kDim>(s, 1, a_.scale, sight, scales);
-    for (int half = 0; half < 2; ++half) {
-      parts.max[warp][g + 8 * half] = part[half].max;
-      parts.sum[warp][g + 8 * half] = part[half].sum;
-    }
-    std::uint32_t p[4][4];
-    pack_weights<T>(p, s);
-    if constexpr (kHalves == 1) {
-      add_up<0>(p, second, sight, parts, upper_rows);
-    } else {
-      add_up<0>(p, first, sight, parts, upper_rows);
-      add_up<1>(p, second, sight, parts, upper_rows);
-    }
-  }
-
- private:
-  OCTAVO_DEVICE Sight look(int tile) const {
-    Sight sight{tile * kTileKeys, rows_.context, a_.window, false, {}};
-    const int g = static_cast<int>(lane_index() / 4);
-    const auto position = [&](int row) {
-      return rows_.first_position + (rows_.first_row + (row < rows_.count ? row : 0)) / a_.group;
-    };
-    sight.position[0] = position(g);
-    sight.position[1] = position(g + 8);
-    sight.all = sight.first_key + kTileKeys <= position(0) + 1 &&
-                sight.first_key >= visible_keys(position(rows_.count - 1), a_.window).begin;
-    return sight;
-  }
-
-  // Queries, once the kernel that rotated them has ended: for each tile anew, from the first cache,
-  // rather than to keep registers for them.
-  OCTAVO_DEVICE void load_rows() {
-    wait_for_previous_kernel();
-    const int g = static_cast<int>(lane_index() / 4);
-    const T* q = static_cast<const T*>(a_.q);
-    load_queries<T, Item, kDim>(
-        q_, g < rows_.count ? row_of(q, a_.q_stride, a_, rows_, g) : nullptr,
-        g + 8 < rows_.count ? row_of(q, a_.q_stride, a_, rows_, g + 8) : nullptr);
-  }
-
-  // Piece c of the key of product t, group: entry (group, t, c), counted within the half.
-  template <int kHalf>
-  OCTAVO_DEVICE void load_keys(uint4 (&to)[kPart], const Page& page) const {
-    const auto g = lane_index() / 4, j = lane_index() % 4;
-    constexpr int kPagesOfGroup = kTilePages / Shape::kGroups;
-#pragma unroll
-    for (int n = 0; n < kPart / Shape::kPieces / Shape::kProducts; ++n) {
-      const int group = kHalf * (Shape::kGroups / kHalves) + n;
-      const unsigned in_group = Shape::kItems == 8 ? g / 4 : g / 2;
-      const Page from = shuffle_page(page, static_cast<unsigned>(group * kPagesOfGroup) + in_group);
-      const unsigned char* keys = a_.cache.data + from.head + from.within * Shape::kRowBytes;
-#pragma unroll
-      for (int t = 0; t < Shape::kProducts; ++t) {
-        const int key = key_of_product<Shape::kItems>(t) % kPageTokens;
-#pragma unroll
-        for (int c = 0; c < Shape::kPieces; ++c)
-          to[(n * Shape::kProducts + t) * Shape::kPieces + c] =
-              load_16(keys + key * Shape::kRowBytes + 64 * c + 16 * j);
-      }
-    }
-  }
-
-  template <int kHalf>
-  OCTAVO_DEVICE void score(float (&s)[8][4], const uint4 (&pieces)[kPart]) const {
-    constexpr int kCount = kPart / Shape::kPieces;
-#pragma unroll
-    for (int t = 0; t < kCount; ++t) {
-#pragma unroll
-      for (int c = 0; c < Shape::kPieces; ++c)
-        multiply_piece<T, Item, kDim>(s[kHalf * kCount + t], q_, c, pieces[t * Shape::kPieces + c]);
-    }
-  }
-
-  // The piece of dimension g of product n: entry (n, group), counted within the half.
-  template <int kHalf>
-  OCTAVO_DEVICE void load_values(uint4 (&to)[kPart], const Page& page) const {
-    const auto g = lane_index() / 4, j = lane_index() % 4;
-    constexpr int kDimBytes = kPageTokens * static_cast<int>(sizeof(Item));
-    constexpr int kProducts = kDim / 8 / kHalves;
-    const int values_at = a_.cache.block_size * Shape::kRowBytes;
-#pragma unroll
-    for (int group = 0; group < Shape::kGroups; ++group) {
-      const Page from = shuffle_page(page, Shape::kItems == 8 ? 2 * group + j / 2 : j);
-      const unsigned char* values = a_.cache.data + from.head + values_at +
-                                    from.within * Shape::kRowBytes +
-                                    (Shape::kItems == 8 ? j % 2 * 16 : 0);
-#pragma unroll
-      for (int n = 0; n < kProducts; ++n)
-        to[n * Shape::kGroups + group] =
-            load_16(values + (8 * (kHalf * kProducts + n) + static_cast<int>(g)) * kDimBytes);
-    }
-  }
-
-  // int8: lane i loads the scales of keys 2 i and 2 i + 1, and all get theirs from shared memory.
-  OCTAVO_DEVICE void load_scales(float2& keys, float2& values, const Page& page) const {
-    const Page from = shuffle_page(page, lane_index() / 8);
-    const auto* at =
-        reinterpret_cast<const float*>(a_.cache.data + from.head + a_.cache.scales_at()) +
-        from.within + lane_index() % 8 * 2;
-    keys = *reinterpret_cast<const float2*>(at);
-    values = *reinterpret_cast<const float2*>(at + a_.cache.block_size);
-  }
-  OCTAVO_DEVICE LaneScales share(Parts<kDim>& parts, float2 keys, float2 values) const {
-    auto& to = parts.scales[warp_index()];
-    *reinterpret_cast<float2*>(to[0] + 2 * lane_index()) = keys;
-    *reinterpret_cast<float2*>(to[1] + 2 * lane_index()) = values;
-    sync_warp();
-    return {to[0] + 16 * (lane_index() % 4), to[1] + 16 * (lane_index() % 4)};
-  }
-
-  template <int kHalf>
-  OCTAVO_DEVICE void add_up(const std::uint32_t (&p)[4][4], uint4 (&pieces)[kPart],
-                            const Sight& sight, Parts<kDim>& parts, bool upper_rows) const {
-    const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
-    if (sight.first_key + kTileKeys > sight.context) {
-#pragma unroll
-      for (int i = 0; i < kPart; ++i)
-        pieces[i] = without_unwritten<Item>(
-            pieces[i], sight.first_key + i % Shape::kGroups * 4 * Shape::kItems, sight.context);
-    }
-    auto& to = parts.values[warp_index()];
-    constexpr int kProducts = kDim / 8 / kHalves;
-#pragma unroll
-    for (int n = 0; n < kProducts; ++n) {
-      float acc[4] = {};
-#pragma unroll
-      for (int group = 0; group < Shape::kGroups; ++group)
-        add_piece<T, Item, kDim>(acc, p, group, pieces[n * Shape::kGroups + group]);
-      const int dim = 8 * (kHalf * kProducts + n) + 2 * j;
-      to[g][dim] = acc[0];
-      to[g][dim + 1] = acc[1];
-      if (!upper_rows) continue;
-      to[g + 8][dim] = acc[2];
-      to[g + 8][dim + 1] = acc[3];
-    }
-  }
-
-  const AttentionArguments& a_;
-  const Rows& rows_;
-  std::uint32_t q_[kDim / 16][4];
-};
-
 // The thread's row of the 16, and its number among the row's 8 threads.
 OCTAVO_DEVICE int my_row() { return static_cast<int>(threadIdx.x / 8); }
 OCTAVO_DEVICE int my_column() { return static_cast<int>(threadIdx.x % 8); }
@@ -308,15 +89,18 @@ OCTAVO_DEVICE void add_to_total(Kept<kDim>& kept, const State<kDim>& split, bool
   total.keep(kept);
 }
 
-// A row's part of the workspace: of each split values, maximum and sum.
+// Of a split and a row in the workspace: values, maximum and sum.
 template <int kDim>
-OCTAVO_DEVICE float* partial_of(const DecodeWork& work, const Rows& rows, int num_kv_heads,
+constexpr int partial_stride() {
+  return kDim + 4;
+}
+template <int kDim>
+OCTAVO_DEVICE float* partial_of(const DecodeWork& work, const Rows& rows, int num_kv_heads, int row,
                                 int split) {
-  const std::int64_t row =
-      static_cast<std::int64_t>(rows.seq * work.max_rows + rows.first_row + my_row()) *
-          num_kv_heads +
+  const std::int64_t index =
+      static_cast<std::int64_t>(rows.seq * work.max_rows + rows.first_row + row) * num_kv_heads +
       rows.kv_head;
-  return work.partials + (row * work.max_splits + split) * (kDim + 4);
+  return work.partials + (index * work.max_splits + split) * partial_stride<kDim>();
 }
 
 template <int kDim>
@@ -330,44 +114,67 @@ OCTAVO_DEVICE void write_partial(float* to, const State<kDim>& state) {
   }
 }
 
-// Folds the splits' states: some are loaded before the first is used.
-template <int kDim>
-OCTAVO_DEVICE void fold_splits(State<kDim>& total, const float* from, int count) {
-  constexpr int kAhead = 512 / kDim;
-  total.clear();
-  for (int first = 0; first < count; first += kAhead) {
-    float4 part[kAhead][kDim / 32];
-    float max[kAhead], sum[kAhead];
-#pragma unroll
-    for (int n = 0; n < kAhead; ++n) {
-      const float* split =
-          from + static_cast<std::int64_t>(first + n < count ? first + n : count - 1) * (kDim + 4);
-#pragma unroll
-      for (int i = 0; i < kDim / 32; ++i)
-        part[n][i] = bits_as<float4>(load_16(split + 4 * (my_column() + 8 * i)));
-      max[n] = split[kDim];
-      sum[n] = split[kDim + 1];
-    }
-#pragma unroll
-    for (int n = 0; n < kAhead; ++n) {
-      if (first + n < count) total.add(max[n], sum[n], part[n]);
-    }
-  }
+// Two numbers of a row's result as they are stored. sum: of its weights.
+template <class T, class Item>
+OCTAVO_DEVICE std::uint32_t result_of(float low, float high, float sum) {
+  const float divisor = multiply_rn(sum, Tile<T, Item, 64>::kBoost);
+  return pack2<T>(add_rn(divide_rn(low, divisor), 0.0f),  // no -0
+                  add_rn(divide_rn(high, divisor), 0.0f));
 }
 
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void write_row(const AttentionArguments& a, const Rows& rows,
                              const State<kDim>& total) {
   T* out = row_of(static_cast<T*>(a.out), a.out_stride, a, rows, my_row());
-  const float sum = multiply_rn(total.sum, Tile<T, Item, kDim>::kBoost);
 #pragma unroll
   for (int i = 0; i < kDim / 32; ++i) {
     const float4& v = total.values[i];
-    const auto value = [&](float x) { return add_rn(divide_rn(x, sum), 0.0f); };  // no -0
     auto* to = reinterpret_cast<std::uint32_t*>(out + 4 * (my_column() + 8 * i));
-    to[0] = pack2<T>(value(v.x), value(v.y));
-    to[1] = pack2<T>(value(v.z), value(v.w));
+    to[0] = result_of<T, Item>(v.x, v.y, total.sum);
+    to[1] = result_of<T, Item>(v.z, v.w, total.sum);
   }
+}
+
+// Folds the splits' states into the result. All threads take part however few rows there are
+// (kMost: 4, 8 or 16), each with its dimensions of all splits; the loads of as many splits as
+// registers allow (20 for 4 rows of 64) are begun before the first is folded.
+template <class T, class Item, int kDim, int kMost>
+OCTAVO_DEVICE void fold_splits(const AttentionArguments& a, const DecodeWork& work,
+                               const Rows& rows, int count) {
+  constexpr int kThreadsOfRow = kThreads / kMost, kPairs = kDim / kThreadsOfRow / 2;
+  constexpr int kAhead = kPairs == 1 ? 20 : 24 / kPairs;
+  const int row = static_cast<int>(threadIdx.x) / kThreadsOfRow;
+  const int dim = static_cast<int>(threadIdx.x) % kThreadsOfRow * 2 * kPairs;
+  if (row >= rows.count) return;
+  const float* from = partial_of<kDim>(work, rows, a.num_heads / a.group, row, 0);
+  float max = minus_infinity(), sum = 0.0f;
+  float2 total[kPairs] = {};
+  for (int first = 0; first < count; first += kAhead) {
+    float2 part[kAhead][kPairs], state[kAhead];
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) {
+      const float* split =
+          from + static_cast<std::int64_t>(least(first + n, count - 1)) * partial_stride<kDim>();
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i)
+        part[n][i] = *reinterpret_cast<const float2*>(split + dim + 2 * i);
+      state[n] = *reinterpret_cast<const float2*>(split + kDim);
+    }
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) {
+      if (first + n >= count) continue;
+      const Fold f = fold_of(max, state[n].x);
+      max = f.max;
+      sum = fold(f, sum, state[n].y);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i)
+        total[i] = {fold(f, total[i].x, part[n][i].x), fold(f, total[i].y, part[n][i].y)};
+    }
+  }
+  T* out = row_of(static_cast<T*>(a.out), a.out_stride, a, rows, row) + dim;
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i)
+    reinterpret_cast<std::uint32_t*>(out)[i] = result_of<T, Item>(total[i].x, total[i].y, sum);
 }
 
 // Padding has no context: its rows become 0.
@@ -430,7 +237,8 @@ OCTAVO_DEVICE void attend_rows(const AttentionArguments& a, const DecodeWork& wo
         if (at + kWarps < end)
           state.keep(parts.split);
         else if (workers > 1)
-          write_partial(partial_of<kDim>(work, rows, num_kv_heads, split - first_split), state);
+          write_partial(partial_of<kDim>(work, rows, num_kv_heads, my_row(), split - first_split),
+                        state);
         else
           add_to_total(parts.total, state, split == first_split);
       }
@@ -440,11 +248,16 @@ OCTAVO_DEVICE void attend_rows(const AttentionArguments& a, const DecodeWork& wo
   if (workers > 1) {
     const int counter = (rows.seq * work.sets + set) * num_kv_heads + rows.kv_head;
     if (!arrive(work.counters + counter, workers, parts)) return;
-    if (has_row) fold_splits(state, partial_of<kDim>(work, rows, num_kv_heads, 0), num_splits);
+    if (rows.count <= 4)
+      fold_splits<T, Item, kDim, 4>(a, work, rows, num_splits);
+    else if (rows.count <= 8)
+      fold_splits<T, Item, kDim, 8>(a, work, rows, num_splits);
+    else
+      fold_splits<T, Item, kDim, 16>(a, work, rows, num_splits);
   } else if (has_row) {
     state.take(parts.total);
+    write_row<T, Item, kDim>(a, rows, state);
   }
-  if (has_row) write_row<T, Item, kDim>(a, rows, state);
 }
 
 // What registers leave room for without spilling: 24 KiB (int8) or 32 KiB and more on their way to
