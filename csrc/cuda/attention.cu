@@ -43,6 +43,7 @@ bool can_use_tensor_cores(View out, View q, const LayerSpec& layer, float scale,
 }
 
 constexpr std::int64_t kFewTokens = 8;          // of a sequence: the decode kernel's
+constexpr std::int64_t kFewRows = 256;          // query rows of the only sequence: the same
 constexpr std::int64_t kRowsOfSet = 16;         // query rows of a block there
 constexpr std::int64_t kBlocksOfProcessor = 4;  // that share out the splits
 constexpr std::size_t kMostPartialBytes = std::size_t{128} << 20;
@@ -84,6 +85,13 @@ DecodePlan plan_decode(std::int64_t num_seqs, std::int64_t tokens, std::int64_t 
   return plan;
 }
 
+// Most tokens that each of so many sequences may bring where the decode kernel takes them all. A
+// single sequence's further rows would leave most processors without work in the prefill kernel,
+// which does not split contexts.
+std::int64_t few_tokens(std::int64_t num_seqs, std::int64_t group) {
+  return num_seqs == 1 ? std::max(kFewTokens, kFewRows / group) : kFewTokens;
+}
+
 }  // namespace
 
 // Few sequences have many splits each, many sequences have few: the most bytes are somewhere
@@ -94,11 +102,11 @@ std::size_t attention_workspace_bytes(const Stream& stream, const ModelSpec& spe
   // A table may be padded to the next power of two of blocks.
   const std::int64_t max_context = 2 * limits.max_model_len + 4096;
   for (const LayerSpec& layer : spec.layers) {
-    for (std::int64_t tokens = 1; tokens <= kFewTokens; ++tokens) {
-      for (std::int64_t seqs = 1; seqs <= limits.max_num_seqs; ++seqs) {
-        const DecodePlan plan =
-            plan_decode(seqs, tokens, layer.num_heads / layer.num_kv_heads, layer.num_kv_heads,
-                        layer.head_dim, max_context, stream.num_processors());
+    const std::int64_t group = layer.num_heads / layer.num_kv_heads;
+    for (std::int64_t seqs = 1; seqs <= limits.max_num_seqs; ++seqs) {
+      for (std::int64_t tokens = 1; tokens <= few_tokens(seqs, group); ++tokens) {
+        const DecodePlan plan = plan_decode(seqs, tokens, group, layer.num_kv_heads, layer.head_dim,
+                                            max_context, stream.num_processors());
         most_bytes = std::max(most_bytes, std::min(plan.bytes, kMostPartialBytes));
       }
     }
@@ -122,8 +130,9 @@ void attention(Stream& stream, View out, View q, const LayerSpec& layer, float s
   // few, the decode kernel takes them all; if they do not, it takes longer. Else each kernel takes
   // the sequences that are its own and leaves the others.
   const std::int64_t tokens = divide_up(step.num_tokens, step.num_seqs);
-  const bool all_few = tokens <= kFewTokens && (step.num_tokens % step.num_seqs == 0 ||
-                                                step.num_tokens - step.num_seqs < kFewTokens);
+  const bool all_few =
+      tokens <= few_tokens(step.num_seqs, a.group) &&
+      (step.num_tokens % step.num_seqs == 0 || step.num_tokens - step.num_seqs < kFewTokens);
   if (all_few || step.num_seqs > 1) {
     DecodePlan plan =
         plan_decode(step.num_seqs, all_few ? tokens : 1, a.group, layer.num_kv_heads,
