@@ -28,9 +28,9 @@ template <class... Parameters, class... Arguments>
 void launch(Stream& stream, const char* name, const LaunchShape& shape,
             void (*kernel)(Parameters...), Arguments... arguments) {
 #ifdef OCTAVO_EMULATED
-  const cudaError_t error =
-      cuda_emulator::enqueue({name, shape.grid, shape.block, shape.shared_bytes}, stream.handle(),
-                             [=] { kernel(static_cast<Parameters>(arguments)...); });
+  const cudaError_t error = cuda_emulator::enqueue(
+      {name, shape.grid, shape.block, shape.shared_bytes, shape.overlaps}, stream.handle(),
+      [=] { kernel(static_cast<Parameters>(arguments)...); });
 #else
   constexpr std::size_t kWithoutAsking = 48 * 1024;
   cudaError_t error = cudaSuccess;

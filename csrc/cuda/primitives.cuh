@@ -401,7 +401,9 @@ OCTAVO_DEVICE void fence() {
 
 // Until here the kernel may run before its predecessor has ended: only weights may be read before.
 OCTAVO_DEVICE void wait_for_previous_kernel() {
-#if !defined(OCTAVO_EMULATED) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifdef OCTAVO_EMULATED
+  cuda_emulator::wait_for_previous_kernel();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

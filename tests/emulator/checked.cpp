@@ -111,12 +111,15 @@ void run_twice(const Launch& launch, const std::function<void()>& kernel) {
 
 }  // namespace
 
-void run_checked(const Launch& launch, const std::function<void()>& kernel) {
-  if (options().twice) {
+void run_checked(const Launch& launch, const std::function<void()>& kernel, StartedGrid* started) {
+  if (started) {
+    started->finish();
+  } else if (options().twice) {
     run_twice(launch, kernel);
     return;
+  } else {
+    run_grid(launch, kernel);
   }
-  run_grid(launch, kernel);
   check_guards(launch, kernel);
 }
 

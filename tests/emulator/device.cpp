@@ -66,7 +66,8 @@ void check_copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind ki
     throw KernelError("the source of a copy from the host is device memory");
 }
 
-cudaError_t enqueue(const Launch& launch, cudaStream_t stream, std::function<void()> kernel) {
+cudaError_t enqueue(const Launch& launch, cudaStream_t stream,
+                    const std::function<void()>& kernel) {
   const Lock lock(device().mutex);
   try {
     check_launch(launch);
@@ -74,7 +75,13 @@ cudaError_t enqueue(const Launch& launch, cudaStream_t stream, std::function<voi
     device().launch_message = error.what();
     return note(cudaErrorInvalidConfiguration);
   }
-  stream_of(stream).push([launch, kernel = std::move(kernel)] { run_checked(launch, kernel); });
+  Operation operation;
+  operation.is_kernel = true;
+  operation.run = [launch, kernel](std::unique_ptr<StartedGrid> started) {
+    run_checked(launch, kernel, started.get());
+  };
+  if (launch.overlaps) operation.start = [launch, kernel] { return start_grid(launch, kernel); };
+  stream_of(stream).push(std::move(operation));
   return note(device().sticky);
 }
 

@@ -62,7 +62,8 @@ void check_copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind ki
 
 // Runs a kernel and looks for what it should not have done: writes outside of device memory and,
 // with options().twice, results that hang on luck. Throws a KernelError.
-void run_checked(const Launch& launch, const std::function<void()>& kernel);
+// started: the kernel, if it has started early.
+void run_checked(const Launch& launch, const std::function<void()>& kernel, StartedGrid* started);
 
 // Runs what may meet faulty kernels; a fault stays, with its text.
 template <class Body>

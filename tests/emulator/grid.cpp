@@ -20,7 +20,7 @@ namespace {
 constexpr std::size_t kStackBytes = 256 * 1024;
 constexpr unsigned kWarp = 32;
 
-enum class State { ready, at_barrier, in_warp, finished };
+enum class State { ready, at_barrier, in_warp, before_previous_kernel, finished };
 
 struct Copy {
   void* shared;
@@ -30,10 +30,12 @@ struct Copy {
 
 struct ThreadState {
   Fiber fiber;
+  void* stack = allocate_stack(kStackBytes);
   Thread place;
   State state = State::ready;
   const char* waits_at = "";
   int line = 0;
+  bool waited = false;                        // for the previous kernel
   std::vector<Copy> open_copies;              // begun, not committed
   std::deque<std::vector<Copy>> copy_groups;  // committed, oldest first
 };
@@ -45,34 +47,65 @@ struct Meeting {
   void* lanes[kWarp];
 };
 
-template <class T>
-std::vector<T*>& kept() {
-  static auto* all = new std::vector<T*>;
-  return *all;
+// Threads that no grid uses now, kept for the next one with their stacks and never destroyed.
+std::vector<ThreadState*>& spare_threads() {
+  static auto* spare = new std::vector<ThreadState*>;
+  return *spare;
 }
 
+class Grid;
+Grid* g_grid = nullptr;  // the one whose threads run
+
 // One launch, block after block.
-class Grid {
+class Grid : public StartedGrid {
  public:
-  Grid(const Launch& launch, const std::function<void()>& kernel, const Watch& watch)
-      : launch_(launch), kernel_(kernel), watch_(watch), random_(options().seed + launches_++) {
+  Grid(const Launch& launch, std::function<void()> kernel, Watch watch = {})
+      : launch_(launch),
+        kernel_(std::move(kernel)),
+        watch_(std::move(watch)),
+        random_(options().seed + launches_++) {
     check_launch(launch);
     num_threads_ = launch.block.x * launch.block.y * launch.block.z;
-    while (threads_.size() < num_threads_) {
-      threads_.push_back(new ThreadState);
-      stacks_.push_back(allocate_stack(kStackBytes));
-    }
     warps_.resize((num_threads_ + kWarp - 1) / kWarp);
+    blocks_.resize(std::size_t{launch_.grid.x} * launch_.grid.y * launch_.grid.z);
+    for (std::size_t i = 0; i < blocks_.size(); ++i) blocks_[i] = i;
+    if (options().seed) {
+      for (std::size_t i = blocks_.size(); i > 1; --i)
+        std::swap(blocks_[i - 1], blocks_[random_.below(i)]);
+    }
+    while (threads_.size() < num_threads_) {
+      if (spare_threads().empty()) spare_threads().push_back(new ThreadState);
+      threads_.push_back(spare_threads().back());
+      spare_threads().pop_back();
+    }
+  }
+  ~Grid() override {
+    spare_threads().insert(spare_threads().end(), threads_.begin(), threads_.end());
   }
 
-  void run() {
-    const std::size_t blocks = std::size_t{launch_.grid.x} * launch_.grid.y * launch_.grid.z;
-    std::vector<std::size_t> order(blocks);
-    for (std::size_t i = 0; i < blocks; ++i) order[i] = i;
-    if (options().seed) {
-      for (std::size_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[random_.below(i)]);
+  // Runs a block as far as it gets without the kernels ahead.
+  void start_early() {
+    const Running now(this);
+    is_early_ = true;
+    begin_block(blocks_[0]);
+    schedule(watch_);
+  }
+
+  void finish() override {
+    const Running now(this);
+    const bool has_started = std::exchange(is_early_, false);
+    for (unsigned i = 0; has_started && i < num_threads_; ++i) {
+      if (threads_[i]->state == State::before_previous_kernel) make_ready(*threads_[i]);
     }
-    for (const std::size_t block : order) run_block(block);
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      if (i > 0 || !has_started) begin_block(blocks_[i]);
+      end_block(blocks_[i]);
+    }
+  }
+
+  void wait_for_previous_kernel() {
+    running_->waited = true;
+    if (is_early_) wait(State::before_previous_kernel, "wait_for_previous_kernel");
   }
 
   void wait(State state, const char* what, int line = 0) {
@@ -167,7 +200,16 @@ class Grid {
     wait(State::ready, "");
   }
 
-  void run_block(std::size_t block) {
+  // Whose threads `current` and the others mean, until this goes.
+  class Running {
+   public:
+    explicit Running(Grid* grid) { g_grid = grid; }
+    ~Running() { g_grid = nullptr; }
+    Running(const Running&) = delete;
+    Running& operator=(const Running&) = delete;
+  };
+
+  void begin_block(std::size_t block) {
     const dim3 grid = launch_.grid, size = launch_.block;
     // Its own piece of memory, exactly as long as asked for, so that the address sanitizer sees
     // the first byte behind it.
@@ -184,13 +226,22 @@ class Grid {
       thread.place.block_size = size;
       thread.place.grid_size = grid;
       thread.place.index = i;
+      thread.waited = false;
       thread.open_copies.clear();
       thread.copy_groups.clear();
-      if (thread.state != State::finished) forget_frames(stacks_[i], kStackBytes);
-      prepare(thread.fiber, stacks_[i], kStackBytes, &thread_main);
+      if (thread.state != State::finished) forget_frames(thread.stack, kStackBytes);
+      prepare(thread.fiber, thread.stack, kStackBytes, &thread_main);
       make_ready(thread);
     }
+  }
+
+  void end_block(std::size_t block) {
     schedule(watch_);
+    if (launch_.overlaps && std::none_of(threads_.begin(), threads_.end(),
+                                         [](const ThreadState* each) { return each->waited; }))
+      fail(
+          "its block ended without wait_for_previous_kernel(), though the kernel was launched to "
+          "overlap with the one ahead");
     if (shared_.intact()) return;
     if (looks_for_writer_) return;
     // Once more, to name the thread that did it.
@@ -201,13 +252,13 @@ class Grid {
                                         " bytes of shared memory");
     };
     std::swap(watch_, shared_watch_);
-    run_block(block);
+    begin_block(block);
+    end_block(block);
     throw KernelError(text_of("kernel ", launch_.name, ", block ", block, ": wrote outside of its ",
                               launch_.shared_bytes, " bytes of shared memory"));
   }
 
   void schedule(const Watch& watch) {
-    unsigned num_finished = 0;
     while (!turns_.empty()) {
       running_ = threads_[turns_.take()];
       current = running_->place;
@@ -217,9 +268,11 @@ class Grid {
         const std::string seen = watch();
         if (!seen.empty()) fail(seen);
       }
-      num_finished += running_->state == State::finished;
     }
-    if (num_finished == num_threads_) return;
+    if (is_early_) return;
+    const auto num_finished =
+        std::count_if(threads_.begin(), threads_.end(),
+                      [](const ThreadState* each) { return each->state == State::finished; });
     for (unsigned i = 0; i < num_threads_; ++i) {
       const ThreadState& thread = *threads_[i];
       if (thread.state == State::finished) continue;
@@ -233,12 +286,15 @@ class Grid {
     }
   }
 
-  const Launch& launch_;
-  const std::function<void()>& kernel_;
+  const Launch launch_;
+  const std::function<void()> kernel_;
   Watch watch_, shared_watch_;
   bool looks_for_writer_ = false;
   Random random_;
   unsigned num_threads_ = 0;
+  std::vector<ThreadState*> threads_;
+  std::vector<std::size_t> blocks_;  // in the order in which they run
+  bool is_early_ = false;
   GuardedBytes shared_;
   Fiber scheduler_;
   ThreadState* running_ = nullptr;
@@ -250,14 +306,9 @@ class Grid {
   std::exception_ptr error_;
 
   static std::uint64_t launches_;
-  // Kept from launch to launch, with their stacks, and never destroyed.
-  std::vector<ThreadState*>& threads_ = kept<ThreadState>();
-  std::vector<void*>& stacks_ = kept<void>();
 };
 
 std::uint64_t Grid::launches_ = 0;
-
-Grid* g_grid = nullptr;
 
 void Grid::thread_main() {
   fiber_started();
@@ -276,32 +327,14 @@ void Grid::thread_main() {
 
 }  // namespace
 
-void check_launch(const Launch& launch) {
-  const auto refuse = [&](const std::string& why) {
-    throw KernelError(Grid::text_of("kernel ", launch.name, " cannot be launched: ", why));
-  };
-  const std::size_t threads = std::size_t{launch.block.x} * launch.block.y * launch.block.z;
-  if (threads < 1 || threads > options().max_threads)
-    refuse(Grid::text_of(threads, " threads a block; expected 1 to ", options().max_threads));
-  if (launch.shared_bytes > options().max_shared_bytes)
-    refuse(Grid::text_of(launch.shared_bytes, " bytes of shared memory; a block can have ",
-                         options().max_shared_bytes));
-  if (!launch.grid.x || !launch.grid.y || !launch.grid.z || launch.grid.y > 65535 ||
-      launch.grid.z > 65535 || launch.grid.x > 0x7fffffffu)
-    refuse(Grid::text_of("a grid of ", launch.grid.x, " x ", launch.grid.y, " x ", launch.grid.z,
-                         " blocks; expected 1 to 2^31 - 1, 65535 and 65535"));
+void run_grid(const Launch& launch, const std::function<void()>& kernel, const Watch& watch) {
+  Grid(launch, kernel, watch).finish();
 }
 
-void run_grid(const Launch& launch, const std::function<void()>& kernel, const Watch& watch) {
-  Grid grid(launch, kernel, watch);
-  g_grid = &grid;
-  try {
-    grid.run();
-  } catch (...) {
-    g_grid = nullptr;
-    throw;
-  }
-  g_grid = nullptr;
+std::unique_ptr<StartedGrid> start_grid(const Launch& launch, const std::function<void()>& kernel) {
+  auto grid = std::make_unique<Grid>(launch, kernel);
+  grid->start_early();
+  return grid;
 }
 
 bool in_kernel() { return g_grid != nullptr; }
@@ -313,6 +346,8 @@ void* shared_memory() { return g_grid->shared(); }
 std::size_t shared_bytes() { return g_grid->launch().shared_bytes; }
 
 void sync_block(const char* file, int line) { g_grid->arrive_at_barrier(file, line); }
+
+void wait_for_previous_kernel() { g_grid->wait_for_previous_kernel(); }
 
 void warp_collective(unsigned mask, const char* what, void* data, void (*body)(void* const*)) {
   g_grid->collect(mask, what, data, body);

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -28,6 +29,8 @@ struct Options {
   // What shared memory holds before a block starts, and device memory before anyone writes.
   // 0xff makes every float, bf16 and f16 a NaN and every integer -1.
   unsigned char poison = 0xff;
+  // How many kernels that overlap are started ahead of the one that runs.
+  unsigned early_starts = 3;
   // Runs every kernel twice from the same device memory, with other orders, poison and guards, and
   // reports it where the results differ: a race, or a read of what nobody wrote. Slow.
   bool twice = false;
@@ -38,13 +41,17 @@ struct Options {
 };
 
 // The options of all launches that follow. At first they are what the environment says:
-// CUDA_EMULATOR_SEED, CUDA_EMULATOR_POISON (0 to 255), CUDA_EMULATOR_TWICE (0 or 1).
+// CUDA_EMULATOR_SEED, CUDA_EMULATOR_POISON (0 to 255), CUDA_EMULATOR_TWICE (0 or 1),
+// CUDA_EMULATOR_EARLY_STARTS.
 Options& options();
 
 struct Launch {
   const char* name = "";
   dim3 grid, block;
   std::size_t shared_bytes = 0;
+  // May start before the kernels ahead of it have ended, and calls wait_for_previous_kernel()
+  // before it touches what they write (programmatic dependent launch).
+  bool overlaps = false;
 };
 
 // Throws a KernelError unless a GPU would accept such a launch.
@@ -56,6 +63,15 @@ using Watch = std::function<std::string()>;
 
 // Runs kernel() once for every thread of the grid. Throws KernelError.
 void run_grid(const Launch& launch, const std::function<void()>& kernel, const Watch& watch = {});
+
+// A kernel that has started early: one of its blocks has run up to wait_for_previous_kernel().
+class StartedGrid {
+ public:
+  virtual ~StartedGrid() = default;
+  // Does the rest. Throws KernelError.
+  virtual void finish() = 0;
+};
+std::unique_ptr<StartedGrid> start_grid(const Launch& launch, const std::function<void()>& kernel);
 
 // ---- for code running on a fiber ----
 
@@ -72,6 +88,10 @@ std::size_t shared_bytes();
 
 // __syncthreads(). file and line name the barrier: all threads must come to the same one.
 void sync_block(const char* file, int line);
+
+// Ends a part that may run before the kernels ahead have ended: it is run before them, so that what
+// it reads too early is what they have not written yet.
+void wait_for_previous_kernel();
 
 // What a whole warp does together. Waits until every lane of `mask` has come with the same `what`,
 // runs body(data of the lanes) once, and lets all go on. data: the lane's own, alive meanwhile;

@@ -8,6 +8,6 @@
 namespace cuda_emulator {
 
 // Queues kernel() for every thread of the grid. Faults show when somebody waits, as on a GPU.
-cudaError_t enqueue(const Launch& launch, cudaStream_t stream, std::function<void()> kernel);
+cudaError_t enqueue(const Launch& launch, cudaStream_t stream, const std::function<void()>& kernel);
 
 }  // namespace cuda_emulator

@@ -1,6 +1,7 @@
-// The options, first of all as the environment gives them.
+// The options, first of all as the environment gives them, and launches that keep to them.
 
 #include <cstdlib>
+#include <sstream>
 
 #include "grid.h"
 
@@ -25,7 +26,16 @@ Options from_environment() {
   options.poison =
       static_cast<unsigned char>(number_from("CUDA_EMULATOR_POISON", options.poison, 255));
   options.twice = number_from("CUDA_EMULATOR_TWICE", options.twice, 1) != 0;
+  options.early_starts =
+      static_cast<unsigned>(number_from("CUDA_EMULATOR_EARLY_STARTS", options.early_starts, 100));
   return options;
+}
+
+template <class... Parts>
+std::string text_of(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
 }
 
 }  // namespace
@@ -33,6 +43,22 @@ Options from_environment() {
 Options& options() {
   static Options instance = from_environment();
   return instance;
+}
+
+void check_launch(const Launch& launch) {
+  const auto refuse = [&](const std::string& why) {
+    throw KernelError(text_of("kernel ", launch.name, " cannot be launched: ", why));
+  };
+  const std::size_t threads = std::size_t{launch.block.x} * launch.block.y * launch.block.z;
+  if (threads < 1 || threads > options().max_threads)
+    refuse(text_of(threads, " threads a block; expected 1 to ", options().max_threads));
+  if (launch.shared_bytes > options().max_shared_bytes)
+    refuse(text_of(launch.shared_bytes, " bytes of shared memory; a block can have ",
+                   options().max_shared_bytes));
+  if (!launch.grid.x || !launch.grid.y || !launch.grid.z || launch.grid.y > 65535 ||
+      launch.grid.z > 65535 || launch.grid.x > 0x7fffffffu)
+    refuse(text_of("a grid of ", launch.grid.x, " x ", launch.grid.y, " x ", launch.grid.z,
+                   " blocks; expected 1 to 2^31 - 1, 65535 and 65535"));
 }
 
 }  // namespace cuda_emulator

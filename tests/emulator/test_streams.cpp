@@ -191,6 +191,66 @@ void faults_inside_a_graph_name_the_kernel() {
   succeed(cudaGraphExecDestroy(graph));
 }
 
+// A chain of kernels that overlap, each adding 1 to what the one before wrote: 1, 2, 3, 4.
+enum class OverlapFault { none, reads_too_early, reads_two_kernels_too_early, never_waits };
+template <OverlapFault planted>
+std::string overlap_outcome(std::vector<int>* result = nullptr) {
+  constexpr unsigned kThreads = 64;
+  TestStream one;
+  const Array<int> x(std::vector<int>(5, 0));
+  int* const p = x.data();
+  succeed(enqueue({"first", 1, kThreads, 0}, one.stream, [=] { p[1] = p[0] + 1; }));
+  for (int i = 2; i < 5; ++i) {
+    succeed(enqueue({"next", 1, kThreads, 0, true}, one.stream, [=] {
+      const int early = planted == OverlapFault::reads_too_early ? p[i - 1] : p[i - 2];
+      if (planted != OverlapFault::never_waits) cuda_emulator::wait_for_previous_kernel();
+      const int late = planted == OverlapFault::reads_two_kernels_too_early ? early + 1 : p[i - 1];
+      p[i] = (planted == OverlapFault::reads_too_early ? early : late) + 1;
+    }));
+  }
+  const cudaError_t error = cudaStreamSynchronize(one.stream);
+  const std::string message = error == cudaSuccess ? "" : cudaGetErrorString(error);
+  if (error != cudaSuccess) cudaDeviceReset();
+  cudaGetLastError();
+  if (result && message.empty()) *result = x.get();
+  return message;
+}
+
+void kernels_that_overlap() {
+  const std::vector<int> right = {0, 1, 2, 3, 4};
+  for (std::uint64_t seed = 0; seed < 5; ++seed) {
+    const With options(with_seed(seed));
+    std::vector<int> result;
+    CHECK(overlap_outcome<OverlapFault::none>(&result).empty());
+    CHECK(result == right);
+    CHECK(overlap_outcome<OverlapFault::reads_too_early>(&result).empty());
+    CHECK(result != right);
+    CHECK(overlap_outcome<OverlapFault::reads_two_kernels_too_early>(&result).empty());
+    CHECK(result != right);
+  }
+  check_message(overlap_outcome<OverlapFault::never_waits>(),
+                {"kernel next, block (0, 0, 0), thread ", "without wait_for_previous_kernel()"});
+}
+
+void kernels_that_overlap_inside_a_graph() {
+  TestStream one;
+  const Array<int> x(std::vector<int>{0, 0});
+  int* const p = x.data();
+  cudaGraphExec_t right = captured(one, [&] {
+    one.add(p, 1);
+    succeed(enqueue({"next", 3, 32, 0, true}, one.stream, [=] {
+      cuda_emulator::wait_for_previous_kernel();
+      p[1] = p[0];
+    }));
+  });
+  for (int i = 1; i < 4; ++i) {
+    succeed(cudaGraphLaunch(right, one.stream));
+    one.sync();
+    CHECK(x.get() == std::vector<int>(2, i));
+  }
+  succeed(cudaGraphExecDestroy(right));
+}
+
 }  // namespace
 
 std::vector<Test> stream_tests() {
@@ -200,6 +260,8 @@ std::vector<Test> stream_tests() {
       {"graphs", graphs},
       {"errors inside a capture", errors_inside_a_capture},
       {"faults inside a graph name the kernel", faults_inside_a_graph_name_the_kernel},
+      {"kernels that overlap inside a graph", kernels_that_overlap_inside_a_graph},
+      {"planted: kernels that overlap and read too early", kernels_that_overlap},
       {"planted: host memory overwritten too early", host_memory_overwritten_too_early},
       {"planted: host memory read too early", host_memory_read_too_early},
       {"planted: missing wait between streams", missing_wait_between_streams},
