@@ -168,12 +168,38 @@ def test_row_alone_or_among_others_and_with_gaps_between_rows() -> None:
         assert cuda().sample(**alone)[0] == whole[row]
 
 
+def test_every_place_of_a_row_is_looked_at() -> None:
+    """The only token with a chance lies where each of the threads, one after another, reads."""
+    logits = np.zeros((512, 2048), np.float32)
+    winners = 4 * np.arange(512) + np.arange(512) % 4
+    logits[np.arange(512), winners] = 100
+    ways = {  # greedy; plain; min_p; listed; more than can be listed
+        "temperature": [0, 1, 1, 1, 1],
+        "min_p": [0, 0, 1e-6, 0, 0],
+        "top_k": [0, 0, 0, 40, 600],
+    }
+    columns = {name: np.resize(value, 512) for name, value in ways.items()}
+    assert same_bits(cuda().sample(**requests(logits, **columns)), winners.astype(np.int32))
+
+
+def test_a_workspace_is_used_again_and_again() -> None:
+    """Counters are back at zero, whatever the shapes of the batches were."""
+    native = cuda()
+    for vocab, rows in [(30_000, 2), (200_003, 1), (5000, 3), (100_000, 1), (30_000, 2)]:
+        arguments = make_rows(vocab, rows, vocab)
+        assert same_bits(native.sample(**arguments), sampling.sample(**arguments))
+
+
 def test_greedy_takes_the_first_of_the_largest() -> None:
     logits = np.array([[1, 3, 3, 2], [-5, -7, -5, -5], [0, 0, 0, 0]], dtype=np.float32)
     assert cuda().sample(**requests(logits, temperature=0)).tolist() == [1, 0, 0]
     wide = np.zeros((1, 60_000), np.float32)  # equals in the parts of several blocks
     wide[0, [777, 20_000, 20_001, 59_999]] = 1
     assert cuda().sample(**requests(wide, temperature=0)).tolist() == [777]
+    for winner in (3, 8190, 100_000, 140_001, 199_999):  # the largest in each of many blocks
+        wide = np.zeros((1, 200_000), np.float32)
+        wide[0, winner] = 1
+        assert cuda().sample(**requests(wide, temperature=0)).tolist() == [winner]
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 300, 5003, 50_001])

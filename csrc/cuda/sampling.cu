@@ -323,7 +323,8 @@ void sample(Stream& stream, const Samples& out, View logits, const std::int32_t*
           " tokens; the kernel lists up to ", kMostTop);
   if (logits.rows == 0 || logits.cols == 0) return;
   // As many blocks as fill the device; how a row is shared does not change what is drawn.
-  const std::int64_t fill = 2 * stream.num_processors() / logits.rows;
+  const std::int64_t fill =
+      std::max<std::int64_t>(2 * stream.num_processors(), kMostBlocks) / logits.rows;
   const std::int64_t parts = (logits.cols + kLogitsPerBlock - 1) / kLogitsPerBlock;
   const std::int64_t blocks =
       std::min<std::int64_t>({std::max<std::int64_t>(fill, 1), parts, kMostBlocks});

@@ -206,11 +206,12 @@ OCTAVO_DEVICE unsigned Search::list(Wanted&& wanted) const {
   scores.each([&](int token, float score) {
     if (!(score >= lowest) || !wanted(token, score)) return;
     const unsigned at = atomic_add(&memory.num_listed, 1u);
+    if (at >= kMostListed) return;  // not if counts are right
     memory.places[at] = place_of(score, token);
     memory.listed_weights[at] = weight_of(score);
   });
   __syncthreads();
-  return memory.num_listed;
+  return memory.num_listed < kMostListed ? memory.num_listed : kMostListed;
 }
 
 // Of the listed token of this thread: how many are better, and their weight. Call it in every
@@ -242,7 +243,7 @@ OCTAVO_DEVICE Limit Search::limit(bool by_weight, Wide needed, Found found) cons
     return bin_of(score) == bin && (shift == 64 || place_of(score, token) >> shift == prefix);
   };
   needed -= by_weight ? found.weight_before : found.count_before;
-  while (found.count_in > kMostListed) {
+  while (found.count_in > kMostListed && shift > 0) {
     const int next = shift > kDigitBits ? shift - kDigitBits : 0;
     const int digits = 1 << (shift - next);
     count_in_bins(true, [&](int token, float score) {
