@@ -59,9 +59,11 @@ def test_the_live_view(tmp_path: Path) -> None:
             before = (await client.get("/engine")).json()
             assert set(base64.b64decode(before["blocks"]["map"])) == {BLANK}
             assert len(base64.b64decode(before["blocks"]["map"])) == 64
-            body = {"prompt": "A" * 21, "max_tokens": 60, "ignore_eos": True, "n": 2}
+            body = {"max_tokens": 60, "ignore_eos": True, "n": 2}
+            prompts = [letter * 21 for letter in "ABCDEF"]  # alike they would share, and all fit
             posts = [
-                asyncio.ensure_future(client.post("/v1/completions", json=body)) for _ in range(6)
+                asyncio.ensure_future(client.post("/v1/completions", json={**body, "prompt": text}))
+                for text in prompts
             ]
             await asyncio.sleep(0.3)
             now = (await client.get("/engine")).json()
