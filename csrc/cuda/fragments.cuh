@@ -54,8 +54,8 @@ OCTAVO_DEVICE void pairs_of_bytes(std::uint32_t& first, std::uint32_t& second,
   if constexpr (std::is_same_v<T, Bf16>) {
     // A bf16 has room for seven of the bits: (128 + low seven) - (128 or, of a negative one, 256).
     const auto pair = [](std::uint32_t two) {
-      const std::uint32_t low = (two & 0x007f007fu) | kBases<T>;
-      const std::uint32_t less = (two & 0x00800080u) | kBases<T>;
+      const std::uint32_t low = and_or(two, 0x007f007fu, kBases<T>);
+      const std::uint32_t less = and_or(two, 0x00800080u, kBases<T>);
       return fma2<T>(less, kOnes<T> | 0x80008000u, low);
     };
     first = pair(bytes);
@@ -63,8 +63,8 @@ OCTAVO_DEVICE void pairs_of_bytes(std::uint32_t& first, std::uint32_t& second,
   } else {
     constexpr std::uint32_t kOffsets = 0xe480e480u;  // -(1024 + 128)
     const std::uint32_t above = bytes ^ 0x80808080u;  // plus 128
-    first = fma2<T>((above & 0x00ff00ffu) | kBases<T>, kOnes<T>, kOffsets);
-    second = fma2<T>((above >> 8 & 0x00ff00ffu) | kBases<T>, kOnes<T>, kOffsets);
+    first = fma2<T>(and_or(above, 0x00ff00ffu, kBases<T>), kOnes<T>, kOffsets);
+    second = fma2<T>(and_or(above >> 8, 0x00ff00ffu, kBases<T>), kOnes<T>, kOffsets);
   }
 }
 
@@ -138,7 +138,7 @@ OCTAVO_DEVICE void numbers_of_block(std::uint32_t (&pairs)[4], const uint4& byte
   } else if constexpr (codes == Codes::int4) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const std::uint32_t pair = (words[block] >> 4 * i & 0x000f000fu) | kBases<T>;
+      const std::uint32_t pair = and_or(words[block] >> 4 * i, 0x000f000fu, kBases<T>);
       pairs[i] = fma2<T>(pair, kOnes<T>, offsets);
     }
   } else {

@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, codes >= Codes::int4 && !h
   constexpr int kBlocks = blocks_per_unit(codes);
   constexpr int kRing = codes < Codes::int8 ? 8 : codes == Codes::int8 ? 4 : 2;
   constexpr bool kScaled = codes >= Codes::int4;
-  const int lane = static_cast<int>(lane_index()), slice = static_cast<int>(warp_index());
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const int slice = static_cast<int>(threadIdx.x / kWarp);
   const int g = lane / 4, t = lane % 4;
   const int first_output = static_cast<int>(blockIdx.x) * kOutputs;
   const int first_unit = slice * slice_units;
@@ -76,13 +77,13 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, codes >= Codes::int4 && !h
   wait_for_previous_kernel();
 
   const int first_input = first_unit * kBlocks * kBlock + 8 * t;
-  const int slice_end = (first_unit + units) * kBlocks * kBlock;
-  const int inputs = g < x.rows ? smaller(weight.inputs, slice_end) : 0;
-  const T* row = static_cast<const T*>(x.data) + g * x.stride;
+  const int end_input = smaller(weight.inputs, (first_unit + units) * kBlocks * kBlock);
+  // Blocks of the slice of which the lane has numbers; the others are zeros.
+  const int x_blocks = g < x.rows ? ceil_div(end_input - first_input, kBlock) : 0;
+  const T* xs = static_cast<const T*>(x.data) + (g < x.rows ? g * x.stride : 0) + first_input;
   uint4 ahead[kAheadBlocks];
   const auto fetch_x = [&](int slot, int block) {
-    const int input = first_input + block * kBlock;
-    ahead[slot] = input < inputs ? load_16(row + input) : uint4{0, 0, 0, 0};
+    ahead[slot] = block < x_blocks ? load_16(xs + block * kBlock) : uint4{0, 0, 0, 0};
   };
 #pragma unroll
   for (int b = 0; b < kAheadBlocks; ++b) fetch_x(b, b);

@@ -162,6 +162,17 @@ OCTAVO_DEVICE std::uint32_t fma2(std::uint32_t a, std::uint32_t b, std::uint32_t
 #endif
 }
 
+// (a & mask) | bits in one instruction, of which ptxas makes two where both are constants.
+OCTAVO_DEVICE std::uint32_t and_or(std::uint32_t a, std::uint32_t mask, std::uint32_t bits) {
+#ifdef OCTAVO_EMULATED
+  return (a & mask) | bits;
+#else
+  std::uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
+  return result;
+#endif
+}
+
 // Byte i of the result is byte (selector >> 4 i & 7) of the eight of b:a, a's first.
 OCTAVO_DEVICE std::uint32_t permute_bytes(std::uint32_t a, std::uint32_t b,
                                           std::uint32_t selector) {
