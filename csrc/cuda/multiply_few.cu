@@ -3,17 +3,17 @@
 // A block makes 16 outputs, with a warp for every slice of the inputs (fragments.cuh). A lane loads
 // 16 bytes of two outputs at a time, straight into the operands of the tensor core: for these few
 // rows it is not a faster multiplier but a shorter program, one instruction for 256 weights whether
-// the rows are 1 or 8, where bf16 weights on the float32 units would take 2 to 9 instructions each
-// and a GPU has time for 14 (bf16), 7 (int8) or 3.5 (int4). int8 costs 1.8 instructions a weight,
-// int4 2.1, levels of their own 4.
+// the rows are 1 or 8. At 4.8 TB/s a processor of an H200 has time for 14 instructions a weight of
+// bf16, 7 of int8, 3.5 of int4; int8 takes 3.0 and int4 2.6 (3.6 where a slice is longer than the
+// ring), counted in the machine code for sm_90.
 //
-// In flight are up to 8 KB a warp: a ring of 8 (bf16), 4 (int8, int4) loads for each of the two
-// outputs, begun before the kernel before has ended (only x is its work), refilled as they are
-// used. For 2048 inputs a slice is 256, and all of a warp's bf16 weights are on their way at once;
-// 2048 outputs are 128 blocks, that is 64 KB a processor of an H200 or A100, and where there are
-// more, 128 registers a thread let two blocks at a time have 128 KB. Little's law asks for
-// 4.8 TB/s * 0.8 us / 132 = 29 KB. All blocks of matrices up to 264 * 16 = 4224 outputs run at
-// once, so that no wave is left half empty; larger ones have many more blocks than a wave.
+// In flight are up to 8 KB a warp of bf16, 4 of int8, 2 of int4: a ring of 8, 4 or 2 units of each
+// of the two outputs, begun before the kernel before has ended (only x is its work) and refilled as
+// they are used. For 2048 inputs a slice is 256, and all of a warp's weights are on their way at
+// once. 2048 outputs are 128 blocks, that is 64 KB of bf16 a processor of an H200 or A100; where
+// there are more, two blocks at a time (int4: three) make that 128, 64 and 48 KB. Little's law asks
+// for 4.8 TB/s * 0.8 us / 132 = 29 KB. All blocks of a matrix of up to 264 * 16 = 4224 outputs run
+// at once, so that no wave is left half empty; larger ones have many more blocks than a wave.
 //
 // Moves the weights once, and x (16 inputs' worth of every row for each 16 weights) from the
 // caches.

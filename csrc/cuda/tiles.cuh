@@ -16,12 +16,15 @@
 // a sum and slice.
 //
 //   rows outputs warps  for
-//    16     64     4    9 to 16 rows: decoding; 30 KB of bf16 weights in flight a block, 4 or more
-//                       blocks a processor
-//    64    128     4    17 to 64 rows: 48 KB in flight (bf16), 24 KB (int8, int4), 1 to 3 blocks.
+//    16     64     4    9 to 16 rows: decoding; 24 KB of bf16 weights in flight a block, 4 blocks a
+//                       processor
+//    32    128     4    17 to 32 rows of quantized weights: 24 KB in flight, 2 blocks
+//    64    128   4, 8   17 to 64 rows: 48 KB in flight (bf16), 24 KB (int8, int4), 1 to 2 blocks.
 //                       x from shared memory is 2 times (bf16) to 8 times (int4) what the weights
 //                       are: for 64 rows of int4 it is the products that bound, not the memory
 //   128    128     8    more rows: 128 KB of shared memory, warps of 64 x 32
+//
+// (Little's law asks for 29 KB a processor of an H200, 15 of an A100: multiply_few.cu.)
 #pragma once
 
 #include "cuda/fragments.cuh"
