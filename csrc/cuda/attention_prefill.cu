@@ -56,6 +56,7 @@ struct Shared {
   Stage<T, Item, kDim> stages[2];
   // Results so far, as the threads hold them: [16 rows x 8 dimensions][thread].
   float4 total[kBands<Item, kDim> * kDim / 8][32 * kWarps<Item, kDim>];
+  float2 total_state[kBands<Item, kDim> * 2][32 * kWarps<Item, kDim>];  // maximum and sum
 };
 
 // The rows of a block.
@@ -146,7 +147,6 @@ struct Bands {
   std::uint32_t q[kCount][kDim / 16][4];
   float values[kCount][kDim / 8][4];  // of the split
   float max[kCount][2], sum[kCount][2];
-  float total_max[kCount][2], total_sum[kCount][2];
   int position[kCount][2];
   int first_position, last_position;  // of the warp's rows; last < first: it has none
 
@@ -186,8 +186,6 @@ OCTAVO_DEVICE void load_bands(Bands<T, Item, kDim>& bands, const AttentionArgume
                                 high < rows.end ? row_of(q, a.q_stride, a, rows, high) : nullptr);
     bands.position[band][0] = rows.first_position + least(low, rows.end - 1) / a.group;
     bands.position[band][1] = rows.first_position + least(high, rows.end - 1) / a.group;
-    bands.total_max[band][0] = bands.total_max[band][1] = minus_infinity();
-    bands.total_sum[band][0] = bands.total_sum[band][1] = 0.0f;
   }
   bands.first_position = rows.first_position + warp_row / a.group;
   bands.last_position =
@@ -279,25 +277,33 @@ OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArgu
   add_tile(bands, p, folds, stage);
 }
 
-// Folds the split's state into the result, which lies in shared memory but the first time, and
-// stays in the split's registers the last time.
+// There is nothing yet.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void clear_total(Shared<T, Item, kDim>& shared) {
+  for (auto& numbers : shared.total) numbers[threadIdx.x] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (auto& state : shared.total_state) state[threadIdx.x] = {minus_infinity(), 0.0f};
+}
+
+// Folds the split's state into the result, which lies in shared memory and, the last time, stays in
+// the split's registers.
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void end_split(Bands<T, Item, kDim>& bands, Shared<T, Item, kDim>& shared,
-                             bool is_first, bool is_last) {
+                             bool is_last) {
 #pragma unroll
   for (int band = 0; band < kBands<Item, kDim>; ++band) {
     Fold f[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      f[half] = fold_of(bands.total_max[band][half], bands.max[band][half]);
-      bands.total_max[band][half] = f[half].max;
-      bands.total_sum[band][half] =
-          fold(f[half], bands.total_sum[band][half], bands.sum[band][half]);
+      float2& total = shared.total_state[2 * band + half][threadIdx.x];
+      const float2 before = total;
+      f[half] = fold_of(before.x, bands.max[band][half]);
+      bands.sum[band][half] = fold(f[half], before.y, bands.sum[band][half]);
+      if (!is_last) total = {f[half].max, bands.sum[band][half]};
     }
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
       float4& total = shared.total[band * kDim / 8 + n][threadIdx.x];
-      const float4 before = is_first ? float4{0.0f, 0.0f, 0.0f, 0.0f} : total;
+      const float4 before = total;
       auto& x = bands.values[band][n];
       x[0] = fold(f[0], before.x, x[0]);
       x[1] = fold(f[0], before.y, x[1]);
@@ -319,7 +325,7 @@ OCTAVO_DEVICE void write_bands(const Bands<T, Item, kDim>& bands, const Attentio
       const int row = warp_row + 16 * band + g + 8 * half;
       if (row >= rows.end) continue;
       T* out = row_of(static_cast<T*>(a.out), a.out_stride, a, rows, row);
-      const float sum = multiply_rn(bands.total_sum[band][half], Tile<T, Item, kDim>::kBoost);
+      const float sum = multiply_rn(bands.sum[band][half], Tile<T, Item, kDim>::kBoost);
       const auto value = [&](float x) { return add_rn(divide_rn(x, sum), 0.0f); };  // no -0
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n)
@@ -355,9 +361,9 @@ __global__ void __launch_bounds__(32 * kWarps<Item, kDim>, kWarps<Item, kDim> ==
   const int first_tile = first.begin / kTileKeys, end_tile = last_position / kTileKeys + 1;
 
   auto& shared = *reinterpret_cast<Shared<T, Item, kDim>*>(shared_memory());
-  const std::int32_t* table = a.block_tables + static_cast<std::int64_t>(rows.seq) * a.max_blocks;
   const auto entry_of = [&](int tile) {
-    return load_table_entry(table, a.max_blocks, a.cache.block_size, tile);
+    return load_table_entry(a.block_tables + static_cast<std::int64_t>(rows.seq) * a.max_blocks,
+                            a.max_blocks, a.cache.block_size, tile);
   };
   const auto copy = [&](int tile, int entry) {
     copy_tile(shared.stages[tile % 2], a.cache,
@@ -368,26 +374,26 @@ __global__ void __launch_bounds__(32 * kWarps<Item, kDim>, kWarps<Item, kDim> ==
   Bands<T, Item, kDim> bands;
   load_bands(bands, a, rows);
   bands.clear_split();
-  bool is_first = true;
-  int split = split_of_tile(first_tile);
+  clear_total(shared);
+  int split_end = split_begin(split_of_tile(first_tile) + 1);
   for (int tile = first_tile; tile < end_tile; ++tile) {
-    if (tile + 1 < end_tile) copy(tile + 1, entry);
-    entry = entry_of(tile + 2);
-    if (tile + 1 < end_tile)
+    if (tile + 1 < end_tile) {
+      copy(tile + 1, entry);
+      entry = entry_of(tile + 2);
       async_wait<1>();
-    else
+    } else {
       async_wait<0>();
+    }
     __syncthreads();
     if ((tile + 1) * kTileKeys > rows.context) {
       clear_unwritten(shared.stages[tile % 2], tile * kTileKeys, rows.context);
       __syncthreads();
     }
     work_on_tile(bands, a, rows, shared.stages[tile % 2], tile);
-    if (tile + 1 == end_tile || tile + 1 == split_begin(split + 1)) {
-      end_split(bands, shared, is_first, tile + 1 == end_tile);
+    if (tile + 1 == end_tile || tile + 1 == split_end) {
+      end_split(bands, shared, tile + 1 == end_tile);
       if (tile + 1 < end_tile) bands.clear_split();
-      is_first = false;
-      ++split;
+      split_end = split_begin(split_of_tile(tile + 1) + 1);
     }
     __syncthreads();  // before the stage is filled again
   }
