@@ -100,5 +100,6 @@ std::vector<Test> memory_fault_tests();
 std::vector<Test> product_tests();
 std::vector<Test> stream_tests();
 std::vector<Test> intrinsic_tests();
+std::vector<Test> sampling_math_tests();
 
 }  // namespace octavo::tests

@@ -10,8 +10,8 @@ int main(int argc, char** argv) {
   using namespace octavo::tests;
   const std::string part = argc > 1 ? argv[1] : "";
   int passed = 0, failed = 0;
-  for (const auto& tests :
-       {fault_tests(), memory_fault_tests(), product_tests(), stream_tests(), intrinsic_tests()}) {
+  for (const auto& tests : {fault_tests(), memory_fault_tests(), product_tests(), stream_tests(),
+                            intrinsic_tests(), sampling_math_tests()}) {
     for (const Test& test : tests) {
       if (test.name.find(part) == std::string::npos) continue;
       try {
