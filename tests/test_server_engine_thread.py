@@ -275,3 +275,20 @@ def test_call_raises_what_its_function_raises(llm: LLM) -> None:
         await thread.stop()
 
     run(test)
+
+
+def test_an_event_log_that_cannot_be_written(llm: LLM, tmp_path: Path) -> None:
+    full = Path("/dev/full")  # a file on a disk that is always full
+
+    async def test() -> None:
+        if full.exists():
+            thread = await started(llm, event_log=full)
+            for name in ("a", "b"):
+                assert (await thread.submit(request(name)).wait()).error is None
+            assert thread.health().ok
+            await thread.stop()
+        thread = EngineThread(lambda: llm, event_log=tmp_path / "missing" / "log")
+        with pytest.raises(FileNotFoundError):
+            await thread.start()
+
+    run(test)

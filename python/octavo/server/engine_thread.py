@@ -206,6 +206,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             self.llm = self._load()
+            recorder = _Recorder(self.llm.engine, self._event_log)
         except BaseException as error:
             self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
             self._tell_loaded(error)
@@ -214,7 +215,8 @@ class EngineThread:
         self.state = "ready"
         self._tell_loaded(None)
         try:
-            self._step_until_stopped(self.llm.engine)
+            with recorder:
+                self._step_until_stopped(self.llm.engine, recorder)
             self.state = "stopped"
         except BaseException as error:
             _log.critical("the engine's loop has ended", exc_info=error)
@@ -232,28 +234,27 @@ class EngineThread:
 
         self._call_loop(tell)
 
-    def _step_until_stopped(self, engine: Engine) -> None:
+    def _step_until_stopped(self, engine: Engine, recorder: _Recorder) -> None:
         was_idle = True
         reader = StatsReader(engine)
-        with _Recorder(engine, self._event_log) as recorder:
-            while True:
-                self._take_commands(wait=not engine.has_unfinished_requests)
-                if self._stopping:
-                    return
-                steps_before = engine.num_steps
-                if engine.has_unfinished_requests:
-                    was_idle = False
-                    self._step(engine)
-                    if engine.num_steps == steps_before and not self._outbox:
-                        time.sleep(0.001)  # nothing could be scheduled: do not spin
-                if engine.num_steps != steps_before or not engine.has_unfinished_requests:
-                    self._progress_at = time.monotonic()
-                if self._outbox or not was_idle:
-                    self._send(reader.read())
-                if not was_idle and not engine.has_unfinished_requests:
-                    engine.check_integrity()  # an IntegrityError ends the loop; /health says so
-                    was_idle = True
-                recorder.flush(at_once=was_idle)
+        while True:
+            self._take_commands(wait=not engine.has_unfinished_requests)
+            if self._stopping:
+                return
+            steps_before = engine.num_steps
+            if engine.has_unfinished_requests:
+                was_idle = False
+                self._step(engine)
+                if engine.num_steps == steps_before and not self._outbox:
+                    time.sleep(0.001)  # nothing could be scheduled: do not spin
+            if engine.num_steps != steps_before or not engine.has_unfinished_requests:
+                self._progress_at = time.monotonic()
+            if self._outbox or not was_idle:
+                self._send(reader.read())
+            if not was_idle and not engine.has_unfinished_requests:
+                engine.check_integrity()  # an IntegrityError ends the loop; /health says so
+                was_idle = True
+            recorder.flush(at_once=was_idle)
 
     def _take_commands(self, wait: bool) -> None:
         if wait:
@@ -337,7 +338,11 @@ class EngineThread:
 
 
 class _Recorder:
-    """Writes the engine's event log to a file, once a second and whenever it falls idle."""
+    """Writes the engine's event log to a file, once a second and whenever it falls idle.
+
+    A file that cannot be opened is told of before the server is ready. One that cannot be written
+    to any more, on a full disk, is given up: answers matter more.
+    """
 
     def __init__(self, engine: Engine, path: Path | None) -> None:
         self._file = None if path is None else EventLogFile(engine.events, path)
@@ -350,14 +355,20 @@ class _Recorder:
         if self._file is None or self._events.num_recorded == self._num_written:
             return
         now = time.monotonic()
-        if at_once or now >= self._next:
+        if not at_once and now < self._next:
+            return
+        self._num_written = self._events.num_recorded
+        self._next = now + 1.0
+        try:
             self._file.flush()
-            self._num_written = self._events.num_recorded
-            self._next = now + 1.0
+        except OSError:
+            _log.exception("the event log cannot be written to; nothing more goes into it")
+            self._file = None
 
     def __enter__(self) -> _Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
