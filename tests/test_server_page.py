@@ -67,19 +67,21 @@ def test_the_live_view(tmp_path: Path) -> None:
                 for text in prompts
             ]
             running: list[dict[str, Any]] = []
-            while not any(r["output_tokens"] > 0 for r in running):
-                await asyncio.sleep(0.05)
+            states = b""
+            # The answers of one request share their prompt, once it has been computed.
+            while SHARED not in states or not any(r["output_tokens"] > 0 for r in running):
+                await asyncio.sleep(0.03)
                 now = (await client.get("/engine")).json()
                 running = [r for r in now["requests"] if r["state"] == "running"]
-            assert len(now["requests"]) == 12 and 1 <= len(running) <= 8  # max_num_seqs is 8
+                states = base64.b64decode(now["blocks"]["map"])
+            assert 1 <= len(running) <= 8  # max_num_seqs
+            assert len(running) < len(now["requests"]) <= 12
             assert now["stats"]["num_running"] > 0 and now["stats"]["num_waiting"] > 0
             assert now["stats"]["waiting_for"] in WAITING_REASONS.values()
             metrics = (await client.get("/metrics")).text
             waits = r'octavo:num_requests_waiting_for\{.*reason="\w+"\} [1-9]'
             assert re.search(waits, metrics)
             assert re.search(r'waiting_by_reason\{.*reason="capacity"\} [1-9]', metrics)
-            states = base64.b64decode(now["blocks"]["map"])
-            assert SHARED in states  # the answers of one request share their prompt
             owners = {owner for request in running for owner in request["owners"]}
             assert owners and owners <= {state for state in states if state >= FIRST_OWNER}
             assert all(r["ttft"] is not None for r in running if r["output_tokens"] > 0)

@@ -122,8 +122,10 @@ class EventLogFile:
     def close(self) -> None:
         """Write what is new, and close the file; harmless when it is closed."""
         if not self._file.closed:
-            self.flush()
-            self._file.close()
+            try:
+                self.flush()
+            finally:
+                self._file.close()
 
     def __enter__(self) -> EventLogFile:
         return self

@@ -363,12 +363,16 @@ class _Recorder:
             self._file.flush()
         except OSError:
             _log.exception("the event log cannot be written to; nothing more goes into it")
-            self._file = None
+            self._close()
 
     def __enter__(self) -> _Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
+        self._file = None
