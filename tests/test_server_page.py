@@ -74,8 +74,8 @@ def test_the_live_view(tmp_path: Path) -> None:
                 now = (await client.get("/engine")).json()
                 running = [r for r in now["requests"] if r["state"] == "running"]
                 states = base64.b64decode(now["blocks"]["map"])
-            assert 1 <= len(running) <= 8  # max_num_seqs
-            assert len(running) < len(now["requests"]) <= 12
+            assert running
+            assert len(running) <= len(now["requests"]) <= 6
             assert now["stats"]["num_running"] > 0 and now["stats"]["num_waiting"] > 0
             assert now["stats"]["waiting_for"] in WAITING_REASONS.values()
             metrics = (await client.get("/metrics")).text
