@@ -52,9 +52,8 @@ constexpr std::size_t kCounterBytes = 64 << 10;
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 std::int64_t splits_of(std::int64_t max_context) {
-  return split_of_tile(
-             static_cast<int>(divide_up(most(1, static_cast<int>(max_context)), kTileKeys)) - 1) +
-         1;
+  const std::int64_t tiles = divide_up(std::max<std::int64_t>(max_context, 1), kTileKeys);
+  return split_of_tile(static_cast<int>(tiles) - 1) + 1;
 }
 
 struct DecodePlan {
