@@ -134,7 +134,8 @@ def test_a_client_that_goes_frees_its_blocks(llm: LLM, stream: bool, prompt: Any
             raw.gone.set()
             await asyncio.wait_for(task, 5)
             assert await service.engine.call(lambda m: m.engine.scheduler.num_running) == 0
-            assert await service.engine.call(lambda m: m.engine.num_steps) - steps <= 2
+            # One, and those that pass while this test talks with the engine on a busy machine.
+            assert await service.engine.call(lambda m: m.engine.num_steps) - steps <= 10
             assert service.engine.num_open == 0
 
     run(test)
