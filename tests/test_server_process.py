@@ -175,7 +175,7 @@ def test_a_socket_that_closes_frees_its_blocks(server: ServerProcess) -> None:
             wait_until(lambda: gauge(server, "vllm:num_requests_running") == 3)
         started = time.monotonic()
         wait_until(lambda: gauge(server, "vllm:num_requests_running") == 0)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10  # a few steps; 1000 tokens take far longer
         assert gauge(server, "vllm:kv_cache_usage_perc") == 0
 
 
