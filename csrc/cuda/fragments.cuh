@@ -61,7 +61,7 @@ OCTAVO_DEVICE void pairs_of_bytes(std::uint32_t& first, std::uint32_t& second,
     first = pair(bytes);
     second = pair(bytes >> 8);
   } else {
-    constexpr std::uint32_t kOffsets = 0xe480e480u;  // -(1024 + 128)
+    constexpr std::uint32_t kOffsets = 0xe480e480u;   // -(1024 + 128)
     const std::uint32_t above = bytes ^ 0x80808080u;  // plus 128
     first = fma2<T>(and_or(above, 0x00ff00ffu, kBases<T>), kOnes<T>, kOffsets);
     second = fma2<T>(and_or(above >> 8, 0x00ff00ffu, kBases<T>), kOnes<T>, kOffsets);

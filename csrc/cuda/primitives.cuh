@@ -319,8 +319,8 @@ OCTAVO_DEVICE void store_8(void* address, uint2 value) {
 
 // The same for what is read once and by nobody else, as weights in decoding: past the first cache,
 // first to be evicted from the second. Never for what the kernel before may still be writing.
-// Not ld.global.nc: ptxas puts such loads off until after griddepcontrol.wait, and with it the whole
-// gain of starting early (seen in the machine code that CUDA 13.0 makes for sm_90).
+// Not ld.global.nc: ptxas puts such loads off until after griddepcontrol.wait, and with it the
+// whole gain of starting early (seen in the machine code that CUDA 13.0 makes for sm_90).
 OCTAVO_DEVICE uint4 load_16_once(const void* address) {
 #ifdef OCTAVO_EMULATED
   return load_16(address);
