@@ -3,8 +3,8 @@
     python scripts/kernel_resources.py [--output benchmarks/results/kernel_resources.txt]
 
 Compiles csrc/cuda/*.cu for compute capabilities 8.0 and 9.0 with all warnings as errors, on any
-machine that has nvcc. A kernel that spills registers to memory fails the run: where that happens a
-kernel waits for its own leftovers.
+machine that has nvcc. A kernel of decoding that spills registers to memory fails the run: there
+every kernel waits for memory already. What a kernel for many rows spills is only told.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ FLAGS = (
     "-Werror",
     "all-warnings",
 )
+
+
+# Kernels that decoding does not use.
+FOR_MANY_ROWS = "prefill|multiply_tile|tiles_"
 
 
 class Kernel(NamedTuple):
@@ -121,9 +125,10 @@ def main() -> int:
     print("\n".join(lines))
     if given.output:
         given.output.write_text("\n".join(lines) + "\n")
-    spilling = sum(kernel.spilled_bytes > 0 for kernel in found)
-    print(f"\n{len(found)} kernels, {spilling} of them spill registers")
-    return 1 if spilling else 0
+    spilling = [row for row in rows if row[4] > 0]
+    wrong = [row for row in spilling if not re.search(FOR_MANY_ROWS, row[1])]
+    print(f"\n{len(found)} kernels; {len(spilling)} spill registers, {len(wrong)} of decoding")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

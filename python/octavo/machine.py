@@ -6,6 +6,9 @@ what counts: /proc/meminfo alone would promise a job the memory of the whole nod
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -128,3 +131,18 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def open_packaged_cublas() -> None:
+    """Open cuBLASLt where pip has put it (nvidia-cublas, which torch brings), if it is there.
+
+    The dynamic linker knows the system's folders, not pip's. Once a library is open, the native
+    core finds it by its bare name.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for pattern in ("cu13/lib/libcublasLt.so.13", "cublas/lib/libcublasLt.so.1?"):
+            for path in Path(folder).glob(pattern):
+                with contextlib.suppress(OSError):  # of another platform, say: octavo does without
+                    ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+                    return

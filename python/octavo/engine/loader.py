@@ -15,7 +15,7 @@ from octavo.config import (
     resolve_device,
 )
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
-from octavo.machine import available_memory
+from octavo.machine import available_memory, open_packaged_cublas
 from octavo.models.registry import ModelFiles
 from octavo.models.spec import ModelSpec
 from octavo.quantization.apply import quantize_checkpoint
@@ -64,6 +64,8 @@ def load_runtime(
         checkpoint, files.spec, _scheme(config), keep_embedding=config.keep_embedding
     )
     device = resolve_device(config.device, _native.available_devices())
+    if device == "cuda":
+        open_packaged_cublas()
     options = resolve_options(files.spec, checkpoint.dtype, config, environment, device)
     options = replace(options, formats=checkpoint.formats)
     if config.overlap_steps is None:
