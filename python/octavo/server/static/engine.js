@@ -9,7 +9,8 @@ const HISTORY = 240; // a minute of it
 const speeds = [];
 let blocks = new Uint8Array();
 let columns = 1;
-let cell = 6;
+let cell = 6; // pixels
+let blocksPerCell = 1;
 
 const role = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const seconds = (value) => (value == null ? "–" : value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(2)} s`);
@@ -32,21 +33,31 @@ function context(canvas, width, height) {
   return drawing;
 }
 
+const MAP_HEIGHT = 250; // pixels, at most
+const SMALLEST_CELL = 5;
+
+/** The largest cells that keep the map low; of a large cache each stands for several blocks. */
+function layOut(width) {
+  for (cell = 16; cell > SMALLEST_CELL; cell -= 1) {
+    if (Math.floor(width / cell) * Math.floor(MAP_HEIGHT / cell) >= blocks.length) break;
+  }
+  columns = Math.floor(width / cell);
+  blocksPerCell = Math.ceil(blocks.length / (columns * Math.floor(MAP_HEIGHT / cell)));
+}
+
 function drawMap() {
   const canvas = $("kv-map");
   const width = canvas.parentElement.clientWidth;
   if (!blocks.length || !width) return;
-  // The largest cells that keep the map within about 250 pixels.
-  for (cell = 16; cell > 2; cell -= 1) {
-    columns = Math.floor(width / cell);
-    if (Math.ceil(blocks.length / columns) * cell <= 250) break;
-  }
-  const gap = cell > 4 ? 1 : cell > 2 ? 0.5 : 0;
-  const drawing = context(canvas, width, Math.ceil(blocks.length / columns) * cell);
+  layOut(width);
+  const cells = Math.ceil(blocks.length / blocksPerCell);
+  const drawing = context(canvas, width, Math.ceil(cells / columns) * cell);
   const fixed = [role("--blank"), role("--cached"), role("--shared")];
-  for (let i = 0; i < blocks.length; i += 1) {
-    drawing.fillStyle = fixed[blocks[i]] ?? colourOf(blocks[i]);
-    drawing.fillRect((i % columns) * cell, Math.floor(i / columns) * cell, cell - gap, cell - gap);
+  for (let i = 0; i < cells; i += 1) {
+    // Who holds a block counts for more than what lies free: the numbers of owners are the largest.
+    const kind = Math.max(...blocks.subarray(i * blocksPerCell, (i + 1) * blocksPerCell));
+    drawing.fillStyle = fixed[kind] ?? colourOf(kind);
+    drawing.fillRect((i % columns) * cell, Math.floor(i / columns) * cell, cell - 1, cell - 1);
   }
 }
 
@@ -142,10 +153,15 @@ async function watch() {
 }
 
 $("kv-map").addEventListener("pointermove", (event) => {
-  const index = Math.floor(event.offsetY / cell) * columns + Math.floor(event.offsetX / cell);
+  const index = (Math.floor(event.offsetY / cell) * columns + Math.floor(event.offsetX / cell)) * blocksPerCell;
   if (event.offsetX >= columns * cell || index >= blocks.length) return;
   const kinds = ["free", "free, its content cached", "shared by several answers"];
-  $("under-map").textContent = `Block ${index}: ${kinds[blocks[index]] ?? "held by one answer"}`;
+  const some = blocks.subarray(index, index + blocksPerCell);
+  const held = some.filter((kind) => kind > 1).length;
+  $("under-map").textContent =
+    some.length > 1
+      ? `Blocks ${count(index)} to ${count(index + some.length - 1)}: ${held} held by answers`
+      : `Block ${count(index)}: ${kinds[some[0]] ?? "held by one answer"}`;
 });
 window.addEventListener("resize", () => {
   drawMap();
