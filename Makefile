@@ -59,7 +59,8 @@ $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@$(TEST_VENV)/$(PIP) install $(BUILD_TOOLS)
 	@$(TEST_VENV)/$(PIP) install --no-build-isolation ".[test]" \
 	  "$(SET)build-dir=build/test/{wheel_tag}" \
-	  $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON
+	  $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON \
+	  $(SET)cmake.define.OCTAVO_CUDA=OFF
 	@touch $@
 
 # ---- development ----
@@ -150,7 +151,7 @@ $(ASAN_VENV)/.installed: $(SOURCES) scripts/venv.sh
 
 .PHONY: cuda-resources
 cuda-resources: $(DEV_VENV)/.tools ## Compile every CUDA kernel; registers and spills (needs nvcc)
-	$(DEV_VENV)/bin/python scripts/kernel_resources.py $(ARGS)
+	PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" $(DEV_VENV)/bin/python scripts/kernel_resources.py $(ARGS)
 
 # ---- beside Hugging Face ----
 
@@ -174,7 +175,8 @@ $(HF_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@echo "building and installing octavo, torch and transformers (some minutes)"
 	@$(HF_VENV)/$(PIP) install $(BUILD_TOOLS)
 	@$(HF_VENV)/$(PIP) install --no-build-isolation ".[test,hf]" \
-	  "$(SET)build-dir=build/hf/{wheel_tag}" $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON
+	  "$(SET)build-dir=build/hf/{wheel_tag}" \
+	  $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON $(SET)cmake.define.OCTAVO_CUDA=OFF
 	@touch $@
 
 .PHONY: clean

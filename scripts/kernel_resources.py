@@ -2,8 +2,8 @@
 
     python scripts/kernel_resources.py [--output benchmarks/results/kernel_resources.txt]
 
-Compiles csrc/cuda/*.cu for compute capabilities 8.0 and 9.0 with all warnings as errors, on any
-machine that has nvcc. A kernel of decoding that spills registers to memory fails the run: there
+Builds csrc/cuda as CMake builds it (compute capabilities 8.0 and 9.0), with warnings as errors, on
+any machine that has nvcc. A kernel of decoding that spills registers to memory fails the run: there
 every kernel waits for memory already. What a kernel for many rows spills is only told.
 """
 
@@ -13,22 +13,11 @@ import argparse
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = (80, 90)
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "--expt-relaxed-constexpr",
-    "-Xptxas",
-    "-v",
-    "-Werror",
-    "all-warnings",
-)
-
+FLAGS = "-Xptxas -v -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas"
 
 # Kernels that decoding does not use.
 FOR_MANY_ROWS = "prefill|multiply_tile|tiles_"
@@ -45,35 +34,35 @@ class Kernel(NamedTuple):
     stack_bytes: int
 
 
-def compile_one(source: Path, architecture: int) -> list[Kernel]:
-    """Compile a file and read what ptxas says of its kernels; ends the run on an error."""
-    target = f"arch=compute_{architecture},code=sm_{architecture}"
-    command = [
-        "nvcc",
-        *FLAGS,
-        "-Xcompiler",
-        "-Wall,-Wextra,-Wno-unknown-pragmas",
-        "-gencode",
-        target,
-    ]
-    command += ["-I", str(ROOT / "csrc"), "-c", str(source), "-o", "/dev/null"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{source.name} for sm_{architecture} does not compile:\n{done.stderr}")
-    return list(parse(done.stderr, source.name, architecture))
+def build(folder: Path) -> str:
+    """Compile every kernel anew; what the compilers printed. Ends the run on an error."""
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DOCTAVO_CUDA=ON", "--fresh"]
+    configure += ["-DOCTAVO_BUILD_PYTHON=OFF", f"-DCMAKE_CUDA_FLAGS={FLAGS}", "-G", "Ninja"]
+    compile_all = ["cmake", "--build", str(folder), "--clean-first", "--target", "octavo_cuda"]
+    printed = ""
+    for command in (configure, compile_all):
+        done = subprocess.run(command, capture_output=True, text=True)
+        printed = done.stdout + done.stderr
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{printed}")
+    return printed
 
 
-def parse(report: str, source: str, architecture: int) -> list[Kernel]:
-    """The kernels in what `ptxas -v` printed."""
+def parse(printed: str) -> list[Kernel]:
+    """The kernels in what `ptxas -v` printed of each source."""
     pattern = re.compile(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.S,
     )
-    return [
-        Kernel(source, name, architecture, int(used), int(stores) + int(loads), int(stack))
-        for name, stack, stores, loads, used in pattern.findall(report)
-    ]
+    kernels = []
+    for part in printed.split("Building CUDA object ")[1:]:
+        source = re.match(r"\S*/(\w+\.cu)", part)
+        for name, sm, stack, stores, loads, used in pattern.findall(part):
+            spilled = int(stores) + int(loads)
+            file = source.group(1) if source else "?"
+            kernels.append(Kernel(file, name, int(sm), int(used), spilled, int(stack)))
+    return kernels
 
 
 def readable(names: list[str]) -> list[str]:
@@ -97,14 +86,10 @@ def main() -> int:
     """Compile everything, print the table, and fail where a kernel spills."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="also write the table to this file")
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     given = parser.parse_args()
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    tasks = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        found = [
-            kernel for part in pool.map(lambda task: compile_one(*task), tasks) for kernel in part
-        ]
+    found = parse(build(ROOT / "build" / "cuda-resources"))
+    if not found:
+        raise SystemExit("no kernel was reported; expected nvcc to print what ptxas says")
     names = readable([kernel.name for kernel in found])
     rows = sorted(
         (
