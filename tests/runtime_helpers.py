@@ -92,3 +92,11 @@ def make_batch(
         np.array(rows, np.int32),
         **sampling,
     )
+
+
+def logits_of(runtime: _native.Runtime, batch: _native.Batch) -> np.ndarray:
+    """The step's logits, (rows, vocab); the ticket is closed."""
+    ticket = runtime.submit(batch)
+    logits = runtime.logits(ticket)
+    runtime.wait(ticket)
+    return logits

@@ -19,7 +19,7 @@ from octavo.models.registry import read_model
 from octavo.models.spec import ModelSpec, NormSpec, tap_names
 from octavo.reference.llama import ReferenceModel
 from octavo.weights.checkpoint import open_checkpoint
-from runtime_helpers import VOCAB, make_batch, random_weights, tiny_runtime, tiny_spec
+from runtime_helpers import VOCAB, logits_of, make_batch, random_weights, tiny_runtime, tiny_spec
 
 pytestmark = needs_cuda
 
@@ -30,13 +30,6 @@ LLAMA_LIKE: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 
 def cuda_runtime(spec: ModelSpec | None = None, **fields: Any) -> _native.Runtime:
     return tiny_runtime(spec, device=DEVICE, **fields)
-
-
-def logits_of(runtime: _native.Runtime, batch: _native.Batch) -> np.ndarray:
-    ticket = runtime.submit(batch)
-    logits = runtime.logits(ticket)
-    runtime.wait(ticket)
-    return logits
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from octavo.quantization.directory import quantize_directory
 from octavo.quantization.plan import Scheme
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from quantization_helpers import write_float_model
+from runtime_helpers import logits_of as step_logits
 from runtime_helpers import make_batch
 
 TOKENS = [5, 17, 58, 3, 41, 9, 60]
@@ -34,10 +35,7 @@ def directories(tmp_path: Path) -> dict[str, Path]:
 def logits(files: ModelFiles, checkpoint: Checkpoint, quantize: Any = None) -> np.ndarray:
     config = EngineConfig(quantize=quantize, max_model_len=32, max_num_seqs=1, num_kv_blocks=2)
     runtime = load_runtime(files, checkpoint, config).runtime
-    ticket = runtime.submit(make_batch([(TOKENS, 0, [1])], range(len(TOKENS))))
-    found = runtime.logits(ticket)
-    runtime.wait(ticket)
-    return found
+    return step_logits(runtime, make_batch([(TOKENS, 0, [1])], range(len(TOKENS))))
 
 
 def logits_of(path: Path, quantize: Any = None) -> np.ndarray:

@@ -11,16 +11,9 @@ from octavo import _native
 from octavo.config import RuntimeOptions
 from octavo.models.spec import tap_names
 from octavo.reference.llama import ReferenceModel
-from runtime_helpers import VOCAB, make_batch, random_weights, tiny_runtime, tiny_spec
+from runtime_helpers import VOCAB, logits_of, make_batch, random_weights, tiny_runtime, tiny_spec
 
 PROMPT = [5, 17, 80, 3, 3, 41, 9, 60, 22, 7, 55, 1, 33, 70, 12, 48, 29, 64, 2]
-
-
-def logits_of(runtime: _native.Runtime, batch: _native.Batch) -> np.ndarray:
-    ticket = runtime.submit(batch)
-    logits = runtime.logits(ticket)
-    runtime.wait(ticket)
-    return logits
 
 
 def test_every_tap_equals_the_reference_in_order() -> None:

@@ -6,13 +6,7 @@
 #include <cstdint>
 #include <new>
 
-#if defined(__SANITIZE_ADDRESS__)
-#define EMULATOR_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define EMULATOR_ASAN 1
-#endif
-#endif
+#include "sanitizer.h"
 
 #ifdef EMULATOR_ASAN
 #include <sanitizer/asan_interface.h>

@@ -7,14 +7,8 @@
 #include <new>
 
 #include "grid.h"
+#include "sanitizer.h"
 
-#if defined(__SANITIZE_ADDRESS__)
-#define EMULATOR_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define EMULATOR_ASAN 1
-#endif
-#endif
 #ifdef EMULATOR_ASAN
 #include <sanitizer/asan_interface.h>
 #endif

@@ -33,6 +33,19 @@ class Head:
     created: int
     model: str
 
+    def body(
+        self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any]
+    ) -> dict[str, Any]:
+        """An answer that is not streamed. kind: OpenAI's "object"."""
+        return {
+            "id": self.response_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "usage": usage,
+        }
+
 
 def usage_of(num_prompt: int, num_answer: int, num_cached: int | None = None) -> dict[str, Any]:
     """Tokens of the prompts, of the answers, and of the prompts' part that came from the cache."""
@@ -79,14 +92,8 @@ class CompletionFormat:
     def whole(self, results: Sequence[RequestOutput], usage: dict[str, Any]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         outputs = [output for result in results for output in result.outputs]
-        return {
-            "id": self._head.response_id,
-            "object": "text_completion",
-            "created": self._head.created,
-            "model": self._head.model,
-            "choices": [self._choice(index, output) for index, output in enumerate(outputs)],
-            "usage": usage,
-        }
+        choices = [self._choice(index, output) for index, output in enumerate(outputs)]
+        return self._head.body("text_completion", choices, usage)
 
     def _choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
         logprobs = output.logprobs
@@ -159,14 +166,8 @@ class ChatFormat:
     def whole(self, results: Sequence[RequestOutput], usage: dict[str, Any]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         outputs = [output for result in results for output in result.outputs]
-        return {
-            "id": self._head.response_id,
-            "object": "chat.completion",
-            "created": self._head.created,
-            "model": self._head.model,
-            "choices": [self._choice(index, output) for index, output in enumerate(outputs)],
-            "usage": usage,
-        }
+        choices = [self._choice(index, output) for index, output in enumerate(outputs)]
+        return self._head.body("chat.completion", choices, usage)
 
     def _choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": output.text}
