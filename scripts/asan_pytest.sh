@@ -30,8 +30,10 @@ for file in tests/test_ops*.py tests/test_runtime*.py tests/test_invariance.py \
     [ -e "$file" ] && files="$files $file"
 done
 
+# --capture=sys: the sanitizer writes its report to file descriptor 2 and ends the process, so a
+# report that pytest had caught there would be lost with it.
 export ASAN_OPTIONS=detect_leaks=0
 export UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONMALLOC=malloc
 # shellcheck disable=SC2086 # word splitting is meant
-LD_PRELOAD="${libraries# }" "$python" -m pytest --timeout=600 $files "$@"
+LD_PRELOAD="${libraries# }" "$python" -m pytest --timeout=600 --capture=sys $files "$@"
