@@ -7,7 +7,10 @@
 Every side is started, asked the same requests by the same client (octavo.bench.serve_client) for
 each number of users, and stopped, in every round anew; who goes first alternates. Before it is
 timed each side must answer: eight prompts one by one, and then all at a time among as many others;
-how many answers stay the same is kept, and octavo must keep all of them.
+how many answers stay the same is kept, and octavo must keep all of them. Each side must have cut
+the prompts into as many tokens as the first, and fail no request: else it did other work.
+
+A GGUF file with the model's tokenizer: benchmarks/write_gguf.py MODEL FILE --vocabulary smollm.
 """
 
 from __future__ import annotations
@@ -34,22 +37,28 @@ from octavo.weights.hub import resolve_model
 GATE = 8
 
 
-async def check(client: Client, model: str) -> int:
-    """How many of eight greedy answers are the same alone and among sixteen."""
+async def check(client: Client, model: str) -> tuple[int, int]:
+    """How many of eight greedy answers are the same alone and among sixteen; their prompts' tokens."""
     lengths = parse_lengths("gate", "20-60")
     jobs = list(islice(random_jobs(lengths, parse_lengths("gate", "24"), 0, 99), 2 * GATE))
-    alone = [(await client.ask(job, model)).text for job in jobs[:GATE]]
+    alone = [await client.ask(job, model) for job in jobs[:GATE]]
     together = await asyncio.gather(*(client.ask(job, model) for job in jobs))
-    if not all(alone):
-        raise SystemExit(f"{client.url} gave an empty answer")
-    return sum(a == b.text for a, b in zip(alone, together[:GATE], strict=True))
+    for record in (*alone, *together):
+        if not record.ok:
+            raise SystemExit(f"{client.url} did not answer: {record.error or record.status}")
+    same = sum(a.text == b.text for a, b in zip(alone, together[:GATE], strict=True))
+    return same, sum(record.num_prompt_tokens for record in alone)
 
 
-async def measure(url: str, name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The gate, a warm-up, and every load."""
+async def measure(
+    url: str, name: str, arguments: argparse.Namespace, prompt_tokens: int | None
+) -> tuple[list[dict[str, Any]], int]:
+    """The gate, a warm-up, and every load; prompt_tokens: those of the gate's prompts elsewhere."""
     client = Client(url, timeout=arguments.timeout)
     model = await client.model()
-    same = await check(client, model)
+    same, tokens = await check(client, model)
+    if prompt_tokens not in (None, tokens):
+        raise SystemExit(f"{name} cuts the gate's prompts into {tokens} tokens, not {prompt_tokens}")
     if name.startswith("octavo") and same != GATE:
         raise SystemExit(f"{name}: {GATE - same} of {GATE} answers depend on who shares the batch")
     found = []
@@ -66,11 +75,13 @@ async def measure(url: str, name: str, arguments: argparse.Namespace) -> list[di
         print(
             f"{name:28} {users:4} users  {summary['total_tokens_per_second']:9.1f} tokens/s  "
             f"first {summary['ttft_ms']['p50']:7.0f} ms  between p99 "
-            f"{summary['itl_ms']['p99']:6.0f} ms  {summary['failed']} failed",
+            f"{summary['itl_ms']['p99']:6.0f} ms",
             flush=True,
         )
+        if summary["failed"]:
+            raise SystemExit(f"{name} failed {summary['failed']} requests: {summary['errors']}")
         found.append(summary)
-    return found
+    return found, tokens
 
 
 def make_sides(arguments: argparse.Namespace) -> list[Side]:
@@ -133,10 +144,12 @@ def main() -> None:
     arguments.octavo = arguments.octavo or [""]
     sides = make_sides(arguments)
     rounds: list[dict[str, Any]] = []
+    tokens: int | None = None
     for number in range(arguments.rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
             with running(side) as (url, seconds):
-                for summary in asyncio.run(measure(url, side.name, arguments)):
+                found, tokens = asyncio.run(measure(url, side.name, arguments, tokens))
+                for summary in found:
                     rounds.append({"round": number, "start_seconds": round(seconds, 2), **summary})
     print("\n".join(ratios(rounds)))
     if arguments.output:
