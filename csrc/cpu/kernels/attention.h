@@ -1,24 +1,28 @@
-// Attention of a few query rows over a range of stored tokens: flash-style, a tile of 16 tokens at
-// a time (Dao et al. 2022; online softmax: Milakov & Gimelshein 2018).
+// Attention of a few query rows over a range of stored tokens: flash-style, a stretch of 128 tokens
+// at a time (Dao et al. 2022; online softmax: Milakov & Gimelshein 2018), whose keys lie in tiles
+// of 16.
 //
-// A row's arithmetic depends on its own position and on where tiles and ranges begin, which are
-// absolute multiples of constants; so chunking and company do not change its bits.
+// A row's arithmetic depends on its own position and on where tiles, stretches and ranges begin,
+// which are absolute multiples of constants; so chunking and company do not change its bits. A
+// token that a row does not see, but a row beside it does, has a weight of exactly 0.
 
-constexpr std::int64_t kScoreStride = kScoreChains * kLanes;  // between rows of scores
+// The greatest score of no token.
+inline bool is_nothing(float max) { return max == -std::numeric_limits<float>::infinity(); }
 
-// The range of a row's tokens within a tile, as lanes [low, high).
+constexpr int kStretchTiles = 8;
+constexpr std::int64_t kStretch = kStretchTiles * kLanes;
+
+// Tokens of a stretch, counted from its beginning: [low, high).
 struct Visible {
   std::int64_t low, high;
 };
 
-inline Visible visible_lanes(const AttendTask& task, int row, std::int64_t tile) {
+inline Visible visible_to(const AttendTask& task, int row, std::int64_t stretch) {
   const std::int64_t position = task.position[row];
-  std::int64_t low = task.window > 0 ? position - task.window + 1 - tile : 0;
-  std::int64_t high = position + 1 - tile;
-  if (tile + high > task.end) high = task.end - tile;
-  low = low < 0 ? 0 : low;
-  high = high > kLanes ? kLanes : high;
-  return {low, high};
+  const std::int64_t low = task.window > 0 ? position - task.window + 1 - stretch : 0;
+  const std::int64_t end = position + 1 < task.end ? position + 1 : task.end;
+  const std::int64_t high = end - stretch < kStretch ? end - stretch : kStretch;
+  return {low < 0 ? 0 : low, high};
 }
 
 // One tile of stored tokens, as one KV head sees it. The scales are null unless they are int8.
@@ -56,133 +60,138 @@ inline void tile_scores(const float* const* q, const Tile<Item>* tiles, std::int
   for (std::int64_t d = 0; d < head_dim; ++d) {
     Vec key[T];
     for (int t = 0; t < T; ++t) key[t] = load(tiles[t].keys + d * kLanes);
+    // Few rows: memory sets the pace, and the values come next.
+    if constexpr (R < 8) {
+      for (int t = 0; t < T; ++t) prefetch(tiles[t].values + d * kLanes);
+    }
     for (int r = 0; r < R; ++r) {
       const Vec element = splat(q[r][d]);
       for (int t = 0; t < T; ++t) sum[r][t] = fma(element, key[t], sum[r][t]);
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < T; ++t) store(scores + r * kScoreStride + t * kLanes, sum[r][t]);
+    for (int t = 0; t < T; ++t) store(scores + r * kStretch + t * kLanes, sum[r][t]);
   }
 }
 
-// out = out * correction + sum over the visible tokens of weight x value, for R rows that see the
-// same tokens of a tile. weights: [R][16].
+// A row's softmax over one more stretch: turns scores into weights where they lie, except that what
+// all there was before shrinks by exp(the old maximum - state.max). sum_lane: the denominator,
+// still in 16 lanes, of this stretch alone.
+template <class Item>
+inline void stretch_weights(const AttendTask& task, AttendState& state, Vec& sum_lane,
+                            float* scores, const Tile<Item>* tiles, int num_tiles,
+                            Visible visible) {
+  static const float kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Vec nothing = splat(-std::numeric_limits<float>::infinity());
+  const Vec numbers = load(kLaneNumbers);
+  Vec largest = nothing;
+  for (int t = 0; t < num_tiles; ++t) {
+    Vec score = load(scores + t * kLanes);
+    if (tiles[t].key_scales) score = mul(score, load(tiles[t].key_scales));
+    score = mul(score, splat(task.scale));
+    const std::int64_t low = visible.low - t * kLanes, high = visible.high - t * kLanes;
+    if (low > 0 || high < kLanes) {
+      score = select_less(numbers, splat(static_cast<float>(low)), nothing, score);
+      score = select_less(numbers, splat(static_cast<float>(high)), score, nothing);
+    }
+    store(scores + t * kLanes, score);
+    largest = max(largest, score);
+  }
+  const float stretch_max = max_lanes(largest);
+  state.max = state.max > stretch_max ? state.max : stretch_max;
+  // A row that has seen no token yet: its weights are exp(-inf) = 0, not exp(-inf + inf).
+  const Vec subtracted = splat(is_nothing(state.max) ? 0.0f : state.max);
+  sum_lane = zero();
+  for (int t = 0; t < num_tiles; ++t) {
+    const Vec weight = exp_negative(sub(load(scores + t * kLanes), subtracted));
+    sum_lane = add(sum_lane, weight);
+    store(scores + t * kLanes,
+          tiles[t].value_scales ? mul(weight, load(tiles[t].value_scales)) : weight);
+  }
+}
+
+// out = out * correction + sum over the seen tokens of weight x value, for R rows and NV vectors of
+// the dimensions from `dim` on. weights: [R][kStretch].
 template <int R, int NV, class Item>
-inline void add_values(float* const* out, const Item* values, std::int64_t padded_dim,
-                       const float* weights, Visible visible, const float* corrections) {
+inline void add_values(AttendState* states, const Tile<Item>* tiles, std::int64_t padded_dim,
+                       std::int64_t dim, const float* weights, Visible seen,
+                       const float* corrections) {
   Vec acc[R][NV];
   for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < NV; ++n) acc[r][n] = mul(load(out[r] + n * kLanes), splat(corrections[r]));
+    for (int n = 0; n < NV; ++n)
+      acc[r][n] = mul(load(states[r].out + dim + n * kLanes), splat(corrections[r]));
   }
-  for (std::int64_t t = visible.low; t < visible.high; ++t) {
-    Vec value[NV];
-    for (int n = 0; n < NV; ++n) value[n] = load(values + t * padded_dim + n * kLanes);
-    for (int r = 0; r < R; ++r) {
-      const Vec weight = splat(weights[r * kLanes + t]);
-      for (int n = 0; n < NV; ++n) acc[r][n] = fma(weight, value[n], acc[r][n]);
+  for (std::int64_t token = seen.low; token < seen.high;) {
+    const std::int64_t tile = token / kLanes;
+    const std::int64_t end = (tile + 1) * kLanes < seen.high ? (tile + 1) * kLanes : seen.high;
+    const Item* values = tiles[tile].values + (token - tile * kLanes) * padded_dim + dim;
+    for (; token < end; ++token, values += padded_dim) {
+      Vec value[NV];
+      for (int n = 0; n < NV; ++n) value[n] = load(values + n * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const Vec weight = splat(weights[r * kStretch + token]);
+        for (int n = 0; n < NV; ++n) acc[r][n] = fma(weight, value[n], acc[r][n]);
+      }
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < NV; ++n) store(out[r] + n * kLanes, acc[r][n]);
+    for (int n = 0; n < NV; ++n) store(states[r].out + dim + n * kLanes, acc[r][n]);
   }
 }
 
 template <int R, class Item>
-inline void add_all_values(AttendState* states, const Item* values, std::int64_t padded_dim,
-                           const float* weights, Visible visible, const float* corrections) {
-  float* out[R];
-  for (std::int64_t d = 0; d < padded_dim;) {
-    for (int r = 0; r < R; ++r) out[r] = states[r].out + d;
-    if (d + 4 * kLanes <= padded_dim) {
-      add_values<R, 4>(out, values + d, padded_dim, weights, visible, corrections);
-      d += 4 * kLanes;
-    } else {
-      add_values<R, 1>(out, values + d, padded_dim, weights, visible, corrections);
-      d += kLanes;
-    }
-  }
+inline void add_all_values(AttendState* states, const Tile<Item>* tiles, std::int64_t padded_dim,
+                           const float* weights, Visible seen, const float* corrections) {
+  std::int64_t dim = 0;
+  for (; dim + 4 * kLanes <= padded_dim; dim += 4 * kLanes)
+    add_values<R, 4>(states, tiles, padded_dim, dim, weights, seen, corrections);
+  for (; dim < padded_dim; dim += kLanes)
+    add_values<R, 1>(states, tiles, padded_dim, dim, weights, seen, corrections);
 }
 
-// A row's softmax over one more tile: its weights, and by what all there was before shrinks.
-// sum_lane: the denominator, still in 16 lanes.
-template <class Item>
-inline float tile_weights(const AttendTask& task, AttendState& state, Vec& sum_lane,
-                          const float* scores, const Tile<Item>& tile, Visible visible,
-                          float* weights) {
-  Vec score = load(scores);
-  if (tile.key_scales) score = mul(score, load(tile.key_scales));
-  score = mul(score, splat(task.scale));
-  if (visible.low > 0 || visible.high < kLanes) {
-    float lane[16];
-    store(lane, score);
-    for (std::int64_t t = 0; t < kLanes; ++t) {
-      if (t < visible.low || t >= visible.high) lane[t] = -std::numeric_limits<float>::infinity();
-    }
-    score = load(lane);
-  }
-  const float tile_max = max_lanes(score);
-  const float new_max = state.max > tile_max ? state.max : tile_max;
-  // A first tile finds the maximum at minus infinity: e^-inf is 0, and so is all there was.
-  const float correction = new_max == state.max ? 1.0f : exp_negative(state.max - new_max);
-  const Vec weight = exp_negative(sub(score, splat(new_max)));
-  sum_lane = add(mul(sum_lane, splat(correction)), weight);
-  state.max = new_max;
-  store(weights, tile.value_scales ? mul(weight, load(tile.value_scales)) : weight);
-  return correction;
-}
-
-// Takes one tile into the states of R rows.
-template <int R, class Item>
-inline void attend_tile(const AttendTask& task, int first, AttendState* states, Vec* sum_lanes,
-                        const float* scores, const Tile<Item>& tile, std::int64_t token) {
-  const std::int64_t padded_dim = task.layout.padded_dim;
-  float weights[R * kLanes], corrections[R];
-  Visible visible[R];
-  bool all_alike = true;
-  for (int r = 0; r < R; ++r) {
-    visible[r] = visible_lanes(task, first + r, token);
-    all_alike = all_alike && visible[r].low == visible[0].low && visible[r].high == visible[0].high;
-    if (visible[r].low < visible[r].high) {
-      corrections[r] =
-          tile_weights(task, states[first + r], sum_lanes[first + r], scores + r * kScoreStride,
-                       tile, visible[r], weights + r * kLanes);
-    }
-  }
-  if (all_alike) {
-    if (visible[0].low >= visible[0].high) return;
-    add_all_values<R>(states + first, tile.values, padded_dim, weights, visible[0], corrections);
-    return;
-  }
-  for (int r = 0; r < R; ++r) {
-    if (visible[r].low >= visible[r].high) continue;
-    add_all_values<1>(states + first + r, tile.values, padded_dim, weights + r * kLanes, visible[r],
-                      corrections + r);
-  }
-}
-
-// R rows over the tiles of the range, T tiles' scores at a time.
+// R rows over the stretches of the range, T tiles' scores at a time.
 template <int R, class Item>
 inline void attend_rows(const AttendTask& task, int first, AttendState* states, Vec* sum_lanes) {
-  constexpr int T = kScoreChains / R;
+  constexpr int T = kScoreChains / R < kStretchTiles ? kScoreChains / R : kStretchTiles;
   constexpr int kValueRowsAtOnce = R < kValueRows ? R : kValueRows;
-  for (std::int64_t token = task.begin; token < task.end;) {
-    float scores[R * kScoreStride];
-    Tile<Item> tiles[T];
-    int num_tiles = 0;
-    for (std::int64_t at = token; at < task.end && num_tiles < T; at += kLanes)
-      tiles[num_tiles++] = find_tile<Item>(task, at);
-    if (num_tiles == T) {
-      tile_scores<R, T>(task.q + first, tiles, task.layout.head_dim, scores);
-    } else {
-      for (int t = 0; t < num_tiles; ++t)
-        tile_scores<R, 1>(task.q + first, tiles + t, task.layout.head_dim, scores + t * kLanes);
+  static_assert(R % kValueRowsAtOnce == 0);
+  states += first;
+  sum_lanes += first;
+  for (std::int64_t stretch = task.begin; stretch < task.end; stretch += kStretch) {
+    Visible visible[R], seen = {kStretch, 0};
+    for (int r = 0; r < R; ++r) {
+      visible[r] = visible_to(task, first + r, stretch);
+      if (visible[r].low >= visible[r].high) continue;
+      seen.low = visible[r].low < seen.low ? visible[r].low : seen.low;
+      seen.high = visible[r].high > seen.high ? visible[r].high : seen.high;
     }
-    for (int t = 0; t < num_tiles; ++t, token += kLanes) {
-      for (int r = 0; r < R; r += kValueRowsAtOnce)
-        attend_tile<kValueRowsAtOnce>(task, first + r, states, sum_lanes,
-                                      scores + r * kScoreStride + t * kLanes, tiles[t], token);
+    if (seen.low >= seen.high) continue;
+    const int num_tiles = static_cast<int>((seen.high + kLanes - 1) / kLanes);
+    Tile<Item> tiles[kStretchTiles];
+    for (int t = 0; t < num_tiles; ++t) tiles[t] = find_tile<Item>(task, stretch + t * kLanes);
+
+    float scores[R * kStretch];
+    int t = 0;
+    for (; t + T <= num_tiles; t += T)
+      tile_scores<R, T>(task.q + first, tiles + t, task.layout.head_dim, scores + t * kLanes);
+    for (; t < num_tiles; ++t)
+      tile_scores<R, 1>(task.q + first, tiles + t, task.layout.head_dim, scores + t * kLanes);
+
+    float corrections[kLanes] = {};
+    Vec sum_lane[R];
+    for (int r = 0; r < R; ++r) {
+      const float before = states[r].max;
+      stretch_weights(task, states[r], sum_lane[r], scores + r * kStretch, tiles, num_tiles,
+                      visible[r]);
+      // What there was before a row's first token is 0, whatever it is multiplied by.
+      corrections[r] = is_nothing(before) ? 0.0f : before - states[r].max;
     }
+    store(corrections, exp_negative(load(corrections)));
+    for (int r = 0; r < R; ++r)
+      sum_lanes[r] = add(mul(sum_lanes[r], splat(corrections[r])), sum_lane[r]);
+    for (int r = 0; r < R; r += kValueRowsAtOnce)
+      add_all_values<kValueRowsAtOnce>(states + r, tiles, task.layout.padded_dim,
+                                       scores + r * kStretch, seen, corrections + r);
   }
 }
 
@@ -204,6 +213,7 @@ inline void attend_format(const AttendTask& task, AttendState* states) {
   };
   rows(std::integral_constant<int, 8>{});
   rows(std::integral_constant<int, 4>{});
+  rows(std::integral_constant<int, 3>{});  // a group of three heads, decoding
   rows(std::integral_constant<int, 2>{});
   rows(std::integral_constant<int, 1>{});
   for (int r = 0; r < task.rows; ++r) states[r].sum = sum_lanes(sum_lane[r]);

@@ -18,10 +18,9 @@ inline void unroll(F&& f, std::integer_sequence<int, J...>) {
   (f(std::integral_constant<int, J>{}), ...);
 }
 
-// So many inputs at a time that a few panels' weights stay in the first cache.
-constexpr std::int64_t kDepthChunk = 512;
-
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
+// At most so many inputs at a time, so that a few panels' weights stay in the second cache while
+// rows pass by.
+constexpr std::int64_t kDepthChunk = 1024;
 
 // Asks for weights ahead of their use, when all inputs of a few panels are gone through at once:
 // that is when memory sets the pace. The processor's own prefetching begins anew with each panel.

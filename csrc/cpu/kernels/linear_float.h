@@ -27,14 +27,21 @@ struct PairsBf16 {
   static void prefetch_pair(const std::uint32_t* p) { prefetch(p); }
 };
 
+// The fewest chunks, about as long as each other.
+inline std::int64_t next_float_chunk(const LinearTask& task, std::int64_t first) {
+  const std::int64_t blocks = task.depth / kDepthBlock;
+  const std::int64_t chunks = (task.depth + kDepthChunk - 1) / kDepthChunk;
+  return first + (blocks + chunks - 1) / chunks * kDepthBlock;
+}
+
 template <class Pairs>
 struct FloatFormat {
   static constexpr int kTileRows = kRows, kTilePanels = kPanels, kTilePanelsOneRow = kPanelsOneRow;
 
   explicit FloatFormat(const LinearTask&) {}
 
-  static std::int64_t next_chunk(const LinearTask&, std::int64_t first) {
-    return first + kDepthChunk;
+  static std::int64_t next_chunk(const LinearTask& task, std::int64_t first) {
+    return next_float_chunk(task, first);
   }
 
   // Adds inputs [first, last) to acc, [MR][NR][16]: in memory, since even and odd sums fill the
@@ -97,8 +104,8 @@ struct FormatBf16 {
 
   explicit FormatBf16(const LinearTask&) {}
 
-  static std::int64_t next_chunk(const LinearTask&, std::int64_t first) {
-    return first + kDepthChunk;
+  static std::int64_t next_chunk(const LinearTask& task, std::int64_t first) {
+    return next_float_chunk(task, first);
   }
 
   template <int MR, int NR>

@@ -66,7 +66,7 @@ struct IntegerFormat {
   static std::int64_t next_chunk(const LinearTask& task, std::int64_t first) {
     const std::int64_t group = group_inputs(task);
     if (group < kDepthChunk) return first + kDepthChunk / group * group;
-    return block_end(task, first);
+    return block_end(task, block_end(task, first));
   }
 
   // Adds inputs [first, last) to acc, [MR][NR][16].

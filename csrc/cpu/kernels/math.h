@@ -1,5 +1,7 @@
 // Functions over 16 lanes that are the same to the bit on every instruction set.
 
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
 // The sum of the lanes, halves onto halves: one order for everybody.
 inline float sum_lanes(Vec a) {
   float lane[16];

@@ -28,8 +28,12 @@ struct TilesInteger {
   explicit TilesInteger(const LinearTask& task)
       : format(task), place(task), step_bytes(place.inputs), steps(place.at(task.depth - 1) + 1) {}
 
+  // The groups that 512 inputs hold, or a block of one: with what is added to each to fill steps,
+  // no more than kMaxStretch.
   static std::int64_t next_stretch(const LinearTask& task, std::int64_t first, std::int64_t) {
-    return Integers::next_chunk(task, first);
+    const std::int64_t group = group_inputs(task);
+    if (group < kIntegerBlock) return first + kIntegerBlock / group * group;
+    return block_end(task, first);
   }
 
   const unsigned char* weights(const LinearTask& task, std::int64_t panel, std::int64_t first,
