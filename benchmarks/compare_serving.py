@@ -38,7 +38,7 @@ GATE = 8
 
 
 async def check(client: Client, model: str) -> tuple[int, int]:
-    """How many of eight greedy answers are the same alone and among sixteen; their prompts' tokens."""
+    """How many of eight greedy answers are the same alone and among sixteen; the prompts' tokens."""
     lengths = parse_lengths("gate", "20-60")
     jobs = list(islice(random_jobs(lengths, parse_lengths("gate", "24"), 0, 99), 2 * GATE))
     alone = [await client.ask(job, model) for job in jobs[:GATE]]
@@ -58,7 +58,9 @@ async def measure(
     model = await client.model()
     same, tokens = await check(client, model)
     if prompt_tokens not in (None, tokens):
-        raise SystemExit(f"{name} cuts the gate's prompts into {tokens} tokens, not {prompt_tokens}")
+        raise SystemExit(
+            f"{name} cuts the gate's prompts into {tokens} tokens, not {prompt_tokens}"
+        )
     if name.startswith("octavo") and same != GATE:
         raise SystemExit(f"{name}: {GATE - same} of {GATE} answers depend on who shares the batch")
     found = []

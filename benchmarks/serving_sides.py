@@ -12,20 +12,26 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from vllm_side import find_preloaded
 
 START_TIMEOUT = 300.0  # seconds; vLLM on a CPU takes up to two minutes
 
 
 @dataclass(frozen=True)
 class Side:
-    """A server: its name, and its command ("{port}" stands for the port) or its URL if it runs."""
+    """A server: its name, and its command ("{port}" stands for the port) or its URL if it runs.
+
+    environment: variables of its own.
+    """
 
     name: str
     command: tuple[str, ...] = ()
     url: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def octavo_side(model: str, threads: int, context: int, users: int, extra: Sequence[str]) -> Side:
@@ -43,16 +49,15 @@ def llama_side(binary: Path, file: Path, threads: int, context: int, users: int)
 
 
 def vllm_side(python: Path, model: Path, context: int, users: int) -> Side:
+    """vLLM as its documentation has it for CPUs: with libiomp5 and tcmalloc, where they are."""
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += [
-        "--max-model-len",
-        str(context),
-        "--max-num-seqs",
-        str(users),
-        "--dtype",
-        "bfloat16",
-    ]
-    return Side("vLLM bf16", (*command, "--port", "{port}"))
+    command += ["--max-model-len", str(context), "--max-num-seqs", str(users)]
+    command += ["--dtype", "bfloat16", "--port", "{port}"]
+    environment = {
+        "LD_PRELOAD": ":".join(str(file) for file in find_preloaded(python)),
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+    }
+    return Side("vLLM bf16", tuple(command), environment=environment)
 
 
 @contextlib.contextmanager
@@ -68,7 +73,11 @@ def running(side: Side) -> Iterator[tuple[str, float]]:
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **side.environment},
         )
         try:
             while not _is_up(url):
