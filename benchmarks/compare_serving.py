@@ -38,7 +38,7 @@ GATE = 8
 
 
 async def check(client: Client, model: str) -> tuple[int, int]:
-    """How many of eight greedy answers are the same alone and among sixteen; the prompts' tokens."""
+    """How many of eight greedy answers are the same alone and among sixteen; all prompt tokens."""
     lengths = parse_lengths("gate", "20-60")
     jobs = list(islice(random_jobs(lengths, parse_lengths("gate", "24"), 0, 99), 2 * GATE))
     alone = [await client.ask(job, model) for job in jobs[:GATE]]

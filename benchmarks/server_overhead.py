@@ -15,6 +15,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import repeat
 from os import sysconf
@@ -29,19 +30,29 @@ from octavo.bench.serve_workload import Job
 
 @contextlib.contextmanager
 def running_server(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`octavo serve` on a free port, ready; yields the process and its URL."""
+    """`octavo serve` on a free port, ready; yields the process and its URL.
+
+    What it logs later is read and dropped, since a full pipe would stop it.
+    """
     command = [sys.executable, "-m", "octavo.cli", "serve", "--port", "0", "--log-format", "json"]
     process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     try:
         for line in process.stderr or ():
             event = json.loads(line)
             if event["event"] == "ready":
+                threading.Thread(target=drain, args=(process,), daemon=True).start()
                 yield process, event["url"]
                 return
         raise SystemExit("the server ended before it was ready")
     finally:
         process.terminate()
-        process.communicate()
+        process.wait()
+
+
+def drain(process: subprocess.Popen[str]) -> None:
+    """Read all that it will yet log."""
+    for _ in process.stderr or ():
+        pass
 
 
 def processor_seconds(pid: int) -> tuple[float, float]:
