@@ -38,8 +38,13 @@ class OctavoSide:
         settings: dict[str, Any] = {"dtype": kind if kind in ("f32", "bf16") else "bf16"}
         if kind not in ("f32", "bf16"):
             settings["quantize"] = kind
+        # Every round asks the same prompts: they are to be computed each time.
         config = EngineConfig(
-            device="cpu", num_threads=threads, load_format=load_format, **settings
+            device="cpu",
+            num_threads=threads,
+            load_format=load_format,
+            enable_prefix_caching=False,
+            **settings,
         )
         files = read_model(path)
         checkpoint = open_checkpoint(files, load_format)

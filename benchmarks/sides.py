@@ -22,7 +22,14 @@ class OctavoSide:
     def __init__(self, path: Path, dtype: str, num_threads: int) -> None:
         from octavo import LLM
 
-        self._llm = LLM(path, dtype=dtype, num_threads=num_threads, max_model_len=2048)
+        # Every round asks the same prompt: it is to be computed each time.
+        self._llm = LLM(
+            path,
+            dtype=dtype,
+            num_threads=num_threads,
+            max_model_len=2048,
+            enable_prefix_caching=False,
+        )
 
     def _run(self, prompt: list[int], num_tokens: int, logprobs: int | None = None) -> Any:
         from octavo import SamplingParams

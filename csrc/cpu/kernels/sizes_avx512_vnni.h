@@ -10,5 +10,5 @@ constexpr int kDotRowsOnePass = 6;
 constexpr int kDotPanels = 4;
 constexpr int kPanelsOneRow = 4;  // more panels for one row: enough sums under way at a time
 constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
-constexpr int kScoreChains = 8;   // query rows x tiles of keys under way at a time
+constexpr int kScoreChains = 16;  // query rows x tiles of keys under way at a time
 constexpr int kValueRows = 4;     // query rows that share a load of the values
