@@ -63,6 +63,11 @@ $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	  $(SET)cmake.define.OCTAVO_CUDA=OFF
 	@touch $@
 
+.PHONY: test-page
+test-page: $(TEST_VENV)/.installed ## The server's page in headless Chromium, which has to be there
+	$(TEST_VENV)/$(PIP) install "octavo[browser]"
+	$(TEST_VENV)/bin/python -m pytest tests/test_server_page.py --timeout=300 $(ARGS)
+
 # ---- development ----
 
 .PHONY: dev
