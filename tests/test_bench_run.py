@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from octavo import _native
 from octavo.bench.cases import Case, make_cases
 from octavo.bench.report import CSV_COLUMNS, HEADINGS, cells, to_csv, to_markdown
-from octavo.bench.run import BenchResult, Runner, bench, fit_config
+from octavo.bench.run import BenchResult, Loading, Runner, bench, fit_config
 from octavo.bench.session import Session, hash_of
 from octavo.cli import main
 from octavo.config import EngineConfig, read_environment
@@ -187,6 +188,7 @@ def test_the_outputs(model: Path, quick_peak: None, capsys: pytest.CaptureFixtur
     assert main([*arguments, "table", "--kv-dtype", "int8"]) == 0
     assert "KV cache int8" in capsys.readouterr().out
     assert "tg3 @ d5" in table and "% of limit" in table and "limits measured" in table
+    assert "loaded in" in table and "KV cache 0 MiB" in table
 
 
 def test_a_row_without_a_measured_machine(model: Path) -> None:
@@ -202,6 +204,12 @@ def test_a_row_without_a_measured_machine(model: Path) -> None:
         rows=(row,),
     )
     assert "limits measured" not in to_markdown(result) and to_csv(result).count("\n") == 1
+    assert "loaded in" not in to_markdown(result)
+    loading = Loading(1.25, 3 << 20, 50 << 20, 70 << 20)
+    expected = "loaded in 1.25 s; KV cache 3 MiB; 70 MiB in memory at most, of them 50 before"
+    assert expected in to_markdown(replace(result, loading=loading))
+    silent = replace(loading, resident_bytes_before=None, resident_bytes_at_most=None)
+    assert "KV cache 3 MiB\n" in to_markdown(replace(result, loading=silent))
 
 
 @pytest.mark.parametrize(

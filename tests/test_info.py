@@ -12,7 +12,7 @@ import pytest
 from octavo import machine
 from octavo.cli import main
 from octavo.cli.info import describe, format_bytes
-from octavo.machine import available_memory, total_memory
+from octavo.machine import Resident, available_memory, resident_memory, total_memory
 from octavo.models.registry import read_model
 from octavo.weights import tensor
 from weights_helpers import tiny_config, write_model
@@ -202,3 +202,15 @@ def test_a_limit_of_the_shell_lowers_it(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_machine_without_proc(tmp_path: Path) -> None:
     folders = {"proc": tmp_path / "none", "cgroup": tmp_path / "none"}
     assert 0 < available_memory(**folders) <= total_memory(folders["proc"])
+
+
+def test_what_this_process_takes(tmp_path: Path) -> None:
+    assert resident_memory(tmp_path) is None
+    (tmp_path / "self").mkdir()
+    status = tmp_path / "self" / "status"
+    status.write_text("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n")
+    assert resident_memory(tmp_path) == Resident(now=1 << 20, peak=2 << 20)
+    status.write_text("Name:\tpython\nVmRSS:\t    1024 kB\n")
+    assert resident_memory(tmp_path) is None
+    real = resident_memory()
+    assert real is None or 0 < real.now <= real.peak

@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 from octavo.errors import OctavoError
@@ -38,10 +39,31 @@ def total_memory(proc: Path = PROC) -> int:
     return total if total is not None else _sysconf("SC_PHYS_PAGES") * _sysconf("SC_PAGE_SIZE")
 
 
+@dataclass(frozen=True)
+class Resident:
+    """Memory of this process that lies in RAM, mapped files included, in bytes."""
+
+    now: int
+    peak: int  # since the process began
+
+
+def resident_memory(proc: Path = PROC) -> Resident | None:
+    """What this process takes; None where the system does not tell (Linux does)."""
+    sizes = _sizes(proc / "self" / "status")
+    if "VmRSS" not in sizes or "VmHWM" not in sizes:
+        return None
+    return Resident(sizes["VmRSS"], sizes["VmHWM"])
+
+
 def _meminfo(proc: Path) -> dict[str, int]:
     """The lines of /proc/meminfo in bytes; empty where there is none."""
+    return _sizes(proc / "meminfo")
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Lines such as "MemFree:  12 kB", in bytes."""
     sizes = {}
-    for line in _read(proc / "meminfo").splitlines():
+    for line in _read(path).splitlines():
         name, _, rest = line.partition(":")
         words = rest.split()
         if words and words[0].isdecimal():

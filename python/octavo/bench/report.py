@@ -50,7 +50,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def header(result: BenchResult) -> list[str]:
-    """What the figures were measured on, in three lines."""
+    """What the figures were measured on, in four lines."""
     lines = [
         f"{result.model}: {result.num_parameters / 1e6:,.1f} M parameters, "
         f"{result.weights} ({result.weight_bytes / 2**20:,.0f} MiB), KV cache {result.kv_dtype}"
@@ -58,6 +58,15 @@ def header(result: BenchResult) -> list[str]:
         f"{result.processor}: {result.num_threads} threads, {result.isa}, {result.device}; "
         f"{result.native['compiler']}; {result.date}",
     ]
+    if result.loading is not None:
+        loading = result.loading
+        line = f"loaded in {loading.seconds:.2f} s; KV cache {loading.kv_bytes / 2**20:,.0f} MiB"
+        if loading.resident_bytes_at_most and loading.resident_bytes_before:
+            line += (
+                f"; {loading.resident_bytes_at_most / 2**20:,.0f} MiB in memory at most, of them "
+                f"{loading.resident_bytes_before / 2**20:,.0f} before"
+            )
+        lines.append(line)
     if result.peak is not None:
         lines.append(
             f"limits measured: {result.peak.bandwidth / 1e9:.1f} GB/s read from memory, "

@@ -16,7 +16,7 @@ from octavo.bench.session import Float32, Session, hash_of
 from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.engine.loader import LoadedRuntime, load_runtime
 from octavo.errors import InvalidArgumentError
-from octavo.machine import processor
+from octavo.machine import processor, resident_memory
 from octavo.models.registry import read_model
 from octavo.models.spec import ModelSpec
 from octavo.weights.checkpoint import open_checkpoint
@@ -70,6 +70,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """What it took to load the model. kv_bytes: as much cache as the cases need.
+
+    resident_bytes: what the process took before, and at most until it was loaded, files mapped into
+    memory included; None where the system does not tell.
+    """
+
+    seconds: float
+    kv_bytes: int
+    resident_bytes_before: int | None
+    resident_bytes_at_most: int | None
+
+
+@dataclass(frozen=True)
 class BenchResult:
     """All that `octavo bench` tells."""
 
@@ -88,6 +102,7 @@ class BenchResult:
     date: str
     peak: Peak | None
     rows: tuple[Row, ...]
+    loading: Loading | None = None
 
     @property
     def passed(self) -> bool:
@@ -120,6 +135,7 @@ def bench(
     from octavo import _native
 
     files = read_model(resolve_model(model, environment))
+    before, started = resident_memory(), time.perf_counter()
     checkpoint = open_checkpoint(files, config.load_format, config.seed)
     loaded = load_runtime(
         files,
@@ -127,6 +143,13 @@ def bench(
         fit_config(config, cases),
         lambda done, total: progress(f"loading {files.path.name}", done, total),
         environment,
+    )
+    seconds, after = time.perf_counter() - started, resident_memory()
+    loading = Loading(
+        seconds,
+        loaded.runtime.memory()["kv_cache"],
+        before.now if before else None,
+        after.peak if after else None,
     )
     info = _native.build_info()
     options = loaded.options
@@ -153,6 +176,7 @@ def bench(
         date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         peak=peak,
         rows=tuple(rows),
+        loading=loading,
     )
 
 
