@@ -107,8 +107,7 @@ const unsigned char* Runtime::send(Flight& flight, const std::vector<std::int32_
   const std::size_t bytes = mask_bytes(masks) + bytes_of(adjustments);
   if (flight.inputs_host.bytes() < bytes) flight.inputs_host = HostBuffer(backend_.get(), bytes);
   reserve(flight.inputs, bytes);
-  if (!masks.empty())
-    std::memcpy(flight.inputs_host.data(), masks.data(), masks.size() * 4);
+  if (!masks.empty()) std::memcpy(flight.inputs_host.data(), masks.data(), masks.size() * 4);
   write(adjustments, flight.inputs_host.data() + mask_bytes(masks));
   backend_->upload_later(flight.inputs.data(), flight.inputs_host, bytes);
   return flight.inputs.as<unsigned char>();
