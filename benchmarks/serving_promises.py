@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import time
@@ -127,15 +128,15 @@ async def ask_long(url: str, chunk: int) -> dict[str, Any]:
         before.append(gaps[is_before])
         amid.append(gaps[is_amid])
     step = 1e3 * alone.ttft / num_steps
-    rise = np.percentile(np.concatenate(amid), 99) - np.percentile(np.concatenate(before), 99)
+    p99_before, p99_amid = (float(np.percentile(np.concatenate(g), 99)) for g in (before, amid))
     return {
         "chunk_tokens": chunk,
         "chunk_step_ms": step,
-        "itl_p99_ms_before": float(np.percentile(np.concatenate(before), 99)),
-        "itl_p99_ms_amid": float(np.percentile(np.concatenate(amid), 99)),
+        "itl_p99_ms_before": p99_before,
+        "itl_p99_ms_amid": p99_amid,
         "ttft_s_alone": alone.ttft,
         "ttft_s_amid": late.ttft,
-        "rise_over_chunk_step": float(rise / step),
+        "rise_over_chunk_step": (p99_amid - p99_before) / step,
         "must": "rise of 2 chunk steps at most",
     }
 
@@ -327,7 +328,8 @@ def main() -> None:
         found[name] = parts[name](arguments.model)
         print(json.dumps({name: found[name]}, indent=2), flush=True)
     if arguments.output:
-        content = {**stamp(0), "model": arguments.model, "measured": found}
+        threads = len(os.sched_getaffinity(0))
+        content = {**stamp(threads), "model": arguments.model, "measured": found}
         arguments.output.write_text(json.dumps(content, indent=2) + "\n")
 
 
