@@ -52,6 +52,15 @@ struct FormatInt4Levels : FormatInt4 {
 
 inline std::int64_t smaller(std::int64_t x, std::int64_t y) { return x < y ? x : y; }
 
+// Where a stretch from input `first` on ends: the groups that so many blocks of 512 hold, or so
+// many blocks of one group. A block is never cut.
+inline std::int64_t stretch_end(const LinearTask& task, std::int64_t first, std::int64_t blocks) {
+  const std::int64_t group = group_inputs(task), inputs = blocks * kIntegerBlock;
+  if (group < inputs) return first + inputs / group * group;
+  for (; blocks > 0; --blocks) first = block_end(task, first);
+  return first;
+}
+
 template <class Format>
 struct IntegerFormat {
   static constexpr int kPasses = Format::kActivationPasses;
@@ -62,11 +71,8 @@ struct IntegerFormat {
   Format format;
   explicit IntegerFormat(const LinearTask& task) : format(task) {}
 
-  // Whole groups, or blocks of one: a block is never cut.
   static std::int64_t next_chunk(const LinearTask& task, std::int64_t first) {
-    const std::int64_t group = group_inputs(task);
-    if (group < kDepthChunk) return first + kDepthChunk / group * group;
-    return block_end(task, block_end(task, first));
+    return stretch_end(task, first, kDepthChunk / kIntegerBlock);
   }
 
   // Adds inputs [first, last) to acc, [MR][NR][16].

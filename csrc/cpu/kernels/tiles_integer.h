@@ -28,12 +28,9 @@ struct TilesInteger {
   explicit TilesInteger(const LinearTask& task)
       : format(task), place(task), step_bytes(place.inputs), steps(place.at(task.depth - 1) + 1) {}
 
-  // The groups that 512 inputs hold, or a block of one: with what is added to each to fill steps,
-  // no more than kMaxStretch.
+  // One block's worth: with what is added to each group to fill steps, no more than kMaxStretch.
   static std::int64_t next_stretch(const LinearTask& task, std::int64_t first, std::int64_t) {
-    const std::int64_t group = group_inputs(task);
-    if (group < kIntegerBlock) return first + kIntegerBlock / group * group;
-    return block_end(task, first);
+    return stretch_end(task, first, 1);
   }
 
   const unsigned char* weights(const LinearTask& task, std::int64_t panel, std::int64_t first,
