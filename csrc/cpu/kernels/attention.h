@@ -49,10 +49,11 @@ inline Tile<Item> find_tile(const AttendTask& task, std::int64_t token) {
 }
 
 // Scores of R query rows against the keys of T tiles: one chain over the dimensions a key. R x T
-// chains are under way at a time, enough to hide how long each addition takes.
+// chains are under way at a time, enough to hide how long each addition takes. Out of line: within
+// its caller too few registers are left for the rows' addresses.
 template <int R, int T, class Item>
-inline void tile_scores(const float* const* q, const Tile<Item>* tiles, std::int64_t head_dim,
-                        float* scores) {
+[[gnu::noinline]] void tile_scores(const float* const* q, const Tile<Item>* tiles,
+                                   std::int64_t head_dim, float* scores) {
   Vec sum[R][T];
   for (int r = 0; r < R; ++r) {
     for (int t = 0; t < T; ++t) sum[r][t] = zero();
@@ -74,40 +75,62 @@ inline void tile_scores(const float* const* q, const Tile<Item>* tiles, std::int
   }
 }
 
-// A row's softmax over one more stretch: turns scores into weights where they lie, except that what
-// all there was before shrinks by exp(the old maximum - state.max). sum_lane: the denominator,
-// still in 16 lanes, of this stretch alone.
-template <class Item>
-inline void stretch_weights(const AttendTask& task, AttendState& state, Vec& sum_lane,
+// R rows' softmax over one more stretch: turns scores into weights where they lie, except that what
+// all there was before a row shrinks by its correction. sum_lanes: the denominators, still in 16
+// lanes. scores: [R][kStretch]; corrections: 16 numbers, R of them used.
+template <int R, class Item>
+inline void stretch_weights(const AttendTask& task, AttendState* states, Vec* sum_lanes,
                             float* scores, const Tile<Item>* tiles, int num_tiles,
-                            Visible visible) {
+                            const Visible* visible, float* corrections) {
   static const float kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  constexpr bool kHasScales = sizeof(Item) == 1;
   const Vec nothing = splat(-std::numeric_limits<float>::infinity());
   const Vec numbers = load(kLaneNumbers);
-  Vec largest = nothing;
+  Visible by_all = visible[0];
+  for (int r = 1; r < R; ++r) {
+    by_all.low = visible[r].low > by_all.low ? visible[r].low : by_all.low;
+    by_all.high = visible[r].high < by_all.high ? visible[r].high : by_all.high;
+  }
+  Vec largest[R];
+  for (int r = 0; r < R; ++r) largest[r] = nothing;
   for (int t = 0; t < num_tiles; ++t) {
-    Vec score = load(scores + t * kLanes);
-    if (tiles[t].key_scales) score = mul(score, load(tiles[t].key_scales));
-    score = mul(score, splat(task.scale));
-    const std::int64_t low = visible.low - t * kLanes, high = visible.high - t * kLanes;
-    if (low > 0 || high < kLanes) {
-      score = select_less(numbers, splat(static_cast<float>(low)), nothing, score);
-      score = select_less(numbers, splat(static_cast<float>(high)), score, nothing);
+    const std::int64_t begin = t * kLanes;
+    const bool is_whole = by_all.low <= begin && begin + kLanes <= by_all.high;
+    for (int r = 0; r < R; ++r) {
+      float* at = scores + r * kStretch + begin;
+      Vec score = load(at);
+      if (kHasScales) score = mul(score, load(tiles[t].key_scales));
+      score = mul(score, splat(task.scale));
+      if (!is_whole) {
+        const Vec low = splat(static_cast<float>(visible[r].low - begin));
+        const Vec high = splat(static_cast<float>(visible[r].high - begin));
+        score = select_less(numbers, low, nothing, select_less(numbers, high, score, nothing));
+      }
+      store(at, score);
+      largest[r] = max(largest[r], score);
     }
-    store(scores + t * kLanes, score);
-    largest = max(largest, score);
   }
-  const float stretch_max = max_lanes(largest);
-  state.max = state.max > stretch_max ? state.max : stretch_max;
-  // A row that has seen no token yet: its weights are exp(-inf) = 0, not exp(-inf + inf).
-  const Vec subtracted = splat(is_nothing(state.max) ? 0.0f : state.max);
-  sum_lane = zero();
+  Vec subtracted[R], sums[R];
+  for (int r = 0; r < R; ++r) {
+    const float before = states[r].max, in_stretch = max_lanes(largest[r]);
+    const float now = before > in_stretch ? before : in_stretch;
+    states[r].max = now;
+    // What there was before a row's first token is 0, whatever it is multiplied by.
+    corrections[r] = is_nothing(before) ? 0.0f : before - now;
+    // A row that has seen no token yet: its weights are exp(-inf) = 0, not exp(-inf + inf).
+    subtracted[r] = splat(is_nothing(now) ? 0.0f : now);
+    sums[r] = zero();
+  }
+  store(corrections, exp_negative(load(corrections)));
   for (int t = 0; t < num_tiles; ++t) {
-    const Vec weight = exp_negative(sub(load(scores + t * kLanes), subtracted));
-    sum_lane = add(sum_lane, weight);
-    store(scores + t * kLanes,
-          tiles[t].value_scales ? mul(weight, load(tiles[t].value_scales)) : weight);
+    for (int r = 0; r < R; ++r) {
+      float* at = scores + r * kStretch + t * kLanes;
+      const Vec weight = exp_negative(sub(load(at), subtracted[r]));
+      sums[r] = add(sums[r], weight);
+      store(at, kHasScales ? mul(weight, load(tiles[t].value_scales)) : weight);
+    }
   }
+  for (int r = 0; r < R; ++r) sum_lanes[r] = add(mul(sum_lanes[r], splat(corrections[r])), sums[r]);
 }
 
 // out = out * correction + sum over the seen tokens of weight x value, for R rows and NV vectors of
@@ -149,10 +172,9 @@ inline void add_all_values(AttendState* states, const Tile<Item>* tiles, std::in
     add_values<R, 1>(states, tiles, padded_dim, dim, weights, seen, corrections);
 }
 
-// R rows over the stretches of the range, T tiles' scores at a time.
+// R rows over the stretches of the range.
 template <int R, class Item>
 inline void attend_rows(const AttendTask& task, int first, AttendState* states, Vec* sum_lanes) {
-  constexpr int T = kScoreChains / R < kStretchTiles ? kScoreChains / R : kStretchTiles;
   constexpr int kValueRowsAtOnce = R < kValueRows ? R : kValueRows;
   static_assert(R % kValueRowsAtOnce == 0);
   states += first;
@@ -172,23 +194,20 @@ inline void attend_rows(const AttendTask& task, int first, AttendState* states, 
 
     float scores[R * kStretch];
     int t = 0;
-    for (; t + T <= num_tiles; t += T)
-      tile_scores<R, T>(task.q + first, tiles + t, task.layout.head_dim, scores + t * kLanes);
-    for (; t < num_tiles; ++t)
-      tile_scores<R, 1>(task.q + first, tiles + t, task.layout.head_dim, scores + t * kLanes);
+    const auto score_tiles = [&](auto count) {  // so many at a time, while they last
+      if constexpr (count * R <= kScoreChains || count == 1) {
+        for (; t + count <= num_tiles; t += count)
+          tile_scores<R, count>(task.q + first, tiles + t, task.layout.head_dim,
+                                scores + t * kLanes);
+      }
+    };
+    score_tiles(std::integral_constant<int, 8>{});
+    score_tiles(std::integral_constant<int, 4>{});
+    score_tiles(std::integral_constant<int, 2>{});
+    score_tiles(std::integral_constant<int, 1>{});
 
     float corrections[kLanes] = {};
-    Vec sum_lane[R];
-    for (int r = 0; r < R; ++r) {
-      const float before = states[r].max;
-      stretch_weights(task, states[r], sum_lane[r], scores + r * kStretch, tiles, num_tiles,
-                      visible[r]);
-      // What there was before a row's first token is 0, whatever it is multiplied by.
-      corrections[r] = is_nothing(before) ? 0.0f : before - states[r].max;
-    }
-    store(corrections, exp_negative(load(corrections)));
-    for (int r = 0; r < R; ++r)
-      sum_lanes[r] = add(mul(sum_lanes[r], splat(corrections[r])), sum_lane[r]);
+    stretch_weights<R>(task, states, sum_lanes, scores, tiles, num_tiles, visible, corrections);
     for (int r = 0; r < R; r += kValueRowsAtOnce)
       add_all_values<kValueRowsAtOnce>(states + r, tiles, task.layout.padded_dim,
                                        scores + r * kStretch, seen, corrections + r);
