@@ -22,21 +22,22 @@ inline void unroll(F&& f, std::integer_sequence<int, J...>) {
 // rows pass by.
 constexpr std::int64_t kDepthChunk = 1024;
 
-// Asks for weights ahead of their use, when all inputs of a few panels are gone through at once:
-// that is when memory sets the pace. The processor's own prefetching begins anew with each panel.
-struct Stream {
-  static constexpr std::int64_t kAhead = 512;  // words, of each panel: 2 KiB
-  bool is_on;
-  std::int64_t panel_words, skip;
+// Where to ask for what is needed soon, in arrays of so many items a panel, of which a tile goes
+// through several at once: the processor's own prefetching begins anew with each panel.
+class Ahead {
+ public:
+  Ahead(std::int64_t distance, std::int64_t panel_items, int num_panels)
+      : distance_(distance), end_(panel_items - distance), skip_((num_panels - 1) * panel_items) {}
 
-  Stream(const LinearTask& task, std::int64_t words, int num_panels, std::int64_t inputs)
-      : is_on(inputs == task.depth), panel_words(words), skip((num_panels - 1) * words) {}
+  // How many items from item `at` of a panel; behind its end come the panels of the next tile.
+  std::int64_t from(std::int64_t at) const { return at < end_ ? distance_ : distance_ + skip_; }
 
-  // How far ahead of word `at` of a panel; behind its end come the panels of the next tile.
-  std::int64_t ahead(std::int64_t at) const {
-    return at + kAhead < panel_words ? kAhead : kAhead + skip;
-  }
+ private:
+  std::int64_t distance_, end_, skip_;
 };
+
+constexpr std::int64_t kWordsAhead = 512;           // 2 KiB of each panel
+constexpr std::int64_t kScalesAhead = 16 * kLanes;  // what 16 groups need
 
 #include "cpu/kernels/linear_float.h"
 //

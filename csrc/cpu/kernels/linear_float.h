@@ -52,7 +52,7 @@ struct FloatFormat {
     const float* x = static_cast<const float*>(task.x) + row * task.x_stride;
     const std::int64_t panel_words = task.depth / Pairs::kInputsPerWord * kLanes;
     const std::uint32_t* weight = task.weight + panel * panel_words;
-    const Stream stream(task, panel_words, NR, last - first);
+    const Ahead ahead(kWordsAhead, panel_words, NR);
     for (std::int64_t k = first; k < last; k += kDepthBlock) {
       Vec even[MR][NR], odd[MR][NR];
       for (int m = 0; m < MR; ++m) {
@@ -63,7 +63,7 @@ struct FloatFormat {
         for (int n = 0; n < NR; ++n) {
           const std::int64_t at = i / Pairs::kInputsPerWord * kLanes;
           const std::uint32_t* pair = weight + n * panel_words + at;
-          if (stream.is_on) Pairs::prefetch_pair(pair + stream.ahead(at));
+          Pairs::prefetch_pair(pair + ahead.from(at));
           Pairs::load_pair(pair, weight_even[n], weight_odd[n]);
         }
         for (int m = 0; m < MR; ++m) {
@@ -111,27 +111,34 @@ struct FormatBf16 {
   template <int MR, int NR>
   static void accumulate(const LinearTask& task, std::int64_t row, std::int64_t panel,
                          std::int64_t first, std::int64_t last, float* acc) {
-    const auto* x = static_cast<const std::uint32_t*>(task.x) + row * task.x_stride;
-    const std::int64_t panel_words = task.depth / 2 * kLanes;
+    const std::int64_t x_stride = task.x_stride, panel_words = task.depth / 2 * kLanes;
+    const auto* x = static_cast<const std::uint32_t*>(task.x) + row * x_stride;
     const std::uint32_t* weight = task.weight + panel * panel_words;
+    const Ahead ahead(kWordsAhead, panel_words, NR);
     Vec sum[MR][NR];
+    OCTAVO_UNROLL
     for (int m = 0; m < MR; ++m) {
+      OCTAVO_UNROLL
       for (int n = 0; n < NR; ++n) sum[m][n] = load(acc + (m * NR + n) * kLanes);
     }
-    const Stream stream(task, panel_words, NR, last - first);
     for (std::int64_t i = first / 2; i < last / 2; ++i) {
-      const std::int64_t ahead = stream.ahead(i * kLanes);
+      const std::uint32_t* words = weight + i * kLanes;
       Words pairs[NR];
+      OCTAVO_UNROLL
       for (int n = 0; n < NR; ++n) {
-        if (stream.is_on) prefetch(weight + n * panel_words + i * kLanes + ahead);
-        pairs[n] = load_words(weight + n * panel_words + i * kLanes);
+        prefetch(words + n * panel_words + ahead.from(i * kLanes));
+        pairs[n] = load_words(words + n * panel_words);
       }
+      OCTAVO_UNROLL
       for (int m = 0; m < MR; ++m) {
-        const Words x_pair = splat_word(x[m * task.x_stride + i]);
+        const Words x_pair = splat_word(x[m * x_stride + i]);
+        OCTAVO_UNROLL
         for (int n = 0; n < NR; ++n) sum[m][n] = dot_bf16(sum[m][n], x_pair, pairs[n]);
       }
     }
+    OCTAVO_UNROLL
     for (int m = 0; m < MR; ++m) {
+      OCTAVO_UNROLL
       for (int n = 0; n < NR; ++n) store(acc + (m * NR + n) * kLanes, sum[m][n]);
     }
   }

@@ -93,7 +93,8 @@ struct IntegerFormat {
     std::int64_t group_end = first / group_size * group_size + group_size;
     std::int64_t group_at = panel * group_stride + first / group_size * kLanes;
     const std::int8_t* zeros = task.zeros;
-    const Stream stream(task, panel_words, NR, last - first);
+    const Ahead words_ahead(kWordsAhead, panel_words, NR);
+    const Ahead scales_ahead(kScalesAhead, group_stride, NR);
     const bool scales_are_bf16 = task.scale_type == DType::bf16;
     for (std::int64_t k = first; k < last; ++code_sums) {
       const std::int64_t end = smaller(k + kIntegerBlock, smaller(group_end, last));
@@ -109,12 +110,12 @@ struct IntegerFormat {
         }
       }
       for (; k < end; k += kInputsPerWord, words += kLanes, x += 2 * Format::kParts) {
-        const std::int64_t ahead = stream.ahead(k / kInputsPerWord * kLanes);
+        const std::int64_t ahead = words_ahead.from(k / kInputsPerWord * kLanes);
         const auto add_part = [&](auto part) {
           Bytes bytes[NR];
           OCTAVO_UNROLL
           for (int n = 0; n < NR; ++n) {
-            if (stream.is_on && part == 0) prefetch(words + n * panel_words + ahead);
+            if (part == 0) prefetch(words + n * panel_words + ahead);
             const Words raw = load_words(words + n * panel_words);
             bytes[n] = split_bytes(format.template bytes<part>(raw));
           }
@@ -135,8 +136,12 @@ struct IntegerFormat {
         const std::int64_t at = group_at + n * group_stride;
         Vec scale = zero();
         if constexpr (Format::kGrouped) {
-          scale = scales_are_bf16 ? load(static_cast<const std::uint16_t*>(task.scales) + at)
-                                  : load(static_cast<const float*>(task.scales) + at);
+          const auto load_scale = [&](const auto* scales) {
+            prefetch(scales + at + scales_ahead.from(group_at - panel * group_stride));
+            return load(scales + at);
+          };
+          scale = scales_are_bf16 ? load_scale(static_cast<const std::uint16_t*>(task.scales))
+                                  : load_scale(static_cast<const float*>(task.scales));
         }
         OCTAVO_UNROLL
         for (int m = 0; m < MR; ++m) {
