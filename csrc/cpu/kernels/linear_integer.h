@@ -96,6 +96,7 @@ struct IntegerFormat {
     const Ahead words_ahead(kWordsAhead, panel_words, NR);
     const Ahead scales_ahead(kScalesAhead, group_stride, NR);
     const bool scales_are_bf16 = task.scale_type == DType::bf16;
+    const void* all_scales = task.scales;
     for (std::int64_t k = first; k < last; ++code_sums) {
       const std::int64_t end = smaller(k + kIntegerBlock, smaller(group_end, last));
       // What the levels' offset will have added is taken off beforehand, from the last sum.
@@ -131,6 +132,8 @@ struct IntegerFormat {
         };
         unroll(add_part, std::make_integer_sequence<int, Format::kParts>{});
       }
+      // Or the compiler keeps all of acc on its stack as well, from block to block.
+      asm volatile("" : : : "memory");
       OCTAVO_UNROLL
       for (int n = 0; n < NR; ++n) {
         const std::int64_t at = group_at + n * group_stride;
@@ -140,8 +143,8 @@ struct IntegerFormat {
             prefetch(scales + at + scales_ahead.from(group_at - panel * group_stride));
             return load(scales + at);
           };
-          scale = scales_are_bf16 ? load_scale(static_cast<const std::uint16_t*>(task.scales))
-                                  : load_scale(static_cast<const float*>(task.scales));
+          scale = scales_are_bf16 ? load_scale(static_cast<const std::uint16_t*>(all_scales))
+                                  : load_scale(static_cast<const float*>(all_scales));
         }
         OCTAVO_UNROLL
         for (int m = 0; m < MR; ++m) {
