@@ -31,7 +31,7 @@ from typing import Any
 from cpu_report import summarize, tables
 from cpu_sides import OctavoSide, TransformersSide, forced_isa, why_absent
 from llama_sides import LlamaBinaries, XllamacppServer
-from machine import stamp
+from machine import asked, stamp
 from rows import Row
 from sides import Remote
 from vllm_side import VllmSide
@@ -332,11 +332,10 @@ def main() -> None:
     for (row, name), reason in comparison.skipped.items():
         print(f"not measured: {row}, {name}: {reason}")
     if arguments.output is not None:
-        asked = {key: str(value) for key, value in vars(arguments).items() if key != "output"}
         result = {
             "benchmark": "compare_cpu",
             "model": path.name,
-            "arguments": asked,
+            "arguments": asked(arguments),
             "isa": forced_isa(),
             "seconds": time.perf_counter() - START,
             "machine": stamp(arguments.threads),

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from machine import stamp
+from machine import asked, stamp
 from sides import HuggingFaceSide, OctavoSide, Remote
 
 from octavo import _native
@@ -230,7 +230,7 @@ def main() -> None:
     print(f"{processor()}, {arguments.threads} threads", flush=True)
     result: dict[str, Any] = {
         "benchmark": "compare_hf",
-        "arguments": {k: str(v) for k, v in vars(arguments).items() if k != "output"},
+        "arguments": asked(arguments),
         "machine": stamp(arguments.threads),
     }
     machine = Peaks(arguments.threads)

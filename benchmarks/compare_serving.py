@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine import stamp
+from machine import asked, stamp
 from serving_sides import Side, llama_side, octavo_side, running, vllm_side
 
 from octavo.bench.serve_client import Client
@@ -155,15 +155,8 @@ def main() -> None:
                     rounds.append({"round": number, "start_seconds": round(seconds, 2), **summary})
     print("\n".join(ratios(rounds)))
     if arguments.output:
-        asked = {key: _plain(value) for key, value in vars(arguments).items()}
-        content = {**stamp(arguments.threads), "asked": asked, "rounds": rounds}
+        content = {**stamp(arguments.threads), "asked": asked(arguments), "rounds": rounds}
         arguments.output.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 if __name__ == "__main__":

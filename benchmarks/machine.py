@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import subprocess
@@ -23,6 +24,18 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, ready for JSON; of a path only its name: folders are a machine's own."""
+    return {key: _plain(value) for key, value in vars(arguments).items() if key != "output"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    is_path = isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute())
+    return Path(value).name if is_path else value
 
 
 def _version(package: str) -> str:

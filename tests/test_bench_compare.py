@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
@@ -257,3 +258,23 @@ def test_the_gguf_can_have_the_models_own_tokens(load, tmp_path: Path) -> None:
     assert all(tokens[number] == token for token, number in vocabulary["vocab"].items())
     assert metadata["tokenizer.ggml.pre"] == "smollm"
     assert len(metadata["tokenizer.ggml.merges"]) == len(vocabulary["merges"])
+
+
+def test_what_was_asked_is_noted_without_this_machines_folders(load) -> None:
+    arguments = argparse.Namespace(
+        model="/home/somebody/models/tiny",
+        llama_bench=Path("/opt/llama/llama-bench"),
+        gguf=[Path("a/b.gguf"), "q8_0"],
+        formats=["bf16", "int8"],
+        rounds=3,
+        vllm_python=None,
+        output=Path("/tmp/result.json"),
+    )
+    assert load("machine").asked(arguments) == {
+        "model": "tiny",
+        "llama_bench": "llama-bench",
+        "gguf": ["b.gguf", "q8_0"],
+        "formats": ["bf16", "int8"],
+        "rounds": 3,
+        "vllm_python": None,
+    }

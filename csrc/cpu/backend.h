@@ -78,14 +78,6 @@ class CpuBackend : public Backend {
     return buffer.data();
   }
 
-  struct Range {
-    std::int64_t begin, end;
-  };
-  // The panels of a matrix that are one thread's own: to pack, and to multiply single rows by.
-  Range panels_of_thread(std::int64_t panels, int thread) const {
-    return {panels * thread / pool_.size(), panels * (thread + 1) / pool_.size()};
-  }
-
   void prepare_input(LinearTask& task, View x);
 
   ThreadPool pool_;

@@ -221,7 +221,7 @@ void CpuBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMat
   pool_.run([&](int thread) {
     std::vector<std::uint32_t> rounded;
     std::vector<float> values;
-    const Range mine = panels_of_thread(num_panels(linear.outputs), thread);
+    const ThreadPool::Range mine = pool_.share(num_panels(linear.outputs), thread);
     for (std::int64_t panel = std::max(mine.begin, first_row / kLanes);
          panel < std::min(mine.end, (last_row - 1) / kLanes + 1); ++panel)
       pack_panel(panel, rounded, values);
@@ -316,10 +316,11 @@ void CpuBackend::linear(View out, View x, const Linear& weight) {
   const std::int64_t panels = num_panels(weight.outputs);
   const Pieces& pieces = kernels_.pieces;
   if (x.rows <= pieces.stream_rows) {
-    // Weights are read once: every thread streams a piece of its own, the same in every step.
-    pool_.run([&](int thread) {
-      const Range mine = panels_of_thread(panels, thread);
-      kernels_.linear(task, 0, x.rows, mine.begin, mine.end);
+    // Weights are read once: every thread streams the share that it packed, in pieces, so that one
+    // that something else holds up is not waited for.
+    constexpr std::int64_t kPanels = 8;
+    pool_.shares(panels, kPanels, [&](ThreadPool::Range piece) {
+      kernels_.linear(task, 0, x.rows, piece.begin, piece.end);
     });
     return;
   }

@@ -12,7 +12,8 @@ constexpr int kSpins = 2000;
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) : processors_(core_processors()) {
+ThreadPool::ThreadPool(int num_threads)
+    : processors_(core_processors()), next_of_share_(static_cast<std::size_t>(num_threads)) {
   if (static_cast<int>(processors_.size()) != num_threads) processors_.clear();
   for (int thread = 1; thread < num_threads; ++thread)
     workers_.emplace_back([this, thread] { work(thread); });

@@ -48,8 +48,38 @@ class ThreadPool {
     });
   }
 
+  struct Range {
+    std::int64_t begin, end;
+  };
+
+  // The thread's own share of `count` things: the same in every call.
+  Range share(std::int64_t count, int thread) const {
+    return {count * thread / size(), count * (thread + 1) / size()};
+  }
+
+  // Calls body(range) until 0 .. count - 1 are covered, each once, `piece` or fewer at a time.
+  // Every thread goes through its own share, and then helps those that are behind with theirs.
+  template <class Body>
+  void shares(std::int64_t count, std::int64_t piece, Body&& body) {
+    for (int thread = 0; thread < size(); ++thread)
+      next_of_share_[static_cast<std::size_t>(thread)].value.store(share(count, thread).begin);
+    run([&](int thread) {
+      for (int other = 0; other < size(); ++other) {
+        const int owner = (thread + other) % size();
+        std::atomic<std::int64_t>& next = next_of_share_[static_cast<std::size_t>(owner)].value;
+        const std::int64_t end = share(count, owner).end;
+        for (std::int64_t at; (at = next.fetch_add(piece, std::memory_order_relaxed)) < end;)
+          body(Range{at, at + piece < end ? at + piece : end});
+      }
+    });
+  }
+
  private:
   using Function = void (*)(void* context, int thread);
+
+  struct alignas(64) Counter {  // on a cache line of its own
+    std::atomic<std::int64_t> value{0};
+  };
 
   void run_erased(Function function, void* context);
   void work(int thread);
@@ -58,6 +88,7 @@ class ThreadPool {
 
   std::vector<std::thread> workers_;
   std::vector<int> processors_;  // one for each thread, or empty: threads go where they like
+  std::vector<Counter> next_of_share_;
   Function function_ = nullptr;
   void* context_ = nullptr;
   std::atomic<std::uint64_t> epoch_{0};  // grows by one a job

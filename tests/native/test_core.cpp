@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <thread>
 
 #include "core/runtime.h"
 #include "cpu/platform.h"
@@ -60,11 +62,37 @@ void threads() {
       });
       for (std::int64_t i = 0; i < 17; ++i)
         CHECK(seen[static_cast<std::size_t>(i)].load() == (i < count ? 1 : 0));
+      for (auto& number : seen) number.store(0);
+      pool.shares(count, 3, [&](cpu::ThreadPool::Range piece) {
+        if (piece.end - piece.begin > 3) return;
+        for (std::int64_t i = piece.begin; i < piece.end; ++i)
+          seen[static_cast<std::size_t>(i)].fetch_add(1);
+      });
+      for (std::int64_t i = 0; i < 17; ++i)
+        CHECK(seen[static_cast<std::size_t>(i)].load() == (i < count ? 1 : 0));
       std::atomic<int> mask{0};
       pool.run([&](int thread) { mask.fetch_or(1 << thread); });
       CHECK(mask.load() == (1 << size) - 1);
     }
   }
+}
+
+// Whoever holds the first piece waits until all others are done: by threads that help with a share
+// that is not theirs.
+void a_thread_that_is_held_up() {
+  cpu::ThreadPool pool(2);
+  std::atomic<int> done{0};
+  bool was_helped = false;
+  pool.shares(20, 2, [&](cpu::ThreadPool::Range piece) {
+    if (piece.begin == 0) {
+      const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+      while (done.load() < 9 && std::chrono::steady_clock::now() < limit) std::this_thread::yield();
+      was_helped = done.load() == 9;
+    } else {
+      done.fetch_add(1);
+    }
+  });
+  CHECK(was_helped);
 }
 
 void job_queue() {
@@ -135,6 +163,7 @@ std::vector<Test> core_tests() {
   return {{"half to float", half_to_float},
           {"bfloat16", bfloat16},
           {"thread pool", threads},
+          {"a thread that is held up", a_thread_that_is_held_up},
           {"job queue", job_queue},
           {"buffers", buffers},
           {"backends and instruction sets", backends},
