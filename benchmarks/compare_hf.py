@@ -6,8 +6,8 @@ No figure without its gate: before anything is timed, both sides must give the s
 log-probabilities within 1e-3 and 64 greedy tokens identical; bf16: no further from float32 than
 half as far again as Hugging Face's own bf16). Then the two take turns, and the ratio is the median
 over the rounds. Beside each figure stands its limit: what decoding reads from memory against the
-memory's measured bandwidth, and what prefill computes against the measured peak of float32
-multiply-adds.
+memory's measured bandwidth, and what prefill computes against the peak of the multiply-adds in use,
+reckoned from the measured one of float32.
 benchmarks/README.md says more.
 """
 
@@ -26,6 +26,7 @@ from machine import asked, stamp
 from sides import HuggingFaceSide, OctavoSide, Remote
 
 from octavo import _native
+from octavo.bench.peak import arithmetic_of, operations_per_second
 from octavo.config import read_environment
 from octavo.machine import processor
 from octavo.models.registry import read_model
@@ -170,13 +171,15 @@ class Comparison:
         context = len(self.prompt) + self.arguments.new_tokens / 2
         token_bytes = decode_bytes(self.spec, self.dtype, context)
         operations = prefill_operations(self.spec, len(self.long_prompt)) / len(self.long_prompt)
+        isa = str(_native.build_info()["isa"])
+        flops = operations_per_second(machine.flops, isa, {arithmetic_of(None, self.dtype)})
         return {
             "read_bandwidth": machine.bandwidth,
             "bytes_per_decoded_token": token_bytes,
             "decode": machine.bandwidth / token_bytes,
-            "multiply_add_peak": machine.flops,
+            "multiply_add_peak": flops,
             "operations_per_prompt_token": operations,
-            "prefill": machine.flops / operations,
+            "prefill": flops / operations,
         }
 
 
