@@ -19,7 +19,7 @@ constexpr std::int64_t kLanes = 16;       // outputs of a weight panel, tokens o
 constexpr std::int64_t kDepthBlock = 32;  // inputs that are summed up before they are added on
 
 // Up to so many rows, memory sets the pace: all inputs of a panel are gone through at once. More
-// rows take the inputs a stretch at a time, so that weights stay in the first cache meanwhile.
+// rows take the inputs a stretch at a time, so that weights stay in the second cache meanwhile.
 constexpr std::int64_t kStreamRows = 8;
 constexpr std::int64_t kIntegerBlock = 512;  // codes whose products are sure to fit in 32 bits
 

@@ -25,9 +25,11 @@ inline Visible visible_to(const AttendTask& task, int row, std::int64_t stretch)
   return {low < 0 ? 0 : low, high};
 }
 
-// One tile of stored tokens, as one KV head sees it. The scales are null unless they are int8.
+// One tile of stored tokens, as one KV head sees it. Only int8 ones have scales; else these are
+// null.
 template <class Item>
 struct Tile {
+  static constexpr bool kHasScales = sizeof(Item) == 1;
   const Item* keys;
   const Item* values;
   const float* key_scales;
@@ -42,7 +44,7 @@ inline Tile<Item> find_tile(const AttendTask& task, std::int64_t token) {
   const unsigned char* head = task.kv + block * layout.block_bytes();
   const Item* items = reinterpret_cast<const Item*>(head);
   const float* scales = nullptr;
-  if (layout.dtype == DType::int8)
+  if (Tile<Item>::kHasScales)
     scales = reinterpret_cast<const float*>(head + layout.scales_at()) + within;
   return {items + layout.key_item(within, 0), items + layout.value_item(within, 0), scales,
           scales ? scales + layout.block_size : nullptr};
@@ -83,7 +85,7 @@ inline void stretch_weights(const AttendTask& task, AttendState* states, Vec* su
                             float* scores, const Tile<Item>* tiles, int num_tiles,
                             const Visible* visible, float* corrections) {
   static const float kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  constexpr bool kHasScales = sizeof(Item) == 1;
+  constexpr bool kHasScales = Tile<Item>::kHasScales;
   const Vec nothing = splat(-std::numeric_limits<float>::infinity());
   const Vec numbers = load(kLaneNumbers);
   Visible by_all = visible[0];
