@@ -56,7 +56,7 @@ class ReferenceModel:
     spec: what the model is. weights: float32 arrays with the names and shapes of
     `octavo.models.spec.weight_shapes`. dtype: "bf16" rounds the matrices and what is multiplied
     by them to bfloat16. kv_dtype: "bf16" and "int8" round keys and values as they enter the
-    cache (`ops.to_cache`).
+    cache (`ops.to_cache`); with "bf16" attention itself is one of bfloat16 numbers.
     formats: the quantized matrices, by name without ".weight"; their weights are the numbers that
     the codes stand for (`octavo.reference.quantization.dequantize`), which are not rounded again,
     and what is multiplied by them is rounded to whole numbers (`rounded_product` there).
@@ -165,7 +165,8 @@ class ReferenceModel:
         # that way a prompt gives the same numbers whole, in chunks, or token by token.
         k, v = ops.to_cache(k, self.kv_dtype), ops.to_cache(v, self.kv_dtype)
         keys, values = cache.extend(index, k, v)
-        out = ops.attention(q, keys, values, layer.head_dim**-0.5, layer.window)
+        scale, rounds = layer.head_dim**-0.5, ops.attention_dtype(self.kv_dtype)
+        out = ops.attention(q, keys, values, scale, layer.window, rounds)
         out = out.reshape(rows, layer.q_size)
         _tap(taps, name + "attn", out)
         attn_out = self._linear(name + "o", out)

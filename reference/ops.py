@@ -222,12 +222,26 @@ def to_cache(x: Array, kv_dtype: str) -> Array:
     return round_to_bf16(x) if kv_dtype == "bf16" else x
 
 
-def attention(q: Array, k: Array, v: Array, scale: float, window: int = 0) -> Array:
+def attention_dtype(kv_dtype: str) -> str:
+    """The `dtype` of `attention` over a cache of this kind: "bf16" or "f32"."""
+    return "bf16" if kv_dtype == "bf16" else "f32"
+
+
+def attention(
+    q: Array, k: Array, v: Array, scale: float, window: int = 0, dtype: str = "f32"
+) -> Array:
     """Causal attention (Vaswani et al. 2017, arXiv 1706.03762) over one sequence.
 
     The queries are of the last `rows` tokens of the sequence: of one token when decoding, of all
     of them for a whole prompt. The token at position p sees those at j <= p; with a window (as in
     Mistral 7B, arXiv 2310.06825) only those with p - j < window.
+
+    dtype "bf16", where the cache is bf16: q and the weights of the tokens are rounded to bfloat16
+    as well, so that both products are of bfloat16 numbers; their sums are not rounded, nor is the
+    sum of the weights that the result is divided by. A weight is 2^(s - N) then, s being the score
+    in powers of two and N the greatest one rounded up to a whole number: whole, so that whoever
+    goes through the context piece by piece, and knows but the greatest score so far, rounds to the
+    same bits and corrects them by exact powers of two.
 
     q: (rows, num_heads, head_dim); k, v: (context, num_kv_heads, head_dim), rotated and as the
     cache holds them. Returns (rows, num_heads, head_dim).
@@ -239,13 +253,21 @@ def attention(q: Array, k: Array, v: Array, scale: float, window: int = 0) -> Ar
     visible = distance >= 0
     if window:
         visible &= distance < window
+    nothing = q.dtype.type(-np.inf)
     out = np.empty_like(q)
     for kv_head in range(num_kv_heads):
         heads = slice(kv_head * group, (kv_head + 1) * group)
         queries = q[:, heads].transpose(1, 0, 2)  # (group, rows, head_dim)
-        scores = (queries @ k[:, kv_head].T) * q.dtype.type(scale)  # (group, rows, context)
-        weights = softmax(np.where(visible, scores, q.dtype.type(-np.inf)))
-        out[:, heads] = (weights @ v[:, kv_head]).transpose(1, 0, 2)
+        if dtype == "bf16":
+            products = round_to_bf16(queries) @ k[:, kv_head].T  # (group, rows, context)
+            powers = np.where(visible, products * q.dtype.type(scale * math.log2(math.e)), nothing)
+            weights = np.exp2(powers - np.ceil(np.max(powers, axis=-1, keepdims=True)))
+            total = np.sum(weights, axis=-1, keepdims=True)
+            attended = (round_to_bf16(weights) @ v[:, kv_head]) / total
+        else:
+            scores = (queries @ k[:, kv_head].T) * q.dtype.type(scale)
+            attended = softmax(np.where(visible, scores, nothing)) @ v[:, kv_head]
+        out[:, heads] = attended.transpose(1, 0, 2)
     return out
 
 
