@@ -1,15 +1,16 @@
-"""octavo beside transformers, llama.cpp and vLLM on one CPU: the same shapes, in turn, in one run.
+"""octavo beside transformers, llama.cpp, vLLM and OpenVINO on one CPU: in turn, in one run.
 
-    python benchmarks/compare_cpu.py --llama-bench PATH --vllm-python PATH        # SmolLM2-135M
+    python benchmarks/compare_cpu.py --llama-bench PATH --vllm-python PATH \\
+        --openvino-python PATH                                                   # SmolLM2-135M
     python benchmarks/compare_cpu.py benchmarks/shapes/llama-3.2-1b --load-format dummy ...
     OCTAVO_ISA=avx2 python benchmarks/compare_cpu.py --rows prefill --formats int8,w8a8 \\
         --llama-bench PATH_OF_AN_AVX2_BUILD
 
 Three rows: one sequence decoded, a prompt, many requests at once. llama.cpp is a llama-bench
 binary (--llama-bench, else on the PATH) with llama-batched-bench beside it, or the package
-xllamacpp, whose build knows AVX2 and no more: its name in the tables says so. vLLM is that of
-another Python (--vllm-python). Peers that are not there are listed as absent. The GGUF files are
-written from octavo's weights.
+xllamacpp, whose build knows AVX2 and no more: its name in the tables says so. vLLM and OpenVINO
+GenAI are those of other Pythons (--vllm-python, --openvino-python). Peers that are not there are
+listed as absent. The GGUF files are written from octavo's weights, OpenVINO's by optimum-intel.
 
 The sides take turns in every round, and the order turns round too; a ratio is the median of the
 rounds' ratios. Nothing of octavo's is timed before its gate has passed: the same bits alone and in
@@ -24,7 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from cpu_report import summarize, tables
 from cpu_sides import OctavoSide, TransformersSide, forced_isa, why_absent
 from llama_sides import LlamaBinaries, XllamacppServer
 from machine import asked, stamp
+from openvino_side import OPENVINO_FORMATS, OpenvinoSide
 from rows import Row
 from sides import Remote
 from vllm_side import VllmSide
@@ -43,10 +45,10 @@ from octavo.models.registry import read_model
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import resolve_model
 
-FORMATS = ("f32", "bf16", *QUANTIZE)
+FORMATS = ("f32", "bf16", *QUANTIZE, "int4-g128")
 GGUF_FORMATS = {"f32": "f32", "bf16": "bf16", "int8": "q8_0", "w8a8": "q8_0", "int4": "q4_0"}
 ROWS = ("decode", "prefill", "serve")
-PEERS = ("transformers", "llama.cpp", "vllm")
+PEERS = ("transformers", "llama.cpp", "vllm", "openvino")
 # w8a8 decodes as int8 does: it is of use where arithmetic is the limit.
 NOT_MEASURED = {("decode", "w8a8")}
 LARGE = 500_000_000  # parameters; transformers decodes fewer tokens of such a model
@@ -89,9 +91,11 @@ class Comparison:
         floats = [kind for kind in a.formats if kind in ("f32", "bf16")]
         self._start_transformers([kind for kind in floats if "transformers" in a.peers])
         if "llama.cpp" in a.peers:
-            self._start_llama_cpp(dict.fromkeys(GGUF_FORMATS[kind] for kind in a.formats))
+            self._start_llama_cpp(_beside(GGUF_FORMATS, a.formats))
         if "vllm" in a.peers:
             self._start_vllm()
+        if "openvino" in a.peers:
+            self._start_openvino(_beside(OPENVINO_FORMATS, a.formats))
         for name in self.sides:
             self._check(name)
 
@@ -113,7 +117,7 @@ class Comparison:
                 lambda k=kind: Remote(TransformersSide, self.path, k, a.threads, a.load_format),
             )
 
-    def _start_llama_cpp(self, forms: dict[str, None]) -> None:
+    def _start_llama_cpp(self, forms: list[str]) -> None:
         a = self.arguments
         binary = a.llama_bench or shutil.which("llama-bench")
         reason = why_absent("gguf") or (why_absent("xllamacpp") if binary is None else None)
@@ -162,6 +166,26 @@ class Comparison:
                 a.vllm_python, self.path, a.threads, a.load_format, self.rows, a.vllm_eager
             ),
         )
+
+    def _start_openvino(self, forms: list[str]) -> None:
+        a = self.arguments
+        if a.openvino_python is None or not a.openvino_python.is_file():
+            self.absent["openvino"] = "no Python that has it was given (--openvino-python)"
+            return
+        for form in forms:
+            self._add(
+                f"openvino {form}",
+                form,
+                lambda f=form: OpenvinoSide(
+                    a.openvino_python,
+                    self.path,
+                    self.folder / "openvino",
+                    f,
+                    a.threads,
+                    a.load_format,
+                    self.rows,
+                ),
+            )
 
     def call(self, name: str, what: str, *values: Any) -> Any:
         """Ask a side, wherever it runs."""
@@ -251,6 +275,11 @@ class Comparison:
             side.close()
 
 
+def _beside(peers: Mapping[str, str], formats: list[str]) -> list[str]:
+    """A peer's formats beside octavo's, each once. peers: octavo's format -> the peer's."""
+    return list(dict.fromkeys(peers[kind] for kind in formats if kind in peers))
+
+
 def make_rows(arguments: argparse.Namespace) -> list[Row]:
     """The rows asked for."""
     a = arguments
@@ -287,7 +316,7 @@ def make_parser() -> argparse.ArgumentParser:
         parse_choices(name, known)
         for name, known in (("--formats", FORMATS), ("--rows", ROWS), ("--peers", PEERS))
     )
-    add("--formats", type=formats, default=["bf16", "int8", "w8a8", "int4"])
+    add("--formats", type=formats, default=["bf16", "int8", "w8a8", "int4", "int4-g128"])
     add("--rows", type=rows, default=list(ROWS))
     add("--peers", type=peers, default=list(PEERS), help="of: " + ", ".join(PEERS))
     add("--threads", type=int, default=_native.build_info()["physical_cores"])
@@ -303,7 +332,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--llama-label", default="", help="put behind llama.cpp's name, as ' (AVX2 build)'")
     add("--vllm-python", type=Path, help="a Python that has vLLM for CPUs")
     add("--vllm-eager", action="store_true", help="vLLM without torch.compile: starts sooner")
-    add("--gguf-folder", type=Path, help="keep GGUF files here for the next run")
+    add("--openvino-python", type=Path, help="a Python that has openvino-genai and optimum-intel")
+    add("--gguf-folder", type=Path, help="keep GGUF files and OpenVINO's here for the next run")
     add("--output", type=Path, help="also write everything to this JSON file")
     return parser
 

@@ -33,10 +33,17 @@ class OctavoSide:
         from octavo.engine.engine import Engine
         from octavo.engine.loader import load_runtime
         from octavo.models.registry import read_model
+        from octavo.quantization.apply import quantize_checkpoint
+        from octavo.quantization.plan import Scheme
         from octavo.weights.checkpoint import open_checkpoint
 
         settings: dict[str, Any] = {"dtype": kind if kind in ("f32", "bf16") else "bf16"}
-        if kind not in ("f32", "bf16"):
+        scheme: Scheme | None = None
+        if kind == "int4-g128":
+            # As `octavo quantize --group-size 128` writes it: --quantize takes groups of 32.
+            method = "rtn" if load_format == "dummy" else "search"
+            scheme = Scheme("int4", group_size=128, method=method)
+        elif kind not in ("f32", "bf16"):
             settings["quantize"] = kind
         # Every round asks the same prompts: they are to be computed each time.
         config = EngineConfig(
@@ -48,11 +55,12 @@ class OctavoSide:
         )
         files = read_model(path)
         checkpoint = open_checkpoint(files, load_format)
+        self._num_parameters = checkpoint.num_parameters
+        checkpoint = quantize_checkpoint(checkpoint, files.spec, scheme)
         cases = [case for row in rows for case in self._cases(row)]
         self._loaded = load_runtime(files, checkpoint, fit_config(config, cases))
         self._runner = Runner(self._loaded, files.spec, None)
         self._spec, self._threads = files.spec, threads
-        self._num_parameters = checkpoint.num_parameters
         self._llm = LLM.from_engine(
             Engine(
                 self._loaded.runtime,

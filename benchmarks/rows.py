@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# Bits of a weight by the name a side gives its format; scales are not counted.
-BITS = {"f32": 32, "bf16": 16, "int8": 8, "w8a8": 8, "q8_0": 8, "int4": 4, "q4_0": 4}
+# Bits of a weight by the name a side gives its format; the scales of groups count.
+BITS: dict[str, float] = {"f32": 32, "bf16": 16, "int8": 8, "w8a8": 8, "q8_0": 8.5}
+BITS |= {"int4": 4.5, "q4_0": 4.5, "int4-nonuniform": 4.5, "int4-g128": 4.125}
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,13 @@ class Row:
             [(7919 * index + 131 * request) % 490 + 10 for index in range(self.prompt)]
             for request in range(self.requests)
         ]
+
+
+def longest_of(rows: list[Row]) -> int:
+    """Tokens of the longest sequence, its answer included."""
+    return max(row.prompt + row.generated for row in rows)
+
+
+def most_requests_of(rows: list[Row]) -> int:
+    """Sequences of the row that has most."""
+    return max(row.requests for row in rows)

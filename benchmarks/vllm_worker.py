@@ -1,18 +1,15 @@
-"""vLLM's side of compare_cpu.py, run by a Python that has vLLM; octavo is not imported here.
-
-Reads a JSON list a line, [name, arguments...], and answers each with a JSON value on a line.
-"""
+"""vLLM's side of compare_cpu.py, run by a Python that has vLLM; `worker.py` has the rest."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from typing import Any
 
+from worker import require_tokens, serve
 
-class Worker:
+
+class VllmWorker:
     """One model in vLLM, in this process: with two cores, a process for the engine costs more."""
 
     def __init__(self, path: str, threads: int, load_format: str, longest: int, most: int) -> None:
@@ -21,7 +18,8 @@ class Worker:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}"
         import vllm
 
-        self.version = vllm.__version__
+        # It reads the same config.json; its number of parameters is not asked for.
+        self.description = {"version": vllm.__version__}
         self._params = vllm.SamplingParams
         self._llm = vllm.LLM(
             path,
@@ -43,23 +41,9 @@ class Worker:
         start = time.perf_counter()
         outputs = self._llm.generate(items, params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        found = [len(output.outputs[0].token_ids) for output in outputs]
-        if found != [count] * len(prompts):
-            raise RuntimeError(f"vLLM answered {found} tokens; expected {count} of each")
+        require_tokens("vLLM", [len(output.outputs[0].token_ids) for output in outputs], count)
         return seconds
 
 
-def main() -> None:
-    """Serve until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints is no answer
-    path, threads, load_format, longest, most = json.loads(sys.argv[1])
-    worker = Worker(path, threads, load_format, longest, most)
-    print(json.dumps({"version": worker.version}), file=answers, flush=True)
-    for line in sys.stdin:
-        prompts, count = json.loads(line)
-        print(json.dumps(worker.generate(prompts, count)), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(VllmWorker)
