@@ -26,6 +26,7 @@ def load(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     names = ["write_gguf", "cpu_sides", "llama_sides", "vllm_side", "vllm_worker", "cpu_report"]
     names += ["compare_cpu", "llama_quality", "rows", "sides", "machine"]
+    names += ["openvino_side", "openvino_worker", "other_python", "worker"]
 
     def load_module(name: str) -> ModuleType:
         return importlib.import_module(name)
@@ -142,6 +143,50 @@ def test_vllm_is_asked_and_its_end_is_told(
         module.VllmSide(Path(sys.executable), tmp_path, 1, "dummy", [served], False)
 
 
+def test_openvino_is_asked(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real worker, around an openvino_genai that takes a tenth of a second a token."""
+    module, rows = load("openvino_side"), load("rows")
+    (tmp_path / "openvino.py").write_text("Tensor = lambda array: array\n")
+    (tmp_path / "openvino_genai.py").write_text(
+        "import time\n"
+        "from types import SimpleNamespace as Made\n"
+        "__version__ = '0.0'\n"
+        "SchedulerConfig = Made\n"
+        "Tokenizer = str\n"
+        "class GenerationConfig(Made):\n"
+        "    def set_eos_token_id(self, token): pass\n"
+        "class ContinuousBatchingPipeline:\n"
+        "    def __init__(self, path, tokenizer, scheduler, device, **options):\n"
+        "        print('not an answer')\n"
+        "        assert path.endswith('m-int8') and scheduler.max_num_seqs == 3, path\n"
+        "        assert scheduler.max_num_batched_tokens == 4097, scheduler\n"
+        "        assert not scheduler.enable_prefix_caching\n"
+        "        assert options['INFERENCE_NUM_THREADS'] == 1, options\n"
+        "    def generate(self, inputs, configs):\n"
+        "        time.sleep(0.1)\n"
+        "        assert all(ids.shape[0] == 1 and ids.max() < 500 for ids in inputs)\n"
+        "        assert all(config.ignore_eos for config in configs)\n"
+        "        counts = [c.max_new_tokens - (c.max_new_tokens == 5) for c in configs]\n"
+        "        return [Made(m_generation_ids=[[0] * count]) for count in counts]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    converted = tmp_path / "kept" / "m-int8"
+    converted.mkdir(parents=True)
+    (converted / "converted.json").write_text('{"num_parameters": 77}')
+    asked = [rows.Row("serve", 8, 3, 3), rows.Row("prefill", 4096, 1)]
+    side = module.OpenvinoSide(
+        Path(sys.executable), tmp_path / "m", tmp_path / "kept", "int8", 1, "dummy", asked
+    )
+    try:
+        assert side.check(asked[0]) == {"version": "0.0", "num_parameters": 77}
+        assert 0 < side.run(asked[0]) <= asked[0].tokens / 0.1
+        assert 0 < side.run(asked[1]) <= 40960
+        with pytest.raises(RuntimeError, match=r"answered \[4\] tokens; expected 5"):
+            side.run(rows.Row("decode", 1, 5))
+    finally:
+        side.close()
+
+
 def test_octavos_side_has_its_gate(load, tmp_path: Path) -> None:
     sides, rows = load("cpu_sides"), load("rows")
     asked = [
@@ -151,7 +196,7 @@ def test_octavos_side_has_its_gate(load, tmp_path: Path) -> None:
     ]
     limits = {"bandwidth": 1e9, "flops": 1e9}
     found = {}
-    for kind in ("bf16", "w8a8"):
+    for kind in ("bf16", "w8a8", "int4-g128"):
         side = sides.OctavoSide(tiny_model(tmp_path / kind), kind, 1, "dummy", asked)
         for row in asked:
             check = side.check(row)
