@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from other_python import OtherPythonSide
-from rows import Row, longest_of, most_requests_of
+from rows import Row, longest_of, most_requests_of, most_tokens_of
 
 # octavo's format -> OpenVINO's beside it.
 OPENVINO_FORMATS = {"bf16": "bf16", "int8": "int8", "w8a8": "int8", "int4-g128": "int4-g128"}
@@ -29,6 +29,6 @@ class OpenvinoSide(OtherPythonSide):
         rows: list[Row],
     ) -> None:
         converted = (folder / f"{path.name}-{form}").absolute()
-        limits = [longest_of(rows), most_requests_of(rows)]
+        limits = [longest_of(rows), most_requests_of(rows), most_tokens_of(rows)]
         settings = [str(path), str(converted), form, threads, load_format, *limits]
         super().__init__("OpenVINO", python, "openvino_worker.py", settings, {})

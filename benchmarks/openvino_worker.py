@@ -16,14 +16,15 @@ from typing import Any
 from worker import require_tokens, serve
 
 BITS = {"int8": 8, "int4-g128": 4}
-CACHE_GIGABYTES = 1  # as vLLM's
+CACHE_BLOCK = 16  # tokens; its blocks hold no fewer
 
 
 class OpenvinoWorker:
     """One model in OpenVINO GenAI's pipeline with continuous batching, as it serves requests.
 
     path: the model in Hugging Face's form. converted: the folder with OpenVINO's form of it, made
-    if it is not there. form: "bf16", "int8" (a scale an output) or "int4-g128".
+    if it is not there. form: "bf16", "int8" (a scale an output) or "int4-g128". longest: tokens of
+    the longest sequence. most, most_tokens: sequences, and tokens of all of them, at once.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class OpenvinoWorker:
         load_format: str,
         longest: int,
         most: int,
+        most_tokens: int,
     ) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
         if not Path(converted).is_dir():
@@ -50,7 +52,8 @@ class OpenvinoWorker:
         scheduler.enable_prefix_caching = False
         scheduler.max_num_batched_tokens = max(2048, longest)
         scheduler.max_num_seqs = most
-        scheduler.cache_size = CACHE_GIGABYTES
+        # Room for all of them and for every last block; its default grows while it is measured.
+        scheduler.num_kv_blocks = 2 * most + 2 * -(-most_tokens // CACHE_BLOCK)
         # A shape has no tokenizer; token ids go in and come out.
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(
             converted,

@@ -61,3 +61,8 @@ def longest_of(rows: list[Row]) -> int:
 def most_requests_of(rows: list[Row]) -> int:
     """Sequences of the row that has most."""
     return max(row.requests for row in rows)
+
+
+def most_tokens_of(rows: list[Row]) -> int:
+    """Tokens of all sequences together, in the row that has most."""
+    return max(row.requests * (row.prompt + row.generated) for row in rows)

@@ -161,6 +161,7 @@ def test_openvino_is_asked(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "        assert path.endswith('m-int8') and scheduler.max_num_seqs == 3, path\n"
         "        assert scheduler.max_num_batched_tokens == 4097, scheduler\n"
         "        assert not scheduler.enable_prefix_caching\n"
+        "        assert scheduler.num_kv_blocks >= 4097 / 16\n"
         "        assert options['INFERENCE_NUM_THREADS'] == 1, options\n"
         "    def generate(self, inputs, configs):\n"
         "        time.sleep(0.1)\n"
