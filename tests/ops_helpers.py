@@ -236,8 +236,9 @@ def reference_attention(
 
     outs = []
     for sequence in sequences:
-        k, v = (definition.to_cache(x, kv_dtype) for x in (sequence.k, sequence.v))
-        outs.append(ops.attention(double(sequence.q), double(k), double(v), scale, window))
+        k, v = (double(definition.to_cache(x, kv_dtype)) for x in (sequence.k, sequence.v))
+        rounds = definition.attention_dtype(kv_dtype)
+        outs.append(ops.attention(double(sequence.q), k, v, scale, window, rounds))
     return [np.concatenate(outs)]
 
 

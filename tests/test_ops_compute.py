@@ -41,7 +41,8 @@ def test_op_equals_the_reference(case: Case, everywhere: dict[str, _native.Ops])
         for value, right in zip(actual, expected, strict=True):
             assert value.dtype == np.float32
             assert max_error(value, right) <= TOLERANCES[case.op], where
-        order = bf16_order(where.split()[0]) if case.op == "linear" else ""
+        is_bf16 = case.op == "linear" or case.label.endswith("-bf16")
+        order = bf16_order(where.split()[0]) if is_bf16 else ""
         first = firsts.setdefault(order, actual)
         for value, one in zip(actual, first, strict=True):
             assert same_bits(value, one), f"{where} and the first differ in their last bits"
@@ -101,23 +102,46 @@ def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, thr
         assert same_bits(np.concatenate(chunks), whole), f"chunks of {size}"
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 64])
-def test_attention_does_not_depend_on_the_blocks(block_size: int) -> None:
-    native = _native.Ops("cpu", 2)
+@pytest.mark.parametrize("block_size", [32, 48, 64])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+def test_attention_does_not_depend_on_the_blocks(kv_dtype: str, block_size: int) -> None:
     sequences = [make_sequence(i, 5, 130 + i, (4, 2), 32) for i in range(3)]
-    one = native_attention(native, sequences, 0.2, 0, "f32")
-    other = native_attention(native, sequences, 0.2, 0, "f32", block_size)
-    assert same_bits(one[0], other[0])
+    for isa in ISAS:
+        native = _native.Ops("cpu", 2, isa)
+        one = native_attention(native, sequences, 0.2, 0, kv_dtype)
+        other = native_attention(native, sequences, 0.2, 0, kv_dtype, block_size)
+        assert same_bits(one[0], other[0]), isa
 
 
-def test_attention_ignores_what_no_token_owns() -> None:
+@pytest.mark.parametrize("window", [0, 33])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+def test_attention_ignores_what_no_token_owns(kv_dtype: str, window: int) -> None:
     """A block's unused slots hold another sequence's numbers, maybe infinite ones."""
-    native = _native.Ops("cpu", 2)
-    sequences = [make_sequence(i, 3, context, (4, 2), 32) for i, context in enumerate((5, 49, 550))]
-    zeros = native_attention(native, sequences, 0.2, 0, "f32", empty=0.0)[0]
-    assert np.isfinite(zeros).all()
-    for empty in (np.nan, np.inf, 1e30):
-        assert same_bits(native_attention(native, sequences, 0.2, 0, "f32", empty=empty)[0], zeros)
+    contexts = (5, 49, 550)
+    sequences = [make_sequence(i, 3, context, (4, 2), 32) for i, context in enumerate(contexts)]
+    for isa in ISAS:
+        native = _native.Ops("cpu", 2, isa)
+        zeros = native_attention(native, sequences, 0.2, window, kv_dtype, empty=0.0)[0]
+        assert np.isfinite(zeros).all()
+        for empty in (np.nan, np.inf, 1e30):
+            other = native_attention(native, sequences, 0.2, window, kv_dtype, empty=empty)[0]
+            assert same_bits(other, zeros), isa
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+def test_attention_over_scores_of_any_size(kv_dtype: str) -> None:
+    """Scores up to 1e33 leave one token with all the weight; equal ones share it."""
+    one = make_sequence(3, 6, 70, (2, 1), 32)
+    huge = type(one)(one.q * np.float32(1e32), one.k, one.v)
+    equal = type(one)(np.zeros_like(one.q), one.k, one.v)
+    for isa in ISAS:
+        native = _native.Ops("cpu", 1, isa)
+        out = native_attention(native, [huge], 1.0, 0, kv_dtype)[0]
+        seen = ops.to_cache(one.v, kv_dtype)[:, 0]
+        for row, head in np.ndindex(6, 2):
+            assert np.abs(seen - out[row, head]).max(-1).min() == 0, isa
+        mean = native_attention(native, [equal], 1.0, 0, kv_dtype)[0]
+        assert max_error(mean[-1, 0], seen.mean(0)) < 1e-5, isa
 
 
 def test_bf16_cache_is_the_f32_cache_rounded() -> None:

@@ -200,43 +200,77 @@ def rope_and_store__rounded_before_rope(q, k, v, positions, slots, freqs, n, kv_
 
 
 @planted
-def attention__no_scale(q, k, v, scale, window=0):
-    return ops.attention(q, k, v, 1.0, window)
+def attention__no_scale(q, k, v, scale, window=0, dtype="f32"):
+    return ops.attention(q, k, v, 1.0, window, dtype)
 
 
 @planted
-def attention__last_key_unseen(q, k, v, scale, window=0):
+def attention__last_key_unseen(q, k, v, scale, window=0, dtype="f32"):
     if len(k) == len(q):
-        return ops.attention(q, k, v, scale, window)
-    return ops.attention(q, k[:-1], v[:-1], scale, window)
+        return ops.attention(q, k, v, scale, window, dtype)
+    return ops.attention(q, k[:-1], v[:-1], scale, window, dtype)
 
 
 @planted
-def attention__not_causal(q, k, v, scale, window=0):
-    rows = [ops.attention(q[i : i + 1], k, v, scale, window) for i in range(len(q))]
+def attention__not_causal(q, k, v, scale, window=0, dtype="f32"):
+    rows = [ops.attention(q[i : i + 1], k, v, scale, window, dtype) for i in range(len(q))]
     return np.concatenate(rows)
 
 
 @planted
-def attention__window_one_too_wide(q, k, v, scale, window=0):
-    return ops.attention(q, k, v, scale, window + 1 if window else 0)
+def attention__window_one_too_wide(q, k, v, scale, window=0, dtype="f32"):
+    return ops.attention(q, k, v, scale, window + 1 if window else 0, dtype)
 
 
 @planted
-def attention__no_window(q, k, v, scale, window=0):
-    return ops.attention(q, k, v, scale, 0)
+def attention__no_window(q, k, v, scale, window=0, dtype="f32"):
+    return ops.attention(q, k, v, scale, 0, dtype)
 
 
 @planted
-def attention__heads_interleaved(q, k, v, scale, window=0):
+def attention__heads_interleaved(q, k, v, scale, window=0, dtype="f32"):
     heads, kv_heads = q.shape[1], k.shape[1]
     order = np.arange(heads) % kv_heads
-    return ops.attention(q, k[:, order], v[:, order], scale, window)
+    return ops.attention(q, k[:, order], v[:, order], scale, window, dtype)
 
 
 @planted
-def attention__scale_of_another_width(q, k, v, scale, window=0):
-    return ops.attention(q, k, v, scale * 1.01, window)
+def attention__scale_of_another_width(q, k, v, scale, window=0, dtype="f32"):
+    return ops.attention(q, k, v, scale * 1.01, window, dtype)
+
+
+@planted
+def attention__queries_not_rounded(q, k, v, scale, window=0, dtype="f32"):
+    return attention_unrounded(q, k, v, scale, window, dtype, "q")
+
+
+@planted
+def attention__weights_not_rounded(q, k, v, scale, window=0, dtype="f32"):
+    return attention_unrounded(q, k, v, scale, window, dtype, "weights")
+
+
+@planted
+def attention__sum_of_rounded_weights(q, k, v, scale, window=0, dtype="f32"):
+    """As if the weights that are added up were those that meet the values."""
+    if dtype == "f32":
+        return ops.attention(q, k, v, scale, window)
+    ones = np.ones_like(v)
+    share = ops.attention(q, k, ones, scale, window, dtype)  # rounded over unrounded sum
+    return ops.attention(q, k, v, scale, window, dtype) / share
+
+
+def attention_unrounded(q, k, v, scale, window, dtype, what):
+    """ops.attention with one of the two roundings of "bf16" left out."""
+    if dtype == "f32":
+        return ops.attention(q, k, v, scale, window)
+    if what == "weights":
+        return ops.attention(ops.round_to_bf16(q), k, v, scale, window)
+    # q exactly, as a sum of three bf16 numbers in thrice as many dimensions.
+    first = ops.round_to_bf16(q)
+    second = ops.round_to_bf16(q - first)
+    parts = np.concatenate([first, second, ops.round_to_bf16(q - first - second)], axis=-1)
+    wide = ops.attention(parts, np.tile(k, 3), np.tile(v, 3), scale, window, dtype)
+    return wide[..., : q.shape[-1]]
 
 
 @planted

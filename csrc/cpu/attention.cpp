@@ -16,7 +16,9 @@ KvLayout make_layout(DType dtype, std::int64_t block_size, std::int64_t head_dim
   layout.dtype = dtype;
   layout.block_size = block_size;
   layout.head_dim = head_dim;
-  layout.padded_dim = (head_dim + kLanes - 1) / kLanes * kLanes;
+  const auto round_up = [&](std::int64_t to) { return (head_dim + to - 1) / to * to; };
+  layout.key_dim = layout.has_pairs() ? round_up(kDepthBlock) : head_dim;
+  layout.padded_dim = round_up(kLanes);
   layout.num_kv_heads = num_kv_heads;
   return layout;
 }
@@ -178,7 +180,8 @@ void CpuBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& lay
 void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
                            const Step& step) {
   const std::vector<Piece> pieces = cut_pieces(layer, step);
-  const std::int64_t padded = layout_of(kv).padded_dim;
+  const KvLayout layout = layout_of(kv);
+  const std::int64_t padded = layout.padded_dim;
   std::int64_t most_splits = 1, total_splits = 0;
   for (const Piece& piece : pieces) {
     most_splits = std::max(most_splits, piece.splits());
@@ -201,14 +204,14 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
       AttendTask task = make_task(piece, q, layer, scale, kv, step);
       AttendState total[kMaxAttendRows], part[kMaxAttendRows];
       float* mine = memory + 2 * piece_floats * thread;
-      for (int r = 0; r < task.rows; ++r) {
+      for (int r = 0; r < kMaxAttendRows; ++r) {
         total[r].out = mine + r * padded;
         part[r].out = mine + piece_floats + r * padded;
       }
       for (std::int64_t split = 0; split < piece.splits(); ++split) {
         set_range(task, split);
         kernels_.attend(task, split == 0 ? total : part);
-        for (int r = 0; split > 0 && r < task.rows; ++r) kernels_.merge(total[r], part[r], padded);
+        for (int r = 0; split > 0 && r < task.rows; ++r) kernels_.merge(layout, total[r], part[r]);
       }
       for (int r = 0; r < task.rows; ++r) finish(piece, r, total[r]);
     };
@@ -218,7 +221,10 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
     if (work < kWorthThreads) {
       for (std::int64_t index = 0; index < num_pieces; ++index) attend_piece(index, 0);
     } else {
-      pool_.each(num_pieces, attend_piece);
+      // The last ones of a prompt see the most tokens: they come first.
+      pool_.each(num_pieces, [&](std::int64_t index, int thread) {
+        attend_piece(num_pieces - 1 - index, thread);
+      });
     }
     return;
   }
@@ -236,7 +242,7 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
     AttendTask task = make_task(pieces[static_cast<std::size_t>(index)], q, layer, scale, kv, step);
     set_range(task, split);
     AttendState* mine = states.data() + job * kMaxAttendRows;
-    for (int r = 0; r < task.rows; ++r) mine[r].out = memory + job * piece_floats + r * padded;
+    for (int r = 0; r < kMaxAttendRows; ++r) mine[r].out = memory + job * piece_floats + r * padded;
     kernels_.attend(task, mine);
   });
   std::int64_t job = 0;
@@ -244,8 +250,8 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
     AttendState* total = states.data() + job * kMaxAttendRows;
     for (std::int64_t r = 0; r < piece.rows; ++r) {
       for (std::int64_t split = 1; split < piece.splits(); ++split)
-        kernels_.merge(
-            total[r], states[static_cast<std::size_t>((job + split) * kMaxAttendRows + r)], padded);
+        kernels_.merge(layout, total[r],
+                       states[static_cast<std::size_t>((job + split) * kMaxAttendRows + r)]);
       finish(piece, r, total[r]);
     }
     job += piece.splits();

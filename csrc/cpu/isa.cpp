@@ -69,6 +69,8 @@ struct Entry {
 
 [[maybe_unused]] bool has_avx512_vnni() { return has_avx512() && HAS("avx512vnni"); }
 
+[[maybe_unused]] bool has_avx512_bf16() { return has_avx512_vnni() && HAS("avx512bf16"); }
+
 // Tiles of bf16 and int8 (leaf 7), of the size the kernels are written for (leaves 1d and 1e), and
 // the system saves them (XCR0, bits 17 and 18) and grants them to this process.
 [[maybe_unused]] bool has_amx() {
@@ -77,7 +79,7 @@ struct Entry {
     return __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx) != 0;
   };
   constexpr unsigned kFeatures = 1u << 22 | 1u << 24 | 1u << 25, kXsave = 1u << 27;
-  if (!has_avx512_vnni() || !has_leaf(7, 0) || (edx & kFeatures) != kFeatures) return false;
+  if (!has_avx512_bf16() || !has_leaf(7, 0) || (edx & kFeatures) != kFeatures) return false;
   if (!has_leaf(0x1d, 1) || eax >> 16 != kTileBytes || ebx != (kNumTiles << 16 | kTileRowBytes) ||
       (ecx & 0xffffu) != kTileRows)
     return false;
@@ -113,8 +115,7 @@ std::vector<Entry> entries() {
   list.push_back({"avx512_vnni", has_avx512_vnni, avx512_vnni_kernels});
 #endif
 #if defined(OCTAVO_HAVE_AVX512_BF16)
-  list.push_back(
-      {"avx512_bf16", [] { return has_avx512_vnni() && HAS("avx512bf16"); }, avx512_bf16_kernels});
+  list.push_back({"avx512_bf16", has_avx512_bf16, avx512_bf16_kernels});
 #endif
 #if defined(OCTAVO_HAVE_AMX)
   list.push_back({"amx", has_amx, amx_kernels});

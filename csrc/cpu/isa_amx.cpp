@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 #include "cpu/intrinsics.h"
 #include "cpu/kernels.h"

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <utility>
+#include <vector>
 
 #include "cpu/intrinsics.h"
 #include "cpu/kernels.h"

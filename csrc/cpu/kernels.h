@@ -80,30 +80,38 @@ inline std::int64_t block_index(const LinearTask& task, std::int64_t k) {
   return k / group * blocks_per_group(task) + k % group / kIntegerBlock;
 }
 
-// How the keys and values of one KV head lie in a block:
+// How the keys and values of one KV head lie in a block, in float32 and int8:
 //   keys [block_size / 16][head_dim][16], then values [block_size][padded_dim]
-// and when they are int8, a float32 scale for each token's key, then for each token's value.
+// in bf16, two dimensions of a key or two tokens' values in each 32-bit word:
+//   keys [block_size / 16][key_dim / 2][16][2], then values [block_size / 2][padded_dim][2]
+// with key_dim a multiple of 32; what is added stays zero. And when they are int8, a float32 scale
+// for each token's key, then for each token's value.
 struct KvLayout {
   DType dtype = DType::f32;
-  std::int64_t block_size = 0, head_dim = 0, padded_dim = 0, num_kv_heads = 0;
+  std::int64_t block_size = 0, head_dim = 0, key_dim = 0, padded_dim = 0, num_kv_heads = 0;
 
+  bool has_pairs() const { return dtype == DType::bf16; }
   std::int64_t item_bytes() const { return bits_of(dtype) / 8; }
-  std::int64_t scales_at() const { return block_size * (head_dim + padded_dim) * item_bytes(); }
+  std::int64_t scales_at() const { return block_size * (key_dim + padded_dim) * item_bytes(); }
   std::int64_t head_bytes() const {
     return scales_at() + (dtype == DType::int8 ? 2 * block_size * 4 : 0);
   }
   std::int64_t block_bytes() const { return num_kv_heads * head_bytes(); }
   std::int64_t key_item(std::int64_t token, std::int64_t dim) const {
-    return (token / kLanes * head_dim + dim) * kLanes + token % kLanes;
+    const std::int64_t tile = token / kLanes * key_dim * kLanes, lane = token % kLanes;
+    if (has_pairs()) return tile + (dim / 2 * kLanes + lane) * 2 + dim % 2;
+    return tile + dim * kLanes + lane;
   }
   std::int64_t value_item(std::int64_t token, std::int64_t dim) const {
-    return block_size * head_dim + token * padded_dim + dim;
+    const std::int64_t values = block_size * key_dim;
+    if (has_pairs()) return values + (token / 2 * padded_dim + dim) * 2 + token % 2;
+    return values + token * padded_dim + dim;
   }
 };
 
-constexpr int kMaxAttendRows = 16;
+constexpr int kMaxAttendRows = 64;
 
-// Attention of a few query rows, all of one KV head, over tokens [begin, end) of their sequence.
+// Attention of some query rows, all of one KV head, over tokens [begin, end) of their sequence.
 struct AttendTask {
   const float* q[kMaxAttendRows] = {};         // head_dim numbers each
   std::int64_t position[kMaxAttendRows] = {};  // of each row
@@ -116,9 +124,10 @@ struct AttendTask {
   float scale = 1.0f;
 };
 
-// What one range of tokens contributes to a row: softmax numerator, denominator, greatest score.
+// What one range of tokens contributes to a row: softmax numerator, denominator, greatest score
+// (over a bf16 cache: in powers of two, rounded up to a whole number).
 struct AttendState {
-  float* out = nullptr;  // [padded_dim], not yet divided by the sum
+  float* out = nullptr;  // [padded_dim], not yet divided by the sum; rows lie one after another
   float max = 0.0f;
   float sum = 0.0f;
 };
@@ -146,10 +155,11 @@ struct Kernels {
   // gate null: out = act(up); else out = act(gate) * up.
   void (*activate)(float* out, const float* gate, const float* up, Activation activation,
                    std::int64_t count);
-  // Fills states[row], each over the task's range alone.
+  // Fills states[row], each over the task's range alone. There are kMaxAttendRows of them with
+  // memory, of which those behind the task's rows may be used as well.
   void (*attend)(const AttendTask& task, AttendState* states);
   // Folds `part`, a later range of tokens, into `total`.
-  void (*merge)(AttendState& total, const AttendState& part, std::int64_t padded_dim);
+  void (*merge)(const KvLayout& layout, AttendState& total, const AttendState& part);
   // Sampling: see reference/sampling.py for the definition of each.
   void (*exp_weights)(std::uint64_t* out, const float* x, float max, std::int64_t count);
   std::uint64_t (*exp_sum)(const float* x, float max, std::int64_t count);

@@ -5,6 +5,10 @@
 // A row's arithmetic depends on its own position and on where tiles, stretches and ranges begin,
 // which are absolute multiples of constants; so chunking and company do not change its bits. A
 // token that a row does not see, but a row beside it does, has a weight of exactly 0.
+//
+// Over float32 and int8 caches all is float32, and weights are e^(score - greatest score). Over a
+// bf16 cache (attention_bf16.h) both products are of bf16 numbers, and weights are powers of two,
+// 2^(score - whole number): see reference/ops.py.
 
 // The greatest score of no token.
 inline bool is_nothing(float max) { return max == -std::numeric_limits<float>::infinity(); }
@@ -77,15 +81,40 @@ template <int R, int T, class Item>
   }
 }
 
-// R rows' softmax over one more stretch: turns scores into weights where they lie, except that what
-// all there was before a row shrinks by its correction. sum_lanes: the denominators, still in 16
-// lanes. scores: [R][kStretch]; corrections: 16 numbers, R of them used.
-template <int R, class Item>
-inline void stretch_weights(const AttendTask& task, AttendState* states, Vec* sum_lanes,
-                            float* scores, const Tile<Item>* tiles, int num_tiles,
-                            const Visible* visible, float* corrections) {
+// Scores of some rows over a stretch: row r's of tile t are the 16 numbers at(r, t).
+struct Scores {
+  float* first;
+  std::int64_t row_stride, tile_stride;
+  float* at(int row, int tile) const { return first + row * row_stride + tile * tile_stride; }
+};
+
+// How scores become weights over a float32 or int8 cache: e^(score - greatest score so far).
+template <class Item>
+struct PowersOfE {
+  static constexpr bool kHasScales = Tile<Item>::kHasScales;
+  const Tile<Item>* tiles;
+  Vec scale;
+  Scores scores;
+
+  Vec scaled(Vec score, int t) const {
+    if (kHasScales) score = mul(score, load(tiles[t].key_scales));
+    return mul(score, scale);
+  }
+  static float subtracted(float greatest) { return greatest; }
+  static Vec power(Vec x) { return exp_negative(x); }
+  void store_weight(int r, int t, Vec weight) const {
+    store(scores.at(r, t), kHasScales ? mul(weight, load(tiles[t].value_scales)) : weight);
+  }
+};
+
+// R rows' softmax over tiles [first_tile, last_tile) of one more stretch: hands each weight to the
+// rule, and what all there was before a row shrinks by its correction. sum_lanes: the denominators,
+// still in 16 lanes. corrections: 16 numbers, R of them used.
+template <int R, class Rule>
+inline void stretch_weights(AttendState* states, Vec* sum_lanes, const Scores& scores,
+                            const Rule& rule, int first_tile, int last_tile, const Visible* visible,
+                            float* corrections) {
   static const float kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  constexpr bool kHasScales = Tile<Item>::kHasScales;
   const Vec nothing = splat(-std::numeric_limits<float>::infinity());
   const Vec numbers = load(kLaneNumbers);
   Visible by_all = visible[0];
@@ -95,26 +124,23 @@ inline void stretch_weights(const AttendTask& task, AttendState* states, Vec* su
   }
   Vec largest[R];
   for (int r = 0; r < R; ++r) largest[r] = nothing;
-  for (int t = 0; t < num_tiles; ++t) {
+  for (int t = first_tile; t < last_tile; ++t) {
     const std::int64_t begin = t * kLanes;
     const bool is_whole = by_all.low <= begin && begin + kLanes <= by_all.high;
     for (int r = 0; r < R; ++r) {
-      float* at = scores + r * kStretch + begin;
-      Vec score = load(at);
-      if (kHasScales) score = mul(score, load(tiles[t].key_scales));
-      score = mul(score, splat(task.scale));
+      Vec score = rule.scaled(load(scores.at(r, t)), t);
       if (!is_whole) {
         const Vec low = splat(static_cast<float>(visible[r].low - begin));
         const Vec high = splat(static_cast<float>(visible[r].high - begin));
         score = select_less(numbers, low, nothing, select_less(numbers, high, score, nothing));
       }
-      store(at, score);
+      store(scores.at(r, t), score);
       largest[r] = max(largest[r], score);
     }
   }
   Vec subtracted[R], sums[R];
   for (int r = 0; r < R; ++r) {
-    const float before = states[r].max, in_stretch = max_lanes(largest[r]);
+    const float before = states[r].max, in_stretch = rule.subtracted(max_lanes(largest[r]));
     const float now = before > in_stretch ? before : in_stretch;
     states[r].max = now;
     // What there was before a row's first token is 0, whatever it is multiplied by.
@@ -123,16 +149,57 @@ inline void stretch_weights(const AttendTask& task, AttendState* states, Vec* su
     subtracted[r] = splat(is_nothing(now) ? 0.0f : now);
     sums[r] = zero();
   }
-  store(corrections, exp_negative(load(corrections)));
-  for (int t = 0; t < num_tiles; ++t) {
+  store(corrections, rule.power(load(corrections)));
+  for (int t = first_tile; t < last_tile; ++t) {
     for (int r = 0; r < R; ++r) {
-      float* at = scores + r * kStretch + t * kLanes;
-      const Vec weight = exp_negative(sub(load(at), subtracted[r]));
+      const Vec weight = rule.power(sub(load(scores.at(r, t)), subtracted[r]));
       sums[r] = add(sums[r], weight);
-      store(at, kHasScales ? mul(weight, load(tiles[t].value_scales)) : weight);
+      rule.store_weight(r, t, weight);
     }
   }
   for (int r = 0; r < R; ++r) sum_lanes[r] = add(mul(sum_lanes[r], splat(corrections[r])), sums[r]);
+}
+
+// The stretch that begins at token `stretch`, as R rows see it; returns what any of them sees.
+template <int R>
+inline Visible look_at(const AttendTask& task, int first_row, std::int64_t stretch,
+                       Visible* visible) {
+  Visible seen = {kStretch, 0};
+  for (int r = 0; r < R; ++r) {
+    visible[r] = visible_to(task, first_row + r, stretch);
+    if (visible[r].low >= visible[r].high) continue;
+    seen.low = visible[r].low < seen.low ? visible[r].low : seen.low;
+    seen.high = visible[r].high > seen.high ? visible[r].high : seen.high;
+  }
+  return seen;
+}
+
+// The tiles of a stretch in which something is seen.
+template <class Item>
+struct SeenTiles {
+  int first, last;
+  Tile<Item> tiles[kStretchTiles];
+
+  SeenTiles(const AttendTask& task, std::int64_t stretch, const Visible& seen)
+      : first(static_cast<int>(seen.low / kLanes)),
+        last(static_cast<int>((seen.high + kLanes - 1) / kLanes)) {
+    for (int t = first; t < last; ++t) tiles[t] = find_tile<Item>(task, stretch + t * kLanes);
+  }
+};
+
+// Calls score(count, t) for the tiles, as many at a time as make kChains chains with R rows.
+template <int R, int kChains, class Score>
+inline void each_tiles(int first, int last, Score&& score) {
+  int t = first;
+  const auto take = [&](auto count) {  // so many at a time, while they last
+    if constexpr (count * R <= kChains || count == 1) {
+      for (; t + count <= last; t += count) score(count, t);
+    }
+  };
+  take(std::integral_constant<int, 8>{});
+  take(std::integral_constant<int, 4>{});
+  take(std::integral_constant<int, 2>{});
+  take(std::integral_constant<int, 1>{});
 }
 
 // out = out * correction + sum over the seen tokens of weight x value, for R rows and NV vectors of
@@ -179,57 +246,46 @@ template <int R, class Item>
 inline void attend_rows(const AttendTask& task, int first, AttendState* states, Vec* sum_lanes) {
   constexpr int kValueRowsAtOnce = R < kValueRows ? R : kValueRows;
   static_assert(R % kValueRowsAtOnce == 0);
-  states += first;
-  sum_lanes += first;
   for (std::int64_t stretch = task.begin; stretch < task.end; stretch += kStretch) {
-    Visible visible[R], seen = {kStretch, 0};
-    for (int r = 0; r < R; ++r) {
-      visible[r] = visible_to(task, first + r, stretch);
-      if (visible[r].low >= visible[r].high) continue;
-      seen.low = visible[r].low < seen.low ? visible[r].low : seen.low;
-      seen.high = visible[r].high > seen.high ? visible[r].high : seen.high;
-    }
+    Visible visible[R];
+    const Visible seen = look_at<R>(task, first, stretch, visible);
     if (seen.low >= seen.high) continue;
-    const int num_tiles = static_cast<int>((seen.high + kLanes - 1) / kLanes);
-    Tile<Item> tiles[kStretchTiles];
-    for (int t = 0; t < num_tiles; ++t) tiles[t] = find_tile<Item>(task, stretch + t * kLanes);
+    const SeenTiles<Item> in(task, stretch, seen);
 
-    float scores[R * kStretch];
-    int t = 0;
-    const auto score_tiles = [&](auto count) {  // so many at a time, while they last
-      if constexpr (count * R <= kScoreChains || count == 1) {
-        for (; t + count <= num_tiles; t += count)
-          tile_scores<R, count>(task.q + first, tiles + t, task.layout.head_dim,
-                                scores + t * kLanes);
-      }
-    };
-    score_tiles(std::integral_constant<int, 8>{});
-    score_tiles(std::integral_constant<int, 4>{});
-    score_tiles(std::integral_constant<int, 2>{});
-    score_tiles(std::integral_constant<int, 1>{});
-
+    float memory[R * kStretch];
+    const Scores scores{memory, kStretch, kLanes};
+    each_tiles<R, kScoreChains>(in.first, in.last, [&](auto count, int t) {
+      tile_scores<R, count>(task.q + first, in.tiles + t, task.layout.head_dim, scores.at(0, t));
+    });
     float corrections[kLanes] = {};
-    stretch_weights<R>(task, states, sum_lanes, scores, tiles, num_tiles, visible, corrections);
+    const PowersOfE<Item> rule{in.tiles, splat(task.scale), scores};
+    stretch_weights<R>(states, sum_lanes, scores, rule, in.first, in.last, visible, corrections);
     for (int r = 0; r < R; r += kValueRowsAtOnce)
-      add_all_values<kValueRowsAtOnce>(states + r, tiles, task.layout.padded_dim,
-                                       scores + r * kStretch, seen, corrections + r);
+      add_all_values<kValueRowsAtOnce>(states + r, in.tiles, task.layout.padded_dim,
+                                       memory + r * kStretch, seen, corrections + r);
   }
 }
 
-template <class Item>
-inline void attend_format(const AttendTask& task, AttendState* states) {
-  const KvLayout& layout = task.layout;
-  Vec sum_lane[kMaxAttendRows];
-  for (int r = 0; r < task.rows; ++r) {
+inline void clear_states(const AttendTask& task, AttendState* states, Vec* sum_lane, int rows) {
+  for (int r = 0; r < rows; ++r) {
     states[r].max = -std::numeric_limits<float>::infinity();
     sum_lane[r] = zero();
-    std::memset(states[r].out, 0, static_cast<std::size_t>(layout.padded_dim) * sizeof(float));
+    std::memset(states[r].out, 0, static_cast<std::size_t>(task.layout.padded_dim) * sizeof(float));
   }
+}
+
+#include "cpu/kernels/attention_bf16.h"
+
+// Goes through all rows, a few at a time.
+template <class AttendRows>
+inline void attend_all(const AttendTask& task, AttendState* states, AttendRows&& attend_rows) {
+  Vec sum_lane[kMaxAttendRows];
+  clear_states(task, states, sum_lane, task.rows);
   int row = 0;
   const auto rows = [&](auto count) {
     if constexpr (count <= kScoreChains) {
       for (; row + count <= task.rows; row += count)
-        attend_rows<count, Item>(task, row, states, sum_lane);
+        attend_rows(count, row, states + row, sum_lane + row);
     }
   };
   rows(std::integral_constant<int, 8>{});
@@ -243,23 +299,34 @@ inline void attend_format(const AttendTask& task, AttendState* states) {
 void attend(const AttendTask& task, AttendState* states) {
   switch (task.layout.dtype) {
     case DType::f32:
-      return attend_format<float>(task, states);
-    case DType::bf16:
-      return attend_format<std::uint16_t>(task, states);
+      return attend_all(task, states, [&](auto count, int row, AttendState* some, Vec* sums) {
+        attend_rows<count, float>(task, row, some, sums);
+      });
+    case DType::bf16: {
+      const PairQueries queries(task);
+      return attend_all(task, states, [&](auto count, int row, AttendState* some, Vec* sums) {
+        attend_pair_rows<count>(task, queries, row, some, sums);
+      });
+    }
     case DType::int8:
-      return attend_format<std::int8_t>(task, states);
+      return attend_all(task, states, [&](auto count, int row, AttendState* some, Vec* sums) {
+        attend_rows<count, std::int8_t>(task, row, some, sums);
+      });
     default:
       break;  // Runtime admits no other
   }
 }
 
-void merge(AttendState& total, const AttendState& part, std::int64_t padded_dim) {
+void merge(const KvLayout& layout, AttendState& total, const AttendState& part) {
   if (part.sum == 0.0f) return;  // no token of that range was visible
   const float new_max = total.max > part.max ? total.max : part.max;
-  const float old_scale = exp_negative(total.max - new_max);
-  const float part_scale = exp_negative(part.max - new_max);
+  float scales[kLanes] = {total.max - new_max, part.max - new_max};
+  const Vec powers = load(scales);
+  store(scales, layout.has_pairs() ? exp2_negative(powers) : exp_negative(powers));
+  const Vec old_scale = splat(scales[0]), part_scale = splat(scales[1]);
   total.max = new_max;
-  total.sum = total.sum * old_scale + part.sum * part_scale;
-  for (std::int64_t d = 0; d < padded_dim; ++d)
-    total.out[d] = total.out[d] * old_scale + part.out[d] * part_scale;
+  total.sum = total.sum * scales[0] + part.sum * scales[1];
+  for (std::int64_t d = 0; d < layout.padded_dim; d += kLanes)
+    store(total.out + d,
+          add(mul(load(total.out + d), old_scale), mul(load(part.out + d), part_scale)));
 }

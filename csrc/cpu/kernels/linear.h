@@ -5,19 +5,6 @@
 // The bits of an output depend neither on the tile that computes it nor on where stretches end.
 // Bias comes last.
 
-// The next loop, over a tile's rows or panels, becomes straight code: its sums stay in registers.
-#if defined(__clang__)
-#define OCTAVO_UNROLL _Pragma("unroll")
-#else
-#define OCTAVO_UNROLL _Pragma("GCC unroll 16")
-#endif
-
-// Calls f with 0, 1, .. N - 1 as compile-time constants: a shift's distance has to be one.
-template <class F, int... J>
-inline void unroll(F&& f, std::integer_sequence<int, J...>) {
-  (f(std::integral_constant<int, J>{}), ...);
-}
-
 // At most so many inputs at a time, so that a few panels' weights stay in the second cache while
 // rows pass by.
 constexpr std::int64_t kDepthChunk = 1024;

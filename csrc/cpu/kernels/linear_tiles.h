@@ -225,11 +225,14 @@ void prepare_tile_input(const LinearTask& task, std::int64_t row, void* to, cons
   prepare_integer_tile(task, row, tile + within * IntegerSteps(task).inputs, x, inputs);
 }
 
+#include "cpu/kernels/attention_tiles.h"
+
 // Pieces of many rows, since weights come from memory once for each: 256 rows and 16 panels are
 // sums of 256 KiB, and 768 KiB of x and weights a stretch of 1024 bytes, in the second cache.
 inline Kernels with_tiles(Kernels kernels) {
   kernels.prepare_input = prepare_tile_input;
   kernels.linear = linear_on_tiles;
+  kernels.attend = attend_on_tiles;
   kernels.pieces = {2 * kRowTile, kMaxRowTiles * kRowTile, kMaxPanels};
   return kernels;
 }

@@ -1,5 +1,18 @@
 // Functions over 16 lanes that are the same to the bit on every instruction set.
 
+// The next loop, over a few rows or vectors, becomes straight code: its sums stay in registers.
+#if defined(__clang__)
+#define OCTAVO_UNROLL _Pragma("unroll")
+#else
+#define OCTAVO_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// Calls f with 0, 1, .. N - 1 as compile-time constants: a shift's distance has to be one.
+template <class F, int... J>
+inline void unroll(F&& f, std::integer_sequence<int, J...>) {
+  (f(std::integral_constant<int, J>{}), ...);
+}
+
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // The sum of the lanes, halves onto halves: one order for everybody.
@@ -42,6 +55,29 @@ inline float exp_negative(float x) {
   float lane[16];
   store(lane, exp_negative(splat(x)));
   return lane[0];
+}
+
+// 2^x for x <= 0; 0 below -125. x is a whole number n and a rest of at most 1/2; 2^rest is a
+// polynomial fitted to it at Chebyshev nodes with 1 as its first coefficient, so that 2^n is exact.
+inline Vec exp2_negative(Vec given) {
+  const Vec x = max(splat(-126.0f), given);  // in range; a NaN stays one
+  constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: what is added to it becomes whole
+  const Vec n = sub(add(x, splat(kRound)), splat(kRound));
+  const Vec r = sub(x, n);
+  Vec p = splat(0.00132647273f);
+  p = fma(p, r, splat(0.00967151299f));
+  p = fma(p, r, splat(0.0555073358f));
+  p = fma(p, r, splat(0.240222424f));
+  p = fma(p, r, splat(0.693147004f));
+  p = fma(p, r, splat(1.0f));
+  return select_less(given, splat(-125.0f), zero(), scale_exponent(p, n));
+}
+
+// Rounded to bf16, ties to even, by adding to the bits; a NaN stays one.
+inline Vec round_to_bf16(Vec x) {
+  const Words bits = as_words(x);
+  const Words last = shift_right<31>(shift_left<15>(bits));  // bit 16: whether to round up a tie
+  return as_floats(clear_low_half(add_words(bits, add_words(last, splat_word(0x7fffu)))));
 }
 
 // The last, incomplete 16 numbers of an array, what is missing being `fill`.

@@ -78,6 +78,10 @@ inline Words clear_low_half(Words x) {
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
 inline Vec as_floats(Words x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+inline Words as_words(Vec x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+inline Words and_words(Words x, Words y) {
+  return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
+}
 inline Words splat_word(std::uint32_t value) {
   const __m256i all = _mm256_set1_epi32(static_cast<int>(value));
   return {all, all};

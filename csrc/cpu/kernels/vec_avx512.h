@@ -59,6 +59,8 @@ inline Words clear_low_half(Words x) {
   return {_mm512_and_si512(x.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))};
 }
 inline Vec as_floats(Words x) { return {_mm512_castsi512_ps(x.v)}; }
+inline Words as_words(Vec x) { return {_mm512_castps_si512(x.v)}; }
+inline Words and_words(Words x, Words y) { return {_mm512_and_si512(x.v, y.v)}; }
 inline Words splat_word(std::uint32_t value) {
   return {_mm512_set1_epi32(static_cast<int>(value))};
 }
@@ -102,9 +104,23 @@ inline Words add_byte_products(Words sums, Words bytes, Words signed_bytes) {
 }
 #endif
 #if defined(__AVX512BF16__)
+// 16 numbers rounded to bf16, ties to even.
+inline void store_bf16(std::uint16_t* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
+}
 // Two products of bf16 numbers, the one of the upper halves first.
 inline Vec dot_bf16(Vec sum, Words x, Words y) {
   return {
       _mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(x.v), reinterpret_cast<__m512bh>(y.v))};
+}
+#else
+// 16 numbers rounded to bf16, ties to even; a NaN stays one.
+inline void store_bf16(std::uint16_t* p, Vec x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, up), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
 }
 #endif

@@ -99,6 +99,12 @@ inline Words clear_low_half(Words x) {
 inline Vec as_floats(Words x) {
   return each_quarter([&](int i) { return vreinterpretq_f32_u32(x.v[i]); });
 }
+inline Words as_words(Vec x) {
+  return each_quarter_words([&](int i) { return vreinterpretq_u32_f32(x.v[i]); });
+}
+inline Words and_words(Words x, Words y) {
+  return each_quarter_words([&](int i) { return vandq_u32(x.v[i], y.v[i]); });
+}
 inline Words splat_word(std::uint32_t value) {
   return each_quarter_words([&](int) { return vdupq_n_u32(value); });
 }

@@ -99,6 +99,12 @@ inline Words clear_low_half(Words a) {
 inline Vec as_floats(Words a) {
   return each_lane([&](int i) { return bits_float(a.lane[i]); });
 }
+inline Words as_words(Vec a) {
+  return each_word([&](int i) { return float_bits(a.lane[i]); });
+}
+inline Words and_words(Words a, Words b) {
+  return each_word([&](int i) { return a.lane[i] & b.lane[i]; });
+}
 inline Words splat_word(std::uint32_t value) {
   return each_word([&](int) { return value; });
 }

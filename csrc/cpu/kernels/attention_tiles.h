@@ -1,0 +1,207 @@
+// Attention over a bf16 cache on tile registers: the arithmetic of attention_bf16.h, bit for bit,
+// 16 query rows by 16 tokens (scores) or 16 dimensions (values) at a time.
+//
+//   scores (rows x tokens)     = Q (rows x dims) K^T: a tile of keys is as it lies in the cache
+//   values (rows x dims)      += P (rows x tokens) V: 32 tokens' values are copied together, what
+//                                nobody sees left out; rows of the task share the copy
+//
+// Two row tiles by two others are four products for four loads. 32 rows by 128 tokens of 64
+// dimensions are 64 products, 1024 cycles; their 256 vectors of weights take about twice as long,
+// so the softmax is what a prompt's attention waits for. Decoding fills only a few rows of a tile
+// and takes as long for them, which is still less than memory takes to bring the keys and values.
+
+constexpr int kStretchSteps = static_cast<int>(kStretch / kDepthBlock);  // of 32 tokens
+constexpr int kBandTiles = 2, kBandRows = kBandTiles * kTileRows;        // rows taken at a time
+
+class AttendScratch {
+ public:
+  // [row tile][32 dims][16][32], and [32 tokens][16 dims][16 pairs][16 dims][2]: bf16.
+  std::uint16_t *queries, *values;
+  alignas(64) float scores[kBandTiles * kStretchTiles * kTileSums];
+  alignas(64) std::uint16_t weights[kBandTiles * kStretchSteps * kTileBytes / 2];
+
+  void make_room(const KvLayout& layout) {
+    const auto query_items = static_cast<std::size_t>(kMaxAttendRows * layout.key_dim);
+    const auto value_items = static_cast<std::size_t>(kStretch * layout.padded_dim);
+    constexpr std::size_t kLine = 64 / sizeof(std::uint16_t);
+    memory_.resize(std::max(memory_.size(), query_items + value_items + kLine));
+    queries = memory_.data();
+    while (reinterpret_cast<std::uintptr_t>(queries) % 64) ++queries;
+    values = queries + query_items;
+  }
+
+ private:
+  std::vector<std::uint16_t> memory_;
+};
+
+inline AttendScratch& attend_scratch() {
+  static thread_local const std::unique_ptr<AttendScratch> scratch(new AttendScratch);
+  return *scratch;
+}
+
+// The queries, rounded, as tiles; rows that there are not are 0.
+inline void prepare_query_tiles(const AttendTask& task, std::uint16_t* to) {
+  const std::int64_t dims = task.layout.head_dim, key_dim = task.layout.key_dim;
+  const std::int64_t rows = (task.rows + kTileRows - 1) / kTileRows * kTileRows;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    std::uint16_t* row = to + r / kTileRows * kTileRows * key_dim + r % kTileRows * kDepthBlock;
+    for (std::int64_t d = 0; d < key_dim; d += kLanes) {
+      const std::int64_t left = dims - d;
+      Vec x = zero();
+      if (r < task.rows && left > 0)
+        x = left >= kLanes ? load(task.q[r] + d) : load_tail(task.q[r] + d, left, 0.0f);
+      store_bf16(row + d / kDepthBlock * kTileRows * kDepthBlock + d % kDepthBlock, x);
+    }
+  }
+}
+
+// A stretch's values as tiles, 32 tokens a step; those that nobody sees are 0.
+inline void copy_value_tiles(const PairTile* tiles, std::int64_t padded_dim, const Visible& seen,
+                             std::uint16_t* to) {
+  constexpr std::int64_t kTileWords = kLanes / 2;
+  const SeenWords words(seen);
+  const std::int64_t first = words.first / kPairWords * kPairWords;
+  const std::int64_t last = (words.last + kPairWords - 1) / kPairWords * kPairWords;
+  for (std::int64_t i = first; i < last; ++i) {
+    auto* row = reinterpret_cast<std::uint32_t*>(to) + i / kPairWords * kPairWords * padded_dim +
+                i % kPairWords * kLanes;
+    const bool is_seen = words.first <= i && i < words.last;
+    const std::uint32_t* from =
+        is_seen ? as_words(tiles[i / kTileWords].values) + i % kTileWords * padded_dim : nullptr;
+    const Words mask = splat_word(is_seen ? words.mask(i) : 0u);
+    for (std::int64_t d = 0; d < padded_dim; d += kLanes)
+      store_words(row + d * kPairWords, is_seen ? and_words(load_words(from + d), mask) : mask);
+  }
+}
+
+// Up to two row tiles over one stretch.
+struct Band {
+  const AttendTask& task;
+  AttendScratch& scratch;
+  int first_row, rows;  // of the task
+  AttendState* states;  // of the band's rows, and as many as fill its tiles
+  Vec* sum_lanes;
+
+  int row_tiles() const { return (rows + kTileRows - 1) / kTileRows; }
+
+  template <int MT, int NT>
+  void add_scores(const PairTile* tiles, int tile) const {
+    const std::int64_t key_dim = task.layout.key_dim;
+    const unsigned char *x[MT], *w[NT];
+    for (int m = 0; m < MT; ++m)
+      x[m] = reinterpret_cast<const unsigned char*>(scratch.queries +
+                                                    (first_row + m * kTileRows) * key_dim);
+    for (int n = 0; n < NT; ++n)
+      w[n] = reinterpret_cast<const unsigned char*>(tiles[tile + n].keys);
+    each_sum<MT, NT>([](auto t, int, int) { tile_zero<t>(); });
+    multiply_tiles<DotBf16, MT, NT>(x, w, key_dim / kDepthBlock, kTileRowBytes);
+    each_sum<MT, NT>([&](auto t, int m, int n) {
+      tile_store<t>(scratch.scores + (m * kStretchTiles + tile + n) * kTileSums, kTileRowBytes);
+    });
+  }
+
+  // Rows first .. first + R - 1 of the band; those that there are not see nothing.
+  template <int R>
+  void weigh(int first, std::int64_t stretch, int first_tile, int last_tile) const {
+    Visible visible[R];
+    for (int r = 0; r < R; ++r)
+      visible[r] = first + r < rows ? visible_to(task, first_row + first + r, stretch) : Visible{};
+    const int band_tile = first / kTileRows, row = first % kTileRows;
+    const Scores scores{scratch.scores + band_tile * kStretchTiles * kTileSums + row * kLanes,
+                        kLanes, kTileSums};
+    std::uint16_t* weights =
+        scratch.weights + band_tile * kStretchSteps * kTileBytes / 2 + row * kDepthBlock;
+    const auto keep = [&](int r, int t, Vec weight) {
+      store_bf16(weights + t / 2 * kTileBytes / 2 + r * kDepthBlock + t % 2 * kLanes, weight);
+    };
+    for (int r = 0; r < R; ++r) {  // the other halves of the first and the last 32 tokens
+      if (first_tile % 2) keep(r, first_tile - 1, zero());
+      if (last_tile % 2) keep(r, last_tile, zero());
+    }
+    float corrections[kLanes] = {};
+    stretch_weights<R>(states + first, sum_lanes + first, scores,
+                       PowersOfTwo{power_scale(task), keep}, first_tile, last_tile, visible,
+                       corrections);
+    for (int r = 0; r < R; ++r) correct_values(task, states[first + r], corrections[r]);
+  }
+
+  template <int MT, int NT>
+  void add_values(int first_step, int last_step, std::int64_t dim) const {
+    const std::int64_t padded_dim = task.layout.padded_dim;
+    const unsigned char *x[MT], *w[NT];
+    for (int m = 0; m < MT; ++m)
+      x[m] = reinterpret_cast<const unsigned char*>(scratch.weights) +
+             (m * kStretchSteps + first_step) * kTileBytes;
+    for (int n = 0; n < NT; ++n)
+      w[n] = reinterpret_cast<const unsigned char*>(scratch.values) +
+             (first_step * padded_dim / kLanes + dim / kLanes + n) * kTileBytes;
+    const auto sums = [&](int m, int n) { return states[m * kTileRows].out + dim + n * kLanes; };
+    each_sum<MT, NT>([&](auto t, int m, int n) { tile_load<t>(sums(m, n), 4 * padded_dim); });
+    for (int step = first_step; step < last_step; ++step) {
+      multiply_tiles<DotBf16, MT, NT>(x, w, 1, kTileRowBytes);
+      for (int m = 0; m < MT; ++m) x[m] += kTileBytes;
+      for (int n = 0; n < NT; ++n) w[n] += padded_dim / kLanes * kTileBytes;
+    }
+    each_sum<MT, NT>([&](auto t, int m, int n) { tile_store<t>(sums(m, n), 4 * padded_dim); });
+  }
+
+  template <int MT>
+  void attend(const PairTile* tiles, std::int64_t stretch, const Visible& seen) const {
+    const int first_tile = static_cast<int>(seen.low / kLanes);
+    const int last_tile = static_cast<int>((seen.high + kLanes - 1) / kLanes);
+    int t = first_tile;
+    for (; t + 2 <= last_tile; t += 2) add_scores<MT, 2>(tiles, t);
+    if (t < last_tile) add_scores<MT, 1>(tiles, t);
+    constexpr int kRowsAtOnce = 8;
+    int r = 0;
+    for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce)
+      weigh<kRowsAtOnce>(r, stretch, first_tile, last_tile);
+    for (; r < MT * kTileRows; r += kRowsAtOnce / 2)
+      weigh<kRowsAtOnce / 2>(r, stretch, first_tile, last_tile);
+    const int first_step = first_tile / 2, last_step = (last_tile + 1) / 2;
+    std::int64_t dim = 0;
+    for (; dim + 2 * kLanes <= task.layout.padded_dim; dim += 2 * kLanes)
+      add_values<MT, 2>(first_step, last_step, dim);
+    if (dim < task.layout.padded_dim) add_values<MT, 1>(first_step, last_step, dim);
+  }
+};
+
+// What any of some rows sees of a stretch.
+inline Visible seen_by(const AttendTask& task, int first_row, int rows, std::int64_t stretch) {
+  Visible seen = {kStretch, 0};
+  for (int r = first_row; r < first_row + rows; ++r) {
+    const Visible visible = visible_to(task, r, stretch);
+    if (visible.low >= visible.high) continue;
+    seen.low = std::min(seen.low, visible.low);
+    seen.high = std::max(seen.high, visible.high);
+  }
+  return seen;
+}
+
+void attend_on_tiles(const AttendTask& task, AttendState* states) {
+  if (!task.layout.has_pairs()) return attend(task, states);
+  const TileSession session(kTileRowBytes);
+  AttendScratch& scratch = attend_scratch();
+  scratch.make_room(task.layout);
+  prepare_query_tiles(task, scratch.queries);
+  Vec sum_lane[kMaxAttendRows];
+  const int padded_rows = (task.rows + kTileRows - 1) / kTileRows * kTileRows;
+  clear_states(task, states, sum_lane, padded_rows);
+  for (std::int64_t stretch = task.begin; stretch < task.end; stretch += kStretch) {
+    const Visible seen = seen_by(task, 0, task.rows, stretch);
+    if (seen.low >= seen.high) continue;
+    const SeenTiles<std::uint16_t> in(task, stretch, seen);
+    copy_value_tiles(in.tiles, task.layout.padded_dim, seen, scratch.values);
+    for (int row = 0; row < task.rows; row += kBandRows) {
+      const int rows = std::min(kBandRows, task.rows - row);
+      const Visible by_band = seen_by(task, row, rows, stretch);
+      if (by_band.low >= by_band.high) continue;
+      const Band band{task, scratch, row, rows, states + row, sum_lane + row};
+      if (band.row_tiles() == 2)
+        band.attend<2>(in.tiles, stretch, by_band);
+      else
+        band.attend<1>(in.tiles, stretch, by_band);
+    }
+  }
+  for (int r = 0; r < task.rows; ++r) states[r].sum = sum_lanes(sum_lane[r]);
+}
