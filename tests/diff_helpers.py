@@ -109,24 +109,58 @@ def _eps_outside(x: Any, weight: Any, bias: Any, eps: float, kind: str = "rms") 
     return x / (np.sqrt(np.mean(x * x, axis=-1, keepdims=True)) + x.dtype.type(eps)) * weight
 
 
-def _no_scale(q: Any, k: Any, v: Any, scale: float, window: int = 0) -> Any:
-    return ops.attention(q, k, v, 1.0, window)
+def _no_scale(q: Any, k: Any, v: Any, scale: float, *rest: Any) -> Any:
+    return ops.attention(q, k, v, 1.0, *rest)
 
 
-def _wrong_groups(q: Any, k: Any, v: Any, scale: float, window: int = 0) -> Any:
+def _wrong_groups(q: Any, k: Any, v: Any, scale: float, *rest: Any) -> Any:
     order = np.arange(q.shape[1]) % k.shape[1]
-    return ops.attention(q, k[:, order], v[:, order], scale, window)
+    return ops.attention(q, k[:, order], v[:, order], scale, *rest)
 
 
-def _mask_off_by_one(q: Any, k: Any, v: Any, scale: float, window: int = 0) -> Any:
+def _mask_off_by_one(q: Any, k: Any, v: Any, scale: float, *rest: Any) -> Any:
     """Each token is blind to itself (the first sees itself, or it would see nothing)."""
-    out = ops.attention(q, k, v, scale, window)
+    out = ops.attention(q, k, v, scale, *rest)
     context, rows = len(k), len(q)
     for row in range(rows):
         last = context - rows + row
         if last:
-            out[row] = ops.attention(q[row : row + 1], k[:last], v[:last], scale, window)[0]
+            out[row] = ops.attention(q[row : row + 1], k[:last], v[:last], scale, *rest)[0]
     return out
+
+
+def attention_weighing(
+    weigh: Callable[[Any], tuple[Any, Any]], round_queries: bool = True
+) -> Callable[..., Any]:
+    """Attention, loop by loop, whose weights and their sum are made by `weigh`.
+
+    weigh: float32 (visible keys,) scores in powers of two -> (weights to multiply, their sum).
+    """
+
+    def attention(q: Any, k: Any, v: Any, scale: float, window: int = 0, dtype: str = "f32") -> Any:
+        out, group = np.empty_like(q), q.shape[1] // k.shape[1]
+        queries = ops.round_to_bf16(q) if round_queries else q
+        for row, head in np.ndindex(q.shape[:2]):
+            last = len(k) - len(q) + row + 1
+            seen = slice(max(0, last - window) if window else 0, last)
+            keys, values = k[seen, head // group], v[seen, head // group]
+            powers = keys @ queries[row, head] * np.float32(scale * np.log2(np.e))
+            weights, total = weigh(powers)
+            out[row, head] = weights @ values / total
+        return out
+
+    return attention
+
+
+def whole_weights(powers: Any) -> Any:
+    """2^(s - N), N the greatest score made whole."""
+    return np.exp2(powers - np.ceil(powers.max()))
+
+
+def rounded_weights(powers: Any) -> Any:
+    """(weights, sum) as the definition has them over a bf16 cache."""
+    weights = whole_weights(powers)
+    return ops.round_to_bf16(weights), weights.sum()
 
 
 def gate_up_swapped(gate: Any, up: Any, activation: str) -> Any:

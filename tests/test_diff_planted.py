@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
 from diff_helpers import (
     MISTAKES,
+    attention_weighing,
     broken_side,
     compare,
     gate_up_swapped,
@@ -14,7 +18,9 @@ from diff_helpers import (
     random_weights,
     reference_with,
     rope_halves_swapped,
+    rounded_weights,
     small_spec,
+    whole_weights,
 )
 from octavo.diff.sides import Fed, ReferenceSide
 from octavo.models.spec import NormSpec, RopeSpec
@@ -85,6 +91,74 @@ def test_planted_mistake_in_bf16(mistake: str) -> None:
     )
     assert (result.first_bad.name, result.findings[0].op) == (tap, op)
     assert words is None or words in result.findings[0].mistake
+
+
+def _not_whole(powers: Any) -> Any:
+    weights = np.exp2(powers - powers.max())
+    return ops.round_to_bf16(weights), weights.sum()
+
+
+def _normalized_first(powers: Any) -> Any:
+    weights = whole_weights(powers)
+    return ops.round_to_bf16(weights / weights.sum()), np.float32(1)
+
+
+def _sum_of_rounded(powers: Any) -> Any:
+    weights = ops.round_to_bf16(whole_weights(powers))
+    return weights, weights.sum()
+
+
+# Attention over a bf16 cache that rounds something else: how -> words of the recognized mistake.
+ROUNDINGS: dict[str, tuple[Callable[..., Any], str]] = {
+    "float32 attention": (
+        lambda q, k, v, scale, window=0, dtype="f32": ops.attention(q, k, v, scale, window),
+        "neither queries nor weights",
+    ),
+    "weights not rounded": (
+        attention_weighing(lambda powers: (whole_weights(powers), whole_weights(powers).sum())),
+        "weights not rounded",
+    ),
+    "queries not rounded": (attention_weighing(rounded_weights, False), "queries not rounded"),
+    "maximum not whole": (attention_weighing(_not_whole), "not from a whole number"),
+    "normalized first": (attention_weighing(_normalized_first), "divided by their sum before"),
+    "sum of rounded": (attention_weighing(_sum_of_rounded), "sum taken after rounding"),
+}
+
+
+def _compare_roundings(
+    attention: Callable[..., Any], spec: Any, weights: Any, **options: Any
+) -> Any:
+    """A reference in bf16 with this attention against the right one."""
+    dtypes = {"dtype": "bf16", "kv_dtype": "bf16"}
+    model = reference_with(attention=attention).ReferenceModel(spec, weights, **dtypes)
+    right = good_side(spec, weights, **dtypes)
+    exact = good_side(spec, right.model.weights)
+    left = ReferenceSide(model, "broken", False)
+    return compare(left, right, spec, weights, dtype="bf16", truth=exact, steps=0, **options)
+
+
+@pytest.mark.parametrize("mistake", ROUNDINGS)
+@pytest.mark.parametrize("window", [0, 6])
+def test_attention_that_rounds_something_else_is_found(mistake: str, window: int) -> None:
+    attention, words = ROUNDINGS[mistake]
+    result = _compare_roundings(attention, small_spec(window=window), WEIGHTS, chunk_size=9)
+    assert [finding.op for finding in result.findings] == ["attention"]
+    assert len(result.findings[0].taps) == len(SPEC.layers) and not result.ok
+    assert words in result.findings[0].mistake
+
+
+@pytest.mark.parametrize("size", [1.0, 4.0])
+def test_attention_in_another_order_of_sums_is_right(size: float) -> None:
+    """Many tokens: some weights are rounded the other way. Larger queries make larger scores."""
+    spec = small_spec(num_layers=2, head_dim=32)
+    weights = random_weights(spec)
+    for index in range(2):
+        weights[f"layers.{index}.q.weight"] *= np.float32(size)
+    right = attention_weighing(rounded_weights)
+    result = _compare_roundings(right, spec, weights, count=240, chunk_size=100)
+    assert not result.findings
+    attention = [tap for tap in result.taps if tap.part == "attn"]
+    assert all(0 < tap.own_left < 1e-5 for tap in attention)
 
 
 def test_two_mistakes_are_both_found() -> None:

@@ -85,7 +85,8 @@ CULPRITS: Mapping[str, Op] = MappingProxyType(
             "attention",
             "csrc/cpu/attention.cpp, csrc/cpu/kernels/attention.h",
             "Usually the scale, the mapping of query heads to KV heads, the causal mask or window "
-            "off by one, or keys and values read from the wrong slot.",
+            "off by one, or keys and values read from the wrong slot; by a few thousandths alone, "
+            "what is rounded over a bf16 cache.",
         ),
         "attn_out": _op(
             "linear",

@@ -9,12 +9,13 @@ several broken ops is found.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from octavo.diff.graph import residual_before, split_tap, tap_inputs
-from octavo.diff.measure import Float32
+from octavo.diff.measure import Float32, RowErrors, row_errors
+from octavo.diff.ties import rounding_room
 from octavo.models.spec import LayerSpec, NormSpec
 from octavo.reference import ops
 from octavo.reference.llama import KVCache, ReferenceModel
@@ -118,7 +119,8 @@ def _define_in_layer(scene: Scene, part: str) -> Array:
         if scene.keys is None or scene.values is None:
             raise ValueError("attention needs the scene's keys and values")
         q = scene.heads("q" + scene.rotated)
-        out = ops.attention(q, scene.keys, scene.values, layer.head_dim**-0.5, layer.window)
+        scale, rounds = layer.head_dim**-0.5, ops.attention_dtype(scene.model.kv_dtype)
+        out = ops.attention(q, scene.keys, scene.values, scale, layer.window, rounds)
         return out.reshape(len(out), -1)
     if part == "mlp_norm":
         return scene.norm("mlp_norm", layer.norm, scene.residual + scene.own("attn_out"))
@@ -129,6 +131,28 @@ def _define_in_layer(scene: Scene, part: str) -> Array:
         # In the order of execution: the residual takes attention's part, then the MLP's.
         return (scene.residual + scene.own("attn_out")) + scene.own("mlp_out")
     raise ValueError(f"unknown tap {part!r}")
+
+
+def own_errors(scene: Scene, part: str, seen: Float32) -> RowErrors:
+    """How far `seen`, the run's tap (rows, width), lies from the op's definition.
+
+    Attention over a bf16 cache rounds its weights, of which some lie where two right computations
+    may round them differently: what these can do to a row is taken off its relative error.
+    """
+    right = define(scene, part).astype(np.float32)
+    errors = row_errors(seen, right)
+    if part != "attn" or scene.model.kv_dtype != "bf16":
+        return errors
+    if scene.keys is None or scene.values is None:
+        raise ValueError("attention needs the scene's keys and values")
+    layer, q = scene.layer, scene.heads("q" + scene.rotated)
+    room = rounding_room(q, scene.keys, scene.values, layer.head_dim**-0.5, layer.window)
+    with np.errstate(invalid="ignore"):
+        size = np.maximum(np.linalg.norm(right, axis=1), np.linalg.norm(seen, axis=1))
+        allowed = np.linalg.norm(room.reshape(len(right), -1), axis=1) / np.where(size > 0, size, 1)
+    # Where NaN or infinity is about, there is nothing to allow for.
+    allowed = np.where(np.isfinite(allowed), allowed, 0.0)
+    return replace(errors, relative=np.maximum(errors.relative - allowed, 0.0))
 
 
 class LocalJudge:

@@ -16,7 +16,7 @@ import numpy as np
 
 from octavo.diff.findings import find_culprits
 from octavo.diff.graph import split_tap, tap_inputs
-from octavo.diff.local import LocalJudge, define
+from octavo.diff.local import LocalJudge, own_errors
 from octavo.diff.measure import Float32, Float64, RowErrors, Trace, row_errors
 from octavo.diff.result import (
     DecodeResult,
@@ -72,7 +72,7 @@ class Watch:
             return
         for name, part, scene in self.judge.scenes(fed.taps, token_ids):
             seen = fed.taps[name]
-            errors = row_errors(seen, define(scene, part).astype(np.float32))
+            errors = own_errors(scene, part, seen)
             self.own.setdefault(name, Trace()).add(errors)
             limit = own_tolerance(
                 self.judge.model.spec, name, context, rounds_output=self.side.rounds_output

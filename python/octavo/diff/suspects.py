@@ -7,6 +7,7 @@ of what might be.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ import numpy as np
 
 from octavo.diff.local import LINEAR_PARTS, Scene, define
 from octavo.diff.measure import Float32, row_errors
+from octavo.diff.tolerance import STEP_BF16
 from octavo.models.spec import NormSpec, RopeSpec
 from octavo.reference import ops
 from octavo.reference.ops import Array
@@ -29,6 +31,9 @@ def find_suspect(scene: Scene, part: str, seen: Float32, tolerance: float) -> st
     cannot be told from the right op on this input is passed over.
     """
     right = define(scene, part).astype(np.float32)
+    if part == "attn" and scene.model.kv_dtype == "bf16":
+        # A weight that lies near the middle of two bfloat16 numbers may be rounded either way.
+        tolerance += STEP_BF16
     for sentence, compute in suspects(scene, part):
         guess = compute().reshape(len(seen), -1).astype(np.float32)
         if guess.shape != seen.shape:
@@ -207,49 +212,114 @@ def _attention(scene: Scene) -> Iterator[Suspect]:
     if k is None or v is None:
         return
     q, scale, window = scene.heads("q" + scene.rotated), layer.head_dim**-0.5, layer.window
-    yield "no scale", lambda: ops.attention(q, k, v, 1.0, window)
-    yield "scale 1 / head_dim, not its root", lambda: ops.attention(q, k, v, scale**2, window)
+    # With one mistake each: the rest is as over the model's own cache.
+    attend = partial(ops.attention, dtype=ops.attention_dtype(scene.model.kv_dtype))
+    yield "no scale", lambda: attend(q, k, v, 1.0, window)
+    yield "scale 1 / head_dim, not its root", lambda: attend(q, k, v, scale**2, window)
     yield (
         "the scale applied twice over all heads: 1 / hidden_size",
-        lambda: ops.attention(q, k, v, layer.q_size**-0.5, window),
+        lambda: attend(q, k, v, layer.q_size**-0.5, window),
     )
     if 1 < layer.num_kv_heads < layer.num_heads:
         order = np.arange(layer.num_heads) % layer.num_kv_heads
         yield (
             "query head h reads KV head h % num_kv_heads",
-            lambda: ops.attention(q, k[:, order], v[:, order], scale, window),
+            lambda: attend(q, k[:, order], v[:, order], scale, window),
         )
     if layer.num_kv_heads > 1:
         first = np.zeros(layer.num_heads, dtype=np.int64)
         yield (
             "every query head reads KV head 0",
-            lambda: ops.attention(q, k[:, first], v[:, first], scale, window),
+            lambda: attend(q, k[:, first], v[:, first], scale, window),
         )
-    yield "not causal: tokens see those behind them", lambda: _uncausal(q, k, v, scale)
+    yield (
+        "not causal: tokens see those behind them",
+        # A query by itself is the last token's, which sees all.
+        lambda: np.concatenate([attend(row[None], k, v, scale) for row in q]),
+    )
     if len(k) > len(q):
         rows = len(q)
         yield (
             "only this chunk's keys and values seen, not the cache",
-            lambda: ops.attention(q, k[-rows:], v[-rows:], scale, window),
+            lambda: attend(q, k[-rows:], v[-rows:], scale, window),
         )
     if window:
-        yield "the window ignored", lambda: ops.attention(q, k, v, scale, 0)
-        yield "a window one too wide", lambda: ops.attention(q, k, v, scale, window + 1)
+        yield "the window ignored", lambda: attend(q, k, v, scale, 0)
+        yield "a window one too wide", lambda: attend(q, k, v, scale, window + 1)
     if scene.rotated:
-        yield "q before rope", lambda: ops.attention(scene.heads("q"), k, v, scale, window)
+        yield "q before rope", lambda: attend(scene.heads("q"), k, v, scale, window)
+    rounded = ops.round_to_bf16
     if scene.model.kv_dtype == "f32":
-        rounded = ops.round_to_bf16
         yield (
             "keys and values rounded to bfloat16",
             lambda: ops.attention(q, rounded(k), rounded(v), scale, window),
         )
+        yield (
+            "queries, weights, keys and values rounded to bfloat16",
+            lambda: ops.attention(q, rounded(k), rounded(v), scale, window, "bf16"),
+        )
+    elif scene.model.kv_dtype == "bf16":
+        yield from _rounded_otherwise(q, k, v, scale, window)
 
 
-def _uncausal(q: Array, k: Array, v: Array, scale: float) -> Array:
-    group = q.shape[1] // k.shape[1]
+def _rounded_otherwise(
+    q: Array, k: Array, v: Array, scale: float, window: int
+) -> Iterator[Suspect]:
+    """What may be rounded to bfloat16, or not, in attention over a bf16 cache."""
+    rounded = ops.round_to_bf16
+    yield (
+        "float32 attention: neither queries nor weights rounded to bfloat16",
+        lambda: ops.attention(q, k, v, scale, window),
+    )
+    yield (
+        "weights not rounded to bfloat16",
+        lambda: ops.attention(rounded(q), k, v, scale, window),
+    )
+
+    def whole(powers: Array) -> Array:
+        weights: Array = np.exp2(powers - np.ceil(powers.max(axis=-1, keepdims=True)))
+        return weights
+
+    def exact(powers: Array) -> Array:
+        weights: Array = np.exp2(powers - powers.max(axis=-1, keepdims=True))
+        return weights
+
+    def total(weights: Array) -> Array:
+        sums: Array = weights.sum(axis=-1, keepdims=True)
+        return sums
+
+    weigh = partial(_weigh, k=k, v=v, scale=scale, window=window)
+    yield (
+        "queries not rounded to bfloat16",
+        lambda: weigh(q, lambda p: rounded(whole(p)) / total(whole(p))),
+    )
+    yield (
+        "weights are powers from the greatest score itself, not from a whole number",
+        lambda: weigh(rounded(q), lambda p: rounded(exact(p)) / total(exact(p))),
+    )
+    yield (
+        "weights divided by their sum before they are rounded to bfloat16",
+        lambda: weigh(rounded(q), lambda p: rounded(whole(p) / total(whole(p)))),
+    )
+    yield (
+        "the weights' sum taken after rounding them to bfloat16",
+        lambda: weigh(rounded(q), lambda p: rounded(whole(p)) / total(rounded(whole(p)))),
+    )
+
+
+def _weigh(
+    q: Array, weights: Callable[[Array], Array], k: Array, v: Array, scale: float, window: int
+) -> Array:
+    """Attention with `weights` of the scores in powers of two, (heads, rows, context).
+
+    Scores that a token does not see are -inf. The other arguments are those of `ops.attention`.
+    """
+    group, context, rows = q.shape[1] // k.shape[1], len(k), len(q)
     k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
-    weights = ops.softmax(np.einsum("qhd,khd->hqk", q, k) * np.float32(scale))
-    out: Array = np.einsum("hqk,khd->qhd", weights, v)
+    powers = np.einsum("qhd,khd->hqk", q, k) * np.float32(scale * math.log2(math.e))
+    distance = (context - rows + np.arange(rows))[:, None] - np.arange(context)
+    hidden = (distance < 0) | ((distance >= window) if window else False)
+    out: Array = np.einsum("hqk,khd->qhd", weights(np.where(hidden, -np.inf, powers)), v)
     return out
 
 
