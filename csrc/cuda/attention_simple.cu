@@ -5,6 +5,12 @@
 // A warp takes one query head of one token through the context, 32 keys at a time (Milakov &
 // Gimelshein 2018, arXiv 1805.02867): lane i scores key 32 n + i, then each lane adds up the values
 // of dimensions i, i + 32, ... All of it is float32, and a row's sums depend on the row alone.
+//
+// Over a bf16 cache (reference/ops.py, attention with dtype "bf16") q is rounded to bf16, and so
+// are the weights before they meet v; their sum is not. A weight is 2^(s - N), N being the greatest
+// score so far, made whole: another N changes all weights by a power of two, on which no rounding
+// depends, so that they round alike in tiles of any size.
+//
 // K and V are read once for every query head: group times the bytes that are needed, in pieces.
 #include "cuda/attention.cuh"
 
@@ -54,6 +60,8 @@ OCTAVO_DEVICE float score(const AttentionArguments& a, const float* q, const Pla
   return multiply_rn(multiply_rn(sum, scale_of(a.cache, place, false)), a.scale);
 }
 
+OCTAVO_DEVICE float to_bf16_and_back(float x) { return to_float(from_float<Bf16>(x)); }
+
 template <class T>
 __global__ void attend_simply_kernel(AttentionArguments a) {
   let_next_kernel_start();
@@ -63,7 +71,11 @@ __global__ void attend_simply_kernel(AttentionArguments a) {
   if (head >= a.num_heads) return;
   float* q = reinterpret_cast<float*>(shared_memory()) + warp_index() * kMaxHeadDim;
   const T* from = static_cast<const T*>(a.q) + token * a.q_stride + head * a.head_dim;
-  for (int d = lane; d < a.head_dim; d += 32) q[d] = to_float(from[d]);
+  const bool rounds = a.cache.dtype == DType::bf16;
+  for (int d = lane; d < a.head_dim; d += 32) {
+    const float x = to_float(from[d]);
+    q[d] = rounds ? to_bf16_and_back(x) : x;
+  }
   sync_warp();
 
   const int seq = find_sequence(a.row_starts, a.num_seqs, token), kv_head = head / a.group;
@@ -76,12 +88,14 @@ __global__ void attend_simply_kernel(AttentionArguments a) {
     Place place{};
     if (sees) place = find_key(a, seq, kv_head, key);
     const float mine = sees ? score(a, q, place) : minus_infinity();
-    const float new_max = fmaxf(max, warp_max(mine));
+    const float greatest = warp_max(mine);
+    const float new_max = fmaxf(max, rounds ? ceilf(greatest) : greatest);
     const float keep = shrink(max, new_max);
     const float weight = shrink(mine, new_max);
     sum = fma_rn(sum, keep, warp_sum(weight));
     max = new_max;
-    const float scaled = sees ? multiply_rn(weight, scale_of(a.cache, place, true)) : 0.0f;
+    const float used = rounds ? to_bf16_and_back(weight) : weight;
+    const float scaled = sees ? multiply_rn(used, scale_of(a.cache, place, true)) : 0.0f;
     for (int n = 0; n < kDimsPerLane; ++n) out[n] = multiply_rn(out[n], keep);
     for (int i = 0; i < 32; ++i) {
       const float w = shuffle(scaled, static_cast<unsigned>(i));

@@ -2,9 +2,14 @@
 // a query row gets the same bits from either:
 //
 //   a tile is 64 keys, from a multiple of 64 on. Of each tile on its own: scores S = Q K^T, their
-//   maximum, weights P = 2^(S - maximum) rounded to T, their sum, and P V.
+//   maximum, weights P = 2^(S - maximum) rounded to T, their sum before that, and P V.
 //   Tiles are folded into the state of their split in ascending order, and splits into the result.
 //   Where splits begin depends on the position of the key alone (split_begin below).
+//
+// With bf16 activations over a bf16 cache these are the products of the definition (attention with
+// dtype "bf16" in reference/ops.py): of bf16 queries and keys, and of weights rounded to bf16 and
+// values. There the maximum is made whole, so that those of two tiles differ by a power of two, on
+// which no rounding depends: each weight rounds as the definition's does.
 //
 // (Tiling and online softmax: Dao 2023, arXiv 2307.08691; splitting a long context: Flash-Decoding,
 // Dao et al. 2023. That tiles and splits have fixed places and a fixed order is what DESIGN.md's
@@ -79,6 +84,8 @@ OCTAVO_DEVICE float fold(const Fold& f, float value, float part) {
 template <class T, class Item, int kDim>
 struct Tile {
   static constexpr bool kScaled = sizeof(Item) == 1;
+  // Weights' maxima are whole numbers: over a bf16 cache, where it matters how they round.
+  static constexpr bool kWhole = std::is_same_v<Item, Bf16>;
   static constexpr int kItems = 16 / static_cast<int>(sizeof(Item));  // N above
   static constexpr int kGroups = kTileKeys / (4 * kItems);            // of 4 N keys
   static constexpr int kProducts = kItems / 2;                        // of 8 keys, in a group
@@ -193,6 +200,7 @@ OCTAVO_DEVICE RowPart weigh(float (&s)[8][4], int half, float scale, const Sight
   max = fmaxf(max, shuffle_xor(max, 1));
   max = fmaxf(max, shuffle_xor(max, 2));
   max = multiply_rn(max, scale);
+  if (Shape::kWhole) max = ceilf(max);
   const float from = max == minus_infinity() ? 0.0f : max;
   float sum = 0.0f;
 #pragma unroll
