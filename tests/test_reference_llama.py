@@ -173,6 +173,25 @@ def test_kv_dtype_rounds_what_is_stored() -> None:
     assert np.array_equal(cache.values[2].reshape(29, -1), ops.round_to_bf16(taps["layers.2.v"]))
 
 
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+def test_attention_is_that_of_the_cache(kv_dtype: str) -> None:
+    """Over a bf16 cache queries and weights are rounded, whatever the weights' dtype is."""
+    reference, cache = model("llama", kv_dtype=kv_dtype), KVCache()
+    taps: dict[str, np.ndarray] = {}
+    reference.forward(TOKENS, cache, taps)
+    for index, window in enumerate((0, 5, 0)):
+        q = taps[f"layers.{index}.q_rope"].reshape(29, 6, 8)
+        k, v = cache.keys[index], cache.values[index]
+        by_dtype = {
+            dtype: ops.attention(q, k, v, 8**-0.5, window, dtype).reshape(29, -1)
+            for dtype in ("f32", "bf16")
+        }
+        seen = taps[f"layers.{index}.attn"]
+        own = ops.attention_dtype(kv_dtype)
+        assert np.array_equal(seen, by_dtype[own])
+        assert max_error(by_dtype["f32"], by_dtype["bf16"]) > 1e-3
+
+
 def test_logit_rows() -> None:
     reference, taps = model("tied"), {}  # type: ignore[var-annotated]
     some = reference.forward(TOKENS, taps=taps, logit_rows=[3, 28])

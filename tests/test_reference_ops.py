@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -198,6 +199,155 @@ def test_attention_window() -> None:
     assert np.array_equal(ops.attention(q, k, v, 0.25, 9), ops.attention(q, k, v, 0.25, 0))
 
 
+# ---- over a bf16 cache ----
+
+HeadArrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def heads_over_bf16(seed: int, rows: int, context: int, size: float = 3.0) -> HeadArrays:
+    """q (rows, 6, 32); k, v (context, 2, 32) as a bf16 cache holds them; scores of some units."""
+    q = uniform(seed, rows, 6, 32) * np.float32(size)
+    k, v = uniform(seed + 1, context, 2, 32) * np.float32(size), uniform(seed + 2, context, 2, 32)
+    return q, ops.round_to_bf16(k), ops.round_to_bf16(v)
+
+
+def by_pieces(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    scale: float,
+    window: int = 0,
+    piece: int = 128,
+    whole: Callable[[np.ndarray], np.ndarray] = np.ceil,
+    weigh: Callable[[np.ndarray], np.ndarray] = ops.round_to_bf16,
+) -> np.ndarray:
+    """Attention by an online softmax: pieces of the context in turn, and what was there rescaled.
+
+    Arithmetic is float64, so that no score depends on the order of its sum. whole, weigh: what is
+    done to maxima and to weights.
+    """
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    out = np.empty_like(q)
+    for row, head in np.ndindex(q.shape[:2]):
+        end = len(k) - len(q) + row + 1
+        begin = max(0, end - window) if window else 0
+        kv_head = head // (q.shape[1] // k.shape[1])
+        most, total, sums = np.array(-np.inf), 0.0, np.zeros(q.shape[2])
+        for first in range(begin, end, piece):
+            seen = slice(first, min(first + piece, end))
+            scores = k[seen, kv_head] @ ops.round_to_bf16(q[row, head])
+            powers = scores * (scale * math.log2(math.e))
+            greatest = np.maximum(most, whole(powers.max()))
+            weights, keep = np.exp2(powers - greatest), np.exp2(most - greatest)
+            total = total * keep + weights.sum()
+            sums = sums * keep + weigh(weights) @ v[seen, kv_head]
+            most = greatest
+        out[row, head] = sums / total
+    return out
+
+
+@pytest.mark.parametrize("piece", [1, 7, 128, 1000])
+@pytest.mark.parametrize("window", [0, 150])
+def test_attention_over_bf16_is_the_same_in_any_pieces(piece: int, window: int) -> None:
+    """Since maxima are whole: the same weights rounded alike, to the last bits of float64."""
+    q, k, v = heads_over_bf16(1, 5, 400)
+    k[::-40] *= 2  # so that the maximum grows from piece to piece
+    wide = (x.astype(np.float64) for x in (q, k, v))
+    right = ops.attention(*wide, 0.25, window, "bf16")
+    assert max_error(by_pieces(q, k, v, 0.25, window, piece), right) < 1e-12
+    # Planted: of a maximum that is not whole, each piece makes other roundings.
+    wrong = by_pieces(q, k, v, 0.25, window, piece, whole=lambda greatest: greatest)
+    assert max_error(wrong, right) > 1e-3
+    # Planted: weights that are not rounded.
+    wrong = by_pieces(q, k, v, 0.25, window, piece, weigh=lambda weights: weights)
+    assert max_error(wrong, right) > 1e-3
+
+
+def test_attention_over_bf16_rounds_queries_and_weights() -> None:
+    """Two keys by hand, and a query that is no bfloat16 number."""
+    q = np.zeros((1, 1, 2))
+    q[0, 0] = 1 + 2**-9, 0  # to be rounded to 1
+    k, v = np.array([[[0.0, 0]], [[1.0, 0]]]), np.array([[[1.0, 0]], [[0.0, 1]]])
+    scale = 1.3 * math.log(2)  # scores 0 and 1.3 in powers of two: N is 2
+    first, second = 2.0**-2, 2.0**-0.7  # of which the second is to be rounded, in steps of 2^-8
+    rounded = round(second * 2**8) / 2**8
+    expected = np.array([first, rounded]) / (first + second)
+    np.testing.assert_allclose(ops.attention(q, k, v, scale, 0, "bf16")[0, 0], expected, rtol=1e-12)
+    assert abs(rounded / second - 1) > 1e-4
+
+
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("size", [1.0, 3.0])
+def test_attention_over_bf16_is_near_to_float32(size: float, window: int) -> None:
+    """Each weight is off by 2^-8 of itself at most, each score by what rounding q does to it."""
+    q, k, v = heads_over_bf16(4, 40, 90, size)
+    wide = [x.astype(np.float64) for x in (ops.round_to_bf16(q), k, v)]
+    exact = ops.attention(*wide, 0.25, window)
+    actual = ops.attention(q, k, v, 0.25, window, "bf16")
+    sizes = ops.attention(*wide[:2], np.abs(wide[2]), 0.25, window)  # the average of |v|
+    error = np.abs(actual - exact)
+    assert (error <= 2.0**-8 * sizes + 1e-5).all()
+    assert np.sqrt(np.mean(error**2)) > 1e-4  # and they are rounded
+    # Rounding moves a number of q by 2^-8 of itself at most, and so a score by no more than d. Then
+    # each weight changes by a factor of e^d at most, and their sum likewise.
+    unrounded = ops.attention(*(x.astype(np.float64) for x in (q, k, v)), 0.25, window)
+    products = np.einsum("qhd,khd->hqk", np.abs(q), np.abs(k).repeat(3, axis=1))
+    d = 2.0**-8 * 0.25 * float(products.max())
+    assert (np.abs(actual - unrounded) <= (2.0**-8 + math.expm1(2 * d)) * sizes + 1e-5).all()
+    assert max_error(exact, unrounded) > 1e-3
+
+
+def test_attention_over_bf16_sees_what_float32_sees() -> None:
+    """Causal, and with a window: what is out of sight changes no bit."""
+    q, k, v = heads_over_bf16(7, 30, 30)
+    for window in (0, 9):
+        base = ops.attention(q, k, v, 0.25, window, "bf16")
+        for row in (0, 8, 9, 10, 29):
+            first = max(0, row - window + 1) if window else 0
+            k2, v2 = np.full_like(k, 7), np.full_like(v, -7)
+            k2[first : row + 1], v2[first : row + 1] = k[first : row + 1], v[first : row + 1]
+            changed = ops.attention(q, k2, v2, 0.25, window, "bf16")
+            np.testing.assert_allclose(changed[row], base[row], rtol=1e-5, atol=1e-6)
+            if window and row > window:
+                k2[row - window + 1] = 7
+                changed = ops.attention(q, k2, v2, 0.25, window, "bf16")
+                assert np.abs(changed[row] - base[row]).max() > 1e-3
+    assert np.array_equal(
+        ops.attention(q, k, v, 0.25, 30, "bf16"), ops.attention(q, k, v, 0.25, 0, "bf16")
+    )
+
+
+def test_attention_over_bf16_with_huge_and_equal_scores() -> None:
+    q, k, v = heads_over_bf16(10, 20, 50)
+    average = np.cumsum(v, axis=0)[30:] / np.arange(31, 51)[:, None, None]
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        huge = np.float32(3e14)
+        result = ops.attention(q * huge, k * huge, v, 1.0, 0, "bf16")  # up to 1e30
+        assert np.isfinite(result).all()
+        # Huge scores choose one key each: its value as it is, since N is the score itself.
+        scores = np.einsum("qhd,khd->hqk", ops.round_to_bf16(q * huge), k.repeat(3, axis=1))
+        scores[:, ~(np.arange(50) <= np.arange(30, 50)[:, None])] = -np.inf
+        chosen = v.repeat(3, axis=1)[scores.argmax(axis=-1).T, np.arange(6)]
+        assert np.array_equal(result, chosen)
+        for scale in (0.0, 0.25, 3e30):
+            same = ops.attention(q, np.ones_like(k) * np.float32(0.5), v, scale, 0, "bf16")
+            # All weights are rounded alike, by 2^-8 at most.
+            bound = 2.0**-8 * np.abs(average.repeat(3, axis=1)) + 1e-6
+            assert (np.abs(same - average.repeat(3, axis=1)) <= bound).all()
+
+
+def test_attention_over_bf16_heads_share_in_groups() -> None:
+    q, k, v = heads_over_bf16(13, 9, 30)
+    grouped = ops.attention(q, k, v, 0.25, 0, "bf16")
+    spread = ops.attention(q, k.repeat(3, axis=1), v.repeat(3, axis=1), 0.25, 0, "bf16")
+    np.testing.assert_allclose(grouped, spread, rtol=1e-5, atol=1e-6)
+
+
+def test_which_caches_round_in_attention() -> None:
+    kinds = {kind: ops.attention_dtype(kind) for kind in ("f32", "f16", "bf16", "int8")}
+    assert kinds == {"f32": "f32", "f16": "f32", "bf16": "bf16", "int8": "f32"}
+
+
 def test_attention_heads_share_in_groups() -> None:
     q, k, v = uniform(1, 5, 6, 8), uniform(2, 5, 2, 8), uniform(3, 5, 2, 8)
     grouped = ops.attention(q, k, v, 0.3)
@@ -249,6 +399,7 @@ def test_results_keep_the_precision_of_the_input(dtype: type) -> None:
         ops.rope(heads, positions, frequencies),
         *ops.rope_and_store(heads, heads, heads, positions, positions, frequencies, 4, "bf16"),
         ops.attention(heads, heads, heads, 0.5),
+        ops.attention(heads, heads, heads, 0.5, 0, "bf16"),
         *(ops.gated_activation(x, x, name) for name in ("silu", "gelu", "gelu_tanh", "relu")),
     ]
     assert [result.dtype for result in results] == [np.dtype(dtype)] * len(results)
