@@ -242,7 +242,8 @@ class Backend {
   virtual void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
                               const Step& step) = 0;
   // out: (num_tokens, q_size), q: the same. Causal attention over the stored keys and values,
-  // scores being scale * q.k.
+  // scores being scale * q.k. Over a bf16 cache q and the weights are rounded to bf16 as they are
+  // multiplied (reference/ops.py, attention with dtype "bf16"); sums are float32.
   virtual void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
                          const Step& step) = 0;
   // gated: x is (rows, 2 width), gate before up; out = act(gate) * up. Else out = act(x).
