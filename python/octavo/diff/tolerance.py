@@ -13,11 +13,12 @@ sums differ.
 
 There is one exception. Attention over a bf16 cache rounds its weights, which come of float32 scores
 whose last bits are not defined: a weight in the middle of two bfloat16 numbers, to within those
-bits, may be rounded to either. That is one in some thousands, and it moves the output by a step,
-2^-7 of the weight at most, times the weight's share of the sum: where a token looks at one other
-alone, by 8e-3 of the result. A tolerance of 8e-3 for all of attention would pass weights that are
-not rounded at all (off by 1.5e-3 to 2.5e-3). So those few weights are found, one by one (ties.py),
-and what they can do to a row is taken off its error; what is left is held to float32.
+bits, may be rounded to either. That happens to one of some ten thousand, and it moves the output by
+a step, 2^-7 of the weight at most, times the weight's share of the sum: where a token looks at one
+other alone, by 8e-3 of the result. A tolerance of 8e-3 for all of attention would pass weights that
+are not rounded at all (SmolLM2: off by 1e-3 at the median token, 3e-3 at the worst). So the weights
+that are so near to a middle are found, one by one (ties.py), and what they can do to a row is taken
+off its error; what is left is held to float32.
 
 *Are the two runs still together?* (the relative error of the tap). Here earlier errors add up and
 the model magnifies them, by an amount that no theory gives, so the figures come from measurement.
