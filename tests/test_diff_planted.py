@@ -204,6 +204,21 @@ def test_nan_counts_as_a_difference() -> None:
     assert result.first_bad.name == "layers.1.up" and result.first_bad.relative == np.inf
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_what_is_not_finite_has_no_room(value: float) -> None:
+    """A broken attention over a bf16 cache, in one number: found, and no other op is."""
+
+    def broken(*arguments: Any) -> Any:
+        out = ops.attention(*arguments)
+        out[-1, 2, 3] = value
+        return out
+
+    with np.errstate(all="ignore"):  # of what comes after it
+        result = _compare_roundings(broken, SPEC, WEIGHTS)
+    assert result.first_bad.name == "layers.0.attn" and not result.ok
+    assert result.first_bad.own_left > 0.9
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_own_tolerance_does_not_stretch(dtype: str) -> None:
     """Results a ten-thousandth off, in one op alone, are found, in bf16 as well."""

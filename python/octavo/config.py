@@ -74,7 +74,8 @@ class EngineConfig:
         on CUDA it keeps bf16 and f16 and rounds f32 to bf16. On CUDA activations between the ops
         are kept in it too, but for the residual stream, which is float32.
     kv_dtype: the format of the KV cache; "auto" follows dtype. "int8" keeps each head of each
-        token with a scale of its own, in a little over half the memory of bf16.
+        token with a scale of its own, in a little over half the memory of bf16. Over "bf16"
+        attention rounds its queries and weights too, whatever dtype is (docs/numbers.md).
     quantize: rounds the weights of a float model while it is loaded: "int8" (a scale an output),
         "w8a8" (the same, activations in 8 bits too: faster, less exact), "int4" (groups of 32,
         scales of least squared error) or "int4-nonuniform" (the same on levels that lie closer

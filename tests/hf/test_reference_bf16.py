@@ -59,7 +59,7 @@ def test_native_rounds_as_the_reference_does(logits: dict[str, np.ndarray]) -> N
 
 
 def test_reference_rounds_less_than_transformers(logits: dict[str, np.ndarray]) -> None:
-    """octavo keeps the residual stream, norms and softmax in float32; transformers does not."""
+    """octavo keeps the residual stream, norms and scores in float32; transformers does not."""
     own = size(logits["reference"] - logits["exact"])
     assert 1.5 * own < size(logits["hf"] - logits["exact"])
     assert size(logits["hf"] - logits["reference"]) < 1.25 * size(logits["hf"] - logits["exact"])

@@ -146,8 +146,8 @@ def own_errors(scene: Scene, part: str, seen: Float32) -> RowErrors:
     if scene.keys is None or scene.values is None:
         raise ValueError("attention needs the scene's keys and values")
     layer, q = scene.layer, scene.heads("q" + scene.rotated)
-    room = rounding_room(q, scene.keys, scene.values, layer.head_dim**-0.5, layer.window)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
+        room = rounding_room(q, scene.keys, scene.values, layer.head_dim**-0.5, layer.window)
         size = np.maximum(np.linalg.norm(right, axis=1), np.linalg.norm(seen, axis=1))
         allowed = np.linalg.norm(room.reshape(len(right), -1), axis=1) / np.where(size > 0, size, 1)
     # Where NaN or infinity is about, there is nothing to allow for.

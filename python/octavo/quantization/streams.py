@@ -88,7 +88,7 @@ def attend(layer: LayerSpec, weights: LayerWeights, x: Float32, window: int) -> 
 
 
 def _attention(q: Float32, k: Float32, v: Float32, sliding: int) -> Float32:
-    """`ops.attention` of whole windows, block by block of queries."""
+    """`ops.attention` of whole windows in float32, there being no cache; by blocks of queries."""
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     queries = q.reshape(tokens, num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
