@@ -248,6 +248,12 @@ class Backend {
                          const Step& step) = 0;
   // gated: x is (rows, 2 width), gate before up; out = act(gate) * up. Else out = act(x).
   virtual void gated_activation(View out, View x, Activation activation, bool gated) = 0;
+  // out = down(activation(gate x) * (up x)), gate above up in the one matrix of `up`: where a
+  // device does all of it at once, with the bits of the single ops. False, and nothing done, where
+  // it does not. out may be x.
+  virtual bool mlp(View, View, const std::vector<Linear>&, const Linear&, Activation) {
+    return false;
+  }
   // out[i] = x[rows[i]]
   virtual void take_rows(View out, View x, const std::int32_t* rows) = 0;
   // out = logits, adjusted where a row says so. out may be logits.

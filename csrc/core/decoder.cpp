@@ -120,6 +120,9 @@ void Decoder::mlp_half(std::size_t i, View hidden, TapSink* taps) {
   const LayerSpec& layer = spec_.layers[i];
   const LayerWeights& weights = weights_.layers[i];
   const std::int64_t width = layer.intermediate_size;
+  const bool is_fused = !taps && layer.gated &&
+                        backend_.mlp(hidden, hidden, weights.up, weights.down, layer.activation);
+  if (is_fused) return backend_.all_reduce(hidden);
   const View up = rows(up_, hidden.rows, layer.gated ? 2 * width : width);
   const View act = rows(act_, hidden.rows, width);
 

@@ -40,6 +40,8 @@ class CpuBackend : public Backend {
   void norm(View out, View x, const Norm& norm) override;
   void add_norm(View out, View residual, View x, const Norm& norm) override;
   void linear(View out, View x, const Linear& weight) override;
+  bool mlp(View out, View x, const std::vector<Linear>& up, const Linear& down,
+           Activation activation) override;
   void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
                       const Step& step) override;
   void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
@@ -78,11 +80,13 @@ class CpuBackend : public Backend {
     return buffer.data();
   }
 
+  float* aligned_scratch(std::vector<float>& buffer, std::int64_t count);
   void prepare_input(LinearTask& task, View x);
+  void multiply(const LinearTask& task);
 
   ThreadPool pool_;
   const Kernels& kernels_;
-  std::vector<float> linear_scratch_, attention_scratch_;
+  std::vector<float> linear_scratch_, mlp_scratch_, attention_scratch_;
 };
 
 }  // namespace octavo::cpu

@@ -56,6 +56,12 @@ struct LinearTask {
   const float* bias = nullptr;  // or null
   float* out = nullptr;
   std::int64_t out_stride = 0;
+  // Where the outputs of panel p are gates of those of panel p + up_panels: what is stored is
+  // activation(gate) * up; to `out`, or as input of the next product. 0: no gates.
+  std::int64_t up_panels = 0;
+  Activation activation = Activation::silu;
+  const LinearTask* next = nullptr;  // of float32 or bf16 weights, as many rows
+  void* input = nullptr;             // of that product: its x, to be written
 };
 
 // Integer formats sum up a block of inputs exactly: at most 512, and all of one group (an int8 row
@@ -133,10 +139,12 @@ struct AttendState {
 };
 
 // How `linear` likes its work cut: up to so many rows, each thread has its share of the panels;
-// more rows come in pieces of rows x panels that fit the second cache.
+// more rows come in pieces of rows x panels that fit the second cache. keeps_rows: it is the rows
+// of x that stay there while panels pass by, so that a thread had better go on with the same ones.
 struct Pieces {
   std::int64_t stream_rows = kStreamRows;
   std::int64_t rows = 96, panels = 8;
+  bool keeps_rows = false;
 };
 
 struct Kernels {

@@ -259,25 +259,52 @@ void CpuBackend::embed(View out, const Linear& table, const Linear* positions, c
 
 namespace {
 
-LinearTask make_task(const Linear& weight) {
-  LinearTask task;
-  const WeightFormat& format = weight.format;
-  task.weight = weight.weight.as<std::uint32_t>();
-  task.format = format.dtype;
-  task.activation_bits = static_cast<int>(format.activation_bits);
-  task.group_size = format.group_size;
-  task.scales = weight.scales.data();
-  task.scale_type = scale_type(format);
-  task.zeros = weight.zeros.as<std::int8_t>();
-  task.depth = padded_depth(weight.inputs);
-  task.num_groups = format.groups(weight.inputs);
-  task.outputs = weight.outputs;
-  task.bias = weight.bias.as<float>();
-  if (format.is_quantized()) task.num_blocks = block_index(task, task.depth - 1) + 1;
-  return task;
+// Of a matrix with levels of its own, these as bytes; they live as long as this.
+struct MatrixTask : LinearTask {
+  std::uint8_t own_levels[16];
+
+  MatrixTask(const Linear& matrix, std::int64_t num_rows) {
+    const WeightFormat& form = matrix.format;
+    weight = matrix.weight.as<std::uint32_t>();
+    format = form.dtype;
+    activation_bits = static_cast<int>(form.activation_bits);
+    group_size = form.group_size;
+    scales = matrix.scales.data();
+    scale_type = cpu::scale_type(form);
+    zeros = matrix.zeros.as<std::int8_t>();
+    depth = padded_depth(matrix.inputs);
+    num_groups = form.groups(matrix.inputs);
+    outputs = matrix.outputs;
+    bias = matrix.bias.as<float>();
+    rows = num_rows;
+    if (form.is_quantized()) num_blocks = block_index(*this, depth - 1) + 1;
+    if (!form.has_own_levels()) return;
+    for (std::size_t i = 0; i < 16; ++i)
+      own_levels[i] = static_cast<std::uint8_t>(form.levels[i] + 128);
+    levels = own_levels;
+  }
+  MatrixTask(const MatrixTask&) = delete;
+  MatrixTask& operator=(const MatrixTask&) = delete;
+
+  void write_to(View out) {
+    this->out = out.row(0);
+    out_stride = out.stride;
+  }
+};
+
+// Room for the rows of a task's input, whole tiles of them, in `depth` 32-bit words each.
+std::int64_t input_words(const LinearTask& task) {
+  return (task.rows + kLanes - 1) / kLanes * kLanes * task.depth;
 }
 
 }  // namespace
+
+// Scratch memory that begins with a cache line.
+float* CpuBackend::aligned_scratch(std::vector<float>& buffer, std::int64_t count) {
+  constexpr std::int64_t kLine = 16;
+  float* memory = scratch(buffer, count + kLine);
+  return memory + (kLine - reinterpret_cast<std::uintptr_t>(memory) / sizeof(float) % kLine);
+}
 
 // Points the task at x, or at a copy in the form that the format needs.
 void CpuBackend::prepare_input(LinearTask& task, View x) {
@@ -286,11 +313,8 @@ void CpuBackend::prepare_input(LinearTask& task, View x) {
     task.x_stride = x.stride;
     return;
   }
-  // Room for whole tiles of rows, from the beginning of a cache line.
-  const std::int64_t words = (x.rows + kLanes - 1) / kLanes * kLanes * task.depth;
-  constexpr std::int64_t kLine = 16;
-  float* memory = scratch(linear_scratch_, words + x.rows * (1 + task.num_blocks) + kLine);
-  memory += kLine - reinterpret_cast<std::uintptr_t>(memory) / sizeof(float) % kLine;
+  const std::int64_t words = input_words(task);
+  float* memory = aligned_scratch(linear_scratch_, words + x.rows * (1 + task.num_blocks));
   task.x = memory;
   task.x_stride = task.depth;
   task.x_scales = memory + words;
@@ -301,39 +325,74 @@ void CpuBackend::prepare_input(LinearTask& task, View x) {
 }
 
 void CpuBackend::linear(View out, View x, const Linear& weight) {
-  LinearTask task = make_task(weight);
-  task.out = out.row(0);
-  task.out_stride = out.stride;
-  std::uint8_t levels[16];
-  if (weight.format.has_own_levels()) {
-    for (std::size_t i = 0; i < 16; ++i)
-      levels[i] = static_cast<std::uint8_t>(weight.format.levels[i] + 128);
-    task.levels = levels;
-  }
-  task.rows = x.rows;
+  MatrixTask task(weight, x.rows);
+  task.write_to(out);
   prepare_input(task, x);
+  multiply(task);
+}
 
-  const std::int64_t panels = num_panels(weight.outputs);
+bool CpuBackend::mlp(View out, View x, const std::vector<Linear>& up, const Linear& down,
+                     Activation activation) {
+  // Gates and what they let through have to be the panels of one matrix.
+  const std::int64_t width = down.inputs;
+  if (up.size() != 1 || up[0].outputs != 2 * width || width % kDepthBlock != 0) return false;
+  MatrixTask first(up[0], x.rows), second(down, x.rows);
+  prepare_input(first, x);
+  first.up_panels = width / kLanes;
+  first.activation = activation;
+  float* memory = aligned_scratch(mlp_scratch_, input_words(second));
+  const bool is_float = second.format == DType::f32 || second.format == DType::bf16;
+  if (is_float) {
+    first.next = &second;
+    second.x = second.input = memory;
+    second.x_stride = second.depth;
+  } else {  // whole rows decide how they become whole numbers
+    first.out = memory;
+    first.out_stride = width;
+  }
+  multiply(first);
+  if (!is_float) prepare_input(second, {memory, x.rows, width, width});
+  second.write_to(out);
+  multiply(second);
+  return true;
+}
+
+void CpuBackend::multiply(const LinearTask& task) {
+  const std::int64_t panels = task.up_panels ? task.up_panels : num_panels(task.outputs);
   const Pieces& pieces = kernels_.pieces;
-  if (x.rows <= pieces.stream_rows) {
+  if (task.rows <= pieces.stream_rows) {
     // Weights are read once: every thread streams the share that it packed, in pieces, so that one
     // that something else holds up is not waited for.
     constexpr std::int64_t kPanels = 8;
     pool_.shares(panels, kPanels, [&](ThreadPool::Range piece) {
-      kernels_.linear(task, 0, x.rows, piece.begin, piece.end);
+      kernels_.linear(task, 0, task.rows, piece.begin, piece.end);
+    });
+    return;
+  }
+  const std::int64_t row_pieces = (task.rows + pieces.rows - 1) / pieces.rows;
+  std::int64_t rows = pieces.rows;
+  if (pieces.keeps_rows) {  // equal ones: two tiles of rows are the least
+    constexpr std::int64_t kTwoTiles = 2 * kLanes;
+    rows = ((task.rows + row_pieces - 1) / row_pieces + kTwoTiles - 1) / kTwoTiles * kTwoTiles;
+  }
+  const auto panel_pieces = [&](std::int64_t size) { return (panels + size - 1) / size; };
+  std::int64_t size = pieces.panels;
+  while (size > 4 && row_pieces * panel_pieces(size) < 4 * pool_.size()) size /= 2;
+  const auto multiply_piece = [&](std::int64_t row_piece, std::int64_t panel_piece) {
+    const std::int64_t row = row_piece * rows, panel = panel_piece * size;
+    kernels_.linear(task, row, std::min(task.rows, row + rows), panel,
+                    std::min(panels, panel + size));
+  };
+  if (pieces.keeps_rows) {
+    const std::int64_t count = panel_pieces(size);
+    pool_.shares(row_pieces * count, 1, [&](ThreadPool::Range piece) {
+      multiply_piece(piece.begin / count, piece.begin % count);
     });
     return;
   }
   // Taken by whichever thread is free: a few for each.
-  const std::int64_t row_pieces = (x.rows + pieces.rows - 1) / pieces.rows;
-  const auto panel_pieces = [&](std::int64_t size) { return (panels + size - 1) / size; };
-  std::int64_t size = pieces.panels;
-  while (size > 4 && row_pieces * panel_pieces(size) < 4 * pool_.size()) size /= 2;
   pool_.each(row_pieces * panel_pieces(size), [&](std::int64_t index, int) {
-    const std::int64_t row = index % row_pieces * pieces.rows;
-    const std::int64_t panel = index / row_pieces * size;
-    kernels_.linear(task, row, std::min(x.rows, row + pieces.rows), panel,
-                    std::min(panels, panel + size));
+    multiply_piece(index % row_pieces, index / row_pieces);
   });
 }
 

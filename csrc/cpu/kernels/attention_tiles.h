@@ -7,9 +7,12 @@
 //
 // Two row tiles by two others are four products for four loads. 32 rows by 128 tokens of 64
 // dimensions are 64 products, 1024 cycles; their 256 vectors of weights take about twice as long,
-// so the softmax is what a prompt's attention waits for. Decoding fills only a few rows of a tile
-// and takes as long for them, which is still less than memory takes to bring the keys and values.
+// so the softmax is what a prompt's attention waits for. A few rows fill so little of a tile that
+// vectors are as fast as memory, and tiles are not.
 
+inline void do_nothing(std::int64_t) {}
+
+constexpr int kFewQueries = 4;  // up to here vectors are faster, with the same bits
 constexpr int kStretchSteps = static_cast<int>(kStretch / kDepthBlock);  // of 32 tokens
 constexpr int kBandTiles = 2, kBandRows = kBandTiles * kTileRows;        // rows taken at a time
 
@@ -94,7 +97,7 @@ struct Band {
     for (int n = 0; n < NT; ++n)
       w[n] = reinterpret_cast<const unsigned char*>(tiles[tile + n].keys);
     each_sum<MT, NT>([](auto t, int, int) { tile_zero<t>(); });
-    multiply_tiles<DotBf16, MT, NT>(x, w, key_dim / kDepthBlock, kTileRowBytes);
+    multiply_tiles<DotBf16, MT, NT>(x, w, key_dim / kDepthBlock, kTileRowBytes, do_nothing);
     each_sum<MT, NT>([&](auto t, int m, int n) {
       tile_store<t>(scratch.scores + (m * kStretchTiles + tile + n) * kTileSums, kTileRowBytes);
     });
@@ -138,7 +141,7 @@ struct Band {
     const auto sums = [&](int m, int n) { return states[m * kTileRows].out + dim + n * kLanes; };
     each_sum<MT, NT>([&](auto t, int m, int n) { tile_load<t>(sums(m, n), 4 * padded_dim); });
     for (int step = first_step; step < last_step; ++step) {
-      multiply_tiles<DotBf16, MT, NT>(x, w, 1, kTileRowBytes);
+      multiply_tiles<DotBf16, MT, NT>(x, w, 1, kTileRowBytes, do_nothing);
       for (int m = 0; m < MT; ++m) x[m] += kTileBytes;
       for (int n = 0; n < NT; ++n) w[n] += padded_dim / kLanes * kTileBytes;
     }
@@ -179,7 +182,7 @@ inline Visible seen_by(const AttendTask& task, int first_row, int rows, std::int
 }
 
 void attend_on_tiles(const AttendTask& task, AttendState* states) {
-  if (!task.layout.has_pairs()) return attend(task, states);
+  if (!task.layout.has_pairs() || task.rows <= kFewQueries) return attend(task, states);
   const TileSession session(kTileRowBytes);
   AttendScratch& scratch = attend_scratch();
   scratch.make_room(task.layout);

@@ -45,33 +45,36 @@ inline float gelu_tanh(float x) {
 }
 
 template <class F>
-inline void activate_each(float* out, const float* gate, const float* up, std::int64_t count,
-                          F&& f) {
-  for (std::int64_t i = 0; i < count; ++i) out[i] = gate ? f(gate[i]) * up[i] : f(up[i]);
+inline Vec each_number(Vec x, F&& f) {
+  float lane[16];
+  store(lane, x);
+  for (float& value : lane) value = f(value);
+  return load(lane);
+}
+
+inline Vec activated(Activation activation, Vec x) {
+  switch (activation) {
+    case Activation::silu:
+      return silu(x);
+    case Activation::gelu:
+      return each_number(x, gelu);
+    case Activation::gelu_tanh:
+      return each_number(x, gelu_tanh);
+    case Activation::relu:
+      return select_less(zero(), x, x, zero());
+  }
+  return x;
 }
 
 void activate(float* out, const float* gate, const float* up, Activation activation,
               std::int64_t count) {
-  switch (activation) {
-    case Activation::silu:
-      for_each_vec(count, [&](std::int64_t i, auto load_at, auto store_at) {
-        // A prompt's numbers lie beyond the second cache, in streams too short for the processor's
-        // own prefetching; rows follow each other.
-        constexpr std::int64_t kAhead = 512;
-        if (gate) prefetch(gate + i + kAhead);
-        prefetch(up + i + kAhead);
-        const Vec x = load_at((gate ? gate : up) + i, 0.0f);
-        store_at(out + i, gate ? mul(silu(x), load_at(up + i, 0.0f)) : silu(x));
-      });
-      break;
-    case Activation::gelu:
-      activate_each(out, gate, up, count, gelu);
-      break;
-    case Activation::gelu_tanh:
-      activate_each(out, gate, up, count, gelu_tanh);
-      break;
-    case Activation::relu:
-      activate_each(out, gate, up, count, [](float x) { return x > 0.0f ? x : 0.0f; });
-      break;
-  }
+  for_each_vec(count, [&](std::int64_t i, auto load_at, auto store_at) {
+    // A prompt's numbers lie beyond the second cache, in streams too short for the processor's
+    // own prefetching; rows follow each other.
+    constexpr std::int64_t kAhead = 512;
+    if (gate) prefetch(gate + i + kAhead);
+    prefetch(up + i + kAhead);
+    const Vec y = activated(activation, load_at((gate ? gate : up) + i, 0.0f));
+    store_at(out + i, gate ? mul(y, load_at(up + i, 0.0f)) : y);
+  });
 }

@@ -5,6 +5,9 @@
 // The bits of an output depend neither on the tile that computes it nor on where stretches end.
 // Bias comes last.
 
+// For memory that is not needed at once: into the second cache.
+inline void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // At most so many inputs at a time, so that a few panels' weights stay in the second cache while
 // rows pass by.
 constexpr std::int64_t kDepthChunk = 1024;
@@ -30,24 +33,36 @@ constexpr std::int64_t kScalesAhead = 16 * kLanes;  // what 16 groups need
 //
 #include "cpu/kernels/linear_integer.h"
 
+// 16 outputs' numbers, fewer in the last panel: of a row, of the bias.
+inline std::int64_t panel_width(const LinearTask& task, std::int64_t panel) {
+  const std::int64_t left = task.outputs - panel * kLanes;
+  return left < kLanes ? left : kLanes;
+}
+inline Vec load_outputs(const LinearTask& task, const float* row, std::int64_t panel) {
+  const std::int64_t width = panel_width(task, panel);
+  const float* p = row + panel * kLanes;
+  return width == kLanes ? load(p) : load_tail(p, width, 0.0f);
+}
+inline void store_outputs(const LinearTask& task, float* row, std::int64_t panel, Vec sum) {
+  const std::int64_t width = panel_width(task, panel);
+  float* p = row + panel * kLanes;
+  if (width == kLanes) {
+    store(p, sum);
+  } else {
+    store_tail(p, sum, width);
+  }
+}
+
 // Inputs [first, last) of MR rows and NR panels; partial sums wait in `out` between calls.
 template <int MR, int NR, class Format>
 inline void linear_tile(const LinearTask& task, const Format& format, std::int64_t row,
                         std::int64_t panel, std::int64_t first, std::int64_t last) {
   alignas(64) float acc[MR * NR * kLanes];
-  const auto width = [&](int n) {
-    const std::int64_t left = task.outputs - (panel + n) * kLanes;
-    return left < kLanes ? left : kLanes;
-  };
-  const auto load_some = [&](const float* p, int n) {
-    return width(n) == kLanes ? load(p) : load_tail(p, width(n), 0.0f);
-  };
-  const auto out = [&](int m, int n) {
-    return task.out + (row + m) * task.out_stride + (panel + n) * kLanes;
-  };
+  const auto out = [&](int m) { return task.out + (row + m) * task.out_stride; };
   for (int m = 0; m < MR; ++m) {
     for (int n = 0; n < NR; ++n)
-      store(acc + (m * NR + n) * kLanes, first == 0 ? zero() : load_some(out(m, n), n));
+      store(acc + (m * NR + n) * kLanes,
+            first == 0 ? zero() : load_outputs(task, out(m), panel + n));
   }
   format.template accumulate<MR, NR>(task, row, panel, first, last, acc);
   for (int m = 0; m < MR; ++m) {
@@ -55,13 +70,9 @@ inline void linear_tile(const LinearTask& task, const Format& format, std::int64
       Vec sum = load(acc + (m * NR + n) * kLanes);
       if (last == task.depth) {
         sum = format.finish(task, sum, row + m, panel + n);
-        if (task.bias) sum = add(sum, load_some(task.bias + (panel + n) * kLanes, n));
+        if (task.bias) sum = add(sum, load_outputs(task, task.bias, panel + n));
       }
-      if (width(n) == kLanes) {
-        store(out(m, n), sum);
-      } else {
-        store_tail(out(m, n), sum, width(n));
-      }
+      store_outputs(task, out(m), panel + n, sum);
     }
   }
 }
@@ -105,8 +116,8 @@ inline void linear_format(const LinearTask& task, std::int64_t first_row, std::i
   }
 }
 
-void linear(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
-            std::int64_t first_panel, std::int64_t last_panel) {
+inline void linear_plain(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
+                         std::int64_t first_panel, std::int64_t last_panel) {
   const auto run = [&](auto kernel) { kernel(task, first_row, last_row, first_panel, last_panel); };
   switch (task.format) {
     case DType::f32:
@@ -122,6 +133,50 @@ void linear(const LinearTask& task, std::int64_t first_row, std::int64_t last_ro
     case DType::f16:
       break;  // no packed format
   }
+}
+
+inline Vec activate_pair(const LinearTask& task, Vec gate, Vec up) {
+  return mul(activated(task.activation, gate), up);
+}
+
+// activation(gate) * up of 16 outputs of a row: to `out`, or as an input of the next product.
+inline void store_activated(const LinearTask& task, std::int64_t row, std::int64_t output, Vec gate,
+                            Vec up) {
+  const Vec y = activate_pair(task, gate, up);
+  if (!task.next) return store(task.out + row * task.out_stride + output, y);
+  auto* to = static_cast<float*>(task.next->input) + row * task.next->x_stride;
+  if (task.next->format == DType::f32) return store(to + output, y);
+  store_bf16_input(to, output, y);
+}
+
+// Gates and what they let through are computed side by side, and meet before they leave the cache.
+inline void linear_gated(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
+                         std::int64_t first_panel, std::int64_t last_panel) {
+  const std::int64_t rows = last_row - first_row, width = (last_panel - first_panel) * kLanes;
+  static thread_local std::vector<float> memory;
+  memory.resize(std::max(memory.size(), static_cast<std::size_t>(2 * rows * width)));
+  LinearTask part = task;
+  part.out_stride = width;
+  for (int half = 0; half < 2; ++half) {
+    const std::int64_t panels = half * task.up_panels;
+    part.out =
+        memory.data() + half * rows * width - first_row * width - (first_panel + panels) * kLanes;
+    linear_plain(part, first_row, last_row, first_panel + panels, last_panel + panels);
+  }
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const float* gate = memory.data() + r * width;
+    for (std::int64_t i = 0; i < width; i += kLanes)
+      store_activated(task, first_row + r, first_panel * kLanes + i, load(gate + i),
+                      load(gate + rows * width + i));
+  }
+}
+
+void linear(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
+            std::int64_t first_panel, std::int64_t last_panel) {
+  if (task.up_panels)
+    linear_gated(task, first_row, last_row, first_panel, last_panel);
+  else
+    linear_plain(task, first_row, last_row, first_panel, last_panel);
 }
 
 void prepare_input(const LinearTask& task, std::int64_t row, void* to, const float* x,

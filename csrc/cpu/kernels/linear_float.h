@@ -151,6 +151,9 @@ inline void prepare_bf16(void* to, const float* x, std::int64_t inputs, std::int
   for (std::int64_t i = 0; i < inputs; ++i) out[i] = float_to_bf16(x[i]);
   for (std::int64_t i = inputs; i < depth; ++i) out[i] = 0;
 }
+inline void store_bf16_input(void* row, std::int64_t input, Vec x) {  // 16 inputs
+  store_bf16(static_cast<std::uint16_t*>(row) + input, x);
+}
 #else
 using FormatBf16 = FloatFormat<PairsBf16>;
 
@@ -158,5 +161,8 @@ inline void prepare_bf16(void* to, const float* x, std::int64_t inputs, std::int
   auto* out = static_cast<float*>(to);
   for (std::int64_t i = 0; i < inputs; ++i) out[i] = bf16_to_float(float_to_bf16(x[i]));
   for (std::int64_t i = inputs; i < depth; ++i) out[i] = 0.0f;
+}
+inline void store_bf16_input(void* row, std::int64_t input, Vec x) {  // 16 inputs
+  store(static_cast<float*>(row) + input, round_to_bf16(x));
 }
 #endif

@@ -76,11 +76,13 @@ struct DotBytes {
 };
 
 // Adds `steps` steps to the sums of MX tiles of x and NW panels. A tile of either is 16 *
-// step_bytes long, and the next step's lies behind it.
-template <class Dot, int MX, int NW>
+// step_bytes long, and the next step's lies behind it. beside(step) is called in each step: what it
+// does goes on while the tiles multiply.
+template <class Dot, int MX, int NW, class Beside>
 inline void multiply_tiles(const unsigned char* const* x, const unsigned char* const* w,
-                           std::int64_t steps, std::int64_t step_bytes) {
-  for (std::int64_t at = 0; at < steps * kRowTile * step_bytes; at += kRowTile * step_bytes) {
+                           std::int64_t steps, std::int64_t step_bytes, Beside&& beside) {
+  std::int64_t at = 0;
+  for (std::int64_t step = 0; step < steps; ++step, at += kRowTile * step_bytes) {
     tile_load<4>(x[0] + at, step_bytes);
     tile_load<6>(w[0] + at, kTileRowBytes);
     Dot::template add<0, 4, 6>();
@@ -93,6 +95,7 @@ inline void multiply_tiles(const unsigned char* const* x, const unsigned char* c
       Dot::template add<2, 5, 6>();
       if constexpr (NW == 2) Dot::template add<3, 5, 7>();
     }
+    beside(step);
   }
 }
 
@@ -105,110 +108,217 @@ inline void each_sum(F&& f) {
   unroll(one, std::make_integer_sequence<int, 4>{});
 }
 
+// Asks for memory that is needed soon, a little in each step: at once, it would be in the way.
+class AskAhead {
+ public:
+  AskAhead() = default;
+  // Two arrays of so many bytes, within so many steps.
+  AskAhead(const unsigned char* first, const unsigned char* second, std::int64_t bytes,
+           std::int64_t steps)
+      : at_{first, second}, left_(bytes), a_step_((bytes + steps - 1) / steps) {}
+
+  void operator()() {
+    const std::int64_t bytes = a_step_ < left_ ? a_step_ : left_;
+    left_ -= bytes;
+    for (owed_ += bytes; owed_ > 0; owed_ -= 64) {
+      for (const unsigned char*& at : at_) {
+        prefetch_second(at);
+        at += 64;
+      }
+    }
+  }
+
+ private:
+  const unsigned char* at_[2] = {};
+  std::int64_t left_ = 0, a_step_ = 0, owed_ = 0;
+};
+
+// Two panels that are taken together: neighbours, or gates and what they let through.
+struct PanelPair {
+  std::int64_t panel[2];
+};
+
 // A format says how rows of x and weights become tiles, and adds a stretch of inputs to the sums:
 //   kRowTiles                row tiles that are taken at a time
 //   step_bytes, steps        of a row of x, for all inputs
 //   next_stretch(task, first, row_tiles)
 //   weights(task, panel, first, last, room)    -> the panel's tiles
-//   accumulate<MT, NR>(task, row_tile, rows, panel, first, last, weights, sums)
-// with sums [row tile][panel][16][16], those of a row tile sum_stride apart.
+//   accumulate<MT, NR>(task, row_tile, rows, panels, first, last, weights, sums, stride, beside)
+// with sums [row tile][panel][16][16], those of a row tile `stride` apart.
 #include "cpu/kernels/tiles_bf16.h"
 //
 #include "cpu/kernels/tiles_integer.h"
 
 // ---- all tiles of a piece ----
 
-// Rows and panels of one call that fit the scratch memory.
-struct TilePiece {
-  std::int64_t first_row, last_row, first_panel, last_panel;
-
-  std::int64_t row_tiles() const { return (last_row - first_row + kRowTile - 1) / kRowTile; }
-  std::int64_t panels() const { return last_panel - first_panel; }
-};
-
-// Takes the sums of a piece to where they belong.
-template <class Tiles>
-inline void finish_tiles(const LinearTask& task, const TilePiece& piece, const float* sums) {
-  for (std::int64_t row = piece.first_row; row < piece.last_row; ++row) {
-    const std::int64_t r = row - piece.first_row;
-    for (std::int64_t panel = piece.first_panel; panel < piece.last_panel; ++panel) {
-      const std::int64_t tile = r / kRowTile * piece.panels() + panel - piece.first_panel;
-      Vec sum = load(sums + tile * kTileSums + r % kRowTile * kLanes);
-      sum = Tiles::finish(task, sum, row, panel);
-      float* out = task.out + row * task.out_stride + panel * kLanes;
-      const float* bias = task.bias + panel * kLanes;
-      const std::int64_t width = task.outputs - panel * kLanes;
-      if (width >= kLanes) {
-        if (task.bias) sum = add(sum, load(bias));
-        store(out, sum);
-      } else {
-        if (task.bias) sum = add(sum, load_tail(bias, width, 0.0f));
-        store_tail(out, sum, width);
-      }
-    }
-  }
-}
-
-// Inputs [first, last) of NR panels, for all rows of a piece.
-template <int NR, class Tiles>
-inline void add_stretch(const LinearTask& task, const Tiles& tiles, const TilePiece& piece,
-                        std::int64_t panel, std::int64_t first, std::int64_t last,
-                        TileScratch& scratch) {
-  const unsigned char* w[NR];
-  for (int n = 0; n < NR; ++n)
-    w[n] = tiles.weights(task, panel + n, first, last, scratch.weights[n]);
-  const std::int64_t stride = piece.panels() * kTileSums;
-  const auto add = [&](auto num_tiles, std::int64_t row_tile) {
-    const std::int64_t row = piece.first_row + row_tile * kRowTile;
-    tiles.template accumulate<num_tiles, NR>(
-        task, row / kRowTile, piece.last_row - row, panel, first, last, w,
-        scratch.sums + row_tile * stride + (panel - piece.first_panel) * kTileSums, stride);
-  };
-  std::int64_t row_tile = 0;
-  for (; row_tile + Tiles::kRowTiles <= piece.row_tiles(); row_tile += Tiles::kRowTiles)
-    add(std::integral_constant<int, Tiles::kRowTiles>{}, row_tile);
-  if (row_tile < piece.row_tiles()) add(std::integral_constant<int, 1>{}, row_tile);
-}
-
-template <class Tiles>
-inline void linear_tiles(const LinearTask& task, const TilePiece& whole) {
-  const Tiles tiles(task);
-  const TileSession session(tiles.step_bytes);
-  TileScratch& scratch = tile_scratch();
-  constexpr std::int64_t kMaxRows = kMaxRowTiles * kRowTile;
-  for (std::int64_t panel = whole.first_panel; panel < whole.last_panel; panel += kMaxPanels) {
-    for (std::int64_t row = whole.first_row; row < whole.last_row; row += kMaxRows) {
-      const TilePiece piece{row, std::min(whole.last_row, row + kMaxRows), panel,
-                            std::min(whole.last_panel, panel + kMaxPanels)};
-      for (std::int64_t first = 0, last; first < task.depth; first = last) {
-        last = std::min(task.depth, tiles.next_stretch(task, first, piece.row_tiles()));
-        std::int64_t at = piece.first_panel;
-        for (; at + 2 <= piece.last_panel; at += 2)
-          add_stretch<2>(task, tiles, piece, at, first, last, scratch);
-        if (at < piece.last_panel) add_stretch<1>(task, tiles, piece, at, first, last, scratch);
-      }
-      finish_tiles<Tiles>(task, piece, scratch.sums);
-    }
-  }
-}
-
 inline bool takes_tiles(const LinearTask& task) {
   return task.format != DType::f32 && task.rows > kFewRows;
 }
 
+template <class Tiles>
+inline Vec finish_sum(const LinearTask& task, Vec sum, std::int64_t row, std::int64_t panel) {
+  sum = Tiles::finish(task, sum, row, panel);
+  return task.bias ? add(sum, load_outputs(task, task.bias, panel)) : sum;
+}
+
+// y = activation(gate) * up of 16 outputs, in the form of the product that reads it.
+inline void store_activated_tile(const LinearTask& task, std::int64_t row, std::int64_t output,
+                                 Vec gate, Vec up) {
+  const LinearTask* next = task.next;
+  if (!next || !takes_tiles(*next)) return store_activated(task, row, output, gate, up);
+  unsigned char* tile = static_cast<unsigned char*>(next->input) +
+                        row / kRowTile * kRowTile * next->x_stride * 4 +
+                        output / TilesBf16::kInputs * kTileBytes + row % kRowTile * kTileRowBytes;
+  store_bf16(reinterpret_cast<std::uint16_t*>(tile) + output % TilesBf16::kInputs,
+             activate_pair(task, gate, up));
+}
+
+// Outputs whose sums are complete, to be taken where they belong, a row at a time.
+template <class Tiles>
+class Unfinished {
+ public:
+  Unfinished() = default;
+  Unfinished(std::int64_t first_row, std::int64_t last_row, const PanelPair& panels, int num_panels,
+             const float* sums, std::int64_t stride)
+      : row_(first_row),
+        last_row_(last_row),
+        panels_(panels),
+        num_panels_(num_panels),
+        begin_(sums),
+        sums_(sums),
+        stride_(stride) {}
+
+  bool uses(const float* sums) const { return sums == begin_; }
+
+  // False when there is nothing left to do.
+  bool finish_row(const LinearTask& task) {
+    if (row_ == last_row_) return false;
+    const auto complete = [&](int n) {
+      return finish_sum<Tiles>(task, load(sums_ + within_ * kLanes + n * kTileSums), row_,
+                               panels_.panel[n]);
+    };
+    if (task.up_panels) {
+      store_activated_tile(task, row_, panels_.panel[0] * kLanes, complete(0), complete(1));
+    } else {
+      for (int n = 0; n < num_panels_; ++n)
+        store_outputs(task, task.out + row_ * task.out_stride, panels_.panel[n], complete(n));
+    }
+    ++row_;
+    if (++within_ == kRowTile) {
+      within_ = 0;
+      sums_ += stride_;
+    }
+    return true;
+  }
+
+ private:
+  std::int64_t row_ = 0, last_row_ = 0;
+  PanelPair panels_{};
+  int num_panels_ = 0;
+  const float *begin_ = nullptr, *sums_ = nullptr;
+  std::int64_t stride_ = 0, within_ = 0;
+};
+
+template <class Tiles>
+class TileProduct {
+ public:
+  explicit TileProduct(const LinearTask& task)
+      : task_(task), tiles_(task), scratch_(tile_scratch()) {}
+
+  void multiply(std::int64_t first_row, std::int64_t last_row, std::int64_t first_panel,
+                std::int64_t last_panel) {
+    const TileSession session(tiles_.step_bytes);
+    constexpr std::int64_t kMaxRows = kMaxRowTiles * kRowTile;
+    // Of a gated pair only the gate is counted.
+    const std::int64_t panels = task_.up_panels ? kMaxPanels / 2 : kMaxPanels;
+    for (std::int64_t row = first_row; row < last_row; row += kMaxRows) {
+      for (std::int64_t panel = first_panel; panel < last_panel; panel += panels)
+        multiply_block(row, std::min(last_row, row + kMaxRows), panel,
+                       std::min(last_panel, panel + panels));
+    }
+    finish_all();
+  }
+
+ private:
+  // As many rows and panels as there is room for sums.
+  void multiply_block(std::int64_t first_row, std::int64_t last_row, std::int64_t first_panel,
+                      std::int64_t last_panel) {
+    const std::int64_t row_tiles = (last_row - first_row + kRowTile - 1) / kRowTile;
+    const bool is_gated = task_.up_panels != 0;
+    const std::int64_t a_pair = is_gated ? 1 : 2;
+    for (std::int64_t first = 0, last; first < task_.depth; first = last) {
+      last = std::min(task_.depth, tiles_.next_stretch(task_, first, row_tiles));
+      for (std::int64_t panel = first_panel; panel < last_panel; panel += a_pair) {
+        const PanelPair pair{{panel, panel + (is_gated ? task_.up_panels : 1)}};
+        const std::int64_t index = (panel - first_panel) / a_pair;
+        if (is_gated || panel + 2 <= last_panel)
+          add_stretch<2>(first_row, last_row, pair, index, first, last);
+        else
+          add_stretch<1>(first_row, last_row, pair, index, first, last);
+      }
+    }
+  }
+
+  // Inputs [first, last) of NR panels, for some rows.
+  template <int NR>
+  void add_stretch(std::int64_t first_row, std::int64_t last_row, const PanelPair& pair,
+                   std::int64_t index, std::int64_t first, std::int64_t last) {
+    const unsigned char* w[NR];
+    for (int n = 0; n < NR; ++n)
+      w[n] = tiles_.weights(task_, pair.panel[n], first, last, scratch_.weights[n]);
+    const std::int64_t row_tiles = (last_row - first_row + kRowTile - 1) / kRowTile;
+    const std::int64_t calls = (row_tiles + Tiles::kRowTiles - 1) / Tiles::kRowTiles;
+    AskAhead ahead = tiles_.ask_ahead(task_, pair, first, last, calls);
+    // Sums that are complete at once are soon out of the way: two pairs' room in turn.
+    const bool is_only_stretch = first == 0 && last == task_.depth;
+    float* sums =
+        scratch_.sums + (is_only_stretch ? index % 2 : index) * kMaxRowTiles * 2 * kTileSums;
+    const auto add = [&](auto num_tiles, std::int64_t row_tile) {
+      const std::int64_t row = first_row + row_tile * kRowTile;
+      float* at = sums + row_tile * 2 * kTileSums;
+      if (unfinished_.uses(at)) finish_all();
+      tiles_.template accumulate<num_tiles, NR>(task_, row / kRowTile, last_row - row, pair, first,
+                                                last, w, at, 2 * kTileSums, [&](std::int64_t) {
+                                                  ahead();
+                                                  unfinished_.finish_row(task_);
+                                                });
+      if (last < task_.depth) return;
+      finish_all();
+      unfinished_ = Unfinished<Tiles>(row, std::min(last_row, row + num_tiles * kRowTile), pair, NR,
+                                      at, 2 * kTileSums);
+    };
+    std::int64_t row_tile = 0;
+    for (; row_tile + Tiles::kRowTiles <= row_tiles; row_tile += Tiles::kRowTiles)
+      add(std::integral_constant<int, Tiles::kRowTiles>{}, row_tile);
+    if (row_tile < row_tiles) add(std::integral_constant<int, 1>{}, row_tile);
+  }
+
+  void finish_all() {
+    while (unfinished_.finish_row(task_)) {
+    }
+  }
+
+  const LinearTask& task_;
+  const Tiles tiles_;
+  TileScratch& scratch_;
+  Unfinished<Tiles> unfinished_;
+};
+
 void linear_on_tiles(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
                      std::int64_t first_panel, std::int64_t last_panel) {
-  const TilePiece piece{first_row, last_row, first_panel, last_panel};
+  const auto run = [&](auto product) {
+    product.multiply(first_row, last_row, first_panel, last_panel);
+  };
   if (!takes_tiles(task)) return linear(task, first_row, last_row, first_panel, last_panel);
   switch (task.format) {
     case DType::bf16:
-      return linear_tiles<TilesBf16>(task, piece);
+      return run(TileProduct<TilesBf16>(task));
     case DType::int8:
-      return task.activation_bits == 8 ? linear_tiles<TilesInteger<FormatInt8<1>>>(task, piece)
-                                       : linear_tiles<TilesInteger<FormatInt8<2>>>(task, piece);
+      return task.activation_bits == 8 ? run(TileProduct<TilesInteger<FormatInt8<1>>>(task))
+                                       : run(TileProduct<TilesInteger<FormatInt8<2>>>(task));
     case DType::int4:
-      return task.levels ? linear_tiles<TilesInteger<FormatInt4Levels>>(task, piece)
-                         : linear_tiles<TilesInteger<FormatInt4>>(task, piece);
+      return task.levels ? run(TileProduct<TilesInteger<FormatInt4Levels>>(task))
+                         : run(TileProduct<TilesInteger<FormatInt4>>(task));
     case DType::f32:
     case DType::f16:
       break;  // f32 was taken above, f16 has no packed format
@@ -233,6 +343,6 @@ inline Kernels with_tiles(Kernels kernels) {
   kernels.prepare_input = prepare_tile_input;
   kernels.linear = linear_on_tiles;
   kernels.attend = attend_on_tiles;
-  kernels.pieces = {2 * kRowTile, kMaxRowTiles * kRowTile, kMaxPanels};
+  kernels.pieces = {2 * kRowTile, kMaxRowTiles * kRowTile, kMaxPanels, true};
   return kernels;
 }

@@ -3,18 +3,30 @@
 struct TilesBf16 {
   static constexpr int kRowTiles = 2;
   static constexpr std::int64_t kInputs = kTileRowBytes / 2;  // of a step
+  static constexpr std::int64_t kLongestStretch = 2048;       // of as many rows as a call takes
+  static constexpr std::int64_t kWorthAsking = 4;
   const std::int64_t step_bytes = kTileRowBytes, steps;
 
   explicit TilesBf16(const LinearTask& task) : steps(task.depth / kInputs) {}
 
-  // Equal parts, so that no stretch is short; all at once where W is read only once anyway.
+  // Equal parts, so that no stretch is short, and as long as the rows' inputs leave room for
+  // weights in the second cache: 1 MiB.
   static std::int64_t next_stretch(const LinearTask& task, std::int64_t first,
                                    std::int64_t row_tiles) {
-    constexpr std::int64_t kLongest = 384;
-    if (row_tiles <= kRowTiles) return task.depth;
-    const std::int64_t parts = (task.depth + kLongest - 1) / kLongest;
+    const std::int64_t longest = kLongestStretch * kMaxRowTiles / row_tiles;
+    const std::int64_t parts = (task.depth + longest - 1) / longest;
     const std::int64_t length = (task.depth / kInputs + parts - 1) / parts * kInputs;
     return first + length;
+  }
+
+  // The same stretch of the next pair of panels, to come in while this one is used `calls` times.
+  static AskAhead ask_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
+                            std::int64_t last, std::int64_t calls) {
+    if (calls < kWorthAsking) return {};
+    const std::int64_t next = task.up_panels ? 1 : 2;
+    return {weights(task, pair.panel[0] + next, first, last, nullptr),
+            weights(task, pair.panel[1] + next, first, last, nullptr), (last - first) * kLanes * 2,
+            (last - first) / kInputs * calls};
   }
 
   static const unsigned char* weights(const LinearTask& task, std::int64_t panel,
@@ -23,10 +35,10 @@ struct TilesBf16 {
                                                   first / 2 * kLanes);
   }
 
-  template <int MT, int NR>
-  void accumulate(const LinearTask& task, std::int64_t row_tile, std::int64_t, std::int64_t,
+  template <int MT, int NR, class Beside>
+  void accumulate(const LinearTask& task, std::int64_t row_tile, std::int64_t, const PanelPair&,
                   std::int64_t first, std::int64_t last, const unsigned char* const* w, float* sums,
-                  std::int64_t sum_stride) const {
+                  std::int64_t sum_stride, Beside&& beside) const {
     const unsigned char* x[MT];
     for (int m = 0; m < MT; ++m) x[m] = x_tiles(task, row_tile + m) + first / kInputs * kTileBytes;
     each_sum<MT, NR>([&](auto t, int m, int n) {
@@ -36,7 +48,7 @@ struct TilesBf16 {
         tile_load<t>(sums + m * sum_stride + n * kTileSums, kTileRowBytes);
       }
     });
-    multiply_tiles<DotBf16, MT, NR>(x, w, (last - first) / kInputs, step_bytes);
+    multiply_tiles<DotBf16, MT, NR>(x, w, (last - first) / kInputs, step_bytes, beside);
     each_sum<MT, NR>([&](auto t, int m, int n) {
       tile_store<t>(sums + m * sum_stride + n * kTileSums, kTileRowBytes);
     });

@@ -21,6 +21,7 @@ struct TilesInteger {
   using Integers = IntegerFormat<Format>;
   static constexpr int kPasses = Format::kActivationPasses;
   static constexpr int kRowTiles = kPasses == 1 ? 2 : 1;
+  static constexpr std::int64_t kWorthAsking = 4;
   const Format format;
   const IntegerSteps place;
   const std::int64_t step_bytes, steps;
@@ -31,6 +32,19 @@ struct TilesInteger {
   // One block's worth: with what is added to each group to fill steps, no more than kMaxStretch.
   static std::int64_t next_stretch(const LinearTask& task, std::int64_t first, std::int64_t) {
     return stretch_end(task, first, 1);
+  }
+
+  AskAhead ask_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
+                     std::int64_t last, std::int64_t calls) const {
+    if (calls < kWorthAsking) return {};
+    const auto at = [&](int n) {
+      constexpr std::int64_t kInputsPerWord = 4 * Format::kParts;
+      const std::int64_t panel = pair.panel[n] + (task.up_panels ? 1 : 2);
+      return reinterpret_cast<const unsigned char*>(task.weight + (panel * task.depth + first) /
+                                                                      kInputsPerWord * kLanes);
+    };
+    return {at(0), at(1), (last - first) * kLanes / Format::kParts,
+            (place.at(last - 1) + 1 - place.at(first)) * calls};
   }
 
   const unsigned char* weights(const LinearTask& task, std::int64_t panel, std::int64_t first,
@@ -59,10 +73,11 @@ struct TilesInteger {
     return room;
   }
 
-  template <int MT, int NR>
+  template <int MT, int NR, class Beside>
   void accumulate(const LinearTask& task, std::int64_t row_tile, std::int64_t rows,
-                  std::int64_t panel, std::int64_t first, std::int64_t last,
-                  const unsigned char* const* w, float* sums, std::int64_t sum_stride) const {
+                  const PanelPair& pair, std::int64_t first, std::int64_t last,
+                  const unsigned char* const* w, float* sums, std::int64_t sum_stride,
+                  Beside&& beside) const {
     constexpr int kX = MT * kPasses;
     const std::int64_t tile_bytes = kRowTile * step_bytes;
     std::int64_t group = first / place.group, block = block_index(task, first);
@@ -75,11 +90,11 @@ struct TilesInteger {
       for (int n = 0; n < NR; ++n) w_at[n] = w[n] + (place.at(k) - place.at(first)) * tile_bytes;
       alignas(64) std::uint32_t block_sums[2][2][kTileSums];
       each_sum<kX, NR>([](auto t, int, int) { tile_zero<t>(); });
-      multiply_tiles<DotBytes, kX, NR>(x, w_at, place.count(end - k), step_bytes);
+      multiply_tiles<DotBytes, kX, NR>(x, w_at, place.count(end - k), step_bytes, beside);
       each_sum<kX, NR>(
           [&](auto t, int m, int n) { tile_store<t>(block_sums[m][n], kTileRowBytes); });
       for (int n = 0; n < NR; ++n) {
-        const Group numbers = load_group(task, (panel + n) * task.num_groups + group);
+        const Group numbers = load_group(task, pair.panel[n] * task.num_groups + group);
         for (int m = 0; m < MT; ++m)
           fold(task, numbers, block_sums[m * kPasses][n], block_sums[kX - 1][n],
                {(row_tile + m) * kRowTile, std::min(kRowTile, rows - m * kRowTile), block, k == 0},
