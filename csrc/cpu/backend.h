@@ -73,20 +73,21 @@ class CpuBackend : public Backend {
     });
   }
 
-  // Float scratch of at least `count` numbers that lives until the next call with this buffer.
-  float* scratch(std::vector<float>& buffer, std::int64_t count) {
-    if (static_cast<std::int64_t>(buffer.size()) < count)
-      buffer.resize(static_cast<std::size_t>(count));
-    return buffer.data();
+  // Memory of at least `count` numbers that lives until the next call with this buffer; in large
+  // pages, since what a product reads again and again should lie on few.
+  float* scratch(Buffer& buffer, std::int64_t count) {
+    constexpr std::size_t kLeast = std::size_t{2} << 20;
+    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(float);
+    if (buffer.bytes() < bytes) buffer = Buffer(this, std::max(bytes, kLeast));
+    return buffer.as<float>();
   }
 
-  float* aligned_scratch(std::vector<float>& buffer, std::int64_t count);
   void prepare_input(LinearTask& task, View x);
   void multiply(const LinearTask& task);
 
   ThreadPool pool_;
   const Kernels& kernels_;
-  std::vector<float> linear_scratch_, mlp_scratch_, attention_scratch_;
+  Buffer linear_scratch_, mlp_scratch_, attention_scratch_;
 };
 
 }  // namespace octavo::cpu

@@ -12,6 +12,7 @@
 #include "cpu/intrinsics.h"
 #include "cpu/kernels.h"
 #include "cpu/kernels/tile_config.h"
+#include "cpu/platform.h"
 
 namespace octavo::cpu {
 namespace amx {

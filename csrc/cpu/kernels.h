@@ -149,9 +149,10 @@ struct Pieces {
 
 struct Kernels {
   const char* isa = "";
-  // Brings row `row` of x, `inputs` numbers, into the form that `linear` wants: `depth` words at
-  // `to`, or anywhere in the room of the 16 rows that it belongs to. Integer formats also note the
-  // row's scale and sums.
+  // How many 32-bit words a row of x takes, in the form that `linear` wants.
+  std::int64_t (*input_stride)(const LinearTask& task);
+  // Brings row `row` of x, `inputs` numbers, into that form: at `to`, or anywhere in the room of
+  // the 16 rows that it belongs to. Integer formats also note the row's scale and sums.
   void (*prepare_input)(const LinearTask& task, std::int64_t row, void* to, const float* x,
                         std::int64_t inputs);
   // Outputs 16 first_panel .. of rows [first_row, last_row); first_row is a multiple of 16.

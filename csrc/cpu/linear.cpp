@@ -292,19 +292,12 @@ struct MatrixTask : LinearTask {
   }
 };
 
-// Room for the rows of a task's input, whole tiles of them, in `depth` 32-bit words each.
+// 32-bit words of a task's input: whole tiles of rows.
 std::int64_t input_words(const LinearTask& task) {
-  return (task.rows + kLanes - 1) / kLanes * kLanes * task.depth;
+  return (task.rows + kLanes - 1) / kLanes * kLanes * task.x_stride;
 }
 
 }  // namespace
-
-// Scratch memory that begins with a cache line.
-float* CpuBackend::aligned_scratch(std::vector<float>& buffer, std::int64_t count) {
-  constexpr std::int64_t kLine = 16;
-  float* memory = scratch(buffer, count + kLine);
-  return memory + (kLine - reinterpret_cast<std::uintptr_t>(memory) / sizeof(float) % kLine);
-}
 
 // Points the task at x, or at a copy in the form that the format needs.
 void CpuBackend::prepare_input(LinearTask& task, View x) {
@@ -313,14 +306,14 @@ void CpuBackend::prepare_input(LinearTask& task, View x) {
     task.x_stride = x.stride;
     return;
   }
+  task.x_stride = kernels_.input_stride(task);
   const std::int64_t words = input_words(task);
-  float* memory = aligned_scratch(linear_scratch_, words + x.rows * (1 + task.num_blocks));
+  float* memory = scratch(linear_scratch_, words + x.rows * (1 + task.num_blocks));
   task.x = memory;
-  task.x_stride = task.depth;
   task.x_scales = memory + words;
   task.x_sums = reinterpret_cast<std::int32_t*>(task.x_scales + x.rows);
   each_row(x, [&](std::int64_t row) {
-    kernels_.prepare_input(task, row, memory + row * task.depth, x.row(row), x.cols);
+    kernels_.prepare_input(task, row, memory + row * task.x_stride, x.row(row), x.cols);
   });
 }
 
@@ -340,12 +333,13 @@ bool CpuBackend::mlp(View out, View x, const std::vector<Linear>& up, const Line
   prepare_input(first, x);
   first.up_panels = width / kLanes;
   first.activation = activation;
-  float* memory = aligned_scratch(mlp_scratch_, input_words(second));
+  second.x_stride = kernels_.input_stride(second);
+  const std::int64_t words = std::max(input_words(second), x.rows * width);
+  float* memory = scratch(mlp_scratch_, words);
   const bool is_float = second.format == DType::f32 || second.format == DType::bf16;
   if (is_float) {
     first.next = &second;
     second.x = second.input = memory;
-    second.x_stride = second.depth;
   } else {  // whole rows decide how they become whole numbers
     first.out = memory;
     first.out_stride = width;

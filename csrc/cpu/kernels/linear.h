@@ -6,7 +6,7 @@
 // Bias comes last.
 
 // For memory that is not needed at once: into the second cache.
-inline void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 1); }
 
 // At most so many inputs at a time, so that a few panels' weights stay in the second cache while
 // rows pass by.
@@ -178,6 +178,8 @@ void linear(const LinearTask& task, std::int64_t first_row, std::int64_t last_ro
   else
     linear_plain(task, first_row, last_row, first_panel, last_panel);
 }
+
+std::int64_t input_stride(const LinearTask& task) { return task.depth; }
 
 void prepare_input(const LinearTask& task, std::int64_t row, void* to, const float* x,
                    std::int64_t inputs) {

@@ -30,17 +30,24 @@
 constexpr std::int64_t kRowTile = kTileRows;
 constexpr std::int64_t kFewRows = 4;  // up to here vectors are as fast: weights come from memory
 // What one call sums up at a time: so much memory for sums.
-constexpr std::int64_t kMaxRowTiles = 16, kMaxPanels = 16;
+constexpr std::int64_t kMaxRowTiles = 16, kMaxPanels = 8;
 constexpr std::int64_t kTileSums = kRowTile * kLanes;
 constexpr std::int64_t kMaxStretch = 1024;  // inputs, with what is added to fill the steps
 
 struct TileScratch {
-  alignas(64) float sums[kMaxRowTiles * kMaxPanels * kTileSums];
+  // While the sums of some rows and panels are finished, those of the next grow.
+  alignas(64) float sums[2][kMaxRowTiles * kMaxPanels * kTileSums];
   alignas(64) unsigned char weights[2][kMaxStretch * kLanes];
 };
+constexpr std::size_t kTileScratchBytes = std::max(sizeof(TileScratch), std::size_t{2} << 20);
 
+// In large pages, as what meets there.
 inline TileScratch& tile_scratch() {
-  static thread_local const std::unique_ptr<TileScratch> scratch(new TileScratch);
+  struct Free {
+    void operator()(TileScratch* scratch) const { release(scratch, kTileScratchBytes); }
+  };
+  static thread_local const std::unique_ptr<TileScratch, Free> scratch(
+      static_cast<TileScratch*>(allocate(kTileScratchBytes)));
   return *scratch;
 }
 
@@ -173,50 +180,67 @@ inline void store_activated_tile(const LinearTask& task, std::int64_t row, std::
              activate_pair(task, gate, up));
 }
 
-// Outputs whose sums are complete, to be taken where they belong, a row at a time.
-template <class Tiles>
-class Unfinished {
- public:
-  Unfinished() = default;
-  Unfinished(std::int64_t first_row, std::int64_t last_row, const PanelPair& panels, int num_panels,
-             const float* sums, std::int64_t stride)
-      : row_(first_row),
-        last_row_(last_row),
-        panels_(panels),
-        num_panels_(num_panels),
-        begin_(sums),
-        sums_(sums),
-        stride_(stride) {}
+// Some rows and panels whose sums fit the scratch memory. Panels are taken in pairs; of gated ones
+// only the gates are counted.
+struct TileBlock {
+  std::int64_t first_row, last_row, first_panel, last_panel;
+  std::int64_t up_panels;
 
-  bool uses(const float* sums) const { return sums == begin_; }
+  std::int64_t row_tiles() const { return (last_row - first_row + kRowTile - 1) / kRowTile; }
+  std::int64_t panels_of_pair() const { return up_panels ? 1 : 2; }
+  std::int64_t pairs() const {
+    return (last_panel - first_panel + panels_of_pair() - 1) / panels_of_pair();
+  }
+  PanelPair pair(std::int64_t index) const {
+    const std::int64_t panel = first_panel + index * panels_of_pair();
+    return {{panel, panel + (up_panels ? up_panels : 1)}};
+  }
+  // The second may be one too many.
+  bool is_whole(const PanelPair& pair) const { return up_panels || pair.panel[1] < last_panel; }
+  // Sums: [pair][row tile][2][16 rows][16].
+  static std::int64_t sums_at(std::int64_t pair, std::int64_t row_tile) {
+    return (pair * kMaxRowTiles + row_tile) * 2 * kTileSums;
+  }
+};
+
+// Takes the complete sums of a block to where they belong, a row at a time: rows of the result are
+// often a power of two apart, and short pieces of many of them would push each other out of caches.
+template <class Tiles>
+class Finish {
+ public:
+  Finish() = default;
+  Finish(const TileBlock& block, const float* sums)
+      : block_(block), row_(block.first_row), sums_(sums) {}
 
   // False when there is nothing left to do.
   bool finish_row(const LinearTask& task) {
-    if (row_ == last_row_) return false;
-    const auto complete = [&](int n) {
-      return finish_sum<Tiles>(task, load(sums_ + within_ * kLanes + n * kTileSums), row_,
-                               panels_.panel[n]);
-    };
-    if (task.up_panels) {
-      store_activated_tile(task, row_, panels_.panel[0] * kLanes, complete(0), complete(1));
-    } else {
-      for (int n = 0; n < num_panels_; ++n)
-        store_outputs(task, task.out + row_ * task.out_stride, panels_.panel[n], complete(n));
+    if (row_ >= block_.last_row) return false;
+    const std::int64_t r = row_ - block_.first_row;
+    for (std::int64_t index = 0; index < block_.pairs(); ++index) {
+      const PanelPair pair = block_.pair(index);
+      const float* at = sums_ + block_.sums_at(index, r / kRowTile) + r % kRowTile * kLanes;
+      const Vec first = finish_sum<Tiles>(task, load(at), row_, pair.panel[0]);
+      float* out = task.out + row_ * task.out_stride;
+      if (!block_.is_whole(pair)) {
+        store_outputs(task, out, pair.panel[0], first);
+        continue;
+      }
+      const Vec second = finish_sum<Tiles>(task, load(at + kTileSums), row_, pair.panel[1]);
+      if (block_.up_panels) {
+        store_activated_tile(task, row_, pair.panel[0] * kLanes, first, second);
+      } else {
+        store_outputs(task, out, pair.panel[0], first);
+        store_outputs(task, out, pair.panel[1], second);
+      }
     }
     ++row_;
-    if (++within_ == kRowTile) {
-      within_ = 0;
-      sums_ += stride_;
-    }
     return true;
   }
 
  private:
-  std::int64_t row_ = 0, last_row_ = 0;
-  PanelPair panels_{};
-  int num_panels_ = 0;
-  const float *begin_ = nullptr, *sums_ = nullptr;
-  std::int64_t stride_ = 0, within_ = 0;
+  TileBlock block_{};
+  std::int64_t row_ = 0;
+  const float* sums_ = nullptr;
 };
 
 template <class Tiles>
@@ -229,63 +253,53 @@ class TileProduct {
                 std::int64_t last_panel) {
     const TileSession session(tiles_.step_bytes);
     constexpr std::int64_t kMaxRows = kMaxRowTiles * kRowTile;
-    // Of a gated pair only the gate is counted.
     const std::int64_t panels = task_.up_panels ? kMaxPanels / 2 : kMaxPanels;
     for (std::int64_t row = first_row; row < last_row; row += kMaxRows) {
       for (std::int64_t panel = first_panel; panel < last_panel; panel += panels)
-        multiply_block(row, std::min(last_row, row + kMaxRows), panel,
-                       std::min(last_panel, panel + panels));
+        multiply_block({row, std::min(last_row, row + kMaxRows), panel,
+                        std::min(last_panel, panel + panels), task_.up_panels});
     }
     finish_all();
   }
 
  private:
-  // As many rows and panels as there is room for sums.
-  void multiply_block(std::int64_t first_row, std::int64_t last_row, std::int64_t first_panel,
-                      std::int64_t last_panel) {
-    const std::int64_t row_tiles = (last_row - first_row + kRowTile - 1) / kRowTile;
-    const bool is_gated = task_.up_panels != 0;
-    const std::int64_t a_pair = is_gated ? 1 : 2;
+  void multiply_block(const TileBlock& block) {
+    float* sums = scratch_.sums[turn_];
     for (std::int64_t first = 0, last; first < task_.depth; first = last) {
-      last = std::min(task_.depth, tiles_.next_stretch(task_, first, row_tiles));
-      for (std::int64_t panel = first_panel; panel < last_panel; panel += a_pair) {
-        const PanelPair pair{{panel, panel + (is_gated ? task_.up_panels : 1)}};
-        const std::int64_t index = (panel - first_panel) / a_pair;
-        if (is_gated || panel + 2 <= last_panel)
-          add_stretch<2>(first_row, last_row, pair, index, first, last);
+      last = std::min(task_.depth, tiles_.next_stretch(task_, first, block.row_tiles()));
+      for (std::int64_t index = 0; index < block.pairs(); ++index) {
+        const PanelPair pair = block.pair(index);
+        float* at = sums + block.sums_at(index, 0);
+        if (block.is_whole(pair))
+          add_stretch<2>(block, pair, first, last, at);
         else
-          add_stretch<1>(first_row, last_row, pair, index, first, last);
+          add_stretch<1>(block, pair, first, last, at);
       }
     }
+    finish_all();
+    finish_ = Finish<Tiles>(block, sums);
+    turn_ = 1 - turn_;
   }
 
-  // Inputs [first, last) of NR panels, for some rows.
+  // Inputs [first, last) of NR panels, for the rows of a block.
   template <int NR>
-  void add_stretch(std::int64_t first_row, std::int64_t last_row, const PanelPair& pair,
-                   std::int64_t index, std::int64_t first, std::int64_t last) {
+  void add_stretch(const TileBlock& block, const PanelPair& pair, std::int64_t first,
+                   std::int64_t last, float* sums) {
     const unsigned char* w[NR];
     for (int n = 0; n < NR; ++n)
       w[n] = tiles_.weights(task_, pair.panel[n], first, last, scratch_.weights[n]);
-    const std::int64_t row_tiles = (last_row - first_row + kRowTile - 1) / kRowTile;
-    const std::int64_t calls = (row_tiles + Tiles::kRowTiles - 1) / Tiles::kRowTiles;
-    AskAhead ahead = tiles_.ask_ahead(task_, pair, first, last, calls);
-    // Sums that are complete at once are soon out of the way: two pairs' room in turn.
-    const bool is_only_stretch = first == 0 && last == task_.depth;
-    float* sums =
-        scratch_.sums + (is_only_stretch ? index % 2 : index) * kMaxRowTiles * 2 * kTileSums;
+    const std::int64_t row_tiles = block.row_tiles();
+    AskAhead ahead = tiles_.ask_ahead(task_, pair, first, last,
+                                      (row_tiles + Tiles::kRowTiles - 1) / Tiles::kRowTiles);
+    const auto beside = [&](std::int64_t step) {
+      ahead();
+      if (step % 2) finish_.finish_row(task_);
+    };
     const auto add = [&](auto num_tiles, std::int64_t row_tile) {
-      const std::int64_t row = first_row + row_tile * kRowTile;
-      float* at = sums + row_tile * 2 * kTileSums;
-      if (unfinished_.uses(at)) finish_all();
-      tiles_.template accumulate<num_tiles, NR>(task_, row / kRowTile, last_row - row, pair, first,
-                                                last, w, at, 2 * kTileSums, [&](std::int64_t) {
-                                                  ahead();
-                                                  unfinished_.finish_row(task_);
-                                                });
-      if (last < task_.depth) return;
-      finish_all();
-      unfinished_ = Unfinished<Tiles>(row, std::min(last_row, row + num_tiles * kRowTile), pair, NR,
-                                      at, 2 * kTileSums);
+      const std::int64_t row = block.first_row + row_tile * kRowTile;
+      tiles_.template accumulate<num_tiles, NR>(task_, row / kRowTile, block.last_row - row, pair,
+                                                first, last, w, sums + block.sums_at(0, row_tile),
+                                                2 * kTileSums, beside);
     };
     std::int64_t row_tile = 0;
     for (; row_tile + Tiles::kRowTiles <= row_tiles; row_tile += Tiles::kRowTiles)
@@ -294,14 +308,15 @@ class TileProduct {
   }
 
   void finish_all() {
-    while (unfinished_.finish_row(task_)) {
+    while (finish_.finish_row(task_)) {
     }
   }
 
   const LinearTask& task_;
   const Tiles tiles_;
   TileScratch& scratch_;
-  Unfinished<Tiles> unfinished_;
+  int turn_ = 0;
+  Finish<Tiles> finish_;
 };
 
 void linear_on_tiles(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
@@ -325,11 +340,23 @@ void linear_on_tiles(const LinearTask& task, std::int64_t first_row, std::int64_
   }
 }
 
+// A stretch of all rows is to stay in the second cache: the rows' shares of it must not lie a power
+// of two apart.
+std::int64_t tile_input_stride(const LinearTask& task) {
+  if (!takes_tiles(task)) return input_stride(task);
+  if (task.format == DType::bf16) return TilesBf16::input_stride(task);
+  const IntegerSteps steps(task);
+  const std::int64_t passes = task.activation_bits == 16 ? 2 : 1;
+  const std::int64_t row_bytes = (steps.at(task.depth - 1) + 1) * steps.inputs * passes;
+  const bool is_whole = task.depth <= kIntegerBlock;
+  return (row_bytes + (is_whole ? 0 : kIntegerBlock)) / 4;
+}
+
 void prepare_tile_input(const LinearTask& task, std::int64_t row, void* to, const float* x,
                         std::int64_t inputs) {
   if (!takes_tiles(task)) return prepare_input(task, row, to, x, inputs);
   const std::int64_t within = row % kRowTile;
-  unsigned char* tile = static_cast<unsigned char*>(to) - within * task.depth * 4;
+  unsigned char* tile = static_cast<unsigned char*>(to) - within * task.x_stride * 4;
   if (task.format == DType::bf16)
     return prepare_bf16_tile(task, tile + within * kTileRowBytes, x, inputs);
   prepare_integer_tile(task, row, tile + within * IntegerSteps(task).inputs, x, inputs);
@@ -340,9 +367,10 @@ void prepare_tile_input(const LinearTask& task, std::int64_t row, void* to, cons
 // Pieces of many rows, since weights come from memory once for each: 256 rows and 16 panels are
 // sums of 256 KiB, and 768 KiB of x and weights a stretch of 1024 bytes, in the second cache.
 inline Kernels with_tiles(Kernels kernels) {
+  kernels.input_stride = tile_input_stride;
   kernels.prepare_input = prepare_tile_input;
   kernels.linear = linear_on_tiles;
   kernels.attend = attend_on_tiles;
-  kernels.pieces = {2 * kRowTile, kMaxRowTiles * kRowTile, kMaxPanels, true};
+  kernels.pieces = {2 * kRowTile, kMaxRowTiles * kRowTile, 2 * kMaxPanels, true};
   return kernels;
 }

@@ -19,6 +19,11 @@ struct TilesBf16 {
     return first + length;
   }
 
+  static std::int64_t input_stride(const LinearTask& task) {
+    const bool is_whole = task.depth <= kLongestStretch;
+    return (task.depth + (is_whole ? 0 : kLongestStretch)) / 2;
+  }
+
   // The same stretch of the next pair of panels, to come in while this one is used `calls` times.
   static AskAhead ask_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
                             std::int64_t last, std::int64_t calls) {
@@ -64,10 +69,10 @@ struct TilesBf16 {
 inline void prepare_bf16_tile(const LinearTask& task, unsigned char* to, const float* x,
                               std::int64_t inputs) {
   constexpr std::int64_t kInputs = TilesBf16::kInputs;
-  for (std::int64_t k = 0; k < task.depth; k += kInputs, to += kTileBytes) {
-    std::uint16_t row[kInputs] = {};
-    const std::int64_t count = std::min(kInputs, inputs - k);
-    for (std::int64_t i = 0; i < count; ++i) row[i] = float_to_bf16(x[k + i]);
-    std::memcpy(to, row, sizeof row);
+  for (std::int64_t k = 0; k < task.depth; k += kLanes) {
+    auto* row = reinterpret_cast<std::uint16_t*>(to + k / kInputs * kTileBytes) + k % kInputs;
+    const std::int64_t left = inputs - k;
+    store_bf16(row, left >= kLanes ? load(x + k)
+                                   : load_tail(x + k, std::max<std::int64_t>(left, 0), 0.0f));
   }
 }
