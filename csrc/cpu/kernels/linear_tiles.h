@@ -30,7 +30,7 @@
 constexpr std::int64_t kRowTile = kTileRows;
 constexpr std::int64_t kFewRows = 4;  // up to here vectors are as fast: weights come from memory
 // What one call sums up at a time: so much memory for sums.
-constexpr std::int64_t kMaxRowTiles = 16, kMaxPanels = 8;
+constexpr std::int64_t kMaxRowTiles = 16, kMaxPanels = 16;
 constexpr std::int64_t kTileSums = kRowTile * kLanes;
 constexpr std::int64_t kMaxStretch = 1024;  // inputs, with what is added to fill the steps
 
@@ -122,22 +122,22 @@ class AskAhead {
   // Two arrays of so many bytes, within so many steps.
   AskAhead(const unsigned char* first, const unsigned char* second, std::int64_t bytes,
            std::int64_t steps)
-      : at_{first, second}, left_(bytes), a_step_((bytes + steps - 1) / steps) {}
+      : at_{first, second}, left_(bytes), a_step_((bytes / 64 + steps - 1) / steps * 64) {}
 
   void operator()() {
-    const std::int64_t bytes = a_step_ < left_ ? a_step_ : left_;
-    left_ -= bytes;
-    for (owed_ += bytes; owed_ > 0; owed_ -= 64) {
-      for (const unsigned char*& at : at_) {
-        prefetch_second(at);
-        at += 64;
-      }
+    if (left_ <= 0) return;
+    left_ -= a_step_;
+    for (std::int64_t i = 0; i < a_step_; i += 64) {
+      prefetch_second(at_[0] + i);
+      prefetch_second(at_[1] + i);
     }
+    at_[0] += a_step_;
+    at_[1] += a_step_;
   }
 
  private:
   const unsigned char* at_[2] = {};
-  std::int64_t left_ = 0, a_step_ = 0, owed_ = 0;
+  std::int64_t left_ = 0, a_step_ = 0;
 };
 
 // Two panels that are taken together: neighbours, or gates and what they let through.
@@ -168,16 +168,26 @@ inline Vec finish_sum(const LinearTask& task, Vec sum, std::int64_t row, std::in
   return task.bias ? add(sum, load_outputs(task, task.bias, panel)) : sum;
 }
 
-// y = activation(gate) * up of 16 outputs, in the form of the product that reads it.
-inline void store_activated_tile(const LinearTask& task, std::int64_t row, std::int64_t output,
-                                 Vec gate, Vec up) {
-  const LinearTask* next = task.next;
-  if (!next || !takes_tiles(*next)) return store_activated(task, row, output, gate, up);
-  unsigned char* tile = static_cast<unsigned char*>(next->input) +
-                        row / kRowTile * kRowTile * next->x_stride * 4 +
+// Results of many rows are more than the second cache holds beside what is multiplied: they go past
+// it, where they are whole cache lines.
+constexpr std::int64_t kStreamedRows = 128;
+
+inline bool is_streamed(const LinearTask& task, const void* to, std::int64_t stride) {
+  return task.rows >= kStreamedRows && reinterpret_cast<std::uintptr_t>(to) % 64 == 0 &&
+         stride % kLanes == 0;
+}
+
+inline void store_line(float* to, Vec y, bool is_streamed) {
+  is_streamed ? stream(to, y) : store(to, y);
+}
+
+// y = activation(gate) * up of two panels' outputs, as input of the product that reads it.
+inline void store_input_tile(const LinearTask& next, std::int64_t row, std::int64_t output, Vec y0,
+                             Vec y1, bool is_streamed) {
+  unsigned char* tile = static_cast<unsigned char*>(next.input) +
+                        row / kRowTile * kRowTile * next.x_stride * 4 +
                         output / TilesBf16::kInputs * kTileBytes + row % kRowTile * kTileRowBytes;
-  store_bf16(reinterpret_cast<std::uint16_t*>(tile) + output % TilesBf16::kInputs,
-             activate_pair(task, gate, up));
+  store_line(reinterpret_cast<float*>(tile), two_as_bf16(y0, y1), is_streamed);
 }
 
 // Some rows and panels whose sums fit the scratch memory. Panels are taken in pairs; of gated ones
@@ -205,42 +215,83 @@ struct TileBlock {
 
 // Takes the complete sums of a block to where they belong, a row at a time: rows of the result are
 // often a power of two apart, and short pieces of many of them would push each other out of caches.
+// What there is to decide is decided once: while tiles multiply, every instruction counts.
 template <class Tiles>
 class Finish {
  public:
   Finish() = default;
-  Finish(const TileBlock& block, const float* sums)
-      : block_(block), row_(block.first_row), sums_(sums) {}
+  Finish(const LinearTask& task, const TileBlock& block, const float* sums)
+      : block_(block), pairs_(block.pairs()), row_(block.first_row), sums_(sums) {
+    const bool to_tiles = task.next && takes_tiles(*task.next);
+    const void* to = to_tiles ? task.next->input : task.out;
+    is_streamed_ = is_streamed(task, to, to_tiles ? kLanes : task.out_stride);
+    const bool are_whole =
+        block.is_whole(block.pair(pairs_ - 1)) && block.last_panel * kLanes <= task.outputs;
+    if (block.up_panels)
+      way_ = to_tiles ? Way::to_tiles : Way::gated;
+    else
+      way_ = are_whole ? Way::whole : Way::any;
+  }
 
   // False when there is nothing left to do.
   bool finish_row(const LinearTask& task) {
     if (row_ >= block_.last_row) return false;
-    const std::int64_t r = row_ - block_.first_row;
-    for (std::int64_t index = 0; index < block_.pairs(); ++index) {
-      const PanelPair pair = block_.pair(index);
-      const float* at = sums_ + block_.sums_at(index, r / kRowTile) + r % kRowTile * kLanes;
-      const Vec first = finish_sum<Tiles>(task, load(at), row_, pair.panel[0]);
-      float* out = task.out + row_ * task.out_stride;
-      if (!block_.is_whole(pair)) {
-        store_outputs(task, out, pair.panel[0], first);
-        continue;
-      }
-      const Vec second = finish_sum<Tiles>(task, load(at + kTileSums), row_, pair.panel[1]);
-      if (block_.up_panels) {
-        store_activated_tile(task, row_, pair.panel[0] * kLanes, first, second);
-      } else {
-        store_outputs(task, out, pair.panel[0], first);
-        store_outputs(task, out, pair.panel[1], second);
-      }
+    const std::int64_t r = row_ - block_.first_row, first = block_.first_panel;
+    const float* at = sums_ + block_.sums_at(0, r / kRowTile) + r % kRowTile * kLanes;
+    const std::int64_t a_pair = block_.sums_at(1, 0);
+    const auto sum = [&](std::int64_t panel) {
+      const Vec complete = finish_sum<Tiles>(task, load(at), row_, panel);
+      at += kTileSums;
+      return complete;
+    };
+    float* out = task.out + row_ * task.out_stride + first * kLanes;
+    switch (way_) {
+      case Way::whole:
+        for (std::int64_t panel = first; panel < block_.last_panel; panel += 2, out += 2 * kLanes) {
+          store_line(out, sum(panel), is_streamed_);
+          store_line(out + kLanes, sum(panel + 1), is_streamed_);
+          at += a_pair - 2 * kTileSums;
+        }
+        break;
+      case Way::to_tiles:
+        for (std::int64_t panel = first; panel < block_.last_panel; panel += 2) {  // an even number
+          Vec y[2];
+          for (int n = 0; n < 2; ++n) {
+            const Vec gate = sum(panel + n), up = sum(panel + n + block_.up_panels);
+            y[n] = activate_pair(task, gate, up);
+            at += a_pair - 2 * kTileSums;
+          }
+          store_input_tile(*task.next, row_, panel * kLanes, y[0], y[1], is_streamed_);
+        }
+        break;
+      case Way::gated:
+        for (std::int64_t panel = first; panel < block_.last_panel; ++panel, out += kLanes) {
+          const Vec gate = sum(panel), up = sum(panel + block_.up_panels);
+          if (task.next)
+            store_activated(task, row_, panel * kLanes, gate, up);
+          else
+            store_line(out, activate_pair(task, gate, up), is_streamed_);
+          at += a_pair - 2 * kTileSums;
+        }
+        break;
+      case Way::any:
+        for (std::int64_t panel = first; panel < block_.last_panel; ++panel) {
+          store_outputs(task, out - first * kLanes, panel, sum(panel));
+          if ((panel - first) % 2) at += a_pair - 2 * kTileSums;
+        }
+        break;
     }
     ++row_;
     return true;
   }
 
  private:
+  enum class Way { any, whole, gated, to_tiles };
   TileBlock block_{};
-  std::int64_t row_ = 0;
+  std::int64_t pairs_ = 0, row_ = 0;
   const float* sums_ = nullptr;
+  bool is_streamed_ = false;
+  Way way_ = Way::any;
 };
 
 template <class Tiles>
@@ -253,13 +304,20 @@ class TileProduct {
                 std::int64_t last_panel) {
     const TileSession session(tiles_.step_bytes);
     constexpr std::int64_t kMaxRows = kMaxRowTiles * kRowTile;
-    const std::int64_t panels = task_.up_panels ? kMaxPanels / 2 : kMaxPanels;
+    // Fewer at a time where sums are complete at once, so that they are in the second cache for a
+    // short time only; more where rows' inputs come and go a stretch at a time.
+    const std::int64_t row_tiles =
+        std::min(kMaxRows, last_row - first_row + kRowTile - 1) / kRowTile;
+    const bool is_whole = tiles_.next_stretch(task_, 0, row_tiles) >= task_.depth;
+    const std::int64_t panels =
+        (is_whole ? kMaxPanels / 2 : kMaxPanels) / (task_.up_panels ? 2 : 1);
     for (std::int64_t row = first_row; row < last_row; row += kMaxRows) {
       for (std::int64_t panel = first_panel; panel < last_panel; panel += panels)
         multiply_block({row, std::min(last_row, row + kMaxRows), panel,
                         std::min(last_panel, panel + panels), task_.up_panels});
     }
     finish_all();
+    stream_fence();
   }
 
  private:
@@ -267,30 +325,37 @@ class TileProduct {
     float* sums = scratch_.sums[turn_];
     for (std::int64_t first = 0, last; first < task_.depth; first = last) {
       last = std::min(task_.depth, tiles_.next_stretch(task_, first, block.row_tiles()));
-      for (std::int64_t index = 0; index < block.pairs(); ++index) {
+      const std::int64_t pairs = block.pairs();
+      for (std::int64_t index = 0; index < pairs; ++index) {
+        // What comes next: the first pair's next stretch, or the next block's first pair.
+        const bool goes_on = index + 1 == pairs && last < task_.depth;
+        const PanelPair next = block.pair(goes_on ? 0 : index + 1);
+        AskAhead ahead = tiles_.ask_ahead(task_, next,
+                                          goes_on              ? last
+                                          : index + 1 == pairs ? 0
+                                                               : first,
+                                          last - first, block.row_tiles());
         const PanelPair pair = block.pair(index);
         float* at = sums + block.sums_at(index, 0);
         if (block.is_whole(pair))
-          add_stretch<2>(block, pair, first, last, at);
+          add_stretch<2>(block, pair, first, last, at, ahead);
         else
-          add_stretch<1>(block, pair, first, last, at);
+          add_stretch<1>(block, pair, first, last, at, ahead);
       }
     }
     finish_all();
-    finish_ = Finish<Tiles>(block, sums);
+    finish_ = Finish<Tiles>(task_, block, sums);
     turn_ = 1 - turn_;
   }
 
   // Inputs [first, last) of NR panels, for the rows of a block.
   template <int NR>
   void add_stretch(const TileBlock& block, const PanelPair& pair, std::int64_t first,
-                   std::int64_t last, float* sums) {
+                   std::int64_t last, float* sums, AskAhead& ahead) {
     const unsigned char* w[NR];
     for (int n = 0; n < NR; ++n)
       w[n] = tiles_.weights(task_, pair.panel[n], first, last, scratch_.weights[n]);
     const std::int64_t row_tiles = block.row_tiles();
-    AskAhead ahead = tiles_.ask_ahead(task_, pair, first, last,
-                                      (row_tiles + Tiles::kRowTiles - 1) / Tiles::kRowTiles);
     const auto beside = [&](std::int64_t step) {
       ahead();
       if (step % 2) finish_.finish_row(task_);

@@ -24,14 +24,14 @@ struct TilesBf16 {
     return (task.depth + (is_whole ? 0 : kLongestStretch)) / 2;
   }
 
-  // The same stretch of the next pair of panels, to come in while this one is used `calls` times.
+  // For `length` inputs of two panels, from `first` on, within a stretch of so many row tiles.
   static AskAhead ask_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
-                            std::int64_t last, std::int64_t calls) {
+                            std::int64_t length, std::int64_t row_tiles) {
+    const std::int64_t calls = (row_tiles + kRowTiles - 1) / kRowTiles;
     if (calls < kWorthAsking) return {};
-    const std::int64_t next = task.up_panels ? 1 : 2;
-    return {weights(task, pair.panel[0] + next, first, last, nullptr),
-            weights(task, pair.panel[1] + next, first, last, nullptr), (last - first) * kLanes * 2,
-            (last - first) / kInputs * calls};
+    return {weights(task, pair.panel[0], first, 0, nullptr),
+            weights(task, pair.panel[1], first, 0, nullptr), length * kLanes * 2,
+            length / kInputs * calls};
   }
 
   static const unsigned char* weights(const LinearTask& task, std::int64_t panel,

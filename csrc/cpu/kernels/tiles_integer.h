@@ -35,16 +35,16 @@ struct TilesInteger {
   }
 
   AskAhead ask_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
-                     std::int64_t last, std::int64_t calls) const {
+                     std::int64_t length, std::int64_t row_tiles) const {
+    const std::int64_t calls = (row_tiles + kRowTiles - 1) / kRowTiles;
     if (calls < kWorthAsking) return {};
+    constexpr std::int64_t kInputsPerWord = 4 * Format::kParts;
     const auto at = [&](int n) {
-      constexpr std::int64_t kInputsPerWord = 4 * Format::kParts;
-      const std::int64_t panel = pair.panel[n] + (task.up_panels ? 1 : 2);
-      return reinterpret_cast<const unsigned char*>(task.weight + (panel * task.depth + first) /
-                                                                      kInputsPerWord * kLanes);
+      const std::int64_t input = pair.panel[n] * task.depth + first;
+      return reinterpret_cast<const unsigned char*>(task.weight + input / kInputsPerWord * kLanes);
     };
-    return {at(0), at(1), (last - first) * kLanes / Format::kParts,
-            (place.at(last - 1) + 1 - place.at(first)) * calls};
+    const std::int64_t steps = place.at(length - 1) + 1;
+    return {at(0), at(1), length * kLanes / Format::kParts, steps * calls};
   }
 
   const unsigned char* weights(const LinearTask& task, std::int64_t panel, std::int64_t first,

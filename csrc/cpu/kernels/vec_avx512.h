@@ -28,6 +28,9 @@ inline Vec scale_exponent(Vec y, Vec n) {
   const __m512i exponent = _mm512_slli_epi32(_mm512_cvttps_epi32(n.v), 23);
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y.v), exponent))};
 }
+// A whole cache line on its way to memory past the caches; stream_fence() before others read it.
+inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x.v); }
+inline void stream_fence() { _mm_sfence(); }
 // 16 bf16 numbers.
 inline Vec load(const std::uint16_t* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -109,6 +112,9 @@ inline void store_bf16(std::uint16_t* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
 }
+inline Vec two_as_bf16(Vec x, Vec y) {  // their bits
+  return {reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(y.v, x.v))};
+}
 // Two products of bf16 numbers, the one of the upper halves first.
 inline Vec dot_bf16(Vec sum, Words x, Words y) {
   return {
@@ -122,5 +128,11 @@ inline void store_bf16(std::uint16_t* p, Vec x) {
   const __m512i up = _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, up), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+inline Vec two_as_bf16(Vec x, Vec y) {  // their bits
+  alignas(64) std::uint16_t both[32];
+  store_bf16(both, x);
+  store_bf16(both + 16, y);
+  return load(reinterpret_cast<const float*>(both));
 }
 #endif
