@@ -42,6 +42,11 @@ double measure_flops(int num_threads, const std::string& isa, double seconds,
                          : cpu::measure_flops(num_threads, isa, seconds);
 }
 
+// As octavo.reference.quantization names the two.
+std::string int4_activations(const std::string& isa) {
+  return cpu::kernels_for(isa).int4_takes_bf16 ? "bf16" : "whole";
+}
+
 nb::dict build_info() {
   nb::dict info;
   info["compiler"] = compiler();
@@ -68,6 +73,7 @@ NB_MODULE(_native, module) {
   module.def("build_info", &build_info);
   module.def("available_devices", &octavo::available_devices);
   module.def("available_isas", &octavo::cpu::available_isas);
+  module.def("int4_activations", &int4_activations, nb::arg("isa") = "auto");
   module.def("measure_bandwidth", &measure_bandwidth, nb::arg("num_threads") = 0,
              nb::arg("seconds") = 1.0, nb::arg("num_bytes") = 0, nb::arg("device") = "cpu",
              nb::call_guard<nb::gil_scoped_release>());

@@ -23,6 +23,14 @@ def available_devices() -> list[str]:
 def available_isas() -> list[str]:
     """The instruction sets that are compiled in and that this machine has, slowest first."""
 
+def int4_activations(isa: str = "auto") -> str:
+    """How an instruction set of the CPU rounds what meets int4 weights.
+
+    "bf16", or "whole": to whole numbers of 16 bits, with a scale a row. Both are defined by
+    `rounded_product` in octavo.reference.quantization. isa: as in RuntimeOptions; a ValueError
+    names those that this machine and build have.
+    """
+
 def measure_bandwidth(
     num_threads: int = 0, seconds: float = 1.0, num_bytes: int = 0, device: str = "cpu"
 ) -> float:
