@@ -8,6 +8,15 @@ The activations that meet them become whole numbers too, of 16 bits, with a scal
 product is a sum of whole numbers, exact, and the same bits come out whatever the order. That loses
 no more than bfloat16 activations do, while 8 bits would cost SmolLM2-135M ten times as much as
 rounding its weights does (`activation_bits` 8 does it all the same, for those who ask).
+
+What meets int4 weights has a second definition, `int4_activations` "bf16": x is rounded to
+bfloat16 and the weights are taken as they are. The CPU's instruction set amx computes that one,
+all its others "whole" (`octavo._native.int4_activations` tells). AMX's tiles multiply bytes 64
+inputs at a time, bfloat16 numbers 32: groups of 32 inputs would fill half of a step of bytes, and
+their sums be made of two passes' whole numbers, at a third of the speed. Levels less zero points
+are exact in bfloat16, and so is each product in float32. Rounding activations to bfloat16 costs
+SmolLM2-135M a mean KL of 1e-4, where its weights in int4 cost 0.066 or more. (CUDA keeps
+activations in bfloat16 or float16 throughout, and rounds them no further for quantized weights.)
 """
 
 from __future__ import annotations
@@ -23,6 +32,7 @@ from octavo.reference.ops import Array, Float32, linear, round_to_bf16
 Codes = npt.NDArray[np.integer[Any]]
 
 OPS = ("quantized_linear",)
+INT4_ACTIVATIONS = ("whole", "bf16")
 
 
 def dequantize(
@@ -52,25 +62,50 @@ def quantized_linear(
     format: WeightFormat,
     zeros: Float32 | None = None,
     bias: Array | None = None,
+    *,
+    int4_activations: str = "whole",
 ) -> Array:
-    """x, rounded to whole numbers row by row, times the dequantized matrix, plus bias.
+    """x, rounded as `rounded_product` says, times the dequantized matrix, plus bias.
 
     x: (rows, inputs); codes as the native core takes them: int8 (outputs, inputs), or int4 packed
-    by `pack_int4`. Returns (rows, outputs).
+    by `pack_int4`. int4_activations: "whole", or "bf16". Returns (rows, outputs).
 
-    The native core sums blocks of at most 512 inputs of one group in whole numbers, exactly, and
-    rounds to float32 only when it adds up blocks (csrc/cpu/kernels/linear_integer.h).
+    The native core sums blocks of at most 512 inputs of one group: whole numbers exactly, rounding
+    to float32 only when it adds up blocks (csrc/cpu/kernels/linear_integer.h); bfloat16 numbers in
+    float32, before the group's scale, with which a block's sum is added on.
     """
     if format.dtype == "int4":
         codes = unpack_int4(codes)[:, : x.shape[1]]
-    return rounded_product(x, dequantize(codes, scales, format, zeros), bias, format)
+    weight = dequantize(codes, scales, format, zeros)
+    return rounded_product(x, weight, bias, format, int4_activations=int4_activations)
 
 
-def rounded_product(x: Array, weight: Float32, bias: Array | None, format: WeightFormat) -> Array:
-    """x, rounded as a matrix of `format` asks, times the numbers that its codes stand for."""
+def rounded_product(
+    x: Array,
+    weight: Float32,
+    bias: Array | None,
+    format: WeightFormat,
+    *,
+    int4_activations: str = "whole",
+) -> Array:
+    """x, rounded as a matrix of `format` asks, times the numbers that its codes stand for.
+
+    Rounded to whole numbers, row by row (`round_activations`); with `int4_activations` "bf16" what
+    meets int4 is rounded to bfloat16 instead. x: (rows, inputs); weight: (outputs, inputs), not
+    rounded; bias: (outputs,). Returns (rows, outputs), in the type of x.
+    """
+    check_int4_activations(int4_activations)
+    if format.dtype == "int4" and int4_activations == "bf16":
+        return linear(round_to_bf16(x), weight, bias)
     steps, step = round_activations(x, format.activation_bits)
     y: Array = linear(steps.astype(x.dtype), weight) * step
     return y if bias is None else y + bias.astype(x.dtype, copy=False)
+
+
+def check_int4_activations(given: str) -> None:
+    """Raises ValueError for what is none of INT4_ACTIVATIONS."""
+    if given not in INT4_ACTIVATIONS:
+        raise ValueError(f"int4_activations is {given!r}; expected one of {INT4_ACTIVATIONS}")
 
 
 def round_activations(x: Array, bits: int = 16) -> tuple[npt.NDArray[np.int16], Array]:
