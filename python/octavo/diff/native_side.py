@@ -60,6 +60,11 @@ class NativeSide:
         options = loaded.options
         isa = options.isa if options.isa != "auto" else str(_native.build_info()["isa"])
         arithmetic = f", {isa}" if loaded.device == "cpu" else ""
+        # How the definition has to round what meets int4. Other devices' activations are rounded
+        # already, to a type that whole numbers of 16 bits keep well enough.
+        self.int4_activations = (
+            str(_native.int4_activations(isa)) if loaded.device == "cpu" else "whole"
+        )
         # On other devices matrix products may sum in another order for one row than for many.
         self.bit_exact = loaded.device == "cpu" or options.deterministic
         self.op_files = "native" if loaded.device == "cpu" else "cuda"

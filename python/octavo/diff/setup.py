@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from octavo.config import LOAD_FORMATS, QUANTIZE, Environment
-from octavo.diff.native_side import load_native_side
+from octavo.diff.native_side import NativeSide, load_native_side
 from octavo.diff.run import Comparison, DiffOptions, Progress, chunk_size_for
 from octavo.diff.sides import Int32, ReferenceSide, Side
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
@@ -41,7 +41,8 @@ class DiffRequest:
     """What to compare; see `octavo diff --help`. An InvalidArgumentError names what is wrong.
 
     A quantized model, by `quantize` or in its files, is compared as bf16 is: what meets a
-    quantized matrix is rounded to bfloat16, and two right runs part as far as that takes them.
+    quantized matrix is rounded, as octavo's instruction set rounds it (`int4_activations` in
+    octavo.reference.quantization), and two right runs part as far as that takes them.
     """
 
     model: str | None = None
@@ -110,6 +111,7 @@ def prepare(request: DiffRequest, environment: Environment, progress: Progress) 
             )
         request = replace(request, dtype="bf16")
     _check_memory(request, checkpoint)
+    left = _load_native(request, files, checkpoint, len(token_ids), progress)
     weights = _float32_weights(files.spec, checkpoint, progress)
     definition = ReferenceModel(
         files.spec,
@@ -117,9 +119,10 @@ def prepare(request: DiffRequest, environment: Environment, progress: Progress) 
         dtype=request.dtype,
         kv_dtype=request.dtype,
         formats=checkpoint.formats,
+        int4_activations=left.int4_activations,
     )
     del weights
-    left, right = _load_sides(request, files, checkpoint, definition, len(token_ids), progress)
+    right = _load_right(request, files, checkpoint, definition, progress)
     comparison = Comparison(
         left,
         right,
@@ -196,20 +199,19 @@ def _float32_weights(
     return weights
 
 
-def _load_sides(
+def _load_native(
     request: DiffRequest,
     files: ModelFiles,
     checkpoint: Checkpoint,
-    definition: ReferenceModel,
     count: int,
     progress: Progress,
-) -> tuple[Side, Side]:
+) -> NativeSide:
+    """octavo's side, for `count` tokens and the steps after them."""
     if request.against == "hf":
-        from octavo.diff.hf_side import HuggingFaceSide, import_hugging_face
+        from octavo.diff.hf_side import import_hugging_face
 
-        _, transformers = import_hugging_face()
-        transformers.utils.logging.disable_progress_bar()  # ours is running
-    left = load_native_side(
+        import_hugging_face()  # where it is missing, that is said before anything is loaded
+    return load_native_side(
         files,
         checkpoint,
         device=request.device,
@@ -219,11 +221,24 @@ def _load_sides(
         num_threads=request.num_threads,
         progress=lambda done, total: progress("loading octavo", done, total),
     )
+
+
+def _load_right(
+    request: DiffRequest,
+    files: ModelFiles,
+    checkpoint: Checkpoint,
+    definition: ReferenceModel,
+    progress: Progress,
+) -> Side:
     if request.against == "reference":
-        return left, ReferenceSide(definition)
+        return ReferenceSide(definition)
+    from octavo.diff.hf_side import HuggingFaceSide, import_hugging_face
+
+    _, transformers = import_hugging_face()
+    transformers.utils.logging.disable_progress_bar()  # ours is running
     progress("loading Hugging Face", 0, 1)
     given: Mapping[str, Tensor] | None = checkpoint if request.load_format == "dummy" else None
-    return left, HuggingFaceSide(files, request.dtype, weights=given)
+    return HuggingFaceSide(files, request.dtype, weights=given)
 
 
 def _truth(request: DiffRequest, definition: ReferenceModel) -> Side | None:
