@@ -27,6 +27,8 @@ def test_the_arithmetic_of_a_format() -> None:
     found = [arithmetic_of(format, "bf16") for format in (None, INT8, W8A8, INT4)]
     assert found == ["bf16", "int16", "int8", "int16"]
     assert arithmetic_of(None, "f32") == arithmetic_of(WeightFormat("f32"), "bf16") == "f32"
+    rounded = [arithmetic_of(format, "f32", "bf16") for format in (None, INT8, W8A8, INT4)]
+    assert rounded == ["f32", "int16", "int8", "bf16"]
 
 
 def test_the_head_does_not_decide() -> None:
@@ -35,6 +37,7 @@ def test_the_head_does_not_decide() -> None:
     assert layers_arithmetic(options(embed=W8A8, layers_0_q=INT4)) == {"int16"}
     mixed = options(layers_0_q=INT4, layers_1_q=W8A8, layers_1_v=WeightFormat("bf16"))
     assert layers_arithmetic(mixed) == {"bf16", "int8", "int16"}
+    assert layers_arithmetic(mixed, "bf16") == {"bf16", "int8"}
 
 
 @pytest.mark.parametrize(
@@ -60,8 +63,11 @@ def test_a_format_changes_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(_native, "measure_bandwidth", lambda *given: 7.0)
     monkeypatch.setattr(_native, "measure_flops", lambda *given: asked.append(given) or 3.0)
+    monkeypatch.setattr(_native, "int4_activations", {"amx": "bf16", "avx512_vnni": "whole"}.get)
     peak = measure(options(isa="avx512_vnni", layers_0_q=INT8), 2, 0.25)
     assert (peak.bandwidth, peak.flops, peak.float32_flops) == (7.0, 6.0, 3.0)
     assert peak.arithmetic == "whole-number products, activations of 16 bits"
     assert measure(options(isa="avx512_vnni", layers_0_q=W8A8), 2).flops == 12.0
     assert asked == [(2, "avx512", 0.25), (2, "avx512")]
+    peak = measure(options(isa="amx", layers_0_q=INT4), 2)
+    assert (peak.flops, peak.arithmetic) == (48.0, "bf16 dot products")

@@ -14,6 +14,7 @@ from octavo.config import RuntimeOptions
 from octavo.models.spec import WeightFormat
 from octavo.reference import quantization as q
 from octavo.reference.ops import round_to_bf16
+from ops_helpers import TOLERANCES, int4_activations, one_isa_of_each
 from runtime_helpers import VOCAB, make_batch, random_weights, tiny_spec
 
 # Levels that are not evenly spaced: the format of a normal distribution's quantiles has such.
@@ -29,7 +30,13 @@ FORMATS = [
     WeightFormat("int4", 32, has_zeros=True, levels=UNEVEN),
 ]
 SHAPES = [(1, 16, 64), (1, 100, 576), (2, 17, 34), (7, 33, 96), (13, 130, 1024), (50, 5, 130)]
-TOLERANCE = 3e-6  # of the root mean square, as for the other products
+TOLERANCE = TOLERANCES["linear"]  # of the root mean square, in either definition
+ISAS = _native.available_isas()
+
+
+def activations(isa: str, format: WeightFormat) -> str:
+    """Which definition a product has: "whole" or "bf16"."""
+    return int4_activations(isa) if format.dtype == "int4" else "whole"
 
 
 def make_arguments(
@@ -60,51 +67,158 @@ def error(actual: np.ndarray, expected: np.ndarray) -> float:
 def test_product_equals_the_reference_with_the_same_bits_everywhere(
     shape: tuple[int, int, int], format: WeightFormat
 ) -> None:
+    """The same bits on all instruction sets that have the same definition."""
     x, codes, scales, zeros, bias = make_arguments(*shape, format)
-    expected = q.quantized_linear(x.astype(np.float64), codes, scales, format, zeros, bias)
-    results = []
-    for isa in _native.available_isas():
+    results: dict[str, list[np.ndarray]] = {"whole": [], "bf16": []}
+    for isa in ISAS:
         for num_threads in (1, 2):
             native = _native.Ops(num_threads=num_threads, isa=isa)
-            results.append(native.quantized_linear(x, codes, scales, format, zeros, bias))
+            result = native.quantized_linear(x, codes, scales, format, zeros, bias)
             alone = native.quantized_linear(x[-1:], codes, scales, format, zeros, bias)
-            assert (alone == results[-1][-1:]).all()
-    assert error(results[0], expected) < TOLERANCE
-    for result in results[1:]:
-        assert (result == results[0]).all()
+            assert (alone == result[-1:]).all()
+            results[activations(isa, format)].append(result)
+    for rounds, same in results.items():
+        double = x.astype(np.float64)
+        expected = q.quantized_linear(
+            double, codes, scales, format, zeros, bias, int4_activations=rounds
+        )
+        for result in same:
+            assert error(result, expected) < TOLERANCE
+            assert (result == same[0]).all()
 
 
-def wrong_nibbles(x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any) -> Any:
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_has_the_same_bits_in_every_batch(isa: str, format: WeightFormat) -> None:
+    """On both sides of every limit: few rows or tiles of 16, one piece of rows or several."""
+    x, codes, scales, zeros, bias = make_arguments(300, 70, 610, format)
+    together = None
+    for num_threads in (1, 2, 3):
+        native = _native.Ops(num_threads=num_threads, isa=isa)
+        for rows in (300, 33, 17, 16, 5, 4, 2, 1):
+            first = 300 - rows if num_threads == 2 else 0
+            part = np.ascontiguousarray(x[first : first + rows])
+            result = native.quantized_linear(part, codes, scales, format, zeros, bias)
+            together = result if together is None else together
+            assert (result == together[first : first + rows]).all(), (num_threads, rows)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_how_int4_activations_are_rounded(isa: str) -> None:
+    assert _native.int4_activations(isa) == int4_activations(isa)
+    assert _native.int4_activations() == _native.int4_activations(str(_native.build_info()["isa"]))
+    with pytest.raises(ValueError, match='isa is "mmx"'):
+        _native.int4_activations("mmx")
+
+
+@pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize("group", [32, 96, 1024])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if int4_activations(isa) == "bf16"])
+def test_bf16_products_of_whole_numbers_are_exact(isa: str, group: int, has_zeros: bool) -> None:
+    """Where no sum needs rounding, every bit is known, whatever the order."""
+    format = WeightFormat("int4", group, has_zeros=has_zeros, levels=UNEVEN)
+    for rows in (1, 4, 5, 40):
+        _, codes, scales, zeros, _ = make_arguments(rows, 50, 1110, format)
+        generator = np.random.default_rng(rows)
+        x = generator.integers(-9, 10, (rows, 1110)).astype(np.float32)
+        scales = np.exp2(generator.integers(-3, 1, scales.shape)).astype(np.float32)
+        bias = generator.integers(-99, 99, 50).astype(np.float32)
+        arguments = (codes, scales, format, zeros, bias)
+        native = _native.Ops(isa=isa).quantized_linear(x, *arguments)
+        double = x.astype(np.float64)
+        expected = q.quantized_linear(double, *arguments, int4_activations="bf16")
+        assert (native == expected).all()
+
+
+def wrong_nibbles(
+    x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, **rounds: str
+) -> Any:
     swapped = (codes >> 4) | (codes << 4)
-    return q.quantized_linear(x, swapped, scales, format, zeros, bias)
+    return q.quantized_linear(x, swapped, scales, format, zeros, bias, **rounds)
 
 
-def wrong_zero_sign(x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any) -> Any:
-    return q.quantized_linear(x, codes, scales, format, -zeros, bias)
+def wrong_zero_sign(
+    x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, **rounds: str
+) -> Any:
+    return q.quantized_linear(x, codes, scales, format, -zeros, bias, **rounds)
 
 
-def wrong_group(x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any) -> Any:
-    return q.quantized_linear(x, codes, np.roll(scales, 1, axis=1), format, zeros, bias)
+def no_zeros(
+    x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, **rounds: str
+) -> Any:
+    return q.quantized_linear(x, codes, scales, format, None, bias, **rounds)
 
 
-def wrong_levels(x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any) -> Any:
+def wrong_group(
+    x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, **rounds: str
+) -> Any:
+    rolled = np.roll(scales, 1, axis=1)
+    return q.quantized_linear(x, codes, rolled, format, zeros, bias, **rounds)
+
+
+def wrong_levels(
+    x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, **rounds: str
+) -> Any:
     shifted = replace(format, levels=tuple(level + 1 for level in format.levels))
-    return q.quantized_linear(x, codes, scales, shifted, zeros, bias)
+    return q.quantized_linear(x, codes, scales, shifted, zeros, bias, **rounds)
 
 
-def wrong_rounding(x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any) -> Any:
+def not_rounded(
+    x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, **rounds: str
+) -> Any:
     weight = q.dequantize(q.unpack_int4(codes), scales, format, zeros)
     return x @ weight.T + bias
 
 
-@pytest.mark.parametrize(
-    "wrong", [wrong_nibbles, wrong_zero_sign, wrong_group, wrong_levels, wrong_rounding]
-)
-def test_a_wrong_definition_would_be_noticed(wrong: Callable[..., Any]) -> None:
+def cut_off(
+    x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, **rounds: str
+) -> Any:
+    """The lower half of each number dropped, where bf16 asks for the nearest."""
+    cut = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    return not_rounded(cut, codes, scales, format, zeros, bias)
+
+
+def the_other_rounding(
+    x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, int4_activations: str
+) -> Any:
+    other = {"whole": "bf16", "bf16": "whole"}[int4_activations]
+    return q.quantized_linear(x, codes, scales, format, zeros, bias, int4_activations=other)
+
+
+def weights_as_bf16(
+    x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, **rounds: str
+) -> Any:
+    """Codes times scales, rounded: what a product of bf16 matrices would make of them."""
+    weight = q.dequantize(q.unpack_int4(codes), scales, format, zeros)
+    return q.rounded_product(x, round_to_bf16(weight), bias, format, **rounds)
+
+
+WRONG = [
+    wrong_nibbles,
+    wrong_zero_sign,
+    no_zeros,
+    wrong_group,
+    wrong_levels,
+    not_rounded,
+    cut_off,
+    the_other_rounding,
+    weights_as_bf16,
+]
+
+
+@pytest.mark.parametrize("isa", one_isa_of_each())
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_definition_would_be_noticed(wrong: Callable[..., Any], isa: str) -> None:
+    """An instruction set of each definition, with few rows and with a tile of them."""
     format = WeightFormat("int4", 32, has_zeros=True)
-    x, codes, scales, zeros, bias = make_arguments(3, 20, 96, format)
-    native = _native.Ops().quantized_linear(x, codes, scales, format, zeros, bias)
-    assert error(native, wrong(x, codes, scales, format, zeros, bias)) > 20 * TOLERANCE
+    rounds = int4_activations(isa)
+    for rows in (3, 19):
+        x, codes, scales, zeros, bias = make_arguments(rows, 20, 96, format)
+        arguments = (x, codes, scales, format, zeros, bias)
+        native = _native.Ops(isa=isa).quantized_linear(*arguments)
+        right = q.quantized_linear(*arguments, int4_activations=rounds)
+        assert error(native, right) < TOLERANCE
+        assert error(native, wrong(*arguments, int4_activations=rounds)) > 20 * TOLERANCE
 
 
 def test_numbers_are_rounded_to_int8_while_loading() -> None:
@@ -122,7 +236,8 @@ def test_numbers_are_rounded_to_int8_while_loading() -> None:
     assert (output.taps["embed"] == q.dequantize(codes, scales, WeightFormat("int8"))).all()
 
 
-def test_stacked_matrices_of_different_formats() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_stacked_matrices_of_different_formats(isa: str) -> None:
     """v at 8 bits beside q and k at 4, down at 8: what mixed precision needs."""
     spec = tiny_spec(num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96)
     generator = np.random.default_rng(3)
@@ -145,7 +260,7 @@ def test_stacked_matrices_of_different_formats() -> None:
             arrays[name] = (q.pack_int4(codes), "int4")
         arrays[matrix + ".scale"] = (scales, "f32")
         weights[name] = q.dequantize(codes, scales, format)
-    options = RuntimeOptions("f32", "f32", 16, 256, 8, 128, formats=formats)
+    options = RuntimeOptions("f32", "f32", 16, 256, 8, 128, isa=isa, formats=formats)
     runtime = _native.Runtime("cpu", spec, options)
     for name, (values, dtype) in arrays.items():
         runtime.load(name, values, dtype)
@@ -153,8 +268,10 @@ def test_stacked_matrices_of_different_formats() -> None:
     runtime.alloc_kv(8)
     output = runtime.step(make_batch([([3, 1, 4, 1, 5], 0, [2])], range(5)), ["*"])
     for name, source in (("q", "attn_norm"), ("v", "attn_norm"), ("up", "mlp_norm")):
-        steps, step = q.round_activations(output.taps[f"layers.1.{source}"].astype(np.float64))
-        expected = (steps * step) @ weights[f"layers.1.{name}.weight"].T
+        x = output.taps[f"layers.1.{source}"].astype(np.float64)
+        format, weight = formats[f"layers.1.{name}"], weights[f"layers.1.{name}.weight"]
+        rounds = activations(isa, format)
+        expected = q.rounded_product(x, weight, None, format, int4_activations=rounds)
         assert error(output.taps[f"layers.1.{name}"], expected) < TOLERANCE
 
 

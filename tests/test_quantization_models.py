@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from octavo import _native
 from octavo.cli.app import run
 from octavo.config import QUANTIZE, EngineConfig, Environment
 from octavo.diff.native_side import NativeSide, load_native_side
@@ -18,15 +19,17 @@ from octavo.engine.loader import load_runtime
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.llm import LLM
 from octavo.models.registry import read_model
-from octavo.models.spec import weight_shapes
+from octavo.models.spec import WeightFormat, weight_shapes
 from octavo.quantization.apply import dequantized, quantize_checkpoint
 from octavo.quantization.plan import Scheme
 from octavo.reference.llama import ReferenceModel
 from octavo.reference.ops import round_to_bf16
-from octavo.reference.quantization import round_activations
+from octavo.reference.quantization import round_activations, rounded_product
 from octavo.sampling_params import SamplingParams
 from octavo.weights.checkpoint import NonFiniteWeightsWarning, open_checkpoint
+from ops_helpers import int4_activations, one_isa_of_each
 from quantization_helpers import CONFIG, SCHEMES, write_float_model, write_quantized_model
+from runtime_helpers import tiny_spec
 from weights_helpers import random_weights, write_model
 
 PROMPT = [3, 30, 7, 7, 21, 66, 1]
@@ -45,8 +48,12 @@ def logits_of(path: Path, **options: Any) -> np.ndarray:
     return side.feed(np.array(PROMPT, np.int32)).logits
 
 
+@pytest.mark.parametrize("isa", _native.available_isas())
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_diff_finds_nothing(tmp_path: Path, quantize: str) -> None:
+def test_diff_finds_nothing(
+    tmp_path: Path, quantize: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OCTAVO_ISA", isa)
     source = write_float_model(tmp_path / "float")
     request = DiffRequest(
         str(source), quantize=quantize, random=40, num_threads=1, options=DiffOptions(steps=4)
@@ -58,16 +65,38 @@ def test_diff_finds_nothing(tmp_path: Path, quantize: str) -> None:
     assert all(tap.own_left is not None for tap in result.taps)
 
 
+@pytest.mark.parametrize("isa", one_isa_of_each())
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_diff_of_a_directory_finds_nothing(tmp_path: Path, scheme: str) -> None:
+def test_diff_of_a_directory_finds_nothing(
+    tmp_path: Path, scheme: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OCTAVO_ISA", isa)
     _, target = write_quantized_model(tmp_path, scheme, tie_word_embeddings=scheme == "int4-rtn")
     request = DiffRequest(str(target), random=23, num_threads=1, options=DiffOptions(steps=3))
     result = prepare(request, ENVIRONMENT, quiet).comparison.run("small")
     assert result.ok, (result.first_bad, result.findings)
 
 
-def test_diff_finds_a_wrong_scale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("isa", one_isa_of_each())
+def test_diff_finds_the_other_rounding(
+    tmp_path: Path, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted error: the definition rounds what meets int4 as another instruction set would."""
+    monkeypatch.setenv("OCTAVO_ISA", isa)
+    other = "whole" if int4_activations(isa) == "bf16" else "bf16"
+    monkeypatch.setattr(_native, "int4_activations", lambda isa: other)
+    source = write_float_model(tmp_path / "float")
+    request = DiffRequest(str(source), quantize="int4", random=40, num_threads=1)
+    result = prepare(request, ENVIRONMENT, quiet).comparison.run("small")
+    assert not result.ok and result.findings[0].op == "linear"
+
+
+@pytest.mark.parametrize("isa", one_isa_of_each())
+def test_diff_finds_a_wrong_scale(
+    tmp_path: Path, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A planted error: the reference sees one group's scale as a little larger."""
+    monkeypatch.setenv("OCTAVO_ISA", isa)
     source = write_float_model(tmp_path / "float")
     files = read_model(source)
     checkpoint = quantize_checkpoint(open_checkpoint(files), files.spec, Scheme("int4"))
@@ -78,8 +107,9 @@ def test_diff_finds_a_wrong_scale(tmp_path: Path) -> None:
     taps = side.feed(np.array(PROMPT, np.int32), taps=True).taps
 
     def own_error() -> float:
-        steps, step = round_activations(taps["layers.1.mlp_norm"].astype(np.float64))
-        expected = (steps * step) @ weights["layers.1.up.weight"].T
+        x, weight = taps["layers.1.mlp_norm"].astype(np.float64), weights["layers.1.up.weight"]
+        format, rounds = checkpoint.formats["layers.1.up"], int4_activations(isa)
+        expected = rounded_product(x, weight, None, format, int4_activations=rounds)
         return float(np.abs(taps["layers.1.up"] - expected).max() / np.abs(expected).max())
 
     assert own_error() < 1e-6
@@ -87,21 +117,41 @@ def test_diff_finds_a_wrong_scale(tmp_path: Path) -> None:
     assert own_error() > 1e-3
 
 
-def test_the_reference_rounds_what_meets_a_quantized_matrix(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", ["whole", "bf16"])
+def test_the_reference_rounds_what_meets_a_quantized_matrix(tmp_path: Path, rounds: str) -> None:
     source = write_float_model(tmp_path / "float")
     files = read_model(source)
     checkpoint = quantize_checkpoint(open_checkpoint(files), files.spec, Scheme("int4"))
     weights = {name: dequantized(checkpoint, name) for name in weight_shapes(files.spec)}
     for dtype in ("f32", "bf16"):
-        model = ReferenceModel(files.spec, weights, dtype=dtype, formats=checkpoint.formats)
+        model = ReferenceModel(
+            files.spec,
+            weights,
+            dtype=dtype,
+            formats=checkpoint.formats,
+            int4_activations=rounds,
+        )
         name = "layers.0.q.weight"
         assert np.array_equal(model.weights[name], weights[name])  # not rounded again
         taps: dict[str, np.ndarray] = {}
         model.forward(PROMPT, taps=taps)
-        steps, step = round_activations(taps["layers.0.attn_norm"])
-        expected = (steps * step) @ weights[name].T
+        x = taps["layers.0.attn_norm"]
+        steps, step = round_activations(x)
+        expected = (round_to_bf16(x) if rounds == "bf16" else steps * step) @ weights[name].T
         assert np.allclose(taps["layers.0.q"], expected, rtol=0, atol=1e-5)
         assert not np.array_equal(weights[name], round_to_bf16(weights[name]))
+        # The head is int8, which has one definition.
+        steps, step = round_activations(taps["final_norm"])
+        expected = (steps * step) @ weights["lm_head.weight"].T
+        assert np.allclose(taps["logits"], expected, rtol=0, atol=1e-5)
+
+
+def test_a_rounding_that_is_none_is_refused() -> None:
+    x, format = np.ones((1, 32), np.float32), WeightFormat("int4", 32)
+    with pytest.raises(ValueError, match="int4_activations is 'f16'; expected one of"):
+        rounded_product(x, x, None, format, int4_activations="f16")
+    with pytest.raises(ValueError, match="int4_activations is 'f16'; expected one of"):
+        ReferenceModel(tiny_spec(), {}, int4_activations="f16")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
