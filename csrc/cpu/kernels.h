@@ -178,8 +178,7 @@ struct Kernels {
   float (*max_value)(const float* x, std::int64_t count);
   bool (*all_finite)(const float* x, std::int64_t count);
   Pieces pieces = {};
-  // What meets int4 weights is rounded to bf16, not to whole numbers of 16 bits.
-  bool int4_takes_bf16 = false;
+  bool int4_takes_bf16 = false;  // else whole numbers, as int8 does
 };
 
 // The instruction sets compiled in that this machine has, slowest first; "scalar" is always there.

@@ -1,5 +1,5 @@
 // Products with int8 and int4 weights: against plain loops in double, and bit for bit on every
-// instruction set.
+// instruction set of the same definition (int4 has two).
 
 #include <algorithm>
 
@@ -17,7 +17,19 @@ struct Case {
 };
 
 // Errors that somebody might make, for the tests to notice.
-enum class Planted { none, clipped_level, opposite_zero, next_group, forgotten_input, next_code };
+enum class Planted {
+  none,
+  clipped_level,
+  opposite_zero,
+  no_zero,
+  next_group,
+  forgotten_input,
+  next_code,
+  not_rounded
+};
+
+// What a row of x becomes: whole numbers of 16 bits (or 8) with one scale, or numbers in bf16.
+enum class Rounding { whole, bf16 };
 
 // A product: numbers, codes and scales, none of them a constant.
 struct Product {
@@ -105,20 +117,26 @@ std::vector<float> multiply(Backend& backend, const Product& product) {
   return multiply(backend, product, 0, product.of.rows);
 }
 
-// One output in double, from the whole numbers that a row of x becomes, and how far float32 may be
-// from it.
+Rounding rounding_of(const std::string& isa, const WeightFormat& format) {
+  return format.dtype == DType::int4 && int4_takes_bf16(isa) ? Rounding::bf16 : Rounding::whole;
+}
+
+// One output in double, from the numbers that a row of x becomes, and how far float32 may be from
+// it.
 struct Expected {
   double value, bound;
 };
 
-Expected expected_at(const Product& product, std::int64_t row, std::int64_t output, Planted error) {
+Expected expected_at(const Product& product, std::int64_t row, std::int64_t output,
+                     Rounding rounding, Planted error) {
   const Case& of = product.of;
   const std::int64_t groups = product.groups();
   const float* x = product.x.data() + row * of.inputs;
   float largest = 0.0f;
   for (std::int64_t i = 0; i < of.inputs; ++i) largest = std::max(largest, std::abs(x[i]));
   const float limit = of.format.activation_bits == 8 ? 127.0f : 32639.0f;
-  const float step = largest / limit, steps = limit / largest;
+  const bool is_whole = rounding == Rounding::whole;
+  const float step = is_whole ? largest / limit : 1.0f, steps = limit / largest;
   double sum = 0.0, size = 0.0;
   const std::int64_t inputs = of.inputs - (error == Planted::forgotten_input ? 1 : 0);
   for (std::int64_t i = 0; i < inputs; ++i) {
@@ -128,25 +146,33 @@ Expected expected_at(const Product& product, std::int64_t row, std::int64_t outp
     if (error == Planted::clipped_level) level = std::max(level, -127.0);
     double zero = of.format.has_zeros ? at(product.zeros, output * groups + group) : 0.0;
     if (error == Planted::opposite_zero) zero = -zero;
+    if (error == Planted::no_zero) zero = 0.0;
     const double scale = at(product.scales, output * groups + group);
-    double code = std::min(limit, std::max(-limit, std::nearbyint(x[i] * steps)));
-    CHECK(std::abs(code * step - x[i]) <= 0.51 * step);
-    if (error == Planted::next_code && i == 0) code += 1.0;
+    double code = as_stored(x[i], DType::bf16);
+    if (is_whole) {
+      code = std::min(limit, std::max(-limit, std::nearbyint(x[i] * steps)));
+      CHECK(std::abs(code * step - x[i]) <= 0.51 * step);
+    }
+    if (error == Planted::next_code && i == 0) code += is_whole ? 1.0 : code * 0x1p-7;
+    if (error == Planted::not_rounded) code = static_cast<double>(x[i]) / step;
     sum += code * (level - zero) * scale;
     size += std::abs(code) * (std::abs(level) + std::abs(zero)) * scale;
   }
   const double bias = of.bias ? at(product.bias, output) : 0.0;
-  // Each block is rounded as it becomes a float, less its zero point, and added on; then the sum is
-  // multiplied by one or two scales, and the bias added.
+  // Whole numbers: each block is rounded as it becomes a float, less its zero point, and added on;
+  // then the sum is multiplied by one or two scales, and the bias added. bf16: a product goes
+  // through 16 sums at most within its chain of 16 inputs, one with the other chain of these 32
+  // inputs, and 16 at most with the others of its block.
   const double blocks = static_cast<double>(groups + of.inputs / 512 + 1);
-  return {sum * step + bias, (blocks + 6.0) * 0x1p-24 * (size * step + std::abs(bias))};
+  const double roundings = blocks + (is_whole ? 6.0 : 16.0 + 1.0 + 16.0 + 1.0);
+  return {sum * step + bias, roundings * 0x1p-24 * (size * step + std::abs(bias))};
 }
 
-void check_product(const Product& product, const std::vector<float>& out,
+void check_product(const Product& product, const std::vector<float>& out, Rounding rounding,
                    Planted error = Planted::none) {
   for (std::int64_t r = 0; r < product.of.rows; ++r) {
     for (std::int64_t o = 0; o < product.of.outputs; ++o) {
-      const Expected expected = expected_at(product, r, o, error);
+      const Expected expected = expected_at(product, r, o, rounding, error);
       const double given = at(out, r * product.of.outputs + o);
       if (!(std::abs(given - expected.value) <= expected.bound))
         fail(product.of.name, ": output ", o, " of row ", r, " is ", given, "; expected ",
@@ -200,12 +226,12 @@ std::vector<Case> cases() {
   return all;
 }
 
-// Calls body(backend) on every variant and says which one failed.
+// Calls body(variant) on every variant and says which one failed.
 template <class Body>
 void on_all(const std::vector<Variant>& all, Body&& body) {
   for (const Variant& variant : all) {
     try {
-      body(*variant.backend);
+      body(variant);
     } catch (const Failure& failure) {
       fail(variant.name, ": ", failure.what());
     }
@@ -216,11 +242,29 @@ void products() {
   const std::vector<Variant> all = variants();
   for (const Case& of : cases()) {
     const Product product = make_product(of);
-    const std::vector<float> scalar = multiply(*all.front().backend, product);
-    check_product(product, scalar);
-    on_all(all, [&](Backend& backend) {
-      if (multiply(backend, product) != scalar) fail(of.name, ": not the bits of ", all[0].name);
+    struct First {
+      std::vector<float> out;
+      std::string name;
+    } firsts[2];  // of each rounding
+    on_all(all, [&](const Variant& variant) {
+      const Rounding rounding = rounding_of(variant.isa, of.format);
+      First& first = firsts[static_cast<int>(rounding)];
+      std::vector<float> out = multiply(*variant.backend, product);
+      if (first.out.empty()) {
+        check_product(product, out, rounding);
+        first = {std::move(out), variant.name};
+      } else if (out != first.out) {
+        fail(of.name, ": not the bits of ", first.name);
+      }
     });
+  }
+}
+
+void kernels_name_their_rounding() {
+  for (const std::string& isa : cpu::available_isas()) {
+    if (cpu::kernels_for(isa).int4_takes_bf16 != int4_takes_bf16(isa))
+      fail(isa, " says that it ", int4_takes_bf16(isa) ? "does not round" : "rounds",
+           " what meets int4 to bf16");
   }
 }
 
@@ -229,7 +273,8 @@ void row_alone_or_among_others() {
   for (const Case& of : cases()) {
     if (of.rows > 40 || of.rows == 1) continue;
     const Product product = make_product(of);
-    on_all(all, [&](Backend& backend) {
+    on_all(all, [&](const Variant& variant) {
+      Backend& backend = *variant.backend;
       const std::vector<float> whole = multiply(backend, product);
       for (std::int64_t row = 0; row < of.rows; row += of.rows / 2) {
         const auto begin = whole.begin() + row * of.outputs;
@@ -247,13 +292,15 @@ void largest_sums(Backend& backend) {
     std::fill(product.stored.begin(), product.stored.end(), std::uint8_t{128});
     std::fill(product.x.begin(), product.x.begin() + 1024, 3.0f);
     std::fill(product.x.begin() + 1024, product.x.end(), -0.7f);
-    check_product(product, multiply(backend, product));
+    check_product(product, multiply(backend, product), Rounding::whole);
   }
 }
 
-// Rows that have no scale, beside one that has.
-void unusual_rows(Backend& backend) {
+// Rows that have no scale, or too small a one, beside one that has.
+void unusual_rows(const Variant& variant) {
+  Backend& backend = *variant.backend;
   for (const WeightFormat& format : {int8_format(16), int8_format(8), int4_format(32, true)}) {
+    const bool is_whole = rounding_of(variant.isa, format) == Rounding::whole;
     Product product = make_product({"unusual", format, 6, 70, 19, true});
     const std::vector<float> usual = multiply(backend, product, 2, 1);
     std::fill_n(product.x.begin(), 70, 0.0f);
@@ -268,25 +315,38 @@ void unusual_rows(Backend& backend) {
       CHECK(at(out, 2 * 19 + o) == at(usual, o));
       CHECK(at(out, 3 * 19 + o) == at(product.bias, o));  // too little to change it
       CHECK(std::isnan(at(out, 4 * 19 + o)));
-      CHECK(std::isnan(at(out, 5 * 19 + o)));
+      // Without a scale for the row, infinity stays what it is until it meets a zero.
+      CHECK(is_whole ? std::isnan(at(out, 5 * 19 + o)) : !std::isfinite(at(out, 5 * 19 + o)));
     }
   }
 }
 
 void errors_are_noticed() {
-  const std::vector<Variant> all = variants();
-  const auto check_noticed = [&](const Case& of, Planted error) {
-    const Product product = make_product(of);
-    const std::vector<float> out = multiply(*all.front().backend, product);
-    check_product(product, out);
-    check_throws<Failure>(of.name, [&] { check_product(product, out, error); });
+  const auto check_noticed = [](const Case& of, Planted error) {
+    on_all(variants(), [&](const Variant& variant) {
+      const Product product = make_product(of);
+      const Rounding rounding = rounding_of(variant.isa, of.format);
+      const std::vector<float> out = multiply(*variant.backend, product);
+      check_product(product, out, rounding);
+      check_throws<Failure>(of.name, [&] { check_product(product, out, rounding, error); });
+    });
   };
   const Case int8{"int8", int8_format(16), 3, 100, 5, true};
   const Case int4{"int4", int4_format(64, true), 3, 200, 5, true};
   for (const Planted error : {Planted::clipped_level, Planted::forgotten_input, Planted::next_code})
     check_noticed(int8, error);
-  for (const Planted error : {Planted::opposite_zero, Planted::next_group, Planted::next_code})
+  for (const Planted error : {Planted::opposite_zero, Planted::no_zero, Planted::next_group,
+                              Planted::next_code, Planted::not_rounded})
     check_noticed(int4, error);
+  // The other rounding, both ways.
+  on_all(variants(), [&](const Variant& variant) {
+    const bool is_whole = rounding_of(variant.isa, int4.format) == Rounding::whole;
+    const Product product = make_product(int4);
+    const std::vector<float> out = multiply(*variant.backend, product);
+    check_throws<Failure>(int4.name, [&] {
+      check_product(product, out, is_whole ? Rounding::bf16 : Rounding::whole);
+    });
+  });
 }
 
 // What embeddings read back is what products multiply by.
@@ -319,10 +379,11 @@ void quantized_embeddings(Backend& backend) {
 }  // namespace
 
 std::vector<Test> quantized_tests() {
-  return {{"quantized products, the same bits on every instruction set", products},
+  return {{"quantized products, the same bits wherever they are rounded alike", products},
+          {"how int4's activations are rounded", kernels_name_their_rounding},
           {"quantized products of a row alone or among others", row_alone_or_among_others},
           on_each_variant("the largest integer sums", largest_sums),
-          on_each_variant("rows of zeros, NaN and infinity", unusual_rows),
+          {"rows of zeros, NaN and infinity", [] { on_all(variants(), unusual_rows); }},
           {"planted errors in quantized products", errors_are_noticed},
           on_each_variant("quantized embeddings", quantized_embeddings)};
 }
