@@ -356,10 +356,12 @@ void CpuBackend::multiply(const LinearTask& task) {
   const Pieces& pieces = kernels_.pieces;
   if (task.rows <= pieces.stream_rows) {
     // Weights are read once: every thread streams the share that it packed, in pieces, so that one
-    // that something else holds up is not waited for.
+    // that something else holds up is not waited for. Gates stay together in twos, of which there
+    // is a whole number: they make the 32 inputs that tiles write for the next product at a time.
     constexpr std::int64_t kPanels = 8;
-    pool_.shares(panels, kPanels, [&](ThreadPool::Range piece) {
-      kernels_.linear(task, 0, task.rows, piece.begin, piece.end);
+    const std::int64_t unit = task.up_panels ? 2 : 1;
+    pool_.shares(panels / unit, kPanels / unit, [&](ThreadPool::Range piece) {
+      kernels_.linear(task, 0, task.rows, piece.begin * unit, piece.end * unit);
     });
     return;
   }
