@@ -159,6 +159,68 @@ void activations(Backend& backend) {
   }
 }
 
+// Random weights in any format.
+Linear random_linear(Backend& backend, std::int64_t outputs, std::int64_t inputs,
+                     const WeightFormat& format) {
+  Numbers numbers(static_cast<std::uint64_t>(outputs * 31 + inputs));
+  Linear linear = backend.make_linear(outputs, inputs, format, true);
+  backend.upload(linear.bias.data(), numbers.many(outputs).data(),
+                 static_cast<std::size_t>(outputs) * 4);
+  if (format.dtype != DType::int4) {  // int8 rounds them as it packs them
+    const std::vector<float> weights = numbers.many(outputs * inputs, 0.3f);
+    backend.pack_rows(linear, 0, {weights.data(), DType::f32, outputs, inputs});
+    return linear;
+  }
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(outputs * inputs / 2));
+  for (std::uint8_t& code : codes) code = static_cast<std::uint8_t>(numbers.below(256));
+  backend.pack_rows(linear, 0, {codes.data(), DType::int4, outputs, inputs});
+  const std::vector<float> scales = numbers.many(outputs * format.groups(inputs), 0.05f);
+  backend.pack_scales(linear, 0, outputs, scales.data());
+  return linear;
+}
+
+// The MLP as one op has the bits of its ops one by one; or else it says that it was not done.
+// Widths of an even number of panels that three threads share as odd ones (160, 352), and one that
+// is not taken.
+void mlp(Backend& backend) {
+  const std::int64_t hidden = 70;
+  std::vector<WeightFormat> formats(4);
+  formats[0].dtype = DType::f32;
+  formats[1].dtype = DType::bf16;
+  formats[2].dtype = DType::int8;
+  formats[3].dtype = DType::int4;
+  formats[3].group_size = 32;
+  for (const std::int64_t width : {32, 96, 160, 352, 24}) {
+    for (const WeightFormat& up_format : formats) {
+      for (const WeightFormat& down_format : formats) {
+        std::vector<Linear> ups;
+        ups.push_back(random_linear(backend, 2 * width, hidden, up_format));
+        const Linear down = random_linear(backend, hidden, width, down_format);
+        for (const std::int64_t rows : {1, 3, 5, 8, 9, 16, 17, 40, 135}) {
+          Numbers numbers(static_cast<std::uint64_t>(rows));
+          Matrix x(rows, hidden, numbers.many(rows * hidden), 3), out(rows, hidden, 5);
+          const bool is_done = backend.mlp(out.view(), x.view(), ups, down, Activation::silu);
+          CHECK(is_done == (width % 32 == 0));
+          if (!is_done) continue;
+          out.check_gaps();
+          Matrix both(rows, 2 * width), act(rows, width), expected(rows, hidden);
+          backend.linear(both.view(), x.view(), ups[0]);
+          backend.gated_activation(act.view(), both.view(), Activation::silu, true);
+          backend.linear(expected.view(), act.view(), down);
+          for (std::int64_t r = 0; r < rows; ++r) {
+            for (std::int64_t c = 0; c < hidden; ++c) {
+              if (out.at(r, c) != expected.at(r, c))
+                fail("mlp of ", name(up_format.dtype), " and ", name(down_format.dtype), ", ", rows,
+                     " rows, width ", width, ": output ", c, " of row ", r, " is ", out.at(r, c),
+                     "; expected ", expected.at(r, c));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 void embed(Backend& backend) {
   const std::int64_t vocab = 37, hidden = 21, places = 11;
   Numbers numbers(5);
@@ -212,6 +274,7 @@ std::vector<Test> op_tests() {
           on_each_variant("packing of halves", packing_of_halves),
           on_each_variant("norm and add_norm", norms),
           on_each_variant("gated_activation", activations),
+          on_each_variant("mlp", mlp),
           on_each_variant("embed", embed),
           on_each_variant("take_rows", take_rows)};
 }
