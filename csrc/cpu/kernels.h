@@ -60,7 +60,7 @@ struct LinearTask {
   // activation(gate) * up; to `out`, or as input of the next product. 0: no gates.
   std::int64_t up_panels = 0;
   Activation activation = Activation::silu;
-  const LinearTask* next = nullptr;  // of float32 or bf16 weights, as many rows
+  const LinearTask* next = nullptr;  // whose x is float32 or bf16, with as many rows
   void* input = nullptr;             // of that product: its x, to be written
 };
 

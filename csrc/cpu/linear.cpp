@@ -336,7 +336,8 @@ bool CpuBackend::mlp(View out, View x, const std::vector<Linear>& up, const Line
   second.x_stride = kernels_.input_stride(second);
   const std::int64_t words = std::max(input_words(second), x.rows * width);
   float* memory = scratch(mlp_scratch_, words);
-  const bool is_float = second.format == DType::f32 || second.format == DType::bf16;
+  const bool is_float = second.format == DType::f32 || second.format == DType::bf16 ||
+                        (second.format == DType::int4 && kernels_.int4_takes_bf16);
   if (is_float) {
     first.next = &second;
     second.x = second.input = memory;

@@ -37,7 +37,7 @@ constexpr std::int64_t kMaxStretch = 1024;  // inputs, with what is added to fil
 struct TileScratch {
   // While the sums of some rows and panels are finished, those of the next grow.
   alignas(64) float sums[2][kMaxRowTiles * kMaxPanels * kTileSums];
-  alignas(64) unsigned char weights[2][kMaxStretch * kLanes];
+  alignas(64) unsigned char weights[2][kMaxStretch * kLanes * 2];
 };
 constexpr std::size_t kTileScratchBytes = std::max(sizeof(TileScratch), std::size_t{2} << 20);
 
@@ -56,12 +56,15 @@ inline TileScratch& tile_scratch() {
 // after it, since the system saves what is in use whenever it switches threads.
 class TileSession {
  public:
-  explicit TileSession(std::int64_t step_bytes) {
+  // rows: of x. Fewer than a tile has take less time. streams: tile 5 is of W as well.
+  explicit TileSession(std::int64_t step_bytes, std::int64_t rows = kRowTile,
+                       bool streams = false) {
     TileConfig config;
     const int bytes = static_cast<int>(step_bytes);
-    for (int t = 0; t < 4; ++t) config.set(t, kTileRows, kTileRowBytes);
-    for (int t = 4; t < 6; ++t) config.set(t, kTileRows, bytes);
-    for (int t = 6; t < 8; ++t) config.set(t, bytes / 4, kTileRowBytes);
+    const int of_tile = static_cast<int>(std::min(kRowTile, rows));
+    for (int t = 0; t < 4; ++t) config.set(t, of_tile, kTileRowBytes);
+    for (int t = 4; t < 6; ++t) config.set(t, of_tile, bytes);
+    for (int t = streams ? 5 : 6; t < 8; ++t) config.set(t, bytes / 4, kTileRowBytes);
     tile_configure(config);
   }
   ~TileSession() { tile_release(); }
@@ -145,21 +148,32 @@ struct PanelPair {
   std::int64_t panel[2];
 };
 
+// Rows of x that are taken together.
+struct RowTiles {
+  std::int64_t tile;   // the first
+  std::int64_t count;  // of rows, to the end of the block
+  bool are_first;      // of the block
+};
+
 // A format says how rows of x and weights become tiles, and adds a stretch of inputs to the sums:
 //   kRowTiles                row tiles that are taken at a time
 //   step_bytes, steps        of a row of x, for all inputs
 //   next_stretch(task, first, row_tiles)
 //   weights(task, panel, first, last, room)    -> the panel's tiles
-//   accumulate<MT, NR>(task, row_tile, rows, panels, first, last, weights, sums, stride, beside)
+//   accumulate<MT, NR>(task, rows, panels, first, last, weights, sums, stride, beside)
+//   kStreams                 whether it goes through a single tile of rows in a way of its own
+//   flush(): adds on what accumulate has left to be done beside the next tiles
 // with sums [row tile][panel][16][16], those of a row tile `stride` apart.
 #include "cpu/kernels/tiles_bf16.h"
+//
+#include "cpu/kernels/tiles_codes.h"
 //
 #include "cpu/kernels/tiles_integer.h"
 
 // ---- all tiles of a piece ----
 
 inline bool takes_tiles(const LinearTask& task) {
-  return task.format != DType::f32 && task.rows > kFewRows;
+  return task.format == DType::int4 || (task.format != DType::f32 && task.rows > kFewRows);
 }
 
 template <class Tiles>
@@ -181,13 +195,34 @@ inline void store_line(float* to, Vec y, bool is_streamed) {
   is_streamed ? stream(to, y) : store(to, y);
 }
 
+// 32 inputs of a row as bf16, in the order of the format's tiles.
+inline Vec input_line(const LinearTask& task, Vec x0, Vec x1) {
+  const Vec line = two_as_bf16(x0, x1);
+  if (task.format != DType::int4) return line;
+  static constexpr std::uint16_t kPlaces[32] = {0,  2,  1,  3,  4,  6,  5,  7,  8,  10, 9,
+                                                11, 12, 14, 13, 15, 16, 18, 17, 19, 20, 22,
+                                                21, 23, 24, 26, 25, 27, 28, 30, 29, 31};
+  return permute_halves(line, kPlaces);
+}
+
+// A row of x, as its tile holds it.
+inline void prepare_bf16_tile(const LinearTask& task, unsigned char* to, const float* x,
+                              std::int64_t inputs) {
+  const auto load_some = [&](std::int64_t k) {
+    const std::int64_t left = inputs - k;
+    return left >= kLanes ? load(x + k) : left > 0 ? load_tail(x + k, left, 0.0f) : zero();
+  };
+  for (std::int64_t k = 0; k < task.depth; k += TilesBf16::kInputs, to += kTileBytes)
+    store(reinterpret_cast<float*>(to), input_line(task, load_some(k), load_some(k + kLanes)));
+}
+
 // y = activation(gate) * up of two panels' outputs, as input of the product that reads it.
 inline void store_input_tile(const LinearTask& next, std::int64_t row, std::int64_t output, Vec y0,
                              Vec y1, bool is_streamed) {
   unsigned char* tile = static_cast<unsigned char*>(next.input) +
                         row / kRowTile * kRowTile * next.x_stride * 4 +
                         output / TilesBf16::kInputs * kTileBytes + row % kRowTile * kTileRowBytes;
-  store_line(reinterpret_cast<float*>(tile), two_as_bf16(y0, y1), is_streamed);
+  store_line(reinterpret_cast<float*>(tile), input_line(next, y0, y1), is_streamed);
 }
 
 // Some rows and panels whose sums fit the scratch memory. Panels are taken in pairs; of gated ones
@@ -302,15 +337,18 @@ class TileProduct {
 
   void multiply(std::int64_t first_row, std::int64_t last_row, std::int64_t first_panel,
                 std::int64_t last_panel) {
-    const TileSession session(tiles_.step_bytes);
+    const TileSession session(tiles_.step_bytes, task_.rows,
+                              Tiles::kStreams && task_.rows <= kRowTile);
     constexpr std::int64_t kMaxRows = kMaxRowTiles * kRowTile;
-    // Fewer at a time where sums are complete at once, so that they are in the second cache for a
-    // short time only; more where rows' inputs come and go a stretch at a time.
+    // Few panels at a time where sums are complete at once, so that they are in the second cache
+    // for a short time only; more where rows' inputs come and go a stretch at a time; and two where
+    // there are no more rows than one call takes: their weights are read from one end to the other.
     const std::int64_t row_tiles =
         std::min(kMaxRows, last_row - first_row + kRowTile - 1) / kRowTile;
     const bool is_whole = tiles_.next_stretch(task_, 0, row_tiles) >= task_.depth;
-    const std::int64_t panels =
-        (is_whole ? kMaxPanels / 2 : kMaxPanels) / (task_.up_panels ? 2 : 1);
+    std::int64_t panels = is_whole ? kMaxPanels / 2 : kMaxPanels;
+    if (row_tiles <= Tiles::kRowTiles) panels = 4;
+    if (task_.up_panels) panels /= 2;
     for (std::int64_t row = first_row; row < last_row; row += kMaxRows) {
       for (std::int64_t panel = first_panel; panel < last_panel; panel += panels)
         multiply_block({row, std::min(last_row, row + kMaxRows), panel,
@@ -323,6 +361,12 @@ class TileProduct {
  private:
   void multiply_block(const TileBlock& block) {
     float* sums = scratch_.sums[turn_];
+    if constexpr (Tiles::kStreams) {
+      if (task_.rows <= kRowTile) {
+        stream_block(block);
+        return;
+      }
+    }
     for (std::int64_t first = 0, last; first < task_.depth; first = last) {
       last = std::min(task_.depth, tiles_.next_stretch(task_, first, block.row_tiles()));
       const std::int64_t pairs = block.pairs();
@@ -343,9 +387,25 @@ class TileProduct {
           add_stretch<1>(block, pair, first, last, at, ahead);
       }
     }
+    tiles_.flush();
     finish_all();
     finish_ = Finish<Tiles>(task_, block, sums);
     turn_ = 1 - turn_;
+  }
+
+  void stream_block(const TileBlock& block) {
+    StreamedPanel panels[4];
+    int count = 0;
+    for (std::int64_t index = 0; index < block.pairs(); ++index) {
+      const PanelPair pair = block.pair(index);
+      for (int n = 0; n < (block.is_whole(pair) ? 2 : 1); ++n)
+        panels[count++] = {pair.panel[n],
+                           scratch_.sums[0] + block.sums_at(index, 0) + n * kTileSums};
+    }
+    tiles_.stream(task_, block.first_row / kRowTile, block.last_row - block.first_row, panels,
+                  count, scratch_.weights[0]);
+    finish_ = Finish<Tiles>(task_, block, scratch_.sums[0]);
+    finish_all();
   }
 
   // Inputs [first, last) of NR panels, for the rows of a block.
@@ -362,9 +422,9 @@ class TileProduct {
     };
     const auto add = [&](auto num_tiles, std::int64_t row_tile) {
       const std::int64_t row = block.first_row + row_tile * kRowTile;
-      tiles_.template accumulate<num_tiles, NR>(task_, row / kRowTile, block.last_row - row, pair,
-                                                first, last, w, sums + block.sums_at(0, row_tile),
-                                                2 * kTileSums, beside);
+      tiles_.template accumulate<num_tiles, NR>(
+          task_, {row / kRowTile, block.last_row - row, row_tile == 0}, pair, first, last, w,
+          sums + block.sums_at(0, row_tile), 2 * kTileSums, beside);
     };
     std::int64_t row_tile = 0;
     for (; row_tile + Tiles::kRowTiles <= row_tiles; row_tile += Tiles::kRowTiles)
@@ -378,7 +438,7 @@ class TileProduct {
   }
 
   const LinearTask& task_;
-  const Tiles tiles_;
+  Tiles tiles_;
   TileScratch& scratch_;
   int turn_ = 0;
   Finish<Tiles> finish_;
@@ -386,7 +446,7 @@ class TileProduct {
 
 void linear_on_tiles(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
                      std::int64_t first_panel, std::int64_t last_panel) {
-  const auto run = [&](auto product) {
+  const auto run = [&](auto&& product) {
     product.multiply(first_row, last_row, first_panel, last_panel);
   };
   if (!takes_tiles(task)) return linear(task, first_row, last_row, first_panel, last_panel);
@@ -397,8 +457,7 @@ void linear_on_tiles(const LinearTask& task, std::int64_t first_row, std::int64_
       return task.activation_bits == 8 ? run(TileProduct<TilesInteger<FormatInt8<1>>>(task))
                                        : run(TileProduct<TilesInteger<FormatInt8<2>>>(task));
     case DType::int4:
-      return task.levels ? run(TileProduct<TilesInteger<FormatInt4Levels>>(task))
-                         : run(TileProduct<TilesInteger<FormatInt4>>(task));
+      return run(TileProduct<TilesCodes>(task));
     case DType::f32:
     case DType::f16:
       break;  // f32 was taken above, f16 has no packed format
@@ -410,6 +469,7 @@ void linear_on_tiles(const LinearTask& task, std::int64_t first_row, std::int64_
 std::int64_t tile_input_stride(const LinearTask& task) {
   if (!takes_tiles(task)) return input_stride(task);
   if (task.format == DType::bf16) return TilesBf16::input_stride(task);
+  if (task.format == DType::int4) return TilesCodes::input_stride(task);
   const IntegerSteps steps(task);
   const std::int64_t passes = task.activation_bits == 16 ? 2 : 1;
   const std::int64_t row_bytes = (steps.at(task.depth - 1) + 1) * steps.inputs * passes;
@@ -422,7 +482,7 @@ void prepare_tile_input(const LinearTask& task, std::int64_t row, void* to, cons
   if (!takes_tiles(task)) return prepare_input(task, row, to, x, inputs);
   const std::int64_t within = row % kRowTile;
   unsigned char* tile = static_cast<unsigned char*>(to) - within * task.x_stride * 4;
-  if (task.format == DType::bf16)
+  if (task.format == DType::bf16 || task.format == DType::int4)
     return prepare_bf16_tile(task, tile + within * kTileRowBytes, x, inputs);
   prepare_integer_tile(task, row, tile + within * IntegerSteps(task).inputs, x, inputs);
 }
@@ -437,5 +497,6 @@ inline Kernels with_tiles(Kernels kernels) {
   kernels.linear = linear_on_tiles;
   kernels.attend = attend_on_tiles;
   kernels.pieces = {2 * kRowTile, kMaxRowTiles * kRowTile, 2 * kMaxPanels, true};
+  kernels.int4_takes_bf16 = true;
   return kernels;
 }

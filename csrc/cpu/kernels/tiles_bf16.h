@@ -2,6 +2,7 @@
 
 struct TilesBf16 {
   static constexpr int kRowTiles = 2;
+  static constexpr bool kStreams = false;
   static constexpr std::int64_t kInputs = kTileRowBytes / 2;  // of a step
   static constexpr std::int64_t kLongestStretch = 2048;       // of as many rows as a call takes
   static constexpr std::int64_t kWorthAsking = 4;
@@ -41,11 +42,11 @@ struct TilesBf16 {
   }
 
   template <int MT, int NR, class Beside>
-  void accumulate(const LinearTask& task, std::int64_t row_tile, std::int64_t, const PanelPair&,
+  void accumulate(const LinearTask& task, const RowTiles& rows, const PanelPair&,
                   std::int64_t first, std::int64_t last, const unsigned char* const* w, float* sums,
                   std::int64_t sum_stride, Beside&& beside) const {
     const unsigned char* x[MT];
-    for (int m = 0; m < MT; ++m) x[m] = x_tiles(task, row_tile + m) + first / kInputs * kTileBytes;
+    for (int m = 0; m < MT; ++m) x[m] = x_tiles(task, rows.tile + m) + first / kInputs * kTileBytes;
     each_sum<MT, NR>([&](auto t, int m, int n) {
       if (first == 0) {
         tile_zero<t>();
@@ -62,17 +63,6 @@ struct TilesBf16 {
   static const unsigned char* x_tiles(const LinearTask& task, std::int64_t row_tile) {
     return static_cast<const unsigned char*>(task.x) + row_tile * kRowTile * task.x_stride * 4;
   }
+  static void flush() {}
   static Vec finish(const LinearTask&, Vec sum, std::int64_t, std::int64_t) { return sum; }
 };
-
-// A row of x, as its tile holds it.
-inline void prepare_bf16_tile(const LinearTask& task, unsigned char* to, const float* x,
-                              std::int64_t inputs) {
-  constexpr std::int64_t kInputs = TilesBf16::kInputs;
-  for (std::int64_t k = 0; k < task.depth; k += kLanes) {
-    auto* row = reinterpret_cast<std::uint16_t*>(to + k / kInputs * kTileBytes) + k % kInputs;
-    const std::int64_t left = inputs - k;
-    store_bf16(row, left >= kLanes ? load(x + k)
-                                   : load_tail(x + k, std::max<std::int64_t>(left, 0), 0.0f));
-  }
-}

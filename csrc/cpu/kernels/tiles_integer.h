@@ -6,8 +6,7 @@ struct IntegerSteps {
   std::int64_t inputs, per_group, group;
 
   explicit IntegerSteps(const LinearTask& task)
-      : inputs(task.format == DType::int4 && task.group_size < kTileRowBytes ? kTileRowBytes / 2
-                                                                             : kTileRowBytes),
+      : inputs(kTileRowBytes),
         per_group((group_inputs(task) + inputs - 1) / inputs),
         group(group_inputs(task)) {}
 
@@ -21,6 +20,7 @@ struct TilesInteger {
   using Integers = IntegerFormat<Format>;
   static constexpr int kPasses = Format::kActivationPasses;
   static constexpr int kRowTiles = kPasses == 1 ? 2 : 1;
+  static constexpr bool kStreams = false;
   static constexpr std::int64_t kWorthAsking = 4;
   const Format format;
   const IntegerSteps place;
@@ -74,10 +74,9 @@ struct TilesInteger {
   }
 
   template <int MT, int NR, class Beside>
-  void accumulate(const LinearTask& task, std::int64_t row_tile, std::int64_t rows,
-                  const PanelPair& pair, std::int64_t first, std::int64_t last,
-                  const unsigned char* const* w, float* sums, std::int64_t sum_stride,
-                  Beside&& beside) const {
+  void accumulate(const LinearTask& task, const RowTiles& rows, const PanelPair& pair,
+                  std::int64_t first, std::int64_t last, const unsigned char* const* w, float* sums,
+                  std::int64_t sum_stride, Beside&& beside) const {
     constexpr int kX = MT * kPasses;
     const std::int64_t tile_bytes = kRowTile * step_bytes;
     std::int64_t group = first / place.group, block = block_index(task, first);
@@ -85,7 +84,7 @@ struct TilesInteger {
       const std::int64_t end = block_end(task, k, group);
       const unsigned char *x[kX], *w_at[NR];
       for (int m = 0; m < kX; ++m)
-        x[m] = TilesBf16::x_tiles(task, row_tile + m / kPasses) +
+        x[m] = TilesBf16::x_tiles(task, rows.tile + m / kPasses) +
                (m % kPasses * steps + place.at(k)) * tile_bytes;
       for (int n = 0; n < NR; ++n) w_at[n] = w[n] + (place.at(k) - place.at(first)) * tile_bytes;
       alignas(64) std::uint32_t block_sums[2][2][kTileSums];
@@ -97,7 +96,8 @@ struct TilesInteger {
         const Group numbers = load_group(task, pair.panel[n] * task.num_groups + group);
         for (int m = 0; m < MT; ++m)
           fold(task, numbers, block_sums[m * kPasses][n], block_sums[kX - 1][n],
-               {(row_tile + m) * kRowTile, std::min(kRowTile, rows - m * kRowTile), block, k == 0},
+               {(rows.tile + m) * kRowTile, std::min(kRowTile, rows.count - m * kRowTile), block,
+                k == 0},
                sums + m * sum_stride + n * kTileSums);
       }
       k = end;
@@ -147,6 +147,7 @@ struct TilesInteger {
     }
   }
 
+  static void flush() {}
   static Vec finish(const LinearTask& task, Vec sum, std::int64_t row, std::int64_t panel) {
     return Integers::finish(task, sum, row, panel);
   }

@@ -84,6 +84,23 @@ inline ByteTable load_byte_table(const std::uint8_t* p) {
 inline Words look_up_bytes(const ByteTable& table, Words x) {
   return {_mm512_shuffle_epi8(table.entries, x.v)};
 }
+// 32 halves of words to choose from; the lower five bits of what is looked up count.
+struct HalfTable {
+  __m512i entries;
+};
+inline HalfTable load_half_table(const std::uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Words look_up_halves(const HalfTable& table, Words x) {
+  return {_mm512_permutexvar_epi16(x.v, table.entries)};
+}
+template <int N>
+inline Words shift_halves_right(Words x) {
+  return {_mm512_srli_epi16(x.v, N)};
+}
+// Halves of words, put where `places` says they come from.
+inline Vec permute_halves(Vec x, const std::uint16_t* places) {
+  return {_mm512_castsi512_ps(
+      _mm512_permutexvar_epi16(_mm512_loadu_si512(places), _mm512_castps_si512(x.v)))};
+}
 // Rounded to the nearest whole number, ties to even; all within 16 bits.
 inline void store_rounded(std::int16_t* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
