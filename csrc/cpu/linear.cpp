@@ -175,7 +175,8 @@ Linear CpuBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
     return Buffer(this, static_cast<std::size_t>(count * bits / 8));
   };
   const std::int64_t per_group = panels * kLanes * format.groups(inputs);
-  linear.weight = buffer(panels * Packing(linear).panel_words(), 32);
+  // Kernels may read a few bytes past the last word.
+  linear.weight = buffer(panels * Packing(linear).panel_words() + kLanes, 32);
   if (format.is_quantized()) linear.scales = buffer(per_group, bits_of(scale_type(format)));
   if (format.has_zeros) linear.zeros = buffer(per_group, 8);
   if (with_bias) linear.bias = buffer(outputs, 32);

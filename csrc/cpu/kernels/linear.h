@@ -150,8 +150,9 @@ inline void store_activated(const LinearTask& task, std::int64_t row, std::int64
 }
 
 // Gates and what they let through are computed side by side, and meet before they leave the cache.
+template <class Multiply>
 inline void linear_gated(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
-                         std::int64_t first_panel, std::int64_t last_panel) {
+                         std::int64_t first_panel, std::int64_t last_panel, Multiply&& multiply) {
   const std::int64_t rows = last_row - first_row, width = (last_panel - first_panel) * kLanes;
   static thread_local std::vector<float> memory;
   memory.resize(std::max(memory.size(), static_cast<std::size_t>(2 * rows * width)));
@@ -161,7 +162,7 @@ inline void linear_gated(const LinearTask& task, std::int64_t first_row, std::in
     const std::int64_t panels = half * task.up_panels;
     part.out =
         memory.data() + half * rows * width - first_row * width - (first_panel + panels) * kLanes;
-    linear_plain(part, first_row, last_row, first_panel + panels, last_panel + panels);
+    multiply(part, first_row, last_row, first_panel + panels, last_panel + panels);
   }
   for (std::int64_t r = 0; r < rows; ++r) {
     const float* gate = memory.data() + r * width;
@@ -174,7 +175,7 @@ inline void linear_gated(const LinearTask& task, std::int64_t first_row, std::in
 void linear(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
             std::int64_t first_panel, std::int64_t last_panel) {
   if (task.up_panels)
-    linear_gated(task, first_row, last_row, first_panel, last_panel);
+    linear_gated(task, first_row, last_row, first_panel, last_panel, linear_plain);
   else
     linear_plain(task, first_row, last_row, first_panel, last_panel);
 }

@@ -173,7 +173,7 @@ struct RowTiles {
 // ---- all tiles of a piece ----
 
 inline bool takes_tiles(const LinearTask& task) {
-  return task.format == DType::int4 || (task.format != DType::f32 && task.rows > kFewRows);
+  return task.format != DType::f32 && task.rows > (task.format == DType::int4 ? 1 : kFewRows);
 }
 
 template <class Tiles>
@@ -449,7 +449,14 @@ void linear_on_tiles(const LinearTask& task, std::int64_t first_row, std::int64_
   const auto run = [&](auto&& product) {
     product.multiply(first_row, last_row, first_panel, last_panel);
   };
-  if (!takes_tiles(task)) return linear(task, first_row, last_row, first_panel, last_panel);
+  if (!takes_tiles(task)) {
+    if (task.format != DType::int4)
+      return linear(task, first_row, last_row, first_panel, last_panel);
+    constexpr auto kMultiply = linear_format<FormatCodes>;
+    return task.up_panels
+               ? linear_gated(task, first_row, last_row, first_panel, last_panel, kMultiply)
+               : kMultiply(task, first_row, last_row, first_panel, last_panel);
+  }
   switch (task.format) {
     case DType::bf16:
       return run(TileProduct<TilesBf16>(task));
@@ -479,7 +486,10 @@ std::int64_t tile_input_stride(const LinearTask& task) {
 
 void prepare_tile_input(const LinearTask& task, std::int64_t row, void* to, const float* x,
                         std::int64_t inputs) {
-  if (!takes_tiles(task)) return prepare_input(task, row, to, x, inputs);
+  if (!takes_tiles(task)) {
+    if (task.format != DType::int4) return prepare_input(task, row, to, x, inputs);
+    return prepare_bf16(to, x, inputs, task.depth);
+  }
   const std::int64_t within = row % kRowTile;
   unsigned char* tile = static_cast<unsigned char*>(to) - within * task.x_stride * 4;
   if (task.format == DType::bf16 || task.format == DType::int4)

@@ -49,6 +49,11 @@ struct Words {
 };
 
 inline Words load_words(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+// From so many bytes on.
+template <int N>
+inline Words load_words_at(const std::uint32_t* p) {
+  return {_mm512_loadu_si512(reinterpret_cast<const unsigned char*>(p) + N)};
+}
 inline void store_words(std::uint32_t* p, Words x) { _mm512_storeu_si512(p, x.v); }
 template <int N>
 inline Words shift_left(Words x) {
@@ -84,7 +89,15 @@ inline ByteTable load_byte_table(const std::uint8_t* p) {
 inline Words look_up_bytes(const ByteTable& table, Words x) {
   return {_mm512_shuffle_epi8(table.entries, x.v)};
 }
-// 32 halves of words to choose from; the lower five bits of what is looked up count.
+// 16 numbers to choose from, or 32 halves of words; the lower four or five bits of what is looked
+// up count.
+struct FloatTable {
+  __m512 entries;
+};
+inline FloatTable load_float_table(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec look_up_floats(const FloatTable& table, Words x) {
+  return {_mm512_permutexvar_ps(x.v, table.entries)};
+}
 struct HalfTable {
   __m512i entries;
 };
