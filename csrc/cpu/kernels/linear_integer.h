@@ -70,6 +70,7 @@ struct IntegerFormat {
 
   Format format;
   explicit IntegerFormat(const LinearTask& task) : format(task) {}
+  static constexpr std::uint32_t offset() { return Format::offset(); }
 
   static std::int64_t next_chunk(const LinearTask& task, std::int64_t first) {
     return stretch_end(task, first, kDepthChunk / kIntegerBlock);

@@ -461,8 +461,8 @@ void linear_on_tiles(const LinearTask& task, std::int64_t first_row, std::int64_
     case DType::bf16:
       return run(TileProduct<TilesBf16>(task));
     case DType::int8:
-      return task.activation_bits == 8 ? run(TileProduct<TilesInteger<FormatInt8<1>>>(task))
-                                       : run(TileProduct<TilesInteger<FormatInt8<2>>>(task));
+      return task.activation_bits == 8 ? run(TileProduct<TilesInt8<1>>(task))
+                                       : run(TileProduct<TilesInt8<2>>(task));
     case DType::int4:
       return run(TileProduct<TilesCodes>(task));
     case DType::f32:
@@ -477,11 +477,8 @@ std::int64_t tile_input_stride(const LinearTask& task) {
   if (!takes_tiles(task)) return input_stride(task);
   if (task.format == DType::bf16) return TilesBf16::input_stride(task);
   if (task.format == DType::int4) return TilesCodes::input_stride(task);
-  const IntegerSteps steps(task);
-  const std::int64_t passes = task.activation_bits == 16 ? 2 : 1;
-  const std::int64_t row_bytes = (steps.at(task.depth - 1) + 1) * steps.inputs * passes;
-  const bool is_whole = task.depth <= kIntegerBlock;
-  return (row_bytes + (is_whole ? 0 : kIntegerBlock)) / 4;
+  return task.activation_bits == 16 ? TilesInt8<2>::input_stride(task)
+                                    : TilesInt8<1>::input_stride(task);
 }
 
 void prepare_tile_input(const LinearTask& task, std::int64_t row, void* to, const float* x,
@@ -494,7 +491,7 @@ void prepare_tile_input(const LinearTask& task, std::int64_t row, void* to, cons
   unsigned char* tile = static_cast<unsigned char*>(to) - within * task.x_stride * 4;
   if (task.format == DType::bf16 || task.format == DType::int4)
     return prepare_bf16_tile(task, tile + within * kTileRowBytes, x, inputs);
-  prepare_integer_tile(task, row, tile + within * IntegerSteps(task).inputs, x, inputs);
+  prepare_integer_tile(task, row, tile + within * kTileRowBytes, x, inputs);
 }
 
 #include "cpu/kernels/attention_tiles.h"
