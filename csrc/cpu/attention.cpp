@@ -50,8 +50,6 @@ float store_vector(Item* items, const float* values, std::int64_t head_dim, Wher
     if constexpr (sizeof(Item) == 1) {
       const float steps = std::nearbyint(values[d] / scale);  // ties to even
       items[where(d)] = static_cast<Item>(std::min(127.0f, std::max(-127.0f, steps)));
-    } else if constexpr (sizeof(Item) == 2) {
-      items[where(d)] = float_to_bf16(values[d]);
     } else {
       items[where(d)] = values[d];
     }
@@ -75,6 +73,22 @@ void store_token(unsigned char* block, const KvLayout& layout, std::int64_t with
     float* scales = reinterpret_cast<float*>(bytes + layout.scales_at());
     scales[within] = key_scale;
     scales[layout.block_size + within] = value_scale;
+  }
+}
+
+// The same in bf16, by whole words where two dimensions of a key make one.
+void store_token_pairs(unsigned char* block, const KvLayout& layout, std::int64_t within,
+                       const float* keys, const float* values) {
+  const std::int64_t dim = layout.head_dim;
+  for (std::int64_t head = 0; head < layout.num_kv_heads; ++head, keys += dim, values += dim) {
+    auto* items = reinterpret_cast<std::uint16_t*>(block + head * layout.head_bytes());
+    auto* key_words = reinterpret_cast<std::uint32_t*>(items + layout.key_item(within, 0));
+    for (std::int64_t d = 0; d < dim; d += 2, key_words += kLanes) {
+      const std::uint32_t next = d + 1 < dim ? float_to_bf16(keys[d + 1]) : 0u;
+      *key_words = float_to_bf16(keys[d]) | next << 16;
+    }
+    std::uint16_t* to = items + layout.value_item(within, 0);
+    for (std::int64_t d = 0; d < dim; ++d) to[2 * d] = float_to_bf16(values[d]);
   }
 }
 
@@ -168,7 +182,7 @@ void CpuBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& lay
       case DType::f32:
         return store_token<float>(block, layout, within, keys, values);
       case DType::bf16:
-        return store_token<std::uint16_t>(block, layout, within, keys, values);
+        return store_token_pairs(block, layout, within, keys, values);
       case DType::int8:
         return store_token<std::int8_t>(block, layout, within, keys, values);
       default:

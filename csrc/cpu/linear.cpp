@@ -16,12 +16,7 @@ std::int64_t padded_depth(std::int64_t inputs) {
 
 std::int64_t num_panels(std::int64_t outputs) { return (outputs + kLanes - 1) / kLanes; }
 
-// Where a weight lies: which 32-bit word, and how far up in it. kernels.h has the layout.
-struct Place {
-  std::int64_t word;
-  int shift;
-};
-
+// How weights lie in 32-bit words: kernels.h has the layout.
 struct Packing {
   std::int64_t depth, inputs_per_word, bits;
 
@@ -31,10 +26,9 @@ struct Packing {
         bits(bits_of(linear.format.dtype)) {}
 
   std::int64_t panel_words() const { return depth / inputs_per_word * kLanes; }
-  Place place(std::int64_t row, std::int64_t input) const {
-    const std::int64_t within = input % inputs_per_word;
-    return {row / kLanes * panel_words() + input / inputs_per_word * kLanes + row % kLanes,
-            static_cast<int>(bits == 4 ? within % 4 * 8 + within / 4 * 4 : within * bits)};
+  // How far up in its word an input is.
+  int shift(int within) const {
+    return bits == 4 ? within % 4 * 8 + within / 4 * 4 : within * static_cast<int>(bits);
   }
 };
 
@@ -125,36 +119,43 @@ float load_scale(const Linear& linear, std::int64_t index) {
   return load_float(linear.scales.data(), scale_type(linear.format), index);
 }
 
+// Adds a row of an embedding table to `out`, or writes it there.
 void unpack_row(float* out, const Linear& table, std::int64_t row, bool add) {
   const Packing packing(table);
-  const auto* words = table.weight.as<std::uint32_t>();
+  const std::uint32_t* word =
+      table.weight.as<std::uint32_t>() + row / kLanes * packing.panel_words() + row % kLanes;
   const std::int64_t groups = table.format.groups(table.inputs);
-  for (std::int64_t i = 0; i < table.inputs; ++i) {
-    const Place place = packing.place(row, i);
-    const std::uint32_t bits = words[place.word] >> place.shift;
-    float value = 0.0f;
-    switch (table.format.dtype) {
-      case DType::f32:
-        value = bits_float(bits);
-        break;
-      case DType::bf16:
-        value = bf16_to_float(static_cast<std::uint16_t>(bits));
-        break;
-      case DType::int8:
-        value = static_cast<float>(static_cast<int>(bits & 255u) - 128) * load_scale(table, row);
-        break;
-      case DType::int4: {
+  const auto unpack = [&](auto&& value_of) {
+    for (std::int64_t i = 0; i < table.inputs; word += kLanes) {
+      for (int within = 0; within < packing.inputs_per_word && i < table.inputs; ++within, ++i) {
+        const float value = value_of(*word >> packing.shift(within), i);
+        out[i] = add ? out[i] + value : value;
+      }
+    }
+  };
+  switch (table.format.dtype) {
+    case DType::f32:
+      return unpack([](std::uint32_t bits, std::int64_t) { return bits_float(bits); });
+    case DType::bf16:
+      return unpack([](std::uint32_t bits, std::int64_t) {
+        return bf16_to_float(static_cast<std::uint16_t>(bits));
+      });
+    case DType::int8: {
+      const float scale = load_scale(table, row);
+      return unpack([&](std::uint32_t bits, std::int64_t) {
+        return static_cast<float>(static_cast<int>(bits & 255u) - 128) * scale;
+      });
+    }
+    case DType::int4:
+      return unpack([&](std::uint32_t bits, std::int64_t i) {
         const std::int64_t group = i / table.format.group_size;
         const std::int64_t index = (row / kLanes * groups + group) * kLanes + row % kLanes;
-        value = table.format.levels[bits & 15u];
+        float value = table.format.levels[bits & 15u];
         if (table.format.has_zeros) value -= table.zeros.as<std::int8_t>()[index];
-        value *= load_scale(table, index);
-        break;
-      }
-      case DType::f16:
-        break;  // never packed
-    }
-    out[i] = add ? out[i] + value : value;
+        return value * load_scale(table, index);
+      });
+    case DType::f16:
+      break;  // never packed
   }
 }
 
