@@ -185,13 +185,14 @@ def test_the_batch_changes_no_bit(tmp_path: Path, scheme: str) -> None:
     prompts = [[1 + (7 * i + j * j) % 60 for j in range(3 + 11 * i % 40)] for i in range(9)]
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=2)
 
-    def answers(**options: Any) -> list[Any]:
-        llm = LLM(target, max_model_len=64, num_threads=1, **options)
+    def answers(num_threads: int = 1, **options: Any) -> list[Any]:
+        llm = LLM(target, max_model_len=64, num_threads=num_threads, **options)
         return [output.outputs for output in llm.generate(prompts, params, progress=False)]
 
     together = answers()
     assert answers(max_num_seqs=1) == together  # one after the other
     assert answers(max_num_batched_tokens=7) == together  # in chunks
+    assert answers(num_threads=2) == answers(num_threads=3, max_num_seqs=2) == together
 
 
 def test_dummy_weights_are_quantized_too(tmp_path: Path) -> None:
