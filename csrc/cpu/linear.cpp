@@ -294,6 +294,14 @@ struct MatrixTask : LinearTask {
   }
 };
 
+// Whether a product can write its results as the next one's input. Not where whole rows decide how
+// they become whole numbers, nor where that one may go by tiles, whose input lies otherwise, and
+// this one not: float32 never does, int4 of bf16 always, and the others with many rows.
+bool writes_input(DType format, DType next, bool int4_takes_bf16) {
+  if (next == DType::int4) return int4_takes_bf16 && format == DType::int4;
+  return next == DType::f32 || (next == DType::bf16 && format != DType::f32);
+}
+
 // 32-bit words of a task's input: whole tiles of rows.
 std::int64_t input_words(const LinearTask& task) {
   return (task.rows + kLanes - 1) / kLanes * kLanes * task.x_stride;
@@ -338,17 +346,16 @@ bool CpuBackend::mlp(View out, View x, const std::vector<Linear>& up, const Line
   second.x_stride = kernels_.input_stride(second);
   const std::int64_t words = std::max(input_words(second), x.rows * width);
   float* memory = scratch(mlp_scratch_, words);
-  const bool is_float = second.format == DType::f32 || second.format == DType::bf16 ||
-                        (second.format == DType::int4 && kernels_.int4_takes_bf16);
-  if (is_float) {
+  const bool is_written = writes_input(first.format, second.format, kernels_.int4_takes_bf16);
+  if (is_written) {
     first.next = &second;
     second.x = second.input = memory;
-  } else {  // whole rows decide how they become whole numbers
+  } else {
     first.out = memory;
     first.out_stride = width;
   }
   multiply(first);
-  if (!is_float) prepare_input(second, {memory, x.rows, width, width});
+  if (!is_written) prepare_input(second, {memory, x.rows, width, width});
   second.write_to(out);
   multiply(second);
   return true;
