@@ -17,7 +17,7 @@ KvLayout make_layout(DType dtype, std::int64_t block_size, std::int64_t head_dim
   layout.block_size = block_size;
   layout.head_dim = head_dim;
   const auto round_up = [&](std::int64_t to) { return (head_dim + to - 1) / to * to; };
-  layout.key_dim = layout.has_pairs() ? round_up(kDepthBlock) : head_dim;
+  layout.key_dim = layout.has_pairs() ? round_up(2) : head_dim;
   layout.padded_dim = round_up(kLanes);
   layout.num_kv_heads = num_kv_heads;
   return layout;

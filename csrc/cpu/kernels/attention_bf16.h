@@ -98,7 +98,7 @@ inline void add_pair_products(Sum&& sum, const Pair* x, std::int64_t x_stride, s
 // A task's queries, rounded to bf16.
 class PairQueries {
  public:
-  explicit PairQueries(const AttendTask& task) : stride_(task.layout.key_dim / 2) {
+  explicit PairQueries(const AttendTask& task) : stride_(task.layout.padded_dim / 2) {
     static thread_local std::vector<Pair> memory;
     const auto count = static_cast<std::size_t>(task.rows * stride_);
     if (memory.size() < count) memory.resize(count);
@@ -106,7 +106,7 @@ class PairQueries {
     const std::int64_t dims = task.layout.head_dim;
     for (int r = 0; r < task.rows; ++r) {
       Pair* row = memory.data() + r * stride_;
-      for (std::int64_t d = 0; d < task.layout.key_dim; d += kLanes) {
+      for (std::int64_t d = 0; d < dims; d += kLanes) {
         const std::int64_t left = dims - d;
         store_pairs(row + d / 2,
                     left >= kLanes ? load(task.q[r] + d) : load_tail(task.q[r] + d, left, 0.0f));
@@ -129,8 +129,8 @@ inline const std::uint32_t* as_words(const std::uint16_t* items) {
 
 // As tile_scores.
 template <int R, int T>
-[[gnu::noinline]] void pair_scores(const Pair* q, std::int64_t q_stride, const PairTile* tiles,
-                                   const Scores& scores, int tile) {
+[[gnu::noinline]] void pair_scores(const Pair* q, std::int64_t q_stride, std::int64_t key_words,
+                                   const PairTile* tiles, const Scores& scores, int tile) {
   for (int r = 0; r < R; ++r) {
     for (int t = 0; t < T; ++t) store(scores.at(r, tile + t), zero());
   }
@@ -141,7 +141,8 @@ template <int R, int T>
     if constexpr (R < 8) prefetch(as_words(tiles[tile + t].values) + i * kLanes);
     return load_words(keys[t] + i * kLanes);
   };
-  add_pair_products<R, T>([&](int r) { return scores.at(r, tile); }, q, q_stride, 0, q_stride, get);
+  add_pair_products<R, T>([&](int r) { return scores.at(r, tile); }, q, q_stride, 0, key_words,
+                          get);
 }
 
 // How scores become weights over a bf16 cache: 2^(score - a whole number), rounded to bf16.
@@ -229,7 +230,8 @@ inline void attend_pair_rows(const AttendTask& task, const PairQueries& queries,
     float memory[R * kStretch];
     const Scores scores{memory, kStretch, kLanes};
     each_tiles<R, kPairChains>(in.first, in.last, [&](auto count, int t) {
-      pair_scores<R, count>(queries.row(first), queries.stride(), in.tiles, scores, t);
+      pair_scores<R, count>(queries.row(first), queries.stride(), task.layout.key_dim / 2, in.tiles,
+                            scores, t);
     });
     Pair weights[R * kStretch / 2];
     const auto keep = [&](int r, int t, Vec weight) {

@@ -16,21 +16,29 @@ constexpr int kFewQueries = 4;  // up to here vectors are faster, with the same 
 constexpr int kStretchSteps = static_cast<int>(kStretch / kDepthBlock);  // of 32 tokens
 constexpr int kBandTiles = 2, kBandRows = kBandTiles * kTileRows;        // rows taken at a time
 
+// Dimensions of a query as tiles hold it.
+inline std::int64_t query_dim(const KvLayout& layout) {
+  return (layout.head_dim + kDepthBlock - 1) / kDepthBlock * kDepthBlock;
+}
+
 class AttendScratch {
  public:
-  // [row tile][32 dims][16][32], and [32 tokens][16 dims][16 pairs][16 dims][2]: bf16.
-  std::uint16_t *queries, *values;
+  // bf16: [row tile][32 dims][16][32]; of the dimensions that are not a multiple of 32, [token
+  // tile][16 pairs][16 tokens][2]; and [32 tokens][16 dims][16 pairs][16 dims][2].
+  std::uint16_t *queries, *last_keys, *values;
   alignas(64) float scores[kBandTiles * kStretchTiles * kTileSums];
   alignas(64) std::uint16_t weights[kBandTiles * kStretchSteps * kTileBytes / 2];
 
   void make_room(const KvLayout& layout) {
-    const auto query_items = static_cast<std::size_t>(kMaxAttendRows * layout.key_dim);
+    const auto query_items = static_cast<std::size_t>(kMaxAttendRows * query_dim(layout));
     const auto value_items = static_cast<std::size_t>(kStretch * layout.padded_dim);
     constexpr std::size_t kLine = 64 / sizeof(std::uint16_t);
-    memory_.resize(std::max(memory_.size(), query_items + value_items + kLine));
+    constexpr auto kLastKeys = static_cast<std::size_t>(kStretch * kDepthBlock);
+    memory_.resize(std::max(memory_.size(), query_items + kLastKeys + value_items + kLine));
     queries = memory_.data();
     while (reinterpret_cast<std::uintptr_t>(queries) % 64) ++queries;
-    values = queries + query_items;
+    last_keys = queries + query_items;
+    values = last_keys + kLastKeys;
   }
 
  private:
@@ -44,7 +52,7 @@ inline AttendScratch& attend_scratch() {
 
 // The queries, rounded, as tiles; rows that there are not are 0.
 inline void prepare_query_tiles(const AttendTask& task, std::uint16_t* to) {
-  const std::int64_t dims = task.layout.head_dim, key_dim = task.layout.key_dim;
+  const std::int64_t dims = task.layout.head_dim, key_dim = query_dim(task.layout);
   const std::int64_t rows = (task.rows + kTileRows - 1) / kTileRows * kTileRows;
   for (std::int64_t r = 0; r < rows; ++r) {
     std::uint16_t* row = to + r / kTileRows * kTileRows * key_dim + r % kTileRows * kDepthBlock;
@@ -55,6 +63,20 @@ inline void prepare_query_tiles(const AttendTask& task, std::uint16_t* to) {
         x = left >= kLanes ? load(task.q[r] + d) : load_tail(task.q[r] + d, left, 0.0f);
       store_bf16(row + d / kDepthBlock * kTileRows * kDepthBlock + d % kDepthBlock, x);
     }
+  }
+}
+
+// The last dimensions of a stretch's keys, where they do not fill a tile: behind them lies
+// something else, which even a 0 must not meet.
+inline void copy_last_keys(const KvLayout& layout, const PairTile* tiles, int first, int last,
+                           std::uint16_t* to) {
+  const std::int64_t whole = layout.head_dim / kDepthBlock * kDepthBlock;
+  const std::int64_t words = (layout.key_dim - whole) / 2;
+  for (int t = first; t < last; ++t) {
+    auto* tile = reinterpret_cast<std::uint32_t*>(to) + t * kTileBytes / 4;
+    const std::uint32_t* from = as_words(tiles[t].keys) + whole / 2 * kLanes;
+    for (std::int64_t i = 0; i < kPairWords; ++i)
+      store_words(tile + i * kLanes, i < words ? load_words(from + i * kLanes) : splat_word(0));
   }
 }
 
@@ -89,15 +111,22 @@ struct Band {
 
   template <int MT, int NT>
   void add_scores(const PairTile* tiles, int tile) const {
-    const std::int64_t key_dim = task.layout.key_dim;
+    const std::int64_t dims = query_dim(task.layout);
+    const std::int64_t whole_steps = task.layout.head_dim / kDepthBlock;
     const unsigned char *x[MT], *w[NT];
     for (int m = 0; m < MT; ++m)
       x[m] = reinterpret_cast<const unsigned char*>(scratch.queries +
-                                                    (first_row + m * kTileRows) * key_dim);
+                                                    (first_row + m * kTileRows) * dims);
     for (int n = 0; n < NT; ++n)
       w[n] = reinterpret_cast<const unsigned char*>(tiles[tile + n].keys);
     each_sum<MT, NT>([](auto t, int, int) { tile_zero<t>(); });
-    multiply_tiles<DotBf16, MT, NT>(x, w, key_dim / kDepthBlock, kTileRowBytes, do_nothing);
+    multiply_tiles<DotBf16, MT, NT>(x, w, whole_steps, kTileRowBytes, do_nothing);
+    if (dims > whole_steps * kDepthBlock) {
+      for (int m = 0; m < MT; ++m) x[m] += whole_steps * kTileBytes;
+      for (int n = 0; n < NT; ++n)
+        w[n] = reinterpret_cast<const unsigned char*>(scratch.last_keys) + (tile + n) * kTileBytes;
+      multiply_tiles<DotBf16, MT, NT>(x, w, 1, kTileRowBytes, do_nothing);
+    }
     each_sum<MT, NT>([&](auto t, int m, int n) {
       tile_store<t>(scratch.scores + (m * kStretchTiles + tile + n) * kTileSums, kTileRowBytes);
     });
@@ -194,6 +223,8 @@ void attend_on_tiles(const AttendTask& task, AttendState* states) {
     const Visible seen = seen_by(task, 0, task.rows, stretch);
     if (seen.low >= seen.high) continue;
     const SeenTiles<std::uint16_t> in(task, stretch, seen);
+    if (task.layout.head_dim % kDepthBlock)
+      copy_last_keys(task.layout, in.tiles, in.first, in.last, scratch.last_keys);
     copy_value_tiles(in.tiles, task.layout.padded_dim, seen, scratch.values);
     for (int row = 0; row < task.rows; row += kBandRows) {
       const int rows = std::min(kBandRows, task.rows - row);
