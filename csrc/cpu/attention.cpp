@@ -224,6 +224,7 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
       }
       for (std::int64_t split = 0; split < piece.splits(); ++split) {
         set_range(task, split);
+        task.goes_on = split > 0;
         kernels_.attend(task, split == 0 ? total : part);
         for (int r = 0; split > 0 && r < task.rows; ++r) kernels_.merge(layout, total[r], part[r]);
       }

@@ -128,6 +128,7 @@ struct AttendTask {
   std::int64_t begin = 0, end = 0;
   std::int64_t window = 0;
   float scale = 1.0f;
+  bool goes_on = false;  // the same rows as in the call before on this thread
 };
 
 // What one range of tokens contributes to a row: softmax numerator, denominator, greatest score

@@ -103,6 +103,7 @@ class PairQueries {
     const auto count = static_cast<std::size_t>(task.rows * stride_);
     if (memory.size() < count) memory.resize(count);
     pairs_ = memory.data();
+    if (task.goes_on) return;
     const std::int64_t dims = task.layout.head_dim;
     for (int r = 0; r < task.rows; ++r) {
       Pair* row = memory.data() + r * stride_;

@@ -26,8 +26,9 @@ class AttendScratch {
   // bf16: [row tile][32 dims][16][32]; of the dimensions that are not a multiple of 32, [token
   // tile][16 pairs][16 tokens][2]; and [32 tokens][16 dims][16 pairs][16 dims][2].
   std::uint16_t *queries, *last_keys, *values;
-  alignas(64) float scores[kBandTiles * kStretchTiles * kTileSums];
-  alignas(64) std::uint16_t weights[kBandTiles * kStretchSteps * kTileBytes / 2];
+  // Of two bands in turn.
+  alignas(64) float scores[2][kBandTiles * kStretchTiles * kTileSums];
+  alignas(64) std::uint16_t weights[2][kBandTiles * kStretchSteps * kTileBytes / 2];
 
   void make_room(const KvLayout& layout) {
     const auto query_items = static_cast<std::size_t>(kMaxAttendRows * query_dim(layout));
@@ -99,106 +100,7 @@ inline void copy_value_tiles(const PairTile* tiles, std::int64_t padded_dim, con
   }
 }
 
-// Up to two row tiles over one stretch.
-struct Band {
-  const AttendTask& task;
-  AttendScratch& scratch;
-  int first_row, rows;  // of the task
-  AttendState* states;  // of the band's rows, and as many as fill its tiles
-  Vec* sum_lanes;
-
-  int row_tiles() const { return (rows + kTileRows - 1) / kTileRows; }
-
-  template <int MT, int NT>
-  void add_scores(const PairTile* tiles, int tile) const {
-    const std::int64_t dims = query_dim(task.layout);
-    const std::int64_t whole_steps = task.layout.head_dim / kDepthBlock;
-    const unsigned char *x[MT], *w[NT];
-    for (int m = 0; m < MT; ++m)
-      x[m] = reinterpret_cast<const unsigned char*>(scratch.queries +
-                                                    (first_row + m * kTileRows) * dims);
-    for (int n = 0; n < NT; ++n)
-      w[n] = reinterpret_cast<const unsigned char*>(tiles[tile + n].keys);
-    each_sum<MT, NT>([](auto t, int, int) { tile_zero<t>(); });
-    multiply_tiles<DotBf16, MT, NT>(x, w, whole_steps, kTileRowBytes, do_nothing);
-    if (dims > whole_steps * kDepthBlock) {
-      for (int m = 0; m < MT; ++m) x[m] += whole_steps * kTileBytes;
-      for (int n = 0; n < NT; ++n)
-        w[n] = reinterpret_cast<const unsigned char*>(scratch.last_keys) + (tile + n) * kTileBytes;
-      multiply_tiles<DotBf16, MT, NT>(x, w, 1, kTileRowBytes, do_nothing);
-    }
-    each_sum<MT, NT>([&](auto t, int m, int n) {
-      tile_store<t>(scratch.scores + (m * kStretchTiles + tile + n) * kTileSums, kTileRowBytes);
-    });
-  }
-
-  // Rows first .. first + R - 1 of the band; those that there are not see nothing.
-  template <int R>
-  void weigh(int first, std::int64_t stretch, int first_tile, int last_tile) const {
-    Visible visible[R];
-    for (int r = 0; r < R; ++r)
-      visible[r] = first + r < rows ? visible_to(task, first_row + first + r, stretch) : Visible{};
-    const int band_tile = first / kTileRows, row = first % kTileRows;
-    const Scores scores{scratch.scores + band_tile * kStretchTiles * kTileSums + row * kLanes,
-                        kLanes, kTileSums};
-    std::uint16_t* weights =
-        scratch.weights + band_tile * kStretchSteps * kTileBytes / 2 + row * kDepthBlock;
-    const auto keep = [&](int r, int t, Vec weight) {
-      store_bf16(weights + t / 2 * kTileBytes / 2 + r * kDepthBlock + t % 2 * kLanes, weight);
-    };
-    for (int r = 0; r < R; ++r) {  // the other halves of the first and the last 32 tokens
-      if (first_tile % 2) keep(r, first_tile - 1, zero());
-      if (last_tile % 2) keep(r, last_tile, zero());
-    }
-    float corrections[kLanes] = {};
-    stretch_weights<R>(states + first, sum_lanes + first, scores,
-                       PowersOfTwo{power_scale(task), keep}, first_tile, last_tile, visible,
-                       corrections);
-    for (int r = 0; r < R; ++r) correct_values(task, states[first + r], corrections[r]);
-  }
-
-  template <int MT, int NT>
-  void add_values(int first_step, int last_step, std::int64_t dim) const {
-    const std::int64_t padded_dim = task.layout.padded_dim;
-    const unsigned char *x[MT], *w[NT];
-    for (int m = 0; m < MT; ++m)
-      x[m] = reinterpret_cast<const unsigned char*>(scratch.weights) +
-             (m * kStretchSteps + first_step) * kTileBytes;
-    for (int n = 0; n < NT; ++n)
-      w[n] = reinterpret_cast<const unsigned char*>(scratch.values) +
-             (first_step * padded_dim / kLanes + dim / kLanes + n) * kTileBytes;
-    const auto sums = [&](int m, int n) { return states[m * kTileRows].out + dim + n * kLanes; };
-    each_sum<MT, NT>([&](auto t, int m, int n) { tile_load<t>(sums(m, n), 4 * padded_dim); });
-    for (int step = first_step; step < last_step; ++step) {
-      multiply_tiles<DotBf16, MT, NT>(x, w, 1, kTileRowBytes, do_nothing);
-      for (int m = 0; m < MT; ++m) x[m] += kTileBytes;
-      for (int n = 0; n < NT; ++n) w[n] += padded_dim / kLanes * kTileBytes;
-    }
-    each_sum<MT, NT>([&](auto t, int m, int n) { tile_store<t>(sums(m, n), 4 * padded_dim); });
-  }
-
-  template <int MT>
-  void attend(const PairTile* tiles, std::int64_t stretch, const Visible& seen) const {
-    const int first_tile = static_cast<int>(seen.low / kLanes);
-    const int last_tile = static_cast<int>((seen.high + kLanes - 1) / kLanes);
-    int t = first_tile;
-    for (; t + 2 <= last_tile; t += 2) add_scores<MT, 2>(tiles, t);
-    if (t < last_tile) add_scores<MT, 1>(tiles, t);
-    constexpr int kRowsAtOnce = 8;
-    int r = 0;
-    for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce)
-      weigh<kRowsAtOnce>(r, stretch, first_tile, last_tile);
-    for (; r < MT * kTileRows; r += kRowsAtOnce / 2)
-      weigh<kRowsAtOnce / 2>(r, stretch, first_tile, last_tile);
-    const int first_step = first_tile / 2, last_step = (last_tile + 1) / 2;
-    std::int64_t dim = 0;
-    for (; dim + 2 * kLanes <= task.layout.padded_dim; dim += 2 * kLanes)
-      add_values<MT, 2>(first_step, last_step, dim);
-    if (dim < task.layout.padded_dim) add_values<MT, 1>(first_step, last_step, dim);
-  }
-};
-
-// What any of some rows sees of a stretch.
+// Tokens of a stretch that any of some rows sees.
 inline Visible seen_by(const AttendTask& task, int first_row, int rows, std::int64_t stretch) {
   Visible seen = {kStretch, 0};
   for (int r = first_row; r < first_row + rows; ++r) {
@@ -210,12 +112,150 @@ inline Visible seen_by(const AttendTask& task, int first_row, int rows, std::int
   return seen;
 }
 
+// Up to two row tiles over one stretch. While vectors weigh a band's scores, tiles compute those of
+// the next band.
+class Band {
+ public:
+  // states, sum_lanes: of the band's rows, and as many as fill its tiles.
+  Band(const AttendTask& task, AttendScratch& scratch, int turn, int first_row, AttendState* states,
+       Vec* sum_lanes, const PairTile* tiles, std::int64_t stretch)
+      : task_(task),
+        scratch_(scratch),
+        scores_(scratch.scores[turn]),
+        weights_(scratch.weights[turn]),
+        first_row_(first_row),
+        rows_(std::min(kBandRows, task.rows - first_row)),
+        states_(states + first_row),
+        sum_lanes_(sum_lanes + first_row),
+        tiles_(tiles),
+        stretch_(stretch) {
+    const Visible seen = seen_by(task, first_row, rows_, stretch);
+    if (seen.low >= seen.high) return;
+    first_tile_ = next_tile_ = static_cast<int>(seen.low / kLanes);
+    last_tile_ = static_cast<int>((seen.high + kLanes - 1) / kLanes);
+  }
+
+  // Scores of one or two more tiles of tokens; false when there are all.
+  bool score_some() {
+    if (next_tile_ == last_tile_) return false;
+    const bool is_pair = next_tile_ + 2 <= last_tile_;
+    if (has_two())
+      is_pair ? add_scores<2, 2>(next_tile_) : add_scores<2, 1>(next_tile_);
+    else
+      is_pair ? add_scores<1, 2>(next_tile_) : add_scores<1, 1>(next_tile_);
+    next_tile_ += is_pair ? 2 : 1;
+    return true;
+  }
+
+  // All that remains to be done, and meanwhile some of the next band's scores.
+  void attend(Band* next) {
+    while (score_some()) {
+    }
+    if (first_tile_ == last_tile_) return;
+    constexpr int kRowsAtOnce = 8;
+    int r = 0;
+    for (; r + kRowsAtOnce <= rows_; r += kRowsAtOnce) {
+      weigh<kRowsAtOnce>(r);
+      if (next) next->score_some();
+    }
+    for (; r < (has_two() ? 2 : 1) * kTileRows; r += kRowsAtOnce / 2) weigh<kRowsAtOnce / 2>(r);
+    std::int64_t dim = 0;
+    for (; dim + 2 * kLanes <= task_.layout.padded_dim; dim += 2 * kLanes)
+      has_two() ? add_values<2, 2>(dim) : add_values<1, 2>(dim);
+    if (dim < task_.layout.padded_dim) has_two() ? add_values<2, 1>(dim) : add_values<1, 1>(dim);
+  }
+
+ private:
+  bool has_two() const { return rows_ > kTileRows; }
+
+  template <int MT, int NT>
+  void add_scores(int tile) const {
+    const std::int64_t dims = query_dim(task_.layout);
+    const std::int64_t whole_steps = task_.layout.head_dim / kDepthBlock;
+    const unsigned char *x[MT], *w[NT];
+    for (int m = 0; m < MT; ++m)
+      x[m] = reinterpret_cast<const unsigned char*>(scratch_.queries +
+                                                    (first_row_ + m * kTileRows) * dims);
+    for (int n = 0; n < NT; ++n)
+      w[n] = reinterpret_cast<const unsigned char*>(tiles_[tile + n].keys);
+    each_sum<MT, NT>([](auto t, int, int) { tile_zero<t>(); });
+    multiply_tiles<DotBf16, MT, NT>(x, w, whole_steps, kTileRowBytes, do_nothing);
+    if (dims > whole_steps * kDepthBlock) {
+      for (int m = 0; m < MT; ++m) x[m] += whole_steps * kTileBytes;
+      for (int n = 0; n < NT; ++n)
+        w[n] = reinterpret_cast<const unsigned char*>(scratch_.last_keys) + (tile + n) * kTileBytes;
+      multiply_tiles<DotBf16, MT, NT>(x, w, 1, kTileRowBytes, do_nothing);
+    }
+    each_sum<MT, NT>([&](auto t, int m, int n) {
+      tile_store<t>(scores_ + (m * kStretchTiles + tile + n) * kTileSums, kTileRowBytes);
+    });
+  }
+
+  // Rows first .. first + R - 1 of the band; those that there are not see nothing.
+  template <int R>
+  void weigh(int first) const {
+    Visible visible[R];
+    for (int r = 0; r < R; ++r)
+      visible[r] =
+          first + r < rows_ ? visible_to(task_, first_row_ + first + r, stretch_) : Visible{};
+    const int band_tile = first / kTileRows, row = first % kTileRows;
+    const Scores scores{scores_ + band_tile * kStretchTiles * kTileSums + row * kLanes, kLanes,
+                        kTileSums};
+    std::uint16_t* weights =
+        weights_ + band_tile * kStretchSteps * kTileBytes / 2 + row * kDepthBlock;
+    const auto keep = [&](int r, int t, Vec weight) {
+      store_bf16(weights + t / 2 * kTileBytes / 2 + r * kDepthBlock + t % 2 * kLanes, weight);
+    };
+    for (int r = 0; r < R; ++r) {  // the other halves of the first and the last 32 tokens
+      if (first_tile_ % 2) keep(r, first_tile_ - 1, zero());
+      if (last_tile_ % 2) keep(r, last_tile_, zero());
+    }
+    float corrections[kLanes] = {};
+    stretch_weights<R>(states_ + first, sum_lanes_ + first, scores,
+                       PowersOfTwo{power_scale(task_), keep}, first_tile_, last_tile_, visible,
+                       corrections);
+    for (int r = 0; r < R; ++r) correct_values(task_, states_[first + r], corrections[r]);
+  }
+
+  template <int MT, int NT>
+  void add_values(std::int64_t dim) const {
+    const int first_step = first_tile_ / 2, last_step = (last_tile_ + 1) / 2;
+    const std::int64_t padded_dim = task_.layout.padded_dim;
+    const unsigned char *x[MT], *w[NT];
+    for (int m = 0; m < MT; ++m)
+      x[m] = reinterpret_cast<const unsigned char*>(weights_) +
+             (m * kStretchSteps + first_step) * kTileBytes;
+    for (int n = 0; n < NT; ++n)
+      w[n] = reinterpret_cast<const unsigned char*>(scratch_.values) +
+             (first_step * padded_dim / kLanes + dim / kLanes + n) * kTileBytes;
+    const auto sums = [&](int m, int n) { return states_[m * kTileRows].out + dim + n * kLanes; };
+    each_sum<MT, NT>([&](auto t, int m, int n) { tile_load<t>(sums(m, n), 4 * padded_dim); });
+    for (int step = first_step; step < last_step; ++step) {
+      multiply_tiles<DotBf16, MT, NT>(x, w, 1, kTileRowBytes, do_nothing);
+      for (int m = 0; m < MT; ++m) x[m] += kTileBytes;
+      for (int n = 0; n < NT; ++n) w[n] += padded_dim / kLanes * kTileBytes;
+    }
+    each_sum<MT, NT>([&](auto t, int m, int n) { tile_store<t>(sums(m, n), 4 * padded_dim); });
+  }
+
+  const AttendTask& task_;
+  AttendScratch& scratch_;
+  float* scores_;
+  std::uint16_t* weights_;
+  int first_row_, rows_;  // of the task
+  AttendState* states_;
+  Vec* sum_lanes_;
+  const PairTile* tiles_;
+  std::int64_t stretch_;
+  int first_tile_ = 0, last_tile_ = 0, next_tile_ = 0;
+};
+
 void attend_on_tiles(const AttendTask& task, AttendState* states) {
   if (!task.layout.has_pairs() || task.rows <= kFewQueries) return attend(task, states);
   const TileSession session(kTileRowBytes);
   AttendScratch& scratch = attend_scratch();
   scratch.make_room(task.layout);
-  prepare_query_tiles(task, scratch.queries);
+  if (!task.goes_on) prepare_query_tiles(task, scratch.queries);
   Vec sum_lane[kMaxAttendRows];
   const int padded_rows = (task.rows + kTileRows - 1) / kTileRows * kTileRows;
   clear_states(task, states, sum_lane, padded_rows);
@@ -226,15 +266,17 @@ void attend_on_tiles(const AttendTask& task, AttendState* states) {
     if (task.layout.head_dim % kDepthBlock)
       copy_last_keys(task.layout, in.tiles, in.first, in.last, scratch.last_keys);
     copy_value_tiles(in.tiles, task.layout.padded_dim, seen, scratch.values);
-    for (int row = 0; row < task.rows; row += kBandRows) {
-      const int rows = std::min(kBandRows, task.rows - row);
-      const Visible by_band = seen_by(task, row, rows, stretch);
-      if (by_band.low >= by_band.high) continue;
-      const Band band{task, scratch, row, rows, states + row, sum_lane + row};
-      if (band.row_tiles() == 2)
-        band.attend<2>(in.tiles, stretch, by_band);
-      else
-        band.attend<1>(in.tiles, stretch, by_band);
+    const auto band_of = [&](int row) {
+      return Band(task, scratch, row / kBandRows % 2, row, states, sum_lane, in.tiles, stretch);
+    };
+    static_assert(kMaxAttendRows == 2 * kBandRows);
+    Band first = band_of(0);
+    if (task.rows > kBandRows) {
+      Band second = band_of(kBandRows);
+      first.attend(&second);
+      second.attend(nullptr);
+    } else {
+      first.attend(nullptr);
     }
   }
   for (int r = 0; r < task.rows; ++r) states[r].sum = sum_lanes(sum_lane[r]);

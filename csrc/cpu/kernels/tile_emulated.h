@@ -57,6 +57,10 @@ inline void tile_load(const void* from, std::int64_t stride) {
                 tiles.config.row_bytes[T]);
 }
 template <int T>
+inline void tile_load_once(const void* from, std::int64_t stride) {
+  tile_load<T>(from, stride);
+}
+template <int T>
 inline void tile_store(void* to, std::int64_t stride) {
   const EmulatedTiles& tiles = use_tile(T);
   for (int row = 0; row < tiles.config.rows[T]; ++row)
