@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hf.hf_models import hf_logits
+from octavo.diff.hf_side import cache_argument
 from octavo.models.registry import ModelFiles, read_model
 from octavo.weights.checkpoint import open_checkpoint
 
@@ -56,10 +57,11 @@ class SmolLM2:
     def greedy(self, tokens: np.ndarray, count: int = NUM_GREEDY) -> list[int]:
         """As `generate` does it: the prompt at once, then token by token over a cache."""
         cache, answer = DynamicCache(config=self.hf_model.config), []
+        named = cache_argument(self.hf_model)
         new = torch.from_numpy(tokens)[None]
         with torch.no_grad():
             for _ in range(count):
-                logits = self.hf_model(new, past_key_values=cache, use_cache=True).logits
+                logits = self.hf_model(new, **{named: cache}, use_cache=True).logits
                 answer.append(int(logits[0, -1].argmax()))
                 new = torch.tensor([answer[-1:]])
         return answer

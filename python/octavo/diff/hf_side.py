@@ -8,6 +8,7 @@ calls transformers' eager attention. So the model that runs is transformers' own
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -165,7 +166,7 @@ class HuggingFaceSide:
         with torch.inference_mode():
             result = self._model(
                 input_ids=ids,
-                past_key_values=self._cache,
+                **{cache_argument(self._model): self._cache},
                 use_cache=True,
                 logits_to_keep=0 if all_logits else 1,
             )
@@ -174,6 +175,11 @@ class HuggingFaceSide:
         seen = self._recorder.taps
         ordered = {name: seen[name] for name in self._order if name in seen}
         return Fed(logits, int(result.logits[0, -1].argmax()), ordered)
+
+
+def cache_argument(model: Any) -> str:
+    """What a transformers model calls its cache: `cache` since 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _register_attention() -> None:
