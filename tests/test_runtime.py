@@ -68,7 +68,7 @@ def test_a_sequence_gets_the_same_bits_in_any_company_and_chunking() -> None:
 
 
 def test_a_long_context_split_over_threads_gives_the_same_bits() -> None:
-    # 600 tokens are three ranges of 256; one query, so the ranges go to different threads.
+    # 600 tokens are two ranges of 512; one query, so the ranges go to different threads.
     options = {"block_size": 16, "max_model_len": 640, "max_num_seqs": 2}
     tokens = np.random.default_rng(4).integers(0, VOCAB, 600).tolist()
     results = []

@@ -9,7 +9,7 @@ namespace octavo::cpu {
 
 // Attention sums up ranges of this many tokens, which begin at absolute multiples of it, and
 // merges them in ascending order: so a context can be split over threads without changing a bit.
-constexpr std::int64_t kAttentionSplit = 256;
+constexpr std::int64_t kAttentionSplit = 512;
 
 class CpuBackend : public Backend {
  public:

@@ -139,17 +139,23 @@ inline void stretch_weights(AttendState* states, Vec* sum_lanes, const Scores& s
     }
   }
   Vec subtracted[R], sums[R];
+  bool is_corrected = false;
   for (int r = 0; r < R; ++r) {
     const float before = states[r].max, in_stretch = rule.subtracted(max_lanes(largest[r]));
     const float now = before > in_stretch ? before : in_stretch;
     states[r].max = now;
     // What there was before a row's first token is 0, whatever it is multiplied by.
     corrections[r] = is_nothing(before) ? 0.0f : before - now;
+    is_corrected = is_corrected || corrections[r] != 0.0f;
     // A row that has seen no token yet: its weights are exp(-inf) = 0, not exp(-inf + inf).
     subtracted[r] = splat(is_nothing(now) ? 0.0f : now);
     sums[r] = zero();
   }
-  store(corrections, rule.power(load(corrections)));
+  // Most often nothing is: and what was just written number by number is slow to load at once.
+  if (is_corrected)
+    store(corrections, rule.power(load(corrections)));
+  else
+    store(corrections, splat(1.0f));
   for (int t = first_tile; t < last_tile; ++t) {
     for (int r = 0; r < R; ++r) {
       const Vec weight = rule.power(sub(load(scores.at(r, t)), subtracted[r]));
