@@ -90,8 +90,8 @@ inline std::int64_t block_index(const LinearTask& task, std::int64_t k) {
 //   keys [block_size / 16][head_dim][16], then values [block_size][padded_dim]
 // in bf16, two dimensions of a key or two tokens' values in each 32-bit word:
 //   keys [block_size / 16][key_dim / 2][16][2], then values [block_size / 2][padded_dim][2]
-// with key_dim an even number; what is added stays zero. And when they are int8, a float32 scale for
-// each token's key, then for each token's value.
+// with key_dim an even number; what is added stays zero. And when they are int8, a float32 scale
+// for each token's key, then for each token's value.
 struct KvLayout {
   DType dtype = DType::f32;
   std::int64_t block_size = 0, head_dim = 0, key_dim = 0, padded_dim = 0, num_kv_heads = 0;
