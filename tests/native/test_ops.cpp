@@ -180,8 +180,8 @@ Linear random_linear(Backend& backend, std::int64_t outputs, std::int64_t inputs
 }
 
 // The MLP as one op has the bits of its ops one by one; or else it says that it was not done.
-// Widths of an even number of panels that three threads share as odd ones (160, 352), and one that
-// is not taken.
+// Widths of an even number of panels that three threads share as odd ones (160), and one that is
+// not taken.
 void mlp(Backend& backend) {
   const std::int64_t hidden = 70;
   std::vector<WeightFormat> formats(4);
@@ -190,13 +190,13 @@ void mlp(Backend& backend) {
   formats[2].dtype = DType::int8;
   formats[3].dtype = DType::int4;
   formats[3].group_size = 32;
-  for (const std::int64_t width : {32, 96, 160, 352, 24}) {
+  for (const std::int64_t width : {32, 160, 24}) {
     for (const WeightFormat& up_format : formats) {
       for (const WeightFormat& down_format : formats) {
         std::vector<Linear> ups;
         ups.push_back(random_linear(backend, 2 * width, hidden, up_format));
         const Linear down = random_linear(backend, hidden, width, down_format);
-        for (const std::int64_t rows : {1, 3, 5, 8, 9, 16, 17, 40, 135}) {
+        for (const std::int64_t rows : {1, 3, 5, 17, 135}) {
           Numbers numbers(static_cast<std::uint64_t>(rows));
           Matrix x(rows, hidden, numbers.many(rows * hidden), 3), out(rows, hidden, 5);
           const bool is_done = backend.mlp(out.view(), x.view(), ups, down, Activation::silu);
