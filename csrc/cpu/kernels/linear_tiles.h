@@ -21,12 +21,10 @@
 // without loads, 14 with x and W in the first cache, 18 with both in the second, 26 to 33 where W
 // comes from beyond it. Two tiles of X by two of W are four products for four loads. So for bf16
 //   - sums stay in the registers through up to 2048 inputs, and are stored once;
-//   - 256 rows of x, 1 MiB, stay in the second cache while panels pass by; rows' shares of a
-//   stretch
-//     must not lie a power of two apart, or they push each other out;
+//   - 256 rows of x, 1 MiB, stay in the second cache while panels pass by;
+//   - rows' shares of a stretch do not lie a power of two apart: they would push each other out;
 //   - the next two panels are asked for, a few lines a step;
-//   - results go past the caches: they would push x out, and be fetched before they are
-//   overwritten.
+//   - results go past the caches: they would push x out, and be fetched first.
 // int8 takes a block of 512 inputs at a time, whose weights stay in the first cache meanwhile.
 
 #include "cpu/kernels/tiles.h"
@@ -35,9 +33,10 @@ constexpr std::int64_t kFewRows = 4;  // up to here vectors are as fast: weights
 
 // A format says how rows of x and weights become tiles, and adds a stretch of inputs to the sums:
 //   kRowTiles                row tiles that are taken at a time
-//   step_bytes, steps        of a row of x, for all inputs
+//   step_bytes               of a row of x
 //   next_stretch(task, first, row_tiles)
-//   weights(task, panel, first, last, room)    -> the panel's tiles
+//   ask_ahead(task, panels, first, length, calls)    so many inputs, within so many calls
+//   weights(task, panel, first, last, room)          -> the panel's tiles
 //   accumulate<MT, NR>(task, rows, panels, first, last, weights, sums, stride, beside)
 //   kStreams                 whether it goes through a single tile of rows in a way of its own
 //   flush(): adds on what accumulate has left to be done beside the next tiles
@@ -134,12 +133,12 @@ class Finish {
  public:
   Finish() = default;
   Finish(const LinearTask& task, const TileBlock& block, const float* sums)
-      : block_(block), pairs_(block.pairs()), row_(block.first_row), sums_(sums) {
+      : block_(block), row_(block.first_row), sums_(sums) {
     const bool to_tiles = task.next && takes_tiles(*task.next);
     const void* to = to_tiles ? task.next->input : task.out;
     is_streamed_ = is_streamed(task, to, to_tiles ? kLanes : task.out_stride);
     const bool are_whole =
-        block.is_whole(block.pair(pairs_ - 1)) && block.last_panel * kLanes <= task.outputs;
+        block.is_whole(block.pair(block.pairs() - 1)) && block.last_panel * kLanes <= task.outputs;
     if (block.up_panels)
       way_ = to_tiles ? Way::to_tiles : Way::gated;
     else
@@ -157,12 +156,14 @@ class Finish {
       at += kTileSums;
       return complete;
     };
-    float* out = task.out + row_ * task.out_stride + first * kLanes;
+    const auto out = [&](std::int64_t panel) {
+      return task.out + row_ * task.out_stride + panel * kLanes;
+    };
     switch (way_) {
       case Way::whole:
-        for (std::int64_t panel = first; panel < block_.last_panel; panel += 2, out += 2 * kLanes) {
-          store_line(out, sum(panel), is_streamed_);
-          store_line(out + kLanes, sum(panel + 1), is_streamed_);
+        for (std::int64_t panel = first; panel < block_.last_panel; panel += 2) {
+          store_line(out(panel), sum(panel), is_streamed_);
+          store_line(out(panel + 1), sum(panel + 1), is_streamed_);
           at += a_pair - 2 * kTileSums;
         }
         break;
@@ -178,18 +179,18 @@ class Finish {
         }
         break;
       case Way::gated:
-        for (std::int64_t panel = first; panel < block_.last_panel; ++panel, out += kLanes) {
+        for (std::int64_t panel = first; panel < block_.last_panel; ++panel) {
           const Vec gate = sum(panel), up = sum(panel + block_.up_panels);
           if (task.next)
             store_activated(task, row_, panel * kLanes, gate, up);
           else
-            store_line(out, activate_pair(task, gate, up), is_streamed_);
+            store_line(out(panel), activate_pair(task, gate, up), is_streamed_);
           at += a_pair - 2 * kTileSums;
         }
         break;
       case Way::any:
         for (std::int64_t panel = first; panel < block_.last_panel; ++panel) {
-          store_outputs(task, out - first * kLanes, panel, sum(panel));
+          store_outputs(task, out(0), panel, sum(panel));
           if ((panel - first) % 2) at += a_pair - 2 * kTileSums;
         }
         break;
@@ -201,7 +202,7 @@ class Finish {
  private:
   enum class Way { any, whole, gated, to_tiles };
   TileBlock block_{};
-  std::int64_t pairs_ = 0, row_ = 0;
+  std::int64_t row_ = 0;
   const float* sums_ = nullptr;
   bool is_streamed_ = false;
   Way way_ = Way::any;
@@ -219,8 +220,9 @@ class TileProduct {
                               Tiles::kStreams && task_.rows <= kRowTile);
     constexpr std::int64_t kMaxRows = kMaxRowTiles * kRowTile;
     // Few panels at a time where sums are complete at once, so that they are in the second cache
-    // for a short time only; more where rows' inputs come and go a stretch at a time; and two where
-    // there are no more rows than one call takes: their weights are read from one end to the other.
+    // for a short time only; more where rows' inputs come and go a stretch at a time; and four
+    // where there are no more rows than one call takes: their weights are read from one end to the
+    // other.
     const std::int64_t row_tiles =
         std::min(kMaxRows, last_row - first_row + kRowTile - 1) / kRowTile;
     const bool is_whole = tiles_.next_stretch(task_, 0, row_tiles) >= task_.depth;
@@ -248,15 +250,14 @@ class TileProduct {
     for (std::int64_t first = 0, last; first < task_.depth; first = last) {
       last = std::min(task_.depth, tiles_.next_stretch(task_, first, block.row_tiles()));
       const std::int64_t pairs = block.pairs();
+      const std::int64_t calls = (block.row_tiles() + Tiles::kRowTiles - 1) / Tiles::kRowTiles;
       for (std::int64_t index = 0; index < pairs; ++index) {
         // What comes next: the first pair's next stretch, or the next block's first pair.
         const bool goes_on = index + 1 == pairs && last < task_.depth;
         const PanelPair next = block.pair(goes_on ? 0 : index + 1);
-        AskAhead ahead = tiles_.ask_ahead(task_, next,
-                                          goes_on              ? last
-                                          : index + 1 == pairs ? 0
-                                                               : first,
-                                          last - first, block.row_tiles());
+        const std::int64_t soon = goes_on ? last : index + 1 == pairs ? 0 : first;
+        AskAhead ahead;
+        if (calls >= kWorthAsking) ahead = Tiles::ask_ahead(task_, next, soon, last - first, calls);
         const PanelPair pair = block.pair(index);
         float* at = sums + block.sums_at(index, 0);
         if (block.is_whole(pair))
@@ -374,8 +375,7 @@ void prepare_tile_input(const LinearTask& task, std::int64_t row, void* to, cons
 
 #include "cpu/kernels/attention_tiles.h"
 
-// Pieces of many rows, since weights come from memory once for each: 256 rows and 16 panels are
-// sums of 256 KiB, and 768 KiB of x and weights a stretch of 1024 bytes, in the second cache.
+// Pieces of many rows, since weights come from beyond the second cache once for each.
 inline Kernels with_tiles(Kernels kernels) {
   kernels.input_stride = tile_input_stride;
   kernels.prepare_input = prepare_tile_input;

@@ -5,10 +5,9 @@ struct TilesBf16 {
   static constexpr bool kStreams = false;
   static constexpr std::int64_t kInputs = kTileRowBytes / 2;  // of a step
   static constexpr std::int64_t kLongestStretch = 2048;       // of as many rows as a call takes
-  static constexpr std::int64_t kWorthAsking = 4;
-  const std::int64_t step_bytes = kTileRowBytes, steps;
+  const std::int64_t step_bytes = kTileRowBytes;
 
-  explicit TilesBf16(const LinearTask& task) : steps(task.depth / kInputs) {}
+  explicit TilesBf16(const LinearTask&) {}
 
   // Equal parts, so that no stretch is short, and as long as the rows' inputs leave room for
   // weights in the second cache: 1 MiB.
@@ -25,11 +24,8 @@ struct TilesBf16 {
     return (task.depth + (is_whole ? 0 : kLongestStretch)) / 2;
   }
 
-  // For `length` inputs of two panels, from `first` on, within a stretch of so many row tiles.
   static AskAhead ask_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
-                            std::int64_t length, std::int64_t row_tiles) {
-    const std::int64_t calls = (row_tiles + kRowTiles - 1) / kRowTiles;
-    if (calls < kWorthAsking) return {};
+                            std::int64_t length, std::int64_t calls) {
     return {weights(task, pair.panel[0], first, 0, nullptr),
             weights(task, pair.panel[1], first, 0, nullptr), length * kLanes * 2,
             length / kInputs * calls};

@@ -119,7 +119,6 @@ struct TilesCodes {
   static constexpr std::int64_t kStretch = 256;       // inputs: two panels' are 16 KiB as bf16
   static constexpr std::int64_t kLongStretch = 1024;  // of no more rows than one call takes
   static constexpr std::int64_t kWidenAhead = 2;      // steps
-  static constexpr std::int64_t kWorthAsking = 4;
   static constexpr int kBatch = 4;  // blocks whose sums wait to be added on, and steps that makes
   const std::int64_t step_bytes = kTileRowBytes, steps;
 
@@ -141,9 +140,7 @@ struct TilesCodes {
   static std::int64_t input_stride(const LinearTask& task) { return (task.depth + kStretch) / 2; }
 
   static AskAhead ask_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
-                            std::int64_t length, std::int64_t row_tiles) {
-    const std::int64_t calls = (row_tiles + kRowTiles - 1) / kRowTiles;
-    if (calls < kWorthAsking) return {};
+                            std::int64_t length, std::int64_t calls) {
     const auto at = [&](int n) {
       return reinterpret_cast<const unsigned char*>(task.weight + panel_words(task, pair.panel[n]) +
                                                     first / 8 * kLanes);

@@ -15,7 +15,6 @@ struct TilesInt8 {
   using Steps = IntegerSteps;
   static constexpr int kRowTiles = kPasses == 1 ? 2 : 1;
   static constexpr bool kStreams = false;
-  static constexpr std::int64_t kWorthAsking = 4;
   const std::int64_t step_bytes = Steps::kInputs;
 
   explicit TilesInt8(const LinearTask&) {}
@@ -30,9 +29,7 @@ struct TilesInt8 {
   }
 
   static AskAhead ask_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
-                            std::int64_t length, std::int64_t row_tiles) {
-    const std::int64_t calls = (row_tiles + kRowTiles - 1) / kRowTiles;
-    if (calls < kWorthAsking) return {};
+                            std::int64_t length, std::int64_t calls) {
     const auto at = [&](int n) {
       return reinterpret_cast<const unsigned char*>(words_of(task, pair.panel[n], first));
     };
