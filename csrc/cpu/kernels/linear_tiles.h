@@ -29,13 +29,16 @@
 
 #include "cpu/kernels/tiles.h"
 
-constexpr std::int64_t kFewRows = 4;  // up to here vectors are as fast: weights come from memory
+constexpr std::int64_t kShallow = 2048;  // inputs: 256 rows of x stay in the second cache
+constexpr std::int64_t kFewRows = 4;     // up to here vectors are as fast: weights come from memory
 
 // A format says how rows of x and weights become tiles, and adds a stretch of inputs to the sums:
 //   kRowTiles                row tiles that are taken at a time
 //   step_bytes               of a row of x
-//   next_stretch(task, first, row_tiles)
-//   ask_ahead(task, panels, first, length, calls)    so many inputs, within so many calls
+//   kInputs                  of a step
+//   next_stretch(task, first, row_tiles)             all of the block's rows take so many inputs
+//   kPart                    inputs of a stretch whose weights stay in the first cache meanwhile
+//   weights_ahead(task, panels, first, length), x_ahead(task, row_tile, first, length)
 //   weights(task, panel, first, last, room)          -> the panel's tiles
 //   accumulate<MT, NR>(task, rows, panels, first, last, weights, sums, stride, beside)
 //   kStreams                 whether it goes through a single tile of rows in a way of its own
@@ -127,7 +130,8 @@ struct TileBlock {
 
 // Takes the complete sums of a block to where they belong, a row at a time: rows of the result are
 // often a power of two apart, and short pieces of many of them would push each other out of caches.
-// What there is to decide is decided once: while tiles multiply, every instruction counts.
+// A little is done in each step of the next block: more at once would hold up its tiles' loads.
+// What there is to decide is decided once, since every instruction counts there.
 template <class Tiles>
 class Finish {
  public:
@@ -143,66 +147,77 @@ class Finish {
       way_ = to_tiles ? Way::to_tiles : Way::gated;
     else
       way_ = are_whole ? Way::whole : Way::any;
+    pairs_at_once_ = to_tiles ? 2 : 1;
   }
 
-  // False when there is nothing left to do.
-  bool finish_row(const LinearTask& task) {
-    if (row_ >= block_.last_row) return false;
-    const std::int64_t r = row_ - block_.first_row, first = block_.first_panel;
-    const float* at = sums_ + block_.sums_at(0, r / kRowTile) + r % kRowTile * kLanes;
-    const std::int64_t a_pair = block_.sums_at(1, 0);
-    const auto sum = [&](std::int64_t panel) {
-      const Vec complete = finish_sum<Tiles>(task, load(at), row_, panel);
-      at += kTileSums;
-      return complete;
-    };
-    const auto out = [&](std::int64_t panel) {
-      return task.out + row_ * task.out_stride + panel * kLanes;
-    };
-    switch (way_) {
-      case Way::whole:
-        for (std::int64_t panel = first; panel < block_.last_panel; panel += 2) {
-          store_line(out(panel), sum(panel), is_streamed_);
-          store_line(out(panel + 1), sum(panel + 1), is_streamed_);
-          at += a_pair - 2 * kTileSums;
-        }
-        break;
-      case Way::to_tiles:
-        for (std::int64_t panel = first; panel < block_.last_panel; panel += 2) {  // an even number
-          Vec y[2];
-          for (int n = 0; n < 2; ++n) {
-            const Vec gate = sum(panel + n), up = sum(panel + n + block_.up_panels);
-            y[n] = activate_pair(task, gate, up);
-            at += a_pair - 2 * kTileSums;
-          }
-          store_input_tile(*task.next, row_, panel * kLanes, y[0], y[1], is_streamed_);
-        }
-        break;
-      case Way::gated:
-        for (std::int64_t panel = first; panel < block_.last_panel; ++panel) {
-          const Vec gate = sum(panel), up = sum(panel + block_.up_panels);
-          if (task.next)
-            store_activated(task, row_, panel * kLanes, gate, up);
-          else
-            store_line(out(panel), activate_pair(task, gate, up), is_streamed_);
-          at += a_pair - 2 * kTileSums;
-        }
-        break;
-      case Way::any:
-        for (std::int64_t panel = first; panel < block_.last_panel; ++panel) {
-          store_outputs(task, out(0), panel, sum(panel));
-          if ((panel - first) % 2) at += a_pair - 2 * kTileSums;
-        }
-        break;
-    }
-    ++row_;
-    return true;
+  // Calls of `step` until all is done, or nearly.
+  void spread(std::int64_t steps) {
+    const std::int64_t due = (block_.last_row - row_) * block_.pairs() / pairs_at_once_;
+    wait_ = every_ = due > 0 ? std::max(steps / due, std::int64_t{1}) : steps;
+  }
+
+  void step(const LinearTask& task) {
+    if (--wait_ > 0) return;
+    wait_ = every_;
+    finish_some(task);
+  }
+
+  void finish_all(const LinearTask& task) {
+    while (row_ < block_.last_row) finish_some(task);
   }
 
  private:
   enum class Way { any, whole, gated, to_tiles };
+
+  // A pair of panels of a row, or two where they fill a cache line of the next product's input.
+  void finish_some(const LinearTask& task) {
+    if (row_ >= block_.last_row) return;
+    const std::int64_t r = row_ - block_.first_row;
+    const PanelPair pair = block_.pair(pair_);
+    const float* at = sums_ + block_.sums_at(pair_, r / kRowTile) + r % kRowTile * kLanes;
+    const auto sum = [&](int n) {
+      return finish_sum<Tiles>(task, load(at + n * kTileSums), row_, pair.panel[n]);
+    };
+    float* out = task.out + row_ * task.out_stride;
+    const std::int64_t output = pair.panel[0] * kLanes;
+    switch (way_) {
+      case Way::whole:
+        store_line(out + output, sum(0), is_streamed_);
+        store_line(out + output + kLanes, sum(1), is_streamed_);
+        break;
+      case Way::to_tiles: {
+        const auto gated = [&](int index) {
+          const float* sums = at + block_.sums_at(index, 0);
+          const auto of = [&](int n) {
+            return finish_sum<Tiles>(task, load(sums + n * kTileSums), row_, pair.panel[n] + index);
+          };
+          const Vec gate = of(0);
+          return activate_pair(task, gate, of(1));
+        };
+        const Vec y = gated(0);
+        store_input_tile(*task.next, row_, output, y, gated(1), is_streamed_);
+        break;
+      }
+      case Way::gated:
+        if (task.next)
+          store_activated(task, row_, output, sum(0), sum(1));
+        else
+          store_line(out + output, activate_pair(task, sum(0), sum(1)), is_streamed_);
+        break;
+      case Way::any:
+        store_outputs(task, out, pair.panel[0], sum(0));
+        if (block_.is_whole(pair)) store_outputs(task, out, pair.panel[1], sum(1));
+        break;
+    }
+    pair_ += pairs_at_once_;
+    if (pair_ < block_.pairs()) return;
+    pair_ = 0;
+    ++row_;
+  }
+
   TileBlock block_{};
-  std::int64_t row_ = 0;
+  std::int64_t row_ = 0, pair_ = 0, pairs_at_once_ = 1;
+  std::int64_t every_ = 1, wait_ = 1;  // steps
   const float* sums_ = nullptr;
   bool is_streamed_ = false;
   Way way_ = Way::any;
@@ -220,21 +235,22 @@ class TileProduct {
                               Tiles::kStreams && task_.rows <= kRowTile);
     constexpr std::int64_t kMaxRows = kMaxRowTiles * kRowTile;
     // Few panels at a time where sums are complete at once, so that they are in the second cache
-    // for a short time only; more where rows' inputs come and go a stretch at a time; and four
+    // for a short time only; many where rows' inputs come and go a stretch at a time; and four
     // where there are no more rows than one call takes: their weights are read from one end to the
     // other.
     const std::int64_t row_tiles =
         std::min(kMaxRows, last_row - first_row + kRowTile - 1) / kRowTile;
     const bool is_whole = tiles_.next_stretch(task_, 0, row_tiles) >= task_.depth;
-    std::int64_t panels = is_whole ? kMaxPanels / 2 : kMaxPanels;
-    if (row_tiles <= Tiles::kRowTiles) panels = 4;
+    std::int64_t panels = is_whole || row_tiles <= Tiles::kRowTiles ? 4
+                          : task_.depth <= kShallow                 ? kMaxPanels / 2
+                                                                    : kMaxPanels;
     if (task_.up_panels) panels /= 2;
     for (std::int64_t row = first_row; row < last_row; row += kMaxRows) {
       for (std::int64_t panel = first_panel; panel < last_panel; panel += panels)
         multiply_block({row, std::min(last_row, row + kMaxRows), panel,
                         std::min(last_panel, panel + panels), task_.up_panels});
     }
-    finish_all();
+    finish_.finish_all(task_);
     stream_fence();
   }
 
@@ -247,27 +263,39 @@ class TileProduct {
         return;
       }
     }
+    const std::int64_t pairs = block.pairs();
+    const std::int64_t calls = (block.row_tiles() + Tiles::kRowTiles - 1) / Tiles::kRowTiles;
+    finish_.spread(pairs * calls * (task_.depth / Tiles::kInputs));
     for (std::int64_t first = 0, last; first < task_.depth; first = last) {
       last = std::min(task_.depth, tiles_.next_stretch(task_, first, block.row_tiles()));
-      const std::int64_t pairs = block.pairs();
-      const std::int64_t calls = (block.row_tiles() + Tiles::kRowTiles - 1) / Tiles::kRowTiles;
+      const std::int64_t next_first = last < task_.depth ? last : 0, length = last - first;
+      const std::int64_t steps = (length + Tiles::kInputs - 1) / Tiles::kInputs;
       for (std::int64_t index = 0; index < pairs; ++index) {
-        // What comes next: the first pair's next stretch, or the next block's first pair.
-        const bool goes_on = index + 1 == pairs && last < task_.depth;
-        const PanelPair next = block.pair(goes_on ? 0 : index + 1);
-        const std::int64_t soon = goes_on ? last : index + 1 == pairs ? 0 : first;
-        AskAhead ahead;
-        if (calls >= kWorthAsking) ahead = Tiles::ask_ahead(task_, next, soon, last - first, calls);
-        const PanelPair pair = block.pair(index);
-        float* at = sums + block.sums_at(index, 0);
-        if (block.is_whole(pair))
-          add_stretch<2>(block, pair, first, last, at, ahead);
-        else
-          add_stretch<1>(block, pair, first, last, at, ahead);
+        if (calls >= kWorthAsking) {
+          // What comes next: the first pair's next stretch, or the next block's first pair.
+          const bool is_last = index + 1 == pairs;
+          const PanelPair next = block.pair(is_last && next_first ? 0 : index + 1);
+          ahead_ = {tiles_.weights_ahead(task_, next, is_last ? next_first : first, length),
+                    steps * calls};
+        }
+        const auto next_x = [&](std::int64_t row_tile) {
+          if (task_.depth <= kShallow || length == task_.depth) return AskAhead();
+          return AskAhead(tiles_.x_ahead(task_, row_tile, next_first, length), steps, index, pairs);
+        };
+        const std::int64_t part = calls >= kWorthAsking ? Tiles::kPart : length;
+        for (std::int64_t begin = first; begin < last; begin += part) {
+          const std::int64_t end = std::min(last, begin + part);
+          const PanelPair pair = block.pair(index);
+          float* at = sums + block.sums_at(index, 0);
+          if (block.is_whole(pair))
+            add_part<2>(block, pair, begin, end, at, next_x);
+          else
+            add_part<1>(block, pair, begin, end, at, next_x);
+        }
       }
     }
     tiles_.flush();
-    finish_all();
+    finish_.finish_all(task_);
     finish_ = Finish<Tiles>(task_, block, sums);
     turn_ = 1 - turn_;
   }
@@ -284,25 +312,27 @@ class TileProduct {
     tiles_.stream(task_, block.first_row / kRowTile, block.last_row - block.first_row, panels,
                   count, scratch_.weights[0]);
     finish_ = Finish<Tiles>(task_, block, scratch_.sums[0]);
-    finish_all();
+    finish_.finish_all(task_);
   }
 
-  // Inputs [first, last) of NR panels, for the rows of a block.
-  template <int NR>
-  void add_stretch(const TileBlock& block, const PanelPair& pair, std::int64_t first,
-                   std::int64_t last, float* sums, AskAhead& ahead) {
+  // Inputs [first, last) of NR panels, for the rows of a block. next_x(row tile): what to ask for.
+  template <int NR, class NextX>
+  void add_part(const TileBlock& block, const PanelPair& pair, std::int64_t first,
+                std::int64_t last, float* sums, NextX&& next_x) {
     const unsigned char* w[NR];
     for (int n = 0; n < NR; ++n)
       w[n] = tiles_.weights(task_, pair.panel[n], first, last, scratch_.weights[n]);
     const std::int64_t row_tiles = block.row_tiles();
-    const auto beside = [&](std::int64_t step) {
-      ahead();
-      if (step % 2) finish_.finish_row(task_);
-    };
     const auto add = [&](auto num_tiles, std::int64_t row_tile) {
-      const std::int64_t row = block.first_row + row_tile * kRowTile;
+      const std::int64_t tile = block.first_row / kRowTile + row_tile;
+      AskAhead x_ahead = next_x(tile);
+      const auto beside = [&](std::int64_t) {
+        ahead_();
+        x_ahead();
+        finish_.step(task_);
+      };
       tiles_.template accumulate<num_tiles, NR>(
-          task_, {row / kRowTile, block.last_row - row, row_tile == 0}, pair, first, last, w,
+          task_, {tile, block.last_row - tile * kRowTile, row_tile == 0}, pair, first, last, w,
           sums + block.sums_at(0, row_tile), 2 * kTileSums, beside);
     };
     std::int64_t row_tile = 0;
@@ -311,16 +341,12 @@ class TileProduct {
     if (row_tile < row_tiles) add(std::integral_constant<int, 1>{}, row_tile);
   }
 
-  void finish_all() {
-    while (finish_.finish_row(task_)) {
-    }
-  }
-
   const LinearTask& task_;
   Tiles tiles_;
   TileScratch& scratch_;
   int turn_ = 0;
   Finish<Tiles> finish_;
+  AskAhead ahead_;
 };
 
 void linear_on_tiles(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
@@ -381,7 +407,7 @@ inline Kernels with_tiles(Kernels kernels) {
   kernels.prepare_input = prepare_tile_input;
   kernels.linear = linear_on_tiles;
   kernels.attend = attend_on_tiles;
-  kernels.pieces = {2 * kRowTile, kMaxRowTiles * kRowTile, 2 * kMaxPanels, true};
+  kernels.pieces = {2 * kRowTile, kMaxRowTiles * kRowTile, kMaxPanels, true};
   kernels.int4_takes_bf16 = true;
   return kernels;
 }

@@ -3,7 +3,7 @@
 
 constexpr std::int64_t kRowTile = kTileRows;
 // What one call sums up at a time: so much memory for sums.
-constexpr std::int64_t kMaxRowTiles = 16, kMaxPanels = 16;
+constexpr std::int64_t kMaxRowTiles = 16, kMaxPanels = 32;
 constexpr std::int64_t kTileSums = kRowTile * kLanes;
 constexpr std::int64_t kMaxStretch = 1024;  // inputs, with what is added to fill the steps
 
@@ -91,14 +91,22 @@ inline void each_sum(F&& f) {
   unroll(one, std::make_integer_sequence<int, 4>{});
 }
 
-// Asks for memory that is needed soon, a little in each step: at once, it would be in the way.
+// Two arrays of so many bytes that are needed soon.
+struct AheadOf {
+  const unsigned char *first, *second;
+  std::int64_t bytes;
+};
+
+// Asks for them, a little in each step: at once, it would be in the way.
 class AskAhead {
  public:
   AskAhead() = default;
-  // Two arrays of so many bytes, within so many steps.
-  AskAhead(const unsigned char* first, const unsigned char* second, std::int64_t bytes,
-           std::int64_t steps)
-      : at_{first, second}, left_(bytes), a_step_((bytes / 64 + steps - 1) / steps * 64) {}
+  // Their part `index` of `parts` equal ones, within so many steps.
+  AskAhead(const AheadOf& of, std::int64_t steps, std::int64_t index = 0, std::int64_t parts = 1)
+      : left_(of.bytes / parts), a_step_((left_ / 64 + steps - 1) / steps * 64) {
+    at_[0] = of.first + index * left_;
+    at_[1] = of.second + index * left_;
+  }
 
   void operator()() {
     if (left_ <= 0) return;
@@ -116,7 +124,7 @@ class AskAhead {
   std::int64_t left_ = 0, a_step_ = 0;
 };
 
-constexpr std::int64_t kWorthAsking = 4;  // calls that use what is asked for meanwhile
+constexpr std::int64_t kWorthAsking = 3;  // calls that use what is asked for meanwhile
 
 // Two panels that are taken together: neighbours, or gates and what they let through.
 struct PanelPair {

@@ -4,19 +4,17 @@ struct TilesBf16 {
   static constexpr int kRowTiles = 2;
   static constexpr bool kStreams = false;
   static constexpr std::int64_t kInputs = kTileRowBytes / 2;  // of a step
-  static constexpr std::int64_t kLongestStretch = 2048;       // of as many rows as a call takes
+  static constexpr std::int64_t kPart = 512;                  // two panels' are 32 KiB
+  static constexpr std::int64_t kLongestStretch = 2048;       // of as many rows as a block has
   const std::int64_t step_bytes = kTileRowBytes;
 
   explicit TilesBf16(const LinearTask&) {}
 
-  // Equal parts, so that no stretch is short, and as long as the rows' inputs leave room for
-  // weights in the second cache: 1 MiB.
+  // All inputs, where those of the rows leave room for weights in the second cache: 1 MiB.
   static std::int64_t next_stretch(const LinearTask& task, std::int64_t first,
                                    std::int64_t row_tiles) {
-    const std::int64_t longest = kLongestStretch * kMaxRowTiles / row_tiles;
-    const std::int64_t parts = (task.depth + longest - 1) / longest;
-    const std::int64_t length = (task.depth / kInputs + parts - 1) / parts * kInputs;
-    return first + length;
+    const bool fits = task.depth * row_tiles <= kLongestStretch * kMaxRowTiles;
+    return fits ? task.depth : std::min(task.depth, first + kPart);
   }
 
   static std::int64_t input_stride(const LinearTask& task) {
@@ -24,11 +22,18 @@ struct TilesBf16 {
     return (task.depth + (is_whole ? 0 : kLongestStretch)) / 2;
   }
 
-  static AskAhead ask_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
-                            std::int64_t length, std::int64_t calls) {
+  static AheadOf weights_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
+                               std::int64_t length) {
     return {weights(task, pair.panel[0], first, 0, nullptr),
-            weights(task, pair.panel[1], first, 0, nullptr), length * kLanes * 2,
-            length / kInputs * calls};
+            weights(task, pair.panel[1], first, 0, nullptr), length * kLanes * 2};
+  }
+
+  static AheadOf x_ahead(const LinearTask& task, std::int64_t row_tile, std::int64_t first,
+                         std::int64_t length) {
+    const auto at = [&](std::int64_t tile) {
+      return x_tiles(task, tile) + first / kInputs * kTileBytes;
+    };
+    return {at(row_tile), at(row_tile + 1), length / kInputs * kTileBytes};
   }
 
   static const unsigned char* weights(const LinearTask& task, std::int64_t panel,

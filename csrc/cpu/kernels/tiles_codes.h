@@ -118,7 +118,8 @@ struct TilesCodes {
   static constexpr std::int64_t kInputs = TilesBf16::kInputs;
   static constexpr std::int64_t kStretch = 256;       // inputs: two panels' are 16 KiB as bf16
   static constexpr std::int64_t kLongStretch = 1024;  // of no more rows than one call takes
-  static constexpr std::int64_t kWidenAhead = 2;      // steps
+  static constexpr std::int64_t kPart = kLongStretch;
+  static constexpr std::int64_t kWidenAhead = 2;  // steps
   static constexpr int kBatch = 4;  // blocks whose sums wait to be added on, and steps that makes
   const std::int64_t step_bytes = kTileRowBytes, steps;
 
@@ -139,13 +140,18 @@ struct TilesCodes {
 
   static std::int64_t input_stride(const LinearTask& task) { return (task.depth + kStretch) / 2; }
 
-  static AskAhead ask_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
-                            std::int64_t length, std::int64_t calls) {
+  static AheadOf weights_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
+                               std::int64_t length) {
     const auto at = [&](int n) {
       return reinterpret_cast<const unsigned char*>(task.weight + panel_words(task, pair.panel[n]) +
                                                     first / 8 * kLanes);
     };
-    return {at(0), at(1), length / 2 * kLanes, length / kInputs * calls};
+    return {at(0), at(1), length / 2 * kLanes};
+  }
+
+  static AheadOf x_ahead(const LinearTask& task, std::int64_t row_tile, std::int64_t first,
+                         std::int64_t length) {
+    return TilesBf16::x_ahead(task, row_tile, first, length);
   }
 
   // Room that accumulate fills when it is called for the first rows.

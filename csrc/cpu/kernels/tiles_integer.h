@@ -15,7 +15,9 @@ struct TilesInt8 {
   using Steps = IntegerSteps;
   static constexpr int kRowTiles = kPasses == 1 ? 2 : 1;
   static constexpr bool kStreams = false;
-  const std::int64_t step_bytes = Steps::kInputs;
+  static constexpr std::int64_t kInputs = Steps::kInputs;  // of a step
+  static constexpr std::int64_t kPart = kIntegerBlock;
+  const std::int64_t step_bytes = kInputs;
 
   explicit TilesInt8(const LinearTask&) {}
 
@@ -28,12 +30,18 @@ struct TilesInt8 {
     return (Steps::bytes(task.depth) * kPasses + (is_whole ? 0 : kIntegerBlock)) / 4;
   }
 
-  static AskAhead ask_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
-                            std::int64_t length, std::int64_t calls) {
+  static AheadOf weights_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
+                               std::int64_t length) {
     const auto at = [&](int n) {
       return reinterpret_cast<const unsigned char*>(words_of(task, pair.panel[n], first));
     };
-    return {at(0), at(1), length * kLanes, Steps::count(length) * calls};
+    return {at(0), at(1), length * kLanes};
+  }
+
+  static AheadOf x_ahead(const LinearTask& task, std::int64_t row_tile, std::int64_t first,
+                         std::int64_t length) {
+    return {x_tiles(task, row_tile, 0, first), x_tiles(task, row_tile, 1, first),
+            Steps::count(length) * kTileBytes};
   }
 
   // As they lie, or with zeros that fill the last step.
@@ -54,11 +62,8 @@ struct TilesInt8 {
                          std::int64_t first, std::int64_t last, const unsigned char* const* w,
                          float* sums, std::int64_t sum_stride, Beside&& beside) {
     constexpr int kX = MT * kPasses;
-    const std::int64_t steps = Steps::count(task.depth);
     const unsigned char* x[kX];
-    for (int m = 0; m < kX; ++m)
-      x[m] = TilesBf16::x_tiles(task, rows.tile + m / kPasses) +
-             (m % kPasses * steps + first / Steps::kInputs) * kTileBytes;
+    for (int m = 0; m < kX; ++m) x[m] = x_tiles(task, rows.tile, m, first);
     alignas(64) std::uint32_t block_sums[2][2][kTileSums];
     each_sum<kX, NR>([](auto t, int, int) { tile_zero<t>(); });
     multiply_tiles<DotBytes, kX, NR>(x, w, Steps::count(last - first), kTileRowBytes, beside);
@@ -80,6 +85,13 @@ struct TilesInt8 {
   }
 
  private:
+  // Of `index` 0 or 1: high and low bytes, or those of two row tiles.
+  static const unsigned char* x_tiles(const LinearTask& task, std::int64_t row_tile, int index,
+                                      std::int64_t first) {
+    const std::int64_t steps = index % kPasses * Steps::count(task.depth) + first / kInputs;
+    return TilesBf16::x_tiles(task, row_tile + index / kPasses) + steps * kTileBytes;
+  }
+
   static const std::uint32_t* words_of(const LinearTask& task, std::int64_t panel,
                                        std::int64_t first) {
     return task.weight + (panel * task.depth + first) / 4 * kLanes;
