@@ -115,7 +115,7 @@ struct KvLayout {
   }
 };
 
-constexpr int kMaxAttendRows = 64;
+constexpr int kMaxAttendRows = 128;
 
 // Attention of some query rows, all of one KV head, over tokens [begin, end) of their sequence.
 struct AttendTask {

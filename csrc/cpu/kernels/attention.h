@@ -29,6 +29,20 @@ inline Visible visible_to(const AttendTask& task, int row, std::int64_t stretch)
   return {low < 0 ? 0 : low, high};
 }
 
+// Some rows of a task, over the stretch that begins at token `stretch`.
+struct StretchRows {
+  const AttendTask& task;
+  int first, count;
+  std::int64_t stretch;
+
+  Visible visible(int row) const {
+    return visible_to(task, first + (row < count ? row : count - 1), stretch);
+  }
+  // Positions grow from row to row, by one at most.
+  Visible seen_by_any() const { return {visible(0).low, visible(count - 1).high}; }
+  Visible seen_by_all() const { return {visible(count - 1).low, visible(0).high}; }
+};
+
 // One tile of stored tokens, as one KV head sees it. Only int8 ones have scales; else these are
 // null.
 template <class Item>
@@ -100,7 +114,7 @@ struct PowersOfE {
     if (kHasScales) score = mul(score, load(tiles[t].key_scales));
     return mul(score, scale);
   }
-  static float subtracted(float greatest) { return greatest; }
+  static Vec subtracted(Vec greatest) { return greatest; }
   static Vec power(Vec x) { return exp_negative(x); }
   void store_weight(int r, int t, Vec weight) const {
     store(scores.at(r, t), kHasScales ? mul(weight, load(tiles[t].value_scales)) : weight);
@@ -109,75 +123,55 @@ struct PowersOfE {
 
 // R rows' softmax over tiles [first_tile, last_tile) of one more stretch: hands each weight to the
 // rule, and what all there was before a row shrinks by its correction. sum_lanes: the denominators,
-// still in 16 lanes. corrections: 16 numbers, R of them used.
+// still in 16 lanes. corrections: 16 numbers, R of them used. Behind the last of `rows` there may
+// be memory alone: what becomes of it does not count.
 template <int R, class Rule>
-inline void stretch_weights(AttendState* states, Vec* sum_lanes, const Scores& scores,
-                            const Rule& rule, int first_tile, int last_tile, const Visible* visible,
+inline void stretch_weights(const StretchRows& rows, float* greatest, Vec* sum_lanes,
+                            const Scores& scores, const Rule& rule, int first_tile, int last_tile,
                             float* corrections) {
   static const float kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const Vec nothing = splat(-std::numeric_limits<float>::infinity());
   const Vec numbers = load(kLaneNumbers);
-  Visible by_all = visible[0];
-  for (int r = 1; r < R; ++r) {
-    by_all.low = visible[r].low > by_all.low ? visible[r].low : by_all.low;
-    by_all.high = visible[r].high < by_all.high ? visible[r].high : by_all.high;
-  }
+  const Vec nothing = splat(-std::numeric_limits<float>::infinity());
+  const Visible by_all = rows.seen_by_all();
   Vec largest[R];
   for (int r = 0; r < R; ++r) largest[r] = nothing;
   for (int t = first_tile; t < last_tile; ++t) {
     const std::int64_t begin = t * kLanes;
     const bool is_whole = by_all.low <= begin && begin + kLanes <= by_all.high;
+    OCTAVO_UNROLL
     for (int r = 0; r < R; ++r) {
       Vec score = rule.scaled(load(scores.at(r, t)), t);
       if (!is_whole) {
-        const Vec low = splat(static_cast<float>(visible[r].low - begin));
-        const Vec high = splat(static_cast<float>(visible[r].high - begin));
+        const Visible visible = rows.visible(r);
+        const Vec low = splat(static_cast<float>(visible.low - begin));
+        const Vec high = splat(static_cast<float>(visible.high - begin));
         score = select_less(numbers, low, nothing, select_less(numbers, high, score, nothing));
       }
       store(scores.at(r, t), score);
       largest[r] = max(largest[r], score);
     }
   }
-  Vec subtracted[R], sums[R];
-  bool is_corrected = false;
-  for (int r = 0; r < R; ++r) {
-    const float before = states[r].max, in_stretch = rule.subtracted(max_lanes(largest[r]));
-    const float now = before > in_stretch ? before : in_stretch;
-    states[r].max = now;
-    // What there was before a row's first token is 0, whatever it is multiplied by.
-    corrections[r] = is_nothing(before) ? 0.0f : before - now;
-    is_corrected = is_corrected || corrections[r] != 0.0f;
-    // A row that has seen no token yet: its weights are exp(-inf) = 0, not exp(-inf + inf).
-    subtracted[r] = splat(is_nothing(now) ? 0.0f : now);
-    sums[r] = zero();
-  }
-  // Most often nothing is: and what was just written number by number is slow to load at once.
-  if (is_corrected)
-    store(corrections, rule.power(load(corrections)));
-  else
-    store(corrections, splat(1.0f));
+  const Vec before = load(greatest);
+  const Vec now = max(before, rule.subtracted(max_of_each(largest)));
+  store(greatest, select_less(numbers, splat(float{R}), now, before));
+  // A row that has seen no token yet: its weights are exp(-inf) = 0, not exp(-inf + inf). And what
+  // there was before a row's first token is 0, whatever it is multiplied by.
+  const Vec least = splat(std::numeric_limits<float>::lowest());
+  const Vec base = select_less(now, least, zero(), now);
+  store(corrections, rule.power(select_less(before, least, zero(), sub(before, base))));
+  float bases[kLanes];
+  store(bases, base);
+  Vec sums[R];
+  for (int r = 0; r < R; ++r) sums[r] = zero();
   for (int t = first_tile; t < last_tile; ++t) {
+    OCTAVO_UNROLL
     for (int r = 0; r < R; ++r) {
-      const Vec weight = rule.power(sub(load(scores.at(r, t)), subtracted[r]));
+      const Vec weight = rule.power(sub(load(scores.at(r, t)), splat(bases[r])));
       sums[r] = add(sums[r], weight);
       rule.store_weight(r, t, weight);
     }
   }
   for (int r = 0; r < R; ++r) sum_lanes[r] = add(mul(sum_lanes[r], splat(corrections[r])), sums[r]);
-}
-
-// The stretch that begins at token `stretch`, as R rows see it; returns what any of them sees.
-template <int R>
-inline Visible look_at(const AttendTask& task, int first_row, std::int64_t stretch,
-                       Visible* visible) {
-  Visible seen = {kStretch, 0};
-  for (int r = 0; r < R; ++r) {
-    visible[r] = visible_to(task, first_row + r, stretch);
-    if (visible[r].low >= visible[r].high) continue;
-    seen.low = visible[r].low < seen.low ? visible[r].low : seen.low;
-    seen.high = visible[r].high > seen.high ? visible[r].high : seen.high;
-  }
-  return seen;
 }
 
 // The tiles of a stretch in which something is seen.
@@ -249,12 +243,13 @@ inline void add_all_values(AttendState* states, const Tile<Item>* tiles, std::in
 
 // R rows over the stretches of the range.
 template <int R, class Item>
-inline void attend_rows(const AttendTask& task, int first, AttendState* states, Vec* sum_lanes) {
+inline void attend_rows(const AttendTask& task, int first, AttendState* states, float* greatest,
+                        Vec* sum_lanes) {
   constexpr int kValueRowsAtOnce = R < kValueRows ? R : kValueRows;
   static_assert(R % kValueRowsAtOnce == 0);
   for (std::int64_t stretch = task.begin; stretch < task.end; stretch += kStretch) {
-    Visible visible[R];
-    const Visible seen = look_at<R>(task, first, stretch, visible);
+    const StretchRows rows{task, first, R, stretch};
+    const Visible seen = rows.seen_by_any();
     if (seen.low >= seen.high) continue;
     const SeenTiles<Item> in(task, stretch, seen);
 
@@ -265,33 +260,48 @@ inline void attend_rows(const AttendTask& task, int first, AttendState* states, 
     });
     float corrections[kLanes] = {};
     const PowersOfE<Item> rule{in.tiles, splat(task.scale), scores};
-    stretch_weights<R>(states, sum_lanes, scores, rule, in.first, in.last, visible, corrections);
+    stretch_weights<R>(rows, greatest, sum_lanes, scores, rule, in.first, in.last, corrections);
     for (int r = 0; r < R; r += kValueRowsAtOnce)
       add_all_values<kValueRowsAtOnce>(states + r, in.tiles, task.layout.padded_dim,
                                        memory + r * kStretch, seen, corrections + r);
   }
 }
 
-inline void clear_states(const AttendTask& task, AttendState* states, Vec* sum_lane, int rows) {
-  for (int r = 0; r < rows; ++r) {
-    states[r].max = -std::numeric_limits<float>::infinity();
-    sum_lane[r] = zero();
-    std::memset(states[r].out, 0, static_cast<std::size_t>(task.layout.padded_dim) * sizeof(float));
+// Of the rows of a task, while it is computed: the greatest score (or what stands for it), and the
+// sum of the weights, still in 16 lanes. A group of rows may load 16 numbers from its first on.
+struct RowSums {
+  float greatest[kMaxAttendRows + kLanes];
+  Vec lanes[kMaxAttendRows];
+
+  // rows: those of the task, and as many as are computed beside them.
+  RowSums(const AttendTask& task, AttendState* states, int rows) {
+    for (float& score : greatest) score = -std::numeric_limits<float>::infinity();
+    const auto bytes = static_cast<std::size_t>(task.layout.padded_dim) * sizeof(float);
+    for (int r = 0; r < rows; ++r) {
+      lanes[r] = zero();
+      std::memset(states[r].out, 0, bytes);
+    }
   }
-}
+
+  void finish(const AttendTask& task, AttendState* states) const {
+    for (int r = 0; r < task.rows; ++r) {
+      states[r].max = greatest[r];
+      states[r].sum = sum_lanes(lanes[r]);
+    }
+  }
+};
 
 #include "cpu/kernels/attention_bf16.h"
 
 // Goes through all rows, a few at a time.
 template <class AttendRows>
 inline void attend_all(const AttendTask& task, AttendState* states, AttendRows&& attend_rows) {
-  Vec sum_lane[kMaxAttendRows];
-  clear_states(task, states, sum_lane, task.rows);
+  RowSums sums(task, states, task.rows);
   int row = 0;
   const auto rows = [&](auto count) {
     if constexpr (count <= kScoreChains) {
       for (; row + count <= task.rows; row += count)
-        attend_rows(count, row, states + row, sum_lane + row);
+        attend_rows(count, row, states + row, sums.greatest + row, sums.lanes + row);
     }
   };
   rows(std::integral_constant<int, 8>{});
@@ -299,39 +309,48 @@ inline void attend_all(const AttendTask& task, AttendState* states, AttendRows&&
   rows(std::integral_constant<int, 3>{});  // a group of three heads, decoding
   rows(std::integral_constant<int, 2>{});
   rows(std::integral_constant<int, 1>{});
-  for (int r = 0; r < task.rows; ++r) states[r].sum = sum_lanes(sum_lane[r]);
+  sums.finish(task, states);
 }
 
 void attend(const AttendTask& task, AttendState* states) {
   switch (task.layout.dtype) {
     case DType::f32:
-      return attend_all(task, states, [&](auto count, int row, AttendState* some, Vec* sums) {
-        attend_rows<count, float>(task, row, some, sums);
-      });
+      return attend_all(task, states,
+                        [&](auto count, int row, AttendState* some, float* greatest, Vec* sums) {
+                          attend_rows<count, float>(task, row, some, greatest, sums);
+                        });
     case DType::bf16: {
       const PairQueries queries(task);
-      return attend_all(task, states, [&](auto count, int row, AttendState* some, Vec* sums) {
-        attend_pair_rows<count>(task, queries, row, some, sums);
-      });
+      return attend_all(task, states,
+                        [&](auto count, int row, AttendState* some, float* greatest, Vec* sums) {
+                          attend_pair_rows<count>(task, queries, row, some, greatest, sums);
+                        });
     }
     case DType::int8:
-      return attend_all(task, states, [&](auto count, int row, AttendState* some, Vec* sums) {
-        attend_rows<count, std::int8_t>(task, row, some, sums);
-      });
+      return attend_all(task, states,
+                        [&](auto count, int row, AttendState* some, float* greatest, Vec* sums) {
+                          attend_rows<count, std::int8_t>(task, row, some, greatest, sums);
+                        });
     default:
       break;  // Runtime admits no other
   }
 }
 
+inline float first_lane(Vec x) {
+  float lane[kLanes];
+  store(lane, x);
+  return lane[0];
+}
+
 void merge(const KvLayout& layout, AttendState& total, const AttendState& part) {
   if (part.sum == 0.0f) return;  // no token of that range was visible
   const float new_max = total.max > part.max ? total.max : part.max;
-  float scales[kLanes] = {total.max - new_max, part.max - new_max};
-  const Vec powers = load(scales);
-  store(scales, layout.has_pairs() ? exp2_negative(powers) : exp_negative(powers));
-  const Vec old_scale = splat(scales[0]), part_scale = splat(scales[1]);
+  const auto power = [&](float x) {
+    return layout.has_pairs() ? exp2_negative(splat(x)) : exp_negative(splat(x));
+  };
+  const Vec old_scale = power(total.max - new_max), part_scale = power(part.max - new_max);
   total.max = new_max;
-  total.sum = total.sum * scales[0] + part.sum * scales[1];
+  total.sum = total.sum * first_lane(old_scale) + part.sum * first_lane(part_scale);
   for (std::int64_t d = 0; d < layout.padded_dim; d += kLanes)
     store(total.out + d,
           add(mul(load(total.out + d), old_scale), mul(load(part.out + d), part_scale)));

@@ -153,7 +153,7 @@ struct PowersOfTwo {
   Store keeper;  // keeper(r, t, weight) stores 16 weights, rounded
 
   Vec scaled(Vec score, int) const { return mul(score, scale); }
-  static float subtracted(float greatest) { return std::ceil(greatest); }
+  static Vec subtracted(Vec greatest) { return sub(zero(), floor(sub(zero(), greatest))); }
   static Vec power(Vec x) { return exp2_negative(x); }
   void store_weight(int r, int t, Vec weight) const { keeper(r, t, weight); }
 };
@@ -219,12 +219,12 @@ inline void add_pair_values(AttendState* states, const PairTile* tiles, std::int
 // R rows over the stretches of the range.
 template <int R>
 inline void attend_pair_rows(const AttendTask& task, const PairQueries& queries, int first,
-                             AttendState* states, Vec* sum_lanes) {
+                             AttendState* states, float* greatest, Vec* sum_lanes) {
   constexpr int kRowsAtOnce = R < kValueRows ? R : kValueRows;
   const std::int64_t padded_dim = task.layout.padded_dim;
   for (std::int64_t stretch = task.begin; stretch < task.end; stretch += kStretch) {
-    Visible visible[R];
-    const Visible seen = look_at<R>(task, first, stretch, visible);
+    const StretchRows rows{task, first, R, stretch};
+    const Visible seen = rows.seen_by_any();
     if (seen.low >= seen.high) continue;
     const SeenTiles<std::uint16_t> in(task, stretch, seen);
 
@@ -240,7 +240,7 @@ inline void attend_pair_rows(const AttendTask& task, const PairQueries& queries,
     };
     float corrections[kLanes] = {};
     const PowersOfTwo rule{power_scale(task), keep};
-    stretch_weights<R>(states, sum_lanes, scores, rule, in.first, in.last, visible, corrections);
+    stretch_weights<R>(rows, greatest, sum_lanes, scores, rule, in.first, in.last, corrections);
     const SeenWords words(seen);
     for (int r = 0; r < R; ++r) correct_values(task, states[r], corrections[r]);
     for (int r = 0; r < R; r += kRowsAtOnce) {

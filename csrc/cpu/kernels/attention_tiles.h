@@ -5,10 +5,11 @@
 //   values (rows x dims)      += P (rows x tokens) V: 32 tokens' values are copied together, what
 //                                nobody sees left out; rows of the task share the copy
 //
-// Two row tiles by two others are four products for four loads. 32 rows by 128 tokens of 64
-// dimensions are 64 products, 1024 cycles; their 256 vectors of weights take about twice as long,
-// so the softmax is what a prompt's attention waits for. A few rows fill so little of a tile that
-// vectors are as fast as memory, and tiles are not.
+// Two row tiles by two others are four products for four loads. Of 30 cycles for 16 scores of 64
+// dimensions (a Xeon; 4 are the products themselves) 13 go into weights, 14 into the products with
+// their tiles' loads and stores, 3 into the copies. Products in the midst of the weights, a step at
+// a time, gain nothing: even in a loop of nothing else the two get in each other's way. A few rows
+// fill so little of a tile that vectors are as fast as memory, and tiles are not.
 
 inline void do_nothing(std::int64_t) {}
 
@@ -100,25 +101,13 @@ inline void copy_value_tiles(const PairTile* tiles, std::int64_t padded_dim, con
   }
 }
 
-// Tokens of a stretch that any of some rows sees.
-inline Visible seen_by(const AttendTask& task, int first_row, int rows, std::int64_t stretch) {
-  Visible seen = {kStretch, 0};
-  for (int r = first_row; r < first_row + rows; ++r) {
-    const Visible visible = visible_to(task, r, stretch);
-    if (visible.low >= visible.high) continue;
-    seen.low = std::min(seen.low, visible.low);
-    seen.high = std::max(seen.high, visible.high);
-  }
-  return seen;
-}
-
 // Up to two row tiles over one stretch. While vectors weigh a band's scores, tiles compute those of
 // the next band.
 class Band {
  public:
   // states, sum_lanes: of the band's rows, and as many as fill its tiles.
   Band(const AttendTask& task, AttendScratch& scratch, int turn, int first_row, AttendState* states,
-       Vec* sum_lanes, const PairTile* tiles, std::int64_t stretch)
+       RowSums& sums, const PairTile* tiles, std::int64_t stretch)
       : task_(task),
         scratch_(scratch),
         scores_(scratch.scores[turn]),
@@ -126,10 +115,10 @@ class Band {
         first_row_(first_row),
         rows_(std::min(kBandRows, task.rows - first_row)),
         states_(states + first_row),
-        sum_lanes_(sum_lanes + first_row),
+        sums_(sums),
         tiles_(tiles),
         stretch_(stretch) {
-    const Visible seen = seen_by(task, first_row, rows_, stretch);
+    const Visible seen = rows(0, rows_).seen_by_any();
     if (seen.low >= seen.high) return;
     first_tile_ = next_tile_ = static_cast<int>(seen.low / kLanes);
     last_tile_ = static_cast<int>((seen.high + kLanes - 1) / kLanes);
@@ -158,7 +147,7 @@ class Band {
       weigh<kRowsAtOnce>(r);
       if (next) next->score_some();
     }
-    for (; r < (has_two() ? 2 : 1) * kTileRows; r += kRowsAtOnce / 2) weigh<kRowsAtOnce / 2>(r);
+    for (; r < rows_; r += kRowsAtOnce / 2) weigh<kRowsAtOnce / 2>(r);
     std::int64_t dim = 0;
     for (; dim + 2 * kLanes <= task_.layout.padded_dim; dim += 2 * kLanes)
       has_two() ? add_values<2, 2>(dim) : add_values<1, 2>(dim);
@@ -167,6 +156,10 @@ class Band {
 
  private:
   bool has_two() const { return rows_ > kTileRows; }
+
+  StretchRows rows(int first, int count) const {
+    return {task_, first_row_ + first, std::min(count, rows_ - first), stretch_};
+  }
 
   template <int MT, int NT>
   void add_scores(int tile) const {
@@ -194,10 +187,6 @@ class Band {
   // Rows first .. first + R - 1 of the band; those that there are not see nothing.
   template <int R>
   void weigh(int first) const {
-    Visible visible[R];
-    for (int r = 0; r < R; ++r)
-      visible[r] =
-          first + r < rows_ ? visible_to(task_, first_row_ + first + r, stretch_) : Visible{};
     const int band_tile = first / kTileRows, row = first % kTileRows;
     const Scores scores{scores_ + band_tile * kStretchTiles * kTileSums + row * kLanes, kLanes,
                         kTileSums};
@@ -211,9 +200,9 @@ class Band {
       if (last_tile_ % 2) keep(r, last_tile_, zero());
     }
     float corrections[kLanes] = {};
-    stretch_weights<R>(states_ + first, sum_lanes_ + first, scores,
-                       PowersOfTwo{power_scale(task_), keep}, first_tile_, last_tile_, visible,
-                       corrections);
+    const int task_row = first_row_ + first;
+    stretch_weights<R>(rows(first, R), sums_.greatest + task_row, sums_.lanes + task_row, scores,
+                       PowersOfTwo{power_scale(task_), keep}, first_tile_, last_tile_, corrections);
     for (int r = 0; r < R; ++r) correct_values(task_, states_[first + r], corrections[r]);
   }
 
@@ -244,7 +233,7 @@ class Band {
   std::uint16_t* weights_;
   int first_row_, rows_;  // of the task
   AttendState* states_;
-  Vec* sum_lanes_;
+  RowSums& sums_;
   const PairTile* tiles_;
   std::int64_t stretch_;
   int first_tile_ = 0, last_tile_ = 0, next_tile_ = 0;
@@ -256,28 +245,26 @@ void attend_on_tiles(const AttendTask& task, AttendState* states) {
   AttendScratch& scratch = attend_scratch();
   scratch.make_room(task.layout);
   if (!task.goes_on) prepare_query_tiles(task, scratch.queries);
-  Vec sum_lane[kMaxAttendRows];
   const int padded_rows = (task.rows + kTileRows - 1) / kTileRows * kTileRows;
-  clear_states(task, states, sum_lane, padded_rows);
+  RowSums sums(task, states, padded_rows);
   for (std::int64_t stretch = task.begin; stretch < task.end; stretch += kStretch) {
-    const Visible seen = seen_by(task, 0, task.rows, stretch);
+    const Visible seen = StretchRows{task, 0, task.rows, stretch}.seen_by_any();
     if (seen.low >= seen.high) continue;
     const SeenTiles<std::uint16_t> in(task, stretch, seen);
     if (task.layout.head_dim % kDepthBlock)
       copy_last_keys(task.layout, in.tiles, in.first, in.last, scratch.last_keys);
     copy_value_tiles(in.tiles, task.layout.padded_dim, seen, scratch.values);
-    const auto band_of = [&](int row) {
-      return Band(task, scratch, row / kBandRows % 2, row, states, sum_lane, in.tiles, stretch);
+    std::optional<Band> bands[2];
+    const auto prepare = [&](int row, int turn) {
+      bands[turn].emplace(task, scratch, turn, row, states, sums, in.tiles, stretch);
+      return &*bands[turn];
     };
-    static_assert(kMaxAttendRows == 2 * kBandRows);
-    Band first = band_of(0);
-    if (task.rows > kBandRows) {
-      Band second = band_of(kBandRows);
-      first.attend(&second);
-      second.attend(nullptr);
-    } else {
-      first.attend(nullptr);
+    Band* band = prepare(0, 0);
+    for (int row = kBandRows, turn = 1; band; row += kBandRows, turn = 1 - turn) {
+      Band* next = row < task.rows ? prepare(row, turn) : nullptr;
+      band->attend(next);
+      band = next;
     }
   }
-  for (int r = 0; r < task.rows; ++r) states[r].sum = sum_lanes(sum_lane[r]);
+  sums.finish(task, states);
 }

@@ -34,6 +34,14 @@ inline float max_lanes(Vec a) {
   return lane[0];
 }
 
+// The greatest lanes of some vectors, each in the lane of its number.
+template <int R>
+inline Vec max_of_each(const Vec (&x)[R]) {
+  float greatest[16] = {};
+  for (int r = 0; r < R; ++r) greatest[r] = max_lanes(x[r]);
+  return load(greatest);
+}
+
 // e^x for x <= 0; 0 below -87. Cephes' expf (Moshier), products not fused: the definition is
 // reference/sampling.py, exp32, and attention uses it too.
 inline Vec exp_negative(Vec given) {
@@ -57,20 +65,22 @@ inline float exp_negative(float x) {
   return lane[0];
 }
 
-// 2^x for x <= 0; 0 below -125. x is a whole number n and a rest of at most 1/2; 2^rest is a
-// polynomial fitted to it at Chebyshev nodes with 1 as its first coefficient, so that 2^n is exact.
-inline Vec exp2_negative(Vec given) {
-  const Vec x = max(splat(-126.0f), given);  // in range; a NaN stays one
-  constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: what is added to it becomes whole
-  const Vec n = sub(add(x, splat(kRound)), splat(kRound));
-  const Vec r = sub(x, n);
+// 2^x for x <= 0; 0 below -125, a NaN stays one. x is a whole number n and a rest of at most 1/2;
+// 2^rest is a polynomial fitted to it at Chebyshev nodes with 1 as its first coefficient, so that
+// 2^n is exact.
+inline Vec exp2_negative(Vec x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it becomes whole
+  const Vec rounded = add(x, splat(kRound));
+  const Vec r = sub(x, sub(rounded, splat(kRound)));
   Vec p = splat(0.00132647273f);
   p = fma(p, r, splat(0.00967151299f));
   p = fma(p, r, splat(0.0555073358f));
   p = fma(p, r, splat(0.240222424f));
   p = fma(p, r, splat(0.693147004f));
   p = fma(p, r, splat(1.0f));
-  return select_less(given, splat(-125.0f), zero(), scale_exponent(p, n));
+  // n, in the lowest bits of `rounded`, is added to the exponent.
+  const Words power = add_words(as_words(p), shift_left<23>(as_words(rounded)));
+  return zero_if_less(x, splat(-125.0f), power);
 }
 
 // Rounded to bf16, ties to even, by adding to the bits; a NaN stays one.

@@ -79,6 +79,8 @@ inline Words clear_low_half(Words x) {
 }
 inline Vec as_floats(Words x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 inline Words as_words(Vec x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+// u < v ? 0 : x
+inline Vec zero_if_less(Vec u, Vec v, Words x) { return select_less(u, v, zero(), as_floats(x)); }
 inline Words and_words(Words x, Words y) {
   return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
 }

@@ -42,6 +42,22 @@ inline Vec load(const std::int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
 }
 
+// The greatest lanes of eight vectors, in lanes 0 to 7.
+inline Vec max_of_each(const Vec (&x)[8]) {
+  __m512 halves[4], quarters[2];
+  for (int i = 0; i < 4; ++i)
+    halves[i] = _mm512_max_ps(_mm512_shuffle_f32x4(x[i].v, x[i + 4].v, 0x44),
+                              _mm512_shuffle_f32x4(x[i].v, x[i + 4].v, 0xee));
+  for (int i = 0; i < 2; ++i)  // of vectors i, i + 4, i + 2, i + 6
+    quarters[i] = _mm512_max_ps(_mm512_shuffle_f32x4(halves[i], halves[i + 2], 0x88),
+                                _mm512_shuffle_f32x4(halves[i], halves[i + 2], 0xdd));
+  const __m512 twos = _mm512_max_ps(_mm512_shuffle_ps(quarters[0], quarters[1], 0x44),
+                                    _mm512_shuffle_ps(quarters[0], quarters[1], 0xee));
+  const __m512 ones = _mm512_max_ps(twos, _mm512_permute_ps(twos, 0xb1));
+  const __m512i places = _mm512_setr_epi32(0, 2, 8, 10, 4, 6, 12, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+  return {_mm512_permutexvar_ps(places, ones)};
+}
+
 // ---- 16 words of packed weights ----
 
 struct Words {
@@ -68,6 +84,11 @@ inline Words clear_low_half(Words x) {
 }
 inline Vec as_floats(Words x) { return {_mm512_castsi512_ps(x.v)}; }
 inline Words as_words(Vec x) { return {_mm512_castps_si512(x.v)}; }
+// u < v ? 0 : x
+inline Vec zero_if_less(Vec u, Vec v, Words x) {
+  const __mmask16 is_kept = _mm512_cmp_ps_mask(u.v, v.v, _CMP_NLT_UQ);
+  return as_floats({_mm512_maskz_mov_epi32(is_kept, x.v)});
+}
 inline Words and_words(Words x, Words y) { return {_mm512_and_si512(x.v, y.v)}; }
 inline Words splat_word(std::uint32_t value) {
   return {_mm512_set1_epi32(static_cast<int>(value))};

@@ -102,6 +102,8 @@ inline Vec as_floats(Words x) {
 inline Words as_words(Vec x) {
   return each_quarter_words([&](int i) { return vreinterpretq_u32_f32(x.v[i]); });
 }
+// u < v ? 0 : x
+inline Vec zero_if_less(Vec u, Vec v, Words x) { return select_less(u, v, zero(), as_floats(x)); }
 inline Words and_words(Words x, Words y) {
   return each_quarter_words([&](int i) { return vandq_u32(x.v[i], y.v[i]); });
 }

@@ -102,6 +102,8 @@ inline Vec as_floats(Words a) {
 inline Words as_words(Vec a) {
   return each_word([&](int i) { return float_bits(a.lane[i]); });
 }
+// u < v ? 0 : x
+inline Vec zero_if_less(Vec u, Vec v, Words x) { return select_less(u, v, zero(), as_floats(x)); }
 inline Words and_words(Words a, Words b) {
   return each_word([&](int i) { return a.lane[i] & b.lane[i]; });
 }
