@@ -33,6 +33,13 @@ inline Vec load_scales(const LinearTask& task, std::int64_t panel, std::int64_t 
   return task.scale_type == DType::bf16 ? load(static_cast<const std::uint16_t*>(task.scales) + at)
                                         : load(static_cast<const float*>(task.scales) + at);
 }
+// Of the groups that are needed soon: so many numbers on.
+inline void prefetch_scales(const LinearTask& task, std::int64_t panel, std::int64_t group,
+                            std::int64_t soon) {
+  const std::int64_t bytes = task.scale_type == DType::bf16 ? 2 : 4;
+  const std::int64_t at = (panel * task.num_groups + group) * kLanes + soon;
+  prefetch(static_cast<const unsigned char*>(task.scales) + at * bytes);
+}
 inline Vec load_zeros(const LinearTask& task, std::int64_t panel, std::int64_t group) {
   return load(task.zeros + (panel * task.num_groups + group) * kLanes);
 }
@@ -56,6 +63,8 @@ struct FormatCodes {
     const std::int64_t panel_words = task.depth / kInputsPerWord * kLanes;
     const std::uint32_t* words = task.weight + panel * panel_words;
     const Ahead ahead(kWordsAhead, panel_words, NR);
+    const std::int64_t panel_scales = task.num_groups * kLanes;
+    const Ahead scales_ahead(kScalesAhead, panel_scales, NR);
     const std::int64_t group_size = task.group_size;
     const bool has_zeros = task.zeros != nullptr;
     std::int64_t group = first / group_size, group_end = (group + 1) * group_size;
@@ -93,10 +102,13 @@ struct FormatCodes {
         OCTAVO_UNROLL
         for (int n = 0; n < NR; ++n) sums[n] = add(sums[n], add(chain[0][n], chain[1][n]));
       }
+      const std::int64_t soon = scales_ahead.from(group * kLanes);
       OCTAVO_UNROLL
-      for (int n = 0; n < NR; ++n)
+      for (int n = 0; n < NR; ++n) {
         store(acc + n * kLanes,
               fma(sums[n], load_scales(task, panel + n, group), load(acc + n * kLanes)));
+        prefetch_scales(task, panel + n, group, soon);
+      }
       if (k < group_end) continue;
       ++group;
       group_end += group_size;
@@ -363,6 +375,7 @@ struct TilesCodes {
       OCTAVO_UNROLL
       for (int n = 0; n < NR; ++n) {
         const Vec scale = load_scales(task_, panels_[n].panel, block_group_);
+        prefetch_scales(task_, panels_[n].panel, block_group_, kScalesAhead);
         const float* block = block_sums_[turn_] + n * kTileSums;
         float* sums = panels_[n].sums;
         for (std::int64_t i = 0; i < num_rows_ * kLanes; i += kLanes)
