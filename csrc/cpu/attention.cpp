@@ -196,11 +196,14 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
   const std::vector<Piece> pieces = cut_pieces(layer, step);
   const KvLayout layout = layout_of(kv);
   const std::int64_t padded = layout.padded_dim;
-  std::int64_t most_splits = 1, total_splits = 0;
+  std::int64_t most_splits = 1, total_splits = 0, most_rows = 0;
   for (const Piece& piece : pieces) {
     most_splits = std::max(most_splits, piece.splits());
     total_splits += piece.splits();
+    most_rows = std::max(most_rows, piece.rows);
   }
+  // Of a piece, its last tile filled.
+  const std::int64_t num_states = (most_rows + kLanes - 1) / kLanes * kLanes;
   const auto num_pieces = static_cast<std::int64_t>(pieces.size());
   const auto finish = [&](const Piece& piece, std::int64_t r, const AttendState& state) {
     float* result = result_row(out, piece, layer, step, r);
@@ -210,18 +213,22 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
 
   // Enough pieces for all threads: each goes through its context alone, range by range.
   const bool spread = pool_.size() > 1 && num_pieces < 4 * pool_.size() && most_splits > 1;
-  const std::int64_t piece_floats = kMaxAttendRows * padded;
+  const auto make_states = [&](std::int64_t pieces) {
+    float* memory = scratch(attention_scratch_, pieces * num_states * padded);
+    std::vector<AttendState> states(static_cast<std::size_t>(pieces * num_states));
+    for (AttendState& state : states) {
+      state.out = memory;
+      memory += padded;
+    }
+    return states;
+  };
   if (!spread) {
-    float* memory = scratch(attention_scratch_, 2 * piece_floats * pool_.size());
+    std::vector<AttendState> states = make_states(2 * pool_.size());
     const auto attend_piece = [&](std::int64_t index, int thread) {
       const Piece& piece = pieces[static_cast<std::size_t>(index)];
       AttendTask task = make_task(piece, q, layer, scale, kv, step);
-      AttendState total[kMaxAttendRows], part[kMaxAttendRows];
-      float* mine = memory + 2 * piece_floats * thread;
-      for (int r = 0; r < kMaxAttendRows; ++r) {
-        total[r].out = mine + r * padded;
-        part[r].out = mine + piece_floats + r * padded;
-      }
+      AttendState* total = states.data() + 2 * num_states * thread;
+      AttendState* part = total + num_states;
       for (std::int64_t split = 0; split < piece.splits(); ++split) {
         set_range(task, split);
         task.goes_on = split > 0;
@@ -245,8 +252,7 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
   }
 
   // Few pieces, long contexts: the ranges go to the threads, then the results are merged.
-  float* memory = scratch(attention_scratch_, total_splits * piece_floats);
-  std::vector<AttendState> states(static_cast<std::size_t>(total_splits * kMaxAttendRows));
+  std::vector<AttendState> states = make_states(total_splits);
   std::vector<std::pair<std::int64_t, std::int64_t>> jobs;  // piece, split
   for (std::int64_t index = 0; index < num_pieces; ++index) {
     for (std::int64_t split = 0; split < pieces[static_cast<std::size_t>(index)].splits(); ++split)
@@ -256,17 +262,15 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
     const auto [index, split] = jobs[static_cast<std::size_t>(job)];
     AttendTask task = make_task(pieces[static_cast<std::size_t>(index)], q, layer, scale, kv, step);
     set_range(task, split);
-    AttendState* mine = states.data() + job * kMaxAttendRows;
-    for (int r = 0; r < kMaxAttendRows; ++r) mine[r].out = memory + job * piece_floats + r * padded;
-    kernels_.attend(task, mine);
+    kernels_.attend(task, states.data() + job * num_states);
   });
   std::int64_t job = 0;
   for (const Piece& piece : pieces) {
-    AttendState* total = states.data() + job * kMaxAttendRows;
+    AttendState* total = states.data() + job * num_states;
     for (std::int64_t r = 0; r < piece.rows; ++r) {
       for (std::int64_t split = 1; split < piece.splits(); ++split)
         kernels_.merge(layout, total[r],
-                       states[static_cast<std::size_t>((job + split) * kMaxAttendRows + r)]);
+                       states[static_cast<std::size_t>((job + split) * num_states + r)]);
       finish(piece, r, total[r]);
     }
     job += piece.splits();

@@ -115,12 +115,12 @@ struct KvLayout {
   }
 };
 
-constexpr int kMaxAttendRows = 128;
+constexpr int kMaxAttendRows = 256;
 
 // Attention of some query rows, all of one KV head, over tokens [begin, end) of their sequence.
 struct AttendTask {
-  const float* q[kMaxAttendRows] = {};         // head_dim numbers each
-  std::int64_t position[kMaxAttendRows] = {};  // of each row
+  const float* q[kMaxAttendRows];         // head_dim numbers each
+  std::int64_t position[kMaxAttendRows];  // of each row: they grow, by one at most
   int rows = 0;
   const unsigned char* kv = nullptr;  // the layer's blocks, at the head's place in block 0
   KvLayout layout;
@@ -165,8 +165,8 @@ struct Kernels {
   // gate null: out = act(up); else out = act(gate) * up.
   void (*activate)(float* out, const float* gate, const float* up, Activation activation,
                    std::int64_t count);
-  // Fills states[row], each over the task's range alone. There are kMaxAttendRows of them with
-  // memory, of which those behind the task's rows may be used as well.
+  // Fills states[row], each over the task's range alone. There are whole tiles of 16 of them, and
+  // those behind the task's rows may be used as well.
   void (*attend)(const AttendTask& task, AttendState* states);
   // Folds `part`, a later range of tokens, into `total`.
   void (*merge)(const KvLayout& layout, AttendState& total, const AttendState& part);

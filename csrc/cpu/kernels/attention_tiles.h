@@ -95,6 +95,11 @@ inline void copy_value_tiles(const PairTile* tiles, std::int64_t padded_dim, con
     const bool is_seen = words.first <= i && i < words.last;
     const std::uint32_t* from =
         is_seen ? as_words(tiles[i / kTileWords].values) + i % kTileWords * padded_dim : nullptr;
+    if (words.is_whole(i, i + 1)) {
+      for (std::int64_t d = 0; d < padded_dim; d += kLanes)
+        store_words(row + d * kPairWords, load_words(from + d));
+      continue;
+    }
     const Words mask = splat_word(is_seen ? words.mask(i) : 0u);
     for (std::int64_t d = 0; d < padded_dim; d += kLanes)
       store_words(row + d * kPairWords, is_seen ? and_words(load_words(from + d), mask) : mask);
