@@ -167,6 +167,13 @@ struct StepLimits {
   std::int64_t max_model_len = 0;
 };
 
+// The input of a sublayer: the residual stream, which first grows by `added` (where that has data),
+// normalized.
+struct NormedInput {
+  View residual, added;
+  const Norm& norm;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -248,10 +255,13 @@ class Backend {
                          const Step& step) = 0;
   // gated: x is (rows, 2 width), gate before up; out = act(gate) * up. Else out = act(x).
   virtual void gated_activation(View out, View x, Activation activation, bool gated) = 0;
-  // out = down(activation(gate x) * (up x)), gate above up in the one matrix of `up`: where a
-  // device does all of it at once, with the bits of the single ops. False, and nothing done, where
-  // it does not. out may be x.
-  virtual bool mlp(View, View, const std::vector<Linear>&, const Linear&, Activation) {
+  // Several ops as one, with their bits, where a device does so: add_norm (or norm), then linear.
+  // False, and nothing done, where it does not.
+  virtual bool normed_linear(View, const NormedInput&, const Linear&) { return false; }
+  // The same: add_norm, then out = down(activation(gate x) * (up x)), gate above up in the one
+  // matrix of `up`. out may be what is added.
+  virtual bool normed_mlp(View, const NormedInput&, const std::vector<Linear>&, const Linear&,
+                          Activation) {
     return false;
   }
   // out[i] = x[rows[i]]

@@ -55,16 +55,8 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, V
   backend_.embed(residual, weights_.embed, positions, step);
   tap(taps, residual, "embed");
   for (std::size_t i = 0; i < spec_.layers.size(); ++i) {
-    // A sublayer's result is added to the residual stream together with the next norm, so
-    // `hidden` holds what the previous layer's MLP gave, except before the first layer.
-    if (i == 0) {
-      backend_.norm(hidden, residual, weights_.layers[i].attn_norm);
-    } else {
-      backend_.add_norm(hidden, residual, hidden, weights_.layers[i].attn_norm);
-      tap(taps, residual, "layers.", i - 1, ".out");
-    }
     attention_half(i, hidden, residual, kv, step, taps);
-    mlp_half(i, hidden, taps);
+    mlp_half(i, hidden, residual, taps);
   }
   backend_.add_norm(hidden, residual, hidden, weights_.final_norm);
   tap(taps, residual, "layers.", spec_.layers.size() - 1, ".out");
@@ -83,8 +75,8 @@ void Decoder::linear_stack(View out, View x, const Stack& stack) {
   }
 }
 
-// hidden: the normalized input; on return the normalized input of the MLP. residual has grown by
-// the attention's output.
+// hidden: what the previous layer's MLP gave, which is added to the residual stream together with
+// the norm; on return the attention's output, not yet added.
 void Decoder::attention_half(std::size_t i, View hidden, View residual, std::vector<KvLayer>& kv,
                              const Step& step, TapSink* taps) {
   const LayerSpec& layer = spec_.layers[i];
@@ -95,8 +87,19 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, std::vec
   const View v = qkv.columns(layer.q_size() + layer.kv_size(), layer.kv_size());
   const View attn = rows(attn_, step.num_tokens, layer.q_size());
 
-  tap(taps, hidden, "layers.", i, ".attn_norm");
-  linear_stack(qkv, hidden, weights.qkv);
+  const NormedInput input{residual, i == 0 ? View{} : hidden, weights.attn_norm};
+  const bool is_fused =
+      !taps && weights.qkv.size() == 1 && backend_.normed_linear(qkv, input, weights.qkv[0]);
+  if (!is_fused) {
+    if (i == 0) {
+      backend_.norm(hidden, residual, weights.attn_norm);
+    } else {
+      backend_.add_norm(hidden, residual, hidden, weights.attn_norm);
+      tap(taps, residual, "layers.", i - 1, ".out");
+    }
+    tap(taps, hidden, "layers.", i, ".attn_norm");
+    linear_stack(qkv, hidden, weights.qkv);
+  }
   tap(taps, q, "layers.", i, ".q");
   tap(taps, k, "layers.", i, ".k");
   tap(taps, v, "layers.", i, ".v");
@@ -111,18 +114,20 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, std::vec
   backend_.linear(hidden, attn, weights.o);
   backend_.all_reduce(hidden);
   tap(taps, hidden, "layers.", i, ".attn_out");
-  backend_.add_norm(hidden, residual, hidden, weights.mlp_norm);
-  tap(taps, hidden, "layers.", i, ".mlp_norm");
 }
 
-// hidden: the normalized input; on return the MLP's output, not yet added to the residual.
-void Decoder::mlp_half(std::size_t i, View hidden, TapSink* taps) {
+// hidden: the attention's output; on return the MLP's, not yet added to the residual stream.
+void Decoder::mlp_half(std::size_t i, View hidden, View residual, TapSink* taps) {
   const LayerSpec& layer = spec_.layers[i];
   const LayerWeights& weights = weights_.layers[i];
   const std::int64_t width = layer.intermediate_size;
-  const bool is_fused = !taps && layer.gated &&
-                        backend_.mlp(hidden, hidden, weights.up, weights.down, layer.activation);
+  const NormedInput input{residual, hidden, weights.mlp_norm};
+  const bool is_fused =
+      !taps && layer.gated &&
+      backend_.normed_mlp(hidden, input, weights.up, weights.down, layer.activation);
   if (is_fused) return backend_.all_reduce(hidden);
+  backend_.add_norm(hidden, residual, hidden, weights.mlp_norm);
+  tap(taps, hidden, "layers.", i, ".mlp_norm");
   const View up = rows(up_, hidden.rows, layer.gated ? 2 * width : width);
   const View act = rows(act_, hidden.rows, width);
 

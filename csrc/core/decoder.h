@@ -35,7 +35,7 @@ class Decoder {
  private:
   void attention_half(std::size_t layer, View hidden, View residual, std::vector<KvLayer>& kv,
                       const Step& step, TapSink* taps);
-  void mlp_half(std::size_t layer, View hidden, TapSink* taps);
+  void mlp_half(std::size_t layer, View hidden, View residual, TapSink* taps);
 
   // out = x times each matrix of the stack, side by side.
   void linear_stack(View out, View x, const Stack& stack);

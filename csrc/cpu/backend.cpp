@@ -35,19 +35,19 @@ std::vector<std::string> CpuBackend::unsupported(const ModelSpec&,
   return problems;
 }
 
+void CpuBackend::add_and_norm(float* out, const NormedInput& x, std::int64_t row) const {
+  float* residual = x.residual.row(row);
+  if (x.added.data) kernels_.add(residual, x.added.row(row), x.residual.cols);
+  kernels_.norm(out, residual, x.norm.weight, x.norm.bias, x.norm.spec.eps, x.norm.spec.kind,
+                x.residual.cols);
+}
+
 void CpuBackend::norm(View out, View x, const Norm& norm) {
-  each_row(out, [&](std::int64_t row) {
-    kernels_.norm(out.row(row), x.row(row), norm.weight, norm.bias, norm.spec.eps, norm.spec.kind,
-                  out.cols);
-  });
+  each_row(out, [&](std::int64_t row) { add_and_norm(out.row(row), {x, {}, norm}, row); });
 }
 
 void CpuBackend::add_norm(View out, View residual, View x, const Norm& norm) {
-  each_row(out, [&](std::int64_t row) {
-    kernels_.add(residual.row(row), x.row(row), residual.cols);
-    kernels_.norm(out.row(row), residual.row(row), norm.weight, norm.bias, norm.spec.eps,
-                  norm.spec.kind, out.cols);
-  });
+  each_row(out, [&](std::int64_t row) { add_and_norm(out.row(row), {residual, x, norm}, row); });
 }
 
 void CpuBackend::gated_activation(View out, View x, Activation activation, bool gated) {

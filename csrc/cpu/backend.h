@@ -40,8 +40,9 @@ class CpuBackend : public Backend {
   void norm(View out, View x, const Norm& norm) override;
   void add_norm(View out, View residual, View x, const Norm& norm) override;
   void linear(View out, View x, const Linear& weight) override;
-  bool mlp(View out, View x, const std::vector<Linear>& up, const Linear& down,
-           Activation activation) override;
+  bool normed_linear(View out, const NormedInput& x, const Linear& weight) override;
+  bool normed_mlp(View out, const NormedInput& x, const std::vector<Linear>& up, const Linear& down,
+                  Activation activation) override;
   void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
                       const Step& step) override;
   void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
@@ -82,7 +83,14 @@ class CpuBackend : public Backend {
     return buffer.as<float>();
   }
 
+  // residual += added, where it has data; writes a row of the normalized residual.
+  void add_and_norm(float* out, const NormedInput& x, std::int64_t row) const;
+
+  // Points the task at x, in the form that the format needs.
   void prepare_input(LinearTask& task, View x);
+  void prepare_input(LinearTask& task, const NormedInput& x);
+  template <class RowOf>
+  void prepare_rows(LinearTask& task, View shape, RowOf&& row_of);
   void multiply(const LinearTask& task);
 
   ThreadPool pool_;

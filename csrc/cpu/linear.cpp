@@ -309,21 +309,35 @@ std::int64_t input_words(const LinearTask& task) {
 
 }  // namespace
 
-// Points the task at x, or at a copy in the form that the format needs.
+// row_of(row): its numbers, valid until the same thread asks for the next.
+template <class RowOf>
+void CpuBackend::prepare_rows(LinearTask& task, View shape, RowOf&& row_of) {
+  task.x_stride = kernels_.input_stride(task);
+  const std::int64_t words = input_words(task);
+  float* memory = scratch(linear_scratch_, words + shape.rows * (1 + task.num_blocks));
+  task.x = memory;
+  task.x_scales = memory + words;
+  task.x_sums = reinterpret_cast<std::int32_t*>(task.x_scales + shape.rows);
+  each_row(shape, [&](std::int64_t row) {
+    kernels_.prepare_input(task, row, memory + row * task.x_stride, row_of(row), shape.cols);
+  });
+}
+
 void CpuBackend::prepare_input(LinearTask& task, View x) {
   if (task.format == DType::f32 && task.depth == x.cols) {
     task.x = x.row(0);
     task.x_stride = x.stride;
     return;
   }
-  task.x_stride = kernels_.input_stride(task);
-  const std::int64_t words = input_words(task);
-  float* memory = scratch(linear_scratch_, words + x.rows * (1 + task.num_blocks));
-  task.x = memory;
-  task.x_scales = memory + words;
-  task.x_sums = reinterpret_cast<std::int32_t*>(task.x_scales + x.rows);
-  each_row(x, [&](std::int64_t row) {
-    kernels_.prepare_input(task, row, memory + row * task.x_stride, x.row(row), x.cols);
+  prepare_rows(task, x, [&](std::int64_t row) { return x.row(row); });
+}
+
+void CpuBackend::prepare_input(LinearTask& task, const NormedInput& x) {
+  prepare_rows(task, x.residual, [&](std::int64_t row) {
+    static thread_local std::vector<float> normed;
+    normed.resize(static_cast<std::size_t>(x.residual.cols));
+    add_and_norm(normed.data(), x, row);
+    return normed.data();
   });
 }
 
@@ -334,17 +348,26 @@ void CpuBackend::linear(View out, View x, const Linear& weight) {
   multiply(task);
 }
 
-bool CpuBackend::mlp(View out, View x, const std::vector<Linear>& up, const Linear& down,
-                     Activation activation) {
+bool CpuBackend::normed_linear(View out, const NormedInput& x, const Linear& weight) {
+  MatrixTask task(weight, out.rows);
+  task.write_to(out);
+  prepare_input(task, x);
+  multiply(task);
+  return true;
+}
+
+bool CpuBackend::normed_mlp(View out, const NormedInput& x, const std::vector<Linear>& up,
+                            const Linear& down, Activation activation) {
   // Gates and what they let through have to be the panels of one matrix.
   const std::int64_t width = down.inputs;
   if (up.size() != 1 || up[0].outputs != 2 * width || width % kDepthBlock != 0) return false;
-  MatrixTask first(up[0], x.rows), second(down, x.rows);
+  const std::int64_t rows = out.rows;
+  MatrixTask first(up[0], rows), second(down, rows);
   prepare_input(first, x);
   first.up_panels = width / kLanes;
   first.activation = activation;
   second.x_stride = kernels_.input_stride(second);
-  const std::int64_t words = std::max(input_words(second), x.rows * width);
+  const std::int64_t words = std::max(input_words(second), rows * width);
   float* memory = scratch(mlp_scratch_, words);
   const bool is_written = writes_input(first.format, second.format, kernels_.int4_takes_bf16);
   if (is_written) {
@@ -355,7 +378,7 @@ bool CpuBackend::mlp(View out, View x, const std::vector<Linear>& up, const Line
     first.out_stride = width;
   }
   multiply(first);
-  if (!is_written) prepare_input(second, {memory, x.rows, width, width});
+  if (!is_written) prepare_input(second, {memory, rows, width, width});
   second.write_to(out);
   multiply(second);
   return true;

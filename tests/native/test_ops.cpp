@@ -179,17 +179,82 @@ Linear random_linear(Backend& backend, std::int64_t outputs, std::int64_t inputs
   return linear;
 }
 
-// The MLP as one op has the bits of its ops one by one; or else it says that it was not done.
-// Widths of an even number of panels that three threads share as odd ones (160), and one that is
-// not taken.
-void mlp(Backend& backend) {
-  const std::int64_t hidden = 70;
+std::vector<WeightFormat> all_formats() {
   std::vector<WeightFormat> formats(4);
   formats[0].dtype = DType::f32;
   formats[1].dtype = DType::bf16;
   formats[2].dtype = DType::int8;
   formats[3].dtype = DType::int4;
   formats[3].group_size = 32;
+  return formats;
+}
+
+void check_same(Matrix& got, Matrix& expected, std::int64_t rows, std::int64_t cols,
+                const std::string& what) {
+  got.check_gaps();
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t c = 0; c < cols; ++c) {
+      if (got.at(r, c) != expected.at(r, c))
+        fail(what, ", ", rows, " rows: number ", c, " of row ", r, " is ", got.at(r, c),
+             "; expected ", expected.at(r, c));
+    }
+  }
+}
+
+// A residual stream, what is added to it, and the norm: twice, for an op and for its parts.
+struct NormedRows {
+  std::vector<float> weight;
+  Norm norm;
+  Matrix stream, same_stream, added, normed;
+
+  NormedRows(std::int64_t rows, std::int64_t hidden)
+      : NormedRows(rows, hidden, Numbers(static_cast<std::uint64_t>(rows))) {}
+  NormedRows(std::int64_t rows, std::int64_t hidden, Numbers numbers)
+      : weight(numbers.many(hidden)),
+        stream(rows, hidden, numbers.many(rows * hidden), 3),
+        same_stream(stream),
+        added(rows, hidden, numbers.many(rows * hidden), 2),
+        normed(rows, hidden) {
+    norm.weight = weight.data();
+    norm.spec.eps = 1e-5f;
+  }
+  NormedInput input(bool adds) { return {stream.view(), adds ? added.view() : View{}, norm}; }
+  // By the single ops.
+  Matrix& by_parts(Backend& backend, bool adds) {
+    if (adds)
+      backend.add_norm(normed.view(), same_stream.view(), added.view(), norm);
+    else
+      backend.norm(normed.view(), same_stream.view(), norm);
+    return normed;
+  }
+};
+
+// A norm and a product as one op have the bits of the two, and so has the residual stream.
+void normed_linear(Backend& backend) {
+  const std::int64_t hidden = 70, outputs = 45;
+  for (const WeightFormat& format : all_formats()) {
+    const Linear weight = random_linear(backend, outputs, hidden, format);
+    for (const std::int64_t rows : {1, 3, 17, 135}) {
+      for (const bool adds : {false, true}) {
+        NormedRows x(rows, hidden);
+        Matrix out(rows, outputs, 5), expected(rows, outputs);
+        CHECK(backend.normed_linear(out.view(), x.input(adds), weight));
+        backend.linear(expected.view(), x.by_parts(backend, adds).view(), weight);
+        const std::string what = text("norm and product of ", name(format.dtype));
+        check_same(out, expected, rows, outputs, what);
+        check_same(x.stream, x.same_stream, rows, hidden, what);
+      }
+    }
+  }
+}
+
+// The MLP and its norm as one op have the bits of the ops one by one, and the residual stream too;
+// or else it says that it was not done.
+// Widths of an even number of panels that three threads share as odd ones (160), and one that is
+// not taken.
+void mlp(Backend& backend) {
+  const std::int64_t hidden = 70;
+  const std::vector<WeightFormat> formats = all_formats();
   for (const std::int64_t width : {32, 160, 24}) {
     for (const WeightFormat& up_format : formats) {
       for (const WeightFormat& down_format : formats) {
@@ -197,24 +262,20 @@ void mlp(Backend& backend) {
         ups.push_back(random_linear(backend, 2 * width, hidden, up_format));
         const Linear down = random_linear(backend, hidden, width, down_format);
         for (const std::int64_t rows : {1, 3, 5, 17, 135}) {
-          Numbers numbers(static_cast<std::uint64_t>(rows));
-          Matrix x(rows, hidden, numbers.many(rows * hidden), 3), out(rows, hidden, 5);
-          const bool is_done = backend.mlp(out.view(), x.view(), ups, down, Activation::silu);
+          NormedRows x(rows, hidden);
+          Matrix out(rows, hidden, 5);
+          const bool is_done =
+              backend.normed_mlp(out.view(), x.input(true), ups, down, Activation::silu);
           CHECK(is_done == (width % 32 == 0));
           if (!is_done) continue;
-          out.check_gaps();
           Matrix both(rows, 2 * width), act(rows, width), expected(rows, hidden);
-          backend.linear(both.view(), x.view(), ups[0]);
+          backend.linear(both.view(), x.by_parts(backend, true).view(), ups[0]);
           backend.gated_activation(act.view(), both.view(), Activation::silu, true);
           backend.linear(expected.view(), act.view(), down);
-          for (std::int64_t r = 0; r < rows; ++r) {
-            for (std::int64_t c = 0; c < hidden; ++c) {
-              if (out.at(r, c) != expected.at(r, c))
-                fail("mlp of ", name(up_format.dtype), " and ", name(down_format.dtype), ", ", rows,
-                     " rows, width ", width, ": output ", c, " of row ", r, " is ", out.at(r, c),
-                     "; expected ", expected.at(r, c));
-            }
-          }
+          const std::string what = text("mlp of ", name(up_format.dtype), " and ",
+                                        name(down_format.dtype), ", width ", width);
+          check_same(out, expected, rows, hidden, what);
+          check_same(x.stream, x.same_stream, rows, hidden, what);
         }
       }
     }
@@ -274,7 +335,8 @@ std::vector<Test> op_tests() {
           on_each_variant("packing of halves", packing_of_halves),
           on_each_variant("norm and add_norm", norms),
           on_each_variant("gated_activation", activations),
-          on_each_variant("mlp", mlp),
+          on_each_variant("a norm and a product as one op", normed_linear),
+          on_each_variant("an mlp and its norm as one op", mlp),
           on_each_variant("embed", embed),
           on_each_variant("take_rows", take_rows)};
 }
