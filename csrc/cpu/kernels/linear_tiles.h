@@ -18,19 +18,25 @@
 // int4: tiles_codes.h.
 //
 // Cost of one product, in ticks of 2.6 GHz, measured on one core of a Sapphire Rapids-like Xeon: 11
-// without loads, 14 with x and W in the first cache, 18 with both in the second, 26 to 33 where W
-// comes from beyond it. Two tiles of X by two of W are four products for four loads. So for bf16
-//   - sums stay in the registers through up to 2048 inputs, and are stored once;
-//   - 256 rows of x, 1 MiB, stay in the second cache while panels pass by;
+// without loads, 14 with x and W in the first cache, 22 with x in the second, 24 where W comes from
+// beyond it as described here, 36 where nothing is asked for. Two tiles of X by two of W are four
+// products for four loads. So
+//   - 512 inputs of two panels, 32 KiB of bf16, stay in the first cache while rows pass by, which
+//     come from the second past the first (tileloaddt1);
+//   - 256 rows of x, 1 MiB, stay in the second cache while panels pass by. Of longer rows, 512
+//     inputs at a time for many panels, and the next ones are asked for meanwhile;
 //   - rows' shares of a stretch do not lie a power of two apart: they would push each other out;
 //   - the next two panels are asked for, a few lines a step;
-//   - results go past the caches: they would push x out, and be fetched first.
-// int8 takes a block of 512 inputs at a time, whose weights stay in the first cache meanwhile.
+//   - results go past the caches: they would push x out, and be fetched first. They are finished a
+//     little in each step, which still costs a tenth of the time.
+// Three panels at a time, or one row tile by four panels, need fewer of x's loads and are a fifth
+// slower.
 
 #include "cpu/kernels/tiles.h"
 
-constexpr std::int64_t kShallow = 2048;  // inputs: 256 rows of x stay in the second cache
 constexpr std::int64_t kFewRows = 4;     // up to here vectors are as fast: weights come from memory
+constexpr std::int64_t kShallow = 2048;  // inputs of which 256 rows stay in the second cache
+constexpr std::int64_t kWorthKeeping = 3;  // calls that use the weights of kPart inputs
 
 // A format says how rows of x and weights become tiles, and adds a stretch of inputs to the sums:
 //   kRowTiles                row tiles that are taken at a time
@@ -271,18 +277,18 @@ class TileProduct {
       const std::int64_t next_first = last < task_.depth ? last : 0, length = last - first;
       const std::int64_t steps = (length + Tiles::kInputs - 1) / Tiles::kInputs;
       for (std::int64_t index = 0; index < pairs; ++index) {
-        if (calls >= kWorthAsking) {
-          // What comes next: the first pair's next stretch, or the next block's first pair.
-          const bool is_last = index + 1 == pairs;
-          const PanelPair next = block.pair(is_last && next_first ? 0 : index + 1);
+        // What comes next: the first pair's next stretch, or the next block's first pair. Not where
+        // it is more than fits beside this one.
+        const bool is_last = index + 1 == pairs;
+        const PanelPair next = block.pair(is_last && next_first ? 0 : index + 1);
+        if (length <= kShallow)
           ahead_ = {tiles_.weights_ahead(task_, next, is_last ? next_first : first, length),
                     steps * calls};
-        }
         const auto next_x = [&](std::int64_t row_tile) {
           if (task_.depth <= kShallow || length == task_.depth) return AskAhead();
           return AskAhead(tiles_.x_ahead(task_, row_tile, next_first, length), steps, index, pairs);
         };
-        const std::int64_t part = calls >= kWorthAsking ? Tiles::kPart : length;
+        const std::int64_t part = calls >= kWorthKeeping ? Tiles::kPart : length;
         for (std::int64_t begin = first; begin < last; begin += part) {
           const std::int64_t end = std::min(last, begin + part);
           const PanelPair pair = block.pair(index);

@@ -124,8 +124,6 @@ class AskAhead {
   std::int64_t left_ = 0, a_step_ = 0;
 };
 
-constexpr std::int64_t kWorthAsking = 3;  // calls that use what is asked for meanwhile
-
 // Two panels that are taken together: neighbours, or gates and what they let through.
 struct PanelPair {
   std::int64_t panel[2];

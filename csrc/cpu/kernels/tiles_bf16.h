@@ -5,21 +5,22 @@ struct TilesBf16 {
   static constexpr bool kStreams = false;
   static constexpr std::int64_t kInputs = kTileRowBytes / 2;  // of a step
   static constexpr std::int64_t kPart = 512;                  // two panels' are 32 KiB
-  static constexpr std::int64_t kLongestStretch = 2048;       // of as many rows as a block has
+  static constexpr std::int64_t kShallow = 2048;              // of as many rows as a block has
   const std::int64_t step_bytes = kTileRowBytes;
 
   explicit TilesBf16(const LinearTask&) {}
 
-  // All inputs, where those of the rows leave room for weights in the second cache: 1 MiB.
+  // All inputs, where those of 256 rows leave room for weights in the second cache, or weights are
+  // read once.
   static std::int64_t next_stretch(const LinearTask& task, std::int64_t first,
                                    std::int64_t row_tiles) {
-    const bool fits = task.depth * row_tiles <= kLongestStretch * kMaxRowTiles;
-    return fits ? task.depth : std::min(task.depth, first + kPart);
+    if (task.depth <= kShallow || row_tiles <= kRowTiles) return task.depth;
+    return std::min(task.depth, first + kPart);
   }
 
   static std::int64_t input_stride(const LinearTask& task) {
-    const bool is_whole = task.depth <= kLongestStretch;
-    return (task.depth + (is_whole ? 0 : kLongestStretch)) / 2;
+    const bool is_whole = task.depth <= kShallow;
+    return (task.depth + (is_whole ? 0 : kShallow)) / 2;
   }
 
   static AheadOf weights_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
