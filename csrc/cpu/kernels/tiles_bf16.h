@@ -5,7 +5,6 @@ struct TilesBf16 {
   static constexpr bool kStreams = false;
   static constexpr std::int64_t kInputs = kTileRowBytes / 2;  // of a step
   static constexpr std::int64_t kPart = 512;                  // two panels' are 32 KiB
-  static constexpr std::int64_t kShallow = 2048;              // of as many rows as a block has
   const std::int64_t step_bytes = kTileRowBytes;
 
   explicit TilesBf16(const LinearTask&) {}
