@@ -189,7 +189,7 @@ class Band {
     });
   }
 
-  // Rows first .. first + R - 1 of the band; those that there are not see nothing.
+  // Rows first .. first + R - 1 of the band, of which some may be missing.
   template <int R>
   void weigh(int first) const {
     const int band_tile = first / kTileRows, row = first % kTileRows;
