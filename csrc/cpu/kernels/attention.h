@@ -258,7 +258,7 @@ inline void attend_rows(const AttendTask& task, int first, AttendState* states, 
     each_tiles<R, kScoreChains>(in.first, in.last, [&](auto count, int t) {
       tile_scores<R, count>(task.q + first, in.tiles + t, task.layout.head_dim, scores.at(0, t));
     });
-    float corrections[kLanes] = {};
+    float corrections[kLanes];
     const PowersOfE<Item> rule{in.tiles, splat(task.scale), scores};
     stretch_weights<R>(rows, greatest, sum_lanes, scores, rule, in.first, in.last, corrections);
     for (int r = 0; r < R; r += kValueRowsAtOnce)

@@ -238,7 +238,7 @@ inline void attend_pair_rows(const AttendTask& task, const PairQueries& queries,
     const auto keep = [&](int r, int t, Vec weight) {
       store_pairs(weights + (r * kStretch + t * kLanes) / 2, weight);
     };
-    float corrections[kLanes] = {};
+    float corrections[kLanes];
     const PowersOfTwo rule{power_scale(task), keep};
     stretch_weights<R>(rows, greatest, sum_lanes, scores, rule, in.first, in.last, corrections);
     const SeenWords words(seen);

@@ -110,7 +110,7 @@ inline void copy_value_tiles(const PairTile* tiles, std::int64_t padded_dim, con
 // the next band.
 class Band {
  public:
-  // states, sum_lanes: of the band's rows, and as many as fill its tiles.
+  // states: of the task's rows, and as many as fill its tiles.
   Band(const AttendTask& task, AttendScratch& scratch, int turn, int first_row, AttendState* states,
        RowSums& sums, const PairTile* tiles, std::int64_t stretch)
       : task_(task),
@@ -204,7 +204,7 @@ class Band {
       if (first_tile_ % 2) keep(r, first_tile_ - 1, zero());
       if (last_tile_ % 2) keep(r, last_tile_, zero());
     }
-    float corrections[kLanes] = {};
+    float corrections[kLanes];
     const int task_row = first_row_ + first;
     stretch_weights<R>(rows(first, R), sums_.greatest + task_row, sums_.lanes + task_row, scores,
                        PowersOfTwo{power_scale(task_), keep}, first_tile_, last_tile_, corrections);
