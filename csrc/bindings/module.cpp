@@ -6,7 +6,6 @@
 #include "cpu/measure.h"
 #include "cpu/platform.h"
 #include "cuda/devices.h"
-#include "cuda/measure.h"
 
 namespace octavo::bindings {
 
@@ -22,24 +21,17 @@ std::string compiler() {
 #endif
 }
 
-// Only "cpu" or a device that is there.
-bool on_cuda(const std::string& device) {
-  require(device == "cpu" || device == "cuda", "device is \"", device, "\"; expected cpu or cuda");
-  require(device == "cpu" || cuda::num_devices() > 0, "device is \"cuda\", but there is none here");
-  return device == "cuda";
-}
-
 double measure_bandwidth(int num_threads, double seconds, double num_bytes,
                          const std::string& device) {
-  return on_cuda(device)
-             ? cuda::measure_bandwidth(seconds, num_bytes)
-             : cpu::measure_bandwidth(num_threads, seconds, static_cast<std::size_t>(num_bytes));
+  return device == "cpu"
+             ? cpu::measure_bandwidth(num_threads, seconds, static_cast<std::size_t>(num_bytes))
+             : make_backend(device, {})->measure_bandwidth(seconds, num_bytes);
 }
 
 double measure_flops(int num_threads, const std::string& isa, double seconds,
                      const std::string& device) {
-  return on_cuda(device) ? cuda::measure_flops(seconds)
-                         : cpu::measure_flops(num_threads, isa, seconds);
+  return device == "cpu" ? cpu::measure_flops(num_threads, isa, seconds)
+                         : make_backend(device, {})->measure_flops(seconds);
 }
 
 // As octavo.reference.quantization names the two.
@@ -57,7 +49,11 @@ nb::dict build_info() {
   info["cuda_emulated"] = false;
 #endif
   info["num_devices"] = cuda::num_devices();
-  info["device_name"] = cuda::num_devices() > 0 ? cuda::device_name() : "";
+  const cuda::DeviceInfo device = cuda::device_info();
+  info["device_name"] = device.name;
+  info["cuda_runtime"] = device.runtime;
+  info["cuda_driver"] = device.driver;
+  info["products"] = device.products;
   info["isas"] = cpu::compiled_isas();
   info["isa"] = cpu::available_isas().back();
   info["physical_cores"] = cpu::physical_cores();

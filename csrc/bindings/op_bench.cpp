@@ -1,7 +1,6 @@
 // How long single ops take, for benchmarks: on arrays that never leave the device.
 
 #include <algorithm>
-#include <chrono>
 #include <functional>
 #include <vector>
 
@@ -25,29 +24,41 @@ std::vector<float> random_numbers(std::int64_t count) {
 
 class OpBench {
  public:
-  OpBench(const std::string& device, const std::string& dtype, bool deterministic)
-      : backend_(make_backend(device, options(dtype, deterministic))) {}
+  OpBench(const std::string& device, const std::string& dtype, bool deterministic,
+          std::int64_t launches, std::int64_t repeats, std::int64_t cache_bytes)
+      : backend_(make_backend(device, options(dtype, deterministic))),
+        launches_(launches),
+        repeats_(repeats),
+        cache_bytes_(cache_bytes) {
+    check_sizes({launches, repeats, cache_bytes});
+  }
 
-  // Each call multiplies by another of `copies` matrices, so that no cache holds them all.
-  double linear(std::int64_t rows, std::int64_t outputs, std::int64_t inputs, nb::object format,
-                std::int64_t copies, std::int64_t repeats) {
+  // One time for each number of rows.
+  std::vector<double> linear(const std::vector<std::int64_t>& rows_list, std::int64_t outputs,
+                             std::int64_t inputs, nb::object format) {
     const WeightFormat weight_format = format.is_none() ? WeightFormat(backend_->activation_dtype())
                                                         : bindings::weight_format(format);
-    check_sizes({rows, outputs, inputs, copies, repeats});
+    check_sizes({outputs, inputs});
     std::vector<Linear> weights;
+    const std::int64_t copies = copies_of(outputs * inputs * bits_of(weight_format.dtype) / 8);
     for (std::int64_t i = 0; i < copies; ++i)
       weights.push_back(random_linear(outputs, inputs, weight_format));
-    const Matrix x = random_matrix(rows, inputs), out = random_matrix(rows, outputs);
-    return seconds(repeats, copies, [&](std::int64_t i) {
-      backend_->linear(out.view, x.view, weights[static_cast<std::size_t>(i)]);
-    });
+    std::vector<double> times;
+    for (const std::int64_t rows : rows_list) {
+      check_sizes({rows});
+      const Matrix x = random_matrix(rows, inputs), out = random_matrix(rows, outputs);
+      times.push_back(seconds(copies, [&](std::int64_t i) {
+        backend_->linear(out.view, x.view, weights[static_cast<std::size_t>(i)]);
+      }));
+    }
+    return times;
   }
 
   // num_seqs sequences of `context` tokens each, the last tokens_per_seq of which are new.
   double attention(std::int64_t num_seqs, std::int64_t tokens_per_seq, std::int64_t context,
                    std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t head_dim,
-                   const std::string& kv_dtype, std::int64_t repeats) {
-    check_sizes({num_seqs, tokens_per_seq, context, num_heads, num_kv_heads, head_dim, repeats});
+                   const std::string& kv_dtype) {
+    check_sizes({num_seqs, tokens_per_seq, context, num_heads, num_kv_heads, head_dim});
     require(context >= tokens_per_seq, "context is ", context, "; expected tokens_per_seq, ",
             tokens_per_seq, ", or more");
     LayerSpec spec;
@@ -60,8 +71,9 @@ class OpBench {
     kv.num_kv_heads = num_kv_heads;
     kv.head_dim = head_dim;
     const std::int64_t blocks = (context + 15) / 16;
-    kv.num_blocks = num_seqs * blocks;
     kv.block_bytes = backend_->kv_block_bytes(spec, kv.dtype, kv.block_size);
+    const std::int64_t copies = copies_of(num_seqs * blocks * kv.block_bytes);
+    kv.num_blocks = copies * num_seqs * blocks;
     const Buffer cache(backend_.get(), static_cast<std::size_t>(kv.num_blocks * kv.block_bytes));
     kv.data = cache.data();
     fill(kv, spec);
@@ -86,35 +98,41 @@ class OpBench {
     step.block_tables = memory[3].as<std::int32_t>();
     const Matrix q = random_matrix(step.num_tokens, spec.q_size()),
                  out = random_matrix(step.num_tokens, spec.q_size());
-    return seconds(repeats, 1, [&](std::int64_t) {
-      backend_->attention(out.view, q.view, spec, 0.125f, kv, step);
+    return seconds(copies, [&](std::int64_t i) {
+      KvLayer copy = kv;
+      copy.num_blocks = num_seqs * blocks;
+      copy.data = cache.as<unsigned char>() + i * copy.num_blocks * kv.block_bytes;
+      backend_->attention(out.view, q.view, spec, 0.125f, copy, step);
     });
   }
 
-  double add_norm(std::int64_t rows, std::int64_t width, std::int64_t repeats) {
-    check_sizes({rows, width, repeats});
-    const Matrix residual = random_matrix(rows, width, DType::f32), x = random_matrix(rows, width),
-                 out = random_matrix(rows, width);
+  double add_norm(std::int64_t rows, std::int64_t width) {
+    check_sizes({rows, width});
+    const std::int64_t copies = copies_of(4 * rows * width);
+    const Matrices residual(*this, copies, rows, width, DType::f32), x(*this, copies, rows, width);
+    const Matrix out = random_matrix(rows, width);
     const Matrix weight = random_matrix(1, width, DType::f32);
     Norm norm;
     norm.weight = weight.memory.as<float>();
-    return seconds(repeats, 1, [&](std::int64_t) {
-      backend_->add_norm(out.view, residual.view, x.view, norm);
-    });
+    return seconds(copies,
+                   [&](std::int64_t i) { backend_->add_norm(out.view, residual[i], x[i], norm); });
   }
 
-  double gated_activation(std::int64_t rows, std::int64_t width, std::int64_t repeats) {
-    check_sizes({rows, width, repeats});
-    const Matrix x = random_matrix(rows, 2 * width), out = random_matrix(rows, width);
-    return seconds(repeats, 1, [&](std::int64_t) {
-      backend_->gated_activation(out.view, x.view, Activation::silu, true);
+  double gated_activation(std::int64_t rows, std::int64_t width) {
+    check_sizes({rows, width});
+    const std::int64_t copies = copies_of(4 * rows * width);
+    const Matrices x(*this, copies, rows, 2 * width);
+    const Matrix out = random_matrix(rows, width);
+    return seconds(copies, [&](std::int64_t i) {
+      backend_->gated_activation(out.view, x[i], Activation::silu, true);
     });
   }
 
   double sample(std::int64_t rows, std::int64_t vocab_size, float temperature, std::int32_t top_k,
-                float top_p, std::int64_t repeats) {
-    check_sizes({rows, vocab_size, repeats});
-    const Matrix logits = random_matrix(rows, vocab_size, DType::f32);
+                float top_p) {
+    check_sizes({rows, vocab_size});
+    const std::int64_t copies = copies_of(4 * rows * vocab_size);
+    const Matrices logits(*this, copies, rows, vocab_size, DType::f32);
     const auto count = static_cast<std::size_t>(rows);
     const std::vector<std::int32_t> none(count, -1);
     const Buffer memory[] = {up(std::vector<float>(count, temperature)),
@@ -138,14 +156,32 @@ class OpBench {
     samples.token_ids = ids.as<std::int32_t>();
     samples.logprobs = logprobs.as<float>();
     samples.finite = finite.as<std::uint8_t>();
-    return seconds(repeats, 1,
-                   [&](std::int64_t) { backend_->sample(samples, logits.view, nullptr, step); });
+    return seconds(copies,
+                   [&](std::int64_t i) { backend_->sample(samples, logits[i], nullptr, step); });
   }
 
  private:
   struct Matrix {
     Buffer memory;
     View view;
+  };
+  // Copies of a random matrix, that take turns.
+  class Matrices {
+   public:
+    Matrices(OpBench& bench, std::int64_t copies, std::int64_t rows, std::int64_t cols)
+        : Matrices(bench, copies, rows, cols, bench.backend_->activation_dtype()) {}
+    Matrices(OpBench& bench, std::int64_t copies, std::int64_t rows, std::int64_t cols, DType dtype)
+        : matrix_(bench.random_matrix(copies * rows, cols, dtype)), rows_(rows) {}
+    View operator[](std::int64_t copy) const {
+      View view = matrix_.view;
+      view.data = view.row_bytes(copy * rows_);
+      view.rows = rows_;
+      return view;
+    }
+
+   private:
+    Matrix matrix_;
+    std::int64_t rows_;
   };
 
   static BackendOptions options(const std::string& dtype, bool deterministic) {
@@ -203,8 +239,13 @@ class OpBench {
   Linear random_linear(std::int64_t outputs, std::int64_t inputs, const WeightFormat& format) {
     Linear linear = backend_->make_linear(outputs, inputs, format, false);
     if (!format.is_quantized()) {
-      const std::vector<float> numbers = random_numbers(outputs * inputs);
-      backend_->pack_rows(linear, 0, {numbers.data(), DType::f32, outputs, inputs});
+      // A few rows again and again: drawing numbers takes longer than all that is measured.
+      const std::int64_t at_a_time = std::clamp<std::int64_t>((1 << 22) / inputs, 1, outputs);
+      const std::vector<float> numbers = random_numbers(at_a_time * inputs);
+      for (std::int64_t first = 0; first < outputs; first += at_a_time) {
+        const std::int64_t rows = std::min(at_a_time, outputs - first);
+        backend_->pack_rows(linear, first, {numbers.data(), DType::f32, rows, inputs});
+      }
       return linear;
     }
     const std::int64_t row_bytes = (inputs * bits_of(format.dtype) + 7) / 8;
@@ -219,36 +260,37 @@ class OpBench {
     return linear;
   }
 
-  // Seconds of one call of op(0 .. calls - 1), recorded together where the device records: once as
-  // it is, once recorded, once replayed; then timed.
-  double seconds(std::int64_t repeats, std::int64_t calls,
-                 const std::function<void(std::int64_t)>& op) {
+  // Seconds of one call of op(copy), whose copies take turns: the median of repeats_ runs of
+  // launches_ calls, fewer where they take more than a tenth of a second, and each copy once at
+  // least. Where a device records, the run is recorded and replayed.
+  double seconds(std::int64_t copies, const std::function<void(std::int64_t)>& op) {
     nb::gil_scoped_release unlocked;
-    using Clock = std::chrono::steady_clock;
+    const auto calls = [&](std::int64_t count) {
+      for (std::int64_t i = 0; i < count; ++i) op(i % copies);
+    };
+    calls(copies);  // what a first call prepares is not measured
+    const double once = backend_->seconds_of([&] { calls(copies); }) / static_cast<double>(copies);
+    const std::int64_t launches = std::clamp(static_cast<std::int64_t>(0.1 / std::max(once, 1e-9)),
+                                             copies, std::max(launches_, copies));
     StepKey key;
     key.num_seqs = ++num_measured_;
     key.tokens_per_seq = 1;
-    // Enough calls in a row that starting them does not count.
-    const std::int64_t rounds = std::max<std::int64_t>(1, 20 / calls);
-    const auto run = [&] {
-      backend_->run(key, [&] {
-        for (std::int64_t i = 0; i < rounds * calls; ++i) op(i % calls);
-      });
-    };
-    for (int i = 0; i < 3; ++i) run();
-    backend_->sync();
-    double best = 1e30;
-    for (std::int64_t i = 0; i < repeats; ++i) {
-      const auto start = Clock::now();
-      run();
-      backend_->sync();
-      best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
-    }
+    const auto run = [&] { backend_->run(key, [&] { calls(launches); }); };
+    for (int i = 0; i < 2; ++i) run();
+    std::vector<double> times;
+    for (std::int64_t i = 0; i < repeats_; ++i) times.push_back(backend_->seconds_of(run));
     backend_->forget_recorded();
-    return best / static_cast<double>(rounds * calls);
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2] / static_cast<double>(launches);
+  }
+
+  // How many arrays of so many bytes take turns, so that no cache holds them all.
+  std::int64_t copies_of(std::int64_t bytes) const {
+    return std::clamp<std::int64_t>((cache_bytes_ + bytes - 1) / bytes, 1, 1024);
   }
 
   std::unique_ptr<Backend> backend_;
+  std::int64_t launches_, repeats_, cache_bytes_;
   std::int64_t num_measured_ = 0;
 };
 
@@ -256,20 +298,19 @@ class OpBench {
 
 void bind_op_bench(nb::module_& module) {
   nb::class_<OpBench>(module, "OpBench")
-      .def(nb::init<const std::string&, const std::string&, bool>(), nb::arg("device"),
-           nb::arg("dtype"), nb::arg("deterministic") = false)
+      .def(nb::init<const std::string&, const std::string&, bool, std::int64_t, std::int64_t,
+                    std::int64_t>(),
+           nb::arg("device"), nb::arg("dtype"), nb::arg("deterministic") = false,
+           nb::arg("launches") = 200, nb::arg("repeats") = 5, nb::arg("cache_bytes") = 256 << 20)
       .def("linear", &OpBench::linear, nb::arg("rows"), nb::arg("outputs"), nb::arg("inputs"),
-           nb::arg("format") = nb::none(), nb::arg("copies") = 1, nb::arg("repeats") = 10)
+           nb::arg("format") = nb::none())
       .def("attention", &OpBench::attention, nb::arg("num_seqs"), nb::arg("tokens_per_seq"),
            nb::arg("context"), nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
-           nb::arg("kv_dtype"), nb::arg("repeats") = 10)
-      .def("add_norm", &OpBench::add_norm, nb::arg("rows"), nb::arg("width"),
-           nb::arg("repeats") = 10)
-      .def("gated_activation", &OpBench::gated_activation, nb::arg("rows"), nb::arg("width"),
-           nb::arg("repeats") = 10)
+           nb::arg("kv_dtype"))
+      .def("add_norm", &OpBench::add_norm, nb::arg("rows"), nb::arg("width"))
+      .def("gated_activation", &OpBench::gated_activation, nb::arg("rows"), nb::arg("width"))
       .def("sample", &OpBench::sample, nb::arg("rows"), nb::arg("vocab_size"),
-           nb::arg("temperature") = 0.0f, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0f,
-           nb::arg("repeats") = 10);
+           nb::arg("temperature") = 0.0f, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0f);
 }
 
 }  // namespace octavo::bindings

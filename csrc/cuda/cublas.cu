@@ -40,6 +40,8 @@ class Emulated : public CublasLt {
 
 std::unique_ptr<CublasLt> CublasLt::open(Stream&) { return std::make_unique<Emulated>(); }
 
+std::string CublasLt::version() { return "emulated"; }
+
 #else
 
 namespace {
@@ -216,23 +218,39 @@ bool load_all(void* library, Functions& f) {
          load(library, "cublasLtMatmul", f.multiply);
 }
 
-}  // namespace
-
-std::unique_ptr<CublasLt> CublasLt::open(Stream& stream) {
-  stream.attach_thread();
+// The first library that is there and has all that is needed; null where there is none.
+void* open_library(Functions& functions) {
   for (const char* name :
        {"libcublasLt.so.13", "libcublasLt.so.12", "/usr/local/cuda/lib64/libcublasLt.so.13",
         "/usr/local/cuda/lib64/libcublasLt.so.12"}) {
     void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
     if (!library) continue;
-    Functions functions{};
-    Handle handle = nullptr;
-    if (load_all(library, functions) && functions.version() >= kOldestVersion &&
-        functions.create(&handle) == 0)
-      return std::make_unique<Opened>(library, functions, handle);
+    if (load_all(library, functions) && functions.version() >= kOldestVersion) return library;
     dlclose(library);
   }
   return nullptr;
+}
+
+}  // namespace
+
+std::unique_ptr<CublasLt> CublasLt::open(Stream& stream) {
+  stream.attach_thread();
+  Functions functions{};
+  void* library = open_library(functions);
+  if (!library) return nullptr;
+  Handle handle = nullptr;
+  if (functions.create(&handle) == 0) return std::make_unique<Opened>(library, functions, handle);
+  dlclose(library);
+  return nullptr;
+}
+
+std::string CublasLt::version() {
+  Functions functions{};
+  void* library = open_library(functions);
+  if (!library) return "";
+  const std::size_t number = functions.version();
+  dlclose(library);
+  return text(number / 10000, ".", number / 100 % 100, ".", number % 100);
 }
 
 #endif

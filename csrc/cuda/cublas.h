@@ -16,6 +16,8 @@ class CublasLt {
  public:
   // Null where the library is not to be found, or is older than CUDA 12.
   static std::unique_ptr<CublasLt> open(Stream& stream);
+  // "13.0.2" of the library that `open` would open; empty where there is none.
+  static std::string version();
   virtual ~CublasLt() = default;
 
   // out (rows, outputs) = x (rows, inputs) times weight transposed, whose outputs lie weight_stride

@@ -24,6 +24,16 @@ int num_devices() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
+DeviceInfo device_info() {
+  if (num_devices() == 0) return {};
+  const auto version = [](int number) { return text(number / 1000, ".", number % 1000 / 10); };
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  const std::string library = CublasLt::version();
+  return {Stream(0).device_name(), version(CUDART_VERSION), version(driver),
+          library.empty() ? "octavo's own: cuBLASLt was not found" : "cuBLASLt " + library};
+}
+
 std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);

@@ -1,7 +1,6 @@
 // Stands in for the CUDA files in builds without CUDA, so that nothing else has to know.
 
 #include "cuda/devices.h"
-#include "cuda/measure.h"
 
 namespace octavo::cuda {
 
@@ -9,11 +8,7 @@ bool is_built() { return false; }
 
 int num_devices() { return 0; }
 
-std::string device_name() { return ""; }
-
-double measure_bandwidth(double, double) { return 0.0; }
-
-double measure_flops(double) { return 0.0; }
+DeviceInfo device_info() { return {}; }
 
 std::unique_ptr<Backend> make_backend(const BackendOptions&) {
   throw std::invalid_argument(

@@ -68,6 +68,11 @@ class Row:
         """Standard deviation of the samples; 0 of a single one."""
         return statistics.stdev(self.samples) if len(self.samples) > 1 else 0.0
 
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; mean and deviation beside the samples."""
+        more = {"name": self.case.name, "mean": self.mean, "deviation": self.deviation}
+        return {**asdict(self), **more}
+
 
 @dataclass(frozen=True)
 class Loading:
@@ -110,12 +115,8 @@ class BenchResult:
         return all(row.gate.passed for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; mean and deviation beside the samples."""
-        values = asdict(self)
-        for row, source in zip(values["rows"], self.rows, strict=True):
-            row["name"] = source.case.name
-            row["mean"], row["deviation"] = source.mean, source.deviation
-        return values
+        """As JSON values."""
+        return {**asdict(self), "rows": [row.to_json() for row in self.rows]}
 
 
 def bench(
@@ -125,8 +126,11 @@ def bench(
     repetitions: int,
     environment: Environment,
     progress: Progress = lambda *_: None,
+    measured: Callable[[Row], None] = lambda _: None,
 ) -> BenchResult:
     """Measure every case `repetitions` times. config: sizes of batch and cache are set here.
+
+    measured: called with each case's row as soon as it is there.
 
     Raises what loading raises, and InvalidArgumentError for cases that the model has no room for.
     """
@@ -160,6 +164,7 @@ def bench(
     for number, case in enumerate(cases):
         progress(f"{case.name}, batch {case.batch}", number, len(cases))
         rows.append(runner.measure(case, repetitions))
+        measured(rows[-1])
     return BenchResult(
         model=files.path.name,
         num_parameters=checkpoint.num_parameters,

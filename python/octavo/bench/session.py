@@ -79,7 +79,7 @@ class Session:
             logit_rows=rows[1:] - 1 if sample else np.empty(0, np.int32),
             state_rows=np.array(list(new), np.int32) if sample else None,
         )
-        return self._runtime.submit(batch)
+        return self._runtime.submit(batch, draw=True)
 
     def prefill(
         self, prompt: Sequence[int], chunk: int | None = None, companion: Sequence[int] = ()
@@ -117,9 +117,7 @@ class Session:
             tokens = first if step == 0 else [-1 - index for index in range(len(first))]
             if len(tickets) == 2:
                 self._runtime.wait(tickets.popleft())
-            ticket = self._submit({index: [token] for index, token in enumerate(tokens)})
-            self._runtime.sample(ticket)
-            tickets.append(ticket)
+            tickets.append(self._submit({index: [token] for index, token in enumerate(tokens)}))
         for ticket in tickets:
             self._runtime.wait(ticket)
 
