@@ -1,86 +1,126 @@
-"""Hugging Face transformers on the same GPU, in the same shape: plain, and compiled.
+"""Hugging Face transformers on the same GPU, in the same shape.
 
-    python benchmarks/gpu/huggingface.py
+    python benchmarks/gpu/huggingface.py [--compiled]
 
 Plain: eager, sdpa, dynamic cache. Compiled: a static cache and torch.compile with CUDA graphs
-("reduce-overhead"), its fastest way to decode one sequence.
+("reduce-overhead"), its fastest way to decode one sequence; compiling takes minutes.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from results import SHAPE, keep
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from results import EMULATE, SHAPE, TORCH_DEVICE, keep
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
-DECODED, ROUNDS = 128, 5
+from octavo.diff.hf_side import cache_argument
+
+DECODED, ROUNDS, PROMPTS, DEPTHS = 128, 3, (128, 512, 2048, 8192), (128, 2048)
+if EMULATE:
+    DECODED, ROUNDS, PROMPTS, DEPTHS = 2, 1, (5,), (5,)
 
 
-def main() -> None:
-    """Time prefill and decoding both ways and keep the medians."""
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(SHAPE)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    found: dict[str, Any] = {}
-    with torch.inference_mode():
-        for length in (128, 512, 2048, 8192):
-            ids = torch.randint(0, config.vocab_size, (1, length), device="cuda")
-            seconds = median(lambda ids=ids: model(ids, logits_to_keep=1))
-            found[f"prefill {length}"] = length / seconds
-        for depth in (128, 2048):
-            found[f"decode @{depth}"] = DECODED / median(lambda depth=depth: plain(model, depth))
-        step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-        for depth in (128, 2048):
-            run = compiled(model, step, depth)
-            run()
-            found[f"decode @{depth}, compiled"] = DECODED / median(run)
-    for name, value in found.items():
-        print(f"{name}: {value:.1f} tokens/s", flush=True)
-    keep("huggingface", {"tokens_per_second": found})
+class Side:
+    """A random model of the shape."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.config = AutoConfig.from_pretrained(SHAPE)
+        with torch.device(TORCH_DEVICE):
+            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
+        self.model = model.eval()
+        self._cache = cache_argument(self.model)
+
+    def prompt(self, length: int) -> torch.Tensor:
+        return torch.randint(0, self.config.vocab_size, (1, length), device=TORCH_DEVICE)
+
+    def next(self, run: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        """The greedy token; the cache grows in place."""
+        out = run(ids, **{self._cache: cache}, use_cache=True, logits_to_keep=1)
+        token: torch.Tensor = out.logits[:, -1:].argmax(-1)
+        return token
+
+    def plain(self, depth: int) -> Callable[[], None]:
+        """A greedy loop behind a prompt of `depth` tokens, which is part of it, and small."""
+
+        def run() -> None:
+            cache = DynamicCache()
+            ids = self.next(self.model, self.prompt(depth), cache)
+            for _ in range(DECODED):
+                ids = self.next(self.model, ids, cache)
+
+        return run
+
+    def compiled(self, step: Any, depth: int) -> Callable[[], None]:
+        """The same with a static cache and a compiled step."""
+        cache = StaticCache(config=self.config, max_cache_len=depth + DECODED + 8)
+
+        def run() -> None:
+            cache.reset()
+            ids = self.next(self.model, self.prompt(depth), cache)
+            for _ in range(DECODED):
+                if not EMULATE:
+                    torch.compiler.cudagraph_mark_step_begin()
+                ids = self.next(step, ids.clone(), cache)
+
+        return run
 
 
 def median(work: Callable[[], object]) -> float:
     """Seconds, the median of some rounds after one that does not count."""
     times = []
     for _ in range(ROUNDS + 1):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
 
-def plain(model: Any, depth: int) -> None:
-    """A greedy loop; prefilling `depth` tokens is part of it, and small beside it."""
-    ids = torch.ones(1, depth, dtype=torch.long, device="cuda")
-    cache = None
-    for _ in range(DECODED):
-        out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+def synchronize() -> None:
+    if not EMULATE:
+        torch.cuda.synchronize()
 
 
-def compiled(model: Any, step: Any, depth: int) -> Callable[[], None]:
-    """The same with a static cache and a compiled step."""
-    cache = StaticCache(config=model.config, max_cache_len=depth + DECODED + 8)
+def main() -> None:
+    """Time prefill and decoding and keep the medians, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--compiled", action="store_true")
+    given = parser.parse_args()
+    side = Side()
+    found: dict[str, float] = {}
+    name = "huggingface-compiled" if given.compiled else "huggingface"
 
-    def run() -> None:
-        cache.reset()
-        ids = torch.ones(1, depth, dtype=torch.long, device="cuda")
-        position = torch.arange(depth, device="cuda")
-        out = model(ids, past_key_values=cache, cache_position=position, logits_to_keep=1)
-        for i in range(DECODED):
-            ids = out.logits[:, -1:].argmax(-1)
-            position = torch.tensor([depth + i], device="cuda")
-            torch.compiler.cudagraph_mark_step_begin()
-            out = step(ids, past_key_values=cache, cache_position=position, logits_to_keep=1)
+    def note(what: str, tokens: int, seconds: float) -> None:
+        found[what] = tokens / seconds
+        print(f"{what}: {found[what]:.1f} tokens/s", flush=True)
+        keep(name, {"tokens_per_second": found})
 
-    return run
+    with torch.inference_mode():
+        step: Any = side.model
+        if given.compiled:
+            if not EMULATE:
+                step = torch.compile(side.model.forward, mode="reduce-overhead", fullgraph=True)
+            for depth in DEPTHS:
+                run = side.compiled(step, depth)
+                run()
+                note(f"decode @{depth}, compiled", DECODED, median(run))
+            return
+        for length in PROMPTS:
+            ids = side.prompt(length)
+            note(
+                f"prefill {length}",
+                length,
+                median(lambda ids=ids: side.model(ids, logits_to_keep=1)),
+            )
+        for depth in DEPTHS:
+            note(f"decode @{depth}", DECODED, median(side.plain(depth)))
 
 
 if __name__ == "__main__":

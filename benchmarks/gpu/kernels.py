@@ -3,8 +3,8 @@
     python benchmarks/gpu/kernels.py
 
 Floor: the bytes that have to be read and written over the measured bandwidth, or the operations
-over the measured peak, whichever takes longer. Matrices take turns, so that the second cache
-(50 MB on an H100) does not hold them. Whether the kernels are right is the test stage's matter.
+over the measured peak, whichever takes longer. What is read takes turns, so that the second cache
+(50 MB on an H100) does not hold it. Whether the kernels are right is the tests' matter.
 """
 
 from __future__ import annotations
@@ -13,14 +13,27 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from results import keep, read
-from timing import seconds_of
+from results import DEVICE, EMULATE, TORCH_DEVICE, keep, read
 
 from octavo import _native
 from octavo.models.spec import WeightFormat
 
+try:
+    import torch
+except ImportError:
+    torch = None  # type: ignore[assignment]
+
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, UP, VOCAB = 32, 8, 64, 2048, 8192, 128256
+ROWS = "1,4,8,16,64,128,256,2048"
+CONTEXTS, SEQUENCES = (128, 1024, 4096, 16384), (1, 16, 64)
+PREFILLS = [(1, length, length) for length in (128, 1024, 8192)] + [(1, 512, 8192), (4, 4, 2048)]
+ELEMENT_ROWS, SAMPLE_ROWS = (1, 64, 8192), (1, 64, 256)
+BENCH: dict[str, int] = {}
+if EMULATE:
+    HEADS, KV_HEADS, HEAD_DIM, HIDDEN, UP, VOCAB = 2, 1, 64, 128, 128, 307
+    ROWS, CONTEXTS, SEQUENCES, PREFILLS = "1,9", (20,), (1,), [(1, 20, 20), (1, 2, 20)]
+    ELEMENT_ROWS, SAMPLE_ROWS = (1,), (1,)
+    BENCH = {"launches": 2, "repeats": 1, "cache_bytes": 1 << 16}
 MATRICES = {
     "qkv": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
     "o": (HIDDEN, HIDDEN),
@@ -44,7 +57,7 @@ class Floors:
         if limits is None:
             raise SystemExit("run benchmarks/gpu/limits.py first: floors need the GPU's limits")
         self._bandwidth = limits["read_bytes_per_second"]
-        self._flops = max(limits["mma_flops"], limits["cublas_flops"])
+        self._flops = max(limits["mma_flops"], limits.get("cublas_flops", 0.0))
 
     def seconds(self, num_bytes: float, operations: float) -> float:
         return max(num_bytes / self._bandwidth, operations / self._flops)
@@ -53,35 +66,41 @@ class Floors:
 def linears(bench: Any, floors: Floors, rows_list: list[int]) -> Iterator[dict[str, Any]]:
     """Matrix products in every format, beside cuBLAS in bf16."""
     for name, (outputs, inputs) in MATRICES.items():
-        for rows in rows_list:
-            peer = _cublas(rows, outputs, inputs)
-            for kind, (format, weight_bytes) in FORMATS.items():
+        peers = _cublas(rows_list, outputs, inputs)
+        for kind, (format, weight_bytes) in FORMATS.items():
+            times = bench.linear(rows_list, outputs, inputs, format)
+            for rows, seconds, peer in zip(rows_list, times, peers, strict=True):
                 num_bytes = outputs * inputs * weight_bytes + 2.0 * rows * (inputs + outputs)
-                copies = max(1, min(16, round(CACHE_BYTES / (outputs * inputs * weight_bytes))))
-                seconds = bench.linear(rows, outputs, inputs, format, copies)
                 floor = floors.seconds(num_bytes, 2.0 * rows * outputs * inputs)
                 yield _row(f"{name} {kind}, {rows} rows", seconds, floor, peer)
 
 
-def _cublas(rows: int, outputs: int, inputs: int) -> float:
+def _cublas(rows_list: list[int], outputs: int, inputs: int) -> list[float | None]:
+    if torch is None:
+        return [None] * len(rows_list)
+    from timing import seconds_of
+
     copies = max(1, min(16, round(CACHE_BYTES / (2 * outputs * inputs))))
     weights = [
-        torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda") for _ in range(copies)
+        torch.randn(outputs, inputs, dtype=torch.bfloat16, device=TORCH_DEVICE)
+        for _ in range(copies)
     ]
-    x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
+    times: list[float | None] = []
+    for rows in rows_list:
+        x = torch.randn(rows, inputs, dtype=torch.bfloat16, device=TORCH_DEVICE)
 
-    def all_copies() -> None:
-        for weight in weights:
-            torch.nn.functional.linear(x, weight)
+        def all_copies(x: torch.Tensor = x) -> None:
+            for weight in weights:
+                torch.nn.functional.linear(x, weight)
 
-    return seconds_of(all_copies, max(1, 20 // copies)) / copies
+        times.append(seconds_of(all_copies, max(1, 40 // copies)) / copies)
+    return times
 
 
 def attentions(bench: Any, floors: Floors) -> Iterator[dict[str, Any]]:
     """Decoding and prefill over the paged cache, beside SDPA over contiguous keys and values."""
-    cases = [(n, 1, c) for n in (1, 16, 64) for c in (128, 1024, 4096, 16384) if n * c <= 2**18]
-    cases += [(1, length, length) for length in (128, 1024, 8192)] + [(1, 512, 8192), (4, 4, 2048)]
-    for num_seqs, tokens, context in cases:
+    cases = [(n, 1, c) for n in SEQUENCES for c in CONTEXTS if n * c <= 2**18]
+    for num_seqs, tokens, context in cases + PREFILLS:
         peer = _sdpa(num_seqs, tokens, context)
         kv_numbers = 2.0 * num_seqs * context * KV_HEADS * HEAD_DIM
         seen = num_seqs * sum(range(context - tokens + 1, context + 1))
@@ -96,34 +115,43 @@ def attentions(bench: Any, floors: Floors) -> Iterator[dict[str, Any]]:
             yield _row(name, seconds, floor, peer)
 
 
-def _sdpa(num_seqs: int, tokens: int, context: int) -> float:
-    def numbers(heads: int, length: int) -> torch.Tensor:
-        return torch.randn(num_seqs, heads, length, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+def _sdpa(num_seqs: int, tokens: int, context: int) -> float | None:
+    """Of as many copies of keys and values as octavo's own take turns."""
+    if torch is None:
+        return None
+    from timing import seconds_of
 
-    q, k, v = numbers(HEADS, tokens), numbers(KV_HEADS, context), numbers(KV_HEADS, context)
+    def numbers(heads: int, length: int) -> torch.Tensor:
+        shape = (num_seqs, heads, length, HEAD_DIM)
+        return torch.randn(*shape, dtype=torch.bfloat16, device=TORCH_DEVICE)
+
+    kv_bytes = 4.0 * num_seqs * context * KV_HEADS * HEAD_DIM
+    copies = 1 if EMULATE else max(1, min(100, round(CACHE_BYTES / kv_bytes)))
+    q = numbers(HEADS, tokens)
+    caches = [(numbers(KV_HEADS, context), numbers(KV_HEADS, context)) for _ in range(copies)]
     mask = None
     if 1 < tokens < context:
-        mask = torch.ones(tokens, context, dtype=torch.bool, device="cuda").tril(context - tokens)
+        mask = torch.ones(tokens, context, dtype=torch.bool, device=TORCH_DEVICE)
+        mask = mask.tril(context - tokens)
 
     def attend() -> None:
-        torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=tokens == context > 1, enable_gqa=True
-        )
+        for k, v in caches:
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=tokens == context > 1, enable_gqa=True
+            )
 
-    return seconds_of(attend)
+    return seconds_of(attend, max(1, 40 // copies)) / copies
 
 
 def others(bench: Any, floors: Floors) -> Iterator[dict[str, Any]]:
     """Ops that touch each number once."""
-    for rows in (1, 64, 8192):
+    for rows in ELEMENT_ROWS:
         num_bytes = rows * HIDDEN * (4.0 + 4.0 + 2.0 + 2.0)  # residual twice, x, out
-        yield _row(
-            f"add_norm, {rows} rows", bench.add_norm(rows, HIDDEN), floors.seconds(num_bytes, 0)
-        )
-        num_bytes = rows * UP * 6.0
+        seconds = bench.add_norm(rows, HIDDEN)
+        yield _row(f"add_norm, {rows} rows", seconds, floors.seconds(num_bytes, 0))
         seconds = bench.gated_activation(rows, UP)
-        yield _row(f"silu x up, {rows} rows", seconds, floors.seconds(num_bytes, 0))
-    for rows in (1, 64, 256):
+        yield _row(f"silu x up, {rows} rows", seconds, floors.seconds(rows * UP * 6.0, 0))
+    for rows in SAMPLE_ROWS:
         for how, settings in (
             ("greedy", (0.0, 0, 1.0)),
             ("temperature", (1.0, 0, 1.0)),
@@ -144,14 +172,21 @@ def _row(name: str, seconds: float, floor: float, peer: float | None = None) -> 
 
 
 def main() -> None:
-    """Time everything and keep it."""
+    """Time everything; keep it family by family."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default="1,4,8,16,64,256,2048", help="rows of x, with commas")
+    parser.add_argument("--rows", default=ROWS, help="rows of x, with commas")
+    parser.add_argument("--label", default="", help="what variant this is")
     given = parser.parse_args()
-    bench, floors = _native.OpBench("cuda", "bf16"), Floors()
-    rows = [*others(bench, floors), *attentions(bench, floors)]
-    rows += linears(bench, floors, [int(part) for part in given.rows.split(",")])
-    keep("kernels", {"rows": rows})
+    bench, floors = _native.OpBench(DEVICE, "bf16", **BENCH), Floors()
+    rows: list[dict[str, Any]] = []
+    rows_list = [int(part) for part in given.rows.split(",")]
+    for family in (
+        attentions(bench, floors),
+        linears(bench, floors, rows_list),
+        others(bench, floors),
+    ):
+        rows += family
+        keep("-".join(["kernels", *([given.label] if given.label else [])]), {"rows": rows})
 
 
 if __name__ == "__main__":

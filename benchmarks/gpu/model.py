@@ -1,10 +1,10 @@
 """Decoding, prefill and batches of the whole model, as `octavo bench` runs them.
 
-    python benchmarks/gpu/model.py decode --format int8
-    python benchmarks/gpu/model.py prefill
-    python benchmarks/gpu/model.py batch
+    python benchmarks/gpu/model.py headline
+    python benchmarks/gpu/model.py decode batch --format int8
 
-The Llama-3.2-1B shape with random weights. Gates and limits are `octavo bench`'s own.
+The Llama-3.2-1B shape with random weights, loaded once. Gates and limits are `octavo bench`'s own.
+Every case is kept as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -12,52 +12,69 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from results import SHAPE, keep
+from results import DEVICE, EMULATE, SHAPE, keep
 
 from octavo.bench.cases import Case
-from octavo.bench.run import bench
+from octavo.bench.run import Row, bench
 from octavo.config import EngineConfig, read_environment
 
 FORMATS = ("bf16", "int8", "int4")
-STAGES = {
-    "decode": [Case("decode", 128, 1, depth) for depth in (128, 2048, 16384)],
-    "prefill": [Case("prefill", length) for length in (128, 512, 2048, 8192)],
-    "batch": [Case("decode", 64, batch, 256) for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256)],
+DEPTHS, PROMPTS = (128, 2048, 16384), (128, 512, 2048, 8192)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+STEPS, REPETITIONS = 128, 5
+if EMULATE:
+    DEPTHS, PROMPTS, BATCHES, STEPS, REPETITIONS = (3, 20), (5, 20), (1, 3), 2, 1
+PARTS = {
+    "headline": [Case("decode", STEPS, 1, DEPTHS[0])],
+    "decode": [Case("decode", STEPS, 1, depth) for depth in DEPTHS],
+    "prefill": [Case("prefill", length) for length in PROMPTS],
+    "batch": [Case("decode", max(2, STEPS // 2), batch, 2 * DEPTHS[0]) for batch in BATCHES],
 }
 
 
 def main() -> None:
-    """Run one stage in one format."""
+    """Run the parts in one format."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="part", help=", ".join(PARTS))
     parser.add_argument("--format", choices=FORMATS, default="bf16")
+    parser.add_argument("--label", default="", help="what variant this is, behind the part's name")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--enforce-eager", action="store_true")
     given = parser.parse_args()
     config = EngineConfig(
-        device="cuda",
+        device=DEVICE,
         dtype="bf16",
         quantize=None if given.format == "bf16" else given.format,
         load_format="dummy",
-        max_num_batched_tokens=8192,
+        max_num_batched_tokens=64 if EMULATE else 8192,
         deterministic=given.deterministic,
         enforce_eager=given.enforce_eager,
     )
-    result = bench(str(SHAPE), config, STAGES[given.stage], 5, read_environment())
-    for row in result.rows:
+    marks = [given.label] if given.label else []
+    marks += ["deterministic"] if given.deterministic else []
+    marks += ["eager"] if given.enforce_eager else []
+    cases = [(part, case) for part in given.parts for case in PARTS[part]]
+    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in given.parts}
+    done = 0
+
+    def measured(row: Row) -> None:
+        nonlocal done
+        part, case = cases[done]
+        done += 1
+        rows[part].append(row.to_json())
         speed = "gate FAILED" if row.mean is None else f"{row.mean:9.1f} tokens/s"
         if row.percent_of_limit is not None:
             speed += f"  {row.percent_of_limit:5.1f} % of {row.limit}"
-        print(f"{given.format} {row.case.name} batch {row.case.batch}: {speed}", flush=True)
-    name = "-".join([given.stage, given.format, *_marks(given)])
-    keep(name, result.to_json())
+        print(f"{part} {given.format} {case.name} batch {case.batch}: {speed}", flush=True)
+        keep("-".join([part, given.format, *marks]), {"rows": rows[part]})
+
+    all_cases = [case for _, case in cases]
+    result = bench(
+        str(SHAPE), config, all_cases, REPETITIONS, read_environment(), measured=measured
+    )
+    print(f"loaded in {result.loading.seconds if result.loading else 0:.1f} s")
     if not result.passed:
         raise SystemExit(1)
-
-
-def _marks(given: Any) -> list[str]:
-    marks = ["deterministic"] if given.deterministic else []
-    return [*marks, "eager"] if given.enforce_eager else marks
 
 
 if __name__ == "__main__":

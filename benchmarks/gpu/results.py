@@ -1,44 +1,84 @@
-"""One JSON file a machine: each stage keeps its part, so that stages can run apart and resume."""
+"""One JSON file a machine: every step keeps its part, so that a killed call loses only its own.
+
+The environment says how the steps run: OUT, the folder of all results (build/gpu); EMULATE=1, tiny
+shapes on the emulated GPU, whose figures mean nothing.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from machine import stamp
+from machine import ROOT, stamp
+from sources import sources_hash
 
 from octavo import _native
+from octavo.machine import open_packaged_cublas
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-SHAPE = Path(__file__).resolve().parents[1] / "shapes" / "llama-3.2-1b"
+EMULATE = os.environ.get("EMULATE") == "1"
+OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
+SHAPE = ROOT / "benchmarks" / "shapes" / ("tiny" if EMULATE else "llama-3.2-1b")
+DEVICE = "cuda_emulated" if EMULATE else "cuda"
+TORCH_DEVICE = "cpu" if EMULATE else "cuda"
+
+if not EMULATE:
+    open_packaged_cublas()
 
 
 def device_slug() -> str:
     """ "NVIDIA H200" -> "nvidia-h200"."""
-    name = str(_native.build_info()["device_name"]) or "no-gpu"
+    name = str(_native.build_info()["device_name"]) or ("emulated" if EMULATE else "no-gpu")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def path() -> Path:
     """Where this machine's figures are kept."""
-    return RESULTS / f"gpu-{device_slug()}.json"
+    return OUT / f"gpu-{device_slug()}.json"
 
 
 def read() -> dict[str, Any]:
-    """All stages kept so far; empty on a new machine."""
+    """All that was kept so far; empty on a new machine."""
     found: dict[str, Any] = json.loads(path().read_text()) if path().exists() else {}
     return found
 
 
-def keep(stage: str, values: dict[str, Any]) -> None:
-    """Keep a stage's figures, with machine, versions and commit, in place of older ones."""
+def gate(everything: dict[str, Any], sources: str) -> str:
+    """What the device's tests said of these sources: "passed", "not run yet", or what failed."""
+    tests = everything.get("tests", {})
+    if tests.get("sources") != sources:
+        return "not run yet"
+    failed = tests["failed"]
+    return f"{len(failed)} tests FAILED: " + ", ".join(failed) if failed else "passed"
+
+
+def keep(part: str, values: dict[str, Any]) -> None:
+    """Keep figures, with machine, versions, sources and gate, in place of older ones."""
     everything = read()
-    everything[stage] = {"stamp": stamp(0), **values}
-    RESULTS.mkdir(exist_ok=True)
-    path().write_text(json.dumps(everything, indent=1) + "\n")
-    print(f"{stage}: kept in {path()}")
+    sources = sources_hash()
+    everything[part] = {
+        "stamp": {**stamp(0), "clocks": clocks()},
+        "sources": sources,
+        "gate": gate(everything, sources),
+        **values,
+    }
+    OUT.mkdir(parents=True, exist_ok=True)
+    unfinished = path().with_suffix(".part")
+    unfinished.write_text(json.dumps(everything, indent=1) + "\n")
+    unfinished.replace(path())
+
+
+def clocks() -> str:
+    """Clocks now and at most, power and temperature, as the driver tells them; "" without one."""
+    asked = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,"
+    command = ["nvidia-smi", f"--query-gpu={asked}driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,58 @@
+"""The CUDA tests on the device, in parallel; what failed is kept beside every figure.
+
+python benchmarks/gpu/device_tests.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+from results import DEVICE, EMULATE, ROOT, keep
+from sources import sources_hash
+
+WORKERS = min(16, os.cpu_count() or 1)
+MOST_FAILURES = 20
+
+
+def main() -> None:
+    """Run them all; ends with 1 where one failed."""
+    tests = sorted(str(path) for path in (ROOT / "tests").glob("test_cuda_*.py"))
+    if EMULATE:
+        arguments = ["-k", "test_norms", *tests]  # `make test` runs all of them
+    else:
+        arguments = ["-n", str(WORKERS), *tests, str(ROOT / "tests/hf/test_cuda_hf.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rf",
+        "--tb=short",
+        "--timeout=60",
+        "-p",
+        "no:benchmark",
+    ]
+    command += [f"--maxfail={MOST_FAILURES}", *arguments]
+    environment = {**os.environ, "OCTAVO_TEST_CUDA_DEVICE": DEVICE}
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, errors="replace"
+    )
+    lines = []
+    for line in run.stdout or ():
+        lines.append(line)
+        sys.stdout.write(line)
+        sys.stdout.flush()
+    status = run.wait()
+    failed = [found[1] for line in lines if (found := re.match(r"(?:FAILED|ERROR) (\S+)", line))]
+    if status and not failed:
+        failed = [f"pytest ended with {status}"]
+    keep("tests", {"failed": failed, "summary": lines[-1].strip() if lines else ""})
+    print(f"sources {sources_hash()}: {len(failed)} failed")
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

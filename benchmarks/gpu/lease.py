@@ -1,0 +1,365 @@
+"""Builds, tests and measures octavo on a GPU, one step after the other: behind benchmarks/gpu.sh.
+
+A list of steps runs within so many seconds, each step under its own limit: one that hangs or fails
+costs only itself. Whatever a step has found is kept at once (results.py), its output too. A failed
+test stops nothing: figures say what failed beside them. In $OUT (build/gpu) afterwards: lease.log,
+gpu-NAME.json, table.txt, profile.txt, done.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from sources import sources_hash
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
+HERE = "benchmarks/gpu"
+MODEL, MIXED, KERNELS = f"{HERE}/model.py", f"{HERE}/mixed.py", f"{HERE}/kernels.py"
+VARIANT = ROOT / "build" / "gpu-variant"
+NCU_KERNELS = ("--launch-count", "24", "--kernel-name", "regex:multiply_rows|decode_attention")
+NCU_SECTIONS = (
+    "SpeedOfLight",
+    "WarpStateStats",
+    "LaunchStats",
+    "Occupancy",
+    "MemoryWorkloadAnalysis",
+)
+SANITIZED = ["-m", "pytest", "-q", "-p", "no:benchmark", "tests/test_cuda_runtime.py"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """commands: arguments of Python, one run after the other; `seconds`: the most they may take.
+
+    tool: what a command is run under, and the program that it needs; a machine without skips it.
+    """
+
+    seconds: int
+    commands: tuple[list[str], ...]
+    tool: tuple[str, ...] = ()
+    environment: tuple[str, ...] = ()  # NAME=VALUE
+
+
+def build(folder: Path, flags: str = "", module_folder: Path | None = None) -> list[list[str]]:
+    """CMake alone, for this GPU alone: neither pip nor its resolver."""
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "--log-level=WARNING"]
+    configure += [
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DOCTAVO_CUDA=ON",
+        f"-DCMAKE_CUDA_FLAGS=--split-compile=0 {flags}",
+    ]
+    configure += [f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+    if module_folder:
+        configure += [f"-DOCTAVO_MODULE_FOLDER={module_folder}"]
+    return [configure, ["cmake", "--build", str(folder)]]
+
+
+def architecture() -> str:
+    """ "90-real" on an H100."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
+    return found.strip().replace(".", "") + "-real"
+
+
+def variant(label: str, flags: str, *parts: list[str]) -> Step:
+    """Steps with a module of its own, compiled with other constants, beside the same Python."""
+    marked = tuple([*part, "--label", label] for part in parts)
+    return Step(150, (["--build-variant", flags], *marked))
+
+
+STEPS: dict[str, Step] = {
+    "machine": Step(30, ([f"{HERE}/about.py"],)),
+    "build": Step(200, (["--build"],)),
+    "limits": Step(40, ([f"{HERE}/limits.py"],)),
+    "headline": Step(60, ([MODEL, "headline"],)),
+    "tests": Step(120, ([f"{HERE}/device_tests.py"],)),
+    "decode": Step(
+        75, tuple([MODEL, "decode", "--format", name] for name in ("int8", "int4", "bf16"))
+    ),
+    "mixed": Step(90, ([MIXED], [MIXED, "--kv-dtype", "int8"])),
+    "batch": Step(90, tuple([MODEL, "batch", "--format", name] for name in ("bf16", "int8"))),
+    "prefill": Step(40, ([MODEL, "prefill"],)),
+    "kernels": Step(90, ([KERNELS],)),
+    "profile": Step(
+        60,
+        ([f"{HERE}/profiled.py"],),
+        (
+            "ncu",
+            "--clock-control",
+            "none",
+            *(f"--section={name}" for name in NCU_SECTIONS),
+            *NCU_KERNELS,
+        ),
+    ),
+    "memcheck": Step(
+        90,
+        ([*SANITIZED, "-k", "replayed", "-x"],),
+        ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
+    ),
+    # Variants, beside the same measurement of what is built by default.
+    "as-built": Step(75, tuple([MODEL, "headline", "--format", f] for f in ("int8", "int4"))),
+    "int4-ring": variant("ring-2", "-DOCTAVO_INT4_RING=2", [MODEL, "headline", "--format", "int4"]),
+    "int8-blocks": variant(
+        "blocks-3", "-DOCTAVO_INT8_BLOCKS=3", [MODEL, "headline", "--format", "int8"]
+    ),
+    "tiles-apart": Step(
+        75,
+        tuple([MODEL, "headline", "--format", f, "--label", "apart"] for f in ("bf16", "int8")),
+        environment=("OCTAVO_CUDA_TILES_APART=1",),
+    ),
+    "plain-tiles": Step(
+        60,
+        ([MODEL, "batch", "--label", "tiles-64"],),
+        environment=("OCTAVO_TILES_ROWS=64",),
+    ),
+    "int8-tiles": Step(
+        60,
+        ([MODEL, "batch", "--format", "int8", "--label", "tiles-64"],),
+        environment=("OCTAVO_QUANTIZED_TILES_ROWS=64",),
+    ),
+    "deterministic": Step(
+        75,
+        (
+            [MODEL, "batch", "prefill", "--deterministic"],
+            [MODEL, "headline", "--enforce-eager"],
+        ),
+    ),
+    "huggingface": Step(60, ([f"{HERE}/huggingface.py"],)),
+    "huggingface-compiled": Step(200, ([f"{HERE}/huggingface.py", "--compiled"],)),
+    "racecheck": Step(
+        120,
+        ([*SANITIZED, "-k", "replayed", "-x"],),
+        ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"),
+    ),
+}
+LISTS = {
+    "lease": [
+        *("machine", "build", "limits", "headline", "tests", "decode", "mixed", "batch"),
+        *("prefill", "kernels", "profile", "memcheck"),
+    ],
+    "lease-2": [
+        *("machine", "build", "limits", "as-built", "int4-ring", "int8-blocks", "tiles-apart"),
+        *("plain-tiles", "int8-tiles", "deterministic", "huggingface", "racecheck"),
+    ],
+    "all": list(STEPS),
+}
+
+
+class Log:
+    """Standard output, and lease.log."""
+
+    def __init__(self) -> None:
+        OUT.mkdir(parents=True, exist_ok=True)
+        self._file = (OUT / "lease.log").open("a", buffering=1)
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        self._file.write(text)
+
+
+class Lease:
+    """Runs steps until the time is over."""
+
+    def __init__(self, seconds: float, emulate: bool) -> None:
+        self._end = time.monotonic() + seconds
+        self._emulate = emulate
+        self._log = Log()
+        self._environment = {**os.environ, "OUT": str(OUT), "PYTHONUNBUFFERED": "1"}
+        self._environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "python"), *carried()])
+        self._environment["OCTAVO_TEST_CUDA_DEVICE"] = "cuda_emulated" if emulate else "cuda"
+        if emulate:
+            # The module under test is the one that is installed.
+            self._environment["EMULATE"] = "1"
+            self._environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
+        self.failed: list[str] = []
+
+    def run(self, name: str) -> None:
+        """One step, if time is left."""
+        step = STEPS[name]
+        left = self._end - time.monotonic()
+        if left < 5:
+            self._log.write(f"==== {name}: left out, the time is over\n")
+            self.failed.append(f"{name} (left out)")
+            return
+        start = time.monotonic()
+        end = start + min(step.seconds, left)
+        self._log.write(f"==== {name} ({left:.0f} s left)\n")
+        status = "ok"
+        environment = dict(self._environment)
+        environment |= dict(setting.split("=") for setting in step.environment)
+        for arguments in step.commands:
+            if arguments[0] == "--build-variant" and not self._emulate:
+                environment["PYTHONPATH"] = str(VARIANT / "python")
+            status = self._commands(step, arguments, environment, end)
+            if status != "ok":
+                break
+        self._log.write(f"==== {name}: {status} after {time.monotonic() - start:.1f} s\n")
+        if status in ("ok", "skipped"):
+            done = finished() | {name: sources_hash()}
+            (OUT / "done.json").write_text(json.dumps(done, indent=1) + "\n")
+        else:
+            self.failed.append(f"{name} ({status})")
+
+    def _commands(
+        self, step: Step, arguments: list[str], environment: dict[str, str], end: float
+    ) -> str:
+        if arguments[0].startswith("--build"):
+            if self._emulate:
+                self._log.write("emulated: the installed module is taken as it is\n")
+                return "ok"
+            commands = build(ROOT / "build" / "gpu-build")
+            if arguments[0] == "--build-variant":
+                copy_python(VARIANT / "python")
+                module_folder = VARIANT / "python" / "octavo"
+                commands = build(VARIANT / "build", arguments[1], module_folder)
+        elif step.tool and shutil.which(step.tool[0]) is None:
+            self._log.write(f"{step.tool[0]} is not here: run without it, for its Python\n")
+            if not self._emulate:
+                return "skipped"
+            commands = [[sys.executable, *arguments]]
+        else:
+            commands = [[*step.tool, sys.executable, *arguments]]
+        for command in commands:
+            status = self._command(command, environment, end)
+            if status != "ok":
+                return status
+        return "ok"
+
+    def _command(self, command: list[str], environment: dict[str, str], end: float) -> str:
+        """Runs it, in a process group of its own, which is killed when the time is over."""
+        output = subprocess.PIPE
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        profile = (OUT / "profile.txt").open("a") if command[0] == "ncu" else None
+        killer = Killer(process, end)
+        for line in process.stdout or ():
+            if profile:
+                profile.write(line)
+            else:
+                self._log.write(line)
+        status = process.wait()
+        killer.cancel()
+        if killer.fired:
+            return "STOPPED at its limit"
+        return "ok" if status == 0 else f"FAILED ({status})"
+
+    def table(self) -> None:
+        """The table, printed and kept."""
+        shown = subprocess.run(
+            [sys.executable, f"{HERE}/table.py"],
+            cwd=ROOT,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+        )
+        (OUT / "table.txt").write_text(shown.stdout)
+        self._log.write("\n" + shown.stdout + shown.stderr)
+        if shown.returncode:
+            self.failed.append("table")
+
+
+class Killer:
+    """Kills a process and its children at a time."""
+
+    def __init__(self, process: subprocess.Popen[str], end: float) -> None:
+        import threading
+
+        self.fired = False
+        self._process = process
+        self._timer = threading.Timer(max(0.0, end - time.monotonic()), self._kill)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _kill(self) -> None:
+        self.fired = True
+        os.killpg(self._process.pid, signal.SIGKILL)
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+
+def finished() -> dict[str, str]:
+    """The steps that went well, and the sources that they ran with."""
+    path = OUT / "done.json"
+    found: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def carried() -> list[str]:
+    """Wheels in $WHEELS, unpacked: for packages that the machine lacks, or has too old."""
+    wheels = sorted(Path(os.environ.get("WHEELS") or ROOT / "build" / "wheels").glob("*.whl"))
+    if not wheels:
+        return []
+    folder = ROOT / "build" / "site"
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as packed:
+            packed.extractall(folder)
+    return [str(folder)]
+
+
+def copy_python(to: Path) -> None:
+    """octavo's Python files without a compiled module."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(
+        ROOT / "python", to, ignore=shutil.ignore_patterns("*.so", "__pycache__"), symlinks=False
+    )
+
+
+def main() -> None:
+    """Run the steps that are named, or all of a list, and print the table."""
+    parser = argparse.ArgumentParser(
+        description="Build, test and measure octavo on an NVIDIA GPU.",
+        epilog=f"lists: {', '.join(LISTS)}. steps: {', '.join(STEPS)}.",
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="LIST|STEP",
+        help="default: every step that these sources have not finished yet",
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="for all steps together (a lease: 560; else no limit)"
+    )
+    parser.add_argument("--emulate", action="store_true", help="tiny shapes on the emulated GPU")
+    given = parser.parse_args()
+    names = given.names or ["all"]
+    for name in names:
+        if name not in STEPS and not re.fullmatch("|".join(LISTS), name):
+            parser.error(
+                f'there is no step "{name}"; expected some of {", ".join([*LISTS, *STEPS])}'
+            )
+    is_lease = any(name.startswith("lease") for name in names)
+    lease = Lease(given.seconds or (560.0 if is_lease else 1e6), given.emulate)
+    for name in names:
+        for step in LISTS.get(name, [name]):
+            if given.names or finished().get(step) != sources_hash():
+                lease.run(step)
+    lease.table()
+    print("FAILED: " + ", ".join(lease.failed) if lease.failed else "all steps went well")
+    raise SystemExit(1 if lease.failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""benchmarks/gpu.sh with tiny shapes on the emulated GPU, so that nothing is new on a real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cuda_helpers import needs_cuda
+
+pytestmark = [pytest.mark.hf, needs_cuda]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def gpu_sh(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable}
+    command = [str(ROOT / "benchmarks" / "gpu.sh"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def test_every_step_runs_and_its_figures_are_kept(tmp_path: Path) -> None:
+    ran = gpu_sh(tmp_path, "lease", "lease-2", "huggingface-compiled", "--emulate")
+    assert ran.returncode == 0, ran.stdout[-4000:]
+    assert "all steps went well" in ran.stdout
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"gpu-emulated.json", "lease.log", "table.txt", "done.json"}
+    parts = json.loads((tmp_path / "gpu-emulated.json").read_text())
+    assert {"limits", "headline-bf16", "tests", "decode-int4", "mixed-bf16", "kernels"} <= set(
+        parts
+    )
+    # Measured before the tests, after them, and never without saying so.
+    assert parts["headline-bf16"]["gate"] == "not run yet"
+    assert parts["decode-int8"]["gate"] == "passed" and not parts["tests"]["failed"]
+    assert len({part["sources"] for part in parts.values()}) == 1
+    table = (tmp_path / "table.txt").read_text()
+    assert "gate (the device's tests): passed" in table and "us a token" in table
+
+
+def test_a_step_that_is_late_costs_only_itself(tmp_path: Path) -> None:
+    ran = gpu_sh(tmp_path, "machine", "kernels", "limits", "--emulate", "--seconds", "5.2")
+    assert ran.returncode == 1
+    for line in (
+        "==== machine: ok",
+        "==== kernels: FAILED",  # without limits there are no floors
+        "==== limits: left out",
+        "FAILED: kernels (FAILED (1)), limits (left out)",
+    ):
+        assert line in ran.stdout, ran.stdout
+
+
+def test_a_step_that_hangs_is_stopped(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; sys.path.insert(0, 'benchmarks/gpu'); import lease\n"
+        "lease.STEPS['hangs'] = lease.Step(1, (['-c', 'print(7); import time; time.sleep(60)'],))\n"
+        "run = lease.Lease(60.0, True); start = time.monotonic(); run.run('hangs')\n"
+        "print(run.failed, time.monotonic() - start < 20)"
+    )
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert "['hangs (STOPPED at its limit)'] True" in ran.stdout, ran.stdout + ran.stderr
+    assert "\n7\n" in (tmp_path / "lease.log").read_text()
+
+
+def test_an_unknown_step_is_named(tmp_path: Path) -> None:
+    ran = gpu_sh(tmp_path, "limitz", "--emulate")
+    assert ran.returncode == 2 and 'no step "limitz"; expected some of lease' in ran.stderr
