@@ -108,6 +108,20 @@ def test_two_tickets_in_flight_and_a_token_resolved_on_the_device() -> None:
         runtime.wait(two)
 
 
+def test_a_step_that_draws_as_it_is_submitted() -> None:
+    runtime = tiny_runtime()
+    batch = make_batch([(PROMPT, 0, [0, 1])], num_logprobs=np.array([3], np.int32))
+    expected = runtime.submit(batch)
+    runtime.sample(expected)
+    ticket = runtime.submit(batch, draw=True)
+    with pytest.raises(ValueError, match="sampled already"):
+        runtime.sample(ticket)
+    logits = runtime.logits(ticket)
+    left, right = runtime.wait(expected), runtime.wait(ticket)
+    assert left.token_ids == right.token_ids == logits.argmax(-1)
+    assert (left.top_logprobs == right.top_logprobs).all() and left.logprobs == right.logprobs
+
+
 def test_a_mask_leaves_only_allowed_tokens() -> None:
     runtime = tiny_runtime()
     masks = np.zeros((1, (VOCAB + 31) // 32), np.int32)
@@ -160,15 +174,14 @@ def test_copied_blocks_continue_like_the_original() -> None:
     assert (original == copy).all()
 
 
-def test_steps_allocate_nothing_once_warm() -> None:
+def test_steps_allocate_nothing() -> None:
     runtime = tiny_runtime()
-    batch = make_batch([(PROMPT, 0, [0, 1]), (PROMPT[:5], 0, [2])])
-    for _ in range(3):
-        runtime.step(batch)
-    before = runtime.allocations()
-    for _ in range(100):
-        runtime.step(batch)
-    assert runtime.allocations() == before
+    for num_seqs in range(1, 9):
+        batch = make_batch([(PROMPT[:7], 0, [s, 9]) for s in range(num_seqs)])
+        for _ in range(5):
+            runtime.step(batch)
+    runtime.step(make_batch([((PROMPT * 9)[:128], 0, list(range(8)))]))
+    assert runtime.allocations() == 0
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,8 @@ StepOutput to_output(StepResult result) {
 }
 
 std::int64_t submit(Runtime& self, const Batch& batch,
-                    const std::optional<std::vector<std::string>>& taps) {
-  return self.submit(batch, taps.value_or(std::vector<std::string>{}));
+                    const std::optional<std::vector<std::string>>& taps, bool draw) {
+  return self.submit(batch, taps.value_or(std::vector<std::string>{}), draw);
 }
 
 // row_starts, token_ids, repetition, bias
@@ -146,6 +146,22 @@ nb::dict memory(const Runtime& self) {
   return result;
 }
 
+nb::dict counts(Runtime& self) {
+  WorkCounts counts;
+  {
+    nb::gil_scoped_release unlocked;
+    counts = self.counts();
+  }
+  nb::dict result;
+  result["kernels"] = counts.kernels;
+  result["recorded"] = counts.recorded;
+  result["replayed"] = counts.replayed;
+  result["forgotten"] = counts.forgotten;
+  result["uploads"] = counts.uploads;
+  result["downloads"] = counts.downloads;
+  return result;
+}
+
 }  // namespace
 
 void bind_runtime(nb::module_& module) {
@@ -188,8 +204,9 @@ void bind_runtime(nb::module_& module) {
           nb::arg("kv_group"), nb::arg("pairs").noconvert())
       .def("memory", &memory)
       .def("allocations", &Runtime::allocations)
-      .def("replays", &Runtime::replays)
-      .def("submit", &submit, nb::arg("batch"), nb::arg("taps") = nb::none())
+      .def("counts", &counts)
+      .def("submit", &submit, nb::arg("batch"), nb::arg("taps") = nb::none(),
+           nb::arg("draw") = false)
       .def("sample", &sample, nb::arg("ticket"), nb::arg("masks").noconvert() = nb::none(),
            nb::arg("adjustments").noconvert() = nb::none())
       .def("logits", &logits, nb::arg("ticket"))
@@ -198,7 +215,7 @@ void bind_runtime(nb::module_& module) {
           "step",
           [](Runtime& self, const Batch& batch,
              const std::optional<std::vector<std::string>>& taps) {
-            return wait(self, submit(self, batch, taps));
+            return wait(self, submit(self, batch, taps, true));
           },
           nb::arg("batch"), nb::arg("taps") = nb::none());
 }

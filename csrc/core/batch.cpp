@@ -7,6 +7,8 @@ namespace octavo {
 
 namespace {
 
+constexpr std::size_t kAlignment = 64;  // bytes, of every array of an upload
+
 void check_size(const char* field, std::size_t size, std::int64_t expected) {
   require(static_cast<std::int64_t>(size) == expected, field, " has ", size, " entries; expected ",
           expected);
@@ -151,6 +153,26 @@ void check(const Batch& batch, const BatchLimits& limits) {
   check_rows(batch, limits);
 }
 
+void StepUpload::reserve(Backend& backend, const BatchLimits& limits, std::int64_t max_blocks) {
+  // The arrays of `upload`, in words of 4 bytes. Any token may have a logit row.
+  constexpr std::size_t kArrays = 16;
+  constexpr std::int64_t kWordsOfRow = 11;
+  const std::int64_t of_token = 2 + limits.num_kv_groups + kWordsOfRow;
+  const std::int64_t of_seq = 2 + limits.num_kv_groups * max_blocks;
+  const std::int64_t words =
+      limits.max_num_batched_tokens * of_token + limits.max_num_seqs * of_seq + 1;
+  grow(backend, 4 * static_cast<std::size_t>(words) + kArrays * kAlignment);
+}
+
+void StepUpload::grow(Backend& backend, std::size_t bytes) {
+  backend.forget_recorded();
+  device_ = Buffer();  // the old ones go first: both may not fit
+  staging_ = HostBuffer();
+  staging_ = HostBuffer(&backend, bytes);
+  device_ = Buffer(&backend, bytes);
+  ++growths_;
+}
+
 Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block_size,
                         std::int32_t* sampled) {
   Step step;
@@ -196,7 +218,7 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
       std::memcpy(staging_.data() + offset, values.data(), bytes);
       pointer = reinterpret_cast<const T*>(device_.as<unsigned char>() + offset);
     }
-    offset += (bytes + 63) / 64 * 64;
+    offset += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   };
   const auto place_all = [&] {
     offset = 0;
@@ -218,13 +240,8 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
     place(batch.state_rows, step.state_rows);
   };
   place_all();
-  if (offset > staging_.bytes()) {
-    // Room for twice as much, so that a slowly growing block table does not grow it every step.
-    staging_ = HostBuffer(&backend, 2 * offset);
-    device_ = Buffer(&backend, staging_.bytes());
-    backend.forget_recorded();
-    ++growths_;
-  }
+  // Room for twice as much, so that a slowly growing block table does not grow it every step.
+  if (offset > device_.bytes()) grow(backend, 2 * offset);
   copying = true;
   place_all();
   backend.upload_later(device_.data(), staging_, offset);

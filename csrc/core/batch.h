@@ -39,15 +39,20 @@ struct BatchLimits {
 // Throws std::invalid_argument naming the first field that is wrong, its value and its range.
 void check(const Batch& batch, const BatchLimits& limits);
 
-// Holds the device's copy of a batch. One upload a step; the buffers grow and are then kept, so
-// that batches of one shape (StepKey) lie at the same addresses.
+// Holds the device's copy of a batch. One upload a step; the buffers are kept, so that batches of
+// one shape (StepKey) lie at the same addresses.
 class StepUpload {
  public:
+  // Takes memory for every batch within these limits; a larger one makes the buffers grow.
+  void reserve(Backend& backend, const BatchLimits& limits, std::int64_t max_blocks);
   // `sampled` is the device's [max_num_seqs] memory of drawn tokens.
   Step upload(Backend& backend, const Batch& batch, std::int64_t block_size, std::int32_t* sampled);
   std::int64_t growths() const { return growths_; }
+  std::size_t bytes() const { return device_.bytes(); }
 
  private:
+  void grow(Backend& backend, std::size_t bytes);
+
   HostBuffer staging_;
   Buffer device_;
   std::int64_t growths_ = 0;

@@ -102,10 +102,49 @@ Runtime::Runtime(const std::string& device, const ModelSpec& spec, const Runtime
     backend_->attach_thread();
     backend_->prepare(
         spec_, {options_.max_num_seqs, options_.max_num_batched_tokens, options_.max_model_len});
+    take_memory();
   });
 }
 
 Runtime::~Runtime() = default;
+
+BatchLimits Runtime::limits() const {
+  return {spec_.vocab_size,      options_.max_num_batched_tokens,
+          options_.max_num_seqs, options_.max_model_len,
+          spec_.num_kv_groups(), kv_.empty() ? 0 : kv_[0].num_blocks,
+          options_.block_size};
+}
+
+// For steps with a logit row a sequence. Those that want more (scoring, checking speculated tokens)
+// make it grow when the first of them comes.
+void Runtime::take_memory() {
+  constexpr std::int64_t kMostTop = 20;  // log-probabilities that a request may ask for
+  const std::int64_t num_seqs = options_.max_num_seqs, vocab = spec_.vocab_size;
+  const std::int64_t blocks =
+      (options_.max_model_len + options_.block_size - 1) / options_.block_size;
+  const std::size_t masks = mask_bytes(static_cast<std::size_t>(num_seqs * ((vocab + 31) / 32)));
+  for (Flight& flight : flights_) {
+    make_room(flight, num_seqs, kMostTop);
+    flight.upload.reserve(*backend_, limits(), padded({num_seqs, 1, 1, blocks}).max_blocks);
+    reserve(flight.inputs, masks);
+    reserve(flight.inputs_host, masks);
+  }
+  reserve(scores_, static_cast<std::size_t>(num_seqs * vocab) * 4);
+  growths_ = 0;
+}
+
+void Runtime::make_room(Flight& flight, std::int64_t num_rows, std::int64_t num_top) {
+  const std::size_t logits = 4 * static_cast<std::size_t>(num_rows * spec_.vocab_size);
+  const std::size_t normed = 4 * static_cast<std::size_t>(num_rows * spec_.hidden_size);
+  const std::size_t results = ResultPlaces(num_rows, num_top).end;
+  if (flight.logits.bytes() < logits || flight.normed.bytes() < normed ||
+      flight.results.bytes() < results)
+    backend_->forget_recorded();
+  reserve(flight.logits, logits);
+  reserve(flight.normed, normed);
+  reserve(flight.results, results);
+  reserve(flight.results_host, results);
+}
 
 void Runtime::load(const std::string& name, const void* data, DType dtype,
                    const std::vector<std::int64_t>& shape) {
@@ -124,6 +163,7 @@ std::int64_t Runtime::kv_bytes_per_block() const {
 void Runtime::alloc_kv(std::int64_t num_blocks) {
   require(num_blocks >= 1, "num_blocks is ", num_blocks, "; expected 1 or more");
   queue_.run([&] {
+    backend_->forget_recorded();
     kv_.clear();
     kv_buffers_.clear();
     std::vector<KvLayer> layers;
@@ -164,14 +204,23 @@ MemoryUse Runtime::memory() const {
   use.weights = weights_.bytes();
   for (const Buffer& buffer : kv_buffers_)
     use.kv_cache += static_cast<std::int64_t>(buffer.bytes());
-  use.workspace = decoder_.workspace_bytes();
-  for (const Flight& flight : flights_)
-    use.workspace += static_cast<std::int64_t>(flight.logits.bytes() + flight.normed.bytes());
+  std::size_t workspace = sampled_.bytes() + scores_.bytes();
+  for (const Flight& flight : flights_) {
+    workspace += flight.logits.bytes() + flight.normed.bytes() + flight.results.bytes() +
+                 flight.inputs.bytes() + flight.upload.bytes();
+  }
+  use.workspace = decoder_.workspace_bytes() + static_cast<std::int64_t>(workspace);
   use.available = static_cast<std::int64_t>(backend_->available_memory());
   return use;
 }
 
-std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps) {
+WorkCounts Runtime::counts() {
+  WorkCounts counts;
+  queue_.run([&] { counts = backend_->counts(); });
+  return counts;
+}
+
+std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool draws) {
   if (!weights_complete_) {
     const std::vector<std::string> missing = missing_weights();
     require(missing.empty(), missing.size(), " weights are not loaded yet, the first is ",
@@ -179,9 +228,7 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps) {
     weights_complete_ = true;
   }
   require(!kv_.empty(), "submit was called before alloc_kv");
-  check(batch,
-        {spec_.vocab_size, options_.max_num_batched_tokens, options_.max_num_seqs,
-         options_.max_model_len, spec_.num_kv_groups(), kv_[0].num_blocks, options_.block_size});
+  check(batch, limits());
   Flight* free_flight = nullptr;
   for (Flight& flight : flights_) {
     if (!flight.open) free_flight = &flight;
@@ -189,7 +236,7 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps) {
   require(free_flight, "two tickets are in flight already; wait for one before the next submit");
   Flight& flight = *free_flight;
   flight.open = true;
-  flight.sampling_queued = false;
+  flight.sampling_queued = draws;
   flight.drawn = std::promise<void>();
   flight.ticket = next_ticket_++;
   flight.num_rows = batch.num_rows();
@@ -198,12 +245,14 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps) {
   flight.tap_names = std::move(taps);
   flight.taps.clear();
   flight.error = nullptr;
-  queue_.push([this, &flight] {
+  queue_.push([this, &flight, draws] {
     try {
-      forward(flight);
+      forward(flight, draws);
+      if (draws) draw(flight, {}, {});
     } catch (...) {
       flight.error = std::current_exception();
     }
+    if (draws) flight.drawn.set_value();
   });
   return flight.ticket;
 }
@@ -215,26 +264,30 @@ Runtime::Flight& Runtime::flight_of(std::int64_t ticket) {
   throw std::invalid_argument(text("ticket ", ticket, " is not open"));
 }
 
-void Runtime::reserve(Buffer& buffer, std::size_t bytes) {
-  if (buffer.bytes() >= bytes) return;
-  buffer = Buffer();  // the old one goes first: both may not fit
-  buffer = Buffer(backend_.get(), bytes);
-  backend_->forget_recorded();
-  ++growths_;
-}
-
 View Runtime::logits_view(const Flight& flight) const {
   return {flight.logits.data(), flight.batch.num_rows(), spec_.vocab_size, spec_.vocab_size};
 }
 
-void Runtime::forward(Flight& flight) {
+StepKey Runtime::padded(const StepKey& key) const {
+  StepKey shape = backend_->padded(key);
+  shape.num_seqs = std::min({shape.num_seqs, options_.max_num_seqs,
+                             options_.max_num_batched_tokens / key.tokens_per_seq});
+  return shape;
+}
+
+StepKey Runtime::key_of(const Flight& flight, Part part) const {
+  StepKey key = flight.key;
+  key.part = kParts * flight.index + part;
+  return key;
+}
+
+void Runtime::forward(Flight& flight, bool draws) {
   const bool tapped = !flight.tap_names.empty();
   flight.key = flight.batch.key();
-  flight.key.part = 2 * flight.index;
   if (!tapped && flight.key.tokens_per_seq && flight.key.rows_per_seq) {
-    const StepKey padded = backend_->padded(flight.key);
-    if (flight.key < padded) flight.batch.pad(padded);
-    flight.key = padded;
+    const StepKey shape = padded(flight.key);
+    if (flight.key < shape) flight.batch.pad(shape);
+    flight.key = shape;
   } else {
     flight.key.tokens_per_seq = 0;
   }
@@ -242,18 +295,20 @@ void Runtime::forward(Flight& flight) {
   flight.step = flight.upload.upload(*backend_, flight.batch, options_.block_size,
                                      sampled_.as<std::int32_t>());
   growths_ += flight.upload.growths() - growths_before;
-  const DType dtype = backend_->activation_dtype();
-  const auto num_rows = static_cast<std::size_t>(flight.batch.num_rows());
-  reserve(flight.logits, num_rows * static_cast<std::size_t>(spec_.vocab_size) * 4);
-  reserve(flight.normed, num_rows * static_cast<std::size_t>(spec_.hidden_size) * 4);
-  const View normed{flight.normed.data(), flight.batch.num_rows(), spec_.hidden_size,
-                    spec_.hidden_size, dtype};
+  const std::int64_t num_rows = flight.batch.num_rows();
+  make_room(flight, num_rows, flight.num_top);
+  const View normed{flight.normed.data(), num_rows, spec_.hidden_size, spec_.hidden_size,
+                    backend_->activation_dtype()};
+  // How many top log-probabilities are wanted is not part of a key; they are rare.
+  flight.is_drawn = draws && !tapped && num_rows && !flight.num_top;
   if (tapped) {
     TapRecorder recorder(*backend_, flight.tap_names, flight.taps);
     decoder_.forward(flight.step, kv_, logits_view(flight), normed, &recorder);
   } else {
-    backend_->run(flight.key, [&] {
+    backend_->run(key_of(flight, flight.is_drawn ? kWhole : kForward), [&] {
       decoder_.forward(flight.step, kv_, logits_view(flight), normed, nullptr);
+      if (flight.is_drawn)
+        backend_->sample(samples_of(flight), logits_view(flight), nullptr, flight.step);
     });
   }
 }

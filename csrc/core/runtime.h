@@ -52,12 +52,13 @@ class Runtime {
   void copy_blocks(std::int64_t kv_group, const std::vector<std::int32_t>& pairs);
   MemoryUse memory() const;
   std::int64_t allocations() const { return growths_; }
-  std::int64_t replays() const { return backend_->num_replayed(); }
+  WorkCounts counts();  // behind all steps queued so far
   const ModelSpec& spec() const { return spec_; }
 
   // Queues the forward pass; the ticket names the step until `wait` closes it. At most two may be
-  // open. taps: names, or "*" for all.
-  std::int64_t submit(Batch batch, std::vector<std::string> taps);
+  // open. taps: names, or "*" for all. draws: sampling follows at once, with no masks and no
+  // adjustments; `sample` is not to be called then, and a recorded step is one graph.
+  std::int64_t submit(Batch batch, std::vector<std::string> taps, bool draws = false);
   // masks: (num_rows, ceil(vocab / 32)) words, or empty. Log-probabilities that are told are those
   // of the logits before any adjustment.
   void sample(std::int64_t ticket, std::vector<std::int32_t> masks, Adjustments adjustments = {});
@@ -67,6 +68,12 @@ class Runtime {
 
  private:
   static constexpr std::int64_t kMaxInFlight = 2;
+
+  // Where each result of a step lies in its buffer, in bytes. num_rows: those that pad it, too.
+  struct ResultPlaces {
+    ResultPlaces(std::int64_t num_rows, std::int64_t num_top);
+    std::size_t logprobs, top_token_ids, top_logprobs, finite, end;
+  };
 
   // What one open step owns; two of them take turns.
   struct Flight {
@@ -82,24 +89,42 @@ class Runtime {
     std::exception_ptr error;
     StepUpload upload;
     Step step;
-    Buffer logits, scores, normed, token_ids, logprobs, finite, top_token_ids, top_logprobs;
+    bool is_drawn = false;  // together with the forward pass
+    Buffer logits, normed;
+    Buffer results;  // what sampling left, as ResultPlaces says; copied back in one piece
+    HostBuffer results_host;
     Buffer inputs;  // masks and adjustments
     HostBuffer inputs_host;
-    HostBuffer results;        // what `draw` left, one array behind the other
     std::promise<void> drawn;  // set when the results are on their way
   };
 
+  // What a recorded step holds; each part of each flight and shape is a recording of its own.
+  enum Part : std::int64_t { kForward, kSampling, kWhole, kParts };
+
   Flight& flight_of(std::int64_t ticket);
-  void forward(Flight& flight);
-  void draw(Flight& flight, std::vector<std::int32_t>& masks, const Adjustments& adjustments);
-  static std::size_t mask_bytes(const std::vector<std::int32_t>& masks);
+  BatchLimits limits() const;
+  // Memory for the largest steps; `make_room` grows it where a step is larger still.
+  void take_memory();
+  void make_room(Flight& flight, std::int64_t num_rows, std::int64_t num_top);
+  // The shape to which a step of this shape is padded: there is memory for it.
+  StepKey padded(const StepKey& key) const;
+  StepKey key_of(const Flight& flight, Part part) const;
+  void forward(Flight& flight, bool draws);
+  void draw(Flight& flight, std::vector<std::int32_t> masks, const Adjustments& adjustments);
+  static std::size_t mask_bytes(std::size_t num_words);
   const unsigned char* send(Flight& flight, const std::vector<std::int32_t>& masks,
                             const Adjustments& adjustments);
   void fetch_results(Flight& flight);
   void take_own_logprobs(Flight& flight);
   StepResult collect(Flight& flight);
   // Grows `buffer` when it is too small, and counts that.
-  void reserve(Buffer& buffer, std::size_t bytes);
+  template <class AnyBuffer>
+  void reserve(AnyBuffer& buffer, std::size_t bytes) {
+    if (buffer.bytes() >= bytes) return;
+    buffer = AnyBuffer();  // the old one goes first: both may not fit
+    buffer = AnyBuffer(backend_.get(), bytes);
+    ++growths_;
+  }
   View logits_view(const Flight& flight) const;
   Samples samples_of(Flight& flight) const;
 
@@ -110,6 +135,7 @@ class Runtime {
   Weights weights_;
   Decoder decoder_;
   Buffer sampled_;
+  Buffer scores_;  // adjusted logits, of one flight after the other
   std::vector<Buffer> kv_buffers_;
   std::vector<KvLayer> kv_;
   Flight flights_[kMaxInFlight];

@@ -7,23 +7,15 @@
 
 namespace octavo {
 
-namespace {
-
-// Where each result lies in a flight's HostBuffer, in bytes.
-struct ResultPlaces {
-  ResultPlaces(std::int64_t num_rows, std::int64_t num_top)
-      : rows(static_cast<std::size_t>(num_rows)),
-        tops(rows * static_cast<std::size_t>(num_top)),
-        logprobs(4 * rows),
-        top_token_ids(8 * rows),
-        top_logprobs(top_token_ids + 4 * tops),
-        finite(top_logprobs + 4 * tops),
-        end(finite + rows) {}
-
-  std::size_t rows, tops, logprobs, top_token_ids, top_logprobs, finite, end;
-};
-
-}  // namespace
+Runtime::ResultPlaces::ResultPlaces(std::int64_t num_rows, std::int64_t num_top) {
+  const auto rows = static_cast<std::size_t>(num_rows);
+  const std::size_t tops = rows * static_cast<std::size_t>(num_top);
+  logprobs = 4 * rows;
+  top_token_ids = logprobs + 4 * rows;
+  top_logprobs = top_token_ids + 4 * tops;
+  finite = top_logprobs + 4 * tops;
+  end = finite + rows;
+}
 
 void Runtime::sample(std::int64_t ticket, std::vector<std::int32_t> masks,
                      Adjustments adjustments) {
@@ -39,7 +31,7 @@ void Runtime::sample(std::int64_t ticket, std::vector<std::int32_t> masks,
       [this, &flight, masks = std::move(masks), adjustments = std::move(adjustments)]() mutable {
         try {
           // Where the forward pass failed there is nothing to sample from.
-          if (!flight.error) draw(flight, masks, adjustments);
+          if (!flight.error) draw(flight, std::move(masks), adjustments);
         } catch (...) {
           flight.error = std::current_exception();
         }
@@ -48,33 +40,30 @@ void Runtime::sample(std::int64_t ticket, std::vector<std::int32_t> masks,
 }
 
 Samples Runtime::samples_of(Flight& flight) const {
+  const ResultPlaces at(flight.batch.num_rows(), flight.num_top);
+  auto* first = flight.results.as<unsigned char>();
   Samples samples;
-  samples.token_ids = flight.token_ids.as<std::int32_t>();
-  samples.logprobs = flight.logprobs.as<float>();
-  samples.finite = flight.finite.as<std::uint8_t>();
-  samples.top_token_ids = flight.top_token_ids.as<std::int32_t>();
-  samples.top_logprobs = flight.top_logprobs.as<float>();
+  samples.token_ids = reinterpret_cast<std::int32_t*>(first);
+  samples.logprobs = reinterpret_cast<float*>(first + at.logprobs);
+  samples.finite = first + at.finite;
+  samples.top_token_ids = reinterpret_cast<std::int32_t*>(first + at.top_token_ids);
+  samples.top_logprobs = reinterpret_cast<float*>(first + at.top_logprobs);
   samples.num_top = flight.num_top;
   return samples;
 }
 
-void Runtime::draw(Flight& flight, std::vector<std::int32_t>& masks,
+void Runtime::draw(Flight& flight, std::vector<std::int32_t> masks,
                    const Adjustments& adjustments) {
   const auto num_rows = static_cast<std::size_t>(flight.batch.num_rows());
   if (num_rows == 0) return;
-  const std::size_t num_top = num_rows * static_cast<std::size_t>(flight.num_top);
-  reserve(flight.token_ids, num_rows * 4);
-  reserve(flight.logprobs, num_rows * 4);
-  reserve(flight.finite, num_rows);
-  reserve(flight.top_token_ids, num_top * 4);
-  reserve(flight.top_logprobs, num_top * 4);
   if (masks.empty() && adjustments.empty()) {
-    StepKey key = flight.key;
-    key.part = 2 * flight.index + 1;
-    if (flight.num_top) key.tokens_per_seq = 0;  // rare: not worth recording
-    backend_->run(key, [&] {
-      backend_->sample(samples_of(flight), logits_view(flight), nullptr, flight.step);
-    });
+    if (!flight.is_drawn) {
+      StepKey key = key_of(flight, kSampling);
+      if (flight.num_top) key.tokens_per_seq = 0;
+      backend_->run(key, [&] {
+        backend_->sample(samples_of(flight), logits_view(flight), nullptr, flight.step);
+      });
+    }
     fetch_results(flight);
     return;
   }
@@ -84,10 +73,10 @@ void Runtime::draw(Flight& flight, std::vector<std::int32_t>& masks,
   const unsigned char* inputs = send(flight, masks, adjustments);
   View scores = logits_view(flight);
   if (!adjustments.empty()) {
-    reserve(flight.scores, flight.logits.bytes());
-    View adjusted{flight.scores.data(), flight.num_rows, spec_.vocab_size, spec_.vocab_size};
+    reserve(scores_, static_cast<std::size_t>(scores.rows * scores.cols) * 4);
+    View adjusted{scores_.data(), flight.num_rows, spec_.vocab_size, spec_.vocab_size};
     const View logits{scores.data, flight.num_rows, scores.cols, scores.stride};
-    backend_->adjust_logits(adjusted, logits, find(adjustments, inputs + mask_bytes(masks)));
+    backend_->adjust_logits(adjusted, logits, find(adjustments, inputs + mask_bytes(masks.size())));
     scores.data = adjusted.data;
   }
   backend_->sample(samples_of(flight), scores,
@@ -97,34 +86,27 @@ void Runtime::draw(Flight& flight, std::vector<std::int32_t>& masks,
   if (!adjustments.empty()) take_own_logprobs(flight);
 }
 
-std::size_t Runtime::mask_bytes(const std::vector<std::int32_t>& masks) {
-  return (masks.size() * 4 + 63) / 64 * 64;
-}
+std::size_t Runtime::mask_bytes(std::size_t num_words) { return (num_words * 4 + 63) / 64 * 64; }
 
 // Sends masks and adjustments on their way to the device; they lie there one behind the other.
 const unsigned char* Runtime::send(Flight& flight, const std::vector<std::int32_t>& masks,
                                    const Adjustments& adjustments) {
-  const std::size_t bytes = mask_bytes(masks) + bytes_of(adjustments);
-  if (flight.inputs_host.bytes() < bytes) flight.inputs_host = HostBuffer(backend_.get(), bytes);
-  reserve(flight.inputs, bytes);
+  const std::size_t bytes = mask_bytes(masks.size()) + bytes_of(adjustments);
+  if (flight.inputs.bytes() < bytes) {
+    // Twice as much: penalties come with more tokens every step. No recorded step reads them.
+    reserve(flight.inputs_host, 2 * bytes);
+    reserve(flight.inputs, 2 * bytes);
+  }
   if (!masks.empty()) std::memcpy(flight.inputs_host.data(), masks.data(), masks.size() * 4);
-  write(adjustments, flight.inputs_host.data() + mask_bytes(masks));
+  write(adjustments, flight.inputs_host.data() + mask_bytes(masks.size()));
   backend_->upload_later(flight.inputs.data(), flight.inputs_host, bytes);
   return flight.inputs.as<unsigned char>();
 }
 
-// Sends the results on their way to the host; `collect` waits for them.
+// Sends the results on their way to the host, all in one copy; `collect` waits for them.
 void Runtime::fetch_results(Flight& flight) {
-  const ResultPlaces at(flight.num_rows, flight.num_top);
-  if (flight.results.bytes() < at.end) flight.results = HostBuffer(backend_.get(), 2 * at.end);
-  unsigned char* host = flight.results.data();
-  backend_->download_later(host, flight.token_ids.data(), 4 * at.rows);
-  backend_->download_later(host + at.logprobs, flight.logprobs.data(), 4 * at.rows);
-  backend_->download_later(host + at.finite, flight.finite.data(), at.rows);
-  if (at.tops) {
-    backend_->download_later(host + at.top_token_ids, flight.top_token_ids.data(), 4 * at.tops);
-    backend_->download_later(host + at.top_logprobs, flight.top_logprobs.data(), 4 * at.tops);
-  }
+  const ResultPlaces at(flight.batch.num_rows(), flight.num_top);
+  backend_->download_later(flight.results_host.data(), flight.results.data(), at.end);
   backend_->mark(flight.index);
 }
 
@@ -135,15 +117,15 @@ void Runtime::take_own_logprobs(Flight& flight) {
   if (std::all_of(wanted.begin(), wanted.end(), [](std::int32_t count) { return count < 0; }))
     return;
   backend_->sync();
-  const ResultPlaces at(flight.num_rows, flight.num_top);
-  unsigned char* host = flight.results.data();
+  const ResultPlaces at(flight.batch.num_rows(), flight.num_top);
+  unsigned char* host = flight.results_host.data();
   const auto* token_ids = reinterpret_cast<const std::int32_t*>(host);
-  const View scores{flight.scores.data(), flight.num_rows, spec_.vocab_size, spec_.vocab_size};
+  const View scores{scores_.data(), flight.num_rows, spec_.vocab_size, spec_.vocab_size};
   View logits = logits_view(flight);
   logits.rows = flight.num_rows;
   backend_->log_softmax(scores, logits);
   std::vector<float> values(static_cast<std::size_t>(spec_.vocab_size));
-  for (std::size_t row = 0; row < at.rows; ++row) {
+  for (std::size_t row = 0; row < static_cast<std::size_t>(flight.num_rows); ++row) {
     if (wanted[row] < 0 || !host[at.finite + row]) continue;
     backend_->download(values.data(), scores.row(static_cast<std::int64_t>(row)),
                        values.size() * 4);
@@ -172,8 +154,10 @@ StepResult Runtime::collect(Flight& flight) {
   result.num_rows = flight.num_rows;
   result.num_top = flight.num_top;
   result.taps = std::move(flight.taps);
-  const ResultPlaces at(flight.num_rows, flight.num_top);
-  if (at.rows == 0) {
+  const ResultPlaces at(flight.batch.num_rows(), flight.num_top);
+  const auto rows = static_cast<std::size_t>(flight.num_rows);
+  const std::size_t tops = rows * static_cast<std::size_t>(flight.num_top);
+  if (rows == 0) {
     // Nothing was drawn: the step is over when what was queued is.
     queue_.run([this] { backend_->sync(); });
     return result;
@@ -181,15 +165,14 @@ StepResult Runtime::collect(Flight& flight) {
   backend_->wait(flight.index);
   const auto read = [&](auto& values, std::size_t place, std::size_t count) {
     values.resize(count);
-    std::memcpy(values.data(), flight.results.data() + place, count * sizeof(values[0]));
+    if (count == 0) return;
+    std::memcpy(values.data(), flight.results_host.data() + place, count * sizeof(values[0]));
   };
-  read(result.token_ids, 0, at.rows);
-  read(result.logprobs, at.logprobs, at.rows);
-  read(result.finite, at.finite, at.rows);
-  if (at.tops) {
-    read(result.top_token_ids, at.top_token_ids, at.tops);
-    read(result.top_logprobs, at.top_logprobs, at.tops);
-  }
+  read(result.token_ids, 0, rows);
+  read(result.logprobs, at.logprobs, rows);
+  read(result.finite, at.finite, rows);
+  read(result.top_token_ids, at.top_token_ids, tops);
+  read(result.top_logprobs, at.top_logprobs, tops);
   return result;
 }
 

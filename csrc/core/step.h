@@ -34,6 +34,8 @@ struct Step {
 
   std::int32_t* sampled = nullptr;  // [max_num_seqs], lives on: what each state row drew last
 
+  // Every token's logits are wanted, as in decoding: since logit_rows ascend, row r is token r.
+  bool rows_are_tokens() const { return num_rows == num_tokens; }
   const std::int32_t* slots_of(std::int64_t group) const { return slots + group * num_tokens; }
   const std::int32_t* block_table(std::int64_t group, std::int64_t seq) const {
     return block_tables + (group * num_seqs + seq) * max_blocks;

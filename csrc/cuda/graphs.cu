@@ -49,8 +49,10 @@ void Graphs::clear() {
 }
 
 void Graphs::drop(Entry& entry) {
-  if (entry.graph) cudaGraphExecDestroy(entry.graph);
+  if (!entry.graph) return;
+  cudaGraphExecDestroy(entry.graph);
   entry.graph = nullptr;
+  ++num_forgotten_;
 }
 
 }  // namespace octavo::cuda

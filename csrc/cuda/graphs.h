@@ -32,6 +32,7 @@ class Graphs {
 
   std::int64_t num_recorded() const { return num_recorded_; }
   std::int64_t num_replayed() const { return num_replayed_; }
+  std::int64_t num_forgotten() const { return num_forgotten_; }
 
  private:
   struct Entry {
@@ -42,7 +43,7 @@ class Graphs {
   void drop(Entry& entry);
 
   std::map<StepKey, Entry> entries_;
-  std::int64_t num_recorded_ = 0, num_replayed_ = 0;
+  std::int64_t num_recorded_ = 0, num_replayed_ = 0, num_forgotten_ = 0;
 };
 
 }  // namespace octavo::cuda

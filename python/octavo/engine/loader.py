@@ -74,6 +74,12 @@ def load_runtime(
         runtime = _native.Runtime(device, files.spec, options)
     except ValueError as error:  # an instruction set or a device that this machine lacks
         raise InvalidArgumentError(str(error)) from error
+    except MemoryError as error:  # for what steps need, whatever the weights
+        raise InsufficientMemoryError(
+            f"the memory for steps could not be allocated: lower max_num_seqs "
+            f"({options.max_num_seqs}) or max_num_batched_tokens "
+            f"({options.max_num_batched_tokens}): {error}"
+        ) from error
     num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
     _check_weights_fit(num_bytes, _available(runtime, device), options)
     _load_weights(runtime, checkpoint, progress)

@@ -23,13 +23,13 @@ from octavo.engine.schedule import Schedule
 
 
 class StepRuntime(Protocol):
-    """What the engine asks of `_native.Runtime`: one step in three calls, and copies before it."""
+    """What the engine asks of `_native.Runtime`: one step in two or three calls, and copies."""
 
     def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
         """Copy whole KV blocks, behind the steps queued so far; pairs: (n, 2), from and to."""
 
-    def submit(self, batch: Any) -> int:
-        """Queue the forward pass and return a ticket."""
+    def submit(self, batch: Any, *, draw: bool) -> int:
+        """Queue the forward pass and return a ticket; draw: the plain sampling, too."""
 
     def sample(
         self,
@@ -37,7 +37,7 @@ class StepRuntime(Protocol):
         masks: Int32 | None = None,
         adjustments: LogitAdjustments | None = None,
     ) -> None:
-        """Queue the sampling."""
+        """Queue the sampling of a step that was submitted without."""
 
     def wait(self, ticket: int) -> Any:
         """Wait for the ticket and close it; returns a `_native.StepOutput`."""
@@ -102,8 +102,11 @@ class Pipeline:
             for kv_group in range(self._num_kv_groups):
                 self._runtime.copy_blocks(kv_group, pairs)
         arrays = build_batch(schedule, self._blocks, self._num_kv_groups, self._vocab_size)
-        flight.ticket = self._runtime.submit(self._make_batch(**arrays._asdict()))
-        self._runtime.sample(flight.ticket, masks, adjustments)
+        batch = self._make_batch(**arrays._asdict())
+        is_plain = masks is None and adjustments is None
+        flight.ticket = self._runtime.submit(batch, draw=is_plain)
+        if not is_plain:
+            self._runtime.sample(flight.ticket, masks, adjustments)
 
     def wait(self) -> tuple[Flight, Any]:
         """The oldest step and its output; an error of the runtime leaves it to `abandon`."""
