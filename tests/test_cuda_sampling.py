@@ -10,43 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cuda_helpers import DEVICE, needs_cuda
-from octavo import _native
+from cuda_helpers import needs_cuda
+from cuda_sampling_helpers import check, cuda, requests
 from octavo.reference import sampling
 from reference_helpers import same_bits, uniform
 from sampling_helpers import make_rows, random_masks
 
 pytestmark = needs_cuda
-
-
-def cuda(row_gap: int = 0) -> _native.Ops:
-    return _native.Ops(DEVICE, dtype="bf16", row_gap=row_gap)
-
-
-def requests(logits: np.ndarray, **parameters: Any) -> dict[str, Any]:
-    """Arguments of `sample`: what is not given is the same for every row and changes nothing."""
-    rows = len(logits)
-    defaults = {
-        "temperature": (np.float32, 1),
-        "top_k": (np.int32, 0),
-        "top_p": (np.float32, 1),
-        "min_p": (np.float32, 0),
-        "seed": (np.uint64, 7),
-        "sample_index": (np.int32, 0),
-        "positions": (np.int32, 5),
-    }
-    filled = {
-        name: np.broadcast_to(np.asarray(parameters.get(name, value), dtype), rows).copy()
-        for name, (dtype, value) in defaults.items()
-    }
-    return {"logits": logits, **filled}
-
-
-def check(arguments: dict[str, Any], masks: np.ndarray | None = None) -> np.ndarray:
-    expected = sampling.sample(**arguments, masks=masks)
-    actual = cuda().sample(**arguments, masks=masks)
-    assert same_bits(actual, expected)
-    return expected
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -15,9 +15,9 @@ OCTAVO_DEVICE float twice_rounded(float a, float b, float c) {
 }
 
 // floor(e^x * 2^40) for x <= 0: the fixed point in which probabilities are summed. A NaN gives any
-// number. e^x is y * 2^n, and of y's 24 bits a shift keeps those that count.
+// number. e^x is y * 2^n, and of y's 24 bits a shift keeps those that count: none below -27.73.
 OCTAVO_DEVICE Wide exp_fixed(float x) {
-  if (!(x >= -87.0f)) return 0;
+  if (!(x >= -28.0f)) return 0;
   const float n = floorf(twice_rounded(x, 1.44269504088896341f, 0.5f));
   float r = add_rn(x, -multiply_rn(n, 0.693359375f));
   r = add_rn(r, -multiply_rn(n, -2.12194440e-4f));
@@ -80,7 +80,8 @@ OCTAVO_DEVICE float gumbel_variate(std::uint32_t random) {
 OCTAVO_DEVICE uint4 philox(uint4 counter, uint2 key) {
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const Wide p0 = Wide{0xD2511F53u} * counter.x, p1 = Wide{0xCD9E8D57u} * counter.z;
+    const Wide p0 = multiply_wide(0xD2511F53u, counter.x);
+    const Wide p1 = multiply_wide(0xCD9E8D57u, counter.z);
     counter = {
         static_cast<std::uint32_t>(p1 >> 32) ^ counter.y ^ key.x, static_cast<std::uint32_t>(p1),
         static_cast<std::uint32_t>(p0 >> 32) ^ counter.w ^ key.y, static_cast<std::uint32_t>(p0)};
@@ -95,11 +96,15 @@ struct Stamp {
   std::uint32_t sample_index, position;
 };
 
-// The Gumbel noise of tokens 4 group .. 4 group + 3.
+// The random bits of tokens 4 group .. 4 group + 3, and the Gumbel noise made of them.
+OCTAVO_DEVICE uint4 random_of_four(const Stamp& stamp, std::uint32_t group) {
+  const auto key = [](Wide word) { return computed_anew(static_cast<int>(word)); };
+  return philox({group, stamp.position, stamp.sample_index, 0},
+                {static_cast<std::uint32_t>(key(stamp.seed)),
+                 static_cast<std::uint32_t>(key(stamp.seed >> 32))});
+}
 OCTAVO_DEVICE float4 gumbel_of_four(const Stamp& stamp, std::uint32_t group) {
-  const uint4 random = philox(
-      {group, stamp.position, stamp.sample_index, 0},
-      {static_cast<std::uint32_t>(stamp.seed), static_cast<std::uint32_t>(stamp.seed >> 32)});
+  const uint4 random = random_of_four(stamp, group);
   return {gumbel_variate(random.x), gumbel_variate(random.y), gumbel_variate(random.z),
           gumbel_variate(random.w)};
 }

@@ -1,12 +1,12 @@
 // Which of a row's tokens are the best, without sorting the row: top-k by number, top-p by
 // probability.
 //
-// All of it is done by one block, and every result is exact: counts and fixed-point sums do not
-// depend on the order in which threads add, and a place decides between equal scores. First the
-// tokens are counted in bins of their distance from the best one. Then, mostly, those of the best
-// bins are few enough to be listed in shared memory, where each finds its rank by looking at all
-// others. Else the one bin that the limit lies in is counted again, by 11 more bits of the place at
-// a time, until few enough are left.
+// Every result is exact: counts and fixed-point sums do not depend on the order in which threads
+// add, and a place decides between equal scores. First the tokens are counted in bins of their
+// distance from the best one, by all blocks that share the row (sampling.cu). What follows is one
+// block's, and mostly about the few tokens of the bin that the limit lies in. If they fit in shared
+// memory each finds its rank by looking at all others. Else they are counted again, by 11 more bits
+// of the place at a time, until few enough are left.
 #pragma once
 
 #include "cuda/exact_math.cuh"
@@ -14,9 +14,14 @@
 
 namespace octavo::cuda {
 
-constexpr unsigned kSamplingThreads = 512;
+constexpr unsigned kSamplingThreads = 512, kSamplingWarps = kSamplingThreads / kWarp;
 constexpr int kBins = 2048, kDigitBits = 11;
+constexpr float kBinsOfOne = 64.0f;                 // of a distance of 1
 constexpr unsigned kMostListed = kSamplingThreads;  // one a thread
+
+// Blocks have one dimension here, so that this costs no registers.
+OCTAVO_DEVICE unsigned lane() { return threadIdx.x % kWarp; }
+OCTAVO_DEVICE unsigned warp() { return threadIdx.x / kWarp; }
 
 // A token's place among all: larger for a larger score, among equal scores for a lower token id.
 OCTAVO_DEVICE Wide place_of(float score, int token) {
@@ -28,6 +33,24 @@ OCTAVO_DEVICE float score_of(Wide place) {
   return bits_as<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
+// The best token: the first of equals, if they come in ascending order.
+struct Best {
+  float score = -INFINITY;
+  int token = 0;
+
+  OCTAVO_DEVICE void see(float other, int other_token) {
+    if (other > score) {
+      score = other;
+      token = other_token;
+    }
+  }
+  OCTAVO_DEVICE void see(int first, const float (&logits)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) see(logits[i], first + i);
+  }
+  OCTAVO_DEVICE Wide place() const { return place_of(score, token); }
+};
+
 // A row of logits as it is drawn from: (masked ones -inf) / temperature.
 struct Scores {
   const float* logits;
@@ -35,36 +58,65 @@ struct Scores {
   float divisor;
   int vocab;
   bool aligned;
+  const int* listed = nullptr;  // some tokens: `each` sees these instead of the whole row
+  unsigned num_listed = 0;
 
-  // Of tokens first .. first + 3, first being a multiple of 4; behind the row's end -inf.
-  OCTAVO_DEVICE float4 logits_of_four(int first) const {
-    return load_four(logits + first, vocab - first, aligned, -INFINITY);
+  // Of tokens first .. first + 3, first being a multiple of 4.
+  OCTAVO_DEVICE float4 allowed(float4 x, int first) const {
+    if (!mask) return x;
+    const unsigned bits = first < vocab ? static_cast<unsigned>(mask[first / 32]) >> first % 32 : 0;
+    return {bits & 1u ? x.x : -INFINITY, bits & 2u ? x.y : -INFINITY, bits & 4u ? x.z : -INFINITY,
+            bits & 8u ? x.w : -INFINITY};
   }
-  OCTAVO_DEVICE float4 from_logits(float4 x, int first) const {
-    if (mask) {
-      const unsigned bits =
-          first < vocab ? static_cast<unsigned>(mask[first / 32]) >> first % 32 : 0;
-      x = {bits & 1u ? x.x : -INFINITY, bits & 2u ? x.y : -INFINITY, bits & 4u ? x.z : -INFINITY,
-           bits & 8u ? x.w : -INFINITY};
-    }
-    if (divisor != 1.0f) {
-      x = {divide_rn(x.x, divisor), divide_rn(x.y, divisor), divide_rn(x.z, divisor),
-           divide_rn(x.w, divisor)};
-    }
-    return x;
+  OCTAVO_DEVICE float4 from_allowed(float4 x) const {
+    if (divisor == 1.0f) return x;
+    return {divide_rn(x.x, divisor), divide_rn(x.y, divisor), divide_rn(x.z, divisor),
+            divide_rn(x.w, divisor)};
   }
-  // Calls body(token, score) for every token of the row that may be drawn.
+  // Calls body(first, logits) for the fours of tokens begin .. end - 1, in all lanes of a warp
+  // together (with logits of -inf behind the end). begin: a multiple of 4, end as well, or vocab.
+  template <class Body>
+  OCTAVO_DEVICE void each_four(int begin, int end, Body&& body) const {
+    constexpr int kStep = static_cast<int>(4 * kSamplingThreads);
+    int first = begin + static_cast<int>(4 * threadIdx.x);
+    const float* from = logits + first;
+    float4 next = load_four(from, end - first, aligned, -INFINITY);
+    for (int warp_first = begin + static_cast<int>(4 * kWarp * warp()); warp_first < end;
+         warp_first += kStep, first += kStep) {
+      const float4 four = next;
+      from += kStep;
+      next = load_four(from, end - first - kStep, aligned, -INFINITY);  // while the body works
+      body(first, four);
+    }
+  }
+  OCTAVO_DEVICE float of_token(int token) const {
+    if (mask && !(static_cast<unsigned>(mask[token / 32]) >> token % 32 & 1u)) return -INFINITY;
+    return divide_rn(logits[token], divisor);
+  }
+  // Calls body(token, score) for every token of the row, or listed, that may be drawn.
   template <class Body>
   OCTAVO_DEVICE void each(Body&& body) const {
-    for (int first = static_cast<int>(4 * threadIdx.x); first < vocab;
-         first += static_cast<int>(4 * kSamplingThreads)) {
-      const float4 four = from_logits(logits_of_four(first), first);
-      const float score[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (score[i] > -INFINITY) body(first + i, score[i]);
-      }
+    const unsigned count = listed ? num_listed : static_cast<unsigned>(vocab);
+#pragma unroll 1
+    for (unsigned i = threadIdx.x; i < count; i += kSamplingThreads) {
+      const int token = listed ? listed[i] : static_cast<int>(i);
+      const float score = of_token(token);
+      if (score > -INFINITY) body(token, score);
     }
+  }
+};
+
+// A sum of 64 bits in two halves. Shared memory adds 32 bits in one instruction and 64 in a loop of
+// compare and swap.
+struct HalvedSum {
+  unsigned low, high;
+
+  OCTAVO_DEVICE Wide value() const { return Wide{high} << 32 | low; }
+  OCTAVO_DEVICE void add(Wide value) {
+    const auto its_low = static_cast<unsigned>(value);
+    const unsigned carry = atomic_add(&low, its_low) + its_low < its_low;
+    const unsigned its_high = static_cast<unsigned>(value >> 32) + carry;
+    if (its_high) atomic_add(&high, its_high);
   }
 };
 
@@ -72,6 +124,7 @@ struct Scores {
 struct Found {
   int bin;
   unsigned count_before, count_in;  // tokens in better bins, and in this one
+  unsigned unused;
   Wide weight_before;
 };
 
@@ -82,47 +135,74 @@ struct Limit {
 };
 
 struct SelectMemory {
-  Wide weights[kBins];
+  HalvedSum weights[kBins];
   Wide places[kMostListed], listed_weights[kMostListed];
-  Wide sums[kMostWarps], more_sums[kMostWarps];
+  Wide sums[kSamplingWarps], more_sums[kSamplingWarps];
   unsigned counts[kBins];
-  unsigned count_sums[kMostWarps];
+  unsigned count_sums[kSamplingWarps];
   unsigned num_listed;
   Found found;
   Limit limit;
 };
 
-OCTAVO_DEVICE Wide block_total(Wide value, Wide* partial) {
-  return block_reduce(value, partial, [](Wide a, Wide b) { return a + b; });
+// Of all threads of the block; `partial` as in reduce.cuh.
+template <class Combine>
+OCTAVO_DEVICE Wide combine_block(Wide value, Wide* partial, Combine&& combine) {
+  for (unsigned mask = kWarp / 2; mask; mask /= 2) value = combine(value, shuffle_xor(value, mask));
+  if (lane() == 0) partial[warp()] = value;
+  __syncthreads();
+  Wide result = partial[0];
+  for (unsigned i = 1; i < kSamplingWarps; ++i) result = combine(result, partial[i]);
+  return result;
 }
+// At the start of the block's shared memory. (Not passed on: that it is shared memory must be
+// plain.)
+OCTAVO_DEVICE SelectMemory& select_memory() {
+  return *reinterpret_cast<SelectMemory*>(shared_memory());
+}
+OCTAVO_DEVICE Wide block_total(Wide value, Wide* partial) {
+  return combine_block(value, partial, [](Wide a, Wide b) { return a + b; });
+}
+
+// How many tokens, and how heavy they are.
+struct Total {
+  unsigned count;
+  Wide weight;
+};
 
 // What is looked for in a row.
 struct Search {
-  const Scores& scores;
+  Scores scores;
   float max;     // of the scores
   float lowest;  // tokens below it are left out
-  SelectMemory& memory;
 
   OCTAVO_DEVICE int bin_of(float score) const {
     const float distance = add_rn(max, -score);
-    return distance < 32.0f ? static_cast<int>(distance * 64.0f) : kBins - 1;
+    return distance < kBins / kBinsOfOne ? static_cast<int>(distance * kBinsOfOne) : kBins - 1;
   }
   OCTAVO_DEVICE Wide weight_of(float score) const { return exp_fixed(add_rn(score, -max)); }
 
-  // Counts, and where asked for weighs, the tokens for which bin(token, score) is not negative, in
-  // the bins that it says. Returns how many and how heavy they are.
-  struct Total {
-    unsigned count;
-    Wide weight;
-  };
-  template <class Bin>
-  OCTAVO_DEVICE Total count_in_bins(bool weighed, Bin&& bin) const {
+  OCTAVO_DEVICE bool can_be_drawn(float score) const {
+    return score > -INFINITY && score >= lowest;
+  }
+
+  OCTAVO_DEVICE void clear_bins() const {
+    SelectMemory& memory = select_memory();
     __syncthreads();
     for (unsigned i = threadIdx.x; i < kBins; i += kSamplingThreads) {
       memory.counts[i] = 0;
-      memory.weights[i] = 0;
+      memory.weights[i] = {0, 0};
     }
     __syncthreads();
+  }
+  // Counts tokens begin .. end - 1 of the row, and where asked for weighs them, by their distance.
+  OCTAVO_DEVICE void count_part(bool weighed, int begin, int end) const;
+  // Counts, and where asked for weighs, the tokens for which bin(token, score) is not negative, in
+  // the bins that it says. Returns how many and how heavy they are.
+  template <class Bin>
+  OCTAVO_DEVICE Total count_in_bins(bool weighed, Bin&& bin) const {
+    SelectMemory& memory = select_memory();
+    clear_bins();
     unsigned count = 0;
     Wide total = 0;
     scores.each([&](int token, float score) {
@@ -133,7 +213,7 @@ struct Search {
       ++count;
       if (weighed) {
         const Wide weight = weight_of(score);
-        if (weight) atomic_add(&memory.weights[in], weight);
+        if (weight) memory.weights[in].add(weight);
         total += weight;
       }
     });
@@ -153,8 +233,36 @@ struct Search {
   OCTAVO_DEVICE Limit limit(bool by_weight, Wide needed, Found found) const;
 };
 
+OCTAVO_DEVICE void Search::count_part(bool weighed, int begin, int end) const {
+  SelectMemory& memory = select_memory();
+  clear_bins();
+  // Most tokens lie far from the best: thousands in one bin, which threads would queue up for. They
+  // weigh nothing: e^-31.98 is less than 2^-40.
+  unsigned far = 0;
+  scores.each_four(begin, end, [&](int first, float4 logits) {
+    const float4 four = scores.from_allowed(scores.allowed(logits, first));
+    const float score[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (!can_be_drawn(score[i])) continue;
+      const int bin = bin_of(score[i]);
+      if (bin == kBins - 1) {
+        ++far;
+        continue;
+      }
+      atomic_add(&memory.counts[bin], 1u);
+      const Wide weight = weighed ? weight_of(score[i]) : 0;
+      if (weight) memory.weights[bin].add(weight);
+    }
+  });
+  for (unsigned mask = kWarp / 2; mask; mask /= 2) far += shuffle_xor(far, mask);
+  if (lane() == 0 && far) atomic_add(&memory.counts[kBins - 1], far);
+  __syncthreads();
+}
+
 // Each thread scans four bins, then the sums of the threads are scanned.
 OCTAVO_DEVICE Found Search::find(bool by_weight, Wide needed) const {
+  SelectMemory& memory = select_memory();
   constexpr int kEach = kBins / static_cast<int>(kSamplingThreads);
   const int first = static_cast<int>(threadIdx.x) * kEach;
   __syncthreads();
@@ -162,32 +270,32 @@ OCTAVO_DEVICE Found Search::find(bool by_weight, Wide needed) const {
   Wide weight = 0;
   for (int i = 0; i < kEach; ++i) {
     count += memory.counts[first + i];
-    weight += memory.weights[first + i];
+    weight += memory.weights[first + i].value();
   }
-  const unsigned own_count = count, lane = lane_index();
+  const unsigned own_count = count, own_lane = lane();
   const Wide own_weight = weight;
   for (unsigned delta = 1; delta < kWarp; delta *= 2) {
     const unsigned lower_count = shuffle_up(count, delta);
     const Wide lower_weight = shuffle_up(weight, delta);
-    if (lane >= delta) {
+    if (own_lane >= delta) {
       count += lower_count;
       weight += lower_weight;
     }
   }
-  if (lane == kWarp - 1) {
-    memory.count_sums[warp_index()] = count;
-    memory.sums[warp_index()] = weight;
+  if (own_lane == kWarp - 1) {
+    memory.count_sums[warp()] = count;
+    memory.sums[warp()] = weight;
   }
   __syncthreads();
-  for (unsigned warp = 0; warp < warp_index(); ++warp) {
-    count += memory.count_sums[warp];
-    weight += memory.sums[warp];
+  for (unsigned lower = 0; lower < warp(); ++lower) {
+    count += memory.count_sums[lower];
+    weight += memory.sums[lower];
   }
-  Found here{first, count - own_count, 0, weight - own_weight};
+  Found here{first, count - own_count, 0, 0, weight - own_weight};
   for (int i = 0; i < kEach; ++i) {
     here.bin = first + i;
     here.count_in = memory.counts[here.bin];
-    const Wide weight_in = memory.weights[here.bin];
+    const Wide weight_in = memory.weights[here.bin].value();
     const Wide before = by_weight ? here.weight_before : here.count_before;
     const Wide in = by_weight ? weight_in : here.count_in;
     if (before < needed && needed <= before + in) memory.found = here;
@@ -200,6 +308,7 @@ OCTAVO_DEVICE Found Search::find(bool by_weight, Wide needed) const {
 
 template <class Wanted>
 OCTAVO_DEVICE unsigned Search::list(Wanted&& wanted) const {
+  SelectMemory& memory = select_memory();
   __syncthreads();
   if (threadIdx.x == 0) memory.num_listed = 0;
   __syncthreads();
@@ -221,11 +330,13 @@ struct Rank {
   unsigned count_before;
   Wide weight_before;
 };
-OCTAVO_DEVICE Rank rank_listed(const SelectMemory& memory, unsigned num_listed) {
+OCTAVO_DEVICE Rank rank_listed(unsigned num_listed) {
+  const SelectMemory& memory = select_memory();
   Rank mine{0, 0, 0, 0};
   if (threadIdx.x >= num_listed) return mine;
   mine.place = memory.places[threadIdx.x];
   mine.weight = memory.listed_weights[threadIdx.x];
+#pragma unroll 4
   for (unsigned i = 0; i < num_listed; ++i) {
     if (memory.places[i] > mine.place) {
       ++mine.count_before;
@@ -236,6 +347,7 @@ OCTAVO_DEVICE Rank rank_listed(const SelectMemory& memory, unsigned num_listed) 
 }
 
 OCTAVO_DEVICE Limit Search::limit(bool by_weight, Wide needed, Found found) const {
+  SelectMemory& memory = select_memory();
   const int bin = found.bin;
   Wide prefix = 0, weight_before = found.weight_before;
   int shift = 64;  // of a place's bits, those from here on are known
@@ -258,7 +370,7 @@ OCTAVO_DEVICE Limit Search::limit(bool by_weight, Wide needed, Found found) cons
     shift = next;
   }
   const unsigned listed = list(undecided);
-  const Rank mine = rank_listed(memory, listed);
+  const Rank mine = rank_listed(listed);
   const Wide before = by_weight ? mine.weight_before : mine.count_before;
   const Wide own = by_weight ? mine.weight : 1;
   if (threadIdx.x < listed && before < needed && needed <= before + own)
