@@ -189,14 +189,12 @@ OCTAVO_DEVICE void clear_rows(const AttentionArguments& a, const Rows& rows) {
 // Whether this block is the last of `count` to arrive; the counter is then zero again.
 template <int kDim>
 OCTAVO_DEVICE bool arrive(std::int32_t* counter, int count, Parts<kDim>& parts) {
-  fence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    parts.is_last = atomic_add(counter, 1) == count - 1;
+    parts.is_last = atomic_add_acquire_release(counter, 1) == count - 1;
     if (parts.is_last) *counter = 0;
   }
   __syncthreads();
-  fence();
   return parts.is_last;
 }
 

@@ -2,10 +2,9 @@
 // do it once for all of them.
 //
 // A thread takes 16 bytes of codes, lane t's part of a unit, and writes 16 bytes for each of the
-// unit's blocks: 16 inputs of int8, 32 of int4. int8 codes stay whole numbers unless `scaled`; the
-// others are rounded to T. Moves the codes once, and 2 or
-// 4 times as many bytes of results, which the product then finds in the second cache if they are
-// few.
+// unit's blocks: 16 inputs of int8, 32 of int4, scaled and rounded to T. Moves the codes once, and
+// 2 or 4 times as many bytes of results, which the product then finds in the second cache if they
+// are few.
 
 #include "cuda/fragments.cuh"
 #include "cuda/launch.cuh"
@@ -18,8 +17,7 @@ namespace {
 constexpr int kThreads = 256;
 
 template <class T, Codes codes>
-__global__ void dequantize_units(unsigned char* to, long long to_row_bytes, Matrix weight,
-                                 bool scaled) {
+__global__ void dequantize_units(unsigned char* to, long long to_row_bytes, Matrix weight) {
   const int item = static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x);
   const int t = item % 4, unit = item / 4;
   const int output = static_cast<int>(blockIdx.x);
@@ -42,7 +40,7 @@ __global__ void dequantize_units(unsigned char* to, long long to_row_bytes, Matr
       const std::uint32_t pair = scales.words[block / 2];
       scale = weight.scale_dtype == DType::bf16 ? scale_of<Bf16>(pair, block)
                                                 : scale_of<F16>(pair, block);
-    } else if (scaled) {
+    } else {
       scale = weight.output_scales[output];
     }
     numbers_of_block<T, codes>(pairs, bytes, block, offset, weight.levels);
@@ -56,14 +54,14 @@ __global__ void dequantize_units(unsigned char* to, long long to_row_bytes, Matr
 }
 
 template <class T>
-void run(Stream& stream, void* to, long long to_row_bytes, const Matrix& weight, bool scaled) {
+void run(Stream& stream, void* to, long long to_row_bytes, const Matrix& weight) {
   LaunchShape shape{dim3(static_cast<unsigned>(weight.outputs),
                          static_cast<unsigned>(ceil_div(4 * weight.units, kThreads))),
                     dim3(kThreads)};
   shape.overlaps = true;
   const auto go = [&](auto kernel) {
     launch(stream, "dequantize", shape, kernel, static_cast<unsigned char*>(to), to_row_bytes,
-           weight, scaled);
+           weight);
   };
   if (weight.codes == Codes::int8)
     go(dequantize_units<T, Codes::int8>);
@@ -75,18 +73,18 @@ void run(Stream& stream, void* to, long long to_row_bytes, const Matrix& weight,
 
 }  // namespace
 
-Matrix dequantize(Stream& stream, void* to, DType dtype, const Matrix& weight, bool scaled) {
+Matrix dequantize(Stream& stream, void* to, DType dtype, const Matrix& weight) {
   Matrix plain = weight;
   plain.data = static_cast<unsigned char*>(to);
   plain.scales = plain.zeros = nullptr;
-  if (scaled) plain.output_scales = nullptr;
+  plain.output_scales = nullptr;
   plain.codes = dtype == DType::bf16 ? Codes::bf16 : Codes::f16;
   plain.units = ceil_div(weight.inputs, kBlock);
   plain.row_bytes = static_cast<long long>(plain.units) * kUnitBytes;
   if (dtype == DType::bf16)
-    run<Bf16>(stream, to, plain.row_bytes, weight, scaled);
+    run<Bf16>(stream, to, plain.row_bytes, weight);
   else
-    run<F16>(stream, to, plain.row_bytes, weight, scaled);
+    run<F16>(stream, to, plain.row_bytes, weight);
   return plain;
 }
 

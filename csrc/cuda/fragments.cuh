@@ -101,6 +101,19 @@ OCTAVO_DEVICE UnitScales load_scales(const void* table, const Matrix& m, int out
   return s;
 }
 
+// As they lie in memory: the 8 bytes of the row that hold a unit's scales, which one load brings
+// whatever the size of groups. To be asked for early, and told apart where they are used.
+OCTAVO_DEVICE uint2 load_raw_scales(const std::uint16_t* row, const Matrix& m, int unit) {
+  return load_8(row + first_scale(m, unit) / 4 * 4);
+}
+// Word `pair` of them, that of blocks 2 pair and 2 pair + 1.
+OCTAVO_DEVICE std::uint32_t scale_pair_of(uint2 raw, const Matrix& m, int unit, int pair) {
+  const auto first = static_cast<std::uint32_t>(first_scale(m, unit) % 4);
+  const std::uint32_t low = first + static_cast<std::uint32_t>(2 * pair >> m.scale_shift);
+  const std::uint32_t high = first + static_cast<std::uint32_t>((2 * pair + 1) >> m.scale_shift);
+  return permute_bytes(raw.x, raw.y, low * 0x22u + high * 0x2200u + 0x1010u);
+}
+
 // The scale of the first or second block of a pair. Scale: Bf16 or F16.
 template <class Scale>
 OCTAVO_DEVICE float scale_of(std::uint32_t pair, int block) {

@@ -70,16 +70,35 @@ void pack_zeros(Stream& stream, Linear& linear, std::int64_t first_row, std::int
 // Reads rows of packed matrices, quantized ones too (a head may be tied to the embedding).
 void embed(Stream& stream, View out, const Linear& table, const Linear* positions,
            const Step& step);
-std::size_t linear_workspace_bytes(const ModelSpec& spec, const StepLimits& limits);
+// Up to so many rows products go by tiles of our own; of more by cuBLASLt, where it is to be had.
+// To be measured: OCTAVO_TILES_ROWS and OCTAVO_QUANTIZED_TILES_ROWS set them otherwise.
+struct TileRows {
+  std::int64_t plain = 8, quantized = 128;
+
+  static TileRows read_environment();
+  std::int64_t of(const WeightFormat& format) const {
+    return format.is_quantized() ? quantized : plain;
+  }
+};
+std::size_t linear_workspace_bytes(const ModelSpec& spec, const StepLimits& limits,
+                                   const TileRows& tile_rows);
 
 class CublasLt;  // cublas.h: the library, where it is to be had
 struct LinearContext {
   Stream& stream;
   Workspace& workspace;
   CublasLt* cublas = nullptr;  // null: our own kernels
+  TileRows tile_rows;
 };
 // x: rows of bf16, f16 or float32 numbers; out: the same, or float32.
 void linear(const LinearContext& context, View out, View x, const Linear& weight);
+
+// ---- decode_layer.cu: ops in one kernel; false where not ----
+// dtype: of activations.
+bool normed_linear(Stream& stream, DType dtype, View out, const NormedInput& x,
+                   const Linear& weight);
+// workspace: of attention.
+bool decode_layer(Stream& stream, const LayerWork& work, Workspace& workspace);
 
 // ---- adjust.cu ----
 void adjust_logits(Stream& stream, View out, View logits, const LogitAdjustments& adjustments);

@@ -15,7 +15,7 @@ void run(Stream& stream, View out, View x, const Matrix& weight, const Partials&
   else if (x.rows <= Medium::rows)
     run_tiles<T, kCodes, Medium>(stream, out, x, weight, partials);
   else
-    run_tiles<T, kCodes, LargeTile>(stream, out, x, weight, partials);
+    run_many_rows<T, kCodes>(stream, out, x, weight, partials);
 }
 
 }  // namespace
@@ -31,11 +31,10 @@ std::size_t partial_bytes(std::int64_t rows, std::int64_t outputs, std::int64_t 
     const auto most = static_cast<std::int64_t>(kCounterBytes / sizeof(std::int32_t));
     return (all < most ? all : most) * row_size * output_size * 4;
   };
-  std::int64_t most = bytes(SmallTile::rows, SmallTile::outputs);
-  for (const std::int64_t size :
-       {bytes(Medium::rows, Medium::outputs),
-        rows > Medium::rows ? bytes(LargeTile::rows, LargeTile::outputs) : 0})
-    most = size > most ? size : most;
+  // Larger tiles are never shared (run_many_rows).
+  const std::int64_t small = bytes(SmallTile::rows, SmallTile::outputs);
+  const std::int64_t medium = bytes(Medium::rows, Medium::outputs);
+  const std::int64_t most = small > medium ? small : medium;
   return static_cast<std::size_t>(most * num_slices(static_cast<int>(inputs)));
 }
 

@@ -13,8 +13,10 @@ void run(Stream& stream, View out, View x, const Matrix& weight, const Partials&
     run_tiles<T, codes, SmallTile>(stream, out, x, weight, partials);
   else if (x.rows <= HalfTile::rows)
     run_tiles<T, codes, HalfTile>(stream, out, x, weight, partials);
-  else
+  else if (x.rows <= MediumTile<codes>::rows)
     run_tiles<T, codes, MediumTile<codes>>(stream, out, x, weight, partials);
+  else
+    run_many_rows<T, codes>(stream, out, x, weight, partials);
 }
 
 template <class T>

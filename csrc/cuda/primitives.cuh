@@ -3,200 +3,20 @@
 // Every primitive has two bodies: the GPU's, and one that does the same on the host, for the
 // emulator in tests/emulator (docs/emulator.md). So kernels are one source for both. Rules:
 //
-// - no asm, no intrinsic (`__shfl_sync`, `__expf`, ...) outside of this file and the part of it
-// that
-//   has the matrix products, products.cuh;
+// - no asm, no intrinsic (`__shfl_sync`, `__expf`, ...) outside of this file and its parts,
+//   numbers.cuh and products.cuh (matrix products);
 // - shared memory is dynamic (`shared_memory`), its size given at the launch;
 // - every launch goes through launch.cuh.
 //
 // PTX: "Parallel Thread Execution ISA", sections 9.7.8 (loads), 9.7.9 (cp.async), 9.7.14 (mma).
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-
-#ifdef OCTAVO_EMULATED
-#include "kernel.h"
-#define OCTAVO_DEVICE inline
-#define OCTAVO_HOST_DEVICE inline
-#else
-#define OCTAVO_DEVICE __device__ __forceinline__
-#define OCTAVO_HOST_DEVICE __host__ __device__ __forceinline__
-#endif
+#include "cuda/numbers.cuh"
 
 namespace octavo::cuda {
 
-using Bf16 = __nv_bfloat16;
-using F16 = __half;
-
 constexpr unsigned kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-// ---- numbers ----
-
-OCTAVO_HOST_DEVICE float to_float(float x) { return x; }
-OCTAVO_HOST_DEVICE float to_float(Bf16 x) { return __bfloat162float(x); }
-OCTAVO_HOST_DEVICE float to_float(F16 x) { return __half2float(x); }
-
-// To the nearest number of type T, ties to even.
-template <class T>
-OCTAVO_HOST_DEVICE T from_float(float x);
-template <>
-OCTAVO_HOST_DEVICE float from_float<float>(float x) {
-  return x;
-}
-template <>
-OCTAVO_HOST_DEVICE Bf16 from_float<Bf16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-OCTAVO_HOST_DEVICE F16 from_float<F16>(float x) {
-  return __float2half_rn(x);
-}
-
-// The same bits as another type of the same size.
-template <class To, class From>
-OCTAVO_HOST_DEVICE To bits_as(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "types of one size");
-  To to;
-  memcpy(static_cast<void*>(&to), &from, sizeof(To));
-  return to;
-}
-
-// Two 16-bit numbers in a register, the first in the low half.
-template <class T>
-OCTAVO_HOST_DEVICE float2 unpack2(std::uint32_t pair);
-template <>
-OCTAVO_HOST_DEVICE float2 unpack2<Bf16>(std::uint32_t pair) {
-  return {bits_as<float>(pair << 16), bits_as<float>(pair & 0xffff0000u)};
-}
-template <>
-OCTAVO_HOST_DEVICE float2 unpack2<F16>(std::uint32_t pair) {
-  return __half22float2(bits_as<__half2>(pair));
-}
-
-template <class T>
-OCTAVO_HOST_DEVICE std::uint32_t pack2(float low, float high);
-template <>
-OCTAVO_HOST_DEVICE std::uint32_t pack2<Bf16>(float low, float high) {
-  return bits_as<std::uint32_t>(__floats2bfloat162_rn(low, high));
-}
-template <>
-OCTAVO_HOST_DEVICE std::uint32_t pack2<F16>(float low, float high) {
-  return bits_as<std::uint32_t>(__floats2half2_rn(low, high));
-}
-
-// Sums and products that no compiler fuses: the same bits on every device and on the host.
-OCTAVO_DEVICE float add_rn(float a, float b) {
-#ifdef OCTAVO_EMULATED
-  return a + b;  // compiled with -ffp-contract=off
-#else
-  return __fadd_rn(a, b);
-#endif
-}
-OCTAVO_DEVICE float multiply_rn(float a, float b) {
-#ifdef OCTAVO_EMULATED
-  return a * b;
-#else
-  return __fmul_rn(a, b);
-#endif
-}
-OCTAVO_DEVICE float divide_rn(float a, float b) {
-#ifdef OCTAVO_EMULATED
-  return a / b;
-#else
-  return __fdiv_rn(a, b);
-#endif
-}
-OCTAVO_DEVICE float fma_rn(float a, float b, float c) {
-#ifdef OCTAVO_EMULATED
-  return std::fma(a, b, c);
-#else
-  return __fmaf_rn(a, b, c);
-#endif
-}
-
-// 2^x and e^x, fast: within 2 units in the last place of float32 where the result is normal.
-OCTAVO_DEVICE float fast_exp2(float x) {
-#ifdef OCTAVO_EMULATED
-  return std::exp2(x);
-#else
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#endif
-}
-OCTAVO_DEVICE float fast_exp(float x) { return fast_exp2(x * 1.44269504088896340736f); }
-
-OCTAVO_DEVICE float reciprocal_sqrt(float x) {
-#ifdef OCTAVO_EMULATED
-  return 1.0f / std::sqrt(x);
-#else
-  return __frsqrt_rn(x);
-#endif
-}
-
-// a * b + c of two pairs of 16-bit numbers, each rounded once.
-template <class T>
-OCTAVO_DEVICE std::uint32_t fma2(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
-#ifdef OCTAVO_EMULATED
-  const float2 x = unpack2<T>(a), y = unpack2<T>(b), z = unpack2<T>(c);
-  // A product of 16-bit numbers is exact in double, and so is the sum but in the rarest cases.
-  const auto fused = [](float p, float q, float r) {
-    return static_cast<float>(static_cast<double>(p) * q + r);
-  };
-  return pack2<T>(fused(x.x, y.x, z.x), fused(x.y, y.y, z.y));
-#else
-  std::uint32_t d;
-  if constexpr (std::is_same_v<T, Bf16>)
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  else
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-#endif
-}
-
-// (a & mask) | bits in one instruction, of which ptxas makes two where both are constants.
-OCTAVO_DEVICE std::uint32_t and_or(std::uint32_t a, std::uint32_t mask, std::uint32_t bits) {
-#ifdef OCTAVO_EMULATED
-  return (a & mask) | bits;
-#else
-  std::uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
-  return result;
-#endif
-}
-
-// Byte i of the result is byte (selector >> 4 i & 7) of the eight of b:a, a's first.
-OCTAVO_DEVICE std::uint32_t permute_bytes(std::uint32_t a, std::uint32_t b,
-                                          std::uint32_t selector) {
-#ifdef OCTAVO_EMULATED
-  const std::uint64_t both = static_cast<std::uint64_t>(b) << 32 | a;
-  std::uint32_t result = 0;
-  for (unsigned i = 0; i < 4; ++i)
-    result |= static_cast<std::uint32_t>(both >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
-  return result;
-#else
-  return __byte_perm(a, b, selector);
-#endif
-}
-
-// c + the sum of the products of four pairs of signed bytes.
-OCTAVO_DEVICE std::int32_t dot4(std::uint32_t a, std::uint32_t b, std::int32_t c) {
-#ifdef OCTAVO_EMULATED
-  for (unsigned i = 0; i < 4; ++i)
-    c += static_cast<std::int8_t>(a >> 8 * i) * static_cast<std::int8_t>(b >> 8 * i);
-  return c;
-#else
-  return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
-#endif
-}
 
 // ---- warps: all 32 lanes must call these together ----
 
@@ -294,6 +114,15 @@ OCTAVO_DEVICE unsigned char* shared_memory() {
 #endif
 }
 
+// Tells the compiler what it cannot see where a pointer comes out of shared memory.
+template <class T>
+OCTAVO_DEVICE T* in_global_memory(T* pointer) {
+#ifndef OCTAVO_EMULATED
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 // 16 bytes from an address that is a multiple of 16.
 OCTAVO_DEVICE uint4 load_16(const void* address) {
 #ifdef OCTAVO_EMULATED
@@ -333,12 +162,28 @@ OCTAVO_DEVICE uint4 load_16_once(const void* address) {
 #endif
 }
 
+// The same value, of which the compiler does not know so: what follows from it is computed where it
+// is used, not once for all and kept in registers that a loop has none to spare of.
+OCTAVO_DEVICE int computed_anew(int value) {
+#ifndef OCTAVO_EMULATED
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // What was loaded into it is loaded before whatever follows: the compiler may not put it off.
 OCTAVO_DEVICE void keep_in_registers(uint4& value) {
 #ifdef OCTAVO_EMULATED
   static_cast<void>(value);
 #else
   asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
+#endif
+}
+OCTAVO_DEVICE void keep_in_registers(uint2& value) {
+#ifdef OCTAVO_EMULATED
+  static_cast<void>(value);
+#else
+  asm volatile("" : "+r"(value.x), "+r"(value.y));
 #endif
 }
 
@@ -359,6 +204,15 @@ OCTAVO_DEVICE void async_copy_16(void* shared, const void* global, bool valid = 
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
+#endif
+}
+// The same by way of the first-level cache: for what other blocks of the processor copy as well.
+OCTAVO_DEVICE void async_copy_16_cached(void* shared, const void* global) {
+#ifdef OCTAVO_EMULATED
+  cuda_emulator::async_copy(shared, global, 16, 0);
+#else
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 #endif
 }
 // Ends a group of copies.
@@ -401,10 +255,50 @@ OCTAVO_DEVICE T atomic_max(T* address, T value) {
   return atomicMax(address, value);
 #endif
 }
+// Returns the value before. What this thread wrote before, and what others wrote before a barrier
+// that it passed since, is seen by whoever adds to the counter afterwards, and by those who pass a
+// barrier with it: one thread's release and acquire do for its whole block (PTX, "Memory
+// Consistency Model": causality order is transitive, and barriers are part of it).
+template <class T>
+OCTAVO_DEVICE T atomic_add_acquire_release(T* address, T value) {
+  static_assert(sizeof(T) == 4, "32 bits, with a sign or without");
+#ifdef OCTAVO_EMULATED
+  return atomic_add(address, value);
+#else
+  T before;
+  asm volatile("atom.acq_rel.gpu.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(address), "r"(value)
+               : "memory");
+  return before;
+#endif
+}
 // What this thread wrote before is seen by whoever sees what it writes afterwards.
 OCTAVO_DEVICE void fence() {
 #ifndef OCTAVO_EMULATED
   __threadfence();
+#endif
+}
+// Waits until another block has made *counter `value` or more, and sees what it wrote before. The
+// other must have started for sure, and not wait for this one. (In the emulator, where blocks run
+// one after another, it must have ended.)
+OCTAVO_DEVICE void wait_for_count(const unsigned* counter, unsigned value) {
+#ifdef OCTAVO_EMULATED
+  if (*counter < value) cuda_emulator::fail("waits for a block that may not have started");
+#else
+  unsigned seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  } while (seen < value);
+#endif
+}
+// Lets others see `value` in *counter, and with it all that this block wrote before its last
+// __syncthreads().
+OCTAVO_DEVICE void publish_count(unsigned* counter, unsigned value) {
+#ifdef OCTAVO_EMULATED
+  *counter = value;
+#else
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 #endif
 }
 
