@@ -1,18 +1,26 @@
-"""Registers, spills and stack of every CUDA kernel, as ptxas reports them.
+"""Registers, spills and stack of every CUDA kernel, and when the decoding products ask for weights.
 
     python scripts/kernel_resources.py [--output benchmarks/results/kernel_resources.txt]
 
 Builds csrc/cuda as CMake builds it (compute capabilities 8.0 and 9.0), with warnings as errors, on
 any machine that has nvcc. A kernel of decoding that spills registers to memory fails the run: there
 every kernel waits for memory already. What a kernel for many rows spills is only told.
+
+A product of few rows must ask for all the weights and scales of its ring before it waits for the
+kernel before it, and use none of them. In the machine code for 9.0 those are LDG of 16 and 8 bytes
+in front of ACQBULK. A kernel with fewer, or one that reads what it has loaded, fails the run, too.
+That takes cuobjdump and nvdisasm, of the CUDA toolkit or of the packages in the extra `dev`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FLAGS = "-Xptxas -v -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas"
 
 # Kernels that decoding does not use.
-FOR_MANY_ROWS = "prefill|multiply_tile|tiles_"
+FOR_MANY_ROWS = "prefill"
+
+# Loads of multiply_rows<>, at least, by its codes (Codes of weights.cuh) and whether there are zero
+# points: of two outputs each unit of the ring (ring_units), its scales and its zero points.
+LOADS = {("2", False): 16, ("3", False): 8, ("4", False): 16, ("4", True): 12}
+LOADS |= {("5", False): 12, ("5", True): 12}
 
 
 class Kernel(NamedTuple):
@@ -82,12 +95,67 @@ def readable(names: list[str]) -> list[str]:
     return short
 
 
+def machine_code(built: Path) -> str:
+    """What cuobjdump prints of an object file, for 9.0."""
+    places = [os.environ["PATH"], str(Path(shutil.which("nvcc") or "").resolve().parent)]
+    places += map(str, Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"))
+    variables = {**os.environ, "PATH": os.pathsep.join(places)}
+    program = shutil.which("cuobjdump", path=variables["PATH"])
+    if program is None:
+        raise SystemExit("no cuobjdump: install nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm")
+    command = [program, "--dump-sass", "-arch", "sm_90", str(built)]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def early_loads(sass: str) -> list[tuple[str, int, int]]:
+    """Of each kernel that waits for the one before: loads in front of that, and uses of them."""
+    found = []
+    for part in sass.split("Function : ")[1:]:
+        before, waits, _ = part.partition("ACQBULK")
+        if not waits:
+            continue
+        loaded: set[int] = set()
+        loads = uses = 0
+        for line in before.splitlines():
+            target, _, sources = line.partition(",")
+            uses += any(int(number) in loaded for number in re.findall(r"\bR(\d+)\b", sources))
+            if load := re.search(r"\bLDG\.E\S* R(\d+)$", target):
+                wide = re.search(r"\.(64|128)\b", target)
+                loads += wide is not None
+                first, bits = int(load[1]), int(wide[1]) if wide else 32
+                loaded |= set(range(first, first + bits // 32))
+        found.append((part.split()[0], loads, uses))
+    return found
+
+
+def check_early_loads(folder: Path) -> tuple[list[str], int]:
+    """A table of the products of few rows, and how many of them ask for too little or too late."""
+    rows, wrong = [], 0
+    for built in folder.glob("**/multiply_few*.cu.o"):
+        found = early_loads(machine_code(built))
+        names = readable([name for name, _, _ in found])
+        for name, (_, loads, uses) in zip(names, found, strict=True):
+            codes = re.findall(r"\(Codes\)(\d)", name)[0]
+            expected = LOADS[codes, "true" in name]
+            wrong += loads < expected or uses > 0
+            rows.append((built.stem, name, f"{loads} of {expected}, {uses} used"))
+    if not rows:
+        raise SystemExit("no product of few rows waits for the kernel before it")
+    lines = [f"{'file':24} {'sm':>3} {'loads before the wait':>22}  kernel"]
+    lines += [f"{file:24} {90:3} {loads:>22}  {name}" for file, name, loads in sorted(rows)]
+    return lines, wrong
+
+
 def main() -> int:
-    """Compile everything, print the table, and fail where a kernel spills."""
+    """Compile everything, print the tables, and fail where a kernel spills or asks too late."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     given = parser.parse_args()
-    found = parse(build(ROOT / "build" / "cuda-resources"))
+    folder = ROOT / "build" / "cuda-resources"
+    found = parse(build(folder))
     if not found:
         raise SystemExit("no kernel was reported; expected nvcc to print what ptxas says")
     names = readable([kernel.name for kernel in found])
@@ -107,13 +175,16 @@ def main() -> int:
         f"{source:24} {architecture:3} {registers:9} {spilled:8} {stack:6}  {name}"
         for source, name, architecture, registers, spilled, stack in rows
     ]
+    early, late_kernels = check_early_loads(folder)
+    lines += ["", *early]
     print("\n".join(lines))
     if given.output:
         given.output.write_text("\n".join(lines) + "\n")
     spilling = [row for row in rows if row[4] > 0]
     wrong = [row for row in spilling if not re.search(FOR_MANY_ROWS, row[1])]
     print(f"\n{len(found)} kernels; {len(spilling)} spill registers, {len(wrong)} of decoding")
-    return 1 if wrong else 0
+    print(f"{late_kernels} products of few rows ask for too few weights before they wait")
+    return 1 if wrong or late_kernels else 0
 
 
 if __name__ == "__main__":

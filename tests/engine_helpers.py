@@ -99,7 +99,7 @@ class FakeRuntime:
     num_copies: int = 0
     batches: list[FakeBatch] = field(default_factory=list)
     max_in_flight: int = 0
-    fail_next: Exception | None = None  # in `sample`
+    fail_next: Exception | None = None  # in `sample`, and a `submit` that draws
     fail_wait: Exception | None = None  # in `wait`
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class FakeRuntime:
         self._drawn: dict[int, FakeOutput] = {}
         self._next_ticket = 0
 
-    def submit(self, batch: FakeBatch) -> int:
+    def submit(self, batch: FakeBatch, *, draw: bool) -> int:
         assert len(self._open) < 2, "two tickets are in flight already"
         assert not (self._open.keys() - self._drawn.keys()), "a step is not sampled yet"
         unknown = batch.token_ids < 0
@@ -124,6 +124,12 @@ class FakeRuntime:
         self._next_ticket += 1
         self._open[self._next_ticket] = batch
         self.max_in_flight = max(self.max_in_flight, len(self._open))
+        if draw:
+            try:
+                self.sample(self._next_ticket)
+            except Exception:
+                del self._open[self._next_ticket]
+                raise
         return self._next_ticket
 
     def copy_blocks(self, kv_group: int, pairs: npt.NDArray[np.int32]) -> None:

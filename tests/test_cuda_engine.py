@@ -132,6 +132,18 @@ def test_company_changes_no_bit(fields: dict[str, Any], apart: bool) -> None:
         assert engine.stats().num_preemptions > 0
 
 
+def test_a_plain_step_is_one_graph_with_a_copy_either_way() -> None:
+    engine = make_engine(overlap_steps=True)
+    assert isinstance(engine.runtime, _native.Runtime)
+    before = engine.runtime.counts()
+    engine.add_request("a", prompt_of(30, 2), SamplingParams(temperature=0.7, max_tokens=20))
+    run_to_end(engine)
+    counts = {name: n - before[name] for name, n in engine.runtime.counts().items()}
+    assert engine.num_steps == counts["uploads"] == counts["downloads"] == 20
+    # All but the prompt's step and the first of each of the two flights.
+    assert counts["replayed"] == 17 and counts["recorded"] == 2 and counts["forgotten"] == 0
+
+
 def test_a_prefix_hit_changes_no_bit() -> None:
     engine = make_engine()
     run(engine)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuda_helpers import DEVICE, needs_cuda
 from engine_helpers import run_to_end
 from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.engine import loader
@@ -165,6 +166,13 @@ def test_no_memory_for_weights_or_cache(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(InsufficientMemoryError, match="one sequence of max_model_len = 128 tokens"):
         load(tmp_path, max_model_len=128, dtype="bf16", kv_dtype="f32")
     assert load(tmp_path, dtype="bf16", max_num_seqs=1).num_kv_blocks == 4
+
+
+@needs_cuda
+def test_memory_for_steps_that_does_not_suffice(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    with pytest.raises(InsufficientMemoryError, match=r"max_num_seqs \(1000000000\).* MiB free"):
+        load(tmp_path, device=DEVICE, max_num_seqs=10**9)
 
 
 def test_a_device_or_instruction_set_that_is_not_there(tmp_path: Path) -> None:

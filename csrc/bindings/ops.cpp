@@ -76,40 +76,31 @@ class Ops : private OpsDevice {
     return down(out);
   }
 
-  // codes: int8 (outputs, inputs), or int4 as uint8 (outputs, inputs / 2); scales, zeros: (outputs,
-  // groups).
-  nb::object quantized_linear(Array2<float> x,
-                              nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu> codes,
-                              Array2<float> scales, nb::handle format_spec,
-                              std::optional<Array2<float>> zeros,
+  nb::object quantized_linear(Array2<float> x, CodeArray codes, Array2<float> scales,
+                              nb::handle format, std::optional<Array2<float>> zeros,
                               std::optional<Array1<float>> bias) {
-    const WeightFormat format = weight_format(format_spec);
-    require(format.is_quantized(), "format is ", name(format.dtype), "; expected int8 or int4");
-    const auto outputs = static_cast<std::int64_t>(codes.shape(0));
     const auto inputs = static_cast<std::int64_t>(x.shape(1));
-    const std::int64_t row_bytes = format.dtype == DType::int4 ? (inputs + 1) / 2 : inputs;
-    require(codes.itemsize() == 1 && static_cast<std::int64_t>(codes.shape(1)) == row_bytes,
-            "codes has ", codes.shape(1), " columns; expected ", row_bytes, " of one byte");
-    require(format.dtype != DType::int4 || format.group_size >= 1, "group_size is ",
-            format.group_size, "; expected 1 or more");
-    const std::int64_t groups = format.groups(inputs);
-    const auto check_groups = [&](const Array2<float>& array, const char* what) {
-      require(size(array) == outputs * groups, what, " has ", size(array), " entries; expected ",
-              outputs, " x ", groups);
-    };
-    check_groups(scales, "scales");
-    require(zeros.has_value() == format.has_zeros, "zeros go with has_zeros");
-    if (bias) check_length("bias", size(*bias), outputs);
-    Linear packed = backend_->make_linear(outputs, inputs, format, bias.has_value());
-    backend_->pack_rows(packed, 0, {codes.data(), format.dtype, outputs, inputs});
-    backend_->pack_scales(packed, 0, outputs, scales.data());
-    if (zeros) {
-      check_groups(*zeros, "zeros");
-      backend_->pack_zeros(packed, 0, outputs, zeros->data());
+    Linear packed = pack_quantized(inputs, codes, scales, format, zeros, bias.has_value());
+    if (bias) {
+      check_length("bias", size(*bias), packed.outputs);
+      backend_->upload(packed.bias.data(), bias->data(), bias->size() * 4);
     }
-    if (bias) backend_->upload(packed.bias.data(), bias->data(), bias->size() * 4);
-    const Matrix in = up_activations(x), out = matrix(in.view.rows, outputs);
+    const Matrix in = up_activations(x), out = matrix(in.view.rows, packed.outputs);
     backend_->linear(out.view, in.view, packed);
+    return down(out);
+  }
+
+  nb::object quantized_embed(IntArray token_ids, std::int64_t width, CodeArray codes,
+                             Array2<float> scales, nb::handle format,
+                             std::optional<Array2<float>> zeros) {
+    const Linear packed = pack_quantized(width, codes, scales, format, zeros, false);
+    check_entries("token_ids", token_ids, 0, packed.outputs - 1);
+    Step step;
+    step.num_tokens = size(token_ids);
+    const Device ids = up(token_ids);
+    step.token_ids = ids.as<std::int32_t>();
+    const Matrix out = matrix(step.num_tokens, width);
+    backend_->embed(out.view, packed, nullptr, step);
     return down(out);
   }
 
@@ -371,6 +362,8 @@ void bind_ops(nb::module_& module) {
            nb::arg("dtype") = "f32")
       .def("quantized_linear", &Ops::quantized_linear, nb::arg("x"), nb::arg("codes"),
            nb::arg("scales"), nb::arg("format"), nb::arg("zeros") = none, nb::arg("bias") = none)
+      .def("quantized_embed", &Ops::quantized_embed, nb::arg("token_ids"), nb::arg("width"),
+           nb::arg("codes"), nb::arg("scales"), nb::arg("format"), nb::arg("zeros") = none)
       .def("rope_frequencies", &Ops::rope_frequencies, nb::arg("rope"), nb::arg("head_dim"))
       .def("rope_and_store", &Ops::rope_and_store, nb::arg("q"), nb::arg("k"), nb::arg("v"),
            nb::arg("positions"), nb::arg("slots"), nb::arg("frequencies").none(),

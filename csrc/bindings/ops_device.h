@@ -24,6 +24,7 @@ class OpsDevice {
     Buffer memory;
     View view;
   };
+  using CodeArray = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
   struct NormArrays {
     Buffer weight, bias;
     Norm norm;
@@ -118,6 +119,36 @@ class OpsDevice {
     Linear linear = backend_->make_linear(outputs, inputs, parse_dtype(dtype, "dtype"), with_bias);
     backend_->pack_rows(linear, 0, {weight.data(), DType::f32, outputs, inputs});
     return linear;
+  }
+
+  // codes: int8 (outputs, inputs), or int4 as uint8 (outputs, inputs / 2); scales, zeros: (outputs,
+  // groups).
+  Linear pack_quantized(std::int64_t inputs, const CodeArray& codes, const Array2<float>& scales,
+                        nb::handle format_spec, const std::optional<Array2<float>>& zeros,
+                        bool with_bias) {
+    const WeightFormat format = weight_format(format_spec);
+    require(format.is_quantized(), "format is ", name(format.dtype), "; expected int8 or int4");
+    const auto outputs = static_cast<std::int64_t>(codes.shape(0));
+    const std::int64_t row_bytes = format.dtype == DType::int4 ? (inputs + 1) / 2 : inputs;
+    require(codes.itemsize() == 1 && static_cast<std::int64_t>(codes.shape(1)) == row_bytes,
+            "codes has ", codes.shape(1), " columns; expected ", row_bytes, " of one byte");
+    require(format.dtype != DType::int4 || format.group_size >= 1, "group_size is ",
+            format.group_size, "; expected 1 or more");
+    const std::int64_t groups = format.groups(inputs);
+    const auto check_groups = [&](const Array2<float>& array, const char* what) {
+      require(size(array) == outputs * groups, what, " has ", size(array), " entries; expected ",
+              outputs, " x ", groups);
+    };
+    check_groups(scales, "scales");
+    require(zeros.has_value() == format.has_zeros, "zeros go with has_zeros");
+    Linear packed = backend_->make_linear(outputs, inputs, format, with_bias);
+    backend_->pack_rows(packed, 0, {codes.data(), format.dtype, outputs, inputs});
+    backend_->pack_scales(packed, 0, outputs, scales.data());
+    if (zeros) {
+      check_groups(*zeros, "zeros");
+      backend_->pack_zeros(packed, 0, outputs, zeros->data());
+    }
+    return packed;
   }
 
   NormArrays norm_arrays(const Array1<float>& weight, const std::optional<Array1<float>>& bias,

@@ -7,6 +7,7 @@
 // octavo.reference.ops defines every compute op under the same name.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -25,6 +26,7 @@
 namespace octavo {
 
 class Backend;
+struct LayerWeights;  // core/weights.h
 
 // Device memory with one owner. Zero-filled when new, aligned to 64 bytes.
 class Buffer {
@@ -174,6 +176,26 @@ struct NormedInput {
   const Norm& norm;
 };
 
+// What a device has been given to do so far; to be compared before and after a step.
+struct WorkCounts {
+  std::int64_t kernels = 0;    // launched, or recorded, one by one
+  std::int64_t recorded = 0;   // steps recorded
+  std::int64_t replayed = 0;   // recorded steps launched
+  std::int64_t forgotten = 0;  // recorded steps dropped
+  std::int64_t uploads = 0, downloads = 0;
+};
+
+// A layer of a step, and memory for what its ops leave: see Decoder, whose views these are.
+struct LayerWork {
+  View residual;  // float32; grows by what attention and the MLP give
+  View hidden, qkv, attn, act;
+  const LayerSpec& layer;
+  const LayerWeights& weights;
+  float scale;  // of attention
+  KvLayer& kv;
+  const Step& step;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -264,6 +286,9 @@ class Backend {
                           Activation) {
     return false;
   }
+  // A whole layer, with the bits of the ops in decoder.cpp and in fewer launches. What the layer
+  // before gave must have been added to the residual stream; what this one gives then has been.
+  virtual bool decode_layer(const LayerWork&) { return false; }
   // out[i] = x[rows[i]]
   virtual void take_rows(View out, View x, const std::int32_t* rows) = 0;
   // out = logits, adjusted where a row says so. out may be logits.
@@ -283,12 +308,27 @@ class Backend {
   // Runs `record`, which calls ops; a device may keep what it launched and replay it for the key,
   // since whatever differs between two steps of one key lies in the same device memory.
   virtual void run(const StepKey& key, const std::function<void()>& record) = 0;
-  // Called when memory that recorded steps use has moved.
+  // Called before memory that recorded steps use moves.
   virtual void forget_recorded() {}
-  // How many steps were replayed so far.
-  virtual std::int64_t num_replayed() const { return 0; }
+  virtual WorkCounts counts() const { return {}; }
   virtual void sync() = 0;
+
+  // ---- measuring ----
+  // Seconds that what `work` queues takes the device.
+  virtual double seconds_of(const std::function<void()>& work);
+  // What a GPU can do at most (csrc/cuda/measure.h); of the CPU: csrc/cpu/measure.h.
+  virtual double measure_bandwidth(double, double) { return 0.0; }
+  virtual double measure_flops(double) { return 0.0; }
 };
+
+inline double Backend::seconds_of(const std::function<void()>& work) {
+  using Clock = std::chrono::steady_clock;
+  sync();
+  const auto start = Clock::now();
+  work();
+  sync();
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 inline Buffer::Buffer(Backend* backend, std::size_t bytes)
     : backend_(backend), data_(backend->allocate(bytes)), bytes_(bytes) {}

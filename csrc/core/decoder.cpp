@@ -15,6 +15,10 @@ void tap(TapSink* taps, View rows, const Parts&... name_parts) {
   if (taps->wants(name)) taps->record(name, rows);
 }
 
+float attention_scale(const LayerSpec& layer) {
+  return 1.0f / std::sqrt(static_cast<float>(layer.head_dim));
+}
+
 }  // namespace
 
 Decoder::Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights,
@@ -54,17 +58,42 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, V
 
   backend_.embed(residual, weights_.embed, positions, step);
   tap(taps, residual, "embed");
+  // What is still to be added to the residual stream: nothing, or `hidden`.
+  View pending;
   for (std::size_t i = 0; i < spec_.layers.size(); ++i) {
-    attention_half(i, hidden, residual, kv, step, taps);
+    // Behind a layer of single ops there are no whole ones: its output is pending.
+    if (!taps && !pending.data && whole_layer(i, hidden, residual, kv, step)) continue;
+    attention_half(i, hidden, residual, pending, kv, step, taps);
     mlp_half(i, hidden, residual, taps);
+    pending = hidden;
   }
-  backend_.add_norm(hidden, residual, hidden, weights_.final_norm);
+  if (!taps && step.rows_are_tokens() &&
+      backend_.normed_linear(logits, {residual, pending, weights_.final_norm}, weights_.head()))
+    return;
+  if (pending.data)
+    backend_.add_norm(hidden, residual, hidden, weights_.final_norm);
+  else
+    backend_.norm(hidden, residual, weights_.final_norm);
   tap(taps, residual, "layers.", spec_.layers.size() - 1, ".out");
   if (step.num_rows == 0) return;
-  backend_.take_rows(normed, hidden, step.logit_rows);
-  tap(taps, normed, "final_norm");
-  backend_.linear(logits, normed, weights_.head());
+  View last = hidden;
+  if (!step.rows_are_tokens()) {
+    last = normed;
+    backend_.take_rows(last, hidden, step.logit_rows);
+  }
+  tap(taps, last, "final_norm");
+  backend_.linear(logits, last, weights_.head());
   tap(taps, logits, "logits");
+}
+
+bool Decoder::whole_layer(std::size_t i, View hidden, View residual, std::vector<KvLayer>& kv,
+                          const Step& step) {
+  const LayerSpec& layer = spec_.layers[i];
+  const std::int64_t tokens = step.num_tokens;
+  return backend_.decode_layer(
+      {residual, hidden, rows(qkv_, tokens, layer.q_size() + 2 * layer.kv_size()),
+       rows(attn_, tokens, layer.q_size()), rows(act_, tokens, layer.intermediate_size), layer,
+       weights_.layers[i], attention_scale(layer), kv[i], step});
 }
 
 void Decoder::linear_stack(View out, View x, const Stack& stack) {
@@ -75,10 +104,10 @@ void Decoder::linear_stack(View out, View x, const Stack& stack) {
   }
 }
 
-// hidden: what the previous layer's MLP gave, which is added to the residual stream together with
-// the norm; on return the attention's output, not yet added.
-void Decoder::attention_half(std::size_t i, View hidden, View residual, std::vector<KvLayer>& kv,
-                             const Step& step, TapSink* taps) {
+// pending: what the previous layer's MLP gave (in `hidden`), which is added to the residual stream
+// together with the norm; hidden: on return the attention's output, not yet added.
+void Decoder::attention_half(std::size_t i, View hidden, View residual, View pending,
+                             std::vector<KvLayer>& kv, const Step& step, TapSink* taps) {
   const LayerSpec& layer = spec_.layers[i];
   const LayerWeights& weights = weights_.layers[i];
   const View qkv = rows(qkv_, step.num_tokens, layer.q_size() + 2 * layer.kv_size());
@@ -87,11 +116,11 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, std::vec
   const View v = qkv.columns(layer.q_size() + layer.kv_size(), layer.kv_size());
   const View attn = rows(attn_, step.num_tokens, layer.q_size());
 
-  const NormedInput input{residual, i == 0 ? View{} : hidden, weights.attn_norm};
+  const NormedInput input{residual, pending, weights.attn_norm};
   const bool is_fused =
       !taps && weights.qkv.size() == 1 && backend_.normed_linear(qkv, input, weights.qkv[0]);
   if (!is_fused) {
-    if (i == 0) {
+    if (!pending.data) {
       backend_.norm(hidden, residual, weights.attn_norm);
     } else {
       backend_.add_norm(hidden, residual, hidden, weights.attn_norm);
@@ -108,8 +137,7 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, std::vec
     tap(taps, q, "layers.", i, ".q_rope");
     tap(taps, k, "layers.", i, ".k_rope");
   }
-  const float scale = 1.0f / std::sqrt(static_cast<float>(layer.head_dim));
-  backend_.attention(attn, q, layer, scale, kv[i], step);
+  backend_.attention(attn, q, layer, attention_scale(layer), kv[i], step);
   tap(taps, attn, "layers.", i, ".attn");
   backend_.linear(hidden, attn, weights.o);
   backend_.all_reduce(hidden);

@@ -26,15 +26,17 @@ class Decoder {
   // Runs the step's tokens through the model, storing their keys and values in `kv` (one entry a
   // layer), and leaves the wanted rows' logits (num_rows, vocab) in `logits`.
   //
-  // normed: (num_rows, hidden), workspace for the final norm of those rows.
+  // normed: (num_rows, hidden), workspace for the final norm of those rows, where they are not all.
   // taps: null, or who wants to see what is computed on the way.
   void forward(const Step& step, std::vector<KvLayer>& kv, View logits, View normed, TapSink* taps);
 
   std::int64_t workspace_bytes() const;
 
  private:
-  void attention_half(std::size_t layer, View hidden, View residual, std::vector<KvLayer>& kv,
-                      const Step& step, TapSink* taps);
+  bool whole_layer(std::size_t layer, View hidden, View residual, std::vector<KvLayer>& kv,
+                   const Step& step);
+  void attention_half(std::size_t layer, View hidden, View residual, View pending,
+                      std::vector<KvLayer>& kv, const Step& step, TapSink* taps);
   void mlp_half(std::size_t layer, View hidden, View residual, TapSink* taps);
 
   // out = x times each matrix of the stack, side by side.

@@ -97,6 +97,7 @@ void CudaBackend::release(void* data, std::size_t) noexcept {
 
 void CudaBackend::upload(void* device, const void* host, std::size_t bytes) {
   if (bytes == 0) return;
+  ++num_uploads_;
   check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_.handle()),
         "copying to the device");
   stream_.sync();
@@ -104,6 +105,7 @@ void CudaBackend::upload(void* device, const void* host, std::size_t bytes) {
 
 void CudaBackend::download(void* host, const void* device, std::size_t bytes) {
   if (bytes == 0) return;
+  ++num_downloads_;
   check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
         "copying from the device");
   stream_.sync();
@@ -127,11 +129,13 @@ void CudaBackend::release_host(void* data) noexcept {
 }
 
 void CudaBackend::upload_later(void* device, const HostBuffer& host, std::size_t bytes) {
+  ++num_uploads_;
   check(cudaMemcpyAsync(device, host.data(), bytes, cudaMemcpyHostToDevice, stream_.handle()),
         "copying to the device");
 }
 
 void CudaBackend::download_later(unsigned char* host, const void* device, std::size_t bytes) {
+  ++num_downloads_;
   check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
         "copying from the device");
 }
@@ -159,9 +163,9 @@ void CudaBackend::prepare(const ModelSpec& spec, const StepLimits& limits) {
   const std::int64_t seqs = padded_seqs(limits.max_num_seqs);
   const StepLimits padded{seqs, std::max(limits.max_num_batched_tokens, seqs),
                           limits.max_model_len};
-  linear_workspace_.get(linear_workspace_bytes(spec, padded));
+  linear_workspace_.get(linear_workspace_bytes(spec, padded, tile_rows_));
   attention_workspace_.get(attention_workspace_bytes(stream_, spec, padded));
-  sampling_workspace_.get(sampling_workspace_bytes(spec.vocab_size, padded.max_num_seqs));
+  sampling_workspace_.get(sampling_workspace_bytes(spec.vocab_size, padded.max_num_batched_tokens));
 }
 
 std::int64_t CudaBackend::growths() const {
@@ -174,6 +178,22 @@ void CudaBackend::run(const StepKey& key, const std::function<void()>& record) {
     record();
   else
     graphs_.run(stream_, key, growths(), record);
+}
+
+void CudaBackend::forget_recorded() {
+  stream_.sync();  // one may be on its way
+  graphs_.clear();
+}
+
+WorkCounts CudaBackend::counts() const {
+  WorkCounts counts;
+  counts.kernels = stream_.num_launched();
+  counts.recorded = graphs_.num_recorded();
+  counts.replayed = graphs_.num_replayed();
+  counts.forgotten = graphs_.num_forgotten();
+  counts.uploads = num_uploads_;
+  counts.downloads = num_downloads_;
+  return counts;
 }
 
 std::vector<std::string> CudaBackend::unsupported(const ModelSpec& spec,
@@ -240,7 +260,7 @@ void CudaBackend::add_norm(View out, View residual, View x, const Norm& norm) {
 }
 
 void CudaBackend::linear(View out, View x, const Linear& weight) {
-  cuda::linear({stream_, linear_workspace_, cublas_.get()}, out, x, weight);
+  cuda::linear({stream_, linear_workspace_, cublas_.get(), tile_rows_}, out, x, weight);
 }
 
 void CudaBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
@@ -255,6 +275,14 @@ void CudaBackend::attention(View out, View q, const LayerSpec& layer, float scal
 
 void CudaBackend::gated_activation(View out, View x, Activation activation, bool gated) {
   cuda::gated_activation(stream_, out, x, activation, gated);
+}
+
+bool CudaBackend::normed_linear(View out, const NormedInput& x, const Linear& weight) {
+  return cuda::normed_linear(stream_, options_.dtype, out, x, weight);
+}
+
+bool CudaBackend::decode_layer(const LayerWork& work) {
+  return cuda::decode_layer(stream_, work, attention_workspace_);
 }
 
 void CudaBackend::take_rows(View out, View x, const std::int32_t* rows) {

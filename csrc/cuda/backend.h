@@ -10,6 +10,7 @@
 #include "cuda/cublas.h"
 #include "cuda/graphs.h"
 #include "cuda/kernels.h"
+#include "cuda/measure.h"
 #include "cuda/stream.h"
 
 namespace octavo::cuda {
@@ -59,6 +60,8 @@ class CudaBackend : public Backend {
   void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
                  const Step& step) override;
   void gated_activation(View out, View x, Activation activation, bool gated) override;
+  bool normed_linear(View out, const NormedInput& x, const Linear& weight) override;
+  bool decode_layer(const LayerWork& work) override;
   void take_rows(View out, View x, const std::int32_t* rows) override;
   void adjust_logits(View out, View logits, const LogitAdjustments& adjustments) override;
   void sample(const Samples& out, View logits, const std::int32_t* masks,
@@ -67,9 +70,16 @@ class CudaBackend : public Backend {
   void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) override;
 
   void run(const StepKey& key, const std::function<void()>& record) override;
-  void forget_recorded() override { graphs_.clear(); }
-  std::int64_t num_replayed() const override { return graphs_.num_replayed(); }
+  void forget_recorded() override;
+  WorkCounts counts() const override;
   void sync() override { stream_.sync(); }
+  double seconds_of(const std::function<void()>& work) override {
+    return cuda::seconds_of(stream_, work);
+  }
+  double measure_bandwidth(double seconds, double num_bytes) override {
+    return cuda::measure_bandwidth(stream_, seconds, num_bytes);
+  }
+  double measure_flops(double seconds) override { return cuda::measure_flops(stream_, seconds); }
 
  private:
   // Sum of the growths of all workspaces: recorded graphs hold their addresses.
@@ -78,9 +88,11 @@ class CudaBackend : public Backend {
   BackendOptions options_;
   Stream stream_;
   Workspace linear_workspace_, attention_workspace_, sampling_workspace_, copy_workspace_;
+  const TileRows tile_rows_ = TileRows::read_environment();
   std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is not there
   cudaEvent_t marks_[2] = {};
   Graphs graphs_;
+  std::int64_t num_uploads_ = 0, num_downloads_ = 0;
 };
 
 }  // namespace octavo::cuda

@@ -1,6 +1,7 @@
 // Norms, alone and fused with the addition before them.
 #include "cuda/elementwise.cuh"
 #include "cuda/kernels.h"
+#include "cuda/norm.cuh"
 
 namespace octavo::cuda {
 
@@ -69,17 +70,14 @@ __global__ void __launch_bounds__(kMostThreads) norm_rows(NormArguments a) {
   }
   float squares = 0.0f;
 #pragma unroll
-  for (int g = 0; g < num_groups; ++g)
-    squares += (x[g].x * x[g].x + x[g].y * x[g].y) + (x[g].z * x[g].z + x[g].w * x[g].w);
-  const float scale =
-      reciprocal_sqrt(block_sum(squares, sums) / static_cast<float>(a.width) + a.eps);
+  for (int g = 0; g < num_groups; ++g) squares = add_squares(squares, x[g]);
+  const float scale = norm_scale(block_sum(squares, sums), a.width, a.eps);
 
   T* out = static_cast<T*>(a.out) + row * a.out_stride;
 #pragma unroll
   for (int g = 0; g < num_groups; ++g) {
     const int col = first + g * step;
-    float4 y = {x[g].x * scale * weight[g].x, x[g].y * scale * weight[g].y,
-                x[g].z * scale * weight[g].z, x[g].w * scale * weight[g].w};
+    float4 y = scaled(x[g], scale, weight[g]);
     if (a.bias) {
       const float4 bias = load_four(a.bias + col, a.width - col, a.weights_aligned);
       y = {y.x + bias.x, y.y + bias.y, y.z + bias.z, y.w + bias.w};
@@ -90,8 +88,7 @@ __global__ void __launch_bounds__(kMostThreads) norm_rows(NormArguments a) {
 
 void launch_norm(Stream& stream, const char* op, View out, View residual, const View* added,
                  const Norm& norm) {
-  constexpr int kMostGroups = 4;  // of a thread
-  constexpr std::int64_t kMostWidth = 4 * kMostGroups * static_cast<std::int64_t>(kMostThreads);
+  constexpr std::int64_t kMostWidth = 4 * kMostNormGroups * std::int64_t{kMostThreads};
   require_shape(op, residual, out.rows, out.cols);
   require_f32(op, residual);
   require(out.cols <= kMostWidth, op, " of rows of ", out.cols, " numbers; the kernel takes up to ",
@@ -114,14 +111,14 @@ void launch_norm(Stream& stream, const char* op, View out, View residual, const 
       fours_aligned(out) && fours_aligned(residual) && (!added || fours_aligned(*added));
   a.weights_aligned = aligned(norm.weight) && aligned(norm.bias);
 
-  const std::int64_t groups = (out.cols + 3) / 4;
-  const bool one_each = groups <= kMostThreads;
-  const unsigned warps = blocks_of(groups, one_each ? kWarp : kMostGroups * kWarp);
+  const NormShape shared = norm_shape(a.width);
+  const unsigned threads = static_cast<unsigned>(shared.warps) * kWarp;
   const LaunchShape shape{
-      {static_cast<unsigned>(out.rows)}, {warps * kWarp}, 2 * kMostWarps * sizeof(float), true};
+      {static_cast<unsigned>(out.rows)}, {threads}, 2 * kMostWarps * sizeof(float), true};
   for_type(op, out.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch(stream, "norm_rows", shape, one_each ? norm_rows<T, 1> : norm_rows<T, kMostGroups>, a);
+    launch(stream, "norm_rows", shape,
+           shared.groups == 1 ? norm_rows<T, 1> : norm_rows<T, kMostNormGroups>, a);
   });
 }
 

@@ -1,8 +1,8 @@
 // Rotary position embedding of q and k, and storing k and v in the paged cache.
 
 #include "cuda/kernels.h"
-#include "cuda/kv_layout.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/rope.cuh"
 
 namespace octavo::cuda {
 
@@ -11,40 +11,10 @@ namespace {
 constexpr unsigned kHeadsPerBlock = 4;  // a warp each
 constexpr int kPairsPerLane = 4;        // head_dim up to 256
 
-struct RopeArguments {
-  void* qkv;
-  std::int64_t stride;
-  const float *cosines, *sines;  // null: no rotation
-  const std::int32_t *positions, *slots;
-  int num_heads, num_kv_heads, head_dim;
-  KvLayout cache;
-  unsigned char* cache_data;
-};
-
 // One head's vector of one token, by one warp: lane i has elements i + 32 n of either half.
 struct HeadVector {
   float first[kPairsPerLane], second[kPairsPerLane];
 };
-
-OCTAVO_DEVICE void store_item(unsigned char* items, DType dtype, int index, float value,
-                              float scale) {
-  switch (dtype) {
-    case DType::f32:
-      reinterpret_cast<float*>(items)[index] = value;
-      break;
-    case DType::bf16:
-      reinterpret_cast<Bf16*>(items)[index] = from_float<Bf16>(value);
-      break;
-    case DType::f16:
-      reinterpret_cast<F16*>(items)[index] = from_float<F16>(value);
-      break;
-    default: {
-      const float steps = rintf(divide_rn(value, scale));  // ties to even
-      reinterpret_cast<std::int8_t*>(items)[index] =
-          static_cast<std::int8_t>(fminf(127.0f, fmaxf(-127.0f, steps)));
-    }
-  }
-}
 
 // Puts a key (or value) where it belongs; int8 as 127 steps of the vector's largest magnitude.
 OCTAVO_DEVICE void store_vector(const RopeArguments& a, const HeadVector& x, int slot, int kv_head,
@@ -116,14 +86,12 @@ __global__ void rope_and_store_kernel(RopeArguments a) {
     if (i + half < a.head_dim) x.second[n] = to_float(row[i + half]);
     if (!rotates) continue;
     const float first = x.first[n], second = x.second[n];
-    const T turned_first =
-        from_float<T>(add_rn(multiply_rn(first, cosine[n]), -multiply_rn(second, sine[n])));
-    const T turned_second =
-        from_float<T>(add_rn(multiply_rn(second, cosine[n]), multiply_rn(first, sine[n])));
-    row[i] = turned_first;
-    row[i + half] = turned_second;
-    x.first[n] = to_float(turned_first);
-    x.second[n] = to_float(turned_second);
+    const T lower = turned_first<T>(first, second, cosine[n], sine[n]);
+    const T upper = turned_second<T>(first, second, cosine[n], sine[n]);
+    row[i] = lower;
+    row[i + half] = upper;
+    x.first[n] = to_float(lower);
+    x.second[n] = to_float(upper);
   }
   if (slot >= 0) store_vector(a, x, slot, (head - a.num_heads) % a.num_kv_heads, is_value);
 }
@@ -164,10 +132,8 @@ template <class T>
 OCTAVO_DEVICE void rotate(WidePiece& x, const float (&cosine)[8], const float (&sine)[8]) {
   for (int i = 0; i < 8; ++i) {
     const float first = x.first[i], second = x.second[i];
-    x.first[i] = to_float(
-        from_float<T>(add_rn(multiply_rn(first, cosine[i]), -multiply_rn(second, sine[i]))));
-    x.second[i] = to_float(
-        from_float<T>(add_rn(multiply_rn(second, cosine[i]), multiply_rn(first, sine[i]))));
+    x.first[i] = to_float(turned_first<T>(first, second, cosine[i], sine[i]));
+    x.second[i] = to_float(turned_second<T>(first, second, cosine[i], sine[i]));
   }
 }
 
@@ -259,18 +225,7 @@ void rope_and_store(Stream& stream, View qkv, const Rope* rope, const LayerSpec&
   require(!rope || layer.head_dim % 2 == 0, "head_dim is ", layer.head_dim,
           "; only an even one can be rotated");
   if (step.num_tokens == 0) return;
-  RopeArguments a{};
-  a.qkv = qkv.data;
-  a.stride = qkv.stride;
-  a.cosines = rope ? rope->cosines : nullptr;
-  a.sines = rope ? rope->sines : nullptr;
-  a.positions = step.positions;
-  a.slots = step.slots_of(layer.kv_group);
-  a.num_heads = static_cast<int>(layer.num_heads);
-  a.num_kv_heads = static_cast<int>(layer.num_kv_heads);
-  a.head_dim = static_cast<int>(layer.head_dim);
-  a.cache = layout_of(kv);
-  a.cache_data = static_cast<unsigned char*>(kv.data);
+  const RopeArguments a = rope_arguments(qkv, rope, layer, kv, step);
   const auto heads = static_cast<unsigned>(layer.num_heads + 2 * layer.num_kv_heads);
   if (can_be_wide(qkv, a)) {
     const unsigned pieces = heads * static_cast<unsigned>(a.head_dim / 16);

@@ -1,5 +1,7 @@
 #include "cuda/stream.h"
 
+#include <cstdlib>
+
 #include "core/text.h"
 
 namespace octavo::cuda {
@@ -25,6 +27,7 @@ Stream::Stream(int device) : device_(device) {
   compute_capability_ =
       10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
   max_shared_bytes_ = static_cast<std::size_t>(ask(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  tiles_apart_ = std::getenv("OCTAVO_CUDA_TILES_APART") != nullptr;
   check(cudaStreamCreateWithFlags(&handle_, cudaStreamNonBlocking), "creating a CUDA stream");
 }
 

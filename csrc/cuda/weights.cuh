@@ -105,6 +105,25 @@ inline Numbers numbers_of(View view) {
   return {view.data, view.dtype, static_cast<int>(view.rows), view.stride};
 }
 
+// What makes weights of int4 codes of one block: (level - zero) * scale.
+struct BlockScale {
+  float scale, zero;
+};
+OCTAVO_DEVICE BlockScale block_scale_at(const Matrix& m, int output, int input) {
+  const long long at =
+      static_cast<long long>(output) * m.scales_per_row + (input / kBlock >> m.scale_shift);
+  BlockScale s{read_number(m.scales, m.scale_dtype, at), 0.0f};
+  if (m.zeros) s.zero = read_number(m.zeros, DType::bf16, at);
+  if (m.zeros && m.codes == Codes::int4) s.zero -= 8.0f;
+  return s;
+}
+OCTAVO_DEVICE float weight_of(const Matrix& m, BlockScale s, int code) {
+  const int level = m.codes == Codes::int4
+                        ? code - 8
+                        : static_cast<std::int8_t>(m.levels.words[code / 4] >> code % 4 * 8);
+  return (static_cast<float>(level) - s.zero) * s.scale;
+}
+
 // One weight, for what need not be fast.
 OCTAVO_DEVICE float weight_at(const Matrix& m, int output, int input) {
   const unsigned char* row = m.row(output);
@@ -114,17 +133,7 @@ OCTAVO_DEVICE float weight_at(const Matrix& m, int output, int input) {
   const int place = place_of(m.codes, input);
   if (m.codes == Codes::int8)
     return static_cast<float>(static_cast<std::int8_t>(row[place])) * m.output_scales[output];
-  const int code = row[place / 2] >> place % 2 * 4 & 15;
-  const long long at =
-      static_cast<long long>(output) * m.scales_per_row + (input / kBlock >> m.scale_shift);
-  float value = static_cast<float>(code - 8);
-  if (m.codes == Codes::int4_levels)
-    value = static_cast<float>(static_cast<std::int8_t>(m.levels.words[code / 4] >> code % 4 * 8));
-  if (m.zeros) {
-    const float zero = read_number(m.zeros, DType::bf16, at);
-    value -= m.codes == Codes::int4 ? zero - 8.0f : zero;
-  }
-  return value * read_number(m.scales, m.scale_dtype, at);
+  return weight_of(m, block_scale_at(m, output, input), row[place / 2] >> place % 2 * 4 & 15);
 }
 
 // The packed matrix behind a Linear that make_linear made.
