@@ -14,7 +14,9 @@ def build_info() -> dict[str, Any]:
 
     compiler, isas (compiled), isa (what "auto" takes here), physical_cores; cuda: whether the
     build has CUDA's runtime; num_devices: CUDA devices of this machine; device_name: of the
-    first; cuda_emulated: whether the build has the device "cuda_emulated", for tests.
+    first; cuda_runtime, cuda_driver: versions of CUDA, of the build and of the driver; products:
+    whose kernels multiply many rows ("cuBLASLt 13.0.2", or octavo's own); cuda_emulated: whether
+    the build has the device "cuda_emulated", for tests.
     """
 
 def available_devices() -> list[str]:
@@ -138,15 +140,25 @@ class Runtime:
         """Bytes: weights, kv_cache, workspace, available (on the device, now)."""
 
     def allocations(self) -> int:
-        """How many times the step had to grow a buffer so far; constant once warm."""
+        """How many times a step had to grow a buffer so far.
 
-    def replays(self) -> int:
-        """How many recorded steps (CUDA graphs) were replayed so far; sampling counts apart."""
+        0 as long as no step wants more logit rows than max_num_seqs, or more than 20 top
+        log-probabilities. Adjustments' buffers grow with the tokens they name.
+        """
 
-    def submit(self, batch: Batch, taps: Sequence[str] | None = None) -> int:
+    def counts(self) -> dict[str, int]:
+        """What a GPU was given to do so far, behind all steps queued; zeros on a CPU.
+
+        kernels: launched, or recorded, one by one. recorded, replayed, forgotten: steps recorded
+        as CUDA graphs, launched as such, dropped. uploads, downloads: copies.
+        """
+
+    def submit(self, batch: Batch, taps: Sequence[str] | None = None, draw: bool = False) -> int:
         """Queue the forward pass and return a ticket at once; at most two may be in flight.
 
-        taps: names from octavo.models.spec.tap_names, or ["*"] for all.
+        taps: names from octavo.models.spec.tap_names, or ["*"] for all. draw: the sampling follows
+        at once, with neither masks nor adjustments, and `sample` must not be called: a GPU then
+        has a recorded step in one piece.
         """
 
     def sample(
@@ -172,24 +184,28 @@ class Runtime:
         """submit, sample and wait in one call."""
 
 class OpBench:
-    """How long single ops take on random numbers, in seconds a call: the best of `repeats` runs.
+    """How long single ops take on random numbers, in seconds a call.
 
-    A run makes 20 calls or more, which CUDA replays as one graph. dtype: of activations.
+    The median of `repeats` runs of `launches` calls, timed by the device itself; CUDA replays a run
+    as one graph. What is read takes turns among so many copies that `cache_bytes` do not hold them.
+    dtype: of activations.
     """
 
-    def __init__(self, device: str, dtype: str, deterministic: bool = False) -> None: ...
-    def linear(
+    def __init__(
         self,
-        rows: int,
-        outputs: int,
-        inputs: int,
-        format: Any = None,
-        copies: int = 1,
-        repeats: int = 10,
-    ) -> float:
-        """format: octavo.models.spec.WeightFormat; None takes dtype.
+        device: str,
+        dtype: str,
+        deterministic: bool = False,
+        launches: int = 200,
+        repeats: int = 5,
+        cache_bytes: int = 256 << 20,
+    ) -> None: ...
+    def linear(
+        self, rows: Sequence[int], outputs: int, inputs: int, format: Any = None
+    ) -> list[float]:
+        """One time for each number of rows.
 
-        copies: matrices that take turns, so that no cache holds them all.
+        format: octavo.models.spec.WeightFormat; None takes dtype.
         """
 
     def attention(
@@ -201,12 +217,11 @@ class OpBench:
         num_kv_heads: int,
         head_dim: int,
         kv_dtype: str,
-        repeats: int = 10,
     ) -> float:
         """num_seqs sequences of `context` tokens, of which the last tokens_per_seq are new."""
 
-    def add_norm(self, rows: int, width: int, repeats: int = 10) -> float: ...
-    def gated_activation(self, rows: int, width: int, repeats: int = 10) -> float: ...
+    def add_norm(self, rows: int, width: int) -> float: ...
+    def gated_activation(self, rows: int, width: int) -> float: ...
     def sample(
         self,
         rows: int,
@@ -214,7 +229,6 @@ class OpBench:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        repeats: int = 10,
     ) -> float: ...
 
 class Ops:
@@ -265,6 +279,15 @@ class Ops:
         format: Any,
         zeros: Float32 | None = None,
         bias: Float32 | None = None,
+    ) -> Float32: ...
+    def quantized_embed(
+        self,
+        token_ids: Int32,
+        width: int,
+        codes: NDArray[Any],
+        scales: Float32,
+        format: Any,
+        zeros: Float32 | None = None,
     ) -> Float32: ...
     def rope_frequencies(self, rope: Any, head_dim: int) -> Float32: ...
     def rope_and_store(

@@ -1,4 +1,4 @@
-"""Options of the engine: frozen, validated, and the only reader of environment variables."""
+"""Options of the engine: frozen, validated, and Python's only reader of environment variables."""
 
 from __future__ import annotations
 
