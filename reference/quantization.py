@@ -31,7 +31,7 @@ from octavo.reference.ops import Array, Float32, linear, round_to_bf16
 
 Codes = npt.NDArray[np.integer[Any]]
 
-OPS = ("quantized_linear",)
+OPS = ("quantized_linear", "quantized_embed")
 INT4_ACTIVATIONS = ("whole", "bf16")
 
 
@@ -78,6 +78,20 @@ def quantized_linear(
         codes = unpack_int4(codes)[:, : x.shape[1]]
     weight = dequantize(codes, scales, format, zeros)
     return rounded_product(x, weight, bias, format, int4_activations=int4_activations)
+
+
+def quantized_embed(
+    token_ids: Array,
+    width: int,
+    codes: Codes,
+    scales: Float32,
+    format: WeightFormat,
+    zeros: Float32 | None = None,
+) -> Float32:
+    """Rows of a dequantized table: (tokens, width). codes: as for `quantized_linear`."""
+    if format.dtype == "int4":
+        codes = unpack_int4(codes)[:, :width]
+    return dequantize(codes, scales, format, zeros)[token_ids]
 
 
 def rounded_product(

@@ -226,10 +226,10 @@ def test_interrupt_leaves_the_engine_clean(llm: LLM) -> None:
     assert isinstance(runtime, FakeRuntime)
     submit = runtime.submit
 
-    def interrupting_submit(batch: Any) -> int:
+    def interrupting_submit(batch: Any, **options: Any) -> int:
         if len(runtime.batches) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return submit(batch)
+        return submit(batch, **options)
 
     runtime.submit = interrupting_submit  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):

@@ -125,7 +125,7 @@ def test_a_step_that_fails_fails_those_in_it_and_the_loop_goes_on(llm: LLM) -> N
 
 
 def test_a_step_that_always_fails_does_not_hang(llm: LLM) -> None:
-    def fail(*_: Any) -> int:
+    def fail(*_: Any, **__: Any) -> int:
         raise RuntimeError("the device is lost")
 
     async def test() -> None:
