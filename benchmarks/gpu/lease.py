@@ -77,7 +77,7 @@ def architecture() -> str:
 def variant(label: str, flags: str, *parts: list[str]) -> Step:
     """Steps with a module of its own, compiled with other constants, beside the same Python."""
     marked = tuple([*part, "--label", label] for part in parts)
-    return Step(150, (["--build-variant", flags], *marked))
+    return Step(220, (["--build-variant", flags], *marked))
 
 
 STEPS: dict[str, Step] = {
@@ -179,13 +179,17 @@ class Lease:
         self._emulate = emulate
         self._log = Log()
         self._environment = {**os.environ, "OUT": str(OUT), "PYTHONUNBUFFERED": "1"}
-        self._environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "python"), *carried()])
+        self._carried = carried()
+        self._environment["PYTHONPATH"] = self._python_path(ROOT / "python")
         self._environment["OCTAVO_TEST_CUDA_DEVICE"] = "cuda_emulated" if emulate else "cuda"
         if emulate:
             # The module under test is the one that is installed.
             self._environment["EMULATE"] = "1"
             self._environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
         self.failed: list[str] = []
+
+    def _python_path(self, octavo: Path) -> str:
+        return os.pathsep.join([str(octavo), *self._carried])
 
     def run(self, name: str) -> None:
         """One step, if time is left."""
@@ -203,7 +207,7 @@ class Lease:
         environment |= dict(setting.split("=") for setting in step.environment)
         for arguments in step.commands:
             if arguments[0] == "--build-variant" and not self._emulate:
-                environment["PYTHONPATH"] = str(VARIANT / "python")
+                environment["PYTHONPATH"] = self._python_path(VARIANT / "python")
             status = self._commands(step, arguments, environment, end)
             if status != "ok":
                 break
@@ -293,8 +297,11 @@ class Killer:
         self._timer.start()
 
     def _kill(self) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has just ended by itself
+            return
         self.fired = True
-        os.killpg(self._process.pid, signal.SIGKILL)
 
     def cancel(self) -> None:
         self._timer.cancel()

@@ -78,6 +78,7 @@ Matrix dequantize(Stream& stream, void* to, DType dtype, const Matrix& weight) {
   plain.data = static_cast<unsigned char*>(to);
   plain.scales = plain.zeros = nullptr;
   plain.output_scales = nullptr;
+  plain.computed = true;
   plain.codes = dtype == DType::bf16 ? Codes::bf16 : Codes::f16;
   plain.units = ceil_div(weight.inputs, kBlock);
   plain.row_bytes = static_cast<long long>(plain.units) * kUnitBytes;

@@ -376,7 +376,7 @@ void run_tiles(Stream& stream, View out, View x, const Matrix& weight, const Par
   LaunchShape shape{dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(output_tiles),
                          static_cast<unsigned>(shares)),
                     dim3(Shape::threads), static_cast<std::size_t>(S::count) * S::bytes};
-  shape.overlaps = true;
+  shape.overlaps = !weight.computed;  // it reads weights before it waits
   launch(stream, "multiply_tile", shape, multiply_tile<T, codes, Shape>, numbers_of(out),
          numbers_of(x), weight, slices, slice_inputs(weight.inputs) / (S::blocks * kBlock),
          partials);

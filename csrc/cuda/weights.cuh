@@ -59,6 +59,7 @@ struct Matrix {
   Codes codes = Codes::f32;
   DType scale_dtype = DType::f32;  // int4
   Levels levels = {};
+  bool computed = false;  // by the kernel before: not to be read before that has ended
 
   OCTAVO_HOST_DEVICE const unsigned char* row(int output) const {
     return data + output * row_bytes;
