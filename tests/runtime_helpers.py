@@ -14,8 +14,8 @@ from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec, weight_
 VOCAB = 83
 
 
-def tiny_spec(**layer_fields: Any) -> ModelSpec:
-    """Two layers with odd sizes: 6 query heads over 2 KV heads of 10 dimensions."""
+def tiny_spec(hidden: int = 36, num_layers: int = 2, **layer_fields: Any) -> ModelSpec:
+    """Layers with odd sizes: 6 query heads over 2 KV heads of 10 dimensions."""
     fields: dict[str, Any] = {
         "num_heads": 6,
         "num_kv_heads": 2,
@@ -26,7 +26,7 @@ def tiny_spec(**layer_fields: Any) -> ModelSpec:
     }
     fields.update(layer_fields)
     layer = LayerSpec(**fields)
-    return ModelSpec("Tiny", VOCAB, 36, 512, (layer, layer), layer.norm, True)
+    return ModelSpec("Tiny", VOCAB, hidden, 512, (layer,) * num_layers, layer.norm, True)
 
 
 def random_weights(spec: ModelSpec, seed: int = 0) -> dict[str, np.ndarray]:

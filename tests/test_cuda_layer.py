@@ -12,10 +12,10 @@ import pytest
 from cuda_helpers import DEVICE, needs_cuda
 from octavo import _native
 from octavo.config import RuntimeOptions
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec, WeightFormat
+from octavo.models.spec import ModelSpec, NormSpec, WeightFormat
 from octavo.reference.quantization import pack_int4
 from reference_helpers import Float32
-from runtime_helpers import VOCAB, make_batch, random_weights
+from runtime_helpers import VOCAB, make_batch, random_weights, tiny_spec
 
 pytestmark = needs_cuda
 
@@ -26,18 +26,8 @@ UNEVEN = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 
 def spec_of(hidden: int = 136, num_layers: int = 2, **fields: Any) -> ModelSpec:
     """Of widths that are no whole number of blocks of outputs or of inputs."""
-    layer = LayerSpec(
-        **{
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 64,
-            "intermediate_size": 200,
-            "norm": NormSpec(eps=1e-5),
-            "rope": RopeSpec(theta=1000.0),
-            **fields,
-        }
-    )
-    return ModelSpec("Tiny", VOCAB, hidden, 512, (layer,) * num_layers, layer.norm, True)
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "intermediate_size": 200}
+    return tiny_spec(hidden, num_layers, **{**sizes, **fields})
 
 
 def runtime_of(

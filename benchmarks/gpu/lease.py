@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import dataclass
@@ -28,14 +28,11 @@ OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
 HERE = "benchmarks/gpu"
 MODEL, MIXED, KERNELS = f"{HERE}/model.py", f"{HERE}/mixed.py", f"{HERE}/kernels.py"
 VARIANT = ROOT / "build" / "gpu-variant"
-NCU_KERNELS = ("--launch-count", "24", "--kernel-name", "regex:multiply_rows|decode_attention")
-NCU_SECTIONS = (
-    "SpeedOfLight",
-    "WarpStateStats",
-    "LaunchStats",
-    "Occupancy",
-    "MemoryWorkloadAnalysis",
-)
+NCU = ["ncu", "--clock-control", "none", "--launch-count", "24"]
+NCU += ["--kernel-name", "regex:multiply_rows|decode_attention"]
+for _section in ("SpeedOfLight", "WarpStateStats", "LaunchStats", "Occupancy"):
+    NCU += ["--section", _section]
+NCU += ["--section", "MemoryWorkloadAnalysis"]
 SANITIZED = ["-m", "pytest", "-q", "-p", "no:benchmark", "tests/test_cuda_runtime.py"]
 
 
@@ -55,11 +52,8 @@ class Step:
 def build(folder: Path, flags: str = "", module_folder: Path | None = None) -> list[list[str]]:
     """CMake alone, for this GPU alone: neither pip nor its resolver."""
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "--log-level=WARNING"]
-    configure += [
-        "-DCMAKE_BUILD_TYPE=Release",
-        "-DOCTAVO_CUDA=ON",
-        f"-DCMAKE_CUDA_FLAGS=--split-compile=0 {flags}",
-    ]
+    configure += ["-DCMAKE_BUILD_TYPE=Release", "-DOCTAVO_CUDA=ON"]
+    configure += [f"-DCMAKE_CUDA_FLAGS=--split-compile=0 {flags}"]
     configure += [f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}"]
     if module_folder:
@@ -93,17 +87,7 @@ STEPS: dict[str, Step] = {
     "batch": Step(90, tuple([MODEL, "batch", "--format", name] for name in ("bf16", "int8"))),
     "prefill": Step(40, ([MODEL, "prefill"],)),
     "kernels": Step(90, ([KERNELS],)),
-    "profile": Step(
-        60,
-        ([f"{HERE}/profiled.py"],),
-        (
-            "ncu",
-            "--clock-control",
-            "none",
-            *(f"--section={name}" for name in NCU_SECTIONS),
-            *NCU_KERNELS,
-        ),
-    ),
+    "profile": Step(60, ([f"{HERE}/profiled.py"],), tuple(NCU)),
     "memcheck": Step(
         90,
         ([*SANITIZED, "-k", "replayed", "-x"],),
@@ -180,12 +164,11 @@ class Lease:
         self._log = Log()
         self._environment = {**os.environ, "OUT": str(OUT), "PYTHONUNBUFFERED": "1"}
         self._carried = carried()
-        self._environment["PYTHONPATH"] = self._python_path(ROOT / "python")
         self._environment["OCTAVO_TEST_CUDA_DEVICE"] = "cuda_emulated" if emulate else "cuda"
-        if emulate:
-            # The module under test is the one that is installed.
+        if emulate:  # the module under test is the one that is installed
             self._environment["EMULATE"] = "1"
-            self._environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
+        else:
+            self._environment["PYTHONPATH"] = self._python_path(ROOT / "python")
         self.failed: list[str] = []
 
     def _python_path(self, octavo: Path) -> str:
@@ -245,12 +228,11 @@ class Lease:
 
     def _command(self, command: list[str], environment: dict[str, str], end: float) -> str:
         """Runs it, in a process group of its own, which is killed when the time is over."""
-        output = subprocess.PIPE
         process = subprocess.Popen(
             command,
             cwd=ROOT,
             env=environment,
-            stdout=output,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
@@ -288,8 +270,6 @@ class Killer:
     """Kills a process and its children at a time."""
 
     def __init__(self, process: subprocess.Popen[str], end: float) -> None:
-        import threading
-
         self.fired = False
         self._process = process
         self._timer = threading.Timer(max(0.0, end - time.monotonic()), self._kill)
@@ -329,9 +309,7 @@ def carried() -> list[str]:
 def copy_python(to: Path) -> None:
     """octavo's Python files without a compiled module."""
     shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(
-        ROOT / "python", to, ignore=shutil.ignore_patterns("*.so", "__pycache__"), symlinks=False
-    )
+    shutil.copytree(ROOT / "python", to, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
 
 
 def main() -> None:
@@ -353,7 +331,7 @@ def main() -> None:
     given = parser.parse_args()
     names = given.names or ["all"]
     for name in names:
-        if name not in STEPS and not re.fullmatch("|".join(LISTS), name):
+        if name not in STEPS and name not in LISTS:
             parser.error(
                 f'there is no step "{name}"; expected some of {", ".join([*LISTS, *STEPS])}'
             )

@@ -15,6 +15,13 @@ void tap(TapSink* taps, View rows, const Parts&... name_parts) {
   if (taps->wants(name)) taps->record(name, rows);
 }
 
+void normalize(Backend& backend, View out, const NormedInput& x) {
+  if (x.added.data)
+    backend.add_norm(out, x.residual, x.added, x.norm);
+  else
+    backend.norm(out, x.residual, x.norm);
+}
+
 float attention_scale(const LayerSpec& layer) {
   return 1.0f / std::sqrt(static_cast<float>(layer.head_dim));
 }
@@ -67,13 +74,10 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, V
     mlp_half(i, hidden, residual, taps);
     pending = hidden;
   }
-  if (!taps && step.rows_are_tokens() &&
-      backend_.normed_linear(logits, {residual, pending, weights_.final_norm}, weights_.head()))
+  const NormedInput input{residual, pending, weights_.final_norm};
+  if (!taps && step.rows_are_tokens() && backend_.normed_linear(logits, input, weights_.head()))
     return;
-  if (pending.data)
-    backend_.add_norm(hidden, residual, hidden, weights_.final_norm);
-  else
-    backend_.norm(hidden, residual, weights_.final_norm);
+  normalize(backend_, hidden, input);
   tap(taps, residual, "layers.", spec_.layers.size() - 1, ".out");
   if (step.num_rows == 0) return;
   View last = hidden;
@@ -120,12 +124,8 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, View pen
   const bool is_fused =
       !taps && weights.qkv.size() == 1 && backend_.normed_linear(qkv, input, weights.qkv[0]);
   if (!is_fused) {
-    if (!pending.data) {
-      backend_.norm(hidden, residual, weights.attn_norm);
-    } else {
-      backend_.add_norm(hidden, residual, hidden, weights.attn_norm);
-      tap(taps, residual, "layers.", i - 1, ".out");
-    }
+    normalize(backend_, hidden, input);
+    if (pending.data) tap(taps, residual, "layers.", i - 1, ".out");
     tap(taps, hidden, "layers.", i, ".attn_norm");
     linear_stack(qkv, hidden, weights.qkv);
   }
@@ -154,7 +154,7 @@ void Decoder::mlp_half(std::size_t i, View hidden, View residual, TapSink* taps)
       !taps && layer.gated &&
       backend_.normed_mlp(hidden, input, weights.up, weights.down, layer.activation);
   if (is_fused) return backend_.all_reduce(hidden);
-  backend_.add_norm(hidden, residual, hidden, weights.mlp_norm);
+  normalize(backend_, hidden, input);
   tap(taps, hidden, "layers.", i, ".mlp_norm");
   const View up = rows(up_, hidden.rows, layer.gated ? 2 * width : width);
   const View act = rows(act_, hidden.rows, width);

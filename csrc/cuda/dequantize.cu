@@ -24,7 +24,7 @@ __global__ void dequantize_units(unsigned char* to, long long to_row_bytes, Matr
   wait_for_previous_kernel();
   if (unit >= weight.units) return;
   const uint4 bytes = load_16_once(weight.row(output) + unit * kUnitBytes + 16 * t);
-  UnitScales scales = {}, zeros = {};
+  uint2 scales = {}, zeros = {};
   if constexpr (codes >= Codes::int4) {
     scales = load_scales(weight.scales, weight, output, unit);
     if (weight.zeros) zeros = load_scales(weight.zeros, weight, output, unit);
@@ -35,9 +35,10 @@ __global__ void dequantize_units(unsigned char* to, long long to_row_bytes, Matr
     if (place * kUnitBytes >= to_row_bytes) break;  // padding
     std::uint32_t pairs[4], offset = kNoZeros<T, codes>;
     float scale = 1.0f;
+    const auto pair_of = [&](uint2 raw) { return scale_pair_of(raw, weight, unit, block / 2); };
     if constexpr (codes >= Codes::int4) {
-      if (weight.zeros) offset = offsets_of<T, codes>(zeros.words[block / 2], block);
-      const std::uint32_t pair = scales.words[block / 2];
+      if (weight.zeros) offset = offsets_of<T, codes>(pair_of(zeros), block);
+      const std::uint32_t pair = pair_of(scales);
       scale = weight.scale_dtype == DType::bf16 ? scale_of<Bf16>(pair, block)
                                                 : scale_of<F16>(pair, block);
     } else {

@@ -75,38 +75,17 @@ OCTAVO_DEVICE std::uint32_t look_up(std::uint32_t codes, const Levels& levels) {
   return permute_bytes(low, high, 0x3210u + (codes >> 1 & 0x4444u));
 }
 
-// Scales or zero points of int4 that a lane needs for one unit of one output: of block b the half
-// b % 2 of word b / 2.
-struct UnitScales {
-  std::uint32_t words[2];
-};
-
 // Where the first scale of a unit lies in its row of them.
 OCTAVO_DEVICE int first_scale(const Matrix& m, int unit) { return 4 * unit >> m.scale_shift; }
 
-// Word `pair` of them, that of blocks 2 pair and 2 pair + 1. scales: the unit's first.
-OCTAVO_DEVICE std::uint32_t load_scale_pair(const std::uint16_t* scales, const Matrix& m,
-                                            int pair) {
-  if (m.scale_shift == 0) return reinterpret_cast<const std::uint32_t*>(scales)[pair];
-  const std::uint32_t one = scales[m.scale_shift == 1 ? pair : 0];
-  return one | one << 16;
+// Scales or zero points of a unit as they lie in memory: the 8 bytes of the row that hold them,
+// which one load brings whatever the size of groups. To be asked for early, and told apart where
+// they are used.
+OCTAVO_DEVICE uint2 load_scales(const void* table, const Matrix& m, int output, int unit) {
+  return load_8(static_cast<const std::uint16_t*>(table) +
+                static_cast<long long>(output) * m.scales_per_row + first_scale(m, unit) / 4 * 4);
 }
-
-OCTAVO_DEVICE UnitScales load_scales(const void* table, const Matrix& m, int output, int unit) {
-  const auto* scales = static_cast<const std::uint16_t*>(table) +
-                       static_cast<long long>(output) * m.scales_per_row + first_scale(m, unit);
-  UnitScales s;
-  s.words[0] = load_scale_pair(scales, m, 0);
-  s.words[1] = m.scale_shift < 2 ? load_scale_pair(scales, m, 1) : s.words[0];
-  return s;
-}
-
-// As they lie in memory: the 8 bytes of the row that hold a unit's scales, which one load brings
-// whatever the size of groups. To be asked for early, and told apart where they are used.
-OCTAVO_DEVICE uint2 load_raw_scales(const std::uint16_t* row, const Matrix& m, int unit) {
-  return load_8(row + first_scale(m, unit) / 4 * 4);
-}
-// Word `pair` of them, that of blocks 2 pair and 2 pair + 1.
+// Those of blocks 2 pair and 2 pair + 1, in the lower and the upper half.
 OCTAVO_DEVICE std::uint32_t scale_pair_of(uint2 raw, const Matrix& m, int unit, int pair) {
   const auto first = static_cast<std::uint32_t>(first_scale(m, unit) % 4);
   const std::uint32_t low = first + static_cast<std::uint32_t>(2 * pair >> m.scale_shift);
@@ -190,10 +169,13 @@ OCTAVO_DEVICE void multiply_scaled(float (&sums)[4], const std::uint32_t (&upper
   sums[3] = fma_rn(whole[3], lower_scale, sums[3]);
 }
 
-// What an output becomes of its sum.
-OCTAVO_DEVICE float finished(const Matrix& m, int output, float sum) {
-  if (m.output_scales) sum = multiply_rn(sum, m.output_scales[output]);
+// What an output becomes of its sum. scale: int8's of the output, where it is there already.
+OCTAVO_DEVICE float finished(const Matrix& m, int output, float sum, float scale) {
+  if (m.output_scales) sum = multiply_rn(sum, scale);
   return m.bias ? add_rn(sum, m.bias[output]) : sum;
+}
+OCTAVO_DEVICE float finished(const Matrix& m, int output, float sum) {
+  return finished(m, output, sum, m.output_scales ? m.output_scales[output] : 1.0f);
 }
 
 // Writes the sums of outputs `output` (an even one) and the next, as far as there are such.

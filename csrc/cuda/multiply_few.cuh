@@ -103,8 +103,7 @@ OCTAVO_DEVICE void finish_tile(const Target& target, typename Target::Ahead item
     float sum = 0.0f;
     for (unsigned s = 0; s < blockDim.x / kWarp; ++s)
       sum = add_rn(sum, partial[(s * kFewRows + row) * kPitch + column]);
-    if constexpr (codes == Codes::int8) sum = multiply_rn(sum, scale);
-    return weight.bias ? add_rn(sum, weight.bias[output]) : sum;
+    return finished(weight, output, sum, scale);
   };
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < items; i += static_cast<int>(blockDim.x)) {
@@ -160,17 +159,13 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes,
   const auto fetch = [&](int slot, const Lines& lines, int unit) {
     ring[slot][0] = load_16_once(lines.upper + unit * kUnitBytes);
     ring[slot][1] = load_16_once(lines.lower + unit * kUnitBytes);
-    const auto row_of = [&](const void* table, int row) {
-      return static_cast<const std::uint16_t*>(table) +
-             static_cast<long long>(row) * weight.scales_per_row;
-    };
     if constexpr (kScaled) {
       const int of_row = first_unit + unit;
-      scales[slot][0] = load_raw_scales(row_of(weight.scales, lines.upper_row), weight, of_row);
-      scales[slot][1] = load_raw_scales(row_of(weight.scales, lines.lower_row), weight, of_row);
+      scales[slot][0] = load_scales(weight.scales, weight, lines.upper_row, of_row);
+      scales[slot][1] = load_scales(weight.scales, weight, lines.lower_row, of_row);
       if constexpr (has_zeros) {
-        zeros[slot][0] = load_raw_scales(row_of(weight.zeros, lines.upper_row), weight, of_row);
-        zeros[slot][1] = load_raw_scales(row_of(weight.zeros, lines.lower_row), weight, of_row);
+        zeros[slot][0] = load_scales(weight.zeros, weight, lines.upper_row, of_row);
+        zeros[slot][1] = load_scales(weight.zeros, weight, lines.lower_row, of_row);
       }
     }
   };
@@ -268,10 +263,9 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes,
     finish_tile<T, codes>(target, item, item_scales, items, weight, tile_sums, tile * kItems);
     tile += step;
     lines = next;
-    if (!has_next || !has_item()) continue;
-    target.ask(item, thread / kItems, tile * kItems, thread % kItems);
-    target.ask_more(item, thread / kItems, tile * kItems, thread % kItems);
-    item_scales = scales_of_item<codes>(target, weight, tile * kItems, thread % kItems);
+    // Targets that go on ask for nothing themselves.
+    if (has_next && has_item())
+      item_scales = scales_of_item<codes>(target, weight, tile * kItems, thread % kItems);
   }
 }
 
