@@ -44,7 +44,7 @@ demo: $(DEMO_VENV)/.installed ## Build octavo from source, fetch a small model a
 # Exactly what a user does: `pip install .`, with the build requirements fetched by pip.
 $(DEMO_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(DEMO_VENV)
-	@echo "building and installing octavo (a minute or two)"
+	@echo "building and installing octavo (a minute or two, with nvcc some minutes more)"
 	@$(DEMO_VENV)/$(PIP) install .
 	@touch $@
 
