@@ -113,5 +113,91 @@ def test_malformed_messages_are_refused(messages, complaint):
 
 
 def test_null_content_beside_tool_calls_is_an_empty_string():
-    message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    calls = [{"id": "1", "function": {"name": "f"}}]
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
     assert ChatTemplate("[{{ messages[0].content }}]").render([message]) == "[]"
+
+
+SEEN = (
+    "{% for m in messages %}{% for name in m | sort %}{{ name }}={{ m[name] | tojson }};"
+    "{% endfor %}{% endfor %}"
+)
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Paris"}'}}
+
+
+@pytest.mark.parametrize(
+    ("message", "seen"),
+    [
+        # What openai's client has of an answer, when it is sent back.
+        (
+            {
+                **{"role": "assistant", "content": "Hi", "refusal": None, "annotations": None},
+                **{"audio": None, "function_call": None, "tool_calls": None, "name": None},
+            },
+            'content="Hi";role="assistant";',
+        ),
+        (
+            {"role": "assistant", "content": "Hi", "tool_calls": []},
+            'content="Hi";role="assistant";',
+        ),
+        ({"role": "assistant", "content": None}, 'content="";role="assistant";'),
+        ({"role": "assistant"}, 'content="";role="assistant";'),
+        ({"role": "assistant", "content": []}, 'content="";role="assistant";'),
+        (
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            'content="";role="assistant";tool_calls=[{"id": "1", "type": "function", '
+            '"function": {"name": "f", "arguments": {"city": "Paris"}}}];',
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]},
+            'content="";role="assistant";'
+            'tool_calls=[{"function": {"name": "f", "arguments": {}}}];',
+        ),
+        (
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}],
+            },
+            'content="";role="assistant";'
+            'tool_calls=[{"function": {"name": "f", "arguments": {"a": 1}}}];',
+        ),
+        (
+            {"role": "user", "content": ["a", {"type": "input_text", "text": "b"}]},
+            'content="a\\nb";role="user";',
+        ),
+        (
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+            'content="No.";role="assistant";',
+        ),
+        (
+            {"role": "tool", "content": "", "tool_call_id": "1", "name": "f"},
+            'content="";name="f";role="tool";tool_call_id="1";',
+        ),
+    ],
+)
+def test_what_a_template_sees_of_a_message(message, seen):
+    assert ChatTemplate(SEEN).render([message]) == seen
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"tool_calls": "f()"}, r"messages\[0\].tool_calls is 'f\(\)'; expected a list"),
+        ({"tool_calls": [{"id": "1"}]}, r"tool_calls\[0\] has no name of a function"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "no JSON"),
+        ({"function_call": {"name": "f"}}, "old form of a call; expected tool_calls"),
+        ({"content": [{"type": {"a": 1}}]}, "text parts only"),
+        ({"content": [{"type": "text", "text": None}]}, "text parts only"),
+        ({"content": 5}, "expected a string"),
+    ],
+)
+def test_a_malformed_answer_of_before_is_named(fields, complaint):
+    with pytest.raises(InvalidArgumentError, match=complaint):
+        ChatTemplate(SEEN).render([{"role": "assistant", "content": "x", **fields}])
+
+
+def test_the_messages_of_the_caller_stay_as_they_are():
+    message = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    ChatTemplate(SEEN).render([message])
+    assert CALL["function"] == {"name": "f", "arguments": '{"city": "Paris"}'}
+    assert message["content"] is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -173,6 +174,30 @@ def test_stop_strings_are_found_as_by_naive_search(pieces, stop, include):
     else:
         shown += checker.flush()
     assert (shown, checker.matched) == naive_stop("".join(pieces), stop, include)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    pieces=st.lists(st.tuples(st.text("ab🎉", max_size=4), st.booleans()), max_size=12),
+    stop=st.lists(st.text("ab🎉", min_size=1, max_size=4), max_size=3),
+    include=st.booleans(),
+)
+def test_hidden_text_is_looked_at_and_not_shown(pieces, stop, include):
+    checker = StopChecker(stop, include)
+    shown = ""
+    for piece, hidden in pieces:
+        shown += checker.push(piece, hidden=hidden)
+        if checker.matched is not None:
+            break
+    else:
+        shown += checker.flush()
+    whole = "".join(piece for piece, _ in pieces)
+    kept, matched = naive_stop(whole, stop, include)
+    visible = [not hidden for piece, hidden in pieces for _ in piece]
+    if include and matched is not None:  # a stop string that is kept is shown whole
+        visible[len(kept) - len(matched) : len(kept)] = [True] * len(matched)
+    assert checker.matched == matched
+    assert shown == "".join(itertools.compress(kept, visible))
 
 
 def test_stop_checker_holds_back_only_what_it_must():

@@ -49,7 +49,12 @@ class Answer:
         own = () if params.ignore_eos else eos_token_ids
         self.stop_token_ids = frozenset(own).union(params.stop_token_ids)
         self._decoder = (
-            StreamDecoder(tokenizer, params.skip_special_tokens, continues=request.continues_prompt)
+            StreamDecoder(
+                tokenizer,
+                params.skip_special_tokens,
+                continues=request.continues_prompt,
+                kept=request.kept_special_ids,
+            )
             if tokenizer is not None
             else None
         )
@@ -79,7 +84,7 @@ class Answer:
         decoder, self._decoder = self._decoder, None
         if decoder is None:
             return ""
-        text = self._show(decoder.push(token_id))
+        text = self._show(decoder.push(token_id), decoder.skipped(token_id))
         self._decoder = decoder  # one that has failed is not asked again
         return text
 
@@ -92,13 +97,12 @@ class Answer:
             self._pieces.append(held)
         return text + held
 
-    def _show(self, text: str) -> str:
-        if not text:
-            return ""
+    def _show(self, text: str, skipped: str = "") -> str:
+        """text: of an ordinary token, or of none. skipped: of a special token."""
         params = self.sequence.params
         if params.stop:
             armed = self.sequence.num_output_tokens >= params.min_tokens
-            text = self._checker.push(text, armed)
+            text = self._checker.push(text, armed) + self._checker.push(skipped, armed, hidden=True)
         if text:
             self._pieces.append(text)
         return text

@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import time
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal
@@ -160,9 +160,10 @@ class Request:
     prompt: the text, None when the prompt came as token ids. stream: report every step's progress
     and not the end alone. continues_prompt: the answer is read right behind the prompt, as a
     completion, and not by itself, as a turn of a chat; matters for the first space of some
-    tokenizers. priority: lower is more urgent. deadline: when it ends, answered or not. cache_salt:
-    only requests with the same one share cached keys and values. Times are seconds of the engine's
-    clock, `time.monotonic` unless told otherwise.
+    tokenizers. kept_special_ids: special tokens that the text holds even where the others are
+    skipped, such as the tags around calls of tools. priority: lower is more urgent. deadline: when
+    it ends, answered or not. cache_salt: only requests with the same one share cached keys and
+    values. Times are seconds of the engine's clock, `time.monotonic` unless told otherwise.
     """
 
     request_id: str
@@ -171,6 +172,7 @@ class Request:
     params: SamplingParams
     stream: bool = False
     continues_prompt: bool = True
+    kept_special_ids: Collection[int] = ()
     priority: int = 0
     deadline: float | None = None
     cache_salt: str | None = None

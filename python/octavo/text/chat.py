@@ -58,12 +58,7 @@ class ChatTemplate:
                 f"{origin} has no chat template named {name!r}; it has "
                 f"{', '.join(sorted(templates))}"
             )
-        tokens = {
-            key: content
-            for key, value in config.items()
-            if key.endswith("_token") and (content := token_content(value)) is not None
-        }
-        return cls(templates[name], special_tokens=tokens, origin=origin)
+        return cls(templates[name], special_tokens=special_tokens(config), origin=origin)
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any
@@ -111,6 +106,15 @@ class ChatTemplate:
             ) from error
         except (RecursionError, jinja2.TemplateError) as error:
             raise TokenizerError(f"{self.origin} cannot be compiled: {error}") from error
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token … of a tokenizer_config.json, by the names that templates use."""
+    return {
+        key: content
+        for key, value in config.items()
+        if key.endswith("_token") and (content := token_content(value)) is not None
+    }
 
 
 class _Refusal(Exception):
@@ -163,9 +167,11 @@ def _environment() -> jinja2.Environment:
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as plain dicts with string contents, or an InvalidArgumentError saying what is off.
+    """Messages of OpenAI's API as a chat template takes them.
 
-    A content may be left out or null beside "tool_calls"; it becomes an empty string.
+    The content becomes a string. The arguments of calls become objects. A field that is null, and
+    "tool_calls" without a call, are left out, since templates ask only whether a field is there.
+    Raises an InvalidArgumentError that names what is wrong.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise InvalidArgumentError(
@@ -174,11 +180,10 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         )
     if not messages:
         raise InvalidArgumentError("messages is empty; expected at least one message")
-    return [_check_message(index, message) for index, message in enumerate(messages)]
+    return [_check_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
 
 
-def _check_message(index: int, message: Message) -> dict[str, Any]:
-    where = f"messages[{index}]"
+def _check_message(where: str, message: Message) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidArgumentError(
             f'{where} is {type(message).__name__}; expected {{"role": ..., "content": ...}}'
@@ -188,10 +193,47 @@ def _check_message(index: int, message: Message) -> dict[str, Any]:
         raise InvalidArgumentError(
             f"{where} has the role {role!r}; expected system, user, assistant or another string"
         )
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
+    plain = {name: value for name, value in message.items() if value is not None}
+    if plain.get("function_call"):
+        raise InvalidArgumentError(
+            f"{where} has a function_call, OpenAI's old form of a call; expected tool_calls"
+        )
+    calls = plain.pop("tool_calls", None)
+    if calls:
+        plain["tool_calls"] = _check_calls(f"{where}.tool_calls", calls)
+    content = plain.get("content")
+    if not content and role not in ("system", "developer", "user"):  # a call, or nothing to say
         content = ""
-    return {**message, "content": _check_content(f"{where}.content", content)}
+    return {**plain, "content": _check_content(f"{where}.content", content)}
+
+
+def _check_calls(where: str, calls: Any) -> list[dict[str, Any]]:
+    if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
+        raise InvalidArgumentError(f"{where} is {calls!r}; expected a list of objects")
+    checked = []
+    for index, call in enumerate(calls):
+        function = call.get("function")
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise InvalidArgumentError(
+                f"{where}[{index}] has no name of a function; expected "
+                '{"type": "function", "function": {"name": ..., "arguments": ...}}'
+            )
+        arguments = _read_arguments(f"{where}[{index}]", function.get("arguments"))
+        checked.append({**call, "function": {**function, "arguments": arguments}})
+    return checked
+
+
+def _read_arguments(where: str, arguments: Any) -> Any:
+    """The arguments of a call, which OpenAI's API writes as the text of a JSON object."""
+    if not isinstance(arguments, str):
+        return {} if arguments is None else arguments
+    try:
+        return json.loads(arguments or "{}")
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"{where} has arguments that are no JSON: {error}") from error
+
+
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
 def _check_content(where: str, content: Any) -> str:
@@ -201,9 +243,12 @@ def _check_content(where: str, content: Any) -> str:
         raise InvalidArgumentError(f"{where} is {content!r}; expected a string")
     texts = []
     for index, part in enumerate(content):
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(text, str):
+        field = _TEXT_PARTS.get(str(kind))
+        text = part.get(field) if field and isinstance(part, Mapping) else None
+        if not isinstance(text, str):
             raise InvalidArgumentError(
                 f"{where}[{index}] is of type {kind!r}; octavo's models read text parts only: "
                 '{"type": "text", "text": ...}'

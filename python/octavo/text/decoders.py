@@ -48,8 +48,8 @@ class Pipeline:
 class _Utf8:
     """UTF-8 bytes to text, holding back the bytes of a character that is not whole yet."""
 
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def __init__(self, errors: str) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors=errors)
 
     def push(self, data: bytes) -> str:
         return self._decoder.decode(data)
@@ -74,8 +74,8 @@ class ByteLevel:
 
     _ALPHABET = _byte_level_alphabet()
 
-    def __init__(self) -> None:
-        self._utf8 = _Utf8()
+    def __init__(self, errors: str) -> None:
+        self._utf8 = _Utf8(errors)
 
     def push(self, piece: str) -> Iterable[str]:
         try:
@@ -97,8 +97,8 @@ class ByteFallback:
     replaced. The two agree on every run that is valid.
     """
 
-    def __init__(self) -> None:
-        self._utf8 = _Utf8()
+    def __init__(self, errors: str) -> None:
+        self._utf8 = _Utf8(errors)
 
     def push(self, piece: str) -> Iterable[str]:
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
@@ -181,8 +181,9 @@ class Join:
         return []
 
 
-# Whether the tokens are the first of their text -> the stage with fresh state.
-StageMaker = Callable[[bool], Stage]
+# Whether the tokens are the first of their text, what becomes of bytes that are no UTF-8 (as in
+# `bytes.decode`) -> the stage with fresh state.
+StageMaker = Callable[[bool, str], Stage]
 
 
 class PipelineFactory:
@@ -196,13 +197,16 @@ class PipelineFactory:
         self._source = source
         self._fused = False  # from a Fuse on, pieces are parts of one text and no longer tokens
         if decoder is None:
-            self._makers: list[StageMaker] = [lambda at_start: Join(at_start=at_start)]
+            self._makers: list[StageMaker] = [lambda at_start, errors: Join(at_start=at_start)]
         else:
             self._makers = self._parse(decoder)
 
-    def create(self, *, at_start: bool = True) -> Pipeline:
-        """at_start: the tokens begin a text, so that sentencepiece's leading space goes away."""
-        return Pipeline([make(at_start) for make in self._makers])
+    def create(self, *, at_start: bool = True, errors: str = "replace") -> Pipeline:
+        """at_start: the tokens begin a text, so that sentencepiece's leading space goes away.
+
+        errors: what becomes of bytes that are no valid UTF-8, as in `bytes.decode`.
+        """
+        return Pipeline([make(at_start, errors) for make in self._makers])
 
     def _parse(self, decoder: Any) -> list[StageMaker]:
         try:
@@ -219,26 +223,26 @@ class PipelineFactory:
     def _maker(self, kind: str, decoder: dict[str, Any]) -> StageMaker | None:
         if kind == "ByteLevel":
             self._fused = True
-            return lambda at_start: ByteLevel()
+            return lambda at_start, errors: ByteLevel(errors)
         if kind == "ByteFallback" and not self._fused:
-            return lambda at_start: ByteFallback()
+            return lambda at_start, errors: ByteFallback(errors)
         if kind == "Fuse":
             self._fused = True
             return None
         if kind == "Replace" and "String" in decoder["pattern"]:
             pattern, content = str(decoder["pattern"]["String"]), str(decoder["content"])
             if len(pattern) == 1 or not self._fused:
-                return lambda at_start: Replace(pattern, content)
+                return lambda at_start, errors: Replace(pattern, content)
         if kind == "Strip" and int(decoder["stop"]) == 0:
             fused, character, count = self._fused, str(decoder["content"]), int(decoder["start"])
-            return lambda at_start: StripStart(
+            return lambda at_start, errors: StripStart(
                 character, count, whole_text=fused, at_start=at_start
             )
         if kind == "Metaspace" and not self._fused:
             replacement = str(decoder["replacement"])
             scheme = decoder.get("prepend_scheme", "always")
             drop = scheme != "never" and decoder.get("add_prefix_space", True)
-            return lambda at_start: Metaspace(replacement, drop_first=at_start and drop)
+            return lambda at_start, errors: Metaspace(replacement, drop_first=at_start and drop)
         raise TokenizerError(
             f"{self._source}: the decoder {decoder!r} is not supported; octavo implements "
             "ByteLevel, ByteFallback, Metaspace, Replace (of a string), Strip (at the start) and "

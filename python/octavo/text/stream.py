@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 
 from octavo.errors import InvalidArgumentError
 from octavo.text.tokenizer import Tokenizer
@@ -17,15 +18,22 @@ class StreamDecoder:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, *, continues: bool = False
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        *,
+        continues: bool = False,
+        kept: Collection[int] = (),
     ) -> None:
         """Begin a new stream.
 
         continues: the ids go on from a text before them, so that the space which a sentencepiece
         tokenizer drops at the start of a text is kept: prompt + answer reads right.
+        kept: special tokens that are in the text all the same, for whoever reads it further.
         """
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        special = tokenizer.special_ids.difference(kept)
+        self._skipped = special if skip_special_tokens else frozenset()
         self._pipeline = tokenizer.pipeline(at_start=not continues)
 
     def push(self, token_id: int) -> str:
@@ -35,6 +43,10 @@ class StreamDecoder:
         token = self._tokenizer.token(token_id)
         return "" if token is None else self._pipeline.push(token)
 
+    def skipped(self, token_id: int) -> str:
+        """The text of a special token that `push` leaves out; "" for every other token."""
+        return (self._tokenizer.token(token_id) or "") if token_id in self._skipped else ""
+
     def flush(self) -> str:
         """What is left when no token follows; the decoder is not to be pushed again."""
         return self._pipeline.finish()
@@ -43,9 +55,10 @@ class StreamDecoder:
 class StopChecker:
     """Finds stop strings in text that arrives in pieces, however they are cut.
 
-    Holds back the end of the text while it could still be the beginning of a stop string, and
-    cuts exactly before the first one (behind it, with `include`). First is the one that is
-    complete first; among those complete at the same character, the longest.
+    The text of special tokens counts, though it is hidden from the reader: a stop string may be one
+    of them, or hold one. Holds back the end of the text while it could still be the beginning of a
+    stop string, and cuts exactly before the first one (behind it, with `include`). First is the one
+    that is complete first; among those complete at the same character, the longest.
 
     Each stop string is followed by the automaton of Knuth, Morris and Pratt (1977): O(1)
     amortized a character and stop string.
@@ -60,33 +73,46 @@ class StopChecker:
         self._states = [0] * len(stop)  # how much of each stop string the text ends with
         self._include = include
         self._held = ""
+        self._visible: list[bool] = []  # of each character held back
         self.matched: str | None = None
 
-    def push(self, text: str, armed: bool = True) -> str:
+    def push(self, text: str, armed: bool = True, *, hidden: bool = False) -> str:
         """The text that may be shown. Once `matched` is set, nothing more comes.
 
         armed: False lets stop strings that are complete within this text pass (min_tokens).
+        hidden: the text is looked at and never shown, unless it is in a stop string that is kept.
         """
         if self.matched is not None:
             return ""
         if not self._stop:
-            return text
-        whole = self._held + text
-        for position, character in enumerate(text, start=len(self._held) + 1):
+            return "" if hidden else text
+        start = len(self._held)
+        self._held += text
+        self._visible += [not hidden] * len(text)
+        for position, character in enumerate(text, start=start + 1):
             match = self._advance(character, armed)
-            if match is not None:
-                self.matched = match
-                self._held = ""
-                return whole[: position if self._include else position - len(match)]
-        held = max(self._states)
-        self._held = whole[len(whole) - held :]
-        return whole[: len(whole) - held]
+            if match is None:
+                continue
+            self.matched = match
+            begin = position - len(match)
+            if not self._include:
+                return self._take(begin)
+            self._visible[begin:position] = [True] * len(match)
+            return self._take(position)
+        return self._take(len(self._held) - max(self._states))
 
     def flush(self) -> str:
         """The text still held back, when the answer ended for another reason."""
-        held, self._held = self._held, ""
+        if self.matched is not None:
+            return ""
         self._states = [0] * len(self._stop)
-        return held
+        return self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        """Remove the first characters of what is held back; returns those that are visible."""
+        text = "".join(itertools.compress(self._held[:count], self._visible))
+        self._held, self._visible = self._held[count:], self._visible[count:]
+        return text
 
     def _advance(self, character: str, armed: bool) -> str | None:
         """Move every automaton by one character; the longest stop string complete here."""

@@ -53,6 +53,7 @@ class Tokenizer:
             named = self._add_special_tokens()
             added = self._tokenizer.get_added_tokens_decoder()
         self._pipelines = PipelineFactory(content.get("decoder"), str(self.path))
+        self._token_bytes: dict[tuple[int, bool], bytes] = {}  # of those that were asked for
         self.bos_token: str | None = named.get("bos_token")
         self.eos_token: str | None = named.get("eos_token")
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -116,6 +117,21 @@ class Tokenizer:
                 pieces.append(pipeline.push(token))
         pieces.append(pipeline.finish())
         return "".join(pieces)
+
+    def token_bytes(self, token_id: int, *, at_start: bool = False) -> bytes:
+        """The bytes that a token brings to a text: whole characters, or parts of one.
+
+        at_start: it is the first of the text, so that sentencepiece drops a leading space. b"" for
+        an id that the vocabulary does not have.
+        """
+        found = self._token_bytes.get((token_id, at_start))
+        if found is None:
+            pipeline = self._pipelines.create(at_start=at_start, errors="surrogateescape")
+            token = self.token(token_id)
+            text = "" if token is None else pipeline.push(token) + pipeline.finish()
+            found = text.encode("utf-8", errors="surrogateescape")
+            self._token_bytes[token_id, at_start] = found
+        return found
 
     def pipeline(self, *, at_start: bool = True) -> Pipeline:
         """Fresh decoders for one stream of tokens."""
