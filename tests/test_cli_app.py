@@ -70,7 +70,6 @@ MISTAKES = {
     "max_tokens": (["generate", "hi", "--max-tokens", "0"], "max_tokens is 0"),
     "empty prompt": (["generate", ""], "prompt is empty"),
     "blank prompt": (["generate", "  \n"], "prompt is empty"),
-    "empty stop": (["generate", "hi", "--stop", ""], "stop holds ''"),
     "dtype": (["generate", "hi", "--dtype", "f8"], "dtype is 'f8'"),
     "device": (["generate", "hi", "--device", "tpu"], "device is 'tpu'"),
     "logprobs without json": (["generate", "hi", "--logprobs", "2"], "add --json"),

@@ -18,6 +18,12 @@ LoadFormat = Literal["auto", "dummy"]
 DEVICES = ("auto", "cpu", "cuda", "cuda_emulated")  # the last in builds for tests alone
 DTYPES = ("auto", "f32", "bf16", "f16")
 KV_DTYPES = (*DTYPES, "int8")
+# Other names of the same, as torch and vLLM write them.
+_DTYPE_NAMES = {
+    **dict.fromkeys(("float32", "float", "fp32"), "f32"),
+    **dict.fromkeys(("float16", "half", "fp16"), "f16"),
+    "bfloat16": "bf16",
+}
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZE = ("int8", "w8a8", "int4", "int4-nonuniform")
 ISAS = (
@@ -134,8 +140,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_choice("device", self.device, DEVICES)
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
+        for name, choices in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
+            object.__setattr__(self, name, dtype_name(getattr(self, name)))
+            _check_choice(name, getattr(self, name), choices)
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, QUANTIZE)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
@@ -196,6 +203,12 @@ class RuntimeOptions:
 def resolve_device(device: str, available: Sequence[str]) -> str:
     """The device to run on: "auto" takes the last of those available, which is the fastest."""
     return available[-1] if device == "auto" else device
+
+
+def dtype_name(given: object) -> str:
+    """octavo's name of a format: bf16 for "bfloat16" and for torch.bfloat16."""
+    name = str(given).removeprefix("torch.")
+    return _DTYPE_NAMES.get(name, name)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

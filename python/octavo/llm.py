@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Hashable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -36,11 +36,16 @@ Inbox = deque[OutputChunk]
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt ready for the engine. is_chat: it came out of a chat template."""
+    """A prompt ready for the engine.
+
+    is_chat: it came out of a chat template. kept_special_ids: special tokens that the answer's text
+    holds even where the others are skipped, such as the tags around calls of tools.
+    """
 
     text: str | None
     token_ids: SequenceOf[int]
     is_chat: bool = False
+    kept_special_ids: Collection[int] = ()
 
 
 class LLM:
@@ -224,24 +229,43 @@ class LLM:
         finally:
             self._end(keys)
 
-    def encode_prompt(self, prompt: Prompt) -> EncodedPrompt:
-        """Token ids of a prompt, with the special tokens that the model wants before it."""
+    def encode_prompt(self, prompt: Prompt, add_special_tokens: bool = True) -> EncodedPrompt:
+        """Token ids of a prompt; add_special_tokens: with those that the model wants before it."""
         if isinstance(prompt, str):
             if not prompt:
                 raise InvalidArgumentError('the prompt is ""; expected some text to continue')
-            return EncodedPrompt(prompt, self._need_tokenizer().encode(prompt))
+            return EncodedPrompt(prompt, self._need_tokenizer().encode(prompt, add_special_tokens))
         return EncodedPrompt(None, prompt)
 
-    def encode_chat(self, messages: Conversation, **template_variables: Any) -> EncodedPrompt:
-        """A conversation as the prompt that the model's chat template makes of it."""
+    def encode_chat(
+        self,
+        messages: Conversation,
+        *,
+        chat_template: str | None = None,
+        add_special_tokens: bool = False,
+        **template_variables: Any,
+    ) -> EncodedPrompt:
+        """A conversation as the prompt that a chat template makes of it.
+
+        chat_template: its source; None takes the model's own. add_special_tokens: put those before
+        it that the model wants before a text; most templates write them themselves.
+        """
+        from octavo.text.chat import ChatTemplate, special_tokens
+
         tokenizer = self._need_tokenizer()
-        if self.chat_template is None:
+        template = self.chat_template
+        if chat_template is not None:
+            own_tokens = special_tokens(tokenizer.config)
+            template = ChatTemplate(
+                chat_template, special_tokens=own_tokens, origin="chat_template"
+            )
+        if template is None:
             raise TokenizerError(
                 "this model has no chat template (it is a base model): use generate with a text "
                 "to continue, or a model that was trained to chat"
             )
-        text = self.chat_template.render(messages, **template_variables)
-        return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens=False), is_chat=True)
+        text = template.render(messages, **template_variables)
+        return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens), is_chat=True)
 
     def _encode(self, prompt: Prompt | Conversation | EncodedPrompt) -> EncodedPrompt:
         if isinstance(prompt, EncodedPrompt):
@@ -317,6 +341,7 @@ class LLM:
             prompt=prompt.text,
             stream=stream,
             continues_prompt=not prompt.is_chat,
+            kept_special_ids=prompt.kept_special_ids,
         )
         self._inboxes[request_id] = inbox
         return request_id

@@ -38,6 +38,7 @@ from octavo.cli.common import (
 )
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.sampling_params import SamplingParams
+from octavo.server.errors import ApiError
 
 if TYPE_CHECKING:
     from octavo.engine.outputs import RequestOutput
@@ -212,14 +213,7 @@ class PromptEncoder:
         return self._chat if request.is_chat is None else request.is_chat
 
     def encode(self, request: BatchRequest) -> EncodedPrompt:
-        if not self.is_chat(request):
-            return self._llm.encode_prompt(request.prompt)
-        messages = request.prompt
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-            if self._system is not None:
-                messages.insert(0, {"role": "system", "content": self._system})
-        return self._llm.encode_chat(messages)
+        return request.encode(self._llm, self.is_chat(request), self._system)
 
 
 def _answer_all(
@@ -242,7 +236,7 @@ def _answer_all(
             if isinstance(request, BatchRequest):
                 try:
                     prompt = encoder.encode(request)
-                except OctavoError as error:
+                except (OctavoError, ApiError) as error:
                     request = BadLine(line.custom_id, f"line {line.number}: {error}")
             if isinstance(request, BadLine):
                 journal.write(bad_line_record(request))
@@ -277,7 +271,7 @@ def _record(
         raise InvalidArgumentError(
             "this model has no tokenizer.json, without which there is no text"
         )
-    return answer_record(request, output, model, llm.tokenizer, encoder.is_chat(request))
+    return answer_record(request, output, model, llm, encoder.is_chat(request))
 
 
 @contextmanager

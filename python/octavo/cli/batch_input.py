@@ -11,53 +11,108 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from octavo.engine.outputs import RequestOutput
+    from octavo.llm import LLM, EncodedPrompt
+    from octavo.server.formats import Format, Head
+    from octavo.server.protocol import ChatBody, CompletionBody
+    from octavo.server.tools import ToolFormat
+
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
-
-# Options of a body that have an equal among SamplingParams.
-_NUMBER: tuple[type, ...] = (int, float)
-_SAME_NAME: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("temperature", "top_p", "min_p"), _NUMBER),
-    **dict.fromkeys(("top_k", "seed", "max_tokens", "min_tokens", "n"), (int,)),
-    **dict.fromkeys(("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"), (bool,)),
-}
-# Options that change nothing here, whatever their value.
-_IGNORED = frozenset({"model", "user", "metadata", "store", "service_tier"})
-# Options that octavo does not have: welcome only with a value that asks for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-}
 
 
 @dataclass(frozen=True)
 class BatchRequest:
     """One line that can be asked of the model.
 
-    prompt: a text, token ids, or messages. is_chat: None lets the model decide (a chat template or
-    none), as `octavo generate` does; only a text leaves it open.
+    body: as the server takes it. text: a bare prompt, of which the model decides whether it is
+    answered or continued (a chat template or none), as `octavo generate` does; None for others.
     """
 
     custom_id: str
-    prompt: Any
-    is_chat: bool | None
+    body: ChatBody | CompletionBody
+    text: str | None
     params: SamplingParams
+
+    @property
+    def is_chat(self) -> bool | None:
+        """Whether it is answered rather than continued; None lets the model decide."""
+        from octavo.server.protocol import ChatBody
+
+        return isinstance(self.body, ChatBody) if self.text is None else None
+
+    @property
+    def prompt(self) -> Any:
+        """All that its prompt is made of: a text, or an object."""
+        from octavo.server.protocol import SamplingBody
+
+        others = set(SamplingBody.model_fields) | _NOT_OF_THE_PROMPT
+        made_of = self.body.model_dump(exclude_unset=True, exclude=others)
+        if self.text is None:
+            return made_of
+        del made_of["messages" if "messages" in made_of else "prompt"]
+        return {"text": self.text, **made_of} if made_of else self.text
+
+    def body_for(self, is_chat: bool, system: str | None = None) -> ChatBody | CompletionBody:
+        """The body with its prompt. system: goes before a bare prompt that is answered."""
+        from octavo.server.protocol import ChatBody, CompletionBody
+
+        if self.text is None:
+            return self.body
+        if not is_chat:
+            return CompletionBody.model_validate({"prompt": self.text})
+        messages = [{"role": "user", "content": self.text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        is_whole = isinstance(self.body, ChatBody)
+        options = self.body.model_dump(exclude_unset=True) if is_whole else {}
+        return ChatBody.model_validate({**options, "messages": messages})
+
+    def encode(self, llm: LLM, is_chat: bool, system: str | None) -> EncodedPrompt:
+        """Its token ids."""
+        from octavo.server import prepare
+        from octavo.server.protocol import ChatBody
+
+        body = self.body_for(is_chat, system)
+        if isinstance(body, ChatBody):
+            return prepare.encode_chat(llm, body, tool_format_of(llm, body))
+        return prepare.encode_completion(llm, body)[0]
+
+    def answer_format(self, llm: LLM, head: Head, output: RequestOutput, is_chat: bool) -> Format:
+        """How the answer is written."""
+        from octavo.llm import EncodedPrompt
+        from octavo.server import prepare
+        from octavo.server.protocol import ChatBody
+
+        body = self.body_for(is_chat)
+        if isinstance(body, ChatBody):
+            return prepare.chat_format(llm, body, head, self.params, tool_format_of(llm, body))
+        prompt = EncodedPrompt(output.prompt, output.prompt_token_ids)
+        return prepare.completion_format(llm, body, head, [prompt])
+
+
+# Fields of a body that say how to answer, and not what.
+_NOT_OF_THE_PROMPT = {
+    *("max_completion_tokens", "logprobs", "top_logprobs", "parallel_tool_calls"),
+    *("echo", "best_of", "suffix"),
+}
+
+
+def tool_format_of(llm: LLM, body: ChatBody) -> ToolFormat | None:
+    """How the model writes calls of tools, by the chat template that makes its prompt."""
+    from octavo.server.tools import detect_format
+
+    own = llm.chat_template
+    template = body.chat_template or (None if own is None else own.source)
+    return None if template is None else detect_format(template)
 
 
 @dataclass(frozen=True)
@@ -153,7 +208,7 @@ def _parse(line: BatchLine, defaults: Defaults) -> BatchRequest:
             prompt = json.loads(text)
         except ValueError:
             prompt = line.text  # a text that begins with a quotation mark
-    return BatchRequest(line.custom_id, prompt, None, _params({}, defaults, 0.0, is_chat=True))
+    return _text_request(line.custom_id, prompt, {}, defaults)
 
 
 def _parse_openai(custom_id: str, content: dict[str, Any], defaults: Defaults) -> BatchRequest:
@@ -170,9 +225,7 @@ def _parse_openai(custom_id: str, content: dict[str, Any], defaults: Defaults) -
     key = "messages" if is_chat else "prompt"
     if key not in body:
         raise InvalidArgumentError(f"body has no {key!r}, which {url} needs")
-    options = {name: value for name, value in body.items() if name != key}
-    params = _params(options, defaults, 1.0, is_chat=is_chat)
-    return BatchRequest(custom_id, _checked_prompt(key, body[key]), is_chat, params)
+    return _request(custom_id, body, is_chat, defaults, 1.0)
 
 
 def _parse_plain(custom_id: str, content: dict[str, Any], defaults: Defaults) -> BatchRequest:
@@ -182,72 +235,73 @@ def _parse_plain(custom_id: str, content: dict[str, Any], defaults: Defaults) ->
             f"has the fields {', '.join(map(repr, content)) or '(none)'}; expected either 'prompt' "
             "or 'messages', or OpenAI's custom_id, method, url and body"
         )
-    key = keys[0]
-    options = {name: value for name, value in content.items() if name not in (key, "custom_id")}
-    is_chat = True if key == "messages" else None if isinstance(content[key], str) else False
-    params = _params(options, defaults, 0.0, is_chat=is_chat is not False)
-    return BatchRequest(custom_id, _checked_prompt(key, content[key]), is_chat, params)
+    body = {name: value for name, value in content.items() if name != "custom_id"}
+    if isinstance(body.get("prompt"), str):
+        return _text_request(custom_id, body.pop("prompt"), body, defaults)
+    return _request(custom_id, body, "messages" in body, defaults, 0.0)
 
 
-def _checked_prompt(key: str, value: Any) -> Any:
-    """Messages are checked when they are rendered; a prompt here, for a wrong type."""
-    if key == "messages":
-        if not isinstance(value, list):
-            raise InvalidArgumentError(f"messages is {type(value).__name__}; expected a list")
-        return value
-    is_ids = isinstance(value, list) and all(type(token) is int for token in value)
-    if not isinstance(value, str) and not (is_ids and value):
+def _text_request(
+    custom_id: str, text: str, options: dict[str, Any], defaults: Defaults
+) -> BatchRequest:
+    # A number of log-probabilities is what completions have; chats say it in two fields.
+    is_chat = type(options.get("logprobs")) is not int
+    prompt = {"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": text}
+    return replace(_request(custom_id, {**options, **prompt}, is_chat, defaults, 0.0), text=text)
+
+
+def _request(
+    custom_id: str, body: dict[str, Any], is_chat: bool, defaults: Defaults, temperature: float
+) -> BatchRequest:
+    """The body as the server would read it; InvalidArgumentError for what cannot be done.
+
+    temperature: where neither the body nor the command says one.
+    """
+    from pydantic import ValidationError
+
+    from octavo.server.errors import ApiError, validation_error
+    from octavo.server.prepare import read_params
+    from octavo.server.protocol import ChatBody, CompletionBody
+
+    _check_prompt(body)
+    try:
+        read = (ChatBody if is_chat else CompletionBody).model_validate(body, strict=True)
+        _check_options(read)
+        given = {
+            "max_tokens": defaults.max_tokens,
+            "temperature": temperature if defaults.temperature is None else defaults.temperature,
+            **defaults.others,
+        }
+        return BatchRequest(custom_id, read, None, read_params(read, given))
+    except ValidationError as error:
+        raise InvalidArgumentError(validation_error(error.errors()).message) from error
+    except ApiError as error:
+        raise InvalidArgumentError(error.message) from error
+
+
+def _check_prompt(body: dict[str, Any]) -> None:
+    """Messages are checked when they are rendered; here what a line of a batch must not hold."""
+    if "messages" in body:
+        messages = body["messages"]
+        if not isinstance(messages, list):
+            raise InvalidArgumentError(f"messages is {type(messages).__name__}; expected a list")
+        return
+    prompt = body["prompt"]
+    is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+    if not isinstance(prompt, str) and not (is_ids and prompt):
         raise InvalidArgumentError(
-            f"prompt is {str(value)[:60]!r}; expected a text or a list of token ids (one prompt a "
+            f"prompt is {str(prompt)[:60]!r}; expected a text or a list of token ids (one prompt a "
             "line)"
         )
-    return value
 
 
-def _params(
-    body: Mapping[str, Any], defaults: Defaults, temperature: float, *, is_chat: bool
-) -> SamplingParams:
-    """A body's options; InvalidArgumentError for one that octavo would have to ignore."""
-    options: dict[str, Any] = {
-        **defaults.others,
-        "max_tokens": defaults.max_tokens,
-        "temperature": temperature if defaults.temperature is None else defaults.temperature,
-    }
-    body = dict(body)
-    if body.get("max_completion_tokens") is not None:
-        body["max_tokens"] = body["max_completion_tokens"]
-    body.pop("max_completion_tokens", None)
-    logprobs = _num_logprobs(body, is_chat)
-    for name, value in body.items():
-        if value is None or name in _IGNORED:
-            continue
-        if name in _SAME_NAME:
-            kinds = _SAME_NAME[name]
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                expected = " or ".join(kind.__name__ for kind in kinds)
-                raise InvalidArgumentError(f"{name} is {value!r}; expected {expected}")
-            options[name] = value
-        elif name == "stop":
-            options["stop"] = tuple(value) if isinstance(value, list) else (value,)
-        elif name == "stop_token_ids" and isinstance(value, list):
-            options["stop_token_ids"] = tuple(value)
-        elif value not in _NEUTRAL.get(name, ()):
-            known = "is not supported with this value" if name in _NEUTRAL else "is unknown"
-            raise InvalidArgumentError(f"{name} {known}: {json.dumps(value)[:80]}; leave it out")
-    return SamplingParams(**options, logprobs=logprobs)
+def _check_options(body: ChatBody | CompletionBody) -> None:
+    """Refuse what a server offers and a file cannot, and what nobody knows."""
+    from octavo.server.protocol import slips
 
-
-def _num_logprobs(body: dict[str, Any], is_chat: bool) -> int | None:
-    """How many alternatives to report: chat says it in two fields, completions in one."""
-    asked, top = body.pop("logprobs", None), body.pop("top_logprobs", None)
-    if asked is None or asked is False:
-        if top:
-            raise InvalidArgumentError("top_logprobs needs logprobs: true")
-        return None
-    if asked is True and is_chat:
-        return 0 if top is None else top
-    if type(asked) is int and top is None:
-        return asked
-    raise InvalidArgumentError(
-        f"logprobs is {asked!r}; expected true or false with messages, a number with a prompt"
-    )
+    for name in ("stream", "timeout"):
+        if getattr(body, name):
+            raise InvalidArgumentError(f"{name} is not offered in a batch: leave it out")
+    for name, meant in slips(body).items():
+        advice = "leave it out" if meant is None else f"perhaps {meant} was meant"
+        raise InvalidArgumentError(f"{name} is unknown: {advice}")

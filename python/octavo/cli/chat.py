@@ -182,7 +182,7 @@ class Conversation:
         """The conversation as a prompt, without its oldest turns where it is too long."""
         limit = self.llm.max_model_len
         # What the answer is to have at least; a quarter of a small context is enough.
-        room = min(self.params.max_tokens, limit // 4)
+        room = min(self.params.max_tokens or limit, limit // 4)
         dropped = 0
         prompt = self._encode()
         while len(prompt.token_ids) > limit - room and len(self.turns) > 1:

@@ -30,9 +30,10 @@ from octavo.cli.common import (
 )
 from octavo.errors import InvalidArgumentError
 from octavo.sampling_params import SamplingParams
+from octavo.text.places import TokenPlaces
 
 if TYPE_CHECKING:
-    from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput
+    from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
     from octavo.llm import LLM, EncodedPrompt
 
 _OUTPUT_PANEL = "What to show"
@@ -206,7 +207,7 @@ def generate(
     if result is None:
         return common.INTERRUPTED if interrupted else common.FAILED
     if json_output:
-        record = _record(llm, result, params, load_seconds)
+        record = _record(llm, result, params, encoded.is_chat, load_seconds)
         print(json.dumps(record, ensure_ascii=False))
     elif n > 1:
         _print_answers(result)
@@ -262,18 +263,23 @@ def _closing_line(result: RequestOutput, params: SamplingParams, max_model_len: 
     if params.temperature > 0:
         line += f" · seed {params.seed}"
     if any(answer.finish_reason == "length" for answer in result.outputs):
-        at_limit = any(len(a.token_ids) >= params.max_tokens for a in result.outputs)
+        at_limit = any(len(a.token_ids) == params.max_tokens for a in result.outputs)
         limit = f"--max-tokens {params.max_tokens}" if at_limit else f"context of {max_model_len}"
         line += f" · cut off ({limit})"
     return line
 
 
 def _record(
-    llm: LLM, result: RequestOutput, params: SamplingParams, load_seconds: float
+    llm: LLM, result: RequestOutput, params: SamplingParams, is_chat: bool, load_seconds: float
 ) -> dict[str, Any]:
     """What --json prints. The first answer stands at the top; all of them under "answers"."""
     metrics = result.metrics
-    answers = [_answer(llm, answer) for answer in result.outputs]
+    answers = [
+        _answer(
+            TokenPlaces(llm.tokenizer, params.skip_special_tokens, continues=not is_chat), answer
+        )
+        for answer in result.outputs
+    ]
     return {
         "prompt": result.prompt,
         "prompt_token_ids": list(result.prompt_token_ids),
@@ -295,7 +301,7 @@ def _record(
     }
 
 
-def _answer(llm: LLM, answer: CompletionOutput) -> dict[str, Any]:
+def _answer(places: TokenPlaces, answer: CompletionOutput) -> dict[str, Any]:
     record: dict[str, Any] = {
         "index": answer.index,
         "text": answer.text,
@@ -305,25 +311,22 @@ def _answer(llm: LLM, answer: CompletionOutput) -> dict[str, Any]:
     }
     if answer.logprobs is not None:
         record["cumulative_logprob"] = answer.cumulative_logprob
-        record["logprobs"] = [
-            {
-                "token_id": entry.token_id,
-                "token": _token_text(llm, entry.token_id),
-                "logprob": entry.logprob,
-                "top": [
-                    {"token_id": token, "token": _token_text(llm, token), "logprob": logprob}
-                    for token, logprob in zip(entry.top_token_ids, entry.top_logprobs, strict=True)
-                ],
-            }
-            for entry in answer.logprobs
-        ]
+        record["logprobs"] = [_logprob(places, entry) for entry in answer.logprobs]
     return record
 
 
-def _token_text(llm: LLM, token_id: int) -> str | None:
-    if llm.tokenizer is None:
-        return None
-    return llm.tokenizer.decode([token_id], skip_special_tokens=False)
+def _logprob(places: TokenPlaces, entry: TokenLogprob) -> dict[str, Any]:
+    record = {
+        "token_id": entry.token_id,
+        "token": places.name(entry.token_id),
+        "logprob": entry.logprob,
+        "top": [
+            {"token_id": token, "token": places.name(token), "logprob": logprob}
+            for token, logprob in zip(entry.top_token_ids, entry.top_logprobs, strict=True)
+        ],
+    }
+    places.advance(entry.token_id)
+    return record
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -134,6 +134,16 @@ def serve(
             rich_help_panel=_ANSWERS,
         ),
     ] = "auto",
+    trust_request_chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--trust-request-chat-template/--no-trust-request-chat-template",
+            help="Take chat templates from requests; they are programs, run in a sandbox without a "
+            "limit of time. Left out: only on 127.0.0.1 or with --api-key.",
+            show_default=False,
+            rich_help_panel=_LISTEN,
+        ),
+    ] = None,
     max_waiting_requests: Annotated[
         int,
         typer.Option(
@@ -226,6 +236,7 @@ def serve(
         shutdown_timeout=shutdown_timeout,
         stall_timeout=stall_timeout,
         tool_parser=tool_call_parser,
+        trust_request_chat_template=trust_request_chat_template,
         allowed_origins=tuple(allowed_origin or ()),
         event_log=event_log,
         log_format=log_format,

@@ -145,16 +145,17 @@ class Engine:
         prompt: str | None = None,
         stream: bool = False,
         continues_prompt: bool = True,
+        kept_special_ids: Collection[int] = (),
         priority: int = 0,
         timeout: float | None = None,
         cache_salt: str | None = None,
     ) -> None:
         """Queue a request; its answers come out of `step`.
 
-        stream and continues_prompt are described at `Request`. priority: lower is more urgent.
-        timeout: seconds from now after which it ends with the finish reason "timeout", wherever it
-        stands; None lets it run. cache_salt: requests with different ones share no cached keys and
-        values, so that nobody can find out by timing what others asked.
+        stream, continues_prompt and kept_special_ids are described at `Request`. priority: lower is
+        more urgent. timeout: seconds from now after which it ends with the finish reason "timeout",
+        wherever it stands; None lets it run. cache_salt: requests with different ones share no
+        cached keys and values, so that nobody can find out by timing what others asked.
         Raises InvalidArgumentError for one that cannot be answered, QueueFullError when too many
         wait already; both change nothing.
         """
@@ -177,6 +178,7 @@ class Engine:
             params,
             stream=stream,
             continues_prompt=continues_prompt,
+            kept_special_ids=kept_special_ids,
             priority=priority,
             deadline=None if timeout is None else now + timeout,
             cache_salt=cache_salt,

@@ -29,8 +29,11 @@ def describe_engine(
 
 def arrival(request: Request, timeout: float | None, block_names: tuple[bytes, ...]) -> Event:
     """A request was accepted."""
-    params = request.params
-    asked = (len(request.prompt_token_ids), params.max_tokens, params.n)
+    params, first = request.params, request.sequences[0]
+    max_tokens = params.max_tokens
+    if max_tokens is None:
+        max_tokens = first.max_total_tokens - first.num_prompt_tokens
+    asked = (first.num_prompt_tokens, max_tokens, params.n)
     event = (request.arrival_time, "arrived", request.request_id, *asked)
     return (*event, request.priority, timeout, block_names)
 

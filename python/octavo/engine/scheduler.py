@@ -69,11 +69,18 @@ class Scheduler:
         """Whether there is anything to do."""
         return bool(self._waiting or self._running)
 
-    def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int) -> int:
-        """How long prompt and answer may become together: the answer ends there."""
-        return min(num_prompt_tokens + max_tokens, self.limits.max_model_len)
+    def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """How long prompt and answer may become together: the answer ends there.
 
-    def check_fits(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        max_tokens: None for as many as context and KV cache hold.
+        """
+        longest = self.limits.max_model_len
+        if max_tokens is not None:
+            return min(num_prompt_tokens + max_tokens, longest)
+        # The last token is drawn but never computed, so it needs no place in the cache.
+        return max(num_prompt_tokens + 1, min(longest, self.blocks.num_tokens_capacity + 1))
+
+    def check_fits(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
         """Raise an InvalidArgumentError if such a request could never be answered."""
         max_model_len = self.limits.max_model_len
         if num_prompt_tokens < 1:
@@ -86,7 +93,6 @@ class Scheduler:
                 f"since prompt and answer together may have {max_model_len} (max_model_len): "
                 f"shorten the prompt"
             )
-        # The last token is drawn but never computed, so it needs no place in the cache.
         num_cached = self.max_total_tokens(num_prompt_tokens, max_tokens) - 1
         if self.blocks.blocks_for(num_cached) > self.blocks.num_blocks:
             raise InvalidArgumentError(

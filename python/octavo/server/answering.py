@@ -99,9 +99,11 @@ class Answering:
         continuous_usage: bool,
     ) -> AsyncIterator[str]:
         """What to write, one string a step."""
-        opening = self._format.opening(len(self._streams) * self._num_answers)
-        counts = [0, 0]  # tokens of prompts and answers, for usage that goes along
-        usage = ',"usage":null' if include_usage and not continuous_usage else ""
+        num_prompt, num_answer = self._num_prompt_tokens(), 0  # for usage that goes along
+        usage = ',"usage":null' if include_usage else ""
+        if continuous_usage:
+            usage = f',"usage":{to_json(usage_of(num_prompt, 0))}'
+        opening = self._format.opening(len(self._streams) * self._num_answers, usage)
         try:
             batch: tuple[int, list[OutputChunk]] | None = first
             while batch is not None:
@@ -112,10 +114,8 @@ class Answering:
                     if chunk.result is not None:
                         _raise_if_broken(chunk.result)
                     if continuous_usage:
-                        counts[1] += len(chunk.token_ids)
-                        usage = (
-                            f',"usage":{to_json(usage_of(self._num_prompt_tokens(), counts[1]))}'
-                        )
+                        num_answer += len(chunk.token_ids)
+                        usage = f',"usage":{to_json(usage_of(num_prompt, num_answer))}'
                     choice = index * self._num_answers + chunk.index
                     pieces.append(self._format.piece(choice, chunk, usage))
                 text = "".join(pieces)

@@ -19,20 +19,22 @@ from octavo.llm import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server import prepare
 from octavo.server.answering import Answering
-from octavo.server.errors import ApiError, to_api_error
-from octavo.server.formats import ChatFormat, CompletionFormat, Format, Head
+from octavo.server.errors import ApiError, to_api_error, validation_error
+from octavo.server.formats import Format, Head
 from octavo.server.gate import Gate
 from octavo.server.metrics import CONTENT_TYPE
 from octavo.server.pages import add_pages
 from octavo.server.protocol import (
+    Body,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     SamplingBody,
     TokenizeChatBody,
     TokenizeCompletionBody,
+    slips,
 )
-from octavo.server.service import Service, describe_model, echoes_of
+from octavo.server.service import Service, describe_model
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "A field is wrong; the error's `param` names it."},
@@ -109,11 +111,11 @@ def _add_generation(app: FastAPI) -> None:
         service = _service(request)
         llm = service.llm()
         service.check_model(body.model)
-        tools = service.tools_of(body)
-        prompt = await asyncio.to_thread(prepare.encode_chat, llm, body, service.tool_format)
+        tool_format = service.tool_format_of(body)
+        prompt = await asyncio.to_thread(prepare.encode_chat, llm, body, tool_format)
         params = prepare.sampling_params(llm, body, prompt, service.options.defaults)
         head = Head(_response_id(request, "chatcmpl"), int(time.time()), service.name)
-        answer_format = ChatFormat(head, llm.tokenizer, tools)
+        answer_format = prepare.chat_format(llm, body, head, params, tool_format)
         return await _answer(request, body, [(prompt, params)], head, answer_format)
 
     @app.post("/v1/completions", responses=_STREAMED)
@@ -125,14 +127,9 @@ def _add_generation(app: FastAPI) -> None:
         prompts = await asyncio.to_thread(prepare.encode_completion, llm, body)
         defaults = service.options.defaults
         work = [(p, prepare.sampling_params(llm, body, p, defaults)) for p in prompts]
-        try:
-            echoes = echoes_of(llm, body, prompts)
-        except InvalidArgumentError as error:
-            raise to_api_error(error, "echo") from error
         head = Head(_response_id(request, "cmpl"), int(time.time()), service.name)
-        return await _answer(
-            request, body, work, head, CompletionFormat(head, llm.tokenizer, echoes)
-        )
+        answer_format = prepare.completion_format(llm, body, head, prompts)
+        return await _answer(request, body, work, head, answer_format)
 
 
 async def _answer(
@@ -154,21 +151,33 @@ async def _answer(
     ]
     notes = request.state.notes
     notes["id"] = head.response_id
+    warning = _warning(body)
+    notes["warning"] = warning
     field = "prompt" if isinstance(body, CompletionBody) else "messages"
     answering = Answering(streams, body.num_answers, answer_format, field, notes)
     try:
         if body.stream:
             options = body.stream_options
-            return await answering.stream(
+            response = await answering.stream(
                 request.receive,
                 include_usage=bool(options and options.include_usage),
                 continuous_usage=bool(options and options.continuous_usage_stats),
             )
-        return await answering.whole(request.receive)
+        else:
+            response = await answering.whole(request.receive)
     except ApiError as error:
         if error.status == 429 and service.metrics is not None:
             service.metrics.rejected("queue_full")
         raise
+    if warning is not None:
+        response.headers["X-Octavo-Warning"] = warning
+    return response
+
+
+def _warning(body: Body) -> str | None:
+    """Of fields that are ignored because nobody knows them, those that look like a slip."""
+    found = [f"{ascii(name)[:60]}, perhaps {meant}" for name, meant in slips(body).items() if meant]
+    return f"unknown fields, ignored: {'; '.join(found[:5])}" if found else None
 
 
 def _response_id(request: Request, prefix: str) -> str:
@@ -206,7 +215,8 @@ def _add_tokens(app: FastAPI) -> None:
         if llm.tokenizer is None:
             raise ApiError(400, "this model has no tokenizer", param="model")
         if isinstance(body, TokenizeChatBody):
-            prompt = await asyncio.to_thread(prepare.encode_chat, llm, body, service.tool_format)
+            tool_format = service.tool_format_of(body)
+            prompt = await asyncio.to_thread(prepare.encode_chat, llm, body, tool_format)
             tokens = list(prompt.token_ids)
         else:
             try:
@@ -283,37 +293,6 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     problems = error.errors() if isinstance(error, RequestValidationError) else []
     return await _on_api_error(request, validation_error(problems))
-
-
-def validation_error(problems: Sequence[Any]) -> ApiError:
-    """What pydantic found, as one message; param is the first field."""
-    parts, first = [], None
-    for problem in problems[:5]:
-        location = [part for part in problem.get("loc", ()) if part != "body"]
-        field = _field_name(location)
-        if problem.get("type") == "json_invalid":
-            field, text = "", f"the body is no JSON: {problem.get('ctx', {}).get('error', '')}"
-        else:
-            text = f"{field}: {problem.get('msg', 'is wrong')}" if field else problem["msg"]
-        first = first or field or None
-        if text not in parts:
-            parts.append(text)
-    return ApiError(400, "; ".join(parts) or "the body is wrong", param=first)
-
-
-def _field_name(location: Sequence[Any]) -> str:
-    """("messages", 0, "role") -> "messages[0].role"; the names of alternatives are left out."""
-    name = ""
-    for part in location:
-        if isinstance(part, str) and part[:1].isupper():
-            continue  # the name of a body's class
-        if isinstance(part, int):
-            name += f"[{part}]"
-        elif not name:
-            name = str(part) if str(part).isidentifier() else ""
-        elif part.isidentifier() and part not in ("str", "bool", "int", "dict", "list"):
-            name += f".{part}"
-    return name
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -294,6 +294,7 @@ class EngineThread:
                 prompt=request.prompt.text,
                 stream=True,
                 continues_prompt=not request.prompt.is_chat,
+                kept_special_ids=request.prompt.kept_special_ids,
                 priority=request.priority,
                 timeout=request.timeout,
                 cache_salt=request.cache_salt,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octavo.errors import (
@@ -109,3 +109,34 @@ def field_of(message: str) -> str | None:
     """The field that one of octavo's messages begins with, if it does."""
     found = _FIELD.match(message)
     return found[1] if found and found[1] not in _NO_FIELDS else None
+
+
+def validation_error(problems: Sequence[Any]) -> ApiError:
+    """What pydantic found, as one message; param is the first field."""
+    parts, first = [], None
+    for problem in problems[:5]:
+        location = [part for part in problem.get("loc", ()) if part != "body"]
+        field = _field_name(location)
+        if problem.get("type") == "json_invalid":
+            field, text = "", f"the body is no JSON: {problem.get('ctx', {}).get('error', '')}"
+        else:
+            text = f"{field}: {problem.get('msg', 'is wrong')}" if field else problem["msg"]
+        first = first or field or None
+        if text not in parts:
+            parts.append(text)
+    return ApiError(400, "; ".join(parts) or "the body is wrong", param=first)
+
+
+def _field_name(location: Sequence[Any]) -> str:
+    """("messages", 0, "role") -> "messages[0].role"; the names of alternatives are left out."""
+    name = ""
+    for part in location:
+        if isinstance(part, str) and part[:1].isupper():
+            continue  # the name of a body's class
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif not name:
+            name = str(part) if str(part).isidentifier() else ""
+        elif part.isidentifier() and part not in ("str", "bool", "int", "dict", "list"):
+            name += f".{part}"
+    return name

@@ -7,12 +7,13 @@ itself goes through the JSON encoder.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
 from octavo.server.tools import ToolCall, ToolFormat, ToolParser, make_parser
+from octavo.text.places import TokenPlaces
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
@@ -59,14 +60,26 @@ def usage_of(num_prompt: int, num_answer: int, num_cached: int | None = None) ->
     return usage
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What log-probabilities need to know about the tokens of an answer."""
+
+    tokenizer: Tokenizer | None
+    skip_special_tokens: bool = True
+
+    def places(self, *, continues: bool) -> TokenPlaces:
+        """Those of one answer; continues: it is read right behind the prompt."""
+        return TokenPlaces(self.tokenizer, self.skip_special_tokens, continues=continues)
+
+
 class Format(Protocol):
     """One of the two APIs. Choices are counted over all prompts and answers."""
 
     def whole(self, results: Sequence[RequestOutput], usage: dict[str, Any]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
 
-    def opening(self, num_choices: int) -> str:
-        """Events before the first text."""
+    def opening(self, num_choices: int, usage: str) -> str:
+        """Events before the first text; usage: as for `piece`."""
 
     def piece(self, choice: int, chunk: OutputChunk, usage: str) -> str:
         """Events for one chunk, "" where it shows nothing; usage: "" or a JSON member."""
@@ -78,12 +91,12 @@ class Format(Protocol):
 class CompletionFormat:
     """/v1/completions. echoes: for each choice the prompt's text to be shown before the answer."""
 
-    def __init__(self, head: Head, tokenizer: Tokenizer | None, echoes: Sequence[str]) -> None:
+    def __init__(self, head: Head, tokens: Tokens, echoes: Sequence[str] = ()) -> None:
         self._head = head
-        self._tokenizer = tokenizer
-        self._echoes = list(echoes)
-        self._lengths = [len(echo) for echo in echoes]  # of the text shown so far
-        self._pending = list(echoes)
+        self._tokens = tokens
+        self._echoes = echoes
+        self._places: dict[int, TokenPlaces] = {}
+        self._pending = dict(enumerate(echoes))
         self._start = (
             f'data: {{"id":{to_json(head.response_id)},"object":"text_completion",'
             f'"created":{head.created},"model":{to_json(head.model)},"choices":['
@@ -97,28 +110,25 @@ class CompletionFormat:
 
     def _choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
         logprobs = output.logprobs
+        echo = self._echoes[index] if self._echoes else ""
         return {
             "index": index,
-            "text": self._echoes[index] + output.text,
-            "logprobs": None if logprobs is None else self._logprobs(logprobs, 0),
+            "text": echo + output.text,
+            "logprobs": None if logprobs is None else self._logprobs(index, logprobs),
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
         }
 
-    def opening(self, num_choices: int) -> str:
+    def opening(self, num_choices: int, usage: str) -> str:
         """Nothing comes before the text."""
         return ""
 
     def piece(self, choice: int, chunk: OutputChunk, usage: str) -> str:
         """One event, or none while there is nothing to show."""
-        text = self._pending[choice] + chunk.text
-        self._pending[choice] = ""
+        text = self._pending.pop(choice, "") + chunk.text
         if not text and not chunk.logprobs and chunk.finish_reason is None:
             return ""
-        logprobs = "null"
-        if chunk.logprobs:
-            logprobs = to_json(self._logprobs(chunk.logprobs, self._lengths[choice]))
-        self._lengths[choice] += len(chunk.text)
+        logprobs = to_json(self._logprobs(choice, chunk.logprobs)) if chunk.logprobs else "null"
         return (
             f'{self._start}{{"index":{choice},"text":{to_json(text)},"logprobs":{logprobs},'
             f'"finish_reason":{to_json(chunk.finish_reason)},'
@@ -129,33 +139,43 @@ class CompletionFormat:
         """The event with the usage of the whole request."""
         return f'{self._start}],"usage":{to_json(usage)}}}\n\n'
 
-    def _logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-        tokens, offsets = [], []
+    def _logprobs(self, choice: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        places = self._places.setdefault(choice, self._tokens.places(continues=True))
+        names, tops, offsets = [], [], []
         for entry in entries:
-            tokens.append(token_text(self._tokenizer, entry.token_id))
-            offsets.append(offset)
-            offset += len(tokens[-1])
+            found = unique_names(places, (entry.token_id, *entry.top_token_ids))
+            names.append(found[entry.token_id])
+            top = zip(entry.top_token_ids, entry.top_logprobs, strict=True)
+            # As vLLM: the token that was drawn is among them, even where it is not of the best.
+            tops.append({found[token]: p for token, p in (*top, (entry.token_id, entry.logprob))})
+            offsets.append(places.offset)
+            places.advance(entry.token_id)
         return {
-            "tokens": tokens,
+            "tokens": names,
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [self._top(entry, tokens[i]) for i, entry in enumerate(entries)],
+            "top_logprobs": tops,
             "text_offset": offsets,
         }
 
-    def _top(self, entry: TokenLogprob, token: str) -> dict[str, float]:
-        tops = zip(entry.top_token_ids, entry.top_logprobs, strict=True)
-        found = {token_text(self._tokenizer, token_id): logprob for token_id, logprob in tops}
-        # As vLLM: the token that was drawn is among them, even where it is not of the best.
-        return {**found, token: entry.logprob}
-
 
 class ChatFormat:
-    """/v1/chat/completions. tools: how calls are written; None looks for none."""
+    """/v1/chat/completions.
 
-    def __init__(self, head: Head, tokenizer: Tokenizer | None, tools: ToolFormat | None) -> None:
+    tools: how calls are written; None looks for none. max_calls: further ones are left out.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        tokens: Tokens,
+        tools: ToolFormat | None = None,
+        max_calls: int | None = None,
+    ) -> None:
         self._head = head
-        self._tokenizer = tokenizer
+        self._tokens = tokens
         self._tools = tools
+        self._max_calls = max_calls
+        self._places: dict[int, TokenPlaces] = {}
         self._parsers: dict[int, ToolParser] = {}
         self._num_calls: dict[int, int] = {}
         self._start = (
@@ -176,6 +196,7 @@ class ChatFormat:
             parser = make_parser(self._tools)
             pieces = [*parser.push(output.text), *parser.finish()]
             calls = [piece.as_json() for piece in pieces if isinstance(piece, ToolCall)]
+            calls = calls[: self._max_calls]
             text = "".join(piece for piece in pieces if isinstance(piece, str))
             if calls:
                 message = {"role": "assistant", "content": text.strip() or None}
@@ -185,15 +206,16 @@ class ChatFormat:
         return {
             "index": index,
             "message": message,
-            "logprobs": None if logprobs is None else self._logprobs(logprobs),
+            "logprobs": None if logprobs is None else self._logprobs(index, logprobs),
             "finish_reason": finish_reason,
             "stop_reason": output.stop_reason,
         }
 
-    def opening(self, num_choices: int) -> str:
+    def opening(self, num_choices: int, usage: str) -> str:
         """Each choice says who speaks."""
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return "".join(f'{self._start}{{"index":{i},{delta}}}]}}\n\n' for i in range(num_choices))
+        numbers = range(num_choices)
+        return "".join(f'{self._start}{{"index":{i},{delta}}}]{usage}}}\n\n' for i in numbers)
 
     def piece(self, choice: int, chunk: OutputChunk, usage: str) -> str:
         """The text or the calls that a chunk adds, and the end."""
@@ -204,7 +226,7 @@ class ChatFormat:
             deltas, finish_reason = self._parse(choice, chunk, self._tools)
         if not deltas and not chunk.logprobs and finish_reason is None:
             return ""
-        logprobs = "null" if not chunk.logprobs else to_json(self._logprobs(chunk.logprobs))
+        logprobs = to_json(self._logprobs(choice, chunk.logprobs)) if chunk.logprobs else "null"
         events = []
         for index, delta in enumerate(deltas or [{}]):
             is_last = index >= len(deltas) - 1
@@ -233,33 +255,42 @@ class ChatFormat:
                 deltas.append({"content": piece})
             else:
                 number = self._num_calls.get(choice, 0)
+                if number == self._max_calls:
+                    continue
                 self._num_calls[choice] = number + 1
                 deltas.append({"tool_calls": [{"index": number, **piece.as_json()}]})
         has_calls = bool(self._num_calls.get(choice))
         return deltas, _with_calls(chunk.finish_reason) if has_calls else chunk.finish_reason
 
-    def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(self, choice: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        places = self._places.setdefault(choice, self._tokens.places(continues=False))
         content = []
         for entry in entries:
             tops = zip(entry.top_token_ids, entry.top_logprobs, strict=True)
             content.append(
                 {
-                    **self._token(entry.token_id, entry.logprob),
-                    "top_logprobs": [self._token(token, logprob) for token, logprob in tops],
+                    **_token(places, entry.token_id, entry.logprob),
+                    "top_logprobs": [_token(places, *top) for top in tops],
                 }
             )
+            places.advance(entry.token_id)
         return {"content": content}
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = token_text(self._tokenizer, token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+def _token(places: TokenPlaces, token_id: int, logprob: float) -> dict[str, Any]:
+    data = list(places.data(token_id))
+    return {"token": places.name(token_id), "logprob": logprob, "bytes": data}
 
 
-def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
-    """A token by itself; "token_id:17" where the model has no tokenizer."""
-    if tokenizer is None:
-        return f"token_id:{token_id}"
-    return tokenizer.decode([token_id], skip_special_tokens=False)
+def unique_names(places: TokenPlaces, token_ids: Iterable[int]) -> dict[int, str]:
+    """A name for each token at its place, all different: a second one of a name gets its number."""
+    names: dict[int, str] = {}
+    taken = set()
+    for token_id in dict.fromkeys(token_ids):
+        name = places.name(token_id)
+        names[token_id] = f"token_id:{token_id}" if name in taken else name
+        taken.add(name)
+    return names
 
 
 def _with_calls(finish_reason: str | None) -> str | None:

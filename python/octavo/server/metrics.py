@@ -86,7 +86,8 @@ class Metrics:
     def watch(self, stream: ResultStream) -> None:
         """Follow one request to its end."""
         params = stream.request.params
-        self.max_tokens.observe(params.max_tokens)
+        if params.max_tokens is not None:
+            self.max_tokens.observe(params.max_tokens)
         self.num_answers.observe(params.n)
         stream.observe = self._follow(stream)
 

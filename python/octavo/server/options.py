@@ -28,6 +28,8 @@ class ServerOptions:
     shutdown_timeout: seconds that running requests get to end after SIGTERM.
     stall_timeout: seconds without a step, while there is work, after which /health says so.
     tool_parser: how calls of tools are written in answers; "auto" goes by the chat template.
+    trust_request_chat_template: take a chat template from a request, and run it; None: where only
+        those can reach the server who hold a key or are on this machine.
     allowed_origins: web pages from there may use the API (CORS); "*" for any.
     defaults: sampling fields of requests that do not name them, such as the model's own.
     event_log: a file for every decision of the scheduler.
@@ -43,6 +45,7 @@ class ServerOptions:
     shutdown_timeout: float = 30.0
     stall_timeout: float = 60.0
     tool_parser: str = "auto"
+    trust_request_chat_template: bool | None = None
     allowed_origins: tuple[str, ...] = ()
     defaults: Mapping[str, float] = field(default_factory=dict)
     event_log: Path | None = None
@@ -82,6 +85,12 @@ class ServerOptions:
     def is_open(self) -> bool:
         """Whether other machines may reach the server, and no key keeps them out."""
         return not self.api_keys and not _is_loopback(self.host)
+
+    @property
+    def takes_templates(self) -> bool:
+        """Whether requests may bring a chat template of their own."""
+        trusts = self.trust_request_chat_template
+        return not self.is_open if trusts is None else trusts
 
 
 def read_defaults(model: Path) -> dict[str, float]:

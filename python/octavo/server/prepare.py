@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.llm import EncodedPrompt
-from octavo.sampling_params import MAX_SEED, SamplingParams
+from octavo.sampling_params import SamplingParams
 from octavo.server.errors import bad_request, to_api_error
+from octavo.server.formats import ChatFormat, CompletionFormat, Head, Tokens
 from octavo.server.protocol import (
     ChatBody,
     ChatFields,
     CompletionBody,
-    Message,
     SamplingBody,
     unsupported,
 )
+from octavo.server.tools import tag_ids
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
@@ -31,14 +32,15 @@ def encode_completion(llm: LLM, body: CompletionBody) -> list[EncodedPrompt]:
     """The prompts of a completion, one or many."""
     given: Any = body.prompt
     is_one = isinstance(given, str) or isinstance(given[0], int)
+    prompts = [given] if is_one else given
     try:
-        return [llm.encode_prompt(prompt) for prompt in ([given] if is_one else given)]
+        return [llm.encode_prompt(prompt, body.add_special_tokens) for prompt in prompts]
     except OctavoError as error:
         raise to_api_error(error, "prompt") from error
 
 
 def encode_chat(llm: LLM, body: ChatFields, tool_format: ToolFormat | None) -> EncodedPrompt:
-    """A conversation as its prompt."""
+    """A conversation as its prompt. tool_format: how the model writes calls, if it can."""
     extra = body.chat_template_kwargs or {}
     taken = sorted(_TEMPLATE_ARGUMENTS & extra.keys())
     if taken:
@@ -47,15 +49,59 @@ def encode_chat(llm: LLM, body: ChatFields, tool_format: ToolFormat | None) -> E
             "chat_template_kwargs",
         )
     variables: dict[str, Any] = {**extra, "documents": body.documents}
+    if body.reasoning_effort is not None:  # for templates that read it; others have no use for it
+        variables["reasoning_effort"] = body.reasoning_effort
     if body.tools:
         variables["tools"] = check_tools(body.tools, tool_format)
     try:
-        messages = [_plain_message(i, message) for i, message in enumerate(body.messages)]
-        return llm.encode_chat(
-            messages, add_generation_prompt=body.add_generation_prompt, **variables
+        prompt = llm.encode_chat(
+            [message.model_dump(exclude_unset=True) for message in body.messages],
+            chat_template=body.chat_template,
+            add_special_tokens=body.add_special_tokens,
+            add_generation_prompt=body.add_generation_prompt,
+            **variables,
         )
     except OctavoError as error:
         raise to_api_error(error, "messages") from error
+    kept = tag_ids(llm.tokenizer, tools_of(body, tool_format))
+    return replace(prompt, kept_special_ids=kept)
+
+
+def tools_of(body: ChatFields, tool_format: ToolFormat | None) -> ToolFormat | None:
+    """How calls are written in the answer to `body`; None where none is to be looked for."""
+    choice = body.tool_choice if isinstance(body, ChatBody) else None
+    if choice == "required" or isinstance(choice, dict):
+        raise bad_request(
+            f"tool_choice is {choice!r}, which needs the answer to be constrained; octavo offers "
+            "'auto' and 'none'",
+            "tool_choice",
+        )
+    return tool_format if body.tools and choice != "none" else None
+
+
+def chat_format(
+    llm: LLM, body: ChatBody, head: Head, params: SamplingParams, tool_format: ToolFormat | None
+) -> ChatFormat:
+    """How the answers to a conversation are written."""
+    tokens = Tokens(llm.tokenizer, params.skip_special_tokens)
+    max_calls = 1 if body.parallel_tool_calls is False else None
+    return ChatFormat(head, tokens, tools_of(body, tool_format), max_calls)
+
+
+def completion_format(
+    llm: LLM, body: CompletionBody, head: Head, prompts: Sequence[EncodedPrompt]
+) -> CompletionFormat:
+    """How the answers to these prompts are written."""
+    tokens = Tokens(llm.tokenizer, body.skip_special_tokens is not False)
+    echoes: list[str] = []
+    for prompt in prompts if body.echo else ():
+        text = prompt.text
+        if text is None:
+            if llm.tokenizer is None:
+                raise bad_request("echo is true, but this model has no tokenizer", "echo")
+            text = llm.tokenizer.decode(prompt.token_ids)
+        echoes += [text] * body.num_answers
+    return CompletionFormat(head, tokens, echoes)
 
 
 def check_tools(
@@ -81,56 +127,50 @@ def check_tools(
 
 
 def sampling_params(
-    llm: LLM, body: SamplingBody, prompt: EncodedPrompt, defaults: Mapping[str, float]
+    llm: LLM, body: SamplingBody, prompt: EncodedPrompt, defaults: Mapping[str, Any]
 ) -> SamplingParams:
     """What the body asks for, checked against the model: it could be answered.
 
     A chat that names no length may fill the rest of the context. defaults: for what is not named.
     """
+    try:
+        params = read_params(body, defaults)
+        if params.max_tokens is None:
+            num_prompt = len(prompt.token_ids)
+            room = llm.engine.scheduler.max_total_tokens(num_prompt, None) - num_prompt
+            params = replace(params, max_tokens=room)
+        llm.engine.check_request(prompt.token_ids, params)  # reads only what never changes
+    except InvalidArgumentError as error:
+        field = "messages" if isinstance(body, ChatBody) else "prompt"
+        raise to_api_error(error, field) from error
+    return params
+
+
+def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingParams:
+    """What the body asks for, whatever the model; an error names what octavo does not offer."""
     refused = unsupported(body)
     if refused is not None:
         raise refused
-    room = max(1, llm.max_model_len - len(prompt.token_ids))
-    max_tokens, logprobs = body.max_tokens, None
-    if isinstance(body, ChatBody):
-        max_tokens = body.max_completion_tokens or body.max_tokens or room
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    elif isinstance(body, CompletionBody):
-        max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
-        logprobs = body.logprobs
-    fields: dict[str, Any] = {
-        **defaults,
-        "max_tokens": max_tokens,
-        "logprobs": logprobs,
-        "n": body.num_answers,
-        "seed": None if body.seed is None else body.seed & MAX_SEED,
-        "logit_bias": _logit_bias(body.logit_bias or {}),
-    }
+    is_chat = isinstance(body, ChatBody)
+    fields: dict[str, Any] = {"max_tokens": None if is_chat else DEFAULT_COMPLETION_TOKENS}
+    fields |= defaults
     for name in _AS_GIVEN:
         value = getattr(body, name)
         if value is not None:
             fields[name] = value
-    if fields.get("top_k") == -1:  # as vLLM spells "all"
-        fields["top_k"] = 0
-    try:
-        params = SamplingParams(**fields)
-        llm.engine.check_request(prompt.token_ids, params)  # reads only what never changes
-    except InvalidArgumentError as error:
-        raise to_api_error(error, "messages" if isinstance(body, ChatBody) else "prompt") from error
-    return params
+    if isinstance(body, ChatBody):
+        fields["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
+        if body.max_completion_tokens is not None:
+            fields["max_tokens"] = body.max_completion_tokens
+    elif isinstance(body, CompletionBody):
+        fields["logprobs"] = body.logprobs
+    fields["logit_bias"] = _logit_bias(body.logit_bias or {})
+    return SamplingParams(**fields)
 
 
 _AS_GIVEN = (
-    *(
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "min_tokens",
-        "stop",
-        "stop_token_ids",
-        "ignore_eos",
-    ),
+    *("n", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "seed"),
+    *("temperature", "top_k", "top_p", "min_p"),
     *("include_stop_str_in_output", "skip_special_tokens"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
@@ -144,29 +184,3 @@ def _logit_bias(given: dict[str, float]) -> dict[int, float]:
                 "logit_bias",
             )
     return {int(key): value for key, value in given.items()}
-
-
-def _plain_message(index: int, message: Message) -> dict[str, Any]:
-    """A message for the template, with the arguments of tool calls as objects."""
-    plain = message.model_dump(exclude_unset=True)
-    calls = plain.get("tool_calls")
-    if calls is None:
-        plain.pop("tool_calls", None)
-        return plain
-    where = f"messages[{index}].tool_calls"
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise InvalidArgumentError(f"{where} is {calls!r}; expected a list of objects")
-    for call in calls:
-        function = call.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise InvalidArgumentError(f"{where} has a call without a function's name")
-        if isinstance(function.get("arguments"), str):
-            function["arguments"] = _arguments(where, function["arguments"])
-    return plain
-
-
-def _arguments(where: str, text: str) -> Any:
-    try:
-        return json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgumentError(f"{where} has arguments that are no JSON: {error}") from error

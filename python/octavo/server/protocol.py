@@ -1,18 +1,19 @@
 """Bodies of requests, as OpenAI and vLLM have them; every field that clients send is checked here.
 
-Fields that are not named here are accepted and ignored, as vLLM does. Those that would change the
-answer and are not offered (a grammar, an image) are refused, see `unsupported`.
+Of the fields that are not named here those that would change the answer are refused by name, and
+those that nobody knows are ignored, as vLLM does; see `unsupported` and `slips`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from octavo.engine.checks import MAX_PRIORITY
 from octavo.sampling_params import MAX_LOGPROBS
 from octavo.server.errors import ApiError, bad_request
+from octavo.server.fields import refused_field, unknown_fields
 
 MAX_N = 128  # answers to one request; OpenAI's limit
 MAX_PROMPTS = 1024  # prompts in one request
@@ -20,6 +21,7 @@ MAX_STOP = 32  # stop strings, each of which costs time for every character
 _MAX_SIGNED = 2**63 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenLimit = Literal[-1] | Annotated[int, Field(ge=1)]  # -1: as many as fit
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -29,6 +31,13 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str | None = Field(None, description="A served name; left out: the model served.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
 
 
 class StreamOptions(BaseModel):
@@ -43,11 +52,11 @@ class StreamOptions(BaseModel):
 class SamplingBody(Body):
     """Fields that chat and completions share; `octavo.SamplingParams` says what they mean."""
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: TokenLimit | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-_MAX_SIGNED - 1, le=2 * _MAX_SIGNED + 1)] | None = None
@@ -80,7 +89,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Annotated[str, Field(min_length=1)]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | list[Any] | None = None
 
 
 class ChatFields(Body):
@@ -89,7 +98,10 @@ class ChatFields(Body):
     messages: Annotated[list[Message], Field(min_length=1)]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
 
@@ -97,7 +109,7 @@ class ChatFields(Body):
 class ChatBody(ChatFields, SamplingBody):
     """POST /v1/chat/completions."""
 
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: TokenLimit | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
@@ -114,6 +126,7 @@ class CompletionBody(SamplingBody):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
+    add_special_tokens: bool = True
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: str | None = None
@@ -131,7 +144,6 @@ class TokenizeCompletionBody(Body):
 class TokenizeChatBody(ChatFields):
     """POST /tokenize with a conversation."""
 
-    add_special_tokens: bool = False
     return_token_strs: bool | None = None
 
 
@@ -141,23 +153,19 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
 
 
-# Fields that vLLM has, that change the answer, and that octavo does not offer.
-_UNSUPPORTED = (
-    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
-    *("prompt_logprobs", "use_beam_search", "allowed_token_ids", "bad_words"),
-    *("truncate_prompt_tokens", "functions", "function_call", "audio", "modalities"),
-)
+def slips(body: Body) -> dict[str, str | None]:
+    """Fields that nobody knows, each with the one that may have been meant."""
+    return unknown_fields(body.model_extra or {}, list(type(body).model_fields))
 
 
 def unsupported(body: SamplingBody) -> ApiError | None:
     """The first thing that was asked for and cannot be had; ignoring it would give wrong answers.
 
-    A field that is null, false or empty asks for nothing.
+    A field whose value asks for nothing, as null does, is welcome.
     """
-    extra = body.model_extra or {}
-    for name in _UNSUPPORTED:
-        if extra.get(name) and extra[name] != ["text"]:  # modalities: ["text"] is what there is
-            return bad_request(f"{name} is not offered by octavo: leave it out", name)
+    refused = refused_field(body.model_extra or {})
+    if refused is not None:
+        return refused
     kind = (body.response_format or {}).get("type", "text")
     if kind != "text":
         return bad_request(
@@ -181,6 +189,8 @@ def unsupported(body: SamplingBody) -> ApiError | None:
                 "continue_final_message is not offered by octavo: use /v1/completions",
                 "continue_final_message",
             )
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.echo:
+            return bad_request("echo is not offered for a conversation: leave it out", "echo")
+        if body.top_logprobs and not body.logprobs:
             return bad_request("top_logprobs is given, so logprobs must be true", "top_logprobs")
     return None

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from octavo.errors import InvalidArgumentError, ShutdownError
+from octavo.errors import ShutdownError
 from octavo.llm import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
@@ -18,7 +18,7 @@ from octavo.server.errors import ApiError, unavailable
 from octavo.server.live import LiveView
 from octavo.server.metrics import Metrics
 from octavo.server.options import ServerOptions
-from octavo.server.protocol import ChatBody, ChatFields, CompletionBody, SamplingBody
+from octavo.server.protocol import ChatFields, SamplingBody
 from octavo.server.step_stats import StepStats
 from octavo.server.stream import EngineRequest, ResultStream
 from octavo.server.tools import ToolFormat, detect_format
@@ -130,38 +130,26 @@ class Service:
             self.metrics.watch(stream)
         return stream
 
-    def tools_of(self, body: ChatFields) -> ToolFormat | None:
-        """How calls are written in the answer to `body`; None where none is to be looked for."""
-        choice = body.tool_choice if isinstance(body, ChatBody) else None
-        if choice == "required" or isinstance(choice, dict):
+    def tool_format_of(self, body: ChatFields) -> ToolFormat | None:
+        """How the model writes calls, by its own chat template or the body's."""
+        if body.chat_template is None:
+            return self.tool_format
+        if not self.options.takes_templates:
             raise ApiError(
                 400,
-                f"tool_choice is {choice!r}, which needs the answer to be constrained; octavo "
-                f"offers 'auto' and 'none'",
-                param="tool_choice",
+                "chat_template is a program, which this server takes from nobody: others can reach "
+                "it without a key. Leave chat_template out, or start the server with an API key or "
+                "with --trust-request-chat-template",
+                param="chat_template",
             )
-        return self.tool_format if body.tools and choice != "none" else None
+        is_auto = self.options.tool_parser == "auto"
+        return detect_format(body.chat_template) if is_auto else self.tool_format
 
     def _on_step(self, stats: StepStats) -> None:
         self.stats = stats
         self.live.observe_step(stats)
         if self.metrics is not None:
             self.metrics.observe_step(stats)
-
-
-def echoes_of(llm: LLM, body: CompletionBody, prompts: list[EncodedPrompt]) -> list[str]:
-    """For each choice, the prompt's text to be shown before it."""
-    if not body.echo:
-        return [""] * (len(prompts) * body.num_answers)
-    texts = []
-    for prompt in prompts:
-        if prompt.text is None and llm.tokenizer is None:
-            raise InvalidArgumentError("echo is true, but this model has no tokenizer")
-        text = prompt.text
-        if text is None and llm.tokenizer is not None:
-            text = llm.tokenizer.decode(prompt.token_ids)
-        texts += [text or ""] * body.num_answers
-    return texts
 
 
 def describe_model(service: Service, name: str, max_model_len: int | None) -> dict[str, Any]:

@@ -10,9 +10,14 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from octavo.text.tokenizer import Tokenizer
 
 ToolFormat = Literal["hermes", "llama3_json"]
+# What a parser looks for; in some vocabularies these are special tokens.
+_TAGS = {"hermes": ("<tool_call>", "</tool_call>"), "llama3_json": ("<|python_tag|>",)}
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,14 @@ def detect_format(template: str) -> ToolFormat | None:
     return None
 
 
+def tag_ids(tokenizer: Tokenizer | None, tool_format: ToolFormat | None) -> frozenset[int]:
+    """The tokens that an answer's text must keep for its parser, special or not."""
+    if tokenizer is None or tool_format is None:
+        return frozenset()
+    ids = (tokenizer.token_id(tag) for tag in _TAGS[tool_format])
+    return frozenset(token_id for token_id in ids if token_id is not None)
+
+
 def make_parser(tool_format: ToolFormat) -> ToolParser:
     """A parser for one answer."""
     return HermesParser() if tool_format == "hermes" else Llama3Parser()
@@ -65,7 +78,7 @@ class HermesParser:
     as it is: nothing the model says is lost.
     """
 
-    _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+    _OPEN, _CLOSE = _TAGS["hermes"]
 
     def __init__(self) -> None:
         self._held = ""
@@ -119,7 +132,7 @@ class HermesParser:
 class Llama3Parser:
     """An answer that begins with "{" may be a call, so it is held back to its end."""
 
-    _TAG = "<|python_tag|>"
+    (_TAG,) = _TAGS["llama3_json"]
 
     def __init__(self) -> None:
         self._held = ""
