@@ -213,7 +213,13 @@ def test_outputs_of_parts_can_be_put_together(model, begun, tmp_path, capsys):
 def test_overwrite_forgets_answers_only_when_the_model_has_been_loaded(model, begun, capsys):
     source, target = begun
     before = target.read_bytes()
-    for more in (["-m", "/no/such"], ["--max-model-len", "999"], ["--load-format", "auto"]):
+    bare = target.with_name("bare")
+    bare.mkdir()
+    shutil.copy(Path(model, "config.json"), bare)
+    for more in (
+        *(["-m", "/no/such"], ["--max-model-len", "999"], ["--load-format", "auto"]),
+        *(["--event-log", "/no/such"], ["--event-log", str(target)], ["-m", str(bare)]),
+    ):
         assert run(model, source, target, "--overwrite", *more) == 2
         assert target.read_bytes() == before
     assert run(model, source, target, "--overwrite", "--max-tokens", "1") == 0

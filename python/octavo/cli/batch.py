@@ -43,7 +43,6 @@ from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from octavo.engine.outputs import RequestOutput
     from octavo.llm import LLM, EncodedPrompt
 
 _LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
@@ -135,6 +134,13 @@ def batch(
         raise InvalidArgumentError(f"{input_file} is empty; expected one prompt a line")
     if output_file.exists() and output_file.samefile(input_file):
         raise InvalidArgumentError("the output is the input; expected another file")
+    if event_log is not None and event_log.resolve() in (
+        input_file.resolve(),
+        output_file.resolve(),
+    ):
+        raise InvalidArgumentError(
+            f"--event-log is {event_log}, which is the input or the output; expected another file"
+        )
     options: dict[str, Any] = {
         "device": device,
         "deterministic": deterministic,
@@ -154,12 +160,14 @@ def batch(
         journal.check(input_file, run)
         skipped = len(journal.answered)
         if skipped:
-            common.note(f"{skipped:,} of {len(ids):,} answered by an earlier run; going on")
+            going_on = "; going on" if skipped < len(ids) else ""
+            common.note(f"{skipped:,} of {len(ids):,} answered by an earlier run{going_on}")
         tally = Tally(total=len(ids), skipped=skipped, failed=journal.num_failed)
-        llm = common.load_llm(str(run.directory), **options) if skipped < len(ids) else None
-        journal.begin()  # not before: what it drops is kept where the model does not load
         interrupted = False
-        if llm is not None:
+        if skipped == len(ids):
+            journal.begin()
+        else:
+            llm = common.load_llm(str(run.directory), **options)
             with _event_log(llm, event_log) as note_events:
                 answers = Answers(journal, tally, note_events)
                 interrupted = _answer_all(llm, run, input_file, answers)
@@ -219,7 +227,11 @@ def _encode(llm: LLM, run: Run, request: BatchRequest) -> EncodedPrompt:
 def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
     """Answer every line that has no answer yet; returns whether Ctrl-C ended it."""
     waiting: dict[str, tuple[BatchRequest, Stamp]] = {}
-    journal, tally = answers.journal, answers.tally
+    journal, tally, tokenizer = answers.journal, answers.tally, llm.tokenizer
+    if tokenizer is None:
+        raise InvalidArgumentError(
+            "this model has no tokenizer.json, without which there is no text"
+        )
 
     def items() -> Iterator[tuple[str, EncodedPrompt, SamplingParams]]:
         for line in read_lines(input_file):
@@ -240,12 +252,13 @@ def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
             waiting[request.custom_id] = request, stamp
             yield request.custom_id, prompt, request.params
 
+    journal.begin()  # what it drops would be missed where a run cannot even begin
     tally.start = time.monotonic()
     try:
         with _progress(tally) as update:
             for custom_id, output in llm.generate_as_completed(items()):
                 request, stamp = waiting.pop(custom_id)
-                record = _record(llm, run, request, output)
+                record = answer_record(request, output, run.name, tokenizer, run.is_chat(request))
                 journal.write(record, stamp)
                 tally.done += 1
                 tally.failed += record["error"] is not None
@@ -256,14 +269,6 @@ def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
     except KeyboardInterrupt:
         return True
     return False
-
-
-def _record(llm: LLM, run: Run, request: BatchRequest, output: RequestOutput) -> dict[str, Any]:
-    if llm.tokenizer is None:
-        raise InvalidArgumentError(
-            "this model has no tokenizer.json, without which there is no text"
-        )
-    return answer_record(request, output, run.name, llm.tokenizer, run.is_chat(request))
 
 
 @contextmanager
