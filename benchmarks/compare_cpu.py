@@ -43,6 +43,7 @@ from octavo.config import QUANTIZE, read_environment
 from octavo.machine import processor
 from octavo.models.registry import read_model
 from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.fingerprint import model_digest
 from octavo.weights.hub import resolve_model
 
 FORMATS = ("f32", "bf16", *QUANTIZE, "int4-g128")
@@ -344,7 +345,9 @@ def main() -> None:
     path = resolve_model(arguments.model, read_environment())
     print(f"{path.name}: {processor()}, {arguments.threads} threads, ISA {forced_isa()}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.gguf_folder or Path(temporary)
+        # One for each model: another one, or another version, may have the same name.
+        digest = model_digest(path, arguments.load_format)
+        folder = (arguments.gguf_folder or Path(temporary)) / digest
         folder.mkdir(parents=True, exist_ok=True)
         comparison = Comparison(arguments, path, folder)
         try:

@@ -8,20 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from batch_helpers import CHAT, COMPLETIONS, HELLO, openai, read, run, write
 from octavo.cli import main
 from octavo.cli.batch import duration
 from octavo.cli.batch_input import BadLine, BatchLine, BatchRequest, Defaults, parse_line
 from octavo.llm import LLM
 from octavo.sampling_params import SamplingParams
 from text_helpers import tiny_model
-
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-HELLO = [{"role": "user", "content": "Hello fox"}]
 
 
 @pytest.fixture(scope="module")
@@ -32,26 +28,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def llm(model: str) -> LLM:
     return LLM(model, load_format="dummy")
-
-
-def openai(custom_id: Any, url: str, **body: Any) -> str:
-    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body})
-
-
-def write(path: Path, lines: list[str]) -> Path:
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def run(model: str, source: Path, target: Path, *more: str) -> int:
-    arguments = ["batch", str(source), str(target), "-m", model, "--load-format", "dummy"]
-    return main([*arguments, *more])
-
-
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len({record["custom_id"] for record in records}) == len(records)
-    return {record["custom_id"]: record for record in records}
 
 
 def test_all_kinds_of_lines(model, llm, tmp_path, capsys):
@@ -120,7 +96,7 @@ BAD_LINES = {
     "url": (openai("u", "/v1/embeddings", input="x"), "url is '/v1/embeddings'"),
     "body": ('{"custom_id": "b", "url": "/v1/completions", "body": 3}', "body is int"),
     "no prompt": (openai("p", COMPLETIONS, messages=HELLO), "no 'prompt'"),
-    "empty messages": (openai("e", CHAT, messages=[]), "messages: List should have at least 1"),
+    "empty messages": (openai("e", CHAT, messages=[]), "messages is empty"),
     "messages": (openai("s", CHAT, messages="hi"), "messages is str"),
     "role": (openai("r", CHAT, messages=[{"role": 3, "content": "x"}]), "messages[0].role: "),
     "prompt type": (openai("t", COMPLETIONS, prompt={"a": 1}), "expected a text or a list"),
@@ -164,7 +140,7 @@ def test_bad_lines_get_an_error_and_do_not_stop_the_rest(model, tmp_path, capsys
     assert all(record["response"] is None for record in records if record["error"])
     # Resumed, there is nothing to do, and the exit code still tells of the errors.
     before = target.read_bytes()
-    assert run(model, source, target) == 1
+    assert run(model, source, target, "--max-tokens", "3") == 1
     assert target.read_bytes() == before
 
 
@@ -184,6 +160,19 @@ def test_options_that_ask_for_nothing_are_welcome():
     assert isinstance(found, BatchRequest)
     assert found.params == SamplingParams(temperature=0.5, max_tokens=4, logprobs=0, n=2)
     assert isinstance(parse_line(BatchLine(3, "line-3", "{"), Defaults()), BadLine)
+
+
+def test_half_a_surrogate_pair_anywhere_stops_nothing(model, tmp_path):
+    half = "\\ud83d"
+    lines = [f'{{"prompt": "a", "custom_id": "{half}"}}', f'{{"prompt": "{half}"}}']
+    lines += [f'{{"prompt": "b", "stop": "{half}"}}', f'{{"prompt": "c", "{half}": "{half}"}}']
+    source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    arguments = (model, source, target, "--max-tokens", "3", "-t", "1")
+    assert run(*arguments) == 1
+    before = target.read_bytes()
+    assert run(*arguments) == 1 and target.read_bytes() == before
+    failed = {name for name, record in read(target).items() if record["error"]}
+    assert failed == {"line-2", "line-4"}
 
 
 def test_duplicate_ids_are_refused(model, tmp_path, capsys):
@@ -261,13 +250,14 @@ def test_foreign_output_is_refused(model, tmp_path, capsys):
     target = tmp_path / "out.jsonl"
     cases = {
         "not an answer": "just text\n",
-        "another batch": json.dumps({"custom_id": "x", "error": None, "response": {}}) + "\n",
-        "begun with the model 'other'": json.dumps(
+        "line 1, is not an answer": json.dumps({"custom_id": "x", "error": None, "response": {}})
+        + "\n",
+        "an older octavo wrote it": json.dumps(
             {"custom_id": "line-1", "error": None, "response": {"body": {"model": "other"}}}
         )
         + "\n",
     }
-    cases["another batch"] = cases["begun with the model 'other'"].replace("line-1", "line-9")
+    cases["another batch"] = cases["an older octavo wrote it"].replace("line-1", "line-9")
     for complaint, content in cases.items():
         target.write_text(content)
         assert run(model, source, target) == 2

@@ -20,7 +20,9 @@ from octavo.cli.batch_input import (
     parse_line,
     read_lines,
 )
-from octavo.cli.batch_output import Journal, answer_record, bad_line_record
+from octavo.cli.batch_journal import Journal
+from octavo.cli.batch_output import answer_record, error_record
+from octavo.cli.batch_stamp import Run, Stamp, describe_run
 from octavo.cli.common import (
     DeterministicOption,
     DeviceOption,
@@ -36,12 +38,12 @@ from octavo.cli.common import (
     StopOption,
     SystemOption,
 )
+from octavo.config import EngineConfig
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.sampling_params import SamplingParams
 from octavo.server.errors import ApiError
 
 if TYPE_CHECKING:
-    from octavo.engine.outputs import RequestOutput
     from octavo.llm import LLM, EncodedPrompt
 
 _LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
@@ -117,7 +119,7 @@ def batch(
 
     Each line of IN.jsonl is a prompt as plain text, or an object {"prompt": …} or {"messages": …}, or a line of OpenAI's batch format.
 
-    Answers are written as they come, in OpenAI's batch output format; the text is at response.body.choices[0]. Whatever stopped a run, the same command goes on where it was. A line that cannot be answered gets an "error" and does not stop the rest.
+    Answers are written as they come, in OpenAI's batch output format; the text is at response.body.choices[0]. Whatever stopped a run, the same command goes on where it was; one that would give other answers is refused. A line that cannot be answered gets an "error" and does not stop the rest.
 
     Exit code: 0 all answered, 1 some lines failed, 2 a mistake in the command, 130 Ctrl-C.
 
@@ -128,37 +130,48 @@ def batch(
     SamplingParams(temperature=temperature or 0.0, max_tokens=max_tokens, stop=tuple(stop or ()))
     if system is not None and chat is False:
         raise InvalidArgumentError("--system needs the chat template; leave out --raw")
-    name = model or "smollm2-135m"
     ids = check_ids(input_file)
     if not ids:
         raise InvalidArgumentError(f"{input_file} is empty; expected one prompt a line")
     if output_file.exists() and output_file.samefile(input_file):
         raise InvalidArgumentError("the output is the input; expected another file")
-    with Journal(output_file, set(ids), name, overwrite) as journal:
+    if event_log is not None and event_log.resolve() in (
+        input_file.resolve(),
+        output_file.resolve(),
+    ):
+        raise InvalidArgumentError(
+            f"--event-log is {event_log}, which is the input or the output; expected another file"
+        )
+    options: dict[str, Any] = {
+        "device": device,
+        "deterministic": deterministic,
+        "dtype": dtype,
+        "quantize": quantize,
+        "keep_embedding": keep_embedding,
+        "kv_dtype": kv_dtype,
+        "max_model_len": max_model_len,
+        "num_threads": num_threads,
+        "load_format": load_format,
+        "max_num_seqs": max_num_seqs,
+        "seed": seed,
+    }
+    config = EngineConfig(**options)  # a wrong option is told of before anything is fetched
+    with Journal(output_file, overwrite) as journal:
+        run = describe_run(model, config, chat, system, defaults)
+        journal.check(input_file, run)
         skipped = len(journal.answered)
         if skipped:
-            common.note(f"{skipped:,} of {len(ids):,} answered by an earlier run; going on")
+            going_on = "; going on" if skipped < len(ids) else ""
+            common.note(f"{skipped:,} of {len(ids):,} answered by an earlier run{going_on}")
         tally = Tally(total=len(ids), skipped=skipped, failed=journal.num_failed)
         interrupted = False
-        if skipped < len(ids):
-            llm = common.load_llm(
-                model,
-                device=device,
-                deterministic=deterministic,
-                dtype=dtype,
-                quantize=quantize,
-                keep_embedding=keep_embedding,
-                kv_dtype=kv_dtype,
-                max_model_len=max_model_len,
-                num_threads=num_threads,
-                load_format=load_format,
-                max_num_seqs=max_num_seqs,
-                seed=seed,
-            )
-            encoder = PromptEncoder(llm, chat, system)
+        if skipped == len(ids):
+            journal.begin()
+        else:
+            llm = common.load_llm(str(run.directory), **options)
             with _event_log(llm, event_log) as note_events:
                 answers = Answers(journal, tally, note_events)
-                interrupted = _answer_all(llm, encoder, input_file, answers, defaults, name)
+                interrupted = _answer_all(llm, run, input_file, answers)
     return _summarize(tally, output_file, interrupted)
 
 
@@ -200,59 +213,42 @@ class Answers:
     note_events: Callable[[], None]
 
 
-class PromptEncoder:
-    """Lines to token ids: with the chat template, or as they are."""
-
-    def __init__(self, llm: LLM, chat: bool | None, system: str | None) -> None:
-        self._llm = llm
-        self._chat = llm.chat_template is not None if chat is None else chat
-        self._system = system
-
-    def is_chat(self, request: BatchRequest) -> bool:
-        """Whether the request is answered rather than continued."""
-        return self._chat if request.is_chat is None else request.is_chat
-
-    def encode(self, request: BatchRequest) -> EncodedPrompt:
-        return request.encode(self._llm, self.is_chat(request), self._system)
-
-
-def _answer_all(
-    llm: LLM,
-    encoder: PromptEncoder,
-    input_file: Path,
-    answers: Answers,
-    defaults: Defaults,
-    model: str,
-) -> bool:
+def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
     """Answer every line that has no answer yet; returns whether Ctrl-C ended it."""
-    waiting: dict[str, BatchRequest] = {}
+    waiting: dict[str, tuple[BatchRequest, Stamp]] = {}
     journal, tally = answers.journal, answers.tally
+    if llm.tokenizer is None:
+        raise InvalidArgumentError(
+            "this model has no tokenizer.json, without which there is no text"
+        )
 
     def items() -> Iterator[tuple[str, EncodedPrompt, SamplingParams]]:
         for line in read_lines(input_file):
             if line.custom_id in journal.answered:
                 continue
-            request = parse_line(line, defaults)
+            request = parse_line(line, run.defaults)
+            stamp = run.stamp(request, line)
             if isinstance(request, BatchRequest):
                 try:
-                    prompt = encoder.encode(request)
+                    prompt = request.encode(llm, run.is_chat(request), run.system)
                 except (OctavoError, ApiError) as error:
                     request = BadLine(line.custom_id, f"line {line.number}: {error}")
             if isinstance(request, BadLine):
-                journal.write(bad_line_record(request))
+                journal.write(error_record(request.custom_id, request.message), stamp)
                 tally.done += 1
                 tally.failed += 1
                 continue
-            waiting[request.custom_id] = request
+            waiting[request.custom_id] = request, stamp
             yield request.custom_id, prompt, request.params
 
+    journal.begin()  # what it drops would be missed where a run cannot even begin
     tally.start = time.monotonic()
     try:
         with _progress(tally) as update:
             for custom_id, output in llm.generate_as_completed(items()):
-                request = waiting.pop(custom_id)
-                record = _record(llm, encoder, request, output, model)
-                journal.write(record)
+                request, stamp = waiting.pop(custom_id)
+                record = answer_record(request, output, run.name, llm, run.is_chat(request))
+                journal.write(record, stamp)
                 tally.done += 1
                 tally.failed += record["error"] is not None
                 tally.prompt_tokens += output.metrics.num_prompt_tokens
@@ -262,16 +258,6 @@ def _answer_all(
     except KeyboardInterrupt:
         return True
     return False
-
-
-def _record(
-    llm: LLM, encoder: PromptEncoder, request: BatchRequest, output: RequestOutput, model: str
-) -> dict[str, Any]:
-    if llm.tokenizer is None:
-        raise InvalidArgumentError(
-            "this model has no tokenizer.json, without which there is no text"
-        )
-    return answer_record(request, output, model, llm, encoder.is_chat(request))
 
 
 @contextmanager

@@ -51,11 +51,11 @@ class BatchRequest:
 
     @property
     def prompt(self) -> Any:
-        """All that its prompt is made of: a text, or an object."""
+        """All that is asked, but for the sampling: a text, or an object."""
         from octavo.server.protocol import SamplingBody
 
-        others = set(SamplingBody.model_fields) | _NOT_OF_THE_PROMPT
-        made_of = self.body.model_dump(exclude_unset=True, exclude=others)
+        fields = set(type(self.body).model_fields) - set(SamplingBody.model_fields)
+        made_of = self.body.model_dump(exclude_defaults=True, include=fields - _IN_PARAMS)
         if self.text is None:
             return made_of
         del made_of["messages" if "messages" in made_of else "prompt"]
@@ -99,11 +99,8 @@ class BatchRequest:
         return prepare.completion_format(llm, body, head, [prompt])
 
 
-# Fields of a body that say how to answer, and not what.
-_NOT_OF_THE_PROMPT = {
-    *("max_completion_tokens", "logprobs", "top_logprobs", "parallel_tool_calls"),
-    *("echo", "best_of", "suffix"),
-}
+# Fields of a chat or a completion that are in its sampling parameters.
+_IN_PARAMS = {"max_completion_tokens", "logprobs", "top_logprobs", "best_of"}
 
 
 def tool_format_of(llm: LLM, body: ChatBody) -> ToolFormat | None:

@@ -210,5 +210,7 @@ def derive_seed(engine_seed: int, label: str) -> int:
     The label is the request's id (or the caller's own key), so the same requests to an engine of
     the same seed give the same answers, and different requests draw independently.
     """
-    digest = hashlib.blake2b(f"{engine_seed}:{label}".encode(), digest_size=8).digest()
+    # JSON can spell half a surrogate pair in a label, and UTF-8 has no place for it.
+    text = f"{engine_seed}:{label}".encode("utf-8", errors="surrogatepass")
+    digest = hashlib.blake2b(text, digest_size=8).digest()
     return int.from_bytes(digest, "little")

@@ -95,7 +95,7 @@ class Message(BaseModel):
 class ChatFields(Body):
     """A conversation and how its prompt is made."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: list[Message]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False

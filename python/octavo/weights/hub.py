@@ -201,6 +201,12 @@ def _check_same(final: Path, source: dict[str, str], revision: str | None) -> No
             f"{final} holds a model made from another file ({manifest.get('source', 'unknown')}) "
             "or at another dtype; give this one another --name, or replace that with --force"
         )
+    # Models from elsewhere, put there by hand, have no manifest.
+    if manifest.get("source", source["source"]) != source["source"]:
+        raise InvalidArgumentError(
+            f"{final} holds a model made from {manifest['source']}, not {source['source']}; "
+            "replace it with --force"
+        )
     if revision is not None and manifest.get("revision") != revision:
         raise InvalidArgumentError(
             f"{final} holds revision {manifest.get('revision', 'unknown')}, not {revision}; "

@@ -78,7 +78,7 @@ class SafetensorsFile:
             raise WeightsError(
                 f"{self.path}: {name} is stored as {info.dtype}; supported: F32, F16, BF16"
             )
-        data = self._slice(name).view(_NUMPY_TYPES[dtype]).reshape(info.shape)
+        data = self.read_bytes(name).view(_NUMPY_TYPES[dtype]).reshape(info.shape)
         if not data.flags.aligned:
             data = data.copy()
         return Tensor(data, dtype)
@@ -86,10 +86,11 @@ class SafetensorsFile:
     def read_integers(self, name: str) -> npt.NDArray[Any]:
         """An I8, I32 or I64 tensor: a view of the mapped file, or a copy if it is unaligned."""
         kind = _INTEGER_TYPES[self.infos[name].dtype]
-        data = self._slice(name).view(kind).reshape(self.infos[name].shape)
+        data = self.read_bytes(name).view(kind).reshape(self.infos[name].shape)
         return data if data.flags.aligned else data.copy()
 
-    def _slice(self, name: str) -> npt.NDArray[np.uint8]:
+    def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
+        """A tensor of any type as it is stored: a view of the mapped file."""
         # What was read before leaves our memory (the system keeps it, and brings it back when it is
         # touched again): otherwise a loader would hold the file beside the packed weights.
         if hasattr(mmap, "MADV_DONTNEED"):
@@ -136,6 +137,10 @@ class ShardedSafetensors:
     def read_integers(self, name: str) -> npt.NDArray[Any]:
         """As `SafetensorsFile.read_integers`."""
         return self._files[name].read_integers(name)
+
+    def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
+        """As `SafetensorsFile.read_bytes`."""
+        return self._files[name].read_bytes(name)
 
 
 def _our_name(dtype: str) -> str:

@@ -1,0 +1,173 @@
+"""What an answer of a batch depends on, in short: by this a resumed run knows its own answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from octavo.cli.batch_input import BadLine, BatchLine, BatchRequest, Defaults, parse_line
+from octavo.config import EngineConfig, read_environment, resolve_device
+from octavo.sampling_params import SamplingParams
+
+_SEED = "seed_of_the_run"  # apart from a line's own "seed"
+_DEFAULT_PARAMS: dict[str, Any] = asdict(SamplingParams())
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What stands beside an answer, under "octavo".
+
+    model, prompt: digests, 16 hexadecimal digits. options: a JSON object with sorted names, of all
+    that the answer depends on besides; sampling options with their default value are left out.
+    """
+
+    model: str
+    prompt: str
+    options: str
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Stamp | None:
+        """The stamp of an answer; None where there is none that can be understood."""
+        found = record.get("octavo")
+        if not isinstance(found, dict):
+            return None
+        model, prompt, options = (found.get(name) for name in ("model", "prompt", "options"))
+        if not (isinstance(model, str) and isinstance(prompt, str) and isinstance(options, dict)):
+            return None
+        # One copy for all answers that share it, of which there may be a million.
+        return cls(sys.intern(model), prompt, sys.intern(_canonical(options)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"model": self.model, "prompt": self.prompt, "options": json.loads(self.options)}
+
+    def differences(self, now: Stamp) -> str:
+        """In words: every option that has another value in `now`, and both values."""
+        old, new = ({**_DEFAULT_PARAMS, **json.loads(each.options)} for each in (self, now))
+        if _SEED not in old or _SEED not in new:  # words are drawn in one of the two only
+            old[_SEED] = new[_SEED] = None
+        return "; ".join(
+            f"{name} was {_describe(old.get(name))} and is {_describe(new.get(name))}"
+            for name in sorted({*old, *new})
+            if _canonical(old.get(name)) != _canonical(new.get(name))
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all answers of a run have in common.
+
+    directory, name: of the model; the name is what the answers say. digest: `model_digest`.
+    options: of the engine, "auto" resolved, as far as they change answers. chat: whether a bare
+    prompt is answered rather than continued. system: goes before a bare prompt that is answered.
+    seed: for random choices of lines that name none.
+    """
+
+    directory: Path
+    name: str
+    digest: str
+    options: Mapping[str, Any]
+    chat: bool
+    system: str | None
+    seed: int
+    defaults: Defaults = field(default_factory=Defaults)
+
+    def is_chat(self, request: BatchRequest) -> bool:
+        """Whether the request is answered rather than continued."""
+        return self.chat if request.is_chat is None else request.is_chat
+
+    def stamp_line(self, line: BatchLine) -> Stamp:
+        """The stamp that the answer to this line gets."""
+        return self.stamp(parse_line(line, self.defaults), line)
+
+    def stamp(self, request: BatchRequest | BadLine, line: BatchLine) -> Stamp:
+        """The stamp of what the line was understood as; a line that was not stands for itself."""
+        if isinstance(request, BadLine):
+            return Stamp(self.digest, _digest(line.text), _canonical(self.options))
+        options = {
+            name: float(value) if isinstance(_DEFAULT_PARAMS[name], float) else value
+            for name, value in asdict(request.params).items()
+            if value != _DEFAULT_PARAMS[name]
+        }
+        if request.params.temperature == 0:
+            options.pop("seed", None)  # no choice is random
+        elif request.params.seed is None:
+            options[_SEED] = self.seed
+        options["chat"] = self.is_chat(request)
+        if options["chat"] and request.text is not None and self.system is not None:
+            options["system"] = f"a text with the digest {_digest(self.system)}"
+        return Stamp(self.digest, _digest(request.prompt), _canonical({**options, **self.options}))
+
+
+def describe_run(
+    model: str | None,
+    config: EngineConfig,
+    chat: bool | None,
+    system: str | None,
+    defaults: Defaults,
+) -> Run:
+    """Everything about a run that its answers depend on; no weights are loaded.
+
+    model: a name or a directory. chat None: whether the model has a chat template. Raises what
+    resolving the name and reading the configuration and the weights' headers raises.
+    """
+    from octavo import _native
+    from octavo.engine.loader import resolve_options
+    from octavo.models.registry import read_model
+    from octavo.text.chat import ChatTemplate
+    from octavo.weights.checkpoint import open_checkpoint
+    from octavo.weights.fingerprint import model_digest
+    from octavo.weights.hub import DEFAULT_MODEL, resolve_model
+
+    environment = read_environment()
+    directory = resolve_model(model, environment)
+    files = read_model(directory)
+    checkpoint = open_checkpoint(files, config.load_format, config.seed)
+    device = resolve_device(config.device, _native.available_devices())
+    resolved = resolve_options(files.spec, checkpoint.dtype, config, environment, device)
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": resolved.dtype,
+        "kv_dtype": resolved.kv_dtype,
+        "max_model_len": resolved.max_model_len,
+        "quantize": config.quantize,
+        "keep_embedding": config.keep_embedding or None,
+        # On the CPU it changes nothing.
+        "deterministic": (config.deterministic and device != "cpu") or None,
+    }
+    if config.load_format == "dummy":
+        options["load_format"] = f"dummy, of seed {config.seed}"
+    if chat is None:
+        has_tokenizer = (directory / "tokenizer.json").is_file()
+        chat = has_tokenizer and ChatTemplate.load(directory) is not None
+    return Run(
+        directory=directory,
+        name=model or DEFAULT_MODEL,
+        digest=model_digest(directory, config.load_format),
+        options={name: value for name, value in options.items() if value is not None},
+        chat=chat,
+        system=system,
+        seed=config.seed,
+        defaults=defaults,
+    )
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _digest(value: Any) -> str:
+    # A text from a JSON line may hold half a surrogate pair, which UTF-8 does not know.
+    text = _canonical(value).encode("utf-8", errors="surrogatepass")
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "left out"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
