@@ -113,6 +113,7 @@ LENIENT: list[dict[str, Any]] = [
     {"top_k": -1},
     {"seed": -1, "temperature": 0},
     {"temperature": 0, "top_p": 0},
+    {"model": "", "user": 5, "logprobs": False},
     {name: None for name in CompletionBody.model_fields if name != "prompt"},
 ]
 

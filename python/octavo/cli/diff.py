@@ -131,7 +131,7 @@ def diff(
     in what was asked.
     """
     from octavo.cli.stage_bar import StageBar
-    from octavo.config import read_environment
+    from octavo.config import dtype_name, read_environment
     from octavo.diff.html import write_html
     from octavo.diff.report import print_report, to_json
     from octavo.diff.run import DiffOptions
@@ -140,7 +140,7 @@ def diff(
     request = DiffRequest(
         model=model,
         against=against,
-        dtype=dtype,
+        dtype=dtype_name(dtype),
         quantize=quantize,
         prompt=prompt,
         random=random,

@@ -72,7 +72,7 @@ def pull(
     already is not fetched again; an interrupted pull can be repeated.
     From the Hub only safetensors and JSON files are taken, never pickles.
     """
-    from octavo.config import read_environment
+    from octavo.config import dtype_name, read_environment
     from octavo.weights.hub import model_directory
     from octavo.weights.hub import pull as pull_model
     from octavo.weights.progress import NO_PROGRESS, BarProgress, Progress
@@ -87,7 +87,7 @@ def pull(
             force=force,
             revision=revision,
             name=name,
-            dtype=dtype,
+            dtype=dtype_name(dtype),
             local_file=local_file,
         )
 

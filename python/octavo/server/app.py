@@ -20,6 +20,7 @@ from octavo.sampling_params import SamplingParams
 from octavo.server import prepare
 from octavo.server.answering import Answering
 from octavo.server.errors import ApiError, to_api_error, validation_error
+from octavo.server.fields import refused_field
 from octavo.server.formats import Format, Head
 from octavo.server.gate import Gate
 from octavo.server.metrics import CONTENT_TYPE
@@ -214,6 +215,9 @@ def _add_tokens(app: FastAPI) -> None:
         service.check_model(body.model)
         if llm.tokenizer is None:
             raise ApiError(400, "this model has no tokenizer", param="model")
+        refused = refused_field(body.model_extra or {})
+        if refused is not None:
+            raise refused
         if isinstance(body, TokenizeChatBody):
             tool_format = service.tool_format_of(body)
             prompt = await asyncio.to_thread(prepare.encode_chat, llm, body, tool_format)

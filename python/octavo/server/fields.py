@@ -55,7 +55,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # What clients send and what cannot change the answer here.
 _HARMLESS = frozenset(
     (
-        *("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
         *("prompt_cache_retention", "prediction", "request_id", "keep_alive", "cache_prompt"),
         *("id_slot", "slot_id", "n_keep", "timings_per_token", "response_fields"),
         *("spaces_between_special_tokens", "include_reasoning", "separate_reasoning"),

@@ -41,6 +41,11 @@ def encode_completion(llm: LLM, body: CompletionBody) -> list[EncodedPrompt]:
 
 def encode_chat(llm: LLM, body: ChatFields, tool_format: ToolFormat | None) -> EncodedPrompt:
     """A conversation as its prompt. tool_format: how the model writes calls, if it can."""
+    if body.continue_final_message:
+        raise bad_request(
+            "continue_final_message is not offered by octavo: use /v1/completions",
+            "continue_final_message",
+        )
     extra = body.chat_template_kwargs or {}
     taken = sorted(_TEMPLATE_ARGUMENTS & extra.keys())
     if taken:

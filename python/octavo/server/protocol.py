@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from octavo.engine.checks import MAX_PRIORITY
 from octavo.sampling_params import MAX_LOGPROBS
@@ -75,7 +75,6 @@ class SamplingBody(Body):
     timeout: Annotated[float, Field(gt=0, le=1e9)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     response_format: dict[str, Any] | None = None
-    user: str | None = None
 
     @property
     def num_answers(self) -> int:
@@ -132,6 +131,11 @@ class CompletionBody(SamplingBody):
     suffix: str | None = None
     best_of: int | None = None
 
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _false_asks_for_none(cls, value: Any) -> Any:
+        return None if value is False else value  # and not for the best 0
+
 
 class TokenizeCompletionBody(Body):
     """POST /tokenize with a text."""
@@ -184,11 +188,6 @@ def unsupported(body: SamplingBody) -> ApiError | None:
                 "echo",
             )
     if isinstance(body, ChatBody):
-        if body.continue_final_message:
-            return bad_request(
-                "continue_final_message is not offered by octavo: use /v1/completions",
-                "continue_final_message",
-            )
         if body.echo:
             return bad_request("echo is not offered for a conversation: leave it out", "echo")
         if body.top_logprobs and not body.logprobs:

@@ -105,8 +105,8 @@ class Service:
         return unavailable(message, code)
 
     def check_model(self, name: str | None) -> None:
-        """404 for a model that is not served."""
-        if name is not None and name not in self.options.served_names:
+        """404 for a model that is not served; no name, or "", means the one that is."""
+        if name and name not in self.options.served_names:
             raise ApiError(
                 404,
                 f"the model {name!r} is not served here; expected "
