@@ -13,12 +13,18 @@ import pytest
 from octavo import machine
 from octavo.cli.app import run
 from octavo.config import EngineConfig, RuntimeOptions
+from octavo.diff.setup import _check_length
 from octavo.engine import loader
 from octavo.engine.remedies import Needs
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError, OctavoError
 from octavo.llm import LLM
 from octavo.models.llama import read_spec
-from octavo.quantization.plan import weight_bytes
+from octavo.models.registry import read_model
+from octavo.quantization.plan import Scheme, weight_bytes
+from octavo.quantization.sensitivity import PartCost, Sensitivity, spend_bits
+from octavo.server.options import ServerOptions
+from octavo.server.run import _bind
+from parrot import say, write_parrot
 from text_helpers import tiny_model
 from weights_helpers import tiny_config
 
@@ -188,3 +194,61 @@ def test_a_cache_that_cannot_be_allocated(model: Path, monkeypatch: pytest.Monke
         (remedy,) = error.value.remedies
         assert ("max_model_len" in remedy) == (most == 10)
         load(model, **remedy)
+
+
+def message_of(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """What a command that has to fail says."""
+    capsys.readouterr()
+    assert run(list(command)) == 2
+    return capsys.readouterr().err
+
+
+def test_a_base_model_asked_to_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = str(write_parrot(tmp_path / "base", say("there", after="hi"), template=None))
+    generate = ["generate", "hi", "-m", base, "-t", "0", "-q", "--num-threads", "1"]
+    assert "leave out --system" in message_of(capsys, *generate, "--system", "x")
+    assert "leave out --chat" in message_of(capsys, *generate, "--chat")
+    assert "leave out one" in message_of(capsys, *generate, "--system", "x", "--raw")
+    assert run(generate) == 0 and capsys.readouterr().out == "there\n"
+    llm = LLM(base, num_threads=1)
+    with pytest.raises(OctavoError, match="a text to continue instead of messages"):
+        llm.chat([{"role": "user", "content": "hi"}], progress=False)
+
+
+def test_an_address_that_cannot_be_listened_on() -> None:
+    with pytest.raises(OctavoError, match="--host of this machine") as error:
+        _bind(ServerOptions(host="192.0.2.1", port=0))  # of no machine: RFC 5737
+    assert "--port" not in str(error.value)
+    with _bind(ServerOptions(port=0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OctavoError, match="--port 0"):
+            _bind(ServerOptions(port=port))
+
+
+@pytest.mark.parametrize(
+    ("random", "steps", "ways"),
+    [(250, 20, ["236 tokens, or lower --steps to 6"]), (300, 1, ["255"]), (3, 300, ["253"])],
+)
+def test_a_comparison_longer_than_the_model(
+    model: Path, capsys: pytest.CaptureFixture[str], random: int, steps: int, ways: list[str]
+) -> None:
+    command = ["diff", str(model), "--load-format", "dummy"]
+    said = message_of(capsys, *command, "--random", str(random), "--steps", str(steps))
+    assert all(way in said for way in ways)
+    for name, number in re.findall(r"(at most|--steps to) (\d+)", said):
+        count = int(number) if name == "at most" else random
+        _check_length(read_model(model).spec, count, int(number) if count == random else steps)
+
+
+def test_bits_that_do_not_suffice() -> None:
+    part = PartCost("layers.0.qkv", ("layers.0.q",), 1000, 4.5, 8.0, 0.1)
+    with pytest.raises(InvalidArgumentError, match=r"takes 4\.500.*more, or a group_size of 64$"):
+        spend_bits(Sensitivity((part,), 4.5, 1), Scheme("int4", group_size=32), 4.3)
+    with pytest.raises(InvalidArgumentError, match="or more$"):
+        spend_bits(Sensitivity((part,), 4.125, 1), Scheme("int4", group_size=128), 4.0)
+    assert spend_bits(Sensitivity((part,), 4.25, 1), Scheme("int4", group_size=64), 4.3)
+
+
+def test_no_choice_is_named_that_ordinary_builds_lack() -> None:
+    with pytest.raises(InvalidArgumentError, match="auto, cpu, cuda$"):
+        EngineConfig(device="gpu")

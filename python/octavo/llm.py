@@ -237,8 +237,8 @@ class LLM:
         tokenizer = self._need_tokenizer()
         if self.chat_template is None:
             raise TokenizerError(
-                "this model has no chat template (it is a base model): use generate with a text "
-                "to continue, or a model that was trained to chat"
+                "this model has no chat template (it is a base model): give it a text to continue "
+                "instead of messages, or use a model that was trained to chat"
             )
         text = self.chat_template.render(messages, **template_variables)
         return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens=False), is_chat=True)

@@ -88,7 +88,13 @@ def load_runtime(
             f"available",
             Needs(files.spec, config, options, stored, available, block_bytes).remedies(),
         )
-    _load_weights(runtime, checkpoint, progress)
+    try:
+        _load_weights(runtime, checkpoint, progress)
+    except MemoryError as error:  # in pieces, or taken by somebody else meanwhile
+        raise InsufficientMemoryError(
+            f"the weights, {_format_bytes(num_bytes)}, could not be allocated",
+            Needs(files.spec, config, options, stored, num_bytes, block_bytes).remedies(),
+        ) from error
     available = _available(runtime, device, config)
     needs = Needs(files.spec, config, options, stored, available + num_bytes, block_bytes)
     num_kv_blocks = plan_kv_blocks(needs, available)
@@ -109,10 +115,11 @@ def _make_runtime(device: str, spec: ModelSpec, options: RuntimeOptions) -> _nat
         ways: list[Changes] = [{"max_num_seqs": n} for n in _FEWER_SEQS if n < seqs]
         ways += [{"max_num_batched_tokens": n} for n in _FEWER_TOKENS if n < tokens]
         ways += [{"max_num_seqs": 1, "max_num_batched_tokens": _FEWER_TOKENS[-1]}]
+        reason = str(error).partition(": lower")[0]  # the core's advice is for any allocation
         works = (way for way in ways if _has_room(device, spec, replace(options, **way)))
         raise InsufficientMemoryError(
             f"the memory for steps of max_num_seqs = {seqs} and max_num_batched_tokens = {tokens} "
-            f"could not be allocated ({error})",
+            f"could not be allocated ({reason})",
             list(islice(works, 1)),
         ) from error
 
