@@ -13,6 +13,7 @@ TEST_VENV ?= .venv-test
 DEMO_VENV ?= .venv-demo
 HF_VENV   ?= .venv-hf
 ASAN_VENV ?= .venv-asan
+CLIENTS_VENV ?= .venv-clients
 JOBS      ?= 2
 
 # What an installed octavo is made of.
@@ -51,7 +52,7 @@ $(DEMO_VENV)/.installed: $(SOURCES) scripts/venv.sh
 .PHONY: test
 test: $(TEST_VENV)/.installed ## Run all tests that need no torch, against an installed octavo
 	$(TEST_VENV)/bin/octavo pull smollm2-135m
-	$(TEST_VENV)/bin/python -m pytest --ignore=tests/hf --timeout=300 -n $(JOBS) $(ARGS)
+	$(TEST_VENV)/bin/python -m pytest --ignore=tests/hf --ignore=tests/clients --timeout=300 -n $(JOBS) $(ARGS)
 
 $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(TEST_VENV)
@@ -67,6 +68,22 @@ $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 test-page: $(TEST_VENV)/.installed ## The server's page in headless Chromium, which has to be there
 	$(TEST_VENV)/$(PIP) install "octavo[browser]"
 	$(TEST_VENV)/bin/python -m pytest tests/test_server_page.py --timeout=300 $(ARGS)
+
+# Apart from the other tests, whose versions of packages these clients would change.
+.PHONY: test-clients
+test-clients: $(CLIENTS_VENV)/.installed ## The server with other people's clients: openai, litellm, langchain …
+	$(CLIENTS_VENV)/bin/octavo pull smollm2-135m
+	$(CLIENTS_VENV)/bin/python -m pytest tests/clients --timeout=300 $(ARGS)
+
+$(CLIENTS_VENV)/.installed: $(SOURCES) scripts/venv.sh
+	@scripts/venv.sh $(CLIENTS_VENV)
+	@echo "building and installing octavo with clients of its server (some minutes)"
+	@$(CLIENTS_VENV)/$(PIP) install $(BUILD_TOOLS)
+	@$(CLIENTS_VENV)/$(PIP) install --no-build-isolation ".[test,clients]" \
+	  "$(SET)build-dir=build/test/{wheel_tag}" \
+	  $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON \
+	  $(SET)cmake.define.OCTAVO_CUDA=OFF
+	@touch $@
 
 # ---- development ----
 
@@ -185,8 +202,8 @@ $(HF_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@touch $@
 
 .PHONY: clean
-clean: ## Remove builds, caches and the virtual environments of demo, test, asan and test-hf
+clean: ## Remove builds, caches and the virtual environments of demo and of tests
 	rm -rf build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis \
-	  $(TEST_VENV) $(DEMO_VENV) $(ASAN_VENV) $(HF_VENV)
+	  $(TEST_VENV) $(DEMO_VENV) $(ASAN_VENV) $(HF_VENV) $(CLIENTS_VENV)
 	find python reference tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f python/octavo/_native*.so

@@ -160,6 +160,8 @@ def listening(llm: LLM, **options: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(10)
+        if service.engine.loaded is not None:
+            asyncio.run(service.engine.stop())
 
 
 def run(test: Callable[[], Awaitable[None]], seconds: float = 120) -> None:

@@ -73,7 +73,7 @@ MISTAKES = {
     "dtype": (["generate", "hi", "--dtype", "f8"], "dtype is 'f8'"),
     "device": (["generate", "hi", "--device", "tpu"], "device is 'tpu'"),
     "logprobs without json": (["generate", "hi", "--logprobs", "2"], "add --json"),
-    "system with raw": (["generate", "hi", "--raw", "--system", "x"], "leave out --raw"),
+    "system with raw": (["generate", "hi", "--raw", "--system", "x"], "leave out one"),
 }
 
 

@@ -13,10 +13,12 @@ from engine_helpers import run_to_end
 from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.engine import loader
 from octavo.engine.loader import LoadedRuntime, load_runtime, plan_kv_blocks, resolve_options
+from octavo.engine.remedies import Needs
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError, TokenizerError
 from octavo.llm import LLM
 from octavo.models import llama
 from octavo.models.registry import read_model
+from octavo.quantization.plan import weight_bytes
 from octavo.reference.llama import ReferenceModel
 from octavo.sampling_params import SamplingParams
 from octavo.weights.checkpoint import NonFiniteWeightsWarning, open_checkpoint
@@ -34,8 +36,11 @@ def load(path: Path, progress: Any = None, **options: Any) -> LoadedRuntime:
     return load_runtime(files, checkpoint, config, progress, ENVIRONMENT)
 
 
-def options_of(max_model_len: int = 100, max_num_seqs: int = 3) -> RuntimeOptions:
-    return RuntimeOptions("f32", "f32", 16, max_model_len, max_num_seqs, 64)
+def plan(available: int, **given: Any) -> int:
+    """For 3 sequences of 100 tokens, in blocks of 16 that take 1,000 bytes."""
+    options = RuntimeOptions("f32", "f32", 16, 100, 3, 64)
+    room = available + weight_bytes(SPEC, {}, "f32")
+    return plan_kv_blocks(Needs(SPEC, EngineConfig(**given), options, {}, room, 1000), available)
 
 
 @pytest.mark.parametrize(
@@ -70,27 +75,28 @@ def test_a_context_beyond_the_models_is_refused() -> None:
 
 
 def test_cache_size() -> None:
-    plan = plan_kv_blocks
-    # Half of 40,000 bytes in blocks of 1,000; 100 tokens are 7 blocks of 16, 3 sequences 21.
-    assert plan(EngineConfig(), options_of(), 1000, 40_000) == 20
-    assert plan(EngineConfig(), options_of(), 1000, 10**9) == 21
-    assert plan(EngineConfig(kv_memory_fraction=0.175), options_of(), 1000, 40_000) == 7
-    assert plan(EngineConfig(num_kv_blocks=7), options_of(), 1000, 7000) == 7
-    assert plan(EngineConfig(num_kv_blocks=30), options_of(), 1000, 40_000) == 30
+    assert plan(40_000) == 20  # half of it; three sequences are 21 blocks
+    assert plan(10**9) == 21
+    assert plan(40_000, kv_memory_fraction=0.175) == 7
+    assert plan(7000, num_kv_blocks=7) == 7
+    assert plan(40_000, num_kv_blocks=30) == 30
 
 
 @pytest.mark.parametrize(
     ("given", "available", "error", "message"),
     [
-        ({}, 13_000, InsufficientMemoryError, r"6.8 KiB; it may take 6.3 KiB .*--max-model-len 96"),
-        ({}, 100, InsufficientMemoryError, "may take 50 bytes .* use a smaller model"),
-        ({"num_kv_blocks": 50}, 40_000, InsufficientMemoryError, "48.8 KiB.*ask for at most 40"),
-        ({"num_kv_blocks": 6}, 40_000, InvalidArgumentError, "holds 96 tokens.*at least 7"),
+        ({}, 13_000, InsufficientMemoryError, r"6.8 KiB as f32; it may take 6.3 KiB "),
+        ({}, 13_000, InsufficientMemoryError, "use max_model_len=96, or kv_memory_fraction=0.55"),
+        ({}, 13_000, InsufficientMemoryError, "0.55, or kv_dtype='bf16', or kv_dtype='int8', or "),
+        ({}, 100, InsufficientMemoryError, "may take 50 bytes .*: use dtype='bf16', or quantize="),
+        ({"num_kv_blocks": 50}, 40_000, InsufficientMemoryError, "48.8 KiB.*use num_kv_blocks=39"),
+        ({"num_kv_blocks": 6}, 40_000, InvalidArgumentError, "at least 7.*raise it, or lower"),
+        ({"num_kv_blocks": 6}, 6_500, InvalidArgumentError, "holds 96 tokens.*: lower .* to 96"),
     ],
 )
 def test_a_cache_that_cannot_be(given: Any, available: int, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
-        plan_kv_blocks(EngineConfig(**given), options_of(), 1000, available)
+        plan(available, **given)
 
 
 @pytest.mark.parametrize(("stored", "num_shards"), [("F32", 1), ("BF16", 3)])
@@ -158,7 +164,7 @@ def test_nan_weights_are_warned_of_and_end_requests_with_an_error(tmp_path: Path
 def test_no_memory_for_weights_or_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model(tmp_path)
     monkeypatch.setattr(loader, "available_memory", lambda: 1000)
-    with pytest.raises(InsufficientMemoryError, match=r"take 42\.7 KiB as f32.*bf16 halves"):
+    with pytest.raises(InsufficientMemoryError, match=r"take 42\.7 KiB as f32.*use a smaller"):
         load(tmp_path)
     with pytest.raises(InsufficientMemoryError, match="as bf16.*use a smaller model"):
         load(tmp_path, dtype="bf16")
@@ -171,8 +177,12 @@ def test_no_memory_for_weights_or_cache(tmp_path: Path, monkeypatch: pytest.Monk
 @needs_cuda
 def test_memory_for_steps_that_does_not_suffice(tmp_path: Path) -> None:
     write_model(tmp_path)
-    with pytest.raises(InsufficientMemoryError, match=r"max_num_seqs \(1000000000\).* MiB free"):
+    with pytest.raises(
+        InsufficientMemoryError, match=r"max_num_seqs = 1000000000 .* MiB free"
+    ) as e:
         load(tmp_path, device=DEVICE, max_num_seqs=10**9)
+    (remedy,) = e.value.remedies
+    assert load(tmp_path, device=DEVICE, **remedy).options.max_num_seqs == remedy["max_num_seqs"]
 
 
 def test_a_device_or_instruction_set_that_is_not_there(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_streams_may_be_read_side_by_side_and_left_early(llm: LLM) -> None:
     [
         ("", 'the prompt is ""'),
         (["AB", ""], 'prompt 1: the prompt is ""'),
-        (["AB", "CD", "E" * 48], "prompt 2: the prompt has 48 tokens; expected at most 47"),
+        (["AB", "CD", "E" * 48], "prompt 2: the prompt is too long: it has 48 tokens; expected"),
         ([[1], []], "prompt 1: the prompt has no tokens"),
         ([[1], [VOCAB + 3]], f"prompt 1: token 0 of the prompt is {VOCAB + 3}; expected 0 to 96"),
         ([1, 2.5], "token 1 of the prompt is 2.5; expected an integer"),

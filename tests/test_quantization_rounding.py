@@ -140,8 +140,11 @@ def test_importance_decides_whose_errors_count(format: WeightFormat) -> None:
     assert error(weighted) < 0.9 * error(plain)
     same = quantize_matrix(weight, format, importance=np.full(192, 0.25, np.float32))
     assert np.mean(same.scales == plain.scales) > 0.99  # but for the rounding of sums
-    with pytest.raises(ValueError, match="importance"):
-        quantize_matrix(weight, format, importance=np.zeros(192, np.float32))
+    unused = quantize_matrix(weight, format, importance=np.zeros(192, np.float32))
+    assert np.array_equal(unused.codes, same.codes)  # inputs that are always 0 count alike
+    for wrong in (-1.0, np.inf, np.nan):
+        with pytest.raises(ValueError, match="importance"):
+            quantize_matrix(weight, format, importance=np.full(192, wrong, np.float32))
 
 
 def test_how_the_work_is_cut_changes_nothing() -> None:

@@ -6,7 +6,7 @@ line prints the message and exits with code 2; the Python API lets the exception
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 
 class OctavoError(Exception):
@@ -78,4 +78,27 @@ class ShutdownError(OctavoError):
 
 
 class InsufficientMemoryError(OctavoError, MemoryError):
-    """The weights or the KV cache do not fit in the memory of the device."""
+    """The weights or the KV cache do not fit in the memory of the device.
+
+    problem: what does not fit. remedies: options of `EngineConfig` with other values, each of which
+    would make it fit. otherwise: what to do where there is none.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        remedies: Sequence[Mapping[str, object]] = (),
+        otherwise: str = "use a smaller model, or free memory",
+    ) -> None:
+        self.problem, self.remedies, self.otherwise = problem, tuple(remedies), otherwise
+        super().__init__(self.message(_as_arguments))
+
+    def message(self, spell: Callable[[Mapping[str, object]], str | None]) -> str:
+        """The problem and what to do. spell: a remedy as the reader writes it; None: cannot."""
+        ways = [text for remedy in self.remedies if (text := spell(remedy))]
+        advice = f"use {', or '.join(ways)}, or free memory" if ways else self.otherwise
+        return f"{self.problem}: {advice}"
+
+
+def _as_arguments(remedy: Mapping[str, object]) -> str:
+    return " with ".join(f"{name}={value!r}" for name, value in remedy.items())

@@ -261,8 +261,8 @@ class LLM:
             )
         if template is None:
             raise TokenizerError(
-                "this model has no chat template (it is a base model): use generate with a text "
-                "to continue, or a model that was trained to chat"
+                "this model has no chat template (it is a base model): give it a text to continue "
+                "instead of messages, or use a model that was trained to chat"
             )
         text = template.render(messages, **template_variables)
         return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens), is_chat=True)

@@ -75,7 +75,7 @@ def _sysconf(name: str) -> int:
     if not hasattr(os, "sysconf") or name not in os.sysconf_names:
         raise OctavoError(
             f"this system does not say how much memory it has (no {name}); "
-            "give the size of the KV cache by num_kv_blocks"
+            "give the size of the KV cache by num_kv_blocks (octavo serve --num-kv-blocks)"
         )
     return os.sysconf(name)
 

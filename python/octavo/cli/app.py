@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from octavo.cli.common import INTERRUPTED, MISTAKE, print_error
-from octavo.errors import OctavoError
+from octavo.errors import InsufficientMemoryError, OctavoError
 
 
 class Verb(NamedTuple):
@@ -77,6 +79,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else MISTAKE
+    except InsufficientMemoryError as error:
+        print_error(error.message(partial(_as_options, arguments)))
+        return MISTAKE
     except (OctavoError, OSError) as error:
         print_error(str(error))
         return MISTAKE
@@ -116,6 +121,19 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         else:
             app.command(verb.name, help=verb.summary, rich_help_panel=verb.panel)(_not_loaded)
     return app
+
+
+def _as_options(arguments: Sequence[str], remedy: Mapping[str, object]) -> str | None:
+    """{"kv_dtype": "int8"} -> "--kv-dtype int8"; None if the verb has no such option."""
+    words = [word for word in arguments if not word.startswith("-")]
+    verb = next(verb for verb in VERBS if words[:1] == [verb.name])
+    if not remedy.keys() <= inspect.signature(verb.load()).parameters.keys():
+        return None
+    return " ".join(_as_option("--" + name.replace("_", "-"), remedy[name]) for name in remedy)
+
+
+def _as_option(option: str, value: object) -> str:
+    return f"{option} {value}" if value not in (None, False) else f"no {option}"
 
 
 def _not_loaded() -> None:

@@ -179,7 +179,7 @@ def generate(
     if logprobs is not None and not json_output:
         raise InvalidArgumentError("--logprobs has nowhere to be shown; add --json")
     if system is not None and chat is False:
-        raise InvalidArgumentError("--system needs the chat template; leave out --raw")
+        raise InvalidArgumentError("--system does not go with --raw; leave out one of them")
     text = common.read_prompt(prompt)
     start = time.monotonic()
     llm = common.load_llm(
@@ -221,8 +221,13 @@ def generate(
 
 def encode(llm: LLM, text: str, chat: bool | None, system: str | None = None) -> EncodedPrompt:
     """The prompt as the model shall see it; chat None decides by the model's having a template."""
+    if llm.chat_template is None and (chat or system is not None):
+        raise InvalidArgumentError(
+            f"this model has no chat template (it is a base model): leave out "
+            f"{'--chat' if chat else '--system'}, or use a model that was trained to chat"
+        )
     if chat is None:
-        chat = llm.chat_template is not None or system is not None
+        chat = llm.chat_template is not None
     if not chat:
         return llm.encode_prompt(text)
     messages = [{"role": "user", "content": text}]

@@ -166,9 +166,11 @@ def _token_texts(token_ids: Int32, tokenizer: Tokenizer | None) -> tuple[str, ..
 def _check_length(spec: ModelSpec, count: int, steps: int) -> None:
     limit = spec.max_position_embeddings
     if count + steps > limit:
+        ways = [f"take at most {limit - steps} tokens"] if steps < limit else []
+        ways += [f"lower --steps to {limit - count}"] if count <= limit else []
         raise InvalidArgumentError(
             f"{count} tokens and {steps} greedy steps make {count + steps}; the model has room "
-            f"for {limit}: shorten the prompt, or lower --steps"
+            f"for {limit}: {', or '.join(ways) or 'take fewer of both'}"
         )
 
 
@@ -181,9 +183,12 @@ def _check_memory(request: DiffRequest, checkpoint: Checkpoint) -> None:
     needed += size * parameters if request.against == "hf" else 0
     available = available_memory()
     if needed > available:
+        spared = size * parameters if request.against == "hf" else 0
+        fits = spared and needed - spared <= available
         raise InsufficientMemoryError(
             f"comparing holds the weights several times, {needed / 2**30:.1f} GiB in all; "
-            f"{available / 2**30:.1f} GiB are available: free memory, or compare a smaller model"
+            f"{available / 2**30:.1f} GiB are available",
+            [{"against": "reference"}] if fits else [],
         )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from octavo.config import (
@@ -14,7 +17,8 @@ from octavo.config import (
     read_environment,
     resolve_device,
 )
-from octavo.errors import InsufficientMemoryError, InvalidArgumentError
+from octavo.engine.remedies import Changes, Needs
+from octavo.errors import InsufficientMemoryError, InvalidArgumentError, OctavoError
 from octavo.machine import available_memory, open_packaged_cublas
 from octavo.models.registry import ModelFiles
 from octavo.models.spec import ModelSpec
@@ -32,6 +36,8 @@ LoadProgress = Callable[[int, int], None]
 # Devices that share this process's memory, so that the limits on the process (control groups,
 # ulimit) bound them too; any other device knows its own memory best.
 _HOST_DEVICES = frozenset({"cpu"})
+# What is tried for advice where steps find no memory; the first of each are the defaults.
+_FEWER_SEQS, _FEWER_TOKENS = (64, 8, 1), (512, 64, 16)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ def load_runtime(
     from octavo import _native
 
     environment = read_environment() if environment is None else environment
+    stored = checkpoint.formats
     checkpoint = quantize_checkpoint(
         checkpoint, files.spec, _scheme(config), keep_embedding=config.keep_embedding
     )
@@ -70,31 +77,81 @@ def load_runtime(
     options = replace(options, formats=checkpoint.formats)
     if config.overlap_steps is None:
         options = replace(options, overlap_steps=device not in _HOST_DEVICES)
+    runtime = _make_runtime(device, files.spec, options)
+    block_bytes = runtime.kv_bytes_per_block()
+    num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
+    available = _available(runtime, device, config)
+    if num_bytes > available:
+        raise InsufficientMemoryError(
+            f"the weights take {_format_bytes(num_bytes)} as "
+            f"{describe_dtypes(options.formats, options.dtype)}; {_format_bytes(available)} are "
+            f"available",
+            Needs(files.spec, config, options, stored, available, block_bytes).remedies(),
+        )
     try:
-        runtime = _native.Runtime(device, files.spec, options)
+        _load_weights(runtime, checkpoint, progress)
+    except MemoryError as error:  # in pieces, or taken by somebody else meanwhile
+        raise InsufficientMemoryError(
+            f"the weights, {_format_bytes(num_bytes)}, could not be allocated",
+            Needs(files.spec, config, options, stored, num_bytes, block_bytes).remedies(),
+        ) from error
+    available = _available(runtime, device, config)
+    needs = Needs(files.spec, config, options, stored, available + num_bytes, block_bytes)
+    num_kv_blocks = plan_kv_blocks(needs, available)
+    _allocate_cache(runtime, num_kv_blocks, options)
+    return LoadedRuntime(runtime, options, num_kv_blocks, device)
+
+
+def _make_runtime(device: str, spec: ModelSpec, options: RuntimeOptions) -> _native.Runtime:
+    """The runtime, with memory for its steps; if there is too little, says what would do."""
+    from octavo import _native
+
+    seqs, tokens = options.max_num_seqs, options.max_num_batched_tokens
+    try:
+        return _native.Runtime(device, spec, options)
     except ValueError as error:  # an instruction set or a device that this machine lacks
         raise InvalidArgumentError(str(error)) from error
     except MemoryError as error:  # for what steps need, whatever the weights
+        ways: list[Changes] = [{"max_num_seqs": n} for n in _FEWER_SEQS if n < seqs]
+        ways += [{"max_num_batched_tokens": n} for n in _FEWER_TOKENS if n < tokens]
+        ways += [{"max_num_seqs": 1, "max_num_batched_tokens": _FEWER_TOKENS[-1]}]
+        reason = str(error).partition(": lower")[0]  # the core's advice is for any allocation
+        works = (way for way in ways if _has_room(device, spec, replace(options, **way)))
         raise InsufficientMemoryError(
-            f"the memory for steps could not be allocated: lower max_num_seqs "
-            f"({options.max_num_seqs}) or max_num_batched_tokens "
-            f"({options.max_num_batched_tokens}): {error}"
+            f"the memory for steps of max_num_seqs = {seqs} and max_num_batched_tokens = {tokens} "
+            f"could not be allocated ({reason})",
+            list(islice(works, 1)),
         ) from error
-    num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
-    _check_weights_fit(num_bytes, _available(runtime, device), options)
-    _load_weights(runtime, checkpoint, progress)
-    num_kv_blocks = plan_kv_blocks(
-        config, options, runtime.kv_bytes_per_block(), _available(runtime, device)
-    )
+
+
+def _has_room(device: str, spec: ModelSpec, options: RuntimeOptions) -> bool:
+    from octavo import _native
+
     try:
-        runtime.alloc_kv(num_kv_blocks)
+        _native.Runtime(device, spec, options)
+    except MemoryError:
+        return False
+    return True
+
+
+def _allocate_cache(runtime: _native.Runtime, num_blocks: int, options: RuntimeOptions) -> None:
+    try:
+        runtime.alloc_kv(num_blocks)
     except MemoryError as error:
+        had = num_blocks
+        while had := had // 2:
+            with contextlib.suppress(MemoryError):
+                runtime.alloc_kv(had)
+                break
+        ways: list[Changes] = []
+        if had >= -(-options.max_model_len // options.block_size):
+            ways = [{"num_kv_blocks": had}]
+        elif had:
+            ways = [{"num_kv_blocks": had, "max_model_len": had * options.block_size}]
+        size = _format_bytes(num_blocks * runtime.kv_bytes_per_block())
         raise InsufficientMemoryError(
-            f"the KV cache of {num_kv_blocks} blocks "
-            f"({_format_bytes(num_kv_blocks * runtime.kv_bytes_per_block())}) could not be "
-            f"allocated: lower num_kv_blocks, kv_memory_fraction or max_model_len"
+            f"the KV cache of {num_blocks} blocks ({size}) could not be allocated", ways
         ) from error
-    return LoadedRuntime(runtime, options, num_kv_blocks, device)
 
 
 def resolve_options(
@@ -139,43 +196,43 @@ def resolve_options(
     )
 
 
-def plan_kv_blocks(
-    config: EngineConfig, options: RuntimeOptions, bytes_per_block: int, available: int
-) -> int:
-    """How many blocks the KV cache gets.
+def plan_kv_blocks(needs: Needs, available: int) -> int:
+    """How many blocks the KV cache gets of so many bytes.
 
-    As many as kv_memory_fraction of the available bytes holds, but no more than all sequences at
-    their longest could use; or just num_kv_blocks where that is given. Raises
-    InsufficientMemoryError, saying what would help, where the memory does not suffice, and
-    InvalidArgumentError where num_kv_blocks is too few for one sequence of max_model_len.
+    As many as kv_memory_fraction of them holds, but no more than all sequences at their longest
+    could use; or just num_kv_blocks where that is given. Raises InsufficientMemoryError, saying
+    what would help, where the memory does not suffice, and InvalidArgumentError where
+    num_kv_blocks is too few for one sequence of max_model_len.
     """
+    config, options, block_bytes = needs.config, needs.options, needs.block_bytes
     blocks_per_sequence = -(-options.max_model_len // options.block_size)
     if config.num_kv_blocks is not None:
-        num_blocks = config.num_kv_blocks
-        if num_blocks * bytes_per_block > available:
+        num_blocks, held = config.num_kv_blocks, config.num_kv_blocks * options.block_size
+        if num_blocks < blocks_per_sequence:
+            fits = blocks_per_sequence * block_bytes <= available
+            raise InvalidArgumentError(
+                f"num_kv_blocks is {num_blocks}, which holds {held} tokens; expected at least "
+                f"{blocks_per_sequence}, enough for one sequence of max_model_len = "
+                f"{options.max_model_len}: {'raise it, or ' if fits else ''}lower max_model_len to "
+                f"{held}"
+            )
+        if num_blocks * block_bytes > available:
             raise InsufficientMemoryError(
                 f"num_kv_blocks is {num_blocks}, which takes "
-                f"{_format_bytes(num_blocks * bytes_per_block)}; {_format_bytes(available)} are "
-                f"available: ask for at most {available // bytes_per_block}, or leave it out"
-            )
-        if num_blocks < blocks_per_sequence:
-            raise InvalidArgumentError(
-                f"num_kv_blocks is {num_blocks}, which holds {num_blocks * options.block_size} "
-                f"tokens; expected at least {blocks_per_sequence}, enough for one sequence of "
-                f"max_model_len = {options.max_model_len}: raise it, or lower max_model_len"
+                f"{_format_bytes(num_blocks * block_bytes)} as {options.kv_dtype}; "
+                f"{_format_bytes(available)} are available",
+                needs.remedies(),
             )
         return num_blocks
     budget = int(available * config.kv_memory_fraction)
-    num_blocks = min(budget // bytes_per_block, blocks_per_sequence * options.max_num_seqs)
+    num_blocks = min(budget // block_bytes, blocks_per_sequence * options.max_num_seqs)
     if num_blocks < blocks_per_sequence:
-        held = num_blocks * options.block_size
-        advice = f"--max-model-len {held} (max_model_len={held})" if held else "a smaller model"
         raise InsufficientMemoryError(
             f"one sequence of max_model_len = {options.max_model_len} tokens needs a KV cache of "
-            f"{_format_bytes(blocks_per_sequence * bytes_per_block)}; it may take "
-            f"{_format_bytes(budget)} (kv_memory_fraction = {config.kv_memory_fraction:g} of the "
-            f"{_format_bytes(available)} available): use {advice}, a kv_dtype of bf16, or a "
-            f"larger kv_memory_fraction"
+            f"{_format_bytes(blocks_per_sequence * block_bytes)} as {options.kv_dtype}; it may "
+            f"take {_format_bytes(budget)} (kv_memory_fraction = {config.kv_memory_fraction:g} of "
+            f"the {_format_bytes(available)} available)",
+            needs.remedies(),
         )
     return num_blocks
 
@@ -200,24 +257,17 @@ def _scheme(config: EngineConfig) -> Scheme | None:
     return Scheme(config.quantize, method="rtn" if config.load_format == "dummy" else "search")
 
 
-def _check_weights_fit(num_bytes: int, available: int, options: RuntimeOptions) -> None:
-    if num_bytes <= available:
-        return
-    taken = describe_dtypes(options.formats, options.dtype)
-    advice = "dtype bf16 halves them" if taken == "f32" else "use a smaller model"
-    if options.formats:
-        advice = "use a smaller model"
-    raise InsufficientMemoryError(
-        f"the weights take {_format_bytes(num_bytes)} as {taken}; {_format_bytes(available)} "
-        f"are available: {advice}, or free memory"
-    )
-
-
-def _available(runtime: _native.Runtime, device: str) -> int:
-    if device in _HOST_DEVICES:
+def _available(runtime: _native.Runtime, device: str, config: EngineConfig) -> int:
+    """Bytes that can be taken; unlimited where nobody knows and the user has sized the cache."""
+    if device not in _HOST_DEVICES:
+        memory: Mapping[str, int] = runtime.memory()
+        return memory["available"]
+    try:
         return available_memory()
-    memory: Mapping[str, int] = runtime.memory()
-    return memory["available"]
+    except OctavoError:  # the system does not say
+        if config.num_kv_blocks is None:
+            raise
+        return sys.maxsize
 
 
 def _format_bytes(count: float) -> str:

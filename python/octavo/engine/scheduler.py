@@ -89,7 +89,8 @@ class Scheduler:
             )
         if num_prompt_tokens >= max_model_len:
             raise InvalidArgumentError(
-                f"the prompt has {num_prompt_tokens} tokens; expected at most {max_model_len - 1}, "
+                f"the prompt is too long: it has {num_prompt_tokens} tokens; expected at most "
+                f"{max_model_len - 1}, "
                 f"since prompt and answer together may have {max_model_len} (max_model_len): "
                 f"shorten the prompt"
             )

@@ -95,7 +95,8 @@ def read_windows(calibration: Calibration, files: ModelFiles) -> tuple[Int32, li
     if not pieces:
         raise InvalidArgumentError(
             f"{calibration.text} has {len(tokens)} tokens; expected at least one window of "
-            f"{window}. Take a longer text or a shorter window"
+            f"{window}. Take a longer text"
+            + (f", or a window of {len(tokens)} at most" if len(tokens) > 1 else "")
         )
     notes = []
     if hashlib.sha256(data).digest() == _evaluation_text():

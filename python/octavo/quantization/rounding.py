@@ -110,8 +110,9 @@ def quantize_matrix(
 def _shares(importance: Float32, group_size: int) -> Float32:
     """How much the errors of each member of each group of a row count: (members, groups)."""
     largest = float(importance.max())
-    if not np.isfinite(largest) or largest <= 0 or importance.min() < 0:
-        raise ValueError("importance holds no positive number, or one below 0, or one not finite")
+    if not np.isfinite(largest) or importance.min() < 0:
+        raise ValueError("importance holds a number below 0, or one not finite")
+    largest = largest or 1.0  # no input is ever anything but 0: all count alike
     # No input counts as nothing: it would leave its weights to chance.
     relative = np.maximum(importance / np.float32(largest), np.float32(_LEAST_SHARE))
     return np.ascontiguousarray(relative.reshape(-1, group_size).T)

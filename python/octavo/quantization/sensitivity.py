@@ -7,6 +7,7 @@ its codes stand for, a piece of text is scored, and the part is put back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from octavo.eval.scorer import Int32, Scorer
 from octavo.eval.windows import Window, make_windows
 from octavo.models.registry import ModelFiles
 from octavo.models.spec import ModelSpec, WeightFormat
-from octavo.quantization.plan import Scheme, matrix_names, plan_formats, stored_bits
+from octavo.quantization.plan import GROUP_SIZES, Scheme, matrix_names, plan_formats, stored_bits
 from octavo.quantization.rounding import quantize_matrix
 from octavo.reference.quantization import dequantize, unpack_int4
 from octavo.weights.checkpoint import Checkpoint
@@ -176,9 +177,14 @@ def spend_bits(sensitivity: Sensitivity, scheme: Scheme, bits_per_weight: float)
     weights = sum(part.weights for part in sensitivity.parts)
     left = weights * (bits_per_weight - sensitivity.bits)
     if left < 0:
+        kept = 16 if scheme.symmetric else 20  # bits a group for its scale and zero point
+        spared = {size: kept / scheme.group_size - kept / size for size in GROUP_SIZES}
+        wider = [size for size in GROUP_SIZES if sensitivity.bits - spared[size] <= bits_per_weight]
+        least = math.ceil(1000 * sensitivity.bits) / 1000
         raise InvalidArgumentError(
-            f"bits_per_weight is {bits_per_weight:g}; the scheme alone takes "
-            f"{sensitivity.bits:.3f}: expected more, or a wider group_size"
+            f"bits_per_weight is {bits_per_weight:g}; {scheme.name} in groups of "
+            f"{scheme.group_size} takes {least:.3f} by itself: expected that or more"
+            + (f", or a group_size of {wider[0]}" if wider else "")
         )
     chosen = _choose(sensitivity.parts, left)
     return replace(scheme, int8=(*scheme.int8, *chosen))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -161,9 +162,13 @@ def _bind(options: ServerOptions) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
+        advice = "choose another --port, or --port 0 for a free one"
+        if error.errno == errno.EADDRNOTAVAIL:
+            advice = "choose a --host of this machine: 127.0.0.1, or 0.0.0.0 for all it has"
+        elif error.errno == errno.EACCES:
+            advice = "choose a --port of 1024 or more, which needs no privileges"
         raise OctavoError(
-            f"{options.host}:{options.port} cannot be listened on: {error.strerror}; choose "
-            f"another --port, or --port 0 for a free one"
+            f"{options.host}:{options.port} cannot be listened on: {error.strerror}; {advice}"
         ) from error
     return listener
 

@@ -1,0 +1,122 @@
+"""What would make a model fit that does not: options, each tried on paper before it is advised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from octavo.config import EngineConfig, RuntimeOptions
+from octavo.models.spec import ModelSpec, WeightFormat
+from octavo.quantization.plan import Scheme, embedding_formats, plan_formats, weight_bytes
+
+Changes = dict[str, Any]
+"""Fields of EngineConfig with other values, to be set together."""
+
+# What the machine may need meanwhile: advice that fits by a hair does not fit at the next try.
+_MARGIN = 0.98
+_LARGEST_FRACTION = 0.95
+_MOST = 4  # ways to be named
+_ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "int8": 1}  # int8 has a float32 scale a head besides
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model takes, and what there is for it.
+
+    stored: the formats of matrices that are quantized in the model's files. room: bytes for
+    weights and KV cache together. block_bytes: of a block of the cache as `options` has it.
+    """
+
+    spec: ModelSpec
+    config: EngineConfig
+    options: RuntimeOptions
+    stored: Mapping[str, WeightFormat]
+    room: int
+    block_bytes: int
+
+    def remedies(self) -> list[Changes]:
+        """Changes after which weights and cache fit: of all that do, those of the fewest options.
+
+        A cache that holds less than max_model_len helps too, with a shorter max_model_len.
+        """
+        ways = [
+            {**weights, **cache}
+            for weights in [{}, *self._smaller_weights()]
+            for cache in [{}, *self._other_caches()]
+        ]
+        found = [way for way in map(self._made_to_fit, ways) if way]
+        fewest = min(map(len, found), default=0)
+        return [way for way in found if len(way) == fewest][:_MOST]
+
+    def bytes_of_block(self, kv_dtype: str) -> int:
+        """What a block would take in another kv_dtype; of an odd head_dim up to padding."""
+        scales = (
+            4 * self.options.block_size * sum(2 * layer.num_kv_heads for layer in self.spec.layers)
+        )
+        own = self.options.kv_dtype
+        items = (self.block_bytes - scales * (own == "int8")) // _ITEM_BYTES[own]
+        return items * _ITEM_BYTES[kv_dtype] + scales * (kv_dtype == "int8")
+
+    def _smaller_weights(self) -> list[Changes]:
+        ways: list[Changes] = [{"dtype": "bf16"}, {"quantize": "int8"}, {"quantize": "int4"}]
+        if self.stored or self.config.quantize == "int4":
+            ways = ways[:1]
+        if self.config.keep_embedding:
+            ways += [{**way, "keep_embedding": False} for way in [{}, *ways]]
+        now = self._weights(self.config)
+        return [way for way in ways if self._weights(replace(self.config, **way)) < now]
+
+    def _other_caches(self) -> list[Changes]:
+        config, left = self.config, int(self._left(self.config) * _MARGIN)
+        ways: list[Changes] = [
+            {"kv_dtype": kv}
+            for kv in ("bf16", "int8")
+            if self.bytes_of_block(kv) < self.block_bytes
+        ]
+        if config.num_kv_blocks is None:
+            needed = -(-self.options.max_model_len // self.options.block_size) * self.block_bytes
+            fraction = math.ceil(100 * needed / left) / 100 if left > 0 else 1.0
+            if config.kv_memory_fraction < fraction <= _LARGEST_FRACTION:
+                ways.insert(0, {"kv_memory_fraction": fraction})
+            return ways
+        sizes: list[Changes] = [
+            {"num_kv_blocks": max(1, left // self.block_bytes)},
+            {"num_kv_blocks": None},
+        ]
+        return [*sizes, *ways, *({**way, "num_kv_blocks": None} for way in ways)]
+
+    def _made_to_fit(self, way: Changes) -> Changes | None:
+        """The way, with a shorter max_model_len if need be; None where that does not help."""
+        held = self._held(replace(self.config, **way))
+        if held >= self.options.max_model_len:
+            return way
+        return {**way, "max_model_len": held} if held else None
+
+    def _held(self, config: EngineConfig) -> int:
+        """How many tokens the KV cache would hold; 0 where it could not be made."""
+        size, left = self.bytes_of_block(self._kv_dtype(config)), int(self._left(config) * _MARGIN)
+        if left <= 0:
+            return 0
+        num_blocks = int(left * config.kv_memory_fraction) // size
+        if config.num_kv_blocks is not None:
+            num_blocks = config.num_kv_blocks if config.num_kv_blocks * size <= left else 0
+        return num_blocks * config.block_size
+
+    def _left(self, config: EngineConfig) -> int:
+        return self.room - self._weights(config)
+
+    def _dtype(self, config: EngineConfig) -> str:
+        return self.options.dtype if config.dtype == "auto" else config.dtype
+
+    def _kv_dtype(self, config: EngineConfig) -> str:
+        return self._dtype(config) if config.kv_dtype == "auto" else config.kv_dtype
+
+    def _weights(self, config: EngineConfig) -> int:
+        formats = dict(self.stored)
+        if config.quantize is not None and not formats:
+            formats, _ = plan_formats(self.spec, Scheme(config.quantize))
+        if formats and not config.keep_embedding:
+            formats = {**embedding_formats(self.spec), **formats}
+        return weight_bytes(self.spec, formats, self._dtype(config))
