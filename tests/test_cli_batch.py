@@ -280,7 +280,7 @@ def test_an_output_that_another_process_writes_is_refused(model, tmp_path, capsy
 @pytest.mark.parametrize(
     ("name", "arguments", "complaint"),
     [
-        ("missing input", ["no.jsonl", "out.jsonl"], "no.jsonl cannot be read"),
+        ("missing input", ["no.jsonl", "out.jsonl"], "no.jsonl does not exist"),
         ("directory", [".", "out.jsonl"], "is a directory"),
         ("output directory", ["in.jsonl", "no/out.jsonl"], "cannot be written"),
         ("same file", ["in.jsonl", "in.jsonl"], "the output is the input"),

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -23,6 +27,10 @@ from octavo.sampling_params import SamplingParams
 from text_helpers import tiny_model
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=6)
+CHAT = ["--load-format", "dummy", "-t", "0", "-n", "4"]
+MARKED = "\x1b[?2004h"  # the terminal is to tell what is pasted
+SENT = "\x1b[?2004l"  # a message has been taken
+PROMPT = "\x1b[?25h"  # the cursor is shown: the prompt is on the screen, and keys are taken
 
 
 @pytest.fixture(scope="module")
@@ -94,19 +102,6 @@ def test_a_message_that_never_fits_is_refused_and_the_talk_goes_on(llm, capsys):
     assert conversation.turns[-2] == {"role": "user", "content": "ship"}
 
 
-def test_ctrl_c_at_the_prompt_does_not_leave(llm, capsys):
-    lines: Iterator[str | None] = iter(["interrupt", "fox", None])
-
-    def read() -> str | None:
-        line = next(lines)
-        if line == "interrupt":
-            raise KeyboardInterrupt
-        return line
-
-    assert Conversation(llm, PARAMS, None, quiet=True).run(read) == 0
-    assert "/exit leaves" in capsys.readouterr().err
-
-
 def test_over_a_pipe(model, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fox\r\n/reset\ndog")))
     arguments = ["chat", "-m", model, "--load-format", "dummy", "-t", "0", "-n", "4"]
@@ -131,14 +126,22 @@ class Terminal:
         "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
     )
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, stdout: IO[str] | None = None, TERM: str = "xterm") -> None:
         self.descriptor, child = os.openpty()
+        fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
         command = [sys.executable, "-c", self._START, sys.executable, "-m", "octavo.cli"]
         self.process = subprocess.Popen(
-            [*command, *arguments], stdin=child, stdout=child, stderr=child, close_fds=True
+            [*command, *arguments],
+            stdin=child,
+            stdout=stdout or child,
+            stderr=child,
+            close_fds=True,
+            env={**os.environ, "TERM": TERM},
         )
         os.close(child)
         self.seen = ""
+        self.all = ""
+        self.read_before = ""  # what the last wait went past
 
     def __enter__(self) -> Terminal:
         return self
@@ -158,7 +161,7 @@ class Terminal:
         while text not in self.seen:
             assert time.monotonic() < end, f"{text!r} did not come; there is {self.seen[-500:]!r}"
             self._read()
-        self.seen = self.seen.partition(text)[2]
+        self.read_before, _, self.seen = self.seen.partition(text)
 
     def wait_for_characters(self, count: int) -> None:
         """Read until so much more has come, whatever it is."""
@@ -170,34 +173,111 @@ class Terminal:
     def _read(self) -> None:
         if select.select([self.descriptor], [], [], 0.1)[0]:
             with contextlib.suppress(OSError):  # Linux's way to say that it has ended
-                self.seen += os.read(self.descriptor, 4096).decode(errors="replace")
+                read = os.read(self.descriptor, 4096).decode(errors="replace")
+                self.seen += read
+                self.all += read
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path):
+@pytest.mark.parametrize("leave", ["\x04", "\x03", "/exit\r"], ids=["Ctrl-D", "Ctrl-C", "/exit"])
+def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path, leave: str):
     # Greedy, this model never ends an answer, and its context is too long to reach the end of.
     path = tiny_model(tmp_path, context=60_000)
     arguments = ["-m", str(path), "--load-format", "dummy", "-t", "0", "-n", "50000"]
     with Terminal("chat", *arguments) as terminal:
         terminal.wait_for("Ctrl-D leaves")
-        terminal.wait_for("> ")
-        terminal.send("tell me more\n")
-        terminal.wait_for("more\r\n")
+        terminal.wait_for(PROMPT)
+        terminal.send("tell me more\r")
+        terminal.wait_for(SENT)
         terminal.wait_for_characters(40)
         terminal.send("\x03")
         terminal.wait_for("(stopped)")
-        terminal.wait_for("> ")
-        time.sleep(0.5)  # readline shows its prompt a moment before it listens
-        terminal.send("\x03")
-        terminal.wait_for("/exit leaves")
-        terminal.send("again\n")
-        terminal.wait_for("again\r\n")
+        terminal.wait_for(PROMPT)
+        terminal.send("not this\x03")  # dropped, and the talk goes on
+        terminal.wait_for(SENT)
+        terminal.wait_for(PROMPT)
+        terminal.send("again\r")
+        terminal.wait_for(SENT)
         terminal.wait_for_characters(40)
         terminal.send("\x03")
         terminal.wait_for("(stopped)")
-        terminal.wait_for("> ")
+        terminal.wait_for(PROMPT)
         assert terminal.process.poll() is None
+        terminal.send(leave)
+        assert terminal.process.wait(timeout=30) == 0
+
+
+# Each of these is one turn of three lines, whatever Enter is among them.
+THREE_LINES = {
+    "pasted": "\x1b[200~one\rtwo\rthree\x1b[201~",
+    "Alt-Enter": "one\x1b\rtwo\x1b\rthree",
+    "backslash": "one\\\rtwo\\\rthree",
+}
+
+
+@pytest.mark.parametrize("way", THREE_LINES)
+def test_three_lines_are_one_turn(model, way):
+    with Terminal("chat", *CHAT, "-m", model) as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.send(THREE_LINES[way])
+        terminal.wait_for("three")
+        time.sleep(0.3)
+        assert "tokens/s" not in terminal.seen  # nothing is sent before Enter
+        terminal.send("\r")
+        terminal.wait_for("tokens/s")
+        assert "two" not in terminal.seen  # no more turns
+        terminal.send("/system one\x1b\r/reset\r")  # nor is a later line a command
+        terminal.wait_for("begins anew")
+        terminal.send("/exit\r")
+        assert terminal.process.wait(timeout=30) == 0
+        assert "forgotten" not in terminal.seen
+
+
+def test_keys_typed_while_the_model_loads_wait_for_the_first_prompt(model):
+    with Terminal("chat", *CHAT, "-m", model) as terminal:
+        terminal.wait_for(MARKED)  # the keyboard is silent from here on
+        terminal.send("fox\r\x1b[200~a\rb\x1b[201~")
+        terminal.wait_for("Ctrl-D leaves")
+        assert "fox" not in terminal.read_before
+        terminal.wait_for("fox")
+        terminal.wait_for("tokens/s")
+        terminal.wait_for("b")
+        assert "tokens/s" not in terminal.seen
+        terminal.send("\r")
+        terminal.wait_for("tokens/s")
         terminal.send("\x04")
         assert terminal.process.wait(timeout=30) == 0
+        assert termios.tcgetattr(terminal.descriptor)[3] & termios.ECHO
+
+
+def test_a_dumb_terminal_gets_no_escape_sequences(model):
+    with Terminal("chat", *CHAT, "-m", model, TERM="dumb") as terminal:
+        terminal.wait_for("> ")
+        terminal.send("fox\r")
+        terminal.wait_for("tokens/s")
+        terminal.send("\x04")
+        assert terminal.process.wait(timeout=30) == 0
+        assert "\x1b" not in terminal.all
+
+
+def test_answers_to_a_file_leave_the_prompt_on_the_screen(model, tmp_path):
+    answers = tmp_path / "answers.txt"
+    with answers.open("w") as file, Terminal("chat", *CHAT, "-m", model, stdout=file) as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.send("fox\r")
+        terminal.wait_for("tokens/s")
+        terminal.send("\x04")
+        assert terminal.process.wait(timeout=30) == 0
+    assert answers.read_text().count("\n") == 1 and "> " not in answers.read_text()
+
+
+def test_only_a_terminal_needs_prompt_toolkit(model):
+    code = (
+        "import sys; from octavo.cli import main;"
+        f"main(['chat', *{CHAT!r}, '-m', {model!r}]); print('prompt_toolkit' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input="fox\n", capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_ctrl_c_ends_generate_with_130_and_keeps_the_text(tmp_path: Path):

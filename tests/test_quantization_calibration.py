@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from octavo.cli.app import run as run_cli
-from octavo.errors import InvalidArgumentError, WeightsError
+from octavo.errors import FileError, InvalidArgumentError, OctavoError, WeightsError
 from octavo.models.registry import read_model
 from octavo.models.spec import weight_shapes
 from octavo.quantization.apply import dequantized
@@ -64,9 +64,9 @@ def text_file(tmp_path: Path, content: str | bytes = TEXT) -> Path:
 )
 def test_texts_that_will_not_do(model: Path, tmp_path: Path, content: bytes, message: str) -> None:
     asked = Calibration(text_file(tmp_path, content), window=48)
-    with pytest.raises(InvalidArgumentError, match=message):
+    with pytest.raises(OctavoError, match=message):
         read_windows(asked, read_model(model))
-    with pytest.raises(InvalidArgumentError, match=r"nowhere\.txt cannot be read"):
+    with pytest.raises(FileError, match=r"nowhere\.txt does not exist; expected a text"):
         read_windows(Calibration(tmp_path / "nowhere.txt", window=48), read_model(model))
 
 

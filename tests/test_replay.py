@@ -179,7 +179,7 @@ def test_explain_on_the_command_line(log_path: Path, output: Output) -> None:
     assert run(["explain", "nobody", "--log", str(log_path)]) == 2
     assert "no request 'nobody'; it has 60, beginning with r0" in output()[1]
     assert run(["explain", "r1", "--log", str(log_path.parent / "none")]) == 2
-    assert "No such file" in output()[1]
+    assert "none does not exist; expected an event log" in output()[1]
 
 
 def test_trace_on_the_command_line(log_path: Path, output: Output) -> None:

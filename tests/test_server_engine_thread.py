@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from engine_helpers import solo_answer
-from octavo.errors import EngineStepError, InvalidArgumentError, QueueFullError
+from octavo.engine.events import EventLogFile
+from octavo.errors import EngineStepError, FileError, InvalidArgumentError, QueueFullError
 from octavo.llm import LLM, EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
@@ -278,18 +279,24 @@ def test_call_raises_what_its_function_raises(llm: LLM) -> None:
     run(test)
 
 
-def test_an_event_log_that_cannot_be_written(llm: LLM, tmp_path: Path) -> None:
+def test_an_event_log_that_cannot_be_written(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full = Path("/dev/full")  # a file on a disk that is always full
 
     async def test() -> None:
-        if full.exists():
-            thread = await started(llm, event_log=full)
-            for name in ("a", "b"):
-                assert (await thread.submit(request(name)).wait()).error is None
-            assert thread.health().ok
-            await thread.stop()
-        thread = EngineThread(lambda: llm, event_log=tmp_path / "missing" / "log")
-        with pytest.raises(FileNotFoundError):
-            await thread.start()
+        for path in (tmp_path / "missing" / "log", *([full] if full.exists() else [])):
+            with pytest.raises(FileError, match="the event log cannot be written"):
+                await EngineThread(lambda: llm, event_log=path).start()
+
+        def fail(file: EventLogFile) -> None:
+            raise FileError("the disk is full by now")
+
+        thread = await started(llm, event_log=tmp_path / "log")
+        monkeypatch.setattr(EventLogFile, "flush", fail)
+        for name in ("a", "b"):
+            assert (await thread.submit(request(name)).wait()).error is None
+        assert thread.health().ok
+        await thread.stop()
 
     run(test)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from octavo.errors import InvalidArgumentError
+from octavo.files import expand_home
 from octavo.models.spec import WeightFormat
 
 DType = Literal["auto", "f32", "bf16", "f16"]
@@ -39,7 +40,9 @@ ISAS = (
 class Environment:
     """What octavo takes from environment variables; read once by `read_environment`."""
 
-    home: Path  # OCTAVO_HOME, else $XDG_CACHE_HOME/octavo, else ~/.cache/octavo: pulled models
+    # OCTAVO_HOME, else $XDG_CACHE_HOME/octavo, else ~/.cache/octavo: pulled models. None: this user
+    # has no home directory (a container with --user 12345).
+    home: Path | None
     num_threads: int  # OCTAVO_NUM_THREADS; 0: the physical cores this process may use
     isa: str  # OCTAVO_ISA: "auto", or the instruction set to force on the CPU
     # OCTAVO_API_KEY: what clients of `octavo serve` must present; None: nothing.
@@ -47,7 +50,12 @@ class Environment:
 
     @property
     def models(self) -> Path:
-        """Where pulled models lie, one directory each."""
+        """Where pulled models lie, one directory each; InvalidArgumentError if nobody knows."""
+        if self.home is None:
+            raise InvalidArgumentError(
+                "there is no folder for pulled models: HOME is not set, and this user is not in "
+                "the password file; set OCTAVO_HOME to a folder, or give the model's own directory"
+            )
         return self.home / "models"
 
 
@@ -55,10 +63,9 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     """Parse OCTAVO_* variables; an InvalidArgumentError names the variable and its value."""
     variables = os.environ if variables is None else variables
     if home := variables.get("OCTAVO_HOME"):
-        home_path = Path(home).expanduser()
+        home_path = expand_home(home)
     else:
-        cache = variables.get("XDG_CACHE_HOME") or "~/.cache"
-        home_path = Path(cache).expanduser() / "octavo"
+        home_path = expand_home(variables.get("XDG_CACHE_HOME") or "~/.cache") / "octavo"
     threads = variables.get("OCTAVO_NUM_THREADS") or "0"
     if not threads.isdecimal() or int(threads) > 1024:
         raise InvalidArgumentError(
@@ -67,7 +74,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     isa = variables.get("OCTAVO_ISA") or "auto"
     _check_choice("OCTAVO_ISA", isa, ISAS)
     api_key = variables.get("OCTAVO_API_KEY") or None
-    return Environment(home=home_path, num_threads=int(threads), isa=isa, api_key=api_key)
+    found = None if home_path.parts[:1] == ("~",) else home_path
+    return Environment(home=found, num_threads=int(threads), isa=isa, api_key=api_key)
 
 
 @dataclass(frozen=True)

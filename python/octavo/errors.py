@@ -17,6 +17,10 @@ class InvalidArgumentError(OctavoError, ValueError):
     """An option, a sampling parameter or a prompt that cannot be used."""
 
 
+class FileError(OctavoError, OSError):
+    """A file that cannot be read or written: missing, forbidden, a folder, or on a full disk."""
+
+
 class ModelNotFoundError(OctavoError, FileNotFoundError):
     """The named model is neither a directory, nor in the cache, nor obtainable."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import InvalidArgumentError
+from octavo.files import read_text
 
 # Short common words, each of which is one token for nearly every tokenizer.
 _TEXT = """
@@ -80,9 +81,9 @@ def jobs_of_file(path: Path, answer_lengths: Lengths, seed: int) -> Iterator[Job
     What else a line holds (max_tokens, temperature) goes into its request; a line without
     max_tokens takes its length from the distribution.
     """
-    rng = random.Random(seed)
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    text = read_text(path, 'JSON lines with "prompt" or "messages"')
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -96,6 +97,12 @@ def jobs_of_file(path: Path, answer_lengths: Lengths, seed: int) -> Iterator[Job
         entries.append(entry)
     if not entries:
         raise InvalidArgumentError(f"{path} has no requests; expected a JSON object a line")
+    return _jobs_of(entries, answer_lengths, random.Random(seed))
+
+
+def _jobs_of(
+    entries: list[dict[str, Any]], answer_lengths: Lengths, rng: random.Random
+) -> Iterator[Job]:
     while True:
         for entry in entries:
             chat = "messages" in entry

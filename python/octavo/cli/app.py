@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import io
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,7 +11,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from octavo.cli.common import INTERRUPTED, MISTAKE, print_error
+from octavo.cli import streams
+from octavo.cli.common import FAILED, INTERRUPTED, MISTAKE, print_error
 from octavo.errors import InsufficientMemoryError, OctavoError
 
 
@@ -63,18 +62,28 @@ Each command explains itself:  [bold]octavo generate --help[/bold]"""
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; every expected failure becomes one message on stderr and an exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
+    if arguments is None:
+        streams.make_usable()
+        arguments = sys.argv[1:]
+    code = _run(list(arguments))
+    lost = streams.output_error()
+    if lost is None:
+        return code
+    streams.forget_output()
+    if isinstance(lost, BrokenPipeError):
+        return FAILED  # whoever read our output has gone (`octavo … | head`): not a word
+    print_error(
+        f"standard output cannot be written ({lost.strerror or lost}), and what was meant for it "
+        "is lost; expected a terminal, a pipe, or a file on a disk with room"
+    )
+    return MISTAKE
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit code, after a message where one is due; standard output is not flushed yet."""
     try:
         result = build_app(arguments)(arguments or ["--help"], "octavo", standalone_mode=False)
-        sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except BrokenPipeError:
-        # Whoever read our output has gone (`octavo … | head`): end without a word.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except SystemExit as error:
@@ -82,8 +91,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except InsufficientMemoryError as error:
         print_error(error.message(partial(_as_options, arguments)))
         return MISTAKE
-    except (OctavoError, OSError) as error:
+    except OctavoError as error:
         print_error(str(error))
+        return MISTAKE
+    except OSError as error:
+        if streams.output_error() is None:  # else `run` tells of that
+            file = "" if error.filename is None else f"{error.filename}: "
+            print_error(f"{file}{error.strerror or error}")
         return MISTAKE
     except Exception as error:
         message = _usage_message(error)

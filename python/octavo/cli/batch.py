@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,23 +41,25 @@ from octavo.cli.common import (
 )
 from octavo.config import EngineConfig
 from octavo.errors import InvalidArgumentError, OctavoError
+from octavo.files import check_writable, writing
 from octavo.sampling_params import SamplingParams
 from octavo.server.errors import ApiError
+from octavo.weights.progress import LogLines
 
 if TYPE_CHECKING:
     from octavo.llm import LLM, EncodedPrompt
-
-_LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
 def batch(
     input_file: Annotated[
         Path,
-        typer.Argument(metavar="IN.jsonl", help="One prompt a line; see above.", dir_okay=False),
+        typer.Argument(metavar="IN.jsonl", help="One prompt a line; see above.", readable=False),
     ],
     output_file: Annotated[
         Path,
-        typer.Argument(metavar="OUT.jsonl", help="Where the answers go, one a line."),
+        typer.Argument(
+            metavar="OUT.jsonl", help="Where the answers go, one a line.", readable=False
+        ),
     ],
     model: ModelOption = None,
     chat: Annotated[
@@ -133,7 +136,11 @@ def batch(
     ids = check_ids(input_file)
     if not ids:
         raise InvalidArgumentError(f"{input_file} is empty; expected one prompt a line")
-    if output_file.exists() and output_file.samefile(input_file):
+    if os.path.exists(output_file) and not output_file.is_file():
+        raise InvalidArgumentError(
+            f"{output_file} is no plain file; expected one, which can be read and gone on with"
+        )
+    if os.path.exists(output_file) and output_file.samefile(input_file):
         raise InvalidArgumentError("the output is the input; expected another file")
     if event_log is not None and event_log.resolve() in (
         input_file.resolve(),
@@ -142,6 +149,9 @@ def batch(
         raise InvalidArgumentError(
             f"--event-log is {event_log}, which is the input or the output; expected another file"
         )
+    check_writable(output_file, "the answers")
+    if event_log is not None:
+        check_writable(event_log, "the event log")
     options: dict[str, Any] = {
         "device": device,
         "deterministic": deterministic,
@@ -156,7 +166,7 @@ def batch(
         "seed": seed,
     }
     config = EngineConfig(**options)  # a wrong option is told of before anything is fetched
-    with Journal(output_file, overwrite) as journal:
+    with writing(output_file, "the answers"), Journal(output_file, overwrite) as journal:
         run = describe_run(model, config, chat, system, defaults)
         journal.check(input_file, run)
         skipped = len(journal.answered)
@@ -277,15 +287,10 @@ def _progress(tally: Tally) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, else a line now and then (a log of Slurm, say)."""
     console = common.stderr_console()
     if not console.is_terminal:
-        last = time.monotonic()
-
-        def log() -> None:
-            nonlocal last
-            if time.monotonic() - last >= _LOG_SECONDS:
-                last = time.monotonic()
-                console.print(f"{tally.finished:,} of {tally.total:,} done, {_pace(tally)}")
-
-        yield log
+        lines = LogLines(console.print)
+        yield lambda: lines.offer(
+            lambda: f"{tally.finished:,} of {tally.total:,} done, {_pace(tally)}"
+        )
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError, OctavoError
+from octavo.files import reading
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -140,10 +141,8 @@ class BatchLine:
 
 def read_lines(path: Path) -> Iterator[BatchLine]:
     """The lines of a file but for the blank ones. Bytes that are no UTF-8 become U+FFFD."""
-    try:
+    with reading(path, "a file with one prompt a line"):
         file = path.open("rb")
-    except OSError as error:
-        raise InvalidArgumentError(f"{path} cannot be read: {error.strerror or error}") from error
     with file:
         for number, data in enumerate(file, start=1):
             text = data.decode("utf-8", errors="replace").strip("\r\n").removeprefix("\ufeff")

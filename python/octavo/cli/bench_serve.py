@@ -11,6 +11,7 @@ import typer
 from octavo.cli.bench import parse_numbers
 from octavo.cli.common import FAILED, note, print_error, stderr_console
 from octavo.errors import InvalidArgumentError
+from octavo.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,6 +89,7 @@ def bench_serve(
         Path | None,
         typer.Option(
             help='JSON lines with "prompt" or "messages", instead of random words.',
+            readable=False,
             show_default=False,
             rich_help_panel=_REQUESTS,
         ),
@@ -106,11 +108,18 @@ def bench_serve(
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Write all figures here.", rich_help_panel=_OUT),
+        typer.Option(
+            "--json", help="Write all figures here.", readable=False, rich_help_panel=_OUT
+        ),
     ] = None,
     plot_file: Annotated[
         Path | None,
-        typer.Option("--plot", help="Draw the distributions here, as SVG.", rich_help_panel=_OUT),
+        typer.Option(
+            "--plot",
+            help="Draw the distributions here, as SVG.",
+            readable=False,
+            rich_help_panel=_OUT,
+        ),
     ] = None,
     timeout: Annotated[
         float, typer.Option(help="Seconds after which a request counts as failed.")
@@ -128,6 +137,9 @@ def bench_serve(
     from octavo.bench.serve_report import make_table, parse_slo, summarize
     from octavo.config import read_environment
 
+    for path, what in ((json_file, "the figures"), (plot_file, "the plot")):
+        if path is not None:
+            check_writable(path, what)
     limits = None if slo is None else parse_slo(slo)
     loads = _loads(users, rate, requests)
     jobs = _jobs(prompt_len, answer_len, shared_prefix, dataset, seed)
@@ -182,7 +194,10 @@ def _jobs(
 async def _measure(
     client: Client, model: str | None, jobs: Iterator[Job], loads: list[Load], seed: int
 ) -> tuple[list[Measured], str]:
+    from functools import partial
+
     from octavo.bench.serve_run import run_load
+    from octavo.weights.progress import LogLines
 
     served = model or await client.model()
     warm_up = await client.ask(next(jobs), served)
@@ -192,7 +207,15 @@ async def _measure(
     console = stderr_console()
     if not console.is_terminal:
         note(f"measuring {served} at {client.url}")
-        return [await run_load(client, served, jobs, load, seed) for load in loads], served
+        lines = LogLines(console.print)
+
+        def log(load: Load, done: int, running: int, _tokens: int) -> None:
+            lines.offer(lambda: f"{load.name}: {done} of {load.num_requests}, {running} run")
+
+        found = [
+            await run_load(client, served, jobs, load, seed, partial(log, load)) for load in loads
+        ]
+        return found, served
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
@@ -226,9 +249,9 @@ def _write(
         from octavo.machine import processor
 
         stamp = {"octavo": __version__, "client": processor(), "asked": asked, "loads": summaries}
-        json_file.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, "the figures", json.dumps(stamp, indent=2) + "\n")
     if plot_file is not None:
         from octavo.bench.serve_plot import plot
 
         title = f"{asked['model']}: prompts {asked['prompt_len']}, answers {asked['answer_len']}"
-        plot_file.write_text(plot(measured, summaries, title), encoding="utf-8")
+        write_text(plot_file, "the plot", plot(measured, summaries, title))

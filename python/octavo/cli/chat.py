@@ -1,11 +1,11 @@
-"""`octavo chat`: a conversation in the terminal, or over a pipe, one line a turn."""
+"""`octavo chat`: a conversation in the terminal, or over a pipe, a line a turn."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,11 +26,13 @@ from octavo.cli.common import (
     SystemOption,
     TopKOption,
 )
+from octavo.cli.terminal import silent_keys
+from octavo.cli.wrap import AnswerWriter
 from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from octavo.engine.outputs import RequestOutput
     from octavo.llm import LLM, EncodedPrompt
@@ -40,7 +42,9 @@ _HELP = """\
   /reset         forget the conversation (the system message stays)
   /help          this list
   /exit          leave (so does Ctrl-D)
-  Ctrl-C         stop the answer
+  Enter          send; what is pasted stays together, and can be edited first
+  Alt-Enter      begin another line (so does a backslash at the end of a line, then Enter)
+  Ctrl-C         stop the answer, or drop what is typed; leave if nothing is
 A line that begins with a space is sent as it is, even with a / behind it."""
 
 
@@ -72,14 +76,14 @@ def chat(
 ) -> int:
     """Talk with a model in the terminal.
 
-    It remembers the conversation. Ctrl-C stops an answer, Ctrl-D or /exit leaves.
+    It remembers the conversation. Enter sends; Alt-Enter, or a backslash before Enter, begins another line, and what is pasted stays together. Ctrl-C stops an answer, Ctrl-D or /exit leaves.
 
     [bold]octavo chat[/bold]
 
     [bold]octavo chat --system "You answer in rhymes." --temperature 0.9[/bold]
 
     [bold]octavo chat < questions.txt[/bold]  takes each line as a turn
-    """
+    """  # noqa: E501  (typer takes a line break for one)
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
@@ -89,30 +93,37 @@ def chat(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
     )
-    llm = common.load_llm(
-        model,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        keep_embedding=keep_embedding,
-        kv_dtype=kv_dtype,
-        max_model_len=max_model_len,
-        num_threads=num_threads,
-        load_format=load_format,
-    )
+    interactive = sys.stdin.isatty()
+    with _line_reader(interactive) as read_line:
+        llm = _load(
+            model,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            keep_embedding=keep_embedding,
+            kv_dtype=kv_dtype,
+            max_model_len=max_model_len,
+            num_threads=num_threads,
+            load_format=load_format,
+        )
+        if interactive:
+            common.note(
+                f"{model or 'smollm2-135m'} · remembers {llm.max_model_len:,} tokens · "
+                "Alt-Enter begins another line, a pasted text stays together · "
+                "/help lists commands, Ctrl-D leaves"
+            )
+        conversation = Conversation(llm, params, system, quiet=quiet or not interactive)
+        return conversation.run(read_line)
+
+
+def _load(model: str | None, **options: Any) -> LLM:
+    llm = common.load_llm(model, **options)
     if llm.chat_template is None:
         raise TokenizerError(
             "this model has no chat template (it is a base model, which only goes on with a text): "
             "use `octavo generate --raw`, or a model that was trained to chat"
         )
-    interactive = sys.stdin.isatty()
-    if interactive:
-        common.note(
-            f"{model or 'smollm2-135m'} · remembers {llm.max_model_len:,} tokens · "
-            "/help lists commands, Ctrl-D leaves"
-        )
-    conversation = Conversation(llm, params, system, quiet=quiet or not interactive)
-    return conversation.run(line_reader(interactive))
+    return llm
 
 
 class Conversation:
@@ -131,11 +142,7 @@ class Conversation:
     def run(self, read_line: Callable[[], str | None]) -> int:
         """Until /exit or the end of the input; returns the exit code."""
         while True:
-            try:
-                line = read_line()
-            except KeyboardInterrupt:
-                common.note("\n(Ctrl-D or /exit leaves)")
-                continue
+            line = read_line()
             if line is None or line.strip() in ("/exit", "/quit"):
                 return common.FAILED if self.failed else 0
             if line.strip() and not self._command(line):
@@ -208,6 +215,7 @@ class Conversation:
     def _answer(self, prompt: EncodedPrompt) -> str | None:
         """Stream one answer; Ctrl-C keeps what there is. None if the model failed."""
         pieces: list[str] = []
+        writer = AnswerWriter(sys.stdout)
         result: RequestOutput | None = None
         stopped = False
         try:
@@ -216,11 +224,11 @@ class Conversation:
                 text = chunk.text if pieces else chunk.text.lstrip()
                 if text:
                     pieces.append(text)
-                    sys.stdout.write(common.printable(text, sys.stdout))
-                    sys.stdout.flush()
+                    writer.write(common.printable(text, sys.stdout))
                 result = chunk.result or result
         except KeyboardInterrupt:
             stopped = True
+        writer.end()
         sys.stdout.write("\n")
         sys.stdout.flush()
         if stopped:
@@ -240,26 +248,30 @@ class Conversation:
             common.note(common.speed_line(result.metrics))
 
 
-def line_reader(interactive: bool) -> Callable[[], str | None]:
-    """A function that gives the next line, None at the end of the input."""
+@contextlib.contextmanager
+def _line_reader(interactive: bool) -> Iterator[Callable[[], str | None]]:
+    """A function that gives the next message, None at the end of the input."""
+    from rich.console import Console
+
+    screen = Console(file=sys.stdout if sys.stdout.isatty() else sys.stderr)
     if not interactive:
-        return _read_piped_line
-    with contextlib.suppress(ImportError):  # not in every build of Python
-        import readline  # noqa: F401  gives input() line editing and history
-    return _read_typed_line
+        yield _read_line
+    elif screen.is_dumb_terminal or not screen.is_terminal:
+        # Nothing that a line could be edited on: the terminal itself gives whole lines.
+        yield _read_prompted_line
+    else:
+        from octavo.cli.line_editor import LineEditor
+
+        with silent_keys(), LineEditor() as editor:
+            yield editor.read
 
 
-def _read_piped_line() -> str | None:
+def _read_prompted_line() -> str | None:
+    sys.stderr.write("> ")
+    sys.stderr.flush()
+    return _read_line()
+
+
+def _read_line() -> str | None:
     line = sys.stdin.buffer.readline().decode("utf-8", errors="replace")
     return line.rstrip("\r\n") if line else None
-
-
-def _read_typed_line() -> str | None:
-    if not sys.stdout.isatty():  # the prompt must not end up among the answers
-        sys.stderr.write("> ")
-        sys.stderr.flush()
-    try:
-        return input("> " if sys.stdout.isatty() else "")
-    except EOFError:
-        sys.stderr.write("\n")
-        return None

@@ -5,16 +5,18 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli.terminal import silent_keys
 from octavo.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from octavo.engine.outputs import RequestMetrics
     from octavo.llm import LLM
@@ -181,6 +183,7 @@ EventLogOption = Annotated[
         help="Write every decision of the scheduler to this file, for `octavo explain`, `trace` "
         "and `replay`.",
         metavar="FILE",
+        readable=False,  # read_log, check_writable and the like say more of what is wrong
         show_default=False,
     ),
 ]
@@ -223,13 +226,21 @@ def print_error(message: str) -> None:
     """`error: …` on stderr, in red where the terminal has colours."""
     from rich.text import Text
 
-    sys.stdout.flush()
-    stderr_console().print(Text.assemble(("error: ", "bold red"), message))
+    with suppress(OSError):  # what has become of standard output is told at the end
+        sys.stdout.flush()
+    _print(Text.assemble(("error: ", "bold red"), message))
 
 
 def note(message: str) -> None:
     """A dim line on stderr."""
-    stderr_console().print(message, style="dim")
+    _print(message, style="dim")
+
+
+def _print(message: str | Text, style: str | None = None) -> None:
+    """On a terminal lines are broken between words; a path stays whole, to be copied."""
+    console = stderr_console()
+    whole = not console.is_terminal
+    console.print(message, style=style, soft_wrap=whole, overflow="ignore", crop=False)
 
 
 def read_prompt(argument: str) -> str:
@@ -255,17 +266,21 @@ def load_llm(model: str | None, **options: Any) -> LLM:
     from octavo.weights.hub import resolve_model
 
     config = EngineConfig(**options)  # a wrong option is told of before anything is fetched
-    path = resolve_model(model, read_environment())
-    with _loading_bar(path.name) as on_load:
-        return LLM(path, config=config, on_load=on_load)
+    with silent_keys():
+        path = resolve_model(model, read_environment())
+        with _loading_bar(path.name) as on_load:
+            return LLM(path, config=config, on_load=on_load)
 
 
 @contextmanager
 def _loading_bar(name: str) -> Iterator[Any]:
-    """A callback of (bytes done, bytes in all), drawn as a bar that vanishes at the end."""
+    """A callback of (bytes done, bytes in all): a bar that vanishes at the end, or LogLines."""
     console = stderr_console()
     if not console.is_terminal:
-        yield None
+        from octavo.weights.progress import LogLines, bytes_done
+
+        lines = LogLines(console.print)
+        yield lambda done, total: lines.offer(lambda: bytes_done(f"loading {name}", done, total))
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 

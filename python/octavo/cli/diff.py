@@ -107,7 +107,7 @@ def diff(
         typer.Option(
             help="Also write one self-contained page with a heat map (layer x position).",
             show_default=False,
-            dir_okay=False,
+            readable=False,
             rich_help_panel=_OUT,
         ),
     ] = None,
@@ -136,7 +136,10 @@ def diff(
     from octavo.diff.report import print_report, to_json
     from octavo.diff.run import DiffOptions
     from octavo.diff.setup import DiffRequest, prepare
+    from octavo.files import check_writable
 
+    if html is not None:
+        check_writable(html, "the page")
     request = DiffRequest(
         model=model,
         against=against,

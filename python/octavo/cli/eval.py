@@ -45,8 +45,7 @@ def eval(
             help="A text file in UTF-8. Left out: chapters I to VI of Alice's Adventures in "
             "Wonderland.",
             show_default=False,
-            exists=True,
-            dir_okay=False,
+            readable=False,
             rich_help_panel=_TEXT,
         ),
     ] = None,

@@ -13,6 +13,7 @@ LogOption = Annotated[
         "--log",
         help="An event log, from `--event-log` or the server.",
         metavar="FILE",
+        readable=False,
         show_default=False,
     ),
 ]

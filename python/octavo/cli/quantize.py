@@ -29,6 +29,7 @@ def quantize(
         typer.Argument(
             metavar="[OUT]",
             help="The new folder; made whole or not at all. May be left out with --sensitivity.",
+            readable=False,
             show_default=False,
         ),
     ] = None,
@@ -110,8 +111,7 @@ def quantize(
             help="What to measure sensitivity on, a text in UTF-8. Left out: random tokens, a "
             "poorer guide.",
             show_default=False,
-            exists=True,
-            dir_okay=False,
+            readable=False,
             rich_help_panel=_BITS,
         ),
     ] = None,
@@ -130,8 +130,7 @@ def quantize(
             help="A text file in UTF-8, like what the model will be used on. The weights are "
             "rounded so that what they make of it comes out right: better, and minutes of work.",
             show_default=False,
-            exists=True,
-            dir_okay=False,
+            readable=False,
             rich_help_panel=_CALIBRATION,
         ),
     ] = None,

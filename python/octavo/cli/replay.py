@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.errors import InvalidArgumentError
+from octavo.files import check_writable
 
 if TYPE_CHECKING:
     from octavo.engine.replay import Quantiles, Summary
@@ -21,7 +22,9 @@ _COST_PANEL = "The device: seconds of a step (left out: measured from the log's 
 def replay(
     log: Annotated[
         Path,
-        typer.Argument(metavar="LOG", help="An event log, from `--event-log` or the server."),
+        typer.Argument(
+            metavar="LOG", help="An event log, from `--event-log` or the server.", readable=False
+        ),
     ],
     max_num_seqs: Annotated[
         int | None,
@@ -76,7 +79,9 @@ def replay(
     ] = None,
     event_log: Annotated[
         Path | None,
-        typer.Option(help="Write the simulated run's own event log here.", metavar="FILE"),
+        typer.Option(
+            help="Write the simulated run's own event log here.", metavar="FILE", readable=False
+        ),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
@@ -94,6 +99,8 @@ def replay(
 
     if not 0 < speed < float("inf"):
         raise InvalidArgumentError(f"--speed is {speed}; expected a number above 0")
+    if event_log is not None:
+        check_writable(event_log, "the event log")
     recorded = read_log(log)
     given = {"fixed": fixed, "per_token": per_token, "per_attended": per_attended}
     known = {name: value for name, value in given.items() if value is not None}

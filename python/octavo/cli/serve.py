@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ from octavo.cli.common import (
     QuantizeOption,
 )
 from octavo.errors import InvalidArgumentError
+from octavo.files import check_writable
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
@@ -245,6 +247,8 @@ def serve(
         raise InvalidArgumentError(
             f"--generation-config is {generation_config!r}; expected auto or none"
         )
+    if event_log is not None:
+        check_writable(event_log, "the event log")
     path = resolve_model(model, environment)
     options = replace(
         options,
@@ -254,8 +258,18 @@ def serve(
 
     def load() -> LLM:
         from octavo.llm import LLM
+        from octavo.server.logs import log_event
+        from octavo.weights.progress import LogLines, bytes_done
 
-        return LLM(path, config=config)
+        log = logging.getLogger("octavo.server")
+        lines = LogLines(lambda line: log_event(log, logging.INFO, line))
+        return LLM(
+            path,
+            config=config,
+            on_load=lambda done, total: lines.offer(
+                lambda: bytes_done(f"loading {path.name}", done, total)
+            ),
+        )
 
     from octavo.server.run import serve as run_server
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -16,20 +15,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from octavo.cli.common import stderr_console
+from octavo.cli.terminal import silent_keys
+from octavo.weights.progress import LogLines
+
 
 class StageBar:
-    """A bar on standard error, begun anew for each stage; nothing where that is no terminal.
+    """A bar on standard error, begun anew for each stage; where that is no terminal, LogLines.
 
     Use as a context manager; `update` is the callback that the work takes.
     """
 
     def __init__(self, *columns: str | ProgressColumn, quiet: bool = False) -> None:
-        self._progress = Progress(
-            *columns,
-            console=Console(stderr=True),
-            transient=True,
-            disable=quiet or not sys.stderr.isatty(),
-        )
+        console = stderr_console()
+        draws = console.is_terminal and not quiet
+        self._log = None if draws or quiet else LogLines(console.print)
+        self._keys = silent_keys() if draws else contextlib.nullcontext()
+        self._progress = Progress(*columns, console=console, transient=True, disable=not draws)
         self._task: TaskID | None = None
         self._stage = ""
 
@@ -52,6 +54,7 @@ class StageBar:
         )
 
     def __enter__(self) -> StageBar:
+        self._keys.__enter__()
         self._progress.start()
         return self
 
@@ -62,6 +65,7 @@ class StageBar:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
+        self._keys.__exit__(kind, error, trace)
 
     def update(self, stage: str, done: int, total: int) -> None:
         """Show that `done` of `total` of a stage are done."""
@@ -71,3 +75,5 @@ class StageBar:
             self._task = self._progress.add_task(stage, total=total)
             self._stage = stage
         self._progress.update(self._task, completed=done, total=total)
+        if self._log is not None and total:
+            self._log.offer(lambda: f"{stage}: {100 * done / total:.0f} %")

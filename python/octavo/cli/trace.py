@@ -9,12 +9,15 @@ from typing import Annotated
 import typer
 
 from octavo.cli.common import note
+from octavo.files import write_text
 
 
 def trace(
     log: Annotated[
         Path,
-        typer.Argument(metavar="LOG", help="An event log, from `--event-log` or the server."),
+        typer.Argument(
+            metavar="LOG", help="An event log, from `--event-log` or the server.", readable=False
+        ),
     ],
     perfetto: Annotated[
         Path,
@@ -22,6 +25,7 @@ def trace(
             "--perfetto",
             help="Where to write the trace, JSON in the Trace Event Format.",
             metavar="FILE",
+            readable=False,
             show_default=False,
         ),
     ],
@@ -36,7 +40,7 @@ def trace(
     from octavo.engine.perfetto import perfetto_trace
 
     recorded = read_log(log)
-    perfetto.write_text(json.dumps(perfetto_trace(recorded)), encoding="utf-8")
+    write_text(perfetto, "the trace", json.dumps(perfetto_trace(recorded)))
     steps, requests = len(recorded.steps), len(recorded.request_ids)
     note(
         f"{requests:,} requests and {steps:,} steps: {perfetto}; open it in https://ui.perfetto.dev"

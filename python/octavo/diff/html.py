@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -24,7 +23,7 @@ from octavo.diff.measure import Float64
 from octavo.diff.numbers import cosine, growth, number
 from octavo.diff.report import decode_sentence, greedy_sentence, judge_sentence
 from octavo.diff.result import DiffResult, Finding, TapResult
-from octavo.errors import InvalidArgumentError
+from octavo.files import write_text
 
 LOG_LOW, LOG_HIGH = -12.0, 4.0  # the range of the packed logarithms (base 10)
 MISSING, NOT_FINITE = 1, 65535  # codes besides 0 for "equal in every bit"
@@ -32,18 +31,8 @@ MAX_BINS = 512  # positions across the map; more are put together, the worst cou
 
 
 def write_html(path: Path, result: DiffResult) -> None:
-    """Write the page, whole or not at all; an InvalidArgumentError says why it could not be."""
-    page = render(result)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InvalidArgumentError(
-            f"the page could not be written to {path}: {error.strerror}; expected a file in a "
-            "directory that exists and may be written"
-        ) from error
+    """Write the page, a plain file whole or not at all; a FileError says why it could not be."""
+    write_text(path, "the page", render(result))
 
 
 def render(result: DiffResult) -> str:

@@ -13,6 +13,7 @@ from octavo.diff.native_side import NativeSide, load_native_side
 from octavo.diff.run import Comparison, DiffOptions, Progress, chunk_size_for
 from octavo.diff.sides import Int32, ReferenceSide, Side
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
+from octavo.files import expand_home
 from octavo.machine import available_memory
 from octavo.models.registry import ModelFiles, read_model
 from octavo.models.spec import ModelSpec, weight_shapes
@@ -137,7 +138,7 @@ def prepare(request: DiffRequest, environment: Environment, progress: Progress) 
         return "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=False)
 
     name = request.model or DEFAULT_MODEL
-    title = path.resolve().name if Path(name).expanduser().is_dir() else name
+    title = path.resolve().name if path == expand_home(name) else name
     return Prepared(comparison, title, _token_texts(token_ids, tokenizer), decode)
 
 

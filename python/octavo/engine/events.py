@@ -14,13 +14,18 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from octavo.errors import FileError
+from octavo.files import writing
 
 Event = tuple[Any, ...]
 """(time in seconds of the engine's clock, kind, key of a sequence or request, *values)."""
 
 LOG_VERSION = 1
+_WHAT = "the event log"
 
 FIELDS: dict[str, tuple[str, ...]] = {
     # A request came. blocks: names of its prompt's full blocks (numbers once written to a file).
@@ -97,27 +102,40 @@ class EventLog:
             yield event_line(event, numbers)
 
     def write(self, path: str | Path) -> None:
-        """Write the log as JSON lines."""
-        with Path(path).open("w", encoding="utf-8") as file:
+        """Write the log as JSON lines; FileError if it cannot be written."""
+        with writing(path, _WHAT), Path(path).open("w", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in self.as_jsonl())
 
 
 class EventLogFile:
-    """Writes a log to a file bit by bit, so that a long run outgrows the ring without a loss."""
+    """Writes a log to a file bit by bit, so that a long run outgrows the ring without a loss.
+
+    Every method raises a FileError where the file cannot be written.
+    """
 
     def __init__(self, log: EventLog, path: str | Path) -> None:
         self._log = log
-        self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        self._path = Path(path)
         self._numbers: dict[bytes, int] = {}
         self._next = max(0, log.num_recorded - len(log))
-        self._file.write(header_line(log.header, self._next) + "\n")
+        with writing(path, _WHAT):
+            self._file = self._path.open("w", encoding="utf-8")
+        try:
+            with writing(path, _WHAT):
+                self._file.write(header_line(log.header, self._next) + "\n")
+                self._file.flush()  # a full disk is told of at once
+        except FileError:
+            with suppress(OSError):
+                self._file.close()
+            raise
 
     def flush(self) -> None:
         """Write what is new."""
         events = self._log.since(self._next)
         self._next = self._log.num_recorded
-        self._file.writelines(event_line(event, self._numbers) + "\n" for event in events)
-        self._file.flush()
+        with writing(self._path, _WHAT):
+            self._file.writelines(event_line(event, self._numbers) + "\n" for event in events)
+            self._file.flush()
 
     def close(self) -> None:
         """Write what is new, and close the file; harmless when it is closed."""
@@ -125,7 +143,8 @@ class EventLogFile:
             try:
                 self.flush()
             finally:
-                self._file.close()
+                with writing(self._path, _WHAT):  # closing tries to write once more
+                    self._file.close()
 
     def __enter__(self) -> EventLogFile:
         return self

@@ -12,6 +12,7 @@ from typing import Any
 
 from octavo.engine.events import FIELDS, LOG_VERSION, EventLog
 from octavo.errors import InvalidArgumentError
+from octavo.files import read_text
 
 Record = Mapping[str, Any]
 """An event: "time" (seconds), "event" (its kind), "request", "sample", and the kind's fields."""
@@ -91,9 +92,10 @@ class LogFile:
 def read_log(path: str | Path) -> LogFile:
     """Read a log that `EventLog.write` or `--event-log` wrote.
 
-    Raises InvalidArgumentError, naming the line, for a file that is none.
+    Raises FileError for a file that cannot be read, and InvalidArgumentError, naming the line, for
+    one that is no event log.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    text = read_text(path, "an event log, as `octavo batch --event-log FILE` writes")
     return parse_log(text.splitlines(), str(path))
 
 

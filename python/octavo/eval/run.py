@@ -25,6 +25,7 @@ from octavo.eval.measures import (
 )
 from octavo.eval.scorer import Scorer
 from octavo.eval.windows import Window, make_windows
+from octavo.files import read_text
 from octavo.models.registry import ModelFiles, read_model
 from octavo.quantization.plan import describe_dtypes
 from octavo.text.tokenizer import Tokenizer
@@ -182,7 +183,7 @@ def plain_config(config: EngineConfig) -> EngineConfig:
     return replace(config, dtype="f32", kv_dtype="f32", quantize=None)
 
 
-def read_text(request: EvalRequest, files: ModelFiles, reference: ModelFiles | None) -> Text:
+def read_tokens(request: EvalRequest, files: ModelFiles, reference: ModelFiles | None) -> Text:
     """The tokens to score. Both models must cut the text into the same ones."""
     if request.random is not None:
         if request.text is not None:
@@ -195,13 +196,9 @@ def read_text(request: EvalRequest, files: ModelFiles, reference: ModelFiles | N
         return Text(f"{request.random} random tokens", digest, tokens)
     if request.text is None:
         name = "Alice's Adventures in Wonderland (chapters I to VI)"
-        data = resources.files("octavo.eval").joinpath("text.txt").read_bytes()
+        text = resources.files("octavo.eval").joinpath("text.txt").read_bytes().decode("utf-8")
     else:
-        name, data = str(request.text), request.text.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidArgumentError(f"{name} is not UTF-8 ({error}); convert it") from error
+        name, text = str(request.text), read_text(request.text, "a text in UTF-8")
     ids = Tokenizer(files.path).encode(text)
     other = reference is not None and reference.path != files.path
     if reference is not None and other and Tokenizer(reference.path).encode(text) != ids:
@@ -215,7 +212,7 @@ def read_text(request: EvalRequest, files: ModelFiles, reference: ModelFiles | N
             f"the tokenizer of {files.path} gives token {outside}; config.json has a vocabulary "
             f"of {files.spec.vocab_size}"
         )
-    return Text(name, hashlib.sha256(data).hexdigest(), np.array(ids, np.int32))
+    return Text(name, hashlib.sha256(text.encode()).hexdigest(), np.array(ids, np.int32))
 
 
 def evaluate(
@@ -226,7 +223,7 @@ def evaluate(
     Memory beside both models: the logits of one chunk, once a model, and the scored numbers.
     """
     models = _Models(request, environment, progress)
-    text = read_text(request, models.files, models.reference_files)
+    text = read_tokens(request, models.files, models.reference_files)
     stride = max(1, models.window // 2) if request.stride is None else request.stride
     windows = make_windows(len(text.tokens), models.window, stride, request.max_windows)
     start = time.perf_counter()

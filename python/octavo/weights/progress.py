@@ -1,9 +1,10 @@
-"""Telling how far a long step has come: a protocol, silence, and a bar."""
+"""Telling how far a long step has come: a protocol, silence, a bar, and lines for a log."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -45,8 +46,31 @@ class NoProgress:
 NO_PROGRESS: Progress = NoProgress()
 
 
+class LogLines:
+    """A line now and then, where there is no terminal to draw a bar on (the log of a job, say)."""
+
+    SECONDS = 30.0  # between two lines
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        """write: takes a line."""
+        self._write = write
+        self._last = time.monotonic()
+
+    def offer(self, line: Callable[[], str]) -> None:
+        """Write what `line` returns, if the last line was long enough ago."""
+        if time.monotonic() - self._last >= self.SECONDS:
+            self._write(line())
+            self._last = time.monotonic()
+
+
+def bytes_done(what: str, done: float, total: float | None) -> str:
+    """As in "loading smollm2-135m: 120 of 269 MB"; total may be unknown."""
+    of_all = f" of {total / 1e6:,.0f}" if total else ""
+    return f"{what}: {done / 1e6:,.0f}{of_all} MB"
+
+
 class BarProgress:
-    """A bar on standard error, drawn with rich; use it in a `with` block."""
+    """A bar on standard error, drawn with rich, or LogLines; use it in a `with` block."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -66,7 +90,9 @@ class BarProgress:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
+            disable=not Console(stderr=True).is_terminal,
         )
+        self._log = LogLines(self.message)
         self._task: Any = None
 
     def __enter__(self) -> BarProgress:
@@ -90,6 +116,9 @@ class BarProgress:
 
     def advance(self, amount: int) -> None:
         self._bar.update(self._task, advance=amount)
+        task = self._bar.tasks[-1]
+        if self._bar.disable:
+            self._log.offer(lambda: bytes_done(task.description, task.completed, task.total))
 
     def finish(self) -> None:
         task = self._bar.tasks[self._bar.task_ids.index(self._task)]

@@ -1,0 +1,114 @@
+"""Files that a user names: what can go wrong with one, as a FileError of one sentence.
+
+The sentence names the file, says what it is to be, and what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from octavo.errors import FileError, OctavoError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A whole file in UTF-8. what: it, for the message, as in "an event log". Raises FileError."""
+    with reading(path, what):
+        return Path(path).read_bytes().decode("utf-8")
+
+
+@contextmanager
+def reading(path: str | Path, what: str) -> Iterator[None]:
+    """Turn a failure to read `path`, or bytes in it that are no UTF-8, into a FileError."""
+    try:
+        yield
+    except OctavoError:
+        raise
+    except UnicodeDecodeError as error:
+        raise FileError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}); expected {what}: convert "
+            "it, as with `iconv -t UTF-8`"
+        ) from error
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            problem = "does not exist"
+        elif isinstance(error, IsADirectoryError):
+            problem = "is a directory"
+        else:
+            problem = f"cannot be read ({error.strerror or error})"
+        advice = ": ask its owner for it" if error.errno in _FORBIDDEN else ""
+        raise FileError(f"{path} {problem}; expected {what}{advice}") from error
+
+
+@contextmanager
+def writing(path: str | Path, what: str) -> Iterator[None]:
+    """Turn a failure to write `path` into a FileError. what: it, as in "the event log"."""
+    try:
+        yield
+    except OctavoError:
+        raise
+    except OSError as error:
+        raise FileError(_not_written(Path(path), what, error)) from error
+
+
+def write_text(path: str | Path, what: str, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all; a pipe or a device is written to as it is.
+
+    what: it, as in "the trace". Raises FileError.
+    """
+    path = Path(path)
+    check_writable(path, what)  # else a file that must not be changed would be replaced
+    with writing(path, what):
+        target = path.resolve()  # what a link leads to: the link itself stays
+        in_place = path.exists() and not path.is_file()
+        if in_place or not os.access(target.parent, os.W_OK):
+            path.write_text(text, encoding="utf-8")
+            return
+        temporary = target.with_name(f".octavo.{os.getpid()}.partial")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(target)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def check_writable(path: str | Path, what: str) -> None:
+    """Raise before the work what `writing` would raise after it; makes and changes nothing."""
+    path = Path(path)
+    with writing(path, what):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        place = path if path.exists() else path.parent
+        if not place.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if place == path.parent and not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def expand_home(path: str | Path) -> Path:
+    """A path with "~" replaced; as it is where nobody's home directory is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user, or no HOME and no entry in the password file
+        return Path(path)
+
+
+def _not_written(path: Path, what: str, error: OSError) -> str:
+    start = f"{what} cannot be written to {path}"
+    if error.errno in _FULL:
+        return f"{start}: the disk is full; free some space, or name a file on another disk"
+    if isinstance(error, IsADirectoryError):
+        return f"{start}: it is a directory; expected the name of a file"
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return f"{start}: {path.parent} is no directory; make it first, or name another"
+    place = " in a directory of your own" if error.errno in _FORBIDDEN else ""
+    return f"{start}: {error.strerror or error}; name another file{place}"
