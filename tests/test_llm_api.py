@@ -45,7 +45,7 @@ def ids(text: str) -> list[int]:
 def is_clean(llm: LLM) -> bool:
     llm.engine.check_integrity()
     free = llm.engine.blocks.num_free_blocks
-    return not (llm.engine.has_unfinished_requests or llm._inboxes) and free == 40
+    return not (llm.engine.has_unfinished_requests or llm._shared.num_open) and free == 40
 
 
 def test_forms_of_prompts(llm: LLM) -> None:

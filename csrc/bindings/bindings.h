@@ -4,10 +4,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+#include <unistd.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/spec.h"
@@ -43,6 +46,15 @@ template <class T>
 nb::object to_numpy(std::vector<T> values) {
   const std::size_t size = values.size();
   return to_numpy(std::move(values), {size});
+}
+
+// Makes an object that has threads. A process forked from this one leaves its copy as it is, when
+// Python drops it: the destructor would wait for ever for threads that are not there.
+template <class T, class... Arguments>
+std::shared_ptr<T> make_with_threads(Arguments... arguments) {
+  return {new T(arguments...), [process = getpid()](T* made) {
+            if (getpid() == process) delete made;
+          }};
 }
 
 ModelSpec model_spec(nb::handle spec);               // from octavo.models.spec.ModelSpec

@@ -1,5 +1,7 @@
 // The module octavo._native. python/octavo/_native.pyi documents what it holds.
 
+#include <pthread.h>
+
 #include "bindings/bindings.h"
 #include "core/backend.h"
 #include "cpu/kernels.h"
@@ -73,6 +75,8 @@ nb::dict build_info() {
 
 NB_MODULE(_native, module) {
   using namespace octavo::bindings;
+  // In a fork the frames of the parent's other threads keep what they hold: no fault of ours.
+  pthread_atfork(nullptr, nullptr, [] { nb::set_leak_warnings(false); });
   module.def("build_info", &build_info);
   module.def("available_devices", &octavo::available_devices);
   module.def("available_isas", &octavo::cpu::available_isas);

@@ -298,8 +298,8 @@ class OpBench {
 
 void bind_op_bench(nb::module_& module) {
   nb::class_<OpBench>(module, "OpBench")
-      .def(nb::init<const std::string&, const std::string&, bool, std::int64_t, std::int64_t,
-                    std::int64_t>(),
+      .def(nb::new_(&make_with_threads<OpBench, std::string, std::string, bool, std::int64_t,
+                                       std::int64_t, std::int64_t>),
            nb::arg("device"), nb::arg("dtype"), nb::arg("deterministic") = false,
            nb::arg("launches") = 200, nb::arg("repeats") = 5, nb::arg("cache_bytes") = 256 << 20)
       .def("linear", &OpBench::linear, nb::arg("rows"), nb::arg("outputs"), nb::arg("inputs"),

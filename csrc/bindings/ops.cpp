@@ -348,8 +348,8 @@ nb::object Ops::sample(Array2<float> logits, Array1<float> temperature, IntArray
 void bind_ops(nb::module_& module) {
   const auto none = nb::none();
   nb::class_<Ops>(module, "Ops")
-      .def(nb::init<const std::string&, int, const std::string&, const std::string&, bool,
-                    std::int64_t>(),
+      .def(nb::new_(&make_with_threads<Ops, std::string, int, std::string, std::string, bool,
+                                       std::int64_t>),
            nb::arg("device") = "cpu", nb::arg("num_threads") = 0, nb::arg("isa") = "auto",
            nb::arg("dtype") = "f32", nb::arg("deterministic") = false, nb::arg("row_gap") = 0)
       .def("embed", &Ops::embed, nb::arg("table"), nb::arg("token_ids"),

@@ -185,12 +185,10 @@ void bind_runtime(nb::module_& module) {
       .def_ro("taps", &StepOutput::taps);
 
   nb::class_<Runtime>(module, "Runtime")
-      .def(
-          "__init__",
-          [](Runtime* self, const std::string& device, nb::handle spec, nb::handle options) {
-            new (self) Runtime(device, model_spec(spec), runtime_options(options));
-          },
-          nb::arg("device"), nb::arg("spec"), nb::arg("options"))
+      .def(nb::new_([](const std::string& device, nb::handle spec, nb::handle options) {
+             return make_with_threads<Runtime>(device, model_spec(spec), runtime_options(options));
+           }),
+           nb::arg("device"), nb::arg("spec"), nb::arg("options"))
       .def("load", &load, nb::arg("name"), nb::arg("array").noconvert(), nb::arg("dtype"))
       .def("missing_weights", &Runtime::missing_weights)
       .def("kv_bytes_per_block", &Runtime::kv_bytes_per_block)

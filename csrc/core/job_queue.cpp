@@ -1,10 +1,15 @@
 #include "core/job_queue.h"
 
+#include <unistd.h>
+
 #include <exception>
+#include <stdexcept>
+
+#include "core/text.h"
 
 namespace octavo {
 
-JobQueue::JobQueue() : thread_([this] { work(); }) {}
+JobQueue::JobQueue() : process_(getpid()), thread_([this] { work(); }) {}
 
 JobQueue::~JobQueue() {
   {
@@ -15,7 +20,15 @@ JobQueue::~JobQueue() {
   thread_.join();
 }
 
+void JobQueue::check_process() const {
+  if (getpid() == process_) return;
+  throw std::runtime_error(text("the runtime was made by process ", process_,
+                                " and is used by process ", getpid(),
+                                ", a fork of it that lacks its threads; make one after the fork"));
+}
+
 void JobQueue::push(std::function<void()> job) {
+  check_process();
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     jobs_.push_back(std::move(job));

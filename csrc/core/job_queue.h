@@ -17,6 +17,9 @@ class JobQueue {
   void push(std::function<void()> job);
   // Runs `job` behind all others, waits for it, and throws here what it threw there.
   void run(const std::function<void()>& job);
+  // Throws in a process that was forked from this one: it has a copy of the queue, but no thread,
+  // and to wait for a job there is to wait for ever. `push` and `run` do the same.
+  void check_process() const;
 
  private:
   void work();
@@ -25,6 +28,7 @@ class JobQueue {
   std::condition_variable changed_;
   std::deque<std::function<void()>> jobs_;
   bool stopping_ = false;
+  const long process_;
   std::thread thread_;
 };
 

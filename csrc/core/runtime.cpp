@@ -227,6 +227,7 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool dr
             missing.empty() ? "" : missing.front());
     weights_complete_ = true;
   }
+  queue_.check_process();
   require(!kv_.empty(), "submit was called before alloc_kv");
   check(batch, limits());
   Flight* free_flight = nullptr;
@@ -258,6 +259,7 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool dr
 }
 
 Runtime::Flight& Runtime::flight_of(std::int64_t ticket) {
+  queue_.check_process();
   for (Flight& flight : flights_) {
     if (flight.open && flight.ticket == ticket) return flight;
   }

@@ -112,7 +112,9 @@ class StepOutput:
 class Runtime:
     """One model on one device: weights, KV cache, and the step.
 
-    Every call may raise ValueError (the message names the argument), MemoryError, or RuntimeError.
+    Every call may raise ValueError (the message names the argument), MemoryError, or RuntimeError,
+    which a process forked after this was made gets always: it has no threads to compute with. Not
+    thread-safe.
     """
 
     def __init__(self, device: str, spec: Any, options: Any) -> None:

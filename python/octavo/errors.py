@@ -77,6 +77,31 @@ class EngineStepError(OctavoError, RuntimeError):
     """A step of the engine failed, and with it every request that was being computed."""
 
 
+class EngineInUseError(OctavoError, RuntimeError):
+    """An engine that was used while it was in use, or by somebody else than its owner."""
+
+
+class WrongProcessError(OctavoError, RuntimeError):
+    """A model that was used in another process than the one that loaded it.
+
+    pid: of the process that loaded it. this_pid: of the one that used it; None for a model that was
+    to be pickled, to be sent to another one.
+    """
+
+    def __init__(self, pid: int, this_pid: int | None) -> None:
+        self.pid, self.this_pid = pid, this_pid
+        what = (
+            "and it cannot be pickled to be sent to another one"
+            if this_pid is None
+            else f"and this is process {this_pid}, a fork of it without the threads that compute"
+        )
+        super().__init__(
+            f"the model was loaded by process {pid}, {what}: load it in the process that uses it "
+            f'(with multiprocessing, in the child, best with the start method "spawn"; in a web '
+            f"server, in each worker, without preloading)"
+        )
+
+
 class ShutdownError(OctavoError):
     """A request that was cut off, since the server is shutting down."""
 

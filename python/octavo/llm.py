@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
-from collections import deque
-from collections.abc import Collection, Generator, Hashable, Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from octavo.config import EngineConfig, read_environment
 from octavo.engine.engine import Engine
-from octavo.engine.interrupts import deferred_interrupt
 from octavo.engine.outputs import OutputChunk, RequestMetrics, RequestOutput
-from octavo.engine.progress import progress_bar
+from octavo.engine.progress import Advance, progress_bar
 from octavo.engine.request import derive_seed
-from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
+from octavo.engine.shared import Asked, Call, SharedEngine, SharedIterator
+from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError, WrongProcessError
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -30,8 +39,7 @@ Message = Mapping[str, Any]
 Conversation = SequenceOf[Message]
 Prompt = str | SequenceOf[int]
 """One prompt: text, or the ids of its tokens."""
-Inbox = deque[OutputChunk]
-"""Where one call finds the chunks of its requests, whoever made the step."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,17 @@ class LLM:
         for output in llm.generate(["Once upon a time", "2 + 2 ="], SamplingParams(max_tokens=32)):
             print(output.text)
 
+    Any number of threads may ask one LLM at a time, by any of its methods; their requests share the
+    steps. Iterators may be read and closed by any thread. An error of a step is raised in the calls
+    whose requests were in it, Ctrl-C ends the main thread's call; the others go on.
+
     Requests that name no seed draw theirs from `EngineConfig.seed` and the number of the request,
-    so a program that is run again gives the same texts. Not thread-safe.
+    so a program that is run again gives the same texts. The requests of one `generate` or `chat`
+    have numbers that follow each other. Of several threads, whose come first is a matter of chance:
+    name seeds where it matters.
+
+    A process that was forked after loading cannot ask: every method raises a WrongProcessError
+    there. Whoever drives `engine` itself, as the server does, is the only one to use it.
     """
 
     def __init__(
@@ -122,8 +139,11 @@ class LLM:
         self.engine = engine
         self.config = config
         self.chat_template = chat_template
-        self._request_numbers = itertools.count()
-        self._inboxes: dict[str, Inbox] = {}
+        self._shared = SharedEngine(engine)
+        self._bar_turn = threading.Lock()
+
+    def __reduce__(self) -> NoReturn:
+        raise WrongProcessError(self.engine.door.pid, None)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -149,12 +169,13 @@ class LLM:
         stderr. Every prompt is checked before any runs: an InvalidArgumentError says which one is
         bad. Ctrl-C ends all of them and raises KeyboardInterrupt.
         """
+        call = Call(self._shared)
         many, items = _split_prompts(prompts)
         encoded = []
         for index, item in enumerate(items):
             with _naming(f"prompt {index}", many):
                 encoded.append(self.encode_prompt(item))
-        return self._run_all(encoded, params, progress)
+        return self._run_all(call, encoded, params, progress)
 
     def chat(
         self,
@@ -168,13 +189,14 @@ class LLM:
 
         template_variables go to the chat template (tools, a date). Otherwise as `generate`.
         """
+        call = Call(self._shared)
         many = bool(messages) and not isinstance(messages[0], Mapping)
         conversations = cast("SequenceOf[Conversation]", messages if many else [messages])
         encoded = []
         for index, item in enumerate(conversations):
             with _naming(f"conversation {index}", many):
                 encoded.append(self.encode_chat(item, **template_variables))
-        return self._run_all(encoded, params, progress)
+        return self._run_all(call, encoded, params, progress)
 
     def stream(
         self, prompt: Prompt | Conversation | EncodedPrompt, params: SamplingParams | None = None
@@ -185,18 +207,21 @@ class LLM:
         `generate` would have returned. With params.n above 1 the answers' chunks are mixed and
         told apart by `index`. Closing the iterator ends the request, and so does
         leaving the loop, once nothing refers to the iterator any more. A bad prompt raises an
-        InvalidArgumentError at once, not at the first chunk.
+        InvalidArgumentError at once, not at the first chunk; the request starts with the first
+        chunk, since an iterator nobody reads must not run.
         """
+        call = Call(self._shared)
         encoded = self._encode(prompt)
         params = params or SamplingParams()
         self.engine.check_request(encoded.token_ids, params)
-        return self._stream(encoded, params)
+        asked = _asked(None, encoded, params)._replace(stream=True)
+        return SharedIterator(_stream(call, asked), call)
 
     def generate_as_completed(
         self,
         items: Iterable[tuple[Hashable, Prompt | Conversation | EncodedPrompt, SamplingParams]],
         max_in_flight: int | None = None,
-    ) -> Iterator[tuple[Any, RequestOutput]]:
+    ) -> Generator[tuple[Any, RequestOutput], None, None]:
         """Answer any number of (key, prompt or conversation, params), as each one finishes.
 
         Yields (key, output) in the order of finishing. Items are taken lazily, max_in_flight at a
@@ -205,29 +230,16 @@ class LLM:
         whose params name no seed draws it from the engine's seed and str(key): a run that is
         resumed half-way continues as if it had never stopped.
         """
+        call = Call(self._shared)
         limit = max_in_flight or 2 * self.engine.options.max_num_seqs
-        keys: dict[str, Hashable] = {}
-        inbox: Inbox = deque()
-        source = iter(items)
-        try:
-            while True:
-                for key, prompt, params in itertools.islice(source, limit - len(keys)):
-                    if params.seed is None:
-                        seed = derive_seed(self.engine.seed, f"key {key}")
-                        params = replace(params, seed=seed)
-                    try:
-                        keys[self._start(self._encode(prompt), params, inbox)] = key
-                    except (InvalidArgumentError, TokenizerError) as error:
-                        yield key, _refused(prompt, error)
-                if not keys:
-                    return
-                self._step()
-                while inbox:
-                    result = inbox.popleft().result
-                    if result is not None:
-                        yield keys.pop(result.request_id), result
-        finally:
-            self._end(keys)
+        return SharedIterator(self._as_completed(call, iter(items), limit), call)
+
+    def between_steps(self, function: Callable[[Engine], T]) -> T:
+        """Run a function of the engine while no thread changes it: to read its event log, say.
+
+        The function must not ask for answers. `engine.stats()` needs no such care.
+        """
+        return self._shared.between_steps(function)
 
     def encode_prompt(self, prompt: Prompt, add_special_tokens: bool = True) -> EncodedPrompt:
         """Token ids of a prompt; add_special_tokens: with those that the model wants before it."""
@@ -284,6 +296,7 @@ class LLM:
 
     def _run_all(
         self,
+        call: Call,
         prompts: list[EncodedPrompt],
         params: SamplingParams | SequenceOf[SamplingParams] | None,
         progress: bool,
@@ -292,79 +305,65 @@ class LLM:
         for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             with _naming(f"prompt {index}", len(prompts) > 1):
                 self.engine.check_request(prompt.token_ids, own)
-        results: dict[str, RequestOutput | None] = {}
-        inbox: Inbox = deque()
-        try:
-            for prompt, own in zip(prompts, each, strict=True):
-                results[self._start(prompt, own, inbox)] = None
-            with progress_bar(progress, len(prompts)) as advance:
-                num_running = len(prompts)
-                while num_running:
-                    num_tokens = self._step()
-                    num_finished = 0
-                    while inbox:
-                        result = inbox.popleft().result
-                        if result is not None:
-                            results[result.request_id] = result
-                            num_finished += 1
-                    num_running -= num_finished
-                    advance(num_finished, num_tokens)
-        finally:
-            self._end(results)
-        return [output for output in results.values() if output is not None]
+        results: list[RequestOutput | None] = [None] * len(prompts)
+        with call, self._bar(progress, len(prompts)) as advance:
+            call.ask([_asked(*one) for one in zip(itertools.count(), prompts, each)])
+            on_step = advance and partial(advance, 0)
+            while (arrival := call.take(on_step)) is not None:
+                results[arrival.key] = arrival.chunk.result
+                if advance is not None:
+                    advance(1)
+        return [output for output in results if output is not None]
 
-    def _stream(
-        self, prompt: EncodedPrompt, params: SamplingParams
-    ) -> Generator[OutputChunk, None, None]:
-        # The request starts with the first chunk: an iterator nobody reads must not run.
-        inbox: Inbox = deque()
-        request_id = self._start(prompt, params, inbox, stream=True)
-        try:
-            is_running = True
-            while is_running:
-                self._step()
-                while inbox:
-                    chunk = inbox.popleft()
-                    is_running = chunk.result is None
-                    yield chunk
-        finally:
-            self._end([request_id])
+    def _bar(self, wanted: bool, num_requests: int) -> AbstractContextManager[Advance | None]:
+        if not wanted or not num_requests:
+            return nullcontext()
+        return progress_bar(self._bar_turn, num_requests, lambda: self.engine.num_drawn_tokens)
 
-    def _start(
-        self, prompt: EncodedPrompt, params: SamplingParams, inbox: Inbox, stream: bool = False
-    ) -> str:
-        request_id = str(next(self._request_numbers))
-        self.engine.add_request(
-            request_id,
-            prompt.token_ids,
-            params,
-            prompt=prompt.text,
-            stream=stream,
-            continues_prompt=not prompt.is_chat,
-            kept_special_ids=prompt.kept_special_ids,
-        )
-        self._inboxes[request_id] = inbox
-        return request_id
+    def _as_completed(
+        self,
+        call: Call,
+        source: Iterator[tuple[Hashable, Prompt | Conversation | EncodedPrompt, SamplingParams]],
+        limit: int,
+    ) -> Generator[tuple[Any, RequestOutput], None, None]:
+        with call:
+            while not call.has_ended:
+                num_taken = 0
+                for key, prompt, params in itertools.islice(source, limit - call.num_open):
+                    num_taken += 1
+                    if params.seed is None:
+                        seed = derive_seed(self.engine.seed, f"key {key}")
+                        params = replace(params, seed=seed)
+                    try:
+                        encoded = self._encode(prompt)
+                        self.engine.check_request(encoded.token_ids, params)
+                    except (InvalidArgumentError, TokenizerError) as error:
+                        yield key, _refused(prompt, error)
+                    else:
+                        call.ask([_asked(key, encoded, params)])
+                if not num_taken and not call.num_open:
+                    return
+                arrival = call.take()
+                if arrival is not None and arrival.chunk.result is not None:
+                    yield arrival.key, arrival.chunk.result
 
-    def _step(self) -> int:
-        """One step of the engine, its chunks delivered; returns how many tokens it drew.
 
-        All calls that are open (iterators not yet read to their end) advance together.
-        """
-        with deferred_interrupt():
-            drawn_before = self.engine.num_drawn_tokens
-            for chunk in self.engine.step():
-                self._inboxes[chunk.request_id].append(chunk)
-                if chunk.result is not None:
-                    del self._inboxes[chunk.request_id]
-            return self.engine.num_drawn_tokens - drawn_before
+def _stream(call: Call, asked: Asked) -> Generator[OutputChunk, None, None]:
+    with call:
+        call.ask([asked])
+        while (arrival := call.take()) is not None:
+            yield arrival.chunk
 
-    def _end(self, request_ids: Iterable[str]) -> None:
-        """Abort those that have not ended: after an error, Ctrl-C, or a loop left early."""
-        with deferred_interrupt():
-            for request_id in request_ids:
-                self.engine.abort(request_id)
-                self._inboxes.pop(request_id, None)
+
+def _asked(key: Any, prompt: EncodedPrompt, params: SamplingParams) -> Asked:
+    return Asked(
+        key,
+        prompt.token_ids,
+        params,
+        prompt.text,
+        continues_prompt=not prompt.is_chat,
+        kept_special_ids=prompt.kept_special_ids,
+    )
 
 
 def _merge_options(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:

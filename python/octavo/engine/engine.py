@@ -2,7 +2,8 @@
 
 The engine holds the requests and turns drawn tokens into text and finish reasons. It decides
 nothing about order and memory (scheduler.py, block_manager.py) and computes nothing (the native
-core). It is not thread-safe: one thread adds requests and steps.
+core). One thread at a time adds requests and steps, which door.py sees to; shared.py lets many
+threads share an engine.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from octavo.engine.batch import Int32, build_masks
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.block_pool import IntegrityError
 from octavo.engine.checks import check_scheduling, check_tokens
+from octavo.engine.door import Door, through_door
 from octavo.engine.events import EventLog
 from octavo.engine.interrupts import deferred_interrupt
 from octavo.engine.journal import arrival, describe_engine, refusal, step_end
@@ -30,6 +32,7 @@ from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
 from octavo.engine.results import not_finite, read_logprobs, request_output
 from octavo.engine.schedule import Schedule, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
+from octavo.engine.stats import read_stats
 from octavo.engine.waiting_room import Deadlines, WaitingRoom
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
@@ -87,6 +90,8 @@ class Engine:
         header = describe_engine(options, limits, self.blocks)
         self.events = EventLog(options.event_log_capacity, header)
         self.scheduler = Scheduler(limits, self.blocks, self.events)
+        self.door = Door()
+        self.failed_request_ids: frozenset[str] = frozenset()  # that were in the step that failed
         self.num_steps = 0
         self.num_drawn_tokens = 0
         self._pipeline = Pipeline(
@@ -136,6 +141,7 @@ class Engine:
             )
         self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
 
+    @through_door
     def add_request(
         self,
         request_id: str,
@@ -157,7 +163,7 @@ class Engine:
         wherever it stands; None lets it run. cache_salt: requests with different ones share no
         cached keys and values, so that nobody can find out by timing what others asked.
         Raises InvalidArgumentError for one that cannot be answered, QueueFullError when too many
-        wait already; both change nothing.
+        wait already; both change nothing. This, `step` and `abort` raise what `Door` raises.
         """
         if request_id in self._requests:
             raise InvalidArgumentError(f"request {request_id!r} is already running: name it anew")
@@ -200,13 +206,15 @@ class Engine:
         names = self.scheduler.prefix_cache.names_of(request.sequences[0])
         self.events.record(arrival(request, timeout, tuple(names)))
 
+    @through_door
     def step(self) -> list[OutputChunk]:
         """Compute one step. Returns what it added to streamed requests, and finished requests.
 
         A chunk's `result` is set when its request has ended. Requests past their deadline end
         first, and their blocks are free in this very step. Nothing to do gives an empty list.
-        An error of the runtime leaves everything as it was before the step. With `overlap_steps`
-        the next step is on its way when this one's output is taken in.
+        An error of the runtime leaves everything as it was before the step, and
+        `failed_request_ids` says whose requests were in it. With `overlap_steps` the next step is
+        on its way when this one's output is taken in.
         """
         with deferred_interrupt():
             now = self._clock()
@@ -219,7 +227,7 @@ class Engine:
                     return self._deliver()
                 flight, output = self._pipeline.wait()
             except BaseException:
-                self._abandon_steps()
+                self.failed_request_ids = self._abandon_steps()
                 raise
             self.num_steps += 1
             self._undelivered += self._update(flight, output)
@@ -228,6 +236,7 @@ class Engine:
                 self._check_when_idle()
             return self._deliver()
 
+    @through_door
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and free its blocks; returns what it has so far.
 
@@ -244,24 +253,11 @@ class Engine:
             return self._remove(request_id, now)
 
     def stats(self) -> EngineStats:
-        """Where the engine stands: the numbers that metrics and a live view are made of."""
-        scheduler, pool = self.scheduler, self.blocks.pool
-        return EngineStats(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_waiting_requests=self.num_waiting_requests,
-            num_waiting_tokens=self.num_waiting_tokens,
-            waiting_reason=scheduler.waiting_reason,
-            num_blocks=pool.num_blocks,
-            num_free_blocks=pool.num_free,
-            num_cached_blocks=pool.num_cached,
-            num_steps=self.num_steps,
-            num_drawn_tokens=self.num_drawn_tokens,
-            num_preemptions=scheduler.num_preemptions,
-            num_prefix_queries=scheduler.prefix_cache.num_queries,
-            num_prefix_hits=scheduler.prefix_cache.num_hits,
-            num_evictions=pool.num_evictions,
-        )
+        """Where the engine stands: the numbers that metrics and a live view are made of.
+
+        Any thread may ask at any time; amid a step, some numbers are of the step before.
+        """
+        return read_stats(self)
 
     def check_integrity(self) -> None:
         """Queues, blocks and requests agree; IntegrityError if not."""
@@ -291,10 +287,14 @@ class Engine:
                 self._waiting_room.leave(request.request_id)
         return True
 
-    def _abandon_steps(self) -> None:
-        """Undo every step in flight, as if it had not been scheduled."""
-        for schedule in self._pipeline.abandon():
+    def _abandon_steps(self) -> frozenset[str]:
+        """Undo every step in flight, as if it had not been scheduled; returns who was in them."""
+        schedules = self._pipeline.abandon()
+        for schedule in schedules:
             self.scheduler.rollback(schedule)
+        sequences = (entry.sequence for schedule in schedules for entry in schedule.entries)
+        answers = (self._answers.get(sequence.key) for sequence in sequences)
+        return frozenset(answer.request.request_id for answer in answers if answer is not None)
 
     def _masks_of(self, schedule: Schedule) -> Int32 | None:
         drawing = [entry.sequence for entry in schedule.entries if entry.draws_token]

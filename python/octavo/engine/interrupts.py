@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[None]:
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Hold a first Ctrl-C back until the block has ended, and raise it then.
 
+    Gives a function that says whether one is held back, so that a long block may end early.
     A step changes the queues, the blocks and the answers together; an exception in its midst would
     leave them half changed. The second Ctrl-C is not held back, should a step never end. Only the
     main thread receives signals; in any other this does nothing, and so it does where somebody
@@ -20,7 +21,7 @@ def deferred_interrupt() -> Iterator[None]:
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
+        yield lambda: False
         return
     pending = False
 
@@ -31,7 +32,7 @@ def deferred_interrupt() -> Iterator[None]:
 
     signal.signal(signal.SIGINT, hold)
     try:
-        yield
+        yield lambda: pending
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if pending:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-Advance = Callable[[int, int], None]
-"""Called after each step with the requests it finished and the tokens it drew."""
+Advance = Callable[[int], None]
+"""Called with the requests finished since the last call, 0 to show the time and the speed only."""
 
 
 @contextmanager
-def progress_bar(enabled: bool, num_requests: int) -> Iterator[Advance]:
-    """A bar on stderr, redrawn ten times a second at most; nothing at all unless enabled."""
-    if not enabled or not num_requests:
-        yield lambda _num_finished, _num_tokens: None
+def progress_bar(
+    turn: threading.Lock, num_requests: int, num_drawn: Callable[[], int]
+) -> Iterator[Advance | None]:
+    """A bar on stderr, redrawn ten times a second at most.
+
+    turn: held while a bar is shown. While another thread shows one there is none, but None.
+    num_drawn: how many tokens the engine has drawn so far, for whomever; the bar shows its speed.
+    """
+    if not turn.acquire(blocking=False):
+        yield None
         return
+    try:
+        with _bar(num_requests, num_drawn) as advance:
+            yield advance
+    finally:
+        turn.release()
+
+
+@contextmanager
+def _bar(num_requests: int, num_drawn: Callable[[], int]) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -34,16 +50,18 @@ def progress_bar(enabled: bool, num_requests: int) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[speed]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    # Prints of other threads keep going where they went: what they hold of sys.stdout would outlive
+    # the bar.
+    with Progress(
+        *columns, console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False
+    ) as bar:
         task = bar.add_task("generating", total=num_requests, speed="")
-        started = monotonic()
-        total_tokens = 0
+        started, drawn_before = monotonic(), num_drawn()
 
-        def advance(num_finished: int, num_tokens: int) -> None:
-            nonlocal total_tokens
-            total_tokens += num_tokens
+        def advance(num_finished: int) -> None:
             seconds = monotonic() - started
-            speed = f"{total_tokens / seconds:.1f} tokens/s" if seconds > 0 else ""
+            num_tokens = num_drawn() - drawn_before
+            speed = f"{num_tokens / seconds:.1f} tokens/s" if seconds > 0 else ""
             bar.update(task, advance=num_finished, speed=speed)
 
         yield advance

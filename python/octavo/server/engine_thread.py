@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from octavo.engine.events import EventLogFile
-from octavo.errors import EngineStepError, OctavoError
+from octavo.errors import EngineStepError, OctavoError, WrongProcessError
 from octavo.server.step_stats import StatsReader, StepStats
 from octavo.server.stream import EngineRequest, ResultStream
 
@@ -102,7 +103,7 @@ class EngineThread:
     def submit(self, request: EngineRequest) -> ResultStream:
         """Hand a request to the engine; whatever becomes of it comes out of the stream."""
         stream = ResultStream(request, self._close)
-        if self.state != "ready":
+        if not self._is_running:
             stream.put(self._not_running())
             return stream
         self._open[request.request_id] = stream
@@ -125,7 +126,7 @@ class EngineThread:
         """Run a function between two steps, where it may look at the engine."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        if self.state != "ready":
+        if not self._is_running:
             raise self._not_running()
         self._calls.add(future)
         future.add_done_callback(self._calls.discard)
@@ -161,14 +162,21 @@ class EngineThread:
         seconds = time.monotonic() - self._progress_at
         if self.state == "loading":
             return Health(False, "the model is being loaded", seconds)
-        if self.state != "ready" or not self._thread.is_alive():
-            return Health(False, f"the engine has {self.state}: {self.problem}", seconds)
+        if not self._is_running:
+            return Health(False, str(self._not_running()), seconds)
         if seconds > self._stall_timeout:
             reason = f"there is work, but no step has ended for {seconds:.0f} seconds"
             return Health(False, reason, seconds)
         return Health(True, "ok", seconds)
 
-    def _not_running(self) -> EngineStepError:
+    @property
+    def _is_running(self) -> bool:
+        # A process that was forked after loading has a copy of all this, and no thread.
+        return self.state == "ready" and self._thread.is_alive()
+
+    def _not_running(self) -> OctavoError:
+        if self.llm is not None and not self.llm.engine.door.is_here:
+            return WrongProcessError(self.llm.engine.door.pid, os.getpid())
         return EngineStepError(f"the engine does not run: {self.problem or self.state}")
 
     def _end(self) -> None:
@@ -206,6 +214,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             self.llm = self._load()
+            self.llm.engine.door.check_process()
             recorder = _Recorder(self.llm.engine, self._event_log)
         except BaseException as error:
             self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
@@ -268,11 +277,10 @@ class EngineThread:
             chunks = engine.step()
         except Exception as error:
             _log.exception("a step of the engine failed")
-            # Those that hold blocks were in it. Those that wait go on; with nobody running, the
-            # fault lies in the queue, and all must go lest the same step fail for ever.
-            ids = {key[0] for key in engine.blocks.holders() if isinstance(key, tuple)}
+            # Who was not in it goes on; with nobody in it, all must go lest it fail for ever.
             message = f"a step of the engine failed: {type(error).__name__}: {error}"
-            self._fail(list(ids or self._streams), EngineStepError(message))
+            hit = [name for name in self._streams if name in engine.failed_request_ids]
+            self._fail(hit or list(self._streams), EngineStepError(message))
             engine.check_integrity()
             return
         for chunk in chunks:

@@ -1,0 +1,76 @@
+"""Who may use an engine: one thread at a time, in the process that made it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from octavo.errors import EngineInUseError, WrongProcessError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Door:
+    """A context to be in while an engine is used; it refuses, and never waits.
+
+    Entering raises a WrongProcessError in a process that was forked from the one that made the
+    engine: the threads that compute exist in that one only, and to wait for them is to wait for
+    ever. It raises an EngineInUseError while another thread is inside.
+    """
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._inside = threading.Lock()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process made the engine."""
+        return os.getpid() == self.pid
+
+    def check_process(self) -> None:
+        """WrongProcessError in a process that was forked from the one that made the engine."""
+        if not self.is_here:
+            raise WrongProcessError(self.pid, os.getpid())
+
+    def __enter__(self) -> None:
+        self.check_process()
+        if not self._inside.acquire(blocking=False):
+            raise EngineInUseError(
+                "the engine was used by two threads at a time; expected one: ask through LLM, "
+                "which any number of threads may share, or drive the engine from one thread"
+            )
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self._inside.release()
+
+
+class HasDoor(Protocol):
+    """Something that is used through its door."""
+
+    door: Door
+
+
+Owner = TypeVar("Owner", bound=HasDoor)
+
+
+def through_door(
+    method: Callable[Concatenate[Owner, P], T],
+) -> Callable[Concatenate[Owner, P], T]:
+    """The method, run inside of its object's door."""
+
+    @functools.wraps(method)
+    def inside(owner: Owner, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with owner.door:
+            return method(owner, *args, **kwargs)
+
+    return inside

@@ -1,0 +1,364 @@
+"""One engine for many threads: whoever waits for an answer makes the steps for all who wait.
+
+There is no thread behind the scenes. A thread that waits takes the lead if nobody has it: it does
+to the engine what others have asked for, makes steps, and puts what they bring into the inbox of
+the call it belongs to. Once something has come for its own call it gives the lead up, and wakes
+another thread that waits. All others sleep until something lies in their inbox.
+
+Nobody ever blocks on the lead. What is to be done to the engine goes into a queue and is done
+between two steps, by the thread that leads. So a call may be ended from anywhere: by another
+thread, or by the garbage collector in the midst of a step.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Generator
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
+from functools import partial
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from octavo.engine.interrupts import deferred_interrupt
+from octavo.engine.outputs import OutputChunk
+from octavo.errors import EngineInUseError
+from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.engine.engine import Engine
+
+T = TypeVar("T")
+LOOK_AGAIN_SECONDS = 1.0
+"""Most seconds of sleep: a second Ctrl-C amid the handing over of the lead may lose a wake-up."""
+BEAT_SECONDS = 0.1  # between two calls of `on_step` while another thread makes the steps
+
+
+class Asked(NamedTuple):
+    """A request that has no number yet. key: the caller's own name for it."""
+
+    key: Any
+    prompt_token_ids: SequenceOf[int]
+    params: SamplingParams
+    prompt: str | None = None
+    stream: bool = False
+    continues_prompt: bool = True
+    kept_special_ids: Collection[int] = ()
+
+
+class Arrival(NamedTuple):
+    """Something new of the request with this key."""
+
+    key: Any
+    chunk: OutputChunk
+
+
+class Sign(enum.Enum):
+    """What an inbox may hold beside arrivals and errors."""
+
+    LOOK = "nobody leads, perhaps"
+    ENDED = "the call was ended"
+
+
+class Call:
+    """What one caller has asked for and not got yet. As a context, it is ended at the end.
+
+    num_open: requests whose end has not been taken. inbox, request_ids (of those that run): of
+    `SharedEngine`. Raises WrongProcessError in a process that did not make the engine.
+    """
+
+    def __init__(self, shared: SharedEngine) -> None:
+        shared.engine.door.check_process()
+        self.num_open = 0
+        self.has_ended = False
+        self.inbox: SimpleQueue[Arrival | Exception | Sign] = SimpleQueue()
+        self.request_ids: set[str] = set()
+        self._shared = shared
+
+    def ask(self, requests: SequenceOf[Asked]) -> None:
+        """Add requests, which get numbers that follow each other.
+
+        One that the engine refuses, and every one after it, is not added: `take` raises the error.
+        """
+        self.num_open += len(requests)
+        self._shared.do(partial(self._shared.add, self, requests))
+
+    def take(self, on_step: Callable[[], None] | None = None) -> Arrival | None:
+        """The next arrival, for which steps are made or waited for; None once nothing will come.
+
+        on_step: called after every step made here, and ten times a second while others make them.
+        Raises what a step raised that one of the requests was in; the call has ended then.
+        """
+        if not self.num_open or self.has_ended:
+            return None
+        item = self._shared.next_item(self, on_step)
+        if isinstance(item, Sign):
+            return None
+        if isinstance(item, Exception):
+            self.end()
+            try:
+                raise item
+            finally:
+                del item  # a cycle through the traceback would keep it alive
+        if item.chunk.result is not None:
+            self.num_open -= 1
+        return item
+
+    def end(self) -> None:
+        """Abort what is unfinished; any thread may do so, at any time, twice as well."""
+        self.has_ended = True
+        if self.num_open and self._shared.engine.door.is_here:
+            self.inbox.put(Sign.ENDED)  # for a thread that waits for an arrival
+            self._shared.do(partial(self._shared.drop, self))
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.end()
+
+
+class SharedEngine:
+    """An engine with the calls that are open on it. It must not be driven otherwise meanwhile."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._numbers = itertools.count()
+        self._open: dict[str, tuple[Call, Any]] = {}  # call and key by request id
+        self._commands: deque[Callable[[], None]] = deque()
+        self._waiting: dict[Call, None] = {}  # whose threads sleep, or are about to
+        self._lead = threading.Lock()
+        self._leader: int | None = None  # the thread that has it
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    def between_steps(self, function: Callable[[Engine], T]) -> T:
+        """Run a function while no thread changes the engine; it must not wait for answers."""
+        self.engine.door.check_process()
+        self._check_not_within()
+        outcome: Future[T] = Future()
+
+        def command() -> None:
+            try:
+                outcome.set_result(function(self.engine))
+            except Exception as error:
+                outcome.set_exception(error)
+
+        self.do(command)
+        return outcome.result()
+
+    def do(self, command: Callable[[], None]) -> None:
+        """Have a command carried out between two steps: now, if nobody leads. It must not raise."""
+        self._commands.append(command)
+        with deferred_interrupt():
+            self._settle()
+            self._wake_one()
+
+    def next_item(
+        self, call: Call, on_step: Callable[[], None] | None
+    ) -> Arrival | Exception | Sign:
+        """What comes first into the call's inbox; steps are made, or waited for, until then."""
+        self.engine.door.check_process()
+        self._check_not_within()
+        seconds = LOOK_AGAIN_SECONDS if on_step is None else BEAT_SECONDS
+        try:
+            # Before the lead is asked for: whoever gives it up from now on will see who waits.
+            self._waiting[call] = None
+            while True:
+                if call.inbox.empty():
+                    self._step_for_all(call, on_step)
+                try:
+                    item = call.inbox.get(timeout=seconds)
+                except Empty:
+                    if on_step is not None:
+                        on_step()
+                    continue
+                if item is not Sign.LOOK:
+                    return item
+        finally:
+            self._waiting.pop(call, None)
+            self._wake_one()
+
+    def _check_not_within(self) -> None:
+        if self._leader == threading.get_ident():
+            raise EngineInUseError(
+                "an answer was asked for in the midst of a step, by the very thread that makes it; "
+                "expected no such thing in signal handlers, finalizers and `between_steps`"
+            )
+
+    # ---- the lead ----
+
+    def _take_lead(self) -> bool:
+        if not self._lead.acquire(blocking=False):
+            return False
+        self._leader = threading.get_ident()
+        return True
+
+    def _give_lead_up(self) -> None:
+        self._leader = None
+        self._lead.release()
+
+    def _step_for_all(self, call: Call, on_step: Callable[[], None] | None) -> None:
+        """Lead until something has come for `call`; nothing while another thread leads."""
+        with deferred_interrupt() as interrupted:
+            if not self._take_lead():
+                return
+            try:
+                self._carry_out()
+                while call.inbox.empty() and not interrupted():
+                    self._step(call)
+                    if on_step is not None:
+                        on_step()
+                    self._carry_out()
+            finally:
+                self._give_lead_up()
+                self._settle()
+
+    def _settle(self) -> None:
+        """Carry out commands; where somebody leads, that thread will: here, when it has let go."""
+        while self._commands and self._take_lead():
+            try:
+                self._carry_out()
+            finally:
+                self._give_lead_up()
+
+    def _wake_one(self) -> None:
+        """With nobody leading, wake the thread that waits longest: the lead is for it to take."""
+        if not self._waiting or self._lead.locked():
+            return
+        for call in list(self._waiting):
+            if not call.has_ended:  # if so, its thread has its sign already, or is gone
+                call.inbox.put(Sign.LOOK)
+                return
+
+    # ---- what only the thread that leads does ----
+
+    def _carry_out(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    def add(self, call: Call, requests: SequenceOf[Asked]) -> None:
+        """A command: start requests."""
+        try:
+            for asked in requests:
+                if call.has_ended:
+                    return
+                request_id = str(next(self._numbers))
+                self.engine.add_request(
+                    request_id,
+                    asked.prompt_token_ids,
+                    asked.params,
+                    prompt=asked.prompt,
+                    stream=asked.stream,
+                    continues_prompt=asked.continues_prompt,
+                    kept_special_ids=asked.kept_special_ids,
+                )
+                call.request_ids.add(request_id)
+                self._open[request_id] = (call, asked.key)
+        except Exception as error:
+            self._fail(call, error)
+
+    def drop(self, call: Call) -> None:
+        """A command: abort every request of a call."""
+        while call.request_ids:
+            request_id = call.request_ids.pop()
+            self._open.pop(request_id, None)
+            # A detokenizer that fails while the text is finished is not asked a second time.
+            for _ in range(2):
+                try:
+                    self.engine.abort(request_id)
+                    break
+                except Exception:  # nobody waits for this answer
+                    continue
+
+    def _fail(self, call: Call, error: Exception) -> None:
+        self.drop(call)
+        call.inbox.put(error)
+
+    def _step(self, leader: Call) -> None:
+        """One step, its chunks delivered, or its error."""
+        try:
+            chunks = self.engine.step()
+        except Exception as error:
+            self._fail_step(leader, error)
+            return
+        for chunk in chunks:
+            call, key = self._open.get(chunk.request_id, (None, None))
+            if call is None:
+                continue
+            if chunk.result is not None:
+                del self._open[chunk.request_id]
+                call.request_ids.discard(chunk.request_id)
+            call.inbox.put(Arrival(key, chunk))
+        if not self.engine.has_unfinished_requests and leader.inbox.empty():
+            vanished = EngineInUseError(
+                "requests have vanished from the engine; expected nobody else to step it, nor to "
+                "abort what was asked through LLM: ask through LLM alone"
+            )
+            self._fail_step(leader, vanished)
+
+    def _fail_step(self, leader: Call, error: Exception) -> None:
+        """Tell those whose requests were in the step; when nobody was, all: they would wait on."""
+        calls = dict.fromkeys(call for call, _ in self._open.values())
+        hit = [call for call in calls if call.request_ids & self.engine.failed_request_ids]
+        for call in hit or {**calls, leader: None}:
+            self._fail(call, error if call is leader else _twin(error))
+
+
+class SharedIterator(Generator[T, None, None]):
+    """A generator over a call that any thread may read and close, at any time.
+
+    One thread reads at a time and others wait for their turn; whoever reads while it is closed
+    finds that it has ended. A plain generator raises a ValueError in both cases.
+    """
+
+    def __init__(self, generator: Generator[T, None, None], call: Call) -> None:
+        self._generator = generator
+        self._call = call
+        self._reading = threading.Lock()
+
+    def __next__(self) -> T:
+        with self._reading:
+            return next(self._generator)
+
+    def send(self, value: None) -> T:
+        """As `next`."""
+        with self._reading:
+            return self._generator.send(value)
+
+    def throw(self, *error: Any) -> T:
+        """Raise an error where the generator stands."""
+        with self._reading:
+            return self._generator.throw(*error)
+
+    def close(self) -> None:
+        """End the call, and so what is unfinished of it."""
+        self._call.end()
+        if self._reading.acquire(blocking=False):  # else who reads finds that it has ended
+            try:
+                self._generator.close()
+            finally:
+                self._reading.release()
+
+
+def _twin(error: Exception) -> Exception:
+    """The same error for another thread, since a traceback is of one; `error` is its cause."""
+    try:
+        found = copy.copy(error)
+    except Exception:  # its constructor takes something else than its args
+        return error
+    found.__cause__ = error
+    return found
