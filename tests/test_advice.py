@@ -252,3 +252,19 @@ def test_bits_that_do_not_suffice() -> None:
 def test_no_choice_is_named_that_ordinary_builds_lack() -> None:
     with pytest.raises(InvalidArgumentError, match="auto, cpu, cuda$"):
         EngineConfig(device="gpu")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["smollm2-135m", "--revision", "x"], ["smollm2-135m", "--name", "x"], ["a/b", "--name"]],
+)
+def test_options_of_pull_that_would_do_nothing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+) -> None:
+    """--force was advised, and --revision was then left aside again."""
+    monkeypatch.setenv("OCTAVO_HOME", str(tmp_path))
+    said = message_of(capsys, "pull", *given, *(["x"] if given[-1] == "--name" else []))
+    assert "leave it out" in said and given[1] in said
