@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from octavo import machine
+from cuda_helpers import DEVICE, needs_cuda
+from octavo import _native, machine
 from octavo.cli.app import run
 from octavo.config import EngineConfig, RuntimeOptions
 from octavo.diff.setup import _check_length
@@ -113,13 +114,12 @@ def test_memory(model: Path, memory_of: Any, given: dict[str, Any]) -> None:
     load(model, **given)
 
 
-def test_sizes_of_caches() -> None:
-    from octavo import _native
-
+@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=needs_cuda)])
+def test_sizes_of_caches(device: str) -> None:
     spec = read_spec(tiny_config())
     kinds: list[Any] = ["f32", "bf16", "int8"]
     options = [RuntimeOptions("f32", kind, 32, 64, 2, 32, 1) for kind in kinds]
-    sizes = [_native.Runtime("cpu", spec, each).kv_bytes_per_block() for each in options]
+    sizes = [_native.Runtime(device, spec, each).kv_bytes_per_block() for each in options]
     for each, size in zip(options, sizes, strict=True):
         needs = Needs(spec, EngineConfig(), each, {}, 0, size)
         assert [needs.bytes_of_block(kind) for kind in kinds] == sizes
@@ -179,7 +179,6 @@ def test_too_few_blocks(model: Path) -> None:
 
 def test_a_cache_that_cannot_be_allocated(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when memory is in pieces, or another process was quicker."""
-    from octavo import _native
 
     class Runtime(_native.Runtime):  # type: ignore[misc]
         def alloc_kv(self, num_blocks: int) -> None:
@@ -252,3 +251,19 @@ def test_bits_that_do_not_suffice() -> None:
 def test_no_choice_is_named_that_ordinary_builds_lack() -> None:
     with pytest.raises(InvalidArgumentError, match="auto, cpu, cuda$"):
         EngineConfig(device="gpu")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["smollm2-135m", "--revision", "x"], ["smollm2-135m", "--name", "x"], ["a/b", "--name"]],
+)
+def test_options_of_pull_that_would_do_nothing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+) -> None:
+    """--force was advised, and --revision was then left aside again."""
+    monkeypatch.setenv("OCTAVO_HOME", str(tmp_path))
+    said = message_of(capsys, "pull", *given, *(["x"] if given[-1] == "--name" else []))
+    assert "leave it out" in said and given[1] in said

