@@ -284,6 +284,23 @@ def test_closing_does_not_wait_for_a_step(llm: LLM, gate: Gate) -> None:
     assert is_clean(llm)
 
 
+def test_an_iterator_whose_source_asks_or_closes(llm: LLM) -> None:
+    def asking() -> Iterator[tuple[int, list[int], SamplingParams]]:
+        for i in range(5):
+            output = llm.generate([i], greedy(3), progress=False)[0]
+            yield i, [i, *output.outputs[0].token_ids], greedy(4)
+
+    for _, output in llm.generate_as_completed(asking()):
+        check_answers(output, greedy(4))
+
+    def closing() -> Iterator[tuple[int, list[int], SamplingParams]]:
+        completed.close()
+        yield 0, [1], greedy(9)
+
+    completed = llm.generate_as_completed(closing())
+    assert list(completed) == [] and is_clean(llm)
+
+
 def test_between_steps(llm: LLM, tmp_path: Path) -> None:
     writer = in_thread(
         lambda: [
@@ -419,12 +436,13 @@ def test_an_interrupt_ends_the_main_threads_call_alone(llm: LLM, leads: bool) ->
 
     interrupter = in_thread(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        llm.generate([[3], [4]], greedy(20), progress=False)
+        llm.generate([[3], [4]], greedy(46), progress=False)
     interrupter()
     for wait in starter():
         for output in wait():
             check_answers(output, greedy(20))
     assert is_clean(llm)
+    assert llm.engine.num_steps < 45  # nobody has computed the interrupted call to its end
 
 
 # ---- seeds ----

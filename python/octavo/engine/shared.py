@@ -253,8 +253,6 @@ class SharedEngine:
         """A command: start requests."""
         try:
             for key, prompt_token_ids, params, prompt, stream, continues_prompt in requests:
-                if call.has_ended:
-                    return
                 request_id = str(next(self._numbers))
                 self.engine.add_request(
                     request_id,
