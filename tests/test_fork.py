@@ -121,6 +121,16 @@ CASES = {
         "report(process.exitcode)",
         ["told", "0"] * 3,
     ),
+    "a pool": (
+        "def ask(number):\n"
+        "    return llm.generate([number])\n"
+        "with multiprocessing.get_context('fork').Pool(2) as pool:\n"
+        "    try:\n"
+        "        pool.map(ask, [1, 2])\n"
+        "    except WrongProcessError as error:\n"
+        "        report((error.pid == parent, error.this_pid == parent))",
+        ["(True, False)"] * 3,
+    ),
     "a server in the child": (
         "async def serve():\n"
         "    thread = EngineThread(lambda: llm)\n"

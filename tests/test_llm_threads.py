@@ -482,8 +482,11 @@ def test_one_progress_bar_at_a_time(llm: LLM, capsys: pytest.CaptureFixture[str]
 # ---- another process ----
 
 
-def test_an_llm_is_not_pickled(llm: LLM) -> None:
+def test_an_llm_is_not_pickled_but_errors_are(llm: LLM) -> None:
     with pytest.raises(
         WrongProcessError, match=rf"process {os.getpid()}, and it cannot be pickled"
     ):
         pickle.dumps(llm)
+    for error in (WrongProcessError(3, 4), QueueFullError(3, 70, 3, None, 12)):
+        again = pickle.loads(pickle.dumps(error))  # as out of a pool of processes
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
