@@ -50,11 +50,14 @@ if __name__ == "__main__":
     is_done = False
 
     def work():
+        global being_read
         while not is_done:
-            assert llm.generate([1, 2], params, progress=False)[0].outputs == want
+            being_read = llm.stream([1, 2], params)
+            assert list(being_read)[-1].result.outputs == want
 
     worker = threading.Thread(target=work)
     worker.start()
+    time.sleep(0.1)
 
     def fork(function):
         child = os.fork()
@@ -83,8 +86,8 @@ CASES = {
     "LLM": (
         "fork(lambda: told(lambda: llm.generate([1]), lambda: llm.chat([{'role': 'user'}]),"
         " lambda: llm.stream([1]), lambda: llm.generate_as_completed([]), lambda: next(stream),"
-        " lambda: llm.between_steps(lambda engine: 1)))",
-        ["told"] * 18,
+        " lambda: next(being_read), lambda: llm.between_steps(lambda engine: 1)))",
+        ["told"] * 21,
     ),
     "engine": (
         "fork(lambda: told(lambda: llm.engine.step(), lambda: llm.engine.abort('0'),"
@@ -120,6 +123,16 @@ CASES = {
         "process.join(15)\n"
         "report(process.exitcode)",
         ["told", "0"] * 3,
+    ),
+    "a pool": (
+        "def ask(number):\n"
+        "    return llm.generate([number])\n"
+        "with multiprocessing.get_context('fork').Pool(2) as pool:\n"
+        "    try:\n"
+        "        pool.map(ask, [1, 2])\n"
+        "    except WrongProcessError as error:\n"
+        "        report((error.pid == parent, error.this_pid == parent))",
+        ["(True, False)"] * 3,
     ),
     "a server in the child": (
         "async def serve():\n"

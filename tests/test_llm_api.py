@@ -202,6 +202,12 @@ def test_as_completed_takes_items_lazily_and_goes_on_after_bad_ones(llm: LLM) ->
     assert is_clean(llm)
 
 
+def test_as_completed_goes_on_when_all_that_fit_in_were_bad(llm: LLM) -> None:
+    items: list[tuple[int, Any, SamplingParams]] = [(i, [VOCAB], GREEDY) for i in range(7)]
+    found = dict(llm.generate_as_completed([*items, (7, "AB", GREEDY)], max_in_flight=3))
+    assert [found[i].error is None for i in range(8)] == [False] * 7 + [True]
+
+
 def test_as_completed_draws_seeds_by_key(tokenizer: Tokenizer) -> None:
     params = SamplingParams(max_tokens=12, ignore_eos=True)
 

@@ -1,45 +1,41 @@
-"""One LLM, many threads: right answers, nobody waits for ever, errors reach whom they belong to.
-
-`restless` lets threads take turns far more often than Python does, and makes the safety net of
-`LOOK_AGAIN_SECONDS` so slow that a lost wake-up is found out.
-"""
+"""One LLM, many threads: right answers, and nobody waits for ever."""
 
 from __future__ import annotations
 
 import gc
 import os
 import pickle
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_helpers import FakeRuntime, check_answers, fake_engine, solo_answer
-from octavo.engine import shared
+from engine_helpers import check_answers, fake_engine, solo_answer
 from octavo.engine.outputs import RequestOutput
 from octavo.engine.request import derive_seed
 from octavo.errors import EngineInUseError, QueueFullError, WrongProcessError
 from octavo.llm import LLM
 from octavo.sampling_params import SamplingParams
-
-SECONDS = 60.0  # in which everything here ends many times over
+from thread_helpers import (
+    DEEDS,
+    Gate,
+    greedy,
+    in_thread,
+    is_clean,
+    restless_threads,
+    run_threads,
+    runtime_of,
+    until,
+)
 
 
 @pytest.fixture(autouse=True)
-def restless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(shared, "LOOK_AGAIN_SECONDS", 1000.0)
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(2e-5)
-    yield
-    sys.setswitchinterval(before)
+def restless() -> Iterator[None]:
+    with restless_threads():
+        yield
 
 
 @pytest.fixture
@@ -52,128 +48,6 @@ def gate(llm: LLM) -> Iterator[Gate]:
     gate = Gate(llm)
     yield gate
     gate.open()
-
-
-class Gate:
-    """Holds every step back until it is opened; says when a step has come to it."""
-
-    def __init__(self, llm: LLM) -> None:
-        self._arrived, self._may_pass = threading.Event(), threading.Event()
-        self._wait = runtime_of(llm).wait
-        runtime_of(llm).wait = self._hold  # type: ignore[method-assign]
-
-    def _hold(self, ticket: int) -> Any:
-        self._arrived.set()
-        assert self._may_pass.wait(SECONDS)
-        return self._wait(ticket)
-
-    def await_step(self) -> None:
-        assert self._arrived.wait(SECONDS)
-
-    def open(self) -> None:
-        self._may_pass.set()
-
-
-def runtime_of(llm: LLM) -> FakeRuntime:
-    runtime = llm.engine.runtime
-    assert isinstance(runtime, FakeRuntime)
-    return runtime
-
-
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-
-
-def in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Run in a thread of its own; what is returned waits for its result, or raises its error."""
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(function)
-    pool.shutdown(wait=False)
-    return lambda: future.result(SECONDS)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def is_clean(llm: LLM) -> bool:
-    llm.engine.check_integrity()
-    pool = llm.engine.blocks
-    is_idle = not llm.engine.has_unfinished_requests and not llm._shared.num_open
-    return is_idle and not llm._shared._waiting and pool.num_free_blocks == pool.num_blocks
-
-
-# ---- what a thread may do; each checks what it gets ----
-
-
-def ask_for_some(llm: LLM, seed: int) -> None:
-    prompts = [[seed % 90, i] for i in range(1 + seed % 4)]
-    params = [SamplingParams(seed=seed + i, max_tokens=1 + 5 * i % 17) for i in range(len(prompts))]
-    outputs = llm.generate(prompts, params, progress=False)
-    for output, prompt, own in zip(outputs, prompts, params, strict=True):
-        assert list(output.prompt_token_ids) == prompt
-        check_answers(output, own)
-
-
-def read_stream(llm: LLM, seed: int) -> None:
-    params = SamplingParams(seed=seed, max_tokens=1 + seed % 13, ignore_eos=True)
-    chunks = list(llm.stream([seed % 90, 7], params))
-    tokens = tuple(token for chunk in chunks for token in chunk.token_ids)
-    assert tokens == solo_answer([seed % 90, 7], params).token_ids
-    assert chunks[-1].result is not None
-    check_answers(chunks[-1].result, params)
-
-
-def leave_stream(llm: LLM, seed: int) -> None:
-    stream = llm.stream([seed % 90], greedy(30))
-    for _ in range(1 + seed % 5):
-        next(stream)
-    if seed % 2:
-        stream.close()
-        assert list(stream) == []
-
-
-def read_as_completed(llm: LLM, seed: int) -> None:
-    params = SamplingParams(max_tokens=1 + seed % 9, ignore_eos=True)
-    items = ((i, [] if i % 5 == 4 else [i, seed % 90], params) for i in range(12))
-    seen: dict[int, RequestOutput] = {}
-    for key, output in llm.generate_as_completed(items, max_in_flight=1 + seed % 6):
-        seen[key] = output
-        if seed % 3 == 0 and len(seen) == 7:
-            return
-    assert sorted(seen) == list(range(12))
-    for key, output in seen.items():
-        if key % 5 == 4:
-            assert output.error
-        else:
-            own = SamplingParams(
-                max_tokens=1 + seed % 9, ignore_eos=True, seed=derive_seed(3, f"key {key}")
-            )
-            check_answers(output, own)
-
-
-def leave_in_a_cycle(llm: LLM, seed: int) -> None:
-    """The garbage collector closes it, in whichever thread and wherever that stands."""
-    stream = llm.stream([seed % 90, 1], greedy(30))
-    next(stream)
-    holder: list[Any] = [stream]
-    holder.append(holder)
-
-
-DEEDS = (ask_for_some, read_stream, leave_stream, read_as_completed, leave_in_a_cycle)
-
-
-def run_threads(llm: LLM, plans: list[list[tuple[int, int]]]) -> None:
-    def work(plan: list[tuple[int, int]]) -> None:
-        for deed, seed in plan:
-            DEEDS[deed](llm, seed)
-
-    for wait in [in_thread(lambda plan=plan: work(plan)) for plan in plans]:  # type: ignore[misc]
-        wait()
-    gc.collect()
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -284,6 +158,23 @@ def test_closing_does_not_wait_for_a_step(llm: LLM, gate: Gate) -> None:
     assert is_clean(llm)
 
 
+def test_an_iterator_whose_source_asks_or_closes(llm: LLM) -> None:
+    def asking() -> Iterator[tuple[int, list[int], SamplingParams]]:
+        for i in range(5):
+            output = llm.generate([i], greedy(3), progress=False)[0]
+            yield i, [i, *output.outputs[0].token_ids], greedy(4)
+
+    for _, output in llm.generate_as_completed(asking()):
+        check_answers(output, greedy(4))
+
+    def closing() -> Iterator[tuple[int, list[int], SamplingParams]]:
+        completed.close()
+        yield 0, [1], greedy(9)
+
+    completed = llm.generate_as_completed(closing())
+    assert list(completed) == [] and is_clean(llm)
+
+
 def test_between_steps(llm: LLM, tmp_path: Path) -> None:
     writer = in_thread(
         lambda: [
@@ -298,132 +189,6 @@ def test_between_steps(llm: LLM, tmp_path: Path) -> None:
         llm.between_steps(lambda _: {}["what"])
     with pytest.raises(EngineInUseError, match="in the midst of a step"):
         llm.between_steps(lambda _: llm.generate([1], progress=False))
-    assert is_clean(llm)
-
-
-# ---- errors ----
-
-
-def test_an_error_of_a_step_is_raised_in_all_calls_that_were_in_it(llm: LLM, gate: Gate) -> None:
-    idle = llm.stream([5], greedy(20))
-    first = in_thread(lambda: next(idle))
-    gate.await_step()
-    calls = [
-        in_thread(lambda i=i: llm.generate([i], greedy(9), progress=False))  # type: ignore[misc]
-        for i in range(8)
-    ]
-    until(lambda: len(llm._shared._waiting) == 9)
-    runtime_of(llm).fail_next = MemoryError("no more")  # in the next one: 5 fit into a step
-    gate.open()
-    first()
-    ends = [caught(wait) for wait in calls]
-    failed = [end for end in ends if isinstance(end, MemoryError)]
-    assert len(failed) == 4 and all(str(error) == "no more" for error in failed)
-    assert len({id(error) for error in failed}) == 4
-    for end in ends:
-        if not isinstance(end, Exception):
-            check_answers(end[0], greedy(9))
-    with pytest.raises(MemoryError, match="no more"):
-        list(idle)
-    assert list(idle) == [] and is_clean(llm)
-
-
-def caught(function: Callable[[], Any]) -> Any:
-    try:
-        return function()
-    except Exception as error:
-        return error
-
-
-def test_who_asks_too_much_is_told_alone() -> None:
-    llm = LLM.from_engine(fake_engine(max_waiting_requests=3))
-    gate = Gate(llm)
-    small = in_thread(lambda: llm.generate([1], greedy(9), progress=False))
-    gate.await_step()
-    large = in_thread(lambda: llm.generate([[i] for i in range(9)], greedy(9), progress=False))
-    until(lambda: len(llm._shared._waiting) == 2)
-    gate.open()
-    check_answers(small()[0], greedy(9))
-    with pytest.raises(QueueFullError):
-        large()
-    assert is_clean(llm)
-
-
-def test_steps_that_fail_now_and_then() -> None:
-    llm = LLM.from_engine(fake_engine())
-    runtime, done = runtime_of(llm), threading.Event()
-
-    def spoil() -> None:
-        while not done.wait(0.003):
-            runtime.fail_wait = RuntimeError("a device")
-
-    def work(number: int) -> int:
-        failures = 0
-        for i in range(25):
-            try:
-                DEEDS[(number + i) % 4](llm, number + i)
-            except RuntimeError as error:
-                assert str(error) == "a device"
-                failures += 1
-        return failures
-
-    spoiler = in_thread(spoil)
-    waits = [in_thread(lambda n=n: work(n)) for n in range(8)]  # type: ignore[misc]
-    assert sum(wait() for wait in waits) > 0
-    done.set()
-    spoiler()
-    runtime.fail_wait = None
-    gc.collect()
-    assert is_clean(llm)
-    ask_for_some(llm, 3)
-
-
-def test_requests_that_somebody_else_takes_away(llm: LLM, gate: Gate) -> None:
-    waits = [in_thread(lambda: llm.generate([1], greedy(9), progress=False)) for _ in range(2)]
-    gate.await_step()
-    until(lambda: len(llm._shared._waiting) == 2)
-    with pytest.raises(EngineInUseError, match="two threads at a time"):
-        llm.engine.abort("0")
-    with pytest.raises(EngineInUseError):
-        llm.engine.step()
-    llm._shared.do(lambda: [llm.engine.abort(i) for i in ("0", "1")] and None)
-    gate.open()
-    for wait in waits:
-        with pytest.raises(EngineInUseError, match="vanished"):
-            wait()
-
-
-@pytest.mark.parametrize("leads", [True, False])
-def test_an_interrupt_ends_the_main_threads_call_alone(llm: LLM, leads: bool) -> None:
-    gate = Gate(llm)
-
-    def ask() -> list[RequestOutput]:
-        return llm.generate([[1], [2]], greedy(20), progress=False)
-
-    def others() -> list[Any]:
-        if leads:
-            gate.await_step()
-        waits = [in_thread(ask) for _ in range(3)]
-        return waits
-
-    starter = in_thread(others)
-    if not leads:
-        starter()
-        gate.await_step()
-
-    def interrupt() -> None:
-        until(lambda: len(llm._shared._waiting) == 4)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.05)
-        gate.open()
-
-    interrupter = in_thread(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate([[3], [4]], greedy(20), progress=False)
-    interrupter()
-    for wait in starter():
-        for output in wait():
-            check_answers(output, greedy(20))
     assert is_clean(llm)
 
 
@@ -464,8 +229,11 @@ def test_one_progress_bar_at_a_time(llm: LLM, capsys: pytest.CaptureFixture[str]
 # ---- another process ----
 
 
-def test_an_llm_is_not_pickled(llm: LLM) -> None:
+def test_an_llm_is_not_pickled_but_errors_are(llm: LLM) -> None:
     with pytest.raises(
         WrongProcessError, match=rf"process {os.getpid()}, and it cannot be pickled"
     ):
         pickle.dumps(llm)
+    for error in (WrongProcessError(3, 4), QueueFullError(3, 70, 3, None, 12)):
+        again = pickle.loads(pickle.dumps(error))  # as out of a pool of processes
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))

@@ -65,12 +65,18 @@ class QueueFullError(OctavoError):
     ) -> None:
         self.num_requests, self.num_tokens = num_requests, num_tokens
         self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.num_new_tokens = num_new_tokens
         of_requests = "" if max_requests is None else f" of {max_requests} (max_waiting_requests)"
         of_tokens = "" if max_tokens is None else f" of {max_tokens} (max_waiting_tokens)"
         super().__init__(
             f"the queue is full: {num_requests} requests{of_requests} with {num_tokens} prompt "
             f"tokens{of_tokens} wait, and this one brings {num_new_tokens}: try again later"
         )
+
+    def __reduce__(self) -> tuple[type[QueueFullError], tuple[int | None, ...]]:
+        # An error of a worker process travels as its arguments, and `args` is the message.
+        limits = (self.max_requests, self.max_tokens)
+        return type(self), (self.num_requests, self.num_tokens, *limits, self.num_new_tokens)
 
 
 class EngineStepError(OctavoError, RuntimeError):
@@ -100,6 +106,9 @@ class WrongProcessError(OctavoError, RuntimeError):
             f'(with multiprocessing, in the child, best with the start method "spawn"; in a web '
             f"server, in each worker, without preloading)"
         )
+
+    def __reduce__(self) -> tuple[type[WrongProcessError], tuple[int, int | None]]:
+        return type(self), (self.pid, self.this_pid)
 
 
 class ShutdownError(OctavoError):

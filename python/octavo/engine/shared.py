@@ -73,7 +73,8 @@ class Call:
     """
 
     def __init__(self, shared: SharedEngine) -> None:
-        shared.engine.door.check_process()
+        self.check_process = shared.engine.door.check_process
+        self.check_process()
         self.num_open = 0
         self.has_ended = False
         self.inbox: SimpleQueue[Arrival | Exception | Sign] = SimpleQueue()
@@ -254,8 +255,6 @@ class SharedEngine:
         """A command: start requests."""
         try:
             for asked in requests:
-                if call.has_ended:
-                    return
                 request_id = str(next(self._numbers))
                 self.engine.add_request(
                     request_id,
@@ -331,16 +330,17 @@ class SharedIterator(Generator[T, None, None]):
         self._reading = threading.Lock()
 
     def __next__(self) -> T:
-        with self._reading:
-            return next(self._generator)
+        return self.send(None)
 
     def send(self, value: None) -> T:
         """As `next`."""
+        self._call.check_process()  # a thread that was not forked may hold the lock
         with self._reading:
             return self._generator.send(value)
 
     def throw(self, *error: Any) -> T:
         """Raise an error where the generator stands."""
+        self._call.check_process()
         with self._reading:
             return self._generator.throw(*error)
 
