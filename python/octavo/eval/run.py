@@ -202,9 +202,9 @@ def read_text(request: EvalRequest, files: ModelFiles, reference: ModelFiles | N
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidArgumentError(f"{name} is not UTF-8 ({error}); convert it") from error
-    ids = Tokenizer(files.path).encode(text)
+    ids = Tokenizer(files.folder).encode(text)
     other = reference is not None and reference.path != files.path
-    if reference is not None and other and Tokenizer(reference.path).encode(text) != ids:
+    if reference is not None and other and Tokenizer(reference.folder).encode(text) != ids:
         raise InvalidArgumentError(
             f"{reference.path} and {files.path} cut the text into different tokens; "
             "distributions can only be compared over the same tokens"

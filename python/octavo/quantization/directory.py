@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import InvalidArgumentError, WeightsError
+from octavo.folder import Folder
 from octavo.models.registry import ModelFiles, read_model
 from octavo.models.spec import WeightFormat
 from octavo.quantization.calibration import CalibratedWeights
@@ -105,7 +106,7 @@ def quantize_directory(
         calibrated = CalibratedWeights()
         if calibrate is not None:
             calibrated = calibrate(files, checkpoint, formats)
-        _copy_files(source, staging)
+        _copy_files(files.folder, staging)
         config = {**files.config, "quantization_config": _config(files, formats)}
         write_file(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         writer = _Writer(files, checkpoint, formats, scheme.method, importance or {}, calibrated)
@@ -134,14 +135,14 @@ def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:
     return files, open_checkpoint(files)
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def _copy_files(source: Folder, target: Path) -> None:
     """Tokenizer, generation config, license, whatever else lies there; no weights."""
-    for entry in sorted(source.iterdir()):
+    for entry in source.iterdir():
         hidden = entry.name.startswith(".")
-        if not entry.is_file() or hidden or entry.name.endswith(_WEIGHT_FILES):
+        if not entry.is_file() or hidden or entry.name.lower().endswith(_WEIGHT_FILES):
             continue
         if entry.name not in _NOT_COPIED:
-            shutil.copyfile(entry, target / entry.name)
+            (target / entry.name).write_bytes(entry.read_bytes())
 
 
 def _config(files: ModelFiles, formats: Mapping[str, WeightFormat]) -> dict[str, Any]:

@@ -97,6 +97,9 @@ class GgufFile:
         else:
             first_row = 0  # the blocks of a vector know no rows
         num_bytes = row_bytes * (shape[0] if len(shape) >= 2 else 1)
+        # What was read before leaves our memory; the system brings it back if it is used again.
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
         raw: npt.NDArray[np.uint8] = np.frombuffer(
             self._map, np.uint8, num_bytes, info.offset + first_row * row_bytes
         )
