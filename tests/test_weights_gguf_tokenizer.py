@@ -95,6 +95,9 @@ def test_a_missing_way_of_splitting_is_llama_cpps_default(pre: str | None, tmp_p
         tokenizer = tokenizer_of(tmp_path, metadata={"tokenizer.ggml.pre": pre})
     pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("a+b 1234")]
     assert pieces == ["a", "+", "b", "Ġ", "123", "4"]
+    # Signs that are no punctuation to Unicode, one that is left out, and other scripts' digits.
+    pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("<|x ` \u0661\u0662")]
+    assert pieces == ["<|", "x", "Ġ`", "Ġ", "Ù¡Ù¢"]
 
 
 @pytest.mark.parametrize(
