@@ -372,9 +372,12 @@ def test_names_that_cannot_be_resolved(environment: Environment, tmp_path: Path)
         resolve_model("some/model", environment)
     with pytest.raises(ModelNotFoundError, match="empty"):
         resolve_model("", environment)
-    file = tmp_path / "x.gguf"
+    for name in ("x.gguf", "X.GGUF", "blob"):  # by its name, or by how it begins
+        file = tmp_path / name
+        file.write_bytes(b"GGUF" if name == "blob" else b"")
+        assert resolve_model(str(file), environment) == file
     file.write_bytes(b"")
-    with pytest.raises(ModelNotFoundError, match=r"octavo pull .*x\.gguf"):
+    with pytest.raises(ModelNotFoundError, match="expected a model directory or a GGUF file"):
         resolve_model(str(file), environment)
     assert resolve_model(str(tmp_path), environment) == tmp_path
 

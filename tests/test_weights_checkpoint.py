@@ -120,16 +120,144 @@ def test_an_untied_head_must_be_there(tmp_path: Path) -> None:
     assert problems_of(tmp_path) == ("lm_head.weight is missing; expected shape (37, 24)",)
 
 
-def test_a_tied_head_may_be_there_twice_but_not_differ(tmp_path: Path) -> None:
+def test_a_tied_head_may_be_there_twice(tmp_path: Path) -> None:
     config = tiny_config(tie_word_embeddings=True)
     weights = random_weights(config)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
     write_model(tmp_path, config, weights=weights, num_shards=2)
-    assert "lm_head.weight" not in open_checkpoint(read_model(tmp_path))
+    files = read_model(tmp_path)
+    assert files.spec.tie_word_embeddings and files.config["tie_word_embeddings"]
+    assert "lm_head.weight" not in open_checkpoint(files)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_head_that_differs_is_not_tied(num_shards: int, tmp_path: Path) -> None:
+    config = tiny_config(tie_word_embeddings=True)
+    weights = random_weights(config)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
     weights["lm_head.weight"][36, 23] += 0.5
-    write_model(tmp_path, config, weights=weights, num_shards=2)
-    with pytest.raises(WeightsError, match="set tie_word_embeddings to false"):
+    write_model(tmp_path, config, weights=weights, num_shards=num_shards)
+    with pytest.warns(UserWarning, match="differs from model.embed_tokens.weight"):
+        files = read_model(tmp_path)
+    assert not files.spec.tie_word_embeddings and not files.config["tie_word_embeddings"]
+    checkpoint = open_checkpoint(files)
+    for ours, theirs in (
+        ("lm_head.weight", "lm_head.weight"),
+        ("embed.weight", "model.embed_tokens.weight"),
+    ):
+        np.testing.assert_array_equal(checkpoint[ours].data, weights[theirs])
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_of_a_tied_pair_either_may_be_stored(kept: str, num_shards: int, tmp_path: Path) -> None:
+    config = tiny_config(tie_word_embeddings=True)
+    weights = random_weights(config)
+    table = weights["model.embed_tokens.weight"]
+    weights[kept] = weights.pop("model.embed_tokens.weight")
+    write_model(tmp_path, config, weights=weights, num_shards=num_shards)
+    checkpoint = open_checkpoint(read_model(tmp_path))
+    assert "lm_head.weight" not in checkpoint
+    np.testing.assert_array_equal(checkpoint["embed.weight"].data, table)
+    del weights[kept]
+    write_model(tmp_path, config, weights=weights, num_shards=num_shards)
+    assert problems_of(tmp_path) == (
+        "model.embed_tokens.weight is missing; expected shape (37, 24)",
+    )
+
+
+def test_a_head_alone_is_no_embedding_of_an_untied_model(tmp_path: Path) -> None:
+    weights = random_weights(tiny_config())
+    del weights["model.embed_tokens.weight"]
+    write_model(tmp_path, tiny_config(), weights=weights)
+    assert problems_of(tmp_path)[0].startswith("model.embed_tokens.weight is missing")
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [("shape", "has shape"), ("type", "is stored as I8"), ("file", "truncated")],
+)
+def test_a_damaged_head_is_told_of_when_weights_are_opened(
+    change: str, cause: str, tmp_path: Path
+) -> None:
+    config = tiny_config(tie_word_embeddings=True)
+    weights = random_weights(config)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"][
+        : 36 if change == "shape" else 37
+    ]
+    kinds = dict.fromkeys(weights, "I8") if change == "type" else {}
+    write_model(tmp_path, config, weights=weights, dtypes=kinds)
+    if change == "file":
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        files = read_model(tmp_path)
+    with pytest.raises(WeightsError, match=cause):
+        open_checkpoint(files)
+    assert len(open_checkpoint(files, "dummy")) >= 20
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    stored = write_model(tmp_path, num_shards=3)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    # Names that are no shards of this model, whatever they hold, are not looked at.
+    for other in (
+        "consolidated.safetensors",
+        "model-1-of-3.safetensors",
+        "model-00001-of-00003.bin",
+    ):
+        (tmp_path / other).write_bytes(b"?")
+    files = read_model(tmp_path)
+    checkpoint = open_checkpoint(files)
+    for name, tensor in checkpoint.items():
+        np.testing.assert_array_equal(tensor.data, stored[files.weight_map[name]])
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ("missing", r"holds 2 of 3 shards; missing: model-00002-of-00003\.safetensors"),
+        ("another set", r"shards of 3 and of 5; without model\.safetensors\.index\.json"),
+        ("beyond", r"left over: model-00004-of-00003\.safetensors"),
+        ("twice", r"do not fit each other"),
+    ],
+)
+def test_shards_that_are_no_whole_set(change: str, cause: str, tmp_path: Path) -> None:
+    write_model(tmp_path, num_shards=3)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    second = tmp_path / "model-00002-of-00003.safetensors"
+    if change == "missing":
+        second.unlink()
+    elif change == "another set":
+        (tmp_path / "model-00001-of-00005.safetensors").write_bytes(b"")
+    elif change == "beyond":
+        (tmp_path / "model-00004-of-00003.safetensors").write_bytes(b"")
+    else:
+        (tmp_path / "model-00003-of-00003.safetensors").write_bytes(second.read_bytes())
+    with pytest.raises(WeightsError, match=cause):
         open_checkpoint(read_model(tmp_path))
+
+
+def test_a_single_file_comes_before_shards(tmp_path: Path) -> None:
+    """As in transformers, where a directory has both."""
+    write_model(tmp_path, num_shards=2, seed=1)
+    stored = write_model(tmp_path, seed=2)
+    np.testing.assert_array_equal(
+        open_checkpoint(read_model(tmp_path))["final_norm.weight"].data, stored["model.norm.weight"]
+    )
+
+
+def test_a_snapshot_of_links(tmp_path: Path) -> None:
+    """The Hub's cache: names that link to files named by their hash."""
+    stored = write_model(tmp_path / "real", num_shards=3)
+    snapshot = tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    for number, entry in enumerate(sorted((tmp_path / "real").iterdir())):
+        entry.rename(tmp_path / "blobs" / str(number))
+        (snapshot / entry.name).symlink_to(Path("../../blobs") / str(number))
+    assert len(open_checkpoint(read_model(snapshot))) == len(stored)
 
 
 def test_rope_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
@@ -172,8 +300,8 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("consolidated.safetensors", "shards need their index"),
-        ("model.Q4_0.gguf", "octavo pull"),
+        ("consolidated.safetensors", "consolidated.safetensors: fetch the model in its Hugging"),
+        ("model.Q4_0.gguf", "GGUF file: name that"),
         ("readme.txt", "Fetch the model again"),
     ],
 )

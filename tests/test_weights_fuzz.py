@@ -5,12 +5,15 @@ from __future__ import annotations
 import tracemalloc
 from pathlib import Path
 
+import pytest
+
 from fuzz_weights import count_outcomes, mutations
 from octavo.models.registry import read_model
+from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.convert import convert_gguf
 from octavo.weights.safetensors import SafetensorsFile
-from weights_helpers import gguf_config, tiny_config, write_gguf, write_model
+from weights_helpers import gguf_config, random_weights, tiny_config, write_gguf, write_model
 
 
 def read_everything(path: Path) -> None:
@@ -94,3 +97,47 @@ def test_every_truncation_of_a_gguf_header_is_refused(tmp_path: Path) -> None:
 
     outcomes = count_outcomes(load, path, (original[:cut] for cut in cuts))
     assert outcomes == {"read": 0, "refused": len(cuts)}
+
+
+def test_mutated_shards_without_an_index(tmp_path: Path) -> None:
+    config = tiny_config(num_hidden_layers=1, tie_word_embeddings=True)
+    weights = random_weights(config)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    write_model(tmp_path, config, weights=weights, num_shards=2)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    path = tmp_path / "model-00001-of-00002.safetensors"  # it holds the embedding
+    original = path.read_bytes()
+    header = 8 + int.from_bytes(original[:8], "little")
+
+    def load(_: Path) -> None:
+        for _, tensor in open_checkpoint(read_model(tmp_path)).checked_items():
+            assert tensor.data.size
+
+    outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=5))
+    assert outcomes["refused"] > 600, outcomes
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_mutated_parts_of_a_gguf(part: int, tmp_path: Path) -> None:
+    """Used as they lie: the configuration, the tokenizer, and every weight of both parts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = gguf_config(**sizes, num_key_value_heads=1, head_dim=16, num_hidden_layers=1)
+    write_gguf(tmp_path / "tiny.gguf", config, kind="Q4_1", tensors_per_part=6)
+    assert len(list(tmp_path.iterdir())) == 2
+    path = tmp_path / f"tiny-0000{part}-of-00002.gguf"
+    original = path.read_bytes()
+    last = b"output_norm.weight" if part == 2 else b"blk.0.attn_q.weight"
+    header = original.rindex(last) + 60
+
+    def load(_: Path) -> None:
+        files = read_model(tmp_path / "tiny-00001-of-00002.gguf")
+        Tokenizer(files.folder)
+        for _, tensor in open_checkpoint(files).checked_items():
+            assert tensor.data.size
+
+    tracemalloc.start()
+    outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=6 + part))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert outcomes["refused"] > 300 and outcomes["read"] > 20, outcomes
+    assert peak < 100_000_000

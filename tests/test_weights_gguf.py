@@ -5,46 +5,32 @@ The comparison with transformers' own loader is in tests/hf/test_gguf_hf.py.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from octavo.errors import (
     InvalidArgumentError,
-    OctavoError,
-    TokenizerError,
     UnsupportedModelError,
     WeightsError,
 )
 from octavo.models.registry import read_model
 from octavo.models.spec import RopeSpec
 from octavo.weights.checkpoint import open_checkpoint
-from octavo.weights.convert import convert_gguf
 from octavo.weights.gguf import KINDS, GgufFile
 from octavo.weights.gguf_llama import hugging_face_name, llama3_divisors, unpermute_rows
 from octavo.weights.tensor import float32_to_bf16
 from weights_helpers import (
+    convert,
     gguf_config,
     permute_rows,
     random_weights,
-    sentencepiece_metadata,
     tiny_vocabulary,
     write_gguf,
 )
-
-
-def convert(tmp_path: Path, dtype: str = "auto", **options: Any) -> Path:
-    """Write a GGUF with these options, convert it, and return the new directory."""
-    path, directory = tmp_path / "model.gguf", tmp_path / "converted"
-    write_gguf(path, **options)
-    directory.mkdir(exist_ok=True)
-    convert_gguf(path, directory, dtype)  # type: ignore[arg-type]
-    return directory
 
 
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 2), (3, 8), (5, 64), (9, 6)])
@@ -306,106 +292,3 @@ def test_damaged_files_are_refused_by_cause(tmp_path: Path) -> None:
         GgufFile(path)
     with pytest.raises(WeightsError, match="cannot be read"):
         GgufFile(tmp_path / "nowhere.gguf")
-
-
-def tokenizer_of(tmp_path: Path, **options: Any) -> Tokenizer:
-    return Tokenizer.from_file(str(convert(tmp_path, **options) / "tokenizer.json"))
-
-
-def test_smollm_splits_single_digits(tmp_path: Path) -> None:
-    tokenizer = tokenizer_of(tmp_path)
-    # There is a merge "1 2", which must never apply; " the" is one token through two merges.
-    assert tokenizer.encode("12 the").tokens == ["1", "2", "Ġthe"]
-    assert tokenizer.encode("<|turn|>12").tokens == ["<|turn|>", "1", "2"]
-    assert tokenizer.encode("x<|end|>").ids[-1] == 1
-    text = "Zwölf 中文 🙂\n\tend"
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
-
-
-@pytest.mark.parametrize(
-    ("pre", "tokens"),
-    [
-        ("gpt-2", ["12", "Ġ", "3"]),
-        ("llama-bpe", ["<|start|>", "12", "Ġ", "3"]),
-        ("starcoder", ["1", "2", "Ġ", "3"]),
-    ],
-)
-def test_ways_of_splitting(pre: str, tokens: list[str], tmp_path: Path) -> None:
-    assert tokenizer_of(tmp_path, pre=pre).encode("12 3").tokens == tokens
-
-
-@pytest.mark.parametrize(
-    ("bos", "eos", "single", "pair"),
-    [
-        (True, True, [0, 3, 1], [0, 3, 1, 0, 4, 1]),
-        (True, False, [0, 3], [0, 3, 0, 4]),
-        (False, True, [3, 1], [3, 1, 4, 1]),
-        (False, False, [3], [3, 4]),
-    ],
-)
-def test_begin_and_end_tokens(
-    bos: bool, eos: bool, single: list[int], pair: list[int], tmp_path: Path
-) -> None:
-    flags = {"tokenizer.ggml.add_bos_token": bos, "tokenizer.ggml.add_eos_token": eos}
-    tokenizer = tokenizer_of(tmp_path, metadata=flags)
-    first, second = tokenizer.decode([3]), tokenizer.decode([4])
-    assert tokenizer.encode(first).ids == single
-    assert tokenizer.encode(first, second).ids == pair
-    assert tokenizer.encode(first, add_special_tokens=False).ids == [3]
-
-
-def test_the_tokenizer_configuration(tmp_path: Path) -> None:
-    config = json.loads((convert(tmp_path) / "tokenizer_config.json").read_text())
-    assert config["bos_token"] == "<|start|>"
-    assert config["eos_token"] == "<|end|>"
-    assert "pad_token" not in config
-    assert config["chat_template"].startswith("{% for m in messages %}")
-    assert config["model_max_length"] == 128
-    assert set(config["added_tokens_decoder"]) == {"0", "1", "2"}
-
-
-@pytest.mark.parametrize(
-    ("metadata", "cause"),
-    [
-        ({"tokenizer.ggml.pre": "qwen2"}, r"tokenizer\.ggml\.pre is 'qwen2'; supported: gpt-2"),
-        ({"tokenizer.ggml.pre": None}, "pre is None"),
-        ({"tokenizer.ggml.model": "t5"}, r"model is 't5'; supported: gpt2"),
-        ({"tokenizer.ggml.model": "llama"}, "token_type"),
-        ({"tokenizer.ggml.tokens": None}, "tokens is None"),
-        ({"tokenizer.ggml.tokens": ["a"] * 263}, "twice"),
-        ({"tokenizer.ggml.merges": ["ab"]}, "'ab'; expected two parts"),
-        ({"tokenizer.ggml.merges": ["no pair"]}, "merges do not fit"),
-        ({"tokenizer.ggml.token_type": [1, 2, 3]}, "token_type"),
-        ({"tokenizer.ggml.add_bos_token": "yes"}, "add_bos_token"),
-        (
-            {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": None},
-            "bos_token_id is missing",
-        ),
-    ],
-)
-def test_tokenizers_that_are_refused(metadata: dict[str, Any], cause: str, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=cause):
-        convert(tmp_path, metadata=metadata)
-
-
-def test_more_tokens_than_rows_are_refused(tmp_path: Path) -> None:
-    tokens, kinds, _ = tiny_vocabulary()
-    metadata = {
-        "tokenizer.ggml.tokens": [*tokens, "zzz"],
-        "tokenizer.ggml.token_type": [*kinds, 1],
-    }
-    with pytest.raises(OctavoError, match="264"):
-        convert(tmp_path, metadata=metadata)
-
-
-def test_sentencepiece_bpe(tmp_path: Path) -> None:
-    metadata = sentencepiece_metadata()
-    config = gguf_config(vocab_size=len(metadata["tokenizer.ggml.tokens"]))
-    tokenizer = tokenizer_of(tmp_path, config=config, metadata=metadata)
-    assert tokenizer.encode("the hello").tokens == ["<s>", "▁the", "▁", "he", "llo"]
-    assert tokenizer.encode("Ä").tokens == ["<s>", "▁", "<0xC3>", "<0x84>"]
-    for text in ("the hello", "in 中 out", "  two spaces", "a\nb"):
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    metadata["tokenizer.ggml.scores"][259] = metadata["tokenizer.ggml.scores"][262]
-    with pytest.raises(TokenizerError, match="the same score"):
-        convert(tmp_path, config=config, metadata=metadata)

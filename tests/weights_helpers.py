@@ -12,6 +12,7 @@ import numpy as np
 
 from octavo.models import llama
 from octavo.models.spec import weight_shapes
+from octavo.weights.convert import convert_gguf
 from octavo.weights.tensor import Tensor, float32_to_bf16
 
 FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -224,11 +225,13 @@ def write_gguf(
     extra_tensors: Mapping[str, np.ndarray] | None = None,
     architecture: str = "llama",
     seed: int = 0,
+    tensors_per_part: int = 0,
 ) -> dict[str, np.ndarray]:
     """A GGUF of a Llama as llama.cpp's converter lays it out; returns HF's float32 weights.
 
     kind: the type of every matrix; vectors are F32, as the converter has them. metadata: entries
-    to add or replace (str, bool, int, float, or lists); None leaves one out.
+    to add or replace (str, bool, int, float, or lists); None leaves one out. tensors_per_part:
+    split it so, into STEM-0000K-of-0000N.gguf; 0 writes one file.
     """
     import gguf
 
@@ -257,7 +260,7 @@ def write_gguf(
         "tokenizer.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
         **(metadata or {}),
     }
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_part)
     for name, value in entries.items():
         add_entry(writer, name, value)
     for name, values in weights.items():
@@ -321,3 +324,12 @@ def random_blocks(shape: tuple[int, ...], kind: str, seed: int) -> np.ndarray:
     small = generator.uniform(0.001, 0.01, (rows, blocks, (last - first) // 2)).astype(np.float16)
     raw[:, :, first:last] = small.view(np.uint8)
     return raw.reshape(rows, blocks * block_bytes)
+
+
+def convert(tmp_path: Path, dtype: str = "auto", **options: Any) -> Path:
+    """Write a GGUF with these options, convert it, and return the new directory."""
+    path, directory = tmp_path / "model.gguf", tmp_path / "converted"
+    write_gguf(path, **options)
+    directory.mkdir(exist_ok=True)
+    convert_gguf(path, directory, dtype)  # type: ignore[arg-type]
+    return directory

@@ -86,7 +86,8 @@ class LLM:
     ) -> None:
         """Load a model.
 
-        model: a Hugging Face directory, or the name of a pulled model; None takes smollm2-135m.
+        model: a Hugging Face directory, a GGUF file (any part of a split one), or the name of a
+        pulled model; None takes smollm2-135m.
         config, or its fields as options: see `EngineConfig`; options win over config.
         on_load: called with the bytes loaded so far and in all.
         Raises ModelNotFoundError, UnsupportedModelError, WeightsError, TokenizerError,
@@ -104,9 +105,9 @@ class LLM:
         path = resolve_model(None if model is None else str(model), environment)
         files = read_model(path)
         # Before the weights, so that a broken tokenizer is told of at once.
-        has_tokenizer = (path / "tokenizer.json").is_file()
-        tokenizer = Tokenizer(path) if has_tokenizer else None
-        chat_template = ChatTemplate.load(path) if has_tokenizer else None
+        has_tokenizer = (files.folder / "tokenizer.json").is_file()
+        tokenizer = Tokenizer(files.folder) if has_tokenizer else None
+        chat_template = ChatTemplate.load(files.folder) if has_tokenizer else None
         checkpoint = open_checkpoint(files, config.load_format, config.seed)
         loaded = load_runtime(files, checkpoint, config, on_load, environment)
         engine = Engine(

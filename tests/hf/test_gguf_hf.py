@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from octavo.models.registry import read_model
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.convert import convert_gguf
-from octavo.weights.gguf import GgufFile
 from octavo.weights.gguf_llama import GgufLlamaSource, llama3_divisors, read_config
+from octavo.weights.gguf_parts import GgufParts
 from weights_helpers import (
     gguf_config,
     permute_rows,
@@ -52,8 +52,8 @@ def their_weights(path: Path) -> dict[str, np.ndarray]:
 
 
 def our_weights(path: Path) -> dict[str, np.ndarray]:
-    file = GgufFile(path)
-    source = GgufLlamaSource(file, read_config(file))
+    file = GgufParts(path)
+    source = GgufLlamaSource(file, read_config(file), "f32")
     return {name: source.read(name).to_float32() for name in source.infos}
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from octavo.config import Environment, read_environment
 from octavo.models.registry import read_model
 from octavo.weights.checkpoint import open_checkpoint
-from octavo.weights.gguf import GgufFile
 from octavo.weights.gguf_llama import GgufLlamaSource, read_config
+from octavo.weights.gguf_parts import GgufParts
 from octavo.weights.hub import resolve_model
 from octavo.weights.progress import NO_PROGRESS
 from octavo.weights.tensor import Tensor, float32_to_bf16
@@ -75,8 +75,8 @@ def test_every_weight_equals_transformers_exactly(
     exact: Any, gguf_file: Path, model_directory: Path
 ) -> None:
     theirs = exact.state_dict()
-    file = GgufFile(gguf_file)
-    source = GgufLlamaSource(file, read_config(file))
+    file = GgufParts(gguf_file)
+    source = GgufLlamaSource(file, read_config(file), "f32")
     files = read_model(model_directory)
     checkpoint = open_checkpoint(files)
     ours_of = {theirs: ours for ours, theirs in files.weight_map.items()}

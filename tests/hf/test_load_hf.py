@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file, save_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo.models.registry import read_model
 from octavo.models.spec import RopeSpec
+from octavo.reference import ReferenceModel
 from octavo.weights.checkpoint import open_checkpoint
 
 torch.set_num_threads(1)
@@ -72,6 +77,45 @@ def test_loaded_as_saved(case: str, shard_size: str, tmp_path: Path) -> None:
     assert files.eos_token_ids == tuple(
         ends if isinstance(ends, list) else [] if ends is None else [ends]
     )
+
+
+@pytest.mark.parametrize("stored", ["head", "table", "both", "different", "neither_tied"])
+def test_a_tied_pair_is_what_transformers_makes_of_it(stored: str, tmp_path: Path) -> None:
+    """save_model of safetensors keeps the head alone; other tools write both of the pair."""
+    model = save("tied", tmp_path, torch.float32, "1GB")
+    path = tmp_path / "model.safetensors"
+    if stored == "head":
+        save_model(model, str(path))
+        with safe_open(path, "np") as file:
+            assert file.metadata()["model.embed_tokens.weight"] == "lm_head.weight"
+    elif stored != "table":
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        if stored == "different":
+            weights["lm_head.weight"][60, 47] += 0.25
+        if stored == "neither_tied":
+            weights["lm_head.weight"] = -weights["lm_head.weight"]
+            config = json.loads((tmp_path / "config.json").read_text())
+            config["tie_word_embeddings"] = False
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(weights, path, metadata={"format": "pt"})
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        files = read_model(tmp_path)
+    told = [warning for warning in caught if "differs from" in str(warning.message)]
+    assert len(told) == (stored == "different")
+    checkpoint = open_checkpoint(files)
+    tied = theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    assert files.spec.tie_word_embeddings == tied == (stored in ("head", "table", "both"))
+    for name, tensor in checkpoint.items():
+        expected = theirs.state_dict()[files.weight_map[name]].numpy()
+        np.testing.assert_array_equal(tensor.data, expected, err_msg=name)
+    tokens = np.arange(5, 40, dtype=np.int32)
+    weights_of = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
+    ours = ReferenceModel(files.spec, weights_of).forward(tokens)
+    with torch.no_grad():
+        logits = theirs(torch.tensor(tokens[None].astype(np.int64))).logits[0].numpy()
+    np.testing.assert_allclose(ours, logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["untied", "llama3", "linear"])

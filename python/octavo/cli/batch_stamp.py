@@ -142,12 +142,12 @@ def describe_run(
     if config.load_format == "dummy":
         options["load_format"] = f"dummy, of seed {config.seed}"
     if chat is None:
-        has_tokenizer = (directory / "tokenizer.json").is_file()
-        chat = has_tokenizer and ChatTemplate.load(directory) is not None
+        has_tokenizer = (files.folder / "tokenizer.json").is_file()
+        chat = has_tokenizer and ChatTemplate.load(files.folder) is not None
     return Run(
         directory=directory,
         name=model or DEFAULT_MODEL,
-        digest=model_digest(directory, config.load_format),
+        digest=model_digest(files.folder, config.load_format),
         options={name: value for name, value in options.items() if value is not None},
         chat=chat,
         system=system,

@@ -29,7 +29,7 @@ def bench(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Name of a pulled model, or a folder with a Hugging Face model; with "
+            help="Name of a pulled model, a GGUF file, or a folder with a Hugging Face model; with "
             "--load-format dummy its config.json is enough. Left out: smollm2-135m, fetched on "
             "first use.",
             show_default=False,

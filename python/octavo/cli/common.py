@@ -32,8 +32,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Name of a pulled model (smollm2-135m), ORG/NAME, or a folder with a Hugging Face "
-        "model. Left out: smollm2-135m, fetched on first use.",
+        help="Name of a pulled model (smollm2-135m), ORG/NAME, a folder with a Hugging Face "
+        "model, or a GGUF file. Left out: smollm2-135m, fetched on first use.",
         show_default=False,
         rich_help_panel=_MODEL_PANEL,
     ),

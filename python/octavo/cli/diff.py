@@ -17,8 +17,8 @@ def diff(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Name of a pulled model (smollm2-135m), or a folder with a Hugging Face model. "
-            "Left out: smollm2-135m, fetched on first use.",
+            help="Name of a pulled model (smollm2-135m), a folder with a Hugging Face model, or a "
+            "GGUF file. Left out: smollm2-135m, fetched on first use.",
             show_default=False,
         ),
     ] = None,

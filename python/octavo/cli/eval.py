@@ -25,8 +25,8 @@ def eval(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Name of a pulled model, or a folder with a Hugging Face model. Left out: "
-            "smollm2-135m, fetched on first use.",
+            help="Name of a pulled model, a folder with a Hugging Face model, or a GGUF file. Left "
+            "out: smollm2-135m, fetched on first use.",
             show_default=False,
         ),
     ] = None,

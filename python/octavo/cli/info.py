@@ -22,8 +22,8 @@ def info(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Name of a pulled model, or a folder with a Hugging Face model (its config.json "
-            "is enough). Left out: smollm2-135m, fetched on first use.",
+            help="Name of a pulled model, a GGUF file, or a folder with a Hugging Face model (its "
+            "config.json is enough). Left out: smollm2-135m, fetched on first use.",
             show_default=False,
         ),
     ] = None,
@@ -95,7 +95,8 @@ def _weights(files: ModelFiles) -> dict[str, Any] | None:
     from octavo.weights.checkpoint import open_checkpoint
 
     kinds = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
-    if not any(entry.name.endswith(kinds) for entry in files.path.iterdir()):
+    is_directory = files.path.is_dir()
+    if is_directory and not any(entry.name.endswith(kinds) for entry in files.path.iterdir()):
         return None
     checkpoint = open_checkpoint(files)
     return {

@@ -20,8 +20,8 @@ def quantize(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Name of a pulled model (smollm2-135m), or a folder with a Hugging Face model, "
-            "its weights in f32, f16 or bf16.",
+            help="Name of a pulled model (smollm2-135m), a folder with a Hugging Face model, or a "
+            "GGUF file, its weights in f32, f16 or bf16.",
         ),
     ],
     out: Annotated[

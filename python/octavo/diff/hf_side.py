@@ -88,8 +88,8 @@ class HuggingFaceSide:
     ) -> None:
         """files: the model. dtype: "f32" or "bf16", of weights and activations alike.
 
-        weights: values to put in place of the checkpoint's, in octavo's names (dummy weights);
-        None lets transformers load the directory by its own loader.
+        weights: values to put in place of the checkpoint's, in octavo's names (dummy weights, or
+        those of a GGUF file); None lets transformers load the directory by its own loader.
         """
         self._torch, transformers = import_hugging_face()
         if num_threads:
@@ -115,9 +115,7 @@ class HuggingFaceSide:
         if weights is None:
             model = auto.from_pretrained(files.path, local_files_only=True, **options)
         else:
-            config = self._transformers.AutoConfig.from_pretrained(
-                files.path, local_files_only=True
-            )
+            config = self._transformers.AutoConfig.for_model(**files.config)
             model = auto.from_config(config, **options)
             state = {
                 files.weight_map[name]: self._torch.from_numpy(tensor.to_float32().copy())

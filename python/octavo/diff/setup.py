@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from octavo.diff.run import Comparison, DiffOptions, Progress, chunk_size_for
 from octavo.diff.sides import Int32, ReferenceSide, Side
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.files import expand_home
+from octavo.folder import MemoryFolder
 from octavo.machine import available_memory
 from octavo.models.registry import ModelFiles, read_model
 from octavo.models.spec import ModelSpec, weight_shapes
@@ -144,8 +144,8 @@ def prepare(request: DiffRequest, environment: Environment, progress: Progress) 
 
 def _tokens(request: DiffRequest, files: ModelFiles) -> tuple[Int32, Tokenizer | None]:
     """The tokens to run, int32 (count,), and the model's tokenizer if it is there."""
-    has_tokenizer = (Path(files.path) / "tokenizer.json").is_file()
-    tokenizer = Tokenizer(files.path) if has_tokenizer or request.prompt is not None else None
+    has_tokenizer = (files.folder / "tokenizer.json").is_file()
+    tokenizer = Tokenizer(files.folder) if has_tokenizer or request.prompt is not None else None
     if request.random is not None or tokenizer is None:
         generator = np.random.default_rng(request.seed)
         count = request.random or RANDOM_TOKENS
@@ -243,7 +243,9 @@ def _load_right(
     _, transformers = import_hugging_face()
     transformers.utils.logging.disable_progress_bar()  # ours is running
     progress("loading Hugging Face", 0, 1)
-    given: Mapping[str, Tensor] | None = checkpoint if request.load_format == "dummy" else None
+    # What transformers cannot load as octavo does: weights that are made up, or decoded from GGUF.
+    own = request.load_format == "dummy" or isinstance(files.folder, MemoryFolder)
+    given: Mapping[str, Tensor] | None = checkpoint if own else None
     return HuggingFaceSide(files, request.dtype, weights=given)
 
 

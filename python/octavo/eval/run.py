@@ -199,9 +199,9 @@ def read_tokens(request: EvalRequest, files: ModelFiles, reference: ModelFiles |
         text = resources.files("octavo.eval").joinpath("text.txt").read_bytes().decode("utf-8")
     else:
         name, text = str(request.text), read_text(request.text, "a text in UTF-8")
-    ids = Tokenizer(files.path).encode(text)
+    ids = Tokenizer(files.folder).encode(text)
     other = reference is not None and reference.path != files.path
-    if reference is not None and other and Tokenizer(reference.path).encode(text) != ids:
+    if reference is not None and other and Tokenizer(reference.folder).encode(text) != ids:
         raise InvalidArgumentError(
             f"{reference.path} and {files.path} cut the text into different tokens; "
             "distributions can only be compared over the same tokens"

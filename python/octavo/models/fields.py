@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import UnsupportedModelError
+from octavo.folder import FolderFile
 
 MAX_JSON_BYTES = 64 * 1024 * 1024  # far above any real configuration or index
 
 
-def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json_object(path: FolderFile, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in `path`; UnsupportedModelError says what is wrong with the file."""
     try:
-        size = path.stat().st_size
+        size = path.stat().st_size if isinstance(path, Path) else 0  # what is made here is small
         if size > max_bytes:
             raise UnsupportedModelError(
                 f"{path} has {size} bytes; expected a JSON file of at most {max_bytes}"

@@ -1,6 +1,7 @@
-"""Which model families there are, and reading a model directory's configuration.
+"""Which model families there are, and reading a model's configuration.
 
-A family is one file beside this one and one entry in `FAMILIES`. Nothing here opens weights.
+A family is one file beside this one and one entry in `FAMILIES`. Weights are looked at in two
+cases only: a GGUF file, whose header is the configuration, and a head that may not be tied.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from types import MappingProxyType
 from typing import Any
 
 from octavo.errors import ModelNotFoundError, UnsupportedModelError
+from octavo.folder import Folder, MemoryFolder
 from octavo.models import llama
 from octavo.models.fields import Fields, describe, read_json_object
 from octavo.models.spec import ModelSpec
 from octavo.quantization.config import StoredMatrix, read_quantization
+from octavo.weights.files import HEAD, head_differs
+from octavo.weights.gguf_folder import GgufFolder
+from octavo.weights.gguf_parts import find_gguf
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model directory whose configuration has been read and found usable."""
+    """A model whose configuration has been read and found usable.
 
-    path: Path
-    config: dict[str, Any]  # config.json as it stands
+    folder: the files beside the weights: the directory, or what stands for it in a GGUF file.
+    config: config.json as it stands, but for a tie that the weights contradict.
+    """
+
+    folder: Folder
+    config: dict[str, Any]
     spec: ModelSpec
     weight_map: dict[str, str]  # octavo's name -> the checkpoint's name
     eos_token_ids: tuple[int, ...]  # any of these ends a text; may be empty
@@ -59,33 +68,58 @@ class ModelFiles:
     # Matrices that the checkpoint holds as codes, by octavo's name without ".weight".
     quantized: Mapping[str, StoredMatrix] = field(default_factory=dict)
 
+    @property
+    def path(self) -> Path:
+        """The directory, or the GGUF file."""
+        return self.folder.path if isinstance(self.folder, MemoryFolder) else self.folder
+
 
 def read_model(path: Path) -> ModelFiles:
-    """Read config.json and generation_config.json of a Hugging Face model directory.
+    """Read the configuration of a Hugging Face model directory, or of a GGUF file.
 
-    Raises ModelNotFoundError where there is no such directory or no config.json in it, and
-    UnsupportedModelError, naming field and value, for what octavo cannot run.
+    A directory without config.json that holds one GGUF model is taken for that.
+    Raises ModelNotFoundError where neither is there; UnsupportedModelError, naming field and
+    value, for what octavo cannot run; WeightsError for a damaged GGUF file.
     """
     path = Path(path)
-    config_path = path / "config.json"
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return read_folder(GgufFolder(gguf))
     if not path.is_dir():
         raise ModelNotFoundError(
-            f"{path} is not a directory; expected a Hugging Face model directory (config.json, "
-            "tokenizer.json, model.safetensors). `octavo pull` fetches one"
+            f"{path} is not a directory, nor a GGUF file; expected a Hugging Face model "
+            "directory (config.json, tokenizer.json, model.safetensors). `octavo pull` fetches one"
         )
-    if not config_path.is_file():
+    if not (path / "config.json").is_file():
         raise ModelNotFoundError(
             f"{path} holds no config.json; expected a Hugging Face model directory "
-            "(config.json, tokenizer.json, model.safetensors)"
+            "(config.json, tokenizer.json, model.safetensors), or a GGUF file"
         )
-    config = read_json_object(config_path)
+    return read_folder(path)
+
+
+def read_folder(folder: Folder) -> ModelFiles:
+    """Read config.json and generation_config.json; UnsupportedModelError as `read_model`."""
+    config = read_json_object(folder / "config.json")
     family = _find_family(config)
     spec = family.read_spec(config)
     names = family.weight_map(spec)
-    generation_path = path / "generation_config.json"
+    if spec.tie_word_embeddings and isinstance(folder, Path):
+        table = names["embed.weight"]
+        if head_differs(folder, table):
+            warnings.warn(
+                f"{folder}: config.json has tie_word_embeddings true, but the weights hold an "
+                f"{HEAD} that differs from {table}. It is used as a head of its own, as "
+                "transformers does; set tie_word_embeddings to false",
+                stacklevel=3,
+            )
+            config["tie_word_embeddings"] = False
+            spec = family.read_spec(config)
+            names = family.weight_map(spec)
+    generation_path = folder / "generation_config.json"
     generation = read_json_object(generation_path) if generation_path.is_file() else {}
     return ModelFiles(
-        path=path,
+        folder=folder,
         config=config,
         spec=spec,
         weight_map=names,
@@ -149,6 +183,6 @@ def _eos_token_ids(
         warnings.warn(
             f"{source}: eos_token_id {describe(outside)} lies outside the vocabulary of "
             f"{vocab_size} tokens, so it never ends a text",
-            stacklevel=3,
+            stacklevel=4,
         )
     return tuple(dict.fromkeys(token for token in ids if token < vocab_size))

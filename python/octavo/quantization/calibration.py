@@ -80,7 +80,7 @@ def read_windows(calibration: Calibration, files: ModelFiles) -> tuple[Int32, li
         raise InvalidArgumentError(
             f"{calibration.text} is empty; expected text like what the model will be used on"
         )
-    tokens = np.array(Tokenizer(files.path).encode(text), np.int32)
+    tokens = np.array(Tokenizer(files.folder).encode(text), np.int32)
     if tokens.max() >= files.spec.vocab_size:
         raise InvalidArgumentError(
             f"the tokenizer of {files.path} gives token {tokens.max()}; config.json has a "

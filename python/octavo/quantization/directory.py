@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from octavo.errors import InvalidArgumentError, WeightsError
 from octavo.files import check_writable, expand_home, writing
+from octavo.folder import Folder
 from octavo.models.registry import ModelFiles, read_model
 from octavo.models.spec import WeightFormat
 from octavo.quantization.calibration import CalibratedWeights
@@ -103,7 +104,7 @@ def quantize_directory(
     try:
         with writing(target, _WHAT):
             staging.mkdir()
-            _copy_files(source, staging)
+            _copy_files(files.folder, staging)
             config = {**files.config, "quantization_config": _config(files, formats)}
             write_file(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
             writer = _Writer(
@@ -147,14 +148,14 @@ def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:
     return files, open_checkpoint(files)
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def _copy_files(source: Folder, target: Path) -> None:
     """Tokenizer, generation config, license, whatever else lies there; no weights."""
-    for entry in sorted(source.iterdir()):
+    for entry in source.iterdir():
         hidden = entry.name.startswith(".")
-        if not entry.is_file() or hidden or entry.name.endswith(_WEIGHT_FILES):
+        if not entry.is_file() or hidden or entry.name.lower().endswith(_WEIGHT_FILES):
             continue
         if entry.name not in _NOT_COPIED:
-            shutil.copyfile(entry, target / entry.name)
+            (target / entry.name).write_bytes(entry.read_bytes())
 
 
 def _config(files: ModelFiles, formats: Mapping[str, WeightFormat]) -> dict[str, Any]:

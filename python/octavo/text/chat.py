@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from octavo.errors import InvalidArgumentError, TokenizerError
+from octavo.folder import Folder, FolderFile, as_folder
 from octavo.text.tokenizer import read_json, read_tokenizer_config, token_content
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens or {})
 
     @classmethod
-    def load(cls, path: Path | str, name: str = "default") -> ChatTemplate | None:
+    def load(cls, path: Folder | str, name: str = "default") -> ChatTemplate | None:
         """The template of a model's directory; None where there is none (a base model).
 
         Looked for as transformers does: chat_template.jinja (with more of them, by name, in
         additional_chat_templates/), then tokenizer_config.json (one string, or a list of named
         ones), then the older chat_template.json.
         """
-        directory = Path(path)
+        directory = as_folder(path)
         config = read_tokenizer_config(directory)
         templates, origin = _find_templates(directory, config)
         if not templates:
@@ -257,12 +257,12 @@ def _check_content(where: str, content: Any) -> str:
     return "\n".join(texts)
 
 
-def _find_templates(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+def _find_templates(directory: Folder, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
     """Name -> source, and the file they came from (its name for messages)."""
     file = directory / "chat_template.jinja"
-    named = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    named: list[FolderFile] = [*(directory / "additional_chat_templates").glob("*.jinja")]
     if file.is_file() or named:
-        templates = {path.stem: _read_text(path) for path in named}
+        templates = {path.stem: _read_text(path) for path in sorted(named, key=str)}
         if file.is_file():
             templates["default"] = _read_text(file)
         return templates, str(file)
@@ -293,7 +293,7 @@ def _named_entries(found: Any) -> list[tuple[Any, Any]]:
     return [(entry.get("name"), entry.get("template")) for entry in entries]
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: FolderFile) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

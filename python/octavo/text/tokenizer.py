@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
+from octavo.folder import Folder, FolderFile, as_folder
 from octavo.text.decoders import Pipeline, PipelineFactory
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ class Tokenizer:
     beside a tokenizer.json, as in transformers 5.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Folder | str) -> None:
         """path: the model's directory. Raises TokenizerError naming the file and the cause."""
-        directory = Path(path)
+        directory = as_folder(path)
         self.path = directory / "tokenizer.json"
         if not self.path.is_file():
             raise TokenizerError(
@@ -199,7 +199,7 @@ class Tokenizer:
         return named
 
 
-def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+def read_tokenizer_config(directory: Folder) -> dict[str, Any]:
     """tokenizer_config.json, completed from special_tokens_map.json; {} where neither is there.
 
     The older file counts, and then wins, only where the newer one lists no added tokens: as in
@@ -214,7 +214,7 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: FolderFile) -> dict[str, Any]:
     """A JSON object from a file; a TokenizerError names the file and what is wrong with it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -227,10 +227,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _load(path: Path) -> tokenizers.Tokenizer:
+def _load(path: FolderFile) -> tokenizers.Tokenizer:
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -20,11 +19,12 @@ from octavo.quantization.stored import (
     stored_tensors,
 )
 from octavo.weights.dummy import DummySource
-from octavo.weights.safetensors import SafetensorsFile, ShardedSafetensors
+from octavo.weights.files import HEAD, open_weight_files
+from octavo.weights.gguf_folder import GgufFolder
+from octavo.weights.gguf_llama import GgufLlamaSource
 from octavo.weights.source import TensorInfo, TensorSource
 from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CHUNK = 1 << 20  # elements looked at in one go when searching for NaN: the scratch stays in cache
 
 
@@ -109,8 +109,8 @@ class Checkpoint(Mapping[str, Tensor]):
 def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0) -> Checkpoint:
     """Open the weights of a model and check them against its configuration.
 
-    load_format "auto" reads model.safetensors, or the shards that model.safetensors.index.json
-    names; "dummy" makes seeded random weights and opens no file. Only headers are read here.
+    load_format "auto" reads the GGUF file, or what `open_weight_files` finds in the directory;
+    "dummy" makes seeded random weights and opens no file. Only headers are read here.
 
     Raises WeightsError listing every weight that is missing, left over, of the wrong shape or in
     an unsupported format; or saying what is wrong with a damaged file.
@@ -118,10 +118,12 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
     expected = weight_shapes(files.spec)
     if load_format == "dummy":
         return Checkpoint(DummySource(expected, seed), {name: name for name in expected})
-    source = open_weight_files(files.path)
+    folder = files.folder
+    source = folder.source if isinstance(folder, GgufFolder) else open_weight_files(files.path)
     check_weights(source, files)
-    names = {name: files.weight_map[name] for name in expected}
-    if not files.quantized:
+    stored = _stored_names(source, files)
+    names = {name: stored[name] for name in expected}
+    if not files.quantized or isinstance(source, GgufLlamaSource):
         return Checkpoint(source, names)
     # Scales stand behind their codes, for whoever takes the weights in order.
     with_scales = {}
@@ -145,32 +147,6 @@ def check_weights(source: TensorSource, files: ModelFiles) -> None:
         raise WeightsError(
             f"The weights in {files.path} do not fit its configuration ({count}):", problems
         )
-    _check_redundant_head(source, files)
-
-
-def open_weight_files(path: Path) -> SafetensorsFile | ShardedSafetensors:
-    """The safetensors of a directory; WeightsError says what to do where there are none."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        return SafetensorsFile(single)
-    if index.is_file():
-        return ShardedSafetensors(index)
-    names = sorted(entry.name for entry in path.iterdir())
-    wanted = f"{path} holds neither model.safetensors nor model.safetensors.index.json"
-    if any(name.endswith(".safetensors") for name in names):
-        found = ", ".join(name for name in names if name.endswith(".safetensors"))
-        raise WeightsError(f"{wanted}. It holds {found}: shards need their index; fetch it too")
-    if any(name.endswith(".gguf") for name in names):
-        raise WeightsError(f"{wanted}. It holds a GGUF file: convert it, `octavo pull FILE.gguf`")
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles:
-        raise WeightsError(
-            f"{wanted}. It holds {', '.join(pickles[:3])}: pickle files run code when they are "
-            "opened, so octavo never opens them. Where you trust the file, convert it: "
-            "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) of transformers "
-            "writes safetensors"
-        )
-    raise WeightsError(f"{wanted}. Fetch the model again")
 
 
 def has_non_finite(tensor: Tensor) -> bool:
@@ -195,14 +171,27 @@ def find_non_finite(checkpoint: Checkpoint) -> list[str]:
     return [name for name in checkpoint if has_non_finite(checkpoint[name])]
 
 
+def _stored_names(source: TensorSource, files: ModelFiles) -> dict[str, str]:
+    """octavo's names -> the checkpoint's; of a tied pair either name may be the one that is there.
+
+    `save_model` of safetensors keeps lm_head; transformers writes the embedding.
+    """
+    names = dict(files.weight_map)
+    if files.spec.tie_word_embeddings and "embed" not in files.quantized:
+        alone = HEAD in source.infos and names["embed.weight"] not in source.infos
+        names["embed.weight"] = HEAD if alone else names["embed.weight"]
+    return names
+
+
 def _find_problems(
     source: TensorSource, expected: Mapping[str, tuple[int, ...]], files: ModelFiles
 ) -> list[str]:
     problems = find_problems(source, files.quantized)
+    names = _stored_names(source, files)
     for name, shape in expected.items():
         if name.removesuffix(".weight") in files.quantized and name.endswith(".weight"):
             continue
-        theirs = files.weight_map[name]
+        theirs = names[name]
         info = source.infos.get(theirs)
         if info is None:
             problems.append(f"{theirs} is missing; expected shape {shape}")
@@ -215,7 +204,7 @@ def _find_problems(
         known.discard(matrix.module + ".weight")
         known.update(stored_tensors(matrix))
     if files.spec.tie_word_embeddings:
-        known.add(_HEAD)  # compared with the embedding below
+        known.add(HEAD)  # equal to the embedding, as `read_model` found
     ignored = [re.compile(pattern) for pattern in files.ignored_weights]
     for name, info in source.infos.items():
         if name not in known and not any(pattern.fullmatch(name) for pattern in ignored):
@@ -224,23 +213,3 @@ def _find_problems(
                 "for it"
             )
     return problems
-
-
-_HEAD = "lm_head.weight"
-
-
-def _check_redundant_head(source: TensorSource, files: ModelFiles) -> None:
-    """A tied checkpoint may hold its head a second time, but then it must be the embedding."""
-    if not files.spec.tie_word_embeddings or _HEAD not in source.infos:
-        return
-    table = files.weight_map["embed.weight"]
-    head_info, table_info = source.infos[_HEAD], source.infos[table]
-    same = (head_info.dtype, head_info.shape) == (table_info.dtype, table_info.shape)
-    if not same or not np.array_equal(
-        source.read(_HEAD).data.reshape(-1).view(np.uint8),
-        source.read(table).data.reshape(-1).view(np.uint8),
-    ):
-        raise WeightsError(
-            f"config.json: tie_word_embeddings is true, but {files.path} holds an {_HEAD} that "
-            f"differs from {table}. If the head is meant, set tie_word_embeddings to false"
-        )

@@ -97,6 +97,9 @@ class GgufFile:
         else:
             first_row = 0  # the blocks of a vector know no rows
         num_bytes = row_bytes * (shape[0] if len(shape) >= 2 else 1)
+        # What was read before leaves our memory; the system brings it back if it is used again.
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
         raw: npt.NDArray[np.uint8] = np.frombuffer(
             self._map, np.uint8, num_bytes, info.offset + first_row * row_bytes
         )
@@ -104,6 +107,11 @@ class GgufFile:
             dtype, numpy_name = _PLAIN[info.kind]
             return Tensor(raw.view(numpy_name).reshape(shape), dtype)
         return Tensor(_decode_blocks(raw, info.kind, shape), "f32")
+
+    def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
+        """The data of a tensor as they lie in the file."""
+        info = self.tensors[name]
+        return np.frombuffer(self._map, np.uint8, info.num_bytes, info.offset)
 
     def rows_at_once(self, name: str) -> int:
         """How many rows of a matrix to decode in one go."""

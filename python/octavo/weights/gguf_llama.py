@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +31,13 @@ from octavo.models.llama import (
     MAX_VOCAB,
     MAX_WIDTH,
 )
-from octavo.weights.gguf import GgufFile
+from octavo.weights.gguf_parts import GgufParts
 from octavo.weights.source import TensorInfo
-from octavo.weights.tensor import Tensor
+from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, float32_to_bf16
 
 ROPE_FREQS = "rope_freqs.weight"
+OutputDType = Literal["auto", "f32", "bf16"]
+_KEPT: Mapping[str, TensorDType] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 _TOP_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -78,52 +81,57 @@ def unpermute_rows(values: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]
 class GgufLlamaSource:
     """A `TensorSource` under Hugging Face's names, rows in Hugging Face's order.
 
-    Block formats are decoded to float32; `rope_freqs.weight` is left out (see `rope_scaling`).
+    dtype: "f32" or "bf16" for every weight. "auto" keeps F32, F16 and BF16 as they are and rounds
+    decoded block formats to bf16 (to nearest, so each weight by at most one part in 512; "f32"
+    keeps the decoded values exactly). `rope_freqs.weight` is left out (see `rope_scaling`).
     """
 
-    def __init__(self, file: GgufFile, config: Mapping[str, Any]) -> None:
+    def __init__(self, file: GgufParts, config: Mapping[str, Any], dtype: OutputDType) -> None:
         """Raises WeightsError listing all tensors that have no place in a Llama model."""
         self._file = file
         self._heads = {
             "q_proj": config["num_attention_heads"],
             "k_proj": config["num_key_value_heads"],
         }
-        self.names = {}
+        self._names: dict[str, str] = {}
         problems = []
+        infos: dict[str, TensorInfo] = {}
         for name, tensor in file.tensors.items():
             theirs = hugging_face_name(name)
             if theirs is not None:
-                self.names[theirs] = name
+                self._names[theirs] = name
+                kind = _KEPT.get(tensor.kind, "bf16") if dtype == "auto" else dtype
+                size = ITEM_SIZE[kind] * math.prod(tensor.shape)
+                infos[theirs] = TensorInfo(kind, tensor.shape, size)
             elif name != ROPE_FREQS:
                 problems.append(f"{describe(name)} (shape {tensor.shape})")
         if problems:
             raise WeightsError(f"{file.path} holds tensors that no Llama model has:", problems)
-        plain = {"F32": ("f32", 4), "F16": ("f16", 2), "BF16": ("bf16", 2)}
-        infos: dict[str, TensorInfo] = {}
-        for theirs, name in self.names.items():
-            tensor = file.tensors[name]
-            dtype, size = plain.get(tensor.kind, ("f32", 4))
-            infos[theirs] = TensorInfo(dtype, tensor.shape, size * math.prod(tensor.shape))
         self.infos: Mapping[str, TensorInfo] = infos
 
-    def kind(self, name: str) -> str:
-        """The format in the file, under the Hugging Face name: "F32", "Q4_1", ..."""
-        return self._file.tensors[self.names[name]].kind
-
     def read(self, name: str) -> Tensor:
-        """The whole tensor."""
-        parts = list(self.read_parts(name))
-        if len(parts) == 1:
-            return parts[0]
-        return Tensor(np.concatenate([part.data for part in parts]), parts[0].dtype)
+        """The whole tensor, decoded in runs of rows: memory holds it once, and one run."""
+        parts = self.read_parts(name)
+        first = next(parts)
+        shape = self.infos[name].shape
+        if first.shape == shape:
+            return first
+        whole = np.empty(shape, first.data.dtype)
+        row = 0
+        for part in chain((first,), parts):
+            whole[row : row + part.shape[0]] = part.data
+            row += part.shape[0]
+        return Tensor(whole, first.dtype)
 
     def read_parts(self, name: str) -> Iterator[Tensor]:
-        """The tensor in runs of rows, so that a big table needs little memory."""
-        gguf_name = self.names[name]
+        """The tensor in runs of rows, at least one, so that a big table needs little memory."""
+        gguf_name = self._names[name]
         shape = self._file.tensors[gguf_name].shape
         num_rows = shape[0] if shape else 1
-        step = self._file.rows_at_once(gguf_name) if len(shape) >= 2 else num_rows
         num_heads = self._heads.get(name.split(".")[-2])
+        as_it_is = _KEPT.get(self._file.tensors[gguf_name].kind) == self.infos[name].dtype
+        in_runs = len(shape) >= 2 and (num_heads is not None or not as_it_is)
+        step = self._file.rows_at_once(gguf_name) if in_runs else num_rows
         if num_heads is not None:
             head_dim = num_rows // num_heads
             if head_dim == 0 or head_dim % 2 or num_rows % num_heads:
@@ -132,15 +140,23 @@ class GgufLlamaSource:
                     f"{num_heads} heads of an even size"
                 )
             step = max(1, step // head_dim) * head_dim  # whole heads
-        for first in range(0, num_rows, max(1, step)):
+        for first in range(0, max(1, num_rows), max(1, step)):
             part = self._file.decode(gguf_name, first, step)
             if num_heads is not None:
                 heads = part.data.shape[0] // (num_rows // num_heads)
                 part = Tensor(unpermute_rows(part.data, heads), part.dtype)
-            yield part
+            yield _cast(part, self.infos[name].dtype)
 
 
-def read_config(file: GgufFile) -> dict[str, Any]:
+def _cast(tensor: Tensor, dtype: str) -> Tensor:
+    """The values as "f32", "bf16", or as they are."""
+    if tensor.dtype == dtype:
+        return tensor
+    values = tensor.to_float32()
+    return Tensor(values, "f32") if dtype == "f32" else Tensor(float32_to_bf16(values), "bf16")
+
+
+def read_config(file: GgufParts) -> dict[str, Any]:
     """The `config.json` of a GGUF file; UnsupportedModelError names what octavo cannot run."""
     source = str(file.path)
     fields = Fields(file.metadata, source)
@@ -187,7 +203,7 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     }
 
 
-def end_of_text_ids(file: GgufFile, vocab_size: int) -> list[int]:
+def end_of_text_ids(file: GgufParts, vocab_size: int) -> list[int]:
     """The tokens that end a text, a turn or a message, each once."""
     fields = Fields(file.metadata, str(file.path))
     found = [_token_id(fields, kind, vocab_size) for kind in ("eos", "eot", "eom")]
@@ -236,7 +252,7 @@ def _refuse_variants(fields: Fields) -> None:
 
 
 def _rope_scaling(
-    file: GgufFile, fields: Fields, head_dim: int, theta: float
+    file: GgufParts, fields: Fields, head_dim: int, theta: float
 ) -> dict[str, Any] | None:
     """The `rope_scaling` of config.json, from the metadata or from `rope_freqs.weight`."""
     kind = file.metadata.get("llama.rope.scaling.type", "none")
@@ -256,7 +272,7 @@ def _rope_scaling(
 
 
 def _llama3_scaling(
-    file: GgufFile, fields: Fields, head_dim: int, theta: float
+    file: GgufParts, fields: Fields, head_dim: int, theta: float
 ) -> dict[str, Any] | None:
     """Recognize Llama 3's rule in `rope_freqs.weight`; anything else there is refused."""
     if ROPE_FREQS not in file.tensors:

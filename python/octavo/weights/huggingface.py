@@ -12,10 +12,8 @@ from typing import Any, TypeVar
 from octavo.errors import DownloadError
 from octavo.models.registry import read_model
 from octavo.weights.progress import Progress, folder_size, watch_folder
-from octavo.weights.safetensors import read_index
+from octavo.weights.safetensors import INDEX, SINGLE, numbered_shards, read_index
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _Result = TypeVar("_Result")
 
 
@@ -50,6 +48,8 @@ def fetch_repository(
         read_model(staging)
         if SINGLE in sizes:
             weights = [SINGLE]
+        elif INDEX not in sizes:
+            weights = numbered_shards(sizes, repository)
         else:
             fetch(INDEX)
             weights = sorted(set(read_index(staging / INDEX).values()))
@@ -84,7 +84,7 @@ def _check_files(repository: str, sizes: dict[str, int]) -> None:
             f"{repository} holds no config.json (it holds {found}); expected a model in Hugging "
             f"Face form{hint}"
         )
-    if SINGLE not in sizes and INDEX not in sizes:
+    if not {SINGLE, INDEX} & sizes.keys() and not numbered_shards(sizes, repository):
         raise DownloadError(
             f"{repository} holds neither {SINGLE} nor {INDEX}. octavo reads safetensors only: "
             "pickle files (.bin, .pth) run code when they are opened. Look for a converted copy, "

@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +37,9 @@ ELEMENT_BITS: Mapping[str, int] = MappingProxyType(
     | dict.fromkeys(("U32", "I32", "F32"), 32)
     | dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
 )
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_NUMBERED_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}\.safetensors")
 _LOADABLE: Mapping[str, TensorDType] = MappingProxyType(
     {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -100,32 +103,40 @@ class SafetensorsFile:
 
 
 class ShardedSafetensors:
-    """Several files and the index that says which tensor lies where."""
+    """Several files that hold a model together."""
 
-    def __init__(self, index_path: Path) -> None:
-        """Raises WeightsError with all shards that are missing or contradict the index."""
-        places = read_index(index_path)
+    def __init__(self, index_path: Path, shards: Sequence[str] | None = None) -> None:
+        """index_path: says which tensor lies where. shards: the files, where there is no index.
+
+        Raises WeightsError with all shards that are missing, contradict the index, or hold a
+        tensor that another one holds too.
+        """
+        places = read_index(index_path) if shards is None else {}
+        names = sorted(set(places.values())) if shards is None else shards
         missing = [
             f"{file} is missing; fetch it again"
-            for file in sorted(set(places.values()))
+            for file in names
             if not (index_path.parent / file).is_file()
         ]
         if missing:
             raise WeightsError(f"{index_path} names files that are not there:", missing)
-        files = {name: SafetensorsFile(index_path.parent / name) for name in set(places.values())}
+        files = {name: SafetensorsFile(index_path.parent / name) for name in names}
         problems = [
             f"{printable(name)} should be in {file}, which does not hold it"
             for name, file in places.items()
             if name not in files[file].infos
         ]
         self._files: dict[str, SafetensorsFile] = {}
-        for file_name in sorted(files):
+        for file_name in names:
             for name in files[file_name].infos:
                 if name in self._files:
                     problems.append(f"{printable(name)} is in {file_name} and in another file")
                 self._files.setdefault(name, files[places.get(name, file_name)])
         if problems:
-            raise WeightsError(f"{index_path} does not fit its files:", problems)
+            told = f"{index_path} does not fit its files:"
+            if shards is not None:
+                told = f"The shards in {index_path.parent} do not fit each other:"
+            raise WeightsError(told, problems)
         self.infos: Mapping[str, TensorInfo] = {
             name: file.infos[name] for name, file in self._files.items()
         }
@@ -270,6 +281,32 @@ def make_header(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[byt
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, offset
+
+
+def numbered_shards(names: Iterable[str], place: str) -> list[str]:
+    """Of these names, the shards model-0000K-of-0000N.safetensors, in order; [] for none.
+
+    place: where they lie, for the message of the WeightsError that names shards which are missing,
+    or two sets of them.
+    """
+    found = {name for name in names if _NUMBERED_SHARD.fullmatch(name)}
+    counts = sorted({name.split("-of-")[1].split(".")[0] for name in found})
+    if not counts:
+        return []
+    if len(counts) > 1:
+        raise WeightsError(
+            f"{place} holds shards of {' and of '.join(str(int(count)) for count in counts)}; "
+            f"without {INDEX} nothing says which are meant: remove the others, or fetch the index"
+        )
+    wanted = [f"model-{k:05}-of-{counts[0]}.safetensors" for k in range(1, int(counts[0]) + 1)]
+    missing = [name for name in wanted if name not in found]
+    if missing or len(found) != len(wanted):
+        lost = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        raise WeightsError(
+            f"{place} holds {len(found)} of {len(wanted)} shards; missing: {lost or 'none'}, "
+            f"left over: {', '.join(sorted(found - set(wanted))) or 'none'}. Fetch the model again"
+        )
+    return wanted
 
 
 def read_index(path: Path) -> dict[str, str]:

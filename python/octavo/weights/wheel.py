@@ -18,7 +18,8 @@ from types import MappingProxyType
 from typing import IO
 
 from octavo.errors import DownloadError
-from octavo.weights.convert import OutputDType, convert_gguf
+from octavo.weights.convert import convert_gguf
+from octavo.weights.gguf_llama import OutputDType
 from octavo.weights.progress import Progress, watch_folder
 
 
