@@ -220,6 +220,21 @@ def test_a_repository_that_lacks_something_costs_no_download(
     assert not any("resolve" in request for request in hub.requests)
 
 
+def test_shards_without_an_index(hub: Hub, tmp_path: Path) -> None:
+    files = repository_files(tmp_path / "source", num_shards=3)
+    del files["model.safetensors.index.json"]
+    hub.files["org/shards"] = files
+    code, said = octavo(hub, tmp_path, "pull", "org/shards")
+    assert code == 0, said
+    assert len(open_checkpoint(read_model(tmp_path / "models" / "org--shards"))) == 21
+    hub.files["org/fewer"] = dict(files)
+    del hub.files["org/fewer"]["model-00002-of-00003.safetensors"]
+    hub.requests.clear()
+    code, said = octavo(hub, tmp_path, "pull", "org/fewer")
+    assert code == 2 and "missing: model-00002-of-00003.safetensors" in said, said
+    assert not any("resolve" in request for request in hub.requests)
+
+
 def test_an_unsupported_model_costs_one_small_file(hub: Hub, tmp_path: Path) -> None:
     files = repository_files(tmp_path / "source")
     files["config.json"] = json.dumps(tiny_config(architectures=["GPT2LMHeadModel"])).encode()
