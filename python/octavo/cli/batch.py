@@ -131,13 +131,14 @@ def batch(
     if system is not None and chat is False:
         raise InvalidArgumentError("--system needs the chat template; leave out --raw")
     name = model or "smollm2-135m"
+    for path in (input_file, output_file):
+        if os.path.exists(path) and not path.is_file() and not path.is_dir():
+            raise InvalidArgumentError(
+                f"{path} is a pipe or a device; expected a plain file, to be read more than once"
+            )
     ids = check_ids(input_file)
     if not ids:
         raise InvalidArgumentError(f"{input_file} is empty; expected one prompt a line")
-    if os.path.exists(output_file) and not output_file.is_file():
-        raise InvalidArgumentError(
-            f"{output_file} is no plain file; expected one, which can be read and gone on with"
-        )
     if os.path.exists(output_file) and output_file.samefile(input_file):
         raise InvalidArgumentError("the output is the input; expected another file")
     check_writable(output_file, "the answers")
