@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import io
 import os
+import re
 import select
 import signal
 import struct
@@ -184,7 +185,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path, leave: str)
     path = tiny_model(tmp_path, context=60_000)
     arguments = ["-m", str(path), "--load-format", "dummy", "-t", "0", "-n", "50000"]
     with Terminal("chat", *arguments) as terminal:
-        terminal.wait_for("Ctrl-D leaves")
+        terminal.wait_for("leaves")
         terminal.wait_for(PROMPT)
         terminal.send("tell me more\r")
         terminal.wait_for(SENT)
@@ -217,6 +218,7 @@ THREE_LINES = {
 @pytest.mark.parametrize("way", THREE_LINES)
 def test_three_lines_are_one_turn(model, way):
     with Terminal("chat", *CHAT, "-m", model) as terminal:
+        terminal.wait_for("leaves")
         terminal.wait_for(PROMPT)
         terminal.send(THREE_LINES[way])
         terminal.wait_for("three")
@@ -236,7 +238,7 @@ def test_keys_typed_while_the_model_loads_wait_for_the_first_prompt(model):
     with Terminal("chat", *CHAT, "-m", model) as terminal:
         terminal.wait_for(MARKED)  # the keyboard is silent from here on
         terminal.send("fox\r\x1b[200~a\rb\x1b[201~")
-        terminal.wait_for("Ctrl-D leaves")
+        terminal.wait_for("leaves")
         assert "fox" not in terminal.read_before
         terminal.wait_for("fox")
         terminal.wait_for("tokens/s")
@@ -262,12 +264,26 @@ def test_a_dumb_terminal_gets_no_escape_sequences(model):
 def test_answers_to_a_file_leave_the_prompt_on_the_screen(model, tmp_path):
     answers = tmp_path / "answers.txt"
     with answers.open("w") as file, Terminal("chat", *CHAT, "-m", model, stdout=file) as terminal:
+        terminal.wait_for("leaves")
         terminal.wait_for(PROMPT)
         terminal.send("fox\r")
         terminal.wait_for("tokens/s")
         terminal.send("\x04")
         assert terminal.process.wait(timeout=30) == 0
     assert answers.read_text().count("\n") == 1 and "> " not in answers.read_text()
+
+
+def test_messages_are_broken_between_words(model):
+    with Terminal("chat", *CHAT, "-m", model) as terminal:
+        terminal.wait_for("leaves")
+        terminal.wait_for(PROMPT)
+        terminal.send("/help\r")
+        terminal.wait_for("behind it.")
+        lines = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", terminal.read_before).split("\r\n")
+        assert max(map(len, lines)) <= 60
+        found = [line for line in lines if line.startswith(" " * 17)]
+        assert any("Alt-Enter      begin another line" in line for line in lines)
+        assert found and all(line[17] != " " for line in found)  # under what it goes on with
 
 
 def test_only_a_terminal_needs_prompt_toolkit(model):

@@ -222,6 +222,18 @@ def test_a_wrong_path_is_one_clear_error(case, place, tmp_path, monkeypatch, cap
     assert Path("/dev/full").is_char_device()  # a device is written to, never replaced
 
 
+def test_a_pipe_is_read_where_once_is_enough(place, capsys):
+    log = Path(place.files["log"])
+    for verb, name in (("explain", "log"), ("replay", "log"), ("batch", "input_file")):
+        read, write = os.pipe()
+        os.write(write, log.read_bytes())
+        os.close(write)
+        code = main(place.command(verb, **{name: f"/dev/fd/{read}"}))
+        os.close(read)
+        assert code == (2 if verb == "batch" else 0)
+    assert "is a pipe or a device; expected a plain file" in capsys.readouterr().err
+
+
 def octavo(arguments: list[str], redirection: str, **options: Any) -> subprocess.CompletedProcess:
     command = ["sh", "-c", f'exec "$0" -m octavo.cli "$@" {redirection}', sys.executable]
     return subprocess.run(

@@ -100,6 +100,7 @@ def test_deadlines(tmp_path: Path) -> None:
             response = await client.post(COMPLETIONS, json={**LONG, "timeout": 0.1})
             error = error_of(response, 504)
             assert error["param"] == "timeout" and error["code"] == "deadline_exceeded"
+            assert "raise timeout" in error["message"]
             # Under way when it passes: the stream says so in its last event.
             sent = {**LONG, "timeout": 0.1, "stream": True}
             events = events_of((await client.post(COMPLETIONS, json=sent)).text)
@@ -111,7 +112,8 @@ def test_deadlines(tmp_path: Path) -> None:
                 sent = {**LONG, "timeout": 0.05, "stream": stream}
                 error_of(await client.post(COMPLETIONS, json=sent), 504)
             started = time.monotonic()
-            error_of(await first, 504)  # the server's own limit, though it asked for more
+            error = error_of(await first, 504)  # the server's own limit, though it asked for more
+            assert "longer than 0.5 seconds (--request-timeout)" in error["message"]
             assert time.monotonic() - started < 1
 
     run(test)

@@ -162,5 +162,6 @@ def test_tools_reach_the_template(tmp_path: Path) -> None:
         async with serving(llm, tool_parser="none") as (client, _):
             error = error_of(await client.post("/v1/chat/completions", json=body), 400)
             assert error["param"] == "tools"
+            assert "--tool-call-parser auto" in error["message"]
 
     run(test)

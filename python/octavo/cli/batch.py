@@ -133,25 +133,10 @@ def batch(
     SamplingParams(temperature=temperature or 0.0, max_tokens=max_tokens, stop=tuple(stop or ()))
     if system is not None and chat is False:
         raise InvalidArgumentError("--system needs the chat template; leave out --raw")
+    _check_files(input_file, output_file, event_log)
     ids = check_ids(input_file)
     if not ids:
         raise InvalidArgumentError(f"{input_file} is empty; expected one prompt a line")
-    if os.path.exists(output_file) and not output_file.is_file():
-        raise InvalidArgumentError(
-            f"{output_file} is no plain file; expected one, which can be read and gone on with"
-        )
-    if os.path.exists(output_file) and output_file.samefile(input_file):
-        raise InvalidArgumentError("the output is the input; expected another file")
-    if event_log is not None and event_log.resolve() in (
-        input_file.resolve(),
-        output_file.resolve(),
-    ):
-        raise InvalidArgumentError(
-            f"--event-log is {event_log}, which is the input or the output; expected another file"
-        )
-    check_writable(output_file, "the answers")
-    if event_log is not None:
-        check_writable(event_log, "the event log")
     options: dict[str, Any] = {
         "device": device,
         "deterministic": deterministic,
@@ -183,6 +168,27 @@ def batch(
                 answers = Answers(journal, tally, note_events)
                 interrupted = _answer_all(llm, run, input_file, answers)
     return _summarize(tally, output_file, interrupted)
+
+
+def _check_files(input_file: Path, output_file: Path, event_log: Path | None) -> None:
+    """Raise for files that cannot be what they are to be, before anything is done."""
+    for path in (input_file, output_file):
+        if os.path.exists(path) and not path.is_file() and not path.is_dir():
+            raise InvalidArgumentError(
+                f"{path} is a pipe or a device; expected a plain file, to be read more than once"
+            )
+    if os.path.exists(output_file) and output_file.samefile(input_file):
+        raise InvalidArgumentError("the output is the input; expected another file")
+    if event_log is not None and event_log.resolve() in (
+        input_file.resolve(),
+        output_file.resolve(),
+    ):
+        raise InvalidArgumentError(
+            f"--event-log is {event_log}, which is the input or the output; expected another file"
+        )
+    check_writable(output_file, "the answers")
+    if event_log is not None:
+        check_writable(event_log, "the event log")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 
 from octavo.cli.batch_input import BadLine, BatchLine, BatchRequest, Defaults, parse_line
 from octavo.config import EngineConfig, read_environment, resolve_device
+from octavo.errors import InvalidArgumentError
 from octavo.sampling_params import SamplingParams
 
 _SEED = "seed_of_the_run"  # apart from a line's own "seed"
@@ -144,6 +145,10 @@ def describe_run(
     if chat is None:
         has_tokenizer = (files.folder / "tokenizer.json").is_file()
         chat = has_tokenizer and ChatTemplate.load(files.folder) is not None
+    if system is not None and not chat:
+        raise InvalidArgumentError(
+            f"--system needs a chat template, and {model or DEFAULT_MODEL} has none: leave it out"
+        )
     return Run(
         directory=directory,
         name=model or DEFAULT_MODEL,

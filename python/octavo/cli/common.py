@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +18,6 @@ from octavo.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
     from octavo.engine.outputs import RequestMetrics
     from octavo.llm import LLM
@@ -228,19 +229,34 @@ def print_error(message: str) -> None:
 
     with suppress(OSError):  # what has become of standard output is told at the end
         sys.stdout.flush()
-    _print(Text.assemble(("error: ", "bold red"), message))
+    console, start = stderr_console(), "error: "
+    rest = _fit(start + message, console).removeprefix(start)
+    console.print(Text.assemble((start, "bold red"), rest))
 
 
 def note(message: str) -> None:
     """A dim line on stderr."""
-    _print(message, style="dim")
-
-
-def _print(message: str | Text, style: str | None = None) -> None:
-    """On a terminal lines are broken between words; a path stays whole, to be copied."""
     console = stderr_console()
-    whole = not console.is_terminal
-    console.print(message, style=style, soft_wrap=whole, overflow="ignore", crop=False)
+    console.print(_fit(message, console), style="dim")
+
+
+def _fit(message: str, console: Console) -> str:
+    """On a terminal broken between words; a path stays whole, to be copied."""
+    if not console.is_terminal:
+        return message
+    lines = []
+    for line in message.split("\n"):
+        columns = re.match(r" +\S+(?: \S+)* {2,}", line)  # of a list of commands
+        lines.append(
+            textwrap.fill(
+                line,
+                console.width,
+                subsequent_indent=" " * len(columns[0]) if columns else "",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
+    return "\n".join(lines)
 
 
 def read_prompt(argument: str) -> str:

@@ -14,7 +14,7 @@ from octavo.engine.outputs import OutputChunk, RequestOutput
 from octavo.errors import OctavoError
 from octavo.server.errors import ApiError, to_api_error
 from octavo.server.formats import DONE, Format, to_json, usage_of
-from octavo.server.stream import ResultStream
+from octavo.server.stream import EngineRequest, ResultStream
 
 CLIENT_GONE = 499  # nginx's number for it; never sent, only logged
 
@@ -50,8 +50,8 @@ class Answering:
         watcher = asyncio.ensure_future(_call_on_disconnect(receive, self.close))
         try:
             results = [await stream.wait() for stream in self._streams]
-            for result in results:
-                _raise_if_failed(result)
+            for stream, result in zip(self._streams, results, strict=True):
+                _raise_if_failed(result, stream.request)
         except (OctavoError, ApiError) as error:
             if watcher.done():
                 return Response(status_code=CLIENT_GONE)
@@ -76,7 +76,7 @@ class Answering:
             first = await anext(batches)
             for stream in self._streams:  # the queue may have been full for one of many
                 stream.raise_if_refused()
-            _check_first(first[1])
+            _check_first(first[1], self._streams[first[0]].request)
         except (OctavoError, ApiError) as error:
             self._take_notes()
             self.close()
@@ -219,28 +219,32 @@ def _raise_if_broken(result: RequestOutput) -> None:
         raise ApiError(500, result.error, code="model_error")
 
 
-def _raise_if_failed(result: RequestOutput) -> None:
+def _raise_if_failed(result: RequestOutput, request: EngineRequest) -> None:
     _raise_if_broken(result)
     if any(output.finish_reason == "timeout" for output in result.outputs):
-        raise _late(result)
+        raise _late(result, request)
 
 
-def _check_first(chunks: Sequence[OutputChunk]) -> None:
+def _check_first(chunks: Sequence[OutputChunk], request: EngineRequest) -> None:
     """What goes wrong before anything was sent is a status, and not an empty answer."""
     result = chunks[-1].result
     if result is None:
         return
     _raise_if_broken(result)
     if result.metrics.num_output_tokens == 0:
-        _raise_if_failed(result)
+        _raise_if_failed(result, request)
 
 
-def _late(result: RequestOutput) -> ApiError:
+def _late(result: RequestOutput, request: EngineRequest) -> ApiError:
     seconds = time.monotonic() - result.metrics.arrival_time
+    advice = "raise timeout, or ask for less"
+    if request.is_servers_limit:
+        limit = f"{request.timeout:g} seconds (--request-timeout)"
+        advice = f"ask for less, since this server lets no request run longer than {limit}"
     return ApiError(
         504,
         f"the request's deadline passed after {seconds:.1f} seconds, with "
-        f"{result.metrics.num_output_tokens} tokens made: raise timeout, or ask for less",
+        f"{result.metrics.num_output_tokens} tokens made: {advice}",
         param="timeout",
         code="deadline_exceeded",
     )

@@ -6,6 +6,7 @@ LOADING --loaded--> READY --SIGTERM--> DRAINING --idle or out of time--> the end
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from octavo.errors import ShutdownError
 from octavo.llm import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
-from octavo.server.errors import ApiError, unavailable
+from octavo.server.errors import ApiError, bad_request, unavailable
 from octavo.server.live import LiveView
 from octavo.server.metrics import Metrics
 from octavo.server.options import ServerOptions
@@ -119,12 +120,18 @@ class Service:
         self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, body: SamplingBody
     ) -> ResultStream:
         """Hand one prompt to the engine."""
-        limit = self.options.request_timeout
-        timeout = body.timeout
-        if limit is not None:
-            timeout = limit if timeout is None else min(limit, timeout)
+        own, limit = body.timeout or math.inf, self.options.request_timeout or math.inf
+        timeout = min(own, limit)
         stream = self.engine.submit(
-            EngineRequest(request_id, prompt, params, body.priority or 0, timeout, body.cache_salt)
+            EngineRequest(
+                request_id,
+                prompt,
+                params,
+                body.priority or 0,
+                None if math.isinf(timeout) else timeout,
+                body.cache_salt,
+                is_servers_limit=limit <= own,
+            )
         )
         if self.metrics is not None:
             self.metrics.watch(stream)
@@ -132,15 +139,20 @@ class Service:
 
     def tool_format_of(self, body: ChatFields) -> ToolFormat | None:
         """How the model writes calls, by its own chat template or the body's."""
+        if body.tools and self.options.tool_parser == "none":
+            raise bad_request(
+                "tools is given, but this server looks for no calls (--tool-call-parser none): "
+                "leave tools out, or start the server with --tool-call-parser auto",
+                "tools",
+            )
         if body.chat_template is None:
             return self.tool_format
         if not self.options.takes_templates:
-            raise ApiError(
-                400,
+            raise bad_request(
                 "chat_template is a program, which this server takes from nobody: others can reach "
                 "it without a key. Leave chat_template out, or start the server with an API key or "
                 "with --trust-request-chat-template",
-                param="chat_template",
+                "chat_template",
             )
         is_auto = self.options.tool_parser == "auto"
         return detect_format(body.chat_template) if is_auto else self.tool_format

@@ -17,7 +17,7 @@ _REFUSALS = (InvalidArgumentError, QueueFullError)
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """Arguments of `Engine.add_request`."""
+    """Arguments of `Engine.add_request`; is_servers_limit: the timeout is not of the client."""
 
     request_id: str
     prompt: EncodedPrompt
@@ -25,6 +25,7 @@ class EngineRequest:
     priority: int = 0
     timeout: float | None = None
     cache_salt: str | None = None
+    is_servers_limit: bool = False
 
 
 class ResultStream:
