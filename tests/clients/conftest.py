@@ -18,7 +18,6 @@ from server_helpers import listening, server_process
 # Before any client is imported: none of them is to ask the network for anything else.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 os.environ["LANGSMITH_TRACING"] = "false"
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_configure() -> None:
