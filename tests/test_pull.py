@@ -27,10 +27,10 @@ from octavo.errors import (
     UnsupportedModelError,
 )
 from octavo.models.registry import read_model
-from octavo.weights import hub, wheel
+from octavo.weights import wheel
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import pull, pulled_models, resolve_model
-from octavo.weights.progress import NO_PROGRESS, BarProgress, NoProgress
+from octavo.weights.progress import NO_PROGRESS, NoProgress
 from octavo.weights.wheel import WheelModel
 from weights_helpers import gguf_config, random_weights, write_gguf
 
@@ -422,20 +422,6 @@ def test_the_command(
     assert capsys.readouterr().err.startswith("error: 'nosuch' cannot be pulled")
 
 
-def test_the_bar_takes_any_sequence_of_calls() -> None:
-    with BarProgress() as bar:
-        bar.message("[not] markup")
-        bar.start("Unknown", 0)
-        bar.advance(10)
-        bar.finish()
-        bar.start("Known", 100)
-        bar.advance(250)
-        bar.finish()
-    with BarProgress() as bar:
-        bar.start("Nothing", 0)
-        bar.finish()
-
-
 def test_a_folder_is_watched_while_it_grows(tmp_path: Path) -> None:
     from octavo.weights.progress import watch_folder
 
@@ -447,8 +433,3 @@ def test_a_folder_is_watched_while_it_grows(tmp_path: Path) -> None:
         while progress.steps[0][2] != 100_000 and time.monotonic() < deadline:
             time.sleep(0.02)
     assert progress.steps[0][2] == 100_000
-
-
-def test_known_names_are_wheel_models() -> None:
-    assert set(hub.KNOWN_MODELS) == set(wheel.WHEEL_MODELS)
-    assert hub.DEFAULT_MODEL in hub.KNOWN_MODELS

@@ -76,10 +76,13 @@ def test_a_call_of_a_tool_and_its_result(parrot: Served) -> None:
 
 def test_calls_of_tools_in_a_stream(parrot: Served) -> None:
     model = model_of(parrot)
-    *_, last = model.stream_chat_with_tools([TOOL], user_msg="both")
-    calls = model.get_tool_calls_from_response(last)
-    assert [call.tool_kwargs for call in calls] == [{"a": 1}, {"b": [2, "}"]}]
-    assert last.raw.choices[0].finish_reason == "tool_calls"
+    for parallel, wanted in ((True, [{"a": 1}, {"b": [2, "}"]}]), (False, [{"a": 1}])):
+        *_, last = model.stream_chat_with_tools(
+            [TOOL], user_msg="both", allow_parallel_tool_calls=parallel
+        )
+        calls = model.get_tool_calls_from_response(last)
+        assert [call.tool_kwargs for call in calls] == wanted
+        assert last.raw.choices[0].finish_reason == "tool_calls"
 
 
 def test_an_answer_sent_back(parrot: Served) -> None:

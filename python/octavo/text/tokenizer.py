@@ -218,10 +218,10 @@ def read_json(path: FolderFile) -> dict[str, Any]:
     """A JSON object from a file; a TokenizerError names the file and what is wrong with it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(
-            f"{path} cannot be read: {error or type(error).__name__}; fetch the file again"
-        ) from error
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} cannot be read: {error}; fetch the file again") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{path} holds {type(content).__name__}; expected a JSON object")
     return content
