@@ -6,7 +6,6 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from octavo.errors import EngineInUseError, WrongProcessError
@@ -45,12 +44,7 @@ class Door:
                 "which any number of threads may share, or drive the engine from one thread"
             )
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._inside.release()
 
 

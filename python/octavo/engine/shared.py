@@ -22,7 +22,6 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from octavo.engine.interrupts import deferred_interrupt
@@ -120,12 +119,7 @@ class Call:
     def __enter__(self) -> Call:
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
 
 
