@@ -25,14 +25,13 @@ from octavo.engine.checks import check_scheduling, check_tokens
 from octavo.engine.door import Door, through_door
 from octavo.engine.events import EventLog
 from octavo.engine.interrupts import deferred_interrupt
-from octavo.engine.journal import arrival, describe_engine, refusal, step_end
+from octavo.engine.journal import arrival, describe_engine, read_stats, refusal, step_end
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import Flight, Pipeline, StepRuntime
 from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
 from octavo.engine.results import not_finite, read_logprobs, request_output
 from octavo.engine.schedule import Schedule, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
-from octavo.engine.stats import read_stats
 from octavo.engine.waiting_room import Deadlines, WaitingRoom
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
