@@ -144,7 +144,7 @@ class LLM:
         self._bar_turn = threading.Lock()
 
     def __reduce__(self) -> NoReturn:
-        raise WrongProcessError(self.engine.door.pid, None)
+        raise WrongProcessError(self.engine.guard.pid, None)
 
     @property
     def tokenizer(self) -> Tokenizer | None:

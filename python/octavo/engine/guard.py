@@ -14,7 +14,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Door:
+class EngineGuard:
     """A context to be in while an engine is used; it refuses, and never waits.
 
     Entering raises a WrongProcessError in a process that was forked from the one that made the
@@ -48,23 +48,23 @@ class Door:
         self._inside.release()
 
 
-class HasDoor(Protocol):
-    """Something that is used through its door."""
+class Guarded(Protocol):
+    """An object with a guard."""
 
-    door: Door
-
-
-Owner = TypeVar("Owner", bound=HasDoor)
+    guard: EngineGuard
 
 
-def through_door(
+Owner = TypeVar("Owner", bound=Guarded)
+
+
+def guarded(
     method: Callable[Concatenate[Owner, P], T],
 ) -> Callable[Concatenate[Owner, P], T]:
-    """The method, run inside of its object's door."""
+    """The method, run within the guard of its object."""
 
     @functools.wraps(method)
     def inside(owner: Owner, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with owner.door:
+        with owner.guard:
             return method(owner, *args, **kwargs)
 
     return inside
