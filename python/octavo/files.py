@@ -111,7 +111,7 @@ def check_writable(path: str | Path, what: str) -> None:
 
 
 def expand_home(path: str | Path) -> Path:
-    """A path with "~" replaced; as it is where nobody's home directory is known."""
+    """A path with "~" replaced; as it is where that home directory is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:  # no such user, or no HOME and no entry in the password file

@@ -231,7 +231,7 @@ class Engine:
             self.num_steps += 1
             self._undelivered += self._update(flight, output)
             if not self._requests:
-                self._abandon_steps()  # what is still in flight is for nobody
+                self._abandon_steps()  # nobody waits for what is still in flight
                 self._check_when_idle()
             return self._deliver()
 

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class EngineGuard:
-    """A context to be in while an engine is used; it refuses, and never waits.
+    """A context for every use of an engine; it refuses, and never waits.
 
     Entering raises a WrongProcessError in a process that was forked from the one that made the
     engine: the threads that compute exist in that one only, and to wait for them is to wait for
