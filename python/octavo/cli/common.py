@@ -293,10 +293,9 @@ def _loading_bar(name: str) -> Iterator[Any]:
     """A callback of (bytes done, bytes in all): a bar that vanishes at the end, or LogLines."""
     console = stderr_console()
     if not console.is_terminal:
-        from octavo.weights.progress import LogLines, bytes_done
+        from octavo.weights.progress import log_bytes
 
-        lines = LogLines(console.print)
-        yield lambda done, total: lines.offer(lambda: bytes_done(f"loading {name}", done, total))
+        yield log_bytes(console.print, f"loading {name}")
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +25,7 @@ from octavo.errors import InvalidArgumentError
 from octavo.files import check_writable
 
 if TYPE_CHECKING:
+    from octavo.config import EngineConfig
     from octavo.llm import LLM
 
 _LISTEN, _BATCH, _LIMITS, _LOG = "Listen", "Batching and memory", "Limits", "Log"
@@ -255,23 +258,17 @@ def serve(
         served_names=names or (model if model else path.name,),
         defaults=read_defaults(path) if generation_config == "auto" else {},
     )
-
-    def load() -> LLM:
-        from octavo.llm import LLM
-        from octavo.server.logs import log_event
-        from octavo.weights.progress import LogLines, bytes_done
-
-        log = logging.getLogger("octavo.server")
-        lines = LogLines(lambda line: log_event(log, logging.INFO, line))
-        return LLM(
-            path,
-            config=config,
-            on_load=lambda done, total: lines.offer(
-                lambda: bytes_done(f"loading {path.name}", done, total)
-            ),
-        )
-
     from octavo.server.run import serve as run_server
 
-    run_server(options, load)
+    run_server(options, partial(_load, path, config))
     return 0
+
+
+def _load(path: Path, config: EngineConfig) -> LLM:
+    """The model; long loading says how far it is in the server's log."""
+    from octavo.llm import LLM
+    from octavo.server.logs import log_event
+    from octavo.weights.progress import log_bytes
+
+    write = partial(log_event, logging.getLogger("octavo.server"), logging.INFO)
+    return LLM(path, config=config, on_load=log_bytes(write, f"loading {path.name}"))

@@ -68,6 +68,12 @@ def bytes_done(what: str, done: float, total: float | None) -> str:
     return f"{what}: {done / 1e6:,.0f}{of_all} MB"
 
 
+def log_bytes(write: Callable[[str], object], what: str) -> Callable[[int, int], None]:
+    """A callback of (bytes done, bytes in all) that gives `write` a line now and then."""
+    lines = LogLines(write)
+    return lambda done, total: lines.offer(lambda: bytes_done(what, done, total))
+
+
 class BarProgress:
     """A bar on standard error, drawn with rich, or LogLines; use it in a `with` block."""
 
