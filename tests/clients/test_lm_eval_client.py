@@ -25,31 +25,27 @@ def generate(model: Any, *requests: tuple[Any, dict[str, Any]]) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize("num_concurrent", [1, 3])
-def test_local_completions(parrot: Served, num_concurrent: int) -> None:
-    model = models.LocalCompletionsAPI(
+def completions(parrot: Served, **options: int) -> Any:
+    return models.LocalCompletionsAPI(
         base_url=f"{parrot.api}/completions",
         model=MODEL,
         tokenizer_backend=None,
         tokenized_requests=False,
-        num_concurrent=num_concurrent,
-        batch_size=1,
         max_retries=1,
+        **options,
     )
+
+
+@pytest.mark.parametrize("num_concurrent", [1, 3])
+def test_local_completions(parrot: Served, num_concurrent: int) -> None:
+    model = completions(parrot, num_concurrent=num_concurrent, batch_size=1)
     wanted = {"until": [" three"], "max_gen_toks": 8}
     requests = [("hello", wanted), ("count", wanted), ("sing", wanted)]
     assert generate(model, *requests) == [HELLO, "one two", "la" * 8]
 
 
 def test_local_completions_in_batches(parrot: Served) -> None:
-    model = models.LocalCompletionsAPI(
-        base_url=f"{parrot.api}/completions",
-        model=MODEL,
-        tokenizer_backend=None,
-        tokenized_requests=False,
-        batch_size=2,
-        max_retries=1,
-    )
+    model = completions(parrot, batch_size=2)
     wanted = {"until": [" three"], "max_gen_toks": 8}
     assert generate(model, ("hello", wanted), ("count", wanted)) == [HELLO, "one two"]
 
