@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from batch_helpers import CHAT, COMPLETIONS, openai, read, write
 from octavo import LLM, SamplingParams
 from octavo.cli import main
 from octavo.server.formats import unique_names
@@ -17,7 +18,6 @@ from octavo.text.places import TokenPlaces
 from parrot import END, GO, byte_tokens, say, write_parrot
 from server_helpers import events_of, run, serving
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "x"}]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 CALL = '{"name": "add", "arguments": {"a": 1}}'
@@ -229,6 +229,13 @@ PROMPTS = {
 }
 
 
+def answer_batch(model: Path, folder: Path, lines: list[str]) -> dict[str, Any]:
+    """The bodies of the answers by custom_id."""
+    source, target = write(folder / "in.jsonl", lines), folder / "out.jsonl"
+    assert main(["batch", str(source), str(target), "-m", str(model)]) == 0
+    return {name: record["response"]["body"] for name, record in read(target).items()}
+
+
 def test_server_batch_and_python_make_one_prompt_of_a_conversation(tmp_path):
     folder = write_parrot(tmp_path / "model", say("yes"), template=SEEN)
     llm = load(folder)
@@ -238,19 +245,12 @@ def test_server_batch_and_python_make_one_prompt_of_a_conversation(tmp_path):
     served = ask(llm, *({"messages": talk, "max_tokens": 1} for talk in TALKS.values()))
     got = [response.json()["usage"]["prompt_tokens"] for response in served]
     assert got == list(want.values())
-    lines = [
-        {"custom_id": name, "method": "POST", "url": CHAT, "body": {"messages": talk}}
-        for name, talk in TALKS.items()
-    ]
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(["batch", str(source), str(target), "-m", str(folder)]) == 0
-    records = [json.loads(line) for line in target.read_text().splitlines()]
-    batched = {r["custom_id"]: r["response"]["body"]["usage"]["prompt_tokens"] for r in records}
-    assert batched == want
+    lines = [openai(name, CHAT, messages=talk) for name, talk in TALKS.items()]
+    batched = answer_batch(folder, tmp_path, lines)
+    assert {name: body["usage"]["prompt_tokens"] for name, body in batched.items()} == want
 
 
-def test_a_batch_answers_as_the_server_does(tmp_path, unicorn, capsys):
+def test_a_batch_answers_as_the_server_does(tmp_path):
     """Text, calls, log-probabilities, penalties: one reader of bodies, one writer of answers."""
     tags = ["<tool_call>", "</tool_call>"]
     chain = say(tags[0], CALL, tags[1], *byte_tokens(UNICORN.encode()))
@@ -262,14 +262,9 @@ def test_a_batch_answers_as_the_server_does(tmp_path, unicorn, capsys):
         "echo": (COMPLETIONS, {"prompt": GO, "echo": True, "n": 2}),
         "logprobs": (COMPLETIONS, {"prompt": GO, "logprobs": 2}),
     }
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    with source.open("w") as file:
-        for name, (url, body) in bodies.items():
-            line = {"custom_id": name, "url": url, "body": {**body, "temperature": 0}}
-            file.write(json.dumps(line) + "\n")
-    assert main(["batch", str(source), str(target), "-m", str(folder)]) == 0, capsys.readouterr()
-    records = [json.loads(line) for line in target.read_text().splitlines()]
-    written = {r["custom_id"]: r["response"]["body"]["choices"] for r in records}
+    lines = [openai(name, url, **body, temperature=0) for name, (url, body) in bodies.items()]
+    batched = answer_batch(folder, tmp_path, lines)
+    written = {name: body["choices"] for name, body in batched.items()}
     for name, (url, body) in bodies.items():
         choices = ask(llm, body, path=url)[0].json()["choices"]
         for choice in [*choices, *written[name]]:
