@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,22 +12,19 @@ from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.convert import convert_gguf
 from octavo.weights.safetensors import SafetensorsFile
-from weights_helpers import gguf_config, random_weights, tiny_config, write_gguf, write_model
+from weights_helpers import (
+    gguf_config,
+    memory_below,
+    random_weights,
+    tiny_config,
+    write_gguf,
+    write_model,
+)
 
 SMALL_GGUF = gguf_config(
     **{"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2},
     **{"num_key_value_heads": 1, "head_dim": 16, "num_hidden_layers": 1},
 )
-
-
-@contextmanager
-def memory_below(num_bytes: int) -> Iterator[None]:
-    """At no moment of the block may Python's objects and NumPy's arrays take more."""
-    tracemalloc.start()
-    yield
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < num_bytes
 
 
 def load_all(files: ModelFiles) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import tracemalloc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -333,3 +335,13 @@ def convert(tmp_path: Path, dtype: str = "auto", **options: Any) -> Path:
     directory.mkdir(exist_ok=True)
     convert_gguf(path, directory, dtype)  # type: ignore[arg-type]
     return directory
+
+
+@contextmanager
+def memory_below(num_bytes: float) -> Iterator[None]:
+    """At no moment of the block may Python's objects and NumPy's arrays take more."""
+    tracemalloc.start()
+    yield
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < num_bytes
