@@ -4,10 +4,13 @@
 #include <cstddef>
 #include <vector>
 
+#include "cpu/control_groups.h"
+
 namespace octavo::cpu {
 
-// Physical cores this process may run on, respecting affinity and a container's quota; at least 1.
-int physical_cores();
+// Physical cores this process may use: those it may run on, or as many as the quota of its control
+// groups keeps busy, if these are fewer; at least 1.
+int physical_cores(const SystemFolders& folders = {});
 
 // A logical processor on each physical core this process may run on; empty where the system does
 // not let threads be bound to one.
@@ -16,8 +19,9 @@ std::vector<int> core_processors();
 // Binds the calling thread to a logical processor; does nothing where that is not allowed.
 void bind_thread(int processor) noexcept;
 
-// Memory that can be taken without swapping, in bytes, respecting a container's limit.
-std::size_t available_memory();
+// Bytes that can be taken without swapping and without being killed. Linux: MemAvailable, or less
+// where control groups or `ulimit -v` leave less.
+std::size_t available_memory(const SystemFolders& folders = {});
 
 // Zero-filled memory aligned to 64 bytes; throws std::bad_alloc. Large pieces begin on a large page
 // where the system has such pages, and take no memory until they are touched: whoever touches a
