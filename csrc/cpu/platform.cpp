@@ -22,6 +22,7 @@
 #include <sched.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -153,11 +154,21 @@ std::vector<int> core_processors() {
   return processors;
 }
 
-void bind_thread(int processor) noexcept {
+int thread_id() { return static_cast<int>(syscall(SYS_gettid)); }
+
+std::int64_t cpu_time(int id) noexcept {
+  // The clock that pthread_getcpuclockid names, by the thread's number.
+  const auto clock = static_cast<clockid_t>(~static_cast<unsigned>(id) << 3 | 6u);
+  timespec time{};
+  if (clock_gettime(clock, &time) != 0) return -1;
+  return static_cast<std::int64_t>(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
+}
+
+void bind_thread(int id, int processor) noexcept {
   constexpr std::size_t kSets = 64;
   cpu_set_t one[kSets] = {};
   CPU_SET_S(static_cast<std::size_t>(processor), sizeof one, one);
-  sched_setaffinity(0, sizeof one, one);
+  sched_setaffinity(id, sizeof one, one);
 }
 
 int physical_cores(const SystemFolders& folders) {
@@ -204,7 +215,9 @@ T sysctl_value(const char* name, T otherwise) {
 
 // macOS takes no orders about processors.
 std::vector<int> core_processors() { return {}; }
-void bind_thread(int) noexcept {}
+int thread_id() { return 0; }
+void bind_thread(int, int) noexcept {}
+std::int64_t cpu_time(int) noexcept { return -1; }
 
 int physical_cores(const SystemFolders&) {
   return least_one(sysctl_value<int>("hw.physicalcpu", 1));
@@ -222,7 +235,9 @@ bool has_dot_product() { return sysctl_value<int>("hw.optional.arm.FEAT_DotProd"
 #else
 
 std::vector<int> core_processors() { return {}; }
-void bind_thread(int) noexcept {}
+int thread_id() { return 0; }
+void bind_thread(int, int) noexcept {}
+std::int64_t cpu_time(int) noexcept { return -1; }
 int physical_cores(const SystemFolders&) { return processors_by_count(); }
 std::size_t available_memory(const SystemFolders&) { return std::size_t{4} << 30; }
 #endif

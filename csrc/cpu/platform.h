@@ -16,8 +16,15 @@ int physical_cores(const SystemFolders& folders = {});
 // not let threads be bound to one.
 std::vector<int> core_processors();
 
-// Binds the calling thread to a logical processor; does nothing where that is not allowed.
-void bind_thread(int processor) noexcept;
+// The system's number of the calling thread.
+int thread_id();
+
+// Binds a thread of this process (0: the calling one) to a logical processor, and moves it there;
+// does nothing where that is not allowed.
+void bind_thread(int id, int processor) noexcept;
+
+// How long a thread of this process has run, in ns; -1 where the system does not tell.
+std::int64_t cpu_time(int id) noexcept;
 
 // Bytes that can be taken without swapping and without being killed. Linux: MemAvailable, or less
 // where control groups or `ulimit -v` leave less.
