@@ -41,34 +41,24 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def memory_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets what the machine has before a model is loaded; its weights then take their part."""
-    taken = [0, 0]  # of all memory, what the weights of this load have taken
+    memory = {"all": 0, "weights": 0, "taken": 0}
+    make_runtime, load_weights = loader._make_runtime, loader._load_weights
 
     def set_memory(num_bytes: int) -> None:
-        taken[0] = num_bytes
+        memory["all"] = num_bytes
 
-    load_weights, resolve = loader._load_weights, loader.resolve_options
+    def make(device: str, spec: Any, options: RuntimeOptions) -> Any:
+        memory["weights"] = weight_bytes(spec, options.formats, options.dtype)
+        memory["taken"] = 0
+        return make_runtime(device, spec, options)
 
-    def counted_resolve(*arguments: Any) -> Any:
-        taken[1] = 0
-        return resolve(*arguments)
+    def load(*arguments: Any) -> None:
+        load_weights(*arguments)
+        memory["taken"] = memory["weights"]
 
-    def counted_load(runtime: Any, checkpoint: Any, progress: Any) -> None:
-        load_weights(runtime, checkpoint, progress)
-        taken[1] = sum(
-            weight_bytes(spec, checkpoint.formats, dtype) for spec, dtype in [runtime_of[-1]]
-        )
-
-    runtime_of: list[Any] = []
-    make = loader._make_runtime
-
-    def noted_make(device: str, spec: Any, options: Any) -> Any:
-        runtime_of.append((spec, options.dtype))
-        return make(device, spec, options)
-
-    monkeypatch.setattr(loader, "resolve_options", counted_resolve)
-    monkeypatch.setattr(loader, "_load_weights", counted_load)
-    monkeypatch.setattr(loader, "_make_runtime", noted_make)
-    monkeypatch.setattr(loader, "available_memory", lambda: taken[0] - taken[1])
+    monkeypatch.setattr(loader, "_make_runtime", make)
+    monkeypatch.setattr(loader, "_load_weights", load)
+    monkeypatch.setattr(loader, "available_memory", lambda: memory["all"] - memory["taken"])
     return set_memory
 
 

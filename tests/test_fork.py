@@ -19,7 +19,7 @@ import asyncio, gc, multiprocessing, os, sys, threading, time
 import numpy as np
 from octavo import LLM, SamplingParams
 from octavo.errors import WrongProcessError
-from octavo.llm import EncodedPrompt
+from octavo.prompts import EncodedPrompt
 from octavo.server.engine_thread import EngineThread
 from octavo.server.stream import EngineRequest
 

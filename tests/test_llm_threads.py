@@ -1,13 +1,17 @@
-"""One LLM, many threads: right answers, and nobody waits for ever."""
+"""One LLM, many threads: right answers, each error where it belongs, nobody waits for ever."""
 
 from __future__ import annotations
 
 import gc
 import os
 import pickle
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +26,7 @@ from octavo.sampling_params import SamplingParams
 from thread_helpers import (
     DEEDS,
     Gate,
+    ask_for_some,
     greedy,
     in_thread,
     is_clean,
@@ -224,6 +229,133 @@ def test_one_progress_bar_at_a_time(llm: LLM, capsys: pytest.CaptureFixture[str]
     first(), second()
     shown = capsys.readouterr().err
     assert "1/1" in shown and "2/2" not in shown
+
+
+# ---- errors reach whom they belong to, and the others go on ----
+
+
+def test_an_error_of_a_step_is_raised_in_all_calls_that_were_in_it(llm: LLM, gate: Gate) -> None:
+    idle = llm.stream([5], greedy(20))
+    first = in_thread(lambda: next(idle))
+    gate.await_step()
+    calls = [
+        in_thread(lambda i=i: llm.generate([i], greedy(9), progress=False))  # type: ignore[misc]
+        for i in range(8)
+    ]
+    until(lambda: len(llm._shared._waiting) == 9)
+    runtime_of(llm).fail_next = MemoryError("no more")  # in the next one: 5 fit into a step
+    gate.open()
+    first()
+    ends = [caught(wait) for wait in calls]
+    failed = [end for end in ends if isinstance(end, MemoryError)]
+    assert len(failed) == 4 and all(str(error) == "no more" for error in failed)
+    assert len({id(error) for error in failed}) == 4
+    for end in ends:
+        if not isinstance(end, Exception):
+            check_answers(end[0], greedy(9))
+    with pytest.raises(MemoryError, match="no more"):
+        list(idle)
+    assert list(idle) == [] and is_clean(llm)
+
+
+def caught(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except Exception as error:
+        return error
+
+
+def test_who_asks_too_much_is_told_alone() -> None:
+    llm = LLM.from_engine(fake_engine(max_waiting_requests=3))
+    gate = Gate(llm)
+    small = in_thread(lambda: llm.generate([1], greedy(9), progress=False))
+    gate.await_step()
+    large = in_thread(lambda: llm.generate([[i] for i in range(9)], greedy(9), progress=False))
+    until(lambda: len(llm._shared._waiting) == 2)
+    gate.open()
+    check_answers(small()[0], greedy(9))
+    with pytest.raises(QueueFullError):
+        large()
+    assert is_clean(llm)
+
+
+def test_steps_that_fail_now_and_then() -> None:
+    llm = LLM.from_engine(fake_engine())
+    runtime, done = runtime_of(llm), threading.Event()
+
+    def spoil() -> None:
+        while not done.wait(0.003):
+            runtime.fail_wait = RuntimeError("a device")
+
+    def work(number: int) -> int:
+        failures = 0
+        for i in range(25):
+            try:
+                DEEDS[(number + i) % 4](llm, number + i)
+            except RuntimeError as error:
+                assert str(error) == "a device"
+                failures += 1
+        return failures
+
+    spoiler = in_thread(spoil)
+    waits = [in_thread(lambda n=n: work(n)) for n in range(8)]  # type: ignore[misc]
+    assert sum(wait() for wait in waits) > 0
+    done.set()
+    spoiler()
+    runtime.fail_wait = None
+    gc.collect()
+    assert is_clean(llm)
+    ask_for_some(llm, 3)
+
+
+def test_requests_that_somebody_else_takes_away(llm: LLM, gate: Gate) -> None:
+    waits = [in_thread(lambda: llm.generate([1], greedy(9), progress=False)) for _ in range(2)]
+    gate.await_step()
+    until(lambda: len(llm._shared._waiting) == 2)
+    with pytest.raises(EngineInUseError, match="two threads at a time"):
+        llm.engine.abort("0")
+    with pytest.raises(EngineInUseError):
+        llm.engine.step()
+    llm._shared.do(lambda: [llm.engine.abort(i) for i in ("0", "1")] and None)
+    gate.open()
+    for wait in waits:
+        with pytest.raises(EngineInUseError, match="vanished"):
+            wait()
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_an_interrupt_ends_the_main_threads_call_alone(llm: LLM, leads: bool) -> None:
+    gate = Gate(llm)
+
+    def ask() -> list[RequestOutput]:
+        return llm.generate([[1], [2]], greedy(20), progress=False)
+
+    def others() -> list[Any]:
+        if leads:
+            gate.await_step()
+        waits = [in_thread(ask) for _ in range(3)]
+        return waits
+
+    starter = in_thread(others)
+    if not leads:
+        starter()
+        gate.await_step()
+
+    def interrupt() -> None:
+        until(lambda: len(llm._shared._waiting) == 4)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        gate.open()
+
+    interrupter = in_thread(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[3], [4]], greedy(46), progress=False)
+    interrupter()
+    for wait in starter():
+        for output in wait():
+            check_answers(output, greedy(20))
+    assert is_clean(llm)
+    assert llm.engine.num_steps < 45  # nobody has computed the interrupted call to its end
 
 
 # ---- another process ----

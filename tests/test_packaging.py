@@ -64,6 +64,29 @@ def test_reference_and_type_information_are_installed() -> None:
     assert STUB.exists()
 
 
+def imported_packages(folder: Path) -> set[str]:
+    """First words of everything that is imported below a folder, in functions too."""
+    names: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    listed = re.search(
+        r"^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S
+    )
+    assert listed is not None
+    declared = {name.replace("-", "_") for name in re.findall(r'^  "([\w-]+)', listed[1], re.M)}
+    found = imported_packages(ROOT / "python") | imported_packages(ROOT / "reference")
+    found -= {*sys.stdlib_module_names, "octavo", "_typeshed"}
+    assert found - {"torch", "transformers"} == declared - {"httptools"}  # which uvicorn imports
+
+
 def public_names(owner: object) -> set[str]:
     return {name for name in vars(owner) if not name.startswith("_")}
 

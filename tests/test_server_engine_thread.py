@@ -13,7 +13,8 @@ import pytest
 from engine_helpers import solo_answer
 from octavo.engine.events import EventLogFile
 from octavo.errors import EngineStepError, FileError, InvalidArgumentError, QueueFullError
-from octavo.llm import LLM, EncodedPrompt
+from octavo.llm import LLM
+from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
 from octavo.server.step_stats import StepStats

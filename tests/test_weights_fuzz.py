@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from fuzz_weights import count_outcomes, mutations
-from octavo.models.registry import read_model
+from octavo.models.registry import ModelFiles, read_model
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.convert import convert_gguf
 from octavo.weights.safetensors import SafetensorsFile
 from weights_helpers import gguf_config, random_weights, tiny_config, write_gguf, write_model
+
+SMALL_GGUF = gguf_config(
+    **{"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2},
+    **{"num_key_value_heads": 1, "head_dim": 16, "num_hidden_layers": 1},
+)
+
+
+@contextmanager
+def memory_below(num_bytes: int) -> Iterator[None]:
+    """At no moment of the block may Python's objects and NumPy's arrays take more."""
+    tracemalloc.start()
+    yield
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < num_bytes
+
+
+def load_all(files: ModelFiles) -> None:
+    for _, tensor in open_checkpoint(files).checked_items():
+        assert tensor.data.size
 
 
 def read_everything(path: Path) -> None:
@@ -28,12 +50,9 @@ def test_mutated_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     original = path.read_bytes()
     header = 8 + int.from_bytes(original[:8], "little")
-    tracemalloc.start()
-    outcomes = count_outcomes(read_everything, path, mutations(original, 1000, header, seed=1))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    with memory_below(20 * len(original) + 10_000_000):
+        outcomes = count_outcomes(read_everything, path, mutations(original, 1000, header, seed=1))
     assert outcomes["refused"] > 600 and outcomes["read"] > 20, outcomes
-    assert peak < 20 * len(original) + 10_000_000
 
 
 def test_mutated_safetensors_as_a_model(tmp_path: Path) -> None:
@@ -43,8 +62,7 @@ def test_mutated_safetensors_as_a_model(tmp_path: Path) -> None:
     header = 8 + int.from_bytes(original[:8], "little")
 
     def load(_: Path) -> None:
-        for _, tensor in open_checkpoint(read_model(tmp_path)).checked_items():
-            assert tensor.data.size
+        load_all(read_model(tmp_path))
 
     outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=2))
     assert outcomes["refused"] > 600, outcomes
@@ -64,10 +82,8 @@ def test_mutated_shard_indexes(tmp_path: Path) -> None:
 
 def test_mutated_gguf(tmp_path: Path) -> None:
     """Headers, metadata, tokenizer and quantized data: the whole conversion runs on each file."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-    config = gguf_config(**sizes, num_key_value_heads=1, head_dim=16, num_hidden_layers=1)
     path = tmp_path / "model.gguf"
-    write_gguf(path, config, kind="Q4_1")
+    write_gguf(path, SMALL_GGUF, kind="Q4_1")
     original = path.read_bytes()
     header = original.index(b"blk.0.ffn_down") + 400
     (tmp_path / "out").mkdir()
@@ -75,19 +91,14 @@ def test_mutated_gguf(tmp_path: Path) -> None:
     def load(file: Path) -> None:
         convert_gguf(file, tmp_path / "out")
 
-    tracemalloc.start()
-    outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=4))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    with memory_below(100_000_000):
+        outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=4))
     assert outcomes["refused"] > 300 and outcomes["read"] > 100, outcomes
-    assert peak < 100_000_000
 
 
 def test_every_truncation_of_a_gguf_header_is_refused(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-    config = gguf_config(**sizes, num_key_value_heads=1, head_dim=16, num_hidden_layers=1)
     path = tmp_path / "model.gguf"
-    write_gguf(path, config)
+    write_gguf(path, SMALL_GGUF)
     original = path.read_bytes()
     (tmp_path / "out").mkdir()
     cuts = range(0, len(original), 101)
@@ -110,8 +121,7 @@ def test_mutated_shards_without_an_index(tmp_path: Path) -> None:
     header = 8 + int.from_bytes(original[:8], "little")
 
     def load(_: Path) -> None:
-        for _, tensor in open_checkpoint(read_model(tmp_path)).checked_items():
-            assert tensor.data.size
+        load_all(read_model(tmp_path))
 
     outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=5))
     assert outcomes["refused"] > 600, outcomes
@@ -120,9 +130,7 @@ def test_mutated_shards_without_an_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", [1, 2])
 def test_mutated_parts_of_a_gguf(part: int, tmp_path: Path) -> None:
     """Used as they lie: the configuration, the tokenizer, and every weight of both parts."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-    config = gguf_config(**sizes, num_key_value_heads=1, head_dim=16, num_hidden_layers=1)
-    write_gguf(tmp_path / "tiny.gguf", config, kind="Q4_1", tensors_per_part=6)
+    write_gguf(tmp_path / "tiny.gguf", SMALL_GGUF, kind="Q4_1", tensors_per_part=6)
     assert len(list(tmp_path.iterdir())) == 2
     path = tmp_path / f"tiny-0000{part}-of-00002.gguf"
     original = path.read_bytes()
@@ -132,12 +140,8 @@ def test_mutated_parts_of_a_gguf(part: int, tmp_path: Path) -> None:
     def load(_: Path) -> None:
         files = read_model(tmp_path / "tiny-00001-of-00002.gguf")
         Tokenizer(files.folder)
-        for _, tensor in open_checkpoint(files).checked_items():
-            assert tensor.data.size
+        load_all(files)
 
-    tracemalloc.start()
-    outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=6 + part))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    with memory_below(100_000_000):
+        outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=6 + part))
     assert outcomes["refused"] > 300 and outcomes["read"] > 20, outcomes
-    assert peak < 100_000_000

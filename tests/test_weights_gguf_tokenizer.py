@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders
 
 from octavo.errors import OctavoError, TokenizerError
-from octavo.weights.gguf_words import SPLITTINGS
+from octavo.weights.gguf_pre_tokenizers import SPLITTINGS
 from weights_helpers import convert, gguf_config, sentencepiece_metadata, tiny_vocabulary
 
 

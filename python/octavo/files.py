@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from octavo.errors import FileError, OctavoError
 
@@ -79,6 +80,21 @@ def write_text(path: str | Path, what: str, text: str) -> None:
             raise
 
 
+@contextmanager
+def open_durably(path: Path) -> Iterator[IO[bytes]]:
+    """A new file to write bytes to; it is on the disk when the block ends. Raises OSError."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk. Raises OSError."""
+    with open_durably(path) as file:
+        file.write(content)
+
+
 def check_writable(path: str | Path, what: str) -> None:
     """Raise before the work what `writing` would raise after it; makes and changes nothing."""
     path = Path(path)
@@ -95,7 +111,7 @@ def check_writable(path: str | Path, what: str) -> None:
 
 
 def expand_home(path: str | Path) -> Path:
-    """A path with "~" replaced; as it is where nobody's home directory is known."""
+    """A path with "~" replaced; as it is where that home directory is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:  # no such user, or no HOME and no entry in the password file

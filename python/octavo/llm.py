@@ -7,16 +7,15 @@ import threading
 import time
 from collections.abc import (
     Callable,
-    Collection,
     Generator,
     Hashable,
     Iterable,
     Iterator,
     Mapping,
+    Sequence,
 )
-from collections.abc import Sequence as SequenceOf
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -28,6 +27,14 @@ from octavo.engine.progress import Advance, progress_bar
 from octavo.engine.request import derive_seed
 from octavo.engine.shared import Asked, Call, SharedEngine, SharedIterator
 from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError, WrongProcessError
+from octavo.prompts import (
+    Conversation,
+    EncodedPrompt,
+    Prompt,
+    naming,
+    params_for_each,
+    split_prompts,
+)
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -35,25 +42,7 @@ if TYPE_CHECKING:
     from octavo.text.chat import ChatTemplate
     from octavo.text.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]
-Conversation = SequenceOf[Message]
-Prompt = str | SequenceOf[int]
-"""One prompt: text, or the ids of its tokens."""
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt ready for the engine.
-
-    is_chat: it came out of a chat template. kept_special_ids: special tokens that the answer's text
-    holds even where the others are skipped, such as the tags around calls of tools.
-    """
-
-    text: str | None
-    token_ids: SequenceOf[int]
-    is_chat: bool = False
-    kept_special_ids: Collection[int] = ()
 
 
 class LLM:
@@ -144,7 +133,7 @@ class LLM:
         self._bar_turn = threading.Lock()
 
     def __reduce__(self) -> NoReturn:
-        raise WrongProcessError(self.engine.door.pid, None)
+        raise WrongProcessError(self.engine.guard.pid, None)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -158,8 +147,8 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | SequenceOf[Prompt],
-        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
@@ -171,17 +160,17 @@ class LLM:
         bad. Ctrl-C ends all of them and raises KeyboardInterrupt.
         """
         call = Call(self._shared)
-        many, items = _split_prompts(prompts)
+        many, items = split_prompts(prompts)
         encoded = []
         for index, item in enumerate(items):
-            with _naming(f"prompt {index}", many):
+            with naming(f"prompt {index}", many):
                 encoded.append(self.encode_prompt(item))
         return self._run_all(call, encoded, params, progress)
 
     def chat(
         self,
-        messages: Conversation | SequenceOf[Conversation],
-        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
         **template_variables: Any,
@@ -192,10 +181,10 @@ class LLM:
         """
         call = Call(self._shared)
         many = bool(messages) and not isinstance(messages[0], Mapping)
-        conversations = cast("SequenceOf[Conversation]", messages if many else [messages])
+        conversations = cast("Sequence[Conversation]", messages if many else [messages])
         encoded = []
         for index, item in enumerate(conversations):
-            with _naming(f"conversation {index}", many):
+            with naming(f"conversation {index}", many):
                 encoded.append(self.encode_chat(item, **template_variables))
         return self._run_all(call, encoded, params, progress)
 
@@ -299,12 +288,12 @@ class LLM:
         self,
         call: Call,
         prompts: list[EncodedPrompt],
-        params: SamplingParams | SequenceOf[SamplingParams] | None,
+        params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
     ) -> list[RequestOutput]:
-        each = _params_for_each(params, len(prompts))
+        each = params_for_each(params, len(prompts))
         for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
-            with _naming(f"prompt {index}", len(prompts) > 1):
+            with naming(f"prompt {index}", len(prompts) > 1):
                 self.engine.check_request(prompt.token_ids, own)
         results: list[RequestOutput | None] = [None] * len(prompts)
         with call, self._bar(progress, len(prompts)) as advance:
@@ -375,46 +364,6 @@ def _merge_options(config: EngineConfig | None, options: Mapping[str, Any]) -> E
             f"LLM has no option {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
         )
     return replace(config or EngineConfig(), **options)
-
-
-def _split_prompts(prompts: Prompt | SequenceOf[Prompt]) -> tuple[bool, list[Prompt]]:
-    """(whether a list of prompts was given, the prompts)."""
-    if isinstance(prompts, str):
-        return False, [prompts]
-    try:
-        items = list(prompts)
-    except TypeError:
-        raise InvalidArgumentError(
-            f"prompts is {prompts!r}; expected a text, token ids, or a list of either"
-        ) from None
-    if items and not hasattr(items[0], "__len__"):  # numbers: one prompt's token ids
-        return False, [cast("Prompt", items)]
-    return True, cast("list[Prompt]", items)
-
-
-def _params_for_each(
-    params: SamplingParams | SequenceOf[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    each = list(params)
-    if len(each) != count:
-        raise InvalidArgumentError(
-            f"params has {len(each)} entries for {count} prompts; expected one for all, or one "
-            f"for each"
-        )
-    return each
-
-
-@contextmanager
-def _naming(what: str, many: bool) -> Iterator[None]:
-    """Say which of many an error is about."""
-    try:
-        yield
-    except (InvalidArgumentError, TokenizerError) as error:
-        if not many:
-            raise
-        raise type(error)(f"{what}: {error}") from error
 
 
 def _refused(prompt: Prompt | Conversation | EncodedPrompt, error: OctavoError) -> RequestOutput:

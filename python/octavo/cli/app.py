@@ -46,7 +46,7 @@ VERBS = (
     Verb("pull", "Fetch a model, or convert a GGUF file, into the cache.", _MODELS),
     Verb("info", "Show what a model is and whether it fits in memory.", _MODELS),
     Verb("quantize", "Write a model with its weights rounded to 8 or 4 bits.", _MODELS),
-    Verb("diff", "Show where octavo, its reference and Hugging Face part.", _MODELS),
+    Verb("diff", "Show where octavo, its reference and Hugging Face differ.", _MODELS),
     Verb("bench", "Measure speed beside the machine's limits.", _MEASURE),
     Verb("bench serve", "Measure a server under load.", _MEASURE),
     Verb("eval", "Measure perplexity, and what a number format costs.", _MEASURE),

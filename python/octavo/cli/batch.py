@@ -47,7 +47,8 @@ from octavo.server.errors import ApiError
 from octavo.weights.progress import LogLines
 
 if TYPE_CHECKING:
-    from octavo.llm import LLM, EncodedPrompt
+    from octavo.llm import LLM
+    from octavo.prompts import EncodedPrompt
 
 
 def batch(

@@ -21,7 +21,8 @@ from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from octavo.engine.outputs import RequestOutput
-    from octavo.llm import LLM, EncodedPrompt
+    from octavo.llm import LLM
+    from octavo.prompts import EncodedPrompt
     from octavo.server.formats import Format, Head
     from octavo.server.protocol import ChatBody, CompletionBody
     from octavo.server.tools import ToolFormat
@@ -89,7 +90,7 @@ class BatchRequest:
 
     def answer_format(self, llm: LLM, head: Head, output: RequestOutput, is_chat: bool) -> Format:
         """How the answer is written."""
-        from octavo.llm import EncodedPrompt
+        from octavo.prompts import EncodedPrompt
         from octavo.server import prepare
         from octavo.server.protocol import ChatBody
 

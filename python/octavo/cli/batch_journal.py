@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from octavo.cli.batch_input import BatchLine, read_lines
@@ -46,7 +45,8 @@ class Journal:
         """Open and read the file; it is created where it does not exist.
 
         overwrite: whatever is in it is of no use. Raises InvalidArgumentError where it holds
-        something else than answers of a batch, and where another process is writing it.
+        something else than answers of a batch, and where another process is writing it; OSError
+        where it cannot be opened.
         """
         self.path = path
         self.answered: set[str] = set()
@@ -55,12 +55,7 @@ class Journal:
         self._failures: dict[str, _Earlier] = {}
         self._useless: set[int] = set()  # numbers of the lines to drop
         self._end = 0  # of the last whole line, in bytes
-        try:
-            self._file: IO[bytes] = path.open("ab+")
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"{path} cannot be written: {error.strerror or error}"
-            ) from error
+        self._file: IO[bytes] = path.open("ab+")
         try:
             self._lock(self._file)
             if not overwrite:
@@ -72,12 +67,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def check(self, input_file: Path, run: Run) -> None:

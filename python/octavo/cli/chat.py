@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from octavo.engine.outputs import RequestOutput
-    from octavo.llm import LLM, EncodedPrompt
+    from octavo.llm import LLM
+    from octavo.prompts import EncodedPrompt
 
 _HELP = """\
   /system TEXT   how the model should behave; begins anew

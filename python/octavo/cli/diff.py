@@ -1,4 +1,4 @@
-"""`octavo diff`: where octavo, its reference and Hugging Face part."""
+"""`octavo diff`: where octavo, its reference and Hugging Face differ."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def diff(
         ),
     ] = False,
 ) -> int:
-    """Run octavo and another implementation on the same tokens, and show where they part.
+    """Run octavo and another implementation on the same tokens, and show where they differ.
 
     Every intermediate result is compared, in the order in which it is computed, and every op is
     checked by itself on the inputs it had. Exit code: 0 no difference, 1 a difference, 2 a mistake

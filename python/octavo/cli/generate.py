@@ -37,7 +37,8 @@ from octavo.text.places import TokenPlaces
 
 if TYPE_CHECKING:
     from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
-    from octavo.llm import LLM, EncodedPrompt
+    from octavo.llm import LLM
+    from octavo.prompts import EncodedPrompt
 
 _OUTPUT_PANEL = "What to show"
 

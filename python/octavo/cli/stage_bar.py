@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from types import TracebackType
 
 from rich.progress import (
     BarColumn,
@@ -58,14 +57,9 @@ class StageBar:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._keys.__exit__(kind, error, trace)
+        self._keys.__exit__(None, None, None)
 
     def update(self, stage: str, done: int, total: int) -> None:
         """Show that `done` of `total` of a stage are done."""

@@ -1,4 +1,4 @@
-"""`octavo diff`: where two computations of the same model part, and which op to look at.
+"""`octavo diff`: where two computations of the same model differ, and which op to look at.
 
 sides.py, native_side.py, hf_side.py  the computations that can be compared, all behind `Side`
 run.py       runs two of them in lockstep, then greedy decoding, then prefill against decode

@@ -24,7 +24,7 @@ def find_culprits(
     """The ops to look at, in the order of execution.
 
     An op that is wrong in many layers has one entry. mistakes: by side, then by part of a layer,
-    what a broken op was recognized as. Where the runs part and no op is wrong by itself, one
+    what a broken op was recognized as. Where the runs differ and no op is wrong by itself, one
     entry says that.
     """
     findings: list[Finding] = []
@@ -110,7 +110,7 @@ def _unexplained(tap: TapResult, left: Side, right: Side) -> Finding:
     )
     return Finding(
         side="",
-        title="the runs part",
+        title="the runs differ",
         tap=tap.name,
         taps=(tap.name,),
         op=op.name,

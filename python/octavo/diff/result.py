@@ -61,7 +61,7 @@ class TapRows:
 
 @dataclass(frozen=True)
 class Finding:
-    """One op that is wrong, or the place where two right-looking runs part.
+    """One op that is wrong, or the place where two right-looking runs differ.
 
     side: whose op, or "" where neither is at fault by itself. title: the finding in a few words.
     taps: all taps where it shows. evidence: what was measured. mistake: what the op seems to do

@@ -1,4 +1,4 @@
-"""Run two sides on the same tokens and find where they part.
+"""Run two sides on the same tokens and find where they differ.
 
 Both are fed the same chunks in lockstep, so that only one chunk's taps are held at a time however
 long the text is. Three passes: taps of the prompt; greedy decoding from its end; and the left

@@ -43,7 +43,7 @@ class DiffRequest:
 
     A quantized model, by `quantize` or in its files, is compared as bf16 is: what meets a
     quantized matrix is rounded, as octavo's instruction set rounds it (`int4_activations` in
-    octavo.reference.quantization), and two right runs part as far as that takes them.
+    octavo.reference.quantization), and two right runs differ as far as that takes them.
     """
 
     model: str | None = None

@@ -2,7 +2,7 @@
 
 The engine holds the requests and turns drawn tokens into text and finish reasons. It decides
 nothing about order and memory (scheduler.py, block_manager.py) and computes nothing (the native
-core). One thread at a time adds requests and steps, which door.py sees to; shared.py lets many
+core). One thread at a time adds requests and steps, which guard.py sees to; shared.py lets many
 threads share an engine.
 """
 
@@ -22,17 +22,16 @@ from octavo.engine.batch import Int32, build_masks
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.block_pool import IntegrityError
 from octavo.engine.checks import check_scheduling, check_tokens
-from octavo.engine.door import Door, through_door
 from octavo.engine.events import EventLog
+from octavo.engine.guard import EngineGuard, guarded
 from octavo.engine.interrupts import deferred_interrupt
-from octavo.engine.journal import arrival, describe_engine, refusal, step_end
+from octavo.engine.journal import arrival, describe_engine, read_stats, refusal, step_end
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import Flight, Pipeline, StepRuntime
 from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
 from octavo.engine.results import not_finite, read_logprobs, request_output
 from octavo.engine.schedule import Schedule, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
-from octavo.engine.stats import read_stats
 from octavo.engine.waiting_room import Deadlines, WaitingRoom
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
@@ -90,7 +89,7 @@ class Engine:
         header = describe_engine(options, limits, self.blocks)
         self.events = EventLog(options.event_log_capacity, header)
         self.scheduler = Scheduler(limits, self.blocks, self.events)
-        self.door = Door()
+        self.guard = EngineGuard()
         self.failed_request_ids: frozenset[str] = frozenset()  # that were in the step that failed
         self.num_steps = 0
         self.num_drawn_tokens = 0
@@ -141,7 +140,7 @@ class Engine:
             )
         self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
 
-    @through_door
+    @guarded
     def add_request(
         self,
         request_id: str,
@@ -163,7 +162,7 @@ class Engine:
         wherever it stands; None lets it run. cache_salt: requests with different ones share no
         cached keys and values, so that nobody can find out by timing what others asked.
         Raises InvalidArgumentError for one that cannot be answered, QueueFullError when too many
-        wait already; both change nothing. This, `step` and `abort` raise what `Door` raises.
+        wait already; both change nothing. This, `step` and `abort` raise what `EngineGuard` raises.
         """
         if request_id in self._requests:
             raise InvalidArgumentError(f"request {request_id!r} is already running: name it anew")
@@ -206,7 +205,7 @@ class Engine:
         names = self.scheduler.prefix_cache.names_of(request.sequences[0])
         self.events.record(arrival(request, timeout, tuple(names)))
 
-    @through_door
+    @guarded
     def step(self) -> list[OutputChunk]:
         """Compute one step. Returns what it added to streamed requests, and finished requests.
 
@@ -232,11 +231,11 @@ class Engine:
             self.num_steps += 1
             self._undelivered += self._update(flight, output)
             if not self._requests:
-                self._abandon_steps()  # what is still in flight is for nobody
+                self._abandon_steps()  # nobody waits for what is still in flight
                 self._check_when_idle()
             return self._deliver()
 
-    @through_door
+    @guarded
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and free its blocks; returns what it has so far.
 

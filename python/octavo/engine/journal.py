@@ -1,17 +1,24 @@
-"""The engine's own events, put together for the log; the scheduler records its own."""
+"""What the engine tells of itself: its events for the log, and its numbers.
+
+The scheduler records its own events.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.config import RuntimeOptions
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.events import Event
+from octavo.engine.outputs import EngineStats
 from octavo.engine.request import Request
 from octavo.engine.schedule import Schedule, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import QueueFullError
+
+if TYPE_CHECKING:
+    from octavo.engine.engine import Engine
 
 
 def describe_engine(
@@ -48,3 +55,24 @@ def step_end(schedule: Schedule, scheduler: Scheduler, started: float, now: floa
     counts = (schedule.num_decodes, schedule.num_tokens, schedule.num_attended)
     state = (scheduler.num_running, scheduler.num_waiting, scheduler.blocks.num_free_blocks)
     return (now, "step", None, now - started, *counts, *state, schedule.number)
+
+
+def read_stats(engine: Engine) -> EngineStats:
+    """See `Engine.stats`."""
+    scheduler, pool = engine.scheduler, engine.blocks.pool
+    return EngineStats(
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
+        num_waiting_requests=engine.num_waiting_requests,
+        num_waiting_tokens=engine.num_waiting_tokens,
+        waiting_reason=scheduler.waiting_reason,
+        num_blocks=pool.num_blocks,
+        num_free_blocks=pool.num_free,
+        num_cached_blocks=pool.num_cached,
+        num_steps=engine.num_steps,
+        num_drawn_tokens=engine.num_drawn_tokens,
+        num_preemptions=scheduler.num_preemptions,
+        num_prefix_queries=scheduler.prefix_cache.num_queries,
+        num_prefix_hits=scheduler.prefix_cache.num_hits,
+        num_evictions=pool.num_evictions,
+    )

@@ -18,7 +18,7 @@ def progress_bar(
     """A bar on stderr, redrawn ten times a second at most.
 
     turn: held while a bar is shown. While another thread shows one there is none, but None.
-    num_drawn: how many tokens the engine has drawn so far, for whomever; the bar shows its speed.
+    num_drawn: how many tokens the engine has drawn so far, for all requests of all threads.
     """
     if not turn.acquire(blocking=False):
         yield None

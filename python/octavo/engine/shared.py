@@ -22,7 +22,6 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from octavo.engine.interrupts import deferred_interrupt
@@ -73,7 +72,7 @@ class Call:
     """
 
     def __init__(self, shared: SharedEngine) -> None:
-        self.check_process = shared.engine.door.check_process
+        self.check_process = shared.engine.guard.check_process
         self.check_process()
         self.num_open = 0
         self.has_ended = False
@@ -113,19 +112,14 @@ class Call:
     def end(self) -> None:
         """Abort what is unfinished; any thread may do so, at any time, twice as well."""
         self.has_ended = True
-        if self.num_open and self._shared.engine.door.is_here:
+        if self.num_open and self._shared.engine.guard.is_here:
             self.inbox.put(Sign.ENDED)  # for a thread that waits for an arrival
             self._shared.do(partial(self._shared.drop, self))
 
     def __enter__(self) -> Call:
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
 
 
@@ -148,7 +142,7 @@ class SharedEngine:
 
     def between_steps(self, function: Callable[[Engine], T]) -> T:
         """Run a function while no thread changes the engine; it must not wait for answers."""
-        self.engine.door.check_process()
+        self.engine.guard.check_process()
         self._check_not_within()
         outcome: Future[T] = Future()
 
@@ -172,7 +166,7 @@ class SharedEngine:
         self, call: Call, on_step: Callable[[], None] | None
     ) -> Arrival | Exception | Sign:
         """What comes first into the call's inbox; steps are made, or waited for, until then."""
-        self.engine.door.check_process()
+        self.engine.guard.check_process()
         self._check_not_within()
         seconds = LOOK_AGAIN_SECONDS if on_step is None else BEAT_SECONDS
         try:

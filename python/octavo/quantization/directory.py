@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import InvalidArgumentError, WeightsError
-from octavo.files import check_writable, expand_home, writing
+from octavo.files import check_writable, expand_home, open_durably, write_durably, writing
 from octavo.folder import Folder
 from octavo.models.registry import ModelFiles, read_model
 from octavo.models.spec import WeightFormat
@@ -39,7 +39,6 @@ from octavo.quantization.stored import (
     words_name,
 )
 from octavo.weights.checkpoint import Checkpoint, has_non_finite, open_checkpoint
-from octavo.weights.convert import write_file
 from octavo.weights.progress import NO_PROGRESS, Progress
 from octavo.weights.safetensors import make_header
 from octavo.weights.tensor import Tensor, TensorDType, float32_to_bf16
@@ -106,7 +105,7 @@ def quantize_directory(
             staging.mkdir()
             _copy_files(files.folder, staging)
             config = {**files.config, "quantization_config": _config(files, formats)}
-            write_file(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+            write_durably(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
             writer = _Writer(
                 files, checkpoint, formats, scheme.method, importance or {}, calibrated
             )
@@ -212,14 +211,12 @@ class _Writer:
         flat = {key: value for entries in self._entries.values() for key, value in entries.items()}
         header, num_bytes = make_header(flat)
         progress.start("Quantizing", num_bytes)
-        with path.open("wb") as file:
+        with open_durably(path) as file:
             file.write(header)
             for name in self._entries:
                 for array in self._arrays(name):
                     file.write(np.ascontiguousarray(array).data)
                     progress.advance(array.nbytes)
-            file.flush()
-            os.fsync(file.fileno())
         progress.finish()
         return len(header) + num_bytes
 

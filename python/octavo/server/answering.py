@@ -58,8 +58,7 @@ class Answering:
             raise to_api_error(error, self._prompt_field) from error
         finally:
             watcher.cancel()
-            self._take_notes()
-            self.close()
+            self._finish()
         content = to_json(self._format.whole(results, self._usage()))
         return Response(content.encode(), media_type="application/json")
 
@@ -78,8 +77,7 @@ class Answering:
                 stream.raise_if_refused()
             _check_first(first[1], self._streams[first[0]].request)
         except (OctavoError, ApiError) as error:
-            self._take_notes()
-            self.close()
+            self._finish()
             if watcher.done():
                 return Response(status_code=CLIENT_GONE)
             watcher.cancel()

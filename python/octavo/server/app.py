@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 import octavo
 from octavo.errors import InvalidArgumentError
-from octavo.llm import EncodedPrompt
+from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server import prepare
 from octavo.server.answering import Answering

@@ -175,8 +175,8 @@ class EngineThread:
         return self.state == "ready" and self._thread.is_alive()
 
     def _not_running(self) -> OctavoError:
-        if self.llm is not None and not self.llm.engine.door.is_here:
-            return WrongProcessError(self.llm.engine.door.pid, os.getpid())
+        if self.llm is not None and not self.llm.engine.guard.is_here:
+            return WrongProcessError(self.llm.engine.guard.pid, os.getpid())
         return EngineStepError(f"the engine does not run: {self.problem or self.state}")
 
     def _end(self) -> None:
@@ -214,7 +214,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             self.llm = self._load()
-            self.llm.engine.door.check_process()
+            self.llm.engine.guard.check_process()
             recorder = _Recorder(self.llm.engine, self._event_log)
         except BaseException as error:
             self.state, self.problem = "failed", f"{type(error).__name__}: {error}"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError, OctavoError
-from octavo.llm import EncodedPrompt
+from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.errors import bad_request, to_api_error
 from octavo.server.formats import ChatFormat, CompletionFormat, Head, Tokens

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.errors import ShutdownError
-from octavo.llm import EncodedPrompt
+from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
 from octavo.server.errors import ApiError, bad_request, unavailable

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from octavo.engine.outputs import OutputChunk, RequestOutput
 from octavo.errors import EngineStepError, InvalidArgumentError, OctavoError, QueueFullError
-from octavo.llm import EncodedPrompt
+from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 
 _REFUSALS = (InvalidArgumentError, QueueFullError)

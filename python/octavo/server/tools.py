@@ -1,7 +1,7 @@
 """Calls of tools found in an answer, for the ways of writing them that models were trained on.
 
 Hermes and Qwen: <tool_call>{"name": …, "arguments": {…}}</tool_call>, anywhere in the text.
-Llama 3: the whole answer is {"name": …, "parameters": {…}}, several being parted by ";".
+Llama 3: the whole answer is {"name": …, "parameters": {…}}, several being separated by ";".
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class HermesParser:
         self._held = ""
         self._inside = False
         self._behind_call = False
-        self._space = ""  # behind a call, held back until it is known what it parts
+        self._space = ""  # behind a call, held back until it is known what follows
 
     def push(self, text: str) -> list[Piece]:
         """What this text makes certain."""

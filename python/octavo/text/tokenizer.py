@@ -65,12 +65,12 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        return self._id_of(self.bos_token)
+        return self.token_id(self.bos_token)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokenizer's own end of text; a model's generation_config.json may name more."""
-        eos = self._id_of(self.eos_token)
+        eos = self.token_id(self.eos_token)
         return () if eos is None else (eos,)
 
     @property
@@ -144,9 +144,9 @@ class Tokenizer:
         token: str | None = self._tokenizer.id_to_token(token_id)
         return token
 
-    def token_id(self, token: str) -> int | None:
+    def token_id(self, token: str | None) -> int | None:
         """The id of a token as the vocabulary spells it; None where there is none."""
-        return self._id_of(token)
+        return None if token is None else self._tokenizer.token_to_id(token)
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:
@@ -163,9 +163,6 @@ class Tokenizer:
                 f"{self.path} is not a tokenizer that the tokenizers library reads: {error}; fetch "
                 "the file again"
             ) from error
-
-    def _id_of(self, token: str | None) -> int | None:
-        return None if token is None else self._tokenizer.token_to_id(token)
 
     def _add_special_tokens(self) -> dict[str, str]:
         """Make sure of the tokens that tokenizer_config.json declares; name -> content."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import InvalidArgumentError
+from octavo.files import open_durably, write_durably
 from octavo.models.registry import read_folder
 from octavo.weights.checkpoint import check_weights
 from octavo.weights.gguf_folder import GgufFolder
@@ -34,16 +34,8 @@ def convert_gguf(
     check_weights(folder.source, read_folder(folder))
     texts = {file.name: file.read_bytes() for file in folder.iterdir()}
     for name, text in texts.items():
-        write_file(directory / name, text)
+        write_durably(directory / name, text)
     _write_safetensors(directory / "model.safetensors", folder.source, progress)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_safetensors(path: Path, source: GgufLlamaSource, progress: Progress) -> None:
@@ -53,13 +45,11 @@ def _write_safetensors(path: Path, source: GgufLlamaSource, progress: Progress) 
         {name: (info.dtype.upper(), info.shape) for name, info in infos.items()}
     )
     progress.start("Converting", num_bytes)
-    with path.open("wb") as file:
+    with open_durably(path) as file:
         file.write(header)
         for content in _contents(source, infos):
             file.write(content.data)
             progress.advance(content.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
     progress.finish()
 
 

@@ -59,8 +59,8 @@ def open_weight_files(path: Path) -> SafetensorsFile | ShardedSafetensors:
 def head_differs(path: Path, table: str) -> bool:
     """Whether a directory's weights hold an lm_head of their own beside the embedding `table`.
 
-    False where either is missing, they are equal in every bit, or no weights can be read: whoever
-    opens them then tells why.
+    False where either is missing, they are equal in every bit, or no weights can be read (opening
+    them tells why).
     """
     try:
         source = open_weight_files(path)

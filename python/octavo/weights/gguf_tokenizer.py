@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file as `tokenizer.json` and `tokenizer_config.json`.
 
-A GGUF file holds vocabulary, merges and the *name* of a way to split text (`gguf_words`). A
-tokenizer that splits otherwise gives other token ids, and a model that answers a little worse
+A GGUF file holds vocabulary, merges and the *name* of a way to split text (`gguf_pre_tokenizers`).
+A tokenizer that splits otherwise gives other token ids, and a model that answers a little worse
 without any error, so names that are not known exactly are refused.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from octavo.errors import TokenizerError
 from octavo.models.fields import describe
-from octavo.weights.gguf_words import SPLITTINGS, find_splitting
+from octavo.weights.gguf_pre_tokenizers import SPLITTINGS, find_splitting
 
 # What llama.cpp calls the kinds of tokens.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6

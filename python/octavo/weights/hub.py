@@ -18,7 +18,7 @@ from pathlib import Path
 
 from octavo.config import Environment
 from octavo.errors import DownloadError, FileError, InvalidArgumentError, ModelNotFoundError
-from octavo.files import expand_home, reading
+from octavo.files import expand_home, reading, write_durably
 from octavo.models.registry import read_model
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.gguf_parts import GgufParts, is_gguf, model_name
@@ -199,7 +199,7 @@ def _fill(
         else:
             convert_gguf(Path(target), staging, dtype, progress)  # type: ignore[arg-type]
         open_checkpoint(read_model(staging))  # what takes the name can be loaded
-        _write_durably(staging / MANIFEST, json.dumps(source, indent=2) + "\n")
+        write_durably(staging / MANIFEST, (json.dumps(source, indent=2) + "\n").encode())
         _sync_directory(staging)
         if final.exists():
             final.rename(old)
@@ -292,13 +292,6 @@ def _locked(final: Path, progress: Progress) -> Iterator[None]:
         except OSError:  # a network file system without locks
             progress.message("this file system has no locks: do not pull the same model twice")
         yield
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:

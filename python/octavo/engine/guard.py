@@ -6,7 +6,6 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from octavo.errors import EngineInUseError, WrongProcessError
@@ -15,8 +14,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Door:
-    """A context to be in while an engine is used; it refuses, and never waits.
+class EngineGuard:
+    """A context for every use of an engine; it refuses, and never waits.
 
     Entering raises a WrongProcessError in a process that was forked from the one that made the
     engine: the threads that compute exist in that one only, and to wait for them is to wait for
@@ -45,32 +44,27 @@ class Door:
                 "which any number of threads may share, or drive the engine from one thread"
             )
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._inside.release()
 
 
-class HasDoor(Protocol):
-    """Something that is used through its door."""
+class Guarded(Protocol):
+    """An object with a guard."""
 
-    door: Door
-
-
-Owner = TypeVar("Owner", bound=HasDoor)
+    guard: EngineGuard
 
 
-def through_door(
+Owner = TypeVar("Owner", bound=Guarded)
+
+
+def guarded(
     method: Callable[Concatenate[Owner, P], T],
 ) -> Callable[Concatenate[Owner, P], T]:
-    """The method, run inside of its object's door."""
+    """The method, run within the guard of its object."""
 
     @functools.wraps(method)
     def inside(owner: Owner, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with owner.door:
+        with owner.guard:
             return method(owner, *args, **kwargs)
 
     return inside

@@ -1,0 +1,71 @@
+"""What `LLM` is asked: texts, token ids or conversations, one or many, with their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from octavo.errors import InvalidArgumentError, TokenizerError
+from octavo.sampling_params import SamplingParams
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages as in OpenAI's API: {"role": ..., "content": ...}."""
+Prompt = str | Sequence[int]
+"""One prompt: text, or the ids of its tokens."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt ready for the engine.
+
+    is_chat: it came out of a chat template. kept_special_ids: special tokens that the answer's text
+    holds even where the others are skipped, such as the tags around calls of tools.
+    """
+
+    text: str | None
+    token_ids: Sequence[int]
+    is_chat: bool = False
+    kept_special_ids: Collection[int] = ()
+
+
+def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
+    """(whether a list of prompts was given, the prompts); InvalidArgumentError for neither."""
+    if isinstance(prompts, str):
+        return False, [prompts]
+    try:
+        items = list(prompts)
+    except TypeError:
+        raise InvalidArgumentError(
+            f"prompts is {prompts!r}; expected a text, token ids, or a list of either"
+        ) from None
+    if items and not hasattr(items[0], "__len__"):  # numbers: one prompt's token ids
+        return False, [cast("Prompt", items)]
+    return True, cast("list[Prompt]", items)
+
+
+def params_for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    """The parameters of each prompt; InvalidArgumentError if they are not as many."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    each = list(params)
+    if len(each) != count:
+        raise InvalidArgumentError(
+            f"params has {len(each)} entries for {count} prompts; expected one for all, or one "
+            f"for each"
+        )
+    return each
+
+
+@contextmanager
+def naming(what: str, many: bool) -> Iterator[None]:
+    """Say which of many an error is about."""
+    try:
+        yield
+    except (InvalidArgumentError, TokenizerError) as error:
+        if not many:
+            raise
+        raise type(error)(f"{what}: {error}") from error
