@@ -137,7 +137,7 @@ class Terminal:
             stdout=stdout or child,
             stderr=child,
             close_fds=True,
-            env={**os.environ, "TERM": TERM},
+            env={**os.environ, "TERM": TERM, "COLUMNS": "", "LINES": ""},
         )
         os.close(child)
         self.seen = ""

@@ -66,10 +66,7 @@ def _sizes(path: Path) -> dict[str, int]:
 
 def _sysconf(name: str) -> int:
     if not hasattr(os, "sysconf") or name not in os.sysconf_names:
-        raise OctavoError(
-            f"this system does not say how much memory it has (no {name}); "
-            "give the size of the KV cache by num_kv_blocks (octavo serve --num-kv-blocks)"
-        )
+        raise OctavoError(f"this system does not say how much memory it has (no {name})")
     return os.sysconf(name)
 
 
