@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cuda_helpers import DEVICE, needs_cuda
-from octavo import _native, machine
+from octavo import _native
 from octavo.cli.app import run
 from octavo.config import EngineConfig, RuntimeOptions
 from octavo.diff.setup import _check_length
@@ -146,18 +146,6 @@ def test_memory_on_the_command_line(
     assert ways and "kv_memory_fraction=" not in message
     for way in ways:
         assert run([*command, *way]) == 0, (way, capsys.readouterr().err)
-
-
-def test_a_system_that_does_not_tell_its_memory(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(machine, "PROC", Path("/nowhere"))
-    monkeypatch.setattr(machine, "_meminfo", lambda proc: {})
-    monkeypatch.setattr(machine.os, "sysconf_names", {})
-    with pytest.raises(OctavoError, match="num_kv_blocks") as error:
-        load(model)
-    assert not isinstance(error.value, InsufficientMemoryError)
-    assert load(model, num_kv_blocks=16).engine.blocks.num_blocks == 16
 
 
 def test_too_few_blocks(model: Path) -> None:

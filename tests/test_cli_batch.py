@@ -17,7 +17,7 @@ from octavo.cli.batch import duration
 from octavo.cli.batch_input import BadLine, BatchLine, BatchRequest, Defaults, parse_line
 from octavo.llm import LLM
 from octavo.sampling_params import SamplingParams
-from text_helpers import tiny_model
+from text_helpers import sentencepiece_directory, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,33 @@ BAD_LINES = {
     "logprobs": (openai("j", CHAT, messages=HELLO, top_logprobs=2), "logprobs must be true"),
     "too many": (openai("d", COMPLETIONS, prompt="x", logprobs=99), "logprobs: Input should be"),
 }
+
+
+def test_options_of_a_bare_prompt_count_whatever_becomes_of_it(tmp_path):
+    folder = sentencepiece_directory(tmp_path / "sp", chat_template="{{ messages[0].content }}")
+    config = json.loads((tiny_model(tmp_path / "tiny") / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    fields = [{}, {"add_special_tokens": False}, {"add_special_tokens": True}, {"echo": True}]
+    fields += [{"tools": [{}]}, {"logprobs": 1, "add_special_tokens": True}, {"top_logprobs": 0}]
+    lines = [json.dumps({"prompt": "The fox", "max_tokens": 1, **each}) for each in fields]
+    lines.append(openai("echo", COMPLETIONS, prompt="The fox", max_tokens=1, echo=True))
+    source = write(tmp_path / "in.jsonl", lines)
+    counts = []
+    for way in ("--raw", "--chat"):
+        target = tmp_path / f"{way}.jsonl"
+        assert run(str(folder), source, target, way) == 1
+        found = read(target)
+        for name in ("line-4", "line-5"):
+            assert found[name]["error"] is not None
+        counts.append(
+            [
+                found[name]["response"]["body"]["usage"]["prompt_tokens"]
+                for name in ("line-1", "line-2", "line-3", "line-6", "line-7")
+            ]
+        )
+    (raw, *_), (chat, *_) = counts
+    assert raw == chat + 1  # with <s> before the text, or not
+    assert counts == [[raw, chat, raw, raw, raw], [chat, chat, raw, raw, chat]]
 
 
 def test_bad_lines_get_an_error_and_do_not_stop_the_rest(model, tmp_path, capsys):

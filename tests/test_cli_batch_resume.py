@@ -44,7 +44,7 @@ def without(target: Path, custom_id: str) -> None:
 
 def refused(capsys: pytest.CaptureFixture[str], target: Path, *command: object) -> str:
     """The message of a run that must be refused and leave the file as it is."""
-    target.write_bytes(target.read_bytes() + b'{"custom_id": "torn')
+    target.write_bytes(target.read_bytes() + b'{"id": "batch_req_torn')
     before = target.read_bytes()
     capsys.readouterr()
     assert run(*command) == 2
@@ -61,6 +61,16 @@ def test_answers_to_another_input_are_refused(model, begun, tmp_path, capsys):
     said = refused(capsys, target, model, other, target, *SHORT)
     assert f"another prompt than {other}, line 1 ('line-1'), holds now" in said
     assert "2 more" in said and "known by its number" in said
+
+
+@pytest.mark.parametrize("content", ["a note", '{"id": "mine"}', "[1]", " ", "0"])
+def test_a_file_of_another_program_is_left_alone(model, begun, capsys, content):
+    source, target = begun
+    for end in ("", "\n"):
+        target.write_text(content + end)
+        assert run(model, source, target, *SHORT) == 2
+        assert "line 1, is not an answer of a batch" in capsys.readouterr().err
+        assert target.read_text() == content + end
 
 
 def test_an_edited_line_is_refused_by_name_and_can_be_answered_anew(model, begun, capsys):

@@ -129,9 +129,6 @@ class Terminal:
 
     def __init__(self, *arguments: str, stdout: IO[str] | None = None, TERM: str = "xterm") -> None:
         self.descriptor, child = os.openpty()
-        # pytest-xdist names a width of its own, which would win over the window's.
-        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-        environment["TERM"] = TERM
         fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
         command = [sys.executable, "-c", self._START, sys.executable, "-m", "octavo.cli"]
         self.process = subprocess.Popen(
@@ -140,7 +137,7 @@ class Terminal:
             stdout=stdout or child,
             stderr=child,
             close_fds=True,
-            env=environment,
+            env={**os.environ, "TERM": TERM, "COLUMNS": "", "LINES": ""},
         )
         os.close(child)
         self.seen = ""

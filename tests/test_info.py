@@ -1,9 +1,8 @@
-"""`octavo info`, and what the machine says of its memory."""
+"""`octavo info`."""
 
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 from octavo import machine
 from octavo.cli import main
 from octavo.cli.info import describe, format_bytes
-from octavo.machine import Resident, available_memory, resident_memory, total_memory
 from octavo.models.registry import read_model
 from octavo.weights import tensor
 from weights_helpers import tiny_config, write_model
@@ -131,86 +129,3 @@ def test_damage_is_a_message_and_code_2(
 )
 def test_bytes_for_people(count: int, text: str) -> None:
     assert format_bytes(count) == text
-
-
-def test_this_machine() -> None:
-    assert 0 < available_memory() <= total_memory()
-
-
-def fake_machine(tmp_path: Path, files: dict[str, str]) -> dict[str, Path]:
-    for name, content in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return {"proc": tmp_path / "proc", "cgroup": tmp_path / "cgroup"}
-
-
-MEMINFO = "MemTotal:       16000000 kB\nMemFree: 1 kB\nMemAvailable:    8000000 kB\n"
-
-
-def test_the_memory_of_the_machine(tmp_path: Path) -> None:
-    folders = fake_machine(tmp_path, {"proc/meminfo": MEMINFO})
-    assert available_memory(**folders) == 8_000_000 * 1024
-    assert total_memory(folders["proc"]) == 16_000_000 * 1024
-
-
-def test_a_control_group_lowers_it(tmp_path: Path) -> None:
-    """Version 2: the tightest of the groups above the process counts, cached pages do not."""
-    folders = fake_machine(
-        tmp_path,
-        {
-            "proc/meminfo": MEMINFO,
-            "proc/self/cgroup": "0::/job.slice/step\n",
-            "cgroup/job.slice/memory.max": "5000000000\n",
-            "cgroup/job.slice/memory.current": "3000000000\n",
-            "cgroup/job.slice/memory.stat": "anon 1\ninactive_file 1000000000\nslab 7\n",
-            "cgroup/job.slice/step/memory.max": "max\n",
-            "cgroup/job.slice/step/memory.current": "3000000000\n",
-        },
-    )
-    assert available_memory(**folders) == 3_000_000_000
-
-
-def test_a_control_group_of_version_1(tmp_path: Path) -> None:
-    files = {
-        "proc/meminfo": MEMINFO,
-        "proc/self/cgroup": "5:cpu,cpuacct:/x\n3:memory:/slurm/job_7\n",
-        "cgroup/memory/slurm/job_7/memory.limit_in_bytes": "2000000000\n",
-        "cgroup/memory/slurm/job_7/memory.usage_in_bytes": "500000000\n",
-        "cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-        "cgroup/memory/memory.usage_in_bytes": "500000000\n",
-    }
-    assert available_memory(**fake_machine(tmp_path, files)) == 1_500_000_000
-
-
-def test_an_exceeded_group_leaves_nothing(tmp_path: Path) -> None:
-    files = {
-        "proc/meminfo": MEMINFO,
-        "proc/self/cgroup": "0::/\n",
-        "cgroup/memory.max": "1000\n",
-        "cgroup/memory.current": "4000\n",
-    }
-    assert available_memory(**fake_machine(tmp_path, files)) == 0
-
-
-def test_a_limit_of_the_shell_lowers_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = fake_machine(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/statm": "1000 5 5\n"})
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (10**9, resource.RLIM_INFINITY))
-    assert available_memory(**folders) == 10**9 - 1000 * resource.getpagesize()
-
-
-def test_a_machine_without_proc(tmp_path: Path) -> None:
-    folders = {"proc": tmp_path / "none", "cgroup": tmp_path / "none"}
-    assert 0 < available_memory(**folders) <= total_memory(folders["proc"])
-
-
-def test_what_this_process_takes(tmp_path: Path) -> None:
-    assert resident_memory(tmp_path) is None
-    (tmp_path / "self").mkdir()
-    status = tmp_path / "self" / "status"
-    status.write_text("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n")
-    assert resident_memory(tmp_path) == Resident(now=1 << 20, peak=2 << 20)
-    status.write_text("Name:\tpython\nVmRSS:\t    1024 kB\n")
-    assert resident_memory(tmp_path) is None
-    real = resident_memory()
-    assert real is None or 0 < real.now <= real.peak

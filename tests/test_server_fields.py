@@ -32,12 +32,39 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"repeat_penalty": 1.1}, "its name here is repetition_penalty"),
     ({"do_sample": False}, "its name here is temperature"),
     ({"stop_sequences": ["x"]}, "its name here is stop"),
+    # Here no, 0 and an empty object ask for something.
+    ({"temp": 0}, "its name here is temperature"),
+    ({"max_new_tokens": 0}, "its name here is max_tokens"),
+    ({"random_seed": 0}, "its name here is seed"),
+    ({"web_search_options": {}}, "leave it out"),
+    ({"enable_thinking": False}, "chat_template_kwargs"),
+    ({"add_bos_token": False}, "add_special_tokens"),
+    ({"repeat_last_n": 64}, "leave it out"),
+    ({"vllm_xargs": {"a": 1}}, "leave it out"),
+    ({"input_ids": [1]}, "leave it out"),
+    ({"images": ["x"]}, "leave it out"),
+    ({"prompt": "x"}, "it is a field of /v1/completions"),
+    ({"suffix": "x"}, "it is a field of /v1/completions"),
+    ({"best_of": 2}, "it is a field of /v1/completions"),
+]
+OF_CHATS: list[tuple[dict[str, Any], str]] = [
+    ({"max_completion_tokens": 3}, "its name here is max_tokens"),
+    ({"top_logprobs": 3}, "logprobs is the number"),
+    ({"messages": USER}, "it is a field of /v1/chat/completions"),
+    ({"tools": [{}]}, "it is a field of /v1/chat/completions"),
+    ({"chat_template": "x"}, "it is a field of /v1/chat/completions"),
+    ({"chat_template_kwargs": {"a": 1}}, "it is a field of /v1/chat/completions"),
+    ({"documents": [{}]}, "it is a field of /v1/chat/completions"),
+    ({"tool_choice": "required"}, "it is a field of /v1/chat/completions"),
+    ({"reasoning_effort": "low"}, "it is a field of /v1/chat/completions"),
 ]
 NEUTRAL: list[dict[str, Any]] = [
     {"grammar": None, "regex": "", "json_schema": {}, "echo": False},
     {"modalities": ["text"], "typical_p": 1, "mirostat": 0, "top_n_sigma": -1},
     {"do_sample": True, "repeat_penalty": 1.0, "length_penalty": 1.0, "num_beams": 1},
     {"metadata": {"a": "b"}, "store": True, "service_tier": "auto", "prediction": {"x": 1}},
+    {"reasoning_format": "auto", "repeat_last_n": -1, "add_bos_token": True, "best_of": 1},
+    {"mirostat_tau": 5.0, "dry_base": 1.75, "guided_decoding_backend": "auto", "raw": False},
     {"functions": [], "function_call": None, "audio": None, "parallel_tool_calls": True},
 ]
 
@@ -50,6 +77,22 @@ def test_what_would_change_the_answer_is_refused_by_name(fields, advice):
     assert (error.status, error.param) == (400, name)
     assert error.message.startswith(name)
     assert advice in error.message
+
+
+@pytest.mark.parametrize(("fields", "advice"), OF_CHATS, ids=lambda value: str(value)[:40])
+def test_fields_of_chats_are_refused_in_completions(fields, advice):
+    (name,) = fields
+    error = unsupported(CompletionBody.model_validate({"prompt": "x", **fields}))
+    assert error is not None
+    assert (error.status, error.param) == (400, name)
+    assert advice in error.message
+
+
+def test_fields_of_chats_that_ask_for_nothing_are_welcome_in_completions():
+    fields = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
+    body = CompletionBody.model_validate({"prompt": "x", **fields, "add_generation_prompt": True})
+    assert unsupported(body) is None
+    assert slips(body) == {}
 
 
 @pytest.mark.parametrize("fields", NEUTRAL, ids=lambda value: str(value)[:40])
@@ -67,6 +110,7 @@ SLIPS = {
     "stop_token_id": "stop_token_ids",
     "presense_penalty": "presence_penalty",
     "Seed": "seed",
+    "grammer": "grammar",
     "frobnicate": None,
     "x": None,
 }
@@ -99,6 +143,17 @@ def test_a_slip_is_in_a_header_and_in_the_log(tmp_path, caplog):
                 assert warning in [
                     getattr(record, "octavo_fields", {}).get("warning") for record in caplog.records
                 ]
+            body = {"prompt": "ABC", "stream_options": {"include_usge": True, "x": 1}}
+            warning = (await client.post(COMPLETIONS, json=body)).headers["X-Octavo-Warning"]
+            assert "'stream_options.include_usge', perhaps include_usage" in warning
+            for path, body in (
+                ("/tokenize", {"prompt": "ABC", "add_special_token": False, "temprature": 1}),
+                ("/tokenize", {"messages": USER, "add_special_token": False, "temprature": 1}),
+                ("/detokenize", {"tokens": [1], "add_special_token": False, "temprature": 1}),
+            ):
+                warning = (await client.post(path, json=body)).headers["X-Octavo-Warning"]
+                assert "'add_special_token', perhaps add_special_tokens" in warning
+                assert "'temprature', perhaps temperature" in warning
             plain = await client.post(COMPLETIONS, json={"prompt": "ABC"})
             assert "X-Octavo-Warning" not in plain.headers
 

@@ -53,6 +53,13 @@ def test_every_tensor_counts(tmp_path, name):
     weights[name] = (weights[name] * np.float32(1.0001)).astype(np.float32)
     write_model(tmp_path, weights=weights)
     assert model_digest(tmp_path) != first
+    for place in (0, -1):  # one number is enough
+        other = {**weights, name: weights[name].copy()}
+        other[name].flat[place] += 1
+        write_model(tmp_path, weights=weights)
+        before = model_digest(tmp_path)
+        write_model(tmp_path, weights=other)
+        assert model_digest(tmp_path) != before
     # Zeros are the same bytes in both types.
     weights[name] = np.zeros_like(weights[name])
     found = set()

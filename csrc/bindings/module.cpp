@@ -48,6 +48,21 @@ std::string int4_activations(const std::string& isa) {
   return cpu::kernels_for(isa).int4_takes_bf16 ? "bf16" : "whole";
 }
 
+// What the process may use, as the system's folders say; others than the real ones are for tests.
+void bind_limits(nb::module_& module) {
+  const auto define = [&](const char* name, auto&& ask) {
+    module.def(
+        name,
+        [=](const std::string& proc, const std::string& cgroup) {
+          return ask(cpu::SystemFolders{proc, cgroup});
+        },
+        nb::arg("proc") = "/proc", nb::arg("cgroup") = "/sys/fs/cgroup");
+  };
+  define("physical_cores", [](const auto& folders) { return cpu::physical_cores(folders); });
+  define("cpu_quota", [](const auto& folders) { return cpu::cpu_quota(folders); });
+  define("available_memory", [](const auto& folders) { return cpu::available_memory(folders); });
+}
+
 nb::dict build_info() {
   nb::dict info;
   info["compiler"] = compiler();
@@ -87,6 +102,7 @@ NB_MODULE(_native, module) {
   module.def("measure_flops", &measure_flops, nb::arg("num_threads") = 0, nb::arg("isa") = "auto",
              nb::arg("seconds") = 0.5, nb::arg("device") = "cpu",
              nb::call_guard<nb::gil_scoped_release>());
+  bind_limits(module);
   bind_runtime(module);
   bind_ops(module);
   bind_op_bench(module);

@@ -55,7 +55,10 @@ class CpuBackend : public Backend {
   void log_softmax(View out, View logits) override;
   void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) override;
 
-  void run(const StepKey&, const std::function<void()>& record) override { record(); }
+  void run(const StepKey&, const std::function<void()>& record) override {
+    const ThreadPool::Busy busy(pool_);
+    record();
+  }
   void sync() override {}
 
  private:

@@ -1,11 +1,14 @@
 #include "cpu/platform.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <new>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -17,7 +20,9 @@
 #endif
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -114,36 +119,32 @@ void release(void* data, std::size_t bytes) noexcept {
 
 // ---- processors, memory limits ----
 
-#if defined(__linux__)
-
 namespace {
 
-// The first number of a file, or `otherwise` where there is none ("max" in a control group).
-double read_number(const std::string& path, double otherwise) {
-  std::ifstream file(path);
-  double value = 0;
-  return file >> value ? value : otherwise;
-}
+int least_one(int count) { return std::max(1, count); }
 
-// A control group's CPU quota, rounded up; a very large number without one.
-int cpu_quota() {
-  std::ifstream file("/sys/fs/cgroup/cpu.max");
-  double quota = 0, period = 0;
-  if (!(file >> quota >> period) || period <= 0) return 1 << 20;
-  return std::max(1, static_cast<int>((quota + period - 1) / period));
+// Without a figure from the system.
+int processors_by_count() {
+  return least_one(static_cast<int>(std::thread::hardware_concurrency()));
 }
 
 }  // namespace
 
+#if defined(__linux__)
+
 std::vector<int> core_processors() {
-  cpu_set_t allowed;
-  CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return {};
+  // As large as the kernel's own sets, which may be larger than a cpu_set_t.
+  std::vector<cpu_set_t> allowed(1);
+  while (sched_getaffinity(0, allowed.size() * sizeof(cpu_set_t), allowed.data()) != 0) {
+    if (errno != EINVAL || allowed.size() > 64) return {};
+    allowed.resize(2 * allowed.size());
+  }
   // Threads of one core share the list of their siblings.
   std::set<std::string> cores;
   std::vector<int> processors;
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-    if (!CPU_ISSET(cpu, &allowed)) continue;
+  const std::size_t bytes = allowed.size() * sizeof(cpu_set_t);
+  for (int cpu = 0; cpu < static_cast<int>(8 * bytes); ++cpu) {
+    if (!CPU_ISSET_S(static_cast<std::size_t>(cpu), bytes, allowed.data())) continue;
     const std::string name = std::to_string(cpu);
     std::ifstream file("/sys/devices/system/cpu/cpu" + name + "/topology/thread_siblings_list");
     std::string siblings;
@@ -153,29 +154,46 @@ std::vector<int> core_processors() {
   return processors;
 }
 
-void bind_thread(int processor) noexcept {
-  cpu_set_t one;
-  CPU_ZERO(&one);
-  CPU_SET(processor, &one);
-  sched_setaffinity(0, sizeof one, &one);
+int thread_id() { return static_cast<int>(syscall(SYS_gettid)); }
+
+std::int64_t cpu_time(int id) noexcept {
+  // The clock that pthread_getcpuclockid names, by the thread's number.
+  const auto clock = static_cast<clockid_t>(~static_cast<unsigned>(id) << 3 | 6u);
+  timespec time{};
+  if (clock_gettime(clock, &time) != 0) return -1;
+  return static_cast<std::int64_t>(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
 }
 
-int physical_cores() {
-  const std::vector<int> processors = core_processors();
-  if (processors.empty())
-    return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  return std::max(1, std::min(static_cast<int>(processors.size()), cpu_quota()));
+void bind_thread(int id, int processor) noexcept {
+  constexpr std::size_t kSets = 64;
+  cpu_set_t one[kSets] = {};
+  CPU_SET_S(static_cast<std::size_t>(processor), sizeof one, one);
+  sched_setaffinity(id, sizeof one, one);
 }
 
-std::size_t available_memory() {
-  double available = 0;
-  std::ifstream file("/proc/meminfo");
-  for (std::string line; std::getline(file, line);) {
-    if (line.rfind("MemAvailable:", 0) == 0) available = std::stod(line.substr(13)) * 1024.0;
-  }
-  const double limit = read_number("/sys/fs/cgroup/memory.max", 1e18);
-  const double used = read_number("/sys/fs/cgroup/memory.current", 0);
-  return static_cast<std::size_t>(std::max(0.0, std::min(available, limit - used)));
+int physical_cores(const SystemFolders& folders) {
+  const int cores = static_cast<int>(core_processors().size());
+  const int count = cores > 0 ? cores : processors_by_count();
+  // One more thread than whole processors is throttled for part of every period. From a quarter of
+  // a processor on it gains more than that costs (docs/cpu.md).
+  const double quota = cpu_quota(folders).value_or(count);
+  return quota < count ? least_one(static_cast<int>(quota + 0.75)) : count;
+}
+
+std::size_t available_memory(const SystemFolders& folders) {
+  constexpr auto kMost = std::numeric_limits<std::int64_t>::max();
+  const auto bytes = [](std::int64_t count, std::int64_t unit) {
+    return std::min(count, kMost / unit) * unit;
+  };
+  const std::int64_t page = sysconf(_SC_PAGESIZE);
+  const auto kibibytes = number_after(folders.proc + "/meminfo", "MemAvailable:");
+  std::int64_t left = kibibytes ? bytes(*kibibytes, 1024) : sysconf(_SC_AVPHYS_PAGES) * page;
+  left = std::min(left, memory_room(folders).value_or(kMost));
+  rlimit limit{};  // `ulimit -v`
+  const auto pages = first_number(folders.proc + "/self/statm");
+  if (pages && getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur < kMost)
+    left = std::min(left, static_cast<std::int64_t>(limit.rlim_cur) - bytes(*pages, page));
+  return static_cast<std::size_t>(std::max<std::int64_t>(0, left));
 }
 
 #if defined(__aarch64__)
@@ -197,12 +215,16 @@ T sysctl_value(const char* name, T otherwise) {
 
 // macOS takes no orders about processors.
 std::vector<int> core_processors() { return {}; }
-void bind_thread(int) noexcept {}
+int thread_id() { return 0; }
+void bind_thread(int, int) noexcept {}
+std::int64_t cpu_time(int) noexcept { return -1; }
 
-int physical_cores() { return std::max(1, sysctl_value<int>("hw.physicalcpu", 1)); }
+int physical_cores(const SystemFolders&) {
+  return least_one(sysctl_value<int>("hw.physicalcpu", 1));
+}
 
 // Half of what is built in: macOS has no figure that means "without swapping".
-std::size_t available_memory() {
+std::size_t available_memory(const SystemFolders&) {
   return static_cast<std::size_t>(sysctl_value<std::uint64_t>("hw.memsize", 0) / 2);
 }
 
@@ -213,9 +235,11 @@ bool has_dot_product() { return sysctl_value<int>("hw.optional.arm.FEAT_DotProd"
 #else
 
 std::vector<int> core_processors() { return {}; }
-void bind_thread(int) noexcept {}
-int physical_cores() { return static_cast<int>(std::max(1u, std::thread::hardware_concurrency())); }
-std::size_t available_memory() { return std::size_t{4} << 30; }
+int thread_id() { return 0; }
+void bind_thread(int, int) noexcept {}
+std::int64_t cpu_time(int) noexcept { return -1; }
+int physical_cores(const SystemFolders&) { return processors_by_count(); }
+std::size_t available_memory(const SystemFolders&) { return std::size_t{4} << 30; }
 #endif
 
 #if !defined(__aarch64__) || !(defined(__linux__) || defined(__APPLE__))

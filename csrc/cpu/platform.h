@@ -4,20 +4,31 @@
 #include <cstddef>
 #include <vector>
 
+#include "cpu/control_groups.h"
+
 namespace octavo::cpu {
 
-// Physical cores this process may run on, respecting affinity and a container's quota; at least 1.
-int physical_cores();
+// Physical cores this process may use: those it may run on, or as many as the quota of its control
+// groups keeps busy, if these are fewer; at least 1.
+int physical_cores(const SystemFolders& folders = {});
 
 // A logical processor on each physical core this process may run on; empty where the system does
 // not let threads be bound to one.
 std::vector<int> core_processors();
 
-// Binds the calling thread to a logical processor; does nothing where that is not allowed.
-void bind_thread(int processor) noexcept;
+// The system's number of the calling thread.
+int thread_id();
 
-// Memory that can be taken without swapping, in bytes, respecting a container's limit.
-std::size_t available_memory();
+// Binds a thread of this process (0: the calling one) to a logical processor, and moves it there;
+// does nothing where that is not allowed.
+void bind_thread(int id, int processor) noexcept;
+
+// How long a thread of this process has run, in ns; -1 where the system does not tell.
+std::int64_t cpu_time(int id) noexcept;
+
+// Bytes that can be taken without swapping and without being killed. Linux: MemAvailable, or less
+// where control groups or `ulimit -v` leave less.
+std::size_t available_memory(const SystemFolders& folders = {});
 
 // Zero-filled memory aligned to 64 bytes; throws std::bad_alloc. Large pieces begin on a large page
 // where the system has such pages, and take no memory until they are touched: whoever touches a

@@ -1,9 +1,19 @@
 // Threads that wait for the next piece of an op: first spinning, then asleep.
+//
+// Another program may have a part of a core. What that costs is kept to that part:
+// - Work is taken in pieces, and a job is over when its pieces are: a thread that has not come to
+// it
+//   is not waited for.
+// - A thread that lost its core while others need it is known by its CPU time, which stands still.
+//   Threads here have a core each, so it would wait there for a whole slice of the other program's
+//   (4 ms, say). One that waits for it lets it have its own core instead.
+// docs/cpu.md has the figures.
 #pragma once
 
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -22,16 +32,27 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   // Binds the calling thread, thread 0 of all calls to come, to a core of its own.
-  void bind_caller() const;
+  void bind_caller();
+
+  // While one lives, thread 0 is at work, within jobs or between them: workers that wait for it see
+  // to it that it runs.
+  class Busy {
+   public:
+    explicit Busy(ThreadPool& pool) : pool_(pool) { pool_.set_busy(true); }
+    ~Busy() { pool_.set_busy(false); }
+    Busy(const Busy&) = delete;
+    Busy& operator=(const Busy&) = delete;
+
+   private:
+    ThreadPool& pool_;
+  };
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
   // Calls body(thread) once on every thread and returns when all are done. `body` must not throw.
   template <class Body>
   void run(Body&& body) {
-    using Plain = std::remove_reference_t<Body>;
-    run_erased([](void* context, int thread) { (*static_cast<Plain*>(context))(thread); },
-               const_cast<void*>(static_cast<const void*>(&body)));
+    run_any(body, true);
   }
 
   // Calls body(index, thread) for index 0 .. count - 1, each once, on whichever thread is free.
@@ -42,10 +63,12 @@ class ThreadPool {
       return;
     }
     std::atomic<std::int64_t> next{0};
-    run([&](int thread) {
-      for (std::int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-        body(index, thread);
-    });
+    run_any(
+        [&](int thread) {
+          for (std::int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+            body(index, thread);
+        },
+        false);
   }
 
   struct Range {
@@ -58,45 +81,69 @@ class ThreadPool {
   }
 
   // Calls body(range) until 0 .. count - 1 are covered, each once, `piece` or fewer at a time.
-  // Every thread goes through its own share, and then helps those that are behind with theirs.
+  // Every thread goes through its core's share, and then helps those that are behind with theirs.
   template <class Body>
   void shares(std::int64_t count, std::int64_t piece, Body&& body) {
-    for (int thread = 0; thread < size(); ++thread)
-      next_of_share_[static_cast<std::size_t>(thread)].value.store(share(count, thread).begin);
-    run([&](int thread) {
-      for (int other = 0; other < size(); ++other) {
-        const int owner = (thread + other) % size();
-        std::atomic<std::int64_t>& next = next_of_share_[static_cast<std::size_t>(owner)].value;
-        const std::int64_t end = share(count, owner).end;
-        for (std::int64_t at; (at = next.fetch_add(piece, std::memory_order_relaxed)) < end;)
-          body(Range{at, at + piece < end ? at + piece : end});
-      }
-    });
+    for (int core = 0; core < size(); ++core) at(core).next.store(share(count, core).begin);
+    run_any(
+        [&](int thread) {
+          const int first = at(thread).core.load();
+          for (int other = 0; other < size(); ++other) {
+            const int owner = (first + other) % size();
+            std::atomic<std::int64_t>& next = at(owner).next;
+            const std::int64_t end = share(count, owner).end;
+            for (std::int64_t at; (at = next.fetch_add(piece, std::memory_order_relaxed)) < end;)
+              body(Range{at, at + piece < end ? at + piece : end});
+          }
+        },
+        false);
   }
 
  private:
   using Function = void (*)(void* context, int thread);
+  class Wait;
 
-  struct alignas(64) Counter {  // on a cache line of its own
-    std::atomic<std::int64_t> value{0};
+  struct alignas(64) Thread {            // on cache lines of its own
+    std::atomic<std::int64_t> next{0};   // of a share: the one that belongs to the core
+    std::atomic<int> core{0};            // its own: an index of processors_
+    std::atomic<int> id{0};              // the system's; 0 until it is bound
+    std::atomic<bool> is_needed{false};  // others may wait for it: a job of a worker's, a step
+    bool is_guest = false;               // on thread 0's core, for the rest of a job
   };
 
-  void run_erased(Function function, void* context);
+  template <class Body>
+  void run_any(Body&& body, bool everyone) {
+    using Plain = std::remove_reference_t<Body>;
+    run_erased([](void* context, int thread) { (*static_cast<Plain*>(context))(thread); },
+               const_cast<void*>(static_cast<const void*>(&body)), everyone);
+  }
+
+  void run_erased(Function function, void* context, bool everyone);
+  void wait_for_workers(int expected);
   void work(int thread);
+  bool join(int thread, std::uint64_t& seen);
+  bool sleep_until_job(std::uint64_t seen);
 
-  void bind(int thread) const;
+  void set_busy(bool is_busy);
+  void bind(int thread, int id);
+  void change_cores(int thread);
 
-  std::vector<std::thread> workers_;
+  Thread& at(int index) { return threads_[static_cast<std::size_t>(index)]; }
+
   std::vector<int> processors_;  // one for each thread, or empty: threads go where they like
-  std::vector<Counter> next_of_share_;
+  std::unique_ptr<Thread[]> threads_;
+  std::vector<std::thread> workers_;
   Function function_ = nullptr;
   void* context_ = nullptr;
-  std::atomic<std::uint64_t> epoch_{0};  // grows by one a job
-  std::atomic<int> running_{0};          // workers that have not finished the job
-  std::atomic<int> sleeping_{0};
+  std::atomic<std::uint64_t> job_{0};  // its number, whether it can be joined, how many have
+  std::atomic<int> finished_{0};       // workers that have joined it and are done
+  std::atomic<int> sleeping_{0};       // workers
+  std::atomic<bool> caller_sleeps_{false};
   std::atomic<bool> stopping_{false};
   std::mutex mutex_;
-  std::condition_variable wake_;
+  std::condition_variable wake_, done_;
+  std::atomic<int> in_the_way_{0};  // a worker that may be on the core it has given away, or 0
+  std::mutex cores_mutex_;          // held by whoever binds a thread
 };
 
 }  // namespace octavo::cpu

@@ -33,6 +33,23 @@ def int4_activations(isa: str = "auto") -> str:
     names those that this machine and build have.
     """
 
+def physical_cores(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> int:
+    """Physical cores this process may use, at least 1: how many threads num_threads 0 means.
+
+    Those it may run on (sched_getaffinity, which knows cpusets), or fewer where the quota of its
+    control groups keeps fewer busy; a quarter of a core counts as one. The folders are parameters
+    for tests.
+    """
+
+def cpu_quota(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> float | None:
+    """Cores' worth of time that the process's control groups give it, such as 1.5.
+
+    The tightest of versions 1 and 2 and of every group above the process; None without a limit.
+    """
+
+def available_memory(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> int:
+    """As octavo.machine.available_memory, which calls it."""
+
 def measure_bandwidth(
     num_threads: int = 0, seconds: float = 1.0, num_bytes: int = 0, device: str = "cpu"
 ) -> float:

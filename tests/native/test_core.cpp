@@ -5,6 +5,14 @@
 #include <chrono>
 #include <thread>
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <csignal>
+#endif
+
 #include "core/runtime.h"
 #include "cpu/platform.h"
 #include "cpu/thread_pool.h"
@@ -95,6 +103,78 @@ void a_thread_that_is_held_up() {
   CHECK(was_helped);
 }
 
+#if defined(__linux__)
+
+std::atomic<bool> is_held{false}, is_let_go{false};
+
+void hold(int) {
+  is_held.store(true);
+  while (!is_let_go.load()) usleep(1000);
+}
+
+// A worker that does not come to a job, as one whose core another program has: others do it all.
+void a_thread_that_does_not_come() {
+  cpu::ThreadPool pool(2);
+  std::atomic<pthread_t> worker{};
+  pool.run([&](int thread) {
+    if (thread == 1) worker.store(pthread_self());
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));  // it sleeps by then
+  std::signal(SIGUSR1, hold);
+  pthread_kill(worker.load(), SIGUSR1);
+  while (!is_held.load()) std::this_thread::yield();
+  std::atomic<bool> is_late{false}, is_over{false};
+  std::thread watch([&] {  // so that a failure ends
+    for (int i = 0; i < 2000 && !is_over.load(); ++i) usleep(5000);
+    is_late.store(!is_over.load());
+    is_let_go.store(true);
+  });
+  std::atomic<int> done{0};
+  pool.each(20, [&](std::int64_t, int) { done.fetch_add(1); });
+  pool.shares(20, 3, [&](cpu::ThreadPool::Range piece) {
+    done.fetch_add(static_cast<int>(piece.end - piece.begin));
+  });
+  is_over.store(true);
+  watch.join();
+  CHECK(done.load() == 40 && !is_late.load());
+  std::signal(SIGUSR1, SIG_DFL);
+}
+
+// Threads that sleep, as if their cores were taken: whoever waits for them makes room on its own.
+void threads_that_lose_their_cores() {
+  const int cores = static_cast<int>(cpu::core_processors().size());
+  if (cores < 2) return;
+  bool was_taken_in = false, has_come_back = true, has_moved = false;
+  std::thread([&] {  // which gets bound
+    cpu::ThreadPool pool(cores);
+    pool.bind_caller();
+    const int own = sched_getcpu();
+    for (int i = 0; i < 50 && !was_taken_in; ++i) {
+      int before = -1;
+      pool.run([&](int thread) {
+        if (thread != 1) return;
+        before = sched_getcpu();
+        std::this_thread::sleep_for(std::chrono::milliseconds(50));
+        was_taken_in = sched_getcpu() == own;
+      });
+      pool.run([&](int thread) {
+        if (thread == 1) has_come_back &= before != own && sched_getcpu() == before;
+      });
+    }
+    const cpu::ThreadPool::Busy busy(pool);
+    for (int i = 0; i < 2000 && !has_moved; ++i) {
+      pool.run([](int) {});
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      has_moved = sched_getcpu() != own;
+    }
+  })
+      .join();
+  CHECK(was_taken_in && has_come_back);
+  CHECK(has_moved);
+}
+
+#endif
+
 void job_queue() {
   std::vector<int> order;
   {
@@ -164,6 +244,10 @@ std::vector<Test> core_tests() {
           {"bfloat16", bfloat16},
           {"thread pool", threads},
           {"a thread that is held up", a_thread_that_is_held_up},
+#if defined(__linux__)
+          {"a thread that does not come", a_thread_that_does_not_come},
+          {"threads that lose their cores", threads_that_lose_their_cores},
+#endif
           {"job queue", job_queue},
           {"buffers", buffers},
           {"backends and instruction sets", backends},

@@ -69,21 +69,24 @@ class BatchRequest:
 
         if self.text is None:
             return self.body
+        unlike = {"prompt", "messages", *_IN_PARAMS}
+        options = self.body.model_dump(exclude_unset=True, exclude=unlike)
         if not is_chat:
-            return CompletionBody.model_validate({"prompt": self.text})
+            return CompletionBody.model_validate({**options, "prompt": self.text})
         messages = [{"role": "user", "content": self.text}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        is_whole = isinstance(self.body, ChatBody)
-        options = self.body.model_dump(exclude_unset=True) if is_whole else {}
         return ChatBody.model_validate({**options, "messages": messages})
 
     def encode(self, llm: LLM, is_chat: bool, system: str | None) -> EncodedPrompt:
-        """Its token ids."""
+        """Its token ids. Raises an ApiError for options that do not go with `is_chat`."""
         from octavo.server import prepare
-        from octavo.server.protocol import ChatBody
+        from octavo.server.protocol import ChatBody, unsupported
 
         body = self.body_for(is_chat, system)
+        refused = unsupported(body)
+        if refused is not None:
+            raise refused
         if isinstance(body, ChatBody):
             return prepare.encode_chat(llm, body, tool_format_of(llm, body))
         return prepare.encode_completion(llm, body)[0]

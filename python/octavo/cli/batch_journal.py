@@ -15,6 +15,7 @@ from octavo.cli.batch_input import BatchLine, read_lines
 from octavo.cli.batch_stamp import Run, Stamp
 from octavo.errors import InvalidArgumentError
 
+_BEGINNING = b'{"id": "batch_req_'  # of every line
 _ADVICE = (
     "repeat the command that began the file, name another output, or begin anew with --overwrite"
 )
@@ -131,10 +132,11 @@ class Journal:
             pass  # a network file system without locks
 
     def _whole_lines(self) -> Iterable[tuple[int, bytes]]:
-        """The lines with their numbers, but for a last one that was cut off."""
+        """The lines with their numbers, but for a last one of ours that was cut off."""
         self._file.seek(0)
         for number, data in enumerate(self._file, start=1):
-            if data.endswith(b"\n"):
+            is_torn = data.startswith(_BEGINNING) or _BEGINNING.startswith(data)
+            if data.endswith(b"\n") or not is_torn:
                 yield number, data
 
     def _read(self) -> None:

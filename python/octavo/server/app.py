@@ -152,8 +152,6 @@ async def _answer(
     ]
     notes = request.state.notes
     notes["id"] = head.response_id
-    warning = _warning(body)
-    notes["warning"] = warning
     field = "prompt" if isinstance(body, CompletionBody) else "messages"
     answering = Answering(streams, body.num_answers, answer_format, field, notes)
     try:
@@ -170,15 +168,16 @@ async def _answer(
         if error.status == 429 and service.metrics is not None:
             service.metrics.rejected("queue_full")
         raise
-    if warning is not None:
-        response.headers["X-Octavo-Warning"] = warning
-    return response
+    return _warn(request, body, response)
 
 
-def _warning(body: Body) -> str | None:
-    """Of fields that are ignored because nobody knows them, those that look like a slip."""
+def _warn(request: Request, body: Body, response: Response) -> Response:
+    """Say, of fields that are ignored because nobody knows them, which look like a slip."""
     found = [f"{ascii(name)[:60]}, perhaps {meant}" for name, meant in slips(body).items() if meant]
-    return f"unknown fields, ignored: {'; '.join(found[:5])}" if found else None
+    if found:
+        warning = f"unknown fields, ignored: {'; '.join(found[:5])}"
+        response.headers["X-Octavo-Warning"] = request.state.notes["warning"] = warning
+    return response
 
 
 def _response_id(request: Request, prefix: str) -> str:
@@ -230,14 +229,13 @@ def _add_tokens(app: FastAPI) -> None:
             except InvalidArgumentError as error:
                 raise to_api_error(error, "prompt") from error
         strings = [llm.tokenizer.token(token) for token in tokens]
-        return JSONResponse(
-            {
-                "count": len(tokens),
-                "max_model_len": llm.max_model_len,
-                "tokens": tokens,
-                "token_strs": strings if body.return_token_strs else None,
-            }
-        )
+        found = {
+            "count": len(tokens),
+            "max_model_len": llm.max_model_len,
+            "tokens": tokens,
+            "token_strs": strings if body.return_token_strs else None,
+        }
+        return _warn(request, body, JSONResponse(found))
 
     @app.post("/detokenize", responses=_ERRORS)
     async def detokenize(body: DetokenizeBody, request: Request) -> Response:
@@ -248,7 +246,7 @@ def _add_tokens(app: FastAPI) -> None:
         if llm.tokenizer is None:
             raise ApiError(400, "this model has no tokenizer", param="model")
         text = await asyncio.to_thread(llm.tokenizer.decode, body.tokens, False)
-        return JSONResponse({"prompt": text})
+        return _warn(request, body, JSONResponse({"prompt": text}))
 
 
 def _add_probes(app: FastAPI) -> None:

@@ -159,7 +159,13 @@ class DetokenizeBody(Body):
 
 def slips(body: Body) -> dict[str, str | None]:
     """Fields that nobody knows, each with the one that may have been meant."""
-    return unknown_fields(body.model_extra or {}, list(type(body).model_fields))
+    known = {**ChatBody.model_fields, **CompletionBody.model_fields, **type(body).model_fields}
+    found = unknown_fields([n for n in body.model_extra or {} if n not in known], known)
+    options = body.stream_options if isinstance(body, SamplingBody) else None
+    if options is not None:
+        inner = unknown_fields(options.model_extra or {}, StreamOptions.model_fields)
+        found |= {f"stream_options.{name}": meant for name, meant in inner.items()}
+    return found
 
 
 def unsupported(body: SamplingBody) -> ApiError | None:
@@ -167,7 +173,13 @@ def unsupported(body: SamplingBody) -> ApiError | None:
 
     A field whose value asks for nothing, as null does, is welcome.
     """
-    refused = refused_field(body.model_extra or {})
+    is_chat = isinstance(body, ChatBody)
+    other, path = (CompletionBody, "completions") if is_chat else (ChatBody, "chat/completions")
+    elsewhere = dict.fromkeys(other.model_fields, f"it is a field of /v1/{path}")
+    if not is_chat:
+        elsewhere |= {"max_completion_tokens": "its name here is max_tokens"}
+        elsewhere |= {"top_logprobs": "logprobs is the number of them here"}
+    refused = refused_field(body.model_extra or {}, elsewhere)
     if refused is not None:
         return refused
     kind = (body.response_format or {}).get("type", "text")
