@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 Conversation = SequenceOf[Message]
-Prompt = str | SequenceOf[int]
+Prompt = str | SequenceOf[int] | Mapping[str, Any]
 """One prompt: text, or the ids of its tokens."""
 T = TypeVar("T")
 
@@ -165,7 +165,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue one prompt or many, batched together; the outputs are in the prompts' order.
 
-        prompts: a text, a list of texts, the token ids of one prompt, or a list of such lists.
+        prompts: a text, a list of texts, the token ids of one prompt, or a list of such lists; in
+        place of each also {"prompt": text} or {"prompt_token_ids": ids}.
         params: for all prompts, or one for each; None takes the defaults. progress: show a bar on
         stderr. Every prompt is checked before any runs: an InvalidArgumentError says which one is
         bad. Ctrl-C ends all of them and raises KeyboardInterrupt.
@@ -244,6 +245,8 @@ class LLM:
 
     def encode_prompt(self, prompt: Prompt, add_special_tokens: bool = True) -> EncodedPrompt:
         """Token ids of a prompt; add_special_tokens: with those that the model wants before it."""
+        if isinstance(prompt, Mapping):
+            prompt = _prompt_of(prompt)
         if isinstance(prompt, str):
             if not prompt:
                 raise InvalidArgumentError('the prompt is ""; expected some text to continue')
@@ -283,7 +286,7 @@ class LLM:
     def _encode(self, prompt: Prompt | Conversation | EncodedPrompt) -> EncodedPrompt:
         if isinstance(prompt, EncodedPrompt):
             return prompt
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        if isinstance(prompt, SequenceOf) and prompt and isinstance(prompt[0], Mapping):
             return self.encode_chat(cast("Conversation", prompt))
         return self.encode_prompt(cast("Prompt", prompt))
 
@@ -379,7 +382,7 @@ def _merge_options(config: EngineConfig | None, options: Mapping[str, Any]) -> E
 
 def _split_prompts(prompts: Prompt | SequenceOf[Prompt]) -> tuple[bool, list[Prompt]]:
     """(whether a list of prompts was given, the prompts)."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, Mapping)):
         return False, [prompts]
     try:
         items = list(prompts)
@@ -390,6 +393,22 @@ def _split_prompts(prompts: Prompt | SequenceOf[Prompt]) -> tuple[bool, list[Pro
     if items and not hasattr(items[0], "__len__"):  # numbers: one prompt's token ids
         return False, [cast("Prompt", items)]
     return True, cast("list[Prompt]", items)
+
+
+def _prompt_of(given: Mapping[str, Any]) -> str | SequenceOf[int]:
+    """A prompt as vLLM's users write it: {"prompt": text} or {"prompt_token_ids": ids}."""
+    if "role" in given:
+        raise InvalidArgumentError("the prompt is a message of a conversation: use chat")
+    found = {name: value for name, value in given.items() if value is not None}
+    ids = found.pop("prompt_token_ids", None)  # beside a text, they are that text
+    prompt = found.pop("prompt", None)
+    if found or (ids is None and not isinstance(prompt, str)):
+        raise InvalidArgumentError(
+            f"the prompt is an object with {', '.join(map(repr, given)) or 'nothing in it'}; "
+            'expected {"prompt": a text} or {"prompt_token_ids": numbers}'
+        )
+    result: str | SequenceOf[int] = prompt if ids is None else ids
+    return result
 
 
 def _params_for_each(
