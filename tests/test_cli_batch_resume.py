@@ -144,7 +144,9 @@ def test_what_changes_no_answer_does_not_hinder(model, begun, tmp_path, capsys):
     own = {"max_tokens": 2, "temperature": 2, "top_p": 1, "user": "me"}
     write(source, [openai("a", CHAT, messages=HELLO, **own)])
     assert run(model, source, target, "--overwrite") == 0
-    body = {"temperature": 2.0, "messages": HELLO, "max_completion_tokens": 2}
+    parts = [{"type": "text", "text": "Hello fox"}]
+    messages = [{"name": None, "tool_calls": [], "content": parts, "role": "user"}]
+    body = {"temperature": 2.0, "messages": messages, "max_completion_tokens": 2}
     line = {"body": body, "url": CHAT, "custom_id": "a"}
     write(source, ["", json.dumps(line)])
     more = ("--max-tokens", "9", "-t", "0.5", "--system", "not for messages", "--raw")

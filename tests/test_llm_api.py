@@ -60,6 +60,9 @@ def test_forms_of_prompts(llm: LLM) -> None:
         ([np.array(ids(text), np.int32)], [text]),
         ([text, ids(other)], [text, other]),
         ([], []),
+        ({"prompt": text}, [text]),
+        ({"prompt_token_ids": ids(text), "prompt": None}, [text]),
+        ([{"prompt": text}, {"prompt_token_ids": ids(other)}, other], [text, other, other]),
     ]
     for prompts, expected in forms:
         outputs = llm.generate(prompts, GREEDY, progress=False)
@@ -69,6 +72,24 @@ def test_forms_of_prompts(llm: LLM) -> None:
             assert all(type(token) is int for token in output.prompt_token_ids)
     assert llm.generate(text, GREEDY, progress=False)[0].prompt == text
     assert llm.generate(ids(text), GREEDY, progress=False)[0].prompt is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"role": "user", "content": "AB"}, "use chat"),
+        ({"prompt": "AB", "multi_modal_data": {"image": 1}}, "'multi_modal_data'"),
+        ({"prompt": 5}, 'expected {"prompt": a text}'),
+        ({}, "nothing in it"),
+    ],
+)
+def test_objects_that_are_no_prompt(llm: LLM, prompt: Any, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        llm.generate(prompt, GREEDY)
+    with pytest.raises(InvalidArgumentError, match=f"prompt 1: .*{message}"):
+        llm.generate(["AB", prompt], GREEDY)
+    with pytest.raises(InvalidArgumentError, match=message):
+        next(llm.stream(prompt, GREEDY))
 
 
 def test_many_prompts_come_back_in_order(llm: LLM) -> None:

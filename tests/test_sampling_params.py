@@ -30,6 +30,9 @@ from octavo.errors import InvalidArgumentError
         ({"logit_bias": {9: 1, 3: -2}}, {"logit_bias": ((3, -2.0), (9, 1.0))}),
         ({"max_tokens": np.int64(7), "n": np.int32(2)}, {"max_tokens": 7, "n": 2}),
         ({"temperature": np.float32(0.5), "min_p": np.float64(0.25)}, {"temperature": 0.5}),
+        ({"temperature": None, "n": None, "top_p": None}, {"temperature": 1.0, "n": 1}),
+        ({"skip_special_tokens": None, "ignore_eos": None}, {"skip_special_tokens": True}),
+        ({"ignore_eos": np.bool_(True)}, {"ignore_eos": True}),
         ({"stop_token_ids": np.array([4, 5])}, {"stop_token_ids": (4, 5)}),
     ],
     ids=lambda value: str(value)[:40],
@@ -57,6 +60,7 @@ def test_what_vllm_takes_is_understood(given: dict[str, Any], kept: dict[str, An
         ({"temperature": "1"}, "temperature is '1'"),
         ({"n": np.bool_(True)}, "n is"),
         ({"seed": 2**64}, "seed is"),
+        ({"ignore_eos": "no"}, "ignore_eos is 'no'; expected True or False"),
         ({"stop": [5]}, "stop holds 5; expected strings"),
     ],
     ids=lambda value: str(value)[:40],
@@ -94,8 +98,9 @@ def test_formats_under_torch_s_names(given: Any, kept: str) -> None:
         def __str__(self) -> str:
             return f"torch.{given}"
 
-    named: Any = Torch()
-    for value in (given, named):
+    values: list[Any] = [given, Torch()]
+    values += {"float32": [np.float32, np.dtype("float32")], "float16": [np.float16]}.get(given, [])
+    for value in values:
         config = EngineConfig(dtype=value, kv_dtype=value)
         assert (config.dtype, config.kv_dtype) == (kept, kept)
 

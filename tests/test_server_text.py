@@ -13,10 +13,13 @@ import pytest
 from batch_helpers import CHAT, COMPLETIONS, openai, read, write
 from octavo import LLM, SamplingParams
 from octavo.cli import main
-from octavo.server.formats import unique_names
+from octavo.engine.outputs import OutputChunk, TokenLogprob
+from octavo.server.formats import ChatFormat, Head, Tokens, unique_names
 from octavo.text.places import TokenPlaces
+from octavo.text.tokenizer import Tokenizer
 from parrot import END, GO, byte_tokens, say, write_parrot
 from server_helpers import events_of, run, serving
+from text_helpers import sentencepiece_directory
 
 USER = [{"role": "user", "content": "x"}]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
@@ -191,6 +194,38 @@ def test_the_tokens_of_a_completion_have_names_and_places(unicorn, stream):
         found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True
     ):
         assert top[token] == logprob
+
+
+ENDS: list[dict[str, Any]] = [
+    {"skip_special_tokens": False},
+    {"skip_special_tokens": False, "include_stop_str_in_output": True},
+    {"stop_token_ids": [ord("c") - 33]},
+    {"ignore_eos": True, "skip_special_tokens": False, "max_tokens": 7},
+    {"max_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("fields", ENDS, ids=str)
+def test_the_bytes_are_the_text_also_at_its_end(unicorn, fields):
+    (choice,) = ask(unicorn, {"logprobs": True, **fields})[0].json()["choices"]
+    data = bytes(b for entry in choice["logprobs"]["content"] for b in entry["bytes"])
+    assert data.decode(errors="replace") == choice["message"]["content"]
+
+
+def test_top_logprobs_of_a_chat_have_different_names(tmp_path):
+    """At the start of a text sentencepiece's "▁the" and "the" read the same."""
+    tokenizer = Tokenizer(sentencepiece_directory(tmp_path))
+    spelled = {tokenizer.token(token): token for token in range(tokenizer.vocab_size)}
+    word = next(word for word in spelled if word and f"▁{word}" in spelled)
+    one, other = spelled[f"▁{word}"], spelled[word]
+    entry = TokenLogprob(one, -0.5, (other, one), (-0.4, -0.5))
+    chunk = OutputChunk("", 0, word, (one,), (entry,), "length", None)
+    event = ChatFormat(Head("x", 0, "m"), Tokens(tokenizer)).piece(0, chunk, "")
+    (found,) = json.loads(event.removeprefix("data: "))["choices"][0]["logprobs"]["content"]
+    assert (found["token"], bytes(found["bytes"])) == (word, word.encode())
+    tops = found["top_logprobs"]
+    assert [top["token"] for top in tops] == [f"token_id:{other}", word]
+    assert [bytes(top["bytes"]) for top in tops] == [word.encode()] * 2
 
 
 def test_tokens_of_one_name_are_told_apart_by_their_number():

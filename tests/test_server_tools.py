@@ -54,6 +54,20 @@ CASES: list[tuple[ToolFormat, str, str, list[tuple[str, Any]]]] = [
     ("llama3_json", '{"name": "f", "para', '{"name": "f", "para', []),
     ("llama3_json", "", "", []),
     ("llama3_json", "  <|pyth", "  <|pyth", []),
+    (
+        "llama3_json",
+        'I will.\n<|python_tag|>{"name": "f", "parameters": {}}',
+        "I will.\n",
+        [("f", {})],
+    ),
+    (
+        "llama3_json",
+        ' <|python_tag|>{"name": "f", "parameters": {}};<|python_tag|> {"name": "g"}',
+        "",
+        [("f", {}), ("g", {})],
+    ),
+    ("llama3_json", "so <|python_tag|>print(1)", "so <|python_tag|>print(1)", []),
+    ("llama3_json", "a <|pyth then", "a <|pyth then", []),
 ]
 CASES = [(a, b, b if c is None else c, d) for a, b, c, d in CASES]
 

@@ -156,7 +156,9 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{
         (
             {
                 "role": "assistant",
-                "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}],
+                "tool_calls": [
+                    {"id": None, "index": None, "function": {"name": "f", "arguments": {"a": 1}}}
+                ],
             },
             'content="";role="assistant";'
             'tool_calls=[{"function": {"name": "f", "arguments": {"a": 1}}}];',

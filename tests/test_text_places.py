@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +33,7 @@ def check(tokenizer: Tokenizer, ids: list[int], skip: bool, continues: bool) -> 
     data, offsets = [], []
     for token in ids:
         data.append(places.data(token))
-        offsets.append(places.offset)
+        offsets.append(places.offset(token))
         places.advance(token)
     assert b"".join(data).decode("utf-8", errors="replace") == text
     # A token begins where the text before it ends, as far as its characters are whole.
@@ -40,6 +42,8 @@ def check(tokenizer: Tokenizer, ids: list[int], skip: bool, continues: bool) -> 
         whole = before.decode("utf-8", errors="ignore")
         if "\ufffd" not in text:
             assert offset == len(whole)
+        with suppress(UnicodeDecodeError):  # a token of whole characters is read where it begins
+            assert text[offset:].startswith(own.decode())
         before += own
 
 
@@ -67,7 +71,7 @@ def test_parts_of_a_character_have_their_own_bytes_and_names(loaded, style):
     places = TokenPlaces(tokenizer, continues=True)
     found = []
     for token in ids:
-        found.append((places.name(token), places.data(token), places.offset))
+        found.append((places.name(token), places.data(token), places.offset(token)))
         places.advance(token)
     parts = [entry for entry in found if entry[0].startswith("bytes:")]
     assert b"".join(data for _, data, _ in parts) == UNICORN.encode()
@@ -78,7 +82,30 @@ def test_parts_of_a_character_have_their_own_bytes_and_names(loaded, style):
     assert len({name for name, _, _ in parts}) == len(parts)
     start = parts[0][2]
     assert all(offset == start for _, _, offset in parts)  # where the character begins
-    assert places.offset == start + 1
+    assert places.offset(ids[0]) == start + 1
+
+
+def test_a_character_that_is_never_finished_counts_as_one(loaded):
+    tokenizer = loaded["byte_level"]
+    begin = tokenizer.encode(UNICORN)[0]
+    word = tokenizer.encode("a")[0]
+    places = TokenPlaces(tokenizer, continues=True)
+    assert tokenizer.token_bytes(begin)[0] == 0xF0
+    offsets = []
+    for token in (word, begin, begin, word, begin):
+        offsets.append(places.offset(token))
+        places.advance(token)
+    assert offsets == [0, 1, 2, 3, 4]  # of a��a�
+
+
+def test_a_token_that_ends_the_answer_brings_nothing(loaded):
+    tokenizer = loaded["byte_level"]
+    end, word = tokenizer.encode("<|im_end|>")[0], tokenizer.encode("a")[0]
+    places = TokenPlaces(tokenizer, False, continues=True, ends={end, word})
+    assert [places.data(token) for token in (end, word)] == [b"", b""]
+    assert [places.name(token) for token in (end, word)] == ["<|im_end|>", "a"]
+    kept = TokenPlaces(tokenizer, continues=True, kept={end})
+    assert (kept.name(end), kept.data(end)) == ("<|im_end|>", b"<|im_end|>")
 
 
 def test_a_space_is_lost_at_the_start_of_a_text_alone(loaded):
@@ -100,15 +127,15 @@ def test_a_hidden_token_has_a_name_and_no_bytes(loaded):
     hidden = TokenPlaces(tokenizer, continues=False)
     assert (hidden.name(end), hidden.data(end)) == ("<|im_end|>", b"")
     hidden.advance(end)
-    assert hidden.offset == 0
+    assert hidden.offset(end) == 0
     shown = TokenPlaces(tokenizer, skip_special_tokens=False, continues=False)
     assert (shown.name(end), shown.data(end)) == ("<|im_end|>", b"<|im_end|>")
     shown.advance(end)
-    assert shown.offset == len("<|im_end|>")
+    assert shown.offset(end) == len("<|im_end|>")
 
 
 def test_tokens_that_nobody_can_spell(loaded):
     beyond = loaded["byte_level"].vocab_size + 7
     assert TokenPlaces(loaded["byte_level"], continues=True).name(beyond) == f"token_id:{beyond}"
     without = TokenPlaces(None, continues=True)
-    assert (without.name(17), without.data(17), without.offset) == ("token_id:17", b"", 0)
+    assert (without.name(17), without.data(17), without.offset(17)) == ("token_id:17", b"", 0)

@@ -214,8 +214,8 @@ def resolve_device(device: str, available: Sequence[str]) -> str:
 
 
 def dtype_name(given: object) -> str:
-    """octavo's name of a format: bf16 for "bfloat16" and for torch.bfloat16."""
-    name = str(given).removeprefix("torch.")
+    """octavo's name of a format: bf16 for "bfloat16" and for torch.bfloat16; numpy.float32, too."""
+    name = given.__name__ if isinstance(given, type) else str(given).removeprefix("torch.")
     return _DTYPE_NAMES.get(name, name)
 
 

@@ -33,6 +33,7 @@ from octavo.prompts import (
     Prompt,
     naming,
     params_for_each,
+    prompt_of,
     split_prompts,
 )
 from octavo.sampling_params import SamplingParams
@@ -154,7 +155,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue one prompt or many, batched together; the outputs are in the prompts' order.
 
-        prompts: a text, a list of texts, the token ids of one prompt, or a list of such lists.
+        prompts: a text, a list of texts, the token ids of one prompt, or a list of such lists; in
+        place of each also {"prompt": text} or {"prompt_token_ids": ids}.
         params: for all prompts, or one for each; None takes the defaults. progress: show a bar on
         stderr. Every prompt is checked before any runs: an InvalidArgumentError says which one is
         bad. Ctrl-C ends all of them and raises KeyboardInterrupt.
@@ -233,6 +235,8 @@ class LLM:
 
     def encode_prompt(self, prompt: Prompt, add_special_tokens: bool = True) -> EncodedPrompt:
         """Token ids of a prompt; add_special_tokens: with those that the model wants before it."""
+        if isinstance(prompt, Mapping):
+            prompt = prompt_of(prompt)
         if isinstance(prompt, str):
             if not prompt:
                 raise InvalidArgumentError('the prompt is ""; expected some text to continue')
@@ -272,7 +276,7 @@ class LLM:
     def _encode(self, prompt: Prompt | Conversation | EncodedPrompt) -> EncodedPrompt:
         if isinstance(prompt, EncodedPrompt):
             return prompt
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             return self.encode_chat(cast("Conversation", prompt))
         return self.encode_prompt(cast("Prompt", prompt))
 

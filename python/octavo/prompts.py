@@ -12,8 +12,8 @@ from octavo.sampling_params import SamplingParams
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages as in OpenAI's API: {"role": ..., "content": ...}."""
-Prompt = str | Sequence[int]
-"""One prompt: text, or the ids of its tokens."""
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""One prompt: text, the ids of its tokens, or an object with either, as vLLM has it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EncodedPrompt:
 
 def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
     """(whether a list of prompts was given, the prompts); InvalidArgumentError for neither."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, Mapping)):
         return False, [prompts]
     try:
         items = list(prompts)
@@ -43,6 +43,22 @@ def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt
     if items and not hasattr(items[0], "__len__"):  # numbers: one prompt's token ids
         return False, [cast("Prompt", items)]
     return True, cast("list[Prompt]", items)
+
+
+def prompt_of(given: Mapping[str, Any]) -> str | Sequence[int]:
+    """A prompt as vLLM's users write it: {"prompt": text} or {"prompt_token_ids": ids}."""
+    if "role" in given:
+        raise InvalidArgumentError("the prompt is a message of a conversation: use chat")
+    found = {name: value for name, value in given.items() if value is not None}
+    ids = found.pop("prompt_token_ids", None)  # beside a text, they are that text
+    prompt = found.pop("prompt", None)
+    if found or (ids is None and not isinstance(prompt, str)):
+        raise InvalidArgumentError(
+            f"the prompt is an object with {', '.join(map(repr, given)) or 'nothing in it'}; "
+            'expected {"prompt": a text} or {"prompt_token_ids": numbers}'
+        )
+    result: str | Sequence[int] = prompt if ids is None else ids
+    return result
 
 
 def params_for_each(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from octavo.errors import InvalidArgumentError
@@ -19,8 +19,8 @@ class SamplingParams:
     """Options of one request. Every field is checked on construction.
 
     What vLLM's users write is understood: -1 for "all" (top_k), for "as many as fit" (max_tokens)
-    and for "draw one" (seed); None for no stop strings, stop tokens or biases; one stop string
-    without a list; numbers of NumPy.
+    and for "draw one" (seed); None for the default of a field (but of max_tokens, where it is as
+    many as fit); one stop string without a list; numbers of NumPy.
 
     temperature: 0 takes the most probable token (greedy); higher is more random.
     top_k: keep the k most probable tokens; 0 keeps all.
@@ -69,6 +69,9 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            if getattr(self, each.name) is None and each.name != "max_tokens":
+                object.__setattr__(self, each.name, each.default)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         for text in stop:
             if not isinstance(text, str):
@@ -92,6 +95,8 @@ class SamplingParams:
         }
         for name, low, high, none in _PENALTIES:
             checked[name] = _number(name, getattr(self, name), low, high, none)
+        for name in _SWITCHES:
+            checked[name] = _switch(name, getattr(self, name))
         if checked["top_k"] == -1:
             checked["top_k"] = 0
         for name, value in checked.items():
@@ -103,6 +108,13 @@ _PENALTIES = (
     ("frequency_penalty", -2.0, 2.0, "0 for none"),
     ("presence_penalty", -2.0, 2.0, "0 for none"),
 )
+_SWITCHES = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+
+
+def _switch(name: str, value: Any) -> bool:
+    if value not in (False, True):
+        raise InvalidArgumentError(f"{name} is {value!r}; expected True or False")
+    return bool(value)
 
 
 def _check_token_ids(token_ids: Sequence[int] | None) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.files import reading
 from octavo.sampling_params import SamplingParams
+from octavo.text.chat import check_messages
 
 if TYPE_CHECKING:
     from octavo.engine.outputs import RequestOutput
@@ -59,6 +61,9 @@ class BatchRequest:
         fields = set(type(self.body).model_fields) - set(SamplingBody.model_fields)
         made_of = self.body.model_dump(exclude_defaults=True, include=fields - _IN_PARAMS)
         if self.text is None:
+            if "messages" in made_of:
+                with suppress(InvalidArgumentError):  # which the answer will say
+                    made_of["messages"] = check_messages(made_of["messages"])
             return made_of
         del made_of["messages" if "messages" in made_of else "prompt"]
         return {"text": self.text, **made_of} if made_of else self.text

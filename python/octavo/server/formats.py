@@ -7,7 +7,7 @@ itself goes through the JSON encoder.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -62,14 +62,22 @@ def usage_of(num_prompt: int, num_answer: int, num_cached: int | None = None) ->
 
 @dataclass(frozen=True)
 class Tokens:
-    """What log-probabilities need to know about the tokens of an answer."""
+    """What log-probabilities need to know about the tokens of an answer; see `TokenPlaces`."""
 
     tokenizer: Tokenizer | None
     skip_special_tokens: bool = True
+    kept: Collection[int] = ()
+    ends: Collection[int] = ()
 
     def places(self, *, continues: bool) -> TokenPlaces:
         """Those of one answer; continues: it is read right behind the prompt."""
-        return TokenPlaces(self.tokenizer, self.skip_special_tokens, continues=continues)
+        return TokenPlaces(
+            self.tokenizer,
+            self.skip_special_tokens,
+            continues=continues,
+            kept=self.kept,
+            ends=self.ends,
+        )
 
 
 class Format(Protocol):
@@ -148,7 +156,7 @@ class CompletionFormat:
             top = zip(entry.top_token_ids, entry.top_logprobs, strict=True)
             # As vLLM: the token that was drawn is among them, even where it is not of the best.
             tops.append({found[token]: p for token, p in (*top, (entry.token_id, entry.logprob))})
-            offsets.append(places.offset)
+            offsets.append(places.offset(entry.token_id))
             places.advance(entry.token_id)
         return {
             "tokens": names,
@@ -266,20 +274,15 @@ class ChatFormat:
         places = self._places.setdefault(choice, self._tokens.places(continues=False))
         content = []
         for entry in entries:
+            names = unique_names(places, (entry.token_id, *entry.top_token_ids))
             tops = zip(entry.top_token_ids, entry.top_logprobs, strict=True)
-            content.append(
-                {
-                    **_token(places, entry.token_id, entry.logprob),
-                    "top_logprobs": [_token(places, *top) for top in tops],
-                }
+            one, *others = (
+                {"token": names[token], "logprob": logprob, "bytes": list(places.data(token))}
+                for token, logprob in ((entry.token_id, entry.logprob), *tops)
             )
+            content.append({**one, "top_logprobs": others})
             places.advance(entry.token_id)
         return {"content": content}
-
-
-def _token(places: TokenPlaces, token_id: int, logprob: float) -> dict[str, Any]:
-    data = list(places.data(token_id))
-    return {"token": places.name(token_id), "logprob": logprob, "bytes": data}
 
 
 def unique_names(places: TokenPlaces, token_ids: Iterable[int]) -> dict[int, str]:

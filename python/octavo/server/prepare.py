@@ -88,9 +88,18 @@ def chat_format(
     llm: LLM, body: ChatBody, head: Head, params: SamplingParams, tool_format: ToolFormat | None
 ) -> ChatFormat:
     """How the answers to a conversation are written."""
-    tokens = Tokens(llm.tokenizer, params.skip_special_tokens)
+    tools = tools_of(body, tool_format)
+    ends = set(params.stop_token_ids)
+    if not params.ignore_eos:
+        ends.update(llm.engine.eos_token_ids)
+    tokens = Tokens(
+        llm.tokenizer,
+        params.skip_special_tokens,
+        kept=tag_ids(llm.tokenizer, tools),
+        ends=() if params.include_stop_str_in_output else ends,
+    )
     max_calls = 1 if body.parallel_tool_calls is False else None
-    return ChatFormat(head, tokens, tools_of(body, tool_format), max_calls)
+    return ChatFormat(head, tokens, tools, max_calls)
 
 
 def completion_format(

@@ -1,7 +1,8 @@
 """Calls of tools found in an answer, for the ways of writing them that models were trained on.
 
 Hermes and Qwen: <tool_call>{"name": …, "arguments": {…}}</tool_call>, anywhere in the text.
-Llama 3: the whole answer is {"name": …, "parameters": {…}}, several being separated by ";".
+Llama 3: {"name": …, "parameters": {…}}, several being separated by ";", as the whole answer or
+behind <|python_tag|>.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 ToolFormat = Literal["hermes", "llama3_json"]
 # What a parser looks for; in some vocabularies these are special tokens.
-_TAGS = {"hermes": ("<tool_call>", "</tool_call>"), "llama3_json": ("<|python_tag|>",)}
+_PYTHON = "<|python_tag|>"
+_TAGS = {"hermes": ("<tool_call>", "</tool_call>"), "llama3_json": (_PYTHON,)}
 
 
 @dataclass(frozen=True)
@@ -130,40 +132,43 @@ class HermesParser:
 
 
 class Llama3Parser:
-    """An answer that begins with "{" may be a call, so it is held back to its end."""
+    """An answer that begins with "{" may be a call, so it is held back to its end.
 
-    (_TAG,) = _TAGS["llama3_json"]
+    So is what follows <|python_tag|>, wherever it stands.
+    """
 
     def __init__(self) -> None:
         self._held = ""
-        self._is_text = False
+        self._is_text = False  # something of the answer has been shown
+        self._may_be_call = False
 
     def push(self, text: str) -> list[Piece]:
         """What this text makes certain."""
-        if self._is_text:
-            return [text] if text else []
         self._held += text
-        start = self._held.lstrip()
-        if not start or start.startswith(("{", self._TAG)) or self._TAG.startswith(start):
+        if self._may_be_call:
             return []
-        self._is_text = True
-        return self._release()
+        begin = self._held.find(_PYTHON)
+        if not self._is_text and self._held.lstrip().startswith("{"):
+            begin = 0
+        self._may_be_call = begin >= 0
+        cut = begin if self._may_be_call else len(self._held) - _overlap(self._held, _PYTHON)
+        shown = self._held[:cut]
+        if not self._is_text and not shown.strip():  # space that may part nothing from a call
+            return []
+        self._is_text, self._held = True, self._held[cut:]
+        return [shown] if shown else []
 
     def finish(self) -> list[Piece]:
-        """The calls, if the whole text is calls; else the text."""
-        if self._is_text:
-            return []
-        calls = _read_calls(self._held.strip().removeprefix(self._TAG))
-        return list(calls) if calls else self._release()
-
-    def _release(self) -> list[Piece]:
+        """The calls, if what was held back is calls; else the text."""
         held, self._held = self._held, ""
-        return [held] if held else []
+        calls = _read_calls(held) if self._may_be_call else ()
+        return list(calls) or ([held] if held else [])
 
 
 def _read_calls(text: str) -> Sequence[ToolCall]:
     calls = []
     decoder = json.JSONDecoder()
+    text = text.strip().removeprefix(_PYTHON).lstrip()
     while text:
         try:
             content, end = decoder.raw_decode(text)
@@ -173,7 +178,7 @@ def _read_calls(text: str) -> Sequence[ToolCall]:
         if call is None:
             return []
         calls.append(call)
-        text = text[end:].lstrip().removeprefix(";").lstrip()
+        text = text[end:].lstrip().removeprefix(";").lstrip().removeprefix(_PYTHON).lstrip()
     return calls
 
 

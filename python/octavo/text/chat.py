@@ -219,7 +219,8 @@ def _check_calls(where: str, calls: Any) -> list[dict[str, Any]]:
                 '{"type": "function", "function": {"name": ..., "arguments": ...}}'
             )
         arguments = _read_arguments(f"{where}[{index}]", function.get("arguments"))
-        checked.append({**call, "function": {**function, "arguments": arguments}})
+        plain = {name: value for name, value in call.items() if value is not None}
+        checked.append({**plain, "function": {**function, "arguments": arguments}})
     return checked
 
 
