@@ -196,7 +196,9 @@ def test_an_exceeded_group_leaves_nothing(tmp_path: Path) -> None:
 def test_a_limit_of_the_shell_lowers_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = fake_machine(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/statm": "1000 5 5\n"})
     monkeypatch.setattr(resource, "getrlimit", lambda which: (10**9, resource.RLIM_INFINITY))
-    assert available_memory(**folders) == 10**9 - 1000 * resource.getpagesize()
+    left = 10**9 - 1000 * resource.getpagesize()
+    assert available_memory(**folders) == left
+    assert available_memory(**folders, reserved=5_000_000) == left + 5_000_000
 
 
 def test_a_machine_without_proc(tmp_path: Path) -> None:

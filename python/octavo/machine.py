@@ -20,8 +20,10 @@ PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def available_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
+def available_memory(proc: Path = PROC, cgroup: Path = CGROUP, *, reserved: int = 0) -> int:
     """Bytes this process can still take without swapping or being killed.
+
+    reserved: bytes among them that it has mapped and not touched yet, which `ulimit -v` counts.
 
     Linux: MemAvailable, lowered by control-group limits (v1 and v2, of every group above this
     process) and by `ulimit -v`. Elsewhere: the free pages the system reports; where it reports
@@ -30,7 +32,8 @@ def available_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     machine = _meminfo(proc).get("MemAvailable")
     if machine is None:
         machine = _free_memory_by_sysconf()
-    return max(0, min([machine, *_cgroup_room(proc, cgroup), *_address_space_room(proc)]))
+    mapped = [room + reserved for room in _address_space_room(proc)]
+    return max(0, min([machine, *_cgroup_room(proc, cgroup), *mapped]))
 
 
 def total_memory(proc: Path = PROC) -> int:

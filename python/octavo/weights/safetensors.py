@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import WeightsError
+from octavo.files import map_file
 from octavo.models.fields import describe, printable
 from octavo.weights.source import TensorInfo
 from octavo.weights.tensor import Tensor, TensorDType
@@ -63,7 +64,7 @@ class SafetensorsFile:
                 size = os.fstat(file.fileno()).st_size
                 header, self._data_start = _read_header(path, file.read(8), file, size)
                 self._offsets = _check_header(path, header, size - self._data_start)
-                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._mapping = map_file(path)
             # The array, and so every slice of it, keeps the mapping alive.
             self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
         except OSError as error:
