@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,10 +52,10 @@ def memory_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def set_memory(num_bytes: int) -> None:
         memory["all"] = num_bytes
 
-    def make(device: str, spec: Any, options: RuntimeOptions) -> Any:
+    def make(device: str, spec: Any, options: RuntimeOptions, *more: Any) -> Any:
         memory["weights"] = weight_bytes(spec, options.formats, options.dtype)
         memory["taken"] = 0
-        return make_runtime(device, spec, options)
+        return make_runtime(device, spec, options, *more)
 
     def load(*arguments: Any) -> None:
         load_weights(*arguments)
@@ -58,7 +63,7 @@ def memory_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     monkeypatch.setattr(loader, "_make_runtime", make)
     monkeypatch.setattr(loader, "_load_weights", load)
-    monkeypatch.setattr(loader, "available_memory", lambda: memory["all"] - memory["taken"])
+    monkeypatch.setattr(loader, "available_memory", lambda **_: memory["all"] - memory["taken"])
     return set_memory
 
 
@@ -245,3 +250,39 @@ def test_options_of_pull_that_would_do_nothing(
     monkeypatch.setenv("OCTAVO_HOME", str(tmp_path))
     said = message_of(capsys, "pull", *given, *(["x"] if given[-1] == "--name" else []))
     assert "leave it out" in said and given[1] in said
+
+
+def limited(model: Path, kib: int, **options: Any) -> str:
+    """Load in a process of so much address space: "fits", or what is advised instead."""
+    program = (
+        "import resource, sys\n"
+        "from octavo import LLM, _native\n"
+        "from octavo.engine import loader\n"
+        "from octavo.errors import InsufficientMemoryError\n"
+        "pages = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, (pages + {kib * KIB}, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        f"    LLM(sys.argv[1], load_format='dummy', num_threads=1, **{options!r})\n"
+        "    print('fits')\n"
+        "except InsufficientMemoryError as error:\n"
+        "    print(error.remedies)\n"
+    )
+    words = [sys.executable, "-c", program, str(model)]
+    # Without an arena of the C library's for each thread, of which the number is not certain.
+    env = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    found = subprocess.run(words, capture_output=True, text=True, timeout=60, env=env)
+    assert not found.returncode, found.stderr
+    return found.stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and an enforced RLIMIT_AS")
+def test_a_limit_of_the_shell(tmp_path: Path) -> None:
+    """What weights take of it counts once, and where they cannot be mapped, smaller ones help."""
+    config = tiny_config(hidden_size=1024, intermediate_size=8192, num_hidden_layers=4)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = 4 * 3 * 1024 * 8192 * 4 // KIB  # of the MLPs as float32: 384 MiB
+    advised = limited(tmp_path, 3 * weights // 4, dtype="f32")
+    remedies = ast.literal_eval(advised)
+    assert "quantize" in remedies[0]
+    assert limited(tmp_path, 3 * weights // 4, dtype="f32", **remedies[0]) == "fits"
+    assert limited(tmp_path, 3 * weights // 2, dtype="f32") == "fits"

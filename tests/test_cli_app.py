@@ -132,9 +132,38 @@ def test_a_terminal_that_is_not_utf_8(model):
     assert "Grüße 🎉" in json.loads(done.stdout.decode("ascii"))["prompt"]
 
 
+def test_a_prompt_that_the_locale_does_not_decode(model):
+    """Under an ASCII locale without Python's own remedies, and bytes that are no text at all."""
+    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "octavo.cli", "generate", "-m", model, "-n", "2", "--json"]
+    command += ["--load-format", "dummy", "--raw"]
+    for environment, words, text in (
+        (locale, "Grüße".encode(), "Grüße"),
+        ({}, b"a\xff", "a\ufffd"),
+    ):
+        done = subprocess.run(
+            [*map(os.fsencode, command), words],
+            env={**os.environ, **environment},
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["prompt"] == text
+
+
 def test_a_closed_pipe_ends_quietly(model):
     command = f"'{sys.executable}' -m octavo.cli --help | head -n 1"
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0 and done.stderr == ""
+
+
+def test_memory_that_ends_in_a_small_piece_is_no_traceback(model, monkeypatch, capsys):
+    def take(*_args, **_options):
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr("octavo.cli.common.load_llm", take)
+    assert main(["generate", "hi", "-m", str(model)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: there is too little memory (std::bad_alloc): use")

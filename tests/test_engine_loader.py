@@ -163,12 +163,12 @@ def test_nan_weights_are_warned_of_and_end_requests_with_an_error(tmp_path: Path
 
 def test_no_memory_for_weights_or_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model(tmp_path)
-    monkeypatch.setattr(loader, "available_memory", lambda: 1000)
+    monkeypatch.setattr(loader, "available_memory", lambda **_: 1000)
     with pytest.raises(InsufficientMemoryError, match=r"take 42\.7 KiB as f32.*use a smaller"):
         load(tmp_path)
     with pytest.raises(InsufficientMemoryError, match="as bf16.*use a smaller model"):
         load(tmp_path, dtype="bf16")
-    monkeypatch.setattr(loader, "available_memory", lambda: 40_000)
+    monkeypatch.setattr(loader, "available_memory", lambda **_: 40_000)
     with pytest.raises(InsufficientMemoryError, match="one sequence of max_model_len = 128 tokens"):
         load(tmp_path, max_model_len=128, dtype="bf16", kv_dtype="f32")
     assert load(tmp_path, dtype="bf16", max_num_seqs=1).num_kv_blocks == 4

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 from pathlib import Path
 
 import pytest
 
 from octavo.engine.events import EventLog, EventLogFile
-from octavo.errors import FileError
-from octavo.files import check_writable, read_text, write_text
+from octavo.errors import FileError, InsufficientMemoryError
+from octavo.files import check_writable, map_file, read_text, write_text
+from octavo.weights.gguf import GgufFile
 
 FULL = Path("/dev/full")  # a file on a disk that is always full
 pytestmark = pytest.mark.skipif(not FULL.is_char_device(), reason="needs /dev/full, as Linux has")
@@ -65,3 +68,15 @@ def test_what_is_written_stays_as_it_was_if_the_disk_is_full(tmp_path, monkeypat
     with pytest.raises(FileError, match="free some space"):
         write_text(path, "the page", "after")
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_the_limit_of_addresses_leaves_no_room_for(tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"x" * 1234)
+    assert map_file(path)[:] == b"x" * 1234
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(InsufficientMemoryError, match=r"model\.gguf .* 1,234 bytes .*`ulimit -v"):
+        GgufFile(path)

@@ -306,7 +306,9 @@ def test_a_limit_of_the_shell_lowers_it(tmp_path: Path) -> None:
         pytest.skip(f"needs a process without a hard limit of its memory; it is {before[1]} bytes")
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
     try:
-        assert available_memory(**folders) == limit - 1000 * resource.getpagesize()
+        left = limit - 1000 * resource.getpagesize()
+        assert available_memory(**folders) == left
+        assert available_memory(**folders, reserved=5_000_000) == left + 5_000_000
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
 

@@ -216,7 +216,7 @@ def test_memory_is_judged_by_the_formats(tmp_path: Path, monkeypatch: pytest.Mon
     from octavo.engine import loader
 
     source = write_float_model(tmp_path / "float")
-    monkeypatch.setattr(loader, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(loader, "available_memory", lambda **_: 100_000)
     with pytest.raises(InsufficientMemoryError, match="as bf16"):
         logits_of(source, num_kv_blocks=4)
     with pytest.raises(InsufficientMemoryError, match="KiB as int8; "):

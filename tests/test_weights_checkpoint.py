@@ -214,6 +214,19 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensor.data, stored[files.weight_map[name]])
 
 
+def test_shards_of_another_name(tmp_path: Path) -> None:
+    stored = write_model(tmp_path, num_shards=3)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    for shard in tmp_path.glob("model-*"):
+        shard.rename(tmp_path / shard.name.replace("model-", "my-model.v2-of-"))
+    files = read_model(tmp_path)
+    for name, tensor in open_checkpoint(files).items():
+        np.testing.assert_array_equal(tensor.data, stored[files.weight_map[name]])
+    (tmp_path / "other-00001-of-00001.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"shards named my-model\.v2-of and other"):
+        open_checkpoint(files)
+
+
 @pytest.mark.parametrize(
     ("change", "cause"),
     [

@@ -60,7 +60,12 @@ void bind_limits(nb::module_& module) {
   };
   define("physical_cores", [](const auto& folders) { return cpu::physical_cores(folders); });
   define("cpu_quota", [](const auto& folders) { return cpu::cpu_quota(folders); });
-  define("available_memory", [](const auto& folders) { return cpu::available_memory(folders); });
+  module.def(
+      "available_memory",
+      [](const std::string& proc, const std::string& cgroup, std::int64_t reserved) {
+        return cpu::available_memory(cpu::SystemFolders{proc, cgroup}, reserved);
+      },
+      nb::arg("proc") = "/proc", nb::arg("cgroup") = "/sys/fs/cgroup", nb::arg("reserved") = 0);
 }
 
 nb::dict build_info() {

@@ -180,7 +180,7 @@ int physical_cores(const SystemFolders& folders) {
   return quota < count ? least_one(static_cast<int>(quota + 0.75)) : count;
 }
 
-std::size_t available_memory(const SystemFolders& folders) {
+std::size_t available_memory(const SystemFolders& folders, std::int64_t reserved) {
   constexpr auto kMost = std::numeric_limits<std::int64_t>::max();
   const auto bytes = [](std::int64_t count, std::int64_t unit) {
     return std::min(count, kMost / unit) * unit;
@@ -192,7 +192,8 @@ std::size_t available_memory(const SystemFolders& folders) {
   rlimit limit{};  // `ulimit -v`
   const auto pages = first_number(folders.proc + "/self/statm");
   if (pages && getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur < kMost)
-    left = std::min(left, static_cast<std::int64_t>(limit.rlim_cur) - bytes(*pages, page));
+    left =
+        std::min(left, static_cast<std::int64_t>(limit.rlim_cur) - bytes(*pages, page) + reserved);
   return static_cast<std::size_t>(std::max<std::int64_t>(0, left));
 }
 
@@ -224,7 +225,7 @@ int physical_cores(const SystemFolders&) {
 }
 
 // Half of what is built in: macOS has no figure that means "without swapping".
-std::size_t available_memory(const SystemFolders&) {
+std::size_t available_memory(const SystemFolders&, std::int64_t) {
   return static_cast<std::size_t>(sysctl_value<std::uint64_t>("hw.memsize", 0) / 2);
 }
 
@@ -239,7 +240,7 @@ int thread_id() { return 0; }
 void bind_thread(int, int) noexcept {}
 std::int64_t cpu_time(int) noexcept { return -1; }
 int physical_cores(const SystemFolders&) { return processors_by_count(); }
-std::size_t available_memory(const SystemFolders&) { return std::size_t{4} << 30; }
+std::size_t available_memory(const SystemFolders&, std::int64_t) { return std::size_t{4} << 30; }
 #endif
 
 #if !defined(__aarch64__) || !(defined(__linux__) || defined(__APPLE__))

@@ -27,8 +27,9 @@ void bind_thread(int id, int processor) noexcept;
 std::int64_t cpu_time(int id) noexcept;
 
 // Bytes that can be taken without swapping and without being killed. Linux: MemAvailable, or less
-// where control groups or `ulimit -v` leave less.
-std::size_t available_memory(const SystemFolders& folders = {});
+// where control groups or `ulimit -v` leave less. reserved: bytes among them that this process has
+// mapped and not touched yet, which `ulimit -v` counts.
+std::size_t available_memory(const SystemFolders& folders = {}, std::int64_t reserved = 0);
 
 // Zero-filled memory aligned to 64 bytes; throws std::bad_alloc. Large pieces begin on a large page
 // where the system has such pages, and take no memory until they are touched: whoever touches a

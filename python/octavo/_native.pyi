@@ -47,7 +47,7 @@ def cpu_quota(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> float | No
     The tightest of versions 1 and 2 and of every group above the process; None without a limit.
     """
 
-def available_memory(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> int:
+def available_memory(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup", reserved: int = 0) -> int:
     """As octavo.machine.available_memory, which calls it."""
 
 def measure_bandwidth(

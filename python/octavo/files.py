@@ -6,13 +6,14 @@ The sentence names the file, says what it is to be, and what to do.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from octavo.errors import FileError, OctavoError
+from octavo.errors import FileError, InsufficientMemoryError, OctavoError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -45,6 +46,25 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
             problem = f"cannot be read ({error.strerror or error})"
         advice = ": ask its owner for it" if error.errno in _FORBIDDEN else ""
         raise FileError(f"{path} {problem}; expected {what}{advice}") from error
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A whole file, mapped to be read. OSError as of `open`, ValueError for an empty one.
+
+    Raises InsufficientMemoryError where the shell's limit leaves too few addresses for it.
+    """
+    with path.open("rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            size = os.fstat(file.fileno()).st_size
+            raise InsufficientMemoryError(
+                f"{path} cannot be mapped: its {size:,} bytes are more than the addresses that "
+                "this process may still use",
+                otherwise="raise the limit (`ulimit -v unlimited`), or use a smaller model",
+            ) from error
 
 
 @contextmanager

@@ -94,6 +94,9 @@ def _run(arguments: list[str]) -> int:
     except OctavoError as error:
         print_error(str(error))
         return MISTAKE
+    except MemoryError as error:  # the limit of the process was met in small pieces
+        print_error(f"there is too little memory ({error}): use a smaller model, or free memory")
+        return MISTAKE
     except OSError as error:
         if streams.output_error() is None:  # else `run` tells of that
             file = "" if error.filename is None else f"{error.filename}: "

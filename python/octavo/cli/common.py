@@ -262,7 +262,8 @@ def _fit(message: str, console: Console) -> str:
 def read_prompt(argument: str) -> str:
     """The prompt itself, or all of standard input for "-"."""
     if argument != "-":
-        text = argument
+        # Bytes that the locale could not decode came as surrogates; here they are UTF-8's.
+        text = argument.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
     else:
         if sys.stdin.isatty():
             note("Type the prompt, then Ctrl-D:")

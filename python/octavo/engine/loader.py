@@ -23,7 +23,13 @@ from octavo.machine import available_memory, open_packaged_cublas
 from octavo.models.registry import ModelFiles
 from octavo.models.spec import ModelSpec
 from octavo.quantization.apply import quantize_checkpoint
-from octavo.quantization.plan import Scheme, describe_dtypes, weight_bytes
+from octavo.quantization.plan import (
+    Scheme,
+    describe_dtypes,
+    embedding_formats,
+    plan_formats,
+    weight_bytes,
+)
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.tensor import TensorDType
 
@@ -77,10 +83,10 @@ def load_runtime(
     options = replace(options, formats=checkpoint.formats)
     if config.overlap_steps is None:
         options = replace(options, overlap_steps=device not in _HOST_DEVICES)
-    runtime = _make_runtime(device, files.spec, options)
+    runtime = _make_runtime(device, files.spec, options, config)
     block_bytes = runtime.kv_bytes_per_block()
     num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
-    available = _available(runtime, device, config)
+    available = _available(runtime, device, config, num_bytes)
     if num_bytes > available:
         raise InsufficientMemoryError(
             f"the weights take {_format_bytes(num_bytes)} as "
@@ -102,8 +108,10 @@ def load_runtime(
     return LoadedRuntime(runtime, options, num_kv_blocks, device)
 
 
-def _make_runtime(device: str, spec: ModelSpec, options: RuntimeOptions) -> _native.Runtime:
-    """The runtime, with memory for its steps; if there is too little, says what would do."""
+def _make_runtime(
+    device: str, spec: ModelSpec, options: RuntimeOptions, config: EngineConfig
+) -> _native.Runtime:
+    """The runtime, with room for weights and steps; if there is too little, says what would do."""
     from octavo import _native
 
     seqs, tokens = options.max_num_seqs, options.max_num_batched_tokens
@@ -111,27 +119,36 @@ def _make_runtime(device: str, spec: ModelSpec, options: RuntimeOptions) -> _nat
         return _native.Runtime(device, spec, options)
     except ValueError as error:  # an instruction set or a device that this machine lacks
         raise InvalidArgumentError(str(error)) from error
-    except MemoryError as error:  # for what steps need, whatever the weights
+    except MemoryError as error:  # on the host: `ulimit -v`; nothing large is touched yet
         ways: list[Changes] = [{"max_num_seqs": n} for n in _FEWER_SEQS if n < seqs]
         ways += [{"max_num_batched_tokens": n} for n in _FEWER_TOKENS if n < tokens]
         ways += [{"max_num_seqs": 1, "max_num_batched_tokens": _FEWER_TOKENS[-1]}]
         reason = str(error).partition(": lower")[0]  # the core's advice is for any allocation
-        works = (way for way in ways if _has_room(device, spec, replace(options, **way)))
+        tries = [(way, replace(options, **way)) for way in ways]
+        if not options.formats:
+            rest = {} if config.keep_embedding else embedding_formats(spec)
+            for scheme in ("int8", "int4"):
+                formats = {**rest, **plan_formats(spec, Scheme(scheme))[0]}
+                tries.append(({"quantize": scheme}, replace(options, formats=formats)))
+        works = (way for way, other in tries if _has_room(device, spec, other, config))
         raise InsufficientMemoryError(
-            f"the memory for steps of max_num_seqs = {seqs} and max_num_batched_tokens = {tokens} "
-            f"could not be allocated ({reason})",
+            f"the memory for the weights and for steps of max_num_seqs = {seqs} and "
+            f"max_num_batched_tokens = {tokens} could not be allocated ({reason})",
             list(islice(works, 1)),
         ) from error
 
 
-def _has_room(device: str, spec: ModelSpec, options: RuntimeOptions) -> bool:
+def _has_room(device: str, spec: ModelSpec, options: RuntimeOptions, config: EngineConfig) -> bool:
+    """Whether the runtime can be made, and beside it the cache of one sequence."""
     from octavo import _native
 
     try:
-        _native.Runtime(device, spec, options)
+        runtime = _native.Runtime(device, spec, options)
     except MemoryError:
         return False
-    return True
+    num_blocks = config.num_kv_blocks or -(-options.max_model_len // options.block_size)
+    room = _available(runtime, device, config)
+    return num_blocks * runtime.kv_bytes_per_block() <= room * config.kv_memory_fraction
 
 
 def _allocate_cache(runtime: _native.Runtime, num_blocks: int, options: RuntimeOptions) -> None:
@@ -257,13 +274,18 @@ def _scheme(config: EngineConfig) -> Scheme | None:
     return Scheme(config.quantize, method="rtn" if config.load_format == "dummy" else "search")
 
 
-def _available(runtime: _native.Runtime, device: str, config: EngineConfig) -> int:
-    """Bytes that can be taken; unlimited where nobody knows and the user has sized the cache."""
+def _available(
+    runtime: _native.Runtime, device: str, config: EngineConfig, reserved: int = 0
+) -> int:
+    """Bytes that can be taken; unlimited where nobody knows and the user has sized the cache.
+
+    reserved: bytes of weights that the runtime has mapped on the host and not filled yet.
+    """
     if device not in _HOST_DEVICES:
         memory: Mapping[str, int] = runtime.memory()
         return memory["available"]
     try:
-        return available_memory()
+        return available_memory(reserved=reserved)
     except OctavoError:  # the system does not say
         if config.num_kv_blocks is None:
             raise

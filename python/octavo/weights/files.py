@@ -25,7 +25,7 @@ def open_weight_files(path: Path) -> SafetensorsFile | ShardedSafetensors:
     """The safetensors of a directory; WeightsError says what to do where there are none.
 
     Where there are several kinds: model.safetensors, else the shards of the index (in that order
-    as transformers), else model-0000K-of-0000N.safetensors if they are all there.
+    as transformers), else NAME-0000K-of-0000N.safetensors if they are all there.
     """
     if (path / SINGLE).is_file():
         return SafetensorsFile(path / SINGLE)
@@ -39,8 +39,9 @@ def open_weight_files(path: Path) -> SafetensorsFile | ShardedSafetensors:
     others = [name for name in names if name.endswith(".safetensors")]
     if others:
         raise WeightsError(
-            f"{wanted}, nor shards named model-00001-of-0000N.safetensors. It holds "
-            f"{', '.join(others[:8])}: fetch the model in its Hugging Face form"
+            f"{wanted}, nor shards named NAME-00001-of-0000N.safetensors. It holds "
+            f"{', '.join(others[:8])}: fetch the model in its Hugging Face form, or, where that "
+            f"file is the whole model in this form, name it {SINGLE}"
         )
     gguf = [name for name in names if name.lower().endswith(".gguf")]
     if gguf:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import WeightsError
+from octavo.files import map_file
 from octavo.models.fields import describe
 from octavo.weights.tensor import Tensor, TensorDType
 
@@ -73,8 +74,7 @@ class GgufFile:
         """Raises WeightsError for anything that is not a whole, consistent GGUF file."""
         self.path = path
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = map_file(path)
         except ValueError as error:  # an empty file cannot be mapped
             raise WeightsError(f"{path} is empty; expected a GGUF file") from error
         except OSError as error:

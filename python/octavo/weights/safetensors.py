@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import WeightsError
+from octavo.files import map_file
 from octavo.models.fields import describe, printable
 from octavo.weights.source import TensorInfo
 from octavo.weights.tensor import Tensor, TensorDType
@@ -39,7 +40,7 @@ ELEMENT_BITS: Mapping[str, int] = MappingProxyType(
 )
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_NUMBERED_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_NUMBERED_SHARD = re.compile(r"([^/]+)-(\d{5})-of-(\d{5})\.safetensors")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}\.safetensors")
 _LOADABLE: Mapping[str, TensorDType] = MappingProxyType(
     {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -63,7 +64,7 @@ class SafetensorsFile:
                 size = os.fstat(file.fileno()).st_size
                 header, self._data_start = _read_header(path, file.read(8), file, size)
                 self._offsets = _check_header(path, header, size - self._data_start)
-                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._mapping = map_file(path)
             # The array, and so every slice of it, keeps the mapping alive.
             self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
         except OSError as error:
@@ -284,13 +285,23 @@ def make_header(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[byt
 
 
 def numbered_shards(names: Iterable[str], place: str) -> list[str]:
-    """Of these names, the shards model-0000K-of-0000N.safetensors, in order; [] for none.
+    """Of these names, the shards NAME-0000K-of-0000N.safetensors, in order; [] for none.
 
-    place: where they lie, for the message of the WeightsError that names shards which are missing,
-    or two sets of them.
+    NAME is "model" where there are such, as transformers writes; else any one. place: where they
+    lie, for the message of the WeightsError that names shards which are missing, or two sets.
     """
-    found = {name for name in names if _NUMBERED_SHARD.fullmatch(name)}
-    counts = sorted({name.split("-of-")[1].split(".")[0] for name in found})
+    sets: dict[str, set[str]] = {}
+    for name in names:
+        if match := _NUMBERED_SHARD.fullmatch(name):
+            sets.setdefault(match[1], set()).add(name)
+    if "model" not in sets and len(sets) > 1:
+        raise WeightsError(
+            f"{place} holds shards named {' and '.join(sorted(sets))}; without {INDEX} nothing "
+            "says which are meant: remove the others, or fetch the index"
+        )
+    stem = "model" if "model" in sets else next(iter(sets), "")
+    found = sets.get(stem, set())
+    counts = sorted({name.split("-of-")[-1].split(".")[0] for name in found})
     if not counts:
         return []
     if len(counts) > 1:
@@ -298,7 +309,7 @@ def numbered_shards(names: Iterable[str], place: str) -> list[str]:
             f"{place} holds shards of {' and of '.join(str(int(count)) for count in counts)}; "
             f"without {INDEX} nothing says which are meant: remove the others, or fetch the index"
         )
-    wanted = [f"model-{k:05}-of-{counts[0]}.safetensors" for k in range(1, int(counts[0]) + 1)]
+    wanted = [f"{stem}-{k:05}-of-{counts[0]}.safetensors" for k in range(1, int(counts[0]) + 1)]
     missing = [name for name in wanted if name not in found]
     if missing or len(found) != len(wanted):
         lost = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
