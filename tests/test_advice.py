@@ -285,4 +285,23 @@ def test_a_limit_of_the_shell(tmp_path: Path) -> None:
     remedies = ast.literal_eval(advised)
     assert "quantize" in remedies[0]
     assert limited(tmp_path, 3 * weights // 4, dtype="f32", **remedies[0]) == "fits"
-    assert limited(tmp_path, 3 * weights // 2, dtype="f32") == "fits"
+    assert limited(tmp_path, 9 * weights // 5, dtype="f32") == "fits"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs an enforced RLIMIT_AS")
+def test_no_room_for_a_thread(tmp_path: Path) -> None:
+    """It has a stack of megabytes, for which the address space may be too small."""
+    program = (
+        "import resource, sys, threading\n"
+        "from octavo import _native\n"
+        "pages = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (pages + 16 * 2**20, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    _native.measure_flops(64, seconds=0.01)\n"
+        "except MemoryError as error:\n"
+        "    print(error)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert found.stdout.startswith("a thread could not be started: "), found.stderr

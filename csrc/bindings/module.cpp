@@ -2,6 +2,8 @@
 
 #include <pthread.h>
 
+#include <system_error>
+
 #include "bindings/bindings.h"
 #include "core/backend.h"
 #include "cpu/kernels.h"
@@ -68,6 +70,18 @@ void bind_limits(nb::module_& module) {
       nb::arg("proc") = "/proc", nb::arg("cgroup") = "/sys/fs/cgroup", nb::arg("reserved") = 0);
 }
 
+// A thread that cannot be started lacks memory for its stack, or there are too many of them.
+void translate_thread_error(const std::exception_ptr& thrown, void*) {
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const std::system_error& error) {
+    if (error.code() != std::errc::resource_unavailable_try_again) throw;
+    PyErr_SetString(PyExc_MemoryError,
+                    "a thread could not be started: there is no memory for its stack, or the user "
+                    "has too many threads (see `ulimit -v` and `ulimit -u`)");
+  }
+}
+
 nb::dict build_info() {
   nb::dict info;
   info["compiler"] = compiler();
@@ -97,6 +111,7 @@ NB_MODULE(_native, module) {
   using namespace octavo::bindings;
   // In a fork the frames of the parent's other threads keep what they hold: no fault of ours.
   pthread_atfork(nullptr, nullptr, [] { nb::set_leak_warnings(false); });
+  nb::register_exception_translator(translate_thread_error);
   module.def("build_info", &build_info);
   module.def("available_devices", &octavo::available_devices);
   module.def("available_isas", &octavo::cpu::available_isas);

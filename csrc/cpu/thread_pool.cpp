@@ -66,11 +66,18 @@ ThreadPool::ThreadPool(int num_threads)
       threads_(std::make_unique<Thread[]>(static_cast<std::size_t>(num_threads))) {
   if (static_cast<int>(processors_.size()) != num_threads) processors_.clear();
   for (int thread = 0; thread < num_threads; ++thread) at(thread).core.store(thread);
-  for (int thread = 1; thread < num_threads; ++thread)
-    workers_.emplace_back([this, thread] { work(thread); });
+  try {
+    for (int thread = 1; thread < num_threads; ++thread)
+      workers_.emplace_back([this, thread] { work(thread); });
+  } catch (...) {  // no memory for a stack, say: those that run must not outlive the pool
+    stop();
+    throw;
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stopping_.store(true);

@@ -118,6 +118,7 @@ class ThreadPool {
                const_cast<void*>(static_cast<const void*>(&body)), everyone);
   }
 
+  void stop();
   void run_erased(Function function, void* context, bool everyone);
   void wait_for_workers(int expected);
   void work(int thread);
