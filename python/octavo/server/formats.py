@@ -7,6 +7,7 @@ itself goes through the JSON encoder.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,9 +102,10 @@ class CompletionFormat:
 
     def __init__(self, head: Head, tokens: Tokens, echoes: Sequence[str] = ()) -> None:
         self._head = head
-        self._tokens = tokens
         self._echoes = echoes
-        self._places: dict[int, TokenPlaces] = {}
+        self._places: dict[int, TokenPlaces] = defaultdict(  # by choice
+            lambda: tokens.places(continues=True)
+        )
         self._pending = dict(enumerate(echoes))
         self._start = (
             f'data: {{"id":{to_json(head.response_id)},"object":"text_completion",'
@@ -148,7 +150,7 @@ class CompletionFormat:
         return f'{self._start}],"usage":{to_json(usage)}}}\n\n'
 
     def _logprobs(self, choice: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        places = self._places.setdefault(choice, self._tokens.places(continues=True))
+        places = self._places[choice]
         names, tops, offsets = [], [], []
         for entry in entries:
             found = unique_names(places, (entry.token_id, *entry.top_token_ids))
@@ -180,10 +182,11 @@ class ChatFormat:
         max_calls: int | None = None,
     ) -> None:
         self._head = head
-        self._tokens = tokens
         self._tools = tools
         self._max_calls = max_calls
-        self._places: dict[int, TokenPlaces] = {}
+        self._places: dict[int, TokenPlaces] = defaultdict(  # by choice
+            lambda: tokens.places(continues=False)
+        )
         self._parsers: dict[int, ToolParser] = {}
         self._num_calls: dict[int, int] = {}
         self._start = (
@@ -271,7 +274,7 @@ class ChatFormat:
         return deltas, _with_calls(chunk.finish_reason) if has_calls else chunk.finish_reason
 
     def _logprobs(self, choice: int, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        places = self._places.setdefault(choice, self._tokens.places(continues=False))
+        places = self._places[choice]
         content = []
         for entry in entries:
             names = unique_names(places, (entry.token_id, *entry.top_token_ids))
