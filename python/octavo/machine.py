@@ -24,11 +24,10 @@ CGROUP = Path("/sys/fs/cgroup")
 def available_memory(proc: Path = PROC, cgroup: Path = CGROUP, *, reserved: int = 0) -> int:
     """Bytes this process can still take without swapping or being killed.
 
-    reserved: bytes among them that it has mapped and not touched yet, which `ulimit -v` counts.
-
     Linux: MemAvailable, lowered by control-group limits (v1 and v2, of every group above this
     process) and by `ulimit -v`. Elsewhere: half of the physical memory. The native core reads
     the folders, as it does for the number of threads; others than the real ones are for tests.
+    reserved: bytes that it has mapped and not touched yet; `ulimit -v` counts them as taken.
     """
     return _native.available_memory(str(proc), str(cgroup), reserved)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,7 +17,7 @@ from octavo.config import (
     resolve_device,
 )
 from octavo.engine.remedies import Changes, Needs
-from octavo.errors import InsufficientMemoryError, InvalidArgumentError, OctavoError
+from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.machine import available_memory, open_packaged_cublas
 from octavo.models.registry import ModelFiles
 from octavo.models.spec import ModelSpec
@@ -86,7 +85,7 @@ def load_runtime(
     runtime = _make_runtime(device, files.spec, options, config)
     block_bytes = runtime.kv_bytes_per_block()
     num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
-    available = _available(runtime, device, config, num_bytes)
+    available = _available(runtime, device, num_bytes)
     if num_bytes > available:
         raise InsufficientMemoryError(
             f"the weights take {_format_bytes(num_bytes)} as "
@@ -101,7 +100,7 @@ def load_runtime(
             f"the weights, {_format_bytes(num_bytes)}, could not be allocated",
             Needs(files.spec, config, options, stored, num_bytes, block_bytes).remedies(),
         ) from error
-    available = _available(runtime, device, config)
+    available = _available(runtime, device)
     needs = Needs(files.spec, config, options, stored, available + num_bytes, block_bytes)
     num_kv_blocks = plan_kv_blocks(needs, available)
     _allocate_cache(runtime, num_kv_blocks, options)
@@ -147,7 +146,7 @@ def _has_room(device: str, spec: ModelSpec, options: RuntimeOptions, config: Eng
     except MemoryError:
         return False
     num_blocks = config.num_kv_blocks or -(-options.max_model_len // options.block_size)
-    room = _available(runtime, device, config)
+    room = _available(runtime, device)
     return num_blocks * runtime.kv_bytes_per_block() <= room * config.kv_memory_fraction
 
 
@@ -274,22 +273,15 @@ def _scheme(config: EngineConfig) -> Scheme | None:
     return Scheme(config.quantize, method="rtn" if config.load_format == "dummy" else "search")
 
 
-def _available(
-    runtime: _native.Runtime, device: str, config: EngineConfig, reserved: int = 0
-) -> int:
-    """Bytes that can be taken; unlimited where nobody knows and the user has sized the cache.
+def _available(runtime: _native.Runtime, device: str, reserved: int = 0) -> int:
+    """Bytes that can be taken.
 
     reserved: bytes of weights that the runtime has mapped on the host and not filled yet.
     """
-    if device not in _HOST_DEVICES:
-        memory: Mapping[str, int] = runtime.memory()
-        return memory["available"]
-    try:
+    if device in _HOST_DEVICES:
         return available_memory(reserved=reserved)
-    except OctavoError:  # the system does not say
-        if config.num_kv_blocks is None:
-            raise
-        return sys.maxsize
+    memory: Mapping[str, int] = runtime.memory()
+    return memory["available"]
 
 
 def _format_bytes(count: float) -> str:
