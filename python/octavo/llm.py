@@ -39,7 +39,7 @@ from octavo.prompts import (
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from octavo.engine.loader import LoadProgress
+    from octavo.runtime.loader import LoadProgress
     from octavo.text.chat import ChatTemplate
     from octavo.text.tokenizer import Tokenizer
 
@@ -83,12 +83,12 @@ class LLM:
         Raises ModelNotFoundError, UnsupportedModelError, WeightsError, TokenizerError,
         InsufficientMemoryError, or InvalidArgumentError.
         """
-        from octavo.engine.loader import load_runtime
-        from octavo.models.registry import read_model
+        from octavo.runtime.loader import load_runtime
         from octavo.text.chat import ChatTemplate
         from octavo.text.tokenizer import Tokenizer
         from octavo.weights.checkpoint import open_checkpoint
         from octavo.weights.hub import resolve_model
+        from octavo.weights.model_files import read_model
 
         config = _merge_options(config, options)
         environment = read_environment()

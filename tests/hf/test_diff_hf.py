@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from diff_helpers import tokens_for, write_model
+
 from octavo.cli import main
-from octavo.diff.hf_side import HuggingFaceSide
-from octavo.diff.native_side import load_native_side
-from octavo.diff.run import Comparison, DiffOptions
-from octavo.diff.sides import ReferenceSide
-from octavo.models.registry import read_model
-from octavo.models.spec import tap_names
+from octavo.diff.comparison import Comparison, DiffOptions
+from octavo.diff.hugging_face import HuggingFaceSide
+from octavo.diff.implementations import ReferenceSide
+from octavo.diff.native import load_native_side
+from octavo.models.layer import tap_names
 from octavo.reference.llama import ReferenceModel
 from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.model_files import read_model
 
 pytestmark = pytest.mark.hf
 

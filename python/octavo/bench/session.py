@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.engine.loader import LoadedRuntime
+from octavo.runtime.loader import LoadedRuntime
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]

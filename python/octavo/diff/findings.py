@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from octavo.diff.culprits import CULPRITS
+from octavo.diff.implementations import Side
 from octavo.diff.numbers import number
+from octavo.diff.op_sources import OP_SOURCES
 from octavo.diff.result import Finding, TapResult
-from octavo.diff.sides import Side
 
 _NOT_OCTAVOS = (
     "Usually octavo reads the model wrongly (config.json, python/octavo/models/llama.py, the order "
@@ -34,7 +34,7 @@ def find_culprits(
         for tap in wrong:
             # q_rope and k_rope, say, are one op: with the same mistake they are one entry.
             mistake = mistakes[index].get(tap.part)
-            key = CULPRITS[tap.part].name if mistake else tap.part
+            key = OP_SOURCES[tap.part].name if mistake else tap.part
             groups.setdefault((key, mistake), []).append(tap)
         for (_, mistake), names in groups.items():
             if not _agreed(names[0]):
@@ -56,7 +56,7 @@ def _broken(taps: list[TapResult], index: int, side: Side, mistake: str | None) 
         (first.own_left, first.own_tolerance_left),
         (first.own_right, first.own_tolerance_right),
     )[index]
-    op = CULPRITS[first.part]
+    op = OP_SOURCES[first.part]
     return Finding(
         side=side.name,
         title=f"{side.name}'s {op.name} is "
@@ -80,7 +80,7 @@ def _agreed(tap: TapResult) -> bool:
 def _suspect_definition(taps: list[TapResult], left: Side, right: Side) -> Finding:
     """The entry of an op that both sides compute alike, and the definition otherwise."""
     first = taps[0]
-    op = CULPRITS[first.part]
+    op = OP_SOURCES[first.part]
     return Finding(
         side="",
         title=f"the definition of {op.name} stands alone",
@@ -97,14 +97,14 @@ def _suspect_definition(taps: list[TapResult], left: Side, right: Side) -> Findi
 
 
 def _files(part: str, side: Side) -> str:
-    op = CULPRITS[part]
+    op = OP_SOURCES[part]
     if side.op_files == "reference":
         return op.reference
     return f"{op.reference}; {op.files(side.op_files)}"
 
 
 def _unexplained(tap: TapResult, left: Side, right: Side) -> Finding:
-    op = CULPRITS[tap.part]
+    op = OP_SOURCES[tap.part]
     unjudged = (tap.own_left is None and not left.is_definition) or (
         tap.own_right is None and not right.is_definition
     )

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from octavo.diff.culprits import CULPRITS
 from octavo.diff.graph import LAYER_PARTS
 from octavo.diff.measure import Float64
 from octavo.diff.numbers import cosine, growth, number
+from octavo.diff.op_sources import OP_SOURCES
 from octavo.diff.report import decode_sentence, greedy_sentence, judge_sentence
 from octavo.diff.result import DiffResult, Finding, TapResult
 from octavo.files import write_text
@@ -253,7 +253,7 @@ def _tap_data(tap: TapResult, any_wrong: bool) -> dict[str, Any]:
         "name": tap.name,
         "layer": tap.layer,
         "part": tap.part,
-        "op": CULPRITS[tap.part].name,
+        "op": OP_SOURCES[tap.part].name,
         "position": tap.position,
         "relative": plain(tap.relative),
         "own_left": plain(tap.own_left),

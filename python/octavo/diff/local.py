@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from octavo.diff.graph import residual_before, split_tap, tap_inputs
+from octavo.diff.graph import tap_inputs
 from octavo.diff.measure import Float32, RowErrors, row_errors
 from octavo.diff.ties import rounding_room
+from octavo.models.layer import residual_before, split_tap
 from octavo.models.spec import LayerSpec, NormSpec
 from octavo.reference import ops
 from octavo.reference.llama import KVCache, ReferenceModel
@@ -25,7 +26,7 @@ Taps = Mapping[str, Float32]
 
 
 @dataclass(frozen=True)
-class Scene:
+class OpInputs:
     """What one op of a run had before it: the run's own taps, the weights, the cache.
 
     taps: name -> (rows, width) of the tokens at `positions`. keys, values: (context,
@@ -90,7 +91,7 @@ LINEAR_PARTS = {
 }
 
 
-def define(scene: Scene, part: str) -> Array:
+def define(scene: OpInputs, part: str) -> Array:
     """What the op behind tap `part` gives by definition on the scene's inputs; (rows, width)."""
     model = scene.model
     if part == "embed":
@@ -104,7 +105,7 @@ def define(scene: Scene, part: str) -> Array:
     return _define_in_layer(scene, part)
 
 
-def _define_in_layer(scene: Scene, part: str) -> Array:
+def _define_in_layer(scene: OpInputs, part: str) -> Array:
     layer = scene.layer
     if part in LINEAR_PARTS:
         name, source = LINEAR_PARTS[part]
@@ -133,7 +134,7 @@ def _define_in_layer(scene: Scene, part: str) -> Array:
     raise ValueError(f"unknown tap {part!r}")
 
 
-def own_errors(scene: Scene, part: str, seen: Float32) -> RowErrors:
+def own_errors(scene: OpInputs, part: str, seen: Float32) -> RowErrors:
     """How far `seen`, the run's tap (rows, width), lies from the op's definition.
 
     Attention over a bf16 cache rounds its weights, of which some lie where two right computations
@@ -166,7 +167,7 @@ class LocalJudge:
         self.inputs = tap_inputs(model.spec)
         self.cache = KVCache()
 
-    def scenes(self, taps: Taps, token_ids: Integers) -> Iterator[tuple[str, str, Scene]]:
+    def scenes(self, taps: Taps, token_ids: Integers) -> Iterator[tuple[str, str, OpInputs]]:
         """For each tap that can be judged: (name, part, scene), in the order of execution.
 
         taps: the run's taps for the next tokens; token_ids: those tokens, (rows,). A tap is left
@@ -183,7 +184,11 @@ class LocalJudge:
                 keys, values = self._extend(layer or 0, taps, sources)
             if name in taps and all(source in taps for source in sources):
                 index = last if layer is None else layer
-                yield name, part, Scene(self.model, taps, token_ids, positions, index, keys, values)
+                yield (
+                    name,
+                    part,
+                    OpInputs(self.model, taps, token_ids, positions, index, keys, values),
+                )
         self.cache.length += len(token_ids)
 
     def _extend(self, layer: int, taps: Taps, sources: tuple[str, ...]) -> tuple[Array, Array]:

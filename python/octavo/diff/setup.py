@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from octavo.config import LOAD_FORMATS, QUANTIZE, Environment
-from octavo.diff.native_side import NativeSide, load_native_side
-from octavo.diff.run import Comparison, DiffOptions, Progress, chunk_size_for
-from octavo.diff.sides import Int32, ReferenceSide, Side
+from octavo.diff.comparison import Comparison, DiffOptions, Progress, chunk_size_for
+from octavo.diff.implementations import Int32, ReferenceSide, Side
+from octavo.diff.native import NativeSide, load_native_side
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.files import expand_home
 from octavo.folder import MemoryFolder
 from octavo.machine import available_memory
-from octavo.models.registry import ModelFiles, read_model
-from octavo.models.spec import ModelSpec, weight_shapes
+from octavo.models.layer import weight_shapes
+from octavo.models.spec import ModelSpec
 from octavo.quantization.apply import dequantized, quantize_checkpoint
 from octavo.quantization.plan import Scheme
 from octavo.reference.llama import ReferenceModel
@@ -24,6 +24,7 @@ from octavo.text.stream import StreamDecoder
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.hub import DEFAULT_MODEL, resolve_model
+from octavo.weights.model_files import ModelFiles, read_model
 from octavo.weights.tensor import Tensor
 
 AGAINST = ("reference", "hf")
@@ -214,7 +215,7 @@ def _load_native(
 ) -> NativeSide:
     """octavo's side, for `count` tokens and the steps after them."""
     if request.against == "hf":
-        from octavo.diff.hf_side import import_hugging_face
+        from octavo.diff.hugging_face import import_hugging_face
 
         import_hugging_face()  # where it is missing, that is said before anything is loaded
     return load_native_side(
@@ -238,7 +239,7 @@ def _load_right(
 ) -> Side:
     if request.against == "reference":
         return ReferenceSide(definition)
-    from octavo.diff.hf_side import HuggingFaceSide, import_hugging_face
+    from octavo.diff.hugging_face import HuggingFaceSide, import_hugging_face
 
     _, transformers = import_hugging_face()
     transformers.utils.logging.disable_progress_bar()  # ours is running

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from octavo.diff.local import LINEAR_PARTS, Scene, define
+from octavo.diff.local import LINEAR_PARTS, OpInputs, define
 from octavo.diff.measure import Float32, row_errors
 from octavo.diff.tolerance import STEP_BF16
 from octavo.models.spec import NormSpec, RopeSpec
@@ -24,7 +24,7 @@ from octavo.reference.ops import Array
 Suspect = tuple[str, Callable[[], Array]]
 
 
-def find_suspect(scene: Scene, part: str, seen: Float32, tolerance: float) -> str | None:
+def find_suspect(scene: OpInputs, part: str, seen: Float32, tolerance: float) -> str | None:
     """The sentence of the mistake whose result is `seen` (rows, width), or None.
 
     tolerance: largest relative error of any row that still counts as the same. A suspect that
@@ -45,7 +45,7 @@ def find_suspect(scene: Scene, part: str, seen: Float32, tolerance: float) -> st
     return None
 
 
-def suspects(scene: Scene, part: str) -> Iterator[Suspect]:
+def suspects(scene: OpInputs, part: str) -> Iterator[Suspect]:
     """The mistakes that are known for the op behind tap `part`."""
     if part == "embed":
         yield from _embed(scene)
@@ -65,7 +65,7 @@ def suspects(scene: Scene, part: str) -> Iterator[Suspect]:
         yield from _linear(scene, part)
 
 
-def _embed(scene: Scene) -> Iterator[Suspect]:
+def _embed(scene: OpInputs) -> Iterator[Suspect]:
     table = scene.model.weights["embed.weight"]
     width = np.float32(table.shape[1])
     x = table[scene.token_ids]
@@ -76,7 +76,7 @@ def _embed(scene: Scene) -> Iterator[Suspect]:
     yield "the row after each token's (ids off by one)", lambda: table[following]
 
 
-def _norm(scene: Scene, part: str) -> Iterator[Suspect]:
+def _norm(scene: OpInputs, part: str) -> Iterator[Suspect]:
     model = scene.model
     spec = model.spec.final_norm if part == "final_norm" else scene.layer.norm
     x = scene.residual
@@ -119,7 +119,7 @@ def _norm_eps_outside(x: Array, weight: Array, bias: Array | None, spec: NormSpe
     return y if bias is None else y + bias
 
 
-def _linear(scene: Scene, part: str) -> Iterator[Suspect]:
+def _linear(scene: OpInputs, part: str) -> Iterator[Suspect]:
     name, source = LINEAR_PARTS[part]
     x, weight, model = scene.own(source), scene.weight(name), scene.model
     full_name = f"layers.{scene.layer_index}.{name}"
@@ -164,7 +164,7 @@ def _linear(scene: Scene, part: str) -> Iterator[Suspect]:
         )
 
 
-def _rope(scene: Scene, part: str) -> Iterator[Suspect]:
+def _rope(scene: OpInputs, part: str) -> Iterator[Suspect]:
     x, positions = scene.heads(part[0]), scene.positions
     frequencies, rope = scene.model.frequencies[scene.layer_index], scene.layer.rope
     if frequencies is None or rope is None:
@@ -207,7 +207,7 @@ def _rope(scene: Scene, part: str) -> Iterator[Suspect]:
         )
 
 
-def _attention(scene: Scene) -> Iterator[Suspect]:
+def _attention(scene: OpInputs) -> Iterator[Suspect]:
     layer, k, v = scene.layer, scene.keys, scene.values
     if k is None or v is None:
         return
@@ -323,7 +323,7 @@ def _weigh(
     return out
 
 
-def _activation(scene: Scene) -> Iterator[Suspect]:
+def _activation(scene: OpInputs) -> Iterator[Suspect]:
     up, activation = scene.own("up"), scene.layer.activation
     gate = scene.own("gate") if scene.layer.gated else None
     if gate is not None:
@@ -339,7 +339,7 @@ def _activation(scene: Scene) -> Iterator[Suspect]:
             yield f"{other} instead of {activation}", partial(ops.gated_activation, gate, up, other)
 
 
-def _residual(scene: Scene) -> Iterator[Suspect]:
+def _residual(scene: OpInputs) -> Iterator[Suspect]:
     x, attn_out, mlp_out = scene.residual, scene.own("attn_out"), scene.own("mlp_out")
     yield "the residual dropped: the sublayers' outputs alone", lambda: attn_out + mlp_out
     yield "the residual dropped: the MLP's output alone", lambda: mlp_out
@@ -352,7 +352,7 @@ def _residual(scene: Scene) -> Iterator[Suspect]:
     yield "the MLP's output added twice", lambda: x + attn_out + mlp_out + mlp_out
 
 
-def _head(scene: Scene) -> Iterator[Suspect]:
+def _head(scene: OpInputs) -> Iterator[Suspect]:
     model, x = scene.model, scene.taps["final_norm"]
     if not model.spec.tie_word_embeddings:
         yield (

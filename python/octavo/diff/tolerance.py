@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 
-from octavo.diff.graph import split_tap
+from octavo.models.layer import split_tap
 from octavo.models.spec import ModelSpec
 
 UNIT_F32 = 2.0**-24

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.config import EngineConfig, Environment
-from octavo.engine.loader import LoadedRuntime, LoadProgress, load_runtime
 from octavo.eval.windows import Window
-from octavo.models.registry import ModelFiles
+from octavo.runtime.loader import LoadedRuntime, LoadProgress, load_runtime
 from octavo.weights.checkpoint import Checkpoint
+from octavo.weights.model_files import ModelFiles
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]

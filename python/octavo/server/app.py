@@ -18,12 +18,11 @@ from octavo.errors import InvalidArgumentError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server import prepare
-from octavo.server.answering import Answering
 from octavo.server.errors import ApiError, to_api_error, validation_error
 from octavo.server.fields import refused_field
 from octavo.server.formats import Format, Head
-from octavo.server.gate import Gate
 from octavo.server.metrics import CONTENT_TYPE
+from octavo.server.middleware import Gate
 from octavo.server.pages import add_pages
 from octavo.server.protocol import (
     Body,
@@ -35,6 +34,7 @@ from octavo.server.protocol import (
     TokenizeCompletionBody,
     slips,
 )
+from octavo.server.response_writer import ResponseWriter
 from octavo.server.service import Service, describe_model
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -153,7 +153,7 @@ async def _answer(
     notes = request.state.notes
     notes["id"] = head.response_id
     field = "prompt" if isinstance(body, CompletionBody) else "messages"
-    answering = Answering(streams, body.num_answers, answer_format, field, notes)
+    answering = ResponseWriter(streams, body.num_answers, answer_format, field, notes)
     try:
         if body.stream:
             options = body.stream_options

@@ -12,10 +12,10 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from octavo.engine.events import EventLog
-from octavo.engine.explain import explain
-from octavo.engine.log_file import log_of
 from octavo.errors import InvalidArgumentError
 from octavo.server.errors import ApiError
+from octavo.trace.explain import explain
+from octavo.trace.log_file import log_of
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
