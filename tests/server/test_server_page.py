@@ -54,7 +54,7 @@ def test_the_live_view(tmp_path: Path) -> None:
 
     async def test() -> None:
         slow_down(llm, 0.01)
-        async with serving(llm) as (client, service):
+        async with serving(llm) as (client, _):
             import asyncio
 
             before = (await client.get("/engine")).json()
