@@ -7,11 +7,11 @@
 #include <memory>
 
 #include "core/backend.h"
-#include "cuda/cublas.h"
-#include "cuda/graphs.h"
+#include "cuda/device/graphs.h"
+#include "cuda/device/measure.h"
+#include "cuda/device/stream.h"
 #include "cuda/kernels.h"
-#include "cuda/measure.h"
-#include "cuda/stream.h"
+#include "cuda/products/cublas.h"
 
 namespace octavo::cuda {
 
