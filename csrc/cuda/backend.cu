@@ -32,13 +32,13 @@ CudaBackend::CudaBackend(int device, const BackendOptions& options)
       sampling_workspace_(stream_),
       copy_workspace_(stream_) {
   if (!options.deterministic) cublas_ = CublasLt::open(stream_);
-  for (cudaEvent_t& mark : marks_)
-    check(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "creating an event");
+  for (cudaEvent_t& event : events_)
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
 }
 
 CudaBackend::~CudaBackend() {
   cudaStreamSynchronize(stream_.handle());
-  for (cudaEvent_t mark : marks_) cudaEventDestroy(mark);
+  for (cudaEvent_t event : events_) cudaEventDestroy(event);
 }
 
 // ---- memory ----
@@ -87,24 +87,24 @@ void CudaBackend::release_host(void* data) noexcept {
   cudaFreeHost(data);
 }
 
-void CudaBackend::upload_later(void* device, const HostBuffer& host, std::size_t bytes) {
+void CudaBackend::upload_async(void* device, const HostBuffer& host, std::size_t bytes) {
   ++num_uploads_;
   check(cudaMemcpyAsync(device, host.data(), bytes, cudaMemcpyHostToDevice, stream_.handle()),
         "copying to the device");
 }
 
-void CudaBackend::download_later(unsigned char* host, const void* device, std::size_t bytes) {
+void CudaBackend::download_async(unsigned char* host, const void* device, std::size_t bytes) {
   ++num_downloads_;
   check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
         "copying from the device");
 }
 
-void CudaBackend::mark(int index) {
-  check(cudaEventRecord(marks_[index], stream_.handle()), "recording an event");
+void CudaBackend::record_event(int index) {
+  check(cudaEventRecord(events_[index], stream_.handle()), "recording an event");
 }
 
-void CudaBackend::wait(int index) {
-  if (cudaEventSynchronize(marks_[index]) != cudaSuccess) stream_.sync();  // which says more
+void CudaBackend::wait_event(int index) {
+  if (cudaEventSynchronize(events_[index]) != cudaSuccess) stream_.sync();  // which says more
 }
 
 // ---- the shape of steps ----

@@ -67,7 +67,7 @@ struct EmbedArguments {
   const std::int32_t* sampled;
 };
 
-// blockIdx.x: token; blockIdx.y and threads: 8 columns each. Ids are drawn and uploaded by what
+// blockIdx.x: token; blockIdx.y and threads: 8 columns each. Ids are sampled and uploaded by what
 // runs before, so that all there is to do early is to let the next kernel start.
 __global__ void __launch_bounds__(kThreads) embed_rows(EmbedArguments a) {
   let_next_kernel_start();

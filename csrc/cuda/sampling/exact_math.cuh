@@ -90,7 +90,7 @@ OCTAVO_DEVICE uint4 philox(uint4 counter, uint2 key) {
   return counter;
 }
 
-// What makes a draw its own.
+// What the random numbers of a row depend on.
 struct Stamp {
   Wide seed;
   std::uint32_t sample_index, position;

@@ -1,5 +1,5 @@
-// Drawing a token from each row of logits: one kernel, which reads a row once where nothing but
-// its largest (noisy) logit is asked for, and once more for each phase that filters and
+// Samples a token from each row of logits: one kernel, which reads a row once where only its
+// largest (noisy) logit is asked for, and once more for each phase that filters and
 // log-probabilities need (sampling_row.cuh). reference/sampling.py defines every step, to the bit.
 #include <algorithm>
 
@@ -16,8 +16,8 @@ constexpr std::int64_t kLogitsPerBlock = 1024;  // a block takes that many or mo
 // what the next phases read again.
 constexpr std::int64_t kFewestBlocks = 4;
 
-// Looks for no token. As Best and NoisyBest: `see` gets four logits, -inf where one is not
-// to be drawn.
+// Looks for no token. As Best and NoisyBest: `see` gets four logits, -inf for those that must not
+// be sampled.
 struct Nothing {
   OCTAVO_DEVICE void see(int, const float (&)[4]) {}
   OCTAVO_DEVICE Wide place() const { return 0; }
@@ -71,10 +71,10 @@ OCTAVO_DEVICE float nearest_logit(const Search& search, const Plan& plan) {
 }
 
 // Tokens begin .. end - 1: the best of those that are kept, noise included; others are collected.
-OCTAVO_DEVICE Part collect_part(const Search& search, const Plan& plan, const Draw& draw,
+OCTAVO_DEVICE Part collect_part(const Search& search, const Plan& plan, const RowOptions& options,
                                 RowState& state, int begin, int end) {
   const Scores& scores = search.scores;
-  NoisyBest best(draw.stamp, draw.temperature);
+  NoisyBest best(options.stamp, options.temperature);
   if (plan.kept > 0 || plan.collected >= 0) {
     const float nearest = nearest_logit(search, plan);
     scores.each_four(begin, end, [&](int first, float4 logits) {
@@ -86,7 +86,7 @@ OCTAVO_DEVICE Part collect_part(const Search& search, const Plan& plan, const Dr
       float kept[4] = {allowed.x, allowed.y, allowed.z, allowed.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool possible = search.can_be_drawn(score[i]);
+        const bool possible = search.can_be_sampled(score[i]);
         const int bin = search.bin_of(score[i]);
         const bool wanted = possible && bin >= plan.kept && bin <= plan.collected;
         if (plan.collected >= 0) collect(state, wanted, first + i);
@@ -104,51 +104,51 @@ OCTAVO_DEVICE unsigned phase_of(unsigned phases, unsigned index) {
   return count_bits((phases & ~(phases - 1)) - 1);
 }
 
-// The row as it is drawn from, or else plain.
-OCTAVO_DEVICE Scores scores_of(const SampleArguments& a, bool drawing) {
+// sampling: the row with its mask and temperature; else the plain row.
+OCTAVO_DEVICE Scores scores_of(const SampleArguments& a, bool sampling) {
   const SampleMemory& memory = sample_memory();
-  const bool scaled = drawing && !memory.draw.is_greedy();
-  return {in_global_memory(memory.logits), drawing ? in_global_memory(memory.mask) : nullptr,
-          scaled ? memory.draw.temperature : 1.0f, a.vocab, a.aligned};
+  const bool scaled = sampling && !memory.options.is_greedy();
+  return {in_global_memory(memory.logits), sampling ? in_global_memory(memory.mask) : nullptr,
+          scaled ? memory.options.temperature : 1.0f, a.vocab, a.aligned};
 }
 
 // What is looked for in it once its maxima are known.
-OCTAVO_DEVICE Search search_of(const SampleArguments& a, bool drawing, const Part& whole) {
-  const Draw& draw = sample_memory().draw;
-  const Scores scores = scores_of(a, drawing);
+OCTAVO_DEVICE Search search_of(const SampleArguments& a, bool sampling, const Part& whole) {
+  const RowOptions& options = sample_memory().options;
+  const Scores scores = scores_of(a, sampling);
   // Division keeps the order: the largest score is that of the largest logit.
-  const float max = divide_rn(drawing ? whole.max_allowed : whole.max_logit, scores.divisor);
-  const bool limited = drawing && draw.min_p > 0.0f;
-  return {scores, max, limited ? add_rn(max, log_positive(draw.min_p)) : -INFINITY};
+  const float max = divide_rn(sampling ? whole.max_allowed : whole.max_logit, scores.divisor);
+  const bool limited = sampling && options.min_p > 0.0f;
+  return {scores, max, limited ? add_rn(max, log_positive(options.min_p)) : -INFINITY};
 }
 
 // From here on calls keep the registers of phases apart; their arguments lie in shared memory.
-OCTAVO_DEVICE_CALL void conclude_count(bool drawing) {
+OCTAVO_DEVICE_CALL void conclude_count(bool sampling) {
   const SampleMemory& memory = sample_memory();
   const SampleArguments& a = memory.arguments;
   RowState& state = a.states[blockIdx.y];
-  const Search search = search_of(a, drawing, state.whole);
+  const Search search = search_of(a, sampling, state.whole);
   const Plan plan =
-      drawing ? plan_draw(search, memory.draw, state) : plan_logprobs(a, search, state);
+      sampling ? plan_sampling(search, memory.options, state) : plan_logprobs(a, search, state);
   if (threadIdx.x == 0) state.plan = plan;
 }
 
-OCTAVO_DEVICE Search search_collected(const SampleArguments& a, bool drawing, const Plan& plan) {
+OCTAVO_DEVICE Search search_collected(const SampleArguments& a, bool sampling, const Plan& plan) {
   const RowState& state = a.states[blockIdx.y];
-  Search search = search_of(a, drawing, state.whole);
+  Search search = search_of(a, sampling, state.whole);
   search.scores.listed = plan.alone ? nullptr : state.collected;
   search.scores.num_listed = state.num_collected;
   return search;
 }
 
-OCTAVO_DEVICE_CALL void conclude_draw() {
+OCTAVO_DEVICE_CALL void conclude_sampling() {
   const SampleMemory& memory = sample_memory();
   const SampleArguments& a = memory.arguments;
   const Plan& plan = memory.plan;
   const unsigned finite = a.states[blockIdx.y].whole.finite;
   Wide best = memory.whole.best;
   if (finite && (plan.alone || plan.collected >= 0)) {
-    const Wide other = draw_as_planned(search_collected(a, true, plan), plan, memory.draw);
+    const Wide other = sample_as_planned(search_collected(a, true, plan), plan, memory.options);
     if (other > best) best = other;
   }
   note_token(a, finite ? token_of(best) : 0, finite);
@@ -166,20 +166,20 @@ struct Turn {
   unsigned index, phase, part;
   int begin, end;
 
-  OCTAVO_DEVICE bool drawing() const { return phase < kCountLogprobs; }
+  OCTAVO_DEVICE bool sampling() const { return phase < kCountLogprobs; }
 };
 
 OCTAVO_DEVICE_CALL void run_scan(Turn turn) {
   const SampleMemory& memory = sample_memory();
   const SampleArguments& a = memory.arguments;
   RowState& state = *in_global_memory(a.states + blockIdx.y);
-  const Draw& draw = memory.draw;
+  const RowOptions& options = memory.options;
   const Scores scores = scores_of(a, true);
   Part found;
-  if (draw.is_greedy())
+  if (options.is_greedy())
     found = scan_part(scores, turn.begin, turn.end, Best{});
-  else if (draw.keeps_all())
-    found = scan_part(scores, turn.begin, turn.end, NoisyBest(draw.stamp, draw.temperature));
+  else if (options.keeps_all())
+    found = scan_part(scores, turn.begin, turn.end, NoisyBest(options.stamp, options.temperature));
   else
     found = scan_part(scores, turn.begin, turn.end, Nothing{});
   if (!arrive_last(found, state, gridDim.x, turn.part)) return;
@@ -198,12 +198,12 @@ OCTAVO_DEVICE_CALL void run_count(Turn turn) {
   const SampleArguments& a = memory.arguments;
   RowState& state = *in_global_memory(a.states + blockIdx.y);
   if (state.whole.finite) {
-    const bool weighed = !turn.drawing() || memory.draw.top_p < 1.0f;
-    search_of(a, turn.drawing(), state.whole).count_part(weighed, turn.begin, turn.end);
+    const bool weighed = !turn.sampling() || memory.options.top_p < 1.0f;
+    search_of(a, turn.sampling(), state.whole).count_part(weighed, turn.begin, turn.end);
     add_counts(state);
   }
   if (!arrive_last({}, state, gridDim.x, turn.part)) return;
-  if (state.whole.finite) conclude_count(turn.drawing());
+  if (state.whole.finite) conclude_count(turn.sampling());
   conclude(state, turn.index + 1, false);
 }
 
@@ -215,12 +215,12 @@ OCTAVO_DEVICE_CALL void run_collect(Turn turn) {
   __syncthreads();
   Part found{};
   if (state.whole.finite) {
-    found = collect_part(search_of(a, turn.drawing(), state.whole), memory.plan, memory.draw, state,
-                         turn.begin, turn.end);
+    found = collect_part(search_of(a, turn.sampling(), state.whole), memory.plan, memory.options,
+                         state, turn.begin, turn.end);
   }
   if (!arrive_last(found, state, gridDim.x, turn.part)) return;
-  if (turn.drawing())
-    conclude_draw();
+  if (turn.sampling())
+    conclude_sampling();
   else
     conclude_logprobs();
   forget_collected(state);
@@ -235,15 +235,15 @@ __global__ void __launch_bounds__(kSamplingThreads, 2) sample_rows(SampleArgumen
   wait_for_previous_kernel();
   const std::int64_t row = a.row();
   if (threadIdx.x == 0) {
-    memory.draw = {a.temperature[row],
-                   a.top_p[row],
-                   a.min_p[row],
-                   a.top_k[row],
-                   {a.seed[row], static_cast<unsigned>(a.sample_index[row]),
-                    static_cast<unsigned>(a.position[row])}};
+    memory.options = {a.temperature[row],
+                      a.top_p[row],
+                      a.min_p[row],
+                      a.top_k[row],
+                      {a.seed[row], static_cast<unsigned>(a.sample_index[row]),
+                       static_cast<unsigned>(a.position[row])}};
     memory.logits = a.logits + row * a.stride;
     memory.mask = a.masks ? a.masks + row * ((a.vocab + 31) / 32) : nullptr;
-    memory.phases = memory.draw.phases(a.num_logprobs[row] >= 0);
+    memory.phases = memory.options.phases(a.num_logprobs[row] >= 0);
     memory.num_phases = memory.turns_left = count_bits(memory.phases);
     memory.arguments = a;
   }
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kSamplingThreads, 2) sample_rows(SampleArgumen
     turn.phase = phase_of(memory.phases, turn.index);
     turn.begin = static_cast<int>(turn.part) * a.each;
     turn.end = turn.begin + a.each < a.vocab ? turn.begin + a.each : a.vocab;
-    // Of a row that is not finite nothing is drawn: comparing a NaN orders nothing.
+    // A row that is not finite is not sampled: comparing a NaN orders nothing.
     if (turn.phase == kScan)
       run_scan(turn);
     else if (turn.phase == kCount || turn.phase == kCountLogprobs)
@@ -276,7 +276,7 @@ void sample(Stream& stream, const Samples& out, View logits, const std::int32_t*
   require(out.num_top <= kMostListed, "sample with log-probabilities of ", out.num_top,
           " tokens; the kernel lists up to ", kMostListed);
   if (logits.rows == 0 || logits.cols == 0) return;
-  // As many blocks as fill the device; how a row is shared does not change what is drawn.
+  // As many blocks as fill the device; how a row is shared does not change the sampled token.
   const std::int64_t most_rows = std::min(logits.rows, kMostRows);
   const std::int64_t fill = std::max(2 * stream.num_processors() / most_rows, kFewestBlocks);
   const std::int64_t parts = (logits.cols + kLogitsPerBlock - 1) / kLogitsPerBlock;

@@ -32,61 +32,61 @@ OCTAVO_DEVICE Wide enough_of(float top_p, Wide total) {
   return static_cast<Wide>(ceil(static_cast<double>(top_p) * static_cast<double>(total)));
 }
 
-// Draws from the tokens whose place is at least `lowest`; as the next two, the place that is best,
-// noise included.
-OCTAVO_DEVICE Wide draw_down_to(const Search& search, const Draw& draw, Wide lowest) {
+// Samples from the tokens whose place is at least `lowest`; as the next two, the place that is
+// best, noise included.
+OCTAVO_DEVICE Wide sample_down_to(const Search& search, const RowOptions& options, Wide lowest) {
   Best best;
   search.scores.each([&](int token, float score) {
     if (score >= search.lowest && place_of(score, token) >= lowest)
-      best.see(add_rn(score, gumbel_of(draw.stamp, token)), token);
+      best.see(add_rn(score, gumbel_of(options.stamp, token)), token);
   });
   return best_of_block(best.place());
 }
 
-// Draws from the tokens that `wanted` names, few enough to be listed, but of those the best
-// draw.top_k (0: all), and of those the best that hold draw.top_p.
+// Samples from the tokens that `wanted` names, few enough to be listed, but of those the best
+// options.top_k (0: all), and of those the best that hold options.top_p.
 template <class Wanted>
-OCTAVO_DEVICE Wide draw_listed(const Search& search, const Draw& draw, Wide total,
-                               Wanted&& wanted) {
+OCTAVO_DEVICE Wide sample_listed(const Search& search, const RowOptions& options, Wide total,
+                                 Wanted&& wanted) {
   SelectMemory& memory = select_memory();
   const unsigned listed = search.list(wanted);
   const Rank mine = rank_listed(listed);
   bool kept = threadIdx.x < listed;
-  if (draw.top_k > 0) {
-    kept = kept && mine.count_before < static_cast<unsigned>(draw.top_k);
+  if (options.top_k > 0) {
+    kept = kept && mine.count_before < static_cast<unsigned>(options.top_k);
     total = block_total(kept ? mine.weight : 0, memory.more_sums);
   }
-  if (draw.top_p < 1.0f) kept = kept && mine.weight_before < enough_of(draw.top_p, total);
+  if (options.top_p < 1.0f) kept = kept && mine.weight_before < enough_of(options.top_p, total);
   Wide place = 0;
   if (kept) {
     const int token = token_of(mine.place);
-    place = place_of(add_rn(score_of(mine.place), gumbel_of(draw.stamp, token)), token);
+    place = place_of(add_rn(score_of(mine.place), gumbel_of(options.stamp, token)), token);
   }
   return best_of_block(place);
 }
 
 // Goes on where the plan ends, over the row or what was collected of it.
-OCTAVO_DEVICE Wide draw_as_planned(const Search& search, const Plan& plan, Draw draw) {
+OCTAVO_DEVICE Wide sample_as_planned(const Search& search, const Plan& plan, RowOptions options) {
   bool by_weight = plan.by_weight;
   Wide needed = plan.needed;
   Found found = plan.found;
   if (!plan.by_limit) {
-    const Total total = search.count_by_distance(draw.top_p < 1.0f);
-    if (draw.top_k > 0 && static_cast<unsigned>(draw.top_k) >= total.count) draw.top_k = 0;
-    by_weight = draw.top_k == 0;
-    if (!draw.counts()) return draw_down_to(search, draw, 0);
-    needed = by_weight ? enough_of(draw.top_p, total.weight) : static_cast<Wide>(draw.top_k);
+    const Total total = search.count_by_distance(options.top_p < 1.0f);
+    if (options.top_k > 0 && static_cast<unsigned>(options.top_k) >= total.count) options.top_k = 0;
+    by_weight = options.top_k == 0;
+    if (!options.counts()) return sample_down_to(search, options, 0);
+    needed = by_weight ? enough_of(options.top_p, total.weight) : static_cast<Wide>(options.top_k);
     found = search.find(by_weight, needed);
     if (found.count_before + found.count_in <= kMostListed) {
-      return draw_listed(search, draw, total.weight,
-                         [&](int, float score) { return search.bin_of(score) <= found.bin; });
+      return sample_listed(search, options, total.weight,
+                           [&](int, float score) { return search.bin_of(score) <= found.bin; });
     }
   }
   for (;;) {
     const Limit limit = search.limit(by_weight, needed, found);
-    if (by_weight || draw.top_p >= 1.0f) return draw_down_to(search, draw, limit.place);
+    if (by_weight || options.top_p >= 1.0f) return sample_down_to(search, options, limit.place);
     by_weight = true;  // top-p, of what top-k keeps
-    needed = enough_of(draw.top_p, limit.weight);
+    needed = enough_of(options.top_p, limit.weight);
     search.count_by_distance(true);
     found = search.find(true, needed);
   }
@@ -114,19 +114,19 @@ OCTAVO_DEVICE Total take_counts(RowState& state) {
   return {counted, block_total(weight, memory.more_sums)};
 }
 
-OCTAVO_DEVICE Plan plan_draw(const Search& search, Draw draw, RowState& state) {
+OCTAVO_DEVICE Plan plan_sampling(const Search& search, RowOptions options, RowState& state) {
   Plan plan;
   const Total total = take_counts(state);
   if (total.count == 0 || search.max == INFINITY) return plan;  // what overflowed is of one score
-  if (draw.top_k > 0 && static_cast<unsigned>(draw.top_k) >= total.count) draw.top_k = 0;
-  if (!draw.counts()) return plan;
-  plan.by_weight = draw.top_k == 0;
+  if (options.top_k > 0 && static_cast<unsigned>(options.top_k) >= total.count) options.top_k = 0;
+  if (!options.counts()) return plan;
+  plan.by_weight = options.top_k == 0;
   plan.needed =
-      plan.by_weight ? enough_of(draw.top_p, total.weight) : static_cast<Wide>(draw.top_k);
+      plan.by_weight ? enough_of(options.top_p, total.weight) : static_cast<Wide>(options.top_k);
   plan.found = search.find(plan.by_weight, plan.needed);
   // Of one filter only the bin that its limit lies in is to be looked at. Where top-p follows upon
   // top-k, the weight of what top-k keeps has to be known first.
-  plan.by_limit = plan.by_weight || draw.top_p >= 1.0f;
+  plan.by_limit = plan.by_weight || options.top_p >= 1.0f;
   plan.kept = plan.by_limit ? plan.found.bin : 0;
   plan.collected = plan.found.bin;
   const unsigned count = (plan.by_limit ? 0 : plan.found.count_before) + plan.found.count_in;
@@ -166,7 +166,7 @@ OCTAVO_DEVICE float logprob_of(const Search& search, const Plan& plan, float log
   return add_rn(add_rn(logit, -search.max), -log_of_total(plan.total));
 }
 
-// Notes the log-probability of the drawn token, and plans how to find the best tokens.
+// Notes the log-probability of the sampled token, and plans how to find the best tokens.
 OCTAVO_DEVICE Plan plan_logprobs(const SampleArguments& a, const Search& search, RowState& state) {
   const std::int64_t row = a.row();
   Plan plan;

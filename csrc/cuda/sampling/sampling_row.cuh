@@ -46,8 +46,8 @@ struct SampleArguments {
   OCTAVO_DEVICE std::int64_t row() const { return first_row + blockIdx.y; }
 };
 
-// How one row is to be drawn from.
-struct Draw {
+// How one row is sampled.
+struct RowOptions {
   float temperature, top_p, min_p;
   int top_k;
   Stamp stamp;
@@ -105,7 +105,7 @@ struct RowState {
 struct SampleMemory {
   SelectMemory select;
   SampleArguments arguments;
-  Draw draw;
+  RowOptions options;
   const float* logits;       // of the row
   const std::int32_t* mask;  // of the row, or null
   unsigned phases, num_phases, turns_left;

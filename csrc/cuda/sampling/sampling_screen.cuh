@@ -3,7 +3,7 @@
 //
 // A bound that is never below the noise takes one fast logarithm. Only a token that could reach the
 // best seen so far, were its noise as large as the bound, gets its exact score; a block of 32
-// thousand tokens has a dozen such. The others could not have won: the token drawn is the same.
+// thousand tokens has a dozen such. The others could not have won: the sampled token is the same.
 //
 // The bound. Noise is g = -log(E), E = -log(1 - w), where w in (0, 1) is the distance of the random
 // word from its upper end, plus 1/2, in units of 2^-32. E = w + w^2/2 + w^3/3 + ... is more than
@@ -64,7 +64,7 @@ struct NoisyBest {
   }
 
   OCTAVO_DEVICE Wide place() const { return best_place; }
-  // logits: of tokens first .. first + 3, -inf where one is not to be drawn.
+  // logits: of tokens first .. first + 3, -inf for those that must not be sampled.
   OCTAVO_DEVICE void see(int first, const float (&logits)[4]) {
     const float most = fmaxf(fmaxf(logits[0], logits[1]), fmaxf(logits[2], logits[3]));
     if (!ballot(most > -INFINITY && !(most < screen.nearest))) return;

@@ -51,7 +51,7 @@ struct Best {
   OCTAVO_DEVICE Wide place() const { return place_of(score, token); }
 };
 
-// A row of logits as it is drawn from: (masked ones -inf) / temperature.
+// A row of logits as it is sampled: (masked ones -inf) / temperature.
 struct Scores {
   const float* logits;
   const std::int32_t* mask;  // bit b of word w allows token 32 w + b; null allows all
@@ -93,7 +93,7 @@ struct Scores {
     if (mask && !(static_cast<unsigned>(mask[token / 32]) >> token % 32 & 1u)) return -INFINITY;
     return divide_rn(logits[token], divisor);
   }
-  // Calls body(token, score) for every token of the row, or listed, that may be drawn.
+  // Calls body(token, score) for every token of the row, or listed, that may be sampled.
   template <class Body>
   OCTAVO_DEVICE void each(Body&& body) const {
     const unsigned count = listed ? num_listed : static_cast<unsigned>(vocab);
@@ -182,7 +182,7 @@ struct Search {
   }
   OCTAVO_DEVICE Wide weight_of(float score) const { return exp_fixed(add_rn(score, -max)); }
 
-  OCTAVO_DEVICE bool can_be_drawn(float score) const {
+  OCTAVO_DEVICE bool can_be_sampled(float score) const {
     return score > -INFINITY && score >= lowest;
   }
 
@@ -244,7 +244,7 @@ OCTAVO_DEVICE void Search::count_part(bool weighed, int begin, int end) const {
     const float score[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (!can_be_drawn(score[i])) continue;
+      if (!can_be_sampled(score[i])) continue;
       const int bin = bin_of(score[i]);
       if (bin == kBins - 1) {
         ++far;
