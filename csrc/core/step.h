@@ -29,10 +29,11 @@ struct Step {
   const std::uint64_t* seed = nullptr;
   const std::int32_t* sample_index = nullptr;
   const std::int32_t* num_logprobs = nullptr;
-  const std::int32_t* sample_positions = nullptr;  // position of the token to be drawn
-  const std::int32_t* state_rows = nullptr;        // -1: keep the drawn token nowhere
+  const std::int32_t* sample_positions = nullptr;  // position of the token to be sampled
+  const std::int32_t* state_rows = nullptr;        // -1: keep the sampled token nowhere
 
-  std::int32_t* sampled = nullptr;  // [max_num_seqs], lives on: what each state row drew last
+  std::int32_t* sampled =
+      nullptr;  // [max_num_seqs], kept between steps: each state row's last token
 
   // Every token's logits are wanted, as in decoding: since logit_rows ascend, row r is token r.
   bool rows_are_tokens() const { return num_rows == num_tokens; }

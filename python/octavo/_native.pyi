@@ -81,10 +81,10 @@ class Batch:
     logit_rows: int32 (num_rows,), indices into token_ids whose logits are wanted, ascending.
     Sampling, one entry a logit row (all of length num_rows):
     temperature: float32; 0 is greedy. top_k: int32; 0 keeps all. top_p, min_p: float32.
-    seed: uint64. sample_index: int32. num_logprobs: int32; -1 none, 0 only the token drawn.
-    state_rows: int32 in 0 .. max_num_seqs - 1; where the drawn token is kept for a later
+    seed: uint64. sample_index: int32. num_logprobs: int32; -1 none, 0 only the sampled token.
+    state_rows: int32 in 0 .. max_num_seqs - 1; where the sampled token is kept for a later
         negative token id; -1 keeps it nowhere.
-    The position that enters the random numbers is the position of the token to be drawn.
+    The position that enters the random numbers is the position of the token to be sampled.
     Left out, the sampling arrays mean greedy without logprobs.
     """
 
@@ -112,7 +112,7 @@ class StepOutput:
     def token_ids(self) -> Int32: ...
     @property
     def logprobs(self) -> Float32:
-        """Log-probability of each drawn token; NaN where num_logprobs was -1."""
+        """Log-probability of each sampled token; NaN where num_logprobs was -1."""
     @property
     def top_token_ids(self) -> Int32:
         """(num_rows, most asked for), most probable first; -1 where fewer were asked for."""
@@ -172,12 +172,12 @@ class Runtime:
         as CUDA graphs, launched as such, dropped. uploads, downloads: copies.
         """
 
-    def submit(self, batch: Batch, taps: Sequence[str] | None = None, draw: bool = False) -> int:
+    def submit(self, batch: Batch, taps: Sequence[str] | None = None, sample: bool = False) -> int:
         """Queue the forward pass and return a ticket at once; at most two may be in flight.
 
-        taps: names from octavo.models.spec.tap_names, or ["*"] for all. draw: the sampling follows
-        at once, with neither masks nor adjustments, and `sample` must not be called: a GPU then
-        has a recorded step in one piece.
+        taps: names from octavo.models.spec.tap_names, or ["*"] for all. sample: samples at
+        once, without masks and adjustments, and `sample` must not be called: on a GPU a recorded
+        step is then one graph.
         """
 
     def sample(

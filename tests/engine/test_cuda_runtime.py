@@ -225,7 +225,7 @@ def test_octavo_diff_names_a_planted_mistake(tmp_path: Path) -> None:
     result = Comparison(left, ReferenceSide(model), model, ids, options).run("small")
     assert result.first_bad.name == "layers.0.attn_norm"
     assert result.findings[0].mistake == "epsilon 1e-06 instead of 1e-05"
-    assert "csrc/cuda/norm.cu" in result.findings[0].files
+    assert "csrc/cuda/elementwise/norm.cu" in result.findings[0].files
 
 
 def test_what_a_device_cannot_run_is_said() -> None:

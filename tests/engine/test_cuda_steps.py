@@ -90,14 +90,14 @@ def test_rows_are_copied_only_where_they_differ_from_the_tokens() -> None:
 def test_all_memory_is_taken_at_the_start() -> None:
     """Growing batches, longer contexts, log-probabilities, masks: no buffer grows."""
     runtime = cuda_runtime(dtype="bf16", num_blocks=128)
-    tickets = deque([runtime.submit(make_batch(sequences(1)), draw=True)])
+    tickets = deque([runtime.submit(make_batch(sequences(1)), sample=True)])
     masks = np.full((8, -(-VOCAB // 32)), -1, np.int32)
     for num_seqs, context, wanted in product((1, 2, 3, 5, 8), (0, 200), (-1, 20)):
         told = {"num_logprobs": np.full(num_seqs, wanted, np.int32)}
         new = [([s, 9], context, range(16 * s, 16 * s + 16)) for s in range(num_seqs)]
         batch = make_batch(new, **told)
         for _ in range(4):  # two in flight, each of which records its steps
-            tickets.append(runtime.submit(batch, draw=True))
+            tickets.append(runtime.submit(batch, sample=True))
             runtime.wait(tickets.popleft())
         tickets.append(runtime.submit(batch))
         runtime.sample(tickets[-1], masks[:num_seqs])

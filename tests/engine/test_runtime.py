@@ -113,7 +113,7 @@ def test_a_step_that_draws_as_it_is_submitted() -> None:
     batch = make_batch([(PROMPT, 0, [0, 1])], num_logprobs=np.array([3], np.int32))
     expected = runtime.submit(batch)
     runtime.sample(expected)
-    ticket = runtime.submit(batch, draw=True)
+    ticket = runtime.submit(batch, sample=True)
     with pytest.raises(ValueError, match="sampled already"):
         runtime.sample(ticket)
     logits = runtime.logits(ticket)

@@ -112,7 +112,7 @@ class FakeRuntime:
         self._drawn: dict[int, FakeOutput] = {}
         self._next_ticket = 0
 
-    def submit(self, batch: FakeBatch, *, draw: bool) -> int:
+    def submit(self, batch: FakeBatch, *, sample: bool) -> int:
         assert len(self._open) < 2, "two tickets are in flight already"
         assert not (self._open.keys() - self._drawn.keys()), "a step is not sampled yet"
         unknown = batch.token_ids < 0
@@ -125,7 +125,7 @@ class FakeRuntime:
         self._next_ticket += 1
         self._open[self._next_ticket] = batch
         self.max_in_flight = max(self.max_in_flight, len(self._open))
-        if draw:
+        if sample:
             try:
                 self.sample(self._next_ticket)
             except Exception:

@@ -79,7 +79,7 @@ class Session:
             logit_rows=rows[1:] - 1 if sample else np.empty(0, np.int32),
             state_rows=np.array(list(new), np.int32) if sample else None,
         )
-        return self._runtime.submit(batch, draw=True)
+        return self._runtime.submit(batch, sample=True)
 
     def prefill(
         self, prompt: Sequence[int], chunk: int | None = None, companion: Sequence[int] = ()

@@ -12,13 +12,13 @@ _LINEAR = "csrc/cpu/linear.cpp, csrc/cpu/kernels/linear.h"
 _HF_LOADING = f"{_HF} (and its loading of the weights)"
 _CUDA = MappingProxyType(
     {
-        "embed": "csrc/cuda/embed.cu",
-        "norm": "csrc/cuda/norm.cu",
-        "add_norm": "csrc/cuda/norm.cu, csrc/core/decoder.cpp",
-        "linear": "csrc/cuda/linear.cu (which names the kernels), csrc/core/decoder.cpp",
-        "rope_and_store": "csrc/cuda/rope.cu, csrc/core/weights.cpp (cosines and sines)",
-        "attention": "csrc/cuda/attention.cu (which names the kernels)",
-        "gated_activation": "csrc/cuda/elementwise.cu",
+        "embed": "csrc/cuda/elementwise/embed.cu",
+        "norm": "csrc/cuda/elementwise/norm.cu",
+        "add_norm": "csrc/cuda/elementwise/norm.cu, csrc/core/decoder.cpp",
+        "linear": "csrc/cuda/products/linear.cu (which names the kernels), csrc/core/decoder.cpp",
+        "rope_and_store": "csrc/cuda/elementwise/rope.cu, csrc/core/weights.cpp (cosines, sines)",
+        "attention": "csrc/cuda/attention/attention.cu (which names the kernels)",
+        "gated_activation": "csrc/cuda/elementwise/elementwise.cu",
     }
 )
 
