@@ -14,8 +14,8 @@ from runtime_helpers import VOCAB, logits_of, make_batch, random_weights, tiny_r
 
 from octavo import _native
 from octavo.diff.comparison import Comparison, DiffOptions
-from octavo.diff.implementations import ReferenceSide
-from octavo.diff.native import load_native_side
+from octavo.diff.implementations import ReferenceImplementation
+from octavo.diff.native import load_native
 from octavo.models.layer import tap_names
 from octavo.models.spec import ModelSpec, NormSpec
 from octavo.reference.llama import ReferenceModel
@@ -202,13 +202,17 @@ def test_octavo_diff_finds_nothing(tmp_path: Path, dtype: str) -> None:
     checkpoint = open_checkpoint(files)
     weights = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
     model = ReferenceModel(files.spec, weights, dtype=dtype, kv_dtype=dtype)
-    left = load_native_side(
-        files, checkpoint, device=DEVICE, dtype=dtype, max_tokens=49, chunk_size=9
+    left = load_native(files, checkpoint, device=DEVICE, dtype=dtype, max_tokens=49, chunk_size=9)
+    truth = (
+        ReferenceImplementation(ReferenceModel(files.spec, model.weights))
+        if dtype == "bf16"
+        else None
     )
-    truth = ReferenceSide(ReferenceModel(files.spec, model.weights)) if dtype == "bf16" else None
     options = DiffOptions(steps=8, decode_rows=12, chunk_size=9)
     ids = tokens_for(files.spec, 41)
-    result = Comparison(left, ReferenceSide(model), model, ids, options, truth).run("small")
+    result = Comparison(left, ReferenceImplementation(model), model, ids, options, truth).run(
+        "small"
+    )
     assert result.ok, (result.first_bad, result.findings)
 
 
@@ -218,11 +222,9 @@ def test_octavo_diff_names_a_planted_mistake(tmp_path: Path) -> None:
     model = ReferenceModel(files.spec, {n: t.to_float32() for n, t in checkpoint.items()})
     layers = tuple(replace(layer, norm=NormSpec(eps=1e-6)) for layer in files.spec.layers)
     wrong = replace(files, spec=replace(files.spec, layers=layers))
-    left = load_native_side(
-        wrong, checkpoint, device=DEVICE, dtype="f32", max_tokens=49, chunk_size=9
-    )
+    left = load_native(wrong, checkpoint, device=DEVICE, dtype="f32", max_tokens=49, chunk_size=9)
     ids, options = tokens_for(files.spec, 41), DiffOptions(steps=0, decode_rows=0, chunk_size=9)
-    result = Comparison(left, ReferenceSide(model), model, ids, options).run("small")
+    result = Comparison(left, ReferenceImplementation(model), model, ids, options).run("small")
     assert result.first_bad.name == "layers.0.attn_norm"
     assert result.findings[0].mistake == "epsilon 1e-06 instead of 1e-05"
     assert "csrc/cuda/elementwise/norm.cu" in result.findings[0].files

@@ -17,7 +17,7 @@ from octavo import _native
 from octavo.cli.app import run
 from octavo.config import QUANTIZE, EngineConfig, Environment
 from octavo.diff.comparison import DiffOptions
-from octavo.diff.native import NativeSide, load_native_side
+from octavo.diff.native import NativeImplementation, load_native
 from octavo.diff.setup import DiffRequest, prepare
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.llm import LLM
@@ -45,7 +45,7 @@ def logits_of(path: Path, **options: Any) -> np.ndarray:
     files = read_model(path)
     config = EngineConfig(max_model_len=64, max_num_seqs=1, num_threads=1, **options)
     loaded = load_runtime(files, open_checkpoint(files), config, environment=ENVIRONMENT)
-    side = NativeSide(loaded, files.spec.num_kv_groups)
+    side = NativeImplementation(loaded, files.spec.num_kv_groups)
     return side.feed(np.array(PROMPT, np.int32)).logits
 
 
@@ -102,7 +102,7 @@ def test_diff_finds_a_wrong_scale(
     files = read_model(source)
     checkpoint = quantize_checkpoint(open_checkpoint(files), files.spec, Scheme("int4"))
     weights = {name: dequantized(checkpoint, name) for name in weight_shapes(files.spec)}
-    side = load_native_side(
+    side = load_native(
         files, checkpoint, device="cpu", dtype="bf16", max_tokens=32, chunk_size=16, num_threads=1
     )
     taps = side.feed(np.array(PROMPT, np.int32), taps=True).taps
@@ -160,7 +160,7 @@ def test_a_directory_gives_the_bits_of_quantizing_at_load(tmp_path: Path, scheme
     source, target = write_quantized_model(tmp_path, scheme)
     files = read_model(source)
     at_load = quantize_checkpoint(open_checkpoint(files), files.spec, SCHEMES[scheme])
-    side = load_native_side(
+    side = load_native(
         files, at_load, device="cpu", dtype="bf16", max_tokens=32, chunk_size=16, num_threads=1
     )
     ours = side.feed(np.array(PROMPT, np.int32)).logits

@@ -10,8 +10,8 @@ import pytest
 from diff_helpers import MISTAKES, broken_side, tokens_for, write_model
 
 from octavo.diff.comparison import Comparison, DiffOptions
-from octavo.diff.implementations import ReferenceSide
-from octavo.diff.native import load_native_side
+from octavo.diff.implementations import ReferenceImplementation
+from octavo.diff.native import load_native
 from octavo.models.spec import LayerSpec, NormSpec
 from octavo.reference.llama import ReferenceModel
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
@@ -47,7 +47,7 @@ def compare_native(
     """Native (from native_files, if another) against the reference or `right`."""
     weights = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
     model = ReferenceModel(files.spec, weights, dtype=dtype, kv_dtype=dtype)
-    left = load_native_side(
+    left = load_native(
         native_files or files,
         checkpoint,
         device="cpu",
@@ -58,10 +58,12 @@ def compare_native(
     )
     truth = None
     if dtype == "bf16":
-        truth = ReferenceSide(ReferenceModel(files.spec, model.weights))
+        truth = ReferenceImplementation(ReferenceModel(files.spec, model.weights))
     options = DiffOptions(steps=8, decode_rows=12, chunk_size=chunk_size)
     ids = tokens_for(files.spec, count)
-    return Comparison(left, right or ReferenceSide(model), model, ids, options, truth).run("small")
+    return Comparison(
+        left, right or ReferenceImplementation(model), model, ids, options, truth
+    ).run("small")
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -129,9 +131,7 @@ def test_a_wrong_block_table_shows_in_attention(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(files)
     weights = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
     model = ReferenceModel(files.spec, weights)
-    left = load_native_side(
-        files, checkpoint, device="cpu", dtype="f32", max_tokens=64, chunk_size=16
-    )
+    left = load_native(files, checkpoint, device="cpu", dtype="f32", max_tokens=64, chunk_size=16)
     feed = left.feed
 
     def feed_with_a_block_confused(token_ids: Any, **options: Any) -> Any:
@@ -145,7 +145,7 @@ def test_a_wrong_block_table_shows_in_attention(tmp_path: Path) -> None:
     left.feed = feed_with_a_block_confused  # type: ignore[method-assign]
     ids = tokens_for(files.spec, 48)
     options = DiffOptions(steps=0, decode_rows=0, chunk_size=16)
-    result = Comparison(left, ReferenceSide(model), model, ids, options).run()
+    result = Comparison(left, ReferenceImplementation(model), model, ids, options).run()
     assert result.first_bad.name == "layers.0.attn" and result.first_bad.position >= 32
     assert {finding.op for finding in result.findings} == {"attention"}
     assert "attention.cpp" in result.findings[0].files

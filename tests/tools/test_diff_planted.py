@@ -22,7 +22,7 @@ from diff_helpers import (
     whole_weights,
 )
 
-from octavo.diff.implementations import Fed, ReferenceSide
+from octavo.diff.implementations import ReferenceImplementation, StepResult
 from octavo.models.spec import NormSpec, RopeSpec
 from octavo.reference import ops
 
@@ -133,7 +133,7 @@ def _compare_roundings(
     model = reference_with(attention=attention).ReferenceModel(spec, weights, **dtypes)
     right = good_side(spec, weights, **dtypes)
     exact = good_side(spec, right.model.weights)
-    left = ReferenceSide(model, "broken", False)
+    left = ReferenceImplementation(model, "broken", False)
     return compare(left, right, spec, weights, dtype="bf16", truth=exact, steps=0, **options)
 
 
@@ -166,7 +166,11 @@ def test_two_mistakes_are_both_found() -> None:
     module = reference_with(rope=rope_halves_swapped, gated_activation=gate_up_swapped)
     model = module.ReferenceModel(SPEC, WEIGHTS)
     result = compare(
-        ReferenceSide(model, "broken", False), good_side(SPEC, WEIGHTS), SPEC, WEIGHTS, steps=0
+        ReferenceImplementation(model, "broken", False),
+        good_side(SPEC, WEIGHTS),
+        SPEC,
+        WEIGHTS,
+        steps=0,
     )
     assert [finding.tap for finding in result.findings] == ["layers.0.q_rope", "layers.0.act"]
     assert len(result.findings[0].taps) == 2 * len(SPEC.layers), "q and k: one mistake"
@@ -230,7 +234,7 @@ def test_own_tolerance_does_not_stretch(dtype: str) -> None:
     model = reference_with(gated_activation=slightly_off).ReferenceModel(SPEC, WEIGHTS, **options)
     right = good_side(SPEC, WEIGHTS, **options)
     exact = good_side(SPEC, right.model.weights)
-    left = ReferenceSide(model, "broken", False)
+    left = ReferenceImplementation(model, "broken", False)
     result = compare(left, right, SPEC, WEIGHTS, dtype=dtype, truth=exact, steps=0)
     assert [finding.op for finding in result.findings] == ["gated_activation"]
     assert len(result.findings[0].taps) == len(SPEC.layers) and not result.ok
@@ -258,14 +262,14 @@ def test_greedy_tokens_may_part_in_bf16_where_rounding_explains_it(
     exact = good_side(SPEC, left.model.weights)
     feed = right.feed
 
-    def feed_nudged(token_ids: np.ndarray, **wanted: bool) -> Fed:
+    def feed_nudged(token_ids: np.ndarray, **wanted: bool) -> StepResult:
         fed = feed(token_ids, **wanted)
         if len(token_ids) > 1:
             return fed
         logits = fed.logits.copy()
         first, second = np.argsort(logits[0])[:-3:-1]
         logits[0, second] = logits[0, first] + nudge
-        return Fed(logits, int(second), fed.taps)
+        return StepResult(logits, int(second), fed.taps)
 
     monkeypatch.setattr(right, "feed", feed_nudged)
     result = compare(left, right, SPEC, WEIGHTS, dtype="bf16", truth=exact, steps=12)
@@ -279,9 +283,9 @@ def test_greedy_tokens_may_not_part_in_float32(monkeypatch: pytest.MonkeyPatch) 
     left, right = good_side(SPEC, WEIGHTS), good_side(SPEC, WEIGHTS)
     feed = right.feed
 
-    def feed_other(token_ids: np.ndarray, **wanted: bool) -> Fed:
+    def feed_other(token_ids: np.ndarray, **wanted: bool) -> StepResult:
         fed = feed(token_ids, **wanted)
-        return Fed(fed.logits, 7, fed.taps) if len(token_ids) == 1 else fed
+        return StepResult(fed.logits, 7, fed.taps) if len(token_ids) == 1 else fed
 
     monkeypatch.setattr(right, "feed", feed_other)
     result = compare(left, right, SPEC, WEIGHTS)

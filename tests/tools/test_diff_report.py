@@ -8,7 +8,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,14 +24,13 @@ from diff_helpers import (
 from rich.console import Console
 
 from octavo.cli import main
-from octavo.diff.graph import LAYER_PARTS
 from octavo.diff.html import LOG_HIGH, LOG_LOW, pack, render, write_html
 from octavo.diff.measure import row_errors
-from octavo.diff.numbers import cosine, number
-from octavo.diff.op_sources import OP_SOURCES
+from octavo.diff.op_sources import _TAP_HINTS, OP_SOURCES, hint_for
 from octavo.diff.report import print_report, to_json
+from octavo.diff.texts import cosine, number
 from octavo.errors import FileError
-from octavo.models.layer import tap_names
+from octavo.models.layer import Matrix, Node, Op, model_nodes, tap_names
 
 SPEC = small_spec(num_layers=4)
 WEIGHTS = random_weights(SPEC)
@@ -94,16 +93,23 @@ def test_numbers_are_short() -> None:
 # ---- pointers into the repository ----
 
 
-def test_every_tap_has_an_op_and_its_files_exist() -> None:
-    parts = {name.split(".")[-1] for name in tap_names(SPEC)}
-    assert parts <= set(OP_SOURCES) and set(LAYER_PARTS) <= set(OP_SOURCES)
+def test_every_op_has_its_files_and_they_exist() -> None:
+    assert set(OP_SOURCES) == set(get_args(Op)) == {node.op for node in model_nodes(SPEC)}
+    assert set(_TAP_HINTS) <= {node.part for node in model_nodes(SPEC)}
     reference = (ROOT / "reference" / "ops.py").read_text()
-    for part, op in OP_SOURCES.items():
-        assert f"def {op.name}(" in reference, part
-        paths = re.findall(r"[\w/]+\.(?:cpp|h)", op.native)
-        sources = "".join((ROOT / path).read_text() for path in paths)
-        name = f"CpuBackend::{op.name}("
-        assert name in sources, f"{part} points at {paths}, where {name}) is not"
+    for op, sources in OP_SOURCES.items():
+        assert f"def {op}(" in reference
+        paths = re.findall(r"[\w/]+\.(?:cpp|h)", sources.cpu)
+        text = "".join((ROOT / path).read_text() for path in paths)
+        name = f"CpuBackend::{op}("
+        assert name in text, f"{op} points at {paths}, where {name}) is not"
+        for path in re.findall(r"[\w/]+\.(?:cu|cpp|h)", sources.cuda):
+            assert (ROOT / path).is_file(), path
+
+
+def test_a_tap_that_nobody_knows_has_the_hint_of_its_op() -> None:
+    node = Node("layers.2.router", "linear", ("layers.2.mlp_norm",), 8, (Matrix("x", 8, 36),))
+    assert hint_for(node) == OP_SOURCES["linear"].hint
 
 
 # ---- the terminal ----

@@ -1,11 +1,11 @@
-"""octavo's native core as a side: one sequence on a `_native.Runtime`, every row a logit row."""
+"""octavo's native core: one sequence on a `_native.Runtime`, every row a logit row."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from octavo.config import EngineConfig
-from octavo.diff.implementations import Fed, Int32
+from octavo.diff.implementations import Int32, StepResult
 from octavo.quantization.plan import describe_dtypes
 from octavo.runtime.loader import LoadedRuntime, LoadProgress, load_runtime
 from octavo.weights.checkpoint import Checkpoint
@@ -14,7 +14,7 @@ from octavo.weights.model_files import ModelFiles
 BLOCK_SIZE = 16
 
 
-def load_native_side(
+def load_native(
     files: ModelFiles,
     checkpoint: Checkpoint,
     *,
@@ -24,7 +24,7 @@ def load_native_side(
     chunk_size: int,
     num_threads: int = 0,
     progress: LoadProgress | None = None,
-) -> NativeSide:
+) -> NativeImplementation:
     """Load the model for one sequence of at most `max_tokens` tokens, fed `chunk_size` at a time.
 
     Raises what `octavo.runtime.loader.load_runtime` raises.
@@ -39,10 +39,12 @@ def load_native_side(
         num_kv_blocks=-(-max_tokens // BLOCK_SIZE),
         num_threads=num_threads,
     )
-    return NativeSide(load_runtime(files, checkpoint, config, progress), files.spec.num_kv_groups)
+    return NativeImplementation(
+        load_runtime(files, checkpoint, config, progress), files.spec.num_kv_groups
+    )
 
 
-class NativeSide:
+class NativeImplementation:
     """A loaded runtime. Its blocks are used in a scrambled order, so that paging is at work too."""
 
     name = "octavo"
@@ -79,7 +81,7 @@ class NativeSide:
     def reset(self) -> None:
         self._length = 0
 
-    def feed(self, token_ids: Int32, *, taps: bool = False, all_logits: bool = True) -> Fed:
+    def feed(self, token_ids: Int32, *, taps: bool = False, all_logits: bool = True) -> StepResult:
         count = len(token_ids)
         self._length += count
         held = -(-self._length // BLOCK_SIZE)
@@ -93,4 +95,4 @@ class NativeSide:
         ticket = self._runtime.submit(batch, taps=["*"] if taps else None)
         logits = self._runtime.logits(ticket)
         output = self._runtime.wait(ticket)
-        return Fed(logits, int(output.token_ids[-1]), output.taps if taps else {})
+        return StepResult(logits, int(output.token_ids[-1]), output.taps if taps else {})
