@@ -1,0 +1,240 @@
+"""How much the tests see: plants mistakes one at a time and counts those that a test catches.
+
+    make mutants                                 100 mistakes, a third of them in the native core
+    make mutants ARGS="--count 20 --seed 7 --only python"
+    make mutants ARGS="--resume"                 go on after an interruption
+    make mutants ARGS="--again"                  the same, and try the survivors with new tests
+
+Works in copies of the tree under build/mutants; the tree itself is never touched. The first run
+builds the copies and notes which functions each file of tests calls (some 15 minutes on two cores).
+A mistake in Python is then tried on the files that call its function, the nearest first; one in C++
+on the native tests and then on all files that load the native module. A test that hangs has caught
+it. A mistake that does not compile is replaced by another. 100 mistakes take an hour or two.
+
+build/mutants/report.json has every mistake with the test that caught it. Look at each survivor:
+either nothing that a user could see is different, or a test is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import signal
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+from mutant_trees import ROOT, WORK, TestFile, Tree, in_trees, map_tests, output_of, prepare
+from mutations import Place, places, planted
+
+PYTHON_ROOMS = ("python/octavo/", "reference/")
+NATIVE_ROOMS = ("csrc/core/", "csrc/cpu/")
+# The layout of pages and plots is looked at by eye; __main__ is two lines.
+NO_RISK = re.compile(r"/(__main__|html|pages|serve_plot)\.py$")
+FIRST_SECONDS = 10.0  # of the first group of tests; each further one has four times as many
+MEMORY = 8 << 30  # bytes a process may take: a mistake must not take those of the machine
+
+
+class Outcome(NamedTuple):
+    """What became of one mistake."""
+
+    place: Place
+    caught: bool
+    by: str  # the test, or how it ended; for a survivor, how many files of tests were tried
+    seconds: float
+
+
+def sample(sources: Iterable[str], seed: int) -> list[Place]:
+    """All places in an order by chance in which every room and every kind comes early.
+
+    A room (a folder) has its share of any first part of the list; within it the kinds take turns.
+    """
+    chance = random.Random(seed)
+    rooms: dict[str, list[Place]] = defaultdict(list)
+    for path in sorted(sources):
+        rooms[os.path.dirname(path)] += places(path, (ROOT / path).read_bytes())
+    order: list[tuple[float, Place]] = []
+    for inside in rooms.values():
+        chance.shuffle(inside)
+        seen: Counter[str] = Counter()
+        turns: list[tuple[int, Place]] = []
+        for place in inside:
+            turns.append((seen[place.kind], place))
+            seen[place.kind] += 1
+        first = chance.random()
+        turns.sort(key=lambda turn: turn[0])
+        order += [((n + first) / len(inside), place) for n, (_, place) in enumerate(turns)]
+    return [place for _, place in sorted(order, key=lambda each: each[0])]
+
+
+def sources_of(tree: Tree) -> tuple[list[str], list[str]]:
+    """The Python files and the C++ files (of those that this machine compiles) with places."""
+    names = output_of(["git", "ls-files", "--cached", "--others", "--exclude-standard"]).split("\n")
+    python = [n for n in names if n.startswith(PYTHON_ROOMS) and n.endswith(".py")]
+    python = [n for n in python if not NO_RISK.search(n) and (ROOT / n).exists()]
+    read = tree.must_run(["ninja", "-C", "build", "-t", "deps"])
+    compiled = set(re.findall(r"csrc/\S+", read))
+    native = [n for n in names if n.startswith(NATIVE_ROOMS) and n in compiled]
+    return python, native
+
+
+def groups(place: Place, tests: list[TestFile]) -> Iterator[list[TestFile]]:
+    """The files that could see a mistake, the nearest and quickest first, in groups that grow."""
+    if place.path.endswith(".py"):
+        key = f"{place.path}:{place.function}"
+        module = place.path.removeprefix("python/").removesuffix(".py").replace("/", ".")
+        seeing = [
+            test
+            for test in tests
+            if (key in test.calls if place.function else _loads(test, place.path))
+        ]
+    else:
+        module = "_native"
+        seeing = [test for test in tests if "native" in test.calls]
+    seeing.sort(key=lambda test: (module not in (ROOT / test.path).read_text(), test.seconds))
+    limit, group = FIRST_SECONDS, list[TestFile]()
+    for test in seeing:
+        group.append(test)
+        if sum(each.seconds for each in group) > limit:
+            yield group
+            limit, group = 4 * limit, []
+    if group:
+        yield group
+
+
+def _loads(test: TestFile, path: str) -> bool:
+    return any(call.startswith(path + ":") for call in test.calls)
+
+
+def judge(tree: Tree, place: Place, tests: list[TestFile]) -> Outcome | None:
+    """Plant a mistake, run the tests that could see it, and take it out; None: does not compile."""
+    source = (ROOT / place.path).read_bytes()
+    start = time.monotonic()
+    tree.write(place.path, planted(source, place))
+    try:
+        caught, by = _try_tests(tree, place, tests)
+    except _DoesNotCompile:
+        return None
+    finally:
+        tree.write(place.path, source)
+    return Outcome(place, caught, by, round(time.monotonic() - start, 1))
+
+
+class _DoesNotCompile(Exception):
+    pass
+
+
+def _try_tests(tree: Tree, place: Place, tests: list[TestFile]) -> tuple[bool, str]:
+    if not place.path.endswith(".py"):
+        if not tree.build():
+            raise _DoesNotCompile
+        status, printed = tree.run(["build/tests/native/octavo_tests"], 600.0)
+        if status:
+            failed = re.search(r"FAILED +(.*)", printed)
+            return True, f"native tests: {failed[1] if failed else f'exit code {status}'}"
+    tried = 0
+    for group in groups(place, tests):
+        limit = 120.0 + 6 * sum(test.seconds for test in group)
+        status, printed = tree.pytest([test.path for test in group], limit)
+        if status:
+            failed = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
+            return True, failed[1] if failed else f"{group[0].path} ...: exit code {status}"
+        tried += len(group)
+    return False, f"{tried} files of tests passed"
+
+
+def judge_many(
+    trees: list[Tree], order: list[Place], count: int, tests: list[TestFile], known: list[Outcome]
+) -> Iterator[Outcome | None]:
+    """The outcomes of the first `count` places that compile; None for each that does not."""
+    known_before = {outcome.place: outcome for outcome in known}
+    rest = iter(order)
+    while count and (now := list(islice(rest, count))):
+        judged = in_trees(
+            trees, lambda tree, place: known_before.get(place) or judge(tree, place, tests), now
+        )
+        for outcome in judged:
+            count -= outcome is not None
+            yield outcome
+
+
+def show(outcome: Outcome) -> str:
+    """A mistake in three lines: where, before, after."""
+    place, source = outcome.place, (ROOT / outcome.place.path).read_bytes()
+    before = source.splitlines()[place.line - 1].decode().strip()
+    after = planted(source, place).splitlines()[place.line - 1].decode().strip()
+    word = "caught" if outcome.caught else "SURVIVED"
+    where = f"{place.path}:{place.line}"
+    return f"{word} {where} {outcome.seconds} s: {outcome.by}\n  - {before}\n  + {after}"
+
+
+def save(outcomes: list[Outcome]) -> None:
+    kept = [{**outcome._asdict(), "place": outcome.place._asdict()} for outcome in outcomes]
+    (WORK / "report.json").write_text(json.dumps(kept, indent=1))
+
+
+def saved() -> list[Outcome]:
+    """What an earlier run found."""
+    kept = json.loads((WORK / "report.json").read_text())
+    return [Outcome(**{**entry, "place": Place(**entry["place"])}) for entry in kept]
+
+
+def sum_up(outcomes: list[Outcome], not_compiled: int, seed: int) -> str:
+    """Survivors, rooms, and the share that was caught."""
+    rooms: dict[str, Counter[bool]] = defaultdict(Counter)
+    for outcome in outcomes:
+        rooms[os.path.dirname(outcome.place.path)][outcome.caught] += 1
+    lines = ["", *(show(outcome) for outcome in outcomes if not outcome.caught), ""]
+    for room, counts in sorted(rooms.items()):
+        lines.append(f"{room:30} {counts[True]:3} caught {counts[False]:3} survived")
+    caught = sum(outcome.caught for outcome in outcomes)
+    share = caught / max(1, len(outcomes))
+    lines.append(
+        f"{caught} of {len(outcomes)} mistakes caught ({share:.0%}), seed {seed}; "
+        f"{not_compiled} others did not compile"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=100, help="mistakes to plant (100)")
+    parser.add_argument("--seed", type=int, default=1, help="which ones (1)")
+    parser.add_argument("--only", choices=["python", "native"], help="only in this language")
+    parser.add_argument("--jobs", type=int, default=2, help="copies at work at a time (2)")
+    parser.add_argument("--resume", action="store_true", help="keep what report.json says already")
+    parser.add_argument("--again", action="store_true", help="keep of it what was caught")
+    options = parser.parse_args()
+    # A shell's background has it ignored, and so would the programs that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    known = saved() if options.resume or options.again else []
+    known = [outcome for outcome in known if outcome.caught or not options.again]
+    trees = prepare(options.jobs)
+    tests = map_tests(trees)
+    python, native = sources_of(trees[0])
+    native_count = {"python": 0, "native": options.count}.get(options.only, options.count // 3)
+    outcomes, not_compiled = list[Outcome](), 0
+    # Python first: its tests need a native module without a mistake.
+    for sources, count in ((python, options.count - native_count), (native, native_count)):
+        order = sample(sources, options.seed)
+        for outcome in judge_many(trees, order, count, tests, known):
+            if outcome is None:
+                not_compiled += 1
+            else:
+                outcomes.append(outcome)
+                save(outcomes)
+                print(f"{len(outcomes)}/{options.count} {show(outcome)}", flush=True)
+    print(sum_up(outcomes, not_compiled, options.seed))
+
+
+if __name__ == "__main__":
+    main()
