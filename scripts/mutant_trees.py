@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +33,9 @@ class TestFile(NamedTuple):
 
     path: str
     seconds: float
-    calls: frozenset[str]  # "path:first line" of functions; "native": the module was loaded
+    tests: dict[str, float]  # each with its seconds
+    # "path:first line" of a function, or "native" for the native module: the tests that called it
+    callers: dict[str, list[str]]
 
 
 class Tree:
@@ -109,10 +112,10 @@ class Tree:
             printed.seek(0)
             return status, printed.read()
 
-    def pytest(self, files: Iterable[str], limit: float, **variables: str) -> tuple[int, str]:
-        """Run files of tests up to the first failure."""
+    def pytest(self, tests: Iterable[str], limit: float, **variables: str) -> tuple[int, str]:
+        """Run tests, or files of them, up to the first failure."""
         options = ["-x", "-q", "-p", "no:xdist", "--tb=no"]
-        return self.run([sys.executable, "-m", "pytest", *options, *files], limit, **variables)
+        return self.run([sys.executable, "-m", "pytest", *options, *tests], limit, **variables)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
@@ -167,28 +170,35 @@ def map_tests(trees: list[Tree]) -> list[TestFile]:
         calls = tree.root / ".calls"
         calls.unlink(missing_ok=True)
         path = os.pathsep.join(str(tree.root / each) for each in ("python", "scripts/trace_calls"))
+        variables = {"OCTAVO_CALLS": str(calls), "OCTAVO_ROOT": str(tree.root), "PYTHONPATH": path}
         start = time.monotonic()
-        status, printed = tree.pytest(
-            [name], 1800.0, PYTHONPATH=path, OCTAVO_CALLS=str(calls), OCTAVO_ROOT=str(tree.root)
-        )
-        if status not in (0, 5):  # 5: all of its tests are skipped here
-            print(f"{name} fails without any mistake:\n{printed[-4000:]}", flush=True)
-            return name, None
+        status, printed = tree.pytest(["-p", "sitecustomize", name], 1800.0, **variables)
         seconds = round(time.monotonic() - start, 2)
         print(f"{name}: {seconds} s", flush=True)
-        lines = sorted(set(calls.read_text().split()))
-        return name, {"digest": digest, "seconds": seconds, "calls": lines}
+        if status not in (0, 5):  # 5: all of its tests are skipped here
+            print(f"fails without any mistake:\n{printed[-4000:]}", flush=True)
+            return name, None
+        times: dict[str, float] = defaultdict(float)
+        callers: dict[str, list[str]] = defaultdict(list)
+        for line in calls.read_text().splitlines() if calls.exists() else []:
+            test, took, called = json.loads(line)
+            times[test] += took
+            for each in called:
+                callers[each].append(test)
+        found = TestFile(name, seconds, times, callers)
+        return name, {"digest": digest, **found._asdict()}
 
     failed = []
     for name, entry in in_trees(trees, run, names):
         if entry is None:
             failed.append(name)
-            continue
-        kept[name] = entry
-        kept_at.write_text(json.dumps(kept))
+        elif kept.get(name) is not entry:
+            kept[name] = entry
+            kept_at.write_text(json.dumps(kept))
     if failed:
         raise SystemExit(f"these fail without any mistake: {' '.join(failed)}")
-    return [TestFile(n, kept[n]["seconds"], frozenset(kept[n]["calls"])) for n in names]
+    fields = TestFile._fields
+    return [TestFile(*(kept[name][field] for field in fields)) for name in names]
 
 
 def in_trees(

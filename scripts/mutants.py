@@ -37,7 +37,8 @@ PYTHON_ROOMS = ("python/octavo/", "reference/")
 NATIVE_ROOMS = ("csrc/core/", "csrc/cpu/")
 # The layout of pages and plots is looked at by eye; __main__ is two lines.
 NO_RISK = re.compile(r"/(__main__|html|pages|serve_plot)\.py$")
-FIRST_SECONDS = 10.0  # of the first group of tests; each further one has four times as many
+FIRST_SECONDS = 10.0  # of the first group of tests; each further one may take four times as long
+NO_SUCH_TEST = 4  # pytest's exit code, for tests whose names are not the same in every run
 MEMORY = 8 << 30  # bytes a process may take: a mistake must not take those of the machine
 
 
@@ -84,41 +85,58 @@ def sources_of(tree: Tree) -> tuple[list[str], list[str]]:
     return python, native
 
 
-def groups(place: Place, tests: list[TestFile]) -> Iterator[list[TestFile]]:
-    """The files that could see a mistake, the nearest and quickest first, in groups that grow."""
-    if place.path.endswith(".py"):
-        key = f"{place.path}:{place.function}"
-        module = place.path.removeprefix("python/").removesuffix(".py").replace("/", ".")
-        seeing = [
-            test
-            for test in tests
-            if (key in test.calls if place.function else _loads(test, place.path))
-        ]
+def groups(place: Place, files: list[TestFile]) -> Iterator[tuple[list[str], float]]:
+    """Tests that could see a mistake, to be run together, and the seconds they take without it.
+
+    First the quickest that call the function themselves; then whole files, the nearest first, since
+    what one test calls another may find in a cache or a fixture.
+    """
+    is_python = place.path.endswith(".py")
+    key = f"{place.path}:{place.function}" if is_python else "native"
+    module = place.path.removeprefix("python/").removesuffix(".py").replace("/", ".")
+    if is_python and not place.function:  # at import
+        seeing = [f for f in files if any(c.startswith(place.path + ":") for c in f.callers)]
     else:
-        module = "_native"
-        seeing = [test for test in tests if "native" in test.calls]
-    seeing.sort(key=lambda test: (module not in (ROOT / test.path).read_text(), test.seconds))
-    limit, group = FIRST_SECONDS, list[TestFile]()
-    for test in seeing:
-        group.append(test)
-        if sum(each.seconds for each in group) > limit:
-            yield group
-            limit, group = 4 * limit, []
+        seeing = [f for f in files if key in f.callers]
+    is_far = {f.path: (module if is_python else "_native") not in _text(f) for f in seeing}
+    seeing.sort(key=lambda f: (is_far[f.path], f.seconds))
+    if is_python and place.function:
+        tests = [(is_far[f.path], f.tests[test], test) for f in seeing for test in f.callers[key]]
+        yield _quickest(sorted(set(tests)))
+    limit, group, seconds = 4 * FIRST_SECONDS, list[str](), 0.0
+    for file in seeing:
+        group.append(file.path)
+        seconds += file.seconds
+        if seconds > limit:
+            yield group, seconds
+            limit, group, seconds = 4 * limit, [], 0.0
     if group:
-        yield group
+        yield group, seconds
 
 
-def _loads(test: TestFile, path: str) -> bool:
-    return any(call.startswith(path + ":") for call in test.calls)
+def _quickest(tests: list[tuple[bool, float, str]]) -> tuple[list[str], float]:
+    """From the start of the list, at most three parameters of each test, for FIRST_SECONDS."""
+    chosen, total, times = list[str](), 0.0, Counter[str]()
+    for _, seconds, test in tests:
+        name = test.partition("[")[0]
+        if times[name] < 3 and (not chosen or total + seconds < FIRST_SECONDS):
+            chosen.append(test)
+            total += seconds
+            times[name] += 1
+    return chosen, total
 
 
-def judge(tree: Tree, place: Place, tests: list[TestFile]) -> Outcome | None:
+def _text(file: TestFile) -> str:
+    return (ROOT / file.path).read_text()
+
+
+def judge(tree: Tree, place: Place, files: list[TestFile]) -> Outcome | None:
     """Plant a mistake, run the tests that could see it, and take it out; None: does not compile."""
     source = (ROOT / place.path).read_bytes()
     start = time.monotonic()
     tree.write(place.path, planted(source, place))
     try:
-        caught, by = _try_tests(tree, place, tests)
+        caught, by = _try_tests(tree, place, files)
     except _DoesNotCompile:
         return None
     finally:
@@ -130,7 +148,7 @@ class _DoesNotCompile(Exception):
     pass
 
 
-def _try_tests(tree: Tree, place: Place, tests: list[TestFile]) -> tuple[bool, str]:
+def _try_tests(tree: Tree, place: Place, files: list[TestFile]) -> tuple[bool, str]:
     if not place.path.endswith(".py"):
         if not tree.build():
             raise _DoesNotCompile
@@ -139,25 +157,24 @@ def _try_tests(tree: Tree, place: Place, tests: list[TestFile]) -> tuple[bool, s
             failed = re.search(r"FAILED +(.*)", printed)
             return True, f"native tests: {failed[1] if failed else f'exit code {status}'}"
     tried = 0
-    for group in groups(place, tests):
-        limit = 120.0 + 6 * sum(test.seconds for test in group)
-        status, printed = tree.pytest([test.path for test in group], limit)
-        if status:
+    for group, seconds in groups(place, files):
+        status, printed = tree.pytest(group, 120.0 + 6 * seconds)
+        if status not in (0, NO_SUCH_TEST):
             failed = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
-            return True, failed[1] if failed else f"{group[0].path} ...: exit code {status}"
-        tried += len(group)
+            return True, failed[1] if failed else f"{group[0]} ...: exit code {status}"
+        tried += sum("::" not in each for each in group)
     return False, f"{tried} files of tests passed"
 
 
 def judge_many(
-    trees: list[Tree], order: list[Place], count: int, tests: list[TestFile], known: list[Outcome]
+    trees: list[Tree], order: list[Place], count: int, files: list[TestFile], known: list[Outcome]
 ) -> Iterator[Outcome | None]:
     """The outcomes of the first `count` places that compile; None for each that does not."""
     known_before = {outcome.place: outcome for outcome in known}
     rest = iter(order)
     while count and (now := list(islice(rest, count))):
         judged = in_trees(
-            trees, lambda tree, place: known_before.get(place) or judge(tree, place, tests), now
+            trees, lambda tree, place: known_before.get(place) or judge(tree, place, files), now
         )
         for outcome in judged:
             count -= outcome is not None
@@ -219,14 +236,14 @@ def main() -> None:
     known = saved() if options.resume or options.again else []
     known = [outcome for outcome in known if outcome.caught or not options.again]
     trees = prepare(options.jobs)
-    tests = map_tests(trees)
+    files = map_tests(trees)
     python, native = sources_of(trees[0])
     native_count = {"python": 0, "native": options.count}.get(options.only, options.count // 3)
     outcomes, not_compiled = list[Outcome](), 0
     # Python first: its tests need a native module without a mistake.
     for sources, count in ((python, options.count - native_count), (native, native_count)):
         order = sample(sources, options.seed)
-        for outcome in judge_many(trees, order, count, tests, known):
+        for outcome in judge_many(trees, order, count, files, known):
             if outcome is None:
                 not_compiled += 1
             else:

@@ -1,16 +1,20 @@
-"""Notes which functions a Python process and those it starts call, for `make mutants`.
+"""Notes which functions each test calls, also in the processes it starts, for `make mutants`.
 
-Python imports this file by itself where its folder is on PYTHONPATH. At its end the process appends
-to the file $OCTAVO_CALLS a line "path:first line" for every function it called, the path being from
-the root of the tree, and the line "native" if it loaded the native module.
+Python imports this file by itself where its folder is on PYTHONPATH; pytest takes it for a plugin
+with `-p sitecustomize` (PYTEST_DONT_REWRITE: it is imported before pytest). After every test, and
+at the end of a process that a test started, a line of JSON is added to the file $OCTAVO_CALLS: the
+test, its seconds, and what it called as "path:first line", the path being from the tree's root.
 """
 
 import atexit
+import json
 import os
 import sys
 import threading
+import time
 
 _called = {}
+_started = time.monotonic()
 
 
 def _note_call(frame, event, argument):
@@ -18,19 +22,27 @@ def _note_call(frame, event, argument):
     _called[id(frame.f_code)] = frame.f_code
 
 
-def _write_calls():
-    sys.settrace(None)
+def _write(test):
+    global _started
+    codes, now = list(_called.values()), time.monotonic()
+    _called.clear()
     root = os.environ["OCTAVO_ROOT"] + os.sep
-    lines = {"native"} if "octavo._native" in sys.modules else set()
-    for code in list(_called.values()):
-        if code.co_filename.startswith(root):  # through the link to reference/, too
+    calls = ["native"] if "octavo._native" in sys.modules else []
+    for code in codes:
+        if code.co_filename.startswith(root):  # also through the link to reference/
             path = os.path.realpath(code.co_filename)[len(root) :]
-            lines.add(f"{path}:{code.co_firstlineno}")
+            calls.append(f"{path}:{code.co_firstlineno}")
     with open(os.environ["OCTAVO_CALLS"], "a") as file:
-        file.write("\n".join([*lines, ""]))
+        file.write(json.dumps([test, now - _started, calls]) + "\n")
+    _started = now
+
+
+def pytest_runtest_logfinish(nodeid):
+    _write(nodeid)
 
 
 if "OCTAVO_CALLS" in os.environ:
-    atexit.register(_write_calls)
+    if "PYTEST_CURRENT_TEST" in os.environ:  # "test (call)" of the process that started this one
+        atexit.register(_write, os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0])
     threading.settrace(_note_call)
     sys.settrace(_note_call)
