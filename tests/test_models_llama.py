@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.errors import ModelNotFoundError, UnsupportedModelError
+from octavo.models.fields import describe
 from octavo.models.llama import read_spec, weight_map
 from octavo.models.registry import read_model
 from octavo.models.spec import ModelSpec, RopeSpec, weight_shapes
@@ -294,6 +295,11 @@ def test_malformed_json_is_named(content: bytes, name: str, tmp_path: Path) -> N
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UnsupportedModelError, match=name):
         read_model(tmp_path)
+
+
+def test_a_long_value_is_cut_in_messages() -> None:
+    assert describe("x" * 78) == repr("x" * 78)
+    assert describe("x" * 79) == "'" + "x" * 76 + "..."
 
 
 def test_missing_directory_and_missing_config(tmp_path: Path) -> None:
