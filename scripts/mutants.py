@@ -28,6 +28,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 from mutant_trees import ROOT, WORK, TestFile, Tree, in_trees, map_tests, output_of, prepare
@@ -49,9 +50,10 @@ class Outcome(NamedTuple):
     caught: bool
     by: str  # the test, or how it ended; for a survivor, how many files of tests were tried
     seconds: float
+    change: tuple[str, ...]  # the line before and after
 
 
-def sample(sources: Iterable[str], seed: int) -> list[Place]:
+def sample(root: Path, sources: Iterable[str], seed: int) -> list[Place]:
     """All places in an order by chance in which every room and every kind comes early.
 
     A room (a folder) has its share of any first part of the list; within it the kinds take turns.
@@ -59,7 +61,7 @@ def sample(sources: Iterable[str], seed: int) -> list[Place]:
     chance = random.Random(seed)
     rooms: dict[str, list[Place]] = defaultdict(list)
     for path in sorted(sources):
-        rooms[os.path.dirname(path)] += places(path, (ROOT / path).read_bytes())
+        rooms[os.path.dirname(path)] += places(path, (root / path).read_bytes())
     order: list[tuple[float, Place]] = []
     for inside in rooms.values():
         chance.shuffle(inside)
@@ -100,7 +102,7 @@ def groups(place: Place, files: list[TestFile]) -> Iterator[tuple[list[str], flo
         seeing = [f for f in files if key in f.callers]
     is_far = {f.path: (module if is_python else "_native") not in _text(f) for f in seeing}
     seeing.sort(key=lambda f: (is_far[f.path], f.seconds))
-    if is_python and place.function:
+    if is_python and place.function and seeing:
         tests = [(is_far[f.path], f.tests[test], test) for f in seeing for test in f.callers[key]]
         yield _quickest(sorted(set(tests)))
     limit, group, seconds = 4 * FIRST_SECONDS, list[str](), 0.0
@@ -132,16 +134,19 @@ def _text(file: TestFile) -> str:
 
 def judge(tree: Tree, place: Place, files: list[TestFile]) -> Outcome | None:
     """Plant a mistake, run the tests that could see it, and take it out; None: does not compile."""
-    source = (ROOT / place.path).read_bytes()
+    source = (tree.root / place.path).read_bytes()
+    mistaken = planted(source, place)
+    texts = (text.splitlines()[place.line - 1].decode().strip() for text in (source, mistaken))
+    change = tuple(texts)
     start = time.monotonic()
-    tree.write(place.path, planted(source, place))
+    tree.write(place.path, mistaken)
     try:
         caught, by = _try_tests(tree, place, files)
     except _DoesNotCompile:
         return None
     finally:
         tree.write(place.path, source)
-    return Outcome(place, caught, by, round(time.monotonic() - start, 1))
+    return Outcome(place, caught, by, round(time.monotonic() - start, 1), change)
 
 
 class _DoesNotCompile(Exception):
@@ -183,11 +188,9 @@ def judge_many(
 
 def show(outcome: Outcome) -> str:
     """A mistake in three lines: where, before, after."""
-    place, source = outcome.place, (ROOT / outcome.place.path).read_bytes()
-    before = source.splitlines()[place.line - 1].decode().strip()
-    after = planted(source, place).splitlines()[place.line - 1].decode().strip()
     word = "caught" if outcome.caught else "SURVIVED"
-    where = f"{place.path}:{place.line}"
+    where = f"{outcome.place.path}:{outcome.place.line}"
+    before, after = outcome.change
     return f"{word} {where} {outcome.seconds} s: {outcome.by}\n  - {before}\n  + {after}"
 
 
@@ -242,7 +245,7 @@ def main() -> None:
     outcomes, not_compiled = list[Outcome](), 0
     # Python first: its tests need a native module without a mistake.
     for sources, count in ((python, options.count - native_count), (native, native_count)):
-        order = sample(sources, options.seed)
+        order = sample(trees[0].root, sources, options.seed)
         for outcome in judge_many(trees, order, count, files, known):
             if outcome is None:
                 not_compiled += 1

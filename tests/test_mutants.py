@@ -117,15 +117,14 @@ def test_a_sample_visits_every_room_and_kind_early(
     """Rooms have their share of the first mistakes, and the kinds of a room take turns."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     mutants = importlib.import_module("mutants")
-    monkeypatch.setattr(mutants, "ROOT", tmp_path)
     rooms = {"large": "x = [1, 2, 3, 4, 5, 6] + y < 7 and z\n" * 3, "small": "x = 1 < y + 2\n" * 3}
     for room, text in rooms.items():
         (tmp_path / room).mkdir()
         (tmp_path / room / "a.py").write_text(text)
-    order = mutants.sample([f"{room}/a.py" for room in rooms], seed=1)
+    order = mutants.sample(tmp_path, [f"{room}/a.py" for room in rooms], seed=1)
     assert len(order) == len(set(order)) == 3 * 10 + 3 * 4
-    assert order == mutants.sample([f"{room}/a.py" for room in rooms], seed=1)
-    assert order != mutants.sample([f"{room}/a.py" for room in rooms], seed=2)
+    assert order == mutants.sample(tmp_path, [f"{room}/a.py" for room in rooms], seed=1)
+    assert order != mutants.sample(tmp_path, [f"{room}/a.py" for room in rooms], seed=2)
     first = [place.path for place in order[:14]]
     assert 3 <= first.count("small/a.py") <= 5
     large = [place.kind for place in order if place.path == "large/a.py"]
