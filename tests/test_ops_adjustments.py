@@ -139,7 +139,7 @@ def test_a_step_draws_from_adjusted_logits_and_reports_the_models_own() -> None:
     runtime = tiny_runtime()
 
     def batch() -> _native.Batch:
-        return make_batch([(PROMPT, 0, [0, 1])], num_logprobs=np.array([3], np.int32))
+        return make_batch([(PROMPT, 0, [0, 1])], num_logprobs=3)
 
     plain = runtime.step(batch())
     best, second, third = plain.top_token_ids[0].tolist()

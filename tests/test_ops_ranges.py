@@ -10,6 +10,7 @@ import pytest
 
 from octavo import _native
 from octavo.models.spec import WeightFormat
+from octavo.reference.sampling import sampling_rows
 from reference_helpers import uniform
 
 
@@ -71,19 +72,12 @@ def quantized_linear(native: _native.Ops, **changed: Any) -> np.ndarray:
 
 
 def sample(native: _native.Ops, **changed: Any) -> np.ndarray:
-    ones, zeros = np.ones(2, dtype=np.float32), np.zeros(2, dtype=np.float32)
     arguments: dict[str, Any] = {
         "logits": uniform(1, 2, 70),
-        "temperature": ones,
-        "top_k": ints(0, 5),
-        "top_p": ones,
-        "min_p": zeros,
-        "seed": np.arange(2, dtype=np.uint64),
-        "sample_index": ints(0, 0),
-        "positions": ints(3, 4),
+        "rows": sampling_rows(2, temperature=1, top_k=[0, 5], seed=[0, 1], position=[3, 4]),
         "masks": np.full((2, 3), -1, dtype=np.int32),
     }
-    return native.sample(**{**arguments, **changed})
+    return native.sample(**{**arguments, **changed})[0]
 
 
 OPS = [embed, rope_and_store, attention, quantized_linear, sample]
@@ -130,7 +124,12 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (quantized_linear, {"format": WeightFormat("f32"), "zeros": None}, "format is f32"),
     (sample, {"masks": np.zeros((1, 3), dtype=np.int32)}, "masks has 1 entries; expected 2"),
     (sample, {"masks": np.zeros((2, 2), dtype=np.int32)}, "a row of masks has 2 .* expected 3"),
-    (sample, {"top_k": ints(1)}, "a sampling array has 1 entries; expected 2"),
+    (sample, {"rows": sampling_rows(1)}, "sampling has 1 entries; expected 2"),
+    (
+        sample,
+        {"rows": sampling_rows(2, state_row=[1, 2])},
+        r"\[1\].state_row is 2; .* -1 to 1",
+    ),
 ]
 
 

@@ -241,7 +241,7 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool dr
   flight.drawn = std::promise<void>();
   flight.ticket = next_ticket_++;
   flight.num_rows = batch.num_rows();
-  flight.num_top = batch.num_top();
+  flight.num_top = std::max<std::int64_t>(batch.num_logprobs(), 0);
   flight.batch = std::move(batch);
   flight.tap_names = std::move(taps);
   flight.taps.clear();

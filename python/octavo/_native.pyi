@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
+SamplingRows = NDArray[np.void]  # of octavo.reference.sampling.SAMPLING_ROW
 
 def build_info() -> dict[str, Any]:
     """What was built, and what it found.
@@ -79,13 +80,11 @@ class Batch:
     context_lens: int32 (num_seqs,), new tokens included.
     block_tables: int32 (num_kv_groups, num_seqs, max_blocks), -1 behind the last block.
     logit_rows: int32 (num_rows,), indices into token_ids whose logits are wanted, ascending.
-    Sampling, one entry a logit row (all of length num_rows):
-    temperature: float32; 0 is greedy. top_k: int32; 0 keeps all. top_p, min_p: float32.
-    seed: uint64. sample_index: int32. num_logprobs: int32; -1 none, 0 only the token drawn.
-    state_rows: int32 in 0 .. max_num_seqs - 1; where the drawn token is kept for a later
-        negative token id; -1 keeps it nowhere.
-    The position that enters the random numbers is the position of the token to be drawn.
-    Left out, the sampling arrays mean greedy without logprobs.
+    sampling: (num_rows,) of octavo.reference.sampling.SAMPLING_ROW, which says what its fields
+        mean: how each logit row is sampled. state_row is in 0 .. max_num_seqs - 1, or -1; the
+        position is set by the step, whatever it is here. Left out: greedy, without logprobs.
+    adapter_ids: int32 (num_seqs,), the adapter of each sequence, -1 for none; and embeddings:
+        float32 (num_tokens, hidden_size), in place of token_ids. No runtime takes them yet.
     """
 
     def __init__(
@@ -95,14 +94,9 @@ class Batch:
         context_lens: Int32,
         block_tables: Int32,
         logit_rows: Int32,
-        temperature: Float32 | None = None,
-        top_k: Int32 | None = None,
-        top_p: Float32 | None = None,
-        min_p: Float32 | None = None,
-        seed: NDArray[np.uint64] | None = None,
-        sample_index: Int32 | None = None,
-        num_logprobs: Int32 | None = None,
-        state_rows: Int32 | None = None,
+        sampling: SamplingRows | None = None,
+        adapter_ids: Int32 | None = None,
+        embeddings: Float32 | None = None,
     ) -> None: ...
 
 class StepOutput:
@@ -347,21 +341,12 @@ class Ops:
     def sample(
         self,
         logits: Float32,
-        temperature: Float32,
-        top_k: Int32,
-        top_p: Float32,
-        min_p: Float32,
-        seed: NDArray[np.uint64],
-        sample_index: Int32,
-        positions: Int32,
+        rows: SamplingRows,
         masks: Int32 | None = None,
-        num_logprobs: Int32 | None = None,
-    ) -> Any:
-        """The tokens, int32 (rows,).
+    ) -> tuple[Int32, Float32, NDArray[np.uint8], Int32, Float32, Int32]:
+        """Tokens, their logprobs, whether rows are finite; the best tokens and their logprobs.
 
-        With num_logprobs (-1: none) a tuple: tokens; their logprobs, float32; finite, uint8;
-        the best tokens and their logprobs, (rows, largest num_logprobs); and what a state of as
-        many rows kept, row r's token in the last row but r.
+        The latter two are (rows, largest num_logprobs). At last, what as many state rows keep.
         """
 
     def log_softmax(self, logits: Float32) -> Float32: ...

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.engine.loader import LoadedRuntime
+from octavo.reference.sampling import sampling_rows
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -77,7 +78,7 @@ class Session:
                 np.broadcast_to(tables, (self._num_kv_groups, *tables.shape))
             ),
             logit_rows=rows[1:] - 1 if sample else np.empty(0, np.int32),
-            state_rows=np.array(list(new), np.int32) if sample else None,
+            sampling=sampling_rows(len(new), state_row=list(new)) if sample else None,
         )
         return self._runtime.submit(batch, draw=True)
 
