@@ -41,10 +41,10 @@ from vllm_side import VllmSide
 from octavo import _native
 from octavo.config import QUANTIZE, read_environment
 from octavo.machine import processor
-from octavo.models.registry import read_model
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.fingerprint import model_digest
 from octavo.weights.hub import resolve_model
+from octavo.weights.model_files import read_model
 
 FORMATS = ("f32", "bf16", *QUANTIZE, "int4-g128")
 GGUF_FORMATS = {"f32": "f32", "bf16": "bf16", "int8": "q8_0", "w8a8": "q8_0", "int4": "q4_0"}

@@ -29,10 +29,11 @@ from octavo import _native
 from octavo.bench.peak import arithmetic_of, operations_per_second
 from octavo.config import read_environment
 from octavo.machine import processor
-from octavo.models.registry import read_model
-from octavo.models.spec import ModelSpec, weight_shapes
+from octavo.models.layer import weight_shapes
+from octavo.models.spec import ModelSpec
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.hub import resolve_model
+from octavo.weights.model_files import read_model
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BYTES = {"f32": 4, "bf16": 2}

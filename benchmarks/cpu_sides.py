@@ -28,14 +28,14 @@ class OctavoSide:
         self, path: Path, kind: str, threads: int, load_format: str, rows: list[Row]
     ) -> None:
         from octavo import LLM
-        from octavo.bench.run import Runner, fit_config
+        from octavo.bench.benchmark import Runner, fit_config
         from octavo.config import EngineConfig
         from octavo.engine.engine import Engine
-        from octavo.engine.loader import load_runtime
-        from octavo.models.registry import read_model
         from octavo.quantization.apply import quantize_checkpoint
         from octavo.quantization.plan import Scheme
+        from octavo.runtime.loader import load_runtime
         from octavo.weights.checkpoint import open_checkpoint
+        from octavo.weights.model_files import read_model
 
         settings: dict[str, Any] = {"dtype": kind if kind in ("f32", "bf16") else "bf16"}
         scheme: Scheme | None = None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from octavo.config import RuntimeOptions
-from octavo.engine.simulation import Arrival, CostModel, Simulation
+from octavo.trace.simulation import Arrival, CostModel, Simulation
 
 BYTES_A_TOKEN = 32 * 1024
 BLOCK_SIZE, MAX_MODEL_LEN = 16, 2048

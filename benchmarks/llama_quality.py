@@ -22,9 +22,9 @@ from write_gguf import write_gguf
 
 from octavo import _native
 from octavo.config import read_environment
-from octavo.models.registry import read_model
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import resolve_model
+from octavo.weights.model_files import read_model
 
 TEXT = Path(__file__).resolve().parents[1] / "python" / "octavo" / "eval" / "text.txt"
 FORMS = ("BF16", "Q8_0", "Q4_0", "Q4_K_M")

@@ -13,9 +13,9 @@ import random
 from dataclasses import replace
 
 from octavo.config import RuntimeOptions
-from octavo.engine.log_file import log_of
-from octavo.engine.replay import summarize
-from octavo.engine.simulation import Arrival, CostModel, Simulation
+from octavo.trace.log_file import log_of
+from octavo.trace.replay import summarize
+from octavo.trace.simulation import Arrival, CostModel, Simulation
 
 COSTS = CostModel(fixed=7e-3, per_token=2.5e-4, per_attended=2e-8)
 NUM_REQUESTS, REQUESTS_A_SECOND = 300, 8.0

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.errors import UnsupportedModelError
-from octavo.models.registry import ModelFiles
 from octavo.models.spec import ModelSpec
 from octavo.weights.checkpoint import Checkpoint
+from octavo.weights.model_files import ModelFiles
 
 FORMATS = {
     "f32": gguf.GGMLQuantizationType.F32,
@@ -160,9 +160,9 @@ def write_gguf(
 def main() -> None:
     """Write one file."""
     from octavo.config import read_environment
-    from octavo.models.registry import read_model
     from octavo.weights.checkpoint import open_checkpoint
     from octavo.weights.hub import resolve_model
+    from octavo.weights.model_files import read_model
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", help="a name or folder, as octavo takes it")

@@ -7,7 +7,7 @@
     logits = head(norm(x))
 
 Touvron et al. 2023 (arXiv 2302.13971) put it together. Every intermediate result has a name, the
-same here, in the native core and in `octavo diff`: see `octavo.models.spec.tap_names`.
+same here, in the native core and in `octavo diff`: see `octavo.models.layer.tap_names`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, WeightFormat, weight_shapes
+from octavo.models.layer import weight_shapes
+from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, WeightFormat
 from octavo.reference import ops
 from octavo.reference.ops import Array, Float32, Integers
 from octavo.reference.quantization import check_int4_activations, rounded_product
@@ -54,7 +55,7 @@ class ReferenceModel:
     """A model to call with token ids.
 
     spec: what the model is. weights: float32 arrays with the names and shapes of
-    `octavo.models.spec.weight_shapes`. dtype: "bf16" rounds the matrices and what is multiplied
+    `octavo.models.layer.weight_shapes`. dtype: "bf16" rounds the matrices and what is multiplied
     by them to bfloat16. kv_dtype: "bf16" and "int8" round keys and values as they enter the
     cache (`ops.to_cache`); with "bf16" attention itself is one of bfloat16 numbers.
     formats: the quantized matrices, by name without ".weight"; their weights are the numbers that

@@ -1,9 +1,9 @@
 """From logits to the next token, bit by bit.
 
-Drawing token i with probability softmax(logits / temperature)_i is the same as taking the token
+Sampling token i with probability softmax(logits / temperature)_i is the same as taking the token
 with the largest logits_i / temperature + g_i, where the g_i are independent Gumbel variates (Gumbel
 1954; Maddison et al. 2014, arXiv 1411.0030). The variates here come from a counter: g is a pure
-function of (seed, sample_index, position, token). So what a request draws depends on nothing but
+function of (seed, sample_index, position, token). So what a request samples depends on nothing but
 its logits and its seed: not on the batch, nor on the order of the work, nor on the device.
 
 That asks for the same bits everywhere. Libraries differ in the last bit of exp and log, so both
@@ -34,8 +34,8 @@ OPS = ("adjust_logits", "sample", "log_softmax", "gumbel")
 # temperature: 0 takes the largest logit. top_k: keep so many; 0 keeps all. top_p: keep the most
 # probable tokens up to this probability; 1 keeps all. min_p: drop tokens less probable than this
 # part of the most probable; 0 keeps all. seed, sample_index, position: as in `gumbel`; a step sets
-# the position itself. num_logprobs: how many of the most probable tokens to report; 0: the drawn
-# token's log-probability alone; -1: nothing. state_row: where a step keeps the drawn token, for a
+# the position itself. num_logprobs: how many of the most probable tokens to report; 0: the sampled
+# token's log-probability alone; -1: nothing. state_row: where a step keeps the sampled token, for a
 # later step to read; -1: nowhere.
 _FIELDS: tuple[tuple[str, str, float], ...] = (
     ("temperature", "<f4", 0.0),
@@ -143,7 +143,7 @@ def gumbel(seed: int, sample_index: int, position: int, vocab_size: int) -> Floa
     """A standard Gumbel variate for every token, float32 (vocab_size,).
 
     seed: 0 to 2^64 - 1. sample_index: which of a prompt's answers. position: of the token to be
-    drawn, counted from the start of the prompt.
+    sampled, counted from the start of the prompt.
 
     -log(E), where E is exponential: E = -log(u) with u in (0, 1) from the random bits. Large
     variates come from u close to 1, where float32 is coarse, so there 1 - u is made instead.
@@ -161,7 +161,7 @@ def gumbel(seed: int, sample_index: int, position: int, vocab_size: int) -> Floa
 def adjust_logits(
     logits: Float32, row_starts: Int32, token_ids: Int32, repetition: Float32, bias: Float32
 ) -> Float32:
-    """The logits with some of them changed, before a token is drawn: penalties and biases.
+    """The logits with some of them changed, before a token is sampled: penalties and biases.
 
     logits: float32 (rows, vocab_size). row_starts: int32 (rows + 1,); row r has the entries
     row_starts[r] .. row_starts[r + 1] - 1 of the other three, each of shape (entries,).
@@ -192,7 +192,7 @@ def sampling_rows(num_rows: int, **fields: npt.ArrayLike) -> SamplingRows:
 
 
 def sample(logits: Float32, rows: SamplingRows, masks: Int32 | None = None) -> Int32:
-    """Draw a token for every row.
+    """Sample a token for every row.
 
     logits: float32 (rows, vocab_size). rows: of SAMPLING_ROW, (rows,). masks: int32
     (rows, ceil(vocab_size / 32)); bit b of word w allows token 32 w + b; at least one has to be
@@ -209,18 +209,18 @@ def sample(logits: Float32, rows: SamplingRows, masks: Int32 | None = None) -> I
 
 
 def sample_row(logits: Float32, row: np.void) -> int:
-    """Draw one token from logits (vocab_size,), masked ones being -inf, by a row of options."""
+    """Sample one token from logits (vocab_size,), masked ones being -inf, by a row of options."""
     if row["temperature"] == 0:
         return int(np.argmax(logits))
     scaled = logits / row["temperature"]
     kept = keep_tokens(scaled, int(row["top_k"]), float(row["top_p"]), float(row["min_p"]))
-    draw = (int(row["seed"]), int(row["sample_index"]), int(row["position"]))
-    noisy = scaled + gumbel(*draw, len(logits))
+    counter = (int(row["seed"]), int(row["sample_index"]), int(row["position"]))
+    noisy = scaled + gumbel(*counter, len(logits))
     return int(np.argmax(np.where(kept, noisy, _f(-np.inf))))
 
 
 def keep_tokens(scaled: Float32, top_k: int, top_p: float, min_p: float) -> npt.NDArray[np.bool_]:
-    """Which tokens may be drawn: bool (vocab_size,); scaled: logits / temperature, (vocab_size,).
+    """Which tokens may be sampled: bool (vocab_size,); scaled: logits / temperature, (vocab_size,).
 
     min_p (Nguyen et al. 2024, arXiv 2407.01082) goes first, then top_k, then top_p (Holtzman et
     al. 2019, arXiv 1904.09751) of the probability that is left.

@@ -25,8 +25,8 @@ done
 
 # The tests that reach native code with odd shapes, bad arguments and damaged files.
 files=
-for file in tests/test_ops*.py tests/test_runtime*.py tests/test_invariance.py \
-    tests/test_cuda*.py tests/test_*fuzz*.py; do
+for file in tests/ops/test_ops*.py tests/engine/test_runtime*.py tests/engine/test_invariance.py \
+    tests/ops/test_cuda*.py tests/engine/test_cuda*.py tests/*/test_*fuzz*.py; do
     [ -e "$file" ] && files="$files $file"
 done
 

@@ -19,11 +19,9 @@ MOST_FAILURES = 20
 
 def main() -> None:
     """Run them all; ends with 1 where one failed."""
-    tests = sorted(str(path) for path in (ROOT / "tests").glob("test_cuda_*.py"))
-    if EMULATE:
-        arguments = ["-k", "test_norms", *tests]  # `make test` runs all of them
-    else:
-        arguments = ["-n", str(WORKERS), *tests, str(ROOT / "tests/hf/test_cuda_hf.py")]
+    tests = sorted(str(path) for path in (ROOT / "tests").glob("*/test_cuda_*.py"))
+    # `make test` runs all of them, but those beside Hugging Face, on the emulator.
+    arguments = ["-k", "test_norms"] if EMULATE else ["-n", str(WORKERS)]
     command = [
         sys.executable,
         "-m",
@@ -35,7 +33,7 @@ def main() -> None:
         "-p",
         "no:benchmark",
     ]
-    command += [f"--maxfail={MOST_FAILURES}", *arguments]
+    command += [f"--maxfail={MOST_FAILURES}", *arguments, *tests]
     environment = {**os.environ, "OCTAVO_TEST_CUDA_DEVICE": DEVICE}
     run = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, errors="replace"

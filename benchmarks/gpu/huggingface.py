@@ -18,7 +18,7 @@ import torch
 from results import EMULATE, SHAPE, TORCH_DEVICE, keep
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from octavo.diff.hf_side import cache_argument
+from octavo.diff.hugging_face import cache_argument
 
 DECODED, ROUNDS, PROMPTS, DEPTHS = 128, 3, (128, 512, 2048, 8192), (128, 2048)
 if EMULATE:

@@ -33,7 +33,7 @@ NCU += ["--kernel-name", "regex:multiply_rows|decode_attention"]
 for _section in ("SpeedOfLight", "WarpStateStats", "LaunchStats", "Occupancy"):
     NCU += ["--section", _section]
 NCU += ["--section", "MemoryWorkloadAnalysis"]
-SANITIZED = ["-m", "pytest", "-q", "-p", "no:benchmark", "tests/test_cuda_runtime.py"]
+SANITIZED = ["-m", "pytest", "-q", "-p", "no:benchmark", "tests/engine/test_cuda_runtime.py"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from results import DEVICE, EMULATE, SHAPE, keep, read
 
 from octavo import LLM, SamplingParams
 from octavo.bench.cases import BYTES, linear_weights
-from octavo.models.registry import read_model
+from octavo.weights.model_files import read_model
 
 REQUESTS, SHORTEST, LONGEST = (4, 3, 9) if EMULATE else (256, 100, 1024)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from results import DEVICE, EMULATE, SHAPE, keep
 
+from octavo.bench.benchmark import Row, bench
 from octavo.bench.cases import Case
-from octavo.bench.run import Row, bench
 from octavo.config import EngineConfig, read_environment
 
 FORMATS = ("bf16", "int8", "int4")

@@ -319,6 +319,10 @@ nb::tuple Ops::sample(Array2<float> logits, nb::object rows,
 }  // namespace
 
 void bind_ops(nb::module_& module) {
+  module.def("default_sampling_row", [] {
+    const SamplingRow row;
+    return nb::bytes(reinterpret_cast<const char*>(&row), sizeof(row));
+  });
   const auto none = nb::none();
   nb::class_<Ops>(module, "Ops")
       .def(nb::new_(&make_with_threads<Ops, std::string, int, std::string, std::string, bool,

@@ -54,8 +54,8 @@ StepOutput to_output(StepResult result) {
 }
 
 std::int64_t submit(Runtime& self, const Batch& batch,
-                    const std::optional<std::vector<std::string>>& taps, bool draw) {
-  return self.submit(batch, taps.value_or(std::vector<std::string>{}), draw);
+                    const std::optional<std::vector<std::string>>& taps, bool sample) {
+  return self.submit(batch, taps.value_or(std::vector<std::string>{}), sample);
 }
 
 // row_starts, token_ids, repetition, bias
@@ -187,7 +187,7 @@ void bind_runtime(nb::module_& module) {
       .def("allocations", &Runtime::allocations)
       .def("counts", &counts)
       .def("submit", &submit, nb::arg("batch"), nb::arg("taps") = nb::none(),
-           nb::arg("draw") = false)
+           nb::arg("sample") = false)
       .def("sample", &sample, nb::arg("ticket"), nb::arg("masks").noconvert() = nb::none(),
            nb::arg("adjustments").noconvert() = nb::none())
       .def("logits", &logits, nb::arg("ticket"))

@@ -221,7 +221,7 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
   if (offset > device_.bytes()) grow(backend, 2 * offset);
   copying = true;
   place_all();
-  backend.upload_later(device_.data(), staging_, offset);
+  backend.upload_async(device_.data(), staging_, offset);
   return step;
 }
 

@@ -45,7 +45,7 @@ class StepUpload {
  public:
   // Takes memory for every batch within these limits; a larger one makes the buffers grow.
   void reserve(Backend& backend, const BatchLimits& limits, std::int64_t max_blocks);
-  // `sampled` is the device's [max_num_seqs] memory of drawn tokens.
+  // `sampled` is the device's [max_num_seqs] memory of sampled tokens.
   Step upload(Backend& backend, const Batch& batch, std::int64_t block_size, std::int32_t* sampled);
   std::int64_t growths() const { return growths_; }
   std::size_t bytes() const { return device_.bytes(); }

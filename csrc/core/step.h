@@ -24,7 +24,8 @@ struct Step {
   const std::int32_t* logit_rows = nullptr;    // [num_rows]
   const SamplingRow* sampling = nullptr;       // [num_rows]
 
-  std::int32_t* sampled = nullptr;  // [max_num_seqs], lives on: what each state row drew last
+  std::int32_t* sampled =
+      nullptr;  // [max_num_seqs], kept between steps: each state row's last token
 
   // Every token's logits are wanted, as in decoding: since logit_rows ascend, row r is token r.
   bool rows_are_tokens() const { return num_rows == num_tokens; }

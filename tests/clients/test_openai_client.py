@@ -1,4 +1,4 @@
-"""OpenAI's own client. tests/test_server_process.py has it over SmolLM2."""
+"""OpenAI's own client. tests/server/test_server_process.py has it over SmolLM2."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from server_helpers import fake_llm, listening, runtime_of, slow_down
 
 from clients.scenes import (
     ADD,
@@ -25,7 +26,6 @@ from clients.scenes import (
     Served,
     write_model,
 )
-from server_helpers import fake_llm, listening, runtime_of, slow_down
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ import sys, time
 from pathlib import Path
 from octavo.llm import LLM
 from octavo.server.options import ServerOptions
-from octavo.server.run import serve
+from octavo.server.serving import serve
 def load():
     time.sleep(3)
     return LLM(Path(sys.argv[1]), num_threads=1)

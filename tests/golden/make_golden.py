@@ -18,18 +18,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import numpy as np
 import torch
+from golden_helpers import SMOLLM2, TINY_CONFIGS, TINY_RESULTS, load_smollm2, load_tiny_models
+from prompts import PROMPTS
+from reference_helpers import SMOLLM2_MISSING, random_weights, smollm2_path
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from golden_helpers import SMOLLM2, TINY_CONFIGS, TINY_RESULTS, load_smollm2, load_tiny_models
 from hf.hf_models import hf_taps
 from hf.hf_smollm2 import SmolLM2
 from octavo.models.llama import read_spec, weight_map
-from prompts import PROMPTS
-from reference_helpers import SMOLLM2_MISSING, random_weights, smollm2_path
 
 TINY_TOLERANCE = 2e-5
 SMOLLM2_TOLERANCE = 3e-4

@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from octavo.models.registry import ModelFiles, read_model
 from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.model_files import ModelFiles, read_model
 
 torch.set_num_threads(1)
 

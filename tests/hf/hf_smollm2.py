@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hf.hf_models import hf_logits
-from octavo.diff.hf_side import cache_argument
-from octavo.models.registry import ModelFiles, read_model
+from octavo.diff.hugging_face import cache_argument
 from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.model_files import ModelFiles, read_model
 
 NUM_GREEDY = 64
 

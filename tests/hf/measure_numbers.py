@@ -3,8 +3,8 @@
     python tests/hf/measure_numbers.py short
     python tests/hf/measure_numbers.py long
 
-Prints the tables of docs/numbers.md: of all prompts of tests/prompts.py but the long one, or of
-the prompts named.
+Prints the tables of docs/numbers.md: of all prompts of tests/helpers/prompts.py but the long one,
+or of the prompts named.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import numpy as np
 import torch
+from prompts import PROMPTS
+from reference_helpers import SMOLLM2_MISSING, NativeModel, smollm2_path
 from transformers import LlamaForCausalLM
 
 from hf.hf_models import hf_logits
 from hf.hf_smollm2 import SmolLM2
 from octavo.reference import ReferenceModel
-from prompts import PROMPTS
-from reference_helpers import SMOLLM2_MISSING, NativeModel, smollm2_path
 
 # What is compared with what; the sides are the keys of `all_logits`.
 PAIRS = {

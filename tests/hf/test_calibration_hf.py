@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
-from octavo.models.registry import read_model
-from octavo.models.spec import weight_shapes
-from octavo.quantization.apply import dequantized
-from octavo.quantization.calibrate import calibrate
-from octavo.quantization.calibration import Calibration
-from octavo.quantization.directory import quantize_directory
-from octavo.quantization.plan import Scheme
-from octavo.reference.llama import ReferenceModel
-from octavo.weights.checkpoint import open_checkpoint
 from quantization_helpers import write_float_model
 from text_helpers import CORPUS, byte_level_directory
+from transformers import AutoModelForCausalLM
+
+from octavo.models.layer import weight_shapes
+from octavo.quantization.apply import dequantized
+from octavo.quantization.plan import Scheme
+from octavo.quantize.calibrate import calibrate
+from octavo.quantize.calibration import Calibration
+from octavo.quantize.directory import quantize_directory
+from octavo.reference.llama import ReferenceModel
+from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.model_files import read_model
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the library, not of octavo

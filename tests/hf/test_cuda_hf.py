@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from cuda_helpers import DEVICE, needs_cuda
-from hf.hf_models import SHAPES, hf_logits, hf_taps, make_hf_model, save_and_read
-from octavo.models.spec import tap_names
 from reference_helpers import NativeModel
+
+from hf.hf_models import SHAPES, hf_logits, hf_taps, make_hf_model, save_and_read
+from octavo.models.layer import tap_names
 
 pytestmark = [pytest.mark.hf, needs_cuda]
 TOLERANCE = 1e-3

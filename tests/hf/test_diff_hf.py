@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from diff_helpers import tokens_for, write_model
+
 from octavo.cli import main
-from octavo.diff.hf_side import HuggingFaceSide
-from octavo.diff.native_side import load_native_side
-from octavo.diff.run import Comparison, DiffOptions
-from octavo.diff.sides import ReferenceSide
-from octavo.models.registry import read_model
-from octavo.models.spec import tap_names
+from octavo.diff.comparison import Comparison, DiffOptions
+from octavo.diff.hugging_face import HuggingFaceImplementation
+from octavo.diff.implementations import ReferenceImplementation
+from octavo.diff.native import load_native
+from octavo.models.layer import tap_names
 from octavo.reference.llama import ReferenceModel
 from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.model_files import read_model
 
 pytestmark = pytest.mark.hf
 
@@ -48,11 +48,11 @@ def compare_with_hf(path: Path, dtype: str, hf_path: Path | None = None, count: 
     checkpoint = open_checkpoint(files)
     weights = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
     model = ReferenceModel(files.spec, weights, dtype=dtype, kv_dtype=dtype)
-    left = load_native_side(
+    left = load_native(
         files, checkpoint, device="cpu", dtype=dtype, max_tokens=count + 8, chunk_size=20
     )
-    right = HuggingFaceSide(read_model(hf_path or path), dtype, num_threads=1)
-    truth = ReferenceSide(ReferenceModel(files.spec, model.weights))
+    right = HuggingFaceImplementation(read_model(hf_path or path), dtype, num_threads=1)
+    truth = ReferenceImplementation(ReferenceModel(files.spec, model.weights))
     options = DiffOptions(steps=8, decode_rows=10, chunk_size=20)
     ids = tokens_for(files.spec, count)
     return Comparison(left, right, model, ids, options, truth if dtype == "bf16" else None).run()
@@ -125,7 +125,7 @@ def test_taps_do_not_change_what_hugging_face_computes(tmp_path: Path) -> None:
 
     path = write_model(tmp_path)
     files = read_model(path)
-    side = HuggingFaceSide(files, "f32", num_threads=1)
+    side = HuggingFaceImplementation(files, "f32", num_threads=1)
     ids = tokens_for(files.spec, 33)
     tapped = side.feed(ids, taps=True)
     plain = transformers.AutoModelForCausalLM.from_pretrained(

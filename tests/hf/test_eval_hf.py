@@ -8,11 +8,11 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
+from reference_helpers import SMOLLM2_MISSING, smollm2_path
 
 from hf.hf_smollm2 import SmolLM2
 from octavo.config import EngineConfig, read_environment
-from octavo.eval.run import EvalRequest, evaluate
-from reference_helpers import SMOLLM2_MISSING, smollm2_path
+from octavo.eval.evaluation import EvalRequest, evaluate
 
 pytestmark = [
     pytest.mark.hf,

@@ -13,12 +13,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from octavo.models.registry import read_model
-from octavo.weights.checkpoint import open_checkpoint
-from octavo.weights.convert import convert_gguf
-from octavo.weights.gguf_llama import GgufLlamaSource, llama3_divisors, read_config
-from octavo.weights.gguf_parts import GgufParts
 from weights_helpers import (
     gguf_config,
     permute_rows,
@@ -27,6 +21,12 @@ from weights_helpers import (
     write_gguf,
     write_model,
 )
+
+from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.convert import convert_gguf
+from octavo.weights.gguf_llama import GgufLlamaSource, llama3_divisors, read_config
+from octavo.weights.gguf_parts import GgufParts
+from octavo.weights.model_files import read_model
 
 torch.set_num_threads(1)
 

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from octavo.models.registry import read_model
 from octavo.models.spec import RopeSpec
 from octavo.reference import ReferenceModel
 from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.model_files import read_model
 
 torch.set_num_threads(1)
 

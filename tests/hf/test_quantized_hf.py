@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quantization_helpers import SCHEMES, write_quantized_model
 from transformers import AutoModelForCausalLM
 
-from octavo.models.registry import read_model
-from octavo.models.spec import weight_shapes
+from octavo.models.layer import weight_shapes
 from octavo.quantization.apply import dequantized
-from octavo.quantization.stored import pack_words, pack_zeros
 from octavo.reference.llama import ReferenceModel
 from octavo.reference.quantization import pack_int4
 from octavo.weights.checkpoint import open_checkpoint
-from quantization_helpers import SCHEMES, write_quantized_model
+from octavo.weights.codes import pack_words, pack_zeros
+from octavo.weights.model_files import read_model
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the library, not of octavo

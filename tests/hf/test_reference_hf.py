@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hf.hf_models import SHAPES, hf_logits, hf_taps, make_hf_model, save_and_read
-from octavo.models.spec import tap_names
+from octavo.models.layer import tap_names
 from octavo.reference import KVCache, ReferenceModel
 
 pytestmark = pytest.mark.hf

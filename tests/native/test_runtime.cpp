@@ -79,7 +79,7 @@ void same_bits_on_every_instruction_set() {
   }
 }
 
-void tokens_drawn_on_the_device() {
+void tokens_sampled_on_the_device() {
   const auto runtime = small_runtime();
   const std::vector<std::int32_t> prompt = some_tokens(30);
   // Greedy, each token handed over.
@@ -91,7 +91,7 @@ void tokens_drawn_on_the_device() {
     expected.push_back(runtime->wait(ticket).token_ids[0]);
     next = {expected.back()};
   }
-  // The same with two tickets in flight: a token is what state row 4 drew last.
+  // The same with two tickets in flight: a token is what state row 4 sampled last.
   std::vector<std::int32_t> given;
   std::int64_t open = -1;
   for (std::int64_t length = 30; length < 40; ++length) {
@@ -139,7 +139,7 @@ void warm_steps_allocate_nothing() {
     for (SamplingRow& row : batch.sampling) row.num_logprobs = 3;
     runtime->wait(runtime->submit(batch, {}));
   };
-  for (int i = 0; i < 4; ++i) step(100);  // both flights
+  for (int i = 0; i < 4; ++i) step(100);  // both in-flight steps
   const std::int64_t before = runtime->allocations();
   for (std::int64_t i = 0; i < 100; ++i) step(1 + i);
   CHECK(runtime->allocations() == before);
@@ -169,7 +169,7 @@ void memory_is_counted() {
 std::vector<Test> runtime_tests() {
   return {{"the same bits in chunks and in batches", same_bits_in_chunks_and_batches},
           {"the same bits on every instruction set", same_bits_on_every_instruction_set},
-          {"tokens drawn on the device feed the next step", tokens_drawn_on_the_device},
+          {"tokens sampled on the device feed the next step", tokens_sampled_on_the_device},
           {"taps", taps},
           {"warm steps allocate nothing", warm_steps_allocate_nothing},
           {"copied blocks serve another sequence", copied_blocks_serve_another_sequence},

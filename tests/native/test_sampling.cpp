@@ -1,4 +1,4 @@
-// Drawing tokens. reference/sampling.py is the definition and Python compares the bits; here are
+// Sampling tokens. reference/sampling.py is the definition and Python compares the bits; here are
 // the edges: ties, masks, numbers that are none, and what goes where.
 
 #include <limits>

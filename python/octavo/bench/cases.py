@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from octavo.errors import InvalidArgumentError
-from octavo.models.spec import LayerSpec, ModelSpec, weight_shapes
+from octavo.models.layer import linear_nodes
+from octavo.models.spec import LayerSpec, ModelSpec
 
 # Of one number in each format; scales are little beside them.
 BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -89,12 +90,7 @@ class Work:
 
 def linear_weights(spec: ModelSpec) -> int:
     """Numbers in the matrices of the layers; the head is apart, for it sees fewer rows."""
-    names = ("q", "k", "v", "o", "gate", "up", "down")
-    return sum(
-        math.prod(shape)
-        for name, shape in weight_shapes(spec).items()
-        if name.endswith(tuple(f".{part}.weight" for part in names))
-    )
+    return sum(math.prod(node.matrix.shape) for node in linear_nodes(spec).values())
 
 
 def streamed_bytes(spec: ModelSpec, weight_bytes: int, embed_item_size: float) -> float:

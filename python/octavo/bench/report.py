@@ -6,7 +6,7 @@ import csv
 import io
 import json
 
-from octavo.bench.run import BenchResult, Row
+from octavo.bench.benchmark import BenchResult, Row
 
 OUTPUTS = ("table", "md", "json", "csv")
 HEADINGS = (

@@ -117,12 +117,12 @@ def describe_run(
     resolving the name and reading the configuration and the weights' headers raises.
     """
     from octavo import _native
-    from octavo.engine.loader import resolve_options
-    from octavo.models.registry import read_model
+    from octavo.runtime.loader import resolve_options
     from octavo.text.chat import ChatTemplate
     from octavo.weights.checkpoint import open_checkpoint
     from octavo.weights.fingerprint import model_digest
     from octavo.weights.hub import DEFAULT_MODEL, resolve_model
+    from octavo.weights.model_files import read_model
 
     environment = read_environment()
     directory = resolve_model(model, environment)

@@ -112,9 +112,9 @@ def bench(
 
     A server is measured by [bold]octavo bench serve[/bold].
     """
+    from octavo.bench.benchmark import bench as run_bench
     from octavo.bench.cases import make_cases
     from octavo.bench.report import OUTPUTS, print_result
-    from octavo.bench.run import bench as run_bench
     from octavo.cli.stage_bar import StageBar
     from octavo.config import EngineConfig, read_environment
 

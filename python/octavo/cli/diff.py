@@ -132,9 +132,9 @@ def diff(
     """
     from octavo.cli.stage_bar import StageBar
     from octavo.config import dtype_name, read_environment
+    from octavo.diff.comparison import DiffOptions
     from octavo.diff.html import write_html
     from octavo.diff.report import print_report, to_json
-    from octavo.diff.run import DiffOptions
     from octavo.diff.setup import DiffRequest, prepare
     from octavo.files import check_writable
 

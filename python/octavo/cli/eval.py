@@ -103,8 +103,8 @@ def eval(
     """
     from octavo.cli.stage_bar import StageBar
     from octavo.config import EngineConfig, read_environment
+    from octavo.eval.evaluation import EvalRequest, evaluate
     from octavo.eval.report import print_report
-    from octavo.eval.run import EvalRequest, evaluate
 
     config = EngineConfig(
         device=device,

@@ -38,9 +38,9 @@ def explain(
 
     [bold]octavo explain 17 --log events.jsonl[/bold]
     """  # noqa: E501  (typer takes a line break for one)
-    from octavo.engine.explain import explain as sentences_about
-    from octavo.engine.explain import one_line
-    from octavo.engine.log_file import read_log
+    from octavo.trace.explain import explain as sentences_about
+    from octavo.trace.explain import one_line
+    from octavo.trace.log_file import read_log
 
     recorded = read_log(log)
     if request_id is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 if TYPE_CHECKING:
-    from octavo.models.registry import ModelFiles
+    from octavo.weights.model_files import ModelFiles
 
 _DTYPES: Final = ("f32", "bf16")
 _KV_FRACTION_HELP = "of the memory left beside the weights, as the engine takes by default"
@@ -36,8 +36,8 @@ def info(
     Reads the configuration and the headers of the weight files only.
     """
     from octavo.config import read_environment
-    from octavo.models.registry import read_model
     from octavo.weights.hub import resolve_model
+    from octavo.weights.model_files import read_model
 
     facts = describe(read_model(resolve_model(model, read_environment())))
     if as_json:
@@ -52,7 +52,7 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     Raises WeightsError where there are weight files and they are damaged or do not fit. A folder
     that holds no weight file at all is described from its configuration.
     """
-    from octavo.models.spec import weight_shapes
+    from octavo.models.layer import weight_shapes
     from octavo.quantization.plan import describe_formats, embedding_formats, weight_bytes
     from octavo.weights.tensor import ITEM_SIZE
 

@@ -13,7 +13,7 @@ from octavo.errors import InvalidArgumentError
 from octavo.files import check_writable
 
 if TYPE_CHECKING:
-    from octavo.engine.replay import Quantiles, Summary
+    from octavo.trace.replay import Quantiles, Summary
 
 _POLICY_PANEL = "The engine (left out: as in the log)"
 _COST_PANEL = "The device: seconds of a step (left out: measured from the log's steps)"
@@ -93,9 +93,9 @@ def replay(
 
     [bold]octavo replay events.jsonl --num-kv-blocks 500 --speed 2[/bold]
     """  # noqa: E501  (typer takes a line break for one)
-    from octavo.engine.log_file import log_of, read_log
-    from octavo.engine.replay import arrivals_of, options_of, summarize
-    from octavo.engine.simulation import CostModel, Simulation, fit_costs
+    from octavo.trace.log_file import log_of, read_log
+    from octavo.trace.replay import arrivals_of, options_of, summarize
+    from octavo.trace.simulation import CostModel, Simulation, fit_costs
 
     if not 0 < speed < float("inf"):
         raise InvalidArgumentError(f"--speed is {speed}; expected a number above 0")

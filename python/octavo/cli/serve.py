@@ -258,7 +258,7 @@ def serve(
         served_names=names or (model if model else path.name,),
         defaults=read_defaults(path) if generation_config == "auto" else {},
     )
-    from octavo.server.run import serve as run_server
+    from octavo.server.serving import serve as run_server
 
     run_server(options, partial(_load, path, config))
     return 0

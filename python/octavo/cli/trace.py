@@ -36,8 +36,8 @@ def trace(
 
     [bold]octavo trace events.jsonl --perfetto trace.json[/bold]
     """  # noqa: E501  (typer takes a line break for one)
-    from octavo.engine.log_file import read_log
-    from octavo.engine.perfetto import perfetto_trace
+    from octavo.trace.log_file import read_log
+    from octavo.trace.perfetto import perfetto_trace
 
     recorded = read_log(log)
     write_text(perfetto, "the trace", json.dumps(perfetto_trace(recorded)))

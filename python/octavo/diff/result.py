@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 from octavo.diff.measure import Float64, RowErrors
+from octavo.models.layer import Node
 
 
 @dataclass(frozen=True)
@@ -14,13 +16,12 @@ class TapResult:
 
     relative, max_abs, cosine_gap: left against right, see measure.RowErrors. position: the row of
     the worst relative error. growth: relative over the largest relative of the tap's inputs; None
-    where those are 0 or unknown. own_left, own_right: each side's op against its definition on
-    that side's own inputs; None where not judged. The tolerances are those of tolerance.py.
+    where those are 0 or unknown. own_left, own_right: each implementation's op against its
+    definition on the inputs that it had; None where not checked. The tolerances are those of
+    tolerance.py.
     """
 
-    name: str
-    layer: int | None
-    part: str
+    node: Node
     relative: float
     max_abs: float
     cosine_gap: float
@@ -33,21 +34,38 @@ class TapResult:
     own_tolerance_right: float
 
     @property
-    def parted(self) -> bool:
-        """The two runs are no longer together here."""
+    def name(self) -> str:
+        return self.node.tap
+
+    @property
+    def layer(self) -> int | None:
+        return self.node.layer
+
+    @property
+    def part(self) -> str:
+        return self.node.part
+
+    @property
+    def own(self) -> tuple[float | None, float | None]:
+        """The own errors, left and right."""
+        return self.own_left, self.own_right
+
+    @property
+    def broken(self) -> tuple[bool, bool]:
+        """Whether the op is wrong, left and right."""
+        return (
+            self.own_left is not None and not self.own_left <= self.own_tolerance_left,
+            self.own_right is not None and not self.own_right <= self.own_tolerance_right,
+        )
+
+    @property
+    def differs(self) -> bool:
+        """The two runs do not agree here."""
         return not self.relative <= self.tolerance
 
     @property
-    def left_broken(self) -> bool:
-        return self.own_left is not None and not self.own_left <= self.own_tolerance_left
-
-    @property
-    def right_broken(self) -> bool:
-        return self.own_right is not None and not self.own_right <= self.own_tolerance_right
-
-    @property
     def ok(self) -> bool:
-        return not (self.parted or self.left_broken or self.right_broken)
+        return not (self.differs or any(self.broken))
 
 
 @dataclass(frozen=True)
@@ -63,9 +81,9 @@ class TapRows:
 class Finding:
     """One op that is wrong, or the place where two right-looking runs differ.
 
-    side: whose op, or "" where neither is at fault by itself. title: the finding in a few words.
-    taps: all taps where it shows. evidence: what was measured. mistake: what the op seems to do
-    instead, if that was recognized.
+    side: the name of whose op it is, or "" where neither is wrong by itself. title: the finding in
+    a few words. taps: all taps where it shows. evidence: what was measured. mistake: what the op
+    seems to do instead, if that was recognized.
     """
 
     side: str
@@ -96,10 +114,10 @@ class LogitsResult:
 
 @dataclass(frozen=True)
 class GreedyResult:
-    """Greedy decoding on both sides.
+    """Greedy decoding by both.
 
     parted_at: first step with different tokens, None if there is none. left_margin, right_margin:
-    top logit minus the second one at that step, by each side. tie: both margins are within what
+    top logit minus the second one at that step, by each. tie: both margins are within what
     rounding explains (bf16 only; float32 promises the same tokens).
     """
 
@@ -117,9 +135,9 @@ class GreedyResult:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """The left side's own prefill against its token-by-token decode, on the last positions.
+    """The left one's prefill against its own token-by-token decode, on the last positions.
 
-    promised: the side promises equality in every bit. different: rows that differ in any bit.
+    promised: it promises equality in every bit. different: rows that differ in any bit.
     """
 
     positions: int
@@ -135,7 +153,7 @@ class DecodeResult:
 
 @dataclass(frozen=True)
 class JudgeResult:
-    """Both sides against the same model without rounding (float64, or float32 for bf16).
+    """Both against the same model without rounding (float64, or float32 for bf16).
 
     left, right: relative error of the worst row, by tap. logits_*: largest absolute error.
     """
@@ -161,7 +179,7 @@ class DiffResult:
     token_texts: tuple[str, ...]
     taps: tuple[TapResult, ...]
     rows: Mapping[str, TapRows]
-    missing: tuple[str, ...]  # taps that one of the sides does not give
+    missing: tuple[str, ...]  # taps that one of the two does not give
     logits: LogitsResult
     greedy: GreedyResult | None
     greedy_texts: tuple[str, str]
@@ -169,6 +187,21 @@ class DiffResult:
     judge: JudgeResult | None
     findings: tuple[Finding, ...]
     seconds: float
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What the two implementations are called, left and right."""
+        return self.left_name, self.right_name
+
+    @property
+    def checked(self) -> list[int]:
+        """Which ones' ops were checked by their definition: 0 the left, 1 the right."""
+        return [index for index in (0, 1) if any(tap.own[index] is not None for tap in self.taps)]
+
+    def layers(self) -> list[list[TapResult]]:
+        """The taps of each layer; those outside of any layer by themselves."""
+        groups = groupby(self.taps, lambda tap: tap.name if tap.layer is None else tap.layer)
+        return [list(taps) for _, taps in groups]
 
     @property
     def first_bad(self) -> TapResult | None:

@@ -1,4 +1,4 @@
-"""From the words of a command line to two sides, ready to be compared."""
+"""From the words of a command line to two implementations, ready to be compared."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from octavo.config import LOAD_FORMATS, QUANTIZE, Environment
-from octavo.diff.native_side import NativeSide, load_native_side
-from octavo.diff.run import Comparison, DiffOptions, Progress, chunk_size_for
-from octavo.diff.sides import Int32, ReferenceSide, Side
+from octavo.diff.comparison import Comparison, DiffOptions, Progress, chunk_size_for
+from octavo.diff.implementations import Implementation, Int32, ReferenceImplementation
+from octavo.diff.native import NativeImplementation, load_native
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.files import expand_home
 from octavo.folder import MemoryFolder
 from octavo.machine import available_memory
-from octavo.models.registry import ModelFiles, read_model
-from octavo.models.spec import ModelSpec, weight_shapes
+from octavo.models.layer import weight_shapes
+from octavo.models.spec import ModelSpec
 from octavo.quantization.apply import dequantized, quantize_checkpoint
 from octavo.quantization.plan import Scheme
 from octavo.reference.llama import ReferenceModel
@@ -24,6 +24,7 @@ from octavo.text.stream import StreamDecoder
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.hub import DEFAULT_MODEL, resolve_model
+from octavo.weights.model_files import ModelFiles, read_model
 from octavo.weights.tensor import Tensor
 
 AGAINST = ("reference", "hf")
@@ -91,7 +92,7 @@ class Prepared:
 
 
 def prepare(request: DiffRequest, environment: Environment, progress: Progress) -> Prepared:
-    """Open the model, load both sides, and cut the text into tokens.
+    """Open the model, load both implementations, and cut the text into tokens.
 
     Raises OctavoError of every kind for what the user can put right.
     """
@@ -176,16 +177,15 @@ def _check_length(spec: ModelSpec, count: int, steps: int) -> None:
 
 
 def _check_memory(request: DiffRequest, checkpoint: Checkpoint) -> None:
-    """Every side holds the weights once more; better to say so than to be killed half-way."""
+    """Each holds the weights once more; better to say so than to be killed half-way."""
     parameters = checkpoint.num_parameters
     size = 4 if request.dtype == "f32" else 2
-    needed = 4 * parameters + size * parameters  # the reference's, octavo's
-    needed += 4 * parameters if request.dtype == "bf16" else 0  # while rounding the reference's
-    needed += size * parameters if request.against == "hf" else 0
+    rounding = 4 if request.dtype == "bf16" else 0  # while the reference's are rounded
+    hugging_face = size * parameters if request.against == "hf" else 0
+    needed = (4 + rounding + size) * parameters + hugging_face  # the reference's, octavo's
     available = available_memory()
     if needed > available:
-        spared = size * parameters if request.against == "hf" else 0
-        fits = spared and needed - spared <= available
+        fits = hugging_face and needed - hugging_face <= available
         raise InsufficientMemoryError(
             f"comparing holds the weights several times, {needed / 2**30:.1f} GiB in all; "
             f"{available / 2**30:.1f} GiB are available",
@@ -211,13 +211,13 @@ def _load_native(
     checkpoint: Checkpoint,
     count: int,
     progress: Progress,
-) -> NativeSide:
-    """octavo's side, for `count` tokens and the steps after them."""
+) -> NativeImplementation:
+    """octavo, for `count` tokens and the steps after them."""
     if request.against == "hf":
-        from octavo.diff.hf_side import import_hugging_face
+        from octavo.diff.hugging_face import import_hugging_face
 
         import_hugging_face()  # where it is missing, that is said before anything is loaded
-    return load_native_side(
+    return load_native(
         files,
         checkpoint,
         device=request.device,
@@ -235,10 +235,10 @@ def _load_right(
     checkpoint: Checkpoint,
     definition: ReferenceModel,
     progress: Progress,
-) -> Side:
+) -> Implementation:
     if request.against == "reference":
-        return ReferenceSide(definition)
-    from octavo.diff.hf_side import HuggingFaceSide, import_hugging_face
+        return ReferenceImplementation(definition)
+    from octavo.diff.hugging_face import HuggingFaceImplementation, import_hugging_face
 
     _, transformers = import_hugging_face()
     transformers.utils.logging.disable_progress_bar()  # ours is running
@@ -246,10 +246,10 @@ def _load_right(
     # What transformers cannot load as octavo does: weights that are made up, or decoded from GGUF.
     own = request.load_format == "dummy" or isinstance(files.folder, MemoryFolder)
     given: Mapping[str, Tensor] | None = checkpoint if own else None
-    return HuggingFaceSide(files, request.dtype, weights=given)
+    return HuggingFaceImplementation(files, request.dtype, weights=given)
 
 
-def _truth(request: DiffRequest, definition: ReferenceModel) -> Side | None:
+def _truth(request: DiffRequest, definition: ReferenceModel) -> Implementation | None:
     """The model without rounding: what bf16 is measured by, and what --judge compares with.
 
     The weights are those of `definition` (rounded to bf16 if it is so), the activations are not
@@ -261,8 +261,8 @@ def _truth(request: DiffRequest, definition: ReferenceModel) -> Side | None:
     model = ReferenceModel(definition.spec, definition.weights, compute=compute)  # no formats
     arithmetic = "float64" if request.judge else "float32"
     kind = "quantized" if definition.formats else request.dtype
-    about = f"the same {kind} weights, activations not rounded, {arithmetic}"
-    return ReferenceSide(model, name="exact", about=about)
+    description = f"the same {kind} weights, activations not rounded, {arithmetic}"
+    return ReferenceImplementation(model, name="exact", description=description)
 
 
 def _check(name: str, value: str, choices: tuple[str, ...]) -> None:

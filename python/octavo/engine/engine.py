@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.config import RuntimeOptions
 from octavo.engine.adjustments import LogitAdjustments, build_adjustments
+from octavo.engine.admission import AdmissionLimits, Deadlines
 from octavo.engine.answer import Answer
 from octavo.engine.batch import Int32, build_masks
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.block_pool import IntegrityError
 from octavo.engine.checks import check_scheduling, check_tokens
+from octavo.engine.event_records import arrival, describe_engine, read_stats, refusal, step_end
 from octavo.engine.events import EventLog
 from octavo.engine.guard import EngineGuard, guarded
 from octavo.engine.interrupts import deferred_interrupt
-from octavo.engine.journal import arrival, describe_engine, read_stats, refusal, step_end
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
-from octavo.engine.pipeline import Flight, Pipeline, StepRuntime
+from octavo.engine.pipeline import InFlightStep, Pipeline, StepRuntime
 from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
 from octavo.engine.results import not_finite, read_logprobs, request_output
 from octavo.engine.schedule import Schedule, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
-from octavo.engine.waiting_room import Deadlines, WaitingRoom
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
 
@@ -103,7 +103,7 @@ class Engine:
         )
         self._clock = clock
         self._last_step_end = self._last_check = clock()
-        self._waiting_room = WaitingRoom(options.max_waiting_requests, options.max_waiting_tokens)
+        self._admission = AdmissionLimits(options.max_waiting_requests, options.max_waiting_tokens)
         self._deadlines = Deadlines()
         self._undelivered: list[OutputChunk] = []  # of a step that failed before its end
         self._answers: dict[object, Answer] = {}  # by the key of their sequence
@@ -123,12 +123,12 @@ class Engine:
     @property
     def num_waiting_requests(self) -> int:
         """Requests that have not started yet."""
-        return self._waiting_room.num_requests
+        return self._admission.num_requests
 
     @property
     def num_waiting_tokens(self) -> int:
         """Prompt tokens of the requests that have not started yet."""
-        return self._waiting_room.num_tokens
+        return self._admission.num_tokens
 
     def check_request(self, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> None:
         """Raise an InvalidArgumentError, naming value and limit, for what cannot be answered."""
@@ -170,7 +170,7 @@ class Engine:
         check_scheduling(priority, timeout)
         now = self._clock()
         try:
-            self._waiting_room.enter(request_id, len(prompt_token_ids))
+            self._admission.enter(request_id, len(prompt_token_ids))
         except QueueFullError as error:
             self.events.record(refusal(request_id, len(prompt_token_ids), error, now))
             raise
@@ -283,7 +283,7 @@ class Engine:
             request = self._answers[sequence.key].request
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = now
-                self._waiting_room.leave(request.request_id)
+                self._admission.leave(request.request_id)
         return True
 
     def _abandon_steps(self) -> frozenset[str]:
@@ -306,7 +306,7 @@ class Engine:
         drawing = (entry.sequence.key for entry in schedule.entries if entry.draws_token)
         return build_adjustments([self._answers[key].adjuster for key in drawing])
 
-    def _update(self, flight: Flight, output: Any) -> list[OutputChunk]:
+    def _update(self, flight: InFlightStep, output: Any) -> list[OutputChunk]:
         """Take in what a step has drawn."""
         now = self._clock()
         schedule = flight.schedule
@@ -431,7 +431,7 @@ class Engine:
         answers = self._requests.pop(request_id)
         for answer in answers:
             del self._answers[answer.sequence.key]
-        self._waiting_room.leave(request_id)
+        self._admission.leave(request_id)
         self._deadlines.remove(request_id)
         self._watching.discard(request_id)
         return request_output(answers, now)

@@ -28,8 +28,8 @@ class StepRuntime(Protocol):
     def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
         """Copy whole KV blocks, behind the steps queued so far; pairs: (n, 2), from and to."""
 
-    def submit(self, batch: Any, *, draw: bool) -> int:
-        """Queue the forward pass and return a ticket; draw: the plain sampling, too."""
+    def submit(self, batch: Any, *, sample: bool) -> int:
+        """Queue the forward pass and return a ticket; sample: the plain sampling, too."""
 
     def sample(
         self,
@@ -47,7 +47,7 @@ NO_TICKET = -1
 
 
 @dataclass
-class Flight:
+class InFlightStep:
     """A step on its way. started: when it was scheduled, in seconds of the engine's clock."""
 
     schedule: Schedule
@@ -77,15 +77,15 @@ class Pipeline:
         self._make_batch = make_batch
         self._num_kv_groups = num_kv_groups
         self._vocab_size = vocab_size
-        self._flights: deque[Flight] = deque()
+        self._in_flight: deque[InFlightStep] = deque()
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._in_flight)
 
     @property
     def has_room(self) -> bool:
         """Whether another step may be submitted."""
-        return len(self._flights) < self.depth
+        return len(self._in_flight) < self.depth
 
     def submit(
         self,
@@ -95,8 +95,8 @@ class Pipeline:
         adjustments: LogitAdjustments | None,
     ) -> None:
         """Queue a step; an error leaves it, and those before it, to `abandon`."""
-        flight = Flight(schedule, now)
-        self._flights.append(flight)
+        flight = InFlightStep(schedule, now)
+        self._in_flight.append(flight)
         if schedule.copies:
             pairs = np.array(schedule.copies, np.int32)
             for kv_group in range(self._num_kv_groups):
@@ -104,22 +104,22 @@ class Pipeline:
         arrays = build_batch(schedule, self._blocks, self._num_kv_groups, self._vocab_size)
         batch = self._make_batch(**arrays._asdict())
         is_plain = masks is None and adjustments is None
-        flight.ticket = self._runtime.submit(batch, draw=is_plain)
+        flight.ticket = self._runtime.submit(batch, sample=is_plain)
         if not is_plain:
             self._runtime.sample(flight.ticket, masks, adjustments)
 
-    def wait(self) -> tuple[Flight, Any]:
+    def wait(self) -> tuple[InFlightStep, Any]:
         """The oldest step and its output; an error of the runtime leaves it to `abandon`."""
-        flight = self._flights[0]
+        flight = self._in_flight[0]
         output = self._runtime.wait(flight.ticket)
-        self._flights.popleft()
+        self._in_flight.popleft()
         return flight, output
 
     def abandon(self) -> list[Schedule]:
         """Let every step in flight end and come to nothing; returns them, the latest first."""
-        schedules = [flight.schedule for flight in reversed(self._flights)]
-        while self._flights:
-            ticket = self._flights.popleft().ticket
+        schedules = [flight.schedule for flight in reversed(self._in_flight)]
+        while self._in_flight:
+            ticket = self._in_flight.popleft().ticket
             if ticket != NO_TICKET:
                 # It may have been waited for already, and have failed.
                 with contextlib.suppress(Exception):

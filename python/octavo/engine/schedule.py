@@ -70,7 +70,7 @@ class SchedulerLimits:
 
 
 @dataclass
-class StepInTheMaking:
+class ScheduleBuilder:
     """A schedule in the making, the number-th.
 
     budget: the tokens that may still be added. now: the time in seconds.

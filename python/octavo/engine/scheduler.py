@@ -26,7 +26,7 @@ from octavo.engine.integrity import check_running, check_waiting
 from octavo.engine.prefix_cache import PrefixCache
 from octavo.engine.ranked_queue import RankedQueue
 from octavo.engine.request import FinishReason, Sequence, SequenceState
-from octavo.engine.schedule import Schedule, ScheduledSequence, SchedulerLimits, StepInTheMaking
+from octavo.engine.schedule import Schedule, ScheduleBuilder, ScheduledSequence, SchedulerLimits
 from octavo.errors import InvalidArgumentError
 
 
@@ -122,7 +122,7 @@ class Scheduler:
 
         now: for the event log, in seconds.
         """
-        step = StepInTheMaking(self.num_schedules, self.limits.max_num_batched_tokens, now)
+        step = ScheduleBuilder(self.num_schedules, self.limits.max_num_batched_tokens, now)
         self._make_room_for_urgent(step)
         num_yielded = len(step.preempted)
         self._schedule_decodes(step)
@@ -185,7 +185,7 @@ class Scheduler:
 
     # ---- who is in a step ----
 
-    def _schedule_decodes(self, step: StepInTheMaking) -> None:
+    def _schedule_decodes(self, step: ScheduleBuilder) -> None:
         index = 0
         # The queue shrinks from its end when someone is preempted. Those before `index` stay, so
         # nobody loses blocks that this very step is going to use.
@@ -204,14 +204,14 @@ class Scheduler:
                 step.entries.append(ScheduledSequence(sequence, start, 1, True))
                 step.budget -= 1
 
-    def _schedule_prefills(self, step: StepInTheMaking) -> None:
+    def _schedule_prefills(self, step: ScheduleBuilder) -> None:
         for sequence in self._running:
             if not step.budget:
                 break
             if sequence.num_uncomputed_tokens > 1:
                 self._schedule_chunk(sequence, step)
 
-    def _schedule_chunk(self, sequence: Sequence, step: StepInTheMaking) -> None:
+    def _schedule_chunk(self, sequence: Sequence, step: ScheduleBuilder) -> None:
         start = sequence.num_computed_tokens
         num_new_tokens = min(sequence.num_uncomputed_tokens, step.budget)
         self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens, step.number))
@@ -219,7 +219,7 @@ class Scheduler:
 
     # ---- who gets in ----
 
-    def _admit(self, step: StepInTheMaking) -> tuple[Sequence | None, str | None]:
+    def _admit(self, step: ScheduleBuilder) -> tuple[Sequence | None, str | None]:
         """Admit who fits, in the order of the queue; returns who is next, and why it waits."""
         while True:
             sequence = self._next_candidate()
@@ -269,7 +269,7 @@ class Scheduler:
             headroom += min(self.limits.headroom_blocks, at_the_end - num_held)
         return headroom
 
-    def _start(self, sequence: Sequence, prefix: Prefix, step: StepInTheMaking) -> None:
+    def _start(self, sequence: Sequence, prefix: Prefix, step: ScheduleBuilder) -> None:
         if sequence.num_cached_tokens is None:
             self.prefix_cache.note_first_admission(sequence, prefix)
         step.copies += self.blocks.start(sequence.key, sequence.num_tokens, prefix)
@@ -286,7 +286,7 @@ class Scheduler:
 
     # ---- who must leave ----
 
-    def _make_room_for_urgent(self, step: StepInTheMaking) -> None:
+    def _make_room_for_urgent(self, step: ScheduleBuilder) -> None:
         """Preempt sequences of lower priority for the first in the queue, if that lets it in.
 
         Only those behind it in rank: they will not preempt it in turn.
@@ -317,7 +317,7 @@ class Scheduler:
                     self._preempt_last("priority", sequence, step)
                 return
 
-    def _preempt_last(self, reason: str, by: Sequence, step: StepInTheMaking) -> Sequence:
+    def _preempt_last(self, reason: str, by: Sequence, step: ScheduleBuilder) -> Sequence:
         sequence = self._running.pop_last()
         sequence.num_preemptions += 1
         self.num_preemptions += 1

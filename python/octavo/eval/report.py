@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from octavo.eval.run import EvalResult, ModelRun
+from octavo.eval.evaluation import EvalResult, ModelRun
 
 
 def render(result: EvalResult) -> RenderableType:

@@ -197,7 +197,7 @@ def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
 
 def _refuse_variants(fields: Fields) -> None:
     """Fields that change what a Llama model computes, or how its weights are stored."""
-    # `quantization_config` is read by octavo.quantization.config; this is its spelling of old.
+    # weights/quantization_config.py reads the field of that name; this is its spelling of old.
     unquantized = "unquantized weights (null), or a quantization_config of compressed-tensors"
     fields.refuse_unless("compression_config", (), unquantized)
     fields.refuse_unless("sliding_window", (), "null (every token attends to all before it)")

@@ -4,7 +4,7 @@ A family file (`models/llama.py`) translates a Hugging Face `config.json` into a
 NumPy reference and the native core both run from it. It holds numbers only, no arithmetic.
 
 Weight names are octavo's own and the same for every family. Matrices are (outputs, inputs), as in
-PyTorch's `nn.Linear`; `weight_shapes` lists every name a spec needs with its shape.
+PyTorch's `nn.Linear`; `models/layer.py` lists them, and what a layer does with them.
 """
 
 from __future__ import annotations
@@ -119,53 +119,3 @@ class ModelSpec:
     def kv_elements_per_token(self) -> int:
         """Numbers (not bytes) kept in the KV cache for one token, over all layers."""
         return sum(2 * layer.kv_size for layer in self.layers)
-
-
-def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every weight the spec needs, in octavo's names, with its shape.
-
-    A tied head is not listed: `lm_head.weight` is then `embed.weight`.
-    """
-    hidden = spec.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (spec.vocab_size, hidden)}
-    if spec.learned_positions:
-        shapes["positions.weight"] = (spec.max_position_embeddings, hidden)
-
-    def add_norm(name: str, norm: NormSpec) -> None:
-        shapes[f"{name}.weight"] = (hidden,)
-        if norm.bias:
-            shapes[f"{name}.bias"] = (hidden,)
-
-    def add_linear(name: str, outputs: int, inputs: int, bias: bool) -> None:
-        shapes[f"{name}.weight"] = (outputs, inputs)
-        if bias:
-            shapes[f"{name}.bias"] = (outputs,)
-
-    for index, layer in enumerate(spec.layers):
-        prefix = f"layers.{index}."
-        add_norm(prefix + "attn_norm", layer.norm)
-        add_linear(prefix + "q", layer.q_size, hidden, layer.qkv_bias)
-        add_linear(prefix + "k", layer.kv_size, hidden, layer.qkv_bias)
-        add_linear(prefix + "v", layer.kv_size, hidden, layer.qkv_bias)
-        add_linear(prefix + "o", hidden, layer.q_size, layer.o_bias)
-        add_norm(prefix + "mlp_norm", layer.norm)
-        if layer.gated:
-            add_linear(prefix + "gate", layer.intermediate_size, hidden, layer.mlp_bias)
-        add_linear(prefix + "up", layer.intermediate_size, hidden, layer.mlp_bias)
-        add_linear(prefix + "down", hidden, layer.intermediate_size, layer.mlp_bias)
-    add_norm("final_norm", spec.final_norm)
-    if not spec.tie_word_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
-    return shapes
-
-
-def tap_names(spec: ModelSpec) -> list[str]:
-    """The names of all taps in the order of execution (see docs/taps.md)."""
-    names = ["embed"]
-    for index, layer in enumerate(spec.layers):
-        mlp = ["gate", "up", "act"] if layer.gated else ["up", "act"]
-        rotated = ["q_rope", "k_rope"] if layer.rope is not None else []
-        parts = ["attn_norm", "q", "k", "v", *rotated, "attn", "attn_out"]
-        parts += ["mlp_norm", *mlp, "mlp_out", "out"]
-        names += [f"layers.{index}.{part}" for part in parts]
-    return [*names, "final_norm", "logits"]

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from octavo.errors import InvalidArgumentError
-from octavo.models.spec import UNIFORM_LEVELS, ModelSpec, WeightFormat, weight_shapes
+from octavo.models.layer import linear_nodes, weight_shapes
+from octavo.models.spec import UNIFORM_LEVELS, ModelSpec, WeightFormat
 from octavo.quantization.levels import NONUNIFORM_LEVELS
 
 SCHEMES = ("int8", "w8a8", "int4", "int4-nonuniform")
@@ -36,7 +37,7 @@ class Scheme:
     name: "int8", "w8a8", "int4" or "int4-nonuniform". group_size: of both kinds of int4.
     symmetric: of int4. method: how int4 is rounded, "rtn" to nearest by the largest magnitude,
     "search" for the scale of least squared error, or "weighted" for the same with errors that
-    count by importance (as `octavo.quantization.importance` measures it; where nobody has, it is
+    count by importance (as `octavo.quantize.importance` measures it; where nobody has, it is
     "search"). int8: patterns of names ("layers.0.*", "*.down"): of an int4 model, matrices that
     take int8 all the same.
     """
@@ -75,15 +76,6 @@ def _check(name: str, value: object, choices: tuple[object, ...]) -> None:
         )
 
 
-def matrix_names(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """The layers' matrices: octavo's name without ".weight" -> (outputs, inputs)."""
-    return {
-        name.removesuffix(".weight"): (shape[0], shape[1])
-        for name, shape in weight_shapes(spec).items()
-        if len(shape) == 2 and name.startswith("layers.")
-    }
-
-
 def embedding_formats(spec: ModelSpec) -> dict[str, WeightFormat]:
     """int8 for the embedding, and for the head where it is not the embedding."""
     names = ("embed",) if spec.tie_word_embeddings else EMBEDDINGS
@@ -97,23 +89,25 @@ def plan_formats(spec: ModelSpec, scheme: Scheme) -> tuple[dict[str, WeightForma
     larger than asked; where none does, the matrix is rounded to int8. Raises InvalidArgumentError
     for a pattern in `scheme.int8` that no matrix has.
     """
-    names = matrix_names(spec)
+    nodes = linear_nodes(spec)
     for pattern in scheme.int8:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in nodes):
             raise InvalidArgumentError(
                 f"int8 is asked for {pattern!r}, which no matrix is called; expected names such as "
-                f"{next(iter(names))!r}, or patterns of them such as '*.down'"
+                f"{next(iter(nodes))!r}, or patterns of them such as '*.down'"
             )
     formats: dict[str, WeightFormat] = {}
     others: dict[str, set[str]] = {}
-    for name, (_, inputs) in names.items():
+    for name, node in nodes.items():
         if any(fnmatchcase(name, pattern) for pattern in scheme.int8):
             formats[name] = WeightFormat("int8")
             continue
-        formats[name] = format = _format_for(inputs, scheme)
+        formats[name] = format = _format_for(node.matrix.inputs, scheme)
         if scheme.has_groups and format.group_size != scheme.group_size:
             taken = f"groups of {format.group_size}" if format.group_size else "int8"
-            others.setdefault(f"{taken} (width {inputs})", set()).add(name.rsplit(".", 1)[1])
+            others.setdefault(f"{taken} (width {node.matrix.inputs})", set()).add(
+                name.rsplit(".", 1)[1]
+            )
     notes = [
         f"{', '.join(sorted(parts))}: {taken}, since {scheme.group_size} does not divide the width"
         for taken, parts in others.items()

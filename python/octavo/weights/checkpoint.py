@@ -10,9 +10,9 @@ import numpy as np
 
 from octavo.errors import WeightsError
 from octavo.models.fields import printable
-from octavo.models.registry import ModelFiles
-from octavo.models.spec import WeightFormat, weight_shapes
-from octavo.quantization.stored import (
+from octavo.models.layer import weight_shapes
+from octavo.models.spec import WeightFormat
+from octavo.weights.codes import (
     StoredSource,
     find_problems,
     running_formats,
@@ -22,6 +22,7 @@ from octavo.weights.dummy import DummySource
 from octavo.weights.files import HEAD, open_weight_files
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.gguf_llama import GgufLlamaSource
+from octavo.weights.model_files import ModelFiles
 from octavo.weights.source import TensorInfo, TensorSource
 from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from octavo.config import Environment
 from octavo.errors import DownloadError, FileError, InvalidArgumentError, ModelNotFoundError
 from octavo.files import expand_home, reading, write_durably
-from octavo.models.registry import read_model
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.gguf_parts import GgufParts, is_gguf, model_name
+from octavo.weights.model_files import read_model
 from octavo.weights.progress import NO_PROGRESS, BarProgress, Progress
 
 DEFAULT_MODEL = "smollm2-135m"

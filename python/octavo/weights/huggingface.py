@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from octavo.errors import DownloadError
-from octavo.models.registry import read_model
+from octavo.weights.model_files import read_model
 from octavo.weights.progress import Progress, folder_size, watch_folder
 from octavo.weights.safetensors import INDEX, SINGLE, numbered_shards, read_index
 

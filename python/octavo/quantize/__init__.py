@@ -1,0 +1,1 @@
+"""`octavo quantize`: choosing formats, calibrating, and writing quantized checkpoints."""

@@ -1,0 +1,210 @@
+"""Which matrices a model can least afford in 4 bits: measured, one part of a layer at a time.
+
+A part is what kernels take together: q, k and v; o; gate and up; down. (vLLM fuses them too, and
+loads them only where they have one format.) The model runs in float32; one part is replaced by what
+its codes stand for, a piece of text is scored, and the part is put back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.config import EngineConfig, Environment
+from octavo.errors import InvalidArgumentError
+from octavo.eval.measures import compare
+from octavo.eval.scorer import Int32, Scorer
+from octavo.eval.windows import Window, make_windows
+from octavo.models.layer import linear_nodes
+from octavo.models.spec import ModelSpec, WeightFormat
+from octavo.quantization.plan import GROUP_SIZES, Scheme, plan_formats, stored_bits
+from octavo.quantization.rounding import quantize_matrix
+from octavo.reference.quantization import dequantize, unpack_int4
+from octavo.weights.checkpoint import Checkpoint
+from octavo.weights.model_files import ModelFiles
+
+Float32 = npt.NDArray[np.float32]
+StepProgress = Callable[[str, int, int], None]
+"""Called with what is going on, and how much of how much is done."""
+
+DEFAULT_WINDOW, DEFAULT_WINDOWS = 512, 2
+_PARTS = {
+    **dict.fromkeys(("q", "k", "v"), "qkv"),
+    **dict.fromkeys(("gate", "up"), "gate_up"),
+}
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """What it costs to quantize one part of one layer.
+
+    name: "layers.3.gate_up". weights: how many. bits: a weight, stored; int8_bits: in int8 instead.
+    kl: mean KL divergence, in nats, of the model with this part quantized from the float model.
+    """
+
+    name: str
+    matrices: tuple[str, ...]
+    weights: int
+    bits: float
+    int8_bits: float
+    kl: float
+
+    @property
+    def kl_per_megabit(self) -> float:
+        """What int8 would save of the divergence for each million bits that it takes more."""
+        more = self.weights * (self.int8_bits - self.bits)
+        return 1e6 * self.kl / more if more > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "kl_per_megabit": self.kl_per_megabit}
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """All parts, those first that gain the most from each bit. bits: a weight, of all together."""
+
+    parts: tuple[PartCost, ...]
+    bits: float
+    num_scored: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        parts = [part.to_json() for part in self.parts]
+        return {"bits_per_weight": self.bits, "num_scored": self.num_scored, "parts": parts}
+
+
+def measure_sensitivity(
+    files: ModelFiles,
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    tokens: Int32,
+    environment: Environment,
+    importance: Mapping[str, Float32] | None = None,
+    max_windows: int = DEFAULT_WINDOWS,
+    progress: StepProgress = lambda *_: None,
+) -> Sensitivity:
+    """Score the model with each part quantized by `scheme` and all others left as they are.
+
+    tokens: int32, the text; windows of 512 tokens are taken from its beginning. importance: as
+    `octavo.quantize.importance` measures it. Raises what loading the model raises, and
+    InvalidArgumentError where the text is too short. Memory: the model in float32, and the logits
+    of the windows.
+    """
+    window = min(DEFAULT_WINDOW, files.spec.max_position_embeddings)
+    scorer = Scorer.load(
+        files,
+        checkpoint,
+        EngineConfig(dtype="f32", kv_dtype="f32"),
+        window,
+        lambda done, total: progress("loading", done, total),
+        environment,
+    )
+    meter = _Meter(scorer, tokens, make_windows(len(tokens), window, window, max_windows))
+    formats, _ = plan_formats(files.spec, scheme)
+    costs = []
+    parts = layer_parts(files.spec)
+    for number, (name, matrices) in enumerate(parts.items()):
+        progress("measuring sensitivity", number, len(parts))
+        for matrix in matrices:
+            weight = checkpoint[matrix + ".weight"].to_float32()
+            share = None if importance is None else importance[matrix]
+            rounded = _rounded(weight, formats[matrix], scheme.method, share)
+            scorer.load_weight(matrix + ".weight", rounded)
+        costs.append(_cost(name, matrices, files.spec, formats, meter.divergence()))
+        for matrix in matrices:
+            scorer.load_weight(matrix + ".weight", checkpoint[matrix + ".weight"].to_float32())
+    progress("measuring sensitivity", len(parts), len(parts))
+    total = sum(part.bits * part.weights for part in costs) / sum(part.weights for part in costs)
+    ordered = sorted(costs, key=lambda part: -part.kl_per_megabit)
+    return Sensitivity(tuple(ordered), total, meter.num_scored)
+
+
+class _Meter:
+    """How far a model has come from what it was when the meter was made."""
+
+    def __init__(self, scorer: Scorer, tokens: Int32, windows: Sequence[Window]) -> None:
+        self._scorer, self._tokens, self._windows = scorer, tokens, windows
+        self._expected = list(self._logits())
+        self.num_scored = sum(len(logits) for _, logits in self._expected)
+
+    def _logits(self) -> Iterator[tuple[int, Float32]]:
+        for window in self._windows:
+            yield from self._scorer.logits(self._tokens, window)
+
+    def divergence(self) -> float:
+        """Mean KL of the model as it is now from the model as it was, in nats."""
+        apart = [
+            compare(logits, before, self._tokens[first : first + len(logits)]).kl
+            for (first, logits), (_, before) in zip(self._logits(), self._expected, strict=True)
+        ]
+        return float(np.concatenate(apart).mean())
+
+
+def _cost(
+    name: str,
+    matrices: tuple[str, ...],
+    spec: ModelSpec,
+    formats: Mapping[str, WeightFormat],
+    kl: float,
+) -> PartCost:
+    shapes = {name: node.matrix.shape for name, node in linear_nodes(spec).items()}
+    weights = sum(shapes[matrix][0] * shapes[matrix][1] for matrix in matrices)
+    bits = sum(stored_bits(formats[matrix], shapes[matrix]) for matrix in matrices)
+    eight = sum(stored_bits(WeightFormat("int8"), shapes[matrix]) for matrix in matrices)
+    return PartCost(name, matrices, weights, bits / weights, eight / weights, kl)
+
+
+def layer_parts(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """ "layers.0.qkv" -> the names of its matrices, in the order of execution."""
+    parts: dict[str, list[str]] = {}
+    for name in linear_nodes(spec):
+        layer, _, kind = name.rpartition(".")
+        parts.setdefault(f"{layer}.{_PARTS.get(kind, kind)}", []).append(name)
+    return {name: tuple(matrices) for name, matrices in parts.items()}
+
+
+def spend_bits(sensitivity: Sensitivity, scheme: Scheme, bits_per_weight: float) -> Scheme:
+    """`scheme` with int8 for the parts that gain the most by it, to at most so many bits a weight.
+
+    Parts are taken in the order of what they gain for each bit, while they fit. Raises
+    InvalidArgumentError where the scheme alone has more bits.
+    """
+    weights = sum(part.weights for part in sensitivity.parts)
+    left = weights * (bits_per_weight - sensitivity.bits)
+    if left < 0:
+        kept = 16 if scheme.symmetric else 20  # bits a group for its scale and zero point
+        spared = {size: kept / scheme.group_size - kept / size for size in GROUP_SIZES}
+        wider = [size for size in GROUP_SIZES if sensitivity.bits - spared[size] <= bits_per_weight]
+        least = math.ceil(1000 * sensitivity.bits) / 1000
+        raise InvalidArgumentError(
+            f"bits_per_weight is {bits_per_weight:g}; {scheme.name} in groups of "
+            f"{scheme.group_size} takes {least:.3f} by itself: expected that or more"
+            + (f", or a group_size of {wider[0]}" if wider else "")
+        )
+    chosen = _choose(sensitivity.parts, left)
+    return replace(scheme, int8=(*scheme.int8, *chosen))
+
+
+def _choose(parts: Sequence[PartCost], left: float) -> list[str]:
+    chosen: list[str] = []
+    for part in parts:
+        more = part.weights * (part.int8_bits - part.bits)
+        if 0 < more <= left:
+            left -= more
+            chosen.extend(part.matrices)
+    return chosen
+
+
+def _rounded(
+    weight: Float32, format: WeightFormat, method: str, importance: Float32 | None
+) -> Float32:
+    """The numbers that the codes of a matrix stand for."""
+    found = quantize_matrix(weight, format, method, importance=importance)
+    codes = unpack_int4(found.codes) if format.dtype == "int4" else found.codes
+    return dequantize(codes, found.scales, format, found.zeros)

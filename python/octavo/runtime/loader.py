@@ -1,0 +1,293 @@
+"""From model files to a runtime that can step: options resolved, weights loaded, cache sized."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Literal
+
+from octavo.config import (
+    EngineConfig,
+    Environment,
+    RuntimeOptions,
+    read_environment,
+    resolve_device,
+)
+from octavo.errors import InsufficientMemoryError, InvalidArgumentError
+from octavo.machine import available_memory, open_packaged_cublas
+from octavo.models.spec import ModelSpec
+from octavo.quantization.apply import quantize_checkpoint
+from octavo.quantization.plan import (
+    Scheme,
+    describe_dtypes,
+    embedding_formats,
+    plan_formats,
+    weight_bytes,
+)
+from octavo.runtime.remedies import Changes, Needs
+from octavo.weights.checkpoint import Checkpoint
+from octavo.weights.model_files import ModelFiles
+from octavo.weights.tensor import TensorDType
+
+if TYPE_CHECKING:
+    from octavo import _native
+
+LoadProgress = Callable[[int, int], None]
+"""Called after each weight with the bytes loaded so far and the bytes of all."""
+
+# Devices that share this process's memory, so that the limits on the process (control groups,
+# ulimit) bound them too; any other device knows its own memory best.
+_HOST_DEVICES = frozenset({"cpu"})
+# What is tried for advice where steps find no memory; the first of each are the defaults.
+_FEWER_SEQS, _FEWER_TOKENS = (64, 8, 1), (512, 64, 16)
+
+
+@dataclass(frozen=True)
+class LoadedRuntime:
+    """A native runtime with its weights and KV cache, and what it was built with."""
+
+    runtime: _native.Runtime
+    options: RuntimeOptions
+    num_kv_blocks: int
+    device: str
+    num_kv_groups: int  # block tables of a sequence
+
+
+def load_runtime(
+    files: ModelFiles,
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    progress: LoadProgress | None = None,
+    environment: Environment | None = None,
+) -> LoadedRuntime:
+    """Build the runtime, feed it the weights, and allocate its KV cache.
+
+    Raises InvalidArgumentError for options that do not fit the model or each other, and
+    InsufficientMemoryError, before anything large is allocated, when weights or cache do not fit.
+    Warns of weights that hold a NaN or an infinity.
+    """
+    from octavo import _native
+
+    environment = read_environment() if environment is None else environment
+    stored = checkpoint.formats
+    checkpoint = quantize_checkpoint(
+        checkpoint, files.spec, _scheme(config), keep_embedding=config.keep_embedding
+    )
+    device = resolve_device(config.device, _native.available_devices())
+    if device == "cuda":
+        open_packaged_cublas()
+    options = resolve_options(files.spec, checkpoint.dtype, config, environment, device)
+    options = replace(options, formats=checkpoint.formats)
+    if config.overlap_steps is None:
+        options = replace(options, overlap_steps=device not in _HOST_DEVICES)
+    runtime = _make_runtime(device, files.spec, options, config)
+    block_bytes = runtime.kv_bytes_per_block()
+    num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
+    available = _available(runtime, device, num_bytes)
+    if num_bytes > available:
+        raise InsufficientMemoryError(
+            f"the weights take {_format_bytes(num_bytes)} as "
+            f"{describe_dtypes(options.formats, options.dtype)}; {_format_bytes(available)} are "
+            f"available",
+            Needs(files.spec, config, options, stored, available, block_bytes).remedies(),
+        )
+    try:
+        _load_weights(runtime, checkpoint, progress)
+    except MemoryError as error:  # in pieces, or taken by somebody else meanwhile
+        raise InsufficientMemoryError(
+            f"the weights, {_format_bytes(num_bytes)}, could not be allocated",
+            Needs(files.spec, config, options, stored, num_bytes, block_bytes).remedies(),
+        ) from error
+    available = _available(runtime, device)
+    needs = Needs(files.spec, config, options, stored, available + num_bytes, block_bytes)
+    num_kv_blocks = plan_kv_blocks(needs, available)
+    _allocate_cache(runtime, num_kv_blocks, options)
+    return LoadedRuntime(runtime, options, num_kv_blocks, device, files.spec.num_kv_groups)
+
+
+def _make_runtime(
+    device: str, spec: ModelSpec, options: RuntimeOptions, config: EngineConfig
+) -> _native.Runtime:
+    """The runtime, with room for weights and steps; if there is too little, says what would do."""
+    from octavo import _native
+
+    seqs, tokens = options.max_num_seqs, options.max_num_batched_tokens
+    try:
+        return _native.Runtime(device, spec, options)
+    except ValueError as error:  # an instruction set or a device that this machine lacks
+        raise InvalidArgumentError(str(error)) from error
+    except MemoryError as error:  # on the host: `ulimit -v`; nothing large is touched yet
+        ways: list[Changes] = [{"max_num_seqs": n} for n in _FEWER_SEQS if n < seqs]
+        ways += [{"max_num_batched_tokens": n} for n in _FEWER_TOKENS if n < tokens]
+        ways += [{"max_num_seqs": 1, "max_num_batched_tokens": _FEWER_TOKENS[-1]}]
+        reason = str(error).partition(": lower")[0]  # the core's advice is for any allocation
+        tries = [(way, replace(options, **way)) for way in ways]
+        if not options.formats:
+            rest = {} if config.keep_embedding else embedding_formats(spec)
+            for scheme in ("int8", "int4"):
+                formats = {**rest, **plan_formats(spec, Scheme(scheme))[0]}
+                tries.append(({"quantize": scheme}, replace(options, formats=formats)))
+        works = (way for way, other in tries if _has_room(device, spec, other, config))
+        raise InsufficientMemoryError(
+            f"the memory for the weights and for steps of max_num_seqs = {seqs} and "
+            f"max_num_batched_tokens = {tokens} could not be allocated ({reason})",
+            list(islice(works, 1)),
+        ) from error
+
+
+def _has_room(device: str, spec: ModelSpec, options: RuntimeOptions, config: EngineConfig) -> bool:
+    """Whether the runtime can be made, and beside it the cache of one sequence."""
+    from octavo import _native
+
+    try:
+        runtime = _native.Runtime(device, spec, options)
+    except MemoryError:
+        return False
+    num_blocks = config.num_kv_blocks or -(-options.max_model_len // options.block_size)
+    room = _available(runtime, device)
+    return num_blocks * runtime.kv_bytes_per_block() <= room * config.kv_memory_fraction
+
+
+def _allocate_cache(runtime: _native.Runtime, num_blocks: int, options: RuntimeOptions) -> None:
+    try:
+        runtime.alloc_kv(num_blocks)
+    except MemoryError as error:
+        had = num_blocks
+        while had := had // 2:
+            with contextlib.suppress(MemoryError):
+                runtime.alloc_kv(had)
+                break
+        ways: list[Changes] = []
+        if had >= -(-options.max_model_len // options.block_size):
+            ways = [{"num_kv_blocks": had}]
+        elif had:
+            ways = [{"num_kv_blocks": had, "max_model_len": had * options.block_size}]
+        size = _format_bytes(num_blocks * runtime.kv_bytes_per_block())
+        raise InsufficientMemoryError(
+            f"the KV cache of {num_blocks} blocks ({size}) could not be allocated", ways
+        ) from error
+
+
+def resolve_options(
+    spec: ModelSpec,
+    stored_dtype: TensorDType,
+    config: EngineConfig,
+    environment: Environment,
+    device: str = "cpu",
+) -> RuntimeOptions:
+    """Replace every "auto" of the configuration; InvalidArgumentError where it does not fit."""
+    dtype: Literal["f32", "bf16", "f16"]
+    if config.dtype != "auto":
+        dtype = config.dtype
+    elif device in _HOST_DEVICES:
+        dtype = "bf16" if stored_dtype == "bf16" else "f32"
+    else:
+        dtype = "f16" if stored_dtype == "f16" else "bf16"
+    limit = spec.max_position_embeddings
+    max_model_len = limit if config.max_model_len is None else config.max_model_len
+    if max_model_len > limit:
+        raise InvalidArgumentError(
+            f"max_model_len is {max_model_len}; expected at most {limit}, the positions that "
+            f"the model was made for (max_position_embeddings)"
+        )
+    return RuntimeOptions(
+        dtype=dtype,
+        kv_dtype=dtype if config.kv_dtype == "auto" else config.kv_dtype,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        num_threads=config.num_threads or environment.num_threads,
+        isa=environment.isa if config.isa == "auto" else config.isa,
+        deterministic=config.deterministic,
+        graphs=not config.enforce_eager,
+        enable_prefix_caching=config.enable_prefix_caching,
+        max_waiting_requests=config.max_waiting_requests,
+        max_waiting_tokens=config.max_waiting_tokens,
+        priority_ageing_seconds=config.priority_ageing_seconds,
+        event_log_capacity=config.event_log_capacity,
+        overlap_steps=bool(config.overlap_steps),
+    )
+
+
+def plan_kv_blocks(needs: Needs, available: int) -> int:
+    """How many blocks the KV cache gets of so many bytes.
+
+    As many as kv_memory_fraction of them holds, but no more than all sequences at their longest
+    could use; or just num_kv_blocks where that is given. Raises InsufficientMemoryError, saying
+    what would help, where the memory does not suffice, and InvalidArgumentError where
+    num_kv_blocks is too few for one sequence of max_model_len.
+    """
+    config, options, block_bytes = needs.config, needs.options, needs.block_bytes
+    blocks_per_sequence = -(-options.max_model_len // options.block_size)
+    if config.num_kv_blocks is not None:
+        num_blocks, held = config.num_kv_blocks, config.num_kv_blocks * options.block_size
+        if num_blocks < blocks_per_sequence:
+            fits = blocks_per_sequence * block_bytes <= available
+            raise InvalidArgumentError(
+                f"num_kv_blocks is {num_blocks}, which holds {held} tokens; expected at least "
+                f"{blocks_per_sequence}, enough for one sequence of max_model_len = "
+                f"{options.max_model_len}: {'raise it, or ' if fits else ''}lower max_model_len to "
+                f"{held}"
+            )
+        if num_blocks * block_bytes > available:
+            raise InsufficientMemoryError(
+                f"num_kv_blocks is {num_blocks}, which takes "
+                f"{_format_bytes(num_blocks * block_bytes)} as {options.kv_dtype}; "
+                f"{_format_bytes(available)} are available",
+                needs.remedies(),
+            )
+        return num_blocks
+    budget = int(available * config.kv_memory_fraction)
+    num_blocks = min(budget // block_bytes, blocks_per_sequence * options.max_num_seqs)
+    if num_blocks < blocks_per_sequence:
+        raise InsufficientMemoryError(
+            f"one sequence of max_model_len = {options.max_model_len} tokens needs a KV cache of "
+            f"{_format_bytes(blocks_per_sequence * block_bytes)} as {options.kv_dtype}; it may "
+            f"take {_format_bytes(budget)} (kv_memory_fraction = {config.kv_memory_fraction:g} of "
+            f"the {_format_bytes(available)} available)",
+            needs.remedies(),
+        )
+    return num_blocks
+
+
+def _load_weights(
+    runtime: _native.Runtime, checkpoint: Checkpoint, progress: LoadProgress | None
+) -> None:
+    """Feed the weights one by one; each array is let go before the next is read."""
+    loaded = 0
+    for name, tensor in checkpoint.checked_items():
+        runtime.load(name, tensor.data, tensor.dtype)
+        loaded += tensor.data.nbytes
+        del tensor
+        if progress is not None:
+            progress(loaded, checkpoint.total_bytes)
+
+
+def _scheme(config: EngineConfig) -> Scheme | None:
+    """What `config.quantize` stands for; nobody judges dummy weights, so they are rounded fast."""
+    if config.quantize is None:
+        return None
+    return Scheme(config.quantize, method="rtn" if config.load_format == "dummy" else "search")
+
+
+def _available(runtime: _native.Runtime, device: str, reserved: int = 0) -> int:
+    """Bytes that can be taken.
+
+    reserved: bytes of weights that the runtime has mapped on the host and not filled yet.
+    """
+    if device in _HOST_DEVICES:
+        return available_memory(reserved=reserved)
+    memory: Mapping[str, int] = runtime.memory()
+    return memory["available"]
+
+
+def _format_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    if count < 1024:
+        return f"{count:.0f} bytes"
+    power = min(int(math.log2(count)) // 10, 4)
+    return f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"

@@ -1,0 +1,195 @@
+"""What every request passes before it reaches a route: id, key, size, and the log afterwards.
+
+Plain ASGI, outside of FastAPI, so that whatever goes wrong inside is answered and logged here. The
+body is read here too, bounded, before anything else is done with it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import secrets
+import time
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from octavo.server.errors import ApiError, bad_request
+from octavo.server.logs import log_event
+from octavo.server.options import ServerOptions
+from octavo.server.response_writer import CLIENT_GONE
+
+_log = logging.getLogger("octavo.access")
+# Clients and scrapers that have no key may look at these; vLLM asks for a key under /v1 alone.
+_OPEN_PATHS = frozenset(
+    {"/", "/health", "/ready", "/ping", "/version", "/metrics", "/openapi.json", "/favicon.ico"}
+)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}.*")
+_LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class RequestMiddleware:
+    """Wraps the application. `scope["state"]["notes"]` is what a route adds to the log line."""
+
+    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+        self._app = app
+        self._options = options
+        self._keys = [key.encode() for key in options.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or whatever else ASGI brings."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        traceparent = headers.get("traceparent", "")
+        trace = _TRACEPARENT.fullmatch(traceparent)
+        notes: dict[str, Any] = {}
+        scope.setdefault("state", {}).update(request_id=request_id, notes=notes)
+        status, started = 0, time.monotonic()
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                marked = MutableHeaders(raw=list(message["headers"]))
+                marked["X-Request-Id"] = request_id
+                if trace:
+                    marked["traceparent"] = traceparent
+                message = {**message, "headers": marked.raw}
+            await send(message)
+
+        try:
+            self._check_key(scope["path"], headers)
+            receive = await self._read_body(scope, headers, receive)
+            await self._app(scope, receive, send_marked)
+        except ApiError as error:
+            notes["error"] = error.message
+            await send_error(send_marked, error)
+        except Exception:
+            _log.exception("a request failed in a way that octavo did not foresee")
+            if not status:
+                message = "octavo failed on this request; its log says why"
+                await send_error(send_marked, ApiError(500, message, code="internal_error"))
+        finally:
+            # What the page and the probes ask for all the time is not worth a line each.
+            quiet = scope["path"] in (*_OPEN_PATHS, "/engine") or _is_static(scope["path"])
+            log_event(
+                _log,
+                logging.DEBUG if quiet else logging.INFO,
+                "request",
+                request_id=request_id,
+                method=scope["method"],
+                path=scope["path"],
+                status=status or CLIENT_GONE,
+                seconds=round(time.monotonic() - started, 4),
+                client=scope["client"][0] if scope.get("client") else None,
+                trace_id=trace[1] if trace else None,
+                parent_id=trace[2] if trace else None,
+                **notes,
+            )
+
+    def _check_key(self, path: str, headers: Headers) -> None:
+        if not self._keys or path in _OPEN_PATHS or _is_static(path):
+            return
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        presented = given.strip().encode() if kind.lower() == "bearer" else b""
+        # Every key is compared, each in constant time.
+        matches = [hmac.compare_digest(presented, key) for key in self._keys]
+        if not any(matches):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; expected the header "
+                "'Authorization: Bearer KEY' with a key that this server was started with",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    async def _read_body(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
+        """Read the body to its end; returns what gives it once more, and then goes on."""
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return receive
+        limit = self._options.max_body_bytes
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > limit:
+            raise _too_large(limit)
+        chunks, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ApiError(CLIENT_GONE, "the client went before its request was whole")
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > limit:
+                raise _too_large(limit)
+            more = message.get("more_body", False)
+        body = b"".join(chunks)
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if body and kind != "application/json":
+            raise ApiError(
+                415, f"the content type is {kind!r}; expected application/json", param=None
+            )
+        _check_unicode(body)
+        is_read = False
+
+        async def receive_again() -> Message:
+            nonlocal is_read
+            if is_read:
+                return await receive()
+            is_read = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return receive_again
+
+
+async def send_error(send: Send, error: ApiError) -> None:
+    """Answer with an error."""
+    body = error.encoded()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        **error.headers,
+    }
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own where it has a decent one, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+def _is_static(path: str) -> bool:
+    return path.startswith("/static/")
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        413,
+        f"the body has more than {limit} bytes: send less, or start the server with a larger "
+        f"--max-body-bytes",
+        code="body_too_large",
+    )
+
+
+def _check_unicode(body: bytes) -> None:
+    """Refuse half of a surrogate pair, which JSON may spell and no text may hold."""
+    if not _LONE_SURROGATE.search(body):
+        return
+    import json
+
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise bad_request(
+            "the body spells half of a surrogate pair (\\ud800 to \\udfff), which is no Unicode "
+            "character"
+        ) from error
+    except (ValueError, RecursionError):
+        return  # no JSON at all: the route says so

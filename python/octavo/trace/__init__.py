@@ -1,0 +1,1 @@
+"""Tools that read the log of scheduling decisions: explain, replay, Perfetto."""

@@ -1,0 +1,114 @@
+"""An event log as a trace for https://ui.perfetto.dev or chrome://tracing.
+
+The Trace Event Format (Google, "Trace Event Format"): a list of JSON objects with a phase "ph",
+"X" for a slice with a duration, "C" for a counter, "i" for an instant, "M" for names; times "ts"
+and durations "dur" in microseconds. Process 1 is the engine, with a track of its steps and counters
+below; process 2 has a track for every answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from octavo.trace.explain import spans_of
+from octavo.trace.log_file import LogFile, Record
+
+_ENGINE, _REQUESTS = 1, 2
+_SPAN_NAMES = {"wait": "waiting", "prefill": "prompt", "decode": "decoding"}
+TraceEvent = dict[str, Any]
+
+
+def perfetto_trace(log: LogFile) -> dict[str, Any]:
+    """The whole log as one JSON object, to be written to a file."""
+    events = [*_engine_events(log), *_request_events(log)]
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": dict(log.header)}
+
+
+def _engine_events(log: LogFile) -> Iterator[TraceEvent]:
+    yield _name("process_name", _ENGINE, 0, "engine")
+    yield _name("thread_name", _ENGINE, 1, "steps")
+    num_blocks = log.header.get("num_blocks", 0)
+    for step in log.steps:
+        num_prompt = step.num_tokens - step.num_decodes
+        yield {
+            "ph": "X",
+            "pid": _ENGINE,
+            "tid": 1,
+            "name": f"{step.num_decodes} + {num_prompt}" if num_prompt else f"{step.num_decodes}",
+            "cat": "step",
+            "ts": _microseconds(step.start),
+            "dur": _microseconds(step.seconds),
+            "args": {
+                "decoding answers": step.num_decodes,
+                "prompt tokens": num_prompt,
+                "attended tokens": step.num_attended,
+            },
+        }
+        yield _counter("answers", step.end, running=step.num_running, waiting=step.num_waiting)
+        held = num_blocks - step.num_free_blocks
+        yield _counter("KV blocks", step.end, held=held, free=step.num_free_blocks)
+
+
+def _request_events(log: LogFile) -> Iterator[TraceEvent]:
+    yield _name("process_name", _REQUESTS, 0, "requests")
+    thread = 0
+    for request_id in log.request_ids:
+        records = log.of_request(request_id)
+        num_answers = next((r["n"] for r in records if r["event"] == "arrived"), 1)
+        for sample in range(num_answers):
+            thread += 1
+            label = request_id if num_answers == 1 else f"{request_id} #{sample + 1}"
+            yield _name("thread_name", _REQUESTS, thread, label)
+            yield {
+                "ph": "M",
+                "name": "thread_sort_index",
+                "pid": _REQUESTS,
+                "tid": thread,
+                "args": {"sort_index": thread},
+            }
+            for span in spans_of(log, request_id, sample):
+                yield {
+                    "ph": "X",
+                    "pid": _REQUESTS,
+                    "tid": thread,
+                    "name": _SPAN_NAMES[span.kind],
+                    "cat": "request",
+                    "ts": _microseconds(span.start),
+                    "dur": _microseconds(span.seconds),
+                    "args": _facts(span.opening),
+                }
+            for record in records:
+                if record["event"] in ("first_token", "preempted", "refused", "finished") and (
+                    record.get("sample", sample) == sample
+                ):
+                    yield _instant(record, thread)
+
+
+def _instant(record: Record, thread: int) -> TraceEvent:
+    return {
+        "ph": "i",
+        "s": "t",
+        "pid": _REQUESTS,
+        "tid": thread,
+        "name": record["event"].replace("_", " "),
+        "cat": "request",
+        "ts": _microseconds(record["time"]),
+        "args": _facts(record),
+    }
+
+
+def _facts(record: Record) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if k not in ("time", "event", "blocks")}
+
+
+def _counter(name: str, time: float, **values: int) -> TraceEvent:
+    return {"ph": "C", "pid": _ENGINE, "name": name, "ts": _microseconds(time), "args": values}
+
+
+def _name(kind: str, process: int, thread: int, name: str) -> TraceEvent:
+    return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}}
+
+
+def _microseconds(seconds: float) -> float:
+    return round(seconds * 1e6, 3)

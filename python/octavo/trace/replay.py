@@ -1,0 +1,212 @@
+"""A log's arrivals once more, under other options: what would have been?
+
+`arrivals_of` takes from the log when each request came, how long prompt and answers were, which
+prompts began alike; `Simulation` runs them. `summarize` reads the same figures out of any log, so
+that what was measured and what was simulated can be set side by side.
+
+Two things a replay does not know: that the next turn of a talk begins with the last answer (an
+answer's tokens are not in the log), and that a client who had to wait longer would have asked
+later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from octavo.config import RuntimeOptions
+from octavo.errors import InvalidArgumentError
+from octavo.trace.log_file import LogFile, Record
+from octavo.trace.simulation import Arrival
+
+
+def arrivals_of(log: LogFile, speed: float = 1.0) -> list[Arrival]:
+    """The requests of a log, refused ones left out; speed 2 lets them come twice as fast.
+
+    A request that was cut short (by a client, a deadline, or the log's end) is taken to have wanted
+    as many tokens as it was allowed; a client goes away as long after its arrival as it did.
+    """
+    arrivals = []
+    for request_id in log.request_ids:
+        records = log.of_request(request_id)
+        arrived = next((r for r in records if r["event"] == "arrived"), None)
+        if arrived is None:  # refused, or its arrival fell out of the ring
+            continue
+        ends = [r for r in records if r["event"] == "finished"]
+        is_whole = len(ends) == arrived["n"] and all(
+            r["reason"] in ("stop", "length") for r in ends
+        )
+        longest = max((r["num_output_tokens"] for r in ends), default=0)
+        aborted = [r["time"] for r in ends if r["reason"] == "abort"]
+        arrivals.append(
+            Arrival(
+                arrived["time"] / speed,
+                request_id,
+                arrived["num_prompt_tokens"],
+                longest if is_whole else arrived["max_tokens"],
+                arrived["n"],
+                arrived["priority"],
+                arrived["timeout"],
+                tuple(arrived["blocks"]),
+                aborted[0] - arrived["time"] if aborted else None,
+            )
+        )
+    if not arrivals:
+        raise InvalidArgumentError("the log has no arrivals; expected at least one to replay")
+    return arrivals
+
+
+def options_of(log: LogFile, changes: Mapping[str, Any]) -> tuple[RuntimeOptions, int]:
+    """(options, number of KV blocks) of the engine that wrote the log, with changes.
+
+    changes: fields of RuntimeOptions, or num_kv_blocks; None leaves what the log says.
+    """
+    header = log.header
+    try:
+        values = {
+            name: header[name]
+            for name in (
+                "block_size",
+                "max_num_seqs",
+                "max_num_batched_tokens",
+                "max_model_len",
+                "priority_ageing_seconds",
+                "enable_prefix_caching",
+                "max_waiting_requests",
+                "max_waiting_tokens",
+            )
+        }
+        num_blocks = header["num_blocks"]
+    except KeyError as error:
+        raise InvalidArgumentError(
+            f"the log's first line has no {error.args[0]}; expected what octavo writes there"
+        ) from None
+    given = {name: value for name, value in changes.items() if value is not None}
+    num_blocks = given.pop("num_kv_blocks", num_blocks)
+    values.update(given)
+    # A whole simulation is kept, however long.
+    options = RuntimeOptions(dtype="f32", kv_dtype="f32", event_log_capacity=10**8, **values)
+    return options, num_blocks
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Of some seconds: the mean, the median, and what 90 and 99 of 100 do not exceed."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Quantiles | None:
+        """By the nearest rank; None of no values."""
+        found = sorted(values)
+        if not found:
+            return None
+        ranks = [found[max(0, math.ceil(q * len(found)) - 1)] for q in (0.5, 0.9, 0.99)]
+        return cls(math.fsum(found) / len(found), *ranks)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a log tells of all its requests together; times in seconds.
+
+    waiting: from arrival to being started. time_to_first_token: from arrival. total_time: from
+    arrival to the end of the last answer. time_per_token: between two tokens of an answer, each
+    answer's mean. tokens_per_second: drawn, over the time from the first arrival to the last end.
+    """
+
+    num_requests: int
+    num_refused: int
+    finished: Mapping[str, int]
+    seconds: float
+    num_output_tokens: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_preemptions: int
+    num_steps: int
+    waiting: Quantiles | None
+    time_to_first_token: Quantiles | None
+    time_per_token: Quantiles | None
+    total_time: Quantiles | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens drawn a second, all requests together."""
+        return self.num_output_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+
+def summarize(log: LogFile) -> Summary:
+    """The figures of a log, measured or simulated."""
+    finished: dict[str, int] = {}
+    lives = [life for name in log.request_ids if (life := _life(log.of_request(name))) is not None]
+    ends = [record for record in log.records if record["event"] == "finished"]
+    for record in ends:
+        finished[record["reason"]] = finished.get(record["reason"], 0) + 1
+    first = min((life.arrival for life in lives), default=0.0)
+    last = max((record["time"] for record in ends), default=first)
+    count = {"refused": 0, "preempted": 0}
+    for record in log.records:
+        if record["event"] in count:
+            count[record["event"]] += 1
+    return Summary(
+        num_requests=len(lives),
+        num_refused=count["refused"],
+        finished=finished,
+        seconds=last - first,
+        num_output_tokens=sum(record["num_output_tokens"] for record in ends),
+        num_prompt_tokens=sum(life.num_prompt_tokens for life in lives),
+        num_cached_tokens=sum(life.num_cached_tokens for life in lives),
+        num_preemptions=count["preempted"],
+        num_steps=len(log.steps),
+        waiting=Quantiles.of(t - life.arrival for life in lives if (t := life.started) is not None),
+        time_to_first_token=Quantiles.of(
+            t - life.arrival for life in lives if (t := life.first_token) is not None
+        ),
+        time_per_token=Quantiles.of(t for life in lives for t in life.seconds_per_token),
+        total_time=Quantiles.of(t - life.arrival for life in lives if (t := life.end) is not None),
+    )
+
+
+@dataclass(frozen=True)
+class _Life:
+    arrival: float
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    started: float | None
+    first_token: float | None
+    end: float | None
+    seconds_per_token: tuple[float, ...]
+
+
+def _life(records: list[Record]) -> _Life | None:
+    """A request's times; None where its arrival is not in the log."""
+    arrived = next((r for r in records if r["event"] == "arrived"), None)
+    if arrived is None:
+        return None
+    admitted = next((r for r in records if r["event"] == "admitted"), None)
+    firsts = {r["sample"]: r["time"] for r in records if r["event"] == "first_token"}
+    ends = {r["sample"]: r for r in records if r["event"] == "finished"}
+    per_token = [
+        (ends[sample]["time"] - time) / (ends[sample]["num_output_tokens"] - 1)
+        for sample, time in firsts.items()
+        if sample in ends and ends[sample]["num_output_tokens"] > 1
+    ]
+    return _Life(
+        arrived["time"],
+        arrived["num_prompt_tokens"],
+        admitted["num_cached_tokens"] if admitted else 0,
+        admitted["time"] if admitted else None,
+        min(firsts.values(), default=None),
+        max((r["time"] for r in ends.values()), default=None)
+        if len(ends) == arrived["n"]
+        else None,
+        tuple(per_token),
+    )

@@ -1,0 +1,235 @@
+"""An engine over a device that computes nothing and keeps time: to try a policy on a laptop.
+
+The real scheduler, block manager and engine run; only the device and the clock are made up. A step
+costs what a model of three numbers says, and the clock goes on by that much. Nothing depends on the
+machine or the hour: the same log and options give the same figures.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.config import RuntimeOptions
+from octavo.engine.adjustments import LogitAdjustments
+from octavo.engine.batch import Int32
+from octavo.engine.engine import Engine
+from octavo.engine.outputs import RequestOutput
+from octavo.errors import InvalidArgumentError, QueueFullError
+from octavo.sampling_params import SamplingParams
+from octavo.trace.log_file import Step
+
+# Simulated tokens are numbers that no model has: enough of them that no two blocks are equal unless
+# the log says so.
+SIMULATED_VOCABULARY = 2**31 - 1
+
+
+_ROUNDING = 2e-6  # seconds: times in a log are rounded to microseconds
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of a step: fixed, for each token computed, and for each token that one attends to.
+
+    The three are the cost of reading the weights (and of Python), of the arithmetic, and of
+    attention.
+    """
+
+    fixed: float = 5e-3
+    per_token: float = 1e-4
+    per_attended: float = 1e-8
+
+    def seconds(self, num_tokens: int, num_attended: int) -> float:
+        """What a step takes."""
+        return self.fixed + self.per_token * num_tokens + self.per_attended * num_attended
+
+
+def fit_costs(steps: Sequence[Step]) -> CostModel:
+    """The cost model that comes closest to the measured steps, by least squares, none below 0.
+
+    Raises InvalidArgumentError with fewer than 8 steps. With so few sizes of step that the three
+    numbers cannot be told apart, the smallest that explain the measurements are taken.
+    """
+    if len(steps) < 8:
+        raise InvalidArgumentError(
+            f"the log has {len(steps)} steps; expected at least 8 to measure costs from: give "
+            f"--fixed, --per-token and --per-attended"
+        )
+    rows = [(1.0, step.num_tokens, step.num_attended) for step in steps]
+    seconds = np.array([step.seconds for step in steps])
+    # Noise grows with a step's length: a long one counts for more than a short one, not for all.
+    weights = 1.0 / np.sqrt(np.maximum(seconds, 1e-6))
+    costs = _non_negative_least_squares(np.array(rows) * weights[:, None], seconds * weights)
+    return CostModel(*costs)
+
+
+def _non_negative_least_squares(a: NDArray[np.float64], b: NDArray[np.float64]) -> list[float]:
+    """Least squares over every subset of columns, the best whose solution has no negative entry.
+
+    With three columns that is seven small problems, and exact.
+    """
+    scale = np.maximum(np.abs(a).max(axis=0), 1e-300)
+    best: tuple[float, list[float]] = (float(b @ b), [0.0] * a.shape[1])
+    for chosen in range(1, 1 << a.shape[1]):
+        columns = [i for i in range(a.shape[1]) if chosen >> i & 1]
+        x = np.linalg.lstsq(a[:, columns] / scale[columns], b, rcond=None)[0]
+        error = float(np.sum((a[:, columns] / scale[columns] @ x - b) ** 2))
+        if (x >= 0).all() and error < best[0] * (1 - 1e-9):
+            full = [0.0] * a.shape[1]
+            for column, value in zip(columns, x / scale[columns], strict=True):
+                full[column] = float(value)
+            best = (error, full)
+    return best[1]
+
+
+class SimulatedClock:
+    """Seconds since the simulation began."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SimulatedRuntime:
+    """Takes a native runtime's batches, samples token 0 for every row, and lets time pass."""
+
+    def __init__(self, costs: CostModel, clock: SimulatedClock) -> None:
+        self._costs = costs
+        self._clock = clock
+        self._num_rows = 0
+
+    def make_batch(self, **arrays: Any) -> dict[str, Any]:
+        """The batch as it is."""
+        return arrays
+
+    def submit(self, batch: dict[str, Any], *, sample: bool) -> int:
+        """Compute a step: the clock goes on."""
+        new = np.diff(batch["row_starts"]).astype(np.int64)
+        before = batch["context_lens"] - new
+        num_attended = int((new * before + new * (new + 1) // 2).sum())
+        self._clock.now += self._costs.seconds(len(batch["token_ids"]), num_attended)
+        self._num_rows = len(batch["logit_rows"])
+        return 0
+
+    def sample(
+        self,
+        ticket: int,
+        masks: Int32 | None = None,
+        adjustments: LogitAdjustments | None = None,
+    ) -> None:
+        """Nothing to do."""
+
+    def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
+        """Nothing to do: it takes no time to speak of."""
+
+    def wait(self, ticket: int) -> Any:
+        """Token 0 for every row."""
+        return SimpleNamespace(
+            token_ids=np.zeros(self._num_rows, np.int32), finite=np.ones(self._num_rows, np.bool_)
+        )
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request to simulate: when it comes, what it asks, and how long its answers become.
+
+    blocks: numbers of its prompt's full blocks, equal where the tokens were. num_output_tokens: of
+    its longest answer. abort_after: seconds from arrival to a client's going away; None: it stays.
+    """
+
+    time: float
+    request_id: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    n: int = 1
+    priority: int = 0
+    timeout: float | None = None
+    blocks: tuple[int, ...] = ()
+    abort_after: float | None = None
+
+
+class Simulation:
+    """An engine of these options over a simulated device.
+
+    outputs: of the requests that have ended, by id. refused: those that found the queue full.
+    log_block_size: what `Arrival.blocks` are counted in; None: options.block_size.
+    """
+
+    def __init__(
+        self,
+        options: RuntimeOptions,
+        num_blocks: int,
+        costs: CostModel,
+        log_block_size: int | None = None,
+    ) -> None:
+        self.clock = SimulatedClock()
+        runtime = SimulatedRuntime(costs, self.clock)
+        self.engine = Engine(
+            runtime,
+            options,
+            num_kv_blocks=num_blocks,
+            vocab_size=SIMULATED_VOCABULARY,
+            make_batch=runtime.make_batch,
+            clock=self.clock,
+        )
+        self.outputs: dict[str, RequestOutput] = {}
+        self.refused: list[str] = []
+        self._log_block_size = log_block_size or options.block_size
+        self._num_arrived = 0
+        self._aborts: list[tuple[float, str]] = []  # a heap: when, and who
+
+    def run(self, arrivals: Iterable[Arrival]) -> None:
+        """Let the requests come, and go on until all have ended."""
+        pending = deque(sorted(arrivals, key=lambda arrival: arrival.time))
+        while pending or self.engine.has_unfinished_requests:
+            if not self.engine.has_unfinished_requests:
+                self.clock.now = max(self.clock.now, pending[0].time)
+            while pending and pending[0].time <= self.clock.now + _ROUNDING:
+                self._arrive(pending.popleft())
+            while self._aborts and self._aborts[0][0] <= self.clock.now + _ROUNDING:
+                _, request_id = heappop(self._aborts)
+                if (output := self.engine.abort(request_id)) is not None:
+                    self.outputs[request_id] = output
+            for chunk in self.engine.step():
+                if chunk.result is not None:
+                    self.outputs[chunk.request_id] = chunk.result
+
+    def _arrive(self, arrival: Arrival) -> None:
+        """Queue a request, or note that it was refused."""
+        self._num_arrived += 1
+        size = self._log_block_size
+        prompt = [block * size + i for block in arrival.blocks for i in range(size)]
+        prompt = prompt[: arrival.num_prompt_tokens]
+        # What fills no block is shared with nobody: a token from the vocabulary's other end.
+        tail = SIMULATED_VOCABULARY - 1 - self._num_arrived
+        prompt += [tail] * (arrival.num_prompt_tokens - len(prompt))
+        max_tokens = max(arrival.num_output_tokens, 1)
+        params = SamplingParams(
+            temperature=0.0, max_tokens=max_tokens, n=arrival.n, ignore_eos=True
+        )
+        # It has come while the last step ran, and is heard of behind it, as in a server's loop.
+        now, self.clock.now = self.clock.now, arrival.time
+        try:
+            self.engine.add_request(
+                arrival.request_id,
+                prompt,
+                params,
+                priority=arrival.priority,
+                timeout=arrival.timeout,
+            )
+        except QueueFullError:
+            self.refused.append(arrival.request_id)
+        else:
+            if arrival.abort_after is not None:
+                heappush(self._aborts, (arrival.time + arrival.abort_after, arrival.request_id))
+        finally:
+            self.clock.now = now

@@ -1,0 +1,130 @@
+"""Reading a model's configuration, from a directory or from the header of a GGUF file.
+
+Weights are looked at in two cases only: a GGUF file, whose header is the configuration, and a head
+that may not be tied.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import ModelNotFoundError
+from octavo.folder import Folder, MemoryFolder
+from octavo.models.fields import Fields, describe, read_json_object
+from octavo.models.registry import Family, find_family
+from octavo.models.spec import ModelSpec
+from octavo.weights.files import HEAD, head_differs
+from octavo.weights.gguf_folder import GgufFolder
+from octavo.weights.gguf_parts import find_gguf
+from octavo.weights.quantization_config import StoredMatrix, read_quantization
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model whose configuration has been read and found usable.
+
+    folder: the files beside the weights: the directory, or what stands for it in a GGUF file.
+    config: config.json as it stands, but for a tie that the weights contradict.
+    """
+
+    folder: Folder
+    config: dict[str, Any]
+    spec: ModelSpec
+    weight_map: dict[str, str]  # octavo's name -> the checkpoint's name
+    eos_token_ids: tuple[int, ...]  # any of these ends a text; may be empty
+    generation_config: dict[str, Any]  # generation_config.json; empty where there is none
+    ignored_weights: tuple[str, ...] = ()  # regular expressions of names that may be left over
+    # Matrices that the checkpoint holds as codes, by octavo's name without ".weight".
+    quantized: Mapping[str, StoredMatrix] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The directory, or the GGUF file."""
+        return self.folder.path if isinstance(self.folder, MemoryFolder) else self.folder
+
+
+def read_model(path: Path) -> ModelFiles:
+    """Read the configuration of a Hugging Face model directory, or of a GGUF file.
+
+    A directory without config.json that holds one GGUF model is taken for that.
+    Raises ModelNotFoundError where neither is there; UnsupportedModelError, naming field and
+    value, for what octavo cannot run; WeightsError for a damaged GGUF file.
+    """
+    path = Path(path)
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return read_folder(GgufFolder(gguf))
+    if not path.is_dir():
+        raise ModelNotFoundError(
+            f"{path} is not a directory, nor a GGUF file; expected a Hugging Face model "
+            "directory (config.json, tokenizer.json, model.safetensors). `octavo pull` fetches one"
+        )
+    if not (path / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"{path} holds no config.json; expected a Hugging Face model directory "
+            "(config.json, tokenizer.json, model.safetensors), or a GGUF file"
+        )
+    return read_folder(path)
+
+
+def read_folder(folder: Folder) -> ModelFiles:
+    """Read config.json and generation_config.json; UnsupportedModelError as `read_model`."""
+    config = read_json_object(folder / "config.json")
+    family = find_family(config)
+    spec = family.read_spec(config)
+    names = family.weight_map(spec)
+    if spec.tie_word_embeddings and isinstance(folder, Path):
+        table = names["embed.weight"]
+        if head_differs(folder, table):
+            warnings.warn(
+                f"{folder}: config.json has tie_word_embeddings true, but the weights hold an "
+                f"{HEAD} that differs from {table}. It is used as a head of its own, as "
+                "transformers does; set tie_word_embeddings to false",
+                stacklevel=3,
+            )
+            config["tie_word_embeddings"] = False
+            spec = family.read_spec(config)
+            names = family.weight_map(spec)
+    generation_path = folder / "generation_config.json"
+    generation = read_json_object(generation_path) if generation_path.is_file() else {}
+    return ModelFiles(
+        folder=folder,
+        config=config,
+        spec=spec,
+        weight_map=names,
+        eos_token_ids=_eos_token_ids(config, generation, family, spec.vocab_size),
+        generation_config=generation,
+        ignored_weights=family.ignored_weights,
+        quantized=read_quantization(config, spec, names),
+    )
+
+
+def _eos_token_ids(
+    config: Mapping[str, Any], generation: Mapping[str, Any], family: Family, vocab_size: int
+) -> tuple[int, ...]:
+    """Which tokens end a text: generation_config.json's, else config.json's, else the family's.
+
+    A null in config.json means that there are none; a missing field the family's default, which
+    is what transformers fills in.
+    """
+    source, value = "generation_config.json", generation.get("eos_token_id")
+    if value is None:
+        source, value = "config.json", config.get("eos_token_id", family.default_eos_token_id)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise Fields({}, source).error(
+                "eos_token_id", value, "a token id (0 or more), a list of them, or null"
+            )
+    outside = [token for token in ids if token >= vocab_size]
+    if outside and "eos_token_id" in (*config, *generation):
+        warnings.warn(
+            f"{source}: eos_token_id {describe(outside)} lies outside the vocabulary of "
+            f"{vocab_size} tokens, so it never ends a text",
+            stacklevel=4,
+        )
+    return tuple(dict.fromkeys(token for token in ids if token < vocab_size))

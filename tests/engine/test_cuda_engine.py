@@ -1,0 +1,152 @@
+"""The engine on the CUDA backend: the promise about bits, with steps ahead, hits and preemption.
+
+`deterministic`, so that everything here is exact equality: of tokens and of log-probabilities.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_helpers import DEVICE, needs_cuda
+from engine_helpers import run_to_end
+from reference_helpers import random_weights, uniform
+
+from octavo import _native
+from octavo.config import RuntimeOptions
+from octavo.engine.engine import Engine
+from octavo.engine.outputs import RequestOutput
+from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.sampling_params import SamplingParams
+
+pytestmark = needs_cuda
+
+VOCAB = 131
+_NORM = NormSpec(eps=1e-5)
+_LAYER = LayerSpec(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    intermediate_size=96,
+    norm=_NORM,
+    rope=RopeSpec(theta=5000.0),
+)
+SPEC = ModelSpec("Tiny", VOCAB, 64, 512, (_LAYER, _LAYER), _NORM, tie_word_embeddings=False)
+LENGTHS = (3, 37, 90)
+PARAMS = {
+    "greedy": SamplingParams(temperature=0.0, max_tokens=9, logprobs=2),
+    "sampled": SamplingParams(
+        temperature=0.9, top_k=50, top_p=0.97, seed=2**63 + 5, max_tokens=9, logprobs=2
+    ),
+    "penalized": SamplingParams(
+        temperature=0.8, seed=9, max_tokens=9, logprobs=2, repetition_penalty=1.3, min_tokens=4
+    ),
+}
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    return [int(x) for x in (uniform(seed, length) + 1) * np.float32((VOCAB - 1) / 2 - 0.01)]
+
+
+@cache
+def weights() -> dict[str, Any]:
+    return random_weights(SPEC, seed=4)
+
+
+def make_engine(num_blocks: int = 60, **more: Any) -> Engine:
+    options = RuntimeOptions(
+        dtype="bf16",
+        kv_dtype="bf16",
+        block_size=16,
+        max_model_len=256,
+        max_num_seqs=8,
+        max_num_batched_tokens=more.pop("max_num_batched_tokens", 64),
+        deterministic=True,
+        **more,
+    )
+    runtime = _native.Runtime(DEVICE, SPEC, options)
+    for name, array in weights().items():
+        runtime.load(name, array, "f32")
+    runtime.alloc_kv(num_blocks)
+    return Engine(runtime, options, num_kv_blocks=num_blocks, vocab_size=VOCAB)
+
+
+def requests() -> dict[str, tuple[list[int], SamplingParams]]:
+    return {
+        f"{mode} {length}": (prompt_of(length, seed=length), params)
+        for mode, params in PARAMS.items()
+        for length in LENGTHS
+    }
+
+
+def facts(outputs: dict[str, RequestOutput]) -> dict[str, Any]:
+    """Everything that must not change."""
+    return {
+        request_id: [
+            (answer.token_ids, answer.finish_reason, answer.logprobs) for answer in output.outputs
+        ]
+        for request_id, output in outputs.items()
+    }
+
+
+def run(engine: Engine, *, apart: bool = False) -> dict[str, Any]:
+    outputs: dict[str, RequestOutput] = {}
+    for request_id, (prompt, params) in requests().items():
+        engine.add_request(request_id, prompt, params)
+        if apart:
+            outputs.update(run_to_end(engine))
+    outputs.update(run_to_end(engine))
+    return facts(outputs)
+
+
+@cache
+def alone() -> dict[str, Any]:
+    """Each request by itself, nothing reused, nothing recorded, one step at a time."""
+    engine = make_engine(
+        graphs=False, overlap_steps=False, enable_prefix_caching=False, max_num_batched_tokens=128
+    )
+    found = run(engine, apart=True)
+    for answers in found.values():
+        assert len(set(answers[0][0])) > 2, "an answer that repeats itself would show little"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fields", "apart"),
+    [
+        ({}, False),
+        ({"overlap_steps": False}, False),
+        ({"graphs": False}, False),
+        ({"max_num_batched_tokens": 13}, False),
+        ({"num_blocks": 9, "overlap_steps": True}, False),  # too few for all: preemption
+        ({}, True),
+    ],
+    ids=str,
+)
+def test_company_changes_no_bit(fields: dict[str, Any], apart: bool) -> None:
+    engine = make_engine(**fields)
+    assert run(engine, apart=apart) == alone()
+    if "num_blocks" in fields:
+        assert engine.stats().num_preemptions > 0
+
+
+def test_a_plain_step_is_one_graph_with_a_copy_either_way() -> None:
+    engine = make_engine(overlap_steps=True)
+    assert isinstance(engine.runtime, _native.Runtime)
+    before = engine.runtime.counts()
+    engine.add_request("a", prompt_of(30, 2), SamplingParams(temperature=0.7, max_tokens=20))
+    run_to_end(engine)
+    counts = {name: n - before[name] for name, n in engine.runtime.counts().items()}
+    assert engine.num_steps == counts["uploads"] == counts["downloads"] == 20
+    # All but the prompt's step and the first of each of the two flights.
+    assert counts["replayed"] == 17 and counts["recorded"] == 2 and counts["forgotten"] == 0
+
+
+def test_a_prefix_hit_changes_no_bit() -> None:
+    engine = make_engine()
+    run(engine)
+    before = engine.stats()
+    assert run(engine) == alone()
+    assert engine.stats().num_prefix_hits > before.num_prefix_hits

@@ -1,0 +1,411 @@
+"""A fake runtime whose next token is a pure function of all tokens before it.
+
+It keeps tokens where a real one keeps keys and values: in the slots of paged blocks, one cache a
+KV group. The history it draws from is read back through the block tables, so a wrong table, a slot
+written by somebody else, a chunk left out or a position repeated gives wrong tokens; slots that
+were never written, or handed to another sequence meanwhile, are found out at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.config import RuntimeOptions
+from octavo.engine.engine import Engine
+from octavo.engine.outputs import OutputChunk, RequestOutput, TokenLogprob
+from octavo.errors import InvalidArgumentError
+from octavo.reference.sampling import SAMPLING_ROW
+from octavo.sampling_params import SamplingParams
+
+VOCAB = 97
+SYSTEM = [(11 * i + i * i) % (VOCAB - 1) for i in range(17)]  # four blocks and a token
+EOS = 5
+NAN_TOKEN = 96  # a sequence that holds it has logits that are not finite
+EMPTY = -7
+
+
+@dataclass
+class FakeBatch:
+    """The arguments of `_native.Batch`, kept as they are."""
+
+    token_ids: npt.NDArray[Any]
+    row_starts: npt.NDArray[Any]
+    context_lens: npt.NDArray[Any]
+    block_tables: npt.NDArray[Any]
+    logit_rows: npt.NDArray[Any]
+    sampling: npt.NDArray[np.void]
+
+
+@dataclass
+class FakeOutput:
+    """What `_native.StepOutput` has."""
+
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    top_token_ids: npt.NDArray[np.int32]
+    top_logprobs: npt.NDArray[np.float32]
+    finite: npt.NDArray[np.bool_]
+
+
+def draw(
+    history: Sequence[int],
+    sampling: tuple[float, int, float, float],
+    seed: int,
+    sample_index: int,
+    forbidden: frozenset[int] = frozenset(),
+) -> tuple[int, float]:
+    """The fake model: (next token, its log-probability), from everything it may depend on."""
+    temperature, top_k, top_p, min_p = sampling
+    key: tuple[Any, ...] = (*history, -1)
+    if temperature > 0:
+        kept = top_k if top_k < VOCAB else 0  # to keep more than there are is to keep all
+        options = (np.float32(temperature), kept, np.float32(top_p), np.float32(min_p))
+        key += (*(float(option) for option in options), seed, sample_index)
+    number = hash(key)  # of numbers only: the same in every process
+    token = number % (VOCAB - 1)  # NAN_TOKEN comes in prompts only
+    while token in forbidden:
+        token = (token + 1) % (VOCAB - 1)
+    return token, float(np.float32(-((number >> 16) % 1000) / 128))
+
+
+def top_tokens(history: Sequence[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The fake model's most probable tokens and their log-probabilities."""
+    first = hash((*history, -2)) % VOCAB
+    tokens = tuple((first + 3 * rank) % VOCAB for rank in range(count))
+    return tokens, tuple(float(np.float32(-0.5 * rank - first / 64)) for rank in range(count))
+
+
+@dataclass
+class FakeRuntime:
+    """Has the calls of `_native.Runtime` that the engine uses, and checks every batch."""
+
+    options: RuntimeOptions
+    num_blocks: int
+    num_kv_groups: int = 1
+    max_tokens_seen: int = 0
+    num_tokens_computed: int = 0
+    num_copies: int = 0
+    batches: list[FakeBatch] = field(default_factory=list)
+    max_in_flight: int = 0
+    fail_next: Exception | None = None  # in `sample`, and a `submit` that draws
+    fail_wait: Exception | None = None  # in `wait`
+
+    def __post_init__(self) -> None:
+        shape = (self.num_kv_groups, self.num_blocks, self.options.block_size)
+        self.tokens = np.full(shape, EMPTY, np.int64)
+        self.positions = np.full(shape, EMPTY, np.int64)
+        self.sampled = np.full(self.options.max_num_seqs, EMPTY, np.int64)  # by state row
+        self._open: dict[int, FakeBatch] = {}
+        self._drawn: dict[int, FakeOutput] = {}
+        self._next_ticket = 0
+
+    def submit(self, batch: FakeBatch, *, sample: bool) -> int:
+        assert len(self._open) < 2, "two tickets are in flight already"
+        assert not (self._open.keys() - self._drawn.keys()), "a step is not sampled yet"
+        unknown = batch.token_ids < 0
+        batch.token_ids = batch.token_ids.copy()
+        batch.token_ids[unknown] = self.sampled[-1 - batch.token_ids[unknown]]
+        self._check(batch)
+        for s in range(len(batch.context_lens)):
+            self._write(batch, s)
+        self.batches.append(batch)
+        self._next_ticket += 1
+        self._open[self._next_ticket] = batch
+        self.max_in_flight = max(self.max_in_flight, len(self._open))
+        if sample:
+            try:
+                self.sample(self._next_ticket)
+            except Exception:
+                del self._open[self._next_ticket]
+                raise
+        return self._next_ticket
+
+    def copy_blocks(self, kv_group: int, pairs: npt.NDArray[np.int32]) -> None:
+        assert pairs.dtype == np.int32 and pairs.shape[1:] == (2,)
+        for source, destination in pairs.tolist():
+            self.tokens[kv_group, destination] = self.tokens[kv_group, source]
+            self.positions[kv_group, destination] = self.positions[kv_group, source]
+        self.num_copies += len(pairs)
+
+    def sample(
+        self, ticket: int, masks: npt.NDArray[np.int32] | None = None, adjustments: Any = None
+    ) -> None:
+        assert adjustments is None, "the fake model has no logits: test adjustments on a real one"
+        assert ticket in self._open and ticket not in self._drawn
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        self._drawn[ticket] = self._draw(self._open[ticket], masks)
+
+    def wait(self, ticket: int) -> FakeOutput:
+        assert ticket == min(self._open), "steps end in the order in which they were submitted"
+        self._open.pop(ticket)
+        if self.fail_wait is not None:
+            error, self.fail_wait = self.fail_wait, None
+            raise error
+        return self._drawn.pop(ticket)
+
+    def _draw(self, batch: FakeBatch, masks: Any) -> FakeOutput:
+        num_rows = len(batch.logit_rows)
+        num_top = max([0, *batch.sampling["num_logprobs"].tolist()])
+        output = FakeOutput(
+            np.zeros(num_rows, np.int32),
+            np.full(num_rows, np.nan, np.float32),
+            np.full((num_rows, num_top), -1, np.int32),
+            np.full((num_rows, num_top), np.nan, np.float32),
+            np.ones(num_rows, np.bool_),
+        )
+        for row, position in enumerate(batch.logit_rows.tolist()):
+            self._draw_row(batch, row, position, None if masks is None else masks[row], output)
+            self.sampled[batch.sampling["state_row"][row]] = output.token_ids[row]
+        return output
+
+    def _draw_row(
+        self, batch: FakeBatch, row: int, token_row: int, mask: Any, output: FakeOutput
+    ) -> None:
+        s = int(np.searchsorted(batch.row_starts, token_row, side="right")) - 1
+        behind = int(batch.row_starts[s + 1]) - 1 - token_row
+        history = self._read(batch, s, int(batch.context_lens[s]) - behind)
+        forbidden = frozenset(
+            t for t in range(VOCAB) if mask is not None and not (int(mask[t // 32]) >> (t % 32)) & 1
+        )
+        options = dict(zip(SAMPLING_ROW.names or (), batch.sampling[row].item(), strict=True))
+        sampling = tuple(options[name] for name in ("temperature", "top_k", "top_p", "min_p"))
+        seed, sample_index = options["seed"], options["sample_index"]
+        token, logprob = draw(history, sampling, seed, sample_index, forbidden)
+        output.token_ids[row] = token
+        output.finite[row] = NAN_TOKEN not in history
+        count = options["num_logprobs"]
+        if count >= 0:
+            output.logprobs[row] = logprob
+            ids, logprobs = top_tokens(history, count)
+            output.top_token_ids[row, :count] = ids
+            output.top_logprobs[row, :count] = logprobs
+
+    def _slots(self, batch: FakeBatch, s: int, stop: int) -> list[list[tuple[int, int]]]:
+        size = self.options.block_size
+        return [
+            [(int(batch.block_tables[group, s, p // size]), p % size) for p in range(stop)]
+            for group in range(self.num_kv_groups)
+        ]
+
+    def _write(self, batch: FakeBatch, s: int) -> None:
+        tokens = batch.token_ids[batch.row_starts[s] : batch.row_starts[s + 1]].tolist()
+        context = int(batch.context_lens[s])
+        for group, slots in enumerate(self._slots(batch, s, context)):
+            for position, token in enumerate(tokens, context - len(tokens)):
+                self.tokens[group, slots[position][0], slots[position][1]] = token
+                self.positions[group, slots[position][0], slots[position][1]] = position
+
+    def _read(self, batch: FakeBatch, s: int, stop: int) -> tuple[int, ...]:
+        histories = []
+        for group, slots in enumerate(self._slots(batch, s, stop)):
+            positions = [int(self.positions[group, block, offset]) for block, offset in slots]
+            assert positions == list(range(stop)), f"stale or foreign slots: {positions}"
+            histories.append(tuple(int(self.tokens[group, b, offset]) for b, offset in slots))
+        assert len(set(histories)) == 1, "the KV groups disagree"
+        return histories[0]
+
+    def _check(self, batch: FakeBatch) -> None:
+        options = self.options
+        num_seqs = len(batch.context_lens)
+        assert 1 <= num_seqs <= options.max_num_seqs
+        assert 1 <= len(batch.token_ids) <= options.max_num_batched_tokens
+        self.num_tokens_computed += len(batch.token_ids)
+        self.max_tokens_seen = max(self.max_tokens_seen, len(batch.token_ids))
+        assert batch.row_starts[0] == 0 and batch.row_starts[-1] == len(batch.token_ids)
+        assert (np.diff(batch.row_starts) > 0).all()
+        assert (np.diff(batch.logit_rows) > 0).all()
+        assert ((batch.token_ids >= 0) & (batch.token_ids < VOCAB)).all()
+        assert (batch.context_lens <= options.max_model_len).all()
+        assert batch.block_tables.shape[:2] == (self.num_kv_groups, num_seqs)
+        for name, array in vars(batch).items():
+            assert array.dtype == (SAMPLING_ROW if name == "sampling" else np.int32), name
+            assert array.flags.c_contiguous, name
+        for group in range(self.num_kv_groups):
+            tables = [[int(b) for b in row if b != -1] for row in batch.block_tables[group]]
+            used = [block for table in tables for block in table]
+            assert all(0 <= block < self.num_blocks for block in used)
+            assert all(len(table) == len(set(table)) for table in tables)
+            for s, table in enumerate(tables):
+                num_new = int(batch.row_starts[s + 1] - batch.row_starts[s])
+                first_written = (int(batch.context_lens[s]) - num_new) // options.block_size
+                for block in table[first_written:]:
+                    assert used.count(block) == 1, "a block is written that others read"
+
+
+def fake_options(**changes: Any) -> RuntimeOptions:
+    """Small limits, which `changes` override."""
+    values: dict[str, Any] = {
+        "dtype": "f32",
+        "kv_dtype": "f32",
+        "block_size": 4,
+        "max_model_len": 48,
+        "max_num_seqs": 5,
+        "max_num_batched_tokens": 11,
+    }
+    return RuntimeOptions(**{**values, **changes})
+
+
+def fake_engine(
+    num_blocks: int = 40,
+    num_kv_groups: int = 1,
+    tokenizer: Any = None,
+    eos: Sequence[int] = (EOS,),
+    seed: int = 3,
+    clock: Callable[[], float] = time.monotonic,
+    **options: Any,
+) -> Engine:
+    """An engine over a fake runtime."""
+    resolved = fake_options(**options)
+    return Engine(
+        FakeRuntime(resolved, num_blocks, num_kv_groups),
+        resolved,
+        num_kv_blocks=num_blocks,
+        vocab_size=VOCAB,
+        num_kv_groups=num_kv_groups,
+        tokenizer=tokenizer,
+        eos_token_ids=eos,
+        seed=seed,
+        make_batch=FakeBatch,
+        clock=clock,
+    )
+
+
+class ManualClock:
+    """A clock that goes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass(frozen=True)
+class ExpectedAnswer:
+    """What one answer must be, computed with no engine at all."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stop_reason: int | None
+    logprobs: tuple[TokenLogprob, ...] | None
+
+
+def solo_answer(
+    prompt: Sequence[int],
+    params: SamplingParams,
+    sample_index: int = 0,
+    max_model_len: int = 48,
+    eos: Sequence[int] = (EOS,),
+) -> ExpectedAnswer:
+    """The fake model alone in a loop: token ids, why it ended, log-probabilities."""
+    history = list(prompt)
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos))
+    sampling = (params.temperature, params.top_k, params.top_p, params.min_p)
+    logprobs: list[TokenLogprob] = []
+    reason, stop_reason = "length", None
+    limit = min(len(prompt) + params.max_tokens, max_model_len)
+    while len(history) < limit:
+        if NAN_TOKEN in history:
+            reason = "error"
+            break
+        num_drawn = len(history) - len(prompt)
+        forbidden = frozenset(stops) if num_drawn < params.min_tokens else frozenset()
+        token, logprob = draw(history, sampling, params.seed or 0, sample_index, forbidden)
+        if params.logprobs is not None:
+            logprobs.append(TokenLogprob(token, logprob, *top_tokens(history, params.logprobs)))
+        history.append(token)
+        if token in stops:
+            reason = "stop"
+            stop_reason = token if token in params.stop_token_ids else None
+            break
+    found = None if params.logprobs is None else tuple(logprobs)
+    return ExpectedAnswer(tuple(history[len(prompt) :]), reason, stop_reason, found)
+
+
+def check_answers(output: RequestOutput, params: SamplingParams, max_model_len: int = 48) -> None:
+    """Every answer of a finished request is the one the fake model gives alone."""
+    assert [answer.index for answer in output.outputs] == list(range(params.n))
+    expected = [
+        solo_answer(output.prompt_token_ids, params, index, max_model_len)
+        for index in range(params.n)
+    ]
+    if any(answer.finish_reason == "error" for answer in expected):
+        assert output.error is not None
+        assert {answer.finish_reason for answer in output.outputs} <= {"error", "stop", "length"}
+        assert "error" in {answer.finish_reason for answer in output.outputs}
+        return
+    for answer, solo in zip(output.outputs, expected, strict=True):
+        assert answer.token_ids == solo.token_ids
+        assert answer.finish_reason == solo.finish_reason
+        assert answer.stop_reason == solo.stop_reason
+        assert answer.logprobs == solo.logprobs
+
+
+def run_to_end(
+    engine: Engine,
+    max_steps: int = 10_000,
+    on_chunk: Callable[[OutputChunk], None] = lambda chunk: None,
+) -> dict[str, RequestOutput]:
+    """Step until nothing is left; the outputs by request id."""
+    outputs = {}
+    for _ in range(max_steps):
+        if not engine.has_unfinished_requests:
+            return outputs
+        steps = engine.num_steps
+        for chunk in engine.step():
+            on_chunk(chunk)
+            if chunk.result is not None:
+                outputs[chunk.request_id] = chunk.result
+        engine.check_integrity()
+        assert engine.num_steps == steps + 1, "a step with requests unfinished computed nothing"
+    raise AssertionError(f"{engine.num_unfinished_requests} requests never ended")
+
+
+def is_refused(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> str | None:
+    """The message with which the engine refuses a request, None where it accepts it."""
+    try:
+        engine.check_request(prompt, params)
+    except InvalidArgumentError as error:
+        return str(error)
+    return None
+
+
+def plain_tokenizer_directory(directory: Path, vocab_size: int = VOCAB) -> Path:
+    """A tokenizer whose token i is one character, the i-th from "!" on; EOS is special."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+
+    tokenizer = Tokenizer(
+        models.BPE({chr(33 + i): i for i in range(vocab_size)}, [], unk_token=None)
+    )
+    tokenizer.decoder = decoders.Fuse()
+    special = AddedToken(chr(33 + EOS), special=True, normalized=False)
+    tokenizer.add_special_tokens([special])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def crowd(engine: Engine) -> None:
+    """Requests of many beginnings, in two waves; every answer is checked."""
+    params = {}
+    for wave in range(2):
+        for i in range(24):
+            n = 3 if i % 7 == 3 else 1
+            name = f"{wave}.{i}"
+            params[name] = SamplingParams(
+                temperature=i % 2, seed=i, max_tokens=4 + i % 9, ignore_eos=True, n=n
+            )
+            prompt = [*SYSTEM[: 17 - i % 6], *[(i * k) % 7 for k in range(i % 4)]]
+            other = [*[(i % 3 + k) % 90 for k in range(8)], *SYSTEM[4:12], i]
+            engine.add_request(name, other if i % 4 == 1 else prompt, params[name])
+        for output in run_to_end(engine).values():
+            check_answers(output, params[output.request_id])

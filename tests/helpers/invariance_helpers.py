@@ -1,0 +1,131 @@
+"""A tiny random model in the native core, and requests to it whose answers must never change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from engine_helpers import run_to_end
+from reference_helpers import random_weights, uniform
+
+from octavo import _native
+from octavo.config import RuntimeOptions
+from octavo.engine.engine import Engine
+from octavo.engine.outputs import RequestOutput
+from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.sampling_params import SamplingParams
+
+VOCAB = 211
+_NORM = NormSpec(eps=1e-5)
+_LAYER = LayerSpec(
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=150,
+    norm=_NORM,
+    rope=RopeSpec(theta=5000.0),
+    qkv_bias=True,
+)
+# An MLP of whole steps of 32 inputs goes through the CPU as one op; two threads then have an odd
+# number of panels each.
+_FUSED = replace(_LAYER, intermediate_size=160)
+SPEC = ModelSpec("Tiny", VOCAB, 72, 1024, (_LAYER, _FUSED), _NORM, tie_word_embeddings=False)
+
+# Short; odd; over the lengths at which kernels and attention cut their work.
+SUBJECT_LENGTHS = (3, 77, 301)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, logprobs=3)
+SAMPLED = SamplingParams(
+    temperature=0.9, top_k=90, top_p=0.97, min_p=0.001, seed=2**63 + 5, max_tokens=24, logprobs=3
+)
+MODES = {"greedy": GREEDY, "sampled": SAMPLED}
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    """Random tokens, the last of the vocabulary never among them."""
+    return [int(x) for x in (uniform(seed, length) + 1) * np.float32((VOCAB - 1) / 2 - 0.01)]
+
+
+@cache
+def weights() -> dict[str, Any]:
+    return random_weights(SPEC, seed=5)
+
+
+def make_engine(
+    dtype: Any = "f32",
+    *,
+    kv_dtype: Any = None,
+    isa: str = "auto",
+    num_threads: int = 1,
+    max_num_batched_tokens: int = 512,
+    num_blocks: int = 200,
+    max_num_seqs: int = 24,
+    **more: Any,
+) -> Engine:
+    options = RuntimeOptions(
+        dtype=dtype,
+        kv_dtype=kv_dtype or dtype,
+        block_size=16,
+        max_model_len=512,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        num_threads=num_threads,
+        isa=isa,
+        **more,
+    )
+    runtime = _native.Runtime("cpu", SPEC, options)
+    for name, array in weights().items():
+        runtime.load(name, array, "f32")
+    runtime.alloc_kv(num_blocks)
+    return Engine(runtime, options, num_kv_blocks=num_blocks, vocab_size=VOCAB)
+
+
+def subjects(params: SamplingParams) -> dict[str, tuple[list[int], SamplingParams]]:
+    return {f"subject{n}": (prompt_of(n, seed=n), params) for n in SUBJECT_LENGTHS}
+
+
+def others(count: int = 17) -> dict[str, tuple[list[int], SamplingParams]]:
+    """Requests of all lengths, greedy and sampled, that come and go at different times."""
+    return {
+        f"other{i}": (
+            prompt_of(1 + (i * i * 7) % 130, seed=1000 + i),
+            SamplingParams(temperature=i % 3 / 2, seed=i, max_tokens=5 + 3 * i % 31),
+        )
+        for i in range(count)
+    }
+
+
+def run(engine: Engine, requests: Any, *, apart: bool = False) -> dict[str, RequestOutput]:
+    """Run requests together, or one after the other."""
+    outputs = {}
+    for request_id, (prompt, params) in requests.items():
+        engine.add_request(request_id, prompt, params)
+        if apart:
+            outputs.update(run_to_end(engine))
+    return {**outputs, **run_to_end(engine)}
+
+
+def facts(outputs: dict[str, RequestOutput]) -> dict[str, Any]:
+    """Everything that must not change, of the subjects."""
+    return {
+        request_id: [
+            (answer.token_ids, answer.finish_reason, answer.logprobs, answer.cumulative_logprob)
+            for answer in output.outputs
+        ]
+        for request_id, output in outputs.items()
+        if request_id.startswith("subject")
+    }
+
+
+@cache
+def alone(dtype: str, mode: str, isa: str = "auto") -> dict[str, Any]:
+    """The subjects, each by itself and its prompt in one piece: what all else must equal."""
+    found = facts(run(make_engine(dtype, isa=isa), subjects(MODES[mode]), apart=True))
+    assert len(found) == len(SUBJECT_LENGTHS)
+    for answers in found.values():
+        tokens, reason, logprobs, _ = answers[0]
+        assert len(tokens) == 24 and reason == "length"
+        assert len(set(tokens)) > 3, "an answer that repeats itself would show little"
+        assert all(np.isfinite(entry.logprob) for entry in logprobs)
+    return found

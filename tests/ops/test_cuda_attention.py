@@ -1,0 +1,411 @@
+"""Attention on the CUDA backend: against the reference in float64, and bit for bit against itself.
+
+Two kernels with matrix products take bf16 and f16 with head_dim 64 or 128, one for sequences that
+bring few tokens and one for those that bring many; a simple one takes everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from cuda_helpers import DEVICE, needs_cuda
+from ops_helpers import (
+    TOLERANCES,
+    Case,
+    Sequence,
+    attention_cases,
+    double,
+    make_sequence,
+    native_attention,
+)
+from reference_helpers import Float32, max_error, same_bits
+
+from octavo import _native_ops
+from octavo.diff.ties import rounding_room
+from octavo.reference import ops
+
+pytestmark = needs_cuda
+
+# Of activations and of the cache, and the largest error allowed relative to the root mean square.
+# The largest outputs are three or four times that, and are rounded once as they are stored (bf16:
+# 2^-9 of themselves, twice that just above a power of two); the weights are rounded too, with int8
+# after the values' scales are in them. Over a bf16 cache the definition rounds them itself, and
+# only a few may be rounded otherwise: `beyond_rounding` looks closer there.
+FORMATS = {
+    ("bf16", "bf16"): 1.4e-2,
+    ("bf16", "int8"): 3e-2,
+    ("f16", "f16"): 1.8e-3,
+    ("f16", "int8"): 4e-3,
+}
+# The simple kernel: float32 throughout, but for what activations and cache are stored as, and for
+# what the definition rounds over a bf16 cache.
+SIMPLE_FORMATS = {("bf16", "f32"): 1.2e-2, ("f32", "f16"): 1e-5}
+# Over a bf16 cache, every kernel: the error beyond that of storing the result, each number's own,
+# and of weights that may be rounded either way (octavo.diff.ties), relative to the root mean
+# square. It is float32's: 3e-6 was measured.
+BEYOND_ROUNDING = 1e-5
+STORED = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 0.0}  # of the number itself
+
+
+@cache
+def native(dtype: str) -> _native_ops.Ops:
+    return _native_ops.Ops(DEVICE, dtype=dtype)
+
+
+def rounded(x: Float32, dtype: str) -> Float32:
+    if dtype == "f16":
+        return x.astype(np.float16).astype(np.float32)
+    return np.asarray(ops.to_cache(x, dtype), np.float32)
+
+
+def make_sequences(
+    lengths: list[tuple[int, int]], heads: tuple[int, int], head_dim: int, dtype: str
+) -> list[Sequence]:
+    """lengths: new tokens and context. In numbers of the activations' format."""
+    made = [make_sequence(7 + i, *length, heads, head_dim) for i, length in enumerate(lengths)]
+    return [Sequence(*(rounded(x, dtype) for x in (s.q, s.k, s.v))) for s in made]
+
+
+def attend(
+    dtype: str, kv_dtype: str, sequences: list[Sequence], window: int = 0, block_size: int = 16
+) -> Float32:
+    scale = sequences[0].q.shape[2] ** -0.5
+    return native_attention(native(dtype), sequences, scale, window, kv_dtype, block_size)[0]
+
+
+def expect(kv_dtype: str, sequences: list[Sequence], window: int = 0) -> np.ndarray:
+    outs = []
+    for s in sequences:
+        k, v = (double(rounded(x, kv_dtype)) for x in (s.k, s.v))
+        scale, rounds = s.q.shape[2] ** -0.5, ops.attention_dtype(kv_dtype)
+        outs.append(ops.attention(double(s.q), k, v, scale, window, rounds))
+    return np.concatenate(outs)
+
+
+def beyond_rounding(
+    dtype: str, actual: np.ndarray, right: np.ndarray, sequences: list[Sequence], window: int
+) -> float:
+    """The largest error over a bf16 cache that rounding does not explain."""
+    rooms = []
+    for s in sequences:
+        k, v = (rounded(x, "bf16") for x in (s.k, s.v))
+        rooms.append(rounding_room(s.q, k, v, s.q.shape[2] ** -0.5, window))
+    if not np.isfinite(actual).all():
+        return float("inf")
+    allowed = np.concatenate(rooms) + STORED[dtype] * np.abs(right)
+    scale = np.sqrt(np.mean(np.square(right)))
+    return float((np.abs(actual - right) - allowed).max() / scale)
+
+
+def tokens_of(sequence: Sequence, start: int, stop: int) -> Sequence:
+    """Tokens start to stop - 1 of a sequence that brings all of its tokens."""
+    return Sequence(sequence.q[start:stop], sequence.k[:stop], sequence.v[:stop])
+
+
+@pytest.mark.parametrize("case", list(attention_cases()), ids=str)
+def test_float32_equals_the_reference(case: Case) -> None:
+    for value, right in zip(case.native(native("f32")), case.reference(ops), strict=True):
+        assert max_error(value, right) <= TOLERANCES[case.op]
+
+
+# (New tokens, context) of each sequence; heads and KV heads; window.
+BATCHES: list[tuple[list[tuple[int, int]], tuple[int, int], int]] = [
+    ([(1, 1)], (1, 1), 0),
+    ([(1, n) for n in (15, 16, 17, 255, 256, 257, 1000)], (4, 1), 0),
+    ([(2, 64), (2, 65), (2, 2)], (9, 3), 0),
+    ([(4, 130), (4, 4), (4, 300)], (8, 1), 0),
+    ([(7, 63), (1, 129), (3, 20)], (24, 8), 0),
+    ([(1, 200), (1, 64), (1, 320)], (8, 8), 65),
+    ([(7, 600), (1, 700)], (4, 1), 0),  # could be four tokens each, for all the host knows
+    ([(33, 33)], (3, 3), 0),
+    ([(100, 260), (1, 90), (8, 70), (9, 9)], (4, 1), 0),
+    ([(70, 300), (40, 41)], (6, 2), 50),
+]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+def test_it_equals_the_reference(formats: tuple[str, str], head_dim: int) -> None:
+    dtype, kv_dtype = formats
+    for index, (lengths, heads, window) in enumerate(BATCHES):
+        sequences = make_sequences(lengths, heads, head_dim, dtype)
+        block_size = (16, 32, 48)[index % 3]
+        actual = attend(dtype, kv_dtype, sequences, window, block_size)
+        right = expect(kv_dtype, sequences, window)
+        about = f"{lengths}, {heads}, window {window}"
+        assert max_error(actual, right) <= FORMATS[formats], about
+        if kv_dtype == "bf16":
+            error = beyond_rounding(dtype, actual, right, sequences, window)
+            assert error <= BEYOND_ROUNDING, about
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80])
+@pytest.mark.parametrize("formats", SIMPLE_FORMATS, ids="-".join)
+def test_the_simple_kernel_equals_the_reference(formats: tuple[str, str], head_dim: int) -> None:
+    dtype, kv_dtype = formats
+    for lengths, heads, window in BATCHES[1:7:2]:
+        sequences = make_sequences(lengths, heads, head_dim, dtype)
+        error = max_error(
+            attend(dtype, kv_dtype, sequences, window), expect(kv_dtype, sequences, window)
+        )
+        assert error <= SIMPLE_FORMATS[formats], f"{lengths}, {heads}, window {window}"
+
+
+# What the simple kernel takes over a bf16 cache: head_dim 64 in bf16 is the others'.
+SIMPLE_OVER_BF16 = [
+    (dtype, head_dim)
+    for dtype in ("f32", "f16", "bf16")
+    for head_dim in (16, 64, 80)
+    if (dtype, head_dim) != ("bf16", 64)
+]
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), SIMPLE_OVER_BF16)
+def test_the_simple_kernel_rounds_as_the_reference_does(dtype: str, head_dim: int) -> None:
+    for lengths, heads, window in BATCHES[1:7:2]:
+        sequences = make_sequences(lengths, heads, head_dim, dtype)
+        actual = attend(dtype, "bf16", sequences, window)
+        right = expect("bf16", sequences, window)
+        error = beyond_rounding(dtype, actual, right, sequences, window)
+        assert error <= BEYOND_ROUNDING, f"{lengths}, {heads}, window {window}"
+
+
+def test_seventy_sequences() -> None:
+    """So many that a block takes all splits of its rows; each as if it were alone."""
+    contexts = [1, 15, 16, 17, 255, 256, 257, 1000, 64, 65]
+    lengths = [(1, contexts[i * i % 10] if i % 7 else 3 + i) for i in range(70)]
+    sequences = make_sequences(lengths, (3, 1), 64, "bf16")
+    whole = attend("bf16", "bf16", sequences)
+    assert max_error(whole, expect("bf16", sequences)) <= FORMATS["bf16", "bf16"]
+    for index in (0, 17, 49, 69, *(i for i in range(70) if lengths[i][1] == 1000)):
+        assert same_bits(whole[[index]], attend("bf16", "bf16", [sequences[index]]))
+
+
+INVARIANT = [
+    ("bf16", "bf16", (4, 1), 64, 0),
+    ("bf16", "int8", (6, 2), 64, 0),
+    ("f16", "f16", (3, 1), 128, 77),
+    ("f16", "int8", (3, 1), 128, 0),
+    ("f16", "int8", (2, 2), 64, 300),
+    ("bf16", "bf16", (1, 1), 80, 60),  # the simple kernel
+    ("f32", "bf16", (2, 2), 16, 0),
+]
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype", "heads", "head_dim", "window"), INVARIANT)
+def test_a_token_gets_the_same_bits_however_it_comes(
+    dtype: str, kv_dtype: str, heads: tuple[int, int], head_dim: int, window: int
+) -> None:
+    """Whole prompts, chunks, single tokens, 4 and 8 at a time, alone and among others."""
+    length = 330
+    one, other = make_sequences([(length, length), (90, 90)], heads, head_dim, dtype)
+    whole = attend(dtype, kv_dtype, [one], window)
+    assert max_error(whole, expect(kv_dtype, [one], window)) < 5e-2
+
+    for size in (7, 64, 101):
+        cuts = [(start, min(start + size, length)) for start in range(0, length, size)]
+        chunks = [attend(dtype, kv_dtype, [tokens_of(one, *cut)], window) for cut in cuts]
+        assert same_bits(np.concatenate(chunks), whole), f"chunks of {size}"
+
+    ends = [0, 1, 14, 15, 16, 62, 63, 64, 65, 200, 254, 255, 256, 257, 319, 320, 329]
+    alone = [attend(dtype, kv_dtype, [tokens_of(one, p, p + 1)], window) for p in ends]
+    assert same_bits(np.concatenate(alone), whole[ends]), "decoded"
+    together = attend(dtype, kv_dtype, [tokens_of(one, p, p + 1) for p in ends], window, 32)
+    assert same_bits(together, whole[ends]), "decoded in a batch"
+    for size in (4, 8):
+        starts = [0, 60, 250, 253, length - size]
+        verified = attend(
+            dtype, kv_dtype, [tokens_of(one, p, p + size) for p in starts], window
+        ).reshape(len(starts), size, *whole.shape[1:])
+        for got, start in zip(verified, starts, strict=True):
+            assert same_bits(got, whole[start : start + size]), f"{size} at a time"
+
+    mixed = [tokens_of(one, 250, 300), other, tokens_of(one, 3, 4), tokens_of(one, 97, 104)]
+    got = attend(dtype, kv_dtype, mixed, window)
+    assert same_bits(got[:50], whole[250:300]) and same_bits(got[140:141], whole[3:4])
+    assert same_bits(got[141:], whole[97:104])
+    assert same_bits(got[50:140], attend(dtype, kv_dtype, [other], window))
+
+
+def test_a_long_context() -> None:
+    """Past 8192 keys splits are longer. One token decoded, and the last of a chunk, the same."""
+    [sequence] = make_sequences([(12, 9100)], (2, 1), 64, "bf16")
+    last = replace(sequence, q=sequence.q[-1:])
+    chunk, decoded = (attend("bf16", "int8", [s], 0, 64) for s in (sequence, last))
+    assert max_error(decoded, expect("int8", [last])) <= 5e-2  # an average over many: small
+    assert same_bits(decoded, chunk[-1:])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+def test_what_no_token_owns_is_not_seen(formats: tuple[str, str], head_dim: int) -> None:
+    """A block's unused slots hold another sequence's numbers, maybe infinite ones."""
+    dtype, kv_dtype = formats
+    for lengths in ([(3, 5), (2, 49), (1, 70)], [(40, 50)]):
+        sequences = make_sequences(lengths, (4, 2), head_dim, dtype)
+        results = [
+            native_attention(native(dtype), sequences, 0.2, 0, kv_dtype, 32, empty)[0]
+            for empty in (0.0, np.nan, np.inf, 1e4)
+        ]
+        assert np.isfinite(results[0]).all()
+        for result in results[1:]:
+            assert same_bits(result, results[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "size"),
+    # The kernels with matrix products subtract the maximum from a product that is not rounded, so
+    # that 2^-24 of a score may be left over: they go up to scores of 1e9.
+    [("bf16", 64, 1e3), ("bf16", 128, 1e3), ("f32", 16, 1e15), ("bf16", 80, 1e15)],
+)
+def test_large_and_equal_scores_over_a_bf16_cache(dtype: str, head_dim: int, size: float) -> None:
+    """Large scores, equal ones, and large equal ones: no infinity, no NaN."""
+    [s] = make_sequences([(30, 90)], (4, 2), head_dim, "bf16")
+    average = expect("f32", [Sequence(s.q * np.float32(0), s.k, s.v)])
+    for factor, keys, equal in (
+        (size, s.k, False),
+        (0.0, s.k, True),
+        (size, np.ones_like(s.k), True),
+    ):
+        q, k = (rounded(x * np.float32(factor), dtype) for x in (s.q, keys))
+        actual = attend(dtype, "bf16", [Sequence(q, k, s.v)])
+        assert np.isfinite(actual).all()
+        # Equal weights are all rounded alike, by 2^-8 at most, and the result once more.
+        bound = 2.0**-7 * np.abs(average) + 1e-5 * np.sqrt(np.mean(np.square(average)))
+        assert not equal or (np.abs(actual - average) <= bound).all()
+
+
+# ---- planted errors ----
+
+
+def _rows_alone(s: Sequence, seen: Callable[[int], int]) -> list[Sequence]:
+    """Each row as a sequence of its own that ends with the `seen(position)`-th key."""
+    first = len(s.k) - len(s.q)
+    counts = [seen(first + i) for i in range(len(s.q))]
+    return [Sequence(s.q[[i]], s.k[:n], s.v[:n]) for i, n in enumerate(counts)]
+
+
+def _own_key_not_seen(s: Sequence) -> list[Sequence]:
+    return _rows_alone(s, lambda position: position)
+
+
+def _next_key_seen(s: Sequence) -> list[Sequence]:
+    return _rows_alone(s, lambda position: min(position + 2, len(s.k)))
+
+
+def _not_causal(s: Sequence) -> list[Sequence]:
+    return _rows_alone(s, lambda position: len(s.k))
+
+
+def _wrong_block(s: Sequence) -> list[Sequence]:
+    """The second block of the table is the first once more."""
+    k, v = s.k.copy(), s.v.copy()
+    k[16:32], v[16:32] = k[:16], v[:16]
+    return [Sequence(s.q, k, v)]
+
+
+def _last_tile_left_out(s: Sequence) -> list[Sequence]:
+    k, v = s.k.copy(), s.v.copy()
+    end = (len(k) - 1) // 64 * 64
+    v[end:] = 0
+    return [Sequence(s.q, k, v)]
+
+
+def _keys_swapped(s: Sequence) -> list[Sequence]:
+    """Two neighbours' values change places: a fragment's index that is off by one."""
+    v = s.v.copy()
+    v[[20, 21]] = v[[21, 20]]
+    return [Sequence(s.q, s.k, v)]
+
+
+def _dimensions_swapped(s: Sequence) -> list[Sequence]:
+    k = s.k.copy()
+    k[..., [3, 4]] = k[..., [4, 3]]
+    return [Sequence(s.q, k, s.v)]
+
+
+def _heads_interleaved(s: Sequence) -> list[Sequence]:
+    """Query head h reads KV head h % num_kv_heads."""
+    group = s.q.shape[1] // s.k.shape[1]
+    heads = [group * (h % s.k.shape[1]) + h // s.k.shape[1] for h in range(s.q.shape[1])]
+    q = np.empty_like(s.q)
+    q[:, heads] = s.q
+    return [Sequence(q, s.k, s.v)]
+
+
+PLANTED: list[Callable[[Sequence], list[Sequence]]] = [
+    _own_key_not_seen,
+    _next_key_seen,
+    _not_causal,
+    _wrong_block,
+    _last_tile_left_out,
+    _keys_swapped,
+    _dimensions_swapped,
+    _heads_interleaved,
+]
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__.strip("_"))
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+def test_a_planted_error_is_found(
+    formats: tuple[str, str], plant: Callable[[Sequence], list[Sequence]]
+) -> None:
+    """What the reference gives for a wrong input is further away than the tolerance."""
+    dtype, kv_dtype = formats
+    sequences = make_sequences([(40, 75)], (4, 2), 64, dtype)
+    actual = attend(dtype, kv_dtype, sequences)
+    assert max_error(actual, expect(kv_dtype, sequences)) <= FORMATS[formats]
+    wrong = expect(kv_dtype, [part for s in sequences for part in plant(s)])
+    assert max_error(actual, wrong) > 4 * FORMATS[formats]
+
+
+def _float32_weights(s: Sequence) -> np.ndarray:
+    k, v = (double(rounded(x, "bf16")) for x in (s.k, s.v))
+    return ops.attention(ops.round_to_bf16(double(s.q)), k, v, s.q.shape[2] ** -0.5)
+
+
+def _float32_queries(s: Sequence) -> np.ndarray:
+    k, v = (double(rounded(x, "bf16")) for x in (s.k, s.v))
+    return ops.attention(double(s.q), k, v, s.q.shape[2] ** -0.5)
+
+
+def _maximum_not_whole(s: Sequence) -> np.ndarray:
+    """The definition of scores that are all moved such that the greatest is a whole number."""
+    k, v = (double(rounded(x, "bf16")) for x in (s.k, s.v))
+    group = s.q.shape[1] // s.k.shape[1]
+    out = np.empty(s.q.shape)
+    for row, head in np.ndindex(out.shape[:2]):
+        seen = len(k) - len(s.q) + row + 1
+        queries = ops.round_to_bf16(double(s.q[row, head]))
+        powers = k[:seen, head // group] @ queries * s.q.shape[2] ** -0.5 * np.log2(np.e)
+        weights = np.exp2(powers - powers.max())
+        values = v[:seen, head // group]
+        out[row, head] = ops.round_to_bf16(weights) @ values / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("f32", 16), ("f16", 64), ("bf16", 80)]
+)
+@pytest.mark.parametrize("plant", [_float32_weights, _float32_queries, _maximum_not_whole])
+def test_other_rounding_over_a_bf16_cache_is_found(
+    dtype: str, head_dim: int, plant: Callable[[Sequence], np.ndarray]
+) -> None:
+    """Though a result stored in bf16 errs by as much as a weight that is rounded."""
+    sequences = make_sequences([(40, 75)], (4, 2), head_dim, dtype)
+    actual = attend(dtype, "bf16", sequences)
+    right = expect("bf16", sequences)
+    assert beyond_rounding(dtype, actual, right, sequences, 0) <= BEYOND_ROUNDING
+    wrong = np.concatenate([plant(s) for s in sequences])
+    assert beyond_rounding(dtype, actual, wrong, sequences, 0) > 100 * BEYOND_ROUNDING
+
+
+@pytest.mark.parametrize("wrong_window", [0, 19, 21])
+def test_a_wrong_window_is_found(wrong_window: int) -> None:
+    sequences = make_sequences([(40, 75)], (4, 2), 64, "bf16")
+    actual = attend("bf16", "bf16", sequences, 20)
+    assert max_error(actual, expect("bf16", sequences, wrong_window)) > 4 * FORMATS["bf16", "bf16"]

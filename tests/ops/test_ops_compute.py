@@ -1,0 +1,172 @@
+"""Every native op against the reference: on every instruction set, with one thread and with two."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ops_helpers import ROPES, TOLERANCES, Case, compute_cases, make_sequence, native_attention
+from reference_helpers import bf16_order, max_error, same_bits, uniform
+
+from octavo import _native, _native_ops
+from octavo.reference import ops, quantization, sampling
+
+CASES = compute_cases()
+ISAS = _native.available_isas()
+
+
+@pytest.fixture(scope="module")
+def everywhere() -> dict[str, _native_ops.Ops]:
+    """The ops on each instruction set and thread count."""
+    return {
+        f"{isa} x {threads}": _native_ops.Ops("cpu", threads, isa)
+        for isa in ISAS
+        for threads in (1, 2)
+    }
+
+
+def test_every_op_has_a_definition() -> None:
+    native = {name for name in dir(_native_ops.Ops) if not name.startswith("_")}
+    assert native == {*ops.OPS, *quantization.OPS, *sampling.OPS}
+    assert native == {*TOLERANCES, *quantization.OPS}
+    for module in (ops, quantization, sampling):
+        for name in module.OPS:
+            assert callable(getattr(module, name))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_op_equals_the_reference(case: Case, everywhere: dict[str, _native_ops.Ops]) -> None:
+    expected = case.reference(ops)
+    firsts: dict[str, list[np.ndarray]] = {}
+    for where, native in everywhere.items():
+        actual = case.native(native)
+        assert len(actual) == len(expected)
+        for value, right in zip(actual, expected, strict=True):
+            assert value.dtype == np.float32
+            assert max_error(value, right) <= TOLERANCES[case.op], where
+        is_bf16 = case.op == "linear" or case.label.endswith("-bf16")
+        order = bf16_order(where.split()[0]) if is_bf16 else ""
+        first = firsts.setdefault(order, actual)
+        for value, one in zip(actual, first, strict=True):
+            assert same_bits(value, one), f"{where} and the first differ in their last bits"
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 100), (37, 19)])
+def test_linear_row_alone_or_among_others(inputs: int, outputs: int, dtype: str) -> None:
+    native = _native_ops.Ops("cpu", 2)
+    x, weight, bias = uniform(1, 250, inputs), uniform(2, outputs, inputs), uniform(3, outputs)
+    whole = native.linear(x, weight, bias, dtype)
+    for size in (1, 2, 3, 5, 8, 9, 16, 97):
+        pieces = [native.linear(x[i : i + size], weight, bias, dtype) for i in range(0, 250, size)]
+        assert same_bits(np.concatenate(pieces), whole), f"pieces of {size} rows"
+
+
+@pytest.mark.parametrize("op", ["norm", "add_norm", "gated_activation", "log_softmax"])
+def test_row_alone_or_among_others(op: str) -> None:
+    native = _native_ops.Ops("cpu", 2)
+    x, other, weight = uniform(1, 40, 101), uniform(2, 40, 101), uniform(3, 101)
+
+    def run(rows: slice) -> np.ndarray:
+        if op == "norm":
+            return native.norm(x[rows], weight, None, 1e-5)
+        if op == "add_norm":
+            return native.add_norm(x[rows], other[rows], weight, None, 1e-5)[1]
+        if op == "gated_activation":
+            return native.gated_activation(x[rows], other[rows], "silu")
+        return native.log_softmax(x[rows])
+
+    alone = np.concatenate([run(slice(i, i + 1)) for i in range(40)])
+    assert same_bits(alone, run(slice(0, 40)))
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, threads: int) -> None:
+    native = _native_ops.Ops("cpu", threads)
+    scale = 32**-0.5
+    sequences = [
+        make_sequence(i, rows, context, (6, 2), 32)
+        for i, (rows, context) in enumerate([(60, 700), (1, 1100), (9, 9), (1, 3), (33, 290)])
+    ]
+    whole = native_attention(native, sequences, scale, window, kv_dtype)[0]
+    alone = [native_attention(native, [one], scale, window, kv_dtype)[0] for one in sequences]
+    assert same_bits(np.concatenate(alone), whole), "alone"
+
+    for size in (1, 7, 16):
+        chunks = []
+        for one in sequences:
+            for start in range(0, len(one.q), size):
+                stop = min(start + size, len(one.q))
+                seen = len(one.k) - len(one.q) + stop
+                chunk = type(one)(one.q[start:stop], one.k[:seen], one.v[:seen])
+                chunks.append(native_attention(native, [chunk], scale, window, kv_dtype)[0])
+        assert same_bits(np.concatenate(chunks), whole), f"chunks of {size}"
+
+
+@pytest.mark.parametrize("block_size", [32, 48, 64])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+def test_attention_does_not_depend_on_the_blocks(kv_dtype: str, block_size: int) -> None:
+    sequences = [make_sequence(i, 5, 130 + i, (4, 2), 32) for i in range(3)]
+    for isa in ISAS:
+        native = _native_ops.Ops("cpu", 2, isa)
+        one = native_attention(native, sequences, 0.2, 0, kv_dtype)
+        other = native_attention(native, sequences, 0.2, 0, kv_dtype, block_size)
+        assert same_bits(one[0], other[0]), isa
+
+
+@pytest.mark.parametrize("window", [0, 33])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+def test_attention_ignores_what_no_token_owns(kv_dtype: str, window: int) -> None:
+    """A block's unused slots hold another sequence's numbers, maybe infinite ones."""
+    contexts = (5, 49, 550)
+    sequences = [make_sequence(i, 3, context, (4, 2), 32) for i, context in enumerate(contexts)]
+    for isa in ISAS:
+        native = _native_ops.Ops("cpu", 2, isa)
+        zeros = native_attention(native, sequences, 0.2, window, kv_dtype, empty=0.0)[0]
+        assert np.isfinite(zeros).all()
+        for empty in (np.nan, np.inf, 1e30):
+            other = native_attention(native, sequences, 0.2, window, kv_dtype, empty=empty)[0]
+            assert same_bits(other, zeros), isa
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+def test_attention_over_scores_of_any_size(kv_dtype: str) -> None:
+    """Scores up to 1e33 leave one token with all the weight; equal ones share it."""
+    one = make_sequence(3, 6, 70, (2, 1), 32)
+    huge = type(one)(one.q * np.float32(1e32), one.k, one.v)
+    equal = type(one)(np.zeros_like(one.q), one.k, one.v)
+    for isa in ISAS:
+        native = _native_ops.Ops("cpu", 1, isa)
+        out = native_attention(native, [huge], 1.0, 0, kv_dtype)[0]
+        seen = ops.to_cache(one.v, kv_dtype)[:, 0]
+        for row, head in np.ndindex(6, 2):
+            assert np.abs(seen - out[row, head]).max(-1).min() == 0, isa
+        mean = native_attention(native, [equal], 1.0, 0, kv_dtype)[0]
+        assert max_error(mean[-1, 0], seen.mean(0)) < 1e-5, isa
+
+
+def test_bf16_cache_is_the_f32_cache_rounded() -> None:
+    native = _native_ops.Ops("cpu", 1)
+    q, k, v = uniform(1, 9, 4, 64), uniform(2, 9, 2, 64), uniform(3, 9, 2, 64)
+    positions, slots = np.arange(9, dtype=np.int32) * 31, np.arange(9, dtype=np.int32)
+    frequencies = native.rope_frequencies(ROPES["smollm"], 64)
+    arguments = (q, k, v, positions, slots, frequencies, 16, 16)
+    _, keys, values = native.rope_and_store(*arguments, "f32")
+    _, rounded_keys, rounded_values = native.rope_and_store(*arguments, "bf16")
+    assert same_bits(rounded_keys, ops.round_to_bf16(keys))
+    assert same_bits(rounded_values, ops.round_to_bf16(values))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_linear_rounds_ties_to_even_and_keeps_specials(dtype: str) -> None:
+    # Exactly between two bfloat16, both ways; largest finite; NaN and infinities go through.
+    x = np.array([[1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3e38, 2**-126, 1.0]], dtype=np.float32).T
+    weight = np.array([[1.0]], dtype=np.float32)
+    for native in (_native_ops.Ops("cpu", 1, isa) for isa in ISAS):
+        np.testing.assert_array_equal(
+            native.linear(x, weight, None, dtype), ops.linear(x, weight, None, dtype)
+        )
+        bad = np.array([[np.nan], [np.inf], [-np.inf]], dtype=np.float32)
+        result = native.linear(bad, weight, None, dtype)
+        np.testing.assert_array_equal(result, bad)

@@ -1,0 +1,121 @@
+"""The native sampler against the reference: the same tokens and the same noise, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from ops_helpers import TOLERANCES
+from reference_helpers import max_error, same_bits, uniform
+from sampling_helpers import changed, make_rows, random_masks
+
+from octavo import _native, _native_ops
+from octavo.reference import sampling
+from octavo.reference.sampling import sampling_rows
+
+ISAS = _native.available_isas()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("vocab", [1, 2, 31, 32, 33, 257, 1000, 5003])
+def test_tokens_equal_the_reference(vocab: int, masked: bool) -> None:
+    arguments = make_rows(vocab, 240, vocab)
+    masks = random_masks(vocab, 240, vocab) if masked else None
+    expected = sampling.sample(**arguments, masks=masks)
+    assert vocab < 30 or len(set(expected.tolist())) > 20  # not all the same
+    for isa in ISAS:
+        for threads in (1, 2):
+            actual = _native_ops.Ops("cpu", threads, isa).sample(**arguments, masks=masks)[0]
+            assert same_bits(actual, expected), f"{isa} x {threads}"
+
+
+def test_tokens_of_a_whole_vocabulary() -> None:
+    arguments = make_rows(5, 24, 49152)
+    expected = sampling.sample(**arguments)
+    for isa in ISAS:
+        assert same_bits(_native_ops.Ops("cpu", 2, isa).sample(**arguments)[0], expected), isa
+
+
+def test_row_alone_or_among_others() -> None:
+    arguments = make_rows(9, 33, 101)
+    native = _native_ops.Ops("cpu", 2)
+    whole = native.sample(**arguments)[0]
+    for row in range(33):
+        alone = {name: value[row : row + 1] for name, value in arguments.items()}
+        assert native.sample(**alone)[0] == whole[row : row + 1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**63 + 12345, 2**64 - 1])
+@pytest.mark.parametrize(("sample_index", "position", "vocab"), [(0, 0, 1), (3, 7, 4099)])
+def test_gumbel_equals_the_reference(
+    seed: int, sample_index: int, position: int, vocab: int
+) -> None:
+    expected = sampling.gumbel(seed, sample_index, position, vocab)
+    for isa in ISAS:
+        actual = _native_ops.Ops("cpu", 1, isa).gumbel(seed, sample_index, position, vocab)
+        assert same_bits(actual, expected), isa
+
+
+def test_gumbel_over_a_million() -> None:
+    """Every branch of the transformation, rare ones included."""
+    expected = sampling.gumbel(42, 0, 1, 1_000_003)
+    assert same_bits(_native_ops.Ops("cpu", 1).gumbel(42, 0, 1, 1_000_003), expected)
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 33, 1000, 49152])
+def test_log_softmax_equals_the_reference(vocab: int) -> None:
+    logits = uniform(vocab, 6, vocab) * np.float32([[1], [20], [0], [100], [1e-3], [3]])
+    logits[1] += np.float32(1000)
+    expected = sampling.log_softmax(logits)
+    first = None
+    for isa in ISAS:
+        for threads in (1, 2):
+            actual = _native_ops.Ops("cpu", threads, isa).log_softmax(logits)
+            np.testing.assert_array_max_ulp(actual, expected, maxulp=2)
+            first = actual if first is None else first
+            assert same_bits(actual, first), f"{isa} x {threads}"
+
+
+def test_temperature_zero_takes_the_first_of_the_largest() -> None:
+    logits = np.array([[1, 3, 3, 2], [-5, -7, -5, -5], [0, 0, 0, 0]], dtype=np.float32)
+    for isa in ISAS:
+        native = _native_ops.Ops("cpu", 1, isa)
+        assert native.sample(logits, sampling_rows(3))[0].tolist() == [1, 0, 0]
+        assert sampling.sample(logits, sampling_rows(3)).tolist() == [1, 0, 0]
+
+
+PLANTED: dict[str, dict[str, Any]] = {
+    "top_k keeps one more": {"top_k": lambda k: np.where(k > 0, k + 1, k)},
+    "top_k ignored": {"top_k": 0},
+    "top_p ignored": {"top_p": 1},
+    "top_p a little higher": {"top_p": lambda p: np.where(p < 1, np.minimum(p * 1.05, 1), p)},
+    "min_p ignored": {"min_p": 0},
+    "position off by one": {"position": lambda position: position + 1},
+    "sample index ignored": {"sample_index": 0},
+    "half of the seed ignored": {"seed": lambda seed: seed & np.uint64(0xFFFFFFFF)},
+    "temperature multiplies": {"temperature": lambda t: np.where(t > 0, 1 / (t + 1e-9), t)},
+}
+PLANTED_MASKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mask ignored": lambda masks: masks * 0 - 1,
+    "mask from the high bit": lambda masks: masks.view(np.uint8)[:, ::-1].copy().view(np.int32),
+}
+
+
+@pytest.mark.parametrize("name", [*PLANTED, *PLANTED_MASKS])
+def test_planted_error_is_found(name: str) -> None:
+    arguments = {**make_rows(7, 240, 257), "masks": random_masks(7, 240, 257)}
+    wrong = changed(arguments, **PLANTED.get(name, {}))
+    wrong["masks"] = PLANTED_MASKS.get(name, np.copy)(arguments["masks"])
+    assert (sampling.sample(**wrong) != sampling.sample(**arguments)).any()
+
+
+def test_planted_errors_of_gumbel_and_log_softmax_are_found() -> None:
+    right = sampling.gumbel(5, 1, 2, 100)
+    assert not same_bits(sampling.gumbel(5, 2, 1, 100), right)
+    assert not same_bits(sampling.gumbel(6, 1, 2, 100), right)
+    assert not same_bits(sampling.gumbel(5, 1, 2, 101)[1:], right)
+    logits = uniform(1, 3, 50)
+    no_total = logits - logits.max(axis=1, keepdims=True)
+    assert max_error(no_total, sampling.log_softmax(logits)) > 20 * TOLERANCES["log_softmax"]

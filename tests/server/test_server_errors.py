@@ -1,0 +1,141 @@
+"""Requests that are wrong: the field is named, and nothing else is disturbed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from engine_helpers import VOCAB
+from server_helpers import error_of, fake_llm, run, serving
+
+from octavo.llm import LLM
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+USER = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> LLM:
+    return fake_llm(tmp_path)
+
+
+WRONG: list[tuple[str, dict[str, Any], str | None]] = [
+    (COMPLETIONS, {"temperature": -1}, "temperature"),
+    (COMPLETIONS, {"temperature": "hot"}, "temperature"),
+    (COMPLETIONS, {"temperature": 1e400}, None),
+    (COMPLETIONS, {"top_p": -0.1}, "top_p"),
+    (COMPLETIONS, {"top_p": 1.5}, "top_p"),
+    (COMPLETIONS, {"top_k": -2}, "top_k"),
+    (COMPLETIONS, {"min_p": 2}, "min_p"),
+    (COMPLETIONS, {"n": 0}, "n"),
+    (COMPLETIONS, {"n": 10**9}, "n"),
+    (COMPLETIONS, {"max_tokens": 0}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": 4, "min_tokens": 5}, "min_tokens"),
+    (COMPLETIONS, {"seed": "x"}, "seed"),
+    (COMPLETIONS, {"stop": 5}, "stop"),
+    (COMPLETIONS, {"max_tokens": -2}, "max_tokens"),
+    (COMPLETIONS, {"stop": ["a", 5]}, "stop"),
+    (COMPLETIONS, {"stop": ["a"] * 33}, "stop"),
+    (COMPLETIONS, {"stop_token_ids": [VOCAB]}, "stop_token_ids"),
+    (COMPLETIONS, {"logit_bias": {"a": 1}}, "logit_bias"),
+    (COMPLETIONS, {"logit_bias": {"5": 101}}, "logit_bias"),
+    (COMPLETIONS, {"logit_bias": {str(VOCAB): 1}}, "logit_bias"),
+    (COMPLETIONS, {"presence_penalty": 3}, "presence_penalty"),
+    (COMPLETIONS, {"frequency_penalty": -2.1}, "frequency_penalty"),
+    (COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
+    (COMPLETIONS, {"logprobs": 21}, "logprobs"),
+    (COMPLETIONS, {"logprobs": 1, "echo": True}, "echo"),
+    (COMPLETIONS, {"suffix": "end"}, "suffix"),
+    (COMPLETIONS, {"best_of": 3}, "best_of"),
+    (COMPLETIONS, {"prompt": ""}, "prompt"),
+    (COMPLETIONS, {"prompt": []}, "prompt"),
+    (COMPLETIONS, {"prompt": [VOCAB]}, "prompt"),
+    (COMPLETIONS, {"prompt": [-1]}, "prompt"),
+    (COMPLETIONS, {"prompt": None}, "prompt"),
+    (COMPLETIONS, {"timeout": 0}, "timeout"),
+    (COMPLETIONS, {"priority": 2**40}, "priority"),
+    (COMPLETIONS, {"cache_salt": ""}, "cache_salt"),
+    (COMPLETIONS, {"stream": "maybe"}, "stream"),
+    (COMPLETIONS, {"guided_json": {"type": "object"}}, "guided_json"),
+    (COMPLETIONS, {"response_format": {"type": "json_object"}}, "response_format"),
+    (COMPLETIONS, {"response_format": {"type": ["text"]}}, "response_format"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": None}, "messages"),
+    (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
+    (CHAT, {"messages": [*USER, {"role": "tool", "content": 5}]}, "messages[1].content"),
+    (CHAT, {"top_logprobs": 2}, "top_logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (CHAT, {"continue_final_message": True}, "continue_final_message"),
+    (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, httpx.Response]:
+    """All of WRONG through one server."""
+    llm = fake_llm(tmp_path_factory.mktemp("wrong"))
+    found = {}
+
+    async def ask() -> None:
+        async with serving(llm) as (client, _):
+            for index, (path, fields, _param) in enumerate(WRONG):
+                base = {"messages": USER} if path == CHAT else {"prompt": "ABC"}
+                content = json.dumps({**base, **fields})
+                headers = {"content-type": "application/json"}
+                found[index] = await client.post(path, content=content, headers=headers)
+
+    run(ask)
+    return found
+
+
+@pytest.mark.parametrize("index", range(len(WRONG)), ids=lambda i: str(WRONG[i][1])[:50])
+def test_what_is_wrong_is_named(index: int, wrong_answers: dict[int, httpx.Response]) -> None:
+    error = error_of(wrong_answers[index], 400)
+    assert error["type"] == "invalid_request_error"
+    name = WRONG[index][2]
+    assert name is None or (error["param"] or "").startswith(name), error
+
+
+def test_a_prompt_that_does_not_fit(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as (client, _):
+            for stream in (False, True):
+                body = {"prompt": "A" * 600, "stream": stream}
+                error = error_of(await client.post(COMPLETIONS, json=body), 400)
+                assert error["code"] == "context_length_exceeded"
+                assert "600 tokens" in error["message"] and error["param"] == "prompt"
+
+    run(test)
+
+
+def test_bodies_that_are_no_requests(llm: LLM) -> None:
+    json_type = {"content-type": "application/json"}
+
+    async def test() -> None:
+        async with serving(llm, max_body_bytes=1000) as (client, _):
+            for content in (b"", b"{", b"[]", b"5", b'"x"', b"\xff\xfe", b"[" * 900, b"null"):
+                error_of(await client.post(CHAT, content=content, headers=json_type), 400)
+            lone = b'{"prompt": "a\\ud800b"}'
+            error = error_of(await client.post(COMPLETIONS, content=lone, headers=json_type), 400)
+            assert "surrogate" in error["message"]
+            paired = b'{"prompt": "a\\u0041", "max_tokens": 1}'
+            response = await client.post(COMPLETIONS, content=paired, headers=json_type)
+            assert response.status_code == 200
+            error_of(await client.post(CHAT, content=b"x" * 1001, headers=json_type), 413)
+            error_of(await client.post(CHAT, content=b"{}"), 415)
+
+            async def endless() -> Any:
+                for _ in range(100):
+                    yield b"x" * 100
+
+            error_of(await client.post(CHAT, content=endless(), headers=json_type), 413)
+
+    run(test)

@@ -1,0 +1,326 @@
+"""What benchmarks/compare_cpu.py stands on: the GGUF it writes, peers it asks, ratios it prints."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from text_helpers import tiny_model
+
+from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.gguf import GgufFile
+from octavo.weights.gguf_llama import unpermute_rows
+from octavo.weights.model_files import read_model
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = ["write_gguf", "cpu_sides", "llama_sides", "vllm_side", "vllm_worker", "cpu_report"]
+    names += ["compare_cpu", "llama_quality", "rows", "sides", "machine"]
+    names += ["openvino_side", "openvino_worker", "other_python", "worker"]
+
+    def load_module(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    yield load_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_0"])
+def test_the_gguf_holds_the_model(load, kind: str, tmp_path: Path) -> None:
+    writer = load("write_gguf")
+    files = read_model(tiny_model(tmp_path / "tiny"))
+    checkpoint = open_checkpoint(files, "dummy")
+    path = tmp_path / f"{kind}.gguf"
+    writer.write_gguf(path, files, checkpoint, kind)
+    file = GgufFile(path)
+    assert set(file.tensors) == {writer.gguf_name(name) for name in checkpoint}
+    tolerance = {"f32": 0, "bf16": 0, "q8_0": 0.01, "q4_0": 0.15}[kind]
+    for name, tensor in checkpoint.items():
+        found = file.decode(writer.gguf_name(name)).to_float32()
+        part = name.split(".")[-2]
+        if part in ("q", "k"):
+            found = unpermute_rows(found, 4 if part == "q" else 2)
+        expected = tensor.to_float32()
+        assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max(), name
+
+
+# In llama.cpp's place: report the arguments they were given.
+PRETEND_BENCH = """
+import json, sys
+a = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert a["-o"] == "json" and a["-t"] == "3" and a["-m"].endswith("m.gguf"), a
+test = {"n_prompt": int(a["-p"]), "n_gen": int(a["-n"]), "model_n_params": 77}
+test |= {"avg_ts": 1000.5 * int(a["-p"]) + int(a["-n"]), "build_commit": "c", "build_number": 5}
+print(json.dumps([test]))
+"""
+PRETEND_BATCHED = """
+import json, sys
+a = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert a["--output-format"] == "jsonl" and a["-t"] == "3" and a["-c"] == "44", a
+print("a line that is no JSON")
+test = {"pp": int(a["-npp"]), "tg": int(a["-ntg"]), "pl": int(a["-npl"]), "speed": 12.5}
+print(json.dumps(test))
+"""
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!{sys.executable}\n{text}")
+    path.chmod(0o755)
+    return path
+
+
+def test_llama_cpp_is_asked_and_understood(load, tmp_path: Path) -> None:
+    """Scripts in its place."""
+    sides, rows = load("llama_sides"), load("rows")
+    bench = script(tmp_path / "llama-bench", PRETEND_BENCH)
+    batched = script(tmp_path / "llama-batched-bench", PRETEND_BATCHED)
+    side = sides.LlamaBinaries(bench, batched, tmp_path / "m.gguf", 3)
+    assert side.check(rows.Row("decode", 1, 7)) == {
+        "num_parameters": 77,
+        "build": "c (5)",
+        "cpu": "",
+    }
+    assert side.run(rows.Row("prefill", 2, 1)) == 2001.0
+    assert side.run(rows.Row("decode", 1, 7)) == 7.0
+    assert side.run(rows.Row("serve", 8, 3, 4)) == 12.5
+    script(bench, "import sys\nsys.exit('broken')\n")
+    with pytest.raises(RuntimeError, match=r"llama-bench failed \(1\): broken"):
+        side.run(rows.Row("decode", 1, 7))
+
+
+def test_llama_cpp_has_to_measure_what_was_asked(load) -> None:
+    sides = load("llama_sides")
+    with pytest.raises(ValueError, match="reported 2 tests"):
+        sides.only_test([{}, {}])
+    with pytest.raises(ValueError, match="measured pl 3; expected 4"):
+        sides.only_test([{"pp": 2, "pl": 3}], pp=2, pl=4)
+
+
+def test_vllm_is_asked_and_its_end_is_told(
+    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real worker, around a vllm that takes a tenth of a second a token."""
+    module, rows = load("vllm_side"), load("rows")
+    (tmp_path / "vllm.py").write_text(
+        "import time\n"
+        "from types import SimpleNamespace as Made\n"
+        "__version__ = '0.0'\n"
+        "SamplingParams = lambda **options: Made(**options)\n"
+        "class LLM:\n"
+        "    def __init__(self, path, **options):\n"
+        "        print('not an answer')\n"
+        "        assert options['max_model_len'] == 27 and options['max_num_seqs'] == 3, options\n"
+        "    def generate(self, prompts, params, use_tqdm):\n"
+        "        time.sleep(0.1)\n"
+        "        assert max(p['prompt_token_ids'][0] for p in prompts) < 500, 'out of range'\n"
+        "        count = params.max_tokens - (params.max_tokens == 5)\n"
+        "        return [Made(outputs=[Made(token_ids=[0] * count)]) for _ in prompts]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    served = rows.Row("serve", 8, 3, 3)
+    side = module.VllmSide(Path(sys.executable), tmp_path, 1, "dummy", [served], True)
+    try:
+        assert side.check(served) == {"version": "0.0"}
+        assert 0 < side.run(served) <= served.tokens / 0.1
+        assert 0 < side.run(rows.Row("prefill", 40, 1)) <= 400
+        with pytest.raises(RuntimeError, match=r"answered \[4\] tokens; expected 5"):
+            side.run(rows.Row("decode", 1, 5))
+    finally:
+        side.close()
+    (tmp_path / "vllm.py").write_text("raise ImportError('no kernels')")
+    with pytest.raises(RuntimeError, match=r"(?s)vLLM ended: .*no kernels"):
+        module.VllmSide(Path(sys.executable), tmp_path, 1, "dummy", [served], False)
+
+
+def test_openvino_is_asked(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real worker, around an openvino_genai that takes a tenth of a second a token."""
+    module, rows = load("openvino_side"), load("rows")
+    (tmp_path / "openvino.py").write_text("Tensor = lambda array: array\n")
+    (tmp_path / "openvino_genai.py").write_text(
+        "import time\n"
+        "from types import SimpleNamespace as Made\n"
+        "__version__ = '0.0'\n"
+        "SchedulerConfig = Made\n"
+        "Tokenizer = str\n"
+        "class GenerationConfig(Made):\n"
+        "    def set_eos_token_id(self, token): pass\n"
+        "class ContinuousBatchingPipeline:\n"
+        "    def __init__(self, path, tokenizer, scheduler, device, **options):\n"
+        "        print('not an answer')\n"
+        "        assert path.endswith('m-int8') and scheduler.max_num_seqs == 3, path\n"
+        "        assert scheduler.max_num_batched_tokens == 4097, scheduler\n"
+        "        assert not scheduler.enable_prefix_caching\n"
+        "        assert scheduler.num_kv_blocks >= 4097 / 16\n"
+        "        assert options['INFERENCE_NUM_THREADS'] == 1, options\n"
+        "    def generate(self, inputs, configs):\n"
+        "        time.sleep(0.1)\n"
+        "        assert all(ids.shape[0] == 1 and ids.max() < 500 for ids in inputs)\n"
+        "        assert all(config.ignore_eos for config in configs)\n"
+        "        counts = [c.max_new_tokens - (c.max_new_tokens == 5) for c in configs]\n"
+        "        return [Made(m_generation_ids=[[0] * count]) for count in counts]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    converted = tmp_path / "kept" / "m-int8"
+    converted.mkdir(parents=True)
+    (converted / "converted.json").write_text('{"num_parameters": 77}')
+    asked = [rows.Row("serve", 8, 3, 3), rows.Row("prefill", 4096, 1)]
+    side = module.OpenvinoSide(
+        Path(sys.executable), tmp_path / "m", tmp_path / "kept", "int8", 1, "dummy", asked
+    )
+    try:
+        assert side.check(asked[0]) == {"version": "0.0", "num_parameters": 77}
+        assert 0 < side.run(asked[0]) <= asked[0].tokens / 0.1
+        assert 0 < side.run(asked[1]) <= 40960
+        with pytest.raises(RuntimeError, match=r"answered \[4\] tokens; expected 5"):
+            side.run(rows.Row("decode", 1, 5))
+    finally:
+        side.close()
+
+
+def test_octavos_side_has_its_gate(load, tmp_path: Path) -> None:
+    sides, rows = load("cpu_sides"), load("rows")
+    asked = [
+        rows.Row("decode", 1, 3),
+        rows.Row("prefill", 24, 1),
+        rows.Row("serve", 9, 4, 5),
+    ]
+    limits = {"bandwidth": 1e9, "flops": 1e9}
+    found = {}
+    for kind in ("bf16", "w8a8", "int4-g128"):
+        side = sides.OctavoSide(tiny_model(tmp_path / kind), kind, 1, "dummy", asked)
+        for row in asked:
+            check = side.check(row)
+            assert check["passed"] and check["logits"]
+            found[kind, row.name] = check
+            side.warm_up(row)
+            assert side.run(row) > 0
+            seconds, limit = side.least_seconds(row, limits)
+            assert seconds > 0 and limit in ("memory", "arithmetic")
+            assert side.least_seconds(row, {"bandwidth": 5e8, "flops": 5e8})[0] == 2 * seconds
+    assert found["bf16", "serve"] != found["w8a8", "serve"]
+
+
+def test_octavos_gate_sees_a_token_that_depends_on_company(
+    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides, rows = load("cpu_sides"), load("rows")
+    row = rows.Row("serve", 9, 4, 5)
+    side = sides.OctavoSide(tiny_model(tmp_path / "tiny"), "bf16", 1, "dummy", [row])
+    right = side._generate
+
+    def wrong(prompts: list[list[int]], count: int) -> list[tuple[int, ...]]:
+        found = right(prompts, count)
+        return found if len(prompts) == 1 else [*found[:-1], (*found[-1][:-1], -1)]
+
+    monkeypatch.setattr(side, "_generate", wrong)
+    assert not side.check(row)["passed"]
+
+
+def test_ratios_are_medians_of_the_rounds(load) -> None:
+    report = load("cpu_report")
+    speeds = {
+        "decode": {
+            "octavo int8": [10.0, 12.0, 90.0],
+            "octavo int4": [20.0, 20.0, 20.0],
+            "llama.cpp q8_0": [1.0, 4.0, 6.0],
+            "llama.cpp q4_0": [10.0, 10.0, 40.0],
+        }
+    }
+    forms = {name: name.split()[-1] for name in speeds["decode"]}
+    summary = report.summarize(speeds, {"decode": {"octavo int8": (24.0, "memory")}}, forms)
+    found = summary["decode"]["octavo int8"]
+    assert found["ratios"]["llama.cpp q8_0"] == {"median": 10.0, "least": 3.0, "most": 15.0}
+    assert found["ratios"]["llama.cpp q4_0"]["median"] == 1.2
+    assert (found["percent_of_limit"], found["limit"]) == (50.0, "memory")
+    assert found["best_peer"] == "llama.cpp q8_0"  # q4_0 is faster, and has fewer bits
+    assert summary["decode"]["octavo int4"]["best_peer"] == "llama.cpp q4_0"
+    assert report.ratios_of([6.0, 8.0], [3.0]) == {"median": 2.0, "least": 2.0, "most": 2.0}
+    lines = list(report.tables(summary, {"decode": "one"}))
+    assert "| octavo int8 | 12.0 | 10.0 to 90.0 | 3 | 50 (memory) |" in lines
+    assert any(line.startswith("| octavo int8 | 10.00 (3.00 to 15.00) |") for line in lines)
+
+
+def test_absent_peers_are_named(load) -> None:
+    sides = load("cpu_sides")
+    assert sides.why_absent("numpy") is None
+    assert sides.why_absent("no_such_peer") == "the package no_such_peer is not installed"
+
+
+def test_the_options(load, capsys: pytest.CaptureFixture[str]) -> None:
+    compare = load("compare_cpu")
+    arguments = compare.make_parser().parse_args(["--rows", "serve,prefill", "--formats", "w8a8"])
+    assert [row.name for row in compare.make_rows(arguments)] == ["prefill", "serve"]
+    assert [row.tokens for row in compare.make_rows(arguments)] == [512, 32 * 160]
+    with pytest.raises(SystemExit):
+        compare.make_parser().parse_args(["--formats", "int8,int3"])
+    assert "--formats has 'int3'; expected some of f32, bf16" in capsys.readouterr().err
+
+
+def test_what_llama_perplexity_prints(load) -> None:
+    quality = load("llama_quality")
+    printed = """
+Mean PPL(Q)                   :  13.679000 +/-   0.210000
+Mean PPL(base)                :  13.604000 +/-   0.200000
+Mean PPL(Q)/PPL(base)         :   1.005500 +/-   0.000900
+Mean    KLD:   0.001400 +/-   0.000010
+Maximum KLD:   0.500000
+99.0%   KLD:   0.009000
+Same top p: 97.250 +/- 0.100 %
+"""
+    found = quality.figures(printed)
+    assert found == {
+        "perplexity": 13.679,
+        "perplexity_of_base": 13.604,
+        "perplexity_ratio": 1.0055,
+        "mean_kl": 0.0014,
+        "kl_99": 0.009,
+        "max_kl": 0.5,
+        "same_first_choice_percent": 97.25,
+    }
+    with pytest.raises(ValueError, match="printed no mean_kl"):
+        quality.figures(printed.replace("Mean    KLD", "KLD"))
+
+
+def test_the_gguf_can_have_the_models_own_tokens(load, tmp_path: Path) -> None:
+    writer = load("write_gguf")
+    files = read_model(tiny_model(tmp_path / "tiny"))
+    path = tmp_path / "own.gguf"
+    writer.write_gguf(path, files, open_checkpoint(files, "dummy"), "bf16", "smollm")
+    metadata = GgufFile(path).metadata
+    vocabulary = json.loads((files.path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert len(tokens) == files.spec.vocab_size
+    assert all(tokens[number] == token for token, number in vocabulary["vocab"].items())
+    assert metadata["tokenizer.ggml.pre"] == "smollm"
+    assert len(metadata["tokenizer.ggml.merges"]) == len(vocabulary["merges"])
+
+
+def test_what_was_asked_is_noted_without_this_machines_folders(load) -> None:
+    arguments = argparse.Namespace(
+        model="/home/somebody/models/tiny",
+        llama_bench=Path("/opt/llama/llama-bench"),
+        gguf=[Path("a/b.gguf"), "q8_0"],
+        formats=["bf16", "int8"],
+        rounds=3,
+        vllm_python=None,
+        output=Path("/tmp/result.json"),
+    )
+    assert load("machine").asked(arguments) == {
+        "model": "tiny",
+        "llama_bench": "llama-bench",
+        "gguf": ["b.gguf", "q8_0"],
+        "formats": ["bf16", "int8"],
+        "rounds": 3,
+        "vllm_python": None,
+    }

@@ -1,0 +1,207 @@
+"""`octavo bench serve`: arithmetic, workloads, its client against a real socket, its output."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from server_helpers import fake_llm, listening
+
+from octavo.bench.serve_client import Client, Record
+from octavo.bench.serve_plot import plot
+from octavo.bench.serve_report import Slo, parse_slo, percentile, summarize
+from octavo.bench.serve_run import Load, Measured, run_load
+from octavo.bench.serve_workload import (
+    Job,
+    jobs_of_file,
+    parse_lengths,
+    poisson_gaps,
+    random_jobs,
+)
+from octavo.cli import main
+from octavo.errors import InvalidArgumentError, OctavoError
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50), st.floats(0, 100))
+def test_percentiles_are_numpys(values: list[float], percent: float) -> None:
+    expected = float(np.percentile(values, percent))
+    assert math.isclose(percentile(values, percent), expected, rel_tol=1e-9, abs_tol=1e-6)
+
+
+def test_lengths() -> None:
+    rng = random.Random(1)
+    assert {parse_lengths("x", "7")(rng) for _ in range(9)} == {7}
+    uniform = [parse_lengths("x", "3-5")(rng) for _ in range(200)]
+    assert set(uniform) == {3, 4, 5}
+    drawn = [parse_lengths("x", "200~100")(rng) for _ in range(20_000)]
+    assert abs(np.mean(drawn) - 200) < 4 and abs(np.std(drawn) - 100) < 6 and min(drawn) >= 1
+    for wrong in ("", "0", "5-3", "a", "-4", "3~", "0~5", "1.5", "0-5"):
+        with pytest.raises(InvalidArgumentError, match="x is "):
+            parse_lengths("x", wrong)
+
+
+def test_random_jobs_repeat_themselves_and_share_their_prefix() -> None:
+    lengths = parse_lengths("x", "5-9")
+    jobs = list(islice(random_jobs(lengths, lengths, 4, 3), 20))
+    assert jobs == list(islice(random_jobs(lengths, lengths, 4, 3), 20))
+    assert jobs != list(islice(random_jobs(lengths, lengths, 4, 4), 20))
+    words = [job.body["prompt"].split() for job in jobs]
+    assert len({tuple(found[:4]) for found in words}) == 1
+    assert len({tuple(found[4:]) for found in words}) > 15
+    assert all(9 <= len(found) <= 13 for found in words)
+    assert all(5 <= job.body["max_tokens"] <= 9 for job in jobs)
+
+
+def test_jobs_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.jsonl"
+    path.write_text(
+        '{"prompt": "a", "max_tokens": 3}\n\n{"messages": [{"role": "user", "content": "x"}]}\n'
+    )
+    first, second, third = islice(jobs_of_file(path, parse_lengths("x", "8"), 0), 3)
+    assert first == third and first.path == "/v1/completions" and first.body["max_tokens"] == 3
+    assert second.path == "/v1/chat/completions" and second.body["max_tokens"] == 8
+    for wrong in ("", "{", "[]", '{"text": "a"}'):
+        path.write_text(wrong)
+        with pytest.raises(InvalidArgumentError, match=str(path)):
+            next(jobs_of_file(path, parse_lengths("x", "8"), 0))
+
+
+def test_arrivals_are_poisson() -> None:
+    gaps = list(islice(poisson_gaps(50.0, 1), 20_000))
+    assert abs(np.mean(gaps) - 0.02) < 0.001 and abs(np.std(gaps) - 0.02) < 0.001
+    assert list(islice(poisson_gaps(math.inf, 1), 3)) == [0, 0, 0]
+
+
+def record(start: float, times: list[float], tokens: int, **fields: object) -> Record:
+    found = Record(start, times[-1] if times else start, times, [], 10, tokens, 200)
+    for name, value in fields.items():
+        setattr(found, name, value)
+    return found
+
+
+def test_figures_by_hand() -> None:
+    good = record(1.0, [1.5, 1.6, 1.8], 3)
+    slow = record(2.0, [6.0, 6.5], 2)
+    bad = [record(1.0, [], 0, status=429, error="full"), record(1.0, [1.1], 1, error="cut off")]
+    measured = Measured(Load(4, 2), 5.0, (good, slow, *bad))
+    found = summarize(measured, Slo(ttft=1.0, itl=0.2))
+    assert (found["requests"], found["failed"]) == (4, 2)
+    assert found["errors"] == {"status 429": 1, "cut off": 1}
+    assert found["answer_tokens"] == 5 and found["answer_tokens_per_second"] == 1.0
+    assert found["total_tokens_per_second"] == 5.0 and found["requests_per_second"] == 0.4
+    assert found["ttft_ms"]["p50"] == 2250.0 and found["e2e_ms"]["p99"] > 4400
+    assert found["itl_ms"]["mean"] == pytest.approx(1000 * (0.1 + 0.2 + 0.5) / 3, abs=0.01)
+    assert found["slo_kept"] == 0.25 and found["goodput_requests_per_second"] == 0.2
+    assert found["slo_ms"] == {"ttft": 1000.0, "itl": 200.0}
+    assert good.mean_gap == pytest.approx(0.15)
+    json.dumps(found, allow_nan=False)
+
+
+def test_slos() -> None:
+    assert parse_slo("ttft:500,itl:50.5") == Slo(0.5, 0.0505)
+    assert parse_slo("e2e:1000") == Slo(e2e=1.0)
+    for wrong in ("", "ttft", "ttft:x", "tpot:5", "ttft:5;itl:4"):
+        with pytest.raises(InvalidArgumentError, match="--slo is"):
+            parse_slo(wrong)
+
+
+def test_plots_are_well_formed() -> None:
+    records = tuple(record(i, [i + 0.1 * (i + 1), i + 0.7], 2) for i in range(9))
+    measured = [Measured(Load(9, users), 3.0, records) for users in (1, 8)]
+    text = plot(measured, [summarize(found) for found in measured], "<m>: p & n")
+    root = ElementTree.fromstring(text)
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}polyline"))) == 2 * 3 + 1
+    assert "nan" not in text and "inf" not in text
+    empty = [Measured(Load(1, 1), 1.0, ())]
+    ElementTree.fromstring(plot(empty, [summarize(empty[0])], "nothing"))
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    llm = fake_llm(tmp_path_factory.mktemp("bench"))
+    # Its tokenizer knows single characters alone: words would not be text to it.
+    with listening(llm, served_names=("tiny",), api_keys=("k",)) as found:
+        yield found
+
+
+def jobs() -> Iterator[Job]:
+    body = {"prompt": "ABCDE", "max_tokens": 6, "ignore_eos": True, "temperature": 0}
+    while True:
+        yield Job("/v1/completions", body)
+
+
+@pytest.mark.parametrize("load", [Load(30, 4), Load(25, 50, 200.0)], ids=["closed", "poisson"])
+def test_loads_against_a_real_socket(url: str, load: Load) -> None:
+    most = 0
+
+    def watch(done: int, running: int, tokens: int) -> None:
+        nonlocal most
+        most = max(most, running + 1)
+        assert done <= load.num_requests and tokens <= 6 * load.num_requests
+
+    async def test() -> Measured:
+        client = Client(f"{url}/v1", "k")
+        assert await client.model() == "tiny"
+        return await run_load(client, "tiny", jobs(), load, 1, watch)
+
+    measured = asyncio.run(test())
+    found = summarize(measured)
+    assert found["failed"] == 0 and len(measured.records) == load.num_requests
+    assert most <= load.concurrency
+    for own in measured.records:
+        assert own.num_prompt_tokens == 5 and own.num_answer_tokens == 6
+        assert len(own.text) == 6 and own.text == measured.records[0].text
+        assert 1 <= len(own.chunk_times) <= 6 and own.ttft > 0 and own.e2e >= own.ttft
+    if load.rate == 200.0:
+        assert measured.seconds > 0.03  # 25 of them cannot come at once
+
+
+def test_what_fails_is_counted_and_never_raised(url: str) -> None:
+    async def test() -> None:
+        client = Client(url, "k")
+        assert (await client.ask(next(jobs()), "nobody")).status == 404
+        stranger = await Client(url, "wrong").ask(next(jobs()), "tiny")
+        assert stranger.status == 401 and not stranger.ok
+        nobody = await Client("http://127.0.0.1:9").ask(next(jobs()), "tiny")
+        assert nobody.error is not None and "ConnectionRefused" in nobody.error
+        hasty = await Client(url, "k", timeout=1e-4).ask(next(jobs()), "tiny")
+        assert hasty.error is not None and "Timeout" in hasty.error
+        chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
+        assert (await client.ask(Job("/v1/chat/completions", chat), "tiny")).ok
+        with pytest.raises(OctavoError, match="start a server first"):
+            await Client("http://127.0.0.1:9").model()
+
+    asyncio.run(test())
+    for wrong in ("ftp://x", "http://"):
+        with pytest.raises(InvalidArgumentError, match="url is"):
+            Client(wrong)
+
+
+def test_the_command(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = tmp_path / "jobs.jsonl"
+    dataset.write_text('{"prompt": "ABC", "ignore_eos": true}\n')
+    result, drawing = tmp_path / "result.json", tmp_path / "plot.svg"
+    arguments = ["bench", "serve", url, "--api-key", "k", "--dataset", str(dataset), "-n", "4"]
+    more = ["-u", "1,3", "-r", "6", "--slo", "ttft:60000", "--json", str(result)]
+    assert main([*arguments, *more, "--plot", str(drawing)]) == 0
+    shown = capsys.readouterr().out
+    assert "1 user" in shown and "3 users" in shown and "100 %" in shown
+    content = json.loads(result.read_text())
+    assert [load["concurrency"] for load in content["loads"]] == [1, 3]
+    assert all(load["answer_tokens"] == 24 for load in content["loads"])
+    assert content["asked"]["model"] == "tiny" and content["octavo"]
+    ElementTree.fromstring(drawing.read_text())
+    assert main(["bench", "serve", url, "--api-key", "wrong"]) == 2
+    assert "status 401" in capsys.readouterr().err
+    for wrong in (["-u", "0"], ["--rate", "-1"], ["-r", "-1"], ["-p", "x"], ["--slo", "x"]):
+        assert main(["bench", "serve", url, "--api-key", "k", *wrong]) == 2

@@ -1,0 +1,169 @@
+"""The command line as a whole: help, exit codes, and messages instead of tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from text_helpers import tiny_model
+
+from octavo.cli import main
+from octavo.cli.app import VERBS
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "octavo.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_help_lists_every_verb_and_imports_none_of_them():
+    start = time.monotonic()
+    done = run("--help")
+    seconds = time.monotonic() - start
+    assert done.returncode == 0 and done.stderr == ""
+    for verb in VERBS:
+        assert verb.name in done.stdout and verb.summary in done.stdout
+    assert seconds < 5  # half a second alone; the machine may be busy
+    code = (
+        "import sys; from octavo.cli import main; main(['--help']);"
+        "heavy = {'numpy', 'tokenizers', 'jinja2', 'gguf', 'huggingface_hub', 'octavo._native'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_every_verb_explains_itself(verb, capsys):
+    assert verb.load().__doc__
+    assert main([*verb.name.split(), "--help"]) == 0
+    assert f"octavo {verb.name}" in capsys.readouterr().out
+
+
+def test_no_arguments_show_the_help(capsys):
+    assert main([]) == 0
+    assert "generate" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("octavo ")
+
+
+MISTAKES = {
+    "unknown verb": (["gnerate"], "gnerate"),
+    "unknown option": (["generate", "hi", "--tempature", "1"], "--temp"),
+    "missing argument": (["generate"], "prompt"),
+    "not a number": (["generate", "hi", "--max-tokens", "many"], "--max-tokens"),
+    "missing model": (["generate", "hi", "-m", "/no/such/model"], "/no/such/model"),
+    "negative temperature": (["generate", "hi", "-t", "-1"], "temperature is -1.0"),
+    "top_p": (["generate", "hi", "--top-p", "1.5"], "top_p is 1.5"),
+    "max_tokens": (["generate", "hi", "--max-tokens", "0"], "max_tokens is 0"),
+    "empty prompt": (["generate", ""], "prompt is empty"),
+    "blank prompt": (["generate", "  \n"], "prompt is empty"),
+    "dtype": (["generate", "hi", "--dtype", "f8"], "dtype is 'f8'"),
+    "device": (["generate", "hi", "--device", "tpu"], "device is 'tpu'"),
+    "logprobs without json": (["generate", "hi", "--logprobs", "2"], "add --json"),
+    "system with raw": (["generate", "hi", "--raw", "--system", "x"], "leave out one"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_give_one_message_and_exit_code_2(name, capsys):
+    arguments, hint = MISTAKES[name]
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ") and shown.err.count("error:") == 1
+    assert hint.lower() in shown.err.lower() and "Traceback" not in shown.err
+
+
+def test_prompt_longer_than_the_context(model, capsys):
+    words = "dog " * 300
+    assert main(["generate", words, "-m", model, "--load-format", "dummy"]) == 2
+    assert "expected at most 255" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"model": {"type": "nope"}}'])
+def test_malformed_tokenizer(tmp_path, capsys, content):
+    path = tiny_model(tmp_path)
+    (path / "tokenizer.json").write_text(content)
+    assert main(["generate", "hi", "-m", str(path), "--load-format", "dummy"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and str(path / "tokenizer.json") in shown
+
+
+def test_malformed_template(tmp_path, capsys):
+    path = tiny_model(tmp_path, chat_template="{% if %}")
+    assert main(["generate", "hi", "-m", str(path), "--load-format", "dummy"]) == 2
+    assert "malformed at line 1" in capsys.readouterr().err
+
+
+def test_unknown_architecture(tmp_path, capsys):
+    path = tiny_model(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    config["architectures"] = ["MambaForCausalLM"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert main(["generate", "hi", "-m", str(path), "--load-format", "dummy"]) == 2
+    assert "MambaForCausalLM" in capsys.readouterr().err
+
+
+def test_a_bad_environment_variable_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("OCTAVO_NUM_THREADS", "lots")
+    assert main(["generate", "hi"]) == 2
+    assert "OCTAVO_NUM_THREADS is 'lots'" in capsys.readouterr().err
+
+
+def test_a_terminal_that_is_not_utf_8(model):
+    command = [sys.executable, "-m", "octavo.cli", "generate", "Grüße 🎉", "-m", model]
+    command += ["--load-format", "dummy", "-n", "5", "--json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert "Grüße 🎉" in json.loads(done.stdout.decode("ascii"))["prompt"]
+
+
+def test_a_prompt_that_the_locale_does_not_decode(model):
+    """Under an ASCII locale without Python's own remedies, and bytes that are no text at all."""
+    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "octavo.cli", "generate", "-m", model, "-n", "2", "--json"]
+    command += ["--load-format", "dummy", "--raw"]
+    for environment, words, text in (
+        (locale, "Grüße".encode(), "Grüße"),
+        ({}, b"a\xff", "a\ufffd"),
+    ):
+        done = subprocess.run(
+            [*map(os.fsencode, command), words],
+            env={**os.environ, **environment},
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["prompt"] == text
+
+
+def test_a_closed_pipe_ends_quietly(model):
+    command = f"'{sys.executable}' -m octavo.cli --help | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_memory_that_ends_in_a_small_piece_is_no_traceback(model, monkeypatch, capsys):
+    def take(*_args, **_options):
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr("octavo.cli.common.load_llm", take)
+    assert main(["generate", "hi", "-m", str(model)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: there is too little memory (std::bad_alloc): use")
