@@ -241,7 +241,7 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool wi
   step.sampling_done = std::promise<void>();
   step.ticket = next_ticket_++;
   step.num_rows = batch.num_rows();
-  step.num_top = batch.num_top();
+  step.num_top = std::max<std::int64_t>(batch.num_logprobs(), 0);
   step.batch = std::move(batch);
   step.tap_names = std::move(taps);
   step.taps.clear();

@@ -21,6 +21,7 @@ from octavo.config import RuntimeOptions
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestOutput, TokenLogprob
 from octavo.errors import InvalidArgumentError
+from octavo.reference.sampling import SAMPLING_ROW
 from octavo.sampling_params import SamplingParams
 
 VOCAB = 97
@@ -39,14 +40,7 @@ class FakeBatch:
     context_lens: npt.NDArray[Any]
     block_tables: npt.NDArray[Any]
     logit_rows: npt.NDArray[Any]
-    temperature: npt.NDArray[Any]
-    top_k: npt.NDArray[Any]
-    top_p: npt.NDArray[Any]
-    min_p: npt.NDArray[Any]
-    seed: npt.NDArray[Any]
-    sample_index: npt.NDArray[Any]
-    num_logprobs: npt.NDArray[Any]
-    state_rows: npt.NDArray[Any]
+    sampling: npt.NDArray[np.void]
 
 
 @dataclass
@@ -160,7 +154,7 @@ class FakeRuntime:
 
     def _draw(self, batch: FakeBatch, masks: Any) -> FakeOutput:
         num_rows = len(batch.logit_rows)
-        num_top = max([0, *batch.num_logprobs.tolist()])
+        num_top = max([0, *batch.sampling["num_logprobs"].tolist()])
         output = FakeOutput(
             np.zeros(num_rows, np.int32),
             np.full(num_rows, np.nan, np.float32),
@@ -170,7 +164,7 @@ class FakeRuntime:
         )
         for row, position in enumerate(batch.logit_rows.tolist()):
             self._draw_row(batch, row, position, None if masks is None else masks[row], output)
-            self.sampled[batch.state_rows[row]] = output.token_ids[row]
+            self.sampled[batch.sampling["state_row"][row]] = output.token_ids[row]
         return output
 
     def _draw_row(
@@ -182,17 +176,13 @@ class FakeRuntime:
         forbidden = frozenset(
             t for t in range(VOCAB) if mask is not None and not (int(mask[t // 32]) >> (t % 32)) & 1
         )
-        sampling = (
-            float(batch.temperature[row]),
-            int(batch.top_k[row]),
-            float(batch.top_p[row]),
-            float(batch.min_p[row]),
-        )
-        seed, sample_index = int(batch.seed[row]), int(batch.sample_index[row])
+        options = dict(zip(SAMPLING_ROW.names or (), batch.sampling[row].item(), strict=True))
+        sampling = tuple(options[name] for name in ("temperature", "top_k", "top_p", "min_p"))
+        seed, sample_index = options["seed"], options["sample_index"]
         token, logprob = draw(history, sampling, seed, sample_index, forbidden)
         output.token_ids[row] = token
         output.finite[row] = NAN_TOKEN not in history
-        count = int(batch.num_logprobs[row])
+        count = options["num_logprobs"]
         if count >= 0:
             output.logprobs[row] = logprob
             ids, logprobs = top_tokens(history, count)
@@ -237,8 +227,7 @@ class FakeRuntime:
         assert (batch.context_lens <= options.max_model_len).all()
         assert batch.block_tables.shape[:2] == (self.num_kv_groups, num_seqs)
         for name, array in vars(batch).items():
-            kind = {"temperature": "f4", "top_p": "f4", "min_p": "f4", "seed": "u8"}
-            assert array.dtype == np.dtype(kind.get(name, "i4")), name
+            assert array.dtype == (SAMPLING_ROW if name == "sampling" else np.int32), name
             assert array.flags.c_contiguous, name
         for group in range(self.num_kv_groups):
             tables = [[int(b) for b in row if b != -1] for row in batch.block_tables[group]]
