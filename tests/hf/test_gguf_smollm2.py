@@ -14,12 +14,12 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo.config import Environment, read_environment
+from octavo.progress import NO_PROGRESS
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.gguf_llama import GgufLlamaSource, read_config
 from octavo.weights.gguf_parts import GgufParts
 from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import read_model
-from octavo.weights.progress import NO_PROGRESS
 from octavo.weights.tensor import Tensor, float32_to_bf16
 from octavo.weights.wheel import WHEEL_MODELS, _download
 

@@ -27,11 +27,11 @@ from octavo.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
+from octavo.progress import NO_PROGRESS, NoProgress
 from octavo.weights import wheel
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import pull, pulled_models, resolve_model
 from octavo.weights.model_files import read_model
-from octavo.weights.progress import NO_PROGRESS, NoProgress
 from octavo.weights.wheel import WheelModel
 
 NAME = "smollm2-135m"
@@ -423,7 +423,7 @@ def test_the_command(
 
 
 def test_a_folder_is_watched_while_it_grows(tmp_path: Path) -> None:
-    from octavo.weights.progress import watch_folder
+    from octavo.progress import watch_folder
 
     progress = Recorder()
     progress.start("", 0)

@@ -19,17 +19,21 @@ from octavo.errors import InsufficientMemoryError, OctavoError
 class Verb(NamedTuple):
     """A command of one word or two.
 
-    Its module has a function of the same name (an underscore for the space), annotated for typer.
+    Its module, by default of the same name, has a function of this name (an underscore for the
+    space), annotated for typer.
     """
 
     name: str
     summary: str
     panel: str
+    module: str = ""
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
         name = self.name.replace(" ", "_")
-        function: Callable[..., Any] = getattr(importlib.import_module(f"octavo.cli.{name}"), name)
+        function: Callable[..., Any] = getattr(
+            importlib.import_module(f"octavo.cli.{self.module or name}"), name
+        )
         return function
 
 
@@ -50,9 +54,11 @@ VERBS = (
     Verb("bench", "Measure speed beside the machine's limits.", _MEASURE),
     Verb("bench serve", "Measure a server under load.", _MEASURE),
     Verb("eval", "Measure perplexity, and what a number format costs.", _MEASURE),
-    Verb("explain", "Tell where a request's time went, from an event log.", _SCHEDULING),
-    Verb("trace", "Turn an event log into a trace for ui.perfetto.dev.", _SCHEDULING),
-    Verb("replay", "Run a log's requests again on a simulated device.", _SCHEDULING),
+    Verb(
+        "explain", "Tell where a request's time went, from an event log.", _SCHEDULING, "event_log"
+    ),
+    Verb("trace", "Turn an event log into a trace for ui.perfetto.dev.", _SCHEDULING, "event_log"),
+    Verb("replay", "Run a log's requests again on a simulated device.", _SCHEDULING, "event_log"),
 )
 
 _EPILOG = """Start here:  [bold]octavo generate "What is the capital of France?"[/bold]

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from octavo.cli import common
 from octavo.cli.batch_input import (
     BadLine,
@@ -22,101 +20,70 @@ from octavo.cli.batch_input import (
     read_lines,
 )
 from octavo.cli.batch_journal import Journal
-from octavo.cli.batch_output import answer_record, error_record
 from octavo.cli.batch_stamp import Run, Stamp, describe_run
-from octavo.cli.common import (
-    DeterministicOption,
-    DeviceOption,
-    DTypeOption,
+from octavo.cli.options import (
+    CHOICE,
+    STOP,
+    ChatOption,
     EventLogOption,
-    KeepEmbeddingOption,
-    KVDTypeOption,
-    LoadFormatOption,
-    MaxModelLenOption,
     ModelOption,
-    NumThreadsOption,
-    QuantizeOption,
-    StopOption,
     SystemOption,
+    argument,
+    engine_options,
+    option,
+    tried,
 )
 from octavo.config import EngineConfig
 from octavo.errors import InvalidArgumentError, OctavoError
-from octavo.files import check_writable, writing
+from octavo.files import writing
+from octavo.progress import duration
 from octavo.sampling_params import SamplingParams
 from octavo.server.errors import ApiError
-from octavo.weights.progress import LogLines
 
 if TYPE_CHECKING:
+    from octavo.engine.outputs import RequestOutput
     from octavo.llm import LLM
     from octavo.prompts import EncodedPrompt
 
 
+@engine_options("max_num_seqs", "seed")
 def batch(
-    input_file: Annotated[
-        Path,
-        typer.Argument(metavar="IN.jsonl", help="One prompt a line; see above.", readable=False),
-    ],
+    *,
+    input_file: Annotated[Path, argument("One prompt a line; see above.", "IN.jsonl")],
     output_file: Annotated[
         Path,
-        typer.Argument(
-            metavar="OUT.jsonl", help="Where the answers go, one a line.", readable=False
-        ),
+        argument("Where the answers go, one a line.", **tried("the answers", "OUT.jsonl")),
     ],
     model: ModelOption = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--raw",
-            help="For lines that are a bare prompt: answer it, or go on with it. Left out: --chat "
-            "for a model that has a chat template.",
-            show_default=False,
-        ),
-    ] = None,
+    chat: ChatOption = None,
     system: SystemOption = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin anew, and forget the answers in OUT.jsonl.")
+        bool, option("Begin anew, and forget the answers in OUT.jsonl.", "--overwrite")
     ] = False,
     max_tokens: Annotated[
         int,
-        common.max_tokens_option("Longest answer, in tokens, for lines that do not say."),
+        option(
+            "Longest answer, in tokens, for lines that do not say.",
+            "--max-tokens",
+            "-n",
+            panel=STOP,
+        ),
     ] = 256,
-    stop: StopOption = None,
+    stop: Annotated[
+        list[str] | None,
+        option("End answers before this text. May be given several times.", panel=STOP),
+    ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(
+        option(
+            "For lines that do not say. Left out: 1 for OpenAI's lines (their default), 0 for all "
+            "others.",
             "--temperature",
             "-t",
-            help="For lines that do not say. Left out: 1 for OpenAI's lines (their default), 0 "
-            "for all others.",
-            show_default=False,
-            rich_help_panel="How to choose words",
+            panel=CHOICE,
         ),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            help="For random choices, with each line's custom_id: a resumed run gives the answers "
-            "that it would have given.",
-            rich_help_panel="How to choose words",
-        ),
-    ] = 0,
-    max_num_seqs: Annotated[
-        int,
-        typer.Option(
-            help="How many prompts to answer at the same time. More is faster in all, and needs "
-            "more memory.",
-            rich_help_panel="Model",
-        ),
-    ] = 64,
-    device: DeviceOption = "auto",
-    deterministic: DeterministicOption = False,
-    dtype: DTypeOption = "auto",
-    quantize: QuantizeOption = None,
-    keep_embedding: KeepEmbeddingOption = False,
-    kv_dtype: KVDTypeOption = "auto",
-    max_model_len: MaxModelLenOption = None,
-    num_threads: NumThreadsOption = 0,
-    load_format: LoadFormatOption = "auto",
+    config: EngineConfig,
     event_log: EventLogOption = None,
 ) -> int:
     """Answer a whole file of prompts; can be stopped and resumed.
@@ -138,20 +105,6 @@ def batch(
     ids = check_ids(input_file)
     if not ids:
         raise InvalidArgumentError(f"{input_file} is empty; expected one prompt a line")
-    options: dict[str, Any] = {
-        "device": device,
-        "deterministic": deterministic,
-        "dtype": dtype,
-        "quantize": quantize,
-        "keep_embedding": keep_embedding,
-        "kv_dtype": kv_dtype,
-        "max_model_len": max_model_len,
-        "num_threads": num_threads,
-        "load_format": load_format,
-        "max_num_seqs": max_num_seqs,
-        "seed": seed,
-    }
-    config = EngineConfig(**options)  # a wrong option is told of before anything is fetched
     with writing(output_file, "the answers"), Journal(output_file, overwrite) as journal:
         run = describe_run(model, config, chat, system, defaults)
         journal.check(input_file, run)
@@ -164,7 +117,7 @@ def batch(
         if skipped == len(ids):
             journal.begin()
         else:
-            llm = common.load_llm(str(run.directory), **options)
+            llm = common.load_llm(str(run.directory), config)
             with _event_log(llm, event_log) as note_events:
                 answers = Answers(journal, tally, note_events)
                 interrupted = _answer_all(llm, run, input_file, answers)
@@ -187,9 +140,6 @@ def _check_files(input_file: Path, output_file: Path, event_log: Path | None) ->
         raise InvalidArgumentError(
             f"--event-log is {event_log}, which is the input or the output; expected another file"
         )
-    check_writable(output_file, "the answers")
-    if event_log is not None:
-        check_writable(event_log, "the event log")
 
 
 @dataclass
@@ -214,11 +164,10 @@ class Tally:
         return self.output_tokens / max(time.monotonic() - self.start, 1e-9)
 
     @property
-    def seconds_left(self) -> float | None:
-        """At the pace so far; None before the first answer."""
-        if not self.done:
-            return None
-        return (time.monotonic() - self.start) / self.done * (self.total - self.finished)
+    def pace(self) -> str:
+        """For the bar."""
+        failed = f", {self.failed:,} failed" if self.failed else ""
+        return f"{self.tokens_per_second:,.0f} tokens/s{failed}"
 
 
 @dataclass(frozen=True)
@@ -261,7 +210,8 @@ def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
     journal.begin()  # what it drops would be missed where a run cannot even begin
     tally.start = time.monotonic()
     try:
-        with _progress(tally) as update:
+        with common.progress_bar("count") as bar:
+            bar.start("answering", tally.total, tally.finished)
             for custom_id, output in llm.generate_as_completed(items()):
                 request, stamp = waiting.pop(custom_id)
                 record = answer_record(request, output, run.name, llm, run.is_chat(request))
@@ -271,7 +221,7 @@ def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
                 tally.prompt_tokens += output.metrics.num_prompt_tokens
                 tally.output_tokens += output.metrics.num_output_tokens
                 answers.note_events()
-                update()
+                bar.update("answering", tally.finished, tally.total, tally.pace)
     except KeyboardInterrupt:
         return True
     return False
@@ -287,43 +237,6 @@ def _event_log(llm: LLM, path: Path | None) -> Iterator[Callable[[], None]]:
 
     with EventLogFile(llm.engine.events, path) as file:
         yield file.flush
-
-
-@contextmanager
-def _progress(tally: Tally) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, else a line now and then (a log of Slurm, say)."""
-    console = common.stderr_console()
-    if not console.is_terminal:
-        lines = LogLines(console.print)
-        yield lambda: lines.offer(
-            lambda: f"{tally.finished:,} of {tally.total:,} done, {_pace(tally)}"
-        )
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=tally.total, completed=tally.finished, pace="begun")
-        yield lambda: bar.update(task, completed=tally.finished, pace=_pace(tally))
-
-
-def _pace(tally: Tally) -> str:
-    parts = [f"{tally.tokens_per_second:,.0f} tokens/s"]
-    if tally.failed:
-        parts.append(f"{tally.failed:,} failed")
-    if tally.seconds_left is not None:
-        parts.append(f"about {duration(tally.seconds_left)} left")
-    return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """43 s, 5 min 12 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 def _summarize(tally: Tally, output_file: Path, interrupted: bool) -> int:
@@ -346,3 +259,40 @@ def _summarize(tally: Tally, output_file: Path, interrupted: bool) -> int:
         return common.FAILED
     common.note(f"all {tally.total:,} answered: {output_file}")
     return 0
+
+
+def error_record(custom_id: str, message: str, code: str = "invalid_request") -> dict[str, Any]:
+    """The line for a request that was not answered."""
+    return {
+        "id": f"batch_req_{custom_id}",
+        "custom_id": custom_id,
+        "response": None,
+        "error": {"code": code, "message": message},
+    }
+
+
+def answer_record(
+    request: BatchRequest, output: RequestOutput, model: str, llm: LLM, is_chat: bool
+) -> dict[str, Any]:
+    """The line for an answered request: the body is what the server would answer."""
+    from octavo.server.formats import Head, usage_of
+
+    failed = [answer for answer in output.outputs if answer.finish_reason == "error"]
+    if output.error is not None or failed or not output.outputs:
+        # A refused prompt has no outputs; with outputs, the model itself failed.
+        code = "model_error" if output.outputs else "invalid_request"
+        return error_record(request.custom_id, output.error or "the model failed", code)
+    head = Head(f"{'chatcmpl' if is_chat else 'cmpl'}-{request.custom_id}", int(time.time()), model)
+    answer_format = request.answer_format(llm, head, output, is_chat)
+    metrics = output.metrics
+    usage = usage_of(metrics.num_prompt_tokens, metrics.num_output_tokens)
+    return {
+        "id": f"batch_req_{request.custom_id}",
+        "custom_id": request.custom_id,
+        "response": {
+            "status_code": 200,
+            "request_id": output.request_id,
+            "body": answer_format.whole([output], usage),
+        },
+        "error": None,
+    }

@@ -22,6 +22,7 @@ from octavo.errors import InvalidArgumentError, WeightsError
 from octavo.files import check_writable, expand_home, open_durably, write_durably, writing
 from octavo.folder import Folder
 from octavo.models.spec import WeightFormat
+from octavo.progress import NO_PROGRESS, Progress
 from octavo.quantization.plan import Scheme, plan_formats
 from octavo.quantization.rounding import quantize_matrix
 from octavo.quantize.calibration import CalibratedWeights
@@ -34,7 +35,6 @@ from octavo.weights.codes import (
     words_name,
 )
 from octavo.weights.model_files import ModelFiles, read_model
-from octavo.weights.progress import NO_PROGRESS, Progress
 from octavo.weights.quantization_config import (
     StoredMatrix,
     choose_layout,

@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from octavo.errors import InvalidArgumentError
 from octavo.files import open_durably, write_durably
+from octavo.progress import NO_PROGRESS, Progress
 from octavo.weights.checkpoint import check_weights
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.gguf_llama import GgufLlamaSource, OutputDType
 from octavo.weights.model_files import read_folder
-from octavo.weights.progress import NO_PROGRESS, Progress
 from octavo.weights.safetensors import make_header
 
 
