@@ -175,7 +175,7 @@ class Runtime:
     def submit(self, batch: Batch, taps: Sequence[str] | None = None, draw: bool = False) -> int:
         """Queue the forward pass and return a ticket at once; at most two may be in flight.
 
-        taps: names from octavo.models.spec.tap_names, or ["*"] for all. draw: the sampling follows
+        taps: names from octavo.models.layer.tap_names, or ["*"] for all. draw: the sampling follows
         at once, with neither masks nor adjustments, and `sample` must not be called: a GPU then
         has a recorded step in one piece.
         """

@@ -118,7 +118,7 @@ class HuggingFaceSide:
             config = self._transformers.AutoConfig.for_model(**files.config)
             model = auto.from_config(config, **options)
             state = {
-                files.weight_map[name]: self._torch.from_numpy(tensor.to_float32().copy())
+                files.weight_map[name].name: self._torch.from_numpy(tensor.to_float32().copy())
                 for name, tensor in weights.items()
             }
             missing, unexpected = model.load_state_dict(state, strict=False)

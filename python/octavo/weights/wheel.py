@@ -19,7 +19,7 @@ from typing import IO
 
 from octavo.errors import DownloadError
 from octavo.weights.convert import convert_gguf
-from octavo.weights.gguf_llama import OutputDType
+from octavo.weights.gguf_parts import OutputDType
 from octavo.weights.progress import Progress, watch_folder
 
 
