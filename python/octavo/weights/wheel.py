@@ -20,7 +20,7 @@ from typing import IO
 from octavo.errors import DownloadError
 from octavo.progress import Progress, watch_folder
 from octavo.weights.convert import convert_gguf
-from octavo.weights.gguf_llama import OutputDType
+from octavo.weights.gguf_parts import OutputDType
 
 
 @dataclass(frozen=True)
