@@ -97,7 +97,8 @@ def test_a_configuration_read_differently_is_found(tmp_path: Path, name: str, dt
     result = compare_with_hf(path, dtype, hf_path=other)
     assert (result.first_bad.name, result.findings[0].op) == (tap, op)
     assert {finding.side for finding in result.findings} == {"Hugging Face"}
-    assert "modeling_llama.py" in result.findings[0].files
+    assert "transformers: models/llama/modeling_llama.py" in result.findings[0].files
+    assert result.findings[0].title.endswith("is not as octavo defines it")
 
 
 def test_permuted_weights_are_recognized(tmp_path: Path) -> None:

@@ -110,6 +110,8 @@ def test_every_op_has_its_files_and_they_exist() -> None:
 def test_a_tap_that_nobody_knows_has_the_hint_of_its_op() -> None:
     node = Node("layers.2.router", "linear", ("layers.2.mlp_norm",), 8, (Matrix("x", 8, 36),))
     assert hint_for(node) == OP_SOURCES["linear"].hint
+    hints = {node.part: hint_for(node) for node in model_nodes(SPEC)}
+    assert "GGUF" in hints["q"] and "tied" in hints["logits"] and "gate" in hints["act"]
 
 
 # ---- the terminal ----
@@ -159,8 +161,8 @@ def test_report_of_different_greedy_tokens() -> None:
 # What scripts may rely on.
 KEYS = """schema ok first_bad model left_name right_name left_description right_description dtype
     token_ids token_texts missing logits greedy greedy_texts decode findings seconds taps judge"""
-TAP_KEYS = """name layer part relative max_abs cosine_gap position growth own_left own_right tolerance
-    own_tolerance_left own_tolerance_right cosine ok parted left_broken right_broken"""
+TAP_KEYS = """name layer part relative max_abs cosine_gap position growth own_left own_right
+    tolerance own_tolerance_left own_tolerance_right cosine ok parted left_broken right_broken"""
 
 
 def test_json_is_strict_and_complete() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from octavo.diff.implementations import Implementation
-from octavo.diff.op_sources import definition_of, files_of, hint_for
+from octavo.diff.op_sources import files_of, hint_for
 from octavo.diff.result import Finding, TapResult
 from octavo.diff.texts import number
 
@@ -86,7 +86,7 @@ def _suspect_definition(
         f"the definition of {first.node.op} stands alone",
         f"{left.name} and {right.name} agree with one another here (to "
         f"{number(first.relative)}), and both are {number(first.own[0])} from the definition",
-        definition_of(first.node.op),
+        files_of(first.node.op, "reference"),
         "Suspect the definition, or how octavo reads the model's configuration: both runs "
         "are checked by octavo's reading of it.",
     )

@@ -37,7 +37,8 @@ def find_suspect(inputs: OpInputs, seen: Float32, tolerance: float) -> str | Non
     if inputs.node.op == "attention" and inputs.model.kv_dtype == "bf16":
         # A weight that lies near the middle of two bfloat16 numbers may be rounded either way.
         tolerance += STEP_BF16
-    for sentence, compute in _SUSPECTS[inputs.node.op](inputs, op_call(inputs)):
+    suspects = _SUSPECTS.get(inputs.node.op)
+    for sentence, compute in suspects(inputs, op_call(inputs)) if suspects else ():
         guess = compute().reshape(len(seen), -1).astype(np.float32)
         if guess.shape != seen.shape:
             continue
@@ -66,11 +67,8 @@ def _norm(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         return
     if len(node.inputs) > 1:
         yield from _sum(inputs, lambda terms: op(x=add(terms)))
-    x, weight, bias = (
-        add(inputs.operands),
-        inputs.weight(node.tap),
-        inputs.model.weights.get(f"{node.tap}.bias"),
-    )
+    x, weight = add(inputs.operands), inputs.weight(node.tap)
+    bias = inputs.model.weights.get(f"{node.tap}.bias")
     yield "epsilon outside the square root", lambda: _norm_eps_outside(x, weight, bias, spec)
     for eps in (0.0, 1e-5, 1e-6, 1e-12):
         if eps != spec.eps:
@@ -170,7 +168,7 @@ def _rope(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         return np.stack([turned[..., :half], turned[..., half:]], axis=-1).reshape(x.shape)
 
     start, backwards = positions - positions[0], partial(op, frequencies=-frequencies)
-    turned: dict[str, Callable[[], Array]] = {
+    ways: dict[str, Callable[[], Array]] = {
         "no rotation": lambda: x,
         "halves swapped: the sine's sign is the other way round": backwards,
         "halves swapped on the way in": lambda: op(x=swap(x)),
@@ -180,7 +178,7 @@ def _rope(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         "positions off by +1": partial(op, positions=positions + 1),
         "positions counted from the chunk's first token": partial(op, positions=start),
     }
-    yield from turned.items()
+    yield from ways.items()
     others = []
     if rope.scaling != "default":
         others.append((f"the {rope.scaling} scaling left out", RopeSpec(theta=rope.theta)))
