@@ -118,17 +118,16 @@ def compare(request: DiffRequest, environment: Environment, progress: Progress) 
         num_threads=request.num_threads,
         progress=lambda done, total: progress("loading octavo", done, total),
     )
-    weights = _float32_weights(files.spec, checkpoint, progress)
     definition = ReferenceModel(
         files.spec,
-        weights,
+        _float32_weights(files.spec, checkpoint, progress),
         dtype=request.dtype,
         kv_dtype=request.dtype,
         formats=checkpoint.formats,
         int4_activations=left.int4_activations,
     )
-    del weights
     right = _load_right(request, files, checkpoint, definition, progress)
+    del checkpoint  # quantized weights take memory, and all of them are loaded by now
     truth = _truth(request, definition)
     comparison = Comparison(left, right, definition, token_ids, options, truth, progress)
 
