@@ -239,11 +239,11 @@ MISTAKES: dict[str, tuple[str, str, str | None]] = {
 }
 
 
-def good_side(spec: ModelSpec, weights: Weights, **options: Any) -> ReferenceImplementation:
+def good_reference(spec: ModelSpec, weights: Weights, **options: Any) -> ReferenceImplementation:
     return ReferenceImplementation(llama.ReferenceModel(spec, weights, **options))
 
 
-def broken_side(
+def broken_reference(
     mistake: str, spec: ModelSpec, weights: Weights, **options: Any
 ) -> ReferenceImplementation:
     model = broken_model(mistake, spec, weights, **options)

@@ -27,7 +27,7 @@ def diff(
     ] = "reference",
     dtype: Annotated[
         str,
-        _what("Number format of both sides. f32 is the sharper test.", metavar="f32|bf16"),
+        _what("Number format of both. f32 is the sharper test.", metavar="f32|bf16"),
     ] = "f32",
     quantize: Annotated[
         str | None,
@@ -49,7 +49,7 @@ def diff(
     steps: Annotated[int, _how("Greedy tokens to compare after the text. 0: none.")] = 16,
     judge: Annotated[
         bool,
-        _how("Also compare both sides with the reference in float64: who rounds more?", "--judge"),
+        _how("Also compare both with the reference in float64: who rounds more?", "--judge"),
     ] = False,
     tolerance: Annotated[
         float | None,
@@ -82,14 +82,15 @@ def diff(
     """Run octavo and another implementation on the same tokens, and show where they differ.
 
     Every intermediate result is compared, in the order in which it is computed, and every op is
-    checked by itself on the inputs it had. Exit code: 0 no difference, 1 a difference, 2 a mistake
-    in what was asked.
+    checked by itself on the inputs it had. A quantized model is compared with the reference's
+    quantized forward, at the tolerance of bf16. Exit code: 0 no difference, 1 a difference, 2 a
+    mistake in what was asked.
     """
     from octavo.config import dtype_name, read_environment
     from octavo.diff.comparison import DiffOptions
     from octavo.diff.html import write_html
     from octavo.diff.report import print_report, to_json
-    from octavo.diff.setup import DiffRequest, prepare
+    from octavo.diff.setup import DiffRequest, compare
 
     request = DiffRequest(
         model=model,
@@ -105,10 +106,7 @@ def diff(
         options=DiffOptions(steps=steps, tolerance=tolerance),
     )
     with progress_bar() as status:
-        prepared = prepare(request, read_environment(), status.update)
-        result = prepared.comparison.run(
-            prepared.title, prepared.token_texts, prepared.decode, judged=judge
-        )
+        result = compare(request, read_environment(), status.update)
     if html is not None:
         write_html(html, result)
     if json:
