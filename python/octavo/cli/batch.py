@@ -19,10 +19,10 @@ from octavo.cli.batch_input import (
     parse_line,
     read_lines,
 )
-from octavo.cli.batch_journal import Journal
+from octavo.cli.batch_output import OutputFile
 from octavo.cli.batch_stamp import Run, Stamp, describe_run
 from octavo.cli.options import (
-    CHOICE,
+    SAMPLING,
     STOP,
     ChatOption,
     EventLogOption,
@@ -49,21 +49,21 @@ if TYPE_CHECKING:
 @engine_options("max_num_seqs", "seed")
 def batch(
     *,
-    input_file: Annotated[Path, argument("One prompt a line; see above.", "IN.jsonl")],
+    input_file: Annotated[Path, argument("One prompt per line; see above.", "IN.jsonl")],
     output_file: Annotated[
         Path,
-        argument("Where the answers go, one a line.", **tried("the answers", "OUT.jsonl")),
+        argument("The answers, one per line.", **tried("the answers", "OUT.jsonl")),
     ],
     model: ModelOption = None,
     chat: ChatOption = None,
     system: SystemOption = None,
     overwrite: Annotated[
-        bool, option("Begin anew, and forget the answers in OUT.jsonl.", "--overwrite")
+        bool, option("Start again, and delete the answers in OUT.jsonl.", "--overwrite")
     ] = False,
     max_tokens: Annotated[
         int,
         option(
-            "Longest answer, in tokens, for lines that do not say.",
+            "Longest answer, in tokens, for lines that give no limit.",
             "--max-tokens",
             "-n",
             panel=STOP,
@@ -76,11 +76,11 @@ def batch(
     temperature: Annotated[
         float | None,
         option(
-            "For lines that do not say. Left out: 1 for OpenAI's lines (their default), 0 for all "
+            "For lines that give none. Left out: 1 for OpenAI's lines (their default), 0 for all "
             "others.",
             "--temperature",
             "-t",
-            panel=CHOICE,
+            panel=SAMPLING,
         ),
     ] = None,
     config: EngineConfig,
@@ -90,7 +90,7 @@ def batch(
 
     Each line of IN.jsonl is a prompt as plain text, or an object {"prompt": …} or {"messages": …}, or a line of OpenAI's batch format.
 
-    Answers are written as they come, in OpenAI's batch output format; the text is at response.body.choices[0]. Whatever stopped a run, the same command goes on where it was; one that would give other answers is refused. A line that cannot be answered gets an "error" and does not stop the rest.
+    Answers are written as they come, in OpenAI's batch output format; the text is at response.body.choices[0]. However a run was stopped, the same command resumes it; a command that would give other answers is refused. A line that cannot be answered gets an "error" and does not stop the rest.
 
     Exit code: 0 all answered, 1 some lines failed, 2 a mistake in the command, 130 Ctrl-C.
 
@@ -105,27 +105,27 @@ def batch(
     ids = check_ids(input_file)
     if not ids:
         raise InvalidArgumentError(f"{input_file} is empty; expected one prompt a line")
-    with writing(output_file, "the answers"), Journal(output_file, overwrite) as journal:
+    with writing(output_file, "the answers"), OutputFile(output_file, overwrite) as output:
         run = describe_run(model, config, chat, system, defaults)
-        journal.check(input_file, run)
-        skipped = len(journal.answered)
+        output.check(input_file, run)
+        skipped = len(output.answered)
         if skipped:
             going_on = "; going on" if skipped < len(ids) else ""
             common.note(f"{skipped:,} of {len(ids):,} answered by an earlier run{going_on}")
-        tally = Tally(total=len(ids), skipped=skipped, failed=journal.num_failed)
+        tally = Tally(total=len(ids), skipped=skipped, failed=output.num_failed)
         interrupted = False
         if skipped == len(ids):
-            journal.begin()
+            output.begin()
         else:
             llm = common.load_llm(str(run.directory), config)
             with _event_log(llm, event_log) as note_events:
-                answers = Answers(journal, tally, note_events)
+                answers = Answers(output, tally, note_events)
                 interrupted = _answer_all(llm, run, input_file, answers)
     return _summarize(tally, output_file, interrupted)
 
 
 def _check_files(input_file: Path, output_file: Path, event_log: Path | None) -> None:
-    """Raise for files that cannot be what they are to be, before anything is done."""
+    """Raise for a pipe, or a file that is named twice, before anything is done."""
     for path in (input_file, output_file):
         if os.path.exists(path) and not path.is_file() and not path.is_dir():
             raise InvalidArgumentError(
@@ -172,9 +172,9 @@ class Tally:
 
 @dataclass(frozen=True)
 class Answers:
-    """Where answers go, and what is counted and noted on the way."""
+    """Where answers are written and counted."""
 
-    journal: Journal
+    output: OutputFile
     tally: Tally
     note_events: Callable[[], None]
 
@@ -182,7 +182,7 @@ class Answers:
 def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
     """Answer every line that has no answer yet; returns whether Ctrl-C ended it."""
     waiting: dict[str, tuple[BatchRequest, Stamp]] = {}
-    journal, tally = answers.journal, answers.tally
+    output, tally = answers.output, answers.tally
     if llm.tokenizer is None:
         raise InvalidArgumentError(
             "this model has no tokenizer.json, without which there is no text"
@@ -190,7 +190,7 @@ def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
 
     def items() -> Iterator[tuple[str, EncodedPrompt, SamplingParams]]:
         for line in read_lines(input_file):
-            if line.custom_id in journal.answered:
+            if line.custom_id in output.answered:
                 continue
             request = parse_line(line, run.defaults)
             stamp = run.stamp(request, line)
@@ -200,26 +200,26 @@ def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
                 except (OctavoError, ApiError) as error:
                     request = BadLine(line.custom_id, f"line {line.number}: {error}")
             if isinstance(request, BadLine):
-                journal.write(error_record(request.custom_id, request.message), stamp)
+                output.write(error_record(request.custom_id, request.message), stamp)
                 tally.done += 1
                 tally.failed += 1
                 continue
             waiting[request.custom_id] = request, stamp
             yield request.custom_id, prompt, request.params
 
-    journal.begin()  # what it drops would be missed where a run cannot even begin
+    output.begin()  # not earlier: where loading failed, the old answers stay
     tally.start = time.monotonic()
     try:
         with common.progress_bar("count") as bar:
             bar.start("answering", tally.total, tally.finished)
-            for custom_id, output in llm.generate_as_completed(items()):
+            for custom_id, answer in llm.generate_as_completed(items()):
                 request, stamp = waiting.pop(custom_id)
-                record = answer_record(request, output, run.name, llm, run.is_chat(request))
-                journal.write(record, stamp)
+                record = answer_record(request, answer, run.name, llm, run.is_chat(request))
+                output.write(record, stamp)
                 tally.done += 1
                 tally.failed += record["error"] is not None
-                tally.prompt_tokens += output.metrics.num_prompt_tokens
-                tally.output_tokens += output.metrics.num_output_tokens
+                tally.prompt_tokens += answer.metrics.num_prompt_tokens
+                tally.output_tokens += answer.metrics.num_output_tokens
                 answers.note_events()
                 bar.update("answering", tally.finished, tally.total, tally.pace)
     except KeyboardInterrupt:
@@ -229,7 +229,7 @@ def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
 
 @contextmanager
 def _event_log(llm: LLM, path: Path | None) -> Iterator[Callable[[], None]]:
-    """What writes the scheduler's latest events to the file, if one was asked for."""
+    """A function that writes the latest events to the file, if there is one."""
     if path is None:
         yield lambda: None
         return

@@ -36,7 +36,7 @@ def bench(
     output: Annotated[
         str,
         option(
-            "Form of the result.", "-o", "--output", panel="Output", metavar="table|md|json|csv"
+            "Format of the result.", "-o", "--output", panel="Output", metavar="table|md|json|csv"
         ),
     ] = "table",
 ) -> int:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from octavo.bench.serve_run import Load, Measured
     from octavo.bench.serve_workload import Job
 
-_arrivals = partial(option, panel="How requests come")
-_asked = partial(option, panel="What they ask")
+_arrivals = partial(option, panel="Arrivals")
+_asked = partial(option, panel="Requests")
 _output = partial(option, panel="Output")
 
 
@@ -63,7 +63,7 @@ def bench_serve(
     answer_len: Annotated[
         str,
         _asked(
-            "Tokens of an answer, in the same forms. Answers do not end before.",
+            "Tokens of an answer, in the same forms. Answers have exactly this length.",
             "-n",
             "--answer-len",
         ),
@@ -73,12 +73,12 @@ def bench_serve(
         Path | None,
         _asked('JSON lines with "prompt" or "messages", instead of random words.'),
     ] = None,
-    seed: Annotated[int, _asked("Of words, lengths and arrivals.")] = 0,
+    seed: Annotated[int, _asked("Seed of words, lengths and arrivals.")] = 0,
     slo: Annotated[
         str | None,
         _output(
-            "Milliseconds that users can rely on, as in ttft:500,itl:50,e2e:10000; goodput counts "
-            "the requests that kept to it."
+            "Limits of latency in milliseconds, as in ttft:500,itl:50,e2e:10000; goodput counts "
+            "the requests that stayed within them."
         ),
     ] = None,
     json_file: Annotated[

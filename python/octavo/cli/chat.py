@@ -64,7 +64,7 @@ def chat(
         llm = common.load_llm(model, config)
         if llm.chat_template is None:
             raise TokenizerError(
-                "this model has no chat template (it is a base model, which only goes on with a "
+                "this model has no chat template (it is a base model, which only continues a "
                 "text): use `octavo generate --raw`, or a model that was trained to chat"
             )
         if interactive:
@@ -100,7 +100,7 @@ class Conversation:
                 self._turn(line.strip())
 
     def _command(self, line: str) -> bool:
-        """Obey a command; False if the line is none."""
+        """Carry out a command; False if the line is not one."""
         found = re.fullmatch(r"/([a-z]*)(?:\s+(.*))?", line.rstrip(), flags=re.DOTALL)
         if found is None:
             return False
@@ -139,7 +139,7 @@ class Conversation:
     def _fit(self) -> EncodedPrompt:
         """The conversation as a prompt, without its oldest turns where it is too long."""
         limit = self.llm.max_model_len
-        # What the answer is to have at least; a quarter of a small context is enough.
+        # Room for the answer; a quarter of a small context is enough.
         room = min(self.params.max_tokens or limit, limit // 4)
         dropped = 0
         prompt = self._encode()
@@ -208,7 +208,7 @@ def _line_reader(interactive: bool) -> Iterator[Callable[[], str | None]]:
     if not interactive:
         yield _read_line
     elif screen.is_dumb_terminal or not screen.is_terminal:
-        # Nothing that a line could be edited on: the terminal itself gives whole lines.
+        # No terminal that a line could be edited on: read whole lines.
         yield _read_prompted_line
     else:
         from octavo.cli.line_editor import LineEditor

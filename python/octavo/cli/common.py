@@ -31,7 +31,7 @@ def print_error(message: str) -> None:
     """`error: …` on stderr, in red where the terminal has colours."""
     from rich.text import Text
 
-    with suppress(OSError):  # what has become of standard output is told at the end
+    with suppress(OSError):  # `app.run` reports it at the end
         sys.stdout.flush()
     console, start = stderr_console(), "error: "
     rest = _fit(start + message, console).removeprefix(start)
@@ -45,7 +45,7 @@ def note(message: str) -> None:
 
 
 def _fit(message: str, console: Console) -> str:
-    """On a terminal broken between words; a path stays whole, to be copied."""
+    """The message with lines broken between words on a terminal; paths stay whole."""
     if not console.is_terminal:
         return message
     lines = []
@@ -66,7 +66,7 @@ def _fit(message: str, console: Console) -> str:
 def read_prompt(argument: str) -> str:
     """The prompt itself, or all of standard input for "-"."""
     if argument != "-":
-        # Bytes that the locale could not decode came as surrogates; here they are UTF-8's.
+        # Python passes bytes that the locale cannot decode as surrogates: decode them as UTF-8.
         text = argument.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
     else:
         if sys.stdin.isatty():
@@ -79,7 +79,7 @@ def read_prompt(argument: str) -> str:
 
 @contextmanager
 def progress_bar(unit: Unit = "percent", **options: Any) -> Iterator[Bar]:
-    """A `Bar`; what is typed meanwhile is kept for whoever reads next, and not shown."""
+    """A `Bar`; keys that are typed meanwhile are not shown, but kept for the next read."""
     with silent_keys(), Bar(unit, **options) as bar:
         yield bar
 

@@ -36,18 +36,18 @@ def eval(
     ] = None,
     random: Annotated[
         int | None,
-        _text("So many random tokens in place of a text, as for --load-format dummy."),
+        _text("Score this many random tokens instead of a text; for --load-format dummy."),
     ] = None,
     window: Annotated[
         int | None,
-        _text("Tokens that go through the model together. Left out: 512, or the model's limit."),
+        _text("Tokens in a window. Left out: 512, or the model's limit."),
     ] = None,
     stride: Annotated[
         int | None,
-        _text("Tokens from one window's beginning to the next one's. Left out: half the window."),
+        _text("Tokens from the start of one window to the next. Left out: half the window."),
     ] = None,
     max_windows: Annotated[
-        int | None, _text("Stop after so many windows. Left out: the whole text.")
+        int | None, _text("Stop after this many windows. Left out: the whole text.")
     ] = None,
     config: EngineConfig,
     as_json: Annotated[
@@ -56,10 +56,10 @@ def eval(
 ) -> None:
     """Measure how well a model predicts a text, and what its number format costs.
 
-    Perplexity is the exponential of the mean surprise a token; lower is better. Every token is
+    Perplexity is the exponential of the mean surprise per token; lower is better. Every token is
     scored once, from at least `window - stride` tokens of context wherever the text has them.
     Against another model: the KL divergence of each prediction from the other's, in nats, and how
-    often both think the same token the most probable.
+    often both have the same most probable token.
     """
     from octavo.eval.evaluation import EvalRequest, evaluate
     from octavo.eval.report import print_report

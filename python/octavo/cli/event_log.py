@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 _LOG = "An event log, from `--event-log` or the server."
 LogArgument = Annotated[Path, argument(_LOG, "LOG")]
-_policy = partial(option, panel="The engine (left out: as in the log)")
-_cost = partial(
-    option, panel="The device: seconds of a step (left out: measured from the log's steps)"
-)
+_policy = partial(option, panel="Engine (left out: as in the log)")
+_cost = partial(option, panel="Device: seconds of a step (left out: fitted to the log's steps)")
 
 
 def explain(
@@ -80,8 +78,8 @@ def trace(
 
 def replay(
     log: LogArgument,
-    max_num_seqs: Annotated[int | None, _policy("Answers in a step at most.")] = None,
-    max_num_batched_tokens: Annotated[int | None, _policy("Tokens in a step at most.")] = None,
+    max_num_seqs: Annotated[int | None, _policy("Most answers in a step.")] = None,
+    max_num_batched_tokens: Annotated[int | None, _policy("Most tokens in a step.")] = None,
     num_kv_blocks: Annotated[int | None, _policy("Blocks of the KV cache.")] = None,
     enable_prefix_caching: Annotated[
         bool | None,
@@ -91,13 +89,13 @@ def replay(
         float | None, _policy("What one level of priority is worth, in seconds of waiting.")
     ] = None,
     max_waiting_requests: Annotated[
-        int | None, _policy("Requests that may wait; more are refused.")
+        int | None, _policy("Most requests in the queue; more are refused.")
     ] = None,
     speed: Annotated[float, option("2: the requests come twice as fast.")] = 1.0,
-    fixed: Annotated[float | None, _cost("Whatever is in it: reading the weights.")] = None,
-    per_token: Annotated[float | None, _cost("More for each token it computes.")] = None,
+    fixed: Annotated[float | None, _cost("For every step: reading the weights.")] = None,
+    per_token: Annotated[float | None, _cost("For each token that is computed.")] = None,
     per_attended: Annotated[
-        float | None, _cost("More for each token that one of these attends to.")
+        float | None, _cost("For each token that a computed one attends to.")
     ] = None,
     event_log: Annotated[
         Path | None,
@@ -107,7 +105,7 @@ def replay(
 ) -> int:
     """Run a log's requests again on a simulated device.
 
-    The real scheduler decides, only device and clock are made up; the same log and options give the same figures on any machine.
+    The scheduler is the real one, device and clock are simulated; the same log and options give the same figures on any machine.
 
     [bold]octavo replay events.jsonl --max-num-seqs 16[/bold]
 

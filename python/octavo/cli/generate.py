@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from octavo.llm import LLM
     from octavo.prompts import EncodedPrompt
 
-_show = partial(option, panel="What to show")
+_output = partial(option, panel="Output")
 
 
 @engine_options()
 @sampling_options(temperature=0.0)
 def generate(
     prompt: Annotated[
-        str, argument('The question, or the text to go on with. "-" reads stdin.', "PROMPT")
+        str, argument('The question, or the text to continue. "-" reads stdin.', "PROMPT")
     ],
     *,
     model: ModelOption = None,
@@ -49,25 +49,25 @@ def generate(
     params: SamplingParams,
     json_output: Annotated[
         bool,
-        _show("Print one JSON object: text, token ids, finish reason, usage, timings.", "--json"),
+        _output("Print one JSON object: text, token ids, finish reason, usage, timings.", "--json"),
     ] = False,
     logprobs: Annotated[
         int | None,
-        _show(
+        _output(
             "With --json: the log-probability of each token, and of the N most probable ones in "
             "its place.",
             metavar="N",
         ),
     ] = None,
     special_tokens: Annotated[
-        bool, _show("Show special tokens such as <|im_end|> in the text.", "--special-tokens")
+        bool, _output("Show special tokens such as <|im_end|> in the text.", "--special-tokens")
     ] = False,
     quiet: Annotated[
-        bool, _show("Leave out the line about speed at the end.", "--quiet", "-q")
+        bool, _output("Leave out the line about speed at the end.", "--quiet", "-q")
     ] = False,
     event_log: EventLogOption = None,
 ) -> int:
-    """Answer one prompt, or go on with a text.
+    """Answer one prompt, or continue a text.
 
     The answer goes to stdout as it is made, a line about its speed to stderr.
 
@@ -79,7 +79,7 @@ def generate(
     """
     params = replace(params, logprobs=logprobs, skip_special_tokens=not special_tokens)
     if logprobs is not None and not json_output:
-        raise InvalidArgumentError("--logprobs has nowhere to be shown; add --json")
+        raise InvalidArgumentError("--logprobs is shown with --json only; add --json")
     if system is not None and chat is False:
         raise InvalidArgumentError("--system does not go with --raw; leave out one of them")
     text = common.read_prompt(prompt)
@@ -110,7 +110,7 @@ def generate(
 
 
 def encode(llm: LLM, text: str, chat: bool | None, system: str | None = None) -> EncodedPrompt:
-    """The prompt as the model shall see it; chat None decides by the model's having a template."""
+    """The prompt as the model sees it; chat None: with the chat template if the model has one."""
     if llm.chat_template is None and (chat or system is not None):
         raise InvalidArgumentError(
             f"this model has no chat template (it is a base model): leave out "
@@ -139,7 +139,7 @@ def _show_dim(prompt: str, writer: AnswerWriter) -> None:
 def _collect(
     llm: LLM, prompt: EncodedPrompt, params: SamplingParams, writer: AnswerWriter | None
 ) -> tuple[list[OutputChunk], bool]:
-    """All chunks, shown as they come if there is a writer; and whether Ctrl-C ended them."""
+    """All chunks, shown as they come if there is a writer, and whether Ctrl-C ended them."""
     chunks = []
     interrupted = False
     stream = llm.stream(prompt, params)

@@ -25,8 +25,8 @@ def info(
 ) -> None:
     """Show what a model is and whether it fits in this machine's memory.
 
-    Reads the configuration and the headers of the weight files only; of a folder its config.json
-    is enough.
+    Reads the configuration and the headers of the weight files only; a folder needs no more than
+    its config.json.
     """
     from octavo.config import read_environment
     from octavo.weights.hub import resolve_model
@@ -40,7 +40,7 @@ def info(
 
 
 def describe(files: ModelFiles) -> dict[str, Any]:
-    """All that `octavo info` tells, as JSON values; sizes in bytes.
+    """What `octavo info` prints, as JSON values; sizes in bytes.
 
     Raises WeightsError where there are weight files and they are damaged or do not fit. A folder
     that holds no weight file at all is described from its configuration.

@@ -21,9 +21,9 @@ from octavo.files import check_writable
 from octavo.sampling_params import SamplingParams
 
 Command = Callable[..., Any]
-MODEL, CHOICE, STOP, BATCHING = (
+MODEL, SAMPLING, STOP, BATCHING = (
     "Model",
-    "How to choose words",
+    "Sampling",
     "Where to stop",
     "Batching and memory",
 )
@@ -82,7 +82,7 @@ EventLogOption = Annotated[
 ]
 
 _model = partial(option, panel=MODEL)
-_choice = partial(option, panel=CHOICE)
+_sampling = partial(option, panel=SAMPLING)
 _stop = partial(option, panel=STOP)
 _batching = partial(option, panel=BATCHING)
 
@@ -115,7 +115,7 @@ class _Engine:
     keep_embedding: Annotated[
         bool,
         _model(
-            "Of a quantized model, keep embedding and head in --dtype instead of int8.",
+            "Keep embedding and head of a quantized model in --dtype instead of int8.",
             "--keep-embedding",
         ),
     ]
@@ -184,7 +184,7 @@ class _Batching:
         ),
     ]
     kv_memory_fraction: Annotated[
-        float, _batching("Part of the free memory that the KV cache may take.")
+        float, _batching("Fraction of the free memory that the KV cache may take.")
     ]
     enable_prefix_caching: Annotated[
         bool,
@@ -198,7 +198,7 @@ class _Batching:
         int | None,
         option("Most prompt tokens in the queue. Left out: any number.", panel="Limits"),
     ]
-    seed: Annotated[int, _choice("For random choices of requests that name no seed.")]
+    seed: Annotated[int, _sampling("For random choices of requests that name no seed.")]
 
 
 class _Sampling:
@@ -207,7 +207,7 @@ class _Sampling:
     max_tokens: Annotated[
         int, _stop("Longest answer, in tokens (a word is one or two).", "--max-tokens", "-n")
     ]
-    min_tokens: Annotated[int, _stop("Shortest answer, in tokens: no end before.")]
+    min_tokens: Annotated[int, _stop("Shortest answer, in tokens.")]
     stop: Annotated[
         list[str] | None, _stop("End the answer before this text. May be given several times.")
     ]
@@ -221,40 +221,40 @@ class _Sampling:
     ignore_eos: Annotated[
         bool,
         _stop(
-            "Go on when the model wants to end, up to --max-tokens. For measuring speed.",
+            "Do not stop at the model's end of text, only at --max-tokens. For measuring speed.",
             "--ignore-eos",
         ),
     ]
     temperature: Annotated[
         float,
-        _choice(
+        _sampling(
             "0 always takes the most probable token, and so gives the same text every time; around "
             "1 is varied, above 1.5 wild.",
             "--temperature",
             "-t",
         ),
     ]
-    top_k: Annotated[int, _choice("Choose among the k most probable tokens only. 0: among all.")]
+    top_k: Annotated[int, _sampling("Choose among the k most probable tokens only. 0: among all.")]
     top_p: Annotated[
         float,
-        _choice(
+        _sampling(
             "Choose among the most probable tokens that together reach this probability. 1: among "
             "all."
         ),
     ]
     min_p: Annotated[
         float,
-        _choice(
-            "Leave out tokens less probable than this part of the best one's probability. 0: off."
-        ),
+        _sampling("Leave out tokens less probable than this fraction of the best one's. 0: off."),
     ]
     seed: Annotated[
         int | None,
-        _choice("A number that makes random choices repeatable: same seed, same text."),
+        _sampling("A number that makes random choices repeatable: same seed, same text."),
     ]
     n: Annotated[
         int,
-        _choice("How many answers to make; with a --temperature above 0 they differ.", "--answers"),
+        _sampling(
+            "How many answers to make; with a --temperature above 0 they differ.", "--answers"
+        ),
     ]
 
 

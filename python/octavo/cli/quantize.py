@@ -14,9 +14,9 @@ from octavo.cli.options import argument, option
 if TYPE_CHECKING:
     from octavo.quantize.directory import QuantizedDirectory
 
-_calibration = partial(option, panel="With a text at hand")
-_int4 = partial(option, panel="Of int4 and int4-nonuniform")
-_bits = partial(option, panel="More bits where they are needed")
+_calibration = partial(option, panel="Calibration")
+_int4 = partial(option, panel="int4 and int4-nonuniform")
+_bits = partial(option, panel="Mixed precision")
 _output = partial(option, panel="Output")
 
 
@@ -32,13 +32,13 @@ def quantize(
     out: Annotated[
         Path | None,
         argument(
-            "The new folder; made whole or not at all. May be left out with --sensitivity.", "OUT"
+            "The new folder, which must not exist. May be left out with --sensitivity.", "OUT"
         ),
     ] = None,
     scheme: Annotated[
         str,
         option(
-            "int8: a scale for each output, next to no loss. w8a8: the same, to be run with "
+            "int8: a scale for each output, almost no loss. w8a8: the same, to be run with "
             "activations of 8 bits, which loses more and is faster on CPUs. int4: a scale for each "
             "group of inputs. int4-nonuniform: the same with levels closer together near 0, half "
             "the loss; octavo alone reads it.",
@@ -48,31 +48,31 @@ def quantize(
     group_size: Annotated[
         int,
         _int4(
-            "Weights that share a scale. Smaller is better and larger. A matrix whose width it "
-            "does not divide takes the next smaller one that does.",
+            "Weights that share a scale. Smaller groups lose less and take more space. A matrix "
+            "whose width is no multiple of it takes the next smaller size that fits.",
             metavar="32|64|128",
         ),
     ] = 32,
     asymmetric: Annotated[
         bool,
         _int4(
-            "Of int4: give each group a zero point too. Worth its bits in wide groups.",
+            "int4 only: a zero point for each group too. Worth its bits with large groups.",
             "--asymmetric",
         ),
     ] = False,
     method: Annotated[
         str | None,
         _int4(
-            "weighted finds the scales of least squared error, errors counting by how large the "
-            "inputs are that a few random tokens give; search counts all the same; rtn rounds to "
-            "nearest. With --calibrate: gptq, awq or awq+gptq. Left out: weighted, or gptq.",
+            "weighted: scales of least squared error, each error weighted by the size of its input "
+            "on a few random tokens; search: the same without weights; rtn: round to nearest. "
+            "With --calibrate: gptq, awq or awq+gptq. Left out: weighted, or gptq.",
             metavar="weighted|search|rtn|gptq|awq|awq+gptq",
         ),
     ] = None,
     int8: Annotated[
         list[str] | None,
         _bits(
-            "A matrix that takes int8 all the same: its name in octavo (layers.0.down), or a "
+            "A matrix to write in int8: its name in octavo (layers.0.down), or a "
             "pattern (*.down). May be given several times.",
             metavar="PATTERN",
         ),
@@ -80,8 +80,8 @@ def quantize(
     bits_per_weight: Annotated[
         float | None,
         _bits(
-            "Measure which parts lose the most in 4 bits, and give int8 to them, to at most so "
-            "many bits a weight (embedding and head apart).",
+            "Measure which parts lose the most in 4 bits, and write them in int8, up to this many "
+            "bits per weight (without embedding and head).",
             metavar="BITS",
         ),
     ] = None,
@@ -103,12 +103,12 @@ def quantize(
         Path | None,
         _calibration(
             "A text file in UTF-8, like what the model will be used on. The weights are rounded so "
-            "that what they make of it comes out right: better, and minutes of work."
+            "that its outputs on this text change least: more exact, and takes minutes."
         ),
     ] = None,
     windows: Annotated[int, _calibration("How many pieces of the text to take.")] = 16,
     window: Annotated[int, _calibration("Tokens of a piece.")] = 512,
-    seed: Annotated[int, _calibration("Decides which pieces.")] = 0,
+    seed: Annotated[int, _calibration("Chooses the pieces.")] = 0,
     quiet: Annotated[bool, _output("No progress bar.", "--quiet", "-q")] = False,
     as_json: Annotated[
         bool, _output("Print one JSON object instead of the summary.", "--json")

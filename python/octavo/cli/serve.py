@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from octavo.cli.options import (
-    CHOICE,
+    SAMPLING,
     EventLogOption,
     ModelArgument,
     engine_options,
@@ -71,7 +71,7 @@ def serve(
         option(
             "auto: what requests leave out is as the model's generation_config.json recommends "
             "(temperature, top_p …). none: as OpenAI's API has it.",
-            panel=CHOICE,
+            panel=SAMPLING,
             metavar="auto|none",
         ),
     ] = "auto",
@@ -154,7 +154,7 @@ def serve(
 
 
 def _load(path: Path, config: EngineConfig) -> LLM:
-    """The model; long loading says how far it is in the server's log."""
+    """The model; while it loads, the server's log says how much is done."""
     from octavo.llm import LLM
     from octavo.progress import log_bytes
     from octavo.server.logs import log_event

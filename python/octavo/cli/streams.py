@@ -1,4 +1,4 @@
-"""Standard input, output and error: usable where one is closed; keys kept while nobody reads."""
+"""Standard input, output and error where one is closed or full, and the keyboard during work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Output(io.FileIO):
 
 
 class _Messages(io.FileIO):
-    """Standard error. Messages that nobody can take any more stop no work: they are dropped."""
+    """Standard error. A message that cannot be written is dropped, and the work goes on."""
 
     def write(self, data: ReadableBuffer) -> int:
         with contextlib.suppress(OSError):
@@ -38,9 +38,9 @@ class _Messages(io.FileIO):
 def make_usable() -> None:
     """Give this process all three streams, whatever it was started with.
 
-    Python has None for a closed one, and the next file that is opened would take its number. Now a
-    closed input is an empty one, and a closed output fails when it is written to, as a full disk
-    does. What a stream's encoding cannot say becomes "?".
+    Python has None for a closed one, and the next file that is opened would take its number. After
+    this a closed input reads as empty, and a closed output fails when written to, as a full disk
+    does. Characters that a stream cannot encode become "?".
     """
     for number in range(3):
         try:
@@ -63,7 +63,7 @@ def _text(raw: io.FileIO, before: object) -> io.TextIOWrapper:
 
 
 def output_error() -> OSError | None:
-    """Flush standard output; the reason if any of it could not be written, ever."""
+    """Flush standard output; the error if any of it, now or earlier, could not be written."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
@@ -71,7 +71,7 @@ def output_error() -> OSError | None:
 
 
 def forget_output() -> None:
-    """Let what could not be written go; Python would try again, and complain, as it ends."""
+    """Drop what could not be written; Python would try again at its exit and print an error."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
@@ -79,10 +79,10 @@ def forget_output() -> None:
 
 @contextlib.contextmanager
 def silent_keys() -> Iterator[None]:
-    """Keep keys that are typed meanwhile from being shown; whoever reads next gets them.
+    """Do not show keys that are typed meanwhile; they are kept for the next read.
 
-    Ctrl-C and Ctrl-Z work on. Does nothing where standard input is no terminal, or belongs to
-    another program: this one runs in the background.
+    Ctrl-C and Ctrl-Z still work. Does nothing where standard input is no terminal, or where this
+    program runs in the background.
     """
     try:
         import termios
@@ -97,7 +97,7 @@ def silent_keys() -> Iterator[None]:
         return
 
     def change(attributes: list[int | list[bytes | int]]) -> None:
-        # Whoever changes a terminal from the background is stopped.
+        # A background process that changes the terminal is stopped.
         with contextlib.suppress(OSError, termios.error):
             if os.tcgetpgrp(number) == os.getpgrp():
                 termios.tcsetattr(number, termios.TCSANOW, attributes)

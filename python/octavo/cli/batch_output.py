@@ -1,4 +1,4 @@
-"""The output file of a batch: one answer a line, and what an earlier run has left in it."""
+"""The output file of a batch: one answer per line, and the answers of an earlier run."""
 
 from __future__ import annotations
 
@@ -30,31 +30,30 @@ class _Earlier:
     model: str | None  # its name then; None for an error
 
 
-class Journal:
+class OutputFile:
     """The output file.
 
-    Opening reads it and changes nothing; `check` finds out whether its answers are those that this
-    run would give; `begin` drops what is of no use, and only after it can lines be written. A line
-    is written whole and handed to the system at once, so that whatever kills this process costs
-    only the answers that were in the making.
+    Opening reads it and changes nothing; `check` compares its answers with what this run would
+    give; `begin` drops lines that cannot be used, and must come before `write`. A line is written
+    whole and flushed at once: if the process is killed, only unfinished answers are lost.
 
-    answered: ids that need no work: answered, or failed and bound to fail again.
+    answered: ids that need no work: answered, or failed with the same prompt, options and model.
     num_failed: how many of those failed.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         """Open and read the file; it is created where it does not exist.
 
-        overwrite: whatever is in it is of no use. Raises InvalidArgumentError where it holds
-        something else than answers of a batch, and where another process is writing it; OSError
-        where it cannot be opened.
+        overwrite: ignore what is in it. Raises InvalidArgumentError where it holds anything but
+        answers of a batch, and where another process is writing it; OSError where it cannot be
+        opened.
         """
         self.path = path
         self.answered: set[str] = set()
         self.num_failed = 0
         self._answers: dict[str, _Earlier] = {}
         self._failures: dict[str, _Earlier] = {}
-        self._useless: set[int] = set()  # numbers of the lines to drop
+        self._outdated: set[int] = set()  # numbers of the lines to drop
         self._end = 0  # of the last whole line, in bytes
         self._file: IO[bytes] = path.open("ab+")
         try:
@@ -65,7 +64,7 @@ class Journal:
             self._file.close()
             raise
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> OutputFile:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,12 +73,12 @@ class Journal:
     def check(self, input_file: Path, run: Run) -> None:
         """Compare every answer with what this run would answer; the file stays as it is.
 
-        An error whose line, options or model are others by now is not kept: `begin` drops it, and
-        the line is tried again. Raises InvalidArgumentError for an answer to something else.
+        An error whose line, options or model have changed is dropped by `begin`, and the line is
+        tried again. Raises InvalidArgumentError for an answer whose have changed.
         """
         wanted = {*self._answers, *self._failures}
-        first_misfit: tuple[_Earlier, BatchLine, Stamp] | None = None
-        num_misfits = 0
+        first_mismatch: tuple[_Earlier, BatchLine, Stamp] | None = None
+        num_mismatches = 0
         for line in read_lines(input_file) if wanted else ():
             if line.custom_id not in wanted:
                 continue
@@ -90,22 +89,22 @@ class Journal:
             if answer is not None:
                 self.answered.add(line.custom_id)
                 if answer.stamp != stamp:
-                    first_misfit = first_misfit or (answer, line, stamp)
-                    num_misfits += 1
+                    first_mismatch = first_mismatch or (answer, line, stamp)
+                    num_mismatches += 1
             elif failure is not None and failure.stamp == stamp:
                 self.answered.add(line.custom_id)
                 self.num_failed += 1
                 failure = None
             if failure is not None:
-                self._useless.add(failure.number)
+                self._outdated.add(failure.number)
         if wanted:
-            self._refuse_strangers(wanted, input_file)
-        if first_misfit is not None:
-            self._refuse_misfit(*first_misfit, num_misfits, input_file, run)
+            self._refuse_unknown_ids(wanted, input_file)
+        if first_mismatch is not None:
+            self._refuse_mismatch(*first_mismatch, num_mismatches, input_file, run)
 
     def begin(self) -> None:
-        """Drop what is of no use: all with overwrite, a line that was cut off, outdated errors."""
-        if self._useless:
+        """Drop all lines with overwrite; else a last line that was cut off, and outdated errors."""
+        if self._outdated:
             self._rewrite()
         elif self._end < self._file.seek(0, os.SEEK_END):
             self._file.truncate(self._end)
@@ -120,7 +119,7 @@ class Journal:
     def _lock(self, file: IO[bytes]) -> None:
         try:
             import fcntl
-        except ImportError:  # not a Unix: two runs are not kept apart there
+        except ImportError:  # not a Unix: there is no lock there
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,7 +131,7 @@ class Journal:
             pass  # a network file system without locks
 
     def _whole_lines(self) -> Iterable[tuple[int, bytes]]:
-        """The lines with their numbers, but for a last one of ours that was cut off."""
+        """The lines with their numbers, without a last one that was cut off."""
         self._file.seek(0)
         for number, data in enumerate(self._file, start=1):
             is_torn = data.startswith(_BEGINNING) or _BEGINNING.startswith(data)
@@ -155,7 +154,7 @@ class Journal:
                     "output, or begin anew with --overwrite"
                 ) from error
             if failed and first is not line:
-                self._useless.add(number)
+                self._outdated.add(number)
             elif first.stamp != line.stamp:
                 raise InvalidArgumentError(
                     f"{self.path}, lines {first.number} and {number}, both answer {custom_id!r}, "
@@ -164,7 +163,7 @@ class Journal:
                 )
 
     def _rewrite(self) -> None:
-        """Put a file without the useless lines in the place of this one, in one go."""
+        """Replace the file, atomically, by one without the outdated errors."""
         target = self.path.resolve()  # a link stays one
         partial = target.with_name(f".{target.name}.partial")
         try:
@@ -177,7 +176,7 @@ class Journal:
         try:
             self._lock(new)
             for number, data in self._whole_lines():
-                if number not in self._useless:
+                if number not in self._outdated:
                     new.write(data)
             new.flush()
             os.fsync(new.fileno())
@@ -191,7 +190,7 @@ class Journal:
         self._file.close()
         self._file = new
 
-    def _refuse_strangers(self, ids: set[str], input_file: Path) -> None:
+    def _refuse_unknown_ids(self, ids: set[str], input_file: Path) -> None:
         known = {**self._failures, **self._answers}
         custom_id = min(ids, key=lambda each: known[each].number)
         raise InvalidArgumentError(
@@ -200,7 +199,7 @@ class Journal:
             f"taken out of the input. Put it back, or {_ADVICE}"
         )
 
-    def _refuse_misfit(
+    def _refuse_mismatch(
         self,
         answer: _Earlier,
         line: BatchLine,
@@ -209,7 +208,7 @@ class Journal:
         input_file: Path,
         run: Run,
     ) -> None:
-        """Say how an answer differs from what `line` asks for now, and what to do."""
+        """Raise, and say how an answer differs from what `line` asks for now, and what to do."""
         old, advice = answer.stamp, _ADVICE
         where = f"{input_file}, line {line.number} ({line.custom_id!r}),"
         if old is None:
