@@ -312,7 +312,7 @@ class LLM:
     def _bar(self, wanted: bool, num_requests: int) -> AbstractContextManager[Advance | None]:
         if not wanted or not num_requests:
             return nullcontext()
-        return progress_bar(self._bar_turn, num_requests, lambda: self.engine.num_drawn_tokens)
+        return progress_bar(self._bar_turn, num_requests, lambda: self.engine.num_sampled_tokens)
 
     def _as_completed(
         self,
