@@ -225,7 +225,7 @@ class LLM(LoadedModel):
     def _bar(self, wanted: bool, num_requests: int) -> AbstractContextManager[Advance | None]:
         if not wanted or not num_requests:
             return nullcontext()
-        return request_bar(self._bar_turn, num_requests, lambda: self.engine.num_drawn_tokens)
+        return request_bar(self._bar_turn, num_requests, lambda: self.engine.num_sampled_tokens)
 
     def _as_completed(
         self,
