@@ -355,6 +355,7 @@ struct BackendOptions {
   DType dtype = DType::f32;    // CUDA: of activations
   bool deterministic = false;  // CUDA: products by kernels whose sums do not depend on the batch
   bool graphs = true;          // CUDA: record steps and replay them
+  int device_index = 0;        // CUDA: which GPU; the CPU is one device, 0
 };
 
 // The devices that this build can run a model on, on this machine; slowest first.

@@ -169,7 +169,7 @@ class Runtime:
     def submit(self, batch: Batch, taps: Sequence[str] | None = None, sample: bool = False) -> int:
         """Queue the forward pass and return a ticket at once; at most two may be in flight.
 
-        taps: names from octavo.models.spec.tap_names, or ["*"] for all. sample: samples at
+        taps: names from octavo.models.layer.tap_names, or ["*"] for all. sample: samples at
         once, without masks and adjustments, and `sample` must not be called: on a GPU a recorded
         step is then one graph.
         """

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from octavo.config import RuntimeOptions
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestOutput, TokenLogprob
+from octavo.engine.request import Sequence as EngineSequence
 from octavo.errors import InvalidArgumentError
 from octavo.reference.sampling import SAMPLING_ROW
 from octavo.sampling_params import SamplingParams
@@ -164,7 +165,9 @@ class FakeRuntime:
         )
         for row, position in enumerate(batch.logit_rows.tolist()):
             self._draw_row(batch, row, position, None if masks is None else masks[row], output)
-            self.sampled[batch.sampling["state_row"][row]] = output.token_ids[row]
+            state_row = batch.sampling["state_row"][row]
+            if state_row >= 0:
+                self.sampled[state_row] = output.token_ids[row]
         return output
 
     def _draw_row(
@@ -241,6 +244,50 @@ class FakeRuntime:
                     assert used.count(block) == 1, "a block is written that others read"
 
 
+@dataclass
+class FakeDrafter:
+    """Proposes up to num_drafts tokens, of which the share `right` is what the answer goes on with.
+
+    future: the tokens that a sequence's answer goes on with, as many as asked for, or fewer.
+    """
+
+    future: Callable[[EngineSequence, int], Sequence[int]]
+    num_drafts: int = 4
+    right: float = 1.0
+    wrong: int = NAN_TOKEN
+    num_proposed: int = 0
+
+    def propose(self, sequence: EngineSequence) -> list[int]:
+        position = sequence.num_tokens
+        drafts = list(self.future(sequence, hash((position, self.num_drafts)) % 8))
+        for index in range(len(drafts[: self.num_drafts])):
+            if hash((position, index, self.num_drafts)) % 100 >= 100 * self.right:
+                drafts[index] = self.wrong if index % 2 else (drafts[index] + 1) % (VOCAB - 1)
+        self.num_proposed += len(drafts[: self.num_drafts])
+        return drafts[: self.num_drafts]
+
+
+def fake_future(sequence: EngineSequence, count: int) -> list[int]:
+    """What the fake model goes on with."""
+    history, params = list(sequence.token_ids), sequence.params
+    sampling = (params.temperature, params.top_k, params.top_p, params.min_p)
+    for _ in range(count):
+        history.append(draw(history, sampling, params.seed or 0, sequence.sample_index)[0])
+    return history[sequence.num_tokens :]
+
+
+def check_published(engine: Engine) -> None:
+    """Every block that can be found by its name holds the tokens that the name stands for."""
+    runtime = engine.runtime
+    assert isinstance(runtime, FakeRuntime)
+    size = engine.options.block_size
+    for sequence in engine.scheduler._running:
+        for index, name in enumerate(sequence.block_hashes[: sequence.num_published_blocks]):
+            block = engine.blocks.pool.find(name)
+            own = sequence.token_ids[index * size : (index + 1) * size]
+            assert block is None or runtime.tokens[0, block].tolist() == own
+
+
 def fake_options(**changes: Any) -> RuntimeOptions:
     """Small limits, which `changes` override."""
     values: dict[str, Any] = {
@@ -261,6 +308,7 @@ def fake_engine(
     eos: Sequence[int] = (EOS,),
     seed: int = 3,
     clock: Callable[[], float] = time.monotonic,
+    drafter: FakeDrafter | None = None,
     **options: Any,
 ) -> Engine:
     """An engine over a fake runtime."""
@@ -276,6 +324,7 @@ def fake_engine(
         seed=seed,
         make_batch=FakeBatch,
         clock=clock,
+        drafter=drafter,
     )
 
 

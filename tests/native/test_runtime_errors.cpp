@@ -137,6 +137,15 @@ void options() {
       "max_num_batched_tokens", [&] { make([](auto& o) { o.max_num_batched_tokens = -1; }); });
   check_throws<std::invalid_argument>("num_threads",
                                       [&] { make([](auto& o) { o.num_threads = 5000; }); });
+  check_throws<std::invalid_argument>("device_index",
+                                      [&] { make([](auto& o) { o.device_index = 1; }); });
+  check_throws<std::invalid_argument>("world_size",
+                                      [&] { make([](auto& o) { o.world_size = 2; }); });
+  check_throws<std::invalid_argument>("rank", [&] { make([](auto& o) { o.rank = -1; }); });
+  check_throws<std::invalid_argument>("first_layer",
+                                      [&] { make([](auto& o) { o.first_layer = 1; }); });
+  check_throws<std::invalid_argument>("last_layer",
+                                      [&] { make([](auto& o) { o.last_layer = 0; }); });
   check_throws<std::invalid_argument>("isa", [&] { make([](auto& o) { o.isa = "mmx"; }); });
   check_throws<std::invalid_argument>("tpu", [] { Runtime("tpu", small_spec(), small_options()); });
 }

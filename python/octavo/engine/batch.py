@@ -32,9 +32,10 @@ class BatchArrays(NamedTuple):
 def build_batch(
     schedule: Schedule, blocks: BlockManager, num_kv_groups: int, vocab_size: int
 ) -> BatchArrays:
-    """Pack one step. Every sequence that draws a token gets one logit row, its last.
+    """Pack one step. A sequence gets a logit row for each token to be sampled behind its last ones.
 
-    A token that a step in flight draws is named by its sequence's state row.
+    A token that a step in flight samples is named by its sequence's state row. Of a sequence with
+    drafts none is named so: which of its samples is the last is only known when they are in.
 
     Raises ValueError on a schedule with no entries.
     """
@@ -44,28 +45,36 @@ def build_batch(
     token_ids: list[int] = []
     row_starts = [0]
     logit_rows: list[int] = []
-    for sequence, start, num_new_tokens, draws_token in entries:
+    state_rows: list[int] = []
+    for sequence, start, num_new_tokens, num_samples, drafts in entries:
         if num_new_tokens == 1:  # decoding: the commonest case, without slicing
             known = sequence.token_ids
             token_ids.append(known[start] if start < len(known) else -1 - sequence.state_row)
         else:
             token_ids.extend(sequence.token_ids[start : start + num_new_tokens])
-        row_starts.append(len(token_ids))
-        if draws_token:
-            logit_rows.append(len(token_ids) - 1)
-    drawing = [entry.sequence for entry in entries if entry.draws_token]
+            token_ids.extend(drafts)
+        num_tokens = len(token_ids)
+        row_starts.append(num_tokens)
+        if num_samples == 1:
+            logit_rows.append(num_tokens - 1)
+            state_rows.append(sequence.state_row)
+        elif num_samples:
+            logit_rows.extend(range(num_tokens - num_samples, num_tokens))
+            state_rows.extend([-1] * num_samples)
     return BatchArrays(
         token_ids=np.array(token_ids, np.int32),
         row_starts=np.array(row_starts, np.int32),
         context_lens=np.array([e.start + e.num_new_tokens for e in entries], np.int32),
         block_tables=_pack_block_tables(entries, blocks, num_kv_groups),
         logit_rows=np.array(logit_rows, np.int32),
-        sampling=_pack_sampling(drawing, vocab_size),
+        sampling=_pack_sampling(schedule.row_sequences, state_rows, vocab_size),
     )
 
 
-def _pack_sampling(sequences: list[Sequence], vocab_size: int) -> SamplingRows:
-    """One row a sequence: its options, within what the row's types hold."""
+def _pack_sampling(
+    sequences: SequenceOf[Sequence], state_rows: list[int], vocab_size: int
+) -> SamplingRows:
+    """The options of each row's sequence, within what the row's types hold."""
     rows = sampling_rows(len(sequences))
     params = [sequence.params for sequence in sequences]
     fitted = {
@@ -76,7 +85,7 @@ def _pack_sampling(sequences: list[Sequence], vocab_size: int) -> SamplingRows:
         "seed": [p.seed or 0 for p in params],
         "sample_index": [sequence.sample_index for sequence in sequences],
         "num_logprobs": [-1 if p.logprobs is None else min(p.logprobs, vocab_size) for p in params],
-        "state_row": [sequence.state_row for sequence in sequences],
+        "state_row": state_rows,
     }
     for name in _OF_A_STEP:
         values = fitted.get(name)
