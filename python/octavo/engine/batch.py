@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule, ScheduledSequence
-from octavo.reference.sampling import SAMPLING_ROW, SamplingRows, sampling_rows
+from octavo.reference.sampling import SAMPLING_ROW, SamplingRows
 
 Int32 = NDArray[np.int32]
 _TINY = float(np.finfo(np.float32).tiny)
@@ -75,7 +75,7 @@ def _pack_sampling(
     sequences: SequenceOf[Sequence], state_rows: list[int], vocab_size: int
 ) -> SamplingRows:
     """The options of each row's sequence, within what the row's types hold."""
-    rows = sampling_rows(len(sequences))
+    rows = np.zeros(len(sequences), SAMPLING_ROW)
     params = [sequence.params for sequence in sequences]
     fitted = {
         "temperature": [_temperature(p.temperature) for p in params],
