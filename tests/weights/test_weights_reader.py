@@ -262,7 +262,9 @@ def test_codes_of_a_fused_matrix(scheme: str, tmp_path: Path) -> None:
     apart = open_checkpoint(files)
     path = target / "model.safetensors"
     file = SafetensorsFile(path)
-    tensors = {name: (info.dtype.upper(), raw(file, name)) for name, info in file.infos.items()}
+    tensors = {
+        name: (info.dtype.upper(), file.read_array(name)) for name, info in file.infos.items()
+    }
     for layer in range(2):
         stem = f"model.layers.{layer}.self_attn."
         for ending in ("weight_packed", "weight_scale", "weight_zero_point"):
@@ -295,11 +297,6 @@ def test_codes_of_a_fused_matrix(scheme: str, tmp_path: Path) -> None:
     for ending in ("weight", "scale"):
         name = f"layers.1.k.{ending}"
         assert not np.array_equal(wrong[name].data, apart[name].data)
-
-
-def raw(file: SafetensorsFile, name: str) -> np.ndarray:
-    info = file.infos[name]
-    return file.read_integers(name) if info.dtype[0] == "I" else file.read(name).data
 
 
 def quantized_as(files: ModelFiles, family: Family) -> dict[str, StoredMatrix]:

@@ -20,7 +20,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CHUNK = 1 << 26  # bytes compared in one go
 
 
-def open_weight_files(path: Path) -> SafetensorsFile | ShardedSafetensors:
+def open_weight_files(path: Path) -> SafetensorsFile:
     """The safetensors of a directory; WeightsError says what to do where there are none.
 
     Where there are several kinds: model.safetensors, else the shards of the index (in that order

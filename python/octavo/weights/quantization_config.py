@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from octavo.models.family import WeightSource
@@ -287,37 +288,31 @@ def _targets(names: Sequence[str], modules: Mapping[str, WeightFormat]) -> list[
     return [f"re:.*\\.{kind}$" for kind in sorted(kinds)]
 
 
+# The library's fields for activations of W8A8.
+_INT8_A_TOKEN: Mapping[str, Any] = MappingProxyType(
+    {
+        **{"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token"},
+        **{"group_size": None, "dynamic": True, "actorder": None, "block_structure": None},
+        **{"observer": None, "observer_kwargs": {}},
+    }
+)
+
+
 def _weights(format: WeightFormat) -> dict[str, Any]:
     grouped = format.dtype == "int4"
     levels = {} if format.levels == UNIFORM_LEVELS else {"levels": list(format.levels)}
     return {
         **levels,
+        **_INT8_A_TOKEN,
         "num_bits": 4 if grouped else 8,
-        "type": "int",
         "symmetric": not format.has_zeros,
         "strategy": "group" if grouped else "channel",
         "group_size": format.group_size if grouped else None,
         "dynamic": False,
-        "actorder": None,
-        "block_structure": None,
         "observer": "minmax",
-        "observer_kwargs": {},
     }
 
 
 def _activations(format: WeightFormat) -> dict[str, Any] | None:
     """What meets int8 weights: None for activations that keep their precision."""
-    if format.activation_bits != 8:
-        return None
-    return {
-        "num_bits": 8,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "token",
-        "group_size": None,
-        "dynamic": True,
-        "actorder": None,
-        "block_structure": None,
-        "observer": None,
-        "observer_kwargs": {},
-    }
+    return dict(_INT8_A_TOKEN) if format.activation_bits == 8 else None
