@@ -165,15 +165,13 @@ def has_non_finite(tensor: Tensor) -> bool:
     """Whether a NaN or an infinity is among the values (all exponent bits are set)."""
     if tensor.dtype not in ITEM_SIZE:
         return False  # codes are whole numbers
-    exponents = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}
-    magnitude = {"f32": 0x7FFFFFFF, "f16": 0x7FFF, "bf16": 0x7FFF}
     bits = tensor.data.reshape(-1).view(np.uint32 if tensor.dtype == "f32" else np.uint16)
-    mask = bits.dtype.type(magnitude[tensor.dtype])
-    limit = exponents[tensor.dtype]
+    exponent = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}[tensor.dtype]
+    mask = bits.dtype.type(exponent)
     scratch = np.empty(min(_CHUNK, bits.size), dtype=bits.dtype)
     for start in range(0, bits.size, _CHUNK):
         chunk = bits[start : start + _CHUNK]
-        if np.bitwise_and(chunk, mask, out=scratch[: chunk.size]).max() >= limit:
+        if np.bitwise_and(chunk, mask, out=scratch[: chunk.size]).max() == exponent:
             return True
     return False
 

@@ -249,8 +249,10 @@ def choose_layout(formats: Iterable[WeightFormat]) -> Layout:
     return "pack-quantized" if uniform else "octavo"
 
 
-def make_quantization_config(modules: Mapping[str, WeightFormat]) -> dict[str, Any]:
+def make_quantization_config(modules: Mapping[str, WeightFormat], head: str) -> dict[str, Any]:
     """What goes into config.json. modules: the checkpoint's name of each matrix -> its format.
+
+    head: the checkpoint's name of the head, which stays a matrix of floats.
 
     The quant_method is "compressed-tensors" where that can say it all, else "octavo".
     """
@@ -264,7 +266,7 @@ def make_quantization_config(modules: Mapping[str, WeightFormat]) -> dict[str, A
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": ["lm_head"],
+        "ignore": [head],
         "config_groups": {
             f"group_{index}": {
                 "targets": _targets(names, modules),
