@@ -300,7 +300,7 @@ def test_codes_of_a_fused_matrix(scheme: str, tmp_path: Path) -> None:
 
 
 def quantized_as(files: ModelFiles, family: Family) -> dict[str, StoredMatrix]:
-    return read_quantization(files.config, files.spec, family.tensors.weight_map(files.spec))
+    return read_quantization(files.config, files.spec, family.tensors)
 
 
 def test_codes_that_would_have_to_be_transformed_are_refused(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from octavo.models.layer import weight_shapes
 from octavo.models.spec import WeightFormat
 from octavo.weights.codes import StoredSource, running_formats, stored_tensors
 from octavo.weights.dummy import DummySource
-from octavo.weights.files import open_weight_files
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles
 from octavo.weights.quantization_config import StoredMatrix
 from octavo.weights.reader import read_runs, read_weight, weight_info
+from octavo.weights.safetensors import open_weight_files
 from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, TensorInfo, TensorSource
 
 _CHUNK = 1 << 20  # elements looked at in one go when searching for NaN: the scratch stays in cache

@@ -78,23 +78,18 @@ class GgufFile:
             cursor, num_tensors, self.metadata.get("general.alignment", 32), len(self._map)
         )
 
-    def decode(self, name: str, first_row: int = 0, num_rows: int | None = None) -> Tensor:
-        """Rows of a matrix, or a whole vector: F32, F16 and BF16 as they are, others as float32."""
+    def decode(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """F32, F16 and BF16 as they are, others as float32. Of a matrix, rows first to last - 1."""
         info = self.tensors[name]
-        shape, row_bytes = info.shape, info.num_bytes
-        if len(shape) >= 2:
-            row_bytes //= max(1, shape[0])
-            last = shape[0] if num_rows is None else min(shape[0], first_row + num_rows)
-            shape = (last - first_row, *shape[1:])
-        else:
-            first_row = 0  # the blocks of a vector know no rows
-        num_bytes = row_bytes * (shape[0] if len(shape) >= 2 else 1)
+        shape, offset, num_bytes = info.shape, info.offset, info.num_bytes
+        if last is not None:
+            row_bytes = num_bytes // max(1, shape[0])
+            offset, num_bytes = offset + first * row_bytes, (last - first) * row_bytes
+            shape = (last - first, *shape[1:])
         # What was read before leaves our memory; the system brings it back if it is used again.
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
-        raw: npt.NDArray[np.uint8] = np.frombuffer(
-            self._map, np.uint8, num_bytes, info.offset + first_row * row_bytes
-        )
+        raw: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, num_bytes, offset)
         if info.kind in PLAIN_KINDS:
             dtype, numpy_name = PLAIN_KINDS[info.kind]
             return Tensor(raw.view(numpy_name).reshape(shape), dtype)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from octavo.models.family import WeightSource
+from octavo.models.family import TensorNames
 from octavo.models.fields import Fields
 from octavo.models.layer import linear_nodes
 from octavo.models.spec import UNIFORM_LEVELS, ModelSpec, WeightFormat
@@ -49,7 +49,7 @@ class StoredMatrix:
 
 
 def read_quantization(
-    config: Mapping[str, Any], spec: ModelSpec, weight_map: Mapping[str, WeightSource]
+    config: Mapping[str, Any], spec: ModelSpec, names: TensorNames
 ) -> dict[str, StoredMatrix]:
     """The matrices that are stored as codes, by octavo's name without ".weight"; maybe none.
 
@@ -83,7 +83,7 @@ def read_quantization(
         _Group.read(name, group, format, own_levels=method == "octavo")
         for name, group in groups.items()
     ]
-    stored = {}
+    stored, weight_map = {}, names.weight_map(spec)
     for name in [*linear_nodes(spec), *([] if spec.tie_word_embeddings else ["lm_head"])]:
         source = weight_map[name + ".weight"]
         module = source.modules[0]

@@ -40,6 +40,7 @@ ELEMENT_BITS: Mapping[str, int] = MappingProxyType(
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _NUMBERED_SHARD = re.compile(r"([^/]+)-(\d{5})-of-(\d{5})\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}\.safetensors")
 # Types that can be read: octavo's names, or the file's own, and NumPy's.
 _FLOATS: Mapping[str, TensorDType] = MappingProxyType({"F32": "f32", "F16": "f16", "BF16": "bf16"})
@@ -258,6 +259,42 @@ def make_header(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[byt
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, offset
+
+
+def open_weight_files(path: Path) -> SafetensorsFile:
+    """The safetensors of a directory; WeightsError says what to do where there are none.
+
+    Where there are several kinds: model.safetensors, else the shards of the index (in that order
+    as transformers), else NAME-0000K-of-0000N.safetensors if they are all there.
+    """
+    if (path / SINGLE).is_file():
+        return SafetensorsFile(path / SINGLE)
+    if (path / INDEX).is_file():
+        return ShardedSafetensors(path / INDEX)
+    names = sorted(entry.name for entry in path.iterdir())
+    shards = numbered_shards(names, str(path))
+    if shards:
+        return ShardedSafetensors(path / INDEX, shards)
+    wanted = f"{path} holds neither {SINGLE} nor {INDEX}"
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        raise WeightsError(
+            f"{wanted}, nor shards named NAME-00001-of-0000N.safetensors. It holds "
+            f"{', '.join(others[:8])}: fetch the model in its Hugging Face form, or, where that "
+            f"file is the whole model in this form, name it {SINGLE}"
+        )
+    gguf = [name for name in names if name.lower().endswith(".gguf")]
+    if gguf:
+        raise WeightsError(f"{wanted}. It holds a GGUF file: name that, {path / gguf[0]}")
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        raise WeightsError(
+            f"{wanted}. It holds {', '.join(pickles[:3])}: pickle files run code when they are "
+            "opened, so octavo never opens them. Where you trust the file, convert it: "
+            "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) of transformers "
+            "writes safetensors"
+        )
+    raise WeightsError(f"{wanted}. Fetch the model again")
 
 
 def numbered_shards(names: Iterable[str], place: str) -> list[str]:
