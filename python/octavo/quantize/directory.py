@@ -162,7 +162,8 @@ def _config(files: ModelFiles, formats: Mapping[str, WeightFormat]) -> dict[str,
         files.weight_map[name + ".weight"].name.removesuffix(".weight"): format
         for name, format in formats.items()
     }
-    return make_quantization_config(modules)
+    head = files.family.tensors.tensor("lm_head").removesuffix(".weight")
+    return make_quantization_config(modules, head)
 
 
 class _Writer:

@@ -16,11 +16,11 @@ from octavo.models.layer import weight_shapes
 from octavo.models.spec import WeightFormat
 from octavo.weights.codes import StoredSource, running_formats, stored_tensors
 from octavo.weights.dummy import DummySource
-from octavo.weights.files import open_weight_files
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles
 from octavo.weights.quantization_config import StoredMatrix
 from octavo.weights.reader import read_runs, read_weight, weight_info
+from octavo.weights.safetensors import open_weight_files
 from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, TensorInfo, TensorSource
 
 _CHUNK = 1 << 20  # elements looked at in one go when searching for NaN: the scratch stays in cache
@@ -165,15 +165,13 @@ def has_non_finite(tensor: Tensor) -> bool:
     """Whether a NaN or an infinity is among the values (all exponent bits are set)."""
     if tensor.dtype not in ITEM_SIZE:
         return False  # codes are whole numbers
-    exponents = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}
-    magnitude = {"f32": 0x7FFFFFFF, "f16": 0x7FFF, "bf16": 0x7FFF}
     bits = tensor.data.reshape(-1).view(np.uint32 if tensor.dtype == "f32" else np.uint16)
-    mask = bits.dtype.type(magnitude[tensor.dtype])
-    limit = exponents[tensor.dtype]
+    exponent = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}[tensor.dtype]
+    mask = bits.dtype.type(exponent)
     scratch = np.empty(min(_CHUNK, bits.size), dtype=bits.dtype)
     for start in range(0, bits.size, _CHUNK):
         chunk = bits[start : start + _CHUNK]
-        if np.bitwise_and(chunk, mask, out=scratch[: chunk.size]).max() >= limit:
+        if np.bitwise_and(chunk, mask, out=scratch[: chunk.size]).max() == exponent:
             return True
     return False
 

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from octavo.errors import WeightsError
 from octavo.models.spec import WeightFormat
 from octavo.weights.quantization_config import StoredMatrix
-from octavo.weights.safetensors import SafetensorsFile, ShardedSafetensors
+from octavo.weights.safetensors import SafetensorsFile
 from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, TensorInfo, TensorSource
 
 _BITS: dict[str, int] = {"int8": 8, "int4": 4}
@@ -120,9 +120,7 @@ class StoredSource(TensorSource):
     float32 (outputs, groups). All other tensors are those of `files`.
     """
 
-    def __init__(
-        self, files: SafetensorsFile | ShardedSafetensors, stored: Mapping[str, StoredMatrix]
-    ) -> None:
+    def __init__(self, files: SafetensorsFile, stored: Mapping[str, StoredMatrix]) -> None:
         """files: found to be of the right shapes. Raises WeightsError for a wrong weight_shape."""
         self._files = files
         self._matrices = {matrix.module: matrix for matrix in stored.values()}
@@ -132,7 +130,7 @@ class StoredSource(TensorSource):
                 if name != module + ".weight_scale":
                     del infos[name]
             if matrix.layout != "int-quantized":
-                shape = tuple(int(size) for size in files.read_integers(module + ".weight_shape"))
+                shape = tuple(int(size) for size in files.read_array(module + ".weight_shape"))
                 if shape != matrix.shape:
                     raise WeightsError(
                         f"{module}.weight_shape is {shape}; config.json makes it {matrix.shape}"
@@ -155,9 +153,9 @@ class StoredSource(TensorSource):
             return self._files.read(name)
         outputs, inputs = matrix.shape
         if part == "weight_zero_point":
-            return Tensor(unpack_zeros(self._files.read_integers(name), outputs), "f32")
+            return Tensor(unpack_zeros(self._files.read_array(name), outputs), "f32")
         kind: TensorDType = "int4" if matrix.format.dtype == "int4" else "int8"
         if matrix.layout == "int-quantized":
-            return Tensor(self._files.read_integers(name), kind)
-        words = self._files.read_integers(words_name(matrix))
+            return Tensor(self._files.read_array(name), kind)
+        words = self._files.read_array(words_name(matrix))
         return Tensor(unpack_words(words, kind, inputs), kind)

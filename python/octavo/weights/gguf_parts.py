@@ -93,7 +93,7 @@ class GgufParts(TensorSource):
         """Rows first to last - 1, decoded and rounded."""
         if len(self.infos[name].shape) < 2:  # the blocks of a vector know no rows
             return super().read_rows(name, first, last)
-        return self._rounded(name, self._files[name].decode(name, first, last - first))
+        return self._rounded(name, self._files[name].decode(name, first, last))
 
     def rows_at_once(self, name: str) -> int:
         """All of a tensor that is only looked at; else as many as `GgufFile` says."""

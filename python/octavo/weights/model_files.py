@@ -13,16 +13,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import ModelNotFoundError
+import numpy as np
+
+from octavo.errors import ModelNotFoundError, WeightsError
 from octavo.folder import Folder, MemoryFolder
 from octavo.models.family import Family, WeightSource
 from octavo.models.fields import Fields, describe, read_json_object
 from octavo.models.registry import find_family
 from octavo.models.spec import ModelSpec
-from octavo.weights.files import head_differs
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.gguf_parts import find_gguf
 from octavo.weights.quantization_config import StoredMatrix, read_quantization
+from octavo.weights.safetensors import open_weight_files
+from octavo.weights.tensor import Tensor
+
+_CHUNK = 1 << 26  # bytes compared in one go
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def read_folder(folder: Folder) -> ModelFiles:
     spec = family.read_spec(config)
     if spec.tie_word_embeddings and isinstance(folder, Path):
         head, table = family.tensors.tensor("lm_head"), family.tensors.tensor("embed")
-        if head_differs(folder, head, table):
+        if _head_differs(folder, head, table):
             warnings.warn(
                 f"{folder}: config.json has tie_word_embeddings true, but the weights hold an "
                 f"{head} that differs from {table}. It is used as a head of its own, as "
@@ -102,7 +107,32 @@ def read_folder(folder: Folder) -> ModelFiles:
         family=family,
         eos_token_ids=_eos_token_ids(config, generation, family, spec.vocab_size),
         generation_config=generation,
-        quantized=read_quantization(config, spec, family.tensors.weight_map(spec)),
+        quantized=read_quantization(config, spec, family.tensors),
+    )
+
+
+def _head_differs(path: Path, head: str, table: str) -> bool:
+    """Whether a directory's weights hold a head of their own beside the embedding `table`.
+
+    False where either is missing, they are equal in every bit, or no weights can be read (opening
+    them tells why).
+    """
+    try:
+        source = open_weight_files(path)
+        one, other = source.infos.get(head), source.infos.get(table)
+        if one is None or other is None:
+            return False
+        return one != other or not _equal(source.read(head), source.read(table))
+    except (WeightsError, OSError):
+        return False
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of the same type and shape have the same bytes."""
+    left, right = (tensor.data.reshape(-1).view(np.uint8) for tensor in (one, other))
+    return all(
+        np.array_equal(left[start : start + _CHUNK], right[start : start + _CHUNK])
+        for start in range(0, left.size, _CHUNK)
     )
 
 
