@@ -111,6 +111,12 @@ struct RuntimeOptions {
   std::string isa = "auto";
   bool deterministic = false;
   bool graphs = true;
+  int device_index = 0;  // which of the machine's devices of that name
+  // A model split over several devices: by columns and rows of its matrices (world_size ranks), or
+  // by layers. Declared; `Runtime` refuses all but one rank with all layers.
+  std::int64_t rank = 0, world_size = 1;
+  std::int64_t first_layer = 0;
+  std::optional<std::int64_t> last_layer;  // none: the model's last
 };
 
 // Inverse wavelengths of the rotary embedding, head_dim / 2 of them, in radians a position.

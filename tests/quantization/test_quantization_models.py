@@ -45,7 +45,7 @@ def logits_of(path: Path, **options: Any) -> np.ndarray:
     files = read_model(path)
     config = EngineConfig(max_model_len=64, max_num_seqs=1, num_threads=1, **options)
     loaded = load_runtime(files, open_checkpoint(files), config, environment=ENVIRONMENT)
-    side = NativeImplementation(loaded, files.spec.num_kv_groups)
+    side = NativeImplementation(loaded)
     return side.feed(np.array(PROMPT, np.int32)).logits
 
 

@@ -136,10 +136,9 @@ def test_a_wrong_block_table_shows_in_attention(tmp_path: Path) -> None:
 
     def feed_with_a_block_confused(token_ids: Any, **options: Any) -> Any:
         step = feed(token_ids, **options)
-        if left._length == 32:  # from here on the second block is read in place of the first
-            blocks = left._blocks.copy()
-            blocks[..., 0] = blocks[..., 1]
-            left._blocks = blocks
+        session = left._session
+        if session._lengths[0] == 32:  # from here on the second block is read in place of the first
+            session._blocks[0, 0] = session._blocks[0, 1]
         return step
 
     left.feed = feed_with_a_block_confused  # type: ignore[method-assign]

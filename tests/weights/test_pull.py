@@ -27,11 +27,11 @@ from octavo.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
+from octavo.progress import NO_PROGRESS, NoProgress
 from octavo.weights import wheel
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import pull, pulled_models, resolve_model
 from octavo.weights.model_files import read_model
-from octavo.weights.progress import NO_PROGRESS, NoProgress
 from octavo.weights.wheel import WheelModel
 
 NAME = "smollm2-135m"
@@ -223,21 +223,22 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 from test_pull import NAME, model_of
 from octavo.config import Environment
-from octavo.weights import convert, wheel
+from octavo.weights import wheel
+from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.hub import pull
 
 gguf = Path({gguf!r}).read_bytes()
 wheel.WHEEL_MODELS = {{NAME: model_of(gguf)}}
-whole = convert._contents
+whole, begun = Checkpoint.runs, []
 
-def slow(*arguments):
-    for number, content in enumerate(whole(*arguments)):
-        if number == 5:
-            print("half-way", flush=True)
-            time.sleep(60)
-        yield content
+def slow(checkpoint, name):
+    begun.append(name)
+    if len(begun) == 6:
+        print("half-way", flush=True)
+        time.sleep(60)
+    return whole(checkpoint, name)
 
-convert._contents = slow
+Checkpoint.runs = slow
 pull(NAME, Environment(Path({home!r}), 0, "auto"))
 """
 
@@ -423,7 +424,7 @@ def test_the_command(
 
 
 def test_a_folder_is_watched_while_it_grows(tmp_path: Path) -> None:
-    from octavo.weights.progress import watch_folder
+    from octavo.progress import watch_folder
 
     progress = Recorder()
     progress.start("", 0)

@@ -7,82 +7,76 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from octavo.cli.common import FAILED, progress_bar
+from octavo.cli.options import ModelArgument, option, tried
 
-from octavo.cli.common import (
-    FAILED,
-    DeviceOption,
-    LoadFormatOption,
-    NumThreadsOption,
-    QuantizeOption,
-)
-
-_what = partial(typer.Option, rich_help_panel="What to compare")
-_how = partial(typer.Option, rich_help_panel="How")
-_output = partial(typer.Option, rich_help_panel="Output")
+_what = partial(option, panel="What to compare")
+_how = partial(option, panel="How")
+_out = partial(option, panel="Output")
 
 
 def diff(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Name of a pulled model (smollm2-135m), a folder with a Hugging Face model, or a "
-            "GGUF file. Left out: smollm2-135m, fetched on first use.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelArgument = None,
     against: Annotated[
         str,
         _what(
-            help="What to compare octavo with: reference (its NumPy definition, always there) or "
-            "hf (Hugging Face transformers: needs torch and transformers).",
+            "What to compare octavo with: reference (its NumPy definition, always there) or hf "
+            "(Hugging Face transformers: needs torch and transformers).",
             metavar="reference|hf",
         ),
     ] = "reference",
     dtype: Annotated[
-        str, _what(help="Number format of both. f32 is the sharper test.", metavar="f32|bf16")
+        str,
+        _what("Number format of both. f32 is the sharper test.", metavar="f32|bf16"),
     ] = "f32",
+    quantize: Annotated[
+        str | None,
+        _what(
+            "Round the weights first: octavo's quantized kernels against the reference's quantized "
+            "forward (at the tolerance of bf16).",
+            metavar="int8|w8a8|int4|int4-nonuniform",
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         _what(
+            "The text to run. Left out: a short one with digits, code, Chinese, an emoji.",
             "--prompt",
             "-p",
-            help="The text to run. Left out: a short one with digits, code, Chinese, an emoji.",
-            show_default=False,
         ),
     ] = None,
-    random: Annotated[
-        int | None,
-        _what(help="Run this many random tokens instead of a text.", show_default=False),
-    ] = None,
-    steps: Annotated[int, _how(help="Greedy tokens to compare after the text. 0: none.")] = 16,
+    random: Annotated[int | None, _what("Run this many random tokens instead of a text.")] = None,
+    steps: Annotated[int, _how("Greedy tokens to compare after the text. 0: none.")] = 16,
     judge: Annotated[
         bool,
-        _how("--judge", help="Also compare both with the reference in float64: who rounds more?"),
+        _how("Also compare both with the reference in float64: who rounds more?", "--judge"),
     ] = False,
     tolerance: Annotated[
         float | None,
-        _how(
-            help="Largest relative error between the two runs, in place of octavo's table.",
-            show_default=False,
-        ),
+        _how("Largest relative error between the two runs, in place of octavo's table."),
     ] = None,
-    quantize: QuantizeOption = None,
-    device: DeviceOption = "cpu",
-    num_threads: NumThreadsOption = 0,
-    load_format: LoadFormatOption = "auto",
+    device: Annotated[str, _how("Where octavo computes.", metavar="auto|cpu|cuda")] = "cpu",
+    num_threads: Annotated[
+        int, _how("CPU threads. 0: OCTAVO_NUM_THREADS, else one for each physical core.")
+    ] = 0,
+    load_format: Annotated[
+        str,
+        _how(
+            "dummy: random weights of the model's shape, no weight files needed.",
+            metavar="auto|dummy",
+        ),
+    ] = "auto",
     html: Annotated[
         Path | None,
-        _output(
-            help="Also write one self-contained page with a heat map (layer x position).",
-            show_default=False,
-            readable=False,
+        _out(
+            "Also write one self-contained page with a heat map (layer x position).",
+            **tried("the page"),
         ),
     ] = None,
-    json: Annotated[bool, _output("--json", help="Print JSON instead of the table.")] = False,
+    json: Annotated[bool, _out("Print JSON instead of the table.", "--json")] = False,
     show_all: Annotated[
         bool,
-        _output("--all", help="Show every tap. Left out: a layer within tolerance takes one line."),
+        _out("Show every tap. Left out: a layer within tolerance takes one line.", "--all"),
     ] = False,
 ) -> int:
     """Run octavo and another implementation on the same tokens, and show where they differ.
@@ -92,16 +86,12 @@ def diff(
     quantized forward, at the tolerance of bf16. Exit code: 0 no difference, 1 a difference, 2 a
     mistake in what was asked.
     """
-    from octavo.cli.stage_bar import StageBar
     from octavo.config import dtype_name, read_environment
     from octavo.diff.comparison import DiffOptions
     from octavo.diff.html import write_html
     from octavo.diff.report import print_report, to_json
     from octavo.diff.setup import DiffRequest, compare
-    from octavo.files import check_writable
 
-    if html is not None:
-        check_writable(html, "the page")
     request = DiffRequest(
         model=model,
         against=against,
@@ -115,7 +105,7 @@ def diff(
         num_threads=num_threads,
         options=DiffOptions(steps=steps, tolerance=tolerance),
     )
-    with StageBar.with_counts() as status:
+    with progress_bar() as status:
         result = compare(request, read_environment(), status.update)
     if html is not None:
         write_html(html, result)

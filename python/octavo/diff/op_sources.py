@@ -26,42 +26,42 @@ OP_SOURCES: Mapping[Op, OpSources] = MappingProxyType(
     {
         "embed": OpSources(
             "csrc/cpu/linear.cpp",
-            "csrc/cuda/embed.cu",
+            "csrc/cuda/elementwise/embed.cu",
             "Usually token ids off by one, a table loaded wrongly, or learned positions left out.",
         ),
         "norm": OpSources(
             _ELEMENTWISE,
-            "csrc/cuda/norm.cu",
+            "csrc/cuda/elementwise/norm.cu",
             "Usually epsilon (its value, or outside the square root), the mean taken over the "
             "wrong width, or the weight left out.",
         ),
         "add_norm": OpSources(
             f"{_ELEMENTWISE}, {_DECODER}",
-            f"csrc/cuda/norm.cu, {_DECODER}",
+            f"csrc/cuda/elementwise/norm.cu, {_DECODER}",
             "Usually the residual dropped or added twice, or epsilon outside the square root.",
         ),
         "linear": OpSources(
             f"csrc/cpu/linear.cpp, csrc/cpu/kernels/linear.h, {_DECODER}",
-            f"csrc/cuda/linear.cu (which names the kernels), {_DECODER}",
+            f"csrc/cuda/products/linear.cu (which names the kernels), {_DECODER}",
             "Usually the weights: a wrong entry in the weight map, a transposed matrix, or a bias "
             "left out.",
         ),
         "rope_and_store": OpSources(
             f"csrc/cpu/attention.cpp, {_COSINES}",
-            f"csrc/cuda/rope.cu, {_COSINES}",
+            f"csrc/cuda/elementwise/rope.cu, {_COSINES}",
             "Usually the halves (element i turns with i + head_dim/2, first half minus), positions "
             "off by one, or a rope scaling that was not read.",
         ),
         "attention": OpSources(
             "csrc/cpu/attention.cpp, csrc/cpu/kernels/attention.h",
-            "csrc/cuda/attention.cu (which names the kernels)",
+            "csrc/cuda/attention/attention.cu (which names the kernels)",
             "Usually the scale, the mapping of query heads to KV heads, the causal mask or window "
             "off by one, or keys and values read from the wrong slot; by a few thousandths alone, "
             "what is rounded over a bf16 cache.",
         ),
         "gated_activation": OpSources(
             _ELEMENTWISE,
-            "csrc/cuda/elementwise.cu",
+            "csrc/cuda/elementwise/elementwise.cu",
             "Usually gate and up swapped (the activation belongs to gate), or another activation.",
         ),
     }

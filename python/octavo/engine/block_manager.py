@@ -128,17 +128,17 @@ class BlockManager:
         self._tables[key] = table
         return copies
 
-    def reserve(self, key: Hashable, num_tokens: int) -> bool:
+    def reserve(self, key: Hashable, num_tokens: int, num_spare: int = 0) -> bool:
         """Let a sequence that holds blocks hold at least num_tokens tokens.
 
-        Takes what is missing and returns True; or, when too few blocks are free, changes nothing
-        and returns False.
+        Takes what is missing and returns True; or, when then fewer than num_spare blocks would be
+        free, changes nothing and returns False.
         """
         table = self._tables[key]
         if num_tokens <= len(table) * self.block_size:  # the commonest case: within a block
             return True
         num_missing = self.blocks_for(num_tokens) - len(table)
-        if num_missing > self.num_free_blocks:
+        if num_missing > self.num_free_blocks - num_spare:
             return False
         for _ in range(num_missing):
             table.append(self.pool.take())

@@ -1,6 +1,6 @@
 """The step loop: schedule, submit, sample, wait, update.
 
-The engine holds the requests and turns drawn tokens into text and finish reasons. It decides
+The engine holds the requests and turns sampled tokens into text and finish reasons. It decides
 nothing about order and memory (scheduler.py, block_manager.py) and computes nothing (the native
 core). One thread at a time adds requests and steps, which guard.py sees to; shared.py lets many
 threads share an engine.
@@ -31,7 +31,7 @@ from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, Token
 from octavo.engine.pipeline import InFlightStep, Pipeline, StepRuntime
 from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
 from octavo.engine.results import not_finite, read_logprobs, request_output
-from octavo.engine.schedule import Schedule, SchedulerLimits
+from octavo.engine.schedule import Drafter, Schedule, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
@@ -51,7 +51,7 @@ class Engine:
     tokenizer: None for a model without one; texts are then empty, and stop strings refused.
     eos_token_ids: any of these ends an answer. seed: of requests that name none.
     make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
-    clock: gives the time in seconds.
+    clock: gives the time in seconds. drafter: proposes tokens, of which one step checks several.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Engine:
         seed: int = 0,
         make_batch: Callable[..., Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        drafter: Drafter | None = None,
     ) -> None:
         if make_batch is None:
             from octavo._native import Batch
@@ -88,11 +89,11 @@ class Engine:
         )
         header = describe_engine(options, limits, self.blocks)
         self.events = EventLog(options.event_log_capacity, header)
-        self.scheduler = Scheduler(limits, self.blocks, self.events)
+        self.scheduler = Scheduler(limits, self.blocks, self.events, drafter)
         self.guard = EngineGuard()
         self.failed_request_ids: frozenset[str] = frozenset()  # that were in the step that failed
         self.num_steps = 0
-        self.num_drawn_tokens = 0
+        self.num_sampled_tokens = 0
         self._pipeline = Pipeline(
             runtime,
             self.blocks,
@@ -108,7 +109,7 @@ class Engine:
         self._undelivered: list[OutputChunk] = []  # of a step that failed before its end
         self._answers: dict[object, Answer] = {}  # by the key of their sequence
         self._requests: dict[str, list[Answer]] = {}
-        self._watching: set[str] = set()  # requests whose logits depend on what they have drawn
+        self._watching: set[str] = set()  # requests whose logits depend on their answers
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -197,7 +198,7 @@ class Engine:
             for sequence in request.sequences
         ]
         self._requests[request_id] = answers
-        if answers[0].adjuster is not None and answers[0].adjuster.watches_answer:
+        if answers[0].sequence.watches_answer:
             self._watching.add(request_id)
         for answer in answers:
             self._answers[answer.sequence.key] = answer
@@ -224,12 +225,12 @@ class Engine:
                     pass
                 if not len(self._pipeline):
                     return self._deliver()
-                flight, output = self._pipeline.wait()
+                step, output = self._pipeline.wait()
             except BaseException:
                 self.failed_request_ids = self._abandon_steps()
                 raise
             self.num_steps += 1
-            self._undelivered += self._update(flight, output)
+            self._undelivered += self._update(step, output)
             if not self._requests:
                 self._abandon_steps()  # nobody waits for what is still in flight
                 self._check_when_idle()
@@ -296,31 +297,32 @@ class Engine:
         return frozenset(answer.request.request_id for answer in answers if answer is not None)
 
     def _masks_of(self, schedule: Schedule) -> Int32 | None:
-        drawing = [entry.sequence for entry in schedule.entries if entry.draws_token]
-        if not any(sequence.params.min_tokens for sequence in drawing):
+        sequences = schedule.row_sequences
+        if not any([sequence.params.min_tokens for sequence in sequences]):
             return None
-        forbidden = [self._answers[sequence.key].forbidden_token_ids for sequence in drawing]
+        forbidden = [self._answers[sequence.key].forbidden_token_ids for sequence in sequences]
         return build_masks(forbidden, self.vocab_size)
 
     def _adjustments_of(self, schedule: Schedule) -> LogitAdjustments | None:
-        drawing = (entry.sequence.key for entry in schedule.entries if entry.draws_token)
-        return build_adjustments([self._answers[key].adjuster for key in drawing])
+        sequences = schedule.row_sequences
+        return build_adjustments([self._answers[sequence.key].adjuster for sequence in sequences])
 
-    def _update(self, flight: InFlightStep, output: Any) -> list[OutputChunk]:
-        """Take in what a step has drawn."""
+    def _update(self, step: InFlightStep, output: Any) -> list[OutputChunk]:
+        """Take in what a step has sampled: a token of each sequence, or several behind drafts."""
         now = self._clock()
-        schedule = flight.schedule
-        self.scheduler.complete(schedule)
+        schedule = step.schedule
+        token_ids = output.token_ids.tolist()
+        rejected_rows = self.scheduler.complete(schedule, token_ids)
         # With two in flight it began when the one before it ended, not when it was submitted.
-        started = max(flight.started, self._last_step_end)
+        started = max(step.started, self._last_step_end)
         self.events.record(step_end(schedule, self.scheduler, started, now))
         self._last_step_end = now
-        drawing = [entry.sequence for entry in schedule.entries if entry.draws_token]
-        logprobs = read_logprobs(drawing, output)
+        logprobs = read_logprobs(schedule.row_sequences, output)
         chunks: list[OutputChunk] = []
-        rows = zip(drawing, output.token_ids.tolist(), output.finite.tolist(), strict=True)
+        rows = zip(schedule.row_sequences, token_ids, output.finite.tolist(), strict=True)
         for row, (sequence, token, is_finite) in enumerate(rows):
-            if sequence.is_finished:  # since it was submitted: aborted, or its request failed
+            # It may have ended since: aborted, its request failed, or at a token before this one.
+            if sequence.is_finished or row in rejected_rows:
                 continue
             answer = self._answers[sequence.key]
             if not is_finite:
@@ -339,14 +341,14 @@ class Engine:
         return chunks
 
     def _append(self, answer: Answer, token: int, logprob: TokenLogprob | None, now: float) -> str:
-        """Take one drawn token in; finish the answer if it ends here. Returns its new text."""
+        """Take one sampled token in; finish the answer if it ends here. Returns its new text."""
         sequence = answer.sequence
         if answer.request.first_token_time is None:
             answer.request.first_token_time = now
         if not sequence.num_output_tokens:
             self.events.record((now, "first_token", sequence.key))
         sequence.token_ids.append(token)
-        self.num_drawn_tokens += 1
+        self.num_sampled_tokens += 1
         if logprob is not None:
             sequence.logprobs.append(logprob)
             sequence.cumulative_logprob += logprob.logprob

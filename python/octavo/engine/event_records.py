@@ -70,7 +70,7 @@ def read_stats(engine: Engine) -> EngineStats:
         num_free_blocks=pool.num_free,
         num_cached_blocks=pool.num_cached,
         num_steps=engine.num_steps,
-        num_drawn_tokens=engine.num_drawn_tokens,
+        num_sampled_tokens=engine.num_sampled_tokens,
         num_preemptions=scheduler.num_preemptions,
         num_prefix_queries=scheduler.prefix_cache.num_queries,
         num_prefix_hits=scheduler.prefix_cache.num_hits,

@@ -40,16 +40,17 @@ class SequenceState(enum.Enum):
 class Sequence:
     """One answer in the making.
 
-    token_ids: prompt and answer so far. num_pending_tokens: one if a step in flight draws the next
-    token, which stands behind these and is not known yet. num_computed_tokens: how many of all of
-    them have their keys and values in the cache, or will by the end of the steps in flight; 0 after
-    a preemption. A sequence whose tokens are all computed but one is decoding; with more to
-    compute it is in prefill. Nothing else tells the two apart.
+    token_ids: prompt and answer so far. num_pending_tokens: how many the steps in flight sample
+    behind these; with drafts, at most so many. num_computed_tokens: how many of all of them have
+    their keys and values in the cache, or will by the end of the steps in flight; 0 after a
+    preemption. It runs after the tokens there are, and goes back by every draft that is rejected.
+    A sequence whose tokens are all computed but one is decoding; with more to compute it is in
+    prefill. Nothing else tells the two apart.
     priority: lower is more urgent. arrival_time: seconds of the engine's clock. leader: the first
     answer of the same request, whose prompt this one shares; None for the first itself.
     num_cached_tokens: how many of its tokens were in the cache when it was first admitted.
     num_published_blocks: how many of its blocks are full and were offered to others. state_row:
-    where the device keeps the token it drew last, while it runs.
+    where the device keeps its last sampled token, while it runs.
     """
 
     __slots__ = (
@@ -134,6 +135,23 @@ class Sequence:
     def output_token_ids(self) -> tuple[int, ...]:
         """The answer so far."""
         return tuple(self.token_ids[self.num_prompt_tokens :])
+
+    @property
+    def watches_answer(self) -> bool:
+        """Whether its logits are changed by what the answer holds so far: its penalties."""
+        params = self.params
+        return bool(
+            params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1
+        )
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether its next tokens may be sampled in one step, behind drafts.
+
+        Not while what a token may be depends on the tokens before it otherwise than through the
+        model: penalties count them, and min_tokens forbids the end for so many.
+        """
+        return self.num_output_tokens >= self.params.min_tokens and not self.watches_answer
 
     @property
     def is_finished(self) -> bool:

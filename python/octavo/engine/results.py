@@ -10,17 +10,17 @@ from octavo.engine.outputs import CompletionOutput, RequestMetrics, RequestOutpu
 from octavo.engine.request import Sequence
 
 
-def read_logprobs(drawing: SequenceOf[Sequence], output: Any) -> list[TokenLogprob | None]:
+def read_logprobs(sequences: SequenceOf[Sequence], output: Any) -> list[TokenLogprob | None]:
     """For each logit row what its request asked to know; None where it asked nothing.
 
-    drawing: the sequence of each row. output: a `_native.StepOutput`.
+    sequences: the sequence of each row. output: a `_native.StepOutput`.
     """
-    if all(sequence.params.logprobs is None for sequence in drawing):
-        return [None] * len(drawing)
+    if all(sequence.params.logprobs is None for sequence in sequences):
+        return [None] * len(sequences)
     tokens, logprobs = output.token_ids.tolist(), output.logprobs.tolist()
     top_ids, top_logprobs = output.top_token_ids.tolist(), output.top_logprobs.tolist()
     found: list[TokenLogprob | None] = []
-    for row, sequence in enumerate(drawing):
+    for row, sequence in enumerate(sequences):
         count = sequence.params.logprobs
         if count is None:
             found.append(None)

@@ -18,6 +18,7 @@ Pure Python: no NumPy, no native code.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence as SequenceOf
 
 from octavo.engine.block_manager import BlockManager, Prefix
 from octavo.engine.block_pool import IntegrityError
@@ -26,7 +27,14 @@ from octavo.engine.integrity import check_running, check_waiting
 from octavo.engine.prefix_cache import PrefixCache
 from octavo.engine.ranked_queue import RankedQueue
 from octavo.engine.request import FinishReason, Sequence, SequenceState
-from octavo.engine.schedule import Schedule, ScheduleBuilder, ScheduledSequence, SchedulerLimits
+from octavo.engine.schedule import (
+    NO_DRAFTS,
+    Drafter,
+    Schedule,
+    ScheduleBuilder,
+    SchedulerLimits,
+    num_agreeing,
+)
 from octavo.errors import InvalidArgumentError
 
 
@@ -35,11 +43,15 @@ class Scheduler:
 
     A step is `schedule()`, `advance(schedule)` when it is submitted, `complete(schedule)` when it
     has ended; the next one may be scheduled before it has. One that fails is undone by `rollback`.
-    events: where every decision is noted.
+    events: where every decision is noted. drafter: proposes tokens to sequences that decode.
     """
 
     def __init__(
-        self, limits: SchedulerLimits, blocks: BlockManager, events: EventLog | None = None
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockManager,
+        events: EventLog | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.limits = limits
         self.blocks = blocks
@@ -48,6 +60,7 @@ class Scheduler:
         self.num_schedules = 0
         self.num_preemptions = 0
         self.waiting_reason: str | None = None  # of the first in the queue; None: nobody waits
+        self._drafter = drafter
         self._waiting = RankedQueue()
         self._running = RankedQueue()
         self._arrival_numbers = itertools.count()
@@ -139,28 +152,42 @@ class Scheduler:
 
     def advance(self, schedule: Schedule) -> None:
         """The step is on its way: the next `schedule` builds on what it will have computed."""
-        for sequence, start, num_new_tokens, draws_token in schedule.entries:
+        for sequence, start, num_new_tokens, num_samples, _ in schedule.entries:
             sequence.num_computed_tokens = start + num_new_tokens
-            sequence.num_pending_tokens += draws_token
+            sequence.num_pending_tokens += num_samples
 
-    def complete(self, schedule: Schedule) -> None:
-        """The step has ended: its keys and values are in the cache, and its tokens are known."""
+    def complete(self, schedule: Schedule, token_ids: SequenceOf[int]) -> set[int]:
+        """The step has ended: its keys and values are in the cache, and it sampled token_ids.
+
+        A token that was sampled behind right drafts is right, and the first that differs from the
+        draft in its place is the last such one. Returns the logit rows behind it, whose tokens are
+        to be dropped. What was computed of the wrong drafts does not count as computed.
+        """
         block_size = self.blocks.block_size
-        for sequence, start, num_new_tokens, draws_token in schedule.entries:
-            sequence.num_pending_tokens -= draws_token
+        rejected_rows: set[int] = set()
+        row = 0
+        for sequence, start, num_new_tokens, num_samples, drafts in schedule.entries:
+            sequence.num_pending_tokens -= num_samples
             # If it still runs it has not been preempted since: it could not be back so soon.
-            num_full_blocks = (start + num_new_tokens) // block_size
             is_running = sequence.state is SequenceState.RUNNING
+            # Drafts have no name yet: the next step publishes what the right ones have filled.
+            num_full_blocks = (start + num_new_tokens - len(drafts)) // block_size
             if num_full_blocks > sequence.num_published_blocks and is_running:
                 self.prefix_cache.publish(sequence, num_full_blocks)
+            if drafts:
+                num_rejected = len(drafts) - num_agreeing(drafts, token_ids[row:])
+                sequence.num_computed_tokens -= num_rejected if is_running else 0
+                rejected_rows.update(range(row + num_samples - num_rejected, row + num_samples))
+            row += num_samples
+        return rejected_rows
 
     def rollback(self, schedule: Schedule) -> None:
-        """The step failed, after `advance`: undo it, and let whom it admitted wait again.
+        """The step failed, after `advance`: undo it; sequences that it admitted wait again.
 
         Of several steps in flight the latest comes first.
         """
-        for sequence, start, _, draws_token in schedule.entries:
-            sequence.num_pending_tokens -= draws_token
+        for sequence, start, _, num_samples, _ in schedule.entries:
+            sequence.num_pending_tokens -= num_samples
             if sequence.state is SequenceState.RUNNING:
                 sequence.num_computed_tokens = start
         for sequence in schedule.admitted:
@@ -194,15 +221,31 @@ class Scheduler:
             index += 1
             num_tokens = len(sequence.token_ids) + sequence.num_pending_tokens
             start = sequence.num_computed_tokens
-            # One whose last token is being drawn has nothing left to compute.
+            # One whose last token is being sampled has nothing left to compute.
             if num_tokens - start > 1 or num_tokens >= sequence.max_total_tokens:
                 continue
+            drafts = NO_DRAFTS
+            if self._drafter is not None and sequence.takes_drafts:
+                if sequence.num_pending_tokens:  # drafts go on from what a step in flight samples
+                    continue
+                drafts = self._drafts(sequence, step.budget - 1, len(self._running) - index)
             while not self.blocks.reserve(sequence.key, num_tokens):
                 if self._preempt_last("kv_blocks", sequence, step) is sequence:
                     break
             else:
-                step.entries.append(ScheduledSequence(sequence, start, 1, True))
-                step.budget -= 1
+                step.add(sequence, 1, 1, drafts)
+
+    def _drafts(self, sequence: Sequence, budget: int, num_behind: int) -> tuple[int, ...]:
+        """The drafts that the step has room to check, with blocks reserved for them.
+
+        A guess takes no token and no block that one of the num_behind running ones may need.
+        """
+        room = min(budget - num_behind, sequence.max_total_tokens - sequence.num_tokens - 1)
+        if self._drafter is None or room < 1:
+            return NO_DRAFTS
+        drafts = tuple(self._drafter.propose(sequence)[:room])
+        num_tokens = sequence.num_tokens + len(drafts)
+        return drafts if self.blocks.reserve(sequence.key, num_tokens, num_behind) else NO_DRAFTS
 
     def _schedule_prefills(self, step: ScheduleBuilder) -> None:
         for sequence in self._running:
@@ -215,7 +258,7 @@ class Scheduler:
         start = sequence.num_computed_tokens
         num_new_tokens = min(sequence.num_uncomputed_tokens, step.budget)
         self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens, step.number))
-        step.add(sequence, num_new_tokens)
+        step.add(sequence, num_new_tokens, int(num_new_tokens == sequence.num_uncomputed_tokens))
 
     # ---- who gets in ----
 

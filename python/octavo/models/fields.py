@@ -13,6 +13,16 @@ from octavo.folder import FolderFile
 
 MAX_JSON_BYTES = 64 * 1024 * 1024  # far above any real configuration or index
 
+# Bounds no model of the next years comes near: a mistyped digit is caught here, by name, and not
+# by an allocation that fails. Positions stay below 2^24 since float32 must hold them exactly.
+MAX_VOCAB = 2**22
+MAX_WIDTH = 2**18
+MAX_INTERMEDIATE = 2**20
+MAX_LAYERS = 1024
+MAX_HEADS = 4096
+MAX_HEAD_DIM = 1024
+MAX_POSITIONS = 2**24
+
 
 def read_json_object(path: FolderFile, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in `path`; UnsupportedModelError says what is wrong with the file."""

@@ -12,7 +12,19 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
-from octavo.models.fields import Fields, describe
+from octavo.models import llama_gguf
+from octavo.models.family import Family, TensorNames
+from octavo.models.fields import (
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_INTERMEDIATE,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCAB,
+    MAX_WIDTH,
+    Fields,
+    describe,
+)
 from octavo.models.spec import (
     Activation,
     LayerSpec,
@@ -23,11 +35,6 @@ from octavo.models.spec import (
 )
 
 ARCHITECTURE = "LlamaForCausalLM"
-MODEL_TYPE = "llama"
-DEFAULT_EOS_TOKEN_ID = 2
-
-# Old checkpoints carry the rope frequencies as buffers; they follow from the configuration.
-IGNORED_WEIGHTS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 # Hugging Face's names of the activations, by the formula they stand for.
 ACTIVATIONS: dict[str, Activation] = {
@@ -38,16 +45,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-
-# Bounds no model of the next years comes near: a mistyped digit is caught here, by name, and not
-# by an allocation that fails. Positions stay below 2^24 since float32 must hold them exactly.
-MAX_VOCAB = 2**22
-MAX_WIDTH = 2**18
-MAX_INTERMEDIATE = 2**20
-MAX_LAYERS = 1024
-MAX_HEADS = 4096
-MAX_HEAD_DIM = 1024
-MAX_POSITIONS = 2**24
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
@@ -90,27 +87,6 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         final_norm=norm,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
     )
-
-
-def weight_map(spec: ModelSpec) -> dict[str, str]:
-    """octavo's name of every weight the spec needs -> its name in a Hugging Face checkpoint."""
-    names = {"embed.weight": "model.embed_tokens.weight"}
-    for index, layer in enumerate(spec.layers):
-        ours, theirs = f"layers.{index}.", f"model.layers.{index}."
-        names[ours + "attn_norm.weight"] = theirs + "input_layernorm.weight"
-        for part in ("q", "k", "v", "o"):
-            names[f"{ours}{part}.weight"] = f"{theirs}self_attn.{part}_proj.weight"
-            if layer.o_bias if part == "o" else layer.qkv_bias:
-                names[f"{ours}{part}.bias"] = f"{theirs}self_attn.{part}_proj.bias"
-        names[ours + "mlp_norm.weight"] = theirs + "post_attention_layernorm.weight"
-        for part in ("gate", "up", "down"):
-            names[f"{ours}{part}.weight"] = f"{theirs}mlp.{part}_proj.weight"
-            if layer.mlp_bias:
-                names[f"{ours}{part}.bias"] = f"{theirs}mlp.{part}_proj.bias"
-    names["final_norm.weight"] = "model.norm.weight"
-    if not spec.tie_word_embeddings:
-        names["lm_head.weight"] = "lm_head.weight"
-    return names
 
 
 def read_rope(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
@@ -214,3 +190,30 @@ def _refuse_variants(fields: Fields) -> None:
         not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
     ):
         raise fields.error("layer_types", layer_types, "full_attention in every layer")
+
+
+FAMILY = Family(
+    architecture=ARCHITECTURE,
+    model_type="llama",
+    read_spec=read_spec,
+    tensors=TensorNames(
+        {
+            "model.embed_tokens": "embed",
+            "model.layers.{layer}.input_layernorm": "attn_norm",
+            "model.layers.{layer}.self_attn.q_proj": "q",
+            "model.layers.{layer}.self_attn.k_proj": "k",
+            "model.layers.{layer}.self_attn.v_proj": "v",
+            "model.layers.{layer}.self_attn.o_proj": "o",
+            "model.layers.{layer}.post_attention_layernorm": "mlp_norm",
+            "model.layers.{layer}.mlp.gate_proj": "gate",
+            "model.layers.{layer}.mlp.up_proj": "up",
+            "model.layers.{layer}.mlp.down_proj": "down",
+            "model.norm": "final_norm",
+            "lm_head": "lm_head",
+        }
+    ),
+    # Old checkpoints carry the rope frequencies as buffers; they follow from the configuration.
+    ignored=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
+    default_eos_token_id=2,
+    gguf=llama_gguf.GGUF,
+)

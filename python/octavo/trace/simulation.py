@@ -100,7 +100,7 @@ class SimulatedClock:
 
 
 class SimulatedRuntime:
-    """Takes the batches a native runtime takes, draws token 0 for every row, and lets time pass."""
+    """Takes a native runtime's batches, samples token 0 for every row, and lets time pass."""
 
     def __init__(self, costs: CostModel, clock: SimulatedClock) -> None:
         self._costs = costs
@@ -111,7 +111,7 @@ class SimulatedRuntime:
         """The batch as it is."""
         return arrays
 
-    def submit(self, batch: dict[str, Any], *, draw: bool) -> int:
+    def submit(self, batch: dict[str, Any], *, sample: bool) -> int:
         """Compute a step: the clock goes on."""
         new = np.diff(batch["row_starts"]).astype(np.int64)
         before = batch["context_lens"] - new

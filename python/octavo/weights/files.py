@@ -16,7 +16,6 @@ from octavo.weights.safetensors import (
 )
 from octavo.weights.tensor import Tensor
 
-HEAD = "lm_head.weight"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CHUNK = 1 << 26  # bytes compared in one go
 
@@ -57,18 +56,18 @@ def open_weight_files(path: Path) -> SafetensorsFile | ShardedSafetensors:
     raise WeightsError(f"{wanted}. Fetch the model again")
 
 
-def head_differs(path: Path, table: str) -> bool:
-    """Whether a directory's weights hold an lm_head of their own beside the embedding `table`.
+def head_differs(path: Path, head: str, table: str) -> bool:
+    """Whether a directory's weights hold a head of their own beside the embedding `table`.
 
     False where either is missing, they are equal in every bit, or no weights can be read (opening
     them tells why).
     """
     try:
         source = open_weight_files(path)
-        one, other = source.infos.get(HEAD), source.infos.get(table)
+        one, other = source.infos.get(head), source.infos.get(table)
         if one is None or other is None:
             return False
-        return one != other or not _equal(source.read(HEAD), source.read(table))
+        return one != other or not _equal(source.read(head), source.read(table))
     except (WeightsError, OSError):
         return False
 

@@ -50,7 +50,7 @@ KINDS = (
 MAX_ARRAY = 1 << 24  # entries of one metadata array; vocabularies have up to a few 100,000
 MAX_TENSORS = 1 << 20
 MAX_NAME = 1 << 16
-_PLAIN: Mapping[str, tuple[TensorDType, str]] = MappingProxyType(
+PLAIN_KINDS: Mapping[str, tuple[TensorDType, str]] = MappingProxyType(
     {"F32": ("f32", "<f4"), "F16": ("f16", "<f2"), "BF16": ("bf16", "<u2")}
 )
 _ROWS_AT_ONCE = 1 << 22  # elements decoded in one go, so that a large table needs no second copy
@@ -103,8 +103,8 @@ class GgufFile:
         raw: npt.NDArray[np.uint8] = np.frombuffer(
             self._map, np.uint8, num_bytes, info.offset + first_row * row_bytes
         )
-        if info.kind in _PLAIN:
-            dtype, numpy_name = _PLAIN[info.kind]
+        if info.kind in PLAIN_KINDS:
+            dtype, numpy_name = PLAIN_KINDS[info.kind]
             return Tensor(raw.view(numpy_name).reshape(shape), dtype)
         return Tensor(_decode_blocks(raw, info.kind, shape), "f32")
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from octavo.models.family import WeightSource
 from octavo.models.fields import Fields
 from octavo.models.layer import linear_nodes
 from octavo.models.spec import UNIFORM_LEVELS, ModelSpec, WeightFormat
@@ -38,7 +39,7 @@ _SOURCE = "config.json: quantization_config"
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """How a checkpoint holds one matrix. module: its name there, without an ending."""
+    """How a checkpoint holds a matrix, or several in one. module: the name there, no ending."""
 
     module: str
     shape: tuple[int, int]  # (outputs, inputs)
@@ -47,7 +48,7 @@ class StoredMatrix:
 
 
 def read_quantization(
-    config: Mapping[str, Any], spec: ModelSpec, weight_map: Mapping[str, str]
+    config: Mapping[str, Any], spec: ModelSpec, weight_map: Mapping[str, WeightSource]
 ) -> dict[str, StoredMatrix]:
     """The matrices that are stored as codes, by octavo's name without ".weight"; maybe none.
 
@@ -81,15 +82,17 @@ def read_quantization(
         _Group.read(name, group, format, own_levels=method == "octavo")
         for name, group in groups.items()
     ]
-    linears = {name: node.matrix.shape for name, node in linear_nodes(spec).items()}
-    if not spec.tie_word_embeddings:
-        linears["lm_head"] = (spec.vocab_size, spec.hidden_size)
     stored = {}
-    for name, shape in linears.items():
-        module = weight_map[name + ".weight"].removesuffix(".weight")
+    for name in [*linear_nodes(spec), *([] if spec.tie_word_embeddings else ["lm_head"])]:
+        source = weight_map[name + ".weight"]
+        module = source.modules[0]
         matching = [group for group in found if _matches(module, group.targets)]
-        if matching and not _matches(module, ignore):
-            stored[name] = matching[0].matrix(module, shape)
+        if not matching or _matches(module, ignore):
+            continue
+        if len(source.names) > 1 or source.transform != "plain":
+            raise fields.error("config_groups", module, "matrices that are stored as they are used")
+        outputs, inputs = source.stored_shape
+        stored[name] = matching[0].matrix(module, (outputs, inputs))
     return stored
 
 

@@ -24,8 +24,7 @@ import numpy.typing as npt
 from octavo.errors import WeightsError
 from octavo.files import map_file
 from octavo.models.fields import describe, printable
-from octavo.weights.source import TensorInfo
-from octavo.weights.tensor import Tensor, TensorDType
+from octavo.weights.tensor import Tensor, TensorDType, TensorInfo, TensorSource
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library too
 
@@ -53,7 +52,7 @@ _NUMPY_TYPES: Mapping[TensorDType, str] = MappingProxyType(
 _INTEGER_TYPES: Mapping[str, str] = MappingProxyType({"I8": "<i1", "I32": "<i4", "I64": "<i8"})
 
 
-class SafetensorsFile:
+class SafetensorsFile(TensorSource):
     """One file. Opening it reads and checks the header; data is paged in when it is used."""
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +68,7 @@ class SafetensorsFile:
             self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
         except OSError as error:
             raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-        self.infos: Mapping[str, TensorInfo] = {
+        self.infos = {
             name: TensorInfo(_our_name(header[name]["dtype"]), tuple(header[name]["shape"]), e - b)
             for name, (b, e) in self._offsets.items()
         }
@@ -103,7 +102,7 @@ class SafetensorsFile:
         return self._bytes[self._data_start + begin : self._data_start + end]
 
 
-class ShardedSafetensors:
+class ShardedSafetensors(TensorSource):
     """Several files that hold a model together."""
 
     def __init__(self, index_path: Path, shards: Sequence[str] | None = None) -> None:
@@ -138,9 +137,7 @@ class ShardedSafetensors:
             if shards is not None:
                 told = f"The shards in {index_path.parent} do not fit each other:"
             raise WeightsError(told, problems)
-        self.infos: Mapping[str, TensorInfo] = {
-            name: file.infos[name] for name, file in self._files.items()
-        }
+        self.infos = {name: file.infos[name] for name, file in self._files.items()}
 
     def read(self, name: str) -> Tensor:
         """A view of the mapped file that holds the tensor."""
