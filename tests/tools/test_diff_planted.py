@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from octavo.diff import comparison
 from octavo.diff.html import render
 from octavo.diff.implementations import ReferenceImplementation, StepResult
 from octavo.diff.report import to_json
+from octavo.diff.tolerance import own_tolerance
 from octavo.models.layer import Node, model_nodes, residual_before
 from octavo.models.spec import NormSpec, RopeSpec
 from octavo.reference import ops
@@ -202,10 +204,16 @@ def test_two_mistakes_are_both_found() -> None:
         small_spec(num_heads=4, num_kv_heads=1, head_dim=10, tied=True),
         small_spec(qkv_bias=True, o_bias=True, mlp_bias=True, activation="gelu"),
         small_spec(gated=False, activation="relu", norm=NormSpec("layer", 1e-5, True)),
-        small_spec(rope=None),
+        replace(small_spec(rope=None), learned_positions=True),
         small_spec(window=5, rope=RopeSpec(scaling="linear", factor=3.0)),
     ],
-    ids=["multi-query tied", "biases gelu", "ungated layer norm", "no rope", "window linear"],
+    ids=[
+        "multi-query tied",
+        "biases gelu",
+        "ungated layer norm",
+        "learned positions",
+        "window linear",
+    ],
 )
 def test_every_kind_of_layer_is_found_right(spec: object) -> None:
     weights = random_weights(spec, seed=3)
@@ -306,6 +314,20 @@ def test_own_tolerance_does_not_stretch(dtype: str) -> None:
     result = compare(left, right, SPEC, WEIGHTS, dtype=dtype, truth=exact, steps=0)
     assert [finding.op for finding in result.findings] == ["gated_activation"]
     assert len(result.findings[0].taps) == len(SPEC.layers) and not result.ok
+
+
+def test_own_tolerance_grows_with_what_is_summed() -> None:
+    """Not where fewer than 64 numbers are: exponentials and divisions round, too."""
+    spec = replace(small_spec(num_heads=12, intermediate_size=150), hidden_size=100)
+    units = {
+        node.part: own_tolerance(spec, node, 300, rounds_output=False) * 2**24
+        for node in model_nodes(spec)
+    }
+    summed = {"q": 100, "logits": 100, "attn_out": 96, "mlp_out": 150, "mlp_norm": 100}
+    summed |= {"embed": 64, "q_rope": 64, "act": 64, "out": 64, "final_norm": 100}
+    for part, count in summed.items():
+        assert units[part] == pytest.approx(8 * count**0.5), part
+    assert units["attn"] == pytest.approx(24 * (8 + 300) ** 0.5)
 
 
 def test_a_broken_definition_is_suspected_when_both_agree() -> None:
