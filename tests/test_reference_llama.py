@@ -55,6 +55,7 @@ SPECS = {
         mlp_bias=True,
         learned_positions=True,
     ),
+    "scaled": make_spec(attention_scale=0.9),
     "relu": make_spec(activation="relu", num_kv_heads=1),
     "gelu": make_spec(activation="gelu", rope=RopeSpec(100.0, "llama3", 8.0, 1.0, 4.0, 32)),
 }

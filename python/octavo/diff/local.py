@@ -119,7 +119,7 @@ def _define_in_layer(scene: Scene, part: str) -> Array:
         if scene.keys is None or scene.values is None:
             raise ValueError("attention needs the scene's keys and values")
         q = scene.heads("q" + scene.rotated)
-        scale, rounds = layer.head_dim**-0.5, ops.attention_dtype(scene.model.kv_dtype)
+        scale, rounds = layer.score_scale, ops.attention_dtype(scene.model.kv_dtype)
         out = ops.attention(q, scene.keys, scene.values, scale, layer.window, rounds)
         return out.reshape(len(out), -1)
     if part == "mlp_norm":
@@ -147,7 +147,7 @@ def own_errors(scene: Scene, part: str, seen: Float32) -> RowErrors:
         raise ValueError("attention needs the scene's keys and values")
     layer, q = scene.layer, scene.heads("q" + scene.rotated)
     with np.errstate(invalid="ignore", over="ignore"):
-        room = rounding_room(q, scene.keys, scene.values, layer.head_dim**-0.5, layer.window)
+        room = rounding_room(q, scene.keys, scene.values, layer.score_scale, layer.window)
         size = np.maximum(np.linalg.norm(right, axis=1), np.linalg.norm(seen, axis=1))
         allowed = np.linalg.norm(room.reshape(len(right), -1), axis=1) / np.where(size > 0, size, 1)
     # Where NaN or infinity is about, there is nothing to allow for.

@@ -211,7 +211,7 @@ def _attention(scene: Scene) -> Iterator[Suspect]:
     layer, k, v = scene.layer, scene.keys, scene.values
     if k is None or v is None:
         return
-    q, scale, window = scene.heads("q" + scene.rotated), layer.head_dim**-0.5, layer.window
+    q, scale, window = scene.heads("q" + scene.rotated), layer.score_scale, layer.window
     # With one mistake each: the rest is as over the model's own cache.
     attend = partial(ops.attention, dtype=ops.attention_dtype(scene.model.kv_dtype))
     yield "no scale", lambda: attend(q, k, v, 1.0, window)
