@@ -191,7 +191,6 @@ struct LayerWork {
   View hidden, qkv, attn, act;
   const LayerSpec& layer;
   const LayerWeights& weights;
-  float scale;  // of attention
   KvLayer& kv;
   const Step& step;
 };

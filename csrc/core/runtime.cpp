@@ -1,6 +1,7 @@
 #include "core/runtime.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace octavo {
@@ -57,6 +58,9 @@ void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
             layer.num_heads, "; expected a multiple of num_kv_heads = ", layer.num_kv_heads);
     require(layer.head_dim >= 2 && layer.head_dim % 2 == 0, "head_dim is ", layer.head_dim,
             "; expected an even number");
+    const float scale = layer.score_scale();
+    require(std::isfinite(scale) && scale > 0.0f, "attention_scale is ", scale,
+            "; expected a finite number above 0");
   }
   require(options.world_size == 1, "world_size is ", options.world_size,
           "; expected 1: a model is not yet split over several devices");

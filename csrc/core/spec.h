@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -76,9 +77,14 @@ struct LayerSpec {
   bool mlp_bias = false;
   std::int64_t window = 0;    // 0: no limit
   std::int64_t kv_group = 0;  // which of a sequence's block tables
+  std::optional<float> attention_scale;
 
   std::int64_t q_size() const { return num_heads * head_dim; }
   std::int64_t kv_size() const { return num_kv_heads * head_dim; }
+  // What q.k is multiplied by.
+  float score_scale() const {
+    return attention_scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim)));
+  }
 };
 
 struct ModelSpec {

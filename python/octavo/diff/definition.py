@@ -110,7 +110,7 @@ def op_call(inputs: OpInputs) -> partial[Array]:
             q=inputs.heads(node.inputs[0]),
             k=inputs.keys,
             v=inputs.values,
-            scale=inputs.layer.head_dim**-0.5,
+            scale=inputs.layer.score_scale,
             window=inputs.layer.window,
             dtype=ops.attention_dtype(model.kv_dtype),
         )

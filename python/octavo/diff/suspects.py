@@ -191,7 +191,7 @@ def _rope(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
 def _attention(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     layer, k, v = inputs.layer, inputs.keys, inputs.values
     source = inputs.nodes[inputs.node.inputs[0]]
-    q, scale, window = inputs.heads(source.tap), layer.head_dim**-0.5, layer.window
+    q, scale, window = inputs.heads(source.tap), layer.score_scale, layer.window
     wider, heads, rows = layer.q_size**-0.5, np.arange(layer.num_heads), len(q)
     yield "no scale", partial(op, scale=1.0)
     yield "scale 1 / head_dim, not its root", partial(op, scale=scale**2)
