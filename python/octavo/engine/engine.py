@@ -79,7 +79,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
-        self.blocks = BlockManager(num_kv_blocks, options.block_size)
+        self.blocks = BlockManager(num_kv_blocks, options.block_size, num_kv_groups)
         limits = SchedulerLimits(
             options.max_num_seqs,
             options.max_num_batched_tokens,
@@ -98,7 +98,6 @@ class Engine:
             runtime,
             self.blocks,
             make_batch,
-            num_kv_groups=num_kv_groups,
             vocab_size=vocab_size,
             depth=2 if options.overlap_steps else 1,
         )
@@ -257,7 +256,8 @@ class Engine:
 
         Any thread may ask at any time; amid a step, some numbers are of the step before.
         """
-        return read_stats(self)
+        counts = (self.num_steps, self.num_sampled_tokens)
+        return read_stats(self.scheduler, self._admission, *counts)
 
     def check_integrity(self) -> None:
         """Queues, blocks and requests agree; IntegrityError if not."""

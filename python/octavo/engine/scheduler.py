@@ -23,7 +23,6 @@ from collections.abc import Sequence as SequenceOf
 from octavo.engine.block_manager import BlockManager, Prefix
 from octavo.engine.block_pool import IntegrityError
 from octavo.engine.events import EventLog
-from octavo.engine.integrity import check_running, check_waiting
 from octavo.engine.prefix_cache import PrefixCache
 from octavo.engine.ranked_queue import RankedQueue
 from octavo.engine.request import FinishReason, Sequence, SequenceState
@@ -344,17 +343,11 @@ class Scheduler:
             return
         num_missing = self.blocks.num_blocks_needed(sequence.num_tokens, prefix)
         num_missing -= self.blocks.num_free_blocks
-        kept = set(prefix.blocks)
         for num_left in range(len(self._running) - 1, -1, -1):
             victim = self._running[num_left]
             if victim.priority <= sequence.priority or victim.rank < sequence.rank:
                 return
-            # A block that others hold too will not be free; one of the prefix is free no more.
-            num_missing -= sum(
-                1
-                for block in self.blocks.block_table(victim.key)
-                if self.blocks.pool.num_holders(block) == 1 and block not in kept
-            )
+            num_missing -= self.blocks.num_blocks_freed(victim.key, prefix)
             if num_missing + self._headroom(num_left) <= 0:
                 while len(self._running) > num_left:
                     self._preempt_last("priority", sequence, step)
@@ -410,9 +403,12 @@ class Scheduler:
         """The queues, the states and the blocks agree; IntegrityError if not."""
         self.blocks.check_integrity()
         for sequence in self._waiting:
-            check_waiting(sequence)
+            if sequence.state is not SequenceState.WAITING or sequence.num_computed_tokens:
+                raise IntegrityError(f"{sequence!r} is in the waiting queue")
         for sequence in self._running:
-            check_running(sequence, self.blocks)
+            if sequence.state is not SequenceState.RUNNING:
+                raise IntegrityError(f"{sequence!r} is among the running")
+            self.blocks.check_sequence(sequence.key, sequence.num_computed_tokens)
         running = {sequence.key for sequence in self._running}
         if len(running) != len(self._running) or self.blocks.holders() != running:
             raise IntegrityError(
