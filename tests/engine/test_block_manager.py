@@ -184,19 +184,6 @@ def test_what_a_failed_sequence_computed_is_not_found_again() -> None:
     blocks.check_integrity()
 
 
-def test_clearing_the_cache_leaves_holders_alone() -> None:
-    blocks = BlockManager(num_blocks=6, block_size=BLOCK)
-    for key, tokens in (("a", list(range(8))), ("b", list(range(20, 28)))):
-        blocks.start(key, 8)
-        publish_all(blocks, key, tokens)
-    blocks.free("b")
-    blocks.pools[0].clear_cache()
-    blocks.check_integrity()
-    assert blocks.pools[0].num_cached == 0 and blocks.num_free_blocks == 4
-    assert blocks.find_prefix(names_of(list(range(8))), 8) == Prefix(([],), 0)
-    assert blocks.block_table("a").tolist() == [0, 1]
-
-
 def test_a_window_lets_blocks_go_in_its_own_group() -> None:
     blocks = BlockManager(num_blocks=6, block_size=BLOCK, num_groups=2)
     tokens = list(range(14))

@@ -92,7 +92,7 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
 def _temperature(value: float) -> float:
     """The temperature within what float32 can divide by.
 
-    Below 1e-30 the quotients could overflow; the most probable token is all that is ever drawn
+    Below 1e-30 the quotients could overflow; the most probable token is all that is ever sampled
     there, so that it is greedy. Above float32's range all tokens are equally probable anyway.
     """
     return min(value, _HUGE) if value >= 1e-30 else 0.0
@@ -112,7 +112,7 @@ def _pack_block_tables(entries: tuple[ScheduledSequence, ...], blocks: BlockMana
 def build_masks(forbidden: SequenceOf[frozenset[int]], vocab_size: int) -> Int32 | None:
     """Which tokens each logit row may take, as `Runtime.sample` wants it; None: all may.
 
-    forbidden: for each row the token ids it must not draw now. Returns int32
+    forbidden: for each row the token ids it must not sample now. Returns int32
     (num_rows, ceil(vocab_size / 32)); a set bit allows a token.
     """
     if not any(forbidden):

@@ -109,14 +109,6 @@ class BlockPool:
         if self._name[block] is not None:
             self._forget(block)
 
-    def clear_cache(self) -> None:
-        """Make every cached block blank, and let no held one be found."""
-        for block in self._cached:
-            self._blank.append(block)
-        self._cached.clear()
-        self._by_name.clear()
-        self._name = [None] * self.num_blocks
-
     def _forget(self, block: int) -> None:
         name = self._name[block]
         if name is not None:

@@ -1,9 +1,9 @@
 """Steps on their way through the runtime: one at a time, or the next before the last has ended.
 
 With a depth of 2 the device never waits for Python: while it computes one step, the next is
-scheduled, packed and queued behind it. The next step needs the tokens that the last one draws, and
-Python does not know them yet; but the device will, by then. So the batch names them: token id
--1 - r stands for "what state row r drew last" (see `_native.Batch`).
+scheduled, packed and queued behind it. The next step needs the tokens that the last one samples,
+and Python does not know them yet; but the device will, by then. So the batch names them: token id
+-1 - r stands for "what state row r sampled last" (see `_native.Batch`).
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Pipeline:
         return step, output
 
     def abandon(self) -> list[Schedule]:
-        """Let every step in flight end and come to nothing; returns them, the latest first."""
+        """Wait for all steps in flight and drop what they give; the latest comes first."""
         schedules = [step.schedule for step in reversed(self._in_flight)]
         while self._in_flight:
             ticket = self._in_flight.popleft().ticket

@@ -100,7 +100,7 @@ class SimulatedClock:
 
 
 class SimulatedRuntime:
-    """Takes the batches a native runtime takes, draws token 0 for every row, and lets time pass."""
+    """Takes a native runtime's batches, samples token 0 for every row, and lets time pass."""
 
     def __init__(self, costs: CostModel, clock: SimulatedClock) -> None:
         self._costs = costs
