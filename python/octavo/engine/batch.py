@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.engine.block_manager import BlockManager
+from octavo.engine.block_manager import NO_BLOCK, BlockManager
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule, ScheduledSequence
 from octavo.reference.sampling import SAMPLING_ROW, SamplingRows
@@ -29,9 +29,7 @@ class BatchArrays(NamedTuple):
     sampling: SamplingRows
 
 
-def build_batch(
-    schedule: Schedule, blocks: BlockManager, num_kv_groups: int, vocab_size: int
-) -> BatchArrays:
+def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> BatchArrays:
     """Pack one step. A sequence gets a logit row for each token to be sampled behind its last ones.
 
     A token that a step in flight samples is named by its sequence's state row. Of a sequence with
@@ -65,7 +63,7 @@ def build_batch(
         token_ids=np.array(token_ids, np.int32),
         row_starts=np.array(row_starts, np.int32),
         context_lens=np.array([e.start + e.num_new_tokens for e in entries], np.int32),
-        block_tables=_pack_block_tables(entries, blocks, num_kv_groups),
+        block_tables=_pack_block_tables(entries, blocks),
         logit_rows=np.array(logit_rows, np.int32),
         sampling=_pack_sampling(schedule.row_sequences, state_rows, vocab_size),
     )
@@ -100,27 +98,27 @@ _OF_A_STEP = [name for name in SAMPLING_ROW.names or () if name != "position"]
 def _temperature(value: float) -> float:
     """The temperature within what float32 can divide by.
 
-    Below 1e-30 the quotients could overflow; the most probable token is all that is ever drawn
+    Below 1e-30 the quotients could overflow; the most probable token is all that is ever sampled
     there, so that it is greedy. Above float32's range all tokens are equally probable anyway.
     """
     return min(value, _HUGE) if value >= 1e-30 else 0.0
 
 
-def _pack_block_tables(
-    entries: tuple[ScheduledSequence, ...], blocks: BlockManager, num_kv_groups: int
-) -> Int32:
-    """(num_kv_groups, num_seqs, most blocks held by one), -1 behind each last block."""
-    tables = [blocks.block_table(entry.sequence.key) for entry in entries]
-    packed = np.full((num_kv_groups, len(entries), max(map(len, tables))), -1, np.int32)
-    for row, table in enumerate(tables):
-        packed[:, row, : len(table)] = table
+def _pack_block_tables(entries: tuple[ScheduledSequence, ...], blocks: BlockManager) -> Int32:
+    """(num_kv_groups, num_seqs, most blocks held by one), NO_BLOCK behind each last block."""
+    groups = range(len(blocks.pools))
+    tables = [[blocks.block_table(e.sequence.key, group) for e in entries] for group in groups]
+    packed = np.full((len(groups), len(entries), max(map(len, tables[0]))), NO_BLOCK, np.int32)
+    for group in groups:
+        for row, table in enumerate(tables[group]):
+            packed[group, row, : len(table)] = table
     return packed
 
 
 def build_masks(forbidden: SequenceOf[frozenset[int]], vocab_size: int) -> Int32 | None:
     """Which tokens each logit row may take, as `Runtime.sample` wants it; None: all may.
 
-    forbidden: for each row the token ids it must not draw now. Returns int32
+    forbidden: for each row the token ids it must not sample now. Returns int32
     (num_rows, ceil(vocab_size / 32)); a set bit allows a token.
     """
     if not any(forbidden):

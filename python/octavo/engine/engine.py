@@ -17,20 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.config import RuntimeOptions
 from octavo.engine.adjustments import LogitAdjustments, build_adjustments
-from octavo.engine.admission import AdmissionLimits, Deadlines
-from octavo.engine.answer import Answer
+from octavo.engine.admission import AdmissionLimits, Deadlines, check_scheduling, check_tokens
+from octavo.engine.answer import Answer, not_finite, read_logprobs, request_output
 from octavo.engine.batch import Int32, build_masks
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.block_pool import IntegrityError
-from octavo.engine.checks import check_scheduling, check_tokens
 from octavo.engine.event_records import arrival, describe_engine, read_stats, refusal, step_end
 from octavo.engine.events import EventLog
-from octavo.engine.guard import EngineGuard, guarded
-from octavo.engine.interrupts import deferred_interrupt
+from octavo.engine.guard import EngineGuard, deferred_interrupt, guarded
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import InFlightStep, Pipeline, StepRuntime
 from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
-from octavo.engine.results import not_finite, read_logprobs, request_output
 from octavo.engine.schedule import Drafter, Schedule, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidArgumentError, QueueFullError
@@ -79,7 +76,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
-        self.blocks = BlockManager(num_kv_blocks, options.block_size)
+        self.blocks = BlockManager(num_kv_blocks, options.block_size, num_kv_groups)
         limits = SchedulerLimits(
             options.max_num_seqs,
             options.max_num_batched_tokens,
@@ -98,7 +95,6 @@ class Engine:
             runtime,
             self.blocks,
             make_batch,
-            num_kv_groups=num_kv_groups,
             vocab_size=vocab_size,
             depth=2 if options.overlap_steps else 1,
         )
@@ -171,7 +167,7 @@ class Engine:
         check_scheduling(priority, timeout)
         now = self._clock()
         try:
-            self._admission.enter(request_id, len(prompt_token_ids))
+            self._admission.admit(request_id, len(prompt_token_ids))
         except QueueFullError as error:
             self.events.record(refusal(request_id, len(prompt_token_ids), error, now))
             raise
@@ -257,7 +253,8 @@ class Engine:
 
         Any thread may ask at any time; amid a step, some numbers are of the step before.
         """
-        return read_stats(self)
+        counts = (self.num_steps, self.num_sampled_tokens)
+        return read_stats(self.scheduler, self._admission, *counts)
 
     def check_integrity(self) -> None:
         """Queues, blocks and requests agree; IntegrityError if not."""
@@ -284,7 +281,7 @@ class Engine:
             request = self._answers[sequence.key].request
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = now
-                self._admission.leave(request.request_id)
+                self._admission.remove(request.request_id)
         return True
 
     def _abandon_steps(self) -> frozenset[str]:
@@ -433,7 +430,7 @@ class Engine:
         answers = self._requests.pop(request_id)
         for answer in answers:
             del self._answers[answer.sequence.key]
-        self._admission.leave(request_id)
+        self._admission.remove(request_id)
         self._deadlines.remove(request_id)
         self._watching.discard(request_id)
         return request_output(answers, now)

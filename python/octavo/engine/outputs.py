@@ -24,7 +24,7 @@ class CompletionOutput:
     """One answer.
 
     index: which of the n answers. text: without the stop string (unless asked for) and without
-    special tokens (unless asked for). token_ids: every token drawn, the one that ended it included.
+    special tokens (unless asked for). token_ids: every sampled one, what ended it included.
     finish_reason: "stop" (end of text, a stop string or a stop token), "length" (max_tokens or the
     end of the context), "timeout", "abort" or "error"; None while the answer is being made.
     stop_reason: the stop string or stop token id that matched, None for the model's own end of

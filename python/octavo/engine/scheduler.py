@@ -23,10 +23,8 @@ from collections.abc import Sequence as SequenceOf
 from octavo.engine.block_manager import BlockManager, Prefix
 from octavo.engine.block_pool import IntegrityError
 from octavo.engine.events import EventLog
-from octavo.engine.integrity import check_running, check_waiting
 from octavo.engine.prefix_cache import PrefixCache
-from octavo.engine.ranked_queue import RankedQueue
-from octavo.engine.request import FinishReason, Sequence, SequenceState
+from octavo.engine.request import FinishReason, RankedQueue, Sequence, SequenceState
 from octavo.engine.schedule import (
     NO_DRAFTS,
     Drafter,
@@ -77,11 +75,6 @@ class Scheduler:
         """Sequences that hold blocks."""
         return len(self._running)
 
-    @property
-    def has_unfinished(self) -> bool:
-        """Whether there is anything to do."""
-        return bool(self._waiting or self._running)
-
     def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """How long prompt and answer may become together: the answer ends there.
 
@@ -90,7 +83,7 @@ class Scheduler:
         longest = self.limits.max_model_len
         if max_tokens is not None:
             return min(num_prompt_tokens + max_tokens, longest)
-        # The last token is drawn but never computed, so it needs no place in the cache.
+        # The last token is sampled but never computed, so it needs no place in the cache.
         return max(num_prompt_tokens + 1, min(longest, self.blocks.num_tokens_capacity + 1))
 
     def check_fits(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
@@ -193,16 +186,16 @@ class Scheduler:
         for sequence in schedule.admitted:
             if sequence.state is SequenceState.RUNNING:
                 self._running.remove(sequence)
-                self._send_back(sequence)
+                self._requeue(sequence)
 
     def finish(
         self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None
     ) -> None:
-        """Let a sequence leave, waiting or running, and take its blocks back at once."""
+        """Remove a sequence, waiting or running, and take its blocks back at once."""
         if sequence.state is SequenceState.RUNNING:
             self._running.remove(sequence)
             self._free_state_rows.append(sequence.state_row)
-            # Nobody shall take up what a failed sequence computed.
+            # What a failed sequence computed is not to be found by others.
             self.blocks.free(sequence.key, keep_cached=reason != "error")
         elif sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
@@ -210,7 +203,7 @@ class Scheduler:
             raise IntegrityError(f"{sequence!r} was finished twice")
         sequence.finish(reason, stop_reason)
 
-    # ---- who is in a step ----
+    # ---- what a step computes ----
 
     def _schedule_decodes(self, step: ScheduleBuilder) -> None:
         index = 0
@@ -260,7 +253,7 @@ class Scheduler:
         self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens, step.number))
         step.add(sequence, num_new_tokens, int(num_new_tokens == sequence.num_uncomputed_tokens))
 
-    # ---- who gets in ----
+    # ---- admission ----
 
     def _admit(self, step: ScheduleBuilder) -> tuple[Sequence | None, str | None]:
         """Admit who fits, in the order of the queue; returns who is next, and why it waits."""
@@ -302,11 +295,11 @@ class Scheduler:
         """Blocks to leave for the first num_running of those who run, if another is to join.
 
         A few for each, as far as it may still need them: with none the new one would soon be
-        preempted again, having drawn few tokens for computing many.
+        preempted again, with few tokens sampled for many computed.
         """
         headroom = 0
         for running in itertools.islice(self._running, num_running):
-            # The last token is drawn but never computed.
+            # The last token is sampled but never computed.
             at_the_end = self.blocks.blocks_for(running.max_total_tokens - 1)
             num_held = len(self.blocks.block_table(running.key))
             headroom += min(self.limits.headroom_blocks, at_the_end - num_held)
@@ -327,7 +320,7 @@ class Scheduler:
         after = (len(self._running), self.blocks.num_free_blocks)
         self.events.record((step.now, "admitted", sequence.key, *sizes, *after))
 
-    # ---- who must leave ----
+    # ---- preemption ----
 
     def _make_room_for_urgent(self, step: ScheduleBuilder) -> None:
         """Preempt sequences of lower priority for the first in the queue, if that lets it in.
@@ -344,17 +337,11 @@ class Scheduler:
             return
         num_missing = self.blocks.num_blocks_needed(sequence.num_tokens, prefix)
         num_missing -= self.blocks.num_free_blocks
-        kept = set(prefix.blocks)
         for num_left in range(len(self._running) - 1, -1, -1):
             victim = self._running[num_left]
             if victim.priority <= sequence.priority or victim.rank < sequence.rank:
                 return
-            # A block that others hold too will not be free; one of the prefix is free no more.
-            num_missing -= sum(
-                1
-                for block in self.blocks.block_table(victim.key)
-                if self.blocks.pool.num_holders(block) == 1 and block not in kept
-            )
+            num_missing -= self.blocks.num_blocks_freed(victim.key, prefix)
             if num_missing + self._headroom(num_left) <= 0:
                 while len(self._running) > num_left:
                     self._preempt_last("priority", sequence, step)
@@ -367,11 +354,11 @@ class Scheduler:
         step.preempted.append(sequence)
         num_lost = sequence.num_computed_tokens
         self.events.record((step.now, "preempted", sequence.key, reason, by.key, num_lost))
-        self._send_back(sequence)
+        self._requeue(sequence)
         return sequence
 
-    def _send_back(self, sequence: Sequence) -> None:
-        """Let a sequence that has left the running ones wait again; it keeps its tokens."""
+    def _requeue(self, sequence: Sequence) -> None:
+        """Put a sequence, taken out of the running ones, into the queue; it keeps its tokens."""
         self.blocks.free(sequence.key)
         self._free_state_rows.append(sequence.state_row)
         sequence.state = SequenceState.WAITING
@@ -379,7 +366,7 @@ class Scheduler:
         sequence.num_published_blocks = 0
         self._waiting.add(sequence)
 
-    # ---- books ----
+    # ---- the event log, and checks ----
 
     def _note_wait(self, sequence: Sequence | None, reason: str | None, now: float) -> None:
         """Record why the first in the queue waits, unless that was recorded before."""
@@ -410,9 +397,12 @@ class Scheduler:
         """The queues, the states and the blocks agree; IntegrityError if not."""
         self.blocks.check_integrity()
         for sequence in self._waiting:
-            check_waiting(sequence)
+            if sequence.state is not SequenceState.WAITING or sequence.num_computed_tokens:
+                raise IntegrityError(f"{sequence!r} is in the waiting queue")
         for sequence in self._running:
-            check_running(sequence, self.blocks)
+            if sequence.state is not SequenceState.RUNNING:
+                raise IntegrityError(f"{sequence!r} is among the running")
+            self.blocks.check_sequence(sequence.key, sequence.num_computed_tokens)
         running = {sequence.key for sequence in self._running}
         if len(running) != len(self._running) or self.blocks.holders() != running:
             raise IntegrityError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from octavo.engine.checks import MAX_PRIORITY
+from octavo.engine.admission import MAX_PRIORITY
 from octavo.sampling_params import MAX_LOGPROBS, SamplingParams
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.fields import refused_field, unknown_fields
