@@ -20,6 +20,7 @@ from diff_helpers import (
     rope_halves_swapped,
     rounded_weights,
     small_spec,
+    tokens_for,
     whole_weights,
 )
 from octavo.diff import run
@@ -37,6 +38,21 @@ def test_good_against_good_finds_nothing() -> None:
     assert result.ok and not result.findings and result.first_bad is None
     assert result.logits.max_abs == 0 and result.logits.same_choice == 23
     assert result.greedy.parted_at is None and result.decode.ok
+
+
+def test_every_stage_tells_its_progress_up_to_the_end() -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.setdefault(what, []).append((done, total))
+
+    side, ids = good_side(SPEC, WEIGHTS), tokens_for(SPEC, 23)
+    options = run.DiffOptions(steps=5, decode_rows=6)
+    run.Comparison(side, side, side.model, ids, options, progress=progress).run("a small model")
+    assert len(told) == 3
+    for steps in told.values():
+        done, (total,) = [step[0] for step in steps], {step[1] for step in steps}
+        assert done == sorted(done) and done[-1] == total > 0
 
 
 def test_the_size_of_a_chunk_counts_every_tap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,7 @@ def test_the_last_token_needs_no_place_in_the_cache() -> None:
 def test_finishing_twice_is_found() -> None:
     scheduler = make_scheduler()
     sequence = add(scheduler, "a", 3)
+    assert scheduler.has_unfinished
     scheduler.finish(sequence, "abort")  # while waiting
     assert not scheduler.has_unfinished
     with pytest.raises(IntegrityError, match="finished twice"):
