@@ -111,8 +111,8 @@ build: $(DEV_VENV)/.tools ## Build the native module in place, compiling only wh
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake --build build/dev
 
 # Apart, so that `make -k check` goes on after the first that complains.
-.PHONY: check lint types clang-format
-check: lint types clang-format ## Lint, types and formatting: ruff, mypy --strict, clang-format
+.PHONY: check lint types rooms clang-format
+check: lint types rooms clang-format ## Lint, types, imports, formatting: ruff, mypy --strict, clang-format
 
 lint: $(DEV_VENV)/.tools
 	$(DEV_VENV)/bin/ruff check
@@ -120,6 +120,9 @@ lint: $(DEV_VENV)/.tools
 
 types: $(DEV_VENV)/.tools
 	$(DEV_VENV)/bin/mypy
+
+rooms: $(DEV_VENV)/.tools
+	$(DEV_VENV)/bin/lint-imports --no-cache
 
 clang-format: $(DEV_VENV)/.tools
 	@echo "$(DEV_VENV)/bin/clang-format --dry-run -Werror csrc tests/native tests/emulator"
@@ -168,6 +171,10 @@ $(ASAN_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	  $(SET)cmake.build-type=None "$(SET)cmake.define.CMAKE_CXX_FLAGS=-O1 -g" \
 	  $(SET)install.strip=false
 	@touch $@
+
+.PHONY: mutants
+mutants: $(DEV_VENV)/.tools ## Plant mistakes in copies of the tree; count those that no test catches
+	PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" $(DEV_VENV)/bin/python scripts/mutants.py $(ARGS)
 
 # ---- CUDA ----
 

@@ -51,7 +51,7 @@ class NullRuntime:
         self._num_rows = len(arrays["logit_rows"])
         return _native.Batch(**arrays)
 
-    def submit(self, batch: Any, draw: bool) -> int:
+    def submit(self, batch: Any, sample: bool) -> int:
         return 1
 
     def sample(self, ticket: int, masks: Any = None, adjustments: Any = None) -> None:

@@ -1,9 +1,9 @@
 """From logits to the next token, bit by bit.
 
-Drawing token i with probability softmax(logits / temperature)_i is the same as taking the token
+Sampling token i with probability softmax(logits / temperature)_i is the same as taking the token
 with the largest logits_i / temperature + g_i, where the g_i are independent Gumbel variates (Gumbel
 1954; Maddison et al. 2014, arXiv 1411.0030). The variates here come from a counter: g is a pure
-function of (seed, sample_index, position, token). So what a request draws depends on nothing but
+function of (seed, sample_index, position, token). So what a request samples depends on nothing but
 its logits and its seed: not on the batch, nor on the order of the work, nor on the device.
 
 That asks for the same bits everywhere. Libraries differ in the last bit of exp and log, so both
@@ -24,8 +24,32 @@ Int32 = npt.NDArray[np.int32]
 UInt32 = npt.NDArray[np.uint32]
 UInt64 = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.integer[Any]]
+SamplingRows = npt.NDArray[np.void]  # of SAMPLING_ROW
 
 OPS = ("adjust_logits", "sample", "log_softmax", "gumbel")
+
+# How one row of logits is sampled, with the default of each field: greedy. The native core takes
+# these bytes as they are (csrc/core/sampling_row.h); rows have no padding.
+#
+# temperature: 0 takes the largest logit. top_k: keep so many; 0 keeps all. top_p: keep the most
+# probable tokens up to this probability; 1 keeps all. min_p: drop tokens less probable than this
+# part of the most probable; 0 keeps all. seed, sample_index, position: as in `gumbel`; a step sets
+# the position itself. num_logprobs: how many of the most probable tokens to report; 0: the sampled
+# token's log-probability alone; -1: nothing. state_row: where a step keeps the sampled token, for a
+# later step to read; -1: nowhere.
+_FIELDS: tuple[tuple[str, str, float], ...] = (
+    ("temperature", "<f4", 0.0),
+    ("top_k", "<i4", 0),
+    ("top_p", "<f4", 1.0),
+    ("min_p", "<f4", 0.0),
+    ("seed", "<u8", 0),
+    ("sample_index", "<i4", 0),
+    ("position", "<i4", 0),
+    ("num_logprobs", "<i4", -1),
+    ("state_row", "<i4", -1),
+)
+SAMPLING_ROW = np.dtype([(name, kind) for name, kind, _ in _FIELDS], align=True)
+_GREEDY = np.array(tuple(default for _, _, default in _FIELDS), SAMPLING_ROW)
 
 _f = np.float32
 _EXP_COEFFICIENTS = (
@@ -119,7 +143,7 @@ def gumbel(seed: int, sample_index: int, position: int, vocab_size: int) -> Floa
     """A standard Gumbel variate for every token, float32 (vocab_size,).
 
     seed: 0 to 2^64 - 1. sample_index: which of a prompt's answers. position: of the token to be
-    drawn, counted from the start of the prompt.
+    sampled, counted from the start of the prompt.
 
     -log(E), where E is exponential: E = -log(u) with u in (0, 1) from the random bits. Large
     variates come from u close to 1, where float32 is coarse, so there 1 - u is made instead.
@@ -137,7 +161,7 @@ def gumbel(seed: int, sample_index: int, position: int, vocab_size: int) -> Floa
 def adjust_logits(
     logits: Float32, row_starts: Int32, token_ids: Int32, repetition: Float32, bias: Float32
 ) -> Float32:
-    """The logits with some of them changed, before a token is drawn: penalties and biases.
+    """The logits with some of them changed, before a token is sampled: penalties and biases.
 
     logits: float32 (rows, vocab_size). row_starts: int32 (rows + 1,); row r has the entries
     row_starts[r] .. row_starts[r + 1] - 1 of the other three, each of shape (entries,).
@@ -155,64 +179,48 @@ def adjust_logits(
     return result
 
 
-def sample(
-    logits: Float32,
-    temperature: Float32,
-    top_k: Int32,
-    top_p: Float32,
-    min_p: Float32,
-    seed: UInt64,
-    sample_index: Int32,
-    positions: Int32,
-    masks: Int32 | None = None,
-) -> Int32:
-    """Draw a token for every row. Everything but logits and masks has shape (rows,).
+def sampling_rows(num_rows: int, **fields: npt.ArrayLike) -> SamplingRows:
+    """Rows of SAMPLING_ROW, (num_rows,): what is not given has its default.
 
-    logits: float32 (rows, vocab_size). temperature: 0 takes the largest logit. top_k: keep so
-    many; 0 keeps all. top_p: keep the most probable tokens up to this probability; 1 keeps all.
-    min_p: drop tokens less probable than this part of the most probable; 0 keeps all.
-    seed, sample_index, positions: as in `gumbel`. masks: int32 (rows, ceil(vocab_size / 32)); bit
-    b of word w allows token 32 w + b; at least one has to be allowed. Returns int32 (rows,); of
-    equals the lowest token id.
+    fields: by name, one value for all rows or one for each. Raises ValueError on a name that is no
+    field, and on the wrong number of values.
+    """
+    rows = np.full(num_rows, _GREEDY)
+    for name, values in fields.items():
+        rows[name] = values
+    return rows
+
+
+def sample(logits: Float32, rows: SamplingRows, masks: Int32 | None = None) -> Int32:
+    """Sample a token for every row.
+
+    logits: float32 (rows, vocab_size). rows: of SAMPLING_ROW, (rows,). masks: int32
+    (rows, ceil(vocab_size / 32)); bit b of word w allows token 32 w + b; at least one has to be
+    allowed. Returns int32 (rows,); of equals the lowest token id.
     """
     allowed = None if masks is None else unpack_masks(masks, logits.shape[1])
     tokens = [
         sample_row(
-            logits[row] if allowed is None else np.where(allowed[row], logits[row], _f(-np.inf)),
-            float(temperature[row]),
-            int(top_k[row]),
-            float(top_p[row]),
-            float(min_p[row]),
-            int(seed[row]),
-            int(sample_index[row]),
-            int(positions[row]),
+            logits[i] if allowed is None else np.where(allowed[i], logits[i], _f(-np.inf)), row
         )
-        for row in range(len(logits))
+        for i, row in enumerate(rows)
     ]
     return np.array(tokens, dtype=np.int32)
 
 
-def sample_row(
-    logits: Float32,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
-    sample_index: int,
-    position: int,
-) -> int:
-    """Draw one token from logits (vocab_size,), masked ones being -inf; see `sample`."""
-    if _f(temperature) == 0:
+def sample_row(logits: Float32, row: np.void) -> int:
+    """Sample one token from logits (vocab_size,), masked ones being -inf, by a row of options."""
+    if row["temperature"] == 0:
         return int(np.argmax(logits))
-    scaled = logits / _f(temperature)
-    kept = keep_tokens(scaled, top_k, top_p, min_p)
-    noisy = scaled + gumbel(seed, sample_index, position, len(logits))
+    scaled = logits / row["temperature"]
+    kept = keep_tokens(scaled, int(row["top_k"]), float(row["top_p"]), float(row["min_p"]))
+    counter = (int(row["seed"]), int(row["sample_index"]), int(row["position"]))
+    noisy = scaled + gumbel(*counter, len(logits))
     return int(np.argmax(np.where(kept, noisy, _f(-np.inf))))
 
 
 def keep_tokens(scaled: Float32, top_k: int, top_p: float, min_p: float) -> npt.NDArray[np.bool_]:
-    """Which tokens may be drawn: bool (vocab_size,); scaled: logits / temperature, (vocab_size,).
+    """Which tokens may be sampled: bool (vocab_size,); scaled: logits / temperature, (vocab_size,).
 
     min_p (Nguyen et al. 2024, arXiv 2407.01082) goes first, then top_k, then top_p (Holtzman et
     al. 2019, arXiv 1904.09751) of the probability that is left.

@@ -1,4 +1,4 @@
-// Changes to single logits before a token is drawn: biases and penalties, most tokens having none.
+// Changes to single logits before a token is sampled: biases and penalties. Most tokens have none.
 #pragma once
 
 #include <cstdint>
@@ -27,9 +27,8 @@ void write(const Adjustments& adjustments, unsigned char* host);
 // Where each array is in a copy of what `write` wrote.
 LogitAdjustments find(const Adjustments& adjustments, const unsigned char* copy);
 
-// Log-probabilities of the tokens drawn, and the most probable ones, of one row:
-// values: log(softmax(logits)), [vocab_size]. top: the best `num_top`, the lower id first of
-// equals.
+// Log-probabilities of one row: of the sampled token, and of the `num_top` most probable ones, the
+// lower id first of equals. values: log(softmax(logits)), [vocab_size].
 struct RowLogprobs {
   float logprob = 0.0f;
   std::vector<std::int32_t> top_token_ids;

@@ -131,14 +131,14 @@ struct KvLayer {
 // Where `sample` leaves its results; device memory, one entry a logit row of the step.
 struct Samples {
   std::int32_t* token_ids = nullptr;
-  float* logprobs = nullptr;              // of the drawn token; NaN where not asked for
+  float* logprobs = nullptr;              // of the sampled token; NaN where not asked for
   std::uint8_t* finite = nullptr;         // 0 where the logits hold a NaN or an infinity
   std::int32_t* top_token_ids = nullptr;  // (num_rows, num_top)
   float* top_logprobs = nullptr;          // (num_rows, num_top)
   std::int64_t num_top = 0;
 };
 
-// Logits to be changed before a token is drawn: device memory. Row r has the entries
+// Changes to logits before a token is sampled: device memory. Row r has the entries
 // row_starts[r] .. row_starts[r + 1] - 1, each token at most once.
 struct LogitAdjustments {
   const std::int32_t* row_starts = nullptr;  // [num_rows + 1]
@@ -191,7 +191,6 @@ struct LayerWork {
   View hidden, qkv, attn, act;
   const LayerSpec& layer;
   const LayerWeights& weights;
-  float scale;  // of attention
   KvLayer& kv;
   const Step& step;
 };
@@ -213,16 +212,18 @@ class Backend {
   // ---- copies that may go on after the call, in order with the ops ----
   virtual void* allocate_host(std::size_t bytes) { return ::operator new(bytes); }
   virtual void release_host(void* data) noexcept { ::operator delete(data); }
-  // host: of a HostBuffer, left alone until a mark behind the copy was waited for.
-  virtual void upload_later(void* device, const HostBuffer& host, std::size_t bytes) {
+  // host: part of a HostBuffer that nobody writes or reads before an event recorded behind the copy
+  // has been waited for.
+  virtual void upload_async(void* device, const HostBuffer& host, std::size_t bytes) {
     upload(device, host.data(), bytes);
   }
-  virtual void download_later(unsigned char* host, const void* device, std::size_t bytes) {
+  virtual void download_async(unsigned char* host, const void* device, std::size_t bytes) {
     download(host, device, bytes);
   }
-  // Marks what was queued so far; `wait` waits for that and no more. Two marks, 0 and 1.
-  virtual void mark(int) {}
-  virtual void wait(int) {}
+  // Records an event behind all queued work; `wait_event` waits for that work and no later one. Two
+  // events, 0 and 1.
+  virtual void record_event(int) {}
+  virtual void wait_event(int) {}
 
   // ---- the shape of steps ----
   // What activations between ops are kept as.
@@ -288,19 +289,24 @@ class Backend {
   }
   // A whole layer, with the bits of the ops in decoder.cpp and in fewer launches. What the layer
   // before gave must have been added to the residual stream; what this one gives then has been.
+  // With several ranks always false, since their sums come in between.
   virtual bool decode_layer(const LayerWork&) { return false; }
   // out[i] = x[rows[i]]
   virtual void take_rows(View out, View x, const std::int32_t* rows) = 0;
   // out = logits, adjusted where a row says so. out may be logits.
   virtual void adjust_logits(View out, View logits, const LogitAdjustments& adjustments) = 0;
-  // Draws a token from every row of logits. masks: bit b of word w of a row allows token
+  // Samples a token from every row of logits. masks: bit b of word w of a row allows token
   // 32 w + b; null allows all. Also notes each token in step.sampled.
   virtual void sample(const Samples& out, View logits, const std::int32_t* masks,
                       const Step& step) = 0;
   // out = log(softmax(logits)), row by row.
   virtual void log_softmax(View out, View logits) = 0;
-  // Sum over the ranks of a model split over several devices. With one rank nothing is to be done.
+  // Of a model split over several devices (ranks). With one rank there is nothing to do.
+  // x = the sum of all ranks' x.
   virtual void all_reduce(View) {}
+  // x: each rank brings its columns, cols / world_size of them, the first rank the first ones;
+  // afterwards every rank has all. The logits of a head split by its vocabulary need it.
+  virtual void all_gather(View) {}
   // Copies whole blocks of one layer; pairs of source and destination in host memory.
   virtual void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) = 0;
 
@@ -316,7 +322,7 @@ class Backend {
   // ---- measuring ----
   // Seconds that what `work` queues takes the device.
   virtual double seconds_of(const std::function<void()>& work);
-  // What a GPU can do at most (csrc/cuda/measure.h); of the CPU: csrc/cpu/measure.h.
+  // What a GPU can do at most (csrc/cuda/device/measure.h); of the CPU: csrc/cpu/measure.h.
   virtual double measure_bandwidth(double, double) { return 0.0; }
   virtual double measure_flops(double) { return 0.0; }
 };
@@ -353,6 +359,7 @@ struct BackendOptions {
   DType dtype = DType::f32;    // CUDA: of activations
   bool deterministic = false;  // CUDA: products by kernels whose sums do not depend on the batch
   bool graphs = true;          // CUDA: record steps and replay them
+  int device_index = 0;        // CUDA: which GPU; the CPU is one device, 0
 };
 
 // The devices that this build can run a model on, on this machine; slowest first.

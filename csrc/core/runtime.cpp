@@ -1,6 +1,7 @@
 #include "core/runtime.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace octavo {
@@ -57,7 +58,19 @@ void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
             layer.num_heads, "; expected a multiple of num_kv_heads = ", layer.num_kv_heads);
     require(layer.head_dim >= 2 && layer.head_dim % 2 == 0, "head_dim is ", layer.head_dim,
             "; expected an even number");
+    const float scale = layer.score_scale();
+    require(std::isfinite(scale) && scale > 0.0f, "attention_scale is ", scale,
+            "; expected a finite number above 0");
   }
+  require(options.world_size == 1, "world_size is ", options.world_size,
+          "; expected 1: a model is not yet split over several devices");
+  require(options.rank == 0, "rank is ", options.rank, "; expected 0 to world_size - 1 = 0");
+  const auto last = static_cast<std::int64_t>(spec.layers.size()) - 1;
+  require(options.first_layer == 0, "first_layer is ", options.first_layer,
+          "; expected 0: a part of the layers is not yet run by itself");
+  require(options.last_layer.value_or(last) == last, "last_layer is ",
+          options.last_layer.value_or(last), "; expected none or the model's last, ", last,
+          ": a part of the layers is not yet run by itself");
 }
 
 // The format of the KV cache.
@@ -73,6 +86,7 @@ std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec&
   require(options.dtype == "f32" || options.dtype == "bf16" || options.dtype == "f16",
           "dtype is \"", options.dtype, "\"; expected f32, bf16 or f16");
   BackendOptions how;
+  how.device_index = options.device_index;
   how.num_threads = options.num_threads;
   how.isa = options.isa;
   how.dtype = parse_dtype(options.dtype, "dtype");
@@ -97,7 +111,7 @@ Runtime::Runtime(const std::string& device, const ModelSpec& spec, const Runtime
       weights_(*backend_, spec_, options_),
       decoder_(*backend_, spec_, weights_, options.max_num_batched_tokens),
       sampled_(backend_.get(), static_cast<std::size_t>(options.max_num_seqs) * 4) {
-  for (int i = 0; i < kMaxInFlight; ++i) flights_[i].index = i;
+  for (int i = 0; i < kMaxInFlight; ++i) steps_[i].index = i;
   queue_.run([this] {
     backend_->attach_thread();
     backend_->prepare(
@@ -123,27 +137,27 @@ void Runtime::take_memory() {
   const std::int64_t blocks =
       (options_.max_model_len + options_.block_size - 1) / options_.block_size;
   const std::size_t masks = mask_bytes(static_cast<std::size_t>(num_seqs * ((vocab + 31) / 32)));
-  for (Flight& flight : flights_) {
-    make_room(flight, num_seqs, kMostTop);
-    flight.upload.reserve(*backend_, limits(), padded({num_seqs, 1, 1, blocks}).max_blocks);
-    reserve(flight.inputs, masks);
-    reserve(flight.inputs_host, masks);
+  for (InFlightStep& step : steps_) {
+    make_room(step, num_seqs, kMostTop);
+    step.upload.reserve(*backend_, limits(), padded({num_seqs, 1, 1, blocks}).max_blocks);
+    reserve(step.inputs, masks);
+    reserve(step.inputs_host, masks);
   }
   reserve(scores_, static_cast<std::size_t>(num_seqs * vocab) * 4);
   growths_ = 0;
 }
 
-void Runtime::make_room(Flight& flight, std::int64_t num_rows, std::int64_t num_top) {
+void Runtime::make_room(InFlightStep& step, std::int64_t num_rows, std::int64_t num_top) {
   const std::size_t logits = 4 * static_cast<std::size_t>(num_rows * spec_.vocab_size);
   const std::size_t normed = 4 * static_cast<std::size_t>(num_rows * spec_.hidden_size);
   const std::size_t results = ResultPlaces(num_rows, num_top).end;
-  if (flight.logits.bytes() < logits || flight.normed.bytes() < normed ||
-      flight.results.bytes() < results)
+  if (step.logits.bytes() < logits || step.normed.bytes() < normed ||
+      step.results.bytes() < results)
     backend_->forget_recorded();
-  reserve(flight.logits, logits);
-  reserve(flight.normed, normed);
-  reserve(flight.results, results);
-  reserve(flight.results_host, results);
+  reserve(step.logits, logits);
+  reserve(step.normed, normed);
+  reserve(step.results, results);
+  reserve(step.results_host, results);
 }
 
 void Runtime::load(const std::string& name, const void* data, DType dtype,
@@ -205,9 +219,9 @@ MemoryUse Runtime::memory() const {
   for (const Buffer& buffer : kv_buffers_)
     use.kv_cache += static_cast<std::int64_t>(buffer.bytes());
   std::size_t workspace = sampled_.bytes() + scores_.bytes();
-  for (const Flight& flight : flights_) {
-    workspace += flight.logits.bytes() + flight.normed.bytes() + flight.results.bytes() +
-                 flight.inputs.bytes() + flight.upload.bytes();
+  for (const InFlightStep& step : steps_) {
+    workspace += step.logits.bytes() + step.normed.bytes() + step.results.bytes() +
+                 step.inputs.bytes() + step.upload.bytes();
   }
   use.workspace = decoder_.workspace_bytes() + static_cast<std::int64_t>(workspace);
   use.available = static_cast<std::int64_t>(backend_->available_memory());
@@ -220,7 +234,7 @@ WorkCounts Runtime::counts() {
   return counts;
 }
 
-std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool draws) {
+std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool with_sampling) {
   if (!weights_complete_) {
     const std::vector<std::string> missing = missing_weights();
     require(missing.empty(), missing.size(), " weights are not loaded yet, the first is ",
@@ -230,44 +244,44 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool dr
   queue_.check_process();
   require(!kv_.empty(), "submit was called before alloc_kv");
   check(batch, limits());
-  Flight* free_flight = nullptr;
-  for (Flight& flight : flights_) {
-    if (!flight.open) free_flight = &flight;
+  InFlightStep* free_step = nullptr;
+  for (InFlightStep& step : steps_) {
+    if (!step.open) free_step = &step;
   }
-  require(free_flight, "two tickets are in flight already; wait for one before the next submit");
-  Flight& flight = *free_flight;
-  flight.open = true;
-  flight.sampling_queued = draws;
-  flight.drawn = std::promise<void>();
-  flight.ticket = next_ticket_++;
-  flight.num_rows = batch.num_rows();
-  flight.num_top = batch.num_top();
-  flight.batch = std::move(batch);
-  flight.tap_names = std::move(taps);
-  flight.taps.clear();
-  flight.error = nullptr;
-  queue_.push([this, &flight, draws] {
+  require(free_step, "two tickets are in flight already; wait for one before the next submit");
+  InFlightStep& step = *free_step;
+  step.open = true;
+  step.sampling_queued = with_sampling;
+  step.sampling_done = std::promise<void>();
+  step.ticket = next_ticket_++;
+  step.num_rows = batch.num_rows();
+  step.num_top = std::max<std::int64_t>(batch.num_logprobs(), 0);
+  step.batch = std::move(batch);
+  step.tap_names = std::move(taps);
+  step.taps.clear();
+  step.error = nullptr;
+  queue_.push([this, &step, with_sampling] {
     try {
-      forward(flight, draws);
-      if (draws) draw(flight, {}, {});
+      forward(step, with_sampling);
+      if (with_sampling) run_sampling(step, {}, {});
     } catch (...) {
-      flight.error = std::current_exception();
+      step.error = std::current_exception();
     }
-    if (draws) flight.drawn.set_value();
+    if (with_sampling) step.sampling_done.set_value();
   });
-  return flight.ticket;
+  return step.ticket;
 }
 
-Runtime::Flight& Runtime::flight_of(std::int64_t ticket) {
+Runtime::InFlightStep& Runtime::step_of(std::int64_t ticket) {
   queue_.check_process();
-  for (Flight& flight : flights_) {
-    if (flight.open && flight.ticket == ticket) return flight;
+  for (InFlightStep& step : steps_) {
+    if (step.open && step.ticket == ticket) return step;
   }
   throw std::invalid_argument(text("ticket ", ticket, " is not open"));
 }
 
-View Runtime::logits_view(const Flight& flight) const {
-  return {flight.logits.data(), flight.batch.num_rows(), spec_.vocab_size, spec_.vocab_size};
+View Runtime::logits_view(const InFlightStep& step) const {
+  return {step.logits.data(), step.batch.num_rows(), spec_.vocab_size, spec_.vocab_size};
 }
 
 StepKey Runtime::padded(const StepKey& key) const {
@@ -277,40 +291,40 @@ StepKey Runtime::padded(const StepKey& key) const {
   return shape;
 }
 
-StepKey Runtime::key_of(const Flight& flight, Part part) const {
-  StepKey key = flight.key;
-  key.part = kParts * flight.index + part;
+StepKey Runtime::key_of(const InFlightStep& step, Part part) const {
+  StepKey key = step.key;
+  key.part = kParts * step.index + part;
   return key;
 }
 
-void Runtime::forward(Flight& flight, bool draws) {
-  const bool tapped = !flight.tap_names.empty();
-  flight.key = flight.batch.key();
-  if (!tapped && flight.key.tokens_per_seq && flight.key.rows_per_seq) {
-    const StepKey shape = padded(flight.key);
-    if (flight.key < shape) flight.batch.pad(shape);
-    flight.key = shape;
+void Runtime::forward(InFlightStep& step, bool with_sampling) {
+  const bool tapped = !step.tap_names.empty();
+  step.key = step.batch.key();
+  if (!tapped && step.key.tokens_per_seq && step.key.rows_per_seq) {
+    const StepKey shape = padded(step.key);
+    if (step.key < shape) step.batch.pad(shape);
+    step.key = shape;
   } else {
-    flight.key.tokens_per_seq = 0;
+    step.key.tokens_per_seq = 0;
   }
-  const std::int64_t growths_before = flight.upload.growths();
-  flight.step = flight.upload.upload(*backend_, flight.batch, options_.block_size,
-                                     sampled_.as<std::int32_t>());
-  growths_ += flight.upload.growths() - growths_before;
-  const std::int64_t num_rows = flight.batch.num_rows();
-  make_room(flight, num_rows, flight.num_top);
-  const View normed{flight.normed.data(), num_rows, spec_.hidden_size, spec_.hidden_size,
+  const std::int64_t growths_before = step.upload.growths();
+  step.uploaded =
+      step.upload.upload(*backend_, step.batch, options_.block_size, sampled_.as<std::int32_t>());
+  growths_ += step.upload.growths() - growths_before;
+  const std::int64_t num_rows = step.batch.num_rows();
+  make_room(step, num_rows, step.num_top);
+  const View normed{step.normed.data(), num_rows, spec_.hidden_size, spec_.hidden_size,
                     backend_->activation_dtype()};
   // How many top log-probabilities are wanted is not part of a key; they are rare.
-  flight.is_drawn = draws && !tapped && num_rows && !flight.num_top;
+  step.sampled_with_forward = with_sampling && !tapped && num_rows && !step.num_top;
   if (tapped) {
-    TapRecorder recorder(*backend_, flight.tap_names, flight.taps);
-    decoder_.forward(flight.step, kv_, logits_view(flight), normed, &recorder);
+    TapRecorder recorder(*backend_, step.tap_names, step.taps);
+    decoder_.forward(step.uploaded, kv_, logits_view(step), normed, &recorder);
   } else {
-    backend_->run(key_of(flight, flight.is_drawn ? kWhole : kForward), [&] {
-      decoder_.forward(flight.step, kv_, logits_view(flight), normed, nullptr);
-      if (flight.is_drawn)
-        backend_->sample(samples_of(flight), logits_view(flight), nullptr, flight.step);
+    backend_->run(key_of(step, step.sampled_with_forward ? kWhole : kForward), [&] {
+      decoder_.forward(step.uploaded, kv_, logits_view(step), normed, nullptr);
+      if (step.sampled_with_forward)
+        backend_->sample(samples_of(step), logits_view(step), nullptr, step.uploaded);
     });
   }
 }

@@ -56,11 +56,11 @@ class Runtime {
   const ModelSpec& spec() const { return spec_; }
 
   // Queues the forward pass; the ticket names the step until `wait` closes it. At most two may be
-  // open. taps: names, or "*" for all. draws: sampling follows at once, with no masks and no
-  // adjustments; `sample` is not to be called then, and a recorded step is one graph.
-  std::int64_t submit(Batch batch, std::vector<std::string> taps, bool draws = false);
-  // masks: (num_rows, ceil(vocab / 32)) words, or empty. Log-probabilities that are told are those
-  // of the logits before any adjustment.
+  // open. taps: names, or "*" for all. with_sampling: samples at once, without masks and
+  // adjustments; `sample` must not be called then, and a recorded step is one graph.
+  std::int64_t submit(Batch batch, std::vector<std::string> taps, bool with_sampling = false);
+  // masks: (num_rows, ceil(vocab / 32)) words, or empty. Log-probabilities are those of the logits
+  // before any adjustment.
   void sample(std::int64_t ticket, std::vector<std::int32_t> masks, Adjustments adjustments = {});
   // Waits for the forward pass; (num_rows, vocab). The ticket stays open.
   std::vector<float> logits(std::int64_t ticket);
@@ -75,8 +75,8 @@ class Runtime {
     std::size_t logprobs, top_token_ids, top_logprobs, finite, end;
   };
 
-  // What one open step owns; two of them take turns.
-  struct Flight {
+  // What a submitted step owns until it is waited for; two of them take turns.
+  struct InFlightStep {
     int index = 0;
     bool open = false;
     bool sampling_queued = false;
@@ -88,35 +88,37 @@ class Runtime {
     std::vector<TapResult> taps;
     std::exception_ptr error;
     StepUpload upload;
-    Step step;
-    bool is_drawn = false;  // together with the forward pass
+    Step uploaded;                      // the batch in device memory
+    bool sampled_with_forward = false;  // `run_sampling` has only to fetch the results
     Buffer logits, normed;
     Buffer results;  // what sampling left, as ResultPlaces says; copied back in one piece
     HostBuffer results_host;
     Buffer inputs;  // masks and adjustments
     HostBuffer inputs_host;
-    std::promise<void> drawn;  // set when the results are on their way
+    std::promise<void> sampling_done;  // set when the copy of the results is queued
   };
 
-  // What a recorded step holds; each part of each flight and shape is a recording of its own.
+  // What a recorded step holds; each part of each in-flight step and shape is a recording of its
+  // own.
   enum Part : std::int64_t { kForward, kSampling, kWhole, kParts };
 
-  Flight& flight_of(std::int64_t ticket);
+  InFlightStep& step_of(std::int64_t ticket);
   BatchLimits limits() const;
   // Memory for the largest steps; `make_room` grows it where a step is larger still.
   void take_memory();
-  void make_room(Flight& flight, std::int64_t num_rows, std::int64_t num_top);
+  void make_room(InFlightStep& step, std::int64_t num_rows, std::int64_t num_top);
   // The shape to which a step of this shape is padded: there is memory for it.
   StepKey padded(const StepKey& key) const;
-  StepKey key_of(const Flight& flight, Part part) const;
-  void forward(Flight& flight, bool draws);
-  void draw(Flight& flight, std::vector<std::int32_t> masks, const Adjustments& adjustments);
+  StepKey key_of(const InFlightStep& step, Part part) const;
+  void forward(InFlightStep& step, bool with_sampling);
+  void run_sampling(InFlightStep& step, std::vector<std::int32_t> masks,
+                    const Adjustments& adjustments);
   static std::size_t mask_bytes(std::size_t num_words);
-  const unsigned char* send(Flight& flight, const std::vector<std::int32_t>& masks,
+  const unsigned char* send(InFlightStep& step, const std::vector<std::int32_t>& masks,
                             const Adjustments& adjustments);
-  void fetch_results(Flight& flight);
-  void take_own_logprobs(Flight& flight);
-  StepResult collect(Flight& flight);
+  void fetch_results(InFlightStep& step);
+  void take_own_logprobs(InFlightStep& step);
+  StepResult collect(InFlightStep& step);
   // Grows `buffer` when it is too small, and counts that.
   template <class AnyBuffer>
   void reserve(AnyBuffer& buffer, std::size_t bytes) {
@@ -125,8 +127,8 @@ class Runtime {
     buffer = AnyBuffer(backend_.get(), bytes);
     ++growths_;
   }
-  View logits_view(const Flight& flight) const;
-  Samples samples_of(Flight& flight) const;
+  View logits_view(const InFlightStep& step) const;
+  Samples samples_of(InFlightStep& step) const;
 
   ModelSpec spec_;
   RuntimeOptions options_;
@@ -135,10 +137,10 @@ class Runtime {
   Weights weights_;
   Decoder decoder_;
   Buffer sampled_;
-  Buffer scores_;  // adjusted logits, of one flight after the other
+  Buffer scores_;  // adjusted logits; the in-flight steps use it in turn
   std::vector<Buffer> kv_buffers_;
   std::vector<KvLayer> kv_;
-  Flight flights_[kMaxInFlight];
+  InFlightStep steps_[kMaxInFlight];
   std::int64_t next_ticket_ = 0;
   std::int64_t growths_ = 0;
   bool weights_complete_ = false;

@@ -8,32 +8,6 @@ namespace octavo::cuda {
 
 namespace {
 
-// Out of memory, with what was asked for and what is free: MemoryError in Python.
-class OutOfDeviceMemory : public std::bad_alloc {
- public:
-  explicit OutOfDeviceMemory(std::string message) : message_(std::move(message)) {}
-  const char* what() const noexcept override { return message_.c_str(); }
-
- private:
-  std::string message_;
-};
-
-void* allocate_on(const Stream& stream, std::size_t bytes) {
-  void* data = nullptr;
-  const cudaError_t error = cudaMalloc(&data, std::max<std::size_t>(bytes, 1));
-  if (error == cudaErrorMemoryAllocation) {
-    cudaGetLastError();
-    std::size_t free = 0, total = 0;
-    check(cudaMemGetInfo(&free, &total), "asking for the free memory");
-    throw OutOfDeviceMemory(text(stream.device_name(), " has ", free >> 20, " MiB free of ",
-                                 total >> 20, " MiB; ", (bytes + 1048575) >> 20,
-                                 " MiB were asked for: lower kv_memory_fraction, "
-                                 "max_num_batched_tokens or max_num_seqs, or quantize the model"));
-  }
-  check(error, "allocating device memory");
-  return data;
-}
-
 // Batch sizes that steps are padded to: few enough to record them all.
 std::int64_t padded_seqs(std::int64_t num_seqs) {
   for (const std::int64_t size : {1, 2, 4, 8, 12, 16, 24, 32, 48, 64}) {
@@ -50,36 +24,21 @@ std::int64_t next_power_of_two(std::int64_t value) {
 
 }  // namespace
 
-Workspace::~Workspace() { cudaFree(data_); }
-
-void* Workspace::get(std::size_t bytes) {
-  if (bytes <= bytes_) return data_;
-  stream_.sync();  // what was queued may still use the old memory
-  check(cudaFree(data_), "freeing a workspace");
-  data_ = nullptr;
-  bytes_ = 0;
-  data_ = allocate_on(stream_, bytes);
-  bytes_ = bytes;
-  ++growths_;
-  check(cudaMemsetAsync(data_, 0, bytes, stream_.handle()), "clearing a workspace");
-  return data_;
-}
-
-CudaBackend::CudaBackend(int device, const BackendOptions& options)
+CudaBackend::CudaBackend(const BackendOptions& options)
     : options_(options),
-      stream_(device),
+      stream_(options.device_index),
       linear_workspace_(stream_),
       attention_workspace_(stream_),
       sampling_workspace_(stream_),
       copy_workspace_(stream_) {
   if (!options.deterministic) cublas_ = CublasLt::open(stream_);
-  for (cudaEvent_t& mark : marks_)
-    check(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "creating an event");
+  for (cudaEvent_t& event : events_)
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
 }
 
 CudaBackend::~CudaBackend() {
   cudaStreamSynchronize(stream_.handle());
-  for (cudaEvent_t mark : marks_) cudaEventDestroy(mark);
+  for (cudaEvent_t event : events_) cudaEventDestroy(event);
 }
 
 // ---- memory ----
@@ -112,6 +71,7 @@ void CudaBackend::download(void* host, const void* device, std::size_t bytes) {
 }
 
 std::size_t CudaBackend::available_memory() const {
+  stream_.attach_thread();  // any thread may ask
   std::size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "asking for the free memory");
   return free;
@@ -128,24 +88,24 @@ void CudaBackend::release_host(void* data) noexcept {
   cudaFreeHost(data);
 }
 
-void CudaBackend::upload_later(void* device, const HostBuffer& host, std::size_t bytes) {
+void CudaBackend::upload_async(void* device, const HostBuffer& host, std::size_t bytes) {
   ++num_uploads_;
   check(cudaMemcpyAsync(device, host.data(), bytes, cudaMemcpyHostToDevice, stream_.handle()),
         "copying to the device");
 }
 
-void CudaBackend::download_later(unsigned char* host, const void* device, std::size_t bytes) {
+void CudaBackend::download_async(unsigned char* host, const void* device, std::size_t bytes) {
   ++num_downloads_;
   check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
         "copying from the device");
 }
 
-void CudaBackend::mark(int index) {
-  check(cudaEventRecord(marks_[index], stream_.handle()), "recording an event");
+void CudaBackend::record_event(int index) {
+  check(cudaEventRecord(events_[index], stream_.handle()), "recording an event");
 }
 
-void CudaBackend::wait(int index) {
-  if (cudaEventSynchronize(marks_[index]) != cudaSuccess) stream_.sync();  // which says more
+void CudaBackend::wait_event(int index) {
+  if (cudaEventSynchronize(events_[index]) != cudaSuccess) stream_.sync();  // which says more
 }
 
 // ---- the shape of steps ----

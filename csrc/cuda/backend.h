@@ -7,17 +7,17 @@
 #include <memory>
 
 #include "core/backend.h"
-#include "cuda/cublas.h"
-#include "cuda/graphs.h"
+#include "cuda/device/graphs.h"
+#include "cuda/device/measure.h"
+#include "cuda/device/stream.h"
 #include "cuda/kernels.h"
-#include "cuda/measure.h"
-#include "cuda/stream.h"
+#include "cuda/products/cublas.h"
 
 namespace octavo::cuda {
 
 class CudaBackend : public Backend {
  public:
-  CudaBackend(int device, const BackendOptions& options);
+  explicit CudaBackend(const BackendOptions& options);
   ~CudaBackend() override;
 
   void attach_thread() override { stream_.attach_thread(); }
@@ -28,10 +28,10 @@ class CudaBackend : public Backend {
   std::size_t available_memory() const override;
   void* allocate_host(std::size_t bytes) override;
   void release_host(void* data) noexcept override;
-  void upload_later(void* device, const HostBuffer& host, std::size_t bytes) override;
-  void download_later(unsigned char* host, const void* device, std::size_t bytes) override;
-  void mark(int index) override;
-  void wait(int index) override;
+  void upload_async(void* device, const HostBuffer& host, std::size_t bytes) override;
+  void download_async(unsigned char* host, const void* device, std::size_t bytes) override;
+  void record_event(int index) override;
+  void wait_event(int index) override;
 
   DType activation_dtype() const override { return options_.dtype; }
   StepKey padded(const StepKey& key) const override;
@@ -90,7 +90,7 @@ class CudaBackend : public Backend {
   Workspace linear_workspace_, attention_workspace_, sampling_workspace_, copy_workspace_;
   const TileRows tile_rows_ = TileRows::read_environment();
   std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is not there
-  cudaEvent_t marks_[2] = {};
+  cudaEvent_t events_[2] = {};
   Graphs graphs_;
   std::int64_t num_uploads_ = 0, num_downloads_ = 0;
 };

@@ -4,35 +4,12 @@
 // numbers of no meaning but must be read and written without harm.
 #pragma once
 
-#include <cstdint>
 #include <vector>
 
 #include "core/backend.h"
-#include "cuda/stream.h"
+#include "cuda/device/memory.h"
 
 namespace octavo::cuda {
-
-// Device memory for what an op keeps between its kernels. Grows when asked for more than ever
-// before; the backend asks for the most that can come before the first step, so that it never does
-// in one (recorded graphs hold its address).
-class Workspace {
- public:
-  explicit Workspace(Stream& stream) : stream_(stream) {}
-  ~Workspace();
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-
-  // At least `bytes` bytes, aligned to 256; what they held before is lost. New memory is zero.
-  void* get(std::size_t bytes);
-  std::size_t bytes() const { return bytes_; }
-  std::int64_t growths() const { return growths_; }
-
- private:
-  Stream& stream_;
-  void* data_ = nullptr;
-  std::size_t bytes_ = 0;
-  std::int64_t growths_ = 0;
-};
 
 // ---- elementwise.cu: each number touched once ----
 void norm(Stream& stream, View out, View x, const Norm& norm);

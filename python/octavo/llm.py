@@ -15,25 +15,25 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from octavo.config import EngineConfig, read_environment
+from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestMetrics, RequestOutput
-from octavo.engine.progress import Advance, progress_bar
 from octavo.engine.request import derive_seed
 from octavo.engine.shared import Asked, Call, SharedEngine, SharedIterator
 from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError, WrongProcessError
+from octavo.model import LoadedModel, load_model
+from octavo.progress import Advance, request_bar
 from octavo.prompts import (
     Conversation,
     EncodedPrompt,
     Prompt,
     naming,
     params_for_each,
-    prompt_of,
     split_prompts,
 )
 from octavo.sampling_params import SamplingParams
@@ -41,12 +41,11 @@ from octavo.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from octavo.runtime.loader import LoadProgress
     from octavo.text.chat import ChatTemplate
-    from octavo.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 
-class LLM:
+class LLM(LoadedModel):
     """A model in memory.
 
         llm = LLM("smollm2-135m", max_model_len=2048)
@@ -83,34 +82,8 @@ class LLM:
         Raises ModelNotFoundError, UnsupportedModelError, WeightsError, TokenizerError,
         InsufficientMemoryError, or InvalidArgumentError.
         """
-        from octavo.runtime.loader import load_runtime
-        from octavo.text.chat import ChatTemplate
-        from octavo.text.tokenizer import Tokenizer
-        from octavo.weights.checkpoint import open_checkpoint
-        from octavo.weights.hub import resolve_model
-        from octavo.weights.model_files import read_model
-
-        config = _merge_options(config, options)
-        environment = read_environment()
-        path = resolve_model(None if model is None else str(model), environment)
-        files = read_model(path)
-        # Before the weights, so that a broken tokenizer is told of at once.
-        has_tokenizer = (files.folder / "tokenizer.json").is_file()
-        tokenizer = Tokenizer(files.folder) if has_tokenizer else None
-        chat_template = ChatTemplate.load(files.folder) if has_tokenizer else None
-        checkpoint = open_checkpoint(files, config.load_format, config.seed)
-        loaded = load_runtime(files, checkpoint, config, on_load, environment)
-        engine = Engine(
-            loaded.runtime,
-            loaded.options,
-            num_kv_blocks=loaded.num_kv_blocks,
-            vocab_size=files.spec.vocab_size,
-            num_kv_groups=files.spec.num_kv_groups,
-            tokenizer=tokenizer,
-            eos_token_ids=files.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
-            seed=config.seed,
-        )
-        self._set_up(engine, chat_template, config)
+        loaded = load_model(model, config=config, on_load=on_load, **options)
+        self._set_up(loaded.engine, loaded.chat_template, loaded.config)
 
     @classmethod
     def from_engine(
@@ -127,24 +100,12 @@ class LLM:
     def _set_up(
         self, engine: Engine, chat_template: ChatTemplate | None, config: EngineConfig
     ) -> None:
-        self.engine = engine
-        self.config = config
-        self.chat_template = chat_template
+        super().__init__(engine, chat_template, config)
         self._shared = SharedEngine(engine)
         self._bar_turn = threading.Lock()
 
     def __reduce__(self) -> NoReturn:
         raise WrongProcessError(self.engine.guard.pid, None)
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer; None where its directory has none."""
-        return self.engine.tokenizer
-
-    @property
-    def max_model_len(self) -> int:
-        """The most tokens that prompt and answer may have together."""
-        return self.engine.options.max_model_len
 
     def generate(
         self,
@@ -233,60 +194,12 @@ class LLM:
         """
         return self._shared.between_steps(function)
 
-    def encode_prompt(self, prompt: Prompt, add_special_tokens: bool = True) -> EncodedPrompt:
-        """Token ids of a prompt; add_special_tokens: with those that the model wants before it."""
-        if isinstance(prompt, Mapping):
-            prompt = prompt_of(prompt)
-        if isinstance(prompt, str):
-            if not prompt:
-                raise InvalidArgumentError('the prompt is ""; expected some text to continue')
-            return EncodedPrompt(prompt, self._need_tokenizer().encode(prompt, add_special_tokens))
-        return EncodedPrompt(None, prompt)
-
-    def encode_chat(
-        self,
-        messages: Conversation,
-        *,
-        chat_template: str | None = None,
-        add_special_tokens: bool = False,
-        **template_variables: Any,
-    ) -> EncodedPrompt:
-        """A conversation as the prompt that a chat template makes of it.
-
-        chat_template: its source; None takes the model's own. add_special_tokens: put those before
-        it that the model wants before a text; most templates write them themselves.
-        """
-        from octavo.text.chat import ChatTemplate, special_tokens
-
-        tokenizer = self._need_tokenizer()
-        template = self.chat_template
-        if chat_template is not None:
-            own_tokens = special_tokens(tokenizer.config)
-            template = ChatTemplate(
-                chat_template, special_tokens=own_tokens, origin="chat_template"
-            )
-        if template is None:
-            raise TokenizerError(
-                "this model has no chat template (it is a base model): give it a text to continue "
-                "instead of messages, or use a model that was trained to chat"
-            )
-        text = template.render(messages, **template_variables)
-        return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens), is_chat=True)
-
     def _encode(self, prompt: Prompt | Conversation | EncodedPrompt) -> EncodedPrompt:
         if isinstance(prompt, EncodedPrompt):
             return prompt
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             return self.encode_chat(cast("Conversation", prompt))
         return self.encode_prompt(cast("Prompt", prompt))
-
-    def _need_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise TokenizerError(
-                "this model's directory has no tokenizer.json: give the prompt as token ids, or "
-                "put the tokenizer beside the weights"
-            )
-        return self.tokenizer
 
     def _run_all(
         self,
@@ -312,7 +225,7 @@ class LLM:
     def _bar(self, wanted: bool, num_requests: int) -> AbstractContextManager[Advance | None]:
         if not wanted or not num_requests:
             return nullcontext()
-        return progress_bar(self._bar_turn, num_requests, lambda: self.engine.num_sampled_tokens)
+        return request_bar(self._bar_turn, num_requests, lambda: self.engine.num_sampled_tokens)
 
     def _as_completed(
         self,
@@ -358,16 +271,6 @@ def _asked(key: Any, prompt: EncodedPrompt, params: SamplingParams) -> Asked:
         continues_prompt=not prompt.is_chat,
         kept_special_ids=prompt.kept_special_ids,
     )
-
-
-def _merge_options(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
-    known = {field.name for field in fields(EngineConfig)}
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise InvalidArgumentError(
-            f"LLM has no option {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
-        )
-    return replace(config or EngineConfig(), **options)
 
 
 def _refused(prompt: Prompt | Conversation | EncodedPrompt, error: OctavoError) -> RequestOutput:

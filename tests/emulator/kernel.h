@@ -1,6 +1,6 @@
 // What CUDA C++ has and C++ has not, for kernels that the host's compiler translates.
 //
-// Included by csrc/cuda/primitives.cuh when OCTAVO_EMULATED is defined. Shared memory is dynamic
+// Included by cuda/device/primitives.cuh when OCTAVO_EMULATED is defined. Shared memory is dynamic
 // only (shared_memory()): a `__shared__` variable would be one for all blocks and never poisoned.
 #pragma once
 

@@ -1,4 +1,4 @@
-// How a kernel gets into an emulated stream: what csrc/cuda/launch.cuh calls in place of <<< >>>.
+// How a kernel gets into an emulated stream: what cuda/device/launch.cuh calls in place of <<< >>>.
 #pragma once
 
 #include <functional>

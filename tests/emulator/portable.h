@@ -1,5 +1,5 @@
 // What a kernel's source includes to be compiled by nvcc and for the emulator alike, without
-// octavo. octavo's own kernels go through csrc/cuda/primitives.cuh instead.
+// octavo. octavo's own kernels go through csrc/cuda/device/primitives.cuh instead.
 //
 // Under nvcc it adds two things to CUDA: shared_memory_as<T>() for the block's dynamic shared
 // memory, and LAUNCH(kernel, grid, block, shared_bytes, stream)(arguments...). For the emulator

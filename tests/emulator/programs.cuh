@@ -2,7 +2,7 @@
 // way its name tells.
 #pragma once
 
-#include "cuda/products.cuh"
+#include "cuda/device/tensor_cores.cuh"
 
 namespace octavo::cuda::programs {
 

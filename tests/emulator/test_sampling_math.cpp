@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "cpu/kernels.h"
-#include "cuda/sampling_screen.cuh"
+#include "cuda/sampling/sampling_screen.cuh"
 #include "emulated.h"
 
 namespace octavo::tests {

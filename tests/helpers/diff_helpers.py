@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from octavo.diff.comparison import Comparison, DiffOptions
-from octavo.diff.implementations import ReferenceSide
+from octavo.diff.implementations import ReferenceImplementation
 from octavo.models.layer import weight_shapes
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
 from octavo.reference import llama, ops
@@ -235,17 +235,19 @@ MISTAKES: dict[str, tuple[str, str, str | None]] = {
     "blind to itself": ("layers.0.attn", "attention", None),
     "gate and up swapped": ("layers.0.act", "gated_activation", "gate and up swapped"),
     "k and v swapped": ("layers.0.k", "linear", "the weight of v"),
-    "residual dropped": ("layers.1.out", "add_norm", "the MLP's output alone"),
+    "residual dropped": ("layers.1.out", "add_norm", "without the residual and attn_out"),
 }
 
 
-def good_side(spec: ModelSpec, weights: Weights, **options: Any) -> ReferenceSide:
-    return ReferenceSide(llama.ReferenceModel(spec, weights, **options))
+def good_reference(spec: ModelSpec, weights: Weights, **options: Any) -> ReferenceImplementation:
+    return ReferenceImplementation(llama.ReferenceModel(spec, weights, **options))
 
 
-def broken_side(mistake: str, spec: ModelSpec, weights: Weights, **options: Any) -> ReferenceSide:
+def broken_reference(
+    mistake: str, spec: ModelSpec, weights: Weights, **options: Any
+) -> ReferenceImplementation:
     model = broken_model(mistake, spec, weights, **options)
-    return ReferenceSide(model, name="broken", is_definition=False)
+    return ReferenceImplementation(model, name="broken", is_definition=False)
 
 
 def compare(left: Any, right: Any, spec: ModelSpec, weights: Weights, **options: Any) -> Any:
@@ -290,7 +292,7 @@ def write_model(path: Path, seed: int = 0, **changed: Any) -> Path:
     files = read_model(path)
     weights = random_weights(files.spec, seed)
     save_file(
-        {files.weight_map[name]: value for name, value in weights.items()},
+        {files.weight_map[name].name: value for name, value in weights.items()},
         path / "model.safetensors",
         metadata={"format": "pt"},
     )

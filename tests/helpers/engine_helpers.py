@@ -22,6 +22,7 @@ from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.request import Sequence as EngineSequence
 from octavo.errors import InvalidArgumentError
+from octavo.reference.sampling import SAMPLING_ROW
 from octavo.sampling_params import SamplingParams
 
 VOCAB = 97
@@ -40,14 +41,7 @@ class FakeBatch:
     context_lens: npt.NDArray[Any]
     block_tables: npt.NDArray[Any]
     logit_rows: npt.NDArray[Any]
-    temperature: npt.NDArray[Any]
-    top_k: npt.NDArray[Any]
-    top_p: npt.NDArray[Any]
-    min_p: npt.NDArray[Any]
-    seed: npt.NDArray[Any]
-    sample_index: npt.NDArray[Any]
-    num_logprobs: npt.NDArray[Any]
-    state_rows: npt.NDArray[Any]
+    sampling: npt.NDArray[np.void]
 
 
 @dataclass
@@ -113,7 +107,7 @@ class FakeRuntime:
         self._drawn: dict[int, FakeOutput] = {}
         self._next_ticket = 0
 
-    def submit(self, batch: FakeBatch, *, draw: bool) -> int:
+    def submit(self, batch: FakeBatch, *, sample: bool) -> int:
         assert len(self._open) < 2, "two tickets are in flight already"
         assert not (self._open.keys() - self._drawn.keys()), "a step is not sampled yet"
         unknown = batch.token_ids < 0
@@ -126,7 +120,7 @@ class FakeRuntime:
         self._next_ticket += 1
         self._open[self._next_ticket] = batch
         self.max_in_flight = max(self.max_in_flight, len(self._open))
-        if draw:
+        if sample:
             try:
                 self.sample(self._next_ticket)
             except Exception:
@@ -161,7 +155,7 @@ class FakeRuntime:
 
     def _draw(self, batch: FakeBatch, masks: Any) -> FakeOutput:
         num_rows = len(batch.logit_rows)
-        num_top = max([0, *batch.num_logprobs.tolist()])
+        num_top = max([0, *batch.sampling["num_logprobs"].tolist()])
         output = FakeOutput(
             np.zeros(num_rows, np.int32),
             np.full(num_rows, np.nan, np.float32),
@@ -171,8 +165,9 @@ class FakeRuntime:
         )
         for row, position in enumerate(batch.logit_rows.tolist()):
             self._draw_row(batch, row, position, None if masks is None else masks[row], output)
-            if batch.state_rows[row] >= 0:
-                self.sampled[batch.state_rows[row]] = output.token_ids[row]
+            state_row = batch.sampling["state_row"][row]
+            if state_row >= 0:
+                self.sampled[state_row] = output.token_ids[row]
         return output
 
     def _draw_row(
@@ -184,17 +179,13 @@ class FakeRuntime:
         forbidden = frozenset(
             t for t in range(VOCAB) if mask is not None and not (int(mask[t // 32]) >> (t % 32)) & 1
         )
-        sampling = (
-            float(batch.temperature[row]),
-            int(batch.top_k[row]),
-            float(batch.top_p[row]),
-            float(batch.min_p[row]),
-        )
-        seed, sample_index = int(batch.seed[row]), int(batch.sample_index[row])
+        options = dict(zip(SAMPLING_ROW.names or (), batch.sampling[row].item(), strict=True))
+        sampling = tuple(options[name] for name in ("temperature", "top_k", "top_p", "min_p"))
+        seed, sample_index = options["seed"], options["sample_index"]
         token, logprob = draw(history, sampling, seed, sample_index, forbidden)
         output.token_ids[row] = token
         output.finite[row] = NAN_TOKEN not in history
-        count = int(batch.num_logprobs[row])
+        count = options["num_logprobs"]
         if count >= 0:
             output.logprobs[row] = logprob
             ids, logprobs = top_tokens(history, count)
@@ -239,8 +230,7 @@ class FakeRuntime:
         assert (batch.context_lens <= options.max_model_len).all()
         assert batch.block_tables.shape[:2] == (self.num_kv_groups, num_seqs)
         for name, array in vars(batch).items():
-            kind = {"temperature": "f4", "top_p": "f4", "min_p": "f4", "seed": "u8"}
-            assert array.dtype == np.dtype(kind.get(name, "i4")), name
+            assert array.dtype == (SAMPLING_ROW if name == "sampling" else np.int32), name
             assert array.flags.c_contiguous, name
         for group in range(self.num_kv_groups):
             tables = [[int(b) for b in row if b != -1] for row in batch.block_tables[group]]

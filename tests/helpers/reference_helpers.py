@@ -13,6 +13,8 @@ from octavo import _native
 from octavo.config import RuntimeOptions, read_environment
 from octavo.models.layer import weight_shapes
 from octavo.models.spec import ModelSpec
+from octavo.runtime.loader import LoadedRuntime
+from octavo.runtime.session import Session
 
 Float32 = npt.NDArray[np.float32]
 
@@ -90,11 +92,12 @@ class NativeModel:
         self.runtime = _native.Runtime(device, spec, self.options)
         for name in weight_shapes(spec):
             self.runtime.load(name, np.ascontiguousarray(weights[name]), "f32")
-        num_blocks = -(-max_tokens // 16)
-        self.runtime.alloc_kv(num_blocks + 1)
-        order = 1 + np.random.default_rng(num_blocks).permutation(num_blocks)
-        self.block_tables = np.broadcast_to(order, (spec.num_kv_groups, 1, num_blocks))
-        self.length = 0
+        num_blocks = -(-max_tokens // 16) + 1
+        self.runtime.alloc_kv(num_blocks)
+        loaded = LoadedRuntime(self.runtime, self.options, num_blocks, device, spec.num_kv_groups)
+        self.session = Session(loaded)
+        order = 1 + np.random.default_rng(num_blocks).permutation(num_blocks - 1)
+        self.session.restart(blocks=order.astype(np.int32))
 
     def forward(
         self,
@@ -104,22 +107,11 @@ class NativeModel:
     ) -> Float32:
         """Run the sequence's next tokens; logits of all of them, or of the rows asked for."""
         tokens = np.asarray(token_ids, dtype=np.int32)
-        self.length += len(tokens)
         rows = np.arange(len(tokens)) if logit_rows is None else np.asarray(logit_rows)
-        used = -(-self.length // 16)
-        batch = _native.Batch(
-            token_ids=tokens,
-            row_starts=np.array([0, len(tokens)], dtype=np.int32),
-            context_lens=np.array([self.length], dtype=np.int32),
-            block_tables=np.ascontiguousarray(self.block_tables[:, :, :used], dtype=np.int32),
-            logit_rows=rows.astype(np.int32),
-        )
-        ticket = self.runtime.submit(batch, None if taps is None else ["*"])
-        logits = np.array(self.runtime.logits(ticket))
-        output = self.runtime.wait(ticket)
+        step = self.session.step({0: tokens}, rows, () if taps is None else ["*"])
         if taps is not None:
-            taps.update(output.taps)
-        return logits
+            taps.update(step.taps)
+        return step.logits
 
     def greedy(self, prompt: npt.ArrayLike, num_tokens: int) -> list[int]:
         """The prompt in one step, then token by token."""
@@ -133,7 +125,7 @@ class NativeModel:
 
     def restart(self) -> None:
         """Forget the sequence; the next tokens are a new one's first."""
-        self.length = 0
+        self.session.rewind(0)
 
 
 def smollm2_path() -> Path | None:

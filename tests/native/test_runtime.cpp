@@ -79,7 +79,7 @@ void same_bits_on_every_instruction_set() {
   }
 }
 
-void tokens_drawn_on_the_device() {
+void tokens_sampled_on_the_device() {
   const auto runtime = small_runtime();
   const std::vector<std::int32_t> prompt = some_tokens(30);
   // Greedy, each token handed over.
@@ -91,14 +91,14 @@ void tokens_drawn_on_the_device() {
     expected.push_back(runtime->wait(ticket).token_ids[0]);
     next = {expected.back()};
   }
-  // The same with two tickets in flight: a token is what state row 4 drew last.
+  // The same with two tickets in flight: a token is what state row 4 sampled last.
   std::vector<std::int32_t> given;
   std::int64_t open = -1;
   for (std::int64_t length = 30; length < 40; ++length) {
     Batch batch = BatchBuilder(*runtime)
                       .add(3, length == 30 ? prompt : std::vector<std::int32_t>{-5}, length)
                       .build();
-    batch.state_rows = {4};
+    batch.sampling[0].state_row = 4;
     const std::int64_t ticket = runtime->submit(batch, {});
     runtime->sample(ticket, {});
     if (open >= 0) given.push_back(runtime->wait(open).token_ids[0]);
@@ -136,10 +136,10 @@ void warm_steps_allocate_nothing() {
                       .add(0, some_tokens(length), length, length)
                       .add(1, some_tokens(1), 1)
                       .build();
-    batch.num_logprobs.assign(batch.logit_rows.size(), 3);
+    for (SamplingRow& row : batch.sampling) row.num_logprobs = 3;
     runtime->wait(runtime->submit(batch, {}));
   };
-  for (int i = 0; i < 4; ++i) step(100);  // both flights
+  for (int i = 0; i < 4; ++i) step(100);  // both in-flight steps
   const std::int64_t before = runtime->allocations();
   for (std::int64_t i = 0; i < 100; ++i) step(1 + i);
   CHECK(runtime->allocations() == before);
@@ -169,7 +169,7 @@ void memory_is_counted() {
 std::vector<Test> runtime_tests() {
   return {{"the same bits in chunks and in batches", same_bits_in_chunks_and_batches},
           {"the same bits on every instruction set", same_bits_on_every_instruction_set},
-          {"tokens drawn on the device feed the next step", tokens_drawn_on_the_device},
+          {"tokens sampled on the device feed the next step", tokens_sampled_on_the_device},
           {"taps", taps},
           {"warm steps allocate nothing", warm_steps_allocate_nothing},
           {"copied blocks serve another sequence", copied_blocks_serve_another_sequence},

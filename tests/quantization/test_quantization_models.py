@@ -17,8 +17,8 @@ from octavo import _native
 from octavo.cli.app import run
 from octavo.config import QUANTIZE, EngineConfig, Environment
 from octavo.diff.comparison import DiffOptions
-from octavo.diff.native import NativeSide, load_native_side
-from octavo.diff.setup import DiffRequest, prepare
+from octavo.diff.native import NativeImplementation, load_native
+from octavo.diff.setup import DiffRequest, compare
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.llm import LLM
 from octavo.models.layer import weight_shapes
@@ -45,7 +45,7 @@ def logits_of(path: Path, **options: Any) -> np.ndarray:
     files = read_model(path)
     config = EngineConfig(max_model_len=64, max_num_seqs=1, num_threads=1, **options)
     loaded = load_runtime(files, open_checkpoint(files), config, environment=ENVIRONMENT)
-    side = NativeSide(loaded, files.spec.num_kv_groups)
+    side = NativeImplementation(loaded)
     return side.feed(np.array(PROMPT, np.int32)).logits
 
 
@@ -59,11 +59,10 @@ def test_diff_finds_nothing(
     request = DiffRequest(
         str(source), quantize=quantize, random=40, num_threads=1, options=DiffOptions(steps=4)
     )
-    prepared = prepare(request, ENVIRONMENT, quiet)
-    result = prepared.comparison.run("small")
+    result = compare(request, ENVIRONMENT, quiet)
     assert result.ok, (result.first_bad, result.findings)
     assert result.decode.promised and result.decode.different == 0
-    assert all(tap.own_left is not None for tap in result.taps)
+    assert all(tap.own[0] is not None for tap in result.taps)
 
 
 @pytest.mark.parametrize("isa", one_isa_of_each())
@@ -74,7 +73,7 @@ def test_diff_of_a_directory_finds_nothing(
     monkeypatch.setenv("OCTAVO_ISA", isa)
     _, target = write_quantized_model(tmp_path, scheme, tie_word_embeddings=scheme == "int4-rtn")
     request = DiffRequest(str(target), random=23, num_threads=1, options=DiffOptions(steps=3))
-    result = prepare(request, ENVIRONMENT, quiet).comparison.run("small")
+    result = compare(request, ENVIRONMENT, quiet)
     assert result.ok, (result.first_bad, result.findings)
 
 
@@ -88,7 +87,7 @@ def test_diff_finds_the_other_rounding(
     monkeypatch.setattr(_native, "int4_activations", lambda isa: other)
     source = write_float_model(tmp_path / "float")
     request = DiffRequest(str(source), quantize="int4", random=40, num_threads=1)
-    result = prepare(request, ENVIRONMENT, quiet).comparison.run("small")
+    result = compare(request, ENVIRONMENT, quiet)
     assert not result.ok and result.findings[0].op == "linear"
 
 
@@ -102,7 +101,7 @@ def test_diff_finds_a_wrong_scale(
     files = read_model(source)
     checkpoint = quantize_checkpoint(open_checkpoint(files), files.spec, Scheme("int4"))
     weights = {name: dequantized(checkpoint, name) for name in weight_shapes(files.spec)}
-    side = load_native_side(
+    side = load_native(
         files, checkpoint, device="cpu", dtype="bf16", max_tokens=32, chunk_size=16, num_threads=1
     )
     taps = side.feed(np.array(PROMPT, np.int32), taps=True).taps
@@ -160,7 +159,7 @@ def test_a_directory_gives_the_bits_of_quantizing_at_load(tmp_path: Path, scheme
     source, target = write_quantized_model(tmp_path, scheme)
     files = read_model(source)
     at_load = quantize_checkpoint(open_checkpoint(files), files.spec, SCHEMES[scheme])
-    side = load_native_side(
+    side = load_native(
         files, at_load, device="cpu", dtype="bf16", max_tokens=32, chunk_size=16, num_threads=1
     )
     ours = side.feed(np.array(PROMPT, np.int32)).logits
@@ -231,7 +230,7 @@ def test_options_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="quantize is 'int8', but the model's weights"):
         logits_of(target, quantize="int8")
     with pytest.raises(InvalidArgumentError, match="expected --against reference"):
-        prepare(DiffRequest(str(target), against="hf", random=4), ENVIRONMENT, quiet)
+        compare(DiffRequest(str(target), against="hf", random=4), ENVIRONMENT, quiet)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,14 +14,14 @@ import pytest
 from text_helpers import tiny_model
 
 from octavo import _native
-from octavo.bench.benchmark import BenchResult, Loading, Runner, bench, fit_config
+from octavo.bench.benchmark import BenchResult, Loading, Runner, bench, fit_config, hash_of
 from octavo.bench.cases import Case, make_cases
 from octavo.bench.report import CSV_COLUMNS, HEADINGS, cells, to_csv, to_markdown
-from octavo.bench.session import Session, hash_of
 from octavo.cli import main
 from octavo.config import EngineConfig, read_environment
 from octavo.reference import ReferenceModel
 from octavo.runtime.loader import load_runtime
+from octavo.runtime.session import Session, Step
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model
 
@@ -87,22 +87,19 @@ def test_quantized_weights_keep_the_gate(model: Path, quick_peak: None, quantize
     assert not hashes[0] & hashes[1]
 
 
-def test_the_session_computes_the_model(model: Path) -> None:
+def test_what_is_timed_computes_the_model(model: Path) -> None:
     """Its prefill and decode, in f32, against the reference."""
     loaded, spec = load(model, dtype="f32", max_num_batched_tokens=9)
     weights = {
         name: tensor.to_float32()
         for name, tensor in open_checkpoint(read_model(model), "dummy").items()
     }
-    runner, session = Runner(loaded, spec, None), Session(loaded, spec.num_kv_groups)
+    runner = Runner(loaded, spec, None)
     prompt = runner.tokens(0, 33)
-    session.restart(2, 40)
     expected = ReferenceModel(spec, weights).forward(prompt)[-1]
-    np.testing.assert_allclose(session.prefill(prompt), expected, atol=1e-4)
+    np.testing.assert_allclose(runner.prefill(prompt), expected, atol=1e-4)
     prompts = [runner.tokens(index, 22) for index in range(3)]
-    session.restart(3, 40)
-    session.fill([prompt[:-1] for prompt in prompts])
-    logits = session.decode_logits([prompt[-1] for prompt in prompts], 3)
+    logits = runner.decode_logits(prompts, 3)
     assert logits.shape == (3, 3, spec.vocab_size)
     for index, prompt in enumerate(prompts):
         tokens = list(prompt)
@@ -118,11 +115,10 @@ def test_what_depends_on_its_neighbours_gets_no_figure(
     """A runtime whose logits differ in the last bit where sequences share a step."""
     right = Session.step
 
-    def wrong(self: Session, new: Any, **options: Any) -> Any:
-        tokens, logits = right(self, new, **options)
-        if logits is not None and len(new) > 1:
-            logits = np.nextafter(logits, np.float32(np.inf))
-        return tokens, logits
+    def wrong(self: Session, new: Any, *options: Any) -> Step:
+        step = right(self, new, *options)
+        up = np.nextafter(step.logits, np.float32(np.inf))
+        return step._replace(logits=up) if len(new) > 1 else step
 
     monkeypatch.setattr(Session, "step", wrong)
     result = run(model)
@@ -142,13 +138,13 @@ def test_a_prompt_that_depends_on_its_chunks_is_found(
     loaded, spec = load(model)
     runner = Runner(loaded, spec, None)
     assert runner.gate(CASES[0]).passed
-    right = Session.prefill
+    right = Runner.prefill
 
-    def wrong(self: Session, prompt: Any, chunk: Any = None, companion: Any = ()) -> Any:
+    def wrong(self: Runner, prompt: Any, chunk: Any = None, companion: Any = ()) -> Any:
         logits = right(self, prompt, chunk, companion)
         return logits if chunk is None else np.nextafter(logits, np.float32(np.inf))
 
-    monkeypatch.setattr(Session, "prefill", wrong)
+    monkeypatch.setattr(Runner, "prefill", wrong)
     assert not runner.gate(CASES[0]).passed
 
 

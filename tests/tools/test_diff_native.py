@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diff_helpers import MISTAKES, broken_side, tokens_for, write_model
+from diff_helpers import MISTAKES, broken_reference, tokens_for, write_model
 
 from octavo.diff.comparison import Comparison, DiffOptions
-from octavo.diff.implementations import ReferenceSide
-from octavo.diff.native import load_native_side
+from octavo.diff.implementations import ReferenceImplementation
+from octavo.diff.native import load_native
 from octavo.models.spec import LayerSpec, NormSpec
 from octavo.reference.llama import ReferenceModel
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
@@ -47,7 +47,7 @@ def compare_native(
     """Native (from native_files, if another) against the reference or `right`."""
     weights = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
     model = ReferenceModel(files.spec, weights, dtype=dtype, kv_dtype=dtype)
-    left = load_native_side(
+    left = load_native(
         native_files or files,
         checkpoint,
         device="cpu",
@@ -58,10 +58,12 @@ def compare_native(
     )
     truth = None
     if dtype == "bf16":
-        truth = ReferenceSide(ReferenceModel(files.spec, model.weights))
+        truth = ReferenceImplementation(ReferenceModel(files.spec, model.weights))
     options = DiffOptions(steps=8, decode_rows=12, chunk_size=chunk_size)
     ids = tokens_for(files.spec, count)
-    return Comparison(left, right or ReferenceSide(model), model, ids, options, truth).run("small")
+    return Comparison(
+        left, right or ReferenceImplementation(model), model, ids, options, truth
+    ).run("small")
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -70,7 +72,7 @@ def test_native_agrees_with_the_reference(tmp_path: Path, shape: str, dtype: str
     files = read_model(write_model(tmp_path, **SHAPES[shape]))
     result = compare_native(files, open_checkpoint(files), dtype=dtype)
     assert result.ok, (result.first_bad, result.findings)
-    assert all(tap.own_left is not None for tap in result.taps) and not result.missing
+    assert all(tap.own[0] is not None for tap in result.taps) and not result.missing
     assert result.decode.promised and result.decode.different == 0
     assert result.greedy.parted_at is None or dtype == "bf16"
 
@@ -113,11 +115,11 @@ def test_native_with_a_wrong_activation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_on_the_other_side_is_not_blamed_on_octavo(tmp_path: Path, mistake: str) -> None:
+def test_a_mistake_of_the_other_one_is_not_blamed_on_octavo(tmp_path: Path, mistake: str) -> None:
     files = read_model(write_model(tmp_path))
     checkpoint = open_checkpoint(files)
     weights = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
-    other = broken_side(mistake, files.spec, weights)
+    other = broken_reference(mistake, files.spec, weights)
     result = compare_native(files, checkpoint, right=other)
     assert {finding.side for finding in result.findings} == {"broken"}
     assert result.findings[0].tap == MISTAKES[mistake][0]
@@ -129,23 +131,20 @@ def test_a_wrong_block_table_shows_in_attention(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(files)
     weights = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
     model = ReferenceModel(files.spec, weights)
-    left = load_native_side(
-        files, checkpoint, device="cpu", dtype="f32", max_tokens=64, chunk_size=16
-    )
+    left = load_native(files, checkpoint, device="cpu", dtype="f32", max_tokens=64, chunk_size=16)
     feed = left.feed
 
     def feed_with_a_block_confused(token_ids: Any, **options: Any) -> Any:
-        fed = feed(token_ids, **options)
-        if left._length == 32:  # from here on the second block is read in place of the first
-            blocks = left._blocks.copy()
-            blocks[..., 0] = blocks[..., 1]
-            left._blocks = blocks
-        return fed
+        step = feed(token_ids, **options)
+        session = left._session
+        if session._lengths[0] == 32:  # from here on the second block is read in place of the first
+            session._blocks[0, 0] = session._blocks[0, 1]
+        return step
 
     left.feed = feed_with_a_block_confused  # type: ignore[method-assign]
     ids = tokens_for(files.spec, 48)
     options = DiffOptions(steps=0, decode_rows=0, chunk_size=16)
-    result = Comparison(left, ReferenceSide(model), model, ids, options).run()
+    result = Comparison(left, ReferenceImplementation(model), model, ids, options).run()
     assert result.first_bad.name == "layers.0.attn" and result.first_bad.position >= 32
     assert {finding.op for finding in result.findings} == {"attention"}
     assert "attention.cpp" in result.findings[0].files

@@ -8,15 +8,15 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from diff_helpers import (
     MISTAKES,
-    broken_side,
+    broken_reference,
     compare,
-    good_side,
+    good_reference,
     random_weights,
     small_spec,
     write_model,
@@ -24,14 +24,13 @@ from diff_helpers import (
 from rich.console import Console
 
 from octavo.cli import main
-from octavo.diff.graph import LAYER_PARTS
 from octavo.diff.html import LOG_HIGH, LOG_LOW, pack, render, write_html
 from octavo.diff.measure import row_errors
-from octavo.diff.numbers import cosine, number
-from octavo.diff.op_sources import OP_SOURCES
+from octavo.diff.op_sources import _TAP_HINTS, OP_SOURCES, hint_for
 from octavo.diff.report import print_report, to_json
+from octavo.diff.texts import cosine, number
 from octavo.errors import FileError
-from octavo.models.layer import tap_names
+from octavo.models.layer import Matrix, Node, Op, model_nodes, tap_names
 
 SPEC = small_spec(num_layers=4)
 WEIGHTS = random_weights(SPEC)
@@ -39,12 +38,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def good_result() -> Any:
-    return compare(good_side(SPEC, WEIGHTS), good_side(SPEC, WEIGHTS), SPEC, WEIGHTS)
+    return compare(good_reference(SPEC, WEIGHTS), good_reference(SPEC, WEIGHTS), SPEC, WEIGHTS)
 
 
 def broken_result(mistake: str = "no scale", **options: Any) -> Any:
-    left = broken_side(mistake, SPEC, WEIGHTS)
-    return compare(left, good_side(SPEC, WEIGHTS), SPEC, WEIGHTS, **options)
+    left = broken_reference(mistake, SPEC, WEIGHTS)
+    return compare(left, good_reference(SPEC, WEIGHTS), SPEC, WEIGHTS, **options)
 
 
 def printed(result: Any, width: int = 110, **options: Any) -> str:
@@ -94,16 +93,25 @@ def test_numbers_are_short() -> None:
 # ---- pointers into the repository ----
 
 
-def test_every_tap_has_an_op_and_its_files_exist() -> None:
-    parts = {name.split(".")[-1] for name in tap_names(SPEC)}
-    assert parts <= set(OP_SOURCES) and set(LAYER_PARTS) <= set(OP_SOURCES)
+def test_every_op_has_its_files_and_they_exist() -> None:
+    assert set(OP_SOURCES) == set(get_args(Op)) == {node.op for node in model_nodes(SPEC)}
+    assert set(_TAP_HINTS) <= {node.part for node in model_nodes(SPEC)}
     reference = (ROOT / "reference" / "ops.py").read_text()
-    for part, op in OP_SOURCES.items():
-        assert f"def {op.name}(" in reference, part
-        paths = re.findall(r"[\w/]+\.(?:cpp|h)", op.native)
-        sources = "".join((ROOT / path).read_text() for path in paths)
-        name = f"CpuBackend::{op.name}("
-        assert name in sources, f"{part} points at {paths}, where {name}) is not"
+    for op, sources in OP_SOURCES.items():
+        assert f"def {op}(" in reference
+        paths = re.findall(r"[\w/]+\.(?:cpp|h)", sources.cpu)
+        text = "".join((ROOT / path).read_text() for path in paths)
+        name = f"CpuBackend::{op}("
+        assert name in text, f"{op} points at {paths}, where {name}) is not"
+        for path in re.findall(r"[\w/]+\.(?:cu|cpp|h)", sources.cuda):
+            assert (ROOT / path).is_file(), path
+
+
+def test_a_tap_that_nobody_knows_has_the_hint_of_its_op() -> None:
+    node = Node("layers.2.router", "linear", ("layers.2.mlp_norm",), 8, (Matrix("x", 8, 36),))
+    assert hint_for(node) == OP_SOURCES["linear"].hint
+    hints = {node.part: hint_for(node) for node in model_nodes(SPEC)}
+    assert "GGUF" in hints["q"] and "tied" in hints["logits"] and "gate" in hints["act"]
 
 
 # ---- the terminal ----
@@ -143,12 +151,18 @@ def test_report_without_unicode() -> None:
     console.file.getvalue().encode("ascii")  # type: ignore[attr-defined]
 
 
-def test_report_of_parted_greedy_tokens() -> None:
+def test_report_of_different_greedy_tokens() -> None:
     text = printed(broken_result("gate and up swapped"))
     assert "takes" in text and "margin" in text
 
 
 # ---- JSON ----
+
+# What scripts may rely on.
+KEYS = """schema ok first_bad model left_name right_name left_description right_description dtype
+    token_ids token_texts missing logits greedy greedy_texts decode findings seconds taps judge"""
+TAP_KEYS = """name layer part relative max_abs cosine_gap position growth own_left own_right
+    tolerance own_tolerance_left own_tolerance_right cosine ok parted left_broken right_broken"""
 
 
 def test_json_is_strict_and_complete() -> None:
@@ -156,14 +170,15 @@ def test_json_is_strict_and_complete() -> None:
         document = json.loads(to_json(result), parse_constant=lambda name: pytest.fail(name))
         assert document["ok"] is result.ok
         assert [tap["name"] for tap in document["taps"]] == tap_names(SPEC)
-        assert {"relative", "max_abs", "cosine", "growth", "own_left"} <= set(document["taps"][0])
+        assert set(document) == set(KEYS.split())
+        assert set(document["taps"][0]) == set(TAP_KEYS.split())
     assert document["first_bad"] == "layers.0.attn"
     assert document["findings"][0]["op"] == "attention"
 
 
 def test_json_has_no_infinities() -> None:
     weights = {**WEIGHTS, "layers.1.up.weight": np.full_like(WEIGHTS["layers.1.up.weight"], np.nan)}
-    result = compare(good_side(SPEC, weights), good_side(SPEC, WEIGHTS), SPEC, WEIGHTS)
+    result = compare(good_reference(SPEC, weights), good_reference(SPEC, WEIGHTS), SPEC, WEIGHTS)
     document = json.loads(to_json(result), parse_constant=lambda name: pytest.fail(name))
     assert document["first_bad"] == "layers.1.up" and not document["ok"]
     render(result)
@@ -246,8 +261,8 @@ def test_page_holds_the_figures_of_every_tap_and_position() -> None:
 
 def test_page_puts_positions_of_a_long_text_together() -> None:
     result = compare(
-        good_side(SPEC, WEIGHTS),
-        broken_side("no scale", SPEC, WEIGHTS),
+        good_reference(SPEC, WEIGHTS),
+        broken_reference("no scale", SPEC, WEIGHTS),
         SPEC,
         WEIGHTS,
         count=530,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,12 +14,12 @@ import numpy as np
 
 from octavo.bench.cases import BYTES, Case, Peak, Work, least_seconds, streamed_bytes, work_of
 from octavo.bench.peak import measure, measure_cuda
-from octavo.bench.session import Float32, Session, hash_of
 from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.errors import InvalidArgumentError
 from octavo.machine import processor, resident_memory
 from octavo.models.spec import ModelSpec
 from octavo.runtime.loader import LoadedRuntime, load_runtime
+from octavo.runtime.session import Float32, Session
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import read_model
@@ -225,7 +227,8 @@ class Runner:
     """Runs cases on one loaded model."""
 
     def __init__(self, loaded: LoadedRuntime, spec: ModelSpec, peak: Peak | None) -> None:
-        self._session = Session(loaded, spec.num_kv_groups)
+        self._session = Session(loaded)
+        self._runtime = loaded.runtime
         self._spec = spec
         self._options: RuntimeOptions = loaded.options
         self._peak = peak
@@ -273,23 +276,23 @@ class Runner:
     def _gate_prefill(self, case: Case) -> Gate:
         """The prompt alone, and beside another sequence in chunks of another size."""
         prompt = self.tokens(0, case.num_tokens)
-        self._session.restart(2, _room(case))
-        alone = self._session.prefill(prompt)
+        self._session.restart(2)
+        alone = self.prefill(prompt)
         chunk = max(1, min(self._session.chunk - 1, case.num_tokens // 3 + 1))
         num_steps = -(-case.num_tokens // chunk)
-        self._session.restart(2, _room(case))
-        beside = self._session.prefill(prompt, chunk, self.tokens(1, num_steps))
+        self._session.restart(2)
+        beside = self.prefill(prompt, chunk, self.tokens(1, num_steps))
         return Gate(self._same(alone, beside), hash_of(alone))
 
     def _gate_decode(self, case: Case) -> Gate:
         """The first and the last sequence, each alone, against themselves in the batch."""
         batch = max(case.batch, 2)
         prompts = [self.tokens(index, case.depth + 1) for index in range(batch)]
-        together = self._decode_logits(case, prompts)
+        together = self.decode_logits(prompts, GATE_STEPS)
         hashes = {}
         passed = True
         for index in (batch - 1, 0):
-            alone = self._decode_logits(case, [prompts[index]])
+            alone = self.decode_logits([prompts[index]], GATE_STEPS)
             hashes[index] = hash_of(alone)
             # Where bits may differ, so may later tokens: the first step's logits are compared.
             steps = GATE_STEPS if self._session.is_exact else 1
@@ -302,25 +305,76 @@ class Runner:
             return hash_of(left) == hash_of(right)
         return bool(np.abs(left - right).max() <= LOGIT_TOLERANCE * left.std())
 
-    def _decode_logits(self, case: Case, prompts: Sequence[Sequence[int]]) -> Float32:
-        self._session.restart(len(prompts), _room(case))
-        self._session.fill([prompt[:-1] for prompt in prompts])
-        return self._session.decode_logits([prompt[-1] for prompt in prompts], GATE_STEPS)
+    def prefill(
+        self, prompt: Sequence[int], chunk: int | None = None, companion: Sequence[int] = ()
+    ) -> Float32:
+        """Feed sequence 0 a prompt in chunks; the logits of its last token, (vocab_size,).
+
+        companion: tokens of sequence 1, one of which goes into each step while there are any.
+        """
+        chunk = self._session.chunk if chunk is None else chunk
+        beside = list(companion)
+        for start in range(0, len(prompt), chunk):
+            new = {0: prompt[start : start + chunk]}
+            if beside:
+                new[1] = [beside.pop()]
+            step = self._session.step(new, None if start + chunk >= len(prompt) else ())
+        row: Float32 = step.logits[0]
+        return row
+
+    def decode(self, first: Sequence[int], num_tokens: int) -> None:
+        """Greedy tokens for all sequences, each beginning with its token of `first`.
+
+        A step is queued before the one before it is read: its tokens stay on the device.
+        """
+        tickets: deque[int] = deque()
+        new = {index: [token] for index, token in enumerate(first)}
+        for _ in range(num_tokens):
+            if len(tickets) == 2:
+                self._runtime.wait(tickets.popleft())
+            tickets.append(self._session.submit(new))
+            new = {index: [-1 - index] for index in new}
+        for ticket in tickets:
+            self._runtime.wait(ticket)
+
+    def decode_logits(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Float32:
+        """The logits of each prompt's last token and of greedy tokens behind it.
+
+        Returns float32 (num_tokens, sequences, vocab_size).
+        """
+        self._session.restart(len(prompts))
+        self._feed([prompt[:-1] for prompt in prompts])
+        new = {index: [prompt[-1]] for index, prompt in enumerate(prompts)}
+        found = []
+        for _ in range(num_tokens):
+            step = self._session.step(new)
+            found.append(step.logits)
+            new = {index: [token] for index, token in enumerate(step.token_ids.tolist())}
+        return np.stack(found)
+
+    def _feed(self, prompts: Sequence[Sequence[int]]) -> None:
+        for index, prompt in enumerate(prompts):
+            self._session.feed(prompt, index)
 
     def time(self, case: Case, repetitions: int, *, warm_up: bool = True) -> list[float]:
         """Seconds of each run; with `warm_up`, after one that does not count."""
         prompts = [self.tokens(index, case.longest) for index in range(case.batch)]
-        self._session.restart(case.batch, _room(case))
-        if case.kind == "decode":
-            self._session.fill([prompt[: case.depth] for prompt in prompts])
+        self._session.restart(case.batch)
+        self._feed([prompt[: case.depth] for prompt in prompts])
         first = [prompt[case.depth] for prompt in prompts]
         seconds = []
         for _ in range(repetitions + warm_up):
             self._session.rewind(case.depth)
             start = time.perf_counter()
             if case.kind == "prefill":
-                self._session.prefill(prompts[0])
+                self.prefill(prompts[0])
             else:
-                self._session.decode(first, case.num_tokens)
+                self.decode(first, case.num_tokens)
             seconds.append(time.perf_counter() - start)
         return seconds[int(warm_up) :]
+
+
+def hash_of(logits: Float32) -> str:
+    """The first 16 digits of the SHA-256 of the numbers as little-endian float32."""
+    data = np.ascontiguousarray(logits, dtype="<f4")
+    return hashlib.sha256(data.tobytes()).hexdigest()[:16]

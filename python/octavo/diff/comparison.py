@@ -1,24 +1,23 @@
-"""Run two sides on the same tokens and find where they differ.
+"""Run two implementations on the same tokens and find where they differ.
 
 Both are fed the same chunks in lockstep, so that only one chunk's taps are held at a time however
 long the text is. Three passes: taps of the prompt; greedy decoding from its end; and the left
-side's decode, token by token, against its own prefill.
+one's decode, token by token, against its own prefill.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from octavo.diff.findings import find_culprits
-from octavo.diff.graph import tap_inputs
-from octavo.diff.implementations import Fed, Int32, Side
-from octavo.diff.local import LocalJudge, own_errors
-from octavo.diff.measure import Float32, Float64, RowErrors, Trace, row_errors
+from octavo.diff.definition import OpReplay, own_errors
+from octavo.diff.findings import find_ops
+from octavo.diff.implementations import Implementation, Int32, StepResult
+from octavo.diff.measure import Float32, Float64, RowErrors, joined, row_errors
 from octavo.diff.result import (
     DecodeResult,
     DiffResult,
@@ -36,12 +35,12 @@ from octavo.diff.tolerance import (
     own_tolerance,
     run_tolerance,
 )
-from octavo.models.layer import split_tap, tap_names
+from octavo.models.layer import Node, model_nodes
 from octavo.models.spec import ModelSpec
 from octavo.reference.llama import ReferenceModel
 
 Progress = Callable[[str, int, int], None]  # what is being done, tokens done, tokens in all
-CHUNK_BYTES = 192 << 20  # of one side's taps held at a time
+CHUNK_BYTES = 192 << 20  # of one implementation's taps held at a time
 
 
 @dataclass(frozen=True)
@@ -59,74 +58,94 @@ class DiffOptions:
 
 
 @dataclass
-class Watch:
-    """What is collected about one side: the own errors of its ops, and recognized mistakes."""
+class Run:
+    """One implementation over the prompt, and what is collected about it.
 
-    side: Side
-    judge: LocalJudge | None
-    own: dict[str, Trace] = field(default_factory=dict)
-    mistakes: dict[str, str | None] = field(default_factory=dict)  # by part, the first time
+    replay: does its ops once more; None for the definition itself. own: the own errors of its ops,
+    by tap. mistakes: what a broken op was recognized as, by part of a layer, the first time only.
+    last: what the last chunk gave, without its taps. rounding, logits_rounding: how far the run
+    is from the truth: the relative error of the worst row, by tap, and the largest absolute one.
+    """
 
-    def look(self, fed: Fed, token_ids: Int32, context: int) -> None:
+    implementation: Implementation
+    replay: OpReplay | None
+    own: dict[str, list[Float64]] = field(default_factory=dict)
+    mistakes: dict[str, str | None] = field(default_factory=dict)
+    last: StepResult = field(init=False)
+    rounding: dict[str, float] = field(default_factory=dict)
+    logits_rounding: float = 0.0
+
+    def tolerance(self, spec: ModelSpec, node: Node, context: int) -> float:
+        """Of the own error of an op."""
+        rounds_output = self.implementation.rounds_output
+        return own_tolerance(spec, node, context, rounds_output=rounds_output)
+
+    def check_ops(self, step: StepResult, token_ids: Int32, context: int) -> None:
         """Redo each op of a chunk; where one is off, try what it might be instead."""
-        if self.judge is None:
+        if self.replay is None:
             return
-        for name, part, scene in self.judge.scenes(fed.taps, token_ids):
-            seen = fed.taps[name]
-            errors = own_errors(scene, part, seen)
-            self.own.setdefault(name, Trace()).add(errors)
-            limit = own_tolerance(
-                self.judge.model.spec, name, context, rounds_output=self.side.rounds_output
-            )
-            if part not in self.mistakes and not errors.relative.max() <= limit:
-                self.mistakes[part] = find_suspect(scene, part, seen, limit)
+        for inputs in self.replay.ops(step.taps, token_ids):
+            node, seen = inputs.node, step.taps[inputs.node.tap]
+            errors = own_errors(inputs, seen)
+            self.own.setdefault(node.tap, []).append(errors)
+            limit = self.tolerance(inputs.model.spec, node, context)
+            if node.part not in self.mistakes and not errors.max() <= limit:
+                self.mistakes[node.part] = find_suspect(inputs, seen, limit)
+
+    def measure_rounding(self, step: StepResult, truth: StepResult) -> Float32:
+        """Note how far a chunk is from the truth; returns the errors of its logits."""
+        for name, value in truth.taps.items():
+            if name in step.taps:
+                error = float(row_errors(step.taps[name], value).relative.max())
+                self.rounding[name] = max(self.rounding.get(name, 0.0), error)
+        off: Float32 = step.logits - truth.logits
+        self.logits_rounding = max(self.logits_rounding, float(np.abs(off).max()))
+        return off
+
+    def own_relative(self, tap: str) -> Float64 | None:
+        """The own error of a tap at every position; None where it was not checked."""
+        return np.concatenate(self.own[tap]) if tap in self.own else None
 
 
 def chunk_size_for(spec: ModelSpec) -> int:
-    """How many tokens at a time keep one side's taps within `CHUNK_BYTES`."""
-    width = 2 * spec.hidden_size + spec.vocab_size
-    for layer in spec.layers:
-        width += 3 * layer.q_size + 3 * layer.kv_size + 5 * spec.hidden_size
-        width += 3 * layer.intermediate_size
+    """How many tokens at a time keep one implementation's taps within `CHUNK_BYTES`."""
+    width = sum(node.width for node in model_nodes(spec))
     return int(min(512, max(16, CHUNK_BYTES // (4 * width))))
 
 
 class Comparison:
     """One run of `octavo diff`; `run` does it all.
 
-    definition: the reference in the dtypes that the sides are held to; it judges the ops.
+    definition: the reference in the dtypes that the two are held to; it checks the ops.
     truth: the same model without rounding; it sets the tolerance for bf16 and fills the judge's
     columns. None: neither.
     """
 
     def __init__(
         self,
-        left: Side,
-        right: Side,
+        left: Implementation,
+        right: Implementation,
         definition: ReferenceModel,
         token_ids: Int32,
         options: DiffOptions,
-        truth: Side | None = None,
+        truth: Implementation | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.left, self.right, self.truth = left, right, truth
         self.spec = definition.spec
+        self.nodes = model_nodes(definition.spec)
         self.token_ids = np.asarray(token_ids, dtype=np.int32)
         self.options = options
         self.progress = progress or (lambda what, done, total: None)
         self.chunk_size = options.chunk_size or chunk_size_for(self.spec)
-        self.watches = [
-            Watch(side, None if side.is_definition else LocalJudge(definition))
-            for side in (left, right)
-        ]
-        self.traces: dict[str, Trace] = {}
-        self.truth_worst: list[dict[str, float]] = [{}, {}]
-        self.truth_logits = [0.0, 0.0]
-        self.truth_squares = 0.0  # of the right side's errors in the logits
+        self.runs = tuple(
+            Run(each, None if each.is_definition else OpReplay(definition))
+            for each in (left, right)
+        )
+        self.errors: dict[str, list[RowErrors]] = {}
+        self.squares = 0.0  # of the right one's errors in the logits, against the truth
         self.same_choice = 0
-        self.missing: set[str] = set()
-        self.kept_logits: list[Float32] = []  # the left side's, for the last positions
-        self.last_fed: list[Fed] = []  # what the last chunk of the prompt gave, without its taps
+        self.kept_logits: list[Float32] = []  # the left one's, for the last positions
 
     def run(
         self,
@@ -144,27 +163,26 @@ class Comparison:
         greedy = self._compare_greedy() if self.options.steps else None
         decoded = self._compare_decode()
         taps, rows = self._summarize()
+        left, right = self.runs
         texts = ("", "")
         if greedy is not None and decode is not None:
             texts = (decode(list(greedy.left)), decode(list(greedy.right)))
         return DiffResult(
             model=model,
-            left_name=self.left.name,
-            right_name=self.right.name,
-            left_description=self.left.description,
-            right_description=self.right.description,
+            names=(self.left.name, self.right.name),
+            descriptions=(self.left.description, self.right.description),
             dtype=self.left.dtype,
             token_ids=tuple(int(token) for token in self.token_ids),
             token_texts=token_texts,
             taps=taps,
             rows=rows,
-            missing=tuple(name for name in tap_names(self.spec) if name in self.missing),
-            logits=self._logits_result(rows["logits"].errors),
+            missing=tuple(node.tap for node in self.nodes if node.tap not in self.errors),
+            logits=self._logits_result(rows["logits"]),
             greedy=greedy,
             greedy_texts=texts,
             decode=decoded,
             judge=self._judge_result() if judged else None,
-            findings=find_culprits(taps, self.left, self.right, self._mistakes()),
+            findings=find_ops(taps, (self.left, self.right), (left.mistakes, right.mistakes)),
             seconds=time.monotonic() - started,
         )
 
@@ -176,9 +194,9 @@ class Comparison:
 
     def _compare_taps(self) -> None:
         total, done = len(self.token_ids), 0
-        for side in (self.left, self.right, self.truth):
-            if side is not None:
-                side.reset()
+        for implementation in (self.left, self.right, self.truth):
+            if implementation is not None:
+                implementation.reset()
         for chunk in self._chunks(self.token_ids):
             self.progress("comparing taps", done, total)
             self._compare_chunk(chunk)
@@ -186,62 +204,54 @@ class Comparison:
         self.progress("comparing taps", total, total)
 
     def _compare_chunk(self, chunk: Int32) -> None:
-        feds = [self.left.feed(chunk, taps=True), self.right.feed(chunk, taps=True)]
-        for name in tap_names(self.spec):
-            if all(name in fed.taps for fed in feds):
-                errors = row_errors(feds[0].taps[name], feds[1].taps[name])
-                self.traces.setdefault(name, Trace()).add(errors)
-            else:
-                self.missing.add(name)
-        choices = [fed.logits.argmax(axis=1) for fed in feds]
-        self.same_choice += int((choices[0] == choices[1]).sum())
-        self.last_fed = [Fed(fed.logits[-1:], fed.next_token) for fed in feds]
-        self.kept_logits.append(feds[0].logits[-self.options.decode_rows :].copy())
-        for watch, fed in zip(self.watches, feds, strict=True):
-            watch.look(fed, chunk, len(self.token_ids))
+        left, right = steps = [run.implementation.feed(chunk, taps=True) for run in self.runs]
+        for node in self.nodes:
+            if node.tap in left.taps and node.tap in right.taps:
+                errors = row_errors(left.taps[node.tap], right.taps[node.tap])
+                self.errors.setdefault(node.tap, []).append(errors)
+        self.same_choice += int((left.logits.argmax(axis=1) == right.logits.argmax(axis=1)).sum())
+        self.kept_logits.append(left.logits[-self.options.decode_rows :].copy())
+        for run, step in zip(self.runs, steps, strict=True):
+            run.last = StepResult(step.logits[-1:], step.next_token)
+            run.check_ops(step, chunk, len(self.token_ids))
         if self.truth is None:
             return
         exact = self.truth.feed(chunk, taps=True)
-        for index, fed in enumerate(feds):
-            worst = self.truth_worst[index]
-            for name, value in exact.taps.items():
-                if name in fed.taps:
-                    error = float(row_errors(fed.taps[name], value).relative.max())
-                    worst[name] = max(worst.get(name, 0.0), error)
-            off = fed.logits - exact.logits
-            self.truth_logits[index] = max(self.truth_logits[index], float(np.abs(off).max()))
+        for run, step in zip(self.runs, steps, strict=True):
+            off = run.measure_rounding(step, exact)
         # What shifts all logits of a row alike does not matter to which is the largest.
         centred = off - off.mean(axis=1, keepdims=True)
-        self.truth_squares += float(np.square(centred, dtype=np.float64).sum())
+        self.squares += float(np.square(centred, dtype=np.float64).sum())
 
     def _compare_greedy(self) -> GreedyResult:
-        """Decode on from the prompt's end, each side by itself."""
+        """Decode on from the prompt's end, each by its own choices."""
         steps = self.options.steps
         answers: list[tuple[int, ...]] = []
         margins: list[list[float]] = []
-        for index, side in enumerate((self.left, self.right)):
-            fed = self.last_fed[index]  # both stand at the prompt's end
-            tokens, own_margins = [fed.next_token], [_margin(fed.logits)]
-            for step in range(1, steps):
-                self.progress("decoding greedily", index * steps + step, 2 * steps)
-                fed = side.feed(np.array(tokens[-1:], dtype=np.int32), all_logits=False)
-                tokens.append(fed.next_token)
-                own_margins.append(_margin(fed.logits))
+        for index, run in enumerate(self.runs):
+            step = run.last  # both stand at the prompt's end
+            tokens, own_margins = [step.next_token], [_margin(step.logits)]
+            for done in range(1, steps):
+                self.progress("decoding greedily", index * steps + done, 2 * steps)
+                last = np.array(tokens[-1:], dtype=np.int32)
+                step = run.implementation.feed(last, all_logits=False)
+                tokens.append(step.next_token)
+                own_margins.append(_margin(step.logits))
             answers.append(tuple(tokens))
             margins.append(own_margins)
         self.progress("decoding greedily", 2 * steps, 2 * steps)
         pairs = enumerate(zip(*answers, strict=True))
-        parted = next((step for step, (left, right) in pairs if left != right), None)
-        if parted is None:
+        differ_at = next((place for place, (left, right) in pairs if left != right), None)
+        if differ_at is None:
             return GreedyResult(answers[0], answers[1], None, None, None, False)
-        left, right = margins[0][parted], margins[1][parted]
+        left, right = margins[0][differ_at], margins[1][differ_at]
         # Left puts one token ahead by its margin, right the other by its own: the four logits'
         # roundings together have to make up the sum, and have twice one logit's deviation.
         tie = self.left.dtype != "f32" and left + right <= TIE_DEVIATIONS * 2 * self._deviation()
-        return GreedyResult(answers[0], answers[1], parted, left, right, tie)
+        return GreedyResult(answers[0], answers[1], differ_at, left, right, tie)
 
     def _compare_decode(self) -> DecodeResult | None:
-        """The left side once more: all but the last positions at once, then one by one."""
+        """The left one once more: all but the last positions at once, then one by one."""
         rows = min(self.options.decode_rows, len(self.token_ids) - 1)
         if rows < 1:
             return None
@@ -259,77 +269,66 @@ class Comparison:
         return DecodeResult(rows, different, max_abs, self.left.bit_exact, self._logits_tolerance())
 
     def _deviation(self) -> float:
-        """Standard deviation of what rounding adds to one of the right side's logits."""
+        """Standard deviation of what rounding adds to one of the right one's logits."""
         count = len(self.token_ids) * self.spec.vocab_size
-        return math.sqrt(self.truth_squares / count)
+        return math.sqrt(self.squares / count)
 
     def _logits_tolerance(self) -> float:
-        """Absolute: the promise for float32, the other side's own rounding for bf16."""
+        """Absolute: the promise for float32, the other one's own rounding for bf16."""
         if self.left.dtype == "f32":
             return LOGITS_F32
         if self.truth is None:
             return float("inf")  # the relative tolerance of the tap "logits" still holds
-        return RUN_BF16_FACTOR * self.truth_logits[1]
+        return RUN_BF16_FACTOR * self.runs[1].logits_rounding
 
     def _summarize(self) -> tuple[tuple[TapResult, ...], dict[str, TapRows]]:
-        context = len(self.token_ids)
-        inputs = tap_inputs(self.spec)
         worst: dict[str, float] = {}
         results, rows = [], {}
-        for name in tap_names(self.spec):
-            if name not in self.traces:
+        for node in self.nodes:
+            if node.tap not in self.errors:
                 continue
-            errors = self.traces[name].whole()
-            own = [_own(watch, name) for watch in self.watches]
-            worst[name] = float(errors.relative.max())
-            before = max((worst.get(source, 0.0) for source in inputs[name]), default=0.0)
-            layer, part = split_tap(name)
+            errors = joined(self.errors[node.tap])
+            own = [run.own_relative(node.tap) for run in self.runs]
+            worst[node.tap] = relative = float(errors.relative.max())
+            before = max((worst.get(source, 0.0) for source in node.inputs), default=0.0)
             tolerance = self.options.tolerance
             if tolerance is None:
-                tolerance = run_tolerance(self.left.dtype, self._yardstick(layer, name))
-            limits = [
-                own_tolerance(self.spec, name, context, rounds_output=side.rounds_output)
-                for side in (self.left, self.right)
-            ]
+                tolerance = run_tolerance(self.left.dtype, self._yardstick(node))
+            limits = [run.tolerance(self.spec, node, len(self.token_ids)) for run in self.runs]
             results.append(
                 TapResult(
-                    name=name,
-                    layer=layer,
-                    part=part,
-                    relative=worst[name],
+                    node=node,
+                    relative=relative,
                     max_abs=float(errors.max_abs.max()),
                     cosine_gap=float(errors.cosine_gap.max()),
                     position=int(errors.relative.argmax()),
-                    growth=worst[name] / before if before > 0 else None,
-                    own_left=None if own[0] is None else float(own[0].max()),
-                    own_right=None if own[1] is None else float(own[1].max()),
+                    growth=relative / before if before > 0 else None,
+                    own=(_largest(own[0]), _largest(own[1])),
                     tolerance=tolerance,
-                    own_tolerance_left=limits[0],
-                    own_tolerance_right=limits[1],
+                    own_tolerances=(limits[0], limits[1]),
                 )
             )
-            rows[name] = TapRows(errors, own[0], own[1])
+            rows[node.tap] = TapRows(errors, (own[0], own[1]))
         return tuple(results), rows
 
-    def _yardstick(self, layer: int | None, name: str) -> float | None:
-        """How far rounding alone takes the right side around a tap; None without a truth.
+    def _yardstick(self, node: Node) -> float | None:
+        """How far rounding alone takes the right one around a tap; None without a truth.
 
         Around: in its whole layer, since the worst row of one tap alone is a matter of luck.
         """
-        if self.truth is None:
-            return None
-        near = (
-            [name]
-            if layer is None
-            else [other for other in self.truth_worst[1] if split_tap(other)[0] == layer]
-        )
-        return max((self.truth_worst[1].get(other, 0.0) for other in near), default=None)
+        rounding = self.runs[1].rounding
+        near = [
+            rounding.get(other.tap, 0.0)
+            for other in self.nodes
+            if other is node or (other.layer == node.layer and other.layer is not None)
+        ]
+        return None if self.truth is None else max(near)
 
-    def _logits_result(self, errors: RowErrors) -> LogitsResult:
+    def _logits_result(self, rows: TapRows) -> LogitsResult:
         return LogitsResult(
             positions=len(self.token_ids),
-            max_abs=float(errors.max_abs.max()),
-            worst_position=int(errors.max_abs.argmax()),
+            max_abs=float(rows.errors.max_abs.max()),
+            worst_position=int(rows.errors.max_abs.argmax()),
             same_choice=self.same_choice,
             tolerance=self._logits_tolerance(),
         )
@@ -337,16 +336,13 @@ class Comparison:
     def _judge_result(self) -> JudgeResult | None:
         if self.truth is None:
             return None
-        left, right = self.truth_worst
-        return JudgeResult(self.truth.description, left, right, *self.truth_logits)
-
-    def _mistakes(self) -> tuple[Mapping[str, str | None], Mapping[str, str | None]]:
-        return self.watches[0].mistakes, self.watches[1].mistakes
+        left, right = self.runs
+        roundings = left.rounding, right.rounding, left.logits_rounding, right.logits_rounding
+        return JudgeResult(self.truth.description, *roundings)
 
 
-def _own(watch: Watch, name: str) -> Float64 | None:
-    trace = watch.own.get(name)
-    return None if trace is None else trace.whole().relative
+def _largest(values: Float64 | None) -> float | None:
+    return None if values is None else float(values.max())
 
 
 def _margin(logits: Float32) -> float:

@@ -1,52 +1,43 @@
-"""Hugging Face transformers as a side. torch and transformers are imported only in here.
+"""Hugging Face transformers, to be compared with. torch and transformers are imported only in here.
 
 The taps come from outside, by public means: forward hooks on the modules, and an attention
 function of our own, registered under a name, that notes the rotated queries and keys and then
 calls transformers' eager attention. So the model that runs is transformers' own, unchanged.
+Which module has which weight is read from the family's weight map.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os.path import commonpath
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from octavo.diff.implementations import Fed, Int32
+from octavo.diff.implementations import Int32, StepResult
 from octavo.diff.measure import Float32
 from octavo.errors import InvalidArgumentError, UnsupportedModelError
-from octavo.models.layer import tap_names
+from octavo.models.layer import Node, model_nodes
 from octavo.weights.model_files import ModelFiles
 from octavo.weights.tensor import Tensor
 
 ATTENTION = "octavo_taps"  # the name our attention function is registered under
-_RECORDER = "octavo_recorder"  # the attribute of an attention module that it writes to
-TESTED = "torch==2.13.0, transformers 5"
-
-# Submodule of a decoder layer -> (tap of its input or None, tap of its output or None).
-_LAYER_MODULES: Mapping[str, tuple[str | None, str | None]] = {
-    "input_layernorm": (None, "attn_norm"),
-    "self_attn.q_proj": (None, "q"),
-    "self_attn.k_proj": (None, "k"),
-    "self_attn.v_proj": (None, "v"),
-    "self_attn.o_proj": ("attn", "attn_out"),
-    "post_attention_layernorm": (None, "mlp_norm"),
-    "mlp.gate_proj": (None, "gate"),
-    "mlp.up_proj": (None, "up"),
-    "mlp.down_proj": ("act", "mlp_out"),
-    "": (None, "out"),
-}
-_MODEL_MODULES = {"model.embed_tokens": "embed", "model.norm": "final_norm", "lm_head": "logits"}
+_RECORDER = "octavo_recorder"  # the attribute of a model's config with where it notes them
 
 
 @dataclass
 class Recorder:
-    """Where hooks leave what they see; off between the runs that want taps."""
+    """Where hooks leave what they see; off between the runs that want taps.
 
+    attention: the node of each layer's attention.
+    """
+
+    attention: Mapping[int, Node]
     active: bool = False
     taps: dict[str, Float32] = field(default_factory=dict)
 
@@ -70,13 +61,12 @@ def import_hugging_face() -> tuple[ModuleType, ModuleType]:
         ) from error
 
 
-class HuggingFaceSide:
+class HuggingFaceImplementation:
     """transformers' model, with eager attention, in float32 or bfloat16."""
 
     name = "Hugging Face"
     is_definition = False
     bit_exact = False
-    op_files = "hf"
 
     def __init__(
         self,
@@ -96,13 +86,16 @@ class HuggingFaceSide:
             self._torch.set_num_threads(num_threads)
         self.dtype = dtype
         self.rounds_output = dtype == "bf16"
-        self._recorder = Recorder()
-        self._order = tap_names(files.spec)
+        self._nodes = model_nodes(files.spec)
+        attention = {node.layer or 0: node for node in self._nodes if node.op == "attention"}
+        self._recorder = Recorder(attention)
         self._cache: Any = None
         self._transformers = transformers
         _register_attention()
         self._model = self._load(files, weights)
-        self._hook()
+        self._hook(files)
+        module = type(self._model).__module__  # transformers.models.llama.modeling_llama
+        self.op_files = module.replace(".", ": ", 1).replace(".", "/") + ".py"
         self.description = (
             f"transformers {transformers.__version__}, torch {self._torch.__version__}, {dtype}, "
             "eager attention, cpu"
@@ -118,11 +111,12 @@ class HuggingFaceSide:
             config = self._transformers.AutoConfig.for_model(**files.config)
             model = auto.from_config(config, **options)
             state = {
-                files.weight_map[name]: self._torch.from_numpy(tensor.to_float32().copy())
+                checkpoint_name(files, name): self._torch.from_numpy(tensor.to_float32().copy())
                 for name, tensor in weights.items()
             }
             missing, unexpected = model.load_state_dict(state, strict=False)
-            untied = [name for name in missing if name != "lm_head.weight"]
+            head = model.get_output_embeddings().weight if files.spec.tie_word_embeddings else None
+            untied = [name for name in missing if model.get_parameter(name) is not head]
             if untied or unexpected:
                 raise UnsupportedModelError(
                     f"transformers' model has other weights than octavo's: {untied or unexpected}"
@@ -130,32 +124,40 @@ class HuggingFaceSide:
             model.tie_weights()
         return model.eval()
 
-    def _hook(self) -> None:
-        """Put a hook on every module that yields a tap."""
-        note = self._recorder.note
-        for path, tap in _MODEL_MODULES.items():
-            module = self._model.get_submodule(path)
+    def _hook(self, files: ModelFiles) -> None:
+        """Put a hook on every module that gives a tap, or is given one."""
+        modules = {node.tap: self._module(files, node) for node in self._nodes}
+        for node in self._nodes:
+            module = modules[node.tap]
+            if module is None:
+                continue
             module.register_forward_hook(
-                lambda _module, _inputs, output, tap=tap: note(tap, output)
+                lambda _module, _inputs, output, tap=node.tap: self._recorder.note(tap, output)
             )
-        for index, layer in enumerate(self._model.model.layers):
-            prefix = f"layers.{index}."
-            for path, (before, after) in _LAYER_MODULES.items():
-                module = layer.get_submodule(path)
-                if before is not None:
+            for source in node.inputs:
+                # What an op without weights gives is seen where the next module takes it in.
+                if modules[source] is None:
                     module.register_forward_pre_hook(
-                        lambda _module, inputs, name=prefix + before: note(name, inputs[0])
+                        lambda _module, inputs, tap=source: self._recorder.note(tap, inputs[0])
                     )
-                if after is not None:
-                    module.register_forward_hook(
-                        lambda _module, _inputs, output, name=prefix + after: note(name, output)
-                    )
-            setattr(layer.self_attn, _RECORDER, self._recorder)
+        setattr(self._model.config, _RECORDER, self._recorder)
+
+    def _module(self, files: ModelFiles, node: Node) -> Any:
+        """The module whose output is the tap; None where there is none."""
+        if node.op == "linear" and node.layer is None:
+            return self._model.get_output_embeddings()  # whether tied or not
+        if node.norm is not None:
+            return self._model.get_submodule(checkpoint_module(files, node.tap))
+        if node.matrices:
+            return self._model.get_submodule(checkpoint_module(files, node.matrices[0].name))
+        if node.op == "add_norm":  # the residual stream behind a layer
+            return self._model.get_submodule(_layer_module(files, self._nodes, node.layer))
+        return None
 
     def reset(self) -> None:
         self._cache = None
 
-    def feed(self, token_ids: Int32, *, taps: bool = False, all_logits: bool = True) -> Fed:
+    def feed(self, token_ids: Int32, *, taps: bool = False, all_logits: bool = True) -> StepResult:
         torch = self._torch
         if self._cache is None:
             self._cache = self._transformers.DynamicCache()
@@ -171,8 +173,25 @@ class HuggingFaceSide:
         self._recorder.active = False
         logits: Float32 = result.logits[0].float().numpy()
         seen = self._recorder.taps
-        ordered = {name: seen[name] for name in self._order if name in seen}
-        return Fed(logits, int(result.logits[0, -1].argmax()), ordered)
+        ordered = {node.tap: seen[node.tap] for node in self._nodes if node.tap in seen}
+        return StepResult(logits, int(result.logits[0, -1].argmax()), ordered)
+
+
+def checkpoint_name(files: ModelFiles, weight: str) -> str:
+    """The checkpoint's name of a weight: "layers.0.q.weight" -> "model.layers.0.self_attn...."."""
+    return files.weight_map[weight].name
+
+
+def checkpoint_module(files: ModelFiles, name: str) -> str:
+    """The module that has a matrix or a norm; name: octavo's, without ".weight"."""
+    return checkpoint_name(files, f"{name}.weight").removesuffix(".weight")
+
+
+def _layer_module(files: ModelFiles, nodes: list[Node], layer: int | None) -> str:
+    """The module that has all the norms and matrices of a layer: "model.layers.3"."""
+    names = [weight.name for node in nodes if node.layer == layer for weight in node.weights()]
+    paths = [checkpoint_name(files, name).replace(".", "/") for name in names]
+    return commonpath(paths).replace("/", ".")
 
 
 def cache_argument(model: Any) -> str:
@@ -184,20 +203,18 @@ def _register_attention() -> None:
     """Register, once for all models, eager attention that notes rotated queries and keys."""
     masks = importlib.import_module("transformers.masking_utils")
     functions = importlib.import_module("transformers.modeling_utils").AttentionInterface
-    llama = importlib.import_module("transformers.models.llama.modeling_llama")
 
     def attention(
         module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
     ) -> tuple[Any, Any]:
-        recorder: Recorder | None = getattr(module, _RECORDER, None)
+        recorder: Recorder | None = getattr(module.config, _RECORDER, None)
         if recorder is not None and recorder.active:
-            prefix = f"layers.{module.layer_idx}."
             rows = query.shape[2]  # (1, heads, rows, head_dim); keys reach back over the cache
-            recorder.note(prefix + "q_rope", query.transpose(1, 2))
-            recorder.note(prefix + "k_rope", key[:, :, -rows:].transpose(1, 2))
-        result: tuple[Any, Any] = llama.eager_attention_forward(
-            module, query, key, value, mask, **options
-        )
+            q_tap, k_tap, _ = recorder.attention[module.layer_idx].inputs
+            recorder.note(q_tap, query.transpose(1, 2))
+            recorder.note(k_tap, key[:, :, -rows:].transpose(1, 2))
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        result: tuple[Any, Any] = eager(module, query, key, value, mask, **options)
         return result
 
     functions.register(ATTENTION, attention)

@@ -1,4 +1,4 @@
-"""What `octavo diff` compares: computations of the same model, all behind one small interface."""
+"""What `octavo diff` compares: implementations of the same model, behind one small interface."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Int32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Fed:
-    """What came of feeding tokens to a side.
+class StepResult:
+    """What an implementation computed for some tokens.
 
-    logits: float32 (rows, vocab_size), a row for each token fed, or one row (the last token's).
-    next_token: the greedy choice after the last token, by the side's own sampler.
+    logits: float32 (rows, vocab_size), a row for each token, or one row (the last token's).
+    next_token: the greedy choice after the last token, by the implementation's own sampler.
     taps: name -> float32 (rows, width), empty if none were asked for.
     """
 
@@ -30,80 +30,59 @@ class Fed:
     taps: Mapping[str, Float32] = field(default_factory=dict)
 
 
-class Side(Protocol):
+class Implementation(Protocol):
     """One way to run the model, over one sequence at a time.
 
     name: short, for column heads. description: what exactly runs. dtype: "f32" or "bf16".
-    is_definition: its ops are the definition, so judging them by it would show nothing.
+    is_definition: its ops are the definition, so checking them by it would show nothing.
     bit_exact: it promises that prefill and step-by-step decode agree in every bit.
-    op_files: which of a culprit's files implement this side's ops ("native", "cuda",
-        "reference", "hf").
+    op_files: where its ops are: "reference", "native" or "cuda" (op_sources.py lists those
+        files), or, of code that is not octavo's, the files themselves.
     rounds_output: every op's result is rounded to bf16.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def description(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def is_definition(self) -> bool: ...
-    @property
-    def bit_exact(self) -> bool: ...
-    @property
-    def op_files(self) -> str: ...
-    @property
-    def rounds_output(self) -> bool: ...
+    name: str
+    description: str
+    dtype: str
+    is_definition: bool
+    bit_exact: bool
+    op_files: str
+    rounds_output: bool
 
     def reset(self) -> None:
         """Forget the sequence; the next token fed is at position 0."""
 
-    def feed(self, token_ids: Int32, *, taps: bool = False, all_logits: bool = True) -> Fed:
+    def feed(self, token_ids: Int32, *, taps: bool = False, all_logits: bool = True) -> StepResult:
         """Compute the sequence's next tokens, (rows,), on top of those fed before."""
 
 
 @dataclass
-class ReferenceSide:
-    """The NumPy reference as a side. about: a description other than the usual one."""
+class ReferenceImplementation:
+    """The NumPy reference. description: empty takes the usual one."""
 
     model: ReferenceModel
     name: str = "reference"
     is_definition: bool = True
-    about: str = ""
+    description: str = ""
     cache: KVCache = field(default_factory=KVCache)
+    op_files: str = "reference"
+    bit_exact: bool = False  # NumPy's matrix product sums in another order for one row than many
+    rounds_output: bool = False
 
-    @property
-    def description(self) -> str:
-        if self.about:
-            return self.about
-        arithmetic = "float64" if self.model.compute is np.float64 else "float32"
-        weights = describe_dtypes(self.model.formats, self.model.dtype)
-        return f"NumPy reference, {weights} weights, {arithmetic} arithmetic"
-
-    @property
-    def dtype(self) -> str:
-        return self.model.dtype
-
-    @property
-    def bit_exact(self) -> bool:
-        return False  # NumPy's matrix product sums in another order for one row than for many
-
-    @property
-    def op_files(self) -> str:
-        return "reference"
-
-    @property
-    def rounds_output(self) -> bool:
-        return False
+    def __post_init__(self) -> None:
+        self.dtype = self.model.dtype
+        if not self.description:
+            arithmetic = "float64" if self.model.compute is np.float64 else "float32"
+            weights = describe_dtypes(self.model.formats, self.model.dtype)
+            self.description = f"NumPy reference, {weights} weights, {arithmetic} arithmetic"
 
     def reset(self) -> None:
         self.cache = KVCache()
 
-    def feed(self, token_ids: Int32, *, taps: bool = False, all_logits: bool = True) -> Fed:
+    def feed(self, token_ids: Int32, *, taps: bool = False, all_logits: bool = True) -> StepResult:
         recorded: dict[str, Float32] = {}
         rows = None if all_logits else [len(token_ids) - 1]
         logits = self.model.forward(
             token_ids, self.cache, recorded if taps else None, logit_rows=rows
         ).astype(np.float32)
-        return Fed(logits, int(logits[-1].argmax()), recorded)
+        return StepResult(logits, int(logits[-1].argmax()), recorded)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 from octavo.diff.measure import Float64, RowErrors
+from octavo.models.layer import Node
 
 
 @dataclass(frozen=True)
@@ -14,40 +16,46 @@ class TapResult:
 
     relative, max_abs, cosine_gap: left against right, see measure.RowErrors. position: the row of
     the worst relative error. growth: relative over the largest relative of the tap's inputs; None
-    where those are 0 or unknown. own_left, own_right: each side's op against its definition on
-    that side's own inputs; None where not judged. The tolerances are those of tolerance.py.
+    where those are 0 or unknown. own: of the left and the right one, its op against the definition
+    on the inputs that it had; None where not checked. The tolerances are those of tolerance.py.
     """
 
-    name: str
-    layer: int | None
-    part: str
+    node: Node
     relative: float
     max_abs: float
     cosine_gap: float
     position: int
     growth: float | None
-    own_left: float | None
-    own_right: float | None
+    own: tuple[float | None, float | None]
     tolerance: float
-    own_tolerance_left: float
-    own_tolerance_right: float
+    own_tolerances: tuple[float, float]
 
     @property
-    def parted(self) -> bool:
-        """The two runs are no longer together here."""
+    def name(self) -> str:
+        return self.node.tap
+
+    @property
+    def layer(self) -> int | None:
+        return self.node.layer
+
+    @property
+    def part(self) -> str:
+        return self.node.part
+
+    @property
+    def broken(self) -> list[bool]:
+        """Whether the op is wrong, left and right."""
+        pairs = zip(self.own, self.own_tolerances, strict=True)
+        return [own is not None and not own <= limit for own, limit in pairs]
+
+    @property
+    def differs(self) -> bool:
+        """The two runs do not agree here."""
         return not self.relative <= self.tolerance
 
     @property
-    def left_broken(self) -> bool:
-        return self.own_left is not None and not self.own_left <= self.own_tolerance_left
-
-    @property
-    def right_broken(self) -> bool:
-        return self.own_right is not None and not self.own_right <= self.own_tolerance_right
-
-    @property
     def ok(self) -> bool:
-        return not (self.parted or self.left_broken or self.right_broken)
+        return not (self.differs or any(self.broken))
 
 
 @dataclass(frozen=True)
@@ -55,17 +63,16 @@ class TapRows:
     """The heat map's figures of one tap, float64 (positions,) each."""
 
     errors: RowErrors
-    own_left: Float64 | None
-    own_right: Float64 | None
+    own: tuple[Float64 | None, Float64 | None]
 
 
 @dataclass(frozen=True)
 class Finding:
     """One op that is wrong, or the place where two right-looking runs differ.
 
-    side: whose op, or "" where neither is at fault by itself. title: the finding in a few words.
-    taps: all taps where it shows. evidence: what was measured. mistake: what the op seems to do
-    instead, if that was recognized.
+    side: the name of whose op it is, or "" where neither is wrong by itself. title: the finding in
+    a few words. taps: all taps where it shows. evidence: what was measured. mistake: what the op
+    seems to do instead, if that was recognized.
     """
 
     side: str
@@ -96,10 +103,10 @@ class LogitsResult:
 
 @dataclass(frozen=True)
 class GreedyResult:
-    """Greedy decoding on both sides.
+    """Greedy decoding by both.
 
     parted_at: first step with different tokens, None if there is none. left_margin, right_margin:
-    top logit minus the second one at that step, by each side. tie: both margins are within what
+    top logit minus the second one at that step, by each. tie: both margins are within what
     rounding explains (bf16 only; float32 promises the same tokens).
     """
 
@@ -117,9 +124,9 @@ class GreedyResult:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """The left side's own prefill against its token-by-token decode, on the last positions.
+    """The left one's prefill against its own token-by-token decode, on the last positions.
 
-    promised: the side promises equality in every bit. different: rows that differ in any bit.
+    promised: it promises equality in every bit. different: rows that differ in any bit.
     """
 
     positions: int
@@ -135,7 +142,7 @@ class DecodeResult:
 
 @dataclass(frozen=True)
 class JudgeResult:
-    """Both sides against the same model without rounding (float64, or float32 for bf16).
+    """Both against the same model without rounding (float64, or float32 for bf16).
 
     left, right: relative error of the worst row, by tap. logits_*: largest absolute error.
     """
@@ -152,16 +159,14 @@ class DiffResult:
     """All of a comparison."""
 
     model: str
-    left_name: str
-    right_name: str
-    left_description: str
-    right_description: str
+    names: tuple[str, str]  # of the two implementations, left and right
+    descriptions: tuple[str, str]
     dtype: str
     token_ids: tuple[int, ...]
     token_texts: tuple[str, ...]
     taps: tuple[TapResult, ...]
     rows: Mapping[str, TapRows]
-    missing: tuple[str, ...]  # taps that one of the sides does not give
+    missing: tuple[str, ...]  # taps that one of the two does not give
     logits: LogitsResult
     greedy: GreedyResult | None
     greedy_texts: tuple[str, str]
@@ -169,6 +174,16 @@ class DiffResult:
     judge: JudgeResult | None
     findings: tuple[Finding, ...]
     seconds: float
+
+    @property
+    def checked(self) -> list[int]:
+        """Which ones' ops were checked by their definition: 0 the left, 1 the right."""
+        return [index for index in (0, 1) if any(tap.own[index] is not None for tap in self.taps)]
+
+    def layers(self) -> list[list[TapResult]]:
+        """The taps of each layer; those outside of any layer by themselves."""
+        groups = groupby(self.taps, lambda tap: tap.name if tap.layer is None else tap.layer)
+        return [list(taps) for _, taps in groups]
 
     @property
     def first_bad(self) -> TapResult | None:

@@ -8,33 +8,37 @@ of what might be.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 
 import numpy as np
 
-from octavo.diff.local import LINEAR_PARTS, OpInputs, define
+from octavo.diff.definition import OpInputs, add, define, op_call
 from octavo.diff.measure import Float32, row_errors
 from octavo.diff.tolerance import STEP_BF16
+from octavo.models.layer import Op
 from octavo.models.spec import NormSpec, RopeSpec
 from octavo.reference import ops
 from octavo.reference.ops import Array
 
 Suspect = tuple[str, Callable[[], Array]]
+Call = Callable[..., Array]  # see `op_call`
 
 
-def find_suspect(scene: OpInputs, part: str, seen: Float32, tolerance: float) -> str | None:
+def find_suspect(inputs: OpInputs, seen: Float32, tolerance: float) -> str | None:
     """The sentence of the mistake whose result is `seen` (rows, width), or None.
 
     tolerance: largest relative error of any row that still counts as the same. A suspect that
     cannot be told from the right op on this input is passed over.
     """
-    right = define(scene, part).astype(np.float32)
-    if part == "attn" and scene.model.kv_dtype == "bf16":
+    right = define(inputs)
+    if inputs.node.op == "attention" and inputs.model.kv_dtype == "bf16":
         # A weight that lies near the middle of two bfloat16 numbers may be rounded either way.
         tolerance += STEP_BF16
-    for sentence, compute in suspects(scene, part):
+    suspects = _SUSPECTS.get(inputs.node.op)
+    for sentence, compute in suspects(inputs, op_call(inputs)) if suspects else ():
         guess = compute().reshape(len(seen), -1).astype(np.float32)
         if guess.shape != seen.shape:
             continue
@@ -45,71 +49,61 @@ def find_suspect(scene: OpInputs, part: str, seen: Float32, tolerance: float) ->
     return None
 
 
-def suspects(scene: OpInputs, part: str) -> Iterator[Suspect]:
-    """The mistakes that are known for the op behind tap `part`."""
-    if part == "embed":
-        yield from _embed(scene)
-    elif part in ("attn_norm", "mlp_norm", "final_norm"):
-        yield from _norm(scene, part)
-    elif part in ("q_rope", "k_rope"):
-        yield from _rope(scene, part)
-    elif part == "attn":
-        yield from _attention(scene)
-    elif part == "act":
-        yield from _activation(scene)
-    elif part == "out":
-        yield from _residual(scene)
-    elif part == "logits":
-        yield from _head(scene)
-    elif part in LINEAR_PARTS:
-        yield from _linear(scene, part)
-
-
-def _embed(scene: OpInputs) -> Iterator[Suspect]:
-    table = scene.model.weights["embed.weight"]
+def _embed(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
+    table, ids = inputs.weight(inputs.node.matrices[0].name), inputs.token_ids
+    yield "the table's rows without the positions' rows", partial(op, position_table=None)
     width = np.float32(table.shape[1])
-    x = table[scene.token_ids]
-    yield "the table's rows without the positions' rows", lambda: x
-    yield "the rows multiplied by sqrt(hidden_size)", lambda: x * np.sqrt(width)
-    yield "the row before each token's (ids off by one)", lambda: table[scene.token_ids - 1]
-    following = (scene.token_ids + 1) % len(table)
-    yield "the row after each token's (ids off by one)", lambda: table[following]
+    yield "the rows multiplied by sqrt(hidden_size)", lambda: table[ids] * np.sqrt(width)
+    for step, which in ((-1, "before"), (1, "after")):
+        shifted = (ids + step) % len(table)
+        yield f"the row {which} each token's (ids off by one)", partial(table.__getitem__, shifted)
 
 
-def _norm(scene: OpInputs, part: str) -> Iterator[Suspect]:
-    model = scene.model
-    spec = model.spec.final_norm if part == "final_norm" else scene.layer.norm
-    x = scene.residual
-    if part == "mlp_norm":
-        attn_out = scene.own("attn_out")
-        yield (
-            "the residual dropped: attention's output alone",
-            lambda: scene.norm(part, spec, attn_out),
-        )
-        yield "attention's output not added to the residual", lambda: scene.norm(part, spec, x)
-        x = x + attn_out
-    name = part if part == "final_norm" else f"layers.{scene.layer_index}.{part}"
-    weight, bias = model.weights[name + ".weight"], model.weights.get(name + ".bias")
+def _norm(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
+    """The mistakes of a sum, of a norm, and of a norm of a sum."""
+    node, spec = inputs.node, inputs.node.norm
+    if spec is None:
+        yield from _sum(inputs, lambda terms: op(terms=terms))
+        return
+    if len(node.inputs) > 1:
+        yield from _sum(inputs, lambda terms: op(x=add(terms)))
+    x, weight = add(inputs.operands), inputs.weight(node.tap)
+    bias = inputs.model.weights.get(f"{node.tap}.bias")
     yield "epsilon outside the square root", lambda: _norm_eps_outside(x, weight, bias, spec)
     for eps in (0.0, 1e-5, 1e-6, 1e-12):
         if eps != spec.eps:
-            yield (
-                f"epsilon {eps:g} instead of {spec.eps:g}",
-                partial(ops.norm, x, weight, bias, eps, spec.kind),
-            )
-    ones = np.ones_like(weight)
-    yield "the weight left out", lambda: ops.norm(x, ones, bias, spec.eps, spec.kind)
-    yield (
-        "1 + weight in place of the weight",
-        lambda: ops.norm(x, 1 + weight, bias, spec.eps, spec.kind),
-    )
-    yield "the bias left out", lambda: ops.norm(x, weight, None, spec.eps, spec.kind)
+            yield f"epsilon {eps:g} instead of {spec.eps:g}", partial(op, eps=eps)
     other = "layer" if spec.kind == "rms" else "rms"
-    yield (
-        f"a {other} norm instead of {spec.kind}",
-        lambda: ops.norm(x, weight, bias, spec.eps, other),
-    )
-    yield "no normalization at all", lambda: x
+    others: dict[str, Callable[[], Array]] = {
+        "the weight left out": partial(op, weight=np.ones_like(weight)),
+        "1 + weight in place of the weight": partial(op, weight=1 + weight),
+        "the bias left out": partial(op, bias=None),
+        f"a {other} norm instead of {spec.kind}": partial(op, kind=other),
+        "no normalization at all": lambda: x,
+    }
+    yield from others.items()
+
+
+def _sum(inputs: OpInputs, given: Callable[[list[Array]], Array]) -> Iterator[Suspect]:
+    """What a sum may lack or have twice. given: terms (rows, width) -> what the op makes of them.
+
+    The first term is the residual stream.
+    """
+    nodes, node, terms = inputs.nodes, inputs.node, inputs.operands
+    names = ["the residual", *(nodes[tap].part for tap in node.inputs[1:])]
+    for count in range(1, len(terms)):
+        for kept in combinations(range(len(terms)), count):
+            missing = [name for index, name in enumerate(names) if index not in kept]
+            sentence = f"the sum without {' and '.join(missing)}"
+            yield sentence, partial(given, [terms[index] for index in kept])
+    for norm in nodes.values():
+        if norm.norm is None or norm.layer != node.layer or norm is node:
+            continue
+        if norm.tap in inputs.taps:
+            sentence = f"{names[-1]} added to {norm.part}, not to the residual"
+            yield sentence, partial(given, [inputs.taps[norm.tap], terms[-1]])
+    for name, term in zip(names[1:], terms[1:], strict=True):
+        yield f"{name} added twice", partial(given, [*terms, term])
 
 
 def _norm_eps_outside(x: Array, weight: Array, bias: Array | None, spec: NormSpec) -> Array:
@@ -119,54 +113,49 @@ def _norm_eps_outside(x: Array, weight: Array, bias: Array | None, spec: NormSpe
     return y if bias is None else y + bias
 
 
-def _linear(scene: OpInputs, part: str) -> Iterator[Suspect]:
-    name, source = LINEAR_PARTS[part]
-    x, weight, model = scene.own(source), scene.weight(name), scene.model
-    full_name = f"layers.{scene.layer_index}.{name}"
-    bias = model.weights.get(full_name + ".bias")
-    multiply = partial(model.multiply, full_name, x)
+def _linear(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
+    node, nodes, model = inputs.node, inputs.nodes, inputs.model
+    name, (x,) = node.matrix.name, inputs.operands
+    weight, bias = inputs.weight(name), model.weights.get(f"{name}.bias")
     if bias is not None:
-        yield "the bias left out", lambda: scene.linear(name, x, bias=False)
+        yield "the bias left out", partial(op, bias=None)
     if weight.shape[0] == weight.shape[1]:
-        yield "the weight transposed", lambda: multiply(weight.T, bias)
-    others = (("q", "k", "v"), ("gate", "up"))
-    for other in next((group for group in others if name in group), ()):
-        full = f"layers.{scene.layer_index}.{other}.weight"
-        if other != name and full in model.weights and model.weights[full].shape == weight.shape:
-            yield f"the weight of {other} in place of {name}'s", partial(scene.linear, other, x)
-    for layer in (scene.layer_index - 1, scene.layer_index + 1):
-        full = f"layers.{layer}.{name}.weight"
-        if full in model.weights and model.weights[full].shape == weight.shape:
-            yield (
-                f"the weight of layer {layer}",
-                partial(multiply, model.weights[full], bias),
-            )
-    if name in ("q", "k"):
-        heads = weight.shape[0] // scene.layer.head_dim
-        paired = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2)
-        yield (
-            "rows in GGUF's order (pairs side by side), not undone",
-            lambda: multiply(paired.reshape(weight.shape), bias),
-        )
-        split = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2)
-        yield (
-            "GGUF's order of rows undone where there was none",
-            lambda: multiply(split.reshape(weight.shape), bias),
-        )
-    if full_name in model.formats:
-        yield "activations not rounded", lambda: ops.linear(x, weight, bias)
-    elif model.dtype == "bf16":
-        yield "activations not rounded to bfloat16", lambda: ops.linear(x, weight, bias)
+        yield "the weight transposed", partial(op, weight=weight.T)
+    short = name.rpartition(".")[2]
+    for other in nodes.values():
+        if other.op != "linear" or other is node or other.matrix.shape != weight.shape:
+            continue
+        if other.inputs == node.inputs:  # q, k and v; gate and up
+            other_short = other.matrix.name.rpartition(".")[2]
+            sentence = f"the weight of {other_short} in place of {short}'s"
+            yield sentence, op_call(replace(inputs, node=other))
+        elif other.part == node.part and abs((other.layer or 0) - (node.layer or 0)) == 1:
+            weight_there = inputs.weight(other.matrix.name)
+            yield f"the weight of layer {other.layer}", partial(op, weight=weight_there)
+    if any(each.op == "rope_and_store" and node.tap in each.inputs for each in nodes.values()):
+        heads = weight.shape[0] // inputs.layer.head_dim
+        paired = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        split = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        sentence = "rows in GGUF's order (pairs side by side), not undone"
+        yield sentence, partial(op, weight=paired)
+        yield "GGUF's order of rows undone where there was none", partial(op, weight=split)
+    before = nodes[node.inputs[0]]
+    if before.norm is not None and all(tap in inputs.taps for tap in before.inputs):
+        unnormalized = add([inputs.taps[tap] for tap in before.inputs])
+        yield f"{before.part} left out: the input not normalized", partial(op, x=unnormalized)
+    if node.layer is None and not model.spec.tie_word_embeddings:
+        yield "the embedding table used as the head", partial(op, weight=inputs.weight("embed"))
+    if name in model.formats or model.dtype == "bf16":
+        to = "" if name in model.formats else " to bfloat16"
+        yield f"activations not rounded{to}", lambda: ops.linear(x, weight, bias)
     else:
-        yield (
-            "weight and activations rounded to bfloat16",
-            lambda: ops.linear(x, weight, bias, "bf16"),
-        )
+        sentence = "weight and activations rounded to bfloat16"
+        yield sentence, lambda: ops.linear(x, weight, bias, "bf16")
 
 
-def _rope(scene: OpInputs, part: str) -> Iterator[Suspect]:
-    x, positions = scene.heads(part[0]), scene.positions
-    frequencies, rope = scene.model.frequencies[scene.layer_index], scene.layer.rope
+def _rope(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
+    x, positions = inputs.heads(inputs.node.inputs[0]), inputs.positions
+    frequencies, rope = inputs.model.frequencies[inputs.layer_index], inputs.layer.rope
     if frequencies is None or rope is None:
         return
     half = x.shape[-1] // 2
@@ -175,191 +164,134 @@ def _rope(scene: OpInputs, part: str) -> Iterator[Suspect]:
         return np.concatenate([values[..., half:], values[..., :half]], axis=-1)
 
     def neighbours() -> Array:
-        halves = np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
-        turned = ops.rope(halves, positions, frequencies)
+        turned = op(x=np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1))
         return np.stack([turned[..., :half], turned[..., half:]], axis=-1).reshape(x.shape)
 
-    yield "no rotation", lambda: x
-    yield (
-        "halves swapped: the sine's sign is the other way round",
-        lambda: ops.rope(x, positions, -frequencies),
-    )
-    yield "halves swapped on the way in", lambda: ops.rope(swap(x), positions, frequencies)
-    yield "halves swapped on the way out", lambda: swap(ops.rope(x, positions, frequencies))
-    yield "neighbours paired (i with i + 1) instead of halves", neighbours
-    for step in (-1, 1):
-        yield f"positions off by {step:+d}", partial(ops.rope, x, positions + step, frequencies)
-    yield (
-        "positions counted from the chunk's first token",
-        lambda: ops.rope(x, positions - positions[0], frequencies),
-    )
-    plain = RopeSpec(theta=rope.theta)
+    start, backwards = positions - positions[0], partial(op, frequencies=-frequencies)
+    ways: dict[str, Callable[[], Array]] = {
+        "no rotation": lambda: x,
+        "halves swapped: the sine's sign is the other way round": backwards,
+        "halves swapped on the way in": lambda: op(x=swap(x)),
+        "halves swapped on the way out": lambda: swap(op()),
+        "neighbours paired (i with i + 1) instead of halves": neighbours,
+        "positions off by -1": partial(op, positions=positions - 1),
+        "positions off by +1": partial(op, positions=positions + 1),
+        "positions counted from the chunk's first token": partial(op, positions=start),
+    }
+    yield from ways.items()
+    others = []
     if rope.scaling != "default":
-        yield (
-            f"the {rope.scaling} scaling left out",
-            lambda: ops.rope(x, positions, ops.rope_frequencies(plain, x.shape[-1])),
-        )
+        others.append((f"the {rope.scaling} scaling left out", RopeSpec(theta=rope.theta)))
     if rope.theta != 10000.0:
-        default = replace(rope, theta=10000.0)
-        yield (
-            "theta 10000 instead of the model's",
-            lambda: ops.rope(x, positions, ops.rope_frequencies(default, x.shape[-1])),
-        )
+        others.append(("theta 10000 instead of the model's", replace(rope, theta=10000.0)))
+    for sentence, other in others:
+        yield sentence, partial(op, frequencies=ops.rope_frequencies(other, x.shape[-1]))
 
 
-def _attention(scene: OpInputs) -> Iterator[Suspect]:
-    layer, k, v = scene.layer, scene.keys, scene.values
-    if k is None or v is None:
-        return
-    q, scale, window = scene.heads("q" + scene.rotated), layer.head_dim**-0.5, layer.window
-    # With one mistake each: the rest is as over the model's own cache.
-    attend = partial(ops.attention, dtype=ops.attention_dtype(scene.model.kv_dtype))
-    yield "no scale", lambda: attend(q, k, v, 1.0, window)
-    yield "scale 1 / head_dim, not its root", lambda: attend(q, k, v, scale**2, window)
-    yield (
-        "the scale applied twice over all heads: 1 / hidden_size",
-        lambda: attend(q, k, v, layer.q_size**-0.5, window),
-    )
+def _attention(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
+    layer, k, v = inputs.layer, inputs.keys, inputs.values
+    source = inputs.nodes[inputs.node.inputs[0]]
+    q, scale, window = inputs.heads(source.tap), layer.score_scale, layer.window
+    wider, heads, rows = layer.q_size**-0.5, np.arange(layer.num_heads), len(q)
+    yield "no scale", partial(op, scale=1.0)
+    yield "scale 1 / head_dim, not its root", partial(op, scale=scale**2)
+    yield "the scale applied twice over all heads: 1 / hidden_size", partial(op, scale=wider)
     if 1 < layer.num_kv_heads < layer.num_heads:
-        order = np.arange(layer.num_heads) % layer.num_kv_heads
-        yield (
-            "query head h reads KV head h % num_kv_heads",
-            lambda: attend(q, k[:, order], v[:, order], scale, window),
-        )
+        order = heads % layer.num_kv_heads
+        attend = partial(op, k=k[:, order], v=v[:, order])
+        yield "query head h reads KV head h % num_kv_heads", attend
     if layer.num_kv_heads > 1:
-        first = np.zeros(layer.num_heads, dtype=np.int64)
-        yield (
-            "every query head reads KV head 0",
-            lambda: attend(q, k[:, first], v[:, first], scale, window),
-        )
-    yield (
-        "not causal: tokens see those behind them",
-        # A query by itself is the last token's, which sees all.
-        lambda: np.concatenate([attend(row[None], k, v, scale) for row in q]),
-    )
-    if len(k) > len(q):
-        rows = len(q)
-        yield (
-            "only this chunk's keys and values seen, not the cache",
-            lambda: attend(q, k[-rows:], v[-rows:], scale, window),
-        )
+        first = 0 * heads
+        yield "every query head reads KV head 0", partial(op, k=k[:, first], v=v[:, first])
+    # A query by itself is the last token's, which sees all.
+    each = [partial(op, q=row[None], window=0) for row in q]
+    sentence = "not causal: tokens see those behind them"
+    yield sentence, lambda: np.concatenate([attend() for attend in each])
+    if len(k) > rows:
+        sentence = "only this chunk's keys and values seen, not the cache"
+        yield sentence, partial(op, k=k[-rows:], v=v[-rows:])
     if window:
-        yield "the window ignored", lambda: attend(q, k, v, scale, 0)
-        yield "a window one too wide", lambda: attend(q, k, v, scale, window + 1)
-    if scene.rotated:
-        yield "q before rope", lambda: attend(scene.heads("q"), k, v, scale, window)
-    rounded = ops.round_to_bf16
-    if scene.model.kv_dtype == "f32":
-        yield (
-            "keys and values rounded to bfloat16",
-            lambda: ops.attention(q, rounded(k), rounded(v), scale, window),
-        )
-        yield (
-            "queries, weights, keys and values rounded to bfloat16",
-            lambda: ops.attention(q, rounded(k), rounded(v), scale, window, "bf16"),
-        )
-    elif scene.model.kv_dtype == "bf16":
-        yield from _rounded_otherwise(q, k, v, scale, window)
+        yield "the window ignored", partial(op, window=0)
+        yield "a window one too wide", partial(op, window=window + 1)
+    if source.op == "rope_and_store":
+        yield "q before rope", partial(op, q=inputs.heads(source.inputs[0]))
+    if inputs.model.kv_dtype == "f32":
+        cached = partial(op, k=ops.round_to_bf16(k), v=ops.round_to_bf16(v))
+        yield "keys and values rounded to bfloat16", cached
+        sentence = "queries, weights, keys and values rounded to bfloat16"
+        yield sentence, partial(cached, dtype="bf16")
+    elif inputs.model.kv_dtype == "bf16":
+        yield from _rounded_otherwise(op, q, partial(_weigh, k=k, v=v, scale=scale, window=window))
 
 
-def _rounded_otherwise(
-    q: Array, k: Array, v: Array, scale: float, window: int
-) -> Iterator[Suspect]:
-    """What may be rounded to bfloat16, or not, in attention over a bf16 cache."""
-    rounded = ops.round_to_bf16
-    yield (
-        "float32 attention: neither queries nor weights rounded to bfloat16",
-        lambda: ops.attention(q, k, v, scale, window),
-    )
-    yield (
-        "weights not rounded to bfloat16",
-        lambda: ops.attention(rounded(q), k, v, scale, window),
-    )
+def _rounded_otherwise(op: Call, q: Array, weigh: Call) -> Iterator[Suspect]:
+    """What may be rounded to bfloat16, or not, in attention over a bf16 cache.
 
-    def whole(powers: Array) -> Array:
-        weights: Array = np.exp2(powers - np.ceil(powers.max(axis=-1, keepdims=True)))
-        return weights
-
-    def exact(powers: Array) -> Array:
-        weights: Array = np.exp2(powers - powers.max(axis=-1, keepdims=True))
-        return weights
-
-    def total(weights: Array) -> Array:
-        sums: Array = weights.sum(axis=-1, keepdims=True)
-        return sums
-
-    weigh = partial(_weigh, k=k, v=v, scale=scale, window=window)
-    yield (
-        "queries not rounded to bfloat16",
-        lambda: weigh(q, lambda p: rounded(whole(p)) / total(whole(p))),
-    )
-    yield (
-        "weights are powers from the greatest score itself, not from a whole number",
-        lambda: weigh(rounded(q), lambda p: rounded(exact(p)) / total(exact(p))),
-    )
-    yield (
-        "weights divided by their sum before they are rounded to bfloat16",
-        lambda: weigh(rounded(q), lambda p: rounded(whole(p) / total(whole(p)))),
-    )
-    yield (
-        "the weights' sum taken after rounding them to bfloat16",
-        lambda: weigh(rounded(q), lambda p: rounded(whole(p)) / total(rounded(whole(p)))),
-    )
+    weigh: `_weigh` but for its queries and what is done otherwise.
+    """
+    unrounded, rounded_q = partial(op, dtype="f32"), ops.round_to_bf16(q)
+    yield "float32 attention: neither queries nor weights rounded to bfloat16", unrounded
+    yield "weights not rounded to bfloat16", partial(unrounded, q=rounded_q)
+    yield "queries not rounded to bfloat16", partial(weigh, q)
+    sentence = "weights are powers from the greatest score itself, not from a whole number"
+    yield sentence, partial(weigh, rounded_q, whole=False)
+    sentence = "weights divided by their sum before they are rounded to bfloat16"
+    yield sentence, partial(weigh, rounded_q, divided_first=True)
+    sentence = "the weights' sum taken after rounding them to bfloat16"
+    yield sentence, partial(weigh, rounded_q, sum_of_rounded=True)
 
 
 def _weigh(
-    q: Array, weights: Callable[[Array], Array], k: Array, v: Array, scale: float, window: int
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    window: int,
+    *,
+    whole: bool = True,
+    divided_first: bool = False,
+    sum_of_rounded: bool = False,
 ) -> Array:
-    """Attention with `weights` of the scores in powers of two, (heads, rows, context).
+    """Attention over a bf16 cache, as `ops.attention` has it but for the one thing asked for.
 
-    Scores that a token does not see are -inf. The other arguments are those of `ops.attention`.
+    whole: the greatest score is rounded up before powers are taken from it. divided_first: weights
+    are divided by their sum, then rounded. sum_of_rounded: they are rounded, then summed.
     """
     group, context, rows = q.shape[1] // k.shape[1], len(k), len(q)
     k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
     powers = np.einsum("qhd,khd->hqk", q, k) * np.float32(scale * math.log2(math.e))
     distance = (context - rows + np.arange(rows))[:, None] - np.arange(context)
     hidden = (distance < 0) | ((distance >= window) if window else False)
-    out: Array = np.einsum("hqk,khd->qhd", weights(np.where(hidden, -np.inf, powers)), v)
+    powers = np.where(hidden, -np.inf, powers)  # (heads, rows, context)
+    greatest = powers.max(axis=-1, keepdims=True)
+    weights = np.exp2(powers - (np.ceil(greatest) if whole else greatest))
+    rounded = ops.round_to_bf16(weights)
+    total = (rounded if sum_of_rounded else weights).sum(axis=-1, keepdims=True)
+    weights = ops.round_to_bf16(weights / total) if divided_first else rounded / total
+    out: Array = np.einsum("hqk,khd->qhd", weights, v)
     return out
 
 
-def _activation(scene: OpInputs) -> Iterator[Suspect]:
-    up, activation = scene.own("up"), scene.layer.activation
-    gate = scene.own("gate") if scene.layer.gated else None
-    if gate is not None:
-        yield "gate and up swapped", lambda: ops.gated_activation(up, gate, activation)
+def _activation(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
+    activation = inputs.layer.activation
+    if inputs.layer.gated:
+        gate, up = inputs.operands
+        alone = partial(ops.activate, gate, activation)
+        yield "gate and up swapped", partial(op, gate=up, up=gate)
         yield "no activation: gate * up", lambda: gate * up
-        yield (
-            "the gate's activation alone, not multiplied by up",
-            lambda: ops.activate(gate, activation),
-        )
-        yield "up left without a gate", lambda: ops.activate(up, activation)
+        yield "the gate's activation alone, not multiplied by up", alone
+        yield "up left without a gate", partial(ops.activate, up, activation)
     for other in ("silu", "gelu", "gelu_tanh", "relu"):
         if other != activation:
-            yield f"{other} instead of {activation}", partial(ops.gated_activation, gate, up, other)
+            yield f"{other} instead of {activation}", partial(op, activation=other)
 
 
-def _residual(scene: OpInputs) -> Iterator[Suspect]:
-    x, attn_out, mlp_out = scene.residual, scene.own("attn_out"), scene.own("mlp_out")
-    yield "the residual dropped: the sublayers' outputs alone", lambda: attn_out + mlp_out
-    yield "the residual dropped: the MLP's output alone", lambda: mlp_out
-    yield "attention's output not added", lambda: x + mlp_out
-    yield "the MLP's output not added", lambda: x + attn_out
-    yield (
-        "the MLP's output added to its own norm, not to the residual",
-        lambda: scene.own("mlp_norm") + mlp_out,
-    )
-    yield "the MLP's output added twice", lambda: x + attn_out + mlp_out + mlp_out
-
-
-def _head(scene: OpInputs) -> Iterator[Suspect]:
-    model, x = scene.model, scene.taps["final_norm"]
-    if not model.spec.tie_word_embeddings:
-        yield (
-            "the embedding table used as the head",
-            lambda: model.multiply("lm_head", x, model.weights["embed.weight"], None),
-        )
-    yield (
-        "the final norm left out",
-        lambda: define(replace(scene, taps={**scene.taps, "final_norm": scene.residual}), "logits"),
-    )
+_SUSPECTS: Mapping[Op, Callable[[OpInputs, Call], Iterator[Suspect]]] = {
+    "embed": _embed,
+    "norm": _norm,
+    "add_norm": _norm,
+    "linear": _linear,
+    "rope_and_store": _rope,
+    "attention": _attention,
+    "gated_activation": _activation,
+}

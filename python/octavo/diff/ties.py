@@ -5,7 +5,7 @@ bfloat16. The score s is a float32 sum, and its last bits depend on the order of
 that lies in the middle of two bfloat16 numbers, to within those bits, is therefore rounded to
 either, and both are right. It is a step of 2^-7 of the weight at most, ten thousand times the
 float32 rounding that all else is held to, so such weights are looked for one by one, and only they
-are given room. Queries, keys and values are rounded from the same numbers on both sides.
+are given room. Queries, keys and values are rounded alike by both.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def rounding_room(q: Array, k: Array, v: Array, scale: float, window: int = 0) -
         powers = np.where(hidden, q.dtype.type(-np.inf), (queries @ k[:, kv_head].T) * to_powers)
         weights = np.exp2(powers - np.ceil(np.max(powers, axis=-1, keepdims=True)))
         # An error of the score is one of the weight times ln 2. The sum of head_dim products of
-        # either side wanders off by no more than sqrt(head_dim) u of the sum of their sizes, which
+        # either wanders off by no more than sqrt(head_dim) u of the sum of their sizes, which
         # is no less than |s|: four units of it are for what happens to s afterwards.
         sizes = (np.abs(queries) @ np.abs(k[:, kv_head]).T) * abs(to_powers)
         units = (2 * math.sqrt(head_dim) + 4) * sizes * math.log(2) + _EXPONENTIAL_UNITS

@@ -20,7 +20,7 @@ are not rounded at all (SmolLM2: off by 1e-3 at the median token, 3e-3 at the wo
 that are so near to a middle are found, one by one (ties.py), and what they can do to a row is taken
 off its error; what is left is held to float32.
 
-*Are the two runs still together?* (the relative error of the tap). Here earlier errors add up and
+*Do the two runs still agree?* (the relative error of the tap). Here earlier errors add up and
 the model magnifies them, by an amount that no theory gives, so the figures come from measurement.
 """
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 
-from octavo.models.layer import split_tap
+from octavo.models.layer import Node
 from octavo.models.spec import ModelSpec
 
 UNIT_F32 = 2.0**-24
@@ -38,17 +38,17 @@ STEP_BF16 = 2 * UNIT_BF16  # between neighbours, of the smaller one, at most
 # Largest relative error of a row. Right float32 runs (reference, Hugging Face) over 1,561 tokens
 # of SmolLM2 differ by 5e-5 at the worst tap of the worst token; four times that.
 RUN_F32 = 2e-4
-# In bf16 the measure is the other side's own rounding, taken in the same run: its distance from
-# the same model computed without rounding activations, at the worst tap of the layer. If octavo
-# rounds no more than that side, the two are at most twice that apart.
+# In bf16 the measure is the other implementation's own rounding, taken in the same run: its
+# distance from the same model computed without rounding activations, at the worst tap of the
+# layer. If octavo rounds no more than that, the two are at most twice that apart.
 RUN_BF16_FACTOR = 2.0
-# ... but never more than this: beyond it a side is wrong, not rounded (Hugging Face's bf16 was
+# ... but never more than this: beyond it something is wrong, not rounded (Hugging Face's bf16 was
 # measured 0.35 away from exact at the worst tap, a wrong op 1 or more).
 RUN_BF16_CAP = 0.5
 # Logits, absolute, at every position: octavo's promise for float32 (issue: "within 1e-3").
 LOGITS_F32 = 1e-3
-# In bf16 greedy tokens may part where the leading logits are this close, in standard deviations of
-# what the other side's rounding adds. In float32 they may not part at all.
+# In bf16 greedy tokens may differ where the leading logits are this close, in standard deviations
+# of what the other implementation's rounding adds. In float32 they may not differ at all.
 TIE_DEVIATIONS = 3.0
 # Hugging Face's bf16 rounds what every op returns (by u = 2^-8 at most), a norm and a residual
 # add twice; its attention also rounds scores and weights inside (measured 6.6 u).
@@ -60,41 +60,32 @@ ATTENTION_FACTOR = 24.0
 SHORTEST_SUM = 64  # exp, division and products round too, even where little is summed
 
 
-def own_tolerance(spec: ModelSpec, name: str, context: int, *, rounds_output: bool) -> float:
+def own_tolerance(spec: ModelSpec, node: Node, context: int, *, rounds_output: bool) -> float:
     """Largest own error (relative, any row) of a right op.
 
-    context: tokens that attention sums over at most. rounds_output: the side keeps its
+    context: tokens that attention sums over at most. rounds_output: the implementation keeps its
     activations in bf16 (Hugging Face's bf16 does, octavo does not).
     """
-    part = split_tap(name)[1]
+    is_attention = node.op == "attention"
     if rounds_output:
-        return OWN_BF16_ATTENTION if part == "attn" else OWN_BF16_OUTPUT
-    terms = max(SHORTEST_SUM, _terms(spec, name, context))
-    factor = ATTENTION_FACTOR if part == "attn" else SUM_FACTOR
-    return factor * math.sqrt(terms) * UNIT_F32
+        return OWN_BF16_ATTENTION if is_attention else OWN_BF16_OUTPUT
+    terms = max(SHORTEST_SUM, _terms(spec, node, context))
+    return (ATTENTION_FACTOR if is_attention else SUM_FACTOR) * math.sqrt(terms) * UNIT_F32
 
 
-def _terms(spec: ModelSpec, name: str, context: int) -> int:
-    """How many numbers are summed for one element of a tap."""
-    index, part = split_tap(name)
-    if index is None:
-        return 1 if part == "embed" else spec.hidden_size
-    layer = spec.layers[index]
-    return {
-        "q_rope": 2,
-        "k_rope": 2,
-        "act": 1,
-        "out": 3,
-        "attn": layer.head_dim + context,
-        "attn_out": layer.q_size,
-        "mlp_out": layer.intermediate_size,
-    }.get(part, spec.hidden_size)
+def _terms(spec: ModelSpec, node: Node, context: int) -> int:
+    """How many numbers are summed for one element of a tap; 1 also stands for a few."""
+    if node.op == "attention":
+        return spec.layers[node.layer or 0].head_dim + context
+    if node.op == "linear":
+        return node.matrix.inputs
+    return 1 if node.norm is None else node.width
 
 
 def run_tolerance(dtype: str, yardstick: float | None) -> float:
     """Largest relative error (any row) of a tap between two right runs.
 
-    yardstick: for bf16, how far rounding alone takes the other side at this tap.
+    yardstick: for bf16, how far rounding alone takes the other implementation at this tap.
     """
     if dtype == "f32":
         return RUN_F32

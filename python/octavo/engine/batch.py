@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.engine.block_manager import NO_BLOCK, BlockManager
+from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule, ScheduledSequence
+from octavo.reference.sampling import SAMPLING_ROW, SamplingRows
 
 Int32 = NDArray[np.int32]
 _TINY = float(np.finfo(np.float32).tiny)
@@ -17,24 +19,14 @@ _HUGE = float(np.finfo(np.float32).max)
 
 
 class BatchArrays(NamedTuple):
-    """The arguments of `_native.Batch`, which documents their shapes.
-
-    All are int32 but for temperature, top_p, min_p (float32) and seed (uint64).
-    """
+    """The arguments of `_native.Batch`, which documents their shapes."""
 
     token_ids: Int32
     row_starts: Int32
     context_lens: Int32
     block_tables: Int32
     logit_rows: Int32
-    temperature: NDArray[np.float32]
-    top_k: Int32
-    top_p: NDArray[np.float32]
-    min_p: NDArray[np.float32]
-    seed: NDArray[np.uint64]
-    sample_index: Int32
-    num_logprobs: Int32
-    state_rows: Int32
+    sampling: SamplingRows
 
 
 def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> BatchArrays:
@@ -67,26 +59,40 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
         elif num_samples:
             logit_rows.extend(range(num_tokens - num_samples, num_tokens))
             state_rows.extend([-1] * num_samples)
-    sampling = schedule.row_sequences
-    params = [sequence.params for sequence in sampling]
     return BatchArrays(
         token_ids=np.array(token_ids, np.int32),
         row_starts=np.array(row_starts, np.int32),
         context_lens=np.array([e.start + e.num_new_tokens for e in entries], np.int32),
         block_tables=_pack_block_tables(entries, blocks),
         logit_rows=np.array(logit_rows, np.int32),
-        temperature=np.array([_temperature(p.temperature) for p in params], np.float32),
-        # "Keep more than there are" means "keep all", whatever an int32 can hold.
-        top_k=np.array([p.top_k if p.top_k < vocab_size else 0 for p in params], np.int32),
-        top_p=np.array([max(p.top_p, _TINY) for p in params], np.float32),
-        min_p=np.array([p.min_p for p in params], np.float32),
-        seed=np.array([p.seed or 0 for p in params], np.uint64),
-        sample_index=np.array([sequence.sample_index for sequence in sampling], np.int32),
-        num_logprobs=np.array(
-            [-1 if p.logprobs is None else min(p.logprobs, vocab_size) for p in params], np.int32
-        ),
-        state_rows=np.array(state_rows, np.int32),
+        sampling=_pack_sampling(schedule.row_sequences, state_rows, vocab_size),
     )
+
+
+def _pack_sampling(
+    sequences: SequenceOf[Sequence], state_rows: list[int], vocab_size: int
+) -> SamplingRows:
+    """The options of each row's sequence, within what the row's types hold."""
+    rows = np.zeros(len(sequences), SAMPLING_ROW)
+    params = [sequence.params for sequence in sequences]
+    fitted = {
+        "temperature": [_temperature(p.temperature) for p in params],
+        # "Keep more than there are" means "keep all", whatever an int32 can hold.
+        "top_k": [p.top_k if p.top_k < vocab_size else 0 for p in params],
+        "top_p": [max(p.top_p, _TINY) for p in params],
+        "seed": [p.seed or 0 for p in params],
+        "sample_index": [sequence.sample_index for sequence in sequences],
+        "num_logprobs": [-1 if p.logprobs is None else min(p.logprobs, vocab_size) for p in params],
+        "state_row": state_rows,
+    }
+    for name in _OF_A_STEP:
+        values = fitted.get(name)
+        rows[name] = [getattr(p, name) for p in params] if values is None else values
+    return rows
+
+
+# What a request asks for, and what the scheduler knows; the position is the core's to know.
+_OF_A_STEP = [name for name in SAMPLING_ROW.names or () if name != "position"]
 
 
 def _temperature(value: float) -> float:

@@ -28,8 +28,8 @@ class StepRuntime(Protocol):
     def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
         """Copy whole KV blocks, behind the steps queued so far; pairs: (n, 2), from and to."""
 
-    def submit(self, batch: Any, *, draw: bool) -> int:
-        """Queue the forward pass and return a ticket; draw: the plain sampling, too."""
+    def submit(self, batch: Any, *, sample: bool) -> int:
+        """Queue the forward pass and return a ticket; sample: the plain sampling, too."""
 
     def sample(
         self,
@@ -102,7 +102,7 @@ class Pipeline:
         arrays = build_batch(schedule, self._blocks, self._vocab_size)
         batch = self._make_batch(**arrays._asdict())
         is_plain = masks is None and adjustments is None
-        step.ticket = self._runtime.submit(batch, draw=is_plain)
+        step.ticket = self._runtime.submit(batch, sample=is_plain)
         if not is_plain:
             self._runtime.sample(step.ticket, masks, adjustments)
 

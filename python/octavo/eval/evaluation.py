@@ -290,12 +290,13 @@ def score(
 
 
 def _describe(files: ModelFiles, scorer: Scorer, value: Perplexity) -> ModelRun:
+    options = scorer.loaded.options
     return ModelRun(
         path=str(files.path),
-        weights=describe_dtypes(scorer.options.formats, scorer.options.dtype),
-        dtype=scorer.options.dtype,
-        kv_dtype=scorer.options.kv_dtype,
-        device=scorer.device,
-        weight_bytes=scorer.weight_bytes,
+        weights=describe_dtypes(options.formats, options.dtype),
+        dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
+        device=scorer.loaded.device,
+        weight_bytes=scorer.loaded.runtime.memory()["weights"],
         perplexity=value,
     )

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from octavo.config import EngineConfig
 from octavo.models.layer import linear_nodes
 from octavo.runtime.loader import load_runtime
+from octavo.runtime.session import Session
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
 
@@ -53,24 +54,15 @@ def measure_importance(
     loaded = load_runtime(
         files, checkpoint, config, lambda done, total: progress("loading", done, total)
     )
-    from octavo import _native
-
-    order = np.arange(loaded.num_kv_blocks, dtype=np.int32)
-    blocks = np.broadcast_to(order, (spec.num_kv_groups, 1, len(order)))
+    session = Session(loaded)
     ids = np.random.default_rng(_SEED).integers(0, spec.vocab_size, (_SEQUENCES, tokens), np.int32)
     sums: dict[str, npt.NDArray[np.float64]] = {}
     for number, sequence in enumerate(ids):
         progress(what, number, _SEQUENCES)
+        session.rewind(0)
         for begin in range(0, tokens, chunk):
-            end = min(begin + chunk, tokens)
-            batch = _native.Batch(
-                token_ids=np.ascontiguousarray(sequence[begin:end]),
-                row_starts=np.array([0, end - begin], np.int32),
-                context_lens=np.array([end], np.int32),
-                block_tables=np.ascontiguousarray(blocks[:, :, : -(-end // _BLOCK_SIZE)]),
-                logit_rows=np.array([end - begin - 1], np.int32),
-            )
-            for name, values in loaded.runtime.step(batch, taps=list(widths)).taps.items():
+            step = session.step({0: sequence[begin : begin + chunk]}, (), list(widths))
+            for name, values in step.taps.items():
                 squares = np.einsum("ij,ij->j", values, values, dtype=np.float64)
                 sums[name] = sums.get(name, 0.0) + squares
     progress(what, _SEQUENCES, _SEQUENCES)

@@ -83,16 +83,16 @@ def attend(layer: LayerSpec, weights: LayerWeights, x: Float32, window: int) -> 
         q, k, v = (part[rows].reshape(window, -1, layer.head_dim) for part in parts)
         if frequencies is not None:
             q, k = ops.rope(q, positions, frequencies), ops.rope(k, positions, frequencies)
-        out[rows] = _attention(q, k, v, layer.window).reshape(window, -1)
+        out[rows] = _attention(q, k, v, layer.score_scale, layer.window).reshape(window, -1)
     return out
 
 
-def _attention(q: Float32, k: Float32, v: Float32, sliding: int) -> Float32:
+def _attention(q: Float32, k: Float32, v: Float32, scale: float, sliding: int) -> Float32:
     """`ops.attention` of whole windows in float32, there being no cache; by blocks of queries."""
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     queries = q.reshape(tokens, num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
-    queries = queries * np.float32(head_dim**-0.5)
+    queries = queries * np.float32(scale)
     keys, values = k.transpose(1, 2, 0), v.transpose(1, 0, 2)
     out = np.empty((num_kv_heads, num_heads // num_kv_heads, tokens, head_dim), np.float32)
     for begin in range(0, tokens, _QUERIES):

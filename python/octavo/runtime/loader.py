@@ -53,6 +53,7 @@ class LoadedRuntime:
     options: RuntimeOptions
     num_kv_blocks: int
     device: str
+    num_kv_groups: int  # block tables of a sequence
 
 
 def load_runtime(
@@ -104,7 +105,7 @@ def load_runtime(
     needs = Needs(files.spec, config, options, stored, available + num_bytes, block_bytes)
     num_kv_blocks = plan_kv_blocks(needs, available)
     _allocate_cache(runtime, num_kv_blocks, options)
-    return LoadedRuntime(runtime, options, num_kv_blocks, device)
+    return LoadedRuntime(runtime, options, num_kv_blocks, device, files.spec.num_kv_groups)
 
 
 def _make_runtime(

@@ -22,7 +22,7 @@ from octavo.server.errors import ApiError, to_api_error, validation_error
 from octavo.server.fields import refused_field
 from octavo.server.formats import Format, Head
 from octavo.server.metrics import CONTENT_TYPE
-from octavo.server.middleware import Gate
+from octavo.server.middleware import RequestMiddleware
 from octavo.server.pages import add_pages
 from octavo.server.protocol import (
     Body,
@@ -81,23 +81,23 @@ def create_app(service: Service) -> ASGIApp:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_api_error)  # and the gate logs it
+    app.add_exception_handler(Exception, _on_api_error)  # and RequestMiddleware logs it
     _add_generation(app)
     _add_models(app)
     _add_tokens(app)
     _add_probes(app)
-    add_pages(app, _service)
-    gated: ASGIApp = Gate(app, service.options)
+    add_pages(app, service)
+    whole: ASGIApp = RequestMiddleware(app, service.options)
     if service.options.allowed_origins:
         from starlette.middleware.cors import CORSMiddleware
 
-        gated = CORSMiddleware(
-            gated,
+        whole = CORSMiddleware(
+            whole,
             allow_origins=service.options.allowed_origins,
             allow_methods=["*"],
             allow_headers=["*"],
         )
-    return gated
+    return whole
 
 
 def _service(request: Request) -> Service:
@@ -110,26 +110,26 @@ def _add_generation(app: FastAPI) -> None:
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         service = _service(request)
-        llm = service.llm()
+        model = service.model()
         service.check_model(body.model)
         tool_format = service.tool_format_of(body)
-        prompt = await asyncio.to_thread(prepare.encode_chat, llm, body, tool_format)
-        params = prepare.sampling_params(llm, body, prompt, service.options.defaults)
+        prompt = await asyncio.to_thread(prepare.encode_chat, model, body, tool_format)
+        params = prepare.sampling_params(model, body, prompt, service.options.defaults)
         head = Head(_response_id(request, "chatcmpl"), int(time.time()), service.name)
-        answer_format = prepare.chat_format(llm, body, head, params, tool_format)
+        answer_format = prepare.chat_format(model, body, head, params, tool_format)
         return await _answer(request, body, [(prompt, params)], head, answer_format)
 
     @app.post("/v1/completions", responses=_STREAMED)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Go on with a text, or with many."""
         service = _service(request)
-        llm = service.llm()
+        model = service.model()
         service.check_model(body.model)
-        prompts = await asyncio.to_thread(prepare.encode_completion, llm, body)
+        prompts = await asyncio.to_thread(prepare.encode_completion, model, body)
         defaults = service.options.defaults
-        work = [(p, prepare.sampling_params(llm, body, p, defaults)) for p in prompts]
+        work = [(p, prepare.sampling_params(model, body, p, defaults)) for p in prompts]
         head = Head(_response_id(request, "cmpl"), int(time.time()), service.name)
-        answer_format = prepare.completion_format(llm, body, head, prompts)
+        answer_format = prepare.completion_format(model, body, head, prompts)
         return await _answer(request, body, work, head, answer_format)
 
 
@@ -210,28 +210,28 @@ def _add_tokens(app: FastAPI) -> None:
     ) -> Response:
         """The tokens of a text, or of a conversation's prompt."""
         service = _service(request)
-        llm = service.llm()
+        model = service.model()
         service.check_model(body.model)
-        if llm.tokenizer is None:
+        if model.tokenizer is None:
             raise ApiError(400, "this model has no tokenizer", param="model")
         refused = refused_field(body.model_extra or {})
         if refused is not None:
             raise refused
         if isinstance(body, TokenizeChatBody):
             tool_format = service.tool_format_of(body)
-            prompt = await asyncio.to_thread(prepare.encode_chat, llm, body, tool_format)
+            prompt = await asyncio.to_thread(prepare.encode_chat, model, body, tool_format)
             tokens = list(prompt.token_ids)
         else:
             try:
                 tokens = await asyncio.to_thread(
-                    llm.tokenizer.encode, body.prompt, body.add_special_tokens
+                    model.tokenizer.encode, body.prompt, body.add_special_tokens
                 )
             except InvalidArgumentError as error:
                 raise to_api_error(error, "prompt") from error
-        strings = [llm.tokenizer.token(token) for token in tokens]
+        strings = [model.tokenizer.token(token) for token in tokens]
         found = {
             "count": len(tokens),
-            "max_model_len": llm.max_model_len,
+            "max_model_len": model.max_model_len,
             "tokens": tokens,
             "token_strs": strings if body.return_token_strs else None,
         }
@@ -241,11 +241,11 @@ def _add_tokens(app: FastAPI) -> None:
     async def detokenize(body: DetokenizeBody, request: Request) -> Response:
         """The text of tokens, special ones included."""
         service = _service(request)
-        llm = service.llm()
+        model = service.model()
         service.check_model(body.model)
-        if llm.tokenizer is None:
+        if model.tokenizer is None:
             raise ApiError(400, "this model has no tokenizer", param="model")
-        text = await asyncio.to_thread(llm.tokenizer.decode, body.tokens, False)
+        text = await asyncio.to_thread(model.tokenizer.decode, body.tokens, False)
         return _warn(request, body, JSONResponse({"prompt": text}))
 
 

@@ -28,7 +28,7 @@ from octavo.server.stream import EngineRequest, ResultStream
 if TYPE_CHECKING:
     from octavo.engine.engine import Engine
     from octavo.engine.outputs import OutputChunk
-    from octavo.llm import LLM
+    from octavo.model import LoadedModel
 
 T = TypeVar("T")
 State = Literal["loading", "ready", "failed", "stopped"]
@@ -55,7 +55,7 @@ class EngineThread:
 
     def __init__(
         self,
-        load: Callable[[], LLM],
+        load: Callable[[], LoadedModel],
         on_step: Callable[[StepStats], None] | None = None,
         stall_timeout: float = 60.0,
         event_log: Path | None = None,
@@ -72,19 +72,19 @@ class EngineThread:
         self._calls: set[asyncio.Future[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self.loaded: asyncio.Future[LLM] | None = None
+        self.loaded: asyncio.Future[LoadedModel] | None = None
         # Of the thread; read elsewhere one attribute at a time.
         self._streams: dict[str, ResultStream] = {}
         self._outbox: list[tuple[ResultStream, OutputChunk | OctavoError]] = []
         self._stopping = False
         self._progress_at = time.monotonic()
-        self.llm: LLM | None = None
+        self.model: LoadedModel | None = None
         self.state: State = "loading"
         self.problem = ""
 
     # ---- the event loop's side ----
 
-    def start(self) -> asyncio.Future[LLM]:
+    def start(self) -> asyncio.Future[LoadedModel]:
         """Begin to load; the future is done when the first request can be taken, or failed."""
         self._loop = asyncio.get_running_loop()
         self.loaded = self._loop.create_future()
@@ -122,7 +122,7 @@ class EngineThread:
         """Return when no request is open."""
         await self._idle.wait()
 
-    async def call(self, function: Callable[[LLM], T]) -> T:
+    async def call(self, function: Callable[[LoadedModel], T]) -> T:
         """Run a function between two steps, where it may look at the engine."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -141,9 +141,9 @@ class EngineThread:
 
         def command() -> None:
             try:
-                if self.llm is None:
+                if self.model is None:
                     raise self._not_running()
-                result = function(self.llm)
+                result = function(self.model)
             except Exception as error:
                 loop.call_soon_threadsafe(resolve, None, error)
             else:
@@ -175,8 +175,8 @@ class EngineThread:
         return self.state == "ready" and self._thread.is_alive()
 
     def _not_running(self) -> OctavoError:
-        if self.llm is not None and not self.llm.engine.guard.is_here:
-            return WrongProcessError(self.llm.engine.guard.pid, os.getpid())
+        if self.model is not None and not self.model.engine.guard.is_here:
+            return WrongProcessError(self.model.engine.guard.pid, os.getpid())
         return EngineStepError(f"the engine does not run: {self.problem or self.state}")
 
     def _end(self) -> None:
@@ -213,9 +213,9 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            self.llm = self._load()
-            self.llm.engine.guard.check_process()
-            recorder = _Recorder(self.llm.engine, self._event_log)
+            self.model = self._load()
+            self.model.engine.guard.check_process()
+            recorder = _Recorder(self.model.engine, self._event_log)
         except BaseException as error:
             self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
             self._tell_loaded(error)
@@ -225,7 +225,7 @@ class EngineThread:
         self._tell_loaded(None)
         try:
             with recorder:
-                self._step_until_stopped(self.llm.engine, recorder)
+                self._step_until_stopped(self.model.engine, recorder)
             self.state = "stopped"
         except BaseException as error:
             _log.critical("the engine's loop has ended", exc_info=error)
@@ -236,8 +236,8 @@ class EngineThread:
         def tell() -> None:
             if self.loaded is None or self.loaded.done():
                 return
-            if error is None and self.llm is not None:
-                self.loaded.set_result(self.llm)
+            if error is None and self.model is not None:
+                self.loaded.set_result(self.model)
             else:
                 self.loaded.set_exception(error or RuntimeError("the model was not loaded"))
 
@@ -291,11 +291,11 @@ class EngineThread:
                     del self._streams[chunk.request_id]
 
     def _add(self, request: EngineRequest, stream: ResultStream) -> None:
-        llm = self.llm
-        if llm is None:
+        model = self.model
+        if model is None:
             return
         try:
-            llm.engine.add_request(
+            model.engine.add_request(
                 request.request_id,
                 request.prompt.token_ids,
                 request.params,
@@ -324,14 +324,14 @@ class EngineThread:
 
     def _abort(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
-        if self.llm is None:
+        if self.model is None:
             return
         try:
-            self.llm.engine.abort(request_id)
+            self.model.engine.abort(request_id)
         except Exception:
             # A detokenizer that fails while the text is finished is not asked a second time.
             _log.exception("a request could not be aborted at the first attempt")
-            self.llm.engine.abort(request_id)
+            self.model.engine.abort(request_id)
 
     def _stop(self) -> None:
         self._stopping = True

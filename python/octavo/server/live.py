@@ -8,12 +8,11 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from octavo.engine.events import WAITING_REASONS
+from octavo.server.service import Service
 from octavo.server.step_stats import StepStats
 
 if TYPE_CHECKING:
     from octavo.engine.engine import Engine
-    from octavo.llm import LLM
-    from octavo.server.service import Service
 
 BLANK, CACHED, SHARED, FIRST_OWNER = 0, 1, 2, 3  # what a byte of the block map means
 _NUM_OWNERS = 250  # different bytes for sequences; they are used again beyond
@@ -42,14 +41,15 @@ def block_map(engine: Engine) -> tuple[bytes, dict[str, list[int]]]:
 
 
 class LiveView:
-    """Remembers the last steps, and describes the engine when asked."""
+    """Remembers the last steps of a service, and describes its engine when asked."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._steps: deque[tuple[float, int, int]] = deque(maxlen=4096)
         self._num_drawn = 0
+        service.observers.append(self._observe_step)
 
-    def observe_step(self, stats: StepStats) -> None:
+    def _observe_step(self, stats: StepStats) -> None:
         """After every step."""
         drawn = stats.engine.num_sampled_tokens
         self._steps.append((time.monotonic(), stats.num_tokens, drawn - self._num_drawn))
@@ -58,14 +58,14 @@ class LiveView:
     async def describe(self) -> dict[str, Any]:
         """Everything the page shows, as JSON has it."""
         service = self._service
-        llm: LLM = service.llm_to_watch()
+        model = service.model_to_watch()
         states, owners = await service.engine.call(lambda found: block_map(found.engine))
-        engine = llm.engine
+        engine = model.engine
         return {
             "model": service.name,
             "phase": service.phase,
             "uptime": round(time.time() - service.started, 1),
-            "max_model_len": llm.max_model_len,
+            "max_model_len": model.max_model_len,
             "max_num_seqs": engine.options.max_num_seqs,
             "blocks": {
                 "size": engine.options.block_size,

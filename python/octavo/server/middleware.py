@@ -31,7 +31,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2
 _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-class Gate:
+class RequestMiddleware:
     """Wraps the application. `scope["state"]["notes"]` is what a route adds to the log line."""
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from octavo.engine.events import EventLog
 from octavo.errors import InvalidArgumentError
 from octavo.server.errors import ApiError
+from octavo.server.live import LiveView
+from octavo.server.service import Service
 from octavo.trace.explain import explain
 from octavo.trace.log_file import log_of
 
 if TYPE_CHECKING:
-    from octavo.llm import LLM
-    from octavo.server.service import Service
+    from octavo.model import LoadedModel
 
 _STATIC = Path(__file__).parent / "static"
 # Nothing from another host, nothing inline, nobody's frame around it.
@@ -33,8 +33,9 @@ class _JsonLines(Response):
     media_type = "application/x-ndjson"
 
 
-def add_pages(app: FastAPI, service_of: Callable[[Request], Service]) -> None:
+def add_pages(app: FastAPI, service: Service) -> None:
     """Add the page and the routes under /engine."""
+    live = LiveView(service)
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
 
     @app.get("/", include_in_schema=False)
@@ -47,15 +48,14 @@ def add_pages(app: FastAPI, service_of: Callable[[Request], Service]) -> None:
         return FileResponse(_STATIC / "icon.svg", media_type="image/svg+xml")
 
     @app.get("/engine")
-    async def engine(request: Request) -> Response:
+    async def engine() -> Response:
         """Running and waiting requests, the KV cache block by block, speeds."""
-        return JSONResponse(await service_of(request).live.describe())
+        return JSONResponse(await live.describe())
 
     @app.get("/engine/requests/{request_id}", responses={404: {"description": "Unknown, or past."}})
-    async def explanation(request_id: str, request: Request) -> Response:
+    async def explanation(request_id: str) -> Response:
         """Where a request's time went, in sentences, as far as the event log's ring remembers."""
-        service = service_of(request)
-        service.llm_to_watch()
+        service.model_to_watch()
         copy = await service.engine.call(_copy_events)
         try:
             sentences = await asyncio.to_thread(_explain, copy, request_id)
@@ -65,18 +65,17 @@ def add_pages(app: FastAPI, service_of: Callable[[Request], Service]) -> None:
         return JSONResponse({"id": request_id, "sentences": sentences})
 
     @app.get("/engine/events", response_class=_JsonLines)
-    async def events(request: Request) -> Response:
+    async def events() -> Response:
         """The scheduler's last decisions, for `octavo explain`, `trace` and `replay`."""
-        service = service_of(request)
-        service.llm_to_watch()
+        service.model_to_watch()
         copy = await service.engine.call(_copy_events)
         lines = await asyncio.to_thread(lambda: "".join(f"{line}\n" for line in copy.as_jsonl()))
         return _JsonLines(lines)
 
 
-def _copy_events(llm: LLM) -> EventLog:
+def _copy_events(model: LoadedModel) -> EventLog:
     """The ring as it is now, so that it can be read while the engine goes on."""
-    events = llm.engine.events
+    events = model.engine.events
     copy = EventLog(max(1, len(events)), events.header)
     for event in events:
         copy.record(event)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError, OctavoError
@@ -21,25 +21,27 @@ from octavo.server.protocol import (
 from octavo.server.tools import tag_ids
 
 if TYPE_CHECKING:
-    from octavo.llm import LLM
+    from octavo.model import LoadedModel
     from octavo.server.tools import ToolFormat
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI and vLLM have it
 _TEMPLATE_ARGUMENTS = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
 
 
-def encode_completion(llm: LLM, body: CompletionBody) -> list[EncodedPrompt]:
+def encode_completion(model: LoadedModel, body: CompletionBody) -> list[EncodedPrompt]:
     """The prompts of a completion, one or many."""
     given: Any = body.prompt
     is_one = isinstance(given, str) or isinstance(given[0], int)
     prompts = [given] if is_one else given
     try:
-        return [llm.encode_prompt(prompt, body.add_special_tokens) for prompt in prompts]
+        return [model.encode_prompt(prompt, body.add_special_tokens) for prompt in prompts]
     except OctavoError as error:
         raise to_api_error(error, "prompt") from error
 
 
-def encode_chat(llm: LLM, body: ChatFields, tool_format: ToolFormat | None) -> EncodedPrompt:
+def encode_chat(
+    model: LoadedModel, body: ChatFields, tool_format: ToolFormat | None
+) -> EncodedPrompt:
     """A conversation as its prompt. tool_format: how the model writes calls, if it can."""
     if body.continue_final_message:
         raise bad_request(
@@ -59,7 +61,7 @@ def encode_chat(llm: LLM, body: ChatFields, tool_format: ToolFormat | None) -> E
     if body.tools:
         variables["tools"] = check_tools(body.tools, tool_format)
     try:
-        prompt = llm.encode_chat(
+        prompt = model.encode_chat(
             [message.model_dump(exclude_unset=True) for message in body.messages],
             chat_template=body.chat_template,
             add_special_tokens=body.add_special_tokens,
@@ -68,7 +70,7 @@ def encode_chat(llm: LLM, body: ChatFields, tool_format: ToolFormat | None) -> E
         )
     except OctavoError as error:
         raise to_api_error(error, "messages") from error
-    kept = tag_ids(llm.tokenizer, tools_of(body, tool_format))
+    kept = tag_ids(model.tokenizer, tools_of(body, tool_format))
     return replace(prompt, kept_special_ids=kept)
 
 
@@ -85,17 +87,21 @@ def tools_of(body: ChatFields, tool_format: ToolFormat | None) -> ToolFormat | N
 
 
 def chat_format(
-    llm: LLM, body: ChatBody, head: Head, params: SamplingParams, tool_format: ToolFormat | None
+    model: LoadedModel,
+    body: ChatBody,
+    head: Head,
+    params: SamplingParams,
+    tool_format: ToolFormat | None,
 ) -> ChatFormat:
     """How the answers to a conversation are written."""
     tools = tools_of(body, tool_format)
     ends = set(params.stop_token_ids)
     if not params.ignore_eos:
-        ends.update(llm.engine.eos_token_ids)
+        ends.update(model.engine.eos_token_ids)
     tokens = Tokens(
-        llm.tokenizer,
+        model.tokenizer,
         params.skip_special_tokens,
-        kept=tag_ids(llm.tokenizer, tools),
+        kept=tag_ids(model.tokenizer, tools),
         ends=() if params.include_stop_str_in_output else ends,
     )
     max_calls = 1 if body.parallel_tool_calls is False else None
@@ -103,17 +109,17 @@ def chat_format(
 
 
 def completion_format(
-    llm: LLM, body: CompletionBody, head: Head, prompts: Sequence[EncodedPrompt]
+    model: LoadedModel, body: CompletionBody, head: Head, prompts: Sequence[EncodedPrompt]
 ) -> CompletionFormat:
     """How the answers to these prompts are written."""
-    tokens = Tokens(llm.tokenizer, body.skip_special_tokens is not False)
+    tokens = Tokens(model.tokenizer, body.skip_special_tokens is not False)
     echoes: list[str] = []
     for prompt in prompts if body.echo else ():
         text = prompt.text
         if text is None:
-            if llm.tokenizer is None:
+            if model.tokenizer is None:
                 raise bad_request("echo is true, but this model has no tokenizer", "echo")
-            text = llm.tokenizer.decode(prompt.token_ids)
+            text = model.tokenizer.decode(prompt.token_ids)
         echoes += [text] * body.num_answers
     return CompletionFormat(head, tokens, echoes)
 
@@ -141,7 +147,7 @@ def check_tools(
 
 
 def sampling_params(
-    llm: LLM, body: SamplingBody, prompt: EncodedPrompt, defaults: Mapping[str, Any]
+    model: LoadedModel, body: SamplingBody, prompt: EncodedPrompt, defaults: Mapping[str, Any]
 ) -> SamplingParams:
     """What the body asks for, checked against the model: it could be answered.
 
@@ -151,9 +157,9 @@ def sampling_params(
         params = read_params(body, defaults)
         if params.max_tokens is None:
             num_prompt = len(prompt.token_ids)
-            room = llm.engine.scheduler.max_total_tokens(num_prompt, None) - num_prompt
+            room = model.engine.scheduler.max_total_tokens(num_prompt, None) - num_prompt
             params = replace(params, max_tokens=room)
-        llm.engine.check_request(prompt.token_ids, params)  # reads only what never changes
+        model.engine.check_request(prompt.token_ids, params)  # reads only what never changes
     except InvalidArgumentError as error:
         field = "messages" if isinstance(body, ChatBody) else "prompt"
         raise to_api_error(error, field) from error
@@ -166,28 +172,18 @@ def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingPara
     if refused is not None:
         raise refused
     is_chat = isinstance(body, ChatBody)
-    fields: dict[str, Any] = {"max_tokens": None if is_chat else DEFAULT_COMPLETION_TOKENS}
-    fields |= defaults
-    for name in _AS_GIVEN:
-        value = getattr(body, name)
+    asked: dict[str, Any] = {"max_tokens": None if is_chat else DEFAULT_COMPLETION_TOKENS}
+    asked |= defaults
+    for each in fields(SamplingParams):
+        value = getattr(body, each.name)
         if value is not None:
-            fields[name] = value
+            asked[each.name] = value
     if isinstance(body, ChatBody):
-        fields["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
+        asked["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         if body.max_completion_tokens is not None:
-            fields["max_tokens"] = body.max_completion_tokens
-    elif isinstance(body, CompletionBody):
-        fields["logprobs"] = body.logprobs
-    fields["logit_bias"] = _logit_bias(body.logit_bias or {})
-    return SamplingParams(**fields)
-
-
-_AS_GIVEN = (
-    *("n", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "seed"),
-    *("temperature", "top_k", "top_p", "min_p"),
-    *("include_stop_str_in_output", "skip_special_tokens"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
-)
+            asked["max_tokens"] = body.max_completion_tokens
+    asked["logit_bias"] = _logit_bias(body.logit_bias or {})
+    return SamplingParams(**asked)
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:

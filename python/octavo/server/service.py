@@ -16,7 +16,6 @@ from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
 from octavo.server.errors import ApiError, bad_request, unavailable
-from octavo.server.live import LiveView
 from octavo.server.metrics import Metrics
 from octavo.server.options import ServerOptions
 from octavo.server.protocol import ChatFields, SamplingBody
@@ -25,7 +24,7 @@ from octavo.server.stream import EngineRequest, ResultStream
 from octavo.server.tools import ToolFormat, detect_format
 
 if TYPE_CHECKING:
-    from octavo.llm import LLM
+    from octavo.model import LoadedModel
 
 Phase = Literal["loading", "ready", "draining", "failed"]
 
@@ -33,16 +32,17 @@ Phase = Literal["loading", "ready", "draining", "failed"]
 class Service:
     """One model behind the API. load: makes it, in the engine's thread."""
 
-    def __init__(self, options: ServerOptions, load: Callable[[], LLM]) -> None:
+    def __init__(self, options: ServerOptions, load: Callable[[], LoadedModel]) -> None:
         self.options = options
         self.engine = EngineThread(load, self._on_step, options.stall_timeout, options.event_log)
         self.phase: Phase = "loading"
         self.started = time.time()
         self.stats: StepStats | None = None
-        self.live = LiveView(self)
+        # Called after every step, in the loop of the server.
+        self.observers: list[Callable[[StepStats], None]] = []
         self.metrics: Metrics | None = None
         self.tool_format: ToolFormat | None = None
-        self._llm: LLM | None = None
+        self._model: LoadedModel | None = None
 
     @property
     def name(self) -> str:
@@ -52,25 +52,26 @@ class Service:
     @property
     def max_model_len(self) -> int | None:
         """The most tokens of prompt and answer; None while the model is being loaded."""
-        return None if self._llm is None else self._llm.max_model_len
+        return None if self._model is None else self._model.max_model_len
 
-    async def start(self) -> LLM:
+    async def start(self) -> LoadedModel:
         """Load the model; raises what loading it raised."""
         try:
-            llm = await self.engine.start()
+            model = await self.engine.start()
         except BaseException:
             self.phase = "failed"
             raise
-        self._llm = llm
-        self.metrics = Metrics(self.name, llm.engine)
+        self._model = model
+        self.metrics = Metrics(self.name, model.engine)
+        self.observers.append(self.metrics.observe_step)
         parser = self.options.tool_parser
-        if parser == "auto" and llm.chat_template is not None:
-            self.tool_format = detect_format(llm.chat_template.source)
+        if parser == "auto" and model.chat_template is not None:
+            self.tool_format = detect_format(model.chat_template.source)
         elif parser in ("hermes", "llama3_json"):
             self.tool_format = "hermes" if parser == "hermes" else "llama3_json"
         if self.phase == "loading":
             self.phase = "ready"
-        return llm
+        return model
 
     async def drain(self) -> None:
         """Take no more requests, and let those that run end, as long as shutdown_timeout says."""
@@ -84,21 +85,21 @@ class Service:
         """End what still runs."""
         self.engine.abort_all(ShutdownError("the server is shutting down"))
 
-    def llm(self) -> LLM:
+    def model(self) -> LoadedModel:
         """The model; an ApiError with status 503 while requests cannot be taken."""
         if self.phase == "loading":
             raise self._unavailable("the model is being loaded: try again soon", "loading")
         if self.phase == "draining":
             raise self._unavailable("the server is shutting down", "draining")
-        if self._llm is None or self.engine.state != "ready":
+        if self._model is None or self.engine.state != "ready":
             raise self._unavailable(f"the engine has stopped: {self.engine.problem}", "stopped")
-        return self._llm
+        return self._model
 
-    def llm_to_watch(self) -> LLM:
+    def model_to_watch(self) -> LoadedModel:
         """The model, while requests are taken and while the last ones end."""
-        if self._llm is None or self.engine.state != "ready":
-            return self.llm()
-        return self._llm
+        if self._model is None or self.engine.state != "ready":
+            return self.model()
+        return self._model
 
     def _unavailable(self, message: str, code: str) -> ApiError:
         if self.metrics is not None:
@@ -159,9 +160,8 @@ class Service:
 
     def _on_step(self, stats: StepStats) -> None:
         self.stats = stats
-        self.live.observe_step(stats)
-        if self.metrics is not None:
-            self.metrics.observe_step(stats)
+        for observe in self.observers:
+            observe(stats)
 
 
 def describe_model(service: Service, name: str, max_model_len: int | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from octavo.server.options import ServerOptions
 from octavo.server.service import Service
 
 if TYPE_CHECKING:
-    from octavo.llm import LLM
+    from octavo.model import LoadedModel
 
 _log = logging.getLogger("octavo.server")
 
@@ -33,7 +33,7 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def serve(options: ServerOptions, load: Callable[[], LLM]) -> None:
+def serve(options: ServerOptions, load: Callable[[], LoadedModel]) -> None:
     """Serve until a signal says otherwise. load: makes the model; what it raises is raised here.
 
     The socket is bound first, so that a port in use is told of at once; then the server listens,
@@ -45,7 +45,9 @@ def serve(options: ServerOptions, load: Callable[[], LLM]) -> None:
         asyncio.run(_serve(options, load, listener))
 
 
-async def _serve(options: ServerOptions, load: Callable[[], LLM], listener: socket.socket) -> None:
+async def _serve(
+    options: ServerOptions, load: Callable[[], LoadedModel], listener: socket.socket
+) -> None:
     service = Service(options, load)
     config = uvicorn.Config(
         create_app(service),
@@ -89,8 +91,8 @@ async def _serve(options: ServerOptions, load: Callable[[], LLM], listener: sock
 async def _load(service: Service, url: str) -> None:
     loop = asyncio.get_running_loop()
     started = loop.time()
-    llm = await service.start()
-    engine = llm.engine
+    model = await service.start()
+    engine = model.engine
     log_event(
         _log,
         logging.INFO,
@@ -98,7 +100,7 @@ async def _load(service: Service, url: str) -> None:
         url=url,
         model=service.name,
         seconds=round(loop.time() - started, 2),
-        max_model_len=llm.max_model_len,
+        max_model_len=model.max_model_len,
         max_num_seqs=engine.options.max_num_seqs,
         kv_cache_tokens=engine.blocks.num_tokens_capacity,
     )

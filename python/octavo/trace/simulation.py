@@ -111,7 +111,7 @@ class SimulatedRuntime:
         """The batch as it is."""
         return arrays
 
-    def submit(self, batch: dict[str, Any], *, draw: bool) -> int:
+    def submit(self, batch: dict[str, Any], *, sample: bool) -> int:
         """Compute a step: the clock goes on."""
         new = np.diff(batch["row_starts"]).astype(np.int64)
         before = batch["context_lens"] - new

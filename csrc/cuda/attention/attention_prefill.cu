@@ -1,0 +1,434 @@
+// Attention of sequences that bring many tokens: prompts, whole or in chunks.
+//
+// FlashAttention-2 (Dao 2023, arXiv 2307.08691) over the paged cache. A block takes up to 128 query
+// rows of a sequence and KV head (a row: a token and one of the group's query heads; token by
+// token) through all tiles of 64 keys that they see. While a tile is worked on, the next is on its
+// way to shared memory (cp.async, two stages), as it lies in the cache: int8 is widened where
+// fragments are loaded. The new tokens' keys and values are read from the cache like all others.
+//
+// The arithmetic is that of attention_tile.cuh, tile by tile and split by split. So beside what
+// FlashAttention-2 does, P V of a tile is scaled before it is added (a multiplication an element
+// and tile), and the state of a split is folded into the result where the split ends (every 256 to
+// 2048 keys), which lies in shared memory meanwhile. That is the price of equal bits in any
+// chunking.
+//
+// Rows a warp: 32 with head_dim 64, where a fragment of K or V then serves two products, or 16 with
+// 128. Shared memory: two stages of 2 x 64 x head_dim numbers and 128 x head_dim floats: 65 KiB
+// with 64 and 129 KiB with 128 numbers of 2 bytes.
+//
+// Arithmetic: 4 x head_dim a query row and key that it sees; tiles that no row of a warp sees are
+// left out. Bytes: K and V once a block, 2 x head_dim numbers a key for 128 rows.
+
+#include "cuda/attention/attention_plan.cuh"
+#include "cuda/attention/attention_tile.cuh"
+
+namespace octavo::cuda {
+
+namespace {
+
+constexpr int kRows = 128;
+// Warps of a block, and 16-row products of a warp.
+template <class Item, int kDim>
+constexpr int kWarps = kDim == 64 && sizeof(Item) == 2 ? 4 : 8;
+template <class Item, int kDim>
+constexpr int kBands = kRows / 16 / kWarps<Item, kDim>;
+
+// A tile in shared memory. Keys: rows, their 64-byte halves swapped in odd ones; values: pages, a
+// little apart. So the lanes of a warp that load together find their pieces in different banks.
+template <class T, class Item, int kDim>
+struct Stage {
+  using Shape = Tile<T, Item, kDim>;
+  static constexpr int kPageBytes = kPageTokens * Shape::kRowBytes;
+  static constexpr int kPageStride = kPageBytes + (Shape::kItems == 8 ? 64 : 32);
+  unsigned char keys[kTilePages * kPageBytes];
+  unsigned char values[kTilePages * kPageStride];
+  // Of int8 alone.
+  float key_scales[kTileKeys], value_scales[kTileKeys];
+
+  OCTAVO_DEVICE static int key_at(int key, int chunk) {  // chunk: of 16 bytes
+    const int swap = Shape::kRowBytes % 128 == 0 ? key % 2 * 4 : 0;
+    return key * Shape::kRowBytes + 16 * (chunk ^ swap);
+  }
+};
+
+template <class T, class Item, int kDim>
+struct Shared {
+  Stage<T, Item, kDim> stages[2];
+  // Results so far, as the threads hold them: [16 rows x 8 dimensions][thread].
+  float4 total[kBands<Item, kDim> * kDim / 8][32 * kWarps<Item, kDim>];
+  float2 total_state[kBands<Item, kDim> * 2][32 * kWarps<Item, kDim>];  // maximum and sum
+};
+
+// The rows of a block.
+struct Rows {
+  int seq, kv_head;
+  int first_token;     // of the sequence, in the step
+  int first_row, end;  // of the sequence's rows: first_row .. end - 1
+  int first_position;  // of the sequence's first new token
+  int context;
+};
+
+// Block i has 128 rows of the sequence s for which first_set(s) <= i < first_set(s + 1), where
+// there are so many: ids that are not used are fewer than sequences, and no block needs to know
+// more than row_starts to find its own.
+OCTAVO_DEVICE int first_set(const AttentionArguments& a, int seq) {
+  return static_cast<int>(static_cast<std::int64_t>(a.row_starts[seq]) * a.group / kRows) + seq;
+}
+OCTAVO_DEVICE bool find_rows(Rows& rows, const AttentionArguments& a, int id, int min_tokens) {
+  int low = 0, high = a.num_seqs;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (first_set(a, middle) <= id)
+      low = middle;
+    else
+      high = middle;
+  }
+  rows.seq = low;
+  rows.first_token = a.row_starts[low];
+  const int num_tokens = a.row_starts[low + 1] - rows.first_token;
+  rows.first_row = (id - first_set(a, low)) * kRows;
+  const int num_rows = num_tokens * a.group;
+  rows.end = least(rows.first_row + kRows, num_rows);
+  rows.context = a.context_lens[low];
+  rows.first_position = rows.context - num_tokens;
+  return num_tokens > min_tokens && rows.first_row < num_rows;
+}
+
+// Begins to copy a tile: pages are contiguous in the cache, keys and values each.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void copy_tile(Stage<T, Item, kDim>& stage, const KvLayout& cache, const Page& page) {
+  using Shape = Tile<T, Item, kDim>;
+  using To = Stage<T, Item, kDim>;
+  constexpr int kChunks = To::kPageBytes / 16, kThreads = 32 * kWarps<Item, kDim>;
+  const int values_at = cache.block_size * Shape::kRowBytes;
+  const auto thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < kTilePages * kChunks / kThreads; ++i) {
+    const int p = (i * kThreads + thread) / kChunks, chunk = (i * kThreads + thread) % kChunks;
+    const Page from = shuffle_page(page, static_cast<unsigned>(p));
+    const unsigned char* keys = cache.data + from.head + from.within * Shape::kRowBytes;
+    constexpr int kRowChunks = Shape::kRowBytes / 16;
+    const int key = p * kPageTokens + chunk / kRowChunks;
+    async_copy_16(stage.keys + To::key_at(key, chunk % kRowChunks), keys + 16 * chunk);
+    async_copy_16(stage.values + p * To::kPageStride + 16 * chunk, keys + values_at + 16 * chunk);
+  }
+  if constexpr (Shape::kScaled) {
+    const Page from = shuffle_page(page, thread / 4 % 4);
+    if (thread < 2 * kTileKeys / 4) {
+      const bool of_value = thread >= kTileKeys / 4;
+      const auto* scales =
+          reinterpret_cast<const float*>(cache.data + from.head + cache.scales_at()) + from.within +
+          thread % 4 * 4 + (of_value ? cache.block_size : 0);
+      float* to = of_value ? stage.value_scales : stage.key_scales;
+      async_copy_16(to + thread % (kTileKeys / 4) * 4, scales);
+    }
+  }
+  async_commit();
+}
+
+// Values of keys that were never written may be anything, and 0 times a NaN is one: makes them 0.
+// All threads of the block, between barriers; int8 codes are finite.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void clear_unwritten(Stage<T, Item, kDim>& stage, int first_key, int context) {
+  if constexpr (sizeof(Item) == 2) {
+    for (int i = static_cast<int>(threadIdx.x); i < kTileKeys * kDim; i += blockDim.x) {
+      const int key = i % kTileKeys, dim = i / kTileKeys;
+      if (first_key + key < context) continue;
+      auto* page = reinterpret_cast<Item*>(stage.values + key / kPageTokens * stage.kPageStride);
+      page[dim * kPageTokens + key % kPageTokens] = from_float<Item>(0.0f);
+    }
+  }
+}
+
+// What a warp holds of its rows: 16 a band. Halves: rows g and g + 8.
+template <class T, class Item, int kDim>
+struct Bands {
+  static constexpr int kCount = kBands<Item, kDim>;
+  std::uint32_t q[kCount][kDim / 16][4];
+  float values[kCount][kDim / 8][4];  // of the split
+  float max[kCount][2], sum[kCount][2];
+  int position[kCount][2];
+  int first_position, last_position;  // of the warp's rows; last < first: it has none
+
+  OCTAVO_DEVICE void clear_split() {
+#pragma unroll
+    for (int band = 0; band < kCount; ++band) {
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+        for (float& x : values[band][n]) x = 0.0f;
+      }
+      max[band][0] = max[band][1] = minus_infinity();
+      sum[band][0] = sum[band][1] = 0.0f;
+    }
+  }
+};
+
+template <class T>
+OCTAVO_DEVICE T* row_of(T* data, std::int64_t stride, const AttentionArguments& a, const Rows& rows,
+                        int row) {
+  return data + (rows.first_token + row / a.group) * stride +
+         (rows.kv_head * a.group + row % a.group) * a.head_dim;
+}
+
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void load_bands(Bands<T, Item, kDim>& bands, const AttentionArguments& a,
+                              const Rows& rows) {
+  constexpr int kCount = kBands<Item, kDim>;
+  const int g = static_cast<int>(lane_index() / 4);
+  const int warp_row = rows.first_row + static_cast<int>(warp_index()) * 16 * kCount;
+  const T* q = static_cast<const T*>(a.q);
+#pragma unroll
+  for (int band = 0; band < kCount; ++band) {
+    const int low = warp_row + 16 * band + g, high = low + 8;
+    load_queries<T, Item, kDim>(bands.q[band],
+                                low < rows.end ? row_of(q, a.q_stride, a, rows, low) : nullptr,
+                                high < rows.end ? row_of(q, a.q_stride, a, rows, high) : nullptr);
+    bands.position[band][0] = rows.first_position + least(low, rows.end - 1) / a.group;
+    bands.position[band][1] = rows.first_position + least(high, rows.end - 1) / a.group;
+  }
+  bands.first_position = rows.first_position + warp_row / a.group;
+  bands.last_position =
+      rows.first_position + (least(warp_row + 16 * kCount, rows.end) - 1) / a.group;
+  if (warp_row >= rows.end) bands.last_position = -1;
+}
+
+// S of all bands.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void score_tile(float (&s)[kBands<Item, kDim>][8][4],
+                              const Bands<T, Item, kDim>& bands,
+                              const Stage<T, Item, kDim>& stage) {
+  using Shape = Tile<T, Item, kDim>;
+  const int j = static_cast<int>(lane_index() % 4);
+#pragma unroll
+  for (int t = 0; t < 8; ++t) {
+    const int key = t / Shape::kProducts * 4 * Shape::kItems +
+                    key_of_product<Shape::kItems>(t % Shape::kProducts);
+#pragma unroll
+    for (int c = 0; c < Shape::kPieces; ++c) {
+      const uint4 piece = load_16(stage.keys + stage.key_at(key, 4 * c + j));
+#pragma unroll
+      for (int band = 0; band < kBands<Item, kDim>; ++band)
+        multiply_piece<T, Item, kDim>(s[band][t], bands.q[band], c, piece);
+    }
+  }
+}
+
+// Folds P V of the tile into the split's values, 8 dimensions at a time.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
+                            const std::uint32_t (&p)[kBands<Item, kDim>][4][4],
+                            const Fold (&folds)[kBands<Item, kDim>][2],
+                            const Stage<T, Item, kDim>& stage) {
+  using Shape = Tile<T, Item, kDim>;
+  using From = Stage<T, Item, kDim>;
+  constexpr int kDimBytes = kPageTokens * static_cast<int>(sizeof(Item));
+  const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
+#pragma unroll
+  for (int n = 0; n < kDim / 8; ++n) {
+    float acc[kBands<Item, kDim>][4] = {};
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) {
+      const int at = Shape::kItems == 8 ? (2 * group + j / 2) * From::kPageStride + j % 2 * 16
+                                        : j * From::kPageStride;
+      const uint4 piece = load_16(stage.values + at + (8 * n + g) * kDimBytes);
+#pragma unroll
+      for (int band = 0; band < kBands<Item, kDim>; ++band)
+        add_piece<T, Item, kDim>(acc[band], p[band], group, piece);
+    }
+#pragma unroll
+    for (int band = 0; band < kBands<Item, kDim>; ++band) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        bands.values[band][n][e] = fold(folds[band][e / 2], bands.values[band][n][e], acc[band][e]);
+    }
+  }
+}
+
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArguments& a,
+                                const Rows& rows, const Stage<T, Item, kDim>& stage, int tile) {
+  const int first_key = tile * kTileKeys, last_key = first_key + kTileKeys - 1;
+  if (first_key > bands.last_position ||
+      last_key < visible_keys(bands.first_position, a.window).begin)
+    return;
+  const int j = static_cast<int>(lane_index() % 4);
+  Sight sight{first_key, rows.context, a.window, false, {}};
+  sight.all = last_key <= bands.first_position &&
+              first_key >= visible_keys(bands.last_position, a.window).begin;
+  const LaneScales scales{stage.key_scales + 16 * j, stage.value_scales + 16 * j};
+  float s[kBands<Item, kDim>][8][4] = {};
+  score_tile(s, bands, stage);
+  std::uint32_t p[kBands<Item, kDim>][4][4];
+  Fold folds[kBands<Item, kDim>][2];
+#pragma unroll
+  for (int band = 0; band < kBands<Item, kDim>; ++band) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sight.position[half] = bands.position[band][half];
+      const RowPart part = weigh<T, Item, kDim>(s[band], half, a.scale, sight, scales);
+      const Fold f = fold_of(bands.max[band][half], part.max);
+      bands.max[band][half] = f.max;
+      bands.sum[band][half] = fold(f, bands.sum[band][half], part.sum);
+      folds[band][half] = f;
+    }
+    pack_weights<T>(p[band], s[band]);
+  }
+  add_tile(bands, p, folds, stage);
+}
+
+// There is nothing yet.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void clear_total(Shared<T, Item, kDim>& shared) {
+  for (auto& numbers : shared.total) numbers[threadIdx.x] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (auto& state : shared.total_state) state[threadIdx.x] = {minus_infinity(), 0.0f};
+}
+
+// Folds the split's state into the result, which lies in shared memory and, the last time, stays in
+// the split's registers.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void end_split(Bands<T, Item, kDim>& bands, Shared<T, Item, kDim>& shared,
+                             bool is_last) {
+#pragma unroll
+  for (int band = 0; band < kBands<Item, kDim>; ++band) {
+    Fold f[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float2& total = shared.total_state[2 * band + half][threadIdx.x];
+      const float2 before = total;
+      f[half] = fold_of(before.x, bands.max[band][half]);
+      bands.sum[band][half] = fold(f[half], before.y, bands.sum[band][half]);
+      if (!is_last) total = {f[half].max, bands.sum[band][half]};
+    }
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      float4& total = shared.total[band * kDim / 8 + n][threadIdx.x];
+      const float4 before = total;
+      auto& x = bands.values[band][n];
+      x[0] = fold(f[0], before.x, x[0]);
+      x[1] = fold(f[0], before.y, x[1]);
+      x[2] = fold(f[1], before.z, x[2]);
+      x[3] = fold(f[1], before.w, x[3]);
+      if (!is_last) total = {x[0], x[1], x[2], x[3]};
+    }
+  }
+}
+
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void write_bands(const Bands<T, Item, kDim>& bands, const AttentionArguments& a,
+                               const Rows& rows) {
+  constexpr int kCount = kBands<Item, kDim>;
+  const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
+  const int warp_row = rows.first_row + static_cast<int>(warp_index()) * 16 * kCount;
+  for (int band = 0; band < kCount; ++band) {
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + 16 * band + g + 8 * half;
+      if (row >= rows.end) continue;
+      T* out = row_of(static_cast<T*>(a.out), a.out_stride, a, rows, row);
+      const float sum = multiply_rn(bands.sum[band][half], Tile<T, Item, kDim>::kBoost);
+      const auto value = [&](float x) { return add_rn(divide_rn(x, sum), 0.0f); };  // no -0
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n)
+        *reinterpret_cast<std::uint32_t*>(out + 8 * n + 2 * j) = pack2<T>(
+            value(bands.values[band][n][2 * half]), value(bands.values[band][n][2 * half + 1]));
+    }
+  }
+}
+
+// Padding has no context: its rows become 0.
+template <class T>
+OCTAVO_DEVICE void clear_rows(const AttentionArguments& a, const Rows& rows) {
+  for (int row = rows.first_row + static_cast<int>(warp_index()); row < rows.end;
+       row += static_cast<int>(blockDim.x / 32)) {
+    T* out = row_of(static_cast<T*>(a.out), a.out_stride, a, rows, row);
+    for (int d = static_cast<int>(lane_index()); d < a.head_dim; d += 32)
+      out[d] = from_float<T>(0.0f);
+  }
+}
+
+// Block (i, h): rows i of the step, the last ones first since they see most; KV head h.
+template <class T, class Item, int kDim>
+__global__ void __launch_bounds__(32 * kWarps<Item, kDim>, kWarps<Item, kDim> == 4 ? 2 : 1)
+    prefill_attention_kernel(AttentionArguments a, int min_tokens) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  Rows rows{};
+  rows.kv_head = static_cast<int>(blockIdx.y);
+  if (!find_rows(rows, a, static_cast<int>(gridDim.x - 1 - blockIdx.x), min_tokens)) return;
+  if (rows.context == 0) return clear_rows<T>(a, rows);
+  const Visible first = visible_keys(rows.first_position + rows.first_row / a.group, a.window);
+  const int last_position = rows.first_position + (rows.end - 1) / a.group;
+  const int first_tile = first.begin / kTileKeys, end_tile = last_position / kTileKeys + 1;
+
+  auto& shared = *reinterpret_cast<Shared<T, Item, kDim>*>(shared_memory());
+  const auto entry_of = [&](int tile) {
+    return load_table_entry(a.block_tables + static_cast<std::int64_t>(rows.seq) * a.max_blocks,
+                            a.max_blocks, a.cache.block_size, tile);
+  };
+  const auto copy = [&](int tile, int entry) {
+    copy_tile(shared.stages[tile % 2], a.cache,
+              page_of(a.cache, rows.kv_head, tile, rows.context, entry));
+  };
+  copy(first_tile, entry_of(first_tile));
+  int entry = entry_of(first_tile + 1);
+  Bands<T, Item, kDim> bands;
+  load_bands(bands, a, rows);
+  bands.clear_split();
+  clear_total(shared);
+  int split_end = split_begin(split_of_tile(first_tile) + 1);
+  for (int tile = first_tile; tile < end_tile; ++tile) {
+    if (tile + 1 < end_tile) {
+      copy(tile + 1, entry);
+      entry = entry_of(tile + 2);
+      async_wait<1>();
+    } else {
+      async_wait<0>();
+    }
+    __syncthreads();
+    if ((tile + 1) * kTileKeys > rows.context) {
+      clear_unwritten(shared.stages[tile % 2], tile * kTileKeys, rows.context);
+      __syncthreads();
+    }
+    work_on_tile(bands, a, rows, shared.stages[tile % 2], tile);
+    if (tile + 1 == end_tile || tile + 1 == split_end) {
+      end_split(bands, shared, tile + 1 == end_tile);
+      if (tile + 1 < end_tile) bands.clear_split();
+      split_end = split_begin(split_of_tile(tile + 1) + 1);
+    }
+    __syncthreads();  // before the stage is filled again
+  }
+  write_bands(bands, a, rows);
+}
+
+template <class T, class Item, int kDim>
+void launch_prefill(Stream& stream, const AttentionArguments& a, int min_tokens) {
+  const std::int64_t sets = static_cast<std::int64_t>(a.num_tokens) * a.group / kRows + a.num_seqs;
+  const LaunchShape shape{
+      dim3(static_cast<unsigned>(sets), static_cast<unsigned>(a.num_heads / a.group)),
+      dim3(32 * kWarps<Item, kDim>), sizeof(Shared<T, Item, kDim>), true};
+  launch(stream, "prefill_attention", shape, prefill_attention_kernel<T, Item, kDim>, a,
+         min_tokens);
+}
+
+template <class T, class Item>
+void launch_prefill(Stream& stream, const AttentionArguments& a, int min_tokens) {
+  if (a.head_dim == 64)
+    launch_prefill<T, Item, 64>(stream, a, min_tokens);
+  else
+    launch_prefill<T, Item, 128>(stream, a, min_tokens);
+}
+
+}  // namespace
+
+void attend_many(Stream& stream, DType dtype, const AttentionArguments& a, int min_tokens) {
+  const bool scaled = a.cache.dtype == DType::int8;
+  if (dtype == DType::bf16) {
+    scaled ? launch_prefill<Bf16, std::int8_t>(stream, a, min_tokens)
+           : launch_prefill<Bf16, Bf16>(stream, a, min_tokens);
+  } else {
+    scaled ? launch_prefill<F16, std::int8_t>(stream, a, min_tokens)
+           : launch_prefill<F16, F16>(stream, a, min_tokens);
+  }
+}
+
+}  // namespace octavo::cuda

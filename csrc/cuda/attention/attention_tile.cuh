@@ -1,0 +1,304 @@
+// The arithmetic of attention on tensor cores, shared by the decode and the prefill kernel, so that
+// a query row gets the same bits from either:
+//
+//   a tile is 64 keys, from a multiple of 64 on. Of each tile on its own: scores S = Q K^T, their
+//   maximum, weights P = 2^(S - maximum) rounded to T, their sum before that, and P V.
+//   Tiles are folded into the state of their split in ascending order, and splits into the result.
+//   Where splits begin depends on the position of the key alone (split_begin below).
+//
+// With bf16 activations over a bf16 cache these are the products of the definition (attention with
+// dtype "bf16" in reference/ops.py): of bf16 queries and keys, and of weights rounded to bf16 and
+// values. There the maximum is made whole, so that those of two tiles differ by a power of two, on
+// which no rounding depends: each weight rounds as the definition's does.
+//
+// (Tiling and online softmax: Dao 2023, arXiv 2307.08691; splitting a long context: Flash-Decoding,
+// Dao et al. 2023. That tiles and splits have fixed places and a fixed order is what DESIGN.md's
+// promise of batch invariance asks for.) A tile that a row does not see leaves it as it is; hence
+// rows may be computed together with any others.
+//
+// Rows of the 16 x 8 x 16 products are query rows: (token, head of the group), token by token. The
+// dimensions that are summed over are permuted such that the 16 bytes that a lane loads are its own
+// piece of several fragments. With g = lane / 4, j = lane % 4 and N numbers in 16 bytes:
+//
+//   Q, K: piece c of a row, bytes 16 j of stretch c of 64 bytes, holds dimensions 4 N c + N j + i;
+//         i = 4 s .. 4 s + 3 are the lane's four of the 16 of step s.
+//   S:    column 2 j + e of product t is key N j + 2 t + e of 4 N keys. So a lane's scores of
+//         products 2 s and 2 s + 1 are its four of the 16 keys of step s of P V, and
+//   V:    the piece of dimension g of a product holds keys N j + i.
+//
+// No number ever moves between lanes; int8 is widened in registers (-127 to 127 are exact in bf16
+// and f16). Its scales multiply scores and weights: one for each key, in float32.
+#pragma once
+
+#include "cuda/attention/attention.cuh"
+#include "cuda/device/tensor_cores.cuh"
+
+namespace octavo::cuda {
+
+constexpr int kTileKeys = 64;
+constexpr int kTilePages = kTileKeys / kPageTokens;
+
+// ---- splits: 32 of 256 keys, 32 of 512, 32 of 1024, and then of 2048 ----
+// Short contexts need many splits to keep the whole device busy; long ones have enough of longer
+// ones, and fewer results to fold: 132 splits at 128k tokens, not 512.
+constexpr int kSplitsOfSize = 32;
+constexpr int kSplitTiles = 4;  // of the first ones
+constexpr int kSplitSizes = 4;
+
+OCTAVO_HOST_DEVICE int split_begin(int split) {  // in tiles
+  int begin = 0, tiles = kSplitTiles;
+  for (int i = 1; i < kSplitSizes && split >= kSplitsOfSize; ++i) {
+    begin += kSplitsOfSize * tiles;
+    split -= kSplitsOfSize;
+    tiles *= 2;
+  }
+  return begin + split * tiles;
+}
+OCTAVO_HOST_DEVICE int split_of_tile(int tile) {
+  int split = 0, tiles = kSplitTiles;
+  for (int i = 1; i < kSplitSizes && tile >= kSplitsOfSize * tiles; ++i) {
+    tile -= kSplitsOfSize * tiles;
+    split += kSplitsOfSize;
+    tiles *= 2;
+  }
+  return split + tile / tiles;
+}
+
+// ---- states ----
+
+// How two states of a row become one: value = value * keep + part * take.
+struct Fold {
+  float max, keep, take;
+};
+OCTAVO_DEVICE Fold fold_of(float max, float part_max) {
+  const float new_max = fmaxf(max, part_max);
+  return {new_max, shrink(max, new_max), shrink(part_max, new_max)};
+}
+OCTAVO_DEVICE float fold(const Fold& f, float value, float part) {
+  return fma_rn(value, f.keep, multiply_rn(part, f.take));
+}
+
+// ---- fragments ----
+
+// T: of activations, 16 bits. Item: of the cache, T or int8. kDim: head_dim.
+template <class T, class Item, int kDim>
+struct Tile {
+  static constexpr bool kScaled = sizeof(Item) == 1;
+  // Weights' maxima are whole numbers: over a bf16 cache, where it matters how they round.
+  static constexpr bool kWhole = std::is_same_v<Item, Bf16>;
+  static constexpr int kItems = 16 / static_cast<int>(sizeof(Item));  // N above
+  static constexpr int kGroups = kTileKeys / (4 * kItems);            // of 4 N keys
+  static constexpr int kProducts = kItems / 2;                        // of 8 keys, in a group
+  static constexpr int kPieces = kDim / (4 * kItems);                 // of a key, in a lane
+  static constexpr int kSteps = kItems / 4;                           // of 16, in a piece
+  static constexpr int kDimSteps = kDim / 16;
+  static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Item));
+  // int8 weights are multiplied with the values' scales before they are rounded: that they do not
+  // become subnormal in f16, 2^6 of headroom is put to use.
+  static constexpr float kBoost = kScaled && std::is_same_v<T, F16> ? 64.0f : 1.0f;
+};
+
+// Steps' fragments b of one piece.
+template <class T, class Item>
+OCTAVO_DEVICE void widen(std::uint32_t (&b)[16 / sizeof(Item) / 4][2], const uint4& piece) {
+  const std::uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+  if constexpr (sizeof(Item) == 2) {
+    for (int s = 0; s < 2; ++s) {
+      b[s][0] = words[2 * s];
+      b[s][1] = words[2 * s + 1];
+    }
+  } else {
+    for (int s = 0; s < 4; ++s) {
+      for (int i = 0; i < 2; ++i) {
+        const unsigned selector = i == 0 ? 0x4140u : 0x4342u;
+        if constexpr (std::is_same_v<T, F16>) {
+          // 0x6400 + u is 1024 + u; u = code + 128.
+          const std::uint32_t biased = permute_bytes(words[s] ^ 0x80808080u, 0x64646464u, selector);
+          b[s][i] = fma2<F16>(biased, 0x3c003c00u, 0xe480e480u);  // * 1 - 1152
+        } else {
+          // 0x4300 + u is 128 + u for u < 128; a set sign bit makes 0x4300 into 256.
+          const std::uint32_t both = permute_bytes(words[s], 0x43434343u, selector);
+          b[s][i] = fma2<Bf16>(both & 0xff7fff7fu, 0x3f803f80u, (both & 0xff80ff80u) ^ 0x80008000u);
+        }
+      }
+    }
+  }
+}
+
+// Fragments a of 16 query rows, of which this lane reads two; null: zeros.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void load_queries(std::uint32_t (&q)[kDim / 16][4], const T* low, const T* high) {
+  constexpr int kItems = Tile<T, Item, kDim>::kItems;
+  const int j = static_cast<int>(lane_index() % 4);
+#pragma unroll
+  for (int i = 0; i < kDim / 32; ++i) {  // 8 dimensions, 2 steps
+    const int at = i * 8 / kItems * 4 * kItems + kItems * j + i * 8 % kItems;
+    const uint4 x = low ? load_16(low + at) : uint4{0, 0, 0, 0};
+    const uint4 y = high ? load_16(high + at) : uint4{0, 0, 0, 0};
+    q[2 * i][0] = x.x, q[2 * i][2] = x.y, q[2 * i + 1][0] = x.z, q[2 * i + 1][2] = x.w;
+    q[2 * i][1] = y.x, q[2 * i][3] = y.y, q[2 * i + 1][1] = y.z, q[2 * i + 1][3] = y.w;
+  }
+}
+
+// Which key of its group this lane loads for product t.
+template <int kItems>
+OCTAVO_DEVICE int key_of_product(int t) {
+  const int g = static_cast<int>(lane_index() / 4);
+  return kItems * (g / 2) + 2 * t + g % 2;
+}
+
+// Of the 16 keys whose scores a lane has, in shared memory: int8's scales of keys and of values.
+struct LaneScales {
+  const float *keys, *values;
+};
+OCTAVO_DEVICE float number_of(const float4& four, int i) {
+  return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
+}
+
+// What a tile's keys are to the rows of a lane.
+struct Sight {
+  int first_key;    // of the tile
+  int context;      // keys from here on were never written
+  int window;       // 0: no limit
+  bool all;         // every row of the warp sees the whole tile
+  int position[2];  // of rows g and g + 8
+};
+
+// ---- one tile ----
+
+// What becomes of row g (half 0) or g + 8 (half 1) in a tile.
+struct RowPart {
+  float max, sum;
+};
+
+// Turns a lane's scores of one row, columns 2 half and 2 half + 1 of each product, into weights.
+// scale > 0.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE RowPart weigh(float (&s)[8][4], int half, float scale, const Sight& sight,
+                            const LaneScales& scales) {
+  using Shape = Tile<T, Item, kDim>;
+  const int j = static_cast<int>(lane_index() % 4);
+  float max = minus_infinity();
+  float4 scales_of_four{};
+#pragma unroll
+  for (int t = 0; t < 8; ++t) {
+    if (Shape::kScaled && t % 2 == 0)
+      scales_of_four = bits_as<float4>(load_16(scales.keys + 2 * t));
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float& x = s[t][2 * half + e];
+      if (Shape::kScaled) x = multiply_rn(x, number_of(scales_of_four, t % 2 * 2 + e));
+      if (!sight.all) {
+        const int key = sight.first_key + t / Shape::kProducts * 4 * Shape::kItems +
+                        Shape::kItems * j + 2 * (t % Shape::kProducts) + e;
+        const Visible visible = visible_keys(sight.position[half], sight.window);
+        if (key < visible.begin || key >= visible.end) x = minus_infinity();
+      }
+      max = fmaxf(max, x);
+    }
+  }
+  max = fmaxf(max, shuffle_xor(max, 1));
+  max = fmaxf(max, shuffle_xor(max, 2));
+  max = multiply_rn(max, scale);
+  if (Shape::kWhole) max = ceilf(max);
+  const float from = max == minus_infinity() ? 0.0f : max;
+  float sum = 0.0f;
+#pragma unroll
+  for (int t = 0; t < 8; ++t) {
+    if (Shape::kScaled && t % 2 == 0)
+      scales_of_four = bits_as<float4>(load_16(scales.values + 2 * t));
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float& x = s[t][2 * half + e];
+      x = fast_exp2(fma_rn(x, scale, -from));
+      sum = add_rn(sum, x);
+      if (!Shape::kScaled) continue;
+      // Where nothing was ever written, the scale may be a NaN; the weight is 0.
+      const bool counts = sight.all || x != 0.0f;
+      const float boosted = multiply_rn(x, Shape::kBoost);
+      x = counts ? multiply_rn(boosted, number_of(scales_of_four, t % 2 * 2 + e)) : 0.0f;
+    }
+  }
+  sum = add_rn(sum, shuffle_xor(sum, 1));
+  sum = add_rn(sum, shuffle_xor(sum, 2));
+  return {max, sum};
+}
+
+// Fragments a of the weights, for the four steps of a tile.
+template <class T>
+OCTAVO_DEVICE void pack_weights(std::uint32_t (&p)[4][4], const float (&s)[8][4]) {
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    p[step][0] = pack2<T>(s[2 * step][0], s[2 * step][1]);
+    p[step][1] = pack2<T>(s[2 * step][2], s[2 * step][3]);
+    p[step][2] = pack2<T>(s[2 * step + 1][0], s[2 * step + 1][1]);
+    p[step][3] = pack2<T>(s[2 * step + 1][2], s[2 * step + 1][3]);
+  }
+}
+
+// The scores of one product: 16 rows, 8 keys.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void multiply_piece(float (&s)[4], const std::uint32_t (&q)[kDim / 16][4], int c,
+                                  const uint4& piece) {
+  using Shape = Tile<T, Item, kDim>;
+  std::uint32_t b[Shape::kSteps][2];
+  widen<T, Item>(b, piece);
+#pragma unroll
+  for (int step = 0; step < Shape::kSteps; ++step)
+    multiply_accumulate<T>(s, q[c * Shape::kSteps + step], b[step]);
+}
+
+// acc += P V of one group of keys and 8 dimensions.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void add_piece(float (&acc)[4], const std::uint32_t (&p)[4][4], int group,
+                             const uint4& piece) {
+  using Shape = Tile<T, Item, kDim>;
+  std::uint32_t b[Shape::kSteps][2];
+  widen<T, Item>(b, piece);
+#pragma unroll
+  for (int step = 0; step < Shape::kSteps; ++step)
+    multiply_accumulate<T>(acc, p[group * Shape::kSteps + step], b[step]);
+}
+
+// Values of keys that were never written may be anything, and 0 times a NaN is one: makes them 0.
+// They are keys first_key + N j + i of a group. int8 codes are finite; their scales are seen to.
+template <class Item>
+OCTAVO_DEVICE uint4 without_unwritten(uint4 piece, int first_key, int context) {
+  if constexpr (sizeof(Item) == 1) return piece;
+  const int j = static_cast<int>(lane_index() % 4), written = context - (first_key + 8 * j);
+  const auto keep = [&](std::uint32_t word, int i) {
+    return written >= i + 2 ? word : written == i + 1 ? word & 0xffffu : 0u;
+  };
+  return {keep(piece.x, 0), keep(piece.y, 2), keep(piece.z, 4), keep(piece.w, 6)};
+}
+
+// ---- where keys are ----
+
+// Of page lane % 4 of a tile: the block, and where in the block the page begins.
+struct Page {
+  std::int64_t head;  // bytes from the cache's beginning to the KV head's part of the block
+  int within;         // tokens
+};
+
+// The entry of the block table for page lane % 4 of a tile. Reads no further than the table's end,
+// but perhaps behind the context, where entries mean nothing.
+OCTAVO_DEVICE int load_table_entry(const std::int32_t* table, int max_blocks, int block_size,
+                                   int tile) {
+  const int key = tile * kTileKeys + kPageTokens * static_cast<int>(lane_index() % 4);
+  const int index = key / block_size;
+  return table[index < max_blocks ? index : max_blocks - 1];
+}
+
+// All lanes together. Pages behind the context are replaced by the first, to be read in vain.
+OCTAVO_DEVICE Page page_of(const KvLayout& cache, int kv_head, int tile, int context, int entry) {
+  const int key = tile * kTileKeys + kPageTokens * static_cast<int>(lane_index() % 4);
+  const int first_entry = shuffle(entry, 0);
+  const bool exists = key < context;
+  return {cache.head_at(exists ? entry : first_entry, kv_head),
+          (exists ? key : tile * kTileKeys) % cache.block_size};
+}
+OCTAVO_DEVICE Page shuffle_page(const Page& page, unsigned source) {
+  return {shuffle(page.head, source), shuffle(page.within, source)};
+}
+
+}  // namespace octavo::cuda

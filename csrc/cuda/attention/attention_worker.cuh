@@ -1,0 +1,229 @@
+// One warp's part of decoding attention: a tile of 64 keys and up to 16 query rows, from the cache
+// through registers to the tile's part in shared memory. attention_decode.cu says what for.
+//
+// Every load of the tile is begun before the first product: 64 keys and values of 64 bf16 numbers
+// are 32 loads of 16 bytes a lane, 16 KiB a warp.
+#pragma once
+
+#include "cuda/attention/attention_tile.cuh"
+
+namespace octavo::cuda::decoding {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16;
+
+// The states of 16 rows, as the threads that fold them hold them, while these do other things.
+template <int kDim>
+struct Kept {
+  float4 values[kDim / 32][kThreads];
+  float max[kThreads], sum[kThreads];
+};
+
+// Rows of a part in shared memory, apart by 8 numbers more than they have, so that the lanes of a
+// warp write to different banks.
+template <int kDim>
+struct Parts {
+  static constexpr int kStride = kDim + 8;
+  float values[kWarps][kRows][kStride];
+  float max[kWarps][kRows], sum[kWarps][kRows];
+  float scales[kWarps][2][kTileKeys];  // int8: of the keys and values of the warp's tile
+  Kept<kDim> split, total;
+  int is_last;
+};
+
+// What a block works on at a time.
+struct Rows {
+  int seq, kv_head;
+  int first_token;       // of the sequence, in the step
+  int first_row, count;  // of the sequence's rows
+  int first_position;    // of the sequence's first new token
+  int context;
+  int first_tile, end_tile;  // that any of the rows sees
+};
+
+template <class T>
+OCTAVO_DEVICE T* row_of(T* data, std::int64_t stride, const AttentionArguments& a, const Rows& rows,
+                        int row) {
+  const int index = rows.first_row + row;
+  return data + (rows.first_token + index / a.group) * stride +
+         (rows.kv_head * a.group + index % a.group) * a.head_dim;
+}
+
+// One warp's tile: everything from loading to its part in shared memory.
+template <class T, class Item, int kDim>
+class TileWorker {
+ public:
+  using Shape = Tile<T, Item, kDim>;
+  // A lane's pieces of the keys, and of the values. 32 (16 bits, head_dim 128) are loaded in two
+  // halves, of the keys by groups and of the values by dimensions; with int8's 16, registers are
+  // short where they are widened.
+  static constexpr int kPieces = kTileKeys * Shape::kRowBytes / (32 * 16);
+  static constexpr int kKeyHalves = kPieces > 16 ? 2 : 1;
+  static constexpr int kValueHalves = kDim > 64 ? 2 : 1;
+  static constexpr int kKeyPart = kPieces / kKeyHalves, kValuePart = kPieces / kValueHalves;
+
+  OCTAVO_DEVICE TileWorker(const AttentionArguments& a, const Rows& rows) : a_(a), rows_(rows) {}
+
+  OCTAVO_DEVICE void work(int tile, int entry, Parts<kDim>& parts, bool upper_rows) {
+    const Page page = page_of(a_.cache, rows_.kv_head, tile, rows_.context, entry);
+    const bool is_past = (tile + 1) * kTileKeys <= rows_.first_position;
+    if (!is_past) wait_for_previous_kernel();
+    const Sight sight = look(tile);
+    uint4 keys[kKeyHalves][kKeyPart], values[kValueHalves][kValuePart];
+    float s[8][4] = {};
+    float2 key_scales, value_scales;
+    LaneScales scales{};
+    if constexpr (Shape::kScaled) load_scales(key_scales, value_scales, page);
+    load_keys<0>(keys[0], page);
+    if constexpr (kKeyHalves == 2)
+      load_keys<1>(keys[1], page);
+    else
+      load_values<0>(values[0], page);
+    load_rows();
+    if constexpr (Shape::kScaled) scales = share(parts, key_scales, value_scales);
+    score<0>(s, keys[0]);
+    if constexpr (kKeyHalves == 2) {
+      load_values<0>(values[0], page);
+      score<1>(s, keys[1]);
+    }
+    if constexpr (kValueHalves == 2) load_values<1>(values[1], page);
+    const int g = static_cast<int>(lane_index() / 4), warp = static_cast<int>(warp_index());
+    RowPart part[2] = {weigh<T, Item, kDim>(s, 0, a_.scale, sight, scales), {}};
+    if (upper_rows) part[1] = weigh<T, Item, kDim>(s, 1, a_.scale, sight, scales);
+    for (int half = 0; half < 2; ++half) {
+      parts.max[warp][g + 8 * half] = part[half].max;
+      parts.sum[warp][g + 8 * half] = part[half].sum;
+    }
+    std::uint32_t p[4][4];
+    pack_weights<T>(p, s);
+    add_up<0>(p, values[0], sight, parts, upper_rows);
+    if constexpr (kValueHalves == 2) add_up<1>(p, values[1], sight, parts, upper_rows);
+  }
+
+ private:
+  OCTAVO_DEVICE Sight look(int tile) const {
+    Sight sight{tile * kTileKeys, rows_.context, a_.window, false, {}};
+    const int g = static_cast<int>(lane_index() / 4);
+    const auto position = [&](int row) {
+      return rows_.first_position + (rows_.first_row + (row < rows_.count ? row : 0)) / a_.group;
+    };
+    sight.position[0] = position(g);
+    sight.position[1] = position(g + 8);
+    sight.all = sight.first_key + kTileKeys <= position(0) + 1 &&
+                sight.first_key >= visible_keys(position(rows_.count - 1), a_.window).begin;
+    return sight;
+  }
+
+  // Queries, once the kernel that rotated them has ended: for each tile anew, from the first cache,
+  // rather than to keep registers for them.
+  OCTAVO_DEVICE void load_rows() {
+    wait_for_previous_kernel();
+    const int g = static_cast<int>(lane_index() / 4);
+    const T* q = static_cast<const T*>(a_.q);
+    load_queries<T, Item, kDim>(
+        q_, g < rows_.count ? row_of(q, a_.q_stride, a_, rows_, g) : nullptr,
+        g + 8 < rows_.count ? row_of(q, a_.q_stride, a_, rows_, g + 8) : nullptr);
+  }
+
+  // Piece c of the key of product t, group: entry (group, t, c), counted within the half.
+  template <int kHalf>
+  OCTAVO_DEVICE void load_keys(uint4 (&to)[kKeyPart], const Page& page) const {
+    const auto g = lane_index() / 4, j = lane_index() % 4;
+    constexpr int kPagesOfGroup = kTilePages / Shape::kGroups;
+#pragma unroll
+    for (int n = 0; n < kKeyPart / Shape::kPieces / Shape::kProducts; ++n) {
+      const int group = kHalf * (Shape::kGroups / kKeyHalves) + n;
+      const unsigned in_group = Shape::kItems == 8 ? g / 4 : g / 2;
+      const Page from = shuffle_page(page, static_cast<unsigned>(group * kPagesOfGroup) + in_group);
+      const unsigned char* keys = a_.cache.data + from.head + from.within * Shape::kRowBytes;
+#pragma unroll
+      for (int t = 0; t < Shape::kProducts; ++t) {
+        const int key = key_of_product<Shape::kItems>(t) % kPageTokens;
+#pragma unroll
+        for (int c = 0; c < Shape::kPieces; ++c)
+          to[(n * Shape::kProducts + t) * Shape::kPieces + c] =
+              load_16(keys + key * Shape::kRowBytes + 64 * c + 16 * j);
+      }
+    }
+  }
+
+  template <int kHalf>
+  OCTAVO_DEVICE void score(float (&s)[8][4], const uint4 (&pieces)[kKeyPart]) const {
+    constexpr int kCount = kKeyPart / Shape::kPieces;
+#pragma unroll
+    for (int t = 0; t < kCount; ++t) {
+#pragma unroll
+      for (int c = 0; c < Shape::kPieces; ++c)
+        multiply_piece<T, Item, kDim>(s[kHalf * kCount + t], q_, c, pieces[t * Shape::kPieces + c]);
+    }
+  }
+
+  // The piece of dimension g of product n: entry (n, group), counted within the half.
+  template <int kHalf>
+  OCTAVO_DEVICE void load_values(uint4 (&to)[kValuePart], const Page& page) const {
+    const auto g = lane_index() / 4, j = lane_index() % 4;
+    constexpr int kDimBytes = kPageTokens * static_cast<int>(sizeof(Item));
+    constexpr int kProducts = kDim / 8 / kValueHalves;
+    const int values_at = a_.cache.block_size * Shape::kRowBytes;
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) {
+      const Page from = shuffle_page(page, Shape::kItems == 8 ? 2 * group + j / 2 : j);
+      const unsigned char* values = a_.cache.data + from.head + values_at +
+                                    from.within * Shape::kRowBytes +
+                                    (Shape::kItems == 8 ? j % 2 * 16 : 0);
+#pragma unroll
+      for (int n = 0; n < kProducts; ++n)
+        to[n * Shape::kGroups + group] =
+            load_16(values + (8 * (kHalf * kProducts + n) + static_cast<int>(g)) * kDimBytes);
+    }
+  }
+
+  // int8: lane i loads the scales of keys 2 i and 2 i + 1, and all get theirs from shared memory.
+  OCTAVO_DEVICE void load_scales(float2& keys, float2& values, const Page& page) const {
+    const Page from = shuffle_page(page, lane_index() / 8);
+    const auto* at =
+        reinterpret_cast<const float*>(a_.cache.data + from.head + a_.cache.scales_at()) +
+        from.within + lane_index() % 8 * 2;
+    keys = *reinterpret_cast<const float2*>(at);
+    values = *reinterpret_cast<const float2*>(at + a_.cache.block_size);
+  }
+  OCTAVO_DEVICE LaneScales share(Parts<kDim>& parts, float2 keys, float2 values) const {
+    auto& to = parts.scales[warp_index()];
+    *reinterpret_cast<float2*>(to[0] + 2 * lane_index()) = keys;
+    *reinterpret_cast<float2*>(to[1] + 2 * lane_index()) = values;
+    sync_warp();
+    return {to[0] + 16 * (lane_index() % 4), to[1] + 16 * (lane_index() % 4)};
+  }
+
+  template <int kHalf>
+  OCTAVO_DEVICE void add_up(const std::uint32_t (&p)[4][4], uint4 (&pieces)[kValuePart],
+                            const Sight& sight, Parts<kDim>& parts, bool upper_rows) const {
+    const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
+    if (sight.first_key + kTileKeys > sight.context) {
+#pragma unroll
+      for (int i = 0; i < kValuePart; ++i)
+        pieces[i] = without_unwritten<Item>(
+            pieces[i], sight.first_key + i % Shape::kGroups * 4 * Shape::kItems, sight.context);
+    }
+    auto& to = parts.values[warp_index()];
+    constexpr int kProducts = kDim / 8 / kValueHalves;
+#pragma unroll
+    for (int n = 0; n < kProducts; ++n) {
+      float acc[4] = {};
+#pragma unroll
+      for (int group = 0; group < Shape::kGroups; ++group)
+        add_piece<T, Item, kDim>(acc, p, group, pieces[n * Shape::kGroups + group]);
+      const int dim = 8 * (kHalf * kProducts + n) + 2 * j;
+      to[g][dim] = acc[0];
+      to[g][dim + 1] = acc[1];
+      if (!upper_rows) continue;
+      to[g + 8][dim] = acc[2];
+      to[g + 8][dim + 1] = acc[3];
+    }
+  }
+
+  const AttentionArguments& a_;
+  const Rows& rows_;
+  std::uint32_t q_[kDim / 16][4];
+};
+
+}  // namespace octavo::cuda::decoding

@@ -1,0 +1,64 @@
+// The one way a kernel is launched: on the GPU, or into the emulator's stream.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "core/text.h"
+#include "cuda/device/stream.h"
+
+#ifdef OCTAVO_EMULATED
+#include "launch.h"
+#endif
+
+namespace octavo::cuda {
+
+struct LaunchShape {
+  dim3 grid, block;
+  std::size_t shared_bytes = 0;
+  // The kernel calls wait_for_previous_kernel() before it reads what earlier kernels wrote, and
+  // may therefore be started before the last of them has ended (sm_90; elsewhere it is not).
+  bool overlaps = false;
+};
+
+// Queues kernel(arguments...). Throws DeviceError naming kernel, shape and device.
+template <class... Parameters, class... Arguments>
+void launch(Stream& stream, const char* name, const LaunchShape& shape,
+            void (*kernel)(Parameters...), Arguments... arguments) {
+#ifdef OCTAVO_EMULATED
+  const cudaError_t error = cuda_emulator::enqueue(
+      {name, shape.grid, shape.block, shape.shared_bytes, shape.overlaps}, stream.handle(),
+      [=] { kernel(static_cast<Parameters>(arguments)...); });
+#else
+  constexpr std::size_t kWithoutAsking = 48 * 1024;
+  cudaError_t error = cudaSuccess;
+  if (shape.shared_bytes > kWithoutAsking) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shape.shared_bytes));
+  }
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream.handle();
+  config.attrs = &overlap;
+  config.numAttrs = shape.overlaps && stream.can_overlap() ? 1 : 0;
+  if (error == cudaSuccess)
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+#endif
+  if (error != cudaSuccess) {
+    throw DeviceError(text("kernel ", name, ", grid ", shape.grid.x, " x ", shape.grid.y, " x ",
+                           shape.grid.z, ", ", shape.block.x * shape.block.y * shape.block.z,
+                           " threads, ", shape.shared_bytes, " bytes of shared memory, on ",
+                           stream.device_name(), ": ", cudaGetErrorString(error)));
+  }
+  stream.note_launch(name);
+}
+
+}  // namespace octavo::cuda

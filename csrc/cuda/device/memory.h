@@ -1,0 +1,35 @@
+// Device memory.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device/stream.h"
+
+namespace octavo::cuda {
+
+// Throws std::bad_alloc (MemoryError in Python) that says what was asked for and what is free.
+void* allocate_on(const Stream& stream, std::size_t bytes);
+
+// Device memory for what an op keeps between its kernels. Grows when asked for more than ever
+// before; the backend asks for the most that can come before the first step, so that it never does
+// in one (recorded graphs hold its address).
+class Workspace {
+ public:
+  explicit Workspace(Stream& stream) : stream_(stream) {}
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  // At least `bytes` bytes, aligned to 256; what they held before is lost. New memory is zero.
+  void* get(std::size_t bytes);
+  std::size_t bytes() const { return bytes_; }
+  std::int64_t growths() const { return growths_; }
+
+ private:
+  Stream& stream_;
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+  std::int64_t growths_ = 0;
+};
+
+}  // namespace octavo::cuda

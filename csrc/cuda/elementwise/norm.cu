@@ -1,0 +1,137 @@
+// Norms, alone and fused with the addition before them.
+#include "cuda/elementwise/elementwise.cuh"
+#include "cuda/elementwise/norm.cuh"
+#include "cuda/kernels.h"
+
+namespace octavo::cuda {
+
+namespace {
+
+struct NormArguments {
+  void* out;
+  float* residual;
+  const void* added;           // null: the residual is what is normalized, and stays as it is
+  const float *weight, *bias;  // bias: null for none
+  std::int64_t out_stride, residual_stride, added_stride;  // in numbers
+  int width;
+  float eps;
+  bool centered;  // layer norm: of x - mean(x)
+  bool rows_aligned, weights_aligned;
+};
+
+constexpr unsigned kMostThreads = 1024;
+
+// residual += added; out = residual / sqrt(mean(residual^2) + eps) * weight + bias; centered: the
+// same of residual - mean(residual).
+//
+// A block a row. The row stays in registers: group g of thread t is columns 4 (t + g blockDim.x)
+// and the three behind. The order of the sums depends on the width alone. Reads and writes each
+// number once: 4 bytes of the residual, sizeof(T) of added and of out; the weights, which the
+// kernel before does not write, are read while it still runs.
+template <class T, int num_groups>
+__global__ void __launch_bounds__(kMostThreads) norm_rows(NormArguments a) {
+  auto* sums = reinterpret_cast<float*>(shared_memory());  // 2 * kMostWarps
+  const std::int64_t row = blockIdx.x;
+  const int first = static_cast<int>(4 * threadIdx.x), step = static_cast<int>(4 * blockDim.x);
+  float4 weight[num_groups], x[num_groups];
+  let_next_kernel_start();
+#pragma unroll
+  for (int g = 0; g < num_groups; ++g) {
+    const int col = first + g * step;
+    weight[g] = load_four(a.weight + col, a.width - col, a.weights_aligned);
+  }
+  wait_for_previous_kernel();
+
+  float* residual = a.residual + row * a.residual_stride;
+#pragma unroll
+  for (int g = 0; g < num_groups; ++g) {
+    const int col = first + g * step;
+    x[g] = load_four(residual + col, a.width - col, a.rows_aligned);
+    if (a.added) {
+      const T* added = static_cast<const T*>(a.added) + row * a.added_stride;
+      const float4 more = load_four(added + col, a.width - col, a.rows_aligned);
+      x[g] = {x[g].x + more.x, x[g].y + more.y, x[g].z + more.z, x[g].w + more.w};
+      store_four(residual + col, x[g], a.width - col, a.rows_aligned);
+    }
+  }
+  if (a.centered) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int g = 0; g < num_groups; ++g) sum += (x[g].x + x[g].y) + (x[g].z + x[g].w);
+    const float mean = block_sum(sum, sums + kMostWarps) / static_cast<float>(a.width);
+#pragma unroll
+    for (int g = 0; g < num_groups; ++g) {
+      const int left = a.width - (first + g * step);  // behind the row's end stay zeros
+      if (left > 0) x[g].x -= mean;
+      if (left > 1) x[g].y -= mean;
+      if (left > 2) x[g].z -= mean;
+      if (left > 3) x[g].w -= mean;
+    }
+  }
+  float squares = 0.0f;
+#pragma unroll
+  for (int g = 0; g < num_groups; ++g) squares = add_squares(squares, x[g]);
+  const float scale = norm_scale(block_sum(squares, sums), a.width, a.eps);
+
+  T* out = static_cast<T*>(a.out) + row * a.out_stride;
+#pragma unroll
+  for (int g = 0; g < num_groups; ++g) {
+    const int col = first + g * step;
+    float4 y = scaled(x[g], scale, weight[g]);
+    if (a.bias) {
+      const float4 bias = load_four(a.bias + col, a.width - col, a.weights_aligned);
+      y = {y.x + bias.x, y.y + bias.y, y.z + bias.z, y.w + bias.w};
+    }
+    store_four(out + col, y, a.width - col, a.rows_aligned);
+  }
+}
+
+void launch_norm(Stream& stream, const char* op, View out, View residual, const View* added,
+                 const Norm& norm) {
+  constexpr std::int64_t kMostWidth = 4 * kMostNormGroups * std::int64_t{kMostThreads};
+  require_shape(op, residual, out.rows, out.cols);
+  require_f32(op, residual);
+  require(out.cols <= kMostWidth, op, " of rows of ", out.cols, " numbers; the kernel takes up to ",
+          kMostWidth);
+  if (out.rows == 0 || out.cols == 0) return;
+  const auto aligned = [](const float* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
+  NormArguments a{};
+  a.out = out.data;
+  a.residual = static_cast<float*>(residual.data);
+  a.added = added ? added->data : nullptr;
+  a.weight = norm.weight;
+  a.bias = norm.bias;
+  a.out_stride = out.stride;
+  a.residual_stride = residual.stride;
+  a.added_stride = added ? added->stride : 0;
+  a.width = static_cast<int>(out.cols);
+  a.eps = norm.spec.eps;
+  a.centered = norm.spec.kind == NormKind::layer;
+  a.rows_aligned =
+      fours_aligned(out) && fours_aligned(residual) && (!added || fours_aligned(*added));
+  a.weights_aligned = aligned(norm.weight) && aligned(norm.bias);
+
+  const NormShape shared = norm_shape(a.width);
+  const unsigned threads = static_cast<unsigned>(shared.warps) * kWarp;
+  const LaunchShape shape{
+      {static_cast<unsigned>(out.rows)}, {threads}, 2 * kMostWarps * sizeof(float), true};
+  for_type(op, out.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    launch(stream, "norm_rows", shape,
+           shared.groups == 1 ? norm_rows<T, 1> : norm_rows<T, kMostNormGroups>, a);
+  });
+}
+
+}  // namespace
+
+void norm(Stream& stream, View out, View x, const Norm& norm) {
+  launch_norm(stream, "norm", out, x, nullptr, norm);
+}
+
+void add_norm(Stream& stream, View out, View residual, View x, const Norm& norm) {
+  require_shape("add_norm", x, out.rows, out.cols);
+  require_same_dtype("add_norm", out, x);
+  launch_norm(stream, "add_norm", out, residual, &x, norm);
+}
+
+}  // namespace octavo::cuda

@@ -1,0 +1,255 @@
+// Rotary position embedding of q and k, and storing k and v in the paged cache.
+
+#include "cuda/device/launch.cuh"
+#include "cuda/elementwise/rope.cuh"
+#include "cuda/kernels.h"
+
+namespace octavo::cuda {
+
+namespace {
+
+constexpr unsigned kHeadsPerBlock = 4;  // a warp each
+constexpr int kPairsPerLane = 4;        // head_dim up to 256
+
+// One head's vector of one token, by one warp: lane i has elements i + 32 n of either half.
+struct HeadVector {
+  float first[kPairsPerLane], second[kPairsPerLane];
+};
+
+// Puts a key (or value) where it belongs; int8 as 127 steps of the vector's largest magnitude.
+OCTAVO_DEVICE void store_vector(const RopeArguments& a, const HeadVector& x, int slot, int kv_head,
+                                bool is_value) {
+  const KvLayout& cache = a.cache;
+  const int half = (a.head_dim + 1) / 2, lane = static_cast<int>(lane_index());
+  const int within = slot % cache.block_size;
+  unsigned char* items = a.cache_data + cache.head_at(slot / cache.block_size, kv_head);
+  float scale = 1.0f;
+  if (cache.dtype == DType::int8) {
+    float largest = 0.0f;
+    for (int n = 0; n < kPairsPerLane; ++n)
+      largest = fmaxf(largest, fmaxf(fabsf(x.first[n]), fabsf(x.second[n])));
+    largest = warp_max(largest);
+    if (largest > 0.0f) scale = divide_rn(largest, 127.0f);
+    if (lane == 0)
+      reinterpret_cast<float*>(
+          items + cache.scales_at())[is_value ? cache.block_size + within : within] = scale;
+  }
+  for (int n = 0; n < kPairsPerLane; ++n) {
+    const int i = lane + 32 * n;
+    if (i >= half) continue;
+    const auto at = [&](int d) {
+      return is_value ? cache.value_item(within, d) : cache.key_item(within, d);
+    };
+    store_item(items, cache.dtype, at(i), x.first[n], scale);
+    if (i + half < a.head_dim) store_item(items, cache.dtype, at(i + half), x.second[n], scale);
+  }
+}
+
+// x[i], x[i + half] = x[i] cos - x[i + half] sin, x[i + half] cos + x[i] sin, rounded to T, in
+// place for q and k; then k and v, as rounded, to the slots. Heads are numbered q, k, v.
+//
+// Block (t, j): token t, heads 4 j to 4 j + 3, a warp each. Moves T (2 q + 2 k + v) + cache (k + v)
+// bytes: for 32 + 8 + 8 heads of 64 bf16 numbers 13 KiB a token. A step of one token is 12 blocks,
+// all of whose loads are under way at once; the angles are read before the kernel before has ended.
+template <class T>
+__global__ void rope_and_store_kernel(RopeArguments a) {
+  let_next_kernel_start();
+  const int token = static_cast<int>(blockIdx.x), lane = static_cast<int>(lane_index());
+  const int head = static_cast<int>(blockIdx.y * kHeadsPerBlock + warp_index());
+  if (head >= a.num_heads + 2 * a.num_kv_heads) {
+    wait_for_previous_kernel();  // a kernel must not end before the one ahead of it
+    return;
+  }
+  const int half = (a.head_dim + 1) / 2;
+  const bool is_value = head >= a.num_heads + a.num_kv_heads;
+  const int slot = head < a.num_heads ? -1 : a.slots[token];
+  const bool rotates = a.cosines && !is_value;
+
+  float cosine[kPairsPerLane] = {}, sine[kPairsPerLane] = {};
+  if (rotates) {
+    const std::int64_t angles = static_cast<std::int64_t>(a.positions[token]) * half;
+    for (int n = 0; n < kPairsPerLane; ++n) {
+      const int i = lane + 32 * n;
+      if (i >= half) continue;
+      cosine[n] = a.cosines[angles + i];
+      sine[n] = a.sines[angles + i];
+    }
+  }
+  wait_for_previous_kernel();
+  if (!rotates && slot < 0) return;
+  T* row = static_cast<T*>(a.qkv) + token * a.stride + head * a.head_dim;
+  HeadVector x = {};
+  for (int n = 0; n < kPairsPerLane; ++n) {
+    const int i = lane + 32 * n;
+    if (i >= half) continue;
+    x.first[n] = to_float(row[i]);
+    if (i + half < a.head_dim) x.second[n] = to_float(row[i + half]);
+    if (!rotates) continue;
+    const float first = x.first[n], second = x.second[n];
+    const T lower = turned_first<T>(first, second, cosine[n], sine[n]);
+    const T upper = turned_second<T>(first, second, cosine[n], sine[n]);
+    row[i] = lower;
+    row[i + half] = upper;
+    x.first[n] = to_float(lower);
+    x.second[n] = to_float(upper);
+  }
+  if (slot >= 0) store_vector(a, x, slot, (head - a.num_heads) % a.num_kv_heads, is_value);
+}
+
+// ---- the same, 16 bytes at a time ----
+
+constexpr unsigned kWideThreads = 64;
+
+// 8 numbers of either half of a head's vector.
+struct WidePiece {
+  float first[8], second[8];
+};
+
+template <class T>
+OCTAVO_DEVICE void unpack8(float (&to)[8], uint4 from) {
+  const std::uint32_t words[4] = {from.x, from.y, from.z, from.w};
+  for (int i = 0; i < 4; ++i) {
+    const float2 two = unpack2<T>(words[i]);
+    to[2 * i] = two.x;
+    to[2 * i + 1] = two.y;
+  }
+}
+template <class T>
+OCTAVO_DEVICE uint4 pack8(const float (&x)[8]) {
+  return {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])};
+}
+OCTAVO_DEVICE void load8(float (&to)[8], const float* from) {
+  for (int i = 0; i < 2; ++i) {
+    const float4 four = bits_as<float4>(load_16(from + 4 * i));
+    to[4 * i] = four.x;
+    to[4 * i + 1] = four.y;
+    to[4 * i + 2] = four.z;
+    to[4 * i + 3] = four.w;
+  }
+}
+
+template <class T>
+OCTAVO_DEVICE void rotate(WidePiece& x, const float (&cosine)[8], const float (&sine)[8]) {
+  for (int i = 0; i < 8; ++i) {
+    const float first = x.first[i], second = x.second[i];
+    x.first[i] = to_float(turned_first<T>(first, second, cosine[i], sine[i]));
+    x.second[i] = to_float(turned_second<T>(first, second, cosine[i], sine[i]));
+  }
+}
+
+// scale: of int8.
+template <class T>
+OCTAVO_DEVICE void store_wide(const RopeArguments& a, const WidePiece& x, int slot, int kv_head,
+                              bool is_value, int piece, float scale) {
+  const KvLayout& cache = a.cache;
+  const int half = a.head_dim / 2, within = slot % cache.block_size;
+  unsigned char* items = a.cache_data + cache.head_at(slot / cache.block_size, kv_head);
+  if (cache.dtype == DType::int8 && piece == 0)
+    reinterpret_cast<float*>(
+        items + cache.scales_at())[is_value ? cache.block_size + within : within] = scale;
+  if (!is_value && cache.dtype == (std::is_same_v<T, Bf16> ? DType::bf16 : DType::f16)) {
+    unsigned char* key = items + 2 * cache.key_item(within, 8 * piece);
+    store_16(key, pack8<T>(x.first));
+    store_16(key + 2 * half, pack8<T>(x.second));
+    return;
+  }
+  for (int i = 0; i < 8; ++i) {
+    const int d = 8 * piece + i;
+    const auto at = [&](int e) {
+      return is_value ? cache.value_item(within, e) : cache.key_item(within, e);
+    };
+    store_item(items, cache.dtype, at(d), x.first[i], scale);
+    store_item(items, cache.dtype, at(d + half), x.second[i], scale);
+  }
+}
+
+// Thread i of block (t, j): piece p = (64 j + i) % (head_dim / 16) of a head of token t. For heads
+// of 16, 32, 64, 128 or 256 numbers of 16 bits whose rows are aligned. The same bits as above, with
+// an eighth of the threads: 3 blocks of 64 a token for 48 heads of 64.
+template <class T>
+__global__ void rope_and_store_wide_kernel(RopeArguments a) {
+  let_next_kernel_start();
+  const int pieces = a.head_dim / 16, half = a.head_dim / 2, token = static_cast<int>(blockIdx.x);
+  const int index = static_cast<int>(blockIdx.y * kWideThreads + threadIdx.x);
+  const int head = index / pieces, piece = index % pieces;
+  const bool exists = head < a.num_heads + 2 * a.num_kv_heads;
+  const bool is_value = head >= a.num_heads + a.num_kv_heads;
+  const bool rotates = exists && a.cosines && !is_value;
+  const int slot = exists && head >= a.num_heads ? a.slots[token] : -1;
+  float cosine[8], sine[8];
+  if (rotates) {
+    const std::int64_t angles = static_cast<std::int64_t>(a.positions[token]) * half + 8 * piece;
+    load8(cosine, a.cosines + angles);
+    load8(sine, a.sines + angles);
+  }
+  wait_for_previous_kernel();
+  WidePiece x = {};
+  T* row = static_cast<T*>(a.qkv) + token * a.stride + head * a.head_dim + 8 * piece;
+  if (rotates || slot >= 0) {
+    unpack8<T>(x.first, load_16(row));
+    unpack8<T>(x.second, load_16(row + half));
+  }
+  if (rotates) {
+    rotate<T>(x, cosine, sine);
+    store_16(row, pack8<T>(x.first));
+    store_16(row + half, pack8<T>(x.second));
+  }
+  float scale = 1.0f;
+  if (a.cache.dtype == DType::int8) {
+    float largest = 0.0f;
+    for (int i = 0; i < 8; ++i)
+      largest = fmaxf(largest, fmaxf(fabsf(x.first[i]), fabsf(x.second[i])));
+    for (int mask = pieces / 2; mask; mask /= 2)
+      largest = fmaxf(largest, shuffle_xor(largest, static_cast<unsigned>(mask)));
+    if (largest > 0.0f) scale = divide_rn(largest, 127.0f);
+  }
+  if (slot >= 0)
+    store_wide<T>(a, x, slot, (head - a.num_heads) % a.num_kv_heads, is_value, piece, scale);
+}
+
+bool can_be_wide(View qkv, const RopeArguments& a) {
+  const auto aligned = [](const void* data) {
+    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+  };
+  const int dim = a.head_dim;
+  return bits_of(qkv.dtype) == 16 && dim >= 16 && (dim & (dim - 1)) == 0 && qkv.stride % 8 == 0 &&
+         aligned(qkv.data) && aligned(a.cosines) && aligned(a.sines) && aligned(a.cache_data);
+}
+
+}  // namespace
+
+void rope_and_store(Stream& stream, View qkv, const Rope* rope, const LayerSpec& layer,
+                    const KvLayer& kv, const Step& step) {
+  require(qkv.cols == layer.q_size() + 2 * layer.kv_size(), "qkv has ", qkv.cols,
+          " columns; expected ", layer.q_size() + 2 * layer.kv_size());
+  require(!rope || layer.head_dim % 2 == 0, "head_dim is ", layer.head_dim,
+          "; only an even one can be rotated");
+  if (step.num_tokens == 0) return;
+  const RopeArguments a = rope_arguments(qkv, rope, layer, kv, step);
+  const auto heads = static_cast<unsigned>(layer.num_heads + 2 * layer.num_kv_heads);
+  if (can_be_wide(qkv, a)) {
+    const unsigned pieces = heads * static_cast<unsigned>(a.head_dim / 16);
+    const LaunchShape wide{
+        dim3(static_cast<unsigned>(step.num_tokens), (pieces + kWideThreads - 1) / kWideThreads),
+        dim3(kWideThreads), 0, true};
+    return launch(stream, "rope_and_store", wide,
+                  qkv.dtype == DType::bf16 ? rope_and_store_wide_kernel<Bf16>
+                                           : rope_and_store_wide_kernel<F16>,
+                  a);
+  }
+  const LaunchShape shape{
+      dim3(static_cast<unsigned>(step.num_tokens), (heads + kHeadsPerBlock - 1) / kHeadsPerBlock),
+      dim3(kWarp * kHeadsPerBlock), 0, true};
+  switch (qkv.dtype) {
+    case DType::f32:
+      return launch(stream, "rope_and_store", shape, rope_and_store_kernel<float>, a);
+    case DType::bf16:
+      return launch(stream, "rope_and_store", shape, rope_and_store_kernel<Bf16>, a);
+    case DType::f16:
+      return launch(stream, "rope_and_store", shape, rope_and_store_kernel<F16>, a);
+    default:
+      throw std::invalid_argument(text("qkv is ", name(qkv.dtype), "; expected f32, bf16 or f16"));
+  }
+}
+
+}  // namespace octavo::cuda

@@ -1,0 +1,11 @@
+// The products of few rows that the residual stream grows by: of attention, and of the MLP.
+#include "cuda/products/multiply_few.cuh"
+
+namespace octavo::cuda {
+
+void multiply_few_added(Stream& stream, View residual, const FewInput& x, const Matrix& weight) {
+  const AddSums target{residual.row(0), residual.stride, weight.outputs};
+  run_as(stream, target, stored_rows(x), weight, x.dtype);
+}
+
+}  // namespace octavo::cuda

@@ -1,0 +1,138 @@
+"""A model in memory: engine, tokenizer, chat template. llm.py and the server stand on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.config import EngineConfig, read_environment
+from octavo.engine.engine import Engine
+from octavo.errors import InvalidArgumentError, TokenizerError
+from octavo.prompts import Conversation, EncodedPrompt, Prompt, prompt_of
+
+if TYPE_CHECKING:
+    from octavo.runtime.loader import LoadProgress
+    from octavo.text.chat import ChatTemplate
+    from octavo.text.tokenizer import Tokenizer
+
+
+class LoadedModel:
+    """An engine that is ready, and what makes its prompts.
+
+    chat_template: None for a model that was not trained to chat. config: what it was loaded with.
+    """
+
+    def __init__(
+        self, engine: Engine, chat_template: ChatTemplate | None, config: EngineConfig
+    ) -> None:
+        self.engine = engine
+        self.chat_template = chat_template
+        self.config = config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None where its directory has none."""
+        return self.engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens that prompt and answer may have together."""
+        return self.engine.options.max_model_len
+
+    def encode_prompt(self, prompt: Prompt, add_special_tokens: bool = True) -> EncodedPrompt:
+        """Token ids of a prompt; add_special_tokens: with those that the model wants before it."""
+        if isinstance(prompt, Mapping):
+            prompt = prompt_of(prompt)
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidArgumentError('the prompt is ""; expected some text to continue')
+            return EncodedPrompt(prompt, self._need_tokenizer().encode(prompt, add_special_tokens))
+        return EncodedPrompt(None, prompt)
+
+    def encode_chat(
+        self,
+        messages: Conversation,
+        *,
+        chat_template: str | None = None,
+        add_special_tokens: bool = False,
+        **template_variables: Any,
+    ) -> EncodedPrompt:
+        """A conversation as the prompt that a chat template makes of it.
+
+        chat_template: its source; None takes the model's own. add_special_tokens: put those before
+        it that the model wants before a text; most templates write them themselves.
+        """
+        from octavo.text.chat import ChatTemplate, special_tokens
+
+        tokenizer = self._need_tokenizer()
+        template = self.chat_template
+        if chat_template is not None:
+            own_tokens = special_tokens(tokenizer.config)
+            template = ChatTemplate(
+                chat_template, special_tokens=own_tokens, origin="chat_template"
+            )
+        if template is None:
+            raise TokenizerError(
+                "this model has no chat template (it is a base model): give it a text to continue "
+                "instead of messages, or use a model that was trained to chat"
+            )
+        text = template.render(messages, **template_variables)
+        return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens), is_chat=True)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise TokenizerError(
+                "this model's directory has no tokenizer.json: give the prompt as token ids, or "
+                "put the tokenizer beside the weights"
+            )
+        return self.tokenizer
+
+
+def load_model(
+    model: str | Path | None = None,
+    *,
+    config: EngineConfig | None = None,
+    on_load: LoadProgress | None = None,
+    **options: Any,
+) -> LoadedModel:
+    """Load a model. Arguments and errors are those of `LLM`."""
+    from octavo.runtime.loader import load_runtime
+    from octavo.text.chat import ChatTemplate
+    from octavo.text.tokenizer import Tokenizer
+    from octavo.weights.checkpoint import open_checkpoint
+    from octavo.weights.hub import resolve_model
+    from octavo.weights.model_files import read_model
+
+    config = _merge_options(config, options)
+    environment = read_environment()
+    path = resolve_model(None if model is None else str(model), environment)
+    files = read_model(path)
+    # Before the weights, so that a broken tokenizer is told of at once.
+    has_tokenizer = (files.folder / "tokenizer.json").is_file()
+    tokenizer = Tokenizer(files.folder) if has_tokenizer else None
+    chat_template = ChatTemplate.load(files.folder) if has_tokenizer else None
+    checkpoint = open_checkpoint(files, config.load_format, config.seed)
+    loaded = load_runtime(files, checkpoint, config, on_load, environment)
+    engine = Engine(
+        loaded.runtime,
+        loaded.options,
+        num_kv_blocks=loaded.num_kv_blocks,
+        vocab_size=files.spec.vocab_size,
+        num_kv_groups=files.spec.num_kv_groups,
+        tokenizer=tokenizer,
+        eos_token_ids=files.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
+        seed=config.seed,
+    )
+    return LoadedModel(engine, chat_template, config)
+
+
+def _merge_options(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
+    known = {field.name for field in fields(EngineConfig)}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise InvalidArgumentError(
+            f"LLM has no option {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
+        )
+    return replace(config or EngineConfig(), **options)

@@ -1,0 +1,109 @@
+"""Sequences on a loaded runtime, stepped by hand: no engine, no scheduler, greedy tokens only.
+
+So work those that look at the native core itself: `octavo bench`, `eval`, `diff`, `quantize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.reference.sampling import sampling_rows
+from octavo.runtime.loader import LoadedRuntime
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+Tokens = Sequence[int] | Int32
+
+
+class Step(NamedTuple):
+    """What a step gave.
+
+    token_ids: int32 (rows,), the most probable next token of each logit row. logits: float32 (rows,
+    vocab_size). taps: name -> float32 (tokens of the step, width).
+    """
+
+    token_ids: Int32
+    logits: Float32
+    taps: Mapping[str, Float32]
+
+
+class Session:
+    """Sequences 0, 1, …; they share the blocks of the KV cache in equal parts.
+
+    loaded: the runtime, which nobody else may step meanwhile. chunk: the most tokens of a step.
+    is_exact: whether a sequence's logits are promised to have the same bits in any company.
+    """
+
+    def __init__(self, loaded: LoadedRuntime) -> None:
+        self.loaded = loaded
+        self.chunk = loaded.options.max_num_batched_tokens
+        self.is_exact = loaded.device == "cpu" or loaded.options.deterministic
+        self._block_size = loaded.options.block_size
+        self.restart()
+
+    def restart(self, num_sequences: int = 1, blocks: Int32 | None = None) -> None:
+        """Begin anew with so many empty sequences.
+
+        blocks: int32, the blocks to use, in this order; None: all of them, in their own.
+        """
+        blocks = np.arange(self.loaded.num_kv_blocks, dtype=np.int32) if blocks is None else blocks
+        each = len(blocks) // num_sequences
+        self._blocks = blocks[: num_sequences * each].reshape(num_sequences, each)
+        self._lengths = np.zeros(num_sequences, np.int32)
+
+    def rewind(self, length: int) -> None:
+        """Every sequence has only its first `length` tokens again."""
+        self._lengths[:] = length
+
+    def step(
+        self, new: Mapping[int, Tokens], rows: Tokens | None = None, taps: Sequence[str] = ()
+    ) -> Step:
+        """Add tokens to sequences in one step, and wait for what comes of it; as `submit`."""
+        ticket = self.submit(new, rows, taps)
+        logits = self.loaded.runtime.logits(ticket)
+        output = self.loaded.runtime.wait(ticket)
+        return Step(output.token_ids, logits, output.taps)
+
+    def submit(
+        self, new: Mapping[int, Tokens], rows: Tokens | None = None, taps: Sequence[str] = ()
+    ) -> int:
+        """Queue a step that adds tokens to sequences; returns the ticket for `runtime.wait`.
+
+        new: sequence -> its new tokens; -1 - s stands for what sequence s drew last. rows: of all
+        these tokens, which ones' logits are wanted (indices, ascending); None: each sequence's
+        last; (): none, and the step ends before the head. taps: names, or "*" for all.
+        Raises ValueError where a sequence outgrows its blocks, and what the runtime raises.
+        """
+        from octavo import _native
+
+        sequences = list(new)
+        starts = np.cumsum([0, *map(len, new.values())], dtype=np.int32)
+        lengths = self._lengths[sequences] + np.diff(starts)
+        held = -(-lengths // self._block_size)
+        room = self._blocks.shape[1]
+        if held.max() > room:
+            raise ValueError(
+                f"a sequence of {lengths.max()} tokens; expected at most "
+                f"{room * self._block_size}, the room of each of {len(self._lengths)}"
+            )
+        self._lengths[sequences] = lengths
+        tables = self._blocks[sequences, : held.max()]
+        tables[np.arange(held.max()) >= held[:, None]] = -1
+        batch = _native.Batch(
+            token_ids=np.concatenate([np.asarray(tokens, np.int32) for tokens in new.values()]),
+            row_starts=starts,
+            context_lens=lengths,
+            block_tables=np.repeat(tables[None], self.loaded.num_kv_groups, axis=0),
+            logit_rows=starts[1:] - 1 if rows is None else np.asarray(rows, np.int32),
+            sampling=sampling_rows(len(new), state_row=sequences) if rows is None else None,
+        )
+        return self.loaded.runtime.submit(batch, list(taps) or None, sample=True)
+
+    def feed(self, tokens: Tokens, sequence: int = 0) -> None:
+        """Add tokens to a sequence, as many as fit a step at a time; nothing is drawn."""
+        for start in range(0, len(tokens), self.chunk):
+            self.step({sequence: tokens[start : start + self.chunk]}, ())
