@@ -172,6 +172,10 @@ $(ASAN_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	  $(SET)install.strip=false
 	@touch $@
 
+.PHONY: mutants
+mutants: $(DEV_VENV)/.tools ## Plant mistakes in copies of the tree; count those that no test catches
+	PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" $(DEV_VENV)/bin/python scripts/mutants.py $(ARGS)
+
 # ---- CUDA ----
 
 .PHONY: cuda-resources

@@ -349,6 +349,14 @@ void errors_are_noticed() {
   });
 }
 
+// Groups are whole blocks of 32 inputs.
+void odd_groups() {
+  for (const std::int64_t size : {16, 48, 0})
+    check_throws<std::invalid_argument>("group_size is " + std::to_string(size), [&] {
+      variants()[0].backend->make_linear(5, 192, int4_format(size, false), false);
+    });
+}
+
 // What embeddings read back is what products multiply by.
 void quantized_embeddings(Backend& backend) {
   for (const WeightFormat& format : {int8_format(16), int4_format(32, true, true)}) {
@@ -384,6 +392,7 @@ std::vector<Test> quantized_tests() {
           {"quantized products of a row alone or among others", row_alone_or_among_others},
           on_each_variant("the largest integer sums", largest_sums),
           {"rows of zeros, NaN and infinity", [] { on_all(variants(), unusual_rows); }},
+          {"groups of other sizes are refused", odd_groups},
           {"planted errors in quantized products", errors_are_noticed},
           on_each_variant("quantized embeddings", quantized_embeddings)};
 }

@@ -32,6 +32,7 @@ def matrix(outputs: int = 37, inputs: int = 192, seed: int = 0) -> np.ndarray:
     weight += generator.uniform(-1, 1, (outputs, 1)) * 0.3
     weight[1, :96] = 0
     weight[2] = np.abs(weight[2])
+    weight[4] = -np.abs(weight[4])
     weight[3] = 0
     return weight.astype(np.float32)
 
@@ -75,6 +76,8 @@ def test_every_weight_is_near_its_code(format: WeightFormat, method: str) -> Non
     widest = max(np.diff(format.levels)) if format.dtype == "int4" else 1
     assert np.mean(error <= scales * 0.502 * widest) > 0.98
     assert np.array_equal(values_of(got, format)[3], np.zeros(192))
+    if got.zeros is not None:  # of 4 bits; those of groups of one sign lie at an end
+        assert got.zeros.min() == -8 and got.zeros.max() == 7
 
 
 @pytest.mark.parametrize("format", FORMATS[1:], ids=str)

@@ -22,9 +22,11 @@ from diff_helpers import (
     whole_weights,
 )
 
+from octavo.diff import comparison
 from octavo.diff.implementations import ReferenceImplementation, StepResult
 from octavo.models.spec import NormSpec, RopeSpec
 from octavo.reference import ops
+from octavo.reference.llama import ReferenceModel
 
 SPEC = small_spec()
 WEIGHTS = random_weights(SPEC)
@@ -35,6 +37,16 @@ def test_good_against_good_finds_nothing() -> None:
     assert result.ok and not result.findings and result.first_bad is None
     assert result.logits.max_abs == 0 and result.logits.same_choice == 23
     assert result.greedy.parted_at is None and result.decode.ok
+
+
+def test_the_size_of_a_chunk_counts_every_tap(monkeypatch: pytest.MonkeyPatch) -> None:
+    taps: dict[str, np.ndarray] = {}
+    ReferenceModel(SPEC, WEIGHTS).forward(np.arange(5, dtype=np.int32), taps=taps)
+    bytes_per_token = sum(values.nbytes for values in taps.values()) // 5
+    monkeypatch.setattr(comparison, "CHUNK_BYTES", 100 * bytes_per_token)
+    assert comparison.chunk_size_for(SPEC) == 100
+    monkeypatch.setattr(comparison, "CHUNK_BYTES", 100 * bytes_per_token - 1)
+    assert comparison.chunk_size_for(SPEC) == 99
 
 
 @pytest.mark.parametrize("chunk_size", [None, 7])

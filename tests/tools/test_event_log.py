@@ -100,6 +100,8 @@ def test_an_undisturbed_request_reads_as_it_was() -> None:
         (1, 1, 15),
         (1, 1, 16),
     ]
+    # The steps of a span end within it, the last one at its very end.
+    assert any(line.startswith("It decoded 2 tokens in 6") for line in explain(log, "a"))
 
 
 def test_spans_have_no_gaps_and_fill_a_life(log: LogFile) -> None:
@@ -139,6 +141,18 @@ def test_the_parts_of_a_wait_add_up(log: LogFile) -> None:
     """Waits of the first in the queue do not overlap, and each has an end."""
     for before, after in zip(log.waits, log.waits[1:], strict=False):
         assert before.start <= before.end <= after.start
+
+
+def test_whom_a_request_stood_behind() -> None:
+    """Up to four are named; of more, the first four and that there are others."""
+    engine = fake_engine(clock=StepClock(), max_num_seqs=1)
+    for name in "abcdefg":
+        ask(engine, name, 5, 2)
+    run_to_end(engine)
+    log = log_of(engine.events)
+    assert any(line.endswith("stood behind request b.") for line in explain(log, "c"))
+    assert any(line.endswith("behind 4 others: b, c, d, e.") for line in explain(log, "f"))
+    assert any(line.endswith("behind 5 others: b, c, d, e, ….") for line in explain(log, "g"))
 
 
 def test_an_answer_waits_for_the_prompt_of_its_sibling() -> None:
@@ -223,6 +237,12 @@ def test_a_trace_has_what_perfetto_needs(log: LogFile) -> None:
     events = trace["traceEvents"]
     steps = [e for e in events if e.get("cat") == "step"]
     assert len(steps) == len(log.steps)
+    for event, step in zip(steps, log.steps, strict=True):
+        shown = event["args"]["decoding answers"], event["args"]["prompt tokens"]
+        assert sum(shown) == step.num_tokens and shown[0] == step.num_decodes
+        assert event["name"] == ("{} + {}".format(*shown) if shown[1] else str(shown[0]))
+    counters = [e["args"] for e in events if e["name"] == "KV blocks"]
+    assert [each["held"] + each["free"] for each in counters] == [13] * len(steps)
     for event in events:
         assert event["ph"] in "XCiM" and isinstance(event["pid"], int)
         if event["ph"] == "X":

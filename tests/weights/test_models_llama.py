@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from weights_helpers import DELETED, tiny_config
 
 from octavo.errors import ModelNotFoundError, UnsupportedModelError
+from octavo.models.fields import describe
 from octavo.models.layer import weight_shapes
 from octavo.models.llama import read_spec, weight_map
 from octavo.models.spec import ModelSpec, RopeSpec
@@ -295,6 +296,11 @@ def test_malformed_json_is_named(content: bytes, name: str, tmp_path: Path) -> N
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UnsupportedModelError, match=name):
         read_model(tmp_path)
+
+
+def test_a_long_value_is_cut_in_messages() -> None:
+    assert describe("x" * 78) == repr("x" * 78)
+    assert describe("x" * 79) == "'" + "x" * 76 + "..."
 
 
 def test_missing_directory_and_missing_config(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class Session:
             logit_rows=starts[1:] - 1 if rows is None else np.asarray(rows, np.int32),
             state_rows=np.array(sequences, np.int32) if rows is None else None,
         )
-        return self.loaded.runtime.submit(batch, list(taps) or None, draw=True)
+        return self.loaded.runtime.submit(batch, list(taps) or None, sample=True)
 
     def feed(self, tokens: Tokens, sequence: int = 0) -> None:
         """Add tokens to a sequence, as many as fit a step at a time; nothing is drawn."""
