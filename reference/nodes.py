@@ -47,6 +47,8 @@ def op_call(
     called with keywords, what other arguments give.
     """
     if node.op == "embed":
+        if token_ids is None:
+            raise ValueError(f"{node.tap} needs token_ids")
         tables = [weights[f"{matrix.name}.weight"] for matrix in node.matrices]
         return partial(
             ops.embed,
@@ -68,9 +70,9 @@ def op_call(
     if layer is None:
         raise ValueError(f"{node.tap} belongs to no layer; {node.op} needs one")
     if node.op == "rope_and_store":
-        frequencies = layer.rope and ops.rope_frequencies(layer.rope, layer.head_dim)
+        turns = ops.rope_frequencies(layer.rope, layer.head_dim) if layer.rope else None
         x = split_heads(operands[0], layer)
-        return partial(ops.rope, x=x, positions=positions, frequencies=frequencies)
+        return partial(ops.rope, x=x, positions=positions, frequencies=turns)
     if node.op == "attention":
         q, k, v = (split_heads(operand, layer) for operand in operands)
         k, v = (k, v) if cache is None else cache

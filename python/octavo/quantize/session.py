@@ -122,7 +122,7 @@ def quantize_model(
     if request.out is not None:
         work: Calibrate | None = None
         if request.calibration is not None:
-            work = partial(calibrate, calibration=request.calibration, stages=progress)
+            work = partial(calibrate, calibration=request.calibration, progress=progress)
         written = quantize_directory(
             source, request.out, scheme, _Bytes(progress), importance, work
         )
