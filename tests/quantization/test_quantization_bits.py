@@ -18,7 +18,7 @@ from octavo.models.layer import linear_nodes, weight_shapes
 from octavo.models.spec import WeightFormat
 from octavo.quantization.apply import quantize_checkpoint
 from octavo.quantization.plan import Scheme, plan_formats, stored_bits
-from octavo.quantize.directory import quantize_directory
+from octavo.quantize.writer import quantize_directory
 from octavo.quantize.importance import measure_importance
 from octavo.quantize.sensitivity import (
     PartCost,

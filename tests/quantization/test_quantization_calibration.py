@@ -18,7 +18,7 @@ from octavo.quantization.apply import dequantized
 from octavo.quantization.plan import Scheme, plan_formats
 from octavo.quantize.calibrate import LayerByLayer, calibrate
 from octavo.quantize.calibration import Calibration, read_windows
-from octavo.quantize.directory import quantize_directory
+from octavo.quantize.writer import quantize_directory
 from octavo.reference.llama import ReferenceModel
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import open_checkpoint

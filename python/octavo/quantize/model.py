@@ -17,7 +17,7 @@ from octavo.eval.evaluation import EvalRequest, read_tokens
 from octavo.quantization.plan import Scheme
 from octavo.quantize.calibrate import calibrate
 from octavo.quantize.calibration import Calibration
-from octavo.quantize.directory import (
+from octavo.quantize.writer import (
     Calibrate,
     QuantizedDirectory,
     check_new_directory,
