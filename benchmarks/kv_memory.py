@@ -5,14 +5,13 @@ the tokens that are in the cache, the blocks that are held for them, and what a 
 would hold, which must set aside max_model_len tokens for each sequence. Bytes are those of
 Llama-3.2-1B in bf16, 32 KiB a token.
 
-    python benchmarks/kv_memory.py [--svg FILE]
+    python benchmarks/kv_memory.py [--svg FILE]       the plot needs octavo[plot]
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 from octavo.config import RuntimeOptions
@@ -63,44 +62,24 @@ def measure(batch_size: int) -> Use:
     return Use(live, paged, batch_size * MAX_MODEL_LEN)
 
 
-def plot(uses: dict[int, Use]) -> str:
-    """Lines over the number of requests; both axes linear."""
-    width, height, left, bottom = 640, 400, 70, 50
-    most = max(use.contiguous for use in uses.values()) * BYTES_A_TOKEN / GIB
+def plot(uses: dict[int, Use], path: str) -> None:
+    """Write lines over the number of requests as an SVG; both axes linear."""
+    import matplotlib
+    import matplotlib.style
+    from matplotlib.figure import Figure
 
-    def point(batch_size: int, tokens: float) -> str:
-        x = left + (width - left - 20) * batch_size / max(uses)
-        y = (height - bottom) * (1 - tokens * BYTES_A_TOKEN / GIB / most) + 10
-        return f"{x:.1f},{y:.1f}"
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height + 20}" '
-        'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="white"/>'
-    ]
-    for i in range(5):
-        y = (height - bottom) * (1 - i / 4) + 10
-        label = f"{most * i / 4:.1f}{' GiB' * (i == 4)}"
-        parts.append(
-            f'<line x1="{left}" x2="{width - 20}" y1="{y}" y2="{y}" stroke="#ddd"/>'
-            f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{label}</text>'
-        )
-    for batch_size in uses:
-        x = point(batch_size, 0).split(",")[0]
-        if batch_size >= 8 or batch_size == 1:
-            label = f'y="{height - bottom + 28}" text-anchor="middle">{batch_size}'
-            parts.append(f'<text x="{x}" {label}</text>')
-    lines = (("contiguous", "#c0392b"), ("paged", "#2471a3"), ("live", "#27ae60"))
-    for name, color in lines:
-        points = " ".join(point(size, getattr(use, name)) for size, use in uses.items())
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
-    for i, (name, color) in enumerate(lines):
-        text = {"live": "tokens in the cache", "paged": "blocks held"}.get(name, name)
-        parts.append(f'<text x="{left + 20}" y="{30 + 18 * i}" fill="{color}">{text}</text>')
-    parts.append(
-        f'<text x="{width / 2}" y="{height + 5}" text-anchor="middle">requests at a time</text>'
-        "</svg>"
-    )
-    return "".join(parts)
+    matplotlib.style.use("tableau-colorblind10")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    labels = ("tokens in the cache", "blocks held", "contiguous")
+    for name, label, style in zip(Use._fields, labels, ("o-", "s-", "^-"), strict=True):
+        gib = [getattr(use, name) * BYTES_A_TOKEN / GIB for use in uses.values()]
+        axes.plot(list(uses), gib, style, label=label)
+    axes.set(xlabel="Requests at a time", ylabel="KV cache (GiB)", xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "octavo"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def main() -> None:
@@ -113,7 +92,7 @@ def main() -> None:
             f"{use.live / use.paged:10.1%} {use.live / use.contiguous:15.1%}"
         )
     if "--svg" in sys.argv:
-        Path(sys.argv[sys.argv.index("--svg") + 1]).write_text(plot(uses), encoding="utf-8")
+        plot(uses, sys.argv[sys.argv.index("--svg") + 1])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.errors import UnsupportedModelError
+from octavo.models.llama_gguf import GGUF
 from octavo.models.spec import ModelSpec
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
@@ -30,26 +31,6 @@ FORMATS = {
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
     "q4_0": gguf.GGMLQuantizationType.Q4_0,
 }
-_PARTS = {
-    "attn_norm": "attn_norm",
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "o": "attn_output",
-    "mlp_norm": "ffn_norm",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-}
-_WHOLE = {"embed": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
-
-
-def gguf_name(name: str) -> str:
-    """layers.3.gate.weight -> blk.3.ffn_gate.weight."""
-    parts = name.split(".")
-    if parts[0] == "layers":
-        return f"blk.{parts[1]}.{_PARTS[parts[2]]}.{parts[3]}"
-    return f"{_WHOLE[parts[0]]}.{parts[1]}"
 
 
 def permute(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
@@ -140,6 +121,7 @@ def write_gguf(
         _add_vocabulary(writer, spec.vocab_size)
     else:
         _add_bpe(writer, files.path, spec.vocab_size, vocabulary)
+    sources = GGUF.tensors.weight_map(spec)
     for name, tensor in checkpoint.items():
         values = tensor.to_float32()
         part = name.split(".")[-2]
@@ -150,7 +132,7 @@ def write_gguf(
         if values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[form][0]:
             form = FORMATS["bf16"]
         data = values if form == FORMATS["f32"] else gguf.quants.quantize(values, form)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=form)
+        writer.add_tensor(sources[name].names[0], data, raw_dtype=form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -171,7 +171,7 @@ class ReferenceModel:
         # that way a prompt gives the same numbers whole, in chunks, or token by token.
         k, v = ops.to_cache(k, self.kv_dtype), ops.to_cache(v, self.kv_dtype)
         keys, values = cache.extend(index, k, v)
-        scale, rounds = layer.head_dim**-0.5, ops.attention_dtype(self.kv_dtype)
+        scale, rounds = layer.score_scale, ops.attention_dtype(self.kv_dtype)
         out = ops.attention(q, keys, values, scale, layer.window, rounds)
         out = out.reshape(rows, layer.q_size)
         _tap(taps, name + "attn", out)

@@ -81,7 +81,7 @@ def op_call(
             q=q,
             k=k,
             v=v,
-            scale=layer.head_dim**-0.5,
+            scale=layer.score_scale,
             window=layer.window,
             dtype=ops.attention_dtype(kv_dtype),
         )

@@ -14,7 +14,7 @@ Conventions, here and in the native core:
   (ties to even), the products and their sum are not. Norm weights and biases are never rounded.
 * Nothing is modified in place.
 
-Each function of `OPS` is a method of the same name of `octavo._native.Ops`, which takes options
+Each function of `OPS` is a method of the same name of `octavo._native_ops.Ops`, which takes options
 of storage besides (blocks, slots). `rope` and the rest are what those functions are made of.
 """
 

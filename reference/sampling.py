@@ -24,8 +24,32 @@ Int32 = npt.NDArray[np.int32]
 UInt32 = npt.NDArray[np.uint32]
 UInt64 = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.integer[Any]]
+SamplingRows = npt.NDArray[np.void]  # of SAMPLING_ROW
 
 OPS = ("adjust_logits", "sample", "log_softmax", "gumbel")
+
+# How one row of logits is sampled, with the default of each field: greedy. The native core takes
+# these bytes as they are (csrc/core/sampling_row.h); rows have no padding.
+#
+# temperature: 0 takes the largest logit. top_k: keep so many; 0 keeps all. top_p: keep the most
+# probable tokens up to this probability; 1 keeps all. min_p: drop tokens less probable than this
+# part of the most probable; 0 keeps all. seed, sample_index, position: as in `gumbel`; a step sets
+# the position itself. num_logprobs: how many of the most probable tokens to report; 0: the sampled
+# token's log-probability alone; -1: nothing. state_row: where a step keeps the sampled token, for a
+# later step to read; -1: nowhere.
+_FIELDS: tuple[tuple[str, str, float], ...] = (
+    ("temperature", "<f4", 0.0),
+    ("top_k", "<i4", 0),
+    ("top_p", "<f4", 1.0),
+    ("min_p", "<f4", 0.0),
+    ("seed", "<u8", 0),
+    ("sample_index", "<i4", 0),
+    ("position", "<i4", 0),
+    ("num_logprobs", "<i4", -1),
+    ("state_row", "<i4", -1),
+)
+SAMPLING_ROW = np.dtype([(name, kind) for name, kind, _ in _FIELDS], align=True)
+_GREEDY = np.array(tuple(default for _, _, default in _FIELDS), SAMPLING_ROW)
 
 _f = np.float32
 _EXP_COEFFICIENTS = (
@@ -155,59 +179,43 @@ def adjust_logits(
     return result
 
 
-def sample(
-    logits: Float32,
-    temperature: Float32,
-    top_k: Int32,
-    top_p: Float32,
-    min_p: Float32,
-    seed: UInt64,
-    sample_index: Int32,
-    positions: Int32,
-    masks: Int32 | None = None,
-) -> Int32:
-    """Sample a token for every row. Everything but logits and masks has shape (rows,).
+def sampling_rows(num_rows: int, **fields: npt.ArrayLike) -> SamplingRows:
+    """Rows of SAMPLING_ROW, (num_rows,): what is not given has its default.
 
-    logits: float32 (rows, vocab_size). temperature: 0 takes the largest logit. top_k: keep so
-    many; 0 keeps all. top_p: keep the most probable tokens up to this probability; 1 keeps all.
-    min_p: drop tokens less probable than this part of the most probable; 0 keeps all.
-    seed, sample_index, positions: as in `gumbel`. masks: int32 (rows, ceil(vocab_size / 32)); bit
-    b of word w allows token 32 w + b; at least one has to be allowed. Returns int32 (rows,); of
-    equals the lowest token id.
+    fields: by name, one value for all rows or one for each. Raises ValueError on a name that is no
+    field, and on the wrong number of values.
+    """
+    rows = np.full(num_rows, _GREEDY)
+    for name, values in fields.items():
+        rows[name] = values
+    return rows
+
+
+def sample(logits: Float32, rows: SamplingRows, masks: Int32 | None = None) -> Int32:
+    """Sample a token for every row.
+
+    logits: float32 (rows, vocab_size). rows: of SAMPLING_ROW, (rows,). masks: int32
+    (rows, ceil(vocab_size / 32)); bit b of word w allows token 32 w + b; at least one has to be
+    allowed. Returns int32 (rows,); of equals the lowest token id.
     """
     allowed = None if masks is None else unpack_masks(masks, logits.shape[1])
     tokens = [
         sample_row(
-            logits[row] if allowed is None else np.where(allowed[row], logits[row], _f(-np.inf)),
-            float(temperature[row]),
-            int(top_k[row]),
-            float(top_p[row]),
-            float(min_p[row]),
-            int(seed[row]),
-            int(sample_index[row]),
-            int(positions[row]),
+            logits[i] if allowed is None else np.where(allowed[i], logits[i], _f(-np.inf)), row
         )
-        for row in range(len(logits))
+        for i, row in enumerate(rows)
     ]
     return np.array(tokens, dtype=np.int32)
 
 
-def sample_row(
-    logits: Float32,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
-    sample_index: int,
-    position: int,
-) -> int:
-    """Sample one token from logits (vocab_size,), masked ones being -inf; see `sample`."""
-    if _f(temperature) == 0:
+def sample_row(logits: Float32, row: np.void) -> int:
+    """Sample one token from logits (vocab_size,), masked ones being -inf, by a row of options."""
+    if row["temperature"] == 0:
         return int(np.argmax(logits))
-    scaled = logits / _f(temperature)
-    kept = keep_tokens(scaled, top_k, top_p, min_p)
-    noisy = scaled + gumbel(seed, sample_index, position, len(logits))
+    scaled = logits / row["temperature"]
+    kept = keep_tokens(scaled, int(row["top_k"]), float(row["top_p"]), float(row["min_p"]))
+    counter = (int(row["seed"]), int(row["sample_index"]), int(row["position"]))
+    noisy = scaled + gumbel(*counter, len(logits))
     return int(np.argmax(np.where(kept, noisy, _f(-np.inf))))
 
 

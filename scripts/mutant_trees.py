@@ -156,10 +156,11 @@ def map_tests(trees: list[Tree]) -> list[TestFile]:
     tests = trees[0].root / "tests"
     names = sorted(str(path.relative_to(trees[0].root)) for path in tests.rglob("test_*.py"))
     names = [name for name in names if not name.startswith(TESTS_LEFT_OUT)]
-    common = hashlib.sha256()  # of all Python but the files of tests
-    for path in sorted(trees[0].root.glob("[!b]*/**/*.py")):
-        if str(path.relative_to(trees[0].root)) not in names:
-            common.update(path.read_bytes())
+    common = hashlib.sha256()  # of what they stand on
+    for folder in ("python", "reference", "tests"):
+        for path in sorted((trees[0].root / folder).rglob("*.py")):
+            if str(path.relative_to(trees[0].root)) not in names:
+                common.update(path.read_bytes())
     kept_at = WORK / "map.json"
     kept = json.loads(kept_at.read_text()) if kept_at.exists() else {}
 

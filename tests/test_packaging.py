@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 
 import octavo
-from octavo import _native
+from octavo import _native, _native_ops
 
 ROOT = Path(__file__).resolve().parents[1]
-STUB = Path(octavo.__file__).parent / "_native.pyi"
+MODULES = {"_native": _native, "_native_ops": _native_ops}
+STUBS = {
+    name: ast.parse(Path(octavo.__file__).with_name(f"{name}.pyi").read_text()) for name in MODULES
+}
 
 
 def tracked_files() -> list[Path]:
@@ -61,7 +64,6 @@ def test_reference_and_type_information_are_installed() -> None:
     package = Path(octavo.__file__).parent
     assert importlib.util.find_spec("octavo.reference.ops") is not None
     assert (package / "py.typed").exists()
-    assert STUB.exists()
 
 
 def imported_packages(folder: Path) -> set[str]:
@@ -85,7 +87,8 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     found = imported_packages(ROOT / "python") | imported_packages(ROOT / "reference")
     found -= {*sys.stdlib_module_names, "octavo", "_typeshed"}
     for_others = {"httptools", "safetensors"}  # uvicorn imports the one, users' scripts the other
-    assert found - {"torch", "transformers"} == declared - for_others
+    of_extras = {"torch", "transformers", "matplotlib"}  # octavo[hf] and octavo[plot]
+    assert found - of_extras == declared - for_others
 
 
 def public_names(owner: object) -> set[str]:
@@ -98,31 +101,35 @@ def stub_names(body: list[ast.stmt]) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-def test_the_stub_lists_what_the_native_module_has() -> None:
-    tree = ast.parse(STUB.read_text())
-    assert stub_names(tree.body) == public_names(_native)
+@pytest.mark.parametrize("module", MODULES)
+def test_the_stub_lists_what_the_native_module_has(module: str) -> None:
+    tree, native = STUBS[module], MODULES[module]
+    assert native.__name__ == f"octavo.{module}"
+    assert stub_names(tree.body) == public_names(native)
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            assert stub_names(node.body) == public_names(getattr(_native, node.name)), node.name
+            assert stub_names(node.body) == public_names(getattr(native, node.name)), node.name
 
 
-def stub_functions() -> list[tuple[str, ast.FunctionDef]]:
-    tree = ast.parse(STUB.read_text())
-    found = [(node.name, node) for node in tree.body if isinstance(node, ast.FunctionDef)]
-    for owner in tree.body:
-        if isinstance(owner, ast.ClassDef):
-            found += [
-                (f"{owner.name}.{node.name}", node)
-                for node in owner.body
-                if isinstance(node, ast.FunctionDef) and not node.decorator_list
-            ]
+def stub_functions() -> dict[str, ast.FunctionDef]:
+    found = {}
+    for module, tree in STUBS.items():
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef):
+                found[f"{module}.{node.name}"] = node
+            elif isinstance(node, ast.ClassDef):
+                found |= {
+                    f"{module}.{node.name}.{method.name}": method
+                    for method in node.body
+                    if isinstance(method, ast.FunctionDef) and not method.decorator_list
+                }
     return found
 
 
-@pytest.mark.parametrize("name", [name for name, _ in stub_functions()])
+@pytest.mark.parametrize("name", stub_functions())
 def test_the_stub_names_the_arguments_of(name: str) -> None:
-    function = dict(stub_functions())[name]
-    native: object = _native
+    function = stub_functions()[name]
+    native: object = octavo
     for part in name.split("."):
         native = getattr(native, part)
     signatures = (inspect.getdoc(native) or "").splitlines()

@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 
 import pytest
+from parrot import END, GO, byte_tokens, say, write_parrot
 
 from octavo.llm import LLM
 from octavo.sampling_params import SamplingParams
-from parrot import END, GO, byte_tokens, say, write_parrot
 
 
 def test_it_says_what_it_is_told(tmp_path: Path) -> None:

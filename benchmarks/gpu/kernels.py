@@ -15,7 +15,7 @@ from typing import Any
 
 from results import DEVICE, EMULATE, TORCH_DEVICE, keep, read
 
-from octavo import _native
+from octavo import _native_ops
 from octavo.models.spec import WeightFormat
 
 try:
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--rows", default=ROWS, help="rows of x, with commas")
     parser.add_argument("--label", default="", help="what variant this is")
     given = parser.parse_args()
-    bench, floors = _native.OpBench(DEVICE, "bf16", **BENCH), Floors()
+    bench, floors = _native_ops.OpBench(DEVICE, "bf16", **BENCH), Floors()
     rows: list[dict[str, Any]] = []
     rows_list = [int(part) for part in given.rows.split(",")]
     for family in (

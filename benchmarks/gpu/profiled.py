@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from results import DEVICE, EMULATE
 
-from octavo import _native
+from octavo import _native_ops
 from octavo.models.spec import WeightFormat
 
 
 def main() -> None:
     """Gate and up in three formats, attention over 2048 tokens; each a few times."""
     # One copy: the profiler empties the caches itself.
-    bench = _native.OpBench(DEVICE, "bf16", launches=1, repeats=1, cache_bytes=1)
+    bench = _native_ops.OpBench(DEVICE, "bf16", launches=1, repeats=1, cache_bytes=1)
     outputs, inputs, context = (32, 128, 20) if EMULATE else (16384, 2048, 2048)
     for format in (None, WeightFormat("int8"), WeightFormat("int4", group_size=128)):
         bench.linear([1], outputs, inputs, format)

@@ -13,7 +13,8 @@ from results import EMULATE
 def seconds_of(work: Callable[[], object], calls: int = 20, rounds: int = 5) -> float:
     """Median seconds of one call, of `rounds` graphs of `calls` calls each.
 
-    A CUDA graph leaves out what launching costs, as octavo's own timing does (`_native.OpBench`).
+    A CUDA graph leaves out what launching costs, as octavo's own timing does
+    (`_native_ops.OpBench`).
     Work that cannot be captured is timed as it is.
     """
     if EMULATE:

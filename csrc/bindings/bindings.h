@@ -13,6 +13,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/sampling_row.h"
 #include "core/spec.h"
 #include "core/text.h"
 
@@ -57,10 +58,11 @@ std::shared_ptr<T> make_with_threads(Arguments... arguments) {
           }};
 }
 
-ModelSpec model_spec(nb::handle spec);               // from octavo.models.spec.ModelSpec
-RopeSpec rope_spec(nb::handle spec);                 // from octavo.models.spec.RopeSpec
-RuntimeOptions runtime_options(nb::handle options);  // from octavo.config.RuntimeOptions
-WeightFormat weight_format(nb::handle format);       // from octavo.models.spec.WeightFormat
+ModelSpec model_spec(nb::handle spec);                     // from octavo.models.spec.ModelSpec
+RopeSpec rope_spec(nb::handle spec);                       // from octavo.models.spec.RopeSpec
+RuntimeOptions runtime_options(nb::handle options);        // from octavo.config.RuntimeOptions
+WeightFormat weight_format(nb::handle format);             // from octavo.models.spec.WeightFormat
+std::vector<SamplingRow> sampling_rows(nb::handle array);  // of SAMPLING_ROW
 NormKind norm_kind(const std::string& name);
 Activation activation(const std::string& name);
 

@@ -1,4 +1,5 @@
-// The module octavo._native. python/octavo/_native.pyi documents what it holds.
+// The modules octavo._native and octavo._native_ops, in one library, since they share the core:
+// python/octavo/_native_ops.py says how Python finds the second. Their .pyi say what they hold.
 
 #include <pthread.h>
 
@@ -124,6 +125,10 @@ NB_MODULE(_native, module) {
              nb::call_guard<nb::gil_scoped_release>());
   bind_limits(module);
   bind_runtime(module);
+}
+
+NB_MODULE(_native_ops, module) {
+  using namespace octavo::bindings;
   bind_ops(module);
   bind_op_bench(module);
 }

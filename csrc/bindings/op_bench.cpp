@@ -135,22 +135,15 @@ class OpBench {
     const Matrices logits(*this, copies, rows, vocab_size, DType::f32);
     const auto count = static_cast<std::size_t>(rows);
     const std::vector<std::int32_t> none(count, -1);
-    const Buffer memory[] = {up(std::vector<float>(count, temperature)),
-                             up(std::vector<std::int32_t>(count, top_k)),
-                             up(std::vector<float>(count, top_p)),
-                             up(std::vector<float>(count, 0.0f)),
-                             up(std::vector<std::uint64_t>(count, 7)),
-                             up(std::vector<std::int32_t>(count, 0)),
-                             up(none)};
+    SamplingRow row;
+    row.temperature = temperature;
+    row.top_k = top_k;
+    row.top_p = top_p;
+    row.seed = 7;
+    const Buffer sampling = up(std::vector<SamplingRow>(count, row));
     Step step;
     step.num_rows = rows;
-    step.temperature = memory[0].as<float>();
-    step.top_k = memory[1].as<std::int32_t>();
-    step.top_p = memory[2].as<float>();
-    step.min_p = memory[3].as<float>();
-    step.seed = memory[4].as<std::uint64_t>();
-    step.sample_index = step.sample_positions = memory[5].as<std::int32_t>();
-    step.num_logprobs = step.state_rows = memory[6].as<std::int32_t>();
+    step.sampling = sampling.as<SamplingRow>();
     const Buffer ids = up(none), logprobs = up(none), finite = up(none);
     Samples samples;
     samples.token_ids = ids.as<std::int32_t>();

@@ -151,11 +151,8 @@ class Ops : private OpsDevice {
     return down(out);
   }
 
-  nb::object sample(Array2<float> logits, Array1<float> temperature, IntArray top_k,
-                    Array1<float> top_p, Array1<float> min_p, Array1<std::uint64_t> seed,
-                    IntArray sample_index, IntArray positions,
-                    std::optional<Array2<std::int32_t>> masks,
-                    std::optional<IntArray> num_logprobs);
+  nb::tuple sample(Array2<float> logits, nb::object rows,
+                   std::optional<Array2<std::int32_t>> masks);
 
   nb::object log_softmax(Array2<float> logits) {
     const Matrix in = up(logits), out = matrix(in.view.rows, in.view.cols);
@@ -277,49 +274,26 @@ nb::object Ops::attention(Array3<float> q, Array3<float> k, Array3<float> v, Int
                                   static_cast<std::size_t>(spec.head_dim)});
 }
 
-// Without num_logprobs the tokens; with it also their log-probabilities, whether a row is finite,
-// the best tokens and their log-probabilities, and what a state of as many rows keeps of it: row
-// r's token in the last row but r.
-nb::object Ops::sample(Array2<float> logits, Array1<float> temperature, IntArray top_k,
-                       Array1<float> top_p, Array1<float> min_p, Array1<std::uint64_t> seed,
-                       IntArray sample_index, IntArray positions,
-                       std::optional<Array2<std::int32_t>> masks,
-                       std::optional<IntArray> num_logprobs) {
+// The tokens, their log-probabilities, whether a row is finite, the best tokens and their
+// log-probabilities, and what as many state rows keep.
+nb::tuple Ops::sample(Array2<float> logits, nb::object rows,
+                      std::optional<Array2<std::int32_t>> masks) {
   const Matrix in = up(logits);
-  const std::int64_t rows = in.view.rows;
-  for (const std::int64_t given : {size(temperature), size(top_k), size(top_p), size(min_p),
-                                   size(seed), size(sample_index), size(positions)})
-    check_length("a sampling array", given, rows);
+  const std::vector<SamplingRow> sampling = sampling_rows(rows);
+  const std::size_t num_rows = sampling.size();
+  check_length("sampling", size(sampling), in.view.rows);
+  check(sampling, in.view.cols, in.view.rows);
   if (masks) {
-    check_length("masks", length(*masks, 0), rows);
+    check_length("masks", length(*masks, 0), in.view.rows);
     check_length("a row of masks", length(*masks, 1), (in.view.cols + 31) / 32);
   }
-  std::vector<std::int32_t> counts(static_cast<std::size_t>(rows), -1), states = counts;
   std::int32_t num_top = 0;
-  if (num_logprobs) {
-    check_length("num_logprobs", size(*num_logprobs), rows);
-    check_entries("num_logprobs", *num_logprobs, -1, in.view.cols);
-    for (std::size_t row = 0; row < counts.size(); ++row) {
-      counts[row] = num_logprobs->data()[row];
-      states[row] = static_cast<std::int32_t>(counts.size() - 1 - row);
-      num_top = std::max(num_top, counts[row]);
-    }
-  }
-  const Device temperatures = up(temperature), ks = up(top_k), ps = up(top_p), mins = up(min_p),
-               seeds = up(seed), indices = up(sample_index), places = up(positions),
-               count_array = up_vector(counts), state_array = up_vector(states),
-               sampled = up_vector(std::vector<std::int32_t>(counts.size(), -1));
+  for (const SamplingRow& row : sampling) num_top = std::max(num_top, row.num_logprobs);
+  const Device row_array = up_vector(sampling),
+               sampled = up_vector(std::vector<std::int32_t>(num_rows, -1));
   Step step;
-  step.num_rows = rows;
-  step.temperature = temperatures.as<float>();
-  step.top_k = ks.as<std::int32_t>();
-  step.top_p = ps.as<float>();
-  step.min_p = mins.as<float>();
-  step.seed = seeds.as<std::uint64_t>();
-  step.sample_index = indices.as<std::int32_t>();
-  step.sample_positions = places.as<std::int32_t>();
-  step.num_logprobs = count_array.as<std::int32_t>();
-  step.state_rows = state_array.as<std::int32_t>();
+  step.num_rows = in.view.rows;
+  step.sampling = row_array.as<SamplingRow>();
   step.sampled = sampled.as<std::int32_t>();
 
   Device mask_words;
@@ -327,16 +301,15 @@ nb::object Ops::sample(Array2<float> logits, Array1<float> temperature, IntArray
     mask_words = Device(backend_.get(), masks->size() * 4);
     backend_->upload(mask_words.data(), masks->data(), masks->size() * 4);
   }
-  const std::size_t num_rows = counts.size(), top = static_cast<std::size_t>(num_top);
+  const auto top = static_cast<std::size_t>(num_top);
   const Device ids(backend_.get(), num_rows * 4), logprobs(backend_.get(), num_rows * 4),
       finite(backend_.get(), num_rows), top_ids(backend_.get(), num_rows * top * 4),
       top_logprobs(backend_.get(), num_rows * top * 4);
   backend_->sample({ids.as<std::int32_t>(), logprobs.as<float>(), finite.as<std::uint8_t>(),
                     top_ids.as<std::int32_t>(), top_logprobs.as<float>(), num_top},
                    in.view, mask_words.as<std::int32_t>(), step);
-  nb::object tokens = to_numpy(down_vector<std::int32_t>(ids));
-  if (!num_logprobs) return tokens;
-  return nb::make_tuple(tokens, to_numpy(down_vector<float>(logprobs)),
+  return nb::make_tuple(to_numpy(down_vector<std::int32_t>(ids)),
+                        to_numpy(down_vector<float>(logprobs)),
                         to_numpy(down_vector<std::uint8_t>(finite)),
                         to_numpy(down_vector<std::int32_t>(top_ids), {num_rows, top}),
                         to_numpy(down_vector<float>(top_logprobs), {num_rows, top}),
@@ -346,6 +319,10 @@ nb::object Ops::sample(Array2<float> logits, Array1<float> temperature, IntArray
 }  // namespace
 
 void bind_ops(nb::module_& module) {
+  module.def("default_sampling_row", [] {
+    const SamplingRow row;
+    return nb::bytes(reinterpret_cast<const char*>(&row), sizeof(row));
+  });
   const auto none = nb::none();
   nb::class_<Ops>(module, "Ops")
       .def(nb::new_(&make_with_threads<Ops, std::string, int, std::string, std::string, bool,
@@ -377,9 +354,7 @@ void bind_ops(nb::module_& module) {
       .def("take_rows", &Ops::take_rows, nb::arg("x"), nb::arg("rows"))
       .def("adjust_logits", &Ops::adjust_logits, nb::arg("logits"), nb::arg("row_starts"),
            nb::arg("token_ids"), nb::arg("repetition"), nb::arg("bias"))
-      .def("sample", &Ops::sample, nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"),
-           nb::arg("top_p"), nb::arg("min_p"), nb::arg("seed"), nb::arg("sample_index"),
-           nb::arg("positions"), nb::arg("masks") = none, nb::arg("num_logprobs") = none)
+      .def("sample", &Ops::sample, nb::arg("logits"), nb::arg("rows"), nb::arg("masks") = none)
       .def("log_softmax", &Ops::log_softmax, nb::arg("logits"))
       .def("gumbel", &Ops::gumbel, nb::arg("seed"), nb::arg("sample_index"), nb::arg("position"),
            nb::arg("vocab_size"));

@@ -8,19 +8,11 @@ namespace octavo::bindings {
 
 namespace {
 
-template <class T>
-std::vector<T> or_else(const std::optional<Array1<T>>& given, std::size_t count, T otherwise) {
-  return given ? to_vector<T>(*given) : std::vector<T>(count, otherwise);
-}
-
 void make_batch(Batch* self, Array1<std::int32_t> token_ids, Array1<std::int32_t> row_starts,
                 Array1<std::int32_t> context_lens, Array3<std::int32_t> block_tables,
-                Array1<std::int32_t> logit_rows, std::optional<Array1<float>> temperature,
-                std::optional<Array1<std::int32_t>> top_k, std::optional<Array1<float>> top_p,
-                std::optional<Array1<float>> min_p, std::optional<Array1<std::uint64_t>> seed,
-                std::optional<Array1<std::int32_t>> sample_index,
-                std::optional<Array1<std::int32_t>> num_logprobs,
-                std::optional<Array1<std::int32_t>> state_rows) {
+                Array1<std::int32_t> logit_rows, nb::object sampling,
+                std::optional<Array1<std::int32_t>> adapter_ids,
+                std::optional<Array2<float>> embeddings) {
   Batch batch;
   batch.token_ids = to_vector<std::int32_t>(token_ids);
   batch.row_starts = to_vector<std::int32_t>(row_starts);
@@ -31,15 +23,10 @@ void make_batch(Batch* self, Array1<std::int32_t> token_ids, Array1<std::int32_t
   require(block_tables.shape(1) == context_lens.size(), "block_tables is for ",
           block_tables.shape(1), " sequences; context_lens has ", context_lens.size());
   batch.max_blocks = static_cast<std::int64_t>(block_tables.shape(2));
-  const std::size_t rows = logit_rows.size();
-  batch.temperature = or_else<float>(temperature, rows, 0.0f);
-  batch.top_k = or_else<std::int32_t>(top_k, rows, 0);
-  batch.top_p = or_else<float>(top_p, rows, 1.0f);
-  batch.min_p = or_else<float>(min_p, rows, 0.0f);
-  batch.seed = or_else<std::uint64_t>(seed, rows, 0);
-  batch.sample_index = or_else<std::int32_t>(sample_index, rows, 0);
-  batch.num_logprobs = or_else<std::int32_t>(num_logprobs, rows, -1);
-  batch.state_rows = or_else<std::int32_t>(state_rows, rows, -1);
+  batch.sampling =
+      sampling.is_none() ? std::vector<SamplingRow>(logit_rows.size()) : sampling_rows(sampling);
+  if (adapter_ids) batch.adapter_ids = to_vector<std::int32_t>(*adapter_ids);
+  if (embeddings) batch.embeddings = to_vector<float>(*embeddings);
   new (self) Batch(std::move(batch));
 }
 
@@ -169,12 +156,8 @@ void bind_runtime(nb::module_& module) {
       .def("__init__", &make_batch, nb::arg("token_ids").noconvert(),
            nb::arg("row_starts").noconvert(), nb::arg("context_lens").noconvert(),
            nb::arg("block_tables").noconvert(), nb::arg("logit_rows").noconvert(),
-           nb::arg("temperature").noconvert() = nb::none(),
-           nb::arg("top_k").noconvert() = nb::none(), nb::arg("top_p").noconvert() = nb::none(),
-           nb::arg("min_p").noconvert() = nb::none(), nb::arg("seed").noconvert() = nb::none(),
-           nb::arg("sample_index").noconvert() = nb::none(),
-           nb::arg("num_logprobs").noconvert() = nb::none(),
-           nb::arg("state_rows").noconvert() = nb::none());
+           nb::arg("sampling") = nb::none(), nb::arg("adapter_ids").noconvert() = nb::none(),
+           nb::arg("embeddings").noconvert() = nb::none());
 
   nb::class_<StepOutput>(module, "StepOutput")
       .def_ro("token_ids", &StepOutput::token_ids)

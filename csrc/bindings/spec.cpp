@@ -36,6 +36,7 @@ LayerSpec layer_spec(nb::handle spec) {
   layer.mlp_bias = field<bool>(spec, "mlp_bias");
   layer.window = field<std::int64_t>(spec, "window");
   layer.kv_group = field<std::int64_t>(spec, "kv_group");
+  layer.attention_scale = field<std::optional<float>>(spec, "attention_scale");
   return layer;
 }
 
@@ -126,6 +127,11 @@ RuntimeOptions runtime_options(nb::handle options) {
   result.isa = field<std::string>(options, "isa");
   result.deterministic = field<bool>(options, "deterministic");
   result.graphs = field<bool>(options, "graphs");
+  result.device_index = field<int>(options, "device_index");
+  result.rank = field<std::int64_t>(options, "rank");
+  result.world_size = field<std::int64_t>(options, "world_size");
+  result.first_layer = field<std::int64_t>(options, "first_layer");
+  result.last_layer = field<std::optional<std::int64_t>>(options, "last_layer");
   return result;
 }
 

@@ -191,7 +191,6 @@ struct LayerWork {
   View hidden, qkv, attn, act;
   const LayerSpec& layer;
   const LayerWeights& weights;
-  float scale;  // of attention
   KvLayer& kv;
   const Step& step;
 };
@@ -290,6 +289,7 @@ class Backend {
   }
   // A whole layer, with the bits of the ops in decoder.cpp and in fewer launches. What the layer
   // before gave must have been added to the residual stream; what this one gives then has been.
+  // With several ranks always false, since their sums come in between.
   virtual bool decode_layer(const LayerWork&) { return false; }
   // out[i] = x[rows[i]]
   virtual void take_rows(View out, View x, const std::int32_t* rows) = 0;
@@ -301,8 +301,12 @@ class Backend {
                       const Step& step) = 0;
   // out = log(softmax(logits)), row by row.
   virtual void log_softmax(View out, View logits) = 0;
-  // Sum over the ranks of a model split over several devices. With one rank nothing is to be done.
+  // Of a model split over several devices (ranks). With one rank there is nothing to do.
+  // x = the sum of all ranks' x.
   virtual void all_reduce(View) {}
+  // x: each rank brings its columns, cols / world_size of them, the first rank the first ones;
+  // afterwards every rank has all. The logits of a head split by its vocabulary need it.
+  virtual void all_gather(View) {}
   // Copies whole blocks of one layer; pairs of source and destination in host memory.
   virtual void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) = 0;
 
@@ -355,6 +359,7 @@ struct BackendOptions {
   DType dtype = DType::f32;    // CUDA: of activations
   bool deterministic = false;  // CUDA: products by kernels whose sums do not depend on the batch
   bool graphs = true;          // CUDA: record steps and replay them
+  int device_index = 0;        // CUDA: which GPU; the CPU is one device, 0
 };
 
 // The devices that this build can run a model on, on this machine; slowest first.

@@ -59,33 +59,23 @@ void check_rows(const Batch& batch, const BatchLimits& limits) {
     check_range("logit_rows", i, batch.logit_rows[static_cast<std::size_t>(i)], low,
                 batch.num_tokens() - 1);
   }
-  check_size("temperature", batch.temperature.size(), num_rows);
-  check_size("top_k", batch.top_k.size(), num_rows);
-  check_size("top_p", batch.top_p.size(), num_rows);
-  check_size("min_p", batch.min_p.size(), num_rows);
-  check_size("seed", batch.seed.size(), num_rows);
-  check_size("sample_index", batch.sample_index.size(), num_rows);
-  check_size("num_logprobs", batch.num_logprobs.size(), num_rows);
-  check_size("state_rows", batch.state_rows.size(), num_rows);
-  for (std::int64_t i = 0; i < num_rows; ++i) {
-    const auto row = static_cast<std::size_t>(i);
-    require(batch.temperature[row] >= 0.0f, "temperature[", i, "] is ", batch.temperature[row],
-            "; expected 0 or more");
-    require(batch.top_p[row] > 0.0f && batch.top_p[row] <= 1.0f, "top_p[", i, "] is ",
-            batch.top_p[row], "; expected above 0, at most 1");
-    require(batch.min_p[row] >= 0.0f && batch.min_p[row] <= 1.0f, "min_p[", i, "] is ",
-            batch.min_p[row], "; expected 0 to 1");
-    require(batch.top_k[row] >= 0, "top_k[", i, "] is ", batch.top_k[row], "; expected 0 or more");
-    check_range("num_logprobs", i, batch.num_logprobs[row], -1, limits.vocab_size);
-    check_range("state_rows", i, batch.state_rows[row], -1, limits.max_num_seqs - 1);
-  }
+  check_size("sampling", batch.sampling.size(), num_rows);
+  check(batch.sampling, limits.vocab_size, limits.max_num_seqs);
+}
+
+// Of what batches will bring one day.
+void check_unused(const Batch& batch) {
+  require(batch.adapter_ids.empty(),
+          "adapter_ids are given, but a runtime has no adapters yet: leave them out");
+  require(batch.embeddings.empty(),
+          "embeddings are given, but a step takes only token_ids yet: leave them out");
 }
 
 }  // namespace
 
-std::int64_t Batch::num_top() const {
-  std::int64_t most = 0;
-  for (const std::int32_t count : num_logprobs) most = std::max<std::int64_t>(most, count);
+std::int64_t Batch::num_logprobs() const {
+  std::int64_t most = -1;
+  for (const SamplingRow& row : sampling) most = std::max<std::int64_t>(most, row.num_logprobs);
   return most;
 }
 
@@ -132,14 +122,7 @@ void Batch::pad(const StepKey& shape) {
     row_starts.push_back(static_cast<std::int32_t>(token_ids.size()));
     context_lens.push_back(0);
   }
-  temperature.resize(rows, 0.0f);
-  top_k.resize(rows, 0);
-  top_p.resize(rows, 1.0f);
-  min_p.resize(rows, 0.0f);
-  seed.resize(rows, 0);
-  sample_index.resize(rows, 0);
-  num_logprobs.resize(rows, -1);
-  state_rows.resize(rows, -1);
+  sampling.resize(rows);
 }
 
 void check(const Batch& batch, const BatchLimits& limits) {
@@ -151,12 +134,13 @@ void check(const Batch& batch, const BatchLimits& limits) {
                 limits.vocab_size - 1);
   }
   check_rows(batch, limits);
+  check_unused(batch);
 }
 
 void StepUpload::reserve(Backend& backend, const BatchLimits& limits, std::int64_t max_blocks) {
   // The arrays of `upload`, in words of 4 bytes. Any token may have a logit row.
-  constexpr std::size_t kArrays = 16;
-  constexpr std::int64_t kWordsOfRow = 11;
+  constexpr std::size_t kArrays = 8;
+  constexpr std::int64_t kWordsOfRow = 1 + sizeof(SamplingRow) / 4;
   const std::int64_t of_token = 2 + limits.num_kv_groups + kWordsOfRow;
   const std::int64_t of_seq = 2 + limits.num_kv_groups * max_blocks;
   const std::int64_t words =
@@ -184,7 +168,7 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
 
   // Positions and slots follow from the context lengths and the block tables.
   const auto num_tokens = static_cast<std::size_t>(step.num_tokens);
-  std::vector<std::int32_t> positions(num_tokens), sample_positions(batch.logit_rows.size());
+  std::vector<std::int32_t> positions(num_tokens);
   std::vector<std::int32_t> slots(num_tokens * static_cast<std::size_t>(batch.num_kv_groups), -1);
   for (std::int64_t s = 0; s < step.num_seqs; ++s) {
     const auto seq = static_cast<std::size_t>(s);
@@ -203,8 +187,9 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
       }
     }
   }
-  for (std::size_t i = 0; i < sample_positions.size(); ++i)
-    sample_positions[i] = positions[static_cast<std::size_t>(batch.logit_rows[i])] + 1;
+  std::vector<SamplingRow> sampling = batch.sampling;
+  for (std::size_t i = 0; i < sampling.size(); ++i)
+    sampling[i].position = positions[static_cast<std::size_t>(batch.logit_rows[i])] + 1;
 
   // Laid one behind the other in one piece of memory, twice over: once to add up the size (the
   // device's address is not known yet), once to copy and to point.
@@ -229,15 +214,7 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
     place(batch.context_lens, step.context_lens);
     place(batch.block_tables, step.block_tables);
     place(batch.logit_rows, step.logit_rows);
-    place(batch.temperature, step.temperature);
-    place(batch.top_k, step.top_k);
-    place(batch.top_p, step.top_p);
-    place(batch.min_p, step.min_p);
-    place(batch.seed, step.seed);
-    place(batch.sample_index, step.sample_index);
-    place(batch.num_logprobs, step.num_logprobs);
-    place(sample_positions, step.sample_positions);
-    place(batch.state_rows, step.state_rows);
+    place(sampling, step.sampling);
   };
   place_all();
   // Room for twice as much, so that a slowly growing block table does not grow it every step.

@@ -14,16 +14,16 @@ struct Batch {
   std::vector<std::int32_t> token_ids, row_starts, context_lens, block_tables, logit_rows;
   std::int64_t num_kv_groups = 1;
   std::int64_t max_blocks = 0;
+  std::vector<SamplingRow> sampling;  // one a logit row; their positions are set by `upload`
 
-  // One entry a logit row.
-  std::vector<float> temperature, top_p, min_p;
-  std::vector<std::int32_t> top_k, sample_index, num_logprobs, state_rows;
-  std::vector<std::uint64_t> seed;
+  // Room for what is not computed yet; `check` refuses them.
+  std::vector<std::int32_t> adapter_ids;
+  std::vector<float> embeddings;
 
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }
   std::int64_t num_seqs() const { return static_cast<std::int64_t>(context_lens.size()); }
   std::int64_t num_rows() const { return static_cast<std::int64_t>(logit_rows.size()); }
-  std::int64_t num_top() const;  // the most log-probabilities any row asks for
+  std::int64_t num_logprobs() const;  // the most that any row asks for; -1: none wants any
   // tokens_per_seq and rows_per_seq are 0 when the sequences bring, or want, different numbers.
   StepKey key() const;
   // Adds sequences without context until the batch has this shape (`Backend::padded`).

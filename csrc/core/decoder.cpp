@@ -1,7 +1,6 @@
 #include "core/decoder.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace octavo {
 
@@ -20,10 +19,6 @@ void normalize(Backend& backend, View out, const NormedInput& x) {
     backend.add_norm(out, x.residual, x.added, x.norm);
   else
     backend.norm(out, x.residual, x.norm);
-}
-
-float attention_scale(const LayerSpec& layer) {
-  return 1.0f / std::sqrt(static_cast<float>(layer.head_dim));
 }
 
 }  // namespace
@@ -97,7 +92,7 @@ bool Decoder::whole_layer(std::size_t i, View hidden, View residual, std::vector
   return backend_.decode_layer(
       {residual, hidden, rows(qkv_, tokens, layer.q_size() + 2 * layer.kv_size()),
        rows(attn_, tokens, layer.q_size()), rows(act_, tokens, layer.intermediate_size), layer,
-       weights_.layers[i], attention_scale(layer), kv[i], step});
+       weights_.layers[i], kv[i], step});
 }
 
 void Decoder::linear_stack(View out, View x, const Stack& stack) {
@@ -137,7 +132,7 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, View pen
     tap(taps, q, "layers.", i, ".q_rope");
     tap(taps, k, "layers.", i, ".k_rope");
   }
-  backend_.attention(attn, q, layer, attention_scale(layer), kv[i], step);
+  backend_.attention(attn, q, layer, layer.score_scale(), kv[i], step);
   tap(taps, attn, "layers.", i, ".attn");
   backend_.linear(hidden, attn, weights.o);
   backend_.all_reduce(hidden);

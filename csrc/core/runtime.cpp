@@ -1,6 +1,7 @@
 #include "core/runtime.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace octavo {
@@ -57,7 +58,19 @@ void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
             layer.num_heads, "; expected a multiple of num_kv_heads = ", layer.num_kv_heads);
     require(layer.head_dim >= 2 && layer.head_dim % 2 == 0, "head_dim is ", layer.head_dim,
             "; expected an even number");
+    const float scale = layer.score_scale();
+    require(std::isfinite(scale) && scale > 0.0f, "attention_scale is ", scale,
+            "; expected a finite number above 0");
   }
+  require(options.world_size == 1, "world_size is ", options.world_size,
+          "; expected 1: a model is not yet split over several devices");
+  require(options.rank == 0, "rank is ", options.rank, "; expected 0 to world_size - 1 = 0");
+  const auto last = static_cast<std::int64_t>(spec.layers.size()) - 1;
+  require(options.first_layer == 0, "first_layer is ", options.first_layer,
+          "; expected 0: a part of the layers is not yet run by itself");
+  require(options.last_layer.value_or(last) == last, "last_layer is ",
+          options.last_layer.value_or(last), "; expected none or the model's last, ", last,
+          ": a part of the layers is not yet run by itself");
 }
 
 // The format of the KV cache.
@@ -73,6 +86,7 @@ std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec&
   require(options.dtype == "f32" || options.dtype == "bf16" || options.dtype == "f16",
           "dtype is \"", options.dtype, "\"; expected f32, bf16 or f16");
   BackendOptions how;
+  how.device_index = options.device_index;
   how.num_threads = options.num_threads;
   how.isa = options.isa;
   how.dtype = parse_dtype(options.dtype, "dtype");
@@ -241,7 +255,7 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool wi
   step.sampling_done = std::promise<void>();
   step.ticket = next_ticket_++;
   step.num_rows = batch.num_rows();
-  step.num_top = batch.num_top();
+  step.num_top = std::max<std::int64_t>(batch.num_logprobs(), 0);
   step.batch = std::move(batch);
   step.tap_names = std::move(taps);
   step.taps.clear();

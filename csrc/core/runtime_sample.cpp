@@ -113,9 +113,7 @@ void Runtime::fetch_results(InFlightStep& step) {
 // `sample` was given adjusted logits, but the reported log-probabilities are those of the model's
 // own. Rare, and slow: it waits for the step.
 void Runtime::take_own_logprobs(InFlightStep& step) {
-  const auto& wanted = step.batch.num_logprobs;
-  if (std::all_of(wanted.begin(), wanted.end(), [](std::int32_t count) { return count < 0; }))
-    return;
+  if (step.batch.num_logprobs() < 0) return;
   backend_->sync();
   const ResultPlaces at(step.batch.num_rows(), step.num_top);
   unsigned char* host = step.results_host.data();
@@ -126,10 +124,11 @@ void Runtime::take_own_logprobs(InFlightStep& step) {
   backend_->log_softmax(scores, logits);
   std::vector<float> values(static_cast<std::size_t>(spec_.vocab_size));
   for (std::size_t row = 0; row < static_cast<std::size_t>(step.num_rows); ++row) {
-    if (wanted[row] < 0 || !host[at.finite + row]) continue;
+    const std::int32_t wanted = step.batch.sampling[row].num_logprobs;
+    if (wanted < 0 || !host[at.finite + row]) continue;
     backend_->download(values.data(), scores.row(static_cast<std::int64_t>(row)),
                        values.size() * 4);
-    const RowLogprobs own = list_logprobs(values, token_ids[row], wanted[row]);
+    const RowLogprobs own = list_logprobs(values, token_ids[row], wanted);
     const auto num_top = static_cast<std::size_t>(step.num_top);
     reinterpret_cast<float*>(host + at.logprobs)[row] = own.logprob;
     std::copy(own.top_token_ids.begin(), own.top_token_ids.end(),

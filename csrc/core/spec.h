@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -76,9 +77,14 @@ struct LayerSpec {
   bool mlp_bias = false;
   std::int64_t window = 0;    // 0: no limit
   std::int64_t kv_group = 0;  // which of a sequence's block tables
+  std::optional<float> attention_scale;
 
   std::int64_t q_size() const { return num_heads * head_dim; }
   std::int64_t kv_size() const { return num_kv_heads * head_dim; }
+  // What q.k is multiplied by.
+  float score_scale() const {
+    return attention_scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim)));
+  }
 };
 
 struct ModelSpec {
@@ -111,6 +117,12 @@ struct RuntimeOptions {
   std::string isa = "auto";
   bool deterministic = false;
   bool graphs = true;
+  int device_index = 0;  // which of the machine's devices of that name
+  // A model split over several devices: by columns and rows of its matrices (world_size ranks), or
+  // by layers. Declared; `Runtime` refuses all but one rank with all layers.
+  std::int64_t rank = 0, world_size = 1;
+  std::int64_t first_layer = 0;
+  std::optional<std::int64_t> last_layer;  // none: the model's last
 };
 
 // Inverse wavelengths of the rotary embedding, head_dim / 2 of them, in radians a position.

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/sampling_row.h"
+
 namespace octavo {
 
 // A ragged batch, as the ops see it. Every pointer is device memory; sizes are in brackets.
@@ -20,17 +22,7 @@ struct Step {
   const std::int32_t* context_lens = nullptr;  // [num_seqs], new tokens included
   const std::int32_t* block_tables = nullptr;  // [num_kv_groups, num_seqs, max_blocks]
   const std::int32_t* logit_rows = nullptr;    // [num_rows]
-
-  // One entry a logit row.
-  const float* temperature = nullptr;
-  const std::int32_t* top_k = nullptr;
-  const float* top_p = nullptr;
-  const float* min_p = nullptr;
-  const std::uint64_t* seed = nullptr;
-  const std::int32_t* sample_index = nullptr;
-  const std::int32_t* num_logprobs = nullptr;
-  const std::int32_t* sample_positions = nullptr;  // position of the token to be sampled
-  const std::int32_t* state_rows = nullptr;        // -1: keep the sampled token nowhere
+  const SamplingRow* sampling = nullptr;       // [num_rows]
 
   std::int32_t* sampled =
       nullptr;  // [max_num_seqs], kept between steps: each state row's last token

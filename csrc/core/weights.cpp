@@ -29,11 +29,13 @@ Weights::Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& 
     LayerWeights& weights = layers[i];
     const std::string prefix = text("layers.", i, ".");
     const std::int64_t q = layer.q_size(), kv = layer.kv_size(), mlp = layer.intermediate_size;
+    // The outputs of o and down are summed over the ranks: one rank alone adds the bias.
+    const bool adds_bias = options.rank == 0;
 
     weights.attn_norm = add_norm(prefix + "attn_norm", layer.norm, hidden);
     add_stack(weights.qkv, {{prefix + "q", q}, {prefix + "k", kv}, {prefix + "v", kv}}, hidden,
               layer.qkv_bias);
-    weights.o = make_matrix(prefix + "o", hidden, q, layer.o_bias);
+    weights.o = make_matrix(prefix + "o", hidden, q, layer.o_bias && adds_bias);
     add_matrix(prefix + "o", weights.o, 0, hidden, layer.o_bias);
 
     weights.mlp_norm = add_norm(prefix + "mlp_norm", layer.norm, hidden);
@@ -41,7 +43,7 @@ Weights::Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& 
     if (layer.gated) up.push_back({prefix + "gate", mlp});
     up.push_back({prefix + "up", mlp});
     add_stack(weights.up, up, hidden, layer.mlp_bias);
-    weights.down = make_matrix(prefix + "down", hidden, mlp, layer.mlp_bias);
+    weights.down = make_matrix(prefix + "down", hidden, mlp, layer.mlp_bias && adds_bias);
     add_matrix(prefix + "down", weights.down, 0, hidden, layer.mlp_bias);
     if (layer.rope) weights.rope = add_rope(layer, options.max_model_len);
   }
@@ -99,7 +101,7 @@ void Weights::add_matrix(const std::string& name, Linear& matrix, std::int64_t f
   if (!bias) return;
   Place bias_place;
   bias_place.part = Part::vector;
-  bias_place.vector = matrix.bias.as<float>() + first_row;
+  if (matrix.bias.data()) bias_place.vector = matrix.bias.as<float>() + first_row;
   bias_place.shape = {rows};
   places_[name + ".bias"] = bias_place;
 }
@@ -169,7 +171,7 @@ void Weights::load(const std::string& name, const void* data, DType dtype,
     for (std::int64_t i = 0; i < count; ++i)
       values[static_cast<std::size_t>(i)] = load_float(data, dtype, i);
     if (place.part == Part::vector) {
-      backend_.upload(place.vector, values.data(), values.size() * 4);
+      if (place.vector) backend_.upload(place.vector, values.data(), values.size() * 4);
     } else if (place.part == Part::scales) {
       backend_.pack_scales(*place.matrix, place.first_row, rows, values.data());
     } else {

@@ -53,7 +53,7 @@ class Weights {
   struct Place {
     Part part = Part::values;
     Linear* matrix = nullptr;
-    float* vector = nullptr;
+    float* vector = nullptr;  // null: another rank's, taken and dropped
     std::int64_t first_row = 0;
     std::vector<std::int64_t> shape;
     bool loaded = false;

@@ -10,34 +10,10 @@
 
 namespace octavo::cpu {
 
-const Kernels& scalar_kernels();
-#if defined(OCTAVO_HAVE_AVX2)
-const Kernels& avx2_kernels();
-#endif
-#if defined(OCTAVO_HAVE_AVX2_VNNI)
-const Kernels& avx2_vnni_kernels();
-#endif
-#if defined(OCTAVO_HAVE_AVX512)
-const Kernels& avx512_kernels();
-#endif
-#if defined(OCTAVO_HAVE_AVX512_VNNI)
-const Kernels& avx512_vnni_kernels();
-#endif
-#if defined(OCTAVO_HAVE_AVX512_BF16)
-const Kernels& avx512_bf16_kernels();
-#endif
-#if defined(OCTAVO_HAVE_NEON)
-const Kernels& neon_kernels();
-#endif
-#if defined(OCTAVO_HAVE_NEON_DOTPROD)
-const Kernels& neon_dotprod_kernels();
-#endif
-#if defined(OCTAVO_HAVE_AMX)
-const Kernels& amx_kernels();
-#endif
-#if defined(OCTAVO_HAVE_AMX_EMULATED)
-const Kernels& amx_emulated_kernels();
-#endif
+// OCTAVO_ISAS: X(name) of each that was compiled, slowest first.
+#define X(name) const Kernels& name##_kernels();
+OCTAVO_ISAS
+#undef X
 
 namespace {
 
@@ -47,9 +23,11 @@ struct Entry {
   const Kernels& (*kernels)();
 };
 
-#if defined(__x86_64__)
-
 // One may be left out of a build and the others still want its test.
+
+[[maybe_unused]] bool has_scalar() { return true; }
+
+#if defined(__x86_64__)
 
 // __builtin_cpu_supports also asks whether the system saves the registers (XGETBV); its argument
 // has to be a literal.
@@ -58,9 +36,9 @@ struct Entry {
 [[maybe_unused]] bool has_avx2() { return HAS("avx2") && HAS("fma"); }
 
 // Compilers' lists of features do not all know this one. It uses registers that AVX2 has.
-[[maybe_unused]] bool has_avx_vnni() {
+[[maybe_unused]] bool has_avx2_vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1u);
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1u);
 }
 
 [[maybe_unused]] bool has_avx512() {
@@ -68,6 +46,8 @@ struct Entry {
 }
 
 [[maybe_unused]] bool has_avx512_vnni() { return has_avx512() && HAS("avx512vnni"); }
+
+[[maybe_unused]] bool has_amx_emulated() { return has_avx512_vnni(); }
 
 [[maybe_unused]] bool has_avx512_bf16() { return has_avx512_vnni() && HAS("avx512bf16"); }
 
@@ -93,40 +73,17 @@ struct Entry {
   return is_granted;
 }
 
+#else
+
+[[maybe_unused]] bool has_neon() { return true; }  // a part of AArch64
+[[maybe_unused]] bool has_neon_dotprod() { return has_dot_product(); }
+
 #endif
 
-// Slowest first. The emulated one is slower than any, so "auto" never takes it.
 std::vector<Entry> entries() {
-  std::vector<Entry> list;
-#if defined(OCTAVO_HAVE_AMX_EMULATED)
-  list.push_back({"amx_emulated", has_avx512_vnni, amx_emulated_kernels});
-#endif
-  list.push_back({"scalar", [] { return true; }, scalar_kernels});
-#if defined(OCTAVO_HAVE_AVX2)
-  list.push_back({"avx2", has_avx2, avx2_kernels});
-#endif
-#if defined(OCTAVO_HAVE_AVX2_VNNI)
-  list.push_back({"avx2_vnni", [] { return has_avx2() && has_avx_vnni(); }, avx2_vnni_kernels});
-#endif
-#if defined(OCTAVO_HAVE_AVX512)
-  list.push_back({"avx512", has_avx512, avx512_kernels});
-#endif
-#if defined(OCTAVO_HAVE_AVX512_VNNI)
-  list.push_back({"avx512_vnni", has_avx512_vnni, avx512_vnni_kernels});
-#endif
-#if defined(OCTAVO_HAVE_AVX512_BF16)
-  list.push_back({"avx512_bf16", has_avx512_bf16, avx512_bf16_kernels});
-#endif
-#if defined(OCTAVO_HAVE_AMX)
-  list.push_back({"amx", has_amx, amx_kernels});
-#endif
-#if defined(OCTAVO_HAVE_NEON)
-  list.push_back({"neon", [] { return true; }, neon_kernels});  // a part of AArch64
-#endif
-#if defined(OCTAVO_HAVE_NEON_DOTPROD)
-  list.push_back({"neon_dotprod", has_dot_product, neon_dotprod_kernels});
-#endif
-  return list;
+#define X(name) {#name, has_##name, name##_kernels},
+  return {OCTAVO_ISAS};
+#undef X
 }
 
 }  // namespace

@@ -17,14 +17,6 @@ bool is_allowed(const std::int32_t* mask, std::int64_t token) {
   return !mask || ((static_cast<std::uint32_t>(mask[token / 32]) >> (token % 32)) & 1u);
 }
 
-// How one row is to be drawn from.
-struct Draw {
-  float temperature, top_p, min_p;
-  std::int32_t top_k;
-  std::uint64_t seed;
-  std::uint32_t sample_index, position;
-};
-
 std::int64_t first_largest(const float* values, std::int64_t count, const Kernels& kernels) {
   const float* found = std::find(values, values + count, kernels.max_value(values, count));
   return found == values + count ? 0 : found - values;  // all NaN: any token, the row is flagged
@@ -66,35 +58,36 @@ void keep_top_p(std::vector<std::int32_t>& tokens, const float* scores, float ma
 }
 
 std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int32_t* mask,
-                        const Draw& draw, const Kernels& kernels) {
+                        const SamplingRow& row, const Kernels& kernels) {
   std::vector<float> scores(logits, logits + vocab);
   for (std::int64_t i = 0; mask && i < vocab; ++i) {
     if (!is_allowed(mask, i)) scores[static_cast<std::size_t>(i)] = kNever;
   }
-  if (draw.temperature == 0.0f) return first_largest(scores.data(), vocab, kernels);
-  for (float& score : scores) score = score / draw.temperature;
+  if (row.is_greedy()) return first_largest(scores.data(), vocab, kernels);
+  for (float& score : scores) score = score / row.temperature;
   std::vector<float> noise(static_cast<std::size_t>(vocab));
-  kernels.gumbel(noise.data(), draw.seed, draw.sample_index, draw.position, 0, vocab);
+  kernels.gumbel(noise.data(), row.seed, static_cast<std::uint32_t>(row.sample_index),
+                 static_cast<std::uint32_t>(row.position), 0, vocab);
 
-  if (draw.min_p == 0.0f && draw.top_k == 0 && draw.top_p >= 1.0f) {
+  if (row.keeps_all()) {
     for (std::size_t i = 0; i < scores.size(); ++i) scores[i] = scores[i] + noise[i];
     return first_largest(scores.data(), vocab, kernels);
   }
   const float max = kernels.max_value(scores.data(), vocab);
-  const float lowest = draw.min_p > 0.0f ? max + kernels.log_positive(draw.min_p) : kNever;
+  const float lowest = row.min_p > 0.0f ? max + kernels.log_positive(row.min_p) : kNever;
   std::vector<std::int32_t> tokens;
   for (std::int64_t i = 0; i < vocab; ++i) {
     const float score = scores[static_cast<std::size_t>(i)];
     if (score >= lowest && score != kNever) tokens.push_back(static_cast<std::int32_t>(i));
   }
   if (tokens.empty()) return 0;  // every logit is a NaN, or none is allowed
-  const auto top_k = static_cast<std::size_t>(draw.top_k);
+  const auto top_k = static_cast<std::size_t>(row.top_k);
   if (top_k > 0 && top_k < tokens.size()) {
-    std::nth_element(tokens.begin(), tokens.begin() + draw.top_k, tokens.end(),
+    std::nth_element(tokens.begin(), tokens.begin() + row.top_k, tokens.end(),
                      Better{scores.data()});
     tokens.resize(top_k);
   }
-  if (draw.top_p < 1.0f) keep_top_p(tokens, scores.data(), max, draw.top_p, kernels);
+  if (row.top_p < 1.0f) keep_top_p(tokens, scores.data(), max, row.top_p, kernels);
   for (const std::int32_t token : tokens) {
     const auto i = static_cast<std::size_t>(token);
     scores[i] = scores[i] + noise[i];
@@ -143,24 +136,18 @@ void CpuBackend::sample(const Samples& out, View logits, const std::int32_t* mas
   pool_.each(logits.rows, [&](std::int64_t row, int) {
     const float* values = logits.row(row);
     const bool finite = kernels_.all_finite(values, vocab);
-    const Draw draw{step.temperature[row],
-                    step.top_p[row],
-                    step.min_p[row],
-                    step.top_k[row],
-                    step.seed[row],
-                    static_cast<std::uint32_t>(step.sample_index[row]),
-                    static_cast<std::uint32_t>(step.sample_positions[row])};
+    const SamplingRow& sampling = step.sampling[row];
     // Of a row that is not finite nothing is drawn: comparing a NaN orders nothing.
     const auto token =
         finite ? static_cast<std::int32_t>(draw_token(
-                     values, vocab, masks ? masks + row * words : nullptr, draw, kernels_))
+                     values, vocab, masks ? masks + row * words : nullptr, sampling, kernels_))
                : 0;
     out.finite[row] = finite;
     out.token_ids[row] = token;
-    if (step.state_rows[row] >= 0) step.sampled[step.state_rows[row]] = token;
+    if (sampling.state_row >= 0) step.sampled[sampling.state_row] = token;
 
     constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
-    const std::int64_t num_top = step.num_logprobs[row];
+    const std::int64_t num_top = sampling.num_logprobs;
     out.logprobs[row] = kNone;
     std::fill_n(out.top_token_ids + row * out.num_top, out.num_top, -1);
     std::fill_n(out.top_logprobs + row * out.num_top, out.num_top, kNone);

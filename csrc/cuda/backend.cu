@@ -24,9 +24,9 @@ std::int64_t next_power_of_two(std::int64_t value) {
 
 }  // namespace
 
-CudaBackend::CudaBackend(int device, const BackendOptions& options)
+CudaBackend::CudaBackend(const BackendOptions& options)
     : options_(options),
-      stream_(device),
+      stream_(options.device_index),
       linear_workspace_(stream_),
       attention_workspace_(stream_),
       sampling_workspace_(stream_),
@@ -71,6 +71,7 @@ void CudaBackend::download(void* host, const void* device, std::size_t bytes) {
 }
 
 std::size_t CudaBackend::available_memory() const {
+  stream_.attach_thread();  // any thread may ask
   std::size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "asking for the free memory");
   return free;

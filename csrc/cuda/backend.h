@@ -17,7 +17,7 @@ namespace octavo::cuda {
 
 class CudaBackend : public Backend {
  public:
-  CudaBackend(int device, const BackendOptions& options);
+  explicit CudaBackend(const BackendOptions& options);
   ~CudaBackend() override;
 
   void attach_thread() override { stream_.attach_thread(); }

@@ -11,7 +11,7 @@ namespace octavo::cuda {
 // Its symbols stay inside their library, but for this one.
 __attribute__((visibility("default"))) std::unique_ptr<Backend> make_emulated_backend(
     const BackendOptions& options) {
-  return std::make_unique<CudaBackend>(0, options);
+  return std::make_unique<CudaBackend>(options);
 }
 
 #else
@@ -54,8 +54,7 @@ std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
              "device \"cpu\" works without"));
   }
   check(error, "counting CUDA devices");
-  auto backend = std::make_unique<CudaBackend>(0, options);
-  return backend;
+  return std::make_unique<CudaBackend>(options);
 }
 
 #endif

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
+SamplingRows = NDArray[np.void]  # of octavo.reference.sampling.SAMPLING_ROW
 
 def build_info() -> dict[str, Any]:
     """What was built, and what it found.
@@ -79,13 +80,11 @@ class Batch:
     context_lens: int32 (num_seqs,), new tokens included.
     block_tables: int32 (num_kv_groups, num_seqs, max_blocks), -1 behind the last block.
     logit_rows: int32 (num_rows,), indices into token_ids whose logits are wanted, ascending.
-    Sampling, one entry a logit row (all of length num_rows):
-    temperature: float32; 0 is greedy. top_k: int32; 0 keeps all. top_p, min_p: float32.
-    seed: uint64. sample_index: int32. num_logprobs: int32; -1 none, 0 only the sampled token.
-    state_rows: int32 in 0 .. max_num_seqs - 1; where the sampled token is kept for a later
-        negative token id; -1 keeps it nowhere.
-    The position that enters the random numbers is the position of the token to be sampled.
-    Left out, the sampling arrays mean greedy without logprobs.
+    sampling: (num_rows,) of octavo.reference.sampling.SAMPLING_ROW, which says what its fields
+        mean: how each logit row is sampled. state_row is in 0 .. max_num_seqs - 1, or -1; the
+        position is set by the step, whatever it is here. Left out: greedy, without logprobs.
+    adapter_ids: int32 (num_seqs,), the adapter of each sequence, -1 for none; and embeddings:
+        float32 (num_tokens, hidden_size), in place of token_ids. No runtime takes them yet.
     """
 
     def __init__(
@@ -95,14 +94,9 @@ class Batch:
         context_lens: Int32,
         block_tables: Int32,
         logit_rows: Int32,
-        temperature: Float32 | None = None,
-        top_k: Int32 | None = None,
-        top_p: Float32 | None = None,
-        min_p: Float32 | None = None,
-        seed: NDArray[np.uint64] | None = None,
-        sample_index: Int32 | None = None,
-        num_logprobs: Int32 | None = None,
-        state_rows: Int32 | None = None,
+        sampling: SamplingRows | None = None,
+        adapter_ids: Int32 | None = None,
+        embeddings: Float32 | None = None,
     ) -> None: ...
 
 class StepOutput:
@@ -175,7 +169,7 @@ class Runtime:
     def submit(self, batch: Batch, taps: Sequence[str] | None = None, sample: bool = False) -> int:
         """Queue the forward pass and return a ticket at once; at most two may be in flight.
 
-        taps: names from octavo.models.spec.tap_names, or ["*"] for all. sample: samples at
+        taps: names from octavo.models.layer.tap_names, or ["*"] for all. sample: samples at
         once, without masks and adjustments, and `sample` must not be called: on a GPU a recorded
         step is then one graph.
         """
@@ -201,168 +195,3 @@ class Runtime:
 
     def step(self, batch: Batch, taps: Sequence[str] | None = None) -> StepOutput:
         """submit, sample and wait in one call."""
-
-class OpBench:
-    """How long single ops take on random numbers, in seconds a call.
-
-    The median of `repeats` runs of `launches` calls, timed by the device itself; CUDA replays a run
-    as one graph. What is read takes turns among so many copies that `cache_bytes` do not hold them.
-    dtype: of activations.
-    """
-
-    def __init__(
-        self,
-        device: str,
-        dtype: str,
-        deterministic: bool = False,
-        launches: int = 200,
-        repeats: int = 5,
-        cache_bytes: int = 256 << 20,
-    ) -> None: ...
-    def linear(
-        self, rows: Sequence[int], outputs: int, inputs: int, format: Any = None
-    ) -> list[float]:
-        """One time for each number of rows.
-
-        format: octavo.models.spec.WeightFormat; None takes dtype.
-        """
-
-    def attention(
-        self,
-        num_seqs: int,
-        tokens_per_seq: int,
-        context: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        kv_dtype: str,
-    ) -> float:
-        """num_seqs sequences of `context` tokens, of which the last tokens_per_seq are new."""
-
-    def add_norm(self, rows: int, width: int) -> float: ...
-    def gated_activation(self, rows: int, width: int) -> float: ...
-    def sample(
-        self,
-        rows: int,
-        vocab_size: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-    ) -> float: ...
-
-class Ops:
-    """Each compute op by itself, for tests; arguments and results as in octavo.reference.ops."""
-
-    def __init__(
-        self,
-        device: str = "cpu",
-        num_threads: int = 0,
-        isa: str = "auto",
-        dtype: str = "f32",
-        deterministic: bool = False,
-        row_gap: int = 0,
-    ) -> None:
-        """dtype, deterministic: as in RuntimeOptions; the CPU keeps activations in float32.
-
-        row_gap: numbers behind every row of every matrix, NaNs that no op may read or write.
-        """
-
-    def embed(
-        self,
-        table: Float32,
-        token_ids: Int32,
-        position_table: Float32 | None = None,
-        positions: Int32 | None = None,
-        dtype: str = "f32",
-    ) -> Float32: ...
-    def norm(
-        self, x: Float32, weight: Float32, bias: Float32 | None, eps: float, kind: str = "rms"
-    ) -> Float32: ...
-    def add_norm(
-        self,
-        residual: Float32,
-        x: Float32,
-        weight: Float32,
-        bias: Float32 | None,
-        eps: float,
-        kind: str = "rms",
-    ) -> tuple[Float32, Float32]: ...
-    def linear(
-        self, x: Float32, weight: Float32, bias: Float32 | None = None, dtype: str = "f32"
-    ) -> Float32: ...
-    def quantized_linear(
-        self,
-        x: Float32,
-        codes: NDArray[Any],
-        scales: Float32,
-        format: Any,
-        zeros: Float32 | None = None,
-        bias: Float32 | None = None,
-    ) -> Float32: ...
-    def quantized_embed(
-        self,
-        token_ids: Int32,
-        width: int,
-        codes: NDArray[Any],
-        scales: Float32,
-        format: Any,
-        zeros: Float32 | None = None,
-    ) -> Float32: ...
-    def rope_frequencies(self, rope: Any, head_dim: int) -> Float32: ...
-    def rope_and_store(
-        self,
-        q: Float32,
-        k: Float32,
-        v: Float32,
-        positions: Int32,
-        slots: Int32,
-        frequencies: Float32 | None,
-        num_slots: int,
-        block_size: int = 16,
-        kv_dtype: str = "f32",
-    ) -> tuple[Float32, Float32, Float32]: ...
-    def attention(
-        self,
-        q: Float32,
-        k: Float32,
-        v: Float32,
-        row_starts: Int32,
-        context_lens: Int32,
-        block_tables: Int32,
-        scale: float,
-        window: int = 0,
-        block_size: int = 16,
-        kv_dtype: str = "f32",
-    ) -> Float32: ...
-    def gated_activation(self, gate: Float32 | None, up: Float32, activation: str) -> Float32: ...
-    def take_rows(self, x: Float32, rows: Int32) -> Float32: ...
-    def adjust_logits(
-        self,
-        logits: Float32,
-        row_starts: Int32,
-        token_ids: Int32,
-        repetition: Float32,
-        bias: Float32,
-    ) -> Float32: ...
-    def sample(
-        self,
-        logits: Float32,
-        temperature: Float32,
-        top_k: Int32,
-        top_p: Float32,
-        min_p: Float32,
-        seed: NDArray[np.uint64],
-        sample_index: Int32,
-        positions: Int32,
-        masks: Int32 | None = None,
-        num_logprobs: Int32 | None = None,
-    ) -> Any:
-        """The tokens, int32 (rows,).
-
-        With num_logprobs (-1: none) a tuple: tokens; their logprobs, float32; finite, uint8;
-        the best tokens and their logprobs, (rows, largest num_logprobs); and what a state of as
-        many rows kept, row r's token in the last row but r.
-        """
-
-    def log_softmax(self, logits: Float32) -> Float32: ...
-    def gumbel(self, seed: int, sample_index: int, position: int, vocab_size: int) -> Float32: ...

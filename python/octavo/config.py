@@ -197,6 +197,14 @@ class RuntimeOptions:
     isa: str = "auto"
     deterministic: bool = False
     graphs: bool = True
+    # Which of the machine's devices of that name.
+    device_index: int = 0
+    # A model split over several devices, by its matrices or by its layers (None: to the last one).
+    # Declared; the native runtime refuses all but one rank with all layers.
+    rank: int = 0
+    world_size: int = 1
+    first_layer: int = 0
+    last_layer: int | None = None
     # Of matrices kept in another format than dtype, by name without ".weight": "layers.3.q".
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)
     # For the scheduler alone.

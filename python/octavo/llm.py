@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestMetrics, RequestOutput
-from octavo.engine.progress import Advance, progress_bar
 from octavo.engine.request import derive_seed
 from octavo.engine.shared import Asked, Call, SharedEngine, SharedIterator
 from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError, WrongProcessError
 from octavo.model import LoadedModel, load_model
+from octavo.progress import Advance, request_bar
 from octavo.prompts import (
     Conversation,
     EncodedPrompt,
@@ -225,7 +225,7 @@ class LLM(LoadedModel):
     def _bar(self, wanted: bool, num_requests: int) -> AbstractContextManager[Advance | None]:
         if not wanted or not num_requests:
             return nullcontext()
-        return progress_bar(self._bar_turn, num_requests, lambda: self.engine.num_drawn_tokens)
+        return request_bar(self._bar_turn, num_requests, lambda: self.engine.num_sampled_tokens)
 
     def _as_completed(
         self,

@@ -5,13 +5,42 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from octavo.errors import InvalidArgumentError
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a number may be: `low` to `high` (None: no end), a float or an int as `low` is one."""
+
+    low: float
+    high: float | None
+    advice: str
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value as a plain number; InvalidArgumentError where it is none, or out of bounds."""
+        is_float = isinstance(self.low, float)
+        kind = numbers.Real if is_float else numbers.Integral
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        right = right and (not is_float or math.isfinite(value)) and value >= self.low
+        if right and (self.high is None or value <= self.high):
+            return float(value) if is_float else int(value)
+        if is_float:
+            end = "" if self.high is None else f", at most {self.high:g}"
+            expected = f"{self.low:g} or more{end}"
+        else:
+            end = "or more" if self.high is None else f"to {self.high}"
+            expected = f"an integer, {self.low} {end}"
+        raise InvalidArgumentError(f"{name} is {value!r}; expected {expected} ({self.advice})")
+
+
+def _limited(default: float | None, low: float, high: float | None, advice: str) -> Any:
+    return field(default=default, metadata={"limits": Limits(low, high, advice)})
 
 
 @dataclass(frozen=True)
@@ -49,78 +78,64 @@ class SamplingParams:
     n: how many answers to draw for the prompt.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    max_tokens: int | None = 256
-    min_tokens: int = 0
+    temperature: float = _limited(1.0, 0.0, None, "0 for greedy")
+    top_k: int = _limited(0, -1, None, "0 or -1 to keep all tokens")
+    top_p: float = _limited(1.0, 0.0, 1.0, "1 to keep all tokens")
+    min_p: float = _limited(0.0, 0.0, 1.0, "0 to keep all tokens")
+    seed: int | None = _limited(None, -(2**63), MAX_SEED, "None for a random seed")
+    max_tokens: int | None = _limited(256, 1, None, "None for as many as fit")
+    min_tokens: int = _limited(0, 0, None, "0 for any")
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
+    repetition_penalty: float = _limited(1.0, 0.01, 100.0, "1 for none")
+    frequency_penalty: float = _limited(0.0, -2.0, 2.0, "0 for none")
+    presence_penalty: float = _limited(0.0, -2.0, 2.0, "0 for none")
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
-    logprobs: int | None = None
+    logprobs: int | None = _limited(None, 0, MAX_LOGPROBS, "None for none")
     skip_special_tokens: bool = True
-    n: int = 1
+    n: int = _limited(1, 1, None, "ask for at least one answer")
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            if getattr(self, each.name) is None and each.name != "max_tokens":
-                object.__setattr__(self, each.name, each.default)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        for text in stop:
-            if not isinstance(text, str):
-                raise InvalidArgumentError(f"stop holds {text!r}; expected strings")
-        max_tokens = None if self.max_tokens == -1 else self.max_tokens
-        seed = None if self.seed == -1 else self.seed
-        seed = _optional("seed", seed, -(2**63), MAX_SEED, "None for a random seed")
-        checked: dict[str, Any] = {
-            "stop": tuple(text for text in stop if text),
-            "stop_token_ids": _check_token_ids(self.stop_token_ids),
-            "logit_bias": _check_bias(self.logit_bias or {}),
-            "temperature": _number("temperature", self.temperature, 0.0, math.inf, "0 for greedy"),
-            "top_k": _integer("top_k", self.top_k, -1, None, "0 or -1 to keep all tokens"),
-            "top_p": _number("top_p", self.top_p, 0.0, 1.0, "1 to keep all tokens"),
-            "min_p": _number("min_p", self.min_p, 0.0, 1.0, "0 to keep all tokens"),
-            "max_tokens": _optional("max_tokens", max_tokens, 1, None, "None for as many as fit"),
-            "min_tokens": _integer("min_tokens", self.min_tokens, 0, max_tokens, "0 for any"),
-            "n": _integer("n", self.n, 1, None, "ask for at least one answer"),
-            "seed": None if seed is None else seed & MAX_SEED,
-            "logprobs": _optional("logprobs", self.logprobs, 0, MAX_LOGPROBS, "None for none"),
-        }
-        for name, low, high, none in _PENALTIES:
-            checked[name] = _number(name, getattr(self, name), low, high, none)
-        for name in _SWITCHES:
-            checked[name] = _switch(name, getattr(self, name))
+        checked = {each.name: self._checked(each) for each in fields(self)}
         if checked["top_k"] == -1:
             checked["top_k"] = 0
+        if checked["seed"] is not None:
+            checked["seed"] &= MAX_SEED
+        if checked["max_tokens"] is not None:
+            Limits(0, checked["max_tokens"], "0 for any").check("min_tokens", checked["min_tokens"])
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    def _checked(self, option: Field[Any]) -> Any:
+        """The value of a field as it is kept; InvalidArgumentError names what is wrong with it."""
+        name, value = option.name, getattr(self, option.name)
+        if value is None and name != "max_tokens":
+            value = option.default
+        if name == "stop":
+            return _check_stop(value)
+        if name == "stop_token_ids":
+            return tuple(_TOKEN_ID.check(name, token) for token in value)
+        if name == "logit_bias":
+            return _check_bias(value)
+        if isinstance(option.default, bool):
+            if value not in (False, True):
+                raise InvalidArgumentError(f"{name} is {value!r}; expected True or False")
+            return bool(value)
+        is_none = value is None or (name in ("max_tokens", "seed") and value == -1)
+        return None if is_none else option.metadata["limits"].check(name, value)
 
-_PENALTIES = (
-    ("repetition_penalty", 0.01, 100.0, "1 for none"),
-    ("frequency_penalty", -2.0, 2.0, "0 for none"),
-    ("presence_penalty", -2.0, 2.0, "0 for none"),
-)
-_SWITCHES = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+
+def _check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    for text in texts:
+        if not isinstance(text, str):
+            raise InvalidArgumentError(f"stop holds {text!r}; expected strings")
+    return tuple(text for text in texts if text)
 
 
-def _switch(name: str, value: Any) -> bool:
-    if value not in (False, True):
-        raise InvalidArgumentError(f"{name} is {value!r}; expected True or False")
-    return bool(value)
-
-
-def _check_token_ids(token_ids: Sequence[int] | None) -> tuple[int, ...]:
-    advice = "token ids are not negative"
-    token_ids = () if token_ids is None else token_ids
-    return tuple(_integer("stop_token_ids", token, 0, None, advice) for token in token_ids)
+_TOKEN_ID = Limits(0, None, "token ids are not negative")
 
 
 def _check_bias(
@@ -129,29 +144,7 @@ def _check_bias(
     """The pairs in ascending order of token ids."""
     pairs = {}
     for token, value in dict(bias).items():
-        name = "a token id of logit_bias"
-        number = _integer(name, token, 0, None, "token ids are not negative")
-        pairs[number] = _number(f"logit_bias of token {token}", value, -100.0, 100.0, "0 for none")
+        number = _TOKEN_ID.check("a token id of logit_bias", token)
+        limits = Limits(-100.0, 100.0, "0 for none")
+        pairs[number] = limits.check(f"logit_bias of token {token}", value)
     return tuple(sorted(pairs.items()))
-
-
-def _number(name: str, value: Any, low: float, high: float, advice: str) -> float:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
-        end = "" if math.isinf(high) else f", at most {high:g}"
-        raise InvalidArgumentError(f"{name} is {value!r}; expected {low:g} or more{end} ({advice})")
-    return float(value)
-
-
-def _integer(name: str, value: Any, low: int, high: int | None, advice: str) -> int:
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_integer or value < low or (high is not None and value > high):
-        end = "or more" if high is None else f"to {high}"
-        raise InvalidArgumentError(
-            f"{name} is {value!r}; expected an integer, {low} {end} ({advice})"
-        )
-    return int(value)
-
-
-def _optional(name: str, value: Any, low: int, high: int | None, advice: str) -> int | None:
-    return None if value is None else _integer(name, value, low, high, advice)

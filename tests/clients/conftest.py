@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from reference_helpers import SMOLLM2_MISSING, smollm2_path
+from server_helpers import listening, server_process
 
 from clients.scenes import MODEL, Served, write_model
 from octavo.llm import LLM
 from octavo.text.chat import ChatTemplate
-from reference_helpers import SMOLLM2_MISSING, smollm2_path
-from server_helpers import listening, server_process
 
 # Before any client is imported: none of them is to ask the network for anything else.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"

@@ -74,8 +74,8 @@ def decode(runtime: _native.Runtime, num_seqs: int, steps: int, **sampling: Any)
     """Token ids and log-probabilities of sequences that start with prompts of their own."""
     blocks = [[3 * s, 3 * s + 1, 3 * s + 2] for s in range(num_seqs)]
     prompts = [PROMPT[: 3 + 2 * s] for s in range(num_seqs)]
-    told = {name: np.array(values[:num_seqs]) for name, values in sampling.items()}
-    told["num_logprobs"] = np.full(num_seqs, 0, np.int32)
+    told = {name: values[:num_seqs] for name, values in sampling.items()}
+    told["num_logprobs"] = 0
     found = []
     start = [(p, 0, b) for p, b in zip(prompts, blocks, strict=True)]
     output = runtime.step(make_batch(start, **told))
@@ -90,12 +90,12 @@ def decode(runtime: _native.Runtime, num_seqs: int, steps: int, **sampling: Any)
 
 
 SAMPLING = {
-    "temperature": np.array([0.0, 0.9, 1.3, 0.7, 0.0], np.float32),
-    "top_k": np.array([0, 20, 0, 5, 0], np.int32),
-    "top_p": np.array([1.0, 0.9, 0.95, 1.0, 1.0], np.float32),
-    "min_p": np.array([0.0, 0.0, 0.01, 0.0, 0.0], np.float32),
-    "seed": np.array([1, 2**63 + 9, 3, 4, 5], np.uint64),
-    "sample_index": np.array([0, 1, 0, 2, 0], np.int32),
+    "temperature": [0.0, 0.9, 1.3, 0.7, 0.0],
+    "top_k": [0, 20, 0, 5, 0],
+    "top_p": [1.0, 0.9, 0.95, 1.0, 1.0],
+    "min_p": [0.0, 0.0, 0.01, 0.0, 0.0],
+    "seed": [1, 2**63 + 9, 3, 4, 5],
+    "sample_index": [0, 1, 0, 2, 0],
 }
 
 
@@ -121,7 +121,7 @@ def test_a_step_can_start_before_the_one_before_is_read(graphs: bool) -> None:
     runtime = cuda_runtime(spec, graphs=graphs)
     blocks = [[3 * s, 3 * s + 1, 3 * s + 2] for s in range(3)]
     prompts = [PROMPT[: 3 + 2 * s] for s in range(3)]
-    state = {"state_rows": np.array([2, 0, 1], np.int32)}
+    state = {"state_row": [2, 0, 1]}
     tickets = [runtime.submit(make_batch([*zip(prompts, [0] * 3, blocks, strict=True)], **state))]
     runtime.sample(tickets[0])
     found = []
@@ -161,9 +161,9 @@ def test_masks_and_top_logprobs() -> None:
     for runtime in (cuda, cpu):
         batch = make_batch(
             [(PROMPT, 0, [0, 1]), (PROMPT[:4], 0, [2])],
-            num_logprobs=np.array([2, 5], np.int32),
-            temperature=np.array([0.8, 0.0], np.float32),
-            seed=np.array([3, 4], np.uint64),
+            num_logprobs=[2, 5],
+            temperature=[0.8, 0.0],
+            seed=[3, 4],
         )
         ticket = runtime.submit(batch)
         runtime.sample(ticket, masks)

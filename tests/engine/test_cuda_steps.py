@@ -93,9 +93,8 @@ def test_all_memory_is_taken_at_the_start() -> None:
     tickets = deque([runtime.submit(make_batch(sequences(1)), sample=True)])
     masks = np.full((8, -(-VOCAB // 32)), -1, np.int32)
     for num_seqs, context, wanted in product((1, 2, 3, 5, 8), (0, 200), (-1, 20)):
-        told = {"num_logprobs": np.full(num_seqs, wanted, np.int32)}
         new = [([s, 9], context, range(16 * s, 16 * s + 16)) for s in range(num_seqs)]
-        batch = make_batch(new, **told)
+        batch = make_batch(new, num_logprobs=wanted)
         for _ in range(4):  # two in flight, each of which records its steps
             tickets.append(runtime.submit(batch, sample=True))
             runtime.wait(tickets.popleft())
@@ -144,8 +143,7 @@ def test_a_new_cache_makes_recorded_steps_void() -> None:
         found = [runtime.step(make_batch([(PROMPT, 0, [3, 1])]))]
         for step in range(4):
             token = [int(found[-1].token_ids[0])]
-            told = {"num_logprobs": np.zeros(1, np.int32)}
-            found.append(runtime.step(make_batch([(token, 19 + step, [3, 1])], **told)))
+            found.append(runtime.step(make_batch([(token, 19 + step, [3, 1])], num_logprobs=0)))
         return [[float(output.token_ids[0]), float(output.logprobs[0])] for output in found[1:]]
 
     expected = decode()

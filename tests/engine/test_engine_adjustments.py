@@ -57,17 +57,10 @@ def expected_tokens(prompt: list[int], params: SamplingParams) -> list[int]:
             change -= np.float32(params.frequency_penalty) * np.float32(answer.count(token))
             change -= np.float32(params.presence_penalty) * np.float32(token in answer)
             logits[token] = x + change
-        drawn = sampling.sample_row(
-            logits,
-            params.temperature,
-            params.top_k,
-            params.top_p,
-            params.min_p,
-            params.seed or 0,
-            0,
-            len(history),
-        )
-        history.append(drawn)
+        options = ("temperature", "top_k", "top_p", "min_p", "seed")
+        asked = {name: getattr(params, name) or 0 for name in options}
+        row = sampling.sampling_rows(1, **asked, position=len(history))[0]
+        history.append(sampling.sample_row(logits, row))
     return history[len(prompt) :]
 
 

@@ -14,10 +14,13 @@ from engine_helpers import (
     EOS,
     NAN_TOKEN,
     VOCAB,
+    FakeDrafter,
     FakeRuntime,
     ManualClock,
     check_answers,
+    check_published,
     fake_engine,
+    fake_future,
     is_refused,
     run_to_end,
     solo_answer,
@@ -57,6 +60,14 @@ sampling = st.builds(
 )
 
 
+drafters = st.builds(
+    FakeDrafter,
+    st.just(fake_future),
+    num_drafts=st.integers(1, 6),
+    right=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
+)
+
+
 class EngineMachine(RuleBasedStateMachine):
     """What happens to an engine in use, in any order."""
 
@@ -67,12 +78,15 @@ class EngineMachine(RuleBasedStateMachine):
         num_kv_groups=st.sampled_from([1, 2]),
         enable_prefix_caching=st.sampled_from([True, True, True, False]),
         overlap_steps=st.booleans(),
+        drafter=st.one_of(st.none(), drafters),
     )
     def start(self, num_blocks: int, num_kv_groups: int, **options: Any) -> None:
         self.clock = ManualClock()
         self.engine = fake_engine(
             num_blocks, num_kv_groups, clock=self.clock, max_model_len=MAX_MODEL_LEN, **options
         )
+        for pool in self.engine.blocks.pools[1:]:  # so that the tables of the groups differ
+            pool._blank.reverse()
         self.num_blocks = num_blocks
         self.num_requests = 0
         self.running: dict[str, SamplingParams] = {}
@@ -148,6 +162,7 @@ class EngineMachine(RuleBasedStateMachine):
     def books_agree(self) -> None:
         if hasattr(self, "engine"):
             self.engine.check_integrity()
+            check_published(self.engine)
             assert self.engine.num_unfinished_requests == len(self.running)
             late = [r for r in self.running if self.deadlines.get(r, math.inf) < self.clock.now]
             assert not late, "a deadline passed, and the request still runs"

@@ -181,7 +181,7 @@ def test_stats_and_live_tokens() -> None:
     assert (stats.num_blocks, stats.num_free_blocks) == (20, 16)  # two are shared
     assert stats.kv_cache_usage == pytest.approx(0.2)
     assert (stats.num_prefix_queries, stats.num_prefix_hits) == (18, 8)
-    assert stats.num_drawn_tokens == 3 and stats.num_steps == 2
+    assert stats.num_sampled_tokens == 3 and stats.num_steps == 2
     assert engine.scheduler.num_live_tokens == 8 + 2 + 1
     run_to_end(engine)
     assert engine.scheduler.num_live_tokens == 0
@@ -198,8 +198,8 @@ def test_a_long_prompt_does_not_stall_running_answers() -> None:
     engine.add_request("long", [(3 * i) % 90 for i in range(44)], PARAMS)
     drawn = []
     for _ in range(8):
-        before = engine.num_drawn_tokens
+        before = engine.num_sampled_tokens
         engine.step()
-        drawn.append(engine.num_drawn_tokens - before)
+        drawn.append(engine.num_sampled_tokens - before)
     assert drawn == [3, 3, 3, 3, 3, 3, 4, 4]
     assert engine.runtime.max_tokens_seen == 10  # type: ignore[attr-defined]

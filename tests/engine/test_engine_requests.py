@@ -21,7 +21,7 @@ from engine_helpers import (
 )
 
 from octavo.engine.engine import Engine
-from octavo.engine.interrupts import deferred_interrupt
+from octavo.engine.guard import deferred_interrupt
 from octavo.engine.outputs import OutputChunk, RequestOutput
 from octavo.engine.request import derive_seed
 from octavo.errors import InvalidArgumentError

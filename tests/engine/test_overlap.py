@@ -108,7 +108,7 @@ def test_a_token_drawn_after_the_end_is_dropped() -> None:
     check_answers(outputs["a"], params)
     num_needed = 3 + 6 + 3 + 19
     assert fake_runtime(engine).num_tokens_computed == num_needed + 1
-    assert engine.num_drawn_tokens == 7 + 20
+    assert engine.num_sampled_tokens == 7 + 20
 
 
 @pytest.mark.parametrize("when", ["fail_next", "fail_wait"])

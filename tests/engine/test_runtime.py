@@ -96,10 +96,9 @@ def test_two_tickets_in_flight_and_a_token_resolved_on_the_device() -> None:
     first = runtime.step(make_batch([(PROMPT, 0, [0, 1])])).token_ids[0]
     expected = runtime.step(make_batch([([int(first)], len(PROMPT), [0, 1])])).token_ids[0]
 
-    state = {"state_rows": np.array([3], np.int32)}
-    one = runtime.submit(make_batch([(PROMPT, 0, [4, 5])], **state))
+    one = runtime.submit(make_batch([(PROMPT, 0, [4, 5])], state_row=3))
     runtime.sample(one)
-    two = runtime.submit(make_batch([([-1 - 3], len(PROMPT), [4, 5])], **state))
+    two = runtime.submit(make_batch([([-1 - 3], len(PROMPT), [4, 5])], state_row=3))
     with pytest.raises(ValueError, match="two tickets are in flight"):
         runtime.submit(make_batch([(PROMPT, 0, [6, 7])]))
     assert runtime.wait(one).token_ids[0] == first
@@ -110,7 +109,7 @@ def test_two_tickets_in_flight_and_a_token_resolved_on_the_device() -> None:
 
 def test_a_step_that_draws_as_it_is_submitted() -> None:
     runtime = tiny_runtime()
-    batch = make_batch([(PROMPT, 0, [0, 1])], num_logprobs=np.array([3], np.int32))
+    batch = make_batch([(PROMPT, 0, [0, 1])], num_logprobs=3)
     expected = runtime.submit(batch)
     runtime.sample(expected)
     ticket = runtime.submit(batch, sample=True)
@@ -133,9 +132,8 @@ def test_a_mask_leaves_only_allowed_tokens() -> None:
 
 def test_logprobs_come_best_first_and_only_where_asked_for() -> None:
     runtime = tiny_runtime()
-    wanted = np.array([2, -1, 0], np.int32)
     rows = [3, 7, 11]
-    output = runtime.step(make_batch([(PROMPT, 0, [0, 1])], rows, num_logprobs=wanted))
+    output = runtime.step(make_batch([(PROMPT, 0, [0, 1])], rows, num_logprobs=[2, -1, 0]))
     logits = logits_of(runtime, make_batch([(PROMPT, 0, [0, 1])], rows)).astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(output.logprobs[[0, 2]], expected.max(-1)[[0, 2]], atol=1e-5)
@@ -196,10 +194,22 @@ def test_steps_allocate_nothing() -> None:
         ([([1] * 129, 0, list(range(9)))], None, {}, "max_num_batched_tokens = 128"),
         ([([1], 0, [0])] * 9, None, {}, "max_num_seqs = 8"),
         ([([1, 2], 0, [0])], [1, 1], {}, r"logit_rows\[1\] is 1; expected 2 to 1"),
-        ([([1], 0, [0])], None, {"temperature": np.array([-1], np.float32)}, r"temperature\[0\]"),
-        ([([1], 0, [0])], None, {"top_p": np.array([0], np.float32)}, r"top_p\[0\] is 0"),
-        ([([1], 0, [0])], None, {"top_k": np.array([1, 2], np.int32)}, "top_k has 2 entries"),
-        ([([1], 0, [0])], None, {"state_rows": np.array([8], np.int32)}, r"state_rows\[0\] is 8"),
+        (
+            [([1], 0, [0])],
+            None,
+            {"temperature": -1},
+            r"sampling\[0\].temperature is -1; .* 0 or",
+        ),
+        ([([1], 0, [0])], None, {"top_p": 0}, r"sampling\[0\].top_p is 0; .* above 0, at most 1"),
+        ([([1], 0, [0])] * 2, None, {"top_k": [4, -1]}, r"sampling\[1\].top_k is -1"),
+        ([([1], 0, [0])], None, {"min_p": np.nan}, r"sampling\[0\].min_p is nan"),
+        ([([1], 0, [0])], None, {"num_logprobs": 84}, r"num_logprobs is 84; expected -1 to 83"),
+        (
+            [([1], 0, [0])],
+            None,
+            {"state_row": 8},
+            r"sampling\[0\].state_row is 8; .* -1 to 7",
+        ),
     ],
 )
 def test_a_wrong_batch_is_refused_by_name(
@@ -233,6 +243,12 @@ def test_weights_are_checked_by_name_shape_and_presence() -> None:
         ("cpu", "dtype", "f16", "dtype f16 is for GPUs"),
         ("cpu", "block_size", 24, "block_size is 24"),
         ("cpu", "num_threads", -1, "num_threads is -1"),
+        ("cpu", "device_index", 1, "device_index is 1; expected 0 to 0"),
+        ("cuda_emulated", "device_index", -1, "device_index is -1"),
+        ("cpu", "world_size", 2, "world_size is 2; expected 1"),
+        ("cpu", "rank", 1, "rank is 1; expected 0"),
+        ("cpu", "first_layer", 1, "first_layer is 1; expected 0"),
+        ("cpu", "last_layer", 0, "last_layer is 0; expected none or the model's last, 1"),
     ],
 )
 def test_wrong_options_are_refused(device: str, field: str, value: Any, message: str) -> None:

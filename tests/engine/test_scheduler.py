@@ -36,19 +36,18 @@ def add(scheduler: Scheduler, key: str, num_tokens: int, max_tokens: int = 20) -
     return sequence
 
 
-def step(scheduler: Scheduler) -> list[tuple[str, int, int, bool]]:
-    """Schedule and "compute" a step; every sequence that draws gets a token."""
+def step(scheduler: Scheduler) -> list[tuple[str, int, int, int]]:
+    """Schedule and "compute" a step; a token for each sample."""
     schedule = scheduler.schedule()
     compute(scheduler, schedule)
-    return [(str(e.sequence.key), *e[1:]) for e in schedule.entries]
+    return [(str(e.sequence.key), *e[1:4]) for e in schedule.entries]
 
 
 def compute(scheduler: Scheduler, schedule: Schedule) -> None:
     scheduler.advance(schedule)
-    scheduler.complete(schedule)
+    scheduler.complete(schedule, [1] * len(schedule.row_sequences))
     for entry in schedule.entries:
-        if entry.draws_token:
-            entry.sequence.token_ids.append(1)
+        entry.sequence.token_ids.extend([1] * entry.num_samples)
     scheduler.check_integrity()
 
 
@@ -57,10 +56,10 @@ def test_prompts_are_cut_into_chunks_behind_the_decodes() -> None:
     add(scheduler, "a", 4)
     add(scheduler, "b", 17)
     add(scheduler, "c", 3)
-    assert step(scheduler) == [("a", 0, 4, True), ("b", 0, 6, False)]
-    assert step(scheduler) == [("a", 4, 1, True), ("b", 6, 9, False)]
-    assert step(scheduler) == [("a", 5, 1, True), ("b", 15, 2, True), ("c", 0, 3, True)]
-    assert step(scheduler) == [("a", 6, 1, True), ("b", 17, 1, True), ("c", 3, 1, True)]
+    assert step(scheduler) == [("a", 0, 4, 1), ("b", 0, 6, 0)]
+    assert step(scheduler) == [("a", 4, 1, 1), ("b", 6, 9, 0)]
+    assert step(scheduler) == [("a", 5, 1, 1), ("b", 15, 2, 1), ("c", 0, 3, 1)]
+    assert step(scheduler) == [("a", 6, 1, 1), ("b", 17, 1, 1), ("c", 3, 1, 1)]
 
 
 def test_budget_of_one_serves_the_earliest_first() -> None:
@@ -68,9 +67,9 @@ def test_budget_of_one_serves_the_earliest_first() -> None:
     first = add(scheduler, "a", 2)
     add(scheduler, "b", 1)
     seen = [step(scheduler) for _ in range(4)]
-    assert seen == [[("a", 0, 1, False)], *[[("a", i, 1, True)] for i in (1, 2, 3)]]
+    assert seen == [[("a", 0, 1, 0)], *[[("a", i, 1, 1)] for i in (1, 2, 3)]]
     scheduler.finish(first, "stop")
-    assert step(scheduler) == [("b", 0, 1, True)]
+    assert step(scheduler) == [("b", 0, 1, 1)]
 
 
 def test_max_num_seqs_holds_and_a_place_is_filled_at_once() -> None:
@@ -109,7 +108,7 @@ def test_the_latest_is_preempted_and_comes_back_first() -> None:
         assert [entry[0] for entry in step(scheduler)] == ["a"]
     scheduler.finish(first, "stop")
     # All of b, prompt and answer so far, is computed anew, and before c.
-    assert step(scheduler) == [("b", 0, 5, True), ("c", 0, 2, True)]
+    assert step(scheduler) == [("b", 0, 5, 1), ("c", 0, 2, 1)]
     assert second.num_preemptions == 1
 
 
@@ -152,7 +151,7 @@ def test_what_can_never_fit_is_refused(num_tokens: int, max_tokens: int, message
     scheduler = make_scheduler(num_blocks=12, max_model_len=64)
     with pytest.raises(InvalidArgumentError, match=message):
         add(scheduler, "a", num_tokens, max_tokens)
-    assert not scheduler.has_unfinished
+    assert scheduler.num_waiting == scheduler.num_running == 0
 
 
 def test_the_last_token_needs_no_place_in_the_cache() -> None:
@@ -167,7 +166,7 @@ def test_finishing_twice_is_found() -> None:
     scheduler = make_scheduler()
     sequence = add(scheduler, "a", 3)
     scheduler.finish(sequence, "abort")  # while waiting
-    assert not scheduler.has_unfinished
+    assert scheduler.num_waiting == scheduler.num_running == 0
     with pytest.raises(IntegrityError, match="finished twice"):
         scheduler.finish(sequence, "abort")
 

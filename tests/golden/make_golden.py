@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf.hf_models import hf_taps
 from hf.hf_smollm2 import SmolLM2
-from octavo.models.llama import read_spec, weight_map
+from octavo.models.llama import FAMILY, read_spec
 
 TINY_TOLERANCE = 2e-5
 SMOLLM2_TOLERANCE = 3e-4
@@ -105,8 +105,8 @@ def tiny_hf_model(config: dict[str, Any], seed: int) -> LlamaForCausalLM:
     """The transformers model with the weights that `random_weights` makes."""
     model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="eager")).float().eval()
     spec = read_spec(config)
-    weights, names = random_weights(spec, seed), weight_map(spec)
-    state = {names[name]: torch.from_numpy(weight) for name, weight in weights.items()}
+    weights, sources = random_weights(spec, seed), FAMILY.tensors.weight_map(spec)
+    state = {sources[name].name: torch.from_numpy(weight) for name, weight in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = ["lm_head.weight"] if spec.tie_word_embeddings else []
     if unexpected or [name for name in missing if name not in tied]:

@@ -239,11 +239,11 @@ MISTAKES: dict[str, tuple[str, str, str | None]] = {
 }
 
 
-def good_side(spec: ModelSpec, weights: Weights, **options: Any) -> ReferenceImplementation:
+def good_reference(spec: ModelSpec, weights: Weights, **options: Any) -> ReferenceImplementation:
     return ReferenceImplementation(llama.ReferenceModel(spec, weights, **options))
 
 
-def broken_side(
+def broken_reference(
     mistake: str, spec: ModelSpec, weights: Weights, **options: Any
 ) -> ReferenceImplementation:
     model = broken_model(mistake, spec, weights, **options)
@@ -292,7 +292,7 @@ def write_model(path: Path, seed: int = 0, **changed: Any) -> Path:
     files = read_model(path)
     weights = random_weights(files.spec, seed)
     save_file(
-        {files.weight_map[name]: value for name, value in weights.items()},
+        {files.weight_map[name].name: value for name, value in weights.items()},
         path / "model.safetensors",
         metadata={"format": "pt"},
     )

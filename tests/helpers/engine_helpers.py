@@ -20,7 +20,9 @@ import numpy.typing as npt
 from octavo.config import RuntimeOptions
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestOutput, TokenLogprob
+from octavo.engine.request import Sequence as EngineSequence
 from octavo.errors import InvalidArgumentError
+from octavo.reference.sampling import SAMPLING_ROW
 from octavo.sampling_params import SamplingParams
 
 VOCAB = 97
@@ -39,14 +41,7 @@ class FakeBatch:
     context_lens: npt.NDArray[Any]
     block_tables: npt.NDArray[Any]
     logit_rows: npt.NDArray[Any]
-    temperature: npt.NDArray[Any]
-    top_k: npt.NDArray[Any]
-    top_p: npt.NDArray[Any]
-    min_p: npt.NDArray[Any]
-    seed: npt.NDArray[Any]
-    sample_index: npt.NDArray[Any]
-    num_logprobs: npt.NDArray[Any]
-    state_rows: npt.NDArray[Any]
+    sampling: npt.NDArray[np.void]
 
 
 @dataclass
@@ -160,7 +155,7 @@ class FakeRuntime:
 
     def _draw(self, batch: FakeBatch, masks: Any) -> FakeOutput:
         num_rows = len(batch.logit_rows)
-        num_top = max([0, *batch.num_logprobs.tolist()])
+        num_top = max([0, *batch.sampling["num_logprobs"].tolist()])
         output = FakeOutput(
             np.zeros(num_rows, np.int32),
             np.full(num_rows, np.nan, np.float32),
@@ -170,7 +165,9 @@ class FakeRuntime:
         )
         for row, position in enumerate(batch.logit_rows.tolist()):
             self._draw_row(batch, row, position, None if masks is None else masks[row], output)
-            self.sampled[batch.state_rows[row]] = output.token_ids[row]
+            state_row = batch.sampling["state_row"][row]
+            if state_row >= 0:
+                self.sampled[state_row] = output.token_ids[row]
         return output
 
     def _draw_row(
@@ -182,17 +179,13 @@ class FakeRuntime:
         forbidden = frozenset(
             t for t in range(VOCAB) if mask is not None and not (int(mask[t // 32]) >> (t % 32)) & 1
         )
-        sampling = (
-            float(batch.temperature[row]),
-            int(batch.top_k[row]),
-            float(batch.top_p[row]),
-            float(batch.min_p[row]),
-        )
-        seed, sample_index = int(batch.seed[row]), int(batch.sample_index[row])
+        options = dict(zip(SAMPLING_ROW.names or (), batch.sampling[row].item(), strict=True))
+        sampling = tuple(options[name] for name in ("temperature", "top_k", "top_p", "min_p"))
+        seed, sample_index = options["seed"], options["sample_index"]
         token, logprob = draw(history, sampling, seed, sample_index, forbidden)
         output.token_ids[row] = token
         output.finite[row] = NAN_TOKEN not in history
-        count = int(batch.num_logprobs[row])
+        count = options["num_logprobs"]
         if count >= 0:
             output.logprobs[row] = logprob
             ids, logprobs = top_tokens(history, count)
@@ -237,8 +230,7 @@ class FakeRuntime:
         assert (batch.context_lens <= options.max_model_len).all()
         assert batch.block_tables.shape[:2] == (self.num_kv_groups, num_seqs)
         for name, array in vars(batch).items():
-            kind = {"temperature": "f4", "top_p": "f4", "min_p": "f4", "seed": "u8"}
-            assert array.dtype == np.dtype(kind.get(name, "i4")), name
+            assert array.dtype == (SAMPLING_ROW if name == "sampling" else np.int32), name
             assert array.flags.c_contiguous, name
         for group in range(self.num_kv_groups):
             tables = [[int(b) for b in row if b != -1] for row in batch.block_tables[group]]
@@ -250,6 +242,50 @@ class FakeRuntime:
                 first_written = (int(batch.context_lens[s]) - num_new) // options.block_size
                 for block in table[first_written:]:
                     assert used.count(block) == 1, "a block is written that others read"
+
+
+@dataclass
+class FakeDrafter:
+    """Proposes up to num_drafts tokens, of which the share `right` is what the answer goes on with.
+
+    future: the tokens that a sequence's answer goes on with, as many as asked for, or fewer.
+    """
+
+    future: Callable[[EngineSequence, int], Sequence[int]]
+    num_drafts: int = 4
+    right: float = 1.0
+    wrong: int = NAN_TOKEN
+    num_proposed: int = 0
+
+    def propose(self, sequence: EngineSequence) -> list[int]:
+        position = sequence.num_tokens
+        drafts = list(self.future(sequence, hash((position, self.num_drafts)) % 8))
+        for index in range(len(drafts[: self.num_drafts])):
+            if hash((position, index, self.num_drafts)) % 100 >= 100 * self.right:
+                drafts[index] = self.wrong if index % 2 else (drafts[index] + 1) % (VOCAB - 1)
+        self.num_proposed += len(drafts[: self.num_drafts])
+        return drafts[: self.num_drafts]
+
+
+def fake_future(sequence: EngineSequence, count: int) -> list[int]:
+    """What the fake model goes on with."""
+    history, params = list(sequence.token_ids), sequence.params
+    sampling = (params.temperature, params.top_k, params.top_p, params.min_p)
+    for _ in range(count):
+        history.append(draw(history, sampling, params.seed or 0, sequence.sample_index)[0])
+    return history[sequence.num_tokens :]
+
+
+def check_published(engine: Engine) -> None:
+    """Every block that can be found by its name holds the tokens that the name stands for."""
+    runtime = engine.runtime
+    assert isinstance(runtime, FakeRuntime)
+    size = engine.options.block_size
+    for sequence in engine.scheduler._running:
+        for index, name in enumerate(sequence.block_hashes[: sequence.num_published_blocks]):
+            block = engine.blocks.pools[0].find(name)
+            own = sequence.token_ids[index * size : (index + 1) * size]
+            assert block is None or runtime.tokens[0, block].tolist() == own
 
 
 def fake_options(**changes: Any) -> RuntimeOptions:
@@ -272,6 +308,7 @@ def fake_engine(
     eos: Sequence[int] = (EOS,),
     seed: int = 3,
     clock: Callable[[], float] = time.monotonic,
+    drafter: FakeDrafter | None = None,
     **options: Any,
 ) -> Engine:
     """An engine over a fake runtime."""
@@ -287,6 +324,7 @@ def fake_engine(
         seed=seed,
         make_batch=FakeBatch,
         clock=clock,
+        drafter=drafter,
     )
 
 

@@ -61,6 +61,7 @@ def make_engine(
     max_num_batched_tokens: int = 512,
     num_blocks: int = 200,
     max_num_seqs: int = 24,
+    drafter: Any = None,
     **more: Any,
 ) -> Engine:
     options = RuntimeOptions(
@@ -78,7 +79,7 @@ def make_engine(
     for name, array in weights().items():
         runtime.load(name, array, "f32")
     runtime.alloc_kv(num_blocks)
-    return Engine(runtime, options, num_kv_blocks=num_blocks, vocab_size=VOCAB)
+    return Engine(runtime, options, num_kv_blocks=num_blocks, vocab_size=VOCAB, drafter=drafter)
 
 
 def subjects(params: SamplingParams) -> dict[str, tuple[list[int], SamplingParams]]:

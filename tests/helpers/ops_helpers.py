@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from reference_helpers import Float32, cache_from_sequence, uniform
 
-from octavo import _native
+from octavo import _native, _native_ops
 from octavo.models.spec import RopeSpec
 
 Arrays = list[npt.NDArray[Any]]
@@ -58,7 +58,7 @@ class Case:
 
     op: str
     label: str
-    native: Callable[[_native.Ops], Arrays]
+    native: Callable[[_native_ops.Ops], Arrays]
     reference: Callable[[Any], Arrays]  # takes octavo.reference.ops, or what replaces it
 
     def __str__(self) -> str:
@@ -201,7 +201,7 @@ def make_sequence(
 
 
 def native_attention(
-    native: _native.Ops,
+    native: _native_ops.Ops,
     sequences: list[Sequence],
     scale: float,
     window: int,

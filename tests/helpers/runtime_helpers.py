@@ -11,6 +11,7 @@ from octavo import _native
 from octavo.config import RuntimeOptions
 from octavo.models.layer import weight_shapes
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.reference.sampling import sampling_rows
 
 VOCAB = 83
 
@@ -77,7 +78,10 @@ def make_batch(
     logit_rows: Sequence[int] | None = None,
     **sampling: Any,
 ) -> _native.Batch:
-    """A batch of (new tokens, tokens already in the cache, blocks); logits of each last token."""
+    """A batch of (new tokens, tokens already in the cache, blocks); logits of each last token.
+
+    sampling: as `sampling_rows` takes it.
+    """
     lengths = [len(tokens) for tokens, _, _ in sequences]
     row_starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     most = max(len(blocks) for _, _, blocks in sequences)
@@ -91,7 +95,7 @@ def make_batch(
         np.array([len(tokens) + cached for tokens, cached, _ in sequences], np.int32),
         tables,
         np.array(rows, np.int32),
-        **sampling,
+        sampling_rows(len(rows), **sampling),
     )
 
 

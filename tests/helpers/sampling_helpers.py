@@ -7,27 +7,38 @@ from typing import Any
 import numpy as np
 from reference_helpers import uniform
 
+from octavo.reference.sampling import sampling_rows
+
 
 def make_rows(seed: int, rows: int, vocab: int) -> dict[str, Any]:
-    """Logits and parameters, a mixture of all kinds of requests; arguments of `sample`."""
+    """Logits and options, a mixture of all kinds of requests; arguments of `sample`."""
     rng = np.random.default_rng(seed)
 
-    def pick(values: list[float], dtype: type) -> np.ndarray:
-        return rng.choice(np.array(values, dtype=dtype), size=rows)
+    def pick(values: list[float]) -> np.ndarray:
+        return rng.choice(np.array(values), size=rows)
 
     logits = uniform(seed, rows, vocab) * np.float32(8)
     logits[::3] = np.round(logits[::3])  # many equal ones
     logits[1::7] *= np.float32(30)  # exponentials that vanish
-    return {
-        "logits": logits,
-        "temperature": pick([0, 0.3, 0.7, 1, 1.3, 5], np.float32),
-        "top_k": pick([0, 0, 1, 2, 7, 40, vocab, vocab + 5], np.int32),
-        "top_p": pick([1, 1, 0.9, 0.5, 0.999, 1e-6], np.float32),
-        "min_p": pick([0, 0, 0.05, 0.5, 1, 1e-9], np.float32),
-        "seed": rng.integers(0, 2**64, size=rows, dtype=np.uint64),
-        "sample_index": rng.integers(0, 5, size=rows).astype(np.int32),
-        "positions": rng.integers(0, 100_000, size=rows).astype(np.int32),
-    }
+    options = sampling_rows(
+        rows,
+        temperature=pick([0, 0.3, 0.7, 1, 1.3, 5]),
+        top_k=pick([0, 0, 1, 2, 7, 40, vocab, vocab + 5]),
+        top_p=pick([1, 1, 0.9, 0.5, 0.999, 1e-6]),
+        min_p=pick([0, 0, 0.05, 0.5, 1, 1e-9]),
+        seed=rng.integers(0, 2**64, size=rows, dtype=np.uint64),
+        sample_index=rng.integers(0, 5, size=rows),
+        position=rng.integers(0, 100_000, size=rows),
+    )
+    return {"logits": logits, "rows": options}
+
+
+def changed(arguments: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Arguments of `sample` with other values in fields of the rows; functions make new of old."""
+    rows = arguments["rows"].copy()
+    for name, value in fields.items():
+        rows[name] = value(rows[name]) if callable(value) else value
+    return {**arguments, "rows": rows}
 
 
 def random_masks(seed: int, rows: int, vocab: int) -> np.ndarray:

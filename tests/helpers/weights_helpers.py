@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from octavo.models import llama
-from octavo.models.layer import weight_shapes
 from octavo.weights.convert import convert_gguf
 from octavo.weights.tensor import Tensor, float32_to_bf16
 
@@ -50,8 +49,7 @@ DELETED = object()
 def hf_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Hugging Face's name of every weight of a configuration -> its shape."""
     spec = llama.read_spec(config)
-    names = llama.weight_map(spec)
-    return {names[name]: shape for name, shape in weight_shapes(spec).items()}
+    return {each.name: each.shape for each in llama.FAMILY.tensors.weight_map(spec).values()}
 
 
 def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:

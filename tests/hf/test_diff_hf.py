@@ -1,4 +1,4 @@
-"""octavo diff against live Hugging Face: taps of every kind of model, mistakes on either side."""
+"""octavo diff against live Hugging Face: taps of every kind of model, mistakes of either."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_tap_agrees_in_float32(tmp_path: Path, shape: str) -> None:
     assert result.ok, (result.first_bad, result.findings)
     assert [tap.name for tap in result.taps] == tap_names(read_model(path).spec)
     assert not result.missing
-    assert all(tap.own_left is not None and tap.own_right is not None for tap in result.taps)
+    assert all(tap.own[0] is not None and tap.own[1] is not None for tap in result.taps)
     assert result.greedy.parted_at is None
     assert result.logits.max_abs < 1e-4
 
@@ -74,7 +74,7 @@ def test_every_tap_agrees_in_float32(tmp_path: Path, shape: str) -> None:
 def test_bf16_agrees_within_hugging_faces_own_rounding(tmp_path: Path, shape: str) -> None:
     result = compare_with_hf(write_model(tmp_path, **SHAPES[shape]), "bf16")
     assert result.ok, (result.first_bad, result.findings)
-    assert all(tap.own_left < 1e-4 for tap in result.taps), "octavo's ops are held to float32"
+    assert all(tap.own[0] < 1e-4 for tap in result.taps), "octavo's ops are held to float32"
 
 
 WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -97,7 +97,8 @@ def test_a_configuration_read_differently_is_found(tmp_path: Path, name: str, dt
     result = compare_with_hf(path, dtype, hf_path=other)
     assert (result.first_bad.name, result.findings[0].op) == (tap, op)
     assert {finding.side for finding in result.findings} == {"Hugging Face"}
-    assert "modeling_llama.py" in result.findings[0].files
+    assert "transformers: models/llama/modeling_llama.py" in result.findings[0].files
+    assert result.findings[0].title.endswith("is not as octavo defines it")
 
 
 def test_permuted_weights_are_recognized(tmp_path: Path) -> None:
@@ -125,9 +126,9 @@ def test_taps_do_not_change_what_hugging_face_computes(tmp_path: Path) -> None:
 
     path = write_model(tmp_path)
     files = read_model(path)
-    side = HuggingFaceImplementation(files, "f32", num_threads=1)
+    hugging_face = HuggingFaceImplementation(files, "f32", num_threads=1)
     ids = tokens_for(files.spec, 33)
-    tapped = side.feed(ids, taps=True)
+    tapped = hugging_face.feed(ids, taps=True)
     plain = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager"
     )

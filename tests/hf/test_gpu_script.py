@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from cuda_helpers import needs_cuda
 
 pytestmark = [pytest.mark.hf, needs_cuda]

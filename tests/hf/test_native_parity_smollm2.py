@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from prompts import PROMPTS
+from reference_helpers import SMOLLM2_MISSING, NativeModel, smollm2_path
 
 from hf.hf_smollm2 import NUM_GREEDY, Expected, SmolLM2
 from octavo.reference import ReferenceModel
-from prompts import PROMPTS
-from reference_helpers import SMOLLM2_MISSING, NativeModel, smollm2_path
 
 pytestmark = [
     pytest.mark.hf,

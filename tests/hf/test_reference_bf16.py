@@ -11,12 +11,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from prompts import PROMPTS
+from reference_helpers import SMOLLM2_MISSING, NativeModel, smollm2_path
 
 from hf.hf_models import hf_logits
 from hf.hf_smollm2 import SmolLM2
 from octavo.reference import ReferenceModel
-from prompts import PROMPTS
-from reference_helpers import SMOLLM2_MISSING, NativeModel, smollm2_path
 
 pytestmark = [
     pytest.mark.hf,

@@ -6,12 +6,6 @@ import random
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-from octavo.config import read_environment
-from octavo.text.chat import ChatTemplate
-from octavo.text.stream import StreamDecoder
-from octavo.text.tokenizer import Tokenizer
 from text_helpers import (
     CHATML_TEMPLATE,
     HARD_STRINGS,
@@ -21,6 +15,12 @@ from text_helpers import (
     sentencepiece_directory,
     write_config,
 )
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from octavo.config import read_environment
+from octavo.text.chat import ChatTemplate
+from octavo.text.stream import StreamDecoder
+from octavo.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.hf
 

@@ -80,6 +80,7 @@ std::vector<Test> tile_tests();
 std::vector<Test> attention_tests();
 std::vector<Test> cuda_attention_tests();
 std::vector<Test> sampling_tests();
+std::vector<Test> rank_tests();
 std::vector<Test> runtime_tests();
 std::vector<Test> runtime_error_tests();
 

@@ -13,8 +13,8 @@ int main(int argc, char** argv) {
   std::printf(" (compiled in:");
   for (const std::string& isa : octavo::cpu::compiled_isas()) std::printf(" %s", isa.c_str());
   std::printf(")\n");
-  return run_tests(
-      argc, argv,
-      {core_tests(), op_tests(), quantized_tests(), tile_tests(), attention_tests(),
-       cuda_attention_tests(), sampling_tests(), runtime_tests(), runtime_error_tests()});
+  return run_tests(argc, argv,
+                   {core_tests(), op_tests(), quantized_tests(), tile_tests(), attention_tests(),
+                    cuda_attention_tests(), sampling_tests(), rank_tests(), runtime_tests(),
+                    runtime_error_tests()});
 }

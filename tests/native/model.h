@@ -137,15 +137,7 @@ class BatchBuilder {
         }
       }
     }
-    const std::size_t rows = batch_.logit_rows.size();
-    batch_.temperature.assign(rows, 0.0f);
-    batch_.top_p.assign(rows, 1.0f);
-    batch_.min_p.assign(rows, 0.0f);
-    batch_.top_k.assign(rows, 0);
-    batch_.sample_index.assign(rows, 0);
-    batch_.num_logprobs.assign(rows, -1);
-    batch_.state_rows.assign(rows, -1);
-    batch_.seed.assign(rows, 0);
+    batch_.sampling.resize(batch_.logit_rows.size());
     return batch_;
   }
 

@@ -98,7 +98,7 @@ void tokens_sampled_on_the_device() {
     Batch batch = BatchBuilder(*runtime)
                       .add(3, length == 30 ? prompt : std::vector<std::int32_t>{-5}, length)
                       .build();
-    batch.state_rows = {4};
+    batch.sampling[0].state_row = 4;
     const std::int64_t ticket = runtime->submit(batch, {});
     runtime->sample(ticket, {});
     if (open >= 0) given.push_back(runtime->wait(open).token_ids[0]);
@@ -136,7 +136,7 @@ void warm_steps_allocate_nothing() {
                       .add(0, some_tokens(length), length, length)
                       .add(1, some_tokens(1), 1)
                       .build();
-    batch.num_logprobs.assign(batch.logit_rows.size(), 3);
+    for (SamplingRow& row : batch.sampling) row.num_logprobs = 3;
     runtime->wait(runtime->submit(batch, {}));
   };
   for (int i = 0; i < 4; ++i) step(100);  // both in-flight steps

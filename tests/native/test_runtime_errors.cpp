@@ -44,16 +44,18 @@ void bad_batches() {
       {"logit_rows[1]", [](Batch& b) { b.logit_rows[1] = b.logit_rows[0]; }},
       {"logit_rows[2]", [](Batch& b) { b.logit_rows[2] = 6; }},
       {"logit_rows[0]", [](Batch& b) { b.logit_rows[0] = -1; }},
-      {"temperature[1]", [](Batch& b) { b.temperature[1] = -0.1f; }},
-      {"temperature[1]", [](Batch& b) { b.temperature[1] = std::nanf(""); }},
-      {"temperature", [](Batch& b) { b.temperature.pop_back(); }},
-      {"top_p[0]", [](Batch& b) { b.top_p[0] = 0.0f; }},
-      {"top_p[0]", [](Batch& b) { b.top_p[0] = 1.5f; }},
-      {"min_p[2]", [](Batch& b) { b.min_p[2] = std::nanf(""); }},
-      {"top_k[0]", [](Batch& b) { b.top_k[0] = -1; }},
-      {"seed", [](Batch& b) { b.seed.resize(4); }},
-      {"num_logprobs[0]", [](Batch& b) { b.num_logprobs[0] = 54; }},
-      {"state_rows[2]", [](Batch& b) { b.state_rows[2] = 6; }},
+      {"sampling has 2", [](Batch& b) { b.sampling.pop_back(); }},
+      {"sampling has 4", [](Batch& b) { b.sampling.resize(4); }},
+      {"sampling[1].temperature", [](Batch& b) { b.sampling[1].temperature = -0.1f; }},
+      {"sampling[1].temperature", [](Batch& b) { b.sampling[1].temperature = std::nanf(""); }},
+      {"sampling[0].top_p", [](Batch& b) { b.sampling[0].top_p = 0.0f; }},
+      {"sampling[0].top_p", [](Batch& b) { b.sampling[0].top_p = 1.5f; }},
+      {"sampling[2].min_p", [](Batch& b) { b.sampling[2].min_p = std::nanf(""); }},
+      {"sampling[0].top_k", [](Batch& b) { b.sampling[0].top_k = -1; }},
+      {"sampling[0].num_logprobs", [](Batch& b) { b.sampling[0].num_logprobs = 54; }},
+      {"sampling[2].state_row", [](Batch& b) { b.sampling[2].state_row = 6; }},
+      {"adapter_ids", [](Batch& b) { b.adapter_ids = {-1, 0, -1}; }},
+      {"embeddings", [](Batch& b) { b.embeddings = {0.5f}; }},
   };
   for (const Wrong& wrong : all) {
     Batch batch = good();
@@ -135,7 +137,20 @@ void options() {
       "max_num_batched_tokens", [&] { make([](auto& o) { o.max_num_batched_tokens = -1; }); });
   check_throws<std::invalid_argument>("num_threads",
                                       [&] { make([](auto& o) { o.num_threads = 5000; }); });
+  check_throws<std::invalid_argument>("device_index",
+                                      [&] { make([](auto& o) { o.device_index = 1; }); });
+  check_throws<std::invalid_argument>("world_size",
+                                      [&] { make([](auto& o) { o.world_size = 2; }); });
+  check_throws<std::invalid_argument>("rank", [&] { make([](auto& o) { o.rank = -1; }); });
+  check_throws<std::invalid_argument>("first_layer",
+                                      [&] { make([](auto& o) { o.first_layer = 1; }); });
+  check_throws<std::invalid_argument>("last_layer",
+                                      [&] { make([](auto& o) { o.last_layer = 0; }); });
   check_throws<std::invalid_argument>("isa", [&] { make([](auto& o) { o.isa = "mmx"; }); });
+  ModelSpec spec = small_spec();
+  spec.layers[1].attention_scale = 0.0f;
+  check_throws<std::invalid_argument>("attention_scale",
+                                      [&] { Runtime("cpu", spec, small_options()); });
   check_throws<std::invalid_argument>("tpu", [] { Runtime("tpu", small_spec(), small_options()); });
 }
 

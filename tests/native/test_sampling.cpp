@@ -13,45 +13,30 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // The arrays of a step for a few rows of logits, and what `sample` gave.
 struct Draws {
-  std::vector<float> temperature, top_p, min_p;
-  std::vector<std::uint64_t> seed;
-  Ids top_k, sample_index, positions, num_logprobs, state_rows, sampled;
-  Ids token_ids, top_token_ids;
+  std::vector<SamplingRow> rows;
+  Ids sampled, token_ids, top_token_ids;
   std::vector<float> logprobs, top_logprobs;
   std::vector<std::uint8_t> finite;
 
-  explicit Draws(std::size_t rows)
-      : temperature(rows, 0.0f),
-        top_p(rows, 1.0f),
-        min_p(rows, 0.0f),
-        seed(rows, 5),
-        top_k(rows, 0),
-        sample_index(rows, 0),
-        positions(rows, 3),
-        num_logprobs(rows, -1),
-        state_rows(rows, -1),
-        sampled(8, -7) {}
+  explicit Draws(std::size_t num_rows, float temperature = 0.0f) : sampled(8, -7) {
+    SamplingRow row;
+    row.temperature = temperature;
+    row.seed = 5;
+    row.position = 3;
+    rows.assign(num_rows, row);
+  }
 
   void draw(Backend& backend, Matrix& logits, const Ids& masks = {}) {
-    const std::size_t rows = temperature.size();
     std::int64_t num_top = 0;
-    for (const std::int32_t count : num_logprobs) num_top = std::max<std::int64_t>(num_top, count);
-    token_ids.assign(rows, -9);
-    logprobs.assign(rows, -9.0f);
-    finite.assign(rows, 9);
-    top_token_ids.assign(rows * static_cast<std::size_t>(num_top), -9);
-    top_logprobs.assign(rows * static_cast<std::size_t>(num_top), -9.0f);
+    for (const SamplingRow& row : rows) num_top = std::max<std::int64_t>(num_top, row.num_logprobs);
+    token_ids.assign(rows.size(), -9);
+    logprobs.assign(rows.size(), -9.0f);
+    finite.assign(rows.size(), 9);
+    top_token_ids.assign(rows.size() * static_cast<std::size_t>(num_top), -9);
+    top_logprobs.assign(rows.size() * static_cast<std::size_t>(num_top), -9.0f);
     Step step;
-    step.num_rows = static_cast<std::int64_t>(rows);
-    step.temperature = temperature.data();
-    step.top_k = top_k.data();
-    step.top_p = top_p.data();
-    step.min_p = min_p.data();
-    step.seed = seed.data();
-    step.sample_index = sample_index.data();
-    step.sample_positions = positions.data();
-    step.num_logprobs = num_logprobs.data();
-    step.state_rows = state_rows.data();
+    step.num_rows = static_cast<std::int64_t>(rows.size());
+    step.sampling = rows.data();
     step.sampled = sampled.data();
     Samples samples;
     samples.token_ids = token_ids.data();
@@ -72,7 +57,9 @@ void greedy(Backend& backend) {
   logits.at(2, 31) = -1e30f;
   for (std::int64_t i = 0; i < 37; ++i) logits.at(3, i) = -5.0f;
   Draws draws(4);
-  draws.state_rows = {7, -1, 0, 2};
+  draws.rows[0].state_row = 7;
+  draws.rows[2].state_row = 0;
+  draws.rows[3].state_row = 2;
   draws.draw(backend, logits);
   CHECK((draws.token_ids[0] == 36 && draws.token_ids[1] == 5 && draws.token_ids[3] == 0));
   CHECK((draws.sampled == Ids{draws.token_ids[2], -7, 0, -7, -7, -7, -7, 36}));
@@ -84,9 +71,8 @@ void masks(Backend& backend) {
   Matrix logits(2, 37, Numbers(2).many(2 * 37));
   for (const float temperature : {0.0f, 0.5f, 3.0f}) {
     for (const std::int32_t top_k : {0, 3}) {
-      Draws draws(2);
-      draws.temperature = {temperature, temperature};
-      draws.top_k = {top_k, top_k};
+      Draws draws(2, temperature);
+      for (SamplingRow& row : draws.rows) row.top_k = top_k;
       draws.draw(backend, logits, {0, 2, static_cast<std::int32_t>(0x80000001u), 0});
       CHECK(draws.token_ids[0] == 33);
       CHECK(draws.token_ids[1] == 0 || draws.token_ids[1] == 31);
@@ -104,10 +90,11 @@ void not_finite(Backend& backend) {
       for (const float temperature : {0.0f, 1.0f}) {
         Matrix logits(2, 101, Numbers(3).many(2 * 101));
         logits.at(1, place) = poison;
-        Draws draws(2);
-        draws.temperature = {temperature, temperature};
-        draws.top_p = {0.5f, 0.5f};
-        draws.num_logprobs = {2, 2};
+        Draws draws(2, temperature);
+        for (SamplingRow& row : draws.rows) {
+          row.top_p = 0.5f;
+          row.num_logprobs = 2;
+        }
         draws.draw(backend, logits);
         CHECK(draws.finite[0] == 1 && draws.finite[1] == 0);
         CHECK(draws.token_ids[1] >= 0 && draws.token_ids[1] < 101);
@@ -123,12 +110,13 @@ void narrowest_filters(Backend& backend) {
   Matrix logits(3, vocab, Numbers(4).many(3 * vocab, 4.0f));
   logits.at(0, 999) = logits.at(1, 0) = logits.at(2, 500) = 9.0f;
   for (std::uint64_t seed = 0; seed < 40; ++seed) {
-    Draws draws(3);
-    draws.seed = {seed, seed << 32, ~seed};
-    draws.temperature = {50.0f, 50.0f, 50.0f};
-    draws.top_k[0] = 1;
-    draws.top_p[1] = 1e-6f;
-    draws.min_p[2] = 1.0f;
+    Draws draws(3, 50.0f);
+    draws.rows[0].seed = seed;
+    draws.rows[1].seed = seed << 32;
+    draws.rows[2].seed = ~seed;
+    draws.rows[0].top_k = 1;
+    draws.rows[1].top_p = 1e-6f;
+    draws.rows[2].min_p = 1.0f;
     draws.draw(backend, logits);
     CHECK((draws.token_ids == Ids{999, 0, 500}));
   }
@@ -139,13 +127,12 @@ void distribution(Backend& backend) {
   const std::int64_t vocab = 5, rows = 20000;
   const float values[] = {0.0f, 1.0f, 2.0f, 0.5f, -1.0f};
   Matrix logits(rows, vocab);
-  Draws draws(static_cast<std::size_t>(rows));
+  Draws draws(static_cast<std::size_t>(rows), 1.5f);
   double total = 0.0;
   for (const float value : values) total += std::exp(value / 1.5);
   for (std::int64_t r = 0; r < rows; ++r) {
     for (std::int64_t i = 0; i < vocab; ++i) logits.at(r, i) = values[i];
-    draws.temperature[static_cast<std::size_t>(r)] = 1.5f;
-    draws.positions[static_cast<std::size_t>(r)] = static_cast<std::int32_t>(r);
+    draws.rows[static_cast<std::size_t>(r)].position = static_cast<std::int32_t>(r);
   }
   draws.draw(backend, logits);
   std::vector<double> counts(static_cast<std::size_t>(vocab));
@@ -161,7 +148,8 @@ void log_probabilities(Backend& backend) {
   backend.log_softmax(out.view(), logits.view());
   out.check_gaps();
   Draws draws(2);
-  draws.num_logprobs = {0, 4};
+  draws.rows[0].num_logprobs = 0;
+  draws.rows[1].num_logprobs = 4;
   draws.draw(backend, logits);
   for (std::int64_t r = 0; r < 2; ++r) {
     double total = 0.0;

@@ -24,7 +24,7 @@ from ops_helpers import (
 )
 from reference_helpers import Float32, max_error, same_bits
 
-from octavo import _native
+from octavo import _native_ops
 from octavo.diff.ties import rounding_room
 from octavo.reference import ops
 
@@ -52,8 +52,8 @@ STORED = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 0.0}  # of the number itself
 
 
 @cache
-def native(dtype: str) -> _native.Ops:
-    return _native.Ops(DEVICE, dtype=dtype)
+def native(dtype: str) -> _native_ops.Ops:
+    return _native_ops.Ops(DEVICE, dtype=dtype)
 
 
 def rounded(x: Float32, dtype: str) -> Float32:

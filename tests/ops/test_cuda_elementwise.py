@@ -9,7 +9,7 @@ import pytest
 from cuda_helpers import DEVICE, needs_cuda
 from reference_helpers import max_error, same_bits, uniform
 
-from octavo import _native
+from octavo import _native_ops
 from octavo.reference import ops, sampling
 
 pytestmark = needs_cuda
@@ -21,8 +21,8 @@ TOLERANCES = {"f32": 3e-6, "bf16": 0.03, "f16": 0.004}
 SHAPES = [(1, 1), (3, 7), (2, 64), (5, 101), (17, 576), (1, 2049), (2, 4100), (70, 36)]
 
 
-def cuda(dtype: str, row_gap: int = 0) -> _native.Ops:
-    return _native.Ops(DEVICE, dtype=dtype, row_gap=row_gap)
+def cuda(dtype: str, row_gap: int = 0) -> _native_ops.Ops:
+    return _native_ops.Ops(DEVICE, dtype=dtype, row_gap=row_gap)
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:

@@ -8,7 +8,7 @@ from cuda_helpers import DEVICE, needs_cuda
 from ops_helpers import ROPES, TOLERANCES, Case, rope_and_store_cases
 from reference_helpers import Float32, max_error, same_bits, uniform
 
-from octavo import _native
+from octavo import _native_ops
 from octavo.reference import ops
 
 pytestmark = needs_cuda
@@ -24,7 +24,7 @@ def rounded(x: np.ndarray, dtype: str) -> Float32:
 
 @pytest.mark.parametrize("case", list(rope_and_store_cases()), ids=str)
 def test_rope_and_store_equals_the_reference(case: Case) -> None:
-    native = _native.Ops(DEVICE)
+    native = _native_ops.Ops(DEVICE)
     for value, right in zip(case.native(native), case.reference(ops), strict=True):
         assert max_error(value, right) <= TOLERANCES[case.op]
 
@@ -36,7 +36,7 @@ def test_what_is_stored_is_what_was_rounded(
     dtype: str, rope: str | None, heads: int, kv_heads: int, head_dim: int
 ) -> None:
     """q and k are turned in float32 and rounded to the activations' format; that is stored."""
-    native = _native.Ops(DEVICE, dtype=dtype)
+    native = _native_ops.Ops(DEVICE, dtype=dtype)
     tokens, num_slots, block_size = 21, 96, 32
     q, k, v = (
         rounded(uniform(seed, tokens, count, head_dim) * np.float32(4), dtype)
@@ -60,7 +60,7 @@ def test_what_is_stored_is_what_was_rounded(
 
 
 def test_a_padded_step_stores_nothing() -> None:
-    native = _native.Ops(DEVICE, dtype="bf16")
+    native = _native_ops.Ops(DEVICE, dtype="bf16")
     q, k = uniform(1, 5, 4, 64), uniform(2, 5, 2, 64)
     slots = np.full(5, -1, dtype=np.int32)
     _, keys, values = native.rope_and_store(
@@ -74,7 +74,7 @@ def test_a_padded_step_stores_nothing() -> None:
     [(24, 64, "block_size is 24"), (16, 257, "head_dim is 257")],
 )
 def test_what_it_cannot_do(block_size: int, head_dim: int, message: str) -> None:
-    native = _native.Ops(DEVICE)
+    native = _native_ops.Ops(DEVICE)
     x = uniform(1, 2, 1, head_dim)
     places = np.arange(2, dtype=np.int32)
     with pytest.raises(ValueError, match=message):

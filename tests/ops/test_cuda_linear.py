@@ -10,7 +10,7 @@ import pytest
 from cuda_helpers import DEVICE, needs_cuda
 from reference_helpers import Float32, uniform
 
-from octavo import _native
+from octavo import _native_ops
 from octavo.models.spec import WeightFormat
 from octavo.reference import ops as reference
 from octavo.reference import quantization as q
@@ -18,8 +18,8 @@ from octavo.reference import quantization as q
 pytestmark = needs_cuda
 
 
-def native(dtype: str, **options: Any) -> _native.Ops:
-    return _native.Ops(DEVICE, dtype=dtype, **options)
+def native(dtype: str, **options: Any) -> _native_ops.Ops:
+    return _native_ops.Ops(DEVICE, dtype=dtype, **options)
 
 
 def rounded(x: Float32, dtype: str) -> Float32:
@@ -298,14 +298,16 @@ def test_a_row_has_the_same_bits_in_every_batch(format: WeightFormat | None, dty
         if format is None:
             weight = uniform(outputs, outputs, inputs)
 
-            def product(rows: Float32, ops: _native.Ops = without, weight: Float32 = weight) -> Any:
+            def product(
+                rows: Float32, ops: _native_ops.Ops = without, weight: Float32 = weight
+            ) -> Any:
                 return ops.linear(rows, weight, None, dtype)
         else:
             codes, scales, zeros = quantized(outputs, inputs, format)
 
             def product(
                 rows: Float32,
-                ops: _native.Ops = without,
+                ops: _native_ops.Ops = without,
                 codes: np.ndarray = codes,
                 scales: Float32 = scales,
                 zeros: Float32 | None = zeros,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from reference_helpers import same_bits, uniform
-from sampling_helpers import make_rows, random_masks
+from sampling_helpers import changed, make_rows, random_masks
 
 from octavo.reference import sampling
 
@@ -45,7 +45,7 @@ def test_many_seeds_positions_and_temperatures() -> None:
             temperature=rng.uniform(0.05, 3, 200),
             seed=rng.integers(0, 2**64, 200, dtype=np.uint64),
             sample_index=rng.integers(0, 9, 200),
-            positions=rng.integers(0, 2**31 - 1, 200),
+            position=rng.integers(0, 2**31 - 1, 200),
         )
     )
     assert len(set(tokens.tolist())) > 50
@@ -93,7 +93,7 @@ def test_scores_that_overflow_give_the_first_of_them() -> None:
     logits = np.array([[-2, 1, 3, 2, 3, -1]], dtype=np.float32)
     for filters in ({}, {"top_k": 2}, {"min_p": 0.5}, {"top_p": 0.5}):
         arguments = requests(logits, temperature=1e-39, **filters)
-        assert cuda().sample(**arguments).tolist() == [1]
+        assert cuda().sample(**arguments)[0].tolist() == [1]
 
 
 few = st.sampled_from([-1e30, -8.5, -1.0, -0.0, 0.0, 0.125, 1.0, 2.5, 88.0, 1e30])
@@ -122,7 +122,7 @@ def test_any_logits(data: st.DataObject, vocab: int, rows: int) -> None:
             top_p=column(st.floats(2**-10, 1, width=32)),
             min_p=column(st.just(0.0) | st.floats(2**-20, 1, width=32)),
             seed=column(st.integers(0, 2**64 - 1)),
-            positions=column(st.integers(0, 2**31 - 1)),
+            position=column(st.integers(0, 2**31 - 1)),
         ),
         masks if data.draw(st.booleans()) else None,
     )
@@ -130,12 +130,12 @@ def test_any_logits(data: st.DataObject, vocab: int, rows: int) -> None:
 
 def test_row_alone_or_among_others_and_with_gaps_between_rows() -> None:
     arguments = make_rows(9, 33, 5001)
-    whole = cuda().sample(**arguments)
+    whole = cuda().sample(**arguments)[0]
     for gap in (1, 3):
-        assert same_bits(cuda(row_gap=gap).sample(**arguments), whole)
+        assert same_bits(cuda(row_gap=gap).sample(**arguments)[0], whole)
     for row in range(0, 33, 4):  # alone it is shared by several blocks
         alone = {name: value[row : row + 1] for name, value in arguments.items()}
-        assert cuda().sample(**alone)[0] == whole[row]
+        assert cuda().sample(**alone)[0] == whole[row : row + 1]
 
 
 def test_every_place_of_a_row_is_looked_at() -> None:
@@ -149,7 +149,7 @@ def test_every_place_of_a_row_is_looked_at() -> None:
         "top_k": [0, 0, 0, 40, 600],
     }
     columns = {name: np.resize(value, 512) for name, value in ways.items()}
-    assert same_bits(cuda().sample(**requests(logits, **columns)), winners.astype(np.int32))
+    assert same_bits(cuda().sample(**requests(logits, **columns))[0], winners.astype(np.int32))
 
 
 def test_a_workspace_is_used_again_and_again() -> None:
@@ -157,19 +157,19 @@ def test_a_workspace_is_used_again_and_again() -> None:
     native = cuda()
     for vocab, rows in [(30_000, 2), (200_003, 1), (5000, 3), (100_000, 1), (30_000, 2)]:
         arguments = make_rows(vocab, rows, vocab)
-        assert same_bits(native.sample(**arguments), sampling.sample(**arguments))
+        assert same_bits(native.sample(**arguments)[0], sampling.sample(**arguments))
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:
     logits = np.array([[1, 3, 3, 2], [-5, -7, -5, -5], [0, 0, 0, 0]], dtype=np.float32)
-    assert cuda().sample(**requests(logits, temperature=0)).tolist() == [1, 0, 0]
+    assert cuda().sample(**requests(logits, temperature=0))[0].tolist() == [1, 0, 0]
     wide = np.zeros((1, 60_000), np.float32)  # equals in the parts of several blocks
     wide[0, [777, 20_000, 20_001, 59_999]] = 1
-    assert cuda().sample(**requests(wide, temperature=0)).tolist() == [777]
+    assert cuda().sample(**requests(wide, temperature=0))[0].tolist() == [777]
     for winner in (3, 8190, 100_000, 140_001, 199_999):  # the largest in each of many blocks
         wide = np.zeros((1, 200_000), np.float32)
         wide[0, winner] = 1
-        assert cuda().sample(**requests(wide, temperature=0)).tolist() == [winner]
+        assert cuda().sample(**requests(wide, temperature=0))[0].tolist() == [winner]
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 300, 5003, 50_001])
@@ -178,7 +178,8 @@ def test_logprobs(vocab: int) -> None:
     arguments = make_rows(vocab, rows, vocab)
     counts = np.array([-1, 0, 1, 5, 20, 3, 2], np.int32).clip(max=vocab)
     masks = random_masks(vocab, rows, vocab)
-    native = cuda().sample(**arguments, masks=masks, num_logprobs=counts)
+    asked = changed(arguments, num_logprobs=counts, state_row=np.arange(rows)[::-1])
+    native = cuda().sample(**asked, masks=masks)
     tokens, logprobs, finite, top_ids, top_logprobs, kept = native
     assert same_bits(tokens, sampling.sample(**arguments, masks=masks))
     assert same_bits(kept, tokens[::-1].copy())
@@ -199,12 +200,12 @@ def test_logprobs(vocab: int) -> None:
 def test_logprobs_of_equal_logits_and_of_many_tokens() -> None:
     logits = np.stack([np.zeros(2000), np.round(uniform(1, 2000) * 4)]).astype(np.float32)
     counts = np.array([300, 512], np.int32)
-    native = cuda().sample(**requests(logits, temperature=0), num_logprobs=counts)
+    native = cuda().sample(**requests(logits, temperature=0, num_logprobs=counts))
     for row, count in enumerate(counts):
         best = np.argsort(-logits[row], kind="stable")[:count]
         assert native[3][row, :count].tolist() == best.tolist()
     with pytest.raises(ValueError, match="513 tokens; the kernel lists up to 512"):
-        cuda().sample(**requests(logits), num_logprobs=np.array([0, 513], np.int32))
+        cuda().sample(**requests(logits, num_logprobs=[0, 513]))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -212,11 +213,9 @@ def test_logprobs_of_equal_logits_and_of_many_tokens() -> None:
 def test_rows_that_are_not_finite_are_flagged(bad: float, place: int) -> None:
     logits = uniform(1, 3, 8999)
     logits[1, place] = bad
-    arguments = requests(logits, top_p=[1, 0.9, 0.9], temperature=[0, 1, 1])
-    counts = np.full(3, 2, np.int32)
-    tokens, logprobs, finite, top_ids, top_logprobs, kept = cuda().sample(
-        **arguments, num_logprobs=counts
-    )
+    filters = {"top_p": [1, 0.9, 0.9], "temperature": [0, 1, 1]}
+    arguments = requests(logits, **filters, num_logprobs=2, state_row=[2, 1, 0])
+    tokens, logprobs, finite, top_ids, top_logprobs, kept = cuda().sample(**arguments)
     assert finite.tolist() == [1, 0, 1]
     assert tokens[1] == 0 and kept[1] == 0
     assert np.isnan(logprobs).tolist() == [False, True, False]
@@ -229,16 +228,19 @@ TAMPERED = {
     "top_k": lambda k: np.where(k > 0, k + 1, k),
     "top_p": lambda p: np.where(p < 1, np.minimum(p * 1.05, 1), p),
     "min_p": np.zeros_like,
-    "positions": lambda position: position + 1,
+    "position": lambda position: position + 1,
     "sample_index": lambda index: index * 0,
     "seed": lambda seed: seed & np.uint64(0xFFFFFFFF),
     "temperature": lambda t: np.where(t > 0, t * 1.1, t),
-    "masks": lambda masks: masks.view(np.uint8)[:, ::-1].copy().view(np.int32),
 }
 
 
-@pytest.mark.parametrize("name", TAMPERED)
+@pytest.mark.parametrize("name", [*TAMPERED, "masks"])
 def test_an_error_in_any_argument_would_be_found(name: str) -> None:
     arguments = {**make_rows(7, 120, 257), "masks": random_masks(7, 120, 257)}
-    wrong = {**arguments, name: TAMPERED[name](arguments[name]).astype(arguments[name].dtype)}
-    assert (cuda().sample(**wrong) != sampling.sample(**arguments)).any()
+    if name == "masks":
+        turned = arguments["masks"].view(np.uint8)[:, ::-1].copy().view(np.int32)
+        wrong = {**arguments, "masks": turned}
+    else:
+        wrong = changed(arguments, **{name: TAMPERED[name]})
+    assert (cuda().sample(**wrong)[0] != sampling.sample(**arguments)).any()

@@ -9,9 +9,9 @@ import pytest
 from cuda_helpers import needs_cuda
 from cuda_sampling_helpers import check, cuda, requests
 from reference_helpers import same_bits, uniform
-from sampling_helpers import make_rows, random_masks
+from sampling_helpers import changed, make_rows, random_masks
 
-from octavo import _native
+from octavo import _native_ops
 from octavo.reference import sampling
 
 pytestmark = needs_cuda
@@ -40,19 +40,21 @@ WAYS: list[dict[str, float]] = [
 
 def ways_of_drawing(logits: np.ndarray, **others: Any) -> dict[str, Any]:
     """Arguments of `sample`: the one row of logits, drawn from in each of WAYS."""
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    columns = {name: [way.get(name, value) for way in WAYS] for name, value in defaults.items()}
-    return requests(np.tile(logits, (len(WAYS), 1)), **columns, **others)
+    arguments = requests(np.tile(logits, (len(WAYS), 1)), **others)
+    for row, way in zip(arguments["rows"], WAYS, strict=True):
+        for name, value in way.items():
+            row[name] = value
+    return arguments
 
 
-def one_by_one(native: _native.Ops, arguments: dict[str, Any], **others: Any) -> np.ndarray:
+def one_by_one(native: _native_ops.Ops, arguments: dict[str, Any], **others: Any) -> np.ndarray:
     """Tokens of the rows drawn in steps of their own, where most blocks share a row."""
     masks = others.get("masks")
     tokens = []
     for row in range(len(arguments["logits"])):
         alone = {name: value[row : row + 1] for name, value in arguments.items()}
         mask = {} if masks is None else {"masks": masks[row : row + 1]}
-        tokens.append(int(native.sample(**alone, **mask)[0]))
+        tokens.append(int(native.sample(**alone, **mask)[0][0]))
     return np.array(tokens, np.int32)
 
 
@@ -116,7 +118,7 @@ def test_steps_of_more_rows_than_a_launch_takes() -> None:
     arguments = make_rows(11, 300, 40)
     check(arguments, random_masks(11, 300, 40))
     counts = np.resize(np.array([-1, 0, 3], np.int32), 300)
-    native = cuda().sample(**arguments, num_logprobs=counts)
+    native = cuda().sample(**changed(arguments, num_logprobs=counts))
     best = np.argsort(-arguments["logits"], axis=1, kind="stable")[:, :3]
     assert (native[3][counts == 3] == best[counts == 3]).all()
     assert (native[3][counts < 3] == -1).all()
@@ -127,14 +129,14 @@ def test_logprobs_and_filters_in_one_step_of_many_blocks() -> None:
     vocab = 5003
     logits = uniform(13, 1, vocab)[0] * 6
     logits[::2] = np.round(logits[::2])
-    arguments = ways_of_drawing(logits, seed=np.arange(len(WAYS)))
     counts = np.resize(np.array([20, -1, 0, 5, 512], np.int32), len(WAYS))
+    arguments = ways_of_drawing(logits, seed=np.arange(len(WAYS)), num_logprobs=counts)
     native = cuda()
     expected = sampling.sample(**arguments)
     logprobs = sampling.log_softmax(arguments["logits"])
     best = np.argsort(-logits, kind="stable")
     for _ in range(2):
-        tokens, own, _, top_ids, top, _ = native.sample(**arguments, num_logprobs=counts)
+        tokens, own, _, top_ids, top, _ = native.sample(**arguments)
         assert same_bits(tokens, expected)
         for row, count in enumerate(counts.clip(min=0)):
             assert top_ids[row, :count].tolist() == best[:count].tolist()
@@ -147,8 +149,7 @@ def test_logprobs_of_tokens_that_weigh_nothing() -> None:
     """Four tokens near the best; the others, 50 to 90 below, are counted all together."""
     logits = uniform(14, 1, 5003) * np.float32(20) - np.float32(50)
     logits[0, [5, 1030, 3000, 5002]] = (20, 19, 19, 18)
-    counts = np.array([30], np.int32)
-    native = cuda().sample(**requests(logits), num_logprobs=counts)
+    native = cuda().sample(**requests(logits, num_logprobs=30))
     best = np.argsort(-logits[0], kind="stable")[:30]
     assert native[3][0].tolist() == best.tolist()
     expected = sampling.log_softmax(logits)[0, best]

@@ -10,7 +10,7 @@ from cuda_helpers import DEVICE, has_cuda
 from reference_helpers import same_bits, uniform
 from runtime_helpers import VOCAB, make_batch, tiny_runtime
 
-from octavo import _native
+from octavo import _native, _native_ops
 from octavo.reference import sampling
 
 PROMPT = [5, 17, 80, 2, 2, 41, 9]
@@ -57,10 +57,10 @@ def test_logits_equal_the_reference(rows: int, vocab: int) -> None:
     expected = sampling.adjust_logits(logits, *arguments)
     for isa in _native.available_isas():
         for threads in (1, 2):
-            actual = _native.Ops("cpu", threads, isa).adjust_logits(logits, *arguments)
+            actual = _native_ops.Ops("cpu", threads, isa).adjust_logits(logits, *arguments)
             assert same_bits(actual, expected), f"{isa} x {threads}"
     if has_cuda:
-        assert same_bits(_native.Ops(DEVICE).adjust_logits(logits, *arguments), expected)
+        assert same_bits(_native_ops.Ops(DEVICE).adjust_logits(logits, *arguments), expected)
     assert same_bits(logits, before)
     assert rows < 3 or not same_bits(expected, logits)
 
@@ -102,7 +102,7 @@ def test_planted_error_is_found(name: str) -> None:
         rng.random(400).astype(np.float32),
     )
     wrong = PLANTED[name](logits[0], arguments)
-    assert not same_bits(wrong, _native.Ops("cpu", 1).adjust_logits(logits, *arguments)[0])
+    assert not same_bits(wrong, _native_ops.Ops("cpu", 1).adjust_logits(logits, *arguments)[0])
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,14 @@ def test_wrong_entries_are_named(field: str, value: list[float], message: str) -
         for name, entries in {**right, field: value}.items()
     }
     with pytest.raises(ValueError, match=message):
-        _native.Ops("cpu", 1).adjust_logits(uniform(1, 2, 7), **arguments)
+        _native_ops.Ops("cpu", 1).adjust_logits(uniform(1, 2, 7), **arguments)
 
 
 def test_a_step_draws_from_adjusted_logits_and_reports_the_models_own() -> None:
     runtime = tiny_runtime()
 
     def batch() -> _native.Batch:
-        return make_batch([(PROMPT, 0, [0, 1])], num_logprobs=np.array([3], np.int32))
+        return make_batch([(PROMPT, 0, [0, 1])], num_logprobs=3)
 
     plain = runtime.step(batch())
     best, second, third = plain.top_token_ids[0].tolist()

@@ -7,7 +7,7 @@ import pytest
 from ops_helpers import ROPES, TOLERANCES, Case, compute_cases, make_sequence, native_attention
 from reference_helpers import bf16_order, max_error, same_bits, uniform
 
-from octavo import _native
+from octavo import _native, _native_ops
 from octavo.reference import ops, quantization, sampling
 
 CASES = compute_cases()
@@ -15,15 +15,17 @@ ISAS = _native.available_isas()
 
 
 @pytest.fixture(scope="module")
-def everywhere() -> dict[str, _native.Ops]:
+def everywhere() -> dict[str, _native_ops.Ops]:
     """The ops on each instruction set and thread count."""
     return {
-        f"{isa} x {threads}": _native.Ops("cpu", threads, isa) for isa in ISAS for threads in (1, 2)
+        f"{isa} x {threads}": _native_ops.Ops("cpu", threads, isa)
+        for isa in ISAS
+        for threads in (1, 2)
     }
 
 
 def test_every_op_has_a_definition() -> None:
-    native = {name for name in dir(_native.Ops) if not name.startswith("_")}
+    native = {name for name in dir(_native_ops.Ops) if not name.startswith("_")}
     assert native == {*ops.OPS, *quantization.OPS, *sampling.OPS}
     assert native == {*TOLERANCES, *quantization.OPS}
     for module in (ops, quantization, sampling):
@@ -32,7 +34,7 @@ def test_every_op_has_a_definition() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_op_equals_the_reference(case: Case, everywhere: dict[str, _native.Ops]) -> None:
+def test_op_equals_the_reference(case: Case, everywhere: dict[str, _native_ops.Ops]) -> None:
     expected = case.reference(ops)
     firsts: dict[str, list[np.ndarray]] = {}
     for where, native in everywhere.items():
@@ -51,7 +53,7 @@ def test_op_equals_the_reference(case: Case, everywhere: dict[str, _native.Ops])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize(("inputs", "outputs"), [(576, 100), (37, 19)])
 def test_linear_row_alone_or_among_others(inputs: int, outputs: int, dtype: str) -> None:
-    native = _native.Ops("cpu", 2)
+    native = _native_ops.Ops("cpu", 2)
     x, weight, bias = uniform(1, 250, inputs), uniform(2, outputs, inputs), uniform(3, outputs)
     whole = native.linear(x, weight, bias, dtype)
     for size in (1, 2, 3, 5, 8, 9, 16, 97):
@@ -61,7 +63,7 @@ def test_linear_row_alone_or_among_others(inputs: int, outputs: int, dtype: str)
 
 @pytest.mark.parametrize("op", ["norm", "add_norm", "gated_activation", "log_softmax"])
 def test_row_alone_or_among_others(op: str) -> None:
-    native = _native.Ops("cpu", 2)
+    native = _native_ops.Ops("cpu", 2)
     x, other, weight = uniform(1, 40, 101), uniform(2, 40, 101), uniform(3, 101)
 
     def run(rows: slice) -> np.ndarray:
@@ -81,7 +83,7 @@ def test_row_alone_or_among_others(op: str) -> None:
 @pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, threads: int) -> None:
-    native = _native.Ops("cpu", threads)
+    native = _native_ops.Ops("cpu", threads)
     scale = 32**-0.5
     sequences = [
         make_sequence(i, rows, context, (6, 2), 32)
@@ -107,7 +109,7 @@ def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, thr
 def test_attention_does_not_depend_on_the_blocks(kv_dtype: str, block_size: int) -> None:
     sequences = [make_sequence(i, 5, 130 + i, (4, 2), 32) for i in range(3)]
     for isa in ISAS:
-        native = _native.Ops("cpu", 2, isa)
+        native = _native_ops.Ops("cpu", 2, isa)
         one = native_attention(native, sequences, 0.2, 0, kv_dtype)
         other = native_attention(native, sequences, 0.2, 0, kv_dtype, block_size)
         assert same_bits(one[0], other[0]), isa
@@ -120,7 +122,7 @@ def test_attention_ignores_what_no_token_owns(kv_dtype: str, window: int) -> Non
     contexts = (5, 49, 550)
     sequences = [make_sequence(i, 3, context, (4, 2), 32) for i, context in enumerate(contexts)]
     for isa in ISAS:
-        native = _native.Ops("cpu", 2, isa)
+        native = _native_ops.Ops("cpu", 2, isa)
         zeros = native_attention(native, sequences, 0.2, window, kv_dtype, empty=0.0)[0]
         assert np.isfinite(zeros).all()
         for empty in (np.nan, np.inf, 1e30):
@@ -135,7 +137,7 @@ def test_attention_over_scores_of_any_size(kv_dtype: str) -> None:
     huge = type(one)(one.q * np.float32(1e32), one.k, one.v)
     equal = type(one)(np.zeros_like(one.q), one.k, one.v)
     for isa in ISAS:
-        native = _native.Ops("cpu", 1, isa)
+        native = _native_ops.Ops("cpu", 1, isa)
         out = native_attention(native, [huge], 1.0, 0, kv_dtype)[0]
         seen = ops.to_cache(one.v, kv_dtype)[:, 0]
         for row, head in np.ndindex(6, 2):
@@ -145,7 +147,7 @@ def test_attention_over_scores_of_any_size(kv_dtype: str) -> None:
 
 
 def test_bf16_cache_is_the_f32_cache_rounded() -> None:
-    native = _native.Ops("cpu", 1)
+    native = _native_ops.Ops("cpu", 1)
     q, k, v = uniform(1, 9, 4, 64), uniform(2, 9, 2, 64), uniform(3, 9, 2, 64)
     positions, slots = np.arange(9, dtype=np.int32) * 31, np.arange(9, dtype=np.int32)
     frequencies = native.rope_frequencies(ROPES["smollm"], 64)
@@ -161,7 +163,7 @@ def test_linear_rounds_ties_to_even_and_keeps_specials(dtype: str) -> None:
     # Exactly between two bfloat16, both ways; largest finite; NaN and infinities go through.
     x = np.array([[1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3e38, 2**-126, 1.0]], dtype=np.float32).T
     weight = np.array([[1.0]], dtype=np.float32)
-    for native in (_native.Ops("cpu", 1, isa) for isa in ISAS):
+    for native in (_native_ops.Ops("cpu", 1, isa) for isa in ISAS):
         np.testing.assert_array_equal(
             native.linear(x, weight, None, dtype), ops.linear(x, weight, None, dtype)
         )

@@ -11,7 +11,7 @@ import pytest
 from ops_helpers import TOLERANCES, int4_activations, one_isa_of_each
 from runtime_helpers import VOCAB, make_batch, random_weights, tiny_spec
 
-from octavo import _native
+from octavo import _native, _native_ops
 from octavo.config import RuntimeOptions
 from octavo.models.spec import WeightFormat
 from octavo.reference import quantization as q
@@ -72,7 +72,7 @@ def test_product_equals_the_reference_with_the_same_bits_everywhere(
     results: dict[str, list[np.ndarray]] = {"whole": [], "bf16": []}
     for isa in ISAS:
         for num_threads in (1, 2):
-            native = _native.Ops(num_threads=num_threads, isa=isa)
+            native = _native_ops.Ops(num_threads=num_threads, isa=isa)
             result = native.quantized_linear(x, codes, scales, format, zeros, bias)
             alone = native.quantized_linear(x[-1:], codes, scales, format, zeros, bias)
             assert (alone == result[-1:]).all()
@@ -94,7 +94,7 @@ def test_a_row_has_the_same_bits_in_every_batch(isa: str, format: WeightFormat) 
     x, codes, scales, zeros, bias = make_arguments(300, 70, 610, format)
     together = None
     for num_threads in (1, 2, 3):
-        native = _native.Ops(num_threads=num_threads, isa=isa)
+        native = _native_ops.Ops(num_threads=num_threads, isa=isa)
         for rows in (300, 33, 17, 16, 5, 4, 2, 1):
             first = 300 - rows if num_threads == 2 else 0
             part = np.ascontiguousarray(x[first : first + rows])
@@ -124,7 +124,7 @@ def test_bf16_products_of_whole_numbers_are_exact(isa: str, group: int, has_zero
         scales = np.exp2(generator.integers(-3, 1, scales.shape)).astype(np.float32)
         bias = generator.integers(-99, 99, 50).astype(np.float32)
         arguments = (codes, scales, format, zeros, bias)
-        native = _native.Ops(isa=isa).quantized_linear(x, *arguments)
+        native = _native_ops.Ops(isa=isa).quantized_linear(x, *arguments)
         double = x.astype(np.float64)
         expected = q.quantized_linear(double, *arguments, int4_activations="bf16")
         assert (native == expected).all()
@@ -215,7 +215,7 @@ def test_a_wrong_definition_would_be_noticed(wrong: Callable[..., Any], isa: str
     for rows in (3, 19):
         x, codes, scales, zeros, bias = make_arguments(rows, 20, 96, format)
         arguments = (x, codes, scales, format, zeros, bias)
-        native = _native.Ops(isa=isa).quantized_linear(*arguments)
+        native = _native_ops.Ops(isa=isa).quantized_linear(*arguments)
         right = q.quantized_linear(*arguments, int4_activations=rounds)
         assert error(native, right) < TOLERANCE
         assert error(native, wrong(*arguments, int4_activations=rounds)) > 20 * TOLERANCE
@@ -277,7 +277,7 @@ def test_stacked_matrices_of_different_formats(isa: str) -> None:
 
 def test_wrong_formats_are_refused() -> None:
     x, codes, scales, _, _ = make_arguments(1, 8, 64, WeightFormat("int4", 32))
-    native = _native.Ops()
+    native = _native_ops.Ops()
     with pytest.raises(ValueError, match="group_size is 24; expected a multiple of 32"):
         native.quantized_linear(x, codes, scales[:, [0, 1, 1]], WeightFormat("int4", 24))
     with pytest.raises(ValueError, match="codes has 32 columns; expected 64"):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from reference_helpers import uniform
 
-from octavo import _native
+from octavo import _native_ops
 from octavo.models.spec import WeightFormat
+from octavo.reference.sampling import sampling_rows
 
 
 def ints(*values: int) -> np.ndarray:
@@ -18,11 +19,11 @@ def ints(*values: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def native() -> _native.Ops:
-    return _native.Ops("cpu", 1)
+def native() -> _native_ops.Ops:
+    return _native_ops.Ops("cpu", 1)
 
 
-def embed(native: _native.Ops, **changed: Any) -> np.ndarray:
+def embed(native: _native_ops.Ops, **changed: Any) -> np.ndarray:
     arguments: dict[str, Any] = {
         "table": uniform(1, 11, 6),
         "token_ids": ints(10, 0, 3),
@@ -32,7 +33,7 @@ def embed(native: _native.Ops, **changed: Any) -> np.ndarray:
     return native.embed(**{**arguments, **changed})
 
 
-def rope_and_store(native: _native.Ops, **changed: Any) -> tuple[np.ndarray, ...]:
+def rope_and_store(native: _native_ops.Ops, **changed: Any) -> tuple[np.ndarray, ...]:
     arguments: dict[str, Any] = {
         "q": uniform(1, 3, 4, 8),
         "k": uniform(2, 3, 2, 8),
@@ -45,7 +46,7 @@ def rope_and_store(native: _native.Ops, **changed: Any) -> tuple[np.ndarray, ...
     return native.rope_and_store(**{**arguments, **changed})
 
 
-def attention(native: _native.Ops, **changed: Any) -> np.ndarray:
+def attention(native: _native_ops.Ops, **changed: Any) -> np.ndarray:
     arguments: dict[str, Any] = {
         "q": uniform(1, 4, 4, 8),
         "k": uniform(2, 40, 2, 8),
@@ -58,7 +59,7 @@ def attention(native: _native.Ops, **changed: Any) -> np.ndarray:
     return native.attention(**{**arguments, **changed})
 
 
-def quantized_linear(native: _native.Ops, **changed: Any) -> np.ndarray:
+def quantized_linear(native: _native_ops.Ops, **changed: Any) -> np.ndarray:
     arguments: dict[str, Any] = {
         "x": uniform(1, 3, 40),
         "codes": np.zeros((5, 20), dtype=np.uint8),
@@ -70,20 +71,13 @@ def quantized_linear(native: _native.Ops, **changed: Any) -> np.ndarray:
     return native.quantized_linear(**{**arguments, **changed})
 
 
-def sample(native: _native.Ops, **changed: Any) -> np.ndarray:
-    ones, zeros = np.ones(2, dtype=np.float32), np.zeros(2, dtype=np.float32)
+def sample(native: _native_ops.Ops, **changed: Any) -> np.ndarray:
     arguments: dict[str, Any] = {
         "logits": uniform(1, 2, 70),
-        "temperature": ones,
-        "top_k": ints(0, 5),
-        "top_p": ones,
-        "min_p": zeros,
-        "seed": np.arange(2, dtype=np.uint64),
-        "sample_index": ints(0, 0),
-        "positions": ints(3, 4),
+        "rows": sampling_rows(2, temperature=1, top_k=[0, 5], seed=[0, 1], position=[3, 4]),
         "masks": np.full((2, 3), -1, dtype=np.int32),
     }
-    return native.sample(**{**arguments, **changed})
+    return native.sample(**{**arguments, **changed})[0]
 
 
 OPS = [embed, rope_and_store, attention, quantized_linear, sample]
@@ -130,25 +124,30 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (quantized_linear, {"format": WeightFormat("f32"), "zeros": None}, "format is f32"),
     (sample, {"masks": np.zeros((1, 3), dtype=np.int32)}, "masks has 1 entries; expected 2"),
     (sample, {"masks": np.zeros((2, 2), dtype=np.int32)}, "a row of masks has 2 .* expected 3"),
-    (sample, {"top_k": ints(1)}, "a sampling array has 1 entries; expected 2"),
+    (sample, {"rows": sampling_rows(1)}, "sampling has 1 entries; expected 2"),
+    (
+        sample,
+        {"rows": sampling_rows(2, state_row=[1, 2])},
+        r"\[1\].state_row is 2; .* -1 to 1",
+    ),
 ]
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_what_the_ops_take(op: Callable[..., Any], native: _native.Ops) -> None:
+def test_what_the_ops_take(op: Callable[..., Any], native: _native_ops.Ops) -> None:
     """The arguments that the cases below change are right before they are changed."""
     op(native)
 
 
 @pytest.mark.parametrize(("op", "changed", "message"), WRONG)
 def test_wrong_arguments(
-    op: Callable[..., Any], changed: dict[str, Any], message: str, native: _native.Ops
+    op: Callable[..., Any], changed: dict[str, Any], message: str, native: _native_ops.Ops
 ) -> None:
     with pytest.raises(ValueError, match=message):
         op(native, **changed)
 
 
-def test_wrong_shapes_of_simple_ops(native: _native.Ops) -> None:
+def test_wrong_shapes_of_simple_ops(native: _native_ops.Ops) -> None:
     x, other, weight = uniform(1, 3, 8), uniform(2, 2, 8), uniform(3, 8)
     with pytest.raises(ValueError, match=r"rows\[1\] is 3; expected 0 to 2"):
         native.take_rows(x, ints(0, 3))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from ops_helpers import TOLERANCES
 from reference_helpers import max_error, same_bits, uniform
-from sampling_helpers import make_rows, random_masks
+from sampling_helpers import changed, make_rows, random_masks
 
-from octavo import _native
+from octavo import _native, _native_ops
 from octavo.reference import sampling
+from octavo.reference.sampling import sampling_rows
 
 ISAS = _native.available_isas()
 
@@ -26,7 +27,7 @@ def test_tokens_equal_the_reference(vocab: int, masked: bool) -> None:
     assert vocab < 30 or len(set(expected.tolist())) > 20  # not all the same
     for isa in ISAS:
         for threads in (1, 2):
-            actual = _native.Ops("cpu", threads, isa).sample(**arguments, masks=masks)
+            actual = _native_ops.Ops("cpu", threads, isa).sample(**arguments, masks=masks)[0]
             assert same_bits(actual, expected), f"{isa} x {threads}"
 
 
@@ -34,16 +35,16 @@ def test_tokens_of_a_whole_vocabulary() -> None:
     arguments = make_rows(5, 24, 49152)
     expected = sampling.sample(**arguments)
     for isa in ISAS:
-        assert same_bits(_native.Ops("cpu", 2, isa).sample(**arguments), expected), isa
+        assert same_bits(_native_ops.Ops("cpu", 2, isa).sample(**arguments)[0], expected), isa
 
 
 def test_row_alone_or_among_others() -> None:
     arguments = make_rows(9, 33, 101)
-    native = _native.Ops("cpu", 2)
-    whole = native.sample(**arguments)
+    native = _native_ops.Ops("cpu", 2)
+    whole = native.sample(**arguments)[0]
     for row in range(33):
         alone = {name: value[row : row + 1] for name, value in arguments.items()}
-        assert native.sample(**alone)[0] == whole[row]
+        assert native.sample(**alone)[0] == whole[row : row + 1]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**63 + 12345, 2**64 - 1])
@@ -53,14 +54,14 @@ def test_gumbel_equals_the_reference(
 ) -> None:
     expected = sampling.gumbel(seed, sample_index, position, vocab)
     for isa in ISAS:
-        actual = _native.Ops("cpu", 1, isa).gumbel(seed, sample_index, position, vocab)
+        actual = _native_ops.Ops("cpu", 1, isa).gumbel(seed, sample_index, position, vocab)
         assert same_bits(actual, expected), isa
 
 
 def test_gumbel_over_a_million() -> None:
     """Every branch of the transformation, rare ones included."""
     expected = sampling.gumbel(42, 0, 1, 1_000_003)
-    assert same_bits(_native.Ops("cpu", 1).gumbel(42, 0, 1, 1_000_003), expected)
+    assert same_bits(_native_ops.Ops("cpu", 1).gumbel(42, 0, 1, 1_000_003), expected)
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 33, 1000, 49152])
@@ -71,7 +72,7 @@ def test_log_softmax_equals_the_reference(vocab: int) -> None:
     first = None
     for isa in ISAS:
         for threads in (1, 2):
-            actual = _native.Ops("cpu", threads, isa).log_softmax(logits)
+            actual = _native_ops.Ops("cpu", threads, isa).log_softmax(logits)
             np.testing.assert_array_max_ulp(actual, expected, maxulp=2)
             first = actual if first is None else first
             assert same_bits(actual, first), f"{isa} x {threads}"
@@ -80,59 +81,34 @@ def test_log_softmax_equals_the_reference(vocab: int) -> None:
 def test_temperature_zero_takes_the_first_of_the_largest() -> None:
     logits = np.array([[1, 3, 3, 2], [-5, -7, -5, -5], [0, 0, 0, 0]], dtype=np.float32)
     for isa in ISAS:
-        native = _native.Ops("cpu", 1, isa)
-        assert greedy(native, logits).tolist() == [1, 0, 0]
-        assert greedy(sampling, logits).tolist() == [1, 0, 0]
+        native = _native_ops.Ops("cpu", 1, isa)
+        assert native.sample(logits, sampling_rows(3))[0].tolist() == [1, 0, 0]
+        assert sampling.sample(logits, sampling_rows(3)).tolist() == [1, 0, 0]
 
 
-def greedy(sampler: Any, logits: np.ndarray) -> np.ndarray:
-    rows = len(logits)
-    return sampler.sample(
-        logits,
-        np.zeros(rows, np.float32),
-        np.zeros(rows, np.int32),
-        np.ones(rows, np.float32),
-        np.zeros(rows, np.float32),
-        np.zeros(rows, np.uint64),
-        np.zeros(rows, np.int32),
-        np.zeros(rows, np.int32),
-    )
-
-
-def changed(**functions: Any) -> SimpleNamespace:
-    """The reference's sampler with one argument of `sample` tampered with."""
-
-    def sample(**arguments: Any) -> np.ndarray:
-        for name, function in functions.items():
-            arguments[name] = function(arguments[name])
-        return sampling.sample(**arguments)
-
-    return SimpleNamespace(sample=sample)
-
-
-PLANTED = {
-    "top_k keeps one more": changed(top_k=lambda k: np.where(k > 0, k + 1, k)),
-    "top_k ignored": changed(top_k=np.zeros_like),
-    "top_p ignored": changed(top_p=np.ones_like),
-    "top_p a little higher": changed(top_p=lambda p: np.where(p < 1, np.minimum(p * 1.05, 1), p)),
-    "min_p ignored": changed(min_p=np.zeros_like),
-    "position off by one": changed(positions=lambda position: position + 1),
-    "sample index ignored": changed(sample_index=np.zeros_like),
-    "half of the seed ignored": changed(seed=lambda seed: seed & np.uint64(0xFFFFFFFF)),
-    "temperature multiplies": changed(temperature=lambda t: np.where(t > 0, 1 / (t + 1e-9), t)),
-    "mask ignored": changed(masks=lambda masks: masks * 0 - 1),
-    "mask from the high bit": changed(
-        masks=lambda masks: masks.view(np.uint8)[:, ::-1].copy().view(np.int32)
-    ),
+PLANTED: dict[str, dict[str, Any]] = {
+    "top_k keeps one more": {"top_k": lambda k: np.where(k > 0, k + 1, k)},
+    "top_k ignored": {"top_k": 0},
+    "top_p ignored": {"top_p": 1},
+    "top_p a little higher": {"top_p": lambda p: np.where(p < 1, np.minimum(p * 1.05, 1), p)},
+    "min_p ignored": {"min_p": 0},
+    "position off by one": {"position": lambda position: position + 1},
+    "sample index ignored": {"sample_index": 0},
+    "half of the seed ignored": {"seed": lambda seed: seed & np.uint64(0xFFFFFFFF)},
+    "temperature multiplies": {"temperature": lambda t: np.where(t > 0, 1 / (t + 1e-9), t)},
+}
+PLANTED_MASKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mask ignored": lambda masks: masks * 0 - 1,
+    "mask from the high bit": lambda masks: masks.view(np.uint8)[:, ::-1].copy().view(np.int32),
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("name", [*PLANTED, *PLANTED_MASKS])
 def test_planted_error_is_found(name: str) -> None:
     arguments = {**make_rows(7, 240, 257), "masks": random_masks(7, 240, 257)}
-    arguments["top_p"] = arguments["top_p"].astype(np.float32)
-    wrong = PLANTED[name].sample(**arguments)
-    assert (wrong != sampling.sample(**arguments)).any()
+    wrong = changed(arguments, **PLANTED.get(name, {}))
+    wrong["masks"] = PLANTED_MASKS.get(name, np.copy)(arguments["masks"])
+    assert (sampling.sample(**wrong) != sampling.sample(**arguments)).any()
 
 
 def test_planted_errors_of_gumbel_and_log_softmax_are_found() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from ops_helpers import TOLERANCES
 
-from octavo import _native
+from octavo import _native, _native_ops
 from octavo.models.spec import WeightFormat
 from octavo.reference import quantization as q
 from octavo.reference.ops import round_to_bf16
@@ -46,7 +46,7 @@ needs_tiles = pytest.mark.skipif(
 def product(isa: str, shape: tuple[int, int, int], format: WeightFormat | None) -> Array:
     """x times a matrix of the format, (rows, outputs) float32, from (rows, outputs, inputs)."""
     rows, outputs, inputs = shape
-    native = _native.Ops(num_threads=2, isa=isa)
+    native = _native_ops.Ops(num_threads=2, isa=isa)
     if format is not None:
         return native.quantized_linear(*arguments(shape, format))
     generator = np.random.default_rng(rows + outputs)
@@ -107,7 +107,7 @@ def test_a_row_that_is_not_finite_spoils_no_other() -> None:
     spoiled[7, 3], spoiled[18, 5] = np.nan, np.inf
     healthy = [row for row in range(20) if row not in (7, 18)]
     for isa in ISAS:
-        native = _native.Ops(isa=isa)
+        native = _native_ops.Ops(isa=isa)
         y = native.quantized_linear(x, codes, scales, WeightFormat("int8"))
         z = native.quantized_linear(spoiled, codes, scales, WeightFormat("int8"))
         assert (z[healthy] == y[healthy]).all() and np.isnan(z[[7, 18]]).all()

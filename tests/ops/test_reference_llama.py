@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reference_helpers import NativeModel, max_error, random_weights
 
-from octavo.models.layer import tap_names, weight_shapes
+from octavo.models.layer import model_nodes, tap_names, weight_shapes
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
 from octavo.reference import KVCache, ReferenceModel, ops
 
@@ -49,6 +49,9 @@ SPECS = {
         mlp_bias=True,
         learned_positions=True,
     ),
+    "no_rope": make_spec(rope=None, o_bias=True),
+    "ungated": make_spec(gated=False, mlp_bias=True),
+    "scaled": make_spec(attention_scale=0.9),
     "relu": make_spec(activation="relu", num_kv_heads=1),
     "gelu": make_spec(activation="gelu", rope=RopeSpec(100.0, "llama3", 8.0, 1.0, 4.0, 32)),
 }
@@ -58,6 +61,52 @@ TOKENS = np.array([(17 * i * i + 3) % 61 for i in range(29)])
 def model(name: str, **options: object) -> ReferenceModel:
     spec = SPECS[name]
     return ReferenceModel(spec, random_weights(spec, 1), **options)  # type: ignore[arg-type]
+
+
+class ReadWeights(dict[str, np.ndarray]):
+    """Weights that note which of them are asked for."""
+
+    def __init__(self, weights: dict[str, np.ndarray]) -> None:
+        super().__init__(weights)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: object = None) -> object:
+        self.read |= {name} & set(self)
+        return super().get(name, default)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_layer_py_lists_what_the_definition_and_the_native_core_compute(name: str) -> None:
+    """models/layer.py's nodes against both layer loops: names, order, widths, data flow, weights.
+
+    Of the data flow: whatever has an input comes behind it, and nothing but the logits is made for
+    nobody.
+    """
+    nodes = model_nodes(SPECS[name])
+    listed = [(node.tap, node.width) for node in nodes]
+    reference, by_reference = model(name), dict[str, np.ndarray]()
+    reference.weights = read = ReadWeights(reference.weights)
+    reference.forward(TOKENS, taps=by_reference)
+    by_native: dict[str, np.ndarray] = {}
+    weights = random_weights(SPECS[name], 1)
+    NativeModel(SPECS[name], weights, max_tokens=64).forward(TOKENS, by_native)
+    for taps in (by_reference, by_native):
+        assert [(tap, value.shape[1]) for tap, value in taps.items()] == listed
+    assert read.read == set(weights)
+    made: set[str] = set()
+    for node in nodes:
+        assert made.issuperset(node.inputs), node.tap
+        made.add(node.tap)
+    assert made - {tap for node in nodes for tap in node.inputs} == {"logits"}
+    for node in nodes:
+        if node.op == "linear":
+            assert (node.width, node.inputs) == (node.matrix.outputs, node.inputs[:1])
+            (source,) = (other for other in nodes if other.tap == node.inputs[0])
+            assert node.matrix.inputs == source.width
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -22,7 +22,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
     },
     "ungated, a window": {"gated": False, "activation": "gelu", "window": 5},
-    "no rope": {"rope": None},
+    "no rope, a scale of its own": {"rope": None, "attention_scale": 0.7},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,12 +90,9 @@ def test_gumbel_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(actual, exact, rtol=3e-6, atol=1e-6)
 
 
-def draw(logits: list[float], **options: object) -> int:
-    arguments = {
-        **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-        **{"seed": 0, "sample_index": 0, "position": 0, **options},
-    }
-    return sampling.sample_row(np.array(logits, dtype=np.float32), **arguments)  # type: ignore
+def draw(logits: list[float], **options: Any) -> int:
+    row = sampling.sampling_rows(1, **{"temperature": 1.0, **options})[0]
+    return sampling.sample_row(np.array(logits, dtype=np.float32), row)
 
 
 def kept(logits: list[float], top_k: int = 0, top_p: float = 1, min_p: float = 0) -> list[int]:
@@ -178,11 +176,7 @@ def test_masks() -> None:
     masks[0, 0], masks[1, 0], masks[2, 2] = 1 << 5, np.int32(-(2**31)), 1 << 3
     masks[0, 1] = 1 << 1
     assert np.flatnonzero(sampling.unpack_masks(masks, 70)[0]).tolist() == [5, 33]
-    zeros, ones = np.zeros(3, np.float32), np.ones(3, np.float32)
-    integers = np.zeros(3, np.int32)
-    tokens = sampling.sample(
-        logits, zeros, integers, ones, zeros, np.zeros(3, np.uint64), integers, integers, masks
-    )
+    tokens = sampling.sample(logits, sampling.sampling_rows(3), masks)
     assert tokens.dtype == np.int32 and tokens.tolist() == [33, 31, 67]
     assert kept([-np.inf, 1, -np.inf], top_k=3, top_p=0.9, min_p=1e-9) == [1]
 

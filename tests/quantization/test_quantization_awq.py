@@ -17,8 +17,7 @@ from octavo.quantize.calibrate import LayerByLayer
 from octavo.quantize.gptq import errors_under, round_by_search
 from octavo.reference.llama import ReferenceModel
 from octavo.weights.checkpoint import Checkpoint
-from octavo.weights.source import TensorInfo
-from octavo.weights.tensor import Tensor, float32_to_bf16
+from octavo.weights.tensor import Tensor, TensorInfo, TensorSource, float32_to_bf16
 
 FORMAT = WeightFormat("int4", 32)
 SPECS: dict[str, dict[str, Any]] = {
@@ -29,12 +28,12 @@ SPECS: dict[str, dict[str, Any]] = {
         "o_bias": True,
         "mlp_bias": True,
     },
-    "ungated": {"gated": False, "activation": "gelu", "window": 5},
+    "ungated": {"gated": False, "activation": "gelu", "window": 5, "attention_scale": 0.7},
     "no rope, one key head": {"rope": None, "num_kv_heads": 1},
 }
 
 
-class Arrays:
+class Arrays(TensorSource):
     """A source of float32 tensors."""
 
     def __init__(self, weights: Mapping[str, np.ndarray]) -> None:
@@ -74,7 +73,7 @@ def folded(
 ) -> tuple[LayerByLayer, dict[str, np.ndarray]]:
     """A run of AWQ with the rounding left out, and the weights that it made."""
     monkeypatch.setattr(module, "round_by_search", NotRounded)
-    checkpoint = Checkpoint(Arrays(weights), {name: name for name in weights})
+    checkpoint = Checkpoint(Arrays(weights))
     # The factors' search needs a group that divides; what it judges by is not what is tested.
     formats = {
         name: WeightFormat("int4", node.matrix.inputs) for name, node in linear_nodes(spec).items()

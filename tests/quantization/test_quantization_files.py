@@ -307,7 +307,7 @@ def test_targets_and_exceptions() -> None:
 
     def names(**changes: Any) -> set[str]:
         config = {"quantization_config": stored_config(4, **changes)}
-        return set(read_quantization(config, spec, llama.weight_map(spec)))
+        return set(read_quantization(config, spec, llama.FAMILY.tensors))
 
     everything = names()
     assert len(everything) == 14

@@ -18,7 +18,7 @@ from octavo.cli.app import run
 from octavo.config import QUANTIZE, EngineConfig, Environment
 from octavo.diff.comparison import DiffOptions
 from octavo.diff.native import NativeImplementation, load_native
-from octavo.diff.setup import DiffRequest, prepare
+from octavo.diff.setup import DiffRequest, compare
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.llm import LLM
 from octavo.models.layer import weight_shapes
@@ -59,11 +59,10 @@ def test_diff_finds_nothing(
     request = DiffRequest(
         str(source), quantize=quantize, random=40, num_threads=1, options=DiffOptions(steps=4)
     )
-    prepared = prepare(request, ENVIRONMENT, quiet)
-    result = prepared.comparison.run("small")
+    result = compare(request, ENVIRONMENT, quiet)
     assert result.ok, (result.first_bad, result.findings)
     assert result.decode.promised and result.decode.different == 0
-    assert all(tap.own_left is not None for tap in result.taps)
+    assert all(tap.own[0] is not None for tap in result.taps)
 
 
 @pytest.mark.parametrize("isa", one_isa_of_each())
@@ -74,7 +73,7 @@ def test_diff_of_a_directory_finds_nothing(
     monkeypatch.setenv("OCTAVO_ISA", isa)
     _, target = write_quantized_model(tmp_path, scheme, tie_word_embeddings=scheme == "int4-rtn")
     request = DiffRequest(str(target), random=23, num_threads=1, options=DiffOptions(steps=3))
-    result = prepare(request, ENVIRONMENT, quiet).comparison.run("small")
+    result = compare(request, ENVIRONMENT, quiet)
     assert result.ok, (result.first_bad, result.findings)
 
 
@@ -88,7 +87,7 @@ def test_diff_finds_the_other_rounding(
     monkeypatch.setattr(_native, "int4_activations", lambda isa: other)
     source = write_float_model(tmp_path / "float")
     request = DiffRequest(str(source), quantize="int4", random=40, num_threads=1)
-    result = prepare(request, ENVIRONMENT, quiet).comparison.run("small")
+    result = compare(request, ENVIRONMENT, quiet)
     assert not result.ok and result.findings[0].op == "linear"
 
 
@@ -231,7 +230,7 @@ def test_options_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="quantize is 'int8', but the model's weights"):
         logits_of(target, quantize="int8")
     with pytest.raises(InvalidArgumentError, match="expected --against reference"):
-        prepare(DiffRequest(str(target), against="hf", random=4), ENVIRONMENT, quiet)
+        compare(DiffRequest(str(target), against="hf", random=4), ENVIRONMENT, quiet)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

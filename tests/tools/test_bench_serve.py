@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from server_helpers import fake_llm, listening
 
 from octavo.bench.serve_client import Client, Record
-from octavo.bench.serve_plot import plot
+from octavo.bench.serve_plot import draw, plot
 from octavo.bench.serve_report import Slo, parse_slo, percentile, summarize
 from octavo.bench.serve_run import Load, Measured, run_load
 from octavo.bench.serve_workload import (
@@ -30,6 +30,8 @@ from octavo.bench.serve_workload import (
 )
 from octavo.cli import main
 from octavo.errors import InvalidArgumentError, OctavoError
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50), st.floats(0, 100))
@@ -115,15 +117,56 @@ def test_slos() -> None:
             parse_slo(wrong)
 
 
+def loads(*users: int, rate: float = math.inf) -> list[Measured]:
+    records = tuple(record(i, [i + 0.1 * (i + 1), i + 2.0], 2) for i in range(9))
+    return [Measured(Load(9, number, rate), 3.0, records) for number in users]
+
+
+def test_plots_show_the_figures_with_their_units() -> None:
+    measured = loads(1, 8)
+    figure = draw(measured, [summarize(found) for found in measured], "title")
+    first, between, whole, throughput = figure.axes
+    labels = [axes.get_xlabel() for axes in figure.axes]
+    assert labels[0] == "Time to first token (ms)" and labels[3] == "Users"
+    assert "(ms)" in labels[1] and "(ms)" in labels[2] and "tokens/s" in throughput.get_ylabel()
+    times = [100.0 * (i + 1) for i in range(9)]
+    for axes, expected in ((first, times), (between, [2000 - time for time in times])):
+        for line in axes.get_lines():
+            milliseconds, percent = line.get_data()
+            at = [float(np.interp(p, percent, milliseconds)) for p in (0, 50, 100)]
+            assert at == pytest.approx(
+                [min(expected), 500 if axes is first else 1500, max(expected)]
+            )
+    assert [float(x) for x in whole.get_lines()[0].get_xdata()[[0, -1]]] == [2000.0, 2000.0]
+    assert [list(map(float, found)) for found in throughput.get_lines()[0].get_data()] == [
+        [1.0, 8.0],
+        [6.0, 6.0],
+    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1 user", "8 users"]
+    colours = {line.get_color() for line in first.get_lines()}
+    assert len(colours) == 2
+
+
 def test_plots_are_well_formed() -> None:
-    records = tuple(record(i, [i + 0.1 * (i + 1), i + 0.7], 2) for i in range(9))
-    measured = [Measured(Load(9, users), 3.0, records) for users in (1, 8)]
-    text = plot(measured, [summarize(found) for found in measured], "<m>: p & n")
-    root = ElementTree.fromstring(text)
-    assert len(list(root.iter("{http://www.w3.org/2000/svg}polyline"))) == 2 * 3 + 1
-    assert "nan" not in text and "inf" not in text
+    measured = loads(1, 8)
+    text = plot(measured, [summarize(found) for found in measured], "<m>: p & $n$")
+    words = ["".join(found.itertext()) for found in ElementTree.fromstring(text).iter(f"{SVG}text")]
+    assert "<m>: p & $n$" in words and "8 users" in words and "End-to-end latency (ms)" in words
+    assert text == plot(measured, [summarize(found) for found in measured], "<m>: p & $n$")
+    arrivals = loads(4, rate=2.0)
+    assert len(draw(arrivals, [summarize(found) for found in arrivals], "one load").axes) == 3
     empty = [Measured(Load(1, 1), 1.0, ())]
     ElementTree.fromstring(plot(empty, [summarize(empty[0])], "nothing"))
+
+
+def test_without_matplotlib_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("octavo.bench.serve_plot.find_spec", lambda name: None)
+    # Nobody listens there: to measure would be another error.
+    words = ["bench", "serve", "http://127.0.0.1:9", "--plot", str(tmp_path / "plot.svg")]
+    assert main(words) == 2
+    assert "pip install 'octavo[plot]'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

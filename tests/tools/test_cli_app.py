@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from text_helpers import tiny_model
 
 from octavo.cli import main
 from octavo.cli.app import VERBS
+from octavo.config import EngineConfig
+from octavo.sampling_params import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +170,102 @@ def test_memory_that_ends_in_a_small_piece_is_no_traceback(model, monkeypatch, c
     assert main(["generate", "hi", "-m", str(model)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: there is too little memory (std::bad_alloc): use")
+
+
+ENGINE_WORDS = {
+    "device": "cpu",
+    "dtype": "f32",
+    "quantize": "int8",
+    "keep_embedding": True,
+    "kv_dtype": "int8",
+    "max_model_len": 77,
+    "num_threads": 1,
+    "load_format": "dummy",
+    "deterministic": True,
+    "enforce_eager": True,
+}
+SAMPLING_WORDS = {
+    "max_tokens": ("--max-tokens", 9),
+    "min_tokens": ("--min-tokens", 3),
+    "stop": ("--stop", ("x",)),
+    "stop_token_ids": ("--stop-token-id", (5,)),
+    "include_stop_str_in_output": ("--include-stop", True),
+    "ignore_eos": ("--ignore-eos", True),
+    "temperature": ("--temperature", 0.5),
+    "top_k": ("--top-k", 4),
+    "top_p": ("--top-p", 0.75),
+    "min_p": ("--min-p", 0.125),
+    "seed": ("--seed", 11),
+}
+
+
+def as_words(option: str, value: object) -> list[str]:
+    """The words on the command line that give an option this value."""
+    if value is True:
+        return [option]
+    return [option, str(value[0] if isinstance(value, tuple) else value)]
+
+
+class Taken(Exception):
+    """Stands for what a command would do next."""
+
+
+@pytest.mark.parametrize("name", [verb.name for verb in VERBS])
+def test_options_of_loading_reach_the_engine(name, model, tmp_path, monkeypatch):
+    """Each option by itself: all others keep their default."""
+    places = {
+        "generate": ("octavo.cli.common.load_llm", 1, ["hi", "-m", model]),
+        "chat": ("octavo.cli.common.load_llm", 1, ["-m", model]),
+        "serve": ("octavo.cli.serve._load", 1, [model]),
+        "batch": ("octavo.cli.batch.describe_run", 1, ["{in}", "{out}", "-m", model]),
+        "bench": ("octavo.bench.benchmark.bench", 1, [model]),
+        "eval": ("octavo.eval.evaluation.evaluate", 0, [model]),
+    }
+    parameters = inspect.signature(next(v for v in VERBS if v.name == name).load()).parameters
+    if name not in places:
+        assert name == "diff" or not set(ENGINE_WORDS) & set(parameters) - {"dtype"}
+        return
+    taken: list[EngineConfig] = []
+    place, index, words = places[name]
+
+    def take(*arguments, **_):
+        taken.append(getattr(arguments[index], "config", arguments[index]))
+        raise Taken
+
+    monkeypatch.setattr(place, take)
+    monkeypatch.setattr("octavo.server.serving.serve", lambda _, load: load())
+    (tmp_path / "in").write_text("hi")
+    words = [word.format(**{"in": tmp_path / "in", "out": tmp_path / "out"}) for word in words]
+    unlike = {"max_waiting_requests": 512} if name == "serve" else {}
+    fixed = {"max_model_len"} if name in ("bench", "eval") else set()
+    for field, value in ENGINE_WORDS.items():
+        if field in fixed:
+            assert field not in parameters
+            continue
+        option = "--" + field.replace("_", "-")
+        with pytest.raises(Taken):
+            main([*name.split(), *words, *as_words(option, value)])
+        assert taken.pop() == EngineConfig(**{field: value}, **unlike)
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_options_of_sampling_reach_the_sampler(name, model, monkeypatch):
+    defaults = {"temperature": 0.0} if name == "generate" else {"temperature": 0.6, "top_p": 0.9}
+    defaults |= {"max_tokens": 1024, "seed": 1} if name == "chat" else {"seed": None}
+    taken: list[SamplingParams] = []
+
+    def take(llm, *arguments, **_):
+        taken.extend(each for each in arguments if isinstance(each, SamplingParams))
+        raise Taken
+
+    monkeypatch.setattr("octavo.cli.generate._collect", take)
+    monkeypatch.setattr("octavo.cli.chat.Conversation.__init__", take)
+    monkeypatch.setattr("secrets.randbelow", lambda below: 1)
+    words = [name, *(["hi"] if name == "generate" else []), "-m", model, "--load-format", "dummy"]
+    for field, (option, value) in SAMPLING_WORDS.items():
+        with pytest.raises(Taken):
+            main([*words, *as_words(option, value)])
+        expected = {**defaults, field: value}
+        if name == "generate" and field == "temperature":
+            expected["seed"] = 1  # words are drawn now
+        assert taken.pop() == SamplingParams(**expected)

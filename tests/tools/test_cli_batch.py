@@ -14,9 +14,9 @@ from batch_helpers import CHAT, COMPLETIONS, HELLO, openai, read, run, write
 from text_helpers import sentencepiece_directory, tiny_model
 
 from octavo.cli import main
-from octavo.cli.batch import duration
 from octavo.cli.batch_input import BadLine, BatchLine, BatchRequest, Defaults, parse_line
 from octavo.llm import LLM
+from octavo.progress import duration
 from octavo.sampling_params import SamplingParams
 
 

@@ -24,10 +24,9 @@ from text_helpers import CHATML_TEMPLATE, byte_level_directory, tiny_model
 
 from octavo.cli import main
 from octavo.cli.app import VERBS
-from octavo.cli.stage_bar import StageBar
 from octavo.config import read_environment
 from octavo.errors import InvalidArgumentError
-from octavo.weights.progress import BarProgress, LogLines
+from octavo.progress import Bar, LogLines
 
 DUMMY = ["-m", "{model}", "--load-format", "dummy"]
 SAMPLES = {  # by command: words that make it succeed
@@ -377,20 +376,20 @@ def test_a_model_that_is_forbidden(place, monkeypatch, capsys):
 
 def test_long_work_says_something_in_a_log(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr("octavo.weights.progress.time.monotonic", lambda: now[0])
-    with StageBar.with_time_left() as bar, BarProgress() as pull:
+    monkeypatch.setattr("octavo.progress.time.monotonic", lambda: now[0])
+    with Bar("percent") as bar, Bar("bytes", keep=True) as pull:
         pull.start("Downloading", 4_000_000)
         for done in range(1, 5):
             now[0] += 16
             bar.update("evaluating", done, 8)
             pull.advance(1_000_000)
     assert capsys.readouterr().err.splitlines() == [
-        "evaluating: 25 %",
-        "Downloading: 2 of 4 MB",
-        "evaluating: 50 %",
+        "evaluating: 25 %, about 1 min 36 s left",
+        "Downloading: 2 of 4 MB, about 32 s left",
+        "evaluating: 50 %, about 1 min 04 s left",
         "Downloading: 4 of 4 MB",
     ]
-    with StageBar.with_time_left(quiet=True) as bar:
+    with Bar("percent", quiet=True) as bar:
         now[0] += 100
         bar.update("evaluating", 1, 8)
     assert capsys.readouterr().err == ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diff_helpers import MISTAKES, broken_side, tokens_for, write_model
+from diff_helpers import MISTAKES, broken_reference, tokens_for, write_model
 
 from octavo.diff.comparison import Comparison, DiffOptions
 from octavo.diff.implementations import ReferenceImplementation
@@ -72,7 +72,7 @@ def test_native_agrees_with_the_reference(tmp_path: Path, shape: str, dtype: str
     files = read_model(write_model(tmp_path, **SHAPES[shape]))
     result = compare_native(files, open_checkpoint(files), dtype=dtype)
     assert result.ok, (result.first_bad, result.findings)
-    assert all(tap.own_left is not None for tap in result.taps) and not result.missing
+    assert all(tap.own[0] is not None for tap in result.taps) and not result.missing
     assert result.decode.promised and result.decode.different == 0
     assert result.greedy.parted_at is None or dtype == "bf16"
 
@@ -115,11 +115,11 @@ def test_native_with_a_wrong_activation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_on_the_other_side_is_not_blamed_on_octavo(tmp_path: Path, mistake: str) -> None:
+def test_a_mistake_of_the_other_one_is_not_blamed_on_octavo(tmp_path: Path, mistake: str) -> None:
     files = read_model(write_model(tmp_path))
     checkpoint = open_checkpoint(files)
     weights = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
-    other = broken_side(mistake, files.spec, weights)
+    other = broken_reference(mistake, files.spec, weights)
     result = compare_native(files, checkpoint, right=other)
     assert {finding.side for finding in result.findings} == {"broken"}
     assert result.findings[0].tap == MISTAKES[mistake][0]
@@ -135,11 +135,11 @@ def test_a_wrong_block_table_shows_in_attention(tmp_path: Path) -> None:
     feed = left.feed
 
     def feed_with_a_block_confused(token_ids: Any, **options: Any) -> Any:
-        fed = feed(token_ids, **options)
+        step = feed(token_ids, **options)
         session = left._session
         if session._lengths[0] == 32:  # from here on the second block is read in place of the first
             session._blocks[0, 0] = session._blocks[0, 1]
-        return fed
+        return step
 
     left.feed = feed_with_a_block_confused  # type: ignore[method-assign]
     ids = tokens_for(files.spec, 48)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 from diff_helpers import (
     MISTAKES,
     attention_weighing,
-    broken_side,
+    broken_reference,
     compare,
     gate_up_swapped,
-    good_side,
+    good_reference,
     random_weights,
     reference_with,
     rope_halves_swapped,
@@ -23,7 +24,11 @@ from diff_helpers import (
 )
 
 from octavo.diff import comparison
+from octavo.diff.html import render
 from octavo.diff.implementations import ReferenceImplementation, StepResult
+from octavo.diff.report import to_json
+from octavo.diff.tolerance import own_tolerance
+from octavo.models.layer import Node, model_nodes, residual_before
 from octavo.models.spec import NormSpec, RopeSpec
 from octavo.reference import ops
 from octavo.reference.llama import ReferenceModel
@@ -33,7 +38,7 @@ WEIGHTS = random_weights(SPEC)
 
 
 def test_good_against_good_finds_nothing() -> None:
-    result = compare(good_side(SPEC, WEIGHTS), good_side(SPEC, WEIGHTS), SPEC, WEIGHTS)
+    result = compare(good_reference(SPEC, WEIGHTS), good_reference(SPEC, WEIGHTS), SPEC, WEIGHTS)
     assert result.ok and not result.findings and result.first_bad is None
     assert result.logits.max_abs == 0 and result.logits.same_choice == 23
     assert result.greedy.parted_at is None and result.decode.ok
@@ -54,8 +59,8 @@ def test_the_size_of_a_chunk_counts_every_tap(monkeypatch: pytest.MonkeyPatch) -
 def test_planted_mistake_on_the_left(mistake: str, chunk_size: int | None) -> None:
     tap, op, words = MISTAKES[mistake]
     result = compare(
-        broken_side(mistake, SPEC, WEIGHTS),
-        good_side(SPEC, WEIGHTS),
+        broken_reference(mistake, SPEC, WEIGHTS),
+        good_reference(SPEC, WEIGHTS),
         SPEC,
         WEIGHTS,
         chunk_size=chunk_size,
@@ -81,7 +86,11 @@ def test_planted_mistake_on_the_left(mistake: str, chunk_size: int | None) -> No
 def test_planted_mistake_on_the_right(mistake: str) -> None:
     tap, op, _ = MISTAKES[mistake]
     result = compare(
-        good_side(SPEC, WEIGHTS), broken_side(mistake, SPEC, WEIGHTS), SPEC, WEIGHTS, steps=0
+        good_reference(SPEC, WEIGHTS),
+        broken_reference(mistake, SPEC, WEIGHTS),
+        SPEC,
+        WEIGHTS,
+        steps=0,
     )
     assert (result.findings[0].side, result.findings[0].tap) == ("broken", tap)
     assert result.findings[0].op == op
@@ -92,10 +101,10 @@ def test_planted_mistake_in_bf16(mistake: str) -> None:
     """Rounding to bf16 hides nothing from the judgement of single ops."""
     tap, op, words = MISTAKES[mistake]
     options = {"dtype": "bf16", "kv_dtype": "bf16"}
-    exact = good_side(SPEC, good_side(SPEC, WEIGHTS, **options).model.weights)
+    exact = good_reference(SPEC, good_reference(SPEC, WEIGHTS, **options).model.weights)
     result = compare(
-        broken_side(mistake, SPEC, WEIGHTS, **options),
-        good_side(SPEC, WEIGHTS, **options),
+        broken_reference(mistake, SPEC, WEIGHTS, **options),
+        good_reference(SPEC, WEIGHTS, **options),
         SPEC,
         WEIGHTS,
         dtype="bf16",
@@ -143,8 +152,8 @@ def _compare_roundings(
     """A reference in bf16 with this attention against the right one."""
     dtypes = {"dtype": "bf16", "kv_dtype": "bf16"}
     model = reference_with(attention=attention).ReferenceModel(spec, weights, **dtypes)
-    right = good_side(spec, weights, **dtypes)
-    exact = good_side(spec, right.model.weights)
+    right = good_reference(spec, weights, **dtypes)
+    exact = good_reference(spec, right.model.weights)
     left = ReferenceImplementation(model, "broken", False)
     return compare(left, right, spec, weights, dtype="bf16", truth=exact, steps=0, **options)
 
@@ -170,7 +179,7 @@ def test_attention_in_another_order_of_sums_is_right(size: float) -> None:
     result = _compare_roundings(right, spec, weights, count=240, chunk_size=100)
     assert not result.findings
     attention = [tap for tap in result.taps if tap.part == "attn"]
-    assert all(0 < tap.own_left < 1e-5 for tap in attention)
+    assert all(0 < tap.own[0] < 1e-5 for tap in attention)
 
 
 def test_two_mistakes_are_both_found() -> None:
@@ -179,7 +188,7 @@ def test_two_mistakes_are_both_found() -> None:
     model = module.ReferenceModel(SPEC, WEIGHTS)
     result = compare(
         ReferenceImplementation(model, "broken", False),
-        good_side(SPEC, WEIGHTS),
+        good_reference(SPEC, WEIGHTS),
         SPEC,
         WEIGHTS,
         steps=0,
@@ -195,28 +204,83 @@ def test_two_mistakes_are_both_found() -> None:
         small_spec(num_heads=4, num_kv_heads=1, head_dim=10, tied=True),
         small_spec(qkv_bias=True, o_bias=True, mlp_bias=True, activation="gelu"),
         small_spec(gated=False, activation="relu", norm=NormSpec("layer", 1e-5, True)),
-        small_spec(rope=None),
+        replace(small_spec(rope=None), learned_positions=True),
         small_spec(window=5, rope=RopeSpec(scaling="linear", factor=3.0)),
     ],
-    ids=["multi-query tied", "biases gelu", "ungated layer norm", "no rope", "window linear"],
+    ids=[
+        "multi-query tied",
+        "biases gelu",
+        "ungated layer norm",
+        "learned positions",
+        "window linear",
+    ],
 )
-def test_every_kind_of_layer_is_judged_right(spec: object) -> None:
+def test_every_kind_of_layer_is_found_right(spec: object) -> None:
     weights = random_weights(spec, seed=3)
-    left = good_side(spec, weights)
-    left.is_definition = False  # so that its ops are judged
-    exact = good_side(spec, weights, compute=np.float64)
+    left = good_reference(spec, weights)
+    left.is_definition = False  # so that its ops are checked
+    exact = good_reference(spec, weights, compute=np.float64)
     exact.name = "float64"
     result = compare(left, exact, spec, weights, chunk_size=9)
     assert result.ok, result.findings
-    assert all(tap.own_left is not None for tap in result.taps)
+    assert all(tap.own[0] is not None for tap in result.taps)
     assert not result.missing
+
+
+class _Between:
+    """A reference that also gives the residual stream between attention and MLP, or half of it."""
+
+    def __init__(self, broken: bool) -> None:
+        self.right, self.broken = good_reference(SPEC, WEIGHTS), broken
+        self.name, self.is_definition = "octavo", False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.right, name)
+
+    def feed(self, token_ids: Any, **wanted: Any) -> StepResult:
+        step = self.right.feed(token_ids, **wanted)
+        taps = dict(step.taps)
+        for index in range(len(SPEC.layers) if taps else 0):
+            attn_out = taps[f"layers.{index}.attn_out"]
+            residual = 0 if self.broken else taps[residual_before(index)]
+            taps[f"layers.{index}.between"] = residual + attn_out
+        return StepResult(step.logits, step.next_token, taps)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_new_tap_of_a_known_op_is_one_line_in_the_list(
+    monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    def with_between(spec: Any) -> list[Node]:
+        nodes = []
+        for node in model_nodes(spec):
+            nodes.append(node)
+            if node.part == "attn_out":
+                inputs = (residual_before(node.layer or 0), node.tap)
+                tap = f"layers.{node.layer}.between"
+                nodes.append(Node(tap, "add_norm", inputs, spec.hidden_size))
+        return nodes
+
+    for module in ("comparison", "definition"):
+        monkeypatch.setattr(f"octavo.diff.{module}.model_nodes", with_between)
+    result = compare(_Between(broken), _Between(False), SPEC, WEIGHTS, steps=0)
+    assert len(result.taps) == len(model_nodes(SPEC)) + len(SPEC.layers) and not result.missing
+    assert all(tap.own[0] is not None for tap in result.taps)
+    assert result.ok is not broken and "between" in to_json(result) and "between" in render(result)
+    for finding in result.findings:
+        assert (finding.tap, finding.op) == ("layers.0.between", "add_norm")
+        assert finding.mistake == "the sum without the residual"
+        assert len(finding.taps) == len(SPEC.layers) and finding.hint
+    assert len(result.findings) == broken
 
 
 def test_nan_counts_as_a_difference() -> None:
     weights = dict(WEIGHTS)
     weights["layers.1.up.weight"] = WEIGHTS["layers.1.up.weight"].copy()
     weights["layers.1.up.weight"][3, 5] = np.nan
-    result = compare(good_side(SPEC, weights), good_side(SPEC, WEIGHTS), SPEC, WEIGHTS, steps=0)
+    result = compare(
+        good_reference(SPEC, weights), good_reference(SPEC, WEIGHTS), SPEC, WEIGHTS, steps=0
+    )
     assert result.first_bad.name == "layers.1.up" and result.first_bad.relative == np.inf
 
 
@@ -232,7 +296,7 @@ def test_what_is_not_finite_has_no_room(value: float) -> None:
     with np.errstate(all="ignore"):  # of what comes after it
         result = _compare_roundings(broken, SPEC, WEIGHTS)
     assert result.first_bad.name == "layers.0.attn" and not result.ok
-    assert result.first_bad.own_left > 0.9
+    assert result.first_bad.own[0] > 0.9
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -244,17 +308,31 @@ def test_own_tolerance_does_not_stretch(dtype: str) -> None:
 
     options = {"dtype": dtype, "kv_dtype": dtype}
     model = reference_with(gated_activation=slightly_off).ReferenceModel(SPEC, WEIGHTS, **options)
-    right = good_side(SPEC, WEIGHTS, **options)
-    exact = good_side(SPEC, right.model.weights)
+    right = good_reference(SPEC, WEIGHTS, **options)
+    exact = good_reference(SPEC, right.model.weights)
     left = ReferenceImplementation(model, "broken", False)
     result = compare(left, right, SPEC, WEIGHTS, dtype=dtype, truth=exact, steps=0)
     assert [finding.op for finding in result.findings] == ["gated_activation"]
     assert len(result.findings[0].taps) == len(SPEC.layers) and not result.ok
 
 
-def test_a_broken_definition_is_suspected_when_both_sides_agree() -> None:
-    """Both sides right and the yardstick wrong: the report must not send anyone to the sides."""
-    left, right = good_side(SPEC, WEIGHTS), good_side(SPEC, WEIGHTS)
+def test_own_tolerance_grows_with_what_is_summed() -> None:
+    """Not where fewer than 64 numbers are: exponentials and divisions round, too."""
+    spec = replace(small_spec(num_heads=12, intermediate_size=150), hidden_size=100)
+    units = {
+        node.part: own_tolerance(spec, node, 300, rounds_output=False) * 2**24
+        for node in model_nodes(spec)
+    }
+    summed = {"q": 100, "logits": 100, "attn_out": 96, "mlp_out": 150, "mlp_norm": 100}
+    summed |= {"embed": 64, "q_rope": 64, "act": 64, "out": 64, "final_norm": 100}
+    for part, count in summed.items():
+        assert units[part] == pytest.approx(8 * count**0.5), part
+    assert units["attn"] == pytest.approx(24 * (8 + 300) ** 0.5)
+
+
+def test_a_broken_definition_is_suspected_when_both_agree() -> None:
+    """Both are right and the yardstick is wrong: the report must not send anyone to either."""
+    left, right = good_reference(SPEC, WEIGHTS), good_reference(SPEC, WEIGHTS)
     left.is_definition = right.is_definition = False
     left.name, right.name = "octavo", "Hugging Face"
     judge_weights = dict(WEIGHTS)
@@ -265,23 +343,23 @@ def test_a_broken_definition_is_suspected_when_both_sides_agree() -> None:
 
 
 @pytest.mark.parametrize(("nudge", "tie"), [(0.02, True), (3.0, False)])
-def test_greedy_tokens_may_part_in_bf16_where_rounding_explains_it(
+def test_greedy_tokens_may_differ_in_bf16_where_rounding_explains_it(
     monkeypatch: pytest.MonkeyPatch, nudge: float, tie: bool
 ) -> None:
-    """The right side's second choice is lifted over its first by `nudge`."""
+    """The right one's second choice is lifted over its first by `nudge`."""
     options = {"dtype": "bf16", "kv_dtype": "bf16"}
-    left, right = good_side(SPEC, WEIGHTS, **options), good_side(SPEC, WEIGHTS, **options)
-    exact = good_side(SPEC, left.model.weights)
+    left, right = good_reference(SPEC, WEIGHTS, **options), good_reference(SPEC, WEIGHTS, **options)
+    exact = good_reference(SPEC, left.model.weights)
     feed = right.feed
 
     def feed_nudged(token_ids: np.ndarray, **wanted: bool) -> StepResult:
-        fed = feed(token_ids, **wanted)
+        step = feed(token_ids, **wanted)
         if len(token_ids) > 1:
-            return fed
-        logits = fed.logits.copy()
+            return step
+        logits = step.logits.copy()
         first, second = np.argsort(logits[0])[:-3:-1]
         logits[0, second] = logits[0, first] + nudge
-        return StepResult(logits, int(second), fed.taps)
+        return StepResult(logits, int(second), step.taps)
 
     monkeypatch.setattr(right, "feed", feed_nudged)
     result = compare(left, right, SPEC, WEIGHTS, dtype="bf16", truth=exact, steps=12)
@@ -291,13 +369,13 @@ def test_greedy_tokens_may_part_in_bf16_where_rounding_explains_it(
     assert result.ok is result.greedy.tie
 
 
-def test_greedy_tokens_may_not_part_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    left, right = good_side(SPEC, WEIGHTS), good_side(SPEC, WEIGHTS)
+def test_greedy_tokens_may_not_differ_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = good_reference(SPEC, WEIGHTS), good_reference(SPEC, WEIGHTS)
     feed = right.feed
 
     def feed_other(token_ids: np.ndarray, **wanted: bool) -> StepResult:
-        fed = feed(token_ids, **wanted)
-        return StepResult(fed.logits, 7, fed.taps) if len(token_ids) == 1 else fed
+        step = feed(token_ids, **wanted)
+        return StepResult(step.logits, 7, step.taps) if len(token_ids) == 1 else step
 
     monkeypatch.setattr(right, "feed", feed_other)
     result = compare(left, right, SPEC, WEIGHTS)

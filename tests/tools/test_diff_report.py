@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from diff_helpers import (
     MISTAKES,
-    broken_side,
+    broken_reference,
     compare,
-    good_side,
+    good_reference,
     random_weights,
     small_spec,
     write_model,
@@ -38,12 +38,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def good_result() -> Any:
-    return compare(good_side(SPEC, WEIGHTS), good_side(SPEC, WEIGHTS), SPEC, WEIGHTS)
+    return compare(good_reference(SPEC, WEIGHTS), good_reference(SPEC, WEIGHTS), SPEC, WEIGHTS)
 
 
 def broken_result(mistake: str = "no scale", **options: Any) -> Any:
-    left = broken_side(mistake, SPEC, WEIGHTS)
-    return compare(left, good_side(SPEC, WEIGHTS), SPEC, WEIGHTS, **options)
+    left = broken_reference(mistake, SPEC, WEIGHTS)
+    return compare(left, good_reference(SPEC, WEIGHTS), SPEC, WEIGHTS, **options)
 
 
 def printed(result: Any, width: int = 110, **options: Any) -> str:
@@ -110,6 +110,8 @@ def test_every_op_has_its_files_and_they_exist() -> None:
 def test_a_tap_that_nobody_knows_has_the_hint_of_its_op() -> None:
     node = Node("layers.2.router", "linear", ("layers.2.mlp_norm",), 8, (Matrix("x", 8, 36),))
     assert hint_for(node) == OP_SOURCES["linear"].hint
+    hints = {node.part: hint_for(node) for node in model_nodes(SPEC)}
+    assert "GGUF" in hints["q"] and "tied" in hints["logits"] and "gate" in hints["act"]
 
 
 # ---- the terminal ----
@@ -149,12 +151,18 @@ def test_report_without_unicode() -> None:
     console.file.getvalue().encode("ascii")  # type: ignore[attr-defined]
 
 
-def test_report_of_parted_greedy_tokens() -> None:
+def test_report_of_different_greedy_tokens() -> None:
     text = printed(broken_result("gate and up swapped"))
     assert "takes" in text and "margin" in text
 
 
 # ---- JSON ----
+
+# What scripts may rely on.
+KEYS = """schema ok first_bad model left_name right_name left_description right_description dtype
+    token_ids token_texts missing logits greedy greedy_texts decode findings seconds taps judge"""
+TAP_KEYS = """name layer part relative max_abs cosine_gap position growth own_left own_right
+    tolerance own_tolerance_left own_tolerance_right cosine ok parted left_broken right_broken"""
 
 
 def test_json_is_strict_and_complete() -> None:
@@ -162,14 +170,15 @@ def test_json_is_strict_and_complete() -> None:
         document = json.loads(to_json(result), parse_constant=lambda name: pytest.fail(name))
         assert document["ok"] is result.ok
         assert [tap["name"] for tap in document["taps"]] == tap_names(SPEC)
-        assert {"relative", "max_abs", "cosine", "growth", "own_left"} <= set(document["taps"][0])
+        assert set(document) == set(KEYS.split())
+        assert set(document["taps"][0]) == set(TAP_KEYS.split())
     assert document["first_bad"] == "layers.0.attn"
     assert document["findings"][0]["op"] == "attention"
 
 
 def test_json_has_no_infinities() -> None:
     weights = {**WEIGHTS, "layers.1.up.weight": np.full_like(WEIGHTS["layers.1.up.weight"], np.nan)}
-    result = compare(good_side(SPEC, weights), good_side(SPEC, WEIGHTS), SPEC, WEIGHTS)
+    result = compare(good_reference(SPEC, weights), good_reference(SPEC, WEIGHTS), SPEC, WEIGHTS)
     document = json.loads(to_json(result), parse_constant=lambda name: pytest.fail(name))
     assert document["first_bad"] == "layers.1.up" and not document["ok"]
     render(result)
@@ -252,8 +261,8 @@ def test_page_holds_the_figures_of_every_tap_and_position() -> None:
 
 def test_page_puts_positions_of_a_long_text_together() -> None:
     result = compare(
-        good_side(SPEC, WEIGHTS),
-        broken_side("no scale", SPEC, WEIGHTS),
+        good_reference(SPEC, WEIGHTS),
+        broken_reference("no scale", SPEC, WEIGHTS),
         SPEC,
         WEIGHTS,
         count=530,

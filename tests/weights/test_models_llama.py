@@ -17,7 +17,7 @@ from weights_helpers import DELETED, tiny_config
 from octavo.errors import ModelNotFoundError, UnsupportedModelError
 from octavo.models.fields import describe
 from octavo.models.layer import weight_shapes
-from octavo.models.llama import read_spec, weight_map
+from octavo.models.llama import FAMILY, read_spec
 from octavo.models.spec import ModelSpec, RopeSpec
 from octavo.weights.model_files import read_model
 
@@ -73,8 +73,9 @@ def test_heads_given_or_implied(head_dim: Any, kv_heads: Any, expected: tuple[in
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_weight_map_names_exactly_what_the_spec_needs(bias: bool, tied: bool) -> None:
     spec = read_spec(tiny_config(attention_bias=bias, mlp_bias=bias, tie_word_embeddings=tied))
-    names = weight_map(spec)
-    assert set(names) == set(weight_shapes(spec))
+    sources = FAMILY.tensors.weight_map(spec)
+    names = {ours: source.name for ours, source in sources.items()}
+    assert {ours: source.shape for ours, source in sources.items()} == weight_shapes(spec)
     assert len(set(names.values())) == len(names)
     assert names["layers.1.down.weight"] == "model.layers.1.mlp.down_proj.weight"
     assert ("layers.0.o.bias" in names) == bias

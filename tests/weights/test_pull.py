@@ -13,6 +13,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,11 +28,11 @@ from octavo.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
+from octavo.progress import NO_PROGRESS, NoProgress, folder_size
 from octavo.weights import wheel
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import pull, pulled_models, resolve_model
 from octavo.weights.model_files import read_model
-from octavo.weights.progress import NO_PROGRESS, NoProgress
 from octavo.weights.wheel import WheelModel
 
 NAME = "smollm2-135m"
@@ -223,21 +224,22 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 from test_pull import NAME, model_of
 from octavo.config import Environment
-from octavo.weights import convert, wheel
+from octavo.weights import wheel
+from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.hub import pull
 
 gguf = Path({gguf!r}).read_bytes()
 wheel.WHEEL_MODELS = {{NAME: model_of(gguf)}}
-whole = convert._contents
+whole, begun = Checkpoint.runs, []
 
-def slow(*arguments):
-    for number, content in enumerate(whole(*arguments)):
-        if number == 5:
-            print("half-way", flush=True)
-            time.sleep(60)
-        yield content
+def slow(checkpoint, name):
+    begun.append(name)
+    if len(begun) == 6:
+        print("half-way", flush=True)
+        time.sleep(60)
+    return whole(checkpoint, name)
 
-convert._contents = slow
+Checkpoint.runs = slow
 pull(NAME, Environment(Path({home!r}), 0, "auto"))
 """
 
@@ -423,7 +425,7 @@ def test_the_command(
 
 
 def test_a_folder_is_watched_while_it_grows(tmp_path: Path) -> None:
-    from octavo.weights.progress import watch_folder
+    from octavo.progress import watch_folder
 
     progress = Recorder()
     progress.start("", 0)
@@ -433,3 +435,21 @@ def test_a_folder_is_watched_while_it_grows(tmp_path: Path) -> None:
         while progress.steps[0][2] != 100_000 and time.monotonic() < deadline:
             time.sleep(0.02)
     assert progress.steps[0][2] == 100_000
+
+
+def test_a_folder_that_vanishes_while_it_is_measured_is_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pip's do, between the moment they are listed and the moment they are looked into."""
+    for folder in ("kept", "pip-unpack"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_bytes(bytes(7))
+    scan = os.scandir
+
+    def vanishing(path: Any) -> Any:
+        if str(path).endswith("pip-unpack"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert folder_size(tmp_path) == 7

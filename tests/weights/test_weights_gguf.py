@@ -25,11 +25,13 @@ from octavo.errors import (
     UnsupportedModelError,
     WeightsError,
 )
+from octavo.models.llama import read_spec
+from octavo.models.llama_gguf import GGUF, llama3_divisors
 from octavo.models.spec import RopeSpec
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.gguf import KINDS, GgufFile
-from octavo.weights.gguf_llama import hugging_face_name, llama3_divisors, unpermute_rows
 from octavo.weights.model_files import read_model
+from octavo.weights.reader import unpermute_rows
 from octavo.weights.tensor import float32_to_bf16
 
 
@@ -39,9 +41,9 @@ def test_unpermuting_undoes_permuting(num_heads: int, head_dim: int, width: Any)
     values = np.random.default_rng(1).standard_normal((num_heads * head_dim, *width))
     permuted = permute_rows(values, num_heads)
     assert (head_dim == 2) == np.array_equal(permuted, values)
-    np.testing.assert_array_equal(unpermute_rows(permuted, num_heads), values)
+    np.testing.assert_array_equal(unpermute_rows(permuted, head_dim), values)
     if num_heads > 1 and head_dim > 2:  # the planted error: k undone with the query heads' number
-        assert not np.array_equal(unpermute_rows(permuted, 1), values)
+        assert not np.array_equal(unpermute_rows(permuted, num_heads * head_dim), values)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -56,7 +58,9 @@ def test_plain_weights_come_back_exactly(tied: bool, bias: bool, tmp_path: Path)
     checkpoint = open_checkpoint(files)
     assert checkpoint.dtype == "f32"
     for name, tensor in checkpoint.items():
-        np.testing.assert_array_equal(tensor.data, stored[files.weight_map[name]], err_msg=name)
+        np.testing.assert_array_equal(
+            tensor.data, stored[files.weight_map[name].name], err_msg=name
+        )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +88,7 @@ def test_the_format_that_is_written(kind: str, dtype: str, expected: str, tmp_pa
     assert files.config["torch_dtype"] == torch_names[expected]
     raw = gguf.GGMLQuantizationType[kind]
     for name in ("layers.1.up.weight", "lm_head.weight"):
-        values = stored[files.weight_map[name]]
+        values = stored[files.weight_map[name].name]
         decoded = gguf.dequantize(gguf.quantize(values, raw), raw).reshape(values.shape)
         tensor = checkpoint[name]
         if expected == "bf16":
@@ -231,7 +235,7 @@ def test_all_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         convert(tmp_path, weights=weights)
     assert len(caught.value.problems) == 2
     extra = {"blk.0.attn_q_norm.weight": np.ones(64), "blk.0.ffn_gate_exps.weight": np.ones(3)}
-    with pytest.raises(WeightsError, match="no Llama model has") as caught:
+    with pytest.raises(WeightsError, match="is left over") as caught:
         convert(tmp_path, extra_tensors=extra)
     assert len(caught.value.problems) == 2
 
@@ -241,21 +245,28 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
         convert(tmp_path, "int4")
 
 
+def test_names() -> None:
+    spec = read_spec(gguf_config(mlp_bias=True, num_hidden_layers=13))
+    sources = GGUF.tensors.weight_map(spec)
+    assert sources["embed.weight"].name == "token_embd.weight"
+    assert sources["lm_head.weight"].name == "output.weight"
+    assert sources["layers.12.down.bias"].name == "blk.12.ffn_down.bias"
+    assert (sources["layers.3.q.weight"].names, sources["layers.3.q.weight"].head_dim) == (
+        *(("blk.3.attn_q.weight",), 64),
+    )
+
+
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    "name",
     [
-        ("token_embd.weight", "model.embed_tokens.weight"),
-        ("output.weight", "lm_head.weight"),
-        ("blk.12.ffn_down.bias", "model.layers.12.mlp.down_proj.bias"),
-        ("blk.012.ffn_down.weight", None),
-        ("blk.1.ffn_down", None),
-        ("attn_q.weight", None),
-        ("blk.0.output.weight", None),
-        ("rope_freqs.weight", None),
+        *("blk.012.ffn_down.weight", "blk.00.ffn_down.weight", "blk.1.ffn_down", "attn_q.weight"),
+        *("blk.0.output.weight", "blk.2.ffn_down.weight", "blk.0.attn_q.bias.weight"),
     ],
 )
-def test_names(name: str, expected: str | None) -> None:
-    assert hugging_face_name(name) == expected
+def test_tensors_of_another_name_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError) as caught:
+        convert(tmp_path, extra_tensors={name: np.ones((3, 32))})
+    assert [problem.split()[0] for problem in caught.value.problems] == [name]
 
 
 def test_every_format_that_is_offered_has_a_decoder() -> None:

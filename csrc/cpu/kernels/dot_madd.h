@@ -5,6 +5,9 @@
 // those of 1 and 3 after a shift by eight; the codes are stored in that order.
 
 constexpr bool kOneSum = true;
+// Rows of a tile, with 16-bit codes and with 8-bit ones.
+constexpr int kDotRows = 4;
+constexpr int kDotRowsOnePass = 4;
 constexpr std::uint32_t kByteOffset = 128;
 
 struct Bytes {

@@ -2,6 +2,9 @@
 // time.
 
 constexpr bool kOneSum = true;
+// Rows of a tile, with 16-bit codes and with 8-bit ones.
+constexpr int kDotRows = 4;
+constexpr int kDotRowsOnePass = 4;
 constexpr std::uint32_t kByteOffset = 128;
 
 // The weights of four inputs, of outputs 0 to 7 and 8 to 15.

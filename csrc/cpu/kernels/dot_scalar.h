@@ -1,6 +1,9 @@
 // Sums of whole numbers in plain C++: 16-bit codes times unsigned bytes.
 
 constexpr bool kOneSum = true;
+// Rows of a tile, with 16-bit codes and with 8-bit ones.
+constexpr int kDotRows = 1;
+constexpr int kDotRowsOnePass = 1;
 constexpr std::uint32_t kByteOffset = 128;
 
 using Bytes = Words;

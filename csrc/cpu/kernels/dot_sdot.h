@@ -4,6 +4,9 @@
 // only the first.
 
 constexpr bool kOneSum = false;
+// Rows of a tile, with 16-bit codes and with 8-bit ones.
+constexpr int kDotRows = 3;
+constexpr int kDotRowsOnePass = 2 * kDotRows;
 
 using Bytes = Words;
 using Codes = int8x16_t;

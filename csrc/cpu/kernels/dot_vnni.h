@@ -4,6 +4,9 @@
 // only the first.
 
 constexpr bool kOneSum = false;
+// Rows of a tile, with 16-bit codes and with 8-bit ones.
+constexpr int kDotRows = kNumRegisters == 32 ? 3 : 2;
+constexpr int kDotRowsOnePass = 2 * kDotRows;
 constexpr std::uint32_t kByteOffset = 128;
 
 using Bytes = Words;

@@ -1,5 +1,21 @@
 // 16 lanes as one AVX-512 register; needs AVX-512 F, BW, DQ and VL.
 
+constexpr int kNumRegisters = 32;
+// Tiles of the matrix products, rows x panels, so that the sums fit the registers: fused
+// multiply-adds have even and odd sums. kDotPanels: of sums of whole numbers (dot_*.h).
+constexpr int kRows = 6;
+constexpr int kPanels = 2;
+constexpr int kDotPanels = 4;
+constexpr int kPanelsOneRow = 4;  // more panels for one row: enough sums under way at a time
+constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
+// Query rows x tiles of keys under way at a time.
+#if defined(__AVX512VNNI__)
+constexpr int kScoreChains = 16;
+#else
+constexpr int kScoreChains = 8;
+#endif
+constexpr int kValueRows = 4;  // query rows that share a load of the values
+
 struct Vec {
   __m512 v;
 };

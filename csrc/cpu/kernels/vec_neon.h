@@ -1,5 +1,17 @@
 // 16 lanes as four NEON registers; needs AArch64 and nothing beyond it.
 
+constexpr int kNumRegisters = 32;
+// Tiles of the matrix products, rows x panels, so that the sums fit the registers: fused
+// multiply-adds have even and odd sums. kDotPanels: of sums of whole numbers (dot_*.h). Chosen by
+// counting registers, not yet by timing.
+constexpr int kRows = 2;
+constexpr int kPanels = 1;
+constexpr int kDotPanels = 1;
+constexpr int kPanelsOneRow = 2;  // more panels for one row: enough sums under way at a time
+constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
+constexpr int kScoreChains = 4;   // query rows x tiles of keys under way at a time
+constexpr int kValueRows = 1;     // query rows that share a load of the values
+
 struct Vec {
   float32x4_t v[4];  // lanes 4i .. 4i + 3
 };

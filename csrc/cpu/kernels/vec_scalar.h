@@ -1,5 +1,16 @@
 // 16 lanes in plain C++: runs everywhere, and compilers turn most of it into what SIMD there is.
 
+constexpr int kNumRegisters = 16;
+// Tiles of the matrix products, rows x panels, so that the sums fit the registers: fused
+// multiply-adds have even and odd sums. kDotPanels: of sums of whole numbers (dot_*.h).
+constexpr int kRows = 1;
+constexpr int kPanels = 1;
+constexpr int kDotPanels = 1;
+constexpr int kPanelsOneRow = 1;  // more panels for one row: enough sums under way at a time
+constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
+constexpr int kScoreChains = 2;   // query rows x tiles of keys under way at a time
+constexpr int kValueRows = 1;     // query rows that share a load of the values
+
 struct Vec {
   float lane[16];
 };

@@ -88,8 +88,8 @@ bool decode_layer(Stream& stream, const LayerWork& work, Workspace& workspace) {
     multiply_few(stream, work.qkv, x, matrix_of(weights.qkv[0]));
     rope_and_store(stream, work.qkv, weights.rope, layer, work.kv, work.step);
   }
-  attention(stream, work.attn, work.qkv.columns(0, layer.q_size()), layer, work.scale, work.kv,
-            work.step, workspace);
+  attention(stream, work.attn, work.qkv.columns(0, layer.q_size()), layer, layer.score_scale(),
+            work.kv, work.step, workspace);
   multiply_few_added(stream, residual, {work.attn, nullptr, dtype}, matrix_of(weights.o));
   multiply_few_gated(stream, work.act, normed(weights.mlp_norm, weights.up[0]),
                      matrix_of(weights.up[0]), layer.activation);

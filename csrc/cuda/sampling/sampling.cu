@@ -74,7 +74,7 @@ OCTAVO_DEVICE float nearest_logit(const Search& search, const Plan& plan) {
 OCTAVO_DEVICE Part collect_part(const Search& search, const Plan& plan, const RowOptions& options,
                                 RowState& state, int begin, int end) {
   const Scores& scores = search.scores;
-  NoisyBest best(options.stamp, options.temperature);
+  NoisyBest best(options.stamp(), options.temperature);
   if (plan.kept > 0 || plan.collected >= 0) {
     const float nearest = nearest_logit(search, plan);
     scores.each_four(begin, end, [&](int first, float4 logits) {
@@ -179,7 +179,8 @@ OCTAVO_DEVICE_CALL void run_scan(Turn turn) {
   if (options.is_greedy())
     found = scan_part(scores, turn.begin, turn.end, Best{});
   else if (options.keeps_all())
-    found = scan_part(scores, turn.begin, turn.end, NoisyBest(options.stamp, options.temperature));
+    found =
+        scan_part(scores, turn.begin, turn.end, NoisyBest(options.stamp(), options.temperature));
   else
     found = scan_part(scores, turn.begin, turn.end, Nothing{});
   if (!arrive_last(found, state, gridDim.x, turn.part)) return;
@@ -235,15 +236,10 @@ __global__ void __launch_bounds__(kSamplingThreads, 2) sample_rows(SampleArgumen
   wait_for_previous_kernel();
   const std::int64_t row = a.row();
   if (threadIdx.x == 0) {
-    memory.options = {a.temperature[row],
-                      a.top_p[row],
-                      a.min_p[row],
-                      a.top_k[row],
-                      {a.seed[row], static_cast<unsigned>(a.sample_index[row]),
-                       static_cast<unsigned>(a.position[row])}};
+    memory.options = {a.sampling[row]};
     memory.logits = a.logits + row * a.stride;
     memory.mask = a.masks ? a.masks + row * ((a.vocab + 31) / 32) : nullptr;
-    memory.phases = memory.options.phases(a.num_logprobs[row] >= 0);
+    memory.phases = memory.options.phases();
     memory.num_phases = memory.turns_left = count_bits(memory.phases);
     memory.arguments = a;
   }
@@ -291,15 +287,7 @@ void sample(Stream& stream, const Samples& out, View logits, const std::int32_t*
   a.aligned = fours_aligned(logits);
   a.states =
       static_cast<RowState*>(workspace.get(sampling_workspace_bytes(logits.cols, logits.rows)));
-  a.temperature = step.temperature;
-  a.top_p = step.top_p;
-  a.min_p = step.min_p;
-  a.top_k = step.top_k;
-  a.sample_index = step.sample_index;
-  a.position = step.sample_positions;
-  a.num_logprobs = step.num_logprobs;
-  a.state_rows = step.state_rows;
-  a.seed = step.seed;
+  a.sampling = step.sampling;
   a.sampled = step.sampled;
   a.out = out;
   for (a.first_row = 0; a.first_row < logits.rows; a.first_row += most_rows) {

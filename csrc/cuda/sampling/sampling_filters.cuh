@@ -38,7 +38,7 @@ OCTAVO_DEVICE Wide sample_down_to(const Search& search, const RowOptions& option
   Best best;
   search.scores.each([&](int token, float score) {
     if (score >= search.lowest && place_of(score, token) >= lowest)
-      best.see(add_rn(score, gumbel_of(options.stamp, token)), token);
+      best.see(add_rn(score, gumbel_of(options.stamp(), token)), token);
   });
   return best_of_block(best.place());
 }
@@ -60,7 +60,7 @@ OCTAVO_DEVICE Wide sample_listed(const Search& search, const RowOptions& options
   Wide place = 0;
   if (kept) {
     const int token = token_of(mine.place);
-    place = place_of(add_rn(score_of(mine.place), gumbel_of(options.stamp, token)), token);
+    place = place_of(add_rn(score_of(mine.place), gumbel_of(options.stamp(), token)), token);
   }
   return best_of_block(place);
 }
@@ -153,7 +153,8 @@ OCTAVO_DEVICE void note_token(const SampleArguments& a, int token, unsigned fini
     a.out.token_ids[row] = token;
     a.out.finite[row] = static_cast<std::uint8_t>(finite);
     a.out.logprobs[row] = NAN;
-    if (a.state_rows[row] >= 0) a.sampled[a.state_rows[row]] = token;
+    const int state_row = sample_memory().options.state_row;
+    if (state_row >= 0) a.sampled[state_row] = token;
   }
   for (int i = static_cast<int>(threadIdx.x); i < a.num_top;
        i += static_cast<int>(kSamplingThreads)) {
@@ -177,7 +178,8 @@ OCTAVO_DEVICE Plan plan_logprobs(const SampleArguments& a, const Search& search,
     const float logit = search.scores.logits[a.out.token_ids[row]];
     a.out.logprobs[row] = logprob_of(search, plan, logit);
   }
-  const int wanted = a.num_logprobs[row] < a.num_top ? a.num_logprobs[row] : a.num_top;
+  const int asked = sample_memory().options.num_logprobs;
+  const int wanted = asked < a.num_top ? asked : a.num_top;
   plan.needed =
       static_cast<unsigned>(wanted) < total.count ? static_cast<unsigned>(wanted) : total.count;
   if (plan.needed == 0) return plan;

@@ -37,9 +37,7 @@ struct SampleArguments {
   int vocab, num_top, each;  // each: tokens of a block
   bool aligned;
   RowState* states;
-  const float *temperature, *top_p, *min_p;
-  const std::int32_t *top_k, *sample_index, *position, *num_logprobs, *state_rows;
-  const std::uint64_t* seed;
+  const SamplingRow* sampling;
   std::int32_t* sampled;
   Samples out;
 
@@ -47,20 +45,17 @@ struct SampleArguments {
 };
 
 // How one row is sampled.
-struct RowOptions {
-  float temperature, top_p, min_p;
-  int top_k;
-  Stamp stamp;
-
-  OCTAVO_DEVICE bool is_greedy() const { return temperature == 0.0f; }
+struct RowOptions : SamplingRow {
   OCTAVO_DEVICE bool counts() const { return top_k > 0 || top_p < 1.0f; }
-  OCTAVO_DEVICE bool keeps_all() const { return min_p == 0.0f && top_k == 0 && top_p >= 1.0f; }
+  OCTAVO_DEVICE Stamp stamp() const {
+    return {seed, static_cast<unsigned>(sample_index), static_cast<unsigned>(position)};
+  }
   // Bit p: whether phase p is needed.
-  OCTAVO_DEVICE unsigned phases(bool logprobs) const {
+  OCTAVO_DEVICE unsigned phases() const {
     unsigned bits = 1u << kScan;
     if (!is_greedy() && counts()) bits |= 1u << kCount;
     if (!is_greedy() && !keeps_all()) bits |= 1u << kCollect;
-    if (logprobs) bits |= 1u << kCountLogprobs | 1u << kCollectLogprobs;
+    if (num_logprobs >= 0) bits |= 1u << kCountLogprobs | 1u << kCollectLogprobs;
     return bits;
   }
 };

@@ -1,7 +1,7 @@
 """A client of OpenAI's API that does no more than a load test needs, so that it costs little.
 
 HTTP/1.1 over asyncio's streams, a connection a request, and of each server-sent event the time it
-came. What a general client does besides would take the time of the server on a small machine.
+came. A general client does more, and on a small machine would take that time from the server.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from octavo.errors import InvalidArgumentError, OctavoError
 
 @dataclass
 class Record:
-    """What became of one request; times in seconds of `time.perf_counter`.
+    """The result of one request; times in seconds of `time.perf_counter`.
 
     chunk_times: when each piece of text came; pieces: the text. status: of HTTP, 0 where there was
     no answer.
@@ -101,7 +101,7 @@ class Client:
             raise OctavoError(f"{self.url}/v1/models gave status {status}: {text}") from error
 
     async def ask(self, job: Job, model: str) -> Record:
-        """Send a request and follow its answer to the end; never raises for what it meets."""
+        """Send a request and read its whole answer; errors are recorded, never raised."""
         body = {**job.body, "model": model, "stream": True}
         body["stream_options"] = {"include_usage": True}
         record = Record(time.perf_counter())

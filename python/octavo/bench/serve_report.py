@@ -20,7 +20,7 @@ _QUANTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class Slo:
-    """What users must be able to rely on, in seconds; None: not asked for.
+    """Limits of latency (service-level objectives), in seconds; None: no limit.
 
     ttft: to the first token. itl: mean for each token after it. e2e: to the end.
     """

@@ -18,7 +18,7 @@ Progress = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class Load:
-    """How requests come.
+    """When requests are sent.
 
     concurrency: users, each of whom asks again when answered (closed loop); with a finite rate the
     most that run at a time. rate: arrivals a second, Poisson; infinite for the closed loop.

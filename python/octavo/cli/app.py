@@ -19,27 +19,31 @@ from octavo.errors import InsufficientMemoryError, OctavoError
 class Verb(NamedTuple):
     """A command of one word or two.
 
-    Its module has a function of the same name (an underscore for the space), annotated for typer.
+    Its module, by default of the same name, has a function of this name (an underscore for the
+    space), annotated for typer.
     """
 
     name: str
     summary: str
     panel: str
+    module: str = ""
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
         name = self.name.replace(" ", "_")
-        function: Callable[..., Any] = getattr(importlib.import_module(f"octavo.cli.{name}"), name)
+        function: Callable[..., Any] = getattr(
+            importlib.import_module(f"octavo.cli.{self.module or name}"), name
+        )
         return function
 
 
-_RUN, _MODELS = "Run a model", "Look after models"
+_RUN, _MODELS = "Run a model", "Manage models"
 _MEASURE = "Measure"
-_SCHEDULING = "Question the scheduler"
+_SCHEDULING = "Inspect the scheduler"
 
 # In the order of `octavo --help`. The summaries stand here so that help need not import the verbs.
 VERBS = (
-    Verb("generate", "Answer one prompt, or go on with a text.", _RUN),
+    Verb("generate", "Answer one prompt, or continue a text.", _RUN),
     Verb("chat", "Talk with a model in the terminal.", _RUN),
     Verb("serve", "Serve a model over HTTP, with OpenAI's API.", _RUN),
     Verb("batch", "Answer a whole file of prompts; can be stopped and resumed.", _RUN),
@@ -50,9 +54,11 @@ VERBS = (
     Verb("bench", "Measure speed beside the machine's limits.", _MEASURE),
     Verb("bench serve", "Measure a server under load.", _MEASURE),
     Verb("eval", "Measure perplexity, and what a number format costs.", _MEASURE),
-    Verb("explain", "Tell where a request's time went, from an event log.", _SCHEDULING),
-    Verb("trace", "Turn an event log into a trace for ui.perfetto.dev.", _SCHEDULING),
-    Verb("replay", "Run a log's requests again on a simulated device.", _SCHEDULING),
+    Verb(
+        "explain", "Tell where a request's time went, from an event log.", _SCHEDULING, "event_log"
+    ),
+    Verb("trace", "Turn an event log into a trace for ui.perfetto.dev.", _SCHEDULING, "event_log"),
+    Verb("replay", "Run a log's requests again on a simulated device.", _SCHEDULING, "event_log"),
 )
 
 _EPILOG = """Start here:  [bold]octavo generate "What is the capital of France?"[/bold]
@@ -71,7 +77,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return code
     streams.forget_output()
     if isinstance(lost, BrokenPipeError):
-        return FAILED  # whoever read our output has gone (`octavo … | head`): not a word
+        return FAILED  # the reader has gone (`octavo … | head`): no message
     print_error(
         f"standard output cannot be written ({lost.strerror or lost}), and what was meant for it "
         "is lost; expected a terminal, a pipe, or a file on a disk with room"
@@ -94,18 +100,18 @@ def _run(arguments: list[str]) -> int:
     except OctavoError as error:
         print_error(str(error))
         return MISTAKE
-    except MemoryError as error:  # the limit of the process was met in small pieces
+    except MemoryError as error:  # of a small allocation
         print_error(f"there is too little memory ({error}): use a smaller model, or free memory")
         return MISTAKE
     except OSError as error:
-        if streams.output_error() is None:  # else `run` tells of that
+        if streams.output_error() is None:  # else `run` reports it
             file = "" if error.filename is None else f"{error.filename}: "
             print_error(f"{file}{error.strerror or error}")
         return MISTAKE
     except Exception as error:
         message = _usage_message(error)
         if message is None:
-            raise  # a defect of octavo: the traceback is what a report needs
+            raise  # a defect of octavo: a bug report needs the traceback
         print_error(message)
         return MISTAKE
 
@@ -113,7 +119,7 @@ def _run(arguments: list[str]) -> int:
 def build_app(arguments: Sequence[str]) -> typer.Typer:
     """The application with the wanted verb loaded and the others as names with a summary.
 
-    No import of a verb (and of what it stands on) happens but for the one that runs.
+    Only the verb that runs is imported, with what it needs.
     """
     app = typer.Typer(
         add_completion=False,
@@ -125,8 +131,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     words = [word for word in arguments if not word.startswith("-")][:2]
     for verb in VERBS:
         if " " in verb.name and verb.name == " ".join(words):
-            # A command beside another of the same first word, which alone would take the second
-            # for its argument.
+            # `bench serve` beside `bench`, which would take "serve" for its argument.
             group = typer.Typer()
             group.callback()(_bench)
             group.command(words[1])(verb.load())
@@ -154,7 +159,7 @@ def _as_option(option: str, value: object) -> str:
 
 
 def _not_loaded() -> None:
-    """Stands for a verb in the help; only the verb on the command line ever runs."""
+    """Stands for a verb in the help; it never runs."""
 
 
 def _bench() -> None:
@@ -183,7 +188,7 @@ def _octavo(
 def _usage_message(error: Exception) -> str | None:
     """The message of a mistake on the command line; None for any other exception.
 
-    Known by its shape: typer brings its own copy of click or uses the installed one.
+    Recognized by its method: typer brings its own copy of click or uses the installed one.
     """
     format_message: Callable[[], Any] | None = getattr(error, "format_message", None)
     if format_message is None:

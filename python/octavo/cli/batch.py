@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from octavo.cli import common
 from octavo.cli.batch_input import (
     BadLine,
@@ -21,109 +19,78 @@ from octavo.cli.batch_input import (
     parse_line,
     read_lines,
 )
-from octavo.cli.batch_journal import Journal
-from octavo.cli.batch_output import answer_record, error_record
+from octavo.cli.batch_output import OutputFile
 from octavo.cli.batch_stamp import Run, Stamp, describe_run
-from octavo.cli.common import (
-    DeterministicOption,
-    DeviceOption,
-    DTypeOption,
+from octavo.cli.options import (
+    SAMPLING,
+    STOP,
+    ChatOption,
     EventLogOption,
-    KeepEmbeddingOption,
-    KVDTypeOption,
-    LoadFormatOption,
-    MaxModelLenOption,
     ModelOption,
-    NumThreadsOption,
-    QuantizeOption,
-    StopOption,
     SystemOption,
+    argument,
+    engine_options,
+    option,
+    tried,
 )
 from octavo.config import EngineConfig
 from octavo.errors import InvalidArgumentError, OctavoError
-from octavo.files import check_writable, writing
+from octavo.files import writing
+from octavo.progress import duration
 from octavo.sampling_params import SamplingParams
 from octavo.server.errors import ApiError
-from octavo.weights.progress import LogLines
 
 if TYPE_CHECKING:
+    from octavo.engine.outputs import RequestOutput
     from octavo.llm import LLM
     from octavo.prompts import EncodedPrompt
 
 
+@engine_options("max_num_seqs", "seed")
 def batch(
-    input_file: Annotated[
-        Path,
-        typer.Argument(metavar="IN.jsonl", help="One prompt a line; see above.", readable=False),
-    ],
+    *,
+    input_file: Annotated[Path, argument("One prompt per line; see above.", "IN.jsonl")],
     output_file: Annotated[
         Path,
-        typer.Argument(
-            metavar="OUT.jsonl", help="Where the answers go, one a line.", readable=False
-        ),
+        argument("The answers, one per line.", **tried("the answers", "OUT.jsonl")),
     ],
     model: ModelOption = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--raw",
-            help="For lines that are a bare prompt: answer it, or go on with it. Left out: --chat "
-            "for a model that has a chat template.",
-            show_default=False,
-        ),
-    ] = None,
+    chat: ChatOption = None,
     system: SystemOption = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin anew, and forget the answers in OUT.jsonl.")
+        bool, option("Start again, and delete the answers in OUT.jsonl.", "--overwrite")
     ] = False,
     max_tokens: Annotated[
         int,
-        common.max_tokens_option("Longest answer, in tokens, for lines that do not say."),
+        option(
+            "Longest answer, in tokens, for lines that give no limit.",
+            "--max-tokens",
+            "-n",
+            panel=STOP,
+        ),
     ] = 256,
-    stop: StopOption = None,
+    stop: Annotated[
+        list[str] | None,
+        option("End answers before this text. May be given several times.", panel=STOP),
+    ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(
+        option(
+            "For lines that give none. Left out: 1 for OpenAI's lines (their default), 0 for all "
+            "others.",
             "--temperature",
             "-t",
-            help="For lines that do not say. Left out: 1 for OpenAI's lines (their default), 0 "
-            "for all others.",
-            show_default=False,
-            rich_help_panel="How to choose words",
+            panel=SAMPLING,
         ),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            help="For random choices, with each line's custom_id: a resumed run gives the answers "
-            "that it would have given.",
-            rich_help_panel="How to choose words",
-        ),
-    ] = 0,
-    max_num_seqs: Annotated[
-        int,
-        typer.Option(
-            help="How many prompts to answer at the same time. More is faster in all, and needs "
-            "more memory.",
-            rich_help_panel="Model",
-        ),
-    ] = 64,
-    device: DeviceOption = "auto",
-    deterministic: DeterministicOption = False,
-    dtype: DTypeOption = "auto",
-    quantize: QuantizeOption = None,
-    keep_embedding: KeepEmbeddingOption = False,
-    kv_dtype: KVDTypeOption = "auto",
-    max_model_len: MaxModelLenOption = None,
-    num_threads: NumThreadsOption = 0,
-    load_format: LoadFormatOption = "auto",
+    config: EngineConfig,
     event_log: EventLogOption = None,
 ) -> int:
     """Answer a whole file of prompts; can be stopped and resumed.
 
     Each line of IN.jsonl is a prompt as plain text, or an object {"prompt": …} or {"messages": …}, or a line of OpenAI's batch format.
 
-    Answers are written as they come, in OpenAI's batch output format; the text is at response.body.choices[0]. Whatever stopped a run, the same command goes on where it was; one that would give other answers is refused. A line that cannot be answered gets an "error" and does not stop the rest.
+    Answers are written as they come, in OpenAI's batch output format; the text is at response.body.choices[0]. However a run was stopped, the same command resumes it; a command that would give other answers is refused. A line that cannot be answered gets an "error" and does not stop the rest.
 
     Exit code: 0 all answered, 1 some lines failed, 2 a mistake in the command, 130 Ctrl-C.
 
@@ -138,41 +105,27 @@ def batch(
     ids = check_ids(input_file)
     if not ids:
         raise InvalidArgumentError(f"{input_file} is empty; expected one prompt a line")
-    options: dict[str, Any] = {
-        "device": device,
-        "deterministic": deterministic,
-        "dtype": dtype,
-        "quantize": quantize,
-        "keep_embedding": keep_embedding,
-        "kv_dtype": kv_dtype,
-        "max_model_len": max_model_len,
-        "num_threads": num_threads,
-        "load_format": load_format,
-        "max_num_seqs": max_num_seqs,
-        "seed": seed,
-    }
-    config = EngineConfig(**options)  # a wrong option is told of before anything is fetched
-    with writing(output_file, "the answers"), Journal(output_file, overwrite) as journal:
+    with writing(output_file, "the answers"), OutputFile(output_file, overwrite) as output:
         run = describe_run(model, config, chat, system, defaults)
-        journal.check(input_file, run)
-        skipped = len(journal.answered)
+        output.check(input_file, run)
+        skipped = len(output.answered)
         if skipped:
             going_on = "; going on" if skipped < len(ids) else ""
             common.note(f"{skipped:,} of {len(ids):,} answered by an earlier run{going_on}")
-        tally = Tally(total=len(ids), skipped=skipped, failed=journal.num_failed)
+        tally = Tally(total=len(ids), skipped=skipped, failed=output.num_failed)
         interrupted = False
         if skipped == len(ids):
-            journal.begin()
+            output.begin()
         else:
-            llm = common.load_llm(str(run.directory), **options)
+            llm = common.load_llm(str(run.directory), config)
             with _event_log(llm, event_log) as note_events:
-                answers = Answers(journal, tally, note_events)
+                answers = Answers(output, tally, note_events)
                 interrupted = _answer_all(llm, run, input_file, answers)
     return _summarize(tally, output_file, interrupted)
 
 
 def _check_files(input_file: Path, output_file: Path, event_log: Path | None) -> None:
-    """Raise for files that cannot be what they are to be, before anything is done."""
+    """Raise for a pipe, or a file that is named twice, before anything is done."""
     for path in (input_file, output_file):
         if os.path.exists(path) and not path.is_file() and not path.is_dir():
             raise InvalidArgumentError(
@@ -187,9 +140,6 @@ def _check_files(input_file: Path, output_file: Path, event_log: Path | None) ->
         raise InvalidArgumentError(
             f"--event-log is {event_log}, which is the input or the output; expected another file"
         )
-    check_writable(output_file, "the answers")
-    if event_log is not None:
-        check_writable(event_log, "the event log")
 
 
 @dataclass
@@ -214,18 +164,17 @@ class Tally:
         return self.output_tokens / max(time.monotonic() - self.start, 1e-9)
 
     @property
-    def seconds_left(self) -> float | None:
-        """At the pace so far; None before the first answer."""
-        if not self.done:
-            return None
-        return (time.monotonic() - self.start) / self.done * (self.total - self.finished)
+    def pace(self) -> str:
+        """For the bar."""
+        failed = f", {self.failed:,} failed" if self.failed else ""
+        return f"{self.tokens_per_second:,.0f} tokens/s{failed}"
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Where answers go, and what is counted and noted on the way."""
+    """Where answers are written and counted."""
 
-    journal: Journal
+    output: OutputFile
     tally: Tally
     note_events: Callable[[], None]
 
@@ -233,7 +182,7 @@ class Answers:
 def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
     """Answer every line that has no answer yet; returns whether Ctrl-C ended it."""
     waiting: dict[str, tuple[BatchRequest, Stamp]] = {}
-    journal, tally = answers.journal, answers.tally
+    output, tally = answers.output, answers.tally
     if llm.tokenizer is None:
         raise InvalidArgumentError(
             "this model has no tokenizer.json, without which there is no text"
@@ -241,7 +190,7 @@ def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
 
     def items() -> Iterator[tuple[str, EncodedPrompt, SamplingParams]]:
         for line in read_lines(input_file):
-            if line.custom_id in journal.answered:
+            if line.custom_id in output.answered:
                 continue
             request = parse_line(line, run.defaults)
             stamp = run.stamp(request, line)
@@ -251,27 +200,28 @@ def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
                 except (OctavoError, ApiError) as error:
                     request = BadLine(line.custom_id, f"line {line.number}: {error}")
             if isinstance(request, BadLine):
-                journal.write(error_record(request.custom_id, request.message), stamp)
+                output.write(error_record(request.custom_id, request.message), stamp)
                 tally.done += 1
                 tally.failed += 1
                 continue
             waiting[request.custom_id] = request, stamp
             yield request.custom_id, prompt, request.params
 
-    journal.begin()  # what it drops would be missed where a run cannot even begin
+    output.begin()  # not earlier: where loading failed, the old answers stay
     tally.start = time.monotonic()
     try:
-        with _progress(tally) as update:
-            for custom_id, output in llm.generate_as_completed(items()):
+        with common.progress_bar("count") as bar:
+            bar.start("answering", tally.total, tally.finished)
+            for custom_id, answer in llm.generate_as_completed(items()):
                 request, stamp = waiting.pop(custom_id)
-                record = answer_record(request, output, run.name, llm, run.is_chat(request))
-                journal.write(record, stamp)
+                record = answer_record(request, answer, run.name, llm, run.is_chat(request))
+                output.write(record, stamp)
                 tally.done += 1
                 tally.failed += record["error"] is not None
-                tally.prompt_tokens += output.metrics.num_prompt_tokens
-                tally.output_tokens += output.metrics.num_output_tokens
+                tally.prompt_tokens += answer.metrics.num_prompt_tokens
+                tally.output_tokens += answer.metrics.num_output_tokens
                 answers.note_events()
-                update()
+                bar.update("answering", tally.finished, tally.total, tally.pace)
     except KeyboardInterrupt:
         return True
     return False
@@ -279,7 +229,7 @@ def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
 
 @contextmanager
 def _event_log(llm: LLM, path: Path | None) -> Iterator[Callable[[], None]]:
-    """What writes the scheduler's latest events to the file, if one was asked for."""
+    """A function that writes the latest events to the file, if there is one."""
     if path is None:
         yield lambda: None
         return
@@ -287,43 +237,6 @@ def _event_log(llm: LLM, path: Path | None) -> Iterator[Callable[[], None]]:
 
     with EventLogFile(llm.engine.events, path) as file:
         yield file.flush
-
-
-@contextmanager
-def _progress(tally: Tally) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, else a line now and then (a log of Slurm, say)."""
-    console = common.stderr_console()
-    if not console.is_terminal:
-        lines = LogLines(console.print)
-        yield lambda: lines.offer(
-            lambda: f"{tally.finished:,} of {tally.total:,} done, {_pace(tally)}"
-        )
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=tally.total, completed=tally.finished, pace="begun")
-        yield lambda: bar.update(task, completed=tally.finished, pace=_pace(tally))
-
-
-def _pace(tally: Tally) -> str:
-    parts = [f"{tally.tokens_per_second:,.0f} tokens/s"]
-    if tally.failed:
-        parts.append(f"{tally.failed:,} failed")
-    if tally.seconds_left is not None:
-        parts.append(f"about {duration(tally.seconds_left)} left")
-    return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """43 s, 5 min 12 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 def _summarize(tally: Tally, output_file: Path, interrupted: bool) -> int:
@@ -346,3 +259,40 @@ def _summarize(tally: Tally, output_file: Path, interrupted: bool) -> int:
         return common.FAILED
     common.note(f"all {tally.total:,} answered: {output_file}")
     return 0
+
+
+def error_record(custom_id: str, message: str, code: str = "invalid_request") -> dict[str, Any]:
+    """The line for a request that was not answered."""
+    return {
+        "id": f"batch_req_{custom_id}",
+        "custom_id": custom_id,
+        "response": None,
+        "error": {"code": code, "message": message},
+    }
+
+
+def answer_record(
+    request: BatchRequest, output: RequestOutput, model: str, llm: LLM, is_chat: bool
+) -> dict[str, Any]:
+    """The line for an answered request: the body is what the server would answer."""
+    from octavo.server.formats import Head, usage_of
+
+    failed = [answer for answer in output.outputs if answer.finish_reason == "error"]
+    if output.error is not None or failed or not output.outputs:
+        # A refused prompt has no outputs; with outputs, the model itself failed.
+        code = "model_error" if output.outputs else "invalid_request"
+        return error_record(request.custom_id, output.error or "the model failed", code)
+    head = Head(f"{'chatcmpl' if is_chat else 'cmpl'}-{request.custom_id}", int(time.time()), model)
+    answer_format = request.answer_format(llm, head, output, is_chat)
+    metrics = output.metrics
+    usage = usage_of(metrics.num_prompt_tokens, metrics.num_output_tokens)
+    return {
+        "id": f"batch_req_{request.custom_id}",
+        "custom_id": request.custom_id,
+        "response": {
+            "status_code": 200,
+            "request_id": output.request_id,
+            "body": answer_format.whole([output], usage),
+        },
+        "error": None,
+    }

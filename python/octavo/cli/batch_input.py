@@ -35,10 +35,10 @@ COMPLETIONS_URL = "/v1/completions"
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """One line that can be asked of the model.
+    """One line that the model can answer.
 
-    body: as the server takes it. text: a bare prompt, of which the model decides whether it is
-    answered or continued (a chat template or none), as `octavo generate` does; None for others.
+    body: as the server takes it. text: a bare prompt, which is answered if the model has a chat
+    template and continued if not, as by `octavo generate`; None for other lines.
     """
 
     custom_id: str
@@ -55,14 +55,14 @@ class BatchRequest:
 
     @property
     def prompt(self) -> Any:
-        """All that is asked, but for the sampling: a text, or an object."""
+        """The request without its sampling options: a text, or an object."""
         from octavo.server.protocol import SamplingBody
 
         fields = set(type(self.body).model_fields) - set(SamplingBody.model_fields)
         made_of = self.body.model_dump(exclude_defaults=True, include=fields - _IN_PARAMS)
         if self.text is None:
             if "messages" in made_of:
-                with suppress(InvalidArgumentError):  # which the answer will say
+                with suppress(InvalidArgumentError):  # which is reported when the line is answered
                     made_of["messages"] = check_messages(made_of["messages"])
             return made_of
         del made_of["messages" if "messages" in made_of else "prompt"]
@@ -124,7 +124,7 @@ def tool_format_of(llm: LLM, body: ChatBody) -> ToolFormat | None:
 
 @dataclass(frozen=True)
 class BadLine:
-    """One line that cannot."""
+    """One line that cannot be answered."""
 
     custom_id: str
     message: str
@@ -132,7 +132,7 @@ class BadLine:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a line that says nothing gets; temperature None: 1 in OpenAI's lines, else 0."""
+    """Options of lines that give none; temperature None: 1 in OpenAI's lines, else 0."""
 
     temperature: float | None = None
     max_tokens: int = 256
@@ -149,7 +149,7 @@ class BatchLine:
 
 
 def read_lines(path: Path) -> Iterator[BatchLine]:
-    """The lines of a file but for the blank ones. Bytes that are no UTF-8 become U+FFFD."""
+    """The lines of a file without the blank ones. Bytes that are not UTF-8 become U+FFFD."""
     with reading(path, "a file with one prompt a line"):
         file = path.open("rb")
     with file:
@@ -249,7 +249,7 @@ def _parse_plain(custom_id: str, content: dict[str, Any], defaults: Defaults) ->
 def _text_request(
     custom_id: str, text: str, options: dict[str, Any], defaults: Defaults
 ) -> BatchRequest:
-    # A number of log-probabilities is what completions have; chats say it in two fields.
+    # Completions have a number in "logprobs"; chats have true there, and "top_logprobs".
     is_chat = type(options.get("logprobs")) is not int
     prompt = {"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": text}
     return replace(_request(custom_id, {**options, **prompt}, is_chat, defaults, 0.0), text=text)
@@ -258,9 +258,9 @@ def _text_request(
 def _request(
     custom_id: str, body: dict[str, Any], is_chat: bool, defaults: Defaults, temperature: float
 ) -> BatchRequest:
-    """The body as the server would read it; InvalidArgumentError for what cannot be done.
+    """The body as the server would read it; InvalidArgumentError for what is not supported.
 
-    temperature: where neither the body nor the command says one.
+    temperature: the default where neither the body nor the command gives one.
     """
     from pydantic import ValidationError
 
@@ -285,7 +285,7 @@ def _request(
 
 
 def _check_prompt(body: dict[str, Any]) -> None:
-    """Messages are checked when they are rendered; here what a line of a batch must not hold."""
+    """Check what a batch allows; messages are checked further when they are rendered."""
     if "messages" in body:
         messages = body["messages"]
         if not isinstance(messages, list):
@@ -301,7 +301,7 @@ def _check_prompt(body: dict[str, Any]) -> None:
 
 
 def _check_options(body: ChatBody | CompletionBody) -> None:
-    """Refuse what a server offers and a file cannot, and what nobody knows."""
+    """Refuse options that only a server offers, and unknown ones."""
     from octavo.server.protocol import slips
 
     for name in ("stream", "timeout"):

@@ -1,4 +1,4 @@
-"""What an answer of a batch depends on, in short: by this a resumed run knows its own answers."""
+"""What an answer of a batch depends on, as digests: a resumed run compares them with its own."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _DEFAULT_PARAMS: dict[str, Any] = asdict(SamplingParams())
 class Stamp:
     """What stands beside an answer, under "octavo".
 
-    model, prompt: digests, 16 hexadecimal digits. options: a JSON object with sorted names, of all
-    that the answer depends on besides; sampling options with their default value are left out.
+    model, prompt: digests, 16 hexadecimal digits. options: everything else that the answer depends
+    on, a JSON object with sorted names; sampling options at their default value are left out.
     """
 
     model: str
@@ -33,7 +33,7 @@ class Stamp:
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Stamp | None:
-        """The stamp of an answer; None where there is none that can be understood."""
+        """The stamp of an answer; None where it is missing or malformed."""
         found = record.get("octavo")
         if not isinstance(found, dict):
             return None
@@ -49,7 +49,7 @@ class Stamp:
     def differences(self, now: Stamp) -> str:
         """In words: every option that has another value in `now`, and both values."""
         old, new = ({**_DEFAULT_PARAMS, **json.loads(each.options)} for each in (self, now))
-        if _SEED not in old or _SEED not in new:  # words are drawn in one of the two only
+        if _SEED not in old or _SEED not in new:  # one of the two is greedy
             old[_SEED] = new[_SEED] = None
         return "; ".join(
             f"{name} was {_describe(old.get(name))} and is {_describe(new.get(name))}"
@@ -63,7 +63,7 @@ class Run:
     """What all answers of a run have in common.
 
     directory, name: of the model; the name is what the answers say. digest: `model_digest`.
-    options: of the engine, "auto" resolved, as far as they change answers. chat: whether a bare
+    options: those of the engine that change answers, "auto" resolved. chat: whether a bare
     prompt is answered rather than continued. system: goes before a bare prompt that is answered.
     seed: for random choices of lines that name none.
     """
@@ -86,7 +86,7 @@ class Run:
         return self.stamp(parse_line(line, self.defaults), line)
 
     def stamp(self, request: BatchRequest | BadLine, line: BatchLine) -> Stamp:
-        """The stamp of what the line was understood as; a line that was not stands for itself."""
+        """The stamp of a request; for a line that cannot be answered its text is the prompt."""
         if isinstance(request, BadLine):
             return Stamp(self.digest, _digest(line.text), _canonical(self.options))
         options = {

@@ -2,104 +2,41 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
-import typer
-
-from octavo.cli.common import (
-    FAILED,
-    DeterministicOption,
-    DeviceOption,
-    DTypeOption,
-    EnforceEagerOption,
-    KeepEmbeddingOption,
-    KVDTypeOption,
-    LoadFormatOption,
-    NumThreadsOption,
-    QuantizeOption,
-    print_error,
-)
+from octavo.cli.common import FAILED, print_error, progress_bar
+from octavo.cli.options import ModelArgument, engine_options, option
+from octavo.config import EngineConfig, read_environment
 from octavo.errors import InvalidArgumentError
 
-_WHAT, _OUT = "What to measure", "Output"
+_numbers = partial(option, panel="What to measure", metavar="N,N,…")
 
 
+@engine_options("max_num_batched_tokens", without=("max_model_len",))
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="Name of a pulled model, a GGUF file, or a folder with a Hugging Face model; with "
-            "--load-format dummy its config.json is enough. Left out: smollm2-135m, fetched on "
-            "first use.",
-            show_default=False,
-        ),
-    ] = None,
+    *,
+    model: ModelArgument = None,
     prompt: Annotated[
-        str,
-        typer.Option(
-            "-p",
-            "--n-prompt",
-            help="Prompt lengths for prefill, in tokens. 0: none.",
-            metavar="N,N,…",
-            rich_help_panel=_WHAT,
-        ),
+        str, _numbers("Prompt lengths for prefill, in tokens. 0: none.", "-p", "--n-prompt")
     ] = "512",
     generate: Annotated[
-        str,
-        typer.Option(
-            "-n",
-            "--n-gen",
-            help="Numbers of tokens to decode. 0: none.",
-            metavar="N,N,…",
-            rich_help_panel=_WHAT,
-        ),
+        str, _numbers("Numbers of tokens to decode. 0: none.", "-n", "--n-gen")
     ] = "128",
     batch: Annotated[
-        str,
-        typer.Option(
-            "-b",
-            "--batch",
-            help="Numbers of sequences that decode together.",
-            metavar="N,N,…",
-            rich_help_panel=_WHAT,
-        ),
+        str, _numbers("Numbers of sequences that decode together.", "-b", "--batch")
     ] = "1",
     depth: Annotated[
-        str,
-        typer.Option(
-            "-d",
-            "--n-depth",
-            help="Tokens in each sequence's cache before decoding.",
-            metavar="N,N,…",
-            rich_help_panel=_WHAT,
-        ),
+        str, _numbers("Tokens in each sequence's cache before decoding.", "-d", "--n-depth")
     ] = "0",
     repetitions: Annotated[
-        int,
-        typer.Option("-r", "--repetitions", help="Timed runs of each test.", rich_help_panel=_WHAT),
+        int, option("Timed runs of each test.", "-r", "--repetitions", panel="What to measure")
     ] = 5,
-    max_num_batched_tokens: Annotated[
-        int,
-        typer.Option(help="Tokens of a prompt that go into one step.", rich_help_panel=_WHAT),
-    ] = 512,
-    dtype: DTypeOption = "auto",
-    kv_dtype: KVDTypeOption = "auto",
-    quantize: QuantizeOption = None,
-    keep_embedding: KeepEmbeddingOption = False,
-    device: DeviceOption = "auto",
-    deterministic: DeterministicOption = False,
-    enforce_eager: EnforceEagerOption = False,
-    num_threads: NumThreadsOption = 0,
-    load_format: LoadFormatOption = "auto",
+    config: EngineConfig,
     output: Annotated[
         str,
-        typer.Option(
-            "-o",
-            "--output",
-            help="Form of the result.",
-            metavar="table|md|json|csv",
-            rich_help_panel=_OUT,
+        option(
+            "Format of the result.", "-o", "--output", panel="Output", metavar="table|md|json|csv"
         ),
     ] = "table",
 ) -> int:
@@ -115,8 +52,6 @@ def bench(
     from octavo.bench.benchmark import bench as run_bench
     from octavo.bench.cases import make_cases
     from octavo.bench.report import OUTPUTS, print_result
-    from octavo.cli.stage_bar import StageBar
-    from octavo.config import EngineConfig, read_environment
 
     if output not in OUTPUTS:
         raise InvalidArgumentError(f"--output is {output!r}; expected one of {', '.join(OUTPUTS)}")
@@ -126,19 +61,7 @@ def bench(
         parse_numbers("-b", batch),
         parse_numbers("-d", depth),
     )
-    config = EngineConfig(
-        device=device,
-        deterministic=deterministic,
-        enforce_eager=enforce_eager,
-        dtype=dtype,  # type: ignore[arg-type]  # EngineConfig checks it
-        kv_dtype=kv_dtype,  # type: ignore[arg-type]
-        quantize=quantize,  # type: ignore[arg-type]
-        keep_embedding=keep_embedding,
-        load_format=load_format,  # type: ignore[arg-type]
-        num_threads=num_threads,
-        max_num_batched_tokens=max_num_batched_tokens,
-    )
-    with StageBar.with_time_left() as bar:
+    with progress_bar() as bar:
         result = run_bench(model, config, cases, repetitions, read_environment(), bar.update)
     print_result(result, output)
     if not result.passed:

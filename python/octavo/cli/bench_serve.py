@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from octavo.cli.bench import parse_numbers
-from octavo.cli.common import FAILED, note, print_error, stderr_console
+from octavo.cli.common import FAILED, note, print_error, progress_bar
+from octavo.cli.options import argument, option, tried
 from octavo.errors import InvalidArgumentError
-from octavo.files import check_writable, write_text
+from octavo.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,110 +22,75 @@ if TYPE_CHECKING:
     from octavo.bench.serve_run import Load, Measured
     from octavo.bench.serve_workload import Job
 
-_ARRIVALS, _REQUESTS, _OUT = "How requests come", "What they ask", "Output"
+_arrivals = partial(option, panel="Arrivals")
+_asked = partial(option, panel="Requests")
+_output = partial(option, panel="Output")
 
 
 def bench_serve(
     url: Annotated[
-        str, typer.Argument(help="Where the server is, with or without /v1.")
+        str, argument("Where the server is, with or without /v1.", "URL")
     ] = "http://127.0.0.1:8000",
-    model: Annotated[
-        str | None,
-        typer.Option(help="Model to name. Left out: the first one served.", show_default=False),
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(help="Left out: OCTAVO_API_KEY, or none.", show_default=False)
-    ] = None,
+    model: Annotated[str | None, option("Model to name. Left out: the first one served.")] = None,
+    api_key: Annotated[str | None, option("Left out: OCTAVO_API_KEY, or none.")] = None,
     users: Annotated[
         str,
-        typer.Option(
+        _arrivals(
+            "Users who ask again as soon as they are answered; several numbers are measured one "
+            "after the other. With --rate: the most that are answered at a time.",
             "-u",
             "--users",
-            help="Users who ask again as soon as they are answered; several numbers are measured "
-            "one after the other. With --rate: the most that are answered at a time.",
             metavar="N,N,…",
-            rich_help_panel=_ARRIVALS,
         ),
     ] = "16",
     rate: Annotated[
         float | None,
-        typer.Option(
-            help="Arrivals a second, as a Poisson process, whether answered or not.",
-            show_default=False,
-            rich_help_panel=_ARRIVALS,
-        ),
+        _arrivals("Arrivals a second, as a Poisson process, whether answered or not."),
     ] = None,
     requests: Annotated[
         int,
-        typer.Option(
-            "-r",
-            "--requests",
-            help="Requests of each run. 0: four for each user, 32 at least.",
-            rich_help_panel=_ARRIVALS,
-        ),
+        _arrivals("Requests of each run. 0: four for each user, 32 at least.", "-r", "--requests"),
     ] = 0,
     prompt_len: Annotated[
         str,
-        typer.Option(
+        _asked(
+            "Words of a prompt, about a token each: 128, 32-512 (uniform), or 200~100 (log-normal: "
+            "mean and standard deviation).",
             "-p",
             "--prompt-len",
-            help="Words of a prompt, about a token each: 128, 32-512 (uniform), or 200~100 "
-            "(log-normal: mean and standard deviation).",
-            rich_help_panel=_REQUESTS,
         ),
     ] = "128",
     answer_len: Annotated[
         str,
-        typer.Option(
+        _asked(
+            "Tokens of an answer, in the same forms. Answers have exactly this length.",
             "-n",
             "--answer-len",
-            help="Tokens of an answer, in the same forms. Answers do not end before.",
-            rich_help_panel=_REQUESTS,
         ),
     ] = "64",
-    shared_prefix: Annotated[
-        int,
-        typer.Option(help="Words that all prompts begin with.", rich_help_panel=_REQUESTS),
-    ] = 0,
+    shared_prefix: Annotated[int, _asked("Words that all prompts begin with.")] = 0,
     dataset: Annotated[
         Path | None,
-        typer.Option(
-            help='JSON lines with "prompt" or "messages", instead of random words.',
-            readable=False,
-            show_default=False,
-            rich_help_panel=_REQUESTS,
-        ),
+        _asked('JSON lines with "prompt" or "messages", instead of random words.'),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Of words, lengths and arrivals.", rich_help_panel=_REQUESTS)
-    ] = 0,
+    seed: Annotated[int, _asked("Seed of words, lengths and arrivals.")] = 0,
     slo: Annotated[
         str | None,
-        typer.Option(
-            help="Milliseconds that users can rely on, as in ttft:500,itl:50,e2e:10000; goodput "
-            "counts the requests that kept to it.",
-            show_default=False,
-            rich_help_panel=_OUT,
+        _output(
+            "Limits of latency in milliseconds, as in ttft:500,itl:50,e2e:10000; goodput counts "
+            "the requests that stayed within them."
         ),
     ] = None,
     json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", help="Write all figures here.", readable=False, rich_help_panel=_OUT
-        ),
+        Path | None, _output("Write all figures here.", "--json", **tried("the figures"))
     ] = None,
     plot_file: Annotated[
         Path | None,
-        typer.Option(
-            "--plot",
-            help="Draw the distributions here, as SVG.",
-            readable=False,
-            rich_help_panel=_OUT,
+        _output(
+            "Draw the distributions here, as SVG; needs matplotlib.", "--plot", **tried("the plot")
         ),
     ] = None,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds after which a request counts as failed.")
-    ] = 600.0,
+    timeout: Annotated[float, option("Seconds after which a request counts as failed.")] = 600.0,
 ) -> int:
     """Measure a server under load: time to first token, between tokens, to the end; throughput.
 
@@ -137,9 +104,10 @@ def bench_serve(
     from octavo.bench.serve_report import make_table, parse_slo, summarize
     from octavo.config import read_environment
 
-    for path, what in ((json_file, "the figures"), (plot_file, "the plot")):
-        if path is not None:
-            check_writable(path, what)
+    if plot_file is not None:
+        from octavo.bench.serve_plot import need_matplotlib
+
+        need_matplotlib()  # before anything is measured
     limits = None if slo is None else parse_slo(slo)
     loads = _loads(users, rate, requests)
     jobs = _jobs(prompt_len, answer_len, shared_prefix, dataset, seed)
@@ -194,42 +162,26 @@ def _jobs(
 async def _measure(
     client: Client, model: str | None, jobs: Iterator[Job], loads: list[Load], seed: int
 ) -> tuple[list[Measured], str]:
-    from functools import partial
-
     from octavo.bench.serve_run import run_load
-    from octavo.weights.progress import LogLines
 
     served = model or await client.model()
     warm_up = await client.ask(next(jobs), served)
     if not warm_up.ok:
         reason = warm_up.error or f"status {warm_up.status}, and no text"
         raise InvalidArgumentError(f"the server does not answer a first request: {reason}")
-    console = stderr_console()
-    if not console.is_terminal:
-        note(f"measuring {served} at {client.url}")
-        lines = LogLines(console.print)
-
-        def log(load: Load, done: int, running: int, _tokens: int) -> None:
-            lines.offer(lambda: f"{load.name}: {done} of {load.num_requests}, {running} run")
-
-        found = [
-            await run_load(client, served, jobs, load, seed, partial(log, load)) for load in loads
-        ]
-        return found, served
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+    note(f"measuring {served} at {client.url}")
     found = []
-    with Progress(*columns, TextColumn("{task.fields[facts]}"), console=console) as bar:
+    with progress_bar("count", keep=True) as bar:
         for load in loads:
-            task = bar.add_task(load.name, total=load.num_requests, facts="")
-            start = bar.get_time()
+            bar.start(load.name, load.num_requests)
+            started = time.monotonic()
 
-            def advance(done: int, running: int, tokens: int, task: Any = task) -> None:
-                speed = tokens / max(1e-9, bar.get_time() - start)  # noqa: B023
-                bar.update(task, completed=done, facts=f"{running} run · {speed:,.0f} tokens/s")
+            def advance(
+                done: int, running: int, tokens: int, load: Load = load, started: float = started
+            ) -> None:
+                speed = tokens / max(1e-9, time.monotonic() - started)
+                facts = f"{running} running, {speed:,.0f} tokens/s"
+                bar.update(load.name, done, load.num_requests, facts)
 
             found.append(await run_load(client, served, jobs, load, seed, advance))
     return found, served
@@ -242,8 +194,6 @@ def _write(
     measured: list[Measured],
     summaries: list[dict[str, Any]],
 ) -> None:
-    import json
-
     if json_file is not None:
         from octavo import __version__
         from octavo.machine import processor

@@ -5,29 +5,19 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Annotated
 
 from octavo.cli import common
-from octavo.cli.common import (
-    DeviceOption,
-    DTypeOption,
-    KeepEmbeddingOption,
-    KVDTypeOption,
-    LoadFormatOption,
-    MaxModelLenOption,
-    MinPOption,
+from octavo.cli.options import (
     ModelOption,
-    NumThreadsOption,
-    QuantizeOption,
-    SeedOption,
-    StopOption,
     SystemOption,
-    TopKOption,
+    engine_options,
+    option,
+    sampling_options,
 )
-from octavo.cli.terminal import silent_keys
+from octavo.cli.streams import silent_keys
 from octavo.cli.wrap import AnswerWriter
+from octavo.config import EngineConfig
 from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
 from octavo.sampling_params import SamplingParams
 
@@ -49,31 +39,15 @@ _HELP = """\
 A line that begins with a space is sent as it is, even with a / behind it."""
 
 
+@engine_options()
+@sampling_options(without=("n",), max_tokens=1024, temperature=0.6, top_p=0.9)
 def chat(
+    *,
     model: ModelOption = None,
     system: SystemOption = None,
-    max_tokens: Annotated[
-        int, common.max_tokens_option("Longest answer, in tokens (a word is one or two).")
-    ] = 1024,
-    stop: StopOption = None,
-    temperature: Annotated[
-        float, common.temperature_option("0 gives the same answers every time.")
-    ] = 0.6,
-    top_k: TopKOption = 0,
-    top_p: Annotated[float, common.top_p_option()] = 0.9,
-    min_p: MinPOption = 0.0,
-    seed: SeedOption = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Leave out the line about speed.")
-    ] = False,
-    device: DeviceOption = "auto",
-    dtype: DTypeOption = "auto",
-    quantize: QuantizeOption = None,
-    keep_embedding: KeepEmbeddingOption = False,
-    kv_dtype: KVDTypeOption = "auto",
-    max_model_len: MaxModelLenOption = None,
-    num_threads: NumThreadsOption = 0,
-    load_format: LoadFormatOption = "auto",
+    config: EngineConfig,
+    params: SamplingParams,
+    quiet: Annotated[bool, option("Leave out the line about speed.", "--quiet", "-q")] = False,
 ) -> int:
     """Talk with a model in the terminal.
 
@@ -85,28 +59,14 @@ def chat(
 
     [bold]octavo chat < questions.txt[/bold]  takes each line as a turn
     """  # noqa: E501  (typer takes a line break for one)
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=common.random_seed() if seed is None and temperature > 0 else seed,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-    )
     interactive = sys.stdin.isatty()
     with _line_reader(interactive) as read_line:
-        llm = _load(
-            model,
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            keep_embedding=keep_embedding,
-            kv_dtype=kv_dtype,
-            max_model_len=max_model_len,
-            num_threads=num_threads,
-            load_format=load_format,
-        )
+        llm = common.load_llm(model, config)
+        if llm.chat_template is None:
+            raise TokenizerError(
+                "this model has no chat template (it is a base model, which only continues a "
+                "text): use `octavo generate --raw`, or a model that was trained to chat"
+            )
         if interactive:
             common.note(
                 f"{model or 'smollm2-135m'} · remembers {llm.max_model_len:,} tokens · "
@@ -115,16 +75,6 @@ def chat(
             )
         conversation = Conversation(llm, params, system, quiet=quiet or not interactive)
         return conversation.run(read_line)
-
-
-def _load(model: str | None, **options: Any) -> LLM:
-    llm = common.load_llm(model, **options)
-    if llm.chat_template is None:
-        raise TokenizerError(
-            "this model has no chat template (it is a base model, which only goes on with a text): "
-            "use `octavo generate --raw`, or a model that was trained to chat"
-        )
-    return llm
 
 
 class Conversation:
@@ -150,7 +100,7 @@ class Conversation:
                 self._turn(line.strip())
 
     def _command(self, line: str) -> bool:
-        """Obey a command; False if the line is none."""
+        """Carry out a command; False if the line is not one."""
         found = re.fullmatch(r"/([a-z]*)(?:\s+(.*))?", line.rstrip(), flags=re.DOTALL)
         if found is None:
             return False
@@ -189,7 +139,7 @@ class Conversation:
     def _fit(self) -> EncodedPrompt:
         """The conversation as a prompt, without its oldest turns where it is too long."""
         limit = self.llm.max_model_len
-        # What the answer is to have at least; a quarter of a small context is enough.
+        # Room for the answer; a quarter of a small context is enough.
         room = min(self.params.max_tokens or limit, limit // 4)
         dropped = 0
         prompt = self._encode()
@@ -258,7 +208,7 @@ def _line_reader(interactive: bool) -> Iterator[Callable[[], str | None]]:
     if not interactive:
         yield _read_line
     elif screen.is_dumb_terminal or not screen.is_terminal:
-        # Nothing that a line could be edited on: the terminal itself gives whole lines.
+        # No terminal that a line could be edited on: read whole lines.
         yield _read_prompted_line
     else:
         from octavo.cli.line_editor import LineEditor

@@ -3,143 +3,95 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from octavo.cli.common import FAILED, progress_bar
+from octavo.cli.options import ModelArgument, option, tried
 
-from octavo.cli.common import FAILED, NumThreadsOption
-
-_WHAT, _HOW, _OUT = "What to compare", "How", "Output"
+_what = partial(option, panel="What to compare")
+_how = partial(option, panel="How")
+_out = partial(option, panel="Output")
 
 
 def diff(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Name of a pulled model (smollm2-135m), a folder with a Hugging Face model, or a "
-            "GGUF file. Left out: smollm2-135m, fetched on first use.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelArgument = None,
     against: Annotated[
         str,
-        typer.Option(
-            help="What to compare octavo with: reference (its NumPy definition, always there) or "
-            "hf (Hugging Face transformers: needs torch and transformers).",
+        _what(
+            "What to compare octavo with: reference (its NumPy definition, always there) or hf "
+            "(Hugging Face transformers: needs torch and transformers).",
             metavar="reference|hf",
-            rich_help_panel=_WHAT,
         ),
     ] = "reference",
     dtype: Annotated[
         str,
-        typer.Option(
-            help="Number format of both sides. f32 is the sharper test.",
-            metavar="f32|bf16",
-            rich_help_panel=_WHAT,
-        ),
+        _what("Number format of both. f32 is the sharper test.", metavar="f32|bf16"),
     ] = "f32",
     quantize: Annotated[
         str | None,
-        typer.Option(
-            help="Round the weights first: octavo's quantized kernels against the reference's "
-            "quantized forward (at the tolerance of bf16).",
+        _what(
+            "Round the weights first: octavo's quantized kernels against the reference's quantized "
+            "forward (at the tolerance of bf16).",
             metavar="int8|w8a8|int4|int4-nonuniform",
-            show_default=False,
-            rich_help_panel=_WHAT,
         ),
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(
+        _what(
+            "The text to run. Left out: a short one with digits, code, Chinese, an emoji.",
             "--prompt",
             "-p",
-            help="The text to run. Left out: a short one with digits, code, Chinese, an emoji.",
-            show_default=False,
-            rich_help_panel=_WHAT,
         ),
     ] = None,
-    random: Annotated[
-        int | None,
-        typer.Option(
-            help="Run this many random tokens instead of a text.",
-            show_default=False,
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    steps: Annotated[
-        int,
-        typer.Option(
-            help="Greedy tokens to compare after the text. 0: none.", rich_help_panel=_HOW
-        ),
-    ] = 16,
+    random: Annotated[int | None, _what("Run this many random tokens instead of a text.")] = None,
+    steps: Annotated[int, _how("Greedy tokens to compare after the text. 0: none.")] = 16,
     judge: Annotated[
         bool,
-        typer.Option(
-            "--judge",
-            help="Also compare both sides with the reference in float64: who rounds more?",
-            rich_help_panel=_HOW,
-        ),
+        _how("Also compare both with the reference in float64: who rounds more?", "--judge"),
     ] = False,
     tolerance: Annotated[
         float | None,
-        typer.Option(
-            help="Largest relative error between the two runs, in place of octavo's table.",
-            show_default=False,
-            rich_help_panel=_HOW,
-        ),
+        _how("Largest relative error between the two runs, in place of octavo's table."),
     ] = None,
-    device: Annotated[
-        str,
-        typer.Option(help="Where octavo computes.", metavar="auto|cpu|cuda", rich_help_panel=_HOW),
-    ] = "cpu",
-    num_threads: NumThreadsOption = 0,
+    device: Annotated[str, _how("Where octavo computes.", metavar="auto|cpu|cuda")] = "cpu",
+    num_threads: Annotated[
+        int, _how("CPU threads. 0: OCTAVO_NUM_THREADS, else one for each physical core.")
+    ] = 0,
     load_format: Annotated[
         str,
-        typer.Option(
-            help="dummy: random weights of the model's shape, no weight files needed.",
+        _how(
+            "dummy: random weights of the model's shape, no weight files needed.",
             metavar="auto|dummy",
-            rich_help_panel=_HOW,
         ),
     ] = "auto",
     html: Annotated[
         Path | None,
-        typer.Option(
-            help="Also write one self-contained page with a heat map (layer x position).",
-            show_default=False,
-            readable=False,
-            rich_help_panel=_OUT,
+        _out(
+            "Also write one self-contained page with a heat map (layer x position).",
+            **tried("the page"),
         ),
     ] = None,
-    json: Annotated[
-        bool,
-        typer.Option("--json", help="Print JSON instead of the table.", rich_help_panel=_OUT),
-    ] = False,
+    json: Annotated[bool, _out("Print JSON instead of the table.", "--json")] = False,
     show_all: Annotated[
         bool,
-        typer.Option(
-            "--all",
-            help="Show every tap. Left out: a layer within tolerance takes one line.",
-            rich_help_panel=_OUT,
-        ),
+        _out("Show every tap. Left out: a layer within tolerance takes one line.", "--all"),
     ] = False,
 ) -> int:
     """Run octavo and another implementation on the same tokens, and show where they differ.
 
     Every intermediate result is compared, in the order in which it is computed, and every op is
-    checked by itself on the inputs it had. Exit code: 0 no difference, 1 a difference, 2 a mistake
-    in what was asked.
+    checked by itself on the inputs it had. A quantized model is compared with the reference's
+    quantized forward, at the tolerance of bf16. Exit code: 0 no difference, 1 a difference, 2 a
+    mistake in what was asked.
     """
-    from octavo.cli.stage_bar import StageBar
     from octavo.config import dtype_name, read_environment
     from octavo.diff.comparison import DiffOptions
     from octavo.diff.html import write_html
     from octavo.diff.report import print_report, to_json
-    from octavo.diff.setup import DiffRequest, prepare
-    from octavo.files import check_writable
+    from octavo.diff.setup import DiffRequest, compare
 
-    if html is not None:
-        check_writable(html, "the page")
     request = DiffRequest(
         model=model,
         against=against,
@@ -153,11 +105,8 @@ def diff(
         num_threads=num_threads,
         options=DiffOptions(steps=steps, tolerance=tolerance),
     )
-    with StageBar.with_counts() as status:
-        prepared = prepare(request, read_environment(), status.update)
-        result = prepared.comparison.run(
-            prepared.title, prepared.token_texts, prepared.decode, judged=judge
-        )
+    with progress_bar() as status:
+        result = compare(request, read_environment(), status.update)
     if html is not None:
         write_html(html, result)
     if json:

@@ -5,33 +5,25 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from octavo.cli import common
-from octavo.cli.common import (
-    DeterministicOption,
-    DeviceOption,
-    DTypeOption,
+from octavo.cli.options import (
+    ChatOption,
     EventLogOption,
-    KeepEmbeddingOption,
-    KVDTypeOption,
-    LoadFormatOption,
-    MaxModelLenOption,
-    MinPOption,
     ModelOption,
-    NumThreadsOption,
-    QuantizeOption,
-    SeedOption,
-    StopOption,
     SystemOption,
-    TopKOption,
+    argument,
+    engine_options,
+    option,
+    sampling_options,
 )
-from octavo.cli.terminal import silent_keys
+from octavo.cli.streams import silent_keys
 from octavo.cli.wrap import AnswerWriter
+from octavo.config import EngineConfig
 from octavo.errors import InvalidArgumentError
-from octavo.files import check_writable
 from octavo.sampling_params import SamplingParams
 from octavo.text.places import TokenPlaces
 
@@ -40,119 +32,42 @@ if TYPE_CHECKING:
     from octavo.llm import LLM
     from octavo.prompts import EncodedPrompt
 
-_OUTPUT_PANEL = "What to show"
+_output = partial(option, panel="Output")
 
 
+@engine_options()
+@sampling_options(temperature=0.0)
 def generate(
     prompt: Annotated[
-        str, typer.Argument(help='The question, or the text to go on with. "-" reads stdin.')
+        str, argument('The question, or the text to continue. "-" reads stdin.', "PROMPT")
     ],
+    *,
     model: ModelOption = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--raw",
-            help="--chat wraps the prompt in the model's chat template, so that it is answered; "
-            "--raw gives it as it is, so that it is continued. Left out: --chat for a model that "
-            "has a chat template.",
-            show_default=False,
-        ),
-    ] = None,
+    chat: ChatOption = None,
     system: SystemOption = None,
-    max_tokens: Annotated[int, common.max_tokens_option()] = 256,
-    min_tokens: Annotated[
-        int,
-        typer.Option(
-            help="Shortest answer, in tokens: no end before.", rich_help_panel="Where to stop"
-        ),
-    ] = 0,
-    stop: StopOption = None,
-    stop_token_id: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="End the answer at this token id. May be given several times.",
-            show_default=False,
-            rich_help_panel="Where to stop",
-        ),
-    ] = None,
-    include_stop: Annotated[
-        bool,
-        typer.Option(
-            "--include-stop",
-            help="Keep the --stop text at the end of the answer.",
-            rich_help_panel="Where to stop",
-        ),
-    ] = False,
-    ignore_eos: Annotated[
-        bool,
-        typer.Option(
-            "--ignore-eos",
-            help="Go on when the model wants to end, up to --max-tokens. For measuring speed.",
-            rich_help_panel="Where to stop",
-        ),
-    ] = False,
-    temperature: Annotated[
-        float, common.temperature_option("0 gives the same text every time.")
-    ] = 0.0,
-    top_k: TopKOption = 0,
-    top_p: Annotated[float, common.top_p_option()] = 1.0,
-    min_p: MinPOption = 0.0,
-    seed: SeedOption = None,
-    n: Annotated[
-        int,
-        typer.Option(
-            "--answers",
-            help="How many answers to make; with a --temperature above 0 they differ.",
-            rich_help_panel="How to choose words",
-        ),
-    ] = 1,
+    config: EngineConfig,
+    params: SamplingParams,
     json_output: Annotated[
         bool,
-        typer.Option(
-            "--json",
-            help="Print one JSON object: text, token ids, finish reason, usage, timings.",
-            rich_help_panel=_OUTPUT_PANEL,
-        ),
+        _output("Print one JSON object: text, token ids, finish reason, usage, timings.", "--json"),
     ] = False,
     logprobs: Annotated[
         int | None,
-        typer.Option(
-            help="With --json: the log-probability of each token, and of the N most probable "
-            "ones in its place.",
+        _output(
+            "With --json: the log-probability of each token, and of the N most probable ones in "
+            "its place.",
             metavar="N",
-            show_default=False,
-            rich_help_panel=_OUTPUT_PANEL,
         ),
     ] = None,
     special_tokens: Annotated[
-        bool,
-        typer.Option(
-            "--special-tokens",
-            help="Show special tokens such as <|im_end|> in the text.",
-            rich_help_panel=_OUTPUT_PANEL,
-        ),
+        bool, _output("Show special tokens such as <|im_end|> in the text.", "--special-tokens")
     ] = False,
     quiet: Annotated[
-        bool,
-        typer.Option(
-            "--quiet",
-            "-q",
-            help="Leave out the line about speed at the end.",
-            rich_help_panel=_OUTPUT_PANEL,
-        ),
+        bool, _output("Leave out the line about speed at the end.", "--quiet", "-q")
     ] = False,
-    device: DeviceOption = "auto",
-    deterministic: DeterministicOption = False,
-    dtype: DTypeOption = "auto",
-    quantize: QuantizeOption = None,
-    keep_embedding: KeepEmbeddingOption = False,
-    kv_dtype: KVDTypeOption = "auto",
-    max_model_len: MaxModelLenOption = None,
-    num_threads: NumThreadsOption = 0,
-    load_format: LoadFormatOption = "auto",
     event_log: EventLogOption = None,
 ) -> int:
-    """Answer one prompt, or go on with a text.
+    """Answer one prompt, or continue a text.
 
     The answer goes to stdout as it is made, a line about its speed to stderr.
 
@@ -162,47 +77,17 @@ def generate(
 
     [bold]octavo generate - --system "Summarize this letter." < letter.txt[/bold]
     """
-    if temperature > 0 and seed is None:
-        seed = common.random_seed()
-    params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        stop=tuple(stop or ()),
-        stop_token_ids=tuple(stop_token_id or ()),
-        include_stop_str_in_output=include_stop,
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-        skip_special_tokens=not special_tokens,
-        n=n,
-    )
+    params = replace(params, logprobs=logprobs, skip_special_tokens=not special_tokens)
     if logprobs is not None and not json_output:
-        raise InvalidArgumentError("--logprobs has nowhere to be shown; add --json")
+        raise InvalidArgumentError("--logprobs is shown with --json only; add --json")
     if system is not None and chat is False:
         raise InvalidArgumentError("--system does not go with --raw; leave out one of them")
-    if event_log is not None:
-        check_writable(event_log, "the event log")
     text = common.read_prompt(prompt)
     start = time.monotonic()
-    llm = common.load_llm(
-        model,
-        device=device,
-        deterministic=deterministic,
-        dtype=dtype,
-        quantize=quantize,
-        keep_embedding=keep_embedding,
-        kv_dtype=kv_dtype,
-        max_model_len=max_model_len,
-        num_threads=num_threads,
-        load_format=load_format,
-    )
+    llm = common.load_llm(model, config)
     load_seconds = time.monotonic() - start
     encoded = encode(llm, text, chat, system)
-    writer = None if json_output or n > 1 else AnswerWriter(sys.stdout)
+    writer = None if json_output or params.n > 1 else AnswerWriter(sys.stdout)
     if writer is not None and not encoded.is_chat and sys.stdout.isatty():
         _show_dim(text, writer)  # the prompt and its continuation are one text: show it as one
     with silent_keys():
@@ -214,7 +99,7 @@ def generate(
         return common.INTERRUPTED if interrupted else common.FAILED
     if json_output:
         _print_json(_record(llm, result, params, encoded.is_chat, load_seconds))
-    elif n > 1:
+    elif params.n > 1:
         _print_answers(result)
     if not quiet:
         common.note(_closing_line(result, params, llm.max_model_len))
@@ -225,7 +110,7 @@ def generate(
 
 
 def encode(llm: LLM, text: str, chat: bool | None, system: str | None = None) -> EncodedPrompt:
-    """The prompt as the model shall see it; chat None decides by the model's having a template."""
+    """The prompt as the model sees it; chat None: with the chat template if the model has one."""
     if llm.chat_template is None and (chat or system is not None):
         raise InvalidArgumentError(
             f"this model has no chat template (it is a base model): leave out "
@@ -254,7 +139,7 @@ def _show_dim(prompt: str, writer: AnswerWriter) -> None:
 def _collect(
     llm: LLM, prompt: EncodedPrompt, params: SamplingParams, writer: AnswerWriter | None
 ) -> tuple[list[OutputChunk], bool]:
-    """All chunks, shown as they come if there is a writer; and whether Ctrl-C ended them."""
+    """All chunks, shown as they come if there is a writer, and whether Ctrl-C ended them."""
     chunks = []
     interrupted = False
     stream = llm.stream(prompt, params)

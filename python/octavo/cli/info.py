@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from octavo.cli.options import ModelArgument, option
+
 if TYPE_CHECKING:
     from octavo.weights.model_files import ModelFiles
 
@@ -18,22 +20,13 @@ _KV_FRACTION_HELP = "of the memory left beside the weights, as the engine takes 
 
 
 def info(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="Name of a pulled model, a GGUF file, or a folder with a Hugging Face model (its "
-            "config.json is enough). Left out: smollm2-135m, fetched on first use.",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
-    ] = False,
+    model: ModelArgument = None,
+    as_json: Annotated[bool, option("Print one JSON object instead of a table.", "--json")] = False,
 ) -> None:
     """Show what a model is and whether it fits in this machine's memory.
 
-    Reads the configuration and the headers of the weight files only.
+    Reads the configuration and the headers of the weight files only; a folder needs no more than
+    its config.json.
     """
     from octavo.config import read_environment
     from octavo.weights.hub import resolve_model
@@ -47,7 +40,7 @@ def info(
 
 
 def describe(files: ModelFiles) -> dict[str, Any]:
-    """All that `octavo info` tells, as JSON values; sizes in bytes.
+    """What `octavo info` prints, as JSON values; sizes in bytes.
 
     Raises WeightsError where there are weight files and they are damaged or do not fit. A folder
     that holds no weight file at all is described from its configuration.

@@ -1,4 +1,4 @@
-"""Reading a message of one line or several from a person at a terminal; over prompt_toolkit."""
+"""Reading messages of one or several lines at a terminal; with prompt_toolkit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prompt_toolkit.output import Output, create_output
 class LineEditor:
     """Asks for messages; the up arrow brings earlier ones back.
 
-    Between two messages a pasted text is kept together as well: the terminal goes on marking it.
+    A text that is pasted between two messages is kept together too: the terminal still marks it.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class LineEditor:
 
 
 def _mark_pastes(output: Output, on: bool) -> None:
-    """Whether the terminal is to tell what is pasted from what is typed (bracketed paste)."""
+    """Let the terminal mark what is pasted (bracketed paste), or not."""
     (output.enable_bracketed_paste if on else output.disable_bracketed_paste)()
     output.flush()
 

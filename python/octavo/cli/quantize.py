@@ -3,157 +3,115 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from octavo.cli.options import argument, option
+
 if TYPE_CHECKING:
     from octavo.quantize.writer import QuantizedDirectory
 
-_CALIBRATION = "With a text at hand"
-_INT4, _BITS, _OUTPUT = "Of int4 and int4-nonuniform", "More bits where they are needed", "Output"
+_calibration = partial(option, panel="Calibration")
+_int4 = partial(option, panel="int4 and int4-nonuniform")
+_bits = partial(option, panel="Mixed precision")
+_output = partial(option, panel="Output")
 
 
 def quantize(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Name of a pulled model (smollm2-135m), a folder with a Hugging Face model, or a "
-            "GGUF file, its weights in f32, f16 or bf16.",
+        argument(
+            "Name of a pulled model (smollm2-135m), a folder with a Hugging Face model, or a GGUF "
+            "file, its weights in f32, f16 or bf16.",
+            "MODEL",
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[OUT]",
-            help="The new folder; made whole or not at all. May be left out with --sensitivity.",
-            readable=False,
-            show_default=False,
+        argument(
+            "The new folder, which must not exist. May be left out with --sensitivity.", "OUT"
         ),
     ] = None,
     scheme: Annotated[
         str,
-        typer.Option(
-            "--scheme",
-            help="int8: a scale for each output, next to no loss. w8a8: the same, to be run with "
-            "activations of 8 bits, which loses more and is faster on CPUs. int4: a scale for "
-            "each group of inputs. int4-nonuniform: the same with levels closer together near 0, "
-            "half the loss; octavo alone reads it.",
+        option(
+            "int8: a scale for each output, almost no loss. w8a8: the same, to be run with "
+            "activations of 8 bits, which loses more and is faster on CPUs. int4: a scale for each "
+            "group of inputs. int4-nonuniform: the same with levels closer together near 0, half "
+            "the loss; octavo alone reads it.",
             metavar="int8|w8a8|int4|int4-nonuniform",
         ),
     ] = "int8",
     group_size: Annotated[
         int,
-        typer.Option(
-            "--group-size",
-            help="Weights that share a scale. Smaller is better and larger. A matrix "
-            "whose width it does not divide takes the next smaller one that does.",
+        _int4(
+            "Weights that share a scale. Smaller groups lose less and take more space. A matrix "
+            "whose width is no multiple of it takes the next smaller size that fits.",
             metavar="32|64|128",
-            rich_help_panel=_INT4,
         ),
     ] = 32,
     asymmetric: Annotated[
         bool,
-        typer.Option(
+        _int4(
+            "int4 only: a zero point for each group too. Worth its bits with large groups.",
             "--asymmetric",
-            help="Of int4: give each group a zero point too. Worth its bits in wide groups.",
-            rich_help_panel=_INT4,
         ),
     ] = False,
     method: Annotated[
         str | None,
-        typer.Option(
-            "--method",
-            help="weighted finds the scales of least squared error, errors counting by how large "
-            "the inputs are that a few random tokens give; search counts all the same; rtn rounds "
-            "to nearest. With --calibrate: gptq, awq or awq+gptq. Left out: weighted, or gptq.",
+        _int4(
+            "weighted: scales of least squared error, each error weighted by the size of its input "
+            "on a few random tokens; search: the same without weights; rtn: round to nearest. "
+            "With --calibrate: gptq, awq or awq+gptq. Left out: weighted, or gptq.",
             metavar="weighted|search|rtn|gptq|awq|awq+gptq",
-            show_default=False,
-            rich_help_panel=_INT4,
         ),
     ] = None,
     int8: Annotated[
         list[str] | None,
-        typer.Option(
-            "--int8",
-            help="A matrix that takes int8 all the same: its name in octavo (layers.0.down), or a "
+        _bits(
+            "A matrix to write in int8: its name in octavo (layers.0.down), or a "
             "pattern (*.down). May be given several times.",
             metavar="PATTERN",
-            show_default=False,
-            rich_help_panel=_BITS,
         ),
     ] = None,
     bits_per_weight: Annotated[
         float | None,
-        typer.Option(
-            "--bits-per-weight",
-            help="Measure which parts lose the most in 4 bits, and give int8 to them, to at most "
-            "so many bits a weight (embedding and head apart).",
+        _bits(
+            "Measure which parts lose the most in 4 bits, and write them in int8, up to this many "
+            "bits per weight (without embedding and head).",
             metavar="BITS",
-            show_default=False,
-            rich_help_panel=_BITS,
         ),
     ] = None,
     sensitivity: Annotated[
         bool,
-        typer.Option(
-            "--sensitivity",
-            help="Measure what quantizing each part alone costs, and print it.",
-            rich_help_panel=_BITS,
-        ),
+        _bits("Measure what quantizing each part alone costs, and print it.", "--sensitivity"),
     ] = False,
     text: Annotated[
         Path | None,
-        typer.Option(
-            "--text",
-            help="What to measure sensitivity on, a text in UTF-8. Left out: random tokens, a "
-            "poorer guide.",
-            show_default=False,
-            readable=False,
-            rich_help_panel=_BITS,
+        _bits(
+            "What to measure sensitivity on, a text in UTF-8. Left out: random tokens, a poorer "
+            "guide."
         ),
     ] = None,
     max_windows: Annotated[
-        int,
-        typer.Option(
-            "--max-windows",
-            help="How many windows of 512 tokens to measure sensitivity on.",
-            min=1,
-            rich_help_panel=_BITS,
-        ),
+        int, _bits("How many windows of 512 tokens to measure sensitivity on.", min=1)
     ] = 2,
     calibrate: Annotated[
         Path | None,
-        typer.Option(
-            help="A text file in UTF-8, like what the model will be used on. The weights are "
-            "rounded so that what they make of it comes out right: better, and minutes of work.",
-            show_default=False,
-            readable=False,
-            rich_help_panel=_CALIBRATION,
+        _calibration(
+            "A text file in UTF-8, like what the model will be used on. The weights are rounded so "
+            "that its outputs on this text change least: more exact, and takes minutes."
         ),
     ] = None,
-    windows: Annotated[
-        int,
-        typer.Option(help="How many pieces of the text to take.", rich_help_panel=_CALIBRATION),
-    ] = 16,
-    window: Annotated[
-        int, typer.Option(help="Tokens of a piece.", rich_help_panel=_CALIBRATION)
-    ] = 512,
-    seed: Annotated[
-        int, typer.Option(help="Decides which pieces.", rich_help_panel=_CALIBRATION)
-    ] = 0,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bar.", rich_help_panel=_OUTPUT)
-    ] = False,
+    windows: Annotated[int, _calibration("How many pieces of the text to take.")] = 16,
+    window: Annotated[int, _calibration("Tokens of a piece.")] = 512,
+    seed: Annotated[int, _calibration("Chooses the pieces.")] = 0,
+    quiet: Annotated[bool, _output("No progress bar.", "--quiet", "-q")] = False,
     as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print one JSON object instead of the summary.",
-            rich_help_panel=_OUTPUT,
-        ),
+        bool, _output("Print one JSON object instead of the summary.", "--json")
     ] = False,
 ) -> None:
     """Write a model with its weights rounded to 8 or 4 bits.
@@ -164,7 +122,7 @@ def quantize(
 
     [bold]octavo quantize smollm2-135m ./smollm2-int8 --scheme int8[/bold]
     """
-    from octavo.cli.stage_bar import StageBar
+    from octavo.cli.common import progress_bar
     from octavo.config import read_environment
     from octavo.errors import InvalidArgumentError
     from octavo.quantization.plan import Scheme
@@ -189,7 +147,7 @@ def quantize(
         max_windows=max_windows,
         calibration=calibration,
     )
-    with StageBar.with_time_left(quiet=quiet) as bar:
+    with progress_bar(quiet=quiet) as bar:
         result = quantize_model(request, read_environment(), bar.update)
     if as_json:
         typer.echo(json.dumps(result.to_json()))

@@ -1,4 +1,4 @@
-"""Standard input, output and error: made usable where one is closed, and what became of them."""
+"""Standard input, output and error where one is closed or full, and the keyboard during work."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class _Output(io.FileIO):
 
 
 class _Messages(io.FileIO):
-    """Standard error. Messages that nobody can take any more stop no work: they are dropped."""
+    """Standard error. A message that cannot be written is dropped, and the work goes on."""
 
     def write(self, data: ReadableBuffer) -> int:
         with contextlib.suppress(OSError):
@@ -37,9 +38,9 @@ class _Messages(io.FileIO):
 def make_usable() -> None:
     """Give this process all three streams, whatever it was started with.
 
-    Python has None for a closed one, and the next file that is opened would take its number. Now a
-    closed input is an empty one, and a closed output fails when it is written to, as a full disk
-    does. What a stream's encoding cannot say becomes "?".
+    Python has None for a closed one, and the next file that is opened would take its number. After
+    this a closed input reads as empty, and a closed output fails when written to, as a full disk
+    does. Characters that a stream cannot encode become "?".
     """
     for number in range(3):
         try:
@@ -62,7 +63,7 @@ def _text(raw: io.FileIO, before: object) -> io.TextIOWrapper:
 
 
 def output_error() -> OSError | None:
-    """Flush standard output; the reason if any of it could not be written, ever."""
+    """Flush standard output; the error if any of it, now or earlier, could not be written."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
@@ -70,7 +71,42 @@ def output_error() -> OSError | None:
 
 
 def forget_output() -> None:
-    """Let what could not be written go; Python would try again, and complain, as it ends."""
+    """Drop what could not be written; Python would try again at its exit and print an error."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
+
+
+@contextlib.contextmanager
+def silent_keys() -> Iterator[None]:
+    """Do not show keys that are typed meanwhile; they are kept for the next read.
+
+    Ctrl-C and Ctrl-Z still work. Does nothing where standard input is no terminal, or where this
+    program runs in the background.
+    """
+    try:
+        import termios
+    except ImportError:  # not a Unix
+        yield
+        return
+    try:
+        number = sys.stdin.fileno()
+        before = termios.tcgetattr(number)
+    except (OSError, ValueError, termios.error):
+        yield
+        return
+
+    def change(attributes: list[int | list[bytes | int]]) -> None:
+        # A background process that changes the terminal is stopped.
+        with contextlib.suppress(OSError, termios.error):
+            if os.tcgetpgrp(number) == os.getpgrp():
+                termios.tcsetattr(number, termios.TCSANOW, attributes)
+
+    input_flags, output_flags, control_flags, local_flags, *others = before
+    # Without ICANON keys come one by one: Ctrl-D and half a line are kept as they are.
+    silent = local_flags & ~(termios.ECHO | termios.ICANON)
+    change([input_flags, output_flags, control_flags, silent, *others])
+    try:
+        yield
+    finally:
+        change(before)

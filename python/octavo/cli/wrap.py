@@ -19,12 +19,12 @@ _MARKS = frozenset("、。〉》」』】〕〗！），．：；？］｝〜")
 
 
 class AnswerWriter:
-    """Shows a text that comes in parts; what is no terminal gets it as it is.
+    """Shows a text that comes in parts; anything but a terminal gets it unchanged.
 
-    On a terminal a word that does not fit goes to the next line, in place of the blanks before it.
-    Near the edge it is shown once it is whole, elsewhere at once. Left to the terminal, so that
-    they can be copied as they were, are words longer than 24 columns, code blocks (between ``` or
-    ~~~) and tables (| first). The window may change its size: its width is asked for at each word.
+    On a terminal a word that does not fit goes to the next line, and the blanks before it are left
+    out. Near the edge a word is shown once it is whole, elsewhere at once. Words longer than 24
+    columns, code blocks (between ``` or ~~~) and tables (| first) are not wrapped, so that they can
+    be copied. The width is read again for each word: the window may change its size.
     The text must hold no escape sequences (see `common.printable`).
     """
 
@@ -86,7 +86,7 @@ class AnswerWriter:
             self._word, self._num_shown = "", 0
 
     def _show_early(self) -> None:
-        """Show of an unfinished word what need not wait for its end."""
+        """Show the part of an unfinished word that surely fits."""
         room = _width() - self._column - _columns(self._blanks)
         longest = min(_LONGEST_WORD, _width())
         if self._word and (self._num_shown or room >= longest or cell_len(self._word) > longest):
@@ -110,14 +110,14 @@ class AnswerWriter:
 
 
 def _may_break(before: str, after: str) -> bool:
-    """Whether a line may be broken between two characters that are no blanks."""
+    """Whether a line may be broken between two characters, neither of them a blank."""
     if after in _MARKS:
         return False
     return bool(_WIDE.match(after) or (_WIDE.match(before) and after.isalnum()))
 
 
 def _columns(text: str) -> int:
-    """How wide a text is, a tab counted in full."""
+    """The width of a text in columns; a tab counts as 8."""
     return cell_len(text.replace("\t", " " * _TAB))
 
 

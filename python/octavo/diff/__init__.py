@@ -1,10 +1,10 @@
 """`octavo diff`: where two computations of the same model differ, and which op to look at.
 
-sides.py, native_side.py, hf_side.py  the computations that can be compared, all behind `Side`
-run.py       runs two of them in lockstep, then greedy decoding, then prefill against decode
-measure.py   error measures, one row (token) at a time, so that memory does not grow with width
-local.py     every op once more by its definition, on the inputs the side itself had
-suspects.py  tries the usual mistakes on a broken op, and says which one it is
-tolerance.py the one table of tolerances, with the reason for each
-report.py, html.py  the terminal table, and the page with the heat map
+implementations.py, native.py, hugging_face.py  what can be compared, all behind `Implementation`
+setup.py, comparison.py   load two of them, and run them in lockstep; then greedy decoding, then
+                          prefill against decode
+measure.py, tolerance.py  error measures, one row (token) at a time; the one table of tolerances
+definition.py, ties.py    every op once more by its definition, on the inputs that the run had
+suspects.py, findings.py, op_sources.py  what a broken op does instead, and where to look
+report.py, html.py, texts.py  the terminal table, the page with the heat map, what both say
 """

@@ -17,7 +17,7 @@ import numpy as np
 from octavo.diff.definition import OpReplay, own_errors
 from octavo.diff.findings import find_ops
 from octavo.diff.implementations import Implementation, Int32, StepResult
-from octavo.diff.measure import Float32, Float64, Trace, row_errors
+from octavo.diff.measure import Float32, Float64, RowErrors, joined, row_errors
 from octavo.diff.result import (
     DecodeResult,
     DiffResult,
@@ -69,7 +69,7 @@ class Run:
 
     implementation: Implementation
     replay: OpReplay | None
-    own: dict[str, Trace] = field(default_factory=dict)
+    own: dict[str, list[Float64]] = field(default_factory=dict)
     mistakes: dict[str, str | None] = field(default_factory=dict)
     last: StepResult = field(init=False)
     rounding: dict[str, float] = field(default_factory=dict)
@@ -87,9 +87,9 @@ class Run:
         for inputs in self.replay.ops(step.taps, token_ids):
             node, seen = inputs.node, step.taps[inputs.node.tap]
             errors = own_errors(inputs, seen)
-            self.own.setdefault(node.tap, Trace()).add(errors)
+            self.own.setdefault(node.tap, []).append(errors)
             limit = self.tolerance(inputs.model.spec, node, context)
-            if node.part not in self.mistakes and not errors.relative.max() <= limit:
+            if node.part not in self.mistakes and not errors.max() <= limit:
                 self.mistakes[node.part] = find_suspect(inputs, seen, limit)
 
     def measure_rounding(self, step: StepResult, truth: StepResult) -> Float32:
@@ -104,8 +104,7 @@ class Run:
 
     def own_relative(self, tap: str) -> Float64 | None:
         """The own error of a tap at every position; None where it was not checked."""
-        trace = self.own.get(tap)
-        return None if trace is None else trace.whole().relative
+        return np.concatenate(self.own[tap]) if tap in self.own else None
 
 
 def chunk_size_for(spec: ModelSpec) -> int:
@@ -143,7 +142,7 @@ class Comparison:
             Run(each, None if each.is_definition else OpReplay(definition))
             for each in (left, right)
         )
-        self.traces: dict[str, Trace] = {}
+        self.errors: dict[str, list[RowErrors]] = {}
         self.squares = 0.0  # of the right one's errors in the logits, against the truth
         self.same_choice = 0
         self.kept_logits: list[Float32] = []  # the left one's, for the last positions
@@ -170,16 +169,14 @@ class Comparison:
             texts = (decode(list(greedy.left)), decode(list(greedy.right)))
         return DiffResult(
             model=model,
-            left_name=self.left.name,
-            right_name=self.right.name,
-            left_description=self.left.description,
-            right_description=self.right.description,
+            names=(self.left.name, self.right.name),
+            descriptions=(self.left.description, self.right.description),
             dtype=self.left.dtype,
             token_ids=tuple(int(token) for token in self.token_ids),
             token_texts=token_texts,
             taps=taps,
             rows=rows,
-            missing=tuple(node.tap for node in self.nodes if node.tap not in self.traces),
+            missing=tuple(node.tap for node in self.nodes if node.tap not in self.errors),
             logits=self._logits_result(rows["logits"]),
             greedy=greedy,
             greedy_texts=texts,
@@ -211,7 +208,7 @@ class Comparison:
         for node in self.nodes:
             if node.tap in left.taps and node.tap in right.taps:
                 errors = row_errors(left.taps[node.tap], right.taps[node.tap])
-                self.traces.setdefault(node.tap, Trace()).add(errors)
+                self.errors.setdefault(node.tap, []).append(errors)
         self.same_choice += int((left.logits.argmax(axis=1) == right.logits.argmax(axis=1)).sum())
         self.kept_logits.append(left.logits[-self.options.decode_rows :].copy())
         for run, step in zip(self.runs, steps, strict=True):
@@ -244,14 +241,14 @@ class Comparison:
             margins.append(own_margins)
         self.progress("decoding greedily", 2 * steps, 2 * steps)
         pairs = enumerate(zip(*answers, strict=True))
-        parted = next((place for place, (left, right) in pairs if left != right), None)
-        if parted is None:
+        differ_at = next((place for place, (left, right) in pairs if left != right), None)
+        if differ_at is None:
             return GreedyResult(answers[0], answers[1], None, None, None, False)
-        left, right = margins[0][parted], margins[1][parted]
+        left, right = margins[0][differ_at], margins[1][differ_at]
         # Left puts one token ahead by its margin, right the other by its own: the four logits'
         # roundings together have to make up the sum, and have twice one logit's deviation.
         tie = self.left.dtype != "f32" and left + right <= TIE_DEVIATIONS * 2 * self._deviation()
-        return GreedyResult(answers[0], answers[1], parted, left, right, tie)
+        return GreedyResult(answers[0], answers[1], differ_at, left, right, tie)
 
     def _compare_decode(self) -> DecodeResult | None:
         """The left one once more: all but the last positions at once, then one by one."""
@@ -288,9 +285,9 @@ class Comparison:
         worst: dict[str, float] = {}
         results, rows = [], {}
         for node in self.nodes:
-            if node.tap not in self.traces:
+            if node.tap not in self.errors:
                 continue
-            errors = self.traces[node.tap].whole()
+            errors = joined(self.errors[node.tap])
             own = [run.own_relative(node.tap) for run in self.runs]
             worst[node.tap] = relative = float(errors.relative.max())
             before = max((worst.get(source, 0.0) for source in node.inputs), default=0.0)
@@ -306,14 +303,12 @@ class Comparison:
                     cosine_gap=float(errors.cosine_gap.max()),
                     position=int(errors.relative.argmax()),
                     growth=relative / before if before > 0 else None,
-                    own_left=None if own[0] is None else float(own[0].max()),
-                    own_right=None if own[1] is None else float(own[1].max()),
+                    own=(_largest(own[0]), _largest(own[1])),
                     tolerance=tolerance,
-                    own_tolerance_left=limits[0],
-                    own_tolerance_right=limits[1],
+                    own_tolerances=(limits[0], limits[1]),
                 )
             )
-            rows[node.tap] = TapRows(errors, own[0], own[1])
+            rows[node.tap] = TapRows(errors, (own[0], own[1]))
         return tuple(results), rows
 
     def _yardstick(self, node: Node) -> float | None:
@@ -344,6 +339,10 @@ class Comparison:
         left, right = self.runs
         roundings = left.rounding, right.rounding, left.logits_rounding, right.logits_rounding
         return JudgeResult(self.truth.description, *roundings)
+
+
+def _largest(values: Float64 | None) -> float | None:
+    return None if values is None else float(values.max())
 
 
 def _margin(logits: Float32) -> float:

@@ -9,12 +9,12 @@ several broken ops is found. What a model consists of is read from `octavo.model
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from octavo.diff.measure import Float32, RowErrors, row_errors
+from octavo.diff.measure import Float32, Float64, row_errors
 from octavo.diff.ties import rounding_room
 from octavo.models.layer import Node, model_nodes
 from octavo.models.spec import LayerSpec
@@ -96,16 +96,16 @@ def define(inputs: OpInputs) -> Float32:
     return op_call(inputs)().reshape(len(inputs.positions), -1).astype(np.float32)
 
 
-def own_errors(inputs: OpInputs, seen: Float32) -> RowErrors:
-    """How far `seen`, the run's tap (rows, width), lies from the op's definition.
+def own_errors(inputs: OpInputs, seen: Float32) -> Float64:
+    """Relative error of `seen`, the run's tap (rows, width), from the op's definition, (rows,).
 
     Attention over a bf16 cache rounds its weights, of which some lie where two right computations
-    may round them differently: what these can do to a row is taken off its relative error.
+    may round them differently: what these can do to a row is taken off its error.
     """
     right = define(inputs)
-    errors = row_errors(seen, right)
+    relative = row_errors(seen, right).relative
     if inputs.node.op != "attention" or inputs.model.kv_dtype != "bf16":
-        return errors
+        return relative
     arguments = dict(op_call(inputs).keywords)
     del arguments["dtype"]
     with np.errstate(invalid="ignore", over="ignore"):
@@ -114,7 +114,8 @@ def own_errors(inputs: OpInputs, seen: Float32) -> RowErrors:
         allowed = np.linalg.norm(room, axis=1) / np.where(size > 0, size, 1)
     # Where NaN or infinity is about, there is nothing to allow for.
     allowed = np.where(np.isfinite(allowed), allowed, 0.0)
-    return replace(errors, relative=np.maximum(errors.relative - allowed, 0.0))
+    left: Float64 = np.maximum(relative - allowed, 0.0)
+    return left
 
 
 class OpReplay:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from octavo.diff.implementations import Implementation
-from octavo.diff.op_sources import definition_of, files_of, hint_for
+from octavo.diff.op_sources import files_of, hint_for
 from octavo.diff.result import Finding, TapResult
 from octavo.diff.texts import number
 
@@ -64,13 +64,12 @@ def _broken(
 ) -> Finding:
     """The entry of one op of one implementation; taps: all the places where it is wrong."""
     first, name = taps[0], implementation.name
-    limit = (first.own_tolerance_left, first.own_tolerance_right)[index]
     octavos = implementation.op_files in ("reference", "native", "cuda")
     finding = _finding(
         taps,
         f"{name}'s {first.node.op} is {'wrong' if octavos else 'not as octavo defines it'}",
         f"given the same inputs, its result is {number(first.own[index])} from the definition's "
-        f"(tolerance {number(limit)})",
+        f"(tolerance {number(first.own_tolerances[index])})",
         files_of(first.node.op, implementation.op_files),
         hint_for(first.node) if octavos else _NOT_OCTAVOS,
     )
@@ -86,8 +85,8 @@ def _suspect_definition(
         taps,
         f"the definition of {first.node.op} stands alone",
         f"{left.name} and {right.name} agree with one another here (to "
-        f"{number(first.relative)}), and both are {number(first.own_left)} from the definition",
-        definition_of(first.node.op),
+        f"{number(first.relative)}), and both are {number(first.own[0])} from the definition",
+        files_of(first.node.op, "reference"),
         "Suspect the definition, or how octavo reads the model's configuration: both runs "
         "are checked by octavo's reading of it.",
     )

@@ -20,7 +20,7 @@ import numpy as np
 from octavo.diff import texts
 from octavo.diff.measure import Float64
 from octavo.diff.result import DiffResult, Finding, TapResult
-from octavo.diff.texts import number
+from octavo.diff.texts import Check, number, tap_fields
 from octavo.files import write_text
 
 LOG_LOW, LOG_HIGH = -12.0, 4.0  # the range of the packed logarithms (base 10)
@@ -39,7 +39,7 @@ def render(result: DiffResult) -> str:
     slots = {
         "title": escape(f"octavo diff: {result.model}"),
         "head": _head(result),
-        "tiles": "".join(_tiles(result)),
+        "tiles": _tiles(result),
         "findings": _findings(result),
         "table": _table(result),
         "foot": f"octavo diff, {result.seconds:.1f} s. This page needs nothing but itself.",
@@ -65,10 +65,9 @@ def pack(values: Float64) -> bytes:
 
 def _head(result: DiffResult) -> str:
     verdict = ("good", "✓ no difference") if result.ok else ("bad", "✗ different")
-    descriptions = (result.left_description, result.right_description)
     compared = "\n".join(
         f"<dt>{escape(name)}</dt><dd>{escape(description)}</dd>"
-        for name, description in zip(result.names, descriptions, strict=True)
+        for name, description in zip(result.names, result.descriptions, strict=True)
     )
     tokens = f"{len(result.token_ids)} token{'s' * (len(result.token_ids) != 1)}"
     return f"""<div class="top"><div>
@@ -78,35 +77,17 @@ def _head(result: DiffResult) -> str:
 <button type="button" id="theme" class="theme" hidden>light / dark</button></div>"""
 
 
-def _tiles(result: DiffResult) -> list[str]:
+def _tiles(result: DiffResult) -> str:
     good = sum(tap.ok for tap in result.taps)
     first = result.first_bad
     text = "all within tolerance" if first is None else f"the first over it is {first.name}"
-    tiles = [_tile(first is None, "taps", f"{good} of {len(result.taps)}", text)]
-    logits = result.logits
-    sentence = texts.logits_sentence(result)
-    tiles.append(_tile(logits.ok, "logits", number(logits.max_abs), sentence))
-    if (greedy := result.greedy) is not None:
-        same = len(greedy.left) if greedy.parted_at is None else greedy.parted_at
-        state = "note" if greedy.tie else greedy.ok
-        title = f"{same} of {len(greedy.left)} the same"
-        tiles.append(_tile(state, "greedy tokens", title, texts.greedy_sentence(result, greedy)))
-    if (decode := result.decode) is not None:
-        title = "bit-identical" if decode.different == 0 else number(decode.max_abs)
-        sentence = texts.decode_sentence(result, decode)
-        tiles.append(_tile(decode.ok, "prefill and decode", title, sentence))
-    if (judge := result.judge) is not None:
-        title = f"{number(judge.logits_left)} and {number(judge.logits_right)}"
-        sentence = texts.judge_sentence(result, judge)
-        tiles.append(_tile("plain", "judged in float64", title, sentence))
-    return tiles
-
-
-def _tile(state: bool | str, name: str, title: str, text: str) -> str:
-    kind = state if isinstance(state, str) else ("good" if state else "bad")
-    return (
-        f'<div class="card tile {kind}"><h3>{escape(name)}</h3><strong>{escape(title)}</strong>'
-        f"<p>{escape(text)}</p></div>"
+    taps = Check("taps", "good" if first is None else "bad", f"{good} of {len(result.taps)}", text)
+    titles = {"greedy": "greedy tokens", "decode": "prefill and decode"}
+    titles["judge"] = "judged in float64"
+    return "".join(
+        f'<div class="card tile {check.state}"><h3>{titles.get(check.name, check.name)}</h3>'
+        f"<strong>{escape(check.figure)}</strong><p>{escape(check.sentence)}</p></div>"
+        for check in [taps, *texts.checks(result)]
     )
 
 
@@ -205,25 +186,13 @@ def _data(result: DiffResult) -> dict[str, Any]:
 def _tap_data(tap: TapResult, any_wrong: bool) -> dict[str, Any]:
     """any_wrong: some op is wrong by itself; then only such are marked, else all that differ."""
 
-    def plain(value: float | None) -> float | None:
+    fields = {**tap_fields(tap), "op": tap.node.op}
+    fields["marked"] = any(tap.broken) or not (any_wrong or tap.ok)
+    for name, value in fields.items():
         # JSON has no infinity; 1e999 is read as one by JavaScript, but is not valid everywhere.
-        return value if value is None or math.isfinite(value) else 1e308
-
-    return {
-        "name": tap.name,
-        "layer": tap.layer,
-        "part": tap.part,
-        "op": tap.node.op,
-        "position": tap.position,
-        "relative": plain(tap.relative),
-        "own_left": plain(tap.own_left),
-        "own_right": plain(tap.own_right),
-        "growth": plain(tap.growth),
-        "tolerance": tap.tolerance,
-        "own_tolerance_left": tap.own_tolerance_left,
-        "own_tolerance_right": tap.own_tolerance_right,
-        "marked": any(tap.broken) or not (any_wrong or tap.ok),
-    }
+        if isinstance(value, float) and not math.isfinite(value):
+            fields[name] = 1e308
+    return fields
 
 
 def _metrics(result: DiffResult, starts: list[int]) -> list[dict[str, str]]:
@@ -234,7 +203,7 @@ def _metrics(result: DiffResult, starts: list[int]) -> list[dict[str, str]]:
     ]
     for index in result.checked:
         place, name = ("left", "right")[index], result.names[index]
-        own: list[Float64 | None] = [(row.own_left, row.own_right)[index] for row in rows]
+        own: list[Float64 | None] = [row.own[index] for row in rows]
         figures.append((f"own_{place}", f"own error, {name}", f"own_tolerance_{place}", own))
     missing = np.full(len(starts), MISSING, dtype="<u2").tobytes()
     return [

@@ -179,7 +179,7 @@ class HuggingFaceImplementation:
 
 def checkpoint_name(files: ModelFiles, weight: str) -> str:
     """The checkpoint's name of a weight: "layers.0.q.weight" -> "model.layers.0.self_attn...."."""
-    return files.weight_map[weight]
+    return files.weight_map[weight].name
 
 
 def checkpoint_module(files: ModelFiles, name: str) -> str:
@@ -189,7 +189,7 @@ def checkpoint_module(files: ModelFiles, name: str) -> str:
 
 def _layer_module(files: ModelFiles, nodes: list[Node], layer: int | None) -> str:
     """The module that has all the norms and matrices of a layer: "model.layers.3"."""
-    names = [name for node in nodes if node.layer == layer for name, _ in node.weight_shapes()]
+    names = [weight.name for node in nodes if node.layer == layer for weight in node.weights()]
     paths = [checkpoint_name(files, name).replace(".", "/") for name in names]
     return commonpath(paths).replace("/", ".")
 

@@ -41,20 +41,13 @@ class Implementation(Protocol):
     rounds_output: every op's result is rounded to bf16.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def description(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def is_definition(self) -> bool: ...
-    @property
-    def bit_exact(self) -> bool: ...
-    @property
-    def op_files(self) -> str: ...
-    @property
-    def rounds_output(self) -> bool: ...
+    name: str
+    description: str
+    dtype: str
+    is_definition: bool
+    bit_exact: bool
+    op_files: str
+    rounds_output: bool
 
     def reset(self) -> None:
         """Forget the sequence; the next token fed is at position 0."""

@@ -5,7 +5,7 @@ Only a few numbers a row are kept, so 1,500 tokens of a model with 400 taps cost
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -62,19 +62,10 @@ def _norms(x: Float32) -> Float64:
     return norms
 
 
-@dataclass
-class Trace:
-    """The row errors of one tap over all rows seen so far."""
-
-    chunks: list[RowErrors] = field(default_factory=list)
-
-    def add(self, errors: RowErrors) -> None:
-        self.chunks.append(errors)
-
-    def whole(self) -> RowErrors:
-        """All chunks joined; fields float64 (all rows,)."""
-        return RowErrors(
-            relative=np.concatenate([chunk.relative for chunk in self.chunks]),
-            max_abs=np.concatenate([chunk.max_abs for chunk in self.chunks]),
-            cosine_gap=np.concatenate([chunk.cosine_gap for chunk in self.chunks]),
-        )
+def joined(chunks: list[RowErrors]) -> RowErrors:
+    """The row errors of a tap over all chunks; fields float64 (all rows,)."""
+    return RowErrors(
+        relative=np.concatenate([chunk.relative for chunk in chunks]),
+        max_abs=np.concatenate([chunk.max_abs for chunk in chunks]),
+        cosine_gap=np.concatenate([chunk.cosine_gap for chunk in chunks]),
+    )

@@ -93,18 +93,13 @@ def hint_for(node: Node) -> str:
     return _TAP_HINTS.get(node.part, OP_SOURCES[node.op].hint)
 
 
-def definition_of(op: Op) -> str:
-    """Where the reference defines the op."""
-    return f"reference/ops.py ({op})"
-
-
 def files_of(op: Op, op_files: str) -> str:
     """The definition, and where an implementation computes the op (see `op_files` there)."""
+    definition, sources = f"reference/ops.py ({op})", OP_SOURCES[op]
     if op_files == "reference":
-        return definition_of(op)
-    sources = OP_SOURCES[op]
+        return definition
     found = {"native": sources.cpu, "cuda": sources.cuda}.get(op_files)
     if found is None:
         loads = " (and its loading of the weights)" if op in ("embed", "linear") else ""
         found = op_files + loads
-    return f"{definition_of(op)}; {found}"
+    return f"{definition}; {found}"

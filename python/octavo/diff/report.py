@@ -15,10 +15,11 @@ from rich.text import Text
 
 from octavo.diff import texts
 from octavo.diff.result import DiffResult, Finding, TapResult
-from octavo.diff.texts import number
+from octavo.diff.texts import number, tap_fields
 
 UNSEEN_WIDTH = 110  # columns when the output is no terminal
-_APART = ("rows", "taps", "judge")  # fields of a result that the JSON has not, or has otherwise
+# Fields of a result that the JSON does not have, or has in another form.
+_APART = ("model", "names", "descriptions", "rows", "taps", "judge")
 
 
 def print_report(
@@ -48,18 +49,15 @@ class Marks:
     """The signs of the report, for terminals with and without Unicode."""
 
     def __init__(self, ascii_only: bool = False) -> None:
-        self.good = Text("ok" if ascii_only else "✓", style="green")
-        self.bad = Text("X" if ascii_only else "✗", style="bold red")
-        self.note = Text("~" if ascii_only else "≈", style="yellow")
+        self.states = {
+            "good": Text("ok" if ascii_only else "✓", style="green"),
+            "bad": Text("X" if ascii_only else "✗", style="bold red"),
+            "note": Text("~" if ascii_only else "≈", style="yellow"),
+            "plain": Text("-" if ascii_only else "·", style="dim"),
+        }
         self.differs = Text("! " if ascii_only else "≠ ", style="yellow")
         self.first = "> " if ascii_only else "▶ "
-        self._ascii_only = ascii_only
-
-    def plain(self, text: str) -> str:
-        return text.replace("×", "x") if self._ascii_only else text
-
-    def of(self, ok: bool) -> Text:
-        return self.good if ok else self.bad
+        self.times = "x" if ascii_only else "×"
 
 
 def _header(result: DiffResult) -> RenderableType:
@@ -69,9 +67,7 @@ def _header(result: DiffResult) -> RenderableType:
         (f"   {len(result.token_ids)} tokens, {result.dtype}", "dim"),
     )
     compared = Table.grid(padding=(0, 2))
-    for name, description in zip(
-        result.names, (result.left_description, result.right_description), strict=True
-    ):
+    for name, description in zip(result.names, result.descriptions, strict=True):
         compared.add_row("", Text(name, style="bold"), Text(description))
     return Group(title, compared, Text())
 
@@ -125,7 +121,7 @@ def _row(
     if folded:
         label.append(f"  {len(taps)} taps", style="dim")
     figures = texts.figures(taps)
-    cells = [label, *(Text(marks.plain(figures[column])) for column in columns)]
+    cells = [label, *(Text(figures[name].replace("×", marks.times)) for name in columns)]
     for index in checked:
         broken = any(tap.broken[index] for tap in taps)
         cells.append(Text(texts.own_error(taps, index), style="bold red" if broken else ""))
@@ -134,12 +130,12 @@ def _row(
 
 def _verdict(taps: list[TapResult], marks: Marks) -> Text:
     if all(tap.ok for tap in taps):
-        return marks.good
+        return marks.states["good"]
     broken = [tap.part for tap in taps if any(tap.broken)]
     if not broken:
         # Its own op is right (or could not be checked): what went in differs already.
         return Text.assemble(marks.differs, ("differs", "yellow"))
-    verdict = marks.bad.copy()
+    verdict = marks.states["bad"].copy()
     verdict.append(" op is wrong" if len(taps) == 1 else f" wrong: {', '.join(broken)}")
     return verdict
 
@@ -147,17 +143,10 @@ def _verdict(taps: list[TapResult], marks: Marks) -> Text:
 def _legend(result: DiffResult) -> RenderableType:
     """One dim paragraph: what the columns are, and their tolerances."""
     runs = _span([tap.tolerance for tap in result.taps])
-    own = [
-        f"{result.names[index]} "
-        + _span(
-            [
-                (tap.own_tolerance_left, tap.own_tolerance_right)[index]
-                for tap in result.taps
-                if tap.own[index] is not None
-            ]
-        )
-        for index in result.checked
-    ]
+    own = []
+    for index in result.checked:
+        limits = [tap.own_tolerances[index] for tap in result.taps if tap.own[index] is not None]
+        own.append(f"{result.names[index]} {_span(limits)}")
     text = (
         f"Figures of the worst token. relative: |a - b| / |a|, tolerance {runs}. growth: over the "
         "relative error of what went in. own error: the op against its definition on the inputs "
@@ -181,7 +170,7 @@ def _finding(finding: Finding, marks: Marks) -> RenderableType:
     for name, text in texts.finding_lines(finding).items():
         lines.add_row(name, Text(text, style="cyan" if name == "look at" else ""))
     first = f"   first at {finding.tap}{texts.more_taps(finding)}"
-    title = Text.assemble(marks.bad, " ", (finding.title, "bold red"), (first, "red"))
+    title = Text.assemble(marks.states["bad"], " ", (finding.title, "bold red"), (first, "red"))
     return Group(Text(), title, Padding(lines, (0, 0, 0, 2)))
 
 
@@ -191,21 +180,14 @@ def _checks(result: DiffResult, marks: Marks) -> RenderableType:
     lines.add_column(no_wrap=True)
     lines.add_column(no_wrap=True, style="bold")
     lines.add_column()
-    lines.add_row(marks.of(result.logits.ok), "logits", texts.logits_sentence(result))
-    if (greedy := result.greedy) is not None:
-        mark = marks.note if greedy.tie else marks.of(greedy.ok)
-        lines.add_row(mark, "greedy", texts.greedy_sentence(result, greedy))
-    if (decode := result.decode) is not None:
-        lines.add_row(marks.of(decode.ok), "decode", texts.decode_sentence(result, decode))
-    if result.judge is not None:
-        sentence = texts.judge_sentence(result, result.judge)
-        lines.add_row(Text("·", style="dim"), "judge", sentence)
+    for check in texts.checks(result):
+        lines.add_row(marks.states[check.state], check.name, check.sentence)
     if result.missing:
-        lines.add_row(Text("·", style="dim"), "not seen", ", ".join(result.missing))
+        lines.add_row(marks.states["plain"], "not seen", ", ".join(result.missing))
     text, style = ("no difference", "bold green") if result.ok else ("different", "bold red")
     last = result.taps[-1]
     verdict = Text.assemble((text, style), (f"   {result.seconds:.1f} s", "dim"))
-    if result.ok and last.own_left is not None:
+    if result.ok and last.own[0] is not None:
         verdict.append("   every op checked on its own inputs", style="dim")
     return Group(Text(), lines, Text(), verdict)
 
@@ -217,6 +199,9 @@ def to_json(result: DiffResult) -> str:
         "schema": 1,
         "ok": result.ok,
         "first_bad": None if first is None else first.name,
+        "model": result.model,
+        **dict(zip(("left_name", "right_name"), result.names, strict=True)),
+        **dict(zip(("left_description", "right_description"), result.descriptions, strict=True)),
         **_plain({key: value for key, value in vars(result).items() if key not in _APART}),
         "taps": [_tap_json(tap) for tap in result.taps],
         "judge": _plain(result.judge),
@@ -229,22 +214,16 @@ def to_json(result: DiffResult) -> str:
 
 
 def _tap_json(tap: TapResult) -> dict[str, Any]:
-    measured = {key: value for key, value in vars(tap).items() if key != "node"}
-    left_broken, right_broken = tap.broken
-    document: dict[str, Any] = _plain(
-        {
-            "name": tap.name,
-            "layer": tap.layer,
-            "part": tap.part,
-            **measured,
-            "cosine": 1 - tap.cosine_gap,
-            "ok": tap.ok,
-            "parted": tap.differs,
-            "left_broken": left_broken,
-            "right_broken": right_broken,
-        }
-    )
-    return document
+    fields = {
+        **tap_fields(tap),
+        "max_abs": tap.max_abs,
+        "cosine_gap": tap.cosine_gap,
+        "cosine": 1 - tap.cosine_gap,
+        "ok": tap.ok,
+        "parted": tap.differs,
+        **dict(zip(("left_broken", "right_broken"), tap.broken, strict=True)),
+    }
+    return {key: _plain(value) for key, value in fields.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -16,9 +16,8 @@ class TapResult:
 
     relative, max_abs, cosine_gap: left against right, see measure.RowErrors. position: the row of
     the worst relative error. growth: relative over the largest relative of the tap's inputs; None
-    where those are 0 or unknown. own_left, own_right: each implementation's op against its
-    definition on the inputs that it had; None where not checked. The tolerances are those of
-    tolerance.py.
+    where those are 0 or unknown. own: of the left and the right one, its op against the definition
+    on the inputs that it had; None where not checked. The tolerances are those of tolerance.py.
     """
 
     node: Node
@@ -27,11 +26,9 @@ class TapResult:
     cosine_gap: float
     position: int
     growth: float | None
-    own_left: float | None
-    own_right: float | None
+    own: tuple[float | None, float | None]
     tolerance: float
-    own_tolerance_left: float
-    own_tolerance_right: float
+    own_tolerances: tuple[float, float]
 
     @property
     def name(self) -> str:
@@ -46,17 +43,10 @@ class TapResult:
         return self.node.part
 
     @property
-    def own(self) -> tuple[float | None, float | None]:
-        """The own errors, left and right."""
-        return self.own_left, self.own_right
-
-    @property
-    def broken(self) -> tuple[bool, bool]:
+    def broken(self) -> list[bool]:
         """Whether the op is wrong, left and right."""
-        return (
-            self.own_left is not None and not self.own_left <= self.own_tolerance_left,
-            self.own_right is not None and not self.own_right <= self.own_tolerance_right,
-        )
+        pairs = zip(self.own, self.own_tolerances, strict=True)
+        return [own is not None and not own <= limit for own, limit in pairs]
 
     @property
     def differs(self) -> bool:
@@ -73,8 +63,7 @@ class TapRows:
     """The heat map's figures of one tap, float64 (positions,) each."""
 
     errors: RowErrors
-    own_left: Float64 | None
-    own_right: Float64 | None
+    own: tuple[Float64 | None, Float64 | None]
 
 
 @dataclass(frozen=True)
@@ -170,10 +159,8 @@ class DiffResult:
     """All of a comparison."""
 
     model: str
-    left_name: str
-    right_name: str
-    left_description: str
-    right_description: str
+    names: tuple[str, str]  # of the two implementations, left and right
+    descriptions: tuple[str, str]
     dtype: str
     token_ids: tuple[int, ...]
     token_texts: tuple[str, ...]
@@ -187,11 +174,6 @@ class DiffResult:
     judge: JudgeResult | None
     findings: tuple[Finding, ...]
     seconds: float
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """What the two implementations are called, left and right."""
-        return self.left_name, self.right_name
 
     @property
     def checked(self) -> list[int]:

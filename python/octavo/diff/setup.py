@@ -1,16 +1,18 @@
-"""From the words of a command line to two implementations, ready to be compared."""
+"""From the words of a command line to two implementations, compared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from octavo.config import LOAD_FORMATS, QUANTIZE, Environment
 from octavo.diff.comparison import Comparison, DiffOptions, Progress, chunk_size_for
+from octavo.diff.hugging_face import HuggingFaceImplementation, import_hugging_face
 from octavo.diff.implementations import Implementation, Int32, ReferenceImplementation
-from octavo.diff.native import NativeImplementation, load_native
+from octavo.diff.native import load_native
+from octavo.diff.result import DiffResult
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.files import expand_home
 from octavo.folder import MemoryFolder
@@ -81,18 +83,8 @@ class DiffRequest:
             )
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A comparison ready to run, and what its report needs besides."""
-
-    comparison: Comparison
-    title: str
-    token_texts: tuple[str, ...]
-    decode: Callable[[list[int]], str]
-
-
-def prepare(request: DiffRequest, environment: Environment, progress: Progress) -> Prepared:
-    """Open the model, load both implementations, and cut the text into tokens.
+def compare(request: DiffRequest, environment: Environment, progress: Progress) -> DiffResult:
+    """Open the model, cut the text into tokens, load both implementations, and run them.
 
     Raises OctavoError of every kind for what the user can put right.
     """
@@ -113,34 +105,39 @@ def prepare(request: DiffRequest, environment: Environment, progress: Progress) 
             )
         request = replace(request, dtype="bf16")
     _check_memory(request, checkpoint)
-    left = _load_native(request, files, checkpoint, len(token_ids), progress)
-    weights = _float32_weights(files.spec, checkpoint, progress)
+    if request.against == "hf":
+        import_hugging_face()  # where it is missing, that is said before anything is loaded
+    options = request.options
+    left = load_native(
+        files,
+        checkpoint,
+        device=request.device,
+        dtype=request.dtype,
+        max_tokens=len(token_ids) + max(options.steps, 1),
+        chunk_size=min(options.chunk_size or chunk_size_for(files.spec), len(token_ids)),
+        num_threads=request.num_threads,
+        progress=lambda done, total: progress("loading octavo", done, total),
+    )
     definition = ReferenceModel(
         files.spec,
-        weights,
+        _float32_weights(files.spec, checkpoint, progress),
         dtype=request.dtype,
         kv_dtype=request.dtype,
         formats=checkpoint.formats,
         int4_activations=left.int4_activations,
     )
-    del weights
     right = _load_right(request, files, checkpoint, definition, progress)
-    comparison = Comparison(
-        left,
-        right,
-        definition,
-        token_ids,
-        request.options,
-        _truth(request, definition),
-        progress,
-    )
+    del checkpoint  # quantized weights take memory, and all of them are loaded by now
+    truth = _truth(request, definition)
+    comparison = Comparison(left, right, definition, token_ids, options, truth, progress)
 
     def decode(ids: list[int]) -> str:
         return "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=False)
 
     name = request.model or DEFAULT_MODEL
     title = path.resolve().name if path == expand_home(name) else name
-    return Prepared(comparison, title, _token_texts(token_ids, tokenizer), decode)
+    texts = _token_texts(token_ids, tokenizer)
+    return comparison.run(title, texts, decode, judged=request.judge)
 
 
 def _tokens(request: DiffRequest, files: ModelFiles) -> tuple[Int32, Tokenizer | None]:
@@ -205,30 +202,6 @@ def _float32_weights(
     return weights
 
 
-def _load_native(
-    request: DiffRequest,
-    files: ModelFiles,
-    checkpoint: Checkpoint,
-    count: int,
-    progress: Progress,
-) -> NativeImplementation:
-    """octavo, for `count` tokens and the steps after them."""
-    if request.against == "hf":
-        from octavo.diff.hugging_face import import_hugging_face
-
-        import_hugging_face()  # where it is missing, that is said before anything is loaded
-    return load_native(
-        files,
-        checkpoint,
-        device=request.device,
-        dtype=request.dtype,
-        max_tokens=count + max(request.options.steps, 1),
-        chunk_size=min(request.options.chunk_size or chunk_size_for(files.spec), count),
-        num_threads=request.num_threads,
-        progress=lambda done, total: progress("loading octavo", done, total),
-    )
-
-
 def _load_right(
     request: DiffRequest,
     files: ModelFiles,
@@ -238,8 +211,6 @@ def _load_right(
 ) -> Implementation:
     if request.against == "reference":
         return ReferenceImplementation(definition)
-    from octavo.diff.hugging_face import HuggingFaceImplementation, import_hugging_face
-
     _, transformers = import_hugging_face()
     transformers.utils.logging.disable_progress_bar()  # ours is running
     progress("loading Hugging Face", 0, 1)

@@ -38,7 +38,8 @@ def find_suspect(inputs: OpInputs, seen: Float32, tolerance: float) -> str | Non
     if inputs.node.op == "attention" and inputs.model.kv_dtype == "bf16":
         # A weight that lies near the middle of two bfloat16 numbers may be rounded either way.
         tolerance += STEP_BF16
-    for sentence, compute in _SUSPECTS[inputs.node.op](inputs, op_call(inputs)):
+    suspects = _SUSPECTS.get(inputs.node.op)
+    for sentence, compute in suspects(inputs, op_call(inputs)) if suspects else ():
         guess = compute().reshape(len(seen), -1).astype(np.float32)
         if guess.shape != seen.shape:
             continue
@@ -67,21 +68,21 @@ def _norm(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         return
     if len(node.inputs) > 1:
         yield from _sum(inputs, lambda terms: op(x=add(terms)))
-    x, weight, bias = (
-        add(inputs.operands),
-        inputs.weight(node.tap),
-        inputs.model.weights.get(f"{node.tap}.bias"),
-    )
+    x, weight = add(inputs.operands), inputs.weight(node.tap)
+    bias = inputs.model.weights.get(f"{node.tap}.bias")
     yield "epsilon outside the square root", lambda: _norm_eps_outside(x, weight, bias, spec)
     for eps in (0.0, 1e-5, 1e-6, 1e-12):
         if eps != spec.eps:
             yield f"epsilon {eps:g} instead of {spec.eps:g}", partial(op, eps=eps)
-    yield "the weight left out", partial(op, weight=np.ones_like(weight))
-    yield "1 + weight in place of the weight", partial(op, weight=1 + weight)
-    yield "the bias left out", partial(op, bias=None)
     other = "layer" if spec.kind == "rms" else "rms"
-    yield f"a {other} norm instead of {spec.kind}", partial(op, kind=other)
-    yield "no normalization at all", lambda: x
+    others: dict[str, Callable[[], Array]] = {
+        "the weight left out": partial(op, weight=np.ones_like(weight)),
+        "1 + weight in place of the weight": partial(op, weight=1 + weight),
+        "the bias left out": partial(op, bias=None),
+        f"a {other} norm instead of {spec.kind}": partial(op, kind=other),
+        "no normalization at all": lambda: x,
+    }
+    yield from others.items()
 
 
 def _sum(inputs: OpInputs, given: Callable[[list[Array]], Array]) -> Iterator[Suspect]:
@@ -134,26 +135,20 @@ def _linear(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
             yield f"the weight of layer {other.layer}", partial(op, weight=weight_there)
     if any(each.op == "rope_and_store" and node.tap in each.inputs for each in nodes.values()):
         heads = weight.shape[0] // inputs.layer.head_dim
-        paired = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2)
-        yield (
-            "rows in GGUF's order (pairs side by side), not undone",
-            partial(op, weight=paired.reshape(weight.shape)),
-        )
-        split = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2)
-        yield (
-            "GGUF's order of rows undone where there was none",
-            partial(op, weight=split.reshape(weight.shape)),
-        )
+        paired = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        split = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        sentence = "rows in GGUF's order (pairs side by side), not undone"
+        yield sentence, partial(op, weight=paired)
+        yield "GGUF's order of rows undone where there was none", partial(op, weight=split)
     before = nodes[node.inputs[0]]
     if before.norm is not None and all(tap in inputs.taps for tap in before.inputs):
         unnormalized = add([inputs.taps[tap] for tap in before.inputs])
         yield f"{before.part} left out: the input not normalized", partial(op, x=unnormalized)
     if node.layer is None and not model.spec.tie_word_embeddings:
         yield "the embedding table used as the head", partial(op, weight=inputs.weight("embed"))
-    if name in model.formats:
-        yield "activations not rounded", lambda: ops.linear(x, weight, bias)
-    elif model.dtype == "bf16":
-        yield "activations not rounded to bfloat16", lambda: ops.linear(x, weight, bias)
+    if name in model.formats or model.dtype == "bf16":
+        to = "" if name in model.formats else " to bfloat16"
+        yield f"activations not rounded{to}", lambda: ops.linear(x, weight, bias)
     else:
         sentence = "weight and activations rounded to bfloat16"
         yield sentence, lambda: ops.linear(x, weight, bias, "bf16")
@@ -173,20 +168,18 @@ def _rope(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         turned = op(x=np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1))
         return np.stack([turned[..., :half], turned[..., half:]], axis=-1).reshape(x.shape)
 
-    yield "no rotation", lambda: x
-    yield (
-        "halves swapped: the sine's sign is the other way round",
-        partial(op, frequencies=-frequencies),
-    )
-    yield "halves swapped on the way in", lambda: op(x=swap(x))
-    yield "halves swapped on the way out", lambda: swap(op())
-    yield "neighbours paired (i with i + 1) instead of halves", neighbours
-    for step in (-1, 1):
-        yield f"positions off by {step:+d}", partial(op, positions=positions + step)
-    yield (
-        "positions counted from the chunk's first token",
-        partial(op, positions=positions - positions[0]),
-    )
+    start, backwards = positions - positions[0], partial(op, frequencies=-frequencies)
+    ways: dict[str, Callable[[], Array]] = {
+        "no rotation": lambda: x,
+        "halves swapped: the sine's sign is the other way round": backwards,
+        "halves swapped on the way in": lambda: op(x=swap(x)),
+        "halves swapped on the way out": lambda: swap(op()),
+        "neighbours paired (i with i + 1) instead of halves": neighbours,
+        "positions off by -1": partial(op, positions=positions - 1),
+        "positions off by +1": partial(op, positions=positions + 1),
+        "positions counted from the chunk's first token": partial(op, positions=start),
+    }
+    yield from ways.items()
     others = []
     if rope.scaling != "default":
         others.append((f"the {rope.scaling} scaling left out", RopeSpec(theta=rope.theta)))
@@ -199,46 +192,35 @@ def _rope(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
 def _attention(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     layer, k, v = inputs.layer, inputs.keys, inputs.values
     source = inputs.nodes[inputs.node.inputs[0]]
-    q, scale, window = inputs.heads(source.tap), layer.head_dim**-0.5, layer.window
+    q, scale, window = inputs.heads(source.tap), layer.score_scale, layer.window
+    wider, heads, rows = layer.q_size**-0.5, np.arange(layer.num_heads), len(q)
     yield "no scale", partial(op, scale=1.0)
     yield "scale 1 / head_dim, not its root", partial(op, scale=scale**2)
-    yield (
-        "the scale applied twice over all heads: 1 / hidden_size",
-        partial(op, scale=layer.q_size**-0.5),
-    )
-    heads = np.arange(layer.num_heads)
+    yield "the scale applied twice over all heads: 1 / hidden_size", partial(op, scale=wider)
     if 1 < layer.num_kv_heads < layer.num_heads:
         order = heads % layer.num_kv_heads
-        yield (
-            "query head h reads KV head h % num_kv_heads",
-            partial(op, k=k[:, order], v=v[:, order]),
-        )
+        attend = partial(op, k=k[:, order], v=v[:, order])
+        yield "query head h reads KV head h % num_kv_heads", attend
     if layer.num_kv_heads > 1:
         first = 0 * heads
         yield "every query head reads KV head 0", partial(op, k=k[:, first], v=v[:, first])
-    yield (
-        "not causal: tokens see those behind them",
-        # A query by itself is the last token's, which sees all.
-        lambda: np.concatenate([op(q=row[None], window=0) for row in q]),
-    )
-    if len(k) > len(q):
-        rows = len(q)
-        yield (
-            "only this chunk's keys and values seen, not the cache",
-            partial(op, k=k[-rows:], v=v[-rows:]),
-        )
+    # A query by itself is the last token's, which sees all.
+    each = [partial(op, q=row[None], window=0) for row in q]
+    sentence = "not causal: tokens see those behind them"
+    yield sentence, lambda: np.concatenate([attend() for attend in each])
+    if len(k) > rows:
+        sentence = "only this chunk's keys and values seen, not the cache"
+        yield sentence, partial(op, k=k[-rows:], v=v[-rows:])
     if window:
         yield "the window ignored", partial(op, window=0)
         yield "a window one too wide", partial(op, window=window + 1)
     if source.op == "rope_and_store":
         yield "q before rope", partial(op, q=inputs.heads(source.inputs[0]))
     if inputs.model.kv_dtype == "f32":
-        of_cache = partial(op, k=ops.round_to_bf16(k), v=ops.round_to_bf16(v))
-        yield "keys and values rounded to bfloat16", of_cache
-        yield (
-            "queries, weights, keys and values rounded to bfloat16",
-            partial(of_cache, dtype="bf16"),
-        )
+        cached = partial(op, k=ops.round_to_bf16(k), v=ops.round_to_bf16(v))
+        yield "keys and values rounded to bfloat16", cached
+        sentence = "queries, weights, keys and values rounded to bfloat16"
+        yield sentence, partial(cached, dtype="bf16")
     elif inputs.model.kv_dtype == "bf16":
         yield from _rounded_otherwise(op, q, partial(_weigh, k=k, v=v, scale=scale, window=window))
 
@@ -246,58 +228,48 @@ def _attention(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
 def _rounded_otherwise(op: Call, q: Array, weigh: Call) -> Iterator[Suspect]:
     """What may be rounded to bfloat16, or not, in attention over a bf16 cache.
 
-    weigh: `_weigh` but for its first two arguments.
+    weigh: `_weigh` but for its queries and what is done otherwise.
     """
-    rounded = ops.round_to_bf16
-    yield (
-        "float32 attention: neither queries nor weights rounded to bfloat16",
-        partial(op, dtype="f32"),
-    )
-    yield "weights not rounded to bfloat16", partial(op, q=rounded(q), dtype="f32")
-
-    def whole(powers: Array) -> Array:
-        weights: Array = np.exp2(powers - np.ceil(powers.max(axis=-1, keepdims=True)))
-        return weights
-
-    def exact(powers: Array) -> Array:
-        weights: Array = np.exp2(powers - powers.max(axis=-1, keepdims=True))
-        return weights
-
-    def total(weights: Array) -> Array:
-        sums: Array = weights.sum(axis=-1, keepdims=True)
-        return sums
-
-    yield (
-        "queries not rounded to bfloat16",
-        lambda: weigh(q, lambda p: rounded(whole(p)) / total(whole(p))),
-    )
-    yield (
-        "weights are powers from the greatest score itself, not from a whole number",
-        lambda: weigh(rounded(q), lambda p: rounded(exact(p)) / total(exact(p))),
-    )
-    yield (
-        "weights divided by their sum before they are rounded to bfloat16",
-        lambda: weigh(rounded(q), lambda p: rounded(whole(p) / total(whole(p)))),
-    )
-    yield (
-        "the weights' sum taken after rounding them to bfloat16",
-        lambda: weigh(rounded(q), lambda p: rounded(whole(p)) / total(rounded(whole(p)))),
-    )
+    unrounded, rounded_q = partial(op, dtype="f32"), ops.round_to_bf16(q)
+    yield "float32 attention: neither queries nor weights rounded to bfloat16", unrounded
+    yield "weights not rounded to bfloat16", partial(unrounded, q=rounded_q)
+    yield "queries not rounded to bfloat16", partial(weigh, q)
+    sentence = "weights are powers from the greatest score itself, not from a whole number"
+    yield sentence, partial(weigh, rounded_q, whole=False)
+    sentence = "weights divided by their sum before they are rounded to bfloat16"
+    yield sentence, partial(weigh, rounded_q, divided_first=True)
+    sentence = "the weights' sum taken after rounding them to bfloat16"
+    yield sentence, partial(weigh, rounded_q, sum_of_rounded=True)
 
 
 def _weigh(
-    q: Array, weights: Callable[[Array], Array], k: Array, v: Array, scale: float, window: int
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    window: int,
+    *,
+    whole: bool = True,
+    divided_first: bool = False,
+    sum_of_rounded: bool = False,
 ) -> Array:
-    """Attention with `weights` of the scores in powers of two, (heads, rows, context).
+    """Attention over a bf16 cache, as `ops.attention` has it but for the one thing asked for.
 
-    Scores that a token does not see are -inf. The other arguments are those of `ops.attention`.
+    whole: the greatest score is rounded up before powers are taken from it. divided_first: weights
+    are divided by their sum, then rounded. sum_of_rounded: they are rounded, then summed.
     """
     group, context, rows = q.shape[1] // k.shape[1], len(k), len(q)
     k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
     powers = np.einsum("qhd,khd->hqk", q, k) * np.float32(scale * math.log2(math.e))
     distance = (context - rows + np.arange(rows))[:, None] - np.arange(context)
     hidden = (distance < 0) | ((distance >= window) if window else False)
-    out: Array = np.einsum("hqk,khd->qhd", weights(np.where(hidden, -np.inf, powers)), v)
+    powers = np.where(hidden, -np.inf, powers)  # (heads, rows, context)
+    greatest = powers.max(axis=-1, keepdims=True)
+    weights = np.exp2(powers - (np.ceil(greatest) if whole else greatest))
+    rounded = ops.round_to_bf16(weights)
+    total = (rounded if sum_of_rounded else weights).sum(axis=-1, keepdims=True)
+    weights = ops.round_to_bf16(weights / total) if divided_first else rounded / total
+    out: Array = np.einsum("hqk,khd->qhd", weights, v)
     return out
 
 
@@ -305,13 +277,11 @@ def _activation(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     activation = inputs.layer.activation
     if inputs.layer.gated:
         gate, up = inputs.operands
+        alone = partial(ops.activate, gate, activation)
         yield "gate and up swapped", partial(op, gate=up, up=gate)
         yield "no activation: gate * up", lambda: gate * up
-        yield (
-            "the gate's activation alone, not multiplied by up",
-            lambda: ops.activate(gate, activation),
-        )
-        yield "up left without a gate", lambda: ops.activate(up, activation)
+        yield "the gate's activation alone, not multiplied by up", alone
+        yield "up left without a gate", partial(ops.activate, up, activation)
     for other in ("silu", "gelu", "gelu_tanh", "relu"):
         if other != activation:
             yield f"{other} instead of {activation}", partial(op, activation=other)

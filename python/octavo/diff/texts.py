@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from octavo.diff.result import (
-    DecodeResult,
-    DiffResult,
-    Finding,
-    GreedyResult,
-    JudgeResult,
-    TapResult,
-)
+from octavo.diff.result import DecodeResult, DiffResult, Finding, GreedyResult, TapResult
 
 
 def number(value: float | None) -> str:
@@ -60,6 +55,23 @@ def own_error(taps: Sequence[TapResult], index: int) -> str:
     return number(max((own for tap in taps if (own := tap.own[index]) is not None), default=None))
 
 
+def tap_fields(tap: TapResult) -> dict[str, Any]:
+    """What the JSON and the page's script both have of a tap."""
+    return {
+        "name": tap.name,
+        "layer": tap.layer,
+        "part": tap.part,
+        "position": tap.position,
+        "relative": tap.relative,
+        "growth": tap.growth,
+        "tolerance": tap.tolerance,
+        "own_left": tap.own[0],
+        "own_right": tap.own[1],
+        "own_tolerance_left": tap.own_tolerances[0],
+        "own_tolerance_right": tap.own_tolerances[1],
+    }
+
+
 def more_taps(finding: Finding) -> str:
     """At how many taps besides the first a finding shows."""
     return f" and at {len(finding.taps) - 1} more taps" if len(finding.taps) > 1 else ""
@@ -70,16 +82,54 @@ def finding_lines(finding: Finding) -> dict[str, str]:
     return {"measured": finding.evidence, "look at": finding.files, "hint": finding.hint}
 
 
-def logits_sentence(result: DiffResult) -> str:
-    """How far the logits lie apart."""
+@dataclass(frozen=True)
+class Check:
+    """What a check of the whole runs showed.
+
+    state: "good", "bad", "note" (bad, but explained) or "plain" (neither). figure: the result in
+    a word or a number.
+    """
+
+    name: str
+    state: str
+    figure: str
+    sentence: str
+
+
+def checks(result: DiffResult) -> list[Check]:
+    """Logits, greedy tokens, prefill against decode, and who rounds more, as far as looked at."""
     logits = result.logits
-    return (
+    sentence = (
         f"max abs error {number(logits.max_abs)} over {logits.positions} positions (tolerance "
         f"{number(logits.tolerance)}); same first choice at {logits.same_choice}"
     )
+    found = [Check("logits", _state(logits.ok), number(logits.max_abs), sentence)]
+    if (greedy := result.greedy) is not None:
+        count = len(greedy.left)
+        same = count if greedy.parted_at is None else greedy.parted_at
+        state = "note" if greedy.tie else _state(greedy.ok)
+        sentence = _greedy_sentence(result, greedy)
+        found.append(Check("greedy", state, f"{same} of {count} the same", sentence))
+    if (decode := result.decode) is not None:
+        figure = "bit-identical" if decode.different == 0 else number(decode.max_abs)
+        sentence = _decode_sentence(result, decode)
+        found.append(Check("decode", _state(decode.ok), figure, sentence))
+    if (judge := result.judge) is not None:
+        left, right = number(judge.logits_left), number(judge.logits_right)
+        taps = [number(max(worst.values())) for worst in (judge.left, judge.right)]
+        sentence = (
+            f"against {judge.description}: {result.names[0]} is off by {taps[0]} at the worst tap "
+            f"and {left} in the logits, {result.names[1]} by {taps[1]} and {right}"
+        )
+        found.append(Check("judge", "plain", f"{left} and {right}", sentence))
+    return found
 
 
-def greedy_sentence(result: DiffResult, greedy: GreedyResult) -> str:
+def _state(ok: bool) -> str:
+    return "good" if ok else "bad"
+
+
+def _greedy_sentence(result: DiffResult, greedy: GreedyResult) -> str:
     """What greedy decoding showed."""
     step, count = greedy.parted_at, len(greedy.left)
     if step is None:
@@ -94,23 +144,13 @@ def greedy_sentence(result: DiffResult, greedy: GreedyResult) -> str:
     )
 
 
-def decode_sentence(result: DiffResult, decode: DecodeResult) -> str:
+def _decode_sentence(result: DiffResult, decode: DecodeResult) -> str:
     """What prefill against token-by-token decode showed, of the left one."""
     count = f"{decode.positions} position{'s' * (decode.positions != 1)}"
-    who = f"{result.left_name}'s last {count}, one token at a time"
+    who = f"{result.names[0]}'s last {count}, one token at a time"
     if decode.different == 0:
         promise = ", as it promises on the CPU" if decode.promised else ""
         return f"{who}: bit-identical to prefill{promise}"
     broken = "; it promises equality in every bit" if decode.promised else ""
     largest = number(decode.max_abs)
     return f"{who}: {decode.different} differ from prefill, by {largest} at most{broken}"
-
-
-def judge_sentence(result: DiffResult, judge: JudgeResult) -> str:
-    """Who rounds more, against the model without rounding."""
-    left, right = max(judge.left.values()), max(judge.right.values())
-    return (
-        f"against {judge.description}: {result.left_name} is off by {number(left)} at the worst "
-        f"tap and {number(judge.logits_left)} in the logits, {result.right_name} by "
-        f"{number(right)} and {number(judge.logits_right)}"
-    )

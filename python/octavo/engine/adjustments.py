@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.engine.request import Sequence
-from octavo.sampling_params import SamplingParams
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -27,8 +26,6 @@ class LogitAdjustments(NamedTuple):
 class Adjuster:
     """Which logits of one answer are to be changed, and how.
 
-    watches_answer: whether that depends on the tokens it has drawn.
-
     The order is: repetition_penalty, over prompt and answer; then logit_bias is added and
     frequency_penalty and presence_penalty, over the answer alone, are taken off. (vLLM adds the
     bias first; it makes a difference only to a token that has both.)
@@ -38,14 +35,12 @@ class Adjuster:
     def create(cls, sequence: Sequence) -> Adjuster | None:
         """None for a request that changes nothing, which is nearly every one."""
         params = sequence.params
-        changes = params.logit_bias or _counts_answer(params) or params.repetition_penalty != 1
-        return cls(sequence) if changes else None
+        return cls(sequence) if params.logit_bias or sequence.watches_answer else None
 
     def __init__(self, sequence: Sequence) -> None:
         params = sequence.params
         self._sequence = sequence
         self._num_counted = sequence.num_prompt_tokens
-        self.watches_answer = _counts_answer(params) or params.repetition_penalty != 1
         pairs = dict(params.logit_bias)
         prompt = sequence.token_ids[: self._num_counted] if params.repetition_penalty != 1 else []
         # Sorted by token, each once; the columns beside it are of the same length.
@@ -57,7 +52,7 @@ class Adjuster:
     def arrays(self) -> tuple[Int32, Float32, Float32]:
         """token_ids, repetition and bias for the next token of the answer as it is now."""
         params = self._sequence.params
-        if self.watches_answer:
+        if self._sequence.watches_answer:
             self._count_new_tokens()
         repetition = np.where(self._seen, np.float32(params.repetition_penalty), np.float32(1))
         bias = self._bias - np.float32(params.frequency_penalty) * self._counts
@@ -92,7 +87,3 @@ def build_adjustments(adjusters: SequenceOf[Adjuster | None]) -> LogitAdjustment
         np.concatenate(repetition),
         np.concatenate(bias),
     )
-
-
-def _counts_answer(params: SamplingParams) -> bool:
-    return bool(params.frequency_penalty or params.presence_penalty)

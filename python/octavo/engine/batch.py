@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.engine.block_manager import BlockManager
+from octavo.engine.block_manager import NO_BLOCK, BlockManager
+from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule, ScheduledSequence
+from octavo.reference.sampling import SAMPLING_ROW, SamplingRows
 
 Int32 = NDArray[np.int32]
 _TINY = float(np.finfo(np.float32).tiny)
@@ -17,32 +19,21 @@ _HUGE = float(np.finfo(np.float32).max)
 
 
 class BatchArrays(NamedTuple):
-    """The arguments of `_native.Batch`, which documents their shapes.
-
-    All are int32 but for temperature, top_p, min_p (float32) and seed (uint64).
-    """
+    """The arguments of `_native.Batch`, which documents their shapes."""
 
     token_ids: Int32
     row_starts: Int32
     context_lens: Int32
     block_tables: Int32
     logit_rows: Int32
-    temperature: NDArray[np.float32]
-    top_k: Int32
-    top_p: NDArray[np.float32]
-    min_p: NDArray[np.float32]
-    seed: NDArray[np.uint64]
-    sample_index: Int32
-    num_logprobs: Int32
-    state_rows: Int32
+    sampling: SamplingRows
 
 
-def build_batch(
-    schedule: Schedule, blocks: BlockManager, num_kv_groups: int, vocab_size: int
-) -> BatchArrays:
-    """Pack one step. Every sequence that draws a token gets one logit row, its last.
+def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> BatchArrays:
+    """Pack one step. A sequence gets a logit row for each token to be sampled behind its last ones.
 
-    A token that a step in flight draws is named by its sequence's state row.
+    A token that a step in flight samples is named by its sequence's state row. Of a sequence with
+    drafts none is named so: which of its samples is the last is only known when they are in.
 
     Raises ValueError on a schedule with no entries.
     """
@@ -52,61 +43,82 @@ def build_batch(
     token_ids: list[int] = []
     row_starts = [0]
     logit_rows: list[int] = []
-    for sequence, start, num_new_tokens, draws_token in entries:
+    state_rows: list[int] = []
+    for sequence, start, num_new_tokens, num_samples, drafts in entries:
         if num_new_tokens == 1:  # decoding: the commonest case, without slicing
             known = sequence.token_ids
             token_ids.append(known[start] if start < len(known) else -1 - sequence.state_row)
         else:
             token_ids.extend(sequence.token_ids[start : start + num_new_tokens])
-        row_starts.append(len(token_ids))
-        if draws_token:
-            logit_rows.append(len(token_ids) - 1)
-    drawing = [entry.sequence for entry in entries if entry.draws_token]
-    params = [sequence.params for sequence in drawing]
+            token_ids.extend(drafts)
+        num_tokens = len(token_ids)
+        row_starts.append(num_tokens)
+        if num_samples == 1:
+            logit_rows.append(num_tokens - 1)
+            state_rows.append(sequence.state_row)
+        elif num_samples:
+            logit_rows.extend(range(num_tokens - num_samples, num_tokens))
+            state_rows.extend([-1] * num_samples)
     return BatchArrays(
         token_ids=np.array(token_ids, np.int32),
         row_starts=np.array(row_starts, np.int32),
         context_lens=np.array([e.start + e.num_new_tokens for e in entries], np.int32),
-        block_tables=_pack_block_tables(entries, blocks, num_kv_groups),
+        block_tables=_pack_block_tables(entries, blocks),
         logit_rows=np.array(logit_rows, np.int32),
-        temperature=np.array([_temperature(p.temperature) for p in params], np.float32),
-        # "Keep more than there are" means "keep all", whatever an int32 can hold.
-        top_k=np.array([p.top_k if p.top_k < vocab_size else 0 for p in params], np.int32),
-        top_p=np.array([max(p.top_p, _TINY) for p in params], np.float32),
-        min_p=np.array([p.min_p for p in params], np.float32),
-        seed=np.array([p.seed or 0 for p in params], np.uint64),
-        sample_index=np.array([sequence.sample_index for sequence in drawing], np.int32),
-        num_logprobs=np.array(
-            [-1 if p.logprobs is None else min(p.logprobs, vocab_size) for p in params], np.int32
-        ),
-        state_rows=np.array([sequence.state_row for sequence in drawing], np.int32),
+        sampling=_pack_sampling(schedule.row_sequences, state_rows, vocab_size),
     )
+
+
+def _pack_sampling(
+    sequences: SequenceOf[Sequence], state_rows: list[int], vocab_size: int
+) -> SamplingRows:
+    """The options of each row's sequence, within what the row's types hold."""
+    rows = np.zeros(len(sequences), SAMPLING_ROW)
+    params = [sequence.params for sequence in sequences]
+    fitted = {
+        "temperature": [_temperature(p.temperature) for p in params],
+        # "Keep more than there are" means "keep all", whatever an int32 can hold.
+        "top_k": [p.top_k if p.top_k < vocab_size else 0 for p in params],
+        "top_p": [max(p.top_p, _TINY) for p in params],
+        "seed": [p.seed or 0 for p in params],
+        "sample_index": [sequence.sample_index for sequence in sequences],
+        "num_logprobs": [-1 if p.logprobs is None else min(p.logprobs, vocab_size) for p in params],
+        "state_row": state_rows,
+    }
+    for name in _OF_A_STEP:
+        values = fitted.get(name)
+        rows[name] = [getattr(p, name) for p in params] if values is None else values
+    return rows
+
+
+# What a request asks for, and what the scheduler knows; the position is the core's to know.
+_OF_A_STEP = [name for name in SAMPLING_ROW.names or () if name != "position"]
 
 
 def _temperature(value: float) -> float:
     """The temperature within what float32 can divide by.
 
-    Below 1e-30 the quotients could overflow; the most probable token is all that is ever drawn
+    Below 1e-30 the quotients could overflow; the most probable token is all that is ever sampled
     there, so that it is greedy. Above float32's range all tokens are equally probable anyway.
     """
     return min(value, _HUGE) if value >= 1e-30 else 0.0
 
 
-def _pack_block_tables(
-    entries: tuple[ScheduledSequence, ...], blocks: BlockManager, num_kv_groups: int
-) -> Int32:
-    """(num_kv_groups, num_seqs, most blocks held by one), -1 behind each last block."""
-    tables = [blocks.block_table(entry.sequence.key) for entry in entries]
-    packed = np.full((num_kv_groups, len(entries), max(map(len, tables))), -1, np.int32)
-    for row, table in enumerate(tables):
-        packed[:, row, : len(table)] = table
+def _pack_block_tables(entries: tuple[ScheduledSequence, ...], blocks: BlockManager) -> Int32:
+    """(num_kv_groups, num_seqs, most blocks held by one), NO_BLOCK behind each last block."""
+    groups = range(len(blocks.pools))
+    tables = [[blocks.block_table(e.sequence.key, group) for e in entries] for group in groups]
+    packed = np.full((len(groups), len(entries), max(map(len, tables[0]))), NO_BLOCK, np.int32)
+    for group in groups:
+        for row, table in enumerate(tables[group]):
+            packed[group, row, : len(table)] = table
     return packed
 
 
 def build_masks(forbidden: SequenceOf[frozenset[int]], vocab_size: int) -> Int32 | None:
     """Which tokens each logit row may take, as `Runtime.sample` wants it; None: all may.
 
-    forbidden: for each row the token ids it must not draw now. Returns int32
+    forbidden: for each row the token ids it must not sample now. Returns int32
     (num_rows, ceil(vocab_size / 32)); a set bit allows a token.
     """
     if not any(forbidden):

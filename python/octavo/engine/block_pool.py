@@ -1,4 +1,4 @@
-"""The blocks of the KV cache: how many hold each one, what each one holds, and which are free.
+"""The blocks of a KV group: how many hold each one, what each one holds, and which are free.
 
 A block is in one of three states:
 
@@ -14,6 +14,7 @@ cached block that has been free for longest (least recently used).
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence as SequenceOf
 
 
 class IntegrityError(RuntimeError):
@@ -54,6 +55,16 @@ class BlockPool:
     def find(self, name: bytes) -> int | None:
         """The block of this name, held or free."""
         return self._by_name.get(name)
+
+    def find_leading(self, names: SequenceOf[bytes]) -> list[int]:
+        """The blocks of these names, up to the first that there is no block of."""
+        blocks: list[int] = []
+        for name in names:
+            block = self._by_name.get(name)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
 
     def take(self) -> int:
         """Hold a free block and forget what it held; IntegrityError when none is free."""
@@ -97,14 +108,6 @@ class BlockPool:
         """Let a held block no longer be found: it is going to be written to."""
         if self._name[block] is not None:
             self._forget(block)
-
-    def clear_cache(self) -> None:
-        """Make every cached block blank, and let no held one be found."""
-        for block in self._cached:
-            self._blank.append(block)
-        self._cached.clear()
-        self._by_name.clear()
-        self._name = [None] * self.num_blocks
 
     def _forget(self, block: int) -> None:
         name = self._name[block]

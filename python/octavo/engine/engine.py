@@ -1,6 +1,6 @@
 """The step loop: schedule, submit, sample, wait, update.
 
-The engine holds the requests and turns drawn tokens into text and finish reasons. It decides
+The engine holds the requests and turns sampled tokens into text and finish reasons. It decides
 nothing about order and memory (scheduler.py, block_manager.py) and computes nothing (the native
 core). One thread at a time adds requests and steps, which guard.py sees to; shared.py lets many
 threads share an engine.
@@ -17,21 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.config import RuntimeOptions
 from octavo.engine.adjustments import LogitAdjustments, build_adjustments
-from octavo.engine.admission import AdmissionLimits, Deadlines
-from octavo.engine.answer import Answer
+from octavo.engine.admission import AdmissionLimits, Deadlines, check_scheduling, check_tokens
+from octavo.engine.answer import Answer, not_finite, read_logprobs, request_output
 from octavo.engine.batch import Int32, build_masks
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.block_pool import IntegrityError
-from octavo.engine.checks import check_scheduling, check_tokens
 from octavo.engine.event_records import arrival, describe_engine, read_stats, refusal, step_end
 from octavo.engine.events import EventLog
-from octavo.engine.guard import EngineGuard, guarded
-from octavo.engine.interrupts import deferred_interrupt
+from octavo.engine.guard import EngineGuard, deferred_interrupt, guarded
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import InFlightStep, Pipeline, StepRuntime
 from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
-from octavo.engine.results import not_finite, read_logprobs, request_output
-from octavo.engine.schedule import Schedule, SchedulerLimits
+from octavo.engine.schedule import Drafter, Schedule, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
@@ -51,7 +48,7 @@ class Engine:
     tokenizer: None for a model without one; texts are then empty, and stop strings refused.
     eos_token_ids: any of these ends an answer. seed: of requests that name none.
     make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
-    clock: gives the time in seconds.
+    clock: gives the time in seconds. drafter: proposes tokens, of which one step checks several.
     """
 
     def __init__(
@@ -67,6 +64,7 @@ class Engine:
         seed: int = 0,
         make_batch: Callable[..., Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        drafter: Drafter | None = None,
     ) -> None:
         if make_batch is None:
             from octavo._native import Batch
@@ -78,7 +76,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
-        self.blocks = BlockManager(num_kv_blocks, options.block_size)
+        self.blocks = BlockManager(num_kv_blocks, options.block_size, num_kv_groups)
         limits = SchedulerLimits(
             options.max_num_seqs,
             options.max_num_batched_tokens,
@@ -88,16 +86,15 @@ class Engine:
         )
         header = describe_engine(options, limits, self.blocks)
         self.events = EventLog(options.event_log_capacity, header)
-        self.scheduler = Scheduler(limits, self.blocks, self.events)
+        self.scheduler = Scheduler(limits, self.blocks, self.events, drafter)
         self.guard = EngineGuard()
         self.failed_request_ids: frozenset[str] = frozenset()  # that were in the step that failed
         self.num_steps = 0
-        self.num_drawn_tokens = 0
+        self.num_sampled_tokens = 0
         self._pipeline = Pipeline(
             runtime,
             self.blocks,
             make_batch,
-            num_kv_groups=num_kv_groups,
             vocab_size=vocab_size,
             depth=2 if options.overlap_steps else 1,
         )
@@ -108,7 +105,7 @@ class Engine:
         self._undelivered: list[OutputChunk] = []  # of a step that failed before its end
         self._answers: dict[object, Answer] = {}  # by the key of their sequence
         self._requests: dict[str, list[Answer]] = {}
-        self._watching: set[str] = set()  # requests whose logits depend on what they have drawn
+        self._watching: set[str] = set()  # requests whose logits depend on their answers
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -170,7 +167,7 @@ class Engine:
         check_scheduling(priority, timeout)
         now = self._clock()
         try:
-            self._admission.enter(request_id, len(prompt_token_ids))
+            self._admission.admit(request_id, len(prompt_token_ids))
         except QueueFullError as error:
             self.events.record(refusal(request_id, len(prompt_token_ids), error, now))
             raise
@@ -197,7 +194,7 @@ class Engine:
             for sequence in request.sequences
         ]
         self._requests[request_id] = answers
-        if answers[0].adjuster is not None and answers[0].adjuster.watches_answer:
+        if answers[0].sequence.watches_answer:
             self._watching.add(request_id)
         for answer in answers:
             self._answers[answer.sequence.key] = answer
@@ -224,12 +221,12 @@ class Engine:
                     pass
                 if not len(self._pipeline):
                     return self._deliver()
-                flight, output = self._pipeline.wait()
+                step, output = self._pipeline.wait()
             except BaseException:
                 self.failed_request_ids = self._abandon_steps()
                 raise
             self.num_steps += 1
-            self._undelivered += self._update(flight, output)
+            self._undelivered += self._update(step, output)
             if not self._requests:
                 self._abandon_steps()  # nobody waits for what is still in flight
                 self._check_when_idle()
@@ -256,7 +253,8 @@ class Engine:
 
         Any thread may ask at any time; amid a step, some numbers are of the step before.
         """
-        return read_stats(self)
+        counts = (self.num_steps, self.num_sampled_tokens)
+        return read_stats(self.scheduler, self._admission, *counts)
 
     def check_integrity(self) -> None:
         """Queues, blocks and requests agree; IntegrityError if not."""
@@ -283,7 +281,7 @@ class Engine:
             request = self._answers[sequence.key].request
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = now
-                self._admission.leave(request.request_id)
+                self._admission.remove(request.request_id)
         return True
 
     def _abandon_steps(self) -> frozenset[str]:
@@ -296,31 +294,32 @@ class Engine:
         return frozenset(answer.request.request_id for answer in answers if answer is not None)
 
     def _masks_of(self, schedule: Schedule) -> Int32 | None:
-        drawing = [entry.sequence for entry in schedule.entries if entry.draws_token]
-        if not any(sequence.params.min_tokens for sequence in drawing):
+        sequences = schedule.row_sequences
+        if not any([sequence.params.min_tokens for sequence in sequences]):
             return None
-        forbidden = [self._answers[sequence.key].forbidden_token_ids for sequence in drawing]
+        forbidden = [self._answers[sequence.key].forbidden_token_ids for sequence in sequences]
         return build_masks(forbidden, self.vocab_size)
 
     def _adjustments_of(self, schedule: Schedule) -> LogitAdjustments | None:
-        drawing = (entry.sequence.key for entry in schedule.entries if entry.draws_token)
-        return build_adjustments([self._answers[key].adjuster for key in drawing])
+        sequences = schedule.row_sequences
+        return build_adjustments([self._answers[sequence.key].adjuster for sequence in sequences])
 
-    def _update(self, flight: InFlightStep, output: Any) -> list[OutputChunk]:
-        """Take in what a step has drawn."""
+    def _update(self, step: InFlightStep, output: Any) -> list[OutputChunk]:
+        """Take in what a step has sampled: a token of each sequence, or several behind drafts."""
         now = self._clock()
-        schedule = flight.schedule
-        self.scheduler.complete(schedule)
+        schedule = step.schedule
+        token_ids = output.token_ids.tolist()
+        rejected_rows = self.scheduler.complete(schedule, token_ids)
         # With two in flight it began when the one before it ended, not when it was submitted.
-        started = max(flight.started, self._last_step_end)
+        started = max(step.started, self._last_step_end)
         self.events.record(step_end(schedule, self.scheduler, started, now))
         self._last_step_end = now
-        drawing = [entry.sequence for entry in schedule.entries if entry.draws_token]
-        logprobs = read_logprobs(drawing, output)
+        logprobs = read_logprobs(schedule.row_sequences, output)
         chunks: list[OutputChunk] = []
-        rows = zip(drawing, output.token_ids.tolist(), output.finite.tolist(), strict=True)
+        rows = zip(schedule.row_sequences, token_ids, output.finite.tolist(), strict=True)
         for row, (sequence, token, is_finite) in enumerate(rows):
-            if sequence.is_finished:  # since it was submitted: aborted, or its request failed
+            # It may have ended since: aborted, its request failed, or at a token before this one.
+            if sequence.is_finished or row in rejected_rows:
                 continue
             answer = self._answers[sequence.key]
             if not is_finite:
@@ -339,14 +338,14 @@ class Engine:
         return chunks
 
     def _append(self, answer: Answer, token: int, logprob: TokenLogprob | None, now: float) -> str:
-        """Take one drawn token in; finish the answer if it ends here. Returns its new text."""
+        """Take one sampled token in; finish the answer if it ends here. Returns its new text."""
         sequence = answer.sequence
         if answer.request.first_token_time is None:
             answer.request.first_token_time = now
         if not sequence.num_output_tokens:
             self.events.record((now, "first_token", sequence.key))
         sequence.token_ids.append(token)
-        self.num_drawn_tokens += 1
+        self.num_sampled_tokens += 1
         if logprob is not None:
             sequence.logprobs.append(logprob)
             sequence.cumulative_logprob += logprob.logprob
@@ -431,7 +430,7 @@ class Engine:
         answers = self._requests.pop(request_id)
         for answer in answers:
             del self._answers[answer.sequence.key]
-        self._admission.leave(request_id)
+        self._admission.remove(request_id)
         self._deadlines.remove(request_id)
         self._watching.discard(request_id)
         return request_output(answers, now)

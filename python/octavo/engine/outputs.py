@@ -24,7 +24,7 @@ class CompletionOutput:
     """One answer.
 
     index: which of the n answers. text: without the stop string (unless asked for) and without
-    special tokens (unless asked for). token_ids: every token drawn, the one that ended it included.
+    special tokens (unless asked for). token_ids: every sampled one, what ended it included.
     finish_reason: "stop" (end of text, a stop string or a stop token), "length" (max_tokens or the
     end of the context), "timeout", "abort" or "error"; None while the answer is being made.
     stop_reason: the stop string or stop token id that matched, None for the model's own end of
@@ -127,7 +127,7 @@ class EngineStats:
     that have not started, num_waiting_tokens their prompts' tokens; waiting_reason says why the
     first in the queue waits (a key of `events.WAITING_REASONS`; None when nobody does);
     num_free_blocks are blocks of the KV cache that nobody holds, of which num_cached_blocks hold
-    something that may be taken up again. Since it began: steps, tokens drawn, preemptions; prompt
+    something that may be taken up again. Since it began: steps, tokens sampled, preemptions; prompt
     tokens looked up in the prefix cache and found there; cached blocks evicted.
     """
 
@@ -140,7 +140,7 @@ class EngineStats:
     num_free_blocks: int
     num_cached_blocks: int
     num_steps: int
-    num_drawn_tokens: int
+    num_sampled_tokens: int
     num_preemptions: int
     num_prefix_queries: int
     num_prefix_hits: int

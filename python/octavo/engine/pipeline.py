@@ -1,9 +1,9 @@
 """Steps on their way through the runtime: one at a time, or the next before the last has ended.
 
 With a depth of 2 the device never waits for Python: while it computes one step, the next is
-scheduled, packed and queued behind it. The next step needs the tokens that the last one draws, and
-Python does not know them yet; but the device will, by then. So the batch names them: token id
--1 - r stands for "what state row r drew last" (see `_native.Batch`).
+scheduled, packed and queued behind it. The next step needs the tokens that the last one samples,
+and Python does not know them yet; but the device will, by then. So the batch names them: token id
+-1 - r stands for "what state row r sampled last" (see `_native.Batch`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,6 @@ class Pipeline:
         blocks: BlockManager,
         make_batch: Callable[..., Any],
         *,
-        num_kv_groups: int,
         vocab_size: int,
         depth: int,
     ) -> None:
@@ -75,7 +74,6 @@ class Pipeline:
         self._runtime = runtime
         self._blocks = blocks
         self._make_batch = make_batch
-        self._num_kv_groups = num_kv_groups
         self._vocab_size = vocab_size
         self._in_flight: deque[InFlightStep] = deque()
 
@@ -95,29 +93,29 @@ class Pipeline:
         adjustments: LogitAdjustments | None,
     ) -> None:
         """Queue a step; an error leaves it, and those before it, to `abandon`."""
-        flight = InFlightStep(schedule, now)
-        self._in_flight.append(flight)
+        step = InFlightStep(schedule, now)
+        self._in_flight.append(step)
         if schedule.copies:
-            pairs = np.array(schedule.copies, np.int32)
-            for kv_group in range(self._num_kv_groups):
-                self._runtime.copy_blocks(kv_group, pairs)
-        arrays = build_batch(schedule, self._blocks, self._num_kv_groups, self._vocab_size)
+            copies = np.array(schedule.copies, np.int32)
+            for group in np.unique(copies[:, 0]).tolist():
+                self._runtime.copy_blocks(group, copies[copies[:, 0] == group, 1:])
+        arrays = build_batch(schedule, self._blocks, self._vocab_size)
         batch = self._make_batch(**arrays._asdict())
         is_plain = masks is None and adjustments is None
-        flight.ticket = self._runtime.submit(batch, sample=is_plain)
+        step.ticket = self._runtime.submit(batch, sample=is_plain)
         if not is_plain:
-            self._runtime.sample(flight.ticket, masks, adjustments)
+            self._runtime.sample(step.ticket, masks, adjustments)
 
     def wait(self) -> tuple[InFlightStep, Any]:
         """The oldest step and its output; an error of the runtime leaves it to `abandon`."""
-        flight = self._in_flight[0]
-        output = self._runtime.wait(flight.ticket)
+        step = self._in_flight[0]
+        output = self._runtime.wait(step.ticket)
         self._in_flight.popleft()
-        return flight, output
+        return step, output
 
     def abandon(self) -> list[Schedule]:
-        """Let every step in flight end and come to nothing; returns them, the latest first."""
-        schedules = [flight.schedule for flight in reversed(self._in_flight)]
+        """Wait for all steps in flight and drop what they give; the latest comes first."""
+        schedules = [step.schedule for step in reversed(self._in_flight)]
         while self._in_flight:
             ticket = self._in_flight.popleft().ticket
             if ticket != NO_TICKET:

@@ -2,53 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from octavo.engine.block_manager import BlockCopy
 from octavo.engine.request import Sequence
+
+NO_DRAFTS: tuple[int, ...] = ()
+
+
+class Drafter(Protocol):
+    """Guesses how answers go on, so that one step may check several tokens of a sequence."""
+
+    def propose(self, sequence: Sequence) -> SequenceOf[int]:
+        """Draft tokens to stand behind the sequence's own; none where it has no guess.
+
+        Asked before a step for each decoding sequence that may take drafts. It changes nothing
+        but the time: an answer is the same with good drafts, bad ones or none.
+        """
 
 
 class ScheduledSequence(NamedTuple):
     """One sequence's part in a step.
 
-    It computes its tokens start .. start + num_new_tokens - 1. draws_token: these are the last it
-    has, so that its next token is drawn in this step.
+    It computes its tokens start .. start + num_new_tokens - 1, the last of which are drafts.
+    num_samples: how many tokens are sampled, behind the last num_samples of those: 0 before the
+    end of its prompt, then 1 and one more for each draft.
     """
 
     sequence: Sequence
     start: int
     num_new_tokens: int
-    draws_token: bool
+    num_samples: int
+    draft_token_ids: tuple[int, ...] = NO_DRAFTS
 
 
 class Schedule(NamedTuple):
-    """One step. number: counted from 0 over all that computed something.
+    """One step. number: counted from 0 over all that computed something. num_tokens: it computes.
 
-    entries: who computes what, the num_decodes that decode before the prompts. preempted: who lost
-    its blocks to allow it. admitted: who got blocks. copies: to be done before anything else.
+    entries: who computes what, the num_decodes that decode before the prompts. row_sequences: the
+    sequence of each logit row, in order. preempted: who lost its blocks to allow it. admitted: who
+    got blocks. copies: to be done before anything else.
     """
 
     entries: tuple[ScheduledSequence, ...]
+    row_sequences: tuple[Sequence, ...] = ()
     preempted: tuple[Sequence, ...] = ()
     admitted: tuple[Sequence, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
     num_decodes: int = 0
+    num_tokens: int = 0
     number: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the step computes."""
-        prompts = self.entries[self.num_decodes :]
-        return self.num_decodes + sum([entry.num_new_tokens for entry in prompts])
 
     @property
     def num_attended(self) -> int:
         """For every token the step computes the tokens it attends to, summed."""
-        total = self.num_decodes + sum([entry.start for entry in self.entries[: self.num_decodes]])
-        for _, start, num_new_tokens, _ in self.entries[self.num_decodes :]:
-            total += num_new_tokens * start + num_new_tokens * (num_new_tokens + 1) // 2
-        return total
+        return sum([n * (2 * start + n + 1) // 2 for _, start, n, _, _ in self.entries])
 
 
 @dataclass(frozen=True)
@@ -79,25 +89,50 @@ class ScheduleBuilder:
     number: int
     budget: int
     now: float
+    num_tokens: int = 0
     entries: list[ScheduledSequence] = field(default_factory=list)
+    row_sequences: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
 
-    def add(self, sequence: Sequence, num_new_tokens: int) -> None:
-        """Let the sequence compute so many of its uncomputed tokens."""
+    def add(
+        self,
+        sequence: Sequence,
+        num_new_tokens: int,
+        num_samples: int,
+        drafts: tuple[int, ...] = NO_DRAFTS,
+    ) -> None:
+        """Let the sequence compute so many of its uncomputed tokens, and the drafts."""
+        if drafts:
+            num_new_tokens += len(drafts)
+            num_samples += len(drafts)
         start = sequence.num_computed_tokens
-        draws_token = num_new_tokens == sequence.num_uncomputed_tokens
-        self.entries.append(ScheduledSequence(sequence, start, num_new_tokens, draws_token))
+        self.entries.append(ScheduledSequence(sequence, start, num_new_tokens, num_samples, drafts))
+        if num_samples == 1:
+            self.row_sequences.append(sequence)
+        else:
+            self.row_sequences += [sequence] * num_samples
         self.budget -= num_new_tokens
+        self.num_tokens += num_new_tokens
 
     def schedule(self, num_decodes: int) -> Schedule:
         """What it has become; the first num_decodes entries decode."""
         return Schedule(
             tuple(self.entries),
+            tuple(self.row_sequences),
             tuple(self.preempted),
             tuple(self.admitted),
             tuple(self.copies),
             num_decodes,
+            self.num_tokens,
             self.number,
         )
+
+
+def num_agreeing(drafts: SequenceOf[int], sampled: SequenceOf[int]) -> int:
+    """How many drafts, from the first on, are what was then sampled in their place."""
+    for index, draft in enumerate(drafts):
+        if draft != sampled[index]:
+            return index
+    return len(drafts)

@@ -18,15 +18,21 @@ Pure Python: no NumPy, no native code.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence as SequenceOf
 
 from octavo.engine.block_manager import BlockManager, Prefix
 from octavo.engine.block_pool import IntegrityError
 from octavo.engine.events import EventLog
-from octavo.engine.integrity import check_running, check_waiting
 from octavo.engine.prefix_cache import PrefixCache
-from octavo.engine.ranked_queue import RankedQueue
-from octavo.engine.request import FinishReason, Sequence, SequenceState
-from octavo.engine.schedule import Schedule, ScheduleBuilder, ScheduledSequence, SchedulerLimits
+from octavo.engine.request import FinishReason, RankedQueue, Sequence, SequenceState
+from octavo.engine.schedule import (
+    NO_DRAFTS,
+    Drafter,
+    Schedule,
+    ScheduleBuilder,
+    SchedulerLimits,
+    num_agreeing,
+)
 from octavo.errors import InvalidArgumentError
 
 
@@ -35,11 +41,15 @@ class Scheduler:
 
     A step is `schedule()`, `advance(schedule)` when it is submitted, `complete(schedule)` when it
     has ended; the next one may be scheduled before it has. One that fails is undone by `rollback`.
-    events: where every decision is noted.
+    events: where every decision is noted. drafter: proposes tokens to sequences that decode.
     """
 
     def __init__(
-        self, limits: SchedulerLimits, blocks: BlockManager, events: EventLog | None = None
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockManager,
+        events: EventLog | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.limits = limits
         self.blocks = blocks
@@ -48,6 +58,7 @@ class Scheduler:
         self.num_schedules = 0
         self.num_preemptions = 0
         self.waiting_reason: str | None = None  # of the first in the queue; None: nobody waits
+        self._drafter = drafter
         self._waiting = RankedQueue()
         self._running = RankedQueue()
         self._arrival_numbers = itertools.count()
@@ -64,11 +75,6 @@ class Scheduler:
         """Sequences that hold blocks."""
         return len(self._running)
 
-    @property
-    def has_unfinished(self) -> bool:
-        """Whether there is anything to do."""
-        return bool(self._waiting or self._running)
-
     def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """How long prompt and answer may become together: the answer ends there.
 
@@ -77,7 +83,7 @@ class Scheduler:
         longest = self.limits.max_model_len
         if max_tokens is not None:
             return min(num_prompt_tokens + max_tokens, longest)
-        # The last token is drawn but never computed, so it needs no place in the cache.
+        # The last token is sampled but never computed, so it needs no place in the cache.
         return max(num_prompt_tokens + 1, min(longest, self.blocks.num_tokens_capacity + 1))
 
     def check_fits(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
@@ -139,43 +145,57 @@ class Scheduler:
 
     def advance(self, schedule: Schedule) -> None:
         """The step is on its way: the next `schedule` builds on what it will have computed."""
-        for sequence, start, num_new_tokens, draws_token in schedule.entries:
+        for sequence, start, num_new_tokens, num_samples, _ in schedule.entries:
             sequence.num_computed_tokens = start + num_new_tokens
-            sequence.num_pending_tokens += draws_token
+            sequence.num_pending_tokens += num_samples
 
-    def complete(self, schedule: Schedule) -> None:
-        """The step has ended: its keys and values are in the cache, and its tokens are known."""
+    def complete(self, schedule: Schedule, token_ids: SequenceOf[int]) -> set[int]:
+        """The step has ended: its keys and values are in the cache, and it sampled token_ids.
+
+        A token that was sampled behind right drafts is right, and the first that differs from the
+        draft in its place is the last such one. Returns the logit rows behind it, whose tokens are
+        to be dropped. What was computed of the wrong drafts does not count as computed.
+        """
         block_size = self.blocks.block_size
-        for sequence, start, num_new_tokens, draws_token in schedule.entries:
-            sequence.num_pending_tokens -= draws_token
+        rejected_rows: set[int] = set()
+        row = 0
+        for sequence, start, num_new_tokens, num_samples, drafts in schedule.entries:
+            sequence.num_pending_tokens -= num_samples
             # If it still runs it has not been preempted since: it could not be back so soon.
-            num_full_blocks = (start + num_new_tokens) // block_size
             is_running = sequence.state is SequenceState.RUNNING
+            # Drafts have no name yet: the next step publishes what the right ones have filled.
+            num_full_blocks = (start + num_new_tokens - len(drafts)) // block_size
             if num_full_blocks > sequence.num_published_blocks and is_running:
                 self.prefix_cache.publish(sequence, num_full_blocks)
+            if drafts:
+                num_rejected = len(drafts) - num_agreeing(drafts, token_ids[row:])
+                sequence.num_computed_tokens -= num_rejected if is_running else 0
+                rejected_rows.update(range(row + num_samples - num_rejected, row + num_samples))
+            row += num_samples
+        return rejected_rows
 
     def rollback(self, schedule: Schedule) -> None:
-        """The step failed, after `advance`: undo it, and let whom it admitted wait again.
+        """The step failed, after `advance`: undo it; sequences that it admitted wait again.
 
         Of several steps in flight the latest comes first.
         """
-        for sequence, start, _, draws_token in schedule.entries:
-            sequence.num_pending_tokens -= draws_token
+        for sequence, start, _, num_samples, _ in schedule.entries:
+            sequence.num_pending_tokens -= num_samples
             if sequence.state is SequenceState.RUNNING:
                 sequence.num_computed_tokens = start
         for sequence in schedule.admitted:
             if sequence.state is SequenceState.RUNNING:
                 self._running.remove(sequence)
-                self._send_back(sequence)
+                self._requeue(sequence)
 
     def finish(
         self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None
     ) -> None:
-        """Let a sequence leave, waiting or running, and take its blocks back at once."""
+        """Remove a sequence, waiting or running, and take its blocks back at once."""
         if sequence.state is SequenceState.RUNNING:
             self._running.remove(sequence)
             self._free_state_rows.append(sequence.state_row)
-            # Nobody shall take up what a failed sequence computed.
+            # What a failed sequence computed is not to be found by others.
             self.blocks.free(sequence.key, keep_cached=reason != "error")
         elif sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
@@ -183,7 +203,7 @@ class Scheduler:
             raise IntegrityError(f"{sequence!r} was finished twice")
         sequence.finish(reason, stop_reason)
 
-    # ---- who is in a step ----
+    # ---- what a step computes ----
 
     def _schedule_decodes(self, step: ScheduleBuilder) -> None:
         index = 0
@@ -194,15 +214,31 @@ class Scheduler:
             index += 1
             num_tokens = len(sequence.token_ids) + sequence.num_pending_tokens
             start = sequence.num_computed_tokens
-            # One whose last token is being drawn has nothing left to compute.
+            # One whose last token is being sampled has nothing left to compute.
             if num_tokens - start > 1 or num_tokens >= sequence.max_total_tokens:
                 continue
+            drafts = NO_DRAFTS
+            if self._drafter is not None and sequence.takes_drafts:
+                if sequence.num_pending_tokens:  # drafts go on from what a step in flight samples
+                    continue
+                drafts = self._drafts(sequence, step.budget - 1, len(self._running) - index)
             while not self.blocks.reserve(sequence.key, num_tokens):
                 if self._preempt_last("kv_blocks", sequence, step) is sequence:
                     break
             else:
-                step.entries.append(ScheduledSequence(sequence, start, 1, True))
-                step.budget -= 1
+                step.add(sequence, 1, 1, drafts)
+
+    def _drafts(self, sequence: Sequence, budget: int, num_behind: int) -> tuple[int, ...]:
+        """The drafts that the step has room to check, with blocks reserved for them.
+
+        A guess takes no token and no block that one of the num_behind running ones may need.
+        """
+        room = min(budget - num_behind, sequence.max_total_tokens - sequence.num_tokens - 1)
+        if self._drafter is None or room < 1:
+            return NO_DRAFTS
+        drafts = tuple(self._drafter.propose(sequence)[:room])
+        num_tokens = sequence.num_tokens + len(drafts)
+        return drafts if self.blocks.reserve(sequence.key, num_tokens, num_behind) else NO_DRAFTS
 
     def _schedule_prefills(self, step: ScheduleBuilder) -> None:
         for sequence in self._running:
@@ -215,9 +251,9 @@ class Scheduler:
         start = sequence.num_computed_tokens
         num_new_tokens = min(sequence.num_uncomputed_tokens, step.budget)
         self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens, step.number))
-        step.add(sequence, num_new_tokens)
+        step.add(sequence, num_new_tokens, int(num_new_tokens == sequence.num_uncomputed_tokens))
 
-    # ---- who gets in ----
+    # ---- admission ----
 
     def _admit(self, step: ScheduleBuilder) -> tuple[Sequence | None, str | None]:
         """Admit who fits, in the order of the queue; returns who is next, and why it waits."""
@@ -259,11 +295,11 @@ class Scheduler:
         """Blocks to leave for the first num_running of those who run, if another is to join.
 
         A few for each, as far as it may still need them: with none the new one would soon be
-        preempted again, having drawn few tokens for computing many.
+        preempted again, with few tokens sampled for many computed.
         """
         headroom = 0
         for running in itertools.islice(self._running, num_running):
-            # The last token is drawn but never computed.
+            # The last token is sampled but never computed.
             at_the_end = self.blocks.blocks_for(running.max_total_tokens - 1)
             num_held = len(self.blocks.block_table(running.key))
             headroom += min(self.limits.headroom_blocks, at_the_end - num_held)
@@ -284,7 +320,7 @@ class Scheduler:
         after = (len(self._running), self.blocks.num_free_blocks)
         self.events.record((step.now, "admitted", sequence.key, *sizes, *after))
 
-    # ---- who must leave ----
+    # ---- preemption ----
 
     def _make_room_for_urgent(self, step: ScheduleBuilder) -> None:
         """Preempt sequences of lower priority for the first in the queue, if that lets it in.
@@ -301,17 +337,11 @@ class Scheduler:
             return
         num_missing = self.blocks.num_blocks_needed(sequence.num_tokens, prefix)
         num_missing -= self.blocks.num_free_blocks
-        kept = set(prefix.blocks)
         for num_left in range(len(self._running) - 1, -1, -1):
             victim = self._running[num_left]
             if victim.priority <= sequence.priority or victim.rank < sequence.rank:
                 return
-            # A block that others hold too will not be free; one of the prefix is free no more.
-            num_missing -= sum(
-                1
-                for block in self.blocks.block_table(victim.key)
-                if self.blocks.pool.num_holders(block) == 1 and block not in kept
-            )
+            num_missing -= self.blocks.num_blocks_freed(victim.key, prefix)
             if num_missing + self._headroom(num_left) <= 0:
                 while len(self._running) > num_left:
                     self._preempt_last("priority", sequence, step)
@@ -324,11 +354,11 @@ class Scheduler:
         step.preempted.append(sequence)
         num_lost = sequence.num_computed_tokens
         self.events.record((step.now, "preempted", sequence.key, reason, by.key, num_lost))
-        self._send_back(sequence)
+        self._requeue(sequence)
         return sequence
 
-    def _send_back(self, sequence: Sequence) -> None:
-        """Let a sequence that has left the running ones wait again; it keeps its tokens."""
+    def _requeue(self, sequence: Sequence) -> None:
+        """Put a sequence, taken out of the running ones, into the queue; it keeps its tokens."""
         self.blocks.free(sequence.key)
         self._free_state_rows.append(sequence.state_row)
         sequence.state = SequenceState.WAITING
@@ -336,7 +366,7 @@ class Scheduler:
         sequence.num_published_blocks = 0
         self._waiting.add(sequence)
 
-    # ---- books ----
+    # ---- the event log, and checks ----
 
     def _note_wait(self, sequence: Sequence | None, reason: str | None, now: float) -> None:
         """Record why the first in the queue waits, unless that was recorded before."""
@@ -367,9 +397,12 @@ class Scheduler:
         """The queues, the states and the blocks agree; IntegrityError if not."""
         self.blocks.check_integrity()
         for sequence in self._waiting:
-            check_waiting(sequence)
+            if sequence.state is not SequenceState.WAITING or sequence.num_computed_tokens:
+                raise IntegrityError(f"{sequence!r} is in the waiting queue")
         for sequence in self._running:
-            check_running(sequence, self.blocks)
+            if sequence.state is not SequenceState.RUNNING:
+                raise IntegrityError(f"{sequence!r} is among the running")
+            self.blocks.check_sequence(sequence.key, sequence.num_computed_tokens)
         running = {sequence.key for sequence in self._running}
         if len(running) != len(self._running) or self.blocks.holders() != running:
             raise IntegrityError(

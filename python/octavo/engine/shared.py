@@ -24,7 +24,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from octavo.engine.interrupts import deferred_interrupt
+from octavo.engine.guard import deferred_interrupt
 from octavo.engine.outputs import OutputChunk
 from octavo.errors import EngineInUseError
 from octavo.sampling_params import SamplingParams

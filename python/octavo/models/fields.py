@@ -14,6 +14,21 @@ from octavo.folder import FolderFile
 MAX_JSON_BYTES = 64 * 1024 * 1024  # far above any real configuration or index
 
 
+class Limit:
+    """Bounds no model of the next years comes near.
+
+    A mistyped digit is caught by them, by name, and not by an allocation that fails.
+    """
+
+    VOCAB = 2**22
+    WIDTH = 2**18
+    INTERMEDIATE = 2**20
+    LAYERS = 1024
+    HEADS = 4096
+    HEAD_DIM = 1024
+    POSITIONS = 2**24  # float32 must hold them exactly
+
+
 def read_json_object(path: FolderFile, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in `path`; UnsupportedModelError says what is wrong with the file."""
     try:

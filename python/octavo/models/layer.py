@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 
@@ -18,6 +18,16 @@ from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 Op = Literal[
     "embed", "norm", "add_norm", "linear", "rope_and_store", "attention", "gated_activation"
 ]
+# The matrices whose outputs go to the residual stream, by their taps; their inputs are divided.
+_RESIDUAL_MATRICES = {"attn_out": "o", "mlp_out": "down"}
+
+
+class Weight(NamedTuple):
+    """A weight that an op needs. name: octavo's. shard_axis: as a `Matrix` has it; None: whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    shard_axis: Literal[0, 1] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,16 +82,17 @@ class Node:
         """The matrix of a linear op."""
         return self.matrices[0]
 
-    def weight_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the weights that the op needs."""
+    def weights(self) -> Iterator[Weight]:
+        """The weights that the op needs."""
         if self.norm is not None:
-            yield f"{self.tap}.weight", (self.width,)
+            yield Weight(f"{self.tap}.weight", (self.width,))
             if self.norm.bias:
-                yield f"{self.tap}.bias", (self.width,)
+                yield Weight(f"{self.tap}.bias", (self.width,))
         for matrix in self.matrices:
-            yield f"{matrix.name}.weight", matrix.shape
-            if matrix.bias:
-                yield f"{matrix.name}.bias", (matrix.outputs,)
+            yield Weight(f"{matrix.name}.weight", matrix.shape, matrix.shard_axis)
+            if matrix.bias:  # where inputs are divided, every device needs the whole of it
+                axis: Literal[0] | None = 0 if matrix.shard_axis == 0 else None
+                yield Weight(f"{matrix.name}.bias", (matrix.outputs,), axis)
 
 
 def model_nodes(spec: ModelSpec) -> list[Node]:
@@ -107,36 +118,32 @@ def layer_nodes(layer: LayerSpec, index: int, hidden_size: int) -> list[Node]:
     def full(part: str) -> str:
         return part if part == residual else f"layers.{index}.{part}"
 
-    def add(part: str, op: Op, inputs: tuple[str, ...], width: int) -> None:
-        nodes.append(Node(full(part), op, tuple(map(full, inputs)), width))
+    def add(part: str, op: Op, inputs: str, width: int, norm: NormSpec | None = None) -> None:
+        names = tuple(map(full, inputs.split()))
+        nodes.append(Node(full(part), op, names, width, norm=norm))
 
-    def add_norm(part: str, op: Op, inputs: tuple[str, ...]) -> None:
-        nodes.append(Node(full(part), op, tuple(map(full, inputs)), hidden_size, norm=layer.norm))
-
-    def add_linear(
-        part: str, source: str, sizes: tuple[int, int], bias: bool, name: str = "", axis: int = 0
-    ) -> None:
-        matrix = Matrix(full(name or part), *sizes, bias, 1 if axis else 0)
-        nodes.append(Node(full(part), "linear", (full(source),), sizes[0], (matrix,)))
+    def multiply(part: str, source: str, outputs: int, inputs: int, bias: bool) -> None:
+        name, axis = full(_RESIDUAL_MATRICES.get(part, part)), part in _RESIDUAL_MATRICES
+        matrix = Matrix(name, outputs, inputs, bias, 1 if axis else 0)
+        nodes.append(Node(full(part), "linear", (full(source),), outputs, (matrix,)))
 
     q_size, kv_size, intermediate = layer.q_size, layer.kv_size, layer.intermediate_size
-    add_norm("attn_norm", "norm", (residual,))
+    add("attn_norm", "norm", residual, hidden_size, layer.norm)
     for part, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
-        add_linear(part, "attn_norm", (size, hidden_size), layer.qkv_bias)
-    q, k = "q", "k"
-    if layer.rope is not None:
-        q, k = "q_rope", "k_rope"
-        add(q, "rope_and_store", ("q",), q_size)
-        add(k, "rope_and_store", ("k",), kv_size)
-    add("attn", "attention", (q, k, "v"), q_size)
-    add_linear("attn_out", "attn", (hidden_size, q_size), layer.o_bias, "o", axis=1)
-    add_norm("mlp_norm", "add_norm", (residual, "attn_out"))
-    if layer.gated:
-        add_linear("gate", "mlp_norm", (intermediate, hidden_size), layer.mlp_bias)
-    add_linear("up", "mlp_norm", (intermediate, hidden_size), layer.mlp_bias)
-    add("act", "gated_activation", ("gate", "up") if layer.gated else ("up",), intermediate)
-    add_linear("mlp_out", "act", (hidden_size, intermediate), layer.mlp_bias, "down", axis=1)
-    add("out", "add_norm", (residual, "attn_out", "mlp_out"), hidden_size)
+        multiply(part, "attn_norm", size, hidden_size, layer.qkv_bias)
+    rotated = "" if layer.rope is None else "_rope"
+    if rotated:
+        add("q_rope", "rope_and_store", "q", q_size)
+        add("k_rope", "rope_and_store", "k", kv_size)
+    add("attn", "attention", f"q{rotated} k{rotated} v", q_size)
+    multiply("attn_out", "attn", hidden_size, q_size, layer.o_bias)
+    add("mlp_norm", "add_norm", f"{residual} attn_out", hidden_size, layer.norm)
+    halves = ("gate", "up") if layer.gated else ("up",)
+    for part in halves:
+        multiply(part, "mlp_norm", intermediate, hidden_size, layer.mlp_bias)
+    add("act", "gated_activation", " ".join(halves), intermediate)
+    multiply("mlp_out", "act", hidden_size, intermediate, layer.mlp_bias)
+    add("out", "add_norm", f"{residual} attn_out mlp_out", hidden_size)
     return nodes
 
 
@@ -163,7 +170,7 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
     A tied head is not listed: `lm_head.weight` is then `embed.weight`.
     """
-    return {name: shape for node in model_nodes(spec) for name, shape in node.weight_shapes()}
+    return {weight.name: weight.shape for node in model_nodes(spec) for weight in node.weights()}
 
 
 def linear_nodes(spec: ModelSpec) -> dict[str, Node]:

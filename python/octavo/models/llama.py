@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
-from octavo.models.fields import Fields, describe
+from octavo.models import llama_gguf
+from octavo.models.family import Family, TensorNames
+from octavo.models.fields import Fields, Limit, describe
 from octavo.models.spec import (
     Activation,
     LayerSpec,
@@ -23,11 +25,6 @@ from octavo.models.spec import (
 )
 
 ARCHITECTURE = "LlamaForCausalLM"
-MODEL_TYPE = "llama"
-DEFAULT_EOS_TOKEN_ID = 2
-
-# Old checkpoints carry the rope frequencies as buffers; they follow from the configuration.
-IGNORED_WEIGHTS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 # Hugging Face's names of the activations, by the formula they stand for.
 ACTIVATIONS: dict[str, Activation] = {
@@ -39,30 +36,20 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
 }
 
-# Bounds no model of the next years comes near: a mistyped digit is caught here, by name, and not
-# by an allocation that fails. Positions stay below 2^24 since float32 must hold them exactly.
-MAX_VOCAB = 2**22
-MAX_WIDTH = 2**18
-MAX_INTERMEDIATE = 2**20
-MAX_LAYERS = 1024
-MAX_HEADS = 4096
-MAX_HEAD_DIM = 1024
-MAX_POSITIONS = 2**24
-
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Llama configuration; UnsupportedModelError names the field otherwise."""
     fields = Fields(config, "config.json")
     _refuse_variants(fields)
-    hidden_size = fields.integer("hidden_size", 1, MAX_WIDTH)
-    num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
+    hidden_size = fields.integer("hidden_size", 1, Limit.WIDTH)
+    num_heads = fields.integer("num_attention_heads", 1, Limit.HEADS)
     # `null` means as many as query heads, as in configurations older than grouped attention.
-    num_kv_heads = fields.optional_integer("num_key_value_heads", 1, MAX_HEADS) or num_heads
+    num_kv_heads = fields.optional_integer("num_key_value_heads", 1, Limit.HEADS) or num_heads
     if num_heads % num_kv_heads:
         raise fields.error(
             "num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads ({num_heads})"
         )
-    max_positions = fields.integer("max_position_embeddings", 1, MAX_POSITIONS, default=2048)
+    max_positions = fields.integer("max_position_embeddings", 1, Limit.POSITIONS, default=2048)
     attention_bias = fields.boolean("attention_bias", False)
     norm = NormSpec(kind="rms", eps=fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6))
     activation = config.get("hidden_act", "silu")
@@ -72,7 +59,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=_head_dim(fields, hidden_size, num_heads),
-        intermediate_size=fields.integer("intermediate_size", 1, MAX_INTERMEDIATE),
+        intermediate_size=fields.integer("intermediate_size", 1, Limit.INTERMEDIATE),
         norm=norm,
         rope=read_rope(config, max_positions),
         activation=ACTIVATIONS[activation],
@@ -83,34 +70,13 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     )
     return ModelSpec(
         architecture=ARCHITECTURE,
-        vocab_size=fields.integer("vocab_size", 1, MAX_VOCAB),
+        vocab_size=fields.integer("vocab_size", 1, Limit.VOCAB),
         hidden_size=hidden_size,
         max_position_embeddings=max_positions,
-        layers=(layer,) * fields.integer("num_hidden_layers", 1, MAX_LAYERS),
+        layers=(layer,) * fields.integer("num_hidden_layers", 1, Limit.LAYERS),
         final_norm=norm,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
     )
-
-
-def weight_map(spec: ModelSpec) -> dict[str, str]:
-    """octavo's name of every weight the spec needs -> its name in a Hugging Face checkpoint."""
-    names = {"embed.weight": "model.embed_tokens.weight"}
-    for index, layer in enumerate(spec.layers):
-        ours, theirs = f"layers.{index}.", f"model.layers.{index}."
-        names[ours + "attn_norm.weight"] = theirs + "input_layernorm.weight"
-        for part in ("q", "k", "v", "o"):
-            names[f"{ours}{part}.weight"] = f"{theirs}self_attn.{part}_proj.weight"
-            if layer.o_bias if part == "o" else layer.qkv_bias:
-                names[f"{ours}{part}.bias"] = f"{theirs}self_attn.{part}_proj.bias"
-        names[ours + "mlp_norm.weight"] = theirs + "post_attention_layernorm.weight"
-        for part in ("gate", "up", "down"):
-            names[f"{ours}{part}.weight"] = f"{theirs}mlp.{part}_proj.weight"
-            if layer.mlp_bias:
-                names[f"{ours}{part}.bias"] = f"{theirs}mlp.{part}_proj.bias"
-    names["final_norm.weight"] = "model.norm.weight"
-    if not spec.tie_word_embeddings:
-        names["lm_head.weight"] = "lm_head.weight"
-    return names
 
 
 def read_rope(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
@@ -149,7 +115,7 @@ def read_rope(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
     # transformers prefers the length at top level, and else takes the model's own.
     length_name = "original_max_position_embeddings"
     length_source = Fields(config, "config.json") if config.get(length_name) else fields
-    length = length_source.integer(length_name, 1, MAX_POSITIONS, default=max_positions)
+    length = length_source.integer(length_name, 1, Limit.POSITIONS, default=max_positions)
     return RopeSpec(
         theta=theta,
         scaling=scaling,
@@ -181,7 +147,7 @@ def _check_rope_keys(fields: Fields, kind: str) -> None:
 
 
 def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
-    head_dim = fields.optional_integer("head_dim", 1, MAX_HEAD_DIM)
+    head_dim = fields.optional_integer("head_dim", 1, Limit.HEAD_DIM)
     if head_dim is None:
         if hidden_size % num_heads:
             raise fields.error(
@@ -190,8 +156,10 @@ def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
                 f"a multiple of num_attention_heads ({num_heads}), or a head_dim of its own",
             )
         head_dim = hidden_size // num_heads
-    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
-        raise fields.error("head_dim", head_dim, f"an even number up to {MAX_HEAD_DIM} (for rope)")
+    if head_dim % 2 or head_dim > Limit.HEAD_DIM:
+        raise fields.error(
+            "head_dim", head_dim, f"an even number up to {Limit.HEAD_DIM} (for rope)"
+        )
     return head_dim
 
 
@@ -214,3 +182,30 @@ def _refuse_variants(fields: Fields) -> None:
         not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
     ):
         raise fields.error("layer_types", layer_types, "full_attention in every layer")
+
+
+FAMILY = Family(
+    architecture=ARCHITECTURE,
+    model_type="llama",
+    read_spec=read_spec,
+    tensors=TensorNames(
+        {
+            "model.embed_tokens": "embed",
+            "model.layers.{layer}.input_layernorm": "attn_norm",
+            "model.layers.{layer}.self_attn.q_proj": "q",
+            "model.layers.{layer}.self_attn.k_proj": "k",
+            "model.layers.{layer}.self_attn.v_proj": "v",
+            "model.layers.{layer}.self_attn.o_proj": "o",
+            "model.layers.{layer}.post_attention_layernorm": "mlp_norm",
+            "model.layers.{layer}.mlp.gate_proj": "gate",
+            "model.layers.{layer}.mlp.up_proj": "up",
+            "model.layers.{layer}.mlp.down_proj": "down",
+            "model.norm": "final_norm",
+            "lm_head": "lm_head",
+        }
+    ),
+    # Old checkpoints carry the rope frequencies as buffers; they follow from the configuration.
+    ignored=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
+    default_eos_token_id=2,
+    gguf=llama_gguf.GGUF,
+)

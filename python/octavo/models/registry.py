@@ -1,41 +1,18 @@
-"""Which model families there are: a file beside this one, and an entry in `FAMILIES`, each."""
+"""Which model families there are: a file beside this one, and a place in `FAMILIES`, each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from octavo.errors import UnsupportedModelError
 from octavo.models import llama
+from octavo.models.family import Family, GgufFamily
 from octavo.models.fields import Fields
-from octavo.models.spec import ModelSpec
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to read one architecture of Hugging Face."""
-
-    architecture: str  # in the field `architectures` of config.json
-    model_type: str  # in its field `model_type`
-    read_spec: Callable[[Mapping[str, Any]], ModelSpec]
-    weight_map: Callable[[ModelSpec], dict[str, str]]  # octavo's names -> Hugging Face's
-    ignored_weights: tuple[str, ...]  # patterns of names that a checkpoint may hold besides
-    default_eos_token_id: int | None  # where config.json has no such field
-
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        llama.ARCHITECTURE: Family(
-            architecture=llama.ARCHITECTURE,
-            model_type=llama.MODEL_TYPE,
-            read_spec=llama.read_spec,
-            weight_map=llama.weight_map,
-            ignored_weights=llama.IGNORED_WEIGHTS,
-            default_eos_token_id=llama.DEFAULT_EOS_TOKEN_ID,
-        )
-    }
+    {family.architecture: family for family in (llama.FAMILY,)}
 )
 
 
@@ -68,3 +45,15 @@ def find_family(config: Mapping[str, Any]) -> Family:
     raise fields.error(
         "model_type", model_type, ", ".join(family.model_type for family in FAMILIES.values())
     )
+
+
+def find_gguf_family(metadata: Mapping[str, Any], source: str) -> tuple[Family, GgufFamily]:
+    """The family that `general.architecture` of a GGUF file names. source: the file."""
+    families = {
+        each.gguf.architecture: (each, each.gguf) for each in FAMILIES.values() if each.gguf
+    }
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in families:
+        supported = ", ".join(map(repr, families))
+        raise Fields(metadata, source).error("general.architecture", architecture, supported)
+    return families[architecture]

@@ -86,6 +86,7 @@ class LayerSpec:
     mlp_bias: bool = False
     window: int = 0  # a token sees at most this many positions, itself included; 0: all
     kv_group: int = 0  # which of a sequence's block tables holds this layer's keys and values
+    attention_scale: float | None = None  # what q.k is multiplied by; None: 1 / sqrt(head_dim)
 
     @property
     def q_size(self) -> int:
@@ -96,6 +97,11 @@ class LayerSpec:
     def kv_size(self) -> int:
         """Width of all key heads together (values have the same)."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What q.k is multiplied by: `attention_scale`, or 1 / sqrt(head_dim)."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from octavo.quantization.plan import Scheme, embedding_formats, plan_formats
 from octavo.quantization.rounding import QuantizedMatrix, quantize_matrix
 from octavo.reference.quantization import dequantize, round_to_int8, unpack_int4
 from octavo.weights.checkpoint import Checkpoint
-from octavo.weights.source import TensorInfo
-from octavo.weights.tensor import Tensor
+from octavo.weights.tensor import Tensor, TensorInfo, TensorSource
 
 _FLOATS = ("f32", "f16", "bf16")
 
@@ -55,9 +54,7 @@ def quantize_checkpoint(
         return checkpoint
     method = scheme.method if scheme else "rtn"
     source = RoundingSource(checkpoint, formats, method, importance or {})
-    return Checkpoint(
-        source, {name: name for name in source.infos}, formats, dtype=checkpoint.dtype
-    )
+    return Checkpoint(source, formats=formats, dtype=checkpoint.dtype)
 
 
 def _all_int8(formats: Mapping[str, WeightFormat]) -> bool:
@@ -65,7 +62,7 @@ def _all_int8(formats: Mapping[str, WeightFormat]) -> bool:
     return bool(formats) and all(format.dtype == "int8" for format in formats.values())
 
 
-class RoundingSource:
+class RoundingSource(TensorSource):
     """A `TensorSource` over a checkpoint that rounds to int4 what shall be and is not yet."""
 
     def __init__(
@@ -94,7 +91,7 @@ class RoundingSource:
             infos[base + ".scale"] = TensorInfo("f32", groups, 4 * groups[0] * groups[1])
             if format.has_zeros:
                 infos[base + ".zero"] = infos[base + ".scale"]
-        self.infos: Mapping[str, TensorInfo] = infos
+        self.infos = infos
 
     def read(self, name: str) -> Tensor:
         """The tensor; the matrix rounded last is kept for its scales and zero points."""

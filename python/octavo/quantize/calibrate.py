@@ -272,7 +272,7 @@ class LayerByLayer:
     def _read(self, nodes: Sequence[Node]) -> dict[str, Float32]:
         """The weights of nodes; WeightsError where one holds a NaN or an infinity."""
         weights = {}
-        for name in (name for node in nodes for name, _ in node.weight_shapes()):
+        for name in (weight.name for node in nodes for weight in node.weights()):
             if has_non_finite(tensor := self._checkpoint[name]):
                 raise WeightsError(
                     f"{name} holds a NaN or an infinity, which cannot be rounded. Fetch or convert "

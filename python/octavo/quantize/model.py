@@ -14,9 +14,12 @@ import numpy.typing as npt
 from octavo.config import EngineConfig, Environment
 from octavo.errors import InvalidArgumentError
 from octavo.eval.evaluation import EvalRequest, read_tokens
+from octavo.progress import NoProgress
 from octavo.quantization.plan import Scheme
 from octavo.quantize.calibrate import calibrate
 from octavo.quantize.calibration import Calibration
+from octavo.quantize.importance import StepProgress, measure_importance
+from octavo.quantize.sensitivity import Sensitivity, measure_sensitivity, spend_bits
 from octavo.quantize.writer import (
     Calibrate,
     QuantizedDirectory,
@@ -24,12 +27,9 @@ from octavo.quantize.writer import (
     open_float_model,
     quantize_directory,
 )
-from octavo.quantize.importance import StepProgress, measure_importance
-from octavo.quantize.sensitivity import Sensitivity, measure_sensitivity, spend_bits
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import ModelFiles
-from octavo.weights.progress import NoProgress
 
 _RANDOM_TOKENS = 1 << 15  # more than anybody will wait for
 

@@ -22,6 +22,7 @@ from octavo.errors import InvalidArgumentError, WeightsError
 from octavo.files import check_writable, expand_home, open_durably, write_durably, writing
 from octavo.folder import Folder
 from octavo.models.spec import WeightFormat
+from octavo.progress import NO_PROGRESS, Progress
 from octavo.quantization.plan import Scheme, plan_formats
 from octavo.quantization.rounding import quantize_matrix
 from octavo.quantize.calibration import CalibratedWeights
@@ -34,7 +35,6 @@ from octavo.weights.codes import (
     words_name,
 )
 from octavo.weights.model_files import ModelFiles, read_model
-from octavo.weights.progress import NO_PROGRESS, Progress
 from octavo.weights.quantization_config import (
     StoredMatrix,
     choose_layout,
@@ -159,10 +159,11 @@ def _copy_files(source: Folder, target: Path) -> None:
 
 def _config(files: ModelFiles, formats: Mapping[str, WeightFormat]) -> dict[str, Any]:
     modules = {
-        files.weight_map[name + ".weight"].removesuffix(".weight"): format
+        files.weight_map[name + ".weight"].name.removesuffix(".weight"): format
         for name, format in formats.items()
     }
-    return make_quantization_config(modules)
+    head = files.family.tensors.tensor("lm_head").removesuffix(".weight")
+    return make_quantization_config(modules, head)
 
 
 class _Writer:
@@ -185,7 +186,7 @@ class _Writer:
         self._entries: dict[str, Entries] = {}  # by octavo's name of the weight
         layout = choose_layout(formats.values())
         for name, info in checkpoint.infos.items():
-            theirs = files.weight_map[name]
+            theirs = files.weight_map[name].name
             base = name.removesuffix(".weight")
             if base in formats and name.endswith(".weight"):
                 outputs, inputs = info.shape

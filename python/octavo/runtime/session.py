@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.reference.sampling import sampling_rows
 from octavo.runtime.loader import LoadedRuntime
 
 Int32 = NDArray[np.int32]
@@ -98,7 +99,7 @@ class Session:
             context_lens=lengths,
             block_tables=np.repeat(tables[None], self.loaded.num_kv_groups, axis=0),
             logit_rows=starts[1:] - 1 if rows is None else np.asarray(rows, np.int32),
-            state_rows=np.array(sequences, np.int32) if rows is None else None,
+            sampling=sampling_rows(len(new), state_row=sequences) if rows is None else None,
         )
         return self.loaded.runtime.submit(batch, list(taps) or None, sample=True)
 

@@ -25,7 +25,7 @@ def block_map(engine: Engine) -> tuple[bytes, dict[str, list[int]]]:
 
     To be called in the engine's thread.
     """
-    pool = engine.blocks.pool
+    pool = engine.blocks.pools[0]
     states = bytearray(
         CACHED if pool.is_published(block) else BLANK for block in range(pool.num_blocks)
     )
@@ -51,7 +51,7 @@ class LiveView:
 
     def _observe_step(self, stats: StepStats) -> None:
         """After every step."""
-        drawn = stats.engine.num_drawn_tokens
+        drawn = stats.engine.num_sampled_tokens
         self._steps.append((time.monotonic(), stats.num_tokens, drawn - self._num_drawn))
         self._num_drawn = drawn
 
@@ -89,7 +89,7 @@ class LiveView:
             "num_used_blocks": now.num_blocks - now.num_free_blocks,
             "num_cached_blocks": now.num_cached_blocks,
             "num_steps": now.num_steps,
-            "num_drawn_tokens": now.num_drawn_tokens,
+            "num_drawn_tokens": now.num_sampled_tokens,
             "num_preemptions": now.num_preemptions,
             "num_evictions": now.num_evictions,
             "num_prefix_queries": now.num_prefix_queries,

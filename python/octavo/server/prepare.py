@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError, OctavoError
@@ -172,28 +172,18 @@ def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingPara
     if refused is not None:
         raise refused
     is_chat = isinstance(body, ChatBody)
-    fields: dict[str, Any] = {"max_tokens": None if is_chat else DEFAULT_COMPLETION_TOKENS}
-    fields |= defaults
-    for name in _AS_GIVEN:
-        value = getattr(body, name)
+    asked: dict[str, Any] = {"max_tokens": None if is_chat else DEFAULT_COMPLETION_TOKENS}
+    asked |= defaults
+    for each in fields(SamplingParams):
+        value = getattr(body, each.name)
         if value is not None:
-            fields[name] = value
+            asked[each.name] = value
     if isinstance(body, ChatBody):
-        fields["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
+        asked["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         if body.max_completion_tokens is not None:
-            fields["max_tokens"] = body.max_completion_tokens
-    elif isinstance(body, CompletionBody):
-        fields["logprobs"] = body.logprobs
-    fields["logit_bias"] = _logit_bias(body.logit_bias or {})
-    return SamplingParams(**fields)
-
-
-_AS_GIVEN = (
-    *("n", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "seed"),
-    *("temperature", "top_k", "top_p", "min_p"),
-    *("include_stop_str_in_output", "skip_special_tokens"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
-)
+            asked["max_tokens"] = body.max_completion_tokens
+    asked["logit_bias"] = _logit_bias(body.logit_bias or {})
+    return SamplingParams(**asked)
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:

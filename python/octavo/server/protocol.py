@@ -6,23 +6,22 @@ those that nobody knows are ignored, as vLLM does; see `unsupported` and `slips`
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from octavo.engine.checks import MAX_PRIORITY
-from octavo.sampling_params import MAX_LOGPROBS
+from octavo.engine.admission import MAX_PRIORITY
+from octavo.sampling_params import MAX_LOGPROBS, SamplingParams
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.fields import refused_field, unknown_fields
 
 MAX_N = 128  # answers to one request; OpenAI's limit
 MAX_PROMPTS = 1024  # prompts in one request
 MAX_STOP = 32  # stop strings, each of which costs time for every character
-_MAX_SIGNED = 2**63 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenLimit = Literal[-1] | Annotated[int, Field(ge=1)]  # -1: as many as fit
-Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Body(BaseModel):
@@ -49,25 +48,35 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class SamplingBody(Body):
+def _as_params_have_them() -> dict[str, Any]:
+    """Fields of SamplingParams that are numbers within limits, or switches."""
+    found: dict[str, Any] = {}
+    for each in fields(SamplingParams):
+        limits = each.metadata.get("limits")
+        if limits is not None:
+            number = Field(None, ge=limits.low, le=limits.high)
+            found[each.name] = (type(limits.low) | None, number)
+        elif isinstance(each.default, bool):
+            found[each.name] = (bool | None, None)
+    return {name: found[name] for name in found if name not in ("max_tokens", "n", "logprobs")}
+
+
+if TYPE_CHECKING:
+
+    class _Options(Body):
+        skip_special_tokens: bool | None
+
+else:
+    _Options = create_model("_Options", __base__=Body, **_as_params_have_them())
+
+
+class SamplingBody(_Options):
     """Fields that chat and completions share; `octavo.SamplingParams` says what they mean."""
 
     max_tokens: TokenLimit | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-_MAX_SIGNED - 1, le=2 * _MAX_SIGNED + 1)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -89,6 +89,11 @@ class LogFile:
         return self.steps[low:high]
 
 
+def first(records: Iterable[Record], kind: str) -> Record | None:
+    """The first event of a kind; None if there is none."""
+    return next((record for record in records if record["event"] == kind), None)
+
+
 def read_log(path: str | Path) -> LogFile:
     """Read a log that `EventLog.write` or `--event-log` wrote.
 

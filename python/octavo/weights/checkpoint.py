@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from octavo.errors import WeightsError
+from octavo.models.family import WeightSource
 from octavo.models.fields import printable
 from octavo.models.layer import weight_shapes
 from octavo.models.spec import WeightFormat
-from octavo.weights.codes import (
-    StoredSource,
-    find_problems,
-    running_formats,
-    stored_tensors,
-)
+from octavo.weights.codes import StoredSource, running_formats, stored_tensors
 from octavo.weights.dummy import DummySource
-from octavo.weights.files import HEAD, open_weight_files
 from octavo.weights.gguf_folder import GgufFolder
-from octavo.weights.gguf_llama import GgufLlamaSource
 from octavo.weights.model_files import ModelFiles
-from octavo.weights.source import TensorInfo, TensorSource
-from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType
+from octavo.weights.quantization_config import StoredMatrix
+from octavo.weights.reader import read_runs, read_weight, weight_info
+from octavo.weights.safetensors import open_weight_files
+from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, TensorInfo, TensorSource
 
 _CHUNK = 1 << 20  # elements looked at in one go when searching for NaN: the scratch stays in cache
 
@@ -47,15 +44,18 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(
         self,
         source: TensorSource,
-        names: Mapping[str, str],
+        weight_map: Mapping[str, WeightSource] | None = None,
         formats: Mapping[str, WeightFormat] | None = None,
         dtype: TensorDType | None = None,
     ) -> None:
+        """weight_map: where in `source` each weight lies; None: there under octavo's names."""
         self._source = source
-        self._names = dict(names)
+        self._map = weight_map or {
+            name: WeightSource((name,), info.shape) for name, info in source.infos.items()
+        }
         self.formats: Mapping[str, WeightFormat] = dict(formats or {})
         self.infos: Mapping[str, TensorInfo] = {
-            ours: source.infos[theirs] for ours, theirs in self._names.items()
+            name: weight_info(source, wanted) for name, wanted in self._map.items()
         }
         self.total_bytes = sum(info.num_bytes for info in self.infos.values())
         self.num_parameters = sum(
@@ -71,13 +71,17 @@ class Checkpoint(Mapping[str, Tensor]):
         self.dtype: TensorDType = most if dtype is None else dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._source.read(self._names[name])
+        return read_weight(self._source, self._map[name])
+
+    def runs(self, name: str) -> Iterator[Tensor]:
+        """A weight in runs of rows, at least one, so that a big table needs little memory."""
+        return read_runs(self._source, self._map[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._map)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._map)
 
     def bytes_by_dtype(self) -> dict[str, int]:
         """Bytes as stored, by format, largest first."""
@@ -91,11 +95,11 @@ class Checkpoint(Mapping[str, Tensor]):
 
         The warning (NonFiniteWeightsWarning) names them all at once, after the last weight.
         """
-        damaged = []
+        damaged: list[str] = []
         for name in self:
             tensor = self[name]
             if has_non_finite(tensor):
-                damaged.append(self._names[name])
+                damaged += self._map[name].names
             yield name, tensor
         if damaged:
             shown = ", ".join(damaged[:8]) + (", ..." if len(damaged) > 8 else "")
@@ -116,53 +120,58 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
     Raises WeightsError listing every weight that is missing, left over, of the wrong shape or in
     an unsupported format; or saying what is wrong with a damaged file.
     """
-    expected = weight_shapes(files.spec)
     if load_format == "dummy":
-        return Checkpoint(DummySource(expected, seed), {name: name for name in expected})
-    folder = files.folder
-    source = folder.source if isinstance(folder, GgufFolder) else open_weight_files(files.path)
-    check_weights(source, files)
-    stored = _stored_names(source, files)
-    names = {name: stored[name] for name in expected}
-    if not files.quantized or isinstance(source, GgufLlamaSource):
-        return Checkpoint(source, names)
-    # Scales stand behind their codes, for whoever takes the weights in order.
-    with_scales = {}
-    for name, theirs in names.items():
-        with_scales[name] = theirs
-        matrix = files.quantized.get(name.removesuffix(".weight"))
-        if matrix is not None and name.endswith(".weight"):
-            base = name.removesuffix(".weight")
-            with_scales[base + ".scale"] = matrix.module + ".weight_scale"
-            if matrix.format.has_zeros:
-                with_scales[base + ".zero"] = matrix.module + ".weight_zero_point"
-    formats = running_formats(source, files.quantized)
-    return Checkpoint(StoredSource(source, files.quantized), with_scales, formats)
-
-
-def check_weights(source: TensorSource, files: ModelFiles) -> None:
-    """Raise WeightsError with every way in which `source` does not fit the configuration."""
-    problems = _find_problems(source, weight_shapes(files.spec), files)
+        return Checkpoint(DummySource(weight_shapes(files.spec), seed))
+    weight_map, ignored = files.weight_map, files.family.ignored
+    source: TensorSource
+    if isinstance(files.folder, GgufFolder):
+        family, source = files.folder.family, files.folder.parts
+        weight_map = family.tensors.weight_map(files.spec)
+        ignored = tuple(map(re.escape, family.constants))
+    else:
+        source = stored = open_weight_files(files.path)
+        if files.spec.tie_word_embeddings:
+            # Either name may be there: `save_model` of safetensors keeps lm_head, transformers
+            # writes the embedding. A second one is equal to it, as `read_model` found.
+            head, table = files.family.tensors.tensor("lm_head"), weight_map["embed.weight"]
+            if head in source.infos and table.names[0] not in source.infos:
+                weight_map = weight_map | {"embed.weight": replace(table, names=(head,))}
+            ignored = (*ignored, re.escape(head))
+    problems = _find_problems(source, weight_map, files.quantized, ignored)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise WeightsError(
             f"The weights in {files.path} do not fit its configuration ({count}):", problems
         )
+    if not files.quantized:
+        return Checkpoint(source, weight_map)
+    formats = running_formats(source, files.quantized)
+    with_scales = {}  # behind their codes, for whoever takes the weights in order
+    for name, wanted in weight_map.items():
+        with_scales[name] = wanted
+        base = name.removesuffix(".weight")
+        if base in formats and base != name:
+            shape = wanted.shape[0], formats[base].num_groups(wanted.shape[1])
+            module = wanted.modules[0]
+            scale = replace(wanted, names=(module + ".weight_scale",), shape=shape)
+            with_scales[base + ".scale"] = scale
+            if formats[base].has_zeros:
+                zero = replace(scale, names=(module + ".weight_zero_point",))
+                with_scales[base + ".zero"] = zero
+    return Checkpoint(StoredSource(stored, files.quantized), with_scales, formats)
 
 
 def has_non_finite(tensor: Tensor) -> bool:
     """Whether a NaN or an infinity is among the values (all exponent bits are set)."""
     if tensor.dtype not in ITEM_SIZE:
         return False  # codes are whole numbers
-    exponents = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}
-    magnitude = {"f32": 0x7FFFFFFF, "f16": 0x7FFF, "bf16": 0x7FFF}
     bits = tensor.data.reshape(-1).view(np.uint32 if tensor.dtype == "f32" else np.uint16)
-    mask = bits.dtype.type(magnitude[tensor.dtype])
-    limit = exponents[tensor.dtype]
+    exponent = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}[tensor.dtype]
+    mask = bits.dtype.type(exponent)
     scratch = np.empty(min(_CHUNK, bits.size), dtype=bits.dtype)
     for start in range(0, bits.size, _CHUNK):
         chunk = bits[start : start + _CHUNK]
-        if np.bitwise_and(chunk, mask, out=scratch[: chunk.size]).max() >= limit:
+        if np.bitwise_and(chunk, mask, out=scratch[: chunk.size]).max() == exponent:
             return True
     return False
 
@@ -172,45 +181,37 @@ def find_non_finite(checkpoint: Checkpoint) -> list[str]:
     return [name for name in checkpoint if has_non_finite(checkpoint[name])]
 
 
-def _stored_names(source: TensorSource, files: ModelFiles) -> dict[str, str]:
-    """octavo's names -> the checkpoint's; of a tied pair either name may be the one that is there.
-
-    `save_model` of safetensors keeps lm_head; transformers writes the embedding.
-    """
-    names = dict(files.weight_map)
-    if files.spec.tie_word_embeddings and "embed" not in files.quantized:
-        alone = HEAD in source.infos and names["embed.weight"] not in source.infos
-        names["embed.weight"] = HEAD if alone else names["embed.weight"]
-    return names
-
-
 def _find_problems(
-    source: TensorSource, expected: Mapping[str, tuple[int, ...]], files: ModelFiles
+    source: TensorSource,
+    weight_map: Mapping[str, WeightSource],
+    quantized: Mapping[str, StoredMatrix],
+    ignored: Sequence[str],
 ) -> list[str]:
-    problems = find_problems(source, files.quantized)
-    names = _stored_names(source, files)
-    for name, shape in expected.items():
-        if name.removesuffix(".weight") in files.quantized and name.endswith(".weight"):
-            continue
-        theirs = names[name]
-        info = source.infos.get(theirs)
+    """Every way in which the tensors of `source` are not those that the map asks for."""
+    problems = []
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}  # name -> (types, shape)
+    for matrix in quantized.values():
+        expected |= stored_tensors(matrix)
+    for name, wanted in weight_map.items():
+        if name.removesuffix(".weight") not in quantized or not name.endswith(".weight"):
+            expected |= dict.fromkeys(wanted.names, (tuple(ITEM_SIZE), wanted.stored_shape))
+        types = {source.infos[each].dtype for each in wanted.names if each in source.infos}
+        if len(types) > 1:
+            problems.append(f"{name} is stored as {' and '.join(sorted(types))}; expected one type")
+    for name, (dtypes, shape) in expected.items():
+        info = source.infos.get(name)
         if info is None:
-            problems.append(f"{theirs} is missing; expected shape {shape}")
+            problems.append(f"{name} is missing; expected shape {shape}")
         elif info.shape != shape:
-            problems.append(f"{theirs} has shape {info.shape}; expected {shape}")
-        elif info.dtype not in ITEM_SIZE:
-            problems.append(f"{theirs} is stored as {info.dtype}; supported: F32, F16, BF16")
-    known = set(files.weight_map.values())
-    for matrix in files.quantized.values():
-        known.discard(matrix.module + ".weight")
-        known.update(stored_tensors(matrix))
-    if files.spec.tie_word_embeddings:
-        known.add(HEAD)  # equal to the embedding, as `read_model` found
-    ignored = [re.compile(pattern) for pattern in files.ignored_weights]
+            problems.append(f"{name} has shape {info.shape}; expected {shape}")
+        elif info.dtype not in dtypes:
+            supported = ", ".join(dtype.upper() for dtype in dtypes)
+            problems.append(f"{name} is stored as {info.dtype}; supported: {supported}")
+    patterns = [re.compile(pattern) for pattern in ignored]
     for name, info in source.infos.items():
-        if name not in known and not any(pattern.fullmatch(name) for pattern in ignored):
+        if name not in expected and not any(pattern.fullmatch(name) for pattern in patterns):
             problems.append(
-                f"{printable(name)} (shape {info.shape}) is left over: config.json has no place "
-                "for it"
+                f"{printable(name)} (shape {info.shape}) is left over: the configuration has no "
+                "place for it"
             )
     return problems

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +26,10 @@ import numpy.typing as npt
 from octavo.errors import WeightsError
 from octavo.models.spec import WeightFormat
 from octavo.weights.quantization_config import StoredMatrix
-from octavo.weights.source import TensorInfo, TensorSource
-from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType
+from octavo.weights.safetensors import SafetensorsFile
+from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, TensorInfo, TensorSource
 
 _BITS: dict[str, int] = {"int8": 8, "int4": 4}
-
-
-class IntegerSource(TensorSource, Protocol):
-    """A source that also gives out whole numbers as they are stored."""
-
-    def read_integers(self, name: str) -> npt.NDArray[Any]:
-        """An I8, I32 or I64 tensor as an array."""
 
 
 def pack_words(codes: npt.NDArray[Any], format_dtype: str) -> npt.NDArray[np.int32]:
@@ -104,22 +97,6 @@ def stored_tensors(matrix: StoredMatrix) -> dict[str, tuple[tuple[str, ...], tup
     return tensors
 
 
-def find_problems(source: TensorSource, stored: Mapping[str, StoredMatrix]) -> list[str]:
-    """Every way in which the codes in `source` do not fit what config.json says of them."""
-    problems = []
-    for matrix in stored.values():
-        for name, (dtypes, shape) in stored_tensors(matrix).items():
-            info = source.infos.get(name)
-            if info is None:
-                problems.append(f"{name} is missing; expected shape {shape}")
-            elif info.shape != shape:
-                problems.append(f"{name} has shape {info.shape}; expected {shape}")
-            elif info.dtype not in dtypes:
-                expected = ", ".join(dtype.upper() for dtype in dtypes)
-                problems.append(f"{name} is stored as {info.dtype}; supported: {expected}")
-    return problems
-
-
 def running_formats(
     source: TensorSource, stored: Mapping[str, StoredMatrix]
 ) -> dict[str, WeightFormat]:
@@ -136,15 +113,15 @@ def running_formats(
     return formats
 
 
-class StoredSource:
+class StoredSource(TensorSource):
     """A `TensorSource` in which every stored matrix is codes, scales and zero points.
 
     Of the matrix M, "M.weight" is int8 or int4, "M.weight_scale" as stored, "M.weight_zero_point"
     float32 (outputs, groups). All other tensors are those of `files`.
     """
 
-    def __init__(self, files: IntegerSource, stored: Mapping[str, StoredMatrix]) -> None:
-        """`find_problems` has found none. Raises WeightsError where a weight_shape is wrong."""
+    def __init__(self, files: SafetensorsFile, stored: Mapping[str, StoredMatrix]) -> None:
+        """files: found to be of the right shapes. Raises WeightsError for a wrong weight_shape."""
         self._files = files
         self._matrices = {matrix.module: matrix for matrix in stored.values()}
         infos = dict(files.infos)
@@ -153,7 +130,7 @@ class StoredSource:
                 if name != module + ".weight_scale":
                     del infos[name]
             if matrix.layout != "int-quantized":
-                shape = tuple(int(size) for size in files.read_integers(module + ".weight_shape"))
+                shape = tuple(int(size) for size in files.read_array(module + ".weight_shape"))
                 if shape != matrix.shape:
                     raise WeightsError(
                         f"{module}.weight_shape is {shape}; config.json makes it {matrix.shape}"
@@ -166,7 +143,7 @@ class StoredSource:
                 infos[module + ".weight_zero_point"] = TensorInfo(
                     "f32", shape, 4 * math.prod(shape)
                 )
-        self.infos: Mapping[str, TensorInfo] = infos
+        self.infos = infos
 
     def read(self, name: str) -> Tensor:
         """The tensor, decoded from the words of the file where it is not stored plainly."""
@@ -176,9 +153,9 @@ class StoredSource:
             return self._files.read(name)
         outputs, inputs = matrix.shape
         if part == "weight_zero_point":
-            return Tensor(unpack_zeros(self._files.read_integers(name), outputs), "f32")
+            return Tensor(unpack_zeros(self._files.read_array(name), outputs), "f32")
         kind: TensorDType = "int4" if matrix.format.dtype == "int4" else "int8"
         if matrix.layout == "int-quantized":
-            return Tensor(self._files.read_integers(name), kind)
-        words = self._files.read_integers(words_name(matrix))
+            return Tensor(self._files.read_array(name), kind)
+        words = self._files.read_array(words_name(matrix))
         return Tensor(unpack_words(words, kind, inputs), kind)

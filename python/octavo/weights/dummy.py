@@ -17,15 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import InvalidArgumentError
-from octavo.weights.source import TensorInfo
-from octavo.weights.tensor import Tensor, float32_to_bf16
+from octavo.weights.tensor import Tensor, TensorInfo, TensorSource, float32_to_bf16
 
 # A prime: rows of any usual width then start at ever other places of the tile.
 TILE = 1_048_573
 _BF16_ONE = 0x3F80
 
 
-class DummySource:
+class DummySource(TensorSource):
     """A `TensorSource` in octavo's own names; every tensor is bf16.
 
     Matrices are uniform with variance 1 / width, so that activations and logits keep their scale;
@@ -37,7 +36,7 @@ class DummySource:
             raise InvalidArgumentError(f"seed is {seed}; expected an integer from 0 to 2^64 - 1")
         self._seed = seed
         self._tiles: dict[int, npt.NDArray[np.uint16]] = {}
-        self.infos: Mapping[str, TensorInfo] = {
+        self.infos = {
             name: TensorInfo("bf16", shape, 2 * math.prod(shape)) for name, shape in shapes.items()
         }
 

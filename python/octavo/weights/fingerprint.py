@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.folder import Folder
-from octavo.weights.files import open_weight_files
 from octavo.weights.gguf_folder import GgufFolder
+from octavo.weights.safetensors import open_weight_files
 
 # What decides how a text becomes tokens, what is computed with them, and where an answer ends.
 _TEXT_FILES = (

@@ -9,6 +9,7 @@ from the file: a damaged count would keep it busy for ever.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Mapping
@@ -28,17 +29,8 @@ from octavo.weights.tensor import Tensor, TensorDType
 _STRING, _ARRAY = 8, 9
 _SCALARS: Mapping[int, struct.Struct] = MappingProxyType(
     {
-        0: struct.Struct("<B"),
-        1: struct.Struct("<b"),
-        2: struct.Struct("<H"),
-        3: struct.Struct("<h"),
-        4: struct.Struct("<I"),
-        5: struct.Struct("<i"),
-        6: struct.Struct("<f"),
-        7: struct.Struct("<?"),
-        10: struct.Struct("<Q"),
-        11: struct.Struct("<q"),
-        12: struct.Struct("<d"),
+        kind: struct.Struct("<" + code)
+        for kind, code in zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
     }
 )
 # What can be decoded: plain numbers, and the block formats for which `gguf` has a decoder.
@@ -50,7 +42,7 @@ KINDS = (
 MAX_ARRAY = 1 << 24  # entries of one metadata array; vocabularies have up to a few 100,000
 MAX_TENSORS = 1 << 20
 MAX_NAME = 1 << 16
-_PLAIN: Mapping[str, tuple[TensorDType, str]] = MappingProxyType(
+PLAIN_KINDS: Mapping[str, tuple[TensorDType, str]] = MappingProxyType(
     {"F32": ("f32", "<f4"), "F16": ("f16", "<f2"), "BF16": ("bf16", "<u2")}
 )
 _ROWS_AT_ONCE = 1 << 22  # elements decoded in one go, so that a large table needs no second copy
@@ -86,25 +78,20 @@ class GgufFile:
             cursor, num_tensors, self.metadata.get("general.alignment", 32), len(self._map)
         )
 
-    def decode(self, name: str, first_row: int = 0, num_rows: int | None = None) -> Tensor:
-        """Rows of a matrix, or a whole vector: F32, F16 and BF16 as they are, others as float32."""
+    def decode(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """F32, F16 and BF16 as they are, others as float32. Of a matrix, rows first to last - 1."""
         info = self.tensors[name]
-        shape, row_bytes = info.shape, info.num_bytes
-        if len(shape) >= 2:
-            row_bytes //= max(1, shape[0])
-            last = shape[0] if num_rows is None else min(shape[0], first_row + num_rows)
-            shape = (last - first_row, *shape[1:])
-        else:
-            first_row = 0  # the blocks of a vector know no rows
-        num_bytes = row_bytes * (shape[0] if len(shape) >= 2 else 1)
+        shape, offset, num_bytes = info.shape, info.offset, info.num_bytes
+        if last is not None:
+            row_bytes = num_bytes // max(1, shape[0])
+            offset, num_bytes = offset + first * row_bytes, (last - first) * row_bytes
+            shape = (last - first, *shape[1:])
         # What was read before leaves our memory; the system brings it back if it is used again.
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
-        raw: npt.NDArray[np.uint8] = np.frombuffer(
-            self._map, np.uint8, num_bytes, info.offset + first_row * row_bytes
-        )
-        if info.kind in _PLAIN:
-            dtype, numpy_name = _PLAIN[info.kind]
+        raw: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, num_bytes, offset)
+        if info.kind in PLAIN_KINDS:
+            dtype, numpy_name = PLAIN_KINDS[info.kind]
             return Tensor(raw.view(numpy_name).reshape(shape), dtype)
         return Tensor(_decode_blocks(raw, info.kind, shape), "f32")
 
@@ -115,7 +102,7 @@ class GgufFile:
 
     def rows_at_once(self, name: str) -> int:
         """How many rows of a matrix to decode in one go."""
-        return max(1, _ROWS_AT_ONCE // max(1, _product(self.tensors[name].shape[1:])))
+        return max(1, _ROWS_AT_ONCE // max(1, math.prod(self.tensors[name].shape[1:])))
 
 
 def _decode_blocks(
@@ -125,7 +112,7 @@ def _decode_blocks(
 
     if raw.size == 0:
         return np.zeros(shape, np.float32)
-    num_rows = _product(shape[:-1])
+    num_rows = math.prod(shape[:-1])
     try:
         with np.errstate(all="ignore"):  # scales of a damaged block may be infinite or NaN
             values = gguf.dequantize(raw.reshape((num_rows, -1)), gguf.GGMLQuantizationType[kind])
@@ -256,7 +243,7 @@ def _read_tensors(
                 f"{describe(name)} appears twice, or its rows of {width} are not whole blocks of "
                 f"{block_elements}, or its offset {offset} is not a multiple of {alignment}"
             )
-        num_bytes = _product(shape) // block_elements * block_bytes
+        num_bytes = math.prod(shape) // block_elements * block_bytes
         if start + offset + num_bytes > size:
             raise cursor.error(
                 f"the data of {describe(name)} ends at byte {start + offset + num_bytes}, the "
@@ -264,10 +251,3 @@ def _read_tensors(
             )
         tensors[name] = GgufTensor(name, shape, kind.name, start + offset, num_bytes)
     return tensors
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product

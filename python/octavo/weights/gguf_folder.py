@@ -9,31 +9,48 @@ from pathlib import Path
 from typing import Any
 
 from octavo.folder import MemoryFolder
-from octavo.weights.gguf_llama import GgufLlamaSource, OutputDType, end_of_text_ids, read_config
-from octavo.weights.gguf_parts import GgufParts
+from octavo.models.family import GgufHeader
+from octavo.models.fields import Fields
+from octavo.models.registry import find_gguf_family
+from octavo.weights.gguf_parts import GgufParts, OutputDType
 from octavo.weights.gguf_tokenizer import convert_tokenizer
 
 _TORCH_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
 class GgufFolder(MemoryFolder):
-    """config.json, generation_config.json and the tokenizer's files; `source` has the weights."""
+    """config.json, generation_config.json and the tokenizer's files; `parts` has the weights."""
 
     def __init__(self, path: Path, dtype: OutputDType = "auto") -> None:
-        """dtype: of the weights, see `GgufLlamaSource`.
+        """dtype: of the weights, see `GgufParts`.
 
         Raises WeightsError for a damaged file, UnsupportedModelError for what octavo cannot run.
         The tokenizer is converted when one of its files is read: TokenizerError comes then.
         """
-        self.parts = GgufParts(path)
-        self.config = read_config(self.parts)
-        self.source = GgufLlamaSource(self.parts, self.config, dtype)
+        self.parts = parts = GgufParts(path, dtype)
+        family, self.family = find_gguf_family(parts.metadata, str(parts.path))
+        shapes = {name: info.shape for name, info in parts.infos.items()}
+        constants = {
+            name: parts.exact(name).to_float32().reshape(-1)
+            for name in self.family.constants
+            if name in shapes
+        }
+        self.config = self.family.read_config(
+            GgufHeader(str(parts.path), parts.metadata, shapes, constants)
+        )
         counts = dict.fromkeys(_TORCH_NAMES, 0)
-        for info in self.source.infos.values():
-            counts[info.dtype] += info.num_elements
-        self.config["torch_dtype"] = _TORCH_NAMES[max(counts, key=lambda kind: counts[kind])]
+        for name, info in parts.infos.items():
+            counts[info.dtype] += 0 if name in constants else info.num_elements
+        self.config |= {
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
+            "bos_token_id": self._token_id("bos"),
+            "eos_token_id": self._token_id("eos"),
+            "pad_token_id": self._token_id("padding"),
+            "torch_dtype": _TORCH_NAMES[max(counts, key=lambda kind: counts[kind])],
+        }
         super().__init__(
-            self.parts.path,
+            parts.path,
             {
                 "config.json": lambda: _json(self.config),
                 "generation_config.json": lambda: _json(self._generation_config()),
@@ -42,6 +59,11 @@ class GgufFolder(MemoryFolder):
             },
         )
 
+    def _token_id(self, kind: str) -> int | None:
+        fields = Fields(self.parts.metadata, str(self.parts.path))
+        name = f"tokenizer.ggml.{kind}_token_id"
+        return fields.optional_integer(name, 0, self.config["vocab_size"] - 1)
+
     @cached_property
     def _tokenizer(self) -> dict[str, str]:
         return convert_tokenizer(
@@ -49,7 +71,8 @@ class GgufFolder(MemoryFolder):
         )
 
     def _generation_config(self) -> dict[str, Any]:
-        ends = end_of_text_ids(self.parts, self.config["vocab_size"])
+        found = map(self._token_id, ("eos", "eot", "eom"))  # of a text, a turn, a message
+        ends = list(dict.fromkeys(token for token in found if token is not None))
         values = {
             "bos_token_id": self.config["bos_token_id"],
             "eos_token_id": ends[0] if len(ends) == 1 else ends or None,

@@ -7,32 +7,44 @@ its metadata. The model's own metadata is in the first part.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import ModelNotFoundError, WeightsError
 from octavo.models.fields import Fields, describe
-from octavo.weights.gguf import GgufFile, GgufTensor
-from octavo.weights.tensor import Tensor
+from octavo.weights.gguf import PLAIN_KINDS, GgufFile, GgufTensor
+from octavo.weights.tensor import (
+    ITEM_SIZE,
+    Tensor,
+    TensorDType,
+    TensorInfo,
+    TensorSource,
+    float32_to_bf16,
+)
+
+OutputDType = Literal["auto", "f32", "bf16"]
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 _MAX_PARTS = 99_999  # what five digits hold
 
 
-class GgufParts:
+class GgufParts(TensorSource):
     """All parts of a GGUF model, of which there is usually one, read as one file.
 
     path: of the first part. paths: of all. metadata: of the first part. tensors: of all parts.
     """
 
-    def __init__(self, path: Path) -> None:
-        """path: any of the parts.
+    def __init__(self, path: Path, dtype: OutputDType = "auto") -> None:
+        """path: any of the parts. dtype: of the tensors that are read.
 
+        "auto" keeps F32, F16 and BF16 as they are and rounds decoded block formats to bf16 (to
+        nearest, so each weight by at most one part in 512); "f32" keeps the decoded values exactly.
         Raises WeightsError for parts that are missing, damaged, or not of one model.
         """
         given = GgufFile(path)
@@ -59,22 +71,48 @@ class GgufParts:
         if problems:
             raise WeightsError(f"The parts of {self.path} do not fit each other:", problems)
 
-    @property
-    def tensors(self) -> dict[str, GgufTensor]:
-        """The headers of all tensors by name."""
-        return {name: file.tensors[name] for name, file in self._files.items()}
+        self.tensors: Mapping[str, GgufTensor] = {
+            name: file.tensors[name] for name, file in self._files.items()
+        }
+        self.infos = {}
+        for name, tensor in self.tensors.items():
+            plain = PLAIN_KINDS.get(tensor.kind)
+            kind: TensorDType = dtype if dtype != "auto" else plain[0] if plain else "bf16"
+            size = ITEM_SIZE[kind] * math.prod(tensor.shape)
+            self.infos[name] = TensorInfo(kind, tensor.shape, size)
 
-    def decode(self, name: str, first_row: int = 0, num_rows: int | None = None) -> Tensor:
-        """As `GgufFile.decode`."""
-        return self._files[name].decode(name, first_row, num_rows)
+    def exact(self, name: str) -> Tensor:
+        """A small tensor with all its bits, whatever `dtype` is."""
+        return self._files[name].decode(name)
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, decoded and rounded."""
+        return self._rounded(name, self._files[name].decode(name))
+
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first to last - 1, decoded and rounded."""
+        if len(self.infos[name].shape) < 2:  # the blocks of a vector know no rows
+            return super().read_rows(name, first, last)
+        return self._rounded(name, self._files[name].decode(name, first, last))
+
+    def rows_at_once(self, name: str) -> int:
+        """All of a tensor that is only looked at; else as many as `GgufFile` says."""
+        info, plain = self.infos[name], PLAIN_KINDS.get(self.tensors[name].kind)
+        if len(info.shape) < 2 or (plain is not None and plain[0] == info.dtype):
+            return super().rows_at_once(name)
+        return self._files[name].rows_at_once(name)
 
     def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
         """As `GgufFile.read_bytes`."""
         return self._files[name].read_bytes(name)
 
-    def rows_at_once(self, name: str) -> int:
-        """As `GgufFile.rows_at_once`."""
-        return self._files[name].rows_at_once(name)
+    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
+        """The values in the type that `infos` announces."""
+        dtype = self.infos[name].dtype
+        if tensor.dtype == dtype:
+            return tensor
+        values = tensor.to_float32()
+        return Tensor(values, "f32") if dtype == "f32" else Tensor(float32_to_bf16(values), "bf16")
 
 
 def is_gguf(path: Path) -> bool:

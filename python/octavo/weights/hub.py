@@ -19,10 +19,10 @@ from pathlib import Path
 from octavo.config import Environment
 from octavo.errors import DownloadError, FileError, InvalidArgumentError, ModelNotFoundError
 from octavo.files import expand_home, reading, write_durably
+from octavo.progress import NO_PROGRESS, Bar, Progress
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.gguf_parts import GgufParts, is_gguf, model_name
 from octavo.weights.model_files import read_model
-from octavo.weights.progress import NO_PROGRESS, BarProgress, Progress
 
 DEFAULT_MODEL = "smollm2-135m"
 KNOWN_MODELS = (DEFAULT_MODEL,)
@@ -165,7 +165,7 @@ def _pull_first_time(name: str, environment: Environment, progress: Progress | N
     if progress is not None:
         progress.message(f"{name} is not here yet; fetching it once into {environment.models}")
         return pull(name, environment, progress=progress)
-    with BarProgress() as bar:
+    with Bar("bytes", keep=True) as bar:
         return _pull_first_time(name, environment, bar)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from octavo.errors import DownloadError
+from octavo.progress import Progress, folder_size, watch_folder
 from octavo.weights.model_files import read_model
-from octavo.weights.progress import Progress, folder_size, watch_folder
 from octavo.weights.safetensors import INDEX, SINGLE, numbered_shards, read_index
 
 _Result = TypeVar("_Result")

@@ -9,18 +9,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import ModelNotFoundError
+import numpy as np
+
+from octavo.errors import ModelNotFoundError, WeightsError
 from octavo.folder import Folder, MemoryFolder
+from octavo.models.family import Family, WeightSource
 from octavo.models.fields import Fields, describe, read_json_object
-from octavo.models.registry import Family, find_family
+from octavo.models.registry import find_family
 from octavo.models.spec import ModelSpec
-from octavo.weights.files import HEAD, head_differs
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.gguf_parts import find_gguf
 from octavo.weights.quantization_config import StoredMatrix, read_quantization
+from octavo.weights.safetensors import open_weight_files
+from octavo.weights.tensor import Tensor
+
+_CHUNK = 1 << 26  # bytes compared in one go
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,16 @@ class ModelFiles:
     folder: Folder
     config: dict[str, Any]
     spec: ModelSpec
-    weight_map: dict[str, str]  # octavo's name -> the checkpoint's name
+    family: Family
     eos_token_ids: tuple[int, ...]  # any of these ends a text; may be empty
     generation_config: dict[str, Any]  # generation_config.json; empty where there is none
-    ignored_weights: tuple[str, ...] = ()  # regular expressions of names that may be left over
     # Matrices that the checkpoint holds as codes, by octavo's name without ".weight".
     quantized: Mapping[str, StoredMatrix] = field(default_factory=dict)
+
+    @cached_property
+    def weight_map(self) -> dict[str, WeightSource]:
+        """octavo's names -> where a Hugging Face directory of the family holds the weights."""
+        return self.family.tensors.weight_map(self.spec)
 
     @property
     def path(self) -> Path:
@@ -76,30 +87,52 @@ def read_folder(folder: Folder) -> ModelFiles:
     config = read_json_object(folder / "config.json")
     family = find_family(config)
     spec = family.read_spec(config)
-    names = family.weight_map(spec)
     if spec.tie_word_embeddings and isinstance(folder, Path):
-        table = names["embed.weight"]
-        if head_differs(folder, table):
+        head, table = family.tensors.tensor("lm_head"), family.tensors.tensor("embed")
+        if _head_differs(folder, head, table):
             warnings.warn(
                 f"{folder}: config.json has tie_word_embeddings true, but the weights hold an "
-                f"{HEAD} that differs from {table}. It is used as a head of its own, as "
+                f"{head} that differs from {table}. It is used as a head of its own, as "
                 "transformers does; set tie_word_embeddings to false",
                 stacklevel=3,
             )
             config["tie_word_embeddings"] = False
             spec = family.read_spec(config)
-            names = family.weight_map(spec)
     generation_path = folder / "generation_config.json"
     generation = read_json_object(generation_path) if generation_path.is_file() else {}
     return ModelFiles(
         folder=folder,
         config=config,
         spec=spec,
-        weight_map=names,
+        family=family,
         eos_token_ids=_eos_token_ids(config, generation, family, spec.vocab_size),
         generation_config=generation,
-        ignored_weights=family.ignored_weights,
-        quantized=read_quantization(config, spec, names),
+        quantized=read_quantization(config, spec, family.tensors),
+    )
+
+
+def _head_differs(path: Path, head: str, table: str) -> bool:
+    """Whether a directory's weights hold a head of their own beside the embedding `table`.
+
+    False where either is missing, they are equal in every bit, or no weights can be read (opening
+    them tells why).
+    """
+    try:
+        source = open_weight_files(path)
+        one, other = source.infos.get(head), source.infos.get(table)
+        if one is None or other is None:
+            return False
+        return one != other or not _equal(source.read(head), source.read(table))
+    except (WeightsError, OSError):
+        return False
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of the same type and shape have the same bytes."""
+    left, right = (tensor.data.reshape(-1).view(np.uint8) for tensor in (one, other))
+    return all(
+        np.array_equal(left[start : start + _CHUNK], right[start : start + _CHUNK])
+        for start in range(0, left.size, _CHUNK)
     )
 
 

@@ -19,8 +19,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
+from octavo.models.family import TensorNames
 from octavo.models.fields import Fields
 from octavo.models.layer import linear_nodes
 from octavo.models.spec import UNIFORM_LEVELS, ModelSpec, WeightFormat
@@ -38,7 +40,7 @@ _SOURCE = "config.json: quantization_config"
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """How a checkpoint holds one matrix. module: its name there, without an ending."""
+    """How a checkpoint holds a matrix, or several in one. module: the name there, no ending."""
 
     module: str
     shape: tuple[int, int]  # (outputs, inputs)
@@ -47,7 +49,7 @@ class StoredMatrix:
 
 
 def read_quantization(
-    config: Mapping[str, Any], spec: ModelSpec, weight_map: Mapping[str, str]
+    config: Mapping[str, Any], spec: ModelSpec, names: TensorNames
 ) -> dict[str, StoredMatrix]:
     """The matrices that are stored as codes, by octavo's name without ".weight"; maybe none.
 
@@ -81,15 +83,17 @@ def read_quantization(
         _Group.read(name, group, format, own_levels=method == "octavo")
         for name, group in groups.items()
     ]
-    linears = {name: node.matrix.shape for name, node in linear_nodes(spec).items()}
-    if not spec.tie_word_embeddings:
-        linears["lm_head"] = (spec.vocab_size, spec.hidden_size)
-    stored = {}
-    for name, shape in linears.items():
-        module = weight_map[name + ".weight"].removesuffix(".weight")
+    stored, weight_map = {}, names.weight_map(spec)
+    for name in [*linear_nodes(spec), *([] if spec.tie_word_embeddings else ["lm_head"])]:
+        source = weight_map[name + ".weight"]
+        module = source.modules[0]
         matching = [group for group in found if _matches(module, group.targets)]
-        if matching and not _matches(module, ignore):
-            stored[name] = matching[0].matrix(module, shape)
+        if not matching or _matches(module, ignore):
+            continue
+        if len(source.names) > 1 or source.transform != "plain":
+            raise fields.error("config_groups", module, "matrices that are stored as they are used")
+        outputs, inputs = source.stored_shape
+        stored[name] = matching[0].matrix(module, (outputs, inputs))
     return stored
 
 
@@ -245,8 +249,10 @@ def choose_layout(formats: Iterable[WeightFormat]) -> Layout:
     return "pack-quantized" if uniform else "octavo"
 
 
-def make_quantization_config(modules: Mapping[str, WeightFormat]) -> dict[str, Any]:
+def make_quantization_config(modules: Mapping[str, WeightFormat], head: str) -> dict[str, Any]:
     """What goes into config.json. modules: the checkpoint's name of each matrix -> its format.
+
+    head: the checkpoint's name of the head, which stays a matrix of floats.
 
     The quant_method is "compressed-tensors" where that can say it all, else "octavo".
     """
@@ -260,7 +266,7 @@ def make_quantization_config(modules: Mapping[str, WeightFormat]) -> dict[str, A
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": ["lm_head"],
+        "ignore": [head],
         "config_groups": {
             f"group_{index}": {
                 "targets": _targets(names, modules),
@@ -284,37 +290,31 @@ def _targets(names: Sequence[str], modules: Mapping[str, WeightFormat]) -> list[
     return [f"re:.*\\.{kind}$" for kind in sorted(kinds)]
 
 
+# The library's fields for activations of W8A8.
+_INT8_A_TOKEN: Mapping[str, Any] = MappingProxyType(
+    {
+        **{"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token"},
+        **{"group_size": None, "dynamic": True, "actorder": None, "block_structure": None},
+        **{"observer": None, "observer_kwargs": {}},
+    }
+)
+
+
 def _weights(format: WeightFormat) -> dict[str, Any]:
     grouped = format.dtype == "int4"
     levels = {} if format.levels == UNIFORM_LEVELS else {"levels": list(format.levels)}
     return {
         **levels,
+        **_INT8_A_TOKEN,
         "num_bits": 4 if grouped else 8,
-        "type": "int",
         "symmetric": not format.has_zeros,
         "strategy": "group" if grouped else "channel",
         "group_size": format.group_size if grouped else None,
         "dynamic": False,
-        "actorder": None,
-        "block_structure": None,
         "observer": "minmax",
-        "observer_kwargs": {},
     }
 
 
 def _activations(format: WeightFormat) -> dict[str, Any] | None:
     """What meets int8 weights: None for activations that keep their precision."""
-    if format.activation_bits != 8:
-        return None
-    return {
-        "num_bits": 8,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "token",
-        "group_size": None,
-        "dynamic": True,
-        "actorder": None,
-        "block_structure": None,
-        "observer": None,
-        "observer_kwargs": {},
-    }
+    return dict(_INT8_A_TOKEN) if format.activation_bits == 8 else None

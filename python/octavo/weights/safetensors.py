@@ -24,8 +24,7 @@ import numpy.typing as npt
 from octavo.errors import WeightsError
 from octavo.files import map_file
 from octavo.models.fields import describe, printable
-from octavo.weights.source import TensorInfo
-from octavo.weights.tensor import Tensor, TensorDType
+from octavo.weights.tensor import Tensor, TensorDType, TensorInfo, TensorSource
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library too
 
@@ -41,19 +40,16 @@ ELEMENT_BITS: Mapping[str, int] = MappingProxyType(
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _NUMBERED_SHARD = re.compile(r"([^/]+)-(\d{5})-of-(\d{5})\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}\.safetensors")
-_LOADABLE: Mapping[str, TensorDType] = MappingProxyType(
-    {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+# Types that can be read: octavo's names, or the file's own, and NumPy's.
+_FLOATS: Mapping[str, TensorDType] = MappingProxyType({"F32": "f32", "F16": "f16", "BF16": "bf16"})
+_NUMPY_TYPES: Mapping[str, str] = MappingProxyType(
+    {"f32": "<f4", "f16": "<f2", "bf16": "<u2", "I8": "<i1", "I32": "<i4", "I64": "<i8"}
 )
-_NUMPY_TYPES: Mapping[TensorDType, str] = MappingProxyType(
-    {"f32": "<f4", "f16": "<f2", "bf16": "<u2"}
-)
 
 
-_INTEGER_TYPES: Mapping[str, str] = MappingProxyType({"I8": "<i1", "I32": "<i4", "I64": "<i8"})
-
-
-class SafetensorsFile:
+class SafetensorsFile(TensorSource):
     """One file. Opening it reads and checks the header; data is paged in when it is used."""
 
     def __init__(self, path: Path) -> None:
@@ -69,28 +65,27 @@ class SafetensorsFile:
             self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
         except OSError as error:
             raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-        self.infos: Mapping[str, TensorInfo] = {
-            name: TensorInfo(_our_name(header[name]["dtype"]), tuple(header[name]["shape"]), e - b)
-            for name, (b, e) in self._offsets.items()
+        self.infos = {
+            name: TensorInfo(
+                _FLOATS.get(kind := header[name]["dtype"], kind),
+                tuple(header[name]["shape"]),
+                end - begin,
+            )
+            for name, (begin, end) in self._offsets.items()
         }
 
     def read(self, name: str) -> Tensor:
         """A view of the mapped file; a copy only where an old file left the data unaligned."""
-        info = self.infos[name]
-        dtype = _loadable_dtype(info.dtype)
-        if dtype is None:
-            raise WeightsError(
-                f"{self.path}: {name} is stored as {info.dtype}; supported: F32, F16, BF16"
-            )
-        data = self.read_bytes(name).view(_NUMPY_TYPES[dtype]).reshape(info.shape)
-        if not data.flags.aligned:
-            data = data.copy()
-        return Tensor(data, dtype)
+        stored = self.infos[name].dtype
+        for dtype in _FLOATS.values():
+            if dtype == stored:
+                return Tensor(self.read_array(name), dtype)
+        raise WeightsError(f"{self.path}: {name} is stored as {stored}; supported: F32, F16, BF16")
 
-    def read_integers(self, name: str) -> npt.NDArray[Any]:
-        """An I8, I32 or I64 tensor: a view of the mapped file, or a copy if it is unaligned."""
-        kind = _INTEGER_TYPES[self.infos[name].dtype]
-        data = self.read_bytes(name).view(kind).reshape(self.infos[name].shape)
+    def read_array(self, name: str) -> npt.NDArray[Any]:
+        """As `read`, for I8, I32 and I64 tensors too."""
+        info = self.infos[name]
+        data = self.read_bytes(name).view(_NUMPY_TYPES[info.dtype]).reshape(info.shape)
         return data if data.flags.aligned else data.copy()
 
     def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
@@ -103,7 +98,7 @@ class SafetensorsFile:
         return self._bytes[self._data_start + begin : self._data_start + end]
 
 
-class ShardedSafetensors:
+class ShardedSafetensors(SafetensorsFile):
     """Several files that hold a model together."""
 
     def __init__(self, index_path: Path, shards: Sequence[str] | None = None) -> None:
@@ -112,6 +107,7 @@ class ShardedSafetensors:
         Raises WeightsError with all shards that are missing, contradict the index, or hold a
         tensor that another one holds too.
         """
+        self.path = index_path
         places = read_index(index_path) if shards is None else {}
         names = sorted(set(places.values())) if shards is None else shards
         missing = [
@@ -138,30 +134,11 @@ class ShardedSafetensors:
             if shards is not None:
                 told = f"The shards in {index_path.parent} do not fit each other:"
             raise WeightsError(told, problems)
-        self.infos: Mapping[str, TensorInfo] = {
-            name: file.infos[name] for name, file in self._files.items()
-        }
-
-    def read(self, name: str) -> Tensor:
-        """A view of the mapped file that holds the tensor."""
-        return self._files[name].read(name)
-
-    def read_integers(self, name: str) -> npt.NDArray[Any]:
-        """As `SafetensorsFile.read_integers`."""
-        return self._files[name].read_integers(name)
+        self.infos = {name: file.infos[name] for name, file in self._files.items()}
 
     def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
         """As `SafetensorsFile.read_bytes`."""
         return self._files[name].read_bytes(name)
-
-
-def _our_name(dtype: str) -> str:
-    """octavo's name of a safetensors type; types that cannot be loaded keep theirs."""
-    return _LOADABLE.get(dtype, dtype)
-
-
-def _loadable_dtype(name: str) -> TensorDType | None:
-    return next((dtype for dtype in _NUMPY_TYPES if dtype == name), None)
 
 
 def _read_header(path: Path, first: bytes, file: Any, size: int) -> tuple[dict[str, Any], int]:
@@ -282,6 +259,42 @@ def make_header(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[byt
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, offset
+
+
+def open_weight_files(path: Path) -> SafetensorsFile:
+    """The safetensors of a directory; WeightsError says what to do where there are none.
+
+    Where there are several kinds: model.safetensors, else the shards of the index (in that order
+    as transformers), else NAME-0000K-of-0000N.safetensors if they are all there.
+    """
+    if (path / SINGLE).is_file():
+        return SafetensorsFile(path / SINGLE)
+    if (path / INDEX).is_file():
+        return ShardedSafetensors(path / INDEX)
+    names = sorted(entry.name for entry in path.iterdir())
+    shards = numbered_shards(names, str(path))
+    if shards:
+        return ShardedSafetensors(path / INDEX, shards)
+    wanted = f"{path} holds neither {SINGLE} nor {INDEX}"
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        raise WeightsError(
+            f"{wanted}, nor shards named NAME-00001-of-0000N.safetensors. It holds "
+            f"{', '.join(others[:8])}: fetch the model in its Hugging Face form, or, where that "
+            f"file is the whole model in this form, name it {SINGLE}"
+        )
+    gguf = [name for name in names if name.lower().endswith(".gguf")]
+    if gguf:
+        raise WeightsError(f"{wanted}. It holds a GGUF file: name that, {path / gguf[0]}")
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        raise WeightsError(
+            f"{wanted}. It holds {', '.join(pickles[:3])}: pickle files run code when they are "
+            "opened, so octavo never opens them. Where you trust the file, convert it: "
+            "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) of transformers "
+            "writes safetensors"
+        )
+    raise WeightsError(f"{wanted}. Fetch the model again")
 
 
 def numbered_shards(names: Iterable[str], place: str) -> list[str]:

@@ -1,7 +1,10 @@
-"""A weight as it lies in a file: bytes seen as an array, and the name of the format."""
+"""Tensors as they lie in a file, and what they are read from."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +40,38 @@ class Tensor:
         if self.dtype == "bf16":
             return (self.data.astype(np.uint32) << 16).view(np.float32)
         return self.data.astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header tells of a tensor before any of its data is read."""
+
+    dtype: str  # "f32", "f16" and "bf16" can be loaded; any other name is for messages
+    shape: tuple[int, ...]
+    num_bytes: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class TensorSource(ABC):
+    """Tensors under the names of a checkpoint, with known shapes, read one at a time."""
+
+    infos: Mapping[str, TensorInfo]
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The tensor; KeyError for a name that is not in `infos`."""
+
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first to last - 1 of it (its first axis)."""
+        tensor = self.read(name)
+        return Tensor(tensor.data[first:last], tensor.dtype)
+
+    def rows_at_once(self, name: str) -> int:
+        """How many rows to read in one go, so that little memory is needed beside the result."""
+        return max(1, *self.infos[name].shape[:1])
 
 
 def float32_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

@@ -18,9 +18,9 @@ from types import MappingProxyType
 from typing import IO
 
 from octavo.errors import DownloadError
+from octavo.progress import Progress, watch_folder
 from octavo.weights.convert import convert_gguf
-from octavo.weights.gguf_llama import OutputDType
-from octavo.weights.progress import Progress, watch_folder
+from octavo.weights.gguf_parts import OutputDType
 
 
 @dataclass(frozen=True)

@@ -1,93 +1,111 @@
-"""`octavo replay`: a log's requests once more, under other options, on a simulated device."""
+"""`octavo explain`, `octavo trace` and `octavo replay`: what an event log tells."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from octavo.cli.common import note
+from octavo.cli.options import argument, option, tried
 from octavo.errors import InvalidArgumentError
-from octavo.files import check_writable
+from octavo.files import write_text
 
 if TYPE_CHECKING:
     from octavo.trace.replay import Quantiles, Summary
 
-_POLICY_PANEL = "The engine (left out: as in the log)"
-_COST_PANEL = "The device: seconds of a step (left out: measured from the log's steps)"
+_LOG = "An event log, from `--event-log` or the server."
+LogArgument = Annotated[Path, argument(_LOG, "LOG")]
+_policy = partial(option, panel="Engine (left out: as in the log)")
+_cost = partial(option, panel="Device: seconds of a step (left out: fitted to the log's steps)")
+
+
+def explain(
+    log: Annotated[Path, option(_LOG, metavar="FILE")],
+    request_id: Annotated[
+        str | None,
+        argument("Which request. Left out: all of them, one a line.", "REQUEST_ID"),
+    ] = None,
+) -> int:
+    """Tell where a request's time went, from an event log.
+
+    How long it waited and for what, what of its prompt was cached, who preempted it, which step was slow and why.
+
+    [bold]octavo batch prompts.txt answers.jsonl --event-log events.jsonl[/bold]
+
+    [bold]octavo explain 17 --log events.jsonl[/bold]
+    """  # noqa: E501  (typer takes a line break for one)
+    from octavo.trace.explain import explain as sentences_about
+    from octavo.trace.explain import one_line
+    from octavo.trace.log_file import read_log
+
+    recorded = read_log(log)
+    if request_id is None:
+        for known in recorded.request_ids:
+            print(one_line(recorded, known))
+    else:
+        for sentence in sentences_about(recorded, request_id):
+            print(sentence)
+    return 0
+
+
+def trace(
+    log: LogArgument,
+    perfetto: Annotated[
+        Path,
+        option("Where to write the trace, JSON in the Trace Event Format.", **tried("the trace")),
+    ],
+) -> int:
+    """Turn an event log into a trace for ui.perfetto.dev.
+
+    It shows every step with its tokens, every request with its waiting, prompt and decoding, and the KV cache filling. Open https://ui.perfetto.dev and drop the file there; it stays in your browser.
+
+    [bold]octavo trace events.jsonl --perfetto trace.json[/bold]
+    """  # noqa: E501  (typer takes a line break for one)
+    from octavo.trace.log_file import read_log
+    from octavo.trace.perfetto import perfetto_trace
+
+    recorded = read_log(log)
+    write_text(perfetto, "the trace", json.dumps(perfetto_trace(recorded)))
+    steps, requests = len(recorded.steps), len(recorded.request_ids)
+    note(
+        f"{requests:,} requests and {steps:,} steps: {perfetto}; open it in https://ui.perfetto.dev"
+    )
+    return 0
 
 
 def replay(
-    log: Annotated[
-        Path,
-        typer.Argument(
-            metavar="LOG", help="An event log, from `--event-log` or the server.", readable=False
-        ),
-    ],
-    max_num_seqs: Annotated[
-        int | None,
-        typer.Option(help="Answers in a step at most.", rich_help_panel=_POLICY_PANEL),
-    ] = None,
-    max_num_batched_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens in a step at most.", rich_help_panel=_POLICY_PANEL),
-    ] = None,
-    num_kv_blocks: Annotated[
-        int | None,
-        typer.Option(help="Blocks of the KV cache.", rich_help_panel=_POLICY_PANEL),
-    ] = None,
+    log: LogArgument,
+    max_num_seqs: Annotated[int | None, _policy("Most answers in a step.")] = None,
+    max_num_batched_tokens: Annotated[int | None, _policy("Most tokens in a step.")] = None,
+    num_kv_blocks: Annotated[int | None, _policy("Blocks of the KV cache.")] = None,
     enable_prefix_caching: Annotated[
         bool | None,
-        typer.Option(
-            "--prefix-caching/--no-prefix-caching",
-            help="Reuse what prompts have in common.",
-            show_default=False,
-            rich_help_panel=_POLICY_PANEL,
-        ),
+        _policy("Reuse what prompts have in common.", "--prefix-caching/--no-prefix-caching"),
     ] = None,
     priority_ageing_seconds: Annotated[
-        float | None,
-        typer.Option(
-            help="What one level of priority is worth, in seconds of waiting.",
-            rich_help_panel=_POLICY_PANEL,
-        ),
+        float | None, _policy("What one level of priority is worth, in seconds of waiting.")
     ] = None,
     max_waiting_requests: Annotated[
-        int | None,
-        typer.Option(
-            help="Requests that may wait; more are refused.", rich_help_panel=_POLICY_PANEL
-        ),
+        int | None, _policy("Most requests in the queue; more are refused.")
     ] = None,
-    speed: Annotated[
-        float, typer.Option(help="2: the requests come twice as fast.", show_default=True)
-    ] = 1.0,
-    fixed: Annotated[
-        float | None,
-        typer.Option(help="Whatever is in it: reading the weights.", rich_help_panel=_COST_PANEL),
-    ] = None,
-    per_token: Annotated[
-        float | None,
-        typer.Option(help="More for each token it computes.", rich_help_panel=_COST_PANEL),
-    ] = None,
+    speed: Annotated[float, option("2: the requests come twice as fast.")] = 1.0,
+    fixed: Annotated[float | None, _cost("For every step: reading the weights.")] = None,
+    per_token: Annotated[float | None, _cost("For each token that is computed.")] = None,
     per_attended: Annotated[
-        float | None,
-        typer.Option(
-            help="More for each token that one of these attends to.", rich_help_panel=_COST_PANEL
-        ),
+        float | None, _cost("For each token that a computed one attends to.")
     ] = None,
     event_log: Annotated[
         Path | None,
-        typer.Option(
-            help="Write the simulated run's own event log here.", metavar="FILE", readable=False
-        ),
+        option("Write the simulated run's own event log here.", **tried("the event log")),
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json_output: Annotated[bool, option("Print one JSON object.", "--json")] = False,
 ) -> int:
     """Run a log's requests again on a simulated device.
 
-    The real scheduler decides, only device and clock are made up; the same log and options give the same figures on any machine.
+    The scheduler is the real one, device and clock are simulated; the same log and options give the same figures on any machine.
 
     [bold]octavo replay events.jsonl --max-num-seqs 16[/bold]
 
@@ -99,8 +117,6 @@ def replay(
 
     if not 0 < speed < float("inf"):
         raise InvalidArgumentError(f"--speed is {speed}; expected a number above 0")
-    if event_log is not None:
-        check_writable(event_log, "the event log")
     recorded = read_log(log)
     given = {"fixed": fixed, "per_token": per_token, "per_attended": per_attended}
     known = {name: value for name, value in given.items() if value is not None}

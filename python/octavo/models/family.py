@@ -1,0 +1,153 @@
+"""What a model family is: its configuration, and where each of its weights lies in a checkpoint.
+
+A family is a table of names and a reader of configurations. Numbers and names only: reading the
+tensors is the work of `octavo/weights/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.errors import UnsupportedModelError
+from octavo.models.layer import Weight, model_nodes, split_tap
+from octavo.models.spec import ModelSpec
+
+# What is done to a tensor as it is read. "plus_one": 1 is added, in float32 (norms that store
+# their difference from 1). "transpose": a matrix is stored as (inputs, outputs). "unpermute": rows
+# 2i and 2i + 1 of each head become rows i and i + head_dim/2, see models/llama_gguf.py.
+Transform = Literal["plain", "plus_one", "transpose", "unpermute"]
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where a weight of the model comes from.
+
+    names: of the tensor in the checkpoint; several are stacked along a new first axis. shape: of
+    the weight. rows: of a fused tensor (first, of how many), counted behind a transposition; None:
+    the whole tensor. head_dim: for "unpermute". shard_axis: as `layer.Weight` has it.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    transform: Transform = "plain"
+    head_dim: int = 0
+    shard_axis: Literal[0, 1] | None = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape that each of the tensors has in the checkpoint."""
+        shape = self.shape[1:] if len(self.names) > 1 else self.shape
+        if self.rows is not None:
+            shape = (self.rows[1], *shape[1:])
+        return shape[::-1] if self.transform == "transpose" else shape
+
+    @property
+    def name(self) -> str:
+        """The tensor that is this weight and nothing else.
+
+        Raises UnsupportedModelError where there is none: whoever writes a checkpoint asks for it.
+        """
+        if len(self.names) > 1 or self.rows is not None or self.transform != "plain":
+            raise UnsupportedModelError(
+                f"{self.names[0]} of a checkpoint is not a weight as octavo has it (stacked, fused "
+                "or transformed), so octavo cannot write such a checkpoint; use the model as it is"
+            )
+        return self.names[0]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names without ".weight" or ".bias"."""
+        return tuple(name.rpartition(".")[0] for name in self.names)
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """What a family's checkpoints call their tensors, without ".weight" and ".bias".
+
+    modules: their name -> octavo's part ("q"), or several ("q k v"), whose rows lie one behind the
+    other in one tensor. "{layer}" stands for the number of the layer, "{expert}" for that of an
+    expert, whose matrices are stacked. transforms: by octavo's part.
+    """
+
+    modules: Mapping[str, str]
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+
+    def weight_map(self, spec: ModelSpec) -> dict[str, WeightSource]:
+        """octavo's name of every weight that the spec needs -> where it comes from, in order."""
+        weights = {each.name: each for node in model_nodes(spec) for each in node.weights()}
+        places = {
+            part: (module, parts.split())
+            for module, parts in self.modules.items()
+            for part in parts.split()
+        }
+
+        def source(weight: Weight) -> WeightSource:
+            owner, _, ending = weight.name.rpartition(".")
+            layer, part = split_tap(owner)
+            module, parts = places[part]
+            name = f"{module}.{ending}"
+            sizes = [
+                weights[f"{owner.removesuffix(part)}{each}.{ending}"].shape[0] for each in parts
+            ]
+            place = parts.index(part)
+            transform = self.transforms.get(part, "plain")
+            if ending == "bias" and transform != "unpermute":
+                transform = "plain"
+            experts = range(weight.shape[0] if "{expert}" in name else 1)
+            return WeightSource(
+                tuple(name.format(layer=layer, expert=expert) for expert in experts),
+                weight.shape,
+                (sum(sizes[:place]), sum(sizes)) if len(parts) > 1 else None,
+                transform,
+                spec.layers[layer or 0].head_dim if transform == "unpermute" else 0,
+                weight.shard_axis,
+            )
+
+        return {name: source(weight) for name, weight in weights.items()}
+
+    def tensor(self, part: str) -> str:
+        """The weight of a part that stands outside the layers: tensor("embed")."""
+        return next(module for module, parts in self.modules.items() if parts == part) + ".weight"
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What the header of a GGUF file tells.
+
+    source: the file, for messages. shapes: of all tensors, outermost axis first. constants: the
+    values of those that the family calls so, where they are there.
+    """
+
+    source: str
+    metadata: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    constants: Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """How llama.cpp's converter writes a family, and what Hugging Face's config.json would say."""
+
+    architecture: str  # in the metadata, general.architecture
+    read_config: Callable[[GgufHeader], dict[str, Any]]  # without token ids and architecture
+    tensors: TensorNames
+    constants: tuple[str, ...] = ()  # tensors that belong to the configuration
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to read one architecture of Hugging Face."""
+
+    architecture: str  # in the field `architectures` of config.json
+    model_type: str  # in its field `model_type`
+    read_spec: Callable[[Mapping[str, Any]], ModelSpec]
+    tensors: TensorNames
+    ignored: tuple[str, ...] = ()  # patterns of names that a checkpoint may hold besides
+    default_eos_token_id: int | None = None  # where config.json has no such field
+    gguf: GgufFamily | None = None

@@ -1,0 +1,74 @@
+"""The one reader of weights: out of any source of tensors, as a family's map says, run by run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.models.family import WeightSource
+from octavo.weights.tensor import Tensor, TensorInfo, TensorSource
+
+
+def weight_info(source: TensorSource, wanted: WeightSource) -> TensorInfo:
+    """Type, shape and bytes of a weight, before it is read."""
+    stored, count = source.infos[wanted.names[0]], math.prod(wanted.shape)
+    if wanted.transform == "plus_one":
+        return TensorInfo("f32", wanted.shape, 4 * count)
+    num_bytes = stored.num_bytes * count // max(1, stored.num_elements)
+    return TensorInfo(stored.dtype, wanted.shape, num_bytes)
+
+
+def read_weight(source: TensorSource, wanted: WeightSource) -> Tensor:
+    """The whole weight: a view where the file holds it as it is; else memory holds one run more."""
+    runs = read_runs(source, wanted)
+    first = next(runs)
+    count = len(wanted.names)
+    num_rows = wanted.shape[0] if count == 1 else count * wanted.shape[1]
+    if count == 1 and len(first.data) == num_rows:
+        return first
+    whole = np.empty((num_rows, *first.shape[1:]), first.data.dtype)
+    row = 0
+    for run in chain((first,), runs):
+        whole[row : row + len(run.data)] = run.data
+        row += len(run.data)
+    return Tensor(whole if count == 1 else whole.reshape(count, -1, *first.shape[1:]), first.dtype)
+
+
+def read_runs(source: TensorSource, wanted: WeightSource) -> Iterator[Tensor]:
+    """The weight in runs of rows, one behind the other, so that a big table needs little memory.
+
+    Of a stack, the rows of each tensor follow those of the tensor before it. A transposed matrix
+    is one run.
+    """
+    for name in wanted.names:
+        num_rows = wanted.shape[-2] if len(wanted.shape) > 1 else wanted.shape[0]
+        first = wanted.rows[0] if wanted.rows else 0
+        if wanted.transform == "transpose":
+            tensor = source.read(name)
+            columns = tensor.data[:, first : first + num_rows]
+            yield Tensor(np.ascontiguousarray(columns.T), tensor.dtype)
+            continue
+        step = source.rows_at_once(name)
+        if wanted.transform == "unpermute":
+            step = max(1, step // wanted.head_dim) * wanted.head_dim  # whole heads
+        for row in range(first, first + num_rows, step):
+            run = source.read_rows(name, row, min(row + step, first + num_rows))
+            if wanted.transform == "plus_one":
+                run = Tensor(run.to_float32() + np.float32(1), "f32")
+            elif wanted.transform == "unpermute":
+                run = Tensor(unpermute_rows(run.data, wanted.head_dim), run.dtype)
+            yield run
+
+
+def unpermute_rows(values: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
+    """Rows (heads * head_dim, ...) of q or k in llama.cpp's order, in Hugging Face's.
+
+    Of each head, rows 2i and 2i + 1 become rows i and i + head_dim/2.
+    """
+    pairs = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)

@@ -1,0 +1,79 @@
+"""Progress bars: what a terminal shows, what a log gets instead."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+
+import pytest
+from rich.console import Console
+
+from octavo.progress import Bar, Unit, request_bar
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is written to a terminal of 100 columns."""
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=100, markup=False, highlight=False)
+    monkeypatch.setattr("octavo.progress.stderr_console", lambda: console)
+    return written
+
+
+def last_frame(screen: io.StringIO) -> list[str]:
+    """The lines of the last picture that was drawn, without colours."""
+    text = re.sub(r"\x1b\[[0-9;?]*m", "", screen.getvalue())
+    frame = re.split(r"\x1b\[[0-9;?]*[A-Za-z]", text.replace("\r", ""))
+    return [line.rstrip() for line in [part for part in frame if part.strip()][-1].splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("unit", "shown"), [("count", "3/12"), ("percent", "25 %"), ("bytes", "3.0/12.0 MB")]
+)
+def test_a_terminal_shows_how_much_is_done(screen: io.StringIO, unit: Unit, shown: str) -> None:
+    size = 1_000_000 if unit == "bytes" else 1
+    with Bar(unit, keep=True) as bar:
+        bar.update("[x] work", 3 * size, 12 * size, "7 tokens/s")
+    (line,) = last_frame(screen)
+    assert line.startswith("[x] work") and shown in line and line.endswith("7 tokens/s")
+
+
+def test_a_stage_takes_the_place_of_the_one_before_unless_it_is_kept(screen: io.StringIO) -> None:
+    with Bar("percent", keep=True) as bar:
+        bar.update("first", 1, 2)
+        bar.update("second", 1, 2)
+    assert [line.split()[0] for line in last_frame(screen)] == ["first", "second"]
+    screen.truncate(0)
+    with Bar("percent") as bar:
+        bar.update("third", 1, 2)
+        bar.update("fourth", 1, 2)
+        bar._bar.refresh()  # type: ignore[union-attr]
+        assert [line.split()[0] for line in last_frame(screen)] == ["fourth"]
+
+
+def test_nothing_is_drawn_before_a_step_begins(screen: io.StringIO) -> None:
+    with Bar("bytes") as bar:
+        bar.message("[only] a message")
+    assert screen.getvalue() == "[only] a message\n"
+    with Bar("bytes", quiet=True) as bar:
+        bar.update("work", 1, 2)
+    assert screen.getvalue() == "[only] a message\n"
+
+
+def test_one_bar_of_requests_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    turn = threading.Lock()
+    drawn = iter((5, 17, 17, 17))
+    with request_bar(turn, 3, lambda: next(drawn)) as advance:
+        assert advance is not None
+        with request_bar(turn, 1, lambda: 0) as second:
+            assert second is None
+        advance(2)
+        advance(0)
+    assert not turn.locked()
+    written = capsys.readouterr().err
+    assert written.count("\n") == 1 and written.startswith("generating: 2/3, ")
+    assert "tokens/s" in written
+    with pytest.raises(KeyboardInterrupt), request_bar(turn, 1, lambda: 0):
+        raise KeyboardInterrupt
+    assert not turn.locked()
