@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from machine import ROOT, stamp
+from common import ROOT, stamp
 from sources import sources_hash
 
 from octavo import _native
