@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from common import add_threads, asked, in_turns, make_parser, median_ratio, stamp, write_json
+from common import add_threads, asked, in_turns, make_parser, median_ratio, slug, stamp, write_json
 from systems import Process
 
 from octavo import _native
@@ -260,8 +259,8 @@ def main() -> None:
             wanted = {"decode": arguments.min_decode, "prefill": arguments.min_prefill}
             too_slow = any(ratios[kind] < ratio for kind, ratio in wanted.items())
     if not arguments.quick:
-        name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-        file = arguments.output or RESULTS / f"compare_hf-{name}-{arguments.threads}t.json"
+        name = f"compare_hf-{slug(processor())}-{arguments.threads}t.json"
+        file = arguments.output or RESULTS / name
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, result)
         print(f"\nwritten: {file}")
