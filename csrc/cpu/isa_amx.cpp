@@ -1,17 +1,11 @@
 // The kernels for AMX (tiles of bf16 and int8), beside AVX-512 with VNNI.
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
-#include <utility>
-#include <vector>
 
-#include "cpu/intrinsics.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/includes.h"
 #include "cpu/kernels/tile_config.h"
 #include "cpu/platform.h"
 

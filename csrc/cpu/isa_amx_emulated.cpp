@@ -1,17 +1,11 @@
 // The kernels for AMX, its tile registers emulated: for tests, and to look into.
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
-#include <utility>
-#include <vector>
 
-#include "cpu/intrinsics.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/includes.h"
 #include "cpu/kernels/tile_config.h"
 #include "cpu/platform.h"
 

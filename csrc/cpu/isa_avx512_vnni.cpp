@@ -1,13 +1,6 @@
 // The kernels for AVX-512 with VNNI.
 
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <utility>
-#include <vector>
-
-#include "cpu/intrinsics.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/includes.h"
 
 namespace octavo::cpu {
 namespace avx512_vnni {
