@@ -303,7 +303,7 @@ class Backend {
   // ---- measuring ----
   // Seconds that what `work` queues takes the device.
   virtual double seconds_of(const std::function<void()>& work);
-  // What a GPU can do at most (csrc/cuda/device/measure.h); of the CPU: csrc/cpu/measure.h.
+  // What a GPU can do at most (csrc/cuda/measure.cu); of the CPU: csrc/cpu/measure.h.
   virtual double measure_bandwidth(double, double) { return 0.0; }
   virtual double measure_flops(double) { return 0.0; }
 };
