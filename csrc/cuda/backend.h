@@ -18,8 +18,8 @@ namespace octavo::cuda {
 
 class CublasLt;  // products/cublas.h
 
-// Up to so many rows products go by tiles of our own; of more by cuBLASLt, where it is to be had.
-// To be measured: OCTAVO_TILES_ROWS and OCTAVO_QUANTIZED_TILES_ROWS set them otherwise.
+// Products of up to so many rows use octavo's own tiles; of more, cuBLASLt, where it is available.
+// OCTAVO_TILES_ROWS and OCTAVO_QUANTIZED_TILES_ROWS set other limits, for measuring.
 struct TileRows {
   std::int64_t plain = 8, quantized = 128;
 
@@ -105,7 +105,7 @@ class CudaBackend : public Backend {
   Stream stream_;
   Workspace linear_workspace_, attention_workspace_, sampling_workspace_, pack_workspace_;
   const TileRows tile_rows_ = TileRows::read_environment();
-  std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is not there
+  std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is missing
   cudaEvent_t events_[2] = {};
   Graphs graphs_;
   std::int64_t num_uploads_ = 0, num_downloads_ = 0;
