@@ -265,16 +265,19 @@ def attention(
             total = np.sum(weights, axis=-1, keepdims=True)
             attended = (round_to_bf16(weights) @ v[:, kv_head]) / total
         else:
-            scores = (queries @ k[:, kv_head].T) * q.dtype.type(scale)
-            attended = softmax(np.where(visible, scores, nothing)) @ v[:, kv_head]
+            scores = queries @ k[:, kv_head].T
+            scores *= q.dtype.type(scale)
+            np.copyto(scores, nothing, where=~visible)
+            attended = softmax(scores) @ v[:, kv_head]
         out[:, heads] = attended.transpose(1, 0, 2)
     return out
 
 
 def softmax(x: Array) -> Array:
     """exp(x) / sum(exp(x)) over the last axis; the maximum is subtracted so nothing overflows."""
-    exponentials = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    result: Array = exponentials / np.sum(exponentials, axis=-1, keepdims=True)
+    result: Array = x - np.max(x, axis=-1, keepdims=True)
+    np.exp(result, out=result)
+    result /= np.sum(result, axis=-1, keepdims=True)
     return result
 
 

@@ -152,7 +152,10 @@ def prepare(jobs: int) -> list[Tree]:
 
 
 def map_tests(trees: list[Tree]) -> list[TestFile]:
-    """Every file of tests run once, by itself, with its calls noted; kept for the next run."""
+    """Every file of tests run once, by itself, with its calls noted; kept for the next run.
+
+    One that fails without a mistake, where times are tested on a busy machine, say, is left out.
+    """
     tests = trees[0].root / "tests"
     names = sorted(str(path.relative_to(trees[0].root)) for path in tests.rglob("test_*.py"))
     names = [name for name in names if not name.startswith(TESTS_LEFT_OUT)]
@@ -189,17 +192,19 @@ def map_tests(trees: list[Tree]) -> list[TestFile]:
         found = TestFile(name, seconds, times, callers)
         return name, {"digest": digest, **found._asdict()}
 
-    failed = []
+    failed = set()
     for name, entry in in_trees(trees, run, names):
         if entry is None:
-            failed.append(name)
+            failed.add(name)
         elif kept.get(name) is not entry:
             kept[name] = entry
             kept_at.write_text(json.dumps(kept))
     if failed:
-        raise SystemExit(f"these fail without any mistake: {' '.join(failed)}")
+        print(f"left out, since they fail without any mistake: {' '.join(sorted(failed))}")
     fields = TestFile._fields
-    return [TestFile(*(kept[name][field] for field in fields)) for name in names]
+    return [
+        TestFile(*(kept[name][field] for field in fields)) for name in names if name not in failed
+    ]
 
 
 def in_trees(

@@ -202,8 +202,7 @@ class OpsDevice {
   // q, k and v side by side in one matrix, as a fused projection leaves them.
   Matrix fuse(const Array3<float>& q, const Array3<float>& k, const Array3<float>& v,
               const LayerSpec& spec) {
-    Matrix fused =
-        activations(static_cast<std::int64_t>(q.shape(0)), spec.q_size() + 2 * spec.kv_size());
+    Matrix fused = activations(static_cast<std::int64_t>(q.shape(0)), spec.qkv_size());
     put(fused.view.columns(0, spec.q_size()), q.data());
     put(fused.view.columns(spec.q_size(), spec.kv_size()), k.data());
     put(fused.view.columns(spec.q_size() + spec.kv_size(), spec.kv_size()), v.data());

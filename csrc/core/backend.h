@@ -28,17 +28,20 @@ namespace octavo {
 class Backend;
 struct LayerWeights;  // core/weights.h
 
-// Device memory with one owner. Zero-filled when new, aligned to 64 bytes.
-class Buffer {
+enum class MemoryKind : std::uint8_t { device, host };
+
+// Memory with one owner.
+template <MemoryKind kind>
+class OwnedMemory {
  public:
-  Buffer() = default;
-  Buffer(Backend* backend, std::size_t bytes);
-  Buffer(Buffer&& other) noexcept { swap(other); }
-  Buffer& operator=(Buffer&& other) noexcept {
+  OwnedMemory() = default;
+  OwnedMemory(Backend* backend, std::size_t bytes);
+  OwnedMemory(OwnedMemory&& other) noexcept { swap(other); }
+  OwnedMemory& operator=(OwnedMemory&& other) noexcept {
     swap(other);
     return *this;
   }
-  ~Buffer();
+  ~OwnedMemory();
 
   void* data() const { return data_; }
   std::size_t bytes() const { return bytes_; }
@@ -48,7 +51,7 @@ class Buffer {
   }
 
  private:
-  void swap(Buffer& other) noexcept {
+  void swap(OwnedMemory& other) noexcept {
     std::swap(backend_, other.backend_);
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
@@ -59,32 +62,10 @@ class Buffer {
   std::size_t bytes_ = 0;
 };
 
-// Memory of the host with one owner, of a kind that the device can copy from and to on its own.
-class HostBuffer {
- public:
-  HostBuffer() = default;
-  HostBuffer(Backend* backend, std::size_t bytes);
-  HostBuffer(HostBuffer&& other) noexcept { swap(other); }
-  HostBuffer& operator=(HostBuffer&& other) noexcept {
-    swap(other);
-    return *this;
-  }
-  ~HostBuffer();
-
-  unsigned char* data() const { return data_; }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  void swap(HostBuffer& other) noexcept {
-    std::swap(backend_, other.backend_);
-    std::swap(data_, other.data_);
-    std::swap(bytes_, other.bytes_);
-  }
-
-  Backend* backend_ = nullptr;
-  unsigned char* data_ = nullptr;
-  std::size_t bytes_ = 0;
-};
+// Of the device: zero-filled when new, aligned to 64 bytes.
+using Buffer = OwnedMemory<MemoryKind::device>;
+// Of the host, of a kind that the device can copy from and to by itself.
+using HostBuffer = OwnedMemory<MemoryKind::host>;
 
 // Rows of a weight as they lie in host memory: (rows, cols), contiguous.
 struct HostMatrix {
@@ -217,8 +198,8 @@ class Backend {
   virtual void upload_async(void* device, const HostBuffer& host, std::size_t bytes) {
     upload(device, host.data(), bytes);
   }
-  virtual void download_async(unsigned char* host, const void* device, std::size_t bytes) {
-    download(host, device, bytes);
+  virtual void download_async(const HostBuffer& host, const void* device, std::size_t bytes) {
+    download(host.data(), device, bytes);
   }
   // Records an event behind all queued work; `wait_event` waits for that work and no later one. Two
   // events, 0 and 1.
@@ -336,20 +317,19 @@ inline double Backend::seconds_of(const std::function<void()>& work) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-inline Buffer::Buffer(Backend* backend, std::size_t bytes)
-    : backend_(backend), data_(backend->allocate(bytes)), bytes_(bytes) {}
-
-inline Buffer::~Buffer() {
-  if (data_) backend_->release(data_, bytes_);
-}
-
-inline HostBuffer::HostBuffer(Backend* backend, std::size_t bytes)
+template <MemoryKind kind>
+OwnedMemory<kind>::OwnedMemory(Backend* backend, std::size_t bytes)
     : backend_(backend),
-      data_(static_cast<unsigned char*>(backend->allocate_host(bytes))),
+      data_(kind == MemoryKind::device ? backend->allocate(bytes) : backend->allocate_host(bytes)),
       bytes_(bytes) {}
 
-inline HostBuffer::~HostBuffer() {
-  if (data_) backend_->release_host(data_);
+template <MemoryKind kind>
+OwnedMemory<kind>::~OwnedMemory() {
+  if (!data_) return;
+  if constexpr (kind == MemoryKind::device)
+    backend_->release(data_, bytes_);
+  else
+    backend_->release_host(data_);
 }
 
 // How a device is to be used.

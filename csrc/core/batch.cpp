@@ -200,7 +200,7 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
         std::remove_const_t<std::remove_pointer_t<std::remove_reference_t<decltype(pointer)>>>;
     const std::size_t bytes = values.size() * sizeof(T);
     if (copying && bytes) {
-      std::memcpy(staging_.data() + offset, values.data(), bytes);
+      std::memcpy(staging_.as<unsigned char>() + offset, values.data(), bytes);
       pointer = reinterpret_cast<const T*>(device_.as<unsigned char>() + offset);
     }
     offset += (bytes + kAlignment - 1) / kAlignment * kAlignment;

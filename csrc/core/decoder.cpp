@@ -28,9 +28,9 @@ Decoder::Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights
     : backend_(backend), spec_(spec), weights_(weights), dtype_(backend.activation_dtype()) {
   std::int64_t qkv = 0, attn = 0, up = 0, act = 0;
   for (const LayerSpec& layer : spec.layers) {
-    qkv = std::max(qkv, layer.q_size() + 2 * layer.kv_size());
+    qkv = std::max(qkv, layer.qkv_size());
     attn = std::max(attn, layer.q_size());
-    up = std::max(up, layer.intermediate_size * (layer.gated ? 2 : 1));
+    up = std::max(up, layer.up_size());
     act = std::max(act, layer.intermediate_size);
   }
   const auto workspace = [&](std::int64_t cols, DType dtype) {
@@ -90,9 +90,8 @@ bool Decoder::whole_layer(std::size_t i, View hidden, View residual, std::vector
   const LayerSpec& layer = spec_.layers[i];
   const std::int64_t tokens = step.num_tokens;
   return backend_.decode_layer(
-      {residual, hidden, rows(qkv_, tokens, layer.q_size() + 2 * layer.kv_size()),
-       rows(attn_, tokens, layer.q_size()), rows(act_, tokens, layer.intermediate_size), layer,
-       weights_.layers[i], kv[i], step});
+      {residual, hidden, rows(qkv_, tokens, layer.qkv_size()), rows(attn_, tokens, layer.q_size()),
+       rows(act_, tokens, layer.intermediate_size), layer, weights_.layers[i], kv[i], step});
 }
 
 void Decoder::linear_stack(View out, View x, const Stack& stack) {
@@ -109,7 +108,7 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, View pen
                              std::vector<KvLayer>& kv, const Step& step, TapSink* taps) {
   const LayerSpec& layer = spec_.layers[i];
   const LayerWeights& weights = weights_.layers[i];
-  const View qkv = rows(qkv_, step.num_tokens, layer.q_size() + 2 * layer.kv_size());
+  const View qkv = rows(qkv_, step.num_tokens, layer.qkv_size());
   const View q = qkv.columns(0, layer.q_size());
   const View k = qkv.columns(layer.q_size(), layer.kv_size());
   const View v = qkv.columns(layer.q_size() + layer.kv_size(), layer.kv_size());
@@ -151,12 +150,12 @@ void Decoder::mlp_half(std::size_t i, View hidden, View residual, TapSink* taps)
   if (is_fused) return backend_.all_reduce(hidden);
   normalize(backend_, hidden, input);
   tap(taps, hidden, "layers.", i, ".mlp_norm");
-  const View up = rows(up_, hidden.rows, layer.gated ? 2 * width : width);
+  const View up = rows(up_, hidden.rows, layer.up_size());
   const View act = rows(act_, hidden.rows, width);
 
   linear_stack(up, hidden, weights.up);
   if (layer.gated) tap(taps, up.columns(0, width), "layers.", i, ".gate");
-  tap(taps, up.columns(layer.gated ? width : 0, width), "layers.", i, ".up");
+  tap(taps, up.columns(layer.up_size() - width, width), "layers.", i, ".up");
   backend_.gated_activation(act, up, layer.activation, layer.gated);
   tap(taps, act, "layers.", i, ".act");
   backend_.linear(hidden, act, weights.down);

@@ -98,7 +98,7 @@ const unsigned char* Runtime::send(InFlightStep& step, const std::vector<std::in
     reserve(step.inputs, 2 * bytes);
   }
   if (!masks.empty()) std::memcpy(step.inputs_host.data(), masks.data(), masks.size() * 4);
-  write(adjustments, step.inputs_host.data() + mask_bytes(masks.size()));
+  write(adjustments, step.inputs_host.as<unsigned char>() + mask_bytes(masks.size()));
   backend_->upload_async(step.inputs.data(), step.inputs_host, bytes);
   return step.inputs.as<unsigned char>();
 }
@@ -106,7 +106,7 @@ const unsigned char* Runtime::send(InFlightStep& step, const std::vector<std::in
 // Queues the copy of all results to the host; `collect` waits for it.
 void Runtime::fetch_results(InFlightStep& step) {
   const ResultPlaces at(step.batch.num_rows(), step.num_top);
-  backend_->download_async(step.results_host.data(), step.results.data(), at.end);
+  backend_->download_async(step.results_host, step.results.data(), at.end);
   backend_->record_event(step.index);
 }
 
@@ -116,7 +116,7 @@ void Runtime::take_own_logprobs(InFlightStep& step) {
   if (step.batch.num_logprobs() < 0) return;
   backend_->sync();
   const ResultPlaces at(step.batch.num_rows(), step.num_top);
-  unsigned char* host = step.results_host.data();
+  auto* host = step.results_host.as<unsigned char>();
   const auto* token_ids = reinterpret_cast<const std::int32_t*>(host);
   const View scores{scores_.data(), step.num_rows, spec_.vocab_size, spec_.vocab_size};
   View logits = logits_view(step);
@@ -165,7 +165,8 @@ StepResult Runtime::collect(InFlightStep& step) {
   const auto read = [&](auto& values, std::size_t place, std::size_t count) {
     values.resize(count);
     if (count == 0) return;
-    std::memcpy(values.data(), step.results_host.data() + place, count * sizeof(values[0]));
+    std::memcpy(values.data(), step.results_host.as<unsigned char>() + place,
+                count * sizeof(values[0]));
   };
   read(result.token_ids, 0, rows);
   read(result.logprobs, at.logprobs, rows);

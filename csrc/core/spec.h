@@ -81,6 +81,8 @@ struct LayerSpec {
 
   std::int64_t q_size() const { return num_heads * head_dim; }
   std::int64_t kv_size() const { return num_kv_heads * head_dim; }
+  std::int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
+  std::int64_t up_size() const { return gated ? 2 * intermediate_size : intermediate_size; }
   // What q.k is multiplied by.
   float score_scale() const {
     return attention_scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim)));

@@ -38,7 +38,7 @@ class Weights {
             const std::vector<std::int64_t>& shape);
 
   std::vector<std::string> missing() const;
-  std::int64_t bytes() const;
+  std::int64_t bytes() const { return bytes_; }
 
   Linear embed;
   Linear positions;  // learned positions; outputs == 0 when the model has none
@@ -60,16 +60,17 @@ class Weights {
   };
   struct NamedRows {
     std::string name;
-    std::int64_t rows;
+    std::int64_t count;
   };
 
-  Linear make_matrix(const std::string& name, std::int64_t rows, std::int64_t inputs, bool bias);
-  // Makes `stack` of these matrices. It must not move afterwards: places_ points into it.
-  void add_stack(Stack& stack, const std::vector<NamedRows>& parts, std::int64_t inputs, bool bias);
-  void add_matrix(const std::string& name, Linear& matrix, std::int64_t first_row,
-                  std::int64_t rows, bool bias);
   WeightFormat format_of(const std::string& name) const;
-  Norm add_norm(const std::string& name, const NormSpec& spec, std::int64_t width);
+  Buffer counted(Buffer buffer);
+  // Makes `matrix` of these parts, one above the other, in the first one's format. It must not move
+  // afterwards: places_ points to it. bias: the model has one. adds_bias: this rank uses it.
+  void add_matrix(Linear& matrix, const std::vector<NamedRows>& parts, std::int64_t inputs,
+                  bool bias = false, bool adds_bias = true);
+  void add_stack(Stack& stack, const std::vector<NamedRows>& parts, std::int64_t inputs, bool bias);
+  Norm add_norm(const NamedRows& width, const NormSpec& spec);
   const Rope* add_rope(const LayerSpec& layer, std::int64_t max_positions);
 
   struct RopeTable {
@@ -82,6 +83,7 @@ class Weights {
   Backend& backend_;
   const RuntimeOptions& options_;
   Linear lm_head_;
+  std::int64_t bytes_ = 0;
   std::vector<Buffer> vectors_;
   std::vector<std::unique_ptr<RopeTable>> ropes_;
   std::map<std::string, Place> places_;

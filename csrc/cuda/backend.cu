@@ -94,9 +94,9 @@ void CudaBackend::upload_async(void* device, const HostBuffer& host, std::size_t
         "copying to the device");
 }
 
-void CudaBackend::download_async(unsigned char* host, const void* device, std::size_t bytes) {
+void CudaBackend::download_async(const HostBuffer& host, const void* device, std::size_t bytes) {
   ++num_downloads_;
-  check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
+  check(cudaMemcpyAsync(host.data(), device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
         "copying from the device");
 }
 

@@ -29,7 +29,7 @@ class CudaBackend : public Backend {
   void* allocate_host(std::size_t bytes) override;
   void release_host(void* data) noexcept override;
   void upload_async(void* device, const HostBuffer& host, std::size_t bytes) override;
-  void download_async(unsigned char* host, const void* device, std::size_t bytes) override;
+  void download_async(const HostBuffer& host, const void* device, std::size_t bytes) override;
   void record_event(int index) override;
   void wait_event(int index) override;
 

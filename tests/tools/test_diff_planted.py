@@ -20,6 +20,7 @@ from diff_helpers import (
     rope_halves_swapped,
     rounded_weights,
     small_spec,
+    tokens_for,
     whole_weights,
 )
 
@@ -42,6 +43,21 @@ def test_good_against_good_finds_nothing() -> None:
     assert result.ok and not result.findings and result.first_bad is None
     assert result.logits.max_abs == 0 and result.logits.same_choice == 23
     assert result.greedy.parted_at is None and result.decode.ok
+
+
+def test_every_stage_tells_its_progress_up_to_the_end() -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.setdefault(what, []).append((done, total))
+
+    one, ids = good_reference(SPEC, WEIGHTS), tokens_for(SPEC, 23)
+    options = comparison.DiffOptions(steps=5, decode_rows=6)
+    comparison.Comparison(one, one, one.model, ids, options, progress=progress).run("a model")
+    assert len(told) == 3
+    for steps in told.values():
+        done, (total,) = [step[0] for step in steps], {step[1] for step in steps}
+        assert done == sorted(done) and done[-1] == total > 0
 
 
 def test_the_size_of_a_chunk_counts_every_tap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +172,17 @@ def _compare_roundings(
     exact = good_reference(spec, right.model.weights)
     left = ReferenceImplementation(model, "broken", False)
     return compare(left, right, spec, weights, dtype="bf16", truth=exact, steps=0, **options)
+
+
+@pytest.mark.parametrize(("factor", "named"), [(1.0, True), (1.05, False)])
+def test_a_mistake_is_named_only_if_it_explains_all(factor: float, named: bool) -> None:
+    """Over a cache of bfloat16 what it gives may be off by one step, and by no more."""
+
+    def attention(q: Any, k: Any, v: Any, scale: float, *rest: Any) -> Any:
+        return np.float32(factor) * ops.attention(q, k, v, 1.0, *rest)
+
+    (finding,) = _compare_roundings(attention, SPEC, WEIGHTS).findings
+    assert finding.op == "attention" and ("no scale" in (finding.mistake or "")) == named
 
 
 @pytest.mark.parametrize("mistake", ROUNDINGS)

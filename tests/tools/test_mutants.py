@@ -28,7 +28,7 @@ class Second:
 '''
 # line, before, after, first line of the function
 PYTHON_PLACES = [
-    (6, "False", "True", 0),
+    (6, "False", "True", 5),
     (8, "<", "<=", 5),
     (9, "==", "!=", 5),
     (9, "and", "or", 5),

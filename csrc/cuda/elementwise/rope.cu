@@ -220,8 +220,8 @@ bool can_be_wide(View qkv, const RopeArguments& a) {
 
 void rope_and_store(Stream& stream, View qkv, const Rope* rope, const LayerSpec& layer,
                     const KvLayer& kv, const Step& step) {
-  require(qkv.cols == layer.q_size() + 2 * layer.kv_size(), "qkv has ", qkv.cols,
-          " columns; expected ", layer.q_size() + 2 * layer.kv_size());
+  require(qkv.cols == layer.qkv_size(), "qkv has ", qkv.cols, " columns; expected ",
+          layer.qkv_size());
   require(!rope || layer.head_dim % 2 == 0, "head_dim is ", layer.head_dim,
           "; only an even one can be rotated");
   if (step.num_tokens == 0) return;

@@ -138,9 +138,9 @@ std::size_t linear_workspace_bytes(const ModelSpec& spec, const StepLimits& limi
   };
   const std::int64_t tokens = limits.max_num_batched_tokens;
   for (const LayerSpec& layer : spec.layers) {
-    add(tokens, layer.q_size() + 2 * layer.kv_size(), spec.hidden_size);
+    add(tokens, layer.qkv_size(), spec.hidden_size);
     add(tokens, spec.hidden_size, layer.q_size());
-    add(tokens, layer.intermediate_size * (layer.gated ? 2 : 1), spec.hidden_size);
+    add(tokens, layer.up_size(), spec.hidden_size);
     add(tokens, spec.hidden_size, layer.intermediate_size);
   }
   add(tokens, spec.vocab_size, spec.hidden_size);  // every token's logits may be wanted

@@ -15,12 +15,13 @@ from itertools import combinations
 
 import numpy as np
 
-from octavo.diff.definition import OpInputs, add, define, op_call
+from octavo.diff.definition import OpInputs, define, op_call
 from octavo.diff.measure import Float32, row_errors
 from octavo.diff.tolerance import STEP_BF16
 from octavo.models.layer import Op
 from octavo.models.spec import NormSpec, RopeSpec
 from octavo.reference import ops
+from octavo.reference.nodes import add
 from octavo.reference.ops import Array
 
 Suspect = tuple[str, Callable[[], Array]]

@@ -19,7 +19,6 @@ class Answer:
     """A sequence with what the engine needs to know about its end.
 
     stop_token_ids: every token that ends it, the model's own included unless they are ignored.
-    max_total_tokens: prompt and answer end at this length.
     adjuster: knows its penalties and biases; None when it has none.
     text: everything that may be shown so far. Without a tokenizer it stays empty.
     """
@@ -30,12 +29,10 @@ class Answer:
         sequence: Sequence,
         tokenizer: Tokenizer | None,
         eos_token_ids: Collection[int],
-        max_total_tokens: int,
     ) -> None:
         params = request.params
         self.request = request
         self.sequence = sequence
-        self.max_total_tokens = max_total_tokens
         self.adjuster = Adjuster.create(sequence)
         own = () if params.ignore_eos else eos_token_ids
         self.stop_token_ids = frozenset(own).union(params.stop_token_ids)

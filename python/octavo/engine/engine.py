@@ -117,16 +117,6 @@ class Engine:
         """Requests that have not ended."""
         return len(self._requests)
 
-    @property
-    def num_waiting_requests(self) -> int:
-        """Requests that have not started yet."""
-        return self._admission.num_requests
-
-    @property
-    def num_waiting_tokens(self) -> int:
-        """Prompt tokens of the requests that have not started yet."""
-        return self._admission.num_tokens
-
     def check_request(self, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> None:
         """Raise an InvalidArgumentError, naming value and limit, for what cannot be answered."""
         check_tokens(prompt_token_ids, params, self.vocab_size, self.eos_token_ids)
@@ -188,9 +178,8 @@ class Engine:
         )
         if request.deadline is not None:
             self._deadlines.add(request_id, request.deadline)
-        length = self.scheduler.max_total_tokens(len(prompt_token_ids), params.max_tokens)
         answers = [
-            Answer(request, sequence, self.tokenizer, self.eos_token_ids, length)
+            Answer(request, sequence, self.tokenizer, self.eos_token_ids)
             for sequence in request.sequences
         ]
         self._requests[request_id] = answers
@@ -253,8 +242,7 @@ class Engine:
 
         Any thread may ask at any time; amid a step, some numbers are of the step before.
         """
-        counts = (self.num_steps, self.num_sampled_tokens)
-        return read_stats(self.scheduler, self._admission, *counts)
+        return read_stats(self.scheduler, self._admission, self.num_steps, self.num_sampled_tokens)
 
     def check_integrity(self) -> None:
         """Queues, blocks and requests agree; IntegrityError if not."""
@@ -358,7 +346,7 @@ class Engine:
             return shown
         text = answer.push(token)
         matched = answer.matched_stop
-        at_limit = len(sequence.token_ids) >= answer.max_total_tokens
+        at_limit = len(sequence.token_ids) >= sequence.max_total_tokens
         if at_limit and matched is None:
             text += answer.flush()  # which may complete a stop string
             matched = answer.matched_stop

@@ -51,6 +51,7 @@ class Sequence:
     prefill. Nothing else tells the two apart.
     priority: lower is more urgent. arrival_time: seconds of the engine's clock. leader: the first
     answer of the same request, whose prompt this one shares; None for the first itself.
+    max_total_tokens: prompt and answer end at this length.
     num_cached_tokens: how many of its tokens were in the cache when it was first admitted.
     num_published_blocks: how many of its blocks are full and were offered to others. state_row:
     where the device keeps its last sampled token, while it runs.

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.models.spec import UNIFORM_LEVELS, WeightFormat
+from octavo.reference.quantization import dequantize, pack_int4, unpack_int4
 from octavo.weights.tensor import float32_to_bf16
 
 Float32 = npt.NDArray[np.float32]
@@ -54,6 +55,11 @@ class QuantizedMatrix:
     codes: npt.NDArray[Any]
     scales: Float32
     zeros: Float32 | None = None
+
+    def decode(self, format: WeightFormat) -> Float32:
+        """The numbers that the codes stand for, (outputs, inputs)."""
+        codes = unpack_int4(self.codes) if format.dtype == "int4" else self.codes
+        return dequantize(codes, self.scales, format, self.zeros)
 
 
 def quantize_matrix(
@@ -94,8 +100,7 @@ def quantize_matrix(
         count = len(range(*rows.indices(outputs)))
         counts = None if shares is None else np.tile(shares, (1, count))
         found, scale, zero = _round_block(block, format, method, counts)
-        flat = np.ascontiguousarray(found.T).reshape(count, inputs)
-        codes[rows] = flat[:, 0::2] | (flat[:, 1::2] << np.uint8(4))
+        codes[rows] = pack_int4(np.ascontiguousarray(found.T).reshape(count, inputs))
         scales[rows] = scale.reshape(count, groups)
         if zeros is not None and zero is not None:
             zeros[rows] = zero.reshape(count, groups)

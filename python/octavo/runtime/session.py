@@ -73,8 +73,8 @@ class Session:
     ) -> int:
         """Queue a step that adds tokens to sequences; returns the ticket for `runtime.wait`.
 
-        new: sequence -> its new tokens; -1 - s stands for what sequence s drew last. rows: of all
-        these tokens, which ones' logits are wanted (indices, ascending); None: each sequence's
+        new: sequence -> its new tokens; -1 - s stands for what sequence s sampled last. rows: of
+        all these tokens, which ones' logits are wanted (indices, ascending); None: each sequence's
         last; (): none, and the step ends before the head. taps: names, or "*" for all.
         Raises ValueError where a sequence outgrows its blocks, and what the runtime raises.
         """
@@ -104,6 +104,6 @@ class Session:
         return self.loaded.runtime.submit(batch, list(taps) or None, sample=True)
 
     def feed(self, tokens: Tokens, sequence: int = 0) -> None:
-        """Add tokens to a sequence, as many as fit a step at a time; nothing is drawn."""
+        """Add tokens to a sequence, as many as fit a step at a time; nothing is sampled."""
         for start in range(0, len(tokens), self.chunk):
             self.step({sequence: tokens[start : start + self.chunk]}, ())
