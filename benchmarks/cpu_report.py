@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rows import BITS
+from systems import BITS
 
 Speeds = Mapping[str, Mapping[str, Sequence[float]]]
 
@@ -22,9 +22,9 @@ def summarize(
     at_the_limit: Mapping[str, Mapping[str, tuple[float, str]]],
     forms: Mapping[str, str],
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Row -> side -> median, least and most speed.
+    """Row -> system -> median, least and most speed.
 
-    For octavo's sides also the percentage of the machine's limit, the ratios to every peer, and the
+    For octavo's also the percentage of the machine's limit, the ratios to every peer, and the
     fastest peer that spends no fewer bits on a weight.
     """
     summary: dict[str, dict[str, dict[str, Any]]] = {}
@@ -55,7 +55,7 @@ def tables(
         yield ""
         yield f"### {titles[row]}"
         yield ""
-        yield "| side | median | least to most | rounds | % of the machine's limit |"
+        yield "| system | median | least to most | rounds | % of the machine's limit |"
         yield "| --- | ---: | ---: | ---: | ---: |"
         for name, found in sides.items():
             percent = "-"

@@ -25,7 +25,7 @@ if EMULATE:
     DECODED, ROUNDS, PROMPTS, DEPTHS = 2, 1, (5,), (5,)
 
 
-class Side:
+class HuggingFace:
     """A random model of the shape."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compiled", action="store_true")
     given = parser.parse_args()
-    side = Side()
+    system = HuggingFace()
     found: dict[str, float] = {}
     name = "huggingface-compiled" if given.compiled else "huggingface"
 
@@ -103,24 +103,21 @@ def main() -> None:
         keep(name, {"tokens_per_second": found})
 
     with torch.inference_mode():
-        step: Any = side.model
+        step: Any = system.model
         if given.compiled:
             if not EMULATE:
-                step = torch.compile(side.model.forward, mode="reduce-overhead", fullgraph=True)
+                step = torch.compile(system.model.forward, mode="reduce-overhead", fullgraph=True)
             for depth in DEPTHS:
-                run = side.compiled(step, depth)
+                run = system.compiled(step, depth)
                 run()
                 note(f"decode @{depth}, compiled", DECODED, median(run))
             return
         for length in PROMPTS:
-            ids = side.prompt(length)
-            note(
-                f"prefill {length}",
-                length,
-                median(lambda ids=ids: side.model(ids, logits_to_keep=1)),
-            )
+            ids = system.prompt(length)
+            seconds = median(lambda ids=ids: system.model(ids, logits_to_keep=1))
+            note(f"prefill {length}", length, seconds)
         for depth in DEPTHS:
-            note(f"decode @{depth}", DECODED, median(side.plain(depth)))
+            note(f"decode @{depth}", DECODED, median(system.plain(depth)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import argparse
 import random
 import time
 
-from results import DEVICE, EMULATE, SHAPE, keep, read
+from results import DEVICE, EMULATE, SHAPE, keep, read_limits
 
 from octavo import LLM, SamplingParams
 from octavo.bench.cases import BYTES, linear_weights
@@ -39,12 +39,11 @@ def ceiling_seconds(
     prompts: list[int], answers: list[int], weight_bytes: float, kv_dtype: str
 ) -> float | None:
     """Least seconds of prompts and decoding; None where the limits were not measured."""
-    limits = read().get("limits")
+    limits = read_limits()
     if limits is None:
         return None
+    bandwidth, flops = limits
     spec = read_model(SHAPE).spec
-    bandwidth = limits["read_bytes_per_second"]
-    flops = max(limits["mma_flops"], limits.get("cublas_flops", 0.0))
     kv_bytes = sum(2 * layer.kv_size * BYTES[kv_dtype] for layer in spec.layers)
     layers = linear_weights(spec)
     per_token = 2.0 * (layers + spec.vocab_size * spec.hidden_size)
@@ -90,7 +89,7 @@ def main() -> None:
     least = ceiling_seconds([len(p) for p in prompts], answers, weight_bytes, given.kv_dtype)
     line = f"{answered / seconds:.0f} answer tokens/s ({answered} in {seconds:.1f} s)"
     print(line + (f", {100 * least / seconds:.0f} % of the ceiling" if least else ""))
-    name = "-".join(["mixed", given.format, *(["kv-int8"] if given.kv_dtype == "int8" else [])])
+    name = f"mixed-{given.format}" + ("-kv-int8" if given.kv_dtype == "int8" else "")
     values = {
         "seconds": seconds,
         "least_seconds": least,

@@ -3,7 +3,8 @@
 There are no prefill and decode phases (Orca, Yu et al. 2022; chunked prefill, Agrawal et al. 2023).
 A step has a budget of tokens. Sequences that decode take one each; what is left goes to prompts, a
 chunk of the size that is left. So a long prompt never stalls running answers, and a step's cost is
-bounded. Within each, order is by rank: time of arrival, shifted by priority (see `add`).
+bounded. Within each, order is by rank: time of arrival, shifted by priority (see `add`). Drafts, if
+somebody proposes any, take what every decoding sequence's own token leaves.
 
 Memory. A sequence is admitted when blocks for all of its present tokens are free, besides some
 headroom for those already running, so that these can go on for a while. What the cache still holds

@@ -80,8 +80,7 @@ def round_by_search(weight: Float32, hessian: Float32, format: WeightFormat) -> 
     driven = np.maximum(np.diag(hessian), np.float32(1e-12) * np.diag(hessian).max())
     for group in range(len(rounded.scales)):
         band = slice(group * size, (group + 1) * size)
-        metric = np.ascontiguousarray(driven[band], np.float32)
-        scale, zero = grid.search(weight[band], metric)
+        scale, zero = grid.search(weight[band], shares=driven[band, None])
         _set_group(rounded, group, scale, zero)
         rounded.steps[band] = grid.steps(weight[band], scale, zero)
     return rounded
@@ -108,7 +107,7 @@ def gptq(
         if begin:
             values -= upper[:begin, begin:end].T @ errors[:begin]
         own = np.linalg.inv(factor[begin:end, begin:end])
-        scale, zero = grid.search(values, (own @ own.T).astype(np.float32))
+        scale, zero = grid.search(values, metric=(own @ own.T).astype(np.float32))
         _set_group(rounded, group, scale, zero)
         inner = upper[begin:end, begin:end]
         steps = _round_group(grid, values, inner, scale, zero, errors[begin:end])
