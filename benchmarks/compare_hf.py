@@ -23,17 +23,15 @@ from common import add_threads, asked, in_turns, make_parser, median_ratio, slug
 from systems import Process
 
 from octavo import _native
+from octavo.bench.cases import BYTES, Case, Work, linear_weights, work_of
 from octavo.bench.peak import arithmetic_of, operations_per_second
 from octavo.config import read_environment
 from octavo.machine import processor
-from octavo.models.layer import weight_shapes
-from octavo.models.spec import ModelSpec
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import read_model
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BYTES = {"f32": 4, "bf16": 2}
 GATE_TOKENS = 64
 TEXT = """The octavo is a book made of sheets that were folded three times, so that each of them
 gives eight leaves, or sixteen pages. Printers chose it when a book had to be cheap and easy to
@@ -42,26 +40,6 @@ published Virgil this way, in a slanted type that saved space, and within a few 
 were on the road. What had been furniture became company. Consider how much is decided by such a
 format: the length of a line, the size of a letter, the number of words an eye takes in at once.
 """
-
-
-def linear_parameters(spec: ModelSpec) -> int:
-    """Numbers in the matrices that every token is multiplied with, the head among them."""
-    matrices = [shape for shape in weight_shapes(spec).values() if len(shape) == 2]
-    total = sum(rows * columns for rows, columns in matrices)
-    # A tied head is the embedding; an untied model has both, and the table is only looked up in.
-    return total if spec.tie_word_embeddings else total - spec.vocab_size * spec.hidden_size
-
-
-def decode_bytes(spec: ModelSpec, dtype: str, context: float) -> float:
-    """Bytes one decoded token has to read: every matrix once, and the cache of its context."""
-    return BYTES[dtype] * (linear_parameters(spec) + spec.kv_elements_per_token() * context)
-
-
-def prefill_operations(spec: ModelSpec, num_tokens: int) -> float:
-    """Multiplications and additions of a prompt whose last row alone goes through the head."""
-    head = spec.vocab_size * spec.hidden_size
-    attention = sum(2 * layer.q_size * num_tokens**2 for layer in spec.layers)  # half is masked
-    return 2.0 * ((linear_parameters(spec) - head) * num_tokens + head) + attention
 
 
 class Peaks:
@@ -170,9 +148,16 @@ class Comparison:
 
     def ceilings(self, machine: Peaks) -> dict[str, Any]:
         """The machine's limits, and what they would allow in tokens a second."""
-        context = len(self.prompt) + self.arguments.new_tokens / 2
-        token_bytes = decode_bytes(self.spec, self.dtype, context)
-        operations = prefill_operations(self.spec, len(self.long_prompt)) / len(self.long_prompt)
+        head = self.spec.vocab_size * self.spec.hidden_size
+        step_bytes = BYTES[self.dtype] * (linear_weights(self.spec) + head)
+
+        def work(case: Case) -> Work:
+            return work_of(case, self.spec, step_bytes, self.dtype, case.num_tokens)
+
+        num_tokens, num_prompt = self.arguments.new_tokens, len(self.long_prompt)
+        decode = work(Case("decode", num_tokens, 1, len(self.prompt)))
+        token_bytes = decode.num_bytes / num_tokens
+        operations = work(Case("prefill", num_prompt)).num_operations / num_prompt
         isa = str(_native.build_info()["isa"])
         flops = operations_per_second(machine.flops, isa, {arithmetic_of(None, self.dtype)})
         return {

@@ -45,28 +45,22 @@ class HuggingFace:
         token: torch.Tensor = out.logits[:, -1:].argmax(-1)
         return token
 
-    def plain(self, depth: int) -> Callable[[], None]:
+    def decoding(self, step: Any, depth: int, compiled: bool = False) -> Callable[[], None]:
         """A greedy loop behind a prompt of `depth` tokens, which is part of it, and small."""
+        length = depth + DECODED + 8
+        static = StaticCache(config=self.config, max_cache_len=length) if compiled else None
 
         def run() -> None:
-            cache = DynamicCache()
+            cache: Any = DynamicCache() if static is None else static
+            if compiled:
+                cache.reset()
             ids = self.next(self.model, self.prompt(depth), cache)
             for _ in range(DECODED):
-                ids = self.next(self.model, ids, cache)
-
-        return run
-
-    def compiled(self, step: Any, depth: int) -> Callable[[], None]:
-        """The same with a static cache and a compiled step."""
-        cache = StaticCache(config=self.config, max_cache_len=depth + DECODED + 8)
-
-        def run() -> None:
-            cache.reset()
-            ids = self.next(self.model, self.prompt(depth), cache)
-            for _ in range(DECODED):
-                if not EMULATE:
-                    torch.compiler.cudagraph_mark_step_begin()
-                ids = self.next(step, ids.clone(), cache)
+                if compiled:
+                    ids = ids.clone()
+                    if not EMULATE:
+                        torch.compiler.cudagraph_mark_step_begin()
+                ids = self.next(step, ids, cache)
 
         return run
 
@@ -108,7 +102,7 @@ def main() -> None:
             if not EMULATE:
                 step = torch.compile(system.model.forward, mode="reduce-overhead", fullgraph=True)
             for depth in DEPTHS:
-                run = system.compiled(step, depth)
+                run = system.decoding(step, depth, compiled=True)
                 run()
                 note(f"decode @{depth}, compiled", DECODED, median(run))
             return
@@ -117,7 +111,7 @@ def main() -> None:
             seconds = median(lambda ids=ids: system.model(ids, logits_to_keep=1))
             note(f"prefill {length}", length, seconds)
         for depth in DEPTHS:
-            note(f"decode @{depth}", DECODED, median(system.plain(depth)))
+            note(f"decode @{depth}", DECODED, median(system.decoding(system.model, depth)))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from limits import seconds_of
-from results import DEVICE, EMULATE, TORCH_DEVICE, keep, read_limits
+from results import DEVICE, EMULATE, TORCH_DEVICE, keep, read_peak
 
 from octavo import _native_ops
+from octavo.bench.cases import Peak, Work, least_seconds
 from octavo.models.spec import WeightFormat
 
 try:
@@ -53,20 +54,7 @@ CACHE_BYTES = 256e6  # more than any GPU's second cache
 Rows = Iterator[dict[str, Any]]
 
 
-class Floors:
-    """Least seconds for bytes and operations on this GPU."""
-
-    def __init__(self) -> None:
-        limits = read_limits()
-        if limits is None:
-            raise SystemExit("run benchmarks/gpu/limits.py first: floors need the GPU's limits")
-        self._bandwidth, self._flops = limits
-
-    def seconds(self, num_bytes: float, operations: float = 0.0) -> float:
-        return max(num_bytes / self._bandwidth, operations / self._flops)
-
-
-def linears(bench: Any, floors: Floors, rows_list: list[int]) -> Rows:
+def linears(bench: Any, peak: Peak, rows_list: list[int]) -> Rows:
     """Matrix products in every format, beside cuBLAS in bf16."""
     for name, (outputs, inputs) in MATRICES.items():
         peers = _cublas(rows_list, outputs, inputs)
@@ -74,7 +62,7 @@ def linears(bench: Any, floors: Floors, rows_list: list[int]) -> Rows:
             times = bench.linear(rows_list, outputs, inputs, format)
             for rows, seconds, peer in zip(rows_list, times, peers, strict=True):
                 num_bytes = outputs * inputs * weight_bytes + 2.0 * rows * (inputs + outputs)
-                floor = floors.seconds(num_bytes, 2.0 * rows * outputs * inputs)
+                floor = floor_of(peak, num_bytes, 2.0 * rows * outputs * inputs)
                 yield _row(f"{name} {kind}, {rows} rows", seconds, floor, peer)
 
 
@@ -99,7 +87,7 @@ def _cublas(rows_list: list[int], outputs: int, inputs: int) -> list[float | Non
     return times
 
 
-def attentions(bench: Any, floors: Floors) -> Rows:
+def attentions(bench: Any, peak: Peak) -> Rows:
     """Decoding and prefill over the paged cache, beside SDPA over contiguous keys and values."""
     cases = [(n, 1, c) for n in SEQUENCES for c in CONTEXTS if n * c <= 2**18]
     for num_seqs, tokens, context in cases + PREFILLS:
@@ -112,7 +100,7 @@ def attentions(bench: Any, floors: Floors) -> Rows:
                 num_seqs, tokens, context, HEADS, KV_HEADS, HEAD_DIM, kv_dtype
             )
             num_bytes = kv_numbers * item + 4.0 * num_seqs * tokens * HEADS * HEAD_DIM
-            floor = floors.seconds(num_bytes, operations)
+            floor = floor_of(peak, num_bytes, operations)
             name = f"attention {kv_dtype}, {num_seqs} x {tokens} new of {context}"
             yield _row(name, seconds, floor, peer)
 
@@ -139,14 +127,14 @@ def _sdpa(num_seqs: int, tokens: int, context: int) -> float | None:
     return seconds_of(attend, max(1, 40 // copies)) / copies
 
 
-def others(bench: Any, floors: Floors) -> Rows:
+def others(bench: Any, peak: Peak) -> Rows:
     """Ops that touch each number once."""
     for rows in ELEMENT_ROWS:
         num_bytes = rows * HIDDEN * (4.0 + 4.0 + 2.0 + 2.0)  # residual twice, x, out
         seconds = bench.add_norm(rows, HIDDEN)
-        yield _row(f"add_norm, {rows} rows", seconds, floors.seconds(num_bytes))
+        yield _row(f"add_norm, {rows} rows", seconds, floor_of(peak, num_bytes))
         seconds = bench.gated_activation(rows, UP)
-        yield _row(f"silu x up, {rows} rows", seconds, floors.seconds(rows * UP * 6.0))
+        yield _row(f"silu x up, {rows} rows", seconds, floor_of(peak, rows * UP * 6.0))
     for rows in SAMPLE_ROWS:
         for how, settings in (
             ("greedy", (0.0, 0, 1.0)),
@@ -154,7 +142,11 @@ def others(bench: Any, floors: Floors) -> Rows:
             ("top-k, top-p", (1.0, 50, 0.9)),
         ):
             seconds = bench.sample(rows, VOCAB, *settings)
-            yield _row(f"sample {how}, {rows} rows", seconds, floors.seconds(4.0 * rows * VOCAB))
+            yield _row(f"sample {how}, {rows} rows", seconds, floor_of(peak, 4.0 * rows * VOCAB))
+
+
+def floor_of(peak: Peak, num_bytes: float, operations: float = 0.0) -> float:
+    return least_seconds(Work(num_bytes, operations), peak)[0]
 
 
 def _row(name: str, seconds: float, floor: float, peer: float | None = None) -> dict[str, Any]:
@@ -173,14 +165,17 @@ def main() -> None:
     parser.add_argument("--rows", default=ROWS, help="rows of x, with commas")
     parser.add_argument("--label", default="", help="what variant this is")
     given = parser.parse_args()
-    bench, floors = _native_ops.OpBench(DEVICE, "bf16", **BENCH), Floors()
+    peak = read_peak()
+    if peak is None:
+        raise SystemExit("run benchmarks/gpu/limits.py first: floors need the GPU's limits")
+    bench = _native_ops.OpBench(DEVICE, "bf16", **BENCH)
     rows: list[dict[str, Any]] = []
     rows_list = [int(part) for part in given.rows.split(",")]
     name = f"kernels-{given.label}" if given.label else "kernels"
     for family in (
-        attentions(bench, floors),
-        linears(bench, floors, rows_list),
-        others(bench, floors),
+        attentions(bench, peak),
+        linears(bench, peak, rows_list),
+        others(bench, peak),
     ):
         rows += family
         keep(name, {"rows": rows})

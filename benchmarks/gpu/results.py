@@ -19,6 +19,7 @@ from about import ROOT, sources_hash
 from common import slug, stamp
 
 from octavo import _native
+from octavo.bench.cases import Peak
 from octavo.machine import open_packaged_cublas
 
 EMULATE = os.environ.get("EMULATE") == "1"
@@ -43,13 +44,13 @@ def read() -> dict[str, Any]:
     return found
 
 
-def read_limits() -> tuple[float, float] | None:
-    """The GPU's bytes and operations a second, as limits.py measured them; None before that."""
+def read_peak() -> Peak | None:
+    """The GPU's limits, as limits.py measured them; None before that."""
     limits = read().get("limits")
     if limits is None:
         return None
     flops = max(limits["mma_flops"], limits.get("cublas_flops", 0.0))
-    return limits["read_bytes_per_second"], flops
+    return Peak(limits["read_bytes_per_second"], flops)
 
 
 def gate(everything: dict[str, Any], sources: str) -> str:

@@ -13,7 +13,7 @@ namespace octavo::bindings {
 
 class OpsDevice {
  protected:
-  // row_gap: numbers behind every row of every matrix that no op may touch, nor read to any effect.
+  // row_gap: numbers behind every row of every matrix. No op may write them, nor depend on them.
   OpsDevice(const std::string& device, const BackendOptions& options, std::int64_t row_gap)
       : backend_(make_backend(device, options)), row_gap_(row_gap) {
     require(row_gap >= 0, "row_gap is ", row_gap, "; expected 0 or more");

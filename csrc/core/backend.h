@@ -3,7 +3,7 @@
 // Ops of LLM shape, not a tensor library. An op enqueues its work and may return before it is
 // done; ops run in the order of the calls; `sync` waits for all of them. Activations are matrices
 // (View) in the device's memory, the residual stream and logits always float32, the others of
-// `activation_dtype`; weights and the KV cache are packed as the device likes.
+// `activation_dtype`; weights and the KV cache are packed in the device's own layout.
 // octavo.reference.ops defines every compute op under the same name.
 #pragma once
 
@@ -150,8 +150,8 @@ struct StepLimits {
   std::int64_t max_model_len = 0;
 };
 
-// The input of a sublayer: the residual stream, which first grows by `added` (where that has data),
-// normalized.
+// The input of a sublayer: the normalized residual stream, to which `added` is added first (where
+// that has data).
 struct NormedInput {
   View residual, added;
   const Norm& norm;
@@ -235,7 +235,8 @@ class Backend {
   // Bytes of one block of one layer, keys and values.
   virtual std::int64_t kv_block_bytes(const LayerSpec& layer, DType dtype,
                                       std::int64_t block_size) const = 0;
-  // All that this device cannot do of a model run this way, in words; empty when it can run it.
+  // What this device cannot do of a model with these options, a sentence each; empty: it can run
+  // it.
   virtual std::vector<std::string> unsupported(const ModelSpec& spec,
                                                const RuntimeOptions& options) const = 0;
 
@@ -260,7 +261,7 @@ class Backend {
   // gated: x is (rows, 2 width), gate before up; out = act(gate) * up. Else out = act(x).
   virtual void gated_activation(View out, View x, Activation activation, bool gated) = 0;
   // Several ops as one, with their bits, where a device does so: add_norm (or norm), then linear.
-  // False, and nothing done, where it does not.
+  // Elsewhere false, and nothing is done.
   virtual bool normed_linear(View, const NormedInput&, const Linear&) { return false; }
   // The same: add_norm, then out = down(activation(gate x) * (up x)), gate above up in the one
   // matrix of `up`. out may be what is added.
@@ -303,7 +304,7 @@ class Backend {
   // ---- measuring ----
   // Seconds that what `work` queues takes the device.
   virtual double seconds_of(const std::function<void()>& work);
-  // What a GPU can do at most (csrc/cuda/device/measure.h); of the CPU: csrc/cpu/measure.h.
+  // What a GPU can do at most (csrc/cuda/measure.cu); of the CPU: csrc/cpu/measure.h.
   virtual double measure_bandwidth(double, double) { return 0.0; }
   virtual double measure_flops(double) { return 0.0; }
 };
@@ -345,8 +346,8 @@ struct BackendOptions {
 // The devices that this build can run a model on, on this machine; slowest first.
 std::vector<std::string> available_devices();
 
-// device: one of those. Throws std::invalid_argument where the device is not to be had, and says
-// what is missing.
+// device: one of those. Where it is not available, throws std::invalid_argument that says what is
+// missing.
 std::unique_ptr<Backend> make_backend(const std::string& device, const BackendOptions& options);
 
 }  // namespace octavo

@@ -26,8 +26,8 @@ class Decoder {
   // Runs the step's tokens through the model, storing their keys and values in `kv` (one entry a
   // layer), and leaves the wanted rows' logits (num_rows, vocab) in `logits`.
   //
-  // normed: (num_rows, hidden), workspace for the final norm of those rows, where they are not all.
-  // taps: null, or who wants to see what is computed on the way.
+  // normed: (num_rows, hidden), workspace for the final norm where not every token has a logit row.
+  // taps: null, or what receives intermediate results.
   void forward(const Step& step, std::vector<KvLayer>& kv, View logits, View normed, TapSink* taps);
 
   std::int64_t workspace_bytes() const;

@@ -17,8 +17,8 @@ class JobQueue {
   void push(std::function<void()> job);
   // Runs `job` behind all others, waits for it, and throws here what it threw there.
   void run(const std::function<void()>& job);
-  // Throws in a process that was forked from this one: it has a copy of the queue, but no thread,
-  // and to wait for a job there is to wait for ever. `push` and `run` do the same.
+  // Throws in a process that was forked from this one: it has a copy of the queue but no thread, so
+  // that a job would never end. `push` and `run` do the same.
   void check_process() const;
 
  private:

@@ -144,7 +144,7 @@ class Runtime {
   std::int64_t next_ticket_ = 0;
   std::int64_t growths_ = 0;
   bool weights_complete_ = false;
-  JobQueue queue_;  // last: its thread ends before anything it uses goes
+  JobQueue queue_;  // last, so that its thread ends before what it uses is destroyed
 };
 
 }  // namespace octavo

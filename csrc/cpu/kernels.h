@@ -141,7 +141,7 @@ struct AttendState {
 
 // How `linear` likes its work cut: up to so many rows, each thread has its share of the panels;
 // more rows come in pieces of rows x panels that fit the second cache. keeps_rows: it is the rows
-// of x that stay there while panels pass by, so that a thread had better go on with the same ones.
+// of x that stay there while panels pass by, so that a thread should go on with the same rows.
 struct Pieces {
   std::int64_t stream_rows = kStreamRows;
   std::int64_t rows = 96, panels = 8;

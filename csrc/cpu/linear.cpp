@@ -294,9 +294,9 @@ struct MatrixTask : LinearTask {
   }
 };
 
-// Whether a product can write its results as the next one's input. Not where whole rows decide how
-// they become whole numbers, nor where that one may go by tiles, whose input lies otherwise, and
-// this one not: float32 never does, int4 of bf16 always, and the others with many rows.
+// Whether a product can write its results as the next one's input. It cannot where a whole row
+// decides how it is rounded to whole numbers, nor where only the next product may use tiles, whose
+// input has another layout (float32 never uses tiles, int4 of bf16 always, others with many rows).
 bool writes_input(DType format, DType next, bool int4_takes_bf16) {
   if (next == DType::int4) return int4_takes_bf16 && format == DType::int4;
   return next == DType::f32 || (next == DType::bf16 && format != DType::f32);
@@ -388,9 +388,9 @@ void CpuBackend::multiply(const LinearTask& task) {
   const std::int64_t panels = task.up_panels ? task.up_panels : num_panels(task.outputs);
   const Pieces& pieces = kernels_.pieces;
   if (task.rows <= pieces.stream_rows) {
-    // Weights are read once: every thread streams the share that it packed, in pieces, so that one
-    // that something else holds up is not waited for. Gates stay together in twos, of which there
-    // is a whole number: they make the 32 inputs that tiles write for the next product at a time.
+    // Weights are read once: every thread streams the share that it packed, in pieces, so that
+    // others can take over from a thread that is held up. Panels of gates are taken in pairs, since
+    // tiles write 32 inputs of the next product at a time.
     constexpr std::int64_t kPanels = 8;
     const std::int64_t unit = task.up_panels ? 2 : 1;
     pool_.shares(panels / unit, kPanels / unit, [&](ThreadPool::Range piece) {

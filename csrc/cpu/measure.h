@@ -1,5 +1,4 @@
-// What this machine can do at best, for `octavo bench` to hold its figures against: measured here
-// and now, not looked up.
+// What this machine can do at most, measured: `octavo bench` compares its figures with it.
 #pragma once
 
 #include <cstddef>

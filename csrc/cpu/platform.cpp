@@ -214,7 +214,7 @@ T sysctl_value(const char* name, T otherwise) {
 
 }  // namespace
 
-// macOS takes no orders about processors.
+// macOS does not bind threads to processors.
 std::vector<int> core_processors() { return {}; }
 int thread_id() { return 0; }
 void bind_thread(int, int) noexcept {}

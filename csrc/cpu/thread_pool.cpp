@@ -103,13 +103,12 @@ void ThreadPool::set_busy(bool is_busy) {
   at(0).is_needed.store(is_busy);
 }
 
-// The calling worker gives thread 0, which everything hangs on, its core for good, and takes the
-// one that it has.
+// The calling worker swaps cores with thread 0, which all others depend on, for good.
 void ThreadPool::change_cores(int thread) {
   const std::lock_guard<std::mutex> lock(cores_mutex_);
   if (!at(0).is_needed.load()) return;
   at(0).core.store(at(thread).core.exchange(at(0).core.load()));
-  // Thread 0 may begin on this core before this thread has left it, and keep it from that: then it
+  // Thread 0 may start on this core before this thread has left it, and so hold it here: then it
   // sends it away itself (run_erased).
   in_the_way_.store(thread);
   bind(0, at(0).id.load());

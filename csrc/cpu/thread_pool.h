@@ -1,12 +1,11 @@
 // Threads that wait for the next piece of an op: first spinning, then asleep.
 //
 // Another program may have a part of a core. What that costs is kept to that part:
-// - Work is taken in pieces, and a job is over when its pieces are: a thread that has not come to
-// it
-//   is not waited for.
+// - Work is taken in pieces, and a job is over when its pieces are: nobody waits for a thread that
+//   has not started on it.
 // - A thread that lost its core while others need it is known by its CPU time, which stands still.
-//   Threads here have a core each, so it would wait there for a whole slice of the other program's
-//   (4 ms, say). One that waits for it lets it have its own core instead.
+//   Threads here have a core each, so it would wait there for a whole time slice of the other
+//   program (4 ms, say). A thread that waits for it gives it its own core instead.
 // docs/cpu.md has the figures.
 #pragma once
 

@@ -69,17 +69,21 @@ def weights_of(spec: ModelSpec) -> dict[str, np.ndarray]:
 
 
 def folded(
-    spec: ModelSpec, weights: Mapping[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+    spec: ModelSpec,
+    weights: Mapping[str, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str = "awq",
 ) -> tuple[LayerByLayer, dict[str, np.ndarray]]:
-    """A run of AWQ with the rounding left out, and the weights that it made."""
-    monkeypatch.setattr(module, "round_by_search", NotRounded)
+    """A calibration with the rounding left out, and the weights that it made."""
+    for name in ("round_by_search", "gptq"):
+        monkeypatch.setattr(module, name, NotRounded)
     checkpoint = Checkpoint(Arrays(weights))
     # The factors' search needs a group that divides; what it judges by is not what is tested.
     formats = {
         name: WeightFormat("int4", node.matrix.inputs) for name, node in linear_nodes(spec).items()
     }
     tokens = np.random.default_rng(1).integers(0, spec.vocab_size, (3, 19), np.int32)
-    run = LayerByLayer(spec, checkpoint, formats, "awq", tokens)
+    run = LayerByLayer(spec, checkpoint, formats, method, tokens)
     changed: dict[str, Any] = {}
     for index in range(len(spec.layers)):
         run.quantize_layer(index)
@@ -113,6 +117,18 @@ def test_folding_changes_no_output(fields: dict[str, Any], monkeypatch: pytest.M
     name = "layers.0.mlp_norm.weight"
     wrong = logits(spec, {**changed, name: weights[name]})
     assert np.abs(wrong - expected).max() > 0.01 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("fields", SPECS.values(), ids=SPECS)
+def test_without_errors_there_is_nothing_to_make_up_for(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The targets are what the float model has, biases and residual stream included."""
+    spec = tiny_spec(**fields)
+    weights = weights_of(spec)
+    _, changed = folded(spec, weights, monkeypatch, "gptq")
+    for name, values in weights.items():
+        assert np.allclose(changed[name], values, rtol=0, atol=1e-3 * np.abs(values).max()), name
 
 
 def test_query_heads_that_share_values_share_factors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from octavo.errors import FileError, InvalidArgumentError, OctavoError, WeightsE
 from octavo.models.layer import weight_shapes
 from octavo.quantization.apply import dequantized
 from octavo.quantization.plan import Scheme, plan_formats
-from octavo.quantize.calibrate import LayerByLayer, calibrate
+from octavo.quantize.calibrate import LayerByLayer, attend, calibrate
 from octavo.quantize.calibration import Calibration, read_windows
 from octavo.quantize.writer import quantize_directory
+from octavo.reference import ops
 from octavo.reference.llama import ReferenceModel
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import open_checkpoint
@@ -108,6 +110,14 @@ def test_the_text_that_eval_scores_is_warned_of(model: Path, tmp_path: Path) -> 
     path = text_file(tmp_path, shipped)
     _, notes = read_windows(Calibration(path, windows=1, window=48), read_model(model))
     assert len(notes) == 1 and notes[0].startswith("warning: this is the text that `octavo eval`")
+
+
+@pytest.mark.parametrize("window", [0, 9])
+def test_attention_in_blocks_of_queries(window: int) -> None:
+    generator = np.random.default_rng(0)
+    q, k, v = (generator.standard_normal((300, n, 8)).astype(np.float32) for n in (4, 2, 2))
+    call = partial(ops.attention, q=q, k=k, v=v, scale=0.4, window=window)
+    assert np.allclose(attend(call), call(), atol=1e-5)
 
 
 @pytest.mark.parametrize(

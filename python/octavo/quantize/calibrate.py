@@ -195,7 +195,8 @@ class LayerByLayer:
             terms = sums[0].inputs if sums[0].norm else (sums[0].tap,)
             y = add([exact.tap(tap) for tap in terms])
             y = y - add([rough.tap(tap) for tap in sums[0].inputs if tap != own.tap])
-            y -= exact.weights.get(f"{own.matrix.name}.bias", np.float32(0))
+            if own.matrix.bias:
+                y -= exact.weights[f"{own.matrix.name}.bias"]
         else:
             y = exact.tap(source)
             through = _joined(exact.weights, [node.matrix.name for node in group])
