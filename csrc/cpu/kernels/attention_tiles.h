@@ -2,9 +2,8 @@
 // 16 query rows by 16 tokens (scores) or 16 dimensions (values) at a time.
 //
 //   scores (rows x tokens)     = Q (rows x dims) K^T: a tile of keys has the layout of the cache
-//   values (rows x dims)      += P (rows x tokens) V: 32 tokens' values are copied together,
-//   without
-//                                tokens that no row sees; rows of the task share the copy
+//   values (rows x dims)      += P (rows x tokens) V: 32 tokens' values are copied together;
+//                                those that no row sees are 0; rows of the task share the copy
 //
 // Two row tiles by two others are four products for four loads. Of 30 cycles for 16 scores of 64
 // dimensions (a Xeon; 4 are the products themselves) 13 go into weights, 14 into the products with
