@@ -1,8 +1,8 @@
 """The op behind a node of `octavo.models.layer`, by its definition.
 
-`llama.py` is the model in the order in which it is computed. This is the same op by op, for those
-who have what goes into one: `octavo diff` does every op of a run once more, and calibration takes
-a text through layers that it changes on the way.
+`llama.py` computes the whole model in order. This file computes one op from given inputs:
+`octavo diff` repeats every op of a run on the run's own inputs, and calibration runs a text through
+layers whose weights it changes between two ops.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ namespace octavo {
 
 namespace {
 
-// Inactive, a tap is one pointer test: its name is not even put together.
+// Without taps this is one pointer test: the name is not built.
 template <class... Parts>
 void tap(TapSink* taps, View rows, const Parts&... name_parts) {
   if (!taps) return;
@@ -60,10 +60,10 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, V
 
   backend_.embed(residual, weights_.embed, positions, step);
   tap(taps, residual, "embed");
-  // What is still to be added to the residual stream: nothing, or `hidden`.
+  // The result not yet added to the residual stream: none, or `hidden`.
   View pending;
   for (std::size_t i = 0; i < spec_.layers.size(); ++i) {
-    // Behind a layer of single ops there are no whole ones: its output is pending.
+    // After a layer of single ops, no whole-layer op can follow: its output is pending.
     if (!taps && !pending.data && whole_layer(i, hidden, residual, kv, step)) continue;
     attention_half(i, hidden, residual, pending, kv, step, taps);
     mlp_half(i, hidden, residual, taps);
@@ -102,8 +102,8 @@ void Decoder::linear_stack(View out, View x, const Stack& stack) {
   }
 }
 
-// pending: what the previous layer's MLP gave (in `hidden`), which is added to the residual stream
-// together with the norm; hidden: on return the attention's output, not yet added.
+// pending: the output of the previous layer's MLP (in `hidden`), which is added to the residual
+// stream together with the norm. hidden: on return the attention's output, not yet added.
 void Decoder::attention_half(std::size_t i, View hidden, View residual, View pending,
                              std::vector<KvLayer>& kv, const Step& step, TapSink* taps) {
   const LayerSpec& layer = spec_.layers[i];

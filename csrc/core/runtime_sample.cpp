@@ -88,12 +88,12 @@ void Runtime::run_sampling(InFlightStep& step, std::vector<std::int32_t> masks,
 
 std::size_t Runtime::mask_bytes(std::size_t num_words) { return (num_words * 4 + 63) / 64 * 64; }
 
-// Queues the copy of masks and adjustments to the device, where they lie one behind the other.
+// Queues the copy of masks and adjustments to the device, where they lie one after the other.
 const unsigned char* Runtime::send(InFlightStep& step, const std::vector<std::int32_t>& masks,
                                    const Adjustments& adjustments) {
   const std::size_t bytes = mask_bytes(masks.size()) + bytes_of(adjustments);
   if (step.inputs.bytes() < bytes) {
-    // Twice as much: penalties come with more tokens every step. No recorded step reads them.
+    // Twice as much, since penalties have more tokens with every step. No recorded step reads them.
     reserve(step.inputs_host, 2 * bytes);
     reserve(step.inputs, 2 * bytes);
   }
@@ -110,8 +110,8 @@ void Runtime::fetch_results(InFlightStep& step) {
   backend_->record_event(step.index);
 }
 
-// `sample` was given adjusted logits, but the reported log-probabilities are those of the model's
-// own. Rare, and slow: it waits for the step.
+// `sample` used adjusted logits, but the reported log-probabilities are those of the model's own
+// logits. Rare, and slow: it waits for the step.
 void Runtime::take_own_logprobs(InFlightStep& step) {
   if (step.batch.num_logprobs() < 0) return;
   backend_->sync();
@@ -157,7 +157,7 @@ StepResult Runtime::collect(InFlightStep& step) {
   const auto rows = static_cast<std::size_t>(step.num_rows);
   const std::size_t tops = rows * static_cast<std::size_t>(step.num_top);
   if (rows == 0) {
-    // Nothing was sampled: the step is over when the queued work is.
+    // Nothing was sampled: the step has ended when the queued work has.
     queue_.run([this] { backend_->sync(); });
     return result;
   }
@@ -179,7 +179,7 @@ StepResult Runtime::collect(InFlightStep& step) {
 StepResult Runtime::wait(std::int64_t ticket) {
   InFlightStep& step = step_of(ticket);
   if (!step.sampling_queued) sample(ticket, {}, {});
-  // Not through the queue: the next step may be in it already, and this need not wait for it.
+  // Not through the queue: the next step may be in it already, and this must not wait for it.
   step.sampling_done.get_future().wait();
   step.open = false;
   if (step.error) std::rethrow_exception(step.error);

@@ -149,7 +149,7 @@ void Weights::load(const std::string& name, const void* data, DType dtype,
   const std::int64_t rows = shape[0];
   if (place.part == Part::values) {
     backend_.pack_rows(*place.matrix, place.first_row, {data, dtype, rows, shape[1]});
-    // Numbers that are rounded to int8 on the way bring their scales along.
+    // Numbers that are rounded to int8 here give their scales too.
     if (place.matrix->format.dtype == DType::int8 && dtype != DType::int8)
       places_[name.substr(0, name.size() - std::string(".weight").size()) + ".scale"].loaded = true;
   } else {

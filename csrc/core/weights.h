@@ -1,4 +1,4 @@
-// A model's weights on the device, and the table that says where each named weight belongs.
+// A model's weights on the device, and the table with the place of each named weight.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,8 @@
 
 namespace octavo {
 
-// Matrices with the same input, one above the other: neighbours of one format are one matrix.
+// Matrices with the same input; their outputs are concatenated. Neighbours of one format are one
+// matrix.
 using Stack = std::vector<Linear>;
 
 struct LayerWeights {
@@ -26,14 +27,14 @@ struct LayerWeights {
 
 class Weights {
  public:
-  // Makes room for every weight of `spec`; nothing is loaded yet.
+  // Allocates every weight of `spec`; nothing is loaded yet.
   Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& options);
   Weights(const Weights&) = delete;
   Weights& operator=(const Weights&) = delete;
 
-  // Takes one weight under octavo's name; a quantized matrix has a ".scale" of shape (rows, groups)
-  // besides, and where its format says so a ".zero". Throws std::invalid_argument when the model
-  // has no such weight, or when its shape is another.
+  // Takes one weight under octavo's name; a quantized matrix also has a ".scale" of shape (rows,
+  // groups), and if its format has zero points a ".zero". Throws std::invalid_argument when the
+  // model has no such weight, or when its shape is wrong.
   void load(const std::string& name, const void* data, DType dtype,
             const std::vector<std::int64_t>& shape);
 
@@ -47,13 +48,13 @@ class Weights {
   const Linear& head() const { return lm_head_.outputs ? lm_head_ : embed; }
 
  private:
-  // Where a named weight goes: rows of a packed matrix, or of its scales or zero points, or a plain
-  // float32 vector.
+  // The place of a named weight: rows of a packed matrix, or of its scales or zero points, or a
+  // plain float32 vector.
   enum class Part { values, scales, zeros, vector };
   struct Place {
     Part part = Part::values;
     Linear* matrix = nullptr;
-    float* vector = nullptr;  // null: another rank's, taken and dropped
+    float* vector = nullptr;  // null: another rank's; it is ignored
     std::int64_t first_row = 0;
     std::vector<std::int64_t> shape;
     bool loaded = false;
@@ -65,8 +66,8 @@ class Weights {
 
   WeightFormat format_of(const std::string& name) const;
   Buffer counted(Buffer buffer);
-  // Makes `matrix` of these parts, one above the other, in the first one's format. It must not move
-  // afterwards: places_ points to it. bias: the model has one. adds_bias: this rank uses it.
+  // Makes `matrix` of these parts, outputs concatenated, in the first one's format. It must not
+  // move afterwards: places_ points to it. bias: the model has one. adds_bias: this rank uses it.
   void add_matrix(Linear& matrix, const std::vector<NamedRows>& parts, std::int64_t inputs,
                   bool bias = false, bool adds_bias = true);
   void add_stack(Stack& stack, const std::vector<NamedRows>& parts, std::int64_t inputs, bool bias);

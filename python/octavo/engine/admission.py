@@ -17,7 +17,7 @@ MAX_PRIORITY = 2**31 - 1
 class AdmissionLimits:
     """Counts the requests that have been accepted and not yet started.
 
-    A request that was started and preempted does not count: it will not be refused any more.
+    A request that was started and preempted does not count: it was accepted before.
     max_requests, max_tokens: the limits, of requests and of prompt tokens; None for none.
     """
 
@@ -35,7 +35,8 @@ class AdmissionLimits:
     def admit(self, request_id: str, num_tokens: int) -> None:
         """Count a request of so many prompt tokens, or raise a QueueFullError.
 
-        When none waits any request is accepted, however long: it could never be otherwise.
+        When no request waits, any is accepted, even one longer than max_tokens: otherwise it never
+        could be.
         """
         is_full = self.max_requests is not None and self.num_requests >= self.max_requests
         is_over = self.max_tokens is not None and self.num_tokens + num_tokens > self.max_tokens
@@ -66,13 +67,13 @@ class Deadlines:
     def remove(self, request_id: str) -> None:
         """The request has ended; harmless for one that had no deadline."""
         self._deadlines.pop(request_id, None)
-        # What is left of it in the heap goes when its time comes, or now if it is most of the heap.
+        # Its entry in the heap is dropped at its time, or now if most entries are of this kind.
         if len(self._heap) > 2 * len(self._deadlines) + 64:
             self._heap = [(time, name) for name, time in self._deadlines.items()]
             heapq.heapify(self._heap)
 
     def expired(self, now: float) -> list[str]:
-        """The requests whose time is up, and no longer noted here."""
+        """The requests whose deadline has passed; they are removed from here."""
         found = []
         while self._heap and self._heap[0][0] <= now:
             deadline, request_id = heapq.heappop(self._heap)
@@ -106,7 +107,7 @@ def check_tokens(
 
 
 def check_scheduling(priority: int, timeout: float | None) -> None:
-    """Raise an InvalidArgumentError for a priority or a timeout that cannot be."""
+    """Raise an InvalidArgumentError for an impossible priority or timeout."""
     is_integer = isinstance(priority, int) and not isinstance(priority, bool)
     if not is_integer or abs(priority) > MAX_PRIORITY:
         raise InvalidArgumentError(

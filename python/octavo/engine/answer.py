@@ -1,4 +1,4 @@
-"""One answer as it grows, token by token, and what of it a user gets back."""
+"""One answer, token by token, and its part of the output that a user gets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Answer:
     """A sequence with what the engine needs to know about its end.
 
     stop_token_ids: every token that ends it, the model's own included unless they are ignored.
-    adjuster: knows its penalties and biases; None when it has none.
+    adjuster: its penalties and biases; None when it has none.
     text: everything that may be shown so far. Without a tokenizer it stays empty.
     """
 
@@ -64,7 +64,7 @@ class Answer:
 
     @property
     def matched_stop(self) -> str | None:
-        """The stop string that was found, if one was."""
+        """The stop string that was found, if any."""
         return self._checker.matched
 
     def push(self, token_id: int) -> str:
@@ -73,7 +73,7 @@ class Answer:
         if decoder is None:
             return ""
         text = self._show(decoder.push(token_id), decoder.skipped(token_id))
-        self._decoder = decoder  # one that has failed is not asked again
+        self._decoder = decoder  # a decoder that has failed is not used again
         return text
 
     def flush(self) -> str:
@@ -97,7 +97,7 @@ class Answer:
 
 
 def read_logprobs(sequences: SequenceOf[Sequence], output: Any) -> list[TokenLogprob | None]:
-    """For each logit row what its request asked to know; None where it asked nothing.
+    """For each logit row the log-probabilities that its request asked for; None for none.
 
     sequences: the sequence of each row. output: a `_native.StepOutput`.
     """
@@ -118,7 +118,7 @@ def read_logprobs(sequences: SequenceOf[Sequence], output: Any) -> list[TokenLog
 
 
 def not_finite(answer: Answer) -> str:
-    """What to say of an answer whose logits hold a NaN or an infinity."""
+    """The message about an answer whose logits hold a NaN or an infinity."""
     return (
         f"the model's logits hold a NaN or an infinity at token {answer.sequence.num_tokens} of "
         f"request {answer.request.request_id!r}: its weights may be damaged, or its values exceed "

@@ -1,18 +1,18 @@
-"""Which blocks of the KV cache are whose.
+"""Which sequence holds which blocks of the KV cache.
 
 The cache is cut into blocks of `block_size` tokens, as in PagedAttention (Kwon et al. 2023). A
 sequence holds a *block table*: its tokens 0 .. block_size - 1 lie in the first block it names, the
 next block_size tokens in the second, and so on. Blocks need not be neighbours, so nothing is ever
-moved and nothing is lost but the rest of each sequence's last block.
+moved, and only the rest of each sequence's last block is wasted.
 
 Sequences that begin alike share the blocks of their common beginning. **A shared block is never
-written to**: only full blocks are shared, and a sequence writes behind its full blocks alone. Where
-a sequence starts in the midst of a block that others hold, it gets a copy (copy-on-write).
+written to**: only full blocks are shared, and a sequence writes only after its full blocks. Where
+a sequence starts in the middle of a block that others hold, it gets a copy (copy-on-write).
 
-Layers that keep different things form *KV groups*: those that attend to everything are one, those
-with a window another. Each group has blocks of its own, in all of its layers, and a sequence has a
-table a group. All tables grow together; a group with a window lets go of the blocks that the window
-has passed (`release_before`), whose places in the table then hold NO_BLOCK.
+Layers that keep different tokens form *KV groups*: those that attend to everything are one, those
+with a window another. Each group has its own blocks, in all of its layers, and a sequence has a
+table for each group. All tables grow together. A group with a window frees the blocks that the
+window has passed (`release_before`); their places in the table then hold NO_BLOCK.
 
 Pure Python: no NumPy, no native code, so that every policy can be tested in microseconds.
 """
@@ -34,7 +34,7 @@ NO_BLOCK = -1
 class Prefix(NamedTuple):
     """Tokens whose keys and values are in the cache already, in every KV group.
 
-    num_tokens tokens lie in the blocks of each group, the last of which they may fill in part.
+    num_tokens tokens lie in the blocks of each group; the last block may be filled only in part.
     """
 
     blocks: tuple[SequenceOf[int], ...]
@@ -53,7 +53,7 @@ NO_PREFIX = Prefix((), 0)
 
 
 class BlockManager:
-    """Hands blocks to sequences, which are known by any hashable key.
+    """Gives blocks to sequences, which are named by any hashable key.
 
     num_blocks: blocks in each KV group. block_size: tokens in a block. num_groups: KV groups.
     """
@@ -71,7 +71,7 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that nobody holds, cached ones among them, in the group with the fewest."""
+        """Blocks that no sequence holds, cached ones included, in the group with the fewest."""
         return min([pool.num_free for pool in self.pools])
 
     @property
@@ -101,7 +101,7 @@ class BlockManager:
     def prefix_of(self, key: Hashable, num_tokens: int) -> Prefix | None:
         """The first num_tokens tokens of a sequence, for another one.
 
-        None if a group has let go of some: whether the other one needs them is not known here.
+        None if a group has freed some: whether the other one needs them is not known here.
         """
         num_blocks = self.blocks_for(num_tokens)
         blocks = tuple([table[:num_blocks] for table in self._tables[key]])
@@ -119,7 +119,7 @@ class BlockManager:
     def num_blocks_freed(self, key: Hashable, prefix: Prefix = NO_PREFIX) -> int:
         """How many blocks `free` would add to the free ones, in the group where it adds fewest.
 
-        Those that others hold too stay held; those of the prefix count as not free.
+        Blocks that others hold too stay held; those of the prefix count as not free.
         """
         kept = prefix.blocks if prefix.num_tokens else ((),) * len(self.pools)
         return min(
@@ -130,7 +130,7 @@ class BlockManager:
     def start(self, key: Hashable, num_tokens: int, prefix: Prefix = NO_PREFIX) -> list[BlockCopy]:
         """Give a sequence blocks for num_tokens tokens, the first of them those of the prefix.
 
-        Returns what must be copied. IntegrityError when the key holds blocks already, or too few
+        Returns the blocks to copy. IntegrityError when the key holds blocks already, or too few
         are free: ask `num_blocks_needed` first.
         """
         if key in self._tables:
@@ -143,12 +143,12 @@ class BlockManager:
             table = array("i", known[:num_shared])
             for block in table:
                 pool.hold(block)
-            if num_more:  # it begins in the midst of a block, and is going to write there
+            if num_more:  # it begins in the middle of a block, and will write there
                 source = known[num_shared]
                 if pool.num_holders(source):
                     copies.append(BlockCopy(group, source, pool.take()))
                     table.append(copies[-1].destination)
-                else:  # nobody reads it: it need not be kept apart
+                else:  # no other sequence reads it: no copy is needed
                     pool.hold(source)
                     pool.withdraw(source)
                     table.append(source)
@@ -159,13 +159,13 @@ class BlockManager:
         return copies
 
     def reserve(self, key: Hashable, num_tokens: int, num_spare: int = 0) -> bool:
-        """Let a sequence that holds blocks hold at least num_tokens tokens.
+        """Give a sequence that holds blocks enough of them for at least num_tokens tokens.
 
-        Takes what is missing and returns True; or, when then fewer than num_spare blocks would be
+        Takes the missing blocks and returns True. If then fewer than num_spare blocks would be
         free, changes nothing and returns False.
         """
         tables = self._tables[key]
-        if num_tokens <= len(tables[0]) * self.block_size:  # the commonest case: within a block
+        if num_tokens <= len(tables[0]) * self.block_size:  # the most frequent case: within a block
             return True
         num_missing = self.blocks_for(num_tokens) - len(tables[0])
         if num_missing > self.num_free_blocks - num_spare:
@@ -175,13 +175,13 @@ class BlockManager:
         return True
 
     def release_before(self, key: Hashable, group: int, position: int) -> None:
-        """Let a group go of the blocks that lie wholly before a position: no token reads them more.
+        """Free a group's blocks that lie wholly before a position, since no token reads them again.
 
-        Other blocks keep their places in the table. What was published can still be found.
+        Other blocks keep their places in the table. Published blocks can still be found.
         """
         table = self._tables[key][group]
         for index in range(min(position // self.block_size, len(table)) - 1, -1, -1):
-            if table[index] == NO_BLOCK:  # as are all before it
+            if table[index] == NO_BLOCK:  # so are all before it
                 break
             self.pools[group].release(table[index])
             table[index] = NO_BLOCK
@@ -195,7 +195,7 @@ class BlockManager:
     def block_table(self, key: Hashable, group: int = 0) -> array[int]:
         """The sequence's block table in a KV group; not to be changed by the caller.
 
-        Tables of all groups are of one length. NO_BLOCK stands where a group has let go of a block.
+        Tables of all groups have the same length. NO_BLOCK stands where a group has freed a block.
         """
         return self._tables[key][group]
 
@@ -210,8 +210,8 @@ class BlockManager:
         """
         if key not in self._tables:
             raise IntegrityError(f"sequence {key!r} was freed, but it holds no blocks")
-        # The last block first: it goes back on top of its predecessors, so that the next sequence
-        # gets the same ones in order; and it is evicted before them, without whom it is worthless.
+        # The last block first: free blocks form a stack, so the next sequence gets the same ones in
+        # order; and it is evicted before the blocks before it, without which it is worthless.
         for pool, table in zip(self.pools, self._tables.pop(key), strict=True):
             for block in reversed(table):
                 if block == NO_BLOCK:
@@ -221,7 +221,7 @@ class BlockManager:
                 pool.release(block)
 
     def check_integrity(self) -> None:
-        """Every block is free or held by those whose tables name it; IntegrityError if not."""
+        """Every block is free or held by the tables that name it; IntegrityError if not."""
         for key, tables in self._tables.items():
             for table in tables:
                 held = [block for block in table if block != NO_BLOCK]
@@ -236,7 +236,7 @@ class BlockManager:
             pool.check_integrity(Counter(held))
 
     def check_sequence(self, key: Hashable, num_computed_tokens: int) -> None:
-        """It holds what it has computed, and alone what it will write; IntegrityError if not."""
+        """It holds what it computed and shares no block it will write to; else IntegrityError."""
         for pool, table in zip(self.pools, self._tables[key], strict=True):
             if len(table) < self.blocks_for(num_computed_tokens):
                 raise IntegrityError(f"sequence {key!r} holds only {len(table)} blocks")

@@ -1,4 +1,4 @@
-"""What the engine tells of itself: its events for the log, and its numbers.
+"""What the engine reports about itself: its events for the log, and its numbers.
 
 The scheduler records its own events.
 """

@@ -1,8 +1,8 @@
-"""Steps on their way through the runtime: one at a time, or the next before the last has ended.
+"""Steps in flight in the runtime: one at a time, or the next before the last has ended.
 
 With a depth of 2 the device never waits for Python: while it computes one step, the next is
-scheduled, packed and queued behind it. The next step needs the tokens that the last one samples,
-and Python does not know them yet; but the device will, by then. So the batch names them: token id
+scheduled, packed and queued. The next step needs the tokens that the last one samples. Python does
+not know them yet, but the device will when the step begins. So the batch refers to them: token id
 -1 - r stands for "what state row r sampled last" (see `_native.Batch`).
 """
 
@@ -23,13 +23,13 @@ from octavo.engine.schedule import Schedule
 
 
 class StepRuntime(Protocol):
-    """What the engine asks of `_native.Runtime`: one step in two or three calls, and copies."""
+    """What the engine uses of `_native.Runtime`: one step in two or three calls, and copies."""
 
     def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
-        """Copy whole KV blocks, behind the steps queued so far; pairs: (n, 2), from and to."""
+        """Copy whole KV blocks, after the steps queued so far; pairs: (n, 2), from and to."""
 
     def submit(self, batch: Any, *, sample: bool) -> int:
-        """Queue the forward pass and return a ticket; sample: the plain sampling, too."""
+        """Queue the forward pass and return a ticket; sample: queue plain sampling, too."""
 
     def sample(
         self,
@@ -48,7 +48,7 @@ NO_TICKET = -1
 
 @dataclass
 class InFlightStep:
-    """A step on its way. started: when it was scheduled, in seconds of the engine's clock."""
+    """A step in flight. started: when it was scheduled, in seconds of the engine's clock."""
 
     schedule: Schedule
     started: float
@@ -92,7 +92,7 @@ class Pipeline:
         masks: Int32 | None,
         adjustments: LogitAdjustments | None,
     ) -> None:
-        """Queue a step; an error leaves it, and those before it, to `abandon`."""
+        """Queue a step. After an error, call `abandon` for it and the steps before it."""
         step = InFlightStep(schedule, now)
         self._in_flight.append(step)
         if schedule.copies:
@@ -107,14 +107,14 @@ class Pipeline:
             self._runtime.sample(step.ticket, masks, adjustments)
 
     def wait(self) -> tuple[InFlightStep, Any]:
-        """The oldest step and its output; an error of the runtime leaves it to `abandon`."""
+        """The oldest step and its output. After an error of the runtime, call `abandon`."""
         step = self._in_flight[0]
         output = self._runtime.wait(step.ticket)
         self._in_flight.popleft()
         return step, output
 
     def abandon(self) -> list[Schedule]:
-        """Wait for all steps in flight and drop what they give; the latest comes first."""
+        """Wait for all steps in flight and drop their results; the latest comes first."""
         schedules = [step.schedule for step in reversed(self._in_flight)]
         while self._in_flight:
             ticket = self._in_flight.popleft().ticket

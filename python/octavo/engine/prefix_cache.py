@@ -1,4 +1,4 @@
-"""What of a sequence is in the KV cache already, or is just being computed for another one.
+"""Which tokens of a sequence are in the KV cache already, or being computed for another sequence.
 
 Blocks are found by their names, which are chained hashes of tokens. The keys and values in a block
 depend on its own tokens and on all tokens before them. So a block's name is a hash of the name of
@@ -7,7 +7,7 @@ finding the longest known beginning of a prompt is one lookup a block (the schem
 automatic prefix caching; Zheng et al. 2024 keep a tree instead).
 
 The hash is cryptographic (BLAKE2b, 256 bits). With a weak one a prompt could be made that is taken
-for another one, and answered from somebody else's cache.
+for another one, and answered with another user's keys and values.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def extend_block_hashes(
 class PrefixCache:
     """Finds and publishes the blocks of sequences by their names.
 
-    is_enabled: False finds nothing but what the first answer of a request has for the others.
-    num_queries, num_hits: prompt tokens that were looked up, and those that were there.
+    is_enabled: if False, only the answers of one request share their prompt's blocks.
+    num_queries, num_hits: prompt tokens that were looked up, and those that were found.
     """
 
     def __init__(self, blocks: BlockManager, is_enabled: bool) -> None:
@@ -58,9 +58,9 @@ class PrefixCache:
         return names
 
     def find(self, sequence: Sequence) -> Prefix:
-        """What is in the cache of the sequence's tokens; the last is always computed anew.
+        """The sequence's tokens that are in the cache. The last token is never among them.
 
-        Its logits are wanted, and they are not in the cache.
+        It is computed again, since its logits are needed and the cache does not hold them.
         """
         prefix = NO_PREFIX
         if self.is_enabled:
@@ -73,9 +73,9 @@ class PrefixCache:
         return prefix
 
     def is_being_computed(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
-        """Whether the next block that the sequence lacks is on its way, for one that runs.
+        """Whether a running sequence is computing the next block that this sequence lacks.
 
-        Then waiting a step or two saves computing it twice: of requests that begin alike and come
+        Then waiting a step or two saves computing it twice: when requests that begin alike come
         together, one computes the beginning.
         """
         leader = sequence.leader
@@ -93,7 +93,7 @@ class PrefixCache:
         return False
 
     def publish(self, sequence: Sequence, num_full_blocks: int) -> None:
-        """Let others find the sequence's blocks up to num_full_blocks, which are computed."""
+        """Let others find the sequence's first num_full_blocks blocks, which are computed."""
         if self.is_enabled:
             names = self.names_of(sequence)
             for index in range(sequence.num_published_blocks, num_full_blocks):

@@ -1,14 +1,14 @@
-"""Requests and their sequences: what was asked, and how far each answer has come.
+"""Requests and their sequences: what was asked, and the state of each answer.
 
-A request asks for `params.n` answers; each answer is a `Sequence` of its own, told apart in the
-random numbers by its `sample_index`. The states of a sequence:
+A request asks for `params.n` answers; each answer is a `Sequence`, whose `sample_index` makes its
+random numbers different. The states of a sequence:
 
     WAITING --admitted--> RUNNING --finish reason--> FINISHED
        ^                     |
        +-----preempted-------+        (aborted: from WAITING or RUNNING to FINISHED)
 
-A preempted sequence keeps the tokens it has. It loses its KV cache only, and recomputes it
-later as if prompt and answer so far were one long prompt.
+A preempted sequence keeps its tokens. It loses only its KV cache, and computes it again later, as
+if prompt and answer so far were one long prompt.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from octavo.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 Rank = tuple[float, int]
-"""Where a sequence stands in every queue, smallest first; see `Scheduler.add`."""
+"""The position of a sequence in every queue, smallest first; see `Scheduler.add`."""
 
 
 class SequenceState(enum.Enum):
-    """Where a sequence stands."""
+    """The state of a sequence in the scheduler."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -41,14 +41,13 @@ class SequenceState(enum.Enum):
 
 @dataclass(eq=False, slots=True, repr=False)
 class Sequence:
-    """One answer in the making.
+    """One answer while it is computed.
 
-    token_ids: prompt and answer so far. num_pending_tokens: how many the steps in flight sample
-    behind these; with drafts, at most so many. num_computed_tokens: how many of all of them have
+    token_ids: prompt and answer so far. num_pending_tokens: how many more tokens the steps in
+    flight sample; with drafts, at most so many. num_computed_tokens: how many of all of them have
     their keys and values in the cache, or will by the end of the steps in flight; 0 after a
-    preemption. It runs after the tokens there are, and goes back by every draft that is rejected.
-    A sequence whose tokens are all computed but one is decoding; with more to compute it is in
-    prefill. Nothing else tells the two apart.
+    preemption; lowered by the number of drafts that are rejected. A sequence with one token left to
+    compute is decoding, with more it is in prefill; there is no other difference.
     priority: lower is more urgent. arrival_time: seconds of the engine's clock. leader: the first
     answer of the same request, whose prompt this one shares; None for the first itself.
     max_total_tokens: prompt and answer end at this length.
@@ -111,27 +110,27 @@ class Sequence:
 
     @property
     def watches_answer(self) -> bool:
-        """Whether its logits are changed by what the answer holds so far: its penalties."""
+        """Whether its logits depend on the answer so far: it has penalties."""
         params = self.params
         penalties = params.frequency_penalty or params.presence_penalty
         return bool(penalties) or params.repetition_penalty != 1
 
     @property
     def takes_drafts(self) -> bool:
-        """Whether its next tokens may be sampled in one step, behind drafts.
+        """Whether its next tokens may be sampled in one step, after drafts.
 
-        Not while what a token may be depends on the tokens before it otherwise than through the
-        model: penalties count them, and min_tokens forbids the end for so many.
+        Not while a token depends on the tokens before it not through the model alone: penalties
+        count them, and until min_tokens are sampled the end is forbidden.
         """
         return self.num_output_tokens >= self.params.min_tokens and not self.watches_answer
 
     @property
     def is_finished(self) -> bool:
-        """Whether the sequence has left the scheduler for good."""
+        """Whether the sequence has ended and left the scheduler."""
         return self.state is SequenceState.FINISHED
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        """Set the last state. The scheduler calls it, once it has taken the blocks back."""
+        """Set the last state. The scheduler calls this after it has freed the blocks."""
         self.state = SequenceState.FINISHED
         self.finish_reason = reason
         self.stop_reason = stop_reason
@@ -148,7 +147,7 @@ class Request:
     """A prompt with its sampling parameters, and the answers being made for it.
 
     prompt: the text, None when the prompt came as token ids. stream: report every step's progress
-    and not the end alone. continues_prompt: the answer is read right behind the prompt, as a
+    and not the end alone. continues_prompt: the answer is read right after the prompt, as a
     completion, and not by itself, as a turn of a chat; matters for the first space of some
     tokenizers. kept_special_ids: special tokens that the text holds even where the others are
     skipped, such as the tags around calls of tools. priority: lower is more urgent. deadline: when

@@ -15,9 +15,9 @@ MAX_JSON_BYTES = 64 * 1024 * 1024  # far above any real configuration or index
 
 
 class Limit:
-    """Bounds no model of the next years comes near.
+    """Bounds far above any model of the next years.
 
-    A mistyped digit is caught by them, by name, and not by an allocation that fails.
+    They report a mistyped digit by the name of its field, before an allocation fails.
     """
 
     VOCAB = 2**22
@@ -32,7 +32,7 @@ class Limit:
 def read_json_object(path: FolderFile, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in `path`; UnsupportedModelError says what is wrong with the file."""
     try:
-        size = path.stat().st_size if isinstance(path, Path) else 0  # what is made here is small
+        size = path.stat().st_size if isinstance(path, Path) else 0  # text made in memory is small
         if size > max_bytes:
             raise UnsupportedModelError(
                 f"{path} has {size} bytes; expected a JSON file of at most {max_bytes}"
@@ -56,7 +56,7 @@ def describe(value: object) -> str:
 
 
 def printable(name: str) -> str:
-    """A name from a file for a message: as it is, or escaped where a terminal would choke."""
+    """A name from a file for a message: as it is, or escaped if a terminal cannot show it."""
     return name if name.isprintable() and len(name) <= 200 else describe(name)
 
 
@@ -72,7 +72,7 @@ class Fields:
         self.source = source
 
     def error(self, name: str, value: object, expected: str) -> UnsupportedModelError:
-        """What to raise for a field that octavo cannot use."""
+        """The error for a field that octavo cannot use."""
         return UnsupportedModelError(
             f"{self.source}: {name} is {describe(value)}; supported: {expected}"
         )
@@ -121,14 +121,14 @@ class Fields:
         return number
 
     def boolean(self, name: str, default: bool) -> bool:
-        """true or false; nothing else stands for them."""
+        """true or false, and nothing else."""
         value = self.values.get(name, default)
         if not isinstance(value, bool):
             raise self.error(name, value, "true or false")
         return value
 
     def refuse_unless(self, name: str, allowed: tuple[object, ...], advice: str) -> None:
-        """Refuse a field that is present with another value than the allowed ones or null."""
+        """Refuse a field whose value is neither allowed nor null; it may be missing."""
         value = self.values.get(name)
         if value is None:
             return

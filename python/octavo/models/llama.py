@@ -2,8 +2,8 @@
 
 From a Hugging Face configuration of `LlamaForCausalLM` to a `ModelSpec`, and from octavo's names
 of the weights to Hugging Face's. Defaults of missing fields are those of transformers'
-`LlamaConfig`. What the configuration asks for and octavo does not compute is refused by name;
-nothing that would change the result is ignored.
+`LlamaConfig`. A field that changes the result in a way that octavo does not compute is refused by
+name; none is ignored.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """The spec of a Llama configuration; UnsupportedModelError names the field otherwise."""
+    """The spec of a Llama configuration; UnsupportedModelError names a field that is refused."""
     fields = Fields(config, "config.json")
     _refuse_variants(fields)
     hidden_size = fields.integer("hidden_size", 1, Limit.WIDTH)
@@ -80,7 +80,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def read_rope(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
-    """The rope of a configuration in its old or its new spelling.
+    """The rope of a configuration in the old or the new spelling.
 
     Old: `rope_theta` and `rope_scaling` (its kind named by `rope_type`, or `type`) at top level.
     New (transformers 5): one object `rope_parameters` with all of it. Where a file has both,
@@ -112,7 +112,7 @@ def read_rope(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
     high = fields.number("high_freq_factor", 0.0, exclude_low=True)
     if high <= low:
         raise fields.error("high_freq_factor", high, f"a number above low_freq_factor ({low:g})")
-    # transformers prefers the length at top level, and else takes the model's own.
+    # transformers takes the length at top level, or else the model's own.
     length_name = "original_max_position_embeddings"
     length_source = Fields(config, "config.json") if config.get(length_name) else fields
     length = length_source.integer(length_name, 1, Limit.POSITIONS, default=max_positions)
@@ -127,7 +127,7 @@ def read_rope(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
 
 
 def _check_rope_keys(fields: Fields, kind: str) -> None:
-    """Refuse what would change the rotation; warn of what transformers ignores too."""
+    """Refuse keys that would change the rotation; warn of keys that transformers ignores too."""
     fields.refuse_unless("partial_rotary_factor", (1, 1.0), "1 (the whole head is rotated)")
     used = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if kind != "default":
@@ -165,7 +165,7 @@ def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
 
 def _refuse_variants(fields: Fields) -> None:
     """Fields that change what a Llama model computes, or how its weights are stored."""
-    # weights/quantization_config.py reads the field of that name; this is its spelling of old.
+    # weights/quantization_config.py reads `quantization_config`; this is its old spelling.
     unquantized = "unquantized weights (null), or a quantization_config of compressed-tensors"
     fields.refuse_unless("compression_config", (), unquantized)
     fields.refuse_unless("sliding_window", (), "null (every token attends to all before it)")

@@ -1,6 +1,6 @@
 """A GGUF file of the Llama architecture: its metadata as a config.json, the names of its tensors.
 
-llama.cpp's converter changes three things on the way from Hugging Face to GGUF, undone here:
+llama.cpp's converter from Hugging Face to GGUF changes three things, which are undone here:
 
 - Names: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`.
 - The rows of q and k (weights and biases). Hugging Face rotates element i of a head together with
@@ -86,7 +86,7 @@ def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
 
 
 def _refuse_variants(fields: Fields) -> None:
-    """Metadata of models that go by the name of llama but compute something else."""
+    """Refuse metadata of models that are named llama but compute something else."""
     for name in ("expert_count", "expert_used_count", "attention.sliding_window"):
         fields.refuse_unless(f"llama.{name}", (0,), "0")
     fields.refuse_unless("llama.attention.causal", (True,), "true")
@@ -129,8 +129,8 @@ def _llama3_scaling(
     if divisors.size == head_dim // 2:
         if np.all(divisors == 1.0):
             return None
-        # The largest divisor is the factor. The other three are the same in every Llama 3.x,
-        # which the comparison proves for this file, except that the length may be stated.
+        # The largest divisor is the factor. The other three parameters are the same in every
+        # Llama 3.x, as the comparison proves for this file; only the length may be given.
         name = "llama.rope.scaling.original_context_length"
         original = fields.optional_integer(name, 1, Limit.POSITIONS) or 8192
         factor = _shortest(float(divisors.max()))

@@ -1,4 +1,4 @@
-"""Which model families there are: a file beside this one, and a place in `FAMILIES`, each."""
+"""The model families: each is a file beside this one and an entry of `FAMILIES`."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from octavo.weights.tensor import float32_to_bf16
 
 Float32 = npt.NDArray[np.float32]
 
-# Scales tried for a group, as what the largest magnitude becomes. -8 is the end of the side with
-# eight levels, 7 of the other; beyond them the largest magnitudes are cut off, and below them
-# the steps are coarser. The best lies between for most groups.
+# Scales tried for a group: each number is the value that the largest magnitude gets. -8 is the end
+# of the side with eight levels, 7 of the other; beyond them the largest magnitudes are cut off, and
+# below them the steps are coarser. For most groups the best is between.
 _UNIFORM_ENDS = (
     *(-6.5, -7.0, -7.25, -7.5, -7.75, -8.0, -8.3, -8.6, -9.0, -9.5, -10.0),
     *(6.4, 6.7, 7.0, 7.3, 7.6, 8.0),
@@ -29,11 +29,11 @@ _SHORT_STRETCHES = (0.85, 0.9, 0.94, 0.97, 1.0, 1.04, 1.08, 1.13)
 _SHRINKS = (1.03, 1.0, 0.97, 0.93, 0.89, 0.84, 0.78, 0.7)
 _REFINEMENTS = 2
 _HALF_STEPS = 256  # from 0 to beyond the largest level
-SMALLEST = np.float32(1e-30)  # a scale whose reciprocal is surely finite
+SMALLEST = np.float32(1e-30)  # a scale whose reciprocal is finite
 
 
 def to_scale(values: npt.NDArray[np.floating]) -> Float32:
-    """Rounded to bfloat16, as a directory will store it; 1 in place of what is next to nothing."""
+    """Rounded to bfloat16, as a directory stores it; 1 in place of values near zero."""
     bits = float32_to_bf16(np.ascontiguousarray(values, np.float32)).astype(np.uint32)
     rounded = (bits << np.uint32(16)).view(np.float32)
     result: Float32 = np.where(np.abs(rounded) < SMALLEST, np.float32(1), rounded)
@@ -43,8 +43,8 @@ def to_scale(values: npt.NDArray[np.floating]) -> Float32:
 class Grid:
     """The levels of an int4 format.
 
-    The middle between two levels that are not uniform is a multiple of 1/2, so that every number of
-    [n / 2, (n + 1) / 2) has the same nearest one: a table over n finds it.
+    The middle between two non-uniform levels is a multiple of 1/2, so all numbers of
+    [n / 2, (n + 1) / 2) have the same nearest level: a table over n gives it.
     """
 
     def __init__(self, format: WeightFormat) -> None:
@@ -62,8 +62,9 @@ class Grid:
     ) -> Float32:
         """The nearest levels, less the zero point: a weight is then step * scale.
 
-        values: (members, groups); scale, zero: (groups,) or what broadcasts. Of two levels equally
-        near, the even one, or the upper one where levels are not uniform. Returns values' shape.
+        values: (members, groups); scale, zero: (groups,), or a shape that broadcasts. Of two levels
+        equally near, the even one, or the upper one where levels are not uniform. Returns values'
+        shape.
         """
         if self.is_uniform:
             out = np.multiply(values, np.float32(1) / scale, out=out)
@@ -79,7 +80,7 @@ class Grid:
         return self._nearest.take(out.astype(np.intp), out=out, mode="clip")
 
     def codes(self, steps: Float32, zeros: Float32 | None) -> npt.NDArray[np.uint8]:
-        """Codes 0 to 15 of steps; zeros: what broadcasts to their shape, or None."""
+        """Codes 0 to 15 of steps; zeros: a shape that broadcasts to theirs, or None."""
         levels = steps if zeros is None else steps + zeros
         found: npt.NDArray[np.uint8] = self._codes.take(levels.astype(np.intp) + 128, mode="clip")
         return found
@@ -92,12 +93,12 @@ class Grid:
         metric: Float32 | None = None,
         plain: bool = False,
     ) -> tuple[Float32, Float32 | None]:
-        """The scale (and zero point) of the least cost, of some twenty.
+        """The scale (and zero point) with the least cost, of some twenty.
 
         The best of them is fitted to its steps by least squares, twice. x: (members, groups). A
-        group's errors e cost e^T e; or each squared error counts by its share, where shares
-        broadcasts to x; or e^T M e with metric M, (members, members). plain: no search, the scale
-        just spans the largest magnitude. Returns scales, bfloat16 numbers, and zero points
+        group's errors e cost e^T e; with shares, which broadcast to x, each squared error is
+        weighted by its share; with metric M, (members, members), they cost e^T M e. plain: no
+        search, the scale just spans the largest magnitude. Returns bfloat16 scales and zero points
         (groups,).
         """
         low, high = x.min(axis=0), x.max(axis=0)
@@ -108,11 +109,11 @@ class Grid:
             low, high = np.minimum(low, 0), np.maximum(high, 0)
             for shrink in _SHRINKS:
                 scale = to_scale((high - low) * np.float32(shrink / 15))
-                middle = (high + low) / scale / 2  # the range shrinks about it
+                middle = (high + low) / scale / 2  # the range shrinks around it
                 for zero in (np.floor(-0.5 - middle), np.ceil(-0.5 - middle)):
                     fit.offer(scale, np.clip(zero, -8, 7).astype(np.float32))
         else:
-            # A scale below zero turns the group around: its longer side gets the longer levels.
+            # A negative scale turns the group around: its longer side gets the longer levels.
             extreme = np.where(-low > high, low, high)
             for end in self._ends():
                 fit.offer(to_scale(extreme / end), None)
@@ -121,7 +122,7 @@ class Grid:
         return fit.scale, fit.zero
 
     def _ends(self) -> list[np.float32]:
-        """What the largest magnitude of a group may become."""
+        """The values that the largest magnitude of a group may get."""
         if self.is_uniform:
             return [np.float32(end) for end in _UNIFORM_ENDS]
         first, last = self.levels[0], self.levels[-1]
@@ -135,13 +136,13 @@ class Grid:
             return scale, np.clip(np.rint(-8 - low / scale), -8, 7).astype(np.float32)
         if self.is_uniform:
             return to_scale(np.maximum(-low, high) / np.float32(7.5)), None
-        # Below zero where it takes that to lay the group's longer side on that of the levels.
+        # Negative where the group's longer side is not on the side of the levels' longer one.
         longer = self.levels[0] if -self.levels[0] > self.levels[-1] else self.levels[-1]
         return to_scale(np.where(-low > high, low, high) / longer), None
 
 
 class _Fit:
-    """The best scale and zero point of each group so far; arguments as for `Grid.search`."""
+    """The best scale and zero point of each group so far; arguments as in `Grid.search`."""
 
     def __init__(
         self, grid: Grid, x: Float32, shares: Float32 | None, metric: Float32 | None
@@ -155,7 +156,7 @@ class _Fit:
         self._scratch, self._other = np.empty_like(x), np.empty_like(x)
 
     def offer(self, scale: Float32, zero: Float32 | None) -> None:
-        """Take a scale and zero where they cost less."""
+        """Take a scale and zero for the groups in which they cost less."""
         error = self._grid.steps(self._x, scale, zero, self._scratch)
         np.multiply(error, scale, out=error)
         np.subtract(error, self._x, out=error)

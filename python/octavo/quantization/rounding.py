@@ -1,7 +1,7 @@
 """Rounding matrices to int8 and int4, in NumPy, block by block so that scratch stays in cache.
 
-`octavo.reference.quantization` says what the codes stand for, and states the rules that are
-followed here plainly; the tests hold the two together.
+`octavo.reference.quantization` defines the codes, and has the same rules in plain form; tests
+compare the two.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class QuantizedMatrix:
     """Codes as the native core takes them.
 
     codes: int8 (outputs, inputs), or uint8 (outputs, inputs / 2) with two int4 codes a byte.
-    scales: float32 (outputs, groups), every one a bfloat16 number: a directory stores them so.
+    scales: float32 (outputs, groups), all bfloat16 numbers, as in a directory.
     zeros: float32 (outputs, groups), whole numbers from -8 to 7, or None.
     """
 
@@ -55,9 +55,9 @@ def quantize_matrix(
     weight: float32 (outputs, inputs). format: int8, or int4 whose group divides inputs; zero points
     need uniform levels. method "rtn": scales that just span the largest magnitude; else scales
     (and zero points) of least squared error among some twenty, then fitted to their codes by
-    least squares. A group that holds a NaN or an infinity gets a NaN for its scale. num_threads:
-    None takes the cores that this process may use, at most eight. importance: float32 (inputs,),
-    how much each input's squared errors count in the search; None: all the same.
+    least squares. A group that holds a NaN or an infinity gets a NaN scale. num_threads: None takes
+    the cores that this process may use, at most eight. importance: float32 (inputs,), the weight of
+    each input's squared errors in the search; None: all the same.
     """
     if format.dtype == "int8":
         return _round_int8(weight)
@@ -95,12 +95,12 @@ def quantize_matrix(
 
 
 def _shares(importance: Float32, group_size: int) -> Float32:
-    """How much the errors of each member of each group of a row count: (members, groups)."""
+    """The weight of the errors of each member of each group of a row: (members, groups)."""
     largest = float(importance.max())
     if not np.isfinite(largest) or importance.min() < 0:
         raise ValueError("importance holds a number below 0, or one not finite")
     largest = largest or 1.0  # no input is ever anything but 0: all count alike
-    # No input counts as nothing: it would leave its weights to chance.
+    # No input has weight 0: its weights would then be rounded at random.
     relative = np.maximum(importance / np.float32(largest), np.float32(_LEAST_SHARE))
     return np.ascontiguousarray(relative.reshape(-1, group_size).T)
 
@@ -142,7 +142,7 @@ def _round_block(
         x = np.where(bad, np.float32(0), x)
     scale, zero = grid.search(x, shares=shares, plain=method == "rtn")
     codes = grid.codes(grid.steps(x, scale, zero), zero)
-    if not grid.is_uniform:  # no level is 0: what is next to nothing needs a scale of 0
+    if not grid.is_uniform:  # no level is 0: a group of weights near zero needs scale 0
         nothing = np.abs(x).max(axis=0) < SMALLEST * np.abs(grid.levels).max()
         scale = np.where(nothing, np.float32(0), scale)
     return codes, np.where(bad, np.float32(np.nan), scale), zero

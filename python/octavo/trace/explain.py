@@ -1,4 +1,4 @@
-"""Where a request's time went, and what it waited for: an event log in plain sentences."""
+"""Where a request's time went, and what it waited for, in plain sentences from an event log."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _NEXT_STEP = "until the next step began"
 
 @dataclass(frozen=True)
 class Span:
-    """What an answer did from start to end: "wait", "prefill" or "decode".
+    """A part of an answer's time, from start to end: "wait", "prefill" or "decode".
 
-    opening: the event that it began with.
+    opening: the event at its start.
     """
 
     kind: str
@@ -31,9 +31,9 @@ class Span:
 
 
 def spans_of(log: LogFile, request_id: str, sample: int = 0) -> list[Span]:
-    """One answer's life without gaps: waiting, computing its prompt, decoding, and again.
+    """One answer's whole time without gaps: waiting, computing its prompt, decoding.
 
-    A preempted answer waits and computes anew; "prefill" ends when a token is sampled from it.
+    A preempted answer waits and computes again; "prefill" ends when a token is sampled.
     """
     spans: list[Span] = []
     opening: Record | None = None
@@ -62,7 +62,7 @@ def spans_of(log: LogFile, request_id: str, sample: int = 0) -> list[Span]:
 
 
 def explain(log: LogFile, request_id: str) -> Iterator[str]:
-    """Sentences, one a line, about the request; InvalidArgumentError if the log has it not."""
+    """Sentences, one a line, about the request; InvalidArgumentError if it is not in the log."""
     records = log.of_request(request_id)
     arrival = first(records, "arrived")
     if arrival is None:
@@ -121,7 +121,7 @@ def _preemption(record: Record) -> str:
 
 
 def _waiting(log: LogFile, request_id: str, span: Span) -> Iterator[str]:
-    """How long it waited, for what, and behind whom."""
+    """How long it waited, for what, and behind which requests."""
     by_reason: dict[str, float] = defaultdict(float)
     behind: dict[str, float] = defaultdict(float)
     shortage = None

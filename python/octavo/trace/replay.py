@@ -1,11 +1,11 @@
-"""A log's arrivals once more, under other options: what would have been?
+"""Runs a log's arrivals again under other options, on a simulated device.
 
-`arrivals_of` takes from the log when each request came, how long prompt and answers were, which
-prompts began alike; `Simulation` runs them. `summarize` reads the same figures out of any log, so
-that what was measured and what was simulated can be set side by side.
+`arrivals_of` reads from the log when each request came, how long prompt and answers were, and which
+prompts began alike; `Simulation` runs them. `summarize` computes the same figures for any log, so
+that measured and simulated ones can be compared.
 
-Two things a replay does not know: that the next turn of a talk begins with the last answer (an
-answer's tokens are not in the log), and that a client who had to wait longer would have asked
+A replay does not know two things: that the next turn of a conversation begins with the last answer
+(an answer's tokens are not in the log), and that a client that waits longer sends its next request
 later.
 """
 
@@ -24,10 +24,10 @@ from octavo.trace.simulation import Arrival
 
 
 def arrivals_of(log: LogFile, speed: float = 1.0) -> list[Arrival]:
-    """The requests of a log, refused ones left out; speed 2 lets them come twice as fast.
+    """The requests of a log, without refused ones; with speed 2 they come twice as fast.
 
-    A request that was cut short (by a client, a deadline, or the log's end) is taken to have wanted
-    as many tokens as it was allowed; a client goes away as long after its arrival as it did.
+    A request that ended early (by a client, a deadline, or the log's end) is given as many tokens
+    as it was allowed; a client that left does so again, as long after its arrival.
     """
     arrivals = []
     for request_id in log.request_ids:
@@ -62,7 +62,7 @@ def arrivals_of(log: LogFile, speed: float = 1.0) -> list[Arrival]:
 def options_of(log: LogFile, changes: Mapping[str, Any]) -> tuple[RuntimeOptions, int]:
     """(options, number of KV blocks) of the engine that wrote the log, with changes.
 
-    changes: fields of RuntimeOptions, or num_kv_blocks; None leaves what the log says.
+    changes: fields of RuntimeOptions, or num_kv_blocks; None keeps the log's value.
     """
     header = log.header
     try:
@@ -87,14 +87,14 @@ def options_of(log: LogFile, changes: Mapping[str, Any]) -> tuple[RuntimeOptions
     given = {name: value for name, value in changes.items() if value is not None}
     num_blocks = given.pop("num_kv_blocks", num_blocks)
     values.update(given)
-    # A whole simulation is kept, however long.
+    # The ring must hold a whole simulation.
     options = RuntimeOptions(dtype="f32", kv_dtype="f32", event_log_capacity=10**8, **values)
     return options, num_blocks
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Of some seconds: the mean, the median, and what 90 and 99 of 100 do not exceed."""
+    """Mean, median, 90th and 99th percentile of some times in seconds."""
 
     mean: float
     p50: float
@@ -113,7 +113,7 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a log tells of all its requests together; times in seconds.
+    """Figures of all requests of a log together; times in seconds.
 
     waiting: from arrival to being started. time_to_first_token: from arrival. total_time: from
     arrival to the end of the last answer. time_per_token: between two tokens of an answer, each

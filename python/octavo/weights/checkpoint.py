@@ -1,4 +1,4 @@
-"""The weights of a model under octavo's names, found complete before any of them is read."""
+"""The weights of a model under octavo's names, checked to be complete before any is read."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from octavo.weights.reader import read_runs, read_weight, weight_info
 from octavo.weights.safetensors import open_weight_files
 from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, TensorInfo, TensorSource
 
-_CHUNK = 1 << 20  # elements looked at in one go when searching for NaN: the scratch stays in cache
+_CHUNK = 1 << 20  # elements searched for NaN in one go: the scratch stays in cache
 
 
 class NonFiniteWeightsWarning(UserWarning):
-    """Weights hold a NaN or an infinity: whatever depends on them will too."""
+    """Weights hold a NaN or an infinity: all results that depend on them will too."""
 
 
 class Checkpoint(Mapping[str, Tensor]):
     """Every weight a model needs, by octavo's name; memory-mapped, read when asked for.
 
     infos: name -> shape, dtype and bytes, from headers alone.
-    formats: of the matrices that are, or shall be, quantized, by name without ".weight". Codes
-        ("int8", "int4") bring along "NAME.scale" and, if asymmetric, "NAME.zero".
-    dtype: the format that most of the elements have that are no codes.
+    formats: of the matrices that are, or will be, quantized, by name without ".weight". Codes
+        ("int8", "int4") have "NAME.scale" and, if asymmetric, "NAME.zero" beside them.
+    dtype: the format of most elements that are not codes.
     total_bytes: of all weights as stored.
     num_parameters: of the model, scales and zero points not counted.
     """
@@ -48,7 +48,7 @@ class Checkpoint(Mapping[str, Tensor]):
         formats: Mapping[str, WeightFormat] | None = None,
         dtype: TensorDType | None = None,
     ) -> None:
-        """weight_map: where in `source` each weight lies; None: there under octavo's names."""
+        """weight_map: where in `source` each weight lies; None: under octavo's names."""
         self._source = source
         self._map = weight_map or {
             name: WeightSource((name,), info.shape) for name, info in source.infos.items()
@@ -93,7 +93,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def checked_items(self) -> Iterator[tuple[str, Tensor]]:
         """All weights in order, for a loader; warns of those that hold a NaN or an infinity.
 
-        The warning (NonFiniteWeightsWarning) names them all at once, after the last weight.
+        One warning (NonFiniteWeightsWarning) names all of them, after the last weight.
         """
         damaged: list[str] = []
         for name in self:
@@ -114,11 +114,11 @@ class Checkpoint(Mapping[str, Tensor]):
 def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0) -> Checkpoint:
     """Open the weights of a model and check them against its configuration.
 
-    load_format "auto" reads the GGUF file, or what `open_weight_files` finds in the directory;
-    "dummy" makes seeded random weights and opens no file. Only headers are read here.
+    load_format "auto" reads the GGUF file, or the files that `open_weight_files` finds in the
+    directory; "dummy" makes seeded random weights and opens no file. Only headers are read here.
 
-    Raises WeightsError listing every weight that is missing, left over, of the wrong shape or in
-    an unsupported format; or saying what is wrong with a damaged file.
+    Raises WeightsError that lists every weight that is missing, left over, of the wrong shape or
+    in an unsupported format, or says what is wrong with a damaged file.
     """
     if load_format == "dummy":
         return Checkpoint(DummySource(weight_shapes(files.spec), seed))
@@ -132,7 +132,7 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
         source = stored = open_weight_files(files.path)
         if files.spec.tie_word_embeddings:
             # Either name may be there: `save_model` of safetensors keeps lm_head, transformers
-            # writes the embedding. A second one is equal to it, as `read_model` found.
+            # writes the embedding. If both are there they are equal: `read_model` compared them.
             head, table = files.family.tensors.tensor("lm_head"), weight_map["embed.weight"]
             if head in source.infos and table.names[0] not in source.infos:
                 weight_map = weight_map | {"embed.weight": replace(table, names=(head,))}
@@ -146,7 +146,7 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
     if not files.quantized:
         return Checkpoint(source, weight_map)
     formats = running_formats(source, files.quantized)
-    with_scales = {}  # behind their codes, for whoever takes the weights in order
+    with_scales = {}  # scales after their codes, for a loader that reads in order
     for name, wanted in weight_map.items():
         with_scales[name] = wanted
         base = name.removesuffix(".weight")
@@ -187,7 +187,7 @@ def _find_problems(
     quantized: Mapping[str, StoredMatrix],
     ignored: Sequence[str],
 ) -> list[str]:
-    """Every way in which the tensors of `source` are not those that the map asks for."""
+    """Every difference between the tensors of `source` and those of the map."""
     problems = []
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}  # name -> (types, shape)
     for matrix in quantized.values():

@@ -4,7 +4,7 @@ The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), version 
 little-endian: magic "GGUF", version, counts of tensors and of metadata entries; the entries (key,
 type, value); for each tensor its name, dimensions (innermost first), type and offset; padding;
 the data. The header is parsed here and not by `gguf.GGUFReader`, whose loops take their length
-from the file: a damaged count would keep it busy for ever.
+from the file: with a damaged count they would hardly end.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class GgufFile:
             row_bytes = num_bytes // max(1, shape[0])
             offset, num_bytes = offset + first * row_bytes, (last - first) * row_bytes
             shape = (last - first, *shape[1:])
-        # What was read before leaves our memory; the system brings it back if it is used again.
+        # Pages read before leave this process's memory; the system brings them back if needed.
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
         raw: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, num_bytes, offset)
@@ -96,7 +96,7 @@ class GgufFile:
         return Tensor(_decode_blocks(raw, info.kind, shape), "f32")
 
     def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
-        """The data of a tensor as they lie in the file."""
+        """The data of a tensor as stored in the file."""
         info = self.tensors[name]
         return np.frombuffer(self._map, np.uint8, info.num_bytes, info.offset)
 
@@ -122,7 +122,7 @@ def _decode_blocks(
 
 
 class _Cursor:
-    """Reads little-endian values one behind the other; WeightsError at the end of the file."""
+    """Reads little-endian values one after the other; WeightsError at the end of the file."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data = data
@@ -216,7 +216,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
 def _read_tensors(
     cursor: _Cursor, count: int, alignment: object, size: int
 ) -> dict[str, GgufTensor]:
-    """The tensors by name; their data is known to lie within the file."""
+    """The tensors by name; their data was checked to lie within the file."""
     import gguf
 
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):

@@ -1,7 +1,7 @@
 """Reading a model's configuration, from a directory or from the header of a GGUF file.
 
-Weights are looked at in two cases only: a GGUF file, whose header is the configuration, and a head
-that may not be tied.
+Weights are opened in two cases only: a GGUF file, whose header is the configuration, and a model
+whose head may not be tied although the configuration says so.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _CHUNK = 1 << 26  # bytes compared in one go
 class ModelFiles:
     """A model whose configuration has been read and found usable.
 
-    folder: the files beside the weights: the directory, or what stands for it in a GGUF file.
-    config: config.json as it stands, but for a tie that the weights contradict.
+    folder: the files beside the weights: of the directory, or made from a GGUF file.
+    config: config.json unchanged, except for a tie that the weights contradict.
     """
 
     folder: Folder
@@ -61,9 +61,9 @@ class ModelFiles:
 def read_model(path: Path) -> ModelFiles:
     """Read the configuration of a Hugging Face model directory, or of a GGUF file.
 
-    A directory without config.json that holds one GGUF model is taken for that.
-    Raises ModelNotFoundError where neither is there; UnsupportedModelError, naming field and
-    value, for what octavo cannot run; WeightsError for a damaged GGUF file.
+    A directory without config.json that holds one GGUF model stands for that model.
+    Raises ModelNotFoundError where there is neither; UnsupportedModelError with the field and value
+    that octavo cannot run; WeightsError for a damaged GGUF file.
     """
     path = Path(path)
     gguf = find_gguf(path)
@@ -112,10 +112,10 @@ def read_folder(folder: Folder) -> ModelFiles:
 
 
 def _head_differs(path: Path, head: str, table: str) -> bool:
-    """Whether a directory's weights hold a head of their own beside the embedding `table`.
+    """Whether a directory's weights hold a head that differs from the embedding `table`.
 
-    False where either is missing, they are equal in every bit, or no weights can be read (opening
-    them tells why).
+    False where either is missing, where they are equal in every bit, or where no weights can be
+    read (opening the checkpoint reports why).
     """
     try:
         source = open_weight_files(path)
@@ -141,8 +141,8 @@ def _eos_token_ids(
 ) -> tuple[int, ...]:
     """Which tokens end a text: generation_config.json's, else config.json's, else the family's.
 
-    A null in config.json means that there are none; a missing field the family's default, which
-    is what transformers fills in.
+    A null in config.json means that there are none; a missing field means the family's default, as
+    in transformers.
     """
     source, value = "generation_config.json", generation.get("eos_token_id")
     if value is None:

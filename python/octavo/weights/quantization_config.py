@@ -1,17 +1,18 @@
-"""`quantization_config` of config.json: reading what can be run, and writing ours.
+"""`quantization_config` of config.json: reading those that octavo can run, and writing its own.
 
 The layout is that of the library compressed-tensors (quant_method "compressed-tensors"), which
 llm-compressor writes and vLLM and transformers read. octavo runs its integer schemes:
 
 - 4 bits in groups that are a multiple of 32 wide, symmetric or not, format "pack-quantized";
 - 8 bits, one symmetric scale an output, format "pack-quantized" or "int-quantized"; there the
-  activations may have 8 bits too, rounded for each token as it comes (W8A8).
+  activations may have 8 bits too, rounded for each token at run time (W8A8).
 
-quant_method "octavo", format "octavo", is our own, for what that library cannot say: the same
-words, and a group's weights may name their `levels`, 16 ascending whole numbers. Codes lie where
-others look for a matrix of floats, so that they stop at its shape instead of making up a matrix.
+quant_method "octavo", format "octavo", is octavo's own, for formats that the library does not have:
+the same fields, and a group's weights may name their `levels`, 16 ascending whole numbers. Codes
+have the name of the float matrix, so that other programs stop at the wrong shape instead of making
+random weights.
 
-Anything else is refused by name. What changes no result (observers, ratios) is not looked at.
+Anything else is refused by name. Fields that change no result (observers, ratios) are ignored.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _SOURCE = "config.json: quantization_config"
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """How a checkpoint holds a matrix, or several in one. module: the name there, no ending."""
+    """How a checkpoint holds a matrix, or several in one. module: its name without an ending."""
 
     module: str
     shape: tuple[int, int]  # (outputs, inputs)
@@ -53,7 +54,7 @@ def read_quantization(
 ) -> dict[str, StoredMatrix]:
     """The matrices that are stored as codes, by octavo's name without ".weight"; maybe none.
 
-    Raises UnsupportedModelError naming the field that asks for what octavo does not run.
+    Raises UnsupportedModelError with the field that octavo does not support.
     """
     values = config.get("quantization_config")
     if values is None:
@@ -186,7 +187,7 @@ def _group_size(fields: Fields) -> int:
 
 
 def _activation_bits(group: Fields, activations: object, bits: int) -> Literal[8, 16]:
-    """8 where the group says W8A8, as llm-compressor writes it; else 16, which loses nothing."""
+    """8 for a W8A8 group as llm-compressor writes it; else 16, which loses nothing."""
     if activations is None:
         return 16
     supported = "null (weights alone are quantized), or for 8-bit weights W8A8's object"
@@ -205,7 +206,7 @@ def _activation_bits(group: Fields, activations: object, bits: int) -> Literal[8
 
 
 def _levels(fields: Fields) -> tuple[int, ...]:
-    """What codes 0 to 15 stand for; -8 to 7 where nothing is said."""
+    """The levels of codes 0 to 15; -8 to 7 by default."""
     levels = fields.values.get("levels")
     if levels is None:
         return UNIFORM_LEVELS
@@ -241,20 +242,20 @@ def _matches(module: str, targets: Sequence[str]) -> bool:
 
 
 def choose_layout(formats: Iterable[WeightFormat]) -> Layout:
-    """The layout of a directory that octavo writes: others' own, where it can hold the formats."""
+    """The layout of a directory that octavo writes: the library's, if it can hold the formats."""
     formats = tuple(formats)
     if any(format.activation_bits == 8 for format in formats):
-        return "int-quantized"  # in which others look for W8A8
+        return "int-quantized"  # where other programs expect W8A8
     uniform = all(format.levels == UNIFORM_LEVELS for format in formats)
     return "pack-quantized" if uniform else "octavo"
 
 
 def make_quantization_config(modules: Mapping[str, WeightFormat], head: str) -> dict[str, Any]:
-    """What goes into config.json. modules: the checkpoint's name of each matrix -> its format.
+    """The field for config.json. modules: the checkpoint's name of each matrix -> its format.
 
     head: the checkpoint's name of the head, which stays a matrix of floats.
 
-    The quant_method is "compressed-tensors" where that can say it all, else "octavo".
+    The quant_method is "compressed-tensors" if that has all the formats, else "octavo".
     """
     layout = choose_layout(modules.values())
     by_format: dict[WeightFormat, list[str]] = {}
@@ -280,7 +281,7 @@ def make_quantization_config(modules: Mapping[str, WeightFormat], head: str) -> 
 
 
 def _targets(names: Sequence[str], modules: Mapping[str, WeightFormat]) -> list[str]:
-    """All linear layers; else those of some kinds; else every one by its name."""
+    """All linear layers, if all have the format; else patterns of kinds; else every name."""
     if len(names) == len(modules):
         return ["Linear"]
     kinds = {name.rsplit(".", 1)[1] for name in names}
@@ -316,5 +317,5 @@ def _weights(format: WeightFormat) -> dict[str, Any]:
 
 
 def _activations(format: WeightFormat) -> dict[str, Any] | None:
-    """What meets int8 weights: None for activations that keep their precision."""
+    """The activations of int8 weights; None if they keep their precision."""
     return dict(_INT8_A_TOKEN) if format.activation_bits == 8 else None

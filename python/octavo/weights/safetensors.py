@@ -90,8 +90,8 @@ class SafetensorsFile(TensorSource):
 
     def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
         """A tensor of any type as it is stored: a view of the mapped file."""
-        # What was read before leaves our memory (the system keeps it, and brings it back when it is
-        # touched again): otherwise a loader would hold the file beside the packed weights.
+        # Pages read before leave this process's memory (the system keeps them, and brings them back
+        # if needed): otherwise a loader would hold the file beside the packed weights.
         if hasattr(mmap, "MADV_DONTNEED"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
         begin, end = self._offsets[name]
@@ -102,7 +102,7 @@ class ShardedSafetensors(SafetensorsFile):
     """Several files that hold a model together."""
 
     def __init__(self, index_path: Path, shards: Sequence[str] | None = None) -> None:
-        """index_path: says which tensor lies where. shards: the files, where there is no index.
+        """index_path: the file with the shard of each tensor. shards: the files, without an index.
 
         Raises WeightsError with all shards that are missing, contradict the index, or hold a
         tensor that another one holds too.
@@ -142,7 +142,7 @@ class ShardedSafetensors(SafetensorsFile):
 
 
 def _read_header(path: Path, first: bytes, file: Any, size: int) -> tuple[dict[str, Any], int]:
-    """The header's JSON object and where the data starts; `file` stands behind `first`."""
+    """The header's JSON object and where the data starts; `file` is positioned after `first`."""
     if len(first) < 8:
         raise WeightsError(
             f"{path} has {size} bytes, too few for a safetensors file: it is truncated. "
@@ -178,7 +178,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_header(path: Path, header: dict[str, Any], size: int) -> dict[str, tuple[int, int]]:
-    """Where each tensor's data begins and ends, once every entry has been found consistent."""
+    """Where each tensor's data begins and ends; every entry is checked first."""
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WeightsError(f"{path}: __metadata__ is not a JSON object of strings")
@@ -236,7 +236,7 @@ def _entry_problem(entry: object, size: int) -> str:
 
 
 def _are_sizes(values: object) -> bool:
-    """A list of at most 64 integers from 0 up to what fits 63 bits; true is no integer here."""
+    """Whether it is a list of at most 64 integers from 0 to 2^63 - 1; true is no integer here."""
     return (
         isinstance(values, list)
         and len(values) <= 64
@@ -245,10 +245,10 @@ def _are_sizes(values: object) -> bool:
 
 
 def make_header(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, int]:
-    """The beginning of a file whose tensors lie one behind the other in the order given.
+    """The beginning of a file whose tensors follow each other in the order given.
 
     entries: name -> (safetensors type, shape). Returns the bytes before the data, padded so that
-    the data begins at a multiple of 8, and how many bytes of data are to follow.
+    the data begins at a multiple of 8, and the number of bytes of data.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -264,8 +264,8 @@ def make_header(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[byt
 def open_weight_files(path: Path) -> SafetensorsFile:
     """The safetensors of a directory; WeightsError says what to do where there are none.
 
-    Where there are several kinds: model.safetensors, else the shards of the index (in that order
-    as transformers), else NAME-0000K-of-0000N.safetensors if they are all there.
+    Of several kinds, the first of these is taken, as in transformers: model.safetensors; the shards
+    of the index. Without either, NAME-0000K-of-0000N.safetensors if they are all there.
     """
     if (path / SINGLE).is_file():
         return SafetensorsFile(path / SINGLE)
@@ -300,8 +300,8 @@ def open_weight_files(path: Path) -> SafetensorsFile:
 def numbered_shards(names: Iterable[str], place: str) -> list[str]:
     """Of these names, the shards NAME-0000K-of-0000N.safetensors, in order; [] for none.
 
-    NAME is "model" where there are such, as transformers writes; else any one. place: where they
-    lie, for the message of the WeightsError that names shards which are missing, or two sets.
+    NAME is "model", as transformers writes, if there are such; else any one. place: where they lie,
+    for the message of the WeightsError about missing shards, or two sets of them.
     """
     sets: dict[str, set[str]] = {}
     for name in names:
