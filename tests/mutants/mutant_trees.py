@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "mutants"
 # Other people's packages and live models; `make test` does not run them either.
 TESTS_LEFT_OUT = ("tests/hf/", "tests/clients/")
@@ -173,7 +173,9 @@ def map_tests(trees: list[Tree]) -> list[TestFile]:
             return name, kept[name]
         calls = tree.root / ".calls"
         calls.unlink(missing_ok=True)
-        path = os.pathsep.join(str(tree.root / each) for each in ("python", "scripts/trace_calls"))
+        path = os.pathsep.join(
+            str(tree.root / each) for each in ("python", "tests/mutants/trace_calls")
+        )
         variables = {"OCTAVO_CALLS": str(calls), "OCTAVO_ROOT": str(tree.root), "PYTHONPATH": path}
         start = time.monotonic()
         status, printed = tree.pytest(["-p", "sitecustomize", name], 1800.0, **variables)
