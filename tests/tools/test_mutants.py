@@ -1,4 +1,4 @@
-"""tests/mutants/mutations.py, of `make mutants`: mistakes are planted in what runs, and nowhere else."""
+"""tests/mutants/mutations.py: mistakes are planted in what runs, and nowhere else."""
 
 from __future__ import annotations
 
