@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import add_threads, asked, in_turns, make_parser, median_ratio, stamp, write_json
-from llama_system import LlamaBinaries
+from common import add_common, header, in_turns, make_parser, median_ratio, write_json
+from peers import LlamaBinaries
 from systems import Process, Row
 
 from octavo.config import read_environment
@@ -106,13 +106,12 @@ def main() -> None:
     add("model", nargs="?", help="a name or folder, as octavo takes it")
     add("--formats", default="int8", help="octavo's, with commas")
     add("--load-format", default="auto", choices=("auto", "dummy"))
-    add_threads(parser)
+    add_common(parser)
     add("-p", "--prompt", type=int, default=512, help="tokens of the prompt")
     add("-n", "--generate", type=int, default=96, help="tokens decoded")
     add("-r", "--rounds", type=int, default=5)
     add("--llama-bench", type=Path, help="path of the binary; left out: octavo alone")
     add("--gguf", type=Path, help="the model for it, as write_gguf.py writes it")
-    add("--output", type=Path, help="also write everything to this JSON file")
     arguments = parser.parse_args()
     if (arguments.llama_bench is None) != (arguments.gguf is None):
         parser.error("--llama-bench and --gguf belong together")
@@ -146,10 +145,8 @@ def main() -> None:
             )
             print(f"{name:8} {system_name:18} {shares}")
     result = {
-        "benchmark": "neighbour",
+        **header("neighbour", arguments),
         "model": path.name,
-        "arguments": asked(arguments),
-        "machine": stamp(arguments.threads),
         "checks": checks,
         "tokens_per_second": speeds,
         "summary": summary,

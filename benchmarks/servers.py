@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_system import preloaded
+from peers import preloaded
 
 START_TIMEOUT = 300.0  # seconds; vLLM on a CPU takes up to two minutes
 
