@@ -24,11 +24,10 @@ from statistics import median
 from typing import Any
 
 from common import asked, in_turns, make_parser, stamp, write_json
-from servers import Server, llama_server, octavo_server, running, vllm_server
+from servers import Server, llama_server, octavo_server, run_all, running, vllm_server
 
 from octavo.bench.serve_client import Client
-from octavo.bench.serve_report import summarize
-from octavo.bench.serve_run import Load, run_load
+from octavo.bench.serve_run import Load
 from octavo.bench.serve_workload import parse_lengths, random_jobs
 from octavo.config import read_environment
 from octavo.weights.hub import resolve_model
@@ -68,16 +67,14 @@ async def measure(
         answers = parse_lengths("--answer-len", arguments.answer_len)
         jobs = random_jobs(prompts, answers, arguments.shared_prefix, arguments.seed + users)
         count = max(arguments.least, arguments.each * users)
-        measured = await run_load(client, model, jobs, Load(count, users), arguments.seed)
-        summary = {"side": name, "same_answers": f"{same} of {GATE}", **summarize(measured)}
+        figures = await run_all(client, model, jobs, Load(count, users))
+        summary = {"side": name, "same_answers": f"{same} of {GATE}", **figures}
         print(
             f"{name:28} {users:4} users  {summary['total_tokens_per_second']:9.1f} tokens/s  "
             f"first {summary['ttft_ms']['p50']:7.0f} ms  between p99 "
             f"{summary['itl_ms']['p99']:6.0f} ms",
             flush=True,
         )
-        if summary["failed"]:
-            raise SystemExit(f"{name} failed {summary['failed']} requests: {summary['errors']}")
         found.append(summary)
     return found, tokens
 
