@@ -101,19 +101,19 @@ def make_servers(a: argparse.Namespace) -> list[Server]:
 def ratios(rounds: list[dict[str, Any]]) -> list[str]:
     """octavo's throughput over each other server's, and over its own with one user."""
 
-    def of(side: str, users: int) -> float:
-        own = [r for r in rounds if r["side"] == side and r["concurrency"] == users]
+    def of(name: str, users: int) -> float:
+        own = [r for r in rounds if r["side"] == name and r["concurrency"] == users]
         return median(r["total_tokens_per_second"] for r in own)
 
-    sides = list(dict.fromkeys(r["side"] for r in rounds))
+    names = list(dict.fromkeys(r["side"] for r in rounds))
     users = sorted({r["concurrency"] for r in rounds})
     lines = []
-    for side in sides[1:]:
-        parts = [f"{of(sides[0], n) / of(side, n):.2f}x at {n}" for n in users]
-        lines.append(f"{sides[0]} over {side}: {', '.join(parts)}")
-    for side in sides if len(users) > 1 else ():
-        parts = [f"{of(side, n) / of(side, users[0]):.2f}x at {n}" for n in users[1:]]
-        lines.append(f"{side} over itself with {users[0]}: {', '.join(parts)}")
+    for name in names[1:]:
+        parts = [f"{of(names[0], n) / of(name, n):.2f}x at {n}" for n in users]
+        lines.append(f"{names[0]} over {name}: {', '.join(parts)}")
+    for name in names if len(users) > 1 else ():
+        parts = [f"{of(name, n) / of(name, users[0]):.2f}x at {n}" for n in users[1:]]
+        lines.append(f"{name} over itself with {users[0]}: {', '.join(parts)}")
     return lines
 
 

@@ -10,9 +10,9 @@ to have. Nothing of octavo's is timed before its gate has passed: the same bits 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -33,26 +33,20 @@ Speeds = dict[str, dict[str, dict[str, list[float]]]]
 """Row -> system -> state ("quiet" or "core 1") -> tokens a second of each round."""
 
 
-def _spin(core: int) -> None:
-    os.sched_setaffinity(0, [core])
-    while True:
-        pass
-
-
 @contextmanager
 def neighbour(core: int | None) -> Iterator[None]:
     """Keep a core busy; None: no core."""
     if core is None:
         yield
         return
-    process = multiprocessing.get_context("spawn").Process(target=_spin, args=(core,), daemon=True)
-    process.start()
+    code = f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", code])
     time.sleep(0.3)  # Python takes its time to start
     try:
         yield
     finally:
         process.kill()
-        process.join()
+        process.wait()
 
 
 def check(systems: Systems, rows: list[Row], cores: list[int]) -> dict[str, Any]:
@@ -85,18 +79,22 @@ def measure(systems: Systems, rows: list[Row], cores: list[int], rounds: int) ->
 
 
 def summarize(speeds: Speeds) -> dict[str, Any]:
-    """Of every row, system and state: the median speed, and of the rounds' ratios to quiet."""
-
-    def figures(found: list[float], quiet: list[float]) -> dict[str, float]:
-        return {"speed": statistics.median(found), "of_quiet": median_ratio(found, quiet)}
-
-    return {
-        row: {
-            name: {state: figures(found, states["quiet"]) for state, found in states.items()}
-            for name, states in of_row.items()
-        }
-        for row, of_row in speeds.items()
-    }
+    """Print and return of every row, system and state: speed, and how much of quiet it is."""
+    summary: dict[str, Any] = {}
+    for row, of_row in speeds.items():
+        summary[row] = {}
+        for name, states in of_row.items():
+            found = {
+                state: {
+                    "speed": statistics.median(values),
+                    "of_quiet": median_ratio(values, states["quiet"]),
+                }
+                for state, values in states.items()
+            }
+            summary[row][name] = found
+            shares = (f"{k} {v['speed']:.0f} ({v['of_quiet']:.2f})" for k, v in found.items())
+            print(f"{row:8} {name:18} {'  '.join(shares)}")
+    return summary
 
 
 def main() -> None:
@@ -136,20 +134,12 @@ def main() -> None:
     finally:
         for system in systems.values():
             system.close()
-    summary = summarize(speeds)
-    for name, of_row in summary.items():
-        for system_name, states in of_row.items():
-            shares = "  ".join(
-                f"{state} {figures['speed']:.0f} ({figures['of_quiet']:.2f})"
-                for state, figures in states.items()
-            )
-            print(f"{name:8} {system_name:18} {shares}")
     result = {
         **header("neighbour", arguments),
         "model": path.name,
         "checks": checks,
         "tokens_per_second": speeds,
-        "summary": summary,
+        "summary": summarize(speeds),
     }
     write_json(arguments.output, result)
 
