@@ -310,6 +310,24 @@ def test_the_gguf_can_have_the_models_own_tokens(load, tmp_path: Path) -> None:
     assert len(metadata["tokenizer.ggml.merges"]) == len(vocabulary["merges"])
 
 
+def test_nobody_always_goes_first_and_ratios_are_of_pairs(load) -> None:
+    common = load("common")
+    assert common.in_turns("abc", 0) == common.in_turns("abc", 2) == ["a", "b", "c"]
+    assert common.in_turns({"a": 1, "b": 2}, 1) == ["b", "a"]
+    assert common.median_ratio([6.0, 8.0, 9.0], [3.0, 8.0, 1.0]) == 2.0
+    assert common.slug("NVIDIA H200 (80GB)") == "nvidia-h200-80gb"
+
+
+def test_what_a_row_counts(load) -> None:
+    row = load("systems").Row
+    assert [row("decode", 1, 7).tokens, row("prefill", 9, 1).tokens] == [7, 9]
+    serve = row("serve", 30, 9, 3)
+    assert (serve.tokens, serve.longest) == (117, 39)
+    assert serve.short == row("serve", 16, 4, 3)
+    assert [len(prompt) for prompt in serve.prompts()] == [30] * 3
+    assert row("decode", 1, 7).prompts() == [[10]]
+
+
 def test_what_was_asked_is_noted_without_this_machines_folders(load) -> None:
     arguments = argparse.Namespace(
         model="/home/somebody/models/tiny",
