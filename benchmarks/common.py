@@ -31,10 +31,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
-    """The option --threads: as many as the processor has cores, unless told otherwise."""
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The options --threads (as many as the processor has cores) and --output."""
     cores = _native.build_info()["physical_cores"]
     parser.add_argument("--threads", type=int, default=cores, help="of each system")
+    parser.add_argument("--output", type=Path, help="also write everything to this JSON file")
 
 
 def asked(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,6 +68,12 @@ def stamp(num_threads: int) -> dict[str, Any]:
     }
 
 
+def header(benchmark: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a file of results begins with."""
+    machine = stamp(arguments.threads)
+    return {"benchmark": benchmark, "arguments": asked(arguments), "machine": machine}
+
+
 def commit() -> str:
     """The commit of the checkout, "-dirty" behind it when files differ; "" outside git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -95,12 +102,3 @@ def in_turns(things: Iterable[Thing], round_number: int) -> list[Thing]:
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """The median of the rounds' ratios."""
     return statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
-
-
-def output_of(command: Sequence[str], timeout: float | None = None) -> tuple[str, str]:
-    """Standard output and error of a program; RuntimeError with their end where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
-    if done.returncode:
-        name = Path(command[0]).name
-        raise RuntimeError(f"{name} failed ({done.returncode}): {done.stderr[-800:]}")
-    return done.stdout, done.stderr

@@ -31,11 +31,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import add_threads, asked, in_turns, make_parser, stamp, write_json
+from common import add_common, header, in_turns, make_parser, write_json
 from cpu_report import summarize, tables
-from llama_system import LlamaBinaries
+from peers import LlamaBinaries, preloaded
 from systems import Process, Row
-from vllm_system import preloaded
 
 from octavo.config import QUANTIZE, read_environment
 from octavo.machine import processor
@@ -128,7 +127,7 @@ class Comparison:
                     self.skipped["serve", name] = f"no {batched.name} beside {Path(binary).name}"
             else:
                 name += " (xllamacpp, AVX2 build)"
-                kind = "llama_system.Xllamacpp"
+                kind = "peers.Xllamacpp"
                 self._add(name, form, Process, kind, file, a.threads, longest)
                 self.skipped["serve", name] = "llama-batched-bench is not part of xllamacpp"
         return None
@@ -151,7 +150,7 @@ class Comparison:
             return "no Python that has it was given (--vllm-python)"
         settings = (self.path, *self._common, self.rows, a.vllm_eager)
         more = {"python": a.vllm_python, "environment": preloaded(a.vllm_python)}
-        self._add("vllm bf16", "bf16", Process, "vllm_system.Vllm", *settings, **more)
+        self._add("vllm bf16", "bf16", Process, "peers.Vllm", *settings, **more)
         return None
 
     def _openvino(self) -> str | None:
@@ -160,7 +159,7 @@ class Comparison:
             return "no Python that has it was given (--openvino-python)"
         for form in _beside(OPENVINO_FORMATS, a.formats):
             settings = (self.path, self.folder / "openvino", form, *self._common, self.rows)
-            kind = "openvino_system.OpenVino"
+            kind = "peers.OpenVino"
             self._add(f"openvino {form}", form, Process, kind, *settings, python=a.openvino_python)
         return None
 
@@ -289,7 +288,7 @@ def options() -> argparse.ArgumentParser:
     add("--rows", type=partial(choices, "--rows", ROWS), default=list(ROWS))
     peers = "of: " + ", ".join(PEERS)
     add("--peers", type=partial(choices, "--peers", PEERS), default=list(PEERS), help=peers)
-    add_threads(parser)
+    add_common(parser)
     add("-p", "--prompt", type=int, default=512, help="tokens of the prompt")
     add("-n", "--generate", type=int, default=64, help="tokens decoded")
     add("--slow-generate", type=int, default=12, help="by transformers, of a large model")
@@ -304,7 +303,6 @@ def options() -> argparse.ArgumentParser:
     add("--vllm-eager", action="store_true", help="vLLM without torch.compile: starts sooner")
     add("--openvino-python", type=Path, help="a Python that has openvino-genai and optimum-intel")
     add("--gguf-folder", type=Path, help="keep GGUF files and OpenVINO's here for the next run")
-    add("--output", type=Path, help="also write everything to this JSON file")
     return parser
 
 
@@ -335,12 +333,10 @@ def main() -> None:
     for (row, name), reason in comparison.skipped.items():
         print(f"not measured: {row}, {name}: {reason}")
     result = {
-        "benchmark": "compare_cpu",
+        **header("compare_cpu", arguments),
         "model": path.name,
-        "arguments": asked(arguments),
         "isa": isa,
         "seconds": time.perf_counter() - START,
-        "machine": stamp(arguments.threads),
         "checks": comparison.checks,
         "limits": comparison.limits,
         "tokens_per_second": speeds,

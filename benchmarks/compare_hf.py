@@ -8,6 +8,7 @@ float32 than half as far again as Hugging Face's own bf16). Then the two take tu
 is the median over the rounds. Beside each figure stands its limit: what decoding reads from memory
 against the memory's measured bandwidth, and what prefill computes against the peak of the
 multiply-adds in use, reckoned from the measured one of float32. benchmarks/README.md says more.
+Written to a file in benchmarks/results, unless --output names another.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import add_threads, asked, in_turns, make_parser, median_ratio, slug, stamp, write_json
+from common import add_common, header, in_turns, make_parser, median_ratio, slug, write_json
 from systems import Process
 
 from octavo import _native
@@ -194,7 +195,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtypes", default="bf16,f32")
-    add_threads(parser)
+    add_common(parser)
     parser.add_argument("--prompt-tokens", type=int, default=32, help="before decoding")
     parser.add_argument("--new-tokens", type=int, default=128, help="decoded")
     parser.add_argument("--prefill-tokens", type=int, default=512)
@@ -202,7 +203,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two rounds, nothing written")
     parser.add_argument("--min-decode", type=float, default=0.0, help="fail below this ratio, bf16")
     parser.add_argument("--min-prefill", type=float, default=0.0, help="the same for prefill")
-    parser.add_argument("--output", type=Path, help="JSON file; default: in benchmarks/results")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.new_tokens = 2, GATE_TOKENS
@@ -214,11 +214,7 @@ def main() -> None:
     arguments = parse_arguments()
     path = resolve_model(arguments.model, read_environment())
     print(f"{processor()}, {arguments.threads} threads", flush=True)
-    result: dict[str, Any] = {
-        "benchmark": "compare_hf",
-        "arguments": asked(arguments),
-        "machine": stamp(arguments.threads),
-    }
+    result: dict[str, Any] = header("compare_hf", arguments)
     machine = Peaks(arguments.threads)
     rows = []
     for dtype in arguments.dtypes.split(","):

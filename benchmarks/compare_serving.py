@@ -24,11 +24,10 @@ from statistics import median
 from typing import Any
 
 from common import asked, in_turns, make_parser, stamp, write_json
-from servers import Server, llama_server, octavo_server, running, vllm_server
+from servers import Server, llama_server, octavo_server, run_all, running, vllm_server
 
 from octavo.bench.serve_client import Client
-from octavo.bench.serve_report import summarize
-from octavo.bench.serve_run import Load, run_load
+from octavo.bench.serve_run import Load
 from octavo.bench.serve_workload import parse_lengths, random_jobs
 from octavo.config import read_environment
 from octavo.weights.hub import resolve_model
@@ -68,16 +67,14 @@ async def measure(
         answers = parse_lengths("--answer-len", arguments.answer_len)
         jobs = random_jobs(prompts, answers, arguments.shared_prefix, arguments.seed + users)
         count = max(arguments.least, arguments.each * users)
-        measured = await run_load(client, model, jobs, Load(count, users), arguments.seed)
-        summary = {"side": name, "same_answers": f"{same} of {GATE}", **summarize(measured)}
+        figures = await run_all(client, model, jobs, Load(count, users))
+        summary = {"side": name, "same_answers": f"{same} of {GATE}", **figures}
         print(
             f"{name:28} {users:4} users  {summary['total_tokens_per_second']:9.1f} tokens/s  "
             f"first {summary['ttft_ms']['p50']:7.0f} ms  between p99 "
             f"{summary['itl_ms']['p99']:6.0f} ms",
             flush=True,
         )
-        if summary["failed"]:
-            raise SystemExit(f"{name} failed {summary['failed']} requests: {summary['errors']}")
         found.append(summary)
     return found, tokens
 
@@ -104,19 +101,19 @@ def make_servers(a: argparse.Namespace) -> list[Server]:
 def ratios(rounds: list[dict[str, Any]]) -> list[str]:
     """octavo's throughput over each other server's, and over its own with one user."""
 
-    def of(side: str, users: int) -> float:
-        own = [r for r in rounds if r["side"] == side and r["concurrency"] == users]
+    def of(name: str, users: int) -> float:
+        own = [r for r in rounds if r["side"] == name and r["concurrency"] == users]
         return median(r["total_tokens_per_second"] for r in own)
 
-    sides = list(dict.fromkeys(r["side"] for r in rounds))
+    names = list(dict.fromkeys(r["side"] for r in rounds))
     users = sorted({r["concurrency"] for r in rounds})
     lines = []
-    for side in sides[1:]:
-        parts = [f"{of(sides[0], n) / of(side, n):.2f}x at {n}" for n in users]
-        lines.append(f"{sides[0]} over {side}: {', '.join(parts)}")
-    for side in sides if len(users) > 1 else ():
-        parts = [f"{of(side, n) / of(side, users[0]):.2f}x at {n}" for n in users[1:]]
-        lines.append(f"{side} over itself with {users[0]}: {', '.join(parts)}")
+    for name in names[1:]:
+        parts = [f"{of(names[0], n) / of(name, n):.2f}x at {n}" for n in users]
+        lines.append(f"{names[0]} over {name}: {', '.join(parts)}")
+    for name in names if len(users) > 1 else ():
+        parts = [f"{of(name, n) / of(name, users[0]):.2f}x at {n}" for n in users[1:]]
+        lines.append(f"{name} over itself with {users[0]}: {', '.join(parts)}")
     return lines
 
 

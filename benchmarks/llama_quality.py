@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, add_threads, make_parser, output_of, stamp, write_json
+from common import ROOT, add_common, make_parser, stamp, write_json
+from systems import output_of
 from write_gguf import write_gguf
 
 from octavo.config import read_environment
@@ -55,8 +56,7 @@ def main() -> None:
     add("--llama-perplexity", type=Path, required=True, help="path of the binary")
     add("--vocabulary", default="smollm", help="llama.cpp's name for how the tokenizer splits text")
     add("--text", type=Path, default=TEXT)
-    add_threads(parser)
-    add("--output", type=Path, help="also write everything to this JSON file")
+    add_common(parser)
     arguments = parser.parse_args()
     path = resolve_model(arguments.model, read_environment())
     files = read_model(path)

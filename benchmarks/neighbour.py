@@ -10,9 +10,9 @@ to have. Nothing of octavo's is timed before its gate has passed: the same bits 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import add_threads, asked, in_turns, make_parser, median_ratio, stamp, write_json
-from llama_system import LlamaBinaries
+from common import add_common, header, in_turns, make_parser, median_ratio, write_json
+from peers import LlamaBinaries
 from systems import Process, Row
 
 from octavo.config import read_environment
@@ -33,26 +33,20 @@ Speeds = dict[str, dict[str, dict[str, list[float]]]]
 """Row -> system -> state ("quiet" or "core 1") -> tokens a second of each round."""
 
 
-def _spin(core: int) -> None:
-    os.sched_setaffinity(0, [core])
-    while True:
-        pass
-
-
 @contextmanager
 def neighbour(core: int | None) -> Iterator[None]:
     """Keep a core busy; None: no core."""
     if core is None:
         yield
         return
-    process = multiprocessing.get_context("spawn").Process(target=_spin, args=(core,), daemon=True)
-    process.start()
+    code = f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", code])
     time.sleep(0.3)  # Python takes its time to start
     try:
         yield
     finally:
         process.kill()
-        process.join()
+        process.wait()
 
 
 def check(systems: Systems, rows: list[Row], cores: list[int]) -> dict[str, Any]:
@@ -85,18 +79,22 @@ def measure(systems: Systems, rows: list[Row], cores: list[int], rounds: int) ->
 
 
 def summarize(speeds: Speeds) -> dict[str, Any]:
-    """Of every row, system and state: the median speed, and of the rounds' ratios to quiet."""
-
-    def figures(found: list[float], quiet: list[float]) -> dict[str, float]:
-        return {"speed": statistics.median(found), "of_quiet": median_ratio(found, quiet)}
-
-    return {
-        row: {
-            name: {state: figures(found, states["quiet"]) for state, found in states.items()}
-            for name, states in of_row.items()
-        }
-        for row, of_row in speeds.items()
-    }
+    """Print and return of every row, system and state: speed, and how much of quiet it is."""
+    summary: dict[str, Any] = {}
+    for row, of_row in speeds.items():
+        summary[row] = {}
+        for name, states in of_row.items():
+            found = {
+                state: {
+                    "speed": statistics.median(values),
+                    "of_quiet": median_ratio(values, states["quiet"]),
+                }
+                for state, values in states.items()
+            }
+            summary[row][name] = found
+            shares = (f"{k} {v['speed']:.0f} ({v['of_quiet']:.2f})" for k, v in found.items())
+            print(f"{row:8} {name:18} {'  '.join(shares)}")
+    return summary
 
 
 def main() -> None:
@@ -106,13 +104,12 @@ def main() -> None:
     add("model", nargs="?", help="a name or folder, as octavo takes it")
     add("--formats", default="int8", help="octavo's, with commas")
     add("--load-format", default="auto", choices=("auto", "dummy"))
-    add_threads(parser)
+    add_common(parser)
     add("-p", "--prompt", type=int, default=512, help="tokens of the prompt")
     add("-n", "--generate", type=int, default=96, help="tokens decoded")
     add("-r", "--rounds", type=int, default=5)
     add("--llama-bench", type=Path, help="path of the binary; left out: octavo alone")
     add("--gguf", type=Path, help="the model for it, as write_gguf.py writes it")
-    add("--output", type=Path, help="also write everything to this JSON file")
     arguments = parser.parse_args()
     if (arguments.llama_bench is None) != (arguments.gguf is None):
         parser.error("--llama-bench and --gguf belong together")
@@ -137,22 +134,12 @@ def main() -> None:
     finally:
         for system in systems.values():
             system.close()
-    summary = summarize(speeds)
-    for name, of_row in summary.items():
-        for system_name, states in of_row.items():
-            shares = "  ".join(
-                f"{state} {figures['speed']:.0f} ({figures['of_quiet']:.2f})"
-                for state, figures in states.items()
-            )
-            print(f"{name:8} {system_name:18} {shares}")
     result = {
-        "benchmark": "neighbour",
+        **header("neighbour", arguments),
         "model": path.name,
-        "arguments": asked(arguments),
-        "machine": stamp(arguments.threads),
         "checks": checks,
         "tokens_per_second": speeds,
-        "summary": summary,
+        "summary": summarize(speeds),
     }
     write_json(arguments.output, result)
 

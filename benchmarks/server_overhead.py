@@ -9,19 +9,18 @@ others are the engine (scheduling, packing, and the native core). Linux only.
 
 from __future__ import annotations
 
-import asyncio
 import json
+from functools import partial
 from itertools import repeat
 from os import sysconf
 from pathlib import Path
 from typing import Any
 
 from common import make_parser
-from servers import octavo_server, running
+from servers import ask_octavo, run_all
 
 from octavo.bench.serve_client import Client
-from octavo.bench.serve_report import summarize
-from octavo.bench.serve_run import Load, run_load
+from octavo.bench.serve_run import Load
 from octavo.bench.serve_workload import Job
 
 
@@ -35,20 +34,15 @@ def processor_seconds(pid: int) -> tuple[float, float]:
     return seconds[True], seconds[False]
 
 
-async def measure(url: str, pid: int, users: int, tokens: int) -> dict[str, Any]:
+async def measure(users: int, tokens: int, client: Client, model: str, pid: int) -> dict[str, Any]:
     """Stream to all users once to warm up, and once to count."""
     body = {"prompt": "Once upon a time", "max_tokens": tokens, "ignore_eos": True}
     jobs = repeat(Job("/v1/completions", body))
-    client = Client(url)
-    model = await client.model()
-    await run_load(client, model, jobs, Load(users, users), 0)
+    await run_all(client, model, jobs, Load(users, users))
     before = processor_seconds(pid)
-    measured = await run_load(client, model, jobs, Load(users, users), 0)
+    found = await run_all(client, model, jobs, Load(users, users))
     after = processor_seconds(pid)
     server, engine = after[0] - before[0], after[1] - before[1]
-    found = summarize(measured)
-    if found["failed"]:
-        raise SystemExit(f"{found['failed']} requests failed: {found['errors']}")
     return {
         "users": users,
         "tokens": found["answer_tokens"],
@@ -66,9 +60,8 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     arguments = parser.parse_args()
-    server = octavo_server("--max-model-len", 1024)
-    with running(server) as (url, _, pid):
-        found = asyncio.run(measure(url, pid, arguments.users, arguments.tokens))
+    part = partial(measure, arguments.users, arguments.tokens)
+    found = ask_octavo(part, "--max-model-len", 1024)
     print(json.dumps(found, indent=2))
 
 

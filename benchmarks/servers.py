@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -11,12 +12,17 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_system import preloaded
+from peers import preloaded
+
+from octavo.bench.serve_client import Client
+from octavo.bench.serve_report import summarize
+from octavo.bench.serve_run import Load, run_load
+from octavo.bench.serve_workload import Job
 
 START_TIMEOUT = 300.0  # seconds; vLLM on a CPU takes up to two minutes
 
@@ -97,6 +103,29 @@ def running(server: Server) -> Iterator[Running]:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+Part = Callable[[Client, str, int], Awaitable[Any]]
+"""Asks a server for a model, given the process of the server."""
+
+
+def ask_octavo(part: Part, *options: Any) -> Any:
+    """What a part finds, with an octavo of its own started with these options."""
+
+    async def ask(url: str, pid: int) -> Any:
+        client = Client(url)
+        return await part(client, await client.model(), pid)
+
+    with running(octavo_server(*options)) as (url, _, pid):
+        return asyncio.run(ask(url, pid))
+
+
+async def run_all(client: Client, model: str, jobs: Iterator[Job], load: Load) -> dict[str, Any]:
+    """The figures of a load; SystemExit where a request failed."""
+    found = summarize(await run_load(client, model, jobs, load, 0))
+    if found["failed"]:
+        raise SystemExit(f"{client.url} failed {found['failed']} requests: {found['errors']}")
+    return found
 
 
 def _is_up(url: str) -> bool:

@@ -22,7 +22,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -31,11 +31,10 @@ from urllib.request import urlopen
 
 import numpy as np
 from common import make_parser, stamp, write_json
-from servers import octavo_server, running
+from servers import Part, ask_octavo, run_all
 
 from octavo.bench.serve_client import Client
-from octavo.bench.serve_report import summarize
-from octavo.bench.serve_run import Load, run_load
+from octavo.bench.serve_run import Load
 from octavo.bench.serve_workload import Job, parse_lengths, random_jobs
 
 COMPLETIONS = "/v1/completions"
@@ -47,21 +46,6 @@ def job(prompt: str | list[int], max_tokens: int, **fields: Any) -> Job:
     """Greedy, and as long as asked for."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
     return Job(COMPLETIONS, {**body, **fields})
-
-
-Part = Callable[[Client, str, int], Awaitable[Any]]
-"""Asks a server's model, given the process of the server."""
-
-
-def with_server(part: Part, model: str, *options: Any) -> Any:
-    """What a part finds, with a server of its own started with these options."""
-
-    async def ask(url: str, pid: int) -> Any:
-        client = Client(url)
-        return await part(client, await client.model(), pid)
-
-    with running(octavo_server(model, *options)) as (url, _, pid):
-        return asyncio.run(ask(url, pid))
 
 
 def words(count: int, seed: int) -> str:
@@ -81,7 +65,7 @@ def measure_start(model: str) -> dict[str, Any]:
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        times.append(with_server(first_token, model) - started)
+        times.append(ask_octavo(first_token, model) - started)
     return {"seconds": median(times), "all": times, "must": "below 3"}
 
 
@@ -142,9 +126,7 @@ async def batching(client: Client, model: str, pid: int) -> dict[str, Any]:
     for users in (1, 2, 4, 8, 16, 32, 64, 128):
         load = Load(max(8, 2 * users), users)
         jobs = random_jobs(prompts, answers, 0, users)
-        summary = summarize(await run_load(client, model, jobs, load, 0))
-        if summary["failed"]:
-            raise SystemExit(f"requests failed: {summary['errors']}")
+        summary = await run_all(client, model, jobs, load)
         rate = summary["total_tokens_per_second"]
         loads.append({"users": users, "tokens_per_second": rate, "itl_ms": summary["itl_ms"]})
     rates = {entry["users"]: entry["tokens_per_second"] for entry in loads}
@@ -210,10 +192,10 @@ async def soak(requests: int, client: Client, model: str, pid: int) -> dict[str,
     kept: list[tuple[Job, str]] = []
     room = asyncio.Semaphore(SOAK_USERS)
 
-    async def one(kind: str, drawn: Job, patience: float, bad: bytes) -> None:
+    async def one(*drawn: Any) -> None:
         nonlocal num_ended
         async with room:
-            await ask(kind, drawn, patience, bad)
+            await ask(*drawn)
             num_ended += 1
             if num_ended % max(1, requests // 10) == 0:
                 memory.append(resident_mebibytes(pid))
@@ -267,7 +249,7 @@ async def soak(requests: int, client: Client, model: str, pid: int) -> dict[str,
 
 def main() -> None:
     def part(measure: Part, *options: Any) -> Callable[[str], Any]:
-        return lambda model: with_server(measure, model, *options)
+        return lambda model: ask_octavo(measure, model, *options)
 
     blocks = ("--num-kv-blocks", SOAK_BLOCKS, "--max-num-seqs", SOAK_USERS)
     parts = {

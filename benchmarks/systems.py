@@ -14,7 +14,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +100,15 @@ def require_tokens(found: list[int], count: int) -> None:
     """Raise RuntimeError unless every answer has `count` tokens. found: how many each has."""
     if any(number != count for number in found):
         raise RuntimeError(f"answered {found} tokens; expected {count} of each")
+
+
+def output_of(command: Sequence[str], timeout: float | None = None) -> tuple[str, str]:
+    """Standard output and error of a program; RuntimeError with their end where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    if done.returncode:
+        name = Path(command[0]).name
+        raise RuntimeError(f"{name} failed ({done.returncode}): {done.stderr[-800:]}")
+    return done.stdout, done.stderr
 
 
 class Process:

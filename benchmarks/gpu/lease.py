@@ -37,27 +37,41 @@ SANITIZED = "-m pytest -q -p no:benchmark tests/engine/test_cuda_runtime.py -k r
 class Step:
     """Something to run; `seconds`: the most it may take.
 
-    commands: arguments of Python, one run after the other, a file being one of this folder; or
-    "--build" and "--build-variant FLAGS". tool: what a command is run under; a machine without it
-    skips the step. environment: NAME=VALUE.
+    commands: arguments of Python, one run after the other, a file being one of this folder. tool:
+    what a command is run under; a machine without it skips the step. environment: NAME=VALUE.
+    flags: of the compiler, for a build that comes first; "" builds the module itself, others one
+    beside it, with the same Python, which the commands use.
     """
 
-    def __init__(self, seconds: int, *commands: str, tool: str = "", environment: str = "") -> None:
+    def __init__(
+        self,
+        seconds: int,
+        *commands: str,
+        tool: str = "",
+        environment: str = "",
+        flags: str | None = None,
+    ) -> None:
         self.seconds = seconds
         self.commands = [shlex.split(command) for command in commands]
         self.tool = tool.split()
         self.environment = dict(setting.split("=") for setting in environment.split())
+        self.flags = flags
 
 
-def build(folder: Path, flags: str = "", module_folder: Path | None = None) -> list[list[str]]:
+def build(flags: str) -> list[list[str]]:
     """CMake alone, for this GPU alone: neither pip nor its resolver."""
+    folder = VARIANT / "build" if flags else ROOT / "build" / "gpu-build"
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "--log-level=WARNING"]
     configure += ["-DCMAKE_BUILD_TYPE=Release", "-DOCTAVO_CUDA=ON"]
     configure += [f"-DCMAKE_CUDA_FLAGS=--split-compile=0 {flags}"]
     configure += [f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    if module_folder:
-        configure += [f"-DOCTAVO_MODULE_FOLDER={module_folder}"]
+    if flags:
+        python = VARIANT / "python"
+        shutil.rmtree(python, ignore_errors=True)
+        compiled = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / "python", python, ignore=compiled)
+        configure += [f"-DOCTAVO_MODULE_FOLDER={python / 'octavo'}"]
     return [configure, ["cmake", "--build", str(folder)]]
 
 
@@ -68,14 +82,9 @@ def architecture() -> str:
     return found.strip().replace(".", "") + "-real"
 
 
-def variant(flags: str, command: str) -> Step:
-    """A step with a module of its own, compiled with other constants, beside the same Python."""
-    return Step(220, f"--build-variant {flags}", command)
-
-
 STEPS: dict[str, Step] = {
     "machine": Step(30, "about.py"),
-    "build": Step(200, "--build"),
+    "build": Step(200, flags=""),
     "limits": Step(40, "limits.py"),
     "headline": Step(60, "model.py headline"),
     "tests": Step(120, "device_tests.py"),
@@ -88,9 +97,11 @@ STEPS: dict[str, Step] = {
     "memcheck": Step(90, SANITIZED, tool=f"{SANITIZER} memcheck"),
     # Variants, beside the same measurement of what is built by default.
     "as-built": Step(75, *(f"model.py headline --format {f}" for f in ("int8", "int4"))),
-    "int4-ring": variant("-DOCTAVO_INT4_RING=2", "model.py headline --format int4 --label ring-2"),
-    "int8-blocks": variant(
-        "-DOCTAVO_INT8_BLOCKS=3", "model.py headline --format int8 --label blocks-3"
+    "int4-ring": Step(
+        220, "model.py headline --format int4 --label ring-2", flags="-DOCTAVO_INT4_RING=2"
+    ),
+    "int8-blocks": Step(
+        220, "model.py headline --format int8 --label blocks-3", flags="-DOCTAVO_INT8_BLOCKS=3"
     ),
     "tiles-apart": Step(
         75,
@@ -157,10 +168,12 @@ class Lease:
         self._log(f"==== {name} ({left:.0f} s left)\n")
         status = "ok"
         environment = self._environment | step.environment
-        for arguments in step.commands:
-            if arguments[0] == "--build-variant" and not self._emulate:
-                environment["PYTHONPATH"] = self._python_path(VARIANT / "python")
-            status = self._commands(step, arguments, environment, end)
+        if step.flags and not self._emulate:
+            environment["PYTHONPATH"] = self._python_path(VARIANT / "python")
+        commands = self._commands(step)
+        status = "skipped" if commands is None else "ok"
+        for command in commands or ():
+            status = self._command(command, environment, end)
             if status != "ok":
                 break
         self._log(f"==== {name}: {status} after {time.monotonic() - start:.1f} s\n")
@@ -170,32 +183,21 @@ class Lease:
         else:
             self.failed.append(f"{name} ({status})")
 
-    def _commands(
-        self, step: Step, arguments: list[str], environment: dict[str, str], end: float
-    ) -> str:
-        python = [sys.executable, *arguments]
-        if arguments[0].endswith(".py"):
-            python[1] = str(Path(__file__).with_name(arguments[0]))
-        commands = [[*step.tool, *python]]
-        if arguments[0].startswith("--build"):
+    def _commands(self, step: Step) -> list[list[str]] | None:
+        """What to run, one after the other; None: the step's tool is not here."""
+        tool = step.tool
+        if tool and shutil.which(tool[0]) is None:
+            self._log(f"{tool[0]} is not here: run without it, for its Python\n")
+            if not self._emulate:
+                return None
+            tool = []
+        commands = [[*tool, *in_python(*command)] for command in step.commands]
+        if step.flags is not None:
             if self._emulate:
                 self._log("emulated: the installed module is taken as it is\n")
-                return "ok"
-            commands = build(ROOT / "build" / "gpu-build")
-            if arguments[0] == "--build-variant":
-                copy_python(VARIANT / "python")
-                module_folder = VARIANT / "python" / "octavo"
-                commands = build(VARIANT / "build", arguments[1], module_folder)
-        elif step.tool and shutil.which(step.tool[0]) is None:
-            self._log(f"{step.tool[0]} is not here: run without it, for its Python\n")
-            if not self._emulate:
-                return "skipped"
-            commands = [python]
-        for command in commands:
-            status = self._command(command, environment, end)
-            if status != "ok":
-                return status
-        return "ok"
+            else:
+                commands = build(step.flags) + commands
+        return commands
 
     def _command(self, command: list[str], environment: dict[str, str], end: float) -> str:
         """Runs it, in a process group of its own, which is killed when the time is over."""
@@ -233,13 +235,8 @@ class Lease:
 
     def table(self) -> None:
         """The table, printed and kept."""
-        shown = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("table.py"))],
-            cwd=ROOT,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-        )
+        command, environment = in_python("table.py"), self._environment
+        shown = subprocess.run(command, env=environment, capture_output=True, text=True)
         (OUT / "table.txt").write_text(shown.stdout)
         self._log("\n" + shown.stdout + shown.stderr)
         if shown.returncode:
@@ -265,10 +262,10 @@ def carried() -> list[str]:
     return [str(folder)]
 
 
-def copy_python(to: Path) -> None:
-    """octavo's Python files without a compiled module."""
-    shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(ROOT / "python", to, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+def in_python(first: str, *more: str) -> list[str]:
+    """A command of this Python; `first`: a file of this folder, or an option."""
+    path = str(Path(__file__).with_name(first)) if first.endswith(".py") else first
+    return [sys.executable, path, *more]
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ["write_gguf", "systems", "octavo_system", "llama_system", "vllm_system", "common"]
+    names = ["write_gguf", "systems", "octavo_system", "peers", "common"]
     names += ["compare_cpu", "cpu_report", "llama_quality"]
 
     def load_module(name: str) -> ModuleType:
@@ -83,7 +83,7 @@ def script(path: Path, text: str) -> Path:
 
 def test_llama_cpp_is_asked_and_understood(load, tmp_path: Path) -> None:
     """Scripts in its place."""
-    llama, systems = load("llama_system"), load("systems")
+    llama, systems = load("peers"), load("systems")
     bench = script(tmp_path / "llama-bench", PRETEND_BENCH)
     batched = script(tmp_path / "llama-batched-bench", PRETEND_BATCHED)
     side = llama.LlamaBinaries(bench, tmp_path / "m.gguf", 3)
@@ -102,7 +102,7 @@ def test_llama_cpp_is_asked_and_understood(load, tmp_path: Path) -> None:
 
 
 def test_llama_cpp_has_to_measure_what_was_asked(load) -> None:
-    llama = load("llama_system")
+    llama = load("peers")
     with pytest.raises(ValueError, match="reported 2 tests"):
         llama.only_test([{}, {}])
     with pytest.raises(ValueError, match="measured pl 3; expected 4"):
@@ -132,7 +132,7 @@ def test_vllm_is_asked_and_its_end_is_told(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     served = systems.Row("serve", 8, 3, 3)
     settings = (tmp_path, 1, "dummy", [served])
-    side = systems.Process("vllm_system.Vllm", *settings, True, python=Path(sys.executable))
+    side = systems.Process("peers.Vllm", *settings, True, python=Path(sys.executable))
     try:
         assert side.check(served) == {"version": "0.0"}
         assert 0 < side.run(served) <= served.tokens / 0.1
@@ -142,8 +142,8 @@ def test_vllm_is_asked_and_its_end_is_told(
     finally:
         side.close()
     (tmp_path / "vllm.py").write_text("raise ImportError('no kernels')")
-    with pytest.raises(RuntimeError, match=r"(?s)vllm_system.Vllm ended: .*no kernels"):
-        systems.Process("vllm_system.Vllm", *settings, False)
+    with pytest.raises(RuntimeError, match=r"(?s)peers.Vllm ended: .*no kernels"):
+        systems.Process("peers.Vllm", *settings, False)
 
 
 def test_openvino_is_asked(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_openvino_is_asked(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (converted / "converted.json").write_text('{"num_parameters": 77}')
     asked = [systems.Row("serve", 8, 3, 3), systems.Row("prefill", 4096, 1)]
     settings = (tmp_path / "m", tmp_path / "kept", "int8", 1, "dummy", asked)
-    side = systems.Process("openvino_system.OpenVino", *settings)
+    side = systems.Process("peers.OpenVino", *settings)
     try:
         assert side.check(asked[0]) == {"version": "0.0", "num_parameters": 77}
         assert 0 < side.run(asked[0]) <= asked[0].tokens / 0.1
@@ -308,6 +308,24 @@ def test_the_gguf_can_have_the_models_own_tokens(load, tmp_path: Path) -> None:
     assert all(tokens[number] == token for token, number in vocabulary["vocab"].items())
     assert metadata["tokenizer.ggml.pre"] == "smollm"
     assert len(metadata["tokenizer.ggml.merges"]) == len(vocabulary["merges"])
+
+
+def test_nobody_always_goes_first_and_ratios_are_of_pairs(load) -> None:
+    common = load("common")
+    assert common.in_turns("abc", 0) == common.in_turns("abc", 2) == ["a", "b", "c"]
+    assert common.in_turns({"a": 1, "b": 2}, 1) == ["b", "a"]
+    assert common.median_ratio([6.0, 8.0, 9.0], [3.0, 8.0, 1.0]) == 2.0
+    assert common.slug("NVIDIA H200 (80GB)") == "nvidia-h200-80gb"
+
+
+def test_what_a_row_counts(load) -> None:
+    row = load("systems").Row
+    assert [row("decode", 1, 7).tokens, row("prefill", 9, 1).tokens] == [7, 9]
+    serve = row("serve", 30, 9, 3)
+    assert (serve.tokens, serve.longest) == (117, 39)
+    assert serve.short == row("serve", 16, 4, 3)
+    assert [len(prompt) for prompt in serve.prompts()] == [30] * 3
+    assert row("decode", 1, 7).prompts() == [[10]]
 
 
 def test_what_was_asked_is_noted_without_this_machines_folders(load) -> None:

@@ -151,12 +151,8 @@ def bench(
         environment,
     )
     seconds, after = time.perf_counter() - started, resident_memory()
-    loading = Loading(
-        seconds,
-        loaded.runtime.memory()["kv_cache"],
-        before.now if before else None,
-        after.peak if after else None,
-    )
+    residents = before.now if before else None, after.peak if after else None
+    loading = Loading(seconds, loaded.runtime.memory()["kv_cache"], *residents)
     info = _native.build_info()
     options = loaded.options
     threads = options.num_threads or int(info["physical_cores"])
@@ -241,19 +237,12 @@ class Runner:
         seconds = self.time(case, repetitions)
         work = self.work(case)
         mean = statistics.fmean(seconds)
-        limit, percent = None, None
-        if self._peak is not None:
-            least, limit = least_seconds(work, self._peak)
-            percent = 100 * least / mean
-        return Row(
-            case=case,
-            gate=gate,
-            samples=tuple(case.tokens / s for s in seconds),
-            bytes_per_second=work.num_bytes / mean,
-            flops=work.num_operations / mean,
-            limit=limit,
-            percent_of_limit=percent,
-        )
+        samples = tuple(case.tokens / s for s in seconds)
+        row = Row(case, gate, samples, work.num_bytes / mean, work.num_operations / mean)
+        if self._peak is None:
+            return row
+        least, limit = least_seconds(work, self._peak)
+        return replace(row, limit=limit, percent_of_limit=100 * least / mean)
 
     def work(self, case: Case) -> Work:
         """The least that one run of a case reads and computes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -63,11 +64,10 @@ class Checkpoint(Mapping[str, Tensor]):
             for name, info in self.infos.items()
             if not name.endswith((".scale", ".zero"))
         )
-        counts: dict[TensorDType, int] = {
-            kind: sum(info.num_elements for info in self.infos.values() if info.dtype == kind)
-            for kind in ITEM_SIZE
-        }
-        most = max(counts, key=lambda kind: counts[kind])
+        counts: Counter[str] = Counter()
+        for info in self.infos.values():
+            counts[info.dtype] += info.num_elements
+        most = max(ITEM_SIZE, key=lambda kind: counts[kind])
         self.dtype: TensorDType = most if dtype is None else dtype
 
     def __getitem__(self, name: str) -> Tensor:
@@ -85,10 +85,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def bytes_by_dtype(self) -> dict[str, int]:
         """Bytes as stored, by format, largest first."""
-        sizes: dict[str, int] = {}
+        sizes: Counter[str] = Counter()
         for info in self.infos.values():
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
-        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+            sizes[info.dtype] += info.num_bytes
+        return dict(sizes.most_common())
 
     def checked_items(self) -> Iterator[tuple[str, Tensor]]:
         """All weights in order, for a loader; warns of those that hold a NaN or an infinity.

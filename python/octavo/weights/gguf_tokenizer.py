@@ -161,14 +161,14 @@ def _add_tokens(tokenizer: Any, tokens: list[str], kinds: list[Any]) -> list[int
     """
     from tokenizers import AddedToken
 
-    special = [i for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)]
-    plain = [i for i, kind in enumerate(kinds) if kind == _USER_DEFINED]
-    # One list in the order of the ids: tokenizer.json lists added tokens by id.
-    for index in sorted(special + plain):
-        added = AddedToken(tokens[index], special=kinds[index] != _USER_DEFINED, normalized=False)
-        if kinds[index] == _USER_DEFINED:
-            tokenizer.add_tokens([added])
-        else:
+    special = []
+    # In the order of the ids: tokenizer.json lists added tokens by id.
+    for index, kind in enumerate(kinds):
+        if kind == _USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(tokens[index], special=False, normalized=False)])
+        elif kind in (_UNKNOWN, _CONTROL):
+            special.append(index)
+            added = AddedToken(tokens[index], special=True, normalized=False)
             tokenizer.add_special_tokens([added])
     return special
 
@@ -178,10 +178,9 @@ def _add_bos_and_eos(tokenizer: Any, metadata: Mapping[str, Any], tokens: list[s
     from tokenizers import processors
 
     # As in llama.cpp where the file does not say: Llama 2 and 3 get a begin token.
-    usual = metadata.get("tokenizer.ggml.model") == "llama"
-    if not usual:
-        splitting = SPLITTINGS.get(str(metadata.get("tokenizer.ggml.pre")))
-        usual = splitting is not None and splitting.begins
+    splitting = SPLITTINGS.get(str(metadata.get("tokenizer.ggml.pre")))
+    by_name = splitting is not None and splitting.begins
+    usual = by_name or metadata.get("tokenizer.ggml.model") == "llama"
     ends = {"bos": _flag(metadata, "add_bos_token", usual)}
     ends["eos"] = _flag(metadata, "add_eos_token", False)
     names = {end: _special_token(metadata, end, tokens) for end, wanted in ends.items() if wanted}
@@ -205,17 +204,10 @@ def _add_bos_and_eos(tokenizer: Any, metadata: Mapping[str, Any], tokens: list[s
 def _tokenizer_config(
     metadata: Mapping[str, Any], tokens: list[str], special: list[int], context_length: int
 ) -> dict[str, Any]:
+    plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     config: dict[str, Any] = {
         "added_tokens_decoder": {
-            str(index): {
-                "content": tokens[index],
-                "lstrip": False,
-                "normalized": False,
-                "rstrip": False,
-                "single_word": False,
-                "special": True,
-            }
-            for index in special
+            str(index): {"content": tokens[index], **plain, "special": True} for index in special
         },
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,

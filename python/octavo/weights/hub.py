@@ -115,7 +115,8 @@ def pull(
     source = _gguf_source(Path(target), dtype) if is_file else {"source": target}
     # Checked before anything is written, even the lock: a shared cache may be read-only.
     if force or not _is_there(final, source, revision):
-        _make_directory(final.parent)
+        with _making(final.parent):
+            final.parent.mkdir(parents=True, exist_ok=True)
         with _locked(final, progress):
             # Checked again: another octavo may have fetched it before the lock was free.
             if force or not _is_there(final, source, revision):
@@ -234,9 +235,8 @@ def _is_there(final: Path, source: dict[str, str], revision: str | None) -> bool
     try:
         manifest = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        manifest = {}
-    if not isinstance(manifest, dict):
-        manifest = {}
+        manifest = None
+    manifest = manifest if isinstance(manifest, dict) else {}
     if "sha256" in source and any(manifest.get(key) != source[key] for key in source):
         raise InvalidArgumentError(
             f"{final} holds a model made from another file ({manifest.get('source', 'unknown')}) "
@@ -256,18 +256,15 @@ def _is_there(final: Path, source: dict[str, str], revision: str | None) -> bool
     return True
 
 
-def _make_directory(path: Path) -> None:
+@contextmanager
+def _making(path: Path) -> Iterator[None]:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise _not_made(path, error) from error
-
-
-def _not_made(path: Path, error: OSError) -> DownloadError:
-    reason = error.strerror or error
-    return DownloadError(
-        f"{path} cannot be made: {reason}. Set OCTAVO_HOME to a folder of your own"
-    )
+        raise DownloadError(
+            f"{path} cannot be made: {error.strerror or error}. Set OCTAVO_HOME to a folder of "
+            "your own"
+        ) from error
 
 
 @contextmanager
@@ -279,10 +276,8 @@ def _locked(final: Path, progress: Progress) -> Iterator[None]:
         yield
         return
     path = final.with_name(f".{final.name}.lock")
-    try:
+    with _making(path):
         opened = path.open("w")
-    except OSError as error:
-        raise _not_made(path, error) from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
