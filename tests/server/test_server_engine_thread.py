@@ -265,6 +265,24 @@ def test_a_model_that_cannot_be_loaded() -> None:
     run(test)
 
 
+def test_a_call_that_waits_when_the_loop_ends(llm: LLM) -> None:
+    def end_the_thread(_: int) -> Any:
+        time.sleep(0.2)
+        raise SystemExit
+
+    async def test() -> None:
+        thread = await started(llm)
+        runtime_of(llm).wait = end_the_thread  # type: ignore[method-assign]
+        stream = thread.submit(request("a"))
+        await asyncio.sleep(0.05)
+        with pytest.raises(EngineStepError, match="SystemExit"):
+            await asyncio.wait_for(thread.call(lambda _: None), 10)
+        with pytest.raises(EngineStepError, match="SystemExit"):
+            await stream.wait()
+
+    run(test)
+
+
 def test_call_raises_what_its_function_raises(llm: LLM) -> None:
     def fail(_: LLM) -> None:
         raise KeyError("x")

@@ -137,10 +137,10 @@ async def _answer(
     head: Head,
     answer_format: Format,
 ) -> Response:
-    names = [head.response_id]
-    if len(work) > 1:
-        names = [f"{head.response_id}-{index}" for index in range(len(work))]
-    streams = [service.submit(name, *one, body) for name, one in zip(names, work, strict=True)]
+    streams = []
+    for index, one in enumerate(work):
+        suffix = f"-{index}" if len(work) > 1 else ""
+        streams.append(service.submit(head.response_id + suffix, *one, body))
     notes = request.state.notes
     notes["id"] = head.response_id
     try:

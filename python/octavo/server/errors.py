@@ -44,7 +44,7 @@ _FIELD = re.compile(
 _NO_FIELDS = frozenset({"the", "this", "an", "a", "token"})
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ApiError(Exception):
     """What a client gets instead of an answer.
 

@@ -152,10 +152,9 @@ class ResponseWriter:
         reasons = {str(output.finish_reason) for r in results for output in r.outputs}
         if reasons:
             notes["finish_reason"] = ",".join(sorted(reasons))
-        firsts = [r.metrics.time_to_first_token for r in results]
-        known = [seconds for seconds in firsts if seconds is not None]
-        if known:
-            notes["ttft_s"] = round(min(known), 4)
+        firsts = [s for r in results if (s := r.metrics.time_to_first_token) is not None]
+        if firsts:
+            notes["ttft_s"] = round(min(firsts), 4)
 
 
 class EventStream(StreamingResponse):

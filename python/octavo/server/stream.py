@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput
@@ -128,8 +128,8 @@ class StepStats:
     """
 
     engine: EngineStats
-    num_tokens: int = 0
-    preemptions: Counter[str] = field(default_factory=Counter)
+    num_tokens: int
+    preemptions: Counter[str]
 
 
 class StatsReader:
@@ -141,13 +141,8 @@ class StatsReader:
 
     def read(self) -> StepStats:
         """What has happened since the last call."""
-        num_tokens = 0
-        preemptions: Counter[str] = Counter()
         events = self._engine.events.since(self._next_event)
         self._next_event = self._engine.events.num_recorded
-        for _, kind, _, *values in events:
-            if kind == "step":
-                num_tokens += values[2]
-            elif kind == "preempted":
-                preemptions[values[0]] += 1
-        return StepStats(self._engine.stats(), num_tokens, preemptions)
+        num_tokens = sum(values[2] for _, kind, _, *values in events if kind == "step")
+        reasons = (values[0] for _, kind, _, *values in events if kind == "preempted")
+        return StepStats(self._engine.stats(), num_tokens, Counter(reasons))
