@@ -18,8 +18,7 @@ from octavo.llm import LLM
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
-from octavo.server.step_stats import StepStats
-from octavo.server.stream import EngineRequest
+from octavo.server.stream import EngineRequest, StepStats
 
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -14,7 +14,7 @@ from server_helpers import error_of, fake_llm, listening, run, serving, slow_dow
 
 import octavo
 from octavo.engine.events import WAITING_REASONS
-from octavo.server.live import BLANK, FIRST_OWNER, SHARED
+from octavo.server.pages import BLANK, FIRST_OWNER, SHARED
 
 STATIC = Path(octavo.__file__).parent / "server" / "static"
 
