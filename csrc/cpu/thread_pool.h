@@ -102,7 +102,7 @@ class ThreadPool {
   using Function = void (*)(void* context, int thread);
   class Wait;
 
-  struct alignas(64) Thread {            // on cache lines of its own
+  struct alignas(64) Thread {            // each on separate cache lines
     std::atomic<std::int64_t> next{0};   // the next index of the share that belongs to the core
     std::atomic<int> core{0};            // its own: an index of processors_
     std::atomic<int> id{0};              // the system's; 0 until it is bound

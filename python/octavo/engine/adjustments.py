@@ -15,7 +15,7 @@ Float32 = NDArray[np.float32]
 
 
 class LogitAdjustments(NamedTuple):
-    """What `Runtime.sample` takes; `octavo.reference.sampling.adjust_logits` says what it means."""
+    """Arguments of `Runtime.sample`; `octavo.reference.sampling.adjust_logits` defines them."""
 
     row_starts: Int32
     token_ids: Int32

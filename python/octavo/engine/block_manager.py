@@ -206,7 +206,7 @@ class BlockManager:
     def free(self, key: Hashable, *, keep_cached: bool = True) -> None:
         """Take all blocks of the sequence back; IntegrityError when it holds none.
 
-        keep_cached: what was published can still be found by others, until it is evicted.
+        keep_cached: published blocks can still be found by others, until they are evicted.
         """
         if key not in self._tables:
             raise IntegrityError(f"sequence {key!r} was freed, but it holds no blocks")

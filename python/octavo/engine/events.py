@@ -30,10 +30,10 @@ _WHAT = "the event log"
 FIELDS: dict[str, tuple[str, ...]] = {
     # A request came. blocks: names of its prompt's full blocks (numbers once written to a file).
     "arrived": ("num_prompt_tokens", "max_tokens", "n", "priority", "timeout", "blocks"),
-    # A request was turned away: the queue was full.
+    # A request was refused: the queue was full.
     "refused": ("num_prompt_tokens", "num_waiting_requests", "num_waiting_tokens"),
-    # The first in the queue still waits. reason: see WAITING_REASONS; for kv_blocks how many it
-    # needs and how many it may have; num_waiting: the length of the queue.
+    # The first in the queue still waits. reason: see WAITING_REASONS; for kv_blocks how many blocks
+    # it needs and how many it may have; num_waiting: the length of the queue.
     "waited": ("reason", "num_needed", "num_available", "num_waiting"),
     # A sequence got its blocks; num_cached of its tokens were in the cache (or of another answer).
     "admitted": ("num_tokens", "num_cached_tokens", "num_running", "num_free_blocks"),
@@ -138,7 +138,7 @@ class EventLogFile:
             self._file.flush()
 
     def close(self) -> None:
-        """Write what is new, and close the file; harmless when it is closed."""
+        """Write the new events and close the file; harmless when it is closed."""
         if not self._file.closed:
             try:
                 self.flush()

@@ -131,7 +131,7 @@ class SharedEngine:
         self._numbers = itertools.count()
         self._open: dict[str, tuple[Call, Any]] = {}  # call and key by request id
         self._commands: deque[Callable[[], None]] = deque()
-        self._waiting: dict[Call, None] = {}  # whose threads sleep, or are about to
+        self._waiting: dict[Call, None] = {}  # calls whose threads sleep, or are about to
         self._lead = threading.Lock()
         self._leader: int | None = None  # the thread that has it
 
@@ -339,7 +339,7 @@ class SharedIterator(Generator[T, None, None]):
             return self._generator.throw(*error)
 
     def close(self) -> None:
-        """End the call, and so what is unfinished of it."""
+        """End the call and abort its unfinished requests."""
         self._call.end()
         if self._reading.acquire(blocking=False):  # else the reading thread sees that it ended
             try:

@@ -18,7 +18,7 @@ from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 Op = Literal[
     "embed", "norm", "add_norm", "linear", "rope_and_store", "attention", "gated_activation"
 ]
-# The matrices whose outputs go to the residual stream, by their taps; their inputs are divided.
+# The matrices whose outputs go to the residual stream, by their taps; devices divide their inputs.
 _RESIDUAL_MATRICES = {"attn_out": "o", "mlp_out": "down"}
 
 
