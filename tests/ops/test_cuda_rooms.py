@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 BELOW = {
     "device": [],
     "layout": ["device"],
