@@ -165,7 +165,7 @@ def test_the_last_token_needs_no_place_in_the_cache() -> None:
 def test_finishing_twice_is_found() -> None:
     scheduler = make_scheduler()
     sequence = add(scheduler, "a", 3)
-    assert scheduler.has_unfinished
+    assert scheduler.num_waiting == 1
     scheduler.finish(sequence, "abort")  # while waiting
     assert scheduler.num_waiting == scheduler.num_running == 0
     with pytest.raises(IntegrityError, match="finished twice"):
