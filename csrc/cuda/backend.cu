@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cuda/devices.h"
+#include "cuda/products/cublas.h"
 
 namespace octavo::cuda {
 
@@ -30,7 +30,7 @@ CudaBackend::CudaBackend(const BackendOptions& options)
       linear_workspace_(stream_),
       attention_workspace_(stream_),
       sampling_workspace_(stream_),
-      copy_workspace_(stream_) {
+      pack_workspace_(stream_) {
   if (!options.deterministic) cublas_ = CublasLt::open(stream_);
   for (cudaEvent_t& event : events_)
     check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
@@ -94,9 +94,9 @@ void CudaBackend::upload_async(void* device, const HostBuffer& host, std::size_t
         "copying to the device");
 }
 
-void CudaBackend::download_async(unsigned char* host, const void* device, std::size_t bytes) {
+void CudaBackend::download_async(const HostBuffer& host, const void* device, std::size_t bytes) {
   ++num_downloads_;
-  check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
+  check(cudaMemcpyAsync(host.data(), device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
         "copying from the device");
 }
 
@@ -123,9 +123,9 @@ void CudaBackend::prepare(const ModelSpec& spec, const StepLimits& limits) {
   const std::int64_t seqs = padded_seqs(limits.max_num_seqs);
   const StepLimits padded{seqs, std::max(limits.max_num_batched_tokens, seqs),
                           limits.max_model_len};
-  linear_workspace_.get(linear_workspace_bytes(spec, padded, tile_rows_));
-  attention_workspace_.get(attention_workspace_bytes(stream_, spec, padded));
-  sampling_workspace_.get(sampling_workspace_bytes(spec.vocab_size, padded.max_num_batched_tokens));
+  linear_workspace_.get(linear_workspace_bytes(spec, padded));
+  attention_workspace_.get(attention_workspace_bytes(spec, padded));
+  sampling_workspace_.get(sampling_workspace_bytes(padded.max_num_batched_tokens));
 }
 
 std::int64_t CudaBackend::growths() const {
@@ -176,92 +176,6 @@ std::vector<std::string> CudaBackend::unsupported(const ModelSpec& spec,
     }
   }
   return problems;
-}
-
-// ---- packing and the ops ----
-
-Linear CudaBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
-                                const WeightFormat& format, bool with_bias) {
-  return cuda::make_linear(*this, outputs, inputs, format, with_bias);
-}
-
-void CudaBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) {
-  cuda::pack_rows(stream_, linear, first_row, rows, copy_workspace_);
-}
-
-void CudaBackend::pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
-                              const float* scales) {
-  cuda::pack_scales(stream_, linear, first_row, rows, scales);
-}
-
-void CudaBackend::pack_zeros(Linear& linear, std::int64_t first_row, std::int64_t rows,
-                             const float* zeros) {
-  cuda::pack_zeros(stream_, linear, first_row, rows, zeros);
-}
-
-void CudaBackend::read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
-                          std::vector<float>& values) {
-  cuda::read_kv(stream_, kv, num_slots, keys, values);
-}
-
-std::int64_t CudaBackend::kv_block_bytes(const LayerSpec& layer, DType dtype,
-                                         std::int64_t block_size) const {
-  return cuda::kv_block_bytes(layer, dtype, block_size);
-}
-
-void CudaBackend::embed(View out, const Linear& table, const Linear* positions, const Step& step) {
-  cuda::embed(stream_, out, table, positions, step);
-}
-
-void CudaBackend::norm(View out, View x, const Norm& norm) { cuda::norm(stream_, out, x, norm); }
-
-void CudaBackend::add_norm(View out, View residual, View x, const Norm& norm) {
-  cuda::add_norm(stream_, out, residual, x, norm);
-}
-
-void CudaBackend::linear(View out, View x, const Linear& weight) {
-  cuda::linear({stream_, linear_workspace_, cublas_.get(), tile_rows_}, out, x, weight);
-}
-
-void CudaBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
-                                 const Step& step) {
-  cuda::rope_and_store(stream_, qkv, rope, layer, kv, step);
-}
-
-void CudaBackend::attention(View out, View q, const LayerSpec& layer, float scale,
-                            const KvLayer& kv, const Step& step) {
-  cuda::attention(stream_, out, q, layer, scale, kv, step, attention_workspace_);
-}
-
-void CudaBackend::gated_activation(View out, View x, Activation activation, bool gated) {
-  cuda::gated_activation(stream_, out, x, activation, gated);
-}
-
-bool CudaBackend::normed_linear(View out, const NormedInput& x, const Linear& weight) {
-  return cuda::normed_linear(stream_, options_.dtype, out, x, weight);
-}
-
-bool CudaBackend::decode_layer(const LayerWork& work) {
-  return cuda::decode_layer(stream_, work, attention_workspace_);
-}
-
-void CudaBackend::take_rows(View out, View x, const std::int32_t* rows) {
-  cuda::take_rows(stream_, out, x, rows);
-}
-
-void CudaBackend::adjust_logits(View out, View logits, const LogitAdjustments& adjustments) {
-  cuda::adjust_logits(stream_, out, logits, adjustments);
-}
-
-void CudaBackend::sample(const Samples& out, View logits, const std::int32_t* masks,
-                         const Step& step) {
-  cuda::sample(stream_, out, logits, masks, step, sampling_workspace_);
-}
-
-void CudaBackend::log_softmax(View out, View logits) { cuda::log_softmax(stream_, out, logits); }
-
-void CudaBackend::copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) {
-  cuda::copy_blocks(stream_, kv, pairs, num_pairs, copy_workspace_);
 }
 
 }  // namespace octavo::cuda

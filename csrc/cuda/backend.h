@@ -1,4 +1,8 @@
-// The CUDA backend: every op of core/backend.h as kernels on one stream of one device.
+// The CUDA backend: every op of core/backend.h as kernels on one stream of one device. backend.cu
+// has memory and recorded steps; the rooms have the ops: each queues its kernels and returns.
+//
+// A step may be padded: sequences with context_lens 0 and tokens with slot -1, whose rows hold
+// numbers of no meaning but must be read and written without harm.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,12 +12,22 @@
 
 #include "core/backend.h"
 #include "cuda/device/graphs.h"
-#include "cuda/device/measure.h"
-#include "cuda/device/stream.h"
-#include "cuda/kernels.h"
-#include "cuda/products/cublas.h"
+#include "cuda/device/memory.h"
 
 namespace octavo::cuda {
+
+class CublasLt;  // products/cublas.h
+
+// Products of up to so many rows use octavo's own tiles; of more, cuBLASLt, where it is available.
+// OCTAVO_TILES_ROWS and OCTAVO_QUANTIZED_TILES_ROWS set other limits, for measuring.
+struct TileRows {
+  std::int64_t plain = 8, quantized = 128;
+
+  static TileRows read_environment();
+  std::int64_t of(const WeightFormat& format) const {
+    return format.is_quantized() ? quantized : plain;
+  }
+};
 
 class CudaBackend : public Backend {
  public:
@@ -29,7 +43,7 @@ class CudaBackend : public Backend {
   void* allocate_host(std::size_t bytes) override;
   void release_host(void* data) noexcept override;
   void upload_async(void* device, const HostBuffer& host, std::size_t bytes) override;
-  void download_async(unsigned char* host, const void* device, std::size_t bytes) override;
+  void download_async(const HostBuffer& host, const void* device, std::size_t bytes) override;
   void record_event(int index) override;
   void wait_event(int index) override;
 
@@ -73,23 +87,25 @@ class CudaBackend : public Backend {
   void forget_recorded() override;
   WorkCounts counts() const override;
   void sync() override { stream_.sync(); }
-  double seconds_of(const std::function<void()>& work) override {
-    return cuda::seconds_of(stream_, work);
-  }
-  double measure_bandwidth(double seconds, double num_bytes) override {
-    return cuda::measure_bandwidth(stream_, seconds, num_bytes);
-  }
-  double measure_flops(double seconds) override { return cuda::measure_flops(stream_, seconds); }
+  double seconds_of(const std::function<void()>& work) override;
+  double measure_bandwidth(double seconds, double num_bytes) override;
+  double measure_flops(double seconds) override;
 
  private:
   // Sum of the growths of all workspaces: recorded graphs hold their addresses.
   std::int64_t growths() const;
 
+  // For the largest step of a model; the first two have counters in front, which stay zero between
+  // steps.
+  std::size_t attention_workspace_bytes(const ModelSpec& spec, const StepLimits& limits) const;
+  std::size_t linear_workspace_bytes(const ModelSpec& spec, const StepLimits& limits) const;
+  static std::size_t sampling_workspace_bytes(std::int64_t max_num_rows);
+
   BackendOptions options_;
   Stream stream_;
-  Workspace linear_workspace_, attention_workspace_, sampling_workspace_, copy_workspace_;
+  Workspace linear_workspace_, attention_workspace_, sampling_workspace_, pack_workspace_;
   const TileRows tile_rows_ = TileRows::read_environment();
-  std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is not there
+  std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is missing
   cudaEvent_t events_[2] = {};
   Graphs graphs_;
   std::int64_t num_uploads_ = 0, num_downloads_ = 0;

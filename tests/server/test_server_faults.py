@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 import time
 from pathlib import Path
@@ -346,6 +347,9 @@ def test_metrics_have_vllms_names(llm: LLM) -> None:
                 f"vllm:num_preemptions_total{{{labels}}} 0.0",
             ):
                 assert line in text, line
+            # vLLM's buckets, so that its dashboards show the same.
+            ends = re.findall(r'iteration_tokens_total_bucket\{.*le="([0-9.]+)"', text)
+            assert [float(end) for end in ends] == [1.0, *(2.0**n for n in range(3, 15))]
             assert "# TYPE vllm:kv_cache_usage_perc gauge" in text
             assert 'vllm:cache_config_info{block_size="4"' in text
 

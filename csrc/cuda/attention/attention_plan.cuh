@@ -1,4 +1,4 @@
-// How the decode kernel is asked.
+// How the attention kernels on tensor cores are called.
 #pragma once
 
 #include "cuda/attention/attention.cuh"

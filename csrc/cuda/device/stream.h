@@ -10,7 +10,7 @@
 
 namespace octavo::cuda {
 
-// The device failed: the message names what was tried and what it answered.
+// The device failed: the message names what was tried and the device's error.
 class DeviceError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

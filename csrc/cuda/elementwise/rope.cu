@@ -1,8 +1,8 @@
 // Rotary position embedding of q and k, and storing k and v in the paged cache.
 
+#include "cuda/backend.h"
 #include "cuda/device/launch.cuh"
 #include "cuda/elementwise/rope.cuh"
-#include "cuda/kernels.h"
 
 namespace octavo::cuda {
 
@@ -218,10 +218,10 @@ bool can_be_wide(View qkv, const RopeArguments& a) {
 
 }  // namespace
 
-void rope_and_store(Stream& stream, View qkv, const Rope* rope, const LayerSpec& layer,
-                    const KvLayer& kv, const Step& step) {
-  require(qkv.cols == layer.q_size() + 2 * layer.kv_size(), "qkv has ", qkv.cols,
-          " columns; expected ", layer.q_size() + 2 * layer.kv_size());
+void CudaBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
+                                 const Step& step) {
+  require(qkv.cols == layer.qkv_size(), "qkv has ", qkv.cols, " columns; expected ",
+          layer.qkv_size());
   require(!rope || layer.head_dim % 2 == 0, "head_dim is ", layer.head_dim,
           "; only an even one can be rotated");
   if (step.num_tokens == 0) return;
@@ -232,7 +232,7 @@ void rope_and_store(Stream& stream, View qkv, const Rope* rope, const LayerSpec&
     const LaunchShape wide{
         dim3(static_cast<unsigned>(step.num_tokens), (pieces + kWideThreads - 1) / kWideThreads),
         dim3(kWideThreads), 0, true};
-    return launch(stream, "rope_and_store", wide,
+    return launch(stream_, "rope_and_store", wide,
                   qkv.dtype == DType::bf16 ? rope_and_store_wide_kernel<Bf16>
                                            : rope_and_store_wide_kernel<F16>,
                   a);
@@ -242,11 +242,11 @@ void rope_and_store(Stream& stream, View qkv, const Rope* rope, const LayerSpec&
       dim3(kWarp * kHeadsPerBlock), 0, true};
   switch (qkv.dtype) {
     case DType::f32:
-      return launch(stream, "rope_and_store", shape, rope_and_store_kernel<float>, a);
+      return launch(stream_, "rope_and_store", shape, rope_and_store_kernel<float>, a);
     case DType::bf16:
-      return launch(stream, "rope_and_store", shape, rope_and_store_kernel<Bf16>, a);
+      return launch(stream_, "rope_and_store", shape, rope_and_store_kernel<Bf16>, a);
     case DType::f16:
-      return launch(stream, "rope_and_store", shape, rope_and_store_kernel<F16>, a);
+      return launch(stream_, "rope_and_store", shape, rope_and_store_kernel<F16>, a);
     default:
       throw std::invalid_argument(text("qkv is ", name(qkv.dtype), "; expected f32, bf16 or f16"));
   }

@@ -1,6 +1,6 @@
 // Biases and penalties of single logits. reference/sampling.py defines them.
+#include "cuda/backend.h"
 #include "cuda/elementwise/elementwise.cuh"
-#include "cuda/kernels.h"
 
 namespace octavo::cuda {
 
@@ -36,17 +36,17 @@ __global__ void adjust(float* logits, std::int64_t stride, LogitAdjustments a) {
 
 }  // namespace
 
-void adjust_logits(Stream& stream, View out, View logits, const LogitAdjustments& adjustments) {
+void CudaBackend::adjust_logits(View out, View logits, const LogitAdjustments& adjustments) {
   if (out.rows == 0 || out.cols == 0) return;
   const auto rows = static_cast<unsigned>(out.rows);
   const auto vocab = static_cast<int>(out.cols);
   if (out.data != logits.data) {
     const unsigned blocks = blocks_of(out.cols, 8 * kThreads);
-    launch(stream, "copy_logits", {{blocks, rows}, {kThreads}, 0, true}, copy_logits,
+    launch(stream_, "copy_logits", {{blocks, rows}, {kThreads}, 0, true}, copy_logits,
            static_cast<float*>(out.data), out.stride, static_cast<const float*>(logits.data),
            logits.stride, vocab);
   }
-  launch(stream, "adjust", {{rows}, {kThreads}, 0, true}, adjust, static_cast<float*>(out.data),
+  launch(stream_, "adjust", {{rows}, {kThreads}, 0, true}, adjust, static_cast<float*>(out.data),
          out.stride, adjustments);
 }
 

@@ -1,6 +1,6 @@
 // Log-probabilities of whole rows, for evaluation.
+#include "cuda/backend.h"
 #include "cuda/elementwise/elementwise.cuh"
-#include "cuda/kernels.h"
 #include "cuda/sampling/exact_math.cuh"
 
 namespace octavo::cuda {
@@ -50,13 +50,13 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void log_softmax(Stream& stream, View out, View logits) {
+void CudaBackend::log_softmax(View out, View logits) {
   require_shape("log_softmax", logits, out.rows, out.cols);
   require_f32("log_softmax", out);
   require_f32("log_softmax", logits);
   if (out.rows == 0 || out.cols == 0) return;
   const std::size_t shared = kMostWarps * (sizeof(Wide) + sizeof(float));
-  launch(stream, "log_softmax_rows", {{static_cast<unsigned>(out.rows)}, {kThreads}, shared, true},
+  launch(stream_, "log_softmax_rows", {{static_cast<unsigned>(out.rows)}, {kThreads}, shared, true},
          log_softmax_rows, static_cast<float*>(out.data), static_cast<const float*>(logits.data),
          out.stride, logits.stride, out.cols, fours_aligned(out) && fours_aligned(logits));
 }

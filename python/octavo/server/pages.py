@@ -96,7 +96,7 @@ def block_map(engine: Engine) -> tuple[bytes, dict[str, list[int]]]:
 
     To be called in the engine's thread.
     """
-    pool = engine.blocks.pool
+    pool = engine.blocks.pools[0]
     states = bytearray(
         CACHED if pool.is_published(block) else BLANK for block in range(pool.num_blocks)
     )

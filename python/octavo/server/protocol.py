@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from octavo.engine.checks import MAX_PRIORITY
+from octavo.engine.admission import MAX_PRIORITY
 from octavo.sampling_params import MAX_LOGPROBS, SamplingParams
 from octavo.server.errors import bad_request
 from octavo.server.fields import check_extra_fields, unknown_fields
