@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from octavo.engine.events import WAITING_REASONS, EventLog
 from octavo.errors import InvalidArgumentError
 from octavo.server.errors import ApiError
 from octavo.server.service import Service
-from octavo.server.stream import ResultStream, StepStats
+from octavo.server.stream import ResultStream
 from octavo.trace.explain import explain
 from octavo.trace.log_file import log_of
 
@@ -112,19 +111,10 @@ def block_map(engine: Engine) -> tuple[bytes, dict[str, list[int]]]:
 
 
 class LiveView:
-    """Remembers the last steps of a service, and describes its engine when asked."""
+    """Describes the engine of a service as it is now."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._steps: deque[tuple[float, int, int]] = deque(maxlen=4096)
-        self._num_drawn = 0
-        service.observers.append(self._observe_step)
-
-    def _observe_step(self, stats: StepStats) -> None:
-        """After every step."""
-        drawn = stats.engine.num_sampled_tokens
-        self._steps.append((time.monotonic(), stats.num_tokens, drawn - self._num_drawn))
-        self._num_drawn = drawn
 
     async def describe(self) -> dict[str, Any]:
         """Everything the page shows, as JSON has it."""
@@ -169,7 +159,7 @@ class LiveView:
 
     def _speed(self) -> dict[str, Any]:
         now = time.monotonic()
-        recent = [step for step in self._steps if now - step[0] <= _WINDOW]
+        recent = [step for step in self._service.recent_steps if now - step[0] <= _WINDOW]
         metrics = self._service.metrics
         firsts = list(metrics.recent_ttft) if metrics is not None else []
         return {

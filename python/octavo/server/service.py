@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -37,8 +38,9 @@ class Service:
         self.phase: Phase = "loading"
         self.started = time.time()
         self.stats: StepStats | None = None
-        # Called after every step, in the loop of the server.
-        self.observers: list[Callable[[StepStats], None]] = []
+        # Of the last steps: when each ended, the tokens it computed, the tokens it sampled.
+        self.recent_steps: deque[tuple[float, int, int]] = deque(maxlen=4096)
+        self._num_sampled = 0
         self.metrics: Metrics | None = None
         self.tool_format: ToolFormat | None = None
         self._model: LoadedModel | None = None
@@ -57,7 +59,6 @@ class Service:
             raise
         self._model = model
         self.metrics = Metrics(self.name, model.engine)
-        self.observers.append(self.metrics.observe_step)
         parser = self.options.tool_parser
         if parser == "auto":
             template = model.chat_template
@@ -156,5 +157,9 @@ class Service:
 
     def _on_step(self, stats: StepStats) -> None:
         self.stats = stats
-        for observe in self.observers:
-            observe(stats)
+        sampled = stats.engine.num_sampled_tokens
+        step = (time.monotonic(), stats.num_tokens, sampled - self._num_sampled)
+        self.recent_steps.append(step)
+        self._num_sampled = sampled
+        if self.metrics is not None:
+            self.metrics.observe_step(stats)
