@@ -152,9 +152,10 @@ class Process:
             self._process.stdin.flush()
             return pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError) as error:
-            self._process.wait(30)
+            status = self._process.wait(30)
             self._log.seek(0)
-            raise RuntimeError(f"{self._system} ended: {self._log.read()[-1500:]}") from error
+            told = self._log.read()[-1500:]
+            raise RuntimeError(f"{self._system} ended ({status}): {told}") from error
 
     def close(self) -> None:
         """End the process."""

@@ -142,7 +142,7 @@ def test_vllm_is_asked_and_its_end_is_told(
     finally:
         side.close()
     (tmp_path / "vllm.py").write_text("raise ImportError('no kernels')")
-    with pytest.raises(RuntimeError, match=r"(?s)peers.Vllm ended: .*no kernels"):
+    with pytest.raises(RuntimeError, match=r"(?s)peers.Vllm ended \(1\): .*no kernels"):
         systems.Process("peers.Vllm", *settings, False)
 
 
