@@ -125,7 +125,7 @@ void CudaBackend::prepare(const ModelSpec& spec, const StepLimits& limits) {
                           limits.max_model_len};
   linear_workspace_.get(linear_workspace_bytes(spec, padded, tile_rows_));
   attention_workspace_.get(attention_workspace_bytes(stream_, spec, padded));
-  sampling_workspace_.get(sampling_workspace_bytes(spec.vocab_size, padded.max_num_batched_tokens));
+  sampling_workspace_.get(sampling_workspace_bytes(padded.max_num_batched_tokens));
 }
 
 std::int64_t CudaBackend::growths() const {
@@ -146,11 +146,8 @@ void CudaBackend::forget_recorded() {
 }
 
 WorkCounts CudaBackend::counts() const {
-  WorkCounts counts;
+  WorkCounts counts = graphs_.counts();
   counts.kernels = stream_.num_launched();
-  counts.recorded = graphs_.num_recorded();
-  counts.replayed = graphs_.num_replayed();
-  counts.forgotten = graphs_.num_forgotten();
   counts.uploads = num_uploads_;
   counts.downloads = num_downloads_;
   return counts;
@@ -160,108 +157,19 @@ std::vector<std::string> CudaBackend::unsupported(const ModelSpec& spec,
                                                   const RuntimeOptions& options) const {
   std::vector<std::string> problems;
   for (const LayerSpec& layer : spec.layers) {
-    if (layer.head_dim > 256) {
-      problems.push_back(text("head_dim is ", layer.head_dim,
-                              "; the attention kernels take up to "
-                              "256"));
-      break;
-    }
+    if (layer.head_dim <= 256) continue;
+    problems.push_back(
+        text("head_dim is ", layer.head_dim, "; the attention kernels take up to 256"));
+    break;
   }
   for (const auto& [name, format] : options.formats) {
-    if (format.is_quantized() && format.activation_bits != 16) {
-      problems.push_back(text("weight ", name,
-                              " is w8a8, which is for CPUs: use int8, whose activations keep "
-                              "their precision"));
-      break;
-    }
+    if (!format.is_quantized() || format.activation_bits == 16) continue;
+    problems.push_back(text("weight ", name,
+                            " is w8a8, which is for CPUs: use int8, whose "
+                            "activations keep their precision"));
+    break;
   }
   return problems;
-}
-
-// ---- packing and the ops ----
-
-Linear CudaBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
-                                const WeightFormat& format, bool with_bias) {
-  return cuda::make_linear(*this, outputs, inputs, format, with_bias);
-}
-
-void CudaBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) {
-  cuda::pack_rows(stream_, linear, first_row, rows, copy_workspace_);
-}
-
-void CudaBackend::pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
-                              const float* scales) {
-  cuda::pack_scales(stream_, linear, first_row, rows, scales);
-}
-
-void CudaBackend::pack_zeros(Linear& linear, std::int64_t first_row, std::int64_t rows,
-                             const float* zeros) {
-  cuda::pack_zeros(stream_, linear, first_row, rows, zeros);
-}
-
-void CudaBackend::read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
-                          std::vector<float>& values) {
-  cuda::read_kv(stream_, kv, num_slots, keys, values);
-}
-
-std::int64_t CudaBackend::kv_block_bytes(const LayerSpec& layer, DType dtype,
-                                         std::int64_t block_size) const {
-  return cuda::kv_block_bytes(layer, dtype, block_size);
-}
-
-void CudaBackend::embed(View out, const Linear& table, const Linear* positions, const Step& step) {
-  cuda::embed(stream_, out, table, positions, step);
-}
-
-void CudaBackend::norm(View out, View x, const Norm& norm) { cuda::norm(stream_, out, x, norm); }
-
-void CudaBackend::add_norm(View out, View residual, View x, const Norm& norm) {
-  cuda::add_norm(stream_, out, residual, x, norm);
-}
-
-void CudaBackend::linear(View out, View x, const Linear& weight) {
-  cuda::linear({stream_, linear_workspace_, cublas_.get(), tile_rows_}, out, x, weight);
-}
-
-void CudaBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
-                                 const Step& step) {
-  cuda::rope_and_store(stream_, qkv, rope, layer, kv, step);
-}
-
-void CudaBackend::attention(View out, View q, const LayerSpec& layer, float scale,
-                            const KvLayer& kv, const Step& step) {
-  cuda::attention(stream_, out, q, layer, scale, kv, step, attention_workspace_);
-}
-
-void CudaBackend::gated_activation(View out, View x, Activation activation, bool gated) {
-  cuda::gated_activation(stream_, out, x, activation, gated);
-}
-
-bool CudaBackend::normed_linear(View out, const NormedInput& x, const Linear& weight) {
-  return cuda::normed_linear(stream_, options_.dtype, out, x, weight);
-}
-
-bool CudaBackend::decode_layer(const LayerWork& work) {
-  return cuda::decode_layer(stream_, work, attention_workspace_);
-}
-
-void CudaBackend::take_rows(View out, View x, const std::int32_t* rows) {
-  cuda::take_rows(stream_, out, x, rows);
-}
-
-void CudaBackend::adjust_logits(View out, View logits, const LogitAdjustments& adjustments) {
-  cuda::adjust_logits(stream_, out, logits, adjustments);
-}
-
-void CudaBackend::sample(const Samples& out, View logits, const std::int32_t* masks,
-                         const Step& step) {
-  cuda::sample(stream_, out, logits, masks, step, sampling_workspace_);
-}
-
-void CudaBackend::log_softmax(View out, View logits) { cuda::log_softmax(stream_, out, logits); }
-
-void CudaBackend::copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) {
-  cuda::copy_blocks(stream_, kv, pairs, num_pairs, copy_workspace_);
 }
 
 }  // namespace octavo::cuda

@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <map>
 #include <memory>
 
 #include "core/backend.h"
@@ -38,36 +37,72 @@ class CudaBackend : public Backend {
   void prepare(const ModelSpec& spec, const StepLimits& limits) override;
 
   Linear make_linear(std::int64_t outputs, std::int64_t inputs, const WeightFormat& format,
-                     bool with_bias) override;
-  void pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) override;
+                     bool with_bias) override {
+    return cuda::make_linear(*this, outputs, inputs, format, with_bias);
+  }
+  void pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) override {
+    cuda::pack_rows(stream_, linear, first_row, rows, copy_workspace_);
+  }
   void pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
-                   const float* scales) override;
+                   const float* scales) override {
+    cuda::pack_scales(stream_, linear, first_row, rows, scales);
+  }
   void pack_zeros(Linear& linear, std::int64_t first_row, std::int64_t rows,
-                  const float* zeros) override;
+                  const float* zeros) override {
+    cuda::pack_zeros(stream_, linear, first_row, rows, zeros);
+  }
   void read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
-               std::vector<float>& values) override;
+               std::vector<float>& values) override {
+    cuda::read_kv(stream_, kv, num_slots, keys, values);
+  }
   std::int64_t kv_block_bytes(const LayerSpec& layer, DType dtype,
-                              std::int64_t block_size) const override;
+                              std::int64_t block_size) const override {
+    return cuda::kv_block_bytes(layer, dtype, block_size);
+  }
   std::vector<std::string> unsupported(const ModelSpec& spec,
                                        const RuntimeOptions& options) const override;
 
-  void embed(View out, const Linear& table, const Linear* positions, const Step& step) override;
-  void norm(View out, View x, const Norm& norm) override;
-  void add_norm(View out, View residual, View x, const Norm& norm) override;
-  void linear(View out, View x, const Linear& weight) override;
+  void embed(View out, const Linear& table, const Linear* positions, const Step& step) override {
+    cuda::embed(stream_, out, table, positions, step);
+  }
+  void norm(View out, View x, const Norm& norm) override { cuda::norm(stream_, out, x, norm); }
+  void add_norm(View out, View residual, View x, const Norm& norm) override {
+    cuda::add_norm(stream_, out, residual, x, norm);
+  }
+  void linear(View out, View x, const Linear& weight) override {
+    cuda::linear({stream_, linear_workspace_, cublas_.get(), tile_rows_}, out, x, weight);
+  }
   void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
-                      const Step& step) override;
+                      const Step& step) override {
+    cuda::rope_and_store(stream_, qkv, rope, layer, kv, step);
+  }
   void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
-                 const Step& step) override;
-  void gated_activation(View out, View x, Activation activation, bool gated) override;
-  bool normed_linear(View out, const NormedInput& x, const Linear& weight) override;
-  bool decode_layer(const LayerWork& work) override;
-  void take_rows(View out, View x, const std::int32_t* rows) override;
-  void adjust_logits(View out, View logits, const LogitAdjustments& adjustments) override;
+                 const Step& step) override {
+    cuda::attention(stream_, out, q, layer, scale, kv, step, attention_workspace_);
+  }
+  void gated_activation(View out, View x, Activation activation, bool gated) override {
+    cuda::gated_activation(stream_, out, x, activation, gated);
+  }
+  bool normed_linear(View out, const NormedInput& x, const Linear& weight) override {
+    return cuda::normed_linear(stream_, options_.dtype, out, x, weight);
+  }
+  bool decode_layer(const LayerWork& work) override {
+    return cuda::decode_layer(stream_, work, attention_workspace_);
+  }
+  void take_rows(View out, View x, const std::int32_t* rows) override {
+    cuda::take_rows(stream_, out, x, rows);
+  }
+  void adjust_logits(View out, View logits, const LogitAdjustments& adjustments) override {
+    cuda::adjust_logits(stream_, out, logits, adjustments);
+  }
   void sample(const Samples& out, View logits, const std::int32_t* masks,
-              const Step& step) override;
-  void log_softmax(View out, View logits) override;
-  void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) override;
+              const Step& step) override {
+    cuda::sample(stream_, out, logits, masks, step, sampling_workspace_);
+  }
+  void log_softmax(View out, View logits) override { cuda::log_softmax(stream_, out, logits); }
+  void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) override {
+    cuda::copy_blocks(stream_, kv, pairs, num_pairs);
+  }
 
   void run(const StepKey& key, const std::function<void()>& record) override;
   void forget_recorded() override;

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "core/backend.h"
-#include "cuda/device/memory.h"
+#include "cuda/device/stream.h"
 
 namespace octavo::cuda {
 
@@ -16,7 +16,6 @@ void norm(Stream& stream, View out, View x, const Norm& norm);
 void add_norm(Stream& stream, View out, View residual, View x, const Norm& norm);
 void gated_activation(Stream& stream, View out, View x, Activation activation, bool gated);
 void take_rows(Stream& stream, View out, View x, const std::int32_t* rows);
-void log_softmax(Stream& stream, View out, View logits);
 
 // ---- kv_cache.cu: layout of a block, storing, copying ----
 std::int64_t kv_block_bytes(const LayerSpec& layer, DType dtype, std::int64_t block_size);
@@ -26,7 +25,7 @@ void read_kv(Stream& stream, const KvLayer& kv, std::int64_t num_slots, std::vec
              std::vector<float>& values);
 // pairs: host memory.
 void copy_blocks(Stream& stream, const KvLayer& kv, const std::int32_t* pairs,
-                 std::int64_t num_pairs, Workspace& workspace);
+                 std::int64_t num_pairs);
 
 // ---- attention.cu ----
 // Bytes of workspace for the largest step of a model, and counters that stay zero between steps.
@@ -77,11 +76,12 @@ bool normed_linear(Stream& stream, DType dtype, View out, const NormedInput& x,
 // workspace: of attention.
 bool decode_layer(Stream& stream, const LayerWork& work, Workspace& workspace);
 
-// ---- adjust.cu ----
+// ---- logits.cu ----
 void adjust_logits(Stream& stream, View out, View logits, const LogitAdjustments& adjustments);
+void log_softmax(Stream& stream, View out, View logits);
 
 // ---- sampling.cu ----
-std::size_t sampling_workspace_bytes(std::int64_t vocab_size, std::int64_t max_num_rows);
+std::size_t sampling_workspace_bytes(std::int64_t max_num_rows);
 void sample(Stream& stream, const Samples& out, View logits, const std::int32_t* masks,
             const Step& step, Workspace& workspace);
 

@@ -4,7 +4,6 @@
 #include <chrono>
 
 #include "cuda/device/launch.cuh"
-#include "cuda/device/memory.h"
 #include "cuda/device/tensor_cores.cuh"
 
 namespace octavo::cuda {
@@ -108,7 +107,7 @@ double measure_bandwidth(Stream& stream, double seconds, double num_bytes) {
   Workspace memory(stream);
   auto* data = static_cast<unsigned char*>(memory.get(16 * pieces + 256));
   auto* found = reinterpret_cast<std::uint32_t*>(data + 16 * pieces);
-  const LaunchShape shape{dim3(static_cast<unsigned>(stream.num_processors() * 8)), dim3(kThreads)};
+  const LaunchShape shape{dims(stream.num_processors() * 8), kThreads};
   launch(stream, "fill_all", shape, fill_all, reinterpret_cast<uint4*>(data), pieces);
   const double best = best_seconds(stream, seconds, [&] {
     launch(stream, "read_all", shape, read_all, reinterpret_cast<const uint4*>(data), pieces,

@@ -57,6 +57,15 @@ struct RowsToNorm {
   OCTAVO_HOST_DEVICE int shared_bytes() const { return sums_at() + rows * warps() * 4; }
 };
 
+inline RowsToNorm rows_to_norm(View residual, const Norm& norm) {
+  return {residual.row(0),
+          residual.stride,
+          norm.weight,
+          static_cast<int>(residual.rows),
+          static_cast<int>(residual.cols),
+          norm.spec.eps};
+}
+
 // Before the wait for the kernel before: the weights are sent for.
 OCTAVO_DEVICE void begin_norm(const RowsToNorm& a, unsigned char* shared) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -77,9 +86,8 @@ OCTAVO_DEVICE float warp_sums(const float (&values)[4], int lane) {
   return sum;
 }
 
-// After it. A warp does the work of several of
-// norm_rows, four at a time, whose loads are under way at once. Rows are read twice, the second
-// time from the first-level cache.
+// After it. A warp does the work of several of norm_rows, four at a time, whose loads are under way
+// at once. Rows are read twice, the second time from the first-level cache.
 template <class T>
 OCTAVO_DEVICE void finish_norm(const RowsToNorm& a, unsigned char* shared) {
   constexpr int kLanes = static_cast<int>(kWarp), kAtOnce = 4;
