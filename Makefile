@@ -174,7 +174,7 @@ $(ASAN_VENV)/.installed: $(SOURCES) scripts/venv.sh
 
 .PHONY: mutants
 mutants: $(DEV_VENV)/.tools ## Plant mistakes in copies of the tree; count those that no test catches
-	PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" $(DEV_VENV)/bin/python scripts/mutants.py $(ARGS)
+	PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" $(DEV_VENV)/bin/python tests/mutants/mutants.py $(ARGS)
 
 # ---- CUDA ----
 

@@ -2,41 +2,37 @@
 
     python benchmarks/compare_hf.py [--quick] [--dtypes bf16,f32] [--rounds 5]
 
-No figure without its gate: before anything is timed, both sides must give the same answer (float32:
-log-probabilities within 1e-3 and 64 greedy tokens identical; bf16: no further from float32 than
-half as far again as Hugging Face's own bf16). Then the two take turns, and the ratio is the median
-over the rounds. Beside each figure stands its limit: what decoding reads from memory against the
-memory's measured bandwidth, and what prefill computes against the peak of the multiply-adds in use,
-reckoned from the measured one of float32.
-benchmarks/README.md says more.
+No figure without its gate: before anything is timed, both systems must give the same answer
+(float32: log-probabilities within 1e-3 and 64 greedy tokens identical; bf16: no further from
+float32 than half as far again as Hugging Face's own bf16). Then the two take turns, and the ratio
+is the median over the rounds. Beside each figure stands its limit: what decoding reads from memory
+against the memory's measured bandwidth, and what prefill computes against the peak of the
+multiply-adds in use, reckoned from the measured one of float32. benchmarks/README.md says more.
+Written to a file in benchmarks/results, unless --output names another.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from machine import asked, stamp
-from sides import HuggingFaceSide, OctavoSide, Remote
+from common import add_common, header, in_turns, make_parser, median_ratio, slug, write_json
+from systems import Process
 
 from octavo import _native
+from octavo.bench.cases import BYTES, Case, Work, linear_weights, work_of
 from octavo.bench.peak import arithmetic_of, operations_per_second
 from octavo.config import read_environment
 from octavo.machine import processor
-from octavo.models.layer import weight_shapes
-from octavo.models.spec import ModelSpec
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import read_model
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BYTES = {"f32": 4, "bf16": 2}
 GATE_TOKENS = 64
 TEXT = """The octavo is a book made of sheets that were folded three times, so that each of them
 gives eight leaves, or sixteen pages. Printers chose it when a book had to be cheap and easy to
@@ -45,26 +41,6 @@ published Virgil this way, in a slanted type that saved space, and within a few 
 were on the road. What had been furniture became company. Consider how much is decided by such a
 format: the length of a line, the size of a letter, the number of words an eye takes in at once.
 """
-
-
-def linear_parameters(spec: ModelSpec) -> int:
-    """Numbers in the matrices that every token is multiplied with, the head among them."""
-    matrices = [shape for shape in weight_shapes(spec).values() if len(shape) == 2]
-    total = sum(rows * columns for rows, columns in matrices)
-    # A tied head is the embedding; an untied model has both, and the table is only looked up in.
-    return total if spec.tie_word_embeddings else total - spec.vocab_size * spec.hidden_size
-
-
-def decode_bytes(spec: ModelSpec, dtype: str, context: float) -> float:
-    """Bytes one decoded token has to read: every matrix once, and the cache of its context."""
-    return BYTES[dtype] * (linear_parameters(spec) + spec.kv_elements_per_token() * context)
-
-
-def prefill_operations(spec: ModelSpec, num_tokens: int) -> float:
-    """Multiplications and additions of a prompt whose last row alone goes through the head."""
-    head = spec.vocab_size * spec.hidden_size
-    attention = sum(2 * layer.q_size * num_tokens**2 for layer in spec.layers)  # half is masked
-    return 2.0 * ((linear_parameters(spec) - head) * num_tokens + head) + attention
 
 
 class Peaks:
@@ -85,49 +61,55 @@ class Peaks:
         self.flops = max(self.flops, _native.measure_flops(self.num_threads, "auto", 0.3))
 
 
+def error_of(truth: dict[int, float], given: dict[int, float], name: str) -> float:
+    """The largest error of a likely token's log-probability; SystemExit where few are common."""
+    best = sorted(truth, key=truth.__getitem__)[-20:]
+    common = [token for token in best if token in given]
+    if len(common) < 10:
+        sys.exit(f"gate: {name} shares {len(common)} of the 20 likeliest tokens")
+    return max(abs(truth[token] - given[token]) for token in common)
+
+
 class Comparison:
-    """Both sides in one format."""
+    """Both systems in one format."""
 
     def __init__(self, arguments: argparse.Namespace, path: Path, dtype: str) -> None:
-        self.arguments = arguments
-        self.path = path
-        self.dtype = dtype
+        self.arguments, self.path, self.dtype = arguments, path, dtype
         self.spec = read_model(path).spec
         tokens = Tokenizer(path).encode(TEXT * 8)
         self.prompt = tokens[: arguments.prompt_tokens]
         self.long_prompt = tokens[: arguments.prefill_tokens]
-        self.sides = {
-            "octavo": Remote(OctavoSide, path, dtype, arguments.threads),
-            "hugging face": Remote(HuggingFaceSide, path, dtype, arguments.threads),
+        self.systems = {
+            "octavo": Process("octavo_system.Octavo", path, dtype, arguments.threads),
+            "hugging face": self._hugging_face(dtype),
         }
 
+    def _hugging_face(self, dtype: str) -> Process:
+        kind = "transformers_system.Transformers"
+        return Process(kind, self.path, dtype, self.arguments.threads)
+
     def close(self) -> None:
-        for side in self.sides.values():
-            side.close()
+        for system in self.systems.values():
+            system.close()
 
     def gate(self) -> dict[str, Any]:
-        """What must hold before anything is timed; also warms both sides up."""
-        if self.dtype == "f32":
-            exact = self.sides["hugging face"]
-        else:
-            exact = Remote(HuggingFaceSide, self.path, "f32", self.arguments.threads)
-        errors = {}
-        for name, side in self.sides.items():
-            errors[name] = 0.0
-            for prompt in (self.prompt, self.long_prompt):
-                truth = exact("logprobs", prompt)
-                given = side("logprobs", prompt)
-                best = sorted(truth, key=truth.__getitem__)[-20:]
-                common = [token for token in best if token in given]
-                if len(common) < 10:
-                    sys.exit(f"gate: {name} shares {len(common)} of the 20 likeliest tokens")
-                error = max(abs(truth[token] - given[token]) for token in common)
-                errors[name] = max(errors[name], error)
-        if exact is not self.sides["hugging face"]:
+        """What must hold before anything is timed; also warms both systems up."""
+        hugging_face = self.systems["hugging face"]
+        exact = hugging_face if self.dtype == "f32" else self._hugging_face("f32")
+        prompts = (self.prompt, self.long_prompt)
+        truths = [exact.logprobs(prompt) for prompt in prompts]
+        if exact is not hugging_face:
             exact.close()
+        errors = {
+            name: max(
+                error_of(truth, system.logprobs(prompt), name)
+                for truth, prompt in zip(truths, prompts, strict=True)
+            )
+            for name, system in self.systems.items()
+        }
         tokens = {
-            name: list(side("decode", self.prompt, self.arguments.new_tokens)["tokens"])
-            for name, side in self.sides.items()
+            name: system.decode(self.prompt, self.arguments.new_tokens)["tokens"]
+            for name, system in self.systems.items()
         }
         pairs = list(zip(*tokens.values(), strict=True))
         same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
@@ -151,27 +133,32 @@ class Comparison:
         return result
 
     def measure(self, machine: Peaks) -> dict[str, dict[str, list[float]]]:
-        """Speeds of every round; the two sides take turns at going first."""
+        """Speeds of every round; the two take turns at going first."""
         speeds: dict[str, dict[str, list[float]]] = {
-            kind: {name: [] for name in self.sides} for kind in ("decode", "prefill")
+            kind: {name: [] for name in self.systems} for kind in ("decode", "prefill")
         }
         for number in range(self.arguments.rounds):
-            for kind in speeds:
-                names = list(self.sides)[:: 1 if number % 2 == 0 else -1]
-                for name in names:
-                    if kind == "decode":
-                        values = (self.prompt, self.arguments.new_tokens)
-                    else:
-                        values = (self.long_prompt,)
-                    speeds[kind][name].append(self.sides[name](kind, *values)["speed"])
+            turns = in_turns(self.systems.items(), number)
+            for name, system in turns:
+                found = system.decode(self.prompt, self.arguments.new_tokens)
+                speeds["decode"][name].append(found["speed"])
+            for name, system in turns:
+                speeds["prefill"][name].append(system.prefill(self.long_prompt))
             machine.measure()
         return speeds
 
     def ceilings(self, machine: Peaks) -> dict[str, Any]:
         """The machine's limits, and what they would allow in tokens a second."""
-        context = len(self.prompt) + self.arguments.new_tokens / 2
-        token_bytes = decode_bytes(self.spec, self.dtype, context)
-        operations = prefill_operations(self.spec, len(self.long_prompt)) / len(self.long_prompt)
+        head = self.spec.vocab_size * self.spec.hidden_size
+        step_bytes = BYTES[self.dtype] * (linear_weights(self.spec) + head)
+
+        def work(case: Case) -> Work:
+            return work_of(case, self.spec, step_bytes, self.dtype, case.num_tokens)
+
+        num_tokens, num_prompt = self.arguments.new_tokens, len(self.long_prompt)
+        decode = work(Case("decode", num_tokens, 1, len(self.prompt)))
+        token_bytes = decode.num_bytes / num_tokens
+        operations = work(Case("prefill", num_prompt)).num_operations / num_prompt
         isa = str(_native.build_info()["isa"])
         flops = operations_per_second(machine.flops, isa, {arithmetic_of(None, self.dtype)})
         return {
@@ -187,32 +174,28 @@ class Comparison:
 def report(dtype: str, speeds: dict[str, dict[str, list[float]]], limits: dict[str, Any]) -> dict:
     """Print the two rows of a format; returns the ratios."""
     ratios = {}
-    for kind, sides in speeds.items():
-        ours, theirs = (statistics.median(values) for values in sides.values())
-        pairs = zip(*sides.values(), strict=True)
-        ratios[kind] = statistics.median(mine / other for mine, other in pairs)
+    for kind, of_kind in speeds.items():
+        ours, theirs = (statistics.median(values) for values in of_kind.values())
+        ratios[kind] = median_ratio(*of_kind.values())
         if kind == "decode":
-            rate = ours * limits["bytes_per_decoded_token"]
-            reached = f"{rate / 1e9:.1f} of {limits['read_bandwidth'] / 1e9:.1f} GB/s"
+            limit, unit, digits = limits["read_bandwidth"] / 1e9, "GB/s", 1
         else:
-            rate = ours * limits["operations_per_prompt_token"]
-            reached = f"{rate / 1e9:.0f} of {limits['multiply_add_peak'] / 1e9:.0f} Gop/s"
-        share = 100 * ours / limits[kind]
+            limit, unit, digits = limits["multiply_add_peak"] / 1e9, "Gop/s", 0
+        share = ours / limits[kind]
+        reached = f"{share * limit:.{digits}f} of {limit:.{digits}f} {unit}"
         print(
             f"{kind:8} {dtype:5} {ours:10.1f} {theirs:14.1f} {ratios[kind]:8.2f}   "
-            f"{reached:22} {share:4.0f}%",
+            f"{reached:22} {100 * share:4.0f}%",
             flush=True,
         )
     return ratios
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtypes", default="bf16,f32")
-    parser.add_argument(
-        "--threads", type=int, default=_native.build_info()["physical_cores"], help="of each side"
-    )
+    add_common(parser)
     parser.add_argument("--prompt-tokens", type=int, default=32, help="before decoding")
     parser.add_argument("--new-tokens", type=int, default=128, help="decoded")
     parser.add_argument("--prefill-tokens", type=int, default=512)
@@ -220,7 +203,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two rounds, nothing written")
     parser.add_argument("--min-decode", type=float, default=0.0, help="fail below this ratio, bf16")
     parser.add_argument("--min-prefill", type=float, default=0.0, help="the same for prefill")
-    parser.add_argument("--output", type=Path, help="JSON file; default: in benchmarks/results")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.new_tokens = 2, GATE_TOKENS
@@ -232,11 +214,7 @@ def main() -> None:
     arguments = parse_arguments()
     path = resolve_model(arguments.model, read_environment())
     print(f"{processor()}, {arguments.threads} threads", flush=True)
-    result: dict[str, Any] = {
-        "benchmark": "compare_hf",
-        "arguments": asked(arguments),
-        "machine": stamp(arguments.threads),
-    }
+    result: dict[str, Any] = header("compare_hf", arguments)
     machine = Peaks(arguments.threads)
     rows = []
     for dtype in arguments.dtypes.split(","):
@@ -246,7 +224,7 @@ def main() -> None:
             if not gate["passed"]:
                 sys.exit(1)
             speeds = comparison.measure(machine)
-            torch_matmul = comparison.sides["hugging face"]("matmul_peak")["speed"]
+            torch_matmul = comparison.systems["hugging face"].matmul_peak()
         finally:
             comparison.close()
         result[dtype] = {"gate": gate, "tokens_per_second": speeds, "torch_matmul": torch_matmul}
@@ -262,10 +240,10 @@ def main() -> None:
             wanted = {"decode": arguments.min_decode, "prefill": arguments.min_prefill}
             too_slow = any(ratios[kind] < ratio for kind, ratio in wanted.items())
     if not arguments.quick:
-        name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-        file = arguments.output or RESULTS / f"compare_hf-{name}-{arguments.threads}t.json"
+        name = f"compare_hf-{slug(processor())}-{arguments.threads}t.json"
+        file = arguments.output or RESULTS / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(file, result)
         print(f"\nwritten: {file}")
     if too_slow:
         sys.exit("error: octavo is slower than asked for (--min-decode, --min-prefill)")

@@ -4,11 +4,11 @@
     python benchmarks/compare_serving.py --llama-server PATH --gguf FILE --vllm-python PATH \
         --output benchmarks/results/FILE.json
 
-Every side is started, asked the same requests by the same client (octavo.bench.serve_client) for
+Every server is started, asked the same requests by the same client (octavo.bench.serve_client) for
 each number of users, and stopped, in every round anew; who goes first alternates. Before it is
-timed each side must answer: eight prompts one by one, and then all at a time among as many others;
-how many answers stay the same is kept, and octavo must keep all of them. Each side must have cut
-the prompts into as many tokens as the first, and fail no request: else it did other work.
+timed each must answer: eight prompts one by one, and then all at a time among as many others;
+how many answers stay the same is kept, and octavo must keep all of them. Each must have cut the
+prompts into as many tokens as the first, and fail no request: else it did other work.
 
 A GGUF file with the model's tokenizer: benchmarks/write_gguf.py MODEL FILE --vocabulary smollm.
 """
@@ -17,19 +17,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine import asked, stamp
-from serving_sides import Side, llama_side, octavo_side, running, vllm_side
+from common import asked, in_turns, make_parser, stamp, write_json
+from servers import Server, llama_server, octavo_server, run_all, running, vllm_server
 
 from octavo.bench.serve_client import Client
-from octavo.bench.serve_report import summarize
-from octavo.bench.serve_run import Load, run_load
+from octavo.bench.serve_run import Load
 from octavo.bench.serve_workload import parse_lengths, random_jobs
 from octavo.config import read_environment
 from octavo.weights.hub import resolve_model
@@ -65,66 +63,66 @@ async def measure(
         raise SystemExit(f"{name}: {GATE - same} of {GATE} answers depend on who shares the batch")
     found = []
     for users in arguments.users:
-        jobs = random_jobs(
-            parse_lengths("--prompt-len", arguments.prompt_len),
-            parse_lengths("--answer-len", arguments.answer_len),
-            arguments.shared_prefix,
-            arguments.seed + users,
-        )
+        prompts = parse_lengths("--prompt-len", arguments.prompt_len)
+        answers = parse_lengths("--answer-len", arguments.answer_len)
+        jobs = random_jobs(prompts, answers, arguments.shared_prefix, arguments.seed + users)
         count = max(arguments.least, arguments.each * users)
-        measured = await run_load(client, model, jobs, Load(count, users), arguments.seed)
-        summary = {"side": name, "same_answers": f"{same} of {GATE}", **summarize(measured)}
+        figures = await run_all(client, model, jobs, Load(count, users))
+        summary = {"side": name, "same_answers": f"{same} of {GATE}", **figures}
         print(
             f"{name:28} {users:4} users  {summary['total_tokens_per_second']:9.1f} tokens/s  "
             f"first {summary['ttft_ms']['p50']:7.0f} ms  between p99 "
             f"{summary['itl_ms']['p99']:6.0f} ms",
             flush=True,
         )
-        if summary["failed"]:
-            raise SystemExit(f"{name} failed {summary['failed']} requests: {summary['errors']}")
         found.append(summary)
     return found, tokens
 
 
-def make_sides(arguments: argparse.Namespace) -> list[Side]:
-    path = resolve_model(arguments.model, read_environment())
-    most, context = max(arguments.users), arguments.context
-    sides = [
-        octavo_side(str(path), arguments.threads, context, most, extra.split())
-        for extra in arguments.octavo
-    ]
-    for file in arguments.gguf if arguments.llama_server else ():
-        sides.append(llama_side(arguments.llama_server, file, arguments.threads, context, most))
-    if arguments.vllm_python:
-        sides.append(vllm_side(arguments.vllm_python, path, context, most))
-    sides += [Side(name, url=url) for name, _, url in (u.partition("=") for u in arguments.url)]
-    return sides
+def make_servers(a: argparse.Namespace) -> list[Server]:
+    path = resolve_model(a.model, read_environment())
+    most = max(a.users)
+    options = ("--num-threads", a.threads, "--max-model-len", a.context, "--max-num-seqs", most)
+    servers = []
+    for text in a.octavo:
+        extra = text.split()
+        name = " ".join(["octavo", *extra])
+        servers.append(octavo_server(path, *options, *extra, name=name))
+    for file in a.gguf if a.llama_server else ():
+        servers.append(llama_server(a.llama_server, file, a.threads, a.context, most))
+    if a.vllm_python:
+        servers.append(vllm_server(a.vllm_python, path, a.context, most))
+    for text in a.url:
+        name, _, url = text.partition("=")
+        servers.append(Server(name, url=url))
+    return servers
 
 
 def ratios(rounds: list[dict[str, Any]]) -> list[str]:
-    """octavo's throughput over each other side's, and over its own with one user."""
+    """octavo's throughput over each other server's, and over its own with one user."""
 
-    def of(side: str, users: int) -> float:
-        own = [r for r in rounds if r["side"] == side and r["concurrency"] == users]
+    def of(name: str, users: int) -> float:
+        own = [r for r in rounds if r["side"] == name and r["concurrency"] == users]
         return median(r["total_tokens_per_second"] for r in own)
 
-    sides = list(dict.fromkeys(r["side"] for r in rounds))
+    names = list(dict.fromkeys(r["side"] for r in rounds))
     users = sorted({r["concurrency"] for r in rounds})
     lines = []
-    for side in sides[1:]:
-        parts = [f"{of(sides[0], n) / of(side, n):.2f}x at {n}" for n in users]
-        lines.append(f"{sides[0]} over {side}: {', '.join(parts)}")
-    for side in sides if len(users) > 1 else ():
-        parts = [f"{of(side, n) / of(side, users[0]):.2f}x at {n}" for n in users[1:]]
-        lines.append(f"{side} over itself with {users[0]}: {', '.join(parts)}")
+    for name in names[1:]:
+        parts = [f"{of(names[0], n) / of(name, n):.2f}x at {n}" for n in users]
+        lines.append(f"{names[0]} over {name}: {', '.join(parts)}")
+    for name in names if len(users) > 1 else ():
+        parts = [f"{of(name, n) / of(name, users[0]):.2f}x at {n}" for n in users[1:]]
+        lines.append(f"{name} over itself with {users[0]}: {', '.join(parts)}")
     return lines
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = make_parser(__doc__)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
-    parser.add_argument("--octavo", action="append", help="options of one octavo side, as one text")
+    parser.add_argument(
+        "--octavo", action="append", help="options of one octavo server, as one text"
+    )
     parser.add_argument("--llama-server", type=Path)
     parser.add_argument("--gguf", type=Path, action="append", default=[])
     parser.add_argument("--vllm-python", type=Path)
@@ -144,19 +142,18 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.users = [int(number) for number in arguments.users.split(",")]
     arguments.octavo = arguments.octavo or [""]
-    sides = make_sides(arguments)
+    servers = make_servers(arguments)
     rounds: list[dict[str, Any]] = []
     tokens: int | None = None
     for number in range(arguments.rounds):
-        for side in sides if number % 2 == 0 else reversed(sides):
-            with running(side) as (url, seconds):
-                found, tokens = asyncio.run(measure(url, side.name, arguments, tokens))
-                for summary in found:
-                    rounds.append({"round": number, "start_seconds": round(seconds, 2), **summary})
+        for server in in_turns(servers, number):
+            with running(server) as (url, seconds, _):
+                found, tokens = asyncio.run(measure(url, server.name, arguments, tokens))
+            started = {"round": number, "start_seconds": round(seconds, 2)}
+            rounds += [{**started, **summary} for summary in found]
     print("\n".join(ratios(rounds)))
-    if arguments.output:
-        content = {**stamp(arguments.threads), "asked": asked(arguments), "rounds": rounds}
-        arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+    content = {**stamp(arguments.threads), "asked": asked(arguments), "rounds": rounds}
+    write_json(arguments.output, content)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import numpy as np
 
 from octavo import _native
 from octavo.config import RuntimeOptions
-from octavo.engine.block_hash import extend_block_hashes
 from octavo.engine.engine import Engine
+from octavo.engine.prefix_cache import extend_block_hashes
 from octavo.sampling_params import SamplingParams
 from octavo.text.tokenizer import Tokenizer
 
@@ -117,13 +117,11 @@ def print_parts(tokenizer: Tokenizer) -> None:
     scheduler, prompt = engine.scheduler, [i % 256 for i in range(NUM_PROMPT_TOKENS)]
     event = (time.monotonic(), "chunk", ("request", 0), 0, 512)
     names: list[bytes] = []
-    extend_block_hashes(names, prompt, len(prompt), 16, None)
+    extend_block_hashes(names, prompt, 16, None)
     parts = {
         f"a schedule of {NUM_SEQUENCES} decodes": scheduler.schedule,
         "one event": lambda: engine.events.record(event),
-        f"naming {len(names)} blocks": lambda: extend_block_hashes(
-            [], prompt, len(prompt), 16, None
-        ),
+        f"naming {len(names)} blocks": lambda: extend_block_hashes([], prompt, 16, None),
         f"finding {len(names)} blocks": lambda: engine.blocks.find_prefix(names, len(prompt) - 1),
         "checking 1,000 token ids": lambda: engine.check_request(prompt, CASES["plain"]),
     }

@@ -9,24 +9,21 @@ of 512 tokens without overlap, of which llama-perplexity scores the second halve
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from machine import stamp
+from common import ROOT, add_common, make_parser, stamp, write_json
+from systems import output_of
 from write_gguf import write_gguf
 
-from octavo import _native
 from octavo.config import read_environment
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import read_model
 
-TEXT = Path(__file__).resolve().parents[1] / "python" / "octavo" / "eval" / "text.txt"
+TEXT = ROOT / "python" / "octavo" / "eval" / "text.txt"
 FORMS = ("BF16", "Q8_0", "Q4_0", "Q4_K_M")
 # What llama-perplexity prints: a name, a colon, a number, and mostly its standard error.
 _FIGURES = {
@@ -51,24 +48,15 @@ def figures(output: str) -> dict[str, float]:
     return found
 
 
-def run(command: list[str]) -> str:
-    """Everything a command prints; RuntimeError with the end of it where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed ({done.returncode}): {done.stderr[-800:]}")
-    return done.stdout + done.stderr
-
-
 def main() -> None:
     """Compare every format, print a table, and write JSON where asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", nargs="?", help="a name or folder, as octavo takes it")
     add("--llama-perplexity", type=Path, required=True, help="path of the binary")
     add("--vocabulary", default="smollm", help="llama.cpp's name for how the tokenizer splits text")
     add("--text", type=Path, default=TEXT)
-    add("--threads", type=int, default=_native.build_info()["physical_cores"])
-    add("--output", type=Path, help="also write everything to this JSON file")
+    add_common(parser)
     arguments = parser.parse_args()
     path = resolve_model(arguments.model, read_environment())
     files = read_model(path)
@@ -79,13 +67,13 @@ def main() -> None:
         write_gguf(base, files, open_checkpoint(files, "auto"), "f32", arguments.vocabulary)
         common = [str(arguments.llama_perplexity), "-f", str(arguments.text), "-c", "512"]
         common += ["-t", str(arguments.threads), "--kl-divergence-base", str(logits)]
-        run([*common, "-m", str(base)])
+        output_of([*common, "-m", str(base)])
         quantize = arguments.llama_perplexity.with_name("llama-quantize")
         for form in FORMS:
             file = folder / f"{form}.gguf"
             print(f"{form} …", file=sys.stderr, flush=True)
-            run([str(quantize), str(base), str(file), form])
-            found = figures(run([*common, "-m", str(file), "--kl-divergence"]))
+            output_of([str(quantize), str(base), str(file), form])
+            found = figures("".join(output_of([*common, "-m", str(file), "--kl-divergence"])))
             result[form] = {**found, "file_bytes": float(file.stat().st_size)}
             file.unlink()
     print("| format | file, MiB | perplexity | ratio | mean KL | 99 % | same first choice |")
@@ -96,12 +84,9 @@ def main() -> None:
             f"| {100 * (found['perplexity_ratio'] - 1):+.2f} % | {found['mean_kl']:.5f} "
             f"| {found['kl_99']:.4f} | {found['same_first_choice_percent']:.2f} % |"
         )
-    if arguments.output is not None:
-        stamped = {"benchmark": "llama_quality", "model": path.name, "text": arguments.text.name}
-        text = json.dumps(
-            {**stamped, "machine": stamp(arguments.threads), "against_float32": result}, indent=1
-        )
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+    stamped = {"benchmark": "llama_quality", "model": path.name, "text": arguments.text.name}
+    machine = stamp(arguments.threads)
+    write_json(arguments.output, {**stamped, "machine": machine, "against_float32": result})
 
 
 if __name__ == "__main__":

@@ -3,18 +3,16 @@
     python benchmarks/neighbour.py [MODEL] [--formats int8] [--llama-bench PATH --gguf FILE]
 
 A prompt and decoding, on a quiet machine and with a busy process bound to one core, every core in
-turn. All sides and states take turns in every round, and the order turns round too. A ratio is the
-median of the rounds' ratios to the quiet speed; of two cores, 1.5 are free, so 0.75 is there to
-have. Nothing of octavo's is timed before its gate has passed: the same bits in both states.
+turn. All systems and states take turns in every round, and the order turns round too. A ratio is
+the median of the rounds' ratios to the quiet speed; of two cores, 1.5 are free, so 0.75 is there
+to have. Nothing of octavo's is timed before its gate has passed: the same bits in both states.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,113 +20,96 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cpu_sides import OctavoSide
-from llama_sides import LlamaBinaries
-from machine import asked, stamp
-from rows import Row
-from sides import Remote
+from common import add_common, header, in_turns, make_parser, median_ratio, write_json
+from peers import LlamaBinaries
+from systems import Process, Row
 
-from octavo import _native
 from octavo.config import read_environment
 from octavo.machine import processor
 from octavo.weights.hub import resolve_model
 
-
-def _spin(core: int) -> None:
-    os.sched_setaffinity(0, [core])
-    while True:
-        pass
+Systems = dict[str, Process | LlamaBinaries]
+Speeds = dict[str, dict[str, dict[str, list[float]]]]
+"""Row -> system -> state ("quiet" or "core 1") -> tokens a second of each round."""
 
 
 @contextmanager
 def neighbour(core: int | None) -> Iterator[None]:
-    """A process that keeps a core busy; None: no such process."""
+    """Keep a core busy; None: no core."""
     if core is None:
         yield
         return
-    process = multiprocessing.get_context("spawn").Process(target=_spin, args=(core,), daemon=True)
-    process.start()
+    code = f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", code])
     time.sleep(0.3)  # Python takes its time to start
     try:
         yield
     finally:
         process.kill()
-        process.join()
+        process.wait()
 
 
-def ask(side: Remote | LlamaBinaries, what: str, row: Row) -> Any:
-    """Ask a side, wherever it runs."""
-    return side(what, row) if isinstance(side, Remote) else getattr(side, what)(row)
-
-
-def check(sides: dict[str, Remote | LlamaBinaries], rows: list[Row], cores: list[int]) -> Any:
-    """octavo's gate in both states, by side and row; exits with 1 where the bits differ."""
+def check(systems: Systems, rows: list[Row], cores: list[int]) -> dict[str, Any]:
+    """octavo's gate in both states, by format and row; exits with 1 where the bits differ."""
     found: dict[str, dict[str, Any]] = {}
     for core in (None, *cores):
         with neighbour(core):
-            for name, side in sides.items():
-                if isinstance(side, LlamaBinaries):
+            for name, system in systems.items():
+                if isinstance(system, LlamaBinaries):
                     continue
-                answers = {row.name: ask(side, "check", row) for row in rows}
+                answers = {row.name: system.check(row) for row in rows}
                 passed = all(answer["passed"] for answer in answers.values())
                 if not passed or found.setdefault(name, answers) != answers:
                     sys.exit(f"error: {name}: other bits with a neighbour on core {core}")
     return found
 
 
-def measure(
-    sides: dict[str, Remote | LlamaBinaries], rows: list[Row], cores: list[int], rounds: int
-) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Row -> side -> state ("quiet" or "core 1") -> tokens a second of each round."""
-    speeds: dict[str, dict[str, dict[str, list[float]]]] = {
-        row.name: {name: {} for name in sides} for row in rows
-    }
+def measure(systems: Systems, rows: list[Row], cores: list[int], rounds: int) -> Speeds:
+    speeds: Speeds = {row.name: {name: {} for name in systems} for row in rows}
     for number in range(rounds):
-        turn = 1 if number % 2 == 0 else -1
-        for core in [None, *cores][::turn]:
+        for core in in_turns([None, *cores], number):
             state = "quiet" if core is None else f"core {core}"
             with neighbour(core):
                 for row in rows:
-                    for name in list(sides)[::turn]:
-                        speed = float(ask(sides[name], "run", row))
+                    for name in in_turns(systems, number):
+                        speed = float(systems[name].run(row))
                         speeds[row.name][name].setdefault(state, []).append(speed)
                         print(f"{number + 1}: {state:8} {row.name:8} {name:18} {speed:9.1f} tok/s")
     return speeds
 
 
-def summarize(speeds: dict[str, dict[str, dict[str, list[float]]]]) -> dict[str, Any]:
-    """Of every row, side and state: the median speed, and of the rounds' ratios to quiet."""
-    return {
-        row: {
-            side: {
+def summarize(speeds: Speeds) -> dict[str, Any]:
+    """Print and return of every row, system and state: speed, and how much of quiet it is."""
+    summary: dict[str, Any] = {}
+    for row, of_row in speeds.items():
+        summary[row] = {}
+        for name, states in of_row.items():
+            found = {
                 state: {
-                    "speed": statistics.median(found),
-                    "of_quiet": statistics.median(
-                        [speed / quiet for speed, quiet in zip(found, states["quiet"], strict=True)]
-                    ),
+                    "speed": statistics.median(values),
+                    "of_quiet": median_ratio(values, states["quiet"]),
                 }
-                for state, found in states.items()
+                for state, values in states.items()
             }
-            for side, states in of_row.items()
-        }
-        for row, of_row in speeds.items()
-    }
+            summary[row][name] = found
+            shares = (f"{k} {v['speed']:.0f} ({v['of_quiet']:.2f})" for k, v in found.items())
+            print(f"{row:8} {name:18} {'  '.join(shares)}")
+    return summary
 
 
 def main() -> None:
     """Measure, print, and write JSON where asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", nargs="?", help="a name or folder, as octavo takes it")
     add("--formats", default="int8", help="octavo's, with commas")
     add("--load-format", default="auto", choices=("auto", "dummy"))
-    add("--threads", type=int, default=_native.build_info()["physical_cores"])
+    add_common(parser)
     add("-p", "--prompt", type=int, default=512, help="tokens of the prompt")
     add("-n", "--generate", type=int, default=96, help="tokens decoded")
     add("-r", "--rounds", type=int, default=5)
     add("--llama-bench", type=Path, help="path of the binary; left out: octavo alone")
     add("--gguf", type=Path, help="the model for it, as write_gguf.py writes it")
-    add("--output", type=Path, help="also write everything to this JSON file")
     arguments = parser.parse_args()
     if (arguments.llama_bench is None) != (arguments.gguf is None):
         parser.error("--llama-bench and --gguf belong together")
@@ -136,46 +117,31 @@ def main() -> None:
     rows = [Row("prefill", arguments.prompt, 1), Row("decode", 1, arguments.generate)]
     cores = sorted(os.sched_getaffinity(0))
     print(f"{path.name}: {processor()}, {arguments.threads} threads")
-    sides: dict[str, Remote | LlamaBinaries] = {
-        f"octavo {kind}": Remote(
-            OctavoSide, path, kind, arguments.threads, arguments.load_format, rows
-        )
+    settings = (arguments.threads, arguments.load_format, rows)
+    systems: Systems = {
+        f"octavo {kind}": Process("octavo_system.OctavoCore", path, kind, *settings)
         for kind in arguments.formats.split(",")
     }
     if arguments.llama_bench is not None:
-        bench, file = arguments.llama_bench, arguments.gguf
-        batched = bench.with_name("llama-batched-bench")
-        sides[f"llama.cpp {file.stem.rpartition('-')[2]}"] = LlamaBinaries(
-            bench, batched, file, arguments.threads
-        )
+        llama = LlamaBinaries(arguments.llama_bench, arguments.gguf, arguments.threads)
+        systems[f"llama.cpp {arguments.gguf.stem.rpartition('-')[2]}"] = llama
     try:
-        checks = check(sides, rows, cores)
-        for side in sides.values():
+        checks = check(systems, rows, cores)
+        for system in systems.values():
             for row in rows:
-                ask(side, "warm_up", row)
-        speeds = measure(sides, rows, cores, arguments.rounds)
+                system.warm_up(row)
+        speeds = measure(systems, rows, cores, arguments.rounds)
     finally:
-        for side in sides.values():
-            side.close()
-    summary = summarize(speeds)
-    for name, of_row in summary.items():
-        for side, states in of_row.items():
-            shares = "  ".join(
-                f"{state} {figures['speed']:.0f} ({figures['of_quiet']:.2f})"
-                for state, figures in states.items()
-            )
-            print(f"{name:8} {side:18} {shares}")
-    if arguments.output is not None:
-        result = {
-            "benchmark": "neighbour",
-            "model": path.name,
-            "arguments": asked(arguments),
-            "machine": stamp(arguments.threads),
-            "checks": checks,
-            "tokens_per_second": speeds,
-            "summary": summary,
-        }
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        for system in systems.values():
+            system.close()
+    result = {
+        **header("neighbour", arguments),
+        "model": path.name,
+        "checks": checks,
+        "tokens_per_second": speeds,
+        "summary": summarize(speeds),
+    }
+    write_json(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Nothing else may run on the machine, but for `soak`, which counts and does not t
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -31,15 +30,16 @@ from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
-from machine import stamp
-from server_overhead import running_server
+from common import make_parser, stamp, write_json
+from servers import Part, ask_octavo, run_all
 
-from octavo.bench.serve_client import Client, Record
-from octavo.bench.serve_report import summarize
-from octavo.bench.serve_run import Load, run_load
+from octavo.bench.serve_client import Client
+from octavo.bench.serve_run import Load
 from octavo.bench.serve_workload import Job, parse_lengths, random_jobs
 
 COMPLETIONS = "/v1/completions"
+CHUNK = 512  # tokens of a prompt that a step carries, in `long`
+SOAK_USERS, SOAK_BLOCKS = 32, 38  # they want about 150 blocks of 16 tokens, up to 10 each
 
 
 def job(prompt: str | list[int], max_tokens: int, **fields: Any) -> Job:
@@ -55,36 +55,27 @@ def words(count: int, seed: int) -> str:
     return str(drawn.body["prompt"])
 
 
-# ---- start ----
+async def first_token(client: Client, model: str, pid: int) -> float:
+    """When it came, as `time.perf_counter` has it."""
+    return (await client.ask(job("Once upon a time", 1), model)).chunk_times[0]
 
 
 def measure_start(model: str) -> dict[str, Any]:
     """Five starts, of which the median counts; the disk's cache is warm."""
-
-    async def first_token(url: str) -> Record:
-        client = Client(url)
-        return await client.ask(job("Once upon a time", 1), await client.model())
-
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        with running_server(model) as (_, url):
-            record = asyncio.run(first_token(url))
-            times.append(record.chunk_times[0] - started)
+        times.append(ask_octavo(first_token, model) - started)
     return {"seconds": median(times), "all": times, "must": "below 3"}
 
 
-# ---- prefix ----
-
-
-async def ask_prefixes(url: str) -> dict[str, Any]:
-    client = Client(url)
-    model = await client.model()
+async def prefix(client: Client, model: str, pid: int) -> dict[str, Any]:
+    """Five prefixes: each once, and twice again with other ends."""
     cold, warm, tokens = [], [], 0
     for seed in range(5):
-        prefix = words(1000, 1000 + seed)
+        begin = words(1000, 1000 + seed)
         for times, own in ((cold, 0), (warm, 1), (warm, 2)):
-            record = await client.ask(job(f"{prefix} {words(16, 10 * seed + own)}", 4), model)
+            record = await client.ask(job(f"{begin} {words(16, 10 * seed + own)}", 4), model)
             times.append(1e3 * record.ttft)
             tokens = record.num_prompt_tokens
     return {
@@ -96,21 +87,10 @@ async def ask_prefixes(url: str) -> dict[str, Any]:
     }
 
 
-def measure_prefix(model: str) -> dict[str, Any]:
-    """Five prefixes: each once, and twice again with other ends."""
-    with running_server(model, "--max-model-len", "2048") as (_, url):
-        return asyncio.run(ask_prefixes(url))
-
-
-# ---- long ----
-
-
-async def ask_long(url: str, chunk: int) -> dict[str, Any]:
-    client = Client(url)
-    model = await client.model()
+async def long(client: Client, model: str, pid: int) -> dict[str, Any]:
+    """chunk_step_ms is the mean over the prompt; the last chunks see the longest context."""
     long_prompt = [3 + i * i % 4001 for i in range(6000)]
     alone = await client.ask(job(long_prompt, 1, cache_salt="alone"), model)
-    num_steps = -(-6000 // chunk)
     answers = [job(words(20, seed), 400) for seed in range(16)]
     running = [asyncio.ensure_future(client.ask(one, model)) for one in answers]
     await asyncio.sleep(6)
@@ -123,14 +103,12 @@ async def ask_long(url: str, chunk: int) -> dict[str, Any]:
     for record in records:
         times = np.array(record.chunk_times)
         gaps = 1e3 * np.diff(times)
-        is_before = (times[1:] < arrived) & (times[1:] > arrived - 5)
-        is_amid = (times[1:] > arrived) & (times[:-1] < late.chunk_times[0])
-        before.append(gaps[is_before])
-        amid.append(gaps[is_amid])
-    step = 1e3 * alone.ttft / num_steps
+        before.append(gaps[(times[1:] < arrived) & (times[1:] > arrived - 5)])
+        amid.append(gaps[(times[1:] > arrived) & (times[:-1] < late.chunk_times[0])])
+    step = 1e3 * alone.ttft / -(-6000 // CHUNK)
     p99_before, p99_amid = (float(np.percentile(np.concatenate(g), 99)) for g in (before, amid))
     return {
-        "chunk_tokens": chunk,
+        "chunk_tokens": CHUNK,
         "chunk_step_ms": step,
         "itl_p99_ms_before": p99_before,
         "itl_p99_ms_amid": p99_amid,
@@ -141,39 +119,16 @@ async def ask_long(url: str, chunk: int) -> dict[str, Any]:
     }
 
 
-def measure_long(model: str) -> dict[str, Any]:
-    """chunk_step_ms is the mean over the prompt; the last chunks see the longest context."""
-    chunk = 512
-    options = ("--max-model-len", "6400", "--max-num-batched-tokens", str(chunk))
-    with running_server(model, *options) as (_, url):
-        return asyncio.run(ask_long(url, chunk))
-
-
-# ---- batching ----
-
-
-def measure_batching(model: str) -> dict[str, Any]:
+async def batching(client: Client, model: str, pid: int) -> dict[str, Any]:
     """Prompts of 16 to 48 tokens, answers of 128; total tokens a second, users after users."""
-
-    async def ask(url: str) -> list[dict[str, Any]]:
-        client = Client(url)
-        name = await client.model()
-        found = []
-        for users in (1, 2, 4, 8, 16, 32, 64, 128):
-            jobs = random_jobs(
-                parse_lengths("prompt", "16-48"), parse_lengths("answer", "128"), 0, users
-            )
-            load = Load(max(8, 2 * users), users)
-            summary = summarize(await run_load(client, name, jobs, load, 0))
-            if summary["failed"]:
-                raise SystemExit(f"requests failed: {summary['errors']}")
-            rate = summary["total_tokens_per_second"]
-            found.append({"users": users, "tokens_per_second": rate, "itl_ms": summary["itl_ms"]})
-        return found
-
-    options = ("--max-model-len", "512", "--max-num-seqs", "128")
-    with running_server(model, *options) as (_, url):
-        loads = asyncio.run(ask(url))
+    loads = []
+    prompts, answers = parse_lengths("prompt", "16-48"), parse_lengths("answer", "128")
+    for users in (1, 2, 4, 8, 16, 32, 64, 128):
+        load = Load(max(8, 2 * users), users)
+        jobs = random_jobs(prompts, answers, 0, users)
+        summary = await run_all(client, model, jobs, load)
+        rate = summary["total_tokens_per_second"]
+        loads.append({"users": users, "tokens_per_second": rate, "itl_ms": summary["itl_ms"]})
     rates = {entry["users"]: entry["tokens_per_second"] for entry in loads}
     return {
         "loads": loads,
@@ -224,29 +179,26 @@ def metric(url: str, name: str) -> float:
     return sum(float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.M))
 
 
-async def soak(
-    url: str, requests: int, users: int, resident: Callable[[], float]
-) -> dict[str, Any]:
+async def soak(requests: int, client: Client, model: str, pid: int) -> dict[str, Any]:
     """A quarter of the requests misbehave in one way or another; the rest are kept to compare.
 
     mebibytes: after every tenth of the requests. It grows while the ring of events fills.
     """
-    client = Client(url)
-    model = await client.model()
+    started, url = time.perf_counter(), client.url
     rng = random.Random(0)
     memory: list[float] = []
     num_ended = 0
     statuses: Counter[str] = Counter()
     kept: list[tuple[Job, str]] = []
-    room = asyncio.Semaphore(users)
+    room = asyncio.Semaphore(SOAK_USERS)
 
-    async def one(kind: str, drawn: Job, patience: float, bad: bytes) -> None:
+    async def one(*drawn: Any) -> None:
         nonlocal num_ended
         async with room:
-            await ask(kind, drawn, patience, bad)
+            await ask(*drawn)
             num_ended += 1
             if num_ended % max(1, requests // 10) == 0:
-                memory.append(resident())
+                memory.append(resident_mebibytes(pid))
 
     async def ask(kind: str, drawn: Job, patience: float, bad: bytes) -> None:
         if kind == "bad body":
@@ -288,49 +240,41 @@ async def soak(
         "mebibytes": memory,
         "compared_with_solo_runs": len(sample),
         "wrong_answers": wrong,
+        "seconds": time.perf_counter() - started,
+        "preemptions": metric(url, "vllm:num_preemptions_total"),
+        "blocks_in_use_at_the_end": metric(url, "vllm:kv_cache_usage_perc") * SOAK_BLOCKS,
+        "must": "no wrong answer, no block in use, memory as before, no 5xx but 503 and 504",
     }
 
 
-def measure_soak(model: str, requests: int) -> dict[str, Any]:
-    """32 users want about 150 blocks of 16 tokens, up to 10 each; there are 38."""
-    users, blocks = 32, 38
-    options = ("--max-model-len", "160", "--num-kv-blocks", str(blocks), "--max-num-seqs", "32")
-    with running_server(model, *options) as (process, url):
-        started = time.perf_counter()
-        found = asyncio.run(soak(url, requests, users, lambda: resident_mebibytes(process.pid)))
-        found["seconds"] = time.perf_counter() - started
-        found["preemptions"] = metric(url, "vllm:num_preemptions_total")
-        found["blocks_in_use_at_the_end"] = metric(url, "vllm:kv_cache_usage_perc") * blocks
-    found["must"] = "no wrong answer, no block in use, memory as before, no 5xx but 503 and 504"
-    return found
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", default=["start", "prefix", "long", "batching", "soak"])
+    def part(measure: Part, *options: Any) -> Callable[[str], Any]:
+        return lambda model: ask_octavo(measure, model, *options)
+
+    blocks = ("--num-kv-blocks", SOAK_BLOCKS, "--max-num-seqs", SOAK_USERS)
+    parts = {
+        "start": measure_start,
+        "prefix": part(prefix, "--max-model-len", 2048),
+        "long": part(long, "--max-model-len", 6400, "--max-num-batched-tokens", CHUNK),
+        "batching": part(batching, "--max-model-len", 512, "--max-num-seqs", 128),
+        "soak": part(
+            lambda *where: soak(arguments.requests, *where), "--max-model-len", 160, *blocks
+        ),
+    }
+    parser = make_parser(__doc__)
+    parser.add_argument("parts", nargs="*", default=list(parts))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    parts = {
-        "start": measure_start,
-        "prefix": measure_prefix,
-        "long": measure_long,
-        "batching": measure_batching,
-        "soak": lambda model: measure_soak(model, arguments.requests),
-    }
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(parts)}")
     found = {}
     for name in arguments.parts:
         found[name] = parts[name](arguments.model)
         print(json.dumps({name: found[name]}, indent=2), flush=True)
-    if arguments.output:
-        threads = len(os.sched_getaffinity(0))
-        content = {**stamp(threads), "model": arguments.model, "measured": found}
-        arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+    machine = stamp(len(os.sched_getaffinity(0)))
+    write_json(arguments.output, {**machine, "model": arguments.model, "measured": found})
 
 
 if __name__ == "__main__":

@@ -11,19 +11,21 @@ numbers are the model's.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import gguf
 import numpy as np
+from common import make_parser
 from numpy.typing import NDArray
 
+from octavo.config import read_environment
 from octavo.errors import UnsupportedModelError
 from octavo.models.llama_gguf import GGUF
 from octavo.models.spec import ModelSpec
-from octavo.weights.checkpoint import Checkpoint
-from octavo.weights.model_files import ModelFiles
+from octavo.weights.checkpoint import Checkpoint, open_checkpoint
+from octavo.weights.hub import resolve_model
+from octavo.weights.model_files import ModelFiles, read_model
 
 FORMATS = {
     "f32": gguf.GGMLQuantizationType.F32,
@@ -141,12 +143,7 @@ def write_gguf(
 
 def main() -> None:
     """Write one file."""
-    from octavo.config import read_environment
-    from octavo.weights.checkpoint import open_checkpoint
-    from octavo.weights.hub import resolve_model
-    from octavo.weights.model_files import read_model
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("model", help="a name or folder, as octavo takes it")
     parser.add_argument("output", type=Path)
     parser.add_argument("--form", choices=tuple(FORMATS), default="bf16")

@@ -6,8 +6,8 @@
         x = x + down(activation(gate(n)) * up(n))     where n = norm(x)
     logits = head(norm(x))
 
-Touvron et al. 2023 (arXiv 2302.13971) put it together. Every intermediate result has a name, the
-same here, in the native core and in `octavo diff`: see `octavo.models.layer.tap_names`.
+The model of Touvron et al. 2023 (arXiv 2302.13971). Every intermediate result has a name, the same
+here, in the native core and in `octavo diff`: see `octavo.models.layer.tap_names`.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class ReferenceModel:
 
     spec: what the model is. weights: float32 arrays with the names and shapes of
     `octavo.models.layer.weight_shapes`. dtype: "bf16" rounds the matrices and what is multiplied
-    by them to bfloat16. kv_dtype: "bf16" and "int8" round keys and values as they enter the
-    cache (`ops.to_cache`); with "bf16" attention itself is one of bfloat16 numbers.
+    by them to bfloat16. kv_dtype: "bf16" and "int8" round keys and values when they are stored in
+    the cache (`ops.to_cache`); with "bf16" attention too multiplies bfloat16 numbers.
     formats: the quantized matrices, by name without ".weight"; their weights are the numbers that
     the codes stand for (`octavo.reference.quantization.dequantize`), which are not rounded again,
     and what is multiplied by them is rounded to whole numbers (`rounded_product` there).
     int4_activations: "bf16" rounds what is multiplied by int4 to bfloat16 instead, as the CPU's
     instruction set amx does; all others, and int8 everywhere, are "whole".
-    compute: np.float32, or np.float64 for judging the rounding of others.
+    compute: np.float32, or np.float64 to judge the rounding of other implementations.
     """
 
     def __init__(
@@ -167,11 +167,11 @@ class ReferenceModel:
             _tap(taps, name + "q_rope", q)
             _tap(taps, name + "k_rope", k)
 
-        # Attention sees keys and values as the cache keeps them, those of these tokens included:
-        # that way a prompt gives the same numbers whole, in chunks, or token by token.
+        # Attention reads keys and values in the cache's format, those of these tokens too: so a
+        # prompt gives the same numbers whole, in chunks, or token by token.
         k, v = ops.to_cache(k, self.kv_dtype), ops.to_cache(v, self.kv_dtype)
         keys, values = cache.extend(index, k, v)
-        scale, rounds = layer.head_dim**-0.5, ops.attention_dtype(self.kv_dtype)
+        scale, rounds = layer.score_scale, ops.attention_dtype(self.kv_dtype)
         out = ops.attention(q, keys, values, scale, layer.window, rounds)
         out = out.reshape(rows, layer.q_size)
         _tap(taps, name + "attn", out)
@@ -205,7 +205,7 @@ class ReferenceModel:
         return self.multiply(name, x, weight, bias)
 
     def multiply(self, name: str, x: Array, weight: Array, bias: Array | None) -> Array:
-        """x times a weight, x being rounded as the format of the matrix `name` asks.
+        """x times a weight; x is rounded as the format of the matrix `name` requires.
 
         As ops.linear(x, weight, bias, self.dtype), but for a weight that has been rounded already.
         """

@@ -5,17 +5,17 @@ Conventions, here and in the native core:
 * A row is a token. x has shape (rows, width); q (rows, num_heads, head_dim);
   k and v (rows, num_kv_heads, head_dim). Matrices are (outputs, inputs), as in PyTorch.
 * Query head h reads key/value head h // (num_heads // num_kv_heads): grouped-query attention
-  (Ainslie et al. 2023, arXiv 2305.13245), of which multi-query (one key/value head) and plain
-  multi-head attention (as many as query heads) are the ends.
+  (Ainslie et al. 2023, arXiv 2305.13245). Its two extremes are multi-query (one key/value head)
+  and plain multi-head attention (as many as query heads).
 * Arithmetic is float32 when the activations are float32 and float64 when they are float64: to
-  judge another implementation's rounding, hand in float64. Weights are cast to match. Only the
-  angles of the rotary embedding are float32 always, because models are trained with those.
+  judge another implementation's rounding, pass float64. Weights are cast to match. Only the angles
+  of the rotary embedding are always float32, because models are trained with those.
 * dtype "bf16" means: the matrix and the activations entering a product are rounded to bfloat16
   (ties to even), the products and their sum are not. Norm weights and biases are never rounded.
 * Nothing is modified in place.
 
 Each function of `OPS` is a method of the same name of `octavo._native_ops.Ops`, which takes options
-of storage besides (blocks, slots). `rope` and the rest are what those functions are made of.
+of storage in addition (blocks, slots). `rope` and the others are parts of those functions.
 """
 
 from __future__ import annotations
@@ -196,8 +196,8 @@ def rope_and_store(
     """Rotate q and k, and put k and v into the slots of an (empty) cache.
 
     q: (rows, num_heads, head_dim); k, v: (rows, num_kv_heads, head_dim); positions: (rows,);
-    slots: (rows,), where each row's key and value go, a negative one nowhere; frequencies as in
-    `rope`. kv_dtype: see `to_cache`. Returns the rotated q, and the cache's keys and
+    slots: (rows,), where each row's key and value are stored; negative: not at all; frequencies as
+    in `rope`. kv_dtype: see `to_cache`. Returns the rotated q, and the cache's keys and
     values, each (num_slots, num_kv_heads, head_dim), zero where nothing was stored.
     """
     k_cache = np.zeros((num_slots, *k.shape[1:]), dtype=k.dtype)
@@ -238,10 +238,10 @@ def attention(
 
     dtype "bf16", where the cache is bf16: q and the weights of the tokens are rounded to bfloat16
     as well, so that both products are of bfloat16 numbers; their sums are not rounded, nor is the
-    sum of the weights that the result is divided by. A weight is 2^(s - N) then, s being the score
-    in powers of two and N the greatest one rounded up to a whole number: whole, so that whoever
-    goes through the context piece by piece, and knows but the greatest score so far, rounds to the
-    same bits and corrects them by exact powers of two.
+    sum of the weights that the result is divided by. A weight is then 2^(s - N), where s is the
+    score in powers of two and N the greatest score rounded up to a whole number. With a whole N, a
+    kernel that goes through the context piece by piece, and knows only the greatest score so far,
+    rounds to the same bits and corrects them by exact powers of two.
 
     q: (rows, num_heads, head_dim); k, v: (context, num_kv_heads, head_dim), rotated and as the
     cache holds them. Returns (rows, num_heads, head_dim).
@@ -265,16 +265,19 @@ def attention(
             total = np.sum(weights, axis=-1, keepdims=True)
             attended = (round_to_bf16(weights) @ v[:, kv_head]) / total
         else:
-            scores = (queries @ k[:, kv_head].T) * q.dtype.type(scale)
-            attended = softmax(np.where(visible, scores, nothing)) @ v[:, kv_head]
+            scores = queries @ k[:, kv_head].T
+            scores *= q.dtype.type(scale)
+            np.copyto(scores, nothing, where=~visible)
+            attended = softmax(scores) @ v[:, kv_head]
         out[:, heads] = attended.transpose(1, 0, 2)
     return out
 
 
 def softmax(x: Array) -> Array:
     """exp(x) / sum(exp(x)) over the last axis; the maximum is subtracted so nothing overflows."""
-    exponentials = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    result: Array = exponentials / np.sum(exponentials, axis=-1, keepdims=True)
+    result: Array = x - np.max(x, axis=-1, keepdims=True)
+    np.exp(result, out=result)
+    result /= np.sum(result, axis=-1, keepdims=True)
     return result
 
 
@@ -314,7 +317,7 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def take_rows(x: Array, rows: Integers) -> Array:
-    """Select rows: of all tokens, those whose logits are wanted.
+    """Select the rows of the tokens whose logits are wanted.
 
     x: (rows, width); rows: (n,). Returns (n, width).
     """

@@ -1,22 +1,22 @@
 """Quantized weights: what the codes of each format stand for, and products with them.
 
 A quantized matrix (outputs, inputs) is a matrix of small whole numbers, the codes, and a scale
-for each output (int8) or for each group of consecutive inputs of each output (int4), with which
-`dequantize` makes numbers of them. `octavo.models.spec.WeightFormat` says which format it is.
+for each output (int8) or for each group of consecutive inputs of each output (int4). `dequantize`
+computes the weights from them. `octavo.models.spec.WeightFormat` says which format it is.
 
-The activations that meet them become whole numbers too, of 16 bits, with a scale a row: then a
-product is a sum of whole numbers, exact, and the same bits come out whatever the order. That loses
-no more than bfloat16 activations do, while 8 bits would cost SmolLM2-135M ten times as much as
-rounding its weights does (`activation_bits` 8 does it all the same, for those who ask).
+The activations x of such a product become whole numbers too, of 16 bits, with a scale a row. Then
+a product is an exact sum of whole numbers, with the same bits in any order. That loses no more
+than bfloat16 activations do, while 8 bits would cost SmolLM2-135M ten times as much as rounding
+its weights does (`activation_bits` 8 does this, where it is asked for).
 
-What meets int4 weights has a second definition, `int4_activations` "bf16": x is rounded to
-bfloat16 and the weights are taken as they are. The CPU's instruction set amx computes that one,
-all its others "whole" (`octavo._native.int4_activations` tells). AMX's tiles multiply bytes 64
-inputs at a time, bfloat16 numbers 32: groups of 32 inputs would fill half of a step of bytes, and
-their sums be made of two passes' whole numbers, at a third of the speed. Levels less zero points
-are exact in bfloat16, and so is each product in float32. Rounding activations to bfloat16 costs
-SmolLM2-135M a mean KL of 1e-4, where its weights in int4 cost 0.066 or more. (CUDA keeps
-activations in bfloat16 or float16 throughout, and rounds them no further for quantized weights.)
+For int4 weights there is a second definition, `int4_activations` "bf16": x is rounded to bfloat16
+and the weights are not rounded. The CPU's instruction set amx computes this one, all its others
+"whole" (`octavo._native.int4_activations` tells). AMX's tiles multiply bytes 64 inputs at a time,
+bfloat16 numbers 32. With bytes, groups of 32 inputs would fill half of a step and need two passes:
+a third of the speed. Levels less zero points are exact in bfloat16, and so is each product in
+float32. Rounding activations to bfloat16 costs SmolLM2-135M a mean KL of 1e-4, while its weights
+in int4 cost 0.066 or more. (On CUDA, activations are bfloat16 or float16 throughout, and are not
+rounded again for quantized weights.)
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def quantized_linear(
 
     The native core sums blocks of at most 512 inputs of one group: whole numbers exactly, rounding
     to float32 only when it adds up blocks (csrc/cpu/kernels/linear_integer.h); bfloat16 numbers in
-    float32, before the group's scale, with which a block's sum is added on.
+    float32, and then adds each block's sum times its group's scale.
     """
     if format.dtype == "int4":
         codes = unpack_int4(codes)[:, : x.shape[1]]
@@ -104,8 +104,8 @@ def rounded_product(
 ) -> Array:
     """x, rounded as a matrix of `format` asks, times the numbers that its codes stand for.
 
-    Rounded to whole numbers, row by row (`round_activations`); with `int4_activations` "bf16" what
-    meets int4 is rounded to bfloat16 instead. x: (rows, inputs); weight: (outputs, inputs), not
+    x is rounded to whole numbers, row by row (`round_activations`); for int4 with
+    `int4_activations` "bf16" to bfloat16 instead. x: (rows, inputs); weight: (outputs, inputs), not
     rounded; bias: (outputs,). Returns (rows, outputs), in the type of x.
     """
     check_int4_activations(int4_activations)
@@ -117,7 +117,7 @@ def rounded_product(
 
 
 def check_int4_activations(given: str) -> None:
-    """Raises ValueError for what is none of INT4_ACTIVATIONS."""
+    """Raises ValueError for a value that is not in INT4_ACTIVATIONS."""
     if given not in INT4_ACTIVATIONS:
         raise ValueError(f"int4_activations is {given!r}; expected one of {INT4_ACTIVATIONS}")
 
@@ -156,13 +156,13 @@ def round_to_int4(
 ) -> tuple[npt.NDArray[np.uint8], Float32, Float32 | None]:
     """Round to nearest: the scale spans each group's largest magnitude.
 
-    Levels of their own: the largest magnitude becomes the level of largest magnitude, which takes
-    a scale below zero where their signs differ; of two equally near levels the upper one is taken;
-    what is next to nothing gets scale 0, since no level may be 0.
+    Non-uniform levels: the largest magnitude becomes the level of largest magnitude, with a scale
+    below zero where their signs differ; of two equally near levels the upper one is taken; a group
+    of weights near zero gets scale 0, since no level is 0.
     Uniform levels, -8 to 7, symmetric: fifteen steps from the largest magnitude to its opposite.
-    Asymmetric: fifteen steps from the group's least to its greatest weight, 0 always among the two
-    and always a level.
-    Scales are rounded to bfloat16 before anything is measured by them.
+    Asymmetric: fifteen steps from the group's least to its greatest weight; 0 is always within
+    this range and always a level.
+    Scales are rounded to bfloat16 before codes are chosen.
 
     weight: (outputs, inputs), inputs a multiple of the group. Returns codes, uint8 from 0 to 15,
     (outputs, inputs); scales (outputs, groups); zeros (outputs, groups), or None.

@@ -6,9 +6,9 @@ with the largest logits_i / temperature + g_i, where the g_i are independent Gum
 function of (seed, sample_index, position, token). So what a request samples depends on nothing but
 its logits and its seed: not on the batch, nor on the order of the work, nor on the device.
 
-That asks for the same bits everywhere. Libraries differ in the last bit of exp and log, so both
-are spelled out below (the polynomials of Moshier's Cephes library), every multiplication and
-addition rounded to float32 by itself, and the sums that decide on top-p are of integers.
+This requires the same bits everywhere. Libraries differ in the last bit of exp and log, so both
+are defined below (the polynomials of Moshier's Cephes library), with every multiplication and
+addition rounded to float32, and the sums that decide on top-p are of integers.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def gumbel(seed: int, sample_index: int, position: int, vocab_size: int) -> Floa
     sampled, counted from the start of the prompt.
 
     -log(E), where E is exponential: E = -log(u) with u in (0, 1) from the random bits. Large
-    variates come from u close to 1, where float32 is coarse, so there 1 - u is made instead.
+    variates come from u close to 1, where float32 is coarse, so there 1 - u is computed instead.
     """
     bits = random_bits(seed, sample_index, position, vocab_size)
     below_half = bits < np.uint32(2**31)
@@ -166,8 +166,8 @@ def adjust_logits(
     logits: float32 (rows, vocab_size). row_starts: int32 (rows + 1,); row r has the entries
     row_starts[r] .. row_starts[r + 1] - 1 of the other three, each of shape (entries,).
     token_ids: int32, ascending within a row. repetition: float32, above 0: divides a positive
-    logit and multiplies any other (Keskar et al. 2019, arXiv 1909.05858, with the sign looked at
-    as everybody does since); 1 changes nothing. bias: float32, added after that. Returns a new
+    logit and multiplies any other (Keskar et al. 2019, arXiv 1909.05858; the test of the sign is
+    later common practice); 1 changes nothing. bias: float32, added after that. Returns a new
     array of the shape of logits.
     """
     result: Float32 = logits.copy()
@@ -180,10 +180,10 @@ def adjust_logits(
 
 
 def sampling_rows(num_rows: int, **fields: npt.ArrayLike) -> SamplingRows:
-    """Rows of SAMPLING_ROW, (num_rows,): what is not given has its default.
+    """Rows of SAMPLING_ROW, (num_rows,); fields that are not given have their defaults.
 
-    fields: by name, one value for all rows or one for each. Raises ValueError on a name that is no
-    field, and on the wrong number of values.
+    fields: by name, one value for all rows or one for each. Raises ValueError on an unknown name
+    and on the wrong number of values.
     """
     rows = np.full(num_rows, _GREEDY)
     for name, values in fields.items():

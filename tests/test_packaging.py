@@ -227,3 +227,18 @@ heavy = {"numpy", "tokenizers", "gguf", "huggingface_hub", "octavo._native"} & s
 print("heavy:" + ",".join(sorted(heavy)))
 """
     assert run_python(code).stdout.splitlines()[-1] == "heavy:"
+
+
+def test_the_core_to_read_stays_small() -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("### The core to read")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\|[^|]+\|((?: `[^`|]+`)+) \| (\d+) \|$", section, re.M)
+    assert len(rows) == 7
+    total = 0
+    for files, stated in rows:
+        lines = sum(
+            len((ROOT / name).read_text().splitlines()) for name in re.findall(r"`(.+?)`", files)
+        )
+        assert abs(lines - int(stated)) <= 0.1 * lines, f"README.md says {stated} lines of{files}"
+        total += lines
+    assert total < 6200  # "about 6,000"

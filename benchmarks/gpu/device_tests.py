@@ -10,8 +10,8 @@ import re
 import subprocess
 import sys
 
+from about import sources_hash
 from results import DEVICE, EMULATE, ROOT, keep
-from sources import sources_hash
 
 WORKERS = min(16, os.cpu_count() or 1)
 MOST_FAILURES = 20
@@ -22,18 +22,8 @@ def main() -> None:
     tests = sorted(str(path) for path in (ROOT / "tests").glob("*/test_cuda_*.py"))
     # `make test` runs all of them, but those beside Hugging Face, on the emulator.
     arguments = ["-k", "test_norms"] if EMULATE else ["-n", str(WORKERS)]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rf",
-        "--tb=short",
-        "--timeout=60",
-        "-p",
-        "no:benchmark",
-    ]
-    command += [f"--maxfail={MOST_FAILURES}", *arguments, *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "--timeout=60"]
+    command += ["-p", "no:benchmark", f"--maxfail={MOST_FAILURES}", *arguments, *tests]
     environment = {**os.environ, "OCTAVO_TEST_CUDA_DEVICE": DEVICE}
     run = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, errors="replace"
@@ -41,8 +31,7 @@ def main() -> None:
     lines = []
     for line in run.stdout or ():
         lines.append(line)
-        sys.stdout.write(line)
-        sys.stdout.flush()
+        print(line, end="", flush=True)
     status = run.wait()
     failed = [found[1] for line in lines if (found := re.match(r"(?:FAILED|ERROR) (\S+)", line))]
     if status and not failed:

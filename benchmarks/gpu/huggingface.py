@@ -25,7 +25,7 @@ if EMULATE:
     DECODED, ROUNDS, PROMPTS, DEPTHS = 2, 1, (5,), (5,)
 
 
-class Side:
+class HuggingFace:
     """A random model of the shape."""
 
     def __init__(self) -> None:
@@ -45,28 +45,22 @@ class Side:
         token: torch.Tensor = out.logits[:, -1:].argmax(-1)
         return token
 
-    def plain(self, depth: int) -> Callable[[], None]:
+    def decoding(self, step: Any, depth: int, compiled: bool = False) -> Callable[[], None]:
         """A greedy loop behind a prompt of `depth` tokens, which is part of it, and small."""
+        length = depth + DECODED + 8
+        static = StaticCache(config=self.config, max_cache_len=length) if compiled else None
 
         def run() -> None:
-            cache = DynamicCache()
+            cache: Any = DynamicCache() if static is None else static
+            if compiled:
+                cache.reset()
             ids = self.next(self.model, self.prompt(depth), cache)
             for _ in range(DECODED):
-                ids = self.next(self.model, ids, cache)
-
-        return run
-
-    def compiled(self, step: Any, depth: int) -> Callable[[], None]:
-        """The same with a static cache and a compiled step."""
-        cache = StaticCache(config=self.config, max_cache_len=depth + DECODED + 8)
-
-        def run() -> None:
-            cache.reset()
-            ids = self.next(self.model, self.prompt(depth), cache)
-            for _ in range(DECODED):
-                if not EMULATE:
-                    torch.compiler.cudagraph_mark_step_begin()
-                ids = self.next(step, ids.clone(), cache)
+                if compiled:
+                    ids = ids.clone()
+                    if not EMULATE:
+                        torch.compiler.cudagraph_mark_step_begin()
+                ids = self.next(step, ids, cache)
 
         return run
 
@@ -93,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compiled", action="store_true")
     given = parser.parse_args()
-    side = Side()
+    system = HuggingFace()
     found: dict[str, float] = {}
     name = "huggingface-compiled" if given.compiled else "huggingface"
 
@@ -103,24 +97,21 @@ def main() -> None:
         keep(name, {"tokens_per_second": found})
 
     with torch.inference_mode():
-        step: Any = side.model
+        step: Any = system.model
         if given.compiled:
             if not EMULATE:
-                step = torch.compile(side.model.forward, mode="reduce-overhead", fullgraph=True)
+                step = torch.compile(system.model.forward, mode="reduce-overhead", fullgraph=True)
             for depth in DEPTHS:
-                run = side.compiled(step, depth)
+                run = system.decoding(step, depth, compiled=True)
                 run()
                 note(f"decode @{depth}, compiled", DECODED, median(run))
             return
         for length in PROMPTS:
-            ids = side.prompt(length)
-            note(
-                f"prefill {length}",
-                length,
-                median(lambda ids=ids: side.model(ids, logits_to_keep=1)),
-            )
+            ids = system.prompt(length)
+            seconds = median(lambda ids=ids: system.model(ids, logits_to_keep=1))
+            note(f"prefill {length}", length, seconds)
         for depth in DEPTHS:
-            note(f"decode @{depth}", DECODED, median(side.plain(depth)))
+            note(f"decode @{depth}", DECODED, median(system.decoding(system.model, depth)))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from results import DEVICE, EMULATE, TORCH_DEVICE, keep, read
+from limits import seconds_of
+from results import DEVICE, EMULATE, TORCH_DEVICE, keep, read_peak
 
 from octavo import _native_ops
+from octavo.bench.cases import Peak, Work, least_seconds
 from octavo.models.spec import WeightFormat
 
 try:
@@ -49,21 +51,10 @@ FORMATS: dict[str, tuple[WeightFormat | None, float]] = {  # with bytes a weight
 CACHE_BYTES = 256e6  # more than any GPU's second cache
 
 
-class Floors:
-    """Least seconds for bytes and operations on this GPU."""
-
-    def __init__(self) -> None:
-        limits = read().get("limits")
-        if limits is None:
-            raise SystemExit("run benchmarks/gpu/limits.py first: floors need the GPU's limits")
-        self._bandwidth = limits["read_bytes_per_second"]
-        self._flops = max(limits["mma_flops"], limits.get("cublas_flops", 0.0))
-
-    def seconds(self, num_bytes: float, operations: float) -> float:
-        return max(num_bytes / self._bandwidth, operations / self._flops)
+Rows = Iterator[dict[str, Any]]
 
 
-def linears(bench: Any, floors: Floors, rows_list: list[int]) -> Iterator[dict[str, Any]]:
+def linears(bench: Any, peak: Peak, rows_list: list[int]) -> Rows:
     """Matrix products in every format, beside cuBLAS in bf16."""
     for name, (outputs, inputs) in MATRICES.items():
         peers = _cublas(rows_list, outputs, inputs)
@@ -71,23 +62,22 @@ def linears(bench: Any, floors: Floors, rows_list: list[int]) -> Iterator[dict[s
             times = bench.linear(rows_list, outputs, inputs, format)
             for rows, seconds, peer in zip(rows_list, times, peers, strict=True):
                 num_bytes = outputs * inputs * weight_bytes + 2.0 * rows * (inputs + outputs)
-                floor = floors.seconds(num_bytes, 2.0 * rows * outputs * inputs)
+                floor = floor_of(peak, num_bytes, 2.0 * rows * outputs * inputs)
                 yield _row(f"{name} {kind}, {rows} rows", seconds, floor, peer)
+
+
+def _numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.bfloat16, device=TORCH_DEVICE)
 
 
 def _cublas(rows_list: list[int], outputs: int, inputs: int) -> list[float | None]:
     if torch is None:
         return [None] * len(rows_list)
-    from timing import seconds_of
-
     copies = max(1, min(16, round(CACHE_BYTES / (2 * outputs * inputs))))
-    weights = [
-        torch.randn(outputs, inputs, dtype=torch.bfloat16, device=TORCH_DEVICE)
-        for _ in range(copies)
-    ]
+    weights = [_numbers(outputs, inputs) for _ in range(copies)]
     times: list[float | None] = []
     for rows in rows_list:
-        x = torch.randn(rows, inputs, dtype=torch.bfloat16, device=TORCH_DEVICE)
+        x = _numbers(rows, inputs)
 
         def all_copies(x: torch.Tensor = x) -> None:
             for weight in weights:
@@ -97,7 +87,7 @@ def _cublas(rows_list: list[int], outputs: int, inputs: int) -> list[float | Non
     return times
 
 
-def attentions(bench: Any, floors: Floors) -> Iterator[dict[str, Any]]:
+def attentions(bench: Any, peak: Peak) -> Rows:
     """Decoding and prefill over the paged cache, beside SDPA over contiguous keys and values."""
     cases = [(n, 1, c) for n in SEQUENCES for c in CONTEXTS if n * c <= 2**18]
     for num_seqs, tokens, context in cases + PREFILLS:
@@ -110,7 +100,7 @@ def attentions(bench: Any, floors: Floors) -> Iterator[dict[str, Any]]:
                 num_seqs, tokens, context, HEADS, KV_HEADS, HEAD_DIM, kv_dtype
             )
             num_bytes = kv_numbers * item + 4.0 * num_seqs * tokens * HEADS * HEAD_DIM
-            floor = floors.seconds(num_bytes, operations)
+            floor = floor_of(peak, num_bytes, operations)
             name = f"attention {kv_dtype}, {num_seqs} x {tokens} new of {context}"
             yield _row(name, seconds, floor, peer)
 
@@ -119,16 +109,10 @@ def _sdpa(num_seqs: int, tokens: int, context: int) -> float | None:
     """Of as many copies of keys and values as octavo's own take turns."""
     if torch is None:
         return None
-    from timing import seconds_of
-
-    def numbers(heads: int, length: int) -> torch.Tensor:
-        shape = (num_seqs, heads, length, HEAD_DIM)
-        return torch.randn(*shape, dtype=torch.bfloat16, device=TORCH_DEVICE)
-
     kv_bytes = 4.0 * num_seqs * context * KV_HEADS * HEAD_DIM
     copies = 1 if EMULATE else max(1, min(100, round(CACHE_BYTES / kv_bytes)))
-    q = numbers(HEADS, tokens)
-    caches = [(numbers(KV_HEADS, context), numbers(KV_HEADS, context)) for _ in range(copies)]
+    q, kv = _numbers(num_seqs, HEADS, tokens, HEAD_DIM), (num_seqs, KV_HEADS, context, HEAD_DIM)
+    caches = [(_numbers(*kv), _numbers(*kv)) for _ in range(copies)]
     mask = None
     if 1 < tokens < context:
         mask = torch.ones(tokens, context, dtype=torch.bool, device=TORCH_DEVICE)
@@ -143,14 +127,14 @@ def _sdpa(num_seqs: int, tokens: int, context: int) -> float | None:
     return seconds_of(attend, max(1, 40 // copies)) / copies
 
 
-def others(bench: Any, floors: Floors) -> Iterator[dict[str, Any]]:
+def others(bench: Any, peak: Peak) -> Rows:
     """Ops that touch each number once."""
     for rows in ELEMENT_ROWS:
         num_bytes = rows * HIDDEN * (4.0 + 4.0 + 2.0 + 2.0)  # residual twice, x, out
         seconds = bench.add_norm(rows, HIDDEN)
-        yield _row(f"add_norm, {rows} rows", seconds, floors.seconds(num_bytes, 0))
+        yield _row(f"add_norm, {rows} rows", seconds, floor_of(peak, num_bytes))
         seconds = bench.gated_activation(rows, UP)
-        yield _row(f"silu x up, {rows} rows", seconds, floors.seconds(rows * UP * 6.0, 0))
+        yield _row(f"silu x up, {rows} rows", seconds, floor_of(peak, rows * UP * 6.0))
     for rows in SAMPLE_ROWS:
         for how, settings in (
             ("greedy", (0.0, 0, 1.0)),
@@ -158,7 +142,11 @@ def others(bench: Any, floors: Floors) -> Iterator[dict[str, Any]]:
             ("top-k, top-p", (1.0, 50, 0.9)),
         ):
             seconds = bench.sample(rows, VOCAB, *settings)
-            yield _row(f"sample {how}, {rows} rows", seconds, floors.seconds(4.0 * rows * VOCAB, 0))
+            yield _row(f"sample {how}, {rows} rows", seconds, floor_of(peak, 4.0 * rows * VOCAB))
+
+
+def floor_of(peak: Peak, num_bytes: float, operations: float = 0.0) -> float:
+    return least_seconds(Work(num_bytes, operations), peak)[0]
 
 
 def _row(name: str, seconds: float, floor: float, peer: float | None = None) -> dict[str, Any]:
@@ -177,16 +165,20 @@ def main() -> None:
     parser.add_argument("--rows", default=ROWS, help="rows of x, with commas")
     parser.add_argument("--label", default="", help="what variant this is")
     given = parser.parse_args()
-    bench, floors = _native_ops.OpBench(DEVICE, "bf16", **BENCH), Floors()
+    peak = read_peak()
+    if peak is None:
+        raise SystemExit("run benchmarks/gpu/limits.py first: floors need the GPU's limits")
+    bench = _native_ops.OpBench(DEVICE, "bf16", **BENCH)
     rows: list[dict[str, Any]] = []
     rows_list = [int(part) for part in given.rows.split(",")]
+    name = f"kernels-{given.label}" if given.label else "kernels"
     for family in (
-        attentions(bench, floors),
-        linears(bench, floors, rows_list),
-        others(bench, floors),
+        attentions(bench, peak),
+        linears(bench, peak, rows_list),
+        others(bench, peak),
     ):
         rows += family
-        keep("-".join(["kernels", *([given.label] if given.label else [])]), {"rows": rows})
+        keep(name, {"rows": rows})
 
 
 if __name__ == "__main__":

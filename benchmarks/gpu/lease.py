@@ -9,8 +9,10 @@ gpu-NAME.json, table.txt, profile.txt, done.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,46 +20,58 @@ import sys
 import threading
 import time
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from sources import sources_hash
+from about import ROOT, sources_hash
 
-ROOT = Path(__file__).resolve().parents[2]
 OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
-HERE = "benchmarks/gpu"
-MODEL, MIXED, KERNELS = f"{HERE}/model.py", f"{HERE}/mixed.py", f"{HERE}/kernels.py"
 VARIANT = ROOT / "build" / "gpu-variant"
-NCU = ["ncu", "--clock-control", "none", "--launch-count", "24"]
-NCU += ["--kernel-name", "regex:multiply_rows|decode_attention"]
-for _section in ("SpeedOfLight", "WarpStateStats", "LaunchStats", "Occupancy"):
-    NCU += ["--section", _section]
-NCU += ["--section", "MemoryWorkloadAnalysis"]
-SANITIZED = ["-m", "pytest", "-q", "-p", "no:benchmark", "tests/engine/test_cuda_runtime.py"]
+NCU = "ncu --clock-control none --launch-count 24"
+NCU += " --kernel-name regex:multiply_rows|decode_attention --section SpeedOfLight"
+NCU += " --section WarpStateStats --section LaunchStats --section Occupancy"
+NCU += " --section MemoryWorkloadAnalysis"
+SANITIZER = "compute-sanitizer --error-exitcode 9 --tool"
+SANITIZED = "-m pytest -q -p no:benchmark tests/engine/test_cuda_runtime.py -k replayed -x"
 
 
-@dataclass(frozen=True)
 class Step:
-    """commands: arguments of Python, one run after the other; `seconds`: the most they may take.
+    """Something to run; `seconds`: the most it may take.
 
-    tool: what a command is run under, and the program that it needs; a machine without skips it.
+    commands: arguments of Python, one run after the other, a file being one of this folder. tool:
+    what a command is run under; a machine without it skips the step. environment: NAME=VALUE.
+    flags: of the compiler, for a build that comes first; "" builds the module itself, others one
+    beside it, with the same Python, which the commands use.
     """
 
-    seconds: int
-    commands: tuple[list[str], ...]
-    tool: tuple[str, ...] = ()
-    environment: tuple[str, ...] = ()  # NAME=VALUE
+    def __init__(
+        self,
+        seconds: int,
+        *commands: str,
+        tool: str = "",
+        environment: str = "",
+        flags: str | None = None,
+    ) -> None:
+        self.seconds = seconds
+        self.commands = [shlex.split(command) for command in commands]
+        self.tool = tool.split()
+        self.environment = dict(setting.split("=") for setting in environment.split())
+        self.flags = flags
 
 
-def build(folder: Path, flags: str = "", module_folder: Path | None = None) -> list[list[str]]:
+def build(flags: str) -> list[list[str]]:
     """CMake alone, for this GPU alone: neither pip nor its resolver."""
+    folder = VARIANT / "build" if flags else ROOT / "build" / "gpu-build"
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "--log-level=WARNING"]
     configure += ["-DCMAKE_BUILD_TYPE=Release", "-DOCTAVO_CUDA=ON"]
     configure += [f"-DCMAKE_CUDA_FLAGS=--split-compile=0 {flags}"]
     configure += [f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    if module_folder:
-        configure += [f"-DOCTAVO_MODULE_FOLDER={module_folder}"]
+    if flags:
+        python = VARIANT / "python"
+        shutil.rmtree(python, ignore_errors=True)
+        compiled = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / "python", python, ignore=compiled)
+        configure += [f"-DOCTAVO_MODULE_FOLDER={python / 'octavo'}"]
     return [configure, ["cmake", "--build", str(folder)]]
 
 
@@ -68,108 +82,75 @@ def architecture() -> str:
     return found.strip().replace(".", "") + "-real"
 
 
-def variant(label: str, flags: str, *parts: list[str]) -> Step:
-    """Steps with a module of its own, compiled with other constants, beside the same Python."""
-    marked = tuple([*part, "--label", label] for part in parts)
-    return Step(220, (["--build-variant", flags], *marked))
-
-
 STEPS: dict[str, Step] = {
-    "machine": Step(30, ([f"{HERE}/about.py"],)),
-    "build": Step(200, (["--build"],)),
-    "limits": Step(40, ([f"{HERE}/limits.py"],)),
-    "headline": Step(60, ([MODEL, "headline"],)),
-    "tests": Step(120, ([f"{HERE}/device_tests.py"],)),
-    "decode": Step(
-        75, tuple([MODEL, "decode", "--format", name] for name in ("int8", "int4", "bf16"))
-    ),
-    "mixed": Step(90, ([MIXED], [MIXED, "--kv-dtype", "int8"])),
-    "batch": Step(90, tuple([MODEL, "batch", "--format", name] for name in ("bf16", "int8"))),
-    "prefill": Step(40, ([MODEL, "prefill"],)),
-    "kernels": Step(90, ([KERNELS],)),
-    "profile": Step(60, ([f"{HERE}/profiled.py"],), tuple(NCU)),
-    "memcheck": Step(
-        90,
-        ([*SANITIZED, "-k", "replayed", "-x"],),
-        ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
-    ),
+    "machine": Step(30, "about.py"),
+    "build": Step(200, flags=""),
+    "limits": Step(40, "limits.py"),
+    "headline": Step(60, "model.py headline"),
+    "tests": Step(120, "device_tests.py"),
+    "decode": Step(75, *(f"model.py decode --format {f}" for f in ("int8", "int4", "bf16"))),
+    "mixed": Step(90, "mixed.py", "mixed.py --kv-dtype int8"),
+    "batch": Step(90, *(f"model.py batch --format {f}" for f in ("bf16", "int8"))),
+    "prefill": Step(40, "model.py prefill"),
+    "kernels": Step(90, "kernels.py"),
+    "profile": Step(60, "profiled.py", tool=NCU),
+    "memcheck": Step(90, SANITIZED, tool=f"{SANITIZER} memcheck"),
     # Variants, beside the same measurement of what is built by default.
-    "as-built": Step(75, tuple([MODEL, "headline", "--format", f] for f in ("int8", "int4"))),
-    "int4-ring": variant("ring-2", "-DOCTAVO_INT4_RING=2", [MODEL, "headline", "--format", "int4"]),
-    "int8-blocks": variant(
-        "blocks-3", "-DOCTAVO_INT8_BLOCKS=3", [MODEL, "headline", "--format", "int8"]
+    "as-built": Step(75, *(f"model.py headline --format {f}" for f in ("int8", "int4"))),
+    "int4-ring": Step(
+        220, "model.py headline --format int4 --label ring-2", flags="-DOCTAVO_INT4_RING=2"
+    ),
+    "int8-blocks": Step(
+        220, "model.py headline --format int8 --label blocks-3", flags="-DOCTAVO_INT8_BLOCKS=3"
     ),
     "tiles-apart": Step(
         75,
-        tuple([MODEL, "headline", "--format", f, "--label", "apart"] for f in ("bf16", "int8")),
-        environment=("OCTAVO_CUDA_TILES_APART=1",),
+        *(f"model.py headline --format {f} --label apart" for f in ("bf16", "int8")),
+        environment="OCTAVO_CUDA_TILES_APART=1",
     ),
-    "plain-tiles": Step(
-        60,
-        ([MODEL, "batch", "--label", "tiles-64"],),
-        environment=("OCTAVO_TILES_ROWS=64",),
-    ),
+    "plain-tiles": Step(60, "model.py batch --label tiles-64", environment="OCTAVO_TILES_ROWS=64"),
     "int8-tiles": Step(
         60,
-        ([MODEL, "batch", "--format", "int8", "--label", "tiles-64"],),
-        environment=("OCTAVO_QUANTIZED_TILES_ROWS=64",),
+        "model.py batch --format int8 --label tiles-64",
+        environment="OCTAVO_QUANTIZED_TILES_ROWS=64",
     ),
     "deterministic": Step(
-        75,
-        (
-            [MODEL, "batch", "prefill", "--deterministic"],
-            [MODEL, "headline", "--enforce-eager"],
-        ),
+        75, "model.py batch prefill --deterministic", "model.py headline --enforce-eager"
     ),
-    "huggingface": Step(60, ([f"{HERE}/huggingface.py"],)),
-    "huggingface-compiled": Step(200, ([f"{HERE}/huggingface.py", "--compiled"],)),
-    "racecheck": Step(
-        120,
-        ([*SANITIZED, "-k", "replayed", "-x"],),
-        ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"),
-    ),
+    "huggingface": Step(60, "huggingface.py"),
+    "huggingface-compiled": Step(200, "huggingface.py --compiled"),
+    "racecheck": Step(120, SANITIZED, tool=f"{SANITIZER} racecheck"),
 }
 LISTS = {
-    "lease": [
-        *("machine", "build", "limits", "headline", "tests", "decode", "mixed", "batch"),
-        *("prefill", "kernels", "profile", "memcheck"),
-    ],
-    "lease-2": [
-        *("machine", "build", "limits", "as-built", "int4-ring", "int8-blocks", "tiles-apart"),
-        *("plain-tiles", "int8-tiles", "deterministic", "huggingface", "racecheck"),
-    ],
-    "all": list(STEPS),
+    "lease": "machine build limits headline tests decode mixed batch prefill kernels profile "
+    "memcheck",
+    "lease-2": "machine build limits as-built int4-ring int8-blocks tiles-apart plain-tiles "
+    "int8-tiles deterministic huggingface racecheck",
+    "all": " ".join(STEPS),
 }
-
-
-class Log:
-    """Standard output, and lease.log."""
-
-    def __init__(self) -> None:
-        OUT.mkdir(parents=True, exist_ok=True)
-        self._file = (OUT / "lease.log").open("a", buffering=1)
-
-    def write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        self._file.write(text)
 
 
 class Lease:
     """Runs steps until the time is over."""
 
     def __init__(self, seconds: float, emulate: bool) -> None:
+        self.failed: list[str] = []
         self._end = time.monotonic() + seconds
         self._emulate = emulate
-        self._log = Log()
-        self._environment = {**os.environ, "OUT": str(OUT), "PYTHONUNBUFFERED": "1"}
+        OUT.mkdir(parents=True, exist_ok=True)
+        self._file = (OUT / "lease.log").open("a", buffering=1)
         self._carried = carried()
+        self._environment = {**os.environ, "OUT": str(OUT), "PYTHONUNBUFFERED": "1"}
         self._environment["OCTAVO_TEST_CUDA_DEVICE"] = "cuda_emulated" if emulate else "cuda"
         if emulate:  # the module under test is the one that is installed
             self._environment["EMULATE"] = "1"
         else:
             self._environment["PYTHONPATH"] = self._python_path(ROOT / "python")
-        self.failed: list[str] = []
+
+    def _log(self, text: str) -> None:
+        """To standard output, and to lease.log."""
+        print(text, end="", flush=True)
+        self._file.write(text)
 
     def _python_path(self, octavo: Path) -> str:
         return os.pathsep.join([str(octavo), *self._carried])
@@ -179,52 +160,44 @@ class Lease:
         step = STEPS[name]
         left = self._end - time.monotonic()
         if left < 5:
-            self._log.write(f"==== {name}: left out, the time is over\n")
+            self._log(f"==== {name}: left out, the time is over\n")
             self.failed.append(f"{name} (left out)")
             return
         start = time.monotonic()
         end = start + min(step.seconds, left)
-        self._log.write(f"==== {name} ({left:.0f} s left)\n")
+        self._log(f"==== {name} ({left:.0f} s left)\n")
         status = "ok"
-        environment = dict(self._environment)
-        environment |= dict(setting.split("=") for setting in step.environment)
-        for arguments in step.commands:
-            if arguments[0] == "--build-variant" and not self._emulate:
-                environment["PYTHONPATH"] = self._python_path(VARIANT / "python")
-            status = self._commands(step, arguments, environment, end)
+        environment = self._environment | step.environment
+        if step.flags and not self._emulate:
+            environment["PYTHONPATH"] = self._python_path(VARIANT / "python")
+        commands = self._commands(step)
+        status = "skipped" if commands is None else "ok"
+        for command in commands or ():
+            status = self._command(command, environment, end)
             if status != "ok":
                 break
-        self._log.write(f"==== {name}: {status} after {time.monotonic() - start:.1f} s\n")
+        self._log(f"==== {name}: {status} after {time.monotonic() - start:.1f} s\n")
         if status in ("ok", "skipped"):
             done = finished() | {name: sources_hash()}
             (OUT / "done.json").write_text(json.dumps(done, indent=1) + "\n")
         else:
             self.failed.append(f"{name} ({status})")
 
-    def _commands(
-        self, step: Step, arguments: list[str], environment: dict[str, str], end: float
-    ) -> str:
-        if arguments[0].startswith("--build"):
-            if self._emulate:
-                self._log.write("emulated: the installed module is taken as it is\n")
-                return "ok"
-            commands = build(ROOT / "build" / "gpu-build")
-            if arguments[0] == "--build-variant":
-                copy_python(VARIANT / "python")
-                module_folder = VARIANT / "python" / "octavo"
-                commands = build(VARIANT / "build", arguments[1], module_folder)
-        elif step.tool and shutil.which(step.tool[0]) is None:
-            self._log.write(f"{step.tool[0]} is not here: run without it, for its Python\n")
+    def _commands(self, step: Step) -> list[list[str]] | None:
+        """What to run, one after the other; None: the step's tool is not here."""
+        tool = step.tool
+        if tool and shutil.which(tool[0]) is None:
+            self._log(f"{tool[0]} is not here: run without it, for its Python\n")
             if not self._emulate:
-                return "skipped"
-            commands = [[sys.executable, *arguments]]
-        else:
-            commands = [[*step.tool, sys.executable, *arguments]]
-        for command in commands:
-            status = self._command(command, environment, end)
-            if status != "ok":
-                return status
-        return "ok"
+                return None
+            tool = []
+        commands = [[*tool, *in_python(*command)] for command in step.commands]
+        if step.flags is not None:
+            if self._emulate:
+                self._log("emulated: the installed module is taken as it is\n")
+            else:
+                commands = build(step.flags) + commands
+        return commands
 
     def _command(self, command: list[str], environment: dict[str, str], end: float) -> str:
         """Runs it, in a process group of its own, which is killed when the time is over."""
@@ -238,53 +211,36 @@ class Lease:
             errors="replace",
             start_new_session=True,
         )
+        stopped = threading.Event()
+
+        def stop() -> None:
+            with contextlib.suppress(ProcessLookupError):  # it may just have ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
+                stopped.set()
+
+        timer = threading.Timer(max(0.0, end - time.monotonic()), stop)
+        timer.daemon = True
+        timer.start()
         profile = (OUT / "profile.txt").open("a") if command[0] == "ncu" else None
-        killer = Killer(process, end)
         for line in process.stdout or ():
             if profile:
                 profile.write(line)
             else:
-                self._log.write(line)
+                self._log(line)
         status = process.wait()
-        killer.cancel()
-        if killer.fired:
+        timer.cancel()
+        if stopped.is_set():
             return "STOPPED at its limit"
         return "ok" if status == 0 else f"FAILED ({status})"
 
     def table(self) -> None:
         """The table, printed and kept."""
-        shown = subprocess.run(
-            [sys.executable, f"{HERE}/table.py"],
-            cwd=ROOT,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-        )
+        command, environment = in_python("table.py"), self._environment
+        shown = subprocess.run(command, env=environment, capture_output=True, text=True)
         (OUT / "table.txt").write_text(shown.stdout)
-        self._log.write("\n" + shown.stdout + shown.stderr)
+        self._log("\n" + shown.stdout + shown.stderr)
         if shown.returncode:
             self.failed.append("table")
-
-
-class Killer:
-    """Kills a process and its children at a time."""
-
-    def __init__(self, process: subprocess.Popen[str], end: float) -> None:
-        self.fired = False
-        self._process = process
-        self._timer = threading.Timer(max(0.0, end - time.monotonic()), self._kill)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _kill(self) -> None:
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has just ended by itself
-            return
-        self.fired = True
-
-    def cancel(self) -> None:
-        self._timer.cancel()
 
 
 def finished() -> dict[str, str]:
@@ -306,10 +262,10 @@ def carried() -> list[str]:
     return [str(folder)]
 
 
-def copy_python(to: Path) -> None:
-    """octavo's Python files without a compiled module."""
-    shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(ROOT / "python", to, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+def in_python(first: str, *more: str) -> list[str]:
+    """A command of this Python; `first`: a file of this folder, or an option."""
+    path = str(Path(__file__).with_name(first)) if first.endswith(".py") else first
+    return [sys.executable, path, *more]
 
 
 def main() -> None:
@@ -318,27 +274,21 @@ def main() -> None:
         description="Build, test and measure octavo on an NVIDIA GPU.",
         epilog=f"lists: {', '.join(LISTS)}. steps: {', '.join(STEPS)}.",
     )
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="LIST|STEP",
-        help="default: every step that these sources have not finished yet",
-    )
-    parser.add_argument(
-        "--seconds", type=float, help="for all steps together (a lease: 560; else no limit)"
-    )
-    parser.add_argument("--emulate", action="store_true", help="tiny shapes on the emulated GPU")
+    add = parser.add_argument
+    names_help = "default: every step that these sources have not finished yet"
+    add("names", nargs="*", metavar="LIST|STEP", help=names_help)
+    add("--seconds", type=float, help="for all steps together (a lease: 560; else no limit)")
+    add("--emulate", action="store_true", help="tiny shapes on the emulated GPU")
     given = parser.parse_args()
     names = given.names or ["all"]
     for name in names:
         if name not in STEPS and name not in LISTS:
-            parser.error(
-                f'there is no step "{name}"; expected some of {", ".join([*LISTS, *STEPS])}'
-            )
+            known = ", ".join([*LISTS, *STEPS])
+            parser.error(f'there is no step "{name}"; expected some of {known}')
     is_lease = any(name.startswith("lease") for name in names)
     lease = Lease(given.seconds or (560.0 if is_lease else 1e6), given.emulate)
     for name in names:
-        for step in LISTS.get(name, [name]):
+        for step in LISTS.get(name, name).split():
             if given.names or finished().get(step) != sources_hash():
                 lease.run(step)
     lease.table()

@@ -15,10 +15,10 @@ import argparse
 import random
 import time
 
-from results import DEVICE, EMULATE, SHAPE, keep, read
+from results import DEVICE, EMULATE, SHAPE, keep, read_peak
 
 from octavo import LLM, SamplingParams
-from octavo.bench.cases import BYTES, linear_weights
+from octavo.bench.cases import BYTES, Work, least_seconds, linear_weights
 from octavo.weights.model_files import read_model
 
 REQUESTS, SHORTEST, LONGEST = (4, 3, 9) if EMULATE else (256, 100, 1024)
@@ -39,20 +39,18 @@ def ceiling_seconds(
     prompts: list[int], answers: list[int], weight_bytes: float, kv_dtype: str
 ) -> float | None:
     """Least seconds of prompts and decoding; None where the limits were not measured."""
-    limits = read().get("limits")
-    if limits is None:
+    peak = read_peak()
+    if peak is None:
         return None
     spec = read_model(SHAPE).spec
-    bandwidth = limits["read_bytes_per_second"]
-    flops = max(limits["mma_flops"], limits.get("cublas_flops", 0.0))
     kv_bytes = sum(2 * layer.kv_size * BYTES[kv_dtype] for layer in spec.layers)
     layers = linear_weights(spec)
     per_token = 2.0 * (layers + spec.vocab_size * spec.hidden_size)
-    seconds = 2.0 * layers * sum(prompts) / flops
+    seconds = 2.0 * layers * sum(prompts) / peak.flops
     for step in range(1, max(answers)):
         alive = [n for n, answer in zip(prompts, answers, strict=True) if answer > step]
         read_bytes = weight_bytes + kv_bytes * sum(n + step for n in alive)
-        seconds += max(read_bytes / bandwidth, per_token * len(alive) / flops)
+        seconds += least_seconds(Work(read_bytes, per_token * len(alive)), peak)[0]
     return seconds
 
 
@@ -90,7 +88,7 @@ def main() -> None:
     least = ceiling_seconds([len(p) for p in prompts], answers, weight_bytes, given.kv_dtype)
     line = f"{answered / seconds:.0f} answer tokens/s ({answered} in {seconds:.1f} s)"
     print(line + (f", {100 * least / seconds:.0f} % of the ceiling" if least else ""))
-    name = "-".join(["mixed", given.format, *(["kv-int8"] if given.kv_dtype == "int8" else [])])
+    name = f"mixed-{given.format}" + ("-kv-int8" if given.kv_dtype == "int8" else "")
     values = {
         "seconds": seconds,
         "least_seconds": least,

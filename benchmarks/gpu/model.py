@@ -50,23 +50,20 @@ def main() -> None:
         deterministic=given.deterministic,
         enforce_eager=given.enforce_eager,
     )
-    marks = [given.label] if given.label else []
-    marks += ["deterministic"] if given.deterministic else []
-    marks += ["eager"] if given.enforce_eager else []
+    marks = [given.label, "deterministic" * given.deterministic, "eager" * given.enforce_eager]
+    mark = "-".join([given.format, *filter(None, marks)])
     cases = [(part, case) for part in given.parts for case in PARTS[part]]
+    waiting = iter(cases)
     rows: dict[str, list[dict[str, Any]]] = {part: [] for part in given.parts}
-    done = 0
 
     def measured(row: Row) -> None:
-        nonlocal done
-        part, case = cases[done]
-        done += 1
+        part, case = next(waiting)
         rows[part].append(row.to_json())
         speed = "gate FAILED" if row.mean is None else f"{row.mean:9.1f} tokens/s"
         if row.percent_of_limit is not None:
             speed += f"  {row.percent_of_limit:5.1f} % of {row.limit}"
         print(f"{part} {given.format} {case.name} batch {case.batch}: {speed}", flush=True)
-        keep("-".join([part, given.format, *marks]), {"rows": rows[part]})
+        keep(f"{part}-{mark}", {"rows": rows[part]})
 
     all_cases = [case for _, case in cases]
     result = bench(

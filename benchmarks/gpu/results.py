@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from machine import ROOT, stamp
-from sources import sources_hash
+from about import ROOT, sources_hash
+from common import slug, stamp
 
 from octavo import _native
+from octavo.bench.cases import Peak
 from octavo.machine import open_packaged_cublas
 
 EMULATE = os.environ.get("EMULATE") == "1"
@@ -32,21 +32,25 @@ if not EMULATE:
     open_packaged_cublas()
 
 
-def device_slug() -> str:
-    """ "NVIDIA H200" -> "nvidia-h200"."""
-    name = str(_native.build_info()["device_name"]) or ("emulated" if EMULATE else "no-gpu")
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def path() -> Path:
-    """Where this machine's figures are kept."""
-    return OUT / f"gpu-{device_slug()}.json"
+    """Where this machine's figures are kept: in gpu-nvidia-h200.json of an "NVIDIA H200"."""
+    name = str(_native.build_info()["device_name"]) or ("emulated" if EMULATE else "no-gpu")
+    return OUT / f"gpu-{slug(name)}.json"
 
 
 def read() -> dict[str, Any]:
     """All that was kept so far; empty on a new machine."""
     found: dict[str, Any] = json.loads(path().read_text()) if path().exists() else {}
     return found
+
+
+def read_peak() -> Peak | None:
+    """The GPU's limits, as limits.py measured them; None before that."""
+    limits = read().get("limits")
+    if limits is None:
+        return None
+    flops = max(limits["mma_flops"], limits.get("cublas_flops", 0.0))
+    return Peak(limits["read_bytes_per_second"], flops)
 
 
 def gate(everything: dict[str, Any], sources: str) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from about import sources_hash
 from results import gate, read
-from sources import sources_hash
 
 # Published for this shape in bf16, one sequence (performance records: msaroufim,
 # megakernels-vs-cuda-graphs, September 2026): microseconds a token.

@@ -22,7 +22,7 @@ namespace octavo::bindings {
 namespace nb = nanobind;
 
 // Arrays come in as C-contiguous host memory of exactly the right type; nothing is converted
-// silently, since a copy of a gigabyte should be somebody's decision.
+// silently, since the copy may be a gigabyte.
 template <class T>
 using Array1 = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
@@ -49,8 +49,8 @@ nb::object to_numpy(std::vector<T> values) {
   return to_numpy(std::move(values), {size});
 }
 
-// Makes an object that has threads. A process forked from this one leaves its copy as it is, when
-// Python drops it: the destructor would wait for ever for threads that are not there.
+// Makes an object that has threads. In a forked process it is never destroyed: the destructor would
+// wait for threads that do not exist there.
 template <class T, class... Arguments>
 std::shared_ptr<T> make_with_threads(Arguments... arguments) {
   return {new T(arguments...), [process = getpid()](T* made) {

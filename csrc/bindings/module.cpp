@@ -110,7 +110,7 @@ nb::dict build_info() {
 
 NB_MODULE(_native, module) {
   using namespace octavo::bindings;
-  // In a fork the frames of the parent's other threads keep what they hold: no fault of ours.
+  // A forked process keeps what the parent's other threads held: that is not a leak to warn of.
   pthread_atfork(nullptr, nullptr, [] { nb::set_leak_warnings(false); });
   nb::register_exception_translator(translate_thread_error);
   module.def("build_info", &build_info);

@@ -1,5 +1,5 @@
-// What the ops for tests demand of their arrays before anything is computed: an index outside its
-// table is an error with its name in it, not a read out of bounds.
+// Checks of the arrays of the ops for tests: an index outside its table is an error that names it,
+// not a read out of bounds.
 #pragma once
 
 #include <cstdint>

@@ -13,7 +13,7 @@ namespace octavo::bindings {
 
 class OpsDevice {
  protected:
-  // row_gap: numbers behind every row of every matrix that no op may touch, nor read to any effect.
+  // row_gap: numbers behind every row of every matrix. No op may write them, nor depend on them.
   OpsDevice(const std::string& device, const BackendOptions& options, std::int64_t row_gap)
       : backend_(make_backend(device, options)), row_gap_(row_gap) {
     require(row_gap >= 0, "row_gap is ", row_gap, "; expected 0 or more");
@@ -202,8 +202,7 @@ class OpsDevice {
   // q, k and v side by side in one matrix, as a fused projection leaves them.
   Matrix fuse(const Array3<float>& q, const Array3<float>& k, const Array3<float>& v,
               const LayerSpec& spec) {
-    Matrix fused =
-        activations(static_cast<std::int64_t>(q.shape(0)), spec.q_size() + 2 * spec.kv_size());
+    Matrix fused = activations(static_cast<std::int64_t>(q.shape(0)), spec.qkv_size());
     put(fused.view.columns(0, spec.q_size()), q.data());
     put(fused.view.columns(spec.q_size(), spec.kv_size()), k.data());
     put(fused.view.columns(spec.q_size() + spec.kv_size(), spec.kv_size()), v.data());

@@ -36,6 +36,7 @@ LayerSpec layer_spec(nb::handle spec) {
   layer.mlp_bias = field<bool>(spec, "mlp_bias");
   layer.window = field<std::int64_t>(spec, "window");
   layer.kv_group = field<std::int64_t>(spec, "kv_group");
+  layer.attention_scale = field<std::optional<float>>(spec, "attention_scale");
   return layer;
 }
 

@@ -26,7 +26,7 @@ void check(const Adjustments& adjustments, std::int64_t num_rows, std::int64_t v
             starts[row + 1], "; expected ", starts[row], " or more");
   }
   for (std::size_t row = 0; row + 1 < starts.size(); ++row) {
-    // Ascending, so that no token stands twice: a device changes all of them at once.
+    // Ascending, so that no token occurs twice: a device changes all of them in parallel.
     std::int64_t lowest = 0;
     for (auto i = static_cast<std::size_t>(starts[row]);
          i < static_cast<std::size_t>(starts[row + 1]); ++i) {
@@ -45,7 +45,7 @@ void check(const Adjustments& adjustments, std::int64_t num_rows, std::int64_t v
 
 namespace {
 
-// One behind the other in one piece of memory.
+// One after the other in one piece of memory.
 template <class Visit>
 std::size_t for_each_piece(const Adjustments& adjustments, Visit&& visit) {
   std::size_t offset = 0;

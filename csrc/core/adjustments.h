@@ -8,8 +8,8 @@
 
 namespace octavo {
 
-// In host memory, as Python hands them over; empty when no row has any. LogitAdjustments
-// (core/backend.h) says what the fields mean.
+// In host memory, as Python passes them; empty when no row has any. LogitAdjustments
+// (core/backend.h) documents the fields.
 struct Adjustments {
   std::vector<std::int32_t> row_starts, token_ids;
   std::vector<float> repetition, bias;
@@ -20,11 +20,11 @@ struct Adjustments {
 // Throws std::invalid_argument naming the first entry that is wrong, its value and its range.
 void check(const Adjustments& adjustments, std::int64_t num_rows, std::int64_t vocab_size);
 
-// Bytes that they take one array behind the other, as `write` lays them down.
+// Bytes of all arrays one after the other, as `write` stores them.
 std::size_t bytes_of(const Adjustments& adjustments);
 void write(const Adjustments& adjustments, unsigned char* host);
 
-// Where each array is in a copy of what `write` wrote.
+// The place of each array in a copy of the bytes that `write` wrote.
 LogitAdjustments find(const Adjustments& adjustments, const unsigned char* copy);
 
 // Log-probabilities of one row: of the sampled token, and of the `num_top` most probable ones, the

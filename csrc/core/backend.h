@@ -3,7 +3,7 @@
 // Ops of LLM shape, not a tensor library. An op enqueues its work and may return before it is
 // done; ops run in the order of the calls; `sync` waits for all of them. Activations are matrices
 // (View) in the device's memory, the residual stream and logits always float32, the others of
-// `activation_dtype`; weights and the KV cache are packed as the device likes.
+// `activation_dtype`; weights and the KV cache are packed in the device's own layout.
 // octavo.reference.ops defines every compute op under the same name.
 #pragma once
 
@@ -28,17 +28,20 @@ namespace octavo {
 class Backend;
 struct LayerWeights;  // core/weights.h
 
-// Device memory with one owner. Zero-filled when new, aligned to 64 bytes.
-class Buffer {
+enum class MemoryKind : std::uint8_t { device, host };
+
+// Memory with one owner.
+template <MemoryKind kind>
+class OwnedMemory {
  public:
-  Buffer() = default;
-  Buffer(Backend* backend, std::size_t bytes);
-  Buffer(Buffer&& other) noexcept { swap(other); }
-  Buffer& operator=(Buffer&& other) noexcept {
+  OwnedMemory() = default;
+  OwnedMemory(Backend* backend, std::size_t bytes);
+  OwnedMemory(OwnedMemory&& other) noexcept { swap(other); }
+  OwnedMemory& operator=(OwnedMemory&& other) noexcept {
     swap(other);
     return *this;
   }
-  ~Buffer();
+  ~OwnedMemory();
 
   void* data() const { return data_; }
   std::size_t bytes() const { return bytes_; }
@@ -48,7 +51,7 @@ class Buffer {
   }
 
  private:
-  void swap(Buffer& other) noexcept {
+  void swap(OwnedMemory& other) noexcept {
     std::swap(backend_, other.backend_);
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
@@ -59,32 +62,10 @@ class Buffer {
   std::size_t bytes_ = 0;
 };
 
-// Memory of the host with one owner, of a kind that the device can copy from and to on its own.
-class HostBuffer {
- public:
-  HostBuffer() = default;
-  HostBuffer(Backend* backend, std::size_t bytes);
-  HostBuffer(HostBuffer&& other) noexcept { swap(other); }
-  HostBuffer& operator=(HostBuffer&& other) noexcept {
-    swap(other);
-    return *this;
-  }
-  ~HostBuffer();
-
-  unsigned char* data() const { return data_; }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  void swap(HostBuffer& other) noexcept {
-    std::swap(backend_, other.backend_);
-    std::swap(data_, other.data_);
-    std::swap(bytes_, other.bytes_);
-  }
-
-  Backend* backend_ = nullptr;
-  unsigned char* data_ = nullptr;
-  std::size_t bytes_ = 0;
-};
+// Of the device: zero-filled when new, aligned to 64 bytes.
+using Buffer = OwnedMemory<MemoryKind::device>;
+// Host memory that the device can copy from and to without the host.
+using HostBuffer = OwnedMemory<MemoryKind::host>;
 
 // Rows of a weight as they lie in host memory: (rows, cols), contiguous.
 struct HostMatrix {
@@ -94,12 +75,12 @@ struct HostMatrix {
   std::int64_t cols = 0;
 };
 
-// A matrix (outputs, inputs) packed for the device in the format it computes with.
+// A matrix (outputs, inputs) packed for the device, in the format of its products.
 struct Linear {
   std::int64_t outputs = 0;
   std::int64_t inputs = 0;
   WeightFormat format;
-  Buffer weight;         // the layout is the backend's own, here and of the next two
+  Buffer weight;         // in the backend's own layout, as the next two
   Buffer scales, zeros;  // of quantized formats
   Buffer bias;           // float32 [outputs], or empty
 };
@@ -128,7 +109,7 @@ struct KvLayer {
   std::int64_t block_bytes = 0;  // of one block, keys and values
 };
 
-// Where `sample` leaves its results; device memory, one entry a logit row of the step.
+// Where `sample` writes its results; device memory, one entry a logit row of the step.
 struct Samples {
   std::int32_t* token_ids = nullptr;
   float* logprobs = nullptr;              // of the sampled token; NaN where not asked for
@@ -144,7 +125,7 @@ struct LogitAdjustments {
   const std::int32_t* row_starts = nullptr;  // [num_rows + 1]
   const std::int32_t* token_ids = nullptr;
   const float* repetition = nullptr;  // divides a positive logit, multiplies any other; 1: nothing
-  const float* bias = nullptr;        // is added then
+  const float* bias = nullptr;        // added after that
 };
 
 // Names a shape of step, so that a device can record it once and replay it.
@@ -162,21 +143,21 @@ struct StepKey {
   }
 };
 
-// The largest step that will come.
+// The largest step that may come.
 struct StepLimits {
   std::int64_t max_num_seqs = 0;
   std::int64_t max_num_batched_tokens = 0;
   std::int64_t max_model_len = 0;
 };
 
-// The input of a sublayer: the residual stream, which first grows by `added` (where that has data),
-// normalized.
+// The input of a sublayer: the normalized residual stream, to which `added` is added first (where
+// that has data).
 struct NormedInput {
   View residual, added;
   const Norm& norm;
 };
 
-// What a device has been given to do so far; to be compared before and after a step.
+// Counts of the work queued on a device so far, to be compared before and after a step.
 struct WorkCounts {
   std::int64_t kernels = 0;    // launched, or recorded, one by one
   std::int64_t recorded = 0;   // steps recorded
@@ -185,13 +166,12 @@ struct WorkCounts {
   std::int64_t uploads = 0, downloads = 0;
 };
 
-// A layer of a step, and memory for what its ops leave: see Decoder, whose views these are.
+// A layer of a step, and memory for the results of its ops: the views of Decoder.
 struct LayerWork {
-  View residual;  // float32; grows by what attention and the MLP give
+  View residual;  // float32; attention and the MLP add to it
   View hidden, qkv, attn, act;
   const LayerSpec& layer;
   const LayerWeights& weights;
-  float scale;  // of attention
   KvLayer& kv;
   const Step& step;
 };
@@ -200,7 +180,7 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  // Called once on the thread from which all ops will be called, where that is one thread.
+  // Called once on the thread that will call all ops, if there is only one.
   virtual void attach_thread() {}
 
   // ---- memory ----
@@ -213,31 +193,31 @@ class Backend {
   // ---- copies that may go on after the call, in order with the ops ----
   virtual void* allocate_host(std::size_t bytes) { return ::operator new(bytes); }
   virtual void release_host(void* data) noexcept { ::operator delete(data); }
-  // host: part of a HostBuffer that nobody writes or reads before an event recorded behind the copy
-  // has been waited for.
+  // host: part of a HostBuffer. Do not write or read it before an event that was recorded after the
+  // copy has been waited for.
   virtual void upload_async(void* device, const HostBuffer& host, std::size_t bytes) {
     upload(device, host.data(), bytes);
   }
-  virtual void download_async(unsigned char* host, const void* device, std::size_t bytes) {
-    download(host, device, bytes);
+  virtual void download_async(const HostBuffer& host, const void* device, std::size_t bytes) {
+    download(host.data(), device, bytes);
   }
-  // Records an event behind all queued work; `wait_event` waits for that work and no later one. Two
-  // events, 0 and 1.
+  // Records an event after all queued work; `wait_event` waits for that work and for no later one.
+  // There are two events, 0 and 1.
   virtual void record_event(int) {}
   virtual void wait_event(int) {}
 
   // ---- the shape of steps ----
-  // What activations between ops are kept as.
+  // The format of activations between ops.
   virtual DType activation_dtype() const { return DType::f32; }
-  // The shape to which a step of this shape is padded, so that few have to be recorded: with
-  // sequences of no context whose tokens have slot -1.
+  // The shape to which a step of this shape is padded, so that few shapes have to be recorded. The
+  // padding is sequences without context whose tokens have slot -1.
   virtual StepKey padded(const StepKey& key) const { return key; }
-  // Takes all memory that steps within these limits need, so that no step has to.
+  // Allocates all memory that steps within these limits need, so that no step has to.
   virtual void prepare(const ModelSpec&, const StepLimits&) {}
 
   // ---- packing ----
   // An empty matrix in the device's layout; `pack_rows` fills it piece by piece, so that q, k and
-  // v (gate and up) become one matrix without ever lying side by side in host memory.
+  // v (gate and up) become one matrix without a copy of all of them in host memory.
   virtual Linear make_linear(std::int64_t outputs, std::int64_t inputs, const WeightFormat& format,
                              bool with_bias) = 0;
   // A plain format takes any floating-point rows. A quantized format takes its own codes, two int4
@@ -249,13 +229,14 @@ class Backend {
                            const float* scales) = 0;
   virtual void pack_zeros(Linear& linear, std::int64_t first_row, std::int64_t rows,
                           const float* zeros) = 0;
-  // What is stored for slots 0 .. num_slots - 1: (num_slots, num_kv_heads, head_dim) each.
+  // The keys and values of slots 0 .. num_slots - 1: (num_slots, num_kv_heads, head_dim) each.
   virtual void read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
                        std::vector<float>& values) = 0;
   // Bytes of one block of one layer, keys and values.
   virtual std::int64_t kv_block_bytes(const LayerSpec& layer, DType dtype,
                                       std::int64_t block_size) const = 0;
-  // All that this device cannot do of a model run this way, in words; empty when it can run it.
+  // What this device cannot do for a model with these options, a sentence each; empty: it can run
+  // the model.
   virtual std::vector<std::string> unsupported(const ModelSpec& spec,
                                                const RuntimeOptions& options) const = 0;
 
@@ -266,31 +247,31 @@ class Backend {
   virtual void norm(View out, View x, const Norm& norm) = 0;
   // residual += x; out = normalized residual.
   virtual void add_norm(View out, View residual, View x, const Norm& norm) = 0;
-  // out = x @ weight^T + bias. The order of summation depends on nothing but the row.
+  // out = x @ weight^T + bias. The order of summation depends on the row alone.
   virtual void linear(View out, View x, const Linear& weight) = 0;
-  // qkv: (num_tokens, q_size + 2 kv_size). Rotates q and k in place (rope null: leaves them), then
+  // qkv: (num_tokens, q_size + 2 kv_size). Rotates q and k in place (not if rope is null), then
   // stores k and v at the step's slots.
   virtual void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
                               const Step& step) = 0;
-  // out: (num_tokens, q_size), q: the same. Causal attention over the stored keys and values,
-  // scores being scale * q.k. Over a bf16 cache q and the weights are rounded to bf16 as they are
+  // out: (num_tokens, q_size), q: the same. Causal attention over the stored keys and values, with
+  // scores scale * q.k. Over a bf16 cache q and the weights are rounded to bf16 before they are
   // multiplied (reference/ops.py, attention with dtype "bf16"); sums are float32.
   virtual void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
                          const Step& step) = 0;
   // gated: x is (rows, 2 width), gate before up; out = act(gate) * up. Else out = act(x).
   virtual void gated_activation(View out, View x, Activation activation, bool gated) = 0;
-  // Several ops as one, with their bits, where a device does so: add_norm (or norm), then linear.
-  // False, and nothing done, where it does not.
+  // Several ops as one, with the same bits: add_norm (or norm), then linear. Returns false, and
+  // does nothing, where the device has no such op.
   virtual bool normed_linear(View, const NormedInput&, const Linear&) { return false; }
-  // The same: add_norm, then out = down(activation(gate x) * (up x)), gate above up in the one
-  // matrix of `up`. out may be what is added.
+  // The same: add_norm, then out = down(activation(gate x) * (up x)); gate and up are one matrix,
+  // `up`, gate first. out may be what is added.
   virtual bool normed_mlp(View, const NormedInput&, const std::vector<Linear>&, const Linear&,
                           Activation) {
     return false;
   }
-  // A whole layer, with the bits of the ops in decoder.cpp and in fewer launches. What the layer
-  // before gave must have been added to the residual stream; what this one gives then has been.
-  // With several ranks always false, since their sums come in between.
+  // A whole layer, with the bits of the ops in decoder.cpp and in fewer launches. The output of the
+  // layer before must have been added to the residual stream; this layer adds its own output. With
+  // several ranks always false, since their sums are needed within a layer.
   virtual bool decode_layer(const LayerWork&) { return false; }
   // out[i] = x[rows[i]]
   virtual void take_rows(View out, View x, const std::int32_t* rows) = 0;
@@ -302,7 +283,7 @@ class Backend {
                       const Step& step) = 0;
   // out = log(softmax(logits)), row by row.
   virtual void log_softmax(View out, View logits) = 0;
-  // Of a model split over several devices (ranks). With one rank there is nothing to do.
+  // For a model split over several devices (ranks). With one rank there is nothing to do.
   // x = the sum of all ranks' x.
   virtual void all_reduce(View) {}
   // x: each rank brings its columns, cols / world_size of them, the first rank the first ones;
@@ -312,18 +293,18 @@ class Backend {
   virtual void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) = 0;
 
   // ---- running ----
-  // Runs `record`, which calls ops; a device may keep what it launched and replay it for the key,
-  // since whatever differs between two steps of one key lies in the same device memory.
+  // Runs `record`, which calls ops. A device may record the launches and replay them for the key:
+  // the data that differ between two steps of one key lie in the same device memory.
   virtual void run(const StepKey& key, const std::function<void()>& record) = 0;
-  // Called before memory that recorded steps use moves.
+  // Called before memory that recorded steps use is moved.
   virtual void forget_recorded() {}
   virtual WorkCounts counts() const { return {}; }
   virtual void sync() = 0;
 
   // ---- measuring ----
-  // Seconds that what `work` queues takes the device.
+  // Seconds that the device needs for the ops that `work` queues.
   virtual double seconds_of(const std::function<void()>& work);
-  // What a GPU can do at most (csrc/cuda/device/measure.h); of the CPU: csrc/cpu/measure.h.
+  // The limits of a GPU (csrc/cuda/measure.cu); for the CPU see csrc/cpu/measure.h.
   virtual double measure_bandwidth(double, double) { return 0.0; }
   virtual double measure_flops(double) { return 0.0; }
 };
@@ -337,20 +318,19 @@ inline double Backend::seconds_of(const std::function<void()>& work) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-inline Buffer::Buffer(Backend* backend, std::size_t bytes)
-    : backend_(backend), data_(backend->allocate(bytes)), bytes_(bytes) {}
-
-inline Buffer::~Buffer() {
-  if (data_) backend_->release(data_, bytes_);
-}
-
-inline HostBuffer::HostBuffer(Backend* backend, std::size_t bytes)
+template <MemoryKind kind>
+OwnedMemory<kind>::OwnedMemory(Backend* backend, std::size_t bytes)
     : backend_(backend),
-      data_(static_cast<unsigned char*>(backend->allocate_host(bytes))),
+      data_(kind == MemoryKind::device ? backend->allocate(bytes) : backend->allocate_host(bytes)),
       bytes_(bytes) {}
 
-inline HostBuffer::~HostBuffer() {
-  if (data_) backend_->release_host(data_);
+template <MemoryKind kind>
+OwnedMemory<kind>::~OwnedMemory() {
+  if (!data_) return;
+  if constexpr (kind == MemoryKind::device)
+    backend_->release(data_, bytes_);
+  else
+    backend_->release_host(data_);
 }
 
 // How a device is to be used.
@@ -366,8 +346,8 @@ struct BackendOptions {
 // The devices that this build can run a model on, on this machine; slowest first.
 std::vector<std::string> available_devices();
 
-// device: one of those. Throws std::invalid_argument where the device is not to be had, and says
-// what is missing.
+// device: one of those. If it is not available, throws std::invalid_argument that says what is
+// missing.
 std::unique_ptr<Backend> make_backend(const std::string& device, const BackendOptions& options);
 
 }  // namespace octavo

@@ -63,7 +63,7 @@ void check_rows(const Batch& batch, const BatchLimits& limits) {
   check(batch.sampling, limits.vocab_size, limits.max_num_seqs);
 }
 
-// Of what batches will bring one day.
+// Of fields for features that are not computed yet.
 void check_unused(const Batch& batch) {
   require(batch.adapter_ids.empty(),
           "adapter_ids are given, but a runtime has no adapters yet: leave them out");
@@ -150,7 +150,7 @@ void StepUpload::reserve(Backend& backend, const BatchLimits& limits, std::int64
 
 void StepUpload::grow(Backend& backend, std::size_t bytes) {
   backend.forget_recorded();
-  device_ = Buffer();  // the old ones go first: both may not fit
+  device_ = Buffer();  // free the old ones first: both may not fit
   staging_ = HostBuffer();
   staging_ = HostBuffer(&backend, bytes);
   device_ = Buffer(&backend, bytes);
@@ -191,8 +191,8 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
   for (std::size_t i = 0; i < sampling.size(); ++i)
     sampling[i].position = positions[static_cast<std::size_t>(batch.logit_rows[i])] + 1;
 
-  // Laid one behind the other in one piece of memory, twice over: once to add up the size (the
-  // device's address is not known yet), once to copy and to point.
+  // The arrays lie one after the other in one piece of memory. This runs twice: once to add up the
+  // size (the device's address is not known yet), once to copy and to set the pointers.
   std::size_t offset = 0;
   bool copying = false;
   const auto place = [&](const auto& values, auto*& pointer) {
@@ -200,7 +200,7 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
         std::remove_const_t<std::remove_pointer_t<std::remove_reference_t<decltype(pointer)>>>;
     const std::size_t bytes = values.size() * sizeof(T);
     if (copying && bytes) {
-      std::memcpy(staging_.data() + offset, values.data(), bytes);
+      std::memcpy(staging_.as<unsigned char>() + offset, values.data(), bytes);
       pointer = reinterpret_cast<const T*>(device_.as<unsigned char>() + offset);
     }
     offset += (bytes + kAlignment - 1) / kAlignment * kAlignment;

@@ -1,4 +1,4 @@
-// One step's work as Python hands it over, and its way to the device.
+// One step's work as Python passes it, and its upload to the device.
 #pragma once
 
 #include <cstdint>
@@ -9,21 +9,21 @@
 
 namespace octavo {
 
-// A ragged batch in host memory. `python/octavo/_native.pyi`, class Batch, says what each field is.
+// A ragged batch in host memory. Class Batch of `python/octavo/_native.pyi` documents the fields.
 struct Batch {
   std::vector<std::int32_t> token_ids, row_starts, context_lens, block_tables, logit_rows;
   std::int64_t num_kv_groups = 1;
   std::int64_t max_blocks = 0;
   std::vector<SamplingRow> sampling;  // one a logit row; their positions are set by `upload`
 
-  // Room for what is not computed yet; `check` refuses them.
+  // For features that are not computed yet; `check` refuses them.
   std::vector<std::int32_t> adapter_ids;
   std::vector<float> embeddings;
 
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }
   std::int64_t num_seqs() const { return static_cast<std::int64_t>(context_lens.size()); }
   std::int64_t num_rows() const { return static_cast<std::int64_t>(logit_rows.size()); }
-  std::int64_t num_logprobs() const;  // the most that any row asks for; -1: none wants any
+  std::int64_t num_logprobs() const;  // the most that any row asks for; -1: none asks for any
   // tokens_per_seq and rows_per_seq are 0 when the sequences bring, or want, different numbers.
   StepKey key() const;
   // Adds sequences without context until the batch has this shape (`Backend::padded`).
@@ -39,11 +39,11 @@ struct BatchLimits {
 // Throws std::invalid_argument naming the first field that is wrong, its value and its range.
 void check(const Batch& batch, const BatchLimits& limits);
 
-// Holds the device's copy of a batch. One upload a step; the buffers are kept, so that batches of
+// Holds the device's copy of a batch. One upload a step; the buffers are reused, so that batches of
 // one shape (StepKey) lie at the same addresses.
 class StepUpload {
  public:
-  // Takes memory for every batch within these limits; a larger one makes the buffers grow.
+  // Allocates memory for every batch within these limits; a larger one makes the buffers grow.
   void reserve(Backend& backend, const BatchLimits& limits, std::int64_t max_blocks);
   // `sampled` is the device's [max_num_seqs] memory of sampled tokens.
   Step upload(Backend& backend, const Batch& batch, std::int64_t block_size, std::int32_t* sampled);

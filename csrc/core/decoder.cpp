@@ -1,13 +1,12 @@
 #include "core/decoder.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace octavo {
 
 namespace {
 
-// Inactive, a tap is one pointer test: its name is not even put together.
+// Without taps this is one pointer test: the name is not built.
 template <class... Parts>
 void tap(TapSink* taps, View rows, const Parts&... name_parts) {
   if (!taps) return;
@@ -22,10 +21,6 @@ void normalize(Backend& backend, View out, const NormedInput& x) {
     backend.norm(out, x.residual, x.norm);
 }
 
-float attention_scale(const LayerSpec& layer) {
-  return 1.0f / std::sqrt(static_cast<float>(layer.head_dim));
-}
-
 }  // namespace
 
 Decoder::Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights,
@@ -33,9 +28,9 @@ Decoder::Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights
     : backend_(backend), spec_(spec), weights_(weights), dtype_(backend.activation_dtype()) {
   std::int64_t qkv = 0, attn = 0, up = 0, act = 0;
   for (const LayerSpec& layer : spec.layers) {
-    qkv = std::max(qkv, layer.q_size() + 2 * layer.kv_size());
+    qkv = std::max(qkv, layer.qkv_size());
     attn = std::max(attn, layer.q_size());
-    up = std::max(up, layer.intermediate_size * (layer.gated ? 2 : 1));
+    up = std::max(up, layer.up_size());
     act = std::max(act, layer.intermediate_size);
   }
   const auto workspace = [&](std::int64_t cols, DType dtype) {
@@ -65,10 +60,10 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, V
 
   backend_.embed(residual, weights_.embed, positions, step);
   tap(taps, residual, "embed");
-  // What is still to be added to the residual stream: nothing, or `hidden`.
+  // The result not yet added to the residual stream: none, or `hidden`.
   View pending;
   for (std::size_t i = 0; i < spec_.layers.size(); ++i) {
-    // Behind a layer of single ops there are no whole ones: its output is pending.
+    // After a layer of single ops, no whole-layer op can follow: its output is pending.
     if (!taps && !pending.data && whole_layer(i, hidden, residual, kv, step)) continue;
     attention_half(i, hidden, residual, pending, kv, step, taps);
     mlp_half(i, hidden, residual, taps);
@@ -95,9 +90,8 @@ bool Decoder::whole_layer(std::size_t i, View hidden, View residual, std::vector
   const LayerSpec& layer = spec_.layers[i];
   const std::int64_t tokens = step.num_tokens;
   return backend_.decode_layer(
-      {residual, hidden, rows(qkv_, tokens, layer.q_size() + 2 * layer.kv_size()),
-       rows(attn_, tokens, layer.q_size()), rows(act_, tokens, layer.intermediate_size), layer,
-       weights_.layers[i], attention_scale(layer), kv[i], step});
+      {residual, hidden, rows(qkv_, tokens, layer.qkv_size()), rows(attn_, tokens, layer.q_size()),
+       rows(act_, tokens, layer.intermediate_size), layer, weights_.layers[i], kv[i], step});
 }
 
 void Decoder::linear_stack(View out, View x, const Stack& stack) {
@@ -108,13 +102,13 @@ void Decoder::linear_stack(View out, View x, const Stack& stack) {
   }
 }
 
-// pending: what the previous layer's MLP gave (in `hidden`), which is added to the residual stream
-// together with the norm; hidden: on return the attention's output, not yet added.
+// pending: the output of the previous layer's MLP (in `hidden`), which is added to the residual
+// stream together with the norm. hidden: on return the attention's output, not yet added.
 void Decoder::attention_half(std::size_t i, View hidden, View residual, View pending,
                              std::vector<KvLayer>& kv, const Step& step, TapSink* taps) {
   const LayerSpec& layer = spec_.layers[i];
   const LayerWeights& weights = weights_.layers[i];
-  const View qkv = rows(qkv_, step.num_tokens, layer.q_size() + 2 * layer.kv_size());
+  const View qkv = rows(qkv_, step.num_tokens, layer.qkv_size());
   const View q = qkv.columns(0, layer.q_size());
   const View k = qkv.columns(layer.q_size(), layer.kv_size());
   const View v = qkv.columns(layer.q_size() + layer.kv_size(), layer.kv_size());
@@ -137,7 +131,7 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, View pen
     tap(taps, q, "layers.", i, ".q_rope");
     tap(taps, k, "layers.", i, ".k_rope");
   }
-  backend_.attention(attn, q, layer, attention_scale(layer), kv[i], step);
+  backend_.attention(attn, q, layer, layer.score_scale(), kv[i], step);
   tap(taps, attn, "layers.", i, ".attn");
   backend_.linear(hidden, attn, weights.o);
   backend_.all_reduce(hidden);
@@ -156,12 +150,12 @@ void Decoder::mlp_half(std::size_t i, View hidden, View residual, TapSink* taps)
   if (is_fused) return backend_.all_reduce(hidden);
   normalize(backend_, hidden, input);
   tap(taps, hidden, "layers.", i, ".mlp_norm");
-  const View up = rows(up_, hidden.rows, layer.gated ? 2 * width : width);
+  const View up = rows(up_, hidden.rows, layer.up_size());
   const View act = rows(act_, hidden.rows, width);
 
   linear_stack(up, hidden, weights.up);
   if (layer.gated) tap(taps, up.columns(0, width), "layers.", i, ".gate");
-  tap(taps, up.columns(layer.gated ? width : 0, width), "layers.", i, ".up");
+  tap(taps, up.columns(layer.up_size() - width, width), "layers.", i, ".up");
   backend_.gated_activation(act, up, layer.activation, layer.gated);
   tap(taps, act, "layers.", i, ".act");
   backend_.linear(hidden, act, weights.down);

@@ -10,7 +10,7 @@
 
 namespace octavo {
 
-// Receives intermediate results by name. `wants` is asked before a name's rows are handed over.
+// Receives intermediate results by name, those for which `wants` returns true.
 class TapSink {
  public:
   virtual ~TapSink() = default;
@@ -23,11 +23,11 @@ class Decoder {
   Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights,
           std::int64_t max_num_batched_tokens);
 
-  // Runs the step's tokens through the model, storing their keys and values in `kv` (one entry a
-  // layer), and leaves the wanted rows' logits (num_rows, vocab) in `logits`.
+  // Runs the step's tokens through the model, stores their keys and values in `kv` (one entry a
+  // layer), and writes the logits of the wanted rows, (num_rows, vocab), to `logits`.
   //
-  // normed: (num_rows, hidden), workspace for the final norm of those rows, where they are not all.
-  // taps: null, or who wants to see what is computed on the way.
+  // normed: (num_rows, hidden), workspace for the final norm where not every token has a logit row.
+  // taps: null, or the receiver of intermediate results.
   void forward(const Step& step, std::vector<KvLayer>& kv, View logits, View normed, TapSink* taps);
 
   std::int64_t workspace_bytes() const;

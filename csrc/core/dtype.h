@@ -9,7 +9,7 @@
 
 namespace octavo {
 
-// int8 and int4 are whole numbers that a scale belongs to (see WeightFormat in spec.h).
+// int8 and int4 are whole numbers with a scale (see WeightFormat in spec.h).
 enum class DType : std::uint8_t { f32, f16, bf16, int8, int4 };
 
 inline std::int64_t bits_of(DType dtype) {
@@ -78,7 +78,7 @@ inline float f16_to_float(std::uint16_t half) {
   return bits_float(sign | (wide_exponent << 23) | (fraction << 13));
 }
 
-// Round to nearest, ties to even; what is too large becomes infinity, a NaN stays one.
+// Round to nearest, ties to even; too large numbers become infinity, a NaN stays one.
 inline std::uint16_t float_to_f16(float value) {
   const std::uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffffu;
   const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000u);

@@ -1,4 +1,4 @@
-// A thread of its own for the steps of a runtime.
+// A thread for the steps of a runtime.
 #pragma once
 
 #include <condition_variable>
@@ -9,16 +9,16 @@
 
 namespace octavo {
 
-// Runs jobs one after the other on a thread of its own, so that `submit` returns at once.
+// Runs jobs one after the other on its own thread, so that `submit` returns at once.
 class JobQueue {
  public:
   JobQueue();
-  ~JobQueue();  // finishes what is queued
+  ~JobQueue();  // finishes the queued jobs
   void push(std::function<void()> job);
-  // Runs `job` behind all others, waits for it, and throws here what it threw there.
+  // Runs `job` after all others, waits for it, and rethrows its exception here.
   void run(const std::function<void()>& job);
-  // Throws in a process that was forked from this one: it has a copy of the queue, but no thread,
-  // and to wait for a job there is to wait for ever. `push` and `run` do the same.
+  // Throws in a process that was forked from this one: it has a copy of the queue but not the
+  // thread, so a job would never end. `push` and `run` do the same.
   void check_process() const;
 
  private:

@@ -1,4 +1,4 @@
-// From a device's name to its backend: the one place that knows which were built.
+// From a device's name to its backend: the only place that knows which backends were built.
 
 #include <algorithm>
 

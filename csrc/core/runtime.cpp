@@ -1,6 +1,7 @@
 #include "core/runtime.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace octavo {
@@ -57,6 +58,9 @@ void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
             layer.num_heads, "; expected a multiple of num_kv_heads = ", layer.num_kv_heads);
     require(layer.head_dim >= 2 && layer.head_dim % 2 == 0, "head_dim is ", layer.head_dim,
             "; expected an even number");
+    const float scale = layer.score_scale();
+    require(std::isfinite(scale) && scale > 0.0f, "attention_scale is ", scale,
+            "; expected a finite number above 0");
   }
   require(options.world_size == 1, "world_size is ", options.world_size,
           "; expected 1: a model is not yet split over several devices");
@@ -125,8 +129,8 @@ BatchLimits Runtime::limits() const {
           options_.block_size};
 }
 
-// For steps with a logit row a sequence. Those that want more (scoring, checking speculated tokens)
-// make it grow when the first of them comes.
+// For steps with one logit row a sequence. The first step with more (scoring, checking drafts)
+// makes it grow.
 void Runtime::take_memory() {
   constexpr std::int64_t kMostTop = 20;  // log-probabilities that a request may ask for
   const std::int64_t num_seqs = options_.max_num_seqs, vocab = spec_.vocab_size;
@@ -190,7 +194,7 @@ void Runtime::alloc_kv(std::int64_t num_blocks) {
       layer.data = kv_buffers_.back().data();
       layers.push_back(layer);
     }
-    kv_ = std::move(layers);  // only once all of it could be had
+    kv_ = std::move(layers);  // only after all of it was allocated
   });
 }
 
@@ -311,7 +315,7 @@ void Runtime::forward(InFlightStep& step, bool with_sampling) {
   make_room(step, num_rows, step.num_top);
   const View normed{step.normed.data(), num_rows, spec_.hidden_size, spec_.hidden_size,
                     backend_->activation_dtype()};
-  // How many top log-probabilities are wanted is not part of a key; they are rare.
+  // The number of top log-probabilities is not part of a key, since they are rare.
   step.sampled_with_forward = with_sampling && !tapped && num_rows && !step.num_top;
   if (tapped) {
     TapRecorder recorder(*backend_, step.tap_names, step.taps);

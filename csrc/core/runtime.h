@@ -1,4 +1,4 @@
-// One model on one device: the model-level seam that Python drives.
+// One model on one device: the model-level interface that Python drives.
 #pragma once
 
 #include <cstdint>
@@ -52,12 +52,12 @@ class Runtime {
   void copy_blocks(std::int64_t kv_group, const std::vector<std::int32_t>& pairs);
   MemoryUse memory() const;
   std::int64_t allocations() const { return growths_; }
-  WorkCounts counts();  // behind all steps queued so far
+  WorkCounts counts();  // after all steps queued so far
   const ModelSpec& spec() const { return spec_; }
 
   // Queues the forward pass; the ticket names the step until `wait` closes it. At most two may be
-  // open. taps: names, or "*" for all. with_sampling: samples at once, without masks and
-  // adjustments; `sample` must not be called then, and a recorded step is one graph.
+  // open. taps: names, or "*" for all. with_sampling: also samples, without masks and adjustments;
+  // then `sample` must not be called, and a recorded step is one graph.
   std::int64_t submit(Batch batch, std::vector<std::string> taps, bool with_sampling = false);
   // masks: (num_rows, ceil(vocab / 32)) words, or empty. Log-probabilities are those of the logits
   // before any adjustment.
@@ -69,13 +69,13 @@ class Runtime {
  private:
   static constexpr std::int64_t kMaxInFlight = 2;
 
-  // Where each result of a step lies in its buffer, in bytes. num_rows: those that pad it, too.
+  // Where each result of a step lies in its buffer, in bytes. num_rows: with padding rows.
   struct ResultPlaces {
     ResultPlaces(std::int64_t num_rows, std::int64_t num_top);
     std::size_t logprobs, top_token_ids, top_logprobs, finite, end;
   };
 
-  // What a submitted step owns until it is waited for; two of them take turns.
+  // The memory of a submitted step until it is waited for; two of them are used in turn.
   struct InFlightStep {
     int index = 0;
     bool open = false;
@@ -91,20 +91,20 @@ class Runtime {
     Step uploaded;                      // the batch in device memory
     bool sampled_with_forward = false;  // `run_sampling` has only to fetch the results
     Buffer logits, normed;
-    Buffer results;  // what sampling left, as ResultPlaces says; copied back in one piece
+    Buffer results;  // of sampling, laid out as ResultPlaces; copied back in one piece
     HostBuffer results_host;
     Buffer inputs;  // masks and adjustments
     HostBuffer inputs_host;
     std::promise<void> sampling_done;  // set when the copy of the results is queued
   };
 
-  // What a recorded step holds; each part of each in-flight step and shape is a recording of its
-  // own.
+  // The parts of a step that can be recorded; each part of each in-flight step and shape is
+  // recorded separately.
   enum Part : std::int64_t { kForward, kSampling, kWhole, kParts };
 
   InFlightStep& step_of(std::int64_t ticket);
   BatchLimits limits() const;
-  // Memory for the largest steps; `make_room` grows it where a step is larger still.
+  // Allocates memory for the largest steps; `make_room` grows it for an even larger step.
   void take_memory();
   void make_room(InFlightStep& step, std::int64_t num_rows, std::int64_t num_top);
   // The shape to which a step of this shape is padded: there is memory for it.
@@ -123,7 +123,7 @@ class Runtime {
   template <class AnyBuffer>
   void reserve(AnyBuffer& buffer, std::size_t bytes) {
     if (buffer.bytes() >= bytes) return;
-    buffer = AnyBuffer();  // the old one goes first: both may not fit
+    buffer = AnyBuffer();  // free the old one first: both may not fit
     buffer = AnyBuffer(backend_.get(), bytes);
     ++growths_;
   }
@@ -144,7 +144,7 @@ class Runtime {
   std::int64_t next_ticket_ = 0;
   std::int64_t growths_ = 0;
   bool weights_complete_ = false;
-  JobQueue queue_;  // last: its thread ends before anything it uses goes
+  JobQueue queue_;  // last, so that its thread ends before the members it uses are destroyed
 };
 
 }  // namespace octavo

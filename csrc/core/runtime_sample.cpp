@@ -88,17 +88,17 @@ void Runtime::run_sampling(InFlightStep& step, std::vector<std::int32_t> masks,
 
 std::size_t Runtime::mask_bytes(std::size_t num_words) { return (num_words * 4 + 63) / 64 * 64; }
 
-// Queues the copy of masks and adjustments to the device, where they lie one behind the other.
+// Queues the copy of masks and adjustments to the device, where they lie one after the other.
 const unsigned char* Runtime::send(InFlightStep& step, const std::vector<std::int32_t>& masks,
                                    const Adjustments& adjustments) {
   const std::size_t bytes = mask_bytes(masks.size()) + bytes_of(adjustments);
   if (step.inputs.bytes() < bytes) {
-    // Twice as much: penalties come with more tokens every step. No recorded step reads them.
+    // Twice as much, since penalties have more tokens with every step. No recorded step reads them.
     reserve(step.inputs_host, 2 * bytes);
     reserve(step.inputs, 2 * bytes);
   }
   if (!masks.empty()) std::memcpy(step.inputs_host.data(), masks.data(), masks.size() * 4);
-  write(adjustments, step.inputs_host.data() + mask_bytes(masks.size()));
+  write(adjustments, step.inputs_host.as<unsigned char>() + mask_bytes(masks.size()));
   backend_->upload_async(step.inputs.data(), step.inputs_host, bytes);
   return step.inputs.as<unsigned char>();
 }
@@ -106,17 +106,17 @@ const unsigned char* Runtime::send(InFlightStep& step, const std::vector<std::in
 // Queues the copy of all results to the host; `collect` waits for it.
 void Runtime::fetch_results(InFlightStep& step) {
   const ResultPlaces at(step.batch.num_rows(), step.num_top);
-  backend_->download_async(step.results_host.data(), step.results.data(), at.end);
+  backend_->download_async(step.results_host, step.results.data(), at.end);
   backend_->record_event(step.index);
 }
 
-// `sample` was given adjusted logits, but the reported log-probabilities are those of the model's
-// own. Rare, and slow: it waits for the step.
+// `sample` used adjusted logits, but the reported log-probabilities are those of the model's own
+// logits. Rare, and slow: it waits for the step.
 void Runtime::take_own_logprobs(InFlightStep& step) {
   if (step.batch.num_logprobs() < 0) return;
   backend_->sync();
   const ResultPlaces at(step.batch.num_rows(), step.num_top);
-  unsigned char* host = step.results_host.data();
+  auto* host = step.results_host.as<unsigned char>();
   const auto* token_ids = reinterpret_cast<const std::int32_t*>(host);
   const View scores{scores_.data(), step.num_rows, spec_.vocab_size, spec_.vocab_size};
   View logits = logits_view(step);
@@ -157,7 +157,7 @@ StepResult Runtime::collect(InFlightStep& step) {
   const auto rows = static_cast<std::size_t>(step.num_rows);
   const std::size_t tops = rows * static_cast<std::size_t>(step.num_top);
   if (rows == 0) {
-    // Nothing was sampled: the step is over when the queued work is.
+    // Nothing was sampled: the step has ended when the queued work has.
     queue_.run([this] { backend_->sync(); });
     return result;
   }
@@ -165,7 +165,8 @@ StepResult Runtime::collect(InFlightStep& step) {
   const auto read = [&](auto& values, std::size_t place, std::size_t count) {
     values.resize(count);
     if (count == 0) return;
-    std::memcpy(values.data(), step.results_host.data() + place, count * sizeof(values[0]));
+    std::memcpy(values.data(), step.results_host.as<unsigned char>() + place,
+                count * sizeof(values[0]));
   };
   read(result.token_ids, 0, rows);
   read(result.logprobs, at.logprobs, rows);
@@ -178,7 +179,7 @@ StepResult Runtime::collect(InFlightStep& step) {
 StepResult Runtime::wait(std::int64_t ticket) {
   InFlightStep& step = step_of(ticket);
   if (!step.sampling_queued) sample(ticket, {}, {});
-  // Not through the queue: the next step may be in it already, and this need not wait for it.
+  // Not through the queue: the next step may be in it already, and this must not wait for it.
   step.sampling_done.get_future().wait();
   step.open = false;
   if (step.error) std::rethrow_exception(step.error);

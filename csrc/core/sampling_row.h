@@ -1,5 +1,5 @@
 // How one row of logits is sampled. The same bytes as a row of SAMPLING_ROW in
-// reference/sampling.py, which says what the fields mean; a batch brings an array of them.
+// reference/sampling.py, which documents the fields; a batch has an array of them.
 #pragma once
 
 #include <cstddef>

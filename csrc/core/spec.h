@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -16,17 +17,18 @@ enum class NormKind : std::uint8_t { rms, layer };
 enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
 enum class RopeScaling : std::uint8_t { none, linear, llama3 };
 
-// How a matrix is kept and computed with. f32 and bf16 are plain numbers. int8 has a scale for each
-// output. int4 has a scale, and perhaps a zero point, for each group of inputs of each output.
+// The format of a matrix in memory and in products. f32 and bf16 are plain numbers. int8 has a
+// scale for each output. int4 has a scale, and perhaps a zero point, for each group of inputs of
+// each output.
 struct WeightFormat {
   WeightFormat(DType plain = DType::f32) : dtype(plain) {}
 
   DType dtype;
   std::int64_t group_size = 0;  // int4: inputs that share a scale, a multiple of 32
   bool has_zeros = false;       // int4: asymmetric
-  // int4: what the 16 codes stand for, before the scale.
+  // int4: the levels of the 16 codes, before the scale.
   std::array<std::int8_t, 16> levels = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-  DType scale_dtype = DType::bf16;    // int4: how scales are kept, bf16 or f32
+  DType scale_dtype = DType::bf16;    // int4: the format of scales, bf16 or f32
   std::int64_t activation_bits = 16;  // int8: of the codes that x is rounded to, 8 or 16
 
   bool has_own_levels() const { return levels != WeightFormat().levels; }
@@ -76,9 +78,16 @@ struct LayerSpec {
   bool mlp_bias = false;
   std::int64_t window = 0;    // 0: no limit
   std::int64_t kv_group = 0;  // which of a sequence's block tables
+  std::optional<float> attention_scale;
 
   std::int64_t q_size() const { return num_heads * head_dim; }
   std::int64_t kv_size() const { return num_kv_heads * head_dim; }
+  std::int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
+  std::int64_t up_size() const { return gated ? 2 * intermediate_size : intermediate_size; }
+  // The factor of q.k.
+  float score_scale() const {
+    return attention_scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim)));
+  }
 };
 
 struct ModelSpec {

@@ -1,4 +1,4 @@
-// What changes from step to step. All of it lies in device memory and arrives in one upload.
+// The data that change from step to step. They lie in device memory and come in one upload.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace octavo {
 
 // A ragged batch, as the ops see it. Every pointer is device memory; sizes are in brackets.
-// `python/octavo/_native.pyi`, class Batch, says what the fields mean.
+// Class Batch of `python/octavo/_native.pyi` documents the fields.
 struct Step {
   std::int64_t num_tokens = 0;
   std::int64_t num_seqs = 0;
@@ -27,7 +27,8 @@ struct Step {
   std::int32_t* sampled =
       nullptr;  // [max_num_seqs], kept between steps: each state row's last token
 
-  // Every token's logits are wanted, as in decoding: since logit_rows ascend, row r is token r.
+  // Whether every token's logits are wanted, as in decoding: then row r is token r, since
+  // logit_rows ascend.
   bool rows_are_tokens() const { return num_rows == num_tokens; }
   const std::int32_t* slots_of(std::int64_t group) const { return slots + group * num_tokens; }
   const std::int32_t* block_table(std::int64_t group, std::int64_t seq) const {

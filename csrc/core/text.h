@@ -1,7 +1,7 @@
 // Error messages: concatenate strings and numbers.
 //
-// Not with streams: these look their locale up in tables that a process has once. Where two of its
-// libraries bring their own standard library (linked in, beside another's), one finds the other's.
+// Not with streams: they look up their locale in tables that a process has once. If two of its
+// libraries have different standard libraries linked in, one would find the tables of the other.
 #pragma once
 
 #include <charconv>
@@ -38,8 +38,7 @@ std::string text(const Parts&... parts) {
   return result;
 }
 
-// A caller's mistake becomes ValueError in Python: say what was given, what was expected, what to
-// do.
+// A caller's mistake; ValueError in Python. Say what was given, what was expected, what to do.
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
   if (!condition) throw std::invalid_argument(text(parts...));

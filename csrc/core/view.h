@@ -1,4 +1,4 @@
-// A matrix somebody else owns: what the ops of a backend read and write.
+// A matrix in memory owned elsewhere, which the ops of a backend read and write.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 namespace octavo {
 
 // `rows` rows of `cols` numbers in the device's memory, `stride` numbers apart: float32, or for
-// activations what the backend says (Backend::activation_dtype).
+// activations Backend::activation_dtype.
 struct View {
   void* data = nullptr;
   std::int64_t rows = 0;

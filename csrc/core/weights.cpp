@@ -17,41 +17,34 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
 Weights::Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& options)
     : backend_(backend), options_(options) {
   const std::int64_t hidden = spec.hidden_size;
-  embed = make_matrix("embed", spec.vocab_size, hidden, false);
-  add_matrix("embed", embed, 0, spec.vocab_size, false);
-  if (spec.learned_positions) {
-    positions = make_matrix("positions", spec.max_position_embeddings, hidden, false);
-    add_matrix("positions", positions, 0, spec.max_position_embeddings, false);
-  }
+  add_matrix(embed, {{"embed", spec.vocab_size}}, hidden);
+  if (spec.learned_positions)
+    add_matrix(positions, {{"positions", spec.max_position_embeddings}}, hidden);
   layers.resize(spec.layers.size());  // once: places_ keeps pointers into it
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const LayerSpec& layer = spec.layers[i];
     LayerWeights& weights = layers[i];
-    const std::string prefix = text("layers.", i, ".");
-    const std::int64_t q = layer.q_size(), kv = layer.kv_size(), mlp = layer.intermediate_size;
+    const auto rows = [&](const char* name, std::int64_t count) {
+      return NamedRows{text("layers.", i, ".", name), count};
+    };
+    const std::int64_t kv = layer.kv_size(), mlp = layer.intermediate_size;
     // The outputs of o and down are summed over the ranks: one rank alone adds the bias.
     const bool adds_bias = options.rank == 0;
 
-    weights.attn_norm = add_norm(prefix + "attn_norm", layer.norm, hidden);
-    add_stack(weights.qkv, {{prefix + "q", q}, {prefix + "k", kv}, {prefix + "v", kv}}, hidden,
+    weights.attn_norm = add_norm(rows("attn_norm", hidden), layer.norm);
+    add_stack(weights.qkv, {rows("q", layer.q_size()), rows("k", kv), rows("v", kv)}, hidden,
               layer.qkv_bias);
-    weights.o = make_matrix(prefix + "o", hidden, q, layer.o_bias && adds_bias);
-    add_matrix(prefix + "o", weights.o, 0, hidden, layer.o_bias);
+    add_matrix(weights.o, {rows("o", hidden)}, layer.q_size(), layer.o_bias, adds_bias);
 
-    weights.mlp_norm = add_norm(prefix + "mlp_norm", layer.norm, hidden);
-    std::vector<NamedRows> up;
-    if (layer.gated) up.push_back({prefix + "gate", mlp});
-    up.push_back({prefix + "up", mlp});
+    weights.mlp_norm = add_norm(rows("mlp_norm", hidden), layer.norm);
+    std::vector<NamedRows> up{rows("up", mlp)};
+    if (layer.gated) up.insert(up.begin(), rows("gate", mlp));
     add_stack(weights.up, up, hidden, layer.mlp_bias);
-    weights.down = make_matrix(prefix + "down", hidden, mlp, layer.mlp_bias && adds_bias);
-    add_matrix(prefix + "down", weights.down, 0, hidden, layer.mlp_bias);
+    add_matrix(weights.down, {rows("down", hidden)}, mlp, layer.mlp_bias, adds_bias);
     if (layer.rope) weights.rope = add_rope(layer, options.max_model_len);
   }
-  final_norm = add_norm("final_norm", spec.final_norm, hidden);
-  if (!spec.tie_word_embeddings) {
-    lm_head_ = make_matrix("lm_head", spec.vocab_size, hidden, false);
-    add_matrix("lm_head", lm_head_, 0, spec.vocab_size, false);
-  }
+  final_norm = add_norm({"final_norm", hidden}, spec.final_norm);
+  if (!spec.tie_word_embeddings) add_matrix(lm_head_, {{"lm_head", spec.vocab_size}}, hidden);
 }
 
 WeightFormat Weights::format_of(const std::string& name) const {
@@ -60,60 +53,55 @@ WeightFormat Weights::format_of(const std::string& name) const {
   return parse_dtype(options_.dtype, "dtype");
 }
 
-Linear Weights::make_matrix(const std::string& name, std::int64_t rows, std::int64_t inputs,
-                            bool bias) {
-  return backend_.make_linear(rows, inputs, format_of(name), bias);
+Buffer Weights::counted(Buffer buffer) {
+  bytes_ += static_cast<std::int64_t>(buffer.bytes());
+  return buffer;
 }
 
 void Weights::add_stack(Stack& stack, const std::vector<NamedRows>& parts, std::int64_t inputs,
                         bool bias) {
   stack.reserve(parts.size());
-  for (std::size_t begin = 0, end = 0; begin < parts.size(); begin = end) {
-    std::int64_t rows = 0;
-    const WeightFormat format = format_of(parts[begin].name);
-    for (end = begin; end < parts.size() && format_of(parts[end].name) == format; ++end)
-      rows += parts[end].rows;
-    stack.push_back(backend_.make_linear(rows, inputs, format, bias));
-    std::int64_t first_row = 0;
-    for (std::size_t i = begin; i < end; ++i) {
-      add_matrix(parts[i].name, stack.back(), first_row, parts[i].rows, bias);
-      first_row += parts[i].rows;
-    }
+  for (auto begin = parts.begin(), end = begin; begin != parts.end(); begin = end) {
+    const WeightFormat format = format_of(begin->name);
+    while (end != parts.end() && format_of(end->name) == format) ++end;
+    add_matrix(stack.emplace_back(), {begin, end}, inputs, bias);
   }
 }
 
-void Weights::add_matrix(const std::string& name, Linear& matrix, std::int64_t first_row,
-                         std::int64_t rows, bool bias) {
+void Weights::add_matrix(Linear& matrix, const std::vector<NamedRows>& parts, std::int64_t inputs,
+                         bool bias, bool adds_bias) {
+  std::int64_t rows = 0;
+  for (const NamedRows& part : parts) rows += part.count;
+  matrix = backend_.make_linear(rows, inputs, format_of(parts[0].name), bias && adds_bias);
+  for (const Buffer* buffer : {&matrix.weight, &matrix.scales, &matrix.zeros, &matrix.bias})
+    bytes_ += static_cast<std::int64_t>(buffer->bytes());
   Place place;
   place.matrix = &matrix;
-  place.first_row = first_row;
-  place.shape = {rows, matrix.inputs};
-  places_[name + ".weight"] = place;
-  place.shape = {rows, matrix.format.groups(matrix.inputs)};
-  if (matrix.format.is_quantized()) {
-    place.part = Part::scales;
-    places_[name + ".scale"] = place;
+  for (const NamedRows& part : parts) {
+    const auto add = [&](const char* suffix, Part what, std::vector<std::int64_t> shape) {
+      place.part = what;
+      place.shape = std::move(shape);
+      places_[part.name + suffix] = place;
+    };
+    const std::int64_t groups = matrix.format.groups(inputs);
+    add(".weight", Part::values, {part.count, inputs});
+    if (matrix.format.is_quantized()) add(".scale", Part::scales, {part.count, groups});
+    if (matrix.format.has_zeros) add(".zero", Part::zeros, {part.count, groups});
+    if (bias && adds_bias) place.vector = matrix.bias.as<float>() + place.first_row;
+    if (bias) add(".bias", Part::vector, {part.count});
+    place.first_row += part.count;
   }
-  if (matrix.format.has_zeros) {
-    place.part = Part::zeros;
-    places_[name + ".zero"] = place;
-  }
-  if (!bias) return;
-  Place bias_place;
-  bias_place.part = Part::vector;
-  if (matrix.bias.data()) bias_place.vector = matrix.bias.as<float>() + first_row;
-  bias_place.shape = {rows};
-  places_[name + ".bias"] = bias_place;
 }
 
-Norm Weights::add_norm(const std::string& name, const NormSpec& spec, std::int64_t width) {
-  const auto add_vector = [&](const char* part) {
-    Buffer& buffer = vectors_.emplace_back(&backend_, static_cast<std::size_t>(width) * 4);
+Norm Weights::add_norm(const NamedRows& width, const NormSpec& spec) {
+  const auto add_vector = [&](const char* suffix) {
+    Buffer& buffer = vectors_.emplace_back(
+        counted(Buffer(&backend_, static_cast<std::size_t>(width.count) * 4)));
     Place place;
     place.part = Part::vector;
     place.vector = buffer.as<float>();
-    place.shape = {width};
-    places_[name + part] = place;
+    place.shape = {width.count};
+    places_[width.name + suffix] = place;
     return place.vector;
   };
   Norm norm;
@@ -142,8 +130,8 @@ const Rope* Weights::add_rope(const LayerSpec& layer, std::int64_t max_positions
   auto table = std::make_unique<RopeTable>();
   table->spec = *layer.rope;
   table->head_dim = layer.head_dim;
-  table->cosines = Buffer(&backend_, count * 4);
-  table->sines = Buffer(&backend_, count * 4);
+  table->cosines = counted(Buffer(&backend_, count * 4));
+  table->sines = counted(Buffer(&backend_, count * 4));
   backend_.upload(table->cosines.data(), cosines.data(), count * 4);
   backend_.upload(table->sines.data(), sines.data(), count * 4);
   table->rope = {table->cosines.as<float>(), table->sines.as<float>()};
@@ -161,7 +149,7 @@ void Weights::load(const std::string& name, const void* data, DType dtype,
   const std::int64_t rows = shape[0];
   if (place.part == Part::values) {
     backend_.pack_rows(*place.matrix, place.first_row, {data, dtype, rows, shape[1]});
-    // Numbers that are rounded to int8 on the way bring their scales along.
+    // Numbers that are rounded to int8 here give their scales too.
     if (place.matrix->format.dtype == DType::int8 && dtype != DType::int8)
       places_[name.substr(0, name.size() - std::string(".weight").size()) + ".scale"].loaded = true;
   } else {
@@ -187,24 +175,6 @@ std::vector<std::string> Weights::missing() const {
     if (!place.loaded) names.push_back(name);
   }
   return names;
-}
-
-std::int64_t Weights::bytes() const {
-  std::size_t total = 0;
-  const auto add = [&](const Linear& linear) {
-    for (const Buffer* buffer : {&linear.weight, &linear.scales, &linear.zeros, &linear.bias})
-      total += buffer->bytes();
-  };
-  for (const LayerWeights& layer : layers) {
-    for (const Stack* stack : {&layer.qkv, &layer.up}) {
-      for (const Linear& linear : *stack) add(linear);
-    }
-    for (const Linear* linear : {&layer.o, &layer.down}) add(*linear);
-  }
-  for (const Linear* linear : {&embed, &positions, &lm_head_}) add(*linear);
-  for (const Buffer& vector : vectors_) total += vector.bytes();
-  for (const auto& table : ropes_) total += table->cosines.bytes() + table->sines.bytes();
-  return static_cast<std::int64_t>(total);
 }
 
 }  // namespace octavo

@@ -1,4 +1,4 @@
-// A model's weights on the device, and the table that says where each named weight belongs.
+// A model's weights on the device, and the table with the place of each named weight.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,8 @@
 
 namespace octavo {
 
-// Matrices with the same input, one above the other: neighbours of one format are one matrix.
+// Matrices with the same input; their outputs are concatenated. Neighbours of one format are one
+// matrix.
 using Stack = std::vector<Linear>;
 
 struct LayerWeights {
@@ -26,19 +27,19 @@ struct LayerWeights {
 
 class Weights {
  public:
-  // Makes room for every weight of `spec`; nothing is loaded yet.
+  // Allocates every weight of `spec`; nothing is loaded yet.
   Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& options);
   Weights(const Weights&) = delete;
   Weights& operator=(const Weights&) = delete;
 
-  // Takes one weight under octavo's name; a quantized matrix has a ".scale" of shape (rows, groups)
-  // besides, and where its format says so a ".zero". Throws std::invalid_argument when the model
-  // has no such weight, or when its shape is another.
+  // Takes one weight under octavo's name; a quantized matrix also has a ".scale" of shape (rows,
+  // groups), and if its format has zero points a ".zero". Throws std::invalid_argument when the
+  // model has no such weight, or when its shape is wrong.
   void load(const std::string& name, const void* data, DType dtype,
             const std::vector<std::int64_t>& shape);
 
   std::vector<std::string> missing() const;
-  std::int64_t bytes() const;
+  std::int64_t bytes() const { return bytes_; }
 
   Linear embed;
   Linear positions;  // learned positions; outputs == 0 when the model has none
@@ -47,29 +48,30 @@ class Weights {
   const Linear& head() const { return lm_head_.outputs ? lm_head_ : embed; }
 
  private:
-  // Where a named weight goes: rows of a packed matrix, or of its scales or zero points, or a plain
-  // float32 vector.
+  // The place of a named weight: rows of a packed matrix, or of its scales or zero points, or a
+  // plain float32 vector.
   enum class Part { values, scales, zeros, vector };
   struct Place {
     Part part = Part::values;
     Linear* matrix = nullptr;
-    float* vector = nullptr;  // null: another rank's, taken and dropped
+    float* vector = nullptr;  // null: another rank's; it is ignored
     std::int64_t first_row = 0;
     std::vector<std::int64_t> shape;
     bool loaded = false;
   };
   struct NamedRows {
     std::string name;
-    std::int64_t rows;
+    std::int64_t count;
   };
 
-  Linear make_matrix(const std::string& name, std::int64_t rows, std::int64_t inputs, bool bias);
-  // Makes `stack` of these matrices. It must not move afterwards: places_ points into it.
-  void add_stack(Stack& stack, const std::vector<NamedRows>& parts, std::int64_t inputs, bool bias);
-  void add_matrix(const std::string& name, Linear& matrix, std::int64_t first_row,
-                  std::int64_t rows, bool bias);
   WeightFormat format_of(const std::string& name) const;
-  Norm add_norm(const std::string& name, const NormSpec& spec, std::int64_t width);
+  Buffer counted(Buffer buffer);
+  // Makes `matrix` of these parts, outputs concatenated, in the first one's format. It must not
+  // move afterwards: places_ points to it. bias: the model has one. adds_bias: this rank uses it.
+  void add_matrix(Linear& matrix, const std::vector<NamedRows>& parts, std::int64_t inputs,
+                  bool bias = false, bool adds_bias = true);
+  void add_stack(Stack& stack, const std::vector<NamedRows>& parts, std::int64_t inputs, bool bias);
+  Norm add_norm(const NamedRows& width, const NormSpec& spec);
   const Rope* add_rope(const LayerSpec& layer, std::int64_t max_positions);
 
   struct RopeTable {
@@ -82,6 +84,7 @@ class Weights {
   Backend& backend_;
   const RuntimeOptions& options_;
   Linear lm_head_;
+  std::int64_t bytes_ = 0;
   std::vector<Buffer> vectors_;
   std::vector<std::unique_ptr<RopeTable>> ropes_;
   std::map<std::string, Place> places_;

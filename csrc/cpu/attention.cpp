@@ -1,4 +1,4 @@
-// Paged attention: rotating and storing, and cutting attention into pieces for the threads.
+// Paged attention: rotating and storing, and dividing attention into pieces for the threads.
 
 #include "cpu/backend.h"
 
@@ -143,7 +143,7 @@ void set_range(AttendTask& task, std::int64_t split) {
   task.end = std::min(task.begin + kAttentionSplit, last + 1);
 }
 
-// Row r of a piece: where its result belongs.
+// The place of the result of row r of a piece.
 float* result_row(View out, const Piece& piece, const LayerSpec& layer, const Step& step,
                   std::int64_t r) {
   const std::int64_t group = layer.num_heads / layer.num_kv_heads;
@@ -202,7 +202,7 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
     total_splits += piece.splits();
     most_rows = std::max(most_rows, piece.rows);
   }
-  // Of a piece, its last tile filled.
+  // The states of a piece, in whole tiles.
   const std::int64_t num_states = (most_rows + kLanes - 1) / kLanes * kLanes;
   const auto num_pieces = static_cast<std::int64_t>(pieces.size());
   const auto finish = [&](const Piece& piece, std::int64_t r, const AttendState& state) {
@@ -211,7 +211,7 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
     for (std::int64_t d = 0; d < layer.head_dim; ++d) result[d] = state.out[d] / sum;
   };
 
-  // Enough pieces for all threads: each goes through its context alone, range by range.
+  // Enough pieces for all threads: each thread goes through a piece's context alone, by ranges.
   const bool spread = pool_.size() > 1 && num_pieces < 4 * pool_.size() && most_splits > 1;
   const auto make_states = [&](std::int64_t pieces) {
     float* memory = scratch(attention_scratch_, pieces * num_states * padded);
@@ -243,7 +243,7 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
     if (work < kWorthThreads) {
       for (std::int64_t index = 0; index < num_pieces; ++index) attend_piece(index, 0);
     } else {
-      // The last ones of a prompt see the most tokens: they come first.
+      // The last pieces of a prompt see the most tokens: they come first.
       pool_.each(num_pieces, [&](std::int64_t index, int thread) {
         attend_piece(num_pieces - 1 - index, thread);
       });

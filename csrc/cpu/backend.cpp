@@ -1,4 +1,4 @@
-// Memory, and the ops that touch each number once.
+// Memory, and the ops that read each number once.
 
 #include "cpu/backend.h"
 

@@ -8,7 +8,7 @@
 namespace octavo::cpu {
 
 // Attention sums up ranges of this many tokens, which begin at absolute multiples of it, and
-// merges them in ascending order: so a context can be split over threads without changing a bit.
+// merges them in ascending order. So threads can share a context without changing a bit.
 constexpr std::int64_t kAttentionSplit = 512;
 
 class CpuBackend : public Backend {
@@ -77,8 +77,8 @@ class CpuBackend : public Backend {
     });
   }
 
-  // Memory of at least `count` numbers that lives until the next call with this buffer; in large
-  // pages, since what a product reads again and again should lie on few.
+  // Memory of at least `count` numbers that is valid until the next call with this buffer; in large
+  // pages, since a product reads it many times and fewer pages are faster.
   float* scratch(Buffer& buffer, std::int64_t count) {
     constexpr std::size_t kLeast = std::size_t{2} << 20;
     const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(float);
@@ -89,7 +89,7 @@ class CpuBackend : public Backend {
   // residual += added, where it has data; writes a row of the normalized residual.
   void add_and_norm(float* out, const NormedInput& x, std::int64_t row) const;
 
-  // Points the task at x, in the form that the format needs.
+  // Sets the task's x, in the form that the format needs.
   void prepare_input(LinearTask& task, View x);
   void prepare_input(LinearTask& task, const NormedInput& x);
   template <class RowOf>

@@ -24,7 +24,7 @@ bool contains(const Strings& words, const std::string& word) {
   return std::find(words.begin(), words.end(), word) != words.end();
 }
 
-// All of a word, as a number that is not negative.
+// A word as a number that is not negative; nothing if it is anything else.
 Number whole_number(const std::string& word) {
   std::int64_t value = 0;
   const char* end = word.data() + word.size();
@@ -78,7 +78,7 @@ std::vector<Mount> mounts_of(const SystemFolders& folders, const std::string& co
   return mounts;
 }
 
-// The process's group in a hierarchy: "/" where /proc/self/cgroup does not tell. Its lines are
+// The process's group in a hierarchy: "/" if /proc/self/cgroup does not have it. Its lines are
 // "4:cpu,cpuacct:/path", and "0::/path" for version 2.
 std::string group_of(const SystemFolders& folders, const std::string& controller) {
   std::ifstream file(folders.proc + "/self/cgroup");
@@ -93,7 +93,7 @@ std::string group_of(const SystemFolders& folders, const std::string& controller
   return "/";
 }
 
-// The folders of all groups above the process that can be seen, its own among them.
+// The folders of all visible groups above the process, and of its own.
 Strings groups_of(const SystemFolders& folders, const std::string& controller) {
   const std::string path = group_of(folders, controller);
   Strings groups;
@@ -102,7 +102,7 @@ Strings groups_of(const SystemFolders& folders, const std::string& controller) {
                           (path.size() == shown.size() || path[shown.size()] == '/');
     const Strings parts = split(is_below ? path.substr(shown.size()) : path, '/');
     groups.push_back(folder);
-    if (contains(parts, "..")) continue;  // beside what can be seen
+    if (contains(parts, "..")) continue;  // outside of the visible part
     std::string group = folder;
     for (const std::string& part : parts) {
       if (!part.empty()) groups.push_back(group += "/" + part);

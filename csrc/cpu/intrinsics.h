@@ -2,9 +2,9 @@
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)
-// Where a vector's contents do not matter, GCC 12's header copies it from itself, and warns of that
-// wherever it is inlined, with sanitizers above all (GCC bug 105593). The warnings are off for what
-// stands in that header, and on for everything that uses it.
+// Where a vector's contents do not matter, GCC 12's header initializes it from itself, and warns of
+// that wherever it is inlined, mostly with sanitizers (GCC bug 105593). The warnings are off for
+// this header, and on for the code that uses it.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"

@@ -23,7 +23,7 @@ struct Entry {
   const Kernels& (*kernels)();
 };
 
-// One may be left out of a build and the others still want its test.
+// A set may be left out of a build, and then its test is not used.
 
 [[maybe_unused]] bool has_scalar() { return true; }
 

@@ -1,9 +1,9 @@
-// The table of kernels that an instruction set provides, and what they work on.
+// The table of kernels that an instruction set provides, and the data they work on.
 //
-// Every kernel is single-threaded and works on a part of an op; the files of the op families cut
-// the work up. Each instruction set's translation unit (isa_*.cpp) compiles the same bodies
-// (kernels/*.h) over its own 16-lane vector, so that all of them give the same bits: the order of
-// every sum is written down in terms of 16 lanes, and products are fused where the body says so.
+// Every kernel is single-threaded and works on a part of an op; the files of the op families divide
+// the work. instruction_set.cpp is compiled once for each instruction set, with the same bodies
+// (kernels/*.h) over a different 16-lane vector. All sets give the same bits: the order of every
+// sum is defined over 16 lanes, and products are fused only where the body says so.
 #pragma once
 
 #include <cstdint>
@@ -16,25 +16,25 @@
 namespace octavo::cpu {
 
 constexpr std::int64_t kLanes = 16;       // outputs of a weight panel, tokens of a key tile
-constexpr std::int64_t kDepthBlock = 32;  // inputs that are summed up before they are added on
+constexpr std::int64_t kDepthBlock = 32;  // inputs summed up before they are added to the total
 
-// Up to so many rows, memory sets the pace: all inputs of a panel are gone through at once. More
-// rows take the inputs a stretch at a time, so that weights stay in the second cache meanwhile.
+// Up to so many rows, memory limits the speed: all inputs of a panel are read in one pass. More
+// rows take the inputs a stretch at a time, so that the weights stay in L2 meanwhile.
 constexpr std::int64_t kStreamRows = 8;
-constexpr std::int64_t kIntegerBlock = 512;  // codes whose products are sure to fit in 32 bits
+constexpr std::int64_t kIntegerBlock = 512;  // codes; the sum of their products fits in 32 bits
 
 // Weights of a matrix product, packed in panels of 16 outputs, as 32-bit words:
 //   [panel][depth / n][16], a word holding n inputs of one output
 // with n = 1 (f32), 2 (bf16), 4 (int8) or 8 (int4). depth is the number of inputs rounded up to a
-// multiple of 32; what is added is zero, or meets an input of zero. The first input is in the
-// lowest bits; of eight int4 inputs the first four are in the lower halves of the four bytes, the
-// others in the upper halves.
+// multiple of 32; the padding is zero, or is multiplied by zero. The first input is in the lowest
+// bits; of eight int4 inputs the first four are in the lower halves of the four bytes, the others
+// in the upper halves.
 //
 // int8: a byte is the code + 128; one scale an output, [panel][16]. int4: four bits choose one of
 // 16 levels; a scale for each group of inputs, [panel][group][16], and perhaps a zero point, in
 // units of a level: weight = (level - zero) * scale.
 struct LinearTask {
-  // Rows of x as `prepare_input` leaves them, x_stride 32-bit words apart, and of each row of codes
+  // Rows of x as `prepare_input` writes them, x_stride 32-bit words apart; for each row of codes
   // its scale, and the sum of the codes of each block: (rows, num_blocks).
   const void* x = nullptr;
   std::int64_t x_stride = 0;
@@ -56,16 +56,16 @@ struct LinearTask {
   const float* bias = nullptr;  // or null
   float* out = nullptr;
   std::int64_t out_stride = 0;
-  // Where the outputs of panel p are gates of those of panel p + up_panels: what is stored is
-  // activation(gate) * up; to `out`, or as input of the next product. 0: no gates.
+  // If not 0, the outputs of panel p are gates of those of panel p + up_panels, and
+  // activation(gate) * up is stored: to `out`, or as input of the next product.
   std::int64_t up_panels = 0;
   Activation activation = Activation::silu;
-  const LinearTask* next = nullptr;  // whose x is float32 or bf16, with as many rows
+  const LinearTask* next = nullptr;  // its x is float32 or bf16, with as many rows
   void* input = nullptr;             // of that product: its x, to be written
 };
 
-// Integer formats sum up a block of inputs exactly: at most 512, and all of one group (an int8 row
-// is one group), counted from where the group begins.
+// Integer formats sum up a block of inputs exactly: at most 512, all of one group (an int8 row is
+// one group), counted from the beginning of the group.
 inline std::int64_t group_inputs(const LinearTask& task) {
   return task.format == DType::int4 ? task.group_size : task.depth;
 }
@@ -90,7 +90,7 @@ inline std::int64_t block_index(const LinearTask& task, std::int64_t k) {
 //   keys [block_size / 16][head_dim][16], then values [block_size][padded_dim]
 // in bf16, two dimensions of a key or two tokens' values in each 32-bit word:
 //   keys [block_size / 16][key_dim / 2][16][2], then values [block_size / 2][padded_dim][2]
-// with key_dim an even number; what is added stays zero. And when they are int8, a float32 scale
+// with key_dim rounded up to an even number; the padding stays zero. int8 also has a float32 scale
 // for each token's key, then for each token's value.
 struct KvLayout {
   DType dtype = DType::f32;
@@ -128,7 +128,7 @@ struct AttendTask {
   std::int64_t begin = 0, end = 0;
   std::int64_t window = 0;
   float scale = 1.0f;
-  bool goes_on = false;  // the same rows as in the call before on this thread
+  bool goes_on = false;  // the same rows as in this thread's previous call
 };
 
 // What one range of tokens contributes to a row: softmax numerator, denominator, greatest score
@@ -139,9 +139,9 @@ struct AttendState {
   float sum = 0.0f;
 };
 
-// How `linear` likes its work cut: up to so many rows, each thread has its share of the panels;
-// more rows come in pieces of rows x panels that fit the second cache. keeps_rows: it is the rows
-// of x that stay there while panels pass by, so that a thread had better go on with the same ones.
+// How the work of `linear` should be divided: up to so many rows, each thread has its share of the
+// panels; more rows are divided into pieces of rows x panels that fit L2. keeps_rows: the rows of x
+// stay in L2 while panels pass by, so a thread should continue with the same rows.
 struct Pieces {
   std::int64_t stream_rows = kStreamRows;
   std::int64_t rows = 96, panels = 8;
@@ -150,10 +150,10 @@ struct Pieces {
 
 struct Kernels {
   const char* isa = "";
-  // How many 32-bit words a row of x takes, in the form that `linear` wants.
+  // The number of 32-bit words of a row of x, in the form that `linear` reads.
   std::int64_t (*input_stride)(const LinearTask& task);
-  // Brings row `row` of x, `inputs` numbers, into that form: at `to`, or anywhere in the room of
-  // the 16 rows that it belongs to. Integer formats also note the row's scale and sums.
+  // Converts row `row` of x, `inputs` numbers, to that form: at `to`, or anywhere in the memory of
+  // its 16 rows. Integer formats also write the row's scale and sums.
   void (*prepare_input)(const LinearTask& task, std::int64_t row, void* to, const float* x,
                         std::int64_t inputs);
   // Outputs 16 first_panel .. of rows [first_row, last_row); first_row is a multiple of 16.
@@ -165,10 +165,10 @@ struct Kernels {
   // gate null: out = act(up); else out = act(gate) * up.
   void (*activate)(float* out, const float* gate, const float* up, Activation activation,
                    std::int64_t count);
-  // Fills states[row], each over the task's range alone. There are whole tiles of 16 of them, and
-  // those behind the task's rows may be used as well.
+  // Fills states[row], each over the task's range alone. There are whole tiles of 16 states; those
+  // after the task's rows may be overwritten.
   void (*attend)(const AttendTask& task, AttendState* states);
-  // Folds `part`, a later range of tokens, into `total`.
+  // Merges `part`, a later range of tokens, into `total`.
   void (*merge)(const KvLayout& layout, AttendState& total, const AttendState& part);
   // Sampling: see reference/sampling.py for the definition of each.
   void (*exp_weights)(std::uint64_t* out, const float* x, float max, std::int64_t count);

@@ -45,7 +45,7 @@ std::uint32_t interleave_nibbles(std::uint32_t codes) {
 // Bytes of a row as `stored_word` reads it.
 std::int64_t row_bytes(std::int64_t cols, DType format) { return (cols * bits_of(format) + 7) / 8; }
 
-// Word `word` of a row of codes or numbers: 32 of its bits, but for their order.
+// Word `word` of a row of codes or numbers: 32 of its bits, in the packed order.
 std::uint32_t stored_word(const std::uint8_t* row, std::int64_t bytes, DType format,
                           std::int64_t word) {
   std::uint32_t bits = 0;
@@ -74,7 +74,7 @@ float round_to_int8(std::uint8_t* codes, const float* values, std::int64_t count
     largest = std::fabs(values[i]) > largest ? std::fabs(values[i]) : largest;
   float scale = bf16_to_float(float_to_bf16(largest / 127.0f));
   if (!(scale > 0.0f)) scale = 1.0f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it becomes a whole number
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a number added to it becomes whole
   for (std::int64_t i = 0; i < count; ++i) {
     const float steps = (values[i] / scale + kRound) - kRound;  // ties to even
     const float kept = steps > 127.0f     ? 127.0f
@@ -110,7 +110,7 @@ void pack_grouped(const Linear& linear, std::int64_t first_row, std::int64_t row
   }
 }
 
-// int4 keeps its scales as the format says, int8 as float32.
+// Scales of int4 have the format's type, those of int8 are float32.
 DType scale_type(const WeightFormat& format) {
   return format.dtype == DType::int4 ? format.scale_dtype : DType::f32;
 }
@@ -218,8 +218,7 @@ void CpuBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMat
         to[row] = stored_word(source + row * stride, bytes, format, word);
     }
   };
-  // Each thread packs the panels that it will multiply by: that is how their memory comes to lie
-  // near it.
+  // Each thread packs the panels that it will multiply by, so that their memory is near it.
   pool_.run([&](int thread) {
     std::vector<std::uint32_t> rounded;
     std::vector<float> values;
@@ -261,7 +260,7 @@ void CpuBackend::embed(View out, const Linear& table, const Linear* positions, c
 
 namespace {
 
-// Of a matrix with levels of its own, these as bytes; they live as long as this.
+// A task that holds the levels of a matrix, if they are not uniform, as bytes.
 struct MatrixTask : LinearTask {
   std::uint8_t own_levels[16];
 
@@ -294,9 +293,9 @@ struct MatrixTask : LinearTask {
   }
 };
 
-// Whether a product can write its results as the next one's input. Not where whole rows decide how
-// they become whole numbers, nor where that one may go by tiles, whose input lies otherwise, and
-// this one not: float32 never does, int4 of bf16 always, and the others with many rows.
+// Whether a product can write its results as the next one's input. It cannot if that is rounded to
+// whole numbers, which takes a whole row, nor if only the next product may use tiles, whose input
+// has another layout (float32 never uses tiles, int4 of bf16 always, others with many rows).
 bool writes_input(DType format, DType next, bool int4_takes_bf16) {
   if (next == DType::int4) return int4_takes_bf16 && format == DType::int4;
   return next == DType::f32 || (next == DType::bf16 && format != DType::f32);
@@ -309,7 +308,7 @@ std::int64_t input_words(const LinearTask& task) {
 
 }  // namespace
 
-// row_of(row): its numbers, valid until the same thread asks for the next.
+// row_of(row): its numbers, valid until the same thread's next call.
 template <class RowOf>
 void CpuBackend::prepare_rows(LinearTask& task, View shape, RowOf&& row_of) {
   task.x_stride = kernels_.input_stride(task);
@@ -358,7 +357,7 @@ bool CpuBackend::normed_linear(View out, const NormedInput& x, const Linear& wei
 
 bool CpuBackend::normed_mlp(View out, const NormedInput& x, const std::vector<Linear>& up,
                             const Linear& down, Activation activation) {
-  // Gates and what they let through have to be the panels of one matrix.
+  // The panels of gate and up have to be of one matrix.
   const std::int64_t width = down.inputs;
   if (up.size() != 1 || up[0].outputs != 2 * width || width % kDepthBlock != 0) return false;
   const std::int64_t rows = out.rows;
@@ -388,9 +387,9 @@ void CpuBackend::multiply(const LinearTask& task) {
   const std::int64_t panels = task.up_panels ? task.up_panels : num_panels(task.outputs);
   const Pieces& pieces = kernels_.pieces;
   if (task.rows <= pieces.stream_rows) {
-    // Weights are read once: every thread streams the share that it packed, in pieces, so that one
-    // that something else holds up is not waited for. Gates stay together in twos, of which there
-    // is a whole number: they make the 32 inputs that tiles write for the next product at a time.
+    // Weights are read once: every thread reads the share that it packed, in pieces, so that other
+    // threads can take pieces of a thread that is delayed. Panels of gates are taken in pairs,
+    // since tiles write 32 inputs of the next product at a time.
     constexpr std::int64_t kPanels = 8;
     const std::int64_t unit = task.up_panels ? 2 : 1;
     pool_.shares(panels / unit, kPanels / unit, [&](ThreadPool::Range piece) {
@@ -400,7 +399,7 @@ void CpuBackend::multiply(const LinearTask& task) {
   }
   const std::int64_t row_pieces = (task.rows + pieces.rows - 1) / pieces.rows;
   std::int64_t rows = pieces.rows;
-  if (pieces.keeps_rows) {  // equal ones: two tiles of rows are the least
+  if (pieces.keeps_rows) {  // pieces of equal size, at least two tiles of rows
     constexpr std::int64_t kTwoTiles = 2 * kLanes;
     rows = ((task.rows + row_pieces - 1) / row_pieces + kTwoTiles - 1) / kTwoTiles * kTwoTiles;
   }
@@ -419,7 +418,7 @@ void CpuBackend::multiply(const LinearTask& task) {
     });
     return;
   }
-  // Taken by whichever thread is free: a few for each.
+  // A free thread takes the next piece; there are a few for each.
   pool_.each(row_pieces * panel_pieces(size), [&](std::int64_t index, int) {
     multiply_piece(index % row_pieces, index / row_pieces);
   });

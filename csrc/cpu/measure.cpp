@@ -34,9 +34,9 @@ void check_seconds(double seconds) {
   require(seconds >= 0.0 && seconds <= 60.0, "seconds is ", seconds, "; expected 0 to 60");
 }
 
-// Every body repeats enough independent operations that no unit waits for a result, whatever the
-// latency (up to 6 cycles) and the number of units (up to 3). Returns something that depends on
-// all of them, so that none is left out.
+// Every body repeats enough independent operations that no unit waits for a result, for latencies
+// up to 6 cycles and up to 3 units. Returns a number that depends on all of them, so that the
+// compiler cannot remove any.
 using FmaLoop = float (*)(std::int64_t repeats);
 
 constexpr int kOperations = 16;                    // vectors in one repeat
@@ -138,7 +138,7 @@ struct Loop {
 };
 
 Loop loop_for(const std::string& isa) {
-  const std::string name = kernels_for(isa).isa;  // says what there is when it is not there
+  const std::string name = kernels_for(isa).isa;  // throws with the available ones
   const auto extends = [&](const char* base) { return name.rfind(base, 0) == 0; };
 #if defined(OCTAVO_HAVE_AMX)
   if (name == "amx") return {"amx", amx::loop, 16 * 16 * 32};
@@ -167,7 +167,7 @@ std::uint64_t read_all(const std::uint64_t* words, std::int64_t count) {
   return total;
 }
 
-// A buffer of `allocate`, given back whatever happens.
+// A buffer of `allocate`, freed by its destructor.
 class Buffer {
  public:
   explicit Buffer(std::size_t bytes) : bytes_(bytes), data_(allocate(bytes)) {}
@@ -207,7 +207,7 @@ double measure_bandwidth(int num_threads, double seconds, std::size_t num_bytes)
     const double rate = static_cast<double>(part * threads) / seconds_since(start);
     best = std::max(best, rate);
   }
-  // The sums are known; comparing them keeps the reading from being left out.
+  // The sums are known; comparing them keeps the compiler from removing the reads.
   const std::uint64_t count = static_cast<std::uint64_t>(words);
   for (std::uint64_t sum : sums) {
     if (sum != count * (count - 1) / 2) throw std::runtime_error("memory gave back wrong numbers");

@@ -1,5 +1,4 @@
-// What this machine can do at best, for `octavo bench` to hold its figures against: measured here
-// and now, not looked up.
+// The limits of this machine, measured: `octavo bench` compares its figures with them.
 #pragma once
 
 #include <cstddef>
@@ -13,12 +12,11 @@ namespace octavo::cpu {
 // most 1 GiB. Takes about `seconds`, three passes at least.
 double measure_bandwidth(int num_threads, double seconds, std::size_t num_bytes);
 
-// Float32 operations a second (a fused multiply-add counts two) of all threads together, out of
-// registers: nothing that works on float32 numbers in this instruction set can be faster. What an
-// extension adds (VNNI, BF16) is not in it; but "amx" is products of bf16 tiles, added up in
-// float32. isa: one of available_isas(), or "auto" for the fastest of them; throws
-// std::invalid_argument for another. "scalar" is plain C++ as the compiler made it, a product and a
-// sum.
+// Float32 operations a second (a fused multiply-add counts two) of all threads together, on
+// registers: no float32 computation in this instruction set can be faster. Extensions (VNNI, BF16)
+// are not measured; but "amx" is products of bf16 tiles, added up in float32. isa: one of
+// available_isas(), or "auto" for the fastest of them; throws std::invalid_argument for another.
+// "scalar" is plain C++ as compiled, a product and a sum.
 double measure_flops(int num_threads, const std::string& isa, double seconds);
 
 }  // namespace octavo::cpu

@@ -74,7 +74,7 @@ bool takes_whole_pages(std::size_t bytes) {
 
 #if defined(__linux__) || defined(__APPLE__)
 
-// Pages that begin on a large page's boundary: maps more than is needed, gives the ends back.
+// Pages that begin on a large page's boundary: maps more than is needed and unmaps the ends.
 void* map_pages(std::size_t bytes) {
   void* mapped = mmap(nullptr, round_up(bytes, kLargePage) + kLargePage, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANON, -1, 0);
@@ -85,7 +85,7 @@ void* map_pages(std::size_t bytes) {
   if (head) munmap(begin, head);
   if (head < kLargePage) munmap(begin + head + round_up(bytes, kLargePage), kLargePage - head);
 #if defined(__linux__)
-  // A refusal costs speed and nothing else.
+  // If this is refused, only speed is lost.
   (void)madvise(begin + head, round_up(bytes, kLargePage), MADV_HUGEPAGE);
 #endif
   return begin + head;
@@ -214,7 +214,7 @@ T sysctl_value(const char* name, T otherwise) {
 
 }  // namespace
 
-// macOS takes no orders about processors.
+// macOS does not bind threads to processors.
 std::vector<int> core_processors() { return {}; }
 int thread_id() { return 0; }
 void bind_thread(int, int) noexcept {}
@@ -224,7 +224,7 @@ int physical_cores(const SystemFolders&) {
   return least_one(sysctl_value<int>("hw.physicalcpu", 1));
 }
 
-// Half of what is built in: macOS has no figure that means "without swapping".
+// Half of the machine's memory: macOS has no figure that means "without swapping".
 std::size_t available_memory(const SystemFolders&, std::int64_t) {
   return static_cast<std::size_t>(sysctl_value<std::uint64_t>("hw.memsize", 0) / 2);
 }

@@ -1,4 +1,4 @@
-// Drawing a token from each row of logits. reference/sampling.py defines every step, to the bit.
+// Sampling a token from each row of logits. reference/sampling.py defines every step, to the bit.
 
 #include "cpu/backend.h"
 
@@ -40,7 +40,7 @@ void keep_top_p(std::vector<std::int32_t>& tokens, const float* scores, float ma
   const auto needed = static_cast<std::uint64_t>(
       std::ceil(static_cast<double>(top_p) * static_cast<double>(total)));
   std::uint64_t reached = 0;
-  // Sorted piece by piece, since a few hundred of many tokens usually do.
+  // Sorted piece by piece, since a few hundred tokens are usually enough.
   for (std::size_t begin = 0, piece = 256; begin < tokens.size(); begin += piece, piece *= 4) {
     const std::size_t end = std::min(tokens.size(), begin + piece);
     const auto at = [&](std::size_t i) { return tokens.begin() + static_cast<std::ptrdiff_t>(i); };
@@ -137,7 +137,7 @@ void CpuBackend::sample(const Samples& out, View logits, const std::int32_t* mas
     const float* values = logits.row(row);
     const bool finite = kernels_.all_finite(values, vocab);
     const SamplingRow& sampling = step.sampling[row];
-    // Of a row that is not finite nothing is drawn: comparing a NaN orders nothing.
+    // A row that is not finite is not sampled: a NaN cannot be ordered.
     const auto token =
         finite ? static_cast<std::int32_t>(draw_token(
                      values, vocab, masks ? masks + row * words : nullptr, sampling, kernels_))

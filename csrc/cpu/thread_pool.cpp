@@ -11,13 +11,13 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
-// How long a wait spins: longer than the gaps within a step, short enough that an idle engine
-// leaves the cores alone.
+// How long a wait spins: longer than the gaps within a step, but so short that an idle engine does
+// not occupy the cores.
 constexpr microseconds kSpin{100};
 // Between two looks at the CPU time of the thread that is waited for.
 constexpr microseconds kLook{10};
-// After which a worker gives thread 0 its core. Longer than what Python does between steps on
-// whichever core it comes to, shorter than a slice of another program's.
+// After this a worker gives thread 0 its core. Longer than Python's work between steps on thread
+// 0's core, shorter than a time slice of another program.
 constexpr microseconds kStuck{400};
 
 // job_: the number of joined workers, whether it is open, its own number.
@@ -29,10 +29,10 @@ bool is_new(std::uint64_t job, std::uint64_t seen) {
 
 }  // namespace
 
-// One wait, for one thing after another.
+// One wait, which may watch one thread after another.
 class ThreadPool::Wait {
  public:
-  // Spins a little. Returns whether it is time to look why it takes so long.
+  // Spins a little. Returns whether it is time to look why the wait is long.
   bool is_due() {
     constexpr int kPauses = 8;
     for (int i = 0; i < kPauses; ++i) pause();
@@ -44,7 +44,7 @@ class ThreadPool::Wait {
 
   bool is_long() const { return next_look_ - start_ > kSpin; }
 
-  // Whether a thread's CPU time has stood still since the last look.
+  // Whether a thread's CPU time has not advanced since the last look.
   bool stands_still(int id) {
     const Look look{id, cpu_time(id)};
     const bool same = look.id == last_.id && look.time == last_.time && look.time >= 0;
@@ -69,7 +69,7 @@ ThreadPool::ThreadPool(int num_threads)
   try {
     for (int thread = 1; thread < num_threads; ++thread)
       workers_.emplace_back([this, thread] { work(thread); });
-  } catch (...) {  // no memory for a stack, say: those that run must not outlive the pool
+  } catch (...) {  // for example no memory for a stack: running threads must not outlive the pool
     stop();
     throw;
   }
@@ -86,7 +86,7 @@ void ThreadPool::stop() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-// Binds the system's thread `id` (0: the calling one) to the core of one of the pool's.
+// Binds the system's thread `id` (0: the calling one) to the core of thread `thread` of the pool.
 void ThreadPool::bind(int thread, int id) {
   if (!processors_.empty())
     bind_thread(id, processors_[static_cast<std::size_t>(at(thread).core.load())]);
@@ -98,19 +98,18 @@ void ThreadPool::bind_caller() {
 }
 
 void ThreadPool::set_busy(bool is_busy) {
-  // Under the lock: nobody binds a thread that may have ended.
+  // Under the lock, so that no thread is bound that may have ended.
   const std::lock_guard<std::mutex> lock(cores_mutex_);
   at(0).is_needed.store(is_busy);
 }
 
-// The calling worker gives thread 0, which everything hangs on, its core for good, and takes the
-// one that it has.
+// The calling worker swaps cores with thread 0, on which all others depend, permanently.
 void ThreadPool::change_cores(int thread) {
   const std::lock_guard<std::mutex> lock(cores_mutex_);
   if (!at(0).is_needed.load()) return;
   at(0).core.store(at(thread).core.exchange(at(0).core.load()));
-  // Thread 0 may begin on this core before this thread has left it, and keep it from that: then it
-  // sends it away itself (run_erased).
+  // Thread 0 may start on this core before this thread has left it, and so keep it from leaving;
+  // then thread 0 binds this thread to its new core (run_erased).
   in_the_way_.store(thread);
   bind(0, at(0).id.load());
   bind(thread, 0);
@@ -137,8 +136,8 @@ void ThreadPool::run_erased(Function function, void* context, bool everyone) {
   wait_for_workers(everyone ? size() - 1 : static_cast<int>(job_.fetch_and(~kOpen) & kJoined));
 }
 
-// expected: how many are to finish the job. One that has lost its core in the middle of a piece
-// comes onto the caller's, which sleeps, and is sent back when all are done.
+// expected: how many workers have to finish the job. A worker that has lost its core in the middle
+// of a piece gets the core of the caller, which sleeps, and is sent back when all are done.
 void ThreadPool::wait_for_workers(int expected) {
   const auto is_done = [&] { return finished_.load() == expected; };
   bool has_guests = false;
@@ -155,7 +154,7 @@ void ThreadPool::wait_for_workers(int expected) {
       has_guests = at(other).is_guest = true;
       bind(0, at(other).id.load());
     }
-    done_.wait_for(lock, kSpin, is_done);  // not longer: another one may have lost its core
+    done_.wait_for(lock, kSpin, is_done);  // not longer: another worker may have lost its core
     caller_sleeps_.store(false);
   }
   for (int other = 1; has_guests && other < size(); ++other) {
@@ -185,7 +184,7 @@ bool ThreadPool::join(int thread, std::uint64_t& seen) {
   }
 }
 
-// Returns false where thread 0 is at work and has not run meanwhile.
+// Returns false if thread 0 should work but has not run meanwhile.
 bool ThreadPool::sleep_until_job(std::uint64_t seen) {
   const auto has_come = [&] { return stopping_.load() || is_new(job_.load(), seen); };
   const int id = processors_.empty() ? 0 : at(0).id.load();

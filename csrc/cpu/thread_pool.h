@@ -1,12 +1,11 @@
 // Threads that wait for the next piece of an op: first spinning, then asleep.
 //
-// Another program may have a part of a core. What that costs is kept to that part:
-// - Work is taken in pieces, and a job is over when its pieces are: a thread that has not come to
-// it
-//   is not waited for.
-// - A thread that lost its core while others need it is known by its CPU time, which stands still.
-//   Threads here have a core each, so it would wait there for a whole slice of the other program's
-//   (4 ms, say). One that waits for it lets it have its own core instead.
+// Another program may use a part of a core. No more speed than that part should be lost:
+// - Work is taken in pieces, and a job ends when its pieces are done: no thread waits for one that
+//   has not started on it.
+// - A thread that lost its core while others need it is found by its CPU time, which does not
+//   advance. Threads here have a core each, so it would wait there for a whole time slice of the
+//   other program (4 ms, say). A thread that waits for it gives it its own core instead.
 // docs/cpu.md has the figures.
 #pragma once
 
@@ -23,19 +22,19 @@ namespace octavo::cpu {
 
 class ThreadPool {
  public:
-  // num_threads counts the calling thread, which works along. Workers are bound to a core each when
-  // there are as many threads as cores; with fewer, another program may be using the other cores,
-  // and which ones that are, only the system knows.
+  // num_threads counts the calling thread, which works too. Workers are bound to a core each when
+  // there are as many threads as cores; with fewer, another program may be using other cores, and
+  // only the system knows which.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  // Binds the calling thread, thread 0 of all calls to come, to a core of its own.
+  // Binds the calling thread, thread 0 of all later calls, to its own core.
   void bind_caller();
 
-  // While one lives, thread 0 is at work, within jobs or between them: workers that wait for it see
-  // to it that it runs.
+  // While such an object exists, thread 0 works, within jobs or between them, and workers that wait
+  // for it give it a core if it does not run.
   class Busy {
    public:
     explicit Busy(ThreadPool& pool) : pool_(pool) { pool_.set_busy(true); }
@@ -55,7 +54,7 @@ class ThreadPool {
     run_any(body, true);
   }
 
-  // Calls body(index, thread) for index 0 .. count - 1, each once, on whichever thread is free.
+  // Calls body(index, thread) for index 0 .. count - 1, each once, on any free thread.
   template <class Body>
   void each(std::int64_t count, Body&& body) {
     if (count <= 1 || workers_.empty()) {
@@ -81,7 +80,7 @@ class ThreadPool {
   }
 
   // Calls body(range) until 0 .. count - 1 are covered, each once, `piece` or fewer at a time.
-  // Every thread goes through its core's share, and then helps those that are behind with theirs.
+  // Every thread goes through its core's share, and then takes pieces of the other shares.
   template <class Body>
   void shares(std::int64_t count, std::int64_t piece, Body&& body) {
     for (int core = 0; core < size(); ++core) at(core).next.store(share(count, core).begin);
@@ -103,11 +102,11 @@ class ThreadPool {
   using Function = void (*)(void* context, int thread);
   class Wait;
 
-  struct alignas(64) Thread {            // on cache lines of its own
-    std::atomic<std::int64_t> next{0};   // of a share: the one that belongs to the core
+  struct alignas(64) Thread {            // each on separate cache lines
+    std::atomic<std::int64_t> next{0};   // the next index of the share that belongs to the core
     std::atomic<int> core{0};            // its own: an index of processors_
     std::atomic<int> id{0};              // the system's; 0 until it is bound
-    std::atomic<bool> is_needed{false};  // others may wait for it: a job of a worker's, a step
+    std::atomic<bool> is_needed{false};  // others may wait for it: it is in a job, or in a step
     bool is_guest = false;               // on thread 0's core, for the rest of a job
   };
 
@@ -131,7 +130,7 @@ class ThreadPool {
 
   Thread& at(int index) { return threads_[static_cast<std::size_t>(index)]; }
 
-  std::vector<int> processors_;  // one for each thread, or empty: threads go where they like
+  std::vector<int> processors_;  // one for each thread, or empty: threads are not bound
   std::unique_ptr<Thread[]> threads_;
   std::vector<std::thread> workers_;
   Function function_ = nullptr;
@@ -144,7 +143,7 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::atomic<int> in_the_way_{0};  // a worker that may be on the core it has given away, or 0
-  std::mutex cores_mutex_;          // held by whoever binds a thread
+  std::mutex cores_mutex_;          // held while a thread is bound
 };
 
 }  // namespace octavo::cpu

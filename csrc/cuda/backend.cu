@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cuda/devices.h"
+#include "cuda/products/cublas.h"
 
 namespace octavo::cuda {
 
@@ -30,7 +30,7 @@ CudaBackend::CudaBackend(const BackendOptions& options)
       linear_workspace_(stream_),
       attention_workspace_(stream_),
       sampling_workspace_(stream_),
-      copy_workspace_(stream_) {
+      pack_workspace_(stream_) {
   if (!options.deterministic) cublas_ = CublasLt::open(stream_);
   for (cudaEvent_t& event : events_)
     check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
@@ -94,9 +94,9 @@ void CudaBackend::upload_async(void* device, const HostBuffer& host, std::size_t
         "copying to the device");
 }
 
-void CudaBackend::download_async(unsigned char* host, const void* device, std::size_t bytes) {
+void CudaBackend::download_async(const HostBuffer& host, const void* device, std::size_t bytes) {
   ++num_downloads_;
-  check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
+  check(cudaMemcpyAsync(host.data(), device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
         "copying from the device");
 }
 
@@ -123,8 +123,8 @@ void CudaBackend::prepare(const ModelSpec& spec, const StepLimits& limits) {
   const std::int64_t seqs = padded_seqs(limits.max_num_seqs);
   const StepLimits padded{seqs, std::max(limits.max_num_batched_tokens, seqs),
                           limits.max_model_len};
-  linear_workspace_.get(linear_workspace_bytes(spec, padded, tile_rows_));
-  attention_workspace_.get(attention_workspace_bytes(stream_, spec, padded));
+  linear_workspace_.get(linear_workspace_bytes(spec, padded));
+  attention_workspace_.get(attention_workspace_bytes(spec, padded));
   sampling_workspace_.get(sampling_workspace_bytes(padded.max_num_batched_tokens));
 }
 

@@ -1,4 +1,8 @@
-// The CUDA backend: every op of core/backend.h as kernels on one stream of one device.
+// The CUDA backend: every op of core/backend.h as kernels on one stream of one device. backend.cu
+// has memory and recorded steps; the rooms have the ops: each queues its kernels and returns.
+//
+// A step may be padded: sequences with context_lens 0 and tokens with slot -1, whose rows hold
+// numbers of no meaning but must be read and written without harm.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,12 +11,22 @@
 
 #include "core/backend.h"
 #include "cuda/device/graphs.h"
-#include "cuda/device/measure.h"
 #include "cuda/device/stream.h"
-#include "cuda/kernels.h"
-#include "cuda/products/cublas.h"
 
 namespace octavo::cuda {
+
+class CublasLt;  // products/cublas.h
+
+// Products of up to so many rows use octavo's own tiles; of more, cuBLASLt, where it is available.
+// OCTAVO_TILES_ROWS and OCTAVO_QUANTIZED_TILES_ROWS set other limits, for measuring.
+struct TileRows {
+  std::int64_t plain = 8, quantized = 128;
+
+  static TileRows read_environment();
+  std::int64_t of(const WeightFormat& format) const {
+    return format.is_quantized() ? quantized : plain;
+  }
+};
 
 class CudaBackend : public Backend {
  public:
@@ -28,7 +42,7 @@ class CudaBackend : public Backend {
   void* allocate_host(std::size_t bytes) override;
   void release_host(void* data) noexcept override;
   void upload_async(void* device, const HostBuffer& host, std::size_t bytes) override;
-  void download_async(unsigned char* host, const void* device, std::size_t bytes) override;
+  void download_async(const HostBuffer& host, const void* device, std::size_t bytes) override;
   void record_event(int index) override;
   void wait_event(int index) override;
 
@@ -37,94 +51,60 @@ class CudaBackend : public Backend {
   void prepare(const ModelSpec& spec, const StepLimits& limits) override;
 
   Linear make_linear(std::int64_t outputs, std::int64_t inputs, const WeightFormat& format,
-                     bool with_bias) override {
-    return cuda::make_linear(*this, outputs, inputs, format, with_bias);
-  }
-  void pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) override {
-    cuda::pack_rows(stream_, linear, first_row, rows, copy_workspace_);
-  }
+                     bool with_bias) override;
+  void pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) override;
   void pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
-                   const float* scales) override {
-    cuda::pack_scales(stream_, linear, first_row, rows, scales);
-  }
+                   const float* scales) override;
   void pack_zeros(Linear& linear, std::int64_t first_row, std::int64_t rows,
-                  const float* zeros) override {
-    cuda::pack_zeros(stream_, linear, first_row, rows, zeros);
-  }
+                  const float* zeros) override;
   void read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
-               std::vector<float>& values) override {
-    cuda::read_kv(stream_, kv, num_slots, keys, values);
-  }
+               std::vector<float>& values) override;
   std::int64_t kv_block_bytes(const LayerSpec& layer, DType dtype,
-                              std::int64_t block_size) const override {
-    return cuda::kv_block_bytes(layer, dtype, block_size);
-  }
+                              std::int64_t block_size) const override;
   std::vector<std::string> unsupported(const ModelSpec& spec,
                                        const RuntimeOptions& options) const override;
 
-  void embed(View out, const Linear& table, const Linear* positions, const Step& step) override {
-    cuda::embed(stream_, out, table, positions, step);
-  }
-  void norm(View out, View x, const Norm& norm) override { cuda::norm(stream_, out, x, norm); }
-  void add_norm(View out, View residual, View x, const Norm& norm) override {
-    cuda::add_norm(stream_, out, residual, x, norm);
-  }
-  void linear(View out, View x, const Linear& weight) override {
-    cuda::linear({stream_, linear_workspace_, cublas_.get(), tile_rows_}, out, x, weight);
-  }
+  void embed(View out, const Linear& table, const Linear* positions, const Step& step) override;
+  void norm(View out, View x, const Norm& norm) override;
+  void add_norm(View out, View residual, View x, const Norm& norm) override;
+  void linear(View out, View x, const Linear& weight) override;
   void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
-                      const Step& step) override {
-    cuda::rope_and_store(stream_, qkv, rope, layer, kv, step);
-  }
+                      const Step& step) override;
   void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
-                 const Step& step) override {
-    cuda::attention(stream_, out, q, layer, scale, kv, step, attention_workspace_);
-  }
-  void gated_activation(View out, View x, Activation activation, bool gated) override {
-    cuda::gated_activation(stream_, out, x, activation, gated);
-  }
-  bool normed_linear(View out, const NormedInput& x, const Linear& weight) override {
-    return cuda::normed_linear(stream_, options_.dtype, out, x, weight);
-  }
-  bool decode_layer(const LayerWork& work) override {
-    return cuda::decode_layer(stream_, work, attention_workspace_);
-  }
-  void take_rows(View out, View x, const std::int32_t* rows) override {
-    cuda::take_rows(stream_, out, x, rows);
-  }
-  void adjust_logits(View out, View logits, const LogitAdjustments& adjustments) override {
-    cuda::adjust_logits(stream_, out, logits, adjustments);
-  }
+                 const Step& step) override;
+  void gated_activation(View out, View x, Activation activation, bool gated) override;
+  bool normed_linear(View out, const NormedInput& x, const Linear& weight) override;
+  bool decode_layer(const LayerWork& work) override;
+  void take_rows(View out, View x, const std::int32_t* rows) override;
+  void adjust_logits(View out, View logits, const LogitAdjustments& adjustments) override;
   void sample(const Samples& out, View logits, const std::int32_t* masks,
-              const Step& step) override {
-    cuda::sample(stream_, out, logits, masks, step, sampling_workspace_);
-  }
-  void log_softmax(View out, View logits) override { cuda::log_softmax(stream_, out, logits); }
-  void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) override {
-    cuda::copy_blocks(stream_, kv, pairs, num_pairs);
-  }
+              const Step& step) override;
+  void log_softmax(View out, View logits) override;
+  void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) override;
 
   void run(const StepKey& key, const std::function<void()>& record) override;
   void forget_recorded() override;
   WorkCounts counts() const override;
   void sync() override { stream_.sync(); }
-  double seconds_of(const std::function<void()>& work) override {
-    return cuda::seconds_of(stream_, work);
-  }
-  double measure_bandwidth(double seconds, double num_bytes) override {
-    return cuda::measure_bandwidth(stream_, seconds, num_bytes);
-  }
-  double measure_flops(double seconds) override { return cuda::measure_flops(stream_, seconds); }
+  double seconds_of(const std::function<void()>& work) override;
+  double measure_bandwidth(double seconds, double num_bytes) override;
+  double measure_flops(double seconds) override;
 
  private:
   // Sum of the growths of all workspaces: recorded graphs hold their addresses.
   std::int64_t growths() const;
 
+  // For the largest step of a model; the first two have counters in front, which stay zero between
+  // steps.
+  std::size_t attention_workspace_bytes(const ModelSpec& spec, const StepLimits& limits) const;
+  std::size_t linear_workspace_bytes(const ModelSpec& spec, const StepLimits& limits) const;
+  static std::size_t sampling_workspace_bytes(std::int64_t max_num_rows);
+
   BackendOptions options_;
   Stream stream_;
-  Workspace linear_workspace_, attention_workspace_, sampling_workspace_, copy_workspace_;
+  Workspace linear_workspace_, attention_workspace_, sampling_workspace_, pack_workspace_;
   const TileRows tile_rows_ = TileRows::read_environment();
-  std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is not there
+  std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is missing
   cudaEvent_t events_[2] = {};
   Graphs graphs_;
   std::int64_t num_uploads_ = 0, num_downloads_ = 0;

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/backend.h"
+#include "cuda/products/cublas.h"
 
 namespace octavo::cuda {
 

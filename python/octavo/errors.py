@@ -7,6 +7,7 @@ line prints the message and exits with code 2; the Python API lets the exception
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 
 
 class OctavoError(Exception):
@@ -48,6 +49,7 @@ class DownloadError(OctavoError):
     """A model that could not be fetched, or whose content is not the expected one."""
 
 
+@dataclass(eq=False, repr=False)
 class QueueFullError(OctavoError):
     """A request that was refused because too many wait already: try again later.
 
@@ -55,28 +57,26 @@ class QueueFullError(OctavoError):
     tokens). max_requests, max_tokens: the limits; None where there is none.
     """
 
-    def __init__(
-        self,
-        num_requests: int,
-        num_tokens: int,
-        max_requests: int | None,
-        max_tokens: int | None,
-        num_new_tokens: int,
-    ) -> None:
-        self.num_requests, self.num_tokens = num_requests, num_tokens
-        self.max_requests, self.max_tokens = max_requests, max_tokens
-        self.num_new_tokens = num_new_tokens
-        of_requests = "" if max_requests is None else f" of {max_requests} (max_waiting_requests)"
-        of_tokens = "" if max_tokens is None else f" of {max_tokens} (max_waiting_tokens)"
+    num_requests: int
+    num_tokens: int
+    max_requests: int | None
+    max_tokens: int | None
+    num_new_tokens: int
+
+    def __post_init__(self) -> None:
+        requests, tokens = f"{self.num_requests} requests", f"{self.num_tokens} prompt tokens"
+        if self.max_requests is not None:
+            requests += f" of {self.max_requests} (max_waiting_requests)"
+        if self.max_tokens is not None:
+            tokens += f" of {self.max_tokens} (max_waiting_tokens)"
         super().__init__(
-            f"the queue is full: {num_requests} requests{of_requests} with {num_tokens} prompt "
-            f"tokens{of_tokens} wait, and this one brings {num_new_tokens}: try again later"
+            f"the queue is full: {requests} with {tokens} wait, and this one brings "
+            f"{self.num_new_tokens}: try again later"
         )
 
     def __reduce__(self) -> tuple[type[QueueFullError], tuple[int | None, ...]]:
         # An error of a worker process travels as its arguments, and `args` is the message.
-        limits = (self.max_requests, self.max_tokens)
-        return type(self), (self.num_requests, self.num_tokens, *limits, self.num_new_tokens)
+        return type(self), astuple(self)
 
 
 class EngineStepError(OctavoError, RuntimeError):
@@ -87,6 +87,7 @@ class EngineInUseError(OctavoError, RuntimeError):
     """An engine that was used while it was in use, or by somebody else than its owner."""
 
 
+@dataclass(eq=False, repr=False)
 class WrongProcessError(OctavoError, RuntimeError):
     """A model that was used in another process than the one that loaded it.
 
@@ -94,27 +95,28 @@ class WrongProcessError(OctavoError, RuntimeError):
     to be pickled, to be sent to another one.
     """
 
-    def __init__(self, pid: int, this_pid: int | None) -> None:
-        self.pid, self.this_pid = pid, this_pid
-        what = (
-            "and it cannot be pickled to be sent to another one"
-            if this_pid is None
-            else f"and this is process {this_pid}, a fork of it without the threads that compute"
-        )
+    pid: int
+    this_pid: int | None
+
+    def __post_init__(self) -> None:
+        what = f"this is process {self.this_pid}, a fork of it without the threads that compute"
+        if self.this_pid is None:
+            what = "it cannot be pickled to be sent to another one"
         super().__init__(
-            f"the model was loaded by process {pid}, {what}: load it in the process that uses it "
-            f'(with multiprocessing, in the child, best with the start method "spawn"; in a web '
-            f"server, in each worker, without preloading)"
+            f"the model was loaded by process {self.pid}, and {what}: load it in the process that "
+            'uses it (with multiprocessing, in the child, best with the start method "spawn"; in a '
+            "web server, in each worker, without preloading)"
         )
 
     def __reduce__(self) -> tuple[type[WrongProcessError], tuple[int, int | None]]:
-        return type(self), (self.pid, self.this_pid)
+        return type(self), astuple(self)
 
 
 class ShutdownError(OctavoError):
     """A request that was cut off, since the server is shutting down."""
 
 
+@dataclass(eq=False, repr=False)
 class InsufficientMemoryError(OctavoError, MemoryError):
     """The weights or the KV cache do not fit in the memory of the device.
 
@@ -122,13 +124,11 @@ class InsufficientMemoryError(OctavoError, MemoryError):
     would make it fit. otherwise: what to do where there is none.
     """
 
-    def __init__(
-        self,
-        problem: str,
-        remedies: Sequence[Mapping[str, object]] = (),
-        otherwise: str = "use a smaller model, or free memory",
-    ) -> None:
-        self.problem, self.remedies, self.otherwise = problem, tuple(remedies), otherwise
+    problem: str
+    remedies: Sequence[Mapping[str, object]] = ()
+    otherwise: str = "use a smaller model, or free memory"
+
+    def __post_init__(self) -> None:
         super().__init__(self.message(_as_arguments))
 
     def message(self, spell: Callable[[Mapping[str, object]], str | None]) -> str:

@@ -119,15 +119,16 @@ def check_writable(path: str | Path, what: str) -> None:
     """Raise before the work what `writing` would raise after it; makes and changes nothing."""
     path = Path(path)
     with writing(path, what):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         place = path if path.exists() else path.parent
-        if not place.exists():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        if place == path.parent and not place.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(place, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        problems = {
+            errno.EISDIR: path.is_dir(),
+            errno.ENOENT: not place.exists(),
+            errno.ENOTDIR: place == path.parent and not place.is_dir(),
+            errno.EACCES: not os.access(place, os.W_OK),
+        }
+        for code, is_so in problems.items():
+            if is_so:
+                raise OSError(code, os.strerror(code))  # the subclass of that number
 
 
 def expand_home(path: str | Path) -> Path:

@@ -5,15 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import (
-    Callable,
-    Generator,
-    Hashable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -29,10 +21,11 @@ from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError, Wro
 from octavo.model import LoadedModel, load_model
 from octavo.progress import Advance, request_bar
 from octavo.prompts import (
+    AnyPrompt,
     Conversation,
     EncodedPrompt,
     Prompt,
-    naming,
+    for_each,
     params_for_each,
     split_prompts,
 )
@@ -58,11 +51,11 @@ class LLM(LoadedModel):
 
     Requests that name no seed draw theirs from `EngineConfig.seed` and the number of the request,
     so a program that is run again gives the same texts. The requests of one `generate` or `chat`
-    have numbers that follow each other. Of several threads, whose come first is a matter of chance:
-    name seeds where it matters.
+    have numbers that follow each other. The order of several threads' requests is a matter of
+    chance: name seeds where it matters.
 
     A process that was forked after loading cannot ask: every method raises a WrongProcessError
-    there. Whoever drives `engine` itself, as the server does, is the only one to use it.
+    there. A program that drives `engine` itself, as the server does, must be its only user.
     """
 
     def __init__(
@@ -124,10 +117,7 @@ class LLM(LoadedModel):
         """
         call = Call(self._shared)
         many, items = split_prompts(prompts)
-        encoded = []
-        for index, item in enumerate(items):
-            with naming(f"prompt {index}", many):
-                encoded.append(self.encode_prompt(item))
+        encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
         return self._run_all(call, encoded, params, progress)
 
     def chat(
@@ -145,14 +135,12 @@ class LLM(LoadedModel):
         call = Call(self._shared)
         many = bool(messages) and not isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Conversation]", messages if many else [messages])
-        encoded = []
-        for index, item in enumerate(conversations):
-            with naming(f"conversation {index}", many):
-                encoded.append(self.encode_chat(item, **template_variables))
+        encode = partial(self.encode_chat, **template_variables)
+        encoded = for_each(conversations, encode, "conversation" if many else None)
         return self._run_all(call, encoded, params, progress)
 
     def stream(
-        self, prompt: Prompt | Conversation | EncodedPrompt, params: SamplingParams | None = None
+        self, prompt: AnyPrompt, params: SamplingParams | None = None
     ) -> Generator[OutputChunk, None, None]:
         """Answer one prompt or conversation piece by piece, as its tokens are drawn.
 
@@ -160,8 +148,8 @@ class LLM(LoadedModel):
         `generate` would have returned. With params.n above 1 the answers' chunks are mixed and
         told apart by `index`. Closing the iterator ends the request, and so does
         leaving the loop, once nothing refers to the iterator any more. A bad prompt raises an
-        InvalidArgumentError at once, not at the first chunk; the request starts with the first
-        chunk, since an iterator nobody reads must not run.
+        InvalidArgumentError at once, not at the first chunk; the request starts when the first
+        chunk is asked for, since an iterator without a reader must not run.
         """
         call = Call(self._shared)
         encoded = self._encode(prompt)
@@ -172,7 +160,7 @@ class LLM(LoadedModel):
 
     def generate_as_completed(
         self,
-        items: Iterable[tuple[Hashable, Prompt | Conversation | EncodedPrompt, SamplingParams]],
+        items: Iterable[tuple[Hashable, AnyPrompt, SamplingParams]],
         max_in_flight: int | None = None,
     ) -> Generator[tuple[Any, RequestOutput], None, None]:
         """Answer any number of (key, prompt or conversation, params), as each one finishes.
@@ -194,7 +182,7 @@ class LLM(LoadedModel):
         """
         return self._shared.between_steps(function)
 
-    def _encode(self, prompt: Prompt | Conversation | EncodedPrompt) -> EncodedPrompt:
+    def _encode(self, prompt: AnyPrompt) -> EncodedPrompt:
         if isinstance(prompt, EncodedPrompt):
             return prompt
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
@@ -209,12 +197,18 @@ class LLM(LoadedModel):
         progress: bool,
     ) -> list[RequestOutput]:
         each = params_for_each(params, len(prompts))
-        for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
-            with naming(f"prompt {index}", len(prompts) > 1):
-                self.engine.check_request(prompt.token_ids, own)
+        pairs = list(zip(prompts, each, strict=True))
+        for_each(
+            pairs,
+            lambda pair: self.engine.check_request(pair[0].token_ids, pair[1]),
+            "prompt" if len(pairs) > 1 else None,
+        )
         results: list[RequestOutput | None] = [None] * len(prompts)
-        with call, self._bar(progress, len(prompts)) as advance:
-            call.ask([_asked(*one) for one in zip(itertools.count(), prompts, each)])
+        bar: AbstractContextManager[Advance | None] = nullcontext()
+        if progress and prompts:
+            bar = request_bar(self._bar_turn, len(prompts), lambda: self.engine.num_sampled_tokens)
+        with call, bar as advance:
+            call.ask([_asked(index, *pair) for index, pair in enumerate(pairs)])
             on_step = advance and partial(advance, 0)
             while (arrival := call.take(on_step)) is not None:
                 results[arrival.key] = arrival.chunk.result
@@ -222,16 +216,8 @@ class LLM(LoadedModel):
                     advance(1)
         return [output for output in results if output is not None]
 
-    def _bar(self, wanted: bool, num_requests: int) -> AbstractContextManager[Advance | None]:
-        if not wanted or not num_requests:
-            return nullcontext()
-        return request_bar(self._bar_turn, num_requests, lambda: self.engine.num_sampled_tokens)
-
     def _as_completed(
-        self,
-        call: Call,
-        source: Iterator[tuple[Hashable, Prompt | Conversation | EncodedPrompt, SamplingParams]],
-        limit: int,
+        self, call: Call, source: Iterator[tuple[Hashable, AnyPrompt, SamplingParams]], limit: int
     ) -> Generator[tuple[Any, RequestOutput], None, None]:
         with call:
             while not call.has_ended:
@@ -273,7 +259,7 @@ def _asked(key: Any, prompt: EncodedPrompt, params: SamplingParams) -> Asked:
     )
 
 
-def _refused(prompt: Prompt | Conversation | EncodedPrompt, error: OctavoError) -> RequestOutput:
+def _refused(prompt: AnyPrompt, error: OctavoError) -> RequestOutput:
     """The output of a request that was never started."""
     now = time.monotonic()
     metrics = RequestMetrics(now, None, None, now, 0, 0, 0)

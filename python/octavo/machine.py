@@ -35,7 +35,12 @@ def available_memory(proc: Path = PROC, cgroup: Path = CGROUP, *, reserved: int 
 def total_memory(proc: Path = PROC) -> int:
     """Bytes of physical memory in this machine, whatever the limits on this process."""
     total = _sizes(proc / "meminfo").get("MemTotal")
-    return total if total is not None else _sysconf("SC_PHYS_PAGES") * _sysconf("SC_PAGE_SIZE")
+    if total is not None:
+        return total
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError) as error:
+        raise OctavoError(f"this system does not say how much memory it has: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,8 @@ class Resident:
 def resident_memory(proc: Path = PROC) -> Resident | None:
     """What this process takes; None where the system does not tell (Linux does)."""
     sizes = _sizes(proc / "self" / "status")
-    if "VmRSS" not in sizes or "VmHWM" not in sizes:
-        return None
-    return Resident(sizes["VmRSS"], sizes["VmHWM"])
+    known = "VmRSS" in sizes and "VmHWM" in sizes
+    return Resident(sizes["VmRSS"], sizes["VmHWM"]) if known else None
 
 
 def _sizes(path: Path) -> dict[str, int]:
@@ -65,12 +69,6 @@ def _sizes(path: Path) -> dict[str, int]:
     return sizes
 
 
-def _sysconf(name: str) -> int:
-    if not hasattr(os, "sysconf") or name not in os.sysconf_names:
-        raise OctavoError(f"this system does not say how much memory it has (no {name})")
-    return os.sysconf(name)
-
-
 def _read(path: Path) -> str:
     """The text of a system file; "" where it is missing or may not be read."""
     try:
@@ -81,12 +79,9 @@ def _read(path: Path) -> str:
 
 def processor() -> str:
     """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    for line in _read(PROC / "cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 

@@ -1,9 +1,9 @@
-"""A model in memory: engine, tokenizer, chat template. llm.py and the server stand on it."""
+"""A model in memory: engine, tokenizer, chat template. llm.py and the server use it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +18,16 @@ if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 
+@dataclass(eq=False, repr=False)
 class LoadedModel:
     """An engine that is ready, and what makes its prompts.
 
     chat_template: None for a model that was not trained to chat. config: what it was loaded with.
     """
 
-    def __init__(
-        self, engine: Engine, chat_template: ChatTemplate | None, config: EngineConfig
-    ) -> None:
-        self.engine = engine
-        self.chat_template = chat_template
-        self.config = config
+    engine: Engine
+    chat_template: ChatTemplate | None
+    config: EngineConfig
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -69,10 +67,8 @@ class LoadedModel:
         tokenizer = self._need_tokenizer()
         template = self.chat_template
         if chat_template is not None:
-            own_tokens = special_tokens(tokenizer.config)
-            template = ChatTemplate(
-                chat_template, special_tokens=own_tokens, origin="chat_template"
-            )
+            own = special_tokens(tokenizer.config)
+            template = ChatTemplate(chat_template, special_tokens=own, origin="chat_template")
         if template is None:
             raise TokenizerError(
                 "this model has no chat template (it is a base model): give it a text to continue "
@@ -109,7 +105,7 @@ def load_model(
     environment = read_environment()
     path = resolve_model(None if model is None else str(model), environment)
     files = read_model(path)
-    # Before the weights, so that a broken tokenizer is told of at once.
+    # Before the weights, so that a broken tokenizer is an error at once.
     has_tokenizer = (files.folder / "tokenizer.json").is_file()
     tokenizer = Tokenizer(files.folder) if has_tokenizer else None
     chat_template = ChatTemplate.load(files.folder) if has_tokenizer else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -272,12 +273,10 @@ def watch_folder(progress: Progress, folder: Path, already: int = 0) -> Iterator
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files below `folder`; files that vanish meanwhile count as nothing."""
+    """Bytes of all files below `folder`; files and folders that vanish meanwhile are nothing."""
     total = 0
-    for entry in folder.rglob("*"):
-        try:
-            if entry.is_file():
-                total += entry.stat().st_size
-        except OSError:
-            continue
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
     return total

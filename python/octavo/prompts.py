@@ -1,15 +1,16 @@
-"""What `LLM` is asked: texts, token ids or conversations, one or many, with their parameters."""
+"""Prompts as `LLM` takes them: texts, token ids or conversations, one or many."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from octavo.errors import InvalidArgumentError, TokenizerError
 from octavo.sampling_params import SamplingParams
 
+T = TypeVar("T")
+U = TypeVar("U")
 Conversation = Sequence[Mapping[str, Any]]
 """Messages as in OpenAI's API: {"role": ..., "content": ...}."""
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -28,6 +29,9 @@ class EncodedPrompt:
     token_ids: Sequence[int]
     is_chat: bool = False
     kept_special_ids: Collection[int] = ()
+
+
+AnyPrompt = Prompt | Conversation | EncodedPrompt
 
 
 def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:
@@ -76,12 +80,14 @@ def params_for_each(
     return each
 
 
-@contextmanager
-def naming(what: str, many: bool) -> Iterator[None]:
-    """Say which of many an error is about."""
-    try:
-        yield
-    except (InvalidArgumentError, TokenizerError) as error:
-        if not many:
-            raise
-        raise type(error)(f"{what}: {error}") from error
+def for_each(items: Iterable[T], function: Callable[[T], U], what: str | None) -> list[U]:
+    """The function's results. what: an error says which one of these is bad; None: there is one."""
+    results = []
+    for index, item in enumerate(items):
+        try:
+            results.append(function(item))
+        except (InvalidArgumentError, TokenizerError) as error:
+            if what is None:
+                raise
+            raise type(error)(f"{what} {index}: {error}") from error
+    return results

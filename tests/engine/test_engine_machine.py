@@ -85,6 +85,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine = fake_engine(
             num_blocks, num_kv_groups, clock=self.clock, max_model_len=MAX_MODEL_LEN, **options
         )
+        for pool in self.engine.blocks.pools[1:]:  # so that the tables of the groups differ
+            pool._blank.reverse()
         self.num_blocks = num_blocks
         self.num_requests = 0
         self.running: dict[str, SamplingParams] = {}

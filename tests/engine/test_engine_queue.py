@@ -9,10 +9,17 @@ from engine_helpers import ManualClock, check_answers, fake_engine, run_to_end, 
 
 from octavo.engine.admission import Deadlines
 from octavo.engine.block_pool import IntegrityError
+from octavo.engine.engine import Engine
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=12)
+
+
+def waiting(engine: Engine) -> tuple[int, int]:
+    """Requests that have not started, and their prompt tokens."""
+    stats = engine.stats()
+    return stats.num_waiting_requests, stats.num_waiting_tokens
 
 
 def order_of_admission(arrivals: list[tuple[float, int]], **options: Any) -> list[str]:
@@ -41,7 +48,7 @@ def test_a_full_queue_refuses_and_names_what_waits() -> None:
     engine = fake_engine(max_num_seqs=1, max_waiting_requests=2, max_waiting_tokens=9)
     engine.add_request("a", [1, 2, 3, 4], PARAMS)
     engine.step()  # a has started: it does not wait any more
-    assert (engine.num_waiting_requests, engine.num_waiting_tokens) == (0, 0)
+    assert waiting(engine) == (0, 0)
     engine.add_request("b", [1] * 4, PARAMS)
     with pytest.raises(QueueFullError, match=r"1 requests of 2 .* 4 prompt tokens of 9 .* 6:") as e:
         engine.add_request("c", [1] * 6, PARAMS)
@@ -52,10 +59,10 @@ def test_a_full_queue_refuses_and_names_what_waits() -> None:
         engine.add_request("e", [1], PARAMS)
     assert engine.num_unfinished_requests == 3
     engine.abort("d")
-    assert (engine.num_waiting_requests, engine.num_waiting_tokens) == (1, 4)
+    assert waiting(engine) == (1, 4)
     engine.add_request("e", [1], PARAMS)
     assert run_to_end(engine).keys() == {"a", "b", "e"}
-    assert (engine.num_waiting_requests, engine.num_waiting_tokens) == (0, 0)
+    assert waiting(engine) == (0, 0)
 
 
 def test_an_empty_queue_takes_even_a_long_prompt() -> None:
@@ -134,7 +141,7 @@ def test_refusals_change_nothing(options: dict[str, Any], message: str) -> None:
     engine = fake_engine(max_waiting_requests=1)
     with pytest.raises(InvalidArgumentError, match=message):
         engine.add_request("bad", [1], PARAMS, **options)
-    assert engine.num_waiting_requests == 0 and not engine.has_unfinished_requests
+    assert waiting(engine)[0] == 0 and not engine.has_unfinished_requests
 
 
 def test_deadlines_of_the_ended_do_not_pile_up() -> None:

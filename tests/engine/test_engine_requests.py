@@ -21,7 +21,7 @@ from engine_helpers import (
 )
 
 from octavo.engine.engine import Engine
-from octavo.engine.interrupts import deferred_interrupt
+from octavo.engine.guard import deferred_interrupt
 from octavo.engine.outputs import OutputChunk, RequestOutput
 from octavo.engine.request import derive_seed
 from octavo.errors import InvalidArgumentError
@@ -288,7 +288,7 @@ def test_text_of_a_sentencepiece_answer_keeps_its_first_space(tmp_path: Path) ->
     texts = []
     for continues in (True, False):
         request = Request("r", None, (1,), SamplingParams(), continues_prompt=continues)
-        answer = Answer(request, request.sequences[0], tokenizer, (2,), 50)
+        answer = Answer(request, request.sequences[0], tokenizer, (2,))
         for token in ids:
             answer.push(token)
         answer.flush()

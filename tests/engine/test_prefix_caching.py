@@ -10,9 +10,9 @@ import pytest
 from engine_helpers import SYSTEM, FakeRuntime, check_answers, crowd, fake_engine, run_to_end
 from invariance_helpers import MODES, alone, facts, make_engine, prompt_of, run, subjects
 
-from octavo.engine import block_hash
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import RequestOutput
+from octavo.engine.prefix_cache import extend_block_hashes
 from octavo.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=9, logprobs=2)
@@ -68,7 +68,7 @@ def test_it_can_be_switched_off() -> None:
     engine = fake_engine(enable_prefix_caching=False)
     for name in ("first", "second"):
         assert ask(engine, name, SYSTEM).metrics.num_cached_tokens == 0
-    assert engine.blocks.pool.num_cached == 0
+    assert engine.blocks.pools[0].num_cached == 0
 
 
 def test_a_salt_keeps_tenants_apart() -> None:
@@ -154,7 +154,7 @@ def test_a_failed_request_leaves_nothing_behind() -> None:
     engine = fake_engine()
     engine.add_request("bad", [*SYSTEM, NAN_TOKEN], PARAMS)
     assert run_to_end(engine)["bad"].error is not None
-    assert engine.blocks.pool.num_cached == 0
+    assert engine.blocks.pools[0].num_cached == 0
 
 
 @pytest.mark.parametrize("num_blocks", [12, 20, 200])
@@ -168,9 +168,17 @@ def test_a_crowd_with_common_beginnings(num_blocks: int, caching: bool) -> None:
     assert engine.blocks.num_free_blocks == num_blocks
 
 
-def _unchained(hashes: Any, tokens: Any, count: int, size: int, salt: Any) -> None:
-    for start in range(len(hashes) * size, count - size + 1, size):
-        block_hash.extend_block_hashes(found := [], tokens[start : start + size], size, size, salt)
+def test_kv_groups_have_tables_and_copies_of_their_own() -> None:
+    engine = fake_engine(24, 2, max_num_seqs=7, max_num_batched_tokens=23)
+    engine.blocks.pools[1]._blank.reverse()
+    crowd(engine)
+    assert engine.runtime.num_copies > 4  # type: ignore[attr-defined]
+    assert [pool.num_free for pool in engine.blocks.pools] == [24, 24]
+
+
+def _unchained(hashes: Any, tokens: Any, size: int, salt: Any) -> None:
+    for start in range(len(hashes) * size, len(tokens) - size + 1, size):
+        extend_block_hashes(found := [], tokens[start : start + size], size, salt)
         hashes += found
 
 
@@ -185,7 +193,9 @@ PLANTED: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "a block bears the name of the one before it": (
         "octavo.engine.block_manager.BlockManager.publish",
-        lambda blocks, key, index, name: blocks.pool.publish(blocks._tables[key][index - 1], name),
+        lambda blocks, key, index, name: blocks.pools[0].publish(
+            blocks.block_table(key)[index - 1], name
+        ),
     ),
     "an evicted block keeps its name": (
         "octavo.engine.block_pool.BlockPool._forget",

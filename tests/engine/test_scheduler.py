@@ -151,7 +151,7 @@ def test_what_can_never_fit_is_refused(num_tokens: int, max_tokens: int, message
     scheduler = make_scheduler(num_blocks=12, max_model_len=64)
     with pytest.raises(InvalidArgumentError, match=message):
         add(scheduler, "a", num_tokens, max_tokens)
-    assert not scheduler.has_unfinished
+    assert scheduler.num_waiting == scheduler.num_running == 0
 
 
 def test_the_last_token_needs_no_place_in_the_cache() -> None:
@@ -165,8 +165,9 @@ def test_the_last_token_needs_no_place_in_the_cache() -> None:
 def test_finishing_twice_is_found() -> None:
     scheduler = make_scheduler()
     sequence = add(scheduler, "a", 3)
+    assert scheduler.has_unfinished
     scheduler.finish(sequence, "abort")  # while waiting
-    assert not scheduler.has_unfinished
+    assert scheduler.num_waiting == scheduler.num_running == 0
     with pytest.raises(IntegrityError, match="finished twice"):
         scheduler.finish(sequence, "abort")
 

@@ -59,13 +59,13 @@ def test_blocks_in_any_order_and_steps_without_logits() -> None:
     np.testing.assert_allclose(again.logits, expected(0, 32), atol=1e-4)
 
 
-def test_a_drawn_token_stays_on_the_device() -> None:
+def test_a_sampled_token_stays_on_the_device() -> None:
     found = session()
     found.restart(2)
-    drawn = found.step({1: TOKENS[1][:9], 0: TOKENS[0][:7]}).token_ids.tolist()
+    sampled = found.step({1: TOKENS[1][:9], 0: TOKENS[0][:7]}).token_ids.tolist()
     ticket = found.submit({0: [-1], 1: [-2]})
     tokens = found.loaded.runtime.wait(ticket).token_ids
     model = ReferenceModel(SPEC, random_weights(SPEC))
     for sequence, length in ((0, 7), (1, 9)):
-        prompt = [*TOKENS[sequence][:length], drawn[1 - sequence]]
+        prompt = [*TOKENS[sequence][:length], sampled[1 - sequence]]
         assert tokens[sequence] == model.forward(prompt)[-1].argmax()

@@ -283,7 +283,7 @@ def check_published(engine: Engine) -> None:
     size = engine.options.block_size
     for sequence in engine.scheduler._running:
         for index, name in enumerate(sequence.block_hashes[: sequence.num_published_blocks]):
-            block = engine.blocks.pool.find(name)
+            block = engine.blocks.pools[0].find(name)
             own = sequence.token_ids[index * size : (index + 1) * size]
             assert block is None or runtime.tokens[0, block].tolist() == own
 

@@ -9,7 +9,7 @@ import numpy as np
 from weights_helpers import random_weights, tiny_config, write_model
 
 from octavo.quantization.plan import Scheme
-from octavo.quantize.directory import quantize_directory
+from octavo.quantize.writer import quantize_directory
 
 # Widths 96 (divided by 32 alone) and 160, more than one panel of outputs, rows that fill none.
 CONFIG: dict[str, Any] = tiny_config(

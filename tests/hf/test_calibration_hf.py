@@ -17,7 +17,7 @@ from octavo.quantization.apply import dequantized
 from octavo.quantization.plan import Scheme
 from octavo.quantize.calibrate import calibrate
 from octavo.quantize.calibration import Calibration
-from octavo.quantize.directory import quantize_directory
+from octavo.quantize.writer import quantize_directory
 from octavo.reference.llama import ReferenceModel
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model

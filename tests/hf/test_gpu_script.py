@@ -54,7 +54,7 @@ def test_a_step_that_is_late_costs_only_itself(tmp_path: Path) -> None:
 def test_a_step_that_hangs_is_stopped(tmp_path: Path) -> None:
     code = (
         "import sys, time; sys.path.insert(0, 'benchmarks/gpu'); import lease\n"
-        "lease.STEPS['hangs'] = lease.Step(1, (['-c', 'print(7); import time; time.sleep(60)'],))\n"
+        "lease.STEPS['hangs'] = lease.Step(1, '-c \"print(7); import time; time.sleep(60)\"')\n"
         "run = lease.Lease(60.0, True); start = time.monotonic(); run.run('hangs')\n"
         "print(run.failed, time.monotonic() - start < 20)"
     )

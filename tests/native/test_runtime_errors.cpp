@@ -147,6 +147,10 @@ void options() {
   check_throws<std::invalid_argument>("last_layer",
                                       [&] { make([](auto& o) { o.last_layer = 0; }); });
   check_throws<std::invalid_argument>("isa", [&] { make([](auto& o) { o.isa = "mmx"; }); });
+  ModelSpec spec = small_spec();
+  spec.layers[1].attention_scale = 0.0f;
+  check_throws<std::invalid_argument>("attention_scale",
+                                      [&] { Runtime("cpu", spec, small_options()); });
   check_throws<std::invalid_argument>("tpu", [] { Runtime("tpu", small_spec(), small_options()); });
 }
 

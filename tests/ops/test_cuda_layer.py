@@ -153,7 +153,7 @@ def expect_the_bits_of_ops(
         {"head_dim": 16, "activation": "gelu_tanh", "o_bias": True, "intermediate_size": 8},
         {"head_dim": 48, "activation": "relu", "mlp_bias": True, "intermediate_size": 1032},
         {"head_dim": 40},  # 20 pairs: not rotated by the product
-        {"rope": None},
+        {"rope": None, "attention_scale": 0.3},
         {"norm": NormSpec("layer", 1e-5, True)},  # norms are kernels of their own
         {"hidden": 1160, "num_layers": 1},
         {"hidden": 4104, "num_layers": 1, "head_dim": 16, "intermediate_size": 24},

@@ -49,7 +49,7 @@ FORMATS = [
     WeightFormat("int4", 256, levels=UNEVEN, has_zeros=True),
 ]
 PLAIN_TOLERANCE = 5e-6  # float32 sums
-# Of more rows than go by tiles (TileRows in csrc/cuda/kernels.h) the library multiplies, and by
+# Of more rows than go by tiles (TileRows in csrc/cuda/backend.h) the library multiplies, and by
 # weights that were rounded.
 PLAIN_ROWS, QUANTIZED_ROWS = 8, 128
 ROUNDED_TOLERANCE = {"f32": 5e-6, "f16": 2e-3, "bf16": 1.5e-2}

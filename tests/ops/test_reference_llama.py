@@ -51,6 +51,7 @@ SPECS = {
     ),
     "no_rope": make_spec(rope=None, o_bias=True),
     "ungated": make_spec(gated=False, mlp_bias=True),
+    "scaled": make_spec(attention_scale=0.9),
     "relu": make_spec(activation="relu", num_kv_heads=1),
     "gelu": make_spec(activation="gelu", rope=RopeSpec(100.0, "llama3", 8.0, 1.0, 4.0, 32)),
 }

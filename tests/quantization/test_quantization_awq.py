@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "o_bias": True,
         "mlp_bias": True,
     },
-    "ungated": {"gated": False, "activation": "gelu", "window": 5},
+    "ungated": {"gated": False, "activation": "gelu", "window": 5, "attention_scale": 0.7},
     "no rope, one key head": {"rope": None, "num_kv_heads": 1},
 }
 
@@ -45,16 +45,16 @@ class Arrays(TensorSource):
 
 
 class NotRounded:
-    """In place of `Rounded`: the matrix as it came."""
+    """In place of `Rounded`, and of its parts: the matrix as it came, (inputs, outputs)."""
 
     def __init__(self, weight: np.ndarray, *_: Any) -> None:
         self._weight = weight
 
-    def weights(self) -> np.ndarray:
-        return self._weight
+    def split(self, sizes: Sequence[int]) -> list[NotRounded]:
+        return [NotRounded(w) for w in np.split(self._weight, np.cumsum(sizes)[:-1], axis=1)]
 
-    def outputs(self, part: slice) -> Any:
-        return self._weight[:, part].T
+    def decode(self, format: WeightFormat) -> np.ndarray:
+        return self._weight.T
 
 
 def weights_of(spec: ModelSpec) -> dict[str, np.ndarray]:
@@ -69,20 +69,25 @@ def weights_of(spec: ModelSpec) -> dict[str, np.ndarray]:
 
 
 def folded(
-    spec: ModelSpec, weights: Mapping[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+    spec: ModelSpec,
+    weights: Mapping[str, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str = "awq",
 ) -> tuple[LayerByLayer, dict[str, np.ndarray]]:
-    """A run of AWQ with the rounding left out, and the weights that it made."""
-    monkeypatch.setattr(module, "round_by_search", NotRounded)
+    """A calibration with the rounding left out, and the weights that it made."""
+    for name in ("round_by_search", "gptq"):
+        monkeypatch.setattr(module, name, NotRounded)
     checkpoint = Checkpoint(Arrays(weights))
     # The factors' search needs a group that divides; what it judges by is not what is tested.
     formats = {
         name: WeightFormat("int4", node.matrix.inputs) for name, node in linear_nodes(spec).items()
     }
     tokens = np.random.default_rng(1).integers(0, spec.vocab_size, (3, 19), np.int32)
-    run = LayerByLayer(checkpoint, formats, "awq", tokens)
-    for index, layer in enumerate(spec.layers):
-        run.quantize_layer(index, layer)
-    changed = {name + ".weight": np.asarray(values) for name, values in run.matrices.items()}
+    run = LayerByLayer(spec, checkpoint, formats, method, tokens)
+    changed: dict[str, Any] = {}
+    for index in range(len(spec.layers)):
+        run.quantize_layer(index)
+        changed |= {name: w for name, w in run.rough.weights.items() if w.ndim == 2}
     return run, {**weights, **changed, **run.vectors}
 
 
@@ -97,7 +102,8 @@ def test_folding_changes_no_output(fields: dict[str, Any], monkeypatch: pytest.M
     run, changed = folded(spec, weights, monkeypatch)
     expected = logits(spec, weights)
     assert np.allclose(logits(spec, changed), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-    assert np.allclose(run.rough, run.exact, rtol=0, atol=1e-4 * np.abs(run.exact).max())
+    exact, rough = (stream.tap("layers.1.out") for stream in (run.exact, run.rough))
+    assert np.allclose(rough, exact, rtol=0, atol=1e-4 * np.abs(exact).max())
     # Something was folded, out of every place that can take it.
     prefix = "layers.1."
     assert "layers.1.attn_norm.weight" in run.vectors and "layers.1.mlp_norm.weight" in run.vectors
@@ -113,9 +119,21 @@ def test_folding_changes_no_output(fields: dict[str, Any], monkeypatch: pytest.M
     assert np.abs(wrong - expected).max() > 0.01 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("fields", SPECS.values(), ids=SPECS)
+def test_without_errors_there_is_nothing_to_make_up_for(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The targets are what the float model has, biases and residual stream included."""
+    spec = tiny_spec(**fields)
+    weights = weights_of(spec)
+    _, changed = folded(spec, weights, monkeypatch, "gptq")
+    for name, values in weights.items():
+        assert np.allclose(changed[name], values, rtol=0, atol=1e-3 * np.abs(values).max()), name
+
+
 def test_query_heads_that_share_values_share_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     factors = np.arange(12, dtype=np.float32)  # 2 KV heads, 3 query heads each, of 2 dimensions
-    assert shared_rows(factors, 6, 2).tolist() == [0, 1, 6, 7]
+    assert shared_rows(factors, 3, 2).tolist() == [0, 1, 6, 7]
     generator = np.random.default_rng(0)
     x = generator.standard_normal((300, 96)) * np.exp(generator.standard_normal(96))
     hessian = (x.T @ x / 300).astype(np.float32)

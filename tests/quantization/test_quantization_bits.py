@@ -18,7 +18,6 @@ from octavo.models.layer import linear_nodes, weight_shapes
 from octavo.models.spec import WeightFormat
 from octavo.quantization.apply import quantize_checkpoint
 from octavo.quantization.plan import Scheme, plan_formats, stored_bits
-from octavo.quantize.directory import quantize_directory
 from octavo.quantize.importance import measure_importance
 from octavo.quantize.sensitivity import (
     PartCost,
@@ -27,6 +26,7 @@ from octavo.quantize.sensitivity import (
     measure_sensitivity,
     spend_bits,
 )
+from octavo.quantize.writer import quantize_directory
 from octavo.reference.llama import ReferenceModel
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model

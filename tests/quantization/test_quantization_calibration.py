@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from octavo.errors import FileError, InvalidArgumentError, OctavoError, WeightsE
 from octavo.models.layer import weight_shapes
 from octavo.quantization.apply import dequantized
 from octavo.quantization.plan import Scheme, plan_formats
-from octavo.quantize.calibrate import LayerByLayer, calibrate
+from octavo.quantize.calibrate import LayerByLayer, attend, calibrate
 from octavo.quantize.calibration import Calibration, read_windows
-from octavo.quantize.directory import quantize_directory
-from octavo.quantize.streams import LayerWeights, activate, attend, chunks
+from octavo.quantize.writer import quantize_directory
+from octavo.reference import ops
 from octavo.reference.llama import ReferenceModel
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import open_checkpoint
@@ -112,30 +112,12 @@ def test_the_text_that_eval_scores_is_warned_of(model: Path, tmp_path: Path) -> 
     assert len(notes) == 1 and notes[0].startswith("warning: this is the text that `octavo eval`")
 
 
-@pytest.mark.parametrize("sliding", [None, 9])
-def test_the_exact_stream_is_the_references(model: Path, sliding: int | None) -> None:
-    """Several windows, longer than a block of queries, against the reference one by one."""
-    files = read_model(model)
-    checkpoint = open_checkpoint(files)
-    layer, window = files.spec.layers[0], 150
-    if sliding:
-        layer = type(layer)(**{**vars(layer), "window": sliding})
-    spec = type(files.spec)(**{**vars(files.spec), "layers": (layer,) * 2})
-    tokens = np.random.default_rng(0).integers(0, spec.vocab_size, (3, window))
-    reference = ReferenceModel(spec, {n: checkpoint[n].to_float32() for n in weight_shapes(spec)})
-    weights = LayerWeights.read(checkpoint, 0)
-    x = checkpoint["embed.weight"].to_float32()[tokens.reshape(-1)]
-    heads = attend(layer, weights, x, window)
-    for index, row in enumerate(tokens):
-        taps: dict[str, np.ndarray] = {}
-        reference.forward(row, taps=taps)
-        rows = slice(index * window, (index + 1) * window)
-        assert np.allclose(heads[rows], taps["layers.0.attn"], atol=5e-5)
-        act = activate(layer, weights, taps["layers.0.mlp_norm"])
-        assert np.allclose(act, taps["layers.0.act"], atol=5e-5)
-    pieces = list(chunks(31, 150))
-    assert pieces[0].start == 0 and pieces[-1].stop == 31 * 150
-    assert all(a.stop == b.start for a, b in pairwise(pieces))
+@pytest.mark.parametrize("window", [0, 9])
+def test_attention_in_blocks_of_queries(window: int) -> None:
+    generator = np.random.default_rng(0)
+    q, k, v = (generator.standard_normal((300, n, 8)).astype(np.float32) for n in (4, 2, 2))
+    call = partial(ops.attention, q=q, k=k, v=v, scale=0.4, window=window)
+    assert np.allclose(attend(call), call(), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -150,18 +132,18 @@ def test_the_exact_stream_is_the_references(model: Path, sliding: int | None) ->
     ],
     ids=str,
 )
-def test_the_rough_stream_is_the_written_model(
+def test_the_streams_are_the_given_and_the_written_model(
     model: Path, tmp_path: Path, method: str, scheme: Scheme
 ) -> None:
-    """What calibration believes that the quantized model computes, it does compute."""
+    """What calibration believes that the two models compute, they do compute."""
     runs = []
 
     def work(files: Any, checkpoint: Any, formats: Any) -> Any:
         asked = Calibration(text_file(tmp_path), method, windows=9, window=31)
         tokens, _ = read_windows(asked, files)
-        run = LayerByLayer(checkpoint, formats, method, tokens)
-        for index, layer in enumerate(files.spec.layers):
-            run.quantize_layer(index, layer)
+        run = LayerByLayer(files.spec, checkpoint, formats, method, tokens)
+        for index in range(len(files.spec.layers)):
+            run.quantize_layer(index)
         runs.append((run, tokens))
         return calibrate(files, checkpoint, formats, asked)
 
@@ -170,14 +152,18 @@ def test_the_rough_stream_is_the_written_model(
     checkpoint = open_checkpoint(files)
     weights = {name: dequantized(checkpoint, name) for name in weight_shapes(files.spec)}
     reference = ReferenceModel(files.spec, weights)
+    source = open_checkpoint(read_model(model))
+    given = ReferenceModel(files.spec, {name: source[name].to_float32() for name in weights})
     run, tokens = runs[0]
     last = f"layers.{len(files.spec.layers) - 1}.out"
-    for index, row in enumerate(tokens[:3]):
-        taps: dict[str, np.ndarray] = {}
-        reference.forward(row, taps=taps)
-        rough = run.rough[index * 31 : (index + 1) * 31]
-        assert np.allclose(rough, taps[last], atol=2e-5 * np.abs(rough).max())
-    assert np.linalg.norm(run.rough - run.exact) > 0.01 * np.linalg.norm(run.exact)
+    exact, rough = run.exact.tap(last), run.rough.tap(last)
+    for found, model in ((rough, reference), (exact, given)):
+        for index, row in enumerate(tokens[:3]):
+            taps: dict[str, np.ndarray] = {}
+            model.forward(row, taps=taps)
+            part = found[index * 31 : (index + 1) * 31]
+            assert np.allclose(part, taps[last], atol=2e-5 * np.abs(part).max())
+    assert np.linalg.norm(rough - exact) > 0.01 * np.linalg.norm(exact)
     folded = [name for name, info in checkpoint.infos.items() if info.dtype == "f32"]
     assert any("norm" in name for name in folded) == ("awq" in method)
 

@@ -17,7 +17,7 @@ from octavo.models.spec import WeightFormat
 from octavo.quantization.apply import dequantized, quantize_checkpoint
 from octavo.quantization.levels import NONUNIFORM_LEVELS as LEVELS
 from octavo.quantization.plan import Scheme, plan_formats
-from octavo.quantize.directory import quantize_directory
+from octavo.quantize.writer import quantize_directory
 from octavo.reference import quantization as definition
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.codes import pack_words, pack_zeros, unpack_words, unpack_zeros
@@ -307,7 +307,7 @@ def test_targets_and_exceptions() -> None:
 
     def names(**changes: Any) -> set[str]:
         config = {"quantization_config": stored_config(4, **changes)}
-        return set(read_quantization(config, spec, llama.FAMILY.tensors.weight_map(spec)))
+        return set(read_quantization(config, spec, llama.FAMILY.tensors))
 
     everything = names()
     assert len(everything) == 14

@@ -90,12 +90,10 @@ def test_with_inputs_all_alike_it_is_rounding(format: WeightFormat) -> None:
 def test_the_codes_stand_for_its_weights(format: WeightFormat) -> None:
     weight, hessian = problem(3)
     rounded = gptq(weight, hessian, format)
-    for part in (slice(0, 5), slice(5, OUTPUTS)):
-        matrix = rounded.outputs(part)
-        codes = definition.unpack_int4(matrix.codes)
-        values = definition.dequantize(codes, matrix.scales, format, matrix.zeros)
-        assert np.array_equal(values, rounded.weights()[:, part].T)
-    assert len(np.unique(definition.unpack_int4(rounded.outputs(slice(0, 9)).codes))) == 16
+    parts = rounded.split([5, OUTPUTS - 5])
+    for matrix, part in zip(parts, (slice(0, 5), slice(5, OUTPUTS)), strict=True):
+        assert np.array_equal(matrix.decode(format), rounded.weights()[:, part].T)
+    assert len(np.unique(definition.unpack_int4(parts[0].codes))) == 16
     bits = rounded.scales.view(np.uint32)
     assert not (bits & np.uint32(0xFFFF)).any()  # bfloat16 numbers, as directories store them
 

@@ -16,7 +16,7 @@ from octavo.config import EngineConfig
 from octavo.errors import InvalidArgumentError, UnsupportedModelError
 from octavo.quantization.apply import quantize_checkpoint
 from octavo.quantization.plan import Scheme
-from octavo.quantize.directory import quantize_directory
+from octavo.quantize.writer import quantize_directory
 from octavo.runtime.loader import load_runtime
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.model_files import ModelFiles, read_model

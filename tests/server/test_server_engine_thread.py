@@ -18,8 +18,7 @@ from octavo.llm import LLM
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
-from octavo.server.step_stats import StepStats
-from octavo.server.stream import EngineRequest
+from octavo.server.stream import EngineRequest, StepStats
 
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -262,6 +261,24 @@ def test_a_model_that_cannot_be_loaded() -> None:
         with pytest.raises(InvalidArgumentError, match="no such model"):
             await thread.start()
         assert thread.state == "failed" and "no such model" in thread.health().reason
+
+    run(test)
+
+
+def test_a_call_that_waits_when_the_loop_ends(llm: LLM) -> None:
+    def end_the_thread(_: int) -> Any:
+        time.sleep(0.2)
+        raise SystemExit
+
+    async def test() -> None:
+        thread = await started(llm)
+        runtime_of(llm).wait = end_the_thread  # type: ignore[method-assign]
+        stream = thread.submit(request("a"))
+        await asyncio.sleep(0.05)
+        with pytest.raises(EngineStepError, match="SystemExit"):
+            await asyncio.wait_for(thread.call(lambda _: None), 10)
+        with pytest.raises(EngineStepError, match="SystemExit"):
+            await stream.wait()
 
     run(test)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 import time
 from pathlib import Path
@@ -346,8 +347,36 @@ def test_metrics_have_vllms_names(llm: LLM) -> None:
                 f"vllm:num_preemptions_total{{{labels}}} 0.0",
             ):
                 assert line in text, line
+            # vLLM's buckets, so that its dashboards show the same.
+            ends = re.findall(r'iteration_tokens_total_bucket\{.*le="([0-9.]+)"', text)
+            assert [float(end) for end in ends] == [1.0, *(2.0**n for n in range(3, 15))]
             assert "# TYPE vllm:kv_cache_usage_perc gauge" in text
             assert 'vllm:cache_config_info{block_size="4"' in text
+
+    run(test)
+
+
+def test_metrics_of_the_prefix_cache_are_those_of_the_engine(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm, served_names=("tiny",)) as (client, _):
+            num_prompt = 0
+            for _ in range(2):
+                body = {"prompt": "the same prompt", "max_tokens": 2}
+                answer = (await client.post(COMPLETIONS, json=body)).json()
+                num_prompt += answer["usage"]["prompt_tokens"]
+            text = (await client.get("/metrics")).text
+        stats, labels = llm.engine.stats(), 'engine="0",model_name="tiny"'
+        hits = stats.num_prefix_hits
+        assert 0 < hits < stats.num_prefix_queries
+        for line in (
+            f"vllm:prefix_cache_queries_total{{{labels}}} {stats.num_prefix_queries}.0",
+            f"vllm:prefix_cache_hits_total{{{labels}}} {hits}.0",
+            f"vllm:prompt_tokens_cached_total{{{labels}}} {hits}.0",
+            f'vllm:prompt_tokens_by_source_total{{{labels},source="local_cache_hit"}} {hits}.0',
+            'vllm:prompt_tokens_by_source_total{engine="0",model_name="tiny",'
+            f'source="local_compute"}} {num_prompt - hits}.0',
+        ):
+            assert line in text, line
 
     run(test)
 

@@ -14,7 +14,7 @@ from server_helpers import error_of, fake_llm, listening, run, serving, slow_dow
 
 import octavo
 from octavo.engine.events import WAITING_REASONS
-from octavo.server.live import BLANK, FIRST_OWNER, SHARED
+from octavo.server.pages import BLANK, FIRST_OWNER, SHARED
 
 STATIC = Path(octavo.__file__).parent / "server" / "static"
 
@@ -88,6 +88,9 @@ def test_the_live_view(tmp_path: Path) -> None:
             assert now["speed"]["tokens_per_second"] > 0
             responses = await asyncio.gather(*posts)
             assert all(response.status_code == 200 for response in responses)
+            metrics = (await client.get("/metrics")).text
+            assert not re.search(waits, metrics)  # what nobody waits for is taken back
+            assert re.search(r'waiting_by_reason\{.*reason="capacity"\} 0', metrics)
 
             found = (await client.get(f"/engine/requests/{responses[0].json()['id']}")).json()
             assert len(found["sentences"]) >= 3 and "21 prompt tokens" in found["sentences"][0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from text_helpers import sentencepiece_directory
 from octavo import LLM, SamplingParams
 from octavo.cli import main
 from octavo.engine.outputs import OutputChunk, TokenLogprob
-from octavo.server.formats import ChatFormat, Head, Tokens, unique_names
+from octavo.server.formats import ChatFormat, Head, unique_names
 from octavo.text.places import TokenPlaces
 from octavo.text.tokenizer import Tokenizer
 
@@ -220,7 +221,8 @@ def test_top_logprobs_of_a_chat_have_different_names(tmp_path):
     one, other = spelled[f"▁{word}"], spelled[word]
     entry = TokenLogprob(one, -0.5, (other, one), (-0.4, -0.5))
     chunk = OutputChunk("", 0, word, (one,), (entry,), "length", None)
-    event = ChatFormat(Head("x", 0, "m"), Tokens(tokenizer)).piece(0, chunk, "")
+    places = partial(TokenPlaces, tokenizer, continues=False)
+    event = ChatFormat(Head("x", 0, "m"), places).piece(0, chunk, "")
     (found,) = json.loads(event.removeprefix("data: "))["choices"][0]["logprobs"]["content"]
     assert (found["token"], bytes(found["bytes"])) == (word, word.encode())
     tops = found["top_logprobs"]

@@ -25,9 +25,8 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ["write_gguf", "cpu_sides", "llama_sides", "vllm_side", "vllm_worker", "cpu_report"]
-    names += ["compare_cpu", "llama_quality", "rows", "sides", "machine"]
-    names += ["openvino_side", "openvino_worker", "other_python", "worker"]
+    names = ["write_gguf", "systems", "octavo_system", "peers", "common"]
+    names += ["compare_cpu", "cpu_report", "llama_quality"]
 
     def load_module(name: str) -> ModuleType:
         return importlib.import_module(name)
@@ -84,36 +83,37 @@ def script(path: Path, text: str) -> Path:
 
 def test_llama_cpp_is_asked_and_understood(load, tmp_path: Path) -> None:
     """Scripts in its place."""
-    sides, rows = load("llama_sides"), load("rows")
+    llama, systems = load("peers"), load("systems")
     bench = script(tmp_path / "llama-bench", PRETEND_BENCH)
     batched = script(tmp_path / "llama-batched-bench", PRETEND_BATCHED)
-    side = sides.LlamaBinaries(bench, batched, tmp_path / "m.gguf", 3)
-    assert side.check(rows.Row("decode", 1, 7)) == {
+    side = llama.LlamaBinaries(bench, tmp_path / "m.gguf", 3)
+    assert side.batched == batched
+    assert side.check(systems.Row("decode", 1, 7)) == {
         "num_parameters": 77,
         "build": "c (5)",
         "cpu": "",
     }
-    assert side.run(rows.Row("prefill", 2, 1)) == 2001.0
-    assert side.run(rows.Row("decode", 1, 7)) == 7.0
-    assert side.run(rows.Row("serve", 8, 3, 4)) == 12.5
+    assert side.run(systems.Row("prefill", 2, 1)) == 2001.0
+    assert side.run(systems.Row("decode", 1, 7)) == 7.0
+    assert side.run(systems.Row("serve", 8, 3, 4)) == 12.5
     script(bench, "import sys\nsys.exit('broken')\n")
     with pytest.raises(RuntimeError, match=r"llama-bench failed \(1\): broken"):
-        side.run(rows.Row("decode", 1, 7))
+        side.run(systems.Row("decode", 1, 7))
 
 
 def test_llama_cpp_has_to_measure_what_was_asked(load) -> None:
-    sides = load("llama_sides")
+    llama = load("peers")
     with pytest.raises(ValueError, match="reported 2 tests"):
-        sides.only_test([{}, {}])
+        llama.only_test([{}, {}])
     with pytest.raises(ValueError, match="measured pl 3; expected 4"):
-        sides.only_test([{"pp": 2, "pl": 3}], pp=2, pl=4)
+        llama.only_test([{"pp": 2, "pl": 3}], pp=2, pl=4)
 
 
 def test_vllm_is_asked_and_its_end_is_told(
     load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real worker, around a vllm that takes a tenth of a second a token."""
-    module, rows = load("vllm_side"), load("rows")
+    systems = load("systems")
     (tmp_path / "vllm.py").write_text(
         "import time\n"
         "from types import SimpleNamespace as Made\n"
@@ -130,24 +130,25 @@ def test_vllm_is_asked_and_its_end_is_told(
         "        return [Made(outputs=[Made(token_ids=[0] * count)]) for _ in prompts]\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    served = rows.Row("serve", 8, 3, 3)
-    side = module.VllmSide(Path(sys.executable), tmp_path, 1, "dummy", [served], True)
+    served = systems.Row("serve", 8, 3, 3)
+    settings = (tmp_path, 1, "dummy", [served])
+    side = systems.Process("peers.Vllm", *settings, True, python=Path(sys.executable))
     try:
         assert side.check(served) == {"version": "0.0"}
         assert 0 < side.run(served) <= served.tokens / 0.1
-        assert 0 < side.run(rows.Row("prefill", 40, 1)) <= 400
+        assert 0 < side.run(systems.Row("prefill", 40, 1)) <= 400
         with pytest.raises(RuntimeError, match=r"answered \[4\] tokens; expected 5"):
-            side.run(rows.Row("decode", 1, 5))
+            side.run(systems.Row("decode", 1, 5))
     finally:
         side.close()
     (tmp_path / "vllm.py").write_text("raise ImportError('no kernels')")
-    with pytest.raises(RuntimeError, match=r"(?s)vLLM ended: .*no kernels"):
-        module.VllmSide(Path(sys.executable), tmp_path, 1, "dummy", [served], False)
+    with pytest.raises(RuntimeError, match=r"(?s)peers.Vllm ended: .*no kernels"):
+        systems.Process("peers.Vllm", *settings, False)
 
 
 def test_openvino_is_asked(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real worker, around an openvino_genai that takes a tenth of a second a token."""
-    module, rows = load("openvino_side"), load("rows")
+    systems = load("systems")
     (tmp_path / "openvino.py").write_text("Tensor = lambda array: array\n")
     (tmp_path / "openvino_genai.py").write_text(
         "import time\n"
@@ -176,31 +177,30 @@ def test_openvino_is_asked(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     converted = tmp_path / "kept" / "m-int8"
     converted.mkdir(parents=True)
     (converted / "converted.json").write_text('{"num_parameters": 77}')
-    asked = [rows.Row("serve", 8, 3, 3), rows.Row("prefill", 4096, 1)]
-    side = module.OpenvinoSide(
-        Path(sys.executable), tmp_path / "m", tmp_path / "kept", "int8", 1, "dummy", asked
-    )
+    asked = [systems.Row("serve", 8, 3, 3), systems.Row("prefill", 4096, 1)]
+    settings = (tmp_path / "m", tmp_path / "kept", "int8", 1, "dummy", asked)
+    side = systems.Process("peers.OpenVino", *settings)
     try:
         assert side.check(asked[0]) == {"version": "0.0", "num_parameters": 77}
         assert 0 < side.run(asked[0]) <= asked[0].tokens / 0.1
         assert 0 < side.run(asked[1]) <= 40960
         with pytest.raises(RuntimeError, match=r"answered \[4\] tokens; expected 5"):
-            side.run(rows.Row("decode", 1, 5))
+            side.run(systems.Row("decode", 1, 5))
     finally:
         side.close()
 
 
-def test_octavos_side_has_its_gate(load, tmp_path: Path) -> None:
-    sides, rows = load("cpu_sides"), load("rows")
+def test_octavo_has_its_gate(load, tmp_path: Path) -> None:
+    octavo, systems = load("octavo_system"), load("systems")
     asked = [
-        rows.Row("decode", 1, 3),
-        rows.Row("prefill", 24, 1),
-        rows.Row("serve", 9, 4, 5),
+        systems.Row("decode", 1, 3),
+        systems.Row("prefill", 24, 1),
+        systems.Row("serve", 9, 4, 5),
     ]
     limits = {"bandwidth": 1e9, "flops": 1e9}
     found = {}
     for kind in ("bf16", "w8a8", "int4-g128"):
-        side = sides.OctavoSide(tiny_model(tmp_path / kind), kind, 1, "dummy", asked)
+        side = octavo.OctavoCore(tiny_model(tmp_path / kind), kind, 1, "dummy", asked)
         for row in asked:
             check = side.check(row)
             assert check["passed"] and check["logits"]
@@ -216,9 +216,9 @@ def test_octavos_side_has_its_gate(load, tmp_path: Path) -> None:
 def test_octavos_gate_sees_a_token_that_depends_on_company(
     load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sides, rows = load("cpu_sides"), load("rows")
-    row = rows.Row("serve", 9, 4, 5)
-    side = sides.OctavoSide(tiny_model(tmp_path / "tiny"), "bf16", 1, "dummy", [row])
+    octavo, systems = load("octavo_system"), load("systems")
+    row = systems.Row("serve", 9, 4, 5)
+    side = octavo.OctavoCore(tiny_model(tmp_path / "tiny"), "bf16", 1, "dummy", [row])
     right = side._generate
 
     def wrong(prompts: list[list[int]], count: int) -> list[tuple[int, ...]]:
@@ -254,18 +254,20 @@ def test_ratios_are_medians_of_the_rounds(load) -> None:
 
 
 def test_absent_peers_are_named(load) -> None:
-    sides = load("cpu_sides")
-    assert sides.why_absent("numpy") is None
-    assert sides.why_absent("no_such_peer") == "the package no_such_peer is not installed"
+    compare = load("compare_cpu")
+    assert compare.why_absent("numpy") is None
+    assert (
+        compare.why_absent("numpy", "no_such_peer") == "the package no_such_peer is not installed"
+    )
 
 
 def test_the_options(load, capsys: pytest.CaptureFixture[str]) -> None:
     compare = load("compare_cpu")
-    arguments = compare.make_parser().parse_args(["--rows", "serve,prefill", "--formats", "w8a8"])
+    arguments = compare.options().parse_args(["--rows", "serve,prefill", "--formats", "w8a8"])
     assert [row.name for row in compare.make_rows(arguments)] == ["prefill", "serve"]
     assert [row.tokens for row in compare.make_rows(arguments)] == [512, 32 * 160]
     with pytest.raises(SystemExit):
-        compare.make_parser().parse_args(["--formats", "int8,int3"])
+        compare.options().parse_args(["--formats", "int8,int3"])
     assert "--formats has 'int3'; expected some of f32, bf16" in capsys.readouterr().err
 
 
@@ -308,6 +310,24 @@ def test_the_gguf_can_have_the_models_own_tokens(load, tmp_path: Path) -> None:
     assert len(metadata["tokenizer.ggml.merges"]) == len(vocabulary["merges"])
 
 
+def test_nobody_always_goes_first_and_ratios_are_of_pairs(load) -> None:
+    common = load("common")
+    assert common.in_turns("abc", 0) == common.in_turns("abc", 2) == ["a", "b", "c"]
+    assert common.in_turns({"a": 1, "b": 2}, 1) == ["b", "a"]
+    assert common.median_ratio([6.0, 8.0, 9.0], [3.0, 8.0, 1.0]) == 2.0
+    assert common.slug("NVIDIA H200 (80GB)") == "nvidia-h200-80gb"
+
+
+def test_what_a_row_counts(load) -> None:
+    row = load("systems").Row
+    assert [row("decode", 1, 7).tokens, row("prefill", 9, 1).tokens] == [7, 9]
+    serve = row("serve", 30, 9, 3)
+    assert (serve.tokens, serve.longest) == (117, 39)
+    assert serve.short == row("serve", 16, 4, 3)
+    assert [len(prompt) for prompt in serve.prompts()] == [30] * 3
+    assert row("decode", 1, 7).prompts() == [[10]]
+
+
 def test_what_was_asked_is_noted_without_this_machines_folders(load) -> None:
     arguments = argparse.Namespace(
         model="/home/somebody/models/tiny",
@@ -318,7 +338,7 @@ def test_what_was_asked_is_noted_without_this_machines_folders(load) -> None:
         vllm_python=None,
         output=Path("/tmp/result.json"),
     )
-    assert load("machine").asked(arguments) == {
+    assert load("common").asked(arguments) == {
         "model": "tiny",
         "llama_bench": "llama-bench",
         "gguf": ["b.gguf", "q8_0"],

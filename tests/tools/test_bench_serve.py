@@ -13,13 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from server_helpers import fake_llm, listening
 
 from octavo.bench.serve_client import Client, Record
 from octavo.bench.serve_plot import draw, plot
-from octavo.bench.serve_report import Slo, parse_slo, percentile, summarize
+from octavo.bench.serve_report import Slo, parse_slo, summarize
 from octavo.bench.serve_run import Load, Measured, run_load
 from octavo.bench.serve_workload import (
     Job,
@@ -32,12 +30,6 @@ from octavo.cli import main
 from octavo.errors import InvalidArgumentError, OctavoError
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50), st.floats(0, 100))
-def test_percentiles_are_numpys(values: list[float], percent: float) -> None:
-    expected = float(np.percentile(values, percent))
-    assert math.isclose(percentile(values, percent), expected, rel_tol=1e-9, abs_tol=1e-6)
 
 
 def test_lengths() -> None:

@@ -14,6 +14,7 @@ from batch_helpers import CHAT, COMPLETIONS, HELLO, openai, read, run, write
 from text_helpers import sentencepiece_directory, tiny_model
 
 from octavo.cli import main
+from octavo.cli.batch import Tally
 from octavo.cli.batch_input import BadLine, BatchLine, BatchRequest, Defaults, parse_line
 from octavo.llm import LLM
 from octavo.progress import duration
@@ -226,6 +227,10 @@ def test_a_torn_last_line_is_dropped_and_only_the_rest_is_answered(model, tmp_pa
         # The seeds depend on the ids alone: the texts are those of the run that was not stopped.
         texts = {k: r["response"]["body"]["choices"] for k, r in resumed.items()}
         assert texts == {k: r["response"]["body"]["choices"] for k, r in whole.items()}
+
+
+def test_what_an_earlier_run_did_is_finished():
+    assert Tally(total=10, skipped=3, failed=1, done=4).finished == 7
 
 
 def test_killed_and_resumed(model, tmp_path):

@@ -6,6 +6,7 @@ all of these tests are about it too.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import io
 import os
@@ -24,7 +25,7 @@ from text_helpers import CHATML_TEMPLATE, byte_level_directory, tiny_model
 
 from octavo.cli import main
 from octavo.cli.app import VERBS
-from octavo.config import read_environment
+from octavo.config import EngineConfig, read_environment
 from octavo.errors import InvalidArgumentError
 from octavo.progress import Bar, LogLines
 
@@ -158,6 +159,31 @@ def test_every_command_and_every_path_is_entered_above():
             # octavo's own message says what is expected, and what to do.
             assert not info.readable and info.file_okay and info.dir_okay, (verb.name, name)
         assert "Path" not in str(inspect.signature(verb.load()).return_annotation)
+
+
+# Where a command means something else by leaving an option of the engine out.
+OWN_DEFAULTS = {
+    "generate": {"seed": None},  # of sampling
+    "chat": {"seed": None},
+    "serve": {"max_waiting_requests": 512},
+    "diff": {"dtype": "f32", "device": "cpu"},
+    "replay": dict.fromkeys(  # as the log says
+        (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "enable_prefix_caching",
+            "priority_ageing_seconds",
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_options_of_the_engine_have_its_defaults(verb: Any) -> None:
+    engine = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
+    engine |= OWN_DEFAULTS.get(verb.name, {})
+    for name, parameter in inspect.signature(verb.load()).parameters.items():
+        assert parameter.default == engine.get(name, parameter.default), name
 
 
 def wrong_path(wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

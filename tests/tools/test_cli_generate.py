@@ -122,11 +122,22 @@ def test_stop_string(model, llm, capsys):
     assert capsys.readouterr().out == whole[: whole.index(stop)] + stop + "\n"
 
 
-def test_control_characters_are_shown_and_not_sent_to_a_terminal():
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_a_terminal_shows_the_prompt_before_its_continuation(model, base_model, monkeypatch):
+    """One text, unless it is a chat."""
+    shown = {}
+    for name in (model, base_model):
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        assert main(["generate", "Hello fox", "-m", name, *DUMMY, "-n", "4"]) == 0
+        shown[name] = sys.stdout.getvalue()
+    assert "Hello fox" not in shown[model] and "Hello fox" in shown[base_model]
+
+
+def test_control_characters_are_shown_and_not_sent_to_a_terminal():
     text = "a\x1b[2Jb\tc\nd\x07\x9b"
     assert printable(text, io.StringIO()) == text
     assert printable(text, Terminal()) == "a\u241b[2Jb\tc\nd\u2407\ufffd"

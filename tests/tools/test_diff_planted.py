@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from diff_helpers import (
     rope_halves_swapped,
     rounded_weights,
     small_spec,
+    tokens_for,
     whole_weights,
 )
 
@@ -26,6 +28,7 @@ from octavo.diff import comparison
 from octavo.diff.html import render
 from octavo.diff.implementations import ReferenceImplementation, StepResult
 from octavo.diff.report import to_json
+from octavo.diff.tolerance import own_tolerance
 from octavo.models.layer import Node, model_nodes, residual_before
 from octavo.models.spec import NormSpec, RopeSpec
 from octavo.reference import ops
@@ -40,6 +43,21 @@ def test_good_against_good_finds_nothing() -> None:
     assert result.ok and not result.findings and result.first_bad is None
     assert result.logits.max_abs == 0 and result.logits.same_choice == 23
     assert result.greedy.parted_at is None and result.decode.ok
+
+
+def test_every_stage_tells_its_progress_up_to_the_end() -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.setdefault(what, []).append((done, total))
+
+    one, ids = good_reference(SPEC, WEIGHTS), tokens_for(SPEC, 23)
+    options = comparison.DiffOptions(steps=5, decode_rows=6)
+    comparison.Comparison(one, one, one.model, ids, options, progress=progress).run("a model")
+    assert len(told) == 3
+    for steps in told.values():
+        done, (total,) = [step[0] for step in steps], {step[1] for step in steps}
+        assert done == sorted(done) and done[-1] == total > 0
 
 
 def test_the_size_of_a_chunk_counts_every_tap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +174,17 @@ def _compare_roundings(
     return compare(left, right, spec, weights, dtype="bf16", truth=exact, steps=0, **options)
 
 
+@pytest.mark.parametrize(("factor", "named"), [(1.0, True), (1.05, False)])
+def test_a_mistake_is_named_only_if_it_explains_all(factor: float, named: bool) -> None:
+    """Over a cache of bfloat16 what it gives may be off by one step, and by no more."""
+
+    def attention(q: Any, k: Any, v: Any, scale: float, *rest: Any) -> Any:
+        return np.float32(factor) * ops.attention(q, k, v, 1.0, *rest)
+
+    (finding,) = _compare_roundings(attention, SPEC, WEIGHTS).findings
+    assert finding.op == "attention" and ("no scale" in (finding.mistake or "")) == named
+
+
 @pytest.mark.parametrize("mistake", ROUNDINGS)
 @pytest.mark.parametrize("window", [0, 6])
 def test_attention_that_rounds_something_else_is_found(mistake: str, window: int) -> None:
@@ -202,10 +231,16 @@ def test_two_mistakes_are_both_found() -> None:
         small_spec(num_heads=4, num_kv_heads=1, head_dim=10, tied=True),
         small_spec(qkv_bias=True, o_bias=True, mlp_bias=True, activation="gelu"),
         small_spec(gated=False, activation="relu", norm=NormSpec("layer", 1e-5, True)),
-        small_spec(rope=None),
+        replace(small_spec(rope=None), learned_positions=True),
         small_spec(window=5, rope=RopeSpec(scaling="linear", factor=3.0)),
     ],
-    ids=["multi-query tied", "biases gelu", "ungated layer norm", "no rope", "window linear"],
+    ids=[
+        "multi-query tied",
+        "biases gelu",
+        "ungated layer norm",
+        "learned positions",
+        "window linear",
+    ],
 )
 def test_every_kind_of_layer_is_found_right(spec: object) -> None:
     weights = random_weights(spec, seed=3)
@@ -306,6 +341,20 @@ def test_own_tolerance_does_not_stretch(dtype: str) -> None:
     result = compare(left, right, SPEC, WEIGHTS, dtype=dtype, truth=exact, steps=0)
     assert [finding.op for finding in result.findings] == ["gated_activation"]
     assert len(result.findings[0].taps) == len(SPEC.layers) and not result.ok
+
+
+def test_own_tolerance_grows_with_what_is_summed() -> None:
+    """Not where fewer than 64 numbers are: exponentials and divisions round, too."""
+    spec = replace(small_spec(num_heads=12, intermediate_size=150), hidden_size=100)
+    units = {
+        node.part: own_tolerance(spec, node, 300, rounds_output=False) * 2**24
+        for node in model_nodes(spec)
+    }
+    summed = {"q": 100, "logits": 100, "attn_out": 96, "mlp_out": 150, "mlp_norm": 100}
+    summed |= {"embed": 64, "q_rope": 64, "act": 64, "out": 64, "final_norm": 100}
+    for part, count in summed.items():
+        assert units[part] == pytest.approx(8 * count**0.5), part
+    assert units["attn"] == pytest.approx(24 * (8 + 300) ** 0.5)
 
 
 def test_a_broken_definition_is_suspected_when_both_agree() -> None:

@@ -1,4 +1,4 @@
-"""scripts/mutations.py, of `make mutants`: mistakes are planted in what runs, and nowhere else."""
+"""tests/mutants/mutations.py: mistakes are planted in what runs, and nowhere else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[1] / "mutants"
 
 PYTHON = '''"""Grüße: 1 < 2 and not 3."""
 
@@ -28,7 +28,7 @@ class Second:
 '''
 # line, before, after, first line of the function
 PYTHON_PLACES = [
-    (6, "False", "True", 0),
+    (6, "False", "True", 5),
     (8, "<", "<=", 5),
     (9, "==", "!=", 5),
     (9, "and", "or", 5),

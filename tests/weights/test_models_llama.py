@@ -51,6 +51,11 @@ def test_every_field_lands_in_the_spec() -> None:
     assert not spec.tie_word_embeddings
 
 
+def test_fields_that_need_not_be_given() -> None:
+    config = tiny_config(tie_word_embeddings=DELETED, hidden_act=DELETED, rope_theta=DELETED)
+    assert read_spec(config) == read_spec(tiny_config())
+
+
 def test_llama_3_2_1b_has_its_published_size() -> None:
     sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64}

@@ -172,9 +172,12 @@ def test_sentencepiece_bpe(tmp_path: Path) -> None:
     assert tokenizer.encode("Ä").tokens == ["<s>", "▁", "<0xC3>", "<0x84>"]
     for text in ("the hello", "in 中 out", "  two spaces", "a\nb"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    metadata["tokenizer.ggml.scores"][259] = metadata["tokenizer.ggml.scores"][262]
-    with pytest.raises(TokenizerError, match="the same score"):
-        convert(tmp_path, config=config, metadata=metadata)
+    scores = metadata["tokenizer.ggml.scores"]
+    same = [*scores[:259], scores[262], *scores[260:]]
+    for wrong in (same, scores[:-1], [*scores[:-1], math.nan], "scores", None):
+        cause = "the same score" if wrong is same else "expected one number for each token"
+        with pytest.raises(TokenizerError, match=cause):
+            convert(tmp_path, config=config, metadata={**metadata, "tokenizer.ggml.scores": wrong})
 
 
 def merge_from_the_left(text: str, scores: dict[str, float]) -> list[str]:

@@ -262,7 +262,9 @@ def test_codes_of_a_fused_matrix(scheme: str, tmp_path: Path) -> None:
     apart = open_checkpoint(files)
     path = target / "model.safetensors"
     file = SafetensorsFile(path)
-    tensors = {name: (info.dtype.upper(), raw(file, name)) for name, info in file.infos.items()}
+    tensors = {
+        name: (info.dtype.upper(), file.read_array(name)) for name, info in file.infos.items()
+    }
     for layer in range(2):
         stem = f"model.layers.{layer}.self_attn."
         for ending in ("weight_packed", "weight_scale", "weight_zero_point"):
@@ -297,13 +299,8 @@ def test_codes_of_a_fused_matrix(scheme: str, tmp_path: Path) -> None:
         assert not np.array_equal(wrong[name].data, apart[name].data)
 
 
-def raw(file: SafetensorsFile, name: str) -> np.ndarray:
-    info = file.infos[name]
-    return file.read_integers(name) if info.dtype[0] == "I" else file.read(name).data
-
-
 def quantized_as(files: ModelFiles, family: Family) -> dict[str, StoredMatrix]:
-    return read_quantization(files.config, files.spec, family.tensors.weight_map(files.spec))
+    return read_quantization(files.config, files.spec, family.tensors)
 
 
 def test_codes_that_would_have_to_be_transformed_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from weights_helpers import encode, write_safetensors
 
 from octavo.errors import WeightsError
-from octavo.weights.safetensors import SafetensorsFile, ShardedSafetensors
+from octavo.weights.safetensors import ELEMENT_BITS, SafetensorsFile, ShardedSafetensors
 from octavo.weights.tensor import Tensor, float32_to_bf16
 
 VALUES = np.random.default_rng(3).standard_normal((5, 7)).astype(np.float32)
@@ -199,3 +200,8 @@ def test_a_malformed_index_is_refused(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=r"index\.json"):
         ShardedSafetensors(path)
+
+
+def test_the_names_of_types_tell_their_bits() -> None:
+    for name, bits in ELEMENT_BITS.items():
+        assert name == "BOOL" or bits == int(re.findall("[0-9]+", name)[0])

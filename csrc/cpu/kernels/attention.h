@@ -3,14 +3,14 @@
 // of 16.
 //
 // A row's arithmetic depends on its own position and on where tiles, stretches and ranges begin,
-// which are absolute multiples of constants; so chunking and company do not change its bits. A
-// token that a row does not see, but a row beside it does, has a weight of exactly 0.
+// which are absolute multiples of constants; so chunks and batches do not change its bits. A token
+// that a row does not see, but a neighbouring row does, has a weight of exactly 0.
 //
 // Over float32 and int8 caches all is float32, and weights are e^(score - greatest score). Over a
-// bf16 cache (attention_bf16.h) both products are of bf16 numbers, and weights are powers of two,
+// bf16 cache (attention_bf16.h) both products are of bf16 numbers, and weights are
 // 2^(score - whole number): see reference/ops.py.
 
-// The greatest score of no token.
+// Whether it is the greatest score of no token at all.
 inline bool is_nothing(float max) { return max == -std::numeric_limits<float>::infinity(); }
 
 constexpr int kStretchTiles = 8;
@@ -43,8 +43,7 @@ struct StretchRows {
   Visible seen_by_all() const { return {visible(count - 1).low, visible(0).high}; }
 };
 
-// One tile of stored tokens, as one KV head sees it. Only int8 ones have scales; else these are
-// null.
+// One tile of stored tokens of one KV head. The scales are null except for int8.
 template <class Item>
 struct Tile {
   static constexpr bool kHasScales = sizeof(Item) == 1;
@@ -69,8 +68,8 @@ inline Tile<Item> find_tile(const AttendTask& task, std::int64_t token) {
 }
 
 // Scores of R query rows against the keys of T tiles: one chain over the dimensions a key. R x T
-// chains are under way at a time, enough to hide how long each addition takes. Out of line: within
-// its caller too few registers are left for the rows' addresses.
+// chains run at a time, enough to hide the latency of additions. Not inlined: within its caller too
+// few registers are left for the rows' addresses.
 template <int R, int T, class Item>
 [[gnu::noinline]] void tile_scores(const float* const* q, const Tile<Item>* tiles,
                                    std::int64_t head_dim, float* scores) {
@@ -81,7 +80,7 @@ template <int R, int T, class Item>
   for (std::int64_t d = 0; d < head_dim; ++d) {
     Vec key[T];
     for (int t = 0; t < T; ++t) key[t] = load(tiles[t].keys + d * kLanes);
-    // Few rows: memory sets the pace, and the values come next.
+    // Few rows: memory limits the speed, and the values are needed next.
     if constexpr (R < 8) {
       for (int t = 0; t < T; ++t) prefetch(tiles[t].values + d * kLanes);
     }
@@ -121,10 +120,10 @@ struct PowersOfE {
   }
 };
 
-// R rows' softmax over tiles [first_tile, last_tile) of one more stretch: hands each weight to the
-// rule, and what all there was before a row shrinks by its correction. sum_lanes: the denominators,
-// still in 16 lanes. corrections: 16 numbers, R of them used. Behind the last of `rows` there may
-// be memory alone: what becomes of it does not count.
+// R rows' softmax over tiles [first_tile, last_tile) of one more stretch: passes each weight to the
+// rule, and gives each row the correction by which its earlier results are multiplied. sum_lanes:
+// the denominators, still in 16 lanes. corrections: 16 numbers, R of them used. R may exceed the
+// number of `rows`: results of rows after the last are not used.
 template <int R, class Rule>
 inline void stretch_weights(const StretchRows& rows, float* greatest, Vec* sum_lanes,
                             const Scores& scores, const Rule& rule, int first_tile, int last_tile,
@@ -154,8 +153,8 @@ inline void stretch_weights(const StretchRows& rows, float* greatest, Vec* sum_l
   const Vec before = load(greatest);
   const Vec now = max(before, rule.subtracted(max_of_each(largest)));
   store(greatest, select_less(numbers, splat(float{R}), now, before));
-  // A row that has seen no token yet: its weights are exp(-inf) = 0, not exp(-inf + inf). And what
-  // there was before a row's first token is 0, whatever it is multiplied by.
+  // For a row that has seen no token yet, so that weights are exp(-inf) = 0, not exp(-inf + inf).
+  // Before a row's first token its result is 0, so any correction is right.
   const Vec least = splat(std::numeric_limits<float>::lowest());
   const Vec base = select_less(now, least, zero(), now);
   store(corrections, rule.power(select_less(before, least, zero(), sub(before, base))));
@@ -174,7 +173,7 @@ inline void stretch_weights(const StretchRows& rows, float* greatest, Vec* sum_l
   for (int r = 0; r < R; ++r) sum_lanes[r] = add(mul(sum_lanes[r], splat(corrections[r])), sums[r]);
 }
 
-// The tiles of a stretch in which something is seen.
+// The tiles of a stretch with tokens that are seen.
 template <class Item>
 struct SeenTiles {
   int first, last;
@@ -267,13 +266,14 @@ inline void attend_rows(const AttendTask& task, int first, AttendState* states, 
   }
 }
 
-// Of the rows of a task, while it is computed: the greatest score (or what stands for it), and the
-// sum of the weights, still in 16 lanes. A group of rows may load 16 numbers from its first on.
+// For the rows of a task, while it is computed: the greatest score (or the whole number above it),
+// and the sum of the weights, still in 16 lanes. A group of rows may load 16 numbers from its first
+// on.
 struct RowSums {
   float greatest[kMaxAttendRows + kLanes];
   Vec lanes[kMaxAttendRows];
 
-  // rows: those of the task, and as many as are computed beside them.
+  // rows: those of the task, and the padding rows that are computed with them.
   RowSums(const AttendTask& task, AttendState* states, int rows) {
     for (float& score : greatest) score = -std::numeric_limits<float>::infinity();
     const auto bytes = static_cast<std::size_t>(task.layout.padded_dim) * sizeof(float);

@@ -6,7 +6,7 @@ constexpr std::int64_t kPairWords = kDepthBlock / 2;  // of 32 numbers
 
 #if defined(OCTAVO_BF16_DOT)
 
-// What is multiplied with the words: two bf16 numbers.
+// The factor of a word: two bf16 numbers.
 using Pair = std::uint32_t;
 constexpr int kPairChains = kScoreChains, kPairVectors = 4;
 
@@ -138,7 +138,7 @@ template <int R, int T>
   const std::uint32_t* keys[T];
   for (int t = 0; t < T; ++t) keys[t] = as_words(tiles[tile + t].keys);
   const auto get = [&](std::int64_t i, int t) {
-    // Few rows: memory sets the pace, and the values come next.
+    // Few rows: memory limits the speed, and the values are needed next.
     if constexpr (R < 8) prefetch(as_words(tiles[tile + t].values) + i * kLanes);
     return load_words(keys[t] + i * kLanes);
   };
@@ -162,16 +162,16 @@ PowersOfTwo(Vec, Store) -> PowersOfTwo<Store>;
 
 inline Vec power_scale(const AttendTask& task) { return splat(task.scale * 1.44269504088896341f); }
 
-// Makes room for a larger greatest score. Most often there is nothing to do: only whole numbers are
-// subtracted, and seldom another one.
+// Multiplies earlier results by the corrections for a larger greatest score. Most often there is
+// nothing to do: only whole numbers are subtracted, and they seldom change.
 inline void correct_values(const AttendTask& task, AttendState& state, float correction) {
   if (correction == 1.0f) return;
   for (std::int64_t d = 0; d < task.layout.padded_dim; d += kLanes)
     store(state.out + d, mul(load(state.out + d), splat(correction)));
 }
 
-// The words of a stretch in which any token is seen, and which of their halves: a value that nobody
-// sees may be anything.
+// The words of a stretch with tokens that are seen, and which halves: the value of a token that no
+// row sees may be any bits.
 struct SeenWords {
   std::int64_t first, last, first_whole, last_whole;
   std::uint32_t first_mask, last_mask;
@@ -192,7 +192,7 @@ struct SeenWords {
   }
 };
 
-// Adds the values of the seen tokens, weighed, for R rows and N vectors of dimensions from dim on.
+// Adds weight x value of the seen tokens, for R rows and N vectors of dimensions from dim on.
 template <int R, int N>
 inline void add_pair_values(AttendState* states, const PairTile* tiles, std::int64_t padded_dim,
                             std::int64_t dim, const Pair* weights, const SeenWords& seen) {

@@ -1,15 +1,15 @@
 // Attention over a bf16 cache on tile registers: the arithmetic of attention_bf16.h, bit for bit,
 // 16 query rows by 16 tokens (scores) or 16 dimensions (values) at a time.
 //
-//   scores (rows x tokens)     = Q (rows x dims) K^T: a tile of keys is as it lies in the cache
-//   values (rows x dims)      += P (rows x tokens) V: 32 tokens' values are copied together, what
-//                                nobody sees left out; rows of the task share the copy
+//   scores (rows x tokens)     = Q (rows x dims) K^T: a tile of keys has the layout of the cache
+//   values (rows x dims)      += P (rows x tokens) V: 32 tokens' values are copied together;
+//                                those that no row sees are 0; rows of the task share the copy
 //
 // Two row tiles by two others are four products for four loads. Of 30 cycles for 16 scores of 64
 // dimensions (a Xeon; 4 are the products themselves) 13 go into weights, 14 into the products with
-// their tiles' loads and stores, 3 into the copies. Products in the midst of the weights, a step at
-// a time, gain nothing: even in a loop of nothing else the two get in each other's way. A few rows
-// fill so little of a tile that vectors are as fast as memory, and tiles are not.
+// their tiles' loads and stores, 3 into the copies. Products between the weights, a step at a time,
+// gain nothing: even in a loop of these two alone they slow each other down. A few rows fill so
+// little of a tile that vectors, which are as fast as memory, are faster.
 
 inline void do_nothing(std::int64_t) {}
 
@@ -17,7 +17,7 @@ constexpr int kFewQueries = 4;  // up to here vectors are faster, with the same 
 constexpr int kStretchSteps = static_cast<int>(kStretch / kDepthBlock);  // of 32 tokens
 constexpr int kBandTiles = 2, kBandRows = kBandTiles * kTileRows;        // rows taken at a time
 
-// Dimensions of a query as tiles hold it.
+// Dimensions of a query in tiles, with padding.
 inline std::int64_t query_dim(const KvLayout& layout) {
   return (layout.head_dim + kDepthBlock - 1) / kDepthBlock * kDepthBlock;
 }
@@ -68,8 +68,8 @@ inline void prepare_query_tiles(const AttendTask& task, std::uint16_t* to) {
   }
 }
 
-// The last dimensions of a stretch's keys, where they do not fill a tile: behind them lies
-// something else, which even a 0 must not meet.
+// Copies the last dimensions of a stretch's keys, where they do not fill a tile. The memory after
+// them may hold NaNs, which must not be multiplied, not even by 0.
 inline void copy_last_keys(const KvLayout& layout, const PairTile* tiles, int first, int last,
                            std::uint16_t* to) {
   const std::int64_t whole = layout.head_dim / kDepthBlock * kDepthBlock;
@@ -82,7 +82,7 @@ inline void copy_last_keys(const KvLayout& layout, const PairTile* tiles, int fi
   }
 }
 
-// A stretch's values as tiles, 32 tokens a step; those that nobody sees are 0.
+// A stretch's values as tiles, 32 tokens a step; those of tokens that no row sees are 0.
 inline void copy_value_tiles(const PairTile* tiles, std::int64_t padded_dim, const Visible& seen,
                              std::uint16_t* to) {
   constexpr std::int64_t kTileWords = kLanes / 2;
@@ -106,8 +106,8 @@ inline void copy_value_tiles(const PairTile* tiles, std::int64_t padded_dim, con
   }
 }
 
-// Up to two row tiles over one stretch. While vectors weigh a band's scores, tiles compute those of
-// the next band.
+// Up to two row tiles over one stretch. While vectors compute a band's weights, tiles compute the
+// scores of the next band.
 class Band {
  public:
   // states: of the task's rows, and as many as fill its tiles.
@@ -129,7 +129,7 @@ class Band {
     last_tile_ = static_cast<int>((seen.high + kLanes - 1) / kLanes);
   }
 
-  // Scores of one or two more tiles of tokens; false when there are all.
+  // Computes scores of one or two more tiles of tokens; false when all are done.
   bool score_some() {
     if (next_tile_ == last_tile_) return false;
     const bool is_pair = next_tile_ + 2 <= last_tile_;
@@ -141,7 +141,7 @@ class Band {
     return true;
   }
 
-  // All that remains to be done, and meanwhile some of the next band's scores.
+  // Computes the rest of the band, and meanwhile some of the next band's scores.
   void attend(Band* next) {
     while (score_some()) {
     }

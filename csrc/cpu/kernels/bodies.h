@@ -1,5 +1,13 @@
-// The kernels' bodies, to be included once in each instruction set's translation unit: inside a
-// namespace of its own, behind the definition of Vec and of the tile sizes.
+// The kernels' bodies, included once for each instruction set (instruction_set.cpp): inside its
+// namespace, after the definitions of Vec and of these sizes:
+//
+//   kRows, kPanels  a tile of a matrix product, rows x panels, whose sums fit the registers: even
+//                   and odd sums of fused multiply-adds
+//   kDotRows, kDotRowsOnePass, kDotPanels  the same of dot products, of 16-bit and of 8-bit codes
+//   kPanelsOneRow   more panels for one row, so that enough sums are computed at a time
+//   kPanelGroup     panels whose weights stay in the cache for all rows
+//   kScoreChains    query rows x tiles of keys computed at a time
+//   kValueRows      query rows that share a load of the values
 
 #include "cpu/kernels/math.h"
 //

@@ -1,8 +1,8 @@
 // Sums of whole numbers with PMADDWD: pairs of 16-bit codes times pairs of bytes widened to 16
 // bits.
 //
-// The bytes of inputs 0 and 2 of a word lie right for that when the other two are masked away,
-// those of 1 and 3 after a shift by eight; the codes are stored in that order.
+// The bytes of inputs 0 and 2 of a word are widened by masking the other two, those of 1 and 3 by a
+// shift by eight; the codes are stored in that order.
 
 constexpr bool kOneSum = true;
 // Rows of a tile, with 16-bit codes and with 8-bit ones.

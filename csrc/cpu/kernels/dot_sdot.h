@@ -11,7 +11,7 @@ constexpr int kDotRowsOnePass = 2 * kDotRows;
 using Bytes = Words;
 using Codes = int8x16_t;
 
-// SDOT wants signed bytes: the stored ones, level + 128, with their highest bit the other way.
+// SDOT takes signed bytes: the stored ones, level + 128, with the highest bit flipped.
 constexpr std::uint32_t kByteOffset = 0;
 inline Words stored_bytes(Words bytes) {
   const uint32x4_t highest = vdupq_n_u32(0x80808080u);

@@ -18,7 +18,7 @@ inline Bytes split_bytes(Words bytes) { return bytes; }
 // The codes of four inputs, in two words: their high bytes, their low bytes.
 template <int kPasses>
 inline void store_codes(std::uint32_t* words, const std::int16_t* codes, std::int64_t count) {
-  // Four 16-bit numbers in 64 bits; the low bytes of them, pushed together.
+  // Packs the low bytes of four 16-bit numbers in 64 bits.
   const auto low_bytes = [](std::uint64_t four) {
     four &= 0x00ff00ff00ff00ffu;
     four = (four | four >> 8) & 0x0000ffff0000ffffu;
@@ -29,7 +29,7 @@ inline void store_codes(std::uint32_t* words, const std::int16_t* codes, std::in
     std::uint64_t four;
     std::memcpy(&four, codes + i, sizeof four);
     const std::uint32_t low = low_bytes(four);
-    // 128 added to each number by itself, so that the low byte rounds the high one.
+    // 128 is added to each number, so that the low byte rounds the high one.
     const std::uint64_t rounded = ((four & ~kSigns) + 0x0080008000800080u) ^ (four & kSigns);
     words[i / 2] = kPasses == 1 ? low : low_bytes(rounded >> 8);
     words[i / 2 + 1] = low;

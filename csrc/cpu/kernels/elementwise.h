@@ -1,4 +1,4 @@
-// Norms and activations: what touches each number once or twice.
+// Norms and activations: ops that read each number once or twice.
 
 void add_to(float* residual, const float* x, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) residual[i] = residual[i] + x[i];
@@ -30,7 +30,7 @@ void norm(float* out, const float* x, const float* weight, const float* bias, fl
   });
 }
 
-// x / (1 + e^-x), with e only of what is not positive, so that nothing overflows.
+// x / (1 + e^-x), with exponents that are never positive, so that nothing overflows.
 inline Vec silu(Vec x) {
   const Vec t = exp_negative(sub(zero(), max(x, sub(zero(), x))));  // e^-|x|
   const Vec numerator = select_less(x, zero(), mul(x, t), x);
@@ -69,8 +69,8 @@ inline Vec activated(Activation activation, Vec x) {
 void activate(float* out, const float* gate, const float* up, Activation activation,
               std::int64_t count) {
   for_each_vec(count, [&](std::int64_t i, auto load_at, auto store_at) {
-    // A prompt's numbers lie beyond the second cache, in streams too short for the processor's
-    // own prefetching; rows follow each other.
+    // A prompt's numbers lie beyond L2, in streams too short for the processor's own prefetching;
+    // rows follow each other.
     constexpr std::int64_t kAhead = 512;
     if (gate) prefetch(gate + i + kAhead);
     prefetch(up + i + kAhead);

@@ -3,23 +3,22 @@
 // A format (linear_float.h, linear_integer.h) says how a tile of a few rows and panels adds up a
 // stretch of inputs; this file takes tiles, stretches and rows in an order that suits the caches.
 // The bits of an output depend neither on the tile that computes it nor on where stretches end.
-// Bias comes last.
+// Bias is added last.
 
-// For memory that is not needed at once: into the second cache.
+// For memory that is needed later: into L2.
 inline void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 1); }
 
-// At most so many inputs at a time, so that a few panels' weights stay in the second cache while
-// rows pass by.
+// At most so many inputs at a time, so that a few panels' weights stay in L2 for all rows.
 constexpr std::int64_t kDepthChunk = 1024;
 
-// Where to ask for what is needed soon, in arrays of so many items a panel, of which a tile goes
-// through several at once: the processor's own prefetching begins anew with each panel.
+// The places to prefetch in arrays of so many items a panel; a tile goes through several panels at
+// once. The processor's own prefetching starts again with each panel.
 class Ahead {
  public:
   Ahead(std::int64_t distance, std::int64_t panel_items, int num_panels)
       : distance_(distance), end_(panel_items - distance), skip_((num_panels - 1) * panel_items) {}
 
-  // How many items from item `at` of a panel; behind its end come the panels of the next tile.
+  // The distance in items from item `at` of a panel; after its end come the next tile's panels.
   std::int64_t from(std::int64_t at) const { return at < end_ ? distance_ : distance_ + skip_; }
 
  private:
@@ -27,13 +26,13 @@ class Ahead {
 };
 
 constexpr std::int64_t kWordsAhead = 512;           // 2 KiB of each panel
-constexpr std::int64_t kScalesAhead = 16 * kLanes;  // what 16 groups need
+constexpr std::int64_t kScalesAhead = 16 * kLanes;  // the scales of 16 groups
 
 #include "cpu/kernels/linear_float.h"
 //
 #include "cpu/kernels/linear_integer.h"
 
-// 16 outputs' numbers, fewer in the last panel: of a row, of the bias.
+// The outputs of a panel, 16 or fewer in the last one: their number, loading, storing.
 inline std::int64_t panel_width(const LinearTask& task, std::int64_t panel) {
   const std::int64_t left = task.outputs - panel * kLanes;
   return left < kLanes ? left : kLanes;
@@ -53,7 +52,7 @@ inline void store_outputs(const LinearTask& task, float* row, std::int64_t panel
   }
 }
 
-// Inputs [first, last) of MR rows and NR panels; partial sums wait in `out` between calls.
+// Inputs [first, last) of MR rows and NR panels; partial sums are stored in `out` between calls.
 template <int MR, int NR, class Format>
 inline void linear_tile(const LinearTask& task, const Format& format, std::int64_t row,
                         std::int64_t panel, std::int64_t first, std::int64_t last) {
@@ -106,7 +105,7 @@ inline void linear_format(const LinearTask& task, std::int64_t first_row, std::i
       std::int64_t row = first_row;
       for (; row + kTileRows <= last_row; row += kTileRows)
         rows(std::integral_constant<int, kTileRows>{}, row);
-      // What is left is fewer than kTileRows: the one tile of just that height.
+      // Fewer than kTileRows rows are left: one tile of exactly that height.
       const auto rest = [&](auto num_rows) {
         if (last_row - row == num_rows + 1) rows(std::integral_constant<int, num_rows + 1>{}, row);
       };
@@ -131,7 +130,7 @@ inline void linear_plain(const LinearTask& task, std::int64_t first_row, std::in
       return task.levels ? run(linear_format<IntegerFormat<FormatInt4Levels>>)
                          : run(linear_format<IntegerFormat<FormatInt4>>);
     case DType::f16:
-      break;  // no packed format
+      break;  // not a packed format
   }
 }
 
@@ -149,7 +148,7 @@ inline void store_activated(const LinearTask& task, std::int64_t row, std::int64
   store_bf16_input(to, output, y);
 }
 
-// Gates and what they let through are computed side by side, and meet before they leave the cache.
+// Gates and ups are computed together, and multiplied before they leave the cache.
 template <class Multiply>
 inline void linear_gated(const LinearTask& task, std::int64_t first_row, std::int64_t last_row,
                          std::int64_t first_panel, std::int64_t last_panel, Multiply&& multiply) {

@@ -1,8 +1,8 @@
 // Products with float32 and bfloat16 weights, by fused multiply-adds.
 //
 // Within each 32 inputs, those with even and those with odd index are summed apart, in order from
-// zero; the two sums are added; that is added to the output so far. It is the order of AMX's
-// TDPBF16PS, so that a tile kernel gives the same bits.
+// zero; the two sums are added, and the result is added to the output so far. This is the order of
+// AMX's TDPBF16PS, so that a tile kernel gives the same bits.
 
 // Two inputs' weights of one panel.
 struct PairsF32 {
@@ -94,10 +94,10 @@ inline void prepare_f32(float* to, const float* x, std::int64_t inputs, std::int
 // ---- bfloat16 ----
 
 #if defined(OCTAVO_BF16_DOT)
-// Where there is VDPBF16PS: each word's odd product is added first, then the even one, one chain
-// through all inputs. Twice as fast as fused multiply-adds, but in an order of its own, so these
-// are the only sums that differ (in rounding) between instruction sets; a row's bits are the same
-// in every tile all the same.
+// With VDPBF16PS each word's odd product is added first, then the even one, in one chain through
+// all inputs. This is twice as fast as fused multiply-adds, but another order: these are the only
+// sums that differ (in rounding) between instruction sets. A row still has the same bits in every
+// tile.
 struct FormatBf16 {
   static constexpr int kTileRows = kDotRowsOnePass, kTilePanels = kDotPanels,
                        kTilePanelsOneRow = kPanelsOneRow;

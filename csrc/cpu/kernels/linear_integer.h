@@ -2,17 +2,17 @@
 //
 // A row of x becomes 16-bit codes a and a scale: x = a * scale, |a| <= 127 * 256 + 127. A block of
 // at most 512 inputs, all of one group, is then summed exactly, S = sum of a * level in 32 bits
-// (128 * 32639 * 512 < 2^31), and only S enters floating point. So it does not matter in what order
-// or by which instructions S came about, nor that sums wrap around on the way: every tile and every
-// instruction set gives the same bits.
+// (128 * 32639 * 512 < 2^31), and only S becomes a float. So neither the order of the sum nor the
+// instructions matter, nor that partial sums may wrap around: every tile and every instruction set
+// gives the same bits.
 //
-// Levels meet the codes as bytes, level + offset; what that adds, offset * (sum of the block's
-// codes), is taken off again. A block's S becomes a float; int4 multiplies it by the
-// group's scale (after taking off zero point * sum of codes), int8 has one scale for the whole row.
+// Levels are multiplied as bytes, level + offset; the excess, offset * (sum of the block's codes),
+// is subtracted again. A block's S becomes a float; int4 multiplies it by the group's scale (after
+// subtracting zero point * sum of codes), int8 has one scale for the whole row.
 //
-// `Bytes`, `Codes` and `dot` are the instruction set's own (dot_*.h). Where it multiplies bytes
-// only, a code of 16 bits is 256 * high + low and S takes two sums, one of each. `stored_bytes`
-// makes of stored bytes, level + 128, the ones that it takes, level + kByteOffset.
+// `Bytes`, `Codes` and `dot` are the instruction set's own (dot_*.h). Where it can only multiply
+// bytes, a code of 16 bits is 256 * high + low, and S is made of two sums. `stored_bytes` converts
+// stored bytes, level + 128, to those of the instruction set, level + kByteOffset.
 
 template <int kPasses>
 struct FormatInt8 {
@@ -52,8 +52,8 @@ struct FormatInt4Levels : FormatInt4 {
 
 inline std::int64_t smaller(std::int64_t x, std::int64_t y) { return x < y ? x : y; }
 
-// Where a stretch from input `first` on ends: the groups that so many blocks of 512 hold, or so
-// many blocks of one group. A block is never cut.
+// The end of a stretch from input `first` on: the groups that fit so many blocks of 512, or so many
+// blocks of one group. A block is never cut.
 inline std::int64_t stretch_end(const LinearTask& task, std::int64_t first, std::int64_t blocks) {
   const std::int64_t group = group_inputs(task), inputs = blocks * kIntegerBlock;
   if (group < inputs) return first + inputs / group * group;
@@ -78,8 +78,8 @@ struct IntegerFormat {
 
   // Adds inputs [first, last) to acc, [MR][NR][16].
   //
-  // What the task says is copied out of it, since the compiler cannot know that storing a vector
-  // leaves it alone; and loops over sums are unrolled, so that these stay in registers.
+  // The task's fields are copied first, since the compiler cannot know that storing a vector does
+  // not change them; and loops over sums are unrolled, so that the sums stay in registers.
   template <int MR, int NR>
   void accumulate(const LinearTask& task, std::int64_t row, std::int64_t panel, std::int64_t first,
                   std::int64_t last, float* acc) const {
@@ -100,7 +100,7 @@ struct IntegerFormat {
     const void* all_scales = task.scales;
     for (std::int64_t k = first; k < last; ++code_sums) {
       const std::int64_t end = smaller(k + kIntegerBlock, smaller(group_end, last));
-      // What the levels' offset will have added is taken off beforehand, from the last sum.
+      // The excess of the levels' offset is subtracted in advance, from the last sum.
       Words sums[kSums][MR][NR];
       OCTAVO_UNROLL
       for (int m = 0; m < MR; ++m) {
@@ -133,7 +133,7 @@ struct IntegerFormat {
         };
         unroll(add_part, std::make_integer_sequence<int, Format::kParts>{});
       }
-      // Or the compiler keeps all of acc on its stack as well, from block to block.
+      // Without this the compiler keeps a copy of acc on the stack from block to block.
       asm volatile("" : : : "memory");
       OCTAVO_UNROLL
       for (int n = 0; n < NR; ++n) {
@@ -178,7 +178,7 @@ struct IntegerFormat {
   }
 };
 
-// The codes of a row of x, `depth` of them, and of the row its scale and the sum of each block.
+// Computes the `depth` codes of a row of x, the row's scale, and the sum of each block.
 inline void round_to_codes(const LinearTask& task, std::int64_t row, std::int16_t* codes,
                            const float* x, std::int64_t inputs) {
   std::memset(codes, 0, static_cast<std::size_t>(task.depth) * sizeof *codes);
@@ -212,9 +212,9 @@ inline void round_to_codes(const LinearTask& task, std::int64_t row, std::int16_
   }
 }
 
-// The codes of a row of x as `load_codes` wants them.
+// Writes the codes of a row of x in the form that `load_codes` reads.
 //
-// to: depth / 2 words, then room for as many again.
+// to: depth / 2 words, then scratch memory for as many again.
 inline void prepare_integers(const LinearTask& task, std::int64_t row, void* to, const float* x,
                              std::int64_t inputs) {
   auto* words = static_cast<std::uint32_t*>(to);

@@ -2,32 +2,32 @@
 //
 //   sums (rows x outputs) += X (rows x a step of inputs) * W (a step of inputs x outputs)
 //
-// with 4 bytes of inputs, times 16, in each of W's 64-byte rows: that is a packed panel as it lies.
-// A step is 64 bytes of a row of x, 32 inputs in bf16, 64 in int8.
+// where each of W's 64-byte rows holds 4 bytes of inputs of 16 outputs: the layout of a packed
+// panel. A step is 64 bytes of a row of x, 32 inputs in bf16, 64 in int8.
 //
-// x, as prepare_input leaves it when there are more than kFewRows rows:
+// The layout of x, written by prepare_input when there are more than kFewRows rows:
 //   [tile of 16 rows][high bytes, low bytes (16-bit codes only)][step][16][bytes of a step]
-// in whole tiles, one after another, so that loads meet 16 different cache lines' places. Integer
+// in whole tiles, one after another, so that a load's 16 cache lines are in different sets. Integer
 // blocks begin with a new step, and a step's unused end is zero.
 //
 // bf16: TDPBF16PS sums up 32 inputs in just the order of linear_float.h and adds them to the sums,
 // so chaining steps gives the bits of the other instruction sets (while all numbers are normal: the
 // processor takes denormal ones as zeros).
 // int8: TDPBSUD, signed codes by unsigned levels. High and low bytes are two tiles of the same
-// product, and from 256 * high + low on, all is as in linear_integer.h.
+// product; 256 * high + low is then used as in linear_integer.h.
 // int4: tiles_codes.h.
 //
 // Cost of one product, in ticks of 2.6 GHz, measured on one core of a Sapphire Rapids-like Xeon: 11
-// without loads, 14 with x and W in the first cache, 22 with x in the second, 24 where W comes from
-// beyond it as described here, 36 where nothing is asked for. Two tiles of X by two of W are four
-// products for four loads. So
-//   - 512 inputs of two panels, 32 KiB of bf16, stay in the first cache while rows pass by, which
-//     come from the second past the first (tileloaddt1);
-//   - 256 rows of x, 1 MiB, stay in the second cache while panels pass by. Of longer rows, 512
-//     inputs at a time for many panels, and the next ones are asked for meanwhile;
+// without loads, 14 with x and W in L1, 22 with x in L2, 24 where W comes from beyond L2 as
+// described here, 36 where nothing is prefetched. Two tiles of X by two of W are four products for
+// four loads. So
+//   - 512 inputs of two panels, 32 KiB of bf16, stay in L1 for all rows; rows are loaded from L2
+//     without going into L1 (tileloaddt1);
+//   - 256 rows of x, 1 MiB, stay in L2 for all panels. Longer rows are taken 512 inputs at a time
+//     for many panels, and the next 512 are prefetched meanwhile;
 //   - rows' shares of a stretch do not lie a power of two apart: they would push each other out;
-//   - the next two panels are asked for, a few lines a step;
-//   - results go past the caches: they would push x out, and be fetched first. They are finished a
+//   - the next two panels are prefetched, a few lines a step;
+//   - results bypass the caches: they would push x out, and be fetched first. They are finished a
 //     little in each step, which still costs a tenth of the time.
 // Three panels at a time, or one row tile by four panels, need fewer of x's loads and are a fifth
 // slower.
@@ -35,7 +35,7 @@
 #include "cpu/kernels/tiles.h"
 
 constexpr std::int64_t kFewRows = 4;     // up to here vectors are as fast: weights come from memory
-constexpr std::int64_t kShallow = 2048;  // inputs of which 256 rows stay in the second cache
+constexpr std::int64_t kShallow = 2048;  // inputs; 256 rows of so many stay in L2
 constexpr std::int64_t kWorthKeeping = 3;  // calls that use the weights of kPart inputs
 
 // A format says how rows of x and weights become tiles, and adds a stretch of inputs to the sums:
@@ -43,12 +43,12 @@ constexpr std::int64_t kWorthKeeping = 3;  // calls that use the weights of kPar
 //   step_bytes               of a row of x
 //   kInputs                  of a step
 //   next_stretch(task, first, row_tiles)             all of the block's rows take so many inputs
-//   kPart                    inputs of a stretch whose weights stay in the first cache meanwhile
+//   kPart                    inputs of a stretch whose weights stay in L1 meanwhile
 //   weights_ahead(task, panels, first, length), x_ahead(task, row_tile, first, length)
 //   weights(task, panel, first, last, room)          -> the panel's tiles
 //   accumulate<MT, NR>(task, rows, panels, first, last, weights, sums, stride, beside)
-//   kStreams                 whether it goes through a single tile of rows in a way of its own
-//   flush(): adds on what accumulate has left to be done beside the next tiles
+//   kStreams                 whether a single tile of rows has a separate function
+//   flush(): adds the sums that accumulate left to be added during the next tiles
 // with sums [row tile][panel][16][16], those of a row tile `stride` apart.
 #include "cpu/kernels/tiles_bf16.h"
 //
@@ -68,8 +68,8 @@ inline Vec finish_sum(const LinearTask& task, Vec sum, std::int64_t row, std::in
   return task.bias ? add(sum, load_outputs(task, task.bias, panel)) : sum;
 }
 
-// Results of many rows are more than the second cache holds beside what is multiplied: they go past
-// it, where they are whole cache lines.
+// Results of many rows do not fit L2 beside the operands: they bypass it, where they are whole
+// cache lines.
 constexpr std::int64_t kStreamedRows = 128;
 
 inline bool is_streamed(const LinearTask& task, const void* to, std::int64_t stride) {
@@ -111,8 +111,8 @@ inline void store_input_tile(const LinearTask& next, std::int64_t row, std::int6
   store_line(reinterpret_cast<float*>(tile), input_line(next, y0, y1), is_streamed);
 }
 
-// Some rows and panels whose sums fit the scratch memory. Panels are taken in pairs; of gated ones
-// only the gates are counted.
+// Some rows and panels whose sums fit the scratch memory. Panels are taken in pairs; of a gated
+// pair only the gates are counted.
 struct TileBlock {
   std::int64_t first_row, last_row, first_panel, last_panel;
   std::int64_t up_panels;
@@ -126,7 +126,7 @@ struct TileBlock {
     const std::int64_t panel = first_panel + index * panels_of_pair();
     return {{panel, panel + (up_panels ? up_panels : 1)}};
   }
-  // The second may be one too many.
+  // Whether the second panel exists.
   bool is_whole(const PanelPair& pair) const { return up_panels || pair.panel[1] < last_panel; }
   // Sums: [pair][row tile][2][16 rows][16].
   static std::int64_t sums_at(std::int64_t pair, std::int64_t row_tile) {
@@ -134,10 +134,10 @@ struct TileBlock {
   }
 };
 
-// Takes the complete sums of a block to where they belong, a row at a time: rows of the result are
-// often a power of two apart, and short pieces of many of them would push each other out of caches.
-// A little is done in each step of the next block. What there is to decide is decided once, since
-// every instruction counts there: one lambda for all ways' sums makes an MLP 3 % slower.
+// Stores the complete sums of a block, a row at a time: rows of the result are often a power of two
+// apart, and short pieces of many of them would push each other out of caches. A little is done in
+// each step of the next block. The kind of store is chosen once for a block, since every
+// instruction counts there: one lambda for all kinds makes an MLP 3 % slower.
 template <class Tiles>
 class Finish {
  public:
@@ -240,10 +240,9 @@ class TileProduct {
     const TileSession session(tiles_.step_bytes, task_.rows,
                               Tiles::kStreams && task_.rows <= kRowTile);
     constexpr std::int64_t kMaxRows = kMaxRowTiles * kRowTile;
-    // Few panels at a time where sums are complete at once, so that they are in the second cache
-    // for a short time only; many where rows' inputs come and go a stretch at a time; and four
-    // where there are no more rows than one call takes: their weights are read from one end to the
-    // other.
+    // Few panels at a time where sums are complete after one stretch, so that they are in L2 only
+    // for a short time; many where rows are taken a stretch at a time; and four where all rows fit
+    // one call: then their weights are read from one end to the other.
     const std::int64_t row_tiles =
         std::min(kMaxRows, last_row - first_row + kRowTile - 1) / kRowTile;
     const bool is_whole = tiles_.next_stretch(task_, 0, row_tiles) >= task_.depth;
@@ -277,8 +276,8 @@ class TileProduct {
       const std::int64_t next_first = last < task_.depth ? last : 0, length = last - first;
       const std::int64_t steps = (length + Tiles::kInputs - 1) / Tiles::kInputs;
       for (std::int64_t index = 0; index < pairs; ++index) {
-        // What comes next: the first pair's next stretch, or the next block's first pair. Not where
-        // it is more than fits beside this one.
+        // Prefetch the first pair's next stretch, or the next block's first pair, unless it does
+        // not fit beside this one.
         const bool is_last = index + 1 == pairs;
         const PanelPair next = block.pair(is_last && next_first ? 0 : index + 1);
         if (length <= kShallow)
@@ -321,7 +320,7 @@ class TileProduct {
     finish_.finish_all(task_);
   }
 
-  // Inputs [first, last) of NR panels, for the rows of a block. next_x(row tile): what to ask for.
+  // Inputs [first, last) of NR panels, for the rows of a block. next_x(row tile): x to prefetch.
   template <int NR, class NextX>
   void add_part(const TileBlock& block, const PanelPair& pair, std::int64_t first,
                 std::int64_t last, float* sums, NextX&& next_x) {
@@ -378,12 +377,12 @@ void linear_on_tiles(const LinearTask& task, std::int64_t first_row, std::int64_
       return run(TileProduct<TilesCodes>(task));
     case DType::f32:
     case DType::f16:
-      break;  // f32 was taken above, f16 has no packed format
+      break;  // f32 is handled above, f16 has no packed format
   }
 }
 
-// A stretch of all rows is to stay in the second cache: the rows' shares of it must not lie a power
-// of two apart.
+// A stretch of all rows must stay in L2, so the rows' shares of it must not lie a power of two
+// apart.
 std::int64_t tile_input_stride(const LinearTask& task) {
   if (!takes_tiles(task)) return input_stride(task);
   if (task.format == DType::bf16) return TilesBf16::input_stride(task);
@@ -407,7 +406,7 @@ void prepare_tile_input(const LinearTask& task, std::int64_t row, void* to, cons
 
 #include "cpu/kernels/attention_tiles.h"
 
-// Pieces of many rows, since weights come from beyond the second cache once for each.
+// Pieces of many rows, since weights come from beyond L2 once for each piece.
 inline Kernels with_tiles(Kernels kernels) {
   kernels.input_stride = tile_input_stride;
   kernels.prepare_input = prepare_tile_input;

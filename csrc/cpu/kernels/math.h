@@ -15,7 +15,7 @@ inline void unroll(F&& f, std::integer_sequence<int, J...>) {
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
-// The sum of the lanes, halves onto halves: one order for everybody.
+// The sum of the lanes, halves onto halves: the same order in every instruction set.
 inline float sum_lanes(Vec a) {
   float lane[16];
   store(lane, a);
@@ -69,7 +69,7 @@ inline float exp_negative(float x) {
 // 2^rest is a polynomial fitted to it at Chebyshev nodes with 1 as its first coefficient, so that
 // 2^n is exact.
 inline Vec exp2_negative(Vec x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it becomes whole
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a number added to it becomes whole
   const Vec rounded = add(x, splat(kRound));
   const Vec r = sub(x, sub(rounded, splat(kRound)));
   Vec p = splat(0.00132647273f);
@@ -90,7 +90,7 @@ inline Vec round_to_bf16(Vec x) {
   return as_floats(clear_low_half(add_words(bits, add_words(last, splat_word(0x7fffu)))));
 }
 
-// The last, incomplete 16 numbers of an array, what is missing being `fill`.
+// The last, incomplete 16 numbers of an array; missing ones are `fill`.
 inline Vec load_tail(const float* p, std::int64_t count, float fill) {
   float lane[16];
   for (std::int64_t i = 0; i < 16; ++i) lane[i] = i < count ? p[i] : fill;
@@ -104,7 +104,7 @@ inline void store_tail(float* p, Vec a, std::int64_t count) {
 }
 
 // Calls body(offset, load, store) for every 16 numbers of an array of `count`; `load(p, fill)` and
-// `store(p, value)` know about the incomplete end.
+// `store(p, value)` handle the incomplete end.
 template <class Body>
 inline void for_each_vec(std::int64_t count, Body&& body) {
   std::int64_t i = 0;

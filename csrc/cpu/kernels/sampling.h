@@ -19,7 +19,7 @@ std::uint64_t exp_sum(const float* x, float max_value, std::int64_t count) {
   std::uint64_t lanes[16] = {};
   for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
     float lane[16];
-    // What is missing at the end lies far below every maximum and adds nothing.
+    // Missing numbers at the end are taken far below the maximum and add 0.
     store(lane, exp_negative(sub(load_at(x + i, max_value - 1000.0f), splat(max_value))));
     for (int j = 0; j < 16; ++j) lanes[j] += fixed_point(lane[j]);
   });
@@ -59,7 +59,7 @@ inline float log_positive(float x) {
 
 float log_one(float x) { return log_positive(x); }
 
-// A number from the standard exponential distribution out of 32 random bits, with full relative
+// A number of the standard exponential distribution from 32 random bits, with full relative
 // precision at both ends: small results decide which token wins.
 inline float exponential_variate(std::uint32_t x) {
   constexpr float kUnit = 2.3283064365386963e-10f;  // 2^-32
@@ -72,7 +72,7 @@ inline float exponential_variate(std::uint32_t x) {
   return upper && w <= 0.2929f ? near_one : elsewhere;
 }
 
-// Philox4x32-10 (Salmon et al. 2011): four random words out of a counter and a key.
+// Philox4x32-10 (Salmon et al. 2011): four random words from a counter and a key.
 struct RandomWords {
   std::uint32_t word[4];
 };

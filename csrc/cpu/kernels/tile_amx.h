@@ -1,13 +1,13 @@
 // Tile registers: the AMX instructions themselves. tile_emulated.h has the same functions.
 //
-// Written as asm, since the intrinsics of GCC before 13 do not say that they read memory, and the
-// stores that fill a configuration or a tile are then dropped or moved behind them. It also lets a
+// Written as asm, since the intrinsics of GCC before 13 do not declare that they read memory, and
+// the compiler then drops or delays stores that fill a configuration or a tile. It also lets a
 // template argument be a register's number.
 
 inline void tile_configure(const TileConfig& config) {
   asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
-// Leaves nothing for the system to save when it switches threads.
+// After this the system has no tiles to save when it switches threads.
 inline void tile_release() { asm volatile("tilerelease"); }
 
 template <int T>
@@ -19,7 +19,7 @@ template <int T>
 inline void tile_load(const void* from, std::int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
 }
-// For what the first cache need not keep.
+// For data that need not stay in L1.
 template <int T>
 inline void tile_load_once(const void* from, std::int64_t stride) {
   asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");

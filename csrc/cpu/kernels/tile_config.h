@@ -1,5 +1,5 @@
 // The shapes of the eight tile registers, as LDTILECFG reads them (Intel's Software Developer's
-// Manual, volume 1, chapter on programming with AMX). A register that is not named has no rows.
+// Manual, volume 1, chapter on programming with AMX). Registers that are not set have no rows.
 #pragma once
 
 #include <cstdint>

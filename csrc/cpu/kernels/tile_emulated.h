@@ -1,6 +1,6 @@
-// Tile registers in plain C++, bit for bit what tile_amx.h's instructions do on numbers (of NaNs
-// only that they are NaNs), for machines without them. What the processor would answer with an
-// invalid-opcode or protection fault throws std::logic_error here.
+// Tile registers in plain C++ for machines without them: bit for bit the results of tile_amx.h's
+// instructions (NaNs may have other bits). Where the processor would raise an invalid-opcode or
+// protection fault, these throw std::logic_error.
 
 struct EmulatedTiles {
   TileConfig config;
@@ -34,7 +34,7 @@ inline void tile_configure(const TileConfig& config) {
 
 inline void tile_release() { emulated_tiles() = EmulatedTiles(); }
 
-// The registers, once it is sure that tile `t` may be used.
+// The registers, after checking that tile `t` may be used.
 inline EmulatedTiles& use_tile(int t) {
   EmulatedTiles& tiles = emulated_tiles();
   check_tiles(tiles.is_configured, "used before they are configured, or after their release");
@@ -68,7 +68,7 @@ inline void tile_store(void* to, std::int64_t stride) {
                 tiles.config.row_bytes[T]);
 }
 
-// The registers, once it is sure that Sum (m x n), X (m x k) and W (k x n) fit together.
+// The registers, after checking that Sum (m x n), X (m x k) and W (k x n) fit together.
 template <int Sum, int X, int W>
 inline EmulatedTiles& use_product() {
   static_assert(Sum != X && X != W && Sum != W, "a product takes three different tiles");
@@ -97,7 +97,7 @@ inline float emulated_add(float x, float y) {
 }
 
 // TDPBF16PS: the even and the odd elements' products are summed apart, each by fused multiply-adds
-// in order from zero; the two sums are added; that is added to what was there.
+// in order from zero; the two sums are added, and the result is added to the tile.
 template <int Sum, int X, int W>
 inline void tile_dot_bf16() {
   EmulatedTiles& tiles = use_product<Sum, X, W>();

@@ -1,11 +1,11 @@
-// What products and attention on tile registers share: scratch memory, the registers' shapes, and
+// Shared by products and attention on tile registers: scratch memory, the registers' shapes, and
 // the loop that multiplies.
 
 constexpr std::int64_t kRowTile = kTileRows;
-// What one call sums up at a time: so much memory for sums.
+// The most that one call sums up at a time: the size of the memory for sums.
 constexpr std::int64_t kMaxRowTiles = 16, kMaxPanels = 32;
 constexpr std::int64_t kTileSums = kRowTile * kLanes;
-constexpr std::int64_t kMaxStretch = 1024;  // inputs, with what is added to fill the steps
+constexpr std::int64_t kMaxStretch = 1024;  // inputs, with the padding of steps
 
 struct TileScratch {
   // While the sums of some rows and panels are finished, those of the next grow.
@@ -14,7 +14,7 @@ struct TileScratch {
 };
 constexpr std::size_t kTileScratchBytes = std::max(sizeof(TileScratch), std::size_t{2} << 20);
 
-// In large pages, as what meets there.
+// In large pages, as the operands.
 inline TileScratch& tile_scratch() {
   struct Free {
     void operator()(TileScratch* scratch) const { release(scratch, kTileScratchBytes); }
@@ -26,7 +26,7 @@ inline TileScratch& tile_scratch() {
 
 // Tiles 0 to 3 are sums, 4 and 5 of X, 6 and 7 of W. Configured anew in each call, which costs some
 // hundred cycles: another library may have used the registers of this thread in between. Released
-// after it, since the system saves what is in use whenever it switches threads.
+// after it, since the system saves registers in use whenever it switches threads.
 class TileSession {
  public:
   // rows: of x. Fewer than a tile has take less time. streams: tile 5 is of W as well.
@@ -59,8 +59,8 @@ struct DotBytes {
 };
 
 // Adds `steps` steps to the sums of MX tiles of x and NW panels. A tile of either is 16 *
-// step_bytes long, and the next step's lies behind it. beside(step) is called in each step: what it
-// does goes on while the tiles multiply.
+// step_bytes long, and the next step's follows it. beside(step) is called in each step: its work
+// overlaps with the tiles' products.
 template <class Dot, int MX, int NW, class Beside>
 inline void multiply_tiles(const unsigned char* const* x, const unsigned char* const* w,
                            std::int64_t steps, std::int64_t step_bytes, Beside&& beside) {
@@ -91,13 +91,13 @@ inline void each_sum(F&& f) {
   unroll(one, std::make_integer_sequence<int, 4>{});
 }
 
-// Two arrays of so many bytes that are needed soon.
+// Two arrays of so many bytes to prefetch.
 struct AheadOf {
   const unsigned char *first, *second;
   std::int64_t bytes;
 };
 
-// Asks for them, a little in each step: at once, it would be in the way.
+// Prefetches them, a little in each step: all at once would delay other loads.
 class AskAhead {
  public:
   AskAhead() = default;
@@ -124,7 +124,7 @@ class AskAhead {
   std::int64_t left_ = 0, a_step_ = 0;
 };
 
-// Two panels that are taken together: neighbours, or gates and what they let through.
+// Two panels that are taken together: neighbours, or a gate's and its up's.
 struct PanelPair {
   std::int64_t panel[2];
 };

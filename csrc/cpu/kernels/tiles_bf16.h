@@ -9,8 +9,7 @@ struct TilesBf16 {
 
   explicit TilesBf16(const LinearTask&) {}
 
-  // All inputs, where those of 256 rows leave room for weights in the second cache, or weights are
-  // read once.
+  // All inputs, if 256 rows of them leave room for weights in L2, or if weights are read only once.
   static std::int64_t next_stretch(const LinearTask& task, std::int64_t first,
                                    std::int64_t row_tiles) {
     if (task.depth <= kShallow || row_tiles <= kRowTiles) return task.depth;

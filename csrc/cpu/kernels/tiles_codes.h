@@ -1,22 +1,22 @@
-// Products with int4 weights on tiles of bf16, whatever the number of rows. It is another
-// definition than the whole numbers of linear_integer.h, since a tile of bytes is half empty in
-// groups of 32 inputs, and folding its sums takes longer than multiplying:
+// Products with int4 weights on tiles of bf16, for any number of rows. The definition differs from
+// the whole numbers of linear_integer.h, since in groups of 32 inputs a tile of bytes would be half
+// empty, and scaling and adding its sums would take longer than multiplying:
 //
 //   out = sum over blocks of scale * S,   S = sum over the block's inputs of bf16(x) * level
 //
-// with blocks as in linear_integer.h: at most 512 inputs, all of one group. Levels, zero point
-// taken off, are whole numbers below 256 and so are exact in bf16. S adds up 32 inputs at a time,
-// in two chains that are added at their end (TDPBF16PS), and meets its scale in one fused
-// multiply-add.
+// with blocks as in linear_integer.h: at most 512 inputs, all of one group. Levels less zero points
+// are whole numbers below 256 and so exact in bf16. S adds up 32 inputs at a time, in two chains
+// that are added at their end (TDPBF16PS). One fused multiply-add multiplies S by its scale and
+// adds it to the output.
 //
-// Codes become bf16 in scratch memory, once for a stretch of two panels and all rows of a block: of
+// Codes become bf16 in scratch memory, once for a stretch of two panels and all rows of a block. Of
 // the eight codes of a word two are looked up at once, those of inputs 0 and 2, 1 and 3, 4 and 6, 5
-// and 7, and so x lies in that order. A block's sums (often of 32 inputs: one product) are stored,
-// and while the next ones are multiplied, vectors multiply them by their scales and add them on: a
-// few blocks at a time, so that what they are added to is loaded and stored once for all of them.
+// and 7, and so x is stored in that order. A block's sums (often of 32 inputs: one product) are
+// stored, and while the next ones are multiplied, vectors multiply them by their scales and add
+// them to the total: a few blocks at a time, so that the total is loaded and stored once for them.
 //
-// A single row looks levels up as float32 and adds up the same chains: it fills a 16th of a tile,
-// and vectors are nearly as fast as memory.
+// A single row looks levels up as float32 and adds up the same chains: it would fill a 16th of a
+// tile, and vectors are nearly as fast as memory.
 
 struct Codes4 {
   float level[16];
@@ -27,13 +27,13 @@ struct Codes4 {
   }
 };
 
-// Of a panel and group: what its 16 outputs' sums are multiplied by, and their zero points.
+// The scales of a panel's 16 outputs for one group.
 inline Vec load_scales(const LinearTask& task, std::int64_t panel, std::int64_t group) {
   const std::int64_t at = (panel * task.num_groups + group) * kLanes;
   return task.scale_type == DType::bf16 ? load(static_cast<const std::uint16_t*>(task.scales) + at)
                                         : load(static_cast<const float*>(task.scales) + at);
 }
-// Of the groups that are needed soon: so many numbers on.
+// Prefetches the scales of groups so many numbers ahead.
 inline void prefetch_scales(const LinearTask& task, std::int64_t panel, std::int64_t group,
                             std::int64_t soon) {
   const std::int64_t bytes = task.scale_type == DType::bf16 ? 2 : 4;
@@ -86,7 +86,7 @@ struct FormatCodes {
           for (int n = 0; n < NR; ++n) {
             const std::uint32_t* word = words + n * panel_words + at;
             prefetch(words + n * panel_words + soon);
-            // Each byte comes to the front by being loaded from where it is: fewer shifts.
+            // Each byte is loaded into the lowest place from its own address: fewer shifts.
             const Words bytes[4] = {load_words(word), load_words_at<1>(word),
                                     load_words_at<2>(word), load_words_at<3>(word)};
             const auto add_input = [&](auto input) {
@@ -118,7 +118,7 @@ struct FormatCodes {
   static Vec finish(const LinearTask&, Vec sum, std::int64_t, std::int64_t) { return sum; }
 };
 
-// A panel that is gone through alone, and where its sums grow: [16 rows][16].
+// A panel that is read alone, and its sums, [16 rows][16].
 struct StreamedPanel {
   std::int64_t panel;
   float* sums;
@@ -132,7 +132,7 @@ struct TilesCodes {
   static constexpr std::int64_t kLongStretch = 1024;  // of no more rows than one call takes
   static constexpr std::int64_t kPart = kLongStretch;
   static constexpr std::int64_t kWidenAhead = 2;  // steps
-  static constexpr int kBatch = 4;  // blocks whose sums wait to be added on, and steps that makes
+  static constexpr int kBatch = 4;  // blocks, and steps, whose sums are added together
   const std::int64_t step_bytes = kTileRowBytes, steps;
 
   explicit TilesCodes(const LinearTask& task) : steps(task.depth / kInputs) {
@@ -166,7 +166,7 @@ struct TilesCodes {
     return TilesBf16::x_ahead(task, row_tile, first, length);
   }
 
-  // Room that accumulate fills when it is called for the first rows.
+  // Memory that accumulate fills when it is called for the first rows.
   static const unsigned char* weights(const LinearTask&, std::int64_t, std::int64_t, std::int64_t,
                                       unsigned char* room) {
     return room;
@@ -207,12 +207,12 @@ struct TilesCodes {
         at += count;
         k = end;
       }
-      flush_one(1 - turn_);  // what was not added beside the tiles
+      flush_one(1 - turn_);  // sums that were not added during the tiles' products
       turn_ = 1 - turn_;
     }
   }
 
-  // One tile of rows through all inputs of up to four panels: nothing but reading codes takes time.
+  // One tile of rows through all inputs of up to four panels: only reading codes takes time.
   void stream(const LinearTask& task, std::int64_t row_tile, std::int64_t rows,
               const StreamedPanel* panels, int count, unsigned char* room) {
     const auto run = [&](auto num_panels) {
@@ -223,13 +223,13 @@ struct TilesCodes {
     for (int i = 0; i < count; ++i, ++panels) run(std::integral_constant<int, 1>{});
   }
 
-  // Adds on what waits.
+  // Adds the sums that are still stored.
   void flush() { flush_one(1 - turn_); }
 
   static Vec finish(const LinearTask&, Vec sum, std::int64_t, std::int64_t) { return sum; }
 
  private:
-  // Some blocks' sums of MT x NR tiles, on their way to the sums of all blocks.
+  // Some blocks' sums of MT x NR tiles, still to be added to the sums of all blocks.
   struct Batch {
     const LinearTask* task = nullptr;
     PanelPair pair{};
@@ -258,7 +258,7 @@ struct TilesCodes {
       return memory + (index * 4 + m * 2 + n) * kTileSums;
     }
 
-    // One tile of all its blocks; false where there is none left.
+    // Adds one tile of all its blocks; false if none is left.
     bool add_tile() {
       if (done == num_tiles) return false;
       const int m = done / panels, n = done % panels;
@@ -370,7 +370,7 @@ struct TilesCodes {
       ++widened_group_;
     }
 
-    // The block before the one that is being multiplied: its sums lie in the other room.
+    // Adds the block before the one being multiplied; its sums are in the other buffer.
     void add_block() const {
       OCTAVO_UNROLL
       for (int n = 0; n < NR; ++n) {

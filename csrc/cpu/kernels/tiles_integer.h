@@ -1,5 +1,5 @@
-// Products of int8 weights on tile registers: linear_tiles.h has the layout, linear_integer.h what
-// the numbers are and why a block is 512 inputs.
+// Products of int8 weights on tile registers: linear_tiles.h has the layout, linear_integer.h the
+// definition, and why a block is 512 inputs.
 
 // Steps of whole numbers: a row's last one may be half empty.
 struct IntegerSteps {
@@ -44,7 +44,7 @@ struct TilesInt8 {
             Steps::count(length) * kTileBytes};
   }
 
-  // As they lie, or with zeros that fill the last step.
+  // The stored weights, or a copy with zeros that fill the last step.
   static const unsigned char* weights(const LinearTask& task, std::int64_t panel,
                                       std::int64_t first, std::int64_t last, unsigned char* room) {
     const auto* from = reinterpret_cast<const unsigned char*>(words_of(task, panel, first));
@@ -111,7 +111,7 @@ struct TilesInt8 {
   }
 };
 
-// A row of x, as its tiles hold it: high bytes, and low ones of 16-bit codes.
+// Writes a row of x in the layout of its tiles: high bytes, and low ones of 16-bit codes.
 inline void prepare_integer_tile(const LinearTask& task, std::int64_t row, unsigned char* to,
                                  const float* x, std::int64_t inputs) {
   constexpr std::int64_t kInputs = IntegerSteps::kInputs;

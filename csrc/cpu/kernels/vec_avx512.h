@@ -44,7 +44,7 @@ inline Vec scale_exponent(Vec y, Vec n) {
   const __m512i exponent = _mm512_slli_epi32(_mm512_cvttps_epi32(n.v), 23);
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y.v), exponent))};
 }
-// A whole cache line on its way to memory past the caches; stream_fence() before others read it.
+// Stores a whole cache line to memory past the caches; stream_fence() before other threads read it.
 inline void stream(float* p, Vec x) { _mm512_stream_ps(p, x.v); }
 inline void stream_fence() { _mm_sfence(); }
 // 16 bf16 numbers.
@@ -81,7 +81,7 @@ struct Words {
 };
 
 inline Words load_words(const std::uint32_t* p) { return {_mm512_loadu_si512(p)}; }
-// From so many bytes on.
+// Loads the words from a place so many bytes further.
 template <int N>
 inline Words load_words_at(const std::uint32_t* p) {
   return {_mm512_loadu_si512(reinterpret_cast<const unsigned char*>(p) + N)};
@@ -126,8 +126,7 @@ inline ByteTable load_byte_table(const std::uint8_t* p) {
 inline Words look_up_bytes(const ByteTable& table, Words x) {
   return {_mm512_shuffle_epi8(table.entries, x.v)};
 }
-// 16 numbers to choose from, or 32 halves of words; the lower four or five bits of what is looked
-// up count.
+// 16 numbers to choose from, or 32 halves of words; the lower four or five bits of an index count.
 struct FloatTable {
   __m512 entries;
 };
@@ -146,7 +145,7 @@ template <int N>
 inline Words shift_halves_right(Words x) {
   return {_mm512_srli_epi16(x.v, N)};
 }
-// Halves of words, put where `places` says they come from.
+// Half i of the result is half places[i] of x.
 inline Vec permute_halves(Vec x, const std::uint16_t* places) {
   return {_mm512_castsi512_ps(
       _mm512_permutexvar_epi16(_mm512_loadu_si512(places), _mm512_castps_si512(x.v)))};

@@ -16,7 +16,7 @@ struct Vec {
   float32x4_t v[4];  // lanes 4i .. 4i + 3
 };
 
-// f(0) .. f(3) side by side.
+// f(0) .. f(3) as one vector.
 template <class F>
 inline Vec each_quarter(F&& f) {
   return {{f(0), f(1), f(2), f(3)}};
@@ -48,7 +48,7 @@ inline Vec div(Vec x, Vec y) {
 inline Vec fma(Vec x, Vec y, Vec z) {
   return each_quarter([&](int i) { return vfmaq_f32(z.v[i], x.v[i], y.v[i]); });
 }
-// x > y ? x : y; NEON's own maximum takes the NaN, and the other zero.
+// x > y ? x : y; NEON's own maximum differs for NaNs and for zeros of either sign.
 inline Vec max(Vec x, Vec y) {
   return each_quarter([&](int i) { return vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i]); });
 }

@@ -1,4 +1,4 @@
-// 16 lanes in plain C++: runs everywhere, and compilers turn most of it into what SIMD there is.
+// 16 lanes in plain C++: runs everywhere, and compilers turn most of it into SIMD instructions.
 
 constexpr int kNumRegisters = 16;
 // Tiles of the matrix products, rows x panels, so that the sums fit the registers: fused

@@ -89,8 +89,8 @@ std::int64_t few_tokens(std::int64_t num_seqs, std::int64_t group) {
 
 // Few sequences have many splits each, many sequences have few: the most bytes are somewhere
 // between, so every number of sequences is tried.
-std::size_t attention_workspace_bytes(const Stream& stream, const ModelSpec& spec,
-                                      const StepLimits& limits) {
+std::size_t CudaBackend::attention_workspace_bytes(const ModelSpec& spec,
+                                                   const StepLimits& limits) const {
   std::size_t most_bytes = 0;
   // A table may be padded to the next power of two of blocks.
   const std::int64_t max_context = 2 * limits.max_model_len + 4096;
@@ -99,7 +99,7 @@ std::size_t attention_workspace_bytes(const Stream& stream, const ModelSpec& spe
     for (std::int64_t seqs = 1; seqs <= limits.max_num_seqs; ++seqs) {
       for (std::int64_t tokens = 1; tokens <= few_tokens(seqs, group); ++tokens) {
         const DecodePlan plan = plan_decode(seqs, tokens, group, layer.num_kv_heads, layer.head_dim,
-                                            max_context, stream.num_processors());
+                                            max_context, stream_.num_processors());
         most_bytes = std::max(most_bytes, std::min(plan.bytes, kMostPartialBytes));
       }
     }
@@ -107,8 +107,8 @@ std::size_t attention_workspace_bytes(const Stream& stream, const ModelSpec& spe
   return kCounterBytes + most_bytes;
 }
 
-void attention(Stream& stream, View out, View q, const LayerSpec& layer, float scale,
-               const KvLayer& kv, const Step& step, Workspace& workspace) {
+void CudaBackend::attention(View out, View q, const LayerSpec& layer, float scale,
+                            const KvLayer& kv, const Step& step) {
   require(q.cols == layer.q_size() && out.cols == layer.q_size(), "q has ", q.cols,
           " columns and out ", out.cols, "; expected ", layer.q_size());
   require(q.dtype == out.dtype && (q.dtype == DType::f32 || bits_of(q.dtype) == 16), "q is ",
@@ -117,7 +117,7 @@ void attention(Stream& stream, View out, View q, const LayerSpec& layer, float s
           layer.num_heads, " heads; expected a multiple of ", layer.num_kv_heads);
   if (step.num_tokens == 0) return;
   const AttentionArguments a = arguments_of(out, q, layer, scale, kv, step);
-  if (!can_use_tensor_cores(out, q, layer, scale, kv)) return attend_simply(stream, q.dtype, a);
+  if (!can_use_tensor_cores(out, q, layer, scale, kv)) return attend_simply(stream_, q.dtype, a);
 
   // How many tokens each sequence brings is known on the device alone. Where all may bring the same
   // few, the decode kernel takes them all; if they do not, it takes longer. Else each kernel takes
@@ -129,19 +129,20 @@ void attention(Stream& stream, View out, View q, const LayerSpec& layer, float s
   if (all_few || step.num_seqs > 1) {
     DecodePlan plan =
         plan_decode(step.num_seqs, all_few ? tokens : 1, a.group, layer.num_kv_heads,
-                    layer.head_dim, step.max_blocks * kv.block_size, stream.num_processors());
+                    layer.head_dim, step.max_blocks * kv.block_size, stream_.num_processors());
     if (plan.bytes > kMostPartialBytes) {
       plan.work.workers = 1;
       plan.bytes = 0;
     }
     plan.work.max_tokens = all_few ? 0 : static_cast<int>(kFewTokens);
-    auto* memory = static_cast<unsigned char*>(workspace.get(kCounterBytes + plan.bytes));
+    auto* memory =
+        static_cast<unsigned char*>(attention_workspace_.get(kCounterBytes + plan.bytes));
     plan.work.counters = reinterpret_cast<std::int32_t*>(memory);
     plan.work.partials = reinterpret_cast<float*>(memory + kCounterBytes);
-    attend_few(stream, q.dtype, a, plan.work);
+    attend_few(stream_, q.dtype, a, plan.work);
   }
   if (!all_few)
-    attend_many(stream, q.dtype, a, step.num_seqs > 1 ? static_cast<int>(kFewTokens) : 0);
+    attend_many(stream_, q.dtype, a, step.num_seqs > 1 ? static_cast<int>(kFewTokens) : 0);
 }
 
 }  // namespace octavo::cuda

@@ -1,8 +1,8 @@
 // What the attention kernels share: their arguments, and where a sequence's rows and keys are.
 #pragma once
 
+#include "cuda/backend.h"
 #include "cuda/device/launch.cuh"
-#include "cuda/kernels.h"
 #include "cuda/layout/kv_layout.cuh"
 
 namespace octavo::cuda {

@@ -12,8 +12,8 @@
 // which no rounding depends: each weight rounds as the definition's does.
 //
 // (Tiling and online softmax: Dao 2023, arXiv 2307.08691; splitting a long context: Flash-Decoding,
-// Dao et al. 2023. That tiles and splits have fixed places and a fixed order is what DESIGN.md's
-// promise of batch invariance asks for.) A tile that a row does not see leaves it as it is; hence
+// Dao et al. 2023. Tiles and splits have fixed places and a fixed order, so that a row's bits do
+// not depend on its batch: docs/cuda.md.) A tile that a row does not see leaves it as it is; hence
 // rows may be computed together with any others.
 //
 // Rows of the 16 x 8 x 16 products are query rows: (token, head of the group), token by token. The

@@ -10,7 +10,7 @@
 
 namespace octavo::cuda {
 
-// The device failed: the message names what was tried and what it answered.
+// The device failed: the message names what was tried and the device's error.
 class DeviceError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -58,9 +58,9 @@ class Stream {
 // Throws std::bad_alloc (MemoryError in Python) that says what was asked for and what is free.
 void* allocate_on(const Stream& stream, std::size_t bytes);
 
-// Device memory for what an op keeps between its kernels. Grows when asked for more than ever
-// before; the backend asks for the most that can come before the first step, so that it never does
-// in one (recorded graphs hold its address).
+// Device memory for what an op keeps between its kernels. It grows when more than ever is asked
+// for; the backend asks for the largest step's before the first one, so that no step makes it grow
+// (recorded graphs hold its address).
 class Workspace {
  public:
   explicit Workspace(Stream& stream) : stream_(stream) {}

@@ -1,7 +1,7 @@
 // The ops that touch each number once: activations, copied rows.
+#include "cuda/backend.h"
 #include "cuda/elementwise/activation.cuh"
 #include "cuda/elementwise/elementwise.cuh"
-#include "cuda/kernels.h"
 
 namespace octavo::cuda {
 
@@ -87,7 +87,7 @@ void launch_copy(Stream& stream, View out, View x, const std::int32_t* rows) {
 
 }  // namespace
 
-void gated_activation(Stream& stream, View out, View x, Activation activation, bool gated) {
+void CudaBackend::gated_activation(View out, View x, Activation activation, bool gated) {
   require_shape("gated_activation", x, out.rows, gated ? 2 * out.cols : out.cols);
   require_same_dtype("gated_activation", out, x);
   if (out.rows == 0 || out.cols == 0) return;
@@ -100,12 +100,12 @@ void gated_activation(Stream& stream, View out, View x, Activation activation, b
                         fours_aligned(out) && fours_aligned(x) && (!gated || out.cols % 4 == 0)};
   const dim3 grid = dims(out.rows, ceil_div(out.cols, 4 * kActivationGroups * kActivationThreads));
   for_type("gated_activation", out.dtype, [&](auto zero) {
-    launch(stream, "activate_rows", {grid, kActivationThreads, 0, true},
+    launch(stream_, "activate_rows", {grid, kActivationThreads, 0, true},
            activation_kernel<decltype(zero)>(activation), a);
   });
 }
 
-void take_rows(Stream& stream, View out, View x, const std::int32_t* rows) {
+void CudaBackend::take_rows(View out, View x, const std::int32_t* rows) {
   require_shape("take_rows", x, x.rows, out.cols);
   require_same_dtype("take_rows", out, x);
   if (out.rows == 0 || out.cols == 0) return;
@@ -117,11 +117,11 @@ void take_rows(Stream& stream, View out, View x, const std::int32_t* rows) {
            at % static_cast<std::uintptr_t>(bytes) == 0;
   };
   if (fits(16))
-    launch_copy<uint4>(stream, out, x, rows);
+    launch_copy<uint4>(stream_, out, x, rows);
   else if (fits(4))
-    launch_copy<std::uint32_t>(stream, out, x, rows);
+    launch_copy<std::uint32_t>(stream_, out, x, rows);
   else
-    launch_copy<std::uint16_t>(stream, out, x, rows);
+    launch_copy<std::uint16_t>(stream_, out, x, rows);
 }
 
 }  // namespace octavo::cuda

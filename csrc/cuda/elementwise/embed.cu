@@ -4,8 +4,8 @@
 // of 16 bytes (f32: two of them, int8: 8 bytes, int4: 4) brings them. A row of 2048 bf16 numbers is
 // one load a thread. Moves a row of the table and a float32 row.
 
+#include "cuda/backend.h"
 #include "cuda/elementwise/elementwise.cuh"
-#include "cuda/kernels.h"
 #include "cuda/layout/weights.cuh"
 
 namespace octavo::cuda {
@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(kThreads) embed_rows(EmbedArguments a) {
 
 }  // namespace
 
-void embed(Stream& stream, View out, const Linear& table, const Linear* positions,
-           const Step& step) {
+void CudaBackend::embed(View out, const Linear& table, const Linear* positions, const Step& step) {
   require_shape("embed", out, step.num_tokens, table.inputs);
   require_f32("embed", out);
   require(!positions || positions->inputs == table.inputs, "the position table has ",
@@ -97,7 +96,7 @@ void embed(Stream& stream, View out, const Linear& table, const Linear* position
   a.positions = positions ? step.positions : nullptr;
   a.sampled = step.sampled;
   const dim3 grid = dims(out.rows, ceil_div(out.cols, kEach * kThreads));
-  launch(stream, "embed_rows", {grid, kThreads, 0, true}, embed_rows, a);
+  launch(stream_, "embed_rows", {grid, kThreads, 0, true}, embed_rows, a);
 }
 
 }  // namespace octavo::cuda

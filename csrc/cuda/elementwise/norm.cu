@@ -1,7 +1,7 @@
 // Norms, alone and fused with the addition before them.
+#include "cuda/backend.h"
 #include "cuda/elementwise/elementwise.cuh"
 #include "cuda/elementwise/norm.cuh"
-#include "cuda/kernels.h"
 
 namespace octavo::cuda {
 
@@ -122,14 +122,14 @@ void launch_norm(Stream& stream, const char* op, View out, View residual, const 
 
 }  // namespace
 
-void norm(Stream& stream, View out, View x, const Norm& norm) {
-  launch_norm(stream, "norm", out, x, nullptr, norm);
+void CudaBackend::norm(View out, View x, const Norm& norm) {
+  launch_norm(stream_, "norm", out, x, nullptr, norm);
 }
 
-void add_norm(Stream& stream, View out, View residual, View x, const Norm& norm) {
+void CudaBackend::add_norm(View out, View residual, View x, const Norm& norm) {
   require_shape("add_norm", x, out.rows, out.cols);
   require_same_dtype("add_norm", out, x);
-  launch_norm(stream, "add_norm", out, residual, &x, norm);
+  launch_norm(stream_, "add_norm", out, residual, &x, norm);
 }
 
 }  // namespace octavo::cuda

@@ -86,8 +86,8 @@ OCTAVO_DEVICE float warp_sums(const float (&values)[4], int lane) {
   return sum;
 }
 
-// After it. A warp does the work of several of norm_rows, four at a time, whose loads are under way
-// at once. Rows are read twice, the second time from the first-level cache.
+// After the wait. A warp does the work of several of norm_rows, four at a time, whose loads are
+// under way at once. Rows are read twice, the second time from the first-level cache.
 template <class T>
 OCTAVO_DEVICE void finish_norm(const RowsToNorm& a, unsigned char* shared) {
   constexpr int kLanes = static_cast<int>(kWarp), kAtOnce = 4;

@@ -1,9 +1,9 @@
 // Rotary position embedding of q and k, and storing k and v in the paged cache.
 
+#include "cuda/backend.h"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/elementwise/rope.cuh"
-#include "cuda/kernels.h"
 
 namespace octavo::cuda {
 
@@ -176,10 +176,10 @@ bool can_be_wide(View qkv, const RopeArguments& a) {
 
 }  // namespace
 
-void rope_and_store(Stream& stream, View qkv, const Rope* rope, const LayerSpec& layer,
-                    const KvLayer& kv, const Step& step) {
-  require(qkv.cols == layer.q_size() + 2 * layer.kv_size(), "qkv has ", qkv.cols,
-          " columns; expected ", layer.q_size() + 2 * layer.kv_size());
+void CudaBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
+                                 const Step& step) {
+  require(qkv.cols == layer.qkv_size(), "qkv has ", qkv.cols, " columns; expected ",
+          layer.qkv_size());
   require(!rope || layer.head_dim % 2 == 0, "head_dim is ", layer.head_dim,
           "; only an even one can be rotated");
   if (step.num_tokens == 0) return;
@@ -188,13 +188,13 @@ void rope_and_store(Stream& stream, View qkv, const Rope* rope, const LayerSpec&
   if (can_be_wide(qkv, a)) {
     const dim3 grid = dims(step.num_tokens, ceil_div(heads * (a.head_dim / 16), kWideThreads));
     return for_16_bits(qkv.dtype, [&](auto zero) {
-      launch(stream, "rope_and_store", {grid, kWideThreads, 0, true},
+      launch(stream_, "rope_and_store", {grid, kWideThreads, 0, true},
              rope_and_store_wide_kernel<decltype(zero)>, a);
     });
   }
   const dim3 grid = dims(step.num_tokens, ceil_div(heads, kHeadsPerBlock));
   for_type("rope_and_store", qkv.dtype, [&](auto zero) {
-    launch(stream, "rope_and_store", {grid, kWarp * kHeadsPerBlock, 0, true},
+    launch(stream_, "rope_and_store", {grid, kWarp * kHeadsPerBlock, 0, true},
            rope_and_store_kernel<decltype(zero)>, a);
   });
 }

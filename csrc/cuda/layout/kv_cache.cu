@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "cuda/backend.h"
 #include "cuda/device/launch.cuh"
-#include "cuda/kernels.h"
 #include "cuda/layout/kv_layout.cuh"
 
 namespace octavo::cuda {
@@ -40,19 +40,20 @@ __global__ void copy_blocks_kernel(unsigned char* data, std::int64_t block_bytes
 
 }  // namespace
 
-std::int64_t kv_block_bytes(const LayerSpec& layer, DType dtype, std::int64_t block_size) {
+std::int64_t CudaBackend::kv_block_bytes(const LayerSpec& layer, DType dtype,
+                                         std::int64_t block_size) const {
   return make_layout(dtype, block_size, layer.num_kv_heads, layer.head_dim).block_bytes;
 }
 
-void read_kv(Stream& stream, const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
-             std::vector<float>& values) {
+void CudaBackend::read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
+                          std::vector<float>& values) {
   const KvLayout layout = layout_of(kv);
   const std::int64_t num_blocks = ceil_div(num_slots, kv.block_size);
   std::vector<unsigned char> bytes(static_cast<std::size_t>(num_blocks * layout.block_bytes));
-  check(
-      cudaMemcpyAsync(bytes.data(), kv.data, bytes.size(), cudaMemcpyDeviceToHost, stream.handle()),
-      "copying the KV cache from the device");
-  stream.sync();
+  check(cudaMemcpyAsync(bytes.data(), kv.data, bytes.size(), cudaMemcpyDeviceToHost,
+                        stream_.handle()),
+        "copying the KV cache from the device");
+  stream_.sync();
   keys.clear();
   values.clear();
   for (std::int64_t slot = 0; slot < num_slots; ++slot) {
@@ -73,15 +74,14 @@ void read_kv(Stream& stream, const KvLayer& kv, std::int64_t num_slots, std::vec
 }
 
 // In the order of the list, as if one after the other: a block may be copied to and then from.
-void copy_blocks(Stream& stream, const KvLayer& kv, const std::int32_t* pairs,
-                 std::int64_t num_pairs) {
+void CudaBackend::copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) {
   const std::int64_t block_bytes = layout_of(kv).block_bytes;
   constexpr unsigned kThreads = 128;
   const std::int64_t blocks = std::min(ceil_div(block_bytes / 16, kThreads), std::int64_t{64});
   BlockPairs batch;
   const auto flush = [&] {
     if (batch.count == 0) return;
-    launch(stream, "copy_blocks", {dims(batch.count, blocks), kThreads, 0, true},
+    launch(stream_, "copy_blocks", {dims(batch.count, blocks), kThreads, 0, true},
            copy_blocks_kernel, static_cast<unsigned char*>(kv.data), block_bytes, batch);
     batch.count = 0;
   };

@@ -6,9 +6,9 @@
 
 #include <algorithm>
 
+#include "cuda/backend.h"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/reduce.cuh"
-#include "cuda/kernels.h"
 #include "cuda/layout/weights.cuh"
 
 namespace octavo::cuda {
@@ -212,8 +212,8 @@ Matrix matrix_of(const Linear& linear) {
   return matrix;
 }
 
-Linear make_linear(Backend& backend, std::int64_t outputs, std::int64_t inputs,
-                   const WeightFormat& format, bool with_bias) {
+Linear CudaBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
+                                const WeightFormat& format, bool with_bias) {
   constexpr std::int64_t kMost = std::int64_t{1} << 31;
   require(outputs < kMost && inputs < kMost, "a matrix is ", outputs, " x ", inputs,
           "; expected less than 2^31 either way");
@@ -225,14 +225,14 @@ Linear make_linear(Backend& backend, std::int64_t outputs, std::int64_t inputs,
   linear.inputs = inputs;
   linear.format = format;
   // How they are kept from here on.
-  if (backend.activation_dtype() == DType::f32)
+  if (options_.dtype == DType::f32)
     linear.format.scale_dtype = DType::f32;
   else if (format.scale_dtype != DType::bf16)
     linear.format.scale_dtype = DType::f16;
   const Matrix matrix = matrix_of(linear);
   require(128 * matrix.row_bytes < kMost, "a matrix of ", outputs, " x ", inputs, " is too large");
   const auto buffer = [&](std::int64_t bytes) {
-    return Buffer(&backend, static_cast<std::size_t>(bytes));
+    return Buffer(this, static_cast<std::size_t>(bytes));
   };
   linear.weight = buffer(outputs * matrix.row_bytes);
   const std::int64_t per_scale = bits_of(linear.format.scale_dtype) / 8;
@@ -244,8 +244,7 @@ Linear make_linear(Backend& backend, std::int64_t outputs, std::int64_t inputs,
   return linear;
 }
 
-void pack_rows(Stream& stream, Linear& linear, std::int64_t first_row, const HostMatrix& rows,
-               Workspace& workspace) {
+void CudaBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) {
   const DType format = linear.format.dtype;
   const bool is_float = rows.dtype != DType::int8 && rows.dtype != DType::int4;
   require(rows.dtype == format || (is_float && format != DType::int4), "a matrix of format ",
@@ -260,36 +259,36 @@ void pack_rows(Stream& stream, Linear& linear, std::int64_t first_row, const Hos
   for (std::int64_t begin = 0; begin < rows.rows; begin += piece_rows) {
     const std::int64_t count = rows.rows - begin < piece_rows ? rows.rows - begin : piece_rows;
     const std::size_t bytes = static_cast<std::size_t>(count) * row_bytes;
-    void* raw = workspace.get(bytes);
+    void* raw = pack_workspace_.get(bytes);
     const auto* from =
         static_cast<const unsigned char*>(rows.data) + static_cast<std::size_t>(begin) * row_bytes;
-    check(cudaMemcpyAsync(raw, from, bytes, cudaMemcpyHostToDevice, stream.handle()),
+    check(cudaMemcpyAsync(raw, from, bytes, cudaMemcpyHostToDevice, stream_.handle()),
           "copying weights to the device");
-    pack_piece(stream, matrix, first_row + begin,
+    pack_piece(stream_, matrix, first_row + begin,
                {raw, rows.dtype, static_cast<int>(count), matrix.inputs});
   }
-  stream.sync();  // the caller's memory may go
+  stream_.sync();  // the caller's memory may go
 }
 
-void pack_scales(Stream& stream, Linear& linear, std::int64_t first_row, std::int64_t rows,
-                 const float* scales) {
+void CudaBackend::pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
+                              const float* scales) {
   if (linear.format.dtype == DType::int4) {
-    pack_grouped(stream, linear, linear.scales, linear.format.scale_dtype, first_row, rows, scales,
+    pack_grouped(stream_, linear, linear.scales, linear.format.scale_dtype, first_row, rows, scales,
                  [](float scale) { return scale; });
     return;
   }
   check(cudaMemcpyAsync(linear.scales.as<float>() + first_row, scales,
                         static_cast<std::size_t>(rows) * sizeof(float), cudaMemcpyHostToDevice,
-                        stream.handle()),
+                        stream_.handle()),
         "copying scales to the device");
-  stream.sync();
+  stream_.sync();
 }
 
-void pack_zeros(Stream& stream, Linear& linear, std::int64_t first_row, std::int64_t rows,
-                const float* zeros) {
+void CudaBackend::pack_zeros(Linear& linear, std::int64_t first_row, std::int64_t rows,
+                             const float* zeros) {
   constexpr float kMost = 120.0f;  // 128 + 8 + zero must be a bf16
   const float less = linear.format.has_own_levels() ? 0.0f : 8.0f;
-  pack_grouped(stream, linear, linear.zeros, DType::bf16, first_row, rows, zeros, [&](float zero) {
+  pack_grouped(stream_, linear, linear.zeros, DType::bf16, first_row, rows, zeros, [&](float zero) {
     require(zero >= -kMost && zero <= kMost && zero == static_cast<float>(static_cast<int>(zero)),
             "a zero point is ", zero, "; expected a whole number from -120 to 120");
     return less + zero;

@@ -14,7 +14,7 @@ constexpr std::size_t kCublasBytes = std::size_t{32} << 20;
 
 class CublasLt {
  public:
-  // Null where the library is not to be found, or is older than CUDA 12.
+  // Null where the library is not found, or is older than CUDA 12.
   static std::unique_ptr<CublasLt> open(Stream& stream);
   // "13.0.2" of the library that `open` would open; empty where there is none.
   static std::string version();

@@ -15,10 +15,10 @@
 #include <cmath>
 
 #include "core/weights.h"
+#include "cuda/backend.h"
 #include "cuda/device/launch.cuh"
 #include "cuda/elementwise/norm.cuh"
 #include "cuda/elementwise/rope.cuh"
-#include "cuda/kernels.h"
 #include "cuda/products/multiply.h"
 
 namespace octavo::cuda {
@@ -49,16 +49,16 @@ bool can_rotate(const LayerSpec& layer, const KvLayer& kv) {
 
 }  // namespace
 
-bool normed_linear(Stream& stream, DType dtype, View out, const NormedInput& x,
-                   const Linear& weight) {
+bool CudaBackend::normed_linear(View out, const NormedInput& x, const Linear& weight) {
+  const DType dtype = options_.dtype;
   if (x.added.data || out.rows == 0 || out.rows > kFewRows || !is_fast(dtype, weight) ||
       !should_norm(x.residual, x.norm, weight))
     return false;
-  multiply_few(stream, out, {x.residual, &x.norm, dtype}, matrix_of(weight));
+  multiply_few(stream_, out, {x.residual, &x.norm, dtype}, matrix_of(weight));
   return true;
 }
 
-bool decode_layer(Stream& stream, const LayerWork& work, Workspace& workspace) {
+bool CudaBackend::decode_layer(const LayerWork& work) {
   const LayerSpec& layer = work.layer;
   const LayerWeights& weights = work.weights;
   const View residual = work.residual;
@@ -71,23 +71,23 @@ bool decode_layer(Stream& stream, const LayerWork& work, Workspace& workspace) {
 
   const auto normed = [&](const Norm& norm, const Linear& weight) -> FewInput {
     if (should_norm(residual, norm, weight)) return {residual, &norm, dtype};
-    cuda::norm(stream, work.hidden, residual, norm);
+    this->norm(work.hidden, residual, norm);
     return {work.hidden, nullptr, dtype};
   };
   const FewInput x = normed(weights.attn_norm, weights.qkv[0]);
   if (can_rotate(layer, work.kv)) {
-    multiply_few_rotated(stream, x, matrix_of(weights.qkv[0]),
+    multiply_few_rotated(stream_, x, matrix_of(weights.qkv[0]),
                          rope_arguments(work.qkv, weights.rope, layer, work.kv, work.step));
   } else {
-    multiply_few(stream, work.qkv, x, matrix_of(weights.qkv[0]));
-    rope_and_store(stream, work.qkv, weights.rope, layer, work.kv, work.step);
+    multiply_few(stream_, work.qkv, x, matrix_of(weights.qkv[0]));
+    rope_and_store(work.qkv, weights.rope, layer, work.kv, work.step);
   }
-  attention(stream, work.attn, work.qkv.columns(0, layer.q_size()), layer, work.scale, work.kv,
-            work.step, workspace);
-  multiply_few_added(stream, residual, {work.attn, nullptr, dtype}, matrix_of(weights.o));
-  multiply_few_gated(stream, work.act, normed(weights.mlp_norm, weights.up[0]),
+  attention(work.attn, work.qkv.columns(0, layer.q_size()), layer, layer.score_scale(), work.kv,
+            work.step);
+  multiply_few_added(stream_, residual, {work.attn, nullptr, dtype}, matrix_of(weights.o));
+  multiply_few_gated(stream_, work.act, normed(weights.mlp_norm, weights.up[0]),
                      matrix_of(weights.up[0]), layer.activation);
-  multiply_few_added(stream, residual, {work.act, nullptr, dtype}, matrix_of(weights.down));
+  multiply_few_added(stream_, residual, {work.act, nullptr, dtype}, matrix_of(weights.down));
   return true;
 }
 

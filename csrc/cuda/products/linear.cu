@@ -13,8 +13,8 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "cuda/backend.h"
 #include "cuda/device/launch.cuh"
-#include "cuda/kernels.h"
 #include "cuda/products/cublas.h"
 #include "cuda/products/multiply.h"
 
@@ -49,6 +49,11 @@ struct Memory {
     dequantized = ceil_div(sums + std::max(partial, library), 256) * 256;
     bytes = dequantized + (by_library && is_quantized ? dequantized_bytes(outputs, inputs) : 0);
   }
+};
+
+struct LinearContext {
+  Stream& stream;
+  CublasLt* cublas;  // null: our own kernels
 };
 
 Partials partials_in(unsigned char* memory) {
@@ -89,7 +94,7 @@ bool is_fast(View x, const Linear& weight) {
   return is_fast(x.dtype, weight) && x.stride % 8 == 0 && is_aligned(x.data, 16);
 }
 
-void linear(const LinearContext& context, View out, View x, const Linear& weight) {
+void CudaBackend::linear(View out, View x, const Linear& weight) {
   require(x.cols == weight.inputs && out.cols == weight.outputs && out.rows == x.rows,
           "linear: ", x.rows, " x ", x.cols, " times a matrix ", weight.outputs, " x ",
           weight.inputs, " into ", out.rows, " x ", out.cols);
@@ -97,14 +102,15 @@ void linear(const LinearContext& context, View out, View x, const Linear& weight
           " from ", name(x.dtype), "; expected f32 or the same");
   if (out.rows == 0 || out.cols == 0) return;
   const Matrix matrix = matrix_of(weight);
-  if (!is_fast(x, weight)) return multiply_any(context.stream, out, x, matrix);
-  if (x.rows <= kFewRows) return multiply_few(context.stream, out, {x, nullptr, x.dtype}, matrix);
+  if (!is_fast(x, weight)) return multiply_any(stream_, out, x, matrix);
+  if (x.rows <= kFewRows) return multiply_few(stream_, out, {x, nullptr, x.dtype}, matrix);
   const bool is_quantized = weight.format.is_quantized();
-  const bool by_library = context.cublas && x.rows > context.tile_rows.of(weight.format);
+  const bool by_library = cublas_ && x.rows > tile_rows_.of(weight.format);
   const Memory layout(x.rows, weight.outputs, weight.inputs, is_quantized, by_library);
-  auto* memory = static_cast<unsigned char*>(context.workspace.get(layout.bytes));
+  auto* memory = static_cast<unsigned char*>(linear_workspace_.get(layout.bytes));
+  const LinearContext context{stream_, cublas_.get()};
   if (!by_library)
-    multiply_tiles(context.stream, out, x, matrix, partials_in(memory));
+    multiply_tiles(stream_, out, x, matrix, partials_in(memory));
   else if (is_quantized)
     multiply_dequantized(context, out, x, matrix, memory, memory + layout.dequantized);
   else
@@ -125,21 +131,21 @@ TileRows TileRows::read_environment() {
   return rows;
 }
 
-std::size_t linear_workspace_bytes(const ModelSpec& spec, const StepLimits& limits,
-                                   const TileRows& tile_rows) {
+std::size_t CudaBackend::linear_workspace_bytes(const ModelSpec& spec,
+                                                const StepLimits& limits) const {
   std::size_t most = kCounterBytes;
   const auto add = [&](std::int64_t rows, std::int64_t outputs, std::int64_t inputs) {
     for (const bool is_quantized : {false, true}) {
-      const bool by_library = rows > (is_quantized ? tile_rows.quantized : tile_rows.plain);
+      const bool by_library = rows > (is_quantized ? tile_rows_.quantized : tile_rows_.plain);
       const Memory memory(rows, outputs, inputs, is_quantized, by_library);
       most = std::max(most, memory.bytes);
     }
   };
   const std::int64_t tokens = limits.max_num_batched_tokens;
   for (const LayerSpec& layer : spec.layers) {
-    add(tokens, layer.q_size() + 2 * layer.kv_size(), spec.hidden_size);
+    add(tokens, layer.qkv_size(), spec.hidden_size);
     add(tokens, spec.hidden_size, layer.q_size());
-    add(tokens, layer.intermediate_size * (layer.gated ? 2 : 1), spec.hidden_size);
+    add(tokens, layer.up_size(), spec.hidden_size);
     add(tokens, spec.hidden_size, layer.intermediate_size);
   }
   add(tokens, spec.vocab_size, spec.hidden_size);  // every token's logits may be wanted

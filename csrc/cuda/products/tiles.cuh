@@ -29,7 +29,7 @@
 //                       512 (bf16), 384 (int8) or 320 bytes (int4) for 16384 products of each
 //                       input: the second cache, at 5.5 TB/s, bounds as the tensor cores do
 //
-// (Little's law asks for 29 KB a processor of an H200, 15 of an A100: multiply_few.cu.)
+// (Little's law asks for 29 KB a processor of an H200, 15 of an A100: multiply_few.cuh.)
 #pragma once
 
 #include "cuda/device/launch.cuh"

@@ -1,7 +1,7 @@
 // Whole rows of logits: biases and penalties of single ones (reference/sampling.py defines them),
 // and log-probabilities, for evaluation.
+#include "cuda/backend.h"
 #include "cuda/elementwise/elementwise.cuh"
-#include "cuda/kernels.h"
 #include "cuda/sampling/exact_math.cuh"
 
 namespace octavo::cuda {
@@ -77,25 +77,25 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
 
 }  // namespace
 
-void adjust_logits(Stream& stream, View out, View logits, const LogitAdjustments& adjustments) {
+void CudaBackend::adjust_logits(View out, View logits, const LogitAdjustments& adjustments) {
   if (out.rows == 0 || out.cols == 0) return;
   if (out.data != logits.data) {
     const dim3 grid = dims(ceil_div(out.cols, 8 * kThreads), out.rows);
-    launch(stream, "copy_logits", {grid, kThreads, 0, true}, copy_logits,
+    launch(stream_, "copy_logits", {grid, kThreads, 0, true}, copy_logits,
            static_cast<float*>(out.data), out.stride, static_cast<const float*>(logits.data),
            logits.stride, out.cols);
   }
-  launch(stream, "adjust", {dims(out.rows), kThreads, 0, true}, adjust,
+  launch(stream_, "adjust", {dims(out.rows), kThreads, 0, true}, adjust,
          static_cast<float*>(out.data), out.stride, adjustments);
 }
 
-void log_softmax(Stream& stream, View out, View logits) {
+void CudaBackend::log_softmax(View out, View logits) {
   require_shape("log_softmax", logits, out.rows, out.cols);
   require_f32("log_softmax", out);
   require_f32("log_softmax", logits);
   if (out.rows == 0 || out.cols == 0) return;
   const std::size_t shared = kMostWarps * (sizeof(Wide) + sizeof(float));
-  launch(stream, "log_softmax_rows", {dims(out.rows), kSoftmaxThreads, shared, true},
+  launch(stream_, "log_softmax_rows", {dims(out.rows), kSoftmaxThreads, shared, true},
          log_softmax_rows, static_cast<float*>(out.data), static_cast<const float*>(logits.data),
          out.stride, logits.stride, out.cols, fours_aligned(out) && fours_aligned(logits));
 }

@@ -3,8 +3,8 @@
 // log-probabilities need (sampling_row.cuh). reference/sampling.py defines every step, to the bit.
 #include <algorithm>
 
+#include "cuda/backend.h"
 #include "cuda/elementwise/elementwise.cuh"
-#include "cuda/kernels.h"
 #include "cuda/sampling/sampling_filters.cuh"
 
 namespace octavo::cuda {
@@ -262,19 +262,19 @@ __global__ void __launch_bounds__(kSamplingThreads, 2) sample_rows(SampleArgumen
 
 }  // namespace
 
-std::size_t sampling_workspace_bytes(std::int64_t max_num_rows) {
+std::size_t CudaBackend::sampling_workspace_bytes(std::int64_t max_num_rows) {
   return static_cast<std::size_t>(std::min(max_num_rows, kMostRows)) * sizeof(RowState);
 }
 
-void sample(Stream& stream, const Samples& out, View logits, const std::int32_t* masks,
-            const Step& step, Workspace& workspace) {
+void CudaBackend::sample(const Samples& out, View logits, const std::int32_t* masks,
+                         const Step& step) {
   require_f32("sample", logits);
   require(out.num_top <= kMostListed, "sample with log-probabilities of ", out.num_top,
           " tokens; the kernel lists up to ", kMostListed);
   if (logits.rows == 0 || logits.cols == 0) return;
   // As many blocks as fill the device; how a row is shared does not change the sampled token.
   const std::int64_t most_rows = std::min(logits.rows, kMostRows);
-  const std::int64_t fill = std::max(2 * stream.num_processors() / most_rows, kFewestBlocks);
+  const std::int64_t fill = std::max(2 * stream_.num_processors() / most_rows, kFewestBlocks);
   const std::int64_t parts = ceil_div(logits.cols, kLogitsPerBlock);
   const std::int64_t blocks = std::min<std::int64_t>({fill, parts, kMostBlocks});
   SampleArguments a{};
@@ -285,13 +285,13 @@ void sample(Stream& stream, const Samples& out, View logits, const std::int32_t*
   a.num_top = static_cast<int>(out.num_top);
   a.each = static_cast<int>(4 * ceil_div(logits.cols, 4 * blocks));
   a.aligned = fours_aligned(logits);
-  a.states = static_cast<RowState*>(workspace.get(sampling_workspace_bytes(logits.rows)));
+  a.states = static_cast<RowState*>(sampling_workspace_.get(sampling_workspace_bytes(logits.rows)));
   a.sampling = step.sampling;
   a.sampled = step.sampled;
   a.out = out;
   for (a.first_row = 0; a.first_row < logits.rows; a.first_row += most_rows) {
     const std::int64_t rows = std::min(logits.rows - a.first_row, most_rows);
-    launch(stream, "sample_rows",
+    launch(stream_, "sample_rows",
            {dims(blocks, rows), kSamplingThreads, sizeof(SampleMemory), true}, sample_rows, a);
   }
 }

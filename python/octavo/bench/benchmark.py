@@ -55,11 +55,11 @@ class Row:
 
     case: Case
     gate: Gate
-    samples: tuple[float, ...]
-    bytes_per_second: float | None
-    flops: float | None
-    limit: str | None
-    percent_of_limit: float | None
+    samples: tuple[float, ...] = ()
+    bytes_per_second: float | None = None
+    flops: float | None = None
+    limit: str | None = None
+    percent_of_limit: float | None = None
 
     @property
     def mean(self) -> float | None:
@@ -151,12 +151,8 @@ def bench(
         environment,
     )
     seconds, after = time.perf_counter() - started, resident_memory()
-    loading = Loading(
-        seconds,
-        loaded.runtime.memory()["kv_cache"],
-        before.now if before else None,
-        after.peak if after else None,
-    )
+    residents = before.now if before else None, after.peak if after else None
+    loading = Loading(seconds, loaded.runtime.memory()["kv_cache"], *residents)
     info = _native.build_info()
     options = loaded.options
     threads = options.num_threads or int(info["physical_cores"])
@@ -189,21 +185,17 @@ def bench(
 
 def fit_config(config: EngineConfig, cases: Sequence[Case]) -> EngineConfig:
     """The configuration with room for every case and its gate, and no more."""
-    longest = max(max(case.longest, case.depth + GATE_STEPS) for case in cases)
-    blocks = max(max(case.batch, 2) * -(-_room(case) // config.block_size) for case in cases)
-    most = max(max(case.batch, 2) for case in cases)
+    rooms = [max(case.longest, case.depth + GATE_STEPS) for case in cases]
+    batches = [max(case.batch, 2) for case in cases]  # a gate has two sequences at least
+    blocks = [-(-room // config.block_size) for room in rooms]
+    held = max(batch * each for batch, each in zip(batches, blocks, strict=True))
     return replace(
         config,
-        max_model_len=longest,
-        max_num_seqs=most,
-        max_num_batched_tokens=max(config.max_num_batched_tokens, most),
-        num_kv_blocks=max(blocks, -(-longest // config.block_size)),
+        max_model_len=max(rooms),
+        max_num_seqs=max(batches),
+        max_num_batched_tokens=max(config.max_num_batched_tokens, *batches),
+        num_kv_blocks=max(held, *blocks),
     )
-
-
-def _room(case: Case) -> int:
-    """Tokens that each sequence of a case, or of its gate, may hold."""
-    return max(case.longest, case.depth + GATE_STEPS)
 
 
 def describe_weights(options: RuntimeOptions) -> str:
@@ -241,23 +233,16 @@ class Runner:
         """Gate, one run to warm up, then the timed ones. No figure where the gate fails."""
         gate = self.gate(case)
         if not gate.passed:
-            return Row(case, gate, (), None, None, None, None)
+            return Row(case, gate)
         seconds = self.time(case, repetitions)
         work = self.work(case)
         mean = statistics.fmean(seconds)
-        limit, percent = None, None
-        if self._peak is not None:
-            least, limit = least_seconds(work, self._peak)
-            percent = 100 * least / mean
-        return Row(
-            case=case,
-            gate=gate,
-            samples=tuple(case.tokens / s for s in seconds),
-            bytes_per_second=work.num_bytes / mean,
-            flops=work.num_operations / mean,
-            limit=limit,
-            percent_of_limit=percent,
-        )
+        samples = tuple(case.tokens / s for s in seconds)
+        row = Row(case, gate, samples, work.num_bytes / mean, work.num_operations / mean)
+        if self._peak is None:
+            return row
+        least, limit = least_seconds(work, self._peak)
+        return replace(row, limit=limit, percent_of_limit=100 * least / mean)
 
     def work(self, case: Case) -> Work:
         """The least that one run of a case reads and computes."""
@@ -289,15 +274,13 @@ class Runner:
         batch = max(case.batch, 2)
         prompts = [self.tokens(index, case.depth + 1) for index in range(batch)]
         together = self.decode_logits(prompts, GATE_STEPS)
-        hashes = {}
+        # Where bits may differ, so may later tokens: the first step's logits are compared.
+        steps = GATE_STEPS if self._session.is_exact else 1
         passed = True
         for index in (batch - 1, 0):
             alone = self.decode_logits([prompts[index]], GATE_STEPS)
-            hashes[index] = hash_of(alone)
-            # Where bits may differ, so may later tokens: the first step's logits are compared.
-            steps = GATE_STEPS if self._session.is_exact else 1
             passed &= self._same(alone[:steps], together[:steps, index : index + 1])
-        return Gate(passed, hashes[0])
+        return Gate(passed, hash_of(alone))  # of the first sequence
 
     def _same(self, left: Float32, right: Float32) -> bool:
         """Bit for bit where the device promises that, else within LOGIT_TOLERANCE."""

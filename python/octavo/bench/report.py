@@ -10,17 +10,9 @@ from octavo.bench.benchmark import BenchResult, Row
 
 OUTPUTS = ("table", "md", "json", "csv")
 HEADINGS = (
-    "test",
-    "batch",
-    "tok/s",
-    "GB/s",
-    "TFLOP/s",
-    "% of limit",
-    "limit",
-    "logits",
-    "gate",
+    *("test", "batch", "tok/s", "GB/s", "TFLOP/s"),
+    *("% of limit", "limit", "logits", "gate"),
 )
-
 CSV_COLUMNS = (
     *("model", "weights", "kv_dtype", "processor", "isa", "num_threads"),
     *("test", "kind", "num_tokens", "batch", "depth", "tokens_per_second", "deviation"),
@@ -92,19 +84,13 @@ def to_json(result: BenchResult) -> str:
 def to_csv(result: BenchResult) -> str:
     """A line a row, with plain numbers and what a spreadsheet needs to tell runs apart."""
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    writer = csv.DictWriter(stream, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for row in result.rows:
-        case = row.case
-        writer.writerow(
-            [
-                *(result.model, result.weights, result.kv_dtype, result.processor, result.isa),
-                *(result.num_threads, case.name, case.kind, case.num_tokens, case.batch),
-                *(case.depth, row.mean, row.deviation, row.bytes_per_second, row.flops),
-                *(row.percent_of_limit, row.limit, row.gate.logits_hash),
-                *("passed" if row.gate.passed else "failed", result.date),
-            ]
-        )
+        own = {"test": row.case.name, "tokens_per_second": row.mean, "deviation": row.deviation}
+        gate = "passed" if row.gate.passed else "failed"
+        values = vars(result) | vars(row.case) | vars(row.gate) | vars(row)
+        writer.writerow(values | own | {"gate": gate})
     return stream.getvalue().rstrip("\n")
 
 
@@ -113,9 +99,8 @@ def print_table(result: BenchResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=110)
+    width = None if Console().is_terminal else 110
+    console = Console(highlight=False, markup=False, width=width)
     for line in header(result):
         console.print(line)
     table = Table()

@@ -10,6 +10,8 @@ import asyncio
 import json
 import ssl
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -59,8 +61,7 @@ class Record:
     @property
     def gaps(self) -> list[float]:
         """Seconds between one piece of text and the next."""
-        times = self.chunk_times
-        return [after - before for before, after in pairwise(times)]
+        return [after - before for before, after in pairwise(self.chunk_times)]
 
     @property
     def mean_gap(self) -> float:
@@ -88,7 +89,7 @@ class Client:
     async def model(self) -> str:
         """The first model that the server names."""
         try:
-            status, body = await asyncio.wait_for(self._get("/v1/models"), 30)
+            status, body = await asyncio.wait_for(self._get_models(), 30)
         except (OSError, asyncio.TimeoutError) as error:
             raise OctavoError(
                 f"{self.url} does not answer ({error or 'no reply in 30 seconds'}): start a "
@@ -100,13 +101,17 @@ class Client:
             text = body[:200].decode(errors="replace")
             raise OctavoError(f"{self.url}/v1/models gave status {status}: {text}") from error
 
+    async def _get_models(self) -> tuple[int, bytes]:
+        async with self._send("GET", "/v1/models") as (status, parts):
+            return status, b"".join([part async for part in parts])
+
     async def ask(self, job: Job, model: str) -> Record:
         """Send a request and read its whole answer; errors are recorded, never raised."""
         body = {**job.body, "model": model, "stream": True}
         body["stream_options"] = {"include_usage": True}
         record = Record(time.perf_counter())
         try:
-            await asyncio.wait_for(self._post(job.path, body, record), self._timeout)
+            await asyncio.wait_for(self._take_answer(job.path, body, record), self._timeout)
         except (OSError, asyncio.TimeoutError, ValueError, asyncio.IncompleteReadError) as error:
             record.error = f"{type(error).__name__}: {error}"
         record.end = time.perf_counter()
@@ -114,41 +119,35 @@ class Client:
             record.num_answer_tokens = len(record.chunk_times)  # a server that counts nothing
         return record
 
-    async def _get(self, path: str) -> tuple[int, bytes]:
-        reader, writer = await self._connect()
-        try:
-            writer.write(f"GET {self._prefix}{path} HTTP/1.1\r\n{self._headers}\r\n".encode())
-            status, chunked = await _read_head(reader)
-            parts = [part async for part in _body(reader, chunked)]
-        finally:
-            writer.close()
-        return status, b"".join(parts)
-
-    async def _post(self, path: str, body: dict[str, Any], record: Record) -> None:
-        content = json.dumps(body).encode()
-        head = (
-            f"POST {self._prefix}{path} HTTP/1.1\r\n{self._headers}"
-            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-        )
-        reader, writer = await self._connect()
-        try:
-            writer.write(head.encode() + content)
-            record.status, chunked = await _read_head(reader)
-            if record.status != 200:
-                parts = [part async for part in _body(reader, chunked)]
-                record.error = b"".join(parts)[:300].decode(errors="replace")
+    async def _take_answer(self, path: str, body: dict[str, Any], record: Record) -> None:
+        async with self._send("POST", path, json.dumps(body).encode()) as (status, parts):
+            record.status = status
+            if status != 200:
+                text = b"".join([part async for part in parts])
+                record.error = text[:300].decode(errors="replace")
                 return
             rest = b""
-            async for part in _body(reader, chunked):
+            async for part in parts:
                 now = time.perf_counter()
                 *events, rest = (rest + part).split(b"\n\n")
                 for event in events:
                     _take_event(event, now, record)
+
+    @asynccontextmanager
+    async def _send(
+        self, method: str, path: str, content: bytes = b""
+    ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        """Send a request; yields the answer's status, and the pieces of its body as they come."""
+        head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._headers}"
+        if content:
+            head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+        reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._ssl)
+        try:
+            writer.write(f"{head}\r\n".encode() + content)
+            status, chunked = await _read_head(reader)
+            yield status, _body(reader, chunked)
         finally:
             writer.close()
-
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection(self._host, self._port, ssl=self._ssl)
 
 
 def _take_event(event: bytes, now: float, record: Record) -> None:
@@ -160,13 +159,11 @@ def _take_event(event: bytes, now: float, record: Record) -> None:
         error = found["error"]
         record.error = str(error.get("message", error) if isinstance(error, dict) else error)
         return
-    usage = found.get("usage")
-    if usage:
+    if usage := found.get("usage"):
         record.num_prompt_tokens = usage.get("prompt_tokens", 0)
         record.num_answer_tokens = usage.get("completion_tokens", 0)
     for choice in found.get("choices") or ():
-        text = choice.get("text") or (choice.get("delta") or {}).get("content")
-        if text:
+        if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
             record.chunk_times.append(now)
             record.pieces.append(text)
 
@@ -179,7 +176,7 @@ async def _read_head(reader: asyncio.StreamReader) -> tuple[int, bool]:
     return int(first.split()[1]), chunked
 
 
-async def _body(reader: asyncio.StreamReader, chunked: bool) -> Any:
+async def _body(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[bytes]:
     """The body's pieces as they come; the connection ends with it."""
     if not chunked:
         while part := await reader.read(65536):

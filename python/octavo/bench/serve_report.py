@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from octavo.bench.serve_client import Record
 from octavo.bench.serve_run import Measured
@@ -15,7 +17,7 @@ from octavo.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from rich.table import Table
 
-_QUANTILES = (50, 90, 99)
+_PERCENTS = (50, 90, 99)
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,6 @@ def parse_slo(text: str) -> Slo:
     return Slo(**found)
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear between the nearest two, as NumPy has it; 0 of nothing."""
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
 def summarize(measured: Measured, slo: Slo | None = None) -> dict[str, Any]:
     """All figures of one load; latencies in milliseconds."""
     good = [record for record in measured.records if record.ok]
@@ -85,9 +76,10 @@ def summarize(measured: Measured, slo: Slo | None = None) -> dict[str, Any]:
         "total_tokens_per_second": round((prompt + answer) / seconds, 2),
     }
     for name, values in kinds.items():
+        milliseconds = 1000 * np.array(values or [0.0])
         result[f"{name}_ms"] = {
-            "mean": round(1000 * sum(values) / len(values), 3) if values else 0.0,
-            **{f"p{q}": round(1000 * percentile(values, q), 3) for q in _QUANTILES},
+            "mean": round(float(milliseconds.mean()), 3),
+            **{f"p{q}": round(float(np.percentile(milliseconds, q)), 3) for q in _PERCENTS},
         }
     if slo is not None:
         kept = sum(slo.holds(record) for record in good)
@@ -106,24 +98,21 @@ def make_table(summaries: Sequence[dict[str, Any]]) -> Table:
     for summary in summaries:
         table.add_column(summary["load"], justify="right")
 
-    def add(name: str, make: Callable[[dict[str, Any]], str], last: bool = False) -> None:
-        table.add_row(name, *(make(summary) for summary in summaries), end_section=last)
+    def add(name: str, form: str, key: str, inner: str = "", last: bool = False) -> None:
+        found = [summary[key][inner] if inner else summary[key] for summary in summaries]
+        table.add_row(name, *(format(value, form) for value in found), end_section=last)
 
-    add("requests", lambda s: str(s["requests"]))
-    add("failed", lambda s: str(s["failed"]), last=True)
-    add("answer tokens a second", lambda s: f"{s['answer_tokens_per_second']:,.1f}")
-    add("all tokens a second", lambda s: f"{s['total_tokens_per_second']:,.1f}")
-    add("requests a second", lambda s: f"{s['requests_per_second']:,.2f}", last=True)
+    add("requests", "d", "requests")
+    add("failed", "d", "failed", last=True)
+    add("answer tokens a second", ",.1f", "answer_tokens_per_second")
+    add("all tokens a second", ",.1f", "total_tokens_per_second")
+    add("requests a second", ",.2f", "requests_per_second", last=True)
     for kind, name in (("ttft", "first token"), ("itl", "between tokens"), ("e2e", "end to end")):
-        for q in _QUANTILES:
-
-            def cell(s: dict[str, Any], kind: str = kind, q: int = q) -> str:
-                return f"{s[f'{kind}_ms'][f'p{q}']:,.0f}"
-
-            add(f"{name}, ms, p{q}", cell, last=q == _QUANTILES[-1])
-    if any("slo_kept" in summary for summary in summaries):
-        add("within the SLO", lambda s: f"{100 * s['slo_kept']:.0f} %")
-        add("goodput, requests a second", lambda s: f"{s['goodput_requests_per_second']:.2f}")
+        for q in _PERCENTS:
+            add(f"{name}, ms, p{q}", ",.0f", f"{kind}_ms", f"p{q}", last=q == _PERCENTS[-1])
+    if "slo_kept" in summaries[0]:
+        table.add_row("within the SLO", *(f"{100 * s['slo_kept']:.0f} %" for s in summaries))
+        add("goodput, requests a second", ".2f", "goodput_requests_per_second")
     return table
 
 

@@ -86,12 +86,10 @@ class BatchRequest:
     def encode(self, llm: LLM, is_chat: bool, system: str | None) -> EncodedPrompt:
         """Its token ids. Raises an ApiError for options that do not go with `is_chat`."""
         from octavo.server import prepare
-        from octavo.server.protocol import ChatBody, unsupported
+        from octavo.server.protocol import ChatBody, check_supported
 
         body = self.body_for(is_chat, system)
-        refused = unsupported(body)
-        if refused is not None:
-            raise refused
+        check_supported(body)
         if isinstance(body, ChatBody):
             return prepare.encode_chat(llm, body, tool_format_of(llm, body))
         return prepare.encode_completion(llm, body)[0]

@@ -12,7 +12,7 @@ import typer
 from octavo.cli.options import argument, option
 
 if TYPE_CHECKING:
-    from octavo.quantize.directory import QuantizedDirectory
+    from octavo.quantize.writer import QuantizedDirectory
 
 _calibration = partial(option, panel="Calibration")
 _int4 = partial(option, panel="int4 and int4-nonuniform")
@@ -127,7 +127,7 @@ def quantize(
     from octavo.errors import InvalidArgumentError
     from octavo.quantization.plan import Scheme
     from octavo.quantize.calibration import Calibration, check_method
-    from octavo.quantize.session import QuantizeRequest, quantize_model
+    from octavo.quantize.model import QuantizeRequest, quantize_model
 
     if out is None and not sensitivity:
         raise InvalidArgumentError("OUT is missing; expected the name of a new folder")
@@ -153,7 +153,7 @@ def quantize(
         typer.echo(json.dumps(result.to_json()))
         return
     if result.sensitivity is not None:
-        from octavo.quantize.report import print_sensitivity
+        from octavo.quantize.sensitivity import print_sensitivity
 
         print_sensitivity(result.sensitivity, result.chosen)
     if result.directory is not None:

@@ -8,9 +8,9 @@ several broken ops is found. What a model consists of is read from `octavo.model
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from octavo.diff.measure import Float32, Float64, row_errors
 from octavo.diff.ties import rounding_room
 from octavo.models.layer import Node, model_nodes
 from octavo.models.spec import LayerSpec
-from octavo.reference import ops
+from octavo.reference import nodes, ops
 from octavo.reference.llama import KVCache, ReferenceModel
 from octavo.reference.ops import Array, Integers
 
@@ -76,54 +76,19 @@ class OpInputs:
 
 
 def op_call(inputs: OpInputs) -> partial[Array]:
-    """The op's definition with its arguments filled in.
-
-    Called without any it gives what is right, (rows, width) or (rows, heads, head_dim); with
-    keywords, what other arguments give.
-    """
+    """The op's definition with its arguments filled in, as `nodes.op_call` gives it."""
     model, node = inputs.model, inputs.node
-    if node.op == "embed":
-        tables = [inputs.weight(matrix.name) for matrix in node.matrices]
-        return partial(
-            ops.embed,
-            table=tables[0],
-            token_ids=inputs.token_ids,
-            position_table=tables[1] if len(tables) > 1 else None,
-            positions=inputs.positions,
-        )
-    if node.op in ("norm", "add_norm"):
-        if node.norm is None:
-            return partial(add, terms=inputs.operands)
-        weight, bias = inputs.weight(node.tap), model.weights.get(f"{node.tap}.bias")
-        x, norm = add(inputs.operands), node.norm
-        return partial(ops.norm, x=x, weight=weight, bias=bias, eps=norm.eps, kind=norm.kind)
-    if node.op == "linear":
-        (x,), name = inputs.operands, node.matrix.name
-        bias = model.weights.get(f"{name}.bias")
-        return partial(model.multiply, name=name, x=x, weight=inputs.weight(name), bias=bias)
-    if node.op == "rope_and_store":
-        x, frequencies = inputs.heads(node.inputs[0]), model.frequencies[inputs.layer_index]
-        return partial(ops.rope, x=x, positions=inputs.positions, frequencies=frequencies)
-    if node.op == "attention":
-        return partial(
-            ops.attention,
-            q=inputs.heads(node.inputs[0]),
-            k=inputs.keys,
-            v=inputs.values,
-            scale=inputs.layer.head_dim**-0.5,
-            window=inputs.layer.window,
-            dtype=ops.attention_dtype(model.kv_dtype),
-        )
-    if node.op == "gated_activation":
-        *gates, up = inputs.operands
-        gate, activation = gates[0] if gates else None, inputs.layer.activation
-        return partial(ops.gated_activation, gate=gate, up=up, activation=activation)
-    raise ValueError(f"octavo diff has no definition of the op {node.op!r}")
-
-
-def add(terms: Sequence[Array]) -> Array:
-    """The sum in the order of execution: the residual takes attention's part, then the MLP's."""
-    return reduce(np.add, terms)
+    return nodes.op_call(
+        node,
+        inputs.operands,
+        model.weights,
+        None if node.layer is None else inputs.layer,
+        inputs.positions,
+        token_ids=inputs.token_ids,
+        cache=(inputs.keys, inputs.values) if node.op == "attention" else None,
+        kv_dtype=model.kv_dtype,
+        multiply=model.multiply,
+    )
 
 
 def define(inputs: OpInputs) -> Float32:

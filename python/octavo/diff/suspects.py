@@ -15,12 +15,13 @@ from itertools import combinations
 
 import numpy as np
 
-from octavo.diff.definition import OpInputs, add, define, op_call
+from octavo.diff.definition import OpInputs, define, op_call
 from octavo.diff.measure import Float32, row_errors
 from octavo.diff.tolerance import STEP_BF16
 from octavo.models.layer import Op
 from octavo.models.spec import NormSpec, RopeSpec
 from octavo.reference import ops
+from octavo.reference.nodes import add
 from octavo.reference.ops import Array
 
 Suspect = tuple[str, Callable[[], Array]]
@@ -191,7 +192,7 @@ def _rope(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
 def _attention(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     layer, k, v = inputs.layer, inputs.keys, inputs.values
     source = inputs.nodes[inputs.node.inputs[0]]
-    q, scale, window = inputs.heads(source.tap), layer.head_dim**-0.5, layer.window
+    q, scale, window = inputs.heads(source.tap), layer.score_scale, layer.window
     wider, heads, rows = layer.q_size**-0.5, np.arange(layer.num_heads), len(q)
     yield "no scale", partial(op, scale=1.0)
     yield "scale 1 / head_dim, not its root", partial(op, scale=scale**2)

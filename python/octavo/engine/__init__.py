@@ -1,1 +1,1 @@
-"""The engine: what to compute in each step, and what to make of its result (docs/engine.md)."""
+"""The engine: decides what each step computes, and makes answers of it (docs/engine.md)."""

@@ -15,7 +15,7 @@ Float32 = NDArray[np.float32]
 
 
 class LogitAdjustments(NamedTuple):
-    """What `Runtime.sample` takes; `octavo.reference.sampling.adjust_logits` says what it means."""
+    """Arguments of `Runtime.sample`; `octavo.reference.sampling.adjust_logits` defines them."""
 
     row_starts: Int32
     token_ids: Int32
@@ -33,7 +33,7 @@ class Adjuster:
 
     @classmethod
     def create(cls, sequence: Sequence) -> Adjuster | None:
-        """None for a request that changes nothing, which is nearly every one."""
+        """None for a request that changes no logits, as nearly all."""
         params = sequence.params
         return cls(sequence) if params.logit_bias or sequence.watches_answer else None
 
@@ -43,7 +43,7 @@ class Adjuster:
         self._num_counted = sequence.num_prompt_tokens
         pairs = dict(params.logit_bias)
         prompt = sequence.token_ids[: self._num_counted] if params.repetition_penalty != 1 else []
-        # Sorted by token, each once; the columns beside it are of the same length.
+        # Sorted by token, each once; the other columns have the same length.
         self._tokens = np.unique(np.array([*pairs, *prompt], np.int32))
         self._bias = np.array([pairs.get(t, 0.0) for t in self._tokens.tolist()], np.float32)
         self._counts = np.zeros(len(self._tokens), np.float32)  # in the answer
@@ -75,7 +75,7 @@ class Adjuster:
 
 
 def build_adjustments(adjusters: SequenceOf[Adjuster | None]) -> LogitAdjustments | None:
-    """Those of all logit rows in one piece; None when no row has any."""
+    """The adjustments of all logit rows together; None when no row has any."""
     if not any(adjusters):
         return None
     none = (np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32))

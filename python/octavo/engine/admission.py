@@ -1,16 +1,23 @@
-"""What bounds a request's wait: how many may wait at once, and how long each may live."""
+"""What a request must be to be accepted, how many may wait at once, and how long each may live."""
 
 from __future__ import annotations
 
 import heapq
+import math
+import operator
+from collections.abc import Collection
+from collections.abc import Sequence as SequenceOf
 
-from octavo.errors import QueueFullError
+from octavo.errors import InvalidArgumentError, QueueFullError
+from octavo.sampling_params import SamplingParams
+
+MAX_PRIORITY = 2**31 - 1
 
 
 class AdmissionLimits:
     """Counts the requests that have been accepted and not yet started.
 
-    A request that was started and preempted does not count: it will not be refused any more.
+    A request that was started and preempted does not count: it was accepted before.
     max_requests, max_tokens: the limits, of requests and of prompt tokens; None for none.
     """
 
@@ -25,10 +32,11 @@ class AdmissionLimits:
         """Requests that have not started."""
         return len(self._tokens)
 
-    def enter(self, request_id: str, num_tokens: int) -> None:
-        """Let a request of so many prompt tokens in, or raise a QueueFullError.
+    def admit(self, request_id: str, num_tokens: int) -> None:
+        """Count a request of so many prompt tokens, or raise a QueueFullError.
 
-        An empty room takes any request, however long: it could never get in otherwise.
+        When no request waits, any is accepted, even one longer than max_tokens: otherwise it never
+        could be.
         """
         is_full = self.max_requests is not None and self.num_requests >= self.max_requests
         is_over = self.max_tokens is not None and self.num_tokens + num_tokens > self.max_tokens
@@ -39,8 +47,8 @@ class AdmissionLimits:
         self._tokens[request_id] = num_tokens
         self.num_tokens += num_tokens
 
-    def leave(self, request_id: str) -> None:
-        """The request has started or ended; harmless when it has left before."""
+    def remove(self, request_id: str) -> None:
+        """The request has started or ended; harmless for one that is not counted."""
         self.num_tokens -= self._tokens.pop(request_id, 0)
 
 
@@ -59,13 +67,13 @@ class Deadlines:
     def remove(self, request_id: str) -> None:
         """The request has ended; harmless for one that had no deadline."""
         self._deadlines.pop(request_id, None)
-        # What is left of it in the heap goes when its time comes, or now if it is most of the heap.
+        # Its entry in the heap is dropped at its time, or now if most entries are of this kind.
         if len(self._heap) > 2 * len(self._deadlines) + 64:
             self._heap = [(time, name) for name, time in self._deadlines.items()]
             heapq.heapify(self._heap)
 
     def expired(self, now: float) -> list[str]:
-        """The requests whose time is up, and no longer noted here."""
+        """The requests whose deadline has passed; they are removed from here."""
         found = []
         while self._heap and self._heap[0][0] <= now:
             deadline, request_id = heapq.heappop(self._heap)
@@ -73,3 +81,53 @@ class Deadlines:
                 del self._deadlines[request_id]
                 found.append(request_id)
         return found
+
+
+def check_tokens(
+    prompt_token_ids: SequenceOf[int],
+    params: SamplingParams,
+    vocab_size: int,
+    eos_token_ids: Collection[int],
+) -> None:
+    """Raise an InvalidArgumentError for a token id that the model does not have."""
+    is_plain = set(map(type, prompt_token_ids)) == {int}  # a long prompt is checked in microseconds
+    if not (is_plain and min(prompt_token_ids) >= 0 and max(prompt_token_ids) < vocab_size):
+        for position, token in enumerate(prompt_token_ids):
+            _check_token(f"token {position} of the prompt", token, vocab_size)
+    for token in params.stop_token_ids:
+        _check_token("an entry of stop_token_ids", token, vocab_size)
+    for token in dict(params.logit_bias):
+        _check_token("a token id of logit_bias", token, vocab_size)
+    own = () if params.ignore_eos else eos_token_ids
+    if params.min_tokens and len(set(params.stop_token_ids).union(own)) >= vocab_size:
+        raise InvalidArgumentError(
+            f"min_tokens is {params.min_tokens}, but stop_token_ids holds every token of the "
+            f"vocabulary: no token is left to sample"
+        )
+
+
+def check_scheduling(priority: int, timeout: float | None) -> None:
+    """Raise an InvalidArgumentError for an impossible priority or timeout."""
+    is_integer = isinstance(priority, int) and not isinstance(priority, bool)
+    if not is_integer or abs(priority) > MAX_PRIORITY:
+        raise InvalidArgumentError(
+            f"priority is {priority!r}; expected an integer from -{MAX_PRIORITY} to "
+            f"{MAX_PRIORITY} (lower is more urgent, 0 is usual)"
+        )
+    if timeout is not None and not (
+        isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout > 0
+    ):
+        raise InvalidArgumentError(
+            f"timeout is {timeout!r}; expected a number of seconds above 0, or None for no limit"
+        )
+
+
+def _check_token(what: str, token: int, vocab_size: int) -> None:
+    try:
+        value = operator.index(token)
+    except TypeError:
+        raise InvalidArgumentError(f"{what} is {token!r}; expected an integer") from None
+    if not 0 <= value < vocab_size:
+        raise InvalidArgumentError(
+            f"{what} is {value}; expected 0 to {vocab_size - 1}, the model's vocabulary"
+        )

@@ -1,11 +1,13 @@
-"""One answer's text as it grows: detokenization and stop strings, token by token."""
+"""One answer, token by token, and its part of the output that a user gets."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING, Any
 
 from octavo.engine.adjustments import Adjuster
+from octavo.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
 from octavo.engine.request import Request, Sequence
 from octavo.text.stream import StopChecker, StreamDecoder
 
@@ -17,21 +19,9 @@ class Answer:
     """A sequence with what the engine needs to know about its end.
 
     stop_token_ids: every token that ends it, the model's own included unless they are ignored.
-    max_total_tokens: prompt and answer end at this length.
-    adjuster: knows its penalties and biases; None when it has none.
+    adjuster: its penalties and biases; None when it has none.
     text: everything that may be shown so far. Without a tokenizer it stays empty.
     """
-
-    __slots__ = (
-        "_checker",
-        "_decoder",
-        "_pieces",
-        "adjuster",
-        "max_total_tokens",
-        "request",
-        "sequence",
-        "stop_token_ids",
-    )
 
     def __init__(
         self,
@@ -39,12 +29,10 @@ class Answer:
         sequence: Sequence,
         tokenizer: Tokenizer | None,
         eos_token_ids: Collection[int],
-        max_total_tokens: int,
     ) -> None:
         params = request.params
         self.request = request
         self.sequence = sequence
-        self.max_total_tokens = max_total_tokens
         self.adjuster = Adjuster.create(sequence)
         own = () if params.ignore_eos else eos_token_ids
         self.stop_token_ids = frozenset(own).union(params.stop_token_ids)
@@ -68,24 +56,24 @@ class Answer:
 
     @property
     def forbidden_token_ids(self) -> frozenset[int]:
-        """Tokens that the next step must not draw: those that would end it before min_tokens."""
-        num_drawn = self.sequence.num_output_tokens + self.sequence.num_pending_tokens
-        if num_drawn < self.sequence.params.min_tokens:
+        """Tokens that the next step must not sample: those that would end it before min_tokens."""
+        num_tokens = self.sequence.num_output_tokens + self.sequence.num_pending_tokens
+        if num_tokens < self.sequence.params.min_tokens:
             return self.stop_token_ids
         return frozenset()
 
     @property
     def matched_stop(self) -> str | None:
-        """The stop string that was found, if one was."""
+        """The stop string that was found, if any."""
         return self._checker.matched
 
     def push(self, token_id: int) -> str:
-        """Add the text of a drawn token (already in the sequence); returns what is new."""
+        """Add the text of a sampled token (already in the sequence); returns what is new."""
         decoder, self._decoder = self._decoder, None
         if decoder is None:
             return ""
         text = self._show(decoder.push(token_id), decoder.skipped(token_id))
-        self._decoder = decoder  # one that has failed is not asked again
+        self._decoder = decoder  # a decoder that has failed is not used again
         return text
 
     def flush(self) -> str:
@@ -106,3 +94,69 @@ class Answer:
         if text:
             self._pieces.append(text)
         return text
+
+
+def read_logprobs(sequences: SequenceOf[Sequence], output: Any) -> list[TokenLogprob | None]:
+    """For each logit row the log-probabilities that its request asked for; None for none.
+
+    sequences: the sequence of each row. output: a `_native.StepOutput`.
+    """
+    if all(sequence.params.logprobs is None for sequence in sequences):
+        return [None] * len(sequences)
+    tokens, logprobs = output.token_ids.tolist(), output.logprobs.tolist()
+    top_ids, top_logprobs = output.top_token_ids.tolist(), output.top_logprobs.tolist()
+    found: list[TokenLogprob | None] = []
+    for row, sequence in enumerate(sequences):
+        count = sequence.params.logprobs
+        if count is None:
+            found.append(None)
+            continue
+        ids = tuple(token for token in top_ids[row][:count] if token >= 0)
+        tops = tuple(top_logprobs[row][: len(ids)])
+        found.append(TokenLogprob(tokens[row], logprobs[row], ids, tops))
+    return found
+
+
+def not_finite(answer: Answer) -> str:
+    """The message about an answer whose logits hold a NaN or an infinity."""
+    return (
+        f"the model's logits hold a NaN or an infinity at token {answer.sequence.num_tokens} of "
+        f"request {answer.request.request_id!r}: its weights may be damaged, or its values exceed "
+        f"the dtype; `octavo diff` shows where they first appear"
+    )
+
+
+def request_output(answers: SequenceOf[Answer], now: float) -> RequestOutput:
+    """The output of a request that has ended; answers: all of its answers, in order."""
+    request = answers[0].request
+    return RequestOutput(
+        request.request_id,
+        request.prompt,
+        request.prompt_token_ids,
+        tuple(_completion(answer) for answer in answers),
+        request.error,
+        RequestMetrics(
+            request.arrival_time,
+            request.first_scheduled_time,
+            request.first_token_time,
+            now,
+            len(request.prompt_token_ids),
+            sum(sequence.num_output_tokens for sequence in request.sequences),
+            sum(sequence.num_preemptions for sequence in request.sequences),
+            request.sequences[0].num_cached_tokens or 0,
+        ),
+    )
+
+
+def _completion(answer: Answer) -> CompletionOutput:
+    sequence = answer.sequence
+    has_logprobs = sequence.params.logprobs is not None
+    return CompletionOutput(
+        sequence.sample_index,
+        answer.text,
+        sequence.output_token_ids,
+        sequence.finish_reason,
+        sequence.stop_reason,
+        tuple(sequence.logprobs) if has_logprobs else None,
+        sequence.cumulative_logprob if has_logprobs else None,
+    )

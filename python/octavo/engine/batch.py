@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.engine.block_manager import BlockManager
+from octavo.engine.block_manager import NO_BLOCK, BlockManager
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule, ScheduledSequence
 from octavo.reference.sampling import SAMPLING_ROW, SamplingRows
@@ -29,13 +29,11 @@ class BatchArrays(NamedTuple):
     sampling: SamplingRows
 
 
-def build_batch(
-    schedule: Schedule, blocks: BlockManager, num_kv_groups: int, vocab_size: int
-) -> BatchArrays:
-    """Pack one step. A sequence gets a logit row for each token to be sampled behind its last ones.
+def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> BatchArrays:
+    """Pack one step. A sequence gets a logit row for each token that is sampled for it.
 
-    A token that a step in flight samples is named by its sequence's state row. Of a sequence with
-    drafts none is named so: which of its samples is the last is only known when they are in.
+    A token that a step in flight samples is named by its sequence's state row. This is never done
+    for a sequence with drafts: which of its samples is the last one is only known after the step.
 
     Raises ValueError on a schedule with no entries.
     """
@@ -47,7 +45,7 @@ def build_batch(
     logit_rows: list[int] = []
     state_rows: list[int] = []
     for sequence, start, num_new_tokens, num_samples, drafts in entries:
-        if num_new_tokens == 1:  # decoding: the commonest case, without slicing
+        if num_new_tokens == 1:  # decoding, the most frequent case: no slicing
             known = sequence.token_ids
             token_ids.append(known[start] if start < len(known) else -1 - sequence.state_row)
         else:
@@ -65,7 +63,7 @@ def build_batch(
         token_ids=np.array(token_ids, np.int32),
         row_starts=np.array(row_starts, np.int32),
         context_lens=np.array([e.start + e.num_new_tokens for e in entries], np.int32),
-        block_tables=_pack_block_tables(entries, blocks, num_kv_groups),
+        block_tables=_pack_block_tables(entries, blocks),
         logit_rows=np.array(logit_rows, np.int32),
         sampling=_pack_sampling(schedule.row_sequences, state_rows, vocab_size),
     )
@@ -79,7 +77,7 @@ def _pack_sampling(
     params = [sequence.params for sequence in sequences]
     fitted = {
         "temperature": [_temperature(p.temperature) for p in params],
-        # "Keep more than there are" means "keep all", whatever an int32 can hold.
+        # A top_k above the vocabulary's size keeps all tokens, also where an int32 cannot hold it.
         "top_k": [p.top_k if p.top_k < vocab_size else 0 for p in params],
         "top_p": [max(p.top_p, _TINY) for p in params],
         "seed": [p.seed or 0 for p in params],
@@ -93,34 +91,34 @@ def _pack_sampling(
     return rows
 
 
-# What a request asks for, and what the scheduler knows; the position is the core's to know.
+# Fields from the request, and those that the scheduler knows; the core sets the position.
 _OF_A_STEP = [name for name in SAMPLING_ROW.names or () if name != "position"]
 
 
 def _temperature(value: float) -> float:
-    """The temperature within what float32 can divide by.
+    """The temperature, limited to numbers by which float32 can divide.
 
-    Below 1e-30 the quotients could overflow; the most probable token is all that is ever drawn
-    there, so that it is greedy. Above float32's range all tokens are equally probable anyway.
+    Below 1e-30 the quotients could overflow; there only the most probable token is ever sampled,
+    so it becomes 0 (greedy). Above float32's range all tokens are equally probable anyway.
     """
     return min(value, _HUGE) if value >= 1e-30 else 0.0
 
 
-def _pack_block_tables(
-    entries: tuple[ScheduledSequence, ...], blocks: BlockManager, num_kv_groups: int
-) -> Int32:
-    """(num_kv_groups, num_seqs, most blocks held by one), -1 behind each last block."""
-    tables = [blocks.block_table(entry.sequence.key) for entry in entries]
-    packed = np.full((num_kv_groups, len(entries), max(map(len, tables))), -1, np.int32)
-    for row, table in enumerate(tables):
-        packed[:, row, : len(table)] = table
+def _pack_block_tables(entries: tuple[ScheduledSequence, ...], blocks: BlockManager) -> Int32:
+    """(num_kv_groups, num_seqs, most blocks of one sequence), NO_BLOCK after each last block."""
+    groups = range(len(blocks.pools))
+    tables = [[blocks.block_table(e.sequence.key, group) for e in entries] for group in groups]
+    packed = np.full((len(groups), len(entries), max(map(len, tables[0]))), NO_BLOCK, np.int32)
+    for group in groups:
+        for row, table in enumerate(tables[group]):
+            packed[group, row, : len(table)] = table
     return packed
 
 
 def build_masks(forbidden: SequenceOf[frozenset[int]], vocab_size: int) -> Int32 | None:
     """Which tokens each logit row may take, as `Runtime.sample` wants it; None: all may.
 
-    forbidden: for each row the token ids it must not draw now. Returns int32
+    forbidden: for each row the token ids that must not be sampled now. Returns int32
     (num_rows, ceil(vocab_size / 32)); a set bit allows a token.
     """
     if not any(forbidden):

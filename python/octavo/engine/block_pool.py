@@ -1,11 +1,10 @@
-"""The blocks of the KV cache: how many hold each one, what each one holds, and which are free.
+"""The blocks of a KV group: how many sequences hold each, their names, and which are free.
 
 A block is in one of three states:
 
     held       by one or more sequences, which all read it
-    cached     held by nobody, but what it holds has a name: the next prompt that begins alike may
-               take it up again
-    blank      held by nobody, and nothing in it is worth keeping
+    cached     held by no sequence, but named: the next prompt that begins alike may use it again
+    blank      held by no sequence, and without a name
 
 Cached and blank blocks are both free. `take` prefers a blank one; with none left it evicts the
 cached block that has been free for longest (least recently used).
@@ -14,14 +13,15 @@ cached block that has been free for longest (least recently used).
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence as SequenceOf
 
 
 class IntegrityError(RuntimeError):
-    """The engine's own books disagree: a bug in octavo, never a user's mistake."""
+    """The engine's own accounting is inconsistent: a bug in octavo, never a user's mistake."""
 
 
 class BlockPool:
-    """Counts the holders of each of num_blocks blocks, and knows the published ones by name."""
+    """Counts the holders of each of num_blocks blocks, and finds the published ones by name."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -35,12 +35,12 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks that no sequence holds."""
         return len(self._blank) + len(self._cached)
 
     @property
     def num_cached(self) -> int:
-        """Free blocks whose content could be taken up again."""
+        """Free blocks whose content could be used again."""
         return len(self._cached)
 
     def num_holders(self, block: int) -> int:
@@ -55,8 +55,18 @@ class BlockPool:
         """The block of this name, held or free."""
         return self._by_name.get(name)
 
+    def find_leading(self, names: SequenceOf[bytes]) -> list[int]:
+        """The blocks of these names, up to the first name that has no block."""
+        blocks: list[int] = []
+        for name in names:
+            block = self._by_name.get(name)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
     def take(self) -> int:
-        """Hold a free block and forget what it held; IntegrityError when none is free."""
+        """Hold a free block and forget its content; IntegrityError when none is free."""
         if self._blank:
             block = self._blank.pop()
         elif self._cached:
@@ -69,7 +79,7 @@ class BlockPool:
         return block
 
     def hold(self, block: int) -> None:
-        """Hold a published block, whether others hold it or not."""
+        """Hold a published block; others may hold it too."""
         if not self._num_holders[block]:
             if block not in self._cached:
                 raise IntegrityError(f"block {block} was held, but it is blank")
@@ -77,7 +87,7 @@ class BlockPool:
         self._num_holders[block] += 1
 
     def release(self, block: int) -> None:
-        """Hold the block no longer; IntegrityError if nobody did."""
+        """Stop holding the block; IntegrityError if it was not held."""
         if self._num_holders[block] < 1:
             raise IntegrityError(f"block {block} was released, but nobody holds it")
         self._num_holders[block] -= 1
@@ -94,17 +104,9 @@ class BlockPool:
             self._name[block] = name
 
     def withdraw(self, block: int) -> None:
-        """Let a held block no longer be found: it is going to be written to."""
+        """Take the name from a held block that will be written to."""
         if self._name[block] is not None:
             self._forget(block)
-
-    def clear_cache(self) -> None:
-        """Make every cached block blank, and let no held one be found."""
-        for block in self._cached:
-            self._blank.append(block)
-        self._cached.clear()
-        self._by_name.clear()
-        self._name = [None] * self.num_blocks
 
     def _forget(self, block: int) -> None:
         name = self._name[block]
@@ -113,7 +115,7 @@ class BlockPool:
             self._name[block] = None
 
     def check_integrity(self, num_holders: dict[int, int]) -> None:
-        """The books agree with each other and with who really holds what; IntegrityError if not.
+        """The accounting is consistent, and agrees with the holders; IntegrityError if not.
 
         num_holders: of every block that some sequence holds, how many do.
         """

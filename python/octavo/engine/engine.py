@@ -1,9 +1,8 @@
 """The step loop: schedule, submit, sample, wait, update.
 
-The engine holds the requests and turns sampled tokens into text and finish reasons. It decides
-nothing about order and memory (scheduler.py, block_manager.py) and computes nothing (the native
-core). One thread at a time adds requests and steps, which guard.py sees to; shared.py lets many
-threads share an engine.
+The engine holds the requests and turns sampled tokens into text and finish reasons. Order and
+memory are decided in scheduler.py and block_manager.py, and the native core computes. Only one
+thread at a time may add requests and step (guard.py); shared.py lets many threads share an engine.
 """
 
 from __future__ import annotations
@@ -17,20 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.config import RuntimeOptions
 from octavo.engine.adjustments import LogitAdjustments, build_adjustments
-from octavo.engine.admission import AdmissionLimits, Deadlines
-from octavo.engine.answer import Answer
+from octavo.engine.admission import AdmissionLimits, Deadlines, check_scheduling, check_tokens
+from octavo.engine.answer import Answer, not_finite, read_logprobs, request_output
 from octavo.engine.batch import Int32, build_masks
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.block_pool import IntegrityError
-from octavo.engine.checks import check_scheduling, check_tokens
 from octavo.engine.event_records import arrival, describe_engine, read_stats, refusal, step_end
 from octavo.engine.events import EventLog
-from octavo.engine.guard import EngineGuard, guarded
-from octavo.engine.interrupts import deferred_interrupt
+from octavo.engine.guard import EngineGuard, deferred_interrupt, guarded
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import InFlightStep, Pipeline, StepRuntime
 from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
-from octavo.engine.results import not_finite, read_logprobs, request_output
 from octavo.engine.schedule import Drafter, Schedule, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidArgumentError, QueueFullError
@@ -49,9 +45,9 @@ class Engine:
     runtime: the native runtime with its KV cache allocated. options: what it was built with.
     num_kv_blocks, num_kv_groups: the cache's size and the number of block tables a sequence has.
     tokenizer: None for a model without one; texts are then empty, and stop strings refused.
-    eos_token_ids: any of these ends an answer. seed: of requests that name none.
+    eos_token_ids: any of these ends an answer. seed: for requests that name none.
     make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
-    clock: gives the time in seconds. drafter: proposes tokens, of which one step checks several.
+    clock: returns the time in seconds. drafter: proposes tokens; one step checks several of them.
     """
 
     def __init__(
@@ -79,7 +75,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
-        self.blocks = BlockManager(num_kv_blocks, options.block_size)
+        self.blocks = BlockManager(num_kv_blocks, options.block_size, num_kv_groups)
         limits = SchedulerLimits(
             options.max_num_seqs,
             options.max_num_batched_tokens,
@@ -98,7 +94,6 @@ class Engine:
             runtime,
             self.blocks,
             make_batch,
-            num_kv_groups=num_kv_groups,
             vocab_size=vocab_size,
             depth=2 if options.overlap_steps else 1,
         )
@@ -121,18 +116,8 @@ class Engine:
         """Requests that have not ended."""
         return len(self._requests)
 
-    @property
-    def num_waiting_requests(self) -> int:
-        """Requests that have not started yet."""
-        return self._admission.num_requests
-
-    @property
-    def num_waiting_tokens(self) -> int:
-        """Prompt tokens of the requests that have not started yet."""
-        return self._admission.num_tokens
-
     def check_request(self, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> None:
-        """Raise an InvalidArgumentError, naming value and limit, for what cannot be answered."""
+        """Raise an InvalidArgumentError with value and limit if it cannot be answered."""
         check_tokens(prompt_token_ids, params, self.vocab_size, self.eos_token_ids)
         if params.stop and self.tokenizer is None:
             raise InvalidArgumentError(
@@ -160,10 +145,11 @@ class Engine:
 
         stream, continues_prompt and kept_special_ids are described at `Request`. priority: lower is
         more urgent. timeout: seconds from now after which it ends with the finish reason "timeout",
-        wherever it stands; None lets it run. cache_salt: requests with different ones share no
-        cached keys and values, so that nobody can find out by timing what others asked.
-        Raises InvalidArgumentError for one that cannot be answered, QueueFullError when too many
-        wait already; both change nothing. This, `step` and `abort` raise what `EngineGuard` raises.
+        waiting or running; None lets it run. cache_salt: requests with different salts share no
+        cached keys and values, so a client cannot find out by timing what others have asked.
+        Raises InvalidArgumentError for a request that cannot be answered, QueueFullError when too
+        many wait already; both change nothing. This, `step` and `abort` raise the errors of
+        `EngineGuard`.
         """
         if request_id in self._requests:
             raise InvalidArgumentError(f"request {request_id!r} is already running: name it anew")
@@ -171,7 +157,7 @@ class Engine:
         check_scheduling(priority, timeout)
         now = self._clock()
         try:
-            self._admission.enter(request_id, len(prompt_token_ids))
+            self._admission.admit(request_id, len(prompt_token_ids))
         except QueueFullError as error:
             self.events.record(refusal(request_id, len(prompt_token_ids), error, now))
             raise
@@ -192,9 +178,8 @@ class Engine:
         )
         if request.deadline is not None:
             self._deadlines.add(request_id, request.deadline)
-        length = self.scheduler.max_total_tokens(len(prompt_token_ids), params.max_tokens)
         answers = [
-            Answer(request, sequence, self.tokenizer, self.eos_token_ids, length)
+            Answer(request, sequence, self.tokenizer, self.eos_token_ids)
             for sequence in request.sequences
         ]
         self._requests[request_id] = answers
@@ -211,10 +196,10 @@ class Engine:
         """Compute one step. Returns what it added to streamed requests, and finished requests.
 
         A chunk's `result` is set when its request has ended. Requests past their deadline end
-        first, and their blocks are free in this very step. Nothing to do gives an empty list.
+        first, and their blocks are free for this step. With nothing to do the list is empty.
         An error of the runtime leaves everything as it was before the step, and
-        `failed_request_ids` says whose requests were in it. With `overlap_steps` the next step is
-        on its way when this one's output is taken in.
+        `failed_request_ids` names the requests that were in it. With `overlap_steps` the next step
+        is in flight while this one's output is processed.
         """
         with deferred_interrupt():
             now = self._clock()
@@ -232,7 +217,7 @@ class Engine:
             self.num_steps += 1
             self._undelivered += self._update(step, output)
             if not self._requests:
-                self._abandon_steps()  # nobody waits for what is still in flight
+                self._abandon_steps()  # no request needs the steps still in flight
                 self._check_when_idle()
             return self._deliver()
 
@@ -253,11 +238,11 @@ class Engine:
             return self._remove(request_id, now)
 
     def stats(self) -> EngineStats:
-        """Where the engine stands: the numbers that metrics and a live view are made of.
+        """The engine's state in numbers, for metrics and a live view.
 
-        Any thread may ask at any time; amid a step, some numbers are of the step before.
+        Any thread may call it at any time; during a step, some numbers are of the step before.
         """
-        return read_stats(self)
+        return read_stats(self.scheduler, self._admission, self.num_steps, self.num_sampled_tokens)
 
     def check_integrity(self) -> None:
         """Queues, blocks and requests agree; IntegrityError if not."""
@@ -270,7 +255,7 @@ class Engine:
             )
 
     def _submit_next(self) -> bool:
-        """Schedule a step and send it on its way; False if there is nothing to compute."""
+        """Schedule a step and submit it; False if there is nothing to compute."""
         if len(self._pipeline) and self._watching:
             return False  # penalties depend on the very tokens that are in flight
         now = self._clock()
@@ -284,11 +269,11 @@ class Engine:
             request = self._answers[sequence.key].request
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = now
-                self._admission.leave(request.request_id)
+                self._admission.remove(request.request_id)
         return True
 
     def _abandon_steps(self) -> frozenset[str]:
-        """Undo every step in flight, as if it had not been scheduled; returns who was in them."""
+        """Undo every step in flight, as if never scheduled; returns the requests in them."""
         schedules = self._pipeline.abandon()
         for schedule in schedules:
             self.scheduler.rollback(schedule)
@@ -308,7 +293,7 @@ class Engine:
         return build_adjustments([self._answers[sequence.key].adjuster for sequence in sequences])
 
     def _update(self, step: InFlightStep, output: Any) -> list[OutputChunk]:
-        """Take in what a step has sampled: a token of each sequence, or several behind drafts."""
+        """Process the tokens of a step: one of each sequence, or several after drafts."""
         now = self._clock()
         schedule = step.schedule
         token_ids = output.token_ids.tolist()
@@ -332,7 +317,7 @@ class Engine:
                 text = self._append(answer, token, logprobs[row], now)
             except IntegrityError:
                 raise
-            except Exception as error:  # of its detokenizer: no other request is to blame
+            except Exception as error:  # of its detokenizer: other requests are not affected
                 problem = f"the text of request {answer.request.request_id!r} cannot be made: "
                 chunks += self._fail(answer, now, f"{problem}{type(error).__name__}: {error}")
                 continue
@@ -341,7 +326,7 @@ class Engine:
         return chunks
 
     def _append(self, answer: Answer, token: int, logprob: TokenLogprob | None, now: float) -> str:
-        """Take one sampled token in; finish the answer if it ends here. Returns its new text."""
+        """Add one sampled token; finish the answer if it ends here. Returns its new text."""
         sequence = answer.sequence
         if answer.request.first_token_time is None:
             answer.request.first_token_time = now
@@ -361,7 +346,7 @@ class Engine:
             return shown
         text = answer.push(token)
         matched = answer.matched_stop
-        at_limit = len(sequence.token_ids) >= answer.max_total_tokens
+        at_limit = len(sequence.token_ids) >= sequence.max_total_tokens
         if at_limit and matched is None:
             text += answer.flush()  # which may complete a stop string
             matched = answer.matched_stop
@@ -398,12 +383,12 @@ class Engine:
         self.events.record((now, "finished", sequence.key, reason, sequence.num_output_tokens))
 
     def _deliver(self) -> list[OutputChunk]:
-        """What this step has to hand out, and what an earlier one could not."""
+        """The chunks of this step, and those that an earlier failed step did not deliver."""
         chunks, self._undelivered = self._undelivered, []
         return chunks
 
     def _check_when_idle(self) -> None:
-        """With nothing to do there is time to check the books, now and then."""
+        """Check the accounting now and then, when there is nothing else to do."""
         if self._last_step_end - self._last_check >= IDLE_CHECK_SECONDS:
             self._last_check = self._last_step_end
             self.check_integrity()
@@ -433,7 +418,7 @@ class Engine:
         answers = self._requests.pop(request_id)
         for answer in answers:
             del self._answers[answer.sequence.key]
-        self._admission.leave(request_id)
+        self._admission.remove(request_id)
         self._deadlines.remove(request_id)
         self._watching.discard(request_id)
         return request_output(answers, now)

@@ -1,4 +1,4 @@
-"""What the engine tells of itself: its events for the log, and its numbers.
+"""What the engine reports about itself: its events for the log, and its numbers.
 
 The scheduler records its own events.
 """
@@ -6,9 +6,10 @@ The scheduler records its own events.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from octavo.config import RuntimeOptions
+from octavo.engine.admission import AdmissionLimits
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.events import Event
 from octavo.engine.outputs import EngineStats
@@ -16,9 +17,6 @@ from octavo.engine.request import Request
 from octavo.engine.schedule import Schedule, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import QueueFullError
-
-if TYPE_CHECKING:
-    from octavo.engine.engine import Engine
 
 
 def describe_engine(
@@ -57,22 +55,24 @@ def step_end(schedule: Schedule, scheduler: Scheduler, started: float, now: floa
     return (now, "step", None, now - started, *counts, *state, schedule.number)
 
 
-def read_stats(engine: Engine) -> EngineStats:
+def read_stats(
+    scheduler: Scheduler, admission: AdmissionLimits, num_steps: int, num_sampled_tokens: int
+) -> EngineStats:
     """See `Engine.stats`."""
-    scheduler, pool = engine.scheduler, engine.blocks.pool
+    pools = scheduler.blocks.pools
     return EngineStats(
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
-        num_waiting_requests=engine.num_waiting_requests,
-        num_waiting_tokens=engine.num_waiting_tokens,
+        num_waiting_requests=admission.num_requests,
+        num_waiting_tokens=admission.num_tokens,
         waiting_reason=scheduler.waiting_reason,
-        num_blocks=pool.num_blocks,
-        num_free_blocks=pool.num_free,
-        num_cached_blocks=pool.num_cached,
-        num_steps=engine.num_steps,
-        num_sampled_tokens=engine.num_sampled_tokens,
+        num_blocks=scheduler.blocks.num_blocks,
+        num_free_blocks=scheduler.blocks.num_free_blocks,
+        num_cached_blocks=min(pool.num_cached for pool in pools),
+        num_steps=num_steps,
+        num_sampled_tokens=num_sampled_tokens,
         num_preemptions=scheduler.num_preemptions,
         num_prefix_queries=scheduler.prefix_cache.num_queries,
         num_prefix_hits=scheduler.prefix_cache.num_hits,
-        num_evictions=pool.num_evictions,
+        num_evictions=sum(pool.num_evictions for pool in pools),
     )

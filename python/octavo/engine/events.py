@@ -1,11 +1,11 @@
 """The event log: every decision about every request, in a ring of bounded size.
 
 An event is a plain tuple (time, kind, key, *values): appending one costs a fraction of a
-microsecond, and names are put to the values only when somebody reads the log. Decoding steps are
-not logged sequence by sequence; one `step` event stands for all of them.
+microsecond, and the values get their names only when the log is read. Decoding is not logged
+sequence by sequence; one `step` event covers all of them.
 
-What is logged is numbers and ids. Prompts are not: of their blocks the log tells only which are
-equal to which, so that a replay can meet the same prefixes.
+The log holds numbers and ids, no prompts. It tells which blocks of two prompts are equal, so that a
+replay has the same shared prefixes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _WHAT = "the event log"
 FIELDS: dict[str, tuple[str, ...]] = {
     # A request came. blocks: names of its prompt's full blocks (numbers once written to a file).
     "arrived": ("num_prompt_tokens", "max_tokens", "n", "priority", "timeout", "blocks"),
-    # A request was turned away: the queue was full.
+    # A request was refused: the queue was full.
     "refused": ("num_prompt_tokens", "num_waiting_requests", "num_waiting_tokens"),
-    # The first in the queue still waits. reason: see WAITING_REASONS; for kv_blocks how many it
-    # needs and how many it may have; num_waiting: the length of the queue.
+    # The first in the queue still waits. reason: see WAITING_REASONS; for kv_blocks how many blocks
+    # it needs and how many it may have; num_waiting: the length of the queue.
     "waited": ("reason", "num_needed", "num_available", "num_waiting"),
-    # A sequence got its blocks. Of its tokens the cache (or another answer) held so many.
+    # A sequence got its blocks; num_cached of its tokens were in the cache (or of another answer).
     "admitted": ("num_tokens", "num_cached_tokens", "num_running", "num_free_blocks"),
     # A part of a prompt is computed in this step, a number.
     "chunk": ("start", "num_tokens", "step"),
@@ -69,7 +69,7 @@ WAITING_REASONS = {
 class EventLog:
     """The last `capacity` events, and how many there were before them.
 
-    header: facts about the engine that stand at the top of a written log.
+    header: facts about the engine, written at the top of the log.
     """
 
     def __init__(self, capacity: int = 65536, header: dict[str, Any] | None = None) -> None:
@@ -91,7 +91,7 @@ class EventLog:
     def since(self, number: int) -> list[Event]:
         """The events from the `number`-th on, counted from 0, as far as the ring still has them."""
         count = min(self.num_recorded - number, len(self._ring))
-        # From the newest backwards: whoever asks often wants few of many.
+        # From the newest backwards: a caller that asks often wants few of many.
         return list(itertools.islice(reversed(self._ring), max(0, count)))[::-1]
 
     def as_jsonl(self) -> Iterator[str]:
@@ -108,7 +108,7 @@ class EventLog:
 
 
 class EventLogFile:
-    """Writes a log to a file bit by bit, so that a long run outgrows the ring without a loss.
+    """Writes a log to a file piece by piece, so that a run longer than the ring loses nothing.
 
     Every method raises a FileError where the file cannot be written.
     """
@@ -123,14 +123,14 @@ class EventLogFile:
         try:
             with writing(path, _WHAT):
                 self._file.write(header_line(log.header, self._next) + "\n")
-                self._file.flush()  # a full disk is told of at once
+                self._file.flush()  # a full disk is reported at once
         except FileError:
             with suppress(OSError):
                 self._file.close()
             raise
 
     def flush(self) -> None:
-        """Write what is new."""
+        """Write the new events."""
         events = self._log.since(self._next)
         self._next = self._log.num_recorded
         with writing(self._path, _WHAT):
@@ -138,7 +138,7 @@ class EventLogFile:
             self._file.flush()
 
     def close(self) -> None:
-        """Write what is new, and close the file; harmless when it is closed."""
+        """Write the new events and close the file; harmless when it is closed."""
         if not self._file.closed:
             try:
                 self.flush()
@@ -154,21 +154,21 @@ class EventLogFile:
 
 
 def header_line(header: dict[str, Any], num_dropped: int) -> str:
-    """The first line of a log: format, version, what the engine was, events lost before it."""
+    """The first line of a log: format, version, facts about the engine, events lost before it."""
     return json.dumps(
         {"event": "log", "version": LOG_VERSION, **header, "num_dropped": num_dropped}
     )
 
 
 def event_line(event: Event, numbers: dict[bytes, int]) -> str:
-    """One event as JSON. numbers: which number stands for which block's name, added to."""
+    """One event as JSON. numbers: block name -> number, extended by new names."""
     return json.dumps(as_dict(event, numbers), ensure_ascii=False)
 
 
 def as_dict(event: Event, numbers: dict[bytes, int] | None = None) -> dict[str, Any]:
-    """An event with names to its values; block names become small numbers, the same for the same.
+    """An event with named values; equal block names become equal small numbers.
 
-    numbers: those given so far, added to; None leaves the blocks out.
+    numbers: block name -> number so far, extended by new names; None leaves the blocks out.
     """
     time, kind, key, *values = event
     record: dict[str, Any] = {"time": round(time, 6), "event": kind}

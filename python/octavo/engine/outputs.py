@@ -24,9 +24,9 @@ class CompletionOutput:
     """One answer.
 
     index: which of the n answers. text: without the stop string (unless asked for) and without
-    special tokens (unless asked for). token_ids: every token drawn, the one that ended it included.
+    special tokens (unless asked for). token_ids: all sampled ones, the token that ended it too.
     finish_reason: "stop" (end of text, a stop string or a stop token), "length" (max_tokens or the
-    end of the context), "timeout", "abort" or "error"; None while the answer is being made.
+    end of the context), "timeout", "abort" or "error"; None while the answer is not finished.
     stop_reason: the stop string or stop token id that matched, None for the model's own end of
     text.
     logprobs: one entry a token, None when none were asked for; cumulative_logprob: their sum.
@@ -43,7 +43,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """When things happened to one request, in seconds of `time.monotonic`, and how often."""
+    """Times of one request, in seconds of `time.monotonic`, and counts."""
 
     arrival_time: float
     first_scheduled_time: float | None
@@ -121,13 +121,13 @@ class OutputChunk:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Where an engine stands now, and what it has done since it began.
+    """The state of an engine now, and what it has done since it began.
 
     Now: num_running and num_waiting are sequences (answers), num_waiting_requests those requests
     that have not started, num_waiting_tokens their prompts' tokens; waiting_reason says why the
-    first in the queue waits (a key of `events.WAITING_REASONS`; None when nobody does);
-    num_free_blocks are blocks of the KV cache that nobody holds, of which num_cached_blocks hold
-    something that may be taken up again. Since it began: steps, tokens sampled, preemptions; prompt
+    first in the queue waits (a key of `events.WAITING_REASONS`; None when the queue is empty);
+    num_free_blocks are blocks of the KV cache that no sequence holds; num_cached_blocks of these
+    have content that may be used again. Since it began: steps, tokens sampled, preemptions; prompt
     tokens looked up in the prefix cache and found there; cached blocks evicted.
     """
 

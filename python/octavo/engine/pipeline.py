@@ -1,9 +1,9 @@
-"""Steps on their way through the runtime: one at a time, or the next before the last has ended.
+"""Steps in flight in the runtime: one at a time, or the next before the last has ended.
 
 With a depth of 2 the device never waits for Python: while it computes one step, the next is
-scheduled, packed and queued behind it. The next step needs the tokens that the last one draws, and
-Python does not know them yet; but the device will, by then. So the batch names them: token id
--1 - r stands for "what state row r drew last" (see `_native.Batch`).
+scheduled, packed and queued. The next step needs the tokens that the last one samples. Python does
+not know them yet, but the device will when the step begins. So the batch refers to them: token id
+-1 - r stands for "what state row r sampled last" (see `_native.Batch`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from octavo.engine.schedule import Schedule
 
 
 class StepRuntime(Protocol):
-    """What the engine asks of `_native.Runtime`: one step in two or three calls, and copies."""
+    """What the engine uses of `_native.Runtime`: one step in two or three calls, and copies."""
 
     def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
-        """Copy whole KV blocks, behind the steps queued so far; pairs: (n, 2), from and to."""
+        """Copy whole KV blocks, after the steps queued so far; pairs: (n, 2), from and to."""
 
     def submit(self, batch: Any, *, sample: bool) -> int:
-        """Queue the forward pass and return a ticket; sample: the plain sampling, too."""
+        """Queue the forward pass and return a ticket; sample: queue plain sampling, too."""
 
     def sample(
         self,
@@ -48,7 +48,7 @@ NO_TICKET = -1
 
 @dataclass
 class InFlightStep:
-    """A step on its way. started: when it was scheduled, in seconds of the engine's clock."""
+    """A step in flight. started: when it was scheduled, in seconds of the engine's clock."""
 
     schedule: Schedule
     started: float
@@ -67,7 +67,6 @@ class Pipeline:
         blocks: BlockManager,
         make_batch: Callable[..., Any],
         *,
-        num_kv_groups: int,
         vocab_size: int,
         depth: int,
     ) -> None:
@@ -75,7 +74,6 @@ class Pipeline:
         self._runtime = runtime
         self._blocks = blocks
         self._make_batch = make_batch
-        self._num_kv_groups = num_kv_groups
         self._vocab_size = vocab_size
         self._in_flight: deque[InFlightStep] = deque()
 
@@ -94,30 +92,30 @@ class Pipeline:
         masks: Int32 | None,
         adjustments: LogitAdjustments | None,
     ) -> None:
-        """Queue a step; an error leaves it, and those before it, to `abandon`."""
-        flight = InFlightStep(schedule, now)
-        self._in_flight.append(flight)
+        """Queue a step. After an error, call `abandon` for it and the steps before it."""
+        step = InFlightStep(schedule, now)
+        self._in_flight.append(step)
         if schedule.copies:
-            pairs = np.array(schedule.copies, np.int32)
-            for kv_group in range(self._num_kv_groups):
-                self._runtime.copy_blocks(kv_group, pairs)
-        arrays = build_batch(schedule, self._blocks, self._num_kv_groups, self._vocab_size)
+            copies = np.array(schedule.copies, np.int32)
+            for group in np.unique(copies[:, 0]).tolist():
+                self._runtime.copy_blocks(group, copies[copies[:, 0] == group, 1:])
+        arrays = build_batch(schedule, self._blocks, self._vocab_size)
         batch = self._make_batch(**arrays._asdict())
         is_plain = masks is None and adjustments is None
-        flight.ticket = self._runtime.submit(batch, sample=is_plain)
+        step.ticket = self._runtime.submit(batch, sample=is_plain)
         if not is_plain:
-            self._runtime.sample(flight.ticket, masks, adjustments)
+            self._runtime.sample(step.ticket, masks, adjustments)
 
     def wait(self) -> tuple[InFlightStep, Any]:
-        """The oldest step and its output; an error of the runtime leaves it to `abandon`."""
-        flight = self._in_flight[0]
-        output = self._runtime.wait(flight.ticket)
+        """The oldest step and its output. After an error of the runtime, call `abandon`."""
+        step = self._in_flight[0]
+        output = self._runtime.wait(step.ticket)
         self._in_flight.popleft()
-        return flight, output
+        return step, output
 
     def abandon(self) -> list[Schedule]:
-        """Let every step in flight end and come to nothing; returns them, the latest first."""
-        schedules = [flight.schedule for flight in reversed(self._in_flight)]
+        """Wait for all steps in flight and drop their results; the latest comes first."""
+        schedules = [step.schedule for step in reversed(self._in_flight)]
         while self._in_flight:
             ticket = self._in_flight.popleft().ticket
             if ticket != NO_TICKET:

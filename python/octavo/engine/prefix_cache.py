@@ -1,19 +1,48 @@
-"""What of a sequence is in the KV cache already, or is just being computed for another one."""
+"""Which tokens of a sequence are in the KV cache already, or being computed for another sequence.
+
+Blocks are found by their names, which are chained hashes of tokens. The keys and values in a block
+depend on its own tokens and on all tokens before them. So a block's name is a hash of the name of
+the block before it and its own tokens: two blocks of the same name hold the same numbers, and
+finding the longest known beginning of a prompt is one lookup a block (the scheme of vLLM's
+automatic prefix caching; Zheng et al. 2024 keep a tree instead).
+
+The hash is cryptographic (BLAKE2b, 256 bits). With a weak one a prompt could be made that is taken
+for another one, and answered with another user's keys and values.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 
-from octavo.engine.block_hash import extend_block_hashes
 from octavo.engine.block_manager import NO_PREFIX, BlockManager, Prefix
 from octavo.engine.request import Sequence, SequenceState
 
+_DIGEST_SIZE = 32
+
+
+def extend_block_hashes(
+    hashes: list[bytes], token_ids: SequenceOf[int], block_size: int, cache_salt: str | None
+) -> None:
+    """Append to `hashes` the names of the full blocks among the tokens.
+
+    The salt is the name before the first block: another one gives other names to all that follow.
+    """
+    label = b"" if cache_salt is None else b"salt:" + cache_salt.encode("utf-8", "surrogatepass")
+    parent = hashes[-1] if hashes else hashlib.blake2b(label, digest_size=_DIGEST_SIZE).digest()
+    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
+        tokens = array("q", token_ids[start : start + block_size]).tobytes()
+        parent = hashlib.blake2b(parent + tokens, digest_size=_DIGEST_SIZE).digest()
+        hashes.append(parent)
+
 
 class PrefixCache:
-    """Finds and publishes the blocks of sequences by their names; see block_hash.py.
+    """Finds and publishes the blocks of sequences by their names.
 
-    is_enabled: False finds nothing but what the first answer of a request has for the others.
-    num_queries, num_hits: prompt tokens that were looked up, and those that were there.
+    is_enabled: if False, only the answers of one request share their prompt's blocks.
+    num_queries, num_hits: prompt tokens that were looked up, and those that were found.
     """
 
     def __init__(self, blocks: BlockManager, is_enabled: bool) -> None:
@@ -24,19 +53,14 @@ class PrefixCache:
 
     def names_of(self, sequence: Sequence) -> list[bytes]:
         """The names of the full blocks among the sequence's known tokens."""
-        extend_block_hashes(
-            sequence.block_hashes,
-            sequence.token_ids,
-            len(sequence.token_ids),
-            self._blocks.block_size,
-            sequence.cache_salt,
-        )
-        return sequence.block_hashes
+        names, block_size = sequence.block_hashes, self._blocks.block_size
+        extend_block_hashes(names, sequence.token_ids, block_size, sequence.cache_salt)
+        return names
 
     def find(self, sequence: Sequence) -> Prefix:
-        """What is in the cache of the sequence's tokens; the last is always computed anew.
+        """The sequence's tokens that are in the cache. The last token is never among them.
 
-        Its logits are wanted, and they are not in the cache.
+        It is computed again, since its logits are needed and the cache does not hold them.
         """
         prefix = NO_PREFIX
         if self.is_enabled:
@@ -45,14 +69,13 @@ class PrefixCache:
         if leader is not None and leader.state is SequenceState.RUNNING:
             num_alike = sequence.num_prompt_tokens - 1
             if leader.num_computed_tokens > num_alike > prefix.num_tokens:
-                num_blocks = self._blocks.blocks_for(num_alike)
-                prefix = Prefix(self._blocks.block_table(leader.key)[:num_blocks], num_alike)
+                prefix = self._blocks.prefix_of(leader.key, num_alike) or prefix
         return prefix
 
     def is_being_computed(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
-        """Whether the next block that the sequence lacks is on its way, for one that runs.
+        """Whether a running sequence is computing the next block that this sequence lacks.
 
-        Then waiting a step or two saves computing it twice: of requests that begin alike and come
+        Then waiting a step or two saves computing it twice: when requests that begin alike come
         together, one computes the beginning.
         """
         leader = sequence.leader
@@ -61,7 +84,7 @@ class PrefixCache:
         if not self.is_enabled:
             return False
         for index, name in enumerate(self.names_of(sequence)):
-            if self._blocks.pool.find(name) is None:
+            if not self._blocks.is_cached(name):
                 return any(
                     other.num_published_blocks <= index < len(other.block_hashes)
                     and other.block_hashes[index] == name
@@ -70,7 +93,7 @@ class PrefixCache:
         return False
 
     def publish(self, sequence: Sequence, num_full_blocks: int) -> None:
-        """Let others find the sequence's blocks up to num_full_blocks, which are computed."""
+        """Let others find the sequence's first num_full_blocks blocks, which are computed."""
         if self.is_enabled:
             names = self.names_of(sequence)
             for index in range(sequence.num_published_blocks, num_full_blocks):

@@ -13,13 +13,13 @@ NO_DRAFTS: tuple[int, ...] = ()
 
 
 class Drafter(Protocol):
-    """Guesses how answers go on, so that one step may check several tokens of a sequence."""
+    """Guesses how answers continue, so that one step can check several tokens of a sequence."""
 
     def propose(self, sequence: Sequence) -> SequenceOf[int]:
-        """Draft tokens to stand behind the sequence's own; none where it has no guess.
+        """Draft tokens to follow the sequence's own; none where it has no guess.
 
-        Asked before a step for each decoding sequence that may take drafts. It changes nothing
-        but the time: an answer is the same with good drafts, bad ones or none.
+        Called before a step for each decoding sequence that may take drafts. Drafts change only
+        the time: an answer is the same with good drafts, bad ones or none.
         """
 
 
@@ -27,8 +27,8 @@ class ScheduledSequence(NamedTuple):
     """One sequence's part in a step.
 
     It computes its tokens start .. start + num_new_tokens - 1, the last of which are drafts.
-    num_samples: how many tokens are sampled, behind the last num_samples of those: 0 before the
-    end of its prompt, then 1 and one more for each draft.
+    num_samples: how many tokens are sampled, one after each of the last num_samples of those: 0
+    before the end of its prompt, then 1 and one more for each draft.
     """
 
     sequence: Sequence
@@ -39,11 +39,11 @@ class ScheduledSequence(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """One step. number: counted from 0 over all that computed something. num_tokens: it computes.
+    """One step. number: counted from 0 over non-empty steps. num_tokens: how many it computes.
 
-    entries: who computes what, the num_decodes that decode before the prompts. row_sequences: the
-    sequence of each logit row, in order. preempted: who lost its blocks to allow it. admitted: who
-    got blocks. copies: to be done before anything else.
+    entries: the parts of the sequences, first the num_decodes that decode, then prompts.
+    row_sequences: the sequence of each logit row, in order. preempted: sequences that lost their
+    blocks for this step. admitted: those that got blocks. copies: to be done before anything else.
     """
 
     entries: tuple[ScheduledSequence, ...]
@@ -57,7 +57,7 @@ class Schedule(NamedTuple):
 
     @property
     def num_attended(self) -> int:
-        """For every token the step computes the tokens it attends to, summed."""
+        """The number of tokens attended to, summed over all tokens that the step computes."""
         return sum([n * (2 * start + n + 1) // 2 for _, start, n, _, _ in self.entries])
 
 
@@ -65,10 +65,10 @@ class Schedule(NamedTuple):
 class SchedulerLimits:
     """max_num_seqs and max_num_batched_tokens bound a step, max_model_len prompt plus answer.
 
-    priority_ageing_seconds: what one level of priority is worth; see `Scheduler.add`.
-    enable_prefix_caching: whether to look for known beginnings; answers of one request share their
+    priority_ageing_seconds: the seconds of one level of priority; see `Scheduler.add`.
+    enable_prefix_caching: whether to look for cached beginnings; answers of one request share their
     prompt in any case. headroom_blocks: how many blocks must be free for each running sequence
-    when another joins; docs/scheduler.md says why two.
+    when another is admitted; docs/scheduler.md says why two.
     """
 
     max_num_seqs: int
@@ -81,7 +81,7 @@ class SchedulerLimits:
 
 @dataclass
 class ScheduleBuilder:
-    """A schedule in the making, the number-th.
+    """Builds schedule `number`.
 
     budget: the tokens that may still be added. now: the time in seconds.
     """
@@ -103,7 +103,7 @@ class ScheduleBuilder:
         num_samples: int,
         drafts: tuple[int, ...] = NO_DRAFTS,
     ) -> None:
-        """Let the sequence compute so many of its uncomputed tokens, and the drafts."""
+        """Add a sequence, with so many of its uncomputed tokens, and the drafts."""
         if drafts:
             num_new_tokens += len(drafts)
             num_samples += len(drafts)
@@ -117,7 +117,7 @@ class ScheduleBuilder:
         self.num_tokens += num_new_tokens
 
     def schedule(self, num_decodes: int) -> Schedule:
-        """What it has become; the first num_decodes entries decode."""
+        """The finished schedule; its first num_decodes entries decode."""
         return Schedule(
             tuple(self.entries),
             tuple(self.row_sequences),
@@ -131,7 +131,7 @@ class ScheduleBuilder:
 
 
 def num_agreeing(drafts: SequenceOf[int], sampled: SequenceOf[int]) -> int:
-    """How many drafts, from the first on, are what was then sampled in their place."""
+    """How many drafts, from the first on, equal the tokens sampled in their place."""
     for index, draft in enumerate(drafts):
         if draft != sampled[index]:
             return index

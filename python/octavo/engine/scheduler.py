@@ -1,16 +1,17 @@
 """Which sequences compute how many tokens in the next step: continuous batching.
 
 There are no prefill and decode phases (Orca, Yu et al. 2022; chunked prefill, Agrawal et al. 2023).
-A step has a budget of tokens. Sequences that decode take one each; what is left goes to prompts, a
-chunk of the size that is left. So a long prompt never stalls running answers, and a step's cost is
-bounded. Within each, order is by rank: time of arrival, shifted by priority (see `add`).
+A step has a budget of tokens. Sequences that decode take one each; the rest goes to prompts, in
+chunks of at most that size. So a long prompt never stops running answers, and a step's cost is
+bounded. Both are in the order of rank: time of arrival, shifted by priority (see `add`). Drafts, if
+there is a drafter, take what is left after one token for every decoding sequence.
 
-Memory. A sequence is admitted when blocks for all of its present tokens are free, besides some
-headroom for those already running, so that these can go on for a while. What the cache still holds
-of its beginning it shares. While decoding it takes a block when it crosses into one. When none is
-free, the *last* running sequence in rank is preempted: it gives its blocks back and waits again.
-The first in rank is therefore never preempted and always advances; and since no request is accepted
-that the whole cache could not hold, it ends, and then the next one is the first: everyone ends.
+Memory. A sequence is admitted when blocks for all of its present tokens are free, and also some
+headroom for those already running, so that these can go on for a while. It shares the blocks of its
+beginning that the cache still holds. While decoding it takes a new block when its last one is full.
+When none is free, the *last* running sequence in rank is preempted: it gives its blocks back and
+waits again. So the first in rank is never preempted and always advances. Since no request is
+accepted that the whole cache could not hold, it ends; then the next one is the first. So all end.
 
 Pure Python: no NumPy, no native code.
 """
@@ -23,10 +24,8 @@ from collections.abc import Sequence as SequenceOf
 from octavo.engine.block_manager import BlockManager, Prefix
 from octavo.engine.block_pool import IntegrityError
 from octavo.engine.events import EventLog
-from octavo.engine.integrity import check_running, check_waiting
 from octavo.engine.prefix_cache import PrefixCache
-from octavo.engine.ranked_queue import RankedQueue
-from octavo.engine.request import FinishReason, Sequence, SequenceState
+from octavo.engine.request import FinishReason, RankedQueue, Sequence, SequenceState
 from octavo.engine.schedule import (
     NO_DRAFTS,
     Drafter,
@@ -42,8 +41,8 @@ class Scheduler:
     """Holds every unfinished sequence and decides each step.
 
     A step is `schedule()`, `advance(schedule)` when it is submitted, `complete(schedule)` when it
-    has ended; the next one may be scheduled before it has. One that fails is undone by `rollback`.
-    events: where every decision is noted. drafter: proposes tokens to sequences that decode.
+    has ended; the next one may be scheduled before that. `rollback` undoes a step that failed.
+    events: where every decision is noted. drafter: proposes tokens for sequences that decode.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Scheduler:
         self.events = EventLog() if events is None else events
         self.num_schedules = 0
         self.num_preemptions = 0
-        self.waiting_reason: str | None = None  # of the first in the queue; None: nobody waits
+        self.waiting_reason: str | None = None  # of the first in the queue; None: it is empty
         self._drafter = drafter
         self._waiting = RankedQueue()
         self._running = RankedQueue()
@@ -69,7 +68,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that hold no blocks yet, or not any more."""
+        """Sequences that hold no blocks: not admitted yet, or preempted."""
         return len(self._waiting)
 
     @property
@@ -77,20 +76,15 @@ class Scheduler:
         """Sequences that hold blocks."""
         return len(self._running)
 
-    @property
-    def has_unfinished(self) -> bool:
-        """Whether there is anything to do."""
-        return bool(self._waiting or self._running)
-
     def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        """How long prompt and answer may become together: the answer ends there.
+        """The length of prompt and answer together at which the answer ends.
 
         max_tokens: None for as many as context and KV cache hold.
         """
         longest = self.limits.max_model_len
         if max_tokens is not None:
             return min(num_prompt_tokens + max_tokens, longest)
-        # The last token is drawn but never computed, so it needs no place in the cache.
+        # The last token is sampled but never computed, so it needs no place in the cache.
         return max(num_prompt_tokens + 1, min(longest, self.blocks.num_tokens_capacity + 1))
 
     def check_fits(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
@@ -118,10 +112,9 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence; InvalidArgumentError if it could never be answered.
 
-        Its rank is its time of arrival, put off by priority_ageing_seconds for each level of
-        priority. All who wait age equally fast, so ranks need not change: ageing is in the
-        numbers from the start. Who comes later than that difference cannot overtake, however
-        urgent, so nobody starves.
+        Its rank is its time of arrival, plus priority_ageing_seconds for each level of priority.
+        All waiting sequences age equally fast, so ranks never change. A more urgent sequence that
+        comes later than this difference stays behind an older one, so no sequence starves.
         """
         max_tokens = sequence.params.max_tokens
         self.check_fits(sequence.num_prompt_tokens, max_tokens)
@@ -141,7 +134,7 @@ class Scheduler:
         self._schedule_decodes(step)
         num_decodes = len(step.entries)
         self._schedule_prefills(step)
-        # A step that had to take blocks away, for those who run, admits nobody.
+        # A step that had to preempt, to let others run, admits no sequence.
         is_short = len(step.preempted) > num_yielded
         if is_short:
             self._note_wait(self._waiting[0], "preemption", now)
@@ -151,7 +144,7 @@ class Scheduler:
         return step.schedule(num_decodes)
 
     def advance(self, schedule: Schedule) -> None:
-        """The step is on its way: the next `schedule` builds on what it will have computed."""
+        """The step was submitted: the next `schedule` counts its tokens as computed."""
         for sequence, start, num_new_tokens, num_samples, _ in schedule.entries:
             sequence.num_computed_tokens = start + num_new_tokens
             sequence.num_pending_tokens += num_samples
@@ -159,18 +152,18 @@ class Scheduler:
     def complete(self, schedule: Schedule, token_ids: SequenceOf[int]) -> set[int]:
         """The step has ended: its keys and values are in the cache, and it sampled token_ids.
 
-        A token that was sampled behind right drafts is right, and the first that differs from the
-        draft in its place is the last such one. Returns the logit rows behind it, whose tokens are
-        to be dropped. What was computed of the wrong drafts does not count as computed.
+        A token that was sampled after right drafts is right; the first that differs from the draft
+        in its place is the last right one. Returns the logit rows after it, whose tokens must be
+        dropped. Tokens of wrong drafts do not count as computed.
         """
         block_size = self.blocks.block_size
         rejected_rows: set[int] = set()
         row = 0
         for sequence, start, num_new_tokens, num_samples, drafts in schedule.entries:
             sequence.num_pending_tokens -= num_samples
-            # If it still runs it has not been preempted since: it could not be back so soon.
+            # If it runs now, it was not preempted since: it could not be admitted again so soon.
             is_running = sequence.state is SequenceState.RUNNING
-            # Drafts have no name yet: the next step publishes what the right ones have filled.
+            # Blocks with drafts get no name yet: the next step publishes those of right drafts.
             num_full_blocks = (start + num_new_tokens - len(drafts)) // block_size
             if num_full_blocks > sequence.num_published_blocks and is_running:
                 self.prefix_cache.publish(sequence, num_full_blocks)
@@ -184,7 +177,7 @@ class Scheduler:
     def rollback(self, schedule: Schedule) -> None:
         """The step failed, after `advance`: undo it; sequences that it admitted wait again.
 
-        Of several steps in flight the latest comes first.
+        With several steps in flight, undo the latest first.
         """
         for sequence, start, _, num_samples, _ in schedule.entries:
             sequence.num_pending_tokens -= num_samples
@@ -193,16 +186,16 @@ class Scheduler:
         for sequence in schedule.admitted:
             if sequence.state is SequenceState.RUNNING:
                 self._running.remove(sequence)
-                self._send_back(sequence)
+                self._requeue(sequence)
 
     def finish(
         self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None
     ) -> None:
-        """Let a sequence leave, waiting or running, and take its blocks back at once."""
+        """Remove a sequence, waiting or running, and free its blocks at once."""
         if sequence.state is SequenceState.RUNNING:
             self._running.remove(sequence)
             self._free_state_rows.append(sequence.state_row)
-            # Nobody shall take up what a failed sequence computed.
+            # Others must not find the blocks of a failed sequence.
             self.blocks.free(sequence.key, keep_cached=reason != "error")
         elif sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
@@ -210,23 +203,23 @@ class Scheduler:
             raise IntegrityError(f"{sequence!r} was finished twice")
         sequence.finish(reason, stop_reason)
 
-    # ---- who is in a step ----
+    # ---- what a step computes ----
 
     def _schedule_decodes(self, step: ScheduleBuilder) -> None:
         index = 0
-        # The queue shrinks from its end when someone is preempted. Those before `index` stay, so
-        # nobody loses blocks that this very step is going to use.
+        # A preemption shortens the queue from its end. The sequences before `index` stay, so no
+        # sequence loses blocks that this step uses.
         while index < len(self._running) and step.budget:
             sequence = self._running[index]
             index += 1
             num_tokens = len(sequence.token_ids) + sequence.num_pending_tokens
             start = sequence.num_computed_tokens
-            # One whose last token is being sampled has nothing left to compute.
+            # A sequence whose last token is being sampled has nothing left to compute.
             if num_tokens - start > 1 or num_tokens >= sequence.max_total_tokens:
                 continue
             drafts = NO_DRAFTS
             if self._drafter is not None and sequence.takes_drafts:
-                if sequence.num_pending_tokens:  # drafts go on from what a step in flight samples
+                if sequence.num_pending_tokens:  # drafts must follow a token still being sampled
                     continue
                 drafts = self._drafts(sequence, step.budget - 1, len(self._running) - index)
             while not self.blocks.reserve(sequence.key, num_tokens):
@@ -238,7 +231,7 @@ class Scheduler:
     def _drafts(self, sequence: Sequence, budget: int, num_behind: int) -> tuple[int, ...]:
         """The drafts that the step has room to check, with blocks reserved for them.
 
-        A guess takes no token and no block that one of the num_behind running ones may need.
+        A draft takes no token and no block that one of the num_behind sequences behind may need.
         """
         room = min(budget - num_behind, sequence.max_total_tokens - sequence.num_tokens - 1)
         if self._drafter is None or room < 1:
@@ -260,10 +253,10 @@ class Scheduler:
         self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens, step.number))
         step.add(sequence, num_new_tokens, int(num_new_tokens == sequence.num_uncomputed_tokens))
 
-    # ---- who gets in ----
+    # ---- admission ----
 
     def _admit(self, step: ScheduleBuilder) -> tuple[Sequence | None, str | None]:
-        """Admit who fits, in the order of the queue; returns who is next, and why it waits."""
+        """Admit sequences in the order of the queue; returns the next one, and why it waits."""
         while True:
             sequence = self._next_candidate()
             if sequence is None:
@@ -280,14 +273,14 @@ class Scheduler:
             self._schedule_chunk(sequence, step)
 
     def _next_candidate(self) -> Sequence | None:
-        """The first in the queue whose beginning is not just being computed for another."""
+        """The first in the queue whose beginning is not being computed for another one now."""
         for sequence in itertools.islice(self._waiting, self.limits.max_num_seqs):
             if not self.prefix_cache.is_being_computed(sequence, self._running):
                 return sequence
         return None
 
     def _obstacle(self, sequence: Sequence, prefix: Prefix) -> str | None:
-        """What keeps the sequence from being admitted now."""
+        """The reason why the sequence cannot be admitted now."""
         if len(self._running) >= self.limits.max_num_seqs:
             return "max_num_seqs"
         num_needed = self.blocks.num_blocks_needed(sequence.num_tokens, prefix)
@@ -299,14 +292,14 @@ class Scheduler:
         return None
 
     def _headroom(self, num_running: int) -> int:
-        """Blocks to leave for the first num_running of those who run, if another is to join.
+        """Blocks to leave for the first num_running running sequences when one more is admitted.
 
-        A few for each, as far as it may still need them: with none the new one would soon be
-        preempted again, having drawn few tokens for computing many.
+        A few for each, as far as it may still need them. Without them the new sequence would soon
+        be preempted again, with many tokens computed and few sampled.
         """
         headroom = 0
         for running in itertools.islice(self._running, num_running):
-            # The last token is drawn but never computed.
+            # The last token is sampled but never computed.
             at_the_end = self.blocks.blocks_for(running.max_total_tokens - 1)
             num_held = len(self.blocks.block_table(running.key))
             headroom += min(self.limits.headroom_blocks, at_the_end - num_held)
@@ -327,12 +320,12 @@ class Scheduler:
         after = (len(self._running), self.blocks.num_free_blocks)
         self.events.record((step.now, "admitted", sequence.key, *sizes, *after))
 
-    # ---- who must leave ----
+    # ---- preemption ----
 
     def _make_room_for_urgent(self, step: ScheduleBuilder) -> None:
-        """Preempt sequences of lower priority for the first in the queue, if that lets it in.
+        """Preempt sequences of lower priority if then the first in the queue can be admitted.
 
-        Only those behind it in rank: they will not preempt it in turn.
+        Only those behind it in rank, which cannot preempt it in turn.
         """
         sequence = self._next_candidate()
         if sequence is None or not len(self._running):
@@ -344,17 +337,11 @@ class Scheduler:
             return
         num_missing = self.blocks.num_blocks_needed(sequence.num_tokens, prefix)
         num_missing -= self.blocks.num_free_blocks
-        kept = set(prefix.blocks)
         for num_left in range(len(self._running) - 1, -1, -1):
             victim = self._running[num_left]
             if victim.priority <= sequence.priority or victim.rank < sequence.rank:
                 return
-            # A block that others hold too will not be free; one of the prefix is free no more.
-            num_missing -= sum(
-                1
-                for block in self.blocks.block_table(victim.key)
-                if self.blocks.pool.num_holders(block) == 1 and block not in kept
-            )
+            num_missing -= self.blocks.num_blocks_freed(victim.key, prefix)
             if num_missing + self._headroom(num_left) <= 0:
                 while len(self._running) > num_left:
                     self._preempt_last("priority", sequence, step)
@@ -367,11 +354,11 @@ class Scheduler:
         step.preempted.append(sequence)
         num_lost = sequence.num_computed_tokens
         self.events.record((step.now, "preempted", sequence.key, reason, by.key, num_lost))
-        self._send_back(sequence)
+        self._requeue(sequence)
         return sequence
 
-    def _send_back(self, sequence: Sequence) -> None:
-        """Let a sequence that has left the running ones wait again; it keeps its tokens."""
+    def _requeue(self, sequence: Sequence) -> None:
+        """Put a sequence, taken out of the running ones, into the queue; it keeps its tokens."""
         self.blocks.free(sequence.key)
         self._free_state_rows.append(sequence.state_row)
         sequence.state = SequenceState.WAITING
@@ -379,7 +366,7 @@ class Scheduler:
         sequence.num_published_blocks = 0
         self._waiting.add(sequence)
 
-    # ---- books ----
+    # ---- the event log, and checks ----
 
     def _note_wait(self, sequence: Sequence | None, reason: str | None, now: float) -> None:
         """Record why the first in the queue waits, unless that was recorded before."""
@@ -410,9 +397,12 @@ class Scheduler:
         """The queues, the states and the blocks agree; IntegrityError if not."""
         self.blocks.check_integrity()
         for sequence in self._waiting:
-            check_waiting(sequence)
+            if sequence.state is not SequenceState.WAITING or sequence.num_computed_tokens:
+                raise IntegrityError(f"{sequence!r} is in the waiting queue")
         for sequence in self._running:
-            check_running(sequence, self.blocks)
+            if sequence.state is not SequenceState.RUNNING:
+                raise IntegrityError(f"{sequence!r} is among the running")
+            self.blocks.check_sequence(sequence.key, sequence.num_computed_tokens)
         running = {sequence.key for sequence in self._running}
         if len(running) != len(self._running) or self.blocks.holders() != running:
             raise IntegrityError(

@@ -1,13 +1,13 @@
-"""One engine for many threads: whoever waits for an answer makes the steps for all who wait.
+"""One engine for many threads: one waiting thread makes the steps for all that wait.
 
-There is no thread behind the scenes. A thread that waits takes the lead if nobody has it: it does
-to the engine what others have asked for, makes steps, and puts what they bring into the inbox of
-the call it belongs to. Once something has come for its own call it gives the lead up, and wakes
-another thread that waits. All others sleep until something lies in their inbox.
+There is no background thread. A waiting thread takes the lead if no thread has it: it carries out
+the commands of all threads, makes steps, and puts each result into the inbox of its call. When its
+own call has a result, it gives up the lead and wakes another waiting thread. All others sleep until
+their inbox has something.
 
-Nobody ever blocks on the lead. What is to be done to the engine goes into a queue and is done
-between two steps, by the thread that leads. So a call may be ended from anywhere: by another
-thread, or by the garbage collector in the midst of a step.
+No thread ever waits for the lead to change the engine. Such a command goes into a queue, and the
+leading thread carries it out between two steps. So a call may be ended from anywhere: by another
+thread, or by the garbage collector during a step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from octavo.engine.interrupts import deferred_interrupt
+from octavo.engine.guard import deferred_interrupt
 from octavo.engine.outputs import OutputChunk
 from octavo.errors import EngineInUseError
 from octavo.sampling_params import SamplingParams
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LOOK_AGAIN_SECONDS = 1.0
-"""Most seconds of sleep: a second Ctrl-C amid the handing over of the lead may lose a wake-up."""
+"""The longest sleep: a second Ctrl-C while the lead changes hands may lose a wake-up."""
 BEAT_SECONDS = 0.1  # between two calls of `on_step` while another thread makes the steps
 
 
 class Asked(NamedTuple):
-    """A request that has no number yet. key: the caller's own name for it."""
+    """A request without a number yet. key: the caller's name for it."""
 
     key: Any
     prompt_token_ids: SequenceOf[int]
@@ -51,24 +51,24 @@ class Asked(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """Something new of the request with this key."""
+    """A chunk of the request with this key."""
 
     key: Any
     chunk: OutputChunk
 
 
 class Sign(enum.Enum):
-    """What an inbox may hold beside arrivals and errors."""
+    """What an inbox may hold besides arrivals and errors."""
 
-    LOOK = "nobody leads, perhaps"
+    LOOK = "perhaps no thread leads"
     ENDED = "the call was ended"
 
 
 class Call:
-    """What one caller has asked for and not got yet. As a context, it is ended at the end.
+    """The open requests of one caller. As a context manager, it ends at the end of the block.
 
-    num_open: requests whose end has not been taken. inbox, request_ids (of those that run): of
-    `SharedEngine`. Raises WrongProcessError in a process that did not make the engine.
+    num_open: requests whose end has not been taken. inbox, request_ids (of those that run): used
+    by `SharedEngine`. Raises WrongProcessError in a process that did not make the engine.
     """
 
     def __init__(self, shared: SharedEngine) -> None:
@@ -81,18 +81,18 @@ class Call:
         self._shared = shared
 
     def ask(self, requests: SequenceOf[Asked]) -> None:
-        """Add requests, which get numbers that follow each other.
+        """Add requests, which get consecutive numbers.
 
-        One that the engine refuses, and every one after it, is not added: `take` raises the error.
+        If the engine refuses one, it and all after it are not added, and `take` raises the error.
         """
         self.num_open += len(requests)
         self._shared.do(partial(self._shared.add, self, requests))
 
     def take(self, on_step: Callable[[], None] | None = None) -> Arrival | None:
-        """The next arrival, for which steps are made or waited for; None once nothing will come.
+        """The next arrival; makes steps or waits for it. None when no more will come.
 
         on_step: called after every step made here, and ten times a second while others make them.
-        Raises what a step raised that one of the requests was in; the call has ended then.
+        Raises the error of a step in which one of the requests was; the call has then ended.
         """
         if not self.num_open or self.has_ended:
             return None
@@ -110,7 +110,7 @@ class Call:
         return item
 
     def end(self) -> None:
-        """Abort what is unfinished; any thread may do so, at any time, twice as well."""
+        """Abort unfinished requests; any thread may call this, at any time and repeatedly."""
         self.has_ended = True
         if self.num_open and self._shared.engine.guard.is_here:
             self.inbox.put(Sign.ENDED)  # for a thread that waits for an arrival
@@ -124,14 +124,14 @@ class Call:
 
 
 class SharedEngine:
-    """An engine with the calls that are open on it. It must not be driven otherwise meanwhile."""
+    """An engine with its open calls. Nothing else may drive the engine meanwhile."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._numbers = itertools.count()
         self._open: dict[str, tuple[Call, Any]] = {}  # call and key by request id
         self._commands: deque[Callable[[], None]] = deque()
-        self._waiting: dict[Call, None] = {}  # whose threads sleep, or are about to
+        self._waiting: dict[Call, None] = {}  # calls whose threads sleep, or are about to
         self._lead = threading.Lock()
         self._leader: int | None = None  # the thread that has it
 
@@ -156,7 +156,7 @@ class SharedEngine:
         return outcome.result()
 
     def do(self, command: Callable[[], None]) -> None:
-        """Have a command carried out between two steps: now, if nobody leads. It must not raise."""
+        """Carry out a command between two steps: now, if no thread leads. It must not raise."""
         self._commands.append(command)
         with deferred_interrupt():
             self._settle()
@@ -165,12 +165,12 @@ class SharedEngine:
     def next_item(
         self, call: Call, on_step: Callable[[], None] | None
     ) -> Arrival | Exception | Sign:
-        """What comes first into the call's inbox; steps are made, or waited for, until then."""
+        """The next item of the call's inbox; makes steps, or waits for them, until there is one."""
         self.engine.guard.check_process()
         self._check_not_within()
         seconds = LOOK_AGAIN_SECONDS if on_step is None else BEAT_SECONDS
         try:
-            # Before the lead is asked for: whoever gives it up from now on will see who waits.
+            # Before trying to take the lead: a thread that gives it up from now on sees this call.
             self._waiting[call] = None
             while True:
                 if call.inbox.empty():
@@ -207,7 +207,7 @@ class SharedEngine:
         self._lead.release()
 
     def _step_for_all(self, call: Call, on_step: Callable[[], None] | None) -> None:
-        """Lead until something has come for `call`; nothing while another thread leads."""
+        """Lead until `call` has a result; returns at once while another thread leads."""
         with deferred_interrupt() as interrupted:
             if not self._take_lead():
                 return
@@ -223,7 +223,7 @@ class SharedEngine:
                 self._settle()
 
     def _settle(self) -> None:
-        """Carry out commands; where somebody leads, that thread will: here, when it has let go."""
+        """Carry out commands, unless another thread leads: then that thread does it, here too."""
         while self._commands and self._take_lead():
             try:
                 self._carry_out()
@@ -231,11 +231,11 @@ class SharedEngine:
                 self._give_lead_up()
 
     def _wake_one(self) -> None:
-        """With nobody leading, wake the thread that waits longest: the lead is for it to take."""
+        """If no thread leads, wake the one that waits longest, so that it takes the lead."""
         if not self._waiting or self._lead.locked():
             return
         for call in list(self._waiting):
-            if not call.has_ended:  # if so, its thread has its sign already, or is gone
+            if not call.has_ended:  # else its thread was told already, or is gone
                 call.inbox.put(Sign.LOOK)
                 return
 
@@ -269,12 +269,12 @@ class SharedEngine:
         while call.request_ids:
             request_id = call.request_ids.pop()
             self._open.pop(request_id, None)
-            # A detokenizer that fails while the text is finished is not asked a second time.
+            # A detokenizer that fails while the text is finished is not called again.
             for _ in range(2):
                 try:
                     self.engine.abort(request_id)
                     break
-                except Exception:  # nobody waits for this answer
+                except Exception:  # no caller waits for this answer
                     continue
 
     def _fail(self, call: Call, error: Exception) -> None:
@@ -304,7 +304,7 @@ class SharedEngine:
             self._fail_step(leader, vanished)
 
     def _fail_step(self, leader: Call, error: Exception) -> None:
-        """Tell those whose requests were in the step; when nobody was, all: they would wait on."""
+        """Fail the calls with requests in the step; with none, all, which would else wait on."""
         calls = dict.fromkeys(call for call, _ in self._open.values())
         hit = [call for call in calls if call.request_ids & self.engine.failed_request_ids]
         for call in hit or {**calls, leader: None}:
@@ -314,8 +314,8 @@ class SharedEngine:
 class SharedIterator(Generator[T, None, None]):
     """A generator over a call that any thread may read and close, at any time.
 
-    One thread reads at a time and others wait for their turn; whoever reads while it is closed
-    finds that it has ended. A plain generator raises a ValueError in both cases.
+    One thread reads at a time and others wait for their turn; a thread that reads while it is
+    closed gets StopIteration. A plain generator raises a ValueError in both cases.
     """
 
     def __init__(self, generator: Generator[T, None, None], call: Call) -> None:
@@ -339,9 +339,9 @@ class SharedIterator(Generator[T, None, None]):
             return self._generator.throw(*error)
 
     def close(self) -> None:
-        """End the call, and so what is unfinished of it."""
+        """End the call and abort its unfinished requests."""
         self._call.end()
-        if self._reading.acquire(blocking=False):  # else who reads finds that it has ended
+        if self._reading.acquire(blocking=False):  # else the reading thread sees that it ended
             try:
                 self._generator.close()
             finally:
@@ -349,10 +349,10 @@ class SharedIterator(Generator[T, None, None]):
 
 
 def _twin(error: Exception) -> Exception:
-    """The same error for another thread, since a traceback is of one; `error` is its cause."""
+    """A copy for another thread, since a traceback belongs to one; `error` is its cause."""
     try:
         found = copy.copy(error)
-    except Exception:  # its constructor takes something else than its args
+    except Exception:  # its constructor takes other arguments than its args
         return error
     found.__cause__ = error
     return found

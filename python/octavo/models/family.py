@@ -17,7 +17,7 @@ from octavo.errors import UnsupportedModelError
 from octavo.models.layer import Weight, model_nodes, split_tap
 from octavo.models.spec import ModelSpec
 
-# What is done to a tensor as it is read. "plus_one": 1 is added, in float32 (norms that store
+# How a tensor is changed while it is read. "plus_one": 1 is added, in float32 (norms that store
 # their difference from 1). "transpose": a matrix is stored as (inputs, outputs). "unpermute": rows
 # 2i and 2i + 1 of each head become rows i and i + head_dim/2, see models/llama_gguf.py.
 Transform = Literal["plain", "plus_one", "transpose", "unpermute"]
@@ -25,11 +25,11 @@ Transform = Literal["plain", "plus_one", "transpose", "unpermute"]
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where a weight of the model comes from.
+    """Where a weight of the model lies in a checkpoint.
 
     names: of the tensor in the checkpoint; several are stacked along a new first axis. shape: of
-    the weight. rows: of a fused tensor (first, of how many), counted behind a transposition; None:
-    the whole tensor. head_dim: for "unpermute". shard_axis: as `layer.Weight` has it.
+    the weight. rows: of a fused tensor (first, of how many), counted after a transposition; None:
+    the whole tensor. head_dim: for "unpermute". shard_axis: as in `layer.Weight`.
     """
 
     names: tuple[str, ...]
@@ -49,9 +49,9 @@ class WeightSource:
 
     @property
     def name(self) -> str:
-        """The tensor that is this weight and nothing else.
+        """The one tensor that is exactly this weight; needed to write a checkpoint.
 
-        Raises UnsupportedModelError where there is none: whoever writes a checkpoint asks for it.
+        Raises UnsupportedModelError where there is none.
         """
         if len(self.names) > 1 or self.rows is not None or self.transform != "plain":
             raise UnsupportedModelError(
@@ -68,9 +68,9 @@ class WeightSource:
 
 @dataclass(frozen=True)
 class TensorNames:
-    """What a family's checkpoints call their tensors, without ".weight" and ".bias".
+    """The names of tensors in a family's checkpoints, without ".weight" and ".bias".
 
-    modules: their name -> octavo's part ("q"), or several ("q k v"), whose rows lie one behind the
+    modules: their name -> octavo's part ("q"), or several ("q k v"), whose rows lie one after the
     other in one tensor. "{layer}" stands for the number of the layer, "{expert}" for that of an
     expert, whose matrices are stacked. transforms: by octavo's part.
     """
@@ -79,7 +79,7 @@ class TensorNames:
     transforms: Mapping[str, Transform] = field(default_factory=dict)
 
     def weight_map(self, spec: ModelSpec) -> dict[str, WeightSource]:
-        """octavo's name of every weight that the spec needs -> where it comes from, in order."""
+        """octavo's name of every weight that the spec needs -> where it lies, in order."""
         weights = {each.name: each for node in model_nodes(spec) for each in node.weights()}
         places = {
             part: (module, parts.split())
@@ -112,16 +112,16 @@ class TensorNames:
         return {name: source(weight) for name, weight in weights.items()}
 
     def tensor(self, part: str) -> str:
-        """The weight of a part that stands outside the layers: tensor("embed")."""
+        """The weight of a part outside the layers: tensor("embed")."""
         return next(module for module, parts in self.modules.items() if parts == part) + ".weight"
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What the header of a GGUF file tells.
+    """The header of a GGUF file.
 
     source: the file, for messages. shapes: of all tensors, outermost axis first. constants: the
-    values of those that the family calls so, where they are there.
+    values of the family's `constants` that the file has.
     """
 
     source: str
@@ -132,7 +132,7 @@ class GgufHeader:
 
 @dataclass(frozen=True)
 class GgufFamily:
-    """How llama.cpp's converter writes a family, and what Hugging Face's config.json would say."""
+    """How llama.cpp's converter writes a family, and its form as a Hugging Face config."""
 
     architecture: str  # in the metadata, general.architecture
     read_config: Callable[[GgufHeader], dict[str, Any]]  # without token ids and architecture
@@ -148,6 +148,6 @@ class Family:
     model_type: str  # in its field `model_type`
     read_spec: Callable[[Mapping[str, Any]], ModelSpec]
     tensors: TensorNames
-    ignored: tuple[str, ...] = ()  # patterns of names that a checkpoint may hold besides
+    ignored: tuple[str, ...] = ()  # patterns of other names that a checkpoint may hold
     default_eos_token_id: int | None = None  # where config.json has no such field
     gguf: GgufFamily | None = None

@@ -13,21 +13,26 @@ from octavo.folder import FolderFile
 
 MAX_JSON_BYTES = 64 * 1024 * 1024  # far above any real configuration or index
 
-# Bounds no model of the next years comes near: a mistyped digit is caught here, by name, and not
-# by an allocation that fails. Positions stay below 2^24 since float32 must hold them exactly.
-MAX_VOCAB = 2**22
-MAX_WIDTH = 2**18
-MAX_INTERMEDIATE = 2**20
-MAX_LAYERS = 1024
-MAX_HEADS = 4096
-MAX_HEAD_DIM = 1024
-MAX_POSITIONS = 2**24
+
+class Limit:
+    """Bounds far above any model of the next years.
+
+    They report a mistyped digit by the name of its field, before an allocation fails.
+    """
+
+    VOCAB = 2**22
+    WIDTH = 2**18
+    INTERMEDIATE = 2**20
+    LAYERS = 1024
+    HEADS = 4096
+    HEAD_DIM = 1024
+    POSITIONS = 2**24  # float32 must hold them exactly
 
 
 def read_json_object(path: FolderFile, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in `path`; UnsupportedModelError says what is wrong with the file."""
     try:
-        size = path.stat().st_size if isinstance(path, Path) else 0  # what is made here is small
+        size = path.stat().st_size if isinstance(path, Path) else 0  # text made in memory is small
         if size > max_bytes:
             raise UnsupportedModelError(
                 f"{path} has {size} bytes; expected a JSON file of at most {max_bytes}"
@@ -51,7 +56,7 @@ def describe(value: object) -> str:
 
 
 def printable(name: str) -> str:
-    """A name from a file for a message: as it is, or escaped where a terminal would choke."""
+    """A name from a file for a message: as it is, or escaped if a terminal cannot show it."""
     return name if name.isprintable() and len(name) <= 200 else describe(name)
 
 
@@ -67,7 +72,7 @@ class Fields:
         self.source = source
 
     def error(self, name: str, value: object, expected: str) -> UnsupportedModelError:
-        """What to raise for a field that octavo cannot use."""
+        """The error for a field that octavo cannot use."""
         return UnsupportedModelError(
             f"{self.source}: {name} is {describe(value)}; supported: {expected}"
         )
@@ -116,14 +121,14 @@ class Fields:
         return number
 
     def boolean(self, name: str, default: bool) -> bool:
-        """true or false; nothing else stands for them."""
+        """true or false, and nothing else."""
         value = self.values.get(name, default)
         if not isinstance(value, bool):
             raise self.error(name, value, "true or false")
         return value
 
     def refuse_unless(self, name: str, allowed: tuple[object, ...], advice: str) -> None:
-        """Refuse a field that is present with another value than the allowed ones or null."""
+        """Refuse a field whose value is neither allowed nor null; it may be missing."""
         value = self.values.get(name)
         if value is None:
             return

@@ -1,7 +1,7 @@
 """What a model consists of: every intermediate result, the op behind it, its inputs and weights.
 
-Whoever needs to know what a layer looks like reads this list: names and shapes of weights, taps,
-the data flow of `octavo diff`, what calibration measures, what `octavo bench` counts. Only the
+All code that depends on the structure of a layer reads this list: names and shapes of weights,
+taps, the data flow of `octavo diff`, what calibration measures and `octavo bench` counts. Only the
 layer loop (`csrc/core/decoder.cpp`) and the definition (`reference/llama.py`) are written by hand;
 a test compares the taps of both with the list.
 """
@@ -18,12 +18,12 @@ from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 Op = Literal[
     "embed", "norm", "add_norm", "linear", "rope_and_store", "attention", "gated_activation"
 ]
-# The matrices whose outputs go to the residual stream, by their taps; their inputs are divided.
+# The matrices whose outputs go to the residual stream, by their taps; devices divide their inputs.
 _RESIDUAL_MATRICES = {"attn_out": "o", "mlp_out": "down"}
 
 
 class Weight(NamedTuple):
-    """A weight that an op needs. name: octavo's. shard_axis: as a `Matrix` has it; None: whole."""
+    """A weight that an op needs. name: octavo's. shard_axis: as in `Matrix`; None: whole."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,10 +32,10 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix (outputs, inputs), and perhaps a bias for each output.
+    """A matrix (outputs, inputs), and optionally a bias for each output.
 
-    name: octavo's, without ".weight": "layers.3.q". shard_axis: what several devices divide among
-    them: 0, the outputs (a device has some of the results), or 1, the inputs (a device has a part
+    name: octavo's, without ".weight": "layers.3.q". shard_axis: the axis that several devices
+    divide: 0, the outputs (a device has some of the results), or 1, the inputs (a device has a part
     of every sum, and all_reduce adds the parts).
     """
 
@@ -53,11 +53,11 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Node:
-    """One intermediate result, and the op that makes it.
+    """One intermediate result, and the op that computes it.
 
     tap: its name, the same in the reference, in the native core and in docs/taps.md. inputs: the
-    taps that the op reads. width: numbers a row has. matrices: what the op multiplies by, or takes
-    rows of. norm: of an op that normalizes; its weight has the name of the tap.
+    taps that the op reads. width: numbers in a row. matrices: those that the op multiplies by, or
+    takes rows of. norm: for an op that normalizes; its weight has the name of the tap.
     """
 
     tap: str
@@ -69,7 +69,7 @@ class Node:
 
     @property
     def layer(self) -> int | None:
-        """The layer's number; None before the first and behind the last."""
+        """The layer's number; None before the first and after the last."""
         return split_tap(self.tap)[0]
 
     @property
@@ -90,7 +90,7 @@ class Node:
                 yield Weight(f"{self.tap}.bias", (self.width,))
         for matrix in self.matrices:
             yield Weight(f"{matrix.name}.weight", matrix.shape, matrix.shard_axis)
-            if matrix.bias:  # where inputs are divided, every device needs the whole of it
+            if matrix.bias:  # where inputs are divided, every device needs the whole bias
                 axis: Literal[0] | None = 0 if matrix.shard_axis == 0 else None
                 yield Weight(f"{matrix.name}.bias", (matrix.outputs,), axis)
 

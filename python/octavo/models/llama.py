@@ -2,8 +2,8 @@
 
 From a Hugging Face configuration of `LlamaForCausalLM` to a `ModelSpec`, and from octavo's names
 of the weights to Hugging Face's. Defaults of missing fields are those of transformers'
-`LlamaConfig`. What the configuration asks for and octavo does not compute is refused by name;
-nothing that would change the result is ignored.
+`LlamaConfig`. A field that changes the result in a way that octavo does not compute is refused by
+name; none is ignored.
 """
 
 from __future__ import annotations
@@ -14,17 +14,7 @@ from typing import Any, cast
 
 from octavo.models import llama_gguf
 from octavo.models.family import Family, TensorNames
-from octavo.models.fields import (
-    MAX_HEAD_DIM,
-    MAX_HEADS,
-    MAX_INTERMEDIATE,
-    MAX_LAYERS,
-    MAX_POSITIONS,
-    MAX_VOCAB,
-    MAX_WIDTH,
-    Fields,
-    describe,
-)
+from octavo.models.fields import Fields, Limit, describe
 from octavo.models.spec import (
     Activation,
     LayerSpec,
@@ -48,18 +38,18 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """The spec of a Llama configuration; UnsupportedModelError names the field otherwise."""
+    """The spec of a Llama configuration; UnsupportedModelError names a field that is refused."""
     fields = Fields(config, "config.json")
     _refuse_variants(fields)
-    hidden_size = fields.integer("hidden_size", 1, MAX_WIDTH)
-    num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
+    hidden_size = fields.integer("hidden_size", 1, Limit.WIDTH)
+    num_heads = fields.integer("num_attention_heads", 1, Limit.HEADS)
     # `null` means as many as query heads, as in configurations older than grouped attention.
-    num_kv_heads = fields.optional_integer("num_key_value_heads", 1, MAX_HEADS) or num_heads
+    num_kv_heads = fields.optional_integer("num_key_value_heads", 1, Limit.HEADS) or num_heads
     if num_heads % num_kv_heads:
         raise fields.error(
             "num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads ({num_heads})"
         )
-    max_positions = fields.integer("max_position_embeddings", 1, MAX_POSITIONS, default=2048)
+    max_positions = fields.integer("max_position_embeddings", 1, Limit.POSITIONS, default=2048)
     attention_bias = fields.boolean("attention_bias", False)
     norm = NormSpec(kind="rms", eps=fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6))
     activation = config.get("hidden_act", "silu")
@@ -69,7 +59,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=_head_dim(fields, hidden_size, num_heads),
-        intermediate_size=fields.integer("intermediate_size", 1, MAX_INTERMEDIATE),
+        intermediate_size=fields.integer("intermediate_size", 1, Limit.INTERMEDIATE),
         norm=norm,
         rope=read_rope(config, max_positions),
         activation=ACTIVATIONS[activation],
@@ -80,17 +70,17 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     )
     return ModelSpec(
         architecture=ARCHITECTURE,
-        vocab_size=fields.integer("vocab_size", 1, MAX_VOCAB),
+        vocab_size=fields.integer("vocab_size", 1, Limit.VOCAB),
         hidden_size=hidden_size,
         max_position_embeddings=max_positions,
-        layers=(layer,) * fields.integer("num_hidden_layers", 1, MAX_LAYERS),
+        layers=(layer,) * fields.integer("num_hidden_layers", 1, Limit.LAYERS),
         final_norm=norm,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
     )
 
 
 def read_rope(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
-    """The rope of a configuration in its old or its new spelling.
+    """The rope of a configuration in the old or the new spelling.
 
     Old: `rope_theta` and `rope_scaling` (its kind named by `rope_type`, or `type`) at top level.
     New (transformers 5): one object `rope_parameters` with all of it. Where a file has both,
@@ -122,10 +112,10 @@ def read_rope(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
     high = fields.number("high_freq_factor", 0.0, exclude_low=True)
     if high <= low:
         raise fields.error("high_freq_factor", high, f"a number above low_freq_factor ({low:g})")
-    # transformers prefers the length at top level, and else takes the model's own.
+    # transformers takes the length at top level, or else the model's own.
     length_name = "original_max_position_embeddings"
     length_source = Fields(config, "config.json") if config.get(length_name) else fields
-    length = length_source.integer(length_name, 1, MAX_POSITIONS, default=max_positions)
+    length = length_source.integer(length_name, 1, Limit.POSITIONS, default=max_positions)
     return RopeSpec(
         theta=theta,
         scaling=scaling,
@@ -137,7 +127,7 @@ def read_rope(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
 
 
 def _check_rope_keys(fields: Fields, kind: str) -> None:
-    """Refuse what would change the rotation; warn of what transformers ignores too."""
+    """Refuse keys that would change the rotation; warn of keys that transformers ignores too."""
     fields.refuse_unless("partial_rotary_factor", (1, 1.0), "1 (the whole head is rotated)")
     used = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if kind != "default":
@@ -157,7 +147,7 @@ def _check_rope_keys(fields: Fields, kind: str) -> None:
 
 
 def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
-    head_dim = fields.optional_integer("head_dim", 1, MAX_HEAD_DIM)
+    head_dim = fields.optional_integer("head_dim", 1, Limit.HEAD_DIM)
     if head_dim is None:
         if hidden_size % num_heads:
             raise fields.error(
@@ -166,14 +156,16 @@ def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
                 f"a multiple of num_attention_heads ({num_heads}), or a head_dim of its own",
             )
         head_dim = hidden_size // num_heads
-    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
-        raise fields.error("head_dim", head_dim, f"an even number up to {MAX_HEAD_DIM} (for rope)")
+    if head_dim % 2 or head_dim > Limit.HEAD_DIM:
+        raise fields.error(
+            "head_dim", head_dim, f"an even number up to {Limit.HEAD_DIM} (for rope)"
+        )
     return head_dim
 
 
 def _refuse_variants(fields: Fields) -> None:
     """Fields that change what a Llama model computes, or how its weights are stored."""
-    # weights/quantization_config.py reads the field of that name; this is its spelling of old.
+    # weights/quantization_config.py reads `quantization_config`; this is its old spelling.
     unquantized = "unquantized weights (null), or a quantization_config of compressed-tensors"
     fields.refuse_unless("compression_config", (), unquantized)
     fields.refuse_unless("sliding_window", (), "null (every token attends to all before it)")

@@ -1,6 +1,6 @@
 """A GGUF file of the Llama architecture: its metadata as a config.json, the names of its tensors.
 
-llama.cpp's converter changes three things on the way from Hugging Face to GGUF, undone here:
+llama.cpp's converter from Hugging Face to GGUF changes three things, which are undone here:
 
 - Names: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`.
 - The rows of q and k (weights and biases). Hugging Face rotates element i of a head together with
@@ -19,17 +19,7 @@ import numpy.typing as npt
 
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.models.family import GgufFamily, GgufHeader, TensorNames
-from octavo.models.fields import (
-    MAX_HEAD_DIM,
-    MAX_HEADS,
-    MAX_INTERMEDIATE,
-    MAX_LAYERS,
-    MAX_POSITIONS,
-    MAX_VOCAB,
-    MAX_WIDTH,
-    Fields,
-    describe,
-)
+from octavo.models.fields import Fields, Limit, describe
 
 _ROPE_FREQS = "rope_freqs.weight"
 
@@ -38,15 +28,15 @@ def read_config(header: GgufHeader) -> dict[str, Any]:
     """The `config.json` of a GGUF file; UnsupportedModelError names what octavo cannot run."""
     fields = Fields(header.metadata, header.source)
     _refuse_variants(fields)
-    hidden_size = fields.integer("llama.embedding_length", 1, MAX_WIDTH)
-    num_heads = fields.integer("llama.attention.head_count", 1, MAX_HEADS)
-    num_kv_heads = fields.integer("llama.attention.head_count_kv", 1, MAX_HEADS, num_heads)
+    hidden_size = fields.integer("llama.embedding_length", 1, Limit.WIDTH)
+    num_heads = fields.integer("llama.attention.head_count", 1, Limit.HEADS)
+    num_kv_heads = fields.integer("llama.attention.head_count_kv", 1, Limit.HEADS, num_heads)
     head_dim = _head_dim(fields, hidden_size, num_heads)
     embedding = header.shapes.get("token_embd.weight", ())
     if len(embedding) != 2:
         raise WeightsError(f"{header.source} holds no token_embd.weight of two dimensions")
     vocab_size = embedding[0]
-    stated = fields.optional_integer("llama.vocab_size", 1, MAX_VOCAB)
+    stated = fields.optional_integer("llama.vocab_size", 1, Limit.VOCAB)
     if stated not in (None, vocab_size):
         raise fields.error("llama.vocab_size", stated, f"{vocab_size}, the rows of token_embd")
     theta = fields.number("llama.rope.freq_base", 0.0, default=10000.0, exclude_low=True)
@@ -56,11 +46,11 @@ def read_config(header: GgufHeader) -> dict[str, Any]:
         "head_dim": head_dim,
         "hidden_act": "silu",
         "hidden_size": hidden_size,
-        "intermediate_size": fields.integer("llama.feed_forward_length", 1, MAX_INTERMEDIATE),
-        "max_position_embeddings": fields.integer("llama.context_length", 1, MAX_POSITIONS),
+        "intermediate_size": fields.integer("llama.feed_forward_length", 1, Limit.INTERMEDIATE),
+        "max_position_embeddings": fields.integer("llama.context_length", 1, Limit.POSITIONS),
         "mlp_bias": "blk.0.ffn_up.bias" in header.shapes,
         "num_attention_heads": num_heads,
-        "num_hidden_layers": fields.integer("llama.block_count", 1, MAX_LAYERS),
+        "num_hidden_layers": fields.integer("llama.block_count", 1, Limit.LAYERS),
         "num_key_value_heads": num_kv_heads,
         "rms_norm_eps": _shortest(
             fields.number("llama.attention.layer_norm_rms_epsilon", 0.0, 1.0)
@@ -78,14 +68,14 @@ def _shortest(value: float) -> float:
 
 
 def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
-    rotated = fields.optional_integer("llama.rope.dimension_count", 1, MAX_HEAD_DIM)
-    key = fields.optional_integer("llama.attention.key_length", 1, MAX_HEAD_DIM)
+    rotated = fields.optional_integer("llama.rope.dimension_count", 1, Limit.HEAD_DIM)
+    key = fields.optional_integer("llama.attention.key_length", 1, Limit.HEAD_DIM)
     head_dim = key or rotated or hidden_size // num_heads
     if rotated not in (None, head_dim):
         raise fields.error(
             "llama.rope.dimension_count", rotated, f"{head_dim} (the whole head is rotated)"
         )
-    value = fields.optional_integer("llama.attention.value_length", 1, MAX_HEAD_DIM)
+    value = fields.optional_integer("llama.attention.value_length", 1, Limit.HEAD_DIM)
     if value not in (None, head_dim):
         raise fields.error("llama.attention.value_length", value, f"{head_dim}, as keys have")
     if key is None and rotated is None and hidden_size % num_heads:
@@ -96,7 +86,7 @@ def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
 
 
 def _refuse_variants(fields: Fields) -> None:
-    """Metadata of models that go by the name of llama but compute something else."""
+    """Refuse metadata of models that are named llama but compute something else."""
     for name in ("expert_count", "expert_used_count", "attention.sliding_window"):
         fields.refuse_unless(f"llama.{name}", (0,), "0")
     fields.refuse_unless("llama.attention.causal", (True,), "true")
@@ -139,10 +129,10 @@ def _llama3_scaling(
     if divisors.size == head_dim // 2:
         if np.all(divisors == 1.0):
             return None
-        # The largest divisor is the factor. The other three are the same in every Llama 3.x,
-        # which the comparison proves for this file, except that the length may be stated.
+        # The largest divisor is the factor. The other three parameters are the same in every
+        # Llama 3.x, as the comparison proves for this file; only the length may be given.
         name = "llama.rope.scaling.original_context_length"
-        original = fields.optional_integer(name, 1, MAX_POSITIONS) or 8192
+        original = fields.optional_integer(name, 1, Limit.POSITIONS) or 8192
         factor = _shortest(float(divisors.max()))
         scaling = {
             "rope_type": "llama3",

@@ -1,4 +1,4 @@
-"""Which model families there are: a file beside this one, and a place in `FAMILIES`, each."""
+"""The model families: each is a file beside this one and an entry of `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -18,33 +18,29 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 def find_family(config: Mapping[str, Any]) -> Family:
     """The family that `architectures` names, or `model_type` where there is no such list."""
-    supported = ", ".join(FAMILIES)
-    fields = Fields(config, "config.json")
-    architectures = config.get("architectures")
-    model_type = config.get("model_type")
+    fields, supported = Fields(config, "config.json"), ", ".join(FAMILIES)
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    types = ", ".join(family.model_type for family in FAMILIES.values())
     if architectures is None and model_type is None:
         raise UnsupportedModelError(
             "config.json: architectures and model_type are missing; expected architectures to "
             f"name one of: {supported}"
         )
-    if architectures is not None:
-        if not isinstance(architectures, list) or not architectures:
-            raise fields.error("architectures", architectures, f"a list naming {supported}")
-        names = [name for name in architectures if isinstance(name, str) and name in FAMILIES]
-        if not names:
-            raise fields.error("architectures", architectures, supported)
-        family = FAMILIES[names[0]]
-        if model_type not in (None, family.model_type):
-            raise fields.error(
-                "model_type", model_type, f"{family.model_type!r} (for {family.architecture})"
-            )
-        return family
-    for family in FAMILIES.values():
-        if model_type == family.model_type:
-            return family
-    raise fields.error(
-        "model_type", model_type, ", ".join(family.model_type for family in FAMILIES.values())
-    )
+    if architectures is None:
+        for family in FAMILIES.values():
+            if model_type == family.model_type:
+                return family
+        raise fields.error("model_type", model_type, types)
+    if not isinstance(architectures, list) or not architectures:
+        raise fields.error("architectures", architectures, f"a list naming {supported}")
+    names = [name for name in architectures if isinstance(name, str) and name in FAMILIES]
+    if not names:
+        raise fields.error("architectures", architectures, supported)
+    family = FAMILIES[names[0]]
+    if model_type not in (None, family.model_type):
+        expected = f"{family.model_type!r} (for {family.architecture})"
+        raise fields.error("model_type", model_type, expected)
+    return family
 
 
 def find_gguf_family(metadata: Mapping[str, Any], source: str) -> tuple[Family, GgufFamily]:

@@ -1,4 +1,4 @@
-"""What a model is, in numbers: the contract between the Hugging Face configuration and the core.
+"""A model in numbers: the contract between the Hugging Face configuration and the core.
 
 A family file (`models/llama.py`) translates a Hugging Face `config.json` into a `ModelSpec`; the
 NumPy reference and the native core both run from it. It holds numbers only, no arithmetic.
@@ -22,21 +22,21 @@ UNIFORM_LEVELS = tuple(range(-8, 8))
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a matrix (outputs, inputs) is kept: plain numbers, or codes with scales.
+    """How a matrix (outputs, inputs) is stored: plain numbers, or codes with scales.
 
     int8: codes -127 to 127, one scale an output: weight = code * scale.
     int4: codes 0 to 15, which stand for `levels`; one scale, and with has_zeros one zero point in
     units of a level, for each group of `group_size` inputs: weight = (level - zero) * scale.
 
-    What meets a quantized matrix is rounded to whole numbers of `activation_bits` with a scale a
-    row; `octavo.reference.quantization` defines the product.
+    The activations of a quantized matrix are rounded to whole numbers of `activation_bits` with a
+    scale a row; `octavo.reference.quantization` defines the product.
     """
 
     dtype: Literal["f32", "bf16", "int8", "int4"]
     group_size: int = 0  # int4: a multiple of 32
     has_zeros: bool = False
     levels: tuple[int, ...] = UNIFORM_LEVELS  # 16 whole numbers from -127 to 127
-    scale_dtype: Literal["bf16", "f32"] = "bf16"  # int4: how scales are kept
+    scale_dtype: Literal["bf16", "f32"] = "bf16"  # int4: how scales are stored
     activation_bits: Literal[8, 16] = 16  # 8: with int8 only
 
     def num_groups(self, inputs: int) -> int:
@@ -58,7 +58,7 @@ class RopeSpec:
     """Rotary position embedding (Su et al. 2021), rotating element i with i + head_dim/2.
 
     scaling "linear" divides every frequency by `factor`; "llama3" does so for low frequencies
-    only, with a smooth passage between (Llama 3.1's rule).
+    only, with a smooth transition (Llama 3.1's rule).
     """
 
     theta: float = 10000.0
@@ -86,6 +86,7 @@ class LayerSpec:
     mlp_bias: bool = False
     window: int = 0  # a token sees at most this many positions, itself included; 0: all
     kv_group: int = 0  # which of a sequence's block tables holds this layer's keys and values
+    attention_scale: float | None = None  # factor of q.k; None: 1 / sqrt(head_dim)
 
     @property
     def q_size(self) -> int:
@@ -96,6 +97,11 @@ class LayerSpec:
     def kv_size(self) -> int:
         """Width of all key heads together (values have the same)."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of q.k: `attention_scale`, or 1 / sqrt(head_dim)."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
 
 @dataclass(frozen=True)
@@ -117,5 +123,5 @@ class ModelSpec:
         return 1 + max(layer.kv_group for layer in self.layers)
 
     def kv_elements_per_token(self) -> int:
-        """Numbers (not bytes) kept in the KV cache for one token, over all layers."""
+        """Numbers (not bytes) that the KV cache holds for one token, over all layers."""
         return sum(2 * layer.kv_size for layer in self.layers)

@@ -1,4 +1,4 @@
-"""Quantizing a checkpoint while it is loaded, and what the codes of one stand for."""
+"""Quantizing a checkpoint while it is loaded, and decoding its codes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def quantize_checkpoint(
     keep_embedding: bool = False,
     importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> Checkpoint:
-    """The same weights in the formats they are to run in; `checkpoint` itself if nothing changes.
+    """The same weights in the formats in which they run; `checkpoint` itself if nothing changes.
 
     scheme: how to round the layers' matrices of a float checkpoint; None leaves them as they are.
-    Wherever matrices are quantized, by this or in the files, embedding and head are rounded to
-    int8 too, unless keep_embedding says otherwise. int8 matrices stay floats here, and the
-    native core rounds them while packing; int4 is rounded when a weight is read. importance: for
-    method "weighted", by name without ".weight", as `measure_importance` returns it.
-    Raises InvalidArgumentError where a scheme meets a checkpoint that is quantized already.
+    If matrices are quantized, here or in the files, embedding and head are rounded to int8 too,
+    unless keep_embedding is set. int8 matrices stay floats here, and the native core rounds them
+    while packing; int4 is rounded when a weight is read. importance: for method "weighted", by name
+    without ".weight", as `measure_importance` returns it.
+    Raises InvalidArgumentError for a scheme on a checkpoint that is quantized already.
     """
     formats = dict(checkpoint.formats)
     if scheme is not None and scheme.name == "w8a8" and _all_int8(formats):
@@ -63,7 +63,7 @@ def _all_int8(formats: Mapping[str, WeightFormat]) -> bool:
 
 
 class RoundingSource(TensorSource):
-    """A `TensorSource` over a checkpoint that rounds to int4 what shall be and is not yet."""
+    """A `TensorSource` over a checkpoint; rounds to int4 the float matrices that should be."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class RoundingSource(TensorSource):
         self.infos = infos
 
     def read(self, name: str) -> Tensor:
-        """The tensor; the matrix rounded last is kept for its scales and zero points."""
+        """The tensor; the matrix rounded last is cached, since its scales and zeros follow."""
         base, _, part = name.rpartition(".")
         if base not in self._rounded or part == "bias":
             return self._checkpoint[name]
@@ -118,7 +118,7 @@ class RoundingSource(TensorSource):
 def dequantized(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
     """A weight as the numbers that the model computes with, float32.
 
-    Codes are decoded; a float matrix that is to run as int8 is rounded as the native core does.
+    Codes are decoded; a float matrix that runs as int8 is rounded as in the native core.
     """
     tensor = checkpoint[name]
     base = name.removesuffix(".weight")

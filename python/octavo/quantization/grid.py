@@ -1,14 +1,10 @@
-"""Scales and zero points for groups of weights, judged by what their rounding errors cost.
+"""Rounding groups of weights to the levels of int4: scales and zero points by search.
 
-Where `rounding.py` weighs the errors of all inputs alike, the cost of a group's errors e is here
-e^T M e: M says how strongly each input of the group is driven, and which are driven together.
-Matrices lie turned, (inputs, outputs): a group is then a band of long contiguous rows, and every
-step one operation over it.
+Members of a group lie along the first axis, groups along the second: every step is then one
+operation over long contiguous rows, and sums over a group are sums of rows.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -18,111 +14,156 @@ from octavo.weights.tensor import float32_to_bf16
 
 Float32 = npt.NDArray[np.float32]
 
-# Scales tried, by where the group's greatest magnitude comes to lie: 1 is the last level of the
-# longer side, then of the shorter one. Beyond 1 the greatest magnitudes are cut off.
-_LONG_SIDE = (0.81, 0.875, 0.906, 0.938, 0.969, 1.0, 1.04, 1.08, 1.13, 1.19, 1.25)
-_SHORT_SIDE = (0.914, 0.957, 1.0, 1.04, 1.086, 1.14)
+# Scales tried for a group: each number is the value that the largest magnitude gets. -8 is the end
+# of the side with eight levels, 7 of the other; beyond them the largest magnitudes are cut off, and
+# below them the steps are coarser. For most groups the best is between.
+_UNIFORM_ENDS = (
+    *(-6.5, -7.0, -7.25, -7.5, -7.75, -8.0, -8.3, -8.6, -9.0, -9.5, -10.0),
+    *(6.4, 6.7, 7.0, 7.3, 7.6, 8.0),
+)
+# Of levels that are not uniform: by which part of the long side's end, and of the short side's, the
+# largest magnitude lies beyond it.
+_LONG_STRETCHES = (0.8, 0.85, 0.9, 0.94, 0.97, 1.0, 1.04, 1.08, 1.13, 1.2, 1.28)
+_SHORT_STRETCHES = (0.85, 0.9, 0.94, 0.97, 1.0, 1.04, 1.08, 1.13)
 # Of an asymmetric group, which part of its range is covered.
 _SHRINKS = (1.03, 1.0, 0.97, 0.93, 0.89, 0.84, 0.78, 0.7)
 _REFINEMENTS = 2
-_SMALLEST = np.float32(1e-30)  # a scale whose reciprocal is surely finite
+_HALF_STEPS = 256  # from 0 to beyond the largest level
+SMALLEST = np.float32(1e-30)  # a scale whose reciprocal is finite
+
+
+def to_scale(values: npt.NDArray[np.floating]) -> Float32:
+    """Rounded to bfloat16, as a directory stores it; 1 in place of values near zero."""
+    bits = float32_to_bf16(np.ascontiguousarray(values, np.float32)).astype(np.uint32)
+    rounded = (bits << np.uint32(16)).view(np.float32)
+    result: Float32 = np.where(np.abs(rounded) < SMALLEST, np.float32(1), rounded)
+    return result
 
 
 class Grid:
-    """Rounding to the levels of an int4 format."""
+    """The levels of an int4 format.
+
+    The middle between two non-uniform levels is a multiple of 1/2, so all numbers of
+    [n / 2, (n + 1) / 2) have the same nearest level: a table over n gives it.
+    """
 
     def __init__(self, format: WeightFormat) -> None:
-        self.format = format
         self.has_zeros = format.has_zeros
-        self._levels = np.array(format.levels, np.float32)
-        self._middles = (self._levels[1:] + self._levels[:-1]) / 2
-        self._uniform = format.levels == UNIFORM_LEVELS
+        self.is_uniform = format.levels == UNIFORM_LEVELS
+        self.levels = np.array(format.levels, np.float32)
+        middles = (self.levels[1:] + self.levels[:-1]) / 2
+        halves = np.arange(-_HALF_STEPS, _HALF_STEPS + 1, dtype=np.float32) / 2
+        self._nearest = self.levels[np.searchsorted(middles, halves, side="right")]
+        self._codes = np.zeros(256, np.uint8)
+        self._codes[self.levels.astype(np.intp) + 128] = np.arange(16)
 
     def steps(
         self, values: Float32, scale: Float32, zero: Float32 | None, out: Float32 | None = None
     ) -> Float32:
         """The nearest levels, less the zero point: a weight is then step * scale.
 
-        values: (inputs, outputs); scale, zero: (outputs,) or what broadcasts. Returns the shape
-        of values.
+        values: (members, groups); scale, zero: (groups,), or a shape that broadcasts. Of two levels
+        equally near, the even one, or the upper one where levels are not uniform. Returns values'
+        shape.
         """
-        out = np.multiply(values, np.float32(1) / scale, out=out)
-        if zero is not None:
-            np.add(out, zero, out=out)
-        if self._uniform:
+        if self.is_uniform:
+            out = np.multiply(values, np.float32(1) / scale, out=out)
             np.rint(out, out=out)
-            np.clip(out, self._levels[0], self._levels[-1], out=out)
-        else:
-            out[...] = self._levels[np.searchsorted(self._middles, out)]
-        return out if zero is None else np.subtract(out, zero, out=out)
+            if zero is not None:
+                np.add(out, zero, out=out)
+            np.clip(out, self.levels[0], self.levels[-1], out=out)
+            return out if zero is None else np.subtract(out, zero, out=out)
+        out = np.multiply(values, np.float32(2) / scale, out=out)
+        np.floor(out, out=out)
+        np.add(out, np.float32(_HALF_STEPS), out=out)
+        np.clip(out, 0, 2 * _HALF_STEPS, out=out)
+        return self._nearest.take(out.astype(np.intp), out=out, mode="clip")
 
     def codes(self, steps: Float32, zeros: Float32 | None) -> npt.NDArray[np.uint8]:
-        """Codes 0 to 15 of steps; zeros: of the same shape, or None."""
-        levels: Float32 = steps if zeros is None else steps + zeros
-        if self._uniform:
-            levels = levels - self._levels[0]
-            return levels.astype(np.uint8)
-        found: npt.NDArray[np.uint8] = np.searchsorted(self._middles, levels).astype(np.uint8)
+        """Codes 0 to 15 of steps; zeros: a shape that broadcasts to theirs, or None."""
+        levels = steps if zeros is None else steps + zeros
+        found: npt.NDArray[np.uint8] = self._codes.take(levels.astype(np.intp) + 128, mode="clip")
         return found
 
-    def search(self, weight: Float32, metric: Float32) -> tuple[Float32, Float32 | None]:
-        """The scale (and zero point) of the least cost, of some twenty.
+    def search(
+        self,
+        x: Float32,
+        *,
+        shares: Float32 | None = None,
+        metric: Float32 | None = None,
+        plain: bool = False,
+    ) -> tuple[Float32, Float32 | None]:
+        """The scale (and zero point) with the least cost, of some twenty.
 
-        The best of them is fitted to its steps by least squares, twice.
-        weight: (group, outputs). metric: M as (group, group), or its diagonal (group,).
-        Returns scales, bfloat16 numbers, and zero points (outputs,).
+        The best of them is fitted to its steps by least squares, twice. x: (members, groups). A
+        group's errors e cost e^T e; with shares, which broadcast to x, each squared error is
+        weighted by its share; with metric M, (members, members), they cost e^T M e. plain: no
+        search, the scale just spans the largest magnitude. Returns bfloat16 scales and zero points
+        (groups,).
         """
-        fit = _Fit(self, weight, metric)
-        for scale, zero in self._candidates(weight):
-            fit.offer(scale, zero)
+        low, high = x.min(axis=0), x.max(axis=0)
+        if plain:
+            return self._span(low, high)
+        fit = _Fit(self, x, shares, metric)
+        if self.has_zeros:
+            low, high = np.minimum(low, 0), np.maximum(high, 0)
+            for shrink in _SHRINKS:
+                scale = to_scale((high - low) * np.float32(shrink / 15))
+                middle = (high + low) / scale / 2  # the range shrinks around it
+                for zero in (np.floor(-0.5 - middle), np.ceil(-0.5 - middle)):
+                    fit.offer(scale, np.clip(zero, -8, 7).astype(np.float32))
+        else:
+            # A negative scale turns the group around: its longer side gets the longer levels.
+            extreme = np.where(-low > high, low, high)
+            for end in self._ends():
+                fit.offer(to_scale(extreme / end), None)
         for _ in range(_REFINEMENTS):
             fit.refine()
         return fit.scale, fit.zero
 
-    def _candidates(self, weight: Float32) -> Iterator[tuple[Float32, Float32 | None]]:
-        high, low = weight.max(axis=0), weight.min(axis=0)
-        if not self.has_zeros:
-            # A scale below zero turns the group around: its longer side gets the longer levels.
-            extreme = np.where(-low > high, low, high)
-            for part in _LONG_SIDE:
-                yield to_scale(extreme / (self._levels[0] * np.float32(part))), None
-            for part in _SHORT_SIDE:
-                yield to_scale(extreme / (self._levels[-1] * np.float32(part))), None
-            return
-        high, low = np.maximum(high, 0), np.minimum(low, 0)
-        for shrink in _SHRINKS:
-            scale = to_scale((high - low) * np.float32(shrink / 15))
-            middle = (high + low) / scale / 2  # the range shrinks about it
-            for zero in (np.floor(-0.5 - middle), np.ceil(-0.5 - middle)):
-                yield scale, np.clip(zero, -8, 7).astype(np.float32)
+    def _ends(self) -> list[np.float32]:
+        """The values that the largest magnitude of a group may get."""
+        if self.is_uniform:
+            return [np.float32(end) for end in _UNIFORM_ENDS]
+        first, last = self.levels[0], self.levels[-1]
+        ends = [first * np.float32(stretch) for stretch in _LONG_STRETCHES]
+        return ends + [last * np.float32(stretch) for stretch in _SHORT_STRETCHES]
 
-
-def to_scale(values: npt.NDArray[np.floating]) -> Float32:
-    """Rounded to bfloat16, as a directory will store it; 1 in place of what is next to nothing."""
-    bits = float32_to_bf16(np.ascontiguousarray(values, np.float32)).astype(np.uint32)
-    rounded = (bits << np.uint32(16)).view(np.float32)
-    result: Float32 = np.where(np.abs(rounded) < _SMALLEST, np.float32(1), rounded)
-    return result
+    def _span(self, low: Float32, high: Float32) -> tuple[Float32, Float32 | None]:
+        if self.has_zeros:
+            low, high = np.minimum(low, 0), np.maximum(high, 0)
+            scale = to_scale((high - low) / np.float32(15))
+            return scale, np.clip(np.rint(-8 - low / scale), -8, 7).astype(np.float32)
+        if self.is_uniform:
+            return to_scale(np.maximum(-low, high) / np.float32(7.5)), None
+        # Negative where the group's longer side is not on the side of the levels' longer one.
+        longer = self.levels[0] if -self.levels[0] > self.levels[-1] else self.levels[-1]
+        return to_scale(np.where(-low > high, low, high) / longer), None
 
 
 class _Fit:
-    """The best scale and zero point of each group of a band so far."""
+    """The best scale and zero point of each group so far; arguments as in `Grid.search`."""
 
-    def __init__(self, grid: Grid, weight: Float32, metric: Float32) -> None:
-        outputs = weight.shape[1]
-        self._grid, self._weight, self._metric = grid, weight, metric
-        self.scale = np.ones(outputs, np.float32)
-        self.zero = np.zeros(outputs, np.float32) if grid.has_zeros else None
-        self._cost = np.full(outputs, np.inf, np.float32)
-        self._scratch = np.empty_like(weight)
-        self._other = np.empty_like(weight)
+    def __init__(
+        self, grid: Grid, x: Float32, shares: Float32 | None, metric: Float32 | None
+    ) -> None:
+        groups = x.shape[1]
+        self._grid, self._x, self._shares, self._metric = grid, x, shares, metric
+        self._roots = None if shares is None else np.sqrt(shares)
+        self.scale = np.ones(groups, np.float32)
+        self.zero = np.zeros(groups, np.float32) if grid.has_zeros else None
+        self._cost = np.full(groups, np.inf, np.float32)
+        self._scratch, self._other = np.empty_like(x), np.empty_like(x)
 
     def offer(self, scale: Float32, zero: Float32 | None) -> None:
-        """Take a scale and zero where they cost less."""
-        error = self._grid.steps(self._weight, scale, zero, self._scratch)
+        """Take a scale and zero for the groups in which they cost less."""
+        error = self._grid.steps(self._x, scale, zero, self._scratch)
         np.multiply(error, scale, out=error)
-        np.subtract(error, self._weight, out=error)
-        cost = np.einsum("ij,ij->j", error, self._driven(error))
+        np.subtract(error, self._x, out=error)
+        if self._roots is not None:
+            np.multiply(error, self._roots, out=error)
+        driven = error if self._metric is None else self._driven(error)
+        cost = np.einsum("ij,ij->j", error, driven)
         better = cost < self._cost
         np.copyto(self._cost, cost, where=better)
         np.copyto(self.scale, scale, where=better)
@@ -130,16 +171,18 @@ class _Fit:
             np.copyto(self.zero, zero, where=better)
 
     def refine(self) -> None:
-        """Offer the scale that fits the present steps best."""
-        steps = self._grid.steps(self._weight, self.scale, self.zero, self._scratch)
+        """Offer the scale that fits the present steps best, by least squares."""
+        steps = self._grid.steps(self._x, self.scale, self.zero, self._scratch)
         driven = self._driven(steps)
-        squares = np.einsum("ij,ij->j", steps, driven)
-        product = np.einsum("ij,ij->j", self._weight, driven)
-        usable = squares > _SMALLEST
+        squares = np.einsum("ij,ij->j", driven, steps)
+        product = np.einsum("ij,ij->j", driven, self._x)
+        usable = squares > 0
         fitted = product / np.where(usable, squares, np.float32(1))
         self.offer(to_scale(np.where(usable, fitted, self.scale)), self.zero)
 
     def _driven(self, values: Float32) -> Float32:
-        if self._metric.ndim == 1:
-            return np.multiply(values, self._metric[:, None], out=self._other)
-        return np.matmul(self._metric, values, out=self._other)
+        if self._metric is not None:
+            return np.matmul(self._metric, values, out=self._other)
+        if self._shares is not None:
+            return np.multiply(values, self._shares, out=self._other)
+        return values

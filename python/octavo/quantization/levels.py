@@ -1,13 +1,13 @@
-"""Sixteen levels for 4-bit codes that are not evenly spaced, and how they came about.
+"""Sixteen levels for 4-bit codes that are not evenly spaced, and how they were computed.
 
-Weights of a group look like draws from a bell: most are small. Levels that lie closer together
+Weights of a group are nearly normally distributed: most are small. Levels that are closer together
 near 0 than at the ends, as `NONUNIFORM_LEVELS`, then leave less error than evenly spaced ones.
 
-`fit_levels` makes them by the method of Lloyd (1982) and Max (1960), with one more unknown: each
-group of normal random numbers takes the scale, of either sign, that suits it best; each level
-becomes the mean of what was rounded to it, weighted as it counts; and so on in turn. No model's
-weights went into them. A scale of either sign lets the longer side of a group have the side of the
-levels that reaches further, so they are not symmetric about 0.
+`fit_levels` computes them by the method of Lloyd (1982) and Max (1960), with one more unknown.
+Two steps alternate: each group of normal random numbers takes its best scale, of either sign; and
+each level becomes the weighted mean of the numbers rounded to it. No model's weights were used.
+Since a scale may have either sign, the longer side of a group can always use the longer side of
+the levels, so the levels are not symmetric about 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-# fit_levels() gives these: whole numbers, so that products with activations stay exact sums.
+# The result of fit_levels(): whole numbers, so that products with activations stay exact sums.
 NONUNIFORM_LEVELS = (
     *(-127, -100, -78, -61, -47, -33, -21, -9),
     *(2, 14, 25, 37, 50, 65, 83, 106),
@@ -30,7 +30,7 @@ def fit_levels(
 ) -> tuple[int, ...]:
     """Levels of least squared error over groups of normal random numbers; takes some 20 seconds.
 
-    Returns 16 whole numbers in ascending order, the one of largest magnitude being -127.
+    Returns 16 whole numbers in ascending order; the one of largest magnitude is -127.
     """
     x = np.random.default_rng(seed).standard_normal((num_groups, group_size)).astype(np.float32)
     extreme = x[np.arange(num_groups), np.abs(x).argmax(axis=1)]
@@ -51,7 +51,7 @@ def _nearest(x: Float32, levels: Float32) -> npt.NDArray[np.intp]:
 
 
 def _best_scales(x: Float32, extreme: Float32, levels: Float32) -> Float32:
-    """For each group the best of some scales, then what fits its codes by least squares."""
+    """For each group the best of some scales, then fitted to its codes by least squares."""
     best = np.full(len(x), np.inf)
     scales = np.ones(len(x), np.float32)
     for end in (levels[0], levels[-1]):

@@ -1,11 +1,10 @@
 """Which format every matrix of a model takes: the one place where that is decided.
 
-int8: codes -127 to 127 with a scale an output. w8a8: the same, and the activations that meet them
-are rounded to 8 bits too: fastest, and a good deal less exact. int4: a scale, and perhaps a zero
-point, for each group of inputs. int4-nonuniform: the same without zero points, its 16 levels lying
-closer together near 0. The embedding and the head are rounded to int8 whatever the other
-matrices are: in 4 bits they cost too much of the model, and in 16 they are half of a small model's
-bytes.
+int8: codes -127 to 127 with a scale an output. w8a8: the same, and their activations are rounded
+to 8 bits too: fastest, but much less exact. int4: a scale, and optionally a zero point, for each
+group of inputs. int4-nonuniform: the same without zero points; its 16 levels are closer together
+near 0. The embedding and the head are always rounded to int8: in 4 bits they would cost too much
+accuracy, and in 16 they are half of a small model's bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from octavo.quantization.levels import NONUNIFORM_LEVELS
 SCHEMES = ("int8", "w8a8", "int4", "int4-nonuniform")
 METHODS = ("rtn", "search", "weighted")
 GROUP_SIZES = (32, 64, 128)
-# 4.5 bits a weight, as llama.cpp's Q4_0; wider groups are smaller and clearly worse.
+# 4.5 bits a weight, as llama.cpp's Q4_0; with wider groups, models are smaller but clearly worse.
 DEFAULT_GROUP_SIZE = 32
 EMBEDDINGS = ("embed", "lm_head")
 _FLOAT_BITS = {"f32": 32, "bf16": 16, "f16": 16}
@@ -32,14 +31,13 @@ _CODE_BITS = {"int8": 8, "int4": 4}
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a user asks for.
+    """The quantization that a user asks for.
 
     name: "int8", "w8a8", "int4" or "int4-nonuniform". group_size: of both kinds of int4.
     symmetric: of int4. method: how int4 is rounded, "rtn" to nearest by the largest magnitude,
-    "search" for the scale of least squared error, or "weighted" for the same with errors that
-    count by importance (as `octavo.quantize.importance` measures it; where nobody has, it is
-    "search"). int8: patterns of names ("layers.0.*", "*.down"): of an int4 model, matrices that
-    take int8 all the same.
+    "search" for the scale of least squared error, or "weighted" for the same with errors weighted
+    by importance (see `octavo.quantize.importance`; where it was not measured, this is "search").
+    int8: patterns of names ("layers.0.*", "*.down"): matrices of an int4 model that take int8.
     """
 
     name: str
@@ -50,7 +48,7 @@ class Scheme:
 
     @property
     def has_groups(self) -> bool:
-        """Whether the scheme is one of 4 bits."""
+        """Whether the scheme has 4 bits."""
         return self.name.startswith("int4")
 
     def __post_init__(self) -> None:
@@ -83,11 +81,11 @@ def embedding_formats(spec: ModelSpec) -> dict[str, WeightFormat]:
 
 
 def plan_formats(spec: ModelSpec, scheme: Scheme) -> tuple[dict[str, WeightFormat], list[str]]:
-    """The formats of the layers' matrices, and what has to be said about them.
+    """The formats of the layers' matrices, and notes for the user about them.
 
-    A width that the group does not divide takes the largest of 32, 64 and 128 that does and is no
-    larger than asked; where none does, the matrix is rounded to int8. Raises InvalidArgumentError
-    for a pattern in `scheme.int8` that no matrix has.
+    If the group does not divide a width, the largest smaller one of 32, 64 and 128 that does is
+    taken; if none does, the matrix is rounded to int8. Raises InvalidArgumentError for a pattern in
+    `scheme.int8` that matches no matrix.
     """
     nodes = linear_nodes(spec)
     for pattern in scheme.int8:
@@ -168,7 +166,7 @@ def weight_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: st
 
 
 def stored_bits(format: WeightFormat, shape: tuple[int, int]) -> int:
-    """What a quantized matrix takes in a directory, scales and its shape included."""
+    """The bits of a quantized matrix in a directory, with its scales and its shape."""
     outputs, inputs = shape
     words = outputs * -(-inputs * _CODE_BITS[format.dtype] // 32)
     groups = format.num_groups(inputs)
@@ -177,5 +175,5 @@ def stored_bits(format: WeightFormat, shape: tuple[int, int]) -> int:
 
 
 def describe_dtypes(formats: Mapping[str, WeightFormat], dtype: str) -> str:
-    """What the matrices are kept in: "int4 and int8" if quantized, else `dtype`."""
+    """The formats of the matrices: "int4 and int8" if quantized, else `dtype`."""
     return " and ".join(sorted({format.dtype for format in formats.values()})) or dtype

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from octavo.models.layer import Node
 from octavo.models.spec import WeightFormat
 from octavo.quantization.grid import Float32
 from octavo.quantize.gptq import errors_under, round_by_search
@@ -80,7 +81,16 @@ def representable_factors(factors: Float32, vector: Float32) -> Float32:
     return result
 
 
-def shared_rows(factors: Float32, num_heads: int, num_kv_heads: int) -> Float32:
-    """Of o's factors (num_heads * head_dim,), the ones of v's rows (num_kv_heads * head_dim,)."""
-    heads = factors.reshape(num_kv_heads, num_heads // num_kv_heads, -1)
-    return np.ascontiguousarray(heads[:, 0]).reshape(-1)
+def shared_rows(factors: Float32, shared: int, head_dim: int) -> Float32:
+    """Of factors that every `shared` heads have in common, each once: (inputs / shared,)."""
+    return np.ascontiguousarray(factors.reshape(-1, shared, head_dim)[:, 0]).reshape(-1)
+
+
+def same_columns(node: Node) -> str | None:
+    """The tap whose columns go straight into those of `node`: what divides the one divides both.
+
+    The values of attention; what is multiplied by the gate. None of any other op.
+    """
+    if node.op == "attention":
+        return node.inputs[2]
+    return node.inputs[1] if node.op == "gated_activation" and len(node.inputs) > 1 else None

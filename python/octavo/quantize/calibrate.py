@@ -1,8 +1,8 @@
 """Quantizing a model layer by layer, each matrix for the inputs that it will really meet.
 
-The order of things in a layer is that of the forward pass: q, k and v are rounded, then o on what
-attention returns with them, then gate and up, then down; after that the next layer. So one pass
-over the text is enough, and every matrix is fitted to the errors of all those before it.
+The order of things in a layer is that of the forward pass: matrices with the same input are rounded
+together, and the next ones then meet what comes of them. So one pass over the text is enough, and
+every matrix is fitted to the errors of all those before it.
 
 And makes up for them, as far as it can: its target is not W on those inputs but what the float
 model has in that place. The weights that come nearest to it are, by least squares,
@@ -14,34 +14,33 @@ down, y is what brings the quantized residual stream to the float one. W' is wha
 Li et al. 2025 (GPTAQ, arXiv 2504.02692) and Zhang et al. 2025 (Qronos, arXiv 2505.11695) correct
 so; they have the plain output for y.
 
-Matrices are turned, (inputs, outputs).
+What a layer consists of is read from `octavo.models.layer`; every op is the reference's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import groupby
 
 import numpy as np
-import numpy.typing as npt
 
 from octavo.errors import InvalidArgumentError, WeightsError
-from octavo.models.spec import LayerSpec, WeightFormat
+from octavo.models.layer import Node, layer_nodes, model_nodes, residual_before
+from octavo.models.spec import LayerSpec, ModelSpec, WeightFormat
+from octavo.quantization.grid import Float32
 from octavo.quantization.rounding import QuantizedMatrix, quantize_matrix
-from octavo.quantize.awq import find_factors, representable_factors, shared_rows
+from octavo.quantize.awq import find_factors, representable_factors, same_columns, shared_rows
 from octavo.quantize.calibration import CalibratedWeights, Calibration, Int32, read_windows
-from octavo.quantize.gptq import Rounded, check_finite, damp, gptq, round_by_search
-from octavo.quantize.streams import LayerWeights, activate, attend, chunks
-from octavo.reference import ops
-from octavo.reference.quantization import dequantize
+from octavo.quantize.gptq import check_finite, damp, gptq, round_by_search
+from octavo.quantize.importance import StepProgress
+from octavo.reference.nodes import add, op_call
 from octavo.weights.checkpoint import Checkpoint, has_non_finite
 from octavo.weights.model_files import ModelFiles
 
-Float32 = npt.NDArray[np.float32]
-Stages = Callable[[str, int, int], None]
-"""Called with what is going on, and how much of how much is done."""
-
 # How firmly W' holds to W, as a share of H's mean diagonal.
 _HOLD = 1.0
+_QUERIES = 128  # of a block of attention
 
 
 def calibrate(
@@ -49,15 +48,15 @@ def calibrate(
     checkpoint: Checkpoint,
     formats: Mapping[str, WeightFormat],
     calibration: Calibration,
-    stages: Stages = lambda *_: None,
+    progress: StepProgress = lambda *_: None,
 ) -> CalibratedWeights:
     """Round every matrix that `formats` names, as the calibration says.
 
-    Memory beside the checkpoint: for each token of the text, the hidden state three times and the
-    widest activation once, in float32; for one matrix at a time, H (float32, inputs squared) and
-    three float64 arrays of that size; and the codes. Raises InvalidArgumentError for a text that
-    will not do (`read_windows`) or formats without int4, WeightsError for weights that hold a NaN
-    or an infinity or lead to one.
+    Memory beside the checkpoint, in float32: for each token of the text, the hidden state some ten
+    times and the widest activation once (twice with AWQ); for one group of matrices at a time, H
+    (inputs squared) and three float64 arrays of that size; and the codes. Raises
+    InvalidArgumentError for a text that will not do (`read_windows`) or formats without int4,
+    WeightsError for weights that hold a NaN or an infinity or lead to one.
     """
     if not any(format.dtype == "int4" for format in formats.values()):
         raise InvalidArgumentError(
@@ -65,45 +64,82 @@ def calibrate(
             "expected int4, or no text"
         )
     tokens, notes = read_windows(calibration, files)
-    run = LayerByLayer(checkpoint, formats, calibration.method, tokens)
+    run = LayerByLayer(files.spec, checkpoint, formats, calibration.method, tokens)
     count = len(files.spec.layers)
-    for index, layer in enumerate(files.spec.layers):
-        stages("calibrating", index, count)
-        run.quantize_layer(index, layer)
-    stages("calibrating", count, count)
+    for index in range(count):
+        progress("calibrating", index, count)
+        run.quantize_layer(index)
+    progress("calibrating", count, count)
     return CalibratedWeights(run.matrices, run.vectors, tuple(notes))
 
 
-class _Statistics:
-    """Sums over the inputs x of a matrix (or of several that share them) and its targets y."""
+class Stream:
+    """The text on its way through one model, a layer at a time.
 
-    def __init__(self, inputs: int, targets: int) -> None:
-        self.hessian = np.zeros((inputs, inputs), np.float32)
-        self.cross = np.zeros((inputs, targets), np.float32)
-        self._count = 0
+    weights: float32, by name, of the present layer. known: the taps that are at hand, of all
+    tokens: name -> (tokens, width). Every other one is computed from them.
+    """
 
-    def add(self, x: Float32, y: Float32) -> None:
-        """x: (tokens, inputs) in the quantized model; y: (tokens, targets) in the float model."""
-        self.hessian += x.T @ x
-        self.cross += x.T @ y
-        self._count += len(x)
+    def __init__(self, window: int, embedded: Float32) -> None:
+        self.weights: dict[str, Float32] = {}
+        self.known = {residual_before(0): embedded}
+        self._nodes: dict[str, Node] = {}
+        self._layer: LayerSpec | None = None
+        self._positions = np.arange(window)
 
-    def finish(self) -> None:
-        """From sums to means; WeightsError where they are no numbers."""
-        check_finite(self.hessian)
-        self.hessian /= np.float32(self._count)
-        self.cross /= np.float32(self._count)
+    def enter(self, layer: LayerSpec, nodes: Sequence[Node], weights: dict[str, Float32]) -> None:
+        """Begin a layer; all that is kept of the one before is the residual stream."""
+        residual = nodes[0].inputs[0]
+        self.known = {residual: self.tap(residual)}
+        self._layer, self._nodes, self.weights = layer, {node.tap: node for node in nodes}, weights
+
+    def tap(self, name: str) -> Float32:
+        """A tap of all tokens, (tokens, width), at hand from now on; window by window."""
+        if name not in self.known:
+            count, window = len(next(iter(self.known.values()))), len(self._positions)
+            values = np.empty((count, self._nodes[name].width), np.float32)
+            for begin in range(0, count, window):
+                rows = slice(begin, begin + window)
+                values[rows] = self._compute(name, rows)
+            self.known[name] = values
+        return self.known[name]
+
+    def drop(self, name: str) -> None:
+        """Let go of a tap."""
+        self.known.pop(name, None)
+
+    def _compute(self, name: str, rows: slice) -> Float32:
+        """A tap of one window, (window, width)."""
+        found = {known: values[rows] for known, values in self.known.items()}
+
+        def find(tap: str) -> Float32:
+            if tap not in found:
+                node = self._nodes[tap]
+                operands = [find(source) for source in node.inputs]
+                call = op_call(node, operands, self.weights, self._layer, self._positions)
+                value = attend(call) if node.op == "attention" else call()
+                found[tap] = value.reshape(len(value), -1)
+            return found[tap]
+
+        return find(name)
+
+
+def attend(call: partial[Float32]) -> Float32:
+    """Attention by its definition, in blocks of queries: little is computed to be masked."""
+    q, k, v = (call.keywords[name] for name in "qkv")
+    blocks = [(begin, min(begin + _QUERIES, len(q))) for begin in range(0, len(q), _QUERIES)]
+    return np.concatenate([call(q=q[a:b], k=k[:b], v=v[:b]) for a, b in blocks])
 
 
 class LayerByLayer:
-    """One calibration: the streams on their way, and what has been made so far.
+    """One calibration: both models' streams on their way, and what has been made so far.
 
-    tokens: int32 (windows, window). exact, rough: float32 (tokens, hidden), what the float model
-    and the quantized one have behind the last layer that was done.
+    tokens: int32 (windows, window). exact, rough: of the float model and of the quantized one.
     """
 
     def __init__(
         self,
+        spec: ModelSpec,
         checkpoint: Checkpoint,
         formats: Mapping[str, WeightFormat],
         method: str,
@@ -111,220 +147,143 @@ class LayerByLayer:
     ) -> None:
         self.matrices: dict[str, QuantizedMatrix] = {}
         self.vectors: dict[str, Float32] = {}
-        self._checkpoint, self._formats = checkpoint, formats
+        self._spec, self._checkpoint, self._formats = spec, checkpoint, formats
         self._folds, self._compensates = "awq" in method, "gptq" in method
-        self._windows, self._window = tokens.shape
-        self.exact = _embed(checkpoint, tokens)
-        self.rough = self.exact.copy()
+        embed, window = model_nodes(spec)[0], tokens.shape[1]
+        places = np.tile(np.arange(window), len(tokens))
+        call = op_call(embed, (), self._read([embed]), None, places, token_ids=tokens.reshape(-1))
+        self.exact, self.rough = Stream(window, call()), Stream(window, call())
 
-    def quantize_layer(self, index: int, layer: LayerSpec) -> None:
-        """Quantize the next layer, and take both streams through it."""
-        self._check(index)
-        prefix = f"layers.{index}."
-        exact = LayerWeights.read(self._checkpoint, index)
-        rough = exact.copy()
-        self._attention(prefix, layer, exact, rough)
-        self._mlp(prefix, layer, exact, rough)
+    def quantize_layer(self, index: int) -> None:
+        """Quantize the next layer."""
+        layer = self._spec.layers[index]
+        nodes = layer_nodes(layer, index, self._spec.hidden_size)
+        weights = self._read(nodes)
+        self.exact.enter(layer, nodes, weights)
+        self.rough.enter(layer, nodes, dict(weights))
+        products = [node for node in nodes if node.op == "linear"]
+        for source, group in groupby(products, key=lambda node: node.inputs[0]):
+            self._quantize_group(nodes, source, list(group))
+        for name, values in self.rough.weights.items():
+            if values.ndim == 1 and values is not weights[name]:
+                self.vectors[name] = values
+
+    def _quantize_group(self, nodes: Sequence[Node], source: str, group: Sequence[Node]) -> None:
+        """Quantize the matrices that the tap `source` goes into."""
+        x, names = self.rough.tap(source), [node.matrix.name for node in group]
+        hessian = x.T @ x / np.float32(len(x))
+        check_finite(hessian)
+        sums = [node for node in nodes if node.op == "add_norm" and group[0].tap in node.inputs]
+        cross = self._cross(source, group, sums) if self._compensates else None
         if self._folds:
-            for name, values in rough.vectors.items():
-                if values is not exact.vectors[name]:
-                    self.vectors[prefix + name] = values
+            factors = self._fold(nodes, source, group, hessian)
+            x /= factors
+            hessian /= np.outer(factors, factors)
+            if cross is not None:
+                cross /= factors[:, None]
+        self._round(names, hessian, cross)
+        if sums:  # the next taps are found from the sum, or from what is added
+            self.rough.tap(group[0].tap if sums[0].norm else sums[0].tap)
+            self.exact.drop(source)
+            self.rough.drop(source)
 
-    def _attention(
-        self, prefix: str, layer: LayerSpec, exact: LayerWeights, rough: LayerWeights
-    ) -> None:
-        hidden = self.exact.shape[1]
-        normed = _Statistics(hidden, hidden)
-        heads = np.empty((len(self.exact), layer.q_size), np.float32)  # of the exact stream
-        for rows in self._chunks():
-            normed.add(
-                rough.normed("attn_norm", layer, self.rough[rows]),
-                exact.normed("attn_norm", layer, self.exact[rows]),
-            )
-            heads[rows] = attend(layer, exact, self.exact[rows], self._window)
-        normed.finish()
-        if self._folds:
-            self._fold_norm(prefix, rough, normed, "attn_norm", ("q", "k", "v"))
-            self._fold_values(prefix, layer, rough, heads)
-        self._round(prefix, ("q", "k", "v"), rough, normed, _joined(exact, ("q", "k", "v")))
-        inputs = np.empty_like(heads)
-        output = _Statistics(layer.q_size, hidden)
-        for rows in self._chunks():
-            inputs[rows] = attend(layer, rough, self.rough[rows], self._window)
-            self.exact[rows] += heads[rows] @ exact.matrices["o"]
-            output.add(inputs[rows], self.exact[rows] - self.rough[rows])
-        output.finish()
-        self._round(prefix, ("o",), rough, output)
-        bias = exact.vectors.get("o.bias", np.float32(0))
-        for rows in self._chunks():
-            self.exact[rows] += bias
-            self.rough[rows] += rough.linear("o", inputs[rows])
+    def _cross(self, source: str, group: Sequence[Node], sums: Sequence[Node]) -> Float32:
+        """T, (inputs, outputs of all). sums: where the outputs go into the residual stream."""
+        exact, rough, own = self.exact, self.rough, group[0]
+        x, through = rough.tap(source), None
+        if sums:
+            terms = sums[0].inputs if sums[0].norm else (sums[0].tap,)
+            y = add([exact.tap(tap) for tap in terms])
+            y = y - add([rough.tap(tap) for tap in sums[0].inputs if tap != own.tap])
+            if own.matrix.bias:
+                y -= exact.weights[f"{own.matrix.name}.bias"]
+        else:
+            y = exact.tap(source)
+            through = _joined(exact.weights, [node.matrix.name for node in group])
+        cross: Float32 = x.T @ y / np.float32(len(x))
+        return cross if through is None else cross @ through
 
-    def _mlp(self, prefix: str, layer: LayerSpec, exact: LayerWeights, rough: LayerWeights) -> None:
-        hidden, wide = self.exact.shape[1], layer.intermediate_size
-        first = ("gate", "up") if layer.gated else ("up",)
-        normed = _Statistics(hidden, hidden)
-        folds = self._folds and layer.gated
-        driven = np.zeros((wide, wide) if folds else (0, 0), np.float32)
-        for rows in self._chunks():
-            n = exact.normed("mlp_norm", layer, self.exact[rows])
-            normed.add(rough.normed("mlp_norm", layer, self.rough[rows]), n)
-            act = activate(layer, exact, n)
-            if folds:
-                driven += act.T @ act
-            self.exact[rows] += act @ exact.matrices["down"]
-        normed.finish()
-        if self._folds:
-            self._fold_norm(prefix, rough, normed, "mlp_norm", first)
-        if folds:
-            driven /= np.float32(len(self.exact))
-            self._fold_rows(prefix, rough, driven, "up", "down")
-        self._round(prefix, first, rough, normed, _joined(exact, first))
-        inputs = np.empty((len(self.exact), wide), np.float32)
-        output = _Statistics(wide, hidden)
-        for rows in self._chunks():
-            n = rough.normed("mlp_norm", layer, self.rough[rows])
-            inputs[rows] = activate(layer, rough, n)
-            output.add(inputs[rows], self.exact[rows] - self.rough[rows])
-        output.finish()
-        self._round(prefix, ("down",), rough, output)
-        bias = exact.vectors.get("down.bias", np.float32(0))
-        for rows in self._chunks():
-            self.exact[rows] += bias
-            self.rough[rows] += rough.linear("down", inputs[rows])
-
-    def _round(
-        self,
-        prefix: str,
-        parts: Sequence[str],
-        rough: LayerWeights,
-        seen: _Statistics,
-        through: Float32 | None = None,
-    ) -> None:
+    def _round(self, names: Sequence[str], hessian: Float32, cross: Float32 | None) -> None:
         """Quantize matrices with the same inputs; `rough` then has what their codes stand for.
 
-        through: what makes targets of the y that were seen (the float matrices); None: nothing.
+        cross: T for all their outputs side by side; None: the weights are rounded as they are.
         """
-        weight = _joined(rough, parts)
-        if self._compensates:
-            cross = seen.cross if through is None else seen.cross @ through
-            held = damp(seen.hessian, _HOLD)
-            gap = cross - seen.hessian @ weight
+        weight = _joined(self.rough.weights, names)
+        if cross is not None:
+            gap = cross - hessian @ weight
+            held = damp(hessian, _HOLD)
             weight += np.linalg.solve(held, gap.astype(np.float64)).astype(np.float32)
-        columns, begin = {}, 0
-        for part in parts:
-            end = begin + rough.matrices[part].shape[1]
-            columns[part] = slice(begin, end)
-            begin = end
-        by_format: dict[WeightFormat, list[str]] = {}
-        for part in parts:
-            if prefix + part in self._formats:
-                by_format.setdefault(self._formats[prefix + part], []).append(part)
-        for format, members in by_format.items():
-            if format.dtype != "int4":
-                for part in members:
-                    self._round_plainly(prefix + part, part, rough, weight[:, columns[part]])
-                continue
-            own = np.concatenate([weight[:, columns[part]] for part in members], axis=1)
-            method = gptq if self._compensates else round_by_search
-            rounded = method(own, seen.hessian, format)
-            self._keep(prefix, members, rough, rounded)
+        sizes = [len(self.rough.weights[f"{name}.weight"]) for name in names]
+        parts = dict(zip(names, np.split(weight, np.cumsum(sizes)[:-1], axis=1), strict=True))
+        for format in {self._formats[name]: None for name in names if name in self._formats}:
+            members = [name for name in names if self._formats.get(name) == format]
+            if format.dtype == "int4":
+                method = gptq if self._compensates else round_by_search
+                own = np.concatenate([parts[name] for name in members], axis=1)
+                found = method(own, hessian, format).split([parts[n].shape[1] for n in members])
+            else:
+                found = [quantize_matrix(np.ascontiguousarray(parts[n].T), format) for n in members]
+            for name, matrix in zip(members, found, strict=True):
+                self.matrices[name] = matrix
+                self.rough.weights[f"{name}.weight"] = matrix.decode(format)
 
-    def _keep(
-        self, prefix: str, parts: Sequence[str], rough: LayerWeights, rounded: Rounded
-    ) -> None:
-        values, begin = rounded.weights(), 0
-        for part in parts:
-            end = begin + rough.matrices[part].shape[1]
-            self.matrices[prefix + part] = rounded.outputs(slice(begin, end))
-            rough.matrices[part] = np.ascontiguousarray(values[:, begin:end])
-            begin = end
+    def _fold(
+        self, nodes: Sequence[Node], source: str, group: Sequence[Node], hessian: Float32
+    ) -> Float32:
+        """AWQ: fold factors into what makes the inputs of this group, and of those behind it.
 
-    def _round_plainly(self, name: str, part: str, rough: LayerWeights, weight: Float32) -> None:
-        format = self._formats[name]
-        matrix = quantize_matrix(np.ascontiguousarray(weight.T), format)
-        self.matrices[name] = matrix
-        values = dequantize(matrix.codes, matrix.scales, format)
-        rough.matrices[part] = np.ascontiguousarray(values.T)
+        hessian: of this group's input. Returns what that input was divided by, (inputs,).
+        """
+        by_tap = {node.tap: node for node in nodes}
+        factors = np.ones(len(hessian), np.float32)
+        if by_tap[source].norm is not None:
+            factors = self._factors(hessian, group)
+            factors = representable_factors(factors, self.rough.weights[f"{source}.weight"])
+            self._move(source, factors, group, factors)
+        for node in group:
+            for tap in [other.tap for other in nodes if same_columns(other) == node.tap]:
+                behind = [other for other in nodes if other.op == "linear" and tap in other.inputs]
+                values = self.exact.tap(tap)
+                shared = values.shape[1] // node.width
+                head_dim = self._spec.layers[node.layer or 0].head_dim if shared > 1 else 1
+                driven = values.T @ values / np.float32(len(values))
+                columns = self._factors(driven, behind, shared, head_dim)
+                self._move(
+                    node.matrix.name, shared_rows(columns, shared, head_dim), behind, columns
+                )
+        return factors
 
-    def _fold_norm(
-        self, prefix: str, rough: LayerWeights, seen: _Statistics, norm: str, parts: Sequence[str]
-    ) -> None:
-        """AWQ's factors, out of a norm into the matrices behind it."""
-        factors = self._factors(prefix, seen.hessian, rough, parts)
-        factors = representable_factors(factors, rough.vectors[norm + ".weight"])
-        for name in (norm + ".weight", norm + ".bias"):
-            if name in rough.vectors:
-                rough.vectors[name] = rough.vectors[name] / factors
-        for part in parts:
-            rough.matrices[part] = rough.matrices[part] * factors[:, None]
-        seen.hessian /= np.outer(factors, factors)
-        seen.cross /= factors[:, None]
-
-    def _fold_values(
-        self, prefix: str, layer: LayerSpec, rough: LayerWeights, heads: Float32
-    ) -> None:
-        """AWQ's factors, out of the rows of v into the columns of o."""
-        driven = heads.T @ heads / np.float32(len(heads))
-        shared = layer.num_heads // layer.num_kv_heads
-        factors = self._factors(prefix, driven, rough, ("o",), shared, layer.head_dim)
-        rows = shared_rows(factors, layer.num_heads, layer.num_kv_heads)
-        _fold(rough, "v", rows, "o", factors)
-
-    def _fold_rows(
-        self, prefix: str, rough: LayerWeights, driven: Float32, before: str, after: str
-    ) -> None:
-        factors = self._factors(prefix, driven, rough, (after,))
-        _fold(rough, before, factors, after, factors)
+    def _move(self, name: str, divisors: Float32, behind: Sequence[Node], factors: Float32) -> None:
+        """Divide what a norm or matrix puts out, and multiply the inputs of the matrices behind."""
+        weights = self.rough.weights
+        for part in (f"{name}.weight", f"{name}.bias"):
+            if part in weights:
+                weights[part] = (weights[part].T / divisors).T
+        for node in behind:
+            weights[f"{node.matrix.name}.weight"] = weights[f"{node.matrix.name}.weight"] * factors
 
     def _factors(
-        self,
-        prefix: str,
-        hessian: Float32,
-        rough: LayerWeights,
-        parts: Sequence[str],
-        shared: int = 1,
-        head_dim: int = 1,
+        self, hessian: Float32, group: Sequence[Node], shared: int = 1, head_dim: int = 1
     ) -> Float32:
-        names = [part for part in parts if self._is_int4(prefix + part)]
-        matrices = [rough.matrices[part] for part in names]
-        formats = [self._formats[prefix + part] for part in names]
-        return find_factors(hessian, matrices, formats, shared, head_dim)
+        formats = {node.matrix.name: self._formats.get(node.matrix.name) for node in group}
+        chosen = {name: f for name, f in formats.items() if f is not None and f.dtype == "int4"}
+        matrices = [_joined(self.rough.weights, [name]) for name in chosen]
+        return find_factors(hessian, matrices, list(chosen.values()), shared, head_dim)
 
-    def _is_int4(self, name: str) -> bool:
-        return name in self._formats and self._formats[name].dtype == "int4"
-
-    def _chunks(self) -> Iterator[slice]:
-        return chunks(self._windows, self._window)
-
-    def _check(self, index: int) -> None:
-        for name in self._checkpoint:
-            if name.startswith(f"layers.{index}.") and has_non_finite(self._checkpoint[name]):
+    def _read(self, nodes: Sequence[Node]) -> dict[str, Float32]:
+        """The weights of nodes; WeightsError where one holds a NaN or an infinity."""
+        weights = {}
+        for name in (weight.name for node in nodes for weight in node.weights()):
+            if has_non_finite(tensor := self._checkpoint[name]):
                 raise WeightsError(
                     f"{name} holds a NaN or an infinity, which cannot be rounded. Fetch or convert "
                     "the model again"
                 )
+            weights[name] = tensor.to_float32()
+        return weights
 
 
-def _joined(weights: LayerWeights, parts: Sequence[str]) -> Float32:
-    """Matrices side by side, (inputs, outputs of all); a copy."""
-    return np.concatenate([weights.matrices[part] for part in parts], axis=1)
-
-
-def _fold(weights: LayerWeights, before: str, rows: Float32, after: str, columns: Float32) -> None:
-    """Divide a matrix's outputs (and bias), and multiply the inputs of the one behind it."""
-    weights.matrices[before] = weights.matrices[before] / rows
-    if before + ".bias" in weights.vectors:
-        weights.vectors[before + ".bias"] = weights.vectors[before + ".bias"] / rows
-    weights.matrices[after] = weights.matrices[after] * columns[:, None]
-
-
-def _embed(checkpoint: Checkpoint, tokens: Int32) -> Float32:
-    """What enters the first layer, (tokens, hidden)."""
-    table = checkpoint["embed.weight"].to_float32()
-    positions = None
-    if "positions.weight" in checkpoint:
-        positions = checkpoint["positions.weight"].to_float32()
-    places = np.tile(np.arange(tokens.shape[1]), tokens.shape[0])
-    x: Float32 = ops.embed(table, tokens.reshape(-1), positions, places)
-    return np.ascontiguousarray(x, np.float32)
+def _joined(weights: Mapping[str, Float32], names: Sequence[str]) -> Float32:
+    """Matrices turned and side by side, (inputs, outputs of all); a copy."""
+    rows = np.concatenate([weights[f"{name}.weight"] for name in names])
+    return np.ascontiguousarray(rows.T)

@@ -18,6 +18,7 @@ Matrices lie turned here, (inputs, outputs).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from octavo.errors import WeightsError
 from octavo.models.spec import WeightFormat
 from octavo.quantization.grid import Float32, Grid
 from octavo.quantization.rounding import QuantizedMatrix
+from octavo.reference.quantization import pack_int4
 
 Float64 = npt.NDArray[np.float64]
 
@@ -54,16 +56,21 @@ class Rounded:
         """The numbers that it stands for, (inputs, outputs)."""
         return self.steps * np.repeat(self.scales, self.group_size, axis=0)
 
-    def outputs(self, part: slice) -> QuantizedMatrix:
-        """Some of the outputs, as the native core and the directories take them."""
-        zeros = None if self.zeros is None else self.zeros[:, part]
-        wide = None if zeros is None else np.repeat(zeros, self.group_size, axis=0)
-        codes = np.ascontiguousarray(self.grid.codes(self.steps[:, part], wide).T)
-        return QuantizedMatrix(
-            codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4)),
-            np.ascontiguousarray(self.scales[:, part].T),
-            None if zeros is None else np.ascontiguousarray(zeros.T),
-        )
+    def split(self, sizes: Sequence[int]) -> list[QuantizedMatrix]:
+        """The outputs, so many to each, as the native core and the directories take them."""
+        wide = None if self.zeros is None else np.repeat(self.zeros, self.group_size, axis=0)
+        codes = self.grid.codes(self.steps, wide).T
+        zeros = None if self.zeros is None else self.zeros.T
+        ends = np.cumsum(sizes)
+        rows = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        return [
+            QuantizedMatrix(
+                pack_int4(codes[part]),
+                np.ascontiguousarray(self.scales.T[part]),
+                None if zeros is None else np.ascontiguousarray(zeros[part]),
+            )
+            for part in rows
+        ]
 
 
 def round_by_search(weight: Float32, hessian: Float32, format: WeightFormat) -> Rounded:
@@ -73,8 +80,7 @@ def round_by_search(weight: Float32, hessian: Float32, format: WeightFormat) -> 
     driven = np.maximum(np.diag(hessian), np.float32(1e-12) * np.diag(hessian).max())
     for group in range(len(rounded.scales)):
         band = slice(group * size, (group + 1) * size)
-        metric = np.ascontiguousarray(driven[band], np.float32)
-        scale, zero = grid.search(weight[band], metric)
+        scale, zero = grid.search(weight[band], shares=driven[band, None])
         _set_group(rounded, group, scale, zero)
         rounded.steps[band] = grid.steps(weight[band], scale, zero)
     return rounded
@@ -101,7 +107,7 @@ def gptq(
         if begin:
             values -= upper[:begin, begin:end].T @ errors[:begin]
         own = np.linalg.inv(factor[begin:end, begin:end])
-        scale, zero = grid.search(values, (own @ own.T).astype(np.float32))
+        scale, zero = grid.search(values, metric=(own @ own.T).astype(np.float32))
         _set_group(rounded, group, scale, zero)
         inner = upper[begin:end, begin:end]
         steps = _round_group(grid, values, inner, scale, zero, errors[begin:end])

@@ -8,12 +8,15 @@ its codes stand for, a piece of text is scored, and the part is put back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
 
 from octavo.config import EngineConfig, Environment
 from octavo.errors import InvalidArgumentError
@@ -24,19 +27,13 @@ from octavo.models.layer import linear_nodes
 from octavo.models.spec import ModelSpec, WeightFormat
 from octavo.quantization.plan import GROUP_SIZES, Scheme, plan_formats, stored_bits
 from octavo.quantization.rounding import quantize_matrix
-from octavo.reference.quantization import dequantize, unpack_int4
+from octavo.quantize.importance import StepProgress
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
 
 Float32 = npt.NDArray[np.float32]
-StepProgress = Callable[[str, int, int], None]
-"""Called with what is going on, and how much of how much is done."""
 
 DEFAULT_WINDOW, DEFAULT_WINDOWS = 512, 2
-_PARTS = {
-    **dict.fromkeys(("q", "k", "v"), "qkv"),
-    **dict.fromkeys(("gate", "up"), "gate_up"),
-}
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,7 @@ def measure_sensitivity(
     )
     meter = _Meter(scorer, tokens, make_windows(len(tokens), window, window, max_windows))
     formats, _ = plan_formats(files.spec, scheme)
+    shapes = {name: node.matrix.shape for name, node in linear_nodes(files.spec).items()}
     costs = []
     parts = layer_parts(files.spec)
     for number, (name, matrices) in enumerate(parts.items()):
@@ -114,9 +112,13 @@ def measure_sensitivity(
         for matrix in matrices:
             weight = checkpoint[matrix + ".weight"].to_float32()
             share = None if importance is None else importance[matrix]
-            rounded = _rounded(weight, formats[matrix], scheme.method, share)
-            scorer.load_weight(matrix + ".weight", rounded)
-        costs.append(_cost(name, matrices, files.spec, formats, meter.divergence()))
+            rounded = quantize_matrix(weight, formats[matrix], scheme.method, importance=share)
+            scorer.load_weight(matrix + ".weight", rounded.decode(formats[matrix]))
+        weights = sum(math.prod(shapes[matrix]) for matrix in matrices)
+        bits = sum(stored_bits(formats[matrix], shapes[matrix]) for matrix in matrices)
+        eight = sum(stored_bits(WeightFormat("int8"), shapes[matrix]) for matrix in matrices)
+        kl = meter.divergence()
+        costs.append(PartCost(name, matrices, weights, bits / weights, eight / weights, kl))
         for matrix in matrices:
             scorer.load_weight(matrix + ".weight", checkpoint[matrix + ".weight"].to_float32())
     progress("measuring sensitivity", len(parts), len(parts))
@@ -146,27 +148,18 @@ class _Meter:
         return float(np.concatenate(apart).mean())
 
 
-def _cost(
-    name: str,
-    matrices: tuple[str, ...],
-    spec: ModelSpec,
-    formats: Mapping[str, WeightFormat],
-    kl: float,
-) -> PartCost:
-    shapes = {name: node.matrix.shape for name, node in linear_nodes(spec).items()}
-    weights = sum(shapes[matrix][0] * shapes[matrix][1] for matrix in matrices)
-    bits = sum(stored_bits(formats[matrix], shapes[matrix]) for matrix in matrices)
-    eight = sum(stored_bits(WeightFormat("int8"), shapes[matrix]) for matrix in matrices)
-    return PartCost(name, matrices, weights, bits / weights, eight / weights, kl)
-
-
 def layer_parts(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
-    """ "layers.0.qkv" -> the names of its matrices, in the order of execution."""
-    parts: dict[str, list[str]] = {}
-    for name in linear_nodes(spec):
-        layer, _, kind = name.rpartition(".")
-        parts.setdefault(f"{layer}.{_PARTS.get(kind, kind)}", []).append(name)
-    return {name: tuple(matrices) for name, matrices in parts.items()}
+    """ "layers.0.qkv" -> the names of its matrices, in the order of execution.
+
+    Matrices with the same input are a part, named after them: "qkv", "gate_up".
+    """
+    parts = {}
+    for _, group in groupby(linear_nodes(spec).items(), key=lambda item: item[1].inputs):
+        names = tuple(name for name, _ in group)
+        layer = names[0].rpartition(".")[0]
+        kinds = [name.rpartition(".")[2] for name in names]
+        parts[f"{layer}.{('' if max(map(len, kinds)) == 1 else '_').join(kinds)}"] = names
+    return parts
 
 
 def spend_bits(sensitivity: Sensitivity, scheme: Scheme, bits_per_weight: float) -> Scheme:
@@ -201,10 +194,29 @@ def _choose(parts: Sequence[PartCost], left: float) -> list[str]:
     return chosen
 
 
-def _rounded(
-    weight: Float32, format: WeightFormat, method: str, importance: Float32 | None
-) -> Float32:
-    """The numbers that the codes of a matrix stand for."""
-    found = quantize_matrix(weight, format, method, importance=importance)
-    codes = unpack_int4(found.codes) if format.dtype == "int4" else found.codes
-    return dequantize(codes, found.scales, format, found.zeros)
+def print_sensitivity(sensitivity: Sensitivity, chosen: Collection[str] = ()) -> None:
+    """Every part with what quantizing it alone costs, on standard output.
+
+    chosen: matrices that take int8, marked.
+    """
+    title = (
+        f"Each part alone in 4 bits, by what int8 would save: mean KL over "
+        f"{sensitivity.num_scored:,} tokens"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("part")
+    for heading in ("weights", "bits", "KL", "KL saved a Mbit", "takes"):
+        table.add_column(heading, justify="right")
+    for part in sensitivity.parts:
+        eight = part.bits >= 8 or set(part.matrices) <= set(chosen)
+        table.add_row(
+            part.name,
+            f"{part.weights:,}",
+            f"{part.bits:.2f}",
+            f"{part.kl:.5f}",
+            f"{part.kl_per_megabit:.5f}",
+            "int8" if eight else "4 bits",
+        )
+    console = Console(width=None if Console().is_terminal else 100)
+    console.print(table)
+    console.print(f"{sensitivity.bits:.3f} bits a weight, without int8 for any of them")

@@ -1,1 +1,1 @@
-"""The native core with a model in it: weights loaded, cache sized, ready to be stepped."""
+"""The native core with a model: weights loaded, cache sized, ready to step."""

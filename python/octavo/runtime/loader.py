@@ -39,9 +39,9 @@ LoadProgress = Callable[[int, int], None]
 """Called after each weight with the bytes loaded so far and the bytes of all."""
 
 # Devices that share this process's memory, so that the limits on the process (control groups,
-# ulimit) bound them too; any other device knows its own memory best.
+# ulimit) bound them too; any other device reports its own memory.
 _HOST_DEVICES = frozenset({"cpu"})
-# What is tried for advice where steps find no memory; the first of each are the defaults.
+# Values tried for advice where there is no memory for steps; the first of each are the defaults.
 _FEWER_SEQS, _FEWER_TOKENS = (64, 8, 1), (512, 64, 16)
 
 
@@ -63,7 +63,7 @@ def load_runtime(
     progress: LoadProgress | None = None,
     environment: Environment | None = None,
 ) -> LoadedRuntime:
-    """Build the runtime, feed it the weights, and allocate its KV cache.
+    """Build the runtime, load the weights into it, and allocate its KV cache.
 
     Raises InvalidArgumentError for options that do not fit the model or each other, and
     InsufficientMemoryError, before anything large is allocated, when weights or cache do not fit.
@@ -96,7 +96,7 @@ def load_runtime(
         )
     try:
         _load_weights(runtime, checkpoint, progress)
-    except MemoryError as error:  # in pieces, or taken by somebody else meanwhile
+    except MemoryError as error:  # fragmented, or taken by another process meanwhile
         raise InsufficientMemoryError(
             f"the weights, {_format_bytes(num_bytes)}, could not be allocated",
             Needs(files.spec, config, options, stored, num_bytes, block_bytes).remedies(),
@@ -111,7 +111,7 @@ def load_runtime(
 def _make_runtime(
     device: str, spec: ModelSpec, options: RuntimeOptions, config: EngineConfig
 ) -> _native.Runtime:
-    """The runtime, with room for weights and steps; if there is too little, says what would do."""
+    """The runtime, with room for weights and steps; too little room is an error with advice."""
     from octavo import _native
 
     seqs, tokens = options.max_num_seqs, options.max_num_batched_tokens
@@ -139,7 +139,7 @@ def _make_runtime(
 
 
 def _has_room(device: str, spec: ModelSpec, options: RuntimeOptions, config: EngineConfig) -> bool:
-    """Whether the runtime can be made, and beside it the cache of one sequence."""
+    """Whether there is memory for the runtime and the cache of one sequence."""
     from octavo import _native
 
     try:
@@ -217,9 +217,9 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
     """How many blocks the KV cache gets of so many bytes.
 
     As many as kv_memory_fraction of them holds, but no more than all sequences at their longest
-    could use; or just num_kv_blocks where that is given. Raises InsufficientMemoryError, saying
-    what would help, where the memory does not suffice, and InvalidArgumentError where
-    num_kv_blocks is too few for one sequence of max_model_len.
+    could use; or exactly num_kv_blocks where that is given. Raises InsufficientMemoryError, with
+    advice, where there is too little memory, and InvalidArgumentError where num_kv_blocks is too
+    few for one sequence of max_model_len.
     """
     config, options, block_bytes = needs.config, needs.options, needs.block_bytes
     blocks_per_sequence = -(-options.max_model_len // options.block_size)
@@ -257,7 +257,7 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
 def _load_weights(
     runtime: _native.Runtime, checkpoint: Checkpoint, progress: LoadProgress | None
 ) -> None:
-    """Feed the weights one by one; each array is let go before the next is read."""
+    """Load the weights one by one; each array is freed before the next is read."""
     loaded = 0
     for name, tensor in checkpoint.checked_items():
         runtime.load(name, tensor.data, tensor.dtype)
@@ -268,7 +268,7 @@ def _load_weights(
 
 
 def _scheme(config: EngineConfig) -> Scheme | None:
-    """What `config.quantize` stands for; nobody judges dummy weights, so they are rounded fast."""
+    """The scheme that `config.quantize` names; dummy weights are rounded by the fastest method."""
     if config.quantize is None:
         return None
     return Scheme(config.quantize, method="rtn" if config.load_format == "dummy" else "search")

@@ -1,4 +1,4 @@
-"""What would make a model fit that does not: options, each tried on paper before it is advised."""
+"""Options with which a model would fit in memory: each is computed before it is advised."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from octavo.quantization.plan import Scheme, embedding_formats, plan_formats, we
 Changes = dict[str, Any]
 """Fields of EngineConfig with other values, to be set together."""
 
-# What the machine may need meanwhile: advice that fits by a hair does not fit at the next try.
+# Memory that the machine may need meanwhile: advice with no reserve may fail at the next try.
 _MARGIN = 0.98
 _LARGEST_FRACTION = 0.95
-_MOST = 4  # ways to be named
-_ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "int8": 1}  # int8 has a float32 scale a head besides
+_MOST = 4  # remedies to be named
+_ITEM_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "int8": 1}  # int8 also has a float32 scale a head
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a model takes, and what there is for it.
+    """The memory that a model needs, and the memory that there is.
 
     stored: the formats of matrices that are quantized in the model's files. room: bytes for
-    weights and KV cache together. block_bytes: of a block of the cache as `options` has it.
+    weights and KV cache together. block_bytes: of a cache block with these `options`.
     """
 
     spec: ModelSpec
@@ -37,9 +37,9 @@ class Needs:
     block_bytes: int
 
     def remedies(self) -> list[Changes]:
-        """Changes after which weights and cache fit: of all that do, those of the fewest options.
+        """Changes after which weights and cache fit; those with the fewest options are taken.
 
-        A cache that holds less than max_model_len helps too, with a shorter max_model_len.
+        Where the cache would hold less than max_model_len, a shorter max_model_len is added.
         """
         ways = [
             {**weights, **cache}
@@ -51,7 +51,7 @@ class Needs:
         return [way for way in found if len(way) == fewest][:_MOST]
 
     def bytes_of_block(self, kv_dtype: str) -> int:
-        """What a block would take in another kv_dtype; of an odd head_dim up to padding."""
+        """The bytes of a block in another kv_dtype; for an odd head_dim up to padding."""
         scales = (
             4 * self.options.block_size * sum(2 * layer.num_kv_heads for layer in self.spec.layers)
         )
@@ -88,7 +88,7 @@ class Needs:
         return [*sizes, *ways, *({**way, "num_kv_blocks": None} for way in ways)]
 
     def _made_to_fit(self, way: Changes) -> Changes | None:
-        """The way, with a shorter max_model_len if need be; None where that does not help."""
+        """The changes, with a shorter max_model_len if needed; None where that does not help."""
         held = self._held(replace(self.config, **way))
         if held >= self.options.max_model_len:
             return way

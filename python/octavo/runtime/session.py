@@ -1,6 +1,6 @@
 """Sequences on a loaded runtime, stepped by hand: no engine, no scheduler, greedy tokens only.
 
-So work those that look at the native core itself: `octavo bench`, `eval`, `diff`, `quantize`.
+For commands that examine the native core itself: `octavo bench`, `eval`, `diff`, `quantize`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tokens = Sequence[int] | Int32
 
 
 class Step(NamedTuple):
-    """What a step gave.
+    """The result of a step.
 
     token_ids: int32 (rows,), the most probable next token of each logit row. logits: float32 (rows,
     vocab_size). taps: name -> float32 (tokens of the step, width).
@@ -34,8 +34,8 @@ class Step(NamedTuple):
 class Session:
     """Sequences 0, 1, …; they share the blocks of the KV cache in equal parts.
 
-    loaded: the runtime, which nobody else may step meanwhile. chunk: the most tokens of a step.
-    is_exact: whether a sequence's logits are promised to have the same bits in any company.
+    loaded: the runtime, which nothing else may step meanwhile. chunk: the most tokens of a step.
+    is_exact: whether a sequence's logits are promised to have the same bits in any batch.
     """
 
     def __init__(self, loaded: LoadedRuntime) -> None:
@@ -46,9 +46,9 @@ class Session:
         self.restart()
 
     def restart(self, num_sequences: int = 1, blocks: Int32 | None = None) -> None:
-        """Begin anew with so many empty sequences.
+        """Start again with so many empty sequences.
 
-        blocks: int32, the blocks to use, in this order; None: all of them, in their own.
+        blocks: int32, the blocks to use, in this order; None: all, in ascending order.
         """
         blocks = np.arange(self.loaded.num_kv_blocks, dtype=np.int32) if blocks is None else blocks
         each = len(blocks) // num_sequences
@@ -56,13 +56,13 @@ class Session:
         self._lengths = np.zeros(num_sequences, np.int32)
 
     def rewind(self, length: int) -> None:
-        """Every sequence has only its first `length` tokens again."""
+        """Shorten every sequence to its first `length` tokens."""
         self._lengths[:] = length
 
     def step(
         self, new: Mapping[int, Tokens], rows: Tokens | None = None, taps: Sequence[str] = ()
     ) -> Step:
-        """Add tokens to sequences in one step, and wait for what comes of it; as `submit`."""
+        """Add tokens to sequences in one step, and wait for its result; arguments as `submit`."""
         ticket = self.submit(new, rows, taps)
         logits = self.loaded.runtime.logits(ticket)
         output = self.loaded.runtime.wait(ticket)
@@ -73,10 +73,10 @@ class Session:
     ) -> int:
         """Queue a step that adds tokens to sequences; returns the ticket for `runtime.wait`.
 
-        new: sequence -> its new tokens; -1 - s stands for what sequence s drew last. rows: of all
-        these tokens, which ones' logits are wanted (indices, ascending); None: each sequence's
-        last; (): none, and the step ends before the head. taps: names, or "*" for all.
-        Raises ValueError where a sequence outgrows its blocks, and what the runtime raises.
+        new: sequence -> its new tokens; -1 - s stands for what sequence s sampled last. rows: the
+        indices, ascending, of those tokens whose logits are wanted; None: each sequence's last;
+        (): none, and the step ends before the head. taps: names, or "*" for all.
+        Raises ValueError where a sequence outgrows its blocks, and the errors of the runtime.
         """
         from octavo import _native
 
@@ -104,6 +104,6 @@ class Session:
         return self.loaded.runtime.submit(batch, list(taps) or None, sample=True)
 
     def feed(self, tokens: Tokens, sequence: int = 0) -> None:
-        """Add tokens to a sequence, as many as fit a step at a time; nothing is drawn."""
+        """Add tokens to a sequence, in as many steps as needed; nothing is sampled."""
         for start in range(0, len(tokens), self.chunk):
             self.step({sequence: tokens[start : start + self.chunk]}, ())

@@ -1,9 +1,9 @@
 """The engine in a thread of its own: requests go in by a queue, outputs come out once a step.
 
-The event loop and the engine share nothing but this file's two directions. In: commands on a
-thread-safe queue, carried out between steps. Out: one `call_soon_threadsafe` a step that brings
-everything the step gave, so that the loop is woken once and not once a token. The native core lets
-the interpreter's lock go while it computes; meanwhile the loop writes what came before.
+The event loop and the engine share nothing else. In: commands on a thread-safe queue, carried out
+between steps. Out: one `call_soon_threadsafe` a step with everything the step gave, so that the
+loop is woken once a step and not once a token. The native core lets the interpreter's lock go while
+it computes; meanwhile the loop writes what came before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -22,8 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from octavo.engine.events import EventLogFile
 from octavo.errors import EngineStepError, OctavoError, WrongProcessError
-from octavo.server.step_stats import StatsReader, StepStats
-from octavo.server.stream import EngineRequest, ResultStream
+from octavo.server.stream import EngineRequest, ResultStream, StatsReader, StepStats
 
 if TYPE_CHECKING:
     from octavo.engine.engine import Engine
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from octavo.model import LoadedModel
 
 T = TypeVar("T")
+Outbox = list[tuple[ResultStream, "OutputChunk | OctavoError"]]
 State = Literal["loading", "ready", "failed", "stopped"]
 _log = logging.getLogger("octavo.engine")
 _IDLE_BEAT = 0.5  # most seconds between two signs of life while there is nothing to do
@@ -47,7 +48,7 @@ class Health(NamedTuple):
 class EngineThread:
     """Loads a model and runs its engine, away from the event loop.
 
-    load: makes the model, called in the thread. on_step: told of every step, in the event loop,
+    load: makes the model, called in the thread. on_step: called in the event loop for every step,
     after its outputs have been handed to their streams. stall_timeout: seconds without progress
     after which `health` says no. event_log: a file for the scheduler's decisions.
     Everything but `call`'s function runs in the event loop.
@@ -69,13 +70,14 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="octavo-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: dict[str, ResultStream] = {}  # of the event loop, as the next one
-        self._calls: set[asyncio.Future[Any]] = set()
+        self._calls: set[Future[Any]] = set()
+        self._loading: Future[LoadedModel] = Future()
         self._idle = asyncio.Event()
         self._idle.set()
         self.loaded: asyncio.Future[LoadedModel] | None = None
         # Of the thread; read elsewhere one attribute at a time.
         self._streams: dict[str, ResultStream] = {}
-        self._outbox: list[tuple[ResultStream, OutputChunk | OctavoError]] = []
+        self._outbox: Outbox = []
         self._stopping = False
         self._progress_at = time.monotonic()
         self.model: LoadedModel | None = None
@@ -87,7 +89,7 @@ class EngineThread:
     def start(self) -> asyncio.Future[LoadedModel]:
         """Begin to load; the future is done when the first request can be taken, or failed."""
         self._loop = asyncio.get_running_loop()
-        self.loaded = self._loop.create_future()
+        self.loaded = asyncio.wrap_future(self._loading)
         self._thread.start()
         return self.loaded
 
@@ -113,7 +115,7 @@ class EngineThread:
 
     def abort_all(self, error: OctavoError) -> None:
         """End every request with an error."""
-        for stream in list(self._open.values()):
+        for stream in self.open_streams():
             stream.put(error)
             self._commands.put(partial(self._abort, stream.request.request_id))
             self._forget(stream)
@@ -124,37 +126,27 @@ class EngineThread:
 
     async def call(self, function: Callable[[LoadedModel], T]) -> T:
         """Run a function between two steps, where it may look at the engine."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        if not self._is_running:
+        model = self.model
+        if model is None or not self._is_running:
             raise self._not_running()
+        future: Future[T] = Future()
         self._calls.add(future)
         future.add_done_callback(self._calls.discard)
 
-        def resolve(result: T | None, error: BaseException | None) -> None:
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)  # type: ignore[arg-type]
-
         def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
-                if self.model is None:
-                    raise self._not_running()
-                result = function(self.model)
+                future.set_result(function(model))
             except Exception as error:
-                loop.call_soon_threadsafe(resolve, None, error)
-            else:
-                loop.call_soon_threadsafe(resolve, result, None)
+                future.set_exception(error)
 
         self._commands.put(command)
-        return await future
+        return await asyncio.wrap_future(future)
 
     async def stop(self) -> None:
         """End the thread after the step it is in; what is unfinished stays so."""
-        self._commands.put(self._stop)
+        self._commands.put(partial(setattr, self, "_stopping", True))
         await asyncio.to_thread(self._thread.join)
 
     def health(self) -> Health:
@@ -181,15 +173,13 @@ class EngineThread:
 
     def _end(self) -> None:
         """The thread has ended: what it did not get to will never be done."""
-        for stream in list(self._open.values()):
-            stream.put(self._not_running())
-            self._forget(stream)
+        self.abort_all(self._not_running())
         for future in list(self._calls):
             if not future.done():
                 future.set_exception(self._not_running())
 
     def _close(self, stream: ResultStream) -> None:
-        """Its reader has gone."""
+        """The stream's reader has gone."""
         if self._open.get(stream.request.request_id) is stream:
             self._commands.put(partial(self._abort, stream.request.request_id))
             self._forget(stream)
@@ -199,9 +189,7 @@ class EngineThread:
         if not self._open:
             self._idle.set()
 
-    def _deliver(
-        self, outbox: list[tuple[ResultStream, OutputChunk | OctavoError]], stats: StepStats
-    ) -> None:
+    def _deliver(self, outbox: Outbox, stats: StepStats) -> None:
         for stream, item in outbox:
             stream.put(item)
             if stream.has_ended and self._open.get(stream.request.request_id) is stream:
@@ -212,36 +200,31 @@ class EngineThread:
     # ---- the thread's side ----
 
     def _run(self) -> None:
+        is_wanted = self._loading.set_running_or_notify_cancel()
         try:
-            self.model = self._load()
-            self.model.engine.guard.check_process()
-            recorder = _Recorder(self.model.engine, self._event_log)
+            self.model = model = self._load()
+            model.engine.guard.check_process()
+            recorder = _Recorder(model.engine, self._event_log)
         except BaseException as error:
-            self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
-            self._tell_loaded(error)
+            self._fail_with(error)
+            if is_wanted:
+                self._loading.set_exception(error)
             return
         self._progress_at = time.monotonic()
         self.state = "ready"
-        self._tell_loaded(None)
+        if is_wanted:
+            self._loading.set_result(model)
         try:
-            with recorder:
-                self._step_until_stopped(self.model.engine, recorder)
+            with contextlib.closing(recorder):
+                self._step_until_stopped(model.engine, recorder)
             self.state = "stopped"
         except BaseException as error:
             _log.critical("the engine's loop has ended", exc_info=error)
-            self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
+            self._fail_with(error)
         self._call_loop(self._end)
 
-    def _tell_loaded(self, error: BaseException | None) -> None:
-        def tell() -> None:
-            if self.loaded is None or self.loaded.done():
-                return
-            if error is None and self.model is not None:
-                self.loaded.set_result(self.model)
-            else:
-                self.loaded.set_exception(error or RuntimeError("the model was not loaded"))
-
-        self._call_loop(tell)
+    def _fail_with(self, error: BaseException) -> None:
+        self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
 
     def _step_until_stopped(self, engine: Engine, recorder: _Recorder) -> None:
         was_idle = True
@@ -277,25 +260,23 @@ class EngineThread:
             chunks = engine.step()
         except Exception as error:
             _log.exception("a step of the engine failed")
-            # Who was not in it goes on; with nobody in it, all must go lest it fail for ever.
+            # Requests outside the step go on. If the step had none, all end: it would fail again.
             message = f"a step of the engine failed: {type(error).__name__}: {error}"
             hit = [name for name in self._streams if name in engine.failed_request_ids]
-            self._fail(hit or list(self._streams), EngineStepError(message))
+            for name in hit or list(self._streams):
+                self._outbox.append((self._streams[name], EngineStepError(message)))
+                self._abort(name)
             engine.check_integrity()
             return
         for chunk in chunks:
-            stream = self._streams.get(chunk.request_id)
+            take = self._streams.get if chunk.result is None else self._streams.pop
+            stream = take(chunk.request_id, None)
             if stream is not None:
                 self._outbox.append((stream, chunk))
-                if chunk.result is not None:
-                    del self._streams[chunk.request_id]
 
     def _add(self, request: EngineRequest, stream: ResultStream) -> None:
-        model = self.model
-        if model is None:
-            return
         try:
-            model.engine.add_request(
+            self._engine.add_request(
                 request.request_id,
                 request.prompt.token_ids,
                 request.params,
@@ -315,33 +296,27 @@ class EngineThread:
         else:
             self._streams[request.request_id] = stream
 
-    def _fail(self, request_ids: list[str], error: OctavoError) -> None:
-        for request_id in request_ids:
-            stream = self._streams.get(request_id)
-            if stream is not None:
-                self._outbox.append((stream, error))
-            self._abort(request_id)
-
     def _abort(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
-        if self.model is None:
-            return
         try:
-            self.model.engine.abort(request_id)
+            self._engine.abort(request_id)
         except Exception:
             # A detokenizer that fails while the text is finished is not asked a second time.
             _log.exception("a request could not be aborted at the first attempt")
-            self.model.engine.abort(request_id)
+            self._engine.abort(request_id)
 
-    def _stop(self) -> None:
-        self._stopping = True
+    @property
+    def _engine(self) -> Engine:
+        if self.model is None:
+            raise self._not_running()
+        return self.model.engine
 
     def _send(self, stats: StepStats) -> None:
         outbox, self._outbox = self._outbox, []
         self._call_loop(partial(self._deliver, outbox, stats))
 
     def _call_loop(self, function: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to be told
+        with contextlib.suppress(RuntimeError):  # the loop has closed: there is no reader any more
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function)
 
@@ -349,38 +324,28 @@ class EngineThread:
 class _Recorder:
     """Writes the engine's event log to a file, once a second and whenever it falls idle.
 
-    A file that cannot be opened is told of before the server is ready. One that cannot be written
+    A file that cannot be opened is an error before the server is ready. One that cannot be written
     to any more, on a full disk, is given up: answers matter more.
     """
 
     def __init__(self, engine: Engine, path: Path | None) -> None:
         self._file = None if path is None else EventLogFile(engine.events, path)
-        self._events = engine.events
-        self._num_written = 0
         self._next = 0.0
 
     def flush(self, at_once: bool) -> None:
         """Write what is new, if it is time to."""
-        if self._file is None or self._events.num_recorded == self._num_written:
-            return
         now = time.monotonic()
-        if not at_once and now < self._next:
+        if self._file is None or (now < self._next and not at_once):
             return
-        self._num_written = self._events.num_recorded
         self._next = now + 1.0
         try:
             self._file.flush()
         except OSError:
             _log.exception("the event log cannot be written to; nothing more goes into it")
-            self._close()
+            self.close()
 
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Write what is new, and close the file."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from octavo.errors import (
     EngineStepError,
@@ -15,6 +16,9 @@ from octavo.errors import (
     ShutdownError,
     TokenizerError,
 )
+
+if TYPE_CHECKING:
+    from starlette.responses import Response
 
 _TYPES = {
     401: "authentication_error",
@@ -26,6 +30,13 @@ _TYPES = {
     503: "unavailable_error",
     504: "timeout_error",
 }
+# The status and the code of octavo's errors, the first that fits.
+_STATUSES: tuple[tuple[type[OctavoError], int, str], ...] = (
+    (QueueFullError, 429, "queue_full"),
+    (ShutdownError, 503, "draining"),
+    (EngineStepError, 500, "engine_step_failed"),
+    (OctavoError, 500, "engine_error"),
+)
 # "temperature is -1; …", "messages[0].content is …", "an entry of stop_token_ids is …".
 _FIELD = re.compile(
     r"(?:an? (?:entry|token id) of )?([a-z_]+(?:\[\d+\]|\.\w+)*) (?:is|has|holds|of)\b"
@@ -33,54 +44,44 @@ _FIELD = re.compile(
 _NO_FIELDS = frozenset({"the", "this", "an", "a", "token"})
 
 
+@dataclass(eq=False, repr=False)
 class ApiError(Exception):
     """What a client gets instead of an answer.
 
     status: of HTTP. param: the field at fault; code: a word for programs; headers: more of HTTP's.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] | None = None
 
-    @property
-    def body(self) -> dict[str, Any]:
-        """{"error": {"message": …, "type": …, "param": …, "code": …}}"""
-        kind = _TYPES.get(self.status, "invalid_request_error")
-        return {
-            "error": {
-                "message": self.message,
-                "type": kind,
-                "param": self.param,
-                "code": self.code,
-            }
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+        if self.status in (429, 503):
+            self.headers = {**(self.headers or {}), "Retry-After": "1"}
+
+    def as_json(self) -> str:
+        """{"error": {…}}, as OpenAI has it; ASCII, since a message may quote invalid Unicode."""
+        error = {
+            "message": self.message,
+            "type": _TYPES.get(self.status, "invalid_request_error"),
+            "param": self.param,
+            "code": self.code,
         }
+        return json.dumps({"error": error})
 
-    def encoded(self) -> bytes:
-        """The body as JSON; ASCII, since a message may quote what is no valid Unicode."""
-        return json.dumps(self.body).encode("ascii")
+    def response(self) -> Response:
+        """The error as an answer."""
+        from starlette.responses import Response
+
+        return Response(self.as_json(), self.status, self.headers, "application/json")
 
 
-def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+def bad_request(message: str, param: str | None = None) -> ApiError:
     """Status 400."""
-    return ApiError(400, message, param=param, code=code)
-
-
-def unavailable(message: str, code: str, retry_after: int = 1) -> ApiError:
-    """Status 503: try again later."""
-    return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after)})
+    return ApiError(400, message, param=param)
 
 
 def to_api_error(error: Exception, param: str | None = None) -> ApiError:
@@ -90,18 +91,13 @@ def to_api_error(error: Exception, param: str | None = None) -> ApiError:
     """
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, QueueFullError):
-        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
-    if isinstance(error, ShutdownError):
-        return unavailable(str(error), "draining")
+    message = str(error)
     if isinstance(error, (InvalidArgumentError, TokenizerError)):
-        message = str(error)
         code = "context_length_exceeded" if "max_model_len" in message else None
         return ApiError(400, message, param=field_of(message) or param, code=code)
-    if isinstance(error, EngineStepError):
-        return ApiError(500, str(error), code="engine_step_failed")
-    if isinstance(error, OctavoError):
-        return ApiError(500, str(error), code="engine_error")
+    for kind, status, code in _STATUSES:
+        if isinstance(error, kind):
+            return ApiError(status, message, code=code)
     return ApiError(500, "octavo failed on this request; its log says why", code="internal_error")
 
 
@@ -122,9 +118,8 @@ def validation_error(problems: Sequence[Any]) -> ApiError:
         else:
             text = f"{field}: {problem.get('msg', 'is wrong')}" if field else problem["msg"]
         first = first or field or None
-        if text not in parts:
-            parts.append(text)
-    return ApiError(400, "; ".join(parts) or "the body is wrong", param=first)
+        parts.append(text)
+    return ApiError(400, "; ".join(dict.fromkeys(parts)) or "the body is wrong", param=first)
 
 
 def _field_name(location: Sequence[Any]) -> str:

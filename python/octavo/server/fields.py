@@ -6,7 +6,12 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from octavo.server.errors import ApiError, bad_request
+from octavo.server.errors import bad_request
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
 
 # Values that ask for nothing, unless a field's own are named below.
 _NOTHING: tuple[Any, ...] = (False, 0, "", [], {})
@@ -32,39 +37,32 @@ _OTHER_NAMES = {
     "return_full_text": "echo",
 }
 
-# What would change the answer, and is not offered. A list per API it comes from.
-_REFUSED = frozenset(
-    (
-        *("functions", "function_call", "audio", "modalities", "web_search_options", "verbosity"),
-        *("instructions", "input", "previous_response_id", "conversation", "extra_body"),
-        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
-        *("guided_json_object", "structural_tag", "vllm_xargs", "repetition_detection"),
-        *("prompt_logprobs", "use_beam_search", "length_penalty", "early_stopping"),
-        *("allowed_token_ids", "bad_words", "truncate_prompt_tokens", "logits_processors"),
-        *("return_tokens_as_token_ids", "return_token_ids", "details", "decoder_input_details"),
-        *("thinking_token_budget", "kv_transfer_params", "chat_template_content_format"),
-        *("prompt_embeds", "media_io_kwargs", "logprob_token_ids", "tokenization_kwargs"),
-        *("grammar", "json_schema", "regex", "ebnf", "stop_regex", "format", "options", "template"),
-        *("typical_p", "typ_p", "tfs_z", "top_a", "top_n_sigma", "min_keep", "samplers"),
-        *("mirostat", "mirostat_mode", "dynatemp_range", "xtc_probability", "dry_multiplier"),
-        *("adaptive_target", "repeat_last_n", "penalize_nl", "post_sampling_probs", "n_indent"),
-        *("t_max_predict_ms", "return_tokens", "reasoning_format", "thinking_forced_open"),
-        *("generation_prompt", "parse_tool_calls", "multimodal_data", "sampler_seq"),
-        *("custom_logit_processor", "lora", "lora_path", "lora_request", "watermark", "truncate"),
-        *("custom_params", "session_params", "input_ids", "input_embeds", "sampling_params"),
-        *("return_hidden_states", "token_ids_logprob", "logit_processors", "adapter_id"),
-        *("input_prefix", "input_suffix", "input_extra", "image_data", "mm_processor_kwargs"),
-        *("num_beams", "num_beam_groups", "diversity_penalty", "penalty_alpha", "epsilon_cutoff"),
-        *("no_repeat_ngram_size", "encoder_repetition_penalty", "bad_words_ids", "beam_width"),
-        *("suppress_tokens", "begin_suppress_tokens", "force_words_ids", "forced_bos_token_id"),
-        *("eta_cutoff", "smoothing_factor", "dynamic_temperature", "sampler_order"),
-        *("banned_tokens", "banned_strings", "custom_token_bans", "repetition_context_size"),
-        *("guidance_scale", "cfg_scale", "negative_prompt", "tool_prompt", "guideline", "inputs"),
-        *("safe_prompt", "transforms", "plugins", "prompt_truncate_len", "thinking_budget"),
-        *("reasoning_budget", "preset", "character", "instruction_template", "temperature_last"),
-        *("sampler_priority", "return_prompt_text"),
-        *("parameters", "system", "system_prompt", "think", "prefix", "raw", "images", "context"),
-    )
+# What would change the answer, and is not offered.
+_REFUSED = _words(
+    """
+    adapter_id adaptive_target allowed_token_ids audio bad_words bad_words_ids banned_strings
+    banned_tokens beam_width begin_suppress_tokens cfg_scale character chat_template_content_format
+    context conversation custom_logit_processor custom_params custom_token_bans
+    decoder_input_details details diversity_penalty dry_multiplier dynamic_temperature
+    dynatemp_range early_stopping ebnf encoder_repetition_penalty epsilon_cutoff eta_cutoff
+    extra_body force_words_ids forced_bos_token_id format function_call functions generation_prompt
+    grammar guidance_scale guided_choice guided_grammar guided_json guided_json_object guided_regex
+    guideline image_data images input input_embeds input_extra input_ids input_prefix input_suffix
+    inputs instruction_template instructions json_schema kv_transfer_params length_penalty
+    logit_processors logits_processors logprob_token_ids lora lora_path lora_request media_io_kwargs
+    min_keep mirostat mirostat_mode mm_processor_kwargs modalities multimodal_data n_indent
+    negative_prompt no_repeat_ngram_size num_beam_groups num_beams options parameters
+    parse_tool_calls penalize_nl penalty_alpha plugins post_sampling_probs prefix preset
+    previous_response_id prompt_embeds prompt_logprobs prompt_truncate_len raw reasoning_budget
+    reasoning_format regex repeat_last_n repetition_context_size repetition_detection
+    return_hidden_states return_prompt_text return_token_ids return_tokens
+    return_tokens_as_token_ids safe_prompt sampler_order sampler_priority sampler_seq samplers
+    sampling_params session_params smoothing_factor stop_regex structural_tag structured_outputs
+    suppress_tokens system system_prompt t_max_predict_ms temperature_last template tfs_z think
+    thinking_budget thinking_forced_open thinking_token_budget token_ids_logprob tokenization_kwargs
+    tool_prompt top_a top_n_sigma transforms truncate truncate_prompt_tokens typ_p typical_p
+    use_beam_search verbosity vllm_xargs watermark web_search_options xtc_probability
+    """
 )
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (*_NOTHING, ["text"]),
@@ -92,43 +90,38 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 # What clients send and what cannot change the answer here: what accounting and routing need, and
 # what says more about a field that is refused.
-_HARMLESS = frozenset(
-    (
-        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-        *("prompt_cache_retention", "prediction", "request_id", "keep_alive", "cache_prompt"),
-        *("id_slot", "slot_id", "n_keep", "timings_per_token", "response_fields"),
-        *("n_discard", "n_cache_reuse", "return_progress", "rid", "extra_key", "stream_interval"),
-        *("spaces_between_special_tokens", "include_reasoning", "separate_reasoning"),
-        *("stream_reasoning", "guided_decoding_backend", "guided_whitespace_pattern"),
-        *("mirostat_tau", "mirostat_eta", "dynatemp_exponent", "xtc_threshold", "dry_base"),
-        *("dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "truncation_side"),
-        *("grammar_lazy", "grammar_triggers", "include_obfuscation", "ec_transfer_params"),
-        *("models", "mode", "provider", "route"),
-    )
+_HARMLESS = _words(
+    """
+    cache_prompt dry_allowed_length dry_base dry_penalty_last_n dry_sequence_breakers
+    dynatemp_exponent ec_transfer_params extra_key grammar_lazy grammar_triggers
+    guided_decoding_backend guided_whitespace_pattern id_slot include_obfuscation include_reasoning
+    keep_alive metadata mirostat_eta mirostat_tau mode models n_cache_reuse n_discard n_keep
+    prediction prompt_cache_key prompt_cache_retention provider request_id response_fields
+    return_progress rid route safety_identifier separate_reasoning service_tier slot_id
+    spaces_between_special_tokens store stream_interval stream_reasoning timings_per_token
+    truncation_side user xtc_threshold
+    """
 )
 
 
-def refused_field(
-    extra: dict[str, Any], elsewhere: Mapping[str, str] | None = None
-) -> ApiError | None:
-    """An error for the first field that would change the answer and that octavo does not have.
+def check_extra_fields(
+    extra: Mapping[str, Any], elsewhere: Mapping[str, str] | None = None
+) -> None:
+    """Raise an ApiError for the first field that would change the answer and is not offered.
 
-    elsewhere: fields that octavo has, but not here; each with what to do instead.
+    elsewhere: fields that another route of octavo has; each with what to do instead.
     """
     advices = {name: f"its name here is {other}" for name, other in _OTHER_NAMES.items()}
     advices |= elsewhere or {}
     for name, value in extra.items():
-        if name not in _REFUSED and name not in advices:
-            continue
-        if any(value == nothing for nothing in _NEUTRAL.get(name, _NOTHING)):
-            continue
-        advice = advices.get(name, "leave it out")
-        return bad_request(f"{name} is not offered by octavo: {advice}", name)
-    return None
+        is_known = name in _REFUSED or name in advices
+        if is_known and not any(value == neutral for neutral in _NEUTRAL.get(name, _NOTHING)):
+            advice = advices.get(name, "leave it out")
+            raise bad_request(f"{name} is not offered by octavo: {advice}", name)
 
 
 def unknown_fields(extra: Iterable[str], known: Iterable[str]) -> dict[str, str | None]:
-    """Fields that nobody knows, each with the one, taken or refused, that it may be a slip of."""
+    """Fields that no API has, each with the field, offered or refused, that was perhaps meant."""
     names = {_letters(name): name for name in (*_REFUSED, *_OTHER_NAMES, *known)}
     unknown: dict[str, str | None] = {}
     for name in extra:

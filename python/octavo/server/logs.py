@@ -1,4 +1,4 @@
-"""The server's log: one line an event, JSON for machines or text for people."""
+"""The server's log: one line for each event, JSON for machines or text for people."""
 
 from __future__ import annotations
 

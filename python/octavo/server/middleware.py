@@ -1,12 +1,13 @@
 """What every request passes before it reaches a route: id, key, size, and the log afterwards.
 
-Plain ASGI, outside of FastAPI, so that whatever goes wrong inside is answered and logged here. The
-body is read here too, bounded, before anything else is done with it.
+Plain ASGI, outside of FastAPI, so that every failure inside is answered and logged here. The body
+is read here too, up to a limit, before anything else is done with it.
 """
 
 from __future__ import annotations
 
 import hmac
+import json
 import logging
 import re
 import secrets
@@ -16,7 +17,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.server.errors import ApiError, bad_request
+from octavo.server.errors import ApiError, bad_request, to_api_error
 from octavo.server.logs import log_event
 from octavo.server.options import ServerOptions
 from octavo.server.response_writer import CLIENT_GONE
@@ -40,12 +41,14 @@ class RequestMiddleware:
         self._keys = [key.encode() for key in options.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or whatever else ASGI brings."""
+        """One request; other things of ASGI pass as they are."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = _request_id(headers)
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = secrets.token_hex(16)
         traceparent = headers.get("traceparent", "")
         trace = _TRACEPARENT.fullmatch(traceparent)
         notes: dict[str, Any] = {}
@@ -56,11 +59,10 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                marked = MutableHeaders(raw=list(message["headers"]))
+                marked = MutableHeaders(scope=message)
                 marked["X-Request-Id"] = request_id
                 if trace:
                     marked["traceparent"] = traceparent
-                message = {**message, "headers": marked.raw}
             await send(message)
 
         try:
@@ -69,15 +71,14 @@ class RequestMiddleware:
             await self._app(scope, receive, send_marked)
         except ApiError as error:
             notes["error"] = error.message
-            await send_error(send_marked, error)
-        except Exception:
+            await error.response()(scope, receive, send_marked)
+        except Exception as error:
             _log.exception("a request failed in a way that octavo did not foresee")
             if not status:
-                message = "octavo failed on this request; its log says why"
-                await send_error(send_marked, ApiError(500, message, code="internal_error"))
+                await to_api_error(error).response()(scope, receive, send_marked)
         finally:
             # What the page and the probes ask for all the time is not worth a line each.
-            quiet = scope["path"] in (*_OPEN_PATHS, "/engine") or _is_static(scope["path"])
+            quiet = _is_open(scope["path"]) or scope["path"] == "/engine"
             log_event(
                 _log,
                 logging.DEBUG if quiet else logging.INFO,
@@ -94,7 +95,7 @@ class RequestMiddleware:
             )
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if not self._keys or path in _OPEN_PATHS or _is_static(path):
+        if not self._keys or _is_open(path):
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
         presented = given.strip().encode() if kind.lower() == "bearer" else b""
@@ -110,13 +111,11 @@ class RequestMiddleware:
             )
 
     async def _read_body(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
-        """Read the body to its end; returns what gives it once more, and then goes on."""
+        """Read the body to its end; returns a `receive` that gives it again, and then goes on."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return receive
-        limit = self._options.max_body_bytes
         declared = headers.get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > limit:
-            raise _too_large(limit)
+        self._check_size(int(declared[:20]) if declared.isdecimal() else 0)
         chunks, size, more = [], 0, True
         while more:
             message = await receive()
@@ -124,66 +123,39 @@ class RequestMiddleware:
                 raise ApiError(CLIENT_GONE, "the client went before its request was whole")
             chunks.append(message.get("body", b""))
             size += len(chunks[-1])
-            if size > limit:
-                raise _too_large(limit)
+            self._check_size(size)
             more = message.get("more_body", False)
         body = b"".join(chunks)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if body and kind != "application/json":
-            raise ApiError(
-                415, f"the content type is {kind!r}; expected application/json", param=None
-            )
+            raise ApiError(415, f"the content type is {kind!r}; expected application/json")
         _check_unicode(body)
-        is_read = False
+        again = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> Message:
-            nonlocal is_read
-            if is_read:
-                return await receive()
-            is_read = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return again.pop() if again else await receive()
 
         return receive_again
 
-
-async def send_error(send: Send, error: ApiError) -> None:
-    """Answer with an error."""
-    body = error.encoded()
-    headers = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        **error.headers,
-    }
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+    def _check_size(self, size: int) -> None:
+        limit = self._options.max_body_bytes
+        if size > limit:
+            raise ApiError(
+                413,
+                f"the body has more than {limit} bytes: send less, or start the server with a "
+                f"larger --max-body-bytes",
+                code="body_too_large",
+            )
 
 
-def _request_id(headers: Headers) -> str:
-    """The client's own where it has a decent one, else a new one."""
-    given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
-
-
-def _is_static(path: str) -> bool:
-    return path.startswith("/static/")
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(
-        413,
-        f"the body has more than {limit} bytes: send less, or start the server with a larger "
-        f"--max-body-bytes",
-        code="body_too_large",
-    )
+def _is_open(path: str) -> bool:
+    return path in _OPEN_PATHS or path.startswith("/static/")
 
 
 def _check_unicode(body: bytes) -> None:
     """Refuse half of a surrogate pair, which JSON may spell and no text may hold."""
     if not _LONE_SURROGATE.search(body):
         return
-    import json
-
     try:
         json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:

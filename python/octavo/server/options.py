@@ -11,6 +11,7 @@ from pathlib import Path
 
 from octavo.errors import InvalidArgumentError
 
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOOL_PARSERS = ("auto", "hermes", "llama3_json", "none")
 LOG_FORMATS = ("auto", "json", "text")
 
@@ -20,7 +21,7 @@ class ServerOptions:
     """How to serve a model that `EngineConfig` says how to run.
 
     host, port: where to listen; port 0 takes a free one.
-    api_keys: a client must present one of these; none: everybody is welcome.
+    api_keys: a client must present one of these; none: no key is asked for.
     served_names: what clients may call the model; the first is the one that answers give.
     max_body_bytes: a larger request is refused with status 413.
     request_timeout: seconds after which every request ends, whatever its own `timeout` says; None
@@ -28,8 +29,8 @@ class ServerOptions:
     shutdown_timeout: seconds that running requests get to end after SIGTERM.
     stall_timeout: seconds without a step, while there is work, after which /health says so.
     tool_parser: how calls of tools are written in answers; "auto" goes by the chat template.
-    trust_request_chat_template: take a chat template from a request, and run it; None: where only
-        those can reach the server who hold a key or are on this machine.
+    trust_request_chat_template: take a chat template from a request, and run it; None: only if
+        every client has a key or is on this machine.
     allowed_origins: web pages from there may use the API (CORS); "*" for any.
     defaults: sampling fields of requests that do not name them, such as the model's own.
     event_log: a file for every decision of the scheduler.
@@ -52,39 +53,35 @@ class ServerOptions:
     log_format: str = "auto"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise InvalidArgumentError(f"port is {self.port}; expected 0 (any) to 65535")
-        if self.max_body_bytes < 1:
-            raise InvalidArgumentError(
-                f"max_body_bytes is {self.max_body_bytes}; expected 1 or more"
-            )
+        def check(name: str, is_right: bool, expected: str) -> None:
+            if not is_right:
+                raise InvalidArgumentError(
+                    f"{name} is {getattr(self, name)!r}; expected {expected}"
+                )
+
+        check("port", 0 <= self.port <= 65535, "0 (any) to 65535")
+        check("max_body_bytes", self.max_body_bytes >= 1, "1 or more")
         if not all(self.api_keys):
             raise InvalidArgumentError("an API key is empty; expected some text, or no key at all")
         if not all(key.isascii() for key in self.api_keys):
             raise InvalidArgumentError("an API key has a character beyond ASCII: HTTP forbids it")
-        if not self.served_names or not all(self.served_names):
-            raise InvalidArgumentError(
-                f"served_names is {self.served_names!r}; expected at least one name, none empty"
-            )
-        for name, low in (("shutdown_timeout", 0.0), ("stall_timeout", 1.0)):
-            if not low <= getattr(self, name) < math.inf:
-                raise InvalidArgumentError(
-                    f"{name} is {getattr(self, name)!r}; expected {low:g} seconds or more"
-                )
-        if self.request_timeout is not None and not 0 < self.request_timeout < math.inf:
-            raise InvalidArgumentError(
-                f"request_timeout is {self.request_timeout!r}; expected seconds above 0, or None"
-            )
+        names = self.served_names
+        check("served_names", bool(names) and all(names), "at least one name, none empty")
+        check("shutdown_timeout", 0 <= self.shutdown_timeout < math.inf, "0 seconds or more")
+        check("stall_timeout", 1 <= self.stall_timeout < math.inf, "1 seconds or more")
+        limit = self.request_timeout
+        check("request_timeout", limit is None or 0 < limit < math.inf, "seconds above 0, or None")
         for name, choices in (("tool_parser", TOOL_PARSERS), ("log_format", LOG_FORMATS)):
-            if getattr(self, name) not in choices:
-                raise InvalidArgumentError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}"
-                )
+            check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
 
     @property
     def is_open(self) -> bool:
         """Whether other machines may reach the server, and no key keeps them out."""
-        return not self.api_keys and not _is_loopback(self.host)
+        try:
+            is_here = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            is_here = False
+        return not self.api_keys and not is_here
 
     @property
     def takes_templates(self) -> bool:
@@ -96,27 +93,15 @@ class ServerOptions:
 def read_defaults(model: Path) -> dict[str, float]:
     """The sampling that a model's authors recommend: from its generation_config.json, as vLLM.
 
-    {} for a model that has none. A damaged file is told of by whoever loads the model.
+    {} for a model that has none, or a damaged file, which is an error when the model is loaded.
     """
     try:
         content = json.loads((model / "generation_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    found = {} if not isinstance(content, dict) else content
+    found = content if isinstance(content, dict) else {}
     return {
         name: found[name]
         for name in _RECOMMENDED
         if isinstance(found.get(name), (int, float)) and not isinstance(found[name], bool)
     }
-
-
-_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -1,8 +1,11 @@
-"""The page at /, its files, and what it asks of the engine."""
+"""The page at /, its files, and what it shows of the engine: requests, KV cache, speeds, events."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,23 +13,27 @@ from fastapi import FastAPI
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from octavo.engine.events import EventLog
+from octavo.engine.events import WAITING_REASONS, EventLog
 from octavo.errors import InvalidArgumentError
 from octavo.server.errors import ApiError
-from octavo.server.live import LiveView
 from octavo.server.service import Service
+from octavo.server.stream import ResultStream, StepStats
 from octavo.trace.explain import explain
 from octavo.trace.log_file import log_of
 
 if TYPE_CHECKING:
-    from octavo.model import LoadedModel
+    from octavo.engine.engine import Engine
 
 _STATIC = Path(__file__).parent / "static"
-# Nothing from another host, nothing inline, nobody's frame around it.
+# Nothing from another host, nothing inline, no other page's frame around it.
 _POLICY = (
     "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
+BLANK, CACHED, SHARED, FIRST_OWNER = 0, 1, 2, 3  # what a byte of the block map means
+_NUM_OWNERS = 250  # different bytes for sequences; they are used again beyond
+_WINDOW = 2.0  # seconds over which speeds are measured
+_MOST_REQUESTS = 64  # listed; the others are counted only
 
 
 class _JsonLines(Response):
@@ -37,6 +44,11 @@ def add_pages(app: FastAPI, service: Service) -> None:
     """Add the page and the routes under /engine."""
     live = LiveView(service)
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
+
+    async def copy_events() -> EventLog:
+        """The ring as it is now, so that it can be read while the engine goes on."""
+        service.model_to_watch()
+        return await service.engine.call(lambda model: _copy(model.engine.events))
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -55,10 +67,9 @@ def add_pages(app: FastAPI, service: Service) -> None:
     @app.get("/engine/requests/{request_id}", responses={404: {"description": "Unknown, or past."}})
     async def explanation(request_id: str) -> Response:
         """Where a request's time went, in sentences, as far as the event log's ring remembers."""
-        service.model_to_watch()
-        copy = await service.engine.call(_copy_events)
+        copy = await copy_events()
         try:
-            sentences = await asyncio.to_thread(_explain, copy, request_id)
+            sentences = await asyncio.to_thread(lambda: list(explain(log_of(copy), request_id)))
         except InvalidArgumentError as error:
             message = f"the event log has no request {request_id!r}: it never came, or long ago"
             raise ApiError(404, message, param="request_id") from error
@@ -67,15 +78,12 @@ def add_pages(app: FastAPI, service: Service) -> None:
     @app.get("/engine/events", response_class=_JsonLines)
     async def events() -> Response:
         """The scheduler's last decisions, for `octavo explain`, `trace` and `replay`."""
-        service.model_to_watch()
-        copy = await service.engine.call(_copy_events)
+        copy = await copy_events()
         lines = await asyncio.to_thread(lambda: "".join(f"{line}\n" for line in copy.as_jsonl()))
         return _JsonLines(lines)
 
 
-def _copy_events(model: LoadedModel) -> EventLog:
-    """The ring as it is now, so that it can be read while the engine goes on."""
-    events = model.engine.events
+def _copy(events: EventLog) -> EventLog:
     copy = EventLog(max(1, len(events)), events.header)
     for event in events:
         copy.record(event)
@@ -83,5 +91,106 @@ def _copy_events(model: LoadedModel) -> EventLog:
     return copy
 
 
-def _explain(events: Any, request_id: str) -> list[str]:
-    return list(explain(log_of(events), request_id))
+def block_map(engine: Engine) -> tuple[bytes, dict[str, list[int]]]:
+    """A byte for each block, and for each running request the bytes of its answers.
+
+    To be called in the engine's thread.
+    """
+    pool = engine.blocks.pools[0]
+    states = bytearray(
+        CACHED if pool.is_published(block) else BLANK for block in range(pool.num_blocks)
+    )
+    owners: dict[str, list[int]] = {}
+    keys = sorted((key for key in engine.blocks.holders() if isinstance(key, tuple)), key=str)
+    for key in keys:
+        # Of its name, so that a request keeps its colour from one look to the next.
+        owner = FIRST_OWNER + hash(key) % _NUM_OWNERS
+        owners.setdefault(key[0], []).append(owner)
+        for block in engine.blocks.block_table(key):
+            states[block] = SHARED if pool.num_holders(block) > 1 else owner
+    return bytes(states), owners
+
+
+class LiveView:
+    """Remembers the last steps of a service, and describes its engine when asked."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._steps: deque[tuple[float, int, int]] = deque(maxlen=4096)
+        self._num_drawn = 0
+        service.observers.append(self._observe_step)
+
+    def _observe_step(self, stats: StepStats) -> None:
+        """After every step."""
+        drawn = stats.engine.num_sampled_tokens
+        self._steps.append((time.monotonic(), stats.num_tokens, drawn - self._num_drawn))
+        self._num_drawn = drawn
+
+    async def describe(self) -> dict[str, Any]:
+        """Everything the page shows, as JSON has it."""
+        service = self._service
+        model = service.model_to_watch()
+        states, owners = await service.engine.call(lambda found: block_map(found.engine))
+        engine = model.engine
+        streams = service.engine.open_streams()[:_MOST_REQUESTS]
+        return {
+            "model": service.name,
+            "phase": service.phase,
+            "uptime": round(time.time() - service.started, 1),
+            "max_model_len": model.max_model_len,
+            "max_num_seqs": engine.options.max_num_seqs,
+            "blocks": {
+                "size": engine.options.block_size,
+                "map": base64.b64encode(states).decode("ascii"),
+            },
+            "stats": self._stats(),
+            "speed": self._speed(),
+            "requests": [_describe_request(stream, owners) for stream in streams],
+        }
+
+    def _stats(self) -> dict[str, Any]:
+        stats = self._service.stats
+        if stats is None:
+            return {"num_running": 0, "num_waiting": 0, "waiting_for": None}
+        now = stats.engine
+        return {
+            "num_running": now.num_running,
+            "num_waiting": now.num_waiting,
+            "waiting_for": now.waiting_reason and WAITING_REASONS[now.waiting_reason],
+            "num_used_blocks": now.num_blocks - now.num_free_blocks,
+            "num_cached_blocks": now.num_cached_blocks,
+            "num_steps": now.num_steps,
+            "num_drawn_tokens": now.num_sampled_tokens,
+            "num_preemptions": now.num_preemptions,
+            "num_evictions": now.num_evictions,
+            "num_prefix_queries": now.num_prefix_queries,
+            "num_prefix_hits": now.num_prefix_hits,
+        }
+
+    def _speed(self) -> dict[str, Any]:
+        now = time.monotonic()
+        recent = [step for step in self._steps if now - step[0] <= _WINDOW]
+        metrics = self._service.metrics
+        firsts = list(metrics.recent_ttft) if metrics is not None else []
+        return {
+            "tokens_per_second": round(sum(step[2] for step in recent) / _WINDOW, 1),
+            "computed_per_second": round(sum(step[1] for step in recent) / _WINDOW, 1),
+            "steps_per_second": round(len(recent) / _WINDOW, 1),
+            "ttft_p50": sorted(firsts)[len(firsts) // 2] if firsts else None,
+            "ttft_last": firsts[-1] if firsts else None,
+        }
+
+
+def _describe_request(stream: ResultStream, owners: dict[str, list[int]]) -> dict[str, Any]:
+    request, first = stream.request, stream.first_token_time
+    return {
+        "id": request.request_id,
+        "state": "running" if request.request_id in owners else "waiting",
+        "owners": owners.get(request.request_id, []),
+        "age": round(time.monotonic() - stream.arrival_time, 2),
+        "ttft": None if first is None else round(first - stream.arrival_time, 4),
+        "prompt_tokens": len(request.prompt.token_ids),
+        "output_tokens": stream.num_output_tokens,
+        "n": request.params.n,
+        "priority": request.priority,
+    }

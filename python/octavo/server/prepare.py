@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.errors import bad_request, to_api_error
-from octavo.server.formats import ChatFormat, CompletionFormat, Head, Tokens
+from octavo.server.formats import ChatFormat, CompletionFormat, Head
 from octavo.server.protocol import (
     ChatBody,
     ChatFields,
     CompletionBody,
     SamplingBody,
-    unsupported,
+    check_supported,
 )
-from octavo.server.tools import tag_ids
+from octavo.server.tools import ToolFormat, tag_ids
+from octavo.text.places import TokenPlaces
 
 if TYPE_CHECKING:
     from octavo.model import LoadedModel
-    from octavo.server.tools import ToolFormat
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI and vLLM have it
 _TEMPLATE_ARGUMENTS = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
@@ -59,7 +60,8 @@ def encode_chat(
     if body.reasoning_effort is not None:  # for templates that read it; others have no use for it
         variables["reasoning_effort"] = body.reasoning_effort
     if body.tools:
-        variables["tools"] = check_tools(body.tools, tool_format)
+        _check_tools(body.tools, tool_format)
+        variables["tools"] = body.tools
     try:
         prompt = model.encode_chat(
             [message.model_dump(exclude_unset=True) for message in body.messages],
@@ -70,12 +72,12 @@ def encode_chat(
         )
     except OctavoError as error:
         raise to_api_error(error, "messages") from error
-    kept = tag_ids(model.tokenizer, tools_of(body, tool_format))
+    kept = tag_ids(model.tokenizer, _answer_tools(body, tool_format))
     return replace(prompt, kept_special_ids=kept)
 
 
-def tools_of(body: ChatFields, tool_format: ToolFormat | None) -> ToolFormat | None:
-    """How calls are written in the answer to `body`; None where none is to be looked for."""
+def _answer_tools(body: ChatFields, tool_format: ToolFormat | None) -> ToolFormat | None:
+    """How calls are written in the answer to `body`; None: no calls are looked for."""
     choice = body.tool_choice if isinstance(body, ChatBody) else None
     if choice == "required" or isinstance(choice, dict):
         raise bad_request(
@@ -94,25 +96,24 @@ def chat_format(
     tool_format: ToolFormat | None,
 ) -> ChatFormat:
     """How the answers to a conversation are written."""
-    tools = tools_of(body, tool_format)
-    ends = set(params.stop_token_ids)
-    if not params.ignore_eos:
-        ends.update(model.engine.eos_token_ids)
-    tokens = Tokens(
+    tools = _answer_tools(body, tool_format)
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else model.engine.eos_token_ids)}
+    places = partial(
+        TokenPlaces,
         model.tokenizer,
         params.skip_special_tokens,
+        continues=False,
         kept=tag_ids(model.tokenizer, tools),
         ends=() if params.include_stop_str_in_output else ends,
     )
-    max_calls = 1 if body.parallel_tool_calls is False else None
-    return ChatFormat(head, tokens, tools, max_calls)
+    return ChatFormat(head, places, tools, 1 if body.parallel_tool_calls is False else None)
 
 
 def completion_format(
     model: LoadedModel, body: CompletionBody, head: Head, prompts: Sequence[EncodedPrompt]
 ) -> CompletionFormat:
     """How the answers to these prompts are written."""
-    tokens = Tokens(model.tokenizer, body.skip_special_tokens is not False)
+    skip = body.skip_special_tokens is not False
     echoes: list[str] = []
     for prompt in prompts if body.echo else ():
         text = prompt.text
@@ -121,13 +122,12 @@ def completion_format(
                 raise bad_request("echo is true, but this model has no tokenizer", "echo")
             text = model.tokenizer.decode(prompt.token_ids)
         echoes += [text] * body.num_answers
-    return CompletionFormat(head, tokens, echoes)
+    places = partial(TokenPlaces, model.tokenizer, skip, continues=True)
+    return CompletionFormat(head, places, echoes)
 
 
-def check_tools(
-    tools: Sequence[dict[str, Any]], tool_format: ToolFormat | None
-) -> list[dict[str, Any]]:
-    """The tools for the template; an ApiError where one is malformed or the model knows none."""
+def _check_tools(tools: Sequence[dict[str, Any]], tool_format: ToolFormat | None) -> None:
+    """Raise an ApiError where a tool is malformed, or where the model has no format for calls."""
     if tool_format is None:
         raise bad_request(
             "tools is given, but this model's chat template has no place for tools that octavo "
@@ -143,7 +143,6 @@ def check_tools(
                 f'{{"name": …, "parameters": …}}}}',
                 f"tools[{index}]",
             )
-    return list(tools)
 
 
 def sampling_params(
@@ -161,19 +160,15 @@ def sampling_params(
             params = replace(params, max_tokens=room)
         model.engine.check_request(prompt.token_ids, params)  # reads only what never changes
     except InvalidArgumentError as error:
-        field = "messages" if isinstance(body, ChatBody) else "prompt"
-        raise to_api_error(error, field) from error
+        raise to_api_error(error, body.prompt_field) from error
     return params
 
 
 def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingParams:
     """What the body asks for, whatever the model; an error names what octavo does not offer."""
-    refused = unsupported(body)
-    if refused is not None:
-        raise refused
-    is_chat = isinstance(body, ChatBody)
-    asked: dict[str, Any] = {"max_tokens": None if is_chat else DEFAULT_COMPLETION_TOKENS}
-    asked |= defaults
+    check_supported(body)
+    max_tokens = None if isinstance(body, ChatBody) else DEFAULT_COMPLETION_TOKENS
+    asked: dict[str, Any] = {"max_tokens": max_tokens, **defaults}
     for each in fields(SamplingParams):
         value = getattr(body, each.name)
         if value is not None:

@@ -1,20 +1,20 @@
 """Bodies of requests, as OpenAI and vLLM have them; every field that clients send is checked here.
 
-Of the fields that are not named here those that would change the answer are refused by name, and
-those that nobody knows are ignored, as vLLM does; see `unsupported` and `slips`.
+A field that octavo does not offer is refused where it would change the answer (`check_supported`).
+A field that no API has is ignored, as vLLM does; `slips` finds the one that was meant.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from octavo.engine.checks import MAX_PRIORITY
+from octavo.engine.admission import MAX_PRIORITY
 from octavo.sampling_params import MAX_LOGPROBS, SamplingParams
-from octavo.server.errors import ApiError, bad_request
-from octavo.server.fields import refused_field, unknown_fields
+from octavo.server.errors import bad_request
+from octavo.server.fields import check_extra_fields, unknown_fields
 
 MAX_N = 128  # answers to one request; OpenAI's limit
 MAX_PROMPTS = 1024  # prompts in one request
@@ -53,12 +53,14 @@ def _as_params_have_them() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for each in fields(SamplingParams):
         limits = each.metadata.get("limits")
+        if each.name in ("max_tokens", "n", "logprobs"):
+            continue
         if limits is not None:
             number = Field(None, ge=limits.low, le=limits.high)
             found[each.name] = (type(limits.low) | None, number)
         elif isinstance(each.default, bool):
             found[each.name] = (bool | None, None)
-    return {name: found[name] for name in found if name not in ("max_tokens", "n", "logprobs")}
+    return found
 
 
 if TYPE_CHECKING:
@@ -84,6 +86,8 @@ class SamplingBody(_Options):
     timeout: Annotated[float, Field(gt=0, le=1e9)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     response_format: dict[str, Any] | None = None
+
+    prompt_field: ClassVar[str] = "messages"
 
     @property
     def num_answers(self) -> int:
@@ -128,6 +132,8 @@ class ChatBody(ChatFields, SamplingBody):
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
+    prompt_field: ClassVar[str] = "prompt"
+
     prompt: (
         str
         | Annotated[list[TokenId], Field(min_length=1)]
@@ -167,7 +173,7 @@ class DetokenizeBody(Body):
 
 
 def slips(body: Body) -> dict[str, str | None]:
-    """Fields that nobody knows, each with the one that may have been meant."""
+    """Fields that no API has, each with the one that may have been meant."""
     known = {**ChatBody.model_fields, **CompletionBody.model_fields, **type(body).model_fields}
     found = unknown_fields([n for n in body.model_extra or {} if n not in known], known)
     options = body.stream_options if isinstance(body, SamplingBody) else None
@@ -177,40 +183,37 @@ def slips(body: Body) -> dict[str, str | None]:
     return found
 
 
-def unsupported(body: SamplingBody) -> ApiError | None:
-    """The first thing that was asked for and cannot be had; ignoring it would give wrong answers.
+def check_supported(body: SamplingBody) -> None:
+    """Raise an ApiError for the first thing that was asked for and that octavo does not offer.
 
-    A field whose value asks for nothing, as null does, is welcome.
+    A field whose value asks for nothing, as null does, is accepted.
     """
     is_chat = isinstance(body, ChatBody)
     other, path = (CompletionBody, "completions") if is_chat else (ChatBody, "chat/completions")
     elsewhere = dict.fromkeys(other.model_fields, f"it is a field of /v1/{path}")
     if not is_chat:
-        elsewhere |= {"max_completion_tokens": "its name here is max_tokens"}
-        elsewhere |= {"top_logprobs": "logprobs is the number of them here"}
-    refused = refused_field(body.model_extra or {}, elsewhere)
-    if refused is not None:
-        return refused
+        elsewhere["max_completion_tokens"] = "its name here is max_tokens"
+        elsewhere["top_logprobs"] = "logprobs is the number of them here"
+    check_extra_fields(body.model_extra or {}, elsewhere)
     kind = (body.response_format or {}).get("type", "text")
     if kind != "text":
-        return bad_request(
+        raise bad_request(
             f"response_format is of type {kind!r}; octavo offers {{'type': 'text'}} alone",
             "response_format",
         )
     if isinstance(body, CompletionBody):
         if body.suffix:
-            return bad_request("suffix is not offered by octavo: leave it out", "suffix")
+            raise bad_request("suffix is not offered by octavo: leave it out", "suffix")
         if body.best_of is not None and body.best_of != body.num_answers:
-            return bad_request(f"best_of is {body.best_of}; expected n, or nothing", "best_of")
+            raise bad_request(f"best_of is {body.best_of}; expected n, or nothing", "best_of")
         if body.echo and body.logprobs is not None:
-            return bad_request(
+            raise bad_request(
                 "echo is true beside logprobs, but octavo has no log-probabilities of the prompt: "
                 "leave one of them out",
                 "echo",
             )
     if isinstance(body, ChatBody):
         if body.echo:
-            return bad_request("echo is not offered for a conversation: leave it out", "echo")
+            raise bad_request("echo is not offered for a conversation: leave it out", "echo")
         if body.top_logprobs and not body.logprobs:
-            return bad_request("top_logprobs is given, so logprobs must be true", "top_logprobs")
-    return None
+            raise bad_request("top_logprobs is given, so logprobs must be true", "top_logprobs")

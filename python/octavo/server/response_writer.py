@@ -5,137 +5,119 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from octavo.engine.outputs import OutputChunk, RequestOutput
 from octavo.errors import OctavoError
 from octavo.server.errors import ApiError, to_api_error
 from octavo.server.formats import DONE, Format, to_json, usage_of
+from octavo.server.protocol import SamplingBody, StreamOptions
 from octavo.server.stream import EngineRequest, ResultStream
 
 CLIENT_GONE = 499  # nginx's number for it; never sent, only logged
 
 
+@dataclass(frozen=True)
 class ResponseWriter:
     """The engine's requests behind one HTTP request: one a prompt, each with n answers.
 
-    prompt_field: the field to blame for a prompt that does not fit. notes: what the log line of the
-    request will say of it.
+    notes: what the log line of the request will say of it.
     """
 
-    def __init__(
-        self,
-        streams: Sequence[ResultStream],
-        num_answers: int,
-        answer_format: Format,
-        prompt_field: str,
-        notes: dict[str, Any],
-    ) -> None:
-        self._streams = streams
-        self._num_answers = num_answers
-        self._format = answer_format
-        self._prompt_field = prompt_field
-        self._notes = notes
+    streams: Sequence[ResultStream]
+    body: SamplingBody
+    answer_format: Format
+    notes: dict[str, Any]
 
-    def close(self) -> None:
-        """The client has gone, or one of the prompts has failed: end them all."""
-        for stream in self._streams:
+    async def write(self, receive: Receive) -> Response:
+        """Wait for all answers, or, to stream them, for the first output.
+
+        So an error before the first output has a status of its own. A client that goes ends its
+        requests.
+        """
+        watcher = asyncio.ensure_future(_call_on_disconnect(receive, self._close))
+        response = None
+
+        def end() -> None:
+            watcher.cancel()
+            self._take_notes()
+            self._close()
+
+        try:
+            if self.body.stream:
+                events = self._events()
+                response = EventStream(await anext(events), events, end)
+                return response
+            return await self._whole()
+        except (OctavoError, ApiError) as error:
+            if watcher.done():
+                return Response(status_code=CLIENT_GONE)
+            raise to_api_error(error, self.body.prompt_field) from error
+        finally:
+            if response is None:
+                end()
+
+    def _close(self) -> None:
+        for stream in self.streams:
             stream.close()
 
-    async def whole(self, receive: Receive) -> Response:
-        """Wait for all answers, unless the client goes first."""
-        watcher = asyncio.ensure_future(_call_on_disconnect(receive, self.close))
-        try:
-            results = [await stream.wait() for stream in self._streams]
-            for stream, result in zip(self._streams, results, strict=True):
-                _raise_if_failed(result, stream.request)
-        except (OctavoError, ApiError) as error:
-            if watcher.done():
-                return Response(status_code=CLIENT_GONE)
-            raise to_api_error(error, self._prompt_field) from error
-        finally:
-            watcher.cancel()
-            self._finish()
-        content = to_json(self._format.whole(results, self._usage()))
+    async def _whole(self) -> Response:
+        results = [await stream.wait() for stream in self.streams]
+        for stream, result in zip(self.streams, results, strict=True):
+            _check_result(result, stream.request, may_be_late=False)
+        content = to_json(self.answer_format.whole(results, usage_of(*self._count_tokens())))
         return Response(content.encode(), media_type="application/json")
 
-    async def stream(
-        self, receive: Receive, *, include_usage: bool, continuous_usage: bool
-    ) -> Response:
-        """A response that streams.
-
-        It begins with the first output, so that an error before has a status of its own.
-        """
-        batches = self._batches()
-        watcher = asyncio.ensure_future(_call_on_disconnect(receive, self.close))
-        try:
-            first = await anext(batches)
-            for stream in self._streams:  # the queue may have been full for one of many
-                stream.raise_if_refused()
-            _check_first(first[1], self._streams[first[0]].request)
-        except (OctavoError, ApiError) as error:
-            self._finish()
-            if watcher.done():
-                return Response(status_code=CLIENT_GONE)
-            watcher.cancel()
-            raise to_api_error(error, self._prompt_field) from error
-        events = self._events(first, batches, include_usage, continuous_usage)
-        return EventStream(events, watcher, self._finish)
-
-    def _finish(self) -> None:
-        self._take_notes()
-        self.close()
-
-    async def _events(
-        self,
-        first: tuple[int, list[OutputChunk]],
-        batches: AsyncIterator[tuple[int, list[OutputChunk]]],
-        include_usage: bool,
-        continuous_usage: bool,
-    ) -> AsyncIterator[str]:
-        """What to write, one string a step."""
+    async def _events(self) -> AsyncIterator[str]:
+        """What to write, one string a step; an error is raised before the first, written after."""
+        options = self.body.stream_options or StreamOptions()
+        num_answers = self.body.num_answers
         num_prompt, num_answer = self._num_prompt_tokens(), 0  # for usage that goes along
-        usage = ',"usage":null' if include_usage else ""
-        if continuous_usage:
-            usage = f',"usage":{to_json(usage_of(num_prompt, 0))}'
-        opening = self._format.opening(len(self._streams) * self._num_answers, usage)
+
+        def usage() -> str:
+            if options.continuous_usage_stats:
+                return f',"usage":{to_json(usage_of(num_prompt, num_answer))}'
+            return ',"usage":null' if options.include_usage else ""
+
+        pieces = [self.answer_format.opening(len(self.streams) * num_answers, usage())]
+        is_first = True
         try:
-            batch: tuple[int, list[OutputChunk]] | None = first
-            while batch is not None:
-                index, chunks = batch
-                pieces = [opening]
-                opening = ""
+            async for index, chunks in self._batches():
+                for stream in self.streams if is_first else ():
+                    stream.raise_if_refused()  # the queue may have been full for one of many
                 for chunk in chunks:
                     if chunk.result is not None:
-                        _raise_if_broken(chunk.result)
-                    if continuous_usage:
-                        num_answer += len(chunk.token_ids)
-                        usage = f',"usage":{to_json(usage_of(num_prompt, num_answer))}'
-                    choice = index * self._num_answers + chunk.index
-                    pieces.append(self._format.piece(choice, chunk, usage))
+                        has_begun = not is_first or chunk.result.metrics.num_output_tokens > 0
+                        request = self.streams[index].request
+                        _check_result(chunk.result, request, may_be_late=has_begun)
+                    num_answer += len(chunk.token_ids)
+                    choice = index * num_answers + chunk.index
+                    pieces.append(self.answer_format.piece(choice, chunk, usage()))
                 text = "".join(pieces)
-                if text:
+                if text or is_first:
                     yield text
-                batch = await anext(batches, None)
-            closing = self._format.closing(self._usage()) if include_usage else ""
-            yield closing + DONE
+                pieces, is_first = [], False
+            used = usage_of(*self._count_tokens())
+            yield (self.answer_format.closing(used) if options.include_usage else "") + DONE
         except (OctavoError, ApiError) as error:
-            self._notes["error"] = str(error)
-            body = to_api_error(error, self._prompt_field).encoded().decode("ascii")
-            yield f"data: {body}\n\n{DONE}"
+            if is_first:
+                raise
+            self.notes["error"] = str(error)
+            yield f"data: {to_api_error(error, self.body.prompt_field).as_json()}\n\n{DONE}"
 
     async def _batches(self) -> AsyncIterator[tuple[int, list[OutputChunk]]]:
         """(which prompt, its new chunks) as they come, until all prompts have ended."""
-        if len(self._streams) == 1:
-            while chunks := await self._streams[0].next_chunks():
+        if len(self.streams) == 1:  # without a task for each step
+            while chunks := await self.streams[0].next_chunks():
                 yield 0, chunks
             return
         readers = {
             asyncio.ensure_future(stream.next_chunks()): index
-            for index, stream in enumerate(self._streams)
+            for index, stream in enumerate(self.streams)
         }
         try:
             while readers:
@@ -143,66 +125,56 @@ class ResponseWriter:
                 for reader in done:
                     index = readers.pop(reader)
                     chunks = reader.result()
-                    if not chunks:
-                        continue
-                    readers[asyncio.ensure_future(self._streams[index].next_chunks())] = index
-                    yield index, chunks
+                    if chunks:
+                        readers[asyncio.ensure_future(self.streams[index].next_chunks())] = index
+                        yield index, chunks
         finally:
             for reader in readers:
                 reader.cancel()
 
     def _num_prompt_tokens(self) -> int:
-        return sum(len(stream.request.prompt.token_ids) for stream in self._streams)
+        return sum(len(stream.request.prompt.token_ids) for stream in self.streams)
 
-    def _usage(self) -> dict[str, Any]:
-        metrics = [stream.result.metrics for stream in self._streams if stream.result is not None]
-        return usage_of(
-            self._num_prompt_tokens(),
-            sum(m.num_output_tokens for m in metrics),
-            sum(m.num_cached_tokens for m in metrics),
-        )
+    def _results(self) -> list[RequestOutput]:
+        return [stream.result for stream in self.streams if stream.result is not None]
+
+    def _count_tokens(self) -> tuple[int, int, int]:
+        """Tokens of the prompts, of the answers, and those that the prefix cache had."""
+        metrics = [result.metrics for result in self._results()]
+        num_output = sum(each.num_output_tokens for each in metrics)
+        return self._num_prompt_tokens(), num_output, sum(m.num_cached_tokens for m in metrics)
 
     def _take_notes(self) -> None:
-        results = [stream.result for stream in self._streams if stream.result is not None]
-        self._notes["prompt_tokens"] = self._num_prompt_tokens()
-        self._notes["completion_tokens"] = sum(r.metrics.num_output_tokens for r in results)
-        cached = sum(r.metrics.num_cached_tokens for r in results)
+        notes, results = self.notes, self._results()
+        notes["prompt_tokens"], notes["completion_tokens"], cached = self._count_tokens()
         if cached:
-            self._notes["cached_tokens"] = cached
+            notes["cached_tokens"] = cached
         reasons = {str(output.finish_reason) for r in results for output in r.outputs}
         if reasons:
-            self._notes["finish_reason"] = ",".join(sorted(reasons))
-        firsts = [r.metrics.time_to_first_token for r in results]
-        known = [seconds for seconds in firsts if seconds is not None]
-        if known:
-            self._notes["ttft_s"] = round(min(known), 4)
+            notes["finish_reason"] = ",".join(sorted(reasons))
+        firsts = [s for r in results if (s := r.metrics.time_to_first_token) is not None]
+        if firsts:
+            notes["ttft_s"] = round(min(firsts), 4)
 
 
-class EventStream(Response):
-    """Server-sent events, one write for each string of an iterator; ends when the client goes."""
+class EventStream(StreamingResponse):
+    """Server-sent events: the first string, which has been waited for, and the others."""
 
-    def __init__(
-        self, events: AsyncIterator[str], watcher: asyncio.Future[None], on_end: Callable[[], None]
-    ) -> None:
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        del self.headers["content-length"]
-        self._events = events
-        self._watcher = watcher
+    def __init__(self, first: str, others: AsyncIterator[str], on_end: Callable[[], None]) -> None:
+        async def events() -> AsyncIterator[str]:
+            yield first
+            async for text in others:
+                yield text
+
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(events(), media_type="text/event-stream", headers=headers)
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write until the end."""
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        """Write until the end; the requests of a client that goes end with an error."""
         try:
-            await send(start)
-            async for text in self._events:
-                if self._watcher.done():
-                    break
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-            if not self._watcher.done():
-                await send({"type": "http.response.body", "body": b""})
+            await self.stream_response(send)
         finally:
-            self._watcher.cancel()
             self._on_end()
 
 
@@ -212,34 +184,18 @@ async def _call_on_disconnect(receive: Receive, function: Callable[[], None]) ->
     function()
 
 
-def _raise_if_broken(result: RequestOutput) -> None:
+def _check_result(result: RequestOutput, request: EngineRequest, *, may_be_late: bool) -> None:
+    """Raise an ApiError where the model failed, or where the deadline passed."""
     if result.error is not None:
         raise ApiError(500, result.error, code="model_error")
-
-
-def _raise_if_failed(result: RequestOutput, request: EngineRequest) -> None:
-    _raise_if_broken(result)
-    if any(output.finish_reason == "timeout" for output in result.outputs):
-        raise _late(result, request)
-
-
-def _check_first(chunks: Sequence[OutputChunk], request: EngineRequest) -> None:
-    """What goes wrong before anything was sent is a status, and not an empty answer."""
-    result = chunks[-1].result
-    if result is None:
+    if may_be_late or all(output.finish_reason != "timeout" for output in result.outputs):
         return
-    _raise_if_broken(result)
-    if result.metrics.num_output_tokens == 0:
-        _raise_if_failed(result, request)
-
-
-def _late(result: RequestOutput, request: EngineRequest) -> ApiError:
     seconds = time.monotonic() - result.metrics.arrival_time
     advice = "raise timeout, or ask for less"
     if request.is_servers_limit:
         limit = f"{request.timeout:g} seconds (--request-timeout)"
         advice = f"ask for less, since this server lets no request run longer than {limit}"
-    return ApiError(
+    raise ApiError(
         504,
         f"the request's deadline passed after {seconds:.1f} seconds, with "
         f"{result.metrics.num_output_tokens} tokens made: {advice}",

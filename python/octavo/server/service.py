@@ -1,4 +1,4 @@
-"""What the routes stand on: the engine's thread, the model's names, and whether requests may come.
+"""What the routes use: the engine's thread, the model's names, and whether requests are taken.
 
 LOADING --loaded--> READY --SIGTERM--> DRAINING --idle or out of time--> the end
 """
@@ -9,18 +9,17 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from octavo.errors import ShutdownError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
-from octavo.server.errors import ApiError, bad_request, unavailable
+from octavo.server.errors import ApiError, bad_request
 from octavo.server.metrics import Metrics
 from octavo.server.options import ServerOptions
 from octavo.server.protocol import ChatFields, SamplingBody
-from octavo.server.step_stats import StepStats
-from octavo.server.stream import EngineRequest, ResultStream
+from octavo.server.stream import EngineRequest, ResultStream, StepStats
 from octavo.server.tools import ToolFormat, detect_format
 
 if TYPE_CHECKING:
@@ -49,11 +48,6 @@ class Service:
         """What the model is called."""
         return self.options.served_names[0]
 
-    @property
-    def max_model_len(self) -> int | None:
-        """The most tokens of prompt and answer; None while the model is being loaded."""
-        return None if self._model is None else self._model.max_model_len
-
     async def start(self) -> LoadedModel:
         """Load the model; raises what loading it raised."""
         try:
@@ -65,10 +59,11 @@ class Service:
         self.metrics = Metrics(self.name, model.engine)
         self.observers.append(self.metrics.observe_step)
         parser = self.options.tool_parser
-        if parser == "auto" and model.chat_template is not None:
-            self.tool_format = detect_format(model.chat_template.source)
-        elif parser in ("hermes", "llama3_json"):
-            self.tool_format = "hermes" if parser == "hermes" else "llama3_json"
+        if parser == "auto":
+            template = model.chat_template
+            self.tool_format = None if template is None else detect_format(template.source)
+        elif parser != "none":
+            self.tool_format = cast("ToolFormat", parser)
         if self.phase == "loading":
             self.phase = "ready"
         return model
@@ -85,14 +80,15 @@ class Service:
         """End what still runs."""
         self.engine.abort_all(ShutdownError("the server is shutting down"))
 
-    def model(self) -> LoadedModel:
-        """The model; an ApiError with status 503 while requests cannot be taken."""
+    def model(self, name: str | None = None) -> LoadedModel:
+        """The model; an ApiError while requests cannot be taken, or for another model's name."""
         if self.phase == "loading":
             raise self._unavailable("the model is being loaded: try again soon", "loading")
         if self.phase == "draining":
             raise self._unavailable("the server is shutting down", "draining")
         if self._model is None or self.engine.state != "ready":
             raise self._unavailable(f"the engine has stopped: {self.engine.problem}", "stopped")
+        self.check_name(name)
         return self._model
 
     def model_to_watch(self) -> LoadedModel:
@@ -104,9 +100,9 @@ class Service:
     def _unavailable(self, message: str, code: str) -> ApiError:
         if self.metrics is not None:
             self.metrics.rejected("unavailable")
-        return unavailable(message, code)
+        return ApiError(503, message, code=code)
 
-    def check_model(self, name: str | None) -> None:
+    def check_name(self, name: str | None) -> None:
         """404 for a model that is not served; no name, or "", means the one that is."""
         if name and name not in self.options.served_names:
             raise ApiError(
@@ -150,9 +146,9 @@ class Service:
             return self.tool_format
         if not self.options.takes_templates:
             raise bad_request(
-                "chat_template is a program, which this server takes from nobody: others can reach "
-                "it without a key. Leave chat_template out, or start the server with an API key or "
-                "with --trust-request-chat-template",
+                "chat_template is a program, and this server runs none from a request: others can "
+                "reach it without a key. Leave chat_template out, or start the server with an API "
+                "key or with --trust-request-chat-template",
                 "chat_template",
             )
         is_auto = self.options.tool_parser == "auto"
@@ -162,16 +158,3 @@ class Service:
         self.stats = stats
         for observe in self.observers:
             observe(stats)
-
-
-def describe_model(service: Service, name: str, max_model_len: int | None) -> dict[str, Any]:
-    """An entry of /v1/models."""
-    return {
-        "id": name,
-        "object": "model",
-        "created": int(service.started),
-        "owned_by": "octavo",
-        "root": service.name,
-        "parent": None,
-        "max_model_len": max_model_len,
-    }

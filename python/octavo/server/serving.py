@@ -8,6 +8,7 @@ import errno
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,15 @@ if TYPE_CHECKING:
     from octavo.model import LoadedModel
 
 _log = logging.getLogger("octavo.server")
+_ADVICE: dict[int | None, str] = {
+    errno.EADDRNOTAVAIL: "choose a --host of this machine: 127.0.0.1, or 0.0.0.0 for all it has",
+    errno.EACCES: "choose a --port of 1024 or more, which needs no privileges",
+}
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to us: the first one drains, which uvicorn cannot."""
+    """Leaves signals to `_Stopping`, since uvicorn cannot drain."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -34,10 +40,10 @@ class _Uvicorn(uvicorn.Server):
 
 
 def serve(options: ServerOptions, load: Callable[[], LoadedModel]) -> None:
-    """Serve until a signal says otherwise. load: makes the model; what it raises is raised here.
+    """Serve until a signal ends it. load: makes the model; what it raises is raised here.
 
-    The socket is bound first, so that a port in use is told of at once; then the server listens,
-    answering 503, while the model is being loaded.
+    The socket is bound first, so that a port in use is an error at once. While the model is being
+    loaded the server answers 503.
     """
     set_up_logging(options.log_format)
     listener = _bind(options)
@@ -89,8 +95,7 @@ async def _serve(
 
 
 async def _load(service: Service, url: str) -> None:
-    loop = asyncio.get_running_loop()
-    started = loop.time()
+    started = time.monotonic()
     model = await service.start()
     engine = model.engine
     log_event(
@@ -99,7 +104,7 @@ async def _load(service: Service, url: str) -> None:
         "ready",
         url=url,
         model=service.name,
-        seconds=round(loop.time() - started, 2),
+        seconds=round(time.monotonic() - started, 2),
         max_model_len=model.max_model_len,
         max_num_seqs=engine.options.max_num_seqs,
         kv_cache_tokens=engine.blocks.num_tokens_capacity,
@@ -113,24 +118,22 @@ class _Stopping:
         self._service = service
         self._server = server
         self._draining: asyncio.Future[None] | None = None
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
+        for number in _SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
 
-    def _on_signal(self, number: int) -> None:
-        name = signal.Signals(number).name
+    def _on_signal(self, number: signal.Signals) -> None:
         if self._draining is None and self._service.phase == "ready":
             log_event(
                 _log,
                 logging.INFO,
                 "draining: no new requests; a second signal stops at once",
-                signal=name,
+                signal=number.name,
                 open_requests=self._service.engine.num_open,
                 shutdown_timeout=self._service.options.shutdown_timeout,
             )
             self._draining = asyncio.ensure_future(self._drain())
         else:
-            log_event(_log, logging.WARNING, "stopping at once", signal=name)
+            log_event(_log, logging.WARNING, "stopping at once", signal=number.name)
             self._service.phase = "draining"
             self._service.abort_all()
             self._server.should_exit = True
@@ -141,9 +144,8 @@ class _Stopping:
 
     def cancel(self) -> None:
         """Leave signals alone again."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+        for number in _SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)
         if self._draining is not None:
             self._draining.cancel()
 
@@ -164,11 +166,7 @@ def _bind(options: ServerOptions) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        advice = "choose another --port, or --port 0 for a free one"
-        if error.errno == errno.EADDRNOTAVAIL:
-            advice = "choose a --host of this machine: 127.0.0.1, or 0.0.0.0 for all it has"
-        elif error.errno == errno.EACCES:
-            advice = "choose a --port of 1024 or more, which needs no privileges"
+        advice = _ADVICE.get(error.errno, "choose another --port, or --port 0 for a free one")
         raise OctavoError(
             f"{options.host}:{options.port} cannot be listened on: {error.strerror}; {advice}"
         ) from error

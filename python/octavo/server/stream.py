@@ -1,16 +1,21 @@
-"""What the event loop knows of one request: its outputs as they come, and its end."""
+"""What comes out of the engine's thread: the outputs of a request, and statistics of each step."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from octavo.engine.outputs import OutputChunk, RequestOutput
+from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput
 from octavo.errors import EngineStepError, InvalidArgumentError, OctavoError, QueueFullError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.engine.engine import Engine
 
 _REFUSALS = (InvalidArgumentError, QueueFullError)
 
@@ -49,7 +54,7 @@ class ResultStream:
         self._on_close = on_close
         self._chunks: list[OutputChunk] = []
         self._error: OctavoError | None = None
-        self._changed: asyncio.Future[None] | None = None
+        self._changed = asyncio.Event()
         self._only_end = False  # what the reader waits for
 
     @property
@@ -72,10 +77,8 @@ class ResultStream:
             self.result = item.result
         if self.observe is not None and not isinstance(item, _REFUSALS):
             self.observe(item if isinstance(item, OutputChunk) else None)
-        if self._only_end and not self.has_ended:
-            return
-        if self._changed is not None and not self._changed.done():
-            self._changed.set_result(None)
+        if self.has_ended or not self._only_end:
+            self._changed.set()
 
     async def next_chunks(self) -> list[OutputChunk]:
         """All that has come since the last call, at least one chunk; [] at the end.
@@ -87,8 +90,8 @@ class ResultStream:
                 raise self._error
             if self.result is not None:
                 return []
-            self._changed = asyncio.get_running_loop().create_future()
-            await self._changed
+            self._changed.clear()
+            await self._changed.wait()
         chunks, self._chunks = self._chunks, []
         return chunks
 
@@ -96,8 +99,8 @@ class ResultStream:
         """The whole output; raises the error that ended the request."""
         self._only_end = True
         while not self.has_ended:
-            self._changed = asyncio.get_running_loop().create_future()
-            await self._changed
+            self._changed.clear()
+            await self._changed.wait()
         if self._error is not None:
             raise self._error
         if self.result is None:
@@ -110,7 +113,36 @@ class ResultStream:
             raise self._error
 
     def close(self) -> None:
-        """Nobody reads any more: what is unfinished is aborted within a step."""
+        """End reading: what is unfinished is aborted within a step."""
         if not self.has_ended and self._on_close is not None:
             self._on_close(self)
             self.put(EngineStepError("the client has gone"))
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Since the last ones: one step, or none.
+
+    engine: how it stands now, and what it has done since it began. num_tokens: computed in the
+    step. preemptions: how many, by reason.
+    """
+
+    engine: EngineStats
+    num_tokens: int
+    preemptions: Counter[str]
+
+
+class StatsReader:
+    """Makes the statistics of each step from the event log, in the engine's thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._next_event = engine.events.num_recorded
+
+    def read(self) -> StepStats:
+        """What has happened since the last call."""
+        events = self._engine.events.since(self._next_event)
+        self._next_event = self._engine.events.num_recorded
+        num_tokens = sum(values[2] for _, kind, _, *values in events if kind == "step")
+        reasons = (values[0] for _, kind, _, *values in events if kind == "preempted")
+        return StepStats(self._engine.stats(), num_tokens, Counter(reasons))

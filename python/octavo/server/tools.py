@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
@@ -39,16 +38,6 @@ class ToolCall:
 Piece = str | ToolCall
 
 
-class ToolParser(Protocol):
-    """Takes an answer's text as it grows; gives text to be shown, and calls once they are whole."""
-
-    def push(self, text: str) -> list[Piece]:
-        """What this text makes certain."""
-
-    def finish(self) -> list[Piece]:
-        """What is left at the end."""
-
-
 def detect_format(template: str) -> ToolFormat | None:
     """The format that a chat template teaches; None where it has no tools, or unknown ones."""
     if "tools" not in template:
@@ -66,11 +55,6 @@ def tag_ids(tokenizer: Tokenizer | None, tool_format: ToolFormat | None) -> froz
         return frozenset()
     ids = (tokenizer.token_id(tag) for tag in _TAGS[tool_format])
     return frozenset(token_id for token_id in ids if token_id is not None)
-
-
-def make_parser(tool_format: ToolFormat) -> ToolParser:
-    """A parser for one answer."""
-    return HermesParser() if tool_format == "hermes" else Llama3Parser()
 
 
 class HermesParser:
@@ -94,14 +78,11 @@ class HermesParser:
         pieces: list[Piece] = []
         while True:
             tag = self._CLOSE if self._inside else self._OPEN
-            position = self._held.find(tag)
-            if position < 0:
+            before, found, rest = self._held.partition(tag)
+            if not found:
                 break
-            before, self._held = self._held[:position], self._held[position + len(tag) :]
-            if self._inside:
-                pieces += self._calls(before, closed=True)
-            else:
-                pieces += self._show(before)
+            self._held = rest
+            pieces += self._calls(before, closed=True) if self._inside else self._show(before)
             self._inside = not self._inside
         if not self._inside:
             cut = len(self._held) - _overlap(self._held, self._OPEN)
@@ -115,8 +96,7 @@ class HermesParser:
         return self._calls(held, closed=False) if self._inside else self._show(held)
 
     def _show(self, text: str) -> list[Piece]:
-        text = self._space + text
-        self._space = ""
+        text, self._space = self._space + text, ""
         if self._behind_call and not text.strip():  # between two calls it is no answer
             self._space = text
             return []
@@ -124,8 +104,9 @@ class HermesParser:
         return [text] if text else []
 
     def _calls(self, text: str, *, closed: bool) -> list[Piece]:
-        call = _read_call(text)
-        if call is None:
+        whole = text.strip(" \t\n\r")
+        call, end = _read_call(whole)
+        if call is None or end < len(whole):
             return [f"{self._OPEN}{text}{self._CLOSE if closed else ''}"]
         self._behind_call, self._space = True, ""
         return [call]
@@ -161,20 +142,24 @@ class Llama3Parser:
     def finish(self) -> list[Piece]:
         """The calls, if what was held back is calls; else the text."""
         held, self._held = self._held, ""
-        calls = _read_calls(held) if self._may_be_call else ()
-        return list(calls) or ([held] if held else [])
+        calls = _read_calls(held) if self._may_be_call else []
+        return calls or ([held] if held else [])
 
 
-def _read_calls(text: str) -> Sequence[ToolCall]:
-    calls = []
-    decoder = json.JSONDecoder()
+ToolParser = HermesParser | Llama3Parser
+
+
+def make_parser(tool_format: ToolFormat) -> ToolParser:
+    """A parser for one answer."""
+    return HermesParser() if tool_format == "hermes" else Llama3Parser()
+
+
+def _read_calls(text: str) -> list[Piece]:
+    """The calls that `text` consists of; none if some of it is no call."""
+    calls: list[Piece] = []
     text = text.strip().removeprefix(_PYTHON).lstrip()
     while text:
-        try:
-            content, end = decoder.raw_decode(text)
-        except (ValueError, RecursionError):
-            return []
-        call = _to_call(content)
+        call, end = _read_call(text)
         if call is None:
             return []
         calls.append(call)
@@ -182,25 +167,21 @@ def _read_calls(text: str) -> Sequence[ToolCall]:
     return calls
 
 
-def _read_call(text: str) -> ToolCall | None:
+def _read_call(text: str) -> tuple[ToolCall | None, int]:
+    """The call that `text` begins with, and where it ends."""
     try:
-        return _to_call(json.loads(text))
+        content, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        return None
-
-
-def _to_call(content: Any) -> ToolCall | None:
+        return None, 0
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
-        return None
+        return None, 0
     arguments = content.get("arguments", content.get("parameters", {}))
-    if isinstance(arguments, str):
-        return ToolCall(content["name"], arguments)
-    return ToolCall(content["name"], json.dumps(arguments, ensure_ascii=False))
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(content["name"], arguments), end
 
 
 def _overlap(text: str, tag: str) -> int:
     """How many characters at the end of `text` may be the beginning of `tag`."""
-    for length in range(min(len(text), len(tag) - 1), 0, -1):
-        if tag.startswith(text[-length:]):
-            return length
-    return 0
+    lengths = range(min(len(text), len(tag) - 1), 0, -1)
+    return next((length for length in lengths if tag.startswith(text[-length:])), 0)

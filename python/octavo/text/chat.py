@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,27 +19,20 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 
+@dataclass(eq=False, repr=False)
 class ChatTemplate:
     """A Jinja template in the dialect of Hugging Face, rendered in a sandbox.
 
     Templates come with the model, so they are foreign code: they run in Jinja's immutable
     sandbox, see plain data only, and reach neither files nor Python's internals.
+
+    source: the template. special_tokens: bos_token, eos_token … as the template sees them. origin:
+    what error messages call the template: the file it came from.
     """
 
-    def __init__(
-        self,
-        source: str,
-        *,
-        special_tokens: Mapping[str, str] | None = None,
-        origin: str = "the chat template",
-    ) -> None:
-        """source: the template. special_tokens: bos_token, eos_token … as the template sees them.
-
-        origin: what error messages call the template: the file it came from.
-        """
-        self.source = source
-        self.origin = origin
-        self._special_tokens = dict(special_tokens or {})
+    source: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    origin: str = field(default="the chat template", kw_only=True)
 
     @classmethod
     def load(cls, path: Folder | str, name: str = "default") -> ChatTemplate | None:
@@ -74,7 +68,7 @@ class ChatTemplate:
         import jinja2
 
         variables = {
-            **self._special_tokens,
+            **self.special_tokens,
             "tools": None,
             "documents": None,
             **extra,
@@ -138,10 +132,6 @@ def _to_json(
     )
 
 
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
 def _environment() -> jinja2.Environment:
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
@@ -162,7 +152,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment
 
 
@@ -242,13 +232,13 @@ def _check_content(where: str, content: Any) -> str:
         return content
     if not isinstance(content, Sequence) or not content:
         raise InvalidArgumentError(f"{where} is {content!r}; expected a string")
-    texts = []
+    texts: list[str] = []
+    kind: Any
     for index, part in enumerate(content):
-        if isinstance(part, str):
-            part = {"type": "text", "text": part}
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        field = _TEXT_PARTS.get(str(kind))
-        text = part.get(field) if field and isinstance(part, Mapping) else None
+        text, kind = part, type(part).__name__
+        if isinstance(part, Mapping):
+            kind = part.get("type")
+            text = part.get(_TEXT_PARTS.get(str(kind)))
         if not isinstance(text, str):
             raise InvalidArgumentError(
                 f"{where}[{index}] is of type {kind!r}; octavo's models read text parts only: "
@@ -263,7 +253,7 @@ def _find_templates(directory: Folder, config: Mapping[str, Any]) -> tuple[dict[
     file = directory / "chat_template.jinja"
     named: list[FolderFile] = [*(directory / "additional_chat_templates").glob("*.jinja")]
     if file.is_file() or named:
-        templates = {path.stem: _read_text(path) for path in sorted(named, key=str)}
+        templates: dict[Any, Any] = {p.stem: _read_text(p) for p in sorted(named, key=str)}
         if file.is_file():
             templates["default"] = _read_text(file)
         return templates, str(file)
@@ -277,21 +267,16 @@ def _find_templates(directory: Folder, config: Mapping[str, Any]) -> tuple[dict[
         return {}, origin
     if isinstance(found, str):
         return {"default": found}, origin
-    entries = found.items() if isinstance(found, Mapping) else _named_entries(found)
-    templates = dict(entries)
+    templates = dict(found) if isinstance(found, Mapping) else {}
+    for entry in found if isinstance(found, list) else ():
+        if isinstance(entry, Mapping):
+            templates[entry.get("name")] = entry.get("template")
     if not templates or not all(isinstance(t, str) for pair in templates.items() for t in pair):
         raise TokenizerError(
             f"{origin} is {type(found).__name__}; expected a string, or a list of "
             '{"name": ..., "template": ...}'
         )
     return templates, origin
-
-
-def _named_entries(found: Any) -> list[tuple[Any, Any]]:
-    if not isinstance(found, list):
-        return []
-    entries = [entry for entry in found if isinstance(entry, Mapping)]
-    return [(entry.get("name"), entry.get("template")) for entry in entries]
 
 
 def _read_text(path: FolderFile) -> str:

@@ -9,18 +9,22 @@ text is that of the library, bit for bit, with one deliberate exception: see `By
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from octavo.errors import TokenizerError
 
 
-class Stage(Protocol):
+class Stage:
     """One decoder of the chain. Pieces go in; the pieces that are certain come out."""
 
-    def push(self, piece: str) -> Iterable[str]: ...
+    def push(self, piece: str) -> list[str]:
+        """What this piece makes certain."""
+        raise NotImplementedError
 
-    def finish(self) -> Iterable[str]: ...
+    def finish(self) -> str:
+        """What is still held back when no piece follows."""
+        return ""
 
 
 class Pipeline:
@@ -31,7 +35,7 @@ class Pipeline:
 
     def push(self, token: str) -> str:
         """Text that `token` (as the vocabulary spells it) makes certain; often all of its own."""
-        pieces: list[str] = [token]
+        pieces = [token]
         for stage in self._stages:
             pieces = [out for piece in pieces for out in stage.push(piece)]
         return "".join(pieces)
@@ -41,22 +45,19 @@ class Pipeline:
         pieces: list[str] = []
         for stage in self._stages:
             pieces = [out for piece in pieces for out in stage.push(piece)]
-            pieces.extend(stage.finish())
+            pieces.append(stage.finish())
         return "".join(pieces)
 
 
-class _Utf8:
+class _Bytes(Stage):
     """UTF-8 bytes to text, holding back the bytes of a character that is not whole yet."""
 
     def __init__(self, errors: str) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors=errors)
-
-    def push(self, data: bytes) -> str:
-        return self._decoder.decode(data)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
     def finish(self) -> str:
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
         return text
 
 
@@ -64,31 +65,24 @@ def _byte_level_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte, reversed: character -> byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet.update({chr(256 + index): byte for index, byte in enumerate(others)})
-    return alphabet
+    stand_ins = {chr(256 + index): byte for index, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | stand_ins
 
 
-class ByteLevel:
+class ByteLevel(_Bytes):
     """GPT-2, Llama 3, SmolLM2: each character of a token stands for one byte."""
 
     _ALPHABET = _byte_level_alphabet()
 
-    def __init__(self, errors: str) -> None:
-        self._utf8 = _Utf8(errors)
-
-    def push(self, piece: str) -> Iterable[str]:
+    def push(self, piece: str) -> list[str]:
         try:
             data = bytes([self._ALPHABET[character] for character in piece])
         except KeyError:  # an added token, written as it is read
             data = piece.encode("utf-8", errors="replace")
-        return [self._utf8.push(data)]
-
-    def finish(self) -> Iterable[str]:
-        return [self._utf8.finish()]
+        return [self._utf8.decode(data)]
 
 
-class ByteFallback:
+class ByteFallback(_Bytes):
     """Llama 2, Mistral: tokens like <0xE4> are bytes of a character outside the vocabulary.
 
     A run of such tokens that is not valid UTF-8 as a whole becomes one U+FFFD a byte in the
@@ -97,92 +91,56 @@ class ByteFallback:
     replaced. The two agree on every run that is valid.
     """
 
-    def __init__(self, errors: str) -> None:
-        self._utf8 = _Utf8(errors)
-
-    def push(self, piece: str) -> Iterable[str]:
+    def push(self, piece: str) -> list[str]:
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             try:
-                return [self._utf8.push(bytes([int(piece[3:5], 16)]))]
+                return [self._utf8.decode(bytes([int(piece[3:5], 16)]))]
             except ValueError:
                 pass  # not a number: an ordinary token
-        return [self._utf8.finish(), piece]
-
-    def finish(self) -> Iterable[str]:
-        return [self._utf8.finish()]
+        return [self.finish(), piece]
 
 
-class Replace:
-    """Every occurrence of a string within a token becomes another: sentencepiece's U+2581."""
+class Replace(Stage):
+    """Every occurrence of a string within a token becomes another: sentencepiece's U+2581.
 
-    def __init__(self, pattern: str, content: str) -> None:
-        self._pattern = pattern
-        self._content = content
+    first: what it becomes in the first token.
+    """
 
-    def push(self, piece: str) -> Iterable[str]:
-        return [piece.replace(self._pattern, self._content)]
+    def __init__(self, pattern: str, content: str, first: str) -> None:
+        self._pattern, self._content, self._next = pattern, content, first
 
-    def finish(self) -> Iterable[str]:
-        return []
+    def push(self, piece: str) -> list[str]:
+        content, self._next = self._next, self._content
+        return [piece.replace(self._pattern, content)]
 
 
-class StripStart:
+class StripStart(Stage):
     """Up to `count` copies of a character fall away, at the start of each token or of the text."""
 
     def __init__(self, content: str, count: int, *, whole_text: bool, at_start: bool) -> None:
         self._content = content
-        self._count = count
         self._whole_text = whole_text
         self._left = count if at_start or not whole_text else 0
 
-    def push(self, piece: str) -> Iterable[str]:
-        start = 0
-        while self._left and piece.startswith(self._content, start):
-            start += 1
-            self._left -= 1
-        if not self._whole_text:
-            self._left = self._count
-        elif start < len(piece):
-            self._left = 0
-        return [piece[start:]]
-
-    def finish(self) -> Iterable[str]:
-        return []
+    def push(self, piece: str) -> list[str]:
+        cut = min(self._left, len(piece) - len(piece.lstrip(self._content)))
+        if self._whole_text:
+            self._left = 0 if cut < len(piece) else self._left - cut
+        return [piece[cut:]]
 
 
-class Metaspace:
-    """The replacement character is a space, but for the first token, where it is nothing."""
-
-    def __init__(self, replacement: str, *, drop_first: bool) -> None:
-        self._replacement = replacement
-        self._drop = drop_first
-
-    def push(self, piece: str) -> Iterable[str]:
-        space = "" if self._drop else " "
-        self._drop = False
-        return [piece.replace(self._replacement, space)]
-
-    def finish(self) -> Iterable[str]:
-        return []
-
-
-class Join:
+class Join(Stage):
     """A tokenizer with no decoder at all: tokens with a space between them."""
 
     def __init__(self, *, at_start: bool) -> None:
         self._separator = "" if at_start else " "
 
-    def push(self, piece: str) -> Iterable[str]:
-        text = self._separator + piece
-        self._separator = " "
-        return [text]
-
-    def finish(self) -> Iterable[str]:
-        return []
+    def push(self, piece: str) -> list[str]:
+        separator, self._separator = self._separator, " "
+        return [separator + piece]
 
 
-# Whether the tokens are the first of their text, what becomes of bytes that are no UTF-8 (as in
-# `bytes.decode`) -> the stage with fresh state.
+# Makes a stage with fresh state, of (at_start, errors), as at `PipelineFactory.create`.
 StageMaker = Callable[[bool, str], Stage]
 
 
@@ -196,9 +154,8 @@ class PipelineFactory:
         """
         self._source = source
         self._fused = False  # from a Fuse on, pieces are parts of one text and no longer tokens
-        if decoder is None:
-            self._makers: list[StageMaker] = [lambda at_start, errors: Join(at_start=at_start)]
-        else:
+        self._makers: list[StageMaker] = [lambda at_start, errors: Join(at_start=at_start)]
+        if decoder is not None:
             self._makers = self._parse(decoder)
 
     def create(self, *, at_start: bool = True, errors: str = "replace") -> Pipeline:
@@ -232,7 +189,7 @@ class PipelineFactory:
         if kind == "Replace" and "String" in decoder["pattern"]:
             pattern, content = str(decoder["pattern"]["String"]), str(decoder["content"])
             if len(pattern) == 1 or not self._fused:
-                return lambda at_start, errors: Replace(pattern, content)
+                return lambda at_start, errors: Replace(pattern, content, content)
         if kind == "Strip" and int(decoder["stop"]) == 0:
             fused, character, count = self._fused, str(decoder["content"]), int(decoder["start"])
             return lambda at_start, errors: StripStart(
@@ -242,7 +199,10 @@ class PipelineFactory:
             replacement = str(decoder["replacement"])
             scheme = decoder.get("prepend_scheme", "always")
             drop = scheme != "never" and decoder.get("add_prefix_space", True)
-            return lambda at_start, errors: Metaspace(replacement, drop_first=at_start and drop)
+            # A space, but nothing in the first token of a text.
+            return lambda at_start, errors: Replace(
+                replacement, " ", "" if at_start and drop else " "
+            )
         raise TokenizerError(
             f"{self._source}: the decoder {decoder!r} is not supported; octavo implements "
             "ByteLevel, ByteFallback, Metaspace, Replace (of a string), Strip (at the start) and "

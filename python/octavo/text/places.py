@@ -85,7 +85,7 @@ class TokenPlaces:
         """The answer goes on with this token."""
         if token_id in self._hidden or self._tokenizer is None:
             return
-        self._length += len(self._utf8.decode(self.data(token_id)))
+        self._length += len(self._utf8.decode(self._data(token_id)))
         if self._tokenizer.token(token_id) is not None:
             self._at_start = False
 

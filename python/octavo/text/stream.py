@@ -29,7 +29,7 @@ class StreamDecoder:
 
         continues: the ids go on from a text before them, so that the space which a sentencepiece
         tokenizer drops at the start of a text is kept: prompt + answer reads right.
-        kept: special tokens that are in the text all the same, for whoever reads it further.
+        kept: special tokens that stay in the text, such as the tags around calls of tools.
         """
         self._tokenizer = tokenizer
         special = tokenizer.special_ids.difference(kept)
@@ -57,8 +57,8 @@ class StopChecker:
 
     The text of special tokens counts, though it is hidden from the reader: a stop string may be one
     of them, or hold one. Holds back the end of the text while it could still be the beginning of a
-    stop string, and cuts exactly before the first one (behind it, with `include`). First is the one
-    that is complete first; among those complete at the same character, the longest.
+    stop string, and cuts exactly before the first one (behind it, with `include`). The first is
+    the one that is complete first; of those complete at the same character, the longest.
 
     Each stop string is followed by the automaton of Knuth, Morris and Pratt (1977): O(1)
     amortized a character and stop string.
@@ -116,30 +116,26 @@ class StopChecker:
 
     def _advance(self, character: str, armed: bool) -> str | None:
         """Move every automaton by one character; the longest stop string complete here."""
-        longest: str | None = None
-        for index, stop in enumerate(self._stop):
-            failures = self._failures[index]
-            state = self._states[index]
-            while state and stop[state] != character:
-                state = failures[state - 1]
-            if stop[state] == character:
-                state += 1
+        found = []
+        for index, (stop, failures) in enumerate(zip(self._stop, self._failures, strict=True)):
+            state = _next_state(stop, failures, self._states[index], character)
             if state == len(stop):
-                if armed and (longest is None or len(stop) > len(longest)):
-                    longest = stop
+                found.append(stop)
                 state = failures[state - 1]
             self._states[index] = state
-        return longest
+        return max(found, key=len, default=None) if armed else None
 
 
 def _failures(text: str) -> list[int]:
     """Entry i: the length of the longest proper prefix of text[:i + 1] that is also its suffix."""
-    table = [0] * len(text)
-    length = 0
-    for index in range(1, len(text)):
-        while length and text[index] != text[length]:
-            length = table[length - 1]
-        if text[index] == text[length]:
-            length += 1
-        table[index] = length
+    table = [0]
+    for character in text[1:]:
+        table.append(_next_state(text, table, table[-1], character))
     return table
+
+
+def _next_state(text: str, failures: Sequence[int], state: int, character: str) -> int:
+    """How much of `text` is matched after one more character; state: how much before."""
+    while state and text[state] != character:
+        state = failures[state - 1]
+    return state + (text[state] == character)

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
 from octavo.folder import Folder, FolderFile, as_folder
-from octavo.text.decoders import Pipeline, PipelineFactory
+from octavo.text.decoders import PipelineFactory
 
 if TYPE_CHECKING:
-    import tokenizers
+    pass
 
-_NAMED_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+_NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 _EXTRA_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -49,34 +42,27 @@ class Tokenizer:
             raise TokenizerError(f'{self.path}: no "model" field; this is not a tokenizer.json')
         self.config = read_tokenizer_config(directory)
         with self._errors_named():
-            self._tokenizer = _load(self.path)
+            import tokenizers
+
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self.path.read_bytes())
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
             named = self._add_special_tokens()
             added = self._tokenizer.get_added_tokens_decoder()
-        self._pipelines = PipelineFactory(content.get("decoder"), str(self.path))
+        # Makes fresh decoders for one stream of tokens.
+        self.pipeline = PipelineFactory(content.get("decoder"), str(self.path)).create
         self._token_bytes: dict[tuple[int, bool], bytes] = {}  # of those that were asked for
-        self.bos_token: str | None = named.get("bos_token")
-        self.eos_token: str | None = named.get("eos_token")
-        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.bos_token, self.eos_token = named["bos_token"], named["eos_token"]
+        self.bos_token_id, eos = self.token_id(self.bos_token), self.token_id(self.eos_token)
+        # The tokenizer's own end of text; a model's generation_config.json may name more.
+        self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
+        # Those that `skip_special_tokens` leaves out.
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
 
     @property
     def vocab_size(self) -> int:
         """How many tokens there are, added ones included; the model's embedding may be larger."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
-
-    @property
-    def bos_token_id(self) -> int | None:
-        return self.token_id(self.bos_token)
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokenizer's own end of text; a model's generation_config.json may name more."""
-        eos = self.token_id(self.eos_token)
-        return () if eos is None else (eos,)
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of the tokens that `skip_special_tokens` leaves out."""
-        return self._special_ids
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`.
@@ -89,18 +75,6 @@ class Tokenizer:
         with self._errors_named():
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def encode_batch(
-        self, texts: Sequence[str], add_special_tokens: bool = True
-    ) -> list[list[int]]:
-        """`encode` of many texts at once, on several threads."""
-        for text in texts:
-            _check_text(text)
-        with self._errors_named():
-            encodings = self._tokenizer.encode_batch(
-                list(texts), add_special_tokens=add_special_tokens
-            )
-        return [list(encoding.ids) for encoding in encodings]
-
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; ids outside of the vocabulary are left out.
 
@@ -108,15 +82,10 @@ class Tokenizer:
         UTF-8 become U+FFFD.
         """
         pipeline = self.pipeline()
-        pieces = []
-        for token_id in token_ids:
-            if skip_special_tokens and token_id in self._special_ids:
-                continue
-            token = self.token(token_id)
-            if token is not None:
-                pieces.append(pipeline.push(token))
-        pieces.append(pipeline.finish())
-        return "".join(pieces)
+        skipped = self.special_ids if skip_special_tokens else ()
+        tokens = (self.token(token_id) for token_id in token_ids if token_id not in skipped)
+        pieces = [pipeline.push(token) for token in tokens if token is not None]
+        return "".join(pieces) + pipeline.finish()
 
     def token_bytes(self, token_id: int, *, at_start: bool = False) -> bytes:
         """The bytes that a token brings to a text: whole characters, or parts of one.
@@ -126,16 +95,12 @@ class Tokenizer:
         """
         found = self._token_bytes.get((token_id, at_start))
         if found is None:
-            pipeline = self._pipelines.create(at_start=at_start, errors="surrogateescape")
+            pipeline = self.pipeline(at_start=at_start, errors="surrogateescape")
             token = self.token(token_id)
             text = "" if token is None else pipeline.push(token) + pipeline.finish()
             found = text.encode("utf-8", errors="surrogateescape")
             self._token_bytes[token_id, at_start] = found
         return found
-
-    def pipeline(self, *, at_start: bool = True) -> Pipeline:
-        """Fresh decoders for one stream of tokens."""
-        return self._pipelines.create(at_start=at_start)
 
     def token(self, token_id: int) -> str | None:
         """How the vocabulary spells a token; None for an id that it does not have."""
@@ -156,7 +121,7 @@ class Tokenizer:
         except OctavoError:
             raise
         except BaseException as error:
-            # A panic of the Rust library derives from BaseException; nothing else may be caught.
+            # A panic of the Rust library derives from BaseException; no other kind may be caught.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise TokenizerError(
@@ -164,8 +129,8 @@ class Tokenizer:
                 "the file again"
             ) from error
 
-    def _add_special_tokens(self) -> dict[str, str]:
-        """Make sure of the tokens that tokenizer_config.json declares; name -> content."""
+    def _add_special_tokens(self) -> dict[str, str | None]:
+        """Add the tokens that tokenizer_config.json declares; returns name -> content."""
         import tokenizers
 
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
@@ -173,26 +138,23 @@ class Tokenizer:
         if isinstance(declared, Mapping):
             numbered = {int(i): fields for i, fields in declared.items() if i.isdecimal()}
             for _, fields in sorted(numbered.items()):
-                token = _added_token(fields)
-                if token is not None and token.content not in known:
-                    self._tokenizer.add_tokens([token])
-        named = {}
-        for name in _NAMED_TOKENS:
-            content = token_content(self.config.get(name))
-            if content is not None:
-                named[name] = content
-        extra: list[str] = []
+                content = token_content(fields)
+                if content is not None and content not in known:
+                    flags = {flag: bool(fields[flag]) for flag in _FLAGS if flag in fields}
+                    self._tokenizer.add_tokens([tokenizers.AddedToken(content, **flags)])
+        named = {name: token_content(self.config.get(name)) for name in _NAMED_TOKENS}
+        special = list(named.values())
         for key in _EXTRA_TOKENS:
             values = self.config.get(key)
             values = list(values.values()) if isinstance(values, Mapping) else values
-            values = values if isinstance(values, list) else []
-            extra.extend(filter(None, (token_content(value) for value in values)))
-        special = [
-            tokenizers.AddedToken(content, special=True, normalized=False)
-            for content in dict.fromkeys([*named.values(), *extra])
-        ]
-        if special:
-            self._tokenizer.add_special_tokens(special)
+            special += map(token_content, values if isinstance(values, list) else ())
+        self._tokenizer.add_special_tokens(
+            [
+                tokenizers.AddedToken(content, special=True, normalized=False)
+                for content in dict.fromkeys(special)
+                if content is not None
+            ]
+        )
         return named
 
 
@@ -202,12 +164,10 @@ def read_tokenizer_config(directory: Folder) -> dict[str, Any]:
     The older file counts, and then wins, only where the newer one lists no added tokens: as in
     transformers 5.
     """
-    config: dict[str, Any] = {}
-    if (directory / "tokenizer_config.json").is_file():
-        config = read_json(directory / "tokenizer_config.json")
-    older = directory / "special_tokens_map.json"
+    file, older = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
+    config = read_json(file) if file.is_file() else {}
     if "added_tokens_decoder" not in config and older.is_file():
-        config = {**config, **read_json(older)}
+        config |= read_json(older)
     return config
 
 
@@ -224,31 +184,11 @@ def read_json(path: FolderFile) -> dict[str, Any]:
     return content
 
 
-def _load(path: FolderFile) -> tokenizers.Tokenizer:
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
 def token_content(value: Any) -> str | None:
     """A token is written as a string or as an object with a "content"."""
     if isinstance(value, Mapping):
         value = value.get("content")
     return value if isinstance(value, str) and value else None
-
-
-def _added_token(fields: Any) -> tokenizers.AddedToken | None:
-    import tokenizers
-
-    content = token_content(fields)
-    if content is None:
-        return None
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    options = {flag: bool(fields[flag]) for flag in flags if flag in fields}
-    return tokenizers.AddedToken(content, **options)
 
 
 def _check_text(text: str) -> None:

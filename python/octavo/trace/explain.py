@@ -1,4 +1,4 @@
-"""Where a request's time went, and what it waited for: an event log in plain sentences."""
+"""Where a request's time went, and what it waited for, in plain sentences from an event log."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from octavo.engine.events import WAITING_REASONS
-from octavo.trace.log_file import LogFile, Record, Step
+from octavo.trace.log_file import LogFile, Record, Step, first
 
 _NEXT_STEP = "until the next step began"
 
 
 @dataclass(frozen=True)
 class Span:
-    """What an answer did from start to end: "wait", "prefill" or "decode".
+    """A part of an answer's time, from start to end: "wait", "prefill" or "decode".
 
-    opening: the event that it began with.
+    opening: the event at its start.
     """
 
     kind: str
@@ -31,9 +31,9 @@ class Span:
 
 
 def spans_of(log: LogFile, request_id: str, sample: int = 0) -> list[Span]:
-    """One answer's life without gaps: waiting, computing its prompt, decoding, and again.
+    """One answer's whole time without gaps: waiting, computing its prompt, decoding.
 
-    A preempted answer waits and computes anew; "prefill" ends when a token is drawn from it.
+    A preempted answer waits and computes again; "prefill" ends when a token is sampled.
     """
     spans: list[Span] = []
     opening: Record | None = None
@@ -62,11 +62,11 @@ def spans_of(log: LogFile, request_id: str, sample: int = 0) -> list[Span]:
 
 
 def explain(log: LogFile, request_id: str) -> Iterator[str]:
-    """Sentences, one a line, about the request; InvalidArgumentError if the log has it not."""
+    """Sentences, one a line, about the request; InvalidArgumentError if it is not in the log."""
     records = log.of_request(request_id)
-    arrival = next((r for r in records if r["event"] == "arrived"), None)
+    arrival = first(records, "arrived")
     if arrival is None:
-        refused = next((r for r in records if r["event"] == "refused"), None)
+        refused = first(records, "refused")
         yield _refusal(refused) if refused else "Its arrival has fallen out of the log's ring."
         return
     yield _arrival(request_id, arrival)
@@ -121,7 +121,7 @@ def _preemption(record: Record) -> str:
 
 
 def _waiting(log: LogFile, request_id: str, span: Span) -> Iterator[str]:
-    """How long it waited, for what, and behind whom."""
+    """How long it waited, for what, and behind which requests."""
     by_reason: dict[str, float] = defaultdict(float)
     behind: dict[str, float] = defaultdict(float)
     shortage = None
@@ -149,9 +149,9 @@ def _waiting(log: LogFile, request_id: str, span: Span) -> Iterator[str]:
             f"(less what the cache held of it) and {shortage.num_available} were free."
         )
     if behind:
-        first = ", ".join(list(behind)[:4]) + (", …" if len(behind) > 4 else "")
+        names = ", ".join(list(behind)[:4]) + (", …" if len(behind) > 4 else "")
         what = "request" if len(behind) == 1 else f"{len(behind)} others:"
-        yield f"For {_seconds(sum(behind.values()))} of that it stood behind {what} {first}."
+        yield f"For {_seconds(sum(behind.values()))} of that it stood behind {what} {names}."
 
 
 def _prefill(log: LogFile, request_id: str, sample: int, span: Span) -> str:
@@ -200,10 +200,10 @@ def _ending(
     log: LogFile, request_id: str, sample: int, arrival: Record, spans: list[Span]
 ) -> Iterator[str]:
     records = [r for r in log.of_request(request_id) if r.get("sample", sample) == sample]
-    finished = next((r for r in records if r["event"] == "finished"), None)
-    first = next((r for r in records if r["event"] == "first_token"), None)
-    if first is not None:
-        yield f"Its first token came {_seconds(first['time'] - arrival['time'])} after its arrival."
+    finished = first(records, "finished")
+    token = first(records, "first_token")
+    if token is not None:
+        yield f"Its first token came {_seconds(token['time'] - arrival['time'])} after its arrival."
     if finished is None:
         yield "It had not ended when the log was written."
         return
@@ -231,17 +231,17 @@ def _seconds(seconds: float) -> str:
 def one_line(log: LogFile, request_id: str) -> str:
     """A request in one line: what it was, and its three parts of time."""
     records = log.of_request(request_id)
-    arrival = next((r for r in records if r["event"] == "arrived"), None)
+    arrival = first(records, "arrived")
     if arrival is None:
         return f"{request_id}: {records[0]['event']}"
     ends = [r for r in records if r["event"] == "finished"]
     reasons = ", ".join(sorted({r["reason"] for r in ends})) or "not ended"
-    num_drawn = sum(r["num_output_tokens"] for r in ends)
+    num_tokens = sum(r["num_output_tokens"] for r in ends)
     times = dict.fromkeys(("wait", "prefill", "decode"), 0.0)
     for span in spans_of(log, request_id):
         times[span.kind] += span.seconds
     return (
         f"{request_id}: came at {arrival['time']:.3f} s, {arrival['num_prompt_tokens']:,} + "
-        f"{num_drawn:,} tokens, waited {_seconds(times['wait'])}, prompt "
+        f"{num_tokens:,} tokens, waited {_seconds(times['wait'])}, prompt "
         f"{_seconds(times['prefill'])}, decoded {_seconds(times['decode'])}, {reasons}"
     )

@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Wait:
-    """From start to end `head` was the first in the queue, and waited for `reason`."""
+    """From start to end, `head` was the first in the queue and waited for `reason`."""
 
     start: float
     end: float
@@ -52,7 +52,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class LogFile:
-    """An event log. Times count from its first event; header is the engine's own description."""
+    """An event log. Times count from its first event; header: facts about the engine."""
 
     header: Mapping[str, Any]
     records: tuple[Record, ...]
@@ -89,18 +89,23 @@ class LogFile:
         return self.steps[low:high]
 
 
+def first(records: Iterable[Record], kind: str) -> Record | None:
+    """The first event of a kind; None if there is none."""
+    return next((record for record in records if record["event"] == kind), None)
+
+
 def read_log(path: str | Path) -> LogFile:
     """Read a log that `EventLog.write` or `--event-log` wrote.
 
     Raises FileError for a file that cannot be read, and InvalidArgumentError, naming the line, for
-    one that is no event log.
+    one that is not an event log.
     """
     text = read_text(path, "an event log, as `octavo batch --event-log FILE` writes")
     return parse_log(text.splitlines(), str(path))
 
 
 def log_of(events: EventLog) -> LogFile:
-    """An engine's log as it stands, without a file."""
+    """An engine's log so far, without a file."""
     return parse_log(events.as_jsonl(), "the log")
 
 
@@ -110,7 +115,7 @@ def parse_log(lines: Iterable[str], name: str) -> LogFile:
     header: dict[str, Any] | None = None
     lines = list(lines)
     if len(lines) > 1 and not lines[-1].endswith("}"):
-        lines.pop()  # torn: whoever wrote it was stopped in its midst
+        lines.pop()  # incomplete: the writing process was stopped
     for number, line in enumerate(lines, 1):
         record = _parse_line(line, f"line {number} of {name}")
         if header is None:
@@ -153,8 +158,8 @@ def _check_header(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _index(header: dict[str, Any], records: list[dict[str, Any]]) -> LogFile:
-    # An event is recorded when it is known, a step when it has ended: sorted by time they are a
-    # little more orderly. The sort is stable.
+    # An event is recorded when it is known, a step when it has ended, so the order of times may
+    # differ a little. The sort is stable.
     records.sort(key=lambda record: record["time"])
     begin = min((r["time"] - r.get("seconds", 0.0) for r in records), default=0.0)
     by_request: dict[str, list[Record]] = defaultdict(list)
@@ -172,7 +177,7 @@ def _index(header: dict[str, Any], records: list[dict[str, Any]]) -> LogFile:
 
 
 def _waits(records: list[dict[str, Any]]) -> list[Wait]:
-    """What the first in the queue waited for, from one `waited` event to what ended it."""
+    """What the first in the queue waited for, from each `waited` event to the end of the wait."""
     waits: list[Wait] = []
     open_wait: dict[str, Any] | None = None
     for record in records:

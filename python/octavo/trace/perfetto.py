@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from octavo.trace.explain import spans_of
-from octavo.trace.log_file import LogFile, Record
+from octavo.trace.explain import Span, spans_of
+from octavo.trace.log_file import LogFile, Record, Step
 
 _ENGINE, _REQUESTS = 1, 2
 _SPAN_NAMES = {"wait": "waiting", "prefill": "prompt", "decode": "decoding"}
@@ -26,32 +26,25 @@ def perfetto_trace(log: LogFile) -> dict[str, Any]:
 
 
 def _engine_events(log: LogFile) -> Iterator[TraceEvent]:
-    yield _name("process_name", _ENGINE, 0, "engine")
-    yield _name("thread_name", _ENGINE, 1, "steps")
+    yield _metadata("process_name", _ENGINE, 0, name="engine")
+    yield _metadata("thread_name", _ENGINE, 1, name="steps")
     num_blocks = log.header.get("num_blocks", 0)
     for step in log.steps:
         num_prompt = step.num_tokens - step.num_decodes
-        yield {
-            "ph": "X",
-            "pid": _ENGINE,
-            "tid": 1,
-            "name": f"{step.num_decodes} + {num_prompt}" if num_prompt else f"{step.num_decodes}",
-            "cat": "step",
-            "ts": _microseconds(step.start),
-            "dur": _microseconds(step.seconds),
-            "args": {
-                "decoding answers": step.num_decodes,
-                "prompt tokens": num_prompt,
-                "attended tokens": step.num_attended,
-            },
+        name = f"{step.num_decodes} + {num_prompt}" if num_prompt else f"{step.num_decodes}"
+        facts = {
+            "decoding answers": step.num_decodes,
+            "prompt tokens": num_prompt,
+            "attended tokens": step.num_attended,
         }
+        yield _slice(_ENGINE, 1, name, "step", step, facts)
         yield _counter("answers", step.end, running=step.num_running, waiting=step.num_waiting)
         held = num_blocks - step.num_free_blocks
         yield _counter("KV blocks", step.end, held=held, free=step.num_free_blocks)
 
 
 def _request_events(log: LogFile) -> Iterator[TraceEvent]:
-    yield _name("process_name", _REQUESTS, 0, "requests")
+    yield _metadata("process_name", _REQUESTS, 0, name="requests")
     thread = 0
     for request_id in log.request_ids:
         records = log.of_request(request_id)
@@ -59,25 +52,11 @@ def _request_events(log: LogFile) -> Iterator[TraceEvent]:
         for sample in range(num_answers):
             thread += 1
             label = request_id if num_answers == 1 else f"{request_id} #{sample + 1}"
-            yield _name("thread_name", _REQUESTS, thread, label)
-            yield {
-                "ph": "M",
-                "name": "thread_sort_index",
-                "pid": _REQUESTS,
-                "tid": thread,
-                "args": {"sort_index": thread},
-            }
+            yield _metadata("thread_name", _REQUESTS, thread, name=label)
+            yield _metadata("thread_sort_index", _REQUESTS, thread, sort_index=thread)
             for span in spans_of(log, request_id, sample):
-                yield {
-                    "ph": "X",
-                    "pid": _REQUESTS,
-                    "tid": thread,
-                    "name": _SPAN_NAMES[span.kind],
-                    "cat": "request",
-                    "ts": _microseconds(span.start),
-                    "dur": _microseconds(span.seconds),
-                    "args": _facts(span.opening),
-                }
+                name, facts = _SPAN_NAMES[span.kind], _facts(span.opening)
+                yield _slice(_REQUESTS, thread, name, "request", span, facts)
             for record in records:
                 if record["event"] in ("first_token", "preempted", "refused", "finished") and (
                     record.get("sample", sample) == sample
@@ -106,8 +85,16 @@ def _counter(name: str, time: float, **values: int) -> TraceEvent:
     return {"ph": "C", "pid": _ENGINE, "name": name, "ts": _microseconds(time), "args": values}
 
 
-def _name(kind: str, process: int, thread: int, name: str) -> TraceEvent:
-    return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}}
+def _metadata(kind: str, process: int, thread: int, **values: str | int) -> TraceEvent:
+    return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": values}
+
+
+def _slice(
+    process: int, thread: int, name: str, category: str, span: Step | Span, facts: dict[str, Any]
+) -> TraceEvent:
+    times = {"ts": _microseconds(span.start), "dur": _microseconds(span.seconds)}
+    where = {"pid": process, "tid": thread, "name": name, "cat": category}
+    return {"ph": "X", **where, **times, "args": facts}
 
 
 def _microseconds(seconds: float) -> float:

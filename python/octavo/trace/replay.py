@@ -1,37 +1,38 @@
-"""A log's arrivals once more, under other options: what would have been?
+"""Runs a log's arrivals again under other options, on a simulated device.
 
-`arrivals_of` takes from the log when each request came, how long prompt and answers were, which
-prompts began alike; `Simulation` runs them. `summarize` reads the same figures out of any log, so
-that what was measured and what was simulated can be set side by side.
+`arrivals_of` reads from the log when each request came, how long prompt and answers were, and which
+prompts began alike; `Simulation` runs them. `summarize` computes the same figures for any log, so
+that measured and simulated ones can be compared.
 
-Two things a replay does not know: that the next turn of a talk begins with the last answer (an
-answer's tokens are not in the log), and that a client who had to wait longer would have asked
+A replay does not know two things: that the next turn of a conversation begins with the last answer
+(an answer's tokens are not in the log), and that a client that waits longer sends its next request
 later.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from octavo.config import RuntimeOptions
 from octavo.errors import InvalidArgumentError
-from octavo.trace.log_file import LogFile, Record
+from octavo.trace.log_file import LogFile, Record, first
 from octavo.trace.simulation import Arrival
 
 
 def arrivals_of(log: LogFile, speed: float = 1.0) -> list[Arrival]:
-    """The requests of a log, refused ones left out; speed 2 lets them come twice as fast.
+    """The requests of a log, without refused ones; with speed 2 they come twice as fast.
 
-    A request that was cut short (by a client, a deadline, or the log's end) is taken to have wanted
-    as many tokens as it was allowed; a client goes away as long after its arrival as it did.
+    A request that ended early (by a client, a deadline, or the log's end) is given as many tokens
+    as it was allowed; a client that left does so again, as long after its arrival.
     """
     arrivals = []
     for request_id in log.request_ids:
         records = log.of_request(request_id)
-        arrived = next((r for r in records if r["event"] == "arrived"), None)
+        arrived = first(records, "arrived")
         if arrived is None:  # refused, or its arrival fell out of the ring
             continue
         ends = [r for r in records if r["event"] == "finished"]
@@ -61,7 +62,7 @@ def arrivals_of(log: LogFile, speed: float = 1.0) -> list[Arrival]:
 def options_of(log: LogFile, changes: Mapping[str, Any]) -> tuple[RuntimeOptions, int]:
     """(options, number of KV blocks) of the engine that wrote the log, with changes.
 
-    changes: fields of RuntimeOptions, or num_kv_blocks; None leaves what the log says.
+    changes: fields of RuntimeOptions, or num_kv_blocks; None keeps the log's value.
     """
     header = log.header
     try:
@@ -86,14 +87,14 @@ def options_of(log: LogFile, changes: Mapping[str, Any]) -> tuple[RuntimeOptions
     given = {name: value for name, value in changes.items() if value is not None}
     num_blocks = given.pop("num_kv_blocks", num_blocks)
     values.update(given)
-    # A whole simulation is kept, however long.
+    # The ring must hold a whole simulation.
     options = RuntimeOptions(dtype="f32", kv_dtype="f32", event_log_capacity=10**8, **values)
     return options, num_blocks
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Of some seconds: the mean, the median, and what 90 and 99 of 100 do not exceed."""
+    """Mean, median, 90th and 99th percentile of some times in seconds."""
 
     mean: float
     p50: float
@@ -112,11 +113,11 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a log tells of all its requests together; times in seconds.
+    """Figures of all requests of a log together; times in seconds.
 
     waiting: from arrival to being started. time_to_first_token: from arrival. total_time: from
     arrival to the end of the last answer. time_per_token: between two tokens of an answer, each
-    answer's mean. tokens_per_second: drawn, over the time from the first arrival to the last end.
+    answer's mean. tokens_per_second: sampled, over the time from the first arrival to the last end.
     """
 
     num_requests: int
@@ -135,7 +136,7 @@ class Summary:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens drawn a second, all requests together."""
+        """Tokens sampled a second, all requests together."""
         return self.num_output_tokens / self.seconds if self.seconds > 0 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -145,68 +146,47 @@ class Summary:
 
 def summarize(log: LogFile) -> Summary:
     """The figures of a log, measured or simulated."""
-    finished: dict[str, int] = {}
-    lives = [life for name in log.request_ids if (life := _life(log.of_request(name))) is not None]
-    ends = [record for record in log.records if record["event"] == "finished"]
-    for record in ends:
-        finished[record["reason"]] = finished.get(record["reason"], 0) + 1
-    first = min((life.arrival for life in lives), default=0.0)
-    last = max((record["time"] for record in ends), default=first)
-    count = {"refused": 0, "preempted": 0}
-    for record in log.records:
-        if record["event"] in count:
-            count[record["event"]] += 1
+    arrivals: list[Record] = []
+    admissions: list[Record] = []
+    waiting: list[float] = []
+    to_first_token: list[float] = []
+    per_token: list[float] = []
+    total: list[float] = []
+    for request_id in log.request_ids:
+        records = log.of_request(request_id)
+        arrived, admitted = first(records, "arrived"), first(records, "admitted")
+        if arrived is None:  # refused, or its arrival fell out of the ring
+            continue
+        arrivals.append(arrived)
+        if admitted is not None:
+            admissions.append(admitted)
+            waiting.append(admitted["time"] - arrived["time"])
+        firsts = {r["sample"]: r["time"] for r in records if r["event"] == "first_token"}
+        if firsts:
+            to_first_token.append(min(firsts.values()) - arrived["time"])
+        ends = {r["sample"]: r for r in records if r["event"] == "finished"}
+        if len(ends) == arrived["n"]:
+            total.append(max(r["time"] for r in ends.values()) - arrived["time"])
+        per_token += [
+            (ends[sample]["time"] - time) / (ends[sample]["num_output_tokens"] - 1)
+            for sample, time in firsts.items()
+            if sample in ends and ends[sample]["num_output_tokens"] > 1
+        ]
+    count = Counter(record["event"] for record in log.records)
+    finished = [record for record in log.records if record["event"] == "finished"]
+    begin = min((record["time"] for record in arrivals), default=0.0)
     return Summary(
-        num_requests=len(lives),
+        num_requests=len(arrivals),
         num_refused=count["refused"],
-        finished=finished,
-        seconds=last - first,
-        num_output_tokens=sum(record["num_output_tokens"] for record in ends),
-        num_prompt_tokens=sum(life.num_prompt_tokens for life in lives),
-        num_cached_tokens=sum(life.num_cached_tokens for life in lives),
+        finished=dict(Counter(record["reason"] for record in finished)),
+        seconds=max((record["time"] for record in finished), default=begin) - begin,
+        num_output_tokens=sum(record["num_output_tokens"] for record in finished),
+        num_prompt_tokens=sum(record["num_prompt_tokens"] for record in arrivals),
+        num_cached_tokens=sum(record["num_cached_tokens"] for record in admissions),
         num_preemptions=count["preempted"],
         num_steps=len(log.steps),
-        waiting=Quantiles.of(t - life.arrival for life in lives if (t := life.started) is not None),
-        time_to_first_token=Quantiles.of(
-            t - life.arrival for life in lives if (t := life.first_token) is not None
-        ),
-        time_per_token=Quantiles.of(t for life in lives for t in life.seconds_per_token),
-        total_time=Quantiles.of(t - life.arrival for life in lives if (t := life.end) is not None),
-    )
-
-
-@dataclass(frozen=True)
-class _Life:
-    arrival: float
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    started: float | None
-    first_token: float | None
-    end: float | None
-    seconds_per_token: tuple[float, ...]
-
-
-def _life(records: list[Record]) -> _Life | None:
-    """A request's times; None where its arrival is not in the log."""
-    arrived = next((r for r in records if r["event"] == "arrived"), None)
-    if arrived is None:
-        return None
-    admitted = next((r for r in records if r["event"] == "admitted"), None)
-    firsts = {r["sample"]: r["time"] for r in records if r["event"] == "first_token"}
-    ends = {r["sample"]: r for r in records if r["event"] == "finished"}
-    per_token = [
-        (ends[sample]["time"] - time) / (ends[sample]["num_output_tokens"] - 1)
-        for sample, time in firsts.items()
-        if sample in ends and ends[sample]["num_output_tokens"] > 1
-    ]
-    return _Life(
-        arrived["time"],
-        arrived["num_prompt_tokens"],
-        admitted["num_cached_tokens"] if admitted else 0,
-        admitted["time"] if admitted else None,
-        min(firsts.values(), default=None),
-        max((r["time"] for r in ends.values()), default=None)
-        if len(ends) == arrived["n"]
-        else None,
-        tuple(per_token),
+        waiting=Quantiles.of(waiting),
+        time_to_first_token=Quantiles.of(to_first_token),
+        time_per_token=Quantiles.of(per_token),
+        total_time=Quantiles.of(total),
     )

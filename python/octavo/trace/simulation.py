@@ -1,8 +1,8 @@
-"""An engine over a device that computes nothing and keeps time: to try a policy on a laptop.
+"""An engine over a device that computes nothing but advances a clock: to try a policy on a laptop.
 
-The real scheduler, block manager and engine run; only the device and the clock are made up. A step
-costs what a model of three numbers says, and the clock goes on by that much. Nothing depends on the
-machine or the hour: the same log and options give the same figures.
+The real scheduler, block manager and engine run; only the device and the clock are simulated. A
+cost model of three numbers gives the time of a step, and the clock advances by it. Nothing depends
+on the machine or the hour: the same log and options give the same figures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
 from octavo.trace.log_file import Step
 
-# Simulated tokens are numbers that no model has: enough of them that no two blocks are equal unless
+# Simulated tokens have a vocabulary larger than any model's, so that no two blocks are equal unless
 # the log says so.
 SIMULATED_VOCABULARY = 2**31 - 1
 
@@ -36,7 +36,7 @@ _ROUNDING = 2e-6  # seconds: times in a log are rounded to microseconds
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of a step: fixed, for each token computed, and for each token that one attends to.
+    """Seconds of a step: fixed, for each token computed, and for each token attended to.
 
     The three are the cost of reading the weights (and of Python), of the arithmetic, and of
     attention.
@@ -47,15 +47,15 @@ class CostModel:
     per_attended: float = 1e-8
 
     def seconds(self, num_tokens: int, num_attended: int) -> float:
-        """What a step takes."""
+        """The time of a step."""
         return self.fixed + self.per_token * num_tokens + self.per_attended * num_attended
 
 
 def fit_costs(steps: Sequence[Step]) -> CostModel:
-    """The cost model that comes closest to the measured steps, by least squares, none below 0.
+    """The cost model nearest to the measured steps, by least squares, with no number below 0.
 
-    Raises InvalidArgumentError with fewer than 8 steps. With so few sizes of step that the three
-    numbers cannot be told apart, the smallest that explain the measurements are taken.
+    Raises InvalidArgumentError with fewer than 8 steps. If the steps have too few sizes to separate
+    the three numbers, the smallest numbers that explain the measurements are taken.
     """
     if len(steps) < 8:
         raise InvalidArgumentError(
@@ -64,7 +64,7 @@ def fit_costs(steps: Sequence[Step]) -> CostModel:
         )
     rows = [(1.0, step.num_tokens, step.num_attended) for step in steps]
     seconds = np.array([step.seconds for step in steps])
-    # Noise grows with a step's length: a long one counts for more than a short one, not for all.
+    # Noise grows with a step's length, so long steps are weighted down, but still count for more.
     weights = 1.0 / np.sqrt(np.maximum(seconds, 1e-6))
     costs = _non_negative_least_squares(np.array(rows) * weights[:, None], seconds * weights)
     return CostModel(*costs)
@@ -100,7 +100,7 @@ class SimulatedClock:
 
 
 class SimulatedRuntime:
-    """Takes a native runtime's batches, samples token 0 for every row, and lets time pass."""
+    """Takes a native runtime's batches, samples token 0 for every row, and advances the clock."""
 
     def __init__(self, costs: CostModel, clock: SimulatedClock) -> None:
         self._costs = costs
@@ -112,7 +112,7 @@ class SimulatedRuntime:
         return arrays
 
     def submit(self, batch: dict[str, Any], *, sample: bool) -> int:
-        """Compute a step: the clock goes on."""
+        """Compute a step: advance the clock."""
         new = np.diff(batch["row_starts"]).astype(np.int64)
         before = batch["context_lens"] - new
         num_attended = int((new * before + new * (new + 1) // 2).sum())
@@ -129,7 +129,7 @@ class SimulatedRuntime:
         """Nothing to do."""
 
     def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
-        """Nothing to do: it takes no time to speak of."""
+        """Nothing to do: its time is negligible."""
 
     def wait(self, ticket: int) -> Any:
         """Token 0 for every row."""
@@ -140,10 +140,10 @@ class SimulatedRuntime:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request to simulate: when it comes, what it asks, and how long its answers become.
+    """A request to simulate: when it comes, what it asks, and the length of its answers.
 
     blocks: numbers of its prompt's full blocks, equal where the tokens were. num_output_tokens: of
-    its longest answer. abort_after: seconds from arrival to a client's going away; None: it stays.
+    its longest answer. abort_after: seconds from arrival until the client leaves; None: it stays.
     """
 
     time: float
@@ -161,7 +161,7 @@ class Simulation:
     """An engine of these options over a simulated device.
 
     outputs: of the requests that have ended, by id. refused: those that found the queue full.
-    log_block_size: what `Arrival.blocks` are counted in; None: options.block_size.
+    log_block_size: tokens in each of `Arrival.blocks`; None: options.block_size.
     """
 
     def __init__(
@@ -185,10 +185,10 @@ class Simulation:
         self.refused: list[str] = []
         self._log_block_size = log_block_size or options.block_size
         self._num_arrived = 0
-        self._aborts: list[tuple[float, str]] = []  # a heap: when, and who
+        self._aborts: list[tuple[float, str]] = []  # a heap: time, and request
 
     def run(self, arrivals: Iterable[Arrival]) -> None:
-        """Let the requests come, and go on until all have ended."""
+        """Add the requests at their times, and step until all have ended."""
         pending = deque(sorted(arrivals, key=lambda arrival: arrival.time))
         while pending or self.engine.has_unfinished_requests:
             if not self.engine.has_unfinished_requests:
@@ -209,14 +209,14 @@ class Simulation:
         size = self._log_block_size
         prompt = [block * size + i for block in arrival.blocks for i in range(size)]
         prompt = prompt[: arrival.num_prompt_tokens]
-        # What fills no block is shared with nobody: a token from the vocabulary's other end.
+        # A block that is not full is not shared: a token from the vocabulary's other end.
         tail = SIMULATED_VOCABULARY - 1 - self._num_arrived
         prompt += [tail] * (arrival.num_prompt_tokens - len(prompt))
         max_tokens = max(arrival.num_output_tokens, 1)
         params = SamplingParams(
             temperature=0.0, max_tokens=max_tokens, n=arrival.n, ignore_eos=True
         )
-        # It has come while the last step ran, and is heard of behind it, as in a server's loop.
+        # It came while the last step ran, and is noticed after it, as in a server's loop.
         now, self.clock.now = self.clock.now, arrival.time
         try:
             self.engine.add_request(

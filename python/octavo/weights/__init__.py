@@ -1,1 +1,1 @@
-"""Weights: reading them from safetensors and GGUF files, fetching them, making them up."""
+"""Weights: reading them from safetensors and GGUF files, fetching them, making random ones."""

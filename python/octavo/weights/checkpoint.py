@@ -1,9 +1,10 @@
-"""The weights of a model under octavo's names, found complete before any of them is read."""
+"""The weights of a model under octavo's names, checked to be complete before any is read."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,27 +17,27 @@ from octavo.models.layer import weight_shapes
 from octavo.models.spec import WeightFormat
 from octavo.weights.codes import StoredSource, running_formats, stored_tensors
 from octavo.weights.dummy import DummySource
-from octavo.weights.files import open_weight_files
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles
 from octavo.weights.quantization_config import StoredMatrix
 from octavo.weights.reader import read_runs, read_weight, weight_info
+from octavo.weights.safetensors import open_weight_files
 from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, TensorInfo, TensorSource
 
-_CHUNK = 1 << 20  # elements looked at in one go when searching for NaN: the scratch stays in cache
+_CHUNK = 1 << 20  # elements searched for NaN in one go: the scratch stays in cache
 
 
 class NonFiniteWeightsWarning(UserWarning):
-    """Weights hold a NaN or an infinity: whatever depends on them will too."""
+    """Weights hold a NaN or an infinity: all results that depend on them will too."""
 
 
 class Checkpoint(Mapping[str, Tensor]):
     """Every weight a model needs, by octavo's name; memory-mapped, read when asked for.
 
     infos: name -> shape, dtype and bytes, from headers alone.
-    formats: of the matrices that are, or shall be, quantized, by name without ".weight". Codes
-        ("int8", "int4") bring along "NAME.scale" and, if asymmetric, "NAME.zero".
-    dtype: the format that most of the elements have that are no codes.
+    formats: of the matrices that are, or will be, quantized, by name without ".weight". Codes
+        ("int8", "int4") have "NAME.scale" and, if asymmetric, "NAME.zero" beside them.
+    dtype: the format of most elements that are not codes.
     total_bytes: of all weights as stored.
     num_parameters: of the model, scales and zero points not counted.
     """
@@ -48,7 +49,7 @@ class Checkpoint(Mapping[str, Tensor]):
         formats: Mapping[str, WeightFormat] | None = None,
         dtype: TensorDType | None = None,
     ) -> None:
-        """weight_map: where in `source` each weight lies; None: there under octavo's names."""
+        """weight_map: where in `source` each weight lies; None: under octavo's names."""
         self._source = source
         self._map = weight_map or {
             name: WeightSource((name,), info.shape) for name, info in source.infos.items()
@@ -63,11 +64,10 @@ class Checkpoint(Mapping[str, Tensor]):
             for name, info in self.infos.items()
             if not name.endswith((".scale", ".zero"))
         )
-        counts: dict[TensorDType, int] = {
-            kind: sum(info.num_elements for info in self.infos.values() if info.dtype == kind)
-            for kind in ITEM_SIZE
-        }
-        most = max(counts, key=lambda kind: counts[kind])
+        counts: Counter[str] = Counter()
+        for info in self.infos.values():
+            counts[info.dtype] += info.num_elements
+        most = max(ITEM_SIZE, key=lambda kind: counts[kind])
         self.dtype: TensorDType = most if dtype is None else dtype
 
     def __getitem__(self, name: str) -> Tensor:
@@ -85,15 +85,15 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def bytes_by_dtype(self) -> dict[str, int]:
         """Bytes as stored, by format, largest first."""
-        sizes: dict[str, int] = {}
+        sizes: Counter[str] = Counter()
         for info in self.infos.values():
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
-        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+            sizes[info.dtype] += info.num_bytes
+        return dict(sizes.most_common())
 
     def checked_items(self) -> Iterator[tuple[str, Tensor]]:
         """All weights in order, for a loader; warns of those that hold a NaN or an infinity.
 
-        The warning (NonFiniteWeightsWarning) names them all at once, after the last weight.
+        One warning (NonFiniteWeightsWarning) names all of them, after the last weight.
         """
         damaged: list[str] = []
         for name in self:
@@ -114,11 +114,11 @@ class Checkpoint(Mapping[str, Tensor]):
 def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0) -> Checkpoint:
     """Open the weights of a model and check them against its configuration.
 
-    load_format "auto" reads the GGUF file, or what `open_weight_files` finds in the directory;
-    "dummy" makes seeded random weights and opens no file. Only headers are read here.
+    load_format "auto" reads the GGUF file, or the files that `open_weight_files` finds in the
+    directory; "dummy" makes seeded random weights and opens no file. Only headers are read here.
 
-    Raises WeightsError listing every weight that is missing, left over, of the wrong shape or in
-    an unsupported format; or saying what is wrong with a damaged file.
+    Raises WeightsError that lists every weight that is missing, left over, of the wrong shape or
+    in an unsupported format, or says what is wrong with a damaged file.
     """
     if load_format == "dummy":
         return Checkpoint(DummySource(weight_shapes(files.spec), seed))
@@ -132,7 +132,7 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
         source = stored = open_weight_files(files.path)
         if files.spec.tie_word_embeddings:
             # Either name may be there: `save_model` of safetensors keeps lm_head, transformers
-            # writes the embedding. A second one is equal to it, as `read_model` found.
+            # writes the embedding. If both are there they are equal: `read_model` compared them.
             head, table = files.family.tensors.tensor("lm_head"), weight_map["embed.weight"]
             if head in source.infos and table.names[0] not in source.infos:
                 weight_map = weight_map | {"embed.weight": replace(table, names=(head,))}
@@ -146,7 +146,7 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
     if not files.quantized:
         return Checkpoint(source, weight_map)
     formats = running_formats(source, files.quantized)
-    with_scales = {}  # behind their codes, for whoever takes the weights in order
+    with_scales = {}  # scales after their codes, for a loader that reads in order
     for name, wanted in weight_map.items():
         with_scales[name] = wanted
         base = name.removesuffix(".weight")
@@ -165,15 +165,13 @@ def has_non_finite(tensor: Tensor) -> bool:
     """Whether a NaN or an infinity is among the values (all exponent bits are set)."""
     if tensor.dtype not in ITEM_SIZE:
         return False  # codes are whole numbers
-    exponents = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}
-    magnitude = {"f32": 0x7FFFFFFF, "f16": 0x7FFF, "bf16": 0x7FFF}
     bits = tensor.data.reshape(-1).view(np.uint32 if tensor.dtype == "f32" else np.uint16)
-    mask = bits.dtype.type(magnitude[tensor.dtype])
-    limit = exponents[tensor.dtype]
+    exponent = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}[tensor.dtype]
+    mask = bits.dtype.type(exponent)
     scratch = np.empty(min(_CHUNK, bits.size), dtype=bits.dtype)
     for start in range(0, bits.size, _CHUNK):
         chunk = bits[start : start + _CHUNK]
-        if np.bitwise_and(chunk, mask, out=scratch[: chunk.size]).max() >= limit:
+        if np.bitwise_and(chunk, mask, out=scratch[: chunk.size]).max() == exponent:
             return True
     return False
 
@@ -189,7 +187,7 @@ def _find_problems(
     quantized: Mapping[str, StoredMatrix],
     ignored: Sequence[str],
 ) -> list[str]:
-    """Every way in which the tensors of `source` are not those that the map asks for."""
+    """Every difference between the tensors of `source` and those of the map."""
     problems = []
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}  # name -> (types, shape)
     for matrix in quantized.values():

@@ -10,7 +10,7 @@ Of a matrix M of (outputs, inputs), layout "pack-quantized" has
 "int-quantized" has M.weight int8 (outputs, inputs) with M.weight_scale (outputs, 1), and "octavo"
 is "pack-quantized" with M.weight for M.weight_packed.
 A weight is (code - zero point) * scale, with codes and zero points from -8 to 7 or -128 to 127.
-`octavo.reference.quantization.pack_int32` states the packing plainly.
+`octavo.reference.quantization.pack_int32` defines the packing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy.typing as npt
 from octavo.errors import WeightsError
 from octavo.models.spec import WeightFormat
 from octavo.weights.quantization_config import StoredMatrix
-from octavo.weights.safetensors import SafetensorsFile, ShardedSafetensors
+from octavo.weights.safetensors import SafetensorsFile
 from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, TensorInfo, TensorSource
 
 _BITS: dict[str, int] = {"int8": 8, "int4": 4}
@@ -35,9 +35,9 @@ _BITS: dict[str, int] = {"int8": 8, "int4": 4}
 def pack_words(codes: npt.NDArray[Any], format_dtype: str) -> npt.NDArray[np.int32]:
     """Codes as the native core takes them -> weight_packed.
 
-    codes: int8 (outputs, inputs), or uint8 (outputs, inputs / 2) with two int4 codes a byte. In
-    little-endian words these are the very bytes, int8 with 128 added; a row is filled up with
-    zero bytes to whole words.
+    codes: int8 (outputs, inputs), or uint8 (outputs, inputs / 2) with two int4 codes a byte. The
+    little-endian words have the same bytes (int8: plus 128); a row is padded with zero bytes to
+    whole words.
     """
     raw = codes.view(np.uint8) ^ np.uint8(0x80) if format_dtype == "int8" else codes
     padded = np.zeros((raw.shape[0], -(-raw.shape[1] // 4) * 4), np.uint8)
@@ -102,8 +102,8 @@ def running_formats(
 ) -> dict[str, WeightFormat]:
     """The formats of the stored matrices, by octavo's name, as they run.
 
-    Scales of int4 are kept in bfloat16 if they are stored so, else in float32, which holds every
-    other stored type exactly.
+    Scales of int4 stay in bfloat16 if they are stored so; else they become float32, which holds
+    every other stored type exactly.
     """
     formats = {}
     for name, matrix in stored.items():
@@ -120,10 +120,8 @@ class StoredSource(TensorSource):
     float32 (outputs, groups). All other tensors are those of `files`.
     """
 
-    def __init__(
-        self, files: SafetensorsFile | ShardedSafetensors, stored: Mapping[str, StoredMatrix]
-    ) -> None:
-        """files: found to be of the right shapes. Raises WeightsError for a wrong weight_shape."""
+    def __init__(self, files: SafetensorsFile, stored: Mapping[str, StoredMatrix]) -> None:
+        """files: with shapes already checked. Raises WeightsError for a wrong weight_shape."""
         self._files = files
         self._matrices = {matrix.module: matrix for matrix in stored.values()}
         infos = dict(files.infos)
@@ -132,7 +130,7 @@ class StoredSource(TensorSource):
                 if name != module + ".weight_scale":
                     del infos[name]
             if matrix.layout != "int-quantized":
-                shape = tuple(int(size) for size in files.read_integers(module + ".weight_shape"))
+                shape = tuple(int(size) for size in files.read_array(module + ".weight_shape"))
                 if shape != matrix.shape:
                     raise WeightsError(
                         f"{module}.weight_shape is {shape}; config.json makes it {matrix.shape}"
@@ -148,16 +146,16 @@ class StoredSource(TensorSource):
         self.infos = infos
 
     def read(self, name: str) -> Tensor:
-        """The tensor, decoded from the words of the file where it is not stored plainly."""
+        """The tensor, decoded if the file stores it in packed words."""
         module, _, part = name.rpartition(".")
         matrix = self._matrices.get(module)
         if matrix is None or part not in ("weight", "weight_zero_point"):
             return self._files.read(name)
         outputs, inputs = matrix.shape
         if part == "weight_zero_point":
-            return Tensor(unpack_zeros(self._files.read_integers(name), outputs), "f32")
+            return Tensor(unpack_zeros(self._files.read_array(name), outputs), "f32")
         kind: TensorDType = "int4" if matrix.format.dtype == "int4" else "int8"
         if matrix.layout == "int-quantized":
-            return Tensor(self._files.read_integers(name), kind)
-        words = self._files.read_integers(words_name(matrix))
+            return Tensor(self._files.read_array(name), kind)
+        words = self._files.read_array(words_name(matrix))
         return Tensor(unpack_words(words, kind, inputs), kind)

@@ -40,7 +40,7 @@ def convert_gguf(
 def _write_safetensors(
     path: Path, checkpoint: Checkpoint, names: dict[str, str], progress: Progress
 ) -> None:
-    """Tensor by tensor and in runs of rows, so memory stays small however big the model is.
+    """Tensor by tensor and in runs of rows, so little memory is needed for any model.
 
     names: in the file -> octavo's.
     """

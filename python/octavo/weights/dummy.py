@@ -1,10 +1,11 @@
 """Seeded random weights from a configuration alone, for benchmarks (`--load-format dummy`).
 
-Speed is the point: one tile of random numbers is drawn, and every tensor is a run of it from an
-offset that follows from the tensor's name, repeated as needed. Values of different tensors and of
-far-apart rows are therefore not independent, which no benchmark notices and no model should be
-judged by. The same seed gives the same weights on every machine: raw bits of Philox4x64-10
-(Salmon et al. 2011), taken as 16-bit integers, scaled in float32 and rounded once to bf16.
+They are made fast: one tile of random numbers is generated, and every tensor is a copy of it from
+an offset that follows from the tensor's name, repeated as needed. So values of different tensors
+and of distant rows are not independent. Benchmarks do not depend on that, but the quality of a
+model must not be judged with such weights. The same seed gives the same weights on every machine:
+raw bits of Philox4x64-10 (Salmon et al. 2011), taken as 16-bit integers, scaled in float32 and
+rounded once to bf16.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from octavo.errors import InvalidArgumentError
 from octavo.weights.tensor import Tensor, TensorInfo, TensorSource, float32_to_bf16
 
-# A prime: rows of any usual width then start at ever other places of the tile.
+# A prime: rows of any usual width then start at different places of the tile.
 TILE = 1_048_573
 _BF16_ONE = 0x3F80
 
@@ -41,7 +42,7 @@ class DummySource(TensorSource):
         }
 
     def read(self, name: str) -> Tensor:
-        """The tensor, made anew at each call."""
+        """The tensor, generated at each call."""
         shape = self.infos[name].shape
         if len(shape) == 1:
             value = _BF16_ONE if name.endswith(".weight") else 0

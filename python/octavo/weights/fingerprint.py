@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.folder import Folder
-from octavo.weights.files import open_weight_files
 from octavo.weights.gguf_folder import GgufFolder
+from octavo.weights.safetensors import open_weight_files
 
-# What decides how a text becomes tokens, what is computed with them, and where an answer ends.
+# The files that determine the tokens of a text, the computation, and the end of an answer.
 _TEXT_FILES = (
     *("config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -23,18 +23,18 @@ _TEXT_FILES = (
 
 
 def model_digest(folder: Folder, load_format: str = "auto") -> str:
-    """16 hexadecimal digits that another model, or another version of it, does not share.
+    """16 hexadecimal digits that differ for another model, or another version of it.
 
     They cover the files of the configuration, the tokenizer and the chat template byte for byte,
-    and the name, type, shape and bytes of every tensor: a gigabyte takes about a second of one
-    core, and a run that goes on to load the model finds it in the system's memory. Where the model
-    lies, and how the tensors are spread over files, does not matter. load_format "dummy" opens no
-    weights. Raises WeightsError as `open_weight_files`.
+    and the name, type, shape and bytes of every tensor. A gigabyte takes about a second of one
+    core; the files are then in the system's memory, where loading finds them. The model's place,
+    and the distribution of tensors over files, do not matter. load_format "dummy" opens no weights.
+    Raises WeightsError as `open_weight_files`.
     """
     digest = hashlib.sha256()
 
     def add(name: str, content: bytes) -> None:
-        # With the lengths, so that nothing can pass from one piece to the next unseen.
+        # With the lengths, so that bytes moved from one piece to the next change the digest.
         digest.update(f"{name!r} {len(content)}\n".encode())
         digest.update(content)
 
@@ -51,14 +51,14 @@ def model_digest(folder: Folder, load_format: str = "auto") -> str:
             return hashlib.sha256(read_bytes(name).data).digest()
 
         names = sorted(tensors)
-        with ThreadPoolExecutor() as pool:  # hashing runs beside other threads
+        with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
             for name, content in zip(names, pool.map(digest_of, names), strict=True):
                 add(f"{name} {tensors[name]}", content)
     return digest.hexdigest()[:16]
 
 
 def _tensors(folder: Folder) -> tuple[dict[str, str], Callable[[str], npt.NDArray[np.uint8]]]:
-    """The type and shape of every tensor by its name, and what reads one's bytes."""
+    """The type and shape of every tensor by its name, and a function that reads its bytes."""
     if isinstance(folder, GgufFolder):
         parts = folder.parts
         described = {name: f"{each.kind} {each.shape}" for name, each in parts.tensors.items()}

@@ -4,11 +4,12 @@ The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), version 
 little-endian: magic "GGUF", version, counts of tensors and of metadata entries; the entries (key,
 type, value); for each tensor its name, dimensions (innermost first), type and offset; padding;
 the data. The header is parsed here and not by `gguf.GGUFReader`, whose loops take their length
-from the file: a damaged count would keep it busy for ever.
+from the file: with a damaged count they would hardly end.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Mapping
@@ -28,17 +29,8 @@ from octavo.weights.tensor import Tensor, TensorDType
 _STRING, _ARRAY = 8, 9
 _SCALARS: Mapping[int, struct.Struct] = MappingProxyType(
     {
-        0: struct.Struct("<B"),
-        1: struct.Struct("<b"),
-        2: struct.Struct("<H"),
-        3: struct.Struct("<h"),
-        4: struct.Struct("<I"),
-        5: struct.Struct("<i"),
-        6: struct.Struct("<f"),
-        7: struct.Struct("<?"),
-        10: struct.Struct("<Q"),
-        11: struct.Struct("<q"),
-        12: struct.Struct("<d"),
+        kind: struct.Struct("<" + code)
+        for kind, code in zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
     }
 )
 # What can be decoded: plain numbers, and the block formats for which `gguf` has a decoder.
@@ -86,36 +78,31 @@ class GgufFile:
             cursor, num_tensors, self.metadata.get("general.alignment", 32), len(self._map)
         )
 
-    def decode(self, name: str, first_row: int = 0, num_rows: int | None = None) -> Tensor:
-        """Rows of a matrix, or a whole vector: F32, F16 and BF16 as they are, others as float32."""
+    def decode(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """F32, F16 and BF16 as they are, others as float32. Of a matrix, rows first to last - 1."""
         info = self.tensors[name]
-        shape, row_bytes = info.shape, info.num_bytes
-        if len(shape) >= 2:
-            row_bytes //= max(1, shape[0])
-            last = shape[0] if num_rows is None else min(shape[0], first_row + num_rows)
-            shape = (last - first_row, *shape[1:])
-        else:
-            first_row = 0  # the blocks of a vector know no rows
-        num_bytes = row_bytes * (shape[0] if len(shape) >= 2 else 1)
-        # What was read before leaves our memory; the system brings it back if it is used again.
+        shape, offset, num_bytes = info.shape, info.offset, info.num_bytes
+        if last is not None:
+            row_bytes = num_bytes // max(1, shape[0])
+            offset, num_bytes = offset + first * row_bytes, (last - first) * row_bytes
+            shape = (last - first, *shape[1:])
+        # Pages read before leave this process's memory; the system brings them back if needed.
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
-        raw: npt.NDArray[np.uint8] = np.frombuffer(
-            self._map, np.uint8, num_bytes, info.offset + first_row * row_bytes
-        )
+        raw: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, num_bytes, offset)
         if info.kind in PLAIN_KINDS:
             dtype, numpy_name = PLAIN_KINDS[info.kind]
             return Tensor(raw.view(numpy_name).reshape(shape), dtype)
         return Tensor(_decode_blocks(raw, info.kind, shape), "f32")
 
     def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
-        """The data of a tensor as they lie in the file."""
+        """The data of a tensor as stored in the file."""
         info = self.tensors[name]
         return np.frombuffer(self._map, np.uint8, info.num_bytes, info.offset)
 
     def rows_at_once(self, name: str) -> int:
         """How many rows of a matrix to decode in one go."""
-        return max(1, _ROWS_AT_ONCE // max(1, _product(self.tensors[name].shape[1:])))
+        return max(1, _ROWS_AT_ONCE // max(1, math.prod(self.tensors[name].shape[1:])))
 
 
 def _decode_blocks(
@@ -125,7 +112,7 @@ def _decode_blocks(
 
     if raw.size == 0:
         return np.zeros(shape, np.float32)
-    num_rows = _product(shape[:-1])
+    num_rows = math.prod(shape[:-1])
     try:
         with np.errstate(all="ignore"):  # scales of a damaged block may be infinite or NaN
             values = gguf.dequantize(raw.reshape((num_rows, -1)), gguf.GGMLQuantizationType[kind])
@@ -135,7 +122,7 @@ def _decode_blocks(
 
 
 class _Cursor:
-    """Reads little-endian values one behind the other; WeightsError at the end of the file."""
+    """Reads little-endian values one after the other; WeightsError at the end of the file."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data = data
@@ -229,7 +216,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
 def _read_tensors(
     cursor: _Cursor, count: int, alignment: object, size: int
 ) -> dict[str, GgufTensor]:
-    """The tensors by name; their data is known to lie within the file."""
+    """The tensors by name; their data was checked to lie within the file."""
     import gguf
 
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
@@ -256,7 +243,7 @@ def _read_tensors(
                 f"{describe(name)} appears twice, or its rows of {width} are not whole blocks of "
                 f"{block_elements}, or its offset {offset} is not a multiple of {alignment}"
             )
-        num_bytes = _product(shape) // block_elements * block_bytes
+        num_bytes = math.prod(shape) // block_elements * block_bytes
         if start + offset + num_bytes > size:
             raise cursor.error(
                 f"the data of {describe(name)} ends at byte {start + offset + num_bytes}, the "
@@ -264,10 +251,3 @@ def _read_tensors(
             )
         tensors[name] = GgufTensor(name, shape, kind.name, start + offset, num_bytes)
     return tensors
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product

@@ -1,4 +1,4 @@
-"""A GGUF model as the Hugging Face directory that it stands for, without writing one."""
+"""A GGUF model as a Hugging Face directory in memory; nothing is written."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class GgufFolder(MemoryFolder):
     def __init__(self, path: Path, dtype: OutputDType = "auto") -> None:
         """dtype: of the weights, see `GgufParts`.
 
-        Raises WeightsError for a damaged file, UnsupportedModelError for what octavo cannot run.
-        The tokenizer is converted when one of its files is read: TokenizerError comes then.
+        Raises WeightsError for a damaged file, UnsupportedModelError for one that octavo cannot
+        run. The tokenizer is converted, or TokenizerError raised, when one of its files is read.
         """
         self.parts = parts = GgufParts(path, dtype)
         family, self.family = find_gguf_family(parts.metadata, str(parts.path))

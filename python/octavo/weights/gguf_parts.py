@@ -1,8 +1,8 @@
 """A model in one GGUF file or in several, as llama.cpp's gguf-split writes them.
 
-Each part is a GGUF file of its own, named NAME-0000K-of-0000N.gguf, with the number of the part
-(split.no, from 0), of parts (split.count) and of tensors in all of them (split.tensors.count) in
-its metadata. The model's own metadata is in the first part.
+Each part is a GGUF file, named NAME-0000K-of-0000N.gguf. Its metadata has the number of the part
+(split.no, from 0), the number of parts (split.count) and of tensors in all of them
+(split.tensors.count). The model's own metadata is in the first part.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MAX_PARTS = 99_999  # what five digits hold
 
 
 class GgufParts(TensorSource):
-    """All parts of a GGUF model, of which there is usually one, read as one file.
+    """All parts of a GGUF model (usually one), read as one file.
 
     path: of the first part. paths: of all. metadata: of the first part. tensors: of all parts.
     """
@@ -82,7 +82,7 @@ class GgufParts(TensorSource):
             self.infos[name] = TensorInfo(kind, tensor.shape, size)
 
     def exact(self, name: str) -> Tensor:
-        """A small tensor with all its bits, whatever `dtype` is."""
+        """A small tensor with all its bits, for any `dtype`."""
         return self._files[name].decode(name)
 
     def read(self, name: str) -> Tensor:
@@ -91,12 +91,12 @@ class GgufParts(TensorSource):
 
     def read_rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows first to last - 1, decoded and rounded."""
-        if len(self.infos[name].shape) < 2:  # the blocks of a vector know no rows
+        if len(self.infos[name].shape) < 2:  # the blocks of a vector have no rows
             return super().read_rows(name, first, last)
-        return self._rounded(name, self._files[name].decode(name, first, last - first))
+        return self._rounded(name, self._files[name].decode(name, first, last))
 
     def rows_at_once(self, name: str) -> int:
-        """All of a tensor that is only looked at; else as many as `GgufFile` says."""
+        """All rows of a tensor that is a view; else as many as `GgufFile` says."""
         info, plain = self.infos[name], PLAIN_KINDS.get(self.tensors[name].kind)
         if len(info.shape) < 2 or (plain is not None and plain[0] == info.dtype):
             return super().rows_at_once(name)
@@ -129,7 +129,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or that alone makes a directory a model; None otherwise.
+    """The GGUF file `path`, or the only GGUF model of a directory without config.json; else None.
 
     Raises ModelNotFoundError for a directory without config.json that holds several GGUF models.
     """

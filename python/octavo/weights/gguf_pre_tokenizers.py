@@ -1,9 +1,9 @@
-"""How byte-level BPE splits a text before it merges: llama.cpp's names, and what they stand for.
+"""How byte-level BPE splits a text before it merges: llama.cpp's names and their expressions.
 
-A GGUF file names the way of splitting (tokenizer.ggml.pre); the expressions themselves lie in
-llama.cpp (src/llama-vocab.cpp), one behind the other: each cuts what the ones before it left into
-its matches and what lies between them. Where llama.cpp gives an expression in another form for the
-sake of its own matcher, the one of the model's tokenizer.json stands here.
+A GGUF file names the way of splitting (tokenizer.ggml.pre); the expressions themselves are in
+llama.cpp (src/llama-vocab.cpp). They are applied one after the other: each cuts the pieces that
+the ones before it left into its matches and the text between. Where llama.cpp writes an expression
+in another form for its own matcher, the one of the model's tokenizer.json is used here.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _TEKKEN = (
 class Splitting:
     """One way of splitting.
 
-    expressions: applied one behind the other. whole_words: a word that is a token is taken as it
-    is, even where no merges lead to it. begins: a begin token comes first where the file does not
-    say.
+    expressions: applied one after the other. whole_words: a word that is a token is taken whole,
+    even where no merges lead to it. begins: whether a begin token comes first where the file does
+    not say.
     """
 
     expressions: tuple[str, ...]
@@ -97,10 +97,10 @@ SPLITTINGS = _table()
 
 
 def find_splitting(metadata: Mapping[str, Any]) -> Splitting:
-    """What tokenizer.ggml.pre stands for; TokenizerError for a name that is not known exactly.
+    """The splitting that tokenizer.ggml.pre names; TokenizerError for an unknown name.
 
-    Files of before May 2024 do not have it. llama.cpp then takes its "default" and warns, as here:
-    the model may have been trained with another, and answers a little worse then.
+    Files from before May 2024 do not have it. llama.cpp then takes its "default" and warns, as
+    here: the model may have been trained with another, and would answer a little worse.
     """
     name = metadata.get("tokenizer.ggml.pre")
     if name is None or name == "":

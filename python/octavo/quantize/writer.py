@@ -1,8 +1,8 @@
 """`octavo quantize`: a float model directory in, a directory of codes out.
 
 What comes out is the model's own directory with its matrices in the `compressed-tensors` layout
-(see `stored.py`) and a `quantization_config` in config.json. Embedding, head, norms and biases stay
-floats: vLLM cannot read a tied embedding in 8 bits, and octavo rounds it as it loads it.
+(see `octavo.weights.codes`) and a `quantization_config` in config.json. Embedding, head, norms and
+biases stay floats: vLLM cannot read a tied embedding in 8 bits; octavo rounds it while loading.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def _config(files: ModelFiles, formats: Mapping[str, WeightFormat]) -> dict[str,
         files.weight_map[name + ".weight"].name.removesuffix(".weight"): format
         for name, format in formats.items()
     }
-    return make_quantization_config(modules)
+    head = files.family.tensors.tensor("lm_head").removesuffix(".weight")
+    return make_quantization_config(modules, head)
 
 
 class _Writer:

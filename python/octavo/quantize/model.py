@@ -18,15 +18,15 @@ from octavo.progress import NoProgress
 from octavo.quantization.plan import Scheme
 from octavo.quantize.calibrate import calibrate
 from octavo.quantize.calibration import Calibration
-from octavo.quantize.directory import (
+from octavo.quantize.importance import StepProgress, measure_importance
+from octavo.quantize.sensitivity import Sensitivity, measure_sensitivity, spend_bits
+from octavo.quantize.writer import (
     Calibrate,
     QuantizedDirectory,
     check_new_directory,
     open_float_model,
     quantize_directory,
 )
-from octavo.quantize.importance import StepProgress, measure_importance
-from octavo.quantize.sensitivity import Sensitivity, measure_sensitivity, spend_bits
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import ModelFiles
@@ -122,7 +122,7 @@ def quantize_model(
     if request.out is not None:
         work: Calibrate | None = None
         if request.calibration is not None:
-            work = partial(calibrate, calibration=request.calibration, stages=progress)
+            work = partial(calibrate, calibration=request.calibration, progress=progress)
         written = quantize_directory(
             source, request.out, scheme, _Bytes(progress), importance, work
         )

@@ -1,42 +1,37 @@
-"""octavo's and transformers' sides of compare_cpu.py, each in a process of its own.
-
-A side has `check(row)`, asked once before anything is timed, `warm_up(row)`, and `run(row)`: tokens
-a second. None of a side's threads may spin while another one is measured.
-"""
+"""octavo for compare_cpu.py and compare_hf.py."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rows import Row
-from sides import HuggingFaceSide
+from systems import Row, require_tokens
+
+from octavo import LLM, SamplingParams
+from octavo.bench.benchmark import Runner, fit_config
+from octavo.bench.cases import Case, Peak, Work, least_seconds
+from octavo.bench.peak import measure
+from octavo.config import EngineConfig
+from octavo.engine.engine import Engine
+from octavo.quantization.apply import quantize_checkpoint
+from octavo.quantization.plan import Scheme
+from octavo.runtime.loader import load_runtime
+from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.model_files import read_model
 
 GATE_BATCH = 8  # sequences whose logits are compared in the gate of many requests
 GATE_TOKENS = 8  # tokens of each answer that are compared there
 
 
-class OctavoSide:
+class OctavoCore:
     """octavo: prompts and decoding as `octavo bench` runs them, requests through the engine."""
 
     def __init__(
-        self, path: Path, kind: str, threads: int, load_format: str, rows: list[Row]
+        self, path: str, kind: str, threads: int, load_format: str, rows: list[Row]
     ) -> None:
-        from octavo import LLM
-        from octavo.bench.benchmark import Runner, fit_config
-        from octavo.config import EngineConfig
-        from octavo.engine.engine import Engine
-        from octavo.quantization.apply import quantize_checkpoint
-        from octavo.quantization.plan import Scheme
-        from octavo.runtime.loader import load_runtime
-        from octavo.weights.checkpoint import open_checkpoint
-        from octavo.weights.model_files import read_model
-
         settings: dict[str, Any] = {"dtype": kind if kind in ("f32", "bf16") else "bf16"}
         scheme: Scheme | None = None
         if kind == "int4-g128":
@@ -53,7 +48,7 @@ class OctavoSide:
             enable_prefix_caching=False,
             **settings,
         )
-        files = read_model(path)
+        files = read_model(Path(path))
         checkpoint = open_checkpoint(files, load_format)
         self._num_parameters = checkpoint.num_parameters
         checkpoint = quantize_checkpoint(checkpoint, files.spec, scheme)
@@ -72,16 +67,14 @@ class OctavoSide:
         )
 
     @staticmethod
-    def _cases(row: Row) -> list[Any]:
+    def _cases(row: Row) -> list[Case]:
         """The cases of `octavo bench` that a row consists of."""
-        from octavo.bench.cases import Case
-
+        prompt = Case("prefill", row.prompt)
         if row.name == "prefill":
-            return [Case("prefill", row.prompt)]
+            return [prompt]
         if row.name == "decode":
             return [Case("decode", row.generated)]
-        decoded = Case("decode", row.generated, row.requests, row.prompt)
-        return [Case("prefill", row.prompt), decoded]
+        return [prompt, Case("decode", row.generated, row.requests, row.prompt)]
 
     def describe(self) -> dict[str, Any]:
         """What was loaded."""
@@ -100,32 +93,25 @@ class OctavoSide:
             cases[1] = replace(cases[1], batch=min(row.requests, GATE_BATCH))
         gates = [self._runner.gate(case) for case in cases]
         passed = all(gate.passed for gate in gates)
-        logits = [gate.logits_hash for gate in gates]
+        found = {"passed": passed, "logits": [gate.logits_hash for gate in gates]}
         if row.name != "serve":
-            return {"passed": passed, "logits": logits}
+            return found
         prompts, count = row.prompts(), min(row.generated, GATE_TOKENS)
         together = self._generate(prompts, count)
         alone = self._generate(prompts[-1:], count)
-        data = repr(together).encode()
-        return {
-            "passed": passed and alone == together[-1:],
-            "logits": logits,
-            "tokens": hashlib.sha256(data).hexdigest()[:16],
-        }
+        found["passed"] = passed and alone == together[-1:]
+        return {**found, "tokens": hashlib.sha256(repr(together).encode()).hexdigest()[:16]}
 
     def _generate(self, prompts: list[list[int]], count: int) -> list[tuple[int, ...]]:
-        from octavo import SamplingParams
-
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
         outputs = self._llm.generate(prompts, params, progress=False)
         found = [tuple(output.outputs[0].token_ids) for output in outputs]
-        if any(len(tokens) != count for tokens in found):
-            raise RuntimeError(f"an answer has not {count} tokens: {[len(t) for t in found]}")
+        require_tokens([len(tokens) for tokens in found], count)
         return found
 
     def warm_up(self, row: Row) -> None:
         """The gate has run every kernel; a few more steps."""
-        self.run(Row(row.name, min(row.prompt, 16), min(row.generated, 4), row.requests))
+        self.run(row.short)
 
     def run(self, row: Row) -> float:
         """Tokens a second."""
@@ -137,15 +123,11 @@ class OctavoSide:
 
     def limits(self) -> dict[str, float]:
         """The machine, measured now: bytes and operations a second."""
-        from octavo.bench.peak import measure
-
         peak = measure(self._loaded.options, self._threads, seconds=0.3)
         return {"bandwidth": peak.bandwidth, "flops": peak.flops}
 
     def least_seconds(self, row: Row, limits: dict[str, float]) -> tuple[float, str]:
         """How long a row takes at the machine's limits, and the limit of most of that time."""
-        from octavo.bench.cases import Case, Peak, Work, least_seconds
-
         peak = Peak(limits["bandwidth"], limits["flops"])
         if row.name != "serve":
             return least_seconds(self._runner.work(self._cases(row)[0]), peak)
@@ -153,71 +135,41 @@ class OctavoSide:
         one = self._runner.work(Case("prefill", row.prompt))
         num_steps = -(-row.requests * row.prompt // self._loaded.options.max_num_batched_tokens)
         prompts = Work(self._runner.step_bytes * num_steps, one.num_operations * row.requests)
-        parts = [
-            least_seconds(prompts, peak),
-            least_seconds(
-                self._runner.work(Case("decode", row.generated - 1, row.requests, row.prompt)), peak
-            ),
-        ]
+        decoding = Case("decode", row.generated - 1, row.requests, row.prompt)
+        parts = [least_seconds(work, peak) for work in (prompts, self._runner.work(decoding))]
         return sum(seconds for seconds, _ in parts), max(parts)[1]
 
 
-class TransformersSide(HuggingFaceSide):
-    """transformers, eager, sdpa; with load_format "dummy" random weights in the shape."""
+class Octavo:
+    """octavo through its public API, engine and sampler included."""
 
-    def __init__(self, path: Path, kind: str, threads: int, load_format: str) -> None:
-        import torch
+    def __init__(self, path: str, dtype: str, num_threads: int) -> None:
+        # Every round asks the same prompt: it is to be computed each time.
+        self._llm = LLM(
+            path,
+            dtype=dtype,
+            num_threads=num_threads,
+            max_model_len=2048,
+            enable_prefix_caching=False,
+        )
 
-        if load_format != "dummy":
-            super().__init__(path, kind, threads)
-        else:
-            from transformers import AutoConfig, AutoModelForCausalLM
-            from transformers.initialization import no_init_weights
+    def _run(self, prompt: list[int], num_tokens: int, logprobs: int | None = None) -> Any:
+        params = SamplingParams(
+            temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=logprobs
+        )
+        return self._llm.generate(prompt, params, progress=False)[0]
 
-            torch.set_num_threads(threads)
-            self._dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[kind]
-            config = AutoConfig.from_pretrained(path)
-            with no_init_weights():
-                self._model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
-            self._model.tie_weights()  # part of what was left out
-            with torch.no_grad():
-                for weight in self._model.parameters():
-                    weight.uniform_(-0.03, 0.03)
-        self._torch = torch
+    def decode(self, prompt: list[int], num_tokens: int) -> dict[str, Any]:
+        """Tokens a second after the first token ("speed"), and the tokens."""
+        output = self._run(prompt, num_tokens)
+        tokens = list(output.outputs[0].token_ids)
+        return {"speed": output.metrics.tokens_per_second, "tokens": tokens}
 
-    def check(self, row: Row) -> dict[str, Any]:
-        """The shape."""
-        return {"num_parameters": sum(p.numel() for p in self._model.parameters())}
+    def prefill(self, prompt: list[int]) -> float:
+        """Prompt tokens a second, up to the first token of the answer."""
+        return float(len(prompt) / self._run(prompt, 1).metrics.time_to_first_token)
 
-    def warm_up(self, row: Row) -> None:
-        """A short one of the same kind."""
-        self.run(Row(row.name, min(row.prompt, 16), min(row.generated, 2), min(row.requests, 2)))
-
-    def run(self, row: Row) -> float:
-        """Tokens a second."""
-        if row.name == "prefill":
-            return float(self.prefill(row.prompts()[0])["speed"])
-        prompts = row.prompts() if row.name == "serve" else [[10]]
-        steps = row.generated if row.name == "decode" else row.generated - 1
-        cache, ids = None, self._torch.tensor(prompts)
-        start = time.perf_counter()
-        with self._torch.inference_mode():
-            if row.name == "serve":
-                ids, cache = self._next(ids, cache)
-            for _ in range(steps):
-                ids, cache = self._next(ids, cache)
-        return row.tokens / (time.perf_counter() - start)
-
-    def _next(self, ids: Any, cache: Any) -> tuple[Any, Any]:
-        output = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
-
-
-def why_absent(package: str) -> str | None:
-    """None where a package is installed, else a few words."""
-    return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
-
-
-def forced_isa() -> str:
-    """What OCTAVO_ISA forces; "auto" where it says nothing."""
-    return os.environ.get("OCTAVO_ISA") or "auto"
+    def logprobs(self, prompt: list[int]) -> dict[int, float]:
+        """The 20 most probable next tokens and their log-probabilities."""
+        first = self._run(prompt, 1, logprobs=20).outputs[0].logprobs[0]
+        return dict(zip(first.top_token_ids, first.top_logprobs, strict=True))

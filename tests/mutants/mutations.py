@@ -130,11 +130,10 @@ class _PythonPlaces(ast.NodeVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         outer = self.function
         first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
-        for default in [*node.args.defaults, *filter(None, node.args.kw_defaults)]:
-            self.visit(default)  # computed where the function is defined
         self.function = first
-        for statement in node.body:
-            self.visit(statement)
+        defaults = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+        for each in [*defaults, *node.body]:
+            self.visit(each)
         self.function = outer
 
     visit_AsyncFunctionDef = visit_FunctionDef

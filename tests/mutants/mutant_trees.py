@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "mutants"
 # Other people's packages and live models; `make test` does not run them either.
 TESTS_LEFT_OUT = ("tests/hf/", "tests/clients/")
@@ -152,7 +152,10 @@ def prepare(jobs: int) -> list[Tree]:
 
 
 def map_tests(trees: list[Tree]) -> list[TestFile]:
-    """Every file of tests run once, by itself, with its calls noted; kept for the next run."""
+    """Every file of tests run once, by itself, with its calls noted; kept for the next run.
+
+    One that fails without a mistake, where times are tested on a busy machine, say, is left out.
+    """
     tests = trees[0].root / "tests"
     names = sorted(str(path.relative_to(trees[0].root)) for path in tests.rglob("test_*.py"))
     names = [name for name in names if not name.startswith(TESTS_LEFT_OUT)]
@@ -170,7 +173,9 @@ def map_tests(trees: list[Tree]) -> list[TestFile]:
             return name, kept[name]
         calls = tree.root / ".calls"
         calls.unlink(missing_ok=True)
-        path = os.pathsep.join(str(tree.root / each) for each in ("python", "scripts/trace_calls"))
+        path = os.pathsep.join(
+            str(tree.root / each) for each in ("python", "tests/mutants/trace_calls")
+        )
         variables = {"OCTAVO_CALLS": str(calls), "OCTAVO_ROOT": str(tree.root), "PYTHONPATH": path}
         start = time.monotonic()
         status, printed = tree.pytest(["-p", "sitecustomize", name], 1800.0, **variables)
@@ -189,17 +194,19 @@ def map_tests(trees: list[Tree]) -> list[TestFile]:
         found = TestFile(name, seconds, times, callers)
         return name, {"digest": digest, **found._asdict()}
 
-    failed = []
+    failed = set()
     for name, entry in in_trees(trees, run, names):
         if entry is None:
-            failed.append(name)
+            failed.add(name)
         elif kept.get(name) is not entry:
             kept[name] = entry
             kept_at.write_text(json.dumps(kept))
     if failed:
-        raise SystemExit(f"these fail without any mistake: {' '.join(failed)}")
+        print(f"left out, since they fail without any mistake: {' '.join(sorted(failed))}")
     fields = TestFile._fields
-    return [TestFile(*(kept[name][field] for field in fields)) for name in names]
+    return [
+        TestFile(*(kept[name][field] for field in fields)) for name in names if name not in failed
+    ]
 
 
 def in_trees(

@@ -9,7 +9,7 @@ Works in copies of the tree under build/mutants; the tree itself is never touche
 builds the copies and notes which functions each file of tests calls (some 15 minutes on two cores).
 A mistake in Python is then tried on the files that call its function, the nearest first; one in C++
 on the native tests and then on all files that load the native module. A test that hangs has caught
-it. A mistake that does not compile is replaced by another. 100 mistakes take an hour or two.
+it. A mistake that does not compile is replaced by another. 100 mistakes take two hours or more.
 
 build/mutants/report.json has every mistake with the test that caught it. Look at each survivor:
 either nothing that a user could see is different, or a test is missing.

@@ -1,8 +1,9 @@
-#include "cuda/device/measure.h"
+// What a CUDA device can do at most, measured: the limits that benchmarks are held against.
 
 #include <algorithm>
 #include <chrono>
 
+#include "cuda/backend.h"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/tensor_cores.cuh"
 
@@ -71,63 +72,68 @@ __global__ void multiply_all(float* out, int rounds) {
 }
 
 // Calls work() again and again for about `seconds`; the least time of one call.
-double best_seconds(Stream& stream, double seconds, const std::function<void()>& work) {
+double best_seconds(Backend& backend, double seconds, const std::function<void()>& work) {
   using Clock = std::chrono::steady_clock;
-  seconds_of(stream, work);
+  backend.seconds_of(work);
   double best = 1e30;
   const auto begin = Clock::now();
-  do best = std::min(best, seconds_of(stream, work));
+  do best = std::min(best, backend.seconds_of(work));
   while (std::chrono::duration<double>(Clock::now() - begin).count() < seconds);
   return best;
 }
 
 }  // namespace
 
-double seconds_of(Stream& stream, const std::function<void()>& work) {
+// Between two events around what `work` queues.
+double CudaBackend::seconds_of(const std::function<void()>& work) {
   struct Event {
     cudaEvent_t handle = nullptr;
     Event() { check(cudaEventCreateWithFlags(&handle, cudaEventDefault), "creating an event"); }
     ~Event() { cudaEventDestroy(handle); }
   } start, end;
-  check(cudaEventRecord(start.handle, stream.handle()), "recording an event");
+  check(cudaEventRecord(start.handle, stream_.handle()), "recording an event");
   work();
-  check(cudaEventRecord(end.handle, stream.handle()), "recording an event");
-  stream.sync();
+  check(cudaEventRecord(end.handle, stream_.handle()), "recording an event");
+  stream_.sync();
   float milliseconds = 0.0f;
   check(cudaEventElapsedTime(&milliseconds, start.handle, end.handle), "reading two events");
   return milliseconds / 1e3;
 }
 
-double measure_bandwidth(Stream& stream, double seconds, double num_bytes) {
-  stream.attach_thread();
+// Bytes a second read from device memory by a kernel that does nothing else; the best of several
+// passes over num_bytes of random data (0: a quarter of the free memory, at most 4 GiB).
+double CudaBackend::measure_bandwidth(double seconds, double num_bytes) {
+  stream_.attach_thread();
   std::size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "asking for the free memory");
   const std::size_t most = std::min<std::size_t>(free / 4, std::size_t{4} << 30);
   const std::size_t pieces = (num_bytes > 0 ? static_cast<std::size_t>(num_bytes) : most) / 16;
-  Workspace memory(stream);
+  Workspace memory(stream_);
   auto* data = static_cast<unsigned char*>(memory.get(16 * pieces + 256));
   auto* found = reinterpret_cast<std::uint32_t*>(data + 16 * pieces);
-  const LaunchShape shape{dims(stream.num_processors() * 8), kThreads};
-  launch(stream, "fill_all", shape, fill_all, reinterpret_cast<uint4*>(data), pieces);
-  const double best = best_seconds(stream, seconds, [&] {
-    launch(stream, "read_all", shape, read_all, reinterpret_cast<const uint4*>(data), pieces,
+  const LaunchShape shape{dims(stream_.num_processors() * 8), kThreads};
+  launch(stream_, "fill_all", shape, fill_all, reinterpret_cast<uint4*>(data), pieces);
+  const double best = best_seconds(*this, seconds, [&] {
+    launch(stream_, "read_all", shape, read_all, reinterpret_cast<const uint4*>(data), pieces,
            found);
   });
   return 16.0 * static_cast<double>(pieces) / best;
 }
 
-double measure_flops(Stream& stream, double seconds) {
-  stream.attach_thread();
+// Operations a second of mma.sync with bf16 inputs and float32 sums, multiply-adds counted as two,
+// all operands in registers, and random. From sm_90 on, wgmma (which cuBLASLt uses) can do more.
+double CudaBackend::measure_flops(double seconds) {
+  stream_.attach_thread();
 #ifdef OCTAVO_EMULATED
   constexpr int kRounds = 2;
 #else
   constexpr int kRounds = 20000;
 #endif
-  const auto blocks = static_cast<unsigned>(stream.num_processors() * 2);
-  Workspace memory(stream);
+  const auto blocks = static_cast<unsigned>(stream_.num_processors() * 2);
+  Workspace memory(stream_);
   auto* out = static_cast<float*>(memory.get(std::size_t{blocks} * kThreads * 4));
-  const double best = best_seconds(stream, seconds, [&] {
-    launch(stream, "multiply_all", {dim3(blocks), dim3(kThreads)}, multiply_all, out, kRounds);
+  const double best = best_seconds(*this, seconds, [&] {
+    launch(stream_, "multiply_all", {dim3(blocks), dim3(kThreads)}, multiply_all, out, kRounds);
   });
   const double products = static_cast<double>(blocks) * (kThreads / kWarp) * kRounds * kChains;
   return products * 2.0 * 16 * 8 * 16 / best;

@@ -1,0 +1,104 @@
+"""What the scripts share: the machine and versions behind a figure, options, turns, output."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from octavo import _native
+from octavo.machine import processor
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("octavo", "numpy", "torch", "transformers")
+Thing = TypeVar("Thing")
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with a script's docstring above its options, as it stands there."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The options --threads (as many as the processor has cores) and --output."""
+    cores = _native.build_info()["physical_cores"]
+    parser.add_argument("--threads", type=int, default=cores, help="of each system")
+    parser.add_argument("--output", type=Path, help="also write everything to this JSON file")
+
+
+def asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, ready for JSON; of a path only its name: folders are a machine's own."""
+    return {key: _plain(value) for key, value in vars(arguments).items() if key != "output"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    is_path = isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute())
+    return Path(value).name if is_path else value
+
+
+def stamp(num_threads: int) -> dict[str, Any]:
+    """What belongs beside every figure."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "processor": processor(),
+        "num_threads": num_threads,
+        "native": _native.build_info(),
+        "system": platform.platform(),
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "commit": commit(),
+    }
+
+
+def header(benchmark: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a file of results begins with."""
+    machine = stamp(arguments.threads)
+    return {"benchmark": benchmark, "arguments": asked(arguments), "machine": machine}
+
+
+def commit() -> str:
+    """The commit of the checkout, "-dirty" behind it when files differ; "" outside git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def slug(name: str) -> str:
+    """A device's name for a file: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write_json(file: Path | None, content: dict[str, Any]) -> None:
+    """Write results to the file that --output names; None: nothing."""
+    if file is not None:
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def in_turns(things: Iterable[Thing], round_number: int) -> list[Thing]:
+    """In order in even rounds, backwards in odd ones: nobody always goes first."""
+    return list(things)[:: -1 if round_number % 2 else 1]
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))

@@ -1,0 +1,102 @@
+"""The op behind a node of `octavo.models.layer`, by its definition.
+
+`llama.py` computes the whole model in order. This file computes one op from given inputs:
+`octavo diff` repeats every op of a run on the run's own inputs, and calibration runs a text through
+layers whose weights it changes between two ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
+
+import numpy as np
+
+from octavo.models.layer import Node
+from octavo.models.spec import LayerSpec
+from octavo.reference import ops
+from octavo.reference.ops import Array, Float32, Integers
+
+Multiply = Callable[..., Array]
+"""The product of a matrix, from name, x, weight and bias, as `ReferenceModel.multiply`."""
+
+
+def multiply_plainly(name: str, x: Array, weight: Array, bias: Array | None) -> Array:
+    """A product in which nothing is rounded."""
+    return ops.linear(x, weight, bias)
+
+
+def op_call(
+    node: Node,
+    operands: Sequence[Array],
+    weights: Mapping[str, Float32],
+    layer: LayerSpec | None,
+    positions: Integers,
+    *,
+    token_ids: Integers | None = None,
+    cache: tuple[Array, Array] | None = None,
+    kv_dtype: str = "f32",
+    multiply: Multiply = multiply_plainly,
+) -> partial[Array]:
+    """The op's definition with its arguments filled in.
+
+    operands: the taps that the op reads, (rows, width) each. weights: by octavo's names. layer: of
+    the node. positions: (rows,). token_ids: (rows,), of an embedding. cache: of attention, keys and
+    values of the whole context, (context, num_kv_heads, head_dim); None: the operands are all there
+    is of them. Called without arguments the result gives (rows, width) or (rows, heads, head_dim);
+    called with keywords, what other arguments give.
+    """
+    if node.op == "embed":
+        if token_ids is None:
+            raise ValueError(f"{node.tap} needs token_ids")
+        tables = [weights[f"{matrix.name}.weight"] for matrix in node.matrices]
+        return partial(
+            ops.embed,
+            table=tables[0],
+            token_ids=token_ids,
+            position_table=tables[1] if len(tables) > 1 else None,
+            positions=positions,
+        )
+    if node.op in ("norm", "add_norm"):
+        if node.norm is None:
+            return partial(add, terms=operands)
+        weight, bias = weights[f"{node.tap}.weight"], weights.get(f"{node.tap}.bias")
+        x, norm = add(operands), node.norm
+        return partial(ops.norm, x=x, weight=weight, bias=bias, eps=norm.eps, kind=norm.kind)
+    if node.op == "linear":
+        (x,), name = operands, node.matrix.name
+        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+        return partial(multiply, name=name, x=x, weight=weight, bias=bias)
+    if layer is None:
+        raise ValueError(f"{node.tap} belongs to no layer; {node.op} needs one")
+    if node.op == "rope_and_store":
+        turns = ops.rope_frequencies(layer.rope, layer.head_dim) if layer.rope else None
+        x = split_heads(operands[0], layer)
+        return partial(ops.rope, x=x, positions=positions, frequencies=turns)
+    if node.op == "attention":
+        q, k, v = (split_heads(operand, layer) for operand in operands)
+        k, v = (k, v) if cache is None else cache
+        return partial(
+            ops.attention,
+            q=q,
+            k=k,
+            v=v,
+            scale=layer.score_scale,
+            window=layer.window,
+            dtype=ops.attention_dtype(kv_dtype),
+        )
+    if node.op == "gated_activation":
+        *gates, up = operands
+        gate, activation = gates[0] if gates else None, layer.activation
+        return partial(ops.gated_activation, gate=gate, up=up, activation=activation)
+    raise ValueError(f"{node.tap} is of the op {node.op!r}, which has no definition here")
+
+
+def add(terms: Sequence[Array]) -> Array:
+    """The sum in the order of execution: the residual takes attention's part, then the MLP's."""
+    return reduce(np.add, terms)
+
+
+def split_heads(x: Array, layer: LayerSpec) -> Array:
+    """(rows, width) -> (rows, heads, head_dim)."""
+    return x.reshape(len(x), -1, layer.head_dim)
