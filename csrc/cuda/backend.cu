@@ -146,11 +146,8 @@ void CudaBackend::forget_recorded() {
 }
 
 WorkCounts CudaBackend::counts() const {
-  WorkCounts counts;
+  WorkCounts counts = graphs_.counts();
   counts.kernels = stream_.num_launched();
-  counts.recorded = graphs_.num_recorded();
-  counts.replayed = graphs_.num_replayed();
-  counts.forgotten = graphs_.num_forgotten();
   counts.uploads = num_uploads_;
   counts.downloads = num_downloads_;
   return counts;
@@ -160,20 +157,17 @@ std::vector<std::string> CudaBackend::unsupported(const ModelSpec& spec,
                                                   const RuntimeOptions& options) const {
   std::vector<std::string> problems;
   for (const LayerSpec& layer : spec.layers) {
-    if (layer.head_dim > 256) {
-      problems.push_back(text("head_dim is ", layer.head_dim,
-                              "; the attention kernels take up to "
-                              "256"));
-      break;
-    }
+    if (layer.head_dim <= 256) continue;
+    problems.push_back(
+        text("head_dim is ", layer.head_dim, "; the attention kernels take up to 256"));
+    break;
   }
   for (const auto& [name, format] : options.formats) {
-    if (format.is_quantized() && format.activation_bits != 16) {
-      problems.push_back(text("weight ", name,
-                              " is w8a8, which is for CPUs: use int8, whose activations keep "
-                              "their precision"));
-      break;
-    }
+    if (!format.is_quantized() || format.activation_bits == 16) continue;
+    problems.push_back(text("weight ", name,
+                            " is w8a8, which is for CPUs: use int8, whose "
+                            "activations keep their precision"));
+    break;
   }
   return problems;
 }

@@ -7,12 +7,11 @@
 
 #include <cuda_runtime.h>
 
-#include <map>
 #include <memory>
 
 #include "core/backend.h"
 #include "cuda/device/graphs.h"
-#include "cuda/device/memory.h"
+#include "cuda/device/stream.h"
 
 namespace octavo::cuda {
 

@@ -17,6 +17,12 @@ __attribute__((visibility("default"))) std::unique_ptr<Backend> make_emulated_ba
 
 #else
 
+namespace {
+
+std::string version(int number) { return text(number / 1000, ".", number % 1000 / 10); }
+
+}  // namespace
+
 bool is_built() { return true; }
 
 int num_devices() {
@@ -27,7 +33,6 @@ int num_devices() {
 
 DeviceInfo device_info() {
   if (num_devices() == 0) return {};
-  const auto version = [](int number) { return text(number / 1000, ".", number % 1000 / 10); };
   int driver = 0;
   cudaDriverGetVersion(&driver);
   const std::string library = CublasLt::version();
@@ -45,9 +50,8 @@ std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
     const std::string found =
         driver == 0 ? "no NVIDIA driver was found"
         : error == cudaErrorInsufficientDriver
-            ? text("the driver knows CUDA ", driver / 1000, ".", driver % 1000 / 10,
-                   " and this octavo was built with CUDA ", CUDART_VERSION / 1000, ".",
-                   CUDART_VERSION % 1000 / 10)
+            ? text("the driver knows CUDA ", version(driver),
+                   " and this octavo was built with CUDA ", version(CUDART_VERSION))
             : std::string("the driver shows no GPU to this process");
     throw std::invalid_argument(
         text("device is \"cuda\", but ", found,

@@ -5,7 +5,6 @@
 
 #include "cuda/backend.h"
 #include "cuda/device/launch.cuh"
-#include "cuda/device/memory.h"
 #include "cuda/device/tensor_cores.cuh"
 
 namespace octavo::cuda {
@@ -112,8 +111,7 @@ double CudaBackend::measure_bandwidth(double seconds, double num_bytes) {
   Workspace memory(stream_);
   auto* data = static_cast<unsigned char*>(memory.get(16 * pieces + 256));
   auto* found = reinterpret_cast<std::uint32_t*>(data + 16 * pieces);
-  const LaunchShape shape{dim3(static_cast<unsigned>(stream_.num_processors() * 8)),
-                          dim3(kThreads)};
+  const LaunchShape shape{dims(stream_.num_processors() * 8), kThreads};
   launch(stream_, "fill_all", shape, fill_all, reinterpret_cast<uint4*>(data), pieces);
   const double best = best_seconds(*this, seconds, [&] {
     launch(stream_, "read_all", shape, read_all, reinterpret_cast<const uint4*>(data), pieces,

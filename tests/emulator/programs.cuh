@@ -47,8 +47,8 @@ __global__ void product(float* out, const T* a, const T* b) {
   if (planted != ProductFault::no_wait && planted != ProductFault::never_waits) async_wait<0>();
   sync_warp();
   std::uint32_t left[4], right[4];
-  load_matrices(left, shared_a + lane % 16 * 16 + lane / 16 * 8);
-  load_matrices(right, shared_b + lane % 16 * 8, planted != ProductFault::transposed_load);
+  cuda_emulator::load_matrices(left, shared_a + lane % 16 * 16 + lane / 16 * 8);
+  cuda_emulator::load_matrices(right, shared_b + lane % 16 * 8, planted != ProductFault::transposed_load);
   if (planted == ProductFault::no_wait) async_wait<0>();
   if (planted == ProductFault::wrong_fragment) {
     const std::uint32_t swapped = left[1];
@@ -133,7 +133,7 @@ __global__ void sum_all(float* out, int* sum, int* arrived, const int* x) {
   } else {
     atomic_add(sum, value);
   }
-  fence();
+  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) is_last[0] = atomic_add(arrived, 1) == static_cast<int>(gridDim.x) - 1;
   __syncthreads();

@@ -135,8 +135,9 @@ std::string sum_outcome() {
 
 void warps_that_do_not_meet() {
   CHECK(sum_outcome<WarpFault::none>().empty());
-  check_message(sum_outcome<WarpFault::part_of_the_warp>(),
-                {"kernel sum_warps, block (0, 0, 0), thread ", "waits for ever in __shfl_sync"});
+  check_message(
+      sum_outcome<WarpFault::part_of_the_warp>(),
+      {"kernel sum_warps, block (0, 0, 0), thread ", "waits for ever in __shfl_xor_sync"});
   check_message(sum_outcome<WarpFault::two_collectives>(),
                 {"kernel sum_warps, block (0, 0, 0), thread ", "while others of its warp wait in"});
 }

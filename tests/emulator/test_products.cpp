@@ -145,7 +145,7 @@ void loaded_matrices() {
         shared[lane * 8 + i] = static_cast<std::uint16_t>(lane * 8 + i);
       sync_warp();
       std::uint32_t got[4];
-      load_matrices(got, shared + lane * 8, transposed);
+      cuda_emulator::load_matrices(got, shared + lane * 8, transposed);
       for (unsigned m = 0; m < 4; ++m) {
         out.data()[lane * 8 + 2 * m] = static_cast<int>(got[m] & 0xffff);
         out.data()[lane * 8 + 2 * m + 1] = static_cast<int>(got[m] >> 16);

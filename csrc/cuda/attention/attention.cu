@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "cuda/attention/attention_plan.cuh"
 #include "cuda/attention/attention_tile.cuh"
 
 namespace octavo::cuda {
@@ -34,12 +33,10 @@ AttentionArguments arguments_of(View out, View q, const LayerSpec& layer, float 
 // What the kernels with matrix products take; the simple one takes everything.
 bool can_use_tensor_cores(View out, View q, const LayerSpec& layer, float scale,
                           const KvLayer& kv) {
-  const auto aligned = [](const void* data, std::size_t bytes) {
-    return reinterpret_cast<std::uintptr_t>(data) % bytes == 0;
-  };
   return bits_of(q.dtype) == 16 && (kv.dtype == q.dtype || kv.dtype == DType::int8) &&
-         (layer.head_dim == 64 || layer.head_dim == 128) && scale > 0.0f && aligned(q.data, 16) &&
-         q.stride % 8 == 0 && aligned(out.data, 4) && out.stride % 2 == 0 && aligned(kv.data, 16);
+         (layer.head_dim == 64 || layer.head_dim == 128) && scale > 0.0f &&
+         is_aligned(q.data, 16) && q.stride % 8 == 0 && is_aligned(out.data, 4) &&
+         out.stride % 2 == 0 && is_aligned(kv.data, 16);
 }
 
 constexpr std::int64_t kFewTokens = 8;          // of a sequence: the decode kernel's
@@ -49,10 +46,8 @@ constexpr std::int64_t kBlocksOfProcessor = 4;  // that share out the splits
 constexpr std::size_t kMostPartialBytes = std::size_t{128} << 20;
 constexpr std::size_t kCounterBytes = 64 << 10;
 
-std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 std::int64_t splits_of(std::int64_t max_context) {
-  const std::int64_t tiles = divide_up(std::max<std::int64_t>(max_context, 1), kTileKeys);
+  const std::int64_t tiles = ceil_div(std::max<std::int64_t>(max_context, 1), kTileKeys);
   return split_of_tile(static_cast<int>(tiles) - 1) + 1;
 }
 
@@ -68,13 +63,12 @@ DecodePlan plan_decode(std::int64_t num_seqs, std::int64_t tokens, std::int64_t 
                        int num_processors) {
   DecodePlan plan;
   DecodeWork& work = plan.work;
-  const std::int64_t sets = divide_up(tokens * group, kRowsOfSet);
+  const std::int64_t sets = ceil_div(tokens * group, kRowsOfSet);
   const std::int64_t blocks = num_seqs * sets * num_kv_heads, splits = splits_of(max_context);
   plan.bytes =
       static_cast<std::size_t>(num_seqs * tokens * group * num_kv_heads * splits * (head_dim + 4)) *
       sizeof(float);
-  std::int64_t workers = divide_up(kBlocksOfProcessor * num_processors, blocks);
-  if (workers > splits) workers = splits;
+  std::int64_t workers = std::min(ceil_div(kBlocksOfProcessor * num_processors, blocks), splits);
   if (static_cast<std::size_t>(blocks) * 4 > kCounterBytes) workers = 1;
   work.max_rows = static_cast<int>(tokens * group);
   work.sets = static_cast<int>(sets);
@@ -128,7 +122,7 @@ void CudaBackend::attention(View out, View q, const LayerSpec& layer, float scal
   // How many tokens each sequence brings is known on the device alone. Where all may bring the same
   // few, the decode kernel takes them all; if they do not, it takes longer. Else each kernel takes
   // the sequences that are its own and leaves the others.
-  const std::int64_t tokens = divide_up(step.num_tokens, step.num_seqs);
+  const std::int64_t tokens = ceil_div(step.num_tokens, step.num_seqs);
   const bool all_few =
       tokens <= few_tokens(step.num_seqs, a.group) &&
       (step.num_tokens % step.num_seqs == 0 || step.num_tokens - step.num_seqs < kFewTokens);

@@ -18,7 +18,6 @@
 // With programmatic dependent launch a block loads its first keys and values before the kernel
 // ahead of it has ended: only tokens of this step are stored by kernels of this step.
 
-#include "cuda/attention/attention_plan.cuh"
 #include "cuda/attention/attention_worker.cuh"
 
 namespace octavo::cuda {
@@ -91,16 +90,14 @@ OCTAVO_DEVICE void add_to_total(Kept<kDim>& kept, const State<kDim>& split, bool
 
 // Of a split and a row in the workspace: values, maximum and sum.
 template <int kDim>
-constexpr int partial_stride() {
-  return kDim + 4;
-}
+constexpr int kPartialStride = kDim + 4;
 template <int kDim>
 OCTAVO_DEVICE float* partial_of(const DecodeWork& work, const Rows& rows, int num_kv_heads, int row,
                                 int split) {
   const std::int64_t index =
       static_cast<std::int64_t>(rows.seq * work.max_rows + rows.first_row + row) * num_kv_heads +
       rows.kv_head;
-  return work.partials + (index * work.max_splits + split) * partial_stride<kDim>();
+  return work.partials + (index * work.max_splits + split) * kPartialStride<kDim>;
 }
 
 template <int kDim>
@@ -114,18 +111,10 @@ OCTAVO_DEVICE void write_partial(float* to, const State<kDim>& state) {
   }
 }
 
-// Two numbers of a row's result as they are stored. sum: of its weights.
-template <class T, class Item>
-OCTAVO_DEVICE std::uint32_t result_of(float low, float high, float sum) {
-  const float divisor = multiply_rn(sum, Tile<T, Item, 64>::kBoost);
-  return pack2<T>(add_rn(divide_rn(low, divisor), 0.0f),  // no -0
-                  add_rn(divide_rn(high, divisor), 0.0f));
-}
-
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void write_row(const AttentionArguments& a, const Rows& rows,
                              const State<kDim>& total) {
-  T* out = row_of(static_cast<T*>(a.out), a.out_stride, a, rows, my_row());
+  T* out = rows.numbers_of(a, static_cast<T*>(a.out), a.out_stride, my_row());
 #pragma unroll
   for (int i = 0; i < kDim / 32; ++i) {
     const float4& v = total.values[i];
@@ -154,7 +143,7 @@ OCTAVO_DEVICE void fold_splits(const AttentionArguments& a, const DecodeWork& wo
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
       const float* split =
-          from + static_cast<std::int64_t>(least(first + n, count - 1)) * partial_stride<kDim>();
+          from + static_cast<std::int64_t>(smaller(first + n, count - 1)) * kPartialStride<kDim>;
 #pragma unroll
       for (int i = 0; i < kPairs; ++i)
         part[n][i] = *reinterpret_cast<const float2*>(split + dim + 2 * i);
@@ -171,19 +160,10 @@ OCTAVO_DEVICE void fold_splits(const AttentionArguments& a, const DecodeWork& wo
         total[i] = {fold(f, total[i].x, part[n][i].x), fold(f, total[i].y, part[n][i].y)};
     }
   }
-  T* out = row_of(static_cast<T*>(a.out), a.out_stride, a, rows, row) + dim;
+  T* out = rows.numbers_of(a, static_cast<T*>(a.out), a.out_stride, row) + dim;
 #pragma unroll
   for (int i = 0; i < kPairs; ++i)
     reinterpret_cast<std::uint32_t*>(out)[i] = result_of<T, Item>(total[i].x, total[i].y, sum);
-}
-
-// Padding has no context: its rows become 0.
-template <class T>
-OCTAVO_DEVICE void clear_rows(const AttentionArguments& a, const Rows& rows) {
-  wait_for_previous_kernel();
-  if (my_row() >= rows.count) return;
-  T* out = row_of(static_cast<T*>(a.out), a.out_stride, a, rows, my_row());
-  for (int d = my_column(); d < a.head_dim; d += 8) out[d] = from_float<T>(0.0f);
 }
 
 // Whether this block is the last of `count` to arrive; the counter is then zero again.
@@ -203,25 +183,24 @@ OCTAVO_DEVICE bool arrive(std::int32_t* counter, int count, Parts<kDim>& parts) 
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void attend_rows(const AttentionArguments& a, const DecodeWork& work,
                                const Rows& rows, int set, int worker, int entry) {
-  const int first_split = split_of_tile(rows.first_tile);
-  const int num_splits = split_of_tile(rows.end_tile - 1) - first_split + 1;
+  const Tiles seen = tiles_of(a, rows);
+  const int first_split = split_of_tile(seen.first);
+  const int num_splits = split_of_tile(seen.end - 1) - first_split + 1;
   int workers = work.workers < num_splits ? work.workers : num_splits;
   if (rows.first_row + rows.count > work.max_rows) workers = 1;
   if (worker >= workers) return;
 
   auto& parts = *reinterpret_cast<Parts<kDim>*>(shared_memory());
-  const std::int32_t* table = a.block_tables + static_cast<std::int64_t>(rows.seq) * a.max_blocks;
   const int warp = static_cast<int>(warp_index()), num_kv_heads = a.num_heads / a.group;
   const bool has_row = my_row() < rows.count;
-  const auto entry_of = [&](int tile) {
-    return load_table_entry(table, a.max_blocks, a.cache.block_size, tile);
-  };
-  const auto first_of = [&](int split) { return most(split_begin(split), rows.first_tile); };
+  const std::int32_t* table = a.table_of(rows.seq);
+  const auto entry_of = [&](int tile) { return load_table_entry(a, table, tile); };
+  const auto first_of = [&](int split) { return larger(split_begin(split), seen.first); };
   if (a.window > 0) entry = entry_of(first_of(first_split + worker) + warp);
   TileWorker<T, Item, kDim> tiles(a, rows);
   State<kDim> state;
   for (int split = first_split + worker; split < first_split + num_splits; split += workers) {
-    const int begin = first_of(split), end = least(split_begin(split + 1), rows.end_tile);
+    const int begin = first_of(split), end = smaller(split_begin(split + 1), seen.end);
     for (int at = begin; at < end; at += kWarps) {
       const int next = at + kWarps < end ? at + kWarps : split_begin(split + workers);
       const int next_entry = entry_of(next + warp);
@@ -231,7 +210,7 @@ OCTAVO_DEVICE void attend_rows(const AttentionArguments& a, const DecodeWork& wo
       __syncthreads();
       if (has_row) {
         at == begin ? state.clear() : state.take(parts.split);
-        fold_parts(state, parts, least(end - at, kWarps));
+        fold_parts(state, parts, smaller(end - at, kWarps));
         if (at + kWarps < end)
           state.keep(parts.split);
         else if (workers > 1)
@@ -261,76 +240,47 @@ OCTAVO_DEVICE void attend_rows(const AttentionArguments& a, const DecodeWork& wo
 // What registers leave room for without spilling: 24 KiB (int8) or 32 KiB and more on their way to
 // each processor.
 template <class Item, int kDim>
-constexpr int blocks_of_processor() {
-  return sizeof(Item) == 1 && kDim == 64 ? 3 : 2;
-}
+constexpr int kBlocksOfProcessor = sizeof(Item) == 1 && kDim == 64 ? 3 : 2;
 
 // Block (i, h, w): set i % sets of the rows of sequence i / sets (and every sets-th after it),
 // KV head h, worker w of those that share the splits.
 template <class T, class Item, int kDim>
-__global__ void __launch_bounds__(kThreads, blocks_of_processor<Item, kDim>())
+__global__ void __launch_bounds__(kThreads, kBlocksOfProcessor<Item, kDim>)
     decode_attention_kernel(AttentionArguments a, DecodeWork work) {
   let_next_kernel_start();
   Rows rows{};
-  rows.seq = static_cast<int>(blockIdx.x) / work.sets;
+  const int seq = static_cast<int>(blockIdx.x) / work.sets;
   // Long splits come last: the blocks that begin with them start first.
   const int worker = work.workers - 1 - static_cast<int>(blockIdx.z);
-  const int entry = load_table_entry(
-      a.block_tables + static_cast<std::int64_t>(rows.seq) * a.max_blocks, a.max_blocks,
-      a.cache.block_size, split_begin(worker) + static_cast<int>(warp_index()));
+  const int entry =
+      load_table_entry(a, a.table_of(seq), split_begin(worker) + static_cast<int>(warp_index()));
   rows.kv_head = static_cast<int>(blockIdx.y);
-  rows.first_token = a.row_starts[rows.seq];
-  const int num_tokens = a.row_starts[rows.seq + 1] - rows.first_token;
-  rows.context = a.context_lens[rows.seq];
-  rows.first_position = rows.context - num_tokens;
+  const int num_tokens = rows.take_sequence(a, seq);
   const bool is_mine = work.max_tokens == 0 || num_tokens <= work.max_tokens;
   const int num_rows = is_mine ? num_tokens * a.group : 0;
   for (int set = static_cast<int>(blockIdx.x) % work.sets; set * kRows < num_rows;
        set += work.sets) {
     rows.first_row = set * kRows;
-    rows.count = num_rows - rows.first_row < kRows ? num_rows - rows.first_row : kRows;
-    if (rows.context == 0) {
-      if (worker == 0) clear_rows<T>(a, rows);
-      continue;
+    rows.count = smaller(num_rows - rows.first_row, kRows);
+    if (rows.context > 0) {
+      attend_rows<T, Item, kDim>(a, work, rows, set, worker, entry);
+    } else if (worker == 0) {
+      wait_for_previous_kernel();
+      rows.clear<T>(a);
     }
-    const Visible first = visible_keys(rows.first_position + rows.first_row / a.group, a.window);
-    const Visible last =
-        visible_keys(rows.first_position + (rows.first_row + rows.count - 1) / a.group, a.window);
-    rows.first_tile = first.begin / kTileKeys;
-    rows.end_tile = (last.end + kTileKeys - 1) / kTileKeys;
-    attend_rows<T, Item, kDim>(a, work, rows, set, worker, entry);
   }
   wait_for_previous_kernel();  // a kernel must not end before the one ahead of it
-}
-
-template <class T, class Item, int kDim>
-void launch_decode(Stream& stream, const AttentionArguments& a, const DecodeWork& work) {
-  const LaunchShape shape{
-      dim3(static_cast<unsigned>(a.num_seqs * work.sets),
-           static_cast<unsigned>(a.num_heads / a.group), static_cast<unsigned>(work.workers)),
-      dim3(kThreads), sizeof(Parts<kDim>), true};
-  launch(stream, "decode_attention", shape, decode_attention_kernel<T, Item, kDim>, a, work);
-}
-
-template <class T, class Item>
-void launch_decode(Stream& stream, const AttentionArguments& a, const DecodeWork& work) {
-  if (a.head_dim == 64)
-    launch_decode<T, Item, 64>(stream, a, work);
-  else
-    launch_decode<T, Item, 128>(stream, a, work);
 }
 
 }  // namespace
 
 void attend_few(Stream& stream, DType dtype, const AttentionArguments& a, const DecodeWork& work) {
-  const bool scaled = a.cache.dtype == DType::int8;
-  if (dtype == DType::bf16) {
-    scaled ? launch_decode<Bf16, std::int8_t>(stream, a, work)
-           : launch_decode<Bf16, Bf16>(stream, a, work);
-  } else {
-    scaled ? launch_decode<F16, std::int8_t>(stream, a, work)
-           : launch_decode<F16, F16>(stream, a, work);
-  }
+  const dim3 grid = dims(a.num_seqs * work.sets, a.num_heads / a.group, work.workers);
+  for_tile(dtype, a, [&](auto tile) {
+    using Shape = decltype(tile);
+    launch(stream, "decode_attention", {grid, kThreads, sizeof(Parts<Shape::kDim>), true},
+           decode_attention_kernel<typename Shape::T, typename Shape::Item, Shape::kDim>, a, work);
+  });
 }
 
 }  // namespace octavo::cuda

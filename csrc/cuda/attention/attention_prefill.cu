@@ -19,7 +19,6 @@
 // Arithmetic: 4 x head_dim a query row and key that it sees; tiles that no row of a warp sees are
 // left out. Bytes: K and V once a block, 2 x head_dim numbers a key for 128 rows.
 
-#include "cuda/attention/attention_plan.cuh"
 #include "cuda/attention/attention_tile.cuh"
 
 namespace octavo::cuda {
@@ -59,15 +58,6 @@ struct Shared {
   float2 total_state[kBands<Item, kDim> * 2][32 * kWarps<Item, kDim>];  // maximum and sum
 };
 
-// The rows of a block.
-struct Rows {
-  int seq, kv_head;
-  int first_token;     // of the sequence, in the step
-  int first_row, end;  // of the sequence's rows: first_row .. end - 1
-  int first_position;  // of the sequence's first new token
-  int context;
-};
-
 // Block i has 128 rows of the sequence s for which first_set(s) <= i < first_set(s + 1), where
 // there are so many: ids that are not used are fewer than sequences, and no block needs to know
 // more than row_starts to find its own.
@@ -75,23 +65,11 @@ OCTAVO_DEVICE int first_set(const AttentionArguments& a, int seq) {
   return static_cast<int>(static_cast<std::int64_t>(a.row_starts[seq]) * a.group / kRows) + seq;
 }
 OCTAVO_DEVICE bool find_rows(Rows& rows, const AttentionArguments& a, int id, int min_tokens) {
-  int low = 0, high = a.num_seqs;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (first_set(a, middle) <= id)
-      low = middle;
-    else
-      high = middle;
-  }
-  rows.seq = low;
-  rows.first_token = a.row_starts[low];
-  const int num_tokens = a.row_starts[low + 1] - rows.first_token;
-  rows.first_row = (id - first_set(a, low)) * kRows;
-  const int num_rows = num_tokens * a.group;
-  rows.end = least(rows.first_row + kRows, num_rows);
-  rows.context = a.context_lens[low];
-  rows.first_position = rows.context - num_tokens;
-  return num_tokens > min_tokens && rows.first_row < num_rows;
+  const int seq = last_sequence(a.num_seqs, [&](int i) { return first_set(a, i) <= id; });
+  const int num_tokens = rows.take_sequence(a, seq), num_rows = num_tokens * a.group;
+  rows.first_row = (id - first_set(a, seq)) * kRows;
+  rows.count = smaller(num_rows - rows.first_row, kRows);
+  return num_tokens > min_tokens && rows.count > 0;
 }
 
 // Begins to copy a tile: pages are contiguous in the cache, keys and values each.
@@ -101,7 +79,7 @@ OCTAVO_DEVICE void copy_tile(Stage<T, Item, kDim>& stage, const KvLayout& cache,
   using To = Stage<T, Item, kDim>;
   constexpr int kChunks = To::kPageBytes / 16, kThreads = 32 * kWarps<Item, kDim>;
   const int values_at = cache.block_size * Shape::kRowBytes;
-  const auto thread = static_cast<int>(threadIdx.x);
+  const auto thread = computed_anew(static_cast<int>(threadIdx.x));
 #pragma unroll
   for (int i = 0; i < kTilePages * kChunks / kThreads; ++i) {
     const int p = (i * kThreads + thread) / kChunks, chunk = (i * kThreads + thread) % kChunks;
@@ -164,33 +142,26 @@ struct Bands {
   }
 };
 
-template <class T>
-OCTAVO_DEVICE T* row_of(T* data, std::int64_t stride, const AttentionArguments& a, const Rows& rows,
-                        int row) {
-  return data + (rows.first_token + row / a.group) * stride +
-         (rows.kv_head * a.group + row % a.group) * a.head_dim;
-}
-
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void load_bands(Bands<T, Item, kDim>& bands, const AttentionArguments& a,
                               const Rows& rows) {
   constexpr int kCount = kBands<Item, kDim>;
   const int g = static_cast<int>(lane_index() / 4);
-  const int warp_row = rows.first_row + static_cast<int>(warp_index()) * 16 * kCount;
+  const int warp_row = static_cast<int>(warp_index()) * 16 * kCount;
   const T* q = static_cast<const T*>(a.q);
 #pragma unroll
   for (int band = 0; band < kCount; ++band) {
-    const int low = warp_row + 16 * band + g, high = low + 8;
-    load_queries<T, Item, kDim>(bands.q[band],
-                                low < rows.end ? row_of(q, a.q_stride, a, rows, low) : nullptr,
-                                high < rows.end ? row_of(q, a.q_stride, a, rows, high) : nullptr);
-    bands.position[band][0] = rows.first_position + least(low, rows.end - 1) / a.group;
-    bands.position[band][1] = rows.first_position + least(high, rows.end - 1) / a.group;
+    const T* from[2];
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + 16 * band + g + 8 * half;
+      from[half] = row < rows.count ? rows.numbers_of(a, q, a.q_stride, row) : nullptr;
+      bands.position[band][half] = rows.position(a, smaller(row, rows.count - 1));
+    }
+    load_queries<T, Item, kDim>(bands.q[band], from[0], from[1]);
   }
-  bands.first_position = rows.first_position + warp_row / a.group;
-  bands.last_position =
-      rows.first_position + (least(warp_row + 16 * kCount, rows.end) - 1) / a.group;
-  if (warp_row >= rows.end) bands.last_position = -1;
+  bands.first_position = rows.position(a, warp_row);
+  bands.last_position = rows.position(a, smaller(warp_row + 16 * kCount, rows.count) - 1);
+  if (warp_row >= rows.count) bands.last_position = -1;
 }
 
 // S of all bands.
@@ -209,7 +180,7 @@ OCTAVO_DEVICE void score_tile(float (&s)[kBands<Item, kDim>][8][4],
       const uint4 piece = load_16(stage.keys + stage.key_at(key, 4 * c + j));
 #pragma unroll
       for (int band = 0; band < kBands<Item, kDim>; ++band)
-        multiply_piece<T, Item, kDim>(s[band][t], bands.q[band], c, piece);
+        multiply_piece<T, Item>(s[band][t], bands.q[band], c, piece);
     }
   }
 }
@@ -223,7 +194,7 @@ OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
   using Shape = Tile<T, Item, kDim>;
   using From = Stage<T, Item, kDim>;
   constexpr int kDimBytes = kPageTokens * static_cast<int>(sizeof(Item));
-  const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
+  const int lane = computed_anew(static_cast<int>(lane_index())), g = lane / 4, j = lane % 4;
 #pragma unroll
   for (int n = 0; n < kDim / 8; ++n) {
     float acc[kBands<Item, kDim>][4] = {};
@@ -234,7 +205,7 @@ OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
       const uint4 piece = load_16(stage.values + at + (8 * n + g) * kDimBytes);
 #pragma unroll
       for (int band = 0; band < kBands<Item, kDim>; ++band)
-        add_piece<T, Item, kDim>(acc[band], p[band], group, piece);
+        multiply_piece<T, Item>(acc[band], p[band], group, piece);
     }
 #pragma unroll
     for (int band = 0; band < kBands<Item, kDim>; ++band) {
@@ -319,30 +290,19 @@ OCTAVO_DEVICE void write_bands(const Bands<T, Item, kDim>& bands, const Attentio
                                const Rows& rows) {
   constexpr int kCount = kBands<Item, kDim>;
   const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
-  const int warp_row = rows.first_row + static_cast<int>(warp_index()) * 16 * kCount;
+  const int warp_row = static_cast<int>(warp_index()) * 16 * kCount;
   for (int band = 0; band < kCount; ++band) {
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 16 * band + g + 8 * half;
-      if (row >= rows.end) continue;
-      T* out = row_of(static_cast<T*>(a.out), a.out_stride, a, rows, row);
-      const float sum = multiply_rn(bands.sum[band][half], Tile<T, Item, kDim>::kBoost);
-      const auto value = [&](float x) { return add_rn(divide_rn(x, sum), 0.0f); };  // no -0
+      if (row >= rows.count) continue;
+      T* out = rows.numbers_of(a, static_cast<T*>(a.out), a.out_stride, row);
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n)
-        *reinterpret_cast<std::uint32_t*>(out + 8 * n + 2 * j) = pack2<T>(
-            value(bands.values[band][n][2 * half]), value(bands.values[band][n][2 * half + 1]));
+      for (int n = 0; n < kDim / 8; ++n) {
+        const float* two = bands.values[band][n] + 2 * half;
+        *reinterpret_cast<std::uint32_t*>(out + 8 * n + 2 * j) =
+            result_of<T, Item>(two[0], two[1], bands.sum[band][half]);
+      }
     }
-  }
-}
-
-// Padding has no context: its rows become 0.
-template <class T>
-OCTAVO_DEVICE void clear_rows(const AttentionArguments& a, const Rows& rows) {
-  for (int row = rows.first_row + static_cast<int>(warp_index()); row < rows.end;
-       row += static_cast<int>(blockDim.x / 32)) {
-    T* out = row_of(static_cast<T*>(a.out), a.out_stride, a, rows, row);
-    for (int d = static_cast<int>(lane_index()); d < a.head_dim; d += 32)
-      out[d] = from_float<T>(0.0f);
   }
 }
 
@@ -355,29 +315,23 @@ __global__ void __launch_bounds__(32 * kWarps<Item, kDim>, kWarps<Item, kDim> ==
   Rows rows{};
   rows.kv_head = static_cast<int>(blockIdx.y);
   if (!find_rows(rows, a, static_cast<int>(gridDim.x - 1 - blockIdx.x), min_tokens)) return;
-  if (rows.context == 0) return clear_rows<T>(a, rows);
-  const Visible first = visible_keys(rows.first_position + rows.first_row / a.group, a.window);
-  const int last_position = rows.first_position + (rows.end - 1) / a.group;
-  const int first_tile = first.begin / kTileKeys, end_tile = last_position / kTileKeys + 1;
+  if (rows.context == 0) return rows.clear<T>(a);
+  const Tiles tiles = tiles_of(a, rows);
 
   auto& shared = *reinterpret_cast<Shared<T, Item, kDim>*>(shared_memory());
-  const auto entry_of = [&](int tile) {
-    return load_table_entry(a.block_tables + static_cast<std::int64_t>(rows.seq) * a.max_blocks,
-                            a.max_blocks, a.cache.block_size, tile);
-  };
+  const auto entry_of = [&](int tile) { return load_table_entry(a, a.table_of(rows.seq), tile); };
   const auto copy = [&](int tile, int entry) {
-    copy_tile(shared.stages[tile % 2], a.cache,
-              page_of(a.cache, rows.kv_head, tile, rows.context, entry));
+    copy_tile(shared.stages[tile % 2], a.cache, page_of(a.cache, rows, tile, entry));
   };
-  copy(first_tile, entry_of(first_tile));
-  int entry = entry_of(first_tile + 1);
+  copy(tiles.first, entry_of(tiles.first));
+  int entry = entry_of(tiles.first + 1);
   Bands<T, Item, kDim> bands;
   load_bands(bands, a, rows);
   bands.clear_split();
   clear_total(shared);
-  int split_end = split_begin(split_of_tile(first_tile) + 1);
-  for (int tile = first_tile; tile < end_tile; ++tile) {
-    if (tile + 1 < end_tile) {
+  int split_end = split_begin(split_of_tile(tiles.first) + 1);
+  for (int tile = tiles.first; tile < tiles.end; ++tile) {
+    if (tile + 1 < tiles.end) {
       copy(tile + 1, entry);
       entry = entry_of(tile + 2);
       async_wait<1>();
@@ -390,9 +344,9 @@ __global__ void __launch_bounds__(32 * kWarps<Item, kDim>, kWarps<Item, kDim> ==
       __syncthreads();
     }
     work_on_tile(bands, a, rows, shared.stages[tile % 2], tile);
-    if (tile + 1 == end_tile || tile + 1 == split_end) {
-      end_split(bands, shared, tile + 1 == end_tile);
-      if (tile + 1 < end_tile) bands.clear_split();
+    if (tile + 1 == tiles.end || tile + 1 == split_end) {
+      end_split(bands, shared, tile + 1 == tiles.end);
+      if (tile + 1 < tiles.end) bands.clear_split();
       split_end = split_begin(split_of_tile(tile + 1) + 1);
     }
     __syncthreads();  // before the stage is filled again
@@ -400,35 +354,20 @@ __global__ void __launch_bounds__(32 * kWarps<Item, kDim>, kWarps<Item, kDim> ==
   write_bands(bands, a, rows);
 }
 
-template <class T, class Item, int kDim>
-void launch_prefill(Stream& stream, const AttentionArguments& a, int min_tokens) {
-  const std::int64_t sets = static_cast<std::int64_t>(a.num_tokens) * a.group / kRows + a.num_seqs;
-  const LaunchShape shape{
-      dim3(static_cast<unsigned>(sets), static_cast<unsigned>(a.num_heads / a.group)),
-      dim3(32 * kWarps<Item, kDim>), sizeof(Shared<T, Item, kDim>), true};
-  launch(stream, "prefill_attention", shape, prefill_attention_kernel<T, Item, kDim>, a,
-         min_tokens);
-}
-
-template <class T, class Item>
-void launch_prefill(Stream& stream, const AttentionArguments& a, int min_tokens) {
-  if (a.head_dim == 64)
-    launch_prefill<T, Item, 64>(stream, a, min_tokens);
-  else
-    launch_prefill<T, Item, 128>(stream, a, min_tokens);
-}
-
 }  // namespace
 
 void attend_many(Stream& stream, DType dtype, const AttentionArguments& a, int min_tokens) {
-  const bool scaled = a.cache.dtype == DType::int8;
-  if (dtype == DType::bf16) {
-    scaled ? launch_prefill<Bf16, std::int8_t>(stream, a, min_tokens)
-           : launch_prefill<Bf16, Bf16>(stream, a, min_tokens);
-  } else {
-    scaled ? launch_prefill<F16, std::int8_t>(stream, a, min_tokens)
-           : launch_prefill<F16, F16>(stream, a, min_tokens);
-  }
+  const std::int64_t sets = static_cast<std::int64_t>(a.num_tokens) * a.group / kRows + a.num_seqs;
+  for_tile(dtype, a, [&](auto tile) {
+    using Shape = decltype(tile);
+    using T = typename Shape::T;
+    using Item = typename Shape::Item;
+    constexpr int kDim = Shape::kDim;
+    launch(stream, "prefill_attention",
+           {dims(sets, a.num_heads / a.group), dims(32 * kWarps<Item, kDim>),
+            sizeof(Shared<T, Item, kDim>), true},
+           prefill_attention_kernel<T, Item, kDim>, a, min_tokens);
+  });
 }
 
 }  // namespace octavo::cuda

@@ -22,27 +22,13 @@ constexpr int kWarps = 4;
 constexpr int kMaxHeadDim = 256;
 constexpr int kDimsPerLane = kMaxHeadDim / 32;
 
-// The sequence that a token belongs to.
-OCTAVO_DEVICE int find_sequence(const std::int32_t* row_starts, int num_seqs, int token) {
-  int low = 0, high = num_seqs;  // row_starts[low] <= token < row_starts[high]
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (row_starts[middle] <= token)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
-}
-
 // Where a key is: its KV head's items of its block, and its number in the block.
 struct Place {
   const unsigned char* items;
   int within;
 };
 OCTAVO_DEVICE Place find_key(const AttentionArguments& a, int seq, int kv_head, int key) {
-  const int block =
-      a.block_tables[static_cast<std::int64_t>(seq) * a.max_blocks + key / a.cache.block_size];
+  const int block = a.table_of(seq)[key / a.cache.block_size];
   return {a.cache.data + a.cache.head_at(block, kv_head), key % a.cache.block_size};
 }
 
@@ -78,7 +64,8 @@ __global__ void attend_simply_kernel(AttentionArguments a) {
   }
   sync_warp();
 
-  const int seq = find_sequence(a.row_starts, a.num_seqs, token), kv_head = head / a.group;
+  const int kv_head = head / a.group;
+  const int seq = last_sequence(a.num_seqs, [&](int i) { return a.row_starts[i] <= token; });
   const int position = a.context_lens[seq] - (a.row_starts[seq + 1] - token);  // < 0: padding
   const Visible visible = visible_keys(position, a.window);
   float max = minus_infinity(), sum = 0.0f, out[kDimsPerLane] = {};
@@ -119,17 +106,11 @@ __global__ void attend_simply_kernel(AttentionArguments a) {
 }  // namespace
 
 void attend_simply(Stream& stream, DType dtype, const AttentionArguments& a) {
-  const LaunchShape shape{dim3(static_cast<unsigned>(a.num_tokens),
-                               static_cast<unsigned>((a.num_heads + kWarps - 1) / kWarps)),
-                          dim3(kWarp * kWarps), kWarps * kMaxHeadDim * sizeof(float), true};
-  switch (dtype) {
-    case DType::f32:
-      return launch(stream, "attend_simply", shape, attend_simply_kernel<float>, a);
-    case DType::bf16:
-      return launch(stream, "attend_simply", shape, attend_simply_kernel<Bf16>, a);
-    default:
-      return launch(stream, "attend_simply", shape, attend_simply_kernel<F16>, a);
-  }
+  const LaunchShape shape{dims(a.num_tokens, ceil_div(a.num_heads, kWarps)), kWarp * kWarps,
+                          kWarps * kMaxHeadDim * sizeof(float), true};
+  for_type("attention", dtype, [&](auto zero) {
+    launch(stream, "attend_simply", shape, attend_simply_kernel<decltype(zero)>, a);
+  });
 }
 
 }  // namespace octavo::cuda

@@ -81,8 +81,11 @@ OCTAVO_DEVICE float fold(const Fold& f, float value, float part) {
 // ---- fragments ----
 
 // T: of activations, 16 bits. Item: of the cache, T or int8. kDim: head_dim.
-template <class T, class Item, int kDim>
+template <class T_, class Item_, int dim>
 struct Tile {
+  using T = T_;
+  using Item = Item_;
+  static constexpr int kDim = dim;
   static constexpr bool kScaled = sizeof(Item) == 1;
   // Weights' maxima are whole numbers: over a bf16 cache, where it matters how they round.
   static constexpr bool kWhole = std::is_same_v<Item, Bf16>;
@@ -236,28 +239,17 @@ OCTAVO_DEVICE void pack_weights(std::uint32_t (&p)[4][4], const float (&s)[8][4]
   }
 }
 
-// The scores of one product: 16 rows, 8 keys.
-template <class T, class Item, int kDim>
-OCTAVO_DEVICE void multiply_piece(float (&s)[4], const std::uint32_t (&q)[kDim / 16][4], int c,
+// sums (16 rows x 8) += the fragments a of rows, steps of piece c, times one piece: scores of 8
+// keys (queries times keys), or 8 dimensions of P V (weights times values).
+template <class T, class Item, int kCount>
+OCTAVO_DEVICE void multiply_piece(float (&sums)[4], const std::uint32_t (&a)[kCount][4], int c,
                                   const uint4& piece) {
-  using Shape = Tile<T, Item, kDim>;
-  std::uint32_t b[Shape::kSteps][2];
+  constexpr int kSteps = Tile<T, Item, 64>::kSteps;
+  std::uint32_t b[kSteps][2];
   widen<T, Item>(b, piece);
 #pragma unroll
-  for (int step = 0; step < Shape::kSteps; ++step)
-    multiply_accumulate<T>(s, q[c * Shape::kSteps + step], b[step]);
-}
-
-// acc += P V of one group of keys and 8 dimensions.
-template <class T, class Item, int kDim>
-OCTAVO_DEVICE void add_piece(float (&acc)[4], const std::uint32_t (&p)[4][4], int group,
-                             const uint4& piece) {
-  using Shape = Tile<T, Item, kDim>;
-  std::uint32_t b[Shape::kSteps][2];
-  widen<T, Item>(b, piece);
-#pragma unroll
-  for (int step = 0; step < Shape::kSteps; ++step)
-    multiply_accumulate<T>(acc, p[group * Shape::kSteps + step], b[step]);
+  for (int step = 0; step < kSteps; ++step)
+    multiply_accumulate<T>(sums, a[c * kSteps + step], b[step]);
 }
 
 // Values of keys that were never written may be anything, and 0 times a NaN is one: makes them 0.
@@ -280,25 +272,55 @@ struct Page {
   int within;         // tokens
 };
 
-// The entry of the block table for page lane % 4 of a tile. Reads no further than the table's end,
-// but perhaps behind the context, where entries mean nothing.
-OCTAVO_DEVICE int load_table_entry(const std::int32_t* table, int max_blocks, int block_size,
+// The entry of a sequence's block table for page lane % 4 of a tile. Reads no further than the
+// table's end, but perhaps behind the context, where entries mean nothing.
+OCTAVO_DEVICE int load_table_entry(const AttentionArguments& a, const std::int32_t* table,
                                    int tile) {
   const int key = tile * kTileKeys + kPageTokens * static_cast<int>(lane_index() % 4);
-  const int index = key / block_size;
-  return table[index < max_blocks ? index : max_blocks - 1];
+  return table[smaller(key / a.cache.block_size, a.max_blocks - 1)];
 }
 
 // All lanes together. Pages behind the context are replaced by the first, to be read in vain.
-OCTAVO_DEVICE Page page_of(const KvLayout& cache, int kv_head, int tile, int context, int entry) {
+OCTAVO_DEVICE Page page_of(const KvLayout& cache, const Rows& rows, int tile, int entry) {
   const int key = tile * kTileKeys + kPageTokens * static_cast<int>(lane_index() % 4);
   const int first_entry = shuffle(entry, 0);
-  const bool exists = key < context;
-  return {cache.head_at(exists ? entry : first_entry, kv_head),
+  const bool exists = key < rows.context;
+  return {cache.head_at(exists ? entry : first_entry, rows.kv_head),
           (exists ? key : tile * kTileKeys) % cache.block_size};
 }
 OCTAVO_DEVICE Page shuffle_page(const Page& page, unsigned source) {
   return {shuffle(page.head, source), shuffle(page.within, source)};
+}
+
+// Tiles that any of the rows sees: first .. end - 1.
+struct Tiles {
+  int first, end;
+};
+OCTAVO_DEVICE Tiles tiles_of(const AttentionArguments& a, const Rows& rows) {
+  return {visible_keys(rows.position(a, 0), a.window).begin / kTileKeys,
+          rows.position(a, rows.count - 1) / kTileKeys + 1};
+}
+
+// Two numbers of a row's result as they are stored. sum: of its weights.
+template <class T, class Item>
+OCTAVO_DEVICE std::uint32_t result_of(float low, float high, float sum) {
+  const float divisor = multiply_rn(sum, Tile<T, Item, 64>::kBoost);
+  return pack2<T>(add_rn(divide_rn(low, divisor), 0.0f),  // no -0
+                  add_rn(divide_rn(high, divisor), 0.0f));
+}
+
+// Calls body(the Tile of a kernel) for formats and a head_dim as can_use_tensor_cores
+// (attention.cu) says.
+template <class Body>
+void for_tile(DType dtype, const AttentionArguments& a, Body&& body) {
+  for_16_bits(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto with = [&](auto item) {
+      using Item = decltype(item);
+      a.head_dim == 64 ? body(Tile<T, Item, 64>{}) : body(Tile<T, Item, 128>{});
+    };
+    a.cache.dtype == DType::int8 ? with(std::int8_t{}) : with(T{});
+  });
 }
 
 }  // namespace octavo::cuda

@@ -30,24 +30,6 @@ struct Parts {
   int is_last;
 };
 
-// What a block works on at a time.
-struct Rows {
-  int seq, kv_head;
-  int first_token;       // of the sequence, in the step
-  int first_row, count;  // of the sequence's rows
-  int first_position;    // of the sequence's first new token
-  int context;
-  int first_tile, end_tile;  // that any of the rows sees
-};
-
-template <class T>
-OCTAVO_DEVICE T* row_of(T* data, std::int64_t stride, const AttentionArguments& a, const Rows& rows,
-                        int row) {
-  const int index = rows.first_row + row;
-  return data + (rows.first_token + index / a.group) * stride +
-         (rows.kv_head * a.group + index % a.group) * a.head_dim;
-}
-
 // One warp's tile: everything from loading to its part in shared memory.
 template <class T, class Item, int kDim>
 class TileWorker {
@@ -64,7 +46,7 @@ class TileWorker {
   OCTAVO_DEVICE TileWorker(const AttentionArguments& a, const Rows& rows) : a_(a), rows_(rows) {}
 
   OCTAVO_DEVICE void work(int tile, int entry, Parts<kDim>& parts, bool upper_rows) {
-    const Page page = page_of(a_.cache, rows_.kv_head, tile, rows_.context, entry);
+    const Page page = page_of(a_.cache, rows_, tile, entry);
     const bool is_past = (tile + 1) * kTileKeys <= rows_.first_position;
     if (!is_past) wait_for_previous_kernel();
     const Sight sight = look(tile);
@@ -103,13 +85,13 @@ class TileWorker {
   OCTAVO_DEVICE Sight look(int tile) const {
     Sight sight{tile * kTileKeys, rows_.context, a_.window, false, {}};
     const int g = static_cast<int>(lane_index() / 4);
-    const auto position = [&](int row) {
-      return rows_.first_position + (rows_.first_row + (row < rows_.count ? row : 0)) / a_.group;
-    };
-    sight.position[0] = position(g);
-    sight.position[1] = position(g + 8);
-    sight.all = sight.first_key + kTileKeys <= position(0) + 1 &&
-                sight.first_key >= visible_keys(position(rows_.count - 1), a_.window).begin;
+    for (int half = 0; half < 2; ++half) {
+      const int row = g + 8 * half;
+      sight.position[half] = rows_.position(a_, row < rows_.count ? row : 0);
+    }
+    const int first = rows_.position(a_, 0), last = rows_.position(a_, rows_.count - 1);
+    sight.all = sight.first_key + kTileKeys <= first + 1 &&
+                sight.first_key >= visible_keys(last, a_.window).begin;
     return sight;
   }
 
@@ -119,9 +101,10 @@ class TileWorker {
     wait_for_previous_kernel();
     const int g = static_cast<int>(lane_index() / 4);
     const T* q = static_cast<const T*>(a_.q);
-    load_queries<T, Item, kDim>(
-        q_, g < rows_.count ? row_of(q, a_.q_stride, a_, rows_, g) : nullptr,
-        g + 8 < rows_.count ? row_of(q, a_.q_stride, a_, rows_, g + 8) : nullptr);
+    const auto row = [&](int i) {
+      return i < rows_.count ? rows_.numbers_of(a_, q, a_.q_stride, i) : nullptr;
+    };
+    load_queries<T, Item, kDim>(q_, row(g), row(g + 8));
   }
 
   // Piece c of the key of product t, group: entry (group, t, c), counted within the half.
@@ -153,7 +136,7 @@ class TileWorker {
     for (int t = 0; t < kCount; ++t) {
 #pragma unroll
       for (int c = 0; c < Shape::kPieces; ++c)
-        multiply_piece<T, Item, kDim>(s[kHalf * kCount + t], q_, c, pieces[t * Shape::kPieces + c]);
+        multiply_piece<T, Item>(s[kHalf * kCount + t], q_, c, pieces[t * Shape::kPieces + c]);
     }
   }
 
@@ -211,7 +194,7 @@ class TileWorker {
       float acc[4] = {};
 #pragma unroll
       for (int group = 0; group < Shape::kGroups; ++group)
-        add_piece<T, Item, kDim>(acc, p, group, pieces[n * Shape::kGroups + group]);
+        multiply_piece<T, Item>(acc, p, group, pieces[n * Shape::kGroups + group]);
       const int dim = 8 * (kHalf * kProducts + n) + 2 * j;
       to[g][dim] = acc[0];
       to[g][dim + 1] = acc[1];

@@ -2,18 +2,6 @@
 
 namespace octavo::cuda {
 
-namespace {
-
-// Ends a recording that failed, so that the stream works again.
-void abandon(Stream& stream) {
-  cudaGraph_t graph = nullptr;
-  cudaStreamEndCapture(stream.handle(), &graph);
-  if (graph) cudaGraphDestroy(graph);
-  cudaGetLastError();
-}
-
-}  // namespace
-
 void Graphs::run(Stream& stream, const StepKey& key, std::int64_t version,
                  const std::function<void()>& record) {
   Entry& entry = entries_[key];
@@ -30,17 +18,19 @@ void Graphs::run(Stream& stream, const StepKey& key, std::int64_t version,
     try {
       record();
       check(cudaStreamEndCapture(stream.handle(), &graph), "recording a step");
-    } catch (...) {
-      abandon(stream);
+    } catch (...) {  // ends the recording, so that the stream works again
+      cudaStreamEndCapture(stream.handle(), &graph);
+      if (graph) cudaGraphDestroy(graph);
+      cudaGetLastError();
       throw;
     }
     const cudaError_t error = cudaGraphInstantiate(&entry.graph, graph, 0);
     cudaGraphDestroy(graph);
     check(error, "making a graph of a step");
-    ++num_recorded_;
+    ++counts_.recorded;
   }
   check(cudaGraphLaunch(entry.graph, stream.handle()), "replaying a step");
-  ++num_replayed_;
+  ++counts_.replayed;
 }
 
 void Graphs::clear() {
@@ -52,7 +42,7 @@ void Graphs::drop(Entry& entry) {
   if (!entry.graph) return;
   cudaGraphExecDestroy(entry.graph);
   entry.graph = nullptr;
-  ++num_forgotten_;
+  ++counts_.forgotten;
 }
 
 }  // namespace octavo::cuda

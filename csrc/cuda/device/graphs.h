@@ -30,9 +30,8 @@ class Graphs {
            const std::function<void()>& record);
   void clear();
 
-  std::int64_t num_recorded() const { return num_recorded_; }
-  std::int64_t num_replayed() const { return num_replayed_; }
-  std::int64_t num_forgotten() const { return num_forgotten_; }
+  // Of steps recorded, replayed and forgotten.
+  const WorkCounts& counts() const { return counts_; }
 
  private:
   struct Entry {
@@ -43,7 +42,7 @@ class Graphs {
   void drop(Entry& entry);
 
   std::map<StepKey, Entry> entries_;
-  std::int64_t num_recorded_ = 0, num_replayed_ = 0, num_forgotten_ = 0;
+  WorkCounts counts_;
 };
 
 }  // namespace octavo::cuda

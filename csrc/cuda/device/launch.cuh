@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/text.h"
+#include "cuda/device/numbers.cuh"
 #include "cuda/device/stream.h"
 
 #ifdef OCTAVO_EMULATED
@@ -14,6 +15,34 @@
 #endif
 
 namespace octavo::cuda {
+
+// Sizes of a grid or a block.
+template <class... Counts>
+dim3 dims(Counts... counts) {
+  return dim3(static_cast<unsigned>(counts)...);
+}
+
+inline bool is_aligned(const void* address, std::size_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
+}
+
+// Calls body(a number of the type that dtype stands for).
+template <class Body>
+void for_type(const char* op, DType dtype, Body&& body) {
+  if (dtype == DType::f32)
+    body(float{});
+  else if (dtype == DType::bf16)
+    body(Bf16{});
+  else if (dtype == DType::f16)
+    body(F16{});
+  else
+    require(false, op, " takes f32, bf16 or f16 numbers; got ", name(dtype));
+}
+// The same of bf16 or f16.
+template <class Body>
+void for_16_bits(DType dtype, Body&& body) {
+  dtype == DType::bf16 ? body(Bf16{}) : body(F16{});
+}
 
 struct LaunchShape {
   dim3 grid, block;

@@ -1,4 +1,4 @@
-// Numbers of 8, 16 and 32 bits: instructions and intrinsics with both bodies, as in primitives.cuh.
+// Numbers of 8, 16 and 32 bits: instructions and intrinsics, as in primitives.cuh.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#include "core/dtype.h"
 
 #ifdef OCTAVO_EMULATED
 #include "kernel.h"
@@ -55,6 +57,14 @@ OCTAVO_HOST_DEVICE To bits_as(const From& from) {
   return to;
 }
 
+template <class T>
+OCTAVO_HOST_DEVICE T ceil_div(T a, std::common_type_t<T> b) {
+  return (a + b - 1) / b;
+}
+OCTAVO_HOST_DEVICE int round_up(int a, int b) { return ceil_div(a, b) * b; }
+OCTAVO_HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+OCTAVO_HOST_DEVICE int larger(int a, int b) { return a < b ? b : a; }
+
 // Two 16-bit numbers in a register, the first in the low half.
 template <class T>
 OCTAVO_HOST_DEVICE float2 unpack2(std::uint32_t pair);
@@ -78,35 +88,26 @@ OCTAVO_HOST_DEVICE std::uint32_t pack2<F16>(float low, float high) {
   return bits_as<std::uint32_t>(__floats2half2_rn(low, high));
 }
 
+// Number `index` of f32, bf16 or f16 ones.
+OCTAVO_HOST_DEVICE float read_number(const void* data, DType dtype, long long index) {
+  if (dtype == DType::f32) return static_cast<const float*>(data)[index];
+  const std::uint32_t bits = static_cast<const std::uint16_t*>(data)[index];
+  return dtype == DType::bf16 ? unpack2<Bf16>(bits).x : unpack2<F16>(bits).x;
+}
+OCTAVO_DEVICE void write_number(void* data, DType dtype, long long index, float value) {
+  if (dtype == DType::f32)
+    static_cast<float*>(data)[index] = value;
+  else if (dtype == DType::bf16)
+    static_cast<Bf16*>(data)[index] = from_float<Bf16>(value);
+  else
+    static_cast<F16*>(data)[index] = from_float<F16>(value);
+}
+
 // Sums and products that no compiler fuses: the same bits on every device and on the host.
-OCTAVO_DEVICE float add_rn(float a, float b) {
-#ifdef OCTAVO_EMULATED
-  return a + b;  // compiled with -ffp-contract=off
-#else
-  return __fadd_rn(a, b);
-#endif
-}
-OCTAVO_DEVICE float multiply_rn(float a, float b) {
-#ifdef OCTAVO_EMULATED
-  return a * b;
-#else
-  return __fmul_rn(a, b);
-#endif
-}
-OCTAVO_DEVICE float divide_rn(float a, float b) {
-#ifdef OCTAVO_EMULATED
-  return a / b;
-#else
-  return __fdiv_rn(a, b);
-#endif
-}
-OCTAVO_DEVICE float fma_rn(float a, float b, float c) {
-#ifdef OCTAVO_EMULATED
-  return std::fma(a, b, c);
-#else
-  return __fmaf_rn(a, b, c);
-#endif
-}
+OCTAVO_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+OCTAVO_DEVICE float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
+OCTAVO_DEVICE float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
+OCTAVO_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // 2^x and e^x, fast: within 2 units in the last place of float32 where the result is normal.
 OCTAVO_DEVICE float fast_exp2(float x) {
@@ -132,13 +133,7 @@ OCTAVO_DEVICE float fast_log2(float x) {
 #endif
 }
 
-OCTAVO_DEVICE float reciprocal_sqrt(float x) {
-#ifdef OCTAVO_EMULATED
-  return 1.0f / std::sqrt(x);
-#else
-  return __frsqrt_rn(x);
-#endif
-}
+OCTAVO_DEVICE float reciprocal_sqrt(float x) { return __frsqrt_rn(x); }
 
 // a * b + c of two pairs of 16-bit numbers, each rounded once.
 template <class T>
@@ -174,35 +169,10 @@ OCTAVO_DEVICE std::uint32_t and_or(std::uint32_t a, std::uint32_t mask, std::uin
 // Byte i of the result is byte (selector >> 4 i & 7) of the eight of b:a, a's first.
 OCTAVO_DEVICE std::uint32_t permute_bytes(std::uint32_t a, std::uint32_t b,
                                           std::uint32_t selector) {
-#ifdef OCTAVO_EMULATED
-  const std::uint64_t both = static_cast<std::uint64_t>(b) << 32 | a;
-  std::uint32_t result = 0;
-  for (unsigned i = 0; i < 4; ++i)
-    result |= static_cast<std::uint32_t>(both >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
-  return result;
-#else
   return __byte_perm(a, b, selector);
-#endif
 }
 
-// c + the sum of the products of four pairs of signed bytes.
-OCTAVO_DEVICE std::int32_t dot4(std::uint32_t a, std::uint32_t b, std::int32_t c) {
-#ifdef OCTAVO_EMULATED
-  for (unsigned i = 0; i < 4; ++i)
-    c += static_cast<std::int8_t>(a >> 8 * i) * static_cast<std::int8_t>(b >> 8 * i);
-  return c;
-#else
-  return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
-#endif
-}
-
-OCTAVO_DEVICE unsigned count_bits(unsigned x) {
-#ifdef OCTAVO_EMULATED
-  return static_cast<unsigned>(__builtin_popcount(x));
-#else
-  return static_cast<unsigned>(__popc(x));
-#endif
-}
+OCTAVO_DEVICE unsigned count_bits(unsigned x) { return static_cast<unsigned>(__popc(x)); }
 
 // All 64 bits of a product, in one instruction.
 OCTAVO_DEVICE unsigned long long multiply_wide(std::uint32_t a, std::uint32_t b) {

@@ -1,12 +1,13 @@
 // Everything that is not plain CUDA C++: PTX instructions and intrinsics, each under a name.
 //
-// Every primitive has two bodies: the GPU's, and one that does the same on the host, for the
-// emulator in tests/emulator (docs/emulator.md). So kernels are one source for both. Rules:
+// Kernels are one source for the GPU and for the emulator in tests/emulator (docs/emulator.md),
+// which has CUDA's intrinsics too (kernel.h there). A PTX instruction has two bodies: its own, and
+// one that does the same on the host. Rules:
 //
 // - no asm, no intrinsic (`__shfl_sync`, `__expf`, ...) outside of this file and its parts,
 //   numbers.cuh and tensor_cores.cuh (matrix products);
 // - shared memory is dynamic (`shared_memory`), its size given at the launch;
-// - every launch goes through launch.cuh.
+// - blocks have one dimension; every launch goes through launch.cuh.
 //
 // PTX: "Parallel Thread Execution ISA", sections 9.7.8 (loads), 9.7.9 (cp.async), 9.7.14 (mma).
 #pragma once
@@ -20,86 +21,37 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 // ---- warps: all 32 lanes must call these together ----
 
-OCTAVO_DEVICE unsigned thread_in_block() {
-  return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
-}
-OCTAVO_DEVICE unsigned lane_index() { return thread_in_block() % kWarp; }
-OCTAVO_DEVICE unsigned warp_index() { return thread_in_block() / kWarp; }
+OCTAVO_DEVICE unsigned lane_index() { return threadIdx.x % kWarp; }
+OCTAVO_DEVICE unsigned warp_index() { return threadIdx.x / kWarp; }
 
-OCTAVO_DEVICE void sync_warp() {
-#ifdef OCTAVO_EMULATED
-  cuda_emulator::warp_collective(kAllLanes, "__syncwarp", nullptr, [](void* const*) {});
-#else
-  __syncwarp();
-#endif
-}
+OCTAVO_DEVICE void sync_warp() { __syncwarp(); }
 
 // The value that lane `source` (0 to 31) holds. T: 4 or 8 bytes.
 template <class T>
 OCTAVO_DEVICE T shuffle(T value, unsigned source) {
-#ifdef OCTAVO_EMULATED
-  struct Lane {
-    T value, result;
-    unsigned source;
-  } mine{value, value, source};
-  cuda_emulator::warp_collective(kAllLanes, "__shfl_sync", &mine, [](void* const* lanes) {
-    for (unsigned i = 0; i < kWarp; ++i) {
-      auto& lane = *static_cast<Lane*>(lanes[i]);
-      lane.result = static_cast<Lane*>(lanes[lane.source % kWarp])->value;
-    }
-  });
-  return mine.result;
-#else
   return __shfl_sync(kAllLanes, value, static_cast<int>(source));
-#endif
 }
-
 template <class T>
 OCTAVO_DEVICE T shuffle_xor(T value, unsigned mask) {
-#ifdef OCTAVO_EMULATED
-  return shuffle(value, lane_index() ^ mask);
-#else
   return __shfl_xor_sync(kAllLanes, value, static_cast<int>(mask));
-#endif
 }
-
 // From the lane `delta` below; the lowest lanes keep their own.
 template <class T>
 OCTAVO_DEVICE T shuffle_up(T value, unsigned delta) {
-#ifdef OCTAVO_EMULATED
-  return shuffle(value, lane_index() >= delta ? lane_index() - delta : lane_index());
-#else
   return __shfl_up_sync(kAllLanes, value, delta);
-#endif
 }
-
 // Bit i: whether lane i's predicate holds.
-OCTAVO_DEVICE unsigned ballot(bool predicate) {
-#ifdef OCTAVO_EMULATED
-  struct Lane {
-    bool predicate;
-    unsigned result;
-  } mine{predicate, 0};
-  cuda_emulator::warp_collective(kAllLanes, "__ballot_sync", &mine, [](void* const* lanes) {
-    unsigned bits = 0;
-    for (unsigned i = 0; i < kWarp; ++i)
-      bits |= static_cast<unsigned>(static_cast<Lane*>(lanes[i])->predicate) << i;
-    for (unsigned i = 0; i < kWarp; ++i) static_cast<Lane*>(lanes[i])->result = bits;
-  });
-  return mine.result;
-#else
-  return __ballot_sync(kAllLanes, predicate);
-#endif
-}
+OCTAVO_DEVICE unsigned ballot(bool predicate) { return __ballot_sync(kAllLanes, predicate); }
 
-// In every lane the same bits: the butterfly adds the same pairs on both sides.
-OCTAVO_DEVICE float warp_sum(float value) {
-  for (unsigned mask = kWarp / 2; mask; mask /= 2) value = add_rn(value, shuffle_xor(value, mask));
+// In every lane the same bits: the butterfly combines the same pairs on both sides.
+template <class T, class Combine>
+OCTAVO_DEVICE T warp_reduce(T value, Combine&& combine) {
+  for (unsigned mask = kWarp / 2; mask; mask /= 2) value = combine(value, shuffle_xor(value, mask));
   return value;
 }
+OCTAVO_DEVICE float warp_sum(float value) { return warp_reduce(value, add_rn); }
 OCTAVO_DEVICE float warp_max(float value) {
-  for (unsigned mask = kWarp / 2; mask; mask /= 2) value = fmaxf(value, shuffle_xor(value, mask));
-  return value;
+  return warp_reduce(value, [](float a, float b) { return fmaxf(a, b); });
 }
 
 // ---- memory ----
@@ -123,30 +75,28 @@ OCTAVO_DEVICE T* in_global_memory(T* pointer) {
   return pointer;
 }
 
-// 16 bytes from an address that is a multiple of 16.
+// The number, loaded or stored as a whole, at an address that is a multiple of its size.
+template <class Number, class Address>
+OCTAVO_DEVICE Number& aligned_at(Address* address, [[maybe_unused]] const char* what) {
+#ifdef OCTAVO_EMULATED
+  cuda_emulator::check_aligned(address, sizeof(Number), what);
+#endif
+  return *static_cast<Number*>(address);
+}
 OCTAVO_DEVICE uint4 load_16(const void* address) {
-#ifdef OCTAVO_EMULATED
-  cuda_emulator::check_aligned(address, 16, "a load of 16 bytes");
-#endif
-  return *static_cast<const uint4*>(address);
+  return aligned_at<const uint4>(address, "a load of 16 bytes");
 }
-
-// 8 bytes from or to an address that is a multiple of 8.
 OCTAVO_DEVICE uint2 load_8(const void* address) {
-#ifdef OCTAVO_EMULATED
-  cuda_emulator::check_aligned(address, 8, "a load of 8 bytes");
-#endif
-  return *static_cast<const uint2*>(address);
+  return aligned_at<const uint2>(address, "a load of 8 bytes");
 }
-
+OCTAVO_DEVICE void store_16(void* address, uint4 value) {
+  aligned_at<uint4>(address, "a store of 16 bytes") = value;
+}
 OCTAVO_DEVICE void store_8(void* address, uint2 value) {
-#ifdef OCTAVO_EMULATED
-  cuda_emulator::check_aligned(address, 8, "a store of 8 bytes");
-#endif
-  *static_cast<uint2*>(address) = value;
+  aligned_at<uint2>(address, "a store of 8 bytes") = value;
 }
 
-// The same for what is read once and by nobody else, as weights in decoding: past the first cache,
+// load_16 for what is read once and by nobody else, as weights in decoding: past the first cache,
 // first to be evicted from the second. Never for what the kernel before may still be writing.
 // Not ld.global.nc: ptxas puts such loads off until after griddepcontrol.wait, and with it the
 // whole gain of starting early (seen in the machine code that CUDA 13.0 makes for sm_90).
@@ -172,13 +122,6 @@ OCTAVO_DEVICE int computed_anew(int value) {
 }
 
 // What was loaded into it is loaded before whatever follows: the compiler may not put it off.
-OCTAVO_DEVICE void keep_in_registers(uint4& value) {
-#ifdef OCTAVO_EMULATED
-  static_cast<void>(value);
-#else
-  asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
-#endif
-}
 OCTAVO_DEVICE void keep_in_registers(uint2& value) {
 #ifdef OCTAVO_EMULATED
   static_cast<void>(value);
@@ -186,12 +129,12 @@ OCTAVO_DEVICE void keep_in_registers(uint2& value) {
   asm volatile("" : "+r"(value.x), "+r"(value.y));
 #endif
 }
-
-OCTAVO_DEVICE void store_16(void* address, uint4 value) {
+OCTAVO_DEVICE void keep_in_registers(uint4& value) {
 #ifdef OCTAVO_EMULATED
-  cuda_emulator::check_aligned(address, 16, "a store of 16 bytes");
+  static_cast<void>(value);
+#else
+  asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
 #endif
-  *static_cast<uint4*>(address) = value;
 }
 
 // cp.async: copies 16 bytes to shared memory in the background, or, where not `valid`, writes 16
@@ -237,23 +180,7 @@ OCTAVO_DEVICE void async_wait() {
 // Returns the value before.
 template <class T>
 OCTAVO_DEVICE T atomic_add(T* address, T value) {
-#ifdef OCTAVO_EMULATED
-  const T before = *address;
-  *address = before + value;
-  return before;
-#else
   return atomicAdd(address, value);
-#endif
-}
-template <class T>
-OCTAVO_DEVICE T atomic_max(T* address, T value) {
-#ifdef OCTAVO_EMULATED
-  const T before = *address;
-  if (value > before) *address = value;
-  return before;
-#else
-  return atomicMax(address, value);
-#endif
 }
 // Returns the value before. What this thread wrote before, and what others wrote before a barrier
 // that it passed since, is seen by whoever adds to the counter afterwards, and by those who pass a
@@ -271,12 +198,6 @@ OCTAVO_DEVICE T atomic_add_acquire_release(T* address, T value) {
                : "l"(address), "r"(value)
                : "memory");
   return before;
-#endif
-}
-// What this thread wrote before is seen by whoever sees what it writes afterwards.
-OCTAVO_DEVICE void fence() {
-#ifndef OCTAVO_EMULATED
-  __threadfence();
 #endif
 }
 // Waits until another block has made *counter `value` or more, and sees what it wrote before. The

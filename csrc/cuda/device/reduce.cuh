@@ -11,20 +11,21 @@ namespace octavo::cuda {
 constexpr unsigned kMostWarps = 32;
 
 // `partial`: shared memory for a value a warp, which nobody else touches before the next barrier
-// but one: two reductions in a row take two of them.
-template <class T, class Combine>
+// but one: two reductions in a row take two of them. known_warps: of a block whose size is
+// constant.
+template <unsigned known_warps = 0, class T, class Combine>
 OCTAVO_DEVICE T block_reduce(T value, T* partial, Combine&& combine) {
-  for (unsigned mask = kWarp / 2; mask; mask /= 2) value = combine(value, shuffle_xor(value, mask));
+  const unsigned warps = known_warps ? known_warps : blockDim.x / kWarp;
+  value = warp_reduce(value, combine);
   if (lane_index() == 0) partial[warp_index()] = value;
   __syncthreads();
   T result = partial[0];
-  for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp)
-    result = combine(result, partial[warp]);
+  for (unsigned warp = 1; warp < warps; ++warp) result = combine(result, partial[warp]);
   return result;
 }
 
 OCTAVO_DEVICE float block_sum(float value, float* partial) {
-  return block_reduce(value, partial, [](float a, float b) { return add_rn(a, b); });
+  return block_reduce(value, partial, add_rn);
 }
 
 OCTAVO_DEVICE float block_max(float value, float* partial) {
@@ -64,6 +65,32 @@ OCTAVO_DEVICE void store_four(T* p, float4 v, int count, bool aligned) {
   if (count > 1) p[1] = from_float<T>(v.y);
   if (count > 2) p[2] = from_float<T>(v.z);
   if (count > 3) p[3] = from_float<T>(v.w);
+}
+
+// ---- eight numbers: 16 bytes of 16-bit ones, twice as many of float32 ----
+
+template <class T>
+OCTAVO_DEVICE void unpack_eight(float (&to)[8], uint4 from) {
+  const std::uint32_t words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 two = unpack2<T>(words[i]);
+    to[2 * i] = two.x;
+    to[2 * i + 1] = two.y;
+  }
+}
+template <class T>
+OCTAVO_DEVICE uint4 pack_eight(const float (&x)[8]) {
+  return {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])};
+}
+OCTAVO_DEVICE void load_eight(float (&to)[8], const float* from) {
+  for (int i = 0; i < 2; ++i) {
+    const float4 four = bits_as<float4>(load_16(from + 4 * i));
+    to[4 * i] = four.x;
+    to[4 * i + 1] = four.y;
+    to[4 * i + 2] = four.z;
+    to[4 * i + 3] = four.w;
+  }
 }
 
 }  // namespace octavo::cuda

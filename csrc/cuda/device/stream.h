@@ -1,4 +1,4 @@
-// One CUDA device and the stream on which all of its work runs in order.
+// One CUDA device, the stream on which all of its work runs in order, and its memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,7 +32,6 @@ class Stream {
   void sync();
 
   cudaStream_t handle() const { return handle_; }
-  int device() const { return device_; }
   const std::string& device_name() const { return name_; }
   int num_processors() const { return num_processors_; }              // "streaming multiprocessors"
   int compute_capability() const { return compute_capability_; }      // 80, 90, ...
@@ -54,6 +53,30 @@ class Stream {
   bool tiles_apart_ = false;
   std::array<const char*, 8> launched_{};  // the latest ones, in turn
   std::uint64_t num_launched_ = 0;
+};
+
+// Throws std::bad_alloc (MemoryError in Python) that says what was asked for and what is free.
+void* allocate_on(const Stream& stream, std::size_t bytes);
+
+// Device memory for what an op keeps between its kernels. It grows when more than ever is asked
+// for; the backend asks for the largest step's before the first one, so that no step makes it grow
+// (recorded graphs hold its address).
+class Workspace {
+ public:
+  explicit Workspace(Stream& stream) : stream_(stream) {}
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  // At least `bytes` bytes, aligned to 256; what they held before is lost. New memory is zero.
+  void* get(std::size_t bytes);
+  std::int64_t growths() const { return growths_; }
+
+ private:
+  Stream& stream_;
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+  std::int64_t growths_ = 0;
 };
 
 }  // namespace octavo::cuda

@@ -80,8 +80,8 @@ template <class Unit>
 void launch_copy(Stream& stream, View out, View x, const std::int32_t* rows) {
   const std::int64_t per_unit = static_cast<std::int64_t>(sizeof(Unit)) * 8 / bits_of(out.dtype);
   const std::int64_t units = out.cols / per_unit;
-  const dim3 grid(static_cast<unsigned>(out.rows), blocks_of(units, kCopyThreads));
-  launch(stream, "copy_rows", {grid, {kCopyThreads}, 0, true}, copy_rows<Unit>, out.data, x.data,
+  const dim3 grid = dims(out.rows, ceil_div(units, kCopyThreads));
+  launch(stream, "copy_rows", {grid, kCopyThreads, 0, true}, copy_rows<Unit>, out.data, x.data,
          rows, out.stride / per_unit, x.stride / per_unit, units);
 }
 
@@ -98,10 +98,9 @@ void CudaBackend::gated_activation(View out, View x, Activation activation, bool
                         static_cast<int>(out.cols),
                         gated,
                         fours_aligned(out) && fours_aligned(x) && (!gated || out.cols % 4 == 0)};
-  const dim3 grid(static_cast<unsigned>(out.rows),
-                  blocks_of(out.cols, 4 * kActivationGroups * kActivationThreads));
+  const dim3 grid = dims(out.rows, ceil_div(out.cols, 4 * kActivationGroups * kActivationThreads));
   for_type("gated_activation", out.dtype, [&](auto zero) {
-    launch(stream_, "activate_rows", {grid, {kActivationThreads}, 0, true},
+    launch(stream_, "activate_rows", {grid, kActivationThreads, 0, true},
            activation_kernel<decltype(zero)>(activation), a);
   });
 }

@@ -5,7 +5,6 @@
 // one load a thread. Moves a row of the table and a float32 row.
 
 #include "cuda/backend.h"
-#include "cuda/device/launch.cuh"
 #include "cuda/elementwise/elementwise.cuh"
 #include "cuda/layout/weights.cuh"
 
@@ -16,26 +15,12 @@ namespace {
 constexpr unsigned kThreads = 128;
 constexpr int kEach = 8;  // numbers of a thread
 
-template <class T>
-OCTAVO_DEVICE void unpack_eight(float (&out)[kEach], uint4 bytes) {
-  const std::uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = unpack2<T>(words[i]);
-    out[2 * i] = pair.x;
-    out[2 * i + 1] = pair.y;
-  }
-}
-
 // Weights `first` (a multiple of 8, within the row) and the seven behind it: the bits of
 // weight_at. What lies behind the row's end is padding.
 OCTAVO_DEVICE void weights_at(float (&out)[kEach], const Matrix& m, int output, int first) {
   const unsigned char* row = m.row(output);
   if (m.codes == Codes::f32) {
-    const auto* at = reinterpret_cast<const float*>(row) + first;
-    const auto low = bits_as<float4>(load_16(at)), high = bits_as<float4>(load_16(at + 4));
-    const float values[kEach] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    for (int j = 0; j < kEach; ++j) out[j] = values[j];
+    load_eight(out, reinterpret_cast<const float*>(row) + first);
   } else if (m.codes == Codes::f16) {
     unpack_eight<F16>(out, load_16(row + 2 * first));
   } else if (m.codes == Codes::bf16) {
@@ -57,6 +42,7 @@ OCTAVO_DEVICE void weights_at(float (&out)[kEach], const Matrix& m, int output, 
       out[j] = weight_of(m, scale, static_cast<int>(word >> 4 * place_of(m.codes, j) & 15));
   }
 }
+
 struct EmbedArguments {
   float* out;
   std::int64_t out_stride;
@@ -109,8 +95,8 @@ void CudaBackend::embed(View out, const Linear& table, const Linear* positions, 
   a.ids = step.token_ids;
   a.positions = positions ? step.positions : nullptr;
   a.sampled = step.sampled;
-  const dim3 grid(static_cast<unsigned>(out.rows), blocks_of(out.cols, kEach * kThreads));
-  launch(stream_, "embed_rows", {grid, {kThreads}, 0, true}, embed_rows, a);
+  const dim3 grid = dims(out.rows, ceil_div(out.cols, kEach * kThreads));
+  launch(stream_, "embed_rows", {grid, kThreads, 0, true}, embed_rows, a);
 }
 
 }  // namespace octavo::cuda

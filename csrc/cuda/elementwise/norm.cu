@@ -94,7 +94,6 @@ void launch_norm(Stream& stream, const char* op, View out, View residual, const 
   require(out.cols <= kMostWidth, op, " of rows of ", out.cols, " numbers; the kernel takes up to ",
           kMostWidth);
   if (out.rows == 0 || out.cols == 0) return;
-  const auto aligned = [](const float* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
   NormArguments a{};
   a.out = out.data;
   a.residual = static_cast<float*>(residual.data);
@@ -109,12 +108,11 @@ void launch_norm(Stream& stream, const char* op, View out, View residual, const 
   a.centered = norm.spec.kind == NormKind::layer;
   a.rows_aligned =
       fours_aligned(out) && fours_aligned(residual) && (!added || fours_aligned(*added));
-  a.weights_aligned = aligned(norm.weight) && aligned(norm.bias);
+  a.weights_aligned = is_aligned(norm.weight, 16) && is_aligned(norm.bias, 16);
 
   const NormShape shared = norm_shape(a.width);
   const unsigned threads = static_cast<unsigned>(shared.warps) * kWarp;
-  const LaunchShape shape{
-      {static_cast<unsigned>(out.rows)}, {threads}, 2 * kMostWarps * sizeof(float), true};
+  const LaunchShape shape{dims(out.rows), threads, 2 * kMostWarps * sizeof(float), true};
   for_type(op, out.dtype, [&](auto zero) {
     using T = decltype(zero);
     launch(stream, "norm_rows", shape,

@@ -57,6 +57,15 @@ struct RowsToNorm {
   OCTAVO_HOST_DEVICE int shared_bytes() const { return sums_at() + rows * warps() * 4; }
 };
 
+inline RowsToNorm rows_to_norm(View residual, const Norm& norm) {
+  return {residual.row(0),
+          residual.stride,
+          norm.weight,
+          static_cast<int>(residual.rows),
+          static_cast<int>(residual.cols),
+          norm.spec.eps};
+}
+
 // Before the wait for the kernel before: the weights are sent for.
 OCTAVO_DEVICE void begin_norm(const RowsToNorm& a, unsigned char* shared) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);

@@ -2,6 +2,7 @@
 
 #include "cuda/backend.h"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/reduce.cuh"
 #include "cuda/elementwise/rope.cuh"
 
 namespace octavo::cuda {
@@ -16,32 +17,23 @@ struct HeadVector {
   float first[kPairsPerLane], second[kPairsPerLane];
 };
 
-// Puts a key (or value) where it belongs; int8 as 127 steps of the vector's largest magnitude.
-OCTAVO_DEVICE void store_vector(const RopeArguments& a, const HeadVector& x, int slot, int kv_head,
-                                bool is_value) {
-  const KvLayout& cache = a.cache;
-  const int half = (a.head_dim + 1) / 2, lane = static_cast<int>(lane_index());
-  const int within = slot % cache.block_size;
-  unsigned char* items = a.cache_data + cache.head_at(slot / cache.block_size, kv_head);
+// Puts a key or value where it belongs.
+OCTAVO_DEVICE void store_vector(const Place& place, const HeadVector& x, int head_dim) {
+  const int half = (head_dim + 1) / 2, lane = static_cast<int>(lane_index());
   float scale = 1.0f;
-  if (cache.dtype == DType::int8) {
+  if (place.cache.dtype == DType::int8) {
     float largest = 0.0f;
     for (int n = 0; n < kPairsPerLane; ++n)
       largest = fmaxf(largest, fmaxf(fabsf(x.first[n]), fabsf(x.second[n])));
     largest = warp_max(largest);
     if (largest > 0.0f) scale = divide_rn(largest, 127.0f);
-    if (lane == 0)
-      reinterpret_cast<float*>(
-          items + cache.scales_at())[is_value ? cache.block_size + within : within] = scale;
+    if (lane == 0) place.set_scale(scale);
   }
   for (int n = 0; n < kPairsPerLane; ++n) {
     const int i = lane + 32 * n;
     if (i >= half) continue;
-    const auto at = [&](int d) {
-      return is_value ? cache.value_item(within, d) : cache.key_item(within, d);
-    };
-    store_item(items, cache.dtype, at(i), x.first[n], scale);
-    if (i + half < a.head_dim) store_item(items, cache.dtype, at(i + half), x.second[n], scale);
+    place.store(i, x.first[n], scale);
+    if (i + half < head_dim) place.store(i + half, x.second[n], scale);
   }
 }
 
@@ -93,7 +85,7 @@ __global__ void rope_and_store_kernel(RopeArguments a) {
     x.first[n] = to_float(lower);
     x.second[n] = to_float(upper);
   }
-  if (slot >= 0) store_vector(a, x, slot, (head - a.num_heads) % a.num_kv_heads, is_value);
+  if (slot >= 0) store_vector(Place(a, slot, head), x, a.head_dim);
 }
 
 // ---- the same, 16 bytes at a time ----
@@ -106,29 +98,6 @@ struct WidePiece {
 };
 
 template <class T>
-OCTAVO_DEVICE void unpack8(float (&to)[8], uint4 from) {
-  const std::uint32_t words[4] = {from.x, from.y, from.z, from.w};
-  for (int i = 0; i < 4; ++i) {
-    const float2 two = unpack2<T>(words[i]);
-    to[2 * i] = two.x;
-    to[2 * i + 1] = two.y;
-  }
-}
-template <class T>
-OCTAVO_DEVICE uint4 pack8(const float (&x)[8]) {
-  return {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])};
-}
-OCTAVO_DEVICE void load8(float (&to)[8], const float* from) {
-  for (int i = 0; i < 2; ++i) {
-    const float4 four = bits_as<float4>(load_16(from + 4 * i));
-    to[4 * i] = four.x;
-    to[4 * i + 1] = four.y;
-    to[4 * i + 2] = four.z;
-    to[4 * i + 3] = four.w;
-  }
-}
-
-template <class T>
 OCTAVO_DEVICE void rotate(WidePiece& x, const float (&cosine)[8], const float (&sine)[8]) {
   for (int i = 0; i < 8; ++i) {
     const float first = x.first[i], second = x.second[i];
@@ -139,27 +108,19 @@ OCTAVO_DEVICE void rotate(WidePiece& x, const float (&cosine)[8], const float (&
 
 // scale: of int8.
 template <class T>
-OCTAVO_DEVICE void store_wide(const RopeArguments& a, const WidePiece& x, int slot, int kv_head,
-                              bool is_value, int piece, float scale) {
-  const KvLayout& cache = a.cache;
-  const int half = a.head_dim / 2, within = slot % cache.block_size;
-  unsigned char* items = a.cache_data + cache.head_at(slot / cache.block_size, kv_head);
-  if (cache.dtype == DType::int8 && piece == 0)
-    reinterpret_cast<float*>(
-        items + cache.scales_at())[is_value ? cache.block_size + within : within] = scale;
-  if (!is_value && cache.dtype == (std::is_same_v<T, Bf16> ? DType::bf16 : DType::f16)) {
-    unsigned char* key = items + 2 * cache.key_item(within, 8 * piece);
-    store_16(key, pack8<T>(x.first));
-    store_16(key + 2 * half, pack8<T>(x.second));
+OCTAVO_DEVICE void store_wide(const Place& place, const WidePiece& x, int piece, int half,
+                              float scale) {
+  const KvLayout& cache = place.cache;
+  if (cache.dtype == DType::int8 && piece == 0) place.set_scale(scale);
+  if (!place.is_value && cache.dtype == (std::is_same_v<T, Bf16> ? DType::bf16 : DType::f16)) {
+    unsigned char* key = place.items + 2 * cache.key_item(place.within, 8 * piece);
+    store_16(key, pack_eight<T>(x.first));
+    store_16(key + 2 * half, pack_eight<T>(x.second));
     return;
   }
   for (int i = 0; i < 8; ++i) {
-    const int d = 8 * piece + i;
-    const auto at = [&](int e) {
-      return is_value ? cache.value_item(within, e) : cache.key_item(within, e);
-    };
-    store_item(items, cache.dtype, at(d), x.first[i], scale);
-    store_item(items, cache.dtype, at(d + half), x.second[i], scale);
+    place.store(8 * piece + i, x.first[i], scale);
+    place.store(8 * piece + i + half, x.second[i], scale);
   }
 }
 
@@ -179,20 +140,20 @@ __global__ void rope_and_store_wide_kernel(RopeArguments a) {
   float cosine[8], sine[8];
   if (rotates) {
     const std::int64_t angles = static_cast<std::int64_t>(a.positions[token]) * half + 8 * piece;
-    load8(cosine, a.cosines + angles);
-    load8(sine, a.sines + angles);
+    load_eight(cosine, a.cosines + angles);
+    load_eight(sine, a.sines + angles);
   }
   wait_for_previous_kernel();
   WidePiece x = {};
   T* row = static_cast<T*>(a.qkv) + token * a.stride + head * a.head_dim + 8 * piece;
   if (rotates || slot >= 0) {
-    unpack8<T>(x.first, load_16(row));
-    unpack8<T>(x.second, load_16(row + half));
+    unpack_eight<T>(x.first, load_16(row));
+    unpack_eight<T>(x.second, load_16(row + half));
   }
   if (rotates) {
     rotate<T>(x, cosine, sine);
-    store_16(row, pack8<T>(x.first));
-    store_16(row + half, pack8<T>(x.second));
+    store_16(row, pack_eight<T>(x.first));
+    store_16(row + half, pack_eight<T>(x.second));
   }
   float scale = 1.0f;
   if (a.cache.dtype == DType::int8) {
@@ -203,17 +164,14 @@ __global__ void rope_and_store_wide_kernel(RopeArguments a) {
       largest = fmaxf(largest, shuffle_xor(largest, static_cast<unsigned>(mask)));
     if (largest > 0.0f) scale = divide_rn(largest, 127.0f);
   }
-  if (slot >= 0)
-    store_wide<T>(a, x, slot, (head - a.num_heads) % a.num_kv_heads, is_value, piece, scale);
+  if (slot >= 0) store_wide<T>(Place(a, slot, head), x, piece, half, scale);
 }
 
 bool can_be_wide(View qkv, const RopeArguments& a) {
-  const auto aligned = [](const void* data) {
-    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
-  };
   const int dim = a.head_dim;
   return bits_of(qkv.dtype) == 16 && dim >= 16 && (dim & (dim - 1)) == 0 && qkv.stride % 8 == 0 &&
-         aligned(qkv.data) && aligned(a.cosines) && aligned(a.sines) && aligned(a.cache_data);
+         is_aligned(qkv.data, 16) && is_aligned(a.cosines, 16) && is_aligned(a.sines, 16) &&
+         is_aligned(a.cache.data, 16);
 }
 
 }  // namespace
@@ -226,30 +184,19 @@ void CudaBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& la
           "; only an even one can be rotated");
   if (step.num_tokens == 0) return;
   const RopeArguments a = rope_arguments(qkv, rope, layer, kv, step);
-  const auto heads = static_cast<unsigned>(layer.num_heads + 2 * layer.num_kv_heads);
+  const int heads = a.num_heads + 2 * a.num_kv_heads;
   if (can_be_wide(qkv, a)) {
-    const unsigned pieces = heads * static_cast<unsigned>(a.head_dim / 16);
-    const LaunchShape wide{
-        dim3(static_cast<unsigned>(step.num_tokens), (pieces + kWideThreads - 1) / kWideThreads),
-        dim3(kWideThreads), 0, true};
-    return launch(stream_, "rope_and_store", wide,
-                  qkv.dtype == DType::bf16 ? rope_and_store_wide_kernel<Bf16>
-                                           : rope_and_store_wide_kernel<F16>,
-                  a);
+    const dim3 grid = dims(step.num_tokens, ceil_div(heads * (a.head_dim / 16), kWideThreads));
+    return for_16_bits(qkv.dtype, [&](auto zero) {
+      launch(stream_, "rope_and_store", {grid, kWideThreads, 0, true},
+             rope_and_store_wide_kernel<decltype(zero)>, a);
+    });
   }
-  const LaunchShape shape{
-      dim3(static_cast<unsigned>(step.num_tokens), (heads + kHeadsPerBlock - 1) / kHeadsPerBlock),
-      dim3(kWarp * kHeadsPerBlock), 0, true};
-  switch (qkv.dtype) {
-    case DType::f32:
-      return launch(stream_, "rope_and_store", shape, rope_and_store_kernel<float>, a);
-    case DType::bf16:
-      return launch(stream_, "rope_and_store", shape, rope_and_store_kernel<Bf16>, a);
-    case DType::f16:
-      return launch(stream_, "rope_and_store", shape, rope_and_store_kernel<F16>, a);
-    default:
-      throw std::invalid_argument(text("qkv is ", name(qkv.dtype), "; expected f32, bf16 or f16"));
-  }
+  const dim3 grid = dims(step.num_tokens, ceil_div(heads, kHeadsPerBlock));
+  for_type("rope_and_store", qkv.dtype, [&](auto zero) {
+    launch(stream_, "rope_and_store", {grid, kWarp * kHeadsPerBlock, 0, true},
+           rope_and_store_kernel<decltype(zero)>, a);
+  });
 }
 
 }  // namespace octavo::cuda

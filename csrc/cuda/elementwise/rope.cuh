@@ -14,7 +14,6 @@ struct RopeArguments {
   const std::int32_t *positions, *slots;
   int num_heads, num_kv_heads, head_dim;
   KvLayout cache;
-  unsigned char* cache_data;
 };
 
 inline RopeArguments rope_arguments(View qkv, const Rope* rope, const LayerSpec& layer,
@@ -30,7 +29,6 @@ inline RopeArguments rope_arguments(View qkv, const Rope* rope, const LayerSpec&
   a.num_kv_heads = static_cast<int>(layer.num_kv_heads);
   a.head_dim = static_cast<int>(layer.head_dim);
   a.cache = layout_of(kv);
-  a.cache_data = static_cast<unsigned char*>(kv.data);
   return a;
 }
 
@@ -44,25 +42,33 @@ OCTAVO_DEVICE T turned_second(float first, float second, float cosine, float sin
   return from_float<T>(add_rn(multiply_rn(second, cosine), multiply_rn(first, sine)));
 }
 
-// scale: of int8.
-OCTAVO_DEVICE void store_item(unsigned char* items, DType dtype, int index, float value,
-                              float scale) {
-  switch (dtype) {
-    case DType::f32:
-      reinterpret_cast<float*>(items)[index] = value;
-      break;
-    case DType::bf16:
-      reinterpret_cast<Bf16*>(items)[index] = from_float<Bf16>(value);
-      break;
-    case DType::f16:
-      reinterpret_cast<F16*>(items)[index] = from_float<F16>(value);
-      break;
-    default: {
-      const float steps = rintf(divide_rn(value, scale));  // ties to even
-      reinterpret_cast<std::int8_t*>(items)[index] =
-          static_cast<std::int8_t>(fminf(127.0f, fmaxf(-127.0f, steps)));
-    }
+// Where a token's key or value goes.
+struct Place {
+  const KvLayout& cache;
+  unsigned char* items;  // of the block and KV head
+  int within;            // the block, of the token
+  bool is_value;
+
+  // head: among those of q, k and v.
+  OCTAVO_DEVICE Place(const RopeArguments& a, int slot, int head)
+      : cache(a.cache),
+        items(cache.data +
+              cache.head_at(slot / cache.block_size, (head - a.num_heads) % a.num_kv_heads)),
+        within(slot % cache.block_size),
+        is_value(head >= a.num_heads + a.num_kv_heads) {}
+
+  OCTAVO_DEVICE void set_scale(float scale) const {
+    auto* scales = reinterpret_cast<float*>(items + cache.scales_at());
+    scales[is_value ? cache.block_size + within : within] = scale;
   }
-}
+  // Element d; scale: of int8, 127 steps of the vector's largest magnitude.
+  OCTAVO_DEVICE void store(int d, float value, float scale) const {
+    const int at = is_value ? cache.value_item(within, d) : cache.key_item(within, d);
+    if (cache.dtype != DType::int8) return write_number(items, cache.dtype, at, value);
+    const float steps = rintf(divide_rn(value, scale));  // ties to even
+    reinterpret_cast<std::int8_t*>(items)[at] =
+        static_cast<std::int8_t>(fminf(127.0f, fmaxf(-127.0f, steps)));
+  }
+};
 
 }  // namespace octavo::cuda

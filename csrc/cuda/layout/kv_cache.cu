@@ -48,7 +48,7 @@ std::int64_t CudaBackend::kv_block_bytes(const LayerSpec& layer, DType dtype,
 void CudaBackend::read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector<float>& keys,
                           std::vector<float>& values) {
   const KvLayout layout = layout_of(kv);
-  const std::int64_t num_blocks = (num_slots + kv.block_size - 1) / kv.block_size;
+  const std::int64_t num_blocks = ceil_div(num_slots, kv.block_size);
   std::vector<unsigned char> bytes(static_cast<std::size_t>(num_blocks * layout.block_bytes));
   check(cudaMemcpyAsync(bytes.data(), kv.data, bytes.size(), cudaMemcpyDeviceToHost,
                         stream_.handle()),
@@ -77,13 +77,11 @@ void CudaBackend::read_kv(const KvLayer& kv, std::int64_t num_slots, std::vector
 void CudaBackend::copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) {
   const std::int64_t block_bytes = layout_of(kv).block_bytes;
   constexpr unsigned kThreads = 128;
-  const auto blocks = static_cast<unsigned>(
-      std::min<std::int64_t>((block_bytes / 16 + kThreads - 1) / kThreads, 64));
+  const std::int64_t blocks = std::min(ceil_div(block_bytes / 16, kThreads), std::int64_t{64});
   BlockPairs batch;
   const auto flush = [&] {
     if (batch.count == 0) return;
-    launch(stream_, "copy_blocks",
-           {dim3(static_cast<unsigned>(batch.count), blocks), dim3(kThreads), 0, true},
+    launch(stream_, "copy_blocks", {dims(batch.count, blocks), kThreads, 0, true},
            copy_blocks_kernel, static_cast<unsigned char*>(kv.data), block_bytes, batch);
     batch.count = 0;
   };

@@ -24,7 +24,7 @@ constexpr int kPageTokens = 16;
 
 // By value to kernels. Counts of numbers ("items"), not of bytes, unless the name says so.
 struct KvLayout {
-  const unsigned char* data = nullptr;
+  unsigned char* data = nullptr;
   DType dtype = DType::f32;
   int block_size = 0;
   int num_kv_heads = 0;
@@ -66,22 +66,15 @@ inline KvLayout make_layout(DType dtype, std::int64_t block_size, std::int64_t n
 
 inline KvLayout layout_of(const KvLayer& kv) {
   KvLayout layout = make_layout(kv.dtype, kv.block_size, kv.num_kv_heads, kv.head_dim);
-  layout.data = static_cast<const unsigned char*>(kv.data);
+  layout.data = static_cast<unsigned char*>(kv.data);
   return layout;
 }
 
 // One stored number; int8 without its scale.
 OCTAVO_HOST_DEVICE float load_item(const unsigned char* items, DType dtype, int index) {
-  switch (dtype) {
-    case DType::f32:
-      return reinterpret_cast<const float*>(items)[index];
-    case DType::bf16:
-      return to_float(reinterpret_cast<const Bf16*>(items)[index]);
-    case DType::f16:
-      return to_float(reinterpret_cast<const F16*>(items)[index]);
-    default:
-      return static_cast<float>(reinterpret_cast<const std::int8_t*>(items)[index]);
-  }
+  if (dtype == DType::int8)
+    return static_cast<float>(reinterpret_cast<const std::int8_t*>(items)[index]);
+  return read_number(items, dtype, index);
 }
 
 }  // namespace octavo::cuda

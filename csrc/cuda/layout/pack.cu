@@ -4,8 +4,11 @@
 // thread makes 16 bytes of the packed matrix (32 of float32): it reads what they are made of and
 // writes them at once. The padding of a row was zeroed with the buffer.
 
+#include <algorithm>
+
 #include "cuda/backend.h"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/reduce.cuh"
 #include "cuda/layout/weights.cuh"
 
 namespace octavo::cuda {
@@ -22,11 +25,17 @@ struct Source {
   int rows, cols;
 };
 
-// Blocks of a loop over `items`, all threads of all of them together: enough to fill any device.
-unsigned blocks_for(const Stream& stream, long long items) {
-  const long long most = 16LL * stream.num_processors();
-  const long long wanted = (items + kThreads - 1) / kThreads;
-  return static_cast<unsigned>(wanted < most ? wanted : most);
+// For a loop over `items`, all threads together: enough blocks to fill any device.
+LaunchShape shape_for(const Stream& stream, long long items) {
+  return {dims(std::min(ceil_div(items, kThreads), 16LL * stream.num_processors())), kThreads};
+}
+// Calls body(item) for those of a thread.
+template <class Body>
+OCTAVO_DEVICE void for_each_item(long long items, Body&& body) {
+  const long long step = static_cast<long long>(gridDim.x) * kThreads;
+  for (long long item = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x; item < items;
+       item += step)
+    body(item);
 }
 
 OCTAVO_DEVICE int source_code(const Source& source, long long row, int input) {
@@ -41,28 +50,22 @@ OCTAVO_DEVICE int source_code(const Source& source, long long row, int input) {
 __global__ void pack_numbers(unsigned char* to, long long row_bytes, DType to_dtype,
                              Source source) {
   const int pieces = ceil_div(source.cols, 8);
-  const long long items = static_cast<long long>(source.rows) * pieces;
-  const long long step = static_cast<long long>(gridDim.x) * kThreads;
-  for (long long item = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x; item < items;
-       item += step) {
+  for_each_item(static_cast<long long>(source.rows) * pieces, [&](long long item) {
     const long long row = item / pieces;
     const int first = static_cast<int>(item % pieces) * 8;
     for (int i = first; i < first + 8 && i < source.cols; ++i) {
       const float value = read_number(source.data, source.dtype, row * source.cols + i);
       write_number(to + row * row_bytes, to_dtype, i, value);
     }
-  }
+  });
 }
 
 // A thread takes 16 bytes: lane t's part of a unit of a row.
 __global__ void pack_codes(unsigned char* to, long long row_bytes, Codes codes, int units,
                            Source source) {
-  const long long items = static_cast<long long>(source.rows) * units * 4;
-  const long long step = static_cast<long long>(gridDim.x) * kThreads;
   const int per_block = codes == Codes::int8 ? 8 : 4;  // bytes a lane and block
   const int bits = codes == Codes::int8 ? 8 : 4;
-  for (long long item = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x; item < items;
-       item += step) {
+  for_each_item(static_cast<long long>(source.rows) * units * 4, [&](long long item) {
     const int t = static_cast<int>(item % 4), unit = static_cast<int>(item / 4 % units);
     const long long row = item / 4 / units;
     std::uint32_t words[4] = {};
@@ -76,7 +79,7 @@ __global__ void pack_codes(unsigned char* to, long long row_bytes, Codes codes, 
     }
     store_16(to + row * row_bytes + unit * kUnitBytes + 16 * t,
              uint4{words[0], words[1], words[2], words[3]});
-  }
+  });
 }
 
 // Rounds rows of numbers to int8: 127 steps of the row's largest magnitude, the scale in bf16. A
@@ -88,11 +91,7 @@ __global__ void round_to_int8(unsigned char* to, long long row_bytes, float* sca
   float largest = 0.0f;
   for (int i = static_cast<int>(threadIdx.x); i < source.cols; i += kThreads)
     largest = fmaxf(largest, fabsf(read_number(source.data, source.dtype, row * source.cols + i)));
-  largest = warp_max(largest);
-  if (lane_index() == 0) largest_of_warp[warp_index()] = largest;
-  __syncthreads();
-  for (unsigned warp = 0; warp < kThreads / kWarp; ++warp)
-    largest = fmaxf(largest, largest_of_warp[warp]);
+  largest = block_max(largest, largest_of_warp);
   float scale = to_float(from_float<Bf16>(divide_rn(largest, 127.0f)));
   if (!(scale > 0.0f)) scale = 1.0f;
   if (threadIdx.x == 0) scales[row] = scale;
@@ -145,20 +144,19 @@ void pack_piece(Stream& stream, const Matrix& matrix, std::int64_t first_row,
   const bool is_float = source.dtype != DType::int8 && source.dtype != DType::int4;
   if (is_float && matrix.codes == Codes::int8) {
     auto* scales = const_cast<float*>(matrix.output_scales) + first_row;
-    const LaunchShape shape{dim3(static_cast<unsigned>(source.rows)), dim3(kThreads),
-                            kThreads / kWarp * sizeof(float)};
+    const LaunchShape shape{dims(source.rows), kThreads, kThreads / kWarp * sizeof(float)};
     launch(stream, "round_to_int8", shape, round_to_int8, to, matrix.row_bytes, scales, source);
   } else if (is_float) {
     const DType dtype = matrix.codes == Codes::f32   ? DType::f32
                         : matrix.codes == Codes::f16 ? DType::f16
                                                      : DType::bf16;
     const long long items = static_cast<long long>(source.rows) * ceil_div(source.cols, 8);
-    launch(stream, "pack_numbers", {dim3(blocks_for(stream, items)), dim3(kThreads)}, pack_numbers,
-           to, matrix.row_bytes, dtype, source);
+    launch(stream, "pack_numbers", shape_for(stream, items), pack_numbers, to, matrix.row_bytes,
+           dtype, source);
   } else {
     const long long items = static_cast<long long>(source.rows) * matrix.units * 4;
-    launch(stream, "pack_codes", {dim3(blocks_for(stream, items)), dim3(kThreads)}, pack_codes, to,
-           matrix.row_bytes, matrix.codes, matrix.units, source);
+    launch(stream, "pack_codes", shape_for(stream, items), pack_codes, to, matrix.row_bytes,
+           matrix.codes, matrix.units, source);
   }
 }
 

@@ -32,10 +32,6 @@ namespace octavo::cuda {
 constexpr int kBlock = 32;      // inputs
 constexpr int kUnitBytes = 64;  // of a row
 
-OCTAVO_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
-OCTAVO_HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
-OCTAVO_HOST_DEVICE int round_up(int a, int b) { return ceil_div(a, b) * b; }
-
 // What a weight is, as kernels tell formats apart.
 enum class Codes : int { f32, f16, bf16, int8, int4, int4_levels };
 
@@ -79,20 +75,6 @@ OCTAVO_HOST_DEVICE int place_of(Codes codes, int input) {
   }
   const int nibble = j % 2 * 4 + j / 2;
   return input / 128 * 128 + 8 * (4 * t + input % 128 / kBlock) + nibble;
-}
-
-OCTAVO_DEVICE float read_number(const void* data, DType dtype, long long index) {
-  if (dtype == DType::f32) return static_cast<const float*>(data)[index];
-  const std::uint32_t bits = static_cast<const std::uint16_t*>(data)[index];
-  return dtype == DType::bf16 ? unpack2<Bf16>(bits).x : unpack2<F16>(bits).x;
-}
-OCTAVO_DEVICE void write_number(void* data, DType dtype, long long index, float value) {
-  if (dtype == DType::f32)
-    static_cast<float*>(data)[index] = value;
-  else if (dtype == DType::bf16)
-    static_cast<Bf16*>(data)[index] = from_float<Bf16>(value);
-  else
-    static_cast<F16*>(data)[index] = from_float<F16>(value);
 }
 
 // A View as kernels get it.

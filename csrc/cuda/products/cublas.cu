@@ -65,25 +65,66 @@ struct Heuristic {  // cublasLtMatmulHeuristicResult_t
   int reserved[4];
 };
 
-struct Functions {
-  std::size_t (*version)();
-  Status (*create)(Handle*);
-  Status (*destroy)(Handle);
-  Status (*create_product)(Handle*, int compute_type, cudaDataType_t scale_type);
-  Status (*set_product)(Handle, int attribute, const void*, std::size_t);
-  Status (*destroy_product)(Handle);
+// The library and its functions, each found by its name where it is declared.
+class Library {
+ private:  // first, since what is below begins with it
+  struct Found {
+    void* address;
+    template <class Function>
+    operator Function*() const {
+      return reinterpret_cast<Function*>(address);
+    }
+  };
+  Found find_function(const char* name) {
+    void* address = dlsym(handle_, name);
+    is_complete_ = is_complete_ && address;
+    return {address};
+  }
+
+  void* handle_;
+  bool is_complete_ = true;
+
+ public:
+  explicit Library(void* handle) : handle_(handle) {}
+  Library(const Library&) = delete;
+  Library& operator=(const Library&) = delete;
+  ~Library() { dlclose(handle_); }
+
+  // The first that is there and has all that is needed; null where there is none.
+  static std::unique_ptr<Library> open() {
+    for (const char* name :
+         {"libcublasLt.so.13", "libcublasLt.so.12", "/usr/local/cuda/lib64/libcublasLt.so.13",
+          "/usr/local/cuda/lib64/libcublasLt.so.12"}) {
+      void* handle = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+      if (!handle) continue;
+      auto library = std::make_unique<Library>(handle);
+      if (library->is_complete_ && library->version() >= kOldestVersion) return library;
+    }
+    return nullptr;
+  }
+
+  std::size_t (*version)() = find_function("cublasLtGetVersion");
+  Status (*create)(Handle*) = find_function("cublasLtCreate");
+  Status (*destroy)(Handle) = find_function("cublasLtDestroy");
+  Status (*create_product)(Handle*, int compute_type,
+                           cudaDataType_t scale_type) = find_function("cublasLtMatmulDescCreate");
+  Status (*set_product)(Handle, int attribute, const void*,
+                        std::size_t) = find_function("cublasLtMatmulDescSetAttribute");
+  Status (*destroy_product)(Handle) = find_function("cublasLtMatmulDescDestroy");
   Status (*create_layout)(Handle*, cudaDataType_t, std::uint64_t rows, std::uint64_t cols,
-                          std::int64_t stride);
-  Status (*destroy_layout)(Handle);
-  Status (*create_preference)(Handle*);
-  Status (*set_preference)(Handle, int attribute, const void*, std::size_t);
-  Status (*destroy_preference)(Handle);
+                          std::int64_t stride) = find_function("cublasLtMatrixLayoutCreate");
+  Status (*destroy_layout)(Handle) = find_function("cublasLtMatrixLayoutDestroy");
+  Status (*create_preference)(Handle*) = find_function("cublasLtMatmulPreferenceCreate");
+  Status (*set_preference)(Handle, int attribute, const void*,
+                           std::size_t) = find_function("cublasLtMatmulPreferenceSetAttribute");
+  Status (*destroy_preference)(Handle) = find_function("cublasLtMatmulPreferenceDestroy");
   Status (*find)(Handle, Handle product, Handle a, Handle b, Handle c, Handle d, Handle preference,
-                 int wanted, Heuristic*, int* found);
+                 int wanted, Heuristic*,
+                 int* found) = find_function("cublasLtMatmulAlgoGetHeuristic");
   Status (*multiply)(Handle, Handle product, const void* alpha, const void* a, Handle a_layout,
                      const void* b, Handle b_layout, const void* beta, const void* c,
                      Handle c_layout, void* d, Handle d_layout, const Algorithm*, void* workspace,
-                     std::size_t workspace_bytes, cudaStream_t);
+                     std::size_t workspace_bytes, cudaStream_t) = find_function("cublasLtMatmul");
 };
 
 // One of cuBLASLt's objects; null until `make` went well.
@@ -118,28 +159,25 @@ using Shape = std::array<std::int64_t, 11>;
 
 class Opened : public CublasLt {
  public:
-  Opened(void* library, const Functions& functions, Handle handle)
-      : library_(library), functions_(functions), handle_(handle) {}
-  ~Opened() override {
-    functions_.destroy(handle_);
-    dlclose(library_);
-  }
+  Opened(std::unique_ptr<Library> library, Handle handle)
+      : library_(std::move(library)), handle_(handle) {}
+  ~Opened() override { library_->destroy(handle_); }
 
   bool multiply(Stream& stream, View out, View x, const void* weight, std::int64_t weight_stride,
                 void* workspace) override {
     // In the library's terms, whose matrices are column-major: d (outputs, rows) = a transposed,
     // a (inputs, outputs) being the weights, times b (inputs, rows), x.
-    Object product(functions_.destroy_product);
-    Object a(functions_.destroy_layout), b(functions_.destroy_layout), d(functions_.destroy_layout);
+    Object product(library_->destroy_product);
+    Object a(library_->destroy_layout), b(library_->destroy_layout), d(library_->destroy_layout);
     constexpr std::int32_t kTranspose = 1;  // CUBLAS_OP_T
     const auto layout = [&](Object& object, DType dtype, std::int64_t rows, std::int64_t cols,
                             std::int64_t stride) {
-      return functions_.create_layout(object.out(), data_type(dtype),
-                                      static_cast<std::uint64_t>(rows),
-                                      static_cast<std::uint64_t>(cols), stride) == 0;
+      return library_->create_layout(object.out(), data_type(dtype),
+                                     static_cast<std::uint64_t>(rows),
+                                     static_cast<std::uint64_t>(cols), stride) == 0;
     };
-    if (functions_.create_product(product.out(), kCompute32F, CUDA_R_32F) != 0 ||
-        functions_.set_product(product, kTransposeA, &kTranspose, sizeof(kTranspose)) != 0 ||
+    if (library_->create_product(product.out(), kCompute32F, CUDA_R_32F) != 0 ||
+        library_->set_product(product, kTransposeA, &kTranspose, sizeof(kTranspose)) != 0 ||
         !layout(a, x.dtype, x.cols, out.cols, weight_stride) ||
         !layout(b, x.dtype, x.cols, x.rows, x.stride) ||
         !layout(d, out.dtype, out.cols, out.rows, out.stride))
@@ -162,7 +200,7 @@ class Opened : public CublasLt {
       known = algorithms_.emplace(shape, find(product, a, b, d, alignments)).first;
     if (!known->second) return false;
     const float one = 1.0f, zero = 0.0f;
-    const Status status = functions_.multiply(
+    const Status status = library_->multiply(
         handle_, product, &one, weight, a, x.data, b, &zero, out.data, d, out.data, d,
         &known->second->algorithm, workspace, known->second->workspace_bytes, stream.handle());
     if (status != 0) known->second.reset();  // not to be tried again
@@ -174,82 +212,42 @@ class Opened : public CublasLt {
   // What the library thinks fastest; null where it knows nothing.
   std::unique_ptr<Heuristic> find(Handle product, Handle a, Handle b, Handle d,
                                   const std::array<std::uint32_t, 4>& alignments) {
-    Object preference(functions_.destroy_preference);
+    Object preference(library_->destroy_preference);
     constexpr std::uint64_t kMostBytes = kCublasBytes;
-    if (functions_.create_preference(preference.out()) != 0 ||
-        functions_.set_preference(preference, kMaxWorkspace, &kMostBytes, sizeof(kMostBytes)) != 0)
+    if (library_->create_preference(preference.out()) != 0 ||
+        library_->set_preference(preference, kMaxWorkspace, &kMostBytes, sizeof(kMostBytes)) != 0)
       return nullptr;
     for (std::size_t i = 0; i < alignments.size(); ++i) {
-      if (functions_.set_preference(preference, kMinAlignments[i], &alignments[i],
-                                    sizeof(alignments[i])) != 0)
+      if (library_->set_preference(preference, kMinAlignments[i], &alignments[i],
+                                   sizeof(alignments[i])) != 0)
         return nullptr;
     }
     auto best = std::make_unique<Heuristic>();
     int found = 0;
     const Status status =
-        functions_.find(handle_, product, a, b, d, d, preference, 1, best.get(), &found);
+        library_->find(handle_, product, a, b, d, d, preference, 1, best.get(), &found);
     return status == 0 && found > 0 && best->state == 0 ? std::move(best) : nullptr;
   }
 
-  void* library_;
-  Functions functions_;
+  std::unique_ptr<Library> library_;
   Handle handle_;
   std::map<Shape, std::unique_ptr<Heuristic>> algorithms_;
 };
-
-template <class Function>
-bool load(void* library, const char* name, Function& to) {
-  to = reinterpret_cast<Function>(dlsym(library, name));
-  return to != nullptr;
-}
-
-bool load_all(void* library, Functions& f) {
-  return load(library, "cublasLtGetVersion", f.version) &&
-         load(library, "cublasLtCreate", f.create) && load(library, "cublasLtDestroy", f.destroy) &&
-         load(library, "cublasLtMatmulDescCreate", f.create_product) &&
-         load(library, "cublasLtMatmulDescSetAttribute", f.set_product) &&
-         load(library, "cublasLtMatmulDescDestroy", f.destroy_product) &&
-         load(library, "cublasLtMatrixLayoutCreate", f.create_layout) &&
-         load(library, "cublasLtMatrixLayoutDestroy", f.destroy_layout) &&
-         load(library, "cublasLtMatmulPreferenceCreate", f.create_preference) &&
-         load(library, "cublasLtMatmulPreferenceSetAttribute", f.set_preference) &&
-         load(library, "cublasLtMatmulPreferenceDestroy", f.destroy_preference) &&
-         load(library, "cublasLtMatmulAlgoGetHeuristic", f.find) &&
-         load(library, "cublasLtMatmul", f.multiply);
-}
-
-// The first library that is there and has all that is needed; null where there is none.
-void* open_library(Functions& functions) {
-  for (const char* name :
-       {"libcublasLt.so.13", "libcublasLt.so.12", "/usr/local/cuda/lib64/libcublasLt.so.13",
-        "/usr/local/cuda/lib64/libcublasLt.so.12"}) {
-    void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
-    if (!library) continue;
-    if (load_all(library, functions) && functions.version() >= kOldestVersion) return library;
-    dlclose(library);
-  }
-  return nullptr;
-}
 
 }  // namespace
 
 std::unique_ptr<CublasLt> CublasLt::open(Stream& stream) {
   stream.attach_thread();
-  Functions functions{};
-  void* library = open_library(functions);
-  if (!library) return nullptr;
+  auto library = Library::open();
   Handle handle = nullptr;
-  if (functions.create(&handle) == 0) return std::make_unique<Opened>(library, functions, handle);
-  dlclose(library);
-  return nullptr;
+  if (!library || library->create(&handle) != 0) return nullptr;
+  return std::make_unique<Opened>(std::move(library), handle);
 }
 
 std::string CublasLt::version() {
-  Functions functions{};
-  void* library = open_library(functions);
+  const auto library = Library::open();
   if (!library) return "";
-  const std::size_t number = functions.version();
-  dlclose(library);
+  const std::size_t number = library->version();
   return text(number / 10000, ".", number / 100 % 100, ".", number % 100);
 }
 

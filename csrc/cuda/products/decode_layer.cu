@@ -16,6 +16,7 @@
 
 #include "core/weights.h"
 #include "cuda/backend.h"
+#include "cuda/device/launch.cuh"
 #include "cuda/elementwise/norm.cuh"
 #include "cuda/elementwise/rope.cuh"
 #include "cuda/products/multiply.h"
@@ -35,17 +36,10 @@ namespace {
 bool should_norm(View residual, const Norm& norm, const Linear& weight) {
   constexpr int kBitsOfRow = 4;
   constexpr int kMostShared = 40 << 10;  // bytes: as many blocks a processor as without
-  const RowsToNorm rows{residual.row(0),
-                        residual.stride,
-                        norm.weight,
-                        static_cast<int>(residual.rows),
-                        static_cast<int>(residual.cols),
-                        norm.spec.eps};
-  const auto address = reinterpret_cast<std::uintptr_t>(norm.weight) |
-                       reinterpret_cast<std::uintptr_t>(residual.data);
-  return norm.spec.kind == NormKind::rms && !norm.bias && address % 16 == 0 &&
-         norm_shape(rows.width).groups == 1 && residual.stride % 4 == 0 &&
-         residual.rows * kBitsOfRow <= bits_of(weight.format.dtype) &&
+  const RowsToNorm rows = rows_to_norm(residual, norm);
+  return norm.spec.kind == NormKind::rms && !norm.bias && is_aligned(norm.weight, 16) &&
+         is_aligned(residual.data, 16) && norm_shape(rows.width).groups == 1 &&
+         residual.stride % 4 == 0 && residual.rows * kBitsOfRow <= bits_of(weight.format.dtype) &&
          rows.shared_bytes() <= kMostShared;
 }
 

@@ -54,24 +54,6 @@ __global__ void dequantize_units(unsigned char* to, long long to_row_bytes, Matr
   }
 }
 
-template <class T>
-void run(Stream& stream, void* to, long long to_row_bytes, const Matrix& weight) {
-  LaunchShape shape{dim3(static_cast<unsigned>(weight.outputs),
-                         static_cast<unsigned>(ceil_div(4 * weight.units, kThreads))),
-                    dim3(kThreads)};
-  shape.overlaps = true;
-  const auto go = [&](auto kernel) {
-    launch(stream, "dequantize", shape, kernel, static_cast<unsigned char*>(to), to_row_bytes,
-           weight);
-  };
-  if (weight.codes == Codes::int8)
-    go(dequantize_units<T, Codes::int8>);
-  else if (weight.codes == Codes::int4)
-    go(dequantize_units<T, Codes::int4>);
-  else
-    go(dequantize_units<T, Codes::int4_levels>);
-}
-
 }  // namespace
 
 Matrix dequantize(Stream& stream, void* to, DType dtype, const Matrix& weight) {
@@ -83,10 +65,20 @@ Matrix dequantize(Stream& stream, void* to, DType dtype, const Matrix& weight) {
   plain.codes = dtype == DType::bf16 ? Codes::bf16 : Codes::f16;
   plain.units = ceil_div(weight.inputs, kBlock);
   plain.row_bytes = static_cast<long long>(plain.units) * kUnitBytes;
-  if (dtype == DType::bf16)
-    run<Bf16>(stream, to, plain.row_bytes, weight);
-  else
-    run<F16>(stream, to, plain.row_bytes, weight);
+  const dim3 grid = dims(weight.outputs, ceil_div(4 * weight.units, kThreads));
+  const auto run = [&](auto kernel) {
+    launch(stream, "dequantize", {grid, kThreads, 0, true}, kernel, static_cast<unsigned char*>(to),
+           plain.row_bytes, weight);
+  };
+  for_16_bits(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (weight.codes == Codes::int8)
+      run(dequantize_units<T, Codes::int8>);
+    else if (weight.codes == Codes::int4)
+      run(dequantize_units<T, Codes::int4>);
+    else
+      run(dequantize_units<T, Codes::int4_levels>);
+  });
   return plain;
 }
 

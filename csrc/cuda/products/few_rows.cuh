@@ -56,15 +56,19 @@ struct RowPair {  // of the matrix: two outputs that belong together
   int upper, lower;
 };
 
+// Finishing needs nothing besides the sums.
+struct AsksNothing {
+  struct Ahead {};
+  OCTAVO_DEVICE void ask(Ahead&, int, int, int) const {}
+  OCTAVO_DEVICE void ask_more(Ahead&, int, int, int) const {}
+};
+
 // out = sum.
-struct WriteSums {
+struct WriteSums : AsksNothing {
   static constexpr bool kPairs = false;
   Numbers out;
   int count;  // outputs, or pairs of them
 
-  struct Ahead {};
-  OCTAVO_DEVICE void ask(Ahead&, int, int, int) const {}
-  OCTAVO_DEVICE void ask_more(Ahead&, int, int, int) const {}
   template <class T>
   OCTAVO_DEVICE void write(const Ahead&, int row, int first, int j, float sum) const {
     write_number(out.data, out.dtype, row * out.stride + first + j, sum);
@@ -92,7 +96,7 @@ struct AddSums {
 };
 
 // out = activation(gate) * up, where up lies `count` outputs behind gate.
-struct WriteGated {
+struct WriteGated : AsksNothing {
   static constexpr bool kPairs = true;
   void* out;
   long long stride;
@@ -101,9 +105,6 @@ struct WriteGated {
 
   OCTAVO_DEVICE RowPair pair(int first, int j) const { return {first + j, first + j + count}; }
 
-  struct Ahead {};
-  OCTAVO_DEVICE void ask(Ahead&, int, int, int) const {}
-  OCTAVO_DEVICE void ask_more(Ahead&, int, int, int) const {}
   template <class T>
   OCTAVO_DEVICE void write(const Ahead&, int row, int first, int j, float gate, float up) const {
     const float open = activate(activation, to_float(from_float<T>(gate)));
@@ -160,16 +161,9 @@ struct RotateAndStore {
       q[i] = low;
       q[i + half()] = high;
     } else if (ahead.slot >= 0) {
-      const int kv_head = (head - a.num_heads) % a.num_kv_heads;
-      const int within = ahead.slot % a.cache.block_size;
-      unsigned char* items =
-          a.cache_data + a.cache.head_at(ahead.slot / a.cache.block_size, kv_head);
-      const bool is_value = head >= a.num_heads + a.num_kv_heads;
-      const auto at = [&](int d) {
-        return is_value ? a.cache.value_item(within, d) : a.cache.key_item(within, d);
-      };
-      store_item(items, a.cache.dtype, at(i), to_float(low), 1.0f);
-      store_item(items, a.cache.dtype, at(i + half()), to_float(high), 1.0f);
+      const Place place(a, ahead.slot, head);
+      place.store(i, to_float(low), 1.0f);
+      place.store(i + half(), to_float(high), 1.0f);
     }
   }
 };

@@ -10,9 +10,11 @@
 // with it they are so up to 8 rows, of quantized weights up to 128 (TileRows). float32 and odd
 // widths: multiply_any, whatever the rows.
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "cuda/backend.h"
+#include "cuda/device/launch.cuh"
 #include "cuda/products/cublas.h"
 #include "cuda/products/multiply.h"
 
@@ -25,17 +27,15 @@ constexpr std::int64_t kMostDequantized = std::int64_t{1} << 25;
 
 // Outputs that are dequantized at a time: all, or whole tiles.
 std::int64_t outputs_at_a_time(std::int64_t outputs, std::int64_t inputs) {
-  const std::int64_t padded = (inputs + kBlock - 1) / kBlock * kBlock;
+  const std::int64_t padded = ceil_div(inputs, kBlock) * kBlock;
   const std::int64_t most = kMostDequantized / padded / 128 * 128;
-  return outputs < most ? outputs : most > 0 ? most : 128;
+  return std::min(outputs, most > 0 ? most : 128);
 }
 
 std::size_t dequantized_bytes(std::int64_t outputs, std::int64_t inputs) {
-  const std::int64_t row_bytes = (inputs + kBlock - 1) / kBlock * kUnitBytes;
+  const std::int64_t row_bytes = ceil_div(inputs, kBlock) * kUnitBytes;
   return static_cast<std::size_t>(outputs_at_a_time(outputs, inputs) * row_bytes);
 }
-
-std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // How a product of some rows divides the workspace: counters (which stay zero), then sums of
 // shared tiles or what cuBLASLt works with, then dequantized weights.
@@ -46,7 +46,7 @@ struct Memory {
          bool by_library) {
     const std::size_t partial = rows > kFewRows ? partial_bytes(rows, outputs, inputs) : 0;
     const std::size_t library = by_library ? kCublasBytes : 0;
-    dequantized = aligned(sums + (partial > library ? partial : library));
+    dequantized = ceil_div(sums + std::max(partial, library), 256) * 256;
     bytes = dequantized + (by_library && is_quantized ? dequantized_bytes(outputs, inputs) : 0);
   }
 };
@@ -91,8 +91,7 @@ bool is_fast(DType x_dtype, const Linear& weight) {
 }
 
 bool is_fast(View x, const Linear& weight) {
-  return is_fast(x.dtype, weight) && x.stride % 8 == 0 &&
-         reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
+  return is_fast(x.dtype, weight) && x.stride % 8 == 0 && is_aligned(x.data, 16);
 }
 
 void CudaBackend::linear(View out, View x, const Linear& weight) {
@@ -139,7 +138,7 @@ std::size_t CudaBackend::linear_workspace_bytes(const ModelSpec& spec,
     for (const bool is_quantized : {false, true}) {
       const bool by_library = rows > (is_quantized ? tile_rows_.quantized : tile_rows_.plain);
       const Memory memory(rows, outputs, inputs, is_quantized, by_library);
-      most = memory.bytes > most ? memory.bytes : most;
+      most = std::max(most, memory.bytes);
     }
   };
   const std::int64_t tokens = limits.max_num_batched_tokens;

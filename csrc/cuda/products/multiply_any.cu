@@ -60,10 +60,9 @@ __global__ void multiply_any_tile(Numbers out, Numbers x, Matrix weight) {
 }  // namespace
 
 void multiply_any(Stream& stream, View out, View x, const Matrix& weight) {
-  LaunchShape shape{dim3(static_cast<unsigned>(ceil_div(weight.outputs, kOutputs)),
-                         static_cast<unsigned>(ceil_div(static_cast<int>(x.rows), kRows))),
-                    dim3(kThreads), (kOutputs + kRows) * kPitch * sizeof(float)};
-  shape.overlaps = true;
+  const LaunchShape shape{
+      dims(ceil_div(weight.outputs, kOutputs), ceil_div(static_cast<int>(x.rows), kRows)), kThreads,
+      (kOutputs + kRows) * kPitch * sizeof(float), true};
   launch(stream, "multiply_any", shape, multiply_any_tile, numbers_of(out), numbers_of(x), weight);
 }
 

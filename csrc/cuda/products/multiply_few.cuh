@@ -286,11 +286,9 @@ void run(Stream& stream, const Target& target, const Source& source, const Matri
   const int slice_units = slice_inputs(weight.inputs) / (blocks_per_unit(codes) * kBlock);
   const int tiles = ceil_div(target.count, items_of_tile<Target>);
   const int blocks = blocks_of_product<codes, Target>(stream, weight, tiles, slice_units);
-  LaunchShape shape{dim3(static_cast<unsigned>(blocks)),
-                    dim3(static_cast<unsigned>(slices) * kWarp),
-                    static_cast<std::size_t>((blocks < tiles ? 2 : 1) * slices * kPartialBytes +
-                                             source.shared_bytes())};
-  shape.overlaps = true;
+  const int bytes = (blocks < tiles ? 2 : 1) * slices * kPartialBytes + source.shared_bytes();
+  const LaunchShape shape{dims(blocks), dims(slices * static_cast<int>(kWarp)),
+                          static_cast<std::size_t>(bytes), true};
   launch(stream, "multiply_few", shape, multiply_rows<T, codes, Scale, has_zeros, Source, Target>,
          target, source, weight, slice_units);
 }
@@ -318,22 +316,20 @@ void run_format(Stream& stream, const Matrix& weight, const Ends&... ends) {
   }
 }
 
-// dtype: of x as it is multiplied.
-template <class Source, class Target>
-void run_as(Stream& stream, const Target& target, const Source& source, const Matrix& weight,
-            DType dtype) {
-  if (dtype == DType::bf16)
-    run_format<Bf16>(stream, weight, target, source);
-  else
-    run_format<F16>(stream, weight, target, source);
-}
-
-inline StoredRows stored_rows(const FewInput& x) {
-  return {numbers_of(x.view), static_cast<int>(x.view.rows)};
-}
-inline NormedRows normed_rows(const FewInput& x) {
-  const int rows = static_cast<int>(x.view.rows), width = static_cast<int>(x.view.cols);
-  return {{x.view.row(0), x.view.stride, x.norm->weight, rows, width, x.norm->spec.eps}, rows};
+// x: of rows as they are, or where the target may take such (may_norm) to be normalized.
+template <bool may_norm = true, class Target>
+void run_as(Stream& stream, const Target& target, const FewInput& x, const Matrix& weight) {
+  const int rows = static_cast<int>(x.view.rows);
+  for_16_bits(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (may_norm) {
+      if (x.norm) {
+        const NormedRows source{rows_to_norm(x.view, *x.norm), rows};
+        return run_format<T>(stream, weight, target, source);
+      }
+    }
+    run_format<T>(stream, weight, target, StoredRows{numbers_of(x.view), rows});
+  });
 }
 
 }  // namespace

@@ -4,8 +4,7 @@
 namespace octavo::cuda {
 
 void multiply_few_added(Stream& stream, View residual, const FewInput& x, const Matrix& weight) {
-  const AddSums target{residual.row(0), residual.stride, weight.outputs};
-  run_as(stream, target, stored_rows(x), weight, x.dtype);
+  run_as<false>(stream, AddSums{residual.row(0), residual.stride, weight.outputs}, x, weight);
 }
 
 }  // namespace octavo::cuda

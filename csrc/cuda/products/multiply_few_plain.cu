@@ -4,11 +4,7 @@
 namespace octavo::cuda {
 
 void multiply_few(Stream& stream, View out, const FewInput& x, const Matrix& weight) {
-  const WriteSums target{numbers_of(out), weight.outputs};
-  if (x.norm)
-    run_as(stream, target, normed_rows(x), weight, x.dtype);
-  else
-    run_as(stream, target, stored_rows(x), weight, x.dtype);
+  run_as(stream, WriteSums{{}, numbers_of(out), weight.outputs}, x, weight);
 }
 
 }  // namespace octavo::cuda

@@ -5,11 +5,7 @@ namespace octavo::cuda {
 
 void multiply_few_rotated(Stream& stream, const FewInput& x, const Matrix& weight,
                           const RopeArguments& rope) {
-  const RotateAndStore target{rope, weight.outputs / 2};
-  if (x.norm)
-    run_as(stream, target, normed_rows(x), weight, x.dtype);
-  else
-    run_as(stream, target, stored_rows(x), weight, x.dtype);
+  run_as(stream, RotateAndStore{rope, weight.outputs / 2}, x, weight);
 }
 
 }  // namespace octavo::cuda

@@ -44,7 +44,7 @@ struct TileShape {
   static constexpr int row_warps = row_warps_, output_warps = output_warps_;
   static constexpr int threads = row_warps * output_warps * 32;
   static constexpr int blocks = blocks_;             // on a processor, as far as registers go
-  static constexpr bool may_be_shared = rows <= 64;  // see run_many_rows
+  static constexpr bool may_be_shared = rows <= 64;  // see run_rows
 };
 using SmallTile = TileShape<16, 64, 1, 4, 4>;
 using HalfTile = TileShape<32, 128, 1, 4, 2>;
@@ -118,6 +118,16 @@ struct Part {
 
 template <class Shape>
 using Sums = float[Part<Shape>::outputs][Part<Shape>::rows][4];
+
+// Calls body(i, j) for the four sums of each 16 outputs and 8 rows.
+template <class Shape, class Body>
+OCTAVO_DEVICE void for_each_quad(Body&& body) {
+#pragma unroll
+  for (int i = 0; i < Part<Shape>::outputs; ++i) {
+#pragma unroll
+    for (int j = 0; j < Part<Shape>::rows; ++j) body(i, j);
+  }
+}
 
 // sums += the products of a stage, whose first unit is first_unit.
 template <class T, Codes codes, class Shape>
@@ -195,21 +205,17 @@ OCTAVO_DEVICE uint4* place_of_sums(const Partials& partials, int tile, int slice
 // total += sums, sums = 0. left, where not null: a place for the total, which begins anew.
 template <class Shape>
 OCTAVO_DEVICE void end_slice(Sums<Shape>& total, Sums<Shape>& sums, uint4* left) {
+  for_each_quad<Shape>([&](int i, int j) {
 #pragma unroll
-  for (int i = 0; i < Part<Shape>::outputs; ++i) {
-#pragma unroll
-    for (int j = 0; j < Part<Shape>::rows; ++j) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        total[i][j][k] = add_rn(total[i][j][k], sums[i][j][k]);
-        sums[i][j][k] = 0.0f;
-      }
-      if (!left) continue;
-      left[(i * Part<Shape>::rows + j) * Shape::threads] = bits_as<uint4>(total[i][j]);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) total[i][j][k] = 0.0f;
+    for (int k = 0; k < 4; ++k) {
+      total[i][j][k] = add_rn(total[i][j][k], sums[i][j][k]);
+      sums[i][j][k] = 0.0f;
     }
-  }
+    if (!left) return;
+    left[(i * Part<Shape>::rows + j) * Shape::threads] = bits_as<uint4>(total[i][j]);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) total[i][j][k] = 0.0f;
+  });
 }
 
 // total = 0 + what all blocks left of a tile, from slice `first` on, in ascending order.
@@ -218,18 +224,14 @@ OCTAVO_DEVICE void add_shares(Sums<Shape>& total, const Partials& partials, int 
                               int slices) {
   for (int slice = first; slice < slices; ++slice) {
     const uint4* from = place_of_sums<Shape>(partials, tile, slices, slice);
+    for_each_quad<Shape>([&](int i, int j) {
+      const uint4 quad = from[(i * Part<Shape>::rows + j) * Shape::threads];
+      const float four[4] = {bits_as<float>(quad.x), bits_as<float>(quad.y), bits_as<float>(quad.z),
+                             bits_as<float>(quad.w)};
 #pragma unroll
-    for (int i = 0; i < Part<Shape>::outputs; ++i) {
-#pragma unroll
-      for (int j = 0; j < Part<Shape>::rows; ++j) {
-        const uint4 quad = from[(i * Part<Shape>::rows + j) * Shape::threads];
-        const float four[4] = {bits_as<float>(quad.x), bits_as<float>(quad.y),
-                               bits_as<float>(quad.z), bits_as<float>(quad.w)};
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-          total[i][j][k] = add_rn(slice == first ? 0.0f : total[i][j][k], four[k]);
-      }
-    }
+      for (int k = 0; k < 4; ++k)
+        total[i][j][k] = add_rn(slice == first ? 0.0f : total[i][j][k], four[k]);
+    });
   }
 }
 
@@ -241,18 +243,14 @@ OCTAVO_DEVICE void write_tile(const Numbers& out, const Matrix& weight, const Su
   auto* tile = reinterpret_cast<float*>(shared_memory());
   const int lane = static_cast<int>(lane_index());
   __syncthreads();
+  for_each_quad<Shape>([&](int i, int j) {
 #pragma unroll
-  for (int i = 0; i < Part<Shape>::outputs; ++i) {
-#pragma unroll
-    for (int j = 0; j < Part<Shape>::rows; ++j) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int row = part.first_row + 8 * j + 2 * (lane % 4) + k % 2;
-        const int output = part.first_output + 16 * i + k / 2 * 8 + lane / 4;
-        tile[row * kPitch + output] = total[i][j][k];
-      }
+    for (int k = 0; k < 4; ++k) {
+      const int row = part.first_row + 8 * j + 2 * (lane % 4) + k % 2;
+      const int output = part.first_output + 16 * i + k / 2 * 8 + lane / 4;
+      tile[row * kPitch + output] = total[i][j][k];
     }
-  }
+  });
   __syncthreads();
   constexpr int kPairs = Shape::outputs / 2;
   const int rows = smaller(Shape::rows, out.rows - first_row);
@@ -373,31 +371,38 @@ void run_tiles(Stream& stream, View out, View x, const Matrix& weight, const Par
   const int slices = num_slices(weight.inputs);
   const int shares =
       blocks_a_tile<Shape>(row_tiles * output_tiles, slices, stream.num_processors());
-  LaunchShape shape{dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(output_tiles),
-                         static_cast<unsigned>(shares)),
-                    dim3(Shape::threads), static_cast<std::size_t>(S::count) * S::bytes};
-  shape.overlaps = !weight.computed;  // it reads weights before it waits
+  const LaunchShape shape{dims(row_tiles, output_tiles, shares), Shape::threads,
+                          static_cast<std::size_t>(S::count) * S::bytes,
+                          !weight.computed};  // it reads weights before it waits
   launch(stream, "multiply_tile", shape, multiply_tile<T, codes, Shape>, numbers_of(out),
          numbers_of(x), weight, slices, slice_inputs(weight.inputs) / (S::blocks * kBlock),
          partials);
 }
 
-// More than 64 rows. Large tiles where they are enough for most of the processors; else medium
-// ones, whose weights are read again for every 64 rows, but from the second cache: products of so
-// few tiles are of small matrices. Blocks that share large tiles would leave as many sums, and the
-// last of each would take twice as long to add them.
+// The tile for so many rows. More than 64: large ones where they are enough for most of the
+// processors; else medium ones, whose weights are read again for every 64 rows, but from the second
+// cache: products of so few tiles are of small matrices. Blocks that share large tiles would leave
+// as many sums, and the last of each would take twice as long to add them.
 template <class T, Codes codes>
-void run_many_rows(Stream& stream, View out, View x, const Matrix& weight,
-                   const Partials& partials) {
+void run_rows(Stream& stream, View out, View x, const Matrix& weight, const Partials& partials) {
   const auto rows = static_cast<int>(x.rows);
+  const auto run = [&](auto shape) {
+    run_tiles<T, codes, decltype(shape)>(stream, out, x, weight, partials);
+  };
+  using Medium = MediumTile<codes>;
   using Large = LargeTile<codes>;
   const int row_tiles = ceil_div(rows, Large::rows);
-  if (2 * row_tiles * ceil_div(weight.outputs, Large::outputs) <= stream.num_processors())
-    run_tiles<T, codes, MediumTile<codes>>(stream, out, x, weight, partials);
+  if (rows <= SmallTile::rows) return run(SmallTile{});
+  if constexpr (codes >= Codes::int8) {
+    if (rows <= HalfTile::rows) return run(HalfTile{});
+  }
+  if (rows <= Medium::rows ||
+      2 * row_tiles * ceil_div(weight.outputs, Large::outputs) <= stream.num_processors())
+    run(Medium{});
   else if (ceil_div(rows, WideTile::rows) == row_tiles)
-    run_tiles<T, codes, WideTile>(stream, out, x, weight, partials);
+    run(WideTile{});
   else
-    run_tiles<T, codes, Large>(stream, out, x, weight, partials);
+    run(Large{});
 }
 
 // Of quantized weights. (multiply_tiles_quantized.cu)

@@ -96,19 +96,13 @@ struct Stamp {
   std::uint32_t sample_index, position;
 };
 
-// The random bits of tokens 4 group .. 4 group + 3, and the Gumbel noise made of them.
+// The random bits of tokens 4 group .. 4 group + 3.
 OCTAVO_DEVICE uint4 random_of_four(const Stamp& stamp, std::uint32_t group) {
   const auto key = [](Wide word) { return computed_anew(static_cast<int>(word)); };
   return philox({group, stamp.position, stamp.sample_index, 0},
                 {static_cast<std::uint32_t>(key(stamp.seed)),
                  static_cast<std::uint32_t>(key(stamp.seed >> 32))});
 }
-OCTAVO_DEVICE float4 gumbel_of_four(const Stamp& stamp, std::uint32_t group) {
-  const uint4 random = random_of_four(stamp, group);
-  return {gumbel_variate(random.x), gumbel_variate(random.y), gumbel_variate(random.z),
-          gumbel_variate(random.w)};
-}
-
 // log(sum of e^(x - max)) from that sum in fixed point.
 OCTAVO_DEVICE float log_of_total(Wide total) {
   return static_cast<float>(log(static_cast<double>(total) * 0x1p-40));

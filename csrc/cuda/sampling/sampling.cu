@@ -51,8 +51,8 @@ OCTAVO_DEVICE void collect(RowState& state, bool wanted, int token) {
   const unsigned lanes = ballot(wanted);
   if (!lanes) return;
   unsigned at = 0;
-  if (lane() == 0) at = atomic_add(&state.num_collected, count_bits(lanes));
-  at = shuffle(at, 0) + count_bits(lanes & ((1u << lane()) - 1));
+  if (lane_index() == 0) at = atomic_add(&state.num_collected, count_bits(lanes));
+  at = shuffle(at, 0) + count_bits(lanes & ((1u << lane_index()) - 1));
   if (wanted && at < kMostCollected) state.collected[at] = token;  // there is room, by the count
 }
 
@@ -275,7 +275,7 @@ void CudaBackend::sample(const Samples& out, View logits, const std::int32_t* ma
   // As many blocks as fill the device; how a row is shared does not change the sampled token.
   const std::int64_t most_rows = std::min(logits.rows, kMostRows);
   const std::int64_t fill = std::max(2 * stream_.num_processors() / most_rows, kFewestBlocks);
-  const std::int64_t parts = (logits.cols + kLogitsPerBlock - 1) / kLogitsPerBlock;
+  const std::int64_t parts = ceil_div(logits.cols, kLogitsPerBlock);
   const std::int64_t blocks = std::min<std::int64_t>({fill, parts, kMostBlocks});
   SampleArguments a{};
   a.logits = static_cast<const float*>(logits.data);
@@ -283,7 +283,7 @@ void CudaBackend::sample(const Samples& out, View logits, const std::int32_t* ma
   a.masks = masks;
   a.vocab = static_cast<int>(logits.cols);
   a.num_top = static_cast<int>(out.num_top);
-  a.each = static_cast<int>(4 * ((logits.cols + 4 * blocks - 1) / (4 * blocks)));
+  a.each = static_cast<int>(4 * ceil_div(logits.cols, 4 * blocks));
   a.aligned = fours_aligned(logits);
   a.states = static_cast<RowState*>(sampling_workspace_.get(sampling_workspace_bytes(logits.rows)));
   a.sampling = step.sampling;
@@ -291,9 +291,8 @@ void CudaBackend::sample(const Samples& out, View logits, const std::int32_t* ma
   a.out = out;
   for (a.first_row = 0; a.first_row < logits.rows; a.first_row += most_rows) {
     const std::int64_t rows = std::min(logits.rows - a.first_row, most_rows);
-    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(rows));
-    launch(stream_, "sample_rows", {grid, {kSamplingThreads}, sizeof(SampleMemory), true},
-           sample_rows, a);
+    launch(stream_, "sample_rows",
+           {dims(blocks, rows), kSamplingThreads, sizeof(SampleMemory), true}, sample_rows, a);
   }
 }
 

@@ -24,7 +24,8 @@ OCTAVO_DEVICE float gumbel_of(const Stamp& stamp, int token) {
 
 OCTAVO_DEVICE Wide best_of_block(Wide place) {
   __syncthreads();
-  return combine_block(place, select_memory().sums, [](Wide a, Wide b) { return a > b ? a : b; });
+  return block_reduce<kSamplingWarps>(place, select_memory().sums,
+                                      [](Wide a, Wide b) { return a > b ? a : b; });
 }
 
 // The prefix that holds top_p of the weight is the shortest that reaches this.

@@ -149,11 +149,11 @@ OCTAVO_DEVICE unsigned take_ticket(RowState& state, unsigned num_blocks) {
 OCTAVO_DEVICE bool arrive_last(Part part, RowState& state, unsigned num_blocks, unsigned block) {
   SampleMemory& memory = sample_memory();
   part = combine_warp(part);
-  if (lane() == 0) memory.parts[warp()] = part;
+  if (lane_index() == 0) memory.parts[warp_index()] = part;
   __syncthreads();
-  if (warp() == 0) {
-    part = combine_warp(memory.parts[lane() % kSamplingWarps]);
-    if (lane() == 0) {
+  if (warp_index() == 0) {
+    part = combine_warp(memory.parts[lane_index() % kSamplingWarps]);
+    if (lane_index() == 0) {
       memory.whole = part;
       memory.is_last = 1;
       if (num_blocks > 1) {
@@ -165,12 +165,12 @@ OCTAVO_DEVICE bool arrive_last(Part part, RowState& state, unsigned num_blocks, 
   __syncthreads();
   if (!memory.is_last) return false;
   if (num_blocks > 1) {
-    if (warp() == 0) {
-      part = state.parts[lane() % num_blocks];
-      for (unsigned i = lane() + kWarp; i < num_blocks; i += kWarp)
+    if (warp_index() == 0) {
+      part = state.parts[lane_index() % num_blocks];
+      for (unsigned i = lane_index() + kWarp; i < num_blocks; i += kWarp)
         part = combine(part, state.parts[i]);
       part = combine_warp(part);
-      if (lane() == 0) {
+      if (lane_index() == 0) {
         memory.whole = part;
         state.arrived = 0;
       }

@@ -19,10 +19,6 @@ constexpr int kBins = 2048, kDigitBits = 11;
 constexpr float kBinsOfOne = 64.0f;                 // of a distance of 1
 constexpr unsigned kMostListed = kSamplingThreads;  // one a thread
 
-// Blocks have one dimension here, so that this costs no registers.
-OCTAVO_DEVICE unsigned lane() { return threadIdx.x % kWarp; }
-OCTAVO_DEVICE unsigned warp() { return threadIdx.x / kWarp; }
-
 // A token's place among all: larger for a larger score, among equal scores for a lower token id.
 OCTAVO_DEVICE Wide place_of(float score, int token) {
   return Wide{ordered(score)} << 32 | ~static_cast<std::uint32_t>(token);
@@ -81,7 +77,7 @@ struct Scores {
     int first = begin + static_cast<int>(4 * threadIdx.x);
     const float* from = logits + first;
     float4 next = load_four(from, end - first, aligned, -INFINITY);
-    for (int warp_first = begin + static_cast<int>(4 * kWarp * warp()); warp_first < end;
+    for (int warp_first = begin + static_cast<int>(4 * kWarp * warp_index()); warp_first < end;
          warp_first += kStep, first += kStep) {
       const float4 four = next;
       from += kStep;
@@ -145,23 +141,13 @@ struct SelectMemory {
   Limit limit;
 };
 
-// Of all threads of the block; `partial` as in reduce.cuh.
-template <class Combine>
-OCTAVO_DEVICE Wide combine_block(Wide value, Wide* partial, Combine&& combine) {
-  for (unsigned mask = kWarp / 2; mask; mask /= 2) value = combine(value, shuffle_xor(value, mask));
-  if (lane() == 0) partial[warp()] = value;
-  __syncthreads();
-  Wide result = partial[0];
-  for (unsigned i = 1; i < kSamplingWarps; ++i) result = combine(result, partial[i]);
-  return result;
-}
 // At the start of the block's shared memory. (Not passed on: that it is shared memory must be
 // plain.)
 OCTAVO_DEVICE SelectMemory& select_memory() {
   return *reinterpret_cast<SelectMemory*>(shared_memory());
 }
 OCTAVO_DEVICE Wide block_total(Wide value, Wide* partial) {
-  return combine_block(value, partial, [](Wide a, Wide b) { return a + b; });
+  return block_reduce<kSamplingWarps>(value, partial, [](Wide a, Wide b) { return a + b; });
 }
 
 // How many tokens, and how heavy they are.
@@ -256,7 +242,7 @@ OCTAVO_DEVICE void Search::count_part(bool weighed, int begin, int end) const {
     }
   });
   for (unsigned mask = kWarp / 2; mask; mask /= 2) far += shuffle_xor(far, mask);
-  if (lane() == 0 && far) atomic_add(&memory.counts[kBins - 1], far);
+  if (lane_index() == 0 && far) atomic_add(&memory.counts[kBins - 1], far);
   __syncthreads();
 }
 
@@ -272,7 +258,7 @@ OCTAVO_DEVICE Found Search::find(bool by_weight, Wide needed) const {
     count += memory.counts[first + i];
     weight += memory.weights[first + i].value();
   }
-  const unsigned own_count = count, own_lane = lane();
+  const unsigned own_count = count, own_lane = lane_index();
   const Wide own_weight = weight;
   for (unsigned delta = 1; delta < kWarp; delta *= 2) {
     const unsigned lower_count = shuffle_up(count, delta);
@@ -283,11 +269,11 @@ OCTAVO_DEVICE Found Search::find(bool by_weight, Wide needed) const {
     }
   }
   if (own_lane == kWarp - 1) {
-    memory.count_sums[warp()] = count;
-    memory.sums[warp()] = weight;
+    memory.count_sums[warp_index()] = count;
+    memory.sums[warp_index()] = weight;
   }
   __syncthreads();
-  for (unsigned lower = 0; lower < warp(); ++lower) {
+  for (unsigned lower = 0; lower < warp_index(); ++lower) {
     count += memory.count_sums[lower];
     weight += memory.sums[lower];
   }
