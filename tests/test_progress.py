@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import threading
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from octavo.progress import Bar, Unit, request_bar
+from octavo.progress import Bar, NoProgress, Unit, folder_size, request_bar, watch_folder
 
 
 @pytest.fixture
@@ -77,3 +81,37 @@ def test_one_bar_of_requests_at_a_time(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(KeyboardInterrupt), request_bar(turn, 1, lambda: 0):
         raise KeyboardInterrupt
     assert not turn.locked()
+
+
+def test_a_folder_is_watched_while_it_grows(tmp_path: Path) -> None:
+    class Recorder(NoProgress):
+        advanced = 0
+
+        def advance(self, count: int) -> None:
+            self.advanced += count
+
+    progress = Recorder()
+    with watch_folder(progress, tmp_path, already=100):
+        (tmp_path / "a").write_bytes(bytes(100_100))
+        deadline = time.monotonic() + 20
+        while progress.advanced != 100_000 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert progress.advanced == 100_000
+
+
+def test_a_folder_that_vanishes_while_it_is_measured_is_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pip's do, between the moment they are listed and the moment they are looked into."""
+    for folder in ("kept", "pip-unpack"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_bytes(bytes(7))
+    scan = os.scandir
+
+    def vanishing(path: Any) -> Any:
+        if str(path).endswith("pip-unpack"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert folder_size(tmp_path) == 7

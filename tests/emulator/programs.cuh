@@ -48,7 +48,8 @@ __global__ void product(float* out, const T* a, const T* b) {
   sync_warp();
   std::uint32_t left[4], right[4];
   cuda_emulator::load_matrices(left, shared_a + lane % 16 * 16 + lane / 16 * 8);
-  cuda_emulator::load_matrices(right, shared_b + lane % 16 * 8, planted != ProductFault::transposed_load);
+  cuda_emulator::load_matrices(right, shared_b + lane % 16 * 8,
+                               planted != ProductFault::transposed_load);
   if (planted == ProductFault::no_wait) async_wait<0>();
   if (planted == ProductFault::wrong_fragment) {
     const std::uint32_t swapped = left[1];

@@ -8,17 +8,26 @@ from typing import Any
 import pytest
 from engine_helpers import (
     NAN_TOKEN,
-    SYSTEM,
     FakeRuntime,
     ManualClock,
     check_answers,
-    crowd,
     fake_engine,
     plain_tokenizer_directory,
     run_to_end,
     solo_answer,
 )
-from invariance_helpers import MODES, alone, facts, make_engine, others, prompt_of, run, subjects
+from invariance_helpers import (
+    MODES,
+    SYSTEM,
+    alone,
+    crowd,
+    facts,
+    make_engine,
+    others,
+    prompt_of,
+    run,
+    subjects,
+)
 
 from octavo.engine.engine import Engine
 from octavo.sampling_params import SamplingParams

@@ -7,8 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_helpers import SYSTEM, FakeRuntime, check_answers, crowd, fake_engine, run_to_end
-from invariance_helpers import MODES, alone, facts, make_engine, prompt_of, run, subjects
+from engine_helpers import FakeRuntime, check_answers, fake_engine, run_to_end
+from invariance_helpers import (
+    MODES,
+    SYSTEM,
+    alone,
+    crowd,
+    facts,
+    make_engine,
+    prompt_of,
+    run,
+    subjects,
+)
 
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import RequestOutput

@@ -26,7 +26,6 @@ from octavo.reference.sampling import SAMPLING_ROW
 from octavo.sampling_params import SamplingParams
 
 VOCAB = 97
-SYSTEM = [(11 * i + i * i) % (VOCAB - 1) for i in range(17)]  # four blocks and a token
 EOS = 5
 NAN_TOKEN = 96  # a sequence that holds it has logits that are not finite
 EMPTY = -7
@@ -441,20 +440,3 @@ def plain_tokenizer_directory(directory: Path, vocab_size: int = VOCAB) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
-
-
-def crowd(engine: Engine) -> None:
-    """Requests of many beginnings, in two waves; every answer is checked."""
-    params = {}
-    for wave in range(2):
-        for i in range(24):
-            n = 3 if i % 7 == 3 else 1
-            name = f"{wave}.{i}"
-            params[name] = SamplingParams(
-                temperature=i % 2, seed=i, max_tokens=4 + i % 9, ignore_eos=True, n=n
-            )
-            prompt = [*SYSTEM[: 17 - i % 6], *[(i * k) % 7 for k in range(i % 4)]]
-            other = [*[(i % 3 + k) % 90 for k in range(8)], *SYSTEM[4:12], i]
-            engine.add_request(name, other if i % 4 == 1 else prompt, params[name])
-        for output in run_to_end(engine).values():
-            check_answers(output, params[output.request_id])

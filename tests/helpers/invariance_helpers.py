@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from engine_helpers import run_to_end
+from engine_helpers import check_answers, run_to_end
 from reference_helpers import random_weights, uniform
 
 from octavo import _native
@@ -18,6 +18,7 @@ from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
 from octavo.sampling_params import SamplingParams
 
 VOCAB = 211
+SYSTEM = [(11 * i + i * i) % 96 for i in range(17)]  # four blocks and a token
 _NORM = NormSpec(eps=1e-5)
 _LAYER = LayerSpec(
     num_heads=6,
@@ -130,3 +131,20 @@ def alone(dtype: str, mode: str, isa: str = "auto") -> dict[str, Any]:
         assert len(set(tokens)) > 3, "an answer that repeats itself would show little"
         assert all(np.isfinite(entry.logprob) for entry in logprobs)
     return found
+
+
+def crowd(engine: Engine) -> None:
+    """Requests of many beginnings, in two waves; every answer is checked."""
+    params = {}
+    for wave in range(2):
+        for i in range(24):
+            n = 3 if i % 7 == 3 else 1
+            name = f"{wave}.{i}"
+            params[name] = SamplingParams(
+                temperature=i % 2, seed=i, max_tokens=4 + i % 9, ignore_eos=True, n=n
+            )
+            prompt = [*SYSTEM[: 17 - i % 6], *[(i * k) % 7 for k in range(i % 4)]]
+            other = [*[(i % 3 + k) % 90 for k in range(8)], *SYSTEM[4:12], i]
+            engine.add_request(name, other if i % 4 == 1 else prompt, params[name])
+        for output in run_to_end(engine).values():
+            check_answers(output, params[output.request_id])

@@ -13,7 +13,6 @@ import threading
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ from octavo.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-from octavo.progress import NO_PROGRESS, NoProgress, folder_size
+from octavo.progress import NO_PROGRESS, NoProgress
 from octavo.weights import wheel
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import pull, pulled_models, resolve_model
@@ -422,34 +421,3 @@ def test_the_command(
     assert "is ready" in capsys.readouterr().err
     assert main(["pull", "nosuch"]) == 2
     assert capsys.readouterr().err.startswith("error: 'nosuch' cannot be pulled")
-
-
-def test_a_folder_is_watched_while_it_grows(tmp_path: Path) -> None:
-    from octavo.progress import watch_folder
-
-    progress = Recorder()
-    progress.start("", 0)
-    with watch_folder(progress, tmp_path, already=100):
-        (tmp_path / "a").write_bytes(bytes(100_100))
-        deadline = time.monotonic() + 20
-        while progress.steps[0][2] != 100_000 and time.monotonic() < deadline:
-            time.sleep(0.02)
-    assert progress.steps[0][2] == 100_000
-
-
-def test_a_folder_that_vanishes_while_it_is_measured_is_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As pip's do, between the moment they are listed and the moment they are looked into."""
-    for folder in ("kept", "pip-unpack"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "file").write_bytes(bytes(7))
-    scan = os.scandir
-
-    def vanishing(path: Any) -> Any:
-        if str(path).endswith("pip-unpack"):
-            raise FileNotFoundError(2, "No such file or directory", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", vanishing)
-    assert folder_size(tmp_path) == 7
