@@ -50,7 +50,7 @@ class Environment:
 
     @property
     def models(self) -> Path:
-        """Where pulled models lie, one directory each; InvalidArgumentError if nobody knows."""
+        """Where pulled models lie, one directory each; InvalidArgumentError without a home."""
         if self.home is None:
             raise InvalidArgumentError(
                 "there is no folder for pulled models: HOME is not set, and this user is not in "

@@ -56,7 +56,7 @@ class SamplingParams:
     top_p: keep the smallest set of tokens whose probability reaches top_p; 1 keeps all, 0 the most
         probable one.
     min_p: drop tokens less probable than min_p times the most probable one; 0 keeps all.
-    seed: the same seed gives the same text, whoever shares the batch; None draws one. 64 bits; a
+    seed: the same seed gives the same text, in any batch; None takes a random one. 64 bits; a
         negative number stands for itself plus 2**64.
     max_tokens: stop after so many new tokens; None: where the context or the KV cache ends.
     min_tokens: no stop string, stop token or end of text before so many new tokens.

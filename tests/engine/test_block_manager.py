@@ -73,7 +73,7 @@ def test_misuse_is_found() -> None:
     with pytest.raises(IntegrityError, match="empty pool"):
         blocks.start("b", 9)
     pool = BlockPool(2)
-    with pytest.raises(IntegrityError, match="block 1 was released, but nobody holds it"):
+    with pytest.raises(IntegrityError, match="block 1 was released, but no sequence holds it"):
         pool.release(1)
     with pytest.raises(IntegrityError, match="block 1 was held, but it is blank"):
         pool.hold(1)

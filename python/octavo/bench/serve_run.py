@@ -20,7 +20,7 @@ Progress = Callable[[int, int, int], None]
 class Load:
     """When requests are sent.
 
-    concurrency: users, each of whom asks again when answered (closed loop); with a finite rate the
+    concurrency: users; each asks again when answered (closed loop); with a finite rate the
     most that run at a time. rate: arrivals a second, Poisson; infinite for the closed loop.
     """
 

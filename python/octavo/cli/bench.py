@@ -44,8 +44,8 @@ def bench(
 
     First the machine itself is measured: bytes read from memory and float32 operations a second.
     Each test then has a gate before it is timed: a sequence's logits must have the same bits alone
-    and in the batch (on a GPU without --deterministic: nearly the same numbers). A test that fails
-    it gets no figure. Exit code: 0 all gates passed, 1 not.
+    and in the batch (on a GPU without --deterministic: nearly the same numbers). A test that
+    fails gets no figure. Exit code: 0 all gates passed, 1 not.
 
     A server is measured by [bold]octavo bench serve[/bold].
     """

@@ -89,7 +89,7 @@ class BlockPool:
     def release(self, block: int) -> None:
         """Stop holding the block; IntegrityError if it was not held."""
         if self._num_holders[block] < 1:
-            raise IntegrityError(f"block {block} was released, but nobody holds it")
+            raise IntegrityError(f"block {block} was released, but no sequence holds it")
         self._num_holders[block] -= 1
         if not self._num_holders[block]:
             if self._name[block] is None:

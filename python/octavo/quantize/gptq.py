@@ -8,7 +8,7 @@ factor of H^-1 = U^T U, rounding input i by e changes every later input j by -e 
 Here besides:
 
 - order: groups by how strongly they are driven, and within a group the inputs likewise, so that
-  those rounded last, which have nobody left to make up for them, matter least. Groups stay
+  those rounded last, for which no others can make up, matter least. Groups stay
   together, and the stored layout knows nothing of the order;
 - a group's scale is chosen when its turn comes, of some twenty, by what its errors will cost
   once the inputs after it have made up for them: e^T M e with M^-1 = U_g^T U_g.
