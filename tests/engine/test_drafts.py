@@ -11,14 +11,23 @@ from engine_helpers import (
     FakeRuntime,
     check_answers,
     check_published,
-    crowd,
     fake_engine,
     fake_future,
     plain_tokenizer_directory,
     run_to_end,
     solo_answer,
 )
-from invariance_helpers import MODES, alone, facts, make_engine, others, prompt_of, run, subjects
+from invariance_helpers import (
+    MODES,
+    alone,
+    crowd,
+    facts,
+    make_engine,
+    others,
+    prompt_of,
+    run,
+    subjects,
+)
 
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.engine import Engine
