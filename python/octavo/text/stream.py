@@ -116,26 +116,30 @@ class StopChecker:
 
     def _advance(self, character: str, armed: bool) -> str | None:
         """Move every automaton by one character; the longest stop string complete here."""
-        found = []
-        for index, (stop, failures) in enumerate(zip(self._stop, self._failures, strict=True)):
-            state = _next_state(stop, failures, self._states[index], character)
+        longest: str | None = None
+        for index, stop in enumerate(self._stop):
+            failures = self._failures[index]
+            state = self._states[index]
+            while state and stop[state] != character:
+                state = failures[state - 1]
+            if stop[state] == character:
+                state += 1
             if state == len(stop):
-                found.append(stop)
+                if armed and (longest is None or len(stop) > len(longest)):
+                    longest = stop
                 state = failures[state - 1]
             self._states[index] = state
-        return max(found, key=len, default=None) if armed else None
+        return longest
 
 
 def _failures(text: str) -> list[int]:
     """Entry i: the length of the longest proper prefix of text[:i + 1] that is also its suffix."""
-    table = [0]
-    for character in text[1:]:
-        table.append(_next_state(text, table, table[-1], character))
+    table = [0] * len(text)
+    length = 0
+    for index in range(1, len(text)):
+        while length and text[index] != text[length]:
+            length = table[length - 1]
+        if text[index] == text[length]:
+            length += 1
+        table[index] = length
     return table
-
-
-def _next_state(text: str, failures: Sequence[int], state: int, character: str) -> int:
-    """How much of `text` is matched after one more character; state: how much before."""
-    while state and text[state] != character:
-        state = failures[state - 1]
-    return state + (text[state] == character)
