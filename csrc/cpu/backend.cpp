@@ -16,12 +16,13 @@ void* CpuBackend::allocate(std::size_t bytes) { return cpu::allocate(bytes); }
 
 void CpuBackend::release(void* data, std::size_t bytes) noexcept { cpu::release(data, bytes); }
 
+// No bytes may come from no memory, which memcpy does not allow.
 void CpuBackend::upload(void* device, const void* host, std::size_t bytes) {
-  std::memcpy(device, host, bytes);
+  if (bytes != 0) std::memcpy(device, host, bytes);
 }
 
 void CpuBackend::download(void* host, const void* device, std::size_t bytes) {
-  std::memcpy(host, device, bytes);
+  if (bytes != 0) std::memcpy(host, device, bytes);
 }
 
 std::size_t CpuBackend::available_memory() const { return cpu::available_memory(); }
