@@ -155,8 +155,7 @@ class LLM(LoadedModel):
         encoded = self._encode(prompt)
         params = params or SamplingParams()
         self.engine.check_request(encoded.token_ids, params)
-        asked = _asked(None, encoded, params)._replace(stream=True)
-        return SharedIterator(_stream(call, asked), call)
+        return SharedIterator(_stream(call, Asked(None, encoded, params, stream=True)), call)
 
     def generate_as_completed(
         self,
@@ -208,7 +207,7 @@ class LLM(LoadedModel):
         if progress and prompts:
             bar = request_bar(self._bar_turn, len(prompts), lambda: self.engine.num_sampled_tokens)
         with call, bar as advance:
-            call.ask([_asked(index, *pair) for index, pair in enumerate(pairs)])
+            call.ask([Asked(index, *pair) for index, pair in enumerate(pairs)])
             on_step = advance and partial(advance, 0)
             while (arrival := call.take(on_step)) is not None:
                 results[arrival.key] = arrival.chunk.result
@@ -233,7 +232,7 @@ class LLM(LoadedModel):
                     except (InvalidArgumentError, TokenizerError) as error:
                         yield key, _refused(prompt, error)
                     else:
-                        call.ask([_asked(key, encoded, params)])
+                        call.ask([Asked(key, encoded, params)])
                 if not num_taken and not call.num_open:
                     return
                 arrival = call.take()
@@ -246,17 +245,6 @@ def _stream(call: Call, asked: Asked) -> Generator[OutputChunk, None, None]:
         call.ask([asked])
         while (arrival := call.take()) is not None:
             yield arrival.chunk
-
-
-def _asked(key: Any, prompt: EncodedPrompt, params: SamplingParams) -> Asked:
-    return Asked(
-        key,
-        prompt.token_ids,
-        params,
-        prompt.text,
-        continues_prompt=not prompt.is_chat,
-        kept_special_ids=prompt.kept_special_ids,
-    )
 
 
 def _refused(prompt: AnyPrompt, error: OctavoError) -> RequestOutput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,25 +117,21 @@ def work_of(case: Case, spec: ModelSpec, step_bytes: float, kv_dtype: str, chunk
         ends = [min(start + chunk, case.num_tokens) for start in range(0, case.num_tokens, chunk)]
         num_steps, rows = len(ends), 1
         read = [(end, 1) for end in ends]
-        queries: Iterable[int] = range(1, case.num_tokens + 1)
+        queries = range(1, case.num_tokens + 1)
     else:
-        contexts = range(case.depth + 1, case.depth + case.num_tokens + 1)
+        queries = range(case.depth + 1, case.depth + case.num_tokens + 1)
         num_steps, rows = case.num_tokens, case.tokens
-        read = [(context, case.batch) for context in contexts]
-        queries = contexts
+        read = [(context, case.batch) for context in queries]
     item = BYTES[kv_dtype]
     num_bytes = num_steps * step_bytes
     operations = 2.0 * linear_weights(spec) * case.tokens
     operations += 2.0 * spec.vocab_size * spec.hidden_size * rows
-    queries = list(queries)
     for layer in spec.layers:
-        num_bytes += sum(
-            2.0 * layer.kv_size * item * _seen(layer, end) * count for end, count in read
-        )
+        seen = sum(_seen(layer, end) * count for end, count in read)
+        num_bytes += 2.0 * layer.kv_size * item * seen
         # A product with each key, and one with each value.
-        operations += sum(4.0 * layer.q_size * _seen(layer, context) for context in queries) * (
-            case.batch
-        )
+        seen = case.batch * sum(_seen(layer, context) for context in queries)
+        operations += 4.0 * layer.q_size * seen
     return Work(num_bytes, operations)
 
 

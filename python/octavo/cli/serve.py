@@ -8,15 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from octavo.cli.options import (
-    SAMPLING,
-    EventLogOption,
-    ModelArgument,
-    engine_options,
-    option,
-)
-from octavo.config import EngineConfig, read_environment
-from octavo.errors import InvalidArgumentError
+from octavo.cli.options import SAMPLING, EventLogOption, ModelArgument, engine_options, option
+from octavo.config import EngineConfig, check_choice, read_environment
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
@@ -109,7 +102,7 @@ def serve(
             metavar="auto|json|text",
         ),
     ] = "auto",
-) -> int:
+) -> None:
     """Serve a model over HTTP with OpenAI's API: for its clients, and for your browser.
 
     Then open http://127.0.0.1:8000 to chat and to watch the engine, or from Python:
@@ -137,10 +130,7 @@ def serve(
         event_log=event_log,
         log_format=log_format,
     )
-    if generation_config not in ("auto", "none"):
-        raise InvalidArgumentError(
-            f"--generation-config is {generation_config!r}; expected auto or none"
-        )
+    check_choice("--generation-config", generation_config, ("auto", "none"))
     path = resolve_model(model, environment)
     options = replace(
         options,
@@ -150,7 +140,6 @@ def serve(
     from octavo.server.serving import serve as run_server
 
     run_server(options, partial(_load, path, config))
-    return 0
 
 
 def _load(path: Path, config: EngineConfig) -> LLM:
