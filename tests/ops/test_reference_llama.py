@@ -9,7 +9,8 @@ import pytest
 from reference_helpers import NativeModel, max_error, random_weights
 
 from octavo.models.layer import model_nodes, tap_names, weight_shapes
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.models.rope import default_rope, llama3_rope
+from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 from octavo.reference import KVCache, ReferenceModel, ops
 
 
@@ -19,7 +20,7 @@ def make_spec(
     layer = LayerSpec(
         **{
             **{"num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "intermediate_size": 37},
-            **{"norm": NormSpec(), "rope": RopeSpec(theta=100.0), **fields},
+            **{"norm": NormSpec(), "rope": default_rope(100.0, 8), **fields},
         }  # type: ignore[arg-type]
     )
     return ModelSpec(
@@ -53,7 +54,7 @@ SPECS = {
     "ungated": make_spec(gated=False, mlp_bias=True),
     "scaled": make_spec(attention_scale=0.9),
     "relu": make_spec(activation="relu", num_kv_heads=1),
-    "gelu": make_spec(activation="gelu", rope=RopeSpec(100.0, "llama3", 8.0, 1.0, 4.0, 32)),
+    "gelu": make_spec(activation="gelu", rope=llama3_rope(100.0, 8, 8.0, 1.0, 4.0, 32)),
 }
 TOKENS = np.array([(17 * i * i + 3) % 61 for i in range(29)])
 
