@@ -22,12 +22,16 @@ class GgufFolder(MemoryFolder):
     """config.json, generation_config.json and the tokenizer's files; `parts` has the weights."""
 
     def __init__(self, path: Path, dtype: OutputDType = "auto") -> None:
-        """dtype: of the weights, see `GgufParts`.
+        """The files of the model at `path`.
+
+        dtype: of the weights, see `GgufParts`. "codes" is the same as "auto" there, and here says
+        that `open_checkpoint` gives codes for the matrices for which octavo has such.
 
         Raises WeightsError for a damaged file, UnsupportedModelError for one that octavo cannot
         run. The tokenizer is converted, or TokenizerError raised, when one of its files is read.
         """
         self.parts = parts = GgufParts(path, dtype)
+        self.as_codes = dtype == "codes"
         family, self.family = find_gguf_family(parts.metadata, str(parts.path))
         shapes = {name: info.shape for name, info in parts.infos.items()}
         constants = {
