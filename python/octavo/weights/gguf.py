@@ -166,6 +166,26 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise self.error(f"a text is not UTF-8: {error}") from error
 
+    def strings(self, count: int) -> list[str]:
+        """As `string`, so many times: vocabularies and merges have hundreds of thousands."""
+        data, position, size = self.data, self.position, len(self.data)
+        unpack, found = _SCALARS[10].unpack_from, []
+        for _ in range(count):
+            if position + 8 > size:
+                break
+            start = position + 8
+            position = start + unpack(data, position)[0]
+            if position > size:
+                break
+            found.append(data[start:position])
+            self.position = position
+        if len(found) < count:
+            self.string()  # raises
+        try:
+            return [text.decode("utf-8") for text in found]
+        except UnicodeDecodeError as error:
+            raise self.error(f"a text is not UTF-8: {error}") from error
+
     def value(self, kind: int) -> Any:
         """One metadata value: a number, a bool, a str, or a list of them."""
         if kind in _SCALARS:
@@ -178,7 +198,7 @@ class _Cursor:
         if count > MAX_ARRAY:
             raise self.error(f"an array of {count} entries; expected at most {MAX_ARRAY}")
         if inner == _STRING:
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         if inner not in _SCALARS:
             raise self.error(f"an array of metadata type {inner} is not supported")
         layout = _SCALARS[inner]

@@ -13,7 +13,7 @@ from octavo.models.family import GgufHeader
 from octavo.models.fields import Fields
 from octavo.models.registry import find_gguf_family
 from octavo.weights.gguf_parts import GgufParts, OutputDType
-from octavo.weights.gguf_tokenizer import convert_tokenizer
+from octavo.weights.gguf_tokenizer import Vocabulary, make_config, make_tokenizer
 
 _TORCH_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -58,9 +58,10 @@ class GgufFolder(MemoryFolder):
             {
                 "config.json": lambda: _json(self.config),
                 "generation_config.json": lambda: _json(self._generation_config()),
-                "tokenizer.json": lambda: self._tokenizer["tokenizer.json"],
-                "tokenizer_config.json": lambda: self._tokenizer["tokenizer_config.json"],
+                "tokenizer.json": lambda: self._make_tokenizer().to_str(pretty=True),
+                "tokenizer_config.json": self._tokenizer_config,
             },
+            self._make_tokenizer,
         )
 
     def _token_id(self, kind: str) -> int | None:
@@ -69,10 +70,14 @@ class GgufFolder(MemoryFolder):
         return fields.optional_integer(name, 0, self.config["vocab_size"] - 1)
 
     @cached_property
-    def _tokenizer(self) -> dict[str, str]:
-        return convert_tokenizer(
-            self.parts.metadata, self.config["vocab_size"], self.config["max_position_embeddings"]
-        )
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.parts.metadata, self.config["vocab_size"])
+
+    def _make_tokenizer(self) -> Any:
+        return make_tokenizer(self._vocabulary)
+
+    def _tokenizer_config(self) -> str:
+        return _json(make_config(self._vocabulary, self.config["max_position_embeddings"]))
 
     def _generation_config(self) -> dict[str, Any]:
         found = map(self._token_id, ("eos", "eot", "eom"))  # of a text, a turn, a message
@@ -86,4 +91,4 @@ class GgufFolder(MemoryFolder):
 
 
 def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+    return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
