@@ -46,7 +46,7 @@ def everything_below(folder: Path) -> dict[str, int]:
     return {str(entry): entry.stat().st_mtime_ns for entry in sorted(folder.rglob("*"))}
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_1", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q5_1", "Q8_0", "Q6_K"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_those_that_pull_writes(kind: str, tied: bool, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
@@ -65,7 +65,7 @@ def test_answers_are_those_of_the_pulled_model_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "models"
-    parts = write_parts(folder, kind="Q4_1")
+    parts = write_parts(folder, kind="Q5_1")
     home = tmp_path / "home"
     monkeypatch.setenv("OCTAVO_HOME", str(home))
     monkeypatch.chdir(folder)
