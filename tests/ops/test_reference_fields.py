@@ -12,7 +12,8 @@ from spec_helpers import NEW_SPECS, SPECS, make_spec
 
 from octavo.models.layer import model_nodes, tap_names, weight_shapes
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
-from octavo.reference import KVCache, ReferenceModel, ops
+from octavo.reference import ops
+from octavo.reference.llama import KVCache, ReferenceModel
 
 TOKENS = np.array([(17 * i * i + 3) % 61 for i in range(29)])
 Weights = Mapping[str, np.ndarray]

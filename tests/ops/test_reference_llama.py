@@ -10,7 +10,8 @@ from reference_helpers import NativeModel, max_error, random_weights
 from spec_helpers import SPECS
 
 from octavo.models.layer import model_nodes, tap_names, weight_shapes
-from octavo.reference import KVCache, ReferenceModel, ops
+from octavo.reference import ops
+from octavo.reference.llama import KVCache, ReferenceModel
 
 TOKENS = np.array([(17 * i * i + 3) % 61 for i in range(29)])
 
