@@ -93,7 +93,7 @@ class ReferenceModel:
         self.formats: Mapping[str, WeightFormat] = dict(formats or {})
         self.weights = _checked_weights(spec, weights, dtype, self.formats)
         self.frequencies = [
-            None if layer.rope is None else ops.rope_frequencies(layer.rope, layer.head_dim)
+            None if layer.rope is None else np.array(layer.rope.frequencies, np.float32)
             for layer in spec.layers
         ]
 
@@ -167,10 +167,10 @@ class ReferenceModel:
             _tap(taps, name + "k_norm", k)
         q, k, v = (x.reshape(rows, -1, layer.head_dim) for x in (q, k, v))
 
-        frequencies = self.frequencies[index]
-        if frequencies is not None:
-            q = ops.rope(q, positions, frequencies)
-            k = ops.rope(k, positions, frequencies)
+        if layer.rope is not None:
+            frequencies, factor = self.frequencies[index], layer.rope.attention_factor
+            q = ops.rope(q, positions, frequencies, factor)
+            k = ops.rope(k, positions, frequencies, factor)
             _tap(taps, name + "q_rope", q)
             _tap(taps, name + "k_rope", k)
 

@@ -73,9 +73,13 @@ def op_call(
     if layer is None:
         raise ValueError(f"{node.tap} belongs to no layer; {node.op} needs one")
     if node.op == "rope_and_store":
-        turns = ops.rope_frequencies(layer.rope, layer.head_dim) if layer.rope else None
         x = split_heads(operands[0], layer)
-        return partial(ops.rope, x=x, positions=positions, frequencies=turns)
+        if layer.rope is None:
+            return partial(ops.rope, x=x, positions=positions, frequencies=None)
+        turns, factor = np.array(layer.rope.frequencies, np.float32), layer.rope.attention_factor
+        return partial(
+            ops.rope, x=x, positions=positions, frequencies=turns, attention_factor=factor
+        )
     if node.op == "attention":
         q, k, v = (split_heads(operand, layer) for operand in operands)
         k, v = (k, v) if cache is None else cache

@@ -28,6 +28,12 @@ QkNorm qk_norm(const std::string& name) {
   throw std::invalid_argument(text("qk_norm is \"", name, "\"; expected none, head or row"));
 }
 
+std::optional<RopeSpec> rope_spec(nb::handle spec) {
+  if (spec.is_none()) return std::nullopt;
+  return RopeSpec{field<std::vector<float>>(spec, "frequencies"),
+                  field<float>(spec, "attention_factor")};
+}
+
 LayerSpec layer_spec(nb::handle spec) {
   LayerSpec layer;
   layer.num_heads = field<std::int64_t>(spec, "num_heads");
@@ -35,7 +41,7 @@ LayerSpec layer_spec(nb::handle spec) {
   layer.head_dim = field<std::int64_t>(spec, "head_dim");
   layer.intermediate_size = field<std::int64_t>(spec, "intermediate_size");
   layer.norm = norm_spec(spec.attr("norm"));
-  if (!spec.attr("rope").is_none()) layer.rope = rope_spec(spec.attr("rope"));
+  layer.rope = rope_spec(spec.attr("rope"));
   layer.activation = activation(field<std::string>(spec, "activation"));
   layer.gated = field<bool>(spec, "gated");
   layer.qkv_bias = field<bool>(spec, "qkv_bias");
@@ -67,23 +73,6 @@ Activation activation(const std::string& name) {
   if (name == "relu") return Activation::relu;
   throw std::invalid_argument(
       text("activation is \"", name, "\"; expected silu, gelu, gelu_tanh or relu"));
-}
-
-RopeSpec rope_spec(nb::handle spec) {
-  RopeSpec rope;
-  rope.theta = field<double>(spec, "theta");
-  const auto scaling = field<std::string>(spec, "scaling");
-  require(scaling == "default" || scaling == "linear" || scaling == "llama3", "rope scaling is \"",
-          scaling, "\"; expected default, linear or llama3");
-  rope.scaling = scaling == "default"  ? RopeScaling::none
-                 : scaling == "linear" ? RopeScaling::linear
-                                       : RopeScaling::llama3;
-  rope.factor = field<double>(spec, "factor");
-  rope.low_freq_factor = field<double>(spec, "low_freq_factor");
-  rope.high_freq_factor = field<double>(spec, "high_freq_factor");
-  rope.original_max_position_embeddings =
-      field<std::int64_t>(spec, "original_max_position_embeddings");
-  return rope;
 }
 
 ModelSpec model_spec(nb::handle spec) {

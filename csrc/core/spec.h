@@ -18,7 +18,6 @@ enum class NormKind : std::uint8_t { rms, layer, none };
 // Of queries and keys before rope: each head by itself, or all heads of a token together.
 enum class QkNorm : std::uint8_t { none, head, row };
 enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
-enum class RopeScaling : std::uint8_t { none, linear, llama3 };
 
 // The format of a matrix in memory and in products. f32 and bf16 are plain numbers. int8 has a
 // scale for each output. int4 has a scale, and perhaps a zero point, for each group of inputs of
@@ -52,18 +51,13 @@ struct NormSpec {
   bool bias = false;
 };
 
+// The first 2 n elements of a head rotate, for n frequencies; element i with i + n.
 struct RopeSpec {
-  double theta = 10000.0;
-  RopeScaling scaling = RopeScaling::none;
-  double factor = 1.0;
-  double low_freq_factor = 1.0;
-  double high_freq_factor = 4.0;
-  std::int64_t original_max_position_embeddings = 8192;
+  std::vector<float> frequencies;  // radians a position
+  float attention_factor = 1.0f;   // multiplies cosines and sines
 
   bool operator==(const RopeSpec& other) const {
-    return theta == other.theta && scaling == other.scaling && factor == other.factor &&
-           low_freq_factor == other.low_freq_factor && high_freq_factor == other.high_freq_factor &&
-           original_max_position_embeddings == other.original_max_position_embeddings;
+    return frequencies == other.frequencies && attention_factor == other.attention_factor;
   }
 };
 
@@ -143,10 +137,10 @@ struct RuntimeOptions {
   std::optional<std::int64_t> last_layer;  // none: the model's last
 };
 
-// Inverse wavelengths of the rotary embedding, head_dim / 2 of them, in radians a position.
-//
-// float32 exactly as Hugging Face computes them, since a position of 1,500 multiplies any
-// difference. Su et al. 2021; "llama3" is the smooth rule of Llama 3.1.
-std::vector<float> rope_frequencies(const RopeSpec& rope, std::int64_t head_dim);
+// Cosines and sines of every position before `positions`, (positions, frequencies) each.
+struct RopeTables {
+  std::vector<float> cosines, sines;
+};
+RopeTables rope_tables(const RopeSpec& rope, std::int64_t positions);
 
 }  // namespace octavo

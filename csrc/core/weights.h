@@ -76,7 +76,6 @@ class Weights {
 
   struct RopeTable {
     RopeSpec spec;
-    std::int64_t head_dim;
     Buffer cosines, sines;
     Rope rope;
   };

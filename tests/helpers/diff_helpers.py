@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from octavo.diff.comparison import Comparison, DiffOptions
 from octavo.diff.implementations import ReferenceImplementation
 from octavo.models.layer import weight_shapes
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.models.rope import default_rope
+from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 from octavo.reference import llama, ops
 from octavo.weights.model_files import read_model
 
@@ -47,7 +48,7 @@ def small_spec(
                 head_dim=head_dim,
                 intermediate_size=intermediate_size,
                 norm=norm,
-                rope=layer.get("rope", RopeSpec(theta=500.0)),
+                rope=layer.get("rope", default_rope(500.0, head_dim)),
                 **{key: value for key, value in layer.items() if key != "rope"},
             )
             for _ in range(num_layers)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.models.rope import default_rope, llama3_rope
+from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 
 
 def make_spec(
@@ -17,10 +18,11 @@ def make_spec(
     **fields: Any,
 ) -> ModelSpec:
     """Three layers, the second with a window. model: fields of the model; fields: of a layer."""
+    width = fields.get("head_dim", 8)
     layer = LayerSpec(
         **{
-            **{"num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "intermediate_size": 37},
-            **{"norm": NormSpec(), "rope": RopeSpec(theta=100.0), **fields},
+            **{"num_heads": 6, "num_kv_heads": 2, "head_dim": width, "intermediate_size": 37},
+            **{"norm": NormSpec(), "rope": default_rope(100.0, width), **fields},
         }
     )
     return ModelSpec(
@@ -52,7 +54,7 @@ SPECS = {
     "ungated": make_spec(gated=False, mlp_bias=True),
     "scaled": make_spec(attention_scale=0.9),
     "relu": make_spec(activation="relu", num_kv_heads=1),
-    "gelu": make_spec(activation="gelu", rope=RopeSpec(100.0, "llama3", 8.0, 1.0, 4.0, 32)),
+    "gelu": make_spec(activation="gelu", rope=llama3_rope(100.0, 8, 8.0, 1.0, 4.0, 32)),
 }
 
 # Fields of families other than Llama, GPT-2 and Qwen2, each by itself and as families have them.
@@ -68,6 +70,8 @@ NEW_SPECS = {
         model={"embed_multiplier": 3.3, "logits_multiplier": 0.21},
     ),
     "capped_logits": make_spec(model={"logits_softcap": 1.7, "logits_multiplier": 1.3}),
+    "partial_rope": make_spec(rope=default_rope(100.0, 4)),
+    "partial_rope_odd": make_spec(rope=default_rope(100.0, 6), qk_norm="head"),
     "olmo2_like": make_spec(
         norm=NormSpec("none", 1e-6),
         output_norm=NormSpec(eps=1e-6),

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ops_helpers import ROPES, TOLERANCES, Case, compute_cases, make_sequence, native_attention
+from ops_helpers import (
+    TOLERANCES,
+    Case,
+    compute_cases,
+    make_sequence,
+    native_attention,
+    rope_frequencies,
+)
 from reference_helpers import bf16_order, max_error, same_bits, uniform
 
 from octavo import _native, _native_ops
@@ -150,7 +157,7 @@ def test_bf16_cache_is_the_f32_cache_rounded() -> None:
     native = _native_ops.Ops("cpu", 1)
     q, k, v = uniform(1, 9, 4, 64), uniform(2, 9, 2, 64), uniform(3, 9, 2, 64)
     positions, slots = np.arange(9, dtype=np.int32) * 31, np.arange(9, dtype=np.int32)
-    frequencies = native.rope_frequencies(ROPES["smollm"], 64)
+    frequencies = rope_frequencies("smollm", 64)
     arguments = (q, k, v, positions, slots, frequencies, 16, 16)
     _, keys, values = native.rope_and_store(*arguments, "f32")
     _, rounded_keys, rounded_values = native.rope_and_store(*arguments, "bf16")

@@ -91,7 +91,7 @@ class ByHand:
     def _turn(self, layer: LayerSpec, heads: np.ndarray) -> np.ndarray:
         if layer.rope is None:
             return heads
-        angles = self.position * ops.rope_frequencies(layer.rope, layer.head_dim).astype(float)
+        angles = self.position * np.array(layer.rope.frequencies)
         half = len(angles)
         pairs = heads[:, :half] + 1j * heads[:, half : 2 * half]
         turned = pairs * np.exp(1j * angles)

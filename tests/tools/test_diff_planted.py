@@ -30,7 +30,8 @@ from octavo.diff.implementations import ReferenceImplementation, StepResult
 from octavo.diff.report import to_json
 from octavo.diff.tolerance import own_tolerance
 from octavo.models.layer import Node, model_nodes, residual_before
-from octavo.models.spec import NormSpec, RopeSpec
+from octavo.models.rope import linear_rope
+from octavo.models.spec import NormSpec
 from octavo.reference import ops
 from octavo.reference.llama import ReferenceModel
 
@@ -234,7 +235,7 @@ def test_two_mistakes_are_both_found() -> None:
         small_spec(qkv_bias=True, o_bias=True, mlp_bias=True, activation="gelu"),
         small_spec(gated=False, activation="relu", norm=NormSpec("layer", 1e-5, True)),
         replace(small_spec(rope=None), learned_positions=True),
-        small_spec(window=5, rope=RopeSpec(scaling="linear", factor=3.0)),
+        small_spec(window=5, rope=linear_rope(10000.0, 8, 3.0)),
     ],
     ids=[
         "multi-query tied",

@@ -19,7 +19,8 @@ from octavo.diff.definition import OpInputs, define, op_call
 from octavo.diff.measure import Float32, row_errors
 from octavo.diff.tolerance import STEP_BF16
 from octavo.models.layer import Op
-from octavo.models.spec import NormSpec, RopeSpec
+from octavo.models.rope import default_rope
+from octavo.models.spec import NormSpec
 from octavo.reference import ops
 from octavo.reference.nodes import add
 from octavo.reference.ops import Array
@@ -177,34 +178,37 @@ def _rope(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     frequencies, rope = inputs.model.frequencies[inputs.layer_index], inputs.layer.rope
     if frequencies is None or rope is None:
         return
-    half = x.shape[-1] // 2
-
-    def swap(values: Array) -> Array:
-        return np.concatenate([values[..., half:], values[..., :half]], axis=-1)
+    half = len(frequencies)
+    order = np.arange(x.shape[-1])  # of a head's elements; those from 2 * half on do not turn
+    swapped, pairs = order.copy(), order.copy()
+    swapped[: 2 * half] = np.roll(order[: 2 * half], half)
+    pairs[: 2 * half] = np.concatenate([order[0 : 2 * half : 2], order[1 : 2 * half : 2]])
 
     def neighbours() -> Array:
-        turned = op(x=np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1))
-        return np.stack([turned[..., :half], turned[..., half:]], axis=-1).reshape(x.shape)
+        return op(x=x[..., pairs])[..., np.argsort(pairs)]
 
     start, backwards = positions - positions[0], partial(op, frequencies=-frequencies)
     ways: dict[str, Callable[[], Array]] = {
         "no rotation": lambda: x,
         "halves swapped: the sine's sign is the other way round": backwards,
-        "halves swapped on the way in": lambda: op(x=swap(x)),
-        "halves swapped on the way out": lambda: swap(op()),
+        "halves swapped on the way in": lambda: op(x=x[..., swapped]),
+        "halves swapped on the way out": lambda: op()[..., swapped],
         "neighbours paired (i with i + 1) instead of halves": neighbours,
         "positions off by -1": partial(op, positions=positions - 1),
         "positions off by +1": partial(op, positions=positions + 1),
         "positions counted from the chunk's first token": partial(op, positions=start),
     }
     yield from ways.items()
+    if rope.attention_factor != 1:
+        yield "cosines and sines not multiplied", partial(op, attention_factor=1.0)
     others = []
-    if rope.scaling != "default":
-        others.append((f"the {rope.scaling} scaling left out", RopeSpec(theta=rope.theta)))
-    if rope.theta != 10000.0:
-        others.append(("theta 10000 instead of the model's", replace(rope, theta=10000.0)))
-    for sentence, other in others:
-        yield sentence, partial(op, frequencies=ops.rope_frequencies(other, x.shape[-1]))
+    if rope.kind != "default":
+        others.append((f"the {rope.kind} scaling left out", rope.theta))
+    elif rope.theta != 10000.0:
+        others.append(("theta 10000 instead of the model's", 10000.0))
+    for sentence, theta in others:
+        other = default_rope(theta, 2 * half).frequencies
+        yield sentence, partial(op, frequencies=np.array(other, np.float32))
 
 
 def _attention(inputs: OpInputs, op: Call) -> Iterator[Suspect]:

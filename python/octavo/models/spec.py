@@ -9,13 +9,12 @@ PyTorch's `nn.Linear`; `models/layer.py` lists them, and what a layer does with 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 NormKind = Literal["rms", "layer", "none"]
 QkNorm = Literal["none", "head", "row"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-RopeScaling = Literal["default", "linear", "llama3"]
 
 
 UNIFORM_LEVELS = tuple(range(-8, 8))
@@ -59,18 +58,22 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary position embedding (Su et al. 2021), rotating element i with i + head_dim/2.
+    """Rotary position embedding, in numbers; `models/rope.py` has the formulas.
 
-    scaling "linear" divides every frequency by `factor`; "llama3" does so for low frequencies
-    only, with a smooth transition (Llama 3.1's rule).
+    The first 2 * len(frequencies) elements of a head rotate, element i together with element
+    i + len(frequencies); the rest stays as it is (partial rotary).
     """
 
-    theta: float = 10000.0
-    scaling: RopeScaling = "default"
+    frequencies: tuple[float, ...] = field(repr=False)  # float32 values, radians a position
+    attention_factor: float = 1.0  # multiplies cosines and sines
+    # For messages: the kind of scaling, by how much the context is stretched, the base.
+    kind: str = "default"
     factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    theta: float = 10000.0
+    # LongRoPE: the frequencies where sequences may be longer than original_length; see
+    # `rope.for_length`, which chooses before a model is run.
+    long_frequencies: tuple[float, ...] = field(default=(), repr=False)
+    original_length: int = 0
 
 
 @dataclass(frozen=True)
