@@ -173,18 +173,45 @@ def _transposed(x: Any, weight: Any, bias: Any = None, dtype: str = "f32") -> An
     return ops.linear(x, weight.T if square else weight, bias, dtype)
 
 
+def _k_and_v_swapped(layer: LayerSpec, weights: Weights, name: str) -> Any:
+    return ("k", weights[name + "v.weight"]), ("v", weights[name + "k.weight"])
+
+
+def _rows_of_heads(layer: LayerSpec, weights: Weights, name: str, order: Any) -> Any:
+    """q and k with the rows of each head in another order."""
+    for part in ("q", "k"):
+        weight = weights[f"{name}{part}.weight"]
+        heads = weight.reshape(-1, layer.head_dim, weight.shape[1])
+        yield part, heads[:, order].reshape(weight.shape)
+
+
+def _rows_in_pairs(layer: LayerSpec, weights: Weights, name: str) -> Any:
+    """Rows i and i + head_dim/2 of each head side by side, as in GGUF files."""
+    order = np.arange(layer.head_dim).reshape(2, -1).T.ravel()
+    return _rows_of_heads(layer, weights, name, order)
+
+
+def _pairs_undone_twice(layer: LayerSpec, weights: Weights, name: str) -> Any:
+    order = np.arange(layer.head_dim).reshape(-1, 2).T.ravel()
+    return _rows_of_heads(layer, weights, name, order)
+
+
+_WEIGHT_MISTAKES: dict[str, Callable[[LayerSpec, Weights, str], Any]] = {
+    "k and v swapped": _k_and_v_swapped,
+    "rows in pairs": _rows_in_pairs,
+    "pairs undone twice": _pairs_undone_twice,
+}
+
+
 def broken_model(mistake: str, spec: ModelSpec, weights: Weights, **options: Any) -> Any:
     """A ReferenceModel with the named mistake (see MISTAKES)."""
     if mistake in _OP_MISTAKES:
         return reference_with(**_OP_MISTAKES[mistake]).ReferenceModel(spec, weights, **options)
-    if mistake == "k and v swapped":
+    if mistake in _WEIGHT_MISTAKES:
         changed = dict(weights)
-        for index in range(len(spec.layers)):
-            name = f"layers.{index}."
-            changed[name + "k.weight"], changed[name + "v.weight"] = (
-                weights[name + "v.weight"],
-                weights[name + "k.weight"],
-            )
+        for index, layer in enumerate(spec.layers):
+            for part, weight in _WEIGHT_MISTAKES[mistake](layer, weights, f"layers.{index}."):
+                changed[f"layers.{index}.{part}.weight"] = weight
         return llama.ReferenceModel(spec, changed, **options)
     return _ResidualDropped(spec, weights, **options)
 
@@ -235,6 +262,8 @@ MISTAKES: dict[str, tuple[str, str, str | None]] = {
     "blind to itself": ("layers.0.attn", "attention", None),
     "gate and up swapped": ("layers.0.act", "gated_activation", "gate and up swapped"),
     "k and v swapped": ("layers.0.k", "linear", "the weight of v"),
+    "rows in pairs": ("layers.0.q", "linear", "not undone"),
+    "pairs undone twice": ("layers.0.q", "linear", "undone where there was none"),
     "residual dropped": ("layers.1.out", "add_norm", "without the residual and attn_out"),
 }
 

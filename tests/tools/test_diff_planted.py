@@ -94,6 +94,8 @@ def test_planted_mistake_on_the_left(mistake: str, chunk_size: int | None) -> No
         "rope of neighbours": {"q_rope", "k_rope"},
         "epsilon outside": {"attn_norm", "mlp_norm", "final_norm"},
         "k and v swapped": {"k", "v"},
+        "rows in pairs": {"q", "k"},
+        "pairs undone twice": {"q", "k"},
     }.get(mistake, {tap.split(".")[-1]})
     assert parts == expected, "ops that are right must not be blamed for their inputs"
 

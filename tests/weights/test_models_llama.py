@@ -51,6 +51,24 @@ def test_every_field_lands_in_the_spec() -> None:
     assert not spec.tie_word_embeddings
 
 
+@pytest.mark.parametrize(
+    ("field", "limit"),
+    [
+        ("vocab_size", 4194304),
+        ("hidden_size", 262144),
+        ("intermediate_size", 1048576),
+        ("num_hidden_layers", 1024),
+        ("num_attention_heads", 4096),
+        ("head_dim", 1024),
+        ("max_position_embeddings", 16777216),
+    ],
+)
+def test_the_largest_sizes(field: str, limit: int) -> None:
+    read_spec(tiny_config(**{field: limit}))
+    with pytest.raises(UnsupportedModelError, match=f"{field} is {limit + 2}"):
+        read_spec(tiny_config(**{field: limit + 2}))
+
+
 def test_fields_that_need_not_be_given() -> None:
     config = tiny_config(tie_word_embeddings=DELETED, hidden_act=DELETED, rope_theta=DELETED)
     assert read_spec(config) == read_spec(tiny_config())
