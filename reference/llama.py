@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from octavo.models.layer import weight_shapes
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, WeightFormat
+from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, WeightFormat
 from octavo.reference import ops
+from octavo.reference.nodes import expert_output
 from octavo.reference.ops import Array, Float32, Integers
 from octavo.reference.quantization import check_int4_activations, rounded_product
 
@@ -184,6 +186,8 @@ class ReferenceModel:
         name = f"layers.{index}."
         normed = self._norm(name + "mlp_norm", layer.norm, x)
         _tap(taps, name + "mlp_norm", normed)
+        if layer.moe is not None:
+            return self._experts(name, layer, layer.moe, normed, taps)
         gate = None
         if layer.gated:
             gate = self._linear(name + "gate", normed)
@@ -193,6 +197,24 @@ class ReferenceModel:
         activated = ops.gated_activation(gate, up, layer.activation)
         _tap(taps, name + "act", activated)
         mlp_out = self._linear(name + "down", activated)
+        _tap(taps, name + "mlp_out", mlp_out)
+        return mlp_out
+
+    def _experts(
+        self, name: str, layer: LayerSpec, moe: MoeSpec, normed: Array, taps: Taps
+    ) -> Array:
+        """The MLP of a layer that has experts; the router's product is never rounded."""
+        logits = ops.linear(normed, self.weights[name + "router.weight"])
+        _tap(taps, name + "router", logits)
+        expert = partial(expert_output, name, self.weights, layer.activation, self.multiply)
+        mlp_out = ops.mix_experts(
+            normed,
+            logits,
+            moe.experts_per_token,
+            moe.normalize,
+            self.spec.hidden_size,
+            expert,
+        )
         _tap(taps, name + "mlp_out", mlp_out)
         return mlp_out
 
@@ -249,7 +271,8 @@ def _checked_weights(
         weight = weights[name]
         if weight.shape != shape:
             problems.append(f"{name} has shape {weight.shape}, expected {shape}")
-        is_plain_matrix = len(shape) == 2 and name.removesuffix(".weight") not in formats
+        base = name.removesuffix(".weight")
+        is_plain_matrix = len(shape) == 2 and base not in formats and not base.endswith(".router")
         rounds = is_plain_matrix and dtype == "bf16"
         checked[name] = ops.round_to_bf16(weight) if rounds else weight
     if problems:

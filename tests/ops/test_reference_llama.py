@@ -9,7 +9,7 @@ import pytest
 from reference_helpers import NativeModel, max_error, random_weights
 
 from octavo.models.layer import model_nodes, tap_names, weight_shapes
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, RopeSpec
 from octavo.reference import KVCache, ReferenceModel, ops
 
 
@@ -53,6 +53,8 @@ SPECS = {
     "ungated": make_spec(gated=False, mlp_bias=True),
     "scaled": make_spec(attention_scale=0.9),
     "relu": make_spec(activation="relu", num_kv_heads=1),
+    "experts": make_spec(moe=MoeSpec(5, 2)),
+    "all experts": make_spec(moe=MoeSpec(3, 3, normalize=False), activation="gelu"),
     "gelu": make_spec(activation="gelu", rope=RopeSpec(100.0, "llama3", 8.0, 1.0, 4.0, 32)),
 }
 TOKENS = np.array([(17 * i * i + 3) % 61 for i in range(29)])

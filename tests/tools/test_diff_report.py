@@ -22,6 +22,7 @@ from diff_helpers import (
     write_model,
 )
 from rich.console import Console
+from runtime_helpers import tiny_spec
 
 from octavo.cli import main
 from octavo.diff.html import LOG_HIGH, LOG_LOW, pack, render, write_html
@@ -31,8 +32,10 @@ from octavo.diff.report import print_report, to_json
 from octavo.diff.texts import cosine, number
 from octavo.errors import FileError
 from octavo.models.layer import Matrix, Node, Op, model_nodes, tap_names
+from octavo.models.spec import MoeSpec
 
 SPEC = small_spec(num_layers=4)
+EXPERTS = tiny_spec(moe=MoeSpec(4, 2))
 WEIGHTS = random_weights(SPEC)
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,7 +97,8 @@ def test_numbers_are_short() -> None:
 
 
 def test_every_op_has_its_files_and_they_exist() -> None:
-    assert set(OP_SOURCES) == set(get_args(Op)) == {node.op for node in model_nodes(SPEC)}
+    listed = {node.op for spec in (SPEC, EXPERTS) for node in model_nodes(spec)}
+    assert set(OP_SOURCES) == set(get_args(Op)) == listed
     assert set(_TAP_HINTS) <= {node.part for node in model_nodes(SPEC)}
     reference = (ROOT / "reference" / "ops.py").read_text()
     for op, sources in OP_SOURCES.items():
@@ -108,7 +112,7 @@ def test_every_op_has_its_files_and_they_exist() -> None:
 
 
 def test_a_tap_that_nobody_knows_has_the_hint_of_its_op() -> None:
-    node = Node("layers.2.router", "linear", ("layers.2.mlp_norm",), 8, (Matrix("x", 8, 36),))
+    node = Node("layers.2.other", "linear", ("layers.2.mlp_norm",), 8, (Matrix("x", 8, 36),))
     assert hint_for(node) == OP_SOURCES["linear"].hint
     hints = {node.part: hint_for(node) for node in model_nodes(SPEC)}
     assert "GGUF" in hints["q"] and "tied" in hints["logits"] and "gate" in hints["act"]

@@ -70,6 +70,20 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class MoeSpec:
+    """A sparse mixture of experts in place of the MLP (Shazeer et al. 2017, arXiv 1701.06538).
+
+    Each token goes through the `experts_per_token` experts whose router logits are the largest.
+    Their outputs are added with the softmax of the logits as weights: over all experts, or with
+    `normalize` over the chosen ones, so that the weights' sum is 1.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    normalize: bool = True
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One decoder layer: norm, attention, residual add, norm, MLP, residual add."""
 
@@ -87,6 +101,8 @@ class LayerSpec:
     window: int = 0  # a token sees at most this many positions, itself included; 0: all
     kv_group: int = 0  # which of a sequence's block tables holds this layer's keys and values
     attention_scale: float | None = None  # factor of q.k; None: 1 / sqrt(head_dim)
+    # Experts of width intermediate_size, gated and without biases; None: one MLP for all tokens.
+    moe: MoeSpec | None = None
 
     @property
     def q_size(self) -> int:

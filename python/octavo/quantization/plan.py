@@ -150,14 +150,27 @@ def describe_formats(spec: ModelSpec, formats: Mapping[str, WeightFormat]) -> li
 def weight_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: str) -> int:
     """Bytes that the weights take in memory; zero points are bytes there, int8 scales float32.
 
-    dtype: of the matrices that `formats` does not name, "f32", "bf16" or "f16". Vectors are
-    float32.
+    dtype: of the matrices that `formats` does not name, "f32", "bf16" or "f16". Vectors and
+    routers are float32.
     """
+    return _bytes_of(weight_shapes(spec), formats, dtype)
+
+
+def expert_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: str) -> int:
+    """The same of the experts' matrices alone."""
+    shapes = weight_shapes(spec).items()
+    return _bytes_of({name: shape for name, shape in shapes if ".experts." in name}, formats, dtype)
+
+
+def _bytes_of(
+    shapes: Mapping[str, tuple[int, ...]], formats: Mapping[str, WeightFormat], dtype: str
+) -> int:
     bits = 0
-    for name, shape in weight_shapes(spec).items():
+    for name, shape in shapes.items():
         format = formats.get(name.removesuffix(".weight"))
         if format is None:
-            bits += math.prod(shape) * _FLOAT_BITS[dtype]
+            is_float32 = len(shape) == 1 or name.endswith(".router.weight")
+            bits += math.prod(shape) * _FLOAT_BITS["f32" if is_float32 else dtype]
         else:
             bits += math.prod(shape) * _CODE_BITS[format.dtype]
             scale = 16 if format.dtype == "int4" and format.scale_dtype == "bf16" else 32
