@@ -1,7 +1,5 @@
 #include "core/weights.h"
 
-#include <cmath>
-
 namespace octavo {
 
 namespace {
@@ -167,28 +165,20 @@ Norm Weights::add_norm(const NamedRows& width, const NormSpec& spec) {
 }
 
 const Rope* Weights::add_rope(const LayerSpec& layer, std::int64_t max_positions) {
+  require(2 * static_cast<std::int64_t>(layer.rope->frequencies.size()) == layer.head_dim,
+          "rope turns ", 2 * layer.rope->frequencies.size(), " of ", layer.head_dim,
+          " elements of a head; expected all of them");
   for (const auto& table : ropes_) {
-    if (table->spec == *layer.rope && table->head_dim == layer.head_dim) return &table->rope;
+    if (table->spec == *layer.rope) return &table->rope;
   }
-  const std::vector<float> frequencies = rope_frequencies(*layer.rope, layer.head_dim);
-  const std::size_t half = frequencies.size();
-  const std::size_t count = static_cast<std::size_t>(max_positions) * half;
-  std::vector<float> cosines(count), sines(count);
-  for (std::size_t position = 0; position < static_cast<std::size_t>(max_positions); ++position) {
-    for (std::size_t i = 0; i < half; ++i) {
-      // The angle is a float32 product, as in Hugging Face; its cosine is rounded once.
-      const float angle = static_cast<float>(position) * frequencies[i];
-      cosines[position * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
-      sines[position * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
-    }
-  }
+  const RopeTables values = rope_tables(*layer.rope, max_positions);
+  const std::size_t bytes = values.cosines.size() * 4;
   auto table = std::make_unique<RopeTable>();
   table->spec = *layer.rope;
-  table->head_dim = layer.head_dim;
-  table->cosines = counted(Buffer(&backend_, count * 4));
-  table->sines = counted(Buffer(&backend_, count * 4));
-  backend_.upload(table->cosines.data(), cosines.data(), count * 4);
-  backend_.upload(table->sines.data(), sines.data(), count * 4);
+  table->cosines = counted(Buffer(&backend_, bytes));
+  table->sines = counted(Buffer(&backend_, bytes));
+  backend_.upload(table->cosines.data(), values.cosines.data(), bytes);
+  backend_.upload(table->sines.data(), values.sines.data(), bytes);
   table->rope = {table->cosines.as<float>(), table->sines.as<float>()};
   ropes_.push_back(std::move(table));
   return &ropes_.back()->rope;

@@ -85,7 +85,6 @@ class Weights {
 
   struct RopeTable {
     RopeSpec spec;
-    std::int64_t head_dim;
     Buffer cosines, sines;
     Rope rope;
   };

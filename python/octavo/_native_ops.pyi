@@ -119,7 +119,6 @@ class Ops:
         format: Any,
         zeros: Float32 | None = None,
     ) -> Float32: ...
-    def rope_frequencies(self, rope: Any, head_dim: int) -> Float32: ...
     def rope_and_store(
         self,
         q: Float32,
@@ -131,6 +130,7 @@ class Ops:
         num_slots: int,
         block_size: int = 16,
         kv_dtype: str = "f32",
+        attention_factor: float = 1.0,
     ) -> tuple[Float32, Float32, Float32]: ...
     def attention(
         self,

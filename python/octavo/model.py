@@ -23,11 +23,13 @@ class LoadedModel:
     """An engine that is ready, and what makes its prompts.
 
     chat_template: None for a model that was not trained to chat. config: what it was loaded with.
+    notes: what the user should know of weights in formats that are not octavo's.
     """
 
     engine: Engine
     chat_template: ChatTemplate | None
     config: EngineConfig
+    notes: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -121,7 +123,7 @@ def load_model(
         eos_token_ids=files.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
         seed=config.seed,
     )
-    return LoadedModel(engine, chat_template, config)
+    return LoadedModel(engine, chat_template, config, loaded.notes)
 
 
 def _merge_options(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:

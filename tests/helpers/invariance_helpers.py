@@ -14,7 +14,8 @@ from octavo import _native
 from octavo.config import RuntimeOptions
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import RequestOutput
-from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, RopeSpec
+from octavo.models.rope import default_rope
+from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec
 from octavo.sampling_params import SamplingParams
 
 VOCAB = 211
@@ -26,7 +27,7 @@ _LAYER = LayerSpec(
     head_dim=16,
     intermediate_size=150,
     norm=_NORM,
-    rope=RopeSpec(theta=5000.0),
+    rope=default_rope(5000.0, 16),
     qkv_bias=True,
 )
 # An MLP of whole steps of 32 inputs goes through the CPU as one op; two threads then have an odd

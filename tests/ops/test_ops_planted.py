@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,6 @@ import pytest
 from ops_helpers import TOLERANCES, compute_cases
 from reference_helpers import max_error
 
-from octavo.models.spec import RopeSpec
 from octavo.reference import ops
 
 Array = np.ndarray
@@ -119,33 +117,12 @@ def linear__result_rounded(x, weight, bias=None, dtype="f32"):
     return ops.round_to_bf16(y) if dtype == "bf16" else y
 
 
-@planted
-def rope_frequencies__half_the_exponent(rope, head_dim):
-    return ops.rope_frequencies(RopeSpec(theta=math.sqrt(rope.theta)), head_dim)
-
-
-@planted
-def rope_frequencies__multiplied_by_the_factor(rope, head_dim):
-    return ops.rope_frequencies(RopeSpec(theta=rope.theta), head_dim) * np.float32(rope.factor)
-
-
-@planted
-def rope_frequencies__no_scaling(rope, head_dim):
-    return ops.rope_frequencies(RopeSpec(theta=rope.theta), head_dim)
-
-
-@planted
-def rope_frequencies__low_and_high_swapped(rope, head_dim):
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    return ops.rope_frequencies(replace(rope, low_freq_factor=high, high_freq_factor=low), head_dim)
-
-
 def with_rope(rotate: Callable[..., Array]) -> Callable[..., Any]:
     """rope_and_store with another rotation."""
 
-    def wrong(q, k, v, positions, slots, frequencies, num_slots, kv_dtype="f32"):
+    def wrong(q, k, v, positions, slots, frequencies, num_slots, kv_dtype="f32", factor=1.0):
         if frequencies is not None:
-            q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+            q, k = (rotate(x, positions, frequencies) * np.float32(factor) for x in (q, k))
         return ops.rope_and_store(q, k, v, positions, slots, None, num_slots, kv_dtype)
 
     return wrong
@@ -172,31 +149,36 @@ PLANTED["rope_and_store__position_off_by_one"] = with_rope(position_off_by_one)
 
 
 @planted
-def rope_and_store__v_rotated(q, k, v, positions, slots, frequencies, n, kv_dtype="f32"):
-    v = ops.rope(v, positions, frequencies)
-    return ops.rope_and_store(q, k, v, positions, slots, frequencies, n, kv_dtype)
+def rope_and_store__factor_left_out(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
+    return ops.rope_and_store(q, k, v, at, slots, turns, n, kv_dtype)
 
 
 @planted
-def rope_and_store__next_slot(q, k, v, positions, slots, frequencies, n, kv_dtype="f32"):
+def rope_and_store__v_rotated(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
+    v = ops.rope(v, at, turns)
+    return ops.rope_and_store(q, k, v, at, slots, turns, n, kv_dtype, factor)
+
+
+@planted
+def rope_and_store__next_slot(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
     slots = np.where(slots >= 0, (slots + 1) % n, slots)
-    return ops.rope_and_store(q, k, v, positions, slots, frequencies, n, kv_dtype)
+    return ops.rope_and_store(q, k, v, at, slots, turns, n, kv_dtype, factor)
 
 
 @planted
-def rope_and_store__slot_minus_one_stored(q, k, v, positions, slots, freqs, n, kv_dtype="f32"):
-    return ops.rope_and_store(q, k, v, positions, slots % n, freqs, n, kv_dtype)
+def rope_and_store__slot_minus_one_stored(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
+    return ops.rope_and_store(q, k, v, at, slots % n, turns, n, kv_dtype, factor)
 
 
 @planted
-def rope_and_store__not_rounded(q, k, v, positions, slots, frequencies, n, kv_dtype="f32"):
-    return ops.rope_and_store(q, k, v, positions, slots, frequencies, n, "f32")
+def rope_and_store__not_rounded(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
+    return ops.rope_and_store(q, k, v, at, slots, turns, n, "f32", factor)
 
 
 @planted
-def rope_and_store__rounded_before_rope(q, k, v, positions, slots, freqs, n, kv_dtype="f32"):
+def rope_and_store__rounded_before_rope(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
     k = ops.to_cache(k, kv_dtype)
-    return ops.rope_and_store(q, k, v, positions, slots, freqs, n, kv_dtype)
+    return ops.rope_and_store(q, k, v, at, slots, turns, n, kv_dtype, factor)
 
 
 @planted

@@ -91,7 +91,10 @@ def load_llm(model: str | None, config: EngineConfig) -> LLM:
 
     stage = f"loading {Path(model or DEFAULT_MODEL).name}"
     with progress_bar("bytes") as bar:
-        return LLM(model, config=config, on_load=partial(bar.update, stage))
+        llm = LLM(model, config=config, on_load=partial(bar.update, stage))
+    for line in llm.notes:
+        note(line)
+    return llm
 
 
 def printable(text: str, stream: IO[str]) -> str:

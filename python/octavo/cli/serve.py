@@ -160,4 +160,7 @@ def _load(path: Path, config: EngineConfig) -> LLM:
     from octavo.server.logs import log_event
 
     write = partial(log_event, logging.getLogger("octavo.server"), logging.INFO)
-    return LLM(path, config=config, on_load=log_bytes(write, f"loading {path.name}"))
+    llm = LLM(path, config=config, on_load=log_bytes(write, f"loading {path.name}"))
+    for line in llm.notes:
+        write(line)
+    return llm

@@ -81,7 +81,7 @@ def _terms(spec: ModelSpec, node: Node, context: int) -> int:
         return node.matrix.inputs
     if node.op == "moe":
         return sum(matrix.inputs for matrix in (node.matrices[0], node.matrices[-1]))
-    return 1 if node.norm is None else node.width
+    return 1 if node.norm is None else node.group or node.width
 
 
 def run_tolerance(dtype: str, yardstick: float | None) -> float:

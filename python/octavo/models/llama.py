@@ -8,21 +8,14 @@ name; none is ignored.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from octavo.models import llama_gguf
 from octavo.models.family import Family, TensorNames
-from octavo.models.fields import Fields, Limit, describe
-from octavo.models.spec import (
-    Activation,
-    LayerSpec,
-    ModelSpec,
-    NormSpec,
-    RopeScaling,
-    RopeSpec,
-)
+from octavo.models.fields import Fields, Limit
+from octavo.models.rope_fields import read_rope
+from octavo.models.spec import Activation, LayerSpec, ModelSpec, NormSpec
 
 ARCHITECTURE = "LlamaForCausalLM"
 
@@ -55,13 +48,14 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     activation = config.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise fields.error("hidden_act", activation, ", ".join(ACTIVATIONS))
+    head_dim = _head_dim(fields, hidden_size, num_heads)
     layer = LayerSpec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=_head_dim(fields, hidden_size, num_heads),
+        head_dim=head_dim,
         intermediate_size=fields.integer("intermediate_size", 1, Limit.INTERMEDIATE),
         norm=norm,
-        rope=read_rope(config, max_positions),
+        rope=read_rope(config, head_dim, max_positions),
         activation=ACTIVATIONS[activation],
         gated=True,
         qkv_bias=attention_bias,
@@ -77,73 +71,6 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         final_norm=norm,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
     )
-
-
-def read_rope(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
-    """The rope of a configuration in the old or the new spelling.
-
-    Old: `rope_theta` and `rope_scaling` (its kind named by `rope_type`, or `type`) at top level.
-    New (transformers 5): one object `rope_parameters` with all of it. Where a file has both,
-    the precedence is that of transformers: `rope_scaling`, if not empty, replaces
-    `rope_parameters`, and a theta inside the object comes before the one at top level.
-    """
-    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    values = config.get(name)
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise Fields(config, "config.json").error(name, values, "an object or null")
-    fields = Fields(values, f"config.json: {name}")
-    kind = values.get("rope_type", values.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise fields.error(
-            "rope_type" if "rope_type" in values else "type", kind, "default, linear, llama3"
-        )
-    _check_rope_keys(fields, kind)
-    theta_source = fields if "rope_theta" in values else Fields(config, "config.json")
-    theta = theta_source.number("rope_theta", 0.0, default=10000.0, exclude_low=True)
-    scaling = cast(RopeScaling, kind)
-    if scaling == "default":
-        return RopeSpec(theta=theta)
-    factor = fields.number("factor", 0.0, exclude_low=True)
-    if scaling == "linear":
-        return RopeSpec(theta=theta, scaling=scaling, factor=factor)
-    low = fields.number("low_freq_factor", 0.0, exclude_low=True)
-    high = fields.number("high_freq_factor", 0.0, exclude_low=True)
-    if high <= low:
-        raise fields.error("high_freq_factor", high, f"a number above low_freq_factor ({low:g})")
-    # transformers takes the length at top level, or else the model's own.
-    length_name = "original_max_position_embeddings"
-    length_source = Fields(config, "config.json") if config.get(length_name) else fields
-    length = length_source.integer(length_name, 1, Limit.POSITIONS, default=max_positions)
-    return RopeSpec(
-        theta=theta,
-        scaling=scaling,
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position_embeddings=length,
-    )
-
-
-def _check_rope_keys(fields: Fields, kind: str) -> None:
-    """Refuse keys that would change the rotation; warn of keys that transformers ignores too."""
-    fields.refuse_unless("partial_rotary_factor", (1, 1.0), "1 (the whole head is rotated)")
-    used = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if kind != "default":
-        used.add("factor")
-    if kind == "llama3":
-        used |= {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    for name, value in fields.values.items():
-        if isinstance(value, (dict, list)) and value:
-            # One rope a kind of layer, per-frequency factors, sections of images and video.
-            raise fields.error(name, value, "plain numbers, the same for every layer")
-        if name not in used and value is not None:
-            warnings.warn(
-                f"{fields.source}: {name} ({describe(value)}) is not a field of rope type "
-                f"{kind!r}; it is ignored, as transformers does",
-                stacklevel=2,
-            )
 
 
 def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
