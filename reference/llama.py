@@ -16,13 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from octavo.models.layer import weight_shapes
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, WeightFormat
+from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, WeightFormat
 from octavo.reference import ops
+from octavo.reference.nodes import expert_output
 from octavo.reference.ops import Array, Float32, Integers
 from octavo.reference.quantization import check_int4_activations, rounded_product
 
@@ -190,6 +192,9 @@ class ReferenceModel:
         name = f"layers.{index}."
         normed = self._norm(name + "mlp_norm", layer.norm, x)
         _tap(taps, name + "mlp_norm", normed)
+        if layer.moe is not None:
+            mlp_out = self._experts(name, layer, layer.moe, normed, taps)
+            return self._sublayer_output(layer, name + "mlp_out", mlp_out, taps)
         gate = None
         if layer.gated:
             gate = self._linear(name + "gate", normed)
@@ -209,6 +214,16 @@ class ReferenceModel:
         normed = self._norm(f"{name}_norm", layer.output_norm, x)
         _tap(taps, f"{name}_norm", normed)
         return normed
+
+    def _experts(
+        self, name: str, layer: LayerSpec, moe: MoeSpec, normed: Array, taps: Taps
+    ) -> Array:
+        """What the experts make of `normed`; the router's product is never rounded."""
+        logits = ops.linear(normed, self.weights[name + "router.weight"])
+        _tap(taps, name + "router", logits)
+        expert = partial(expert_output, name, self.weights, layer.activation, self.multiply)
+        k, outputs = moe.experts_per_token, self.spec.hidden_size
+        return ops.mix_experts(normed, logits, k, moe.normalize, outputs, expert)
 
     def _norm(self, name: str, norm: NormSpec, x: Array) -> Array:
         weight, bias = self.weights.get(name + ".weight"), self.weights.get(name + ".bias")
@@ -266,7 +281,8 @@ def _checked_weights(
         weight = weights[name]
         if weight.shape != shape:
             problems.append(f"{name} has shape {weight.shape}, expected {shape}")
-        is_plain_matrix = len(shape) == 2 and name.removesuffix(".weight") not in formats
+        base = name.removesuffix(".weight")
+        is_plain_matrix = len(shape) == 2 and base not in formats and not base.endswith(".router")
         rounds = is_plain_matrix and dtype == "bf16"
         checked[name] = ops.round_to_bf16(weight) if rounds else weight
     if problems:
