@@ -6,7 +6,9 @@
         x = x + down(activation(gate(n)) * up(n))     where n = norm(x)
     logits = head(norm(x))
 
-The model of Touvron et al. 2023 (arXiv 2302.13971). Every intermediate result has a name, the same
+The model of Touvron et al. 2023 (arXiv 2302.13971). A `LayerSpec` or `ModelSpec` may ask for more:
+q and k normalized before rope, what a sublayer adds normalized or multiplied, capped scores and
+logits. Every intermediate result has a name, the same
 here, in the native core and in `octavo diff`: see `octavo.models.layer.tap_names`.
 """
 
@@ -120,9 +122,9 @@ class ReferenceModel:
         _tap(taps, "embed", x)
         for index, layer in enumerate(spec.layers):
             attn_out = self._attention(index, layer, x, positions, cache, taps)
-            x = x + attn_out
+            x = x + ops.scale(attn_out, layer.residual_multiplier)
             mlp_out = self._mlp(index, layer, x, taps)
-            x = x + mlp_out
+            x = x + ops.scale(mlp_out, layer.residual_multiplier)
             _tap(taps, f"layers.{index}.out", x)
         cache.length += len(tokens)
 
@@ -131,13 +133,14 @@ class ReferenceModel:
         x = self._norm("final_norm", spec.final_norm, x)
         _tap(taps, "final_norm", x)
         logits = self._linear("embed" if spec.tie_word_embeddings else "lm_head", x)
+        logits = ops.scale(logits, spec.logits_multiplier, spec.logits_softcap)
         _tap(taps, "logits", logits)
         return logits
 
     def _embed(self, tokens: Integers, positions: Integers) -> Array:
         table = self.weights.get("positions.weight")
         x = ops.embed(self.weights["embed.weight"], tokens, table, positions)
-        return x.astype(self.compute)
+        return ops.scale(x.astype(self.compute), self.spec.embed_multiplier)
 
     def _attention(
         self,
@@ -154,11 +157,15 @@ class ReferenceModel:
         normed = self._norm(name + "attn_norm", layer.norm, x)
         _tap(taps, name + "attn_norm", normed)
 
-        q = self._linear(name + "q", normed).reshape(rows, layer.num_heads, layer.head_dim)
-        k = self._linear(name + "k", normed).reshape(rows, layer.num_kv_heads, layer.head_dim)
-        v = self._linear(name + "v", normed).reshape(rows, layer.num_kv_heads, layer.head_dim)
+        q, k, v = (self._linear(name + part, normed) for part in "qkv")
         for part, value in (("q", q), ("k", k), ("v", v)):
             _tap(taps, name + part, value)
+        if layer.qk_norm != "none":
+            q = self._norm_heads(name + "q_norm", layer.qk_norm_spec, q)
+            k = self._norm_heads(name + "k_norm", layer.qk_norm_spec, k)
+            _tap(taps, name + "q_norm", q)
+            _tap(taps, name + "k_norm", k)
+        q, k, v = (x.reshape(rows, -1, layer.head_dim) for x in (q, k, v))
 
         if layer.rope is not None:
             frequencies, factor = self.frequencies[index], layer.rope.attention_factor
@@ -172,12 +179,11 @@ class ReferenceModel:
         k, v = ops.to_cache(k, self.kv_dtype), ops.to_cache(v, self.kv_dtype)
         keys, values = cache.extend(index, k, v)
         scale, rounds = layer.score_scale, ops.attention_dtype(self.kv_dtype)
-        out = ops.attention(q, keys, values, scale, layer.window, rounds)
+        cap = layer.attention_softcap
+        out = ops.attention(q, keys, values, scale, layer.window, rounds, cap)
         out = out.reshape(rows, layer.q_size)
         _tap(taps, name + "attn", out)
-        attn_out = self._linear(name + "o", out)
-        _tap(taps, name + "attn_out", attn_out)
-        return attn_out
+        return self._sublayer_output(layer, name + "attn_out", self._linear(name + "o", out), taps)
 
     def _mlp(self, index: int, layer: LayerSpec, x: Array, taps: Taps) -> Array:
         """What layer `index`'s MLP adds to the residual stream x; both (rows, width)."""
@@ -193,12 +199,23 @@ class ReferenceModel:
         activated = ops.gated_activation(gate, up, layer.activation)
         _tap(taps, name + "act", activated)
         mlp_out = self._linear(name + "down", activated)
-        _tap(taps, name + "mlp_out", mlp_out)
-        return mlp_out
+        return self._sublayer_output(layer, name + "mlp_out", mlp_out, taps)
+
+    def _sublayer_output(self, layer: LayerSpec, name: str, x: Array, taps: Taps) -> Array:
+        """What a sublayer adds, before `residual_multiplier`: x, or x normalized."""
+        _tap(taps, name, x)
+        if layer.output_norm is None:
+            return x
+        normed = self._norm(f"{name}_norm", layer.output_norm, x)
+        _tap(taps, f"{name}_norm", normed)
+        return normed
 
     def _norm(self, name: str, norm: NormSpec, x: Array) -> Array:
-        bias = self.weights[name + ".bias"] if norm.bias else None
-        return ops.norm(x, self.weights[name + ".weight"], bias, norm.eps, norm.kind)
+        weight, bias = self.weights.get(name + ".weight"), self.weights.get(name + ".bias")
+        return ops.norm(x, weight, bias, norm.eps, norm.kind)
+
+    def _norm_heads(self, name: str, norm: NormSpec, x: Array) -> Array:
+        return ops.norm_heads(x, self.weights[name + ".weight"], None, norm.eps, norm.kind)
 
     def _linear(self, name: str, x: Array) -> Array:
         weight, bias = self.weights[name + ".weight"], self.weights.get(name + ".bias")

@@ -34,6 +34,8 @@ OPS = (
     "embed",
     "norm",
     "add_norm",
+    "norm_heads",
+    "scale",
     "linear",
     "rope_and_store",
     "attention",
@@ -78,15 +80,22 @@ def embed(
     return x
 
 
-def norm(x: Array, weight: Array, bias: Array | None, eps: float, kind: str = "rms") -> Array:
+def norm(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, kind: str = "rms"
+) -> Array:
     """Normalize each row to a standard size, then scale (and shift) each column.
 
     kind "rms" (Zhang & Sennrich 2019, arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight.
     kind "layer" (Ba et al. 2016, arXiv 1607.06450): the same of x - mean(x).
+    kind "none": x itself; there is no weight.
     x: (rows, width); weight, bias: (width,). Returns (rows, width).
     """
-    if kind not in ("rms", "layer"):
-        raise ValueError(f"norm kind is {kind!r}; expected 'rms' or 'layer'")
+    if kind not in ("rms", "layer", "none"):
+        raise ValueError(f"norm kind is {kind!r}; expected 'rms', 'layer' or 'none'")
+    if (weight is None) != (kind == "none"):
+        raise ValueError(f"norm kind is {kind!r} and the weight is {weight!r}; 'none' has none")
+    if weight is None:
+        return x
     if kind == "layer":
         x = x - np.mean(x, axis=-1, keepdims=True)
     mean_square = np.mean(x * x, axis=-1, keepdims=True)
@@ -96,7 +105,12 @@ def norm(x: Array, weight: Array, bias: Array | None, eps: float, kind: str = "r
 
 
 def add_norm(
-    residual: Array, x: Array, weight: Array, bias: Array | None, eps: float, kind: str = "rms"
+    residual: Array,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    kind: str = "rms",
 ) -> tuple[Array, Array]:
     """End one sublayer and begin the next: the new residual stream, and that normalized.
 
@@ -104,6 +118,24 @@ def add_norm(
     """
     total = residual + x
     return total, norm(total, weight, bias, eps, kind)
+
+
+def norm_heads(x: Array, weight: Array, bias: Array | None, eps: float, kind: str = "rms") -> Array:
+    """Normalize each group of columns of a row by itself: each head, or all heads together.
+
+    x: (rows, groups * width); weight, bias: (width,), the same for every group; the rest as in
+    `norm`. Returns (rows, groups * width).
+    """
+    return norm(x.reshape(-1, len(weight)), weight, bias, eps, kind).reshape(x.shape)
+
+
+def scale(x: Array, factor: float, cap: float = 0.0) -> Array:
+    """factor * x; with a cap that is not 0, cap * tanh(factor * x / cap), which stays within it.
+
+    The cap: Gemma 2 (arXiv 2408.00118, section 2). Any shape.
+    """
+    y: Array = x if factor == 1 else x * x.dtype.type(factor)
+    return y if cap == 0 else np.tanh(y / x.dtype.type(cap)) * x.dtype.type(cap)
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None, dtype: str = "f32") -> Array:
@@ -195,13 +227,20 @@ def attention_dtype(kv_dtype: str) -> str:
 
 
 def attention(
-    q: Array, k: Array, v: Array, scale: float, window: int = 0, dtype: str = "f32"
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    window: int = 0,
+    dtype: str = "f32",
+    softcap: float = 0.0,
 ) -> Array:
     """Causal attention (Vaswani et al. 2017, arXiv 1706.03762) over one sequence.
 
     The queries are of the last `rows` tokens of the sequence: of one token when decoding, of all
     of them for a whole prompt. The token at position p sees those at j <= p; with a window (as in
-    Mistral 7B, arXiv 2310.06825) only those with p - j < window.
+    Mistral 7B, arXiv 2310.06825) only those with p - j < window. With a softcap (Gemma 2) a score
+    s = scale * q.k becomes softcap * tanh(s / softcap).
 
     dtype "bf16", where the cache is bf16: q and the weights of the tokens are rounded to bfloat16
     as well, so that both products are of bfloat16 numbers; their sums are not rounded, nor is the
@@ -227,17 +266,23 @@ def attention(
         queries = q[:, heads].transpose(1, 0, 2)  # (group, rows, head_dim)
         if dtype == "bf16":
             products = round_to_bf16(queries) @ k[:, kv_head].T  # (group, rows, context)
-            powers = np.where(visible, products * q.dtype.type(scale * math.log2(math.e)), nothing)
+            powers = np.where(visible, score(products, scale, softcap, math.log2(math.e)), nothing)
             weights = np.exp2(powers - np.ceil(np.max(powers, axis=-1, keepdims=True)))
             total = np.sum(weights, axis=-1, keepdims=True)
             attended = (round_to_bf16(weights) @ v[:, kv_head]) / total
         else:
-            scores = queries @ k[:, kv_head].T
-            scores *= q.dtype.type(scale)
+            scores = score(queries @ k[:, kv_head].T, scale, softcap)
             np.copyto(scores, nothing, where=~visible)
             attended = softmax(scores) @ v[:, kv_head]
         out[:, heads] = attended.transpose(1, 0, 2)
     return out
+
+
+def score(products: Array, scale: float, softcap: float = 0.0, unit: float = 1.0) -> Array:
+    """unit * scale * q.k from q.k; with a softcap, unit * softcap * tanh(scale * q.k / softcap)."""
+    number = products.dtype.type
+    y: Array = products * number(scale / softcap if softcap else scale * unit)
+    return np.tanh(y) * number(softcap * unit) if softcap else y
 
 
 def softmax(x: Array) -> Array:

@@ -223,7 +223,7 @@ nb::object Ops::attention(Array3<float> q, Array3<float> k, Array3<float> v, Int
   spec.window = window;
   const auto num_slots = static_cast<std::int64_t>(k.shape(0));
   Cache kv = cache(spec, num_slots, block_size, kv_dtype);
-  check_attention(q, k, v, row_starts, context_lens, block_tables, block_size);
+  check_attention(q, k, v, row_starts, context_lens, block_tables, block_size, window);
   {
     // Stored through the op itself, with as many unused queries.
     std::vector<std::int32_t> slots(static_cast<std::size_t>(num_slots));

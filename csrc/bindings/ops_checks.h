@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "bindings/bindings.h"
+#include "core/step.h"
 
 namespace octavo::bindings {
 
@@ -74,10 +75,12 @@ inline void check_rope_and_store(const Array3<float>& q, const Array3<float>& k,
   check_entries("positions", positions, 0, kMost);
 }
 
-// k and v are stored slot by slot; the tables name blocks of block_size slots.
+// k and v are stored slot by slot; the tables name blocks of block_size slots. Before the window of
+// a sequence's first token they may name anything.
 inline void check_attention(const Array3<float>& q, const Array3<float>& k, const Array3<float>& v,
                             const Ints& row_starts, const Ints& context_lens,
-                            const Array2<std::int32_t>& block_tables, std::int64_t block_size) {
+                            const Array2<std::int32_t>& block_tables, std::int64_t block_size,
+                            std::int64_t window) {
   check_heads(q, k, v);
   const std::int64_t num_seqs = length(context_lens, 0), max_blocks = length(block_tables, 1);
   check_length("row_starts", length(row_starts, 0), num_seqs + 1);
@@ -94,7 +97,8 @@ inline void check_attention(const Array3<float>& q, const Array3<float>& k, cons
     require(context >= tokens && context <= max_blocks * block_size, "context_lens[", seq, "] is ",
             context, "; expected ", tokens, " (its new tokens) to ", max_blocks * block_size,
             " (block_tables)");
-    for (std::int64_t b = 0; b < (context + block_size - 1) / block_size; ++b) {
+    const std::int64_t first = first_seen_block(context - tokens, window, block_size);
+    for (std::int64_t b = first; b < (context + block_size - 1) / block_size; ++b) {
       const std::int64_t block = block_tables.data()[seq * max_blocks + b];
       require(0 <= block && block < num_blocks, "block_tables[", seq, ", ", b, "] is ", block,
               "; expected 0 to ", num_blocks - 1);

@@ -21,6 +21,13 @@ NormSpec norm_spec(nb::handle spec) {
   return norm;
 }
 
+QkNorm qk_norm(const std::string& name) {
+  if (name == "none") return QkNorm::none;
+  if (name == "head") return QkNorm::head;
+  if (name == "row") return QkNorm::row;
+  throw std::invalid_argument(text("qk_norm is \"", name, "\"; expected none, head or row"));
+}
+
 std::optional<RopeSpec> rope_spec(nb::handle spec) {
   if (spec.is_none()) return std::nullopt;
   return RopeSpec{field<std::vector<float>>(spec, "frequencies"),
@@ -43,6 +50,10 @@ LayerSpec layer_spec(nb::handle spec) {
   layer.window = field<std::int64_t>(spec, "window");
   layer.kv_group = field<std::int64_t>(spec, "kv_group");
   layer.attention_scale = field<std::optional<float>>(spec, "attention_scale");
+  layer.attention_softcap = field<float>(spec, "attention_softcap");
+  if (!spec.attr("output_norm").is_none()) layer.output_norm = norm_spec(spec.attr("output_norm"));
+  layer.qk_norm = qk_norm(field<std::string>(spec, "qk_norm"));
+  layer.residual_multiplier = field<float>(spec, "residual_multiplier");
   return layer;
 }
 
@@ -51,7 +62,8 @@ LayerSpec layer_spec(nb::handle spec) {
 NormKind norm_kind(const std::string& name) {
   if (name == "rms") return NormKind::rms;
   if (name == "layer") return NormKind::layer;
-  throw std::invalid_argument(text("norm kind is \"", name, "\"; expected rms or layer"));
+  if (name == "none") return NormKind::none;
+  throw std::invalid_argument(text("norm kind is \"", name, "\"; expected rms, layer or none"));
 }
 
 Activation activation(const std::string& name) {
@@ -74,6 +86,9 @@ ModelSpec model_spec(nb::handle spec) {
   model.final_norm = norm_spec(spec.attr("final_norm"));
   model.tie_word_embeddings = field<bool>(spec, "tie_word_embeddings");
   model.learned_positions = field<bool>(spec, "learned_positions");
+  model.embed_multiplier = field<float>(spec, "embed_multiplier");
+  model.logits_multiplier = field<float>(spec, "logits_multiplier");
+  model.logits_softcap = field<float>(spec, "logits_softcap");
   return model;
 }
 

@@ -13,7 +13,10 @@
 
 namespace octavo {
 
-enum class NormKind : std::uint8_t { rms, layer };
+// none: what goes in comes out.
+enum class NormKind : std::uint8_t { rms, layer, none };
+// Of queries and keys before rope: each head by itself, or all heads of a token together.
+enum class QkNorm : std::uint8_t { none, head, row };
 enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
 
 // The format of a matrix in memory and in products. f32 and bf16 are plain numbers. int8 has a
@@ -73,6 +76,10 @@ struct LayerSpec {
   std::int64_t window = 0;    // 0: no limit
   std::int64_t kv_group = 0;  // which of a sequence's block tables
   std::optional<float> attention_scale;
+  float attention_softcap = 0.0f;  // a score s becomes cap * tanh(s / cap); 0: stays
+  std::optional<NormSpec> output_norm;
+  QkNorm qk_norm = QkNorm::none;
+  float residual_multiplier = 1.0f;
 
   std::int64_t q_size() const { return num_heads * head_dim; }
   std::int64_t kv_size() const { return num_kv_heads * head_dim; }
@@ -82,6 +89,8 @@ struct LayerSpec {
   float score_scale() const {
     return attention_scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim)));
   }
+  // Of queries and keys; qk_norm says whether there is one.
+  NormSpec qk_norm_spec() const { return {NormKind::rms, norm.eps, false}; }
 };
 
 struct ModelSpec {
@@ -93,6 +102,9 @@ struct ModelSpec {
   NormSpec final_norm;
   bool tie_word_embeddings = false;
   bool learned_positions = false;
+  float embed_multiplier = 1.0f;
+  float logits_multiplier = 1.0f;
+  float logits_softcap = 0.0f;
 
   std::int64_t num_kv_groups() const {
     std::int64_t last = 0;
@@ -100,6 +112,9 @@ struct ModelSpec {
     return last + 1;
   }
 };
+
+// The fields of `spec` that the backends do not compute yet, a sentence each.
+std::vector<std::string> uncomputed_fields(const ModelSpec& spec);
 
 // How a model is run: the C++ side of RuntimeOptions in python/octavo/config.py.
 struct RuntimeOptions {

@@ -139,7 +139,15 @@ def attention_weighing(
     weigh: float32 (visible keys,) scores in powers of two -> (weights to multiply, their sum).
     """
 
-    def attention(q: Any, k: Any, v: Any, scale: float, window: int = 0, dtype: str = "f32") -> Any:
+    def attention(
+        q: Any,
+        k: Any,
+        v: Any,
+        scale: float,
+        window: int = 0,
+        dtype: str = "f32",
+        softcap: float = 0,
+    ) -> Any:
         out, group = np.empty_like(q), q.shape[1] // k.shape[1]
         queries = ops.round_to_bf16(q) if round_queries else q
         for row, head in np.ndindex(q.shape[:2]):

@@ -204,8 +204,13 @@ def native_attention(
     kv_dtype: str,
     block_size: int = 16,
     empty: float = float("nan"),
+    gone: int | None = None,
 ) -> Arrays:
-    """All sequences in one ragged batch, their blocks shuffled; what no token owns is `empty`."""
+    """All sequences in one ragged batch, their blocks shuffled; what no token owns is `empty`.
+
+    With a window nothing owns the blocks before it either. gone: what the tables name in their
+    place; None: in turn a block that was emptied and one that was always empty.
+    """
     lengths = [len(sequence.k) for sequence in sequences]
     counts = [-(-length // block_size) for length in lengths]
     order = np.random.default_rng(len(lengths)).permutation(sum(counts) + 2).astype(np.int32)
@@ -222,7 +227,16 @@ def native_attention(
             )
             cache = laid if cache is None else np.where(np.isnan(laid), cache, laid)
         assert cache is not None
+        for sequence, table in zip(sequences, tables, strict=True):
+            for block in table[: num_gone(sequence, window, block_size)]:
+                cache[block * block_size : (block + 1) * block_size] = np.nan
         caches.append(np.where(np.isnan(cache), np.float32(empty), cache))
+    for sequence, table in zip(sequences, tables, strict=True):
+        passed = table[: num_gone(sequence, window, block_size)]
+        if gone is None:
+            passed[::2] = order[-1]
+        else:
+            passed[:] = gone
     out = native.attention(
         np.concatenate([sequence.q for sequence in sequences]),
         *caches,
@@ -235,6 +249,12 @@ def native_attention(
         kv_dtype,
     )
     return [np.asarray(out)]
+
+
+def num_gone(sequence: Sequence, window: int, block_size: int) -> int:
+    """How many blocks lie wholly before the window of the first of the sequence's queries."""
+    first_seen = len(sequence.k) - len(sequence.q) - window + 1
+    return max(first_seen, 0) // block_size if window else 0
 
 
 def reference_attention(
@@ -263,6 +283,10 @@ def attention_cases() -> Iterator[Case]:
         ([(30, 30), (1, 90), (4, 41)], (4, 2), 64, 16),
         ([(7, 300), (1, 600)], (2, 1), 32, 257),
         ([(9, 12)], (3, 3), 6, 1),
+        ([(1, 1400), (3, 1030), (12, 12)], (4, 1), 32, 513),
+        ([(40, 700), (1, 33)], (2, 2), 16, 5),  # less than a block
+        ([(20, 90), (1, 99)], (3, 1), 32, 47),
+        ([(31, 31), (1, 60)], (2, 1), 48, 4000),  # more than there are tokens
     ]
     for index, (lengths, heads, head_dim, window) in enumerate(batches):
         sequences = [

@@ -87,20 +87,20 @@ def test_row_alone_or_among_others(op: str) -> None:
 
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
-@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("window", [0, 5, 47, 100, 513, 4000])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, threads: int) -> None:
     native = _native_ops.Ops("cpu", threads)
     scale = 32**-0.5
     sequences = [
         make_sequence(i, rows, context, (6, 2), 32)
-        for i, (rows, context) in enumerate([(60, 700), (1, 1100), (9, 9), (1, 3), (33, 290)])
+        for i, (rows, context) in enumerate([(60, 700), (1, 1100), (9, 9), (1, 3), (133, 1290)])
     ]
     whole = native_attention(native, sequences, scale, window, kv_dtype)[0]
     alone = [native_attention(native, [one], scale, window, kv_dtype)[0] for one in sequences]
     assert same_bits(np.concatenate(alone), whole), "alone"
 
-    for size in (1, 7, 16):
+    for size in (1, 7, 64):
         chunks = []
         for one in sequences:
             for start in range(0, len(one.q), size):
@@ -109,6 +109,27 @@ def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, thr
                 chunk = type(one)(one.q[start:stop], one.k[:seen], one.v[:seen])
                 chunks.append(native_attention(native, [chunk], scale, window, kv_dtype)[0])
         assert same_bits(np.concatenate(chunks), whole), f"chunks of {size}"
+
+
+@pytest.mark.parametrize("gone", [-1, 2**31 - 1])
+def test_attention_never_looks_before_the_window(gone: int) -> None:
+    """Not even at the block table, whose entries there are no blocks."""
+    sequences = [make_sequence(i, 70, 400 + i, (4, 2), 32) for i in range(2)]
+    for isa in ISAS:
+        native = _native_ops.Ops("cpu", 2, isa)
+        for kv_dtype in ("f32", "bf16", "int8"):
+            known = native_attention(native, sequences, 0.2, 31, kv_dtype)[0]
+            other = native_attention(native, sequences, 0.2, 31, kv_dtype, gone=gone)[0]
+            assert np.isfinite(known).all() and same_bits(known, other), (isa, kv_dtype)
+
+
+def test_a_window_gives_no_negative_zero() -> None:
+    """What underflows to -0 becomes 0, as in a batch with rows that see more tokens."""
+    one = make_sequence(5, 3, 600, (1, 1), 16)
+    tiny = type(one)(one.q, one.k, np.full_like(one.v, -1e-45))
+    native = _native_ops.Ops("cpu", 1)
+    out = native_attention(native, [tiny], 0.1, 88, "f32")[0]
+    assert not out.any() and not np.signbit(out).any()
 
 
 @pytest.mark.parametrize("block_size", [32, 48, 64])

@@ -151,7 +151,7 @@ def _sum_of_rounded(powers: Any) -> Any:
 # Attention over a bf16 cache that rounds something else: how -> words of the recognized mistake.
 ROUNDINGS: dict[str, tuple[Callable[..., Any], str]] = {
     "float32 attention": (
-        lambda q, k, v, scale, window=0, dtype="f32": ops.attention(q, k, v, scale, window),
+        lambda q, k, v, scale, window=0, dtype="f32", cap=0: ops.attention(q, k, v, scale, window),
         "neither queries nor weights",
     ),
     "weights not rounded": (

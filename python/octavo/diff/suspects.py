@@ -54,6 +54,8 @@ def find_suspect(inputs: OpInputs, seen: Float32, tolerance: float) -> str | Non
 def _embed(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     table, ids = inputs.weight(inputs.node.matrices[0].name), inputs.token_ids
     yield "the table's rows without the positions' rows", partial(op, position_table=None)
+    if inputs.node.scale != 1:
+        yield "embed_multiplier left out", partial(op, scale=1.0)
     width = np.float32(table.shape[1])
     yield "the rows multiplied by sqrt(hidden_size)", lambda: table[ids] * np.sqrt(width)
     for step, which in ((-1, "before"), (1, "after")):
@@ -65,11 +67,13 @@ def _norm(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     """The mistakes of a sum, of a norm, and of a norm of a sum."""
     node, spec = inputs.node, inputs.node.norm
     if spec is None:
-        yield from _sum(inputs, lambda terms: op(terms=terms))
+        yield from _sum(inputs, lambda terms, scale: op(terms=terms, scale=scale))
         return
     if len(node.inputs) > 1:
-        yield from _sum(inputs, lambda terms: op(x=add(terms)))
-    x, weight = add(inputs.operands), inputs.weight(node.tap)
+        yield from _sum(inputs, lambda terms, scale: op(x=add(terms, scale)))
+    if not node.normalizes:
+        return
+    x, weight = add(inputs.operands, node.scale), inputs.weight(node.tap)
     bias = inputs.model.weights.get(f"{node.tap}.bias")
     yield "epsilon outside the square root", lambda: _norm_eps_outside(x, weight, bias, spec)
     for eps in (0.0, 1e-5, 1e-6, 1e-12):
@@ -83,14 +87,20 @@ def _norm(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         f"a {other} norm instead of {spec.kind}": partial(op, kind=other),
         "no normalization at all": lambda: x,
     }
+    if node.op == "norm_heads":
+        one, each = np.ones(inputs.layer.head_dim, weight.dtype), np.resize(weight, x.shape[1])
+        others["all heads normalized together"] = partial(op, weight=each)
+        others["each head normalized by itself"] = lambda: op(weight=one) * each
     yield from others.items()
 
 
-def _sum(inputs: OpInputs, given: Callable[[list[Array]], Array]) -> Iterator[Suspect]:
-    """What a sum may lack or have twice. given: terms (rows, width) -> what the op makes of them.
+def _sum(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
+    """What a sum may lack or have twice.
 
-    The first term is the residual stream.
+    op: terms (rows, width), and `scale` of all but the first (the residual stream) -> what the op
+    makes of them.
     """
+    given = partial(op, scale=inputs.node.scale)
     nodes, node, terms = inputs.nodes, inputs.node, inputs.operands
     names = ["the residual", *(nodes[tap].part for tap in node.inputs[1:])]
     for count in range(1, len(terms)):
@@ -99,16 +109,19 @@ def _sum(inputs: OpInputs, given: Callable[[list[Array]], Array]) -> Iterator[Su
             sentence = f"the sum without {' and '.join(missing)}"
             yield sentence, partial(given, [terms[index] for index in kept])
     for norm in nodes.values():
-        if norm.norm is None or norm.layer != node.layer or norm is node:
+        if not norm.normalizes or norm.op == "norm_heads" or norm.layer != node.layer:
             continue
-        if norm.tap in inputs.taps:
+        if norm is not node and norm.tap in inputs.taps:
             sentence = f"{names[-1]} added to {norm.part}, not to the residual"
             yield sentence, partial(given, [inputs.taps[norm.tap], terms[-1]])
+    if inputs.node.scale != 1:
+        yield "residual_multiplier left out", partial(op, terms, scale=1.0)
     for name, term in zip(names[1:], terms[1:], strict=True):
         yield f"{name} added twice", partial(given, [*terms, term])
 
 
 def _norm_eps_outside(x: Array, weight: Array, bias: Array | None, spec: NormSpec) -> Array:
+    x = x.reshape(-1, len(weight))
     centred = x - x.mean(axis=-1, keepdims=True) if spec.kind == "layer" else x
     root = np.sqrt((centred * centred).mean(axis=-1, keepdims=True))
     y: Array = centred / (root + np.float32(spec.eps)) * weight
@@ -121,6 +134,10 @@ def _linear(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     weight, bias = inputs.weight(name), model.weights.get(f"{name}.bias")
     if bias is not None:
         yield "the bias left out", partial(op, bias=None)
+    if node.scale != 1:
+        yield "logits_multiplier left out", partial(op, scale=1.0)
+    if node.cap != 0:
+        yield "logits_softcap left out", partial(op, cap=0.0)
     if weight.shape[0] == weight.shape[1]:
         yield "the weight transposed", partial(op, weight=weight.T)
     short = name.rpartition(".")[2]
@@ -134,7 +151,8 @@ def _linear(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         elif other.part == node.part and abs((other.layer or 0) - (node.layer or 0)) == 1:
             weight_there = inputs.weight(other.matrix.name)
             yield f"the weight of layer {other.layer}", partial(op, weight=weight_there)
-    if any(each.op == "rope_and_store" and node.tap in each.inputs for each in nodes.values()):
+    readers = {each.op for each in nodes.values() if node.tap in each.inputs}
+    if readers & {"rope_and_store", "norm_heads"}:
         heads = weight.shape[0] // inputs.layer.head_dim
         paired = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         split = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
@@ -142,8 +160,8 @@ def _linear(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         yield sentence, partial(op, weight=paired)
         yield "GGUF's order of rows undone where there was none", partial(op, weight=split)
     before = nodes[node.inputs[0]]
-    if before.norm is not None and all(tap in inputs.taps for tap in before.inputs):
-        unnormalized = add([inputs.taps[tap] for tap in before.inputs])
+    if before.normalizes and all(tap in inputs.taps for tap in before.inputs):
+        unnormalized = add([inputs.taps[tap] for tap in before.inputs], before.scale)
         yield f"{before.part} left out: the input not normalized", partial(op, x=unnormalized)
     if node.layer is None and not model.spec.tie_word_embeddings:
         yield "the embedding table used as the head", partial(op, weight=inputs.weight("embed"))
@@ -215,6 +233,8 @@ def _attention(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     if len(k) > rows:
         sentence = "only this chunk's keys and values seen, not the cache"
         yield sentence, partial(op, k=k[-rows:], v=v[-rows:])
+    if layer.attention_softcap:
+        yield "attention_softcap left out", partial(op, softcap=0.0)
     if window:
         yield "the window ignored", partial(op, window=0)
         yield "a window one too wide", partial(op, window=window + 1)
@@ -226,7 +246,9 @@ def _attention(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         sentence = "queries, weights, keys and values rounded to bfloat16"
         yield sentence, partial(cached, dtype="bf16")
     elif inputs.model.kv_dtype == "bf16":
-        yield from _rounded_otherwise(op, q, partial(_weigh, k=k, v=v, scale=scale, window=window))
+        weigh = partial(_weigh, k=k, v=v, scale=scale, window=window)
+        weigh = partial(weigh, softcap=layer.attention_softcap)
+        yield from _rounded_otherwise(op, q, weigh)
 
 
 def _rounded_otherwise(op: Call, q: Array, weigh: Call) -> Iterator[Suspect]:
@@ -252,6 +274,7 @@ def _weigh(
     v: Array,
     scale: float,
     window: int,
+    softcap: float,
     *,
     whole: bool = True,
     divided_first: bool = False,
@@ -264,7 +287,7 @@ def _weigh(
     """
     group, context, rows = q.shape[1] // k.shape[1], len(k), len(q)
     k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
-    powers = np.einsum("qhd,khd->hqk", q, k) * np.float32(scale * math.log2(math.e))
+    powers = ops.score(np.einsum("qhd,khd->hqk", q, k), scale, softcap, math.log2(math.e))
     distance = (context - rows + np.arange(rows))[:, None] - np.arange(context)
     hidden = (distance < 0) | ((distance >= window) if window else False)
     powers = np.where(hidden, -np.inf, powers)  # (heads, rows, context)
@@ -295,6 +318,7 @@ _SUSPECTS: Mapping[Op, Callable[[OpInputs, Call], Iterator[Suspect]]] = {
     "embed": _embed,
     "norm": _norm,
     "add_norm": _norm,
+    "norm_heads": _norm,
     "linear": _linear,
     "rope_and_store": _rope,
     "attention": _attention,

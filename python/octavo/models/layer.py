@@ -16,7 +16,14 @@ from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 
 # As in reference/ops.py and csrc/core/backend.h.
 Op = Literal[
-    "embed", "norm", "add_norm", "linear", "rope_and_store", "attention", "gated_activation"
+    "embed",
+    "norm",
+    "add_norm",
+    "norm_heads",
+    "linear",
+    "rope_and_store",
+    "attention",
+    "gated_activation",
 ]
 # The matrices whose outputs go to the residual stream, by their taps; devices divide their inputs.
 _RESIDUAL_MATRICES = {"attn_out": "o", "mlp_out": "down"}
@@ -57,7 +64,10 @@ class Node:
 
     tap: its name, the same in the reference, in the native core and in docs/taps.md. inputs: the
     taps that the op reads. width: numbers in a row. matrices: those that the op multiplies by, or
-    takes rows of. norm: for an op that normalizes; its weight has the name of the tap.
+    takes rows of. norm: for an op that normalizes; its weight has the name of the tap. group: how
+    many numbers norm_heads normalizes together. scale, cap: the result is multiplied by `scale`,
+    of a sum every input but the first (the residual stream); then, with a cap that is not 0, x
+    becomes cap * tanh(x / cap).
     """
 
     tap: str
@@ -66,6 +76,14 @@ class Node:
     width: int
     matrices: tuple[Matrix, ...] = ()
     norm: NormSpec | None = None
+    group: int = 0
+    scale: float = 1.0
+    cap: float = 0.0
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the op divides by the size of what it reads, and has a weight for that."""
+        return self.norm is not None and self.norm.kind != "none"
 
     @property
     def layer(self) -> int | None:
@@ -84,10 +102,11 @@ class Node:
 
     def weights(self) -> Iterator[Weight]:
         """The weights that the op needs."""
-        if self.norm is not None:
-            yield Weight(f"{self.tap}.weight", (self.width,))
+        if self.norm is not None and self.norm.kind != "none":
+            width = self.group or self.width
+            yield Weight(f"{self.tap}.weight", (width,))
             if self.norm.bias:
-                yield Weight(f"{self.tap}.bias", (self.width,))
+                yield Weight(f"{self.tap}.bias", (width,))
         for matrix in self.matrices:
             yield Weight(f"{matrix.name}.weight", matrix.shape, matrix.shard_axis)
             if matrix.bias:  # where inputs are divided, every device needs the whole bias
@@ -101,13 +120,14 @@ def model_nodes(spec: ModelSpec) -> list[Node]:
     tables = [Matrix("embed", vocab, hidden)]
     if spec.learned_positions:
         tables.append(Matrix("positions", spec.max_position_embeddings, hidden))
-    nodes = [Node("embed", "embed", (), hidden, tuple(tables))]
+    nodes = [Node("embed", "embed", (), hidden, tuple(tables), scale=spec.embed_multiplier)]
     for index, layer in enumerate(spec.layers):
         nodes += layer_nodes(layer, index, hidden)
     last = residual_before(len(spec.layers))
     nodes.append(Node("final_norm", "norm", (last,), hidden, norm=spec.final_norm))
     head = Matrix("embed" if spec.tie_word_embeddings else "lm_head", vocab, hidden)
-    return [*nodes, Node("logits", "linear", ("final_norm",), vocab, (head,))]
+    scale, cap = spec.logits_multiplier, spec.logits_softcap
+    return [*nodes, Node("logits", "linear", ("final_norm",), vocab, (head,), scale=scale, cap=cap)]
 
 
 def layer_nodes(layer: LayerSpec, index: int, hidden_size: int) -> list[Node]:
@@ -118,32 +138,48 @@ def layer_nodes(layer: LayerSpec, index: int, hidden_size: int) -> list[Node]:
     def full(part: str) -> str:
         return part if part == residual else f"layers.{index}.{part}"
 
-    def add(part: str, op: Op, inputs: str, width: int, norm: NormSpec | None = None) -> None:
+    def add(
+        part: str, op: Op, inputs: str, width: int, norm: NormSpec | None = None, group: int = 0
+    ) -> None:
         names = tuple(map(full, inputs.split()))
-        nodes.append(Node(full(part), op, names, width, norm=norm))
+        scale = layer.residual_multiplier if op == "add_norm" else 1.0
+        nodes.append(Node(full(part), op, names, width, norm=norm, group=group, scale=scale))
 
     def multiply(part: str, source: str, outputs: int, inputs: int, bias: bool) -> None:
         name, axis = full(_RESIDUAL_MATRICES.get(part, part)), part in _RESIDUAL_MATRICES
         matrix = Matrix(name, outputs, inputs, bias, 1 if axis else 0)
         nodes.append(Node(full(part), "linear", (full(source),), outputs, (matrix,)))
 
+    def multiply_for_residual(part: str, source: str, inputs: int, bias: bool) -> str:
+        multiply(part, source, hidden_size, inputs, bias)
+        if layer.output_norm is None:
+            return part
+        add(f"{part}_norm", "norm", part, hidden_size, layer.output_norm)
+        return f"{part}_norm"
+
     q_size, kv_size, intermediate = layer.q_size, layer.kv_size, layer.intermediate_size
     add("attn_norm", "norm", residual, hidden_size, layer.norm)
     for part, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
         multiply(part, "attn_norm", size, hidden_size, layer.qkv_bias)
-    rotated = "" if layer.rope is None else "_rope"
-    if rotated:
-        add("q_rope", "rope_and_store", "q", q_size)
-        add("k_rope", "rope_and_store", "k", kv_size)
-    add("attn", "attention", f"q{rotated} k{rotated} v", q_size)
-    multiply("attn_out", "attn", hidden_size, q_size, layer.o_bias)
-    add("mlp_norm", "add_norm", f"{residual} attn_out", hidden_size, layer.norm)
+    q, k = "q", "k"
+    if layer.qk_norm != "none":
+        group = layer.head_dim if layer.qk_norm == "head" else 0
+        for part, size in (("q", q_size), ("k", kv_size)):
+            add(f"{part}_norm", "norm_heads", part, size, layer.qk_norm_spec, group or size)
+        q, k = "q_norm", "k_norm"
+    if layer.rope is not None:
+        add("q_rope", "rope_and_store", q, q_size)
+        add("k_rope", "rope_and_store", k, kv_size)
+        q, k = "q_rope", "k_rope"
+    add("attn", "attention", f"{q} {k} v", q_size)
+    attn_out = multiply_for_residual("attn_out", "attn", q_size, layer.o_bias)
+    add("mlp_norm", "add_norm", f"{residual} {attn_out}", hidden_size, layer.norm)
     halves = ("gate", "up") if layer.gated else ("up",)
     for part in halves:
         multiply(part, "mlp_norm", intermediate, hidden_size, layer.mlp_bias)
     add("act", "gated_activation", " ".join(halves), intermediate)
-    multiply("mlp_out", "act", hidden_size, intermediate, layer.mlp_bias)
-    add("out", "add_norm", f"{residual} attn_out mlp_out", hidden_size)
+    mlp_out = multiply_for_residual("mlp_out", "act", intermediate, layer.mlp_bias)
+    add("out", "add_norm", f"{residual} {attn_out} {mlp_out}", hidden_size)
     return nodes
 
 

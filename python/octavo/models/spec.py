@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-NormKind = Literal["rms", "layer"]
+NormKind = Literal["rms", "layer", "none"]
+QkNorm = Literal["none", "head", "row"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
@@ -45,7 +46,10 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A normalization over the last axis. kind "rms": Zhang & Sennrich 2019; "layer": Ba 2016."""
+    """A normalization over the last axis. kind "rms": Zhang & Sennrich 2019; "layer": Ba 2016.
+
+    kind "none": what goes in comes out, and there is no weight (OLMo 2 has it before a sublayer).
+    """
 
     kind: NormKind = "rms"
     eps: float = 1e-5
@@ -74,7 +78,13 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer: norm, attention, residual add, norm, MLP, residual add."""
+    """One decoder layer: norm, attention, residual add, norm, MLP, residual add.
+
+    norm: before each of the two sublayers. output_norm: of each sublayer's output, before it is
+    added to the residual stream (Gemma 2, OLMo 2). qk_norm: queries and keys are normalized before
+    rope, "head" each head by itself, with one weight of head_dim (Qwen3; Dehghani et al. 2023,
+    arXiv 2302.05442), "row" all heads of a token together (OLMo 2); see `qk_norm_spec`.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -90,6 +100,10 @@ class LayerSpec:
     window: int = 0  # a token sees at most this many positions, itself included; 0: all
     kv_group: int = 0  # which of a sequence's block tables holds this layer's keys and values
     attention_scale: float | None = None  # factor of q.k; None: 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0  # a score s becomes cap * tanh(s / cap); 0: stays (Gemma 2)
+    output_norm: NormSpec | None = None
+    qk_norm: QkNorm = "none"
+    residual_multiplier: float = 1.0  # of a sublayer's output when it is added (Granite)
 
     @property
     def q_size(self) -> int:
@@ -106,10 +120,19 @@ class LayerSpec:
         """The factor of q.k: `attention_scale`, or 1 / sqrt(head_dim)."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
+    @property
+    def qk_norm_spec(self) -> NormSpec:
+        """The norm of queries and keys where `qk_norm` is not "none": rms, with the layer's eps."""
+        return NormSpec("rms", self.norm.eps)
+
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole decoder-only model."""
+    """A whole decoder-only model.
+
+    The rows of the embedding are multiplied by `embed_multiplier`. With x = `logits_multiplier` *
+    head(final norm), the logits are x, or cap * tanh(x / cap) where `logits_softcap` is not 0.
+    """
 
     architecture: str  # the Hugging Face name, for messages
     vocab_size: int
@@ -119,6 +142,9 @@ class ModelSpec:
     final_norm: NormSpec
     tie_word_embeddings: bool
     learned_positions: bool = False  # True: a table `positions.weight` is added in embed
+    embed_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    logits_softcap: float = 0.0
 
     @property
     def num_kv_groups(self) -> int:
