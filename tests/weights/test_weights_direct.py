@@ -139,6 +139,7 @@ def rewrite(path: Path, changes: dict[str, Any], drop: str = "") -> None:
         ("tensors", r"split\.tensors\.count is 22; they hold 21 tensors"),
         ("damaged", "truncated"),
         ("absurd", r"split\.count is 100000"),
+        ("above int32", r"split\.tensors\.count is 2147483648; supported: .*2147483647"),
     ],
 )
 def test_parts_that_are_no_whole_model(change: str, cause: str, tmp_path: Path) -> None:
@@ -163,8 +164,10 @@ def test_parts_that_are_no_whole_model(change: str, cause: str, tmp_path: Path) 
         rewrite(given, {**stated, "split.no": 2, "split.tensors.count": 22})
     elif change == "damaged":
         parts[1].write_bytes(parts[1].read_bytes()[:-1000])
-    else:
+    elif change == "absurd":
         rewrite(given, {**stated, "split.count": 100000})
+    else:
+        rewrite(given, {**stated, "split.no": 2, "split.tensors.count": 2**31})
     with pytest.raises((WeightsError, UnsupportedModelError)) as caught:
         read_model(given)
     assert re.search(cause, str(caught.value), re.DOTALL), str(caught.value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -14,7 +13,7 @@ import typer
 from octavo.cli.options import ModelArgument, option
 
 if TYPE_CHECKING:
-    from octavo.models.spec import ModelSpec, WeightFormat
+    from octavo.models.spec import LayerSpec, ModelSpec, WeightFormat
     from octavo.weights.checkpoint import Checkpoint
     from octavo.weights.model_files import ModelFiles
 
@@ -81,13 +80,26 @@ def describe(files: ModelFiles) -> dict[str, Any]:
         "mlp_bias": layer.mlp_bias,
         "tie_word_embeddings": spec.tie_word_embeddings,
         "max_position_embeddings": spec.max_position_embeddings,
-        "rope": asdict(layer.rope) if layer.rope is not None else None,
+        "rope": _rope(layer),
         "eos_token_ids": list(files.eos_token_ids),
         "weights": None if checkpoint is None else _weights(checkpoint),
         "quantized": describe_formats(spec, formats),
         "converted": [] if checkpoint is None else _converted(spec, checkpoint, loaded),
         "kv_bytes_per_token": {"f32": 4 * kv_elements, "bf16": 2 * kv_elements},
         "memory": _memory(weight_sizes, kv_elements, spec.max_position_embeddings),
+    }
+
+
+def _rope(layer: LayerSpec) -> dict[str, Any] | None:
+    if layer.rope is None:
+        return None
+    return {
+        "kind": layer.rope.kind,
+        "theta": layer.rope.theta,
+        "factor": layer.rope.factor,
+        "attention_factor": layer.rope.attention_factor,
+        "rotated": 2 * len(layer.rope.frequencies),
+        "head_dim": layer.head_dim,
     }
 
 
@@ -212,14 +224,10 @@ def _rope_text(rope: dict[str, Any] | None) -> str:
     if rope is None:
         return "none"
     text = f"theta {rope['theta']:g}"
-    if rope["scaling"] == "linear":
-        text += f", linear scaling by {rope['factor']:g}"
-    elif rope["scaling"] == "llama3":
-        text += (
-            f", llama3 scaling by {rope['factor']:g} (low {rope['low_freq_factor']:g}, high "
-            f"{rope['high_freq_factor']:g}, from {rope['original_max_position_embeddings']:,} "
-            "tokens)"
-        )
+    if rope["kind"] != "default":
+        text += f", {rope['kind']} scaling by {rope['factor']:g}"
+    if rope["rotated"] < rope["head_dim"]:
+        text += f", on {rope['rotated']} of {rope['head_dim']} elements of a head"
     return text
 
 

@@ -18,6 +18,7 @@ from octavo.config import (
 )
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.machine import available_memory, open_packaged_cublas
+from octavo.models.rope import for_length
 from octavo.models.spec import ModelSpec
 from octavo.quantization.apply import quantize_checkpoint
 from octavo.quantization.plan import (
@@ -88,7 +89,8 @@ def load_runtime(
     options = replace(options, formats=checkpoint.formats)
     if config.overlap_steps is None:
         options = replace(options, overlap_steps=device not in _HOST_DEVICES)
-    runtime = _make_runtime(device, files.spec, options, config)
+    spec = for_length(files.spec, options.max_model_len)
+    runtime = _make_runtime(device, spec, options, config)
     block_bytes = runtime.kv_bytes_per_block()
     num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
     available = _available(runtime, device, num_bytes)
