@@ -415,7 +415,7 @@ def run_to_end(
                 outputs[chunk.request_id] = chunk.result
         engine.check_integrity()
         assert engine.num_steps == steps + 1, "a step with requests unfinished computed nothing"
-    raise AssertionError(f"{engine.num_unfinished_requests} requests never ended")
+    raise AssertionError(f"{len(engine._requests)} requests never ended")
 
 
 def is_refused(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> str | None:

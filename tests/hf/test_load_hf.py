@@ -15,7 +15,7 @@ from safetensors.torch import save_file, save_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo.models.spec import RopeSpec
-from octavo.reference import ReferenceModel
+from octavo.reference.llama import ReferenceModel
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model
 

@@ -10,7 +10,8 @@ from reference_helpers import NativeModel, max_error, random_weights
 
 from octavo.models.layer import model_nodes, tap_names, weight_shapes
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
-from octavo.reference import KVCache, ReferenceModel, ops
+from octavo.reference import ops
+from octavo.reference.llama import KVCache, ReferenceModel
 
 
 def make_spec(

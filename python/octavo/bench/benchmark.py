@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.errors import InvalidArgumentError
 from octavo.machine import processor, resident_memory
 from octavo.models.spec import ModelSpec
+from octavo.progress import StageProgress
 from octavo.runtime.loader import LoadedRuntime, load_runtime
 from octavo.runtime.session import Float32, Session
 from octavo.weights.checkpoint import open_checkpoint
@@ -29,8 +31,6 @@ GATE_STEPS = 4  # decoded tokens whose logits are compared
 # in parts of the logits' standard deviation. bf16 has 8 bits of precision: one step of rounding
 # more or less at each of a model's layers stays well below it, a wrong token or key does not.
 LOGIT_TOLERANCE = 0.1
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, and how much of how much is done."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def bench(
     cases: Sequence[Case],
     repetitions: int,
     environment: Environment,
-    progress: Progress = lambda *_: None,
+    progress: StageProgress = lambda *_: None,
     measured: Callable[[Row], None] = lambda _: None,
 ) -> BenchResult:
     """Measure every case `repetitions` times. config: sizes of batch and cache are set here.
@@ -147,7 +147,7 @@ def bench(
         files,
         checkpoint,
         fit_config(config, cases),
-        lambda done, total: progress(f"loading {files.path.name}", done, total),
+        partial(progress, f"loading {files.path.name}"),
         environment,
     )
     seconds, after = time.perf_counter() - started, resident_memory()
@@ -207,7 +207,7 @@ def describe_weights(options: RuntimeOptions) -> str:
     return " and ".join(sorted(names)) or options.dtype
 
 
-def measure_peak(loaded: LoadedRuntime, num_threads: int, progress: Progress) -> Peak | None:
+def measure_peak(loaded: LoadedRuntime, num_threads: int, progress: StageProgress) -> Peak | None:
     """The limits of the machine, or of its GPU; None for the emulated one."""
     if loaded.device not in ("cpu", "cuda"):
         return None

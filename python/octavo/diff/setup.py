@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from octavo.config import LOAD_FORMATS, QUANTIZE, Environment
-from octavo.diff.comparison import Comparison, DiffOptions, Progress, chunk_size_for
+from octavo.diff.comparison import Comparison, DiffOptions, chunk_size_for
 from octavo.diff.hugging_face import HuggingFaceImplementation, import_hugging_face
 from octavo.diff.implementations import Implementation, Int32, ReferenceImplementation
 from octavo.diff.native import load_native
@@ -19,6 +20,7 @@ from octavo.folder import MemoryFolder
 from octavo.machine import available_memory
 from octavo.models.layer import weight_shapes
 from octavo.models.spec import ModelSpec
+from octavo.progress import StageProgress
 from octavo.quantization.apply import dequantized, quantize_checkpoint
 from octavo.quantization.plan import Scheme
 from octavo.reference.llama import ReferenceModel
@@ -83,7 +85,7 @@ class DiffRequest:
             )
 
 
-def compare(request: DiffRequest, environment: Environment, progress: Progress) -> DiffResult:
+def compare(request: DiffRequest, environment: Environment, progress: StageProgress) -> DiffResult:
     """Open the model, cut the text into tokens, load both implementations, and run them.
 
     Raises OctavoError of every kind for what the user can put right.
@@ -116,7 +118,7 @@ def compare(request: DiffRequest, environment: Environment, progress: Progress) 
         max_tokens=len(token_ids) + max(options.steps, 1),
         chunk_size=min(options.chunk_size or chunk_size_for(files.spec), len(token_ids)),
         num_threads=request.num_threads,
-        progress=lambda done, total: progress("loading octavo", done, total),
+        progress=partial(progress, "loading octavo"),
     )
     definition = ReferenceModel(
         files.spec,
@@ -191,7 +193,7 @@ def _check_memory(request: DiffRequest, checkpoint: Checkpoint) -> None:
 
 
 def _float32_weights(
-    spec: ModelSpec, checkpoint: Checkpoint, progress: Progress
+    spec: ModelSpec, checkpoint: Checkpoint, progress: StageProgress
 ) -> Mapping[str, np.ndarray]:
     """All weights as float32, by octavo's names; codes as the numbers that they stand for."""
     weights: dict[str, np.ndarray] = {}
@@ -207,7 +209,7 @@ def _load_right(
     files: ModelFiles,
     checkpoint: Checkpoint,
     definition: ReferenceModel,
-    progress: Progress,
+    progress: StageProgress,
 ) -> Implementation:
     if request.against == "reference":
         return ReferenceImplementation(definition)

@@ -129,12 +129,6 @@ class Sequence:
         """Whether the sequence has ended and left the scheduler."""
         return self.state is SequenceState.FINISHED
 
-    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        """Set the last state. The scheduler calls this after it has freed the blocks."""
-        self.state = SequenceState.FINISHED
-        self.finish_reason = reason
-        self.stop_reason = stop_reason
-
     def __repr__(self) -> str:
         return (
             f"Sequence({self.key!r}, {self.state.value}, tokens {self.num_tokens}, "
