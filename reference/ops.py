@@ -128,14 +128,14 @@ def low_rank(x: Array, part: LowRank, dtype: str = "f32") -> Array:
     x: (rows, inputs), as the matrix itself takes it. Both products are `linear` with this dtype, so
     "bf16" rounds x, A, A x and scale B to bfloat16, and no sum. Returns (rows, outputs).
     """
-    return linear(linear(x, part.a, dtype=dtype), np.float32(part.scale) * part.b, dtype=dtype)
+    return linear(linear(x, part.a, dtype=dtype), part.scaled_b, dtype=dtype)
 
 
 def low_rank_rows(token_ids: Integers, part: LowRank, dtype: str = "f32") -> Array:
     """What an adapter adds to rows of the embedding: (scale B) A[:, token]; (rows, hidden)."""
     rows = np.ascontiguousarray(part.a.T[token_ids])
     rows = round_to_bf16(rows) if dtype == "bf16" else rows
-    return linear(rows, np.float32(part.scale) * part.b, dtype=dtype)
+    return linear(rows, part.scaled_b, dtype=dtype)
 
 
 def rope_frequencies(rope: RopeSpec, head_dim: int) -> Float32:

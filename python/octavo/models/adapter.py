@@ -25,6 +25,12 @@ class LowRank:
     scale: float
 
     @property
+    def scaled_b(self) -> Float32:
+        """scale * B, in float32."""
+        scaled: Float32 = np.float32(self.scale) * self.b
+        return scaled
+
+    @property
     def rank(self) -> int:
         """How many numbers lie between the two products."""
         return int(self.a.shape[0])
