@@ -6,7 +6,9 @@
         x = x + down(activation(gate(n)) * up(n))     where n = norm(x)
     logits = head(norm(x))
 
-The model of Touvron et al. 2023 (arXiv 2302.13971). Every intermediate result has a name, the same
+The model of Touvron et al. 2023 (arXiv 2302.13971). A `LayerSpec` or `ModelSpec` may ask for more:
+q and k normalized before rope, what a sublayer adds normalized or multiplied, capped scores and
+logits. Every intermediate result has a name, the same
 here, in the native core and in `octavo diff`: see `octavo.models.layer.tap_names`.
 """
 
@@ -14,14 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from octavo.models.adapter import Adapter
 from octavo.models.layer import weight_shapes
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, WeightFormat
+from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, WeightFormat
 from octavo.reference import ops
+from octavo.reference.nodes import expert_output
 from octavo.reference.ops import Array, Float32, Integers
 from octavo.reference.quantization import check_int4_activations, rounded_product
 
@@ -96,7 +100,7 @@ class ReferenceModel:
         self.adapter = {} if adapter is None else adapter.matrices
         self.weights = _checked_weights(spec, weights, dtype, self.formats)
         self.frequencies = [
-            None if layer.rope is None else ops.rope_frequencies(layer.rope, layer.head_dim)
+            None if layer.rope is None else np.array(layer.rope.frequencies, np.float32)
             for layer in spec.layers
         ]
 
@@ -125,9 +129,9 @@ class ReferenceModel:
         _tap(taps, "embed", x)
         for index, layer in enumerate(spec.layers):
             attn_out = self._attention(index, layer, x, positions, cache, taps)
-            x = x + attn_out
+            x = x + ops.scale(attn_out, layer.residual_multiplier)
             mlp_out = self._mlp(index, layer, x, taps)
-            x = x + mlp_out
+            x = x + ops.scale(mlp_out, layer.residual_multiplier)
             _tap(taps, f"layers.{index}.out", x)
         cache.length += len(tokens)
 
@@ -136,6 +140,7 @@ class ReferenceModel:
         x = self._norm("final_norm", spec.final_norm, x)
         _tap(taps, "final_norm", x)
         logits = self._linear("lm_head", x)
+        logits = ops.scale(logits, spec.logits_multiplier, spec.logits_softcap)
         _tap(taps, "logits", logits)
         return logits
 
@@ -145,7 +150,7 @@ class ReferenceModel:
         x = x.astype(self.compute)
         if part := self.adapter.get("embed"):
             x = x + ops.low_rank_rows(tokens, part, self.dtype)
-        return x
+        return ops.scale(x, self.spec.embed_multiplier)
 
     def _attention(
         self,
@@ -162,16 +167,20 @@ class ReferenceModel:
         normed = self._norm(name + "attn_norm", layer.norm, x)
         _tap(taps, name + "attn_norm", normed)
 
-        q = self._linear(name + "q", normed).reshape(rows, layer.num_heads, layer.head_dim)
-        k = self._linear(name + "k", normed).reshape(rows, layer.num_kv_heads, layer.head_dim)
-        v = self._linear(name + "v", normed).reshape(rows, layer.num_kv_heads, layer.head_dim)
+        q, k, v = (self._linear(name + part, normed) for part in "qkv")
         for part, value in (("q", q), ("k", k), ("v", v)):
             _tap(taps, name + part, value)
+        if layer.qk_norm != "none":
+            q = self._norm_heads(name + "q_norm", layer.qk_norm_spec, q)
+            k = self._norm_heads(name + "k_norm", layer.qk_norm_spec, k)
+            _tap(taps, name + "q_norm", q)
+            _tap(taps, name + "k_norm", k)
+        q, k, v = (x.reshape(rows, -1, layer.head_dim) for x in (q, k, v))
 
-        frequencies = self.frequencies[index]
-        if frequencies is not None:
-            q = ops.rope(q, positions, frequencies)
-            k = ops.rope(k, positions, frequencies)
+        if layer.rope is not None:
+            frequencies, factor = self.frequencies[index], layer.rope.attention_factor
+            q = ops.rope(q, positions, frequencies, factor)
+            k = ops.rope(k, positions, frequencies, factor)
             _tap(taps, name + "q_rope", q)
             _tap(taps, name + "k_rope", k)
 
@@ -180,18 +189,20 @@ class ReferenceModel:
         k, v = ops.to_cache(k, self.kv_dtype), ops.to_cache(v, self.kv_dtype)
         keys, values = cache.extend(index, k, v)
         scale, rounds = layer.score_scale, ops.attention_dtype(self.kv_dtype)
-        out = ops.attention(q, keys, values, scale, layer.window, rounds)
+        cap = layer.attention_softcap
+        out = ops.attention(q, keys, values, scale, layer.window, rounds, cap)
         out = out.reshape(rows, layer.q_size)
         _tap(taps, name + "attn", out)
-        attn_out = self._linear(name + "o", out)
-        _tap(taps, name + "attn_out", attn_out)
-        return attn_out
+        return self._sublayer_output(layer, name + "attn_out", self._linear(name + "o", out), taps)
 
     def _mlp(self, index: int, layer: LayerSpec, x: Array, taps: Taps) -> Array:
         """What layer `index`'s MLP adds to the residual stream x; both (rows, width)."""
         name = f"layers.{index}."
         normed = self._norm(name + "mlp_norm", layer.norm, x)
         _tap(taps, name + "mlp_norm", normed)
+        if layer.moe is not None:
+            mlp_out = self._experts(name, layer, layer.moe, normed, taps)
+            return self._sublayer_output(layer, name + "mlp_out", mlp_out, taps)
         gate = None
         if layer.gated:
             gate = self._linear(name + "gate", normed)
@@ -201,12 +212,33 @@ class ReferenceModel:
         activated = ops.gated_activation(gate, up, layer.activation)
         _tap(taps, name + "act", activated)
         mlp_out = self._linear(name + "down", activated)
-        _tap(taps, name + "mlp_out", mlp_out)
-        return mlp_out
+        return self._sublayer_output(layer, name + "mlp_out", mlp_out, taps)
+
+    def _sublayer_output(self, layer: LayerSpec, name: str, x: Array, taps: Taps) -> Array:
+        """What a sublayer adds, before `residual_multiplier`: x, or x normalized."""
+        _tap(taps, name, x)
+        if layer.output_norm is None:
+            return x
+        normed = self._norm(f"{name}_norm", layer.output_norm, x)
+        _tap(taps, f"{name}_norm", normed)
+        return normed
+
+    def _experts(
+        self, name: str, layer: LayerSpec, moe: MoeSpec, normed: Array, taps: Taps
+    ) -> Array:
+        """What the experts make of `normed`; the router's product is never rounded."""
+        logits = ops.linear(normed, self.weights[name + "router.weight"])
+        _tap(taps, name + "router", logits)
+        expert = partial(expert_output, name, self.weights, layer.activation, self.multiply)
+        k, outputs = moe.experts_per_token, self.spec.hidden_size
+        return ops.mix_experts(normed, logits, k, moe.normalize, outputs, expert)
 
     def _norm(self, name: str, norm: NormSpec, x: Array) -> Array:
-        bias = self.weights[name + ".bias"] if norm.bias else None
-        return ops.norm(x, self.weights[name + ".weight"], bias, norm.eps, norm.kind)
+        weight, bias = self.weights.get(name + ".weight"), self.weights.get(name + ".bias")
+        return ops.norm(x, weight, bias, norm.eps, norm.kind)
+
+    def _norm_heads(self, name: str, norm: NormSpec, x: Array) -> Array:
+        return ops.norm_heads(x, self.weights[name + ".weight"], None, norm.eps, norm.kind)
 
     def _linear(self, name: str, x: Array) -> Array:
         own = "embed" if name == "lm_head" and self.spec.tie_word_embeddings else name
@@ -261,7 +293,8 @@ def _checked_weights(
         weight = weights[name]
         if weight.shape != shape:
             problems.append(f"{name} has shape {weight.shape}, expected {shape}")
-        is_plain_matrix = len(shape) == 2 and name.removesuffix(".weight") not in formats
+        base = name.removesuffix(".weight")
+        is_plain_matrix = len(shape) == 2 and base not in formats and not base.endswith(".router")
         rounds = is_plain_matrix and dtype == "bf16"
         checked[name] = ops.round_to_bf16(weight) if rounds else weight
     if problems:

@@ -78,7 +78,7 @@ class LLM(LoadedModel):
         InsufficientMemoryError, or InvalidArgumentError.
         """
         loaded = load_model(model, config=config, on_load=on_load, adapters=adapters, **options)
-        self._set_up(loaded.engine, loaded.chat_template, loaded.config)
+        self._set_up(loaded.engine, loaded.chat_template, loaded.config, loaded.notes)
 
     @classmethod
     def from_engine(
@@ -93,9 +93,13 @@ class LLM(LoadedModel):
         return llm
 
     def _set_up(
-        self, engine: Engine, chat_template: ChatTemplate | None, config: EngineConfig
+        self,
+        engine: Engine,
+        chat_template: ChatTemplate | None,
+        config: EngineConfig,
+        notes: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(engine, chat_template, config)
+        super().__init__(engine, chat_template, config, notes)
         self._shared = SharedEngine(engine)
         self._bar_turn = threading.Lock()
 

@@ -24,11 +24,13 @@ class LoadedModel:
     """An engine that is ready, and what makes its prompts.
 
     chat_template: None for a model that was not trained to chat. config: what it was loaded with.
+    notes: what the user should know of weights in formats that are not octavo's.
     """
 
     engine: Engine
     chat_template: ChatTemplate | None
     config: EngineConfig
+    notes: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -127,7 +129,7 @@ def load_model(
     )
     for name, folder in (adapters or {}).items():
         engine.adapters.add(name, Path(folder))
-    return LoadedModel(engine, chat_template, config)
+    return LoadedModel(engine, chat_template, config, loaded.notes)
 
 
 def _merge_options(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:

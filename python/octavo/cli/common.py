@@ -93,7 +93,10 @@ def load_llm(model: str | None, config: EngineConfig, adapter: str | None = None
     with progress_bar("bytes") as bar:
         on_load = partial(bar.update, stage)
         adapters = {adapter: adapter} if adapter else {}  # its folder is its name
-        return LLM(model, config=config, on_load=on_load, adapters=adapters)
+        llm = LLM(model, config=config, on_load=on_load, adapters=adapters)
+    for line in llm.notes:
+        note(line)
+    return llm
 
 
 def printable(text: str, stream: IO[str]) -> str:

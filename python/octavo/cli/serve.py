@@ -187,4 +187,7 @@ def _load(path: Path, config: EngineConfig, adapters: dict[str, Path]) -> LLM:
 
     write = partial(log_event, logging.getLogger("octavo.server"), logging.INFO)
     on_load = log_bytes(write, f"loading {path.name}")
-    return LLM(path, config=config, on_load=on_load, adapters=adapters)
+    llm = LLM(path, config=config, on_load=on_load, adapters=adapters)
+    for line in llm.notes:
+        write(line)
+    return llm

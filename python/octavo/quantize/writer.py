@@ -139,7 +139,7 @@ def new_directory(target: Path, what: str) -> Iterator[Path]:
 
 def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:
     """A model that can be quantized; InvalidArgumentError if it is so already."""
-    files = read_model(source)
+    files = read_model(source, "auto")
     if files.quantized:
         raise InvalidArgumentError(
             f"{source} is quantized already; expected a model with float weights"

@@ -6,10 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from octavo.models.spec import WeightFormat
 
 TensorDType = Literal["f32", "f16", "bf16", "int8", "int4"]
 ITEM_SIZE: dict[TensorDType, int] = {"f32": 4, "f16": 2, "bf16": 2}
@@ -53,6 +55,19 @@ class TensorInfo:
     @property
     def num_elements(self) -> int:
         return math.prod(self.shape)
+
+
+class Stored(NamedTuple):
+    """How a file holds a matrix in a format of another program.
+
+    kind: the file's name of the format, such as "Q4_K". format: octavo's codes that it can be
+    converted to without decoding. exact: whether these stand for the same numbers.
+    """
+
+    kind: str
+    num_bytes: int
+    format: WeightFormat | None = None
+    exact: bool = False
 
 
 class TensorSource(ABC):
