@@ -19,6 +19,7 @@ from octavo.files import expand_home
 from octavo.folder import MemoryFolder
 from octavo.machine import available_memory
 from octavo.models.layer import weight_shapes
+from octavo.models.rope import for_length
 from octavo.models.spec import ModelSpec
 from octavo.progress import StageProgress
 from octavo.quantization.apply import dequantized, quantize_checkpoint
@@ -94,6 +95,8 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
     files = read_model(path)
     token_ids, tokenizer = _tokens(request, files)
     _check_length(files.spec, len(token_ids), request.options.steps)
+    max_tokens = len(token_ids) + max(request.options.steps, 1)
+    files = replace(files, spec=for_length(files.spec, max_tokens))
     checkpoint = quantize_checkpoint(
         open_checkpoint(files, request.load_format, request.seed),
         files.spec,
@@ -115,7 +118,7 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
         checkpoint,
         device=request.device,
         dtype=request.dtype,
-        max_tokens=len(token_ids) + max(options.steps, 1),
+        max_tokens=max_tokens,
         chunk_size=min(options.chunk_size or chunk_size_for(files.spec), len(token_ids)),
         num_threads=request.num_threads,
         progress=partial(progress, "loading octavo"),

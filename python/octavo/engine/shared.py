@@ -46,6 +46,7 @@ class Asked(NamedTuple):
     prompt: EncodedPrompt
     params: SamplingParams
     stream: bool = False
+    adapter: str | None = None
 
 
 class Arrival(NamedTuple):
@@ -256,6 +257,7 @@ class SharedEngine:
                     stream=asked.stream,
                     continues_prompt=not asked.prompt.is_chat,
                     kept_special_ids=asked.prompt.kept_special_ids,
+                    adapter=asked.adapter,
                 )
                 call.request_ids.add(request_id)
                 self._open[request_id] = (call, asked.key)

@@ -139,6 +139,10 @@ class _Models:
         checkpoint: Checkpoint,
         environment: Environment,
     ) -> Checkpoint:
+        if against == "same" and checkpoint.formats.keys() <= checkpoint.stored.keys():
+            # A GGUF file: the numbers that it stands for.
+            self.reference_files = read_model(self.files.path, "f32")
+            return open_checkpoint(self.reference_files)
         if against == "same" and checkpoint.formats:
             raise InvalidArgumentError(
                 f"{self.files.path} holds quantized weights, so that there is no unquantized same "

@@ -11,7 +11,6 @@ llama.cpp's converter from Hugging Face to GGUF changes three things, which are 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.models.family import GgufFamily, GgufHeader, TensorNames
 from octavo.models.fields import Fields, Limit, describe
+from octavo.models.rope import default_rope, llama3_rope
 
 _ROPE_FREQS = "rope_freqs.weight"
 
@@ -156,10 +156,10 @@ def llama3_divisors(
     theta: float, head_dim: int, factor: float, low: float, high: float, original: int
 ) -> npt.NDArray[np.float64]:
     """(head_dim / 2,): by how much Llama 3's rule divides each rope frequency."""
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    turns = original * frequencies / (2 * math.pi)  # within the original context
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1.0 - smooth) / factor + smooth)
+    plain = default_rope(theta, head_dim).frequencies
+    scaled = llama3_rope(theta, head_dim, factor, low, high, original).frequencies
+    divisors: npt.NDArray[np.float64] = np.array(plain) / np.array(scaled)
+    return divisors
 
 
 GGUF = GgufFamily(

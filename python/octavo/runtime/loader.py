@@ -17,6 +17,7 @@ from octavo.config import (
 )
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.machine import available_memory, format_bytes, open_packaged_cublas
+from octavo.models.rope import for_length
 from octavo.models.spec import ModelSpec
 from octavo.quantization.apply import quantize_checkpoint
 from octavo.quantization.plan import (
@@ -26,6 +27,7 @@ from octavo.quantization.plan import (
     plan_formats,
     weight_bytes,
 )
+from octavo.quantization.stored import describe_stored
 from octavo.runtime.remedies import Changes, Needs
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
@@ -46,13 +48,17 @@ _FEWER_SEQS, _FEWER_TOKENS = (64, 8, 1), (512, 64, 16)
 
 @dataclass(frozen=True)
 class LoadedRuntime:
-    """A native runtime with its weights and KV cache, and what it was built with."""
+    """A native runtime with its weights and KV cache, and what it was built with.
+
+    notes: what the user should know of weights in formats that are not octavo's.
+    """
 
     runtime: _native.Runtime
     options: RuntimeOptions
     num_kv_blocks: int
     device: str
     num_kv_groups: int  # block tables of a sequence
+    notes: tuple[str, ...] = ()
 
 
 def load_runtime(
@@ -82,7 +88,8 @@ def load_runtime(
     options = replace(options, formats=checkpoint.formats)
     if config.overlap_steps is None:
         options = replace(options, overlap_steps=device not in _HOST_DEVICES)
-    runtime = _make_runtime(device, files.spec, options, config)
+    spec = for_length(files.spec, options.max_model_len)
+    runtime = _make_runtime(device, spec, options, config)
     block_bytes = runtime.kv_bytes_per_block()
     num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
     available = _available(runtime, device, num_bytes)
@@ -104,7 +111,10 @@ def load_runtime(
     needs = Needs(files.spec, config, options, stored, available + num_bytes, block_bytes)
     num_kv_blocks = plan_kv_blocks(needs, available)
     _allocate_cache(runtime, num_kv_blocks, options)
-    return LoadedRuntime(runtime, options, num_kv_blocks, device, files.spec.num_kv_groups)
+    found = describe_stored(files.spec, checkpoint.stored, options.formats, options.dtype)
+    texts = [str(each) for each in found if each.is_worth_a_line]
+    notes = (f"{files.path.name}: {'; '.join(texts)}",) if texts else ()
+    return LoadedRuntime(runtime, options, num_kv_blocks, device, files.spec.num_kv_groups, notes)
 
 
 def _make_runtime(
@@ -203,6 +213,7 @@ def resolve_options(
         isa=environment.isa if config.isa == "auto" else config.isa,
         deterministic=config.deterministic,
         graphs=not config.enforce_eager,
+        max_adapters=config.max_adapters,
         enable_prefix_caching=config.enable_prefix_caching,
         max_waiting_requests=config.max_waiting_requests,
         max_waiting_tokens=config.max_waiting_tokens,

@@ -17,12 +17,20 @@ from octavo.models.layer import weight_shapes
 from octavo.models.spec import WeightFormat
 from octavo.weights.codes import StoredSource, running_formats, stored_tensors
 from octavo.weights.dummy import DummySource
+from octavo.weights.gguf_codes import GgufCodes, stored_kinds
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles
 from octavo.weights.quantization_config import StoredMatrix
 from octavo.weights.reader import read_runs, read_weight, weight_info
 from octavo.weights.safetensors import open_weight_files
-from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, TensorInfo, TensorSource
+from octavo.weights.tensor import (
+    ITEM_SIZE,
+    Stored,
+    Tensor,
+    TensorDType,
+    TensorInfo,
+    TensorSource,
+)
 
 _CHUNK = 1 << 20  # elements searched for NaN in one go: the scratch stays in cache
 
@@ -38,8 +46,9 @@ class Checkpoint(Mapping[str, Tensor]):
     formats: of the matrices that are, or will be, quantized, by name without ".weight". Codes
         ("int8", "int4") have "NAME.scale" and, if asymmetric, "NAME.zero" beside them.
     dtype: the format of most elements that are not codes.
-    total_bytes: of all weights as stored.
+    total_bytes: of all weights as they are read.
     num_parameters: of the model, scales and zero points not counted.
+    stored: how the files hold matrices in formats that are not octavo's, by name without ".weight".
     """
 
     def __init__(
@@ -48,6 +57,7 @@ class Checkpoint(Mapping[str, Tensor]):
         weight_map: Mapping[str, WeightSource] | None = None,
         formats: Mapping[str, WeightFormat] | None = None,
         dtype: TensorDType | None = None,
+        stored: Mapping[str, Stored] | None = None,
     ) -> None:
         """weight_map: where in `source` each weight lies; None: under octavo's names."""
         self._source = source
@@ -55,6 +65,7 @@ class Checkpoint(Mapping[str, Tensor]):
             name: WeightSource((name,), info.shape) for name, info in source.infos.items()
         }
         self.formats: Mapping[str, WeightFormat] = dict(formats or {})
+        self.stored: Mapping[str, Stored] = dict(stored or {})
         self.infos: Mapping[str, TensorInfo] = {
             name: weight_info(source, wanted) for name, wanted in self._map.items()
         }
@@ -86,8 +97,12 @@ class Checkpoint(Mapping[str, Tensor]):
     def bytes_by_dtype(self) -> dict[str, int]:
         """Bytes as stored, by format, largest first."""
         sizes: Counter[str] = Counter()
-        for info in self.infos.values():
-            sizes[info.dtype] += info.num_bytes
+        for name, info in self.infos.items():
+            base, _, part = name.rpartition(".")
+            if base not in self.stored or part == "bias":
+                sizes[info.dtype] += info.num_bytes
+            elif part == "weight":
+                sizes[self.stored[base].kind] += self.stored[base].num_bytes
         return dict(sizes.most_common())
 
     def checked_items(self) -> Iterator[tuple[str, Tensor]]:
@@ -130,6 +145,7 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
         ignored = tuple(map(re.escape, family.constants))
     else:
         source = stored = open_weight_files(files.path)
+        weight_map = _without_prefix(weight_map, source, files.family.base_prefix)
         if files.spec.tie_word_embeddings:
             # Either name may be there: `save_model` of safetensors keeps lm_head, transformers
             # writes the embedding. If both are there they are equal: `read_model` compared them.
@@ -143,10 +159,45 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
         raise WeightsError(
             f"The weights in {files.path} do not fit its configuration ({count}):", problems
         )
+    if isinstance(files.folder, GgufFolder):
+        return _gguf_checkpoint(files.folder, weight_map)
     if not files.quantized:
         return Checkpoint(source, weight_map)
     formats = running_formats(source, files.quantized)
-    with_scales = {}  # scales after their codes, for a loader that reads in order
+    codes = StoredSource(stored, files.quantized)
+    return Checkpoint(codes, _with_scales(weight_map, formats), formats)
+
+
+def _without_prefix(
+    weight_map: dict[str, WeightSource], source: TensorSource, prefix: str
+) -> dict[str, WeightSource]:
+    """The map for the checkpoint of a model without its head, whose names lack the prefix."""
+    table = weight_map["embed.weight"].names[0]
+    if table in source.infos or table.removeprefix(prefix) not in source.infos:
+        return weight_map
+    return {
+        name: replace(wanted, names=tuple(each.removeprefix(prefix) for each in wanted.names))
+        for name, wanted in weight_map.items()
+    }
+
+
+def _gguf_checkpoint(folder: GgufFolder, weight_map: Mapping[str, WeightSource]) -> Checkpoint:
+    """The weights of a GGUF model, as codes where the folder says so and octavo has such."""
+    stored = stored_kinds(folder.parts, weight_map)
+    formats = {name: held.format for name, held in stored.items() if held.format is not None}
+    decoded = Checkpoint(folder.parts, weight_map, stored=stored)
+    if not folder.as_codes or not formats:
+        return decoded
+    modules = {weight_map[name + ".weight"].modules[0]: each for name, each in formats.items()}
+    codes, with_scales = GgufCodes(folder.parts, modules), _with_scales(weight_map, formats)
+    return Checkpoint(codes, with_scales, formats, decoded.dtype, stored)
+
+
+def _with_scales(
+    weight_map: Mapping[str, WeightSource], formats: Mapping[str, WeightFormat]
+) -> dict[str, WeightSource]:
+    """The map with scales and zero points after their codes, for a loader that reads in order."""
+    with_scales = {}
     for name, wanted in weight_map.items():
         with_scales[name] = wanted
         base = name.removesuffix(".weight")
@@ -158,7 +209,7 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
             if formats[base].has_zeros:
                 zero = replace(scale, names=(module + ".weight_zero_point",))
                 with_scales[base + ".zero"] = zero
-    return Checkpoint(StoredSource(stored, files.quantized), with_scales, formats)
+    return with_scales
 
 
 def has_non_finite(tensor: Tensor) -> bool:
