@@ -26,6 +26,7 @@ from octavo.models.reading import (
     Defaults,
     read_layer_types,
     read_num_layers,
+    read_positions,
     read_window,
     refuse_changes,
 )
@@ -46,9 +47,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Fields(config, "config.json")
     refuse_changes(fields, reads=READS)
     layer = read_gemma_layer(fields, DEFAULTS, rope=None, qk_norm="head")
-    positions = fields.integer(
-        "max_position_embeddings", 1, 2**24, DEFAULTS.max_position_embeddings
-    )
+    positions = read_positions(fields, DEFAULTS)
     # The older spelling: one rope_scaling, of the layers that see everything, and two thetas.
     local = {
         "rope_parameters": config.get("rope_parameters"),
