@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from octavo.errors import UnsupportedModelError, WeightsError
+from octavo.errors import WeightsError
 from octavo.models.family import GgufHeader
-from octavo.models.fields import Fields, Limit
+from octavo.models.fields import FieldError, Fields, Limit
 
 # The names that most families share, as in `gguf.constants`.
 GGUF_TENSORS = {
@@ -71,15 +71,14 @@ class Entries(Fields):
         }
         super().__init__(own, header.source)
 
-    def error(self, name: str, value: object, expected: str) -> UnsupportedModelError:
+    def error(self, name: str, value: object, expected: str) -> FieldError:
         """As of `Fields`."""
         return super().error(self.prefix + name, value, expected)
 
     def _get(self, name: str, default: Any, expected: str) -> Any:
         if name not in self.values and default is None:
-            raise UnsupportedModelError(
-                f"{self.source}: {self.prefix}{name} is missing; expected {expected}"
-            )
+            whole = self.prefix + name
+            raise FieldError(f"{self.source}: {whole} is missing; expected {expected}", whole, True)
         return super()._get(name, default, expected)
 
 
