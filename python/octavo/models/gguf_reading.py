@@ -31,6 +31,10 @@ GGUF_TENSORS = {
     "output_norm": "final_norm",
     "output": "lm_head",
 }
+GGUF_HEAD_NORMS = {
+    "blk.{layer}.attn_q_norm": "q_norm",
+    "blk.{layer}.attn_k_norm": "k_norm",
+}
 
 _NO_EXPERTS, _NO_SCALE = "0 (no experts)", "no scale (the entry left out)"
 # Entries that change the result: the values that stand for no change, and why.
@@ -38,6 +42,7 @@ _CHANGES: dict[str, tuple[tuple[object, ...], str]] = {
     "expert_count": ((0,), _NO_EXPERTS),
     "expert_used_count": ((0,), _NO_EXPERTS),
     "attention.sliding_window": ((0,), "0 (every token attends to all before it)"),
+    "attention.sliding_window_pattern": ((), "windows in all layers or in none"),
     "attention.causal": ((True,), "true"),
     "use_parallel_residual": ((False,), "false"),
     "logit_scale": ((), _NO_SCALE),
