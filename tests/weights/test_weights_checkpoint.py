@@ -280,7 +280,7 @@ def test_rope_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
     weights["model.rotary_emb.inv_freq"] = buffer
     write_model(tmp_path, config, weights=weights)
     assert len(open_checkpoint(read_model(tmp_path))) == len(hf_shapes(config))
-    weights["rotary_emb.inv_freq"] = buffer
+    weights["model.norm.inv_freq"] = buffer
     write_model(tmp_path, config, weights=weights)
     assert len(problems_of(tmp_path)) == 1
 
