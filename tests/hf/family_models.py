@@ -101,7 +101,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 _GPT2_SIZES = {
-    **{"vocab_size": VOCAB, "n_embd": 45, "n_head": 3, "n_layer": 3, "n_positions": 256, **_TOKENS}
+    **{"vocab_size": VOCAB, "n_embd": 42, "n_head": 3, "n_layer": 3, "n_positions": 256, **_TOKENS}
 }
 
 
@@ -126,7 +126,7 @@ def make_model(case: str) -> Any:
             elif weight.ndim == 1:
                 weight.copy_(0.3 * noise)
             elif "embed" in name or "transformer.w" in name:
-                weight.copy_(0.7 * noise)
+                weight.copy_(0.3 * noise)
             else:
                 weight.copy_(1.2 * noise * weight.shape[1] ** -0.5)
     return model
