@@ -123,9 +123,7 @@ def make_model(case: str) -> Any:
             noise = torch.randn_like(weight)
             if "norm" in name or ".ln_" in name:
                 weight.copy_(weight + 0.25 * noise)
-            elif weight.ndim == 1:
-                weight.copy_(0.3 * noise)
-            elif "embed" in name or "transformer.w" in name:
+            elif weight.ndim == 1 or "embed" in name or "transformer.w" in name:
                 weight.copy_(0.3 * noise)
             else:
                 weight.copy_(1.2 * noise * weight.shape[1] ** -0.5)
