@@ -7,6 +7,7 @@ Sizes are odd, windows are shorter and longer than the prompts, no norm's weight
 from __future__ import annotations
 
 import tempfile
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,8 @@ def make_model(case: str) -> Any:
     """The transformers model of a case, float32, with eager attention."""
     model_type = case.partition(",")[0]
     sizes = _GPT2_SIZES if model_type == "gpt2" else _SIZES
-    fields = {
-        name: value for name, value in {**sizes, **CASES[case]}.items() if value != "left out"
-    }
-    if fields.get("head_dim", 0) is None:
+    fields = deepcopy({**sizes, **CASES[case]})  # transformers keeps and changes the dicts
+    if fields.get("head_dim", 0) is None:  # left out: the others imply it
         del fields["head_dim"]
     torch.manual_seed(len(case))
     config = transformers.AutoConfig.for_model(model_type, **fields)
