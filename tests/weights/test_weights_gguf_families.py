@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from fuzz_weights import count_outcomes, mutations
 from weights_helpers import add_entry, add_tensor, permute_rows, tiny_vocabulary
 
 from octavo.errors import UnsupportedModelError, WeightsError
@@ -227,6 +228,22 @@ def test_what_is_refused(
     with pytest.raises((UnsupportedModelError, WeightsError)) as caught:
         open_checkpoint(read_model(path))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "phi4-mini"])
+def test_mutated_headers(case: str, tmp_path: Path) -> None:
+    """1,000 damaged files: a typed error, or weights as the configuration wants them."""
+    path = tmp_path / "model.gguf"
+    write(path, case, "Q4_0")
+    original = path.read_bytes()
+    header = original.rindex(b"blk.2.") + 60
+
+    def load(file: Path) -> None:
+        for _, tensor in open_checkpoint(read_model(file)).checked_items():
+            assert tensor.data.size
+
+    outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=3))
+    assert outcomes["refused"] > 300 and outcomes["read"] > 100, outcomes
 
 
 def test_an_attention_factor_of_its_own(tmp_path: Path) -> None:
