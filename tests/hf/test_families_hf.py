@@ -26,10 +26,13 @@ from octavo.config import EngineConfig, read_environment
 from octavo.diff.comparison import DiffOptions
 from octavo.diff.setup import DiffRequest, compare
 from octavo.engine.engine import Engine
+from octavo.errors import UnsupportedModelError
 from octavo.model import load_model
 from octavo.models.layer import tap_names
 from octavo.models.registry import FAMILIES
 from octavo.models.rope import for_length
+from octavo.quantization.plan import Scheme
+from octavo.quantize.writer import quantize_directory
 from octavo.reference.llama import ReferenceModel
 from octavo.runtime.loader import load_runtime
 from octavo.runtime.session import Session
@@ -170,6 +173,24 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
     result: np.ndarray = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
     return result
+
+
+@every_case
+def test_octavo_quantize_writes_it(case: str, tmp_path: Path) -> None:
+    """Norms too, which Gemma stores as their difference from 1."""
+    _, path = saved_model(case)
+    if case.startswith(("phi3", "gpt2")):
+        with pytest.raises(UnsupportedModelError, match="fused or transformed"):
+            quantize_directory(path, tmp_path / "int8", Scheme("int8"))
+        return
+    quantize_directory(path, tmp_path / "int8", Scheme("int8"))
+    written = open_checkpoint(read_model(tmp_path / "int8"))
+    expected = open_checkpoint(files_of(case))
+    vectors = [name for name, info in expected.infos.items() if len(info.shape) == 1]
+    assert vectors
+    for name in vectors:
+        left, right = (each[name].to_float32() for each in (written, expected))
+        np.testing.assert_allclose(left, right, rtol=2e-7, atol=0, err_msg=name)
 
 
 @needs_cuda
