@@ -69,9 +69,22 @@ def op_call(
     if node.op == "linear":
         (x,), name = operands, node.matrix.name
         weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
-        return _scaled(node, partial(multiply, name=name, x=x, weight=weight, bias=bias))
+        product = multiply_plainly if node.matrix.is_router else multiply
+        return _scaled(node, partial(product, name=name, x=x, weight=weight, bias=bias))
     if layer is None:
         raise ValueError(f"{node.tap} belongs to no layer; {node.op} needs one")
+    if layer.moe is not None and node.op == "moe":
+        x, logits = operands
+        name, activation = node.tap.removesuffix(node.part), layer.activation
+        return partial(
+            ops.mix_experts,
+            x=x,
+            router_logits=logits,
+            experts_per_token=layer.moe.experts_per_token,
+            normalize=layer.moe.normalize,
+            outputs=node.width,
+            expert=partial(expert_output, name, weights, activation, multiply),
+        )
     if node.op == "rope_and_store":
         x = split_heads(operands[0], layer)
         if layer.rope is None:
@@ -98,6 +111,24 @@ def op_call(
         gate, activation = gates[0] if gates else None, layer.activation
         return partial(ops.gated_activation, gate=gate, up=up, activation=activation)
     raise ValueError(f"{node.tap} is of the op {node.op!r}, which has no definition here")
+
+
+def expert_output(
+    name: str,
+    weights: Mapping[str, Float32],
+    activation: str,
+    multiply: Multiply,
+    index: int,
+    x: Array,
+) -> Array:
+    """What expert `index` gives for rows of x. name: of the layer, "layers.3."."""
+
+    def product(part: str, of: Array) -> Array:
+        matrix = f"{name}experts.{index}.{part}"
+        return multiply(matrix, of, weights[f"{matrix}.weight"], None)
+
+    opened, raised = product("gate", x), product("up", x)
+    return product("down", ops.gated_activation(opened, raised, activation))
 
 
 def _scaled(node: Node, call: partial[Array]) -> partial[Array]:

@@ -21,10 +21,13 @@ of storage in addition (blocks, slots). `rope` and the others are parts of those
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from octavo.models.adapter import LowRank
 
 Array = npt.NDArray[Any]  # float32, or float64 when judging
 Float32 = npt.NDArray[np.float32]
@@ -40,6 +43,7 @@ OPS = (
     "rope_and_store",
     "attention",
     "gated_activation",
+    "moe",
     "take_rows",
 )
 
@@ -148,6 +152,22 @@ def linear(x: Array, weight: Array, bias: Array | None = None, dtype: str = "f32
         x, weight = round_to_bf16(x), round_to_bf16(weight)
     y: Array = x @ weight.astype(x.dtype, copy=False).T
     return y if bias is None else y + bias.astype(x.dtype, copy=False)
+
+
+def low_rank(x: Array, part: LowRank, dtype: str = "f32") -> Array:
+    """What an adapter adds to the product of a matrix: (scale B) (A x) (Hu et al. 2021).
+
+    x: (rows, inputs), as the matrix itself takes it. Both products are `linear` with this dtype, so
+    "bf16" rounds x, A, A x and scale B to bfloat16, and no sum. Returns (rows, outputs).
+    """
+    return linear(linear(x, part.a, dtype=dtype), part.scaled_b, dtype=dtype)
+
+
+def low_rank_rows(token_ids: Integers, part: LowRank, dtype: str = "f32") -> Array:
+    """What an adapter adds to rows of the embedding: (scale B) A[:, token]; (rows, hidden)."""
+    rows = np.ascontiguousarray(part.a.T[token_ids])
+    rows = round_to_bf16(rows) if dtype == "bf16" else rows
+    return linear(rows, part.scaled_b, dtype=dtype)
 
 
 def rope(
@@ -326,6 +346,67 @@ def activate(x: Array, activation: str) -> Array:
 
 # NumPy has no error function; the standard library's is exact to float64, one number at a time.
 _erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def moe(
+    x: Array,
+    router_logits: Array,
+    gate: Array,
+    up: Array,
+    down: Array,
+    experts_per_token: int,
+    normalize: bool = True,
+    activation: str = "silu",
+    dtype: str = "f32",
+) -> Array:
+    """The MLP of each row's experts: down(activation(gate x) * (up x)), weighted and added.
+
+    x: (rows, inputs); router_logits: (rows, num_experts); gate, up: (num_experts, width, inputs);
+    down: (num_experts, outputs, width); dtype as in `linear`. Returns (rows, outputs).
+    """
+
+    def expert(index: int, some: Array) -> Array:
+        opened, raised = (linear(some, half[index], None, dtype) for half in (gate, up))
+        return linear(gated_activation(opened, raised, activation), down[index], None, dtype)
+
+    return mix_experts(x, router_logits, experts_per_token, normalize, down.shape[1], expert)
+
+
+def mix_experts(
+    x: Array,
+    router_logits: Array,
+    experts_per_token: int,
+    normalize: bool,
+    outputs: int,
+    expert: Callable[[int, Array], Array],
+) -> Array:
+    """The experts' outputs, each times its weight, added in the order of the experts' numbers.
+
+    x: (rows, inputs). expert(index, some rows of x) -> (rows, outputs): called for those that a row
+    has chosen, with all such rows. The rest as in `route`. Returns (rows, outputs).
+    """
+    chosen, weights = route(router_logits, experts_per_token, normalize)
+    out = np.zeros((len(x), outputs), x.dtype)
+    for index in np.unique(chosen).tolist():
+        rows, places = np.nonzero(chosen == index)
+        out[rows] += weights[rows, places, None] * expert(index, x[rows])
+    return out
+
+
+def route(router_logits: Array, experts_per_token: int, normalize: bool) -> tuple[Integers, Array]:
+    """Each row's experts, those of the largest logits, and their weights.
+
+    Of equal logits, the expert of the lower number is taken. A weight is exp(logit) divided by the
+    sum of exp over all experts, or with `normalize` over the chosen ones (Mixtral: Jiang et al.
+    2024, arXiv 2401.04088). router_logits: (rows, num_experts). Returns two of
+    (rows, experts_per_token), in the order of the experts' numbers.
+    """
+    order = np.argsort(-router_logits, axis=1, kind="stable")
+    chosen = np.sort(order[:, :experts_per_token], axis=1)
+    powers = np.exp(router_logits - np.max(router_logits, axis=1, keepdims=True))
+    mine = np.take_along_axis(powers, chosen, axis=1)
+    total = np.sum(mine if normalize else powers, axis=1, keepdims=True)
+    return chosen, mine / total
 
 
 def take_rows(x: Array, rows: Integers) -> Array:

@@ -141,6 +141,24 @@ class Ops : private OpsDevice {
     return down(out);
   }
 
+  nb::object moe(Array2<float> x, Array2<float> router_logits, Array3<float> gate,
+                 Array3<float> up_array, Array3<float> down_array, std::int64_t experts_per_token,
+                 bool normalize, const std::string& name, const std::string& dtype) {
+    const MoeSpec spec{length(gate, 0), experts_per_token, normalize};
+    const std::int64_t width = length(gate, 1), outputs = length(down_array, 1);
+    check_moe(x, router_logits, gate, up_array, down_array, experts_per_token);
+    std::vector<Linear> halves;
+    halves.push_back(make_experts(2 * width, gate, dtype));
+    pack_experts(halves[0], 0, gate);
+    pack_experts(halves[0], width, up_array);
+    Linear lowered = make_experts(outputs, down_array, dtype);
+    pack_experts(lowered, 0, down_array);
+    const Matrix in = up_activations(x), logits = up(router_logits),
+                 out = activations(in.view.rows, outputs);
+    backend_->moe(out.view, in.view, logits.view, {spec, halves, lowered, activation(name)});
+    return down(out);
+  }
+
   nb::object take_rows(Array2<float> x, IntArray rows) {
     check_entries("rows", rows, 0, length(x, 0) - 1);
     const Device indices = up(rows);
@@ -364,6 +382,9 @@ void bind_ops(nb::module_& module) {
            nb::arg("kv_dtype") = "f32", nb::arg("softcap") = 0.0f)
       .def("gated_activation", &Ops::gated_activation, nb::arg("gate").none(), nb::arg("up"),
            nb::arg("activation"))
+      .def("moe", &Ops::moe, nb::arg("x"), nb::arg("router_logits"), nb::arg("gate"), nb::arg("up"),
+           nb::arg("down"), nb::arg("experts_per_token"), nb::arg("normalize") = true,
+           nb::arg("activation") = "silu", nb::arg("dtype") = "f32")
       .def("take_rows", &Ops::take_rows, nb::arg("x"), nb::arg("rows"))
       .def("adjust_logits", &Ops::adjust_logits, nb::arg("logits"), nb::arg("row_starts"),
            nb::arg("token_ids"), nb::arg("repetition"), nb::arg("bias"))

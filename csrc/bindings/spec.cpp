@@ -21,6 +21,18 @@ NormSpec norm_spec(nb::handle spec) {
   return norm;
 }
 
+std::optional<MoeSpec> moe_spec(nb::handle spec) {
+  if (spec.is_none()) return {};
+  MoeSpec moe;
+  moe.num_experts = field<std::int64_t>(spec, "num_experts");
+  moe.experts_per_token = field<std::int64_t>(spec, "experts_per_token");
+  moe.normalize = field<bool>(spec, "normalize");
+  require(moe.experts_per_token >= 1 && moe.experts_per_token <= moe.num_experts,
+          "experts_per_token is ", moe.experts_per_token, "; expected 1 to num_experts, ",
+          moe.num_experts);
+  return moe;
+}
+
 QkNorm qk_norm(const std::string& name) {
   if (name == "none") return QkNorm::none;
   if (name == "head") return QkNorm::head;
@@ -50,6 +62,9 @@ LayerSpec layer_spec(nb::handle spec) {
   layer.window = field<std::int64_t>(spec, "window");
   layer.kv_group = field<std::int64_t>(spec, "kv_group");
   layer.attention_scale = field<std::optional<float>>(spec, "attention_scale");
+  layer.moe = moe_spec(spec.attr("moe"));
+  require(!layer.moe || (layer.gated && !layer.mlp_bias),
+          "experts are gated and have no biases; the spec has others");
   layer.attention_softcap = field<float>(spec, "attention_softcap");
   if (!spec.attr("output_norm").is_none()) layer.output_norm = norm_spec(spec.attr("output_norm"));
   layer.qk_norm = qk_norm(field<std::string>(spec, "qk_norm"));

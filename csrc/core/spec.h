@@ -61,6 +61,13 @@ struct RopeSpec {
   }
 };
 
+// Each token goes through the experts of its largest router logits; see the Python side.
+struct MoeSpec {
+  std::int64_t num_experts = 0;
+  std::int64_t experts_per_token = 0;
+  bool normalize = true;  // the weights of a token's experts: their sum is 1
+};
+
 struct LayerSpec {
   std::int64_t num_heads = 0;
   std::int64_t num_kv_heads = 0;
@@ -80,6 +87,7 @@ struct LayerSpec {
   std::optional<NormSpec> output_norm;
   QkNorm qk_norm = QkNorm::none;
   float residual_multiplier = 1.0f;
+  std::optional<MoeSpec> moe;
 
   std::int64_t q_size() const { return num_heads * head_dim; }
   std::int64_t kv_size() const { return num_kv_heads * head_dim; }

@@ -41,10 +41,14 @@ Weights::Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& 
     add_matrix(weights.o, {rows("o", hidden)}, layer.q_size(), layer.o_bias, adds_bias);
 
     weights.mlp_norm = add_norm(rows("mlp_norm", hidden), layer.norm);
-    std::vector<NamedRows> up{rows("up", mlp)};
-    if (layer.gated) up.insert(up.begin(), rows("gate", mlp));
-    add_stack(weights.up, up, hidden, layer.mlp_bias);
-    add_matrix(weights.down, {rows("down", hidden)}, mlp, layer.mlp_bias, adds_bias);
+    if (layer.moe) {
+      add_experts(weights, layer, hidden, text("layers.", i, "."));
+    } else {
+      std::vector<NamedRows> up{rows("up", mlp)};
+      if (layer.gated) up.insert(up.begin(), rows("gate", mlp));
+      add_stack(weights.up, up, hidden, layer.mlp_bias);
+      add_matrix(weights.down, {rows("down", hidden)}, mlp, layer.mlp_bias, adds_bias);
+    }
     if (layer.output_norm) {
       weights.attn_out_norm = add_norm(rows("attn_out_norm", hidden), *layer.output_norm);
       weights.mlp_out_norm = add_norm(rows("mlp_out_norm", hidden), *layer.output_norm);
@@ -81,10 +85,61 @@ void Weights::add_matrix(Linear& matrix, const std::vector<NamedRows>& parts, st
   std::int64_t rows = 0;
   for (const NamedRows& part : parts) rows += part.count;
   matrix = backend_.make_linear(rows, inputs, format_of(parts[0].name), bias && adds_bias);
+  count_bytes(matrix);
+  place_parts(matrix, parts, 0, bias, adds_bias);
+}
+
+void Weights::count_bytes(const Linear& matrix) {
   for (const Buffer* buffer : {&matrix.weight, &matrix.scales, &matrix.zeros, &matrix.bias})
     bytes_ += static_cast<std::int64_t>(buffer->bytes());
+}
+
+void Weights::add_experts(LayerWeights& weights, const LayerSpec& layer, std::int64_t hidden,
+                          const std::string& prefix) {
+  const std::int64_t count = layer.moe->num_experts, width = layer.intermediate_size;
+  // As wide as activations, never rounded further: a token whose logits are near each other would
+  // go to other experts.
+  weights.router = backend_.make_linear(count, hidden, backend_.activation_dtype(), false);
+  count_bytes(weights.router);
+  place_parts(weights.router, {{prefix + "router", count}}, 0, false, false);
+
+  const auto part = [&](std::int64_t expert, const char* name, std::int64_t rows) {
+    return NamedRows{text(prefix, "experts.", expert, ".", name), rows};
+  };
+  const auto add = [&](Linear& matrix, std::int64_t inputs, auto&& parts_of) {
+    std::int64_t rows = 0;
+    for (const NamedRows& each : parts_of(0)) rows += each.count;
+    const WeightFormat format = format_of(parts_of(0)[0].name);
+    matrix = backend_.make_linear(rows, inputs, format, false, count);
+    count_bytes(matrix);
+    for (std::int64_t expert = 0; expert < count; ++expert) {
+      const std::vector<NamedRows> parts = parts_of(expert);
+      for (const NamedRows& each : parts)
+        require(format_of(each.name) == format, "the format of ", each.name, " is not that of ",
+                parts_of(0)[0].name, "; expected one for all experts of a layer");
+      place_parts(matrix, parts, expert * matrix.pitch, false, false);
+    }
+  };
+  const auto gate = [&](std::int64_t expert) { return part(expert, "gate", width); };
+  const auto up = [&](std::int64_t expert) { return part(expert, "up", width); };
+  using Parts = std::vector<NamedRows>;
+  if (format_of(gate(0).name) == format_of(up(0).name)) {
+    weights.up.resize(1);
+    add(weights.up[0], hidden, [&](std::int64_t i) { return Parts{gate(i), up(i)}; });
+  } else {
+    weights.up.resize(2);
+    add(weights.up[0], hidden, [&](std::int64_t i) { return Parts{gate(i)}; });
+    add(weights.up[1], hidden, [&](std::int64_t i) { return Parts{up(i)}; });
+  }
+  add(weights.down, width, [&](std::int64_t i) { return Parts{part(i, "down", hidden)}; });
+}
+
+void Weights::place_parts(Linear& matrix, const std::vector<NamedRows>& parts,
+                          std::int64_t first_row, bool bias, bool adds_bias) {
+  const std::int64_t inputs = matrix.inputs;
   Place place;
   place.matrix = &matrix;
+  place.first_row = first_row;
   for (const NamedRows& part : parts) {
     const auto add = [&](const char* suffix, Part what, std::vector<std::int64_t> shape) {
       place.part = what;

@@ -165,6 +165,8 @@ struct Kernels {
   void (*add)(float* residual, const float* x, std::int64_t count);
   // x = factor * x; with a cap that is not 0, x = cap * tanh(factor * x / cap).
   void (*scale)(float* x, float factor, float cap, std::int64_t count);
+  // sum += factor * x, the product rounded.
+  void (*add_scaled)(float* sum, const float* x, float factor, std::int64_t count);
   // gate null: out = act(up); else out = act(gate) * up.
   void (*activate)(float* out, const float* gate, const float* up, Activation activation,
                    std::int64_t count);

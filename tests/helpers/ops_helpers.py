@@ -31,6 +31,7 @@ TOLERANCES = {
     "rope_and_store": 1e-6,
     "attention": 1e-5,  # of scores up to 30, whose rounding the exponential passes on
     "gated_activation": 2e-6,
+    "moe": 5e-6,  # two products, one after the other
     "take_rows": 0.0,
     "adjust_logits": 0.0,
     "sample": 0.0,
@@ -321,6 +322,52 @@ def gated_activation_cases() -> Iterator[Case]:
                 )
 
 
+# (rows, inputs, width, outputs, experts, experts of a row)
+MOE_SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (3, 7, 5, 9, 4, 2),
+    (33, 64, 32, 40, 8, 2),
+    (5, 37, 101, 19, 3, 3),
+    (70, 48, 64, 31, 5, 1),
+    (600, 20, 33, 17, 6, 3),
+    (2, 576, 96, 33, 8, 4),
+]
+ROUTINGS = ("spread", "ties", "crowded")
+
+
+def moe_inputs(
+    shape: tuple[int, int, int, int, int, int], routing: str
+) -> tuple[Float32, Float32, Float32, Float32, Float32, int]:
+    """x, router_logits, gate, up, down, experts of a row.
+
+    routing: "spread"; "ties": among logits of two values; "crowded": all rows choose the same
+    experts, so that the others have none.
+    """
+    rows, inputs, width, outputs, experts, chosen = shape
+    seed = rows * inputs + experts
+    logits = uniform(seed, rows, experts) * np.float32(3)
+    if routing == "ties":
+        logits = np.where(logits > 1, np.float32(0.75), np.float32(-0.25))
+    if routing == "crowded":
+        logits = np.sort(logits, axis=1)
+    x = uniform(seed + 1, rows, inputs)
+    gate, up = (uniform(seed + 2 + i, experts, width, inputs) for i in range(2))
+    return x, logits, gate, up, uniform(seed + 4, experts, outputs, width), chosen
+
+
+def moe_cases() -> Iterator[Case]:
+    for index, shape in enumerate(MOE_SHAPES):
+        for routing in ROUTINGS:
+            activation = ("silu", "gelu", "gelu_tanh", "relu")[index % 4]
+            arguments = (*moe_inputs(shape, routing), routing != "crowded", activation)
+            yield Case(
+                "moe",
+                f"{'_'.join(map(str, shape))}-{routing}-{activation}",
+                lambda native, a=arguments: [native.moe(*a)],
+                lambda ops, a=arguments: [ops.moe(*map(double, a[:5]), *a[5:])],
+            )
+
+
 def take_rows_cases() -> Iterator[Case]:
     for rows, width in [(1, 1), (7, 5), (40, 576)]:
         x = uniform(rows, rows, width)
@@ -342,5 +389,6 @@ def compute_cases() -> list[Case]:
         *rope_and_store_cases(),
         *attention_cases(),
         *gated_activation_cases(),
+        *moe_cases(),
         *take_rows_cases(),
     ]

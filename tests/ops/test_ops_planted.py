@@ -280,6 +280,67 @@ def gated_activation__quick_gelu(gate, up, activation):
     return y if gate is None else y * up
 
 
+def with_route(wrong: Callable[..., Any]) -> Callable[..., Any]:
+    """moe with another choice: wrong(logits, experts of a row, normalize) -> experts, weights."""
+
+    def moe(x, logits, gate, up, down, count, normalize=True, activation="silu", dtype="f32"):
+        chosen, weights = wrong(logits, count, normalize)
+        dense = np.full(logits.shape, -np.inf)
+        np.put_along_axis(dense, chosen, np.log(weights), axis=1)
+        total = np.exp(dense).sum(axis=1, keepdims=True)
+        y = ops.moe(x, dense, gate, up, down, count, True, activation, dtype)
+        return y * total  # `route` made the weights' sum 1
+
+    return moe
+
+
+def upper_of_equal_ones(logits: Array, count: int, normalize: bool) -> tuple[Array, Array]:
+    chosen, weights = ops.route(logits[:, ::-1], count, normalize)
+    return logits.shape[1] - 1 - chosen, weights
+
+
+def next_expert(logits: Array, count: int, normalize: bool) -> tuple[Array, Array]:
+    chosen, weights = ops.route(logits, count, normalize)
+    return (chosen + 1) % logits.shape[1], weights
+
+
+def equal_weights(logits: Array, count: int, normalize: bool) -> tuple[Array, Array]:
+    chosen, weights = ops.route(logits, count, normalize)
+    return chosen, np.broadcast_to(weights.mean(axis=1, keepdims=True), weights.shape)
+
+
+PLANTED["moe__upper_of_equal_ones"] = with_route(upper_of_equal_ones)
+PLANTED["moe__next_expert"] = with_route(next_expert)
+PLANTED["moe__equal_weights"] = with_route(equal_weights)
+
+
+@planted
+def moe__normalized_the_other_way(x, logits, gate, up, down, count, normalize=True, *rest):
+    return ops.moe(x, logits, gate, up, down, count, not normalize, *rest)
+
+
+@planted
+def moe__one_expert_too_few(x, logits, gate, up, down, count, normalize=True, *rest):
+    return ops.moe(x, logits, gate, up, down, max(count - 1, 1), normalize, *rest)
+
+
+@planted
+def moe__gate_and_up_swapped(x, logits, gate, up, down, count, normalize=True, *rest):
+    return ops.moe(x, logits, up, gate, down, count, normalize, *rest)
+
+
+@planted
+def moe__weights_before_the_experts(x, logits, gate, up, down, count, normalize=True, *rest):
+    """The weight multiplies what an expert is given, not what it gives."""
+    chosen, weights = ops.route(logits, count, normalize)
+    out = np.zeros((len(x), down.shape[1]))
+    for place in range(count):
+        alone = np.full(logits.shape, -np.inf)
+        np.put_along_axis(alone, chosen[:, [place]], 0.0, axis=1)
+        out += ops.moe(x * weights[:, [place]], alone, gate, up, down, 1, True, *rest)
+    return out
+
+
 @planted
 def take_rows__next(x, rows):
     return ops.take_rows(x, (rows + 1) % len(x))

@@ -50,7 +50,7 @@ bool can_rotate(const LayerSpec& layer, const Rope* rope, const KvLayer& kv) {
 
 // Whether there is nothing between the products that the five kernels do not compute.
 bool is_plain(const LayerSpec& layer) {
-  return layer.gated && layer.qk_norm == QkNorm::none && !layer.output_norm &&
+  return layer.gated && !layer.moe && layer.qk_norm == QkNorm::none && !layer.output_norm &&
          layer.residual_multiplier == 1.0f && layer.norm.kind != NormKind::none;
 }
 

@@ -70,6 +70,12 @@ OP_SOURCES: Mapping[Op, OpSources] = MappingProxyType(
             "csrc/cuda/elementwise/elementwise.cu",
             "Usually gate and up swapped (the activation belongs to gate), or another activation.",
         ),
+        "moe": OpSources(
+            "csrc/cpu/moe.cpp, csrc/cpu/linear.cpp",
+            "csrc/cuda/products/experts.cu (which names the kernels)",
+            "Usually experts in another order, gate and up swapped, or weights that are normalized "
+            "and should not be, or the reverse.",
+        ),
     }
 )
 

@@ -9,10 +9,10 @@ a test compares the taps of both with the list.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
+from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec
 
 # As in reference/ops.py and csrc/core/backend.h.
 Op = Literal[
@@ -24,6 +24,7 @@ Op = Literal[
     "rope_and_store",
     "attention",
     "gated_activation",
+    "moe",
 ]
 # The matrices whose outputs go to the residual stream, by their taps; devices divide their inputs.
 _RESIDUAL_MATRICES = {"attn_out": "o", "mlp_out": "down"}
@@ -43,7 +44,8 @@ class Matrix:
 
     name: octavo's, without ".weight": "layers.3.q". shard_axis: the axis that several devices
     divide: 0, the outputs (a device has some of the results), or 1, the inputs (a device has a part
-    of every sum, and all_reduce adds the parts).
+    of every sum, and all_reduce adds the parts). is_router: neither it nor what it multiplies is
+    ever rounded, since tokens whose logits are near each other would go to other experts.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Matrix:
     inputs: int
     bias: bool = False
     shard_axis: Literal[0, 1] = 0
+    is_router: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -150,8 +153,7 @@ def layer_nodes(layer: LayerSpec, index: int, hidden_size: int) -> list[Node]:
         matrix = Matrix(name, outputs, inputs, bias, 1 if axis else 0)
         nodes.append(Node(full(part), "linear", (full(source),), outputs, (matrix,)))
 
-    def multiply_for_residual(part: str, source: str, inputs: int, bias: bool) -> str:
-        multiply(part, source, hidden_size, inputs, bias)
+    def norm_for_residual(part: str) -> str:
         if layer.output_norm is None:
             return part
         add(f"{part}_norm", "norm", part, hidden_size, layer.output_norm)
@@ -172,15 +174,36 @@ def layer_nodes(layer: LayerSpec, index: int, hidden_size: int) -> list[Node]:
         add("k_rope", "rope_and_store", k, kv_size)
         q, k = "q_rope", "k_rope"
     add("attn", "attention", f"{q} {k} v", q_size)
-    attn_out = multiply_for_residual("attn_out", "attn", q_size, layer.o_bias)
+    multiply("attn_out", "attn", hidden_size, q_size, layer.o_bias)
+    attn_out = norm_for_residual("attn_out")
     add("mlp_norm", "add_norm", f"{residual} {attn_out}", hidden_size, layer.norm)
-    halves = ("gate", "up") if layer.gated else ("up",)
-    for part in halves:
-        multiply(part, "mlp_norm", intermediate, hidden_size, layer.mlp_bias)
-    add("act", "gated_activation", " ".join(halves), intermediate)
-    mlp_out = multiply_for_residual("mlp_out", "act", intermediate, layer.mlp_bias)
+    if layer.moe is None:
+        halves = ("gate", "up") if layer.gated else ("up",)
+        for part in halves:
+            multiply(part, "mlp_norm", intermediate, hidden_size, layer.mlp_bias)
+        add("act", "gated_activation", " ".join(halves), intermediate)
+        multiply("mlp_out", "act", hidden_size, intermediate, layer.mlp_bias)
+    else:
+        nodes += _moe_nodes(layer, layer.moe, index, hidden_size)
+    mlp_out = norm_for_residual("mlp_out")
     add("out", "add_norm", f"{residual} {attn_out} {mlp_out}", hidden_size)
     return nodes
+
+
+def _moe_nodes(layer: LayerSpec, moe: MoeSpec, index: int, hidden_size: int) -> list[Node]:
+    """The router, whose logits choose the experts, and all that the experts compute."""
+    name, width = f"layers.{index}.", layer.intermediate_size
+    experts = [f"{name}experts.{expert}." for expert in range(moe.num_experts)]
+    halves = [
+        Matrix(expert + part, width, hidden_size) for expert in experts for part in ("gate", "up")
+    ]
+    downs = [Matrix(expert + "down", hidden_size, width, shard_axis=1) for expert in experts]
+    x, logits = f"{name}mlp_norm", f"{name}router"
+    router = Matrix(logits, moe.num_experts, hidden_size, is_router=True)
+    return [
+        Node(logits, "linear", (x,), moe.num_experts, (router,)),
+        Node(f"{name}mlp_out", "moe", (x, logits), hidden_size, (*halves, *downs)),
+    ]
 
 
 def residual_before(layer: int) -> str:
@@ -189,10 +212,10 @@ def residual_before(layer: int) -> str:
 
 
 def split_tap(name: str) -> tuple[int | None, str]:
-    """("layers.3.q") -> (3, "q"); ("embed") -> (None, "embed")."""
+    """("layers.3.q") -> (3, "q"); ("embed") -> (None, "embed"); and so of a matrix's name."""
     if not name.startswith("layers."):
         return None, name
-    _, index, part = name.split(".")
+    _, index, part = name.split(".", 2)
     return int(index), part
 
 
@@ -210,6 +233,16 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def linear_nodes(spec: ModelSpec) -> dict[str, Node]:
-    """The products of all layers, by the name of their matrix: "layers.0.o" is tap attn_out's."""
-    nodes = (node for node in model_nodes(spec) if node.layer is not None)
-    return {node.matrix.name: node for node in nodes if node.matrices}
+    """The products of all layers, by the name of their matrix: "layers.0.o" is tap attn_out's.
+
+    Each matrix of an expert has a node of its own: that of the op with this matrix alone and with
+    its input alone, which for "layers.0.experts.2.down" is no tap. Routers are not listed.
+    """
+    found = {}
+    for node in model_nodes(spec):
+        if node.layer is not None and node.op == "linear" and not node.matrix.is_router:
+            found[node.matrix.name] = node
+        for matrix in node.matrices if node.op == "moe" else ():
+            inputs = node.inputs[:1] if matrix.shard_axis == 0 else ()  # of gate and up
+            found[matrix.name] = replace(node, inputs=inputs, matrices=(matrix,))
+    return found

@@ -77,6 +77,20 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class MoeSpec:
+    """A sparse mixture of experts in place of the MLP (Shazeer et al. 2017, arXiv 1701.06538).
+
+    Each token goes through the `experts_per_token` experts whose router logits are the largest.
+    Their outputs are added with the softmax of the logits as weights: over all experts, or with
+    `normalize` over the chosen ones, so that the weights' sum is 1.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    normalize: bool = True
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One decoder layer: norm, attention, residual add, norm, MLP, residual add.
 
@@ -104,6 +118,8 @@ class LayerSpec:
     output_norm: NormSpec | None = None
     qk_norm: QkNorm = "none"
     residual_multiplier: float = 1.0  # of a sublayer's output when it is added (Granite)
+    # Experts of width intermediate_size, gated and without biases; None: one MLP for all tokens.
+    moe: MoeSpec | None = None
 
     @property
     def q_size(self) -> int:
