@@ -69,6 +69,32 @@ CASES: dict[str, dict[str, Any]] = {
     "starcoder2, no biases": {
         **{"head_dim": None, **_HEADS, "use_bias": False, "tie_word_embeddings": False},
     },
+    "qwen3, biases": {"attention_bias": True},
+    "qwen3, windows": {
+        **{"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 2},
+        **{"num_key_value_heads": 1, "tie_word_embeddings": True},
+    },
+    "gemma2, windows": {"sliding_window": 13, "query_pre_attn_scalar": 17},
+    "gemma2, no caps": {
+        **{"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 250},
+        **{"attention_bias": True},
+    },
+    "gemma3_text, windows": {
+        **{"sliding_window": 15, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12},
+    },
+    "gemma3_text, scaled rope": {
+        **{"sliding_window": 33, "layer_types": _TURNS, "final_logit_softcapping": 9.0},
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
+        },
+    },
+    "granite, multipliers": {
+        **{"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 0.7},
+        **{"attention_multiplier": 0.17, "attention_bias": True},
+    },
+    "olmo2, norms after": {"num_key_value_heads": 3},
+    "olmo2, biases": {"attention_bias": True, "head_dim": None, **_HEADS},
     "gpt2, tied": {},
     "gpt2, scores by layer": {
         **{"scale_attn_by_inverse_layer_idx": True, "n_inner": 51, "activation_function": "relu"},

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from cuda_helpers import DEVICE, needs_cuda
 from engine_helpers import run_to_end
 
-from hf.family_models import CASES, MAX_MODEL_LEN, logits_of, saved_model, tokens_of
+from hf.family_models import (
+    CASES,
+    MAX_MODEL_LEN,
+    logits_of,
+    make_model,
+    saved_model,
+    tokens_of,
+)
 from octavo.config import EngineConfig, read_environment
 from octavo.diff.comparison import DiffOptions
 from octavo.diff.setup import DiffRequest, compare
 from octavo.engine.engine import Engine
 from octavo.model import load_model
 from octavo.models.layer import tap_names
+from octavo.models.registry import FAMILIES
 from octavo.models.rope import for_length
 from octavo.reference.llama import ReferenceModel
 from octavo.runtime.loader import load_runtime
@@ -189,6 +200,14 @@ WRONG: list[tuple[str, str, Any]] = [
     ("starcoder2, no biases", "hidden_act", "gelu"),
     ("gpt2, scores by layer", "scale_attn_by_inverse_layer_idx", False),
     ("gpt2, tied", "activation_function", "gelu"),
+    ("qwen3, windows", "layer_types", ["full_attention"] + ["sliding_attention"] * 2),
+    ("gemma2, windows", "final_logit_softcapping", 20.0),
+    ("gemma2, windows", "attn_logit_softcapping", None),
+    ("gemma2, no caps", "query_pre_attn_scalar", 100),
+    ("gemma3_text, windows", "sliding_window", 16),
+    ("granite, multipliers", "residual_multiplier", 0.5),
+    ("granite, multipliers", "logits_scaling", 0.8),
+    ("olmo2, norms after", "rms_norm_eps", 1e-2),
     ("llama, yarn", "rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
 ]
 
@@ -209,3 +228,35 @@ def test_a_field_read_wrongly_is_seen(case: str, name: str, value: Any) -> None:
     found = ReferenceModel(spec, reference(case).weights).forward(tokens)
     difference = np.abs(found - logits_of(saved_model(case)[0], tokens)).max()
     assert difference > TOLERANCE
+
+
+# What no configuration leaves out.
+NEEDED = {
+    **{"vocab_size": 61, "hidden_size": 64, "intermediate_size": 52, "num_hidden_layers": 7},
+    **{"num_attention_heads": 32},
+}
+
+
+@pytest.mark.parametrize("model_type", sorted({case.partition(",")[0] for case in CASES}))
+def test_missing_fields_take_the_defaults_of_transformers(model_type: str) -> None:
+    family = next(each for each in FAMILIES.values() if each.model_type == model_type)
+    needed = {} if model_type == "gpt2" else NEEDED
+    full = transformers.AutoConfig.for_model(model_type, **needed).to_dict()
+    assert family.read_spec(needed) == family.read_spec(full)
+
+
+@pytest.mark.parametrize("case", ["llama, dynamic", "gpt2, tied"])
+def test_the_bare_model_loads_with_a_tied_head(case: str, tmp_path: Path) -> None:
+    """Its tensors lack the prefix that the model with a head gives them."""
+    model = make_model(case)
+    model.base_model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"][0] in ("LlamaModel", "GPT2Model")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    files = read_model(tmp_path)
+    weights = {name: tensor.to_float32() for name, tensor in open_checkpoint(files).items()}
+    hidden = model.base_model(torch.from_numpy(tokens_of(30, 5).astype(np.int64))[None])[0][0]
+    table = model.get_input_embeddings().weight
+    expected = (hidden @ table.T).detach().numpy()
+    found = ReferenceModel(files.spec, weights).forward(tokens_of(30, 5))
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)

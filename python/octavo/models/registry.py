@@ -8,12 +8,17 @@ from typing import Any
 
 from octavo.errors import UnsupportedModelError
 from octavo.models import (
+    gemma2,
+    gemma3,
     gpt2,
+    granite,
     llama,
     ministral,
     mistral,
+    olmo2,
     phi3,
     qwen2,
+    qwen3,
     smollm3,
     starcoder2,
 )
@@ -26,8 +31,13 @@ _ALL = (
     mistral.FAMILY,
     ministral.FAMILY,
     qwen2.FAMILY,
+    qwen3.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
     phi3.FAMILY,
     smollm3.FAMILY,
+    granite.FAMILY,
+    olmo2.FAMILY,
     starcoder2.FAMILY,
     gpt2.FAMILY,
 )

@@ -81,8 +81,10 @@ def read_rope(
     values = config.get(name)
     if values is None:
         values = {}
-    if isinstance(values, dict) and layer_type is not None and layer_type in values:
-        name, values = f"{name}: {layer_type}", values[layer_type]
+    if isinstance(values, dict) and layer_type is not None and name == "rope_parameters":
+        if any(not isinstance(each, dict | None) for each in values.values()):
+            raise top.error(name, values, "an object for each layer type")
+        name, values = f"{name}: {layer_type}", values.get(layer_type) or {}
     if not isinstance(values, dict):
         raise top.error(name, values, "an object or null")
     fields = Fields(values, f"config.json: {name}")
