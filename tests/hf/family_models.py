@@ -7,6 +7,7 @@ Sizes are odd, windows are shorter and longer than the prompts, no norm's weight
 from __future__ import annotations
 
 import tempfile
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 _GPT2_SIZES = {
-    **{"vocab_size": VOCAB, "n_embd": 45, "n_head": 3, "n_layer": 3, "n_positions": 256, **_TOKENS}
+    **{"vocab_size": VOCAB, "n_embd": 42, "n_head": 3, "n_layer": 3, "n_positions": 256, **_TOKENS}
 }
 
 
@@ -109,10 +110,8 @@ def make_model(case: str) -> Any:
     """The transformers model of a case, float32, with eager attention."""
     model_type = case.partition(",")[0]
     sizes = _GPT2_SIZES if model_type == "gpt2" else _SIZES
-    fields = {
-        name: value for name, value in {**sizes, **CASES[case]}.items() if value != "left out"
-    }
-    if fields.get("head_dim", 0) is None:
+    fields = deepcopy({**sizes, **CASES[case]})  # transformers keeps and changes the dicts
+    if fields.get("head_dim", 0) is None:  # left out: the others imply it
         del fields["head_dim"]
     torch.manual_seed(len(case))
     config = transformers.AutoConfig.for_model(model_type, **fields)
@@ -123,10 +122,8 @@ def make_model(case: str) -> Any:
             noise = torch.randn_like(weight)
             if "norm" in name or ".ln_" in name:
                 weight.copy_(weight + 0.25 * noise)
-            elif weight.ndim == 1:
+            elif weight.ndim == 1 or "embed" in name or "transformer.w" in name:
                 weight.copy_(0.3 * noise)
-            elif "embed" in name or "transformer.w" in name:
-                weight.copy_(0.7 * noise)
             else:
                 weight.copy_(1.2 * noise * weight.shape[1] ** -0.5)
     return model

@@ -12,10 +12,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from fuzz_weights import count_outcomes, mutations
 from weights_helpers import add_entry, add_tensor, permute_rows, tiny_vocabulary
 
 from octavo.errors import UnsupportedModelError, WeightsError
-from octavo.models.registry import find_family
+from octavo.models.registry import FAMILIES, find_family
 from octavo.quantization.apply import dequantized
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.gguf_folder import GgufFolder
@@ -67,6 +68,50 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "qwen2": ("Qwen2ForCausalLM", {}, {}),
     "qwen2, tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}, {}),
+    "qwen3": (
+        "Qwen3ForCausalLM",
+        {"head_dim": 32, "tie_word_embeddings": True},
+        {"attention.key_length": 32, "attention.value_length": 32},
+    ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {
+            **{"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24},
+            **{"attn_logit_softcapping": 40.0, "final_logit_softcapping": 20.0},
+        },
+        {
+            **{"attention.key_length": 32, "attention.value_length": 32},
+            **{"attention.sliding_window": 24, "attn_logit_softcapping": 40.0},
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+    # As of the models of 27 billion weights, which have so many layers.
+    "gemma2, 27b": (
+        "Gemma2ForCausalLM",
+        {"head_dim": 32, "query_pre_attn_scalar": 16, "num_hidden_layers": 46},
+        {"attention.key_length": 32, "attention.value_length": 32},
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {
+            **{"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24},
+            **{"num_hidden_layers": 7, "rope_local_base_freq": 500.0},
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        {
+            **{"attention.key_length": 32, "attention.value_length": 32},
+            **{"attention.sliding_window": 24, "rope.freq_base_swa": 500.0},
+            **{"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+        },
+    ),
+    "gemma3, no windows": (
+        "Gemma3ForCausalLM",
+        {
+            **{"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": None},
+            **{"layer_types": ["full_attention"] * 3, "tie_word_embeddings": False},
+        },
+        {"attention.key_length": 32, "attention.value_length": 32},
+    ),
     "phi3": (
         "Phi3ForCausalLM",
         {"sliding_window": 70, "original_max_position_embeddings": 200},
@@ -92,7 +137,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 def hugging_face(case: str) -> dict[str, Any]:
     architecture, own, _ = CASES[case]
-    model_type = {"Phi3ForCausalLM": "phi3", "Qwen2ForCausalLM": "qwen2"}.get(architecture, "llama")
+    model_type = FAMILIES[architecture].model_type
     return {**COMMON, **own, "architectures": [architecture], "model_type": model_type}
 
 
@@ -211,6 +256,11 @@ def test_codes_of_every_family(case: str, tmp_path: Path) -> None:
         ("qwen2", {"rope__freq_base_swa": 5.0}, ("rope.freq_base_swa", "5.0")),
         ("qwen2", {"block_count": None}, ("qwen2.block_count is missing",)),
         ("qwen2", {"feed_forward_length": [160, 160]}, ("feed_forward_length", "all layers")),
+        ("gemma2", {"attention__sliding_window": 0}, ("gemma2.attention.sliding_window", "0")),
+        ("gemma2", {"attention__sliding_window_pattern": 3}, ("sliding_window_pattern", "3")),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, ("gemma3.attn_logit_softcapping", "50.0")),
+        ("gemma3", {"attention__sliding_window_pattern": 0}, ("sliding_window_pattern", "0")),
+        ("qwen3", {"attention__value_length": 16}, ("value_length", "16", "32")),
         ("phi3", {"rope__dimension_count": 17}, ("phi3.rope.dimension_count", "17", "at most 16")),
         ("phi3", {"attention__sliding_window": 2**25}, ("sliding_window", "33554432")),
         ("phi4-mini", {"rope__dimension_count": 13}, ("13",)),
@@ -227,6 +277,22 @@ def test_what_is_refused(
     with pytest.raises((UnsupportedModelError, WeightsError)) as caught:
         open_checkpoint(read_model(path))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "phi4-mini"])
+def test_mutated_headers(case: str, tmp_path: Path) -> None:
+    """1,000 damaged files: a typed error, or weights as the configuration wants them."""
+    path = tmp_path / "model.gguf"
+    write(path, case, "Q4_0")
+    original = path.read_bytes()
+    header = original.rindex(b"blk.2.") + 60
+
+    def load(file: Path) -> None:
+        for _, tensor in open_checkpoint(read_model(file)).checked_items():
+            assert tensor.data.size
+
+    outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=3))
+    assert outcomes["refused"] > 300 and outcomes["read"] > 100, outcomes
 
 
 def test_an_attention_factor_of_its_own(tmp_path: Path) -> None:
