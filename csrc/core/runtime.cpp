@@ -40,6 +40,12 @@ class TapRecorder : public TapSink {
   std::vector<TapResult>& results_;
 };
 
+void check_factors(std::initializer_list<std::pair<const char*, float>> factors) {
+  for (const auto& [name, factor] : factors)
+    require(std::isfinite(factor) && factor >= 0.0f, name, " is ", factor,
+            "; expected a finite number, 0 or more");
+}
+
 void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
   require(!spec.layers.empty(), "the model has no layers");
   require(options.block_size >= 16 && options.block_size % 16 == 0, "block_size is ",
@@ -61,7 +67,12 @@ void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
     const float scale = layer.score_scale();
     require(std::isfinite(scale) && scale > 0.0f, "attention_scale is ", scale,
             "; expected a finite number above 0");
+    check_factors({{"attention_softcap", layer.attention_softcap},
+                   {"residual_multiplier", layer.residual_multiplier}});
   }
+  check_factors({{"embed_multiplier", spec.embed_multiplier},
+                 {"logits_multiplier", spec.logits_multiplier},
+                 {"logits_softcap", spec.logits_softcap}});
   require(options.world_size == 1, "world_size is ", options.world_size,
           "; expected 1: a model is not yet split over several devices");
   require(options.rank == 0, "rank is ", options.rank, "; expected 0 to world_size - 1 = 0");
@@ -94,8 +105,8 @@ std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec&
   how.graphs = options.graphs;
   std::unique_ptr<Backend> backend = make_backend(device, how);
   std::string problems;
-  for (const auto& found : {uncomputed_fields(spec), backend->unsupported(spec, options)})
-    for (const std::string& problem : found) problems += "\n  - " + problem;
+  for (const std::string& problem : backend->unsupported(spec, options))
+    problems += "\n  - " + problem;
   require(problems.empty(), "device \"", device, "\" cannot run ", spec.architecture, ":",
           problems);
   return backend;

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os.path import commonpath
 from types import ModuleType
@@ -29,6 +29,8 @@ from octavo.weights.tensor import Tensor
 
 ATTENTION = "octavo_taps"  # the name our attention function is registered under
 _RECORDER = "octavo_recorder"  # the attribute of a model's config with where it notes them
+# Where queries and keys are normalized as (1, heads, rows, head_dim); elsewhere rows come first.
+_NORMED_BY_HEAD = ("gemma3_text",)
 
 
 @dataclass
@@ -127,12 +129,12 @@ class HuggingFaceImplementation:
         """Put a hook on every module that gives a tap, or is given one."""
         modules = {node.tap: self._module(files, node) for node in self._nodes}
         for node in self._nodes:
-            module, columns = modules[node.tap], self._columns(files, node)
+            module, part = modules[node.tap], self._part(files, node)
             if module is None:
                 continue
             module.register_forward_hook(
-                lambda _module, _inputs, output, tap=node.tap, columns=columns: self._recorder.note(
-                    tap, output if columns is None else output[..., columns]
+                lambda _module, _inputs, output, tap=node.tap, part=part: self._recorder.note(
+                    tap, part(output)
                 )
             )
             # What an op without weights gives is seen where the next module takes it in.
@@ -143,7 +145,7 @@ class HuggingFaceImplementation:
         setattr(self._model.config, _RECORDER, self._recorder)
 
     def _module(self, files: ModelFiles, node: Node) -> Any:
-        """The module whose output is the tap, or has it in `_columns`; None where there is none."""
+        """The module whose output is the tap, or has it as its `_part`; else None."""
         if node.op == "linear" and node.layer is None:
             # Whether tied or not; multipliers and caps of the logits come after the module.
             is_plain = node.scale == 1 and node.cap == 0
@@ -158,12 +160,17 @@ class HuggingFaceImplementation:
             return self._model.get_submodule(_layer_module(files, self._nodes, node.layer))
         return None
 
-    def _columns(self, files: ModelFiles, node: Node) -> slice | None:
-        """Which columns of a fused matrix's output are the tap; None: all."""
-        if node.op != "linear" or node.layer is None:
-            return None
-        rows = files.weight_map[f"{node.matrix.name}.weight"].rows
-        return None if rows is None else slice(rows[0], rows[0] + node.width)
+    def _part(self, files: ModelFiles, node: Node) -> Callable[[Any], Any]:
+        """From a module's output to the tap, (1, rows, ...)."""
+        if node.op == "norm_heads" and self._model.config.model_type in _NORMED_BY_HEAD:
+            return lambda output: output.transpose(1, 2)
+        place = None
+        if node.op == "linear" and node.layer is not None:
+            place = files.weight_map[f"{node.matrix.name}.weight"].rows  # of a fused matrix
+        if place is None:
+            return lambda output: output
+        columns = slice(place[0], place[0] + node.width)
+        return lambda output: output[..., columns]
 
     def reset(self) -> None:
         self._cache = None
