@@ -43,7 +43,8 @@ class Engine:
     """Runs requests in steps.
 
     runtime: the native runtime with its KV cache allocated. options: what it was built with.
-    num_kv_blocks, num_kv_groups: the cache's size and the number of block tables a sequence has.
+    num_kv_blocks: the cache's size. kv_windows: of each KV group, how many positions a token sees
+    there; 0: all. A sequence has a block table in each.
     tokenizer: None for a model without one; texts are then empty, and stop strings refused.
     eos_token_ids: any of these ends an answer. seed: for requests that name none.
     make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
@@ -57,7 +58,7 @@ class Engine:
         *,
         num_kv_blocks: int,
         vocab_size: int,
-        num_kv_groups: int = 1,
+        kv_windows: SequenceOf[int] = (0,),
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Collection[int] = (),
         seed: int = 0,
@@ -75,7 +76,10 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
-        self.blocks = BlockManager(num_kv_blocks, options.block_size, num_kv_groups)
+        depth = 2 if options.overlap_steps else 1
+        self.blocks = BlockManager(
+            num_kv_blocks, options.block_size, kv_windows, depth * options.max_num_batched_tokens
+        )
         limits = SchedulerLimits(
             options.max_num_seqs,
             options.max_num_batched_tokens,
@@ -95,7 +99,7 @@ class Engine:
             self.blocks,
             make_batch,
             vocab_size=vocab_size,
-            depth=2 if options.overlap_steps else 1,
+            depth=depth,
         )
         self._clock = clock
         self._last_step_end = self._last_check = clock()

@@ -94,7 +94,7 @@ class Scheduler:
                 f"(max_model_len): shorten the prompt"
             )
         num_cached = self.max_total_tokens(num_prompt_tokens, max_tokens) - 1
-        if self.blocks.blocks_for(num_cached) > self.blocks.num_blocks:
+        if self.blocks.groups.blocks_of(num_cached) > self.blocks.num_blocks:
             raise InvalidArgumentError(
                 f"prompt and answer may have {num_cached + 1} tokens; the whole KV cache holds "
                 f"{self.blocks.num_tokens_capacity}: shorten the prompt, lower max_tokens, or give "
@@ -122,14 +122,12 @@ class Scheduler:
         """
         step = ScheduleBuilder(self.num_schedules, self.limits.max_num_batched_tokens, now)
         self._make_room_for_urgent(step)
-        num_yielded = len(step.preempted)
         self._schedule_decodes(step)
         num_decodes = len(step.entries)
         self._schedule_prefills(step)
-        # A step that had to preempt, to let others run, admits no sequence.
-        is_short = len(step.preempted) > num_yielded
-        waiting = (self._waiting[0], "preemption") if is_short else self._admit(step)
-        self._note_wait(*waiting, now)
+        # A step in which a running sequence lacked blocks admits no other.
+        is_short = step.is_short and self._waiting
+        self._note_wait(*(self._waiting[0], "preemption") if is_short else self._admit(step), now)
         self.num_schedules += bool(step.entries)
         return step.schedule(num_decodes)
 
@@ -157,10 +155,12 @@ class Scheduler:
             num_full_blocks = (start + num_new_tokens - len(drafts)) // block_size
             if num_full_blocks > sequence.num_published_blocks and is_running:
                 self.prefix_cache.publish(sequence, num_full_blocks)
-            if drafts:
-                num_rejected = len(drafts) - num_agreeing(drafts, token_ids[row:])
+            num_rejected = len(drafts) - num_agreeing(drafts, token_ids[row:]) if drafts else 0
+            if num_rejected:
                 sequence.num_computed_tokens -= num_rejected if is_running else 0
                 rejected_rows.update(range(row + num_samples - num_rejected, row + num_samples))
+            if self.blocks.has_windows and is_running:
+                self.blocks.advance(sequence.key, start + num_new_tokens - num_rejected)
             row += num_samples
         return rejected_rows
 
@@ -218,11 +218,21 @@ class Scheduler:
                 if sequence.num_pending_tokens:  # drafts must follow a token still being sampled
                     continue
                 drafts = self._drafts(sequence, step.budget - 1, len(self._running) - index)
-            while not self.blocks.reserve(sequence.key, num_tokens):
-                if self._preempt_last("kv_blocks", sequence, step) is sequence:
-                    break
-            else:
+            if self._make_room(sequence, num_tokens, step):
                 step.add(sequence, 1, 1, drafts)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, step: ScheduleBuilder) -> bool:
+        """Reserve blocks for so many tokens; for want of them the last sequence is preempted.
+
+        False if that is the sequence itself, or one that the step computes already.
+        """
+        while not self.blocks.reserve(sequence.key, num_tokens):
+            step.is_short, last = True, self._running[-1]
+            if any(entry.sequence is last for entry in step.entries) or (
+                self._preempt_last("kv_blocks", sequence, step) is sequence
+            ):
+                return False
+        return True
 
     def _drafts(self, sequence: Sequence, budget: int, num_behind: int) -> tuple[int, ...]:
         """The drafts that the step has room to check, with blocks reserved for them.
@@ -237,15 +247,16 @@ class Scheduler:
         return drafts if self.blocks.reserve(sequence.key, num_tokens, num_behind) else ()
 
     def _schedule_prefills(self, step: ScheduleBuilder) -> None:
-        for sequence in self._running:
-            if not step.budget:
-                break
-            if sequence.num_uncomputed_tokens > 1:
+        for sequence in list(self._running):  # of which some may be preempted meanwhile
+            is_running = sequence.state is SequenceState.RUNNING
+            if step.budget and is_running and sequence.num_uncomputed_tokens > 1:
                 self._schedule_chunk(sequence, step)
 
     def _schedule_chunk(self, sequence: Sequence, step: ScheduleBuilder) -> None:
         start = sequence.num_computed_tokens
         num_new_tokens = min(sequence.num_uncomputed_tokens, step.budget)
+        if not self._make_room(sequence, start + num_new_tokens, step):
+            return
         self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens, step.number))
         step.add(sequence, num_new_tokens, int(num_new_tokens == sequence.num_uncomputed_tokens))
 
@@ -290,13 +301,10 @@ class Scheduler:
         A few for each, as far as it may still need them. Without them the new sequence would soon
         be preempted again, with many tokens computed and few sampled.
         """
-        headroom = 0
-        for running in itertools.islice(self._running, num_running):
-            # The last token is sampled but never computed.
-            at_the_end = self.blocks.blocks_for(running.max_total_tokens - 1)
-            num_held = len(self.blocks.block_table(running.key))
-            headroom += min(self.limits.headroom_blocks, at_the_end - num_held)
-        return headroom
+        few, running = self.limits.headroom_blocks, itertools.islice(self._running, num_running)
+        # The last token is sampled but never computed.
+        ends = [(sequence.key, sequence.max_total_tokens - 1) for sequence in running]
+        return sum([self.blocks.num_blocks_to_come(key, end, few) for key, end in ends])
 
     def _start(self, sequence: Sequence, prefix: Prefix, step: ScheduleBuilder) -> None:
         if sequence.num_cached_tokens is None:
@@ -363,22 +371,17 @@ class Scheduler:
         self.waiting_reason = reason
         noted = None if sequence is None else (sequence.key, reason)
         if sequence is not None and noted != self._noted_wait:
-            numbers = (self.blocks.blocks_for(sequence.num_tokens), self.blocks.num_free_blocks)
-            event = (now, "waited", sequence.key, reason, *numbers, len(self._waiting))
+            num_needed = self.blocks.groups.blocks_of(sequence.num_tokens)
+            numbers = (num_needed, self.blocks.num_free_blocks, len(self._waiting))
+            event = (now, "waited", sequence.key, reason, *numbers)
             self.events.record(event)
         self._noted_wait = noted
 
     @property
     def num_live_tokens(self) -> int:
-        """Tokens of running sequences in the cache; those in shared blocks are counted once."""
-        size = self.blocks.block_size
-        full: set[int] = set()
-        rest = 0
-        for sequence in self._running:
-            num_full, num_more = divmod(sequence.num_computed_tokens, size)
-            full.update(self.blocks.block_table(sequence.key)[:num_full])
-            rest += num_more
-        return len(full) * size + rest
+        """Tokens of running sequences in the cache, in KV group 0; in shared blocks only once."""
+        lengths = {sequence.key: sequence.num_computed_tokens for sequence in self._running}
+        return self.blocks.num_live_tokens(lengths)
 
     def check_integrity(self) -> None:
         """The queues, the states and the blocks agree; IntegrityError if not."""
