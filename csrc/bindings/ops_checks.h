@@ -52,6 +52,22 @@ inline void check_embed(const Array2<float>& table, const Ints& token_ids,
   check_entries("positions", *positions, 0, length(*position_table, 0) - 1);
 }
 
+// gate and up: (num_experts, width, inputs); down: (num_experts, outputs, width).
+inline void check_moe(const Array2<float>& x, const Array2<float>& router_logits,
+                      const Array3<float>& gate, const Array3<float>& up, const Array3<float>& down,
+                      std::int64_t experts_per_token) {
+  check_same_shape("up", up, "gate", gate);
+  require(down.shape(0) == gate.shape(0) && down.shape(2) == gate.shape(1), "down has ",
+          down.shape(0), " experts of width ", down.shape(2), "; gate has ", gate.shape(0), " of ",
+          gate.shape(1));
+  require(x.shape(1) == gate.shape(2), "x has ", x.shape(1), " columns; gate has ", gate.shape(2));
+  require(router_logits.shape(0) == x.shape(0) && router_logits.shape(1) == gate.shape(0),
+          "router_logits are ", router_logits.shape(0), " x ", router_logits.shape(1),
+          "; expected ", x.shape(0), " x ", gate.shape(0));
+  require(experts_per_token >= 1 && experts_per_token <= length(gate, 0), "experts_per_token is ",
+          experts_per_token, "; expected 1 to ", gate.shape(0));
+}
+
 // Of q, k and v, (tokens, heads, head_dim) each.
 inline void check_heads(const Array3<float>& q, const Array3<float>& k, const Array3<float>& v) {
   check_same_shape("v", v, "k", k);

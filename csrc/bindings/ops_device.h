@@ -1,4 +1,4 @@
-// Arrays on their way to a device and back: what the ops for tests are made with.
+// Arrays on their way to a device and back: what the ops for tests and benchmarks are made with.
 #pragma once
 
 #include <memory>
@@ -36,18 +36,16 @@ class OpsDevice {
   }
 
   template <class T>
-  Device up(const Array1<T>& array) {
-    Device memory(backend_.get(), array.size() * sizeof(T));
-    backend_->upload(memory.data(), array.data(), array.size() * sizeof(T));
-    return memory;
-  }
-
-  template <class T>
   Device up_vector(const std::vector<T>& values) {
     Device memory(backend_.get(), values.size() * sizeof(T));
     backend_->upload(memory.data(), values.data(), values.size() * sizeof(T));
     return memory;
   }
+  template <class T>
+  Device up(const Array1<T>& array) {
+    return up_vector(to_vector<T>(array));
+  }
+
   template <class T>
   std::vector<T> down_vector(const Device& memory) {
     std::vector<T> values(memory.bytes() / sizeof(T));
@@ -119,6 +117,21 @@ class OpsDevice {
     Linear linear = backend_->make_linear(outputs, inputs, parse_dtype(dtype, "dtype"), with_bias);
     backend_->pack_rows(linear, 0, {weight.data(), DType::f32, outputs, inputs});
     return linear;
+  }
+
+  // For each expert a matrix (outputs, inputs of `like`), to be filled by pack_experts.
+  Linear make_experts(std::int64_t outputs, const Array3<float>& like, const std::string& dtype) {
+    return backend_->make_linear(outputs, static_cast<std::int64_t>(like.shape(2)),
+                                 parse_dtype(dtype, "dtype"), false,
+                                 static_cast<std::int64_t>(like.shape(0)));
+  }
+  // Rows of every expert's matrix, from first_row on.
+  void pack_experts(Linear& linear, std::int64_t first_row, const Array3<float>& rows) {
+    const auto count = static_cast<std::int64_t>(rows.shape(1));
+    for (std::int64_t expert = 0; expert < linear.count; ++expert)
+      backend_->pack_rows(
+          linear, expert * linear.pitch + first_row,
+          {rows.data() + expert * count * linear.inputs, DType::f32, count, linear.inputs});
   }
 
   // codes: int8 (outputs, inputs), or int4 as uint8 (outputs, inputs / 2); scales, zeros: (outputs,

@@ -73,7 +73,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
             f"OCTAVO_NUM_THREADS is {threads!r}; expected an integer from 0 (all cores) to 1024"
         )
     isa = variables.get("OCTAVO_ISA") or "auto"
-    _check_choice("OCTAVO_ISA", isa, ISAS)
+    check_choice("OCTAVO_ISA", isa, ISAS)
     api_key = variables.get("OCTAVO_API_KEY") or None
     found = None if home_path.parts[:1] == ("~",) else home_path
     return Environment(home=found, num_threads=int(threads), isa=isa, api_key=api_key)
@@ -114,6 +114,7 @@ class EngineConfig:
         CUDA graphs and replaying them.
     enable_prefix_caching: keep the keys and values of prompts that have been computed, and reuse
         them for a later prompt that begins alike.
+    max_adapters: how many LoRA adapters may be in memory at a time, used or not.
     max_waiting_requests, max_waiting_tokens: how many requests, and prompt tokens of them, may
         wait to be started; one more is refused with a QueueFullError. None: any number.
     event_log_capacity: how many scheduling decisions are kept to be asked about.
@@ -141,6 +142,7 @@ class EngineConfig:
     deterministic: bool = False
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
+    max_adapters: int = 8
     max_waiting_requests: int | None = None
     max_waiting_tokens: int | None = None
     priority_ageing_seconds: float = 30.0
@@ -149,18 +151,20 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice("device", self.device, DEVICES)
+        check_choice("device", self.device, DEVICES)
         for name, choices in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
             object.__setattr__(self, name, dtype_name(getattr(self, name)))
-            _check_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
         if self.quantize is not None:
-            _check_choice("quantize", self.quantize, QUANTIZE)
-        _check_choice("load_format", self.load_format, LOAD_FORMATS)
-        _check_choice("isa", self.isa, ISAS)
+            check_choice("quantize", self.quantize, QUANTIZE)
+        check_choice("load_format", self.load_format, LOAD_FORMATS)
+        check_choice("isa", self.isa, ISAS)
         _check_positive("max_num_seqs", self.max_num_seqs)
         _check_positive("max_num_batched_tokens", self.max_num_batched_tokens)
         _check_positive("block_size", self.block_size)
         _check_positive("event_log_capacity", self.event_log_capacity)
+        if not 0 <= self.max_adapters <= 1024:
+            raise InvalidArgumentError(f"max_adapters is {self.max_adapters}; expected 0 to 1024")
         if self.max_model_len is not None:
             _check_positive("max_model_len", self.max_model_len)
         for name in ("num_kv_blocks", "max_waiting_requests", "max_waiting_tokens"):
@@ -201,6 +205,8 @@ class RuntimeOptions:
     graphs: bool = True
     # Which of the machine's devices of that name.
     device_index: int = 0
+    # Places for LoRA adapters.
+    max_adapters: int = 0
     # A model split over several devices, by its matrices or by its layers (None: to the last one).
     # Declared; the native runtime refuses all but one rank with all layers.
     rank: int = 0
@@ -217,10 +223,14 @@ class RuntimeOptions:
     event_log_capacity: int = 65536
     overlap_steps: bool = False
 
+    @property
+    def num_in_flight_tokens(self) -> int:
+        """The most tokens of one sequence that steps in flight compute."""
+        return (2 if self.overlap_steps else 1) * self.max_num_batched_tokens
+
     def kv_groups(self, spec: ModelSpec) -> KvGroups:
-        """How many blocks sequences take; those in flight may be all tokens of one or two steps."""
-        num_in_flight = (2 if self.overlap_steps else 1) * self.max_num_batched_tokens
-        return KvGroups(self.block_size, spec.kv_windows, num_in_flight)
+        """How many blocks of the KV cache a sequence of this model takes."""
+        return KvGroups(self.block_size, spec.kv_windows, self.num_in_flight_tokens)
 
 
 def resolve_device(device: str, available: Sequence[str]) -> str:
@@ -234,7 +244,8 @@ def dtype_name(given: object) -> str:
     return _DTYPE_NAMES.get(name, name)
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """InvalidArgumentError for a value that is none of the choices."""
     if value not in choices:
         usual = [choice for choice in choices if "emulated" not in choice]  # those are for tests
         raise InvalidArgumentError(f"{name} is {value!r}; expected one of {', '.join(usual)}")

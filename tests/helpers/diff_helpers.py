@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from octavo.diff.comparison import Comparison, DiffOptions
 from octavo.diff.implementations import ReferenceImplementation
 from octavo.models.layer import weight_shapes
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.models.rope import default_rope
+from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 from octavo.reference import llama, ops
 from octavo.weights.model_files import read_model
 
@@ -47,7 +48,7 @@ def small_spec(
                 head_dim=head_dim,
                 intermediate_size=intermediate_size,
                 norm=norm,
-                rope=layer.get("rope", RopeSpec(theta=500.0)),
+                rope=layer.get("rope", default_rope(500.0, head_dim)),
                 **{key: value for key, value in layer.items() if key != "rope"},
             )
             for _ in range(num_layers)
@@ -138,7 +139,15 @@ def attention_weighing(
     weigh: float32 (visible keys,) scores in powers of two -> (weights to multiply, their sum).
     """
 
-    def attention(q: Any, k: Any, v: Any, scale: float, window: int = 0, dtype: str = "f32") -> Any:
+    def attention(
+        q: Any,
+        k: Any,
+        v: Any,
+        scale: float,
+        window: int = 0,
+        dtype: str = "f32",
+        softcap: float = 0,
+    ) -> Any:
         out, group = np.empty_like(q), q.shape[1] // k.shape[1]
         queries = ops.round_to_bf16(q) if round_queries else q
         for row, head in np.ndindex(q.shape[:2]):

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from ops_helpers import ROPES, TOLERANCES, Case, compute_cases, make_sequence, native_attention
+from ops_helpers import (
+    MOE_SHAPES,
+    ROUTINGS,
+    TOLERANCES,
+    Case,
+    compute_cases,
+    make_sequence,
+    moe_inputs,
+    native_attention,
+    rope_frequencies,
+)
 from reference_helpers import bf16_order, max_error, same_bits, uniform
 
 from octavo import _native, _native_ops
@@ -77,6 +89,47 @@ def test_row_alone_or_among_others(op: str) -> None:
 
     alone = np.concatenate([run(slice(i, i + 1)) for i in range(40)])
     assert same_bits(alone, run(slice(0, 40)))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_moe_is_made_of_the_other_ops(routing: str, dtype: str) -> None:
+    """Of their bits, on every instruction set: a row's experts see it as `linear` does."""
+    for isa in ISAS:
+        native = _native_ops.Ops("cpu", 2, isa)
+        for shape in MOE_SHAPES:
+            x, logits, gate, up, down, count = moe_inputs(shape, routing)
+
+            def expert(
+                index: int, some: np.ndarray, native: Any = native, all: Any = (gate, up, down)
+            ) -> np.ndarray:
+                opened, raised = (native.linear(some, half[index], None, dtype) for half in all[:2])
+                activated = native.gated_activation(opened, raised, "silu")
+                return native.linear(activated, all[2][index], None, dtype)
+
+            expected = ops.mix_experts(x, logits, count, True, down.shape[1], expert)
+            found = native.moe(x, logits, gate, up, down, count, True, "silu", dtype)
+            if count == 1:  # of weight 1
+                assert same_bits(found, expected), (isa, shape)
+            assert max_error(found, expected) <= 1e-6, (isa, shape)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_moe_row_alone_or_among_others(threads: int, dtype: str) -> None:
+    for isa in ISAS:
+        native = _native_ops.Ops("cpu", threads, isa)
+        for shape in MOE_SHAPES[1:5]:
+            rows = shape[0]
+            x, logits, *experts, count = moe_inputs(shape, "spread")
+            whole = native.moe(x, logits, *experts, count, False, "gelu", dtype)
+            for size in (1, 2, 17):
+                pieces = [
+                    native.moe(x[i:j], logits[i:j], *experts, count, False, "gelu", dtype)
+                    for i in range(0, rows, size)
+                    for j in [min(i + size, rows)]
+                ]
+                assert same_bits(np.concatenate(pieces), whole), (isa, shape, size)
 
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
@@ -171,7 +224,7 @@ def test_bf16_cache_is_the_f32_cache_rounded() -> None:
     native = _native_ops.Ops("cpu", 1)
     q, k, v = uniform(1, 9, 4, 64), uniform(2, 9, 2, 64), uniform(3, 9, 2, 64)
     positions, slots = np.arange(9, dtype=np.int32) * 31, np.arange(9, dtype=np.int32)
-    frequencies = native.rope_frequencies(ROPES["smollm"], 64)
+    frequencies = rope_frequencies("smollm", 64)
     arguments = (q, k, v, positions, slots, frequencies, 16, 16)
     _, keys, values = native.rope_and_store(*arguments, "f32")
     _, rounded_keys, rounded_values = native.rope_and_store(*arguments, "bf16")

@@ -20,6 +20,7 @@ from octavo.errors import InvalidArgumentError
 from octavo.machine import processor, resident_memory
 from octavo.models.spec import ModelSpec
 from octavo.progress import StageProgress
+from octavo.quantization.plan import expert_bytes
 from octavo.runtime.loader import LoadedRuntime, load_runtime
 from octavo.runtime.session import Float32, Session
 from octavo.weights.checkpoint import open_checkpoint
@@ -228,6 +229,7 @@ class Runner:
         embed = self._options.formats.get("embed")
         kind = self._options.dtype if embed is None else embed.dtype
         self.step_bytes = streamed_bytes(spec, self.weight_bytes, BYTES[kind])
+        self._expert_bytes = expert_bytes(spec, self._options.formats, self._options.dtype)
 
     def measure(self, case: Case, repetitions: int) -> Row:
         """Gate, one run to warm up, then the timed ones. No figure where the gate fails."""
@@ -247,7 +249,7 @@ class Runner:
     def work(self, case: Case) -> Work:
         """The least that one run of a case reads and computes."""
         kv_dtype, chunk = self._options.kv_dtype, self._session.chunk
-        return work_of(case, self._spec, self.step_bytes, kv_dtype, chunk)
+        return work_of(case, self._spec, self.step_bytes, kv_dtype, chunk, self._expert_bytes)
 
     def tokens(self, sequence: int, count: int) -> list[int]:
         """Random tokens of a sequence: the same in every case, and a longer run begins alike."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from octavo.cli.options import ModelArgument, option
+from octavo.machine import format_bytes
 
 if TYPE_CHECKING:
     from octavo.models.spec import ModelSpec, WeightFormat
@@ -49,6 +49,7 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     that holds no weight file at all is described from its configuration.
     """
     from octavo.models.layer import weight_shapes
+    from octavo.models.summary import specials
     from octavo.quantization.plan import describe_formats, embedding_formats, weight_bytes
     from octavo.weights.tensor import ITEM_SIZE
 
@@ -81,7 +82,8 @@ def describe(files: ModelFiles) -> dict[str, Any]:
         "mlp_bias": layer.mlp_bias,
         "tie_word_embeddings": spec.tie_word_embeddings,
         "max_position_embeddings": spec.max_position_embeddings,
-        "rope": asdict(layer.rope) if layer.rope is not None else None,
+        "rope": _rope(spec),
+        "special": specials(spec),
         "eos_token_ids": list(files.eos_token_ids),
         "weights": None if checkpoint is None else _weights(checkpoint),
         "quantized": describe_formats(spec, formats),
@@ -89,6 +91,21 @@ def describe(files: ModelFiles) -> dict[str, Any]:
         "kv_bytes_per_token": {"f32": 4 * kv_elements, "bf16": 2 * kv_elements},
         "memory": _memory(weight_sizes, spec),
     }
+
+
+def _rope(spec: ModelSpec) -> dict[str, Any] | None:
+    """The rope of the first layer that rotates."""
+    for layer in spec.layers:
+        if layer.rope is not None:
+            return {
+                "kind": layer.rope.kind,
+                "theta": layer.rope.theta,
+                "factor": layer.rope.factor,
+                "attention_factor": layer.rope.attention_factor,
+                "rotated": 2 * len(layer.rope.frequencies),
+                "head_dim": layer.head_dim,
+            }
+    return None
 
 
 def _open(files: ModelFiles) -> Checkpoint | None:
@@ -188,11 +205,12 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "Attention",
             f"{heads} query heads and {kv_heads} KV heads of {facts['head_dim']} ({kind})",
         ),
-        ("MLP", f"{facts['intermediate_size']:,} wide, gated {facts['activation']}"),
+        ("MLP", f"{facts['intermediate_size']:,} wide, {facts['activation']}"),
         ("Biases", " and ".join(biases) or "none"),
         ("Vocabulary", f"{facts['vocab_size']:,} tokens; output head {head}"),
         ("Context", f"{facts['max_position_embeddings']:,} tokens"),
         ("Rope", _rope_text(facts["rope"])),
+        *[("Special", text) for text in facts["special"]],
         ("End of text", ", ".join(map(str, facts["eos_token_ids"])) or "no token"),
         (
             "KV cache",
@@ -215,14 +233,10 @@ def _rope_text(rope: dict[str, Any] | None) -> str:
     if rope is None:
         return "none"
     text = f"theta {rope['theta']:g}"
-    if rope["scaling"] == "linear":
-        text += f", linear scaling by {rope['factor']:g}"
-    elif rope["scaling"] == "llama3":
-        text += (
-            f", llama3 scaling by {rope['factor']:g} (low {rope['low_freq_factor']:g}, high "
-            f"{rope['high_freq_factor']:g}, from {rope['original_max_position_embeddings']:,} "
-            "tokens)"
-        )
+    if rope["kind"] != "default":
+        text += f", {rope['kind']} scaling by {rope['factor']:g}"
+    if rope["rotated"] < rope["head_dim"]:
+        text += f", on {rope['rotated']} of {rope['head_dim']} elements of a head"
     return text
 
 
@@ -250,16 +264,6 @@ def _fit_table(memory: dict[str, Any]) -> Any:
             f"{fit['full_length_sequences']:,}",
         )
     return table
-
-
-def format_bytes(count: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    index = 0
-    while count >= 1024 and index < len(units) - 1:
-        count /= 1024
-        index += 1
-    return f"{count:.0f} {units[index]}" if index == 0 else f"{count:.1f} {units[index]}"
 
 
 def _short(count: float) -> str:

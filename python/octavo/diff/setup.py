@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from octavo.config import LOAD_FORMATS, QUANTIZE, Environment
+from octavo.config import LOAD_FORMATS, QUANTIZE, Environment, check_choice
 from octavo.diff.comparison import Comparison, DiffOptions, chunk_size_for
 from octavo.diff.hugging_face import HuggingFaceImplementation, import_hugging_face
 from octavo.diff.implementations import Implementation, Int32, ReferenceImplementation
@@ -19,6 +19,7 @@ from octavo.files import expand_home
 from octavo.folder import MemoryFolder
 from octavo.machine import available_memory
 from octavo.models.layer import weight_shapes
+from octavo.models.rope import for_length
 from octavo.models.spec import ModelSpec
 from octavo.progress import StageProgress
 from octavo.quantization.apply import dequantized, quantize_checkpoint
@@ -65,11 +66,11 @@ class DiffRequest:
     options: DiffOptions = field(default_factory=DiffOptions)
 
     def __post_init__(self) -> None:
-        _check("--against", self.against, AGAINST)
-        _check("--dtype", self.dtype, DTYPES)
+        check_choice("--against", self.against, AGAINST)
+        check_choice("--dtype", self.dtype, DTYPES)
         if self.quantize is not None:
-            _check("--quantize", self.quantize, QUANTIZE)
-        _check("--load-format", self.load_format, LOAD_FORMATS)
+            check_choice("--quantize", self.quantize, QUANTIZE)
+        check_choice("--load-format", self.load_format, LOAD_FORMATS)
         if self.prompt is not None and self.random is not None:
             raise InvalidArgumentError("--prompt and --random were both given; expected one")
         if self.prompt is not None and not self.prompt:
@@ -94,6 +95,8 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
     files = read_model(path)
     token_ids, tokenizer = _tokens(request, files)
     _check_length(files.spec, len(token_ids), request.options.steps)
+    max_tokens = len(token_ids) + max(request.options.steps, 1)
+    files = replace(files, spec=for_length(files.spec, max_tokens))
     checkpoint = quantize_checkpoint(
         open_checkpoint(files, request.load_format, request.seed),
         files.spec,
@@ -115,7 +118,7 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
         checkpoint,
         device=request.device,
         dtype=request.dtype,
-        max_tokens=len(token_ids) + max(options.steps, 1),
+        max_tokens=max_tokens,
         chunk_size=min(options.chunk_size or chunk_size_for(files.spec), len(token_ids)),
         num_threads=request.num_threads,
         progress=partial(progress, "loading octavo"),
@@ -236,8 +239,3 @@ def _truth(request: DiffRequest, definition: ReferenceModel) -> Implementation |
     kind = "quantized" if definition.formats else request.dtype
     description = f"the same {kind} weights, activations not rounded, {arithmetic}"
     return ReferenceImplementation(model, name="exact", description=description)
-
-
-def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InvalidArgumentError(f"{name} is {value!r}; expected one of {', '.join(choices)}")

@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import RuntimeOptions
+from octavo.engine.adapters import AdapterTable
 from octavo.engine.adjustments import build_adjustments
 from octavo.engine.admission import AdmissionLimits, Deadlines, check_scheduling, check_tokens
 from octavo.engine.answer import Answer, not_finite, read_logprobs, request_output
@@ -30,6 +32,7 @@ from octavo.engine.request import FinishReason, Request, derive_seed
 from octavo.engine.schedule import Drafter, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidArgumentError, QueueFullError
+from octavo.models.adapter import Adapter
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class Engine:
     eos_token_ids: any of these ends an answer. seed: for requests that name none.
     make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
     clock: returns the time in seconds. drafter: proposes tokens; one step checks several of them.
+    read_adapter: reads a LoRA adapter for this model; without it there are none.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Engine:
         make_batch: Callable[..., Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
         drafter: Drafter | None = None,
+        read_adapter: Callable[[Path], Adapter] | None = None,
     ) -> None:
         if make_batch is None:
             from octavo._native import Batch
@@ -76,10 +81,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
-        depth = 2 if options.overlap_steps else 1
-        self.blocks = BlockManager(
-            num_kv_blocks, options.block_size, kv_windows, depth * options.max_num_batched_tokens
-        )
+        size, num_in_flight = options.block_size, options.num_in_flight_tokens
+        self.blocks = BlockManager(num_kv_blocks, size, kv_windows, num_in_flight)
         limits = SchedulerLimits(
             options.max_num_seqs,
             options.max_num_batched_tokens,
@@ -91,15 +94,15 @@ class Engine:
         self.events = EventLog(options.event_log_capacity, header)
         self.scheduler = Scheduler(limits, self.blocks, self.events, drafter)
         self.guard = EngineGuard()
+        self.adapters = AdapterTable(runtime, options.max_adapters, read_adapter)
         self.failed_request_ids: frozenset[str] = frozenset()  # that were in the step that failed
-        self.num_steps = 0
-        self.num_sampled_tokens = 0
+        self.num_steps = self.num_sampled_tokens = 0
         self._pipeline = Pipeline(
             runtime,
             self.blocks,
             make_batch,
             vocab_size=vocab_size,
-            depth=depth,
+            depth=2 if options.overlap_steps else 1,
         )
         self._clock = clock
         self._last_step_end = self._last_check = clock()
@@ -139,6 +142,7 @@ class Engine:
         priority: int = 0,
         timeout: float | None = None,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Queue a request; its answers come out of `step`.
 
@@ -146,6 +150,8 @@ class Engine:
         more urgent. timeout: seconds from now after which it ends with the finish reason "timeout",
         waiting or running; None lets it run. cache_salt: requests with different salts share no
         cached keys and values, so a client cannot find out by timing what others have asked.
+        adapter: the name of a LoRA adapter in `adapters`, which may raise an AdapterNotFoundError,
+        an AdaptersInUseError, or what reading it raises.
         Raises InvalidArgumentError for a request that cannot be answered, QueueFullError when too
         many wait already; both change nothing. This, `step` and `abort` raise the errors of
         `EngineGuard`.
@@ -155,9 +161,11 @@ class Engine:
         self.check_request(prompt_token_ids, params)
         check_scheduling(priority, timeout)
         now = self._clock()
+        loan = self.adapters.acquire(adapter)
         try:
             self._admission.admit(request_id, len(prompt_token_ids))
         except QueueFullError as error:
+            self.adapters.release(loan)
             self.events.record(refusal(request_id, len(prompt_token_ids), error, now))
             raise
         if params.seed is None:
@@ -173,6 +181,7 @@ class Engine:
             priority=priority,
             deadline=None if timeout is None else now + timeout,
             cache_salt=cache_salt,
+            adapter=loan,
             arrival_time=now,
         )
         if request.deadline is not None:
@@ -207,20 +216,21 @@ class Engine:
             try:
                 while self._pipeline.has_room and self._submit_next():
                     pass
-                if not len(self._pipeline):
-                    return self._deliver()
-                step, output = self._pipeline.wait()
+                ended = self._pipeline.wait() if len(self._pipeline) else None
             except BaseException:
                 self.failed_request_ids = self._abandon_steps()
                 raise
-            self.num_steps += 1
-            self._undelivered += self._update(step, output)
-            if not self._requests:
-                self._abandon_steps()  # no request needs the steps still in flight
-                if self._last_step_end - self._last_check >= IDLE_CHECK_SECONDS:
-                    self._last_check = self._last_step_end
-                    self.check_integrity()
-            return self._deliver()
+            if ended is not None:
+                self.num_steps += 1
+                self._undelivered += self._update(*ended)
+                if not self._requests:
+                    self._abandon_steps()  # no request needs the steps still in flight
+                    if self._last_step_end - self._last_check >= IDLE_CHECK_SECONDS:
+                        self._last_check = self._last_step_end
+                        self.check_integrity()
+            # Among them those that an earlier step, which failed, did not deliver.
+            chunks, self._undelivered = self._undelivered, []
+            return chunks
 
     @guarded
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -231,12 +241,7 @@ class Engine:
         if request_id not in self._requests:
             return None
         with deferred_interrupt():
-            now = self._clock()
-            for answer in self._requests[request_id]:
-                if not answer.sequence.is_finished:
-                    answer.flush()
-                    self.scheduler.finish(answer.sequence, "abort", now)
-            return self._remove(request_id, now)
+            return self._end_all(request_id, "abort", self._clock())[-1].result
 
     def stats(self) -> EngineStats:
         """The engine's state in numbers, for metrics and a live view.
@@ -363,11 +368,6 @@ class Engine:
                 chunks.append(self._chunk(answer, text, now))
         return chunks
 
-    def _deliver(self) -> list[OutputChunk]:
-        """The chunks of this step, and those that an earlier failed step did not deliver."""
-        chunks, self._undelivered = self._undelivered, []
-        return chunks
-
     def _chunk(
         self,
         answer: Answer,
@@ -396,4 +396,5 @@ class Engine:
         self._admission.remove(request_id)
         self._deadlines.remove(request_id)
         self._watching.discard(request_id)
+        self.adapters.release(answers[0].request.adapter)
         return request_output(answers, now)

@@ -7,11 +7,11 @@ bounded. Both are in the order of rank: time of arrival, shifted by priority (se
 there is a drafter, take what is left after one token for every decoding sequence.
 
 Memory. A sequence is admitted when blocks for all of its present tokens are free, and also some
-headroom for those already running, so that these can go on for a while. It shares the blocks of its
-beginning that the cache still holds. While decoding it takes a new block when its last one is full.
-When none is free, the *last* running sequence in rank is preempted: it gives its blocks back and
-waits again. So the first in rank is never preempted and always advances. Since no request is
-accepted that the whole cache could not hold, it ends; then the next one is the first. So all end.
+headroom for those already running. It shares the blocks of its beginning that the cache still
+holds. While it decodes, or its window moves over its prompt, it takes more blocks. When none is
+free, the *last* running sequence in rank is preempted: it gives its blocks back and waits again. So
+the first in rank is never preempted and always advances. Since no request is accepted that the
+whole cache could not hold, it ends; then the next one is the first. So all end.
 
 Pure Python: no NumPy, no native code.
 """
@@ -125,9 +125,7 @@ class Scheduler:
         self._schedule_decodes(step)
         num_decodes = len(step.entries)
         self._schedule_prefills(step)
-        # A step in which a running sequence lacked blocks admits no other.
-        is_short = step.is_short and self._waiting
-        self._note_wait(*(self._waiting[0], "preemption") if is_short else self._admit(step), now)
+        self._note_wait(*self._admit(step), now)
         self.num_schedules += bool(step.entries)
         return step.schedule(num_decodes)
 
@@ -227,10 +225,9 @@ class Scheduler:
         False if that is the sequence itself, or one that the step computes already.
         """
         while not self.blocks.reserve(sequence.key, num_tokens):
-            step.is_short, last = True, self._running[-1]
-            if any(entry.sequence is last for entry in step.entries) or (
-                self._preempt_last("kv_blocks", sequence, step) is sequence
-            ):
+            step.is_short = True
+            is_in_step = self._running[-1] in [entry.sequence for entry in step.entries]
+            if is_in_step or self._preempt_last("kv_blocks", sequence, step) is sequence:
                 return False
         return True
 
@@ -247,9 +244,8 @@ class Scheduler:
         return drafts if self.blocks.reserve(sequence.key, num_tokens, num_behind) else ()
 
     def _schedule_prefills(self, step: ScheduleBuilder) -> None:
-        for sequence in list(self._running):  # of which some may be preempted meanwhile
-            is_running = sequence.state is SequenceState.RUNNING
-            if step.budget and is_running and sequence.num_uncomputed_tokens > 1:
+        for sequence in [other for other in self._running if other.num_uncomputed_tokens > 1]:
+            if step.budget and sequence.state is SequenceState.RUNNING:  # not preempted meanwhile
                 self._schedule_chunk(sequence, step)
 
     def _schedule_chunk(self, sequence: Sequence, step: ScheduleBuilder) -> None:
@@ -264,6 +260,8 @@ class Scheduler:
 
     def _admit(self, step: ScheduleBuilder) -> tuple[Sequence | None, str | None]:
         """Admit sequences in the order of the queue; returns the next one, and why it waits."""
+        if step.is_short and self._waiting:
+            return self._waiting[0], "preemption"
         while True:
             sequence = self._next_candidate()
             if sequence is None:
@@ -380,8 +378,7 @@ class Scheduler:
     @property
     def num_live_tokens(self) -> int:
         """Tokens of running sequences in the cache, in KV group 0; in shared blocks only once."""
-        lengths = {sequence.key: sequence.num_computed_tokens for sequence in self._running}
-        return self.blocks.num_live_tokens(lengths)
+        return self.blocks.num_live_tokens({s.key: s.num_computed_tokens for s in self._running})
 
     def check_integrity(self) -> None:
         """The queues, the states and the blocks agree; IntegrityError if not."""

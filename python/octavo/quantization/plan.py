@@ -150,13 +150,26 @@ def describe_formats(spec: ModelSpec, formats: Mapping[str, WeightFormat]) -> li
 def weight_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: str) -> int:
     """Bytes that the weights take in memory.
 
-    dtype: of the matrices that `formats` does not name, "f32", "bf16" or "f16". Vectors are
-    float32.
+    dtype: of the matrices that `formats` does not name, "f32", "bf16" or "f16". Vectors and
+    routers are float32.
     """
-    return sum(
-        matrix_bytes(shape, formats.get(name.removesuffix(".weight")), dtype)
-        for name, shape in weight_shapes(spec).items()
-    )
+    return _bytes_of(weight_shapes(spec), formats, dtype)
+
+
+def expert_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: str) -> int:
+    """The same of the experts' matrices alone."""
+    shapes = weight_shapes(spec).items()
+    return _bytes_of({name: shape for name, shape in shapes if ".experts." in name}, formats, dtype)
+
+
+def _bytes_of(
+    shapes: Mapping[str, tuple[int, ...]], formats: Mapping[str, WeightFormat], dtype: str
+) -> int:
+    total = 0
+    for name, shape in shapes.items():
+        kept = "f32" if len(shape) == 1 or name.endswith(".router.weight") else dtype
+        total += matrix_bytes(shape, formats.get(name.removesuffix(".weight")), kept)
+    return total
 
 
 def matrix_bytes(shape: tuple[int, ...], format: WeightFormat | None, dtype: str) -> int:

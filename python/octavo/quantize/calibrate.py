@@ -198,9 +198,10 @@ class LayerByLayer:
         exact, rough, own = self.exact, self.rough, group[0]
         x, through = rough.tap(source), None
         if sums:
-            terms = sums[0].inputs if sums[0].norm else (sums[0].tap,)
-            y = add([exact.tap(tap) for tap in terms])
-            y = y - add([rough.tap(tap) for tap in sums[0].inputs if tap != own.tap])
+            terms, scale = sums[0].inputs if sums[0].norm else (sums[0].tap,), sums[0].scale
+            y = add([exact.tap(tap) for tap in terms], scale)
+            y = y - add([rough.tap(tap) for tap in sums[0].inputs if tap != own.tap], scale)
+            y /= np.float32(scale)
             if own.matrix.bias:
                 y -= exact.weights[f"{own.matrix.name}.bias"]
         else:
@@ -242,7 +243,7 @@ class LayerByLayer:
         """
         by_tap = {node.tap: node for node in nodes}
         factors = np.ones(len(hessian), np.float32)
-        if by_tap[source].norm is not None:
+        if by_tap[source].normalizes:
             factors = self._factors(hessian, group)
             factors = representable_factors(factors, self.rough.weights[f"{source}.weight"])
             self._move(source, factors, group, factors)

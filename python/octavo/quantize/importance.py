@@ -34,13 +34,15 @@ def measure_importance(
 ) -> dict[str, Float32]:
     """The mean square of every input of the layers' matrices, over 1,024 random tokens.
 
-    checkpoint: float weights. Returns float32 (inputs,) by octavo's name without ".weight".
+    checkpoint: float weights. Returns float32 (inputs,) by octavo's name without ".weight"; not of
+    the last matrices of experts, whose inputs are no tap.
     Raises what loading the model raises; the model is held in memory meanwhile.
     """
     spec = files.spec
     tokens = min(_TOKENS, spec.max_position_embeddings)
-    # The input of every matrix; several matrices may have the same.
-    widths = {node.inputs[0]: node.matrix.inputs for node in linear_nodes(spec).values()}
+    # The input of every matrix, where it is a tap; several matrices may have the same.
+    nodes = {name: node for name, node in linear_nodes(spec).items() if node.inputs}
+    widths = {node.inputs[0]: node.matrix.inputs for node in nodes.values()}
     chunk = max(1, min(tokens, _MAX_TAPPED // sum(widths.values())))
     config = EngineConfig(
         max_model_len=tokens,
@@ -63,4 +65,4 @@ def measure_importance(
                 sums[name] = sums.get(name, 0.0) + squares
     progress(what, _SEQUENCES, _SEQUENCES)
     means = {name: (total / ids.size).astype(np.float32) for name, total in sums.items()}
-    return {name: means[node.inputs[0]] for name, node in linear_nodes(spec).items()}
+    return {name: means[node.inputs[0]] for name, node in nodes.items()}

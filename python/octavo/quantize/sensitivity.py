@@ -98,7 +98,7 @@ def measure_sensitivity(
     of the windows.
     """
     window = min(_WINDOW, files.spec.max_position_embeddings)
-    scorer = Scorer.load(
+    scorer = Scorer(
         files,
         checkpoint,
         EngineConfig(dtype="f32", kv_dtype="f32"),
@@ -115,7 +115,7 @@ def measure_sensitivity(
         progress("measuring sensitivity", number, len(parts))
         for matrix in matrices:
             weight = checkpoint[matrix + ".weight"].to_float32()
-            share = None if importance is None else importance[matrix]
+            share = None if importance is None else importance.get(matrix)
             rounded = quantize_matrix(weight, formats[matrix], scheme.method, importance=share)
             scorer.load_weight(matrix + ".weight", rounded.decode(formats[matrix]))
         weights = sum(math.prod(shapes[matrix]) for matrix in matrices)
@@ -155,13 +155,14 @@ class _Meter:
 def layer_parts(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     """ "layers.0.qkv" -> the names of its matrices, in the order of execution.
 
-    Matrices with the same input are a part, named after them: "qkv", "gate_up".
+    Matrices with the same input are a part, named after them: "qkv", "gate_up". Experts of a layer
+    are two parts, "layers.0.experts.gate_up" and "layers.0.experts.down".
     """
     parts = {}
     for _, group in groupby(linear_nodes(spec).items(), key=lambda item: item[1].inputs):
         names = tuple(name for name, _ in group)
-        layer = names[0].rpartition(".")[0]
-        kinds = [name.rpartition(".")[2] for name in names]
+        layer = names[0].rpartition(".")[0].removesuffix(".0" if ".experts." in names[0] else "")
+        kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
         parts[f"{layer}.{('' if max(map(len, kinds)) == 1 else '_').join(kinds)}"] = names
     return parts
 

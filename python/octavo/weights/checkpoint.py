@@ -145,6 +145,7 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
         ignored = tuple(map(re.escape, family.constants))
     else:
         source = stored = open_weight_files(files.path)
+        weight_map = _without_prefix(weight_map, source, files.family.base_prefix)
         if files.spec.tie_word_embeddings:
             # Either name may be there: `save_model` of safetensors keeps lm_head, transformers
             # writes the embedding. If both are there they are equal: `read_model` compared them.
@@ -165,6 +166,19 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
     formats = running_formats(source, files.quantized)
     codes = StoredSource(stored, files.quantized)
     return Checkpoint(codes, _with_scales(weight_map, formats), formats)
+
+
+def _without_prefix(
+    weight_map: dict[str, WeightSource], source: TensorSource, prefix: str
+) -> dict[str, WeightSource]:
+    """The map for the checkpoint of a model without its head, whose names lack the prefix."""
+    table = weight_map["embed.weight"].names[0]
+    if table in source.infos or table.removeprefix(prefix) not in source.infos:
+        return weight_map
+    return {
+        name: replace(wanted, names=tuple(each.removeprefix(prefix) for each in wanted.names))
+        for name, wanted in weight_map.items()
+    }
 
 
 def _gguf_checkpoint(folder: GgufFolder, weight_map: Mapping[str, WeightSource]) -> Checkpoint:
@@ -211,11 +225,6 @@ def has_non_finite(tensor: Tensor) -> bool:
         if np.bitwise_and(chunk, mask, out=scratch[: chunk.size]).max() == exponent:
             return True
     return False
-
-
-def find_non_finite(checkpoint: Checkpoint) -> list[str]:
-    """octavo's names of the weights that hold a NaN or an infinity. Reads all of the data."""
-    return [name for name in checkpoint if has_non_finite(checkpoint[name])]
 
 
 def _find_problems(
