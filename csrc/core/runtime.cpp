@@ -136,7 +136,7 @@ Runtime::~Runtime() = default;
 BatchLimits Runtime::limits() const {
   return {spec_.vocab_size,      options_.max_num_batched_tokens,
           options_.max_num_seqs, options_.max_model_len,
-          spec_.num_kv_groups(), kv_.empty() ? 0 : kv_[0].num_blocks,
+          spec_.kv_windows(),    kv_.empty() ? 0 : kv_[0].num_blocks,
           options_.block_size};
 }
 
@@ -178,10 +178,30 @@ void Runtime::load(const std::string& name, const void* data, DType dtype,
 
 std::vector<std::string> Runtime::missing_weights() const { return weights_.missing(); }
 
+// A block belongs to one KV group at a time, and holds the numbers of its layers. So layers of
+// several groups, one of each, lie in one buffer if their blocks have the same size.
+std::vector<Runtime::KvPlace> Runtime::kv_places() const {
+  std::vector<KvPlace> places;
+  std::vector<std::int64_t> block_bytes;                              // of each buffer
+  std::map<std::pair<std::int64_t, std::int64_t>, std::size_t> used;  // by group and bytes
+  for (const LayerSpec& layer : spec_.layers) {
+    const std::int64_t bytes = backend_->kv_block_bytes(layer, kv_dtype_, options_.block_size);
+    std::size_t& next = used[{layer.kv_group, bytes}];
+    while (next < block_bytes.size() && block_bytes[next] != bytes) ++next;
+    if (next == block_bytes.size()) block_bytes.push_back(bytes);
+    places.push_back({next++, bytes});
+  }
+  return places;
+}
+
 std::int64_t Runtime::kv_bytes_per_block() const {
   std::int64_t bytes = 0;
-  for (const LayerSpec& layer : spec_.layers)
-    bytes += backend_->kv_block_bytes(layer, kv_dtype_, options_.block_size);
+  std::size_t buffers = 0;
+  for (const KvPlace& place : kv_places()) {
+    if (place.buffer < buffers) continue;
+    bytes += place.block_bytes;
+    ++buffers;
+  }
   return bytes;
 }
 
@@ -192,17 +212,20 @@ void Runtime::alloc_kv(std::int64_t num_blocks) {
     kv_.clear();
     kv_buffers_.clear();
     std::vector<KvLayer> layers;
-    for (const LayerSpec& spec : spec_.layers) {
+    const std::vector<KvPlace> places = kv_places();
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      const LayerSpec& spec = spec_.layers[i];
       KvLayer layer;
       layer.dtype = kv_dtype_;
       layer.num_blocks = num_blocks;
       layer.block_size = options_.block_size;
       layer.num_kv_heads = spec.num_kv_heads;
       layer.head_dim = spec.head_dim;
-      layer.block_bytes = backend_->kv_block_bytes(spec, kv_dtype_, options_.block_size);
-      kv_buffers_.emplace_back(backend_.get(),
-                               static_cast<std::size_t>(num_blocks * layer.block_bytes));
-      layer.data = kv_buffers_.back().data();
+      layer.block_bytes = places[i].block_bytes;
+      if (places[i].buffer == kv_buffers_.size())
+        kv_buffers_.emplace_back(backend_.get(),
+                                 static_cast<std::size_t>(num_blocks * layer.block_bytes));
+      layer.data = kv_buffers_[places[i].buffer].data();
       layers.push_back(layer);
     }
     kv_ = std::move(layers);  // only after all of it was allocated
