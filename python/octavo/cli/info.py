@@ -13,6 +13,7 @@ import typer
 from octavo.cli.options import ModelArgument, option
 
 if TYPE_CHECKING:
+    from octavo.weights.checkpoint import Checkpoint
     from octavo.weights.model_files import ModelFiles
 
 _DTYPES: Final = ("f32", "bf16")
@@ -47,12 +48,15 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     """
     from octavo.models.layer import weight_shapes
     from octavo.quantization.plan import describe_formats, embedding_formats, weight_bytes
+    from octavo.weights.stored import describe_stored
     from octavo.weights.tensor import ITEM_SIZE
 
     spec = files.spec
     layer = spec.layers[0]
     num_parameters = sum(math.prod(shape) for shape in weight_shapes(spec).values())
-    formats = {name: matrix.format for name, matrix in files.quantized.items()}
+    checkpoint = _open(files)
+    stored = files.quantized if checkpoint is None else checkpoint.stored
+    formats = {name: each.format for name, each in stored.items() if not each.converted}
     weight_sizes = {dtype: ITEM_SIZE[dtype] * num_parameters for dtype in _DTYPES}
     if formats:  # embedding and head are rounded as they are loaded
         loaded = {**embedding_formats(spec), **formats}
@@ -76,22 +80,28 @@ def describe(files: ModelFiles) -> dict[str, Any]:
         "max_position_embeddings": spec.max_position_embeddings,
         "rope": asdict(layer.rope) if layer.rope is not None else None,
         "eos_token_ids": list(files.eos_token_ids),
-        "weights": _weights(files),
+        "weights": None if checkpoint is None else _weights(checkpoint),
+        "stored": describe_stored(stored),
+        "converted_bytes": _converted_bytes(checkpoint),
         "quantized": describe_formats(spec, formats),
         "kv_bytes_per_token": {"f32": 4 * kv_elements, "bf16": 2 * kv_elements},
         "memory": _memory(weight_sizes, kv_elements, spec.max_position_embeddings),
     }
 
 
-def _weights(files: ModelFiles) -> dict[str, Any] | None:
-    """What the weight files hold; None for a folder with a configuration only."""
+def _open(files: ModelFiles) -> Checkpoint | None:
+    """The weights; None for a folder with a configuration only."""
     from octavo.weights.checkpoint import open_checkpoint
 
     kinds = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
     is_directory = files.path.is_dir()
     if is_directory and not any(entry.name.endswith(kinds) for entry in files.path.iterdir()):
         return None
-    checkpoint = open_checkpoint(files)
+    return open_checkpoint(files)
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is read from the weight files."""
     return {
         "dtype": checkpoint.dtype,
         "total_bytes": checkpoint.total_bytes,
@@ -155,6 +165,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("Architecture", facts["architecture"]),
         ("Parameters", f"{facts['num_parameters']:,} ({_short(facts['num_parameters'])})"),
         ("Weight files", _weights_text(facts["weights"])),
+        *[("Stored", text) for text in facts["stored"]],
+        *_conversion(facts["converted_bytes"]),
         *[("Quantized", text) for text in facts["quantized"]],
         ("Layers", f"{facts['num_layers']}, hidden size {facts['hidden_size']:,}"),
         (
@@ -173,6 +185,20 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "as f32",
         ),
     ]
+
+
+def _converted_bytes(checkpoint: Checkpoint | None) -> dict[str, int] | None:
+    """Of weights in formats that no kernel computes in: as bf16, and in the files; None: none."""
+    count, in_files = (0, 0) if checkpoint is None else checkpoint.conversion
+    return {"bf16": 2 * count, "files": in_files} if count else None
+
+
+def _conversion(converted: dict[str, int] | None) -> list[tuple[str, str]]:
+    """What converted weights cost, if there are any."""
+    if converted is None:
+        return []
+    sizes = [format_bytes(converted[place]) for place in ("bf16", "files")]
+    return [("Converted", f"{sizes[0]} in memory, {sizes[1]} in the files")]
 
 
 def _weights_text(weights: dict[str, Any] | None) -> str:

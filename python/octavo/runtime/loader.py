@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -30,6 +31,7 @@ from octavo.quantization.plan import (
 from octavo.runtime.remedies import Changes, Needs
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
+from octavo.weights.stored import ConvertedWeightsWarning
 from octavo.weights.tensor import TensorDType
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def load_runtime(
     from octavo import _native
 
     environment = read_environment() if environment is None else environment
-    stored = checkpoint.formats
+    opened, stored = checkpoint, checkpoint.formats
     checkpoint = quantize_checkpoint(
         checkpoint, files.spec, _scheme(config), keep_embedding=config.keep_embedding
     )
@@ -86,6 +88,7 @@ def load_runtime(
     runtime = _make_runtime(device, files.spec, options, config)
     block_bytes = runtime.kv_bytes_per_block()
     num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
+    _warn_of_conversion(opened, options)
     available = _available(runtime, device, num_bytes)
     if num_bytes > available:
         raise InsufficientMemoryError(
@@ -252,6 +255,26 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
             needs.remedies(),
         )
     return num_blocks
+
+
+def _warn_of_conversion(checkpoint: Checkpoint, options: RuntimeOptions) -> None:
+    """Say what weights cost in memory whose format no kernel computes in."""
+    labels = dict.fromkeys(
+        matrix.label
+        for name, matrix in checkpoint.stored.items()
+        if matrix.converted and name not in options.formats
+    )
+    if labels:
+        count, in_files = checkpoint.conversion
+        in_memory = count * (4 if options.dtype == "f32" else 2)
+        advice = "" if options.formats else "; quantize='int8' keeps a byte of each"
+        warnings.warn(
+            f"{' and '.join(labels)}: octavo does not compute in this format, so these weights are "
+            f"converted to {options.dtype} as they are loaded: {_format_bytes(in_memory)} in "
+            f"memory, {_format_bytes(in_files)} in the files{advice}",
+            ConvertedWeightsWarning,
+            stacklevel=3,
+        )
 
 
 def _load_weights(

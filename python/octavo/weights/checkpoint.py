@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,13 +15,19 @@ from octavo.models.family import WeightSource
 from octavo.models.fields import printable
 from octavo.models.layer import weight_shapes
 from octavo.models.spec import WeightFormat
-from octavo.weights.codes import StoredSource, running_formats, stored_tensors
 from octavo.weights.dummy import DummySource
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles
-from octavo.weights.quantization_config import StoredMatrix
 from octavo.weights.reader import read_runs, read_weight, weight_info
-from octavo.weights.safetensors import open_weight_files
+from octavo.weights.safetensors import SafetensorsFile, open_weight_files
+from octavo.weights.stored import (
+    FLOATS,
+    Entry,
+    StoredMatrix,
+    StoredSource,
+    conversion_bytes,
+    settle,
+)
 from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, TensorInfo, TensorSource
 
 _CHUNK = 1 << 20  # elements searched for NaN in one go: the scratch stays in cache
@@ -38,7 +44,9 @@ class Checkpoint(Mapping[str, Tensor]):
     formats: of the matrices that are, or will be, quantized, by name without ".weight". Codes
         ("int8", "int4") have "NAME.scale" and, if asymmetric, "NAME.zero" beside them.
     dtype: the format of most elements that are not codes.
-    total_bytes: of all weights as stored.
+    stored: the matrices that the files do not hold as plain numbers, by name without ".weight".
+    conversion: of those that are converted while they are read, (weights, bytes in the files).
+    total_bytes: of all weights as they are read.
     num_parameters: of the model, scales and zero points not counted.
     """
 
@@ -51,6 +59,8 @@ class Checkpoint(Mapping[str, Tensor]):
     ) -> None:
         """weight_map: where in `source` each weight lies; None: under octavo's names."""
         self._source = source
+        self.stored: Mapping[str, StoredMatrix] = {}
+        self.conversion = (0, 0)
         self._map = weight_map or {
             name: WeightSource((name,), info.shape) for name, info in source.infos.items()
         }
@@ -129,7 +139,7 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
         weight_map = family.tensors.weight_map(files.spec)
         ignored = tuple(map(re.escape, family.constants))
     else:
-        source = stored = open_weight_files(files.path)
+        source = open_weight_files(files.path)
         if files.spec.tie_word_embeddings:
             # Either name may be there: `save_model` of safetensors keeps lm_head, transformers
             # writes the embedding. If both are there they are equal: `read_model` compared them.
@@ -137,28 +147,79 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
             if head in source.infos and table.names[0] not in source.infos:
                 weight_map = weight_map | {"embed.weight": replace(table, names=(head,))}
             ignored = (*ignored, re.escape(head))
-    problems = _find_problems(source, weight_map, files.quantized, ignored)
+    quantized = _stored_matrices(source, weight_map, files.quantized)
+    matrices = [matrix for stack in quantized.values() for matrix in stack]
+    ignored = (*ignored, *map(re.escape, _zero_biases(source, weight_map, matrices)))
+    problems = _find_problems(source, weight_map, quantized, ignored)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise WeightsError(
             f"The weights in {files.path} do not fit its configuration ({count}):", problems
         )
-    if not files.quantized:
+    if not isinstance(source, SafetensorsFile) or not quantized:
         return Checkpoint(source, weight_map)
-    formats = running_formats(source, files.quantized)
-    with_scales = {}  # scales after their codes, for a loader that reads in order
+    return _open_stored(source, weight_map, quantized)
+
+
+def _open_stored(
+    source: SafetensorsFile,
+    weight_map: Mapping[str, WeightSource],
+    quantized: Mapping[str, Sequence[StoredMatrix]],
+) -> Checkpoint:
+    """The checkpoint of files whose tensors fit; scales follow their codes, as a loader reads."""
+    settled = settle(source, quantized)
+    stored = {name: stack[0] for name, stack in settled.items()}
+    formats = {name: each.format for name, each in stored.items() if not each.converted}
+    with_scales = {}
     for name, wanted in weight_map.items():
-        with_scales[name] = wanted
         base = name.removesuffix(".weight")
-        if base in formats and base != name:
-            shape = wanted.shape[0], formats[base].num_groups(wanted.shape[1])
-            module = wanted.modules[0]
-            scale = replace(wanted, names=(module + ".weight_scale",), shape=shape)
-            with_scales[base + ".scale"] = scale
+        if base not in stored or base == name:
+            with_scales[name] = wanted
+            continue
+        wanted = replace(wanted, transform="plain")  # they are (outputs, inputs) in any family
+        with_scales[name] = wanted
+        if base in formats:
+            shape = *wanted.shape[:-1], formats[base].num_groups(wanted.shape[-1])
+            scales = tuple(module + ".weight_scale" for module in wanted.modules)
+            with_scales[base + ".scale"] = replace(wanted, names=scales, shape=shape)
             if formats[base].has_zeros:
-                zero = replace(scale, names=(module + ".weight_zero_point",))
-                with_scales[base + ".zero"] = zero
-    return Checkpoint(StoredSource(stored, files.quantized), with_scales, formats)
+                zeros = tuple(module + ".weight_zero_point" for module in wanted.modules)
+                with_scales[base + ".zero"] = replace(wanted, names=zeros, shape=shape)
+    matrices = [matrix for stack in settled.values() for matrix in stack]
+    opened = Checkpoint(StoredSource(source, matrices), with_scales, formats)
+    opened.stored, opened.conversion = stored, conversion_bytes(matrices, source.infos)
+    return opened
+
+
+def _stored_matrices(
+    source: TensorSource,
+    weight_map: Mapping[str, WeightSource],
+    quantized: Mapping[str, StoredMatrix],
+) -> dict[str, list[StoredMatrix]]:
+    """octavo's name -> the matrices stacked in it, usually one; those stored plainly left out."""
+    found = {}
+    for name, matrix in quantized.items():
+        modules = weight_map[name + ".weight"].modules
+        stack = [replace(matrix, module=module) for module in modules]
+        if not all(each.is_plain(source.infos) for each in stack):
+            found[name] = stack
+    return found
+
+
+def _zero_biases(
+    source: TensorSource,
+    weight_map: Mapping[str, WeightSource],
+    matrices: Iterable[StoredMatrix],
+) -> Iterator[str]:
+    """Biases that the family does not have, and that hold zeros: early AutoGPTQ wrote them."""
+    known = {name for wanted in weight_map.values() for name in wanted.names}
+    for matrix in matrices:
+        name = matrix.module + ".bias"
+        info = source.infos.get(name)
+        if name in known or info is None or info.dtype not in ITEM_SIZE:
+            continue
+        if info.shape == (matrix.shape[0],) and not np.any(source.read(name).to_float32()):
+            yield name
 
 
 def has_non_finite(tensor: Tensor) -> bool:
@@ -184,25 +245,28 @@ def find_non_finite(checkpoint: Checkpoint) -> list[str]:
 def _find_problems(
     source: TensorSource,
     weight_map: Mapping[str, WeightSource],
-    quantized: Mapping[str, StoredMatrix],
+    quantized: Mapping[str, Sequence[StoredMatrix]],
     ignored: Sequence[str],
 ) -> list[str]:
     """Every difference between the tensors of `source` and those of the map."""
     problems = []
-    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}  # name -> (types, shape)
-    for matrix in quantized.values():
-        expected |= stored_tensors(matrix)
+    expected: dict[str, Entry] = {}
+    for stack in quantized.values():
+        for matrix in stack:
+            expected |= matrix.entries(source.infos)
     for name, wanted in weight_map.items():
         if name.removesuffix(".weight") not in quantized or not name.endswith(".weight"):
-            expected |= dict.fromkeys(wanted.names, (tuple(ITEM_SIZE), wanted.stored_shape))
+            expected |= dict.fromkeys(wanted.names, Entry(FLOATS, (wanted.stored_shape,)))
         types = {source.infos[each].dtype for each in wanted.names if each in source.infos}
         if len(types) > 1:
             problems.append(f"{name} is stored as {' and '.join(sorted(types))}; expected one type")
-    for name, (dtypes, shape) in expected.items():
+    for name, (dtypes, shapes, optional) in expected.items():
         info = source.infos.get(name)
+        shape = " or ".join(map(str, shapes)) or "any"
         if info is None:
-            problems.append(f"{name} is missing; expected shape {shape}")
-        elif info.shape != shape:
+            if not optional:
+                problems.append(f"{name} is missing; expected shape {shape}")
+        elif shapes and info.shape not in shapes:
             problems.append(f"{name} has shape {info.shape}; expected {shape}")
         elif info.dtype not in dtypes:
             supported = ", ".join(dtype.upper() for dtype in dtypes)
