@@ -212,7 +212,7 @@ def pack_four_bit(
 def pack_eight_bit(generator: np.random.Generator, shape: Shape) -> Packed:
     """bitsandbytes LLM.int8()."""
     codes = generator.integers(-127, 128, shape).astype(np.int8)
-    largest = generator.uniform(0.5, 2, shape[0]).astype(np.float32)
+    largest = generator.uniform(0.1, 0.4, shape[0]).astype(np.float32)
     weights = codes * (largest * np.float32(1 / 127))[:, None]
     layout = ("U8", np.zeros((), np.uint8))
     tensors = {"weight": ("I8", codes), "SCB": ("F32", largest), "weight_format": layout}

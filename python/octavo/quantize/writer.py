@@ -129,13 +129,14 @@ def check_new_directory(target: Path) -> Path:
 
 
 def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:
-    """A model that can be quantized; InvalidArgumentError if it is so already."""
+    """A model that can be quantized, of floats or FP8; InvalidArgumentError if it has codes."""
     files = read_model(source)
-    if files.quantized:
+    checkpoint = open_checkpoint(files)
+    if checkpoint.formats:
         raise InvalidArgumentError(
             f"{source} is quantized already; expected a model with float weights"
         )
-    return files, open_checkpoint(files)
+    return files, checkpoint
 
 
 def _copy_files(source: Folder, target: Path) -> None:

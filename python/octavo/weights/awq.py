@@ -35,7 +35,7 @@ class AwqMatrix(GroupedMatrix):
     @property
     def label(self) -> str:
         """As `StoredMatrix.label`."""
-        return f"AWQ, 4 bits, groups of {self.group_size}"
+        return f"AWQ, 4 bits, {self.grouping}"
 
     @property
     def scale_name(self) -> str:

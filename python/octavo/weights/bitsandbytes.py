@@ -125,18 +125,20 @@ class FourBitMatrix(StoredMatrix):
         """As `StoredMatrix.weight`."""
         width = self.shape[1]
         numbers = files.read(self._name("quant_map")).to_float32()
-        pairs = np.stack([np.repeat(numbers, 16), np.tile(numbers, 16)], axis=1)  # of each byte
+        pairs = np.stack([np.repeat(numbers, 16), np.tile(numbers, 16)], axis=1)
+        of_byte = pairs.view(np.int64)[:, 0]  # two float32 numbers each
         codes, absmax = files.read_bytes(self.module + ".weight"), self._factors(files)
 
         def decode(row: int, end: int) -> Float32:
             # Bytes and blocks run on from one row to the next.
             begin, past = row * width, end * width
-            values = pairs[codes[begin // 2 : -(-past // 2)]].reshape(-1)[begin % 2 :]
+            values = np.take(of_byte, codes[begin // 2 : -(-past // 2)]).view(np.float32)
             block = begin // self.blocksize
             factors = np.repeat(absmax[block : -(-past // self.blocksize)], self.blocksize)
             factors = factors[begin - block * self.blocksize :]
             count = past - begin
-            return (values[:count] * factors[:count]).reshape(end - row, width)
+            decoded: Float32 = values[begin % 2 :][:count] * factors[:count]
+            return decoded.reshape(end - row, width)
 
         return convert_rows(first, last, width, decode)
 

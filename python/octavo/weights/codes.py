@@ -108,11 +108,7 @@ class CompressedMatrix(GroupedMatrix):
     def label(self) -> str:
         """As `StoredMatrix.label`."""
         method = "octavo" if self.layout == "octavo" else f"compressed-tensors, {self.layout}"
-        groups = "a scale an output"
-        if self.per_tensor:
-            groups = "one scale"
-        elif self.group_size < self.shape[1]:
-            groups = f"groups of {self.group_size}"
+        groups = "one scale" if self.per_tensor else self.grouping
         order = ", act-order" if self.ordered else ""
         return f"{method}, {self.bits} bits, {groups}{order}"
 

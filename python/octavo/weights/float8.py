@@ -103,15 +103,15 @@ class Float8Matrix(StoredMatrix):
             self.shape[0] if len(scales) == 1 else 1,
             self.shape[1],
         )
-        columns = np.arange(self.shape[1]) // block_columns
         codes = files.read_array(self.module + ".weight")
         values = e4m3_values()
 
         def decode(row: int, end: int) -> Float32:
-            of_rows = scales[np.arange(row, end) // block_rows]
-            # Of one scale a row there is no need to make a copy for each column.
-            of_weights = of_rows if scales.shape[1] == 1 else of_rows[:, columns]
-            decoded: Float32 = values[codes[row:end]] * of_weights
+            factors = scales[np.arange(row, end) // block_rows]
+            if scales.shape[1] > 1:
+                factors = np.repeat(factors, block_columns, axis=1)[:, : self.shape[1]]
+            decoded: Float32 = np.take(values, codes[row:end])
+            decoded *= factors
             return decoded
 
         return convert_rows(first, last, self.shape[1], decode)

@@ -45,7 +45,7 @@ class GptqMatrix(GroupedMatrix):
     def label(self) -> str:
         """As `StoredMatrix.label`."""
         order = ", act-order" if self.act_order else ""
-        return f"GPTQ, {self.bits} bits, groups of {self.group_size}{order}"
+        return f"GPTQ, {self.bits} bits, {self.grouping}{order}"
 
     @property
     def scale_name(self) -> str:

@@ -44,6 +44,12 @@ class GroupedMatrix(StoredMatrix):
         return -(-self.shape[1] // self.group_size)
 
     @property
+    def grouping(self) -> str:
+        """What shares a scale, for people."""
+        whole = self.group_size >= self.shape[1]
+        return "a scale an output" if whole else f"groups of {self.group_size}"
+
+    @property
     @abstractmethod
     def scale_name(self) -> str:
         """The tensor of the scales."""
@@ -127,7 +133,8 @@ class GroupedMatrix(StoredMatrix):
             rows = slice(row - first, end - first)
             codes = (nibbles(packed[rows]) if self.bits == 4 else packed[rows])[:, :inputs]
             scale = Tensor(scales[rows], self.scale_dtype).to_float32()
-            values: Float32 = (codes - zeros[rows][:, groups]) * scale[:, groups]
+            values: Float32 = codes - np.take(zeros[rows], groups, axis=1)
+            values *= np.take(scale, groups, axis=1)
             return values
 
         return convert_rows(first, last, inputs, decode)
