@@ -5,9 +5,3 @@ KV cache and named taps), `sampling` (from logits to the next token); `nodes` ha
 by one, for tools. The native core is tested against these files op by op, layer by layer and token
 by token, so octavo does what they say. They are written to be read, not to be fast.
 """
-
-from __future__ import annotations
-
-from octavo.reference.llama import KVCache, ReferenceModel
-
-__all__ = ["KVCache", "ReferenceModel"]

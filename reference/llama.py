@@ -6,7 +6,9 @@
         x = x + down(activation(gate(n)) * up(n))     where n = norm(x)
     logits = head(norm(x))
 
-The model of Touvron et al. 2023 (arXiv 2302.13971). Every intermediate result has a name, the same
+The model of Touvron et al. 2023 (arXiv 2302.13971). A `LayerSpec` or `ModelSpec` may ask for more:
+q and k normalized before rope, what a sublayer adds normalized or multiplied, capped scores and
+logits. Every intermediate result has a name, the same
 here, in the native core and in `octavo diff`: see `octavo.models.layer.tap_names`.
 """
 
@@ -14,13 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from octavo.models.adapter import Adapter
 from octavo.models.layer import weight_shapes
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, WeightFormat
+from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, WeightFormat
 from octavo.reference import ops
+from octavo.reference.nodes import expert_output
 from octavo.reference.ops import Array, Float32, Integers
 from octavo.reference.quantization import check_int4_activations, rounded_product
 
@@ -63,6 +68,8 @@ class ReferenceModel:
     and what is multiplied by them is rounded to whole numbers (`rounded_product` there).
     int4_activations: "bf16" rounds what is multiplied by int4 to bfloat16 instead, as the CPU's
     instruction set amx does; all others, and int8 everywhere, are "whole".
+    adapter: a LoRA adapter, which adds `ops.low_rank` to the products of its matrices, and to the
+    rows of the embedding; its matrices are rounded as dtype says, however the model is quantized.
     compute: np.float32, or np.float64 to judge the rounding of other implementations.
     """
 
@@ -75,6 +82,7 @@ class ReferenceModel:
         kv_dtype: str = "f32",
         formats: Mapping[str, WeightFormat] | None = None,
         int4_activations: str = "whole",
+        adapter: Adapter | None = None,
         compute: type[np.float32] | type[np.float64] = np.float32,
     ) -> None:
         if dtype not in _DTYPES or kv_dtype not in _KV_DTYPES:
@@ -89,9 +97,10 @@ class ReferenceModel:
         self.kv_dtype = kv_dtype
         self.compute = compute
         self.formats: Mapping[str, WeightFormat] = dict(formats or {})
+        self.adapter = {} if adapter is None else adapter.matrices
         self.weights = _checked_weights(spec, weights, dtype, self.formats)
         self.frequencies = [
-            None if layer.rope is None else ops.rope_frequencies(layer.rope, layer.head_dim)
+            None if layer.rope is None else np.array(layer.rope.frequencies, np.float32)
             for layer in spec.layers
         ]
 
@@ -120,9 +129,9 @@ class ReferenceModel:
         _tap(taps, "embed", x)
         for index, layer in enumerate(spec.layers):
             attn_out = self._attention(index, layer, x, positions, cache, taps)
-            x = x + attn_out
+            x = x + ops.scale(attn_out, layer.residual_multiplier)
             mlp_out = self._mlp(index, layer, x, taps)
-            x = x + mlp_out
+            x = x + ops.scale(mlp_out, layer.residual_multiplier)
             _tap(taps, f"layers.{index}.out", x)
         cache.length += len(tokens)
 
@@ -130,14 +139,18 @@ class ReferenceModel:
             x = ops.take_rows(x, np.asarray(logit_rows))
         x = self._norm("final_norm", spec.final_norm, x)
         _tap(taps, "final_norm", x)
-        logits = self._linear("embed" if spec.tie_word_embeddings else "lm_head", x)
+        logits = self._linear("lm_head", x)
+        logits = ops.scale(logits, spec.logits_multiplier, spec.logits_softcap)
         _tap(taps, "logits", logits)
         return logits
 
     def _embed(self, tokens: Integers, positions: Integers) -> Array:
         table = self.weights.get("positions.weight")
         x = ops.embed(self.weights["embed.weight"], tokens, table, positions)
-        return x.astype(self.compute)
+        x = x.astype(self.compute)
+        if part := self.adapter.get("embed"):
+            x = x + ops.low_rank_rows(tokens, part, self.dtype)
+        return ops.scale(x, self.spec.embed_multiplier)
 
     def _attention(
         self,
@@ -154,16 +167,20 @@ class ReferenceModel:
         normed = self._norm(name + "attn_norm", layer.norm, x)
         _tap(taps, name + "attn_norm", normed)
 
-        q = self._linear(name + "q", normed).reshape(rows, layer.num_heads, layer.head_dim)
-        k = self._linear(name + "k", normed).reshape(rows, layer.num_kv_heads, layer.head_dim)
-        v = self._linear(name + "v", normed).reshape(rows, layer.num_kv_heads, layer.head_dim)
+        q, k, v = (self._linear(name + part, normed) for part in "qkv")
         for part, value in (("q", q), ("k", k), ("v", v)):
             _tap(taps, name + part, value)
+        if layer.qk_norm != "none":
+            q = self._norm_heads(name + "q_norm", layer.qk_norm_spec, q)
+            k = self._norm_heads(name + "k_norm", layer.qk_norm_spec, k)
+            _tap(taps, name + "q_norm", q)
+            _tap(taps, name + "k_norm", k)
+        q, k, v = (x.reshape(rows, -1, layer.head_dim) for x in (q, k, v))
 
-        frequencies = self.frequencies[index]
-        if frequencies is not None:
-            q = ops.rope(q, positions, frequencies)
-            k = ops.rope(k, positions, frequencies)
+        if layer.rope is not None:
+            frequencies, factor = self.frequencies[index], layer.rope.attention_factor
+            q = ops.rope(q, positions, frequencies, factor)
+            k = ops.rope(k, positions, frequencies, factor)
             _tap(taps, name + "q_rope", q)
             _tap(taps, name + "k_rope", k)
 
@@ -172,18 +189,20 @@ class ReferenceModel:
         k, v = ops.to_cache(k, self.kv_dtype), ops.to_cache(v, self.kv_dtype)
         keys, values = cache.extend(index, k, v)
         scale, rounds = layer.score_scale, ops.attention_dtype(self.kv_dtype)
-        out = ops.attention(q, keys, values, scale, layer.window, rounds)
+        cap = layer.attention_softcap
+        out = ops.attention(q, keys, values, scale, layer.window, rounds, cap)
         out = out.reshape(rows, layer.q_size)
         _tap(taps, name + "attn", out)
-        attn_out = self._linear(name + "o", out)
-        _tap(taps, name + "attn_out", attn_out)
-        return attn_out
+        return self._sublayer_output(layer, name + "attn_out", self._linear(name + "o", out), taps)
 
     def _mlp(self, index: int, layer: LayerSpec, x: Array, taps: Taps) -> Array:
         """What layer `index`'s MLP adds to the residual stream x; both (rows, width)."""
         name = f"layers.{index}."
         normed = self._norm(name + "mlp_norm", layer.norm, x)
         _tap(taps, name + "mlp_norm", normed)
+        if layer.moe is not None:
+            mlp_out = self._experts(name, layer, layer.moe, normed, taps)
+            return self._sublayer_output(layer, name + "mlp_out", mlp_out, taps)
         gate = None
         if layer.gated:
             gate = self._linear(name + "gate", normed)
@@ -193,16 +212,41 @@ class ReferenceModel:
         activated = ops.gated_activation(gate, up, layer.activation)
         _tap(taps, name + "act", activated)
         mlp_out = self._linear(name + "down", activated)
-        _tap(taps, name + "mlp_out", mlp_out)
-        return mlp_out
+        return self._sublayer_output(layer, name + "mlp_out", mlp_out, taps)
+
+    def _sublayer_output(self, layer: LayerSpec, name: str, x: Array, taps: Taps) -> Array:
+        """What a sublayer adds, before `residual_multiplier`: x, or x normalized."""
+        _tap(taps, name, x)
+        if layer.output_norm is None:
+            return x
+        normed = self._norm(f"{name}_norm", layer.output_norm, x)
+        _tap(taps, f"{name}_norm", normed)
+        return normed
+
+    def _experts(
+        self, name: str, layer: LayerSpec, moe: MoeSpec, normed: Array, taps: Taps
+    ) -> Array:
+        """What the experts make of `normed`; the router's product is never rounded."""
+        logits = ops.linear(normed, self.weights[name + "router.weight"])
+        _tap(taps, name + "router", logits)
+        expert = partial(expert_output, name, self.weights, layer.activation, self.multiply)
+        k, outputs = moe.experts_per_token, self.spec.hidden_size
+        return ops.mix_experts(normed, logits, k, moe.normalize, outputs, expert)
 
     def _norm(self, name: str, norm: NormSpec, x: Array) -> Array:
-        bias = self.weights[name + ".bias"] if norm.bias else None
-        return ops.norm(x, self.weights[name + ".weight"], bias, norm.eps, norm.kind)
+        weight, bias = self.weights.get(name + ".weight"), self.weights.get(name + ".bias")
+        return ops.norm(x, weight, bias, norm.eps, norm.kind)
+
+    def _norm_heads(self, name: str, norm: NormSpec, x: Array) -> Array:
+        return ops.norm_heads(x, self.weights[name + ".weight"], None, norm.eps, norm.kind)
 
     def _linear(self, name: str, x: Array) -> Array:
-        weight, bias = self.weights[name + ".weight"], self.weights.get(name + ".bias")
-        return self.multiply(name, x, weight, bias)
+        own = "embed" if name == "lm_head" and self.spec.tie_word_embeddings else name
+        weight, bias = self.weights[own + ".weight"], self.weights.get(own + ".bias")
+        out = self.multiply(own, x, weight, bias)
+        if part := self.adapter.get(name):
+            out = out + ops.low_rank(x, part, self.dtype)
+        return out
 
     def multiply(self, name: str, x: Array, weight: Array, bias: Array | None) -> Array:
         """x times a weight; x is rounded as the format of the matrix `name` requires.
@@ -249,7 +293,8 @@ def _checked_weights(
         weight = weights[name]
         if weight.shape != shape:
             problems.append(f"{name} has shape {weight.shape}, expected {shape}")
-        is_plain_matrix = len(shape) == 2 and name.removesuffix(".weight") not in formats
+        base = name.removesuffix(".weight")
+        is_plain_matrix = len(shape) == 2 and base not in formats and not base.endswith(".router")
         rounds = is_plain_matrix and dtype == "bf16"
         checked[name] = ops.round_to_bf16(weight) if rounds else weight
     if problems:

@@ -21,12 +21,13 @@ of storage in addition (blocks, slots). `rope` and the others are parts of those
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from octavo.models.spec import RopeSpec
+from octavo.models.adapter import LowRank
 
 Array = npt.NDArray[Any]  # float32, or float64 when judging
 Float32 = npt.NDArray[np.float32]
@@ -36,11 +37,13 @@ OPS = (
     "embed",
     "norm",
     "add_norm",
+    "norm_heads",
+    "scale",
     "linear",
-    "rope_frequencies",
     "rope_and_store",
     "attention",
     "gated_activation",
+    "moe",
     "take_rows",
 )
 
@@ -81,15 +84,22 @@ def embed(
     return x
 
 
-def norm(x: Array, weight: Array, bias: Array | None, eps: float, kind: str = "rms") -> Array:
+def norm(
+    x: Array, weight: Array | None, bias: Array | None, eps: float, kind: str = "rms"
+) -> Array:
     """Normalize each row to a standard size, then scale (and shift) each column.
 
     kind "rms" (Zhang & Sennrich 2019, arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight.
     kind "layer" (Ba et al. 2016, arXiv 1607.06450): the same of x - mean(x).
+    kind "none": x itself; there is no weight.
     x: (rows, width); weight, bias: (width,). Returns (rows, width).
     """
-    if kind not in ("rms", "layer"):
-        raise ValueError(f"norm kind is {kind!r}; expected 'rms' or 'layer'")
+    if kind not in ("rms", "layer", "none"):
+        raise ValueError(f"norm kind is {kind!r}; expected 'rms', 'layer' or 'none'")
+    if (weight is None) != (kind == "none"):
+        raise ValueError(f"norm kind is {kind!r} and the weight is {weight!r}; 'none' has none")
+    if weight is None:
+        return x
     if kind == "layer":
         x = x - np.mean(x, axis=-1, keepdims=True)
     mean_square = np.mean(x * x, axis=-1, keepdims=True)
@@ -99,7 +109,12 @@ def norm(x: Array, weight: Array, bias: Array | None, eps: float, kind: str = "r
 
 
 def add_norm(
-    residual: Array, x: Array, weight: Array, bias: Array | None, eps: float, kind: str = "rms"
+    residual: Array,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    kind: str = "rms",
 ) -> tuple[Array, Array]:
     """End one sublayer and begin the next: the new residual stream, and that normalized.
 
@@ -107,6 +122,24 @@ def add_norm(
     """
     total = residual + x
     return total, norm(total, weight, bias, eps, kind)
+
+
+def norm_heads(x: Array, weight: Array, bias: Array | None, eps: float, kind: str = "rms") -> Array:
+    """Normalize each group of columns of a row by itself: each head, or all heads together.
+
+    x: (rows, groups * width); weight, bias: (width,), the same for every group; the rest as in
+    `norm`. Returns (rows, groups * width).
+    """
+    return norm(x.reshape(-1, len(weight)), weight, bias, eps, kind).reshape(x.shape)
+
+
+def scale(x: Array, factor: float, cap: float = 0.0) -> Array:
+    """factor * x; with a cap that is not 0, cap * tanh(factor * x / cap), which stays within it.
+
+    The cap: Gemma 2 (arXiv 2408.00118, section 2). Any shape.
+    """
+    y: Array = x if factor == 1 else x * x.dtype.type(factor)
+    return y if cap == 0 else np.tanh(y / x.dtype.type(cap)) * x.dtype.type(cap)
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None, dtype: str = "f32") -> Array:
@@ -121,65 +154,49 @@ def linear(x: Array, weight: Array, bias: Array | None = None, dtype: str = "f32
     return y if bias is None else y + bias.astype(x.dtype, copy=False)
 
 
-def rope_frequencies(rope: RopeSpec, head_dim: int) -> Float32:
-    """How far each pair of elements turns from one position to the next, in radians.
+def low_rank(x: Array, part: LowRank, dtype: str = "f32") -> Array:
+    """What an adapter adds to the product of a matrix: (scale B) (A x) (Hu et al. 2021).
 
-    theta^(-2i / head_dim) for pair i (Su et al. 2021, arXiv 2104.09864), then scaled for long
-    contexts: "linear" (Chen et al. 2023, arXiv 2306.15595) divides by `factor`; "llama3" (the
-    Llama 3.1 release) divides those that turn slowly over the original context, keeps those that
-    turn fast, and passes smoothly from one to the other. All in float32, in the order in which
-    `transformers` computes it, except that the power is taken in float64 and then rounded.
-    Returns float32 (head_dim / 2,).
+    x: (rows, inputs), as the matrix itself takes it. Both products are `linear` with this dtype, so
+    "bf16" rounds x, A, A x and scale B to bfloat16, and no sum. Returns (rows, outputs).
     """
-    exponents = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
-    powers = np.array([math.pow(rope.theta, exponent) for exponent in exponents.tolist()])
-    frequencies: Float32 = (np.float32(1) / powers.astype(np.float32)).astype(np.float32)
-    if rope.scaling == "default":
-        return frequencies
-    factor = np.float32(rope.factor)
-    slower: Float32 = frequencies / factor
-    if rope.scaling == "linear":
-        return slower
-    if rope.scaling != "llama3":
-        raise ValueError(f"rope scaling is {rope.scaling!r}; expected default, linear or llama3")
-    context, low, high = (
-        np.float32(rope.original_max_position_embeddings),
-        np.float32(rope.low_freq_factor),
-        np.float32(rope.high_freq_factor),
-    )
-    wavelengths = np.float32(2 * math.pi) / frequencies  # positions to a full turn
-    # 0 where a full turn takes the context / low or longer, 1 where context / high or shorter.
-    smooth = (context / wavelengths - low) / (high - low)
-    between = ((1 - smooth) * frequencies) / factor + smooth * frequencies
-    scaled = np.where(wavelengths > context / low, slower, between)
-    result: Float32 = np.where(wavelengths < context / high, frequencies, scaled)
-    return result.astype(np.float32)
+    return linear(linear(x, part.a, dtype=dtype), part.scaled_b, dtype=dtype)
 
 
-def rope(x: Array, positions: Integers, frequencies: Float32 | None) -> Array:
+def low_rank_rows(token_ids: Integers, part: LowRank, dtype: str = "f32") -> Array:
+    """What an adapter adds to rows of the embedding: (scale B) A[:, token]; (rows, hidden)."""
+    rows = np.ascontiguousarray(part.a.T[token_ids])
+    rows = round_to_bf16(rows) if dtype == "bf16" else rows
+    return linear(rows, part.scaled_b, dtype=dtype)
+
+
+def rope(
+    x: Array, positions: Integers, frequencies: Float32 | None, attention_factor: float = 1.0
+) -> Array:
     """Rotary position embedding: turn each pair of elements by position * frequency.
 
-    Element i is paired with i + head_dim / 2 ("rotate half", as in GPT-NeoX and Hugging Face;
-    GGUF files and Meta's own code pair neighbours instead, with the rows of q and k reordered).
-    The product of a turned q and a turned k depends on the distance of their positions alone.
+    Of n frequencies, elements i and i + n of a head are a pair ("rotate half", as in GPT-NeoX and
+    Hugging Face; GGUF files and Meta's own code pair neighbours instead, with the rows of q and k
+    reordered); elements from 2 n on stay. The product of a turned q and a turned k depends on the
+    distance of their positions alone.
 
-    x: (rows, heads, head_dim); positions: (rows,); frequencies: float32 (head_dim / 2,), or None
-    for no rotation. Returns the shape of x.
+    x: (rows, heads, head_dim); positions: (rows,); frequencies: float32 (at most head_dim / 2,), or
+    None for no rotation; attention_factor: of cosines and sines. Returns the shape of x.
     """
     if frequencies is None:
         return x
     angles = positions.astype(np.float32)[:, None] * frequencies  # float32 on purpose
-    cos, sin = _cos_and_sin(angles, x.dtype)
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
+    cos, sin = _cos_and_sin(angles, np.float32(attention_factor), x.dtype)
+    half = len(frequencies)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = [first * cos - second * sin, second * cos + first * sin]
-    return np.concatenate(turned, axis=-1)
+    return np.concatenate([*turned, rest], axis=-1)
 
 
-def _cos_and_sin(angles: Float32, dtype: npt.DTypeLike) -> tuple[Array, Array]:
+def _cos_and_sin(angles: Float32, factor: np.float32, dtype: npt.DTypeLike) -> tuple[Array, Array]:
     """(rows, pairs) -> two of (rows, 1, pairs): evaluated in float64, kept as float32."""
     exact = angles.astype(np.float64)[:, None, :]
-    cos, sin = np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)
+    cos, sin = np.cos(exact).astype(np.float32) * factor, np.sin(exact).astype(np.float32) * factor
     return cos.astype(dtype, copy=False), sin.astype(dtype, copy=False)
 
 
@@ -192,20 +209,22 @@ def rope_and_store(
     frequencies: Float32 | None,
     num_slots: int,
     kv_dtype: str = "f32",
+    attention_factor: float = 1.0,
 ) -> tuple[Array, Array, Array]:
     """Rotate q and k, and put k and v into the slots of an (empty) cache.
 
     q: (rows, num_heads, head_dim); k, v: (rows, num_kv_heads, head_dim); positions: (rows,);
-    slots: (rows,), where each row's key and value are stored; negative: not at all; frequencies as
-    in `rope`. kv_dtype: see `to_cache`. Returns the rotated q, and the cache's keys and
-    values, each (num_slots, num_kv_heads, head_dim), zero where nothing was stored.
+    slots: (rows,), where each row's key and value are stored; negative: not at all; frequencies and
+    attention_factor as in `rope`. kv_dtype: see `to_cache`. Returns the rotated q, and the cache's
+    keys and values, each (num_slots, num_kv_heads, head_dim), zero where nothing was stored.
     """
     k_cache = np.zeros((num_slots, *k.shape[1:]), dtype=k.dtype)
     v_cache = np.zeros((num_slots, *v.shape[1:]), dtype=v.dtype)
     stored = slots >= 0
-    k_cache[slots[stored]] = to_cache(rope(k, positions, frequencies)[stored], kv_dtype)
+    q, k = (rope(x, positions, frequencies, attention_factor) for x in (q, k))
+    k_cache[slots[stored]] = to_cache(k[stored], kv_dtype)
     v_cache[slots[stored]] = to_cache(v[stored], kv_dtype)
-    return rope(q, positions, frequencies), k_cache, v_cache
+    return q, k_cache, v_cache
 
 
 def to_cache(x: Array, kv_dtype: str) -> Array:
@@ -228,13 +247,20 @@ def attention_dtype(kv_dtype: str) -> str:
 
 
 def attention(
-    q: Array, k: Array, v: Array, scale: float, window: int = 0, dtype: str = "f32"
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    window: int = 0,
+    dtype: str = "f32",
+    softcap: float = 0.0,
 ) -> Array:
     """Causal attention (Vaswani et al. 2017, arXiv 1706.03762) over one sequence.
 
     The queries are of the last `rows` tokens of the sequence: of one token when decoding, of all
     of them for a whole prompt. The token at position p sees those at j <= p; with a window (as in
-    Mistral 7B, arXiv 2310.06825) only those with p - j < window.
+    Mistral 7B, arXiv 2310.06825) only those with p - j < window. With a softcap (Gemma 2) a score
+    s = scale * q.k becomes softcap * tanh(s / softcap).
 
     dtype "bf16", where the cache is bf16: q and the weights of the tokens are rounded to bfloat16
     as well, so that both products are of bfloat16 numbers; their sums are not rounded, nor is the
@@ -260,17 +286,23 @@ def attention(
         queries = q[:, heads].transpose(1, 0, 2)  # (group, rows, head_dim)
         if dtype == "bf16":
             products = round_to_bf16(queries) @ k[:, kv_head].T  # (group, rows, context)
-            powers = np.where(visible, products * q.dtype.type(scale * math.log2(math.e)), nothing)
+            powers = np.where(visible, score(products, scale, softcap, math.log2(math.e)), nothing)
             weights = np.exp2(powers - np.ceil(np.max(powers, axis=-1, keepdims=True)))
             total = np.sum(weights, axis=-1, keepdims=True)
             attended = (round_to_bf16(weights) @ v[:, kv_head]) / total
         else:
-            scores = queries @ k[:, kv_head].T
-            scores *= q.dtype.type(scale)
+            scores = score(queries @ k[:, kv_head].T, scale, softcap)
             np.copyto(scores, nothing, where=~visible)
             attended = softmax(scores) @ v[:, kv_head]
         out[:, heads] = attended.transpose(1, 0, 2)
     return out
+
+
+def score(products: Array, scale: float, softcap: float = 0.0, unit: float = 1.0) -> Array:
+    """unit * scale * q.k from q.k; with a softcap, unit * softcap * tanh(scale * q.k / softcap)."""
+    number = products.dtype.type
+    y: Array = products * number(scale / softcap if softcap else scale * unit)
+    return np.tanh(y) * number(softcap * unit) if softcap else y
 
 
 def softmax(x: Array) -> Array:
@@ -314,6 +346,67 @@ def activate(x: Array, activation: str) -> Array:
 
 # NumPy has no error function; the standard library's is exact to float64, one number at a time.
 _erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def moe(
+    x: Array,
+    router_logits: Array,
+    gate: Array,
+    up: Array,
+    down: Array,
+    experts_per_token: int,
+    normalize: bool = True,
+    activation: str = "silu",
+    dtype: str = "f32",
+) -> Array:
+    """The MLP of each row's experts: down(activation(gate x) * (up x)), weighted and added.
+
+    x: (rows, inputs); router_logits: (rows, num_experts); gate, up: (num_experts, width, inputs);
+    down: (num_experts, outputs, width); dtype as in `linear`. Returns (rows, outputs).
+    """
+
+    def expert(index: int, some: Array) -> Array:
+        opened, raised = (linear(some, half[index], None, dtype) for half in (gate, up))
+        return linear(gated_activation(opened, raised, activation), down[index], None, dtype)
+
+    return mix_experts(x, router_logits, experts_per_token, normalize, down.shape[1], expert)
+
+
+def mix_experts(
+    x: Array,
+    router_logits: Array,
+    experts_per_token: int,
+    normalize: bool,
+    outputs: int,
+    expert: Callable[[int, Array], Array],
+) -> Array:
+    """The experts' outputs, each times its weight, added in the order of the experts' numbers.
+
+    x: (rows, inputs). expert(index, some rows of x) -> (rows, outputs): called for those that a row
+    has chosen, with all such rows. The rest as in `route`. Returns (rows, outputs).
+    """
+    chosen, weights = route(router_logits, experts_per_token, normalize)
+    out = np.zeros((len(x), outputs), x.dtype)
+    for index in np.unique(chosen).tolist():
+        rows, places = np.nonzero(chosen == index)
+        out[rows] += weights[rows, places, None] * expert(index, x[rows])
+    return out
+
+
+def route(router_logits: Array, experts_per_token: int, normalize: bool) -> tuple[Integers, Array]:
+    """Each row's experts, those of the largest logits, and their weights.
+
+    Of equal logits, the expert of the lower number is taken. A weight is exp(logit) divided by the
+    sum of exp over all experts, or with `normalize` over the chosen ones (Mixtral: Jiang et al.
+    2024, arXiv 2401.04088). router_logits: (rows, num_experts). Returns two of
+    (rows, experts_per_token), in the order of the experts' numbers.
+    """
+    order = np.argsort(-router_logits, axis=1, kind="stable")
+    chosen = np.sort(order[:, :experts_per_token], axis=1)
+    powers = np.exp(router_logits - np.max(router_logits, axis=1, keepdims=True))
+    mine = np.take_along_axis(powers, chosen, axis=1)
+    total = np.sum(mine if normalize else powers, axis=1, keepdims=True)
+    return chosen, mine / total
 
 
 def take_rows(x: Array, rows: Integers) -> Array:

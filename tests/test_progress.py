@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from octavo.progress import Bar, NoProgress, Unit, folder_size, request_bar, watch_folder
+from octavo.progress import Bar, Progress, Unit, folder_size, request_bar, watch_folder
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_one_bar_of_requests_at_a_time(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_folder_is_watched_while_it_grows(tmp_path: Path) -> None:
-    class Recorder(NoProgress):
+    class Recorder(Progress):
         advanced = 0
 
         def advance(self, count: int) -> None:

@@ -59,7 +59,6 @@ std::shared_ptr<T> make_with_threads(Arguments... arguments) {
 }
 
 ModelSpec model_spec(nb::handle spec);                     // from octavo.models.spec.ModelSpec
-RopeSpec rope_spec(nb::handle spec);                       // from octavo.models.spec.RopeSpec
 RuntimeOptions runtime_options(nb::handle options);        // from octavo.config.RuntimeOptions
 WeightFormat weight_format(nb::handle format);             // from octavo.models.spec.WeightFormat
 std::vector<SamplingRow> sampling_rows(nb::handle array);  // of SAMPLING_ROW

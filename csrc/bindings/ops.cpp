@@ -1,7 +1,6 @@
 // Each compute op by itself, for tests: arrays go to the device, through one op, and back.
 
 #include <algorithm>
-#include <cmath>
 
 #include "bindings/ops_checks.h"
 #include "bindings/ops_device.h"
@@ -104,14 +103,10 @@ class Ops : private OpsDevice {
     return down(out);
   }
 
-  nb::object rope_frequencies(nb::handle rope, std::int64_t head_dim) {
-    return to_numpy(octavo::rope_frequencies(rope_spec(rope), head_dim));
-  }
-
   nb::object rope_and_store(Array3<float> q, Array3<float> k, Array3<float> v, IntArray positions,
                             IntArray slots, std::optional<Array1<float>> frequencies,
                             std::int64_t num_slots, std::int64_t block_size,
-                            const std::string& kv_dtype);
+                            const std::string& kv_dtype, float attention_factor);
   nb::object attention(Array3<float> q, Array3<float> k, Array3<float> v, IntArray row_starts,
                        IntArray context_lens, Array2<std::int32_t> block_tables, float scale,
                        std::int64_t window, std::int64_t block_size, const std::string& kv_dtype);
@@ -125,6 +120,24 @@ class Ops : private OpsDevice {
     if (gate) put(in.view.columns(0, width), gate->data());
     put(in.view.columns(gate ? width : 0, width), up_array.data());
     backend_->gated_activation(out.view, in.view, activation(name), gate.has_value());
+    return down(out);
+  }
+
+  nb::object moe(Array2<float> x, Array2<float> router_logits, Array3<float> gate,
+                 Array3<float> up_array, Array3<float> down_array, std::int64_t experts_per_token,
+                 bool normalize, const std::string& name, const std::string& dtype) {
+    const MoeSpec spec{length(gate, 0), experts_per_token, normalize};
+    const std::int64_t width = length(gate, 1), outputs = length(down_array, 1);
+    check_moe(x, router_logits, gate, up_array, down_array, experts_per_token);
+    std::vector<Linear> halves;
+    halves.push_back(make_experts(2 * width, gate, dtype));
+    pack_experts(halves[0], 0, gate);
+    pack_experts(halves[0], width, up_array);
+    Linear lowered = make_experts(outputs, down_array, dtype);
+    pack_experts(lowered, 0, down_array);
+    const Matrix in = up_activations(x), logits = up(router_logits),
+                 out = activations(in.view.rows, outputs);
+    backend_->moe(out.view, in.view, logits.view, {spec, halves, lowered, activation(name)});
     return down(out);
   }
 
@@ -177,7 +190,8 @@ class Ops : private OpsDevice {
 nb::object Ops::rope_and_store(Array3<float> q, Array3<float> k, Array3<float> v,
                                IntArray positions, IntArray slots,
                                std::optional<Array1<float>> frequencies, std::int64_t num_slots,
-                               std::int64_t block_size, const std::string& kv_dtype) {
+                               std::int64_t block_size, const std::string& kv_dtype,
+                               float attention_factor) {
   check_rope_and_store(q, k, v, positions, slots, frequencies, num_slots);
   const LayerSpec spec = heads_of(q, k);
   const Matrix fused = fuse(q, k, v, spec);
@@ -194,19 +208,14 @@ nb::object Ops::rope_and_store(Array3<float> q, Array3<float> k, Array3<float> v
     std::int64_t most = 0;
     for (std::size_t i = 0; i < positions.size(); ++i)
       most = std::max<std::int64_t>(most, positions.data()[i]);
-    std::vector<float> cosine_table, sine_table;
-    for (std::int64_t position = 0; position <= most; ++position) {
-      for (std::size_t i = 0; i < frequencies->size(); ++i) {
-        const double angle = static_cast<float>(position) * frequencies->data()[i];
-        cosine_table.push_back(static_cast<float>(std::cos(angle)));
-        sine_table.push_back(static_cast<float>(std::sin(angle)));
-      }
-    }
-    const std::size_t bytes = cosine_table.size() * 4;
+    const RopeSpec turns{{frequencies->data(), frequencies->data() + frequencies->size()},
+                         attention_factor};
+    const RopeTables tables = rope_tables(turns, most + 1);
+    const std::size_t bytes = tables.cosines.size() * 4;
     cosines = Device(backend_.get(), bytes);
     sines = Device(backend_.get(), bytes);
-    backend_->upload(cosines.data(), cosine_table.data(), bytes);
-    backend_->upload(sines.data(), sine_table.data(), bytes);
+    backend_->upload(cosines.data(), tables.cosines.data(), bytes);
+    backend_->upload(sines.data(), tables.sines.data(), bytes);
     rope = {cosines.as<float>(), sines.as<float>()};
   }
   backend_->rope_and_store(fused.view, frequencies ? &rope : nullptr, spec, kv.layer, step);
@@ -232,7 +241,7 @@ nb::object Ops::attention(Array3<float> q, Array3<float> k, Array3<float> v, Int
   spec.window = window;
   const auto num_slots = static_cast<std::int64_t>(k.shape(0));
   Cache kv = cache(spec, num_slots, block_size, kv_dtype);
-  check_attention(q, k, v, row_starts, context_lens, block_tables, block_size);
+  check_attention(q, k, v, row_starts, context_lens, block_tables, block_size, window);
   {
     // Stored through the op itself, with as many unused queries.
     std::vector<std::int32_t> slots(static_cast<std::size_t>(num_slots));
@@ -341,16 +350,19 @@ void bind_ops(nb::module_& module) {
            nb::arg("scales"), nb::arg("format"), nb::arg("zeros") = none, nb::arg("bias") = none)
       .def("quantized_embed", &Ops::quantized_embed, nb::arg("token_ids"), nb::arg("width"),
            nb::arg("codes"), nb::arg("scales"), nb::arg("format"), nb::arg("zeros") = none)
-      .def("rope_frequencies", &Ops::rope_frequencies, nb::arg("rope"), nb::arg("head_dim"))
       .def("rope_and_store", &Ops::rope_and_store, nb::arg("q"), nb::arg("k"), nb::arg("v"),
            nb::arg("positions"), nb::arg("slots"), nb::arg("frequencies").none(),
-           nb::arg("num_slots"), nb::arg("block_size") = 16, nb::arg("kv_dtype") = "f32")
+           nb::arg("num_slots"), nb::arg("block_size") = 16, nb::arg("kv_dtype") = "f32",
+           nb::arg("attention_factor") = 1.0f)
       .def("attention", &Ops::attention, nb::arg("q"), nb::arg("k"), nb::arg("v"),
            nb::arg("row_starts"), nb::arg("context_lens"), nb::arg("block_tables"),
            nb::arg("scale"), nb::arg("window") = 0, nb::arg("block_size") = 16,
            nb::arg("kv_dtype") = "f32")
       .def("gated_activation", &Ops::gated_activation, nb::arg("gate").none(), nb::arg("up"),
            nb::arg("activation"))
+      .def("moe", &Ops::moe, nb::arg("x"), nb::arg("router_logits"), nb::arg("gate"), nb::arg("up"),
+           nb::arg("down"), nb::arg("experts_per_token"), nb::arg("normalize") = true,
+           nb::arg("activation") = "silu", nb::arg("dtype") = "f32")
       .def("take_rows", &Ops::take_rows, nb::arg("x"), nb::arg("rows"))
       .def("adjust_logits", &Ops::adjust_logits, nb::arg("logits"), nb::arg("row_starts"),
            nb::arg("token_ids"), nb::arg("repetition"), nb::arg("bias"))

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "bindings/bindings.h"
+#include "core/step.h"
 
 namespace octavo::bindings {
 
@@ -51,6 +52,22 @@ inline void check_embed(const Array2<float>& table, const Ints& token_ids,
   check_entries("positions", *positions, 0, length(*position_table, 0) - 1);
 }
 
+// gate and up: (num_experts, width, inputs); down: (num_experts, outputs, width).
+inline void check_moe(const Array2<float>& x, const Array2<float>& router_logits,
+                      const Array3<float>& gate, const Array3<float>& up, const Array3<float>& down,
+                      std::int64_t experts_per_token) {
+  check_same_shape("up", up, "gate", gate);
+  require(down.shape(0) == gate.shape(0) && down.shape(2) == gate.shape(1), "down has ",
+          down.shape(0), " experts of width ", down.shape(2), "; gate has ", gate.shape(0), " of ",
+          gate.shape(1));
+  require(x.shape(1) == gate.shape(2), "x has ", x.shape(1), " columns; gate has ", gate.shape(2));
+  require(router_logits.shape(0) == x.shape(0) && router_logits.shape(1) == gate.shape(0),
+          "router_logits are ", router_logits.shape(0), " x ", router_logits.shape(1),
+          "; expected ", x.shape(0), " x ", gate.shape(0));
+  require(experts_per_token >= 1 && experts_per_token <= length(gate, 0), "experts_per_token is ",
+          experts_per_token, "; expected 1 to ", gate.shape(0));
+}
+
 // Of q, k and v, (tokens, heads, head_dim) each.
 inline void check_heads(const Array3<float>& q, const Array3<float>& k, const Array3<float>& v) {
   check_same_shape("v", v, "k", k);
@@ -74,10 +91,12 @@ inline void check_rope_and_store(const Array3<float>& q, const Array3<float>& k,
   check_entries("positions", positions, 0, kMost);
 }
 
-// k and v are stored slot by slot; the tables name blocks of block_size slots.
+// k and v are stored slot by slot; the tables name blocks of block_size slots. Before the window of
+// a sequence's first token they may name anything.
 inline void check_attention(const Array3<float>& q, const Array3<float>& k, const Array3<float>& v,
                             const Ints& row_starts, const Ints& context_lens,
-                            const Array2<std::int32_t>& block_tables, std::int64_t block_size) {
+                            const Array2<std::int32_t>& block_tables, std::int64_t block_size,
+                            std::int64_t window) {
   check_heads(q, k, v);
   const std::int64_t num_seqs = length(context_lens, 0), max_blocks = length(block_tables, 1);
   check_length("row_starts", length(row_starts, 0), num_seqs + 1);
@@ -94,7 +113,8 @@ inline void check_attention(const Array3<float>& q, const Array3<float>& k, cons
     require(context >= tokens && context <= max_blocks * block_size, "context_lens[", seq, "] is ",
             context, "; expected ", tokens, " (its new tokens) to ", max_blocks * block_size,
             " (block_tables)");
-    for (std::int64_t b = 0; b < (context + block_size - 1) / block_size; ++b) {
+    const std::int64_t first = first_seen_block(context - tokens, window, block_size);
+    for (std::int64_t b = first; b < (context + block_size - 1) / block_size; ++b) {
       const std::int64_t block = block_tables.data()[seq * max_blocks + b];
       require(0 <= block && block < num_blocks, "block_tables[", seq, ", ", b, "] is ", block,
               "; expected 0 to ", num_blocks - 1);

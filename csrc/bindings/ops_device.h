@@ -121,6 +121,21 @@ class OpsDevice {
     return linear;
   }
 
+  // For each expert a matrix (outputs, inputs of `like`), to be filled by pack_experts.
+  Linear make_experts(std::int64_t outputs, const Array3<float>& like, const std::string& dtype) {
+    return backend_->make_linear(outputs, static_cast<std::int64_t>(like.shape(2)),
+                                 parse_dtype(dtype, "dtype"), false,
+                                 static_cast<std::int64_t>(like.shape(0)));
+  }
+  // Rows of every expert's matrix, from first_row on.
+  void pack_experts(Linear& linear, std::int64_t first_row, const Array3<float>& rows) {
+    const auto count = static_cast<std::int64_t>(rows.shape(1));
+    for (std::int64_t expert = 0; expert < linear.count; ++expert)
+      backend_->pack_rows(
+          linear, expert * linear.pitch + first_row,
+          {rows.data() + expert * count * linear.inputs, DType::f32, count, linear.inputs});
+  }
+
   // codes: int8 (outputs, inputs), or int4 as uint8 (outputs, inputs / 2); scales, zeros: (outputs,
   // groups).
   Linear pack_quantized(std::int64_t inputs, const CodeArray& codes, const Array2<float>& scales,

@@ -21,6 +21,31 @@ NormSpec norm_spec(nb::handle spec) {
   return norm;
 }
 
+std::optional<MoeSpec> moe_spec(nb::handle spec) {
+  if (spec.is_none()) return {};
+  MoeSpec moe;
+  moe.num_experts = field<std::int64_t>(spec, "num_experts");
+  moe.experts_per_token = field<std::int64_t>(spec, "experts_per_token");
+  moe.normalize = field<bool>(spec, "normalize");
+  require(moe.experts_per_token >= 1 && moe.experts_per_token <= moe.num_experts,
+          "experts_per_token is ", moe.experts_per_token, "; expected 1 to num_experts, ",
+          moe.num_experts);
+  return moe;
+}
+
+QkNorm qk_norm(const std::string& name) {
+  if (name == "none") return QkNorm::none;
+  if (name == "head") return QkNorm::head;
+  if (name == "row") return QkNorm::row;
+  throw std::invalid_argument(text("qk_norm is \"", name, "\"; expected none, head or row"));
+}
+
+std::optional<RopeSpec> rope_spec(nb::handle spec) {
+  if (spec.is_none()) return std::nullopt;
+  return RopeSpec{field<std::vector<float>>(spec, "frequencies"),
+                  field<float>(spec, "attention_factor")};
+}
+
 LayerSpec layer_spec(nb::handle spec) {
   LayerSpec layer;
   layer.num_heads = field<std::int64_t>(spec, "num_heads");
@@ -28,7 +53,7 @@ LayerSpec layer_spec(nb::handle spec) {
   layer.head_dim = field<std::int64_t>(spec, "head_dim");
   layer.intermediate_size = field<std::int64_t>(spec, "intermediate_size");
   layer.norm = norm_spec(spec.attr("norm"));
-  if (!spec.attr("rope").is_none()) layer.rope = rope_spec(spec.attr("rope"));
+  layer.rope = rope_spec(spec.attr("rope"));
   layer.activation = activation(field<std::string>(spec, "activation"));
   layer.gated = field<bool>(spec, "gated");
   layer.qkv_bias = field<bool>(spec, "qkv_bias");
@@ -37,6 +62,13 @@ LayerSpec layer_spec(nb::handle spec) {
   layer.window = field<std::int64_t>(spec, "window");
   layer.kv_group = field<std::int64_t>(spec, "kv_group");
   layer.attention_scale = field<std::optional<float>>(spec, "attention_scale");
+  layer.moe = moe_spec(spec.attr("moe"));
+  require(!layer.moe || (layer.gated && !layer.mlp_bias),
+          "experts are gated and have no biases; the spec has others");
+  layer.attention_softcap = field<float>(spec, "attention_softcap");
+  if (!spec.attr("output_norm").is_none()) layer.output_norm = norm_spec(spec.attr("output_norm"));
+  layer.qk_norm = qk_norm(field<std::string>(spec, "qk_norm"));
+  layer.residual_multiplier = field<float>(spec, "residual_multiplier");
   return layer;
 }
 
@@ -45,7 +77,8 @@ LayerSpec layer_spec(nb::handle spec) {
 NormKind norm_kind(const std::string& name) {
   if (name == "rms") return NormKind::rms;
   if (name == "layer") return NormKind::layer;
-  throw std::invalid_argument(text("norm kind is \"", name, "\"; expected rms or layer"));
+  if (name == "none") return NormKind::none;
+  throw std::invalid_argument(text("norm kind is \"", name, "\"; expected rms, layer or none"));
 }
 
 Activation activation(const std::string& name) {
@@ -55,23 +88,6 @@ Activation activation(const std::string& name) {
   if (name == "relu") return Activation::relu;
   throw std::invalid_argument(
       text("activation is \"", name, "\"; expected silu, gelu, gelu_tanh or relu"));
-}
-
-RopeSpec rope_spec(nb::handle spec) {
-  RopeSpec rope;
-  rope.theta = field<double>(spec, "theta");
-  const auto scaling = field<std::string>(spec, "scaling");
-  require(scaling == "default" || scaling == "linear" || scaling == "llama3", "rope scaling is \"",
-          scaling, "\"; expected default, linear or llama3");
-  rope.scaling = scaling == "default"  ? RopeScaling::none
-                 : scaling == "linear" ? RopeScaling::linear
-                                       : RopeScaling::llama3;
-  rope.factor = field<double>(spec, "factor");
-  rope.low_freq_factor = field<double>(spec, "low_freq_factor");
-  rope.high_freq_factor = field<double>(spec, "high_freq_factor");
-  rope.original_max_position_embeddings =
-      field<std::int64_t>(spec, "original_max_position_embeddings");
-  return rope;
 }
 
 ModelSpec model_spec(nb::handle spec) {
@@ -85,6 +101,9 @@ ModelSpec model_spec(nb::handle spec) {
   model.final_norm = norm_spec(spec.attr("final_norm"));
   model.tie_word_embeddings = field<bool>(spec, "tie_word_embeddings");
   model.learned_positions = field<bool>(spec, "learned_positions");
+  model.embed_multiplier = field<float>(spec, "embed_multiplier");
+  model.logits_multiplier = field<float>(spec, "logits_multiplier");
+  model.logits_softcap = field<float>(spec, "logits_softcap");
   return model;
 }
 

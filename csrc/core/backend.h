@@ -75,10 +75,13 @@ struct HostMatrix {
   std::int64_t cols = 0;
 };
 
-// A matrix (outputs, inputs) packed for the device, in the format of its products.
+// A matrix (outputs, inputs) packed for the device, in the format of its products; or one such
+// matrix for each expert, one after another.
 struct Linear {
   std::int64_t outputs = 0;
   std::int64_t inputs = 0;
+  std::int64_t count = 1;  // of matrices
+  std::int64_t pitch = 0;  // rows from one of them to the next
   WeightFormat format;
   Buffer weight;         // in the backend's own layout, as the next two
   Buffer scales, zeros;  // of quantized formats
@@ -157,6 +160,14 @@ struct NormedInput {
   const Norm& norm;
 };
 
+// The experts of a layer: their gates and ups, one matrix for both or two, and their downs.
+struct ExpertWork {
+  const MoeSpec& moe;
+  const std::vector<Linear>& up;
+  const Linear& down;
+  Activation activation;
+};
+
 // Counts of the work queued on a device so far, to be compared before and after a step.
 struct WorkCounts {
   std::int64_t kernels = 0;    // launched, or recorded, one by one
@@ -217,9 +228,10 @@ class Backend {
 
   // ---- packing ----
   // An empty matrix in the device's layout; `pack_rows` fills it piece by piece, so that q, k and
-  // v (gate and up) become one matrix without a copy of all of them in host memory.
+  // v (gate and up) become one matrix without a copy of all of them in host memory. count: so many
+  // matrices; row r of matrix i is number i * pitch + r for `pack_rows`, and so on.
   virtual Linear make_linear(std::int64_t outputs, std::int64_t inputs, const WeightFormat& format,
-                             bool with_bias) = 0;
+                             bool with_bias, std::int64_t count = 1) = 0;
   // A plain format takes any floating-point rows. A quantized format takes its own codes, two int4
   // codes a byte, the first in the low half; an int8 matrix also takes floating-point rows, which
   // it rounds to 127 steps of each row's largest magnitude.
@@ -260,6 +272,10 @@ class Backend {
                          const Step& step) = 0;
   // gated: x is (rows, 2 width), gate before up; out = act(gate) * up. Else out = act(x).
   virtual void gated_activation(View out, View x, Activation activation, bool gated) = 0;
+  // A sparse mixture of experts: of each row, the sum over the experts that it chooses by its
+  // router's logits, float32 (rows, num_experts), of weight * down(activation(gate x) * (up x)), in
+  // the order of the experts' numbers. out may be x.
+  virtual void moe(View out, View x, View router, const ExpertWork& work) = 0;
   // Several ops as one, with the same bits: add_norm (or norm), then linear. Returns false, and
   // does nothing, where the device has no such op.
   virtual bool normed_linear(View, const NormedInput&, const Linear&) { return false; }

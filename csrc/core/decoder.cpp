@@ -26,10 +26,14 @@ void normalize(Backend& backend, View out, const NormedInput& x) {
 Decoder::Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights,
                  std::int64_t max_num_batched_tokens)
     : backend_(backend), spec_(spec), weights_(weights), dtype_(backend.activation_dtype()) {
-  std::int64_t qkv = 0, attn = 0, up = 0, act = 0;
+  std::int64_t qkv = 0, attn = 0, up = 0, act = 0, router = 0;
   for (const LayerSpec& layer : spec.layers) {
     qkv = std::max(qkv, layer.qkv_size());
     attn = std::max(attn, layer.q_size());
+    if (layer.moe) {
+      router = std::max(router, layer.moe->num_experts);
+      continue;
+    }
     up = std::max(up, layer.up_size());
     act = std::max(act, layer.intermediate_size);
   }
@@ -43,11 +47,12 @@ Decoder::Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights
   attn_ = workspace(attn, dtype_);
   up_ = workspace(up, dtype_);
   act_ = workspace(act, dtype_);
+  router_ = workspace(router, DType::f32);
 }
 
 std::int64_t Decoder::workspace_bytes() const {
   std::size_t total = 0;
-  for (const Buffer* buffer : {&residual_, &hidden_, &qkv_, &attn_, &up_, &act_})
+  for (const Buffer* buffer : {&residual_, &hidden_, &qkv_, &attn_, &up_, &act_, &router_})
     total += buffer->bytes();
   return static_cast<std::int64_t>(total);
 }
@@ -144,6 +149,18 @@ void Decoder::mlp_half(std::size_t i, View hidden, View residual, TapSink* taps)
   const LayerWeights& weights = weights_.layers[i];
   const std::int64_t width = layer.intermediate_size;
   const NormedInput input{residual, hidden, weights.mlp_norm};
+  if (layer.moe) {
+    normalize(backend_, hidden, input);
+    tap(taps, hidden, "layers.", i, ".mlp_norm");
+    const std::int64_t experts = layer.moe->num_experts;
+    const View router{router_.data(), hidden.rows, experts, experts, DType::f32};
+    backend_.linear(router, hidden, weights.router);
+    tap(taps, router, "layers.", i, ".router");
+    backend_.moe(hidden, hidden, router, {*layer.moe, weights.up, weights.down, layer.activation});
+    backend_.all_reduce(hidden);
+    tap(taps, hidden, "layers.", i, ".mlp_out");
+    return;
+  }
   const bool is_fused =
       !taps && layer.gated &&
       backend_.normed_mlp(hidden, input, weights.up, weights.down, layer.activation);

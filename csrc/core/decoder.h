@@ -52,7 +52,7 @@ class Decoder {
   const Weights& weights_;
   DType dtype_;  // of all activations but the residual stream
   // max_num_batched_tokens rows each.
-  Buffer residual_, hidden_, qkv_, attn_, up_, act_;
+  Buffer residual_, hidden_, qkv_, attn_, up_, act_, router_;
 };
 
 }  // namespace octavo

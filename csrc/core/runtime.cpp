@@ -94,8 +94,8 @@ std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec&
   how.graphs = options.graphs;
   std::unique_ptr<Backend> backend = make_backend(device, how);
   std::string problems;
-  for (const std::string& problem : backend->unsupported(spec, options))
-    problems += "\n  - " + problem;
+  for (const auto& found : {uncomputed_fields(spec), backend->unsupported(spec, options)})
+    for (const std::string& problem : found) problems += "\n  - " + problem;
   require(problems.empty(), "device \"", device, "\" cannot run ", spec.architecture, ":",
           problems);
   return backend;

@@ -13,9 +13,11 @@
 
 namespace octavo {
 
-enum class NormKind : std::uint8_t { rms, layer };
+// none: what goes in comes out.
+enum class NormKind : std::uint8_t { rms, layer, none };
+// Of queries and keys before rope: each head by itself, or all heads of a token together.
+enum class QkNorm : std::uint8_t { none, head, row };
 enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
-enum class RopeScaling : std::uint8_t { none, linear, llama3 };
 
 // The format of a matrix in memory and in products. f32 and bf16 are plain numbers. int8 has a
 // scale for each output. int4 has a scale, and perhaps a zero point, for each group of inputs of
@@ -49,19 +51,21 @@ struct NormSpec {
   bool bias = false;
 };
 
+// The first 2 n elements of a head rotate, for n frequencies; element i with i + n.
 struct RopeSpec {
-  double theta = 10000.0;
-  RopeScaling scaling = RopeScaling::none;
-  double factor = 1.0;
-  double low_freq_factor = 1.0;
-  double high_freq_factor = 4.0;
-  std::int64_t original_max_position_embeddings = 8192;
+  std::vector<float> frequencies;  // radians a position
+  float attention_factor = 1.0f;   // multiplies cosines and sines
 
   bool operator==(const RopeSpec& other) const {
-    return theta == other.theta && scaling == other.scaling && factor == other.factor &&
-           low_freq_factor == other.low_freq_factor && high_freq_factor == other.high_freq_factor &&
-           original_max_position_embeddings == other.original_max_position_embeddings;
+    return frequencies == other.frequencies && attention_factor == other.attention_factor;
   }
+};
+
+// Each token goes through the experts of its largest router logits; see the Python side.
+struct MoeSpec {
+  std::int64_t num_experts = 0;
+  std::int64_t experts_per_token = 0;
+  bool normalize = true;  // the weights of a token's experts: their sum is 1
 };
 
 struct LayerSpec {
@@ -79,6 +83,11 @@ struct LayerSpec {
   std::int64_t window = 0;    // 0: no limit
   std::int64_t kv_group = 0;  // which of a sequence's block tables
   std::optional<float> attention_scale;
+  float attention_softcap = 0.0f;  // a score s becomes cap * tanh(s / cap); 0: stays
+  std::optional<NormSpec> output_norm;
+  QkNorm qk_norm = QkNorm::none;
+  float residual_multiplier = 1.0f;
+  std::optional<MoeSpec> moe;
 
   std::int64_t q_size() const { return num_heads * head_dim; }
   std::int64_t kv_size() const { return num_kv_heads * head_dim; }
@@ -88,6 +97,8 @@ struct LayerSpec {
   float score_scale() const {
     return attention_scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim)));
   }
+  // Of queries and keys; qk_norm says whether there is one.
+  NormSpec qk_norm_spec() const { return {NormKind::rms, norm.eps, false}; }
 };
 
 struct ModelSpec {
@@ -99,6 +110,9 @@ struct ModelSpec {
   NormSpec final_norm;
   bool tie_word_embeddings = false;
   bool learned_positions = false;
+  float embed_multiplier = 1.0f;
+  float logits_multiplier = 1.0f;
+  float logits_softcap = 0.0f;
 
   std::int64_t num_kv_groups() const {
     std::int64_t last = 0;
@@ -106,6 +120,9 @@ struct ModelSpec {
     return last + 1;
   }
 };
+
+// The fields of `spec` that the backends do not compute yet, a sentence each.
+std::vector<std::string> uncomputed_fields(const ModelSpec& spec);
 
 // How a model is run: the C++ side of RuntimeOptions in python/octavo/config.py.
 struct RuntimeOptions {
@@ -128,10 +145,10 @@ struct RuntimeOptions {
   std::optional<std::int64_t> last_layer;  // none: the model's last
 };
 
-// Inverse wavelengths of the rotary embedding, head_dim / 2 of them, in radians a position.
-//
-// float32 exactly as Hugging Face computes them, since a position of 1,500 multiplies any
-// difference. Su et al. 2021; "llama3" is the smooth rule of Llama 3.1.
-std::vector<float> rope_frequencies(const RopeSpec& rope, std::int64_t head_dim);
+// Cosines and sines of every position before `positions`, (positions, frequencies) each.
+struct RopeTables {
+  std::vector<float> cosines, sines;
+};
+RopeTables rope_tables(const RopeSpec& rope, std::int64_t positions);
 
 }  // namespace octavo

@@ -36,4 +36,10 @@ struct Step {
   }
 };
 
+// The first block of its table that a token sees, and so do those after it. window: 0 for no limit.
+inline std::int64_t first_seen_block(std::int64_t position, std::int64_t window,
+                                     std::int64_t block_size) {
+  return window > 0 && position >= window ? (position - window + 1) / block_size : 0;
+}
+
 }  // namespace octavo

@@ -1,7 +1,5 @@
 #include "core/weights.h"
 
-#include <cmath>
-
 namespace octavo {
 
 namespace {
@@ -37,10 +35,14 @@ Weights::Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& 
     add_matrix(weights.o, {rows("o", hidden)}, layer.q_size(), layer.o_bias, adds_bias);
 
     weights.mlp_norm = add_norm(rows("mlp_norm", hidden), layer.norm);
-    std::vector<NamedRows> up{rows("up", mlp)};
-    if (layer.gated) up.insert(up.begin(), rows("gate", mlp));
-    add_stack(weights.up, up, hidden, layer.mlp_bias);
-    add_matrix(weights.down, {rows("down", hidden)}, mlp, layer.mlp_bias, adds_bias);
+    if (layer.moe) {
+      add_experts(weights, layer, hidden, text("layers.", i, "."));
+    } else {
+      std::vector<NamedRows> up{rows("up", mlp)};
+      if (layer.gated) up.insert(up.begin(), rows("gate", mlp));
+      add_stack(weights.up, up, hidden, layer.mlp_bias);
+      add_matrix(weights.down, {rows("down", hidden)}, mlp, layer.mlp_bias, adds_bias);
+    }
     if (layer.rope) weights.rope = add_rope(layer, options.max_model_len);
   }
   final_norm = add_norm({"final_norm", hidden}, spec.final_norm);
@@ -73,10 +75,61 @@ void Weights::add_matrix(Linear& matrix, const std::vector<NamedRows>& parts, st
   std::int64_t rows = 0;
   for (const NamedRows& part : parts) rows += part.count;
   matrix = backend_.make_linear(rows, inputs, format_of(parts[0].name), bias && adds_bias);
+  count_bytes(matrix);
+  place_parts(matrix, parts, 0, bias, adds_bias);
+}
+
+void Weights::count_bytes(const Linear& matrix) {
   for (const Buffer* buffer : {&matrix.weight, &matrix.scales, &matrix.zeros, &matrix.bias})
     bytes_ += static_cast<std::int64_t>(buffer->bytes());
+}
+
+void Weights::add_experts(LayerWeights& weights, const LayerSpec& layer, std::int64_t hidden,
+                          const std::string& prefix) {
+  const std::int64_t count = layer.moe->num_experts, width = layer.intermediate_size;
+  // As wide as activations, never rounded further: a token whose logits are near each other would
+  // go to other experts.
+  weights.router = backend_.make_linear(count, hidden, backend_.activation_dtype(), false);
+  count_bytes(weights.router);
+  place_parts(weights.router, {{prefix + "router", count}}, 0, false, false);
+
+  const auto part = [&](std::int64_t expert, const char* name, std::int64_t rows) {
+    return NamedRows{text(prefix, "experts.", expert, ".", name), rows};
+  };
+  const auto add = [&](Linear& matrix, std::int64_t inputs, auto&& parts_of) {
+    std::int64_t rows = 0;
+    for (const NamedRows& each : parts_of(0)) rows += each.count;
+    const WeightFormat format = format_of(parts_of(0)[0].name);
+    matrix = backend_.make_linear(rows, inputs, format, false, count);
+    count_bytes(matrix);
+    for (std::int64_t expert = 0; expert < count; ++expert) {
+      const std::vector<NamedRows> parts = parts_of(expert);
+      for (const NamedRows& each : parts)
+        require(format_of(each.name) == format, "the format of ", each.name, " is not that of ",
+                parts_of(0)[0].name, "; expected one for all experts of a layer");
+      place_parts(matrix, parts, expert * matrix.pitch, false, false);
+    }
+  };
+  const auto gate = [&](std::int64_t expert) { return part(expert, "gate", width); };
+  const auto up = [&](std::int64_t expert) { return part(expert, "up", width); };
+  using Parts = std::vector<NamedRows>;
+  if (format_of(gate(0).name) == format_of(up(0).name)) {
+    weights.up.resize(1);
+    add(weights.up[0], hidden, [&](std::int64_t i) { return Parts{gate(i), up(i)}; });
+  } else {
+    weights.up.resize(2);
+    add(weights.up[0], hidden, [&](std::int64_t i) { return Parts{gate(i)}; });
+    add(weights.up[1], hidden, [&](std::int64_t i) { return Parts{up(i)}; });
+  }
+  add(weights.down, width, [&](std::int64_t i) { return Parts{part(i, "down", hidden)}; });
+}
+
+void Weights::place_parts(Linear& matrix, const std::vector<NamedRows>& parts,
+                          std::int64_t first_row, bool bias, bool adds_bias) {
+  const std::int64_t inputs = matrix.inputs;
   Place place;
   place.matrix = &matrix;
+  place.first_row = first_row;
   for (const NamedRows& part : parts) {
     const auto add = [&](const char* suffix, Part what, std::vector<std::int64_t> shape) {
       place.part = what;
@@ -112,28 +165,20 @@ Norm Weights::add_norm(const NamedRows& width, const NormSpec& spec) {
 }
 
 const Rope* Weights::add_rope(const LayerSpec& layer, std::int64_t max_positions) {
+  require(2 * static_cast<std::int64_t>(layer.rope->frequencies.size()) == layer.head_dim,
+          "rope turns ", 2 * layer.rope->frequencies.size(), " of ", layer.head_dim,
+          " elements of a head; expected all of them");
   for (const auto& table : ropes_) {
-    if (table->spec == *layer.rope && table->head_dim == layer.head_dim) return &table->rope;
+    if (table->spec == *layer.rope) return &table->rope;
   }
-  const std::vector<float> frequencies = rope_frequencies(*layer.rope, layer.head_dim);
-  const std::size_t half = frequencies.size();
-  const std::size_t count = static_cast<std::size_t>(max_positions) * half;
-  std::vector<float> cosines(count), sines(count);
-  for (std::size_t position = 0; position < static_cast<std::size_t>(max_positions); ++position) {
-    for (std::size_t i = 0; i < half; ++i) {
-      // The angle is a float32 product, as in Hugging Face; its cosine is rounded once.
-      const float angle = static_cast<float>(position) * frequencies[i];
-      cosines[position * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
-      sines[position * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
-    }
-  }
+  const RopeTables values = rope_tables(*layer.rope, max_positions);
+  const std::size_t bytes = values.cosines.size() * 4;
   auto table = std::make_unique<RopeTable>();
   table->spec = *layer.rope;
-  table->head_dim = layer.head_dim;
-  table->cosines = counted(Buffer(&backend_, count * 4));
-  table->sines = counted(Buffer(&backend_, count * 4));
-  backend_.upload(table->cosines.data(), cosines.data(), count * 4);
-  backend_.upload(table->sines.data(), sines.data(), count * 4);
+  table->cosines = counted(Buffer(&backend_, bytes));
+  table->sines = counted(Buffer(&backend_, bytes));
+  backend_.upload(table->cosines.data(), values.cosines.data(), bytes);
+  backend_.upload(table->sines.data(), values.sines.data(), bytes);
   table->rope = {table->cosines.as<float>(), table->sines.as<float>()};
   ropes_.push_back(std::move(table));
   return &ropes_.back()->rope;

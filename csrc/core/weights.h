@@ -20,7 +20,8 @@ struct LayerWeights {
   Stack qkv;  // q, k, v
   Linear o;
   Norm mlp_norm;
-  Stack up;  // gate (when the layer is gated), up
+  Linear router;  // of layers with experts; up and down then hold the matrices of all experts
+  Stack up;       // gate (when the layer is gated), up
   Linear down;
   const Rope* rope = nullptr;  // null: the layer does not rotate
 };
@@ -66,17 +67,24 @@ class Weights {
 
   WeightFormat format_of(const std::string& name) const;
   Buffer counted(Buffer buffer);
+  void count_bytes(const Linear& matrix);
   // Makes `matrix` of these parts, outputs concatenated, in the first one's format. It must not
   // move afterwards: places_ points to it. bias: the model has one. adds_bias: this rank uses it.
   void add_matrix(Linear& matrix, const std::vector<NamedRows>& parts, std::int64_t inputs,
                   bool bias = false, bool adds_bias = true);
   void add_stack(Stack& stack, const std::vector<NamedRows>& parts, std::int64_t inputs, bool bias);
+  // The router, and the matrices of all experts, which share the formats of expert 0. prefix: of
+  // the layer's names.
+  void add_experts(LayerWeights& weights, const LayerSpec& layer, std::int64_t hidden,
+                   const std::string& prefix);
+  // Says where the rows of `parts` lie in `matrix`, from first_row on.
+  void place_parts(Linear& matrix, const std::vector<NamedRows>& parts, std::int64_t first_row,
+                   bool bias, bool adds_bias);
   Norm add_norm(const NamedRows& width, const NormSpec& spec);
   const Rope* add_rope(const LayerSpec& layer, std::int64_t max_positions);
 
   struct RopeTable {
     RopeSpec spec;
-    std::int64_t head_dim;
     Buffer cosines, sines;
     Rope rope;
   };

@@ -96,9 +96,10 @@ void store_token_pairs(unsigned char* block, const KvLayout& layout, std::int64_
 // one of the group's query heads; rows are numbered token by token.
 struct Piece {
   std::int64_t seq, head, first_row, rows;
-  std::int64_t last_position;  // of its last row
+  std::int64_t begin, end;  // tokens that any of its rows sees: begin .. end - 1
 
-  std::int64_t splits() const { return last_position / kAttentionSplit + 1; }
+  std::int64_t first_split() const { return begin / kAttentionSplit; }
+  std::int64_t splits() const { return (end - 1) / kAttentionSplit + 1 - first_split(); }
 };
 
 std::vector<Piece> cut_pieces(const LayerSpec& layer, const Step& step) {
@@ -110,8 +111,10 @@ std::vector<Piece> cut_pieces(const LayerSpec& layer, const Step& step) {
     for (std::int64_t head = 0; head < layer.num_kv_heads; ++head) {
       for (std::int64_t row = 0; row < rows; row += kMaxAttendRows) {
         const std::int64_t count = std::min<std::int64_t>(kMaxAttendRows, rows - row);
-        const std::int64_t last_token = first_token + (row + count - 1) / group;
-        pieces.push_back({seq, head, row, count, step.positions[last_token]});
+        const std::int64_t first = step.positions[first_token + row / group];
+        const std::int64_t last = step.positions[first_token + (row + count - 1) / group];
+        const std::int64_t hidden = layer.window > 0 ? first - layer.window + 1 : 0;
+        pieces.push_back({seq, head, row, count, std::max<std::int64_t>(hidden, 0), last + 1});
       }
     }
   }
@@ -137,10 +140,11 @@ AttendTask make_task(const Piece& piece, View q, const LayerSpec& layer, float s
   return task;
 }
 
-void set_range(AttendTask& task, std::int64_t split) {
-  task.begin = split * kAttentionSplit;
-  const std::int64_t last = *std::max_element(task.position, task.position + task.rows);
-  task.end = std::min(task.begin + kAttentionSplit, last + 1);
+// Split `split` of the piece's, counted from 0. All splits begin at multiples of kAttentionSplit,
+// so that a row's sums do not depend on where its piece begins.
+void set_range(AttendTask& task, const Piece& piece, std::int64_t split) {
+  task.begin = (piece.first_split() + split) * kAttentionSplit;
+  task.end = std::min(task.begin + kAttentionSplit, piece.end);
 }
 
 // The place of the result of row r of a piece.
@@ -208,7 +212,8 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
   const auto finish = [&](const Piece& piece, std::int64_t r, const AttendState& state) {
     float* result = result_row(out, piece, layer, step, r);
     const float sum = state.sum;  // so that the loop becomes vector instructions
-    for (std::int64_t d = 0; d < layer.head_dim; ++d) result[d] = state.out[d] / sum;
+    // + 0: -0 becomes 0, as it does where tokens that other rows see are added with weights of 0.
+    for (std::int64_t d = 0; d < layer.head_dim; ++d) result[d] = state.out[d] / sum + 0.0f;
   };
 
   // Enough pieces for all threads: each thread goes through a piece's context alone, by ranges.
@@ -230,7 +235,7 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
       AttendState* total = states.data() + 2 * num_states * thread;
       AttendState* part = total + num_states;
       for (std::int64_t split = 0; split < piece.splits(); ++split) {
-        set_range(task, split);
+        set_range(task, piece, split);
         task.goes_on = split > 0;
         kernels_.attend(task, split == 0 ? total : part);
         for (int r = 0; split > 0 && r < task.rows; ++r) kernels_.merge(layout, total[r], part[r]);
@@ -239,7 +244,7 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
     };
     constexpr std::int64_t kWorthThreads = 1 << 13;  // query rows x stored tokens
     std::int64_t work = 0;
-    for (const Piece& piece : pieces) work += piece.rows * (piece.last_position + 1);
+    for (const Piece& piece : pieces) work += piece.rows * (piece.end - piece.begin);
     if (work < kWorthThreads) {
       for (std::int64_t index = 0; index < num_pieces; ++index) attend_piece(index, 0);
     } else {
@@ -260,8 +265,9 @@ void CpuBackend::attention(View out, View q, const LayerSpec& layer, float scale
   }
   pool_.each(total_splits, [&](std::int64_t job, int) {
     const auto [index, split] = jobs[static_cast<std::size_t>(job)];
-    AttendTask task = make_task(pieces[static_cast<std::size_t>(index)], q, layer, scale, kv, step);
-    set_range(task, split);
+    const Piece& piece = pieces[static_cast<std::size_t>(index)];
+    AttendTask task = make_task(piece, q, layer, scale, kv, step);
+    set_range(task, piece, split);
     kernels_.attend(task, states.data() + job * num_states);
   });
   std::int64_t job = 0;

@@ -23,7 +23,7 @@ class CpuBackend : public Backend {
   std::size_t available_memory() const override;
 
   Linear make_linear(std::int64_t outputs, std::int64_t inputs, const WeightFormat& format,
-                     bool with_bias) override;
+                     bool with_bias, std::int64_t count) override;
   void pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) override;
   void pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
                    const float* scales) override;
@@ -48,6 +48,7 @@ class CpuBackend : public Backend {
   void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
                  const Step& step) override;
   void gated_activation(View out, View x, Activation activation, bool gated) override;
+  void moe(View out, View x, View router, const ExpertWork& work) override;
   void take_rows(View out, View x, const std::int32_t* rows) override;
   void adjust_logits(View out, View logits, const LogitAdjustments& adjustments) override;
   void sample(const Samples& out, View logits, const std::int32_t* masks,
@@ -96,9 +97,34 @@ class CpuBackend : public Backend {
   void prepare_rows(LinearTask& task, View shape, RowOf&& row_of);
   void multiply(const LinearTask& task);
 
+  // ---- experts (moe.cpp) ----
+
+  // Which experts the rows have chosen, k each, in ascending order; and the same pairs of a row and
+  // an expert sorted by expert, those of an expert by row. The memory is kept from step to step.
+  struct Routing {
+    std::vector<std::int32_t> experts;  // (rows, k)
+    std::vector<float> weights;         // (rows, k)
+    std::vector<std::int32_t> places;   // (rows, k): of the pair, among the sorted ones
+    std::vector<std::int32_t> rows;     // of each sorted pair
+    std::vector<std::int32_t> owners;   // its expert
+    std::vector<std::int32_t> first;    // of each expert's pairs, and the end
+  };
+  void route(View router, const MoeSpec& moe);
+  // sums += the weighted outputs of some experts.
+  void add_experts(View sums, View x, const ExpertWork& work, ThreadPool::Range experts);
+  void multiply_all(const std::vector<LinearTask>& tasks);
+
+  Routing routing_;
+  std::vector<LinearTask> up_tasks_, down_tasks_;  // of add_experts
+  struct ProductPiece {
+    const LinearTask* task;
+    std::int64_t first_row, last_row, first_panel, last_panel;
+  };
+  std::vector<ProductPiece> pieces_;  // of multiply_all
+
   ThreadPool pool_;
   const Kernels& kernels_;
-  Buffer linear_scratch_, mlp_scratch_, attention_scratch_;
+  Buffer linear_scratch_, mlp_scratch_, attention_scratch_, experts_scratch_;
 };
 
 }  // namespace octavo::cpu

@@ -162,6 +162,8 @@ struct Kernels {
   void (*norm)(float* out, const float* x, const float* weight, const float* bias, float eps,
                NormKind kind, std::int64_t count);
   void (*add)(float* residual, const float* x, std::int64_t count);
+  // sum += factor * x, the product rounded.
+  void (*add_scaled)(float* sum, const float* x, float factor, std::int64_t count);
   // gate null: out = act(up); else out = act(gate) * up.
   void (*activate)(float* out, const float* gate, const float* up, Activation activation,
                    std::int64_t count);

@@ -6,15 +6,11 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/matrix_task.h"
+
 namespace octavo::cpu {
 
 namespace {
-
-std::int64_t padded_depth(std::int64_t inputs) {
-  return (inputs + kDepthBlock - 1) / kDepthBlock * kDepthBlock;
-}
-
-std::int64_t num_panels(std::int64_t outputs) { return (outputs + kLanes - 1) / kLanes; }
 
 // How weights lie in 32-bit words: kernels.h has the layout.
 struct Packing {
@@ -110,11 +106,6 @@ void pack_grouped(const Linear& linear, std::int64_t first_row, std::int64_t row
   }
 }
 
-// Scales of int4 have the format's type, those of int8 are float32.
-DType scale_type(const WeightFormat& format) {
-  return format.dtype == DType::int4 ? format.scale_dtype : DType::f32;
-}
-
 float load_scale(const Linear& linear, std::int64_t index) {
   return load_float(linear.scales.data(), scale_type(linear.format), index);
 }
@@ -162,7 +153,7 @@ void unpack_row(float* out, const Linear& table, std::int64_t row, bool add) {
 }  // namespace
 
 Linear CpuBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
-                               const WeightFormat& format, bool with_bias) {
+                               const WeightFormat& format, bool with_bias, std::int64_t count) {
   require(format.dtype != DType::f16, "the CPU has no f16 weights; take f32 or bf16");
   require(format.dtype != DType::int4 ||
               (format.group_size >= kDepthBlock && format.group_size % kDepthBlock == 0),
@@ -171,9 +162,11 @@ Linear CpuBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
   linear.outputs = outputs;
   linear.inputs = inputs;
   linear.format = format;
-  const std::int64_t panels = num_panels(outputs);
-  const auto buffer = [&](std::int64_t count, int bits) {
-    return Buffer(this, static_cast<std::size_t>(count * bits / 8));
+  linear.count = count;
+  linear.pitch = num_panels(outputs) * kLanes;
+  const std::int64_t panels = num_panels(outputs) * count;
+  const auto buffer = [&](std::int64_t numbers, int bits) {
+    return Buffer(this, static_cast<std::size_t>(numbers * bits / 8));
   };
   const std::int64_t per_group = panels * kLanes * format.groups(inputs);
   // Kernels may read a few bytes past the last word.
@@ -219,12 +212,13 @@ void CpuBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMat
     }
   };
   // Each thread packs the panels that it will multiply by, so that their memory is near it.
+  const std::int64_t of_one = num_panels(linear.outputs), begin = first_row / linear.pitch * of_one;
   pool_.run([&](int thread) {
     std::vector<std::uint32_t> rounded;
     std::vector<float> values;
-    const ThreadPool::Range mine = pool_.share(num_panels(linear.outputs), thread);
-    for (std::int64_t panel = std::max(mine.begin, first_row / kLanes);
-         panel < std::min(mine.end, (last_row - 1) / kLanes + 1); ++panel)
+    const ThreadPool::Range mine = pool_.share(of_one, thread);
+    for (std::int64_t panel = std::max(begin + mine.begin, first_row / kLanes);
+         panel < std::min(begin + mine.end, (last_row - 1) / kLanes + 1); ++panel)
       pack_panel(panel, rounded, values);
   });
 }
@@ -257,56 +251,6 @@ void CpuBackend::embed(View out, const Linear& table, const Linear* positions, c
     if (positions) unpack_row(out.row(t), *positions, step.positions[t], true);
   });
 }
-
-namespace {
-
-// A task that holds the levels of a matrix, if they are not uniform, as bytes.
-struct MatrixTask : LinearTask {
-  std::uint8_t own_levels[16];
-
-  MatrixTask(const Linear& matrix, std::int64_t num_rows) {
-    const WeightFormat& form = matrix.format;
-    weight = matrix.weight.as<std::uint32_t>();
-    format = form.dtype;
-    activation_bits = static_cast<int>(form.activation_bits);
-    group_size = form.group_size;
-    scales = matrix.scales.data();
-    scale_type = cpu::scale_type(form);
-    zeros = matrix.zeros.as<std::int8_t>();
-    depth = padded_depth(matrix.inputs);
-    num_groups = form.groups(matrix.inputs);
-    outputs = matrix.outputs;
-    bias = matrix.bias.as<float>();
-    rows = num_rows;
-    if (form.is_quantized()) num_blocks = block_index(*this, depth - 1) + 1;
-    if (!form.has_own_levels()) return;
-    for (std::size_t i = 0; i < 16; ++i)
-      own_levels[i] = static_cast<std::uint8_t>(form.levels[i] + 128);
-    levels = own_levels;
-  }
-  MatrixTask(const MatrixTask&) = delete;
-  MatrixTask& operator=(const MatrixTask&) = delete;
-
-  void write_to(View out) {
-    this->out = out.row(0);
-    out_stride = out.stride;
-  }
-};
-
-// Whether a product can write its results as the next one's input. It cannot if that is rounded to
-// whole numbers, which takes a whole row, nor if only the next product may use tiles, whose input
-// has another layout (float32 never uses tiles, int4 of bf16 always, others with many rows).
-bool writes_input(DType format, DType next, bool int4_takes_bf16) {
-  if (next == DType::int4) return int4_takes_bf16 && format == DType::int4;
-  return next == DType::f32 || (next == DType::bf16 && format != DType::f32);
-}
-
-// 32-bit words of a task's input: whole tiles of rows.
-std::int64_t input_words(const LinearTask& task) {
-  return (task.rows + kLanes - 1) / kLanes * kLanes * task.x_stride;
-}
-
-}  // namespace
 
 // row_of(row): its numbers, valid until the same thread's next call.
 template <class RowOf>

@@ -30,6 +30,7 @@ CudaBackend::CudaBackend(const BackendOptions& options)
       linear_workspace_(stream_),
       attention_workspace_(stream_),
       sampling_workspace_(stream_),
+      experts_workspace_(stream_),
       pack_workspace_(stream_) {
   if (!options.deterministic) cublas_ = CublasLt::open(stream_);
   for (cudaEvent_t& event : events_)
@@ -125,12 +126,13 @@ void CudaBackend::prepare(const ModelSpec& spec, const StepLimits& limits) {
                           limits.max_model_len};
   linear_workspace_.get(linear_workspace_bytes(spec, padded));
   attention_workspace_.get(attention_workspace_bytes(spec, padded));
+  experts_workspace_.get(experts_workspace_bytes(spec, padded));
   sampling_workspace_.get(sampling_workspace_bytes(padded.max_num_batched_tokens));
 }
 
 std::int64_t CudaBackend::growths() const {
   return linear_workspace_.growths() + attention_workspace_.growths() +
-         sampling_workspace_.growths();
+         sampling_workspace_.growths() + experts_workspace_.growths();
 }
 
 void CudaBackend::run(const StepKey& key, const std::function<void()>& record) {
@@ -156,6 +158,7 @@ WorkCounts CudaBackend::counts() const {
 std::vector<std::string> CudaBackend::unsupported(const ModelSpec& spec,
                                                   const RuntimeOptions& options) const {
   std::vector<std::string> problems;
+  add_expert_problems(spec, problems);
   for (const LayerSpec& layer : spec.layers) {
     if (layer.head_dim <= 256) continue;
     problems.push_back(

@@ -51,7 +51,7 @@ class CudaBackend : public Backend {
   void prepare(const ModelSpec& spec, const StepLimits& limits) override;
 
   Linear make_linear(std::int64_t outputs, std::int64_t inputs, const WeightFormat& format,
-                     bool with_bias) override;
+                     bool with_bias, std::int64_t count) override;
   void pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) override;
   void pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
                    const float* scales) override;
@@ -73,6 +73,7 @@ class CudaBackend : public Backend {
   void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
                  const Step& step) override;
   void gated_activation(View out, View x, Activation activation, bool gated) override;
+  void moe(View out, View x, View router, const ExpertWork& work) override;
   bool normed_linear(View out, const NormedInput& x, const Linear& weight) override;
   bool decode_layer(const LayerWork& work) override;
   void take_rows(View out, View x, const std::int32_t* rows) override;
@@ -99,10 +100,13 @@ class CudaBackend : public Backend {
   std::size_t attention_workspace_bytes(const ModelSpec& spec, const StepLimits& limits) const;
   std::size_t linear_workspace_bytes(const ModelSpec& spec, const StepLimits& limits) const;
   static std::size_t sampling_workspace_bytes(std::int64_t max_num_rows);
+  std::size_t experts_workspace_bytes(const ModelSpec& spec, const StepLimits& limits) const;
+  static void add_expert_problems(const ModelSpec& spec, std::vector<std::string>& problems);
 
   BackendOptions options_;
   Stream stream_;
-  Workspace linear_workspace_, attention_workspace_, sampling_workspace_, pack_workspace_;
+  Workspace linear_workspace_, attention_workspace_, sampling_workspace_, experts_workspace_,
+      pack_workspace_;
   const TileRows tile_rows_ = TileRows::read_environment();
   std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is missing
   cudaEvent_t events_[2] = {};

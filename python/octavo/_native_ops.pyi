@@ -119,7 +119,6 @@ class Ops:
         format: Any,
         zeros: Float32 | None = None,
     ) -> Float32: ...
-    def rope_frequencies(self, rope: Any, head_dim: int) -> Float32: ...
     def rope_and_store(
         self,
         q: Float32,
@@ -131,6 +130,7 @@ class Ops:
         num_slots: int,
         block_size: int = 16,
         kv_dtype: str = "f32",
+        attention_factor: float = 1.0,
     ) -> tuple[Float32, Float32, Float32]: ...
     def attention(
         self,
@@ -146,6 +146,18 @@ class Ops:
         kv_dtype: str = "f32",
     ) -> Float32: ...
     def gated_activation(self, gate: Float32 | None, up: Float32, activation: str) -> Float32: ...
+    def moe(
+        self,
+        x: Float32,
+        router_logits: Float32,
+        gate: Float32,
+        up: Float32,
+        down: Float32,
+        experts_per_token: int,
+        normalize: bool = True,
+        activation: str = "silu",
+        dtype: str = "f32",
+    ) -> Float32: ...
     def take_rows(self, x: Float32, rows: Int32) -> Float32: ...
     def adjust_logits(
         self,

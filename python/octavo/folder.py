@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 
 class MemoryFile:
@@ -41,9 +42,19 @@ class MemoryFile:
 class MemoryFolder:
     """Files that are made when they are asked for, read like those of a directory."""
 
-    def __init__(self, path: Path, files: Mapping[str, Callable[[], str]]) -> None:
-        """path: the file that stands for them all."""
+    def __init__(
+        self,
+        path: Path,
+        files: Mapping[str, Callable[[], str]],
+        make_tokenizer: Callable[[], Any] | None = None,
+    ) -> None:
+        """path: the file that stands for them all.
+
+        make_tokenizer: makes the `tokenizers.Tokenizer` of tokenizer.json, without the time that
+        writing and reading such a text takes.
+        """
         self.path = path
+        self.make_tokenizer = make_tokenizer
         self._files = dict(files)
 
     def __truediv__(self, name: str) -> MemoryFile:

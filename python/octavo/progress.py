@@ -1,4 +1,4 @@
-"""Telling how far long work has come: a protocol, silence, bars on a terminal, lines in a log."""
+"""Telling how far long work has come: not at all, by bars on a terminal, by lines in a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int], None]
 """Called with the requests finished since the last call, 0 to show the time and the speed only."""
+StageProgress = Callable[[str, int, int], None]
+"""Called with what is going on, and how much of how much is done."""
 Unit = Literal["count", "percent", "bytes"]
 
 
-class Progress(Protocol):
-    """What pulling and loading report to; one step at a time."""
+class Progress:
+    """What pulling and loading report to, one step at a time. This one says nothing."""
 
     def message(self, text: str) -> None:
         """A line for the user to read."""
@@ -35,23 +37,7 @@ class Progress(Protocol):
         """The step is done."""
 
 
-class NoProgress:
-    """Says nothing."""
-
-    def message(self, text: str) -> None:
-        pass
-
-    def start(self, description: str, total: int) -> None:
-        pass
-
-    def advance(self, amount: int) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-NO_PROGRESS: Progress = NoProgress()
+NO_PROGRESS = Progress()
 
 
 def stderr_console() -> Console:
@@ -59,6 +45,16 @@ def stderr_console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def stdout_console() -> Console:
+    """For a report on standard output; 110 columns wide where that is no terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 110
+    return console
 
 
 class LogLines:
@@ -84,10 +80,10 @@ def log_bytes(write: Callable[[str], object], what: str) -> Callable[[int, int],
     return lambda done, total: lines.offer(lambda: f"{what}: {_amount('bytes', done, total)}")
 
 
-class Bar:
+class Bar(Progress):
     """Bars on standard error, all of one look; where that is no terminal, LogLines.
 
-    Use it in a `with` block. It is a `Progress`, and `update` is the callback that work in stages
+    Use it in a `with` block. `update` is the callback that work in stages
     takes. Nothing is drawn before the first step begins: a message alone needs no bar.
     """
 

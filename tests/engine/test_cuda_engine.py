@@ -18,7 +18,8 @@ from octavo import _native
 from octavo.config import RuntimeOptions
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import RequestOutput
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.models.rope import default_rope
+from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 from octavo.sampling_params import SamplingParams
 
 pytestmark = needs_cuda
@@ -31,7 +32,7 @@ _LAYER = LayerSpec(
     head_dim=64,
     intermediate_size=96,
     norm=_NORM,
-    rope=RopeSpec(theta=5000.0),
+    rope=default_rope(5000.0, 64),
 )
 SPEC = ModelSpec("Tiny", VOCAB, 64, 512, (_LAYER, _LAYER), _NORM, tie_word_embeddings=False)
 LENGTHS = (3, 37, 90)

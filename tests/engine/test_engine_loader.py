@@ -15,6 +15,7 @@ from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError, TokenizerError
 from octavo.llm import LLM
 from octavo.models import llama
+from octavo.models.spec import ModelSpec
 from octavo.quantization.plan import weight_bytes
 from octavo.reference.llama import ReferenceModel
 from octavo.runtime import loader
@@ -183,6 +184,41 @@ def test_memory_for_steps_that_does_not_suffice(tmp_path: Path) -> None:
         load(tmp_path, device=DEVICE, max_num_seqs=10**9)
     (remedy,) = e.value.remedies
     assert load(tmp_path, device=DEVICE, **remedy).options.max_num_seqs == remedy["max_num_seqs"]
+
+
+@pytest.mark.parametrize(
+    ("largest", "remedy"),
+    [
+        ((64, 600), {"max_num_seqs": 64}),
+        ((63, 600), {"max_num_seqs": 8}),
+        ((8, 600), {"max_num_seqs": 8}),
+        ((7, 600), {"max_num_seqs": 1}),
+        ((100, 512), {"max_num_batched_tokens": 512}),
+        ((100, 511), {"max_num_batched_tokens": 64}),
+        ((100, 63), {"max_num_batched_tokens": 16}),
+        ((1, 16), {"max_num_seqs": 1, "max_num_batched_tokens": 16}),
+    ],
+)
+def test_less_memory_for_steps_is_advised_in_steps(
+    largest: tuple[int, int],
+    remedy: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The core has memory for steps up to a size alone."""
+    from octavo import _native
+
+    def runtime(device: str, spec: ModelSpec, options: Any, make: Any = _native.Runtime) -> Any:
+        seqs, tokens = options.max_num_seqs, options.max_num_batched_tokens
+        if seqs > largest[0] or tokens > largest[1]:
+            raise MemoryError("none left")
+        return make(device, spec, options)
+
+    monkeypatch.setattr(_native, "Runtime", runtime)
+    write_model(tmp_path)
+    with pytest.raises(InsufficientMemoryError, match=r"max_num_seqs = 100 .*none left") as caught:
+        load(tmp_path, max_num_seqs=100, max_num_batched_tokens=600)
+    assert caught.value.remedies == [remedy]
 
 
 def test_a_device_or_instruction_set_that_is_not_there(tmp_path: Path) -> None:

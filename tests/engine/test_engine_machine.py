@@ -163,7 +163,7 @@ class EngineMachine(RuleBasedStateMachine):
         if hasattr(self, "engine"):
             self.engine.check_integrity()
             check_published(self.engine)
-            assert self.engine.num_unfinished_requests == len(self.running)
+            assert len(self.engine._requests) == len(self.running)
             late = [r for r in self.running if self.deadlines.get(r, math.inf) < self.clock.now]
             assert not late, "a deadline passed, and the request still runs"
 

@@ -57,7 +57,7 @@ def test_a_full_queue_refuses_and_names_what_waits() -> None:
     engine.add_request("d", [1] * 5, PARAMS)
     with pytest.raises(QueueFullError, match="2 requests of 2"):
         engine.add_request("e", [1], PARAMS)
-    assert engine.num_unfinished_requests == 3
+    assert len(engine._requests) == 3
     engine.abort("d")
     assert waiting(engine) == (1, 4)
     engine.add_request("e", [1], PARAMS)

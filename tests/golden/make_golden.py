@@ -26,10 +26,13 @@ import torch
 from golden_helpers import SMOLLM2, TINY_CONFIGS, TINY_RESULTS, load_smollm2, load_tiny_models
 from prompts import PROMPTS
 from reference_helpers import SMOLLM2_MISSING, random_weights, smollm2_path
+from rope_cases import CASES, LENGTHS
+from rope_cases import GOLDEN as ROPE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf.hf_models import hf_taps
 from hf.hf_smollm2 import SmolLM2
+from hf.test_rope_hf import theirs
 from octavo.models.llama import FAMILY, read_spec
 
 TINY_TOLERANCE = 2e-5
@@ -133,6 +136,17 @@ def make_smollm2() -> dict[str, Any]:
     return entries
 
 
+def make_rope() -> dict[str, Any]:
+    entries = {}
+    for name, length in ((name, length) for name in CASES for length in LENGTHS):
+        frequencies, factor = theirs(name, length)
+        entries[f"{name} {length}"] = {
+            "frequencies": frequencies.tolist(),
+            "attention_factor": factor,
+        }
+    return entries
+
+
 def check() -> list[str]:
     """What differs from the files, in words."""
     problems = []
@@ -170,6 +184,7 @@ def main() -> None:
     entries, results = make_tiny()
     np.savez_compressed(TINY_RESULTS, **results)
     write_json(TINY_CONFIGS, entries)
+    write_json(ROPE, make_rope())
     write_json(SMOLLM2, make_smollm2())
 
 

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from octavo.diff.comparison import Comparison, DiffOptions
 from octavo.diff.implementations import ReferenceImplementation
 from octavo.models.layer import weight_shapes
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.models.rope import default_rope
+from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 from octavo.reference import llama, ops
 from octavo.weights.model_files import read_model
 
@@ -47,7 +48,7 @@ def small_spec(
                 head_dim=head_dim,
                 intermediate_size=intermediate_size,
                 norm=norm,
-                rope=layer.get("rope", RopeSpec(theta=500.0)),
+                rope=layer.get("rope", default_rope(500.0, head_dim)),
                 **{key: value for key, value in layer.items() if key != "rope"},
             )
             for _ in range(num_layers)
@@ -138,7 +139,15 @@ def attention_weighing(
     weigh: float32 (visible keys,) scores in powers of two -> (weights to multiply, their sum).
     """
 
-    def attention(q: Any, k: Any, v: Any, scale: float, window: int = 0, dtype: str = "f32") -> Any:
+    def attention(
+        q: Any,
+        k: Any,
+        v: Any,
+        scale: float,
+        window: int = 0,
+        dtype: str = "f32",
+        softcap: float = 0,
+    ) -> Any:
         out, group = np.empty_like(q), q.shape[1] // k.shape[1]
         queries = ops.round_to_bf16(q) if round_queries else q
         for row, head in np.ndindex(q.shape[:2]):
@@ -173,18 +182,45 @@ def _transposed(x: Any, weight: Any, bias: Any = None, dtype: str = "f32") -> An
     return ops.linear(x, weight.T if square else weight, bias, dtype)
 
 
+def _k_and_v_swapped(layer: LayerSpec, weights: Weights, name: str) -> Any:
+    return ("k", weights[name + "v.weight"]), ("v", weights[name + "k.weight"])
+
+
+def _rows_of_heads(layer: LayerSpec, weights: Weights, name: str, order: Any) -> Any:
+    """q and k with the rows of each head in another order."""
+    for part in ("q", "k"):
+        weight = weights[f"{name}{part}.weight"]
+        heads = weight.reshape(-1, layer.head_dim, weight.shape[1])
+        yield part, heads[:, order].reshape(weight.shape)
+
+
+def _rows_in_pairs(layer: LayerSpec, weights: Weights, name: str) -> Any:
+    """Rows i and i + head_dim/2 of each head side by side, as in GGUF files."""
+    order = np.arange(layer.head_dim).reshape(2, -1).T.ravel()
+    return _rows_of_heads(layer, weights, name, order)
+
+
+def _pairs_undone_twice(layer: LayerSpec, weights: Weights, name: str) -> Any:
+    order = np.arange(layer.head_dim).reshape(-1, 2).T.ravel()
+    return _rows_of_heads(layer, weights, name, order)
+
+
+_WEIGHT_MISTAKES: dict[str, Callable[[LayerSpec, Weights, str], Any]] = {
+    "k and v swapped": _k_and_v_swapped,
+    "rows in pairs": _rows_in_pairs,
+    "pairs undone twice": _pairs_undone_twice,
+}
+
+
 def broken_model(mistake: str, spec: ModelSpec, weights: Weights, **options: Any) -> Any:
     """A ReferenceModel with the named mistake (see MISTAKES)."""
     if mistake in _OP_MISTAKES:
         return reference_with(**_OP_MISTAKES[mistake]).ReferenceModel(spec, weights, **options)
-    if mistake == "k and v swapped":
+    if mistake in _WEIGHT_MISTAKES:
         changed = dict(weights)
-        for index in range(len(spec.layers)):
-            name = f"layers.{index}."
-            changed[name + "k.weight"], changed[name + "v.weight"] = (
-                weights[name + "v.weight"],
-                weights[name + "k.weight"],
-            )
+        for index, layer in enumerate(spec.layers):
+            for part, weight in _WEIGHT_MISTAKES[mistake](layer, weights, f"layers.{index}."):
+                changed[f"layers.{index}.{part}.weight"] = weight
         return llama.ReferenceModel(spec, changed, **options)
     return _ResidualDropped(spec, weights, **options)
 
@@ -235,6 +271,8 @@ MISTAKES: dict[str, tuple[str, str, str | None]] = {
     "blind to itself": ("layers.0.attn", "attention", None),
     "gate and up swapped": ("layers.0.act", "gated_activation", "gate and up swapped"),
     "k and v swapped": ("layers.0.k", "linear", "the weight of v"),
+    "rows in pairs": ("layers.0.q", "linear", "not undone"),
+    "pairs undone twice": ("layers.0.q", "linear", "undone where there was none"),
     "residual dropped": ("layers.1.out", "add_norm", "without the residual and attn_out"),
 }
 

@@ -14,7 +14,8 @@ from octavo import _native
 from octavo.config import RuntimeOptions
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import RequestOutput
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.models.rope import default_rope
+from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec
 from octavo.sampling_params import SamplingParams
 
 VOCAB = 211
@@ -26,13 +27,17 @@ _LAYER = LayerSpec(
     head_dim=16,
     intermediate_size=150,
     norm=_NORM,
-    rope=RopeSpec(theta=5000.0),
+    rope=default_rope(5000.0, 16),
     qkv_bias=True,
 )
 # An MLP of whole steps of 32 inputs goes through the CPU as one op; two threads then have an odd
 # number of panels each.
 _FUSED = replace(_LAYER, intermediate_size=160)
-SPEC = ModelSpec("Tiny", VOCAB, 72, 1024, (_LAYER, _FUSED), _NORM, tie_word_embeddings=False)
+# Experts: gates and ups of one product, and apart.
+_EXPERTS = replace(_LAYER, intermediate_size=64, moe=MoeSpec(5, 2))
+_APART = replace(_LAYER, intermediate_size=37, moe=MoeSpec(3, 2, normalize=False))
+_LAYERS = (_LAYER, _EXPERTS, _FUSED, _APART)
+SPEC = ModelSpec("Tiny", VOCAB, 72, 1024, _LAYERS, _NORM, tie_word_embeddings=False)
 
 # Short; odd; over the lengths at which kernels and attention cut their work.
 SUBJECT_LENGTHS = (3, 77, 301)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from reference_helpers import Float32, cache_from_sequence, uniform
 
 from octavo import _native, _native_ops
+from octavo.models.rope import default_rope, linear_rope, llama3_rope, yarn_rope
 from octavo.models.spec import RopeSpec
 
 Arrays = list[npt.NDArray[Any]]
@@ -27,10 +28,10 @@ TOLERANCES = {
     "norm": 2e-6,
     "add_norm": 2e-6,
     "linear": 3e-6,
-    "rope_frequencies": 0.0,
     "rope_and_store": 1e-6,
     "attention": 1e-5,  # of scores up to 30, whose rounding the exponential passes on
     "gated_activation": 2e-6,
+    "moe": 5e-6,  # two products, one after the other
     "take_rows": 0.0,
     "adjust_logits": 0.0,
     "sample": 0.0,
@@ -135,29 +136,22 @@ def linear_cases() -> Iterator[Case]:
                 )
 
 
-ROPES = {
-    "default": RopeSpec(theta=10000.0),
-    "smollm": RopeSpec(theta=100000.0),
-    "linear": RopeSpec(theta=10000.0, scaling="linear", factor=2.5),
-    "llama3": RopeSpec(500000.0, "llama3", 32.0, 1.0, 4.0, 8192),
-    "llama3_short": RopeSpec(10000.0, "llama3", 8.0, 1.0, 4.0, 64),
+# By name, of so many elements of a head.
+ROPES: dict[str, Callable[[int], RopeSpec]] = {
+    "default": lambda dim: default_rope(10000.0, dim),
+    "smollm": lambda dim: default_rope(100000.0, dim),
+    "linear": lambda dim: linear_rope(10000.0, dim, 2.5),
+    "llama3": lambda dim: llama3_rope(500000.0, dim, 32.0, 1.0, 4.0, 8192),
+    "yarn": lambda dim: yarn_rope(10000.0, dim, 4.0, 256),
 }
 
 
-def rope_frequencies_cases() -> Iterator[Case]:
-    for name, rope in ROPES.items():
-        for head_dim in (2, 32, 64, 80, 128, 256):
-            yield Case(
-                "rope_frequencies",
-                f"{name}-{head_dim}",
-                lambda native, r=rope, d=head_dim: [native.rope_frequencies(r, d)],
-                lambda ops, r=rope, d=head_dim: [ops.rope_frequencies(r, d)],
-            )
+def rope_frequencies(name: str, dim: int) -> np.ndarray:
+    """float32 (dim / 2,), of an entry of ROPES."""
+    return np.array(ROPES[name](dim).frequencies, np.float32)
 
 
 def rope_and_store_cases() -> Iterator[Case]:
-    from octavo.reference import ops as definition
-
     shapes = [(1, 1, 1, 2), (5, 4, 4, 32), (7, 9, 3, 64), (3, 5, 1, 80), (33, 6, 2, 128)]
     for seed, (rows, heads, kv_heads, head_dim) in enumerate(shapes):
         q = uniform(seed, rows, heads, head_dim)
@@ -167,17 +161,20 @@ def rope_and_store_cases() -> Iterator[Case]:
         slots = np.random.default_rng(seed).permutation(64)[:rows].astype(np.int32)
         slots[rows // 2] = -1 if rows > 1 else slots[0]
         for name in (None, *ROPES):
-            frequencies = name and definition.rope_frequencies(ROPES[name], head_dim)
+            frequencies = name and rope_frequencies(name, head_dim)
+            factor = ROPES[name](head_dim).attention_factor if name else 1.0
             for kv_dtype in ("f32", "bf16", "int8"):
                 arguments = (q, k, v, positions, slots, frequencies, 64)
                 yield Case(
                     "rope_and_store",
                     f"{rows}-{heads}_{kv_heads}x{head_dim}-{name}-{kv_dtype}",
-                    lambda native, a=arguments, d=kv_dtype: list(
-                        native.rope_and_store(*a, block_size=16, kv_dtype=d)
+                    lambda native, a=arguments, d=kv_dtype, f=factor: list(
+                        native.rope_and_store(*a, block_size=16, kv_dtype=d, attention_factor=f)
                     ),
                     # In float32: one rounding the other way before bf16 would be a bf16 step.
-                    lambda ops, a=arguments, d=kv_dtype: list(ops.rope_and_store(*a, d)),
+                    lambda ops, a=arguments, d=kv_dtype, f=factor: list(
+                        ops.rope_and_store(*a, d, f)
+                    ),
                 )
 
 
@@ -208,8 +205,13 @@ def native_attention(
     kv_dtype: str,
     block_size: int = 16,
     empty: float = float("nan"),
+    gone: int | None = None,
 ) -> Arrays:
-    """All sequences in one ragged batch, their blocks shuffled; what no token owns is `empty`."""
+    """All sequences in one ragged batch, their blocks shuffled; what no token owns is `empty`.
+
+    With a window nothing owns the blocks before it either. gone: what the tables name in their
+    place; None: in turn a block that was emptied and one that was always empty.
+    """
     lengths = [len(sequence.k) for sequence in sequences]
     counts = [-(-length // block_size) for length in lengths]
     order = np.random.default_rng(len(lengths)).permutation(sum(counts) + 2).astype(np.int32)
@@ -226,7 +228,16 @@ def native_attention(
             )
             cache = laid if cache is None else np.where(np.isnan(laid), cache, laid)
         assert cache is not None
+        for sequence, table in zip(sequences, tables, strict=True):
+            for block in table[: num_gone(sequence, window, block_size)]:
+                cache[block * block_size : (block + 1) * block_size] = np.nan
         caches.append(np.where(np.isnan(cache), np.float32(empty), cache))
+    for sequence, table in zip(sequences, tables, strict=True):
+        passed = table[: num_gone(sequence, window, block_size)]
+        if gone is None:
+            passed[::2] = order[-1]
+        else:
+            passed[:] = gone
     out = native.attention(
         np.concatenate([sequence.q for sequence in sequences]),
         *caches,
@@ -239,6 +250,12 @@ def native_attention(
         kv_dtype,
     )
     return [np.asarray(out)]
+
+
+def num_gone(sequence: Sequence, window: int, block_size: int) -> int:
+    """How many blocks lie wholly before the window of the first of the sequence's queries."""
+    first_seen = len(sequence.k) - len(sequence.q) - window + 1
+    return max(first_seen, 0) // block_size if window else 0
 
 
 def reference_attention(
@@ -267,6 +284,10 @@ def attention_cases() -> Iterator[Case]:
         ([(30, 30), (1, 90), (4, 41)], (4, 2), 64, 16),
         ([(7, 300), (1, 600)], (2, 1), 32, 257),
         ([(9, 12)], (3, 3), 6, 1),
+        ([(1, 1400), (3, 1030), (12, 12)], (4, 1), 32, 513),
+        ([(40, 700), (1, 33)], (2, 2), 16, 5),  # less than a block
+        ([(20, 90), (1, 99)], (3, 1), 32, 47),
+        ([(31, 31), (1, 60)], (2, 1), 48, 4000),  # more than there are tokens
     ]
     for index, (lengths, heads, head_dim, window) in enumerate(batches):
         sequences = [
@@ -301,6 +322,52 @@ def gated_activation_cases() -> Iterator[Case]:
                 )
 
 
+# (rows, inputs, width, outputs, experts, experts of a row)
+MOE_SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (3, 7, 5, 9, 4, 2),
+    (33, 64, 32, 40, 8, 2),
+    (5, 37, 101, 19, 3, 3),
+    (70, 48, 64, 31, 5, 1),
+    (600, 20, 33, 17, 6, 3),
+    (2, 576, 96, 33, 8, 4),
+]
+ROUTINGS = ("spread", "ties", "crowded")
+
+
+def moe_inputs(
+    shape: tuple[int, int, int, int, int, int], routing: str
+) -> tuple[Float32, Float32, Float32, Float32, Float32, int]:
+    """x, router_logits, gate, up, down, experts of a row.
+
+    routing: "spread"; "ties": among logits of two values; "crowded": all rows choose the same
+    experts, so that the others have none.
+    """
+    rows, inputs, width, outputs, experts, chosen = shape
+    seed = rows * inputs + experts
+    logits = uniform(seed, rows, experts) * np.float32(3)
+    if routing == "ties":
+        logits = np.where(logits > 1, np.float32(0.75), np.float32(-0.25))
+    if routing == "crowded":
+        logits = np.sort(logits, axis=1)
+    x = uniform(seed + 1, rows, inputs)
+    gate, up = (uniform(seed + 2 + i, experts, width, inputs) for i in range(2))
+    return x, logits, gate, up, uniform(seed + 4, experts, outputs, width), chosen
+
+
+def moe_cases() -> Iterator[Case]:
+    for index, shape in enumerate(MOE_SHAPES):
+        for routing in ROUTINGS:
+            activation = ("silu", "gelu", "gelu_tanh", "relu")[index % 4]
+            arguments = (*moe_inputs(shape, routing), routing != "crowded", activation)
+            yield Case(
+                "moe",
+                f"{'_'.join(map(str, shape))}-{routing}-{activation}",
+                lambda native, a=arguments: [native.moe(*a)],
+                lambda ops, a=arguments: [ops.moe(*map(double, a[:5]), *a[5:])],
+            )
+
+
 def take_rows_cases() -> Iterator[Case]:
     for rows, width in [(1, 1), (7, 5), (40, 576)]:
         x = uniform(rows, rows, width)
@@ -319,9 +386,9 @@ def compute_cases() -> list[Case]:
         *embed_cases(),
         *norm_cases(),
         *linear_cases(),
-        *rope_frequencies_cases(),
         *rope_and_store_cases(),
         *attention_cases(),
         *gated_activation_cases(),
+        *moe_cases(),
         *take_rows_cases(),
     ]

@@ -10,7 +10,8 @@ import numpy as np
 from octavo import _native
 from octavo.config import RuntimeOptions
 from octavo.models.layer import weight_shapes
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from octavo.models.rope import default_rope
+from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 from octavo.reference.sampling import sampling_rows
 
 VOCAB = 83
@@ -24,7 +25,7 @@ def tiny_spec(hidden: int = 36, num_layers: int = 2, **layer_fields: Any) -> Mod
         "head_dim": 10,
         "intermediate_size": 44,
         "norm": NormSpec(eps=1e-5),
-        "rope": RopeSpec(theta=1000.0),
+        "rope": default_rope(1000.0, 10),
     }
     fields.update(layer_fields)
     layer = LayerSpec(**fields)

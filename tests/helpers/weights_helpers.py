@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf_blocks_helpers import encode_blocks
 
 from octavo.models import llama
 from octavo.weights.convert import convert_gguf
@@ -220,6 +221,7 @@ def write_gguf(
     *,
     weights: Mapping[str, np.ndarray] | None = None,
     kind: str = "F32",
+    kinds: Mapping[str, str] | None = None,
     pre: str = "smollm",
     metadata: Mapping[str, Any] | None = None,
     extra_tensors: Mapping[str, np.ndarray] | None = None,
@@ -229,15 +231,16 @@ def write_gguf(
 ) -> dict[str, np.ndarray]:
     """A GGUF of a Llama as llama.cpp's converter lays it out; returns HF's float32 weights.
 
-    kind: the type of every matrix; vectors are F32, as the converter has them. metadata: entries
-    to add or replace (str, bool, int, float, or lists); None leaves one out. tensors_per_part:
-    split it so, into STEM-0000K-of-0000N.gguf; 0 writes one file.
+    kind: the type of every matrix; vectors are F32, as the converter has them. kinds: other types
+    of matrices, by Hugging Face's name of the part. metadata: entries to add or replace (str, bool,
+    int, float, or lists); None leaves one out. tensors_per_part: split it so, into
+    STEM-0000K-of-0000N.gguf; 0 writes one file.
     """
     import gguf
 
     config = gguf_config() if config is None else config
     weights = random_weights(config, seed) if weights is None else weights
-    tokens, kinds, merges = tiny_vocabulary()
+    tokens, token_types, merges = tiny_vocabulary()
     entries: dict[str, Any] = {
         "llama.block_count": config["num_hidden_layers"],
         "llama.context_length": config["max_position_embeddings"],
@@ -252,7 +255,7 @@ def write_gguf(
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.token_type": token_types,
         "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
@@ -268,7 +271,8 @@ def write_gguf(
             values = permute_rows(values, config["num_attention_heads"])
         elif ".k_proj." in name:
             values = permute_rows(values, config["num_key_value_heads"])
-        add_tensor(writer, gguf_name(name), values, kind if values.ndim == 2 else "F32")
+        own = (kinds or {}).get(name.split(".")[-2], kind)
+        add_tensor(writer, gguf_name(name), values, own if values.ndim == 2 else "F32")
     for name, values in (extra_tensors or {}).items():
         add_tensor(writer, name, values, "F32")
     writer.write_header_to_file()
@@ -299,31 +303,8 @@ def add_tensor(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
     if kind == "F32":
         writer.add_tensor(name, values.astype(np.float32))
         return
-    raw_dtype = gguf.GGMLQuantizationType[kind]
-    if kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"):
-        data = random_blocks(values.shape, kind, seed=len(name))
-    else:
-        data = gguf.quantize(np.ascontiguousarray(values, np.float32), raw_dtype)
-    writer.add_tensor(name, data, raw_dtype=raw_dtype)
-
-
-def random_blocks(shape: tuple[int, ...], kind: str, seed: int) -> np.ndarray:
-    """Random valid blocks of a K format, for which `gguf` has a decoder but no encoder.
-
-    Every byte pattern is a valid block but for the float16 scales, which must be finite: two
-    bytes at the end (Q3_K, Q6_K), or the two or four at the place given below.
-    """
-    import gguf
-
-    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    scales = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q4_K": (0, 4), "Q5_K": (0, 4)}
-    first, last = scales.get(kind, (208, 210))
-    generator = np.random.default_rng(seed)
-    rows, blocks = shape[0], shape[1] // block_elements
-    raw = generator.integers(0, 256, (rows, blocks, block_bytes), dtype=np.uint8)
-    small = generator.uniform(0.001, 0.01, (rows, blocks, (last - first) // 2)).astype(np.float16)
-    raw[:, :, first:last] = small.view(np.uint8)
-    return raw.reshape(rows, blocks * block_bytes)
+    data = encode_blocks(values, kind, seed=len(name))
+    writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
 
 
 def convert(tmp_path: Path, dtype: str = "auto", **options: Any) -> Path:

@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 
 from hf.hf_models import hf_logits
 from hf.hf_smollm2 import SmolLM2
-from octavo.reference import ReferenceModel
+from octavo.reference.llama import ReferenceModel
 
 # What is compared with what; the sides are the keys of `all_logits`.
 PAIRS = {

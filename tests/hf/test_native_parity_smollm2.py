@@ -10,7 +10,7 @@ from prompts import PROMPTS
 from reference_helpers import SMOLLM2_MISSING, NativeModel, smollm2_path
 
 from hf.hf_smollm2 import NUM_GREEDY, Expected, SmolLM2
-from octavo.reference import ReferenceModel
+from octavo.reference.llama import ReferenceModel
 
 pytestmark = [
     pytest.mark.hf,

@@ -110,8 +110,8 @@ def test_compressed_tensors_decodes_the_same(tmp_path: Path, scheme: str) -> Non
     group = QuantizationConfig.model_validate(config).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(format)
     tensors = load_file(tmp_path / "model.safetensors")
-    _, checkpoint = opened(tmp_path)
-    for name, matrix in checkpoint.stored.items():
+    files, checkpoint = opened(tmp_path)
+    for name, matrix in files.quantized.items():
         module = matrix.module + "."
         state = {
             key.removeprefix(module): value
@@ -121,7 +121,7 @@ def test_compressed_tensors_decodes_the_same(tmp_path: Path, scheme: str) -> Non
         # In float32: the library multiplies in the type of the scales, octavo in float32.
         state["weight_scale"] = state["weight_scale"].float()
         theirs = compressor.decompress(state, group)["weight"].float().numpy()
-        if matrix.converted:
+        if name not in checkpoint.formats:
             assert np.array_equal(checkpoint[name + ".weight"].data, float32_to_bf16(theirs)), name
         else:
             assert np.array_equal(dequantized(checkpoint, name + ".weight"), theirs), name
@@ -152,7 +152,7 @@ def test_bitsandbytes_of_4_bits(tmp_path: Path, kind: str, nested: bool) -> None
     files, checkpoint = opened(tmp_path / "out")
     assert len(checkpoint.stored) == 14
     modules = dict(model.named_modules())
-    for name, matrix in checkpoint.stored.items():
+    for name, matrix in files.quantized.items():
         weight = modules[matrix.module].weight
         theirs = functional.dequantize_4bit(weight.data, weight.quant_state)
         assert theirs.dtype == torch.bfloat16
@@ -170,10 +170,10 @@ def test_bitsandbytes_of_8_bits(tmp_path: Path) -> None:
         source, quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu"
     )
     model.save_pretrained(tmp_path / "out")
-    _, checkpoint = opened(tmp_path / "out")
+    files, checkpoint = opened(tmp_path / "out")
     modules = dict(model.named_modules())
     assert len(checkpoint.formats) == 14
-    for name, matrix in checkpoint.stored.items():
+    for name, matrix in files.quantized.items():
         module = modules[matrix.module]
         largest = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
         theirs = functional.int8_vectorwise_dequant(module.weight.data, largest).float().numpy()
@@ -202,8 +202,8 @@ def test_autoawq_decodes_the_same(tmp_path: Path, group: int) -> None:
     config = {"quant_method": "awq", "group_size": group}
     write_published(tmp_path, partial(pack_awq, group=group), config)
     tensors = load_file(tmp_path / "model.safetensors")
-    _, checkpoint = opened(tmp_path)
-    for name, matrix in checkpoint.stored.items():
+    files, checkpoint = opened(tmp_path)
+    for name, matrix in files.quantized.items():
         parts = [tensors[f"{matrix.module}.{part}"] for part in ("qweight", "qzeros", "scales")]
         size = matrix.shape[1] if group == -1 else group
         theirs = packing.dequantize_gemm(*parts[:2], parts[2].float(), 4, size).T.numpy()
@@ -224,18 +224,16 @@ def test_autogptq_decodes_the_same(tmp_path: Path, bits_of: int, order: str) -> 
     pack = partial(pack_gptq, group=32, bits=bits_of, order=order)
     write_published(tmp_path, pack, config)
     tensors = load_file(tmp_path / "model.safetensors")
-    _, checkpoint = opened(tmp_path)
-    assert {matrix.converted for matrix in checkpoint.stored.values()} == {
-        bits_of == 8 or order == "act"
-    }
-    for name, matrix in checkpoint.stored.items():
+    files, checkpoint = opened(tmp_path)
+    assert len(checkpoint.formats) == (0 if bits_of == 8 or order == "act" else 14)
+    for name, matrix in files.quantized.items():
         outputs, inputs = matrix.shape
         layer = layers.QuantLinear(bits_of, 32, inputs, outputs, bias=False)
         for part in ("qweight", "qzeros", "g_idx"):
             setattr(layer, part, tensors[f"{matrix.module}.{part}"])
         layer.scales = tensors[f"{matrix.module}.scales"].float()
         theirs = layer(torch.eye(inputs)).T.numpy()
-        if matrix.converted:
+        if name not in checkpoint.formats:
             assert np.array_equal(checkpoint[name + ".weight"].data, float32_to_bf16(theirs)), name
         else:
             assert np.array_equal(dequantized(checkpoint, name + ".weight"), theirs), name

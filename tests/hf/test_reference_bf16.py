@@ -16,7 +16,7 @@ from reference_helpers import SMOLLM2_MISSING, NativeModel, smollm2_path
 
 from hf.hf_models import hf_logits
 from hf.hf_smollm2 import SmolLM2
-from octavo.reference import ReferenceModel
+from octavo.reference.llama import ReferenceModel
 
 pytestmark = [
     pytest.mark.hf,

@@ -9,7 +9,7 @@ import pytest
 
 from hf.hf_models import SHAPES, hf_logits, hf_taps, make_hf_model, save_and_read
 from octavo.models.layer import tap_names
-from octavo.reference import KVCache, ReferenceModel
+from octavo.reference.llama import KVCache, ReferenceModel
 
 pytestmark = pytest.mark.hf
 TOLERANCE = 3e-4

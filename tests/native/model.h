@@ -1,6 +1,7 @@
 // A small model with every feature of a layer, and steps through it.
 #pragma once
 
+#include <cmath>
 #include <memory>
 
 #include "check.h"
@@ -8,7 +9,14 @@
 
 namespace octavo::tests {
 
-// Two layers in two KV groups: one with biases, a window and llama3 rope; one plain and ungated.
+inline RopeSpec plain_rope(std::int64_t head_dim) {
+  RopeSpec rope;
+  for (std::int64_t i = 0; i < head_dim; i += 2)
+    rope.frequencies.push_back(std::pow(10000.0f, -static_cast<float>(i) / head_dim));
+  return rope;
+}
+
+// Two layers in two KV groups: one with biases and a window; one plain and ungated.
 inline ModelSpec small_spec() {
   ModelSpec spec;
   spec.architecture = "SmallForTests";
@@ -20,9 +28,7 @@ inline ModelSpec small_spec() {
   first.num_kv_heads = 2;
   first.head_dim = 10;
   first.intermediate_size = 41;
-  first.rope = RopeSpec{};
-  first.rope->scaling = RopeScaling::llama3;
-  first.rope->factor = 8.0;
+  first.rope = plain_rope(first.head_dim);
   first.qkv_bias = first.o_bias = first.mlp_bias = true;
   first.window = 40;
   LayerSpec second;
@@ -31,7 +37,8 @@ inline ModelSpec small_spec() {
   second.head_dim = 16;
   second.intermediate_size = 30;
   second.norm = {NormKind::layer, 1e-5f, true};
-  second.rope = RopeSpec{};
+  second.rope = plain_rope(second.head_dim);
+  second.rope->attention_factor = 1.25f;
   second.activation = Activation::gelu;
   second.gated = false;
   second.kv_group = 1;

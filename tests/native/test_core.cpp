@@ -217,24 +217,16 @@ void backends() {
   check_throws<std::invalid_argument>("-1", [] { make_backend("cpu", cpu_options(-1)); });
 }
 
-void frequencies() {
-  RopeSpec rope;
-  rope.theta = 500000.0;
-  const std::vector<float> plain = rope_frequencies(rope, 64);
-  CHECK(plain.size() == 32 && plain[0] == 1.0f);
-  for (std::size_t i = 0; i < 32; ++i)
-    check_near("frequency", plain[i], std::pow(500000.0, -static_cast<double>(2 * i) / 64.0), 1e-6);
-  rope.scaling = RopeScaling::linear;
-  rope.factor = 4.0;
-  const std::vector<float> stretched = rope_frequencies(rope, 64);
-  for (std::size_t i = 0; i < 32; ++i) CHECK(stretched[i] == plain[i] / 4.0f);
-  // Llama 3.1: short waves stay, long ones are stretched in full, those between partly.
-  rope.scaling = RopeScaling::llama3;
-  rope.factor = 8.0;
-  const std::vector<float> llama3 = rope_frequencies(rope, 64);
-  CHECK(llama3[0] == plain[0] && llama3[31] == plain[31] / 8.0f);
-  for (std::size_t i = 0; i < 32; ++i)
-    CHECK(llama3[i] <= plain[i] * 1.0000001f && llama3[i] >= plain[i] / 8.0000001f);
+void cosines_and_sines() {
+  const RopeSpec rope{{1.0f, 0.03f, 0.0007f}, 1.5f};
+  const RopeTables tables = rope_tables(rope, 400);
+  CHECK(tables.cosines.size() == 1200 && tables.sines.size() == 1200);
+  for (std::size_t i = 0; i < 1200; ++i) {
+    const double angle = static_cast<double>(i / 3) * rope.frequencies[i % 3];
+    check_near("cosine", tables.cosines[i], 1.5 * std::cos(angle), 2e-5);  // angles are float32
+    check_near("sine", tables.sines[i], 1.5 * std::sin(angle), 2e-5);
+  }
+  CHECK(rope_tables(rope, 0).cosines.empty());
 }
 
 }  // namespace
@@ -251,7 +243,7 @@ std::vector<Test> core_tests() {
           {"job queue", job_queue},
           {"buffers", buffers},
           {"backends and instruction sets", backends},
-          {"rope frequencies", frequencies}};
+          {"cosines and sines of rope", cosines_and_sines}};
 }
 
 }  // namespace octavo::tests

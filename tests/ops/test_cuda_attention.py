@@ -124,6 +124,10 @@ BATCHES: list[tuple[list[tuple[int, int]], tuple[int, int], int]] = [
     ([(33, 33)], (3, 3), 0),
     ([(100, 260), (1, 90), (8, 70), (9, 9)], (4, 1), 0),
     ([(70, 300), (40, 41)], (6, 2), 50),
+    ([(1, 900), (2, 700), (1, 20)], (4, 1), 257),
+    ([(1, 333), (5, 200)], (2, 1), 5),  # less than a block
+    ([(90, 700), (1, 33)], (4, 2), 47),
+    ([(31, 31), (1, 60)], (3, 1), 4000),  # more than there are tokens
 ]
 
 
@@ -191,6 +195,7 @@ INVARIANT = [
     ("f16", "f16", (3, 1), 128, 77),
     ("f16", "int8", (3, 1), 128, 0),
     ("f16", "int8", (2, 2), 64, 300),
+    ("bf16", "bf16", (4, 1), 64, 47),
     ("bf16", "bf16", (1, 1), 80, 60),  # the simple kernel
     ("f32", "bf16", (2, 2), 16, 0),
 ]
@@ -238,6 +243,22 @@ def test_a_long_context() -> None:
     chunk, decoded = (attend("bf16", "int8", [s], 0, 64) for s in (sequence, last))
     assert max_error(decoded, expect("int8", [last])) <= 5e-2  # an average over many: small
     assert same_bits(decoded, chunk[-1:])
+
+
+@pytest.mark.parametrize("gone", [-1, 2**30])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_it_never_looks_before_the_window(head_dim: int, gone: int) -> None:
+    """Not even at blocks that the table names there, which there are not."""
+    for lengths in ([(1, 333), (6, 420)], [(70, 400)]):
+        sequences = make_sequences(lengths, (4, 2), head_dim, "bf16")
+        for kv_dtype in ("bf16", "int8"):
+            known, other = (
+                native_attention(
+                    native("bf16"), sequences, 0.2, 37, kv_dtype, 16, float("nan"), gone
+                )[0]
+                for gone in (None, gone)
+            )
+            assert np.isfinite(known).all() and same_bits(known, other)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

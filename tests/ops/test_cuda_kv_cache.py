@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cuda_helpers import DEVICE, needs_cuda
-from ops_helpers import ROPES, TOLERANCES, Case, rope_and_store_cases
+from ops_helpers import TOLERANCES, Case, rope_and_store_cases, rope_frequencies
 from reference_helpers import Float32, max_error, same_bits, uniform
 
 from octavo import _native_ops
@@ -45,7 +45,7 @@ def test_what_is_stored_is_what_was_rounded(
     positions = np.array([(i * 977 + 5) % 4096 for i in range(tokens)], dtype=np.int32)
     slots = np.random.default_rng(4).permutation(num_slots)[:tokens].astype(np.int32)
     slots[[3, tokens - 1]] = -1
-    frequencies = rope and ops.rope_frequencies(ROPES[rope], head_dim)
+    frequencies = rope and rope_frequencies(rope, head_dim)
     turned_q, turned_k = (rounded(ops.rope(x, positions, frequencies), dtype) for x in (q, k))
     stored = slots >= 0
     for kv_dtype in KV_DTYPES:
@@ -64,7 +64,7 @@ def test_a_padded_step_stores_nothing() -> None:
     q, k = uniform(1, 5, 4, 64), uniform(2, 5, 2, 64)
     slots = np.full(5, -1, dtype=np.int32)
     _, keys, values = native.rope_and_store(
-        q, k, k, np.zeros(5, np.int32), slots, ops.rope_frequencies(ROPES["default"], 64), 32
+        q, k, k, np.zeros(5, np.int32), slots, rope_frequencies("default", 64), 32
     )
     assert not keys.any() and not values.any()
 

@@ -9,7 +9,7 @@ from reference_helpers import SMOLLM2_MISSING, NativeModel, smollm2_path
 
 from octavo import _native
 from octavo.models.spec import ModelSpec
-from octavo.reference import KVCache, ReferenceModel
+from octavo.reference.llama import KVCache, ReferenceModel
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model
 

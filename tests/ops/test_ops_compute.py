@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from ops_helpers import ROPES, TOLERANCES, Case, compute_cases, make_sequence, native_attention
+from ops_helpers import (
+    MOE_SHAPES,
+    ROUTINGS,
+    TOLERANCES,
+    Case,
+    compute_cases,
+    make_sequence,
+    moe_inputs,
+    native_attention,
+    rope_frequencies,
+)
 from reference_helpers import bf16_order, max_error, same_bits, uniform
 
 from octavo import _native, _native_ops
@@ -79,21 +91,62 @@ def test_row_alone_or_among_others(op: str) -> None:
     assert same_bits(alone, run(slice(0, 40)))
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_moe_is_made_of_the_other_ops(routing: str, dtype: str) -> None:
+    """Of their bits, on every instruction set: a row's experts see it as `linear` does."""
+    for isa in ISAS:
+        native = _native_ops.Ops("cpu", 2, isa)
+        for shape in MOE_SHAPES:
+            x, logits, gate, up, down, count = moe_inputs(shape, routing)
+
+            def expert(
+                index: int, some: np.ndarray, native: Any = native, all: Any = (gate, up, down)
+            ) -> np.ndarray:
+                opened, raised = (native.linear(some, half[index], None, dtype) for half in all[:2])
+                activated = native.gated_activation(opened, raised, "silu")
+                return native.linear(activated, all[2][index], None, dtype)
+
+            expected = ops.mix_experts(x, logits, count, True, down.shape[1], expert)
+            found = native.moe(x, logits, gate, up, down, count, True, "silu", dtype)
+            if count == 1:  # of weight 1
+                assert same_bits(found, expected), (isa, shape)
+            assert max_error(found, expected) <= 1e-6, (isa, shape)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_moe_row_alone_or_among_others(threads: int, dtype: str) -> None:
+    for isa in ISAS:
+        native = _native_ops.Ops("cpu", threads, isa)
+        for shape in MOE_SHAPES[1:5]:
+            rows = shape[0]
+            x, logits, *experts, count = moe_inputs(shape, "spread")
+            whole = native.moe(x, logits, *experts, count, False, "gelu", dtype)
+            for size in (1, 2, 17):
+                pieces = [
+                    native.moe(x[i:j], logits[i:j], *experts, count, False, "gelu", dtype)
+                    for i in range(0, rows, size)
+                    for j in [min(i + size, rows)]
+                ]
+                assert same_bits(np.concatenate(pieces), whole), (isa, shape, size)
+
+
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
-@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("window", [0, 5, 47, 100, 513, 4000])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, threads: int) -> None:
     native = _native_ops.Ops("cpu", threads)
     scale = 32**-0.5
     sequences = [
         make_sequence(i, rows, context, (6, 2), 32)
-        for i, (rows, context) in enumerate([(60, 700), (1, 1100), (9, 9), (1, 3), (33, 290)])
+        for i, (rows, context) in enumerate([(60, 700), (1, 1100), (9, 9), (1, 3), (133, 1290)])
     ]
     whole = native_attention(native, sequences, scale, window, kv_dtype)[0]
     alone = [native_attention(native, [one], scale, window, kv_dtype)[0] for one in sequences]
     assert same_bits(np.concatenate(alone), whole), "alone"
 
-    for size in (1, 7, 16):
+    for size in (1, 7, 64):
         chunks = []
         for one in sequences:
             for start in range(0, len(one.q), size):
@@ -102,6 +155,27 @@ def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, thr
                 chunk = type(one)(one.q[start:stop], one.k[:seen], one.v[:seen])
                 chunks.append(native_attention(native, [chunk], scale, window, kv_dtype)[0])
         assert same_bits(np.concatenate(chunks), whole), f"chunks of {size}"
+
+
+@pytest.mark.parametrize("gone", [-1, 2**31 - 1])
+def test_attention_never_looks_before_the_window(gone: int) -> None:
+    """Not even at the block table, whose entries there are no blocks."""
+    sequences = [make_sequence(i, 70, 400 + i, (4, 2), 32) for i in range(2)]
+    for isa in ISAS:
+        native = _native_ops.Ops("cpu", 2, isa)
+        for kv_dtype in ("f32", "bf16", "int8"):
+            known = native_attention(native, sequences, 0.2, 31, kv_dtype)[0]
+            other = native_attention(native, sequences, 0.2, 31, kv_dtype, gone=gone)[0]
+            assert np.isfinite(known).all() and same_bits(known, other), (isa, kv_dtype)
+
+
+def test_a_window_gives_no_negative_zero() -> None:
+    """What underflows to -0 becomes 0, as in a batch with rows that see more tokens."""
+    one = make_sequence(5, 3, 600, (1, 1), 16)
+    tiny = type(one)(one.q, one.k, np.full_like(one.v, -1e-45))
+    native = _native_ops.Ops("cpu", 1)
+    out = native_attention(native, [tiny], 0.1, 88, "f32")[0]
+    assert not out.any() and not np.signbit(out).any()
 
 
 @pytest.mark.parametrize("block_size", [32, 48, 64])
@@ -150,7 +224,7 @@ def test_bf16_cache_is_the_f32_cache_rounded() -> None:
     native = _native_ops.Ops("cpu", 1)
     q, k, v = uniform(1, 9, 4, 64), uniform(2, 9, 2, 64), uniform(3, 9, 2, 64)
     positions, slots = np.arange(9, dtype=np.int32) * 31, np.arange(9, dtype=np.int32)
-    frequencies = native.rope_frequencies(ROPES["smollm"], 64)
+    frequencies = rope_frequencies("smollm", 64)
     arguments = (q, k, v, positions, slots, frequencies, 16, 16)
     _, keys, values = native.rope_and_store(*arguments, "f32")
     _, rounded_keys, rounded_values = native.rope_and_store(*arguments, "bf16")

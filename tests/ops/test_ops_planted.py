@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,6 @@ import pytest
 from ops_helpers import TOLERANCES, compute_cases
 from reference_helpers import max_error
 
-from octavo.models.spec import RopeSpec
 from octavo.reference import ops
 
 Array = np.ndarray
@@ -119,33 +117,12 @@ def linear__result_rounded(x, weight, bias=None, dtype="f32"):
     return ops.round_to_bf16(y) if dtype == "bf16" else y
 
 
-@planted
-def rope_frequencies__half_the_exponent(rope, head_dim):
-    return ops.rope_frequencies(RopeSpec(theta=math.sqrt(rope.theta)), head_dim)
-
-
-@planted
-def rope_frequencies__multiplied_by_the_factor(rope, head_dim):
-    return ops.rope_frequencies(RopeSpec(theta=rope.theta), head_dim) * np.float32(rope.factor)
-
-
-@planted
-def rope_frequencies__no_scaling(rope, head_dim):
-    return ops.rope_frequencies(RopeSpec(theta=rope.theta), head_dim)
-
-
-@planted
-def rope_frequencies__low_and_high_swapped(rope, head_dim):
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    return ops.rope_frequencies(replace(rope, low_freq_factor=high, high_freq_factor=low), head_dim)
-
-
 def with_rope(rotate: Callable[..., Array]) -> Callable[..., Any]:
     """rope_and_store with another rotation."""
 
-    def wrong(q, k, v, positions, slots, frequencies, num_slots, kv_dtype="f32"):
+    def wrong(q, k, v, positions, slots, frequencies, num_slots, kv_dtype="f32", factor=1.0):
         if frequencies is not None:
-            q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+            q, k = (rotate(x, positions, frequencies) * np.float32(factor) for x in (q, k))
         return ops.rope_and_store(q, k, v, positions, slots, None, num_slots, kv_dtype)
 
     return wrong
@@ -172,31 +149,36 @@ PLANTED["rope_and_store__position_off_by_one"] = with_rope(position_off_by_one)
 
 
 @planted
-def rope_and_store__v_rotated(q, k, v, positions, slots, frequencies, n, kv_dtype="f32"):
-    v = ops.rope(v, positions, frequencies)
-    return ops.rope_and_store(q, k, v, positions, slots, frequencies, n, kv_dtype)
+def rope_and_store__factor_left_out(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
+    return ops.rope_and_store(q, k, v, at, slots, turns, n, kv_dtype)
 
 
 @planted
-def rope_and_store__next_slot(q, k, v, positions, slots, frequencies, n, kv_dtype="f32"):
+def rope_and_store__v_rotated(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
+    v = ops.rope(v, at, turns)
+    return ops.rope_and_store(q, k, v, at, slots, turns, n, kv_dtype, factor)
+
+
+@planted
+def rope_and_store__next_slot(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
     slots = np.where(slots >= 0, (slots + 1) % n, slots)
-    return ops.rope_and_store(q, k, v, positions, slots, frequencies, n, kv_dtype)
+    return ops.rope_and_store(q, k, v, at, slots, turns, n, kv_dtype, factor)
 
 
 @planted
-def rope_and_store__slot_minus_one_stored(q, k, v, positions, slots, freqs, n, kv_dtype="f32"):
-    return ops.rope_and_store(q, k, v, positions, slots % n, freqs, n, kv_dtype)
+def rope_and_store__slot_minus_one_stored(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
+    return ops.rope_and_store(q, k, v, at, slots % n, turns, n, kv_dtype, factor)
 
 
 @planted
-def rope_and_store__not_rounded(q, k, v, positions, slots, frequencies, n, kv_dtype="f32"):
-    return ops.rope_and_store(q, k, v, positions, slots, frequencies, n, "f32")
+def rope_and_store__not_rounded(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
+    return ops.rope_and_store(q, k, v, at, slots, turns, n, "f32", factor)
 
 
 @planted
-def rope_and_store__rounded_before_rope(q, k, v, positions, slots, freqs, n, kv_dtype="f32"):
+def rope_and_store__rounded_before_rope(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
     k = ops.to_cache(k, kv_dtype)
-    return ops.rope_and_store(q, k, v, positions, slots, freqs, n, kv_dtype)
+    return ops.rope_and_store(q, k, v, at, slots, turns, n, kv_dtype, factor)
 
 
 @planted
@@ -296,6 +278,67 @@ def gated_activation__quick_gelu(gate, up, activation):
     with np.errstate(over="ignore"):
         y = first / (1 + np.exp(-1.702 * first))
     return y if gate is None else y * up
+
+
+def with_route(wrong: Callable[..., Any]) -> Callable[..., Any]:
+    """moe with another choice: wrong(logits, experts of a row, normalize) -> experts, weights."""
+
+    def moe(x, logits, gate, up, down, count, normalize=True, activation="silu", dtype="f32"):
+        chosen, weights = wrong(logits, count, normalize)
+        dense = np.full(logits.shape, -np.inf)
+        np.put_along_axis(dense, chosen, np.log(weights), axis=1)
+        total = np.exp(dense).sum(axis=1, keepdims=True)
+        y = ops.moe(x, dense, gate, up, down, count, True, activation, dtype)
+        return y * total  # `route` made the weights' sum 1
+
+    return moe
+
+
+def upper_of_equal_ones(logits: Array, count: int, normalize: bool) -> tuple[Array, Array]:
+    chosen, weights = ops.route(logits[:, ::-1], count, normalize)
+    return logits.shape[1] - 1 - chosen, weights
+
+
+def next_expert(logits: Array, count: int, normalize: bool) -> tuple[Array, Array]:
+    chosen, weights = ops.route(logits, count, normalize)
+    return (chosen + 1) % logits.shape[1], weights
+
+
+def equal_weights(logits: Array, count: int, normalize: bool) -> tuple[Array, Array]:
+    chosen, weights = ops.route(logits, count, normalize)
+    return chosen, np.broadcast_to(weights.mean(axis=1, keepdims=True), weights.shape)
+
+
+PLANTED["moe__upper_of_equal_ones"] = with_route(upper_of_equal_ones)
+PLANTED["moe__next_expert"] = with_route(next_expert)
+PLANTED["moe__equal_weights"] = with_route(equal_weights)
+
+
+@planted
+def moe__normalized_the_other_way(x, logits, gate, up, down, count, normalize=True, *rest):
+    return ops.moe(x, logits, gate, up, down, count, not normalize, *rest)
+
+
+@planted
+def moe__one_expert_too_few(x, logits, gate, up, down, count, normalize=True, *rest):
+    return ops.moe(x, logits, gate, up, down, max(count - 1, 1), normalize, *rest)
+
+
+@planted
+def moe__gate_and_up_swapped(x, logits, gate, up, down, count, normalize=True, *rest):
+    return ops.moe(x, logits, up, gate, down, count, normalize, *rest)
+
+
+@planted
+def moe__weights_before_the_experts(x, logits, gate, up, down, count, normalize=True, *rest):
+    """The weight multiplies what an expert is given, not what it gives."""
+    chosen, weights = ops.route(logits, count, normalize)
+    out = np.zeros((len(x), down.shape[1]))
+    for place in range(count):
+        alone = np.full(logits.shape, -np.inf)
+        np.put_along_axis(alone, chosen[:, [place]], 0.0, axis=1)
+        out += ops.moe(x * weights[:, [place]], alone, gate, up, down, 1, True, *rest)
+    return out
 
 
 @planted

@@ -7,54 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from reference_helpers import NativeModel, max_error, random_weights
+from spec_helpers import SPECS
 
 from octavo.models.layer import model_nodes, tap_names, weight_shapes
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
-from octavo.reference import KVCache, ReferenceModel, ops
+from octavo.reference import ops
+from octavo.reference.llama import KVCache, ReferenceModel
 
-
-def make_spec(
-    *, learned_positions: bool = False, tied: bool = False, **fields: object
-) -> ModelSpec:
-    layer = LayerSpec(
-        **{
-            **{"num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "intermediate_size": 37},
-            **{"norm": NormSpec(), "rope": RopeSpec(theta=100.0), **fields},
-        }  # type: ignore[arg-type]
-    )
-    return ModelSpec(
-        architecture="Test",
-        vocab_size=61,
-        hidden_size=22,
-        max_position_embeddings=64,
-        layers=(layer, replace(layer, window=5), layer),
-        final_norm=layer.norm,
-        tie_word_embeddings=tied,
-        learned_positions=learned_positions,
-    )
-
-
-SPECS = {
-    "llama": make_spec(),
-    "tied": make_spec(tied=True),
-    "biases": make_spec(qkv_bias=True, o_bias=True, mlp_bias=True),
-    "qwen_like": make_spec(qkv_bias=True, num_kv_heads=6),
-    "gpt2_like": make_spec(
-        norm=NormSpec("layer", 1e-5, bias=True),
-        rope=None,
-        activation="gelu_tanh",
-        gated=False,
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
-        learned_positions=True,
-    ),
-    "no_rope": make_spec(rope=None, o_bias=True),
-    "ungated": make_spec(gated=False, mlp_bias=True),
-    "scaled": make_spec(attention_scale=0.9),
-    "relu": make_spec(activation="relu", num_kv_heads=1),
-    "gelu": make_spec(activation="gelu", rope=RopeSpec(100.0, "llama3", 8.0, 1.0, 4.0, 32)),
-}
 TOKENS = np.array([(17 * i * i + 3) % 61 for i in range(29)])
 
 

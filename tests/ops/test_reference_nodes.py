@@ -9,7 +9,7 @@ import pytest
 from runtime_helpers import random_weights, tiny_spec
 
 from octavo.models.layer import model_nodes
-from octavo.models.spec import NormSpec
+from octavo.models.spec import MoeSpec, NormSpec
 from octavo.reference.llama import ReferenceModel
 from octavo.reference.nodes import op_call
 
@@ -22,6 +22,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
     },
     "ungated, a window": {"gated": False, "activation": "gelu", "window": 5},
+    "experts": {"moe": MoeSpec(4, 2)},
     "no rope, a scale of its own": {"rope": None, "attention_scale": 0.7},
 }
 

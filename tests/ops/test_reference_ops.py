@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from ops_helpers import rope_frequencies
 from reference_helpers import max_error, uniform
 
-from octavo.models.spec import RopeSpec
 from octavo.reference import ops
-
-LLAMA3 = RopeSpec(500000.0, "llama3", 32.0, 1.0, 4.0, 8192)
 
 
 def test_round_to_bf16() -> None:
@@ -91,30 +88,6 @@ def test_linear() -> None:
     assert ops.linear(fine, ones)[0, 0] == 1 + 2**-9
 
 
-def test_rope_frequencies_known_values() -> None:
-    np.testing.assert_allclose(
-        ops.rope_frequencies(RopeSpec(theta=10000.0), 8), [1, 0.1, 0.01, 0.001], rtol=1e-6
-    )
-    linear = ops.rope_frequencies(RopeSpec(10000.0, "linear", 4.0), 8)
-    np.testing.assert_allclose(linear, [0.25, 0.025, 0.0025, 0.00025], rtol=1e-6)
-    with pytest.raises(ValueError, match="yarn"):
-        ops.rope_frequencies(RopeSpec(scaling="yarn"), 8)  # type: ignore[arg-type]
-
-
-def test_rope_frequencies_llama3() -> None:
-    """Fast pairs as they were, slow ones divided by the factor, in between strictly in between."""
-    plain = ops.rope_frequencies(replace(LLAMA3, scaling="default"), 64)
-    scaled = ops.rope_frequencies(LLAMA3, 64)
-    wavelengths = 2 * np.pi / plain.astype(np.float64)
-    fast, slow = wavelengths < 8192 / 4, wavelengths > 8192
-    assert fast.sum() >= 10 and slow.sum() >= 10 and (~fast & ~slow).sum() >= 2
-    assert np.array_equal(scaled[fast], plain[fast])
-    assert np.array_equal(scaled[slow], plain[slow] / np.float32(32))
-    between = ~fast & ~slow
-    assert ((scaled < plain) & (scaled > plain / 32))[between].all()
-    assert (np.diff(scaled) < 0).all()
-
-
 def test_rope_known_values() -> None:
     # One pair, a quarter turn: (x, y) -> (-y, x). Paired are elements half a head apart.
     quarter = np.array([np.pi / 2, np.pi], dtype=np.float32)
@@ -123,10 +96,14 @@ def test_rope_known_values() -> None:
     np.testing.assert_allclose(turned, [[[-3, -2, 1, -4]]], atol=1e-6)
     assert np.array_equal(ops.rope(x, np.array([0]), quarter), x)
     assert ops.rope(x, np.array([5]), None) is x
+    # One frequency: elements 0 and 1 of each head are the pair, the others stay.
+    assert np.array_equal(
+        ops.rope(x, np.array([1]), quarter[:1], 2.0).round(6), [[[-4.0, 2.0, 3.0, 4.0]]]
+    )
 
 
 def test_rope_is_a_rotation() -> None:
-    x, frequencies = uniform(1, 9, 3, 64), ops.rope_frequencies(LLAMA3, 64)
+    x, frequencies = uniform(1, 9, 3, 64), rope_frequencies("llama3", 64)
     turned = ops.rope(x, np.arange(9) * 371, frequencies)
     np.testing.assert_allclose(
         np.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-6
@@ -137,7 +114,7 @@ def test_rope_is_a_rotation() -> None:
 
 def test_rope_is_relative() -> None:
     """The product of a query and a key depends on how far apart they are, not on where."""
-    frequencies = ops.rope_frequencies(RopeSpec(theta=10000.0), 64)
+    frequencies = rope_frequencies("default", 64)
     q, k = uniform(1, 1, 1, 64).astype(np.float64), uniform(2, 1, 1, 64).astype(np.float64)
     products = [
         np.vdot(
@@ -153,7 +130,7 @@ def test_rope_is_relative() -> None:
 
 def test_rope_and_store() -> None:
     q, k, v = uniform(1, 3, 4, 8), uniform(2, 3, 2, 8), uniform(3, 3, 2, 8)
-    frequencies, positions = ops.rope_frequencies(RopeSpec(), 8), np.array([4, 5, 6])
+    frequencies, positions = rope_frequencies("default", 8), np.array([4, 5, 6])
     slots = np.array([9, -1, 2])
     turned, keys, values = ops.rope_and_store(q, k, v, positions, slots, frequencies, 12)
     assert np.array_equal(turned, ops.rope(q, positions, frequencies))
@@ -389,7 +366,7 @@ def test_take_rows() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_results_keep_the_precision_of_the_input(dtype: type) -> None:
     x, weight = uniform(1, 3, 8).astype(dtype), uniform(2, 8)
-    heads, frequencies = x.reshape(3, 2, 4), ops.rope_frequencies(RopeSpec(), 4)
+    heads, frequencies = x.reshape(3, 2, 4), rope_frequencies("default", 4)
     positions = np.arange(3)
     results = [
         ops.norm(x, weight, weight, 1e-5, "layer"),

@@ -33,7 +33,6 @@ from octavo.quantize.writer import quantize_directory
 from octavo.runtime.loader import load_runtime
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model
-from octavo.weights.stored import ConvertedWeightsWarning
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
 CODES: dict[str, Any] = {
@@ -71,7 +70,6 @@ def write(path: Path, name: str) -> Published:
     return write_published(path, pack, config)
 
 
-@pytest.mark.filterwarnings("ignore::octavo.weights.stored.ConvertedWeightsWarning")
 @pytest.mark.parametrize("isa", one_isa_of_each())
 @pytest.mark.parametrize("name", BOTH)
 def test_diff_finds_nothing(
@@ -84,7 +82,6 @@ def test_diff_finds_nothing(
     assert result.ok, (result.first_bad, result.findings)
 
 
-@pytest.mark.filterwarnings("ignore::octavo.weights.stored.ConvertedWeightsWarning")
 @pytest.mark.parametrize("name", BOTH)
 def test_the_model_is_the_one_that_the_weights_say(tmp_path: Path, name: str) -> None:
     """Logits near those of the same weights as a float model; on every device."""
@@ -100,16 +97,35 @@ def test_the_model_is_the_one_that_the_weights_say(tmp_path: Path, name: str) ->
         assert len(PROMPT) == len(logits)
 
 
+def notes_of(path: Path, **options: Any) -> str:
+    config = EngineConfig(max_model_len=64, max_num_seqs=1, num_threads=1, **options)
+    files = read_model(path)
+    loaded = load_runtime(files, open_checkpoint(files), config, environment=ENVIRONMENT)
+    return "".join(loaded.notes)
+
+
 @pytest.mark.parametrize("name", CONVERTED)
 def test_what_a_conversion_costs_is_said(tmp_path: Path, name: str) -> None:
-    published = write(tmp_path, name)
-    with pytest.warns(ConvertedWeightsWarning) as caught:
-        logits_of(published.path, dtype="bf16")
-    (warning,) = caught
-    text = str(warning.message)
-    assert "converted to bf16 as they are loaded: 276.0 KiB in memory" in text
-    assert "in the files; quantize='int8' keeps a byte of each" in text
-    logits_of(published.path, quantize="int8")  # as int8 they cost nothing more
+    text = notes_of(write(tmp_path, name).path, dtype="bf16")
+    assert KINDS[name] + " (q, k, v, o, gate, up, down) as bf16, rounded to bf16: " in text
+    assert "MiB in the file, 0 MiB in memory, with --quantize int8 0 MiB" in text
+    assert "rounded to bf16" in notes_of(tmp_path, dtype="f32")
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_codes_that_cost_nothing_are_no_news(tmp_path: Path, name: str) -> None:
+    assert notes_of(write(tmp_path, name).path) == ""
+
+
+KINDS = {
+    "awq": "AWQ, 4 bits, groups of 32",
+    "gptq": "GPTQ, 4 bits, groups of 32",
+    "gptq-row": "GPTQ, 4 bits, a scale an output",
+    "int8": "bitsandbytes LLM.int8()",
+    "act-order": "GPTQ, 4 bits, groups of 32, act-order",
+    "fp8": "FP8, blocks of 128 x 128",
+    "nf4": "bitsandbytes NF4",
+}
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -120,17 +136,11 @@ def test_info_says_what_is_stored_and_what_becomes_of_it(
     write(tmp_path, name)
     assert run(["info", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    label = {
-        "awq": "AWQ, 4 bits, groups of 32 (q, k, v, o, gate, up, down), runs as codes",
-        "gptq": "GPTQ, 4 bits, groups of 32 (q, k, v, o, gate, up, down), runs as codes",
-        "gptq-row": "GPTQ, 4 bits, a scale an output (q, k, v, o, gate, up, down), runs as codes",
-        "int8": "bitsandbytes LLM.int8() (q, k, v, o, gate, up, down), runs as codes",
-        "act-order": "GPTQ, 4 bits, groups of 32, act-order (q, k, v, o, gate, up, down), conv",
-        "fp8": "FP8, blocks of 128 x 128 (q, k, v, o, gate, up, down), converted to bf16",
-        "nf4": "bitsandbytes NF4 (q, k, v, o, gate, up, down), converted to bf16 as it is loaded",
-    }[name]
-    assert label in text
-    assert ("Converted" in text) == (name in CONVERTED)
+    (line,) = (line for line in text.splitlines() if line.startswith("Stored as"))
+    assert f"{KINDS[name]} (q, k, v, o, gate, up, down) as " in line
+    assert ("as bf16, rounded to bf16" in line) == (name in CONVERTED)
+    assert ("the same numbers" in line) == (name in CODES)
+    assert KINDS[name] in next(each for each in text.splitlines() if "Weight files" in each)
 
 
 def test_a_converted_checkpoint_can_be_quantized(tmp_path: Path) -> None:

@@ -60,9 +60,9 @@ def test_a_weighted_directory_is_what_importance_makes_of_it(tmp_path: Path, nam
     source = write_float_model(tmp_path / "float")
     files = read_model(source)
     scheme = Scheme(name, method="weighted")
-    quantize_directory(source, tmp_path / "out", scheme)
-    stored = open_checkpoint(read_model(tmp_path / "out"))
     importance = measure_importance(files, open_checkpoint(files))
+    quantize_directory(source, tmp_path / "out", scheme, importance=importance)
+    stored = open_checkpoint(read_model(tmp_path / "out"))
     at_load = quantize_checkpoint(
         open_checkpoint(files), files.spec, scheme, keep_embedding=True, importance=importance
     )

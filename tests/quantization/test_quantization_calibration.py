@@ -73,7 +73,10 @@ def test_texts_that_will_not_do(model: Path, tmp_path: Path, content: bytes, mes
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "search"}, "method is 'search'; expected one of gptq, awq"),
+        (
+            {"method": "search"},
+            "method is 'search' with a calibration text; expected one of gptq, awq",
+        ),
         ({"windows": 0}, "windows is 0; expected 1 or more"),
         ({"window": 1}, "window is 1; expected 2 tokens or more"),
         ({"seed": -1}, "seed is -1; expected 0 or more"),

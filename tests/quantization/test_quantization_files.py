@@ -60,6 +60,16 @@ def test_words_there_and_back(inputs: int) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_what_is_not_quantized_is_kept_in_16_bits(dtype: str, tmp_path: Path) -> None:
+    source = write_float_model(tmp_path / "float", dtype)
+    quantize_directory(source, tmp_path / "int8", SCHEMES["int8"])
+    content = (tmp_path / "int8" / "model.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert header["model.embed_tokens.weight"]["dtype"] == dtype.replace("F32", "BF16")
+    assert header["model.layers.1.input_layernorm.weight"]["dtype"] == dtype
+
+
 def raw(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a directory as another reader sees them; bf16 as uint16."""
     content = (path / "model.safetensors").read_bytes()

@@ -75,6 +75,7 @@ def test_diff_of_a_directory_finds_nothing(
     request = DiffRequest(str(target), random=23, num_threads=1, options=DiffOptions(steps=3))
     result = compare(request, ENVIRONMENT, quiet)
     assert result.ok, (result.first_bad, result.findings)
+    assert result.model == target.name, "a directory is called by its own name"
 
 
 @pytest.mark.parametrize("isa", one_isa_of_each())

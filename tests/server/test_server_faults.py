@@ -347,6 +347,11 @@ def test_metrics_have_vllms_names(llm: LLM) -> None:
                 f"vllm:num_preemptions_total{{{labels}}} 0.0",
             ):
                 assert line in text, line
+            sums = {
+                part: float(re.search(rf"request_{part}_time_seconds_sum.* (\S+)", text)[1])
+                for part in ("inference", "prefill", "decode")
+            }
+            assert sums["inference"] == pytest.approx(sums["prefill"] + sums["decode"])
             # vLLM's buckets, so that its dashboards show the same.
             ends = re.findall(r'iteration_tokens_total_bucket\{.*le="([0-9.]+)"', text)
             assert [float(end) for end in ends] == [1.0, *(2.0**n for n in range(3, 15))]

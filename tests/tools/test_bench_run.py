@@ -19,7 +19,7 @@ from octavo.bench.cases import Case, make_cases
 from octavo.bench.report import CSV_COLUMNS, HEADINGS, cells, to_csv, to_markdown
 from octavo.cli import main
 from octavo.config import EngineConfig, read_environment
-from octavo.reference import ReferenceModel
+from octavo.reference.llama import ReferenceModel
 from octavo.runtime.loader import load_runtime
 from octavo.runtime.session import Session, Step
 from octavo.weights.checkpoint import open_checkpoint

@@ -11,7 +11,7 @@ from batch_helpers import CHAT, HELLO, openai, read, run, write
 from text_helpers import CHATML_TEMPLATE, tiny_model, write_config
 from weights_helpers import random_weights, write_model
 
-from octavo.cli import main
+from octavo.cli import batch_stamp, main
 
 SHORT = ("--max-tokens", "3")
 
@@ -98,6 +98,12 @@ OPTIONS = {
     "max_model_len": (["--max-model-len", "128"], "max_model_len was 256 and is 128"),
     "dummy weights": (["--seed", "1"], 'load_format was "dummy, of seed 0" and is'),
 }
+
+
+@pytest.mark.parametrize(("length", "shown"), [(58, 60), (59, 60)])
+def test_long_values_of_options_are_cut(length, shown):
+    said = batch_stamp._describe("x" * length)  # with its two quotes
+    assert len(said) == shown and said.endswith("...") == (length == 59)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

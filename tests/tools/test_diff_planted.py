@@ -30,7 +30,8 @@ from octavo.diff.implementations import ReferenceImplementation, StepResult
 from octavo.diff.report import to_json
 from octavo.diff.tolerance import own_tolerance
 from octavo.models.layer import Node, model_nodes, residual_before
-from octavo.models.spec import NormSpec, RopeSpec
+from octavo.models.rope import linear_rope
+from octavo.models.spec import NormSpec
 from octavo.reference import ops
 from octavo.reference.llama import ReferenceModel
 
@@ -94,6 +95,8 @@ def test_planted_mistake_on_the_left(mistake: str, chunk_size: int | None) -> No
         "rope of neighbours": {"q_rope", "k_rope"},
         "epsilon outside": {"attn_norm", "mlp_norm", "final_norm"},
         "k and v swapped": {"k", "v"},
+        "rows in pairs": {"q", "k"},
+        "pairs undone twice": {"q", "k"},
     }.get(mistake, {tap.split(".")[-1]})
     assert parts == expected, "ops that are right must not be blamed for their inputs"
 
@@ -148,7 +151,7 @@ def _sum_of_rounded(powers: Any) -> Any:
 # Attention over a bf16 cache that rounds something else: how -> words of the recognized mistake.
 ROUNDINGS: dict[str, tuple[Callable[..., Any], str]] = {
     "float32 attention": (
-        lambda q, k, v, scale, window=0, dtype="f32": ops.attention(q, k, v, scale, window),
+        lambda q, k, v, scale, window=0, dtype="f32", cap=0: ops.attention(q, k, v, scale, window),
         "neither queries nor weights",
     ),
     "weights not rounded": (
@@ -232,7 +235,7 @@ def test_two_mistakes_are_both_found() -> None:
         small_spec(qkv_bias=True, o_bias=True, mlp_bias=True, activation="gelu"),
         small_spec(gated=False, activation="relu", norm=NormSpec("layer", 1e-5, True)),
         replace(small_spec(rope=None), learned_positions=True),
-        small_spec(window=5, rope=RopeSpec(scaling="linear", factor=3.0)),
+        small_spec(window=5, rope=linear_rope(10000.0, 8, 3.0)),
     ],
     ids=[
         "multi-query tied",

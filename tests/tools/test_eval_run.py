@@ -16,7 +16,7 @@ from octavo.config import EngineConfig, read_environment
 from octavo.errors import InvalidArgumentError
 from octavo.eval.evaluation import EvalRequest, EvalResult, evaluate
 from octavo.eval.measures import perplexity, surprisals
-from octavo.reference import ReferenceModel
+from octavo.reference.llama import ReferenceModel
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model

@@ -147,6 +147,7 @@ def test_costs_are_measured(planted: CostModel) -> None:
         assert getattr(found, name) == pytest.approx(value, rel=1e-6, abs=1e-12)
     with pytest.raises(InvalidArgumentError, match="has 7 steps; expected at least 8"):
         fit_costs(steps[:7])
+    assert fit_costs(steps[:8]).seconds(50, 100) == pytest.approx(planted.seconds(50, 100))
 
 
 def test_quantiles_by_nearest_rank() -> None:

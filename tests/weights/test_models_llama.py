@@ -18,6 +18,7 @@ from octavo.errors import ModelNotFoundError, UnsupportedModelError
 from octavo.models.fields import describe
 from octavo.models.layer import weight_shapes
 from octavo.models.llama import FAMILY, read_spec
+from octavo.models.rope import default_rope, linear_rope, llama3_rope
 from octavo.models.spec import ModelSpec, RopeSpec
 from octavo.weights.model_files import read_model
 
@@ -46,9 +47,27 @@ def test_every_field_lands_in_the_spec() -> None:
     assert (layer.qkv_bias, layer.o_bias, layer.mlp_bias) == (True, True, True)
     assert layer.norm.kind == "rms"
     assert layer.norm.eps == spec.final_norm.eps == 3e-6
-    assert layer.rope == RopeSpec(theta=7e4)
+    assert layer.rope == default_rope(7e4, 8)
     assert spec.max_position_embeddings == 128
     assert not spec.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("field", "limit"),
+    [
+        ("vocab_size", 4194304),
+        ("hidden_size", 262144),
+        ("intermediate_size", 1048576),
+        ("num_hidden_layers", 1024),
+        ("num_attention_heads", 4096),
+        ("head_dim", 1024),
+        ("max_position_embeddings", 16777216),
+    ],
+)
+def test_the_largest_sizes(field: str, limit: int) -> None:
+    read_spec(tiny_config(**{field: limit}))
+    with pytest.raises(UnsupportedModelError, match=f"{field} is {limit + 2}"):
+        read_spec(tiny_config(**{field: limit + 2}))
 
 
 def test_fields_that_need_not_be_given() -> None:
@@ -88,39 +107,39 @@ def test_the_weight_map_names_exactly_what_the_spec_needs(bias: bool, tied: bool
 
 
 ROPE_CASES: list[tuple[dict[str, Any], RopeSpec]] = [
-    ({"rope_theta": 5e4}, RopeSpec(theta=5e4)),
-    ({"rope_theta": 5e4, "rope_scaling": None}, RopeSpec(theta=5e4)),
-    ({"rope_theta": DELETED}, RopeSpec(theta=10000.0)),
+    ({"rope_theta": 5e4}, default_rope(5e4, 8)),
+    ({"rope_theta": 5e4, "rope_scaling": None}, default_rope(5e4, 8)),
+    ({"rope_theta": DELETED}, default_rope(10000.0, 8)),
     (
         {"rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 2}},
-        RopeSpec(theta=5e4, scaling="linear", factor=2.0),
+        linear_rope(5e4, 8, 2.0),
     ),
     (
         {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-        RopeSpec(5e5, "llama3", 32.0, 1.0, 4.0, 8192),
+        llama3_rope(5e5, 8, 32.0, 1.0, 4.0, 8192),
     ),
     # Both spellings of the kind, as transformers 4.43 and later write it.
     (
         {"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4.0}},
-        RopeSpec(scaling="linear", factor=4.0),
+        linear_rope(10000.0, 8, 4.0),
     ),
-    ({"rope_theta": DELETED, "rope_parameters": {"rope_theta": 7e4}}, RopeSpec(theta=7e4)),
+    ({"rope_theta": DELETED, "rope_parameters": {"rope_theta": 7e4}}, default_rope(7e4, 8)),
     (
         {
             "rope_theta": DELETED,
             "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3},
         },
-        RopeSpec(5e5, "llama3", 32.0, 1.0, 4.0, 8192),
+        llama3_rope(5e5, 8, 32.0, 1.0, 4.0, 8192),
     ),
     # Precedence, as in transformers: the inner theta; rope_scaling before rope_parameters.
-    ({"rope_theta": 1e3, "rope_parameters": {"rope_theta": 7e4}}, RopeSpec(theta=7e4)),
+    ({"rope_theta": 1e3, "rope_parameters": {"rope_theta": 7e4}}, default_rope(7e4, 8)),
     (
         {
             "rope_theta": 1e3,
             "rope_scaling": {"type": "linear", "factor": 2.0},
             "rope_parameters": {"rope_type": "default", "rope_theta": 7e4},
         },
-        RopeSpec(theta=1e3, scaling="linear", factor=2.0),
+        linear_rope(1e3, 8, 2.0),
     ),
     # The original length: at top level, inside, or the model's own.
     (
@@ -128,7 +147,7 @@ ROPE_CASES: list[tuple[dict[str, Any], RopeSpec]] = [
             "original_max_position_embeddings": 64,
             "rope_scaling": {"rope_type": "llama3", **LLAMA3},
         },
-        RopeSpec(10000.0, "llama3", 32.0, 1.0, 4.0, 64),
+        llama3_rope(10000.0, 8, 32.0, 1.0, 4.0, 64),
     ),
     (
         {
@@ -138,7 +157,7 @@ ROPE_CASES: list[tuple[dict[str, Any], RopeSpec]] = [
                 if name != "original_max_position_embeddings"
             }
         },
-        RopeSpec(10000.0, "llama3", 32.0, 1.0, 4.0, 128),
+        llama3_rope(10000.0, 8, 32.0, 1.0, 4.0, 128),
     ),
 ]
 
@@ -153,9 +172,14 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
     ({"hidden_act": "xielu"}, "hidden_act", "'xielu'", "silu"),
     ({"hidden_act": 3}, "hidden_act", "3", "silu"),
     ({"hidden_act": ["silu"]}, "hidden_act", "['silu']", "silu"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type", "'dynamic'", "llama3"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type", "'yarn'", "linear"),
-    ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type", "'longrope'", "default"),
+    ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "type", "'ntk'", "llama3"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor", "None", "4 numbers"),
+    (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0, 2.0, True, 1.0]}},
+        *("short_factor", "True", "4 numbers"),
+    ),
+    ({"rope_scaling": {"type": "yarn", "factor": -1}}, "factor", "-1", "above 0"),
+    ({"rope_theta": 1.0, "rope_scaling": {"type": "yarn"}}, "rope_theta", "1.0", "above 1"),
     ({"rope_parameters": {"rope_type": "su"}}, "rope_type", "'su'", "default"),
     ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type", "['yarn']", "default"),
     ({"rope_scaling": "linear"}, "rope_scaling", "'linear'", "object"),
@@ -169,7 +193,7 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
     ),
     (
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-        *("full_attention", "rope_type", "every layer"),
+        *("full_attention", "rope_type", "plain numbers"),
     ),
     ({"rope_parameters": {"mrope_section": [8, 8]}}, "mrope_section", "[8, 8]", "plain numbers"),
     (
@@ -228,7 +252,7 @@ def test_a_rope_field_of_another_type_is_named_in_a_warning() -> None:
     scaling = {"type": "linear", "factor": 2.0, "finetuned": True}
     with pytest.warns(UserWarning, match="finetuned"):
         spec = read_spec(tiny_config(rope_scaling=scaling))
-    assert spec.layers[0].rope == RopeSpec(scaling="linear", factor=2.0)
+    assert spec.layers[0].rope == linear_rope(10000.0, 8, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +263,7 @@ def test_a_rope_field_of_another_type_is_named_in_a_warning() -> None:
         ({"architectures": "LlamaForCausalLM"}, ("architectures", "a list")),
         ({"architectures": [["LlamaForCausalLM"]]}, ("architectures", "LlamaForCausalLM")),
         ({"model_type": "mistral"}, ("model_type", "mistral", "llama")),
-        ({"architectures": DELETED, "model_type": "gpt2"}, ("model_type", "gpt2", "llama")),
+        ({"architectures": DELETED, "model_type": "gptj"}, ("model_type", "gptj", "llama")),
         ({"architectures": DELETED, "model_type": DELETED}, ("architectures", "missing")),
     ],
 )

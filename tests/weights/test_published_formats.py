@@ -113,9 +113,10 @@ def test_symmetric_gptq_has_no_zero_points(tmp_path: Path, dtype: str) -> None:
 def test_act_order_is_converted(tmp_path: Path) -> None:
     pack = partial(pack_gptq, group=32, order="act")
     checkpoint = check(write_published(tmp_path, pack, GPTQ | {"desc_act": True}), True)
-    count, in_files = checkpoint.conversion
-    assert count == 2 * (96 * 96 * 2 + 96 * 32 * 2 + 3 * 96 * 160)
-    assert count / 2 < in_files < count
+    held = checkpoint.stored["layers.1.up"]
+    assert (held.kind, held.format) == ("GPTQ, 4 bits, groups of 32, act-order", None)
+    # Words, zero points of 4 bits and float16 scales of three groups, and g_idx.
+    assert held.num_bytes == 96 * 160 // 2 + 3 * 160 // 2 + 3 * 160 * 2 + 96 * 4
 
 
 @pytest.mark.parametrize("order", ["none", "blocks"])

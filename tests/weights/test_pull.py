@@ -27,7 +27,7 @@ from octavo.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-from octavo.progress import NO_PROGRESS, NoProgress
+from octavo.progress import NO_PROGRESS, Progress
 from octavo.weights import wheel
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import pull, pulled_models, resolve_model
@@ -37,7 +37,7 @@ from octavo.weights.wheel import WheelModel
 NAME = "smollm2-135m"
 
 
-class Recorder(NoProgress):
+class Recorder(Progress):
     """Remembers what was said, and how far each step came."""
 
     def __init__(self) -> None:

@@ -344,6 +344,20 @@ def test_non_finite_weights_are_warned_of_by_name(dtype: str, value: float, tmp_
     assert all(name in str(caught[0].message) for name in damaged)
 
 
+@pytest.mark.parametrize("count", [8, 9])
+def test_up_to_eight_damaged_weights_are_named(count: int, tmp_path: Path) -> None:
+    config = tiny_config()
+    weights = random_weights(config)
+    for values in list(weights.values())[:count]:
+        values.flat[-1] = np.nan
+    write_model(tmp_path, config, weights=weights)
+    checkpoint = open_checkpoint(read_model(tmp_path))
+    with pytest.warns(NonFiniteWeightsWarning, match=f"^{count} of ") as caught:
+        assert len(list(checkpoint.checked_items())) == len(checkpoint)
+    named = str(caught[0].message).partition("(")[2].partition(")")[0]
+    assert named.count("weight") == 8 and named.endswith("...") == (count > 8)
+
+
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_the_largest_finite_values_are_not_warned_of(dtype: str) -> None:
     largest = {"F32": 3.4028234e38, "F16": 65504.0, "BF16": 3.3895314e38}[dtype]

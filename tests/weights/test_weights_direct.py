@@ -46,7 +46,7 @@ def everything_below(folder: Path) -> dict[str, int]:
     return {str(entry): entry.stat().st_mtime_ns for entry in sorted(folder.rglob("*"))}
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_1", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q5_1", "Q8_0", "Q6_K"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_those_that_pull_writes(kind: str, tied: bool, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
@@ -65,7 +65,7 @@ def test_answers_are_those_of_the_pulled_model_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "models"
-    parts = write_parts(folder, kind="Q4_1")
+    parts = write_parts(folder, kind="Q5_1")
     home = tmp_path / "home"
     monkeypatch.setenv("OCTAVO_HOME", str(home))
     monkeypatch.chdir(folder)
@@ -139,6 +139,7 @@ def rewrite(path: Path, changes: dict[str, Any], drop: str = "") -> None:
         ("tensors", r"split\.tensors\.count is 22; they hold 21 tensors"),
         ("damaged", "truncated"),
         ("absurd", r"split\.count is 100000"),
+        ("above int32", r"split\.tensors\.count is 2147483648; supported: .*2147483647"),
     ],
 )
 def test_parts_that_are_no_whole_model(change: str, cause: str, tmp_path: Path) -> None:
@@ -163,8 +164,10 @@ def test_parts_that_are_no_whole_model(change: str, cause: str, tmp_path: Path) 
         rewrite(given, {**stated, "split.no": 2, "split.tensors.count": 22})
     elif change == "damaged":
         parts[1].write_bytes(parts[1].read_bytes()[:-1000])
-    else:
+    elif change == "absurd":
         rewrite(given, {**stated, "split.count": 100000})
+    else:
+        rewrite(given, {**stated, "split.no": 2, "split.tensors.count": 2**31})
     with pytest.raises((WeightsError, UnsupportedModelError)) as caught:
         read_model(given)
     assert re.search(cause, str(caught.value), re.DOTALL), str(caught.value)

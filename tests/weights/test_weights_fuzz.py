@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fuzz_weights import count_outcomes, mutations
 from weights_helpers import (
@@ -87,6 +88,27 @@ def test_mutated_gguf(tmp_path: Path) -> None:
 
     with memory_below(100_000_000):
         outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=4))
+    assert outcomes["refused"] > 300 and outcomes["read"] > 100, outcomes
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "IQ4_XS"])
+def test_mutated_gguf_as_codes(kind: str, tmp_path: Path) -> None:
+    """Used as it lies: every matrix becomes codes, and zero points are such as the core takes."""
+    path = tmp_path / "model.gguf"
+    config = gguf_config(num_hidden_layers=1, intermediate_size=256)
+    write_gguf(path, config, kind=kind)
+    original = path.read_bytes()
+    header = original.index(b"blk.0.ffn_down") + 400
+
+    def load(file: Path) -> None:
+        checkpoint = open_checkpoint(read_model(file))
+        for name, tensor in checkpoint.checked_items():
+            assert tensor.data.size
+            if name.endswith(".zero"):
+                assert (np.abs(tensor.data) <= 120).all()
+
+    with memory_below(100_000_000):
+        outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=10))
     assert outcomes["refused"] > 300 and outcomes["read"] > 100, outcomes
 
 

@@ -27,6 +27,7 @@ from octavo.errors import (
 )
 from octavo.models.llama import read_spec
 from octavo.models.llama_gguf import GGUF, llama3_divisors
+from octavo.models.rope import default_rope, linear_rope, llama3_rope
 from octavo.models.spec import RopeSpec
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.gguf import KINDS, GgufFile
@@ -110,7 +111,7 @@ def test_the_configuration(tmp_path: Path) -> None:
     config = gguf_config(rope_theta=123456.0, rms_norm_eps=1e-6, num_hidden_layers=1)
     files = read_model(convert(tmp_path, config=config))
     layer = files.spec.layers[0]
-    assert layer.rope == RopeSpec(theta=123456.0)
+    assert layer.rope == default_rope(123456.0, 64)
     assert files.config["rms_norm_eps"] == 1e-6  # not 9.99999997e-07
     assert (layer.num_heads, layer.num_kv_heads, layer.head_dim) == (4, 2, 64)
     assert files.spec.max_position_embeddings == 128
@@ -122,18 +123,21 @@ def test_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [
-        ({"llama.rope.scaling.type": "none"}, RopeSpec()),
+        ({"llama.rope.scaling.type": "none"}, default_rope(10000.0, 64)),
         (
             {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.5},
-            RopeSpec(scaling="linear", factor=2.5),
+            linear_rope(10000.0, 64, 2.5),
         ),
-        ({"llama.rope.scale_linear": 4.0}, RopeSpec(scaling="linear", factor=4.0)),
-        ({"llama.rope.scale_linear": 1.0}, RopeSpec()),
-        ({"llama.rope.freq_base": None}, RopeSpec()),
+        ({"llama.rope.scale_linear": 4.0}, linear_rope(10000.0, 64, 4.0)),
+        ({"llama.rope.scale_linear": 1.0}, default_rope(10000.0, 64)),
+        ({"llama.rope.freq_base": None}, default_rope(10000.0, 64)),
         # Newer converters state the size of a head, older ones let it follow.
-        ({"llama.attention.key_length": 64, "llama.attention.value_length": 64}, RopeSpec()),
-        ({"llama.rope.dimension_count": None}, RopeSpec()),
-        ({"llama.vocab_size": None}, RopeSpec()),
+        (
+            {"llama.attention.key_length": 64, "llama.attention.value_length": 64},
+            default_rope(10000.0, 64),
+        ),
+        ({"llama.rope.dimension_count": None}, default_rope(10000.0, 64)),
+        ({"llama.vocab_size": None}, default_rope(10000.0, 64)),
     ],
 )
 def test_rope_and_sizes_from_metadata(
@@ -169,12 +173,13 @@ def test_llama3_scaling_is_recognized(factor: float, tmp_path: Path) -> None:
     config = gguf_config(rope_theta=500000.0)
     extra = {"rope_freqs.weight": divisors}
     files = read_model(convert(tmp_path, config=config, extra_tensors=extra))
-    assert files.spec.layers[0].rope == RopeSpec(500000.0, "llama3", factor, 1.0, 4.0, 8192)
+    assert files.spec.layers[0].rope == llama3_rope(500000.0, 64, factor, 1.0, 4.0, 8192)
 
 
 def test_rope_divisors_of_one_mean_no_scaling(tmp_path: Path) -> None:
     extra = {"rope_freqs.weight": np.ones(32, np.float32)}
-    assert read_model(convert(tmp_path, extra_tensors=extra)).spec.layers[0].rope == RopeSpec()
+    rope = read_model(convert(tmp_path, extra_tensors=extra)).spec.layers[0].rope
+    assert rope == default_rope(10000.0, 64)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +201,7 @@ def test_other_rope_divisors_are_refused(divisors: np.ndarray, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("metadata", "parts"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, ("llama.rope.scaling.type", "'yarn'", "linear")),
+        ({"llama.rope.scaling.type": "ntk"}, ("llama.rope.scaling.type", "'ntk'", "linear")),
         ({"llama.expert_count": 8}, ("llama.expert_count", "8")),
         ({"llama.attention.sliding_window": 4096}, ("sliding_window", "4096")),
         ({"llama.attention.head_count_kv": [2, 2]}, ("head_count_kv", "[2, 2]", "one number")),
@@ -223,8 +228,8 @@ def test_metadata_that_octavo_cannot_run_is_refused_by_name(
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"general\.architecture is 'qwen2'.*'llama'"):
-        convert(tmp_path, architecture="qwen2")
+    with pytest.raises(UnsupportedModelError, match=r"general\.architecture is 'falcon'.*'llama'"):
+        convert(tmp_path, architecture="falcon")
 
 
 def test_all_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:

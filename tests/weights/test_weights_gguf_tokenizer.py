@@ -10,10 +10,19 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders
-from weights_helpers import convert, gguf_config, sentencepiece_metadata, tiny_vocabulary
+from weights_helpers import (
+    convert,
+    gguf_config,
+    sentencepiece_metadata,
+    tiny_vocabulary,
+    write_gguf,
+)
 
 from octavo.errors import OctavoError, TokenizerError
+from octavo.folder import MemoryFolder
+from octavo.text.tokenizer import Tokenizer as OwnTokenizer
 from octavo.weights.gguf_pre_tokenizers import SPLITTINGS
+from octavo.weights.model_files import read_model
 
 
 def tokenizer_of(tmp_path: Path, **options: Any) -> Tokenizer:
@@ -43,6 +52,8 @@ PIECES = {
     "seed-coder": "I|'LL| a|.b| |1|2|3|4|5| $|x|  \n\n|ÉtéNY|/|\n",
     "minicpm5": "I|'LL| a|.b| |123|45| $|x|  \n\n|ÉtéNY|/\n",
     "tekken": "I|'LL| a|.b| |1|2|3|4|5| $|x|  \n\n|Été|NY|/\n",
+    "gpt-4o": "I'LL| a|.b| |123|45| $|x|  \n\n|Été|NY|/\n",
+    "qwen35": "I|'LL| a|.b| |1|2|3|4|5| $|x|  \n\n|ÉtéNY|/\n",
     "deepseek-coder": "I|'|LL| a|.|b| |1|2|3|4|5| $|x|  |\n|\n|ÉtéNY|/|\n",
 }
 
@@ -52,6 +63,13 @@ def test_ways_of_splitting(pre: str) -> None:
     pieces = SPLITTINGS[pre].pre_tokenizer().pre_tokenize_str(TEXT)
     decoder = decoders.ByteLevel()
     assert "|".join(decoder.decode([piece]) for piece, _ in pieces) == PIECES[pre]
+
+
+def test_marks_belong_to_words_in_qwen35_only() -> None:
+    text = "cafe\u0301s"
+    for pre, pieces in (("qwen35", [text]), ("qwen2", ["cafe", "\u0301s"])):
+        found = SPLITTINGS[pre].pre_tokenizer().pre_tokenize_str(text)
+        assert [decoders.ByteLevel().decode([piece]) for piece, _ in found] == pieces
 
 
 def test_every_way_of_splitting_is_one_that_is_tested() -> None:
@@ -178,6 +196,51 @@ def test_sentencepiece_bpe(tmp_path: Path) -> None:
         cause = "the same score" if wrong is same else "expected one number for each token"
         with pytest.raises(TokenizerError, match=cause):
             convert(tmp_path, config=config, metadata={**metadata, "tokenizer.ggml.scores": wrong})
+
+
+def test_a_vocabulary_as_gemma_has_it(tmp_path: Path) -> None:
+    """No space before a text, runs of spaces as tokens of their own, and tokens that fill up.
+
+    Runs of spaces and line breaks are matched before merges; what fills up the embedding has one
+    score and is never used.
+    """
+    metadata = sentencepiece_metadata()
+    runs = ["  ", "   ", "\n\n"]
+    padding = ["he the", "thethe", "aa"]
+    metadata["tokenizer.ggml.tokens"] += [*runs, *padding]
+    metadata["tokenizer.ggml.token_type"] += [4] * len(runs) + [5] * len(padding)
+    metadata["tokenizer.ggml.scores"] += [-1000.0] * (len(runs) + len(padding))
+    metadata["tokenizer.ggml.add_space_prefix"] = False
+    config = gguf_config(vocab_size=len(metadata["tokenizer.ggml.tokens"]))
+    tokenizer = tokenizer_of(tmp_path, config=config, metadata=metadata)
+    for text, tokens in (
+        ("he the", ["<s>", "he", "▁the"]),
+        ("  the", ["<s>", "  ", "t", "he"]),
+        ("a     in", ["<s>", "a", "   ", "  ", "in"]),
+        ("aa\n\n\nhe", ["<s>", "a", "a", "\n\n", "<0x0A>", "he"]),
+    ):
+        encoded = tokenizer.encode(text)
+        assert encoded.tokens == tokens
+        assert tokenizer.decode(encoded.ids) == text
+
+
+def test_the_tokenizer_of_a_file_is_that_of_its_text(tmp_path: Path) -> None:
+    """Used as it lies, tokenizer.json is neither written nor read."""
+    for name, metadata in (("bpe", {}), ("sentencepiece", sentencepiece_metadata())):
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        config = gguf_config(**({"vocab_size": len(tokens)} if tokens else {}))
+        path = tmp_path / f"{name}.gguf"
+        write_gguf(path, config, metadata=metadata)
+        folder = read_model(path).folder
+        assert isinstance(folder, MemoryFolder) and folder.make_tokenizer is not None
+        ours = OwnTokenizer(folder)
+        folder.make_tokenizer = None
+        theirs = OwnTokenizer(folder)
+        assert ours.special_ids == theirs.special_ids and ours.vocab_size == theirs.vocab_size
+        for text in ("the hello", "12 <s>the", "  Ä in\n<|turn|>", "x"):
+            ids = ours.encode(text)
+            assert ids == theirs.encode(text)
+            assert ours.decode(ids) == theirs.decode(ids)
 
 
 def merge_from_the_left(text: str, scores: dict[str, float]) -> list[str]:

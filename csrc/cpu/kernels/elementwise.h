@@ -4,6 +4,10 @@ void add_to(float* residual, const float* x, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) residual[i] = residual[i] + x[i];
 }
 
+void add_scaled_to(float* sum, const float* x, float factor, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) sum[i] = sum[i] + factor * x[i];
+}
+
 // Sums run in 16 lanes, element i in lane i mod 16, then over the lanes.
 void norm(float* out, const float* x, const float* weight, const float* bias, float eps,
           NormKind kind, std::int64_t count) {

@@ -46,9 +46,13 @@ constexpr std::int64_t kBlocksOfProcessor = 4;  // that share out the splits
 constexpr std::size_t kMostPartialBytes = std::size_t{128} << 20;
 constexpr std::size_t kCounterBytes = 64 << 10;
 
-std::int64_t splits_of(std::int64_t max_context) {
+// Most splits that so many last tokens of a context see together.
+std::int64_t splits_of(std::int64_t max_context, std::int64_t tokens, std::int64_t window) {
   const std::int64_t tiles = ceil_div(std::max<std::int64_t>(max_context, 1), kTileKeys);
-  return split_of_tile(static_cast<int>(tiles) - 1) + 1;
+  const std::int64_t splits = split_of_tile(static_cast<int>(tiles) - 1) + 1;
+  if (window == 0) return splits;
+  // n keys reach into one split more than n keys from a split's beginning do.
+  return std::min(splits, (window + tokens - 3) / (kSplitTiles * kTileKeys) + 2);
 }
 
 struct DecodePlan {
@@ -58,16 +62,17 @@ struct DecodePlan {
 
 // Into how many blocks the work on sequences of so many tokens each is cut. Blocks of one set of
 // rows share its splits until there are 4 blocks a processor; from then on memory is busy.
-DecodePlan plan_decode(std::int64_t num_seqs, std::int64_t tokens, std::int64_t group,
-                       std::int64_t num_kv_heads, std::int64_t head_dim, std::int64_t max_context,
-                       int num_processors) {
+DecodePlan plan_decode(std::int64_t num_seqs, std::int64_t tokens, const LayerSpec& layer,
+                       std::int64_t max_context, int num_processors) {
   DecodePlan plan;
+  const std::int64_t num_kv_heads = layer.num_kv_heads, group = layer.num_heads / num_kv_heads;
   DecodeWork& work = plan.work;
   const std::int64_t sets = ceil_div(tokens * group, kRowsOfSet);
-  const std::int64_t blocks = num_seqs * sets * num_kv_heads, splits = splits_of(max_context);
-  plan.bytes =
-      static_cast<std::size_t>(num_seqs * tokens * group * num_kv_heads * splits * (head_dim + 4)) *
-      sizeof(float);
+  const std::int64_t blocks = num_seqs * sets * num_kv_heads;
+  const std::int64_t splits = splits_of(max_context, tokens, layer.window);
+  plan.bytes = static_cast<std::size_t>(num_seqs * tokens * layer.num_heads * splits *
+                                        (layer.head_dim + 4)) *
+               sizeof(float);
   std::int64_t workers = std::min(ceil_div(kBlocksOfProcessor * num_processors, blocks), splits);
   if (static_cast<std::size_t>(blocks) * 4 > kCounterBytes) workers = 1;
   work.max_rows = static_cast<int>(tokens * group);
@@ -98,8 +103,8 @@ std::size_t CudaBackend::attention_workspace_bytes(const ModelSpec& spec,
     const std::int64_t group = layer.num_heads / layer.num_kv_heads;
     for (std::int64_t seqs = 1; seqs <= limits.max_num_seqs; ++seqs) {
       for (std::int64_t tokens = 1; tokens <= few_tokens(seqs, group); ++tokens) {
-        const DecodePlan plan = plan_decode(seqs, tokens, group, layer.num_kv_heads, layer.head_dim,
-                                            max_context, stream_.num_processors());
+        const DecodePlan plan =
+            plan_decode(seqs, tokens, layer, max_context, stream_.num_processors());
         most_bytes = std::max(most_bytes, std::min(plan.bytes, kMostPartialBytes));
       }
     }
@@ -127,9 +132,8 @@ void CudaBackend::attention(View out, View q, const LayerSpec& layer, float scal
       tokens <= few_tokens(step.num_seqs, a.group) &&
       (step.num_tokens % step.num_seqs == 0 || step.num_tokens - step.num_seqs < kFewTokens);
   if (all_few || step.num_seqs > 1) {
-    DecodePlan plan =
-        plan_decode(step.num_seqs, all_few ? tokens : 1, a.group, layer.num_kv_heads,
-                    layer.head_dim, step.max_blocks * kv.block_size, stream_.num_processors());
+    DecodePlan plan = plan_decode(step.num_seqs, all_few ? tokens : 1, layer,
+                                  step.max_blocks * kv.block_size, stream_.num_processors());
     if (plan.bytes > kMostPartialBytes) {
       plan.work.workers = 1;
       plan.bytes = 0;

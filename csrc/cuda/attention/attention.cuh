@@ -25,9 +25,10 @@ struct AttentionArguments {
   }
 };
 
-// Of one query row.
+// Keys begin .. end - 1: of one query row those that it sees; none for padding.
 struct Visible {
-  int begin, end;  // keys begin .. end - 1; none for padding
+  int begin, end;
+  OCTAVO_DEVICE bool holds(int key) const { return begin <= key && key < end; }
 };
 OCTAVO_DEVICE Visible visible_keys(int position, int window) {
   const int begin = window > 0 ? position - window + 1 : 0;
@@ -59,6 +60,11 @@ struct Rows {
     context = a.context_lens[seq];
     first_position = context - num_tokens;
     return num_tokens;
+  }
+  // Keys that may be read: none before the first row's window, where blocks may hold anything by
+  // now, and none that was not written yet.
+  OCTAVO_DEVICE Visible readable(const AttentionArguments& a) const {
+    return {visible_keys(position(a, 0), a.window).begin, context};
   }
   // Of row `row` of these, counted from 0.
   OCTAVO_DEVICE int position(const AttentionArguments& a, int row) const {

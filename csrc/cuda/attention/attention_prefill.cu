@@ -104,14 +104,15 @@ OCTAVO_DEVICE void copy_tile(Stage<T, Item, kDim>& stage, const KvLayout& cache,
   async_commit();
 }
 
-// Values of keys that were never written may be anything, and 0 times a NaN is one: makes them 0.
-// All threads of the block, between barriers; int8 codes are finite.
+// Values of other keys than the readable ones may be anything, and 0 times a NaN is one: makes them
+// 0. All threads of the block, between barriers; int8 codes are finite.
 template <class T, class Item, int kDim>
-OCTAVO_DEVICE void clear_unwritten(Stage<T, Item, kDim>& stage, int first_key, int context) {
+OCTAVO_DEVICE void clear_unreadable(Stage<T, Item, kDim>& stage, int first_key,
+                                    const Visible& readable) {
   if constexpr (sizeof(Item) == 2) {
     for (int i = static_cast<int>(threadIdx.x); i < kTileKeys * kDim; i += blockDim.x) {
       const int key = i % kTileKeys, dim = i / kTileKeys;
-      if (first_key + key < context) continue;
+      if (readable.holds(first_key + key)) continue;
       auto* page = reinterpret_cast<Item*>(stage.values + key / kPageTokens * stage.kPageStride);
       page[dim * kPageTokens + key % kPageTokens] = from_float<Item>(0.0f);
     }
@@ -218,13 +219,13 @@ OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
 
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArguments& a,
-                                const Rows& rows, const Stage<T, Item, kDim>& stage, int tile) {
+                                const Stage<T, Item, kDim>& stage, int tile) {
   const int first_key = tile * kTileKeys, last_key = first_key + kTileKeys - 1;
   if (first_key > bands.last_position ||
       last_key < visible_keys(bands.first_position, a.window).begin)
     return;
   const int j = static_cast<int>(lane_index() % 4);
-  Sight sight{first_key, rows.context, a.window, false, {}};
+  Sight sight{first_key, a.window, false, {}};
   sight.all = last_key <= bands.first_position &&
               first_key >= visible_keys(bands.last_position, a.window).begin;
   const LaneScales scales{stage.key_scales + 16 * j, stage.value_scales + 16 * j};
@@ -317,11 +318,12 @@ __global__ void __launch_bounds__(32 * kWarps<Item, kDim>, kWarps<Item, kDim> ==
   if (!find_rows(rows, a, static_cast<int>(gridDim.x - 1 - blockIdx.x), min_tokens)) return;
   if (rows.context == 0) return rows.clear<T>(a);
   const Tiles tiles = tiles_of(a, rows);
+  const Visible readable = rows.readable(a);
 
   auto& shared = *reinterpret_cast<Shared<T, Item, kDim>*>(shared_memory());
   const auto entry_of = [&](int tile) { return load_table_entry(a, a.table_of(rows.seq), tile); };
   const auto copy = [&](int tile, int entry) {
-    copy_tile(shared.stages[tile % 2], a.cache, page_of(a.cache, rows, tile, entry));
+    copy_tile(shared.stages[tile % 2], a.cache, page_of(a.cache, rows, readable, tile, entry));
   };
   copy(tiles.first, entry_of(tiles.first));
   int entry = entry_of(tiles.first + 1);
@@ -339,11 +341,11 @@ __global__ void __launch_bounds__(32 * kWarps<Item, kDim>, kWarps<Item, kDim> ==
       async_wait<0>();
     }
     __syncthreads();
-    if ((tile + 1) * kTileKeys > rows.context) {
-      clear_unwritten(shared.stages[tile % 2], tile * kTileKeys, rows.context);
+    if (!is_readable(readable, tile * kTileKeys)) {
+      clear_unreadable(shared.stages[tile % 2], tile * kTileKeys, readable);
       __syncthreads();
     }
-    work_on_tile(bands, a, rows, shared.stages[tile % 2], tile);
+    work_on_tile(bands, a, shared.stages[tile % 2], tile);
     if (tile + 1 == tiles.end || tile + 1 == split_end) {
       end_split(bands, shared, tile + 1 == tiles.end);
       if (tile + 1 < tiles.end) bands.clear_split();

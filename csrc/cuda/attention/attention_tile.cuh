@@ -161,7 +161,6 @@ OCTAVO_DEVICE float number_of(const float4& four, int i) {
 // What a tile's keys are to the rows of a lane.
 struct Sight {
   int first_key;    // of the tile
-  int context;      // keys from here on were never written
   int window;       // 0: no limit
   bool all;         // every row of the warp sees the whole tile
   int position[2];  // of rows g and g + 8
@@ -252,14 +251,20 @@ OCTAVO_DEVICE void multiply_piece(float (&sums)[4], const std::uint32_t (&a)[kCo
     multiply_accumulate<T>(sums, a[c * kSteps + step], b[step]);
 }
 
-// Values of keys that were never written may be anything, and 0 times a NaN is one: makes them 0.
-// They are keys first_key + N j + i of a group. int8 codes are finite; their scales are seen to.
+// Whether all keys of the tile that begins with first_key are readable (Rows::readable).
+OCTAVO_DEVICE bool is_readable(const Visible& readable, int first_key) {
+  return readable.begin <= first_key && first_key + kTileKeys <= readable.end;
+}
+
+// Values of other keys than the readable ones may be anything, and 0 times a NaN is one: makes them
+// 0. They are keys first_key + N j + i of a group. int8 codes are finite; their scales are seen to.
 template <class Item>
-OCTAVO_DEVICE uint4 without_unwritten(uint4 piece, int first_key, int context) {
+OCTAVO_DEVICE uint4 without_unreadable(uint4 piece, int first_key, const Visible& readable) {
   if constexpr (sizeof(Item) == 1) return piece;
-  const int j = static_cast<int>(lane_index() % 4), written = context - (first_key + 8 * j);
+  const int first = first_key + 8 * static_cast<int>(lane_index() % 4);
   const auto keep = [&](std::uint32_t word, int i) {
-    return written >= i + 2 ? word : written == i + 1 ? word & 0xffffu : 0u;
+    return (readable.holds(first + i) ? word & 0xffffu : 0u) |
+           (readable.holds(first + i + 1) ? word & 0xffff0000u : 0u);
   };
   return {keep(piece.x, 0), keep(piece.y, 2), keep(piece.z, 4), keep(piece.w, 6)};
 }
@@ -273,20 +278,23 @@ struct Page {
 };
 
 // The entry of a sequence's block table for page lane % 4 of a tile. Reads no further than the
-// table's end, but perhaps behind the context, where entries mean nothing.
+// table's end, but perhaps behind the context or before the window, where entries mean nothing.
 OCTAVO_DEVICE int load_table_entry(const AttentionArguments& a, const std::int32_t* table,
                                    int tile) {
   const int key = tile * kTileKeys + kPageTokens * static_cast<int>(lane_index() % 4);
   return table[smaller(key / a.cache.block_size, a.max_blocks - 1)];
 }
 
-// All lanes together. Pages behind the context are replaced by the first, to be read in vain.
-OCTAVO_DEVICE Page page_of(const KvLayout& cache, const Rows& rows, int tile, int entry) {
+// All lanes together. Pages without readable keys are replaced by the tile's first one that has
+// some, to be read in vain.
+OCTAVO_DEVICE Page page_of(const KvLayout& cache, const Rows& rows, const Visible& readable,
+                           int tile, int entry) {
   const int key = tile * kTileKeys + kPageTokens * static_cast<int>(lane_index() % 4);
-  const int first_entry = shuffle(entry, 0);
-  const bool exists = key < rows.context;
-  return {cache.head_at(exists ? entry : first_entry, rows.kv_head),
-          (exists ? key : tile * kTileKeys) % cache.block_size};
+  const int first = larger(readable.begin - tile * kTileKeys, 0) / kPageTokens;
+  const int first_entry = shuffle(entry, static_cast<unsigned>(first));
+  const bool has_some = readable.begin < key + kPageTokens && key < readable.end;
+  return {cache.head_at(has_some ? entry : first_entry, rows.kv_head),
+          (has_some ? key : tile * kTileKeys + first * kPageTokens) % cache.block_size};
 }
 OCTAVO_DEVICE Page shuffle_page(const Page& page, unsigned source) {
   return {shuffle(page.head, source), shuffle(page.within, source)};
@@ -297,8 +305,7 @@ struct Tiles {
   int first, end;
 };
 OCTAVO_DEVICE Tiles tiles_of(const AttentionArguments& a, const Rows& rows) {
-  return {visible_keys(rows.position(a, 0), a.window).begin / kTileKeys,
-          rows.position(a, rows.count - 1) / kTileKeys + 1};
+  return {rows.readable(a).begin / kTileKeys, rows.position(a, rows.count - 1) / kTileKeys + 1};
 }
 
 // Two numbers of a row's result as they are stored. sum: of its weights.

@@ -43,10 +43,11 @@ class TileWorker {
   static constexpr int kValueHalves = kDim > 64 ? 2 : 1;
   static constexpr int kKeyPart = kPieces / kKeyHalves, kValuePart = kPieces / kValueHalves;
 
-  OCTAVO_DEVICE TileWorker(const AttentionArguments& a, const Rows& rows) : a_(a), rows_(rows) {}
+  OCTAVO_DEVICE TileWorker(const AttentionArguments& a, const Rows& rows)
+      : a_(a), rows_(rows), readable_(rows.readable(a)) {}
 
   OCTAVO_DEVICE void work(int tile, int entry, Parts<kDim>& parts, bool upper_rows) {
-    const Page page = page_of(a_.cache, rows_, tile, entry);
+    const Page page = page_of(a_.cache, rows_, readable_, tile, entry);
     const bool is_past = (tile + 1) * kTileKeys <= rows_.first_position;
     if (!is_past) wait_for_previous_kernel();
     const Sight sight = look(tile);
@@ -83,7 +84,7 @@ class TileWorker {
 
  private:
   OCTAVO_DEVICE Sight look(int tile) const {
-    Sight sight{tile * kTileKeys, rows_.context, a_.window, false, {}};
+    Sight sight{tile * kTileKeys, a_.window, false, {}};
     const int g = static_cast<int>(lane_index() / 4);
     for (int half = 0; half < 2; ++half) {
       const int row = g + 8 * half;
@@ -181,11 +182,11 @@ class TileWorker {
   OCTAVO_DEVICE void add_up(const std::uint32_t (&p)[4][4], uint4 (&pieces)[kValuePart],
                             const Sight& sight, Parts<kDim>& parts, bool upper_rows) const {
     const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
-    if (sight.first_key + kTileKeys > sight.context) {
+    if (!is_readable(readable_, sight.first_key)) {
 #pragma unroll
       for (int i = 0; i < kValuePart; ++i)
-        pieces[i] = without_unwritten<Item>(
-            pieces[i], sight.first_key + i % Shape::kGroups * 4 * Shape::kItems, sight.context);
+        pieces[i] = without_unreadable<Item>(
+            pieces[i], sight.first_key + i % Shape::kGroups * 4 * Shape::kItems, readable_);
     }
     auto& to = parts.values[warp_index()];
     constexpr int kProducts = kDim / 8 / kValueHalves;
@@ -206,6 +207,7 @@ class TileWorker {
 
   const AttentionArguments& a_;
   const Rows& rows_;
+  const Visible readable_;
   std::uint32_t q_[kDim / 16][4];
 };
 

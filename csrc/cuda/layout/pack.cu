@@ -213,7 +213,7 @@ Matrix matrix_of(const Linear& linear) {
 }
 
 Linear CudaBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
-                                const WeightFormat& format, bool with_bias) {
+                                const WeightFormat& format, bool with_bias, std::int64_t count) {
   constexpr std::int64_t kMost = std::int64_t{1} << 31;
   require(outputs < kMost && inputs < kMost, "a matrix is ", outputs, " x ", inputs,
           "; expected less than 2^31 either way");
@@ -223,6 +223,8 @@ Linear CudaBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
   Linear linear;
   linear.outputs = outputs;
   linear.inputs = inputs;
+  linear.count = count;
+  linear.pitch = outputs;
   linear.format = format;
   // How they are kept from here on.
   if (options_.dtype == DType::f32)
@@ -234,13 +236,13 @@ Linear CudaBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
   const auto buffer = [&](std::int64_t bytes) {
     return Buffer(this, static_cast<std::size_t>(bytes));
   };
-  linear.weight = buffer(outputs * matrix.row_bytes);
+  const std::int64_t rows = count * outputs;
+  linear.weight = buffer(rows * matrix.row_bytes);
   const std::int64_t per_scale = bits_of(linear.format.scale_dtype) / 8;
-  if (format.dtype == DType::int8) linear.scales = buffer(outputs * 4);
-  if (format.dtype == DType::int4)
-    linear.scales = buffer(outputs * matrix.scales_per_row * per_scale);
-  if (format.has_zeros) linear.zeros = buffer(outputs * matrix.scales_per_row * 2);
-  if (with_bias) linear.bias = buffer(outputs * 4);
+  if (format.dtype == DType::int8) linear.scales = buffer(rows * 4);
+  if (format.dtype == DType::int4) linear.scales = buffer(rows * matrix.scales_per_row * per_scale);
+  if (format.has_zeros) linear.zeros = buffer(rows * matrix.scales_per_row * 2);
+  if (with_bias) linear.bias = buffer(rows * 4);
   return linear;
 }
 
@@ -249,9 +251,10 @@ void CudaBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMa
   const bool is_float = rows.dtype != DType::int8 && rows.dtype != DType::int4;
   require(rows.dtype == format || (is_float && format != DType::int4), "a matrix of format ",
           name(format), " does not take ", name(rows.dtype), " rows");
-  require(rows.cols == linear.inputs && first_row >= 0 && first_row + rows.rows <= linear.outputs,
+  require(rows.cols == linear.inputs && first_row >= 0 &&
+              first_row + rows.rows <= linear.count * linear.outputs,
           "rows ", first_row, " to ", first_row + rows.rows, " of ", rows.cols,
-          " inputs do not fit a matrix ", linear.outputs, " x ", linear.inputs);
+          " inputs do not fit ", linear.count, " of ", linear.outputs, " x ", linear.inputs);
   const Matrix matrix = matrix_of(linear);
   const auto row_bytes = static_cast<std::size_t>((rows.cols * bits_of(rows.dtype) + 7) / 8);
   const std::size_t most = row_bytes ? kPieceBytes / row_bytes : kPieceBytes;

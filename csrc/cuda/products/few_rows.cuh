@@ -20,6 +20,7 @@ constexpr int kOutputs = 16;  // of a tile
 // ---- sources ----
 
 struct StoredRows {
+  static constexpr bool kByExpert = false;
   Numbers x;
   int rows;
 
@@ -35,6 +36,7 @@ struct StoredRows {
 
 // Every block normalizes all rows for itself.
 struct NormedRows {
+  static constexpr bool kByExpert = false;
   RowsToNorm norm;
   int rows;
 

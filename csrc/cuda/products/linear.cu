@@ -145,6 +145,10 @@ std::size_t CudaBackend::linear_workspace_bytes(const ModelSpec& spec,
   for (const LayerSpec& layer : spec.layers) {
     add(tokens, layer.qkv_size(), spec.hidden_size);
     add(tokens, spec.hidden_size, layer.q_size());
+    if (layer.moe) {
+      add(tokens, layer.moe->num_experts, spec.hidden_size);
+      continue;
+    }
     add(tokens, layer.up_size(), spec.hidden_size);
     add(tokens, spec.hidden_size, layer.intermediate_size);
   }

@@ -57,6 +57,25 @@ std::size_t partial_bytes(std::int64_t rows, std::int64_t outputs, std::int64_t 
 void multiply_tiles(Stream& stream, View out, View x, const Matrix& weight,
                     const Partials& partials);
 
+// ---- rows that are sorted by expert; weight: of all experts (experts.cuh) ----
+
+struct ExpertTiles;
+
+// Tiles of up to 8 rows.
+void multiply_experts_few(Stream& stream, View out, View x, const Matrix& weight,
+                          const ExpertTiles& tiles);
+// The same, gated. rows_of: the rows of x of the sorted ones.
+void multiply_experts_gated(Stream& stream, View out, View x, const std::int32_t* rows_of,
+                            const Matrix& weight, Activation activation, const ExpertTiles& tiles);
+// Tiles of expert_tile_rows(...) rows.
+void multiply_experts_tiles(Stream& stream, View out, View x, const Matrix& weight,
+                            const ExpertTiles& tiles, int tile_rows);
+int expert_tile_rows(std::int64_t rows_of_expert);
+// Tiles of 16 rows.
+constexpr int kAnyRows = 16;
+void multiply_experts_any(Stream& stream, View out, View x, const Matrix& weight,
+                          const ExpertTiles& tiles);
+
 // The matrix's numbers, scaled and rounded to T, written to `to`: outputs * ceil(inputs / 32) * 64
 // bytes. (dequantize.cu)
 Matrix dequantize(Stream& stream, void* to, DType dtype, const Matrix& weight);

@@ -8,23 +8,26 @@
 // once for every 32 outputs.
 
 #include "cuda/device/launch.cuh"
+#include "cuda/products/experts.cuh"
 #include "cuda/products/multiply.h"
 
 namespace octavo::cuda {
 
 namespace {
 
-constexpr int kRows = 16, kOutputs = 32, kInputs = 32, kThreads = 128;
+constexpr int kRows = kAnyRows, kOutputs = 32, kInputs = 32, kThreads = 128;
 constexpr int kRowsPerThread = kRows * kOutputs / kThreads;
 constexpr int kPitch = kInputs + 1;  // in other banks than the row above
 
-__global__ void multiply_any_tile(Numbers out, Numbers x, Matrix weight) {
+template <class Work>
+__global__ void multiply_any_tile(Numbers out, Numbers x, Matrix weight, Work work) {
   auto* weights = reinterpret_cast<float*>(shared_memory());  // [kOutputs][kPitch]
   float* xs = weights + kOutputs * kPitch;                    // [kRows][kPitch]
   const int first_output = static_cast<int>(blockIdx.x) * kOutputs;
-  const int first_row = static_cast<int>(blockIdx.y) * kRows;
+  int first_row = static_cast<int>(blockIdx.y) * kRows;
   const int thread = static_cast<int>(threadIdx.x);
   const int column = thread % 32, line = thread / 32;
+  if (!work.begin(blockIdx.y, first_row, out, x, weight)) return;
   wait_for_previous_kernel();
   float sums[kRowsPerThread] = {};
   for (int begin = 0; begin < weight.inputs; begin += kInputs) {
@@ -57,13 +60,23 @@ __global__ void multiply_any_tile(Numbers out, Numbers x, Matrix weight) {
   }
 }
 
+template <class Work>
+void run(Stream& stream, View out, View x, const Matrix& weight, int row_tiles, const Work& work) {
+  const LaunchShape shape{dims(ceil_div(weight.outputs, kOutputs), row_tiles), kThreads,
+                          (kOutputs + kRows) * kPitch * sizeof(float), true};
+  launch(stream, "multiply_any", shape, multiply_any_tile<Work>, numbers_of(out), numbers_of(x),
+         weight, work);
+}
+
 }  // namespace
 
 void multiply_any(Stream& stream, View out, View x, const Matrix& weight) {
-  const LaunchShape shape{
-      dims(ceil_div(weight.outputs, kOutputs), ceil_div(static_cast<int>(x.rows), kRows)), kThreads,
-      (kOutputs + kRows) * kPitch * sizeof(float), true};
-  launch(stream, "multiply_any", shape, multiply_any_tile, numbers_of(out), numbers_of(x), weight);
+  run(stream, out, x, weight, ceil_div(static_cast<int>(x.rows), kRows), AllRows{});
+}
+
+void multiply_experts_any(Stream& stream, View out, View x, const Matrix& weight,
+                          const ExpertTiles& tiles) {
+  run(stream, out, x, weight, tiles.count, tiles);
 }
 
 }  // namespace octavo::cuda

@@ -134,6 +134,9 @@ struct Lines {
 template <class T, Codes codes, class Scale, bool has_zeros, class Source, class Target>
 __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes, has_zeros, Target>)
     multiply_rows(Target target, Source source, Matrix weight, int slice_units) {
+  if constexpr (Source::kByExpert) {
+    if (!source.begin_tile(target, weight)) return;
+  }
   constexpr int kBlocks = blocks_per_unit(codes);
   constexpr int kRing = ring_units<codes, has_zeros, Target>;
   constexpr bool kGoesOn = goes_on<codes, Target>;  // from one tile to the next
@@ -287,7 +290,9 @@ void run(Stream& stream, const Target& target, const Source& source, const Matri
   const int tiles = ceil_div(target.count, items_of_tile<Target>);
   const int blocks = blocks_of_product<codes, Target>(stream, weight, tiles, slice_units);
   const int bytes = (blocks < tiles ? 2 : 1) * slices * kPartialBytes + source.shared_bytes();
-  const LaunchShape shape{dims(blocks), dims(slices * static_cast<int>(kWarp)),
+  int groups = 1;
+  if constexpr (Source::kByExpert) groups = source.tiles.count;
+  const LaunchShape shape{dims(blocks, groups), dims(slices * static_cast<int>(kWarp)),
                           static_cast<std::size_t>(bytes), true};
   launch(stream, "multiply_few", shape, multiply_rows<T, codes, Scale, has_zeros, Source, Target>,
          target, source, weight, slice_units);

@@ -33,6 +33,7 @@
 #pragma once
 
 #include "cuda/device/launch.cuh"
+#include "cuda/products/experts.cuh"
 #include "cuda/products/fragments.cuh"
 #include "cuda/products/multiply.h"
 
@@ -273,17 +274,19 @@ OCTAVO_DEVICE bool arrives_last(std::int32_t* counter) {
   return *last != 0;
 }
 
-// grid: (tiles of rows, tiles of outputs, blocks that share a tile)
-template <class T, Codes codes, class Shape>
+// grid: (tiles of rows, tiles of outputs, blocks that share a tile). Tiles of experts are not
+// shared.
+template <class T, Codes codes, class Shape, class Work>
 __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
     multiply_tile(Numbers out, Numbers x, Matrix weight, int slices, int slice_stages,
-                  Partials partials) {
+                  Partials partials, Work work) {
   using S = Stage<codes, Shape>;
   constexpr int kAhead = S::count - 1;
   const int warp = static_cast<int>(warp_index());
   const Part<Shape> part{warp % Shape::output_warps * (Shape::outputs / Shape::output_warps),
                          warp / Shape::output_warps * (Shape::rows / Shape::row_warps)};
-  const int first_row = static_cast<int>(blockIdx.x) * Shape::rows;
+  int first_row = static_cast<int>(blockIdx.x) * Shape::rows;
+  if (!work.begin(blockIdx.x, first_row, out, x, weight)) return;
   const int first_output = static_cast<int>(blockIdx.y) * Shape::outputs;
   const int tile = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x);
   const int share = Shape::may_be_shared ? static_cast<int>(blockIdx.z) : 0;
@@ -374,9 +377,9 @@ void run_tiles(Stream& stream, View out, View x, const Matrix& weight, const Par
   const LaunchShape shape{dims(row_tiles, output_tiles, shares), Shape::threads,
                           static_cast<std::size_t>(S::count) * S::bytes,
                           !weight.computed};  // it reads weights before it waits
-  launch(stream, "multiply_tile", shape, multiply_tile<T, codes, Shape>, numbers_of(out),
+  launch(stream, "multiply_tile", shape, multiply_tile<T, codes, Shape, AllRows>, numbers_of(out),
          numbers_of(x), weight, slices, slice_inputs(weight.inputs) / (S::blocks * kBlock),
-         partials);
+         partials, AllRows{});
 }
 
 // The tile for so many rows. More than 64: large ones where they are enough for most of the

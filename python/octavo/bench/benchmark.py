@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.errors import InvalidArgumentError
 from octavo.machine import processor, resident_memory
 from octavo.models.spec import ModelSpec
+from octavo.progress import StageProgress
+from octavo.quantization.plan import expert_bytes
 from octavo.runtime.loader import LoadedRuntime, load_runtime
 from octavo.runtime.session import Float32, Session
 from octavo.weights.checkpoint import open_checkpoint
@@ -29,8 +32,6 @@ GATE_STEPS = 4  # decoded tokens whose logits are compared
 # in parts of the logits' standard deviation. bf16 has 8 bits of precision: one step of rounding
 # more or less at each of a model's layers stays well below it, a wrong token or key does not.
 LOGIT_TOLERANCE = 0.1
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, and how much of how much is done."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def bench(
     cases: Sequence[Case],
     repetitions: int,
     environment: Environment,
-    progress: Progress = lambda *_: None,
+    progress: StageProgress = lambda *_: None,
     measured: Callable[[Row], None] = lambda _: None,
 ) -> BenchResult:
     """Measure every case `repetitions` times. config: sizes of batch and cache are set here.
@@ -147,7 +148,7 @@ def bench(
         files,
         checkpoint,
         fit_config(config, cases),
-        lambda done, total: progress(f"loading {files.path.name}", done, total),
+        partial(progress, f"loading {files.path.name}"),
         environment,
     )
     seconds, after = time.perf_counter() - started, resident_memory()
@@ -207,7 +208,7 @@ def describe_weights(options: RuntimeOptions) -> str:
     return " and ".join(sorted(names)) or options.dtype
 
 
-def measure_peak(loaded: LoadedRuntime, num_threads: int, progress: Progress) -> Peak | None:
+def measure_peak(loaded: LoadedRuntime, num_threads: int, progress: StageProgress) -> Peak | None:
     """The limits of the machine, or of its GPU; None for the emulated one."""
     if loaded.device not in ("cpu", "cuda"):
         return None
@@ -228,6 +229,7 @@ class Runner:
         embed = self._options.formats.get("embed")
         kind = self._options.dtype if embed is None else embed.dtype
         self.step_bytes = streamed_bytes(spec, self.weight_bytes, BYTES[kind])
+        self._expert_bytes = expert_bytes(spec, self._options.formats, self._options.dtype)
 
     def measure(self, case: Case, repetitions: int) -> Row:
         """Gate, one run to warm up, then the timed ones. No figure where the gate fails."""
@@ -247,7 +249,7 @@ class Runner:
     def work(self, case: Case) -> Work:
         """The least that one run of a case reads and computes."""
         kv_dtype, chunk = self._options.kv_dtype, self._session.chunk
-        return work_of(case, self._spec, self.step_bytes, kv_dtype, chunk)
+        return work_of(case, self._spec, self.step_bytes, kv_dtype, chunk, self._expert_bytes)
 
     def tokens(self, sequence: int, count: int) -> list[int]:
         """Random tokens of a sequence: the same in every case, and a longer run begins alike."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 from octavo.errors import InvalidArgumentError
 from octavo.models.layer import linear_nodes
-from octavo.models.spec import LayerSpec, ModelSpec
+from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec
 
 # Of one number in each format; scales are little beside them.
 BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -88,9 +88,22 @@ class Work:
     num_operations: float
 
 
-def linear_weights(spec: ModelSpec) -> int:
-    """Numbers in the matrices of the layers; the head is apart, for it sees fewer rows."""
-    return sum(math.prod(node.matrix.shape) for node in linear_nodes(spec).values())
+def linear_weights(spec: ModelSpec) -> float:
+    """Numbers in the layers' matrices by which a token is multiplied: of its own experts only.
+
+    The head is apart, for it sees fewer rows.
+    """
+    total = 0.0
+    for node in linear_nodes(spec).values():
+        share = _chosen(spec.layers[node.layer or 0].moe, 1) if node.op == "moe" else 1.0
+        total += share * math.prod(node.matrix.shape)
+    return total
+
+
+def _chosen(moe: MoeSpec | None, tokens: int) -> float:
+    """The share of the experts that so many tokens take together, if they choose at random."""
+    missed = 0.0 if moe is None else 1.0 - moe.experts_per_token / moe.num_experts
+    return 1.0 - missed**tokens
 
 
 def streamed_bytes(spec: ModelSpec, weight_bytes: int, embed_item_size: float) -> float:
@@ -108,23 +121,33 @@ def _seen(layer: LayerSpec, context: int) -> int:
     return min(context, layer.window) if layer.window else context
 
 
-def work_of(case: Case, spec: ModelSpec, step_bytes: float, kv_dtype: str, chunk: int) -> Work:
+def work_of(
+    case: Case,
+    spec: ModelSpec,
+    step_bytes: float,
+    kv_dtype: str,
+    chunk: int,
+    expert_bytes: float = 0.0,
+) -> Work:
     """The work of one run of a case.
 
-    step_bytes: of `streamed_bytes`. chunk: most tokens a step carries, in prefill.
+    step_bytes: of `streamed_bytes`. chunk: most tokens a step carries, in prefill. expert_bytes: of
+    step_bytes, those of experts, of which a step reads the ones that its tokens take.
     """
     if case.kind == "prefill":
-        ends = [min(start + chunk, case.num_tokens) for start in range(0, case.num_tokens, chunk)]
-        num_steps, rows = len(ends), 1
-        read = [(end, 1) for end in ends]
+        starts = range(0, case.num_tokens, chunk)
+        ends = [min(start + chunk, case.num_tokens) for start in starts]
+        steps = [end - start for start, end in zip(starts, ends, strict=True)]
+        rows, read = 1, [(end, 1) for end in ends]
         queries: Iterable[int] = range(1, case.num_tokens + 1)
     else:
         contexts = range(case.depth + 1, case.depth + case.num_tokens + 1)
-        num_steps, rows = case.num_tokens, case.tokens
+        steps, rows = [case.batch] * case.num_tokens, case.tokens
         read = [(context, case.batch) for context in contexts]
         queries = contexts
     item = BYTES[kv_dtype]
-    num_bytes = num_steps * step_bytes
+    moe = next((layer.moe for layer in spec.layers if layer.moe is not None), None)
+    num_bytes = sum(step_bytes - expert_bytes * (1 - _chosen(moe, tokens)) for tokens in steps)
     operations = 2.0 * linear_weights(spec) * case.tokens
     operations += 2.0 * spec.vocab_size * spec.hidden_size * rows
     queries = list(queries)

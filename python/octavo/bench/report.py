@@ -7,6 +7,7 @@ import io
 import json
 
 from octavo.bench.benchmark import BenchResult, Row
+from octavo.progress import stdout_console
 
 OUTPUTS = ("table", "md", "json", "csv")
 HEADINGS = (
@@ -96,11 +97,9 @@ def to_csv(result: BenchResult) -> str:
 
 def print_table(result: BenchResult) -> None:
     """On standard output."""
-    from rich.console import Console
     from rich.table import Table
 
-    width = None if Console().is_terminal else 110
-    console = Console(highlight=False, markup=False, width=width)
+    console = stdout_console()
     for line in header(result):
         console.print(line)
     table = Table()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -13,6 +13,7 @@ import typer
 from octavo.cli.options import ModelArgument, option
 
 if TYPE_CHECKING:
+    from octavo.models.spec import ModelSpec, WeightFormat
     from octavo.weights.checkpoint import Checkpoint
     from octavo.weights.model_files import ModelFiles
 
@@ -47,17 +48,19 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     that holds no weight file at all is described from its configuration.
     """
     from octavo.models.layer import weight_shapes
+    from octavo.models.summary import specials
     from octavo.quantization.plan import describe_formats, embedding_formats, weight_bytes
-    from octavo.weights.stored import describe_stored
     from octavo.weights.tensor import ITEM_SIZE
 
     spec = files.spec
+    checkpoint = _open(files)
     layer = spec.layers[0]
     num_parameters = sum(math.prod(shape) for shape in weight_shapes(spec).values())
-    checkpoint = _open(files)
-    stored = files.quantized if checkpoint is None else checkpoint.stored
-    formats = {name: each.format for name, each in stored.items() if not each.converted}
+    formats = {name: matrix.format for name, matrix in files.quantized.items()}
+    if checkpoint is not None:
+        formats = dict(checkpoint.formats)
     weight_sizes = {dtype: ITEM_SIZE[dtype] * num_parameters for dtype in _DTYPES}
+    loaded = {}
     if formats:  # embedding and head are rounded as they are loaded
         loaded = {**embedding_formats(spec), **formats}
         weight_sizes = {dtype: weight_bytes(spec, loaded, dtype) for dtype in _DTYPES}
@@ -78,15 +81,30 @@ def describe(files: ModelFiles) -> dict[str, Any]:
         "mlp_bias": layer.mlp_bias,
         "tie_word_embeddings": spec.tie_word_embeddings,
         "max_position_embeddings": spec.max_position_embeddings,
-        "rope": asdict(layer.rope) if layer.rope is not None else None,
+        "rope": _rope(spec),
+        "special": specials(spec),
         "eos_token_ids": list(files.eos_token_ids),
         "weights": None if checkpoint is None else _weights(checkpoint),
-        "stored": describe_stored(stored),
-        "converted_bytes": _converted_bytes(checkpoint),
         "quantized": describe_formats(spec, formats),
+        "converted": [] if checkpoint is None else _converted(spec, checkpoint, loaded),
         "kv_bytes_per_token": {"f32": 4 * kv_elements, "bf16": 2 * kv_elements},
         "memory": _memory(weight_sizes, kv_elements, spec.max_position_embeddings),
     }
+
+
+def _rope(spec: ModelSpec) -> dict[str, Any] | None:
+    """The rope of the first layer that rotates."""
+    for layer in spec.layers:
+        if layer.rope is not None:
+            return {
+                "kind": layer.rope.kind,
+                "theta": layer.rope.theta,
+                "factor": layer.rope.factor,
+                "attention_factor": layer.rope.attention_factor,
+                "rotated": 2 * len(layer.rope.frequencies),
+                "head_dim": layer.head_dim,
+            }
+    return None
 
 
 def _open(files: ModelFiles) -> Checkpoint | None:
@@ -101,13 +119,24 @@ def _open(files: ModelFiles) -> Checkpoint | None:
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What is read from the weight files."""
+    sizes = checkpoint.bytes_by_dtype()
     return {
         "dtype": checkpoint.dtype,
-        "total_bytes": checkpoint.total_bytes,
-        "bytes_by_dtype": checkpoint.bytes_by_dtype(),
+        "total_bytes": sum(sizes.values()),
+        "bytes_by_dtype": sizes,
         "num_tensors": len(checkpoint),
     }
+
+
+def _converted(
+    spec: ModelSpec, checkpoint: Checkpoint, formats: Mapping[str, WeightFormat]
+) -> list[dict[str, Any]]:
+    """What becomes of matrices in formats of other programs."""
+    from octavo.quantization.stored import describe_stored
+
+    dtype = "bf16" if checkpoint.dtype == "bf16" else "f32"
+    found = describe_stored(spec, checkpoint.stored, formats, dtype)
+    return [{**each._asdict(), "text": str(each)} for each in found]
 
 
 def _memory(weight_sizes: dict[str, int], kv_elements: int, max_positions: int) -> dict[str, Any]:
@@ -165,19 +194,19 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("Architecture", facts["architecture"]),
         ("Parameters", f"{facts['num_parameters']:,} ({_short(facts['num_parameters'])})"),
         ("Weight files", _weights_text(facts["weights"])),
-        *[("Stored", text) for text in facts["stored"]],
-        *_conversion(facts["converted_bytes"]),
         *[("Quantized", text) for text in facts["quantized"]],
+        *[("Stored as", each["text"]) for each in facts["converted"]],
         ("Layers", f"{facts['num_layers']}, hidden size {facts['hidden_size']:,}"),
         (
             "Attention",
             f"{heads} query heads and {kv_heads} KV heads of {facts['head_dim']} ({kind})",
         ),
-        ("MLP", f"{facts['intermediate_size']:,} wide, gated {facts['activation']}"),
+        ("MLP", f"{facts['intermediate_size']:,} wide, {facts['activation']}"),
         ("Biases", " and ".join(biases) or "none"),
         ("Vocabulary", f"{facts['vocab_size']:,} tokens; output head {head}"),
         ("Context", f"{facts['max_position_embeddings']:,} tokens"),
         ("Rope", _rope_text(facts["rope"])),
+        *[("Special", text) for text in facts["special"]],
         ("End of text", ", ".join(map(str, facts["eos_token_ids"])) or "no token"),
         (
             "KV cache",
@@ -185,20 +214,6 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "as f32",
         ),
     ]
-
-
-def _converted_bytes(checkpoint: Checkpoint | None) -> dict[str, int] | None:
-    """Of weights in formats that no kernel computes in: as bf16, and in the files; None: none."""
-    count, in_files = (0, 0) if checkpoint is None else checkpoint.conversion
-    return {"bf16": 2 * count, "files": in_files} if count else None
-
-
-def _conversion(converted: dict[str, int] | None) -> list[tuple[str, str]]:
-    """What converted weights cost, if there are any."""
-    if converted is None:
-        return []
-    sizes = [format_bytes(converted[place]) for place in ("bf16", "files")]
-    return [("Converted", f"{sizes[0]} in memory, {sizes[1]} in the files")]
 
 
 def _weights_text(weights: dict[str, Any] | None) -> str:
@@ -214,14 +229,10 @@ def _rope_text(rope: dict[str, Any] | None) -> str:
     if rope is None:
         return "none"
     text = f"theta {rope['theta']:g}"
-    if rope["scaling"] == "linear":
-        text += f", linear scaling by {rope['factor']:g}"
-    elif rope["scaling"] == "llama3":
-        text += (
-            f", llama3 scaling by {rope['factor']:g} (low {rope['low_freq_factor']:g}, high "
-            f"{rope['high_freq_factor']:g}, from {rope['original_max_position_embeddings']:,} "
-            "tokens)"
-        )
+    if rope["kind"] != "default":
+        text += f", {rope['kind']} scaling by {rope['factor']:g}"
+    if rope["rotated"] < rope["head_dim"]:
+        text += f", on {rope['rotated']} of {rope['head_dim']} elements of a head"
     return text
 
 

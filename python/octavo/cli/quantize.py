@@ -126,21 +126,23 @@ def quantize(
     from octavo.config import read_environment
     from octavo.errors import InvalidArgumentError
     from octavo.quantization.plan import Scheme
-    from octavo.quantize.calibration import Calibration, check_method
+    from octavo.quantize.calibration import CALIBRATED_METHODS, Calibration
     from octavo.quantize.model import QuantizeRequest, quantize_model
 
     if out is None and not sensitivity:
         raise InvalidArgumentError("OUT is missing; expected the name of a new folder")
-    check_method(method, calibrated=calibrate is not None)
+    if calibrate is None and method in CALIBRATED_METHODS:
+        raise InvalidArgumentError(
+            f"method is {method!r}, which needs a calibration text; give it by --calibrate FILE"
+        )
     calibration = None
     if calibrate is not None:
         calibration = Calibration(calibrate, method or "gptq", windows, window, seed)
         method = None  # what is measured beforehand is rounded without the text
-    rounding = method or "weighted"
     request = QuantizeRequest(
         model,
         out,
-        Scheme(scheme, group_size, not asymmetric, rounding, tuple(int8 or ())),
+        Scheme(scheme, group_size, not asymmetric, method or "weighted", tuple(int8 or ())),
         sensitivity=sensitivity,
         bits_per_weight=bits_per_weight,
         text=text,

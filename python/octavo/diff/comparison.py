@@ -37,9 +37,9 @@ from octavo.diff.tolerance import (
 )
 from octavo.models.layer import Node, model_nodes
 from octavo.models.spec import ModelSpec
+from octavo.progress import StageProgress
 from octavo.reference.llama import ReferenceModel
 
-Progress = Callable[[str, int, int], None]  # what is being done, tokens done, tokens in all
 CHUNK_BYTES = 192 << 20  # of one implementation's taps held at a time
 
 
@@ -129,14 +129,14 @@ class Comparison:
         token_ids: Int32,
         options: DiffOptions,
         truth: Implementation | None = None,
-        progress: Progress | None = None,
+        progress: StageProgress = lambda *_: None,
     ) -> None:
         self.left, self.right, self.truth = left, right, truth
         self.spec = definition.spec
         self.nodes = model_nodes(definition.spec)
         self.token_ids = np.asarray(token_ids, dtype=np.int32)
         self.options = options
-        self.progress = progress or (lambda what, done, total: None)
+        self.progress = progress
         self.chunk_size = options.chunk_size or chunk_size_for(self.spec)
         self.runs = tuple(
             Run(each, None if each.is_definition else OpReplay(definition))

@@ -40,6 +40,12 @@ OP_SOURCES: Mapping[Op, OpSources] = MappingProxyType(
             f"csrc/cuda/elementwise/norm.cu, {_DECODER}",
             "Usually the residual dropped or added twice, or epsilon outside the square root.",
         ),
+        "norm_heads": OpSources(
+            f"{_ELEMENTWISE}, {_DECODER}",
+            f"csrc/cuda/elementwise/norm.cu, {_DECODER}",
+            "Usually the mean over all heads where each has its own (or the reverse), the weight, "
+            "or epsilon.",
+        ),
         "linear": OpSources(
             f"csrc/cpu/linear.cpp, csrc/cpu/kernels/linear.h, {_DECODER}",
             f"csrc/cuda/products/linear.cu (which names the kernels), {_DECODER}",
@@ -55,14 +61,20 @@ OP_SOURCES: Mapping[Op, OpSources] = MappingProxyType(
         "attention": OpSources(
             "csrc/cpu/attention.cpp, csrc/cpu/kernels/attention.h",
             "csrc/cuda/attention/attention.cu (which names the kernels)",
-            "Usually the scale, the mapping of query heads to KV heads, the causal mask or window "
-            "off by one, or keys and values read from the wrong slot; by a few thousandths alone, "
-            "what is rounded over a bf16 cache.",
+            "Usually the scale or cap, the mapping of query heads to KV heads, the causal mask or "
+            "window off by one, or keys and values read from the wrong slot; by a few thousandths "
+            "alone, what is rounded over a bf16 cache.",
         ),
         "gated_activation": OpSources(
             _ELEMENTWISE,
             "csrc/cuda/elementwise/elementwise.cu",
             "Usually gate and up swapped (the activation belongs to gate), or another activation.",
+        ),
+        "moe": OpSources(
+            "csrc/cpu/moe.cpp, csrc/cpu/linear.cpp",
+            "csrc/cuda/products/experts.cu (which names the kernels)",
+            "Usually experts in another order, gate and up swapped, or weights that are normalized "
+            "and should not be, or the reverse.",
         ),
     }
 )
@@ -83,7 +95,8 @@ _TAP_HINTS: Mapping[str, str] = MappingProxyType(
         "gate": _GATE_UP,
         "up": _GATE_UP,
         "mlp_out": "Usually the down matrix (transposed, another layer's), or its bias.",
-        "logits": "Usually a head that should be tied to the embedding and is not, or the reverse.",
+        "logits": "Usually a head that should be tied to the embedding and is not, or the reverse; "
+        "or the multiplier or cap of the logits.",
     }
 )
 

@@ -16,8 +16,8 @@ from rich.text import Text
 from octavo.diff import texts
 from octavo.diff.result import DiffResult, Finding, TapResult
 from octavo.diff.texts import number, tap_fields
+from octavo.progress import stdout_console
 
-UNSEEN_WIDTH = 110  # columns when the output is no terminal
 # Fields of a result that the JSON does not have, or has in another form.
 _APART = ("model", "names", "descriptions", "rows", "taps", "judge")
 
@@ -31,9 +31,7 @@ def print_report(
 ) -> None:
     """Print the whole report on standard output (or `console`). page: where --html was written."""
     if console is None:
-        console = Console(highlight=False, emoji=False, markup=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, emoji=False, markup=False, width=UNSEEN_WIDTH)
+        console = stdout_console()
     marks = Marks(ascii_only=not (console.encoding or "").lower().startswith("utf"))
     console.print(_header(result))
     console.print(tap_table(result, marks, width=console.width, show_all=show_all))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from octavo.config import LOAD_FORMATS, QUANTIZE, Environment
-from octavo.diff.comparison import Comparison, DiffOptions, Progress, chunk_size_for
+from octavo.diff.comparison import Comparison, DiffOptions, chunk_size_for
 from octavo.diff.hugging_face import HuggingFaceImplementation, import_hugging_face
 from octavo.diff.implementations import Implementation, Int32, ReferenceImplementation
 from octavo.diff.native import load_native
@@ -18,7 +19,9 @@ from octavo.files import expand_home
 from octavo.folder import MemoryFolder
 from octavo.machine import available_memory
 from octavo.models.layer import weight_shapes
+from octavo.models.rope import for_length
 from octavo.models.spec import ModelSpec
+from octavo.progress import StageProgress
 from octavo.quantization.apply import dequantized, quantize_checkpoint
 from octavo.quantization.plan import Scheme
 from octavo.reference.llama import ReferenceModel
@@ -83,7 +86,7 @@ class DiffRequest:
             )
 
 
-def compare(request: DiffRequest, environment: Environment, progress: Progress) -> DiffResult:
+def compare(request: DiffRequest, environment: Environment, progress: StageProgress) -> DiffResult:
     """Open the model, cut the text into tokens, load both implementations, and run them.
 
     Raises OctavoError of every kind for what the user can put right.
@@ -92,6 +95,8 @@ def compare(request: DiffRequest, environment: Environment, progress: Progress) 
     files = read_model(path)
     token_ids, tokenizer = _tokens(request, files)
     _check_length(files.spec, len(token_ids), request.options.steps)
+    max_tokens = len(token_ids) + max(request.options.steps, 1)
+    files = replace(files, spec=for_length(files.spec, max_tokens))
     checkpoint = quantize_checkpoint(
         open_checkpoint(files, request.load_format, request.seed),
         files.spec,
@@ -113,10 +118,10 @@ def compare(request: DiffRequest, environment: Environment, progress: Progress) 
         checkpoint,
         device=request.device,
         dtype=request.dtype,
-        max_tokens=len(token_ids) + max(options.steps, 1),
+        max_tokens=max_tokens,
         chunk_size=min(options.chunk_size or chunk_size_for(files.spec), len(token_ids)),
         num_threads=request.num_threads,
-        progress=lambda done, total: progress("loading octavo", done, total),
+        progress=partial(progress, "loading octavo"),
     )
     definition = ReferenceModel(
         files.spec,
@@ -191,7 +196,7 @@ def _check_memory(request: DiffRequest, checkpoint: Checkpoint) -> None:
 
 
 def _float32_weights(
-    spec: ModelSpec, checkpoint: Checkpoint, progress: Progress
+    spec: ModelSpec, checkpoint: Checkpoint, progress: StageProgress
 ) -> Mapping[str, np.ndarray]:
     """All weights as float32, by octavo's names; codes as the numbers that they stand for."""
     weights: dict[str, np.ndarray] = {}
@@ -207,7 +212,7 @@ def _load_right(
     files: ModelFiles,
     checkpoint: Checkpoint,
     definition: ReferenceModel,
-    progress: Progress,
+    progress: StageProgress,
 ) -> Implementation:
     if request.against == "reference":
         return ReferenceImplementation(definition)

@@ -19,7 +19,8 @@ from octavo.diff.definition import OpInputs, define, op_call
 from octavo.diff.measure import Float32, row_errors
 from octavo.diff.tolerance import STEP_BF16
 from octavo.models.layer import Op
-from octavo.models.spec import NormSpec, RopeSpec
+from octavo.models.rope import default_rope
+from octavo.models.spec import NormSpec
 from octavo.reference import ops
 from octavo.reference.nodes import add
 from octavo.reference.ops import Array
@@ -53,6 +54,8 @@ def find_suspect(inputs: OpInputs, seen: Float32, tolerance: float) -> str | Non
 def _embed(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     table, ids = inputs.weight(inputs.node.matrices[0].name), inputs.token_ids
     yield "the table's rows without the positions' rows", partial(op, position_table=None)
+    if inputs.node.scale != 1:
+        yield "embed_multiplier left out", partial(op, scale=1.0)
     width = np.float32(table.shape[1])
     yield "the rows multiplied by sqrt(hidden_size)", lambda: table[ids] * np.sqrt(width)
     for step, which in ((-1, "before"), (1, "after")):
@@ -64,11 +67,13 @@ def _norm(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     """The mistakes of a sum, of a norm, and of a norm of a sum."""
     node, spec = inputs.node, inputs.node.norm
     if spec is None:
-        yield from _sum(inputs, lambda terms: op(terms=terms))
+        yield from _sum(inputs, lambda terms, scale: op(terms=terms, scale=scale))
         return
     if len(node.inputs) > 1:
-        yield from _sum(inputs, lambda terms: op(x=add(terms)))
-    x, weight = add(inputs.operands), inputs.weight(node.tap)
+        yield from _sum(inputs, lambda terms, scale: op(x=add(terms, scale)))
+    if not node.normalizes:
+        return
+    x, weight = add(inputs.operands, node.scale), inputs.weight(node.tap)
     bias = inputs.model.weights.get(f"{node.tap}.bias")
     yield "epsilon outside the square root", lambda: _norm_eps_outside(x, weight, bias, spec)
     for eps in (0.0, 1e-5, 1e-6, 1e-12):
@@ -82,14 +87,20 @@ def _norm(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         f"a {other} norm instead of {spec.kind}": partial(op, kind=other),
         "no normalization at all": lambda: x,
     }
+    if node.op == "norm_heads":
+        one, each = np.ones(inputs.layer.head_dim, weight.dtype), np.resize(weight, x.shape[1])
+        others["all heads normalized together"] = partial(op, weight=each)
+        others["each head normalized by itself"] = lambda: op(weight=one) * each
     yield from others.items()
 
 
-def _sum(inputs: OpInputs, given: Callable[[list[Array]], Array]) -> Iterator[Suspect]:
-    """What a sum may lack or have twice. given: terms (rows, width) -> what the op makes of them.
+def _sum(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
+    """What a sum may lack or have twice.
 
-    The first term is the residual stream.
+    op: terms (rows, width), and `scale` of all but the first (the residual stream) -> what the op
+    makes of them.
     """
+    given = partial(op, scale=inputs.node.scale)
     nodes, node, terms = inputs.nodes, inputs.node, inputs.operands
     names = ["the residual", *(nodes[tap].part for tap in node.inputs[1:])]
     for count in range(1, len(terms)):
@@ -98,16 +109,19 @@ def _sum(inputs: OpInputs, given: Callable[[list[Array]], Array]) -> Iterator[Su
             sentence = f"the sum without {' and '.join(missing)}"
             yield sentence, partial(given, [terms[index] for index in kept])
     for norm in nodes.values():
-        if norm.norm is None or norm.layer != node.layer or norm is node:
+        if not norm.normalizes or norm.op == "norm_heads" or norm.layer != node.layer:
             continue
-        if norm.tap in inputs.taps:
+        if norm is not node and norm.tap in inputs.taps:
             sentence = f"{names[-1]} added to {norm.part}, not to the residual"
             yield sentence, partial(given, [inputs.taps[norm.tap], terms[-1]])
+    if inputs.node.scale != 1:
+        yield "residual_multiplier left out", partial(op, terms, scale=1.0)
     for name, term in zip(names[1:], terms[1:], strict=True):
         yield f"{name} added twice", partial(given, [*terms, term])
 
 
 def _norm_eps_outside(x: Array, weight: Array, bias: Array | None, spec: NormSpec) -> Array:
+    x = x.reshape(-1, len(weight))
     centred = x - x.mean(axis=-1, keepdims=True) if spec.kind == "layer" else x
     root = np.sqrt((centred * centred).mean(axis=-1, keepdims=True))
     y: Array = centred / (root + np.float32(spec.eps)) * weight
@@ -120,6 +134,10 @@ def _linear(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     weight, bias = inputs.weight(name), model.weights.get(f"{name}.bias")
     if bias is not None:
         yield "the bias left out", partial(op, bias=None)
+    if node.scale != 1:
+        yield "logits_multiplier left out", partial(op, scale=1.0)
+    if node.cap != 0:
+        yield "logits_softcap left out", partial(op, cap=0.0)
     if weight.shape[0] == weight.shape[1]:
         yield "the weight transposed", partial(op, weight=weight.T)
     short = name.rpartition(".")[2]
@@ -133,7 +151,8 @@ def _linear(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         elif other.part == node.part and abs((other.layer or 0) - (node.layer or 0)) == 1:
             weight_there = inputs.weight(other.matrix.name)
             yield f"the weight of layer {other.layer}", partial(op, weight=weight_there)
-    if any(each.op == "rope_and_store" and node.tap in each.inputs for each in nodes.values()):
+    readers = {each.op for each in nodes.values() if node.tap in each.inputs}
+    if readers & {"rope_and_store", "norm_heads"}:
         heads = weight.shape[0] // inputs.layer.head_dim
         paired = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         split = weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
@@ -141,8 +160,8 @@ def _linear(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         yield sentence, partial(op, weight=paired)
         yield "GGUF's order of rows undone where there was none", partial(op, weight=split)
     before = nodes[node.inputs[0]]
-    if before.norm is not None and all(tap in inputs.taps for tap in before.inputs):
-        unnormalized = add([inputs.taps[tap] for tap in before.inputs])
+    if before.normalizes and all(tap in inputs.taps for tap in before.inputs):
+        unnormalized = add([inputs.taps[tap] for tap in before.inputs], before.scale)
         yield f"{before.part} left out: the input not normalized", partial(op, x=unnormalized)
     if node.layer is None and not model.spec.tie_word_embeddings:
         yield "the embedding table used as the head", partial(op, weight=inputs.weight("embed"))
@@ -159,34 +178,37 @@ def _rope(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     frequencies, rope = inputs.model.frequencies[inputs.layer_index], inputs.layer.rope
     if frequencies is None or rope is None:
         return
-    half = x.shape[-1] // 2
-
-    def swap(values: Array) -> Array:
-        return np.concatenate([values[..., half:], values[..., :half]], axis=-1)
+    half = len(frequencies)
+    order = np.arange(x.shape[-1])  # of a head's elements; those from 2 * half on do not turn
+    swapped, pairs = order.copy(), order.copy()
+    swapped[: 2 * half] = np.roll(order[: 2 * half], half)
+    pairs[: 2 * half] = np.concatenate([order[0 : 2 * half : 2], order[1 : 2 * half : 2]])
 
     def neighbours() -> Array:
-        turned = op(x=np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1))
-        return np.stack([turned[..., :half], turned[..., half:]], axis=-1).reshape(x.shape)
+        return op(x=x[..., pairs])[..., np.argsort(pairs)]
 
     start, backwards = positions - positions[0], partial(op, frequencies=-frequencies)
     ways: dict[str, Callable[[], Array]] = {
         "no rotation": lambda: x,
         "halves swapped: the sine's sign is the other way round": backwards,
-        "halves swapped on the way in": lambda: op(x=swap(x)),
-        "halves swapped on the way out": lambda: swap(op()),
+        "halves swapped on the way in": lambda: op(x=x[..., swapped]),
+        "halves swapped on the way out": lambda: op()[..., swapped],
         "neighbours paired (i with i + 1) instead of halves": neighbours,
         "positions off by -1": partial(op, positions=positions - 1),
         "positions off by +1": partial(op, positions=positions + 1),
         "positions counted from the chunk's first token": partial(op, positions=start),
     }
     yield from ways.items()
+    if rope.attention_factor != 1:
+        yield "cosines and sines not multiplied", partial(op, attention_factor=1.0)
     others = []
-    if rope.scaling != "default":
-        others.append((f"the {rope.scaling} scaling left out", RopeSpec(theta=rope.theta)))
-    if rope.theta != 10000.0:
-        others.append(("theta 10000 instead of the model's", replace(rope, theta=10000.0)))
-    for sentence, other in others:
-        yield sentence, partial(op, frequencies=ops.rope_frequencies(other, x.shape[-1]))
+    if rope.kind != "default":
+        others.append((f"the {rope.kind} scaling left out", rope.theta))
+    elif rope.theta != 10000.0:
+        others.append(("theta 10000 instead of the model's", 10000.0))
+    for sentence, theta in others:
+        other = default_rope(theta, 2 * half).frequencies
+        yield sentence, partial(op, frequencies=np.array(other, np.float32))
 
 
 def _attention(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
@@ -211,6 +233,8 @@ def _attention(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
     if len(k) > rows:
         sentence = "only this chunk's keys and values seen, not the cache"
         yield sentence, partial(op, k=k[-rows:], v=v[-rows:])
+    if layer.attention_softcap:
+        yield "attention_softcap left out", partial(op, softcap=0.0)
     if window:
         yield "the window ignored", partial(op, window=0)
         yield "a window one too wide", partial(op, window=window + 1)
@@ -222,7 +246,9 @@ def _attention(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         sentence = "queries, weights, keys and values rounded to bfloat16"
         yield sentence, partial(cached, dtype="bf16")
     elif inputs.model.kv_dtype == "bf16":
-        yield from _rounded_otherwise(op, q, partial(_weigh, k=k, v=v, scale=scale, window=window))
+        weigh = partial(_weigh, k=k, v=v, scale=scale, window=window)
+        weigh = partial(weigh, softcap=layer.attention_softcap)
+        yield from _rounded_otherwise(op, q, weigh)
 
 
 def _rounded_otherwise(op: Call, q: Array, weigh: Call) -> Iterator[Suspect]:
@@ -248,6 +274,7 @@ def _weigh(
     v: Array,
     scale: float,
     window: int,
+    softcap: float,
     *,
     whole: bool = True,
     divided_first: bool = False,
@@ -260,7 +287,7 @@ def _weigh(
     """
     group, context, rows = q.shape[1] // k.shape[1], len(k), len(q)
     k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
-    powers = np.einsum("qhd,khd->hqk", q, k) * np.float32(scale * math.log2(math.e))
+    powers = ops.score(np.einsum("qhd,khd->hqk", q, k), scale, softcap, math.log2(math.e))
     distance = (context - rows + np.arange(rows))[:, None] - np.arange(context)
     hidden = (distance < 0) | ((distance >= window) if window else False)
     powers = np.where(hidden, -np.inf, powers)  # (heads, rows, context)
@@ -291,6 +318,7 @@ _SUSPECTS: Mapping[Op, Callable[[OpInputs, Call], Iterator[Suspect]]] = {
     "embed": _embed,
     "norm": _norm,
     "add_norm": _norm,
+    "norm_heads": _norm,
     "linear": _linear,
     "rope_and_store": _rope,
     "attention": _attention,

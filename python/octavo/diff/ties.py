@@ -23,7 +23,9 @@ from octavo.reference.ops import Array
 _EXPONENTIAL_UNITS = 8.0
 
 
-def rounding_room(q: Array, k: Array, v: Array, scale: float, window: int = 0) -> Array:
+def rounding_room(
+    q: Array, k: Array, v: Array, scale: float, window: int = 0, softcap: float = 0.0
+) -> Array:
     """How far each element of `ops.attention(..., dtype="bf16")` may move by such weights.
 
     q: (rows, num_heads, head_dim); k, v: (context, num_kv_heads, head_dim), as the cache holds
@@ -40,11 +42,13 @@ def rounding_room(q: Array, k: Array, v: Array, scale: float, window: int = 0) -
     for kv_head in range(num_kv_heads):
         heads = slice(kv_head * group, (kv_head + 1) * group)
         queries = ops.round_to_bf16(q[:, heads].transpose(1, 0, 2))  # (group, rows, head_dim)
-        powers = np.where(hidden, q.dtype.type(-np.inf), (queries @ k[:, kv_head].T) * to_powers)
+        powers = ops.score(queries @ k[:, kv_head].T, scale, softcap, math.log2(math.e))
+        powers = np.where(hidden, q.dtype.type(-np.inf), powers)
         weights = np.exp2(powers - np.ceil(np.max(powers, axis=-1, keepdims=True)))
         # An error of the score is one of the weight times ln 2. The sum of head_dim products of
         # either wanders off by no more than sqrt(head_dim) u of the sum of their sizes, which
-        # is no less than |s|: four units of it are for what happens to s afterwards.
+        # is no less than |s|: four units of it are for what happens to s afterwards. A cap makes
+        # such an error smaller, as it does s.
         sizes = (np.abs(queries) @ np.abs(k[:, kv_head]).T) * abs(to_powers)
         units = (2 * math.sqrt(head_dim) + 4) * sizes * math.log(2) + _EXPONENTIAL_UNITS
         _, exponents = np.frexp(weights)

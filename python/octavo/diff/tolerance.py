@@ -79,7 +79,9 @@ def _terms(spec: ModelSpec, node: Node, context: int) -> int:
         return spec.layers[node.layer or 0].head_dim + context
     if node.op == "linear":
         return node.matrix.inputs
-    return 1 if node.norm is None else node.width
+    if node.op == "moe":
+        return sum(matrix.inputs for matrix in (node.matrices[0], node.matrices[-1]))
+    return 1 if node.norm is None else node.group or node.width
 
 
 def run_tolerance(dtype: str, yardstick: float | None) -> float:

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import RuntimeOptions
-from octavo.engine.adjustments import LogitAdjustments, build_adjustments
+from octavo.engine.adapters import AdapterTable
+from octavo.engine.adjustments import build_adjustments
 from octavo.engine.admission import AdmissionLimits, Deadlines, check_scheduling, check_tokens
 from octavo.engine.answer import Answer, not_finite, read_logprobs, request_output
-from octavo.engine.batch import Int32, build_masks
+from octavo.engine.batch import build_masks
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.block_pool import IntegrityError
 from octavo.engine.event_records import arrival, describe_engine, read_stats, refusal, step_end
@@ -26,17 +28,18 @@ from octavo.engine.events import EventLog
 from octavo.engine.guard import EngineGuard, deferred_interrupt, guarded
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import InFlightStep, Pipeline, StepRuntime
-from octavo.engine.request import FinishReason, Request, Sequence, derive_seed
-from octavo.engine.schedule import Drafter, Schedule, SchedulerLimits
+from octavo.engine.request import FinishReason, Request, derive_seed
+from octavo.engine.schedule import Drafter, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidArgumentError, QueueFullError
+from octavo.models.adapter import Adapter
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 
-IDLE_CHECK_SECONDS = 10.0
+IDLE_CHECK_SECONDS = 10.0  # an engine that has run out of work checks its accounting so often
 
 
 class Engine:
@@ -48,6 +51,7 @@ class Engine:
     eos_token_ids: any of these ends an answer. seed: for requests that name none.
     make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
     clock: returns the time in seconds. drafter: proposes tokens; one step checks several of them.
+    read_adapter: reads a LoRA adapter for this model; without it there are none.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Engine:
         make_batch: Callable[..., Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
         drafter: Drafter | None = None,
+        read_adapter: Callable[[Path], Adapter] | None = None,
     ) -> None:
         if make_batch is None:
             from octavo._native import Batch
@@ -87,6 +92,7 @@ class Engine:
         self.events = EventLog(options.event_log_capacity, header)
         self.scheduler = Scheduler(limits, self.blocks, self.events, drafter)
         self.guard = EngineGuard()
+        self.adapters = AdapterTable(runtime, options.max_adapters, read_adapter)
         self.failed_request_ids: frozenset[str] = frozenset()  # that were in the step that failed
         self.num_steps = 0
         self.num_sampled_tokens = 0
@@ -110,11 +116,6 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         """Whether another step has anything to do."""
         return bool(self._requests)
-
-    @property
-    def num_unfinished_requests(self) -> int:
-        """Requests that have not ended."""
-        return len(self._requests)
 
     def check_request(self, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> None:
         """Raise an InvalidArgumentError with value and limit if it cannot be answered."""
@@ -140,6 +141,7 @@ class Engine:
         priority: int = 0,
         timeout: float | None = None,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Queue a request; its answers come out of `step`.
 
@@ -147,6 +149,8 @@ class Engine:
         more urgent. timeout: seconds from now after which it ends with the finish reason "timeout",
         waiting or running; None lets it run. cache_salt: requests with different salts share no
         cached keys and values, so a client cannot find out by timing what others have asked.
+        adapter: the name of a LoRA adapter in `adapters`, which may raise an AdapterNotFoundError,
+        an AdaptersInUseError, or what reading it raises.
         Raises InvalidArgumentError for a request that cannot be answered, QueueFullError when too
         many wait already; both change nothing. This, `step` and `abort` raise the errors of
         `EngineGuard`.
@@ -156,9 +160,11 @@ class Engine:
         self.check_request(prompt_token_ids, params)
         check_scheduling(priority, timeout)
         now = self._clock()
+        loan = self.adapters.acquire(adapter)
         try:
             self._admission.admit(request_id, len(prompt_token_ids))
         except QueueFullError as error:
+            self.adapters.release(loan)
             self.events.record(refusal(request_id, len(prompt_token_ids), error, now))
             raise
         if params.seed is None:
@@ -174,6 +180,7 @@ class Engine:
             priority=priority,
             deadline=None if timeout is None else now + timeout,
             cache_salt=cache_salt,
+            adapter=loan,
             arrival_time=now,
         )
         if request.deadline is not None:
@@ -218,7 +225,9 @@ class Engine:
             self._undelivered += self._update(step, output)
             if not self._requests:
                 self._abandon_steps()  # no request needs the steps still in flight
-                self._check_when_idle()
+                if self._last_step_end - self._last_check >= IDLE_CHECK_SECONDS:
+                    self._last_check = self._last_step_end
+                    self.check_integrity()
             return self._deliver()
 
     @guarded
@@ -234,7 +243,7 @@ class Engine:
             for answer in self._requests[request_id]:
                 if not answer.sequence.is_finished:
                     answer.flush()
-                    self._finish(answer.sequence, "abort", now)
+                    self.scheduler.finish(answer.sequence, "abort", now)
             return self._remove(request_id, now)
 
     def stats(self) -> EngineStats:
@@ -262,7 +271,11 @@ class Engine:
         schedule = self.scheduler.schedule(now)
         if not schedule.entries:
             return False
-        masks, adjustments = self._masks_of(schedule), self._adjustments_of(schedule)
+        masks, rows = None, schedule.row_sequences
+        if any([sequence.params.min_tokens for sequence in rows]):
+            forbidden = [self._answers[sequence.key].forbidden_token_ids for sequence in rows]
+            masks = build_masks(forbidden, self.vocab_size)
+        adjustments = build_adjustments([self._answers[sequence.key].adjuster for sequence in rows])
         self.scheduler.advance(schedule)
         self._pipeline.submit(schedule, now, masks, adjustments)
         for sequence in schedule.admitted:
@@ -277,20 +290,9 @@ class Engine:
         schedules = self._pipeline.abandon()
         for schedule in schedules:
             self.scheduler.rollback(schedule)
-        sequences = (entry.sequence for schedule in schedules for entry in schedule.entries)
-        answers = (self._answers.get(sequence.key) for sequence in sequences)
-        return frozenset(answer.request.request_id for answer in answers if answer is not None)
-
-    def _masks_of(self, schedule: Schedule) -> Int32 | None:
-        sequences = schedule.row_sequences
-        if not any([sequence.params.min_tokens for sequence in sequences]):
-            return None
-        forbidden = [self._answers[sequence.key].forbidden_token_ids for sequence in sequences]
-        return build_masks(forbidden, self.vocab_size)
-
-    def _adjustments_of(self, schedule: Schedule) -> LogitAdjustments | None:
-        sequences = schedule.row_sequences
-        return build_adjustments([self._answers[sequence.key].adjuster for sequence in sequences])
+        keys = {entry.sequence.key for schedule in schedules for entry in schedule.entries}
+        answers = [self._answers[key] for key in keys & self._answers.keys()]
+        return frozenset(answer.request.request_id for answer in answers)
 
     def _update(self, step: InFlightStep, output: Any) -> list[OutputChunk]:
         """Process the tokens of a step: one of each sequence, or several after drafts."""
@@ -337,23 +339,20 @@ class Engine:
         if logprob is not None:
             sequence.logprobs.append(logprob)
             sequence.cumulative_logprob += logprob.logprob
-        if token in answer.stop_token_ids:  # before min_tokens they are masked out
-            # The text ends before it, as before a stop string.
-            shown = answer.push(token) if sequence.params.include_stop_str_in_output else ""
-            shown += answer.flush()
-            is_own = token in self.eos_token_ids and token not in sequence.params.stop_token_ids
-            self._finish(sequence, "stop", now, None if is_own else token)
-            return shown
-        text = answer.push(token)
-        matched = answer.matched_stop
+        is_stop = token in answer.stop_token_ids  # before min_tokens they are masked out
+        # The text ends before a stop token, as before a stop string.
+        is_shown = not is_stop or sequence.params.include_stop_str_in_output
+        text = answer.push(token) if is_shown else ""
         at_limit = len(sequence.token_ids) >= sequence.max_total_tokens
-        if at_limit and matched is None:
+        if is_stop or (at_limit and answer.matched_stop is None):
             text += answer.flush()  # which may complete a stop string
-            matched = answer.matched_stop
-        if matched is not None:
-            self._finish(sequence, "stop", now, matched)
+        if is_stop:
+            is_own = token in self.eos_token_ids and token not in sequence.params.stop_token_ids
+            self.scheduler.finish(sequence, "stop", now, None if is_own else token)
+        elif answer.matched_stop is not None:
+            self.scheduler.finish(sequence, "stop", now, answer.matched_stop)
         elif at_limit:
-            self._finish(sequence, "length", now)
+            self.scheduler.finish(sequence, "length", now)
         return text
 
     def _fail(self, answer: Answer, now: float, problem: str) -> list[OutputChunk]:
@@ -367,31 +366,15 @@ class Engine:
         ending = [a for a in self._requests[request_id] if not a.sequence.is_finished]
         for answer in ending:
             text = answer.flush()
-            self._finish(answer.sequence, reason, now)
+            self.scheduler.finish(answer.sequence, reason, now)
             if answer.request.stream or answer is ending[-1]:
                 chunks.append(self._chunk(answer, text, now))
         return chunks
-
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        now: float,
-        stop_reason: str | int | None = None,
-    ) -> None:
-        self.scheduler.finish(sequence, reason, stop_reason)
-        self.events.record((now, "finished", sequence.key, reason, sequence.num_output_tokens))
 
     def _deliver(self) -> list[OutputChunk]:
         """The chunks of this step, and those that an earlier failed step did not deliver."""
         chunks, self._undelivered = self._undelivered, []
         return chunks
-
-    def _check_when_idle(self) -> None:
-        """Check the accounting now and then, when there is nothing else to do."""
-        if self._last_step_end - self._last_check >= IDLE_CHECK_SECONDS:
-            self._last_check = self._last_step_end
-            self.check_integrity()
 
     def _chunk(
         self,
@@ -421,4 +404,5 @@ class Engine:
         self._admission.remove(request_id)
         self._deadlines.remove(request_id)
         self._watching.discard(request_id)
+        self.adapters.release(answers[0].request.adapter)
         return request_output(answers, now)

@@ -9,8 +9,6 @@ from typing import NamedTuple, Protocol
 from octavo.engine.block_manager import BlockCopy
 from octavo.engine.request import Sequence
 
-NO_DRAFTS: tuple[int, ...] = ()
-
 
 class Drafter(Protocol):
     """Guesses how answers continue, so that one step can check several tokens of a sequence."""
@@ -35,7 +33,7 @@ class ScheduledSequence(NamedTuple):
     start: int
     num_new_tokens: int
     num_samples: int
-    draft_token_ids: tuple[int, ...] = NO_DRAFTS
+    draft_token_ids: tuple[int, ...] = ()
 
 
 class Schedule(NamedTuple):
@@ -101,7 +99,7 @@ class ScheduleBuilder:
         sequence: Sequence,
         num_new_tokens: int,
         num_samples: int,
-        drafts: tuple[int, ...] = NO_DRAFTS,
+        drafts: tuple[int, ...] = (),
     ) -> None:
         """Add a sequence, with so many of its uncomputed tokens, and the drafts."""
         if drafts:

@@ -26,14 +26,7 @@ from octavo.engine.block_pool import IntegrityError
 from octavo.engine.events import EventLog
 from octavo.engine.prefix_cache import PrefixCache
 from octavo.engine.request import FinishReason, RankedQueue, Sequence, SequenceState
-from octavo.engine.schedule import (
-    NO_DRAFTS,
-    Drafter,
-    Schedule,
-    ScheduleBuilder,
-    SchedulerLimits,
-    num_agreeing,
-)
+from octavo.engine.schedule import Drafter, Schedule, ScheduleBuilder, SchedulerLimits, num_agreeing
 from octavo.errors import InvalidArgumentError
 
 
@@ -64,7 +57,7 @@ class Scheduler:
         self._running = RankedQueue()
         self._arrival_numbers = itertools.count()
         self._free_state_rows = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._noted_wait: tuple[object, str] | None = None
+        self._noted_wait: tuple[object, str | None] | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -97,9 +90,8 @@ class Scheduler:
         if num_prompt_tokens >= max_model_len:
             raise InvalidArgumentError(
                 f"the prompt is too long: it has {num_prompt_tokens} tokens; expected at most "
-                f"{max_model_len - 1}, "
-                f"since prompt and answer together may have {max_model_len} (max_model_len): "
-                f"shorten the prompt"
+                f"{max_model_len - 1}, since prompt and answer together may have {max_model_len} "
+                f"(max_model_len): shorten the prompt"
             )
         num_cached = self.max_total_tokens(num_prompt_tokens, max_tokens) - 1
         if self.blocks.blocks_for(num_cached) > self.blocks.num_blocks:
@@ -136,10 +128,8 @@ class Scheduler:
         self._schedule_prefills(step)
         # A step that had to preempt, to let others run, admits no sequence.
         is_short = len(step.preempted) > num_yielded
-        if is_short:
-            self._note_wait(self._waiting[0], "preemption", now)
-        else:
-            self._note_wait(*self._admit(step), now)
+        waiting = (self._waiting[0], "preemption") if is_short else self._admit(step)
+        self._note_wait(*waiting, now)
         self.num_schedules += bool(step.entries)
         return step.schedule(num_decodes)
 
@@ -189,7 +179,11 @@ class Scheduler:
                 self._requeue(sequence)
 
     def finish(
-        self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        now: float = 0.0,
+        stop_reason: str | int | None = None,
     ) -> None:
         """Remove a sequence, waiting or running, and free its blocks at once."""
         if sequence.state is SequenceState.RUNNING:
@@ -201,7 +195,9 @@ class Scheduler:
             self._waiting.remove(sequence)
         else:
             raise IntegrityError(f"{sequence!r} was finished twice")
-        sequence.finish(reason, stop_reason)
+        sequence.state = SequenceState.FINISHED
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        self.events.record((now, "finished", sequence.key, reason, sequence.num_output_tokens))
 
     # ---- what a step computes ----
 
@@ -217,7 +213,7 @@ class Scheduler:
             # A sequence whose last token is being sampled has nothing left to compute.
             if num_tokens - start > 1 or num_tokens >= sequence.max_total_tokens:
                 continue
-            drafts = NO_DRAFTS
+            drafts: tuple[int, ...] = ()
             if self._drafter is not None and sequence.takes_drafts:
                 if sequence.num_pending_tokens:  # drafts must follow a token still being sampled
                     continue
@@ -235,10 +231,10 @@ class Scheduler:
         """
         room = min(budget - num_behind, sequence.max_total_tokens - sequence.num_tokens - 1)
         if self._drafter is None or room < 1:
-            return NO_DRAFTS
+            return ()
         drafts = tuple(self._drafter.propose(sequence)[:room])
         num_tokens = sequence.num_tokens + len(drafts)
-        return drafts if self.blocks.reserve(sequence.key, num_tokens, num_behind) else NO_DRAFTS
+        return drafts if self.blocks.reserve(sequence.key, num_tokens, num_behind) else ()
 
     def _schedule_prefills(self, step: ScheduleBuilder) -> None:
         for sequence in self._running:
@@ -283,13 +279,10 @@ class Scheduler:
         """The reason why the sequence cannot be admitted now."""
         if len(self._running) >= self.limits.max_num_seqs:
             return "max_num_seqs"
-        num_needed = self.blocks.num_blocks_needed(sequence.num_tokens, prefix)
-        num_available = self.blocks.num_free_blocks
-        if num_needed > num_available or (
-            num_needed + self._headroom(len(self._running)) > num_available
-        ):
-            return "kv_blocks"
-        return None
+        num_spare = self.blocks.num_free_blocks
+        num_spare -= self.blocks.num_blocks_needed(sequence.num_tokens, prefix)
+        is_short = num_spare < 0 or num_spare < self._headroom(len(self._running))
+        return "kv_blocks" if is_short else None
 
     def _headroom(self, num_running: int) -> int:
         """Blocks to leave for the first num_running running sequences when one more is admitted.
@@ -327,24 +320,22 @@ class Scheduler:
 
         Only those behind it in rank, which cannot preempt it in turn.
         """
-        sequence = self._next_candidate()
-        if sequence is None or not len(self._running):
+        urgent = self._next_candidate()
+        if urgent is None or not self._running or self._running[-1].priority <= urgent.priority:
             return
-        if self._running[-1].priority <= sequence.priority:
+        prefix = self.prefix_cache.find(urgent)
+        if self._obstacle(urgent, prefix) is None:
             return
-        prefix = self.prefix_cache.find(sequence)
-        if self._obstacle(sequence, prefix) is None:
-            return
-        num_missing = self.blocks.num_blocks_needed(sequence.num_tokens, prefix)
+        num_missing = self.blocks.num_blocks_needed(urgent.num_tokens, prefix)
         num_missing -= self.blocks.num_free_blocks
         for num_left in range(len(self._running) - 1, -1, -1):
             victim = self._running[num_left]
-            if victim.priority <= sequence.priority or victim.rank < sequence.rank:
+            if victim.priority <= urgent.priority or victim.rank < urgent.rank:
                 return
             num_missing -= self.blocks.num_blocks_freed(victim.key, prefix)
             if num_missing + self._headroom(num_left) <= 0:
                 while len(self._running) > num_left:
-                    self._preempt_last("priority", sequence, step)
+                    self._preempt_last("priority", urgent, step)
                 return
 
     def _preempt_last(self, reason: str, by: Sequence, step: ScheduleBuilder) -> Sequence:
@@ -362,8 +353,7 @@ class Scheduler:
         self.blocks.free(sequence.key)
         self._free_state_rows.append(sequence.state_row)
         sequence.state = SequenceState.WAITING
-        sequence.num_computed_tokens = 0
-        sequence.num_published_blocks = 0
+        sequence.num_computed_tokens = sequence.num_published_blocks = 0
         self._waiting.add(sequence)
 
     # ---- the event log, and checks ----
@@ -371,15 +361,12 @@ class Scheduler:
     def _note_wait(self, sequence: Sequence | None, reason: str | None, now: float) -> None:
         """Record why the first in the queue waits, unless that was recorded before."""
         self.waiting_reason = reason
-        if sequence is None or reason is None:
-            self._noted_wait = None
-            return
-        noted = (sequence.key, reason)
-        if noted != self._noted_wait:
-            self._noted_wait = noted
-            num_needed = self.blocks.blocks_for(sequence.num_tokens)
-            num_free = self.blocks.num_free_blocks
-            self.events.record((now, "waited", *noted, num_needed, num_free, len(self._waiting)))
+        noted = None if sequence is None else (sequence.key, reason)
+        if sequence is not None and noted != self._noted_wait:
+            numbers = (self.blocks.blocks_for(sequence.num_tokens), self.blocks.num_free_blocks)
+            event = (now, "waited", sequence.key, reason, *numbers, len(self._waiting))
+            self.events.record(event)
+        self._noted_wait = noted
 
     @property
     def num_live_tokens(self) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from octavo.eval.measures import (
 from octavo.eval.scorer import Scorer
 from octavo.eval.windows import Window, make_windows
 from octavo.files import read_text
+from octavo.progress import StageProgress
 from octavo.quantization.plan import describe_dtypes
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
@@ -33,8 +34,6 @@ from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import ModelFiles, read_model
 
 DEFAULT_WINDOW = 512
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, and how much of how much is done."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,9 @@ class Text:
 class _Models:
     """The model in question and what it is compared with, both loaded."""
 
-    def __init__(self, request: EvalRequest, environment: Environment, progress: Progress) -> None:
+    def __init__(
+        self, request: EvalRequest, environment: Environment, progress: StageProgress
+    ) -> None:
         self.files = read_model(resolve_model(request.model, environment))
         self.reference_files: ModelFiles | None = None
         checkpoint = open_checkpoint(self.files, request.config.load_format, request.config.seed)
@@ -135,6 +136,11 @@ class _Models:
         checkpoint: Checkpoint,
         environment: Environment,
     ) -> Checkpoint:
+        of_gguf = not self.files.quantized
+        if against == "same" and of_gguf and checkpoint.formats.keys() <= checkpoint.stored.keys():
+            # A GGUF file: the numbers that it stands for.
+            self.reference_files = read_model(self.files.path, "f32")
+            return open_checkpoint(self.reference_files)
         if against == "same" and checkpoint.formats:
             raise InvalidArgumentError(
                 f"{self.files.path} holds quantized weights, so that there is no unquantized same "
@@ -159,14 +165,14 @@ class _Models:
         checkpoint: Checkpoint,
         config: EngineConfig,
         environment: Environment,
-        progress: Progress,
+        progress: StageProgress,
     ) -> Scorer:
         return Scorer.load(
             files,
             checkpoint,
             config,
             self.window,
-            lambda done, total: progress(f"loading {files.path.name}", done, total),
+            partial(progress, f"loading {files.path.name}"),
             environment,
         )
 
@@ -216,7 +222,7 @@ def read_tokens(request: EvalRequest, files: ModelFiles, reference: ModelFiles |
 
 
 def evaluate(
-    request: EvalRequest, environment: Environment, progress: Progress = lambda *_: None
+    request: EvalRequest, environment: Environment, progress: StageProgress = lambda *_: None
 ) -> EvalResult:
     """Load, score, sum up. Raises what loading raises, and InvalidArgumentError.
 
@@ -265,7 +271,7 @@ def score(
     reference: Scorer | None,
     tokens: Int32,
     windows: list[Window],
-    progress: Progress = lambda *_: None,
+    progress: StageProgress = lambda *_: None,
 ) -> Scores:
     """Both models over the same windows, chunk by chunk in step."""
     ours: list[Any] = []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from octavo.eval.evaluation import EvalResult, ModelRun
+from octavo.progress import stdout_console
 
 
 def render(result: EvalResult) -> RenderableType:
@@ -60,7 +61,4 @@ def _divergence_table(result: EvalResult) -> Table:
 
 def print_report(result: EvalResult) -> None:
     """On standard output, as wide as the terminal."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=110)
-    console.print(render(result))
+    stdout_console().print(render(result))

@@ -72,7 +72,7 @@ class TensorNames:
 
     modules: their name -> octavo's part ("q"), or several ("q k v"), whose rows lie one after the
     other in one tensor. "{layer}" stands for the number of the layer, "{expert}" for that of an
-    expert, whose matrices are stacked. transforms: by octavo's part.
+    expert, in octavo's parts too: "experts.{expert}.gate". transforms: by octavo's part.
     """
 
     modules: Mapping[str, str]
@@ -89,19 +89,21 @@ class TensorNames:
 
         def source(weight: Weight) -> WeightSource:
             owner, _, ending = weight.name.rpartition(".")
-            layer, part = split_tap(owner)
+            layer, own = split_tap(owner)
+            expert = own.split(".")[1] if own.startswith("experts.") else None
+            part = own.replace(f".{expert}.", ".{expert}.")
             module, parts = places[part]
-            name = f"{module}.{ending}"
+            name = f"{module}.{ending}".format(layer=layer, expert=expert)
+            before = owner.removesuffix(own)
             sizes = [
-                weights[f"{owner.removesuffix(part)}{each}.{ending}"].shape[0] for each in parts
+                weights[f"{before}{each.format(expert=expert)}.{ending}"].shape[0] for each in parts
             ]
             place = parts.index(part)
             transform = self.transforms.get(part, "plain")
             if ending == "bias" and transform != "unpermute":
                 transform = "plain"
-            experts = range(weight.shape[0] if "{expert}" in name else 1)
             return WeightSource(
-                tuple(name.format(layer=layer, expert=expert) for expert in experts),
+                (name,),
                 weight.shape,
                 (sum(sizes[:place]), sum(sizes)) if len(parts) > 1 else None,
                 transform,
@@ -151,3 +153,6 @@ class Family:
     ignored: tuple[str, ...] = ()  # patterns of other names that a checkpoint may hold
     default_eos_token_id: int | None = None  # where config.json has no such field
     gguf: GgufFamily | None = None
+    aliases: tuple[str, ...] = ()  # other names of the architecture
+    # What checkpoints of the model without its head leave out of the names.
+    base_prefix: str = "model."

@@ -9,14 +9,22 @@ a test compares the taps of both with the list.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
+from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec
 
 # As in reference/ops.py and csrc/core/backend.h.
 Op = Literal[
-    "embed", "norm", "add_norm", "linear", "rope_and_store", "attention", "gated_activation"
+    "embed",
+    "norm",
+    "add_norm",
+    "norm_heads",
+    "linear",
+    "rope_and_store",
+    "attention",
+    "gated_activation",
+    "moe",
 ]
 # The matrices whose outputs go to the residual stream, by their taps; devices divide their inputs.
 _RESIDUAL_MATRICES = {"attn_out": "o", "mlp_out": "down"}
@@ -36,7 +44,8 @@ class Matrix:
 
     name: octavo's, without ".weight": "layers.3.q". shard_axis: the axis that several devices
     divide: 0, the outputs (a device has some of the results), or 1, the inputs (a device has a part
-    of every sum, and all_reduce adds the parts).
+    of every sum, and all_reduce adds the parts). is_router: neither it nor what it multiplies is
+    ever rounded, since tokens whose logits are near each other would go to other experts.
     """
 
     name: str
@@ -44,6 +53,7 @@ class Matrix:
     inputs: int
     bias: bool = False
     shard_axis: Literal[0, 1] = 0
+    is_router: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,7 +67,10 @@ class Node:
 
     tap: its name, the same in the reference, in the native core and in docs/taps.md. inputs: the
     taps that the op reads. width: numbers in a row. matrices: those that the op multiplies by, or
-    takes rows of. norm: for an op that normalizes; its weight has the name of the tap.
+    takes rows of. norm: for an op that normalizes; its weight has the name of the tap. group: how
+    many numbers norm_heads normalizes together. scale, cap: the result is multiplied by `scale`,
+    of a sum every input but the first (the residual stream); then, with a cap that is not 0, x
+    becomes cap * tanh(x / cap).
     """
 
     tap: str
@@ -66,6 +79,14 @@ class Node:
     width: int
     matrices: tuple[Matrix, ...] = ()
     norm: NormSpec | None = None
+    group: int = 0
+    scale: float = 1.0
+    cap: float = 0.0
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the op divides by the size of what it reads, and has a weight for that."""
+        return self.norm is not None and self.norm.kind != "none"
 
     @property
     def layer(self) -> int | None:
@@ -84,10 +105,11 @@ class Node:
 
     def weights(self) -> Iterator[Weight]:
         """The weights that the op needs."""
-        if self.norm is not None:
-            yield Weight(f"{self.tap}.weight", (self.width,))
+        if self.norm is not None and self.norm.kind != "none":
+            width = self.group or self.width
+            yield Weight(f"{self.tap}.weight", (width,))
             if self.norm.bias:
-                yield Weight(f"{self.tap}.bias", (self.width,))
+                yield Weight(f"{self.tap}.bias", (width,))
         for matrix in self.matrices:
             yield Weight(f"{matrix.name}.weight", matrix.shape, matrix.shard_axis)
             if matrix.bias:  # where inputs are divided, every device needs the whole bias
@@ -101,13 +123,14 @@ def model_nodes(spec: ModelSpec) -> list[Node]:
     tables = [Matrix("embed", vocab, hidden)]
     if spec.learned_positions:
         tables.append(Matrix("positions", spec.max_position_embeddings, hidden))
-    nodes = [Node("embed", "embed", (), hidden, tuple(tables))]
+    nodes = [Node("embed", "embed", (), hidden, tuple(tables), scale=spec.embed_multiplier)]
     for index, layer in enumerate(spec.layers):
         nodes += layer_nodes(layer, index, hidden)
     last = residual_before(len(spec.layers))
     nodes.append(Node("final_norm", "norm", (last,), hidden, norm=spec.final_norm))
     head = Matrix("embed" if spec.tie_word_embeddings else "lm_head", vocab, hidden)
-    return [*nodes, Node("logits", "linear", ("final_norm",), vocab, (head,))]
+    scale, cap = spec.logits_multiplier, spec.logits_softcap
+    return [*nodes, Node("logits", "linear", ("final_norm",), vocab, (head,), scale=scale, cap=cap)]
 
 
 def layer_nodes(layer: LayerSpec, index: int, hidden_size: int) -> list[Node]:
@@ -118,33 +141,69 @@ def layer_nodes(layer: LayerSpec, index: int, hidden_size: int) -> list[Node]:
     def full(part: str) -> str:
         return part if part == residual else f"layers.{index}.{part}"
 
-    def add(part: str, op: Op, inputs: str, width: int, norm: NormSpec | None = None) -> None:
+    def add(
+        part: str, op: Op, inputs: str, width: int, norm: NormSpec | None = None, group: int = 0
+    ) -> None:
         names = tuple(map(full, inputs.split()))
-        nodes.append(Node(full(part), op, names, width, norm=norm))
+        scale = layer.residual_multiplier if op == "add_norm" else 1.0
+        nodes.append(Node(full(part), op, names, width, norm=norm, group=group, scale=scale))
 
     def multiply(part: str, source: str, outputs: int, inputs: int, bias: bool) -> None:
         name, axis = full(_RESIDUAL_MATRICES.get(part, part)), part in _RESIDUAL_MATRICES
         matrix = Matrix(name, outputs, inputs, bias, 1 if axis else 0)
         nodes.append(Node(full(part), "linear", (full(source),), outputs, (matrix,)))
 
+    def norm_for_residual(part: str) -> str:
+        if layer.output_norm is None:
+            return part
+        add(f"{part}_norm", "norm", part, hidden_size, layer.output_norm)
+        return f"{part}_norm"
+
     q_size, kv_size, intermediate = layer.q_size, layer.kv_size, layer.intermediate_size
     add("attn_norm", "norm", residual, hidden_size, layer.norm)
     for part, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
         multiply(part, "attn_norm", size, hidden_size, layer.qkv_bias)
-    rotated = "" if layer.rope is None else "_rope"
-    if rotated:
-        add("q_rope", "rope_and_store", "q", q_size)
-        add("k_rope", "rope_and_store", "k", kv_size)
-    add("attn", "attention", f"q{rotated} k{rotated} v", q_size)
+    q, k = "q", "k"
+    if layer.qk_norm != "none":
+        group = layer.head_dim if layer.qk_norm == "head" else 0
+        for part, size in (("q", q_size), ("k", kv_size)):
+            add(f"{part}_norm", "norm_heads", part, size, layer.qk_norm_spec, group or size)
+        q, k = "q_norm", "k_norm"
+    if layer.rope is not None:
+        add("q_rope", "rope_and_store", q, q_size)
+        add("k_rope", "rope_and_store", k, kv_size)
+        q, k = "q_rope", "k_rope"
+    add("attn", "attention", f"{q} {k} v", q_size)
     multiply("attn_out", "attn", hidden_size, q_size, layer.o_bias)
-    add("mlp_norm", "add_norm", f"{residual} attn_out", hidden_size, layer.norm)
-    halves = ("gate", "up") if layer.gated else ("up",)
-    for part in halves:
-        multiply(part, "mlp_norm", intermediate, hidden_size, layer.mlp_bias)
-    add("act", "gated_activation", " ".join(halves), intermediate)
-    multiply("mlp_out", "act", hidden_size, intermediate, layer.mlp_bias)
-    add("out", "add_norm", f"{residual} attn_out mlp_out", hidden_size)
+    attn_out = norm_for_residual("attn_out")
+    add("mlp_norm", "add_norm", f"{residual} {attn_out}", hidden_size, layer.norm)
+    if layer.moe is None:
+        halves = ("gate", "up") if layer.gated else ("up",)
+        for part in halves:
+            multiply(part, "mlp_norm", intermediate, hidden_size, layer.mlp_bias)
+        add("act", "gated_activation", " ".join(halves), intermediate)
+        multiply("mlp_out", "act", hidden_size, intermediate, layer.mlp_bias)
+    else:
+        nodes += _moe_nodes(layer, layer.moe, index, hidden_size)
+    mlp_out = norm_for_residual("mlp_out")
+    add("out", "add_norm", f"{residual} {attn_out} {mlp_out}", hidden_size)
     return nodes
+
+
+def _moe_nodes(layer: LayerSpec, moe: MoeSpec, index: int, hidden_size: int) -> list[Node]:
+    """The router, whose logits choose the experts, and all that the experts compute."""
+    name, width = f"layers.{index}.", layer.intermediate_size
+    experts = [f"{name}experts.{expert}." for expert in range(moe.num_experts)]
+    halves = [
+        Matrix(expert + part, width, hidden_size) for expert in experts for part in ("gate", "up")
+    ]
+    downs = [Matrix(expert + "down", hidden_size, width, shard_axis=1) for expert in experts]
+    x, logits = f"{name}mlp_norm", f"{name}router"
+    router = Matrix(logits, moe.num_experts, hidden_size, is_router=True)
+    return [
+        Node(logits, "linear", (x,), moe.num_experts, (router,)),
+        Node(f"{name}mlp_out", "moe", (x, logits), hidden_size, (*halves, *downs)),
+    ]
 
 
 def residual_before(layer: int) -> str:
@@ -153,10 +212,10 @@ def residual_before(layer: int) -> str:
 
 
 def split_tap(name: str) -> tuple[int | None, str]:
-    """("layers.3.q") -> (3, "q"); ("embed") -> (None, "embed")."""
+    """("layers.3.q") -> (3, "q"); ("embed") -> (None, "embed"); and so of a matrix's name."""
     if not name.startswith("layers."):
         return None, name
-    _, index, part = name.split(".")
+    _, index, part = name.split(".", 2)
     return int(index), part
 
 
@@ -174,6 +233,16 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def linear_nodes(spec: ModelSpec) -> dict[str, Node]:
-    """The products of all layers, by the name of their matrix: "layers.0.o" is tap attn_out's."""
-    nodes = (node for node in model_nodes(spec) if node.layer is not None)
-    return {node.matrix.name: node for node in nodes if node.matrices}
+    """The products of all layers, by the name of their matrix: "layers.0.o" is tap attn_out's.
+
+    Each matrix of an expert has a node of its own: that of the op with this matrix alone and with
+    its input alone, which for "layers.0.experts.2.down" is no tap. Routers are not listed.
+    """
+    found = {}
+    for node in model_nodes(spec):
+        if node.layer is not None and node.op == "linear" and not node.matrix.is_router:
+            found[node.matrix.name] = node
+        for matrix in node.matrices if node.op == "moe" else ():
+            inputs = node.inputs[:1] if matrix.shard_axis == 0 else ()  # of gate and up
+            found[matrix.name] = replace(node, inputs=inputs, matrices=(matrix,))
+    return found

@@ -7,12 +7,42 @@ from types import MappingProxyType
 from typing import Any
 
 from octavo.errors import UnsupportedModelError
-from octavo.models import llama
+from octavo.models import (
+    gemma2,
+    gemma3,
+    gpt2,
+    granite,
+    llama,
+    ministral,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    starcoder2,
+)
 from octavo.models.family import Family, GgufFamily
 from octavo.models.fields import Fields
+from octavo.models.nearest import describe_unknown
 
+_ALL = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    ministral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    phi3.FAMILY,
+    smollm3.FAMILY,
+    granite.FAMILY,
+    olmo2.FAMILY,
+    starcoder2.FAMILY,
+    gpt2.FAMILY,
+)
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {family.architecture: family for family in (llama.FAMILY,)}
+    {name: family for family in _ALL for name in (family.architecture, *family.aliases)}
 )
 
 
@@ -20,22 +50,27 @@ def find_family(config: Mapping[str, Any]) -> Family:
     """The family that `architectures` names, or `model_type` where there is no such list."""
     fields, supported = Fields(config, "config.json"), ", ".join(FAMILIES)
     architectures, model_type = config.get("architectures"), config.get("model_type")
-    types = ", ".join(family.model_type for family in FAMILIES.values())
+    types = ", ".join(family.model_type for family in _ALL)
     if architectures is None and model_type is None:
         raise UnsupportedModelError(
             "config.json: architectures and model_type are missing; expected architectures to "
             f"name one of: {supported}"
         )
     if architectures is None:
-        for family in FAMILIES.values():
+        for family in _ALL:
             if model_type == family.model_type:
                 return family
-        raise fields.error("model_type", model_type, types)
+        raise UnsupportedModelError(
+            f"{fields.error('model_type', model_type, types)}. {describe_unknown(config, _ALL)}"
+        )
     if not isinstance(architectures, list) or not architectures:
         raise fields.error("architectures", architectures, f"a list naming {supported}")
     names = [name for name in architectures if isinstance(name, str) and name in FAMILIES]
     if not names:
-        raise fields.error("architectures", architectures, supported)
+        raise UnsupportedModelError(
+            f"{fields.error('architectures', architectures, supported)}. "
+            f"{describe_unknown(config, _ALL)}"
+        )
     family = FAMILIES[names[0]]
     if model_type not in (None, family.model_type):
         expected = f"{family.model_type!r} (for {family.architecture})"
@@ -45,9 +80,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
 
 def find_gguf_family(metadata: Mapping[str, Any], source: str) -> tuple[Family, GgufFamily]:
     """The family that `general.architecture` of a GGUF file names. source: the file."""
-    families = {
-        each.gguf.architecture: (each, each.gguf) for each in FAMILIES.values() if each.gguf
-    }
+    families = {each.gguf.architecture: (each, each.gguf) for each in _ALL if each.gguf}
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in families:
         supported = ", ".join(map(repr, families))

@@ -9,12 +9,12 @@ PyTorch's `nn.Linear`; `models/layer.py` lists them, and what a layer does with 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-NormKind = Literal["rms", "layer"]
+NormKind = Literal["rms", "layer", "none"]
+QkNorm = Literal["none", "head", "row"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-RopeScaling = Literal["default", "linear", "llama3"]
 
 
 UNIFORM_LEVELS = tuple(range(-8, 8))
@@ -46,7 +46,10 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A normalization over the last axis. kind "rms": Zhang & Sennrich 2019; "layer": Ba 2016."""
+    """A normalization over the last axis. kind "rms": Zhang & Sennrich 2019; "layer": Ba 2016.
+
+    kind "none": what goes in comes out, and there is no weight (OLMo 2 has it before a sublayer).
+    """
 
     kind: NormKind = "rms"
     eps: float = 1e-5
@@ -55,23 +58,47 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary position embedding (Su et al. 2021), rotating element i with i + head_dim/2.
+    """Rotary position embedding, in numbers; `models/rope.py` has the formulas.
 
-    scaling "linear" divides every frequency by `factor`; "llama3" does so for low frequencies
-    only, with a smooth transition (Llama 3.1's rule).
+    The first 2 * len(frequencies) elements of a head rotate, element i together with element
+    i + len(frequencies); the rest stays as it is (partial rotary).
     """
 
-    theta: float = 10000.0
-    scaling: RopeScaling = "default"
+    frequencies: tuple[float, ...] = field(repr=False)  # float32 values, radians a position
+    attention_factor: float = 1.0  # multiplies cosines and sines
+    # For messages: the kind of scaling, by how much the context is stretched, the base.
+    kind: str = "default"
     factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    theta: float = 10000.0
+    # LongRoPE: the frequencies where sequences may be longer than original_length; see
+    # `rope.for_length`, which chooses before a model is run.
+    long_frequencies: tuple[float, ...] = field(default=(), repr=False)
+    original_length: int = 0
+
+
+@dataclass(frozen=True)
+class MoeSpec:
+    """A sparse mixture of experts in place of the MLP (Shazeer et al. 2017, arXiv 1701.06538).
+
+    Each token goes through the `experts_per_token` experts whose router logits are the largest.
+    Their outputs are added with the softmax of the logits as weights: over all experts, or with
+    `normalize` over the chosen ones, so that the weights' sum is 1.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    normalize: bool = True
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer: norm, attention, residual add, norm, MLP, residual add."""
+    """One decoder layer: norm, attention, residual add, norm, MLP, residual add.
+
+    norm: before each of the two sublayers. output_norm: of each sublayer's output, before it is
+    added to the residual stream (Gemma 2, OLMo 2). qk_norm: queries and keys are normalized before
+    rope, "head" each head by itself, with one weight of head_dim (Qwen3; Dehghani et al. 2023,
+    arXiv 2302.05442), "row" all heads of a token together (OLMo 2); see `qk_norm_spec`.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -87,6 +114,12 @@ class LayerSpec:
     window: int = 0  # a token sees at most this many positions, itself included; 0: all
     kv_group: int = 0  # which of a sequence's block tables holds this layer's keys and values
     attention_scale: float | None = None  # factor of q.k; None: 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0  # a score s becomes cap * tanh(s / cap); 0: stays (Gemma 2)
+    output_norm: NormSpec | None = None
+    qk_norm: QkNorm = "none"
+    residual_multiplier: float = 1.0  # of a sublayer's output when it is added (Granite)
+    # Experts of width intermediate_size, gated and without biases; None: one MLP for all tokens.
+    moe: MoeSpec | None = None
 
     @property
     def q_size(self) -> int:
@@ -103,10 +136,19 @@ class LayerSpec:
         """The factor of q.k: `attention_scale`, or 1 / sqrt(head_dim)."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
+    @property
+    def qk_norm_spec(self) -> NormSpec:
+        """The norm of queries and keys where `qk_norm` is not "none": rms, with the layer's eps."""
+        return NormSpec("rms", self.norm.eps)
+
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole decoder-only model."""
+    """A whole decoder-only model.
+
+    The rows of the embedding are multiplied by `embed_multiplier`. With x = `logits_multiplier` *
+    head(final norm), the logits are x, or cap * tanh(x / cap) where `logits_softcap` is not 0.
+    """
 
     architecture: str  # the Hugging Face name, for messages
     vocab_size: int
@@ -116,6 +158,9 @@ class ModelSpec:
     final_norm: NormSpec
     tie_word_embeddings: bool
     learned_positions: bool = False  # True: a table `positions.weight` is added in embed
+    embed_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    logits_softcap: float = 0.0
 
     @property
     def num_kv_groups(self) -> int:

@@ -29,23 +29,24 @@ def quantize_checkpoint(
 ) -> Checkpoint:
     """The same weights in the formats in which they run; `checkpoint` itself if nothing changes.
 
-    scheme: how to round the layers' matrices of a float checkpoint; None leaves them as they are.
+    scheme: how to round the layers' matrices that are floats; None leaves them as they are.
     If matrices are quantized, here or in the files, embedding and head are rounded to int8 too,
     unless keep_embedding is set. int8 matrices stay floats here, and the native core rounds them
     while packing; int4 is rounded when a weight is read. importance: for method "weighted", by name
     without ".weight", as `measure_importance` returns it.
-    Raises InvalidArgumentError for a scheme on a checkpoint that is quantized already.
+    Raises InvalidArgumentError for a scheme on a checkpoint of which all is quantized already.
     """
     formats = dict(checkpoint.formats)
     if scheme is not None and scheme.name == "w8a8" and _all_int8(formats):
         formats = {name: replace(format, activation_bits=8) for name, format in formats.items()}
     elif scheme is not None:
-        if formats:
+        planned, _ = plan_formats(spec, scheme)
+        if planned.keys() <= formats.keys():
             raise InvalidArgumentError(
                 f"quantize is {scheme.name!r}, but the model's weights are quantized already: "
                 "leave it out, or give the model that they were made from"
             )
-        formats, _ = plan_formats(spec, scheme)
+        formats = planned | formats
     if not formats:
         return checkpoint
     if not keep_embedding:
@@ -54,7 +55,7 @@ def quantize_checkpoint(
         return checkpoint
     method = scheme.method if scheme else "rtn"
     source = RoundingSource(checkpoint, formats, method, importance or {})
-    return Checkpoint(source, formats=formats, dtype=checkpoint.dtype)
+    return Checkpoint(source, formats=formats, dtype=checkpoint.dtype, stored=checkpoint.stored)
 
 
 def _all_int8(formats: Mapping[str, WeightFormat]) -> bool:

@@ -129,7 +129,7 @@ def describe_format(format: WeightFormat) -> str:
     if format.dtype != "int4":
         return format.dtype
     kind = "asymmetric" if format.has_zeros else "symmetric"
-    if format.levels != UNIFORM_LEVELS:
+    if format.levels != UNIFORM_LEVELS and not format.has_zeros:
         kind = "non-uniform"
     return f"int4, groups of {format.group_size}, {kind}"
 
@@ -148,21 +148,41 @@ def describe_formats(spec: ModelSpec, formats: Mapping[str, WeightFormat]) -> li
 
 
 def weight_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: str) -> int:
-    """Bytes that the weights take in memory; zero points are bytes there, int8 scales float32.
+    """Bytes that the weights take in memory.
 
-    dtype: of the matrices that `formats` does not name, "f32", "bf16" or "f16". Vectors are
-    float32.
+    dtype: of the matrices that `formats` does not name, "f32", "bf16" or "f16". Vectors and
+    routers are float32.
     """
-    bits = 0
-    for name, shape in weight_shapes(spec).items():
-        format = formats.get(name.removesuffix(".weight"))
-        if format is None:
-            bits += math.prod(shape) * _FLOAT_BITS[dtype]
-        else:
-            bits += math.prod(shape) * _CODE_BITS[format.dtype]
-            scale = 16 if format.dtype == "int4" and format.scale_dtype == "bf16" else 32
-            bits += shape[0] * format.num_groups(shape[1]) * (scale + 8 * format.has_zeros)
-    return bits // 8
+    return _bytes_of(weight_shapes(spec), formats, dtype)
+
+
+def expert_bytes(spec: ModelSpec, formats: Mapping[str, WeightFormat], dtype: str) -> int:
+    """The same of the experts' matrices alone."""
+    shapes = weight_shapes(spec).items()
+    return _bytes_of({name: shape for name, shape in shapes if ".experts." in name}, formats, dtype)
+
+
+def _bytes_of(
+    shapes: Mapping[str, tuple[int, ...]], formats: Mapping[str, WeightFormat], dtype: str
+) -> int:
+    total = 0
+    for name, shape in shapes.items():
+        kept = "f32" if len(shape) == 1 or name.endswith(".router.weight") else dtype
+        total += matrix_bytes(shape, formats.get(name.removesuffix(".weight")), kept)
+    return total
+
+
+def matrix_bytes(shape: tuple[int, ...], format: WeightFormat | None, dtype: str) -> int:
+    """Bytes of a weight in memory: zero points are bytes there, int8 scales float32.
+
+    format: None for plain numbers of `dtype`.
+    """
+    if format is None:
+        return math.prod(shape) * _FLOAT_BITS[dtype] // 8
+    scale = 16 if format.dtype == "int4" and format.scale_dtype == "bf16" else 32
+    per_group = scale + 8 * format.has_zeros
+    bits = math.prod(shape) * _CODE_BITS[format.dtype]
+    return (bits + shape[0] * format.num_groups(shape[1]) * per_group) // 8
 
 
 def stored_bits(format: WeightFormat, shape: tuple[int, int]) -> int:

@@ -25,17 +25,23 @@ from itertools import groupby
 
 import numpy as np
 
-from octavo.errors import InvalidArgumentError, WeightsError
+from octavo.errors import InvalidArgumentError
 from octavo.models.layer import Node, layer_nodes, model_nodes, residual_before
 from octavo.models.spec import LayerSpec, ModelSpec, WeightFormat
+from octavo.progress import StageProgress
 from octavo.quantization.grid import Float32
 from octavo.quantization.rounding import QuantizedMatrix, quantize_matrix
 from octavo.quantize.awq import find_factors, representable_factors, same_columns, shared_rows
-from octavo.quantize.calibration import CalibratedWeights, Calibration, Int32, read_windows
-from octavo.quantize.gptq import check_finite, damp, gptq, round_by_search
-from octavo.quantize.importance import StepProgress
+from octavo.quantize.calibration import (
+    CalibratedWeights,
+    Calibration,
+    Int32,
+    check_finite,
+    read_windows,
+)
+from octavo.quantize.gptq import check_hessian, damp, gptq, round_by_search
 from octavo.reference.nodes import add, op_call
-from octavo.weights.checkpoint import Checkpoint, has_non_finite
+from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
 
 # How firmly W' holds to W, as a share of H's mean diagonal.
@@ -48,7 +54,7 @@ def calibrate(
     checkpoint: Checkpoint,
     formats: Mapping[str, WeightFormat],
     calibration: Calibration,
-    progress: StepProgress = lambda *_: None,
+    progress: StageProgress = lambda *_: None,
 ) -> CalibratedWeights:
     """Round every matrix that `formats` names, as the calibration says.
 
@@ -172,7 +178,7 @@ class LayerByLayer:
         """Quantize the matrices that the tap `source` goes into."""
         x, names = self.rough.tap(source), [node.matrix.name for node in group]
         hessian = x.T @ x / np.float32(len(x))
-        check_finite(hessian)
+        check_hessian(hessian)
         sums = [node for node in nodes if node.op == "add_norm" and group[0].tap in node.inputs]
         cross = self._cross(source, group, sums) if self._compensates else None
         if self._folds:
@@ -192,9 +198,10 @@ class LayerByLayer:
         exact, rough, own = self.exact, self.rough, group[0]
         x, through = rough.tap(source), None
         if sums:
-            terms = sums[0].inputs if sums[0].norm else (sums[0].tap,)
-            y = add([exact.tap(tap) for tap in terms])
-            y = y - add([rough.tap(tap) for tap in sums[0].inputs if tap != own.tap])
+            terms, scale = sums[0].inputs if sums[0].norm else (sums[0].tap,), sums[0].scale
+            y = add([exact.tap(tap) for tap in terms], scale)
+            y = y - add([rough.tap(tap) for tap in sums[0].inputs if tap != own.tap], scale)
+            y /= np.float32(scale)
             if own.matrix.bias:
                 y -= exact.weights[f"{own.matrix.name}.bias"]
         else:
@@ -236,7 +243,7 @@ class LayerByLayer:
         """
         by_tap = {node.tap: node for node in nodes}
         factors = np.ones(len(hessian), np.float32)
-        if by_tap[source].norm is not None:
+        if by_tap[source].normalizes:
             factors = self._factors(hessian, group)
             factors = representable_factors(factors, self.rough.weights[f"{source}.weight"])
             self._move(source, factors, group, factors)
@@ -274,11 +281,7 @@ class LayerByLayer:
         """The weights of nodes; WeightsError where one holds a NaN or an infinity."""
         weights = {}
         for name in (weight.name for node in nodes for weight in node.weights()):
-            if has_non_finite(tensor := self._checkpoint[name]):
-                raise WeightsError(
-                    f"{name} holds a NaN or an infinity, which cannot be rounded. Fetch or convert "
-                    "the model again"
-                )
+            check_finite(name, tensor := self._checkpoint[name])
             weights[name] = tensor.to_float32()
         return weights
 

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from octavo.errors import InvalidArgumentError
+from octavo.errors import InvalidArgumentError, WeightsError
 from octavo.files import read_text
 from octavo.quantization.rounding import QuantizedMatrix
 from octavo.text.tokenizer import Tokenizer
+from octavo.weights.checkpoint import has_non_finite
 from octavo.weights.model_files import ModelFiles
+from octavo.weights.tensor import Tensor
 
 Int32 = npt.NDArray[np.int32]
 
 CALIBRATED_METHODS = ("gptq", "awq", "awq+gptq")
-DEFAULT_WINDOWS = 16
-DEFAULT_WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Calibration:
 
     text: Path
     method: str = "gptq"
-    windows: int = DEFAULT_WINDOWS
-    window: int = DEFAULT_WINDOW
+    windows: int = 16
+    window: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in CALIBRATED_METHODS:
             raise InvalidArgumentError(
-                f"method is {self.method!r}; expected one of {', '.join(CALIBRATED_METHODS)} "
-                "with a calibration text"
+                f"method is {self.method!r} with a calibration text; expected one of "
+                f"{', '.join(CALIBRATED_METHODS)}, or no text"
             )
         if self.windows < 1:
             raise InvalidArgumentError(f"windows is {self.windows}; expected 1 or more")
@@ -111,16 +111,10 @@ def _evaluation_text() -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def check_method(method: str | None, *, calibrated: bool) -> None:
-    """Raise InvalidArgumentError where a method and a text do not go together; None always does."""
-    if method is None:
-        return
-    if calibrated and method not in CALIBRATED_METHODS:
-        raise InvalidArgumentError(
-            f"method is {method!r} with a calibration text; expected one of "
-            f"{', '.join(CALIBRATED_METHODS)}, or no text"
-        )
-    if not calibrated and method in CALIBRATED_METHODS:
-        raise InvalidArgumentError(
-            f"method is {method!r}, which needs a calibration text; give it by --calibrate FILE"
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise a WeightsError for a weight that holds a NaN or an infinity."""
+    if has_non_finite(tensor):
+        raise WeightsError(
+            f"{name} holds a NaN or an infinity, which cannot be rounded. Fetch or convert the "
+            "model again"
         )

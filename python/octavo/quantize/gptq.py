@@ -115,7 +115,7 @@ def gptq(
     return rounded
 
 
-def check_finite(hessian: Float32) -> None:
+def check_hessian(hessian: Float32) -> None:
     """Raise WeightsError where what the activations came to is no number."""
     if not np.isfinite(hessian).all():
         raise WeightsError(
@@ -126,7 +126,7 @@ def check_finite(hessian: Float32) -> None:
 
 def damp(hessian: Float32, damping: float) -> Float64:
     """H with `damping` times its mean diagonal added to it; the identity where H is zero."""
-    check_finite(hessian)
+    check_hessian(hessian)
     damped = hessian.astype(np.float64)
     damped[np.diag_indices(len(damped))] += damping * np.diag(damped).mean() or 1.0
     return damped

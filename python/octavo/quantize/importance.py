@@ -9,21 +9,20 @@ is an old idea: the diagonal of the Hessian in Optimal Brain Surgeon, Hassibi & 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from octavo.config import EngineConfig
 from octavo.models.layer import linear_nodes
+from octavo.progress import StageProgress
 from octavo.runtime.loader import load_runtime
 from octavo.runtime.session import Session
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
 
 Float32 = npt.NDArray[np.float32]
-StepProgress = Callable[[str, int, int], None]
-"""Called with what is going on, and how much of how much is done."""
 
 _SEQUENCES, _TOKENS, _SEED = 4, 256, 0
 _BLOCK_SIZE = 16
@@ -31,17 +30,19 @@ _MAX_TAPPED = 1 << 26  # numbers kept of a step: 256 MiB
 
 
 def measure_importance(
-    files: ModelFiles, checkpoint: Checkpoint, progress: StepProgress = lambda *_: None
+    files: ModelFiles, checkpoint: Checkpoint, progress: StageProgress = lambda *_: None
 ) -> dict[str, Float32]:
     """The mean square of every input of the layers' matrices, over 1,024 random tokens.
 
-    checkpoint: float weights. Returns float32 (inputs,) by octavo's name without ".weight".
+    checkpoint: float weights. Returns float32 (inputs,) by octavo's name without ".weight"; not of
+    the last matrices of experts, whose inputs are no tap.
     Raises what loading the model raises; the model is held in memory meanwhile.
     """
     spec = files.spec
     tokens = min(_TOKENS, spec.max_position_embeddings)
-    # The input of every matrix; several matrices may have the same.
-    widths = {node.inputs[0]: node.matrix.inputs for node in linear_nodes(spec).values()}
+    # The input of every matrix, where it is a tap; several matrices may have the same.
+    nodes = {name: node for name, node in linear_nodes(spec).items() if node.inputs}
+    widths = {node.inputs[0]: node.matrix.inputs for node in nodes.values()}
     chunk = max(1, min(tokens, _MAX_TAPPED // sum(widths.values())))
     config = EngineConfig(
         max_model_len=tokens,
@@ -51,10 +52,7 @@ def measure_importance(
         num_kv_blocks=-(-tokens // _BLOCK_SIZE),
     )
     what = "measuring importance"
-    loaded = load_runtime(
-        files, checkpoint, config, lambda done, total: progress("loading", done, total)
-    )
-    session = Session(loaded)
+    session = Session(load_runtime(files, checkpoint, config, partial(progress, "loading")))
     ids = np.random.default_rng(_SEED).integers(0, spec.vocab_size, (_SEQUENCES, tokens), np.int32)
     sums: dict[str, npt.NDArray[np.float64]] = {}
     for number, sequence in enumerate(ids):
@@ -67,4 +65,4 @@ def measure_importance(
                 sums[name] = sums.get(name, 0.0) + squares
     progress(what, _SEQUENCES, _SEQUENCES)
     means = {name: (total / ids.size).astype(np.float32) for name, total in sums.items()}
-    return {name: means[node.inputs[0]] for name, node in linear_nodes(spec).items()}
+    return {name: means[node.inputs[0]] for name, node in nodes.items()}

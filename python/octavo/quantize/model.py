@@ -14,11 +14,11 @@ import numpy.typing as npt
 from octavo.config import EngineConfig, Environment
 from octavo.errors import InvalidArgumentError
 from octavo.eval.evaluation import EvalRequest, read_tokens
-from octavo.progress import NoProgress
+from octavo.progress import StageProgress
 from octavo.quantization.plan import Scheme
 from octavo.quantize.calibrate import calibrate
 from octavo.quantize.calibration import Calibration
-from octavo.quantize.importance import StepProgress, measure_importance
+from octavo.quantize.importance import measure_importance
 from octavo.quantize.sensitivity import Sensitivity, measure_sensitivity, spend_bits
 from octavo.quantize.writer import (
     Calibrate,
@@ -27,7 +27,6 @@ from octavo.quantize.writer import (
     open_float_model,
     quantize_directory,
 )
-from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import ModelFiles
 
@@ -80,7 +79,7 @@ class QuantizeResult:
 
 
 def quantize_model(
-    request: QuantizeRequest, environment: Environment, progress: StepProgress = lambda *_: None
+    request: QuantizeRequest, environment: Environment, progress: StageProgress = lambda *_: None
 ) -> QuantizeResult:
     """Measure and write as the request says.
 
@@ -99,8 +98,8 @@ def quantize_model(
             "which matrices had better take int8"
         )
     importance: Mapping[str, npt.NDArray[np.float32]] | None = None
-    needed = measures or request.calibration is None
-    if scheme.method == "weighted" and scheme.has_groups and needed:
+    is_used = scheme.has_groups and (measures or request.calibration is None)
+    if scheme.method == "weighted" and is_used:
         importance = measure_importance(files, checkpoint, progress)
     found: Sensitivity | None = None
     if measures:
@@ -108,7 +107,7 @@ def quantize_model(
             files,
             checkpoint,
             scheme,
-            _tokens(request, files, checkpoint),
+            _tokens(request, files),
             environment,
             importance,
             request.max_windows,
@@ -123,33 +122,12 @@ def quantize_model(
         work: Calibrate | None = None
         if request.calibration is not None:
             work = partial(calibrate, calibration=request.calibration, progress=progress)
-        written = quantize_directory(
-            source, request.out, scheme, _Bytes(progress), importance, work
-        )
+        written = quantize_directory(source, request.out, scheme, progress, importance, work)
     return QuantizeResult(written, found, chosen)
 
 
-def _tokens(
-    request: QuantizeRequest, files: ModelFiles, checkpoint: Checkpoint
-) -> npt.NDArray[np.int32]:
+def _tokens(request: QuantizeRequest, files: ModelFiles) -> npt.NDArray[np.int32]:
     """The text to measure on, or random tokens."""
     random = _RANDOM_TOKENS if request.text is None else None
     wanted = EvalRequest(request.model, EngineConfig(), text=request.text, random=random)
     return read_tokens(wanted, files, None).tokens
-
-
-class _Bytes(NoProgress):
-    """Passes on the progress of writing as that of a stage."""
-
-    def __init__(self, progress: StepProgress) -> None:
-        self._progress = progress
-        self._stage, self._done, self._total = "", 0, 0
-
-    def start(self, description: str, total: int) -> None:
-        """A step of `total` bytes begins."""
-        self._stage, self._done, self._total = description.lower(), 0, total
-
-    def advance(self, amount: int) -> None:
-        """So many bytes more are done."""
-        self._done += amount
-        self._progress(self._stage, self._done, self._total)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.table import Table
 
 from octavo.config import EngineConfig, Environment
@@ -25,15 +25,15 @@ from octavo.eval.scorer import Int32, Scorer
 from octavo.eval.windows import Window, make_windows
 from octavo.models.layer import linear_nodes
 from octavo.models.spec import ModelSpec, WeightFormat
+from octavo.progress import StageProgress, stdout_console
 from octavo.quantization.plan import GROUP_SIZES, Scheme, plan_formats, stored_bits
 from octavo.quantization.rounding import quantize_matrix
-from octavo.quantize.importance import StepProgress
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
 
 Float32 = npt.NDArray[np.float32]
 
-DEFAULT_WINDOW, DEFAULT_WINDOWS = 512, 2
+_WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,14 @@ class PartCost:
     kl: float
 
     @property
+    def more_bits(self) -> float:
+        """Bits that int8 takes more."""
+        return self.weights * (self.int8_bits - self.bits)
+
+    @property
     def kl_per_megabit(self) -> float:
         """What int8 would save of the divergence for each million bits that it takes more."""
-        more = self.weights * (self.int8_bits - self.bits)
-        return 1e6 * self.kl / more if more > 0 else 0.0
+        return 1e6 * self.kl / self.more_bits if self.more_bits > 0 else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -83,8 +87,8 @@ def measure_sensitivity(
     tokens: Int32,
     environment: Environment,
     importance: Mapping[str, Float32] | None = None,
-    max_windows: int = DEFAULT_WINDOWS,
-    progress: StepProgress = lambda *_: None,
+    max_windows: int = 2,
+    progress: StageProgress = lambda *_: None,
 ) -> Sensitivity:
     """Score the model with each part quantized by `scheme` and all others left as they are.
 
@@ -93,13 +97,13 @@ def measure_sensitivity(
     InvalidArgumentError where the text is too short. Memory: the model in float32, and the logits
     of the windows.
     """
-    window = min(DEFAULT_WINDOW, files.spec.max_position_embeddings)
+    window = min(_WINDOW, files.spec.max_position_embeddings)
     scorer = Scorer.load(
         files,
         checkpoint,
         EngineConfig(dtype="f32", kv_dtype="f32"),
         window,
-        lambda done, total: progress("loading", done, total),
+        partial(progress, "loading"),
         environment,
     )
     meter = _Meter(scorer, tokens, make_windows(len(tokens), window, window, max_windows))
@@ -111,7 +115,7 @@ def measure_sensitivity(
         progress("measuring sensitivity", number, len(parts))
         for matrix in matrices:
             weight = checkpoint[matrix + ".weight"].to_float32()
-            share = None if importance is None else importance[matrix]
+            share = None if importance is None else importance.get(matrix)
             rounded = quantize_matrix(weight, formats[matrix], scheme.method, importance=share)
             scorer.load_weight(matrix + ".weight", rounded.decode(formats[matrix]))
         weights = sum(math.prod(shapes[matrix]) for matrix in matrices)
@@ -151,13 +155,14 @@ class _Meter:
 def layer_parts(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     """ "layers.0.qkv" -> the names of its matrices, in the order of execution.
 
-    Matrices with the same input are a part, named after them: "qkv", "gate_up".
+    Matrices with the same input are a part, named after them: "qkv", "gate_up". Experts of a layer
+    are two parts, "layers.0.experts.gate_up" and "layers.0.experts.down".
     """
     parts = {}
     for _, group in groupby(linear_nodes(spec).items(), key=lambda item: item[1].inputs):
         names = tuple(name for name, _ in group)
-        layer = names[0].rpartition(".")[0]
-        kinds = [name.rpartition(".")[2] for name in names]
+        layer = names[0].rpartition(".")[0].removesuffix(".0" if ".experts." in names[0] else "")
+        kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
         parts[f"{layer}.{('' if max(map(len, kinds)) == 1 else '_').join(kinds)}"] = names
     return parts
 
@@ -180,18 +185,12 @@ def spend_bits(sensitivity: Sensitivity, scheme: Scheme, bits_per_weight: float)
             f"{scheme.group_size} takes {least:.3f} by itself: expected that or more"
             + (f", or a group_size of {wider[0]}" if wider else "")
         )
-    chosen = _choose(sensitivity.parts, left)
-    return replace(scheme, int8=(*scheme.int8, *chosen))
-
-
-def _choose(parts: Sequence[PartCost], left: float) -> list[str]:
     chosen: list[str] = []
-    for part in parts:
-        more = part.weights * (part.int8_bits - part.bits)
-        if 0 < more <= left:
-            left -= more
+    for part in sensitivity.parts:
+        if 0 < part.more_bits <= left:
+            left -= part.more_bits
             chosen.extend(part.matrices)
-    return chosen
+    return replace(scheme, int8=(*scheme.int8, *chosen))
 
 
 def print_sensitivity(sensitivity: Sensitivity, chosen: Collection[str] = ()) -> None:
@@ -217,6 +216,6 @@ def print_sensitivity(sensitivity: Sensitivity, chosen: Collection[str] = ()) ->
             f"{part.kl_per_megabit:.5f}",
             "int8" if eight else "4 bits",
         )
-    console = Console(width=None if Console().is_terminal else 100)
+    console = stdout_console()
     console.print(table)
     console.print(f"{sensitivity.bits:.3f} bits a weight, without int8 for any of them")

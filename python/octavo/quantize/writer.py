@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from octavo.errors import InvalidArgumentError, WeightsError
+from octavo.errors import InvalidArgumentError
 from octavo.files import check_writable, expand_home, open_durably, write_durably, writing
 from octavo.folder import Folder
 from octavo.models.spec import WeightFormat
-from octavo.progress import NO_PROGRESS, Progress
+from octavo.progress import StageProgress
 from octavo.quantization.plan import Scheme, plan_formats
 from octavo.quantization.rounding import quantize_matrix
-from octavo.quantize.calibration import CalibratedWeights
-from octavo.quantize.importance import measure_importance
-from octavo.weights.checkpoint import Checkpoint, has_non_finite, open_checkpoint
+from octavo.quantize.calibration import CalibratedWeights, check_finite
+from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.codes import CompressedMatrix, pack_words, pack_zeros
 from octavo.weights.compressed_tensors import choose_layout, make_quantization_config
 from octavo.weights.model_files import ModelFiles, read_model
@@ -66,13 +66,13 @@ def quantize_directory(
     source: Path,
     target: Path,
     scheme: Scheme,
-    progress: Progress = NO_PROGRESS,
+    progress: StageProgress = lambda *_: None,
     importance: Mapping[str, Float32] | None = None,
     calibrate: Calibrate | None = None,
 ) -> QuantizedDirectory:
     """Write the model in `source` to the new directory `target`, quantized by `scheme`.
 
-    importance: for method "weighted", what `measure_importance` returned; None measures it here.
+    importance: for method "weighted", what `measure_importance` returned.
     calibrate rounds the matrices with a text at hand (`calibrate.calibrate`); without it each is
     rounded by itself. The directory is filled under a hidden name beside its place, and renamed
     when it is whole and on the disk. Raises InvalidArgumentError where `target` exists, its parent
@@ -83,28 +83,16 @@ def quantize_directory(
     target = check_new_directory(target)
     files, checkpoint = open_float_model(source)
     formats, notes = plan_formats(files.spec, scheme)
-    weighted = scheme.method == "weighted" and scheme.has_groups and calibrate is None
-    if weighted and importance is None:
-        importance = measure_importance(files, checkpoint)
     calibrated = CalibratedWeights()
     if calibrate is not None:
         calibrated = calibrate(files, checkpoint, formats)
-    staging = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
-    try:
-        with writing(target, _WHAT):
-            staging.mkdir()
-            _copy_files(files.folder, staging)
-            config = {**files.config, "quantization_config": _config(files, formats)}
-            write_durably(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-            writer = _Writer(
-                files, checkpoint, formats, scheme.method, importance or {}, calibrated
-            )
-            num_bytes = writer.write(staging / "model.safetensors", progress)
-            open_checkpoint(read_model(staging))  # what takes the name can be loaded
-            staging.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with new_directory(target, _WHAT) as staging:
+        copy_files(files.folder, staging)
+        config = {**files.config, "quantization_config": _config(files, formats)}
+        write_durably(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        writer = _Writer(files, checkpoint, formats, scheme.method, importance or {}, calibrated)
+        num_bytes = writer.write(staging / "model.safetensors", progress)
+        open_checkpoint(read_model(staging))  # what takes the name can be loaded
     return QuantizedDirectory(
         path=target,
         formats=formats,
@@ -115,22 +103,39 @@ def quantize_directory(
     )
 
 
-def check_new_directory(target: Path) -> Path:
-    """The absolute path of a directory that can be made; InvalidArgumentError or FileError else."""
+def check_new_directory(target: Path, what: str = _WHAT) -> Path:
+    """The absolute path of a directory that can be made; InvalidArgumentError or FileError else.
+
+    what: goes there, for messages.
+    """
     # Whichever way it is spelled, with a slash at the end or dots inside.
-    with writing(target, _WHAT):
+    with writing(target, what):
         target = Path(os.path.abspath(expand_home(target)))
         if target.exists():
             raise InvalidArgumentError(f"{target} exists; expected the name of a new directory")
     if not target.parent.is_dir():
         raise InvalidArgumentError(f"{target.parent} is not a directory; make it first")
-    check_writable(target, _WHAT)
+    check_writable(target, what)
     return target
+
+
+@contextmanager
+def new_directory(target: Path, what: str) -> Iterator[Path]:
+    """A directory to fill, which takes the name `target` when the block has ended well."""
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
+    try:
+        with writing(target, what):
+            staging.mkdir()
+            yield staging
+            staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:
     """A model that can be quantized, of floats or FP8; InvalidArgumentError if it has codes."""
-    files = read_model(source)
+    files = read_model(source, "auto")
     checkpoint = open_checkpoint(files)
     if checkpoint.formats:
         raise InvalidArgumentError(
@@ -139,7 +144,7 @@ def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:
     return files, checkpoint
 
 
-def _copy_files(source: Folder, target: Path) -> None:
+def copy_files(source: Folder, target: Path) -> None:
     """Tokenizer, generation config, license, whatever else lies there; no weights."""
     for entry in source.iterdir():
         hidden = entry.name.startswith(".")
@@ -195,36 +200,31 @@ class _Writer:
                     dtype = "f32"
                 self._entries[name] = {theirs: (_NAMES[dtype], info.shape)}
 
-    def write(self, path: Path, progress: Progress) -> int:
+    def write(self, path: Path, progress: StageProgress) -> int:
         """Write the file and wait until it is on the disk; returns its size."""
         flat = {key: value for entries in self._entries.values() for key, value in entries.items()}
         header, num_bytes = make_header(flat)
-        progress.start("Quantizing", num_bytes)
+        num_written = 0
         with open_durably(path) as file:
             file.write(header)
             for name in self._entries:
                 for array in self._arrays(name):
+                    progress("quantizing", num_written, num_bytes)
                     file.write(np.ascontiguousarray(array).data)
-                    progress.advance(array.nbytes)
-        progress.finish()
+                    num_written += array.nbytes
+        progress("quantizing", num_bytes, num_bytes)
         return len(header) + num_bytes
 
     def bits_per_weight(self) -> float:
         """Of the quantized matrices, all that is stored of them."""
         weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in self._matrices.values())
-        entries: Entries = {}
-        for name in self._matrices:
-            entries.update(self._entries[name])
+        entries = dict(item for name in self._matrices for item in self._entries[name].items())
         return 8 * make_header(entries)[1] / weights
 
     def _arrays(self, name: str) -> Iterator[npt.NDArray[Any]]:
         """The contents of a weight's entries, in their order."""
         tensor = self._checkpoint[name]
-        if has_non_finite(tensor):
-            raise WeightsError(
-                f"{next(iter(self._entries[name]))}: the weight holds a NaN or an infinity, which "
-                "cannot be rounded. Fetch or convert the model again"
-            )
+        check_finite(next(iter(self._entries[name])), tensor)
         if name in self._calibrated.vectors:
             yield self._calibrated.vectors[name]
             return
@@ -235,12 +235,8 @@ class _Writer:
         base = name.removesuffix(".weight")
         rounded = self._calibrated.matrices.get(base)
         if rounded is None:
-            rounded = quantize_matrix(
-                tensor.to_float32(),
-                matrix.format,
-                self._method,
-                importance=self._importance.get(base),
-            )
+            values, share = tensor.to_float32(), self._importance.get(base)
+            rounded = quantize_matrix(values, matrix.format, self._method, importance=share)
         packed = matrix.layout != "int-quantized"
         codes = pack_words(rounded.codes, matrix.format.dtype) if packed else rounded.codes
         arrays: dict[str, npt.NDArray[Any]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -19,6 +18,7 @@ from octavo.config import (
 )
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.machine import available_memory, open_packaged_cublas
+from octavo.models.rope import for_length
 from octavo.models.spec import ModelSpec
 from octavo.quantization.apply import quantize_checkpoint
 from octavo.quantization.plan import (
@@ -28,10 +28,10 @@ from octavo.quantization.plan import (
     plan_formats,
     weight_bytes,
 )
+from octavo.quantization.stored import describe_stored
 from octavo.runtime.remedies import Changes, Needs
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
-from octavo.weights.stored import ConvertedWeightsWarning
 from octavo.weights.tensor import TensorDType
 
 if TYPE_CHECKING:
@@ -49,13 +49,17 @@ _FEWER_SEQS, _FEWER_TOKENS = (64, 8, 1), (512, 64, 16)
 
 @dataclass(frozen=True)
 class LoadedRuntime:
-    """A native runtime with its weights and KV cache, and what it was built with."""
+    """A native runtime with its weights and KV cache, and what it was built with.
+
+    notes: what the user should know of weights in formats that are not octavo's.
+    """
 
     runtime: _native.Runtime
     options: RuntimeOptions
     num_kv_blocks: int
     device: str
     num_kv_groups: int  # block tables of a sequence
+    notes: tuple[str, ...] = ()
 
 
 def load_runtime(
@@ -74,7 +78,7 @@ def load_runtime(
     from octavo import _native
 
     environment = read_environment() if environment is None else environment
-    opened, stored = checkpoint, checkpoint.formats
+    stored = checkpoint.formats
     checkpoint = quantize_checkpoint(
         checkpoint, files.spec, _scheme(config), keep_embedding=config.keep_embedding
     )
@@ -85,10 +89,10 @@ def load_runtime(
     options = replace(options, formats=checkpoint.formats)
     if config.overlap_steps is None:
         options = replace(options, overlap_steps=device not in _HOST_DEVICES)
-    runtime = _make_runtime(device, files.spec, options, config)
+    spec = for_length(files.spec, options.max_model_len)
+    runtime = _make_runtime(device, spec, options, config)
     block_bytes = runtime.kv_bytes_per_block()
     num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
-    _warn_of_conversion(opened, options)
     available = _available(runtime, device, num_bytes)
     if num_bytes > available:
         raise InsufficientMemoryError(
@@ -108,7 +112,10 @@ def load_runtime(
     needs = Needs(files.spec, config, options, stored, available + num_bytes, block_bytes)
     num_kv_blocks = plan_kv_blocks(needs, available)
     _allocate_cache(runtime, num_kv_blocks, options)
-    return LoadedRuntime(runtime, options, num_kv_blocks, device, files.spec.num_kv_groups)
+    found = describe_stored(files.spec, checkpoint.stored, options.formats, options.dtype)
+    texts = [str(each) for each in found if each.is_worth_a_line]
+    notes = (f"{files.path.name}: {'; '.join(texts)}",) if texts else ()
+    return LoadedRuntime(runtime, options, num_kv_blocks, device, files.spec.num_kv_groups, notes)
 
 
 def _make_runtime(
@@ -207,6 +214,7 @@ def resolve_options(
         isa=environment.isa if config.isa == "auto" else config.isa,
         deterministic=config.deterministic,
         graphs=not config.enforce_eager,
+        max_adapters=config.max_adapters,
         enable_prefix_caching=config.enable_prefix_caching,
         max_waiting_requests=config.max_waiting_requests,
         max_waiting_tokens=config.max_waiting_tokens,
@@ -255,26 +263,6 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
             needs.remedies(),
         )
     return num_blocks
-
-
-def _warn_of_conversion(checkpoint: Checkpoint, options: RuntimeOptions) -> None:
-    """Say what weights cost in memory whose format no kernel computes in."""
-    labels = dict.fromkeys(
-        matrix.label
-        for name, matrix in checkpoint.stored.items()
-        if matrix.converted and name not in options.formats
-    )
-    if labels:
-        count, in_files = checkpoint.conversion
-        in_memory = count * (4 if options.dtype == "f32" else 2)
-        advice = "" if options.formats else "; quantize='int8' keeps a byte of each"
-        warnings.warn(
-            f"{' and '.join(labels)}: octavo does not compute in this format, so these weights are "
-            f"converted to {options.dtype} as they are loaded: {_format_bytes(in_memory)} in "
-            f"memory, {_format_bytes(in_files)} in the files{advice}",
-            ConvertedWeightsWarning,
-            stacklevel=3,
-        )
 
 
 def _load_weights(

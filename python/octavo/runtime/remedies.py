@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from octavo.config import EngineConfig, RuntimeOptions
+from octavo.models.layer import linear_nodes
 from octavo.models.spec import ModelSpec, WeightFormat
 from octavo.quantization.plan import Scheme, embedding_formats, plan_formats, weight_bytes
 
@@ -61,7 +62,8 @@ class Needs:
 
     def _smaller_weights(self) -> list[Changes]:
         ways: list[Changes] = [{"dtype": "bf16"}, {"quantize": "int8"}, {"quantize": "int4"}]
-        if self.stored or self.config.quantize == "int4":
+        has_floats = not linear_nodes(self.spec).keys() <= self.stored.keys()
+        if not has_floats or self.config.quantize == "int4":
             ways = ways[:1]
         if self.config.keep_embedding:
             ways += [{**way, "keep_embedding": False} for way in [{}, *ways]]
@@ -115,8 +117,8 @@ class Needs:
 
     def _weights(self, config: EngineConfig) -> int:
         formats = dict(self.stored)
-        if config.quantize is not None and not formats:
-            formats, _ = plan_formats(self.spec, Scheme(config.quantize))
+        if config.quantize is not None:
+            formats = plan_formats(self.spec, Scheme(config.quantize))[0] | formats
         if formats and not config.keep_embedding:
             formats = {**embedding_formats(self.spec), **formats}
         return weight_bytes(self.spec, formats, self._dtype(config))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
-from octavo.folder import Folder, FolderFile, as_folder
+from octavo.folder import Folder, FolderFile, MemoryFolder, as_folder
 from octavo.text.decoders import PipelineFactory
 
 if TYPE_CHECKING:
@@ -37,20 +37,15 @@ class Tokenizer:
                 f"{directory} holds no tokenizer.json; expected a Hugging Face directory with a "
                 "fast tokenizer (transformers writes one with tokenizer.save_pretrained)"
             )
-        content = read_json(self.path)
-        if "model" not in content:
-            raise TokenizerError(f'{self.path}: no "model" field; this is not a tokenizer.json')
         self.config = read_tokenizer_config(directory)
         with self._errors_named():
-            import tokenizers
-
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(self.path.read_bytes())
+            self._tokenizer, decoder = self._open(directory)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             named = self._add_special_tokens()
             added = self._tokenizer.get_added_tokens_decoder()
         # Makes fresh decoders for one stream of tokens.
-        self.pipeline = PipelineFactory(content.get("decoder"), str(self.path)).create
+        self.pipeline = PipelineFactory(decoder, str(self.path)).create
         self._token_bytes: dict[tuple[int, bool], bytes] = {}  # of those that were asked for
         self.bos_token, self.eos_token = named["bos_token"], named["eos_token"]
         self.bos_token_id, eos = self.token_id(self.bos_token), self.token_id(self.eos_token)
@@ -112,6 +107,19 @@ class Tokenizer:
     def token_id(self, token: str | None) -> int | None:
         """The id of a token as the vocabulary spells it; None where there is none."""
         return None if token is None else self._tokenizer.token_to_id(token)
+
+    def _open(self, directory: Folder) -> tuple[Any, Any]:
+        """The library's tokenizer, and the "decoder" field of its tokenizer.json."""
+        import tokenizers
+
+        if isinstance(directory, MemoryFolder) and directory.make_tokenizer is not None:
+            made = directory.make_tokenizer()
+            decoder = made.decoder
+            return made, None if decoder is None else json.loads(decoder.__getstate__())
+        content = read_json(self.path)
+        if "model" not in content:
+            raise TokenizerError(f'{self.path}: no "model" field; this is not a tokenizer.json')
+        return tokenizers.Tokenizer.from_buffer(self.path.read_bytes()), content.get("decoder")
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:

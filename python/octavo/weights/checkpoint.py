@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import Counter
@@ -16,19 +17,20 @@ from octavo.models.fields import printable
 from octavo.models.layer import weight_shapes
 from octavo.models.spec import WeightFormat
 from octavo.weights.dummy import DummySource
+from octavo.weights.gguf_codes import GgufCodes, stored_kinds
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles
 from octavo.weights.reader import read_runs, read_weight, weight_info
 from octavo.weights.safetensors import SafetensorsFile, open_weight_files
-from octavo.weights.stored import (
-    FLOATS,
-    Entry,
-    StoredMatrix,
-    StoredSource,
-    conversion_bytes,
-    settle,
+from octavo.weights.stored import FLOATS, Entry, StoredMatrix, StoredSource
+from octavo.weights.tensor import (
+    ITEM_SIZE,
+    Stored,
+    Tensor,
+    TensorDType,
+    TensorInfo,
+    TensorSource,
 )
-from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, TensorInfo, TensorSource
 
 _CHUNK = 1 << 20  # elements searched for NaN in one go: the scratch stays in cache
 
@@ -44,10 +46,9 @@ class Checkpoint(Mapping[str, Tensor]):
     formats: of the matrices that are, or will be, quantized, by name without ".weight". Codes
         ("int8", "int4") have "NAME.scale" and, if asymmetric, "NAME.zero" beside them.
     dtype: the format of most elements that are not codes.
-    stored: the matrices that the files do not hold as plain numbers, by name without ".weight".
-    conversion: of those that are converted while they are read, (weights, bytes in the files).
     total_bytes: of all weights as they are read.
     num_parameters: of the model, scales and zero points not counted.
+    stored: how the files hold matrices in formats that are not octavo's, by name without ".weight".
     """
 
     def __init__(
@@ -56,15 +57,15 @@ class Checkpoint(Mapping[str, Tensor]):
         weight_map: Mapping[str, WeightSource] | None = None,
         formats: Mapping[str, WeightFormat] | None = None,
         dtype: TensorDType | None = None,
+        stored: Mapping[str, Stored] | None = None,
     ) -> None:
         """weight_map: where in `source` each weight lies; None: under octavo's names."""
         self._source = source
-        self.stored: Mapping[str, StoredMatrix] = {}
-        self.conversion = (0, 0)
         self._map = weight_map or {
             name: WeightSource((name,), info.shape) for name, info in source.infos.items()
         }
         self.formats: Mapping[str, WeightFormat] = dict(formats or {})
+        self.stored: Mapping[str, Stored] = dict(stored or {})
         self.infos: Mapping[str, TensorInfo] = {
             name: weight_info(source, wanted) for name, wanted in self._map.items()
         }
@@ -96,8 +97,12 @@ class Checkpoint(Mapping[str, Tensor]):
     def bytes_by_dtype(self) -> dict[str, int]:
         """Bytes as stored, by format, largest first."""
         sizes: Counter[str] = Counter()
-        for info in self.infos.values():
-            sizes[info.dtype] += info.num_bytes
+        for name, info in self.infos.items():
+            base, _, part = name.rpartition(".")
+            if base not in self.stored or part == "bias":
+                sizes[info.dtype] += info.num_bytes
+            elif part == "weight":
+                sizes[self.stored[base].kind] += self.stored[base].num_bytes
         return dict(sizes.most_common())
 
     def checked_items(self) -> Iterator[tuple[str, Tensor]]:
@@ -140,6 +145,7 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
         ignored = tuple(map(re.escape, family.constants))
     else:
         source = open_weight_files(files.path)
+        weight_map = _without_prefix(weight_map, source, files.family.base_prefix)
         if files.spec.tie_word_embeddings:
             # Either name may be there: `save_model` of safetensors keeps lm_head, transformers
             # writes the embedding. If both are there they are equal: `read_model` compared them.
@@ -147,15 +153,20 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
             if head in source.infos and table.names[0] not in source.infos:
                 weight_map = weight_map | {"embed.weight": replace(table, names=(head,))}
             ignored = (*ignored, re.escape(head))
-    quantized = _stored_matrices(source, weight_map, files.quantized)
-    matrices = [matrix for stack in quantized.values() for matrix in stack]
-    ignored = (*ignored, *map(re.escape, _zero_biases(source, weight_map, matrices)))
+    named = {
+        name: replace(matrix, module=weight_map[name + ".weight"].modules[0])
+        for name, matrix in files.quantized.items()
+    }
+    quantized = {name: each for name, each in named.items() if not each.is_plain(source.infos)}
+    ignored = (*ignored, *map(re.escape, _zero_biases(source, weight_map, quantized.values())))
     problems = _find_problems(source, weight_map, quantized, ignored)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise WeightsError(
             f"The weights in {files.path} do not fit its configuration ({count}):", problems
         )
+    if isinstance(files.folder, GgufFolder):
+        return _gguf_checkpoint(files.folder, weight_map)
     if not isinstance(source, SafetensorsFile) or not quantized:
         return Checkpoint(source, weight_map)
     return _open_stored(source, weight_map, quantized)
@@ -164,46 +175,21 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
 def _open_stored(
     source: SafetensorsFile,
     weight_map: Mapping[str, WeightSource],
-    quantized: Mapping[str, Sequence[StoredMatrix]],
-) -> Checkpoint:
-    """The checkpoint of files whose tensors fit; scales follow their codes, as a loader reads."""
-    settled = settle(source, quantized)
-    stored = {name: stack[0] for name, stack in settled.items()}
-    formats = {name: each.format for name, each in stored.items() if not each.converted}
-    with_scales = {}
-    for name, wanted in weight_map.items():
-        base = name.removesuffix(".weight")
-        if base not in stored or base == name:
-            with_scales[name] = wanted
-            continue
-        wanted = replace(wanted, transform="plain")  # they are (outputs, inputs) in any family
-        with_scales[name] = wanted
-        if base in formats:
-            shape = *wanted.shape[:-1], formats[base].num_groups(wanted.shape[-1])
-            scales = tuple(module + ".weight_scale" for module in wanted.modules)
-            with_scales[base + ".scale"] = replace(wanted, names=scales, shape=shape)
-            if formats[base].has_zeros:
-                zeros = tuple(module + ".weight_zero_point" for module in wanted.modules)
-                with_scales[base + ".zero"] = replace(wanted, names=zeros, shape=shape)
-    matrices = [matrix for stack in settled.values() for matrix in stack]
-    opened = Checkpoint(StoredSource(source, matrices), with_scales, formats)
-    opened.stored, opened.conversion = stored, conversion_bytes(matrices, source.infos)
-    return opened
-
-
-def _stored_matrices(
-    source: TensorSource,
-    weight_map: Mapping[str, WeightSource],
     quantized: Mapping[str, StoredMatrix],
-) -> dict[str, list[StoredMatrix]]:
-    """octavo's name -> the matrices stacked in it, usually one; those stored plainly left out."""
-    found = {}
-    for name, matrix in quantized.items():
-        modules = weight_map[name + ".weight"].modules
-        stack = [replace(matrix, module=module) for module in modules]
-        if not all(each.is_plain(source.infos) for each in stack):
-            found[name] = stack
-    return found
+) -> Checkpoint:
+    """The checkpoint of files whose tensors fit."""
+    settled = {name: matrix.settled(source) for name, matrix in quantized.items()}
+    formats = {name: each.format for name, each in settled.items() if not each.converted}
+    turned, stored = dict(weight_map), {}
+    for name, matrix in settled.items():
+        wanted = weight_map[name + ".weight"]
+        # They are (outputs, inputs) in every family.
+        turned[name + ".weight"] = replace(wanted, transform="plain")
+        if not matrix.is_own:
+            share = math.prod(wanted.shape) / math.prod(matrix.shape)
+            stored[name] = matrix.described(source.infos, share)
+    codes = StoredSource(source, settled.values())
+    return Checkpoint(codes, _with_scales(turned, formats), formats, stored=stored)
 
 
 def _zero_biases(
@@ -220,6 +206,50 @@ def _zero_biases(
             continue
         if info.shape == (matrix.shape[0],) and not np.any(source.read(name).to_float32()):
             yield name
+
+
+def _without_prefix(
+    weight_map: dict[str, WeightSource], source: TensorSource, prefix: str
+) -> dict[str, WeightSource]:
+    """The map for the checkpoint of a model without its head, whose names lack the prefix."""
+    table = weight_map["embed.weight"].names[0]
+    if table in source.infos or table.removeprefix(prefix) not in source.infos:
+        return weight_map
+    return {
+        name: replace(wanted, names=tuple(each.removeprefix(prefix) for each in wanted.names))
+        for name, wanted in weight_map.items()
+    }
+
+
+def _gguf_checkpoint(folder: GgufFolder, weight_map: Mapping[str, WeightSource]) -> Checkpoint:
+    """The weights of a GGUF model, as codes where the folder says so and octavo has such."""
+    stored = stored_kinds(folder.parts, weight_map)
+    formats = {name: held.format for name, held in stored.items() if held.format is not None}
+    decoded = Checkpoint(folder.parts, weight_map, stored=stored)
+    if not folder.as_codes or not formats:
+        return decoded
+    modules = {weight_map[name + ".weight"].modules[0]: each for name, each in formats.items()}
+    codes, with_scales = GgufCodes(folder.parts, modules), _with_scales(weight_map, formats)
+    return Checkpoint(codes, with_scales, formats, decoded.dtype, stored)
+
+
+def _with_scales(
+    weight_map: Mapping[str, WeightSource], formats: Mapping[str, WeightFormat]
+) -> dict[str, WeightSource]:
+    """The map with scales and zero points after their codes, for a loader that reads in order."""
+    with_scales = {}
+    for name, wanted in weight_map.items():
+        with_scales[name] = wanted
+        base = name.removesuffix(".weight")
+        if base in formats and base != name:
+            shape = wanted.shape[0], formats[base].num_groups(wanted.shape[1])
+            module = wanted.modules[0]
+            scale = replace(wanted, names=(module + ".weight_scale",), shape=shape)
+            with_scales[base + ".scale"] = scale
+            if formats[base].has_zeros:
+                zero = replace(scale, names=(module + ".weight_zero_point",))
+                with_scales[base + ".zero"] = zero
+    return with_scales
 
 
 def has_non_finite(tensor: Tensor) -> bool:
@@ -245,15 +275,14 @@ def find_non_finite(checkpoint: Checkpoint) -> list[str]:
 def _find_problems(
     source: TensorSource,
     weight_map: Mapping[str, WeightSource],
-    quantized: Mapping[str, Sequence[StoredMatrix]],
+    quantized: Mapping[str, StoredMatrix],
     ignored: Sequence[str],
 ) -> list[str]:
     """Every difference between the tensors of `source` and those of the map."""
     problems = []
     expected: dict[str, Entry] = {}
-    for stack in quantized.values():
-        for matrix in stack:
-            expected |= matrix.entries(source.infos)
+    for matrix in quantized.values():
+        expected |= matrix.entries(source.infos)
     for name, wanted in weight_map.items():
         if name.removesuffix(".weight") not in quantized or not name.endswith(".weight"):
             expected |= dict.fromkeys(wanted.names, Entry(FLOATS, (wanted.stored_shape,)))

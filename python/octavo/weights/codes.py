@@ -113,6 +113,11 @@ class CompressedMatrix(GroupedMatrix):
         return f"{method}, {self.bits} bits, {groups}{order}"
 
     @property
+    def is_own(self) -> bool:
+        """As `StoredMatrix.is_own`."""
+        return not self.converted
+
+    @property
     def words_name(self) -> str:
         """The tensor that holds the codes."""
         packed = self.layout == "pack-quantized"

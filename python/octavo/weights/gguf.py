@@ -45,7 +45,7 @@ MAX_NAME = 1 << 16
 PLAIN_KINDS: Mapping[str, tuple[TensorDType, str]] = MappingProxyType(
     {"F32": ("f32", "<f4"), "F16": ("f16", "<f2"), "BF16": ("bf16", "<u2")}
 )
-_ROWS_AT_ONCE = 1 << 22  # elements decoded in one go, so that a large table needs no second copy
+_ROWS_AT_ONCE = 1 << 18  # elements decoded in one go: they stay in cache
 
 
 @dataclass(frozen=True)
@@ -81,24 +81,26 @@ class GgufFile:
     def decode(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """F32, F16 and BF16 as they are, others as float32. Of a matrix, rows first to last - 1."""
         info = self.tensors[name]
-        shape, offset, num_bytes = info.shape, info.offset, info.num_bytes
-        if last is not None:
-            row_bytes = num_bytes // max(1, shape[0])
-            offset, num_bytes = offset + first * row_bytes, (last - first) * row_bytes
-            shape = (last - first, *shape[1:])
-        # Pages read before leave this process's memory; the system brings them back if needed.
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-        raw: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, num_bytes, offset)
+        shape = info.shape if last is None else (last - first, *info.shape[1:])
+        raw = self.read_bytes(name, first, last)
         if info.kind in PLAIN_KINDS:
             dtype, numpy_name = PLAIN_KINDS[info.kind]
             return Tensor(raw.view(numpy_name).reshape(shape), dtype)
         return Tensor(_decode_blocks(raw, info.kind, shape), "f32")
 
-    def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
-        """The data of a tensor as stored in the file."""
+    def read_bytes(
+        self, name: str, first: int = 0, last: int | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """The data as stored in the file. Of a matrix, rows first to last - 1."""
         info = self.tensors[name]
-        return np.frombuffer(self._map, np.uint8, info.num_bytes, info.offset)
+        offset, num_bytes = info.offset, info.num_bytes
+        if last is not None:
+            row_bytes = num_bytes // max(1, info.shape[0])
+            offset, num_bytes = offset + first * row_bytes, (last - first) * row_bytes
+        # Pages read before leave this process's memory; the system brings them back if needed.
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+        return np.frombuffer(self._map, np.uint8, num_bytes, offset)
 
     def rows_at_once(self, name: str) -> int:
         """How many rows of a matrix to decode in one go."""
@@ -164,6 +166,26 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise self.error(f"a text is not UTF-8: {error}") from error
 
+    def strings(self, count: int) -> list[str]:
+        """As `string`, so many times: vocabularies and merges have hundreds of thousands."""
+        data, position, size = self.data, self.position, len(self.data)
+        unpack, found = _SCALARS[10].unpack_from, []
+        for _ in range(count):
+            if position + 8 > size:
+                break
+            start = position + 8
+            position = start + unpack(data, position)[0]
+            if position > size:
+                break
+            found.append(data[start:position])
+            self.position = position
+        if len(found) < count:
+            self.string()  # raises
+        try:
+            return [text.decode("utf-8") for text in found]
+        except UnicodeDecodeError as error:
+            raise self.error(f"a text is not UTF-8: {error}") from error
+
     def value(self, kind: int) -> Any:
         """One metadata value: a number, a bool, a str, or a list of them."""
         if kind in _SCALARS:
@@ -176,7 +198,7 @@ class _Cursor:
         if count > MAX_ARRAY:
             raise self.error(f"an array of {count} entries; expected at most {MAX_ARRAY}")
         if inner == _STRING:
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         if inner not in _SCALARS:
             raise self.error(f"an array of metadata type {inner} is not supported")
         layout = _SCALARS[inner]

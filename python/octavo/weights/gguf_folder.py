@@ -13,7 +13,7 @@ from octavo.models.family import GgufHeader
 from octavo.models.fields import Fields
 from octavo.models.registry import find_gguf_family
 from octavo.weights.gguf_parts import GgufParts, OutputDType
-from octavo.weights.gguf_tokenizer import convert_tokenizer
+from octavo.weights.gguf_tokenizer import Vocabulary, make_config, make_tokenizer
 
 _TORCH_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -22,12 +22,16 @@ class GgufFolder(MemoryFolder):
     """config.json, generation_config.json and the tokenizer's files; `parts` has the weights."""
 
     def __init__(self, path: Path, dtype: OutputDType = "auto") -> None:
-        """dtype: of the weights, see `GgufParts`.
+        """The files of the model at `path`.
+
+        dtype: of the weights, see `GgufParts`. "codes" is the same as "auto" there, and here says
+        that `open_checkpoint` gives codes for the matrices for which octavo has such.
 
         Raises WeightsError for a damaged file, UnsupportedModelError for one that octavo cannot
         run. The tokenizer is converted, or TokenizerError raised, when one of its files is read.
         """
         self.parts = parts = GgufParts(path, dtype)
+        self.as_codes = dtype == "codes"
         family, self.family = find_gguf_family(parts.metadata, str(parts.path))
         shapes = {name: info.shape for name, info in parts.infos.items()}
         constants = {
@@ -54,9 +58,10 @@ class GgufFolder(MemoryFolder):
             {
                 "config.json": lambda: _json(self.config),
                 "generation_config.json": lambda: _json(self._generation_config()),
-                "tokenizer.json": lambda: self._tokenizer["tokenizer.json"],
-                "tokenizer_config.json": lambda: self._tokenizer["tokenizer_config.json"],
+                "tokenizer.json": lambda: self._make_tokenizer().to_str(pretty=True),
+                "tokenizer_config.json": self._tokenizer_config,
             },
+            self._make_tokenizer,
         )
 
     def _token_id(self, kind: str) -> int | None:
@@ -65,10 +70,14 @@ class GgufFolder(MemoryFolder):
         return fields.optional_integer(name, 0, self.config["vocab_size"] - 1)
 
     @cached_property
-    def _tokenizer(self) -> dict[str, str]:
-        return convert_tokenizer(
-            self.parts.metadata, self.config["vocab_size"], self.config["max_position_embeddings"]
-        )
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.parts.metadata, self.config["vocab_size"])
+
+    def _make_tokenizer(self) -> Any:
+        return make_tokenizer(self._vocabulary)
+
+    def _tokenizer_config(self) -> str:
+        return _json(make_config(self._vocabulary, self.config["max_position_embeddings"]))
 
     def _generation_config(self) -> dict[str, Any]:
         found = map(self._token_id, ("eos", "eot", "eom"))  # of a text, a turn, a message
@@ -82,4 +91,4 @@ class GgufFolder(MemoryFolder):
 
 
 def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+    return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

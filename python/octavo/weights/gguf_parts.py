@@ -28,7 +28,7 @@ from octavo.weights.tensor import (
     float32_to_bf16,
 )
 
-OutputDType = Literal["auto", "f32", "bf16"]
+OutputDType = Literal["codes", "auto", "f32", "bf16"]
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 _MAX_PARTS = 99_999  # what five digits hold
@@ -44,7 +44,8 @@ class GgufParts(TensorSource):
         """path: any of the parts. dtype: of the tensors that are read.
 
         "auto" keeps F32, F16 and BF16 as they are and rounds decoded block formats to bf16 (to
-        nearest, so each weight by at most one part in 512); "f32" keeps the decoded values exactly.
+        nearest, so each weight by at most one part in 512); so does "codes", which is for what is
+        read as floats. "f32" keeps the decoded values exactly.
         Raises WeightsError for parts that are missing, damaged, or not of one model.
         """
         given = GgufFile(path)
@@ -77,7 +78,9 @@ class GgufParts(TensorSource):
         self.infos = {}
         for name, tensor in self.tensors.items():
             plain = PLAIN_KINDS.get(tensor.kind)
-            kind: TensorDType = dtype if dtype != "auto" else plain[0] if plain else "bf16"
+            kind: TensorDType = plain[0] if plain else "bf16"
+            if dtype == "f32" or dtype == "bf16":
+                kind = dtype
             size = ITEM_SIZE[kind] * math.prod(tensor.shape)
             self.infos[name] = TensorInfo(kind, tensor.shape, size)
 
@@ -102,9 +105,11 @@ class GgufParts(TensorSource):
             return super().rows_at_once(name)
         return self._files[name].rows_at_once(name)
 
-    def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
+    def read_bytes(
+        self, name: str, first: int = 0, last: int | None = None
+    ) -> npt.NDArray[np.uint8]:
         """As `GgufFile.read_bytes`."""
-        return self._files[name].read_bytes(name)
+        return self._files[name].read_bytes(name, first, last)
 
     def _rounded(self, name: str, tensor: Tensor) -> Tensor:
         """The values in the type that `infos` announces."""

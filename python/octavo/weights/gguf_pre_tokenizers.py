@@ -31,11 +31,20 @@ def _words(numbers: str, signs: str = r" ?[^\s\p{L}\p{N}]+[\r\n]*") -> str:
     return rf"{_SUFFIXES}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}|{signs}|{_SPACES}"
 
 
-# Mistral's Nemo: a word begins with capitals or consists of them; no English suffixes.
-_CAPITALS, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}*{_SMALL}+|[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}+{_SMALL}*"
-    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+def _cased_words(numbers: str, suffixes: str = "") -> str:
+    """A word begins with capitals or consists of them: Mistral's Nemo, and GPT-4o."""
+    capitals, small = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    first = r"[^\r\n\p{L}\p{N}]?"
+    return (
+        rf"{first}{capitals}*{small}+{suffixes}|{first}{capitals}+{small}*{suffixes}"
+        rf"|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+    )
+
+
+# Qwen 3.5: marks belong to words.
+_MARKED_WORDS = (
+    rf"{_SUFFIXES}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
 )
 
 
@@ -83,7 +92,9 @@ def _table() -> Mapping[str, Splitting]:
         "hunyuan solar-open grok-2",
         Splitting((_words(_DIGIT, r" ?[^\s\p{L}\p{N}\r\n]+"),)): "seed-coder",
         Splitting((r"\p{N}{1,3}", _words(r"\p{N}+")), whole_words=True): "minicpm5",
-        Splitting((_TEKKEN,), whole_words=True, begins=True): "tekken",
+        Splitting((_cased_words(_DIGIT),), whole_words=True, begins=True): "tekken",
+        Splitting((_cased_words(r"\p{N}{1,3}", _SUFFIXES + "?"),)): "gpt-4o llama4 kanana2",
+        Splitting((_MARKED_WORDS,)): "qwen35",
         Splitting(
             (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", _DIGIT)
         ): "deepseek-coder",

@@ -22,7 +22,7 @@ from octavo.models.fields import Fields, describe, read_json_object
 from octavo.models.registry import find_family
 from octavo.models.spec import ModelSpec
 from octavo.weights.gguf_folder import GgufFolder
-from octavo.weights.gguf_parts import find_gguf
+from octavo.weights.gguf_parts import OutputDType, find_gguf
 from octavo.weights.quantization_config import read_quantization, with_quantization
 from octavo.weights.safetensors import open_weight_files
 from octavo.weights.stored import StoredMatrix
@@ -60,8 +60,10 @@ class ModelFiles:
         return self.folder.path if isinstance(self.folder, MemoryFolder) else self.folder
 
 
-def read_model(path: Path) -> ModelFiles:
+def read_model(path: Path, gguf_dtype: OutputDType = "codes") -> ModelFiles:
     """Read the configuration of a Hugging Face model directory, or of a GGUF file.
+
+    gguf_dtype: what the weights of a GGUF file are read as, see `GgufFolder`.
 
     A directory without config.json that holds one GGUF model stands for that model.
     Raises ModelNotFoundError where there is neither; UnsupportedModelError with the field and value
@@ -70,7 +72,7 @@ def read_model(path: Path) -> ModelFiles:
     path = Path(path)
     gguf = find_gguf(path)
     if gguf is not None:
-        return read_folder(GgufFolder(gguf))
+        return read_folder(GgufFolder(gguf, gguf_dtype))
     if not path.is_dir():
         raise ModelNotFoundError(
             f"{path} is not a directory, nor a GGUF file; expected a Hugging Face model "

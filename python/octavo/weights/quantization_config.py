@@ -65,8 +65,8 @@ def read_quantization(
 ) -> dict[str, StoredMatrix]:
     """The matrices that are not stored as plain numbers, by octavo's name without ".weight".
 
-    config: as `with_quantization` returns it. Of matrices that are stacked, the first stands for
-    all. Raises UnsupportedModelError with the field that octavo does not support.
+    config: as `with_quantization` returns it. Raises UnsupportedModelError with the field that
+    octavo does not support.
     """
     values = config.get("quantization_config")
     if values is None:
@@ -85,17 +85,14 @@ def read_quantization(
         source = weight_map[name + ".weight"]
         turned = source.transform == "transpose" and method in _TURNED
         outputs, inputs = source.stored_shape[::-1] if turned else source.stored_shape
-        found = [scheme(module, (outputs, inputs)) for module in source.modules]
-        if found[0] is None and not any(found):
+        module = source.modules[0]
+        found = scheme(module, (outputs, inputs))
+        if found is None:
             continue
-        if found[0] is None or not all(found):
-            some = source.modules[found.index(None)]
-            raise fields.error("modules left out", some, f"all of {source.modules[0]} and so on")
-        if source.transform != "plain" and not turned:
+        if len(source.names) > 1 or (source.transform != "plain" and not turned):
             field = "config_groups" if method in _COMPRESSED else "quant_method"
-            given = source.modules[0]
-            raise fields.error(field, given, "matrices that are stored as they are used")
-        stored[name] = found[0]
+            raise fields.error(field, module, "matrices that are stored as they are used")
+        stored[name] = found
     return stored
 
 

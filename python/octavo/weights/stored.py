@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from octavo.models.spec import WeightFormat
 from octavo.weights.safetensors import SafetensorsFile
 from octavo.weights.tensor import (
     ITEM_SIZE,
+    Stored,
     Tensor,
     TensorDType,
     TensorInfo,
@@ -35,10 +36,6 @@ _BLOCK = 1 << 16  # weights that are decoded at a time: their scratch stays in t
 
 Float32 = npt.NDArray[np.float32]
 Infos = Mapping[str, TensorInfo]
-
-
-class ConvertedWeightsWarning(UserWarning):
-    """Weights take more memory than their files, since octavo does not compute in their format."""
 
 
 class Entry(NamedTuple):
@@ -98,6 +95,17 @@ class StoredMatrix(ABC):
     def converted(self) -> bool:
         """Whether it becomes bfloat16."""
         return self.format == CONVERTED
+
+    @property
+    def is_own(self) -> bool:
+        """Whether octavo writes such matrices itself."""
+        return False
+
+    def described(self, infos: Infos, share: float) -> Stored:
+        """For people. share: of its weights that are meant. infos: of the files."""
+        held = sum(infos[name].num_bytes for name in self.entries(infos) if name in infos)
+        format = None if self.converted else self.format
+        return Stored(self.label, round(share * held), format, exact=True, rounded=self.converted)
 
     def is_plain(self, infos: Infos) -> bool:
         """Whether the files hold the module as plain numbers after all.
@@ -180,54 +188,6 @@ def convert_rows(
             end = min(row + step, last)
             result[row - first : end - first] = float32_to_bf16(decode(row, end))
     return Tensor(result, "bf16")
-
-
-def settle(
-    files: SafetensorsFile, stored: Mapping[str, Sequence[StoredMatrix]]
-) -> dict[str, list[StoredMatrix]]:
-    """The same matrices settled, by octavo's name.
-
-    stored: the matrices that are stacked under a name, usually one. They get one format: the most
-    general that any of them needs.
-    """
-    found = {}
-    for name, stack in stored.items():
-        settled = [matrix.settled(files) for matrix in stack]
-        if len({matrix.format for matrix in settled}) > 1:
-            common = _common_format([matrix.format for matrix in settled])
-            settled = [replace(matrix, format=common) for matrix in settled]
-        found[name] = settled
-    return found
-
-
-def _common_format(formats: list[WeightFormat]) -> WeightFormat:
-    if any(format == CONVERTED for format in formats):
-        return CONVERTED
-    return replace(formats[0], has_zeros=any(format.has_zeros for format in formats))
-
-
-def describe_stored(stored: Mapping[str, StoredMatrix]) -> list[str]:
-    """One line a stored format: its label, the kinds of matrices that have it, what becomes of it.
-
-    stored: octavo's name -> matrix.
-    """
-    kinds: dict[tuple[str, bool], dict[str, None]] = {}
-    for name, matrix in stored.items():
-        key = (matrix.label, matrix.converted)
-        kinds.setdefault(key, {})[name.rsplit(".", 1)[-1]] = None
-    return [
-        f"{label} ({', '.join(parts)}), "
-        + ("converted to bf16 as it is loaded" if converted else "runs as codes")
-        for (label, converted), parts in kinds.items()
-    ]
-
-
-def conversion_bytes(matrices: Iterable[StoredMatrix], infos: Infos) -> tuple[int, int]:
-    """(weights, bytes in the files) of those that are converted. infos: of the files."""
-    converted = [matrix for matrix in matrices if matrix.converted]
-    names = (name for matrix in converted for name in matrix.entries(infos) if name in infos)
-    count = sum(math.prod(matrix.shape) for matrix in converted)
-    return count, sum(infos[name].num_bytes for name in names)
 
 
 def contents_error(name: str, found: object, expected: str) -> WeightsError:

@@ -6,13 +6,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from octavo.models.spec import WeightFormat
+
 TensorDType = Literal["f32", "f16", "bf16", "int8", "int4"]
 ITEM_SIZE: dict[TensorDType, int] = {"f32": 4, "f16": 2, "bf16": 2}
+_CHUNK = 1 << 16  # elements rounded in one go: they stay in cache
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,21 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
+class Stored(NamedTuple):
+    """How a file holds a matrix in a format of another program.
+
+    kind: the file's name of the format, such as "Q4_K". format: octavo's codes that it can be
+    converted to without decoding. exact: whether these stand for the same numbers. rounded: whether
+    it is read as bfloat16 for any type of the weights.
+    """
+
+    kind: str
+    num_bytes: int
+    format: WeightFormat | None = None
+    exact: bool = False
+    rounded: bool = False
+
+
 class TensorSource(ABC):
     """Tensors under the names of a checkpoint, with known shapes, read one at a time."""
 
@@ -76,15 +94,18 @@ class TensorSource(ABC):
 
 def float32_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """Round float32 to bfloat16 bits, ties to even; a NaN stays a (quiet) NaN."""
-    values = np.ascontiguousarray(values, dtype=np.float32)
-    bits = values.view(np.uint32)
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    result = rounded.astype(np.uint16)
-    is_nan = np.isnan(values)
-    if is_nan.any():
-        result[is_nan] = (bits[is_nan] >> 16) | 0x40
-    return result
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(-1)
+    result = np.empty(bits.size, np.uint16)
+    for start in range(0, bits.size, _CHUNK):
+        chunk = bits[start : start + _CHUNK]
+        rounded = chunk >> np.uint32(16)
+        rounded &= np.uint32(1)
+        rounded += np.uint32(0x7FFF)
+        rounded += chunk
+        rounded >>= np.uint32(16)
+        out = result[start : start + _CHUNK]
+        np.copyto(out, rounded, casting="unsafe")
+        is_nan = (chunk & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        if is_nan.any():
+            out[is_nan] = chunk[is_nan] >> np.uint32(16) | np.uint32(0x40)
+    return result.reshape(values.shape)

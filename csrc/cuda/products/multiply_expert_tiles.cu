@@ -1,0 +1,54 @@
+// Products by tiles of the rows of each expert.
+#include "cuda/products/tiles.cuh"
+
+namespace octavo::cuda {
+
+namespace {
+
+template <class T, Codes codes, class Shape>
+void run_expert_tiles(Stream& stream, View out, View x, const Matrix& weight,
+                      const ExpertTiles& tiles) {
+  using S = Stage<codes, Shape>;
+  const LaunchShape shape{dims(tiles.count, ceil_div(weight.outputs, Shape::outputs)),
+                          Shape::threads, static_cast<std::size_t>(S::count) * S::bytes, true};
+  launch(stream, "multiply_tile", shape, multiply_tile<T, codes, Shape, ExpertTiles>,
+         numbers_of(out), numbers_of(x), weight, num_slices(weight.inputs),
+         slice_inputs(weight.inputs) / (S::blocks * kBlock), Partials{}, tiles);
+}
+
+template <class T, Codes codes>
+void run_shape(Stream& stream, View out, View x, const Matrix& weight, const ExpertTiles& tiles,
+               int tile_rows) {
+  if (tile_rows == SmallTile::rows)
+    run_expert_tiles<T, codes, SmallTile>(stream, out, x, weight, tiles);
+  else if (tile_rows == MediumTile<codes>::rows)
+    run_expert_tiles<T, codes, MediumTile<codes>>(stream, out, x, weight, tiles);
+  else
+    run_expert_tiles<T, codes, WideTile>(stream, out, x, weight, tiles);
+}
+
+}  // namespace
+
+// As many as an expert has, if the rows choose evenly.
+int expert_tile_rows(std::int64_t rows_of_expert) {
+  if (rows_of_expert <= SmallTile::rows) return SmallTile::rows;
+  return rows_of_expert <= 64 ? 64 : WideTile::rows;
+}
+
+void multiply_experts_tiles(Stream& stream, View out, View x, const Matrix& weight,
+                            const ExpertTiles& tiles, int tile_rows) {
+  for_16_bits(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr Codes kPlain = std::is_same_v<T, Bf16> ? Codes::bf16 : Codes::f16;
+    if (weight.codes == Codes::int8)
+      run_shape<T, Codes::int8>(stream, out, x, weight, tiles, tile_rows);
+    else if (weight.codes == Codes::int4)
+      run_shape<T, Codes::int4>(stream, out, x, weight, tiles, tile_rows);
+    else if (weight.codes == Codes::int4_levels)
+      run_shape<T, Codes::int4_levels>(stream, out, x, weight, tiles, tile_rows);
+    else
+      run_shape<T, kPlain>(stream, out, x, weight, tiles, tile_rows);
+  });
+}
+
+}  // namespace octavo::cuda

@@ -1,0 +1,193 @@
+"""GGUF models of every type in the native core, against the reference with the file's numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_helpers import DEVICE, needs_cuda
+from gguf_blocks_helpers import SCALES
+from ops_helpers import int4_activations, one_isa_of_each
+from weights_helpers import gguf_config, random_weights, write_gguf
+
+from octavo.cli import main
+from octavo.config import EngineConfig, Environment
+from octavo.diff.native import NativeImplementation
+from octavo.errors import InsufficientMemoryError, InvalidArgumentError
+from octavo.llm import LLM
+from octavo.models.layer import weight_shapes
+from octavo.models.spec import WeightFormat
+from octavo.quantization.apply import dequantized
+from octavo.quantization.plan import weight_bytes
+from octavo.reference.llama import ReferenceModel
+from octavo.reference.ops import round_to_bf16
+from octavo.runtime.loader import LoadedRuntime, load_runtime
+from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.gguf_blocks import BLOCK_FORMATS
+from octavo.weights.model_files import read_model
+
+PROMPT = np.array([3, 30, 7, 7, 21, 66, 1, 5, 12], np.int32)
+ENVIRONMENT = Environment(home=Path("/nowhere"), num_threads=1, isa="auto")
+CONFIG = gguf_config(intermediate_size=768, num_key_value_heads=1)
+KINDS = sorted({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *SCALES})
+
+
+def load(path: Path, **options: Any) -> LoadedRuntime:
+    files = read_model(path)
+    config = EngineConfig(max_model_len=64, max_num_seqs=1, num_threads=1, **options)
+    return load_runtime(files, open_checkpoint(files), config, environment=ENVIRONMENT)
+
+
+def logits_of(loaded: LoadedRuntime) -> np.ndarray:
+    return NativeImplementation(loaded).feed(PROMPT).logits
+
+
+def definition(
+    path: Path, formats: Mapping[str, WeightFormat], rounds: str = "whole", as_codes: bool = False
+) -> np.ndarray:
+    """The reference's logits from the file's numbers, those that have no codes rounded to bf16.
+
+    formats: of the matrices before which x is rounded. as_codes: from octavo's codes instead.
+    """
+    files = read_model(path, "codes" if as_codes else "f32")
+    checkpoint = open_checkpoint(files)
+    weights = {name: dequantized(checkpoint, name) for name in weight_shapes(files.spec)}
+    kinds = open_checkpoint(read_model(path)).stored
+    for name, values in weights.items():
+        base = name.removesuffix(".weight")
+        if base in kinds and kinds[base].kind not in BLOCK_FORMATS:
+            weights[name] = round_to_bf16(values)
+    model = ReferenceModel(files.spec, weights, formats=formats, int4_activations=rounds)
+    return model.forward(PROMPT)
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest, as a part of the logits' spread."""
+    assert theirs.std() > 0.01
+    return float(np.abs(ours - theirs).max() / theirs.std())
+
+
+def divergence(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Mean KL of `ours` from `theirs`, nats."""
+    p, q = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (theirs, ours))
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+# A number of x that is rounded the other way: to whole numbers of 16 bits, or to bf16.
+TOLERANCE = {"whole": 1e-3, "bf16": 2e-2}
+
+
+@pytest.mark.parametrize("isa", one_isa_of_each())
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_the_numbers_in_the_file(kind: str, isa: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, CONFIG, weights=random_weights(CONFIG, 5), kind=kind)
+    loaded, rounds = load(path, isa=isa, dtype="f32"), int4_activations(isa)
+    ours, formats = logits_of(loaded), loaded.options.formats
+    assert bool(formats) == (kind in BLOCK_FORMATS)
+    if kind not in BLOCK_FORMATS:
+        assert difference(ours, definition(path, {})) < 1e-4
+        return
+    assert difference(ours, definition(path, formats, rounds, as_codes=True)) < TOLERANCE[rounds]
+    theirs = definition(path, formats, rounds)
+    if BLOCK_FORMATS[kind].exact:
+        assert difference(ours, theirs) < TOLERANCE[rounds]
+    else:  # as bf16 weights would be further from them than these codes
+        assert divergence(ours, theirs) < 5e-4
+
+
+def test_rows_that_keep_the_order_of_the_file_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted error: the codes of q and k are not put into Hugging Face's order."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, CONFIG, weights=random_weights(CONFIG, 5), kind="Q4_0")
+    expected = definition(path, open_checkpoint(read_model(path)).formats, as_codes=True)
+    monkeypatch.setattr("octavo.weights.reader.unpermute_rows", lambda values, head_dim: values)
+    assert difference(logits_of(load(path, dtype="f32")), expected) > 0.1
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+def test_codes_on_cuda(kind: str, tmp_path: Path) -> None:
+    """There x is not rounded in float32."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, CONFIG, weights=random_weights(CONFIG, 5), kind=kind)
+    ours = logits_of(load(path, device=DEVICE, dtype="f32"))
+    assert difference(ours, definition(path, {}, as_codes=True)) < 1e-4
+    if BLOCK_FORMATS[kind].exact:
+        assert difference(ours, definition(path, {})) < 1e-4
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Q4_K, but for "down" in Q6_K and the embedding in Q8_0."""
+    path = tmp_path / "mixed.gguf"
+    kinds = {"down_proj": "Q6_K", "embed_tokens": "Q8_0", "lm_head": "Q4_0"}
+    write_gguf(path, CONFIG, kind="Q4_K", kinds=kinds)
+    return path
+
+
+def test_loading_says_what_it_changes_and_costs(mixed: Path, tmp_path: Path) -> None:
+    (line,) = LLM(mixed, max_model_len=64).notes
+    assert line == (
+        "mixed.gguf: Q4_K (q, k, v, o, gate, up) as int4, groups of 32, asymmetric, within a 32nd "
+        "of a step: 1 MiB in the file, 1 MiB in memory; Q6_K (down) as bf16, rounded to bf16: "
+        "0 MiB in the file, 1 MiB in memory, with --quantize int8 0 MiB; "
+        "Q8_0 (embed) as int8, rounded again: 0 MiB in the file, 0 MiB in memory"
+    )
+    write_gguf(tmp_path / "plain.gguf", CONFIG, kind="Q4_0")
+    assert LLM(tmp_path / "plain.gguf", max_model_len=64).notes == ()
+
+
+def test_int8_for_what_has_no_codes(mixed: Path) -> None:
+    formats = load(mixed, quantize="int8").options.formats
+    assert formats["layers.1.down"] == formats["embed"] == WeightFormat("int8")
+    assert formats["layers.1.up"] == BLOCK_FORMATS["Q4_K"].format
+    assert formats["lm_head"] == BLOCK_FORMATS["Q4_0"].format
+    kept = load(mixed, keep_embedding=True)
+    assert "embed" not in kept.options.formats and "layers.1.down" not in kept.options.formats
+    assert kept.options.dtype == "bf16"
+
+
+def test_codes_are_not_rounded_again(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, CONFIG, kind="Q4_0")
+    with pytest.raises(InvalidArgumentError, match="quantized already"):
+        load(path, quantize="int8")
+
+
+def test_too_little_memory_is_met_by_int8(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = weight_bytes(read_model(mixed).spec, load(mixed).options.formats, "bf16") - 1
+    monkeypatch.setattr("octavo.runtime.loader.available_memory", lambda **_: room)
+    with pytest.raises(InsufficientMemoryError) as caught:
+        load(mixed)
+    assert any(change.get("quantize") == "int8" for change in caught.value.remedies)
+
+
+def test_commands_know_both_the_codes_and_the_numbers(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", str(mixed), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [each["kind"] for each in facts["converted"]] == ["Q4_K", "Q6_K", "Q8_0", "Q4_0"]
+    assert set(facts["weights"]["bytes_by_dtype"]) == {"Q4_K", "Q6_K", "Q8_0", "Q4_0", "f32"}
+    assert facts["weights"]["total_bytes"] < mixed.stat().st_size
+    assert main(["info", str(mixed)]) == 0
+    assert "Stored as" in capsys.readouterr().out
+    evaluate = ["eval", str(mixed), "--random", "60", "--against", "same", "--json"]
+    assert main([*evaluate, "--dtype", "f32"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["divergence"]["mean_kl"] < 1e-3
+    assert found["against"]["weights"] == "f32"
+    assert main(["diff", str(mixed), "--random", "20", "--steps", "2"]) == 0
+    capsys.readouterr()
+    assert main(["generate", "-m", str(mixed), "the", "--max-tokens", "2"]) == 0
+    assert "Q6_K (down) as bf16" in capsys.readouterr().err
+    assert main(["quantize", str(mixed), str(tmp_path / "out"), "--scheme", "int8", "--json"]) == 0
+    formats = open_checkpoint(read_model(tmp_path / "out")).formats
+    assert set(formats.values()) == {WeightFormat("int8")}

@@ -1,0 +1,279 @@
+"""4-bit blocks of GGUF become octavo's codes: the same numbers, or numbers within a stated bound.
+
+The package `gguf` is the oracle: its decoders share nothing with the code under test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf_blocks_helpers import encode_blocks
+from weights_helpers import gguf_config, memory_below, random_weights, write_gguf
+
+from octavo.quantization.apply import dequantized, quantize_checkpoint
+from octavo.quantization.plan import Scheme
+from octavo.quantization.stored import describe_stored
+from octavo.reference.quantization import dequantize, unpack_int4
+from octavo.weights import gguf_blocks
+from octavo.weights.checkpoint import NonFiniteWeightsWarning, open_checkpoint
+from octavo.weights.gguf import GgufFile
+from octavo.weights.gguf_blocks import BLOCK_FORMATS, BlockFormat, convert_blocks
+from octavo.weights.model_files import read_model
+
+EXACT = [kind for kind, each in BLOCK_FORMATS.items() if each.exact]
+WITHIN = [kind for kind, each in BLOCK_FORMATS.items() if not each.exact]
+
+
+def decoded(raw: np.ndarray, kind: str) -> np.ndarray:
+    """The package's float32 numbers."""
+    with np.errstate(all="ignore"):
+        return gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])
+
+
+def as_codes(raw: np.ndarray, kind: str) -> np.ndarray:
+    """The float32 numbers that octavo's codes stand for."""
+    codes, scales, zeros = convert_blocks(raw, kind)
+    format = BLOCK_FORMATS[kind].format
+    assert (zeros is not None) == format.has_zeros
+    return dequantize(unpack_int4(codes), scales, format, zeros)
+
+
+def steps_of(raw: np.ndarray, kind: str) -> np.ndarray:
+    """The distance of neighbouring codes of each number's group, after the definition."""
+    blocks = raw.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
+    steps = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    if kind == "Q4_K":
+        steps = steps * gguf.quants.Q4_K.get_scale_min(blocks[:, 4:16])[0]
+    return np.repeat(steps.reshape(len(raw), -1), 32, axis=1)
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+@pytest.mark.parametrize("shape", [(1, 256), (7, 768), (129, 512)])
+@pytest.mark.parametrize("kind", EXACT)
+def test_the_numbers_are_those_of_the_file(kind: str, shape: tuple[int, int]) -> None:
+    values = np.random.default_rng(3).standard_normal(shape)
+    raw = encode_blocks(values, kind, seed=shape[0])
+    assert len(np.unique(decoded(raw, kind))) > shape[0] * shape[1] // 50
+    assert same_bits(as_codes(raw, kind), decoded(raw, kind))
+
+
+@pytest.mark.parametrize("shape", [(1, 256), (7, 768), (129, 512)])
+@pytest.mark.parametrize("kind", WITHIN)
+def test_the_numbers_are_within_a_32nd_of_a_step(kind: str, shape: tuple[int, int]) -> None:
+    values = np.random.default_rng(4).standard_normal(shape) + 0.3
+    raw = encode_blocks(values, kind, seed=0)
+    expected, steps = decoded(raw, kind), steps_of(raw, kind)
+    differences = np.abs(as_codes(raw, kind) - expected)
+    assert (differences <= steps / 32 * 1.0001).all()
+    assert differences.max() > steps.min() / 64  # the bound is near
+    assert np.abs(expected - values).max() < 0.6 * steps.max()  # and the blocks are good ones
+
+
+PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "halves in runs of another length": ("Q4_K", {"run": 16}),
+    "the scales of another block": (
+        "IQ4_XS",
+        {"read_groups": lambda blocks: gguf_blocks._read_iq4_xs(np.roll(blocks, 1, axis=0))},
+    ),
+    "the minimum before the scale": (
+        "Q4_1",
+        {"read_groups": lambda blocks: gguf_blocks._read_q4_1(blocks[:, [2, 3, 0, 1]])},
+    ),
+    "scales without their upper bits": (
+        "Q4_K",
+        {"read_groups": lambda blocks: gguf_blocks._read_q4_k(blocks & np.uint8(63))},
+    ),
+    "other levels": ("IQ4_NL", {"format": BLOCK_FORMATS["Q4_0"].format}),
+}
+
+
+@pytest.mark.parametrize("error", PLANTED)
+def test_planted_errors_are_found(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, changes = PLANTED[error]
+    wrong = BlockFormat(**{**vars(BLOCK_FORMATS[kind]), **changes})
+    monkeypatch.setattr(gguf_blocks, "BLOCK_FORMATS", {**BLOCK_FORMATS, kind: wrong})
+    monkeypatch.setitem(globals(), "BLOCK_FORMATS", gguf_blocks.BLOCK_FORMATS)
+    raw = encode_blocks(np.random.default_rng(5).standard_normal((9, 512)), kind, seed=1)
+    expected = decoded(raw, kind)
+    steps = steps_of(raw, kind) if kind in WITHIN else np.zeros_like(expected)
+    assert np.mean(np.abs(as_codes(raw, kind) - expected) > steps / 16) > 0.2
+
+
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+def test_pieces_make_no_difference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = encode_blocks(np.random.default_rng(6).standard_normal((13, 768)), kind, seed=2)
+    whole = convert_blocks(raw, kind)
+    monkeypatch.setattr(gguf_blocks, "_CHUNK", 1000)
+    for ours, theirs in zip(convert_blocks(raw, kind), whole, strict=True):
+        assert ours is theirs or np.array_equal(ours, theirs)
+
+
+def q4_1_block(step: float, offset: float, codes: np.ndarray) -> np.ndarray:
+    """One block as a row. codes: 32."""
+    numbers = np.array([step, offset], np.float16).view(np.uint8)
+    codes = codes.astype(np.uint8)
+    return np.concatenate([numbers, codes[:16] | codes[16:] << 4])[None]
+
+
+@pytest.mark.parametrize(
+    ("step", "offset", "bound"),
+    [
+        (0.25, 0.0, 0.0),  # no offset
+        (0.25, -2.0, 0.0),  # whole steps
+        (0.25, -2.0625, 0.0),  # and a quarter of one
+        (0.25, -3.75, 0.0),  # the last number is 0
+        (0.25, 0.004, 0.02),  # nearly 0: within a 32nd
+        (0.25, 1.0, 0.25 * 19 / 15 * 0.54),  # all above 0, and rounded again
+        (0.25, -9.0, 0.25 * 36 / 15 * 0.54),  # all below 0
+        (-0.25, 2.0, 0.0),  # a step below 0
+        (-0.25, -1.0, 0.25 * 19 / 15 * 0.54),
+        (0.0, 0.0, 0.0),  # all the same
+        (0.0, 0.7, 0.0),
+        (0.0, -123.5, 0.0),
+        (6e-8, 60000.0, 60000 / 15 * 0.54),  # as far as float16 goes
+    ],
+)
+def test_offsets_of_every_kind(step: float, offset: float, bound: float) -> None:
+    codes = np.random.default_rng(7).permutation(32) % 16
+    raw = q4_1_block(step, offset, codes)
+    expected = decoded(raw, "Q4_1")
+    assert np.abs(as_codes(raw, "Q4_1") - expected).max() <= bound * 1.0001
+    zeros = convert_blocks(raw, "Q4_1").zeros
+    assert zeros is not None and zeros == np.rint(zeros) and abs(zeros) <= 120
+
+
+@pytest.mark.parametrize("step", [np.nan, np.inf, -np.inf, 0.0, 0.5])
+@pytest.mark.parametrize("offset", [np.nan, np.inf, -np.inf, 0.5])
+def test_damaged_blocks_give_valid_zero_points(step: float, offset: float) -> None:
+    """A NaN or an infinity shows in the scale, of which loading warns; codes cannot hold it."""
+    raw = q4_1_block(step, offset, np.arange(32) % 16)
+    _, scales, zeros = convert_blocks(raw, "Q4_1")
+    assert zeros is not None and zeros == np.rint(zeros) and abs(zeros) <= 120
+    assert np.isfinite(scales) == (np.isfinite(step) and np.isfinite(offset))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+def test_a_model_as_codes(kind: str, tied: bool, tmp_path: Path) -> None:
+    """Every matrix, with the rows of q and k in Hugging Face's order; embedding and head too."""
+    path = tmp_path / "tiny.gguf"
+    config = gguf_config(tie_word_embeddings=tied, num_key_value_heads=1, num_hidden_layers=3)
+    write_gguf(path, config, weights=random_weights(config, 8), kind=kind)
+    files, floats = read_model(path), read_model(path, "f32")
+    checkpoint, exact = open_checkpoint(files), open_checkpoint(floats)
+    matrices = {name for name, info in exact.infos.items() if len(info.shape) == 2}
+    assert {name.removesuffix(".weight") for name in matrices} == set(checkpoint.formats)
+    assert checkpoint.num_parameters == exact.num_parameters
+    assert checkpoint.dtype == open_checkpoint(read_model(path, "auto")).dtype == "bf16"
+    assert files.config == {**floats.config, "torch_dtype": "bfloat16"}
+    for name in exact:
+        values, expected = dequantized(checkpoint, name), exact[name].to_float32()
+        if kind in EXACT or name not in matrices:
+            assert same_bits(values, expected), name
+        else:
+            steps = np.ptp(expected.reshape(len(expected), -1, 32), axis=2).max() / 15
+            assert 0 < np.abs(values - expected).max() <= steps / 32 * 1.1, name
+    runs = list(checkpoint.runs("layers.1.q.weight"))
+    assert [run.dtype for run in runs] == ["int4"]
+    np.testing.assert_array_equal(runs[0].data, checkpoint["layers.1.q.weight"].data)
+
+
+def test_codes_in_another_order_of_rows_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted error: scales stay in the file's order while codes move."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, kind="Q4_0")
+    expected = open_checkpoint(read_model(path, "f32"))["layers.0.q.weight"].data
+    checkpoint = open_checkpoint(read_model(path))
+    assert same_bits(dequantized(checkpoint, "layers.0.q.weight"), expected)
+    source = checkpoint._map["layers.0.q.scale"]
+    monkeypatch.setitem(checkpoint._map, "layers.0.q.scale", replace(source, transform="plain"))
+    assert not np.allclose(dequantized(checkpoint, "layers.0.q.weight"), expected)
+
+
+def test_parts_hold_codes_as_one_file_does(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "whole.gguf", kind="Q4_K")
+    write_gguf(tmp_path / "tiny.gguf", kind="Q4_K", tensors_per_part=5)
+    parts = sorted(tmp_path.glob("tiny-*"))
+    assert len(parts) == 5
+    whole = open_checkpoint(read_model(tmp_path / "whole.gguf"))
+    split = open_checkpoint(read_model(parts[3]))
+    assert dict(split.infos) == dict(whole.infos) and split.formats == whole.formats
+    for name, tensor in whole.items():
+        np.testing.assert_array_equal(split[name].data, tensor.data, err_msg=name)
+
+
+def test_no_floats_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, gguf_config(vocab_size=30_000, num_hidden_layers=1), kind="Q4_K")
+    checkpoint = open_checkpoint(read_model(path))
+    assert checkpoint["layers.0.up.weight"].shape == (512, 128)  # what is imported late
+    num_bytes = 30_000 * 256
+    with memory_below(0.5 * num_bytes + 5 * num_bytes / 32 * 2 + 1_000_000):
+        codes = checkpoint["embed.weight"]
+    assert codes.data.nbytes == num_bytes // 2
+
+
+def test_a_scale_that_is_no_number_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, kind="Q4_1")
+    raw = bytearray(path.read_bytes())
+    place = GgufFile(path).tensors["blk.1.ffn_up.weight"].offset
+    raw[place : place + 2] = np.float16(np.nan).tobytes()
+    path.write_bytes(raw)
+    with pytest.warns(NonFiniteWeightsWarning, match=r"blk\.1\.ffn_up\.weight_scale"):
+        dict(open_checkpoint(read_model(path)).checked_items())
+
+
+def mixed_file(path: Path) -> None:
+    """Q4_K, but for "down" in Q6_K and the embedding in Q8_0."""
+    config = gguf_config(tie_word_embeddings=True)
+    write_gguf(path, config, kind="Q4_K", kinds={"down_proj": "Q6_K", "embed_tokens": "Q8_0"})
+
+
+def test_what_has_no_codes_stays_as_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.gguf"
+    mixed_file(path)
+    files = read_model(path)
+    checkpoint, floats = open_checkpoint(files), open_checkpoint(read_model(path, "auto"))
+    names = {name.rsplit(".", 1)[1] for name in checkpoint.formats}
+    assert names == {"q", "k", "v", "o", "gate", "up"}
+    for name in ("layers.1.down.weight", "embed.weight", "layers.0.mlp_norm.weight"):
+        assert checkpoint[name].dtype == floats[name].dtype
+        np.testing.assert_array_equal(checkpoint[name].data, floats[name].data)
+
+
+def test_what_becomes_of_every_type_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.gguf"
+    mixed_file(path)
+    files = read_model(path)
+    spec, stored = files.spec, open_checkpoint(files)
+    rounded = quantize_checkpoint(stored, spec, Scheme("int8"))
+    kept = quantize_checkpoint(stored, spec, None, keep_embedding=True)
+    texts = {}
+    for key, checkpoint in (("int8", rounded), ("kept", kept)):
+        found = describe_stored(spec, checkpoint.stored, checkpoint.formats, "bf16")
+        texts[key] = {each.kind: (each.parts, each.running, each.effect) for each in found}
+        sizes = {each.kind: (each.stored_bytes, each.bytes) for each in found}
+    assert texts["kept"] == {
+        "Q4_K": (
+            ("q", "k", "v", "o", "gate", "up"),
+            "int4, groups of 32, asymmetric",
+            "within a 32nd of a step",
+        ),
+        "Q6_K": (("down",), "bf16", "rounded to bf16"),
+        "Q8_0": (("embed",), "bf16", "rounded to bf16"),
+    }
+    assert texts["int8"]["Q6_K"] == (("down",), "int8", "rounded again")
+    assert texts["int8"]["Q8_0"] == (("embed",), "int8", "rounded again")
+    count = 2 * 512 * 256
+    assert sizes["Q6_K"] == (count // 256 * 210, 2 * count)
