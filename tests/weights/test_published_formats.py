@@ -29,7 +29,10 @@ from weights_helpers import memory_below, write_safetensors
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.models.spec import WeightFormat
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
+from octavo.weights.float8 import Float8Matrix
 from octavo.weights.model_files import read_model
+from octavo.weights.safetensors import SafetensorsFile
+from octavo.weights.stored import CONVERTED, StoredSource
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
@@ -239,8 +242,11 @@ def test_bitsandbytes_of_8_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "pack"),
     [
-        (AWQ | {"modules_to_not_convert": ["layers.1", "o_proj"]}, partial(pack_awq, group=32)),
-        (FP8 | {"ignored_layers": ["lm_head", "layers.1", "o_proj"]}, pack_fp8),
+        (
+            AWQ | {"modules_to_not_convert": ["layers.1", "o_proj", "mlp.gate"]},
+            partial(pack_awq, group=32),
+        ),
+        (FP8 | {"ignored_layers": ["lm_head", "layers.1.", "o_proj"]}, pack_fp8),
         (BNB | {"llm_int8_skip_modules": ["lm_head", "layers.1", "o_proj"]}, pack_four_bit),
     ],
 )
@@ -257,6 +263,7 @@ def test_modules_that_were_left_out(tmp_path: Path, config: Any, pack: Any) -> N
 
 
 MLP = ("gate", "up", "down")
+STATE = np.frombuffer(b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 97]}', np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +309,10 @@ def test_refused_by_name(tmp_path: Path, config: Any, message: str) -> None:
             *(("U8", np.frombuffer(b"{", np.uint8)), "holds no JSON"),
         ),
         (
+            *(BNB, pack_four_bit, "weight.quant_state.bitsandbytes__nf4"),
+            *(("U8", STATE), r"shape \[96, 97\]; expected \[96, 96\]"),
+        ),
+        (
             *(BNB, pack_four_bit, "weight.absmax"),
             *(("F32", np.ones(7, np.float32)), "holds 7 numbers; expected 144"),
         ),
@@ -321,17 +332,42 @@ def test_contents_that_contradict_the_format(
         open_checkpoint(read_model(published.path))
 
 
+@pytest.mark.parametrize(
+    ("config", "pack"),
+    [
+        (AWQ, partial(pack_awq, group=32)),
+        (GPTQ, partial(pack_gptq, group=32)),
+        (GPTQ | {"desc_act": True}, partial(pack_gptq, group=32, order="act")),
+        (GPTQ | {"bits": 8}, partial(pack_gptq, group=32, bits=8)),
+        (FP8 | {"weight_block_size": [20, 48]}, partial(pack_fp8, block=(20, 48))),
+        (FBGEMM, partial(pack_fp8, scales="channel", name="weight_scale")),
+        (BNB, partial(pack_four_bit, blocksize=256)),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, pack_eight_bit),
+    ],
+)
+def test_some_rows_are_those_of_the_whole(tmp_path: Path, config: Any, pack: Any) -> None:
+    """As matrices are read that a checkpoint holds as one; the rows begin at odd places."""
+    files = read_model(write_published(tmp_path, pack, config).path)
+    weights = SafetensorsFile(tmp_path / "model.safetensors")
+    matrix = files.quantized["layers.1.down"].settled(weights)
+    source = StoredSource(weights, [matrix])
+    for name in matrix.infos():
+        whole = source.read(name)
+        assert whole.shape[0] == 96
+        for first, last in ((0, 1), (5, 78), (8, 16), (95, 96)):
+            rows = source.read_rows(name, first, last)
+            assert rows.dtype == whole.dtype
+            assert np.array_equal(rows.data, whole.data[first:last]), (name, first)
+
+
 def test_conversion_needs_little_memory(tmp_path: Path) -> None:
     """A matrix at a time: the result in bf16, and scratch for a block of rows."""
     outputs, inputs = 2048, 1024
     codes = np.random.default_rng(0).integers(0, 120, (outputs, inputs)).astype(np.uint8)
     scale = np.ones((outputs // 128, inputs // 128), np.float32)
+    scale[1] = 3
     stored = {"m.weight": ("F8_E4M3", codes), "m.weight_scale_inv": ("F32", scale)}
     write_safetensors(tmp_path / "model.safetensors", stored)
-    from octavo.weights.float8 import Float8Matrix
-    from octavo.weights.safetensors import SafetensorsFile
-    from octavo.weights.stored import CONVERTED, StoredSource
-
     file = SafetensorsFile(tmp_path / "model.safetensors")
     matrix = Float8Matrix("m", (outputs, inputs), CONVERTED, block=(128, 128))
     source = StoredSource(file, [matrix])

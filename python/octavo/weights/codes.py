@@ -169,8 +169,7 @@ class CompressedMatrix(GroupedMatrix):
 
     def _zeros_are_packed(self, infos: Infos) -> bool:
         info = infos.get(self.module + ".weight_zero_point")
-        older = self.layout == "int-quantized" or self.per_tensor
-        return not older and (info is None or info.dtype != "I8")
+        return info is None or info.dtype != "I8"
 
     def settled(self, files: SafetensorsFile) -> CompressedMatrix:
         """As `StoredMatrix.settled`. Raises WeightsError for a wrong weight_shape."""
