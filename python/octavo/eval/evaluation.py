@@ -140,7 +140,8 @@ class _Models:
         environment: Environment,
     ) -> Checkpoint:
         formats = checkpoint.formats.keys()
-        if against == "same" and formats and formats <= checkpoint.stored.keys():
+        is_gguf = bool(formats) and not self.files.quantized
+        if against == "same" and is_gguf and formats <= checkpoint.stored.keys():
             # A GGUF file: the numbers that it stands for.
             self.reference_files = read_model(self.files.path, "f32")
             return open_checkpoint(self.reference_files)
