@@ -75,6 +75,7 @@ def describe(files: ModelFiles) -> dict[str, Any]:
         "num_kv_heads": layer.num_kv_heads,
         "head_dim": layer.head_dim,
         "intermediate_size": layer.intermediate_size,
+        "experts": _experts(spec),
         "activation": layer.activation,
         "attention_bias": layer.qkv_bias,
         "mlp_bias": layer.mlp_bias,
@@ -88,6 +89,17 @@ def describe(files: ModelFiles) -> dict[str, Any]:
         "kv_bytes_per_token": {"f32": 4 * kv_elements, "bf16": 2 * kv_elements},
         "memory": _memory(weight_sizes, kv_elements, spec.max_position_embeddings),
     }
+
+
+def _experts(spec: ModelSpec) -> dict[str, Any] | None:
+    """Of the layers that have experts; None: no layer has."""
+    from dataclasses import asdict
+
+    found = [(layer.intermediate_size, layer.moe) for layer in spec.layers if layer.moe]
+    if not found:
+        return None
+    width, moe = found[0]
+    return {"num_layers": len(found), "intermediate_size": width, **asdict(moe)}
 
 
 def _rope(layer: LayerSpec) -> dict[str, Any] | None:
@@ -197,7 +209,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "Attention",
             f"{heads} query heads and {kv_heads} KV heads of {facts['head_dim']} ({kind})",
         ),
-        ("MLP", f"{facts['intermediate_size']:,} wide, gated {facts['activation']}"),
+        ("MLP", _mlp_text(facts)),
         ("Biases", " and ".join(biases) or "none"),
         ("Vocabulary", f"{facts['vocab_size']:,} tokens; output head {head}"),
         ("Context", f"{facts['max_position_embeddings']:,} tokens"),
@@ -209,6 +221,18 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "as f32",
         ),
     ]
+
+
+def _mlp_text(facts: dict[str, Any]) -> str:
+    experts = facts["experts"]
+    if experts is None:
+        return f"{facts['intermediate_size']:,} wide, gated {facts['activation']}"
+    text = (
+        f"{experts['num_experts']} experts of {experts['intermediate_size']:,} wide, "
+        f"{experts['experts_per_token']} of them for each token, gated {facts['activation']}"
+    )
+    dense = facts["num_layers"] - experts["num_layers"]
+    return text + (f"; {dense} layers without experts" if dense else "")
 
 
 def _weights_text(weights: dict[str, Any] | None) -> str:

@@ -42,10 +42,11 @@ class Recorder:
     taps: dict[str, Float32] = field(default_factory=dict)
 
     def note(self, name: str, value: Any) -> None:
-        """Keep a (1, rows, ...) torch tensor as float32 (rows, width)."""
+        """Keep a torch tensor, (1, rows, ...) or a router's (rows, width), as float32 rows."""
         if self.active:
             tensor = value[0] if isinstance(value, tuple) else value
-            rows = tensor.detach()[0].float().cpu()
+            rows = tensor.detach().float().cpu()
+            rows = rows if rows.dim() == 2 else rows[0]
             self.taps[name] = rows.reshape(len(rows), -1).numpy().copy()
 
 
@@ -122,6 +123,9 @@ class HuggingFaceImplementation:
                     f"transformers' model has other weights than octavo's: {untied or unexpected}"
                 )
             model.tie_weights()
+        # Products of all experts at once, its default, want widths that are multiples of four.
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")
         return model.eval()
 
     def _hook(self, files: ModelFiles) -> None:
@@ -144,6 +148,8 @@ class HuggingFaceImplementation:
 
     def _module(self, files: ModelFiles, node: Node) -> Any:
         """The module whose output is the tap; None where there is none."""
+        if node.op == "moe" or any(matrix.is_router for matrix in node.matrices):
+            return self._expert_module(files, node)
         if node.op == "linear" and node.layer is None:
             return self._model.get_output_embeddings()  # whether tied or not
         if node.norm is not None:
@@ -153,6 +159,13 @@ class HuggingFaceImplementation:
         if node.op == "add_norm":  # the residual stream behind a layer
             return self._model.get_submodule(_layer_module(files, self._nodes, node.layer))
         return None
+
+    def _expert_module(self, files: ModelFiles, node: Node) -> Any:
+        """The router, or all that it belongs to; transformers 5 has other names than the files."""
+        layer = self._model.get_submodule(_layer_module(files, self._nodes, node.layer))
+        router = next(name for name, _ in layer.named_modules() if name.endswith(".gate"))
+        name = router.removesuffix(".gate") if node.op == "moe" else router
+        return layer.get_submodule(name)
 
     def reset(self) -> None:
         self._cache = None
