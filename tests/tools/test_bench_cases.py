@@ -18,6 +18,7 @@ from octavo.bench.cases import (
     work_of,
 )
 from octavo.errors import InvalidArgumentError
+from octavo.models.spec import MoeSpec
 
 SPEC = tiny_spec()  # 2 layers: hidden 36, 6 and 2 heads of 10, 44 wide; 83 tokens, tied
 

@@ -45,7 +45,7 @@ FAMILY = Family(
     read_spec=read_spec,
     tensors=TensorNames(
         {
-            **{name: part for name, part in LLAMA_TENSORS.items() if ".mlp." not in name},
+            **LLAMA_TENSORS,
             f"{_MLP}.gate": "router",
             f"{_MLP}.experts.{{expert}}.w1": "experts.{expert}.gate",
             f"{_MLP}.experts.{{expert}}.w3": "experts.{expert}.up",

@@ -87,11 +87,11 @@ def read_quantization(
     stored, weight_map = {}, names.weight_map(spec)
     for name in [*linear_nodes(spec), *([] if spec.tie_word_embeddings else ["lm_head"])]:
         source = weight_map[name + ".weight"]
-        module = source.modules[0]
+        module = source.module
         matching = [group for group in found if _matches(module, group.targets)]
         if not matching or _matches(module, ignore):
             continue
-        if len(source.names) > 1 or source.transform != "plain":
+        if source.transform != "plain":
             raise fields.error("config_groups", module, "matrices that are stored as they are used")
         outputs, inputs = source.stored_shape
         stored[name] = matching[0].matrix(module, (outputs, inputs))
