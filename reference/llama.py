@@ -21,6 +21,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from octavo.models.adapter import Adapter
 from octavo.models.layer import weight_shapes
 from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, WeightFormat
 from octavo.reference import ops
@@ -67,6 +68,8 @@ class ReferenceModel:
     and what is multiplied by them is rounded to whole numbers (`rounded_product` there).
     int4_activations: "bf16" rounds what is multiplied by int4 to bfloat16 instead, as the CPU's
     instruction set amx does; all others, and int8 everywhere, are "whole".
+    adapter: a LoRA adapter, which adds `ops.low_rank` to the products of its matrices, and to the
+    rows of the embedding; its matrices are rounded as dtype says, however the model is quantized.
     compute: np.float32, or np.float64 to judge the rounding of other implementations.
     """
 
@@ -79,6 +82,7 @@ class ReferenceModel:
         kv_dtype: str = "f32",
         formats: Mapping[str, WeightFormat] | None = None,
         int4_activations: str = "whole",
+        adapter: Adapter | None = None,
         compute: type[np.float32] | type[np.float64] = np.float32,
     ) -> None:
         if dtype not in _DTYPES or kv_dtype not in _KV_DTYPES:
@@ -93,6 +97,7 @@ class ReferenceModel:
         self.kv_dtype = kv_dtype
         self.compute = compute
         self.formats: Mapping[str, WeightFormat] = dict(formats or {})
+        self.adapter = {} if adapter is None else adapter.matrices
         self.weights = _checked_weights(spec, weights, dtype, self.formats)
         self.frequencies = [
             None if layer.rope is None else np.array(layer.rope.frequencies, np.float32)
@@ -134,7 +139,7 @@ class ReferenceModel:
             x = ops.take_rows(x, np.asarray(logit_rows))
         x = self._norm("final_norm", spec.final_norm, x)
         _tap(taps, "final_norm", x)
-        logits = self._linear("embed" if spec.tie_word_embeddings else "lm_head", x)
+        logits = self._linear("lm_head", x)
         logits = ops.scale(logits, spec.logits_multiplier, spec.logits_softcap)
         _tap(taps, "logits", logits)
         return logits
@@ -142,7 +147,10 @@ class ReferenceModel:
     def _embed(self, tokens: Integers, positions: Integers) -> Array:
         table = self.weights.get("positions.weight")
         x = ops.embed(self.weights["embed.weight"], tokens, table, positions)
-        return ops.scale(x.astype(self.compute), self.spec.embed_multiplier)
+        x = x.astype(self.compute)
+        if part := self.adapter.get("embed"):
+            x = x + ops.low_rank_rows(tokens, part, self.dtype)
+        return ops.scale(x, self.spec.embed_multiplier)
 
     def _attention(
         self,
@@ -233,8 +241,12 @@ class ReferenceModel:
         return ops.norm_heads(x, self.weights[name + ".weight"], None, norm.eps, norm.kind)
 
     def _linear(self, name: str, x: Array) -> Array:
-        weight, bias = self.weights[name + ".weight"], self.weights.get(name + ".bias")
-        return self.multiply(name, x, weight, bias)
+        own = "embed" if name == "lm_head" and self.spec.tie_word_embeddings else name
+        weight, bias = self.weights[own + ".weight"], self.weights.get(own + ".bias")
+        out = self.multiply(own, x, weight, bias)
+        if part := self.adapter.get(name):
+            out = out + ops.low_rank(x, part, self.dtype)
+        return out
 
     def multiply(self, name: str, x: Array, weight: Array, bias: Array | None) -> Array:
         """x times a weight; x is rounded as the format of the matrix `name` requires.

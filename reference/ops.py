@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from octavo.models.adapter import LowRank
+
 Array = npt.NDArray[Any]  # float32, or float64 when judging
 Float32 = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.integer[Any]]
@@ -150,6 +152,22 @@ def linear(x: Array, weight: Array, bias: Array | None = None, dtype: str = "f32
         x, weight = round_to_bf16(x), round_to_bf16(weight)
     y: Array = x @ weight.astype(x.dtype, copy=False).T
     return y if bias is None else y + bias.astype(x.dtype, copy=False)
+
+
+def low_rank(x: Array, part: LowRank, dtype: str = "f32") -> Array:
+    """What an adapter adds to the product of a matrix: (scale B) (A x) (Hu et al. 2021).
+
+    x: (rows, inputs), as the matrix itself takes it. Both products are `linear` with this dtype, so
+    "bf16" rounds x, A, A x and scale B to bfloat16, and no sum. Returns (rows, outputs).
+    """
+    return linear(linear(x, part.a, dtype=dtype), part.scaled_b, dtype=dtype)
+
+
+def low_rank_rows(token_ids: Integers, part: LowRank, dtype: str = "f32") -> Array:
+    """What an adapter adds to rows of the embedding: (scale B) A[:, token]; (rows, hidden)."""
+    rows = np.ascontiguousarray(part.a.T[token_ids])
+    rows = round_to_bf16(rows) if dtype == "bf16" else rows
+    return linear(rows, part.scaled_b, dtype=dtype)
 
 
 def rope(

@@ -1,6 +1,6 @@
 """The native core. The same names exist in every build, with CUDA or without."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,8 +83,8 @@ class Batch:
     sampling: (num_rows,) of octavo.reference.sampling.SAMPLING_ROW, which says what its fields
         mean: how each logit row is sampled. state_row is in 0 .. max_num_seqs - 1, or -1; the
         position is set by the step, whatever it is here. Left out: greedy, without logprobs.
-    adapter_ids: int32 (num_seqs,), the adapter of each sequence, -1 for none; and embeddings:
-        float32 (num_tokens, hidden_size), in place of token_ids. No runtime takes them yet.
+    adapter_ids: int32 (num_seqs,), the place of each sequence's adapter, -1 for none.
+    embeddings: float32 (num_tokens, hidden_size), in place of token_ids. No runtime takes them yet.
     """
 
     def __init__(
@@ -140,6 +140,17 @@ class Runtime:
         numbers, which are rounded to 127 steps of each row's largest magnitude.
         The array is copied or packed before the call returns.
         """
+
+    def load_adapter(self, slot: int, matrices: Mapping[str, tuple[Float32, Float32]]) -> None:
+        """Put a LoRA adapter into place 0 .. max_adapters - 1, after the steps queued so far.
+
+        matrices: by octavo's name ("layers.3.q"; "embed" and "lm_head" are the ends), A of shape
+        (rank, inputs) and scale * B of shape (outputs, rank); see `octavo.models.adapter.LowRank`.
+        What was there before is freed.
+        """
+
+    def unload_adapter(self, slot: int) -> None:
+        """Empty a place, after the steps queued so far; harmless where it is empty."""
 
     def missing_weights(self) -> list[str]:
         """Names that `load` has not seen yet; the first step needs this to be empty."""

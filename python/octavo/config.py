@@ -112,6 +112,7 @@ class EngineConfig:
         CUDA graphs and replaying them.
     enable_prefix_caching: keep the keys and values of prompts that have been computed, and reuse
         them for a later prompt that begins alike.
+    max_adapters: how many LoRA adapters may be in memory at a time, used or not.
     max_waiting_requests, max_waiting_tokens: how many requests, and prompt tokens of them, may
         wait to be started; one more is refused with a QueueFullError. None: any number.
     event_log_capacity: how many scheduling decisions are kept to be asked about.
@@ -139,6 +140,7 @@ class EngineConfig:
     deterministic: bool = False
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
+    max_adapters: int = 8
     max_waiting_requests: int | None = None
     max_waiting_tokens: int | None = None
     priority_ageing_seconds: float = 30.0
@@ -159,6 +161,8 @@ class EngineConfig:
         _check_positive("max_num_batched_tokens", self.max_num_batched_tokens)
         _check_positive("block_size", self.block_size)
         _check_positive("event_log_capacity", self.event_log_capacity)
+        if not 0 <= self.max_adapters <= 1024:
+            raise InvalidArgumentError(f"max_adapters is {self.max_adapters}; expected 0 to 1024")
         if self.max_model_len is not None:
             _check_positive("max_model_len", self.max_model_len)
         for name in ("num_kv_blocks", "max_waiting_requests", "max_waiting_tokens"):
@@ -199,6 +203,8 @@ class RuntimeOptions:
     graphs: bool = True
     # Which of the machine's devices of that name.
     device_index: int = 0
+    # Places for LoRA adapters.
+    max_adapters: int = 0
     # A model split over several devices, by its matrices or by its layers (None: to the last one).
     # Declared; the native runtime refuses all but one rank with all layers.
     rank: int = 0

@@ -50,6 +50,37 @@ class DownloadError(OctavoError):
 
 
 @dataclass(eq=False, repr=False)
+class AdapterNotFoundError(InvalidArgumentError):
+    """A request for a LoRA adapter that there is not. names: those that there are."""
+
+    name: str
+    names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        known = f"expected one of {', '.join(self.names)}" if self.names else "there are none"
+        super().__init__(f"the adapter {self.name!r} is not loaded: {known}")
+
+    def __reduce__(self) -> tuple[type[AdapterNotFoundError], tuple[str, Sequence[str]]]:
+        return type(self), (self.name, self.names)
+
+
+@dataclass(eq=False, repr=False)
+class AdaptersInUseError(OctavoError):
+    """An adapter that cannot be loaded while requests use all places: try again later."""
+
+    max_adapters: int
+
+    def __post_init__(self) -> None:
+        super().__init__(
+            f"requests use all {self.max_adapters} places for adapters (max_adapters): try again "
+            "later, or start with more"
+        )
+
+    def __reduce__(self) -> tuple[type[AdaptersInUseError], tuple[int]]:
+        return type(self), (self.max_adapters,)
+
+
+@dataclass(eq=False, repr=False)
 class QueueFullError(OctavoError):
     """A request that was refused because too many wait already: try again later.
 

@@ -64,6 +64,7 @@ class LLM(LoadedModel):
         *,
         config: EngineConfig | None = None,
         on_load: LoadProgress | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         **options: Any,
     ) -> None:
         """Load a model.
@@ -72,10 +73,11 @@ class LLM(LoadedModel):
         pulled model; None takes smollm2-135m.
         config, or its fields as options: see `EngineConfig`; options win over config.
         on_load: called with the bytes loaded so far and in all.
+        adapters: LoRA adapters, name -> folder that PEFT wrote, at most max_adapters of them.
         Raises ModelNotFoundError, UnsupportedModelError, WeightsError, TokenizerError,
         InsufficientMemoryError, or InvalidArgumentError.
         """
-        loaded = load_model(model, config=config, on_load=on_load, **options)
+        loaded = load_model(model, config=config, on_load=on_load, adapters=adapters, **options)
         self._set_up(loaded.engine, loaded.chat_template, loaded.config, loaded.notes)
 
     @classmethod
@@ -110,19 +112,21 @@ class LLM(LoadedModel):
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
         """Continue one prompt or many, batched together; the outputs are in the prompts' order.
 
         prompts: a text, a list of texts, the token ids of one prompt, or a list of such lists; in
         place of each also {"prompt": text} or {"prompt_token_ids": ids}.
         params: for all prompts, or one for each; None takes the defaults. progress: show a bar on
-        stderr. Every prompt is checked before any runs: an InvalidArgumentError says which one is
-        bad. Ctrl-C ends all of them and raises KeyboardInterrupt.
+        stderr. adapter: the name of a LoRA adapter, for all prompts. Every prompt is checked before
+        any runs: an InvalidArgumentError says which one is bad. Ctrl-C ends all of them and raises
+        KeyboardInterrupt.
         """
         call = Call(self._shared)
         many, items = split_prompts(prompts)
         encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
-        return self._run_all(call, encoded, params, progress)
+        return self._run_all(call, encoded, params, progress, adapter)
 
     def chat(
         self,
@@ -130,6 +134,7 @@ class LLM(LoadedModel):
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
+        adapter: str | None = None,
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or many: lists of {"role": ..., "content": ...}.
@@ -141,10 +146,14 @@ class LLM(LoadedModel):
         conversations = cast("Sequence[Conversation]", messages if many else [messages])
         encode = partial(self.encode_chat, **template_variables)
         encoded = for_each(conversations, encode, "conversation" if many else None)
-        return self._run_all(call, encoded, params, progress)
+        return self._run_all(call, encoded, params, progress, adapter)
 
     def stream(
-        self, prompt: AnyPrompt, params: SamplingParams | None = None
+        self,
+        prompt: AnyPrompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Generator[OutputChunk, None, None]:
         """Answer one prompt or conversation piece by piece, as its tokens are drawn.
 
@@ -159,7 +168,7 @@ class LLM(LoadedModel):
         encoded = self._encode(prompt)
         params = params or SamplingParams()
         self.engine.check_request(encoded.token_ids, params)
-        asked = _asked(None, encoded, params)._replace(stream=True)
+        asked = _asked(None, encoded, params, adapter)._replace(stream=True)
         return SharedIterator(_stream(call, asked), call)
 
     def generate_as_completed(
@@ -178,6 +187,18 @@ class LLM(LoadedModel):
         call = Call(self._shared)
         limit = max_in_flight or 2 * self.engine.options.max_num_seqs
         return SharedIterator(self._as_completed(call, iter(items), limit), call)
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Read a LoRA adapter that PEFT wrote, while others may be answered.
+
+        Raises InvalidArgumentError for a name that is taken, AdaptersInUseError, and what reading
+        it raises.
+        """
+        self.between_steps(lambda engine: engine.adapters.add(name, Path(folder)))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; answers that use it go on. AdapterNotFoundError for an unknown one."""
+        self.between_steps(lambda engine: engine.adapters.remove(name))
 
     def between_steps(self, function: Callable[[Engine], T]) -> T:
         """Run a function of the engine while no thread changes it: to read its event log, say.
@@ -199,6 +220,7 @@ class LLM(LoadedModel):
         prompts: list[EncodedPrompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
+        adapter: str | None,
     ) -> list[RequestOutput]:
         each = params_for_each(params, len(prompts))
         pairs = list(zip(prompts, each, strict=True))
@@ -212,7 +234,7 @@ class LLM(LoadedModel):
         if progress and prompts:
             bar = request_bar(self._bar_turn, len(prompts), lambda: self.engine.num_sampled_tokens)
         with call, bar as advance:
-            call.ask([_asked(index, *pair) for index, pair in enumerate(pairs)])
+            call.ask([_asked(index, *pair, adapter) for index, pair in enumerate(pairs)])
             on_step = advance and partial(advance, 0)
             while (arrival := call.take(on_step)) is not None:
                 results[arrival.key] = arrival.chunk.result
@@ -252,7 +274,9 @@ def _stream(call: Call, asked: Asked) -> Generator[OutputChunk, None, None]:
             yield arrival.chunk
 
 
-def _asked(key: Any, prompt: EncodedPrompt, params: SamplingParams) -> Asked:
+def _asked(
+    key: Any, prompt: EncodedPrompt, params: SamplingParams, adapter: str | None = None
+) -> Asked:
     return Asked(
         key,
         prompt.token_ids,
@@ -260,6 +284,7 @@ def _asked(key: Any, prompt: EncodedPrompt, params: SamplingParams) -> Asked:
         prompt.text,
         continues_prompt=not prompt.is_chat,
         kept_special_ids=prompt.kept_special_ids,
+        adapter=adapter,
     )
 
 

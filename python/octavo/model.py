@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,12 +94,14 @@ def load_model(
     *,
     config: EngineConfig | None = None,
     on_load: LoadProgress | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     **options: Any,
 ) -> LoadedModel:
     """Load a model. Arguments and errors are those of `LLM`."""
     from octavo.runtime.loader import load_runtime
     from octavo.text.chat import ChatTemplate
     from octavo.text.tokenizer import Tokenizer
+    from octavo.weights.adapter import read_adapter
     from octavo.weights.checkpoint import open_checkpoint
     from octavo.weights.hub import resolve_model
     from octavo.weights.model_files import read_model
@@ -122,7 +125,10 @@ def load_model(
         tokenizer=tokenizer,
         eos_token_ids=files.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
         seed=config.seed,
+        read_adapter=partial(read_adapter, files=files, checkpoint=checkpoint),
     )
+    for name, folder in (adapters or {}).items():
+        engine.adapters.add(name, Path(folder))
     return LoadedModel(engine, chat_template, config, loaded.notes)
 
 

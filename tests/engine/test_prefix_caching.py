@@ -186,9 +186,9 @@ def test_kv_groups_have_tables_and_copies_of_their_own() -> None:
     assert [pool.num_free for pool in engine.blocks.pools] == [24, 24]
 
 
-def _unchained(hashes: Any, tokens: Any, size: int, salt: Any) -> None:
+def _unchained(hashes: Any, tokens: Any, size: int, *salts: Any) -> None:
     for start in range(len(hashes) * size, len(tokens) - size + 1, size):
-        extend_block_hashes(found := [], tokens[start : start + size], size, salt)
+        extend_block_hashes(found := [], tokens[start : start + size], size, *salts)
         hashes += found
 
 

@@ -21,7 +21,8 @@ from octavo.config import RuntimeOptions
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.request import Sequence as EngineSequence
-from octavo.errors import InvalidArgumentError
+from octavo.errors import InvalidArgumentError, WeightsError
+from octavo.models.adapter import Adapter, LowRank
 from octavo.reference.sampling import SAMPLING_ROW
 from octavo.sampling_params import SamplingParams
 
@@ -41,6 +42,11 @@ class FakeBatch:
     block_tables: npt.NDArray[Any]
     logit_rows: npt.NDArray[Any]
     sampling: npt.NDArray[np.void]
+    adapter_ids: npt.NDArray[Any] | None = None
+
+    def adapter_of(self, s: int) -> int:
+        """The place of a sequence's adapter."""
+        return -1 if self.adapter_ids is None else int(self.adapter_ids[s])
 
 
 @dataclass
@@ -96,6 +102,9 @@ class FakeRuntime:
     max_in_flight: int = 0
     fail_next: Exception | None = None  # in `sample`, and a `submit` that draws
     fail_wait: Exception | None = None  # in `wait`
+    # By place: the fake model with an adapter is another model, and its slots show whose they are.
+    adapters: dict[int, int] = field(default_factory=dict)
+    loads: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         shape = (self.num_kv_groups, self.num_blocks, self.options.block_size)
@@ -126,6 +135,14 @@ class FakeRuntime:
                 del self._open[self._next_ticket]
                 raise
         return self._next_ticket
+
+    def load_adapter(self, slot: int, matrices: Any) -> None:
+        assert 0 <= slot < self.options.max_adapters and slot not in self.adapters
+        self.adapters[slot] = int(matrices["embed"][0][0, 0])
+        self.loads.append(self.adapters[slot])
+
+    def unload_adapter(self, slot: int) -> None:
+        del self.adapters[slot]
 
     def copy_blocks(self, kv_group: int, pairs: npt.NDArray[np.int32]) -> None:
         assert pairs.dtype == np.int32 and pairs.shape[1:] == (2,)
@@ -175,6 +192,8 @@ class FakeRuntime:
         s = int(np.searchsorted(batch.row_starts, token_row, side="right")) - 1
         behind = int(batch.row_starts[s + 1]) - 1 - token_row
         history = self._read(batch, s, int(batch.context_lens[s]) - behind)
+        if batch.adapter_of(s) >= 0:
+            history = (-self._mark(batch, s), *history)
         forbidden = frozenset(
             t for t in range(VOCAB) if mask is not None and not (int(mask[t // 32]) >> (t % 32)) & 1
         )
@@ -191,6 +210,10 @@ class FakeRuntime:
             output.top_token_ids[row, :count] = ids
             output.top_logprobs[row, :count] = logprobs
 
+    def _mark(self, batch: FakeBatch, s: int) -> int:
+        slot = batch.adapter_of(s)
+        return 0 if slot < 0 else 1000 * self.adapters[slot]
+
     def _slots(self, batch: FakeBatch, s: int, stop: int) -> list[list[tuple[int, int]]]:
         size = self.options.block_size
         return [
@@ -200,10 +223,10 @@ class FakeRuntime:
 
     def _write(self, batch: FakeBatch, s: int) -> None:
         tokens = batch.token_ids[batch.row_starts[s] : batch.row_starts[s + 1]].tolist()
-        context = int(batch.context_lens[s])
+        context, mark = int(batch.context_lens[s]), self._mark(batch, s)
         for group, slots in enumerate(self._slots(batch, s, context)):
             for position, token in enumerate(tokens, context - len(tokens)):
-                self.tokens[group, slots[position][0], slots[position][1]] = token
+                self.tokens[group, slots[position][0], slots[position][1]] = token + mark
                 self.positions[group, slots[position][0], slots[position][1]] = position
 
     def _read(self, batch: FakeBatch, s: int, stop: int) -> tuple[int, ...]:
@@ -211,7 +234,10 @@ class FakeRuntime:
         for group, slots in enumerate(self._slots(batch, s, stop)):
             positions = [int(self.positions[group, block, offset]) for block, offset in slots]
             assert positions == list(range(stop)), f"stale or foreign slots: {positions}"
-            histories.append(tuple(int(self.tokens[group, b, offset]) for b, offset in slots))
+            mark = self._mark(batch, s)
+            history = tuple(int(self.tokens[group, b, offset]) - mark for b, offset in slots)
+            assert all(0 <= token < VOCAB for token in history), "keys of another adapter"
+            histories.append(history)
         assert len(set(histories)) == 1, "the KV groups disagree"
         return histories[0]
 
@@ -228,7 +254,10 @@ class FakeRuntime:
         assert ((batch.token_ids >= 0) & (batch.token_ids < VOCAB)).all()
         assert (batch.context_lens <= options.max_model_len).all()
         assert batch.block_tables.shape[:2] == (self.num_kv_groups, num_seqs)
+        assert batch.adapter_ids is None or batch.adapter_ids.shape == (num_seqs,)
         for name, array in vars(batch).items():
+            if name == "adapter_ids" and array is None:
+                continue
             assert array.dtype == (SAMPLING_ROW if name == "sampling" else np.int32), name
             assert array.flags.c_contiguous, name
         for group in range(self.num_kv_groups):
@@ -308,6 +337,7 @@ def fake_engine(
     seed: int = 3,
     clock: Callable[[], float] = time.monotonic,
     drafter: FakeDrafter | None = None,
+    read_adapter: Callable[[Path], Adapter] | None = None,
     **options: Any,
 ) -> Engine:
     """An engine over a fake runtime."""
@@ -324,7 +354,16 @@ def fake_engine(
         make_batch=FakeBatch,
         clock=clock,
         drafter=drafter,
+        read_adapter=read_adapter,
     )
+
+
+def fake_adapter(path: Path) -> Adapter:
+    """The adapter in the folder 7 makes another model of the fake one than that in the folder 8."""
+    if not path.name.isdecimal():
+        raise WeightsError(f"the adapter in {path} is damaged")
+    a = np.full((1, VOCAB), int(path.name), np.float32)
+    return Adapter(str(path), {"embed": LowRank(a, np.ones((4, 1), np.float32), 1.0)})
 
 
 class ManualClock:

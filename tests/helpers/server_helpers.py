@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 import uvicorn
-from engine_helpers import EOS, FakeRuntime, fake_engine, plain_tokenizer_directory
+from engine_helpers import EOS, FakeRuntime, fake_adapter, fake_engine, plain_tokenizer_directory
 from runtime_helpers import VOCAB as TINY_VOCAB
 from runtime_helpers import tiny_runtime
 
@@ -41,7 +41,8 @@ def fake_llm(
     """A model whose tokens are characters; its answers mean nothing, and are always the same."""
     tokenizer = Tokenizer(plain_tokenizer_directory(directory))
     limits = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64, **options}
-    engine = fake_engine(num_blocks=num_blocks, tokenizer=tokenizer, **limits)
+    read = fake_adapter if "max_adapters" in options else None
+    engine = fake_engine(num_blocks, tokenizer=tokenizer, read_adapter=read, **limits)
     return LLM.from_engine(engine, None if template is None else ChatTemplate(template))
 
 

@@ -263,7 +263,7 @@ def test_a_rope_field_of_another_type_is_named_in_a_warning() -> None:
         ({"architectures": "LlamaForCausalLM"}, ("architectures", "a list")),
         ({"architectures": [["LlamaForCausalLM"]]}, ("architectures", "LlamaForCausalLM")),
         ({"model_type": "mistral"}, ("model_type", "mistral", "llama")),
-        ({"architectures": DELETED, "model_type": "gpt2"}, ("model_type", "gpt2", "llama")),
+        ({"architectures": DELETED, "model_type": "gptj"}, ("model_type", "gptj", "llama")),
         ({"architectures": DELETED, "model_type": DELETED}, ("architectures", "missing")),
     ],
 )

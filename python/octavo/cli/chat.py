@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from octavo.cli import common
 from octavo.cli.options import (
+    AdapterOption,
     ModelOption,
     SystemOption,
     engine_options,
@@ -44,6 +45,7 @@ A line that begins with a space is sent as it is, even with a / behind it."""
 def chat(
     *,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     system: SystemOption = None,
     config: EngineConfig,
     params: SamplingParams,
@@ -61,7 +63,7 @@ def chat(
     """  # noqa: E501  (typer takes a line break for one)
     interactive = sys.stdin.isatty()
     with _line_reader(interactive) as read_line:
-        llm = common.load_llm(model, config)
+        llm = common.load_llm(model, config, adapter)
         if llm.chat_template is None:
             raise TokenizerError(
                 "this model has no chat template (it is a base model, which only continues a "
@@ -73,7 +75,8 @@ def chat(
                 "Alt-Enter begins another line, a pasted text stays together · "
                 "/help lists commands, Ctrl-D leaves"
             )
-        conversation = Conversation(llm, params, system, quiet=quiet or not interactive)
+        quiet = quiet or not interactive
+        conversation = Conversation(llm, params, system, adapter, quiet=quiet)
         return conversation.run(read_line)
 
 
@@ -81,11 +84,18 @@ class Conversation:
     """The turns so far, and the loop that adds to them."""
 
     def __init__(
-        self, llm: LLM, params: SamplingParams, system: str | None, *, quiet: bool = False
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        system: str | None,
+        adapter: str | None = None,
+        *,
+        quiet: bool = False,
     ) -> None:
         self.llm = llm
         self.params = params
         self.system = system
+        self.adapter = adapter
         self.turns: list[dict[str, str]] = []  # user and assistant by turns, user first
         self.failed = False
         self._quiet = quiet
@@ -170,7 +180,7 @@ class Conversation:
         result: RequestOutput | None = None
         stopped = False
         try:
-            for chunk in self.llm.stream(prompt, self.params):
+            for chunk in self.llm.stream(prompt, self.params, adapter=self.adapter):
                 # Some templates end so that every answer begins with a space.
                 text = chunk.text if pieces else chunk.text.lstrip()
                 if text:

@@ -84,14 +84,16 @@ def progress_bar(unit: Unit = "percent", **options: Any) -> Iterator[Bar]:
         yield bar
 
 
-def load_llm(model: str | None, config: EngineConfig) -> LLM:
+def load_llm(model: str | None, config: EngineConfig, adapter: str | None = None) -> LLM:
     """The model in memory, with a bar on a terminal; fetches smollm2-135m where it is missing."""
     from octavo.llm import LLM
     from octavo.weights.hub import DEFAULT_MODEL
 
     stage = f"loading {Path(model or DEFAULT_MODEL).name}"
     with progress_bar("bytes") as bar:
-        llm = LLM(model, config=config, on_load=partial(bar.update, stage))
+        on_load = partial(bar.update, stage)
+        adapters = {adapter: adapter} if adapter else {}  # its folder is its name
+        llm = LLM(model, config=config, on_load=on_load, adapters=adapters)
     for line in llm.notes:
         note(line)
     return llm

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli import common
 from octavo.cli.options import (
+    AdapterOption,
     ChatOption,
     EventLogOption,
     ModelOption,
@@ -43,6 +44,7 @@ def generate(
     ],
     *,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     chat: ChatOption = None,
     system: SystemOption = None,
     config: EngineConfig,
@@ -84,14 +86,14 @@ def generate(
         raise InvalidArgumentError("--system does not go with --raw; leave out one of them")
     text = common.read_prompt(prompt)
     start = time.monotonic()
-    llm = common.load_llm(model, config)
+    llm = common.load_llm(model, config, adapter)
     load_seconds = time.monotonic() - start
     encoded = encode(llm, text, chat, system)
     writer = None if json_output or params.n > 1 else AnswerWriter(sys.stdout)
     if writer is not None and not encoded.is_chat and sys.stdout.isatty():
         _show_dim(text, writer)  # the prompt and its continuation are one text: show it as one
     with silent_keys():
-        chunks, interrupted = _collect(llm, encoded, params, writer)
+        chunks, interrupted = _collect(llm, encoded, params, writer, adapter)
     if event_log is not None:
         llm.engine.events.write(event_log)
     result = next((chunk.result for chunk in chunks if chunk.result is not None), None)
@@ -137,12 +139,16 @@ def _show_dim(prompt: str, writer: AnswerWriter) -> None:
 
 
 def _collect(
-    llm: LLM, prompt: EncodedPrompt, params: SamplingParams, writer: AnswerWriter | None
+    llm: LLM,
+    prompt: EncodedPrompt,
+    params: SamplingParams,
+    writer: AnswerWriter | None,
+    adapter: str | None,
 ) -> tuple[list[OutputChunk], bool]:
     """All chunks, shown as they come if there is a writer, and whether Ctrl-C ended them."""
     chunks = []
     interrupted = False
-    stream = llm.stream(prompt, params)
+    stream = llm.stream(prompt, params, adapter=adapter)
     try:
         for chunk in stream:
             chunks.append(chunk)

@@ -13,7 +13,7 @@ import typer
 from octavo.cli.options import ModelArgument, option
 
 if TYPE_CHECKING:
-    from octavo.models.spec import LayerSpec, ModelSpec, WeightFormat
+    from octavo.models.spec import ModelSpec, WeightFormat
     from octavo.weights.checkpoint import Checkpoint
     from octavo.weights.model_files import ModelFiles
 
@@ -48,6 +48,7 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     that holds no weight file at all is described from its configuration.
     """
     from octavo.models.layer import weight_shapes
+    from octavo.models.summary import specials
     from octavo.quantization.plan import describe_formats, embedding_formats, weight_bytes
     from octavo.weights.tensor import ITEM_SIZE
 
@@ -75,13 +76,13 @@ def describe(files: ModelFiles) -> dict[str, Any]:
         "num_kv_heads": layer.num_kv_heads,
         "head_dim": layer.head_dim,
         "intermediate_size": layer.intermediate_size,
-        "experts": _experts(spec),
         "activation": layer.activation,
         "attention_bias": layer.qkv_bias,
         "mlp_bias": layer.mlp_bias,
         "tie_word_embeddings": spec.tie_word_embeddings,
         "max_position_embeddings": spec.max_position_embeddings,
-        "rope": _rope(layer),
+        "rope": _rope(spec),
+        "special": specials(spec),
         "eos_token_ids": list(files.eos_token_ids),
         "weights": None if checkpoint is None else _weights(checkpoint),
         "quantized": describe_formats(spec, formats),
@@ -91,28 +92,19 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     }
 
 
-def _experts(spec: ModelSpec) -> dict[str, Any] | None:
-    """Of the layers that have experts; None: no layer has."""
-    from dataclasses import asdict
-
-    found = [(layer.intermediate_size, layer.moe) for layer in spec.layers if layer.moe]
-    if not found:
-        return None
-    width, moe = found[0]
-    return {"num_layers": len(found), "intermediate_size": width, **asdict(moe)}
-
-
-def _rope(layer: LayerSpec) -> dict[str, Any] | None:
-    if layer.rope is None:
-        return None
-    return {
-        "kind": layer.rope.kind,
-        "theta": layer.rope.theta,
-        "factor": layer.rope.factor,
-        "attention_factor": layer.rope.attention_factor,
-        "rotated": 2 * len(layer.rope.frequencies),
-        "head_dim": layer.head_dim,
-    }
+def _rope(spec: ModelSpec) -> dict[str, Any] | None:
+    """The rope of the first layer that rotates."""
+    for layer in spec.layers:
+        if layer.rope is not None:
+            return {
+                "kind": layer.rope.kind,
+                "theta": layer.rope.theta,
+                "factor": layer.rope.factor,
+                "attention_factor": layer.rope.attention_factor,
+                "rotated": 2 * len(layer.rope.frequencies),
+                "head_dim": layer.head_dim,
+            }
+    return None
 
 
 def _open(files: ModelFiles) -> Checkpoint | None:
@@ -209,11 +201,12 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "Attention",
             f"{heads} query heads and {kv_heads} KV heads of {facts['head_dim']} ({kind})",
         ),
-        ("MLP", _mlp_text(facts)),
+        ("MLP", f"{facts['intermediate_size']:,} wide, {facts['activation']}"),
         ("Biases", " and ".join(biases) or "none"),
         ("Vocabulary", f"{facts['vocab_size']:,} tokens; output head {head}"),
         ("Context", f"{facts['max_position_embeddings']:,} tokens"),
         ("Rope", _rope_text(facts["rope"])),
+        *[("Special", text) for text in facts["special"]],
         ("End of text", ", ".join(map(str, facts["eos_token_ids"])) or "no token"),
         (
             "KV cache",
@@ -221,18 +214,6 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "as f32",
         ),
     ]
-
-
-def _mlp_text(facts: dict[str, Any]) -> str:
-    experts = facts["experts"]
-    if experts is None:
-        return f"{facts['intermediate_size']:,} wide, gated {facts['activation']}"
-    text = (
-        f"{experts['num_experts']} experts of {experts['intermediate_size']:,} wide, "
-        f"{experts['experts_per_token']} of them for each token, gated {facts['activation']}"
-    )
-    dense = facts["num_layers"] - experts["num_layers"]
-    return text + (f"; {dense} layers without experts" if dense else "")
 
 
 def _weights_text(weights: dict[str, Any] | None) -> str:

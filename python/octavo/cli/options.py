@@ -72,6 +72,14 @@ ChatOption = Annotated[
 SystemOption = Annotated[
     str | None, option('System message: how the model should behave, as in "You are a pirate."')
 ]
+AdapterOption = Annotated[
+    str | None,
+    option(
+        "Answer with this LoRA adapter: a folder that PEFT's save_pretrained wrote.",
+        metavar="PATH",
+        panel=MODEL,
+    ),
+]
 EventLogOption = Annotated[
     Path | None,
     option(
@@ -189,6 +197,13 @@ class _Batching:
     enable_prefix_caching: Annotated[
         bool,
         option("Keep computed prompts, for later ones that begin alike.", panel="Prefix cache"),
+    ]
+    max_adapters: Annotated[
+        int,
+        _model(
+            "Most LoRA adapters in memory. One more takes the place of the one that was used "
+            "longest ago, if no request uses it."
+        ),
     ]
     max_waiting_requests: Annotated[
         int | None,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from octavo.cli.options import (
+    MODEL,
     SAMPLING,
     EventLogOption,
     ModelArgument,
@@ -20,6 +21,7 @@ from octavo.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
+    from octavo.server.options import ServerOptions
 
 _listen = partial(option, panel="Listen")
 _limits = partial(option, panel="Limits")
@@ -31,6 +33,7 @@ _limits = partial(option, panel="Limits")
     "num_kv_blocks",
     "kv_memory_fraction",
     "enable_prefix_caching",
+    "max_adapters",
     "max_waiting_requests",
     "max_waiting_tokens",
     "seed",
@@ -53,6 +56,15 @@ def serve(
     served_model_name: Annotated[
         list[str] | None,
         _listen("What clients call the model; may be given several times. Left out: its name."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        option(
+            "A LoRA adapter that PEFT wrote, which requests name as their model; may be given "
+            "several times. More are loaded by /v1/load_lora_adapter.",
+            metavar="NAME=PATH",
+            panel=MODEL,
+        ),
     ] = None,
     allowed_origin: Annotated[
         list[str] | None,
@@ -149,18 +161,33 @@ def serve(
     )
     from octavo.server.serving import serve as run_server
 
-    run_server(options, partial(_load, path, config))
+    run_server(options, partial(_load, path, config, _named_adapters(adapter or [], options)))
     return 0
 
 
-def _load(path: Path, config: EngineConfig) -> LLM:
+def _named_adapters(given: list[str], options: ServerOptions) -> dict[str, Path]:
+    """From NAME=PATH; a name must be neither empty nor another one's."""
+    found: dict[str, Path] = {}
+    for entry in given:
+        name, _, path = entry.partition("=")
+        if not name or not path or name in found or name in options.served_names:
+            raise InvalidArgumentError(
+                f"--adapter is {entry!r}; expected NAME=PATH with a name of its own (not that of "
+                "the model)"
+            )
+        found[name] = Path(path)
+    return found
+
+
+def _load(path: Path, config: EngineConfig, adapters: dict[str, Path]) -> LLM:
     """The model; while it loads, the server's log says how much is done."""
     from octavo.llm import LLM
     from octavo.progress import log_bytes
     from octavo.server.logs import log_event
 
     write = partial(log_event, logging.getLogger("octavo.server"), logging.INFO)
-    llm = LLM(path, config=config, on_load=log_bytes(write, f"loading {path.name}"))
+    on_load = log_bytes(write, f"loading {path.name}")
+    llm = LLM(path, config=config, on_load=on_load, adapters=adapters)
     for line in llm.notes:
         write(line)
     return llm

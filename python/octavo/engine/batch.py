@@ -27,6 +27,7 @@ class BatchArrays(NamedTuple):
     block_tables: Int32
     logit_rows: Int32
     sampling: SamplingRows
+    adapter_ids: Int32 | None  # None: no sequence has an adapter
 
 
 def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> BatchArrays:
@@ -66,6 +67,7 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
         block_tables=_pack_block_tables(entries, blocks),
         logit_rows=np.array(logit_rows, np.int32),
         sampling=_pack_sampling(schedule.row_sequences, state_rows, vocab_size),
+        adapter_ids=_pack_adapters(entries),
     )
 
 
@@ -102,6 +104,11 @@ def _temperature(value: float) -> float:
     so it becomes 0 (greedy). Above float32's range all tokens are equally probable anyway.
     """
     return min(value, _HUGE) if value >= 1e-30 else 0.0
+
+
+def _pack_adapters(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
+    slots = [entry.sequence.adapter.slot for entry in entries]
+    return np.array(slots, np.int32) if max(slots) >= 0 else None
 
 
 def _pack_block_tables(entries: tuple[ScheduledSequence, ...], blocks: BlockManager) -> Int32:

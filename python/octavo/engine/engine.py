@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import RuntimeOptions
+from octavo.engine.adapters import AdapterTable
 from octavo.engine.adjustments import build_adjustments
 from octavo.engine.admission import AdmissionLimits, Deadlines, check_scheduling, check_tokens
 from octavo.engine.answer import Answer, not_finite, read_logprobs, request_output
@@ -30,6 +32,7 @@ from octavo.engine.request import FinishReason, Request, derive_seed
 from octavo.engine.schedule import Drafter, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.errors import InvalidArgumentError, QueueFullError
+from octavo.models.adapter import Adapter
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ class Engine:
     eos_token_ids: any of these ends an answer. seed: for requests that name none.
     make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
     clock: returns the time in seconds. drafter: proposes tokens; one step checks several of them.
+    read_adapter: reads a LoRA adapter for this model; without it there are none.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Engine:
         make_batch: Callable[..., Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
         drafter: Drafter | None = None,
+        read_adapter: Callable[[Path], Adapter] | None = None,
     ) -> None:
         if make_batch is None:
             from octavo._native import Batch
@@ -87,6 +92,7 @@ class Engine:
         self.events = EventLog(options.event_log_capacity, header)
         self.scheduler = Scheduler(limits, self.blocks, self.events, drafter)
         self.guard = EngineGuard()
+        self.adapters = AdapterTable(runtime, options.max_adapters, read_adapter)
         self.failed_request_ids: frozenset[str] = frozenset()  # that were in the step that failed
         self.num_steps = 0
         self.num_sampled_tokens = 0
@@ -135,6 +141,7 @@ class Engine:
         priority: int = 0,
         timeout: float | None = None,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Queue a request; its answers come out of `step`.
 
@@ -142,6 +149,8 @@ class Engine:
         more urgent. timeout: seconds from now after which it ends with the finish reason "timeout",
         waiting or running; None lets it run. cache_salt: requests with different salts share no
         cached keys and values, so a client cannot find out by timing what others have asked.
+        adapter: the name of a LoRA adapter in `adapters`, which may raise an AdapterNotFoundError,
+        an AdaptersInUseError, or what reading it raises.
         Raises InvalidArgumentError for a request that cannot be answered, QueueFullError when too
         many wait already; both change nothing. This, `step` and `abort` raise the errors of
         `EngineGuard`.
@@ -151,9 +160,11 @@ class Engine:
         self.check_request(prompt_token_ids, params)
         check_scheduling(priority, timeout)
         now = self._clock()
+        loan = self.adapters.acquire(adapter)
         try:
             self._admission.admit(request_id, len(prompt_token_ids))
         except QueueFullError as error:
+            self.adapters.release(loan)
             self.events.record(refusal(request_id, len(prompt_token_ids), error, now))
             raise
         if params.seed is None:
@@ -169,6 +180,7 @@ class Engine:
             priority=priority,
             deadline=None if timeout is None else now + timeout,
             cache_salt=cache_salt,
+            adapter=loan,
             arrival_time=now,
         )
         if request.deadline is not None:
@@ -392,4 +404,5 @@ class Engine:
         self._admission.remove(request_id)
         self._deadlines.remove(request_id)
         self._watching.discard(request_id)
+        self.adapters.release(answers[0].request.adapter)
         return request_output(answers, now)

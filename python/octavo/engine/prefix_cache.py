@@ -24,13 +24,19 @@ _DIGEST_SIZE = 32
 
 
 def extend_block_hashes(
-    hashes: list[bytes], token_ids: SequenceOf[int], block_size: int, cache_salt: str | None
+    hashes: list[bytes],
+    token_ids: SequenceOf[int],
+    block_size: int,
+    cache_salt: str | None,
+    adapter_load: int = 0,
 ) -> None:
     """Append to `hashes` the names of the full blocks among the tokens.
 
-    The salt is the name before the first block: another one gives other names to all that follow.
+    The salt and the adapter (`Loan.load`; 0: none) are the name before the first block: another one
+    gives other names to all that follow.
     """
-    label = b"" if cache_salt is None else b"salt:" + cache_salt.encode("utf-8", "surrogatepass")
+    label = b"adapter:%d:" % adapter_load if adapter_load else b""
+    label += b"" if cache_salt is None else b"salt:" + cache_salt.encode("utf-8", "surrogatepass")
     parent = hashes[-1] if hashes else hashlib.blake2b(label, digest_size=_DIGEST_SIZE).digest()
     for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
         tokens = array("q", token_ids[start : start + block_size]).tobytes()
@@ -54,7 +60,8 @@ class PrefixCache:
     def names_of(self, sequence: Sequence) -> list[bytes]:
         """The names of the full blocks among the sequence's known tokens."""
         names, block_size = sequence.block_hashes, self._blocks.block_size
-        extend_block_hashes(names, sequence.token_ids, block_size, sequence.cache_salt)
+        salt, load = sequence.cache_salt, sequence.adapter.load
+        extend_block_hashes(names, sequence.token_ids, block_size, salt, load)
         return names
 
     def find(self, sequence: Sequence) -> Prefix:

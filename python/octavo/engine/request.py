@@ -23,6 +23,7 @@ from dataclasses import KW_ONLY, InitVar, dataclass, field
 from operator import attrgetter
 from typing import Literal
 
+from octavo.engine.adapters import NO_ADAPTER, Loan
 from octavo.engine.outputs import TokenLogprob
 from octavo.sampling_params import SamplingParams
 
@@ -48,7 +49,8 @@ class Sequence:
     their keys and values in the cache, or will by the end of the steps in flight; 0 after a
     preemption; lowered by the number of drafts that are rejected. A sequence with one token left to
     compute is decoding, with more it is in prefill; there is no other difference.
-    priority: lower is more urgent. arrival_time: seconds of the engine's clock. leader: the first
+    priority: lower is more urgent. arrival_time: seconds of the engine's clock. adapter: the LoRA
+    adapter that it is computed with. leader: the first
     answer of the same request, whose prompt this one shares; None for the first itself.
     max_total_tokens: prompt and answer end at this length.
     num_cached_tokens: how many of its tokens were in the cache when it was first admitted.
@@ -64,6 +66,7 @@ class Sequence:
     priority: int = 0
     arrival_time: float = 0.0
     cache_salt: str | None = None
+    adapter: Loan = NO_ADAPTER
     leader: Sequence | None = None
     token_ids: list[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
@@ -159,6 +162,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     cache_salt: str | None = None
+    adapter: Loan = NO_ADAPTER
     sequences: tuple[Sequence, ...] = ()
     error: str | None = None
     arrival_time: float = field(default_factory=time.monotonic)
@@ -178,6 +182,7 @@ class Request:
             priority=self.priority,
             arrival_time=self.arrival_time,
             cache_salt=self.cache_salt,
+            adapter=self.adapter,
             leader=leader,
         )
 

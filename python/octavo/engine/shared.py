@@ -48,6 +48,7 @@ class Asked(NamedTuple):
     stream: bool = False
     continues_prompt: bool = True
     kept_special_ids: Collection[int] = ()
+    adapter: str | None = None
 
 
 class Arrival(NamedTuple):
@@ -258,6 +259,7 @@ class SharedEngine:
                     stream=asked.stream,
                     continues_prompt=asked.continues_prompt,
                     kept_special_ids=asked.kept_special_ids,
+                    adapter=asked.adapter,
                 )
                 call.request_ids.add(request_id)
                 self._open[request_id] = (call, asked.key)

@@ -139,14 +139,18 @@ def read_model(
 ) -> ModelSpec:
     """The model of these layers; those that see as far share a table of blocks.
 
-    final_norm: None takes the layers'. special: fields of ModelSpec.
+    A window that no sequence outgrows is none. final_norm: None takes the layers'. special: fields
+    of ModelSpec.
     """
-    tied = defaults.tie_word_embeddings
+    tied, positions = defaults.tie_word_embeddings, read_positions(fields, defaults)
+    layers = [
+        replace(layer, window=0 if layer.window >= positions else layer.window) for layer in layers
+    ]
     return ModelSpec(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size", 1, Limit.VOCAB),
         hidden_size=fields.integer("hidden_size", 1, Limit.WIDTH),
-        max_position_embeddings=read_positions(fields, defaults),
+        max_position_embeddings=positions,
         layers=group_layers(layers),
         final_norm=final_norm or layers[0].norm,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", tied),

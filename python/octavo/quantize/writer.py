@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,22 +90,13 @@ def quantize_directory(
     calibrated = CalibratedWeights()
     if calibrate is not None:
         calibrated = calibrate(files, checkpoint, formats)
-    staging = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
-    try:
-        with writing(target, _WHAT):
-            staging.mkdir()
-            _copy_files(files.folder, staging)
-            config = {**files.config, "quantization_config": _config(files, formats)}
-            write_durably(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-            writer = _Writer(
-                files, checkpoint, formats, scheme.method, importance or {}, calibrated
-            )
-            num_bytes = writer.write(staging / "model.safetensors", progress)
-            open_checkpoint(read_model(staging))  # what takes the name can be loaded
-            staging.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with new_directory(target, _WHAT) as staging:
+        copy_files(files.folder, staging)
+        config = {**files.config, "quantization_config": _config(files, formats)}
+        write_durably(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        writer = _Writer(files, checkpoint, formats, scheme.method, importance or {}, calibrated)
+        num_bytes = writer.write(staging / "model.safetensors", progress)
+        open_checkpoint(read_model(staging))  # what takes the name can be loaded
     return QuantizedDirectory(
         path=target,
         formats=formats,
@@ -115,17 +107,34 @@ def quantize_directory(
     )
 
 
-def check_new_directory(target: Path) -> Path:
-    """The absolute path of a directory that can be made; InvalidArgumentError or FileError else."""
+def check_new_directory(target: Path, what: str = _WHAT) -> Path:
+    """The absolute path of a directory that can be made; InvalidArgumentError or FileError else.
+
+    what: goes there, for messages.
+    """
     # Whichever way it is spelled, with a slash at the end or dots inside.
-    with writing(target, _WHAT):
+    with writing(target, what):
         target = Path(os.path.abspath(expand_home(target)))
         if target.exists():
             raise InvalidArgumentError(f"{target} exists; expected the name of a new directory")
     if not target.parent.is_dir():
         raise InvalidArgumentError(f"{target.parent} is not a directory; make it first")
-    check_writable(target, _WHAT)
+    check_writable(target, what)
     return target
+
+
+@contextmanager
+def new_directory(target: Path, what: str) -> Iterator[Path]:
+    """A directory to fill, which takes the name `target` when the block has ended well."""
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
+    try:
+        with writing(target, what):
+            staging.mkdir()
+            yield staging
+            staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:
@@ -138,7 +147,7 @@ def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:
     return files, open_checkpoint(files)
 
 
-def _copy_files(source: Folder, target: Path) -> None:
+def copy_files(source: Folder, target: Path) -> None:
     """Tokenizer, generation config, license, whatever else lies there; no weights."""
     for entry in source.iterdir():
         hidden = entry.name.startswith(".")

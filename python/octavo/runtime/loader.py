@@ -214,6 +214,7 @@ def resolve_options(
         isa=environment.isa if config.isa == "auto" else config.isa,
         deterministic=config.deterministic,
         graphs=not config.enforce_eager,
+        max_adapters=config.max_adapters,
         enable_prefix_caching=config.enable_prefix_caching,
         max_waiting_requests=config.max_waiting_requests,
         max_waiting_tokens=config.max_waiting_tokens,

@@ -29,9 +29,11 @@ from octavo.server.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    LoadAdapterBody,
     SamplingBody,
     TokenizeChatBody,
     TokenizeCompletionBody,
+    UnloadAdapterBody,
     slips,
 )
 from octavo.server.response_writer import ResponseWriter
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "A field is wrong; the error's `param` names it."},
     401: {"description": "The API key is missing or wrong."},
+    403: {"description": "Adapters are not changed for clients without a key."},
     404: {"description": "The model is not served here."},
     413: {"description": "The body is too large."},
     415: {"description": "The body is no application/json."},
@@ -107,7 +110,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         tool_format = service.tool_format_of(body)
         prompt = await asyncio.to_thread(prepare.encode_chat, model, body, tool_format)
         params = prepare.sampling_params(model, body, prompt, service.options.defaults)
-        head = _head(service, request, "chatcmpl")
+        head = _head(service, request, "chatcmpl", body)
         answer_format = prepare.chat_format(model, body, head, params, tool_format)
         return await _answer(service, request, body, [(prompt, params)], head, answer_format)
 
@@ -118,15 +121,16 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         prompts = await asyncio.to_thread(prepare.encode_completion, model, body)
         defaults = service.options.defaults
         work = [(p, prepare.sampling_params(model, body, p, defaults)) for p in prompts]
-        head = _head(service, request, "cmpl")
+        head = _head(service, request, "cmpl", body)
         answer_format = prepare.completion_format(model, body, head, prompts)
         return await _answer(service, request, body, work, head, answer_format)
 
 
-def _head(service: Service, request: Request, prefix: str) -> Head:
+def _head(service: Service, request: Request, prefix: str, body: Body) -> Head:
     """The id is unique among those running, even where clients give several requests one id."""
     response_id = f"{prefix}-{request.state.request_id}-{time.monotonic_ns() & 0xFFFFFF:06x}"
-    return Head(response_id, int(time.time()), service.name)
+    name = service.adapter_of(body.model) or service.name
+    return Head(response_id, int(time.time()), name)
 
 
 async def _answer(
@@ -163,20 +167,21 @@ def _warn(request: Request, body: Body, response: Response) -> Response:
 
 def _add_models(app: FastAPI, service: Service) -> None:
     def describe(name: str) -> dict[str, Any]:
+        folder = service.adapters.get(name)
         return {
             "id": name,
             "object": "model",
             "created": int(service.started),
             "owned_by": "octavo",
-            "root": service.name,
-            "parent": None,
+            "root": service.name if folder is None else str(folder),
+            "parent": None if folder is None else service.name,
             "max_model_len": service.engine.model and service.engine.model.max_model_len,
         }
 
     @app.get("/v1/models")
     async def models() -> Response:
-        """The served names of the model."""
-        data = [describe(name) for name in service.options.served_names]
+        """The served names of the model, and its LoRA adapters."""
+        data = [describe(name) for name in (*service.options.served_names, *service.adapters)]
         return JSONResponse({"object": "list", "data": data})
 
     @app.get("/v1/models/{name:path}", responses={404: _ERRORS[404]})
@@ -184,6 +189,18 @@ def _add_models(app: FastAPI, service: Service) -> None:
         """One of them."""
         service.check_name(name)
         return JSONResponse(describe(name))
+
+    @app.post("/v1/load_lora_adapter", responses=_ERRORS)
+    async def load_lora_adapter(body: LoadAdapterBody) -> Response:
+        """Read a LoRA adapter from a folder of the server's machine, and give it a name."""
+        await service.load_adapter(body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter", responses=_ERRORS)
+    async def unload_lora_adapter(body: UnloadAdapterBody) -> Response:
+        """Forget a LoRA adapter; requests that use it go on."""
+        await service.unload_adapter(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

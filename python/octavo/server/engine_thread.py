@@ -287,6 +287,7 @@ class EngineThread:
                 priority=request.priority,
                 timeout=request.timeout,
                 cache_salt=request.cache_salt,
+                adapter=request.adapter,
             )
         except OctavoError as error:
             self._outbox.append((stream, error))

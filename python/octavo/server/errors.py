@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import (
+    AdapterNotFoundError,
+    AdaptersInUseError,
     EngineStepError,
     InvalidArgumentError,
     OctavoError,
@@ -33,6 +35,7 @@ _TYPES = {
 # The status and the code of octavo's errors, the first that fits.
 _STATUSES: tuple[tuple[type[OctavoError], int, str], ...] = (
     (QueueFullError, 429, "queue_full"),
+    (AdaptersInUseError, 429, "adapters_in_use"),
     (ShutdownError, 503, "draining"),
     (EngineStepError, 500, "engine_step_failed"),
     (OctavoError, 500, "engine_error"),
@@ -92,6 +95,8 @@ def to_api_error(error: Exception, param: str | None = None) -> ApiError:
     if isinstance(error, ApiError):
         return error
     message = str(error)
+    if isinstance(error, AdapterNotFoundError):
+        return ApiError(404, message, param="model", code="model_not_found")
     if isinstance(error, (InvalidArgumentError, TokenizerError)):
         code = "context_length_exceeded" if "max_model_len" in message else None
         return ApiError(400, message, param=field_of(message) or param, code=code)

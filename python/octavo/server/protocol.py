@@ -172,6 +172,19 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
 
 
+class UnloadAdapterBody(BaseModel):
+    """POST /v1/unload_lora_adapter, as vLLM has it."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
+    lora_int_id: int | None = None
+
+
+class LoadAdapterBody(UnloadAdapterBody):
+    """POST /v1/load_lora_adapter, as vLLM has it."""
+
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
 def slips(body: Body) -> dict[str, str | None]:
     """Fields that no API has, each with the one that may have been meant."""
     known = {**ChatBody.model_fields, **CompletionBody.model_fields, **type(body).model_fields}

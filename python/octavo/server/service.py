@@ -10,9 +10,16 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from octavo.errors import ShutdownError
+from octavo.errors import (
+    AdaptersInUseError,
+    EngineStepError,
+    ModelNotFoundError,
+    OctavoError,
+    ShutdownError,
+)
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
@@ -49,6 +56,44 @@ class Service:
     def name(self) -> str:
         """What the model is called."""
         return self.options.served_names[0]
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The LoRA adapters by the names that requests may give, and their folders."""
+        return {} if self._model is None else self._model.engine.adapters.paths
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """The adapter that a request for this model names; None: it is the model itself."""
+        return None if not name or name in self.options.served_names else name
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Read an adapter between two steps; ApiError as vLLM: 400, or 404 for no folder."""
+        self._check_adapters_may_change()
+        if name in (*self.options.served_names, *self.adapters):
+            raise bad_request(f"the lora adapter {name!r} has already been loaded", "lora_name")
+        try:
+            await self.engine.call(lambda model: model.engine.adapters.add(name, Path(folder)))
+        except ModelNotFoundError as error:
+            raise ApiError(404, str(error), "lora_path", "model_not_found") from error
+        except (AdaptersInUseError, EngineStepError):
+            raise
+        except OctavoError as error:
+            raise bad_request(str(error), "lora_path") from error
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that use it go on. ApiError 404 for an unknown one."""
+        self._check_adapters_may_change()
+        await self.engine.call(lambda model: model.engine.adapters.remove(name))
+
+    def _check_adapters_may_change(self) -> None:
+        """As chat templates: a folder of this machine is read for who may be trusted."""
+        self.model()
+        if self.options.is_open:
+            raise ApiError(
+                403,
+                "this server changes no adapters by requests: others can reach it without a key. "
+                "Start it with --api-key, or name the adapters with --adapter NAME=PATH",
+            )
 
     async def start(self) -> LoadedModel:
         """Load the model; raises what loading it raised."""
@@ -105,11 +150,11 @@ class Service:
 
     def check_name(self, name: str | None) -> None:
         """404 for a model that is not served; no name, or "", means the one that is."""
-        if name and name not in self.options.served_names:
+        known = (*self.options.served_names, *self.adapters)
+        if name and name not in known:
             raise ApiError(
                 404,
-                f"the model {name!r} is not served here; expected "
-                f"{' or '.join(map(repr, self.options.served_names))}",
+                f"the model {name!r} is not served here; expected {' or '.join(map(repr, known))}",
                 param="model",
                 code="model_not_found",
             )
@@ -128,6 +173,7 @@ class Service:
                 body.priority or 0,
                 None if math.isinf(timeout) else timeout,
                 body.cache_salt,
+                self.adapter_of(body.model),
                 is_servers_limit=limit <= own,
             )
         )

@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput
-from octavo.errors import EngineStepError, InvalidArgumentError, OctavoError, QueueFullError
+from octavo.errors import (
+    AdaptersInUseError,
+    EngineStepError,
+    InvalidArgumentError,
+    OctavoError,
+    QueueFullError,
+)
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from octavo.engine.engine import Engine
 
-_REFUSALS = (InvalidArgumentError, QueueFullError)
+_REFUSALS = (InvalidArgumentError, QueueFullError, AdaptersInUseError)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class EngineRequest:
     priority: int = 0
     timeout: float | None = None
     cache_salt: str | None = None
+    adapter: str | None = None
     is_servers_limit: bool = False
 
 

@@ -1,0 +1,126 @@
+"""LoRA adapters made by PEFT: the definition and `octavo merge` give what PEFT gives."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from hf.hf_models import SHAPES, hf_logits, make_hf_model
+from octavo.models.adapter import Adapter
+from octavo.quantize.merge import merge_directory
+from octavo.reference import ReferenceModel
+from octavo.weights.adapter import read_adapter
+from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.model_files import read_model
+
+pytestmark = pytest.mark.hf
+MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "all_linear": ("gqa4_8_2x32_biases", {"target_modules": "all-linear"}),
+    "every_matrix": ("wide_heads_7x32", {"target_modules": [*MATRICES, "embed_tokens"]}),
+    "untied_ends": ("plain_3x128", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "tied_head": ("smollm_9_3x64", {"target_modules": ["lm_head", "up_proj"]}),
+    "tied_table": ("plain_4x32", {"target_modules": ["embed_tokens"]}),
+    "rslora": ("mqa_5_1x80", {"target_modules": MATRICES, "use_rslora": True, "r": 7}),
+    "patterns": (
+        "relu_1x128",
+        {
+            "target_modules": r".*\.(q_proj|down_proj|o_proj)",
+            "rank_pattern": {"down_proj": 9, r".*\.1\..*\.q_proj": 2},
+            "alpha_pattern": {r"layers\.2\..*": 31, "self_attn.o_proj": 5},
+        },
+    ),
+    "layers": (
+        "gqa3_6_2x32_linear",
+        {"target_modules": ["k_proj", "gate_proj"], "layers_to_transform": [0, 2]},
+    ),
+    "excluded": (
+        "gqa8_8_1x64_llama3",
+        {"target_modules": "all-linear", "exclude_modules": r".*\.0\.mlp\..*|.*\.v_proj"},
+    ),
+}
+
+
+def make_adapter(case: str, directory: Path, dtype: torch.dtype = torch.float32) -> PeftModel:
+    """A model and a random adapter in `directory`; returns PEFT's own of both."""
+    shape, options = CASES[case]
+    model = make_hf_model(SHAPES[shape], seed=3).to(dtype)
+    model.save_pretrained(directory / "model")
+    settings = {"r": 5, "lora_alpha": 12, "task_type": "CAUSAL_LM", "lora_dropout": 0.1}
+    config = LoraConfig(**{**settings, "init_lora_weights": False, **options})
+    torch.manual_seed(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a tied head: merging it is octavo's matter
+        adapted = get_peft_model(model, config).eval()
+        with torch.no_grad():
+            for name, weight in adapted.named_parameters():
+                if "lora_" in name:  # so that A x has the size of x, and B A x a third of it
+                    weight.copy_(torch.randn_like(weight) * max(weight.shape[1], 12) ** -0.5)
+        adapted.save_pretrained(directory / "adapter")
+    return adapted
+
+
+def read(directory: Path) -> tuple[Adapter, ReferenceModel, ReferenceModel]:
+    """The adapter, and the definition with it and without."""
+    files = read_model(directory / "model")
+    checkpoint = open_checkpoint(files)
+    weights = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
+    adapter = read_adapter(directory / "adapter", files, checkpoint)
+    with_it = ReferenceModel(files.spec, weights, adapter=adapter)
+    return adapter, with_it, ReferenceModel(files.spec, weights)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_definition_gives_the_logits_of_peft(case: str, tmp_path: Path) -> None:
+    theirs = make_adapter(case, tmp_path)
+    adapter, ours, without = read(tmp_path)
+    tokens = np.random.default_rng(1).integers(0, 307, 23).astype(np.int32)
+    expected = hf_logits(theirs, tokens)
+    np.testing.assert_allclose(ours.forward(tokens), expected, rtol=0, atol=1e-3)
+    assert np.abs(without.forward(tokens) - expected).max() > 0.1  # the adapter does something
+    trained = sum(w.numel() for name, w in theirs.named_parameters() if "lora_" in name)
+    assert adapter.num_parameters == trained
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_as_peft_merges(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """In bf16 PEFT rounds the change before it adds it: one rounding more."""
+    theirs = make_adapter(case, tmp_path, dtype)
+    merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    files = read_model(tmp_path / "out")
+    merged = open_checkpoint(files)
+    unties = read_model(tmp_path / "model").spec.tie_word_embeddings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if unties:  # PEFT would change both: separate them first
+            inner = theirs.get_base_model()
+            head, table = inner.lm_head, inner.model.embed_tokens
+            both = [getattr(module, "base_layer", module) for module in (head, table)]
+            both[0].weight = torch.nn.Parameter(both[0].weight.clone())
+        expected = theirs.merge_and_unload().state_dict()
+    assert not files.spec.tie_word_embeddings
+    epsilon = 2e-6 if dtype == torch.float32 else 2**-7
+    for name, tensor in merged.items():
+        weight = expected[files.weight_map[name].name].float().numpy()
+        np.testing.assert_allclose(
+            tensor.to_float32(), weight, rtol=epsilon, atol=epsilon, err_msg=name
+        )
+    assert {"f32": torch.float32, "bf16": torch.bfloat16}[merged.dtype] == dtype
+
+
+def test_the_merged_model_answers_as_the_adapter(tmp_path: Path) -> None:
+    make_adapter("tied_head", tmp_path)
+    _, ours, _ = read(tmp_path)
+    merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    files = read_model(tmp_path / "out")
+    weights = {name: tensor.to_float32() for name, tensor in open_checkpoint(files).items()}
+    tokens = np.random.default_rng(2).integers(0, 307, 19).astype(np.int32)
+    merged = ReferenceModel(files.spec, weights).forward(tokens)
+    np.testing.assert_allclose(merged, ours.forward(tokens), rtol=0, atol=2e-4)

@@ -1,0 +1,141 @@
+"""`octavo merge`: every changed weight is W + scale * B A, all others are copied bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from adapter_helpers import ALL, adapter_config, random_adapter, write_adapter
+from weights_helpers import tiny_config, write_gguf, write_model
+
+from octavo.cli import main
+from octavo.errors import InvalidArgumentError, WeightsError
+from octavo.models.adapter import LowRank
+from octavo.quantize import merge as merging
+from octavo.quantize.merge import merge_directory
+from octavo.weights.model_files import read_model
+from octavo.weights.safetensors import SafetensorsFile, open_weight_files
+
+EVERYTHING = (*ALL, "embed_tokens", "lm_head")
+
+
+def stored(directory: Path) -> dict[str, np.ndarray]:
+    file = open_weight_files(directory)
+    return {name: file.read(name).to_float32() for name in file.infos}
+
+
+def prepare(tmp_path: Path, names: Any = EVERYTHING, dtype: str = "F32", **changes: Any) -> Any:
+    """A model and an adapter in tmp_path; the model's weights and the adapter's tensors."""
+    config = tiny_config(**changes)
+    write_model(tmp_path / "model", config, dtype=dtype, num_shards=2)
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    tensors = random_adapter(config, names)
+    write_adapter(tmp_path / "adapter", tensors, adapter_config(target_modules=list(names)))
+    return stored(tmp_path / "model"), tensors
+
+
+def added(tensors: dict[str, np.ndarray], name: str) -> np.ndarray | float:
+    """What the adapter (r 3, alpha 6) adds to the weight of this name, in float64."""
+    prefix = "base_model.model." + name.removesuffix(".weight")
+    if prefix + ".lora_embedding_A" in tensors:
+        a, b = (tensors[f"{prefix}.lora_embedding_{half}"].astype(np.float64) for half in "AB")
+        return 2 * (b @ a).T
+    if prefix + ".lora_A.weight" in tensors:
+        a, b = (tensors[f"{prefix}.lora_{half}.weight"].astype(np.float64) for half in "AB")
+        return 2 * (b @ a)
+    return 0.0
+
+
+@pytest.mark.parametrize("run", [1 << 22, 100])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_every_weight(dtype: str, run: int, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(merging, "_RUN", run)
+    weights, tensors = prepare(tmp_path, dtype=dtype)
+    reports: list[tuple[str, int, int]] = []
+    written = merge_directory(
+        *(tmp_path / name for name in ("model", "adapter", "out")),
+        progress=lambda *report: reports.append(report),
+    )
+    assert written.num_matrices == 16 and written.notes == ()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert reports[-1][1] == reports[-1][2] < written.num_bytes
+    merged = stored(tmp_path / "out")
+    kinds = {
+        info.dtype for info in SafetensorsFile(tmp_path / "out/model.safetensors").infos.values()
+    }
+    assert kinds == {dtype.lower()} and merged.keys() == weights.keys()
+    for name, weight in weights.items():
+        change = added(tensors, name)
+        if isinstance(change, float):
+            np.testing.assert_array_equal(merged[name], weight, err_msg=name)
+            continue
+        total, epsilon = weight + change, {"F32": 2e-7, "F16": 6e-4, "BF16": 4.1e-3}[dtype]
+        assert np.abs(change).max() > 0.05
+        np.testing.assert_allclose(merged[name], total, rtol=epsilon, atol=2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("names", [("embed_tokens",), ("lm_head", "q_proj"), ("v_proj",)])
+def test_a_tied_model(names: tuple[str, ...], tmp_path: Path) -> None:
+    """Embedding and head are two weights as soon as the adapter changes one of them."""
+    weights, tensors = prepare(tmp_path, names, tie_word_embeddings=True)
+    assert "lm_head.weight" not in weights
+    written = merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    merged, unties = stored(tmp_path / "out"), names != ("v_proj",)
+    assert bool(written.notes) == unties
+    assert read_model(tmp_path / "out").spec.tie_word_embeddings != unties
+    assert ("lm_head.weight" in merged) == unties
+    table = weights["model.embed_tokens.weight"]
+    for name in ("model.embed_tokens.weight", "lm_head.weight") if unties else ():
+        np.testing.assert_allclose(merged[name], table + added(tensors, name), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_of_a_fused_matrix(transposed: bool) -> None:
+    """Rows of q, k and v in one matrix, or columns where it is stored the other way round."""
+    generator = np.random.default_rng(3)
+    weight = generator.standard_normal((9, 5)).astype(np.float32)
+    expected, changes = weight.astype(np.float64), []
+    for first, last in ((0, 4), (6, 9)):
+        a = generator.standard_normal((2, 5)).astype(np.float32)
+        b = generator.standard_normal((last - first, 2)).astype(np.float32)
+        expected[first:last] += 1.5 * (b @ a)
+        changes.append(merging._Change(LowRank(a, b, 1.5), first, last, transposed))
+    total = np.ascontiguousarray(weight.T if transposed else weight)
+    for row in range(0, len(total), 2):
+        for change in changes:
+            merging._add(total[row : row + 2], row, change)
+    np.testing.assert_allclose(total.T if transposed else total, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_refused(tmp_path: Path) -> None:
+    _, tensors = prepare(tmp_path, dtype="F16")
+    paths = [tmp_path / name for name in ("model", "adapter", "out")]
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InvalidArgumentError, match="exists; expected the name of a new"):
+        merge_directory(*paths[:2], tmp_path / "there")
+    write_gguf(tmp_path / "model.gguf")
+    with pytest.raises(InvalidArgumentError, match=r"is a GGUF file; .*octavo pull"):
+        merge_directory(tmp_path / "model.gguf", *paths[1:])
+    tensors["base_model.model.lm_head.lora_B.weight"][:] = 6e4
+    write_adapter(paths[1], tensors, adapter_config(target_modules=list(EVERYTHING)))
+    with pytest.raises(WeightsError, match=r"lm_head\.weight: the merged weight holds .* in F16"):
+        merge_directory(*paths)
+    config = json.loads((paths[0] / "config.json").read_text())
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        *("adapter", "model", "model.gguf", "there"),
+    ]
+    assert config == tiny_config()
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(tmp_path, tie_word_embeddings=True)
+    paths = [str(tmp_path / name) for name in ("model", "adapter", "out")]
+    assert main(["merge", *paths]) == 0
+    shown = capsys.readouterr().out
+    assert "no longer tied" in shown and "16 matrices changed" in shown
+    assert main(["merge", *paths]) == 2
+    assert "exists" in capsys.readouterr().err
