@@ -72,7 +72,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
             f"OCTAVO_NUM_THREADS is {threads!r}; expected an integer from 0 (all cores) to 1024"
         )
     isa = variables.get("OCTAVO_ISA") or "auto"
-    _check_choice("OCTAVO_ISA", isa, ISAS)
+    check_choice("OCTAVO_ISA", isa, ISAS)
     api_key = variables.get("OCTAVO_API_KEY") or None
     found = None if home_path.parts[:1] == ("~",) else home_path
     return Environment(home=found, num_threads=int(threads), isa=isa, api_key=api_key)
@@ -149,14 +149,14 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice("device", self.device, DEVICES)
+        check_choice("device", self.device, DEVICES)
         for name, choices in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
             object.__setattr__(self, name, dtype_name(getattr(self, name)))
-            _check_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
         if self.quantize is not None:
-            _check_choice("quantize", self.quantize, QUANTIZE)
-        _check_choice("load_format", self.load_format, LOAD_FORMATS)
-        _check_choice("isa", self.isa, ISAS)
+            check_choice("quantize", self.quantize, QUANTIZE)
+        check_choice("load_format", self.load_format, LOAD_FORMATS)
+        check_choice("isa", self.isa, ISAS)
         _check_positive("max_num_seqs", self.max_num_seqs)
         _check_positive("max_num_batched_tokens", self.max_num_batched_tokens)
         _check_positive("block_size", self.block_size)
@@ -233,7 +233,8 @@ def dtype_name(given: object) -> str:
     return _DTYPE_NAMES.get(name, name)
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """InvalidArgumentError for a value that is none of the choices."""
     if value not in choices:
         usual = [choice for choice in choices if "emulated" not in choice]  # those are for tests
         raise InvalidArgumentError(f"{name} is {value!r}; expected one of {', '.join(usual)}")

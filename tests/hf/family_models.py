@@ -7,6 +7,7 @@ Sizes are odd, windows are shorter and longer than the prompts, no norm's weight
 from __future__ import annotations
 
 import tempfile
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,32 @@ CASES: dict[str, dict[str, Any]] = {
     "starcoder2, no biases": {
         **{"head_dim": None, **_HEADS, "use_bias": False, "tie_word_embeddings": False},
     },
+    "qwen3, biases": {"attention_bias": True},
+    "qwen3, windows": {
+        **{"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 2},
+        **{"num_key_value_heads": 1, "tie_word_embeddings": True},
+    },
+    "gemma2, windows": {"sliding_window": 13, "query_pre_attn_scalar": 17},
+    "gemma2, no caps": {
+        **{"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 250},
+        **{"attention_bias": True},
+    },
+    "gemma3_text, windows": {
+        **{"sliding_window": 15, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12},
+    },
+    "gemma3_text, scaled rope": {
+        **{"sliding_window": 33, "layer_types": _TURNS, "final_logit_softcapping": 9.0},
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
+        },
+    },
+    "granite, multipliers": {
+        **{"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 0.7},
+        **{"attention_multiplier": 0.17, "attention_bias": True},
+    },
+    "olmo2, norms after": {"num_key_value_heads": 3},
+    "olmo2, biases": {"attention_bias": True, "head_dim": None, **_HEADS},
     "mixtral, two of four experts": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "mixtral, one of two, window": {
         **{"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 23},
@@ -92,7 +119,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 _GPT2_SIZES = {
-    **{"vocab_size": VOCAB, "n_embd": 45, "n_head": 3, "n_layer": 3, "n_positions": 256, **_TOKENS}
+    **{"vocab_size": VOCAB, "n_embd": 42, "n_head": 3, "n_layer": 3, "n_positions": 256, **_TOKENS}
 }
 
 
@@ -100,10 +127,8 @@ def make_model(case: str) -> Any:
     """The transformers model of a case, float32, with eager attention."""
     model_type = case.partition(",")[0]
     sizes = _GPT2_SIZES if model_type == "gpt2" else _SIZES
-    fields = {
-        name: value for name, value in {**sizes, **CASES[case]}.items() if value != "left out"
-    }
-    if fields.get("head_dim", 0) is None:
+    fields = deepcopy({**sizes, **CASES[case]})  # transformers keeps and changes the dicts
+    if fields.get("head_dim", 0) is None:  # left out: the others imply it
         del fields["head_dim"]
     torch.manual_seed(len(case))
     config = transformers.AutoConfig.for_model(model_type, **fields)
@@ -116,10 +141,8 @@ def make_model(case: str) -> Any:
             noise = torch.randn_like(weight)
             if "norm" in name or ".ln_" in name:
                 weight.copy_(weight + 0.25 * noise)
-            elif weight.ndim == 1:
+            elif weight.ndim == 1 or "embed" in name or "transformer.w" in name:
                 weight.copy_(0.3 * noise)
-            elif "embed" in name or "transformer.w" in name:
-                weight.copy_(0.7 * noise)
             else:
                 inputs = weight.shape[-1 if weight.ndim == 3 else 1]  # of experts, of a matrix
                 weight.copy_(1.2 * noise * inputs**-0.5)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from octavo.cli.options import ModelArgument, option
+from octavo.machine import format_bytes
 
 if TYPE_CHECKING:
     from octavo.models.spec import ModelSpec, WeightFormat
@@ -260,16 +261,6 @@ def _fit_table(memory: dict[str, Any]) -> Any:
             f"{fit['full_length_sequences']:,}",
         )
     return table
-
-
-def format_bytes(count: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    index = 0
-    while count >= 1024 and index < len(units) - 1:
-        count /= 1024
-        index += 1
-    return f"{count:.0f} {units[index]}" if index == 0 else f"{count:.1f} {units[index]}"
 
 
 def _short(count: float) -> str:

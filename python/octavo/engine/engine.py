@@ -94,8 +94,7 @@ class Engine:
         self.guard = EngineGuard()
         self.adapters = AdapterTable(runtime, options.max_adapters, read_adapter)
         self.failed_request_ids: frozenset[str] = frozenset()  # that were in the step that failed
-        self.num_steps = 0
-        self.num_sampled_tokens = 0
+        self.num_steps = self.num_sampled_tokens = 0
         self._pipeline = Pipeline(
             runtime,
             self.blocks,
@@ -215,20 +214,21 @@ class Engine:
             try:
                 while self._pipeline.has_room and self._submit_next():
                     pass
-                if not len(self._pipeline):
-                    return self._deliver()
-                step, output = self._pipeline.wait()
+                ended = self._pipeline.wait() if len(self._pipeline) else None
             except BaseException:
                 self.failed_request_ids = self._abandon_steps()
                 raise
-            self.num_steps += 1
-            self._undelivered += self._update(step, output)
-            if not self._requests:
-                self._abandon_steps()  # no request needs the steps still in flight
-                if self._last_step_end - self._last_check >= IDLE_CHECK_SECONDS:
-                    self._last_check = self._last_step_end
-                    self.check_integrity()
-            return self._deliver()
+            if ended is not None:
+                self.num_steps += 1
+                self._undelivered += self._update(*ended)
+                if not self._requests:
+                    self._abandon_steps()  # no request needs the steps still in flight
+                    if self._last_step_end - self._last_check >= IDLE_CHECK_SECONDS:
+                        self._last_check = self._last_step_end
+                        self.check_integrity()
+            # Among them those that an earlier step, which failed, did not deliver.
+            chunks, self._undelivered = self._undelivered, []
+            return chunks
 
     @guarded
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -239,12 +239,7 @@ class Engine:
         if request_id not in self._requests:
             return None
         with deferred_interrupt():
-            now = self._clock()
-            for answer in self._requests[request_id]:
-                if not answer.sequence.is_finished:
-                    answer.flush()
-                    self.scheduler.finish(answer.sequence, "abort", now)
-            return self._remove(request_id, now)
+            return self._end_all(request_id, "abort", self._clock())[-1].result
 
     def stats(self) -> EngineStats:
         """The engine's state in numbers, for metrics and a live view.
@@ -369,11 +364,6 @@ class Engine:
             self.scheduler.finish(answer.sequence, reason, now)
             if answer.request.stream or answer is ending[-1]:
                 chunks.append(self._chunk(answer, text, now))
-        return chunks
-
-    def _deliver(self) -> list[OutputChunk]:
-        """The chunks of this step, and those that an earlier failed step did not deliver."""
-        chunks, self._undelivered = self._undelivered, []
         return chunks
 
     def _chunk(

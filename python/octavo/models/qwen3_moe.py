@@ -13,6 +13,7 @@ from typing import Any
 from octavo.models.family import Family, TensorNames
 from octavo.models.fields import Fields, Limit
 from octavo.models.reading import (
+    HEAD_NORMS,
     LLAMA_IGNORED,
     LLAMA_TENSORS,
     Defaults,
@@ -67,8 +68,7 @@ FAMILY = Family(
     tensors=TensorNames(
         {
             **LLAMA_TENSORS,
-            "model.layers.{layer}.self_attn.q_norm": "q_norm",
-            "model.layers.{layer}.self_attn.k_norm": "k_norm",
+            **HEAD_NORMS,
             f"{_MLP}.gate": "router",
             f"{_MLP}.experts.{{expert}}.gate_proj": "experts.{expert}.gate",
             f"{_MLP}.experts.{{expert}}.up_proj": "experts.{expert}.up",

@@ -40,6 +40,12 @@ LLAMA_TENSORS = {
     "lm_head": "lm_head",
 }
 
+# Of families that normalize queries and keys.
+HEAD_NORMS = {
+    "model.layers.{layer}.self_attn.q_norm": "q_norm",
+    "model.layers.{layer}.self_attn.k_norm": "k_norm",
+}
+
 # Old checkpoints carry the rope frequencies as buffers; they follow from the configuration.
 LLAMA_IGNORED = (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
@@ -89,6 +95,7 @@ class Defaults:
 
     max_position_embeddings: int
     num_key_value_heads: int | None = None  # None: as many as query heads, as for null
+    head_dim: int | None = None  # None: hidden_size implies it, as for null
     norm_eps: float = 1e-6
     activation: str = "silu"
     rope_theta: float = 10000.0
@@ -112,10 +119,11 @@ def read_layer(fields: Fields, defaults: Defaults, **special: Any) -> LayerSpec:
     hidden_size = fields.integer("hidden_size", 1, Limit.WIDTH)
     num_heads = fields.integer("num_attention_heads", 1, Limit.HEADS)
     num_kv_heads = read_kv_heads(fields, num_heads, defaults.num_key_value_heads)
-    head_dim = read_head_dim(fields, hidden_size, num_heads)
+    head_dim = read_head_dim(fields, hidden_size, num_heads, defaults.head_dim)
     if "norm" not in special:
-        eps = fields.number("rms_norm_eps", 0.0, 1.0, default=defaults.norm_eps)
-        special["norm"] = NormSpec(kind="rms", eps=eps)
+        special["norm"] = NormSpec(kind="rms", eps=read_eps(fields, defaults))
+    if "activation" not in special:
+        special["activation"] = read_activation(fields, "hidden_act", defaults.activation)
     if "rope" not in special:
         positions = read_positions(fields, defaults)
         special["rope"] = read_rope(fields.values, head_dim, positions, theta=defaults.rope_theta)
@@ -124,7 +132,6 @@ def read_layer(fields: Fields, defaults: Defaults, **special: Any) -> LayerSpec:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=fields.integer("intermediate_size", 1, Limit.INTERMEDIATE),
-        activation=read_activation(fields, "hidden_act", defaults.activation),
         **special,
     )
 
@@ -164,6 +171,11 @@ def read_positions(fields: Fields, defaults: Defaults) -> int:
     return fields.integer(name, 1, Limit.POSITIONS, default=default)
 
 
+def read_eps(fields: Fields, defaults: Defaults) -> float:
+    """What a norm adds to the mean square."""
+    return fields.number("rms_norm_eps", 0.0, 1.0, default=defaults.norm_eps)
+
+
 def read_num_layers(fields: Fields) -> int:
     """How many layers the model has."""
     return fields.integer("num_hidden_layers", 1, Limit.LAYERS)
@@ -180,9 +192,13 @@ def read_kv_heads(fields: Fields, num_heads: int, default: int | None = None) ->
     return num_kv_heads
 
 
-def read_head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
+def read_head_dim(
+    fields: Fields, hidden_size: int, num_heads: int, default: int | None = None
+) -> int:
     """The elements of a head, given or implied; even, for rope."""
     head_dim = fields.optional_integer("head_dim", 1, Limit.HEAD_DIM)
+    if head_dim is None and "head_dim" not in fields.values:
+        head_dim = default
     if head_dim is None:
         if hidden_size % num_heads:
             raise fields.error(

@@ -8,13 +8,18 @@ from typing import Any
 
 from octavo.errors import UnsupportedModelError
 from octavo.models import (
+    gemma2,
+    gemma3,
     gpt2,
+    granite,
     llama,
     ministral,
     mistral,
     mixtral,
+    olmo2,
     phi3,
     qwen2,
+    qwen3,
     qwen3_moe,
     smollm3,
     starcoder2,
@@ -29,9 +34,14 @@ _ALL = (
     ministral.FAMILY,
     mixtral.FAMILY,
     qwen2.FAMILY,
+    qwen3.FAMILY,
     qwen3_moe.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
     phi3.FAMILY,
     smollm3.FAMILY,
+    granite.FAMILY,
+    olmo2.FAMILY,
     starcoder2.FAMILY,
     gpt2.FAMILY,
 )

@@ -35,20 +35,13 @@ def _layers(spec: ModelSpec) -> Iterator[str]:
         yield f"scores multiplied by {scale:.4g} {where}"
     for cap, where in _each(spec, lambda layer: layer.attention_softcap):
         yield f"scores capped at {cap:g} {where}"
-    for _, where in _each(spec, lambda layer: not layer.gated):
-        yield f"no gate in the MLP {where}"
     for experts, where in _each(spec, _experts):
         yield f"{experts} {where}"
+    for _, where in _each(spec, lambda layer: not layer.gated):
+        yield f"no gate in the MLP {where}"
     factors = {layer.residual_multiplier for layer in spec.layers} - {1.0}
     for factor in sorted(factors):
         yield f"sublayers' outputs multiplied by {factor:g}"
-
-
-def _experts(layer: LayerSpec) -> str:
-    if layer.moe is None:
-        return ""
-    count, chosen = layer.moe.num_experts, layer.moe.experts_per_token
-    return f"{count} experts of width {layer.intermediate_size:,}, {chosen} of them a token,"
 
 
 def _model(spec: ModelSpec) -> Iterator[str]:
@@ -60,6 +53,11 @@ def _model(spec: ModelSpec) -> Iterator[str]:
         yield f"logits multiplied by {spec.logits_multiplier:.4g}"
     if spec.logits_softcap:
         yield f"logits capped at {spec.logits_softcap:g}"
+
+
+def _experts(layer: LayerSpec) -> str:
+    moe = layer.moe
+    return "" if moe is None else f"{moe.num_experts} experts, {moe.experts_per_token} a token,"
 
 
 def _each(

@@ -226,11 +226,6 @@ def has_non_finite(tensor: Tensor) -> bool:
     return False
 
 
-def find_non_finite(checkpoint: Checkpoint) -> list[str]:
-    """octavo's names of the weights that hold a NaN or an infinity. Reads all of the data."""
-    return [name for name in checkpoint if has_non_finite(checkpoint[name])]
-
-
 def _find_problems(
     source: TensorSource,
     weight_map: Mapping[str, WeightSource],
