@@ -45,10 +45,11 @@ class Recorder:
     taps: dict[str, Float32] = field(default_factory=dict)
 
     def note(self, name: str, value: Any) -> None:
-        """Keep a (1, rows, ...) torch tensor as float32 (rows, width)."""
+        """Keep a torch tensor, (1, rows, ...) or a router's (rows, width), as float32 rows."""
         if self.active:
             tensor = value[0] if isinstance(value, tuple) else value
-            rows = tensor.detach()[0].float().cpu()
+            rows = tensor.detach().float().cpu()
+            rows = rows if rows.dim() == 2 else rows[0]
             self.taps[name] = rows.reshape(len(rows), -1).numpy().copy()
 
 
@@ -123,6 +124,9 @@ class HuggingFaceImplementation:
                     f"transformers' model has other weights than octavo's: {untied or unexpected}"
                 )
             model.tie_weights()
+        # Products of all experts at once, its default, want widths that are multiples of four.
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")
         return model.eval()
 
     def _hook(self, files: ModelFiles) -> None:
@@ -146,6 +150,8 @@ class HuggingFaceImplementation:
 
     def _module(self, files: ModelFiles, node: Node) -> Any:
         """The module whose output is the tap, or has it as its `_part`; else None."""
+        if node.op == "moe" or any(matrix.is_router for matrix in node.matrices):
+            return self._expert_module(files, node)
         if node.op == "linear" and node.layer is None:
             # Whether tied or not; multipliers and caps of the logits come after the module.
             is_plain = node.scale == 1 and node.cap == 0
@@ -171,6 +177,13 @@ class HuggingFaceImplementation:
             return lambda output: output
         columns = slice(place[0], place[0] + node.width)
         return lambda output: output[..., columns]
+
+    def _expert_module(self, files: ModelFiles, node: Node) -> Any:
+        """The router, or all that it belongs to; transformers 5 has other names than the files."""
+        layer = self._model.get_submodule(_layer_module(files, self._nodes, node.layer))
+        router = next(name for name, _ in layer.named_modules() if name.endswith(".gate"))
+        name = router.removesuffix(".gate") if node.op == "moe" else router
+        return layer.get_submodule(name)
 
     def reset(self) -> None:
         self._cache = None
@@ -200,7 +213,7 @@ class HuggingFaceImplementation:
 def checkpoint_tensors(
     weight_map: Mapping[str, WeightSource], weights: Mapping[str, Tensor]
 ) -> dict[str, Float32]:
-    """The tensors of a checkpoint that holds these weights: fused, stacked and transformed again.
+    """The tensors of a checkpoint that holds these weights: fused and transformed again.
 
     weight_map: octavo's names -> where each weight lies. Returns float32 arrays of their own.
     """
@@ -209,24 +222,22 @@ def checkpoint_tensors(
         place, values = weight_map[name], tensor.to_float32()
         if place.transform == "plus_one":
             values = values - np.float32(1)
-        parts = values if len(place.names) > 1 else [values]
-        for each, part in zip(place.names, parts, strict=True):
-            first = place.rows[0] if place.rows else 0
-            whole = tensors.setdefault(each, np.empty(place.stored_shape, np.float32))
-            target = whole.T if place.transform == "transpose" else whole
-            target[first : first + len(part)] = part
+        first = place.rows[0] if place.rows else 0
+        whole = tensors.setdefault(place.tensor, np.empty(place.stored_shape, np.float32))
+        target = whole.T if place.transform == "transpose" else whole
+        target[first : first + len(values)] = values
     return tensors
 
 
 def checkpoint_module(files: ModelFiles, name: str) -> str:
     """The module that has a matrix or a norm; name: octavo's, without ".weight"."""
-    return files.weight_map[f"{name}.weight"].modules[0]
+    return files.weight_map[f"{name}.weight"].module
 
 
 def _layer_module(files: ModelFiles, nodes: list[Node], layer: int | None) -> str:
     """The module that has all the norms and matrices of a layer: "model.layers.3"."""
     names = [weight.name for node in nodes if node.layer == layer for weight in node.weights()]
-    paths = [files.weight_map[name].names[0].replace(".", "/") for name in names]
+    paths = [files.weight_map[name].tensor.replace(".", "/") for name in names]
     return commonpath(paths).replace("/", ".")
 
 
