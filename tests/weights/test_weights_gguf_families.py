@@ -6,6 +6,7 @@ converter changes them; metadata are those that it writes.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,22 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "Qwen3ForCausalLM",
         {"head_dim": 32, "tie_word_embeddings": True},
         {"attention.key_length": 32, "attention.value_length": 32},
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        {
+            **{"head_dim": 32, "num_experts": 5, "num_experts_per_tok": 3},
+            **{"moe_intermediate_size": 64, "norm_topk_prob": True},
+        },
+        {
+            **{"attention.key_length": 32, "attention.value_length": 32, "expert_count": 5},
+            **{"expert_used_count": 3, "expert_feed_forward_length": 64},
+        },
+    ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        {"expert_count": 4, "expert_used_count": 2, "rope.dimension_count": 16},
     ),
     "gemma2": (
         "Gemma2ForCausalLM",
@@ -183,11 +200,12 @@ def write(path: Path, case: str, kind: str = "F32", **changes: Any) -> dict[str,
         "eos_token_id": 1,
     }.items():
         add_entry(writer, f"tokenizer.ggml.{name}", value)
-    for name, values in weights.items():
+    for name, values in stack_experts(weights).items():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
         stored = as_converted(architecture, name, values, config)
-        add_tensor(writer, theirs, stored, kind if values.ndim == 2 else "F32")
+        plain = values.ndim < 2 or "gate_inp" in theirs
+        add_tensor(writer, theirs, stored, "F32" if plain else kind)
     if config.get("rope_scaling") is LONGROPE:
         for length in ("short", "long"):
             factors = np.array(LONGROPE[f"{length}_factor"], np.float32)
@@ -197,6 +215,18 @@ def write(path: Path, case: str, kind: str = "F32", **changes: Any) -> dict[str,
     writer.write_tensors_to_file()
     writer.close()
     return weights
+
+
+def stack_experts(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Experts' matrices as the converter stacks them, under the names that it gives the stacks."""
+    stacked: dict[str, Any] = {}
+    for name, values in weights.items():
+        match = re.fullmatch(r"(.*experts)\.\d+\.(.*)", name)
+        if match:
+            stacked.setdefault(f"{match[1]}.{match[2]}", []).append(values)
+        else:
+            stacked[name] = values
+    return {name: np.array(values) for name, values in stacked.items()}
 
 
 def as_converted(
@@ -237,7 +267,8 @@ def test_codes_of_every_family(case: str, tmp_path: Path) -> None:
     write(path, case, "Q4_0")
     checkpoint = open_checkpoint(read_model(path))
     exact = open_checkpoint(read_folder(GgufFolder(path, "f32")))
-    assert {"layers.1.k", "layers.1.gate", "embed"} <= checkpoint.formats.keys()
+    mlp = "layers.1.experts.1.up" if "moe" in case or case == "mixtral" else "layers.1.up"
+    assert {"layers.1.k", mlp, "embed"} <= checkpoint.formats.keys()
     for name in exact:
         np.testing.assert_array_equal(dequantized(checkpoint, name), exact[name].data, err_msg=name)
 
@@ -260,6 +291,11 @@ def test_codes_of_every_family(case: str, tmp_path: Path) -> None:
         ("gemma2", {"attention__sliding_window_pattern": 3}, ("sliding_window_pattern", "3")),
         ("gemma3", {"attn_logit_softcapping": 50.0}, ("gemma3.attn_logit_softcapping", "50.0")),
         ("gemma3", {"attention__sliding_window_pattern": 0}, ("sliding_window_pattern", "0")),
+        ("qwen3-moe", {"expert_used_count": 6}, ("qwen3moe.expert_used_count", "6", "to 5")),
+        ("qwen3-moe", {"expert_gating_func": 2}, ("expert_gating_func", "2", "softmax")),
+        ("qwen3-moe", {"expert_count": 6}, ("ffn_gate_exps", "(320, 96)", "(384, 96)")),
+        ("mixtral", {"expert_count": None}, ("llama.expert_used_count is 2",)),
+        ("mixtral", {"expert_shared_count": 1}, ("expert_shared_count", "1")),
         ("qwen3", {"attention__value_length": 16}, ("value_length", "16", "32")),
         ("phi3", {"rope__dimension_count": 17}, ("phi3.rope.dimension_count", "17", "at most 16")),
         ("phi3", {"attention__sliding_window": 2**25}, ("sliding_window", "33554432")),
