@@ -323,7 +323,7 @@ def check(published: Published, converted: bool) -> Checkpoint:
     checkpoint = open_checkpoint(files)
     coded = set()
     for name, source in files.weight_map.items():
-        (theirs,) = source.names
+        theirs = source.tensor
         expected = published.weights[theirs]
         values = dequantized(checkpoint, name)
         if theirs in published.coded:

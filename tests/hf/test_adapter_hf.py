@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from hf.hf_models import SHAPES, hf_logits, make_hf_model
 from octavo.models.adapter import Adapter
 from octavo.quantize.merge import merge_directory
-from octavo.reference import ReferenceModel
+from octavo.reference.llama import ReferenceModel
 from octavo.weights.adapter import read_adapter
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model

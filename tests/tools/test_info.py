@@ -11,7 +11,8 @@ from weights_helpers import tiny_config, write_model
 
 from octavo import machine
 from octavo.cli import main
-from octavo.cli.info import describe, format_bytes
+from octavo.cli.info import describe
+from octavo.machine import format_bytes
 from octavo.weights import tensor
 from octavo.weights.model_files import read_model
 

@@ -6,16 +6,18 @@ converter changes them; metadata are those that it writes.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from fuzz_weights import count_outcomes, mutations
 from weights_helpers import add_entry, add_tensor, permute_rows, tiny_vocabulary
 
 from octavo.errors import UnsupportedModelError, WeightsError
-from octavo.models.registry import find_family
+from octavo.models.registry import FAMILIES, find_family
 from octavo.quantization.apply import dequantized
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.gguf_folder import GgufFolder
@@ -67,6 +69,66 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "qwen2": ("Qwen2ForCausalLM", {}, {}),
     "qwen2, tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}, {}),
+    "qwen3": (
+        "Qwen3ForCausalLM",
+        {"head_dim": 32, "tie_word_embeddings": True},
+        {"attention.key_length": 32, "attention.value_length": 32},
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        {
+            **{"head_dim": 32, "num_experts": 5, "num_experts_per_tok": 3},
+            **{"moe_intermediate_size": 64, "norm_topk_prob": True},
+        },
+        {
+            **{"attention.key_length": 32, "attention.value_length": 32, "expert_count": 5},
+            **{"expert_used_count": 3, "expert_feed_forward_length": 64},
+        },
+    ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        {"expert_count": 4, "expert_used_count": 2, "rope.dimension_count": 16},
+    ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {
+            **{"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24},
+            **{"attn_logit_softcapping": 40.0, "final_logit_softcapping": 20.0},
+        },
+        {
+            **{"attention.key_length": 32, "attention.value_length": 32},
+            **{"attention.sliding_window": 24, "attn_logit_softcapping": 40.0},
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+    # As of the models of 27 billion weights, which have so many layers.
+    "gemma2, 27b": (
+        "Gemma2ForCausalLM",
+        {"head_dim": 32, "query_pre_attn_scalar": 16, "num_hidden_layers": 46},
+        {"attention.key_length": 32, "attention.value_length": 32},
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {
+            **{"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24},
+            **{"num_hidden_layers": 7, "rope_local_base_freq": 500.0},
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        {
+            **{"attention.key_length": 32, "attention.value_length": 32},
+            **{"attention.sliding_window": 24, "rope.freq_base_swa": 500.0},
+            **{"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+        },
+    ),
+    "gemma3, no windows": (
+        "Gemma3ForCausalLM",
+        {
+            **{"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": None},
+            **{"layer_types": ["full_attention"] * 3, "tie_word_embeddings": False},
+        },
+        {"attention.key_length": 32, "attention.value_length": 32},
+    ),
     "phi3": (
         "Phi3ForCausalLM",
         {"sliding_window": 70, "original_max_position_embeddings": 200},
@@ -92,7 +154,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 def hugging_face(case: str) -> dict[str, Any]:
     architecture, own, _ = CASES[case]
-    model_type = {"Phi3ForCausalLM": "phi3", "Qwen2ForCausalLM": "qwen2"}.get(architecture, "llama")
+    model_type = FAMILIES[architecture].model_type
     return {**COMMON, **own, "architectures": [architecture], "model_type": model_type}
 
 
@@ -107,9 +169,9 @@ def write(path: Path, case: str, kind: str = "F32", **changes: Any) -> dict[str,
     generator = np.random.default_rng(11)
     weights: dict[str, np.ndarray] = {}
     for source in family.tensors.weight_map(spec).values():
-        for name in source.names:
-            if name not in weights:
-                weights[name] = generator.standard_normal(source.stored_shape).astype(np.float32)
+        if source.tensor not in weights:
+            values = generator.standard_normal(source.stored_shape)
+            weights[source.tensor] = values.astype(np.float32)
     assert family.gguf is not None
     architecture = family.gguf.architecture
     keys = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
@@ -138,11 +200,12 @@ def write(path: Path, case: str, kind: str = "F32", **changes: Any) -> dict[str,
         "eos_token_id": 1,
     }.items():
         add_entry(writer, f"tokenizer.ggml.{name}", value)
-    for name, values in weights.items():
+    for name, values in stack_experts(weights).items():
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
         stored = as_converted(architecture, name, values, config)
-        add_tensor(writer, theirs, stored, kind if values.ndim == 2 else "F32")
+        plain = values.ndim < 2 or "gate_inp" in theirs
+        add_tensor(writer, theirs, stored, "F32" if plain else kind)
     if config.get("rope_scaling") is LONGROPE:
         for length in ("short", "long"):
             factors = np.array(LONGROPE[f"{length}_factor"], np.float32)
@@ -152,6 +215,18 @@ def write(path: Path, case: str, kind: str = "F32", **changes: Any) -> dict[str,
     writer.write_tensors_to_file()
     writer.close()
     return weights
+
+
+def stack_experts(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Experts' matrices as the converter stacks them, under the names that it gives the stacks."""
+    stacked: dict[str, Any] = {}
+    for name, values in weights.items():
+        match = re.fullmatch(r"(.*experts)\.\d+\.(.*)", name)
+        if match:
+            stacked.setdefault(f"{match[1]}.{match[2]}", []).append(values)
+        else:
+            stacked[name] = values
+    return {name: np.array(values) for name, values in stacked.items()}
 
 
 def as_converted(
@@ -176,7 +251,7 @@ def test_a_file_is_what_the_directory_is(case: str, tmp_path: Path) -> None:
     assert files.spec == files.family.read_spec(config) == find_family(config).read_spec(config)
     checkpoint = open_checkpoint(files)
     for name, source in files.family.tensors.weight_map(files.spec).items():
-        expected = weights[source.names[0]]
+        expected = weights[source.tensor]
         if source.rows is not None:
             first = source.rows[0]
             expected = expected[first : first + source.shape[0]]
@@ -192,7 +267,8 @@ def test_codes_of_every_family(case: str, tmp_path: Path) -> None:
     write(path, case, "Q4_0")
     checkpoint = open_checkpoint(read_model(path))
     exact = open_checkpoint(read_folder(GgufFolder(path, "f32")))
-    assert {"layers.1.k", "layers.1.gate", "embed"} <= checkpoint.formats.keys()
+    mlp = "layers.1.experts.1.up" if "moe" in case or case == "mixtral" else "layers.1.up"
+    assert {"layers.1.k", mlp, "embed"} <= checkpoint.formats.keys()
     for name in exact:
         np.testing.assert_array_equal(dequantized(checkpoint, name), exact[name].data, err_msg=name)
 
@@ -211,6 +287,16 @@ def test_codes_of_every_family(case: str, tmp_path: Path) -> None:
         ("qwen2", {"rope__freq_base_swa": 5.0}, ("rope.freq_base_swa", "5.0")),
         ("qwen2", {"block_count": None}, ("qwen2.block_count is missing",)),
         ("qwen2", {"feed_forward_length": [160, 160]}, ("feed_forward_length", "all layers")),
+        ("gemma2", {"attention__sliding_window": 0}, ("gemma2.attention.sliding_window", "0")),
+        ("gemma2", {"attention__sliding_window_pattern": 3}, ("sliding_window_pattern", "3")),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, ("gemma3.attn_logit_softcapping", "50.0")),
+        ("gemma3", {"attention__sliding_window_pattern": 0}, ("sliding_window_pattern", "0")),
+        ("qwen3-moe", {"expert_used_count": 6}, ("qwen3moe.expert_used_count", "6", "to 5")),
+        ("qwen3-moe", {"expert_gating_func": 2}, ("expert_gating_func", "2", "softmax")),
+        ("qwen3-moe", {"expert_count": 6}, ("ffn_gate_exps", "(320, 96)", "(384, 96)")),
+        ("mixtral", {"expert_count": None}, ("llama.expert_used_count is 2",)),
+        ("mixtral", {"expert_shared_count": 1}, ("expert_shared_count", "1")),
+        ("qwen3", {"attention__value_length": 16}, ("value_length", "16", "32")),
         ("phi3", {"rope__dimension_count": 17}, ("phi3.rope.dimension_count", "17", "at most 16")),
         ("phi3", {"attention__sliding_window": 2**25}, ("sliding_window", "33554432")),
         ("phi4-mini", {"rope__dimension_count": 13}, ("13",)),
@@ -227,6 +313,22 @@ def test_what_is_refused(
     with pytest.raises((UnsupportedModelError, WeightsError)) as caught:
         open_checkpoint(read_model(path))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "phi4-mini"])
+def test_mutated_headers(case: str, tmp_path: Path) -> None:
+    """1,000 damaged files: a typed error, or weights as the configuration wants them."""
+    path = tmp_path / "model.gguf"
+    write(path, case, "Q4_0")
+    original = path.read_bytes()
+    header = original.rindex(b"blk.2.") + 60
+
+    def load(file: Path) -> None:
+        for _, tensor in open_checkpoint(read_model(file)).checked_items():
+            assert tensor.data.size
+
+    outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=3))
+    assert outcomes["refused"] > 300 and outcomes["read"] > 100, outcomes
 
 
 def test_an_attention_factor_of_its_own(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from octavo.models import gemma_gguf
 from octavo.models.family import Family, TensorNames, Transform
 from octavo.models.fields import Fields, Limit
 from octavo.models.reading import (
@@ -118,4 +119,5 @@ FAMILY = Family(
     tensors=TensorNames(TENSORS, NORMS_FROM_ONE),
     ignored=LLAMA_IGNORED,
     default_eos_token_id=1,
+    gguf=gemma_gguf.GEMMA2,
 )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from octavo.models import gemma_gguf
 from octavo.models.family import Family, TensorNames
 from octavo.models.fields import Fields
 from octavo.models.gemma2 import (
@@ -81,4 +82,5 @@ FAMILY = Family(
     tensors=TensorNames({**TENSORS, **HEAD_NORMS}, NORMS_FROM_ONE),
     ignored=LLAMA_IGNORED,
     default_eos_token_id=1,
+    gguf=gemma_gguf.GEMMA3,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from octavo.models import qwen_gguf
 from octavo.models.family import Family, TensorNames
 from octavo.models.fields import Fields
 from octavo.models.qwen2 import WINDOW_FIELDS, read_windows
@@ -39,4 +40,5 @@ FAMILY = Family(
     read_spec=read_spec,
     tensors=TensorNames({**LLAMA_TENSORS, **HEAD_NORMS}),
     ignored=LLAMA_IGNORED,
+    gguf=qwen_gguf.QWEN3,
 )

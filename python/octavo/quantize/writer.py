@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +181,14 @@ class _Writer:
         self._calibrated = calibrated
         self._matrices: dict[str, CompressedMatrix] = {}
         self._entries: dict[str, Entries] = {}  # by octavo's name of the weight
+        # Vectors that the family stores as their difference from 1.
+        self._from_one = {
+            name for name, place in files.weight_map.items() if place.transform == "plus_one"
+        }
         layout = choose_layout(formats.values())
         for name, info in checkpoint.infos.items():
-            theirs = files.weight_map[name].name
+            place = files.weight_map[name]
+            theirs = (replace(place, transform="plain") if name in self._from_one else place).name
             base = name.removesuffix(".weight")
             if base in formats and name.endswith(".weight"):
                 outputs, inputs = info.shape
@@ -225,11 +230,11 @@ class _Writer:
         """The contents of a weight's entries, in their order."""
         tensor = self._checkpoint[name]
         check_finite(next(iter(self._entries[name])), tensor)
-        if name in self._calibrated.vectors:
-            yield self._calibrated.vectors[name]
-            return
-        if name not in self._matrices:
-            yield _cast(tensor)
+        vector = self._calibrated.vectors.get(name)
+        if vector is None and name not in self._matrices:
+            vector = _cast(tensor)
+        if vector is not None:
+            yield vector - np.float32(1) if name in self._from_one else vector
             return
         matrix = self._matrices[name]
         base = name.removesuffix(".weight")

@@ -62,7 +62,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """weight_map: where in `source` each weight lies; None: under octavo's names."""
         self._source = source
         self._map = weight_map or {
-            name: WeightSource((name,), info.shape) for name, info in source.infos.items()
+            name: WeightSource(name, info.shape) for name, info in source.infos.items()
         }
         self.formats: Mapping[str, WeightFormat] = dict(formats or {})
         self.stored: Mapping[str, Stored] = dict(stored or {})
@@ -114,7 +114,7 @@ class Checkpoint(Mapping[str, Tensor]):
         for name in self:
             tensor = self[name]
             if has_non_finite(tensor):
-                damaged += self._map[name].names
+                damaged.append(self._map[name].tensor)
             yield name, tensor
         if damaged:
             shown = ", ".join(damaged[:8]) + (", ..." if len(damaged) > 8 else "")
@@ -150,11 +150,11 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
             # Either name may be there: `save_model` of safetensors keeps lm_head, transformers
             # writes the embedding. If both are there they are equal: `read_model` compared them.
             head, table = files.family.tensors.tensor("lm_head"), weight_map["embed.weight"]
-            if head in source.infos and table.names[0] not in source.infos:
-                weight_map = weight_map | {"embed.weight": replace(table, names=(head,))}
+            if head in source.infos and table.tensor not in source.infos:
+                weight_map = weight_map | {"embed.weight": replace(table, tensor=head)}
             ignored = (*ignored, re.escape(head))
     named = {
-        name: replace(matrix, module=weight_map[name + ".weight"].modules[0])
+        name: replace(matrix, module=weight_map[name + ".weight"].module)
         for name, matrix in files.quantized.items()
     }
     quantized = {name: each for name, each in named.items() if not each.is_plain(source.infos)}
@@ -198,7 +198,7 @@ def _zero_biases(
     matrices: Iterable[StoredMatrix],
 ) -> Iterator[str]:
     """Biases that the family does not have, and that hold zeros: early AutoGPTQ wrote them."""
-    known = {name for wanted in weight_map.values() for name in wanted.names}
+    known = {wanted.tensor for wanted in weight_map.values()}
     for matrix in matrices:
         name = matrix.module + ".bias"
         info = source.infos.get(name)
@@ -212,11 +212,11 @@ def _without_prefix(
     weight_map: dict[str, WeightSource], source: TensorSource, prefix: str
 ) -> dict[str, WeightSource]:
     """The map for the checkpoint of a model without its head, whose names lack the prefix."""
-    table = weight_map["embed.weight"].names[0]
+    table = weight_map["embed.weight"].tensor
     if table in source.infos or table.removeprefix(prefix) not in source.infos:
         return weight_map
     return {
-        name: replace(wanted, names=tuple(each.removeprefix(prefix) for each in wanted.names))
+        name: replace(wanted, tensor=wanted.tensor.removeprefix(prefix))
         for name, wanted in weight_map.items()
     }
 
@@ -228,7 +228,7 @@ def _gguf_checkpoint(folder: GgufFolder, weight_map: Mapping[str, WeightSource])
     decoded = Checkpoint(folder.parts, weight_map, stored=stored)
     if not folder.as_codes or not formats:
         return decoded
-    modules = {weight_map[name + ".weight"].modules[0]: each for name, each in formats.items()}
+    modules = {weight_map[name + ".weight"].module: each for name, each in formats.items()}
     codes, with_scales = GgufCodes(folder.parts, modules), _with_scales(weight_map, formats)
     return Checkpoint(codes, with_scales, formats, decoded.dtype, stored)
 
@@ -243,11 +243,10 @@ def _with_scales(
         base = name.removesuffix(".weight")
         if base in formats and base != name:
             shape = wanted.shape[0], formats[base].num_groups(wanted.shape[1])
-            module = wanted.modules[0]
-            scale = replace(wanted, names=(module + ".weight_scale",), shape=shape)
+            scale = replace(wanted, tensor=wanted.module + ".weight_scale", shape=shape)
             with_scales[base + ".scale"] = scale
             if formats[base].has_zeros:
-                zero = replace(scale, names=(module + ".weight_zero_point",))
+                zero = replace(scale, tensor=wanted.module + ".weight_zero_point")
                 with_scales[base + ".zero"] = zero
     return with_scales
 
@@ -267,11 +266,6 @@ def has_non_finite(tensor: Tensor) -> bool:
     return False
 
 
-def find_non_finite(checkpoint: Checkpoint) -> list[str]:
-    """octavo's names of the weights that hold a NaN or an infinity. Reads all of the data."""
-    return [name for name in checkpoint if has_non_finite(checkpoint[name])]
-
-
 def _find_problems(
     source: TensorSource,
     weight_map: Mapping[str, WeightSource],
@@ -285,10 +279,7 @@ def _find_problems(
         expected |= matrix.entries(source.infos)
     for name, wanted in weight_map.items():
         if name.removesuffix(".weight") not in quantized or not name.endswith(".weight"):
-            expected |= dict.fromkeys(wanted.names, Entry(FLOATS, (wanted.stored_shape,)))
-        types = {source.infos[each].dtype for each in wanted.names if each in source.infos}
-        if len(types) > 1:
-            problems.append(f"{name} is stored as {' and '.join(sorted(types))}; expected one type")
+            expected[wanted.tensor] = Entry(FLOATS, (wanted.stored_shape,))
     for name, (dtypes, shapes, optional) in expected.items():
         info = source.infos.get(name)
         shape = " or ".join(map(str, shapes)) or "any"

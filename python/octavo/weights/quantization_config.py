@@ -85,11 +85,11 @@ def read_quantization(
         source = weight_map[name + ".weight"]
         turned = source.transform == "transpose" and method in _TURNED
         outputs, inputs = source.stored_shape[::-1] if turned else source.stored_shape
-        module = source.modules[0]
+        module = source.module
         found = scheme(module, (outputs, inputs))
         if found is None:
             continue
-        if len(source.names) > 1 or (source.transform != "plain" and not turned):
+        if source.transform != "plain" and not turned:
             field = "config_groups" if method in _COMPRESSED else "quant_method"
             raise fields.error(field, module, "matrices that are stored as they are used")
         stored[name] = found
