@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os.path import commonpath
@@ -106,7 +107,9 @@ class HuggingFaceImplementation:
         if adapter is not None:
             peft = importlib.import_module("peft")
             # The model itself is changed: its modules keep their names, and add what PEFT computes.
-            peft.PeftModel.from_pretrained(self._model, adapter, local_files_only=True).eval()
+            with warnings.catch_warnings():  # of tied heads, of deprecated names
+                warnings.simplefilter("ignore")
+                peft.PeftModel.from_pretrained(self._model, adapter, local_files_only=True).eval()
             added = f", peft {peft.__version__}"
         self._hook(files)
         module = type(self._model).__module__  # transformers.models.llama.modeling_llama
