@@ -4,8 +4,7 @@
 #include <functional>
 #include <vector>
 
-#include "bindings/bindings.h"
-#include "core/backend.h"
+#include "bindings/ops_device.h"
 
 namespace octavo::bindings {
 
@@ -22,11 +21,11 @@ std::vector<float> random_numbers(std::int64_t count) {
   return numbers;
 }
 
-class OpBench {
+class OpBench : private OpsDevice {
  public:
   OpBench(const std::string& device, const std::string& dtype, bool deterministic,
           std::int64_t launches, std::int64_t repeats, std::int64_t cache_bytes)
-      : backend_(make_backend(device, options(dtype, deterministic))),
+      : OpsDevice(device, {0, "auto", parse_dtype(dtype, "dtype"), deterministic}, 0),
         launches_(launches),
         repeats_(repeats),
         cache_bytes_(cache_bytes) {
@@ -65,18 +64,12 @@ class OpBench {
     spec.num_heads = num_heads;
     spec.num_kv_heads = num_kv_heads;
     spec.head_dim = head_dim;
-    KvLayer kv;
-    kv.dtype = parse_dtype(kv_dtype, "kv_dtype");
-    kv.block_size = 16;
-    kv.num_kv_heads = num_kv_heads;
-    kv.head_dim = head_dim;
     const std::int64_t blocks = (context + 15) / 16;
-    kv.block_bytes = backend_->kv_block_bytes(spec, kv.dtype, kv.block_size);
-    const std::int64_t copies = copies_of(num_seqs * blocks * kv.block_bytes);
-    kv.num_blocks = copies * num_seqs * blocks;
-    const Buffer cache(backend_.get(), static_cast<std::size_t>(kv.num_blocks * kv.block_bytes));
-    kv.data = cache.data();
-    fill(kv, spec);
+    const std::int64_t block_bytes =
+        backend_->kv_block_bytes(spec, parse_dtype(kv_dtype, "kv_dtype"), 16);
+    const std::int64_t copies = copies_of(num_seqs * blocks * block_bytes);
+    Cache kv = cache(spec, copies * num_seqs * blocks * 16, 16, kv_dtype);
+    fill(kv.layer, spec);
 
     Step step;
     step.num_seqs = num_seqs;
@@ -91,7 +84,8 @@ class OpBench {
       for (std::int64_t b = 0; b < blocks; ++b)
         tables.push_back(static_cast<std::int32_t>(s + b * num_seqs));  // never neighbours
     }
-    const Buffer memory[] = {up(positions), up(starts), up(lens), up(tables)};
+    const Buffer memory[] = {up_vector(positions), up_vector(starts), up_vector(lens),
+                             up_vector(tables)};
     step.positions = memory[0].as<std::int32_t>();
     step.row_starts = memory[1].as<std::int32_t>();
     step.context_lens = memory[2].as<std::int32_t>();
@@ -99,9 +93,9 @@ class OpBench {
     const Matrix q = random_matrix(step.num_tokens, spec.q_size()),
                  out = random_matrix(step.num_tokens, spec.q_size());
     return seconds(copies, [&](std::int64_t i) {
-      KvLayer copy = kv;
+      KvLayer copy = kv.layer;
       copy.num_blocks = num_seqs * blocks;
-      copy.data = cache.as<unsigned char>() + i * copy.num_blocks * kv.block_bytes;
+      copy.data = kv.memory.as<unsigned char>() + i * copy.num_blocks * block_bytes;
       backend_->attention(out.view, q.view, spec, 0.125f, copy, step);
     });
   }
@@ -140,11 +134,11 @@ class OpBench {
     row.top_k = top_k;
     row.top_p = top_p;
     row.seed = 7;
-    const Buffer sampling = up(std::vector<SamplingRow>(count, row));
+    const Buffer sampling = up_vector(std::vector<SamplingRow>(count, row));
     Step step;
     step.num_rows = rows;
     step.sampling = sampling.as<SamplingRow>();
-    const Buffer ids = up(none), logprobs = up(none), finite = up(none);
+    const Buffer ids = up_vector(none), logprobs = up_vector(none), finite = up_vector(none);
     Samples samples;
     samples.token_ids = ids.as<std::int32_t>();
     samples.logprobs = logprobs.as<float>();
@@ -154,10 +148,6 @@ class OpBench {
   }
 
  private:
-  struct Matrix {
-    Buffer memory;
-    View view;
-  };
   // Copies of a random matrix, that take turns.
   class Matrices {
    public:
@@ -177,23 +167,9 @@ class OpBench {
     std::int64_t rows_;
   };
 
-  static BackendOptions options(const std::string& dtype, bool deterministic) {
-    BackendOptions result;
-    result.dtype = parse_dtype(dtype, "dtype");
-    result.deterministic = deterministic;
-    return result;
-  }
-
   static void check_sizes(std::initializer_list<std::int64_t> sizes) {
     for (const std::int64_t size : sizes)
       require(size >= 1, "a size is ", size, "; expected 1 or more");
-  }
-
-  template <class T>
-  Buffer up(const std::vector<T>& values) {
-    Buffer memory(backend_.get(), values.size() * sizeof(T));
-    backend_->upload(memory.data(), values.data(), memory.bytes());
-    return memory;
   }
 
   Matrix random_matrix(std::int64_t rows, std::int64_t cols) {
@@ -201,14 +177,12 @@ class OpBench {
   }
 
   Matrix random_matrix(std::int64_t rows, std::int64_t cols, DType dtype) {
-    Matrix result;
-    result.view = {nullptr, rows, cols, cols, dtype};
+    Matrix result = matrix(rows, cols, dtype);
     const std::vector<float> numbers = random_numbers(rows * cols);
-    std::vector<unsigned char> bytes(static_cast<std::size_t>(rows) * result.view.row_size());
+    std::vector<unsigned char> bytes(result.memory.bytes());
     for (std::int64_t i = 0; i < rows * cols; ++i)
       store_float(bytes.data(), dtype, i, numbers[static_cast<std::size_t>(i)]);
-    result.memory = up(bytes);
-    result.view.data = result.memory.data();
+    backend_->upload(result.memory.data(), bytes.data(), bytes.size());
     return result;
   }
 
@@ -220,7 +194,7 @@ class OpBench {
       std::vector<std::int32_t> slots(kSlots, -1);
       for (std::int64_t i = 0; i < kSlots && first + i < kv.num_blocks * kv.block_size; ++i)
         slots[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(first + i);
-      const Buffer memory = up(slots);
+      const Buffer memory = up_vector(slots);
       Step step;
       step.num_tokens = kSlots;
       step.slots = memory.as<std::int32_t>();
@@ -282,7 +256,6 @@ class OpBench {
     return std::clamp<std::int64_t>((cache_bytes_ + bytes - 1) / bytes, 1, 1024);
   }
 
-  std::unique_ptr<Backend> backend_;
   std::int64_t launches_, repeats_, cache_bytes_;
   std::int64_t num_measured_ = 0;
 };

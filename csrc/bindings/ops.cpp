@@ -26,20 +26,9 @@ class Ops : private OpsDevice {
                    const std::string& dtype) {
     check_embed(table, token_ids, position_table, positions);
     const Linear packed = pack(table, dtype);
-    Step step;
-    step.num_tokens = size(token_ids);
-    const Device ids = up(token_ids);
-    step.token_ids = ids.as<std::int32_t>();
-    Linear packed_positions;
-    Device position_ids;
-    if (position_table) {
-      packed_positions = pack(*position_table, dtype);
-      position_ids = up(*positions);
-      step.positions = position_ids.as<std::int32_t>();
-    }
-    const Matrix out = matrix(step.num_tokens, packed.inputs);
-    backend_->embed(out.view, packed, position_table ? &packed_positions : nullptr, step);
-    return down(out);
+    if (!position_table) return embed_rows(packed, token_ids, nullptr, {});
+    const Linear packed_positions = pack(*position_table, dtype);
+    return embed_rows(packed, token_ids, &packed_positions, up(*positions));
   }
 
   nb::object norm(Array2<float> x, Array1<float> weight, std::optional<Array1<float>> bias,
@@ -60,33 +49,36 @@ class Ops : private OpsDevice {
     return nb::make_tuple(down(stream), down(out));
   }
 
+  nb::object norm_heads(Array2<float> x, Array1<float> weight, std::optional<Array1<float>> bias,
+                        float eps, const std::string& kind) {
+    const std::int64_t width = size(weight);
+    require(width >= 1 && length(x, 1) % width == 0, "x has ", length(x, 1),
+            " columns; expected a multiple of the weight's ", width);
+    const Matrix in = up_activations(x);
+    const NormArrays arrays = norm_arrays(weight, bias, eps, kind, width);
+    backend_->norm_heads(in.view, arrays.norm, width);
+    return down(in);
+  }
+
+  nb::object scale(Array2<float> x, float factor, float cap) {
+    const Matrix in = up_activations(x);
+    backend_->scale(in.view, factor, cap);
+    return down(in);
+  }
+
   nb::object linear(Array2<float> x, Array2<float> weight, std::optional<Array1<float>> bias,
                     const std::string& dtype) {
     require(x.shape(1) == weight.shape(1), "x has ", x.shape(1), " columns; weight has ",
             weight.shape(1));
-    Linear packed = pack(weight, dtype, bias.has_value());
-    if (bias) {
-      require(size(*bias) == packed.outputs, "bias has ", size(*bias), " entries; expected ",
-              packed.outputs);
-      backend_->upload(packed.bias.data(), bias->data(), bias->size() * 4);
-    }
-    const Matrix in = up_activations(x), out = matrix(in.view.rows, packed.outputs);
-    backend_->linear(out.view, in.view, packed);
-    return down(out);
+    return multiply(x, pack(weight, dtype, bias.has_value()), bias);
   }
 
   nb::object quantized_linear(Array2<float> x, CodeArray codes, Array2<float> scales,
                               nb::handle format, std::optional<Array2<float>> zeros,
                               std::optional<Array1<float>> bias) {
     const auto inputs = static_cast<std::int64_t>(x.shape(1));
-    Linear packed = pack_quantized(inputs, codes, scales, format, zeros, bias.has_value());
-    if (bias) {
-      check_length("bias", size(*bias), packed.outputs);
-      backend_->upload(packed.bias.data(), bias->data(), bias->size() * 4);
-    }
-    const Matrix in = up_activations(x), out = matrix(in.view.rows, packed.outputs);
-    backend_->linear(out.view, in.view, packed);
-    return down(out);
+    return multiply(x, pack_quantized(inputs, codes, scales, format, zeros, bias.has_value()),
+                    bias);
   }
 
   nb::object quantized_embed(IntArray token_ids, std::int64_t width, CodeArray codes,
@@ -94,22 +86,97 @@ class Ops : private OpsDevice {
                              std::optional<Array2<float>> zeros) {
     const Linear packed = pack_quantized(width, codes, scales, format, zeros, false);
     check_entries("token_ids", token_ids, 0, packed.outputs - 1);
-    Step step;
-    step.num_tokens = size(token_ids);
-    const Device ids = up(token_ids);
-    step.token_ids = ids.as<std::int32_t>();
-    const Matrix out = matrix(step.num_tokens, width);
-    backend_->embed(out.view, packed, nullptr, step);
-    return down(out);
+    return embed_rows(packed, token_ids, nullptr, {});
   }
 
+  // Returns the rotated q, and the cache's keys and values slot by slot.
   nb::object rope_and_store(Array3<float> q, Array3<float> k, Array3<float> v, IntArray positions,
                             IntArray slots, std::optional<Array1<float>> frequencies,
                             std::int64_t num_slots, std::int64_t block_size,
-                            const std::string& kv_dtype, float attention_factor);
+                            const std::string& kv_dtype, float attention_factor) {
+    check_rope_and_store(q, k, v, positions, slots, frequencies, num_slots);
+    const LayerSpec spec = heads_of(q, k);
+    const Matrix fused = fuse(q, k, v, spec);
+    Cache kv = cache(spec, num_slots, block_size, kv_dtype);
+    const Device position_ids = up(positions), slot_ids = up(slots);
+    Step step;
+    step.num_tokens = size(positions);
+    step.positions = position_ids.as<std::int32_t>();
+    step.slots = slot_ids.as<std::int32_t>();
+
+    Rope rope;
+    Device cosines, sines;
+    if (frequencies) {
+      std::int64_t most = 0;
+      for (std::size_t i = 0; i < positions.size(); ++i)
+        most = std::max<std::int64_t>(most, positions.data()[i]);
+      const RopeSpec turns{to_vector<float>(*frequencies), attention_factor};
+      const RopeTables tables = rope_tables(turns, most + 1);
+      cosines = up_vector(tables.cosines);
+      sines = up_vector(tables.sines);
+      rope = {cosines.as<float>(), sines.as<float>(), size(*frequencies)};
+    }
+    backend_->rope_and_store(fused.view, frequencies ? &rope : nullptr, spec, kv.layer, step);
+
+    const auto heads = static_cast<std::size_t>(spec.num_heads);
+    const auto kv_heads = static_cast<std::size_t>(spec.num_kv_heads);
+    const auto dim = static_cast<std::size_t>(spec.head_dim);
+    const auto tokens = static_cast<std::size_t>(step.num_tokens);
+    std::vector<float> keys, values;
+    backend_->read_kv(kv.layer, num_slots, keys, values);
+    const auto total = static_cast<std::size_t>(num_slots);
+    return nb::make_tuple(to_numpy(get(fused.view.columns(0, spec.q_size())), {tokens, heads, dim}),
+                          to_numpy(std::move(keys), {total, kv_heads, dim}),
+                          to_numpy(std::move(values), {total, kv_heads, dim}));
+  }
+
+  // k, v: (num_slots, num_kv_heads, head_dim), stored slot by slot first.
   nb::object attention(Array3<float> q, Array3<float> k, Array3<float> v, IntArray row_starts,
                        IntArray context_lens, Array2<std::int32_t> block_tables, float scale,
-                       std::int64_t window, std::int64_t block_size, const std::string& kv_dtype);
+                       std::int64_t window, std::int64_t block_size, const std::string& kv_dtype,
+                       float softcap) {
+    LayerSpec spec = heads_of(q, k);
+    spec.window = window;
+    spec.attention_softcap = softcap;
+    const auto num_slots = static_cast<std::int64_t>(k.shape(0));
+    Cache kv = cache(spec, num_slots, block_size, kv_dtype);
+    check_attention(q, k, v, row_starts, context_lens, block_tables, block_size, window);
+    {
+      // Stored through the op itself, with as many unused queries.
+      std::vector<std::int32_t> slots(static_cast<std::size_t>(num_slots));
+      for (std::size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<std::int32_t>(i);
+      Matrix fused = activations(num_slots, spec.q_size() + 2 * spec.kv_size());
+      put(fused.view.columns(spec.q_size(), spec.kv_size()), k.data());
+      put(fused.view.columns(spec.q_size() + spec.kv_size(), spec.kv_size()), v.data());
+      const Device slot_ids = up_vector(slots);
+      Step store;
+      store.num_tokens = num_slots;
+      store.slots = slot_ids.as<std::int32_t>();
+      backend_->rope_and_store(fused.view, nullptr, spec, kv.layer, store);
+    }
+    Step step;
+    step.num_tokens = static_cast<std::int64_t>(q.shape(0));
+    step.num_seqs = size(context_lens);
+    step.max_blocks = static_cast<std::int64_t>(block_tables.shape(1));
+    std::vector<std::int32_t> positions;
+    for (std::int64_t seq = 0; seq < step.num_seqs; ++seq) {
+      const std::int32_t length = row_starts.data()[seq + 1] - row_starts.data()[seq];
+      for (std::int32_t t = 0; t < length; ++t)
+        positions.push_back(context_lens.data()[seq] - length + t);
+    }
+    const Device position_ids = up_vector(positions), starts = up(row_starts),
+                 lens = up(context_lens), tables = up_vector(to_vector<std::int32_t>(block_tables));
+    step.positions = position_ids.as<std::int32_t>();
+    step.row_starts = starts.as<std::int32_t>();
+    step.context_lens = lens.as<std::int32_t>();
+    step.block_tables = tables.as<std::int32_t>();
+
+    const Matrix queries = up_activations(q), out = activations(step.num_tokens, spec.q_size());
+    backend_->attention(out.view, queries.view, spec, scale, kv.layer, step);
+    return to_numpy(get(out.view), {static_cast<std::size_t>(step.num_tokens),
+                                    static_cast<std::size_t>(spec.num_heads),
+                                    static_cast<std::size_t>(spec.head_dim)});
+  }
 
   nb::object gated_activation(std::optional<Array2<float>> gate, Array2<float> up_array,
                               const std::string& name) {
@@ -158,14 +225,49 @@ class Ops : private OpsDevice {
     check(adjustments, in.view.rows, in.view.cols);
     std::vector<unsigned char> bytes(bytes_of(adjustments));
     write(adjustments, bytes.data());
-    const Device memory(backend_.get(), bytes.size());
-    backend_->upload(memory.data(), bytes.data(), bytes.size());
+    const Device memory = up_vector(bytes);
     backend_->adjust_logits(out.view, in.view, find(adjustments, memory.as<unsigned char>()));
     return down(out);
   }
 
+  // The tokens, their log-probabilities, whether a row is finite, the best tokens and their
+  // log-probabilities, and what as many state rows keep.
   nb::tuple sample(Array2<float> logits, nb::object rows,
-                   std::optional<Array2<std::int32_t>> masks);
+                   std::optional<Array2<std::int32_t>> masks) {
+    const Matrix in = up(logits);
+    const std::vector<SamplingRow> sampling = sampling_rows(rows);
+    const std::size_t num_rows = sampling.size();
+    check_length("sampling", size(sampling), in.view.rows);
+    check(sampling, in.view.cols, in.view.rows);
+    if (masks) {
+      check_length("masks", length(*masks, 0), in.view.rows);
+      check_length("a row of masks", length(*masks, 1), (in.view.cols + 31) / 32);
+    }
+    std::int32_t num_top = 0;
+    for (const SamplingRow& row : sampling) num_top = std::max(num_top, row.num_logprobs);
+    const Device row_array = up_vector(sampling),
+                 sampled = up_vector(std::vector<std::int32_t>(num_rows, -1));
+    Step step;
+    step.num_rows = in.view.rows;
+    step.sampling = row_array.as<SamplingRow>();
+    step.sampled = sampled.as<std::int32_t>();
+
+    Device mask_words;
+    if (masks) mask_words = up_vector(to_vector<std::int32_t>(*masks));
+    const auto top = static_cast<std::size_t>(num_top);
+    const Device ids(backend_.get(), num_rows * 4), logprobs(backend_.get(), num_rows * 4),
+        finite(backend_.get(), num_rows), top_ids(backend_.get(), num_rows * top * 4),
+        top_logprobs(backend_.get(), num_rows * top * 4);
+    backend_->sample({ids.as<std::int32_t>(), logprobs.as<float>(), finite.as<std::uint8_t>(),
+                      top_ids.as<std::int32_t>(), top_logprobs.as<float>(), num_top},
+                     in.view, mask_words.as<std::int32_t>(), step);
+    return nb::make_tuple(to_numpy(down_vector<std::int32_t>(ids)),
+                          to_numpy(down_vector<float>(logprobs)),
+                          to_numpy(down_vector<std::uint8_t>(finite)),
+                          to_numpy(down_vector<std::int32_t>(top_ids), {num_rows, top}),
+                          to_numpy(down_vector<float>(top_logprobs), {num_rows, top}),
+                          to_numpy(down_vector<std::int32_t>(sampled)));
+  }
 
   nb::object log_softmax(Array2<float> logits) {
     const Matrix in = up(logits), out = matrix(in.view.rows, in.view.cols);
@@ -183,147 +285,31 @@ class Ops : private OpsDevice {
   }
 
  private:
+  nb::object embed_rows(const Linear& table, const IntArray& token_ids,
+                        const Linear* position_table, const Device& positions) {
+    const Device ids = up(token_ids);
+    Step step;
+    step.num_tokens = size(token_ids);
+    step.token_ids = ids.as<std::int32_t>();
+    step.positions = positions.as<std::int32_t>();
+    const Matrix out = matrix(step.num_tokens, table.inputs);
+    backend_->embed(out.view, table, position_table, step);
+    return down(out);
+  }
+
+  nb::object multiply(const Array2<float>& x, Linear weight,
+                      const std::optional<Array1<float>>& bias) {
+    if (bias) {
+      check_length("bias", size(*bias), weight.outputs);
+      backend_->upload(weight.bias.data(), bias->data(), bias->size() * 4);
+    }
+    const Matrix in = up_activations(x), out = matrix(in.view.rows, weight.outputs);
+    backend_->linear(out.view, in.view, weight);
+    return down(out);
+  }
+
   std::string isa_;
 };
-
-// Returns the rotated q, and the cache's keys and values slot by slot.
-nb::object Ops::rope_and_store(Array3<float> q, Array3<float> k, Array3<float> v,
-                               IntArray positions, IntArray slots,
-                               std::optional<Array1<float>> frequencies, std::int64_t num_slots,
-                               std::int64_t block_size, const std::string& kv_dtype,
-                               float attention_factor) {
-  check_rope_and_store(q, k, v, positions, slots, frequencies, num_slots);
-  const LayerSpec spec = heads_of(q, k);
-  const Matrix fused = fuse(q, k, v, spec);
-  Cache kv = cache(spec, num_slots, block_size, kv_dtype);
-  const Device position_ids = up(positions), slot_ids = up(slots);
-  Step step;
-  step.num_tokens = size(positions);
-  step.positions = position_ids.as<std::int32_t>();
-  step.slots = slot_ids.as<std::int32_t>();
-
-  Rope rope;
-  Device cosines, sines;
-  if (frequencies) {
-    std::int64_t most = 0;
-    for (std::size_t i = 0; i < positions.size(); ++i)
-      most = std::max<std::int64_t>(most, positions.data()[i]);
-    const RopeSpec turns{{frequencies->data(), frequencies->data() + frequencies->size()},
-                         attention_factor};
-    const RopeTables tables = rope_tables(turns, most + 1);
-    const std::size_t bytes = tables.cosines.size() * 4;
-    cosines = Device(backend_.get(), bytes);
-    sines = Device(backend_.get(), bytes);
-    backend_->upload(cosines.data(), tables.cosines.data(), bytes);
-    backend_->upload(sines.data(), tables.sines.data(), bytes);
-    rope = {cosines.as<float>(), sines.as<float>()};
-  }
-  backend_->rope_and_store(fused.view, frequencies ? &rope : nullptr, spec, kv.layer, step);
-
-  const auto heads = static_cast<std::size_t>(spec.num_heads);
-  const auto kv_heads = static_cast<std::size_t>(spec.num_kv_heads);
-  const auto dim = static_cast<std::size_t>(spec.head_dim);
-  const auto tokens = static_cast<std::size_t>(step.num_tokens);
-  std::vector<float> keys, values;
-  backend_->read_kv(kv.layer, num_slots, keys, values);
-  const auto total = static_cast<std::size_t>(num_slots);
-  return nb::make_tuple(to_numpy(get(fused.view.columns(0, spec.q_size())), {tokens, heads, dim}),
-                        to_numpy(std::move(keys), {total, kv_heads, dim}),
-                        to_numpy(std::move(values), {total, kv_heads, dim}));
-}
-
-// k, v: (num_slots, num_kv_heads, head_dim), stored slot by slot first.
-nb::object Ops::attention(Array3<float> q, Array3<float> k, Array3<float> v, IntArray row_starts,
-                          IntArray context_lens, Array2<std::int32_t> block_tables, float scale,
-                          std::int64_t window, std::int64_t block_size,
-                          const std::string& kv_dtype) {
-  LayerSpec spec = heads_of(q, k);
-  spec.window = window;
-  const auto num_slots = static_cast<std::int64_t>(k.shape(0));
-  Cache kv = cache(spec, num_slots, block_size, kv_dtype);
-  check_attention(q, k, v, row_starts, context_lens, block_tables, block_size, window);
-  {
-    // Stored through the op itself, with as many unused queries.
-    std::vector<std::int32_t> slots(static_cast<std::size_t>(num_slots));
-    for (std::size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<std::int32_t>(i);
-    Matrix fused = activations(num_slots, spec.q_size() + 2 * spec.kv_size());
-    put(fused.view.columns(spec.q_size(), spec.kv_size()), k.data());
-    put(fused.view.columns(spec.q_size() + spec.kv_size(), spec.kv_size()), v.data());
-    Device slot_ids(backend_.get(), slots.size() * 4);
-    backend_->upload(slot_ids.data(), slots.data(), slots.size() * 4);
-    Step store;
-    store.num_tokens = num_slots;
-    store.slots = slot_ids.as<std::int32_t>();
-    backend_->rope_and_store(fused.view, nullptr, spec, kv.layer, store);
-  }
-  Step step;
-  step.num_tokens = static_cast<std::int64_t>(q.shape(0));
-  step.num_seqs = size(context_lens);
-  step.max_blocks = static_cast<std::int64_t>(block_tables.shape(1));
-  std::vector<std::int32_t> positions;
-  for (std::int64_t seq = 0; seq < step.num_seqs; ++seq) {
-    const std::int32_t length = row_starts.data()[seq + 1] - row_starts.data()[seq];
-    for (std::int32_t t = 0; t < length; ++t)
-      positions.push_back(context_lens.data()[seq] - length + t);
-  }
-  Device position_ids(backend_.get(), positions.size() * 4);
-  backend_->upload(position_ids.data(), positions.data(), positions.size() * 4);
-  const Device starts = up(row_starts), lens = up(context_lens);
-  Device tables(backend_.get(), block_tables.size() * 4);
-  backend_->upload(tables.data(), block_tables.data(), block_tables.size() * 4);
-  step.positions = position_ids.as<std::int32_t>();
-  step.row_starts = starts.as<std::int32_t>();
-  step.context_lens = lens.as<std::int32_t>();
-  step.block_tables = tables.as<std::int32_t>();
-
-  const Matrix queries = up_activations(q), out = activations(step.num_tokens, spec.q_size());
-  backend_->attention(out.view, queries.view, spec, scale, kv.layer, step);
-  return to_numpy(get(out.view), {static_cast<std::size_t>(step.num_tokens),
-                                  static_cast<std::size_t>(spec.num_heads),
-                                  static_cast<std::size_t>(spec.head_dim)});
-}
-
-// The tokens, their log-probabilities, whether a row is finite, the best tokens and their
-// log-probabilities, and what as many state rows keep.
-nb::tuple Ops::sample(Array2<float> logits, nb::object rows,
-                      std::optional<Array2<std::int32_t>> masks) {
-  const Matrix in = up(logits);
-  const std::vector<SamplingRow> sampling = sampling_rows(rows);
-  const std::size_t num_rows = sampling.size();
-  check_length("sampling", size(sampling), in.view.rows);
-  check(sampling, in.view.cols, in.view.rows);
-  if (masks) {
-    check_length("masks", length(*masks, 0), in.view.rows);
-    check_length("a row of masks", length(*masks, 1), (in.view.cols + 31) / 32);
-  }
-  std::int32_t num_top = 0;
-  for (const SamplingRow& row : sampling) num_top = std::max(num_top, row.num_logprobs);
-  const Device row_array = up_vector(sampling),
-               sampled = up_vector(std::vector<std::int32_t>(num_rows, -1));
-  Step step;
-  step.num_rows = in.view.rows;
-  step.sampling = row_array.as<SamplingRow>();
-  step.sampled = sampled.as<std::int32_t>();
-
-  Device mask_words;
-  if (masks) {
-    mask_words = Device(backend_.get(), masks->size() * 4);
-    backend_->upload(mask_words.data(), masks->data(), masks->size() * 4);
-  }
-  const auto top = static_cast<std::size_t>(num_top);
-  const Device ids(backend_.get(), num_rows * 4), logprobs(backend_.get(), num_rows * 4),
-      finite(backend_.get(), num_rows), top_ids(backend_.get(), num_rows * top * 4),
-      top_logprobs(backend_.get(), num_rows * top * 4);
-  backend_->sample({ids.as<std::int32_t>(), logprobs.as<float>(), finite.as<std::uint8_t>(),
-                    top_ids.as<std::int32_t>(), top_logprobs.as<float>(), num_top},
-                   in.view, mask_words.as<std::int32_t>(), step);
-  return nb::make_tuple(to_numpy(down_vector<std::int32_t>(ids)),
-                        to_numpy(down_vector<float>(logprobs)),
-                        to_numpy(down_vector<std::uint8_t>(finite)),
-                        to_numpy(down_vector<std::int32_t>(top_ids), {num_rows, top}),
-                        to_numpy(down_vector<float>(top_logprobs), {num_rows, top}),
-                        to_numpy(down_vector<std::int32_t>(sampled)));
-}
 
 }  // namespace
 
@@ -344,6 +330,9 @@ void bind_ops(nb::module_& module) {
            nb::arg("eps"), nb::arg("kind") = "rms")
       .def("add_norm", &Ops::add_norm, nb::arg("residual"), nb::arg("x"), nb::arg("weight"),
            nb::arg("bias").none(), nb::arg("eps"), nb::arg("kind") = "rms")
+      .def("norm_heads", &Ops::norm_heads, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
+           nb::arg("eps"), nb::arg("kind") = "rms")
+      .def("scale", &Ops::scale, nb::arg("x"), nb::arg("factor"), nb::arg("cap") = 0.0f)
       .def("linear", &Ops::linear, nb::arg("x"), nb::arg("weight"), nb::arg("bias") = none,
            nb::arg("dtype") = "f32")
       .def("quantized_linear", &Ops::quantized_linear, nb::arg("x"), nb::arg("codes"),
@@ -357,7 +346,7 @@ void bind_ops(nb::module_& module) {
       .def("attention", &Ops::attention, nb::arg("q"), nb::arg("k"), nb::arg("v"),
            nb::arg("row_starts"), nb::arg("context_lens"), nb::arg("block_tables"),
            nb::arg("scale"), nb::arg("window") = 0, nb::arg("block_size") = 16,
-           nb::arg("kv_dtype") = "f32")
+           nb::arg("kv_dtype") = "f32", nb::arg("softcap") = 0.0f)
       .def("gated_activation", &Ops::gated_activation, nb::arg("gate").none(), nb::arg("up"),
            nb::arg("activation"))
       .def("moe", &Ops::moe, nb::arg("x"), nb::arg("router_logits"), nb::arg("gate"), nb::arg("up"),

@@ -1,4 +1,4 @@
-// Arrays on their way to a device and back: what the ops for tests are made with.
+// Arrays on their way to a device and back: what the ops for tests and benchmarks are made with.
 #pragma once
 
 #include <memory>
@@ -36,18 +36,16 @@ class OpsDevice {
   }
 
   template <class T>
-  Device up(const Array1<T>& array) {
-    Device memory(backend_.get(), array.size() * sizeof(T));
-    backend_->upload(memory.data(), array.data(), array.size() * sizeof(T));
-    return memory;
-  }
-
-  template <class T>
   Device up_vector(const std::vector<T>& values) {
     Device memory(backend_.get(), values.size() * sizeof(T));
     backend_->upload(memory.data(), values.data(), values.size() * sizeof(T));
     return memory;
   }
+  template <class T>
+  Device up(const Array1<T>& array) {
+    return up_vector(to_vector<T>(array));
+  }
+
   template <class T>
   std::vector<T> down_vector(const Device& memory) {
     std::vector<T> values(memory.bytes() / sizeof(T));

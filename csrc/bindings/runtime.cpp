@@ -75,21 +75,19 @@ void sample(Runtime& self, std::int64_t ticket, std::optional<Array2<std::int32_
               std::move(adjustments));
 }
 
+// What a function returns that lets other Python threads run meanwhile.
+template <class Function>
+auto unlocked(const Function& function) {
+  nb::gil_scoped_release released;
+  return function();
+}
+
 StepOutput wait(Runtime& self, std::int64_t ticket) {
-  StepResult result;
-  {
-    nb::gil_scoped_release unlocked;
-    result = self.wait(ticket);
-  }
-  return to_output(std::move(result));
+  return to_output(unlocked([&] { return self.wait(ticket); }));
 }
 
 nb::object logits(Runtime& self, std::int64_t ticket) {
-  std::vector<float> values;
-  {
-    nb::gil_scoped_release unlocked;
-    values = self.logits(ticket);
-  }
+  std::vector<float> values = unlocked([&] { return self.logits(ticket); });
   const auto vocab = static_cast<std::size_t>(self.spec().vocab_size);
   const std::size_t rows = values.size() / vocab;
   return to_numpy(std::move(values), {rows, vocab});
@@ -120,7 +118,7 @@ void load(Runtime& self, const std::string& name,
   for (std::size_t i = 0; i < array.ndim(); ++i)
     shape.push_back(static_cast<std::int64_t>(array.shape(i)));
   if (format == DType::int4 && !shape.empty()) shape.back() *= 2;
-  nb::gil_scoped_release unlocked;
+  nb::gil_scoped_release released;
   self.load(name, array.data(), format, shape);
 }
 
@@ -151,11 +149,7 @@ nb::dict memory(const Runtime& self) {
 }
 
 nb::dict counts(Runtime& self) {
-  WorkCounts counts;
-  {
-    nb::gil_scoped_release unlocked;
-    counts = self.counts();
-  }
+  const WorkCounts counts = unlocked([&] { return self.counts(); });
   nb::dict result;
   result["kernels"] = counts.kernels;
   result["recorded"] = counts.recorded;

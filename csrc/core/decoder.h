@@ -41,6 +41,10 @@ class Decoder {
   void mlp_half(std::size_t layer, View hidden, View residual, const Step& step, TapSink* taps);
   // Adds what the adapters of the step's sequences, if there are any, add to a stack's product.
   void adapt(View out, View x, std::size_t layer, Adapters::Part part, const Step& step);
+  // Ends a sublayer: `hidden`, its output, normalized and multiplied where the layer says so. part:
+  // of its tap's name. norm: of the layer's output_norm.
+  void finish_sublayer(std::size_t layer, const char* part, View hidden, const Norm& norm,
+                       TapSink* taps);
 
   // out = x times each matrix of the stack, side by side.
   void linear_stack(View out, View x, const Stack& stack);

@@ -11,7 +11,8 @@ from typing import Literal
 
 from octavo.errors import InvalidArgumentError
 from octavo.files import expand_home
-from octavo.models.spec import WeightFormat
+from octavo.models.kv_groups import KvGroups
+from octavo.models.spec import ModelSpec, WeightFormat
 
 DType = Literal["auto", "f32", "bf16", "f16"]
 KVDType = Literal["auto", "f32", "bf16", "f16", "int8"]
@@ -72,7 +73,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
             f"OCTAVO_NUM_THREADS is {threads!r}; expected an integer from 0 (all cores) to 1024"
         )
     isa = variables.get("OCTAVO_ISA") or "auto"
-    _check_choice("OCTAVO_ISA", isa, ISAS)
+    check_choice("OCTAVO_ISA", isa, ISAS)
     api_key = variables.get("OCTAVO_API_KEY") or None
     found = None if home_path.parts[:1] == ("~",) else home_path
     return Environment(home=found, num_threads=int(threads), isa=isa, api_key=api_key)
@@ -103,7 +104,8 @@ class EngineConfig:
     max_num_batched_tokens: how many tokens a step carries at most; a longer prompt is computed
         in chunks of this size.
     block_size: tokens in one block of the KV cache, a multiple of 16.
-    num_kv_blocks: size of the KV cache; None sizes it by `kv_memory_fraction`.
+    num_kv_blocks: size of the KV cache, of all KV groups together; None sizes it by
+        `kv_memory_fraction`.
     kv_memory_fraction: which part of the memory still free after loading the KV cache may take.
     num_threads: CPU threads; 0 takes OCTAVO_NUM_THREADS, else the physical cores.
     deterministic: CUDA: an answer's bits do not depend on what else is computed with it (on the CPU
@@ -149,14 +151,14 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice("device", self.device, DEVICES)
+        check_choice("device", self.device, DEVICES)
         for name, choices in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
             object.__setattr__(self, name, dtype_name(getattr(self, name)))
-            _check_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
         if self.quantize is not None:
-            _check_choice("quantize", self.quantize, QUANTIZE)
-        _check_choice("load_format", self.load_format, LOAD_FORMATS)
-        _check_choice("isa", self.isa, ISAS)
+            check_choice("quantize", self.quantize, QUANTIZE)
+        check_choice("load_format", self.load_format, LOAD_FORMATS)
+        check_choice("isa", self.isa, ISAS)
         _check_positive("max_num_seqs", self.max_num_seqs)
         _check_positive("max_num_batched_tokens", self.max_num_batched_tokens)
         _check_positive("block_size", self.block_size)
@@ -221,6 +223,15 @@ class RuntimeOptions:
     event_log_capacity: int = 65536
     overlap_steps: bool = False
 
+    @property
+    def num_in_flight_tokens(self) -> int:
+        """The most tokens of one sequence that steps in flight compute."""
+        return (2 if self.overlap_steps else 1) * self.max_num_batched_tokens
+
+    def kv_groups(self, spec: ModelSpec) -> KvGroups:
+        """How many blocks of the KV cache a sequence of this model takes."""
+        return KvGroups(self.block_size, spec.kv_windows, self.num_in_flight_tokens)
+
 
 def resolve_device(device: str, available: Sequence[str]) -> str:
     """The device to run on: "auto" takes the last of those available, which is the fastest."""
@@ -233,7 +244,8 @@ def dtype_name(given: object) -> str:
     return _DTYPE_NAMES.get(name, name)
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """InvalidArgumentError for a value that is none of the choices."""
     if value not in choices:
         usual = [choice for choice in choices if "emulated" not in choice]  # those are for tests
         raise InvalidArgumentError(f"{name} is {value!r}; expected one of {', '.join(usual)}")

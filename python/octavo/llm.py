@@ -168,7 +168,7 @@ class LLM(LoadedModel):
         encoded = self._encode(prompt)
         params = params or SamplingParams()
         self.engine.check_request(encoded.token_ids, params)
-        asked = _asked(None, encoded, params, adapter)._replace(stream=True)
+        asked = Asked(None, encoded, params, stream=True, adapter=adapter)
         return SharedIterator(_stream(call, asked), call)
 
     def generate_as_completed(
@@ -234,7 +234,7 @@ class LLM(LoadedModel):
         if progress and prompts:
             bar = request_bar(self._bar_turn, len(prompts), lambda: self.engine.num_sampled_tokens)
         with call, bar as advance:
-            call.ask([_asked(index, *pair, adapter) for index, pair in enumerate(pairs)])
+            call.ask([Asked(i, *pair, adapter=adapter) for i, pair in enumerate(pairs)])
             on_step = advance and partial(advance, 0)
             while (arrival := call.take(on_step)) is not None:
                 results[arrival.key] = arrival.chunk.result
@@ -259,7 +259,7 @@ class LLM(LoadedModel):
                     except (InvalidArgumentError, TokenizerError) as error:
                         yield key, _refused(prompt, error)
                     else:
-                        call.ask([_asked(key, encoded, params)])
+                        call.ask([Asked(key, encoded, params)])
                 if not num_taken and not call.num_open:
                     return
                 arrival = call.take()
@@ -272,20 +272,6 @@ def _stream(call: Call, asked: Asked) -> Generator[OutputChunk, None, None]:
         call.ask([asked])
         while (arrival := call.take()) is not None:
             yield arrival.chunk
-
-
-def _asked(
-    key: Any, prompt: EncodedPrompt, params: SamplingParams, adapter: str | None = None
-) -> Asked:
-    return Asked(
-        key,
-        prompt.token_ids,
-        params,
-        prompt.text,
-        continues_prompt=not prompt.is_chat,
-        kept_special_ids=prompt.kept_special_ids,
-        adapter=adapter,
-    )
 
 
 def _refused(prompt: AnyPrompt, error: OctavoError) -> RequestOutput:

@@ -43,6 +43,16 @@ def total_memory(proc: Path = PROC) -> int:
         raise OctavoError(f"this system does not say how much memory it has: {error}") from error
 
 
+def format_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while count >= 1024 and power < len(units) - 1:
+        count /= 1024
+        power += 1
+    return f"{count:.{min(power, 1)}f} {units[power]}"
+
+
 @dataclass(frozen=True)
 class Resident:
     """Memory of this process that lies in RAM, mapped files included, in bytes."""

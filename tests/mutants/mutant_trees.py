@@ -43,6 +43,7 @@ class Tree:
 
     def __init__(self, number: int, threads: int) -> None:
         self.root, self.threads = WORK / f"tree{number}", threads
+        self.native_seconds = 0.0  # that the native tests take without a mistake
 
     def sync(self) -> None:
         """Make the copy equal to the working tree, with builds left in place."""
@@ -112,6 +113,11 @@ class Tree:
             printed.seek(0)
             return status, printed.read()
 
+    def native_tests(self) -> tuple[int, str]:
+        """Run them all, with the limit of `pytest` once it is known how long they take."""
+        limit = 120.0 + 6 * self.native_seconds if self.native_seconds else 3600.0
+        return self.run(["build/tests/native/octavo_tests"], limit)
+
     def pytest(self, tests: Iterable[str], limit: float, **variables: str) -> tuple[int, str]:
         """Run tests, or files of them, up to the first failure."""
         options = ["-x", "-q", "-p", "no:xdist", "--tb=no"]
@@ -148,6 +154,9 @@ def prepare(jobs: int) -> list[Tree]:
         found = tree.must_run([sys.executable, "-c", where])
         if not all(line.startswith(str(tree.root)) for line in found.splitlines()):
             raise SystemExit(f"expected octavo from {tree.root}, but Python imports\n{found}")
+        start = time.monotonic()
+        tree.native_tests()
+        tree.native_seconds = time.monotonic() - start
     return trees
 
 

@@ -157,7 +157,7 @@ def _try_tests(tree: Tree, place: Place, files: list[TestFile]) -> tuple[bool, s
     if not place.path.endswith(".py"):
         if not tree.build():
             raise _DoesNotCompile
-        status, printed = tree.run(["build/tests/native/octavo_tests"], 600.0)
+        status, printed = tree.native_tests()
         if status:
             failed = re.search(r"FAILED +(.*)", printed)
             return True, f"native tests: {failed[1] if failed else f'exit code {status}'}"

@@ -63,8 +63,8 @@ def test_a_wrong_compensation_is_worse_than_none(monkeypatch: pytest.MonkeyPatch
     format = FORMATS[0]
     factor = module._factor
 
-    def turned(hessian: np.ndarray, damping: float) -> np.ndarray:
-        upper = factor(hessian, damping)
+    def turned(hessian: np.ndarray) -> np.ndarray:
+        upper = factor(hessian)
         return 2 * np.diag(np.diag(upper)) - upper
 
     monkeypatch.setattr(module, "_factor", turned)

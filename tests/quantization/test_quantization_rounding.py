@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fit_levels import fit_levels
 from runtime_helpers import tiny_spec
 
 from octavo.errors import InvalidArgumentError
 from octavo.models.spec import UNIFORM_LEVELS, WeightFormat
-from octavo.quantization.levels import NONUNIFORM_LEVELS, fit_levels
+from octavo.quantization.levels import NONUNIFORM_LEVELS
 from octavo.quantization.plan import Scheme, plan_formats, weight_bytes
 from octavo.quantization.rounding import QuantizedMatrix, quantize_matrix
 from octavo.reference import quantization as definition

@@ -11,7 +11,7 @@ import pytest
 from engine_helpers import ManualClock, fake_engine, run_to_end
 
 from octavo.engine.engine import Engine
-from octavo.engine.events import FIELDS, EventLog, EventLogFile
+from octavo.engine.events import FIELDS, EventLog, EventLogFile, as_dict
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
 from octavo.trace.explain import explain, one_line, spans_of
@@ -267,3 +267,8 @@ def test_prompts_are_not_in_the_log() -> None:
     text = "\n".join(engine.events.as_jsonl())
     assert "secret" not in text and "prompt_token_ids" not in text
     assert '"blocks": [0, 1]' in text
+
+
+def test_times_are_told_in_whole_microseconds() -> None:
+    told = as_dict((1.23456789, "step", None, 0.0123456789, 1, 2, 3, 4, 5, 6, 7))
+    assert (told["time"], told["seconds"], told["num_decodes"]) == (1.234568, 0.012346, 1)

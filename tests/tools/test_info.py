@@ -11,7 +11,8 @@ from weights_helpers import tiny_config, write_model
 
 from octavo import machine
 from octavo.cli import main
-from octavo.cli.info import describe, format_bytes
+from octavo.cli.info import describe
+from octavo.machine import format_bytes
 from octavo.weights import tensor
 from octavo.weights.model_files import read_model
 
@@ -34,7 +35,7 @@ def test_the_facts(tmp_path: Path) -> None:
         "num_tensors": len(weights),
     }
     assert facts["eos_token_ids"] == [2, 5]
-    assert facts["rope"]["scaling"] == "linear" and facts["rope"]["factor"] == 2.0
+    assert facts["rope"]["kind"] == "linear" and facts["rope"]["factor"] == 2.0
     assert facts["attention_bias"] is True and facts["mlp_bias"] is False
     fits = facts["memory"]["as"]
     assert fits["f32"]["weight_bytes"] == 2 * fits["bf16"]["weight_bytes"] == 4 * num_parameters

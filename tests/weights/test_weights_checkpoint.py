@@ -26,7 +26,6 @@ from octavo.models import llama
 from octavo.models.layer import weight_shapes
 from octavo.weights.checkpoint import (
     NonFiniteWeightsWarning,
-    find_non_finite,
     has_non_finite,
     open_checkpoint,
 )
@@ -281,7 +280,7 @@ def test_rope_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
     weights["model.rotary_emb.inv_freq"] = buffer
     write_model(tmp_path, config, weights=weights)
     assert len(open_checkpoint(read_model(tmp_path))) == len(hf_shapes(config))
-    weights["rotary_emb.inv_freq"] = buffer
+    weights["model.norm.inv_freq"] = buffer
     write_model(tmp_path, config, weights=weights)
     assert len(problems_of(tmp_path)) == 1
 
@@ -337,7 +336,8 @@ def test_non_finite_weights_are_warned_of_by_name(dtype: str, value: float, tmp_
     weights[damaged[1]][23] = value
     write_model(tmp_path, config, weights=weights, dtype=dtype)
     checkpoint = open_checkpoint(read_model(tmp_path))
-    assert find_non_finite(checkpoint) == ["layers.0.up.weight", "final_norm.weight"]
+    found = [name for name in checkpoint if has_non_finite(checkpoint[name])]
+    assert found == ["layers.0.up.weight", "final_norm.weight"]
     with pytest.warns(NonFiniteWeightsWarning) as caught:
         assert len(list(checkpoint.checked_items())) == len(checkpoint)
     assert len(caught) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,26 +139,22 @@ def work_of(
         ends = [min(start + chunk, case.num_tokens) for start in starts]
         steps = [end - start for start, end in zip(starts, ends, strict=True)]
         rows, read = 1, [(end, 1) for end in ends]
-        queries: Iterable[int] = range(1, case.num_tokens + 1)
+        queries = range(1, case.num_tokens + 1)
     else:
-        contexts = range(case.depth + 1, case.depth + case.num_tokens + 1)
+        queries = range(case.depth + 1, case.depth + case.num_tokens + 1)
         steps, rows = [case.batch] * case.num_tokens, case.tokens
-        read = [(context, case.batch) for context in contexts]
-        queries = contexts
+        read = [(context, case.batch) for context in queries]
     item = BYTES[kv_dtype]
     moe = next((layer.moe for layer in spec.layers if layer.moe is not None), None)
     num_bytes = sum(step_bytes - expert_bytes * (1 - _chosen(moe, tokens)) for tokens in steps)
     operations = 2.0 * linear_weights(spec) * case.tokens
     operations += 2.0 * spec.vocab_size * spec.hidden_size * rows
-    queries = list(queries)
     for layer in spec.layers:
-        num_bytes += sum(
-            2.0 * layer.kv_size * item * _seen(layer, end) * count for end, count in read
-        )
+        seen = sum(_seen(layer, end) * count for end, count in read)
+        num_bytes += 2.0 * layer.kv_size * item * seen
         # A product with each key, and one with each value.
-        operations += sum(4.0 * layer.q_size * _seen(layer, context) for context in queries) * (
-            case.batch
-        )
+        seen = case.batch * sum(_seen(layer, context) for context in queries)
+        operations += 4.0 * layer.q_size * seen
     return Work(num_bytes, operations)
 
 

@@ -119,8 +119,7 @@ def batch(
         else:
             llm = common.load_llm(str(run.directory), config)
             with _event_log(llm, event_log) as note_events:
-                answers = Answers(output, tally, note_events)
-                interrupted = _answer_all(llm, run, input_file, answers)
+                interrupted = _answer_all(llm, run, input_file, output, tally, note_events)
     return _summarize(tally, output_file, interrupted)
 
 
@@ -170,19 +169,16 @@ class Tally:
         return f"{self.tokens_per_second:,.0f} tokens/s{failed}"
 
 
-@dataclass(frozen=True)
-class Answers:
-    """Where answers are written and counted."""
-
-    output: OutputFile
-    tally: Tally
-    note_events: Callable[[], None]
-
-
-def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
+def _answer_all(
+    llm: LLM,
+    run: Run,
+    input_file: Path,
+    output: OutputFile,
+    tally: Tally,
+    note_events: Callable[[], None],
+) -> bool:
     """Answer every line that has no answer yet; returns whether Ctrl-C ended it."""
     waiting: dict[str, tuple[BatchRequest, Stamp]] = {}
-    output, tally = answers.output, answers.tally
     if llm.tokenizer is None:
         raise InvalidArgumentError(
             "this model has no tokenizer.json, without which there is no text"
@@ -220,7 +216,7 @@ def _answer_all(llm: LLM, run: Run, input_file: Path, answers: Answers) -> bool:
                 tally.failed += record["error"] is not None
                 tally.prompt_tokens += answer.metrics.num_prompt_tokens
                 tally.output_tokens += answer.metrics.num_output_tokens
-                answers.note_events()
+                note_events()
                 bar.update("answering", tally.finished, tally.total, tally.pace)
     except KeyboardInterrupt:
         return True

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from octavo.cli.batch_input import BatchLine, read_lines
+from octavo.cli.batch_input import BatchLine, parse_line, read_lines
 from octavo.cli.batch_stamp import Run, Stamp
 from octavo.errors import InvalidArgumentError
 
@@ -83,7 +83,7 @@ class OutputFile:
             if line.custom_id not in wanted:
                 continue
             wanted.remove(line.custom_id)
-            stamp = run.stamp_line(line)
+            stamp = run.stamp(parse_line(line, run.defaults), line)
             answer = self._answers.get(line.custom_id)
             failure = self._failures.get(line.custom_id)
             if answer is not None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from octavo.cli.batch_input import BadLine, BatchLine, BatchRequest, Defaults, parse_line
+from octavo.cli.batch_input import BadLine, BatchLine, BatchRequest, Defaults
 from octavo.config import EngineConfig, read_environment, resolve_device
 from octavo.errors import InvalidArgumentError
 from octavo.sampling_params import SamplingParams
@@ -81,12 +81,8 @@ class Run:
         """Whether the request is answered rather than continued."""
         return self.chat if request.is_chat is None else request.is_chat
 
-    def stamp_line(self, line: BatchLine) -> Stamp:
-        """The stamp that the answer to this line gets."""
-        return self.stamp(parse_line(line, self.defaults), line)
-
     def stamp(self, request: BatchRequest | BadLine, line: BatchLine) -> Stamp:
-        """The stamp of a request; for a line that cannot be answered its text is the prompt."""
+        """The stamp of the answer to a request; the prompt of a bad line is its text."""
         if isinstance(request, BadLine):
             return Stamp(self.digest, _digest(line.text), _canonical(self.options))
         options = {

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from octavo.cli.common import FAILED, print_error, progress_bar
 from octavo.cli.options import ModelArgument, engine_options, option
-from octavo.config import EngineConfig, read_environment
+from octavo.config import EngineConfig, check_choice, read_environment
 from octavo.errors import InvalidArgumentError
 
 _numbers = partial(option, panel="What to measure", metavar="N,N,…")
@@ -53,8 +53,7 @@ def bench(
     from octavo.bench.cases import make_cases
     from octavo.bench.report import OUTPUTS, print_result
 
-    if output not in OUTPUTS:
-        raise InvalidArgumentError(f"--output is {output!r}; expected one of {', '.join(OUTPUTS)}")
+    check_choice("--output", output, OUTPUTS)
     cases = make_cases(
         parse_numbers("-p", prompt),
         parse_numbers("-n", generate),

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from octavo.cli.common import FAILED, progress_bar
 from octavo.cli.options import ModelArgument, option, tried
+from octavo.files import write_text
 
 _what = partial(option, panel="What to compare")
 _how = partial(option, panel="How")
@@ -95,7 +96,7 @@ def diff(
     """
     from octavo.config import dtype_name, read_environment
     from octavo.diff.comparison import DiffOptions
-    from octavo.diff.html import write_html
+    from octavo.diff.html import render
     from octavo.diff.report import print_report, to_json
     from octavo.diff.setup import DiffRequest, compare
 
@@ -116,7 +117,7 @@ def diff(
     with progress_bar() as status:
         result = compare(request, read_environment(), status.update)
     if html is not None:
-        write_html(html, result)
+        write_text(html, "the page", render(result))
     if json:
         sys.stdout.write(to_json(result) + "\n")
     else:

@@ -28,7 +28,7 @@ def explain(
         str | None,
         argument("Which request. Left out: all of them, one a line.", "REQUEST_ID"),
     ] = None,
-) -> int:
+) -> None:
     """Tell where a request's time went, from an event log.
 
     How long it waited and for what, what of its prompt was cached, who preempted it, which step was slow and why.
@@ -48,7 +48,6 @@ def explain(
     else:
         for sentence in sentences_about(recorded, request_id):
             print(sentence)
-    return 0
 
 
 def trace(
@@ -57,7 +56,7 @@ def trace(
         Path,
         option("Where to write the trace, JSON in the Trace Event Format.", **tried("the trace")),
     ],
-) -> int:
+) -> None:
     """Turn an event log into a trace for ui.perfetto.dev.
 
     It shows every step with its tokens, every request with its waiting, prompt and decoding, and the KV cache filling. Open https://ui.perfetto.dev and drop the file there; it stays in your browser.
@@ -73,7 +72,6 @@ def trace(
     note(
         f"{requests:,} requests and {steps:,} steps: {perfetto}; open it in https://ui.perfetto.dev"
     )
-    return 0
 
 
 def replay(
@@ -102,7 +100,7 @@ def replay(
         option("Write the simulated run's own event log here.", **tried("the event log")),
     ] = None,
     json_output: Annotated[bool, option("Print one JSON object.", "--json")] = False,
-) -> int:
+) -> None:
     """Run a log's requests again on a simulated device.
 
     The scheduler is the real one, device and clock are simulated; the same log and options give the same figures on any machine.
@@ -134,7 +132,9 @@ def replay(
             "max_waiting_requests": max_waiting_requests,
         },
     )
-    simulation = Simulation(options, num_blocks, costs, recorded.header["block_size"])
+    header = recorded.header
+    windows = tuple(header.get("kv_windows", (0,)))
+    simulation = Simulation(options, num_blocks, costs, header["block_size"], windows)
     simulation.run(arrivals_of(recorded, speed))
     events = simulation.engine.events
     if event_log is not None:
@@ -149,7 +149,6 @@ def replay(
             f"\nA step costs {costs.fixed * 1e3:.3g} ms, {costs.per_token * 1e6:.3g} µs a token "
             f"and {costs.per_attended * 1e9:.3g} ns an attended token."
         )
-    return 0
 
 
 def _print_table(before: Summary, after: Summary) -> None:

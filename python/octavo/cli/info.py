@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from octavo.cli.options import ModelArgument, option
+from octavo.machine import format_bytes
 
 if TYPE_CHECKING:
-    from octavo.models.spec import LayerSpec, ModelSpec, WeightFormat
+    from octavo.models.spec import ModelSpec, WeightFormat
     from octavo.weights.checkpoint import Checkpoint
     from octavo.weights.model_files import ModelFiles
 
@@ -48,6 +49,7 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     that holds no weight file at all is described from its configuration.
     """
     from octavo.models.layer import weight_shapes
+    from octavo.models.summary import specials
     from octavo.quantization.plan import describe_formats, embedding_formats, weight_bytes
     from octavo.weights.tensor import ITEM_SIZE
 
@@ -63,7 +65,7 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     if formats:  # embedding and head are rounded as they are loaded
         loaded = {**embedding_formats(spec), **formats}
         weight_sizes = {dtype: weight_bytes(spec, loaded, dtype) for dtype in _DTYPES}
-    kv_elements = spec.kv_elements_per_token()
+    kv_elements = spec.kv_elements(1)
     return {
         "path": str(files.path),
         "architecture": spec.architecture,
@@ -80,27 +82,30 @@ def describe(files: ModelFiles) -> dict[str, Any]:
         "mlp_bias": layer.mlp_bias,
         "tie_word_embeddings": spec.tie_word_embeddings,
         "max_position_embeddings": spec.max_position_embeddings,
-        "rope": _rope(layer),
+        "rope": _rope(spec),
+        "special": specials(spec),
         "eos_token_ids": list(files.eos_token_ids),
         "weights": None if checkpoint is None else _weights(checkpoint),
         "quantized": describe_formats(spec, formats),
         "converted": [] if checkpoint is None else _converted(spec, checkpoint, loaded),
         "kv_bytes_per_token": {"f32": 4 * kv_elements, "bf16": 2 * kv_elements},
-        "memory": _memory(weight_sizes, kv_elements, spec.max_position_embeddings),
+        "memory": _memory(weight_sizes, spec),
     }
 
 
-def _rope(layer: LayerSpec) -> dict[str, Any] | None:
-    if layer.rope is None:
-        return None
-    return {
-        "kind": layer.rope.kind,
-        "theta": layer.rope.theta,
-        "factor": layer.rope.factor,
-        "attention_factor": layer.rope.attention_factor,
-        "rotated": 2 * len(layer.rope.frequencies),
-        "head_dim": layer.head_dim,
-    }
+def _rope(spec: ModelSpec) -> dict[str, Any] | None:
+    """The rope of the first layer that rotates."""
+    for layer in spec.layers:
+        if layer.rope is not None:
+            return {
+                "kind": layer.rope.kind,
+                "theta": layer.rope.theta,
+                "factor": layer.rope.factor,
+                "attention_factor": layer.rope.attention_factor,
+                "rotated": 2 * len(layer.rope.frequencies),
+                "head_dim": layer.head_dim,
+            }
+    return None
 
 
 def _open(files: ModelFiles) -> Checkpoint | None:
@@ -135,10 +140,11 @@ def _converted(
     return [{**each._asdict(), "text": str(each)} for each in found]
 
 
-def _memory(weight_sizes: dict[str, int], kv_elements: int, max_positions: int) -> dict[str, Any]:
+def _memory(weight_sizes: dict[str, int], spec: ModelSpec) -> dict[str, Any]:
     """What fits here, with weights (if not quantized) and KV cache both in f32, or both in bf16.
 
-    weight_sizes: bytes of the weights by that dtype.
+    weight_sizes: bytes of the weights by that dtype. Tokens are those of sequences of full length,
+    of which layers with a window hold only the last ones.
     """
     from octavo.config import EngineConfig
     from octavo.machine import available_memory, total_memory
@@ -150,12 +156,14 @@ def _memory(weight_sizes: dict[str, int], kv_elements: int, max_positions: int) 
     for dtype in _DTYPES:
         weights = weight_sizes[dtype]
         left = max(0, available - weights)
-        tokens = int(left * fraction) // (kv_elements * ITEM_SIZE[dtype])
+        longest = spec.max_position_embeddings
+        size = spec.kv_elements(longest) * ITEM_SIZE[dtype]
+        tokens = int(left * fraction) * longest // size
         fits[dtype] = {
             "weight_bytes": weights,
             "fits": weights <= available,
             "kv_tokens": tokens,
-            "full_length_sequences": tokens // max_positions,
+            "full_length_sequences": tokens // longest,
         }
     return {
         "available_bytes": available,
@@ -197,11 +205,12 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "Attention",
             f"{heads} query heads and {kv_heads} KV heads of {facts['head_dim']} ({kind})",
         ),
-        ("MLP", f"{facts['intermediate_size']:,} wide, gated {facts['activation']}"),
+        ("MLP", f"{facts['intermediate_size']:,} wide, {facts['activation']}"),
         ("Biases", " and ".join(biases) or "none"),
         ("Vocabulary", f"{facts['vocab_size']:,} tokens; output head {head}"),
         ("Context", f"{facts['max_position_embeddings']:,} tokens"),
         ("Rope", _rope_text(facts["rope"])),
+        *[("Special", text) for text in facts["special"]],
         ("End of text", ", ".join(map(str, facts["eos_token_ids"])) or "no token"),
         (
             "KV cache",
@@ -255,16 +264,6 @@ def _fit_table(memory: dict[str, Any]) -> Any:
             f"{fit['full_length_sequences']:,}",
         )
     return table
-
-
-def format_bytes(count: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    index = 0
-    while count >= 1024 and index < len(units) - 1:
-        count /= 1024
-        index += 1
-    return f"{count:.0f} {units[index]}" if index == 0 else f"{count:.1f} {units[index]}"
 
 
 def _short(count: float) -> str:

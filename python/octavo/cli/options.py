@@ -21,12 +21,7 @@ from octavo.files import check_writable
 from octavo.sampling_params import SamplingParams
 
 Command = Callable[..., Any]
-MODEL, SAMPLING, STOP, BATCHING = (
-    "Model",
-    "Sampling",
-    "Where to stop",
-    "Batching and memory",
-)
+MODEL, SAMPLING, STOP, BATCHING = "Model", "Sampling", "Where to stop", "Batching and memory"
 
 
 def option(help: str, *names: str, panel: str | None = None, **details: Any) -> Any:

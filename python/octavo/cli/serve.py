@@ -16,7 +16,7 @@ from octavo.cli.options import (
     engine_options,
     option,
 )
-from octavo.config import EngineConfig, read_environment
+from octavo.config import EngineConfig, check_choice, read_environment
 from octavo.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def serve(
             metavar="auto|json|text",
         ),
     ] = "auto",
-) -> int:
+) -> None:
     """Serve a model over HTTP with OpenAI's API: for its clients, and for your browser.
 
     Then open http://127.0.0.1:8000 to chat and to watch the engine, or from Python:
@@ -149,10 +149,7 @@ def serve(
         event_log=event_log,
         log_format=log_format,
     )
-    if generation_config not in ("auto", "none"):
-        raise InvalidArgumentError(
-            f"--generation-config is {generation_config!r}; expected auto or none"
-        )
+    check_choice("--generation-config", generation_config, ("auto", "none"))
     path = resolve_model(model, environment)
     options = replace(
         options,
@@ -162,7 +159,6 @@ def serve(
     from octavo.server.serving import serve as run_server
 
     run_server(options, partial(_load, path, config, _named_adapters(adapter or [], options)))
-    return 0
 
 
 def _named_adapters(given: list[str], options: ServerOptions) -> dict[str, Path]:

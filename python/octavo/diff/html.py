@@ -12,7 +12,6 @@ import json
 import math
 from html import escape
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,10 @@ from octavo.diff import texts
 from octavo.diff.measure import Float64
 from octavo.diff.result import DiffResult, Finding, TapResult
 from octavo.diff.texts import Check, number, tap_fields
-from octavo.files import write_text
 
 LOG_LOW, LOG_HIGH = -12.0, 4.0  # the range of the packed logarithms (base 10)
 MISSING, NOT_FINITE = 1, 65535  # codes besides 0 for "equal in every bit"
 MAX_BINS = 512  # positions across the map; more are put together, the worst counts
-
-
-def write_html(path: Path, result: DiffResult) -> None:
-    """Write the page, a plain file whole or not at all; a FileError says why it could not be."""
-    write_text(path, "the page", render(result))
 
 
 def render(result: DiffResult) -> str:
@@ -102,11 +95,9 @@ def _findings(result: DiffResult) -> str:
 
 
 def _finding(finding: Finding) -> str:
-    mistake = (
-        ""
-        if finding.mistake is None
-        else f'<p class="mistake">it gives: {escape(finding.mistake)}</p>'
-    )
+    mistake = ""
+    if finding.mistake is not None:
+        mistake = f'<p class="mistake">it gives: {escape(finding.mistake)}</p>'
     lines = {name: escape(text) for name, text in texts.finding_lines(finding).items()}
     lines["look at"] = f"<code>{lines['look at']}</code>"
     rows = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in lines.items())

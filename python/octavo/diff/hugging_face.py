@@ -12,7 +12,7 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os.path import commonpath
 from pathlib import Path
@@ -24,12 +24,15 @@ import numpy as np
 from octavo.diff.implementations import Int32, StepResult
 from octavo.diff.measure import Float32
 from octavo.errors import InvalidArgumentError, UnsupportedModelError
+from octavo.models.family import WeightSource
 from octavo.models.layer import Node, model_nodes
 from octavo.weights.model_files import ModelFiles
 from octavo.weights.tensor import Tensor
 
 ATTENTION = "octavo_taps"  # the name our attention function is registered under
 _RECORDER = "octavo_recorder"  # the attribute of a model's config with where it notes them
+# Where queries and keys are normalized as (1, heads, rows, head_dim); elsewhere rows come first.
+_NORMED_BY_HEAD = ("gemma3_text",)
 
 
 @dataclass
@@ -44,10 +47,11 @@ class Recorder:
     taps: dict[str, Float32] = field(default_factory=dict)
 
     def note(self, name: str, value: Any) -> None:
-        """Keep a (1, rows, ...) torch tensor as float32 (rows, width)."""
+        """Keep a torch tensor, (1, rows, ...) or a router's (rows, width), as float32 rows."""
         if self.active:
             tensor = value[0] if isinstance(value, tuple) else value
-            rows = tensor.detach()[0].float().cpu()
+            rows = tensor.detach().float().cpu()
+            rows = rows if rows.dim() == 2 else rows[0]
             self.taps[name] = rows.reshape(len(rows), -1).numpy().copy()
 
 
@@ -128,10 +132,8 @@ class HuggingFaceImplementation:
         else:
             config = self._transformers.AutoConfig.for_model(**files.config)
             model = auto.from_config(config, **options)
-            state = {
-                checkpoint_name(files, name): self._torch.from_numpy(tensor.to_float32().copy())
-                for name, tensor in weights.items()
-            }
+            tensors = checkpoint_tensors(files.weight_map, weights)
+            state = {name: self._torch.from_numpy(values) for name, values in tensors.items()}
             missing, unexpected = model.load_state_dict(state, strict=False)
             head = model.get_output_embeddings().weight if files.spec.tie_word_embeddings else None
             untied = [name for name in missing if model.get_parameter(name) is not head]
@@ -140,37 +142,66 @@ class HuggingFaceImplementation:
                     f"transformers' model has other weights than octavo's: {untied or unexpected}"
                 )
             model.tie_weights()
+        # Products of all experts at once, its default, want widths that are multiples of four.
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")
         return model.eval()
 
     def _hook(self, files: ModelFiles) -> None:
         """Put a hook on every module that gives a tap, or is given one."""
         modules = {node.tap: self._module(files, node) for node in self._nodes}
         for node in self._nodes:
-            module = modules[node.tap]
+            module, part = modules[node.tap], self._part(files, node)
             if module is None:
                 continue
             module.register_forward_hook(
-                lambda _module, _inputs, output, tap=node.tap: self._recorder.note(tap, output)
+                lambda _module, _inputs, output, tap=node.tap, part=part: self._recorder.note(
+                    tap, part(output)
+                )
             )
-            for source in node.inputs:
-                # What an op without weights gives is seen where the next module takes it in.
-                if modules[source] is None:
-                    module.register_forward_pre_hook(
-                        lambda _module, inputs, tap=source: self._recorder.note(tap, inputs[0])
-                    )
+            # What an op without weights gives is seen where the next module takes it in.
+            if len(node.inputs) == 1 and modules[node.inputs[0]] is None:
+                module.register_forward_pre_hook(
+                    lambda _module, inputs, tap=node.inputs[0]: self._recorder.note(tap, inputs[0])
+                )
         setattr(self._model.config, _RECORDER, self._recorder)
 
     def _module(self, files: ModelFiles, node: Node) -> Any:
-        """The module whose output is the tap; None where there is none."""
+        """The module whose output is the tap, or has it as its `_part`; else None."""
+        if node.op == "moe" or any(matrix.is_router for matrix in node.matrices):
+            return self._expert_module(files, node)
         if node.op == "linear" and node.layer is None:
-            return self._model.get_output_embeddings()  # whether tied or not
-        if node.norm is not None:
+            # Whether tied or not; multipliers and caps of the logits come after the module.
+            is_plain = node.scale == 1 and node.cap == 0
+            return self._model.get_output_embeddings() if is_plain else None
+        if node.normalizes:
             return self._model.get_submodule(checkpoint_module(files, node.tap))
+        if node.op == "embed" and (len(node.matrices) > 1 or node.scale != 1):
+            return None  # positions are added, or a multiplier applied, after the module
         if node.matrices:
             return self._model.get_submodule(checkpoint_module(files, node.matrices[0].name))
-        if node.op == "add_norm":  # the residual stream behind a layer
+        if node.op == "add_norm" and node.norm is None:  # the residual stream behind a layer
             return self._model.get_submodule(_layer_module(files, self._nodes, node.layer))
         return None
+
+    def _part(self, files: ModelFiles, node: Node) -> Callable[[Any], Any]:
+        """From a module's output to the tap, (1, rows, ...)."""
+        if node.op == "norm_heads" and self._model.config.model_type in _NORMED_BY_HEAD:
+            return lambda output: output.transpose(1, 2)
+        place = None
+        if node.op == "linear" and node.layer is not None:
+            place = files.weight_map[f"{node.matrix.name}.weight"].rows  # of a fused matrix
+        if place is None:
+            return lambda output: output
+        columns = slice(place[0], place[0] + node.width)
+        return lambda output: output[..., columns]
+
+    def _expert_module(self, files: ModelFiles, node: Node) -> Any:
+        """The router, or all that it belongs to; transformers 5 has other names than the files."""
+        layer = self._model.get_submodule(_layer_module(files, self._nodes, node.layer))
+        router = next(name for name, _ in layer.named_modules() if name.endswith(".gate"))
+        name = router.removesuffix(".gate") if node.op == "moe" else router
+        return layer.get_submodule(name)
 
     def reset(self) -> None:
         self._cache = None
@@ -191,24 +222,40 @@ class HuggingFaceImplementation:
         self._recorder.active = False
         logits: Float32 = result.logits[0].float().numpy()
         seen = self._recorder.taps
+        if taps and all_logits:
+            seen["logits"] = logits
         ordered = {node.tap: seen[node.tap] for node in self._nodes if node.tap in seen}
         return StepResult(logits, int(result.logits[0, -1].argmax()), ordered)
 
 
-def checkpoint_name(files: ModelFiles, weight: str) -> str:
-    """The checkpoint's name of a weight: "layers.0.q.weight" -> "model.layers.0.self_attn...."."""
-    return files.weight_map[weight].name
+def checkpoint_tensors(
+    weight_map: Mapping[str, WeightSource], weights: Mapping[str, Tensor]
+) -> dict[str, Float32]:
+    """The tensors of a checkpoint that holds these weights: fused and transformed again.
+
+    weight_map: octavo's names -> where each weight lies. Returns float32 arrays of their own.
+    """
+    tensors: dict[str, Float32] = {}
+    for name, tensor in weights.items():
+        place, values = weight_map[name], tensor.to_float32()
+        if place.transform == "plus_one":
+            values = values - np.float32(1)
+        first = place.rows[0] if place.rows else 0
+        whole = tensors.setdefault(place.tensor, np.empty(place.stored_shape, np.float32))
+        target = whole.T if place.transform == "transpose" else whole
+        target[first : first + len(values)] = values
+    return tensors
 
 
 def checkpoint_module(files: ModelFiles, name: str) -> str:
     """The module that has a matrix or a norm; name: octavo's, without ".weight"."""
-    return checkpoint_name(files, f"{name}.weight").removesuffix(".weight")
+    return files.weight_map[f"{name}.weight"].module
 
 
 def _layer_module(files: ModelFiles, nodes: list[Node], layer: int | None) -> str:
     """The module that has all the norms and matrices of a layer: "model.layers.3"."""
     names = [weight.name for node in nodes if node.layer == layer for weight in node.weights()]
-    paths = [checkpoint_name(files, name).replace(".", "/") for name in names]
+    paths = [files.weight_map[name].tensor.replace(".", "/") for name in names]
     return commonpath(paths).replace("/", ".")
 
 

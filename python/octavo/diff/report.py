@@ -87,22 +87,12 @@ def tap_table(result: DiffResult, marks: Marks, *, width: int, show_all: bool = 
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     first = result.first_bad
-    for taps in _groups(result, show_all):
-        style = "red" if any(any(tap.broken) for tap in taps) else ""
-        table.add_row(*_row(taps, columns, checked, marks, first), style=style)
+    for layer in result.layers():
+        # Unfolded is the first layer that is over tolerance.
+        for taps in [[tap] for tap in layer] if show_all or first in layer else [layer]:
+            style = "red" if any(any(tap.broken) for tap in taps) else ""
+            table.add_row(*_row(taps, columns, checked, marks, first), style=style)
     return table
-
-
-def _groups(result: DiffResult, show_all: bool) -> list[list[TapResult]]:
-    """Taps to be shown together in a line: one each, or a whole layer.
-
-    Unfolded are the first layer that is over tolerance and every tap where an op is wrong.
-    """
-    groups: list[list[TapResult]] = []
-    for taps in result.layers():
-        unfold = show_all or result.first_bad in taps
-        groups += [[tap] for tap in taps] if unfold else [taps]
-    return groups
 
 
 def _row(

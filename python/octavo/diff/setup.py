@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from octavo.config import LOAD_FORMATS, QUANTIZE, Environment
+from octavo.config import LOAD_FORMATS, QUANTIZE, Environment, check_choice
 from octavo.diff.comparison import Comparison, DiffOptions, chunk_size_for
 from octavo.diff.hugging_face import HuggingFaceImplementation, import_hugging_face
 from octavo.diff.implementations import Implementation, Int32, ReferenceImplementation
@@ -70,11 +70,11 @@ class DiffRequest:
     options: DiffOptions = field(default_factory=DiffOptions)
 
     def __post_init__(self) -> None:
-        _check("--against", self.against, AGAINST)
-        _check("--dtype", self.dtype, DTYPES)
+        check_choice("--against", self.against, AGAINST)
+        check_choice("--dtype", self.dtype, DTYPES)
         if self.quantize is not None:
-            _check("--quantize", self.quantize, QUANTIZE)
-        _check("--load-format", self.load_format, LOAD_FORMATS)
+            check_choice("--quantize", self.quantize, QUANTIZE)
+        check_choice("--load-format", self.load_format, LOAD_FORMATS)
         if self.prompt is not None and self.random is not None:
             raise InvalidArgumentError("--prompt and --random were both given; expected one")
         if self.prompt is not None and not self.prompt:
@@ -251,8 +251,3 @@ def _truth(
     kind = "quantized" if definition.formats else request.dtype
     description = f"the same {kind} weights, activations not rounded, {arithmetic}"
     return ReferenceImplementation(model, name="exact", description=description)
-
-
-def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InvalidArgumentError(f"{name} is {value!r}; expected one of {', '.join(choices)}")

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from octavo.engine.block_pool import IntegrityError
 from octavo.errors import (
@@ -21,7 +21,9 @@ from octavo.errors import (
     InsufficientMemoryError,
     InvalidArgumentError,
 )
-from octavo.models.adapter import Adapter
+
+if TYPE_CHECKING:
+    from octavo.models.adapter import Adapter
 
 
 class Loan(NamedTuple):

@@ -46,7 +46,8 @@ class Engine:
     """Runs requests in steps.
 
     runtime: the native runtime with its KV cache allocated. options: what it was built with.
-    num_kv_blocks, num_kv_groups: the cache's size and the number of block tables a sequence has.
+    num_kv_blocks: the cache's size. kv_windows: of each KV group, how many positions a token sees
+    there; 0: all. A sequence has a block table in each.
     tokenizer: None for a model without one; texts are then empty, and stop strings refused.
     eos_token_ids: any of these ends an answer. seed: for requests that name none.
     make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
@@ -61,7 +62,7 @@ class Engine:
         *,
         num_kv_blocks: int,
         vocab_size: int,
-        num_kv_groups: int = 1,
+        kv_windows: SequenceOf[int] = (0,),
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Collection[int] = (),
         seed: int = 0,
@@ -80,7 +81,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
-        self.blocks = BlockManager(num_kv_blocks, options.block_size, num_kv_groups)
+        size, num_in_flight = options.block_size, options.num_in_flight_tokens
+        self.blocks = BlockManager(num_kv_blocks, size, kv_windows, num_in_flight)
         limits = SchedulerLimits(
             options.max_num_seqs,
             options.max_num_batched_tokens,
@@ -94,8 +96,7 @@ class Engine:
         self.guard = EngineGuard()
         self.adapters = AdapterTable(runtime, options.max_adapters, read_adapter)
         self.failed_request_ids: frozenset[str] = frozenset()  # that were in the step that failed
-        self.num_steps = 0
-        self.num_sampled_tokens = 0
+        self.num_steps = self.num_sampled_tokens = 0
         self._pipeline = Pipeline(
             runtime,
             self.blocks,
@@ -215,20 +216,21 @@ class Engine:
             try:
                 while self._pipeline.has_room and self._submit_next():
                     pass
-                if not len(self._pipeline):
-                    return self._deliver()
-                step, output = self._pipeline.wait()
+                ended = self._pipeline.wait() if len(self._pipeline) else None
             except BaseException:
                 self.failed_request_ids = self._abandon_steps()
                 raise
-            self.num_steps += 1
-            self._undelivered += self._update(step, output)
-            if not self._requests:
-                self._abandon_steps()  # no request needs the steps still in flight
-                if self._last_step_end - self._last_check >= IDLE_CHECK_SECONDS:
-                    self._last_check = self._last_step_end
-                    self.check_integrity()
-            return self._deliver()
+            if ended is not None:
+                self.num_steps += 1
+                self._undelivered += self._update(*ended)
+                if not self._requests:
+                    self._abandon_steps()  # no request needs the steps still in flight
+                    if self._last_step_end - self._last_check >= IDLE_CHECK_SECONDS:
+                        self._last_check = self._last_step_end
+                        self.check_integrity()
+            # Among them those that an earlier step, which failed, did not deliver.
+            chunks, self._undelivered = self._undelivered, []
+            return chunks
 
     @guarded
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -239,12 +241,7 @@ class Engine:
         if request_id not in self._requests:
             return None
         with deferred_interrupt():
-            now = self._clock()
-            for answer in self._requests[request_id]:
-                if not answer.sequence.is_finished:
-                    answer.flush()
-                    self.scheduler.finish(answer.sequence, "abort", now)
-            return self._remove(request_id, now)
+            return self._end_all(request_id, "abort", self._clock())[-1].result
 
     def stats(self) -> EngineStats:
         """The engine's state in numbers, for metrics and a live view.
@@ -369,11 +366,6 @@ class Engine:
             self.scheduler.finish(answer.sequence, reason, now)
             if answer.request.stream or answer is ending[-1]:
                 chunks.append(self._chunk(answer, text, now))
-        return chunks
-
-    def _deliver(self) -> list[OutputChunk]:
-        """The chunks of this step, and those that an earlier failed step did not deliver."""
-        chunks, self._undelivered = self._undelivered, []
         return chunks
 
     def _chunk(

@@ -17,7 +17,7 @@ import enum
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from functools import partial
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from octavo.engine.guard import deferred_interrupt
 from octavo.engine.outputs import OutputChunk
 from octavo.errors import EngineInUseError
+from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -42,12 +43,9 @@ class Asked(NamedTuple):
     """A request without a number yet. key: the caller's name for it."""
 
     key: Any
-    prompt_token_ids: SequenceOf[int]
+    prompt: EncodedPrompt
     params: SamplingParams
-    prompt: str | None = None
     stream: bool = False
-    continues_prompt: bool = True
-    kept_special_ids: Collection[int] = ()
     adapter: str | None = None
 
 
@@ -253,12 +251,12 @@ class SharedEngine:
                 request_id = str(next(self._numbers))
                 self.engine.add_request(
                     request_id,
-                    asked.prompt_token_ids,
+                    asked.prompt.token_ids,
                     asked.params,
-                    prompt=asked.prompt,
+                    prompt=asked.prompt.text,
                     stream=asked.stream,
-                    continues_prompt=asked.continues_prompt,
-                    kept_special_ids=asked.kept_special_ids,
+                    continues_prompt=not asked.prompt.is_chat,
+                    kept_special_ids=asked.prompt.kept_special_ids,
                     adapter=asked.adapter,
                 )
                 call.request_ids.add(request_id)

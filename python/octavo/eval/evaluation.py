@@ -121,13 +121,16 @@ class _Models:
         reference = None
         if against != "none":
             reference = self._open_reference(against, request, checkpoint, environment)
-        self.model = self._load(self.files, checkpoint, request.config, environment, progress)
+
+        def load(files: ModelFiles, checkpoint: Checkpoint, config: EngineConfig) -> Scorer:
+            stage = partial(progress, f"loading {files.path.name}")
+            return Scorer(files, checkpoint, config, self.window, stage, environment)
+
+        self.model = load(self.files, checkpoint, request.config)
         self.reference: Scorer | None = None
         if reference is not None and self.reference_files is not None:
-            plain = plain_config(request.config)
-            self.reference = self._load(
-                self.reference_files, reference, plain, environment, progress
-            )
+            plain_config = replace(request.config, dtype="f32", kv_dtype="f32", quantize=None)
+            self.reference = load(self.reference_files, reference, plain_config)
 
     def _open_reference(
         self,
@@ -136,7 +139,9 @@ class _Models:
         checkpoint: Checkpoint,
         environment: Environment,
     ) -> Checkpoint:
-        if against == "same" and checkpoint.formats.keys() <= checkpoint.stored.keys():
+        formats = checkpoint.formats.keys()
+        is_gguf = bool(formats) and not self.files.quantized
+        if against == "same" and is_gguf and formats <= checkpoint.stored.keys():
             # A GGUF file: the numbers that it stands for.
             self.reference_files = read_model(self.files.path, "f32")
             return open_checkpoint(self.reference_files)
@@ -158,34 +163,12 @@ class _Models:
         config = request.config
         return open_checkpoint(self.reference_files, config.load_format, config.seed)
 
-    def _load(
-        self,
-        files: ModelFiles,
-        checkpoint: Checkpoint,
-        config: EngineConfig,
-        environment: Environment,
-        progress: StageProgress,
-    ) -> Scorer:
-        return Scorer.load(
-            files,
-            checkpoint,
-            config,
-            self.window,
-            partial(progress, f"loading {files.path.name}"),
-            environment,
-        )
-
 
 def is_plain_f32(config: EngineConfig, checkpoint: Checkpoint) -> bool:
     """Whether the model would run in f32 throughout."""
     in_f32 = checkpoint.dtype != "bf16" if config.dtype == "auto" else config.dtype == "f32"
     plain = in_f32 and config.kv_dtype in ("auto", "f32")
     return plain and config.quantize is None and not checkpoint.formats
-
-
-def plain_config(config: EngineConfig) -> EngineConfig:
-    """The same configuration in f32 throughout, nothing quantized."""
-    return replace(config, dtype="f32", kv_dtype="f32", quantize=None)
 
 
 def read_tokens(request: EvalRequest, files: ModelFiles, reference: ModelFiles | None) -> Text:

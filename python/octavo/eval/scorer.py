@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from octavo.config import EngineConfig, Environment
 from octavo.eval.windows import Window
-from octavo.runtime.loader import LoadedRuntime, LoadProgress, load_runtime
+from octavo.runtime.loader import LoadProgress, load_runtime
 from octavo.runtime.session import Session
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
@@ -21,42 +21,29 @@ Int32 = NDArray[np.int32]
 _MAX_LOGITS = 1 << 24  # numbers held at a time: 64 MiB a model
 
 
-def chunk_tokens(vocab_size: int, window: int) -> int:
-    """How many tokens go through the model in one step, so that all their logits fit."""
-    return min(window, max(16, _MAX_LOGITS // vocab_size))
-
-
-def eval_config(config: EngineConfig, window: int, vocab_size: int) -> EngineConfig:
-    """The configuration with room for one window and nothing else."""
-    return replace(
-        config,
-        max_model_len=window,
-        max_num_seqs=1,
-        max_num_batched_tokens=chunk_tokens(vocab_size, window),
-        num_kv_blocks=-(-window // config.block_size),
-    )
-
-
 class Scorer:
     """One sequence on a native runtime."""
 
-    def __init__(self, loaded: LoadedRuntime) -> None:
-        self.loaded = loaded
-        self._session = Session(loaded)
-
-    @classmethod
-    def load(
-        cls,
+    def __init__(
+        self,
         files: ModelFiles,
         checkpoint: Checkpoint,
         config: EngineConfig,
         window: int,
         progress: LoadProgress | None = None,
         environment: Environment | None = None,
-    ) -> Scorer:
+    ) -> None:
         """Load the model with room for one window; raises what `load_runtime` raises."""
-        config = eval_config(config, window, files.spec.vocab_size)
-        return cls(load_runtime(files, checkpoint, config, progress, environment))
+        config = replace(
+            config,
+            max_model_len=window,
+            max_num_seqs=1,
+            # So many that all their logits fit.
+            max_num_batched_tokens=min(window, max(16, _MAX_LOGITS // files.spec.vocab_size)),
+            num_kv_blocks=-(-window // config.block_size),
+        )
+        self.loaded = load_runtime(files, checkpoint, config, progress, environment)
+        self._session = Session(self.loaded)
 
     def load_weight(self, name: str, values: Float32) -> None:
         """Put other numbers in the place of a weight, which the model runs in floats."""

@@ -25,6 +25,7 @@ class Limit:
     INTERMEDIATE = 2**20
     LAYERS = 1024
     HEADS = 4096
+    EXPERTS = 4096
     HEAD_DIM = 1024
     POSITIONS = 2**24  # float32 must hold them exactly
 
@@ -60,6 +61,15 @@ def printable(name: str) -> str:
     return name if name.isprintable() and len(name) <= 200 else describe(name)
 
 
+class FieldError(UnsupportedModelError):
+    """A field that octavo cannot use, and its name."""
+
+    def __init__(self, message: str, field: str, is_missing: bool = False) -> None:
+        super().__init__(message)
+        self.field = field
+        self.is_missing = is_missing
+
+
 class Fields:
     """The fields of one JSON object, read with their types and ranges checked.
 
@@ -71,17 +81,17 @@ class Fields:
         self.values = values
         self.source = source
 
-    def error(self, name: str, value: object, expected: str) -> UnsupportedModelError:
+    def error(self, name: str, value: object, expected: str) -> FieldError:
         """The error for a field that octavo cannot use."""
-        return UnsupportedModelError(
-            f"{self.source}: {name} is {describe(value)}; supported: {expected}"
+        return FieldError(
+            f"{self.source}: {name} is {describe(value)}; supported: {expected}", name
         )
 
     def _get(self, name: str, default: Any, expected: str) -> Any:
         if name in self.values:
             return self.values[name]
         if default is None:
-            raise UnsupportedModelError(f"{self.source}: {name} is missing; expected {expected}")
+            raise FieldError(f"{self.source}: {name} is missing; expected {expected}", name, True)
         return default
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:

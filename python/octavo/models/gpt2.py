@@ -23,8 +23,9 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     refuse_changes(fields)
     hidden_size = fields.integer("n_embd", 1, Limit.WIDTH, default=768)
     num_heads = fields.integer("n_head", 1, Limit.HEADS, default=12)
-    if hidden_size % num_heads or hidden_size // num_heads > Limit.HEAD_DIM:
-        expected = f"a multiple of n_head ({num_heads}), at most {Limit.HEAD_DIM} times as much"
+    head_dim = hidden_size // num_heads
+    if hidden_size % num_heads or head_dim % 2 or head_dim > Limit.HEAD_DIM:
+        expected = f"n_head ({num_heads}) times an even number up to {Limit.HEAD_DIM}"
         raise fields.error("n_embd", hidden_size, expected)
     inner = fields.optional_integer("n_inner", 1, Limit.INTERMEDIATE) or 4 * hidden_size
     eps = fields.number("layer_norm_epsilon", 0.0, 1.0, default=1e-5)
@@ -34,7 +35,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         LayerSpec(
             num_heads=num_heads,
             num_kv_heads=num_heads,
-            head_dim=hidden_size // num_heads,
+            head_dim=head_dim,
             intermediate_size=inner,
             norm=norm,
             rope=None,
@@ -45,7 +46,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
             mlp_bias=True,
             attention_scale=scale,
         )
-        for scale in _scales(fields, hidden_size // num_heads)
+        for scale in _scales(fields, head_dim)
     ]
     return ModelSpec(
         architecture=ARCHITECTURE,

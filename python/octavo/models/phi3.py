@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from octavo.models import phi3_gguf
 from octavo.models.family import Family, TensorNames
 from octavo.models.fields import Fields, Limit
 from octavo.models.reading import (
@@ -65,4 +66,5 @@ FAMILY = Family(
     ),
     ignored=LLAMA_IGNORED,
     default_eos_token_id=32000,
+    gguf=phi3_gguf.GGUF,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from octavo.models import qwen_gguf
 from octavo.models.family import Family, TensorNames
 from octavo.models.fields import Fields
 from octavo.models.reading import (
@@ -49,4 +50,5 @@ FAMILY = Family(
     read_spec=read_spec,
     tensors=TensorNames(LLAMA_TENSORS),
     ignored=LLAMA_IGNORED,
+    gguf=qwen_gguf.QWEN2,
 )

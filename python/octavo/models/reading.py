@@ -12,7 +12,7 @@ from typing import Any
 
 from octavo.models.fields import Fields, Limit
 from octavo.models.rope_fields import read_rope
-from octavo.models.spec import Activation, LayerSpec, ModelSpec, NormSpec
+from octavo.models.spec import Activation, LayerSpec, ModelSpec, MoeSpec, NormSpec
 
 # Hugging Face's names of the activations, by the formula they stand for.
 ACTIVATIONS: dict[str, Activation] = {
@@ -38,6 +38,12 @@ LLAMA_TENSORS = {
     "model.layers.{layer}.mlp.down_proj": "down",
     "model.norm": "final_norm",
     "lm_head": "lm_head",
+}
+
+# Of families that normalize queries and keys.
+HEAD_NORMS = {
+    "model.layers.{layer}.self_attn.q_norm": "q_norm",
+    "model.layers.{layer}.self_attn.k_norm": "k_norm",
 }
 
 # Old checkpoints carry the rope frequencies as buffers; they follow from the configuration.
@@ -89,6 +95,7 @@ class Defaults:
 
     max_position_embeddings: int
     num_key_value_heads: int | None = None  # None: as many as query heads, as for null
+    head_dim: int | None = None  # None: hidden_size implies it, as for null
     norm_eps: float = 1e-6
     activation: str = "silu"
     rope_theta: float = 10000.0
@@ -112,10 +119,11 @@ def read_layer(fields: Fields, defaults: Defaults, **special: Any) -> LayerSpec:
     hidden_size = fields.integer("hidden_size", 1, Limit.WIDTH)
     num_heads = fields.integer("num_attention_heads", 1, Limit.HEADS)
     num_kv_heads = read_kv_heads(fields, num_heads, defaults.num_key_value_heads)
-    head_dim = read_head_dim(fields, hidden_size, num_heads)
+    head_dim = read_head_dim(fields, hidden_size, num_heads, defaults.head_dim)
     if "norm" not in special:
-        eps = fields.number("rms_norm_eps", 0.0, 1.0, default=defaults.norm_eps)
-        special["norm"] = NormSpec(kind="rms", eps=eps)
+        special["norm"] = NormSpec(kind="rms", eps=read_eps(fields, defaults))
+    if "activation" not in special:
+        special["activation"] = read_activation(fields, "hidden_act", defaults.activation)
     if "rope" not in special:
         positions = read_positions(fields, defaults)
         special["rope"] = read_rope(fields.values, head_dim, positions, theta=defaults.rope_theta)
@@ -124,7 +132,6 @@ def read_layer(fields: Fields, defaults: Defaults, **special: Any) -> LayerSpec:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=fields.integer("intermediate_size", 1, Limit.INTERMEDIATE),
-        activation=read_activation(fields, "hidden_act", defaults.activation),
         **special,
     )
 
@@ -139,14 +146,18 @@ def read_model(
 ) -> ModelSpec:
     """The model of these layers; those that see as far share a table of blocks.
 
-    final_norm: None takes the layers'. special: fields of ModelSpec.
+    A window that no sequence outgrows is none. final_norm: None takes the layers'. special: fields
+    of ModelSpec.
     """
-    tied = defaults.tie_word_embeddings
+    tied, positions = defaults.tie_word_embeddings, read_positions(fields, defaults)
+    layers = [
+        replace(layer, window=0 if layer.window >= positions else layer.window) for layer in layers
+    ]
     return ModelSpec(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size", 1, Limit.VOCAB),
         hidden_size=fields.integer("hidden_size", 1, Limit.WIDTH),
-        max_position_embeddings=read_positions(fields, defaults),
+        max_position_embeddings=positions,
         layers=group_layers(layers),
         final_norm=final_norm or layers[0].norm,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", tied),
@@ -158,6 +169,11 @@ def read_positions(fields: Fields, defaults: Defaults) -> int:
     """The most tokens of a sequence."""
     name, default = "max_position_embeddings", defaults.max_position_embeddings
     return fields.integer(name, 1, Limit.POSITIONS, default=default)
+
+
+def read_eps(fields: Fields, defaults: Defaults) -> float:
+    """What a norm adds to the mean square."""
+    return fields.number("rms_norm_eps", 0.0, 1.0, default=defaults.norm_eps)
 
 
 def read_num_layers(fields: Fields) -> int:
@@ -176,9 +192,13 @@ def read_kv_heads(fields: Fields, num_heads: int, default: int | None = None) ->
     return num_kv_heads
 
 
-def read_head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
+def read_head_dim(
+    fields: Fields, hidden_size: int, num_heads: int, default: int | None = None
+) -> int:
     """The elements of a head, given or implied; even, for rope."""
     head_dim = fields.optional_integer("head_dim", 1, Limit.HEAD_DIM)
+    if head_dim is None and "head_dim" not in fields.values:
+        head_dim = default
     if head_dim is None:
         if hidden_size % num_heads:
             raise fields.error(
@@ -199,6 +219,15 @@ def read_activation(fields: Fields, name: str, default: str) -> Activation:
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise fields.error(name, activation, ", ".join(ACTIVATIONS))
     return ACTIVATIONS[activation]
+
+
+def read_moe(
+    fields: Fields, name: str, *, num_experts: int, experts_per_token: int, normalize: bool = True
+) -> MoeSpec:
+    """The experts of a layer. name: of the field with their number; the numbers: defaults."""
+    count = fields.integer(name, 1, Limit.EXPERTS, default=num_experts)
+    chosen = fields.integer("num_experts_per_tok", 1, count, default=experts_per_token)
+    return MoeSpec(count, chosen, normalize)
 
 
 def read_window(fields: Fields, default: int | None = None) -> int:

@@ -8,25 +8,40 @@ from typing import Any
 
 from octavo.errors import UnsupportedModelError
 from octavo.models import (
+    gemma2,
+    gemma3,
     gpt2,
+    granite,
     llama,
     ministral,
     mistral,
+    mixtral,
+    olmo2,
     phi3,
     qwen2,
+    qwen3,
+    qwen3_moe,
     smollm3,
     starcoder2,
 )
 from octavo.models.family import Family, GgufFamily
 from octavo.models.fields import Fields
+from octavo.models.nearest import describe_unknown
 
 _ALL = (
     llama.FAMILY,
     mistral.FAMILY,
     ministral.FAMILY,
+    mixtral.FAMILY,
     qwen2.FAMILY,
+    qwen3.FAMILY,
+    qwen3_moe.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
     phi3.FAMILY,
     smollm3.FAMILY,
+    granite.FAMILY,
+    olmo2.FAMILY,
     starcoder2.FAMILY,
     gpt2.FAMILY,
 )
@@ -49,12 +64,17 @@ def find_family(config: Mapping[str, Any]) -> Family:
         for family in _ALL:
             if model_type == family.model_type:
                 return family
-        raise fields.error("model_type", model_type, types)
+        raise UnsupportedModelError(
+            f"{fields.error('model_type', model_type, types)}. {describe_unknown(config, _ALL)}"
+        )
     if not isinstance(architectures, list) or not architectures:
         raise fields.error("architectures", architectures, f"a list naming {supported}")
     names = [name for name in architectures if isinstance(name, str) and name in FAMILIES]
     if not names:
-        raise fields.error("architectures", architectures, supported)
+        raise UnsupportedModelError(
+            f"{fields.error('architectures', architectures, supported)}. "
+            f"{describe_unknown(config, _ALL)}"
+        )
     family = FAMILIES[names[0]]
     if model_type not in (None, family.model_type):
         expected = f"{family.model_type!r} (for {family.architecture})"

@@ -32,7 +32,7 @@ from octavo.reference.quantization import pack_int4
 
 Float64 = npt.NDArray[np.float64]
 
-DAMPING = 1.0
+_DAMPING = 1.0  # the share of H's mean diagonal that is added to it
 _BAND = 32  # inputs between two matrix products
 
 
@@ -86,18 +86,16 @@ def round_by_search(weight: Float32, hessian: Float32, format: WeightFormat) -> 
     return rounded
 
 
-def gptq(
-    weight: Float32, hessian: Float32, format: WeightFormat, damping: float = DAMPING
-) -> Rounded:
+def gptq(weight: Float32, hessian: Float32, format: WeightFormat) -> Rounded:
     """Round a matrix so that its outputs' error is small under H.
 
     weight: float32 (inputs, outputs), inputs a multiple of the group. hessian: float32 (inputs,
-    inputs), the mean of x x^T. format: int4, any levels. damping: the share of H's mean diagonal
-    that is added to it. Raises WeightsError where H holds a NaN or an infinity.
+    inputs), the mean of x x^T. format: int4, any levels. Raises WeightsError where H holds a NaN or
+    an infinity.
     """
     grid, size = Grid(format), format.group_size
     order = order_inputs(np.diag(hessian), size)
-    factor = _factor(hessian[np.ix_(order, order)], damping)
+    factor = _factor(hessian[np.ix_(order, order)])
     upper = factor.astype(np.float32)
     rounded = _empty(grid, weight.shape, size)
     errors = np.empty_like(weight)  # of each input, over U[i,i], in the order of rounding
@@ -139,8 +137,9 @@ def inverse_factor(damped: Float64) -> Float64:
     return _invert_upper(np.ascontiguousarray(lower[::-1, ::-1]))
 
 
-def _factor(hessian: Float32, damping: float) -> Float64:
+def _factor(hessian: Float32) -> Float64:
     """U of the damped H; where rounding has left H too uneven to factor, damped the more."""
+    damping = _DAMPING
     while True:
         try:
             return inverse_factor(damp(hessian, damping))

@@ -98,7 +98,7 @@ def measure_sensitivity(
     of the windows.
     """
     window = min(_WINDOW, files.spec.max_position_embeddings)
-    scorer = Scorer.load(
+    scorer = Scorer(
         files,
         checkpoint,
         EngineConfig(dtype="f32", kv_dtype="f32"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,7 +16,8 @@ from octavo.config import (
     resolve_device,
 )
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
-from octavo.machine import available_memory, open_packaged_cublas
+from octavo.machine import available_memory, format_bytes, open_packaged_cublas
+from octavo.models.kv_groups import KvGroups
 from octavo.models.rope import for_length
 from octavo.models.spec import ModelSpec
 from octavo.quantization.apply import quantize_checkpoint
@@ -58,7 +58,6 @@ class LoadedRuntime:
     options: RuntimeOptions
     num_kv_blocks: int
     device: str
-    num_kv_groups: int  # block tables of a sequence
     notes: tuple[str, ...] = ()
 
 
@@ -96,8 +95,8 @@ def load_runtime(
     available = _available(runtime, device, num_bytes)
     if num_bytes > available:
         raise InsufficientMemoryError(
-            f"the weights take {_format_bytes(num_bytes)} as "
-            f"{describe_dtypes(options.formats, options.dtype)}; {_format_bytes(available)} are "
+            f"the weights take {format_bytes(num_bytes)} as "
+            f"{describe_dtypes(options.formats, options.dtype)}; {format_bytes(available)} are "
             f"available",
             Needs(files.spec, config, options, stored, available, block_bytes).remedies(),
         )
@@ -105,17 +104,17 @@ def load_runtime(
         _load_weights(runtime, checkpoint, progress)
     except MemoryError as error:  # fragmented, or taken by another process meanwhile
         raise InsufficientMemoryError(
-            f"the weights, {_format_bytes(num_bytes)}, could not be allocated",
+            f"the weights, {format_bytes(num_bytes)}, could not be allocated",
             Needs(files.spec, config, options, stored, num_bytes, block_bytes).remedies(),
         ) from error
     available = _available(runtime, device)
     needs = Needs(files.spec, config, options, stored, available + num_bytes, block_bytes)
     num_kv_blocks = plan_kv_blocks(needs, available)
-    _allocate_cache(runtime, num_kv_blocks, options)
+    _allocate_cache(runtime, num_kv_blocks, options.kv_groups(files.spec), options.max_model_len)
     found = describe_stored(files.spec, checkpoint.stored, options.formats, options.dtype)
     texts = [str(each) for each in found if each.is_worth_a_line]
     notes = (f"{files.path.name}: {'; '.join(texts)}",) if texts else ()
-    return LoadedRuntime(runtime, options, num_kv_blocks, device, files.spec.num_kv_groups, notes)
+    return LoadedRuntime(runtime, options, num_kv_blocks, device, notes)
 
 
 def _make_runtime(
@@ -156,12 +155,14 @@ def _has_room(device: str, spec: ModelSpec, options: RuntimeOptions, config: Eng
         runtime = _native.Runtime(device, spec, options)
     except MemoryError:
         return False
-    num_blocks = config.num_kv_blocks or -(-options.max_model_len // options.block_size)
+    num_blocks = config.num_kv_blocks or options.kv_groups(spec).blocks_of(options.max_model_len)
     room = _available(runtime, device)
     return num_blocks * runtime.kv_bytes_per_block() <= room * config.kv_memory_fraction
 
 
-def _allocate_cache(runtime: _native.Runtime, num_blocks: int, options: RuntimeOptions) -> None:
+def _allocate_cache(
+    runtime: _native.Runtime, num_blocks: int, groups: KvGroups, max_model_len: int
+) -> None:
     try:
         runtime.alloc_kv(num_blocks)
     except MemoryError as error:
@@ -171,11 +172,11 @@ def _allocate_cache(runtime: _native.Runtime, num_blocks: int, options: RuntimeO
                 runtime.alloc_kv(had)
                 break
         ways: list[Changes] = []
-        if had >= -(-options.max_model_len // options.block_size):
+        if groups.longest(had) >= max_model_len:
             ways = [{"num_kv_blocks": had}]
-        elif had:
-            ways = [{"num_kv_blocks": had, "max_model_len": had * options.block_size}]
-        size = _format_bytes(num_blocks * runtime.kv_bytes_per_block())
+        elif groups.longest(had):
+            ways = [{"num_kv_blocks": had, "max_model_len": groups.longest(had)}]
+        size = format_bytes(num_blocks * runtime.kv_bytes_per_block())
         raise InsufficientMemoryError(
             f"the KV cache of {num_blocks} blocks ({size}) could not be allocated", ways
         ) from error
@@ -233,10 +234,12 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
     few for one sequence of max_model_len.
     """
     config, options, block_bytes = needs.config, needs.options, needs.block_bytes
-    blocks_per_sequence = -(-options.max_model_len // options.block_size)
+    groups = options.kv_groups(needs.spec)
+    blocks_per_sequence = groups.blocks_of(options.max_model_len)
     if config.num_kv_blocks is not None:
-        num_blocks, held = config.num_kv_blocks, config.num_kv_blocks * options.block_size
+        num_blocks = config.num_kv_blocks
         if num_blocks < blocks_per_sequence:
+            held = groups.longest(num_blocks)
             fits = blocks_per_sequence * block_bytes <= available
             raise InvalidArgumentError(
                 f"num_kv_blocks is {num_blocks}, which holds {held} tokens; expected at least "
@@ -247,8 +250,8 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
         if num_blocks * block_bytes > available:
             raise InsufficientMemoryError(
                 f"num_kv_blocks is {num_blocks}, which takes "
-                f"{_format_bytes(num_blocks * block_bytes)} as {options.kv_dtype}; "
-                f"{_format_bytes(available)} are available",
+                f"{format_bytes(num_blocks * block_bytes)} as {options.kv_dtype}; "
+                f"{format_bytes(available)} are available",
                 needs.remedies(),
             )
         return num_blocks
@@ -257,9 +260,9 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
     if num_blocks < blocks_per_sequence:
         raise InsufficientMemoryError(
             f"one sequence of max_model_len = {options.max_model_len} tokens needs a KV cache of "
-            f"{_format_bytes(blocks_per_sequence * block_bytes)} as {options.kv_dtype}; it may "
-            f"take {_format_bytes(budget)} (kv_memory_fraction = {config.kv_memory_fraction:g} of "
-            f"the {_format_bytes(available)} available)",
+            f"{format_bytes(blocks_per_sequence * block_bytes)} as {options.kv_dtype}; it may "
+            f"take {format_bytes(budget)} (kv_memory_fraction = {config.kv_memory_fraction:g} of "
+            f"the {format_bytes(available)} available)",
             needs.remedies(),
         )
     return num_blocks
@@ -294,11 +297,3 @@ def _available(runtime: _native.Runtime, device: str, reserved: int = 0) -> int:
         return available_memory(reserved=reserved)
     memory: Mapping[str, int] = runtime.memory()
     return memory["available"]
-
-
-def _format_bytes(count: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    if count < 1024:
-        return f"{count:.0f} bytes"
-    power = min(int(math.log2(count)) // 10, 4)
-    return f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"

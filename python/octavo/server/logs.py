@@ -52,7 +52,7 @@ class TextFormatter(logging.Formatter):
         return line
 
 
-def set_up_logging(log_format: str, level: int = logging.INFO) -> None:
+def set_up_logging(log_format: str) -> None:
     """Send octavo's and uvicorn's logs to stderr; log_format "auto" is text on a terminal."""
     is_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
@@ -60,5 +60,5 @@ def set_up_logging(log_format: str, level: int = logging.INFO) -> None:
     for name in ("octavo", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
-        logger.setLevel(level if name == "octavo" else max(level, logging.WARNING))
+        logger.setLevel(logging.INFO if name == "octavo" else logging.WARNING)
         logger.propagate = False

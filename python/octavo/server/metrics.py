@@ -136,7 +136,7 @@ class Metrics:
         gauges, counters, labels = self._gauges, self._counters, self._labels
         gauges["vllm:num_requests_running"].set(now.num_running)
         gauges["vllm:num_requests_waiting"].set(now.num_waiting)
-        gauges["vllm:kv_cache_usage_perc"].set(1 - now.num_free_blocks / now.num_blocks)
+        gauges["vllm:kv_cache_usage_perc"].set(now.kv_cache_usage)
         if now.num_waiting or before.num_waiting:
             for reason in WAITING_REASONS:
                 count = now.num_waiting if reason == now.waiting_reason else 0

@@ -41,7 +41,6 @@ class _JsonLines(Response):
 
 def add_pages(app: FastAPI, service: Service) -> None:
     """Add the page and the routes under /engine."""
-    live = LiveView(service)
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
 
     async def copy_events() -> EventLog:
@@ -61,7 +60,7 @@ def add_pages(app: FastAPI, service: Service) -> None:
     @app.get("/engine")
     async def engine() -> Response:
         """Running and waiting requests, the KV cache block by block, speeds."""
-        return JSONResponse(await live.describe())
+        return JSONResponse(await describe_engine(service))
 
     @app.get("/engine/requests/{request_id}", responses={404: {"description": "Unknown, or past."}})
     async def explanation(request_id: str) -> Response:
@@ -95,7 +94,7 @@ def block_map(engine: Engine) -> tuple[bytes, dict[str, list[int]]]:
 
     To be called in the engine's thread.
     """
-    pool = engine.blocks.pools[0]
+    pool = engine.blocks.pool
     states = bytearray(
         CACHED if pool.is_published(block) else BLANK for block in range(pool.num_blocks)
     )
@@ -105,70 +104,60 @@ def block_map(engine: Engine) -> tuple[bytes, dict[str, list[int]]]:
         # Of its name, so that a request keeps its colour from one look to the next.
         owner = FIRST_OWNER + hash(key) % _NUM_OWNERS
         owners.setdefault(key[0], []).append(owner)
-        for block in engine.blocks.block_table(key):
+        for block in engine.blocks.blocks_of(key):
             states[block] = SHARED if pool.num_holders(block) > 1 else owner
     return bytes(states), owners
 
 
-class LiveView:
-    """Describes the engine of a service as it is now."""
+async def describe_engine(service: Service) -> dict[str, Any]:
+    """Everything the page shows of the engine as it is now, as JSON has it."""
+    model = service.model_to_watch()
+    states, owners = await service.engine.call(lambda found: block_map(found.engine))
+    options = model.engine.options
+    streams = service.engine.open_streams()[:_MOST_REQUESTS]
+    return {
+        "model": service.name,
+        "phase": service.phase,
+        "uptime": round(time.time() - service.started, 1),
+        "max_model_len": model.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "blocks": {"size": options.block_size, "map": base64.b64encode(states).decode("ascii")},
+        "stats": _stats(service),
+        "speed": _speed(service),
+        "requests": [_describe_request(stream, owners) for stream in streams],
+    }
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
 
-    async def describe(self) -> dict[str, Any]:
-        """Everything the page shows, as JSON has it."""
-        service = self._service
-        model = service.model_to_watch()
-        states, owners = await service.engine.call(lambda found: block_map(found.engine))
-        engine = model.engine
-        streams = service.engine.open_streams()[:_MOST_REQUESTS]
-        return {
-            "model": service.name,
-            "phase": service.phase,
-            "uptime": round(time.time() - service.started, 1),
-            "max_model_len": model.max_model_len,
-            "max_num_seqs": engine.options.max_num_seqs,
-            "blocks": {
-                "size": engine.options.block_size,
-                "map": base64.b64encode(states).decode("ascii"),
-            },
-            "stats": self._stats(),
-            "speed": self._speed(),
-            "requests": [_describe_request(stream, owners) for stream in streams],
-        }
+def _stats(service: Service) -> dict[str, Any]:
+    if service.stats is None:
+        return {"num_running": 0, "num_waiting": 0, "waiting_for": None}
+    now = service.stats.engine
+    return {
+        "num_running": now.num_running,
+        "num_waiting": now.num_waiting,
+        "waiting_for": now.waiting_reason and WAITING_REASONS[now.waiting_reason],
+        "num_used_blocks": now.num_blocks - now.num_free_blocks,
+        "num_cached_blocks": now.num_cached_blocks,
+        "num_steps": now.num_steps,
+        "num_drawn_tokens": now.num_sampled_tokens,
+        "num_preemptions": now.num_preemptions,
+        "num_evictions": now.num_evictions,
+        "num_prefix_queries": now.num_prefix_queries,
+        "num_prefix_hits": now.num_prefix_hits,
+    }
 
-    def _stats(self) -> dict[str, Any]:
-        stats = self._service.stats
-        if stats is None:
-            return {"num_running": 0, "num_waiting": 0, "waiting_for": None}
-        now = stats.engine
-        return {
-            "num_running": now.num_running,
-            "num_waiting": now.num_waiting,
-            "waiting_for": now.waiting_reason and WAITING_REASONS[now.waiting_reason],
-            "num_used_blocks": now.num_blocks - now.num_free_blocks,
-            "num_cached_blocks": now.num_cached_blocks,
-            "num_steps": now.num_steps,
-            "num_drawn_tokens": now.num_sampled_tokens,
-            "num_preemptions": now.num_preemptions,
-            "num_evictions": now.num_evictions,
-            "num_prefix_queries": now.num_prefix_queries,
-            "num_prefix_hits": now.num_prefix_hits,
-        }
 
-    def _speed(self) -> dict[str, Any]:
-        now = time.monotonic()
-        recent = [step for step in self._service.recent_steps if now - step[0] <= _WINDOW]
-        metrics = self._service.metrics
-        firsts = list(metrics.recent_ttft) if metrics is not None else []
-        return {
-            "tokens_per_second": round(sum(step[2] for step in recent) / _WINDOW, 1),
-            "computed_per_second": round(sum(step[1] for step in recent) / _WINDOW, 1),
-            "steps_per_second": round(len(recent) / _WINDOW, 1),
-            "ttft_p50": sorted(firsts)[len(firsts) // 2] if firsts else None,
-            "ttft_last": firsts[-1] if firsts else None,
-        }
+def _speed(service: Service) -> dict[str, Any]:
+    now = time.monotonic()
+    recent = [step for step in service.recent_steps if now - step[0] <= _WINDOW]
+    firsts = list(service.metrics.recent_ttft) if service.metrics is not None else []
+    return {
+        "tokens_per_second": round(sum(step[2] for step in recent) / _WINDOW, 1),
+        "computed_per_second": round(sum(step[1] for step in recent) / _WINDOW, 1),
+        "steps_per_second": round(len(recent) / _WINDOW, 1),
+        "ttft_p50": sorted(firsts)[len(firsts) // 2] if firsts else None,
+        "ttft_last": firsts[-1] if firsts else None,
+    }
 
 
 def _describe_request(stream: ResultStream, owners: dict[str, list[int]]) -> dict[str, Any]:

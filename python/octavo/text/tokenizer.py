@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
 from octavo.folder import Folder, FolderFile, MemoryFolder, as_folder
 from octavo.text.decoders import PipelineFactory
-
-if TYPE_CHECKING:
-    pass
 
 _NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token

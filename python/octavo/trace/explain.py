@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from octavo.engine.events import WAITING_REASONS
-from octavo.trace.log_file import LogFile, Record, Step, first
+from octavo.trace.log_file import LogFile, Record, first
 
 _NEXT_STEP = "until the next step began"
 
@@ -168,7 +168,7 @@ def _prefill(log: LogFile, request_id: str, sample: int, span: Span) -> str:
     total, cached = span.opening["num_tokens"], span.opening["num_cached_tokens"]
     found = f"Of {_count(total, 'token')} the cache held {cached:,}; " if cached else ""
     what = "the rest" if cached else f"Its {_count(total, 'token')}"
-    verb = "was" if cached else ("were" if total > 1 else "was")
+    verb = "were" if total > 1 and not cached else "was"
     text = f"{found}{what} {verb} computed in {_count(len(chunks), 'step')}"
     text += f" and {_seconds(span.seconds)}"
     if num_others > 0:
@@ -181,19 +181,16 @@ def _decoding(log: LogFile, span: Span) -> Iterator[str]:
     if not steps:
         return
     mean = span.seconds / len(steps)
+    num_answers = round(sum(step.num_decodes for step in steps) / len(steps))
     yield (
         f"It decoded {_count(len(steps), 'token')} in {_seconds(span.seconds)}, "
-        f"{_seconds(mean)} each, with {_count(round(_mean_decodes(steps)), 'answer')} in a step."
+        f"{_seconds(mean)} each, with {_count(num_answers, 'answer')} in a step."
     )
     slowest = max(steps, key=lambda step: step.seconds)
     if len(steps) > 3 and slowest.seconds > 2 * mean:
         prompts = slowest.num_tokens - slowest.num_decodes
         why = f", with {_count(prompts, 'token')} of prompts in it" if prompts else ""
         yield f"Its slowest step, at {slowest.start:.3f} s, took {_seconds(slowest.seconds)}{why}."
-
-
-def _mean_decodes(steps: tuple[Step, ...]) -> float:
-    return sum(step.num_decodes for step in steps) / len(steps)
 
 
 def _ending(

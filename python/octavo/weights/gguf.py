@@ -45,7 +45,7 @@ MAX_NAME = 1 << 16
 PLAIN_KINDS: Mapping[str, tuple[TensorDType, str]] = MappingProxyType(
     {"F32": ("f32", "<f4"), "F16": ("f16", "<f2"), "BF16": ("bf16", "<u2")}
 )
-_ROWS_AT_ONCE = 1 << 22  # elements decoded in one go, so that a large table needs no second copy
+_ROWS_AT_ONCE = 1 << 18  # elements decoded in one go: they stay in cache
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from octavo.models.spec import WeightFormat
 
 TensorDType = Literal["f32", "f16", "bf16", "int8", "int4"]
 ITEM_SIZE: dict[TensorDType, int] = {"f32": 4, "f16": 2, "bf16": 2}
+_CHUNK = 1 << 16  # elements rounded in one go: they stay in cache
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ class Stored(NamedTuple):
     """How a file holds a matrix in a format of another program.
 
     kind: the file's name of the format, such as "Q4_K". format: octavo's codes that it can be
-    converted to without decoding. exact: whether these stand for the same numbers.
+    converted to without decoding. exact: whether these stand for the same numbers. rounded: whether
+    it is read as bfloat16 for any type of the weights.
     """
 
     kind: str
     num_bytes: int
     format: WeightFormat | None = None
     exact: bool = False
+    rounded: bool = False
 
 
 class TensorSource(ABC):
@@ -91,7 +94,18 @@ class TensorSource(ABC):
 
 def float32_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """Round float32 to bfloat16 bits, ties to even; a NaN stays a (quiet) NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return np.where(is_nan, (bits >> 16).astype(np.uint16) | 0x40, rounded).astype(np.uint16)
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(-1)
+    result = np.empty(bits.size, np.uint16)
+    for start in range(0, bits.size, _CHUNK):
+        chunk = bits[start : start + _CHUNK]
+        rounded = chunk >> np.uint32(16)
+        rounded &= np.uint32(1)
+        rounded += np.uint32(0x7FFF)
+        rounded += chunk
+        rounded >>= np.uint32(16)
+        out = result[start : start + _CHUNK]
+        np.copyto(out, rounded, casting="unsafe")
+        is_nan = (chunk & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        if is_nan.any():
+            out[is_nan] = chunk[is_nan] >> np.uint32(16) | np.uint32(0x40)
+    return result.reshape(values.shape)
