@@ -284,3 +284,13 @@ def test_the_bare_model_loads_with_a_tied_head(case: str, tmp_path: Path) -> Non
     expected = (hidden @ table.T).detach().numpy()
     found = ReferenceModel(files.spec, weights).forward(tokens_of(30, 5))
     np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["phi3, short factors", "gpt2, tied", "starcoder2, no biases"])
+def test_random_weights_reach_transformers_in_its_layout(case: str) -> None:
+    """octavo's dummy weights, fused and transposed again for transformers' model."""
+    path = str(saved_model(case)[1])
+    options = DiffOptions(steps=2)
+    request = DiffRequest(path, "hf", load_format="dummy", random=20, options=options)
+    result = compare(request, read_environment(), lambda *_: None)
+    assert result.ok and not result.missing
