@@ -25,8 +25,8 @@ void check_sequences(const Batch& batch, const BatchLimits& limits) {
   require(num_seqs >= 1 && num_seqs <= limits.max_num_seqs, "the batch has ", num_seqs,
           " sequences; expected 1 to max_num_seqs = ", limits.max_num_seqs);
   check_size("row_starts", batch.row_starts.size(), num_seqs + 1);
-  require(batch.num_kv_groups == limits.num_kv_groups, "block_tables has ", batch.num_kv_groups,
-          " KV groups; the model has ", limits.num_kv_groups);
+  require(batch.num_kv_groups == limits.num_kv_groups(), "block_tables has ", batch.num_kv_groups,
+          " KV groups; the model has ", limits.num_kv_groups());
   check_size("block_tables", batch.block_tables.size(),
              batch.num_kv_groups * num_seqs * batch.max_blocks);
   require(batch.row_starts.front() == 0, "row_starts[0] is ", batch.row_starts.front(),
@@ -43,7 +43,11 @@ void check_sequences(const Batch& batch, const BatchLimits& limits) {
     require(blocks <= batch.max_blocks, "sequence ", s, " needs ", blocks,
             " blocks; block_tables has room for ", batch.max_blocks);
     for (std::int64_t group = 0; group < batch.num_kv_groups; ++group) {
-      for (std::int64_t b = 0; b < blocks; ++b) {
+      // Before the window of the first new token a table may name anything.
+      const std::int64_t window = limits.kv_windows[static_cast<std::size_t>(group)];
+      const std::int64_t position = batch.context_lens[seq] - length;
+      for (std::int64_t b = first_seen_block(position, window, limits.block_size); b < blocks;
+           ++b) {
         const std::int64_t index = (group * num_seqs + s) * batch.max_blocks + b;
         check_range("block_tables", index, batch.block_tables[static_cast<std::size_t>(index)], 0,
                     limits.num_blocks - 1);
@@ -141,8 +145,8 @@ void StepUpload::reserve(Backend& backend, const BatchLimits& limits, std::int64
   // The arrays of `upload`, in words of 4 bytes. Any token may have a logit row.
   constexpr std::size_t kArrays = 8;
   constexpr std::int64_t kWordsOfRow = 1 + sizeof(SamplingRow) / 4;
-  const std::int64_t of_token = 2 + limits.num_kv_groups + kWordsOfRow;
-  const std::int64_t of_seq = 2 + limits.num_kv_groups * max_blocks;
+  const std::int64_t of_token = 2 + limits.num_kv_groups() + kWordsOfRow;
+  const std::int64_t of_seq = 2 + limits.num_kv_groups() * max_blocks;
   const std::int64_t words =
       limits.max_num_batched_tokens * of_token + limits.max_num_seqs * of_seq + 1;
   grow(backend, 4 * static_cast<std::size_t>(words) + kArrays * kAlignment);

@@ -33,7 +33,10 @@ struct Batch {
 // What a batch is checked against.
 struct BatchLimits {
   std::int64_t vocab_size, max_num_batched_tokens, max_num_seqs, max_model_len;
-  std::int64_t num_kv_groups, num_blocks, block_size;
+  std::vector<std::int64_t> kv_windows;  // of each KV group; 0: no limit
+  std::int64_t num_blocks, block_size;
+
+  std::int64_t num_kv_groups() const { return static_cast<std::int64_t>(kv_windows.size()); }
 };
 
 // Throws std::invalid_argument naming the first field that is wrong, its value and its range.

@@ -64,6 +64,7 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, V
   const Linear* positions = spec_.learned_positions ? &weights_.positions : nullptr;
 
   backend_.embed(residual, weights_.embed, positions, step);
+  if (spec_.embed_multiplier != 1.0f) backend_.scale(residual, spec_.embed_multiplier, 0.0f);
   tap(taps, residual, "embed");
   // The result not yet added to the residual stream: none, or `hidden`.
   View pending;
@@ -75,18 +76,22 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, V
     pending = hidden;
   }
   const NormedInput input{residual, pending, weights_.final_norm};
-  if (!taps && step.rows_are_tokens() && backend_.normed_linear(logits, input, weights_.head()))
-    return;
-  normalize(backend_, hidden, input);
-  tap(taps, residual, "layers.", spec_.layers.size() - 1, ".out");
-  if (step.num_rows == 0) return;
-  View last = hidden;
-  if (!step.rows_are_tokens()) {
-    last = normed;
-    backend_.take_rows(last, hidden, step.logit_rows);
+  const bool is_fused =
+      !taps && step.rows_are_tokens() && backend_.normed_linear(logits, input, weights_.head());
+  if (!is_fused) {
+    normalize(backend_, hidden, input);
+    tap(taps, residual, "layers.", spec_.layers.size() - 1, ".out");
+    if (step.num_rows == 0) return;
+    View last = hidden;
+    if (!step.rows_are_tokens()) {
+      last = normed;
+      backend_.take_rows(last, hidden, step.logit_rows);
+    }
+    tap(taps, last, "final_norm");
+    backend_.linear(logits, last, weights_.head());
   }
-  tap(taps, last, "final_norm");
-  backend_.linear(logits, last, weights_.head());
+  if (spec_.logits_multiplier != 1.0f || spec_.logits_softcap != 0.0f)
+    backend_.scale(logits, spec_.logits_multiplier, spec_.logits_softcap);
   tap(taps, logits, "logits");
 }
 
@@ -131,6 +136,13 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, View pen
   tap(taps, q, "layers.", i, ".q");
   tap(taps, k, "layers.", i, ".k");
   tap(taps, v, "layers.", i, ".v");
+  if (layer.qk_norm != QkNorm::none) {
+    const bool by_head = layer.qk_norm == QkNorm::head;
+    backend_.norm_heads(q, weights.q_norm, by_head ? layer.head_dim : q.cols);
+    backend_.norm_heads(k, weights.k_norm, by_head ? layer.head_dim : k.cols);
+    tap(taps, q, "layers.", i, ".q_norm");
+    tap(taps, k, "layers.", i, ".k_norm");
+  }
   backend_.rope_and_store(qkv, weights.rope, layer, kv[i], step);
   if (weights.rope) {
     tap(taps, q, "layers.", i, ".q_rope");
@@ -139,8 +151,7 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, View pen
   backend_.attention(attn, q, layer, layer.score_scale(), kv[i], step);
   tap(taps, attn, "layers.", i, ".attn");
   backend_.linear(hidden, attn, weights.o);
-  backend_.all_reduce(hidden);
-  tap(taps, hidden, "layers.", i, ".attn_out");
+  finish_sublayer(i, ".attn_out", hidden, weights.attn_out_norm, taps);
 }
 
 // hidden: the attention's output; on return the MLP's, not yet added to the residual stream.
@@ -157,14 +168,12 @@ void Decoder::mlp_half(std::size_t i, View hidden, View residual, TapSink* taps)
     backend_.linear(router, hidden, weights.router);
     tap(taps, router, "layers.", i, ".router");
     backend_.moe(hidden, hidden, router, {*layer.moe, weights.up, weights.down, layer.activation});
-    backend_.all_reduce(hidden);
-    tap(taps, hidden, "layers.", i, ".mlp_out");
-    return;
+    return finish_sublayer(i, ".mlp_out", hidden, weights.mlp_out_norm, taps);
   }
   const bool is_fused =
       !taps && layer.gated &&
       backend_.normed_mlp(hidden, input, weights.up, weights.down, layer.activation);
-  if (is_fused) return backend_.all_reduce(hidden);
+  if (is_fused) return finish_sublayer(i, ".mlp_out", hidden, weights.mlp_out_norm, taps);
   normalize(backend_, hidden, input);
   tap(taps, hidden, "layers.", i, ".mlp_norm");
   const View up = rows(up_, hidden.rows, layer.up_size());
@@ -176,8 +185,19 @@ void Decoder::mlp_half(std::size_t i, View hidden, View residual, TapSink* taps)
   backend_.gated_activation(act, up, layer.activation, layer.gated);
   tap(taps, act, "layers.", i, ".act");
   backend_.linear(hidden, act, weights.down);
+  finish_sublayer(i, ".mlp_out", hidden, weights.mlp_out_norm, taps);
+}
+
+void Decoder::finish_sublayer(std::size_t i, const char* part, View hidden, const Norm& norm,
+                              TapSink* taps) {
+  const LayerSpec& layer = spec_.layers[i];
   backend_.all_reduce(hidden);
-  tap(taps, hidden, "layers.", i, ".mlp_out");
+  tap(taps, hidden, "layers.", i, part);
+  if (layer.output_norm) {
+    backend_.norm_heads(hidden, norm, hidden.cols);
+    tap(taps, hidden, "layers.", i, part, "_norm");
+  }
+  if (layer.residual_multiplier != 1.0f) backend_.scale(hidden, layer.residual_multiplier, 0.0f);
 }
 
 }  // namespace octavo

@@ -38,6 +38,10 @@ class Decoder {
   void attention_half(std::size_t layer, View hidden, View residual, View pending,
                       std::vector<KvLayer>& kv, const Step& step, TapSink* taps);
   void mlp_half(std::size_t layer, View hidden, View residual, TapSink* taps);
+  // Ends a sublayer: `hidden`, its output, normalized and multiplied where the layer says so. part:
+  // of its tap's name. norm: of the layer's output_norm.
+  void finish_sublayer(std::size_t layer, const char* part, View hidden, const Norm& norm,
+                       TapSink* taps);
 
   // out = x times each matrix of the stack, side by side.
   void linear_stack(View out, View x, const Stack& stack);

@@ -102,6 +102,13 @@ class Runtime {
   // recorded separately.
   enum Part : std::int64_t { kForward, kSampling, kWhole, kParts };
 
+  // Where a layer's keys and values lie, and the bytes of a block there.
+  struct KvPlace {
+    std::size_t buffer;
+    std::int64_t block_bytes;
+  };
+  std::vector<KvPlace> kv_places() const;
+
   InFlightStep& step_of(std::int64_t ticket);
   BatchLimits limits() const;
   // Allocates memory for the largest steps; `make_room` grows it for an even larger step.

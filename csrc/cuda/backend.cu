@@ -165,6 +165,13 @@ std::vector<std::string> CudaBackend::unsupported(const ModelSpec& spec,
         text("head_dim is ", layer.head_dim, "; the attention kernels take up to 256"));
     break;
   }
+  for (const LayerSpec& layer : spec.layers) {
+    if (!layer.output_norm ||
+        (layer.output_norm->kind == NormKind::rms && !layer.output_norm->bias))
+      continue;
+    problems.push_back("output_norm is not rms without a bias, which its kernel computes alone");
+    break;
+  }
   for (const auto& [name, format] : options.formats) {
     if (!format.is_quantized() || format.activation_bits == 16) continue;
     problems.push_back(text("weight ", name,

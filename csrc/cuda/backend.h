@@ -67,6 +67,8 @@ class CudaBackend : public Backend {
   void embed(View out, const Linear& table, const Linear* positions, const Step& step) override;
   void norm(View out, View x, const Norm& norm) override;
   void add_norm(View out, View residual, View x, const Norm& norm) override;
+  void norm_heads(View x, const Norm& norm, std::int64_t width) override;
+  void scale(View x, float factor, float cap) override;
   void linear(View out, View x, const Linear& weight) override;
   void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
                       const Step& step) override;

@@ -39,7 +39,7 @@ def module_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Hugging Face's name of every matrix of a Llama model -> (outputs, inputs); head last."""
     spec = llama.read_spec(config)
     weights = llama.FAMILY.tensors.weight_map(spec).values()
-    shapes = {each.modules[0]: each.shape for each in weights if len(each.shape) == 2}
+    shapes = {each.module: each.shape for each in weights if len(each.shape) == 2}
     return {**shapes, "lm_head": (spec.vocab_size, spec.hidden_size)}
 
 

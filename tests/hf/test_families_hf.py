@@ -232,6 +232,9 @@ WRONG: list[tuple[str, str, Any]] = [
     ("granite, multipliers", "residual_multiplier", 0.5),
     ("granite, multipliers", "logits_scaling", 0.8),
     ("olmo2, norms after", "rms_norm_eps", 1e-2),
+    ("mixtral, two of four experts", "num_experts_per_tok", 1),
+    ("qwen3_moe, a layer without experts", "norm_topk_prob", True),
+    ("qwen3_moe, every second layer", "norm_topk_prob", False),
     ("llama, yarn", "rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
 ]
 

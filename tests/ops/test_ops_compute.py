@@ -73,7 +73,9 @@ def test_linear_row_alone_or_among_others(inputs: int, outputs: int, dtype: str)
         assert same_bits(np.concatenate(pieces), whole), f"pieces of {size} rows"
 
 
-@pytest.mark.parametrize("op", ["norm", "add_norm", "gated_activation", "log_softmax"])
+@pytest.mark.parametrize(
+    "op", ["norm", "add_norm", "norm_heads", "scale", "gated_activation", "log_softmax"]
+)
 def test_row_alone_or_among_others(op: str) -> None:
     native = _native_ops.Ops("cpu", 2)
     x, other, weight = uniform(1, 40, 101), uniform(2, 40, 101), uniform(3, 101)
@@ -83,6 +85,10 @@ def test_row_alone_or_among_others(op: str) -> None:
             return native.norm(x[rows], weight, None, 1e-5)
         if op == "add_norm":
             return native.add_norm(x[rows], other[rows], weight, None, 1e-5)[1]
+        if op == "norm_heads":
+            return native.norm_heads(x[rows, :99], weight[:33], None, 1e-5)
+        if op == "scale":
+            return native.scale(x[rows], 1.7, 0.9)
         if op == "gated_activation":
             return native.gated_activation(x[rows], other[rows], "silu")
         return native.log_softmax(x[rows])
@@ -134,16 +140,24 @@ def test_moe_row_alone_or_among_others(threads: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("window", [0, 5, 47, 100, 513, 4000])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, threads: int) -> None:
+@pytest.mark.parametrize(("threads", "softcap"), [(1, 0.0), (2, 0.0), (2, 2.5)])
+def test_attention_alone_in_a_batch_or_in_chunks(
+    kv_dtype: str, window: int, threads: int, softcap: float
+) -> None:
     native = _native_ops.Ops("cpu", threads)
-    scale = 32**-0.5
+
+    def attend(*sequences: Any) -> np.ndarray:
+        found = native_attention(
+            native, list(sequences), 32**-0.5, window, kv_dtype, softcap=softcap
+        )
+        return found[0]
+
     sequences = [
         make_sequence(i, rows, context, (6, 2), 32)
         for i, (rows, context) in enumerate([(60, 700), (1, 1100), (9, 9), (1, 3), (133, 1290)])
     ]
-    whole = native_attention(native, sequences, scale, window, kv_dtype)[0]
-    alone = [native_attention(native, [one], scale, window, kv_dtype)[0] for one in sequences]
+    whole = attend(*sequences)
+    alone = [attend(one) for one in sequences]
     assert same_bits(np.concatenate(alone), whole), "alone"
 
     for size in (1, 7, 64):
@@ -153,7 +167,7 @@ def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, thr
                 stop = min(start + size, len(one.q))
                 seen = len(one.k) - len(one.q) + stop
                 chunk = type(one)(one.q[start:stop], one.k[:seen], one.v[:seen])
-                chunks.append(native_attention(native, [chunk], scale, window, kv_dtype)[0])
+                chunks.append(attend(chunk))
         assert same_bits(np.concatenate(chunks), whole), f"chunks of {size}"
 
 

@@ -201,7 +201,7 @@ def test_logit_rows() -> None:
 
 
 def test_every_weight_matters() -> None:
-    for name in ("llama", "gpt2_like", "biases"):
+    for name in ("llama", "gpt2_like", "biases", "gemma2_like", "gemma3_like", "olmo2_like"):
         spec, weights = SPECS[name], random_weights(SPECS[name], 1)
         base = ReferenceModel(spec, weights).forward(TOKENS)
         for changed in weight_shapes(spec):

@@ -256,9 +256,8 @@ def test_names() -> None:
     assert sources["embed.weight"].name == "token_embd.weight"
     assert sources["lm_head.weight"].name == "output.weight"
     assert sources["layers.12.down.bias"].name == "blk.12.ffn_down.bias"
-    assert (sources["layers.3.q.weight"].names, sources["layers.3.q.weight"].head_dim) == (
-        *(("blk.3.attn_q.weight",), 64),
-    )
+    q = sources["layers.3.q.weight"]
+    assert (q.tensor, q.head_dim) == ("blk.3.attn_q.weight", 64)
 
 
 @pytest.mark.parametrize(

@@ -152,9 +152,9 @@ def write(path: Path, case: str, kind: str = "F32", **changes: Any) -> dict[str,
     generator = np.random.default_rng(11)
     weights: dict[str, np.ndarray] = {}
     for source in family.tensors.weight_map(spec).values():
-        for name in source.names:
-            if name not in weights:
-                weights[name] = generator.standard_normal(source.stored_shape).astype(np.float32)
+        if source.tensor not in weights:
+            values = generator.standard_normal(source.stored_shape)
+            weights[source.tensor] = values.astype(np.float32)
     assert family.gguf is not None
     architecture = family.gguf.architecture
     keys = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
@@ -221,7 +221,7 @@ def test_a_file_is_what_the_directory_is(case: str, tmp_path: Path) -> None:
     assert files.spec == files.family.read_spec(config) == find_family(config).read_spec(config)
     checkpoint = open_checkpoint(files)
     for name, source in files.family.tensors.weight_map(files.spec).items():
-        expected = weights[source.names[0]]
+        expected = weights[source.tensor]
         if source.rows is not None:
             first = source.rows[0]
             expected = expected[first : first + source.shape[0]]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os.path import commonpath
 from types import ModuleType
@@ -29,6 +29,8 @@ from octavo.weights.tensor import Tensor
 
 ATTENTION = "octavo_taps"  # the name our attention function is registered under
 _RECORDER = "octavo_recorder"  # the attribute of a model's config with where it notes them
+# Where queries and keys are normalized as (1, heads, rows, head_dim); elsewhere rows come first.
+_NORMED_BY_HEAD = ("gemma3_text",)
 
 
 @dataclass
@@ -43,10 +45,11 @@ class Recorder:
     taps: dict[str, Float32] = field(default_factory=dict)
 
     def note(self, name: str, value: Any) -> None:
-        """Keep a (1, rows, ...) torch tensor as float32 (rows, width)."""
+        """Keep a torch tensor, (1, rows, ...) or a router's (rows, width), as float32 rows."""
         if self.active:
             tensor = value[0] if isinstance(value, tuple) else value
-            rows = tensor.detach()[0].float().cpu()
+            rows = tensor.detach().float().cpu()
+            rows = rows if rows.dim() == 2 else rows[0]
             self.taps[name] = rows.reshape(len(rows), -1).numpy().copy()
 
 
@@ -121,18 +124,21 @@ class HuggingFaceImplementation:
                     f"transformers' model has other weights than octavo's: {untied or unexpected}"
                 )
             model.tie_weights()
+        # Products of all experts at once, its default, want widths that are multiples of four.
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")
         return model.eval()
 
     def _hook(self, files: ModelFiles) -> None:
         """Put a hook on every module that gives a tap, or is given one."""
         modules = {node.tap: self._module(files, node) for node in self._nodes}
         for node in self._nodes:
-            module, columns = modules[node.tap], self._columns(files, node)
+            module, part = modules[node.tap], self._part(files, node)
             if module is None:
                 continue
             module.register_forward_hook(
-                lambda _module, _inputs, output, tap=node.tap, columns=columns: self._recorder.note(
-                    tap, output if columns is None else output[..., columns]
+                lambda _module, _inputs, output, tap=node.tap, part=part: self._recorder.note(
+                    tap, part(output)
                 )
             )
             # What an op without weights gives is seen where the next module takes it in.
@@ -143,7 +149,9 @@ class HuggingFaceImplementation:
         setattr(self._model.config, _RECORDER, self._recorder)
 
     def _module(self, files: ModelFiles, node: Node) -> Any:
-        """The module whose output is the tap, or has it in `_columns`; None where there is none."""
+        """The module whose output is the tap, or has it as its `_part`; else None."""
+        if node.op == "moe" or any(matrix.is_router for matrix in node.matrices):
+            return self._expert_module(files, node)
         if node.op == "linear" and node.layer is None:
             # Whether tied or not; multipliers and caps of the logits come after the module.
             is_plain = node.scale == 1 and node.cap == 0
@@ -158,12 +166,24 @@ class HuggingFaceImplementation:
             return self._model.get_submodule(_layer_module(files, self._nodes, node.layer))
         return None
 
-    def _columns(self, files: ModelFiles, node: Node) -> slice | None:
-        """Which columns of a fused matrix's output are the tap; None: all."""
-        if node.op != "linear" or node.layer is None:
-            return None
-        rows = files.weight_map[f"{node.matrix.name}.weight"].rows
-        return None if rows is None else slice(rows[0], rows[0] + node.width)
+    def _part(self, files: ModelFiles, node: Node) -> Callable[[Any], Any]:
+        """From a module's output to the tap, (1, rows, ...)."""
+        if node.op == "norm_heads" and self._model.config.model_type in _NORMED_BY_HEAD:
+            return lambda output: output.transpose(1, 2)
+        place = None
+        if node.op == "linear" and node.layer is not None:
+            place = files.weight_map[f"{node.matrix.name}.weight"].rows  # of a fused matrix
+        if place is None:
+            return lambda output: output
+        columns = slice(place[0], place[0] + node.width)
+        return lambda output: output[..., columns]
+
+    def _expert_module(self, files: ModelFiles, node: Node) -> Any:
+        """The router, or all that it belongs to; transformers 5 has other names than the files."""
+        layer = self._model.get_submodule(_layer_module(files, self._nodes, node.layer))
+        router = next(name for name, _ in layer.named_modules() if name.endswith(".gate"))
+        name = router.removesuffix(".gate") if node.op == "moe" else router
+        return layer.get_submodule(name)
 
     def reset(self) -> None:
         self._cache = None
@@ -193,7 +213,7 @@ class HuggingFaceImplementation:
 def checkpoint_tensors(
     weight_map: Mapping[str, WeightSource], weights: Mapping[str, Tensor]
 ) -> dict[str, Float32]:
-    """The tensors of a checkpoint that holds these weights: fused, stacked and transformed again.
+    """The tensors of a checkpoint that holds these weights: fused and transformed again.
 
     weight_map: octavo's names -> where each weight lies. Returns float32 arrays of their own.
     """
@@ -202,24 +222,22 @@ def checkpoint_tensors(
         place, values = weight_map[name], tensor.to_float32()
         if place.transform == "plus_one":
             values = values - np.float32(1)
-        parts = values if len(place.names) > 1 else [values]
-        for each, part in zip(place.names, parts, strict=True):
-            first = place.rows[0] if place.rows else 0
-            whole = tensors.setdefault(each, np.empty(place.stored_shape, np.float32))
-            target = whole.T if place.transform == "transpose" else whole
-            target[first : first + len(part)] = part
+        first = place.rows[0] if place.rows else 0
+        whole = tensors.setdefault(place.tensor, np.empty(place.stored_shape, np.float32))
+        target = whole.T if place.transform == "transpose" else whole
+        target[first : first + len(values)] = values
     return tensors
 
 
 def checkpoint_module(files: ModelFiles, name: str) -> str:
     """The module that has a matrix or a norm; name: octavo's, without ".weight"."""
-    return files.weight_map[f"{name}.weight"].modules[0]
+    return files.weight_map[f"{name}.weight"].module
 
 
 def _layer_module(files: ModelFiles, nodes: list[Node], layer: int | None) -> str:
     """The module that has all the norms and matrices of a layer: "model.layers.3"."""
     names = [weight.name for node in nodes if node.layer == layer for weight in node.weights()]
-    paths = [files.weight_map[name].names[0].replace(".", "/") for name in names]
+    paths = [files.weight_map[name].tensor.replace(".", "/") for name in names]
     return commonpath(paths).replace("/", ".")
 
 

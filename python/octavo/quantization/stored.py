@@ -76,6 +76,8 @@ def describe_stored(
 
 
 def _effect(held: Stored, format: WeightFormat | None, dtype: str) -> str:
+    if format is None and held.rounded:
+        return "rounded to bf16"
     if format is None:
         return "the same numbers" if dtype == "f32" else f"rounded to {dtype}"
     if format == held.format:

@@ -34,8 +34,9 @@ class Step(NamedTuple):
 class Session:
     """Sequences 0, 1, …; they share the blocks of the KV cache in equal parts.
 
-    loaded: the runtime, which nothing else may step meanwhile. chunk: the most tokens of a step.
-    is_exact: whether a sequence's logits are promised to have the same bits in any batch.
+    loaded: the runtime, of a model with one KV group; nothing else may step it meanwhile.
+    chunk: the most tokens of a step. is_exact: whether a sequence's logits are promised to have
+    the same bits in any batch.
     """
 
     def __init__(self, loaded: LoadedRuntime) -> None:
@@ -97,7 +98,7 @@ class Session:
             token_ids=np.concatenate([np.asarray(tokens, np.int32) for tokens in new.values()]),
             row_starts=starts,
             context_lens=lengths,
-            block_tables=np.repeat(tables[None], self.loaded.num_kv_groups, axis=0),
+            block_tables=tables[None],
             logit_rows=starts[1:] - 1 if rows is None else np.asarray(rows, np.int32),
             sampling=sampling_rows(len(new), state_row=sequences) if rows is None else None,
         )
