@@ -89,8 +89,20 @@ def op_call(inputs: OpInputs) -> partial[Array]:
         token_ids=inputs.token_ids,
         cache=(inputs.keys, inputs.values) if node.op == "attention" else None,
         kv_dtype=model.kv_dtype,
-        multiply=model.multiply,
+        multiply=_multiply(model, node),
     )
+
+
+def _multiply(model: ReferenceModel, node: Node) -> nodes.Multiply:
+    """The product of the node's matrix, and what an adapter adds to it."""
+    part = model.adapter_of(node)
+    if part is None:
+        return model.multiply
+
+    def multiply(name: str, x: Array, weight: Array, bias: Array | None) -> Array:
+        return model.multiply(name, x, weight, bias) + ops.low_rank(x, part, model.dtype)
+
+    return multiply
 
 
 def define(inputs: OpInputs) -> Float32:
@@ -156,6 +168,8 @@ class OpReplay:
                     for name in node.inputs[1:]
                 )
                 self.cache.extend(inputs.layer_index, k, v)
-            if node.tap in taps:
+            # What an adapter adds to the embedding is seen in the whole run alone.
+            is_adapted_table = node.op == "embed" and self.model.adapter_of(node) is not None
+            if node.tap in taps and not is_adapted_table:
                 yield inputs
         self.cache.length += len(token_ids)

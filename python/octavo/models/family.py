@@ -70,7 +70,8 @@ class TensorNames:
 
     modules: their name -> octavo's part ("q"), or several ("q k v"), whose rows lie one after the
     other in one tensor. "{layer}" stands for the number of the layer, "{expert}" for that of an
-    expert, in octavo's parts too: "experts.{expert}.gate". transforms: by octavo's part.
+    expert, in octavo's parts too: "experts.{expert}.gate"; where the tensor's name lacks it, the
+    rows of all experts lie one after the other in it. transforms: by octavo's part.
     """
 
     modules: Mapping[str, str]
@@ -97,13 +98,17 @@ class TensorNames:
                 weights[f"{before}{each.format(expert=expert)}.{ending}"].shape[0] for each in parts
             ]
             place = parts.index(part)
+            rows = (sum(sizes[:place]), sum(sizes)) if len(parts) > 1 else None
+            moe = spec.layers[layer or 0].moe
+            if expert is not None and moe is not None and "{expert}" not in module:
+                rows = (int(expert) * sizes[0], moe.num_experts * sizes[0])
             transform = self.transforms.get(part, "plain")
             if ending == "bias" and transform != "unpermute":
                 transform = "plain"
             return WeightSource(
                 name,
                 weight.shape,
-                (sum(sizes[:place]), sum(sizes)) if len(parts) > 1 else None,
+                rows,
                 transform,
                 spec.layers[layer or 0].head_dim if transform == "unpermute" else 0,
                 weight.shard_axis,
@@ -138,6 +143,7 @@ class GgufFamily:
     read_config: Callable[[GgufHeader], dict[str, Any]]  # without token ids and architecture
     tensors: TensorNames
     constants: tuple[str, ...] = ()  # tensors that belong to the configuration
+    has_experts: bool = False  # of two families of one architecture, the one with experts
 
 
 @dataclass(frozen=True)

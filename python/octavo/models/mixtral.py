@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from octavo.models import llama_gguf
 from octavo.models.family import Family, TensorNames
 from octavo.models.fields import Fields
 from octavo.models.reading import (
@@ -54,4 +55,5 @@ FAMILY = Family(
     ),
     ignored=LLAMA_IGNORED,
     default_eos_token_id=2,
+    gguf=llama_gguf.MIXTRAL,
 )

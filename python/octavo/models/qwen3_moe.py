@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from octavo.models import qwen_gguf
 from octavo.models.family import Family, TensorNames
 from octavo.models.fields import Fields, Limit
 from octavo.models.reading import (
@@ -76,4 +77,5 @@ FAMILY = Family(
         }
     ),
     ignored=LLAMA_IGNORED,
+    gguf=qwen_gguf.QWEN3_MOE,
 )

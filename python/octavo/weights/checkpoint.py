@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,14 +16,13 @@ from octavo.models.family import WeightSource
 from octavo.models.fields import printable
 from octavo.models.layer import weight_shapes
 from octavo.models.spec import WeightFormat
-from octavo.weights.codes import StoredSource, running_formats, stored_tensors
 from octavo.weights.dummy import DummySource
 from octavo.weights.gguf_codes import GgufCodes, stored_kinds
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles
-from octavo.weights.quantization_config import StoredMatrix
 from octavo.weights.reader import read_runs, read_weight, weight_info
-from octavo.weights.safetensors import open_weight_files
+from octavo.weights.safetensors import SafetensorsFile, open_weight_files
+from octavo.weights.stored import FLOATS, Entry, StoredMatrix, StoredSource, with_alike_experts
 from octavo.weights.tensor import (
     ITEM_SIZE,
     Stored,
@@ -144,7 +144,7 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
         weight_map = family.tensors.weight_map(files.spec)
         ignored = tuple(map(re.escape, family.constants))
     else:
-        source = stored = open_weight_files(files.path)
+        source = open_weight_files(files.path)
         weight_map = _without_prefix(weight_map, source, files.family.base_prefix)
         if files.spec.tie_word_embeddings:
             # Either name may be there: `save_model` of safetensors keeps lm_head, transformers
@@ -153,7 +153,13 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
             if head in source.infos and table.tensor not in source.infos:
                 weight_map = weight_map | {"embed.weight": replace(table, tensor=head)}
             ignored = (*ignored, re.escape(head))
-    problems = _find_problems(source, weight_map, files.quantized, ignored)
+    named = {
+        name: replace(matrix, module=weight_map[name + ".weight"].module)
+        for name, matrix in files.quantized.items()
+    }
+    quantized = {name: each for name, each in named.items() if not each.is_plain(source.infos)}
+    ignored = (*ignored, *map(re.escape, _zero_biases(source, weight_map, quantized.values())))
+    problems = _find_problems(source, weight_map, quantized, ignored)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise WeightsError(
@@ -161,11 +167,46 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
         )
     if isinstance(files.folder, GgufFolder):
         return _gguf_checkpoint(files.folder, weight_map)
-    if not files.quantized:
+    if not isinstance(source, SafetensorsFile) or not quantized:
         return Checkpoint(source, weight_map)
-    formats = running_formats(source, files.quantized)
-    codes = StoredSource(stored, files.quantized)
-    return Checkpoint(codes, _with_scales(weight_map, formats), formats)
+    return _open_stored(source, weight_map, quantized)
+
+
+def _open_stored(
+    source: SafetensorsFile,
+    weight_map: Mapping[str, WeightSource],
+    quantized: Mapping[str, StoredMatrix],
+) -> Checkpoint:
+    """The checkpoint of files whose tensors fit."""
+    each = {name: matrix.settled(source) for name, matrix in quantized.items()}
+    settled = with_alike_experts(each)
+    formats = {name: each.format for name, each in settled.items() if not each.converted}
+    turned, stored = dict(weight_map), {}
+    for name, matrix in settled.items():
+        wanted = weight_map[name + ".weight"]
+        # They are (outputs, inputs) in every family.
+        turned[name + ".weight"] = replace(wanted, transform="plain")
+        if not matrix.is_own:
+            share = math.prod(wanted.shape) / math.prod(matrix.shape)
+            stored[name] = matrix.described(source.infos, share)
+    codes = StoredSource(source, settled.values())
+    return Checkpoint(codes, _with_scales(turned, formats), formats, stored=stored)
+
+
+def _zero_biases(
+    source: TensorSource,
+    weight_map: Mapping[str, WeightSource],
+    matrices: Iterable[StoredMatrix],
+) -> Iterator[str]:
+    """Biases that the family does not have, and that hold zeros: early AutoGPTQ wrote them."""
+    known = {wanted.tensor for wanted in weight_map.values()}
+    for matrix in matrices:
+        name = matrix.module + ".bias"
+        info = source.infos.get(name)
+        if name in known or info is None or info.dtype not in ITEM_SIZE:
+            continue
+        if info.shape == (matrix.shape[0],) and not np.any(source.read(name).to_float32()):
+            yield name
 
 
 def _without_prefix(
@@ -234,17 +275,19 @@ def _find_problems(
 ) -> list[str]:
     """Every difference between the tensors of `source` and those of the map."""
     problems = []
-    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}  # name -> (types, shape)
+    expected: dict[str, Entry] = {}
     for matrix in quantized.values():
-        expected |= stored_tensors(matrix)
+        expected |= matrix.entries(source.infos)
     for name, wanted in weight_map.items():
         if name.removesuffix(".weight") not in quantized or not name.endswith(".weight"):
-            expected[wanted.tensor] = (tuple(ITEM_SIZE), wanted.stored_shape)
-    for name, (dtypes, shape) in expected.items():
+            expected[wanted.tensor] = Entry(FLOATS, (wanted.stored_shape,))
+    for name, (dtypes, shapes, optional) in expected.items():
         info = source.infos.get(name)
+        shape = " or ".join(map(str, shapes)) or "any"
         if info is None:
-            problems.append(f"{name} is missing; expected shape {shape}")
-        elif info.shape != shape:
+            if not optional:
+                problems.append(f"{name} is missing; expected shape {shape}")
+        elif shapes and info.shape not in shapes:
             problems.append(f"{name} has shape {info.shape}; expected {shape}")
         elif info.dtype not in dtypes:
             supported = ", ".join(dtype.upper() for dtype in dtypes)
