@@ -156,11 +156,11 @@ def test_float64_and_bf16(name: str) -> None:
     assert 1e-3 < max_error(rounded, judge) < 0.3
     # The model rounds its matrices once for all; ops.linear's own rounding is the definition.
     assert np.array_equal(
-        model(name, dtype="bf16")._linear("layers.0.up", judge[:, :22].astype(np.float32)),
+        model(name, dtype="bf16")._linear("layers.0.q", judge[:, :22].astype(np.float32)),
         ops.linear(
             judge[:, :22].astype(np.float32),
-            random_weights(SPECS[name], 1)["layers.0.up.weight"],
-            random_weights(SPECS[name], 1).get("layers.0.up.bias"),
+            random_weights(SPECS[name], 1)["layers.0.q.weight"],
+            random_weights(SPECS[name], 1).get("layers.0.q.bias"),
             "bf16",
         ),
     )
