@@ -128,9 +128,6 @@ struct ModelSpec {
   }
 };
 
-// The fields of `spec` that the backends do not compute yet, a sentence each.
-std::vector<std::string> uncomputed_fields(const ModelSpec& spec);
-
 // How a model is run: the C++ side of RuntimeOptions in python/octavo/config.py.
 struct RuntimeOptions {
   std::string dtype = "f32";                    // of every matrix that `formats` does not name

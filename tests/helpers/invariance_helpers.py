@@ -37,8 +37,24 @@ _FUSED = replace(_LAYER, intermediate_size=160)
 # Experts: gates and ups of one product, and apart.
 _EXPERTS = replace(_LAYER, intermediate_size=64, moe=MoeSpec(5, 2))
 _APART = replace(_LAYER, intermediate_size=37, moe=MoeSpec(3, 2, normalize=False))
-_LAYERS = (_LAYER, _EXPERTS, _FUSED, _APART)
-SPEC = ModelSpec("Tiny", VOCAB, 72, 1024, _LAYERS, _NORM, tie_word_embeddings=False)
+# What Gemma and Granite, and what OLMo 2 add to a layer.
+_CAPPED = replace(
+    _LAYER,
+    output_norm=_NORM,
+    qk_norm="head",
+    attention_softcap=1.5,
+    residual_multiplier=0.7,
+    rope=default_rope(5000.0, 10),
+)
+_BARE = replace(_FUSED, norm=NormSpec("none"), output_norm=_NORM, qk_norm="row")
+_LAYERS = (_LAYER, _EXPERTS, _CAPPED, _FUSED, _APART, _BARE)
+SPEC = ModelSpec(
+    *("Tiny", VOCAB, 72, 1024, _LAYERS, _NORM),
+    tie_word_embeddings=False,
+    embed_multiplier=1.3,
+    logits_multiplier=1.1,
+    logits_softcap=20.0,
+)
 
 # Short; odd; over the lengths at which kernels and attention cut their work.
 SUBJECT_LENGTHS = (3, 77, 301)

@@ -12,7 +12,7 @@ from typing import Any
 
 from octavo.models.fields import Fields, Limit
 from octavo.models.rope_fields import read_rope
-from octavo.models.spec import Activation, LayerSpec, ModelSpec, NormSpec
+from octavo.models.spec import Activation, LayerSpec, ModelSpec, MoeSpec, NormSpec
 
 # Hugging Face's names of the activations, by the formula they stand for.
 ACTIVATIONS: dict[str, Activation] = {
@@ -219,6 +219,15 @@ def read_activation(fields: Fields, name: str, default: str) -> Activation:
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise fields.error(name, activation, ", ".join(ACTIVATIONS))
     return ACTIVATIONS[activation]
+
+
+def read_moe(
+    fields: Fields, name: str, *, num_experts: int, experts_per_token: int, normalize: bool = True
+) -> MoeSpec:
+    """The experts of a layer. name: of the field with their number; the numbers: defaults."""
+    count = fields.integer(name, 1, Limit.EXPERTS, default=num_experts)
+    chosen = fields.integer("num_experts_per_tok", 1, count, default=experts_per_token)
+    return MoeSpec(count, chosen, normalize)
 
 
 def read_window(fields: Fields, default: int | None = None) -> int:
