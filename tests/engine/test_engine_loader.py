@@ -91,7 +91,7 @@ def test_cache_size() -> None:
         ({}, 13_000, InsufficientMemoryError, r"6.8 KiB as f32; it may take 6.3 KiB "),
         ({}, 13_000, InsufficientMemoryError, "use max_model_len=96, or kv_memory_fraction=0.55"),
         ({}, 13_000, InsufficientMemoryError, "0.55, or kv_dtype='bf16', or kv_dtype='int8', or "),
-        ({}, 100, InsufficientMemoryError, "may take 50 bytes .*: use dtype='bf16', or quantize="),
+        ({}, 100, InsufficientMemoryError, "may take 50 B .*: use dtype='bf16', or quantize="),
         ({"num_kv_blocks": 50}, 40_000, InsufficientMemoryError, "48.8 KiB.*use num_kv_blocks=39"),
         ({"num_kv_blocks": 6}, 40_000, InvalidArgumentError, "at least 7.*raise it, or lower"),
         ({"num_kv_blocks": 6}, 6_500, InvalidArgumentError, "holds 96 tokens.*: lower .* to 96"),

@@ -25,9 +25,9 @@ def tiny_spec(hidden: int = 36, num_layers: int = 2, **layer_fields: Any) -> Mod
         "head_dim": 10,
         "intermediate_size": 44,
         "norm": NormSpec(eps=1e-5),
-        "rope": default_rope(1000.0, 10),
+        **layer_fields,
     }
-    fields.update(layer_fields)
+    fields.setdefault("rope", default_rope(1000.0, fields["head_dim"]))
     layer = LayerSpec(**fields)
     return ModelSpec("Tiny", VOCAB, hidden, 512, (layer,) * num_layers, layer.norm, True)
 

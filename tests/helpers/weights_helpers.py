@@ -14,6 +14,8 @@ import numpy as np
 from gguf_blocks_helpers import encode_blocks
 
 from octavo.models import llama
+from octavo.models.family import TensorNames
+from octavo.models.spec import ModelSpec
 from octavo.weights.convert import convert_gguf
 from octavo.weights.tensor import Tensor, float32_to_bf16
 
@@ -324,3 +326,17 @@ def memory_below(num_bytes: float) -> Iterator[None]:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < num_bytes
+
+
+def check_fused_rows(names: TensorNames, spec: ModelSpec) -> None:
+    """The weights in one tensor follow each other, without a gap, up to its end."""
+    sources = names.weight_map(spec).values()
+    for name in {source.tensor for source in sources}:
+        pieces = sorted(
+            (source.rows[0], source.rows[0] + source.shape[0], source.rows[1])
+            for source in sources
+            if name == source.tensor and source.rows
+        )
+        ends = [0, *(last for _, last, _ in pieces)]
+        assert [first for first, _, _ in pieces] == ends[:-1], name
+        assert {total for _, _, total in pieces} <= {ends[-1]}, name

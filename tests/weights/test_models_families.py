@@ -12,7 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from weights_helpers import DELETED, random_weights, tiny_config, write_safetensors
+from weights_helpers import (
+    DELETED,
+    check_fused_rows,
+    random_weights,
+    tiny_config,
+    write_safetensors,
+)
 
 from octavo.errors import UnsupportedModelError
 from octavo.models.registry import find_family
@@ -41,6 +47,14 @@ def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
 def spec_of(model_type: str, **changes: Any) -> ModelSpec:
     config = config_of(model_type, **changes)
     return find_family(config).read_spec(config)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_row_of_a_fused_tensor_is_a_weights(model_type: str) -> None:
+    family, spec = find_family(config_of(model_type)), spec_of(model_type)
+    check_fused_rows(family.tensors, spec)
+    if family.gguf is not None:
+        check_fused_rows(family.gguf.tensors, spec)
 
 
 TURNS = ["sliding_attention", "full_attention"] * 2

@@ -16,12 +16,18 @@ import numpy as np
 import pytest
 from quantization_helpers import write_quantized_model
 from runtime_helpers import random_weights, tiny_spec
-from weights_helpers import add_tensor, encode, memory_below, permute_rows, write_safetensors
+from weights_helpers import (
+    add_tensor,
+    check_fused_rows,
+    encode,
+    memory_below,
+    permute_rows,
+    write_safetensors,
+)
 
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.models import llama
 from octavo.models.family import Family, TensorNames, Transform, WeightSource
-from octavo.models.registry import FAMILIES
 from octavo.models.spec import MoeSpec, NormSpec
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.gguf_parts import GgufParts
@@ -316,22 +322,8 @@ def test_only_what_is_stored_as_it_is_has_a_name_to_write_it_under(change: Any) 
         _ = replace(source, **change).name
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
-def test_every_row_of_a_fused_tensor_is_a_weights(family: Family) -> None:
-    """Of all tables of names that octavo has."""
-    tables = [TensorNames(NAMES, TRANSFORMS), family.tensors]
-    tables += [family.gguf.tensors] if family.gguf else []
-    for table in tables:
-        sources = table.weight_map(SPEC).values()
-        for name in {source.tensor for source in sources}:
-            pieces = sorted(
-                (source.rows[0], source.rows[0] + source.shape[0], source.rows[1])
-                for source in sources
-                if name == source.tensor and source.rows
-            )
-            ends = [0, *(last for _, last, _ in pieces)]
-            assert [first for first, _, _ in pieces] == ends[:-1], name
-            assert {total for _, _, total in pieces} <= {ends[-1]}, name
+def test_every_row_of_a_fused_tensor_is_a_weights() -> None:
+    check_fused_rows(TensorNames(NAMES, TRANSFORMS), SPEC)
 
 
 def test_shard_axes_are_those_of_the_layer() -> None:
