@@ -78,7 +78,8 @@ class Batch:
     token_ids: int32 (num_tokens,). A negative id -1 - r means: what state row r sampled last.
     row_starts: int32 (num_seqs + 1,), from 0 to num_tokens, strictly increasing.
     context_lens: int32 (num_seqs,), new tokens included.
-    block_tables: int32 (num_kv_groups, num_seqs, max_blocks), -1 behind the last block.
+    block_tables: int32 (num_kv_groups, num_seqs, max_blocks), -1 behind the last block; anything
+        before the group's window of the first new token. Groups share no block.
     logit_rows: int32 (num_rows,), indices into token_ids whose logits are wanted, ascending.
     sampling: (num_rows,) of octavo.reference.sampling.SAMPLING_ROW, which says what its fields
         mean: how each logit row is sampled. state_row is in 0 .. max_num_seqs - 1, or -1; the
