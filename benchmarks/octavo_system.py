@@ -62,7 +62,7 @@ class OctavoCore:
                 self._loaded.options,
                 num_kv_blocks=self._loaded.num_kv_blocks,
                 vocab_size=files.spec.vocab_size,
-                num_kv_groups=files.spec.num_kv_groups,
+                kv_windows=files.spec.kv_windows,
             )
         )
 

@@ -134,7 +134,7 @@ def write_gguf(
         if values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[form][0]:
             form = FORMATS["bf16"]
         data = values if form == FORMATS["f32"] else gguf.quants.quantize(values, form)
-        writer.add_tensor(sources[name].names[0], data, raw_dtype=form)
+        writer.add_tensor(sources[name].tensor, data, raw_dtype=form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

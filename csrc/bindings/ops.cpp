@@ -49,6 +49,23 @@ class Ops : private OpsDevice {
     return nb::make_tuple(down(stream), down(out));
   }
 
+  nb::object norm_heads(Array2<float> x, Array1<float> weight, std::optional<Array1<float>> bias,
+                        float eps, const std::string& kind) {
+    const std::int64_t width = size(weight);
+    require(width >= 1 && length(x, 1) % width == 0, "x has ", length(x, 1),
+            " columns; expected a multiple of the weight's ", width);
+    const Matrix in = up_activations(x);
+    const NormArrays arrays = norm_arrays(weight, bias, eps, kind, width);
+    backend_->norm_heads(in.view, arrays.norm, width);
+    return down(in);
+  }
+
+  nb::object scale(Array2<float> x, float factor, float cap) {
+    const Matrix in = up_activations(x);
+    backend_->scale(in.view, factor, cap);
+    return down(in);
+  }
+
   nb::object linear(Array2<float> x, Array2<float> weight, std::optional<Array1<float>> bias,
                     const std::string& dtype) {
     require(x.shape(1) == weight.shape(1), "x has ", x.shape(1), " columns; weight has ",
@@ -97,7 +114,7 @@ class Ops : private OpsDevice {
       const RopeTables tables = rope_tables(turns, most + 1);
       cosines = up_vector(tables.cosines);
       sines = up_vector(tables.sines);
-      rope = {cosines.as<float>(), sines.as<float>()};
+      rope = {cosines.as<float>(), sines.as<float>(), size(*frequencies)};
     }
     backend_->rope_and_store(fused.view, frequencies ? &rope : nullptr, spec, kv.layer, step);
 
@@ -116,9 +133,11 @@ class Ops : private OpsDevice {
   // k, v: (num_slots, num_kv_heads, head_dim), stored slot by slot first.
   nb::object attention(Array3<float> q, Array3<float> k, Array3<float> v, IntArray row_starts,
                        IntArray context_lens, Array2<std::int32_t> block_tables, float scale,
-                       std::int64_t window, std::int64_t block_size, const std::string& kv_dtype) {
+                       std::int64_t window, std::int64_t block_size, const std::string& kv_dtype,
+                       float softcap) {
     LayerSpec spec = heads_of(q, k);
     spec.window = window;
+    spec.attention_softcap = softcap;
     const auto num_slots = static_cast<std::int64_t>(k.shape(0));
     Cache kv = cache(spec, num_slots, block_size, kv_dtype);
     check_attention(q, k, v, row_starts, context_lens, block_tables, block_size, window);
@@ -311,6 +330,9 @@ void bind_ops(nb::module_& module) {
            nb::arg("eps"), nb::arg("kind") = "rms")
       .def("add_norm", &Ops::add_norm, nb::arg("residual"), nb::arg("x"), nb::arg("weight"),
            nb::arg("bias").none(), nb::arg("eps"), nb::arg("kind") = "rms")
+      .def("norm_heads", &Ops::norm_heads, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
+           nb::arg("eps"), nb::arg("kind") = "rms")
+      .def("scale", &Ops::scale, nb::arg("x"), nb::arg("factor"), nb::arg("cap") = 0.0f)
       .def("linear", &Ops::linear, nb::arg("x"), nb::arg("weight"), nb::arg("bias") = none,
            nb::arg("dtype") = "f32")
       .def("quantized_linear", &Ops::quantized_linear, nb::arg("x"), nb::arg("codes"),
@@ -324,7 +346,7 @@ void bind_ops(nb::module_& module) {
       .def("attention", &Ops::attention, nb::arg("q"), nb::arg("k"), nb::arg("v"),
            nb::arg("row_starts"), nb::arg("context_lens"), nb::arg("block_tables"),
            nb::arg("scale"), nb::arg("window") = 0, nb::arg("block_size") = 16,
-           nb::arg("kv_dtype") = "f32")
+           nb::arg("kv_dtype") = "f32", nb::arg("softcap") = 0.0f)
       .def("gated_activation", &Ops::gated_activation, nb::arg("gate").none(), nb::arg("up"),
            nb::arg("activation"))
       .def("moe", &Ops::moe, nb::arg("x"), nb::arg("router_logits"), nb::arg("gate"), nb::arg("up"),

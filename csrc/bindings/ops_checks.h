@@ -86,7 +86,8 @@ inline void check_rope_and_store(const Array3<float>& q, const Array3<float>& k,
   check_entries("slots", slots, -1, num_slots - 1);
   if (!frequencies) return;
   require(q.shape(2) % 2 == 0, "head_dim is ", q.shape(2), "; only an even one can be rotated");
-  check_length("frequencies", length(*frequencies, 0), length(q, 2) / 2);
+  require(2 * length(*frequencies, 0) <= length(q, 2), "there are ", length(*frequencies, 0),
+          " frequencies; expected at most half of head_dim, ", q.shape(2));
   constexpr std::int64_t kMost = (1 << 22) - 1;  // a table of cosines is made for all up to it
   check_entries("positions", positions, 0, kMost);
 }

@@ -88,18 +88,30 @@ struct Linear {
   Buffer bias;           // float32 [outputs], or empty
 };
 
-// Weights of a normalization: float32 [width] each; bias may be null.
+// Weights of a normalization: float32 [width] each; bias may be null. Kind none has no weight.
 struct Norm {
   NormSpec spec;
   const float* weight = nullptr;
   const float* bias = nullptr;
 };
 
-// Cosines and sines of every position: float32 (max_model_len, head_dim / 2) each.
+// Cosines and sines of every position: float32 (max_model_len, pairs) each. Of a head, elements i
+// and i + pairs are turned together, for i < pairs; the rest, if any, stays.
 struct Rope {
   const float* cosines = nullptr;
   const float* sines = nullptr;
+  std::int64_t pairs = 0;
 };
+
+// What a LoRA adapter adds to the product of one matrix: b (a x), at the columns first ... of the
+// output of a stack of matrices. Both are plain numbers of the model's dtype.
+struct LowRankPart {
+  std::int64_t first = 0;
+  Linear a, b;
+};
+using LowRankParts = std::vector<LowRankPart>;
+// By the place of an adapter, what it adds to a stack; null: nothing.
+using LowRankStack = std::vector<const LowRankParts*>;
 
 // The paged keys and values of one layer. The layout within a block is the backend's own.
 struct KvLayer {
@@ -255,19 +267,33 @@ class Backend {
   // ---- compute ----
   // out[t] = table[id of token t] (+ positions[position of t], when given).
   virtual void embed(View out, const Linear& table, const Linear* positions, const Step& step) = 0;
-  // out = normalized x. out may be x.
+  // out = normalized x, of the residual stream. Of kind none, out = x. out may be x.
   virtual void norm(View out, View x, const Norm& norm) = 0;
   // residual += x; out = normalized residual.
   virtual void add_norm(View out, View residual, View x, const Norm& norm) = 0;
+  // Each `width` columns of a row of activations, normalized by themselves, in place.
+  virtual void norm_heads(View x, const Norm& norm, std::int64_t width) = 0;
+  // x = factor * x, in place; with a cap that is not 0, x = cap * tanh(factor * x / cap).
+  virtual void scale(View x, float factor, float cap) = 0;
   // out = x @ weight^T + bias. The order of summation depends on the row alone.
   virtual void linear(View out, View x, const Linear& weight) = 0;
+  // Whether the device has the next two ops.
+  virtual bool takes_adapters() const { return false; }
+  // Adapters have changed: a device may keep a table of these stacks, which stay where they are.
+  virtual void adapters_changed(const std::vector<LowRankStack>&) {}
+  // out[t] += b (a x[t]) of the adapter in place adapters[t]; -1: nothing. adapters: [x.rows], of
+  // the device. The bits depend on the row and its adapter alone.
+  virtual void add_low_rank(View, View, const LowRankStack&, const std::int32_t*) {}
+  // The same for rows of the embedding, out[t] += b (row of a of token t): a is (tokens, rank).
+  virtual void add_low_rank_rows(View, const LowRankStack&, const Step&) {}
   // qkv: (num_tokens, q_size + 2 kv_size). Rotates q and k in place (not if rope is null), then
   // stores k and v at the step's slots.
   virtual void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
                               const Step& step) = 0;
   // out: (num_tokens, q_size), q: the same. Causal attention over the stored keys and values, with
-  // scores scale * q.k. Over a bf16 cache q and the weights are rounded to bf16 before they are
-  // multiplied (reference/ops.py, attention with dtype "bf16"); sums are float32.
+  // scores scale * q.k, capped where the layer says so. Over a bf16 cache q and the weights are
+  // rounded to bf16 before they are multiplied (reference/ops.py, attention with dtype "bf16");
+  // sums are float32.
   virtual void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
                          const Step& step) = 0;
   // gated: x is (rows, 2 width), gate before up; out = act(gate) * up. Else out = act(x).

@@ -25,8 +25,8 @@ void check_sequences(const Batch& batch, const BatchLimits& limits) {
   require(num_seqs >= 1 && num_seqs <= limits.max_num_seqs, "the batch has ", num_seqs,
           " sequences; expected 1 to max_num_seqs = ", limits.max_num_seqs);
   check_size("row_starts", batch.row_starts.size(), num_seqs + 1);
-  require(batch.num_kv_groups == limits.num_kv_groups, "block_tables has ", batch.num_kv_groups,
-          " KV groups; the model has ", limits.num_kv_groups);
+  require(batch.num_kv_groups == limits.num_kv_groups(), "block_tables has ", batch.num_kv_groups,
+          " KV groups; the model has ", limits.num_kv_groups());
   check_size("block_tables", batch.block_tables.size(),
              batch.num_kv_groups * num_seqs * batch.max_blocks);
   require(batch.row_starts.front() == 0, "row_starts[0] is ", batch.row_starts.front(),
@@ -43,7 +43,11 @@ void check_sequences(const Batch& batch, const BatchLimits& limits) {
     require(blocks <= batch.max_blocks, "sequence ", s, " needs ", blocks,
             " blocks; block_tables has room for ", batch.max_blocks);
     for (std::int64_t group = 0; group < batch.num_kv_groups; ++group) {
-      for (std::int64_t b = 0; b < blocks; ++b) {
+      // Before the window of the first new token a table may name anything.
+      const std::int64_t window = limits.kv_windows[static_cast<std::size_t>(group)];
+      const std::int64_t position = batch.context_lens[seq] - length;
+      for (std::int64_t b = first_seen_block(position, window, limits.block_size); b < blocks;
+           ++b) {
         const std::int64_t index = (group * num_seqs + s) * batch.max_blocks + b;
         check_range("block_tables", index, batch.block_tables[static_cast<std::size_t>(index)], 0,
                     limits.num_blocks - 1);
@@ -63,10 +67,16 @@ void check_rows(const Batch& batch, const BatchLimits& limits) {
   check(batch.sampling, limits.vocab_size, limits.max_num_seqs);
 }
 
-// Of fields for features that are not computed yet.
+void check_adapters(const Batch& batch, std::int64_t num_adapters) {
+  if (batch.adapter_ids.empty()) return;
+  check_size("adapter_ids", batch.adapter_ids.size(), batch.num_seqs());
+  for (std::int64_t s = 0; s < batch.num_seqs(); ++s)
+    check_range("adapter_ids", s, batch.adapter_ids[static_cast<std::size_t>(s)], -1,
+                num_adapters - 1);
+}
+
+// Of a field for a feature that is not computed yet.
 void check_unused(const Batch& batch) {
-  require(batch.adapter_ids.empty(),
-          "adapter_ids are given, but a runtime has no adapters yet: leave them out");
   require(batch.embeddings.empty(),
           "embeddings are given, but a step takes only token_ids yet: leave them out");
 }
@@ -121,6 +131,7 @@ void Batch::pad(const StepKey& shape) {
     }
     row_starts.push_back(static_cast<std::int32_t>(token_ids.size()));
     context_lens.push_back(0);
+    if (!adapter_ids.empty()) adapter_ids.push_back(-1);
   }
   sampling.resize(rows);
 }
@@ -134,15 +145,16 @@ void check(const Batch& batch, const BatchLimits& limits) {
                 limits.vocab_size - 1);
   }
   check_rows(batch, limits);
+  check_adapters(batch, limits.num_adapters);
   check_unused(batch);
 }
 
 void StepUpload::reserve(Backend& backend, const BatchLimits& limits, std::int64_t max_blocks) {
   // The arrays of `upload`, in words of 4 bytes. Any token may have a logit row.
-  constexpr std::size_t kArrays = 8;
-  constexpr std::int64_t kWordsOfRow = 1 + sizeof(SamplingRow) / 4;
-  const std::int64_t of_token = 2 + limits.num_kv_groups + kWordsOfRow;
-  const std::int64_t of_seq = 2 + limits.num_kv_groups * max_blocks;
+  constexpr std::size_t kArrays = 10;
+  constexpr std::int64_t kWordsOfRow = 2 + sizeof(SamplingRow) / 4;
+  const std::int64_t of_token = 3 + limits.num_kv_groups() + kWordsOfRow;
+  const std::int64_t of_seq = 2 + limits.num_kv_groups() * max_blocks;
   const std::int64_t words =
       limits.max_num_batched_tokens * of_token + limits.max_num_seqs * of_seq + 1;
   grow(backend, 4 * static_cast<std::size_t>(words) + kArrays * kAlignment);
@@ -187,6 +199,15 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
       }
     }
   }
+  std::vector<std::int32_t> adapters, row_adapters;
+  if (!batch.adapter_ids.empty()) {
+    adapters.resize(num_tokens);
+    for (std::size_t s = 0; s < batch.adapter_ids.size(); ++s)
+      std::fill(adapters.begin() + batch.row_starts[s], adapters.begin() + batch.row_starts[s + 1],
+                batch.adapter_ids[s]);
+    for (const std::int32_t row : batch.logit_rows)
+      row_adapters.push_back(adapters[static_cast<std::size_t>(row)]);
+  }
   std::vector<SamplingRow> sampling = batch.sampling;
   for (std::size_t i = 0; i < sampling.size(); ++i)
     sampling[i].position = positions[static_cast<std::size_t>(batch.logit_rows[i])] + 1;
@@ -215,6 +236,8 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
     place(batch.block_tables, step.block_tables);
     place(batch.logit_rows, step.logit_rows);
     place(sampling, step.sampling);
+    place(adapters, step.adapters);
+    place(row_adapters, step.row_adapters);
   };
   place_all();
   // Room for twice as much, so that a slowly growing block table does not grow it every step.

@@ -40,6 +40,12 @@ class TapRecorder : public TapSink {
   std::vector<TapResult>& results_;
 };
 
+void check_factors(std::initializer_list<std::pair<const char*, float>> factors) {
+  for (const auto& [name, factor] : factors)
+    require(std::isfinite(factor) && factor >= 0.0f, name, " is ", factor,
+            "; expected a finite number, 0 or more");
+}
+
 void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
   require(!spec.layers.empty(), "the model has no layers");
   require(options.block_size >= 16 && options.block_size % 16 == 0, "block_size is ",
@@ -61,7 +67,12 @@ void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
     const float scale = layer.score_scale();
     require(std::isfinite(scale) && scale > 0.0f, "attention_scale is ", scale,
             "; expected a finite number above 0");
+    check_factors({{"attention_softcap", layer.attention_softcap},
+                   {"residual_multiplier", layer.residual_multiplier}});
   }
+  check_factors({{"embed_multiplier", spec.embed_multiplier},
+                 {"logits_multiplier", spec.logits_multiplier},
+                 {"logits_softcap", spec.logits_softcap}});
   require(options.world_size == 1, "world_size is ", options.world_size,
           "; expected 1: a model is not yet split over several devices");
   require(options.rank == 0, "rank is ", options.rank, "; expected 0 to world_size - 1 = 0");
@@ -94,8 +105,8 @@ std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec&
   how.graphs = options.graphs;
   std::unique_ptr<Backend> backend = make_backend(device, how);
   std::string problems;
-  for (const auto& found : {uncomputed_fields(spec), backend->unsupported(spec, options)})
-    for (const std::string& problem : found) problems += "\n  - " + problem;
+  for (const std::string& problem : backend->unsupported(spec, options))
+    problems += "\n  - " + problem;
   require(problems.empty(), "device \"", device, "\" cannot run ", spec.architecture, ":",
           problems);
   return backend;
@@ -109,7 +120,8 @@ Runtime::Runtime(const std::string& device, const ModelSpec& spec, const Runtime
       kv_dtype_(kv_dtype(options.kv_dtype)),
       backend_(backend_for(device, spec_, options_)),
       weights_(*backend_, spec_, options_),
-      decoder_(*backend_, spec_, weights_, options.max_num_batched_tokens),
+      adapters_(*backend_, spec_, options_),
+      decoder_(*backend_, spec_, weights_, adapters_, options.max_num_batched_tokens),
       sampled_(backend_.get(), static_cast<std::size_t>(options.max_num_seqs) * 4) {
   for (int i = 0; i < kMaxInFlight; ++i) steps_[i].index = i;
   queue_.run([this] {
@@ -125,8 +137,8 @@ Runtime::~Runtime() = default;
 BatchLimits Runtime::limits() const {
   return {spec_.vocab_size,      options_.max_num_batched_tokens,
           options_.max_num_seqs, options_.max_model_len,
-          spec_.num_kv_groups(), kv_.empty() ? 0 : kv_[0].num_blocks,
-          options_.block_size};
+          spec_.kv_windows(),    kv_.empty() ? 0 : kv_[0].num_blocks,
+          options_.block_size,   adapters_.num_slots()};
 }
 
 // For steps with one logit row a sequence. The first step with more (scoring, checking drafts)
@@ -167,10 +179,30 @@ void Runtime::load(const std::string& name, const void* data, DType dtype,
 
 std::vector<std::string> Runtime::missing_weights() const { return weights_.missing(); }
 
+// A block belongs to one KV group at a time, and holds the numbers of its layers. So layers of
+// several groups, one of each, lie in one buffer if their blocks have the same size.
+std::vector<Runtime::KvPlace> Runtime::kv_places() const {
+  std::vector<KvPlace> places;
+  std::vector<std::int64_t> block_bytes;                              // of each buffer
+  std::map<std::pair<std::int64_t, std::int64_t>, std::size_t> used;  // by group and bytes
+  for (const LayerSpec& layer : spec_.layers) {
+    const std::int64_t bytes = backend_->kv_block_bytes(layer, kv_dtype_, options_.block_size);
+    std::size_t& next = used[{layer.kv_group, bytes}];
+    while (next < block_bytes.size() && block_bytes[next] != bytes) ++next;
+    if (next == block_bytes.size()) block_bytes.push_back(bytes);
+    places.push_back({next++, bytes});
+  }
+  return places;
+}
+
 std::int64_t Runtime::kv_bytes_per_block() const {
   std::int64_t bytes = 0;
-  for (const LayerSpec& layer : spec_.layers)
-    bytes += backend_->kv_block_bytes(layer, kv_dtype_, options_.block_size);
+  std::size_t buffers = 0;
+  for (const KvPlace& place : kv_places()) {
+    if (place.buffer < buffers) continue;
+    bytes += place.block_bytes;
+    ++buffers;
+  }
   return bytes;
 }
 
@@ -181,21 +213,34 @@ void Runtime::alloc_kv(std::int64_t num_blocks) {
     kv_.clear();
     kv_buffers_.clear();
     std::vector<KvLayer> layers;
-    for (const LayerSpec& spec : spec_.layers) {
+    const std::vector<KvPlace> places = kv_places();
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      const LayerSpec& spec = spec_.layers[i];
       KvLayer layer;
       layer.dtype = kv_dtype_;
       layer.num_blocks = num_blocks;
       layer.block_size = options_.block_size;
       layer.num_kv_heads = spec.num_kv_heads;
       layer.head_dim = spec.head_dim;
-      layer.block_bytes = backend_->kv_block_bytes(spec, kv_dtype_, options_.block_size);
-      kv_buffers_.emplace_back(backend_.get(),
-                               static_cast<std::size_t>(num_blocks * layer.block_bytes));
-      layer.data = kv_buffers_.back().data();
+      layer.block_bytes = places[i].block_bytes;
+      if (places[i].buffer == kv_buffers_.size())
+        kv_buffers_.emplace_back(backend_.get(),
+                                 static_cast<std::size_t>(num_blocks * layer.block_bytes));
+      layer.data = kv_buffers_[places[i].buffer].data();
       layers.push_back(layer);
     }
     kv_ = std::move(layers);  // only after all of it was allocated
   });
+}
+
+void Runtime::load_adapter(std::int64_t slot, const std::vector<HostLowRank>& matrices) {
+  require(backend_->takes_adapters(),
+          "this device computes no adapters yet: merge the adapter into the model (octavo merge)");
+  queue_.run([&] { adapters_.load(slot, matrices); });
+}
+
+void Runtime::unload_adapter(std::int64_t slot) {
+  queue_.run([&] { adapters_.unload(slot); });
 }
 
 void Runtime::copy_blocks(std::int64_t kv_group, const std::vector<std::int32_t>& pairs) {
@@ -215,7 +260,7 @@ void Runtime::copy_blocks(std::int64_t kv_group, const std::vector<std::int32_t>
 
 MemoryUse Runtime::memory() const {
   MemoryUse use;
-  use.weights = weights_.bytes();
+  use.weights = weights_.bytes() + adapters_.bytes();
   for (const Buffer& buffer : kv_buffers_)
     use.kv_cache += static_cast<std::int64_t>(buffer.bytes());
   std::size_t workspace = sampled_.bytes() + scores_.bytes();
@@ -244,6 +289,9 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool wi
   queue_.check_process();
   require(!kv_.empty(), "submit was called before alloc_kv");
   check(batch, limits());
+  for (const std::int32_t slot : batch.adapter_ids)
+    require(slot < 0 || adapters_.is_loaded(slot), "adapter_ids names place ", slot,
+            ", where no adapter is");
   InFlightStep* free_step = nullptr;
   for (InFlightStep& step : steps_) {
     if (!step.open) free_step = &step;
@@ -293,7 +341,7 @@ StepKey Runtime::padded(const StepKey& key) const {
 
 StepKey Runtime::key_of(const InFlightStep& step, Part part) const {
   StepKey key = step.key;
-  key.part = kParts * step.index + part;
+  key.part = kParts * step.index + part + (step.batch.adapter_ids.empty() ? 0 : kAdapted);
   return key;
 }
 

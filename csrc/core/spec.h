@@ -1,6 +1,7 @@
 // The model in numbers: the C++ side of python/octavo/models/spec.py, field for field.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -114,15 +115,18 @@ struct ModelSpec {
   float logits_multiplier = 1.0f;
   float logits_softcap = 0.0f;
 
-  std::int64_t num_kv_groups() const {
-    std::int64_t last = 0;
-    for (const LayerSpec& layer : layers) last = layer.kv_group > last ? layer.kv_group : last;
-    return last + 1;
+  // Of each KV group: its layers' widest window; 0: no limit.
+  std::vector<std::int64_t> kv_windows() const {
+    std::vector<std::int64_t> windows;
+    for (const LayerSpec& layer : layers) {
+      const auto group = static_cast<std::size_t>(layer.kv_group);
+      if (group >= windows.size()) windows.resize(group + 1, 1);
+      std::int64_t& widest = windows[group];
+      widest = widest == 0 || layer.window == 0 ? 0 : std::max(widest, layer.window);
+    }
+    return windows;
   }
 };
-
-// The fields of `spec` that the backends do not compute yet, a sentence each.
-std::vector<std::string> uncomputed_fields(const ModelSpec& spec);
 
 // How a model is run: the C++ side of RuntimeOptions in python/octavo/config.py.
 struct RuntimeOptions {

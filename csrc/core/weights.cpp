@@ -32,6 +32,12 @@ Weights::Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& 
     weights.attn_norm = add_norm(rows("attn_norm", hidden), layer.norm);
     add_stack(weights.qkv, {rows("q", layer.q_size()), rows("k", kv), rows("v", kv)}, hidden,
               layer.qkv_bias);
+    if (layer.qk_norm != QkNorm::none) {
+      const bool by_head = layer.qk_norm == QkNorm::head;
+      const NormSpec norm = layer.qk_norm_spec();
+      weights.q_norm = add_norm(rows("q_norm", by_head ? layer.head_dim : layer.q_size()), norm);
+      weights.k_norm = add_norm(rows("k_norm", by_head ? layer.head_dim : kv), norm);
+    }
     add_matrix(weights.o, {rows("o", hidden)}, layer.q_size(), layer.o_bias, adds_bias);
 
     weights.mlp_norm = add_norm(rows("mlp_norm", hidden), layer.norm);
@@ -42,6 +48,10 @@ Weights::Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& 
       if (layer.gated) up.insert(up.begin(), rows("gate", mlp));
       add_stack(weights.up, up, hidden, layer.mlp_bias);
       add_matrix(weights.down, {rows("down", hidden)}, mlp, layer.mlp_bias, adds_bias);
+    }
+    if (layer.output_norm) {
+      weights.attn_out_norm = add_norm(rows("attn_out_norm", hidden), *layer.output_norm);
+      weights.mlp_out_norm = add_norm(rows("mlp_out_norm", hidden), *layer.output_norm);
     }
     if (layer.rope) weights.rope = add_rope(layer, options.max_model_len);
   }
@@ -159,15 +169,16 @@ Norm Weights::add_norm(const NamedRows& width, const NormSpec& spec) {
   };
   Norm norm;
   norm.spec = spec;
+  if (spec.kind == NormKind::none) return norm;
   norm.weight = add_vector(".weight");
   if (spec.bias) norm.bias = add_vector(".bias");
   return norm;
 }
 
 const Rope* Weights::add_rope(const LayerSpec& layer, std::int64_t max_positions) {
-  require(2 * static_cast<std::int64_t>(layer.rope->frequencies.size()) == layer.head_dim,
-          "rope turns ", 2 * layer.rope->frequencies.size(), " of ", layer.head_dim,
-          " elements of a head; expected all of them");
+  const auto pairs = static_cast<std::int64_t>(layer.rope->frequencies.size());
+  require(2 * pairs <= layer.head_dim, "rope turns ", 2 * pairs, " elements of a head of ",
+          layer.head_dim, "; expected no more than it has");
   for (const auto& table : ropes_) {
     if (table->spec == *layer.rope) return &table->rope;
   }
@@ -179,7 +190,7 @@ const Rope* Weights::add_rope(const LayerSpec& layer, std::int64_t max_positions
   table->sines = counted(Buffer(&backend_, bytes));
   backend_.upload(table->cosines.data(), values.cosines.data(), bytes);
   backend_.upload(table->sines.data(), values.sines.data(), bytes);
-  table->rope = {table->cosines.as<float>(), table->sines.as<float>()};
+  table->rope = {table->cosines.as<float>(), table->sines.as<float>(), pairs};
   ropes_.push_back(std::move(table));
   return &ropes_.back()->rope;
 }

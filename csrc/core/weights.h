@@ -17,13 +17,15 @@ using Stack = std::vector<Linear>;
 
 struct LayerWeights {
   Norm attn_norm;
-  Stack qkv;  // q, k, v
+  Stack qkv;            // q, k, v
+  Norm q_norm, k_norm;  // where the layer has qk_norm
   Linear o;
   Norm mlp_norm;
   Linear router;  // of layers with experts; up and down then hold the matrices of all experts
   Stack up;       // gate (when the layer is gated), up
   Linear down;
-  const Rope* rope = nullptr;  // null: the layer does not rotate
+  Norm attn_out_norm, mlp_out_norm;  // where the layer has output_norm
+  const Rope* rope = nullptr;        // null: the layer does not rotate
 };
 
 class Weights {

@@ -27,12 +27,12 @@ KvLayout layout_of(const KvLayer& kv) {
   return make_layout(kv.dtype, kv.block_size, kv.head_dim, kv.num_kv_heads);
 }
 
-// x[i], x[i + half] -> rotated by the angle whose cosine and sine are given.
-void rotate(float* x, const float* cosines, const float* sines, std::int64_t half) {
-  for (std::int64_t i = 0; i < half; ++i) {
-    const float first = x[i], second = x[i + half];
+// x[i], x[i + pairs] -> rotated by the angle whose cosine and sine are given.
+void rotate(float* x, const float* cosines, const float* sines, std::int64_t pairs) {
+  for (std::int64_t i = 0; i < pairs; ++i) {
+    const float first = x[i], second = x[i + pairs];
     x[i] = first * cosines[i] - second * sines[i];
-    x[i + half] = second * cosines[i] + first * sines[i];
+    x[i + pairs] = second * cosines[i] + first * sines[i];
   }
 }
 
@@ -129,6 +129,7 @@ AttendTask make_task(const Piece& piece, View q, const LayerSpec& layer, float s
   task.block_table = step.block_table(layer.kv_group, piece.seq);
   task.window = layer.window;
   task.scale = scale;
+  task.softcap = layer.attention_softcap;
   task.rows = static_cast<int>(piece.rows);
   const std::int64_t group = layer.num_heads / layer.num_kv_heads;
   for (int r = 0; r < task.rows; ++r) {
@@ -167,14 +168,13 @@ void CpuBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& lay
                                 const Step& step) {
   const KvLayout layout = layout_of(kv);
   const std::int32_t* slots = step.slots_of(layer.kv_group);
-  const std::int64_t half = layer.head_dim / 2;
   each_row(qkv, [&](std::int64_t t) {
     float* row = qkv.row(t);
     if (rope) {
-      const float* cosines = rope->cosines + step.positions[t] * half;
-      const float* sines = rope->sines + step.positions[t] * half;
+      const float* cosines = rope->cosines + step.positions[t] * rope->pairs;
+      const float* sines = rope->sines + step.positions[t] * rope->pairs;
       for (std::int64_t head = 0; head < layer.num_heads + layer.num_kv_heads; ++head)
-        rotate(row + head * layer.head_dim, cosines, sines, half);
+        rotate(row + head * layer.head_dim, cosines, sines, rope->pairs);
     }
     if (slots[t] < 0) return;
     const float* keys = row + layer.q_size();

@@ -39,6 +39,10 @@ std::vector<std::string> CpuBackend::unsupported(const ModelSpec&,
 void CpuBackend::add_and_norm(float* out, const NormedInput& x, std::int64_t row) const {
   float* residual = x.residual.row(row);
   if (x.added.data) kernels_.add(residual, x.added.row(row), x.residual.cols);
+  if (x.norm.spec.kind == NormKind::none) {
+    std::memmove(out, residual, x.residual.row_size());  // out may be residual
+    return;
+  }
   kernels_.norm(out, residual, x.norm.weight, x.norm.bias, x.norm.spec.eps, x.norm.spec.kind,
                 x.residual.cols);
 }
@@ -49,6 +53,19 @@ void CpuBackend::norm(View out, View x, const Norm& norm) {
 
 void CpuBackend::add_norm(View out, View residual, View x, const Norm& norm) {
   each_row(out, [&](std::int64_t row) { add_and_norm(out.row(row), {residual, x, norm}, row); });
+}
+
+void CpuBackend::norm_heads(View x, const Norm& norm, std::int64_t width) {
+  each_row(x, [&](std::int64_t row) {
+    for (std::int64_t first = 0; first < x.cols; first += width) {
+      float* head = x.row(row) + first;
+      kernels_.norm(head, head, norm.weight, norm.bias, norm.spec.eps, norm.spec.kind, width);
+    }
+  });
+}
+
+void CpuBackend::scale(View x, float factor, float cap) {
+  each_row(x, [&](std::int64_t row) { kernels_.scale(x.row(row), factor, cap, x.cols); });
 }
 
 void CpuBackend::gated_activation(View out, View x, Activation activation, bool gated) {

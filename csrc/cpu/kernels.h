@@ -128,6 +128,7 @@ struct AttendTask {
   std::int64_t begin = 0, end = 0;
   std::int64_t window = 0;
   float scale = 1.0f;
+  float softcap = 0.0f;  // 0: scores are not capped
   bool goes_on = false;  // the same rows as in this thread's previous call
 };
 
@@ -162,6 +163,8 @@ struct Kernels {
   void (*norm)(float* out, const float* x, const float* weight, const float* bias, float eps,
                NormKind kind, std::int64_t count);
   void (*add)(float* residual, const float* x, std::int64_t count);
+  // x = factor * x; with a cap that is not 0, x = cap * tanh(factor * x / cap).
+  void (*scale)(float* x, float factor, float cap, std::int64_t count);
   // sum += factor * x, the product rounded.
   void (*add_scaled)(float* sum, const float* x, float factor, std::int64_t count);
   // gate null: out = act(up); else out = act(gate) * up.

@@ -31,7 +31,8 @@ CudaBackend::CudaBackend(const BackendOptions& options)
       attention_workspace_(stream_),
       sampling_workspace_(stream_),
       experts_workspace_(stream_),
-      pack_workspace_(stream_) {
+      pack_workspace_(stream_),
+      low_rank_workspace_(stream_) {
   if (!options.deterministic) cublas_ = CublasLt::open(stream_);
   for (cudaEvent_t& event : events_)
     check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
@@ -124,6 +125,7 @@ void CudaBackend::prepare(const ModelSpec& spec, const StepLimits& limits) {
   const std::int64_t seqs = padded_seqs(limits.max_num_seqs);
   const StepLimits padded{seqs, std::max(limits.max_num_batched_tokens, seqs),
                           limits.max_model_len};
+  max_tokens_ = padded.max_num_batched_tokens;
   linear_workspace_.get(linear_workspace_bytes(spec, padded));
   attention_workspace_.get(attention_workspace_bytes(spec, padded));
   experts_workspace_.get(experts_workspace_bytes(spec, padded));
@@ -132,7 +134,8 @@ void CudaBackend::prepare(const ModelSpec& spec, const StepLimits& limits) {
 
 std::int64_t CudaBackend::growths() const {
   return linear_workspace_.growths() + attention_workspace_.growths() +
-         sampling_workspace_.growths() + experts_workspace_.growths();
+         sampling_workspace_.growths() + experts_workspace_.growths() +
+         low_rank_workspace_.growths();
 }
 
 void CudaBackend::run(const StepKey& key, const std::function<void()>& record) {
@@ -163,6 +166,13 @@ std::vector<std::string> CudaBackend::unsupported(const ModelSpec& spec,
     if (layer.head_dim <= 256) continue;
     problems.push_back(
         text("head_dim is ", layer.head_dim, "; the attention kernels take up to 256"));
+    break;
+  }
+  for (const LayerSpec& layer : spec.layers) {
+    if (!layer.output_norm ||
+        (layer.output_norm->kind == NormKind::rms && !layer.output_norm->bias))
+      continue;
+    problems.push_back("output_norm is not rms without a bias, which its kernel computes alone");
     break;
   }
   for (const auto& [name, format] : options.formats) {

@@ -47,6 +47,7 @@ class OpBench:
         num_kv_heads: int,
         head_dim: int,
         kv_dtype: str,
+        window: int = 0,
     ) -> float:
         """num_seqs sequences of `context` tokens, of which the last tokens_per_seq are new."""
 
@@ -98,6 +99,10 @@ class Ops:
         eps: float,
         kind: str = "rms",
     ) -> tuple[Float32, Float32]: ...
+    def norm_heads(
+        self, x: Float32, weight: Float32, bias: Float32 | None, eps: float, kind: str = "rms"
+    ) -> Float32: ...
+    def scale(self, x: Float32, factor: float, cap: float = 0.0) -> Float32: ...
     def linear(
         self, x: Float32, weight: Float32, bias: Float32 | None = None, dtype: str = "f32"
     ) -> Float32: ...
@@ -144,6 +149,7 @@ class Ops:
         window: int = 0,
         block_size: int = 16,
         kv_dtype: str = "f32",
+        softcap: float = 0.0,
     ) -> Float32: ...
     def gated_activation(self, gate: Float32 | None, up: Float32, activation: str) -> Float32: ...
     def moe(

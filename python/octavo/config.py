@@ -11,7 +11,8 @@ from typing import Literal
 
 from octavo.errors import InvalidArgumentError
 from octavo.files import expand_home
-from octavo.models.spec import WeightFormat
+from octavo.models.kv_groups import KvGroups
+from octavo.models.spec import ModelSpec, WeightFormat
 
 DType = Literal["auto", "f32", "bf16", "f16"]
 KVDType = Literal["auto", "f32", "bf16", "f16", "int8"]
@@ -103,7 +104,8 @@ class EngineConfig:
     max_num_batched_tokens: how many tokens a step carries at most; a longer prompt is computed
         in chunks of this size.
     block_size: tokens in one block of the KV cache, a multiple of 16.
-    num_kv_blocks: size of the KV cache; None sizes it by `kv_memory_fraction`.
+    num_kv_blocks: size of the KV cache, of all KV groups together; None sizes it by
+        `kv_memory_fraction`.
     kv_memory_fraction: which part of the memory still free after loading the KV cache may take.
     num_threads: CPU threads; 0 takes OCTAVO_NUM_THREADS, else the physical cores.
     deterministic: CUDA: an answer's bits do not depend on what else is computed with it (on the CPU
@@ -220,6 +222,15 @@ class RuntimeOptions:
     priority_ageing_seconds: float = 30.0
     event_log_capacity: int = 65536
     overlap_steps: bool = False
+
+    @property
+    def num_in_flight_tokens(self) -> int:
+        """The most tokens of one sequence that steps in flight compute."""
+        return (2 if self.overlap_steps else 1) * self.max_num_batched_tokens
+
+    def kv_groups(self, spec: ModelSpec) -> KvGroups:
+        """How many blocks of the KV cache a sequence of this model takes."""
+        return KvGroups(self.block_size, spec.kv_windows, self.num_in_flight_tokens)
 
 
 def resolve_device(device: str, available: Sequence[str]) -> str:

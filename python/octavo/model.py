@@ -98,6 +98,7 @@ def load_model(
     **options: Any,
 ) -> LoadedModel:
     """Load a model. Arguments and errors are those of `LLM`."""
+    from octavo.models.kv_groups import with_kv_groups
     from octavo.runtime.loader import load_runtime
     from octavo.text.chat import ChatTemplate
     from octavo.text.tokenizer import Tokenizer, holds_tokenizer
@@ -110,6 +111,7 @@ def load_model(
     environment = read_environment()
     path = resolve_model(None if model is None else str(model), environment)
     files = read_model(path)
+    files = replace(files, spec=with_kv_groups(files.spec, config.max_model_len))
     # Before the weights, so that a broken tokenizer is an error at once.
     has_tokenizer = holds_tokenizer(files.folder)
     tokenizer = Tokenizer(files.folder) if has_tokenizer else None
@@ -121,7 +123,7 @@ def load_model(
         loaded.options,
         num_kv_blocks=loaded.num_kv_blocks,
         vocab_size=files.spec.vocab_size,
-        num_kv_groups=files.spec.num_kv_groups,
+        kv_windows=files.spec.kv_windows,
         tokenizer=tokenizer,
         eos_token_ids=files.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
         seed=config.seed,

@@ -112,7 +112,7 @@ def test_a_published_beginning_is_found_and_shared() -> None:
     assert blocks.find_prefix(names_of(tokens), 10) == Prefix(([0, 1],), 8)
     blocks.free("b")
     assert blocks.num_free_blocks == 8
-    assert blocks.pools[0].num_cached == 2
+    assert blocks.pool.num_cached == 2
     assert blocks.find_prefix(names_of(tokens, "salt"), 10).num_tokens == 0
 
 
@@ -150,7 +150,7 @@ def test_a_fork_shares_full_blocks_and_copies_the_rest() -> None:
     for key in "abc":
         blocks.free(key)
         blocks.check_integrity()
-    assert blocks.num_free_blocks == 8 and blocks.pools[0].num_cached == 0
+    assert blocks.num_free_blocks == 8 and blocks.pool.num_cached == 0
 
 
 def test_eviction_takes_the_least_recently_used_and_tails_first() -> None:
@@ -162,7 +162,7 @@ def test_eviction_takes_the_least_recently_used_and_tails_first() -> None:
     blocks.free("old")
     blocks.free("new")
     blocks.start("a", 4)  # evicts one: the tail of the one that was freed first
-    assert blocks.pools[0].num_evictions == 1
+    assert blocks.pool.num_evictions == 1
     assert blocks.find_prefix(names_of(old), 12).num_tokens == 8
     # Using the old one makes it the more recent.
     blocks.start("again", 8, blocks.find_prefix(names_of(old), 12))
@@ -185,38 +185,118 @@ def test_what_a_failed_sequence_computed_is_not_found_again() -> None:
 
 
 def test_a_window_lets_blocks_go_in_its_own_group() -> None:
-    blocks = BlockManager(num_blocks=6, block_size=BLOCK, num_groups=2)
+    blocks = BlockManager(12, BLOCK, windows=(0, 6), num_in_flight=8)
     tokens = list(range(14))
+    assert blocks.num_blocks_needed(14) == 8
     blocks.start("a", 14)
     publish_all(blocks, "a", tokens)
-    blocks.release_before("a", 1, 7)  # its first block alone lies wholly before token 7
+    blocks.advance("a", 9)  # token 9 sees 4 to 9, but token 8 sees token 3
+    assert blocks.block_table("a", 1).tolist() == [4, 5, 6, 7]
+    blocks.advance("a", 10)
     assert blocks.block_table("a", 0).tolist() == [0, 1, 2, 3]
-    assert blocks.block_table("a", 1).tolist() == [NO_BLOCK, 1, 2, 3]
-    assert [pool.num_free for pool in blocks.pools] == [2, 3] and blocks.num_free_blocks == 2
-    assert blocks.num_blocks_freed("a") == 3
-    assert blocks.prefix_of("a", 9) is None  # another answer may need what is gone
-    assert blocks.find_prefix(names_of(tokens), 9) == Prefix(([0, 1, 2], [0, 1, 2]), 9)
-    blocks.check_integrity()
-    blocks.release_before("a", 1, 12)
-    blocks.release_before("a", 1, 5)  # a window never goes back
-    assert blocks.block_table("a", 1).tolist() == [NO_BLOCK] * 3 + [3]
+    assert blocks.block_table("a", 1).tolist() == [NO_BLOCK, 5, 6, 7]
+    assert blocks.num_free_blocks == 5 and blocks.num_blocks_freed("a") == 7
+    blocks.check_sequence("a", 14)
+    assert blocks.prefix_of("a", 8) is None  # another answer would need what is gone
+    prefix = blocks.prefix_of("a", 9)
+    assert prefix is not None and prefix.num_tokens == 9
+    assert [blocks.tolist() for blocks in prefix.blocks] == [[0, 1, 2], [NO_BLOCK, 5, 6]]
+    # By its name it can still be found.
+    assert blocks.find_prefix(names_of(tokens), 8) == Prefix(([0, 1], [4, 5]), 8)
+    blocks.advance("a", 14)
+    blocks.advance("a", 11)  # a window never goes back
+    assert blocks.block_table("a", 1).tolist() == [NO_BLOCK] * 2 + [6, 7]
     assert blocks.reserve("a", 17)
-    assert blocks.block_table("a", 1).tolist() == [NO_BLOCK] * 3 + [3, 4]
-    # What the one group has evicted is not found, though the other one still has it.
-    blocks.reserve("a", 24)
-    assert blocks.find_prefix(names_of(tokens), 12).num_tokens == 12
-    blocks.pools[1].release(blocks.pools[1].take())
-    assert blocks.find_prefix(names_of(tokens), 12) == Prefix(([], []), 0)
+    assert blocks.block_table("a", 1).tolist() == [NO_BLOCK] * 2 + [6, 7, 9]
     blocks.free("a")
     blocks.check_integrity()
-    assert blocks.num_free_blocks == 6
+    assert blocks.num_free_blocks == 12
+
+
+def test_a_window_that_was_passed_too_early_is_found() -> None:
+    blocks = BlockManager(6, BLOCK, windows=(6,), num_in_flight=8)
+    blocks.start("a", 14)
+    blocks.advance("a", 14)
+    blocks.check_sequence("a", 13)
+    with pytest.raises(IntegrityError, match="lacks blocks"):
+        blocks.check_sequence("a", 12)
+
+
+def test_a_beginning_is_found_where_the_window_before_its_end_is() -> None:
+    """All of it in the group that sees everything; of the other one what the next token sees."""
+    blocks = BlockManager(16, BLOCK, windows=(0, 6), num_in_flight=99)
+    tokens = list(range(24))
+    names = names_of(tokens)
+    blocks.start("a", 24)
+    publish_all(blocks, "a", tokens)
+    own = [blocks.block_table("a", group).tolist() for group in range(2)]
+    blocks.free("a")
+
+    def found(without: list[tuple[int, int]], max_tokens: int = 24) -> int:
+        """The length found while some blocks (group, index) have no name."""
+        lost = [(own[group][index], names[index], group) for group, index in without]
+        for block, _, _ in lost:
+            blocks.pool._forget(block)
+        prefix = blocks.find_prefix(names, max_tokens)
+        for block, name, group in lost:
+            blocks.pool._by_name[group][name] = block
+            blocks.pool._name[block] = group, name
+        first = max(prefix.num_tokens - 5, 0) // 4
+        count = -(-prefix.num_tokens // 4)
+        assert prefix.blocks[0] == own[0][:count]
+        assert prefix.blocks[1] == [NO_BLOCK] * first + own[1][first:count]
+        return prefix.num_tokens
+
+    assert found([]) == 24 and found([], 23) == 23 and found([], 3) == 3
+    assert found([(0, 5)]) == 20 and found([(0, 2), (0, 5)]) == 8 and found([(0, 0)]) == 0
+    # Token 24 sees 19 to 24: the blocks before 16 are not needed.
+    assert found([(1, index) for index in range(4)]) == 24
+    assert found([(1, 4)]) == 16  # token 16 sees from 11 on
+    assert found([(1, 4)], 19) == 16
+    assert found([(1, 1), (1, 4)]) == 16 and found([(1, 2), (1, 4)]) == 8
+    assert found([(1, 0), (1, 3)]) == 24 and found([(1, 0), (1, 2), (1, 4)]) == 0
+    assert found([(0, 4), (1, 0)]) == 16 and found([(0, 3), (1, 1)]) == 4
+    assert found([(1, 3)], 17) == 12
+
+
+def test_blocks_of_a_long_prompt_come_with_the_window() -> None:
+    """However long it is: the window, the tokens in flight, and a block at most."""
+    blocks = BlockManager(100, BLOCK, windows=(0, 7), num_in_flight=5)
+    blocks.start("a", 83)
+    assert [len(blocks.block_table("a", group)) for group in range(2)] == [21, 4]
+    for end in range(5, 84, 3):
+        assert blocks.reserve("a", end)
+        table = blocks.block_table("a", 1)
+        assert len(table) - table.count(NO_BLOCK) <= 4
+        blocks.check_sequence("a", end)
+        blocks.advance("a", end)
+    groups = blocks.groups
+    assert (groups.blocks_of(83), groups.blocks_of(3), groups.blocks_of(12)) == (25, 2, 6)
+    assert groups.longest(25) == 84 and groups.longest(24) == 80 and groups.longest(6) == 12
+    assert BlockManager(4, BLOCK, windows=(7,), num_in_flight=5).num_tokens_capacity > 10**9
+    assert BlockManager(3, BLOCK, windows=(7,), num_in_flight=5).num_tokens_capacity == 12
+
+
+def test_what_is_shared_is_held_before_any_block_is_taken() -> None:
+    """A free block that a group takes could be one that the other group is to share."""
+    blocks = BlockManager(6, BLOCK, windows=(0, 0))
+    tokens = list(range(12))
+    blocks.start("a", 8)
+    publish_all(blocks, "a", tokens[:8])
+    blocks.free("a")
+    blocks.start("b", 4)  # the two blank ones
+    prefix = blocks.find_prefix(names_of(tokens), 7)
+    assert blocks.num_blocks_needed(8, prefix) == blocks.num_free_blocks == 4
+    blocks.start("c", 8, prefix)
+    assert [blocks.block_table("c", g).tolist() for g in range(2)] == list(prefix.blocks)
+    blocks.check_integrity()
 
 
 @pytest.mark.parametrize(
-    "damage", ["twice", "lost", "range", "holders", "free", "name", "blank", "freed", "lengths"]
+    "damage", ["twice", "lost", "range", "holders", "free", "name", "blank", "freed", "groups"]
 )
 def test_integrity_check_finds_damage(damage: str) -> None:
-    blocks = BlockManager(num_blocks=8, block_size=2, num_groups=2)
+    blocks = BlockManager(num_blocks=16, block_size=2, windows=(0, 3))
     blocks.start("a", 4)
     blocks.start("b", 2)
     blocks.start("c", 2)
@@ -224,25 +304,25 @@ def test_integrity_check_finds_damage(damage: str) -> None:
     blocks.publish("c", 0, b"y")
     blocks.free("c")
     blocks.check_integrity()
-    table, pool = blocks.block_table("a"), blocks.pools[0]
+    table, pool = blocks.block_table("a"), blocks.pool
     if damage == "twice":
         table[0] = table[1]
     elif damage == "lost":
         table.pop()
     elif damage == "range":
-        table[0] = 8
+        table[0] = 16
     elif damage == "holders":
         pool._num_holders[table[0]] = 2
     elif damage == "free":
         pool._blank.append(pool._blank[0])
     elif damage == "name":
-        pool._by_name[b"x"] = table[1]
+        pool._by_name[0][b"x"] = table[1]
     elif damage == "blank":
-        pool._name[pool._blank[0]] = b"z"
+        pool._name[pool._blank[0]] = 0, b"z"
     elif damage == "freed":
         pool.release(table[0])
     else:
-        pool.release(table.pop())
+        table[0] = blocks.block_table("a", 1)[0]
     with pytest.raises(IntegrityError):
         blocks.check_integrity()
 
@@ -250,49 +330,54 @@ def test_integrity_check_finds_damage(damage: str) -> None:
 class BlockManagerMachine(RuleBasedStateMachine):
     """Random calls beside a model that keeps what every block holds, token by token.
 
-    A sequence's tokens are drawn from two letters, so that beginnings often agree. There are two
-    KV groups, which hand out their blocks in different orders.
+    A sequence's tokens are drawn from two letters, so that beginnings often agree. They are
+    computed three at a time. Of the three KV groups two have windows.
     """
 
-    NUM_BLOCKS = 9
-    GROUPS = range(2)
+    NUM_BLOCKS = 20
+    WINDOWS = (0, 6, 1)
+    CHUNK = 3
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = BlockManager(self.NUM_BLOCKS, BLOCK, len(self.GROUPS))
-        self.blocks.pools[1]._blank.reverse()
+        self.blocks = BlockManager(self.NUM_BLOCKS, BLOCK, self.WINDOWS, self.CHUNK)
         self.tokens: dict[int, list[int]] = {}  # of each sequence, all computed
-        self.released: dict[int, list[int]] = {}  # of each sequence: blocks let go of, by group
-        # Of each group and block, as it was last written.
-        self.content: dict[tuple[int, int], list[int]] = {}
+        # Of each block the group and the tokens, as they were last written.
+        self.content: dict[int, tuple[int, list[int]]] = {}
 
-    def store(self, key: int, start: int) -> None:
-        """Compute the tokens from `start` on, and publish the full blocks."""
+    def compute(self, key: int, start: int) -> None:
+        """Compute the tokens from `start` on in chunks; drops the sequence if blocks run out."""
         tokens = self.tokens[key]
-        for group in self.GROUPS:
-            table, pool = self.blocks.block_table(key, group), self.blocks.pools[group]
-            for index in range(start // BLOCK, len(table)):
-                assert pool.num_holders(table[index]) == 1
-                assert not pool.is_published(table[index])
-                old = self.content.get((group, table[index]), [])
-                kept = old[: max(0, start - index * BLOCK)]
-                new = tokens[index * BLOCK + len(kept) : (index + 1) * BLOCK]
-                self.content[group, table[index]] = kept + new
-        for index, name in enumerate(names_of(tokens)):
-            self.blocks.publish(key, index, name)
+        for first in range(start, len(tokens), self.CHUNK):
+            end = min(first + self.CHUNK, len(tokens))
+            if not self.blocks.reserve(key, end):
+                self.blocks.free(key)
+                del self.tokens[key]
+                return
+            for group, _ in enumerate(self.WINDOWS):
+                table = self.blocks.block_table(key, group)
+                for position in range(first, end):
+                    block = table[position // BLOCK]
+                    assert self.blocks.pool.num_holders(block) == 1
+                    assert not self.blocks.pool.is_published(block)
+                    kept = self.content[block][1][: position % BLOCK] if position % BLOCK else []
+                    self.content[block] = group, [*kept, tokens[position]]
+            self.blocks.check_sequence(key, end)
+            for index, name in enumerate(names_of(tokens[:end])):
+                self.blocks.publish(key, index, name)
+            self.blocks.advance(key, end)
 
     def begin(self, key: int, tokens: list[int], prefix: Prefix) -> None:
-        if self.blocks.num_blocks_needed(len(tokens), prefix) > self.blocks.num_free_blocks:
-            return
-        free = [pool.num_free for pool in self.blocks.pools]
+        free = self.blocks.num_free_blocks
         needed = self.blocks.num_blocks_needed(len(tokens), prefix)
+        if needed > free:
+            return
         for group, source, destination in self.blocks.start(key, len(tokens), prefix):
-            self.content[group, destination] = list(self.content[group, source])
-        taken = [a - pool.num_free for a, pool in zip(free, self.blocks.pools, strict=True)]
-        assert max(taken) == needed
+            assert self.content[source][0] == group
+            self.content[destination] = group, list(self.content[source][1])
+        assert free - self.blocks.num_free_blocks == needed
         self.tokens[key] = tokens
-        self.released[key] = [0, 0]
-        self.store(key, prefix.num_tokens)
+        self.compute(key, prefix.num_tokens)
 
     @rule(key=st.integers(0, 4), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20))
     def start(self, key: int, tokens: list[int]) -> None:
@@ -309,49 +394,38 @@ class BlockManagerMachine(RuleBasedStateMachine):
         tokens = self.tokens[parent]
         num_alike = data.draw(st.integers(0, len(tokens) - 1))
         prefix = self.blocks.prefix_of(parent, num_alike)
-        assert (prefix is None) == (num_alike > 0 and any(self.released[parent]))
+        assert prefix is not None or num_alike < len(tokens) - 1
         self.begin(key, tokens[: num_alike + 1], prefix or Prefix((), 0))
 
     @precondition(lambda self: self.tokens)
-    @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=9))
+    @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=3))
     def grow(self, data: st.DataObject, more: list[int]) -> None:
         key = data.draw(st.sampled_from(sorted(self.tokens)))
         num_spare = data.draw(st.sampled_from([0, 0, 1]))
         length = len(self.tokens[key])
-        missing = self.blocks.blocks_for(length + len(more)) - self.blocks.blocks_for(length)
-        fits = not missing or missing <= self.blocks.num_free_blocks - num_spare
+        num_blocks = -(-(length + len(more)) // BLOCK)
+        tables = [self.blocks.block_table(key, group) for group in range(len(self.WINDOWS))]
+        missing = sum(max(0, num_blocks - len(table)) for table in tables)
+        fits = not missing or missing <= self.blocks.num_free_blocks - 3 * num_spare
         assert self.blocks.reserve(key, length + len(more), num_spare) == fits
         if fits:
             self.tokens[key] = [*self.tokens[key], *more]
-            self.store(key, length)
-
-    @precondition(lambda self: self.tokens)
-    @rule(data=st.data(), group=st.sampled_from([0, 1, 1]))
-    def move_window(self, data: st.DataObject, group: int) -> None:
-        key = data.draw(st.sampled_from(sorted(self.tokens)))
-        position = data.draw(st.integers(0, len(self.tokens[key])))
-        self.blocks.release_before(key, group, position)
-        self.released[key][group] = max(self.released[key][group], position // BLOCK)
+            self.compute(key, length)
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), keep_cached=st.booleans())
     def free(self, data: st.DataObject, keep_cached: bool) -> None:
         key = data.draw(st.sampled_from(sorted(self.tokens)))
-        free = [pool.num_free for pool in self.blocks.pools]
-        expected = self.blocks.num_blocks_freed(key)
+        expected = self.blocks.num_free_blocks + self.blocks.num_blocks_freed(key)
         self.blocks.free(key, keep_cached=keep_cached)
-        freed = [pool.num_free - a for a, pool in zip(free, self.blocks.pools, strict=True)]
-        assert min(freed) == expected
-        del self.tokens[key], self.released[key]
+        assert self.blocks.num_free_blocks == expected
+        del self.tokens[key]
 
     @invariant()
     def books_agree(self) -> None:
         self.blocks.check_integrity()
-        for group in self.GROUPS:
-            tables = [self.blocks.block_table(key, group) for key in self.tokens]
-            used = {block for table in tables for block in table} - {NO_BLOCK}
-            assert self.blocks.pools[group].num_free == self.NUM_BLOCKS - len(used)
-        assert self.blocks.num_free_blocks == min(pool.num_free for pool in self.blocks.pools)
+        used = {block for key in self.tokens for block in self.blocks.blocks_of(key)}
+        assert self.blocks.num_free_blocks == self.NUM_BLOCKS - len(used)
         assert self.blocks.holders() == self.tokens.keys()
         for key, tokens in self.tokens.items():
             self.blocks.check_sequence(key, len(tokens))
@@ -359,14 +433,14 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @invariant()
     def every_sequence_reads_what_it_wrote(self) -> None:
         for key, tokens in self.tokens.items():
-            for group in self.GROUPS:
-                num_released = self.released[key][group]
+            for group, window in enumerate(self.WINDOWS):
+                num_gone = max(len(tokens) - window, 0) // BLOCK if window else 0  # before the last
                 table = self.blocks.block_table(key, group)
-                assert table[:num_released].tolist() == [NO_BLOCK] * num_released
-                found: list[int] = []
-                for block in table[num_released:]:
-                    found += self.content[group, block]
-                own = tokens[num_released * BLOCK :]
+                assert table[:num_gone].tolist() == [NO_BLOCK] * num_gone
+                held = [self.content[block] for block in table[num_gone:] if block in self.content]
+                assert {group} == {own for own, _ in held}
+                found = [token for _, content in held for token in content]
+                own = tokens[num_gone * BLOCK :]
                 assert found[: len(own)] == own
 
 

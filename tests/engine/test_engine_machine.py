@@ -75,18 +75,18 @@ class EngineMachine(RuleBasedStateMachine):
         num_blocks=st.integers(10, 24),
         max_num_seqs=st.integers(1, 6),
         max_num_batched_tokens=st.sampled_from([1, 3, 7, 64]),
-        num_kv_groups=st.sampled_from([1, 2]),
+        kv_windows=st.sampled_from([(0,), (0, 1), (0, 3), (0, 8), (0, 100), (0, 13, 5)]),
         enable_prefix_caching=st.sampled_from([True, True, True, False]),
         overlap_steps=st.booleans(),
         drafter=st.one_of(st.none(), drafters),
     )
-    def start(self, num_blocks: int, num_kv_groups: int, **options: Any) -> None:
+    def start(self, num_blocks: int, kv_windows: tuple[int, ...], **options: Any) -> None:
         self.clock = ManualClock()
+        num_blocks *= len(kv_windows)
         self.engine = fake_engine(
-            num_blocks, num_kv_groups, clock=self.clock, max_model_len=MAX_MODEL_LEN, **options
+            num_blocks, kv_windows, clock=self.clock, max_model_len=MAX_MODEL_LEN, **options
         )
-        for pool in self.engine.blocks.pools[1:]:  # so that the tables of the groups differ
-            pool._blank.reverse()
+        self.num_in_flight = options["max_num_batched_tokens"] * (1 + options["overlap_steps"])
         self.num_blocks = num_blocks
         self.num_requests = 0
         self.running: dict[str, SamplingParams] = {}
@@ -106,7 +106,7 @@ class EngineMachine(RuleBasedStateMachine):
     ) -> None:
         if is_refused(self.engine, prompt, params):
             needed = min(len(prompt) + params.max_tokens, MAX_MODEL_LEN) - 1
-            assert len(prompt) >= MAX_MODEL_LEN or needed > 4 * self.num_blocks
+            assert len(prompt) >= MAX_MODEL_LEN or self.most_blocks(needed) > self.num_blocks
             return
         request_id = f"r{self.num_requests}"
         self.num_requests += 1
@@ -116,6 +116,13 @@ class EngineMachine(RuleBasedStateMachine):
             self.deadlines[request_id] = self.clock.now + timeout
         if options["stream"]:
             self.streamed.update({(request_id, index): [] for index in range(params.n)})
+
+    def most_blocks(self, num_tokens: int) -> int:
+        """Blocks of 4 for the tokens: of a window those that it and the tokens in flight touch."""
+        windows = self.engine.blocks.groups.windows
+        held = [-(-(window + self.num_in_flight - 1) // 4) + 1 for window in windows]
+        needed = -(-num_tokens // 4)
+        return sum(min(needed, h) if w else needed for h, w in zip(held, windows, strict=True))
 
     @rule(count=st.integers(1, 12))
     def step(self, count: int) -> None:
@@ -164,6 +171,9 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.check_integrity()
             check_published(self.engine)
             assert len(self.engine._requests) == len(self.running)
+            for sequence in self.engine.scheduler._running:
+                held = self.engine.blocks.blocks_of(sequence.key)
+                assert len(held) <= self.most_blocks(MAX_MODEL_LEN)
             late = [r for r in self.running if self.deadlines.get(r, math.inf) < self.clock.now]
             assert not late, "a deadline passed, and the request still runs"
 

@@ -78,7 +78,7 @@ def test_it_can_be_switched_off() -> None:
     engine = fake_engine(enable_prefix_caching=False)
     for name in ("first", "second"):
         assert ask(engine, name, SYSTEM).metrics.num_cached_tokens == 0
-    assert engine.blocks.pools[0].num_cached == 0
+    assert engine.blocks.pool.num_cached == 0
 
 
 def test_a_salt_keeps_tenants_apart() -> None:
@@ -164,7 +164,7 @@ def test_a_failed_request_leaves_nothing_behind() -> None:
     engine = fake_engine()
     engine.add_request("bad", [*SYSTEM, NAN_TOKEN], PARAMS)
     assert run_to_end(engine)["bad"].error is not None
-    assert engine.blocks.pools[0].num_cached == 0
+    assert engine.blocks.pool.num_cached == 0
 
 
 @pytest.mark.parametrize("num_blocks", [12, 20, 200])
@@ -179,11 +179,10 @@ def test_a_crowd_with_common_beginnings(num_blocks: int, caching: bool) -> None:
 
 
 def test_kv_groups_have_tables_and_copies_of_their_own() -> None:
-    engine = fake_engine(24, 2, max_num_seqs=7, max_num_batched_tokens=23)
-    engine.blocks.pools[1]._blank.reverse()
+    engine = fake_engine(48, (0, 0), max_num_seqs=7, max_num_batched_tokens=23)
     crowd(engine)
     assert engine.runtime.num_copies > 4  # type: ignore[attr-defined]
-    assert [pool.num_free for pool in engine.blocks.pools] == [24, 24]
+    assert engine.blocks.num_free_blocks == 48
 
 
 def _unchained(hashes: Any, tokens: Any, size: int, *salts: Any) -> None:
@@ -203,7 +202,7 @@ PLANTED: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "a block bears the name of the one before it": (
         "octavo.engine.block_manager.BlockManager.publish",
-        lambda blocks, key, index, name: blocks.pools[0].publish(
+        lambda blocks, key, index, name: blocks.pool.publish(
             blocks.block_table(key)[index - 1], name
         ),
     ),

@@ -1,9 +1,9 @@
 """A fake runtime whose next token is a pure function of all tokens before it.
 
-It keeps tokens where a real one keeps keys and values: in the slots of paged blocks, one cache a
-KV group. The history it draws from is read back through the block tables, so a wrong table, a slot
-written by somebody else, a chunk left out or a position repeated gives wrong tokens; slots that
-were never written, or handed to another sequence meanwhile, are found out at once.
+It keeps tokens where a real one keeps keys and values: in the slots of paged blocks, which all KV
+groups share. The history it draws from is read back through the block tables, so a wrong table, a
+slot written by somebody else, a chunk left out or a position repeated gives wrong tokens; slots
+that were never written, or handed to another sequence meanwhile, are found out at once.
 """
 
 from __future__ import annotations
@@ -90,11 +90,14 @@ def top_tokens(history: Sequence[int], count: int) -> tuple[tuple[int, ...], tup
 
 @dataclass
 class FakeRuntime:
-    """Has the calls of `_native.Runtime` that the engine uses, and checks every batch."""
+    """Has the calls of `_native.Runtime` that the engine uses, and checks every batch.
+
+    kv_windows: of each KV group; the first has none, so that it holds the whole history.
+    """
 
     options: RuntimeOptions
     num_blocks: int
-    num_kv_groups: int = 1
+    kv_windows: tuple[int, ...] = (0,)
     max_tokens_seen: int = 0
     num_tokens_computed: int = 0
     num_copies: int = 0
@@ -107,9 +110,8 @@ class FakeRuntime:
     loads: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        shape = (self.num_kv_groups, self.num_blocks, self.options.block_size)
-        self.tokens = np.full(shape, EMPTY, np.int64)
-        self.positions = np.full(shape, EMPTY, np.int64)
+        # Of each slot the token, its position, and the group that wrote it.
+        self.slots = np.full((self.num_blocks, self.options.block_size, 3), EMPTY, np.int64)
         self.sampled = np.full(self.options.max_num_seqs, EMPTY, np.int64)  # by state row
         self._open: dict[int, FakeBatch] = {}
         self._drawn: dict[int, FakeOutput] = {}
@@ -147,8 +149,8 @@ class FakeRuntime:
     def copy_blocks(self, kv_group: int, pairs: npt.NDArray[np.int32]) -> None:
         assert pairs.dtype == np.int32 and pairs.shape[1:] == (2,)
         for source, destination in pairs.tolist():
-            self.tokens[kv_group, destination] = self.tokens[kv_group, source]
-            self.positions[kv_group, destination] = self.positions[kv_group, source]
+            assert self.slots[source, 0, 2] == kv_group
+            self.slots[destination] = self.slots[source]
         self.num_copies += len(pairs)
 
     def sample(
@@ -218,7 +220,7 @@ class FakeRuntime:
         size = self.options.block_size
         return [
             [(int(batch.block_tables[group, s, p // size]), p % size) for p in range(stop)]
-            for group in range(self.num_kv_groups)
+            for group in range(len(self.kv_windows))
         ]
 
     def _write(self, batch: FakeBatch, s: int) -> None:
@@ -226,20 +228,24 @@ class FakeRuntime:
         context, mark = int(batch.context_lens[s]), self._mark(batch, s)
         for group, slots in enumerate(self._slots(batch, s, context)):
             for position, token in enumerate(tokens, context - len(tokens)):
-                self.tokens[group, slots[position][0], slots[position][1]] = token + mark
-                self.positions[group, slots[position][0], slots[position][1]] = position
+                assert slots[position][0] >= 0, "a new token has no block"
+                self.slots[slots[position]] = token + mark, position, group
 
     def _read(self, batch: FakeBatch, s: int, stop: int) -> tuple[int, ...]:
         histories = []
         for group, slots in enumerate(self._slots(batch, s, stop)):
-            positions = [int(self.positions[group, block, offset]) for block, offset in slots]
-            assert positions == list(range(stop)), f"stale or foreign slots: {positions}"
-            mark = self._mark(batch, s)
-            history = tuple(int(self.tokens[group, b, offset]) - mark for b, offset in slots)
+            window = self.kv_windows[group]
+            seen = slots[max(0, stop - window) if window else 0 :]
+            assert min(block for block, _ in seen) >= 0, "a block is gone that a token sees"
+            found = [self.slots[slot].tolist() for slot in seen]
+            places = [(position, group) for position in range(stop - len(seen), stop)]
+            assert [(p, g) for _, p, g in found] == places, f"stale or foreign slots: {found}"
+            history = tuple(token - self._mark(batch, s) for token, _, _ in found)
             assert all(0 <= token < VOCAB for token in history), "keys of another adapter"
             histories.append(history)
-        assert len(set(histories)) == 1, "the KV groups disagree"
-        return histories[0]
+        whole = histories[0]
+        assert all(h == whole[len(whole) - len(h) :] for h in histories), "the groups disagree"
+        return whole
 
     def _check(self, batch: FakeBatch) -> None:
         options = self.options
@@ -253,23 +259,22 @@ class FakeRuntime:
         assert (np.diff(batch.logit_rows) > 0).all()
         assert ((batch.token_ids >= 0) & (batch.token_ids < VOCAB)).all()
         assert (batch.context_lens <= options.max_model_len).all()
-        assert batch.block_tables.shape[:2] == (self.num_kv_groups, num_seqs)
+        assert batch.block_tables.shape[:2] == (len(self.kv_windows), num_seqs)
         assert batch.adapter_ids is None or batch.adapter_ids.shape == (num_seqs,)
         for name, array in vars(batch).items():
             if name == "adapter_ids" and array is None:
                 continue
             assert array.dtype == (SAMPLING_ROW if name == "sampling" else np.int32), name
             assert array.flags.c_contiguous, name
-        for group in range(self.num_kv_groups):
-            tables = [[int(b) for b in row if b != -1] for row in batch.block_tables[group]]
-            used = [block for table in tables for block in table]
-            assert all(0 <= block < self.num_blocks for block in used)
-            assert all(len(table) == len(set(table)) for table in tables)
-            for s, table in enumerate(tables):
-                num_new = int(batch.row_starts[s + 1] - batch.row_starts[s])
-                first_written = (int(batch.context_lens[s]) - num_new) // options.block_size
-                for block in table[first_written:]:
-                    assert used.count(block) == 1, "a block is written that others read"
+        used = [block for block in batch.block_tables.ravel().tolist() if block != -1]
+        assert all(0 <= block < self.num_blocks for block in used)
+        for s in range(num_seqs):
+            own = [block for block in batch.block_tables[:, s].ravel().tolist() if block != -1]
+            assert len(own) == len(set(own))
+            num_new = int(batch.row_starts[s + 1] - batch.row_starts[s])
+            first_written = (int(batch.context_lens[s]) - num_new) // options.block_size
+            for block in batch.block_tables[:, s, first_written:].ravel().tolist():
+                assert block == -1 or used.count(block) == 1, "a block is written that others read"
 
 
 @dataclass
@@ -311,9 +316,11 @@ def check_published(engine: Engine) -> None:
     size = engine.options.block_size
     for sequence in engine.scheduler._running:
         for index, name in enumerate(sequence.block_hashes[: sequence.num_published_blocks]):
-            block = engine.blocks.pools[0].find(name)
             own = sequence.token_ids[index * size : (index + 1) * size]
-            assert block is None or runtime.tokens[0, block].tolist() == own
+            for group in range(len(runtime.kv_windows)):
+                block = engine.blocks.pool.find(name, group)
+                assert block is None or runtime.slots[block, :, 0].tolist() == own
+                assert block is None or set(runtime.slots[block, :, 2].tolist()) == {group}
 
 
 def fake_options(**changes: Any) -> RuntimeOptions:
@@ -331,7 +338,7 @@ def fake_options(**changes: Any) -> RuntimeOptions:
 
 def fake_engine(
     num_blocks: int = 40,
-    num_kv_groups: int = 1,
+    kv_windows: tuple[int, ...] = (0,),
     tokenizer: Any = None,
     eos: Sequence[int] = (EOS,),
     seed: int = 3,
@@ -343,11 +350,11 @@ def fake_engine(
     """An engine over a fake runtime."""
     resolved = fake_options(**options)
     return Engine(
-        FakeRuntime(resolved, num_blocks, num_kv_groups),
+        FakeRuntime(resolved, num_blocks, kv_windows),
         resolved,
         num_kv_blocks=num_blocks,
         vocab_size=VOCAB,
-        num_kv_groups=num_kv_groups,
+        kv_windows=kv_windows,
         tokenizer=tokenizer,
         eos_token_ids=eos,
         seed=seed,

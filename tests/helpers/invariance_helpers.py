@@ -14,6 +14,7 @@ from octavo import _native
 from octavo.config import RuntimeOptions
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import RequestOutput
+from octavo.models.kv_groups import with_kv_groups
 from octavo.models.rope import default_rope
 from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec
 from octavo.sampling_params import SamplingParams
@@ -36,8 +37,24 @@ _FUSED = replace(_LAYER, intermediate_size=160)
 # Experts: gates and ups of one product, and apart.
 _EXPERTS = replace(_LAYER, intermediate_size=64, moe=MoeSpec(5, 2))
 _APART = replace(_LAYER, intermediate_size=37, moe=MoeSpec(3, 2, normalize=False))
-_LAYERS = (_LAYER, _EXPERTS, _FUSED, _APART)
-SPEC = ModelSpec("Tiny", VOCAB, 72, 1024, _LAYERS, _NORM, tie_word_embeddings=False)
+# What Gemma and Granite, and what OLMo 2 add to a layer.
+_CAPPED = replace(
+    _LAYER,
+    output_norm=_NORM,
+    qk_norm="head",
+    attention_softcap=1.5,
+    residual_multiplier=0.7,
+    rope=default_rope(5000.0, 10),
+)
+_BARE = replace(_FUSED, norm=NormSpec("none"), output_norm=_NORM, qk_norm="row")
+_LAYERS = (_LAYER, _EXPERTS, _CAPPED, _FUSED, _APART, _BARE)
+SPEC = ModelSpec(
+    *("Tiny", VOCAB, 72, 1024, _LAYERS, _NORM),
+    tie_word_embeddings=False,
+    embed_multiplier=1.3,
+    logits_multiplier=1.1,
+    logits_softcap=20.0,
+)
 
 # Short; odd; over the lengths at which kernels and attention cut their work.
 SUBJECT_LENGTHS = (3, 77, 301)
@@ -53,9 +70,15 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return [int(x) for x in (uniform(seed, length) + 1) * np.float32((VOCAB - 1) / 2 - 0.01)]
 
 
+# The same with layers that see a window. They form three KV groups, the last of them of one layer.
+WINDOWED = with_kv_groups(
+    replace(SPEC, layers=tuple(replace(_LAYER, window=window) for window in (37, 0, 37, 37, 0)))
+)
+
+
 @cache
-def weights() -> dict[str, Any]:
-    return random_weights(SPEC, seed=5)
+def weights(spec: ModelSpec = SPEC) -> dict[str, Any]:
+    return random_weights(spec, seed=5)
 
 
 def make_engine(
@@ -68,6 +91,7 @@ def make_engine(
     num_blocks: int = 200,
     max_num_seqs: int = 24,
     drafter: Any = None,
+    spec: ModelSpec = SPEC,
     **more: Any,
 ) -> Engine:
     options = RuntimeOptions(
@@ -81,11 +105,18 @@ def make_engine(
         isa=isa,
         **more,
     )
-    runtime = _native.Runtime("cpu", SPEC, options)
-    for name, array in weights().items():
+    runtime = _native.Runtime("cpu", spec, options)
+    for name, array in weights(spec).items():
         runtime.load(name, array, "f32")
     runtime.alloc_kv(num_blocks)
-    return Engine(runtime, options, num_kv_blocks=num_blocks, vocab_size=VOCAB, drafter=drafter)
+    return Engine(
+        runtime,
+        options,
+        num_kv_blocks=num_blocks,
+        vocab_size=VOCAB,
+        kv_windows=spec.kv_windows,
+        drafter=drafter,
+    )
 
 
 def subjects(params: SamplingParams) -> dict[str, tuple[list[int], SamplingParams]]:
@@ -126,9 +157,9 @@ def facts(outputs: dict[str, RequestOutput]) -> dict[str, Any]:
 
 
 @cache
-def alone(dtype: str, mode: str, isa: str = "auto") -> dict[str, Any]:
+def alone(dtype: str, mode: str, isa: str = "auto", spec: ModelSpec = SPEC) -> dict[str, Any]:
     """The subjects, each by itself and its prompt in one piece: what all else must equal."""
-    found = facts(run(make_engine(dtype, isa=isa), subjects(MODES[mode]), apart=True))
+    found = facts(run(make_engine(dtype, isa=isa, spec=spec), subjects(MODES[mode]), apart=True))
     assert len(found) == len(SUBJECT_LENGTHS)
     for answers in found.values():
         tokens, reason, logprobs, _ = answers[0]

@@ -27,6 +27,8 @@ TOLERANCES = {
     "embed": 0.0,
     "norm": 2e-6,
     "add_norm": 2e-6,
+    "norm_heads": 2e-6,
+    "scale": 2e-6,
     "linear": 3e-6,
     "rope_and_store": 1e-6,
     "attention": 1e-5,  # of scores up to 30, whose rounding the exponential passes on
@@ -116,6 +118,34 @@ def norm_cases() -> Iterator[Case]:
             )
 
 
+def norm_heads_cases() -> Iterator[Case]:
+    shapes = [(1, 1, 2), (3, 5, 7), (5, 3, 64), (33, 9, 80), (7, 1, 129), (2, 2, 1024)]
+    for seed, (rows, heads, width) in enumerate(shapes):
+        sizes = np.float32([0.01 * (1 + 7 * head) for head in range(heads)])
+        x = uniform(seed, rows, heads, width) * sizes[:, None] + np.float32(0.003)
+        weight = 1 + uniform(seed + 100, width) * np.float32(0.5)
+        arguments = (x.reshape(rows, -1), weight, None, 1e-5)
+        yield Case(
+            "norm_heads",
+            f"{rows}x{heads}x{width}",
+            lambda native, a=arguments: [native.norm_heads(*a)],
+            lambda ops, a=arguments: [ops.norm_heads(double(a[0]), *a[1:])],
+        )
+
+
+def scale_cases() -> Iterator[Case]:
+    for seed, (rows, width) in enumerate([(1, 1), (3, 7), (40, 101), (5, 1536)]):
+        x = uniform(seed, rows, width) * np.float32([0.03, 1, 40, 3e5][seed])
+        # Far below the cap, around it, where tanh passes from one formula to another, far above.
+        for factor, cap in [(1.0, 0.0), (0.37, 0.0), (1.0, 30.0), (3.3, 2.0), (0.8, 1e4)]:
+            yield Case(
+                "scale",
+                f"{rows}x{width}-{factor}-{cap}",
+                lambda native, x=x, a=(factor, cap): [native.scale(x, *a)],
+                lambda ops, x=x, a=(factor, cap): [ops.scale(double(x), *a)],
+            )
+
+
 def linear_cases() -> Iterator[Case]:
     # Rows on both sides of every limit between ways to cut the work; odd and even widths.
     shapes = [
@@ -143,6 +173,7 @@ ROPES: dict[str, Callable[[int], RopeSpec]] = {
     "linear": lambda dim: linear_rope(10000.0, dim, 2.5),
     "llama3": lambda dim: llama3_rope(500000.0, dim, 32.0, 1.0, 4.0, 8192),
     "yarn": lambda dim: yarn_rope(10000.0, dim, 4.0, 256),
+    "partial": lambda dim: default_rope(10000.0, (dim + 2) // 4 * 2),
 }
 
 
@@ -206,6 +237,7 @@ def native_attention(
     block_size: int = 16,
     empty: float = float("nan"),
     gone: int | None = None,
+    softcap: float = 0.0,
 ) -> Arrays:
     """All sequences in one ragged batch, their blocks shuffled; what no token owns is `empty`.
 
@@ -248,6 +280,7 @@ def native_attention(
         window,
         block_size,
         kv_dtype,
+        softcap,
     )
     return [np.asarray(out)]
 
@@ -259,7 +292,12 @@ def num_gone(sequence: Sequence, window: int, block_size: int) -> int:
 
 
 def reference_attention(
-    ops: Any, sequences: list[Sequence], scale: float, window: int, kv_dtype: str
+    ops: Any,
+    sequences: list[Sequence],
+    scale: float,
+    window: int,
+    kv_dtype: str,
+    softcap: float = 0.0,
 ) -> Arrays:
     """Each sequence by itself, in float64."""
     from octavo.reference import ops as definition
@@ -268,7 +306,7 @@ def reference_attention(
     for sequence in sequences:
         k, v = (double(definition.to_cache(x, kv_dtype)) for x in (sequence.k, sequence.v))
         rounds = definition.attention_dtype(kv_dtype)
-        outs.append(ops.attention(double(sequence.q), k, v, scale, window, rounds))
+        outs.append(ops.attention(double(sequence.q), k, v, scale, window, rounds, softcap))
     return [np.concatenate(outs)]
 
 
@@ -295,13 +333,17 @@ def attention_cases() -> Iterator[Case]:
             for i, (rows, context) in enumerate(lengths)
         ]
         for kv_dtype in ("f32", "bf16", "int8"):
-            arguments = (sequences, head_dim**-0.5, window, kv_dtype)
-            yield Case(
-                "attention",
-                f"{index}-{heads[0]}_{heads[1]}x{head_dim}-window{window}-{kv_dtype}",
-                lambda native, a=arguments: native_attention(native, *a),
-                lambda ops, a=arguments: reference_attention(ops, *a),
-            )
+            # Over a bf16 cache capped scores are so much alike that a weight which rounds the other
+            # way shows: test_capped_scores_over_a_bf16_cache allows for those.
+            for cap in (0.0, 3.0) if index % 3 and kv_dtype != "bf16" else (0.0,):
+                arguments = (sequences, head_dim**-0.5, window, kv_dtype)
+                yield Case(
+                    "attention",
+                    f"{index}-{heads[0]}_{heads[1]}x{head_dim}-window{window}"
+                    f"{'-capped' * bool(cap)}-{kv_dtype}",
+                    lambda native, a=arguments, cap=cap: native_attention(native, *a, softcap=cap),
+                    lambda ops, a=arguments, cap=cap: reference_attention(ops, *a, cap),
+                )
 
 
 def gated_activation_cases() -> Iterator[Case]:
@@ -385,6 +427,8 @@ def compute_cases() -> list[Case]:
     return [
         *embed_cases(),
         *norm_cases(),
+        *norm_heads_cases(),
+        *scale_cases(),
         *linear_cases(),
         *rope_and_store_cases(),
         *attention_cases(),

@@ -94,7 +94,7 @@ class NativeModel:
             self.runtime.load(name, np.ascontiguousarray(weights[name]), "f32")
         num_blocks = -(-max_tokens // 16) + 1
         self.runtime.alloc_kv(num_blocks)
-        loaded = LoadedRuntime(self.runtime, self.options, num_blocks, device, spec.num_kv_groups)
+        loaded = LoadedRuntime(self.runtime, self.options, num_blocks, device)
         self.session = Session(loaded)
         order = 1 + np.random.default_rng(num_blocks).permutation(num_blocks - 1)
         self.session.restart(blocks=order.astype(np.int32))

@@ -96,6 +96,23 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "olmo2, norms after": {"num_key_value_heads": 3},
     "olmo2, biases": {"attention_bias": True, "head_dim": None, **_HEADS},
+    "mixtral, two of four experts": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral, one of two, window": {
+        **{"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 23},
+        **{"tie_word_embeddings": True, "num_key_value_heads": 1},
+    },
+    "qwen3_moe, a layer without experts": {
+        **{"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 29},
+        **{"mlp_only_layers": [1], "attention_bias": True},
+    },
+    "qwen3_moe, every second layer": {
+        **{"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        **{"decoder_sparse_step": 2, "norm_topk_prob": True, "hidden_size": 48},
+    },
+    "qwen3_moe, all experts": {
+        **{"num_experts": 3, "num_experts_per_tok": 3, "moe_intermediate_size": 64},
+        **{"use_sliding_window": True, "sliding_window": 19},
+    },
     "gpt2, tied": {},
     "gpt2, scores by layer": {
         **{"scale_attn_by_inverse_layer_idx": True, "n_inner": 51, "activation_function": "relu"},
@@ -116,6 +133,8 @@ def make_model(case: str) -> Any:
     torch.manual_seed(len(case))
     config = transformers.AutoConfig.for_model(model_type, **fields)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the default refuses odd widths
     model = model.float().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -125,7 +144,8 @@ def make_model(case: str) -> Any:
             elif weight.ndim == 1 or "embed" in name or "transformer.w" in name:
                 weight.copy_(0.3 * noise)
             else:
-                weight.copy_(1.2 * noise * weight.shape[1] ** -0.5)
+                inputs = weight.shape[-1 if weight.ndim == 3 else 1]  # of experts, of a matrix
+                weight.copy_(1.2 * noise * inputs**-0.5)
     return model
 
 

@@ -26,10 +26,13 @@ from octavo.config import EngineConfig, read_environment
 from octavo.diff.comparison import DiffOptions
 from octavo.diff.setup import DiffRequest, compare
 from octavo.engine.engine import Engine
+from octavo.errors import UnsupportedModelError
 from octavo.model import load_model
 from octavo.models.layer import tap_names
 from octavo.models.registry import FAMILIES
 from octavo.models.rope import for_length
+from octavo.quantization.plan import Scheme
+from octavo.quantize.writer import quantize_directory
 from octavo.reference.llama import ReferenceModel
 from octavo.runtime.loader import load_runtime
 from octavo.runtime.session import Session
@@ -75,21 +78,29 @@ def test_the_reference_gives_transformers_logits(case: str) -> None:
 
 
 @every_case
-def test_octavo_diff_sees_no_difference(case: str) -> None:
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_octavo_diff_sees_no_difference(case: str, dtype: str) -> None:
     """Every tap, the logits at every position, greedy tokens: the native core against HF."""
     request = DiffRequest(
         model=str(saved_model(case)[1]),
         against="hf",
+        dtype=dtype,
         random=PROMPT,
         num_threads=1,
         options=DiffOptions(steps=16, decode_rows=10, chunk_size=30),
     )
     result = compare(request, read_environment(), lambda *_: None)
+    if dtype == "bf16" and any(layer.moe for layer in files_of(case).spec.layers):
+        # Of logits that are near each other, rounding may choose other experts: the runs differ
+        # from there on, and each op is right.
+        assert not any(any(tap.broken) for tap in result.taps), result.findings
+        return
     assert result.ok, (result.first_bad, result.findings)
     assert [tap.name for tap in result.taps] == tap_names(files_of(case).spec)
     assert not result.missing
-    assert result.greedy.parted_at is None
-    assert result.logits.max_abs < TOLERANCE
+    if dtype == "f32":
+        assert result.greedy.parted_at is None
+        assert result.logits.max_abs < TOLERANCE
 
 
 LENGTHS = (5, 41, 90)
@@ -143,7 +154,7 @@ def test_neither_preemption_nor_a_prefix_hit_changes_a_bit(case: str) -> None:
     before = engine.stats().num_prefix_hits
     assert run(engine) == alone(case)
     assert engine.stats().num_prefix_hits > before
-    engine = make_engine(case, max_num_seqs=1, num_kv_blocks=MAX_MODEL_LEN // 16)
+    engine = make_engine(case, max_num_seqs=1, num_kv_blocks=None)  # room for one sequence
     engine.add_request("90", tokens_of(90, 90).tolist(), PARAMS, priority=1)
     for _ in range(4):
         engine.step()
@@ -170,6 +181,24 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
     result: np.ndarray = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
     return result
+
+
+@every_case
+def test_octavo_quantize_writes_it(case: str, tmp_path: Path) -> None:
+    """Norms too, which Gemma stores as their difference from 1."""
+    _, path = saved_model(case)
+    if case.startswith(("phi3", "gpt2")):
+        with pytest.raises(UnsupportedModelError, match="fused or transformed"):
+            quantize_directory(path, tmp_path / "int8", Scheme("int8"))
+        return
+    quantize_directory(path, tmp_path / "int8", Scheme("int8"))
+    written = open_checkpoint(read_model(tmp_path / "int8"))
+    expected = open_checkpoint(files_of(case))
+    vectors = [name for name, info in expected.infos.items() if len(info.shape) == 1]
+    assert vectors
+    for name in vectors:
+        left, right = (each[name].to_float32() for each in (written, expected))
+        np.testing.assert_allclose(left, right, rtol=2e-7, atol=0, err_msg=name)
 
 
 @needs_cuda
@@ -208,6 +237,9 @@ WRONG: list[tuple[str, str, Any]] = [
     ("granite, multipliers", "residual_multiplier", 0.5),
     ("granite, multipliers", "logits_scaling", 0.8),
     ("olmo2, norms after", "rms_norm_eps", 1e-2),
+    ("mixtral, two of four experts", "num_experts_per_tok", 1),
+    ("qwen3_moe, a layer without experts", "norm_topk_prob", True),
+    ("qwen3_moe, every second layer", "norm_topk_prob", False),
     ("llama, yarn", "rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
 ]
 
@@ -260,3 +292,13 @@ def test_the_bare_model_loads_with_a_tied_head(case: str, tmp_path: Path) -> Non
     expected = (hidden @ table.T).detach().numpy()
     found = ReferenceModel(files.spec, weights).forward(tokens_of(30, 5))
     np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["phi3, short factors", "gpt2, tied", "starcoder2, no biases"])
+def test_random_weights_reach_transformers_in_its_layout(case: str) -> None:
+    """octavo's dummy weights, fused and transposed again for transformers' model."""
+    path = str(saved_model(case)[1])
+    options = DiffOptions(steps=2)
+    request = DiffRequest(path, "hf", load_format="dummy", random=20, options=options)
+    result = compare(request, read_environment(), lambda *_: None)
+    assert result.ok and not result.missing

@@ -118,6 +118,45 @@ void norms(Backend& backend) {
   }
 }
 
+void norms_of_heads(Backend& backend) {
+  for (const std::int64_t width : {1, 5, 16, 33}) {
+    const std::int64_t rows = 9, heads = 3;
+    Numbers numbers(static_cast<std::uint64_t>(width));
+    const std::vector<float> x = numbers.many(rows * heads * width, 3.0f);
+    const std::vector<float> weight = numbers.many(width);
+    Norm norm;
+    norm.weight = weight.data();
+    Matrix in_place(rows, heads * width, x, 2);
+    backend.norm_heads(in_place.view(), norm, width);
+    in_place.check_gaps();
+    for (std::int64_t i = 0; i < rows * heads; ++i) {
+      const auto begin = x.begin() + static_cast<std::ptrdiff_t>(i * width);
+      const std::vector<float> head(begin, begin + static_cast<std::ptrdiff_t>(width));
+      for (std::int64_t c = 0; c < width; ++c) {
+        const auto index = static_cast<std::size_t>(c);
+        check_near("norm_heads", in_place.at(i / heads, i % heads * width + c),
+                   normalized(head, index, NormKind::rms, norm.spec.eps) * weight[index], 3e-6);
+      }
+    }
+  }
+}
+
+void scales(Backend& backend) {
+  for (const std::int64_t width : {1, 17, 100}) {
+    const std::vector<float> x = Numbers(7).many(5 * width, 40.0f);
+    for (const float cap : {0.0f, 9.0f}) {
+      Matrix in_place(5, width, x, 3);
+      backend.scale(in_place.view(), 0.7f, cap);
+      in_place.check_gaps();
+      for (std::int64_t i = 0; i < 5 * width; ++i) {
+        const double y = 0.7 * static_cast<double>(x[static_cast<std::size_t>(i)]);
+        check_near("scale", in_place.at(i / width, i % width),
+                   cap == 0.0f ? y : cap * std::tanh(y / cap), 2e-5);
+      }
+    }
+  }
+}
+
 double activated(double x, Activation activation) {
   constexpr double kRootTwoOverPi = 0.79788456080286535588;
   switch (activation) {
@@ -334,6 +373,8 @@ std::vector<Test> op_tests() {
   return {on_each_variant("linear", linear),
           on_each_variant("packing of halves", packing_of_halves),
           on_each_variant("norm and add_norm", norms),
+          on_each_variant("norm_heads", norms_of_heads),
+          on_each_variant("scale", scales),
           on_each_variant("gated_activation", activations),
           on_each_variant("a norm and a product as one op", normed_linear),
           on_each_variant("an mlp and its norm as one op", mlp),

@@ -21,6 +21,7 @@ from ops_helpers import (
     double,
     make_sequence,
     native_attention,
+    reference_attention,
 )
 from reference_helpers import Float32, max_error, same_bits
 
@@ -110,6 +111,17 @@ def tokens_of(sequence: Sequence, start: int, stop: int) -> Sequence:
 def test_float32_equals_the_reference(case: Case) -> None:
     for value, right in zip(case.native(native("f32")), case.reference(ops), strict=True):
         assert max_error(value, right) <= TOLERANCES[case.op]
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS)
+def test_capped_scores(dtype: str, kv_dtype: str) -> None:
+    """Where the kernels with matrix products would be at home, but for the cap."""
+    sequences = make_sequences([(1, 70), (5, 33)], (4, 2), 64, dtype)
+    actual = native_attention(native(dtype), sequences, 0.125, 0, kv_dtype, softcap=2.0)[0]
+    right = reference_attention(ops, sequences, 0.125, 0, kv_dtype, 2.0)[0]
+    tolerance = FORMATS[dtype, kv_dtype]
+    assert max_error(actual, right) <= tolerance
+    assert max_error(expect(kv_dtype, sequences), right) > 5 * tolerance
 
 
 # (New tokens, context) of each sequence; heads and KV heads; window.

@@ -71,6 +71,33 @@ def test_norms(kind: str, dtype: str) -> None:
             check(normed, expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+def test_norm_heads(dtype: str) -> None:
+    for rows, heads, width in [(1, 1, 2), (3, 5, 7), (5, 3, 64), (9, 2, 80), (2, 1, 4100)]:
+        given = norm_inputs(width, rows, heads * width)
+        sizes = np.repeat(1 + 5 * np.arange(heads, dtype=np.float32), width)
+        x, weight = rounded(given["x"] * sizes, dtype), given["weight"][:width]
+        expected = ops.norm_heads(x.astype(np.float64), weight, None, 1e-5)
+        check(cuda(dtype).norm_heads(x, weight, None, 1e-5), expected, dtype)
+        if heads > 1:
+            together = ops.norm(x.astype(np.float64), np.tile(weight, heads), None, 1e-5)
+            with pytest.raises(AssertionError):
+                check(together, expected, dtype)
+    with pytest.raises(ValueError, match="without a bias"):
+        cuda(dtype).norm_heads(x, weight, weight, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+def test_scale(dtype: str) -> None:
+    for seed, (rows, width) in enumerate(SHAPES):
+        x = rounded(uniform(seed, rows, width) * np.float32([0.03, 2, 40][seed % 3]), dtype)
+        for factor, cap in [(0.37, 0.0), (1.0, 30.0), (3.3, 2.0)]:
+            expected = ops.scale(x.astype(np.float64), factor, cap)
+            check(cuda(dtype).scale(x, factor, cap), expected, dtype)
+            with pytest.raises(AssertionError):
+                check(ops.scale(x, 1.05 * factor), expected, dtype)
+
+
 @pytest.mark.parametrize("width", [4096, 4097, 8191, 16384])
 def test_wide_norms(width: int) -> None:
     given = norm_inputs(width, 2, width)
@@ -105,7 +132,9 @@ def test_take_rows(dtype: str) -> None:
         assert same_bits(cuda(dtype).take_rows(x, chosen), rounded(x[chosen], dtype))
 
 
-@pytest.mark.parametrize("op", ["norm", "layer norm", "add_norm", "gated_activation"])
+@pytest.mark.parametrize(
+    "op", ["norm", "layer norm", "add_norm", "norm_heads", "scale", "gated_activation"]
+)
 def test_row_alone_or_among_others(op: str) -> None:
     native = cuda("bf16")
     x, other, weight = uniform(1, 9, 101), uniform(2, 9, 101), uniform(3, 101)
@@ -117,6 +146,10 @@ def test_row_alone_or_among_others(op: str) -> None:
             return native.norm(x[rows], weight, weight, 1e-5, "layer")
         if op == "add_norm":
             return native.add_norm(x[rows], other[rows], weight, None, 1e-5)[1]
+        if op == "norm_heads":
+            return native.norm_heads(x[rows, :99], weight[:33], None, 1e-5)
+        if op == "scale":
+            return native.scale(x[rows], 1.7, 0.9)
         return native.gated_activation(x[rows], other[rows], "silu")
 
     alone = np.concatenate([run(slice(i, i + 1)) for i in range(9)])
@@ -137,6 +170,8 @@ def test_gaps_between_rows_change_nothing(width: int, dtype: str) -> None:
             [
                 native.norm(x, weight, given["bias"], 1e-5),
                 *native.add_norm(residual, x, weight, None, 1e-5, "layer"),
+                native.norm_heads(np.tile(x, 2), weight, None, 1e-5),
+                native.scale(x, 1.7, 0.9),
                 native.gated_activation(x, residual, "silu"),
                 native.gated_activation(None, residual, "gelu"),
                 native.take_rows(x, rows),

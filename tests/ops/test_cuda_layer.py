@@ -14,6 +14,7 @@ from runtime_helpers import VOCAB, make_batch, random_weights, tiny_spec
 
 from octavo import _native
 from octavo.config import RuntimeOptions
+from octavo.models.rope import default_rope
 from octavo.models.spec import ModelSpec, NormSpec, WeightFormat
 from octavo.reference.quantization import pack_int4
 
@@ -162,6 +163,29 @@ def expect_the_bits_of_ops(
 )
 def test_whole_layers_have_the_bits_of_ops(fields: dict[str, Any]) -> None:
     expect_the_bits_of_ops(spec_of(**fields), FEW_STEPS if fields else STEPS)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"qk_norm": "head"},
+        {"output_norm": NormSpec()},
+        {"residual_multiplier": 0.5},
+        {"norm": NormSpec("none")},
+        {"attention_softcap": 0.2},
+        {"rope": default_rope(1000.0, 32)},
+    ],
+    ids=str,
+)
+def test_layers_with_more_between_their_products_have_the_bits_of_ops(
+    fields: dict[str, Any],
+) -> None:
+    spec = replace(spec_of(**fields), final_norm=NormSpec())
+    left, right = (logits_of_steps(runtime_of(spec), FEW_STEPS, taps) for taps in (None, ["embed"]))
+    plain = logits_of_steps(runtime_of(spec_of()), FEW_STEPS)
+    for step, a, b, other in zip([(8, 5), *FEW_STEPS], left, right, plain, strict=True):
+        assert np.isfinite(a).all() and (a == b).all(), step
+        assert np.abs(a - other).max() > 0.01, step
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])

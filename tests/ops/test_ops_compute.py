@@ -15,11 +15,13 @@ from ops_helpers import (
     make_sequence,
     moe_inputs,
     native_attention,
+    reference_attention,
     rope_frequencies,
 )
 from reference_helpers import bf16_order, max_error, same_bits, uniform
 
 from octavo import _native, _native_ops
+from octavo.diff.ties import rounding_room
 from octavo.reference import ops, quantization, sampling
 
 CASES = compute_cases()
@@ -73,7 +75,9 @@ def test_linear_row_alone_or_among_others(inputs: int, outputs: int, dtype: str)
         assert same_bits(np.concatenate(pieces), whole), f"pieces of {size} rows"
 
 
-@pytest.mark.parametrize("op", ["norm", "add_norm", "gated_activation", "log_softmax"])
+@pytest.mark.parametrize(
+    "op", ["norm", "add_norm", "norm_heads", "scale", "gated_activation", "log_softmax"]
+)
 def test_row_alone_or_among_others(op: str) -> None:
     native = _native_ops.Ops("cpu", 2)
     x, other, weight = uniform(1, 40, 101), uniform(2, 40, 101), uniform(3, 101)
@@ -83,6 +87,10 @@ def test_row_alone_or_among_others(op: str) -> None:
             return native.norm(x[rows], weight, None, 1e-5)
         if op == "add_norm":
             return native.add_norm(x[rows], other[rows], weight, None, 1e-5)[1]
+        if op == "norm_heads":
+            return native.norm_heads(x[rows, :99], weight[:33], None, 1e-5)
+        if op == "scale":
+            return native.scale(x[rows], 1.7, 0.9)
         if op == "gated_activation":
             return native.gated_activation(x[rows], other[rows], "silu")
         return native.log_softmax(x[rows])
@@ -134,16 +142,24 @@ def test_moe_row_alone_or_among_others(threads: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("window", [0, 5, 47, 100, 513, 4000])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, threads: int) -> None:
+@pytest.mark.parametrize(("threads", "softcap"), [(1, 0.0), (2, 0.0), (2, 2.5)])
+def test_attention_alone_in_a_batch_or_in_chunks(
+    kv_dtype: str, window: int, threads: int, softcap: float
+) -> None:
     native = _native_ops.Ops("cpu", threads)
-    scale = 32**-0.5
+
+    def attend(*sequences: Any) -> np.ndarray:
+        found = native_attention(
+            native, list(sequences), 32**-0.5, window, kv_dtype, softcap=softcap
+        )
+        return found[0]
+
     sequences = [
         make_sequence(i, rows, context, (6, 2), 32)
         for i, (rows, context) in enumerate([(60, 700), (1, 1100), (9, 9), (1, 3), (133, 1290)])
     ]
-    whole = native_attention(native, sequences, scale, window, kv_dtype)[0]
-    alone = [native_attention(native, [one], scale, window, kv_dtype)[0] for one in sequences]
+    whole = attend(*sequences)
+    alone = [attend(one) for one in sequences]
     assert same_bits(np.concatenate(alone), whole), "alone"
 
     for size in (1, 7, 64):
@@ -153,8 +169,26 @@ def test_attention_alone_in_a_batch_or_in_chunks(kv_dtype: str, window: int, thr
                 stop = min(start + size, len(one.q))
                 seen = len(one.k) - len(one.q) + stop
                 chunk = type(one)(one.q[start:stop], one.k[:seen], one.v[:seen])
-                chunks.append(native_attention(native, [chunk], scale, window, kv_dtype)[0])
+                chunks.append(attend(chunk))
         assert same_bits(np.concatenate(chunks), whole), f"chunks of {size}"
+
+
+@pytest.mark.parametrize("window", [0, 29])
+def test_capped_scores_over_a_bf16_cache(window: int) -> None:
+    """Where a weight lies in the middle of two bf16 numbers, either is right."""
+    lengths = [(5, 19), (17, 33), (3, 700), (40, 600), (1, 1025)]
+    sequences = [make_sequence(i, *length, (6, 2), 32) for i, length in enumerate(lengths)]
+    right = reference_attention(ops, sequences, 0.18, window, "bf16", 3.0)[0]
+    kept = [[ops.round_to_bf16(x) for x in (one.q, one.k, one.v)] for one in sequences]
+    room = np.concatenate([rounding_room(*one, 0.18, window, 3.0) for one in kept])
+    size = np.sqrt(np.mean(right**2))
+    assert 0 < room.max() < 0.02 * size
+    for isa in ISAS:
+        native = _native_ops.Ops("cpu", 2, isa)
+        found = native_attention(native, sequences, 0.18, window, "bf16", softcap=3.0)[0]
+        assert (np.abs(found - right) - room).max() <= TOLERANCES["attention"] * size, isa
+    plain = reference_attention(ops, sequences, 0.18, window, "bf16")[0]
+    assert (np.abs(plain - right) - room).max() > 0.1 * size
 
 
 @pytest.mark.parametrize("gone", [-1, 2**31 - 1])

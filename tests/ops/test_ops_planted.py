@@ -90,6 +90,41 @@ def add_norm__residual_kept(residual, x, weight, bias, eps, kind="rms"):
 
 
 @planted
+def norm_heads__all_heads_together(x, weight, bias, eps, kind="rms"):
+    return ops.norm(x, np.resize(weight, x.shape[-1]), bias, eps, kind)
+
+
+@planted
+def norm_heads__next_heads_weight(x, weight, bias, eps, kind="rms"):
+    return ops.norm_heads(x, np.roll(weight, 1), bias, eps, kind)
+
+
+@planted
+def norm_heads__no_eps(x, weight, bias, eps, kind="rms"):
+    return ops.norm_heads(x, weight, bias, 1e-30, kind)
+
+
+@planted
+def scale__no_factor(x, factor, cap=0.0):
+    return ops.scale(x, 1.0, cap)
+
+
+@planted
+def scale__no_cap(x, factor, cap=0.0):
+    return ops.scale(x, factor)
+
+
+@planted
+def scale__factor_after_the_cap(x, factor, cap=0.0):
+    return ops.scale(x, 1.0, cap) * factor
+
+
+@planted
+def scale__clipped(x, factor, cap=0.0):
+    return np.clip(x * factor, -cap, cap) if cap else x * factor
+
+
+@planted
 def linear__no_bias(x, weight, bias=None, dtype="f32"):
     return ops.linear(x, weight, None, dtype)
 
@@ -149,6 +184,16 @@ PLANTED["rope_and_store__position_off_by_one"] = with_rope(position_off_by_one)
 
 
 @planted
+def rope_and_store__half_a_head_apart(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
+    """As if element i turned with i + head_dim / 2, however few turn."""
+    if turns is not None:
+        whole = np.zeros(q.shape[-1] // 2, np.float32)
+        whole[: len(turns)] = turns
+        turns = whole
+    return ops.rope_and_store(q, k, v, at, slots, turns, n, kv_dtype, factor)
+
+
+@planted
 def rope_and_store__factor_left_out(q, k, v, at, slots, turns, n, kv_dtype="f32", factor=1.0):
     return ops.rope_and_store(q, k, v, at, slots, turns, n, kv_dtype)
 
@@ -182,76 +227,86 @@ def rope_and_store__rounded_before_rope(q, k, v, at, slots, turns, n, kv_dtype="
 
 
 @planted
-def attention__no_scale(q, k, v, scale, window=0, dtype="f32"):
-    return ops.attention(q, k, v, 1.0, window, dtype)
+def attention__no_scale(q, k, v, scale, window=0, dtype="f32", softcap=0.0):
+    return ops.attention(q, k, v, 1.0, window, dtype, softcap)
 
 
 @planted
-def attention__last_key_unseen(q, k, v, scale, window=0, dtype="f32"):
+def attention__last_key_unseen(q, k, v, scale, window=0, dtype="f32", softcap=0.0):
     if len(k) == len(q):
-        return ops.attention(q, k, v, scale, window, dtype)
-    return ops.attention(q, k[:-1], v[:-1], scale, window, dtype)
+        return ops.attention(q, k, v, scale, window, dtype, softcap)
+    return ops.attention(q, k[:-1], v[:-1], scale, window, dtype, softcap)
 
 
 @planted
-def attention__not_causal(q, k, v, scale, window=0, dtype="f32"):
-    rows = [ops.attention(q[i : i + 1], k, v, scale, window, dtype) for i in range(len(q))]
+def attention__not_causal(q, k, v, scale, window=0, dtype="f32", softcap=0.0):
+    rows = [ops.attention(q[i : i + 1], k, v, scale, window, dtype, softcap) for i in range(len(q))]
     return np.concatenate(rows)
 
 
 @planted
-def attention__window_one_too_wide(q, k, v, scale, window=0, dtype="f32"):
-    return ops.attention(q, k, v, scale, window + 1 if window else 0, dtype)
+def attention__window_one_too_wide(q, k, v, scale, window=0, dtype="f32", softcap=0.0):
+    return ops.attention(q, k, v, scale, window + 1 if window else 0, dtype, softcap)
 
 
 @planted
-def attention__no_window(q, k, v, scale, window=0, dtype="f32"):
-    return ops.attention(q, k, v, scale, 0, dtype)
+def attention__no_window(q, k, v, scale, window=0, dtype="f32", softcap=0.0):
+    return ops.attention(q, k, v, scale, 0, dtype, softcap)
 
 
 @planted
-def attention__heads_interleaved(q, k, v, scale, window=0, dtype="f32"):
+def attention__no_softcap(q, k, v, scale, window=0, dtype="f32", softcap=0.0):
+    return ops.attention(q, k, v, scale, window, dtype)
+
+
+@planted
+def attention__softcap_before_the_scale(q, k, v, scale, window=0, dtype="f32", softcap=0.0):
+    return ops.attention(q, k, v, scale, window, dtype, softcap * scale)
+
+
+@planted
+def attention__heads_interleaved(q, k, v, scale, window=0, dtype="f32", softcap=0.0):
     heads, kv_heads = q.shape[1], k.shape[1]
     order = np.arange(heads) % kv_heads
-    return ops.attention(q, k[:, order], v[:, order], scale, window, dtype)
+    return ops.attention(q, k[:, order], v[:, order], scale, window, dtype, softcap)
 
 
 @planted
-def attention__scale_of_another_width(q, k, v, scale, window=0, dtype="f32"):
-    return ops.attention(q, k, v, scale * 1.01, window, dtype)
+def attention__scale_of_another_width(q, k, v, scale, window=0, dtype="f32", softcap=0.0):
+    return ops.attention(q, k, v, scale * 1.01, window, dtype, softcap)
 
 
 @planted
-def attention__queries_not_rounded(q, k, v, scale, window=0, dtype="f32"):
-    return attention_unrounded(q, k, v, scale, window, dtype, "q")
+def attention__queries_not_rounded(q, k, v, scale, window=0, dtype="f32", softcap=0.0):
+    return attention_unrounded(q, k, v, scale, window, dtype, softcap, "q")
 
 
 @planted
-def attention__weights_not_rounded(q, k, v, scale, window=0, dtype="f32"):
-    return attention_unrounded(q, k, v, scale, window, dtype, "weights")
+def attention__weights_not_rounded(q, k, v, scale, window=0, dtype="f32", softcap=0.0):
+    return attention_unrounded(q, k, v, scale, window, dtype, softcap, "weights")
 
 
 @planted
-def attention__sum_of_rounded_weights(q, k, v, scale, window=0, dtype="f32"):
+def attention__sum_of_rounded_weights(q, k, v, scale, window=0, dtype="f32", softcap=0.0):
     """As if the weights that are added up were those that meet the values."""
     if dtype == "f32":
-        return ops.attention(q, k, v, scale, window)
+        return ops.attention(q, k, v, scale, window, softcap=softcap)
     ones = np.ones_like(v)
-    share = ops.attention(q, k, ones, scale, window, dtype)  # rounded over unrounded sum
-    return ops.attention(q, k, v, scale, window, dtype) / share
+    share = ops.attention(q, k, ones, scale, window, dtype, softcap)  # rounded over unrounded sum
+    return ops.attention(q, k, v, scale, window, dtype, softcap) / share
 
 
-def attention_unrounded(q, k, v, scale, window, dtype, what):
+def attention_unrounded(q, k, v, scale, window, dtype, softcap, what):
     """ops.attention with one of the two roundings of "bf16" left out."""
     if dtype == "f32":
-        return ops.attention(q, k, v, scale, window)
+        return ops.attention(q, k, v, scale, window, softcap=softcap)
     if what == "weights":
-        return ops.attention(ops.round_to_bf16(q), k, v, scale, window)
+        return ops.attention(ops.round_to_bf16(q), k, v, scale, window, softcap=softcap)
     # q exactly, as a sum of three bf16 numbers in thrice as many dimensions.
     first = ops.round_to_bf16(q)
     second = ops.round_to_bf16(q - first)
     parts = np.concatenate([first, second, ops.round_to_bf16(q - first - second)], axis=-1)
-    wide = ops.attention(parts, np.tile(k, 3), np.tile(v, 3), scale, window, dtype)
+    wide = ops.attention(parts, np.tile(k, 3), np.tile(v, 3), scale, window, dtype, softcap)
     return wide[..., : q.shape[-1]]
 
 

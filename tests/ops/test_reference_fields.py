@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference_helpers import NativeModel, max_error, random_weights, uniform
-from spec_helpers import NEW_SPECS, SPECS, make_spec
+from reference_helpers import max_error, random_weights, uniform
+from spec_helpers import SPECS, make_spec
 
-from octavo.models.layer import model_nodes, tap_names, weight_shapes
+from octavo.models.layer import tap_names, weight_shapes
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 from octavo.reference import ops
-from octavo.reference.llama import KVCache, ReferenceModel
+from octavo.reference.llama import ReferenceModel
 
 TOKENS = np.array([(17 * i * i + 3) % 61 for i in range(29)])
 Weights = Mapping[str, np.ndarray]
+# What is gated, without experts.
+NAMES = [name for name, spec in SPECS.items() if spec.layers[0].gated and not spec.layers[0].moe]
 
 
 class ByHand:
@@ -91,7 +93,7 @@ class ByHand:
     def _turn(self, layer: LayerSpec, heads: np.ndarray) -> np.ndarray:
         if layer.rope is None:
             return heads
-        angles = self.position * np.array(layer.rope.frequencies)
+        angles = np.float32(self.position) * np.array(layer.rope.frequencies, np.float32)
         half = len(angles)
         pairs = heads[:, :half] + 1j * heads[:, half : 2 * half]
         turned = pairs * np.exp(1j * angles)
@@ -115,9 +117,9 @@ def by_hand(spec: ModelSpec, mistake: str = "") -> np.ndarray:
     return np.stack([model.forward(int(token)) for token in TOKENS])
 
 
-@pytest.mark.parametrize("name", ["llama", *NEW_SPECS])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_definition_is_what_the_papers_write(name: str) -> None:
-    spec = {**SPECS, **NEW_SPECS}[name]
+    spec = SPECS[name]
     logits = ReferenceModel(spec, random_weights(spec, 1), compute=np.float64).forward(TOKENS)
     # The reference's cosines are float32; nothing else is rounded on either side.
     assert max_error(logits, by_hand(spec)) < 1e-6
@@ -137,21 +139,10 @@ def test_the_definition_is_what_the_papers_write(name: str) -> None:
     ],
 )
 def test_mistakes_are_found(name: str, mistakes: list[str]) -> None:
-    spec = NEW_SPECS[name]
+    spec = SPECS[name]
     right = ReferenceModel(spec, random_weights(spec, 1), compute=np.float64).forward(TOKENS)
     for mistake in mistakes:
         assert max_error(by_hand(spec, mistake), right) > 1e-3, mistake
-
-
-@pytest.mark.parametrize("name", NEW_SPECS)
-def test_taps_are_those_of_the_list(name: str) -> None:
-    spec, weights = NEW_SPECS[name], random_weights(NEW_SPECS[name], 1)
-    taps: dict[str, np.ndarray] = {}
-    logits = ReferenceModel(spec, weights).forward(TOKENS, taps=taps)
-    assert list(taps) == tap_names(spec) and np.array_equal(logits, taps["logits"])
-    for node in model_nodes(spec):
-        value = taps[node.tap]
-        assert value.shape == (29, node.width) and value.std() > 0.01, node.tap
 
 
 def test_which_taps_the_fields_add() -> None:
@@ -170,37 +161,6 @@ def test_which_taps_the_fields_add() -> None:
     assert shapes["layers.2.k_norm.weight"] == (16,)
     bare = weight_shapes(make_spec(norm=NormSpec("none")))
     assert not [name for name in bare if "norm" in name]
-
-
-@pytest.mark.parametrize("name", NEW_SPECS)
-def test_in_chunks_and_every_weight_matters(name: str) -> None:
-    spec, weights = NEW_SPECS[name], random_weights(NEW_SPECS[name], 1)
-    reference, cache = ReferenceModel(spec, weights, compute=np.float64), KVCache()
-    whole = reference.forward(TOKENS)
-    pieces = [reference.forward(piece, cache) for piece in np.split(TOKENS, [1, 8, 9, 20])]
-    assert max_error(np.concatenate(pieces), whole) < 1e-12
-    for changed, values in weights.items():
-        other = values.copy()
-        other[(3,) * values.ndim] += 1
-        logits = ReferenceModel(spec, {**weights, changed: other}).forward(TOKENS)
-        assert np.abs(logits - whole).max() > 1e-5, changed
-
-
-@pytest.mark.parametrize(
-    ("name", "field"),
-    [
-        ("row_norm", "qk_norm"),
-        ("output_norm", "output_norm"),
-        ("softcap", "attention_softcap"),
-        ("multipliers", "embed_multiplier"),
-        ("capped_logits", "logits_multiplier"),
-        ("olmo2_like", "norm kind"),
-    ],
-)
-def test_the_native_core_refuses_by_name_what_it_does_not_compute(name: str, field: str) -> None:
-    spec = NEW_SPECS[name]
-    with pytest.raises(ValueError, match=field):
-        NativeModel(spec, random_weights(spec, 1), max_tokens=64)
 
 
 def test_scale() -> None:

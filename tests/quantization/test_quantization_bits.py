@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from quantization_helpers import CONFIG, SCHEMES, write_float_model
+from runtime_helpers import tiny_spec
 from weights_helpers import random_weights, write_model
 
 from octavo.cli.app import run
 from octavo.config import Environment
 from octavo.errors import InvalidArgumentError
 from octavo.models.layer import linear_nodes, weight_shapes
-from octavo.models.spec import WeightFormat
+from octavo.models.spec import MoeSpec, WeightFormat
 from octavo.quantization.apply import quantize_checkpoint
 from octavo.quantization.plan import Scheme, plan_formats, stored_bits
 from octavo.quantize.importance import measure_importance
@@ -82,6 +83,16 @@ def test_parts_are_what_kernels_take_together(tmp_path: Path) -> None:
     parts = layer_parts(spec)
     assert list(parts)[:4] == [f"layers.0.{part}" for part in ("qkv", "o", "gate_up", "down")]
     assert parts["layers.1.gate_up"] == ("layers.1.gate", "layers.1.up")
+    assert sorted(sum(parts.values(), ())) == sorted(linear_nodes(spec))
+
+
+def test_experts_of_a_layer_are_two_parts() -> None:
+    spec = tiny_spec(moe=MoeSpec(3, 2))
+    parts = layer_parts(spec)
+    names = [f"layers.1.{part}" for part in ("qkv", "o", "experts.gate_up", "experts.down")]
+    assert list(parts)[4:] == names
+    assert parts["layers.0.experts.down"] == tuple(f"layers.0.experts.{i}.down" for i in range(3))
+    assert len(parts["layers.0.experts.gate_up"]) == 6
     assert sorted(sum(parts.values(), ())) == sorted(linear_nodes(spec))
 
 

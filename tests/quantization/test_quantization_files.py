@@ -261,16 +261,17 @@ def stored_config(bits: int = 4, **changes: Any) -> dict[str, Any]:
 
 
 OWN = {"quant_method": "octavo", "format": "octavo"}
+FLOAT8 = {"format": "float-quantized", "weights_type": "float"}
 
 
 @pytest.mark.parametrize(
     ("bits", "changes", "message"),
     [
-        (4, {"quant_method": "gptq"}, "quant_method is 'gptq'"),
+        (4, {"quant_method": "hqq"}, "quant_method is 'hqq'"),
         (4, {"quant_method": None}, "quant_method is None"),
         (4, {"format": "float-quantized"}, "format is 'float-quantized'"),
         (4, {"format": "int-quantized"}, "format is 'int-quantized'; supported: 'pack-quant"),
-        (4, {"quantization_status": "frozen"}, "quantization_status is 'frozen'"),
+        (4, {"quantization_status": "calibration"}, "quantization_status is 'calibration'"),
         (4, {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is"),
         (4, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is"),
         (4, {"transform_config": {"config_groups": {"u": {}}}}, "transform_config is"),
@@ -284,9 +285,10 @@ OWN = {"quant_method": "octavo", "format": "octavo"}
         (4, {"weights_num_bits": 3}, "num_bits is 3"),
         (4, {"weights_num_bits": 6}, "num_bits is 6; supported: 4 or 8"),
         (4, {"weights_type": "float"}, "type is 'float'"),
-        (4, {"weights_actorder": "group"}, "actorder is 'group'"),
+        (4, {"weights_actorder": "random"}, "actorder is 'random'"),
         (4, {"weights_dynamic": True}, "dynamic is True"),
-        (4, {"weights_strategy": "tensor"}, "strategy is 'tensor'"),
+        (4, {"weights_strategy": "block"}, "strategy is 'block'; supported: 'group', 'channel'"),
+        (8, {"weights_strategy": "tensor", "weights_group_size": 8}, "group_size is 8"),
         (4, {"weights_levels": list(range(-8, 8))}, "levels is .*; supported: no levels"),
         (4, {"quant_method": "octavo"}, "format is 'pack-quantized'; supported: 'octavo'"),
         (4, {"format": "octavo"}, "format is 'octavo'; supported: 'pack-quantized' or"),
@@ -295,11 +297,14 @@ OWN = {"quant_method": "octavo", "format": "octavo"}
         (4, OWN | {"weights_levels": [*range(-8, 7), 6]}, "levels is"),
         (4, OWN | {"weights_levels": [-128, *range(-8, 7)]}, "levels is"),
         (8, OWN | {"weights_levels": list(LEVELS)}, "levels is .*symmetric 4"),
-        (4, {"weights_group_size": 48}, "group_size is 48; supported: a multiple of 32"),
+        (4, {"weights_group_size": 64}, "group_size is 64; supported: a number that divides"),
         (4, {"weights_group_size": 128}, "group_size is 128; .*divides the width"),
-        (4, {"weights_group_size": 16}, "group_size is 16"),
-        (8, {"weights_symmetric": False}, "symmetric is False"),
-        (8, {"weights_strategy": "group", "weights_group_size": 32}, "group_size is 32"),
+        (4, {"weights_group_size": 0}, "group_size is 0"),
+        (8, FLOAT8 | {"format": "pack-quantized"}, "type is 'float'; .*'float-quantized'"),
+        (8, FLOAT8 | {"weights_num_bits": 4}, "type is 'float'"),
+        (8, FLOAT8 | {"weights_strategy": "token"}, "strategy is 'token'"),
+        (8, FLOAT8 | {"weights_symmetric": False}, "symmetric is False"),
+        (8, FLOAT8 | {"weights_strategy": "block"}, "block_structure is None"),
     ],
 )
 def test_refused_by_name(tmp_path: Path, bits: int, changes: Any, message: str) -> None:

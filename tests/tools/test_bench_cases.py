@@ -18,6 +18,7 @@ from octavo.bench.cases import (
     work_of,
 )
 from octavo.errors import InvalidArgumentError
+from octavo.models.spec import MoeSpec
 
 SPEC = tiny_spec()  # 2 layers: hidden 36, 6 and 2 heads of 10, 44 wide; 83 tokens, tied
 
@@ -45,6 +46,29 @@ def test_nothing_to_measure(arguments: tuple[list[int], ...]) -> None:
 def test_linear_weights() -> None:
     layer = 36 * (60 + 20 + 20) + 60 * 36 + 3 * 36 * 44
     assert linear_weights(SPEC) == 2 * layer
+
+
+EXPERTS = tiny_spec(moe=MoeSpec(8, 2))
+
+
+def test_a_token_is_multiplied_by_its_own_experts() -> None:
+    layer = 36 * (60 + 20 + 20) + 60 * 36 + 2 * 3 * 36 * 44
+    assert linear_weights(EXPERTS) == 2 * layer
+
+
+def test_a_step_reads_the_experts_that_its_tokens_take() -> None:
+    """Of 1,000 bytes 800 are experts'; of eight experts a token takes two."""
+
+    def weight_bytes(case: Case) -> float:
+        all_but = work_of(case, EXPERTS, 0.0, "f32", 4).num_bytes
+        return work_of(case, EXPERTS, 1000.0, "f32", 4, 800.0).num_bytes - all_but
+
+    assert weight_bytes(Case("decode", 5)) == pytest.approx(5 * (200 + 800 / 4))
+    two = 1 - (6 / 8) ** 2  # a quarter each, if they choose apart
+    assert weight_bytes(Case("decode", 1, batch=2)) == pytest.approx(200 + 800 * two)
+    chunks = [1 - (6 / 8) ** count for count in (4, 4, 3)]
+    expected = sum(200 + 800 * share for share in chunks)
+    assert weight_bytes(Case("prefill", 11)) == pytest.approx(expected)
 
 
 def test_an_untied_embedding_is_not_streamed() -> None:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from quantization_helpers import write_float_model
+from adapter_helpers import random_adapter, write_adapter
+from quantization_helpers import CONFIG, write_float_model
 from stream_helpers import Streams
 from text_helpers import CHATML_TEMPLATE, byte_level_directory, tiny_model
 
@@ -38,6 +39,7 @@ SAMPLES = {  # by command: words that make it succeed
     "pull": ["smollm2-135m"],
     "info": ["{model}"],
     "quantize": ["{float_model}", "{out}", "--scheme", "int4"],
+    "merge": ["{float_model}", "{adapter}", "{out}"],
     "diff": ["{model}", "--load-format", "dummy", "--random", "4", "--steps", "1"],
     "bench": ["{model}", "--load-format", "dummy", "-p", "8", "-n", "2", "-r", "1"],
     "bench serve": ["http://127.0.0.1:9"],  # nobody listens there
@@ -46,7 +48,7 @@ SAMPLES = {  # by command: words that make it succeed
     "trace": ["{log}", "--perfetto", "{perfetto}"],
     "replay": ["{log}", "--fixed", "1", "--per-token", "1", "--per-attended", "0"],
 }
-READ, WRITTEN, FOLDER = "read", "written", "a new folder"
+READ, WRITTEN, FOLDER, READ_FOLDER = "read", "written", "a new folder", "a folder that is read"
 PATHS = {  # (command, parameter): what becomes of the path
     ("generate", "event_log"): WRITTEN,
     ("serve", "event_log"): WRITTEN,
@@ -57,6 +59,8 @@ PATHS = {  # (command, parameter): what becomes of the path
     ("quantize", "out"): FOLDER,
     ("quantize", "text"): READ,
     ("quantize", "calibrate"): READ,
+    ("merge", "adapter"): READ_FOLDER,
+    ("merge", "out"): FOLDER,
     ("diff", "html"): WRITTEN,
     ("bench serve", "dataset"): READ,
     ("bench serve", "json_file"): WRITTEN,
@@ -78,6 +82,7 @@ AMISS = {
     READ: ["missing", "a folder", "below a file", "forbidden", "empty", "binary", "long name"],
     WRITTEN: ["a missing folder", "a folder", "below a file", "forbidden", "full", "long name"],
     FOLDER: ["a missing folder", "a folder", "below a file", "long name"],
+    READ_FOLDER: ["missing", "below a file", "empty", "long name"],
 }
 # Lines of a batch that are no text are answered or refused one by one. What is written with
 # write_text is tried on a full disk by test_files.py.
@@ -116,8 +121,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     shutil.copytree(model, pulled)
     (pulled / "octavo.json").write_text('{"source": "smollm2-135m"}')
     (folder / "in.txt").write_text("fox\ndog\n")
-    log = folder / "log.jsonl"
-    files = {"model": model, "float_model": float_model, "input_file": folder / "in.txt"}
+    log, adapter = folder / "log.jsonl", folder / "adapter"
+    write_adapter(adapter, random_adapter(CONFIG))
+    files = {
+        "adapter": adapter,
+        "model": model,
+        "float_model": float_model,
+        "input_file": folder / "in.txt",
+    }
     made = Place(folder, {name: str(path) for name, path in {**files, "log": log}.items()})
     assert main([*made.command("batch"), "--event-log", str(log)]) == 0
     return made

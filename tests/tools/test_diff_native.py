@@ -12,6 +12,7 @@ from diff_helpers import MISTAKES, broken_reference, tokens_for, write_model
 from octavo.diff.comparison import Comparison, DiffOptions
 from octavo.diff.implementations import ReferenceImplementation
 from octavo.diff.native import load_native
+from octavo.models.rope import default_rope
 from octavo.models.spec import LayerSpec, NormSpec
 from octavo.reference.llama import ReferenceModel
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
@@ -97,7 +98,7 @@ def test_native_with_a_wrong_epsilon(tmp_path: Path) -> None:
 
 def test_native_with_a_wrong_rope(tmp_path: Path) -> None:
     files = read_model(write_model(tmp_path))
-    rope = replace(files.spec.layers[0].rope, theta=10000.0)  # type: ignore[type-var]
+    rope = default_rope(10000.0, files.spec.layers[0].head_dim)
     result = compare_native(
         files, open_checkpoint(files), native_files=_broken_spec(files, rope=rope)
     )

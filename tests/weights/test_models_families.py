@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import warnings
+from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +73,6 @@ WINDOWS: list[tuple[str, dict[str, Any], list[int]]] = [
 def test_windows(model_type: str, fields: dict[str, Any], windows: list[int]) -> None:
     layers = spec_of(model_type, **fields).layers
     assert [layer.window for layer in layers] == windows
-    order = list(dict.fromkeys(windows))  # layers that see as far share a table of blocks
-    assert [layer.kv_group for layer in layers] == [order.index(window) for window in windows]
 
 
 def test_layers_without_rope() -> None:
@@ -168,7 +170,16 @@ UNKNOWN: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
         ("state-space layers",),
         "Gemma2ForCausalLM",
     ),
-    ({"num_local_experts": 8, "router_bias": True}, ("num_local_experts (8)",), "LlamaForCausalLM"),
+    ({"num_local_experts": 8, "num_experts_per_tok": 2}, ("No field says",), "MixtralForCausalLM"),
+    (
+        {
+            **{"architectures": ["Qwen2MoeForCausalLM"], "num_experts": 8, "norm_topk_prob": False},
+            **{"shared_expert_intermediate_size": 64, "moe_intermediate_size": 16},
+            **{"decoder_sparse_step": 1, "mlp_only_layers": [], "num_experts_per_tok": 4},
+        },
+        ("lacks for it: shared_expert_intermediate_size (64: shared experts).",),
+        "Qwen3MoeForCausalLM",
+    ),
     ({"use_parallel_residual": True}, ("use_parallel_residual (True)",), "LlamaForCausalLM"),
     ({"architectures": ["Qwen9ForCausalLM"]}, ("No field says",), "Qwen2ForCausalLM"),
 ]
@@ -242,3 +253,48 @@ def test_a_checkpoint_without_a_head_lacks_the_prefix(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         checkpoint["layers.1.down.weight"].to_float32(), weights[f"model.{name}"]
     )
+
+
+ODD_VALUES = (
+    *(None, True, False, -1, 0, 1, 3, 7, 2**31, 2**63, 10**400, 0.0, 1.5, -2.0, 1e-300, 1e300),
+    *(float("nan"), float("inf"), "", "x", "gelu", [], [0], [1.0, 2.0], ["full_attention"], {}),
+    *({"a": 1}, {"rope_type": "yarn"}, {"rope_type": "longrope", "short_factor": [0.0] * 4}),
+)
+ROPES = (
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False},
+    {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_mutated_configurations(model_type: str) -> None:
+    """Other values and types, in the configuration and in its rope: a spec or an error."""
+    generator = random.Random(model_type)
+    cases = [fields for kind, fields, _ in (*WINDOWS, *REFUSED) if kind == model_type]
+    names = [*config_of(model_type), *chain(*cases), "rope_parameters", "layer_types"]
+    outcomes = {"read": 0, "refused": 0}
+    for index in range(400):
+        config = config_of(model_type, rope_scaling=dict(ROPES[index % 3]))
+        if any(kind == model_type for kind, _, _ in WINDOWS):
+            config["sliding_window"] = 16
+        for _ in range(generator.choice((1, 1, 2, 4))):
+            rope = config.get("rope_scaling")
+            inside = isinstance(rope, dict) and generator.random() < 0.4
+            target = rope if inside and rope else config
+            name = generator.choice(list(target) if target is not config else names)
+            target[name] = deepcopy(generator.choice(ODD_VALUES))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                spec = find_family(config).read_spec(config)
+            except UnsupportedModelError as error:
+                assert str(error).startswith("config.json")
+                outcomes["refused"] += 1
+                continue
+        outcomes["read"] += 1
+        assert specials(for_length(spec, 100)) == specials(spec)
+        for layer in spec.layers:
+            turns = layer.rope.frequencies if layer.rope else ()
+            assert all(0 <= turn < np.inf for turn in turns), config
+    assert outcomes["read"] > 20 and outcomes["refused"] > 100

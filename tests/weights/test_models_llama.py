@@ -81,7 +81,7 @@ def test_llama_3_2_1b_has_its_published_size() -> None:
     config = tiny_config(**sizes, **heads, num_hidden_layers=16, tie_word_embeddings=True)
     spec = read_spec(config)
     assert sum(math.prod(shape) for shape in weight_shapes(spec).values()) == 1_235_814_400
-    assert 2 * spec.kv_elements_per_token() == 32 * 1024
+    assert 2 * spec.kv_elements(1) == 32 * 1024
 
 
 @pytest.mark.parametrize(

@@ -237,10 +237,10 @@ def test_shards_without_an_index(hub: Hub, tmp_path: Path) -> None:
 
 def test_an_unsupported_model_costs_one_small_file(hub: Hub, tmp_path: Path) -> None:
     files = repository_files(tmp_path / "source")
-    files["config.json"] = json.dumps(tiny_config(architectures=["GPT2LMHeadModel"])).encode()
+    files["config.json"] = json.dumps(tiny_config(architectures=["MambaForCausalLM"])).encode()
     hub.files["org/other"] = files
     code, said = octavo(hub, tmp_path, "pull", "org/other")
-    assert code == 2 and "GPT2LMHeadModel" in said and "LlamaForCausalLM" in said
+    assert code == 2 and "MambaForCausalLM" in said and "LlamaForCausalLM" in said
     asked = {request.split("/")[-1] for request in hub.requests if "resolve" in request}
     assert asked == {"config.json"}
 

@@ -202,7 +202,7 @@ def test_other_rope_divisors_are_refused(divisors: np.ndarray, tmp_path: Path) -
     ("metadata", "parts"),
     [
         ({"llama.rope.scaling.type": "ntk"}, ("llama.rope.scaling.type", "'ntk'", "linear")),
-        ({"llama.expert_count": 8}, ("llama.expert_count", "8")),
+        ({"llama.expert_count": 8}, ("llama.expert_used_count", "missing")),
         ({"llama.attention.sliding_window": 4096}, ("sliding_window", "4096")),
         ({"llama.attention.head_count_kv": [2, 2]}, ("head_count_kv", "[2, 2]", "one number")),
         ({"llama.attention.head_count": "4"}, ("head_count", "'4'", "an integer")),
@@ -256,9 +256,8 @@ def test_names() -> None:
     assert sources["embed.weight"].name == "token_embd.weight"
     assert sources["lm_head.weight"].name == "output.weight"
     assert sources["layers.12.down.bias"].name == "blk.12.ffn_down.bias"
-    assert (sources["layers.3.q.weight"].names, sources["layers.3.q.weight"].head_dim) == (
-        *(("blk.3.attn_q.weight",), 64),
-    )
+    q = sources["layers.3.q.weight"]
+    assert (q.tensor, q.head_dim) == ("blk.3.attn_q.weight", 64)
 
 
 @pytest.mark.parametrize(

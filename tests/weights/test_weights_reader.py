@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -20,12 +19,10 @@ from runtime_helpers import random_weights, tiny_spec
 from weights_helpers import add_tensor, encode, memory_below, permute_rows, write_safetensors
 
 from octavo.errors import UnsupportedModelError, WeightsError
-from octavo.models import family as family_module
 from octavo.models import llama
 from octavo.models.family import Family, TensorNames, Transform, WeightSource
-from octavo.models.layer import Weight
 from octavo.models.registry import FAMILIES
-from octavo.models.spec import NormSpec
+from octavo.models.spec import MoeSpec, NormSpec
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.gguf_parts import GgufParts
 from octavo.weights.model_files import ModelFiles, read_model
@@ -203,7 +200,7 @@ def test_a_big_fused_table_is_read_in_runs(tmp_path: Path, monkeypatch: pytest.M
     table = np.random.default_rng(5).standard_normal((6000, 1024)).astype(np.float32)
     write_gguf_of(tmp_path / "model.gguf", {"kv": table}, "Q8_0")
     source = GgufParts(tmp_path / "model.gguf", "bf16")
-    wanted = WeightSource(("kv",), (5000, 1024), rows=(1000, 6000))
+    wanted = WeightSource("kv", (5000, 1024), rows=(1000, 6000))
     row = 0
     with memory_below(5e6):  # the rows have 20 MB as float32
         for run in Checkpoint(source, {"k": wanted}).runs("k"):
@@ -213,46 +210,30 @@ def test_a_big_fused_table_is_read_in_runs(tmp_path: Path, monkeypatch: pytest.M
     assert row == 5000
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
-def test_experts_are_stacked(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.weights.gguf._ROWS_AT_ONCE", 7 * 64)
-    experts = np.random.default_rng(6).standard_normal((3, 20, 64)).astype(np.float32)
-    tensors = {f"h.0.experts.{number}.w1.weight": value for number, value in enumerate(experts)}
-    node = SimpleNamespace(weights=lambda: [Weight("layers.0.gate.weight", (3, 20, 64), 0)])
-    monkeypatch.setattr(family_module, "model_nodes", lambda spec: [node])
-    sources = TensorNames({"h.{layer}.experts.{expert}.w1": "gate"}).weight_map(SPEC)
-    wanted = sources["layers.0.gate.weight"]
-    assert wanted.names == tuple(tensors) and wanted.stored_shape == (20, 64)
-    source: SafetensorsFile | GgufParts
-    if kind == "gguf":
-        write_gguf_of(tmp_path / "model.gguf", tensors, "F32")
-        source = GgufParts(tmp_path / "model.gguf", "bf16")
-    else:
-        write_directory(tmp_path, tensors, "BF16")
-        source = SafetensorsFile(tmp_path / "model.safetensors")
-    checkpoint = Checkpoint(source, sources)
-    stacked = checkpoint["layers.0.gate.weight"]
-    assert np.array_equal(stacked.data, encode(experts, "BF16"))
-    assert checkpoint.infos["layers.0.gate.weight"].num_bytes == 2 * experts.size
-    # Runs follow each other expert by expert.
-    runs = [run.data for run in checkpoint.runs("layers.0.gate.weight")]
-    assert np.array_equal(np.concatenate(runs).reshape(3, 20, 64), stacked.data)
-    other = replace(wanted, names=(wanted.names[0], wanted.names[2], wanted.names[1]))
-    assert not np.array_equal(Checkpoint(source, {"gate": other})["gate"].data, stacked.data)
-
-
-def test_a_stack_has_one_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    node = SimpleNamespace(weights=lambda: [Weight("layers.0.gate.weight", (2, 3, 4))])
-    monkeypatch.setattr(family_module, "model_nodes", lambda spec: [node])
-    tensors = {
-        f"{number}.weight": (kind, encode(np.ones((3, 4), np.float32), kind))
-        for number, kind in enumerate(("F32", "BF16"))
+def test_each_expert_has_its_own_tensors(tmp_path: Path) -> None:
+    """Fused or apart; never more than one expert's is read at a time."""
+    spec = tiny_spec(num_layers=1, moe=MoeSpec(3, 2), intermediate_size=20)
+    weights = random_weights(spec, seed=6)
+    moe = "h.{layer}.moe"
+    names = NAMES | {
+        f"{moe}.router": "router",
+        f"{moe}.{{expert}}.both": "experts.{expert}.gate experts.{expert}.up",
+        f"{moe}.{{expert}}.down": "experts.{expert}.down",
     }
-    write_safetensors(tmp_path / "model.safetensors", tensors)
-    family = Family("Test", "test", lambda _: SPEC, TensorNames({"{expert}": "gate"}))
-    spec = replace(SPEC, tie_word_embeddings=False)
-    with pytest.raises(WeightsError, match=r"gate\.weight is stored as bf16 and f32; expected one"):
-        open_checkpoint(ModelFiles(tmp_path, {}, spec, family, (), {}))
+    sources = TensorNames(names, {"experts.{expert}.down": "transpose"}).weight_map(spec)
+    tensors = {}
+    for expert in range(3):
+        own = [weights[f"layers.0.experts.{expert}.{part}.weight"] for part in ("gate", "up")]
+        tensors[f"h.0.moe.{expert}.both.weight"] = np.concatenate(own)
+        down = weights[f"layers.0.experts.{expert}.down.weight"]
+        tensors[f"h.0.moe.{expert}.down.weight"] = np.ascontiguousarray(down.T)
+    write_directory(tmp_path, tensors, "F32")
+    wanted = {name: source for name, source in sources.items() if ".experts." in name}
+    assert {source.tensor for source in wanted.values()} == set(tensors)
+    checkpoint = Checkpoint(SafetensorsFile(tmp_path / "model.safetensors"), wanted)
+    assert len(checkpoint) == 9
+    for name, tensor in checkpoint.items():
+        np.testing.assert_array_equal(tensor.data, weights[name], err_msg=name)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-asymmetric"])
@@ -327,11 +308,9 @@ def test_what_does_not_fit_is_told_once_by_the_checkpoints_names(tmp_path: Path)
     )
 
 
-@pytest.mark.parametrize(
-    "change", [{"names": ("a", "b")}, {"rows": (0, 9)}, {"transform": "plus_one"}]
-)
+@pytest.mark.parametrize("change", [{"rows": (0, 9)}, {"transform": "plus_one"}])
 def test_only_what_is_stored_as_it_is_has_a_name_to_write_it_under(change: Any) -> None:
-    source = WeightSource(("a",), (3, 4))
+    source = WeightSource("a", (3, 4))
     assert source.name == "a"
     with pytest.raises(UnsupportedModelError, match="cannot write"):
         _ = replace(source, **change).name
@@ -344,11 +323,11 @@ def test_every_row_of_a_fused_tensor_is_a_weights(family: Family) -> None:
     tables += [family.gguf.tensors] if family.gguf else []
     for table in tables:
         sources = table.weight_map(SPEC).values()
-        for name in {name for source in sources for name in source.names}:
+        for name in {source.tensor for source in sources}:
             pieces = sorted(
                 (source.rows[0], source.rows[0] + source.shape[0], source.rows[1])
                 for source in sources
-                if name in source.names and source.rows
+                if name == source.tensor and source.rows
             )
             ends = [0, *(last for _, last, _ in pieces)]
             assert [first for first, _, _ in pieces] == ends[:-1], name

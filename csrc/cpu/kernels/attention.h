@@ -104,6 +104,7 @@ struct Scores {
 // How scores become weights over a float32 or int8 cache: e^(score - greatest score so far).
 template <class Item>
 struct PowersOfE {
+  static constexpr float kUnit = 1.0f;
   static constexpr bool kHasScales = Tile<Item>::kHasScales;
   const Tile<Item>* tiles;
   Vec scale;
@@ -120,12 +121,26 @@ struct PowersOfE {
   }
 };
 
+// A rule over scores that are capped: cap * tanh(score / cap).
+template <class Rule>
+struct Capped : Rule {
+  Vec cap;
+
+  Capped(const Rule& rule, const AttendTask& task)
+      : Rule(rule), cap(splat(task.softcap * Rule::kUnit)) {
+    this->scale = splat(task.scale / task.softcap);
+  }
+  Vec scaled(Vec score, int t) const {
+    return mul(hyperbolic_tangent(Rule::scaled(score, t)), cap);
+  }
+};
+
 // R rows' softmax over tiles [first_tile, last_tile) of one more stretch: passes each weight to the
 // rule, and gives each row the correction by which its earlier results are multiplied. sum_lanes:
 // the denominators, still in 16 lanes. corrections: 16 numbers, R of them used. R may exceed the
 // number of `rows`: results of rows after the last are not used.
 template <int R, class Rule>
-inline void stretch_weights(const StretchRows& rows, float* greatest, Vec* sum_lanes,
+inline void weights_by_rule(const StretchRows& rows, float* greatest, Vec* sum_lanes,
                             const Scores& scores, const Rule& rule, int first_tile, int last_tile,
                             float* corrections) {
   static const float kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -171,6 +186,25 @@ inline void stretch_weights(const StretchRows& rows, float* greatest, Vec* sum_l
     }
   }
   for (int r = 0; r < R; ++r) sum_lanes[r] = add(mul(sum_lanes[r], splat(corrections[r])), sums[r]);
+}
+
+// Not inlined: code between that most models do not run would cost all of them registers.
+template <int R, class Rule>
+[[gnu::noinline]] void capped_weights(const StretchRows& rows, float* greatest, Vec* sum_lanes,
+                                      const Scores& scores, const Rule& rule, int first_tile,
+                                      int last_tile, float* corrections) {
+  weights_by_rule<R>(rows, greatest, sum_lanes, scores, Capped<Rule>(rule, rows.task), first_tile,
+                     last_tile, corrections);
+}
+
+template <int R, class Rule>
+inline void stretch_weights(const StretchRows& rows, float* greatest, Vec* sum_lanes,
+                            const Scores& scores, const Rule& rule, int first_tile, int last_tile,
+                            float* corrections) {
+  if (rows.task.softcap != 0.0f)
+    return capped_weights<R>(rows, greatest, sum_lanes, scores, rule, first_tile, last_tile,
+                             corrections);
+  weights_by_rule<R>(rows, greatest, sum_lanes, scores, rule, first_tile, last_tile, corrections);
 }
 
 // The tiles of a stretch with tokens that are seen.

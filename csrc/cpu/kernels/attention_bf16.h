@@ -149,7 +149,8 @@ template <int R, int T>
 // How scores become weights over a bf16 cache: 2^(score - a whole number), rounded to bf16.
 template <class Store>
 struct PowersOfTwo {
-  Vec scale;     // that makes scores powers of two
+  static constexpr float kUnit = 1.44269504088896341f;  // log2(e)
+  Vec scale;                                            // that makes scores powers of two
   Store keeper;  // keeper(r, t, weight) stores 16 weights, rounded
 
   Vec scaled(Vec score, int) const { return mul(score, scale); }

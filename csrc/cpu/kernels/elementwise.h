@@ -4,6 +4,15 @@ void add_to(float* residual, const float* x, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) residual[i] = residual[i] + x[i];
 }
 
+void scale_numbers(float* x, float factor, float cap, std::int64_t count) {
+  const bool is_capped = cap != 0.0f;
+  const Vec by = splat(is_capped ? factor / cap : factor), to = splat(cap);
+  for_each_vec(count, [&](std::int64_t i, auto load_at, auto store_at) {
+    const Vec y = mul(load_at(x + i, 0.0f), by);
+    store_at(x + i, is_capped ? mul(hyperbolic_tangent(y), to) : y);
+  });
+}
+
 void add_scaled_to(float* sum, const float* x, float factor, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) sum[i] = sum[i] + factor * x[i];
 }

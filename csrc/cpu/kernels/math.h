@@ -65,6 +65,21 @@ inline float exp_negative(float x) {
   return lane[0];
 }
 
+// Cephes' tanhf (Moshier), products not fused: a polynomial near 0, else from e^(-2 |x|).
+inline Vec hyperbolic_tangent(Vec x) {
+  const Vec size = max(x, sub(zero(), x)), square = mul(x, x);
+  const Vec t = exp_negative(mul(size, splat(-2.0f)));
+  const Vec far = div(sub(splat(1.0f), t), add(splat(1.0f), t));
+  Vec p = splat(-5.70498872745e-3f);
+  p = add(mul(p, square), splat(2.06390887954e-2f));
+  p = add(mul(p, square), splat(-5.37397155531e-2f));
+  p = add(mul(p, square), splat(1.33314422036e-1f));
+  p = add(mul(p, square), splat(-3.33332819422e-1f));
+  const Vec near = add(mul(mul(p, square), x), x);
+  const Vec signed_far = select_less(x, zero(), sub(zero(), far), far);
+  return select_less(size, splat(0.625f), near, signed_far);
+}
+
 // 2^x for x <= 0; 0 below -125, a NaN stays one. x is a whole number n and a rest of at most 1/2;
 // 2^rest is a polynomial fitted to it at Chebyshev nodes with 1 as its first coefficient, so that
 // 2^n is exact.

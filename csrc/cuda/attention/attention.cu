@@ -25,7 +25,9 @@ AttentionArguments arguments_of(View out, View q, const LayerSpec& layer, float 
   a.group = static_cast<int>(layer.num_heads / layer.num_kv_heads);
   a.head_dim = static_cast<int>(layer.head_dim);
   a.window = static_cast<int>(layer.window);
-  a.scale = scale * kLog2E;
+  const float softcap = layer.attention_softcap;
+  a.scale = softcap == 0.0f ? scale * kLog2E : scale / softcap;
+  a.cap = softcap * kLog2E;
   a.cache = layout_of(kv);
   return a;
 }
@@ -35,8 +37,8 @@ bool can_use_tensor_cores(View out, View q, const LayerSpec& layer, float scale,
                           const KvLayer& kv) {
   return bits_of(q.dtype) == 16 && (kv.dtype == q.dtype || kv.dtype == DType::int8) &&
          (layer.head_dim == 64 || layer.head_dim == 128) && scale > 0.0f &&
-         is_aligned(q.data, 16) && q.stride % 8 == 0 && is_aligned(out.data, 4) &&
-         out.stride % 2 == 0 && is_aligned(kv.data, 16);
+         layer.attention_softcap == 0.0f && is_aligned(q.data, 16) && q.stride % 8 == 0 &&
+         is_aligned(out.data, 4) && out.stride % 2 == 0 && is_aligned(kv.data, 16);
 }
 
 constexpr std::int64_t kFewTokens = 8;          // of a sequence: the decode kernel's

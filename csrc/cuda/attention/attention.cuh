@@ -18,6 +18,7 @@ struct AttentionArguments {
   int num_heads, group, head_dim;  // group: query heads of a KV head
   int window;                      // 0: no limit
   float scale;                     // of scores, times log2(e): weights are powers of two
+  float cap;  // 0: none; else a score is cap * tanh(scale * q.k), and cap is times log2(e)
   KvLayout cache;
 
   OCTAVO_DEVICE const std::int32_t* table_of(int seq) const {

@@ -1,4 +1,5 @@
-// Attention for whatever the fast kernels do not take: float32, mixed formats, any head_dim.
+// Attention for whatever the fast kernels do not take: float32, mixed formats, any head_dim, capped
+// scores.
 //
 //   out[t, h] = sum over visible j of softmax_j(scale * q[t, h] . k[j]) v[j]
 //
@@ -43,7 +44,8 @@ OCTAVO_DEVICE float score(const AttentionArguments& a, const float* q, const Pla
   for (int d = 0; d < a.head_dim; ++d)
     sum =
         fma_rn(q[d], load_item(place.items, a.cache.dtype, a.cache.key_item(place.within, d)), sum);
-  return multiply_rn(multiply_rn(sum, scale_of(a.cache, place, false)), a.scale);
+  const float scaled = multiply_rn(multiply_rn(sum, scale_of(a.cache, place, false)), a.scale);
+  return a.cap == 0.0f ? scaled : multiply_rn(tanhf(scaled), a.cap);
 }
 
 OCTAVO_DEVICE float to_bf16_and_back(float x) { return to_float(from_float<Bf16>(x)); }

@@ -60,6 +60,26 @@ auto activation_kernel(Activation activation) {
   }
 }
 
+// x = factor * x, or cap * tanh(factor * x / cap): `by` is the factor before the hyperbolic
+// tangent, and cap 0 for none. blockIdx.x: row; blockIdx.y and threads: four columns each.
+constexpr unsigned kScaleThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kScaleThreads)
+    scale_rows(void* x, std::int64_t stride, int width, float by, float cap, bool aligned) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int col = static_cast<int>(4 * (blockIdx.y * kScaleThreads + threadIdx.x));
+  T* at = static_cast<T*>(x) + blockIdx.x * stride + col;
+  const auto scaled = [&](float number) {
+    const float y = multiply_rn(number, by);
+    return cap == 0.0f ? y : multiply_rn(tanhf(y), cap);
+  };
+  const float4 four = load_four(at, width - col, aligned);
+  store_four(at, {scaled(four.x), scaled(four.y), scaled(four.z), scaled(four.w)}, width - col,
+             aligned);
+}
+
 // out[i] = x[rows[i]], rows of `units` units of type Unit. blockIdx.x: i; blockIdx.y, threads: one
 // unit each. Reads and writes each row once.
 constexpr unsigned kCopyThreads = 256;
@@ -102,6 +122,15 @@ void CudaBackend::gated_activation(View out, View x, Activation activation, bool
   for_type("gated_activation", out.dtype, [&](auto zero) {
     launch(stream_, "activate_rows", {grid, kActivationThreads, 0, true},
            activation_kernel<decltype(zero)>(activation), a);
+  });
+}
+
+void CudaBackend::scale(View x, float factor, float cap) {
+  if (x.rows == 0 || x.cols == 0) return;
+  const dim3 grid = dims(x.rows, ceil_div(x.cols, 4 * kScaleThreads));
+  for_type("scale", x.dtype, [&](auto zero) {
+    launch(stream_, "scale_rows", {grid, kScaleThreads, 0, true}, scale_rows<decltype(zero)>,
+           x.data, x.stride, x.cols, cap == 0.0f ? factor : factor / cap, cap, fours_aligned(x));
   });
 }
 

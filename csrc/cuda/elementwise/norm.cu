@@ -1,4 +1,4 @@
-// Norms, alone and fused with the addition before them.
+// Norms, alone and fused with the addition before them; of heads, in place.
 #include "cuda/backend.h"
 #include "cuda/elementwise/elementwise.cuh"
 #include "cuda/elementwise/norm.cuh"
@@ -86,6 +86,57 @@ __global__ void __launch_bounds__(kMostThreads) norm_rows(NormArguments a) {
   }
 }
 
+// residual += added (null: stays); out = residual. blockIdx.x: row; blockIdx.y and threads: four
+// columns each.
+constexpr unsigned kPassThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kPassThreads) pass_rows(NormArguments a) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int col = static_cast<int>(4 * (blockIdx.y * kPassThreads + threadIdx.x));
+  float* residual = a.residual + blockIdx.x * a.residual_stride + col;
+  float4 x = load_four(residual, a.width - col, a.rows_aligned);
+  if (a.added) {
+    const T* added = static_cast<const T*>(a.added) + blockIdx.x * a.added_stride + col;
+    const float4 more = load_four(added, a.width - col, a.rows_aligned);
+    x = {x.x + more.x, x.y + more.y, x.z + more.z, x.w + more.w};
+    store_four(residual, x, a.width - col, a.rows_aligned);
+  }
+  T* out = static_cast<T*>(a.out) + blockIdx.x * a.out_stride + col;
+  store_four(out, x, a.width - col, a.rows_aligned);
+}
+
+struct HeadArguments {
+  void* x;
+  const float* weight;
+  std::int64_t stride;  // in numbers
+  int width;
+  float eps;
+  bool aligned, weights_aligned;
+};
+
+// Numbers of one head, x = x / sqrt(mean(x^2) + eps) * weight, in place. blockIdx.x: row;
+// blockIdx.y: head. Threads have groups of four columns; what they read is read again, from the
+// first-level cache, once the sum is known. The order of the sums is that of norm_rows.
+template <class T>
+__global__ void __launch_bounds__(kMostThreads) norm_heads_kernel(HeadArguments a) {
+  auto* sums = reinterpret_cast<float*>(shared_memory());
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  T* x = static_cast<T*>(a.x) + blockIdx.x * a.stride + blockIdx.y * a.width;
+  const int first = static_cast<int>(4 * threadIdx.x), step = static_cast<int>(4 * blockDim.x);
+  float squares = 0.0f;
+  for (int col = first; col < a.width; col += step)
+    squares = add_squares(squares, load_four(x + col, a.width - col, a.aligned));
+  const float scale = norm_scale(block_sum(squares, sums), a.width, a.eps);
+  for (int col = first; col < a.width; col += step) {
+    const float4 weight = load_four(a.weight + col, a.width - col, a.weights_aligned);
+    const float4 y = scaled(load_four(x + col, a.width - col, a.aligned), scale, weight);
+    store_four(x + col, y, a.width - col, a.aligned);
+  }
+}
+
 void launch_norm(Stream& stream, const char* op, View out, View residual, const View* added,
                  const Norm& norm) {
   constexpr std::int64_t kMostWidth = 4 * kMostNormGroups * std::int64_t{kMostThreads};
@@ -110,6 +161,13 @@ void launch_norm(Stream& stream, const char* op, View out, View residual, const 
       fours_aligned(out) && fours_aligned(residual) && (!added || fours_aligned(*added));
   a.weights_aligned = is_aligned(norm.weight, 16) && is_aligned(norm.bias, 16);
 
+  if (norm.spec.kind == NormKind::none) {
+    const LaunchShape pass{dims(out.rows, ceil_div(out.cols, 4 * kPassThreads)), kPassThreads, 0,
+                           true};
+    return for_type(op, out.dtype, [&](auto zero) {
+      launch(stream, "pass_rows", pass, pass_rows<decltype(zero)>, a);
+    });
+  }
   const NormShape shared = norm_shape(a.width);
   const unsigned threads = static_cast<unsigned>(shared.warps) * kWarp;
   const LaunchShape shape{dims(out.rows), threads, 2 * kMostWarps * sizeof(float), true};
@@ -130,6 +188,27 @@ void CudaBackend::add_norm(View out, View residual, View x, const Norm& norm) {
   require_shape("add_norm", x, out.rows, out.cols);
   require_same_dtype("add_norm", out, x);
   launch_norm(stream_, "add_norm", out, residual, &x, norm);
+}
+
+void CudaBackend::norm_heads(View x, const Norm& norm, std::int64_t width) {
+  require(norm.spec.kind == NormKind::rms && !norm.bias,
+          "norm_heads takes an rms norm without a bias");
+  require(width >= 1 && x.cols % width == 0, "norm_heads got rows of ", x.cols,
+          " numbers; expected a multiple of ", width);
+  if (x.rows == 0 || x.cols == 0) return;
+  HeadArguments a{};
+  a.x = x.data;
+  a.weight = norm.weight;
+  a.stride = x.stride;
+  a.width = static_cast<int>(width);
+  a.eps = norm.spec.eps;
+  a.aligned = fours_aligned(x) && width % 4 == 0;
+  a.weights_aligned = is_aligned(norm.weight, 16);
+  const unsigned threads = static_cast<unsigned>(norm_shape(a.width).warps) * kWarp;
+  const LaunchShape shape{dims(x.rows, x.cols / width), threads, kMostWarps * sizeof(float), true};
+  for_type("norm_heads", x.dtype, [&](auto zero) {
+    launch(stream_, "norm_heads", shape, norm_heads_kernel<decltype(zero)>, a);
+  });
 }
 
 }  // namespace octavo::cuda

@@ -12,14 +12,14 @@ namespace {
 constexpr unsigned kHeadsPerBlock = 4;  // a warp each
 constexpr int kPairsPerLane = 4;        // head_dim up to 256
 
-// One head's vector of one token, by one warp: lane i has elements i + 32 n of either half.
+// One head's vector of one token, by one warp: lane i has the pairs i + 32 n.
 struct HeadVector {
   float first[kPairsPerLane], second[kPairsPerLane];
 };
 
 // Puts a key or value where it belongs.
-OCTAVO_DEVICE void store_vector(const Place& place, const HeadVector& x, int head_dim) {
-  const int half = (head_dim + 1) / 2, lane = static_cast<int>(lane_index());
+OCTAVO_DEVICE void store_vector(const RopeArguments& a, const Place& place, const HeadVector& x) {
+  const int half = (a.head_dim + 1) / 2, lane = static_cast<int>(lane_index());
   float scale = 1.0f;
   if (place.cache.dtype == DType::int8) {
     float largest = 0.0f;
@@ -32,12 +32,12 @@ OCTAVO_DEVICE void store_vector(const Place& place, const HeadVector& x, int hea
   for (int n = 0; n < kPairsPerLane; ++n) {
     const int i = lane + 32 * n;
     if (i >= half) continue;
-    place.store(i, x.first[n], scale);
-    if (i + half < head_dim) place.store(i + half, x.second[n], scale);
+    place.store(a.lower(i), x.first[n], scale);
+    if (a.upper(i) < a.head_dim) place.store(a.upper(i), x.second[n], scale);
   }
 }
 
-// x[i], x[i + half] = x[i] cos - x[i + half] sin, x[i + half] cos + x[i] sin, rounded to T, in
+// x[i], x[i + pairs] = x[i] cos - x[i + pairs] sin, x[i + pairs] cos + x[i] sin, rounded to T, in
 // place for q and k; then k and v, as rounded, to the slots. Heads are numbered q, k, v.
 //
 // Block (t, j): token t, heads 4 j to 4 j + 3, a warp each. Moves T (2 q + 2 k + v) + cache (k + v)
@@ -59,10 +59,10 @@ __global__ void rope_and_store_kernel(RopeArguments a) {
 
   float cosine[kPairsPerLane] = {}, sine[kPairsPerLane] = {};
   if (rotates) {
-    const std::int64_t angles = static_cast<std::int64_t>(a.positions[token]) * half;
+    const std::int64_t angles = static_cast<std::int64_t>(a.positions[token]) * a.pairs;
     for (int n = 0; n < kPairsPerLane; ++n) {
       const int i = lane + 32 * n;
-      if (i >= half) continue;
+      if (i >= a.pairs) continue;
       cosine[n] = a.cosines[angles + i];
       sine[n] = a.sines[angles + i];
     }
@@ -74,18 +74,19 @@ __global__ void rope_and_store_kernel(RopeArguments a) {
   for (int n = 0; n < kPairsPerLane; ++n) {
     const int i = lane + 32 * n;
     if (i >= half) continue;
-    x.first[n] = to_float(row[i]);
-    if (i + half < a.head_dim) x.second[n] = to_float(row[i + half]);
-    if (!rotates) continue;
+    T &low = row[a.lower(i)], &high = row[a.upper(i)];
+    x.first[n] = to_float(low);
+    if (a.upper(i) < a.head_dim) x.second[n] = to_float(high);
+    if (!rotates || i >= a.pairs) continue;
     const float first = x.first[n], second = x.second[n];
     const T lower = turned_first<T>(first, second, cosine[n], sine[n]);
     const T upper = turned_second<T>(first, second, cosine[n], sine[n]);
-    row[i] = lower;
-    row[i + half] = upper;
+    low = lower;
+    high = upper;
     x.first[n] = to_float(lower);
     x.second[n] = to_float(upper);
   }
-  if (slot >= 0) store_vector(Place(a, slot, head), x, a.head_dim);
+  if (slot >= 0) store_vector(a, Place(a, slot, head), x);
 }
 
 // ---- the same, 16 bytes at a time ----
@@ -169,9 +170,9 @@ __global__ void rope_and_store_wide_kernel(RopeArguments a) {
 
 bool can_be_wide(View qkv, const RopeArguments& a) {
   const int dim = a.head_dim;
-  return bits_of(qkv.dtype) == 16 && dim >= 16 && (dim & (dim - 1)) == 0 && qkv.stride % 8 == 0 &&
-         is_aligned(qkv.data, 16) && is_aligned(a.cosines, 16) && is_aligned(a.sines, 16) &&
-         is_aligned(a.cache.data, 16);
+  return bits_of(qkv.dtype) == 16 && dim >= 16 && (dim & (dim - 1)) == 0 && 2 * a.pairs == dim &&
+         qkv.stride % 8 == 0 && is_aligned(qkv.data, 16) && is_aligned(a.cosines, 16) &&
+         is_aligned(a.sines, 16) && is_aligned(a.cache.data, 16);
 }
 
 }  // namespace

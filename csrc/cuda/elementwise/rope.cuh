@@ -13,7 +13,13 @@ struct RopeArguments {
   const float *cosines, *sines;  // null: no rotation
   const std::int32_t *positions, *slots;
   int num_heads, num_kv_heads, head_dim;
+  int pairs;  // of a head, that rotate; without rotation half of the head
   KvLayout cache;
+
+  // The elements of pair i, of the (head_dim + 1) / 2 that a head is cut into: the first `pairs`
+  // rotate; the rest is cut into halves as well.
+  OCTAVO_DEVICE int lower(int i) const { return i < pairs ? i : i + pairs; }
+  OCTAVO_DEVICE int upper(int i) const { return i < pairs ? i + pairs : i + (head_dim + 1) / 2; }
 };
 
 inline RopeArguments rope_arguments(View qkv, const Rope* rope, const LayerSpec& layer,
@@ -28,11 +34,12 @@ inline RopeArguments rope_arguments(View qkv, const Rope* rope, const LayerSpec&
   a.num_heads = static_cast<int>(layer.num_heads);
   a.num_kv_heads = static_cast<int>(layer.num_kv_heads);
   a.head_dim = static_cast<int>(layer.head_dim);
+  a.pairs = rope ? static_cast<int>(rope->pairs) : (a.head_dim + 1) / 2;
   a.cache = layout_of(kv);
   return a;
 }
 
-// Numbers i and i + head_dim / 2 of a head, rotated and rounded.
+// The numbers of a pair, rotated and rounded.
 template <class T>
 OCTAVO_DEVICE T turned_first(float first, float second, float cosine, float sine) {
   return from_float<T>(add_rn(multiply_rn(first, cosine), -multiply_rn(second, sine)));

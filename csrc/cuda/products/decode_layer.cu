@@ -43,8 +43,15 @@ bool should_norm(View residual, const Norm& norm, const Linear& weight) {
          rows.shared_bytes() <= kMostShared;
 }
 
-bool can_rotate(const LayerSpec& layer, const KvLayer& kv) {
-  return layer.head_dim % 16 == 0 && kv.dtype != DType::int8;
+bool can_rotate(const LayerSpec& layer, const Rope* rope, const KvLayer& kv) {
+  return layer.head_dim % 16 == 0 && kv.dtype != DType::int8 &&
+         (!rope || 2 * rope->pairs == layer.head_dim);
+}
+
+// Whether there is nothing between the products that the five kernels do not compute.
+bool is_plain(const LayerSpec& layer) {
+  return layer.gated && !layer.moe && layer.qk_norm == QkNorm::none && !layer.output_norm &&
+         layer.residual_multiplier == 1.0f && layer.norm.kind != NormKind::none;
 }
 
 }  // namespace
@@ -63,8 +70,8 @@ bool CudaBackend::decode_layer(const LayerWork& work) {
   const LayerWeights& weights = work.weights;
   const View residual = work.residual;
   const DType dtype = work.hidden.dtype;
-  const bool is_fused = residual.rows >= 1 && residual.rows <= kFewRows && layer.gated &&
-                        !layer.moe && weights.qkv.size() == 1 && weights.up.size() == 1 &&
+  const bool is_fused = residual.rows >= 1 && residual.rows <= kFewRows && is_plain(layer) &&
+                        weights.qkv.size() == 1 && weights.up.size() == 1 &&
                         is_fast(work.hidden, weights.qkv[0]) && is_fast(work.attn, weights.o) &&
                         is_fast(work.hidden, weights.up[0]) && is_fast(work.act, weights.down);
   if (!is_fused) return false;
@@ -75,7 +82,7 @@ bool CudaBackend::decode_layer(const LayerWork& work) {
     return {work.hidden, nullptr, dtype};
   };
   const FewInput x = normed(weights.attn_norm, weights.qkv[0]);
-  if (can_rotate(layer, work.kv)) {
+  if (can_rotate(layer, weights.rope, work.kv)) {
     multiply_few_rotated(stream_, x, matrix_of(weights.qkv[0]),
                          rope_arguments(work.qkv, weights.rope, layer, work.kv, work.step));
   } else {

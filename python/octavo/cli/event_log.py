@@ -132,7 +132,9 @@ def replay(
             "max_waiting_requests": max_waiting_requests,
         },
     )
-    simulation = Simulation(options, num_blocks, costs, recorded.header["block_size"])
+    header = recorded.header
+    windows = tuple(header.get("kv_windows", (0,)))
+    simulation = Simulation(options, num_blocks, costs, header["block_size"], windows)
     simulation.run(arrivals_of(recorded, speed))
     events = simulation.engine.events
     if event_log is not None:

@@ -65,7 +65,7 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     if formats:  # embedding and head are rounded as they are loaded
         loaded = {**embedding_formats(spec), **formats}
         weight_sizes = {dtype: weight_bytes(spec, loaded, dtype) for dtype in _DTYPES}
-    kv_elements = spec.kv_elements_per_token()
+    kv_elements, longest = spec.kv_elements(1), spec.max_position_embeddings
     return {
         "path": str(files.path),
         "architecture": spec.architecture,
@@ -89,7 +89,9 @@ def describe(files: ModelFiles) -> dict[str, Any]:
         "quantized": describe_formats(spec, formats),
         "converted": [] if checkpoint is None else _converted(spec, checkpoint, loaded),
         "kv_bytes_per_token": {"f32": 4 * kv_elements, "bf16": 2 * kv_elements},
-        "memory": _memory(weight_sizes, kv_elements, spec.max_position_embeddings),
+        # Of layers with a window only the last tokens are kept.
+        "kv_share_at_full_length": spec.kv_elements(longest) / (kv_elements * longest),
+        "memory": _memory(weight_sizes, spec),
     }
 
 
@@ -140,10 +142,11 @@ def _converted(
     return [{**each._asdict(), "text": str(each)} for each in found]
 
 
-def _memory(weight_sizes: dict[str, int], kv_elements: int, max_positions: int) -> dict[str, Any]:
+def _memory(weight_sizes: dict[str, int], spec: ModelSpec) -> dict[str, Any]:
     """What fits here, with weights (if not quantized) and KV cache both in f32, or both in bf16.
 
-    weight_sizes: bytes of the weights by that dtype.
+    weight_sizes: bytes of the weights by that dtype. Tokens are those of sequences of full length,
+    of which layers with a window hold only the last ones.
     """
     from octavo.config import EngineConfig
     from octavo.machine import available_memory, total_memory
@@ -155,12 +158,14 @@ def _memory(weight_sizes: dict[str, int], kv_elements: int, max_positions: int) 
     for dtype in _DTYPES:
         weights = weight_sizes[dtype]
         left = max(0, available - weights)
-        tokens = int(left * fraction) // (kv_elements * ITEM_SIZE[dtype])
+        longest = spec.max_position_embeddings
+        size = spec.kv_elements(longest) * ITEM_SIZE[dtype]
+        tokens = int(left * fraction) * longest // size
         fits[dtype] = {
             "weight_bytes": weights,
             "fits": weights <= available,
             "kv_tokens": tokens,
-            "full_length_sequences": tokens // max_positions,
+            "full_length_sequences": tokens // longest,
         }
     return {
         "available_bytes": available,
@@ -189,7 +194,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     kind = "multi-head" if heads == kv_heads else "multi-query" if kv_heads == 1 else "grouped"
     head = "tied to the embedding" if facts["tie_word_embeddings"] else "of its own"
     biases = [name for name in ("attention", "mlp") if facts[f"{name}_bias"]]
-    kv_bytes = facts["kv_bytes_per_token"]
+    kv_bytes, kv_share = facts["kv_bytes_per_token"], facts["kv_share_at_full_length"]
+    windowed = f"; at full length {kv_share:.1%} of that, since windows end" if kv_share < 1 else ""
     return [
         ("Model", str(Path(facts["path"]))),
         ("Architecture", facts["architecture"]),
@@ -212,7 +218,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "KV cache",
             f"{format_bytes(kv_bytes['bf16'])} a token as bf16, {format_bytes(kv_bytes['f32'])} "
-            "as f32",
+            f"as f32{windowed}",
         ),
     ]
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os.path import commonpath
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +31,8 @@ from octavo.weights.tensor import Tensor
 
 ATTENTION = "octavo_taps"  # the name our attention function is registered under
 _RECORDER = "octavo_recorder"  # the attribute of a model's config with where it notes them
+# Where queries and keys are normalized as (1, heads, rows, head_dim); elsewhere rows come first.
+_NORMED_BY_HEAD = ("gemma3_text",)
 
 
 @dataclass
@@ -43,21 +47,28 @@ class Recorder:
     taps: dict[str, Float32] = field(default_factory=dict)
 
     def note(self, name: str, value: Any) -> None:
-        """Keep a (1, rows, ...) torch tensor as float32 (rows, width)."""
+        """Keep a torch tensor, (1, rows, ...) or a router's (rows, width), as float32 rows."""
         if self.active:
             tensor = value[0] if isinstance(value, tuple) else value
-            rows = tensor.detach()[0].float().cpu()
+            rows = tensor.detach().float().cpu()
+            rows = rows if rows.dim() == 2 else rows[0]
             self.taps[name] = rows.reshape(len(rows), -1).numpy().copy()
 
 
-def import_hugging_face() -> tuple[ModuleType, ModuleType]:
-    """(torch, transformers); an InvalidArgumentError says how to install what is missing."""
+def import_hugging_face(with_peft: bool = False) -> tuple[ModuleType, ModuleType]:
+    """(torch, transformers); an InvalidArgumentError says how to install what is missing.
+
+    with_peft: PEFT must be there too.
+    """
+    wanted = "torch, transformers and peft" if with_peft else "torch and transformers"
     try:
+        if with_peft:
+            importlib.import_module("peft")
         return importlib.import_module("torch"), importlib.import_module("transformers")
     except ImportError as error:
         raise InvalidArgumentError(
-            f"--against hf needs torch and transformers ({error}); install them with "
-            "`pip install torch transformers`, or compare with the NumPy reference: "
+            f"--against hf needs {wanted} ({error}); install them with `pip install "
+            f"{wanted.replace(',', '').replace(' and', '')}`, or compare with the NumPy reference: "
             "--against reference"
         ) from error
 
@@ -75,12 +86,14 @@ class HuggingFaceImplementation:
         dtype: str,
         *,
         weights: Mapping[str, Tensor] | None = None,
+        adapter: Path | None = None,
         num_threads: int = 0,
     ) -> None:
         """files: the model. dtype: "f32" or "bf16", of weights and activations alike.
 
         weights: values to put in place of the checkpoint's, in octavo's names (dummy weights, or
         those of a GGUF file); None lets transformers load the directory by its own loader.
+        adapter: a LoRA adapter's folder, which PEFT puts into the model.
         """
         self._torch, transformers = import_hugging_face()
         if num_threads:
@@ -94,12 +107,20 @@ class HuggingFaceImplementation:
         self._transformers = transformers
         _register_attention()
         self._model = self._load(files, weights)
+        added = ""
+        if adapter is not None:
+            peft = importlib.import_module("peft")
+            # The model itself is changed: its modules keep their names, and add what PEFT computes.
+            with warnings.catch_warnings():  # of tied heads, of deprecated names
+                warnings.simplefilter("ignore")
+                peft.PeftModel.from_pretrained(self._model, adapter, local_files_only=True).eval()
+            added = f", peft {peft.__version__}"
         self._hook(files)
         module = type(self._model).__module__  # transformers.models.llama.modeling_llama
         self.op_files = module.replace(".", ": ", 1).replace(".", "/") + ".py"
         self.description = (
             f"transformers {transformers.__version__}, torch {self._torch.__version__}, {dtype}, "
-            "eager attention, cpu"
+            f"eager attention, cpu{added}"
         )
 
     def _load(self, files: ModelFiles, weights: Mapping[str, Tensor] | None) -> Any:
@@ -121,18 +142,21 @@ class HuggingFaceImplementation:
                     f"transformers' model has other weights than octavo's: {untied or unexpected}"
                 )
             model.tie_weights()
+        # Products of all experts at once, its default, want widths that are multiples of four.
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")
         return model.eval()
 
     def _hook(self, files: ModelFiles) -> None:
         """Put a hook on every module that gives a tap, or is given one."""
         modules = {node.tap: self._module(files, node) for node in self._nodes}
         for node in self._nodes:
-            module, columns = modules[node.tap], self._columns(files, node)
+            module, part = modules[node.tap], self._part(files, node)
             if module is None:
                 continue
             module.register_forward_hook(
-                lambda _module, _inputs, output, tap=node.tap, columns=columns: self._recorder.note(
-                    tap, output if columns is None else output[..., columns]
+                lambda _module, _inputs, output, tap=node.tap, part=part: self._recorder.note(
+                    tap, part(output)
                 )
             )
             # What an op without weights gives is seen where the next module takes it in.
@@ -143,7 +167,9 @@ class HuggingFaceImplementation:
         setattr(self._model.config, _RECORDER, self._recorder)
 
     def _module(self, files: ModelFiles, node: Node) -> Any:
-        """The module whose output is the tap, or has it in `_columns`; None where there is none."""
+        """The module whose output is the tap, or has it as its `_part`; else None."""
+        if node.op == "moe" or any(matrix.is_router for matrix in node.matrices):
+            return self._expert_module(files, node)
         if node.op == "linear" and node.layer is None:
             # Whether tied or not; multipliers and caps of the logits come after the module.
             is_plain = node.scale == 1 and node.cap == 0
@@ -158,12 +184,24 @@ class HuggingFaceImplementation:
             return self._model.get_submodule(_layer_module(files, self._nodes, node.layer))
         return None
 
-    def _columns(self, files: ModelFiles, node: Node) -> slice | None:
-        """Which columns of a fused matrix's output are the tap; None: all."""
-        if node.op != "linear" or node.layer is None:
-            return None
-        rows = files.weight_map[f"{node.matrix.name}.weight"].rows
-        return None if rows is None else slice(rows[0], rows[0] + node.width)
+    def _part(self, files: ModelFiles, node: Node) -> Callable[[Any], Any]:
+        """From a module's output to the tap, (1, rows, ...)."""
+        if node.op == "norm_heads" and self._model.config.model_type in _NORMED_BY_HEAD:
+            return lambda output: output.transpose(1, 2)
+        place = None
+        if node.op == "linear" and node.layer is not None:
+            place = files.weight_map[f"{node.matrix.name}.weight"].rows  # of a fused matrix
+        if place is None:
+            return lambda output: output
+        columns = slice(place[0], place[0] + node.width)
+        return lambda output: output[..., columns]
+
+    def _expert_module(self, files: ModelFiles, node: Node) -> Any:
+        """The router, or all that it belongs to; transformers 5 has other names than the files."""
+        layer = self._model.get_submodule(_layer_module(files, self._nodes, node.layer))
+        router = next(name for name, _ in layer.named_modules() if name.endswith(".gate"))
+        name = router.removesuffix(".gate") if node.op == "moe" else router
+        return layer.get_submodule(name)
 
     def reset(self) -> None:
         self._cache = None
@@ -193,7 +231,7 @@ class HuggingFaceImplementation:
 def checkpoint_tensors(
     weight_map: Mapping[str, WeightSource], weights: Mapping[str, Tensor]
 ) -> dict[str, Float32]:
-    """The tensors of a checkpoint that holds these weights: fused, stacked and transformed again.
+    """The tensors of a checkpoint that holds these weights: fused and transformed again.
 
     weight_map: octavo's names -> where each weight lies. Returns float32 arrays of their own.
     """
@@ -202,24 +240,22 @@ def checkpoint_tensors(
         place, values = weight_map[name], tensor.to_float32()
         if place.transform == "plus_one":
             values = values - np.float32(1)
-        parts = values if len(place.names) > 1 else [values]
-        for each, part in zip(place.names, parts, strict=True):
-            first = place.rows[0] if place.rows else 0
-            whole = tensors.setdefault(each, np.empty(place.stored_shape, np.float32))
-            target = whole.T if place.transform == "transpose" else whole
-            target[first : first + len(part)] = part
+        first = place.rows[0] if place.rows else 0
+        whole = tensors.setdefault(place.tensor, np.empty(place.stored_shape, np.float32))
+        target = whole.T if place.transform == "transpose" else whole
+        target[first : first + len(values)] = values
     return tensors
 
 
 def checkpoint_module(files: ModelFiles, name: str) -> str:
     """The module that has a matrix or a norm; name: octavo's, without ".weight"."""
-    return files.weight_map[f"{name}.weight"].modules[0]
+    return files.weight_map[f"{name}.weight"].module
 
 
 def _layer_module(files: ModelFiles, nodes: list[Node], layer: int | None) -> str:
     """The module that has all the norms and matrices of a layer: "model.layers.3"."""
     names = [weight.name for node in nodes if node.layer == layer for weight in node.weights()]
-    paths = [files.weight_map[name].names[0].replace(".", "/") for name in names]
+    paths = [files.weight_map[name].tensor.replace(".", "/") for name in names]
     return commonpath(paths).replace("/", ".")
 
 

@@ -113,9 +113,10 @@ def _pack_adapters(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
 
 def _pack_block_tables(entries: tuple[ScheduledSequence, ...], blocks: BlockManager) -> Int32:
     """(num_kv_groups, num_seqs, most blocks of one sequence), NO_BLOCK after each last block."""
-    groups = range(len(blocks.pools))
+    groups = range(len(blocks.groups.windows))
     tables = [[blocks.block_table(e.sequence.key, group) for e in entries] for group in groups]
-    packed = np.full((len(groups), len(entries), max(map(len, tables[0]))), NO_BLOCK, np.int32)
+    width = max([len(table) for of_group in tables for table in of_group])
+    packed = np.full((len(groups), len(entries), width), NO_BLOCK, np.int32)
     for group in groups:
         for row, table in enumerate(tables[group]):
             packed[group, row, : len(table)] = table

@@ -1,4 +1,4 @@
-"""The blocks of a KV group: how many sequences hold each, their names, and which are free.
+"""The blocks of the KV cache: how many sequences hold each, their names, and which are free.
 
 A block is in one of three states:
 
@@ -7,7 +7,8 @@ A block is in one of three states:
     blank      held by no sequence, and without a name
 
 Cached and blank blocks are both free. `take` prefers a blank one; with none left it evicts the
-cached block that has been free for longest (least recently used).
+cached block that has been free for longest (least recently used). A name is one of a KV group: the
+same tokens lie in one block of each group.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ class IntegrityError(RuntimeError):
 class BlockPool:
     """Counts the holders of each of num_blocks blocks, and finds the published ones by name."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, num_groups: int = 1) -> None:
         self.num_blocks = num_blocks
         self.num_evictions = 0
         self._num_holders = [0] * num_blocks
-        self._name: list[bytes | None] = [None] * num_blocks
-        self._by_name: dict[bytes, int] = {}
+        self._name: list[tuple[int, bytes] | None] = [None] * num_blocks
+        self._by_name: tuple[dict[bytes, int], ...] = tuple({} for _ in range(num_groups))
         # A stack, reversed so that a fresh pool hands out 0, 1, 2, ...
         self._blank = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # the one free for longest first
@@ -51,15 +52,16 @@ class BlockPool:
         """Whether the block can be found by its name."""
         return self._name[block] is not None
 
-    def find(self, name: bytes) -> int | None:
-        """The block of this name, held or free."""
-        return self._by_name.get(name)
+    def find(self, name: bytes, group: int = 0) -> int | None:
+        """The group's block of this name, held or free."""
+        return self._by_name[group].get(name)
 
-    def find_leading(self, names: SequenceOf[bytes]) -> list[int]:
-        """The blocks of these names, up to the first name that has no block."""
+    def find_leading(self, names: SequenceOf[bytes], group: int = 0) -> list[int]:
+        """The group's blocks of these names, up to the first name that has none."""
         blocks: list[int] = []
+        by_name = self._by_name[group]
         for name in names:
-            block = self._by_name.get(name)
+            block = by_name.get(name)
             if block is None:
                 break
             blocks.append(block)
@@ -97,11 +99,11 @@ class BlockPool:
             else:
                 self._cached[block] = None
 
-    def publish(self, block: int, name: bytes) -> None:
+    def publish(self, block: int, name: bytes, group: int = 0) -> None:
         """Let a held block be found by its name; the first block of a name keeps it."""
-        if name not in self._by_name and self._name[block] is None:
-            self._by_name[name] = block
-            self._name[block] = name
+        if name not in self._by_name[group] and self._name[block] is None:
+            self._by_name[group][name] = block
+            self._name[block] = group, name
 
     def withdraw(self, block: int) -> None:
         """Take the name from a held block that will be written to."""
@@ -109,9 +111,10 @@ class BlockPool:
             self._forget(block)
 
     def _forget(self, block: int) -> None:
-        name = self._name[block]
-        if name is not None:
-            del self._by_name[name]
+        named = self._name[block]
+        if named is not None:
+            group, name = named
+            del self._by_name[group][name]
             self._name[block] = None
 
     def check_integrity(self, num_holders: dict[int, int]) -> None:
@@ -133,10 +136,10 @@ class BlockPool:
                 )
             if (counted == 0) != (block in is_free):
                 raise IntegrityError(f"block {block} has {counted} holders: lost, or wrongly free")
-        for block, name in enumerate(self._name):
-            if name is not None and self._by_name.get(name) != block:
+        for block, named in enumerate(self._name):
+            if named is not None and self._by_name[named[0]].get(named[1]) != block:
                 raise IntegrityError(f"block {block} cannot be found by its own name")
-        if len(self._by_name) != sum(name is not None for name in self._name):
+        if sum(map(len, self._by_name)) != sum(named is not None for named in self._name):
             raise IntegrityError("a name leads to a block that does not bear it")
         for block in self._blank:
             if self._name[block] is not None:

@@ -46,7 +46,8 @@ class Engine:
     """Runs requests in steps.
 
     runtime: the native runtime with its KV cache allocated. options: what it was built with.
-    num_kv_blocks, num_kv_groups: the cache's size and the number of block tables a sequence has.
+    num_kv_blocks: the cache's size. kv_windows: of each KV group, how many positions a token sees
+    there; 0: all. A sequence has a block table in each.
     tokenizer: None for a model without one; texts are then empty, and stop strings refused.
     eos_token_ids: any of these ends an answer. seed: for requests that name none.
     make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
@@ -61,7 +62,7 @@ class Engine:
         *,
         num_kv_blocks: int,
         vocab_size: int,
-        num_kv_groups: int = 1,
+        kv_windows: SequenceOf[int] = (0,),
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Collection[int] = (),
         seed: int = 0,
@@ -80,7 +81,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
-        self.blocks = BlockManager(num_kv_blocks, options.block_size, num_kv_groups)
+        size, num_in_flight = options.block_size, options.num_in_flight_tokens
+        self.blocks = BlockManager(num_kv_blocks, size, kv_windows, num_in_flight)
         limits = SchedulerLimits(
             options.max_num_seqs,
             options.max_num_batched_tokens,

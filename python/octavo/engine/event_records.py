@@ -26,6 +26,7 @@ def describe_engine(
     return {
         "block_size": blocks.block_size,
         "num_blocks": blocks.num_blocks,
+        "kv_windows": blocks.groups.windows,
         "max_waiting_requests": options.max_waiting_requests,
         "max_waiting_tokens": options.max_waiting_tokens,
         **asdict(limits),
@@ -59,7 +60,7 @@ def read_stats(
     scheduler: Scheduler, admission: AdmissionLimits, num_steps: int, num_sampled_tokens: int
 ) -> EngineStats:
     """See `Engine.stats`."""
-    pools = scheduler.blocks.pools
+    pool = scheduler.blocks.pool
     return EngineStats(
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
@@ -68,11 +69,11 @@ def read_stats(
         waiting_reason=scheduler.waiting_reason,
         num_blocks=scheduler.blocks.num_blocks,
         num_free_blocks=scheduler.blocks.num_free_blocks,
-        num_cached_blocks=min(pool.num_cached for pool in pools),
+        num_cached_blocks=pool.num_cached,
         num_steps=num_steps,
         num_sampled_tokens=num_sampled_tokens,
         num_preemptions=scheduler.num_preemptions,
         num_prefix_queries=scheduler.prefix_cache.num_queries,
         num_prefix_hits=scheduler.prefix_cache.num_hits,
-        num_evictions=sum(pool.num_evictions for pool in pools),
+        num_evictions=pool.num_evictions,
     )

@@ -90,14 +90,13 @@ class PrefixCache:
             return leader.num_computed_tokens < leader.num_prompt_tokens
         if not self.is_enabled:
             return False
-        for index, name in enumerate(self.names_of(sequence)):
-            if not self._blocks.is_cached(name):
-                return any(
-                    other.num_published_blocks <= index < len(other.block_hashes)
-                    and other.block_hashes[index] == name
-                    for other in running
-                )
-        return False
+        names = self.names_of(sequence)
+        index = len(self._blocks.find_prefix(names, sequence.num_tokens - 1).blocks[0])
+        return index < len(names) and any(
+            other.num_published_blocks <= index < len(other.block_hashes)
+            and other.block_hashes[index] == names[index]
+            for other in running
+        )
 
     def publish(self, sequence: Sequence, num_full_blocks: int) -> None:
         """Let others find the sequence's first num_full_blocks blocks, which are computed."""

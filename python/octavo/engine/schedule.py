@@ -81,12 +81,14 @@ class SchedulerLimits:
 class ScheduleBuilder:
     """Builds schedule `number`.
 
-    budget: the tokens that may still be added. now: the time in seconds.
+    budget: the tokens that may still be added. now: the time in seconds. is_short: a sequence that
+    runs lacked blocks.
     """
 
     number: int
     budget: int
     now: float
+    is_short: bool = False
     num_tokens: int = 0
     entries: list[ScheduledSequence] = field(default_factory=list)
     row_sequences: list[Sequence] = field(default_factory=list)

@@ -7,11 +7,11 @@ bounded. Both are in the order of rank: time of arrival, shifted by priority (se
 there is a drafter, take what is left after one token for every decoding sequence.
 
 Memory. A sequence is admitted when blocks for all of its present tokens are free, and also some
-headroom for those already running, so that these can go on for a while. It shares the blocks of its
-beginning that the cache still holds. While decoding it takes a new block when its last one is full.
-When none is free, the *last* running sequence in rank is preempted: it gives its blocks back and
-waits again. So the first in rank is never preempted and always advances. Since no request is
-accepted that the whole cache could not hold, it ends; then the next one is the first. So all end.
+headroom for those already running. It shares the blocks of its beginning that the cache still
+holds. While it decodes, or its window moves over its prompt, it takes more blocks. When none is
+free, the *last* running sequence in rank is preempted: it gives its blocks back and waits again. So
+the first in rank is never preempted and always advances. Since no request is accepted that the
+whole cache could not hold, it ends; then the next one is the first. So all end.
 
 Pure Python: no NumPy, no native code.
 """
@@ -94,7 +94,7 @@ class Scheduler:
                 f"(max_model_len): shorten the prompt"
             )
         num_cached = self.max_total_tokens(num_prompt_tokens, max_tokens) - 1
-        if self.blocks.blocks_for(num_cached) > self.blocks.num_blocks:
+        if self.blocks.groups.blocks_of(num_cached) > self.blocks.num_blocks:
             raise InvalidArgumentError(
                 f"prompt and answer may have {num_cached + 1} tokens; the whole KV cache holds "
                 f"{self.blocks.num_tokens_capacity}: shorten the prompt, lower max_tokens, or give "
@@ -122,14 +122,10 @@ class Scheduler:
         """
         step = ScheduleBuilder(self.num_schedules, self.limits.max_num_batched_tokens, now)
         self._make_room_for_urgent(step)
-        num_yielded = len(step.preempted)
         self._schedule_decodes(step)
         num_decodes = len(step.entries)
         self._schedule_prefills(step)
-        # A step that had to preempt, to let others run, admits no sequence.
-        is_short = len(step.preempted) > num_yielded
-        waiting = (self._waiting[0], "preemption") if is_short else self._admit(step)
-        self._note_wait(*waiting, now)
+        self._note_wait(*self._admit(step), now)
         self.num_schedules += bool(step.entries)
         return step.schedule(num_decodes)
 
@@ -157,10 +153,12 @@ class Scheduler:
             num_full_blocks = (start + num_new_tokens - len(drafts)) // block_size
             if num_full_blocks > sequence.num_published_blocks and is_running:
                 self.prefix_cache.publish(sequence, num_full_blocks)
-            if drafts:
-                num_rejected = len(drafts) - num_agreeing(drafts, token_ids[row:])
+            num_rejected = len(drafts) - num_agreeing(drafts, token_ids[row:]) if drafts else 0
+            if num_rejected:
                 sequence.num_computed_tokens -= num_rejected if is_running else 0
                 rejected_rows.update(range(row + num_samples - num_rejected, row + num_samples))
+            if self.blocks.has_windows and is_running:
+                self.blocks.advance(sequence.key, start + num_new_tokens - num_rejected)
             row += num_samples
         return rejected_rows
 
@@ -218,11 +216,20 @@ class Scheduler:
                 if sequence.num_pending_tokens:  # drafts must follow a token still being sampled
                     continue
                 drafts = self._drafts(sequence, step.budget - 1, len(self._running) - index)
-            while not self.blocks.reserve(sequence.key, num_tokens):
-                if self._preempt_last("kv_blocks", sequence, step) is sequence:
-                    break
-            else:
+            if self._make_room(sequence, num_tokens, step):
                 step.add(sequence, 1, 1, drafts)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, step: ScheduleBuilder) -> bool:
+        """Reserve blocks for so many tokens; for want of them the last sequence is preempted.
+
+        False if that is the sequence itself, or one that the step computes already.
+        """
+        while not self.blocks.reserve(sequence.key, num_tokens):
+            step.is_short = True
+            is_in_step = self._running[-1] in [entry.sequence for entry in step.entries]
+            if is_in_step or self._preempt_last("kv_blocks", sequence, step) is sequence:
+                return False
+        return True
 
     def _drafts(self, sequence: Sequence, budget: int, num_behind: int) -> tuple[int, ...]:
         """The drafts that the step has room to check, with blocks reserved for them.
@@ -237,15 +244,15 @@ class Scheduler:
         return drafts if self.blocks.reserve(sequence.key, num_tokens, num_behind) else ()
 
     def _schedule_prefills(self, step: ScheduleBuilder) -> None:
-        for sequence in self._running:
-            if not step.budget:
-                break
-            if sequence.num_uncomputed_tokens > 1:
+        for sequence in [other for other in self._running if other.num_uncomputed_tokens > 1]:
+            if step.budget and sequence.state is SequenceState.RUNNING:  # not preempted meanwhile
                 self._schedule_chunk(sequence, step)
 
     def _schedule_chunk(self, sequence: Sequence, step: ScheduleBuilder) -> None:
         start = sequence.num_computed_tokens
         num_new_tokens = min(sequence.num_uncomputed_tokens, step.budget)
+        if not self._make_room(sequence, start + num_new_tokens, step):
+            return
         self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens, step.number))
         step.add(sequence, num_new_tokens, int(num_new_tokens == sequence.num_uncomputed_tokens))
 
@@ -253,6 +260,8 @@ class Scheduler:
 
     def _admit(self, step: ScheduleBuilder) -> tuple[Sequence | None, str | None]:
         """Admit sequences in the order of the queue; returns the next one, and why it waits."""
+        if step.is_short and self._waiting:
+            return self._waiting[0], "preemption"
         while True:
             sequence = self._next_candidate()
             if sequence is None:
@@ -290,13 +299,10 @@ class Scheduler:
         A few for each, as far as it may still need them. Without them the new sequence would soon
         be preempted again, with many tokens computed and few sampled.
         """
-        headroom = 0
-        for running in itertools.islice(self._running, num_running):
-            # The last token is sampled but never computed.
-            at_the_end = self.blocks.blocks_for(running.max_total_tokens - 1)
-            num_held = len(self.blocks.block_table(running.key))
-            headroom += min(self.limits.headroom_blocks, at_the_end - num_held)
-        return headroom
+        few, running = self.limits.headroom_blocks, itertools.islice(self._running, num_running)
+        # The last token is sampled but never computed.
+        ends = [(sequence.key, sequence.max_total_tokens - 1) for sequence in running]
+        return sum([self.blocks.num_blocks_to_come(key, end, few) for key, end in ends])
 
     def _start(self, sequence: Sequence, prefix: Prefix, step: ScheduleBuilder) -> None:
         if sequence.num_cached_tokens is None:
@@ -363,22 +369,16 @@ class Scheduler:
         self.waiting_reason = reason
         noted = None if sequence is None else (sequence.key, reason)
         if sequence is not None and noted != self._noted_wait:
-            numbers = (self.blocks.blocks_for(sequence.num_tokens), self.blocks.num_free_blocks)
-            event = (now, "waited", sequence.key, reason, *numbers, len(self._waiting))
+            num_needed = self.blocks.groups.blocks_of(sequence.num_tokens)
+            numbers = (num_needed, self.blocks.num_free_blocks, len(self._waiting))
+            event = (now, "waited", sequence.key, reason, *numbers)
             self.events.record(event)
         self._noted_wait = noted
 
     @property
     def num_live_tokens(self) -> int:
-        """Tokens of running sequences in the cache; those in shared blocks are counted once."""
-        size = self.blocks.block_size
-        full: set[int] = set()
-        rest = 0
-        for sequence in self._running:
-            num_full, num_more = divmod(sequence.num_computed_tokens, size)
-            full.update(self.blocks.block_table(sequence.key)[:num_full])
-            rest += num_more
-        return len(full) * size + rest
+        """Tokens of running sequences in the cache, in KV group 0; in shared blocks only once."""
+        return self.blocks.num_live_tokens({s.key: s.num_computed_tokens for s in self._running})
 
     def check_integrity(self) -> None:
         """The queues, the states and the blocks agree; IntegrityError if not."""

@@ -139,7 +139,9 @@ class _Models:
         checkpoint: Checkpoint,
         environment: Environment,
     ) -> Checkpoint:
-        if against == "same" and checkpoint.formats.keys() <= checkpoint.stored.keys():
+        formats = checkpoint.formats.keys()
+        is_gguf = bool(formats) and not self.files.quantized
+        if against == "same" and is_gguf and formats <= checkpoint.stored.keys():
             # A GGUF file: the numbers that it stands for.
             self.reference_files = read_model(self.files.path, "f32")
             return open_checkpoint(self.reference_files)

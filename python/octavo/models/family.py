@@ -27,12 +27,12 @@ Transform = Literal["plain", "plus_one", "transpose", "unpermute"]
 class WeightSource:
     """Where a weight of the model lies in a checkpoint.
 
-    names: of the tensor in the checkpoint; several are stacked along a new first axis. shape: of
-    the weight. rows: of a fused tensor (first, of how many), counted after a transposition; None:
-    the whole tensor. head_dim: for "unpermute". shard_axis: as in `layer.Weight`.
+    tensor: its name in the checkpoint. shape: of the weight. rows: of a fused tensor (first, of how
+    many), counted after a transposition; None: the whole tensor. head_dim: for "unpermute".
+    shard_axis: as in `layer.Weight`.
     """
 
-    names: tuple[str, ...]
+    tensor: str
     shape: tuple[int, ...]
     rows: tuple[int, int] | None = None
     transform: Transform = "plain"
@@ -41,29 +41,27 @@ class WeightSource:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape that each of the tensors has in the checkpoint."""
-        shape = self.shape[1:] if len(self.names) > 1 else self.shape
-        if self.rows is not None:
-            shape = (self.rows[1], *shape[1:])
+        """The shape of the tensor."""
+        shape = self.shape if self.rows is None else (self.rows[1], *self.shape[1:])
         return shape[::-1] if self.transform == "transpose" else shape
 
     @property
     def name(self) -> str:
-        """The one tensor that is exactly this weight; needed to write a checkpoint.
+        """The tensor, if it is exactly this weight; needed to write a checkpoint.
 
-        Raises UnsupportedModelError where there is none.
+        Raises UnsupportedModelError where it is not.
         """
-        if len(self.names) > 1 or self.rows is not None or self.transform != "plain":
+        if self.rows is not None or self.transform != "plain":
             raise UnsupportedModelError(
-                f"{self.names[0]} of a checkpoint is not a weight as octavo has it (stacked, fused "
-                "or transformed), so octavo cannot write such a checkpoint; use the model as it is"
+                f"{self.tensor} of a checkpoint is not a weight as octavo has it (fused or "
+                "transformed), so octavo cannot write such a checkpoint; use the model as it is"
             )
-        return self.names[0]
+        return self.tensor
 
     @property
-    def modules(self) -> tuple[str, ...]:
-        """The names without ".weight" or ".bias"."""
-        return tuple(name.rpartition(".")[0] for name in self.names)
+    def module(self) -> str:
+        """The name without ".weight" or ".bias"."""
+        return self.tensor.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,8 @@ class TensorNames:
 
     modules: their name -> octavo's part ("q"), or several ("q k v"), whose rows lie one after the
     other in one tensor. "{layer}" stands for the number of the layer, "{expert}" for that of an
-    expert, in octavo's parts too: "experts.{expert}.gate". transforms: by octavo's part.
+    expert, in octavo's parts too: "experts.{expert}.gate"; where the tensor's name lacks it, the
+    rows of all experts lie one after the other in it. transforms: by octavo's part.
     """
 
     modules: Mapping[str, str]
@@ -99,13 +98,17 @@ class TensorNames:
                 weights[f"{before}{each.format(expert=expert)}.{ending}"].shape[0] for each in parts
             ]
             place = parts.index(part)
+            rows = (sum(sizes[:place]), sum(sizes)) if len(parts) > 1 else None
+            moe = spec.layers[layer or 0].moe
+            if expert is not None and moe is not None and "{expert}" not in module:
+                rows = (int(expert) * sizes[0], moe.num_experts * sizes[0])
             transform = self.transforms.get(part, "plain")
             if ending == "bias" and transform != "unpermute":
                 transform = "plain"
             return WeightSource(
-                (name,),
+                name,
                 weight.shape,
-                (sum(sizes[:place]), sum(sizes)) if len(parts) > 1 else None,
+                rows,
                 transform,
                 spec.layers[layer or 0].head_dim if transform == "unpermute" else 0,
                 weight.shard_axis,
@@ -140,6 +143,7 @@ class GgufFamily:
     read_config: Callable[[GgufHeader], dict[str, Any]]  # without token ids and architecture
     tensors: TensorNames
     constants: tuple[str, ...] = ()  # tensors that belong to the configuration
+    has_experts: bool = False  # of two families of one architecture, the one with experts
 
 
 @dataclass(frozen=True)

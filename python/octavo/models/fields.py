@@ -25,6 +25,7 @@ class Limit:
     INTERMEDIATE = 2**20
     LAYERS = 1024
     HEADS = 4096
+    EXPERTS = 4096
     HEAD_DIM = 1024
     POSITIONS = 2**24  # float32 must hold them exactly
 

@@ -31,6 +31,14 @@ GGUF_TENSORS = {
     "output_norm": "final_norm",
     "output": "lm_head",
 }
+# Experts: the matrices of all of them in one tensor of three axes, which is read as one of two.
+GGUF_EXPERTS = {
+    "blk.{layer}.ffn_gate_inp": "router",
+    "blk.{layer}.ffn_gate_exps": "experts.{expert}.gate",
+    "blk.{layer}.ffn_up_exps": "experts.{expert}.up",
+    "blk.{layer}.ffn_down_exps": "experts.{expert}.down",
+}
+EXPERT_ENTRIES = ("expert_count", "expert_used_count")
 GGUF_HEAD_NORMS = {
     "blk.{layer}.attn_q_norm": "q_norm",
     "blk.{layer}.attn_k_norm": "k_norm",
@@ -41,6 +49,10 @@ _NO_EXPERTS, _NO_SCALE = "0 (no experts)", "no scale (the entry left out)"
 _CHANGES: dict[str, tuple[tuple[object, ...], str]] = {
     "expert_count": ((0,), _NO_EXPERTS),
     "expert_used_count": ((0,), _NO_EXPERTS),
+    "expert_shared_count": ((0,), "0 (no experts that all tokens share)"),
+    "expert_gating_func": ((1,), "1 (softmax)"),
+    "expert_weights_scale": ((), _NO_SCALE),
+    "leading_dense_block_count": ((0,), "0 (experts in all layers)"),
     "attention.sliding_window": ((0,), "0 (every token attends to all before it)"),
     "attention.sliding_window_pattern": ((), "windows in all layers or in none"),
     "attention.causal": ((True,), "true"),
@@ -127,6 +139,12 @@ def read_common(
     if rotated != head_dim:
         config["partial_rotary_factor"] = rotated / head_dim
     return entries, config
+
+
+def read_experts(entries: Fields) -> tuple[int, int]:
+    """How many experts there are, and how many of them a token goes through."""
+    count = entries.integer("expert_count", 1, Limit.HEADS)
+    return count, entries.integer("expert_used_count", 1, count)
 
 
 def read_theta(entries: Fields) -> float:

@@ -17,11 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import UnsupportedModelError
-from octavo.models.family import GgufFamily, GgufHeader, TensorNames
+from octavo.models.family import GgufFamily, GgufHeader, TensorNames, Transform
 from octavo.models.fields import Fields, Limit, describe
 from octavo.models.gguf_reading import (
+    EXPERT_ENTRIES,
+    GGUF_EXPERTS,
     GGUF_TENSORS,
     read_common,
+    read_experts,
     read_rope_scaling,
     read_theta,
     shortest,
@@ -94,9 +97,30 @@ def llama3_divisors(
     return divisors
 
 
+def read_mixtral(header: GgufHeader) -> dict[str, Any]:
+    """The same of Mixtral, whose files say that they are Llama's."""
+    entries, config = read_common(header, "llama", reads=EXPERT_ENTRIES)
+    count, used = read_experts(entries)
+    return {
+        **config,
+        "hidden_act": "silu",
+        "num_experts_per_tok": used,
+        "num_local_experts": count,
+        "rope_scaling": read_rope_scaling(entries),
+        "sliding_window": None,
+    }
+
+
+_PERMUTED: dict[str, Transform] = {"q": "unpermute", "k": "unpermute"}
+MIXTRAL = GgufFamily(
+    architecture="llama",
+    read_config=read_mixtral,
+    tensors=TensorNames({**GGUF_TENSORS, **GGUF_EXPERTS}, _PERMUTED),
+    has_experts=True,
+)
 GGUF = GgufFamily(
     architecture="llama",
     read_config=read_config,
-    tensors=TensorNames(GGUF_TENSORS, transforms={"q": "unpermute", "k": "unpermute"}),
+    tensors=TensorNames(GGUF_TENSORS, _PERMUTED),
     constants=(_ROPE_FREQS,),
 )

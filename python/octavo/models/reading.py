@@ -12,7 +12,7 @@ from typing import Any
 
 from octavo.models.fields import Fields, Limit
 from octavo.models.rope_fields import read_rope
-from octavo.models.spec import Activation, LayerSpec, ModelSpec, NormSpec
+from octavo.models.spec import Activation, LayerSpec, ModelSpec, MoeSpec, NormSpec
 
 # Hugging Face's names of the activations, by the formula they stand for.
 ACTIVATIONS: dict[str, Activation] = {
@@ -144,7 +144,7 @@ def read_model(
     final_norm: NormSpec | None = None,
     **special: Any,
 ) -> ModelSpec:
-    """The model of these layers; those that see as far share a table of blocks.
+    """The model of these layers.
 
     A window that no sequence outgrows is none. final_norm: None takes the layers'. special: fields
     of ModelSpec.
@@ -158,7 +158,7 @@ def read_model(
         vocab_size=fields.integer("vocab_size", 1, Limit.VOCAB),
         hidden_size=fields.integer("hidden_size", 1, Limit.WIDTH),
         max_position_embeddings=positions,
-        layers=group_layers(layers),
+        layers=tuple(layers),
         final_norm=final_norm or layers[0].norm,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", tied),
         **special,
@@ -221,6 +221,15 @@ def read_activation(fields: Fields, name: str, default: str) -> Activation:
     return ACTIVATIONS[activation]
 
 
+def read_moe(
+    fields: Fields, name: str, *, num_experts: int, experts_per_token: int, normalize: bool = True
+) -> MoeSpec:
+    """The experts of a layer. name: of the field with their number; the numbers: defaults."""
+    count = fields.integer(name, 1, Limit.EXPERTS, default=num_experts)
+    chosen = fields.integer("num_experts_per_tok", 1, count, default=experts_per_token)
+    return MoeSpec(count, chosen, normalize)
+
+
 def read_window(fields: Fields, default: int | None = None) -> int:
     """How many positions a token sees, itself included; 0 for null: all of them."""
     name = "sliding_window"
@@ -248,9 +257,3 @@ def read_layer_types(fields: Fields, count: int, window: int) -> list[int] | Non
 def with_windows(layer: LayerSpec, windows: Sequence[int]) -> list[LayerSpec]:
     """A layer for each window, alike in all else."""
     return [replace(layer, window=window) for window in windows]
-
-
-def group_layers(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """The layers with their KV groups: those of one window share a table of blocks."""
-    windows = list(dict.fromkeys(layer.window for layer in layers))
-    return tuple(replace(layer, kv_group=windows.index(layer.window)) for layer in layers)

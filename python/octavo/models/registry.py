@@ -15,10 +15,12 @@ from octavo.models import (
     llama,
     ministral,
     mistral,
+    mixtral,
     olmo2,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
     starcoder2,
 )
@@ -30,8 +32,10 @@ _ALL = (
     llama.FAMILY,
     mistral.FAMILY,
     ministral.FAMILY,
+    mixtral.FAMILY,
     qwen2.FAMILY,
     qwen3.FAMILY,
+    qwen3_moe.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
     phi3.FAMILY,
@@ -80,8 +84,11 @@ def find_family(config: Mapping[str, Any]) -> Family:
 
 def find_gguf_family(metadata: Mapping[str, Any], source: str) -> tuple[Family, GgufFamily]:
     """The family that `general.architecture` of a GGUF file names. source: the file."""
-    families = {each.gguf.architecture: (each, each.gguf) for each in _ALL if each.gguf}
     architecture = metadata.get("general.architecture")
+    experts = bool(metadata.get(f"{architecture}.expert_count"))
+    candidates = [(each, each.gguf) for each in _ALL if each.gguf]
+    candidates.sort(key=lambda pair: pair[1].has_experts == experts)  # what fits comes last
+    families = {pair[1].architecture: pair for pair in candidates}
     if not isinstance(architecture, str) or architecture not in families:
         supported = ", ".join(map(repr, families))
         raise Fields(metadata, source).error("general.architecture", architecture, supported)

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from octavo.models import rope
 from octavo.models.fields import Fields, Limit, describe
 from octavo.models.spec import RopeSpec
@@ -97,7 +99,12 @@ def read_rope(
     theta_source = fields if "rope_theta" in values else top
     theta = theta_source.number("rope_theta", 0.0, default=theta, exclude_low=True)
     dim = _rotating(top, fields, head_dim, partial)
-    return _READERS[kind](_Rope(top, fields, theta, dim, max_positions))
+    with np.errstate(all="ignore"):  # what overflows is refused here
+        spec = _READERS[kind](_Rope(top, fields, theta, dim, max_positions))
+    turns = (*spec.frequencies, *spec.long_frequencies, spec.attention_factor)
+    if not all(map(math.isfinite, turns)):
+        raise fields.error("rope_type", kind, "a rope whose frequencies are finite numbers")
+    return spec
 
 
 def _rotating(top: Fields, fields: Fields, head_dim: int, partial: bool) -> int:

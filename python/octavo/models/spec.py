@@ -163,10 +163,15 @@ class ModelSpec:
     logits_softcap: float = 0.0
 
     @property
-    def num_kv_groups(self) -> int:
-        """How many block tables a sequence carries."""
-        return 1 + max(layer.kv_group for layer in self.layers)
+    def kv_windows(self) -> tuple[int, ...]:
+        """Of each KV group (a block table of each sequence): its layers' widest window; 0: all."""
+        groups: dict[int, list[int]] = {}
+        for layer in self.layers:
+            groups.setdefault(layer.kv_group, []).append(layer.window)
+        return tuple(0 if 0 in windows else max(windows) for _, windows in sorted(groups.items()))
 
-    def kv_elements_per_token(self) -> int:
-        """Numbers (not bytes) that the KV cache holds for one token, over all layers."""
-        return sum(2 * layer.kv_size for layer in self.layers)
+    def kv_elements(self, num_tokens: int) -> int:
+        """Numbers (not bytes) that the KV cache holds for so many tokens, over all layers."""
+        return sum(
+            2 * layer.kv_size * min(layer.window or num_tokens, num_tokens) for layer in self.layers
+        )

@@ -35,6 +35,8 @@ def _layers(spec: ModelSpec) -> Iterator[str]:
         yield f"scores multiplied by {scale:.4g} {where}"
     for cap, where in _each(spec, lambda layer: layer.attention_softcap):
         yield f"scores capped at {cap:g} {where}"
+    for experts, where in _each(spec, _experts):
+        yield f"{experts} {where}"
     for _, where in _each(spec, lambda layer: not layer.gated):
         yield f"no gate in the MLP {where}"
     factors = {layer.residual_multiplier for layer in spec.layers} - {1.0}
@@ -51,6 +53,11 @@ def _model(spec: ModelSpec) -> Iterator[str]:
         yield f"logits multiplied by {spec.logits_multiplier:.4g}"
     if spec.logits_softcap:
         yield f"logits capped at {spec.logits_softcap:g}"
+
+
+def _experts(layer: LayerSpec) -> str:
+    moe = layer.moe
+    return "" if moe is None else f"{moe.num_experts} experts, {moe.experts_per_token} a token,"
 
 
 def _each(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from octavo.models.layer import split_tap, weight_shapes
+from octavo.models.layer import weight_shapes
 from octavo.models.spec import ModelSpec, WeightFormat
 from octavo.quantization.plan import describe_format, matrix_bytes
 from octavo.weights.tensor import Stored
@@ -63,7 +63,7 @@ def describe_stored(
     found = [
         Conversion(
             kind,
-            tuple(dict.fromkeys(split_tap(name)[1] for name in names)),
+            tuple(dict.fromkeys(name.rpartition(".")[2] for name in names)),
             running,
             sum(stored[name].num_bytes for name in names),
             sum(matrix_bytes(shapes[name + ".weight"], formats.get(name), dtype) for name in names),
@@ -76,6 +76,8 @@ def describe_stored(
 
 
 def _effect(held: Stored, format: WeightFormat | None, dtype: str) -> str:
+    if format is None and held.rounded:
+        return "rounded to bf16"
     if format is None:
         return "the same numbers" if dtype == "f32" else f"rounded to {dtype}"
     if format == held.format:

@@ -61,13 +61,19 @@ def calibrate(
     Memory beside the checkpoint, in float32: for each token of the text, the hidden state some ten
     times and the widest activation once (twice with AWQ); for one group of matrices at a time, H
     (inputs squared) and three float64 arrays of that size; and the codes. Raises
-    InvalidArgumentError for a text that will not do (`read_windows`) or formats without int4,
+    InvalidArgumentError for a text that will not do (`read_windows`), formats without int4, or a
+    model of experts,
     WeightsError for weights that hold a NaN or an infinity or lead to one.
     """
     if not any(format.dtype == "int4" for format in formats.values()):
         raise InvalidArgumentError(
             "a calibration text was given for int8, which loses next to nothing without one; "
             "expected int4, or no text"
+        )
+    if any(layer.moe is not None for layer in files.spec.layers):
+        raise InvalidArgumentError(
+            "a calibration text was given for a model of experts, of which each would see a part "
+            "of it; expected a model without experts, or no text"
         )
     tokens, notes = read_windows(calibration, files)
     run = LayerByLayer(files.spec, checkpoint, formats, calibration.method, tokens)

@@ -110,10 +110,10 @@ def _stored_changes(files: ModelFiles, adapter: Adapter) -> Mapping[str, list[_C
     head = files.family.tensors.tensor("lm_head")
     for name, part in adapter.matrices.items():
         own = files.weight_map.get(name + ".weight")
-        weight = own or WeightSource((head,), (files.spec.vocab_size, files.spec.hidden_size))
+        weight = own or WeightSource(head, (files.spec.vocab_size, files.spec.hidden_size))
         transposed = (weight.transform == "transpose") != (name == "embed")
         first = weight.rows[0] if weight.rows else 0
-        changes[weight.names[0]].append(_Change(part, first, first + len(part.b), transposed))
+        changes[weight.tensor].append(_Change(part, first, first + len(part.b), transposed))
     return changes
 
 

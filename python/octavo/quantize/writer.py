@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,9 @@ from octavo.quantization.plan import Scheme, plan_formats
 from octavo.quantization.rounding import quantize_matrix
 from octavo.quantize.calibration import CalibratedWeights, check_finite
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
-from octavo.weights.codes import pack_words, pack_zeros, stored_tensors, words_name
+from octavo.weights.codes import CompressedMatrix, pack_words, pack_zeros
+from octavo.weights.compressed_tensors import choose_layout, make_quantization_config
 from octavo.weights.model_files import ModelFiles, read_model
-from octavo.weights.quantization_config import (
-    StoredMatrix,
-    choose_layout,
-    make_quantization_config,
-)
 from octavo.weights.safetensors import make_header
 from octavo.weights.tensor import Tensor, TensorDType, float32_to_bf16
 
@@ -138,13 +134,14 @@ def new_directory(target: Path, what: str) -> Iterator[Path]:
 
 
 def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:
-    """A model that can be quantized; InvalidArgumentError if it is so already."""
+    """A model that can be quantized, of floats or FP8; InvalidArgumentError if it has codes."""
     files = read_model(source, "auto")
-    if files.quantized:
+    checkpoint = open_checkpoint(files)
+    if checkpoint.formats:
         raise InvalidArgumentError(
             f"{source} is quantized already; expected a model with float weights"
         )
-    return files, open_checkpoint(files)
+    return files, checkpoint
 
 
 def copy_files(source: Folder, target: Path) -> None:
@@ -182,20 +179,25 @@ class _Writer:
         self._importance = importance
         self._method = method
         self._calibrated = calibrated
-        self._matrices: dict[str, StoredMatrix] = {}
+        self._matrices: dict[str, CompressedMatrix] = {}
         self._entries: dict[str, Entries] = {}  # by octavo's name of the weight
+        # Vectors that the family stores as their difference from 1.
+        self._from_one = {
+            name for name, place in files.weight_map.items() if place.transform == "plus_one"
+        }
         layout = choose_layout(formats.values())
         for name, info in checkpoint.infos.items():
-            theirs = files.weight_map[name].name
+            place = files.weight_map[name]
+            theirs = (replace(place, transform="plain") if name in self._from_one else place).name
             base = name.removesuffix(".weight")
             if base in formats and name.endswith(".weight"):
                 outputs, inputs = info.shape
-                shape = (outputs, inputs)
-                matrix = StoredMatrix(theirs.removesuffix(".weight"), shape, formats[base], layout)
+                module = theirs.removesuffix(".weight")
+                matrix = CompressedMatrix.of(module, (outputs, inputs), formats[base], layout)
                 self._matrices[name] = matrix
                 self._entries[name] = {
-                    entry: (_stored_type(entry, dtypes), shape)
-                    for entry, (dtypes, shape) in stored_tensors(matrix).items()
+                    entry: (_stored_type(entry, wanted.types), wanted.shapes[0])
+                    for entry, wanted in matrix.entries({}).items()
                 }
             else:
                 dtype = _kept_dtype(info.dtype, info.shape)
@@ -228,11 +230,11 @@ class _Writer:
         """The contents of a weight's entries, in their order."""
         tensor = self._checkpoint[name]
         check_finite(next(iter(self._entries[name])), tensor)
-        if name in self._calibrated.vectors:
-            yield self._calibrated.vectors[name]
-            return
-        if name not in self._matrices:
-            yield _cast(tensor)
+        vector = self._calibrated.vectors.get(name)
+        if vector is None and name not in self._matrices:
+            vector = _cast(tensor)
+        if vector is not None:
+            yield vector - np.float32(1) if name in self._from_one else vector
             return
         matrix = self._matrices[name]
         base = name.removesuffix(".weight")
@@ -243,7 +245,7 @@ class _Writer:
         packed = matrix.layout != "int-quantized"
         codes = pack_words(rounded.codes, matrix.format.dtype) if packed else rounded.codes
         arrays: dict[str, npt.NDArray[Any]] = {
-            words_name(matrix).rsplit(".", 1)[1]: codes,
+            matrix.words_name.rsplit(".", 1)[1]: codes,
             "weight_shape": np.array(matrix.shape, "<i8"),
             "weight_scale": float32_to_bf16(rounded.scales),
         }

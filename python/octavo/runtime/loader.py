@@ -17,6 +17,7 @@ from octavo.config import (
 )
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.machine import available_memory, format_bytes, open_packaged_cublas
+from octavo.models.kv_groups import KvGroups
 from octavo.models.rope import for_length
 from octavo.models.spec import ModelSpec
 from octavo.quantization.apply import quantize_checkpoint
@@ -57,7 +58,6 @@ class LoadedRuntime:
     options: RuntimeOptions
     num_kv_blocks: int
     device: str
-    num_kv_groups: int  # block tables of a sequence
     notes: tuple[str, ...] = ()
 
 
@@ -110,11 +110,11 @@ def load_runtime(
     available = _available(runtime, device)
     needs = Needs(files.spec, config, options, stored, available + num_bytes, block_bytes)
     num_kv_blocks = plan_kv_blocks(needs, available)
-    _allocate_cache(runtime, num_kv_blocks, options)
+    _allocate_cache(runtime, num_kv_blocks, options.kv_groups(files.spec), options.max_model_len)
     found = describe_stored(files.spec, checkpoint.stored, options.formats, options.dtype)
     texts = [str(each) for each in found if each.is_worth_a_line]
     notes = (f"{files.path.name}: {'; '.join(texts)}",) if texts else ()
-    return LoadedRuntime(runtime, options, num_kv_blocks, device, files.spec.num_kv_groups, notes)
+    return LoadedRuntime(runtime, options, num_kv_blocks, device, notes)
 
 
 def _make_runtime(
@@ -155,12 +155,14 @@ def _has_room(device: str, spec: ModelSpec, options: RuntimeOptions, config: Eng
         runtime = _native.Runtime(device, spec, options)
     except MemoryError:
         return False
-    num_blocks = config.num_kv_blocks or -(-options.max_model_len // options.block_size)
+    num_blocks = config.num_kv_blocks or options.kv_groups(spec).blocks_of(options.max_model_len)
     room = _available(runtime, device)
     return num_blocks * runtime.kv_bytes_per_block() <= room * config.kv_memory_fraction
 
 
-def _allocate_cache(runtime: _native.Runtime, num_blocks: int, options: RuntimeOptions) -> None:
+def _allocate_cache(
+    runtime: _native.Runtime, num_blocks: int, groups: KvGroups, max_model_len: int
+) -> None:
     try:
         runtime.alloc_kv(num_blocks)
     except MemoryError as error:
@@ -170,10 +172,10 @@ def _allocate_cache(runtime: _native.Runtime, num_blocks: int, options: RuntimeO
                 runtime.alloc_kv(had)
                 break
         ways: list[Changes] = []
-        if had >= -(-options.max_model_len // options.block_size):
+        if groups.longest(had) >= max_model_len:
             ways = [{"num_kv_blocks": had}]
-        elif had:
-            ways = [{"num_kv_blocks": had, "max_model_len": had * options.block_size}]
+        elif groups.longest(had):
+            ways = [{"num_kv_blocks": had, "max_model_len": groups.longest(had)}]
         size = format_bytes(num_blocks * runtime.kv_bytes_per_block())
         raise InsufficientMemoryError(
             f"the KV cache of {num_blocks} blocks ({size}) could not be allocated", ways
@@ -232,10 +234,12 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
     few for one sequence of max_model_len.
     """
     config, options, block_bytes = needs.config, needs.options, needs.block_bytes
-    blocks_per_sequence = -(-options.max_model_len // options.block_size)
+    groups = options.kv_groups(needs.spec)
+    blocks_per_sequence = groups.blocks_of(options.max_model_len)
     if config.num_kv_blocks is not None:
-        num_blocks, held = config.num_kv_blocks, config.num_kv_blocks * options.block_size
+        num_blocks = config.num_kv_blocks
         if num_blocks < blocks_per_sequence:
+            held = groups.longest(num_blocks)
             fits = blocks_per_sequence * block_bytes <= available
             raise InvalidArgumentError(
                 f"num_kv_blocks is {num_blocks}, which holds {held} tokens; expected at least "

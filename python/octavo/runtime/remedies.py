@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,9 +54,10 @@ class Needs:
 
     def bytes_of_block(self, kv_dtype: str) -> int:
         """The bytes of a block in another kv_dtype; for an odd head_dim up to padding."""
-        scales = (
-            4 * self.options.block_size * sum(2 * layer.num_kv_heads for layer in self.spec.layers)
-        )
+        heads = Counter[int]()
+        for layer in self.spec.layers:
+            heads[layer.kv_group] += 2 * layer.num_kv_heads
+        scales = 4 * self.options.block_size * max(heads.values())
         own = self.options.kv_dtype
         items = (self.block_bytes - scales * (own == "int8")) // _ITEM_BYTES[own]
         return items * _ITEM_BYTES[kv_dtype] + scales * (kv_dtype == "int8")
@@ -78,7 +80,8 @@ class Needs:
             if self.bytes_of_block(kv) < self.block_bytes
         ]
         if config.num_kv_blocks is None:
-            needed = -(-self.options.max_model_len // self.options.block_size) * self.block_bytes
+            blocks = self.options.kv_groups(self.spec).blocks_of(self.options.max_model_len)
+            needed = blocks * self.block_bytes
             fraction = math.ceil(100 * needed / left) / 100 if left > 0 else 1.0
             if config.kv_memory_fraction < fraction <= _LARGEST_FRACTION:
                 ways.insert(0, {"kv_memory_fraction": fraction})
@@ -104,7 +107,7 @@ class Needs:
         num_blocks = int(left * config.kv_memory_fraction) // size
         if config.num_kv_blocks is not None:
             num_blocks = config.num_kv_blocks if config.num_kv_blocks * size <= left else 0
-        return num_blocks * config.block_size
+        return self.options.kv_groups(self.spec).longest(num_blocks)
 
     def _left(self, config: EngineConfig) -> int:
         return self.room - self._weights(config)

@@ -94,7 +94,7 @@ def block_map(engine: Engine) -> tuple[bytes, dict[str, list[int]]]:
 
     To be called in the engine's thread.
     """
-    pool = engine.blocks.pools[0]
+    pool = engine.blocks.pool
     states = bytearray(
         CACHED if pool.is_published(block) else BLANK for block in range(pool.num_blocks)
     )
@@ -104,7 +104,7 @@ def block_map(engine: Engine) -> tuple[bytes, dict[str, list[int]]]:
         # Of its name, so that a request keeps its colour from one look to the next.
         owner = FIRST_OWNER + hash(key) % _NUM_OWNERS
         owners.setdefault(key[0], []).append(owner)
-        for block in engine.blocks.block_table(key):
+        for block in engine.blocks.blocks_of(key):
             states[block] = SHARED if pool.num_holders(block) > 1 else owner
     return bytes(states), owners
 

@@ -107,7 +107,7 @@ async def _load(service: Service, url: str) -> None:
         seconds=round(time.monotonic() - started, 2),
         max_model_len=model.max_model_len,
         max_num_seqs=engine.options.max_num_seqs,
-        kv_cache_tokens=engine.blocks.num_tokens_capacity,
+        kv_cache_tokens=engine.blocks.num_tokens_together(model.max_model_len),
     )
 
 

@@ -161,7 +161,8 @@ class Simulation:
     """An engine of these options over a simulated device.
 
     outputs: of the requests that have ended, by id. refused: those that found the queue full.
-    log_block_size: tokens in each of `Arrival.blocks`; None: options.block_size.
+    log_block_size: tokens in each of `Arrival.blocks`; None: options.block_size. kv_windows: of the
+    model's KV groups, see `Engine`.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class Simulation:
         num_blocks: int,
         costs: CostModel,
         log_block_size: int | None = None,
+        kv_windows: tuple[int, ...] = (0,),
     ) -> None:
         self.clock = SimulatedClock()
         runtime = SimulatedRuntime(costs, self.clock)
@@ -178,6 +180,7 @@ class Simulation:
             options,
             num_kv_blocks=num_blocks,
             vocab_size=SIMULATED_VOCABULARY,
+            kv_windows=kv_windows,
             make_batch=runtime.make_batch,
             clock=self.clock,
         )

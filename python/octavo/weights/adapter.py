@@ -99,12 +99,12 @@ def _modules(files: ModelFiles) -> dict[str, _Module]:
     tensors = files.family.tensors
     places: defaultdict[str, list[_Place]] = defaultdict(list)
     inputs: dict[str, int] = {}
-    for part in linear_nodes(files.spec):
+    for part, node in linear_nodes(files.spec).items():
         weight = files.weight_map[part + ".weight"]
-        if len(weight.shape) == 2 and len(weight.names) == 1:
+        if node.op == "linear":  # not of experts
             first = weight.rows[0] if weight.rows else 0
-            places[weight.modules[0]].append(_Place(part, first, first + weight.shape[0]))
-            inputs[weight.modules[0]] = weight.shape[1]
+            places[weight.module].append(_Place(part, first, first + weight.shape[0]))
+            inputs[weight.module] = weight.shape[1]
     found = {
         module: _Module(tuple(sorted(parts, key=lambda place: place.first)), inputs[module], False)
         for module, parts in places.items()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,14 +16,13 @@ from octavo.models.family import WeightSource
 from octavo.models.fields import printable
 from octavo.models.layer import weight_shapes
 from octavo.models.spec import WeightFormat
-from octavo.weights.codes import StoredSource, running_formats, stored_tensors
 from octavo.weights.dummy import DummySource
 from octavo.weights.gguf_codes import GgufCodes, stored_kinds
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles
-from octavo.weights.quantization_config import StoredMatrix
 from octavo.weights.reader import read_runs, read_weight, weight_info
-from octavo.weights.safetensors import open_weight_files
+from octavo.weights.safetensors import SafetensorsFile, open_weight_files
+from octavo.weights.stored import FLOATS, Entry, StoredMatrix, StoredSource, with_alike_experts
 from octavo.weights.tensor import (
     ITEM_SIZE,
     Stored,
@@ -62,7 +62,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """weight_map: where in `source` each weight lies; None: under octavo's names."""
         self._source = source
         self._map = weight_map or {
-            name: WeightSource((name,), info.shape) for name, info in source.infos.items()
+            name: WeightSource(name, info.shape) for name, info in source.infos.items()
         }
         self.formats: Mapping[str, WeightFormat] = dict(formats or {})
         self.stored: Mapping[str, Stored] = dict(stored or {})
@@ -114,7 +114,7 @@ class Checkpoint(Mapping[str, Tensor]):
         for name in self:
             tensor = self[name]
             if has_non_finite(tensor):
-                damaged += self._map[name].names
+                damaged.append(self._map[name].tensor)
             yield name, tensor
         if damaged:
             shown = ", ".join(damaged[:8]) + (", ..." if len(damaged) > 8 else "")
@@ -144,16 +144,22 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
         weight_map = family.tensors.weight_map(files.spec)
         ignored = tuple(map(re.escape, family.constants))
     else:
-        source = stored = open_weight_files(files.path)
+        source = open_weight_files(files.path)
         weight_map = _without_prefix(weight_map, source, files.family.base_prefix)
         if files.spec.tie_word_embeddings:
             # Either name may be there: `save_model` of safetensors keeps lm_head, transformers
             # writes the embedding. If both are there they are equal: `read_model` compared them.
             head, table = files.family.tensors.tensor("lm_head"), weight_map["embed.weight"]
-            if head in source.infos and table.names[0] not in source.infos:
-                weight_map = weight_map | {"embed.weight": replace(table, names=(head,))}
+            if head in source.infos and table.tensor not in source.infos:
+                weight_map = weight_map | {"embed.weight": replace(table, tensor=head)}
             ignored = (*ignored, re.escape(head))
-    problems = _find_problems(source, weight_map, files.quantized, ignored)
+    named = {
+        name: replace(matrix, module=weight_map[name + ".weight"].module)
+        for name, matrix in files.quantized.items()
+    }
+    quantized = {name: each for name, each in named.items() if not each.is_plain(source.infos)}
+    ignored = (*ignored, *map(re.escape, _zero_biases(source, weight_map, quantized.values())))
+    problems = _find_problems(source, weight_map, quantized, ignored)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise WeightsError(
@@ -161,22 +167,57 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
         )
     if isinstance(files.folder, GgufFolder):
         return _gguf_checkpoint(files.folder, weight_map)
-    if not files.quantized:
+    if not isinstance(source, SafetensorsFile) or not quantized:
         return Checkpoint(source, weight_map)
-    formats = running_formats(source, files.quantized)
-    codes = StoredSource(stored, files.quantized)
-    return Checkpoint(codes, _with_scales(weight_map, formats), formats)
+    return _open_stored(source, weight_map, quantized)
+
+
+def _open_stored(
+    source: SafetensorsFile,
+    weight_map: Mapping[str, WeightSource],
+    quantized: Mapping[str, StoredMatrix],
+) -> Checkpoint:
+    """The checkpoint of files whose tensors fit."""
+    each = {name: matrix.settled(source) for name, matrix in quantized.items()}
+    settled = with_alike_experts(each)
+    formats = {name: each.format for name, each in settled.items() if not each.converted}
+    turned, stored = dict(weight_map), {}
+    for name, matrix in settled.items():
+        wanted = weight_map[name + ".weight"]
+        # They are (outputs, inputs) in every family.
+        turned[name + ".weight"] = replace(wanted, transform="plain")
+        if not matrix.is_own:
+            share = math.prod(wanted.shape) / math.prod(matrix.shape)
+            stored[name] = matrix.described(source.infos, share)
+    codes = StoredSource(source, settled.values())
+    return Checkpoint(codes, _with_scales(turned, formats), formats, stored=stored)
+
+
+def _zero_biases(
+    source: TensorSource,
+    weight_map: Mapping[str, WeightSource],
+    matrices: Iterable[StoredMatrix],
+) -> Iterator[str]:
+    """Biases that the family does not have, and that hold zeros: early AutoGPTQ wrote them."""
+    known = {wanted.tensor for wanted in weight_map.values()}
+    for matrix in matrices:
+        name = matrix.module + ".bias"
+        info = source.infos.get(name)
+        if name in known or info is None or info.dtype not in ITEM_SIZE:
+            continue
+        if info.shape == (matrix.shape[0],) and not np.any(source.read(name).to_float32()):
+            yield name
 
 
 def _without_prefix(
     weight_map: dict[str, WeightSource], source: TensorSource, prefix: str
 ) -> dict[str, WeightSource]:
     """The map for the checkpoint of a model without its head, whose names lack the prefix."""
-    table = weight_map["embed.weight"].names[0]
+    table = weight_map["embed.weight"].tensor
     if table in source.infos or table.removeprefix(prefix) not in source.infos:
         return weight_map
     return {
-        name: replace(wanted, names=tuple(each.removeprefix(prefix) for each in wanted.names))
+        name: replace(wanted, tensor=wanted.tensor.removeprefix(prefix))
         for name, wanted in weight_map.items()
     }
 
@@ -188,7 +229,7 @@ def _gguf_checkpoint(folder: GgufFolder, weight_map: Mapping[str, WeightSource])
     decoded = Checkpoint(folder.parts, weight_map, stored=stored)
     if not folder.as_codes or not formats:
         return decoded
-    modules = {weight_map[name + ".weight"].modules[0]: each for name, each in formats.items()}
+    modules = {weight_map[name + ".weight"].module: each for name, each in formats.items()}
     codes, with_scales = GgufCodes(folder.parts, modules), _with_scales(weight_map, formats)
     return Checkpoint(codes, with_scales, formats, decoded.dtype, stored)
 
@@ -203,11 +244,10 @@ def _with_scales(
         base = name.removesuffix(".weight")
         if base in formats and base != name:
             shape = wanted.shape[0], formats[base].num_groups(wanted.shape[1])
-            module = wanted.modules[0]
-            scale = replace(wanted, names=(module + ".weight_scale",), shape=shape)
+            scale = replace(wanted, tensor=wanted.module + ".weight_scale", shape=shape)
             with_scales[base + ".scale"] = scale
             if formats[base].has_zeros:
-                zero = replace(scale, names=(module + ".weight_zero_point",))
+                zero = replace(scale, tensor=wanted.module + ".weight_zero_point")
                 with_scales[base + ".zero"] = zero
     return with_scales
 
@@ -235,20 +275,19 @@ def _find_problems(
 ) -> list[str]:
     """Every difference between the tensors of `source` and those of the map."""
     problems = []
-    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}  # name -> (types, shape)
+    expected: dict[str, Entry] = {}
     for matrix in quantized.values():
-        expected |= stored_tensors(matrix)
+        expected |= matrix.entries(source.infos)
     for name, wanted in weight_map.items():
         if name.removesuffix(".weight") not in quantized or not name.endswith(".weight"):
-            expected |= dict.fromkeys(wanted.names, (tuple(ITEM_SIZE), wanted.stored_shape))
-        types = {source.infos[each].dtype for each in wanted.names if each in source.infos}
-        if len(types) > 1:
-            problems.append(f"{name} is stored as {' and '.join(sorted(types))}; expected one type")
-    for name, (dtypes, shape) in expected.items():
+            expected[wanted.tensor] = Entry(FLOATS, (wanted.stored_shape,))
+    for name, (dtypes, shapes, optional) in expected.items():
         info = source.infos.get(name)
+        shape = " or ".join(map(str, shapes)) or "any"
         if info is None:
-            problems.append(f"{name} is missing; expected shape {shape}")
-        elif info.shape != shape:
+            if not optional:
+                problems.append(f"{name} is missing; expected shape {shape}")
+        elif shapes and info.shape not in shapes:
             problems.append(f"{name} has shape {info.shape}; expected {shape}")
         elif info.dtype not in dtypes:
             supported = ", ".join(dtype.upper() for dtype in dtypes)

@@ -5,31 +5,32 @@ Of a matrix M of (outputs, inputs), layout "pack-quantized" has
     M.weight_packed      int32 (outputs, ceil(inputs * bits / 32)), see `pack_words`
     M.weight_scale       float (outputs, groups)
     M.weight_shape       int (2,): outputs and inputs
-    M.weight_zero_point  int32 (ceil(outputs / 8), groups), of asymmetric matrices: packed downwards
+    M.weight_zero_point  int32 (ceil(outputs / 8), groups), of asymmetric matrices: packed
+                         downwards; before compressed-tensors 0.10 int8 (outputs, groups)
+    M.weight_g_idx       int32 (inputs,): the group of each input, with actorder "group"
 
-"int-quantized" has M.weight int8 (outputs, inputs) with M.weight_scale (outputs, 1), and "octavo"
-is "pack-quantized" with M.weight for M.weight_packed.
+"int-quantized" has M.weight int8 (outputs, inputs) and everything else alike, and "octavo" is
+"pack-quantized" with M.weight for M.weight_packed. A scheme of one scale a tensor has one number.
 A weight is (code - zero point) * scale, with codes and zero points from -8 to 7 or -128 to 127.
 `octavo.reference.quantization.pack_int32` defines the packing.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import WeightsError
 from octavo.models.spec import WeightFormat
-from octavo.weights.quantization_config import StoredMatrix
+from octavo.weights.grouped import Bytes, Float32, GroupedMatrix
 from octavo.weights.safetensors import SafetensorsFile
-from octavo.weights.tensor import ITEM_SIZE, Tensor, TensorDType, TensorInfo, TensorSource
+from octavo.weights.stored import FLOATS, Entry, Infos
+from octavo.weights.tensor import Tensor
 
-_BITS: dict[str, int] = {"int8": 8, "int4": 4}
+Layout = Literal["pack-quantized", "int-quantized", "octavo"]
 
 
 def pack_words(codes: npt.NDArray[Any], format_dtype: str) -> npt.NDArray[np.int32]:
@@ -64,98 +65,155 @@ def pack_zeros(zeros: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
     return words.view(np.int32)
 
 
-def unpack_zeros(words: npt.NDArray[np.int32], outputs: int) -> npt.NDArray[np.float32]:
-    """The inverse of `pack_zeros`."""
-    zeros = np.empty((words.shape[0] * 8, words.shape[1]), np.float32)
-    for place in range(8):
-        zeros[place::8] = (words.view(np.uint32) >> np.uint32(4 * place)) & np.uint32(15)
-    return np.ascontiguousarray(zeros[:outputs] - 8)
+def unpack_zeros(words: npt.NDArray[np.int32], outputs: int, bits: int = 4) -> Float32:
+    """The inverse of `pack_zeros`; 8 bits lie four in a word."""
+    in_word, middle = 32 // bits, 1 << (bits - 1)
+    zeros = np.empty((words.shape[0] * in_word, words.shape[1]), np.float32)
+    for place in range(in_word):
+        field = (words.view(np.uint32) >> np.uint32(bits * place)) & np.uint32(2 * middle - 1)
+        zeros[place::in_word] = field
+    return np.ascontiguousarray(zeros[:outputs] - middle)
 
 
-def words_name(matrix: StoredMatrix) -> str:
-    """The tensor that holds the codes."""
-    return matrix.module + (".weight_packed" if matrix.layout == "pack-quantized" else ".weight")
+@dataclass(frozen=True)
+class CompressedMatrix(GroupedMatrix):
+    """A matrix in one of the layouts.
 
-
-def stored_tensors(matrix: StoredMatrix) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """The tensors of a matrix: name -> (types it may have, shape)."""
-    outputs, inputs = matrix.shape
-    floats = tuple(ITEM_SIZE)
-    groups = matrix.format.num_groups(inputs)
-    name = matrix.module + "."
-    scale = {name + "weight_scale": (floats, (outputs, groups))}
-    if matrix.layout == "int-quantized":
-        return {name + "weight": (("I8",), (outputs, inputs)), **scale}
-    words = -(-inputs * _BITS[matrix.format.dtype] // 32)
-    tensors = {
-        words_name(matrix): (("I32",), (outputs, words)),
-        name + "weight_shape": (("I32", "I64"), (2,)),
-        **scale,
-    }
-    if matrix.format.has_zeros:
-        tensors[name + "weight_zero_point"] = (("I32",), (-(-outputs // 8), groups))
-    return tensors
-
-
-def running_formats(
-    source: TensorSource, stored: Mapping[str, StoredMatrix]
-) -> dict[str, WeightFormat]:
-    """The formats of the stored matrices, by octavo's name, as they run.
-
-    Scales of int4 stay in bfloat16 if they are stored so; else they become float32, which holds
-    every other stored type exactly.
-    """
-    formats = {}
-    for name, matrix in stored.items():
-        bf16 = source.infos[matrix.module + ".weight_scale"].dtype == "bf16"
-        wide = matrix.format.dtype == "int4" and not bf16
-        formats[name] = replace(matrix.format, scale_dtype="f32") if wide else matrix.format
-    return formats
-
-
-class StoredSource(TensorSource):
-    """A `TensorSource` in which every stored matrix is codes, scales and zero points.
-
-    Of the matrix M, "M.weight" is int8 or int4, "M.weight_scale" as stored, "M.weight_zero_point"
-    float32 (outputs, groups). All other tensors are those of `files`.
+    per_tensor: the one scale (and zero point) is of all outputs. ordered: there is a weight_g_idx.
     """
 
-    def __init__(self, files: SafetensorsFile, stored: Mapping[str, StoredMatrix]) -> None:
-        """files: with shapes already checked. Raises WeightsError for a wrong weight_shape."""
-        self._files = files
-        self._matrices = {matrix.module: matrix for matrix in stored.values()}
-        infos = dict(files.infos)
-        for module, matrix in self._matrices.items():
-            for name in stored_tensors(matrix):
-                if name != module + ".weight_scale":
-                    del infos[name]
-            if matrix.layout != "int-quantized":
-                shape = tuple(int(size) for size in files.read_array(module + ".weight_shape"))
-                if shape != matrix.shape:
-                    raise WeightsError(
-                        f"{module}.weight_shape is {shape}; config.json makes it {matrix.shape}"
-                    )
-            outputs, inputs = matrix.shape
-            num_bytes = outputs * inputs * _BITS[matrix.format.dtype] // 8
-            infos[module + ".weight"] = TensorInfo(matrix.format.dtype, matrix.shape, num_bytes)
-            if matrix.format.has_zeros:
-                shape = (outputs, matrix.format.num_groups(inputs))
-                infos[module + ".weight_zero_point"] = TensorInfo(
-                    "f32", shape, 4 * math.prod(shape)
+    layout: Layout = "pack-quantized"
+    symmetric: bool = True
+    per_tensor: bool = False
+    ordered: bool = False
+
+    @staticmethod
+    def of(
+        module: str, shape: tuple[int, int], format: WeightFormat, layout: Layout
+    ) -> CompressedMatrix:
+        """A matrix that octavo writes: codes in the format in which they run."""
+        return CompressedMatrix(
+            module,
+            shape,
+            format,
+            bits=8 if format.dtype == "int8" else 4,
+            group_size=format.group_size or shape[1],
+            levels=format.levels,
+            activation_bits=format.activation_bits,
+            layout=layout,
+            symmetric=not format.has_zeros,
+        )
+
+    @property
+    def label(self) -> str:
+        """As `StoredMatrix.label`."""
+        method = "octavo" if self.layout == "octavo" else f"compressed-tensors, {self.layout}"
+        groups = "one scale" if self.per_tensor else self.grouping
+        order = ", act-order" if self.ordered else ""
+        return f"{method}, {self.bits} bits, {groups}{order}"
+
+    @property
+    def is_own(self) -> bool:
+        """As `StoredMatrix.is_own`."""
+        return not self.converted
+
+    @property
+    def words_name(self) -> str:
+        """The tensor that holds the codes."""
+        packed = self.layout == "pack-quantized"
+        return self.module + (".weight_packed" if packed else ".weight")
+
+    def is_plain(self, infos: Infos) -> bool:
+        """As `StoredMatrix.is_plain`: this configuration does list what was left out."""
+        return False
+
+    @property
+    def scale_name(self) -> str:
+        """As `GroupedMatrix.scale_name`."""
+        return self.module + ".weight_scale"
+
+    @property
+    def order_name(self) -> str:
+        """As `GroupedMatrix.order_name`."""
+        return self.module + ".weight_g_idx" if self.ordered else ""
+
+    def entries(self, infos: Infos) -> dict[str, Entry]:
+        """As `StoredMatrix.entries`; octavo writes the first type and shape of each."""
+        outputs, inputs = self.shape
+        name = self.module + "."
+        whole: tuple[tuple[int, ...], ...] = ((outputs, self.num_groups),)
+        if self.per_tensor:
+            whole = ((1,), (), (1, 1))
+        elif self.num_groups == 1:
+            whole = (*whole, (outputs,))
+        found = {
+            name + "weight": Entry(("I8",), (self.shape,)),
+            self.scale_name: Entry(FLOATS, whole),
+        }
+        if self.layout != "int-quantized":
+            words = -(-inputs * self.bits // 32)
+            found = {
+                self.words_name: Entry(("I32",), ((outputs, words),)),
+                name + "weight_shape": Entry(("I32", "I64"), ((2,),)),
+                self.scale_name: Entry(FLOATS, whole),
+            }
+        if not self.symmetric:
+            packed = (-(-outputs * self.bits // 32), self.num_groups)
+            zero = Entry(("I8",), whole)
+            if self._zeros_are_packed(infos):
+                zero = Entry(("I32",), (packed,))
+            found[name + "weight_zero_point"] = zero
+        if self.ordered:
+            found[self.order_name] = Entry(("I32", "I64"), ((inputs,),))
+        return found
+
+    def _zeros_are_packed(self, infos: Infos) -> bool:
+        info = infos.get(self.module + ".weight_zero_point")
+        return info is None or info.dtype != "I8"
+
+    def settled(self, files: SafetensorsFile) -> CompressedMatrix:
+        """As `StoredMatrix.settled`. Raises WeightsError for a wrong weight_shape."""
+        if self.layout != "int-quantized":
+            shape = tuple(int(size) for size in files.read_array(self.module + ".weight_shape"))
+            if shape != self.shape:
+                raise WeightsError(
+                    f"{self.module}.weight_shape is {shape}; config.json makes it {self.shape}"
                 )
-        self.infos = infos
+        return super().settled(files)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, decoded if the file stores it in packed words."""
-        module, _, part = name.rpartition(".")
-        matrix = self._matrices.get(module)
-        if matrix is None or part not in ("weight", "weight_zero_point"):
-            return self._files.read(name)
-        outputs, inputs = matrix.shape
-        if part == "weight_zero_point":
-            return Tensor(unpack_zeros(self._files.read_array(name), outputs), "f32")
-        kind: TensorDType = "int4" if matrix.format.dtype == "int4" else "int8"
-        if matrix.layout == "int-quantized":
-            return Tensor(self._files.read_array(name), kind)
-        words = self._files.read_array(words_name(matrix))
-        return Tensor(unpack_words(words, kind, inputs), kind)
+    def has_zero_points(self, files: SafetensorsFile) -> bool:
+        """As `GroupedMatrix.has_zero_points`: by the configuration."""
+        return not self.symmetric
+
+    def packed(self, files: SafetensorsFile, first: int, last: int) -> Bytes:
+        """As `GroupedMatrix.packed`."""
+        codes = files.read_array(self.words_name)[first:last]
+        if self.layout == "int-quantized":
+            signed: Bytes = codes.view(np.uint8) ^ np.uint8(0x80)
+            return signed
+        return np.ascontiguousarray(codes).view(np.uint8)
+
+    def weight(self, files: SafetensorsFile, first: int, last: int) -> Tensor:
+        """As `StoredMatrix.weight`; int8 codes that lie one a byte are a view."""
+        if self.layout == "int-quantized" and not self.converted:
+            return Tensor(files.read_array(self.words_name)[first:last], "int8")
+        return super().weight(files, first, last)
+
+    def stored_scales(self, files: SafetensorsFile, first: int, last: int) -> npt.NDArray[Any]:
+        """As `GroupedMatrix.stored_scales`."""
+        return self._of_rows(files.read(self.scale_name).data, first, last)
+
+    def stored_zeros(self, files: SafetensorsFile, first: int, last: int) -> Float32:
+        """As `GroupedMatrix.stored_zeros`."""
+        if self.symmetric:
+            return np.zeros((last - first, self.num_groups), np.float32)
+        stored = files.read_array(self.module + ".weight_zero_point")
+        if self._zeros_are_packed(files.infos):
+            stored = unpack_zeros(stored, self.shape[0], self.bits)
+        return self._of_rows(stored, first, last).astype(np.float32)
+
+    def _of_rows(self, values: npt.NDArray[Any], first: int, last: int) -> npt.NDArray[Any]:
+        """One number for each of these rows and each group."""
+        if self.per_tensor:
+            return np.broadcast_to(values.reshape(1, 1), (last - first, 1))
+        return values.reshape(self.shape[0], -1)[first:last]

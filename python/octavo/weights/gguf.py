@@ -53,7 +53,7 @@ class GgufTensor:
     """A tensor as the header describes it."""
 
     name: str
-    shape: tuple[int, ...]  # outermost first, as in PyTorch (GGUF itself has innermost first)
+    shape: tuple[int, ...]  # at most 2 axes, the outer first (GGUF itself has the inner first)
     kind: str  # "F32", "F16", "BF16", "Q4_1", ...: a name of gguf.GGMLQuantizationType
     offset: int  # of its data in the file, bytes
     num_bytes: int
@@ -250,6 +250,8 @@ def _read_tensors(
         if num_dims > 4:
             raise cursor.error(f"{describe(name)} has {num_dims} dimensions; expected at most 4")
         shape = tuple(reversed([cursor.u64() for _ in range(num_dims)]))
+        if num_dims > 2:  # the matrices of all experts: one matrix with the rows of all of them
+            shape = (math.prod(shape[:-1]), shape[-1])
         entries.append((name, shape, cursor.u32(), cursor.u64()))
     start = (cursor.position + alignment - 1) // alignment * alignment
     tensors: dict[str, GgufTensor] = {}

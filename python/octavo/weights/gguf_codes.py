@@ -22,13 +22,13 @@ def stored_kinds(parts: GgufParts, weight_map: Mapping[str, WeightSource]) -> di
     """How the file holds each matrix of a block type, by octavo's name without ".weight"."""
     stored = {}
     for name, wanted in weight_map.items():
-        tensor = parts.tensors[wanted.names[0]]
+        tensor = parts.tensors[wanted.tensor]
         if tensor.kind in PLAIN_KINDS or len(tensor.shape) < 2:
             continue
         count = math.prod(wanted.shape)
         num_bytes = tensor.num_bytes * count // max(1, math.prod(tensor.shape))
-        one_matrix = len(wanted.names) == 1 and len(wanted.shape) == 2
-        as_stored = one_matrix and wanted.transform in ("plain", "unpermute")
+        is_matrix = len(wanted.shape) == 2
+        as_stored = is_matrix and wanted.transform in ("plain", "unpermute")
         known = BLOCK_FORMATS.get(tensor.kind) if as_stored else None
         stored[name.removesuffix(".weight")] = (
             Stored(tensor.kind, num_bytes, known.format, known.exact)

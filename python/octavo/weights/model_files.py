@@ -23,8 +23,9 @@ from octavo.models.registry import find_family
 from octavo.models.spec import ModelSpec
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.gguf_parts import OutputDType, find_gguf
-from octavo.weights.quantization_config import StoredMatrix, read_quantization
+from octavo.weights.quantization_config import read_quantization, with_quantization
 from octavo.weights.safetensors import open_weight_files
+from octavo.weights.stored import StoredMatrix
 from octavo.weights.tensor import Tensor
 
 _CHUNK = 1 << 26  # bytes compared in one go
@@ -35,7 +36,8 @@ class ModelFiles:
     """A model whose configuration has been read and found usable.
 
     folder: the files beside the weights: of the directory, or made from a GGUF file.
-    config: config.json unchanged, except for a tie that the weights contradict.
+    config: config.json unchanged, except for a tie that the weights contradict, and a
+    quantization_config that lies elsewhere.
     """
 
     folder: Folder
@@ -44,7 +46,7 @@ class ModelFiles:
     family: Family
     eos_token_ids: tuple[int, ...]  # any of these ends a text; may be empty
     generation_config: dict[str, Any]  # generation_config.json; empty where there is none
-    # Matrices that the checkpoint holds as codes, by octavo's name without ".weight".
+    # Matrices that are not stored as plain numbers, by octavo's name without ".weight".
     quantized: Mapping[str, StoredMatrix] = field(default_factory=dict)
 
     @cached_property
@@ -86,7 +88,7 @@ def read_model(path: Path, gguf_dtype: OutputDType = "codes") -> ModelFiles:
 
 def read_folder(folder: Folder) -> ModelFiles:
     """Read config.json and generation_config.json; UnsupportedModelError as `read_model`."""
-    config = read_json_object(folder / "config.json")
+    config = with_quantization(read_json_object(folder / "config.json"), folder)
     family = find_family(config)
     spec = family.read_spec(config)
     if spec.tie_word_embeddings and isinstance(folder, Path):

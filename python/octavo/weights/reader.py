@@ -16,7 +16,7 @@ from octavo.weights.tensor import Tensor, TensorInfo, TensorSource
 
 def weight_info(source: TensorSource, wanted: WeightSource) -> TensorInfo:
     """Type, shape and bytes of a weight, before it is read."""
-    stored, count = source.infos[wanted.names[0]], math.prod(wanted.shape)
+    stored, count = source.infos[wanted.tensor], math.prod(wanted.shape)
     if wanted.transform == "plus_one":
         return TensorInfo("f32", wanted.shape, 4 * count)
     num_bytes = stored.num_bytes * count // max(1, stored.num_elements)
@@ -27,42 +27,38 @@ def read_weight(source: TensorSource, wanted: WeightSource) -> Tensor:
     """The whole weight: a view if the file holds it unchanged, else a copy made run by run."""
     runs = read_runs(source, wanted)
     first = next(runs)
-    count = len(wanted.names)
-    num_rows = wanted.shape[0] if count == 1 else count * wanted.shape[1]
-    if count == 1 and len(first.data) == num_rows:
+    if len(first.data) == wanted.shape[0]:
         return first
-    whole = np.empty((num_rows, *first.shape[1:]), first.data.dtype)
+    whole = np.empty((wanted.shape[0], *first.shape[1:]), first.data.dtype)
     row = 0
     for run in chain((first,), runs):
         whole[row : row + len(run.data)] = run.data
         row += len(run.data)
-    return Tensor(whole if count == 1 else whole.reshape(count, -1, *first.shape[1:]), first.dtype)
+    return Tensor(whole, first.dtype)
 
 
 def read_runs(source: TensorSource, wanted: WeightSource) -> Iterator[Tensor]:
     """The weight in runs of rows, in order, so that a big table needs little memory.
 
-    In a stack, the rows of each tensor follow those of the tensor before it. A transposed matrix
-    is one run.
+    A transposed matrix is one run.
     """
-    for name in wanted.names:
-        num_rows = wanted.shape[-2] if len(wanted.shape) > 1 else wanted.shape[0]
-        first = wanted.rows[0] if wanted.rows else 0
-        if wanted.transform == "transpose":
-            tensor = source.read(name)
-            columns = tensor.data[:, first : first + num_rows]
-            yield Tensor(np.ascontiguousarray(columns.T), tensor.dtype)
-            continue
-        step = source.rows_at_once(name)
-        if wanted.transform == "unpermute":
-            step = max(1, step // wanted.head_dim) * wanted.head_dim  # whole heads
-        for row in range(first, first + num_rows, step):
-            run = source.read_rows(name, row, min(row + step, first + num_rows))
-            if wanted.transform == "plus_one":
-                run = Tensor(run.to_float32() + np.float32(1), "f32")
-            elif wanted.transform == "unpermute":
-                run = Tensor(unpermute_rows(run.data, wanted.head_dim), run.dtype)
-            yield run
+    name, num_rows = wanted.tensor, wanted.shape[0]
+    first = wanted.rows[0] if wanted.rows else 0
+    if wanted.transform == "transpose":
+        tensor = source.read(name)
+        columns = tensor.data[:, first : first + num_rows]
+        yield Tensor(np.ascontiguousarray(columns.T), tensor.dtype)
+        return
+    step = source.rows_at_once(name)
+    if wanted.transform == "unpermute":
+        step = max(1, step // wanted.head_dim) * wanted.head_dim  # whole heads
+    for row in range(first, first + num_rows, step):
+        run = source.read_rows(name, row, min(row + step, first + num_rows))
+        if wanted.transform == "plus_one":
+            run = Tensor(run.to_float32() + np.float32(1), "f32")
+        elif wanted.transform == "unpermute":
+            run = Tensor(unpermute_rows(run.data, wanted.head_dim), run.dtype)
+        yield run
 
 
 def unpermute_rows(values: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:

@@ -46,6 +46,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,200}\.safetensors")
 _FLOATS: Mapping[str, TensorDType] = MappingProxyType({"F32": "f32", "F16": "f16", "BF16": "bf16"})
 _NUMPY_TYPES: Mapping[str, str] = MappingProxyType(
     {"f32": "<f4", "f16": "<f2", "bf16": "<u2", "I8": "<i1", "I32": "<i4", "I64": "<i8"}
+    | dict.fromkeys(("U8", "F8_E4M3", "F8_E8M0"), "<u1")
 )
 
 
@@ -83,7 +84,7 @@ class SafetensorsFile(TensorSource):
         raise WeightsError(f"{self.path}: {name} is stored as {stored}; supported: F32, F16, BF16")
 
     def read_array(self, name: str) -> npt.NDArray[Any]:
-        """As `read`, for I8, I32 and I64 tensors too."""
+        """As `read`, for I8, I32, I64 tensors too, and the bytes of U8 and two kinds of F8."""
         info = self.infos[name]
         data = self.read_bytes(name).view(_NUMPY_TYPES[info.dtype]).reshape(info.shape)
         return data if data.flags.aligned else data.copy()

@@ -1,0 +1,59 @@
+"""Mixtral (Jiang et al. 2024, arXiv 2401.04088): Mistral with eight experts, two for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from octavo.models import llama_gguf
+from octavo.models.family import Family, TensorNames
+from octavo.models.fields import Fields
+from octavo.models.reading import (
+    LLAMA_IGNORED,
+    LLAMA_TENSORS,
+    Defaults,
+    read_layer,
+    read_model,
+    read_moe,
+    read_num_layers,
+    read_window,
+    refuse_changes,
+    with_windows,
+)
+from octavo.models.spec import ModelSpec
+
+ARCHITECTURE = "MixtralForCausalLM"
+DEFAULTS = Defaults(
+    max_position_embeddings=131072, num_key_value_heads=8, norm_eps=1e-5, rope_theta=1e6
+)
+
+
+def read_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec of a Mixtral configuration; UnsupportedModelError names a field that is refused."""
+    fields = Fields(config, "config.json")
+    refuse_changes(fields, reads=("sliding_window", "num_local_experts"))
+    moe = read_moe(fields, "num_local_experts", num_experts=8, experts_per_token=2)
+    layer = replace(read_layer(fields, DEFAULTS), moe=moe)
+    windows = [read_window(fields)] * read_num_layers(fields)
+    return read_model(ARCHITECTURE, fields, DEFAULTS, with_windows(layer, windows))
+
+
+_MLP = "model.layers.{layer}.block_sparse_moe"
+FAMILY = Family(
+    architecture=ARCHITECTURE,
+    model_type="mixtral",
+    read_spec=read_spec,
+    tensors=TensorNames(
+        {
+            **LLAMA_TENSORS,
+            f"{_MLP}.gate": "router",
+            f"{_MLP}.experts.{{expert}}.w1": "experts.{expert}.gate",
+            f"{_MLP}.experts.{{expert}}.w3": "experts.{expert}.up",
+            f"{_MLP}.experts.{{expert}}.w2": "experts.{expert}.down",
+        }
+    ),
+    ignored=LLAMA_IGNORED,
+    default_eos_token_id=2,
+    gguf=llama_gguf.MIXTRAL,
+)
