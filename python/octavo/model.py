@@ -83,7 +83,7 @@ class LoadedModel:
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise TokenizerError(
-                "this model's directory has no tokenizer.json: give the prompt as token ids, or "
+                "this model's directory has no tokenizer: give the prompt as token ids, or "
                 "put the tokenizer beside the weights"
             )
         return self.tokenizer
@@ -101,7 +101,7 @@ def load_model(
     from octavo.models.kv_groups import with_kv_groups
     from octavo.runtime.loader import load_runtime
     from octavo.text.chat import ChatTemplate
-    from octavo.text.tokenizer import Tokenizer
+    from octavo.text.tokenizer import Tokenizer, holds_tokenizer
     from octavo.weights.adapter import read_adapter
     from octavo.weights.checkpoint import open_checkpoint
     from octavo.weights.hub import resolve_model
@@ -113,7 +113,7 @@ def load_model(
     files = read_model(path)
     files = replace(files, spec=with_kv_groups(files.spec, config.max_model_len))
     # Before the weights, so that a broken tokenizer is an error at once.
-    has_tokenizer = (files.folder / "tokenizer.json").is_file()
+    has_tokenizer = holds_tokenizer(files.folder)
     tokenizer = Tokenizer(files.folder) if has_tokenizer else None
     chat_template = ChatTemplate.load(files.folder) if has_tokenizer else None
     checkpoint = open_checkpoint(files, config.load_format, config.seed)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from octavo import _native
 from octavo.config import RuntimeOptions
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import RequestOutput
+from octavo.models.kv_groups import with_kv_groups
 from octavo.models.rope import default_rope
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 from octavo.sampling_params import SamplingParams
@@ -56,7 +58,10 @@ def weights() -> dict[str, Any]:
     return random_weights(SPEC, seed=4)
 
 
-def make_engine(num_blocks: int = 60, **more: Any) -> Engine:
+WINDOWED = with_kv_groups(replace(SPEC, layers=(replace(_LAYER, window=23), _LAYER)))
+
+
+def make_engine(num_blocks: int = 60, spec: ModelSpec = SPEC, **more: Any) -> Engine:
     options = RuntimeOptions(
         dtype="bf16",
         kv_dtype="bf16",
@@ -67,11 +72,17 @@ def make_engine(num_blocks: int = 60, **more: Any) -> Engine:
         deterministic=True,
         **more,
     )
-    runtime = _native.Runtime(DEVICE, SPEC, options)
+    runtime = _native.Runtime(DEVICE, spec, options)
     for name, array in weights().items():
         runtime.load(name, array, "f32")
     runtime.alloc_kv(num_blocks)
-    return Engine(runtime, options, num_kv_blocks=num_blocks, vocab_size=VOCAB)
+    return Engine(
+        runtime,
+        options,
+        num_kv_blocks=num_blocks,
+        vocab_size=VOCAB,
+        kv_windows=spec.kv_windows,
+    )
 
 
 def requests() -> dict[str, tuple[list[int], SamplingParams]]:
@@ -103,10 +114,14 @@ def run(engine: Engine, *, apart: bool = False) -> dict[str, Any]:
 
 
 @cache
-def alone() -> dict[str, Any]:
+def alone(spec: ModelSpec = SPEC) -> dict[str, Any]:
     """Each request by itself, nothing reused, nothing recorded, one step at a time."""
     engine = make_engine(
-        graphs=False, overlap_steps=False, enable_prefix_caching=False, max_num_batched_tokens=128
+        spec=spec,
+        graphs=False,
+        overlap_steps=False,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=128,
     )
     found = run(engine, apart=True)
     for answers in found.values():
@@ -131,6 +146,17 @@ def test_company_changes_no_bit(fields: dict[str, Any], apart: bool) -> None:
     assert run(engine, apart=apart) == alone()
     if "num_blocks" in fields:
         assert engine.stats().num_preemptions > 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"overlap_steps": True}, {"max_num_batched_tokens": 13}, {"num_blocks": 26}],
+    ids=str,
+)
+def test_a_window_changes_no_bit(fields: dict[str, Any]) -> None:
+    engine = make_engine(spec=WINDOWED, **fields)
+    assert run(engine) == alone(WINDOWED) != alone()
+    engine.check_integrity()
 
 
 def test_a_plain_step_is_one_graph_with_a_copy_either_way() -> None:

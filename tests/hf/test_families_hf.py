@@ -154,7 +154,7 @@ def test_neither_preemption_nor_a_prefix_hit_changes_a_bit(case: str) -> None:
     before = engine.stats().num_prefix_hits
     assert run(engine) == alone(case)
     assert engine.stats().num_prefix_hits > before
-    engine = make_engine(case, max_num_seqs=1, num_kv_blocks=MAX_MODEL_LEN // 16)
+    engine = make_engine(case, max_num_seqs=1, num_kv_blocks=None)  # room for one sequence
     engine.add_request("90", tokens_of(90, 90).tolist(), PARAMS, priority=1)
     for _ in range(4):
         engine.step()

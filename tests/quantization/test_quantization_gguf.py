@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ KINDS = sorted({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *SCALES})
 
 
 def load(path: Path, **options: Any) -> LoadedRuntime:
+    """With one KV group, since there is one sequence that keeps all of its blocks."""
     files = read_model(path)
+    layers = tuple(replace(layer, kv_group=0) for layer in files.spec.layers)
+    files = replace(files, spec=replace(files.spec, layers=layers))
     config = EngineConfig(max_model_len=64, max_num_seqs=1, num_threads=1, **options)
     return load_runtime(files, open_checkpoint(files), config, environment=ENVIRONMENT)
 

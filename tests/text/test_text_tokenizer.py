@@ -16,7 +16,7 @@ from text_helpers import (
 
 from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
 from octavo.text.chat import ChatTemplate
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.tokenizer import Tokenizer, holds_tokenizer
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -108,7 +108,16 @@ def test_malformed_tokenizer_config_is_named(tmp_path):
 
 
 def test_missing_tokenizer_says_what_to_do(tmp_path):
-    with pytest.raises(TokenizerError, match="no tokenizer.json"):
+    assert not holds_tokenizer(tmp_path)
+    with pytest.raises(TokenizerError, match="no tokenizer.json; expected .*\n.*AutoTokenizer"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "tekken.json", "vocab.json"])
+def test_a_tokenizer_in_another_form_is_refused_by_name(tmp_path, file):
+    (tmp_path / file).write_text("{}")
+    assert holds_tokenizer(tmp_path)  # so that a model is not loaded as one without a tokenizer
+    with pytest.raises(TokenizerError, match=f"but {file}, which octavo does not read"):
         Tokenizer(tmp_path)
 
 

@@ -41,6 +41,23 @@ def test_the_facts(tmp_path: Path) -> None:
     assert fits["f32"]["weight_bytes"] == 2 * fits["bf16"]["weight_bytes"] == 4 * num_parameters
     assert fits["f32"]["fits"] and fits["bf16"]["kv_tokens"] > fits["f32"]["kv_tokens"] > 0
     assert fits["bf16"]["full_length_sequences"] == fits["bf16"]["kv_tokens"] // 128
+    assert facts["kv_share_at_full_length"] == 1
+
+
+def test_windows_leave_memory_for_more_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda: 2**30)
+    fits, config = [], tiny_config()
+    write_model(tmp_path, config)
+    config.update(architectures=["MistralForCausalLM"], model_type="mistral")
+    for window in (None, 32):
+        config["sliding_window"] = window
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        fits.append(describe(read_model(tmp_path))["memory"]["as"]["bf16"]["kv_tokens"])
+    assert fits[1] == pytest.approx(4 * fits[0], rel=1e-6)  # 32 of 128 positions
+    assert main(["info", str(tmp_path)]) == 0
+    assert "at full length 25.0% of that" in " ".join(capsys.readouterr().out.split())
 
 
 def test_no_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

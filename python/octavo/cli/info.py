@@ -65,7 +65,7 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     if formats:  # embedding and head are rounded as they are loaded
         loaded = {**embedding_formats(spec), **formats}
         weight_sizes = {dtype: weight_bytes(spec, loaded, dtype) for dtype in _DTYPES}
-    kv_elements = spec.kv_elements(1)
+    kv_elements, longest = spec.kv_elements(1), spec.max_position_embeddings
     return {
         "path": str(files.path),
         "architecture": spec.architecture,
@@ -89,6 +89,8 @@ def describe(files: ModelFiles) -> dict[str, Any]:
         "quantized": describe_formats(spec, formats),
         "converted": [] if checkpoint is None else _converted(spec, checkpoint, loaded),
         "kv_bytes_per_token": {"f32": 4 * kv_elements, "bf16": 2 * kv_elements},
+        # Of layers with a window only the last tokens are kept.
+        "kv_share_at_full_length": spec.kv_elements(longest) / (kv_elements * longest),
         "memory": _memory(weight_sizes, spec),
     }
 
@@ -192,7 +194,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     kind = "multi-head" if heads == kv_heads else "multi-query" if kv_heads == 1 else "grouped"
     head = "tied to the embedding" if facts["tie_word_embeddings"] else "of its own"
     biases = [name for name in ("attention", "mlp") if facts[f"{name}_bias"]]
-    kv_bytes = facts["kv_bytes_per_token"]
+    kv_bytes, kv_share = facts["kv_bytes_per_token"], facts["kv_share_at_full_length"]
+    windowed = f"; at full length {kv_share:.1%} of that, since windows end" if kv_share < 1 else ""
     return [
         ("Model", str(Path(facts["path"]))),
         ("Architecture", facts["architecture"]),
@@ -215,7 +218,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "KV cache",
             f"{format_bytes(kv_bytes['bf16'])} a token as bf16, {format_bytes(kv_bytes['f32'])} "
-            "as f32",
+            f"as f32{windowed}",
         ),
     ]
 

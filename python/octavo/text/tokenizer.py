@@ -14,6 +14,8 @@ from octavo.text.decoders import PipelineFactory
 _NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 _EXTRA_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+# Files of tokenizers in other forms: sentencepiece's or tiktoken's, Mistral's, GPT-2's.
+_OTHER_FORMS = ("tokenizer.model", "tekken.json", "vocab.json")
 
 
 class Tokenizer:
@@ -30,9 +32,15 @@ class Tokenizer:
         directory = as_folder(path)
         self.path = directory / "tokenizer.json"
         if not self.path.is_file():
+            others = [name for name in _OTHER_FORMS if (directory / name).is_file()]
             raise TokenizerError(
-                f"{directory} holds no tokenizer.json; expected a Hugging Face directory with a "
-                "fast tokenizer (transformers writes one with tokenizer.save_pretrained)"
+                f"{directory} holds no tokenizer.json"
+                + (f", but {' and '.join(others)}, which octavo does not read" if others else "")
+                + "; expected the tokenizer in Hugging Face's form. transformers writes it, from "
+                "other forms too (for some it asks for sentencepiece and protobuf, or "
+                "mistral-common):\n    from transformers import AutoTokenizer\n"
+                f"    AutoTokenizer.from_pretrained({str(directory)!r})"
+                f".save_pretrained({str(directory)!r})"
             )
         self.config = read_tokenizer_config(directory)
         with self._errors_named():
@@ -161,6 +169,11 @@ class Tokenizer:
             ]
         )
         return named
+
+
+def holds_tokenizer(directory: Folder) -> bool:
+    """Whether a model's directory has a tokenizer, be it in a form that `Tokenizer` refuses."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", *_OTHER_FORMS))
 
 
 def read_tokenizer_config(directory: Folder) -> dict[str, Any]:
