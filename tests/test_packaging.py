@@ -241,4 +241,4 @@ def test_the_core_to_read_stays_small() -> None:
         )
         assert abs(lines - int(stated)) <= 0.1 * lines, f"README.md says {stated} lines of{files}"
         total += lines
-    assert total < 6200  # "about 6,000"
+    assert total < 6500  # "about 6,400"

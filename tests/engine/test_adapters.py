@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_helpers import FakeRuntime, fake_adapter, fake_engine
+from engine_helpers import fake_adapter, fake_engine
+from fake_runtime import FakeRuntime
 
 from octavo.engine.adapters import NO_ADAPTER, AdapterTable
 from octavo.engine.block_pool import IntegrityError

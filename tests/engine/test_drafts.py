@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 from engine_helpers import (
-    NAN_TOKEN,
     FakeDrafter,
-    FakeRuntime,
     check_answers,
     check_published,
     fake_engine,
@@ -17,6 +15,7 @@ from engine_helpers import (
     run_to_end,
     solo_answer,
 )
+from fake_runtime import NAN_TOKEN, FakeRuntime
 from invariance_helpers import (
     MODES,
     alone,

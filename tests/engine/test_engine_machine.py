@@ -11,11 +11,7 @@ from typing import Any
 
 import pytest
 from engine_helpers import (
-    EOS,
-    NAN_TOKEN,
-    VOCAB,
     FakeDrafter,
-    FakeRuntime,
     ManualClock,
     check_answers,
     check_published,
@@ -25,6 +21,7 @@ from engine_helpers import (
     run_to_end,
     solo_answer,
 )
+from fake_runtime import EOS, NAN_TOKEN, VOCAB, FakeRuntime
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule

@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 from engine_helpers import (
-    EOS,
-    NAN_TOKEN,
-    VOCAB,
-    FakeRuntime,
     check_answers,
     fake_engine,
     plain_tokenizer_directory,
     run_to_end,
     solo_answer,
 )
+from fake_runtime import EOS, NAN_TOKEN, VOCAB, FakeRuntime
 
 from octavo.engine.engine import Engine
 from octavo.engine.guard import deferred_interrupt

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_helpers import VOCAB, FakeRuntime, check_answers, fake_engine, solo_answer
+from engine_helpers import check_answers, fake_engine, solo_answer
+from fake_runtime import VOCAB, FakeRuntime
 
 from octavo.config import EngineConfig
 from octavo.engine.outputs import RequestOutput

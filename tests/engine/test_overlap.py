@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 from engine_helpers import (
-    NAN_TOKEN,
-    FakeRuntime,
     ManualClock,
     check_answers,
     fake_engine,
@@ -16,6 +14,7 @@ from engine_helpers import (
     run_to_end,
     solo_answer,
 )
+from fake_runtime import NAN_TOKEN, FakeRuntime
 from invariance_helpers import (
     MODES,
     SYSTEM,

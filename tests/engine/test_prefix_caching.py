@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_helpers import FakeRuntime, check_answers, fake_engine, run_to_end
+from engine_helpers import check_answers, fake_engine, run_to_end
+from fake_runtime import FakeRuntime
 from invariance_helpers import (
     MODES,
     SYSTEM,
@@ -197,7 +198,7 @@ PLANTED: dict[str, tuple[str, Callable[..., Any]]] = {
         _unchained,
     ),
     "what must be copied is not": (
-        "engine_helpers.FakeRuntime.copy_blocks",
+        "fake_runtime.FakeRuntime.copy_blocks",
         lambda runtime, group, pairs: None,
     ),
     "a block bears the name of the one before it": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -258,3 +260,12 @@ def test_why_the_first_in_the_queue_waits(options: dict[str, int], reason: str) 
     assert [(event[2], event[3]) for event in waits] == [("bb", reason)]
     step(scheduler)  # for the same reason: it is not noted again
     assert len([event for event in scheduler.events if event[1] == "waited"]) == 1
+
+
+def test_scheduling_is_pure_python() -> None:
+    program = (
+        "import sys, octavo.engine.scheduler, octavo.engine.events\n"
+        "print([m for m in ('numpy', 'octavo._native') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr

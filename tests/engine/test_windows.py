@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from engine_helpers import FakeRuntime, check_answers, fake_engine, run_to_end
+from engine_helpers import check_answers, fake_engine, run_to_end
+from fake_runtime import FakeRuntime
 from invariance_helpers import (
     MODES,
     SPEC,
@@ -164,7 +165,7 @@ PLANTED: dict[str, tuple[str, Callable[..., Any]]] = {
         ],
     ),
     "copies go to another group": (
-        "engine_helpers.FakeRuntime.copy_blocks",
+        "fake_runtime.FakeRuntime.copy_blocks",
         lambda runtime, group, pairs: None,
     ),
 }

@@ -19,7 +19,8 @@ from typing import Any
 
 import httpx
 import uvicorn
-from engine_helpers import EOS, FakeRuntime, fake_adapter, fake_engine, plain_tokenizer_directory
+from engine_helpers import fake_adapter, fake_engine, plain_tokenizer_directory
+from fake_runtime import EOS, FakeRuntime
 from runtime_helpers import VOCAB as TINY_VOCAB
 from runtime_helpers import tiny_runtime
 

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from engine_helpers import FakeRuntime, check_answers, solo_answer
+from engine_helpers import check_answers, solo_answer
+from fake_runtime import FakeRuntime
 
 from octavo.engine import shared
 from octavo.engine.outputs import RequestOutput

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_helpers import EOS, NAN_TOKEN, solo_answer
+from engine_helpers import solo_answer
+from fake_runtime import EOS, NAN_TOKEN
 from server_helpers import error_of, events_of, fake_llm, run, serving
 
 from octavo.llm import LLM

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from engine_helpers import VOCAB
+from fake_runtime import VOCAB
 from server_helpers import error_of, fake_llm, run, serving
 
 from octavo.llm import LLM

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from engine_helpers import EOS
+from fake_runtime import EOS
 from server_helpers import RawClient, events_of, run, serving, tiny_llm
 
 from octavo.llm import LLM
