@@ -253,9 +253,8 @@ def test_hits_give_the_bits_of_misses(dtype: str, spec: ModelSpec) -> None:
 
 def test_the_groups_share_the_memory_of_one() -> None:
     """Five layers in groups of two at most: a block has the bytes of two layers."""
-    one = make_engine(num_blocks=50).runtime.kv_bytes_per_block()  # type: ignore[attr-defined]
+    two: Any = make_engine(num_blocks=50, spec=spec_of(0, 0, positions=1024)).runtime
     runtime: Any = make_engine(num_blocks=50, spec=WINDOWED).runtime
     assert [layer.kv_group for layer in WINDOWED.layers] == [1, 0, 1, 2, 0]
-    two = one * 2 // len(SPEC.layers)
-    assert runtime.kv_bytes_per_block() == two
-    assert runtime.memory()["kv_cache"] == 50 * two
+    assert runtime.kv_bytes_per_block() == two.kv_bytes_per_block()
+    assert runtime.memory()["kv_cache"] == 50 * two.kv_bytes_per_block()
