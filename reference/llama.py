@@ -21,8 +21,8 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from octavo.models.adapter import Adapter
-from octavo.models.layer import weight_shapes
+from octavo.models.adapter import Adapter, LowRank
+from octavo.models.layer import Node, weight_shapes
 from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, WeightFormat
 from octavo.reference import ops
 from octavo.reference.nodes import expert_output
@@ -97,7 +97,7 @@ class ReferenceModel:
         self.kv_dtype = kv_dtype
         self.compute = compute
         self.formats: Mapping[str, WeightFormat] = dict(formats or {})
-        self.adapter = {} if adapter is None else adapter.matrices
+        self.adapter: Mapping[str, LowRank] = {} if adapter is None else adapter.matrices
         self.weights = _checked_weights(spec, weights, dtype, self.formats)
         self.frequencies = [
             None if layer.rope is None else np.array(layer.rope.frequencies, np.float32)
@@ -247,6 +247,12 @@ class ReferenceModel:
         if part := self.adapter.get(name):
             out = out + ops.low_rank(x, part, self.dtype)
         return out
+
+    def adapter_of(self, node: Node) -> LowRank | None:
+        """What the adapter adds to a node's product, or to the rows of its table."""
+        if not node.matrices:
+            return None
+        return self.adapter.get("lm_head" if node.tap == "logits" else node.matrices[0].name)
 
     def multiply(self, name: str, x: Array, weight: Array, bias: Array | None) -> Array:
         """x times a weight; x is rounded as the format of the matrix `name` requires.

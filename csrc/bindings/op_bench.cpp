@@ -53,21 +53,25 @@ class OpBench : private OpsDevice {
     return times;
   }
 
-  // num_seqs sequences of `context` tokens each, the last tokens_per_seq of which are new.
+  // num_seqs sequences of `context` tokens each, the last tokens_per_seq of which are new. The copies
+  // that take turns are so many that what is read of them, in the window, does not stay in a cache.
   double attention(std::int64_t num_seqs, std::int64_t tokens_per_seq, std::int64_t context,
                    std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t head_dim,
-                   const std::string& kv_dtype) {
+                   const std::string& kv_dtype, std::int64_t window) {
     check_sizes({num_seqs, tokens_per_seq, context, num_heads, num_kv_heads, head_dim});
+    require(window >= 0, "window is ", window, "; expected 0 or more");
     require(context >= tokens_per_seq, "context is ", context, "; expected tokens_per_seq, ",
             tokens_per_seq, ", or more");
     LayerSpec spec;
     spec.num_heads = num_heads;
     spec.num_kv_heads = num_kv_heads;
     spec.head_dim = head_dim;
+    spec.window = window;
     const std::int64_t blocks = (context + 15) / 16;
+    const std::int64_t seen = window ? std::min(context, window + tokens_per_seq - 1) : context;
     const std::int64_t block_bytes =
         backend_->kv_block_bytes(spec, parse_dtype(kv_dtype, "kv_dtype"), 16);
-    const std::int64_t copies = copies_of(num_seqs * blocks * block_bytes);
+    const std::int64_t copies = copies_of(num_seqs * ((seen + 15) / 16) * block_bytes);
     Cache kv = cache(spec, copies * num_seqs * blocks * 16, 16, kv_dtype);
     fill(kv.layer, spec);
 
@@ -272,7 +276,7 @@ void bind_op_bench(nb::module_& module) {
            nb::arg("format") = nb::none())
       .def("attention", &OpBench::attention, nb::arg("num_seqs"), nb::arg("tokens_per_seq"),
            nb::arg("context"), nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
-           nb::arg("kv_dtype"))
+           nb::arg("kv_dtype"), nb::arg("window") = 0)
       .def("add_norm", &OpBench::add_norm, nb::arg("rows"), nb::arg("width"))
       .def("gated_activation", &OpBench::gated_activation, nb::arg("rows"), nb::arg("width"))
       .def("sample", &OpBench::sample, nb::arg("rows"), nb::arg("vocab_size"),

@@ -1,5 +1,6 @@
 #include "core/runtime.h"
 
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/tuple.h>
 
 #include "bindings/bindings.h"
@@ -121,6 +122,22 @@ void load(Runtime& self, const std::string& name,
   self.load(name, array.data(), format, shape);
 }
 
+// name -> (A, scale * B)
+using AdapterMatrices = std::map<std::string, std::tuple<Array2<float>, Array2<float>>>;
+
+void load_adapter(Runtime& self, std::int64_t slot, const AdapterMatrices& matrices) {
+  std::vector<HostLowRank> given;
+  for (const auto& [name, arrays] : matrices) {
+    const auto& [a, b] = arrays;
+    require(a.shape(0) == b.shape(1), name, ": A has ", a.shape(0), " rows and B ", b.shape(1),
+            " columns; expected the same rank");
+    given.push_back({name, a.data(), b.data(), static_cast<std::int64_t>(a.shape(0)),
+                     static_cast<std::int64_t>(a.shape(1)), static_cast<std::int64_t>(b.shape(0))});
+  }
+  nb::gil_scoped_release unlocked;
+  self.load_adapter(slot, given);
+}
+
 nb::dict memory(const Runtime& self) {
   const MemoryUse use = self.memory();
   nb::dict result;
@@ -167,6 +184,9 @@ void bind_runtime(nb::module_& module) {
            }),
            nb::arg("device"), nb::arg("spec"), nb::arg("options"))
       .def("load", &load, nb::arg("name"), nb::arg("array").noconvert(), nb::arg("dtype"))
+      .def("load_adapter", &load_adapter, nb::arg("slot"), nb::arg("matrices"))
+      .def("unload_adapter", &Runtime::unload_adapter, nb::arg("slot"),
+           nb::call_guard<nb::gil_scoped_release>())
       .def("missing_weights", &Runtime::missing_weights)
       .def("kv_bytes_per_block", &Runtime::kv_bytes_per_block)
       .def("alloc_kv", &Runtime::alloc_kv, nb::arg("num_blocks"))

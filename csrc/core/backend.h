@@ -103,6 +103,16 @@ struct Rope {
   std::int64_t pairs = 0;
 };
 
+// What a LoRA adapter adds to the product of one matrix: b (a x), at the columns first ... of the
+// output of a stack of matrices. Both are plain numbers of the model's dtype.
+struct LowRankPart {
+  std::int64_t first = 0;
+  Linear a, b;
+};
+using LowRankParts = std::vector<LowRankPart>;
+// By the place of an adapter, what it adds to a stack; null: nothing.
+using LowRankStack = std::vector<const LowRankParts*>;
+
 // The paged keys and values of one layer. The layout within a block is the backend's own.
 struct KvLayer {
   void* data = nullptr;
@@ -267,6 +277,15 @@ class Backend {
   virtual void scale(View x, float factor, float cap) = 0;
   // out = x @ weight^T + bias. The order of summation depends on the row alone.
   virtual void linear(View out, View x, const Linear& weight) = 0;
+  // Whether the device has the next two ops.
+  virtual bool takes_adapters() const { return false; }
+  // Adapters have changed: a device may keep a table of these stacks, which stay where they are.
+  virtual void adapters_changed(const std::vector<LowRankStack>&) {}
+  // out[t] += b (a x[t]) of the adapter in place adapters[t]; -1: nothing. adapters: [x.rows], of
+  // the device. The bits depend on the row and its adapter alone.
+  virtual void add_low_rank(View, View, const LowRankStack&, const std::int32_t*) {}
+  // The same for rows of the embedding, out[t] += b (row of a of token t): a is (tokens, rank).
+  virtual void add_low_rank_rows(View, const LowRankStack&, const Step&) {}
   // qkv: (num_tokens, q_size + 2 kv_size). Rotates q and k in place (not if rope is null), then
   // stores k and v at the step's slots.
   virtual void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,

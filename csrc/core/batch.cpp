@@ -67,10 +67,16 @@ void check_rows(const Batch& batch, const BatchLimits& limits) {
   check(batch.sampling, limits.vocab_size, limits.max_num_seqs);
 }
 
-// Of fields for features that are not computed yet.
+void check_adapters(const Batch& batch, std::int64_t num_adapters) {
+  if (batch.adapter_ids.empty()) return;
+  check_size("adapter_ids", batch.adapter_ids.size(), batch.num_seqs());
+  for (std::int64_t s = 0; s < batch.num_seqs(); ++s)
+    check_range("adapter_ids", s, batch.adapter_ids[static_cast<std::size_t>(s)], -1,
+                num_adapters - 1);
+}
+
+// Of a field for a feature that is not computed yet.
 void check_unused(const Batch& batch) {
-  require(batch.adapter_ids.empty(),
-          "adapter_ids are given, but a runtime has no adapters yet: leave them out");
   require(batch.embeddings.empty(),
           "embeddings are given, but a step takes only token_ids yet: leave them out");
 }
@@ -125,6 +131,7 @@ void Batch::pad(const StepKey& shape) {
     }
     row_starts.push_back(static_cast<std::int32_t>(token_ids.size()));
     context_lens.push_back(0);
+    if (!adapter_ids.empty()) adapter_ids.push_back(-1);
   }
   sampling.resize(rows);
 }
@@ -138,14 +145,15 @@ void check(const Batch& batch, const BatchLimits& limits) {
                 limits.vocab_size - 1);
   }
   check_rows(batch, limits);
+  check_adapters(batch, limits.num_adapters);
   check_unused(batch);
 }
 
 void StepUpload::reserve(Backend& backend, const BatchLimits& limits, std::int64_t max_blocks) {
   // The arrays of `upload`, in words of 4 bytes. Any token may have a logit row.
-  constexpr std::size_t kArrays = 8;
-  constexpr std::int64_t kWordsOfRow = 1 + sizeof(SamplingRow) / 4;
-  const std::int64_t of_token = 2 + limits.num_kv_groups() + kWordsOfRow;
+  constexpr std::size_t kArrays = 10;
+  constexpr std::int64_t kWordsOfRow = 2 + sizeof(SamplingRow) / 4;
+  const std::int64_t of_token = 3 + limits.num_kv_groups() + kWordsOfRow;
   const std::int64_t of_seq = 2 + limits.num_kv_groups() * max_blocks;
   const std::int64_t words =
       limits.max_num_batched_tokens * of_token + limits.max_num_seqs * of_seq + 1;
@@ -191,6 +199,15 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
       }
     }
   }
+  std::vector<std::int32_t> adapters, row_adapters;
+  if (!batch.adapter_ids.empty()) {
+    adapters.resize(num_tokens);
+    for (std::size_t s = 0; s < batch.adapter_ids.size(); ++s)
+      std::fill(adapters.begin() + batch.row_starts[s], adapters.begin() + batch.row_starts[s + 1],
+                batch.adapter_ids[s]);
+    for (const std::int32_t row : batch.logit_rows)
+      row_adapters.push_back(adapters[static_cast<std::size_t>(row)]);
+  }
   std::vector<SamplingRow> sampling = batch.sampling;
   for (std::size_t i = 0; i < sampling.size(); ++i)
     sampling[i].position = positions[static_cast<std::size_t>(batch.logit_rows[i])] + 1;
@@ -219,6 +236,8 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
     place(batch.block_tables, step.block_tables);
     place(batch.logit_rows, step.logit_rows);
     place(sampling, step.sampling);
+    place(adapters, step.adapters);
+    place(row_adapters, step.row_adapters);
   };
   place_all();
   // Room for twice as much, so that a slowly growing block table does not grow it every step.

@@ -16,8 +16,8 @@ struct Batch {
   std::int64_t max_blocks = 0;
   std::vector<SamplingRow> sampling;  // one a logit row; their positions are set by `upload`
 
-  // For features that are not computed yet; `check` refuses them.
-  std::vector<std::int32_t> adapter_ids;
+  std::vector<std::int32_t> adapter_ids;  // empty: no sequence has one
+  // For a feature that is not computed yet; `check` refuses it.
   std::vector<float> embeddings;
 
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }
@@ -35,6 +35,7 @@ struct BatchLimits {
   std::int64_t vocab_size, max_num_batched_tokens, max_num_seqs, max_model_len;
   std::vector<std::int64_t> kv_windows;  // of each KV group; 0: no limit
   std::int64_t num_blocks, block_size;
+  std::int64_t num_adapters;  // places
 
   std::int64_t num_kv_groups() const { return static_cast<std::int64_t>(kv_windows.size()); }
 };

@@ -24,8 +24,12 @@ void normalize(Backend& backend, View out, const NormedInput& x) {
 }  // namespace
 
 Decoder::Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights,
-                 std::int64_t max_num_batched_tokens)
-    : backend_(backend), spec_(spec), weights_(weights), dtype_(backend.activation_dtype()) {
+                 const Adapters& adapters, std::int64_t max_num_batched_tokens)
+    : backend_(backend),
+      spec_(spec),
+      weights_(weights),
+      adapters_(adapters),
+      dtype_(backend.activation_dtype()) {
   std::int64_t qkv = 0, attn = 0, up = 0, act = 0, router = 0;
   for (const LayerSpec& layer : spec.layers) {
     qkv = std::max(qkv, layer.qkv_size());
@@ -63,21 +67,25 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, V
   const View hidden = rows(hidden_, step.num_tokens, spec_.hidden_size);
   const Linear* positions = spec_.learned_positions ? &weights_.positions : nullptr;
 
+  // A fused op has no place between a product and what an adapter adds to it.
+  const bool is_plain = !taps && !step.adapters;
+
   backend_.embed(residual, weights_.embed, positions, step);
+  if (step.adapters) backend_.add_low_rank_rows(residual, adapters_.embed(), step);
   if (spec_.embed_multiplier != 1.0f) backend_.scale(residual, spec_.embed_multiplier, 0.0f);
   tap(taps, residual, "embed");
   // The result not yet added to the residual stream: none, or `hidden`.
   View pending;
   for (std::size_t i = 0; i < spec_.layers.size(); ++i) {
     // After a layer of single ops, no whole-layer op can follow: its output is pending.
-    if (!taps && !pending.data && whole_layer(i, hidden, residual, kv, step)) continue;
+    if (is_plain && !pending.data && whole_layer(i, hidden, residual, kv, step)) continue;
     attention_half(i, hidden, residual, pending, kv, step, taps);
-    mlp_half(i, hidden, residual, taps);
+    mlp_half(i, hidden, residual, step, taps);
     pending = hidden;
   }
   const NormedInput input{residual, pending, weights_.final_norm};
   const bool is_fused =
-      !taps && step.rows_are_tokens() && backend_.normed_linear(logits, input, weights_.head());
+      is_plain && step.rows_are_tokens() && backend_.normed_linear(logits, input, weights_.head());
   if (!is_fused) {
     normalize(backend_, hidden, input);
     tap(taps, residual, "layers.", spec_.layers.size() - 1, ".out");
@@ -89,6 +97,7 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, V
     }
     tap(taps, last, "final_norm");
     backend_.linear(logits, last, weights_.head());
+    if (step.adapters) backend_.add_low_rank(logits, last, adapters_.head(), step.row_adapters);
   }
   if (spec_.logits_multiplier != 1.0f || spec_.logits_softcap != 0.0f)
     backend_.scale(logits, spec_.logits_multiplier, spec_.logits_softcap);
@@ -112,6 +121,10 @@ void Decoder::linear_stack(View out, View x, const Stack& stack) {
   }
 }
 
+void Decoder::adapt(View out, View x, std::size_t layer, Adapters::Part part, const Step& step) {
+  if (step.adapters) backend_.add_low_rank(out, x, adapters_.of_layer(layer, part), step.adapters);
+}
+
 // pending: the output of the previous layer's MLP (in `hidden`), which is added to the residual
 // stream together with the norm. hidden: on return the attention's output, not yet added.
 void Decoder::attention_half(std::size_t i, View hidden, View residual, View pending,
@@ -125,13 +138,14 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, View pen
   const View attn = rows(attn_, step.num_tokens, layer.q_size());
 
   const NormedInput input{residual, pending, weights.attn_norm};
-  const bool is_fused =
-      !taps && weights.qkv.size() == 1 && backend_.normed_linear(qkv, input, weights.qkv[0]);
+  const bool is_fused = !taps && !step.adapters && weights.qkv.size() == 1 &&
+                        backend_.normed_linear(qkv, input, weights.qkv[0]);
   if (!is_fused) {
     normalize(backend_, hidden, input);
     if (pending.data) tap(taps, residual, "layers.", i - 1, ".out");
     tap(taps, hidden, "layers.", i, ".attn_norm");
     linear_stack(qkv, hidden, weights.qkv);
+    adapt(qkv, hidden, i, Adapters::Part::qkv, step);
   }
   tap(taps, q, "layers.", i, ".q");
   tap(taps, k, "layers.", i, ".k");
@@ -151,11 +165,12 @@ void Decoder::attention_half(std::size_t i, View hidden, View residual, View pen
   backend_.attention(attn, q, layer, layer.score_scale(), kv[i], step);
   tap(taps, attn, "layers.", i, ".attn");
   backend_.linear(hidden, attn, weights.o);
+  adapt(hidden, attn, i, Adapters::Part::o, step);
   finish_sublayer(i, ".attn_out", hidden, weights.attn_out_norm, taps);
 }
 
 // hidden: the attention's output; on return the MLP's, not yet added to the residual stream.
-void Decoder::mlp_half(std::size_t i, View hidden, View residual, TapSink* taps) {
+void Decoder::mlp_half(std::size_t i, View hidden, View residual, const Step& step, TapSink* taps) {
   const LayerSpec& layer = spec_.layers[i];
   const LayerWeights& weights = weights_.layers[i];
   const std::int64_t width = layer.intermediate_size;
@@ -171,7 +186,7 @@ void Decoder::mlp_half(std::size_t i, View hidden, View residual, TapSink* taps)
     return finish_sublayer(i, ".mlp_out", hidden, weights.mlp_out_norm, taps);
   }
   const bool is_fused =
-      !taps && layer.gated &&
+      !taps && !step.adapters && layer.gated &&
       backend_.normed_mlp(hidden, input, weights.up, weights.down, layer.activation);
   if (is_fused) return finish_sublayer(i, ".mlp_out", hidden, weights.mlp_out_norm, taps);
   normalize(backend_, hidden, input);
@@ -180,11 +195,13 @@ void Decoder::mlp_half(std::size_t i, View hidden, View residual, TapSink* taps)
   const View act = rows(act_, hidden.rows, width);
 
   linear_stack(up, hidden, weights.up);
+  adapt(up, hidden, i, Adapters::Part::up, step);
   if (layer.gated) tap(taps, up.columns(0, width), "layers.", i, ".gate");
   tap(taps, up.columns(layer.up_size() - width, width), "layers.", i, ".up");
   backend_.gated_activation(act, up, layer.activation, layer.gated);
   tap(taps, act, "layers.", i, ".act");
   backend_.linear(hidden, act, weights.down);
+  adapt(hidden, act, i, Adapters::Part::down, step);
   finish_sublayer(i, ".mlp_out", hidden, weights.mlp_out_norm, taps);
 }
 

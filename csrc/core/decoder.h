@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "core/adapters.h"
 #include "core/backend.h"
 #include "core/weights.h"
 
@@ -20,7 +21,7 @@ class TapSink {
 
 class Decoder {
  public:
-  Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights,
+  Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights, const Adapters& adapters,
           std::int64_t max_num_batched_tokens);
 
   // Runs the step's tokens through the model, stores their keys and values in `kv` (one entry a
@@ -37,7 +38,9 @@ class Decoder {
                    const Step& step);
   void attention_half(std::size_t layer, View hidden, View residual, View pending,
                       std::vector<KvLayer>& kv, const Step& step, TapSink* taps);
-  void mlp_half(std::size_t layer, View hidden, View residual, TapSink* taps);
+  void mlp_half(std::size_t layer, View hidden, View residual, const Step& step, TapSink* taps);
+  // Adds what the adapters of the step's sequences, if there are any, add to a stack's product.
+  void adapt(View out, View x, std::size_t layer, Adapters::Part part, const Step& step);
   // Ends a sublayer: `hidden`, its output, normalized and multiplied where the layer says so. part:
   // of its tap's name. norm: of the layer's output_norm.
   void finish_sublayer(std::size_t layer, const char* part, View hidden, const Norm& norm,
@@ -54,6 +57,7 @@ class Decoder {
   Backend& backend_;
   const ModelSpec& spec_;
   const Weights& weights_;
+  const Adapters& adapters_;
   DType dtype_;  // of all activations but the residual stream
   // max_num_batched_tokens rows each.
   Buffer residual_, hidden_, qkv_, attn_, up_, act_, router_;

@@ -120,7 +120,8 @@ Runtime::Runtime(const std::string& device, const ModelSpec& spec, const Runtime
       kv_dtype_(kv_dtype(options.kv_dtype)),
       backend_(backend_for(device, spec_, options_)),
       weights_(*backend_, spec_, options_),
-      decoder_(*backend_, spec_, weights_, options.max_num_batched_tokens),
+      adapters_(*backend_, spec_, options_),
+      decoder_(*backend_, spec_, weights_, adapters_, options.max_num_batched_tokens),
       sampled_(backend_.get(), static_cast<std::size_t>(options.max_num_seqs) * 4) {
   for (int i = 0; i < kMaxInFlight; ++i) steps_[i].index = i;
   queue_.run([this] {
@@ -137,7 +138,7 @@ BatchLimits Runtime::limits() const {
   return {spec_.vocab_size,      options_.max_num_batched_tokens,
           options_.max_num_seqs, options_.max_model_len,
           spec_.kv_windows(),    kv_.empty() ? 0 : kv_[0].num_blocks,
-          options_.block_size};
+          options_.block_size,   adapters_.num_slots()};
 }
 
 // For steps with one logit row a sequence. The first step with more (scoring, checking drafts)
@@ -232,6 +233,16 @@ void Runtime::alloc_kv(std::int64_t num_blocks) {
   });
 }
 
+void Runtime::load_adapter(std::int64_t slot, const std::vector<HostLowRank>& matrices) {
+  require(backend_->takes_adapters(),
+          "this device computes no adapters yet: merge the adapter into the model (octavo merge)");
+  queue_.run([&] { adapters_.load(slot, matrices); });
+}
+
+void Runtime::unload_adapter(std::int64_t slot) {
+  queue_.run([&] { adapters_.unload(slot); });
+}
+
 void Runtime::copy_blocks(std::int64_t kv_group, const std::vector<std::int32_t>& pairs) {
   require(!kv_.empty(), "copy_blocks was called before alloc_kv");
   require(pairs.size() % 2 == 0, "pairs has ", pairs.size(), " entries; expected pairs");
@@ -249,7 +260,7 @@ void Runtime::copy_blocks(std::int64_t kv_group, const std::vector<std::int32_t>
 
 MemoryUse Runtime::memory() const {
   MemoryUse use;
-  use.weights = weights_.bytes();
+  use.weights = weights_.bytes() + adapters_.bytes();
   for (const Buffer& buffer : kv_buffers_)
     use.kv_cache += static_cast<std::int64_t>(buffer.bytes());
   std::size_t workspace = sampled_.bytes() + scores_.bytes();
@@ -278,6 +289,9 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool wi
   queue_.check_process();
   require(!kv_.empty(), "submit was called before alloc_kv");
   check(batch, limits());
+  for (const std::int32_t slot : batch.adapter_ids)
+    require(slot < 0 || adapters_.is_loaded(slot), "adapter_ids names place ", slot,
+            ", where no adapter is");
   InFlightStep* free_step = nullptr;
   for (InFlightStep& step : steps_) {
     if (!step.open) free_step = &step;
@@ -327,7 +341,7 @@ StepKey Runtime::padded(const StepKey& key) const {
 
 StepKey Runtime::key_of(const InFlightStep& step, Part part) const {
   StepKey key = step.key;
-  key.part = kParts * step.index + part;
+  key.part = kParts * step.index + part + (step.batch.adapter_ids.empty() ? 0 : kAdapted);
   return key;
 }
 

@@ -49,6 +49,9 @@ class Runtime {
 
   std::int64_t kv_bytes_per_block() const;
   void alloc_kv(std::int64_t num_blocks);
+  // A LoRA adapter in a place, after the steps queued so far (core/adapters.h).
+  void load_adapter(std::int64_t slot, const std::vector<HostLowRank>& matrices);
+  void unload_adapter(std::int64_t slot);
   void copy_blocks(std::int64_t kv_group, const std::vector<std::int32_t>& pairs);
   MemoryUse memory() const;
   std::int64_t allocations() const { return growths_; }
@@ -101,6 +104,7 @@ class Runtime {
   // The parts of a step that can be recorded; each part of each in-flight step and shape is
   // recorded separately.
   enum Part : std::int64_t { kForward, kSampling, kWhole, kParts };
+  static constexpr std::int64_t kAdapted = kParts * kMaxInFlight;  // the same, with adapters
 
   // Where a layer's keys and values lie, and the bytes of a block there.
   struct KvPlace {
@@ -142,6 +146,7 @@ class Runtime {
   DType kv_dtype_;
   std::unique_ptr<Backend> backend_;
   Weights weights_;
+  Adapters adapters_;
   Decoder decoder_;
   Buffer sampled_;
   Buffer scores_;  // adjusted logits; the in-flight steps use it in turn

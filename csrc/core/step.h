@@ -23,6 +23,9 @@ struct Step {
   const std::int32_t* block_tables = nullptr;  // [num_kv_groups, num_seqs, max_blocks]
   const std::int32_t* logit_rows = nullptr;    // [num_rows]
   const SamplingRow* sampling = nullptr;       // [num_rows]
+  // The places of adapters, -1 for none; null where no sequence has one.
+  const std::int32_t* adapters = nullptr;      // [num_tokens]
+  const std::int32_t* row_adapters = nullptr;  // [num_rows]
 
   std::int32_t* sampled =
       nullptr;  // [max_num_seqs], kept between steps: each state row's last token

@@ -42,6 +42,10 @@ class CpuBackend : public Backend {
   void norm_heads(View x, const Norm& norm, std::int64_t width) override;
   void scale(View x, float factor, float cap) override;
   void linear(View out, View x, const Linear& weight) override;
+  bool takes_adapters() const override { return true; }
+  void add_low_rank(View out, View x, const LowRankStack& stack,
+                    const std::int32_t* adapters) override;
+  void add_low_rank_rows(View out, const LowRankStack& stack, const Step& step) override;
   bool normed_linear(View out, const NormedInput& x, const Linear& weight) override;
   bool normed_mlp(View out, const NormedInput& x, const std::vector<Linear>& up, const Linear& down,
                   Activation activation) override;
@@ -116,6 +120,23 @@ class CpuBackend : public Backend {
   void add_experts(View sums, View x, const ExpertWork& work, ThreadPool::Range experts);
   void multiply_all(const std::vector<LinearTask>& tasks);
 
+  // Rows with the same adapter: rows first .. first + count - 1 of a sorted list.
+  struct AdapterRows {
+    const LowRankParts* parts;
+    std::int64_t first, count;
+  };
+  struct SortedRows {
+    std::vector<std::int64_t> rows;
+    std::vector<AdapterRows> groups;
+  };
+  // Calls body for groups of rows that are few enough for little memory between.
+  template <class Body>
+  void each_adapter(std::int64_t num_rows, const LowRankStack& stack, const std::int32_t* adapters,
+                    Body&& body);
+  template <class Shrink>
+  void expand_rows(View out, const SortedRows& sorted, Shrink&& shrink);
+
+  SortedRows adapter_rows_;
   Routing routing_;
   std::vector<LinearTask> up_tasks_, down_tasks_;  // of add_experts
   struct ProductPiece {

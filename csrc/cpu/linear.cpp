@@ -110,6 +110,8 @@ float load_scale(const Linear& linear, std::int64_t index) {
   return load_float(linear.scales.data(), scale_type(linear.format), index);
 }
 
+}  // namespace
+
 // Adds a row of an embedding table to `out`, or writes it there.
 void unpack_row(float* out, const Linear& table, std::int64_t row, bool add) {
   const Packing packing(table);
@@ -149,8 +151,6 @@ void unpack_row(float* out, const Linear& table, std::int64_t row, bool add) {
       break;  // never packed
   }
 }
-
-}  // namespace
 
 Linear CpuBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
                                const WeightFormat& format, bool with_bias, std::int64_t count) {

@@ -63,4 +63,41 @@ inline std::int64_t input_words(const LinearTask& task) {
   return (task.rows + kLanes - 1) / kLanes * kLanes * task.x_stride;
 }
 
+// Memory that is given out from one end to the other, in whole cache lines.
+class Arena {
+ public:
+  explicit Arena(float* memory) : at_(memory) {}
+
+  float* take(std::int64_t count) {
+    float* memory = at_;
+    at_ += size(count);
+    return memory;
+  }
+  static std::int64_t size(std::int64_t count) { return (count + 15) / 16 * 16; }
+
+ private:
+  float* at_;
+};
+
+// Numbers of a task's input: its x, scales and sums.
+inline std::int64_t input_numbers(const LinearTask& task) {
+  return Arena::size(input_words(task) + task.rows * (1 + task.num_blocks));
+}
+
+inline void place_input(LinearTask& task, Arena& arena) {
+  float* memory = arena.take(input_numbers(task));
+  task.x = memory;
+  task.x_scales = memory + input_words(task);
+  task.x_sums = reinterpret_cast<std::int32_t*>(task.x_scales + task.rows);
+}
+
+inline void prepare_row(const Kernels& kernels, const LinearTask& task, std::int64_t row,
+                        const float* x, std::int64_t inputs) {
+  float* memory = const_cast<float*>(static_cast<const float*>(task.x));
+  kernels.prepare_input(task, row, memory + row * task.x_stride, x, inputs);
+}
+
+// Writes a row of an embedding table to `out`, or adds it (linear.cpp).
+void unpack_row(float* out, const Linear& table, std::int64_t row, bool add);
+
 }  // namespace octavo::cpu

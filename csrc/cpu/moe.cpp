@@ -55,40 +55,6 @@ LinearTask task_of(const MatrixTask& all, const Linear& matrix, std::int64_t exp
   return task;
 }
 
-// Memory that is given out from one end to the other, in whole cache lines.
-class Arena {
- public:
-  explicit Arena(float* memory) : at_(memory) {}
-
-  float* take(std::int64_t count) {
-    float* memory = at_;
-    at_ += size(count);
-    return memory;
-  }
-  static std::int64_t size(std::int64_t count) { return (count + 15) / 16 * 16; }
-
- private:
-  float* at_;
-};
-
-// Numbers of a task's input: its x, scales and sums.
-std::int64_t input_numbers(const LinearTask& task) {
-  return Arena::size(input_words(task) + task.rows * (1 + task.num_blocks));
-}
-
-void place_input(LinearTask& task, Arena& arena) {
-  float* memory = arena.take(input_numbers(task));
-  task.x = memory;
-  task.x_scales = memory + input_words(task);
-  task.x_sums = reinterpret_cast<std::int32_t*>(task.x_scales + task.rows);
-}
-
-void prepare_row(const Kernels& kernels, const LinearTask& task, std::int64_t row, const float* x,
-                 std::int64_t inputs) {
-  float* memory = const_cast<float*>(static_cast<const float*>(task.x));
-  kernels.prepare_input(task, row, memory + row * task.x_stride, x, inputs);
-}
-
 }  // namespace
 
 void CpuBackend::moe(View out, View x, View router, const ExpertWork& work) {

@@ -31,7 +31,8 @@ CudaBackend::CudaBackend(const BackendOptions& options)
       attention_workspace_(stream_),
       sampling_workspace_(stream_),
       experts_workspace_(stream_),
-      pack_workspace_(stream_) {
+      pack_workspace_(stream_),
+      low_rank_workspace_(stream_) {
   if (!options.deterministic) cublas_ = CublasLt::open(stream_);
   for (cudaEvent_t& event : events_)
     check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
@@ -124,6 +125,7 @@ void CudaBackend::prepare(const ModelSpec& spec, const StepLimits& limits) {
   const std::int64_t seqs = padded_seqs(limits.max_num_seqs);
   const StepLimits padded{seqs, std::max(limits.max_num_batched_tokens, seqs),
                           limits.max_model_len};
+  max_tokens_ = padded.max_num_batched_tokens;
   linear_workspace_.get(linear_workspace_bytes(spec, padded));
   attention_workspace_.get(attention_workspace_bytes(spec, padded));
   experts_workspace_.get(experts_workspace_bytes(spec, padded));
@@ -132,7 +134,8 @@ void CudaBackend::prepare(const ModelSpec& spec, const StepLimits& limits) {
 
 std::int64_t CudaBackend::growths() const {
   return linear_workspace_.growths() + attention_workspace_.growths() +
-         sampling_workspace_.growths() + experts_workspace_.growths();
+         sampling_workspace_.growths() + experts_workspace_.growths() +
+         low_rank_workspace_.growths();
 }
 
 void CudaBackend::run(const StepKey& key, const std::function<void()>& record) {

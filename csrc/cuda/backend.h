@@ -17,6 +17,8 @@ namespace octavo::cuda {
 
 class CublasLt;  // products/cublas.h
 
+constexpr int kLowRankParts = 3;  // matrices of a stack: q, k and v
+
 // Products of up to so many rows use octavo's own tiles; of more, cuBLASLt, where it is available.
 // OCTAVO_TILES_ROWS and OCTAVO_QUANTIZED_TILES_ROWS set other limits, for measuring.
 struct TileRows {
@@ -70,6 +72,11 @@ class CudaBackend : public Backend {
   void norm_heads(View x, const Norm& norm, std::int64_t width) override;
   void scale(View x, float factor, float cap) override;
   void linear(View out, View x, const Linear& weight) override;
+  bool takes_adapters() const override { return true; }
+  void adapters_changed(const std::vector<LowRankStack>& stacks) override;
+  void add_low_rank(View out, View x, const LowRankStack& stack,
+                    const std::int32_t* adapters) override;
+  void add_low_rank_rows(View out, const LowRankStack& stack, const Step& step) override;
   void rope_and_store(View qkv, const Rope* rope, const LayerSpec& layer, KvLayer& kv,
                       const Step& step) override;
   void attention(View out, View q, const LayerSpec& layer, float scale, const KvLayer& kv,
@@ -105,10 +112,19 @@ class CudaBackend : public Backend {
   std::size_t experts_workspace_bytes(const ModelSpec& spec, const StepLimits& limits) const;
   static void add_expert_problems(const ModelSpec& spec, std::vector<std::string>& problems);
 
+  // step: of rows of the embedding, which have no x.
+  void add_low_rank(View out, View x, const LowRankStack& stack, const std::int32_t* adapters,
+                    const Step* step);
+
   BackendOptions options_;
   Stream stream_;
   Workspace linear_workspace_, attention_workspace_, sampling_workspace_, experts_workspace_,
-      pack_workspace_;
+      pack_workspace_, low_rank_workspace_;
+  // What every adapter adds to every stack, on the device: (stacks, places) of LowRankEntry.
+  Buffer low_rank_table_;
+  const LowRankStack* low_rank_stacks_ = nullptr;  // the first stack
+  std::size_t low_rank_slots_ = 0;
+  std::int64_t max_rank_ = 0, max_tokens_ = 0;
   const TileRows tile_rows_ = TileRows::read_environment();
   std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is missing
   cudaEvent_t events_[2] = {};

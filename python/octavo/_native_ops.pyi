@@ -47,6 +47,7 @@ class OpBench:
         num_kv_heads: int,
         head_dim: int,
         kv_dtype: str,
+        window: int = 0,
     ) -> float:
         """num_seqs sequences of `context` tokens, of which the last tokens_per_seq are new."""
 

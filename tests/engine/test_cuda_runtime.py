@@ -84,6 +84,8 @@ def test_sixteen_bits_stay_near_the_reference(
     whole = logits_of(runtime, make_batch([(PROMPT, 0, [3, 8])], range(len(PROMPT))))
     if kv == "int8":
         tolerance += 0.02
+    if fields:  # six more results of a layer are rounded, beside ten
+        tolerance *= 1.6
     assert np.abs(whole - expected).max() < tolerance * expected.std()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,28 @@ def test_memory_for_steps_that_does_not_suffice(tmp_path: Path) -> None:
         load(tmp_path, device=DEVICE, max_num_seqs=10**9)
     (remedy,) = e.value.remedies
     assert load(tmp_path, device=DEVICE, **remedy).options.max_num_seqs == remedy["max_num_seqs"]
+
+
+# What Linux calls the features of a processor that each instruction set needs.
+ISA_FLAGS = {
+    "avx2": "avx2 fma",
+    "avx2_vnni": "avx2 fma avx_vnni",
+    "avx512": "avx512f avx512bw avx512dq avx512vl",
+    "avx512_vnni": "avx512f avx512bw avx512dq avx512vl avx512_vnni",
+    "avx512_bf16": "avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16",
+    "amx": "avx512_vnni avx512_bf16 amx_bf16 amx_tile amx_int8",
+}
+
+
+def test_every_instruction_set_of_the_processor_is_found() -> None:
+    from octavo import _native
+
+    if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
+        pytest.skip("the processor's features are read from Linux on x86-64")
+    flags = set(re.findall(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.M)[0].split())
+    for isa in set(_native.build_info()["isas"]) & ISA_FLAGS.keys():
+        has_flags = flags >= set(ISA_FLAGS[isa].split())
+        assert (isa in _native.available_isas()) == has_flags, isa
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import numpy as np
 from weights_helpers import encode, write_safetensors
 
 from octavo.models import llama
+from octavo.models.adapter import Adapter, LowRank
+from octavo.models.layer import linear_nodes
+from octavo.models.spec import ModelSpec
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -81,3 +85,21 @@ def write_adapter(
     encoded = {name: (dtype, encode(values, dtype)) for name, values in tensors.items()}
     write_safetensors(directory / "adapter_model.safetensors", encoded, metadata={"format": "pt"})
     return directory
+
+
+def random_low_ranks(
+    spec: ModelSpec, names: Sequence[str], rank: int, seed: int, scale: float = 0.5
+) -> Adapter:
+    """An adapter of these matrices ("layers.0.q", or "*.q" for all of them, "embed", "lm_head")."""
+    generator = np.random.default_rng(seed)
+    shapes = {name: node.matrix.shape for name, node in linear_nodes(spec).items()}
+    shapes["embed"] = (spec.hidden_size, spec.vocab_size)  # of what is added to a row
+    shapes["lm_head"] = (spec.vocab_size, spec.hidden_size)
+    matrices = {}
+    for name, (outputs, inputs) in shapes.items():
+        if not any(fnmatch(name, pattern) for pattern in names):
+            continue
+        a = generator.normal(0, 1 if name == "embed" else inputs**-0.5, (rank, inputs))
+        b = generator.normal(0, rank**-0.5, (outputs, rank))
+        matrices[name] = LowRank(a.astype(np.float32), b.astype(np.float32), scale)
+    return Adapter(f"random {seed}", matrices)

@@ -96,14 +96,14 @@ def reference_with(**changed: Callable[..., Any]) -> ModuleType:
     return module
 
 
-def rope_halves_swapped(x: Any, positions: Any, frequencies: Any) -> Any:
-    return ops.rope(x, positions, -frequencies)
+def rope_halves_swapped(x: Any, positions: Any, frequencies: Any, factor: float = 1.0) -> Any:
+    return ops.rope(x, positions, -frequencies, factor)
 
 
-def _rope_neighbours(x: Any, positions: Any, frequencies: Any) -> Any:
+def _rope_neighbours(x: Any, positions: Any, frequencies: Any, factor: float = 1.0) -> Any:
     half = x.shape[-1] // 2
     halves = np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
-    turned = ops.rope(halves, positions, frequencies)
+    turned = ops.rope(halves, positions, frequencies, factor)
     return np.stack([turned[..., :half], turned[..., half:]], axis=-1).reshape(x.shape)
 
 

@@ -52,7 +52,7 @@ SPEC = ModelSpec(
     *("Tiny", VOCAB, 72, 1024, _LAYERS, _NORM),
     tie_word_embeddings=False,
     embed_multiplier=1.3,
-    logits_multiplier=0.9,
+    logits_multiplier=1.1,
     logits_softcap=20.0,
 )
 

@@ -333,7 +333,9 @@ def attention_cases() -> Iterator[Case]:
             for i, (rows, context) in enumerate(lengths)
         ]
         for kv_dtype in ("f32", "bf16", "int8"):
-            for cap in (0.0, 3.0) if index % 3 else (0.0,):
+            # Over a bf16 cache capped scores are so much alike that a weight which rounds the other
+            # way shows: test_capped_scores_over_a_bf16_cache allows for those.
+            for cap in (0.0, 3.0) if index % 3 and kv_dtype != "bf16" else (0.0,):
                 arguments = (sequences, head_dim**-0.5, window, kv_dtype)
                 yield Case(
                     "attention",

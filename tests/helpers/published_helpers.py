@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 from quantization_helpers import CONFIG
-from weights_helpers import hf_shapes, write_safetensors
+from weights_helpers import write_safetensors
 
+from octavo.models.registry import find_family
 from octavo.quantization.apply import dequantized
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.model_files import read_model
@@ -268,6 +269,19 @@ def pack_compressed(
     return Packed(tensors, decode(codes, points, scales, groups))
 
 
+def stored_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Hugging Face's name of every tensor of any family's model -> its shape, (outputs, inputs).
+
+    Matrices that the family stores turned round (GPT-2) are so where they are packed.
+    """
+    family = find_family(config)
+    sources = family.tensors.weight_map(family.read_spec(config)).values()
+    return {
+        each.tensor: each.stored_shape[:: -1 if each.transform == "transpose" else 1]
+        for each in sources
+    }
+
+
 @dataclass
 class Published:
     """A directory, and the float32 weights that it stands for, by Hugging Face's names.
@@ -298,7 +312,7 @@ def write_published(
         written["quantization_config"] = dict(quantization)
     (path / "config.json").write_text(json.dumps(written))
     published, tensors = Published(path), {}
-    for name, shape in hf_shapes(config).items():
+    for name, shape in stored_shapes(config).items():
         if len(shape) == 1 or any(part in name for part in plain):
             values = generator.standard_normal(shape) / math.sqrt(shape[-1]) + (len(shape) == 1)
             tensors[name] = stored_as(values.astype(np.float32), "F16")
@@ -325,6 +339,10 @@ def check(published: Published, converted: bool) -> Checkpoint:
     for name, source in files.weight_map.items():
         theirs = source.tensor
         expected = published.weights[theirs]
+        if theirs not in published.coded and source.transform != "plain":
+            continue  # as in any checkpoint of the family
+        if source.rows is not None:  # of a fused matrix
+            expected = expected[source.rows[0] :][: source.shape[0]]
         values = dequantized(checkpoint, name)
         if theirs in published.coded:
             coded.add(name.removesuffix(".weight"))

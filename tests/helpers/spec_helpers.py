@@ -55,7 +55,7 @@ SPECS = {
     "scaled": make_spec(attention_scale=0.9),
     "relu": make_spec(activation="relu", num_kv_heads=1),
     # With these weights no token goes to other experts because of rounding.
-    "experts": make_spec(moe=MoeSpec(6, 2)),
+    "experts": make_spec(moe=MoeSpec(4, 2)),
     "all_experts": make_spec(moe=MoeSpec(3, 3, normalize=False), activation="gelu"),
     "gelu": make_spec(activation="gelu", rope=llama3_rope(100.0, 8, 8.0, 1.0, 4.0, 32)),
     # Fields of other families, each by itself and as families have them.

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf.hf_models import SHAPES, hf_logits, make_hf_model
+from octavo.cli import main
 from octavo.models.adapter import Adapter
 from octavo.quantize.merge import merge_directory
 from octavo.reference.llama import ReferenceModel
@@ -113,6 +114,19 @@ def test_merged_as_peft_merges(case: str, dtype: torch.dtype, tmp_path: Path) ->
             tensor.to_float32(), weight, rtol=epsilon, atol=epsilon, err_msg=name
         )
     assert {"f32": torch.float32, "bf16": torch.bfloat16}[merged.dtype] == dtype
+
+
+@pytest.mark.parametrize("case", ["all_linear", "every_matrix", "untied_ends", "patterns"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_octavo_diff_against_peft(
+    case: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The native core, tap by tap."""
+    make_adapter(case, tmp_path)
+    model, adapter = str(tmp_path / "model"), str(tmp_path / "adapter")
+    options = ["--against", "hf", "--random", "30", "--dtype", dtype]
+    assert main(["diff", model, "--adapter", adapter, *options]) == 0, capsys.readouterr().out
+    assert "peft" in capsys.readouterr().out
 
 
 def test_the_merged_model_answers_as_the_adapter(tmp_path: Path) -> None:

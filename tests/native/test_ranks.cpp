@@ -171,7 +171,8 @@ std::vector<float> logits_of_rank(Backend& backend, std::int64_t rank, std::int6
         {buffers.back().data(), DType::f32, 2, 16, layer.num_kv_heads, layer.head_dim, bytes});
   }
   std::vector<float> logits(static_cast<std::size_t>(count * spec.vocab_size));
-  Decoder decoder(backend, spec, weights, count);
+  const Adapters adapters(backend, spec, options);
+  Decoder decoder(backend, spec, weights, adapters, count);
   backend.run({}, [&] {
     decoder.forward(step, kv, {logits.data(), count, spec.vocab_size, spec.vocab_size}, {},
                     nullptr);

@@ -172,7 +172,7 @@ def test_whole_layers_have_the_bits_of_ops(fields: dict[str, Any]) -> None:
         {"output_norm": NormSpec()},
         {"residual_multiplier": 0.5},
         {"norm": NormSpec("none")},
-        {"attention_softcap": 1.5},
+        {"attention_softcap": 0.2},
         {"rope": default_rope(1000.0, 32)},
     ],
     ids=str,

@@ -15,11 +15,13 @@ from ops_helpers import (
     make_sequence,
     moe_inputs,
     native_attention,
+    reference_attention,
     rope_frequencies,
 )
 from reference_helpers import bf16_order, max_error, same_bits, uniform
 
 from octavo import _native, _native_ops
+from octavo.diff.ties import rounding_room
 from octavo.reference import ops, quantization, sampling
 
 CASES = compute_cases()
@@ -169,6 +171,24 @@ def test_attention_alone_in_a_batch_or_in_chunks(
                 chunk = type(one)(one.q[start:stop], one.k[:seen], one.v[:seen])
                 chunks.append(attend(chunk))
         assert same_bits(np.concatenate(chunks), whole), f"chunks of {size}"
+
+
+@pytest.mark.parametrize("window", [0, 29])
+def test_capped_scores_over_a_bf16_cache(window: int) -> None:
+    """Where a weight lies in the middle of two bf16 numbers, either is right."""
+    lengths = [(5, 19), (17, 33), (3, 700), (40, 600), (1, 1025)]
+    sequences = [make_sequence(i, *length, (6, 2), 32) for i, length in enumerate(lengths)]
+    right = reference_attention(ops, sequences, 0.18, window, "bf16", 3.0)[0]
+    kept = [[ops.round_to_bf16(x) for x in (one.q, one.k, one.v)] for one in sequences]
+    room = np.concatenate([rounding_room(*one, 0.18, window, 3.0) for one in kept])
+    size = np.sqrt(np.mean(right**2))
+    assert 0 < room.max() < 0.02 * size
+    for isa in ISAS:
+        native = _native_ops.Ops("cpu", 2, isa)
+        found = native_attention(native, sequences, 0.18, window, "bf16", softcap=3.0)[0]
+        assert (np.abs(found - right) - room).max() <= TOLERANCES["attention"] * size, isa
+    plain = reference_attention(ops, sequences, 0.18, window, "bf16")[0]
+    assert (np.abs(plain - right) - room).max() > 0.1 * size
 
 
 @pytest.mark.parametrize("gone", [-1, 2**31 - 1])

@@ -73,7 +73,8 @@ def test_taps_in_order_with_shapes(name: str) -> None:
     logits = model(name).forward(TOKENS, taps=taps)
     assert list(taps) == tap_names(SPECS[name])
     layer = SPECS[name].layers[0]
-    widths = {"q": layer.q_size, "k_rope": layer.kv_size, "up": 37, "attn": 48, "out": 22}
+    widths = {"q": layer.q_size, "k_rope": layer.kv_size, "up": 37, "out": 22}
+    widths["attn"] = layer.q_size
     for tap, value in taps.items():
         assert value.dtype == np.float32 and len(value) == len(TOKENS)
         assert np.isfinite(value).all() and value.std() > 0.01, tap
@@ -145,7 +146,8 @@ def test_window_hides_what_is_far() -> None:
         assert (np.abs(reference.forward(other)[-1] - base).max() > 1e-6) == matters, back
 
 
-@pytest.mark.parametrize("name", SPECS)
+# With experts rounding may send a token to another one.
+@pytest.mark.parametrize("name", [name for name in SPECS if SPECS[name].layers[0].moe is None])
 def test_float64_and_bf16(name: str) -> None:
     judge = model(name, compute=np.float64).forward(TOKENS)
     assert judge.dtype == np.float64
@@ -154,11 +156,11 @@ def test_float64_and_bf16(name: str) -> None:
     assert 1e-3 < max_error(rounded, judge) < 0.3
     # The model rounds its matrices once for all; ops.linear's own rounding is the definition.
     assert np.array_equal(
-        model(name, dtype="bf16")._linear("layers.0.up", judge[:, :22].astype(np.float32)),
+        model(name, dtype="bf16")._linear("layers.0.q", judge[:, :22].astype(np.float32)),
         ops.linear(
             judge[:, :22].astype(np.float32),
-            random_weights(SPECS[name], 1)["layers.0.up.weight"],
-            random_weights(SPECS[name], 1).get("layers.0.up.bias"),
+            random_weights(SPECS[name], 1)["layers.0.q.weight"],
+            random_weights(SPECS[name], 1).get("layers.0.q.bias"),
             "bf16",
         ),
     )

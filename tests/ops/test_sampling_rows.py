@@ -108,7 +108,6 @@ def test_the_number_of_rows_is_that_of_the_logit_rows() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"adapter_ids": np.array([-1], np.int32)}, "a runtime has no adapters yet: leave them"),
         ({"embeddings": np.zeros((1, 36), np.float32)}, "a step takes only token_ids yet: leave"),
     ],
 )

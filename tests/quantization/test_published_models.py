@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from ops_helpers import one_isa_of_each
 from published_helpers import (
+    Packed,
     Published,
     pack_awq,
     pack_eight_bit,
@@ -19,6 +20,7 @@ from published_helpers import (
     pack_gptq,
     write_published,
 )
+from quantization_helpers import CONFIG
 from weights_helpers import write_model
 
 from octavo import _native
@@ -95,6 +97,23 @@ def test_the_model_is_the_one_that_the_weights_say(tmp_path: Path, name: str) ->
         error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
         assert error < 0.02, device  # activations of 16 bits, weights of bf16
         assert len(PROMPT) == len(logits)
+
+
+@pytest.mark.parametrize("name", ["gptq", "act-order"])
+def test_experts_run(tmp_path: Path, name: str) -> None:
+    """Some of them symmetric, some not; the core multiplies the experts of a layer together."""
+    changes = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    mixtral = CONFIG | changes | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    pack, config = BOTH[name]
+
+    def some(generator: np.random.Generator, shape: tuple[int, int]) -> Packed:
+        return pack(generator, shape, middle=bool(generator.integers(0, 2)))
+
+    plain = ("embed", "lm_head", "moe.gate")
+    write_published(tmp_path, some, config, plain=plain, config=mixtral)
+    request = DiffRequest(str(tmp_path), random=23, num_threads=1, options=DiffOptions(steps=3))
+    result = compare(request, ENVIRONMENT, quiet)
+    assert result.ok, (result.first_bad, result.findings)
 
 
 def notes_of(path: Path, **options: Any) -> str:

@@ -38,6 +38,13 @@ def diff(
             metavar="int8|w8a8|int4|int4-nonuniform",
         ),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        _what(
+            "Run both with this LoRA adapter, a folder that PEFT's save_pretrained wrote. Against "
+            "hf it is PEFT that computes it (needs peft)."
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         _what(
@@ -100,6 +107,7 @@ def diff(
         quantize=quantize,
         prompt=prompt,
         random=random,
+        adapter=adapter,
         device=device,
         load_format=load_format,
         judge=judge,

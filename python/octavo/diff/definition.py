@@ -8,6 +8,7 @@ several broken ops is found. What a model consists of is read from `octavo.model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ import numpy as np
 
 from octavo.diff.measure import Float32, Float64, row_errors
 from octavo.diff.ties import rounding_room
+from octavo.diff.tolerance import EXPERT_STEPS
 from octavo.models.layer import Node, model_nodes
 from octavo.models.spec import LayerSpec
 from octavo.reference import nodes, ops
@@ -87,8 +89,20 @@ def op_call(inputs: OpInputs) -> partial[Array]:
         token_ids=inputs.token_ids,
         cache=(inputs.keys, inputs.values) if node.op == "attention" else None,
         kv_dtype=model.kv_dtype,
-        multiply=model.multiply,
+        multiply=_multiply(model, node),
     )
+
+
+def _multiply(model: ReferenceModel, node: Node) -> nodes.Multiply:
+    """The product of the node's matrix, and what an adapter adds to it."""
+    part = model.adapter_of(node)
+    if part is None:
+        return model.multiply
+
+    def multiply(name: str, x: Array, weight: Array, bias: Array | None) -> Array:
+        return model.multiply(name, x, weight, bias) + ops.low_rank(x, part, model.dtype)
+
+    return multiply
 
 
 def define(inputs: OpInputs) -> Float32:
@@ -100,10 +114,15 @@ def own_errors(inputs: OpInputs, seen: Float32) -> Float64:
     """Relative error of `seen`, the run's tap (rows, width), from the op's definition, (rows,).
 
     Attention over a bf16 cache rounds its weights, of which some lie where two right computations
-    may round them differently: what these can do to a row is taken off its error.
+    may round them differently: what these can do to a row is taken off its error. So is what the
+    rounding of experts' activations may do, between their two products.
     """
     right = define(inputs)
     relative = row_errors(seen, right).relative
+    if inputs.node.op == "moe" and (inputs.model.dtype == "bf16" or inputs.model.formats):
+        width = inputs.layer.intermediate_size
+        rounded: Float64 = np.maximum(relative - EXPERT_STEPS / math.sqrt(width), 0.0)
+        return rounded
     if inputs.node.op != "attention" or inputs.model.kv_dtype != "bf16":
         return relative
     arguments = dict(op_call(inputs).keywords)
@@ -149,6 +168,8 @@ class OpReplay:
                     for name in node.inputs[1:]
                 )
                 self.cache.extend(inputs.layer_index, k, v)
-            if node.tap in taps:
+            # What an adapter adds to the embedding is seen in the whole run alone.
+            is_adapted_table = node.op == "embed" and self.model.adapter_of(node) is not None
+            if node.tap in taps and not is_adapted_table:
                 yield inputs
         self.cache.length += len(token_ids)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os.path import commonpath
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -53,14 +55,20 @@ class Recorder:
             self.taps[name] = rows.reshape(len(rows), -1).numpy().copy()
 
 
-def import_hugging_face() -> tuple[ModuleType, ModuleType]:
-    """(torch, transformers); an InvalidArgumentError says how to install what is missing."""
+def import_hugging_face(with_peft: bool = False) -> tuple[ModuleType, ModuleType]:
+    """(torch, transformers); an InvalidArgumentError says how to install what is missing.
+
+    with_peft: PEFT must be there too.
+    """
+    wanted = "torch, transformers and peft" if with_peft else "torch and transformers"
     try:
+        if with_peft:
+            importlib.import_module("peft")
         return importlib.import_module("torch"), importlib.import_module("transformers")
     except ImportError as error:
         raise InvalidArgumentError(
-            f"--against hf needs torch and transformers ({error}); install them with "
-            "`pip install torch transformers`, or compare with the NumPy reference: "
+            f"--against hf needs {wanted} ({error}); install them with `pip install "
+            f"{wanted.replace(',', '').replace(' and', '')}`, or compare with the NumPy reference: "
             "--against reference"
         ) from error
 
@@ -78,12 +86,14 @@ class HuggingFaceImplementation:
         dtype: str,
         *,
         weights: Mapping[str, Tensor] | None = None,
+        adapter: Path | None = None,
         num_threads: int = 0,
     ) -> None:
         """files: the model. dtype: "f32" or "bf16", of weights and activations alike.
 
         weights: values to put in place of the checkpoint's, in octavo's names (dummy weights, or
         those of a GGUF file); None lets transformers load the directory by its own loader.
+        adapter: a LoRA adapter's folder, which PEFT puts into the model.
         """
         self._torch, transformers = import_hugging_face()
         if num_threads:
@@ -97,12 +107,20 @@ class HuggingFaceImplementation:
         self._transformers = transformers
         _register_attention()
         self._model = self._load(files, weights)
+        added = ""
+        if adapter is not None:
+            peft = importlib.import_module("peft")
+            # The model itself is changed: its modules keep their names, and add what PEFT computes.
+            with warnings.catch_warnings():  # of tied heads, of deprecated names
+                warnings.simplefilter("ignore")
+                peft.PeftModel.from_pretrained(self._model, adapter, local_files_only=True).eval()
+            added = f", peft {peft.__version__}"
         self._hook(files)
         module = type(self._model).__module__  # transformers.models.llama.modeling_llama
         self.op_files = module.replace(".", ": ", 1).replace(".", "/") + ".py"
         self.description = (
             f"transformers {transformers.__version__}, torch {self._torch.__version__}, {dtype}, "
-            "eager attention, cpu"
+            f"eager attention, cpu{added}"
         )
 
     def _load(self, files: ModelFiles, weights: Mapping[str, Tensor] | None) -> Any:

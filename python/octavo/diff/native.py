@@ -6,6 +6,7 @@ import numpy as np
 
 from octavo.config import EngineConfig
 from octavo.diff.implementations import Int32, StepResult
+from octavo.models.adapter import Adapter
 from octavo.quantization.plan import describe_dtypes
 from octavo.runtime.loader import LoadedRuntime, LoadProgress, load_runtime
 from octavo.runtime.session import Session
@@ -24,11 +25,13 @@ def load_native(
     max_tokens: int,
     chunk_size: int,
     num_threads: int = 0,
+    adapter: Adapter | None = None,
     progress: LoadProgress | None = None,
 ) -> NativeImplementation:
     """Load the model for one sequence of at most `max_tokens` tokens, fed `chunk_size` at a time.
 
-    Raises what `octavo.runtime.loader.load_runtime` raises.
+    adapter: a LoRA adapter that the sequence has. Raises what
+    `octavo.runtime.loader.load_runtime` raises.
     """
     config = EngineConfig(
         device=device,
@@ -40,7 +43,10 @@ def load_native(
         num_kv_blocks=-(-max_tokens // BLOCK_SIZE),
         num_threads=num_threads,
     )
-    return NativeImplementation(load_runtime(files, checkpoint, config, progress))
+    loaded = load_runtime(files, checkpoint, config, progress)
+    if adapter is not None:
+        loaded.runtime.load_adapter(0, adapter.native())
+    return NativeImplementation(loaded, adapter)
 
 
 class NativeImplementation:
@@ -49,10 +55,10 @@ class NativeImplementation:
     name = "octavo"
     is_definition = False
 
-    def __init__(self, loaded: LoadedRuntime) -> None:
+    def __init__(self, loaded: LoadedRuntime, adapter: Adapter | None = None) -> None:
         from octavo import _native
 
-        self._session = Session(loaded)
+        self._session = Session(loaded, adapter=-1 if adapter is None else 0)
         self.dtype: str = loaded.options.dtype
         scrambled = np.random.default_rng(0).permutation(loaded.num_kv_blocks)
         self._session.restart(blocks=scrambled.astype(np.int32))
@@ -72,7 +78,7 @@ class NativeImplementation:
         self.description = (
             f"native core, {loaded.device}{arithmetic}, "
             f"{describe_dtypes(options.formats, options.dtype)} weights, "
-            f"{options.kv_dtype} KV cache"
+            f"{options.kv_dtype} KV cache{'' if adapter is None else ', with an adapter'}"
         )
 
     def reset(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.files import expand_home
 from octavo.folder import MemoryFolder
 from octavo.machine import available_memory
+from octavo.models.adapter import Adapter
 from octavo.models.layer import weight_shapes
 from octavo.models.rope import for_length
 from octavo.models.spec import ModelSpec
@@ -27,6 +29,7 @@ from octavo.quantization.plan import Scheme
 from octavo.reference.llama import ReferenceModel
 from octavo.text.stream import StreamDecoder
 from octavo.text.tokenizer import Tokenizer
+from octavo.weights.adapter import read_adapter
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.hub import DEFAULT_MODEL, resolve_model
 from octavo.weights.model_files import ModelFiles, read_model
@@ -59,6 +62,7 @@ class DiffRequest:
     prompt: str | None = None
     random: int | None = None
     device: str = "cpu"
+    adapter: Path | None = None
     load_format: str = "auto"
     judge: bool = False
     seed: int = 0
@@ -110,8 +114,10 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
             )
         request = replace(request, dtype="bf16")
     _check_memory(request, checkpoint)
-    if request.against == "hf":
-        import_hugging_face()  # where it is missing, that is said before anything is loaded
+    folder = request.adapter
+    adapter = None if folder is None else read_adapter(folder, files, checkpoint)
+    if request.against == "hf":  # where it is missing, that is said before anything is loaded
+        import_hugging_face(with_peft=adapter is not None)
     options = request.options
     left = load_native(
         files,
@@ -121,6 +127,7 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
         max_tokens=max_tokens,
         chunk_size=min(options.chunk_size or chunk_size_for(files.spec), len(token_ids)),
         num_threads=request.num_threads,
+        adapter=adapter,
         progress=partial(progress, "loading octavo"),
     )
     definition = ReferenceModel(
@@ -130,10 +137,11 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
         kv_dtype=request.dtype,
         formats=checkpoint.formats,
         int4_activations=left.int4_activations,
+        adapter=adapter,
     )
     right = _load_right(request, files, checkpoint, definition, progress)
     del checkpoint  # quantized weights take memory, and all of them are loaded by now
-    truth = _truth(request, definition)
+    truth = _truth(request, definition, adapter)
     comparison = Comparison(left, right, definition, token_ids, options, truth, progress)
 
     def decode(ids: list[int]) -> str:
@@ -222,10 +230,12 @@ def _load_right(
     # What transformers cannot load as octavo does: weights that are made up, or decoded from GGUF.
     own = request.load_format == "dummy" or isinstance(files.folder, MemoryFolder)
     given: Mapping[str, Tensor] | None = checkpoint if own else None
-    return HuggingFaceImplementation(files, request.dtype, weights=given)
+    return HuggingFaceImplementation(files, request.dtype, weights=given, adapter=request.adapter)
 
 
-def _truth(request: DiffRequest, definition: ReferenceModel) -> Implementation | None:
+def _truth(
+    request: DiffRequest, definition: ReferenceModel, adapter: Adapter | None
+) -> Implementation | None:
     """The model without rounding: what bf16 is measured by, and what --judge compares with.
 
     The weights are those of `definition` (rounded to bf16 if it is so), the activations are not
@@ -234,7 +244,9 @@ def _truth(request: DiffRequest, definition: ReferenceModel) -> Implementation |
     if not request.judge and request.dtype == "f32":
         return None
     compute = np.float64 if request.judge else np.float32
-    model = ReferenceModel(definition.spec, definition.weights, compute=compute)  # no formats
+    model = ReferenceModel(  # no formats
+        definition.spec, definition.weights, adapter=adapter, compute=compute
+    )
     arithmetic = "float64" if request.judge else "float32"
     kind = "quantized" if definition.formats else request.dtype
     description = f"the same {kind} weights, activations not rounded, {arithmetic}"

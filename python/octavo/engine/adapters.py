@@ -20,7 +20,6 @@ from octavo.errors import (
     AdaptersInUseError,
     InsufficientMemoryError,
     InvalidArgumentError,
-    UnsupportedModelError,
 )
 
 if TYPE_CHECKING:
@@ -87,11 +86,6 @@ class AdapterTable:
                 f"the adapter {name!r} cannot be loaded: max_adapters is {self.capacity}, and a "
                 "model has to be loaded from its files; expected 1 or more"
             )
-        if not hasattr(self._runtime, "load_adapter"):
-            raise UnsupportedModelError(
-                "the native core does not compute adapters yet: `octavo merge` writes a model with "
-                f"the adapter in {path} added to its weights"
-            )
         entry = _Entry(path)
         self._load(entry)
         self._entries[name] = entry
@@ -141,9 +135,8 @@ class AdapterTable:
             raise IntegrityError("an adapter without a reader")
         adapter = self._read(entry.path)
         slot = self._empty_place()
-        parts = {name: (part.a, part.scaled_b) for name, part in adapter.matrices.items()}
         try:
-            self._runtime.load_adapter(slot, parts)
+            self._runtime.load_adapter(slot, adapter.native())
         except MemoryError as error:
             problem = f"the adapter in {entry.path} could not be allocated"
             raise InsufficientMemoryError(problem, otherwise="unload others") from error

@@ -53,6 +53,10 @@ class Adapter:
         """The largest rank of its matrices."""
         return max(part.rank for part in self.matrices.values())
 
+    def native(self) -> dict[str, tuple[Float32, Float32]]:
+        """As the native core takes it: by matrix, A and scale * B."""
+        return {name: (part.a, part.scaled_b) for name, part in self.matrices.items()}
+
     @property
     def num_parameters(self) -> int:
         """How many numbers it has, those shared by fused matrices counted once."""

@@ -15,7 +15,7 @@ from octavo.errors import UnsupportedModelError
 from octavo.models.family import Family
 from octavo.models.fields import FieldError, describe, printable
 
-# Fields that no family here reads, and what they stand for. A value that is falsy says no.
+# What fields stand for that only some family reads, or none. A value that is falsy says no.
 _MEANINGS = {
     "shared_expert_intermediate_size": "shared experts",
     "n_shared_experts": "shared experts",
@@ -69,15 +69,15 @@ def describe_unknown(config: Mapping[str, Any], families: Iterable[Family]) -> s
     name = describe_architecture(config)
     tried = [(family, *_try(family, config)) for family in families]
 
-    def distance(entry: tuple[Family, list[str], int]) -> tuple[float, ...]:
-        family, lacking, known = entry
-        return len(lacking) - known, -SequenceMatcher(a=name, b=family.architecture).ratio()
+    def distance(entry: tuple[Family, list[str], set[str]]) -> tuple[float, ...]:
+        family, lacking, read = entry
+        return len(lacking) - len(read), -SequenceMatcher(a=name, b=family.architecture).ratio()
 
-    family, lacking, _ = min(tried, key=distance)
+    family, lacking, read = min(tried, key=distance)
     extra = dict.fromkeys(
         f"{field} ({describe(value)}: {_MEANINGS[field]})"
         for field, value in config.items()
-        if field in _MEANINGS and value and not any(part.startswith(field) for part in lacking)
+        if field in _MEANINGS and value and field not in read
     )
     missing = ", ".join(filter(None, dict.fromkeys([*extra, *lacking])))
     lacks = (
@@ -93,8 +93,8 @@ def describe_architecture(config: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _try(family: Family, config: Mapping[str, Any]) -> tuple[list[str], int]:
-    """What a family refuses of a configuration, and how many of its fields it reads."""
+def _try(family: Family, config: Mapping[str, Any]) -> tuple[list[str], set[str]]:
+    """What a family refuses of a configuration, and which of its fields it reads."""
     lacking: list[str] = []
     recorded = _Recorded(config)
     with warnings.catch_warnings():
@@ -114,4 +114,4 @@ def _try(family: Family, config: Mapping[str, Any]) -> tuple[list[str], int]:
                 break
             except UnsupportedModelError:
                 break
-    return lacking, len(recorded.read & config.keys())
+    return lacking, recorded.read & config.keys()

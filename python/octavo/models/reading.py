@@ -144,7 +144,7 @@ def read_model(
     final_norm: NormSpec | None = None,
     **special: Any,
 ) -> ModelSpec:
-    """The model of these layers; those that see as far share a table of blocks.
+    """The model of these layers.
 
     A window that no sequence outgrows is none. final_norm: None takes the layers'. special: fields
     of ModelSpec.
@@ -158,7 +158,7 @@ def read_model(
         vocab_size=fields.integer("vocab_size", 1, Limit.VOCAB),
         hidden_size=fields.integer("hidden_size", 1, Limit.WIDTH),
         max_position_embeddings=positions,
-        layers=group_layers(layers),
+        layers=tuple(layers),
         final_norm=final_norm or layers[0].norm,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", tied),
         **special,
@@ -257,9 +257,3 @@ def read_layer_types(fields: Fields, count: int, window: int) -> list[int] | Non
 def with_windows(layer: LayerSpec, windows: Sequence[int]) -> list[LayerSpec]:
     """A layer for each window, alike in all else."""
     return [replace(layer, window=window) for window in windows]
-
-
-def group_layers(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """The layers with their KV groups: those of one window share a table of blocks."""
-    windows = list(dict.fromkeys(layer.window for layer in layers))
-    return tuple(replace(layer, kv_group=windows.index(layer.window)) for layer in layers)

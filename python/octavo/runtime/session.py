@@ -35,12 +35,14 @@ class Session:
     """Sequences 0, 1, …; they share the blocks of the KV cache in equal parts.
 
     loaded: the runtime, of a model with one KV group; nothing else may step it meanwhile.
+    adapter: the place of the LoRA adapter that all of them have; -1: none.
     chunk: the most tokens of a step. is_exact: whether a sequence's logits are promised to have
     the same bits in any batch.
     """
 
-    def __init__(self, loaded: LoadedRuntime) -> None:
+    def __init__(self, loaded: LoadedRuntime, adapter: int = -1) -> None:
         self.loaded = loaded
+        self.adapter = adapter
         self.chunk = loaded.options.max_num_batched_tokens
         self.is_exact = loaded.device == "cpu" or loaded.options.deterministic
         self._block_size = loaded.options.block_size
@@ -101,6 +103,7 @@ class Session:
             block_tables=tables[None],
             logit_rows=starts[1:] - 1 if rows is None else np.asarray(rows, np.int32),
             sampling=sampling_rows(len(new), state_row=sequences) if rows is None else None,
+            adapter_ids=None if self.adapter < 0 else np.full(len(new), self.adapter, np.int32),
         )
         return self.loaded.runtime.submit(batch, list(taps) or None, sample=True)
 

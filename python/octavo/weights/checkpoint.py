@@ -22,7 +22,7 @@ from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles
 from octavo.weights.reader import read_runs, read_weight, weight_info
 from octavo.weights.safetensors import SafetensorsFile, open_weight_files
-from octavo.weights.stored import FLOATS, Entry, StoredMatrix, StoredSource
+from octavo.weights.stored import FLOATS, Entry, StoredMatrix, StoredSource, with_alike_experts
 from octavo.weights.tensor import (
     ITEM_SIZE,
     Stored,
@@ -178,7 +178,8 @@ def _open_stored(
     quantized: Mapping[str, StoredMatrix],
 ) -> Checkpoint:
     """The checkpoint of files whose tensors fit."""
-    settled = {name: matrix.settled(source) for name, matrix in quantized.items()}
+    each = {name: matrix.settled(source) for name, matrix in quantized.items()}
+    settled = with_alike_experts(each)
     formats = {name: each.format for name, each in settled.items() if not each.converted}
     turned, stored = dict(weight_map), {}
     for name, matrix in settled.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -188,6 +188,30 @@ def convert_rows(
             end = min(row + step, last)
             result[row - first : end - first] = float32_to_bf16(decode(row, end))
     return Tensor(result, "bf16")
+
+
+def with_alike_experts(settled: Mapping[str, StoredMatrix]) -> dict[str, StoredMatrix]:
+    """The same with one format for the experts of a layer, which the core multiplies together.
+
+    settled: octavo's name -> matrix. Where the contents of some need more than those of others, all
+    get zero points, or all are converted.
+    """
+    stacks: dict[str, set[WeightFormat]] = {}
+    for name, matrix in settled.items():
+        stacks.setdefault(_stack_of(name), set()).add(matrix.format)
+    found = {}
+    for name, matrix in settled.items():
+        formats = stacks[_stack_of(name)]
+        common = replace(matrix.format, has_zeros=any(each.has_zeros for each in formats))
+        found[name] = replace(matrix, format=CONVERTED if CONVERTED in formats else common)
+    return found
+
+
+def _stack_of(name: str) -> str:
+    """ "layers.0.experts.3.up" -> "layers.0.experts.gate"; other names as they are."""
+    prefix, experts, rest = name.partition(".experts.")
+    part = rest.partition(".")[2]
+    return prefix + experts + ("gate" if part == "up" else part) if experts else name
 
 
 def contents_error(name: str, found: object, expected: str) -> WeightsError:
