@@ -53,8 +53,9 @@ class OpBench : private OpsDevice {
     return times;
   }
 
-  // num_seqs sequences of `context` tokens each, the last tokens_per_seq of which are new. The copies
-  // that take turns are so many that what is read of them, in the window, does not stay in a cache.
+  // num_seqs sequences of `context` tokens each, the last tokens_per_seq of which are new. The
+  // copies that take turns are so many that what is read of them, in the window, does not stay in a
+  // cache.
   double attention(std::int64_t num_seqs, std::int64_t tokens_per_seq, std::int64_t context,
                    std::int64_t num_heads, std::int64_t num_kv_heads, std::int64_t head_dim,
                    const std::string& kv_dtype, std::int64_t window) {

@@ -111,7 +111,8 @@ inline std::unique_ptr<Runtime> small_runtime(const RuntimeOptions& options = sm
 class BatchBuilder {
  public:
   explicit BatchBuilder(const Runtime& runtime, std::int64_t block_size = 16)
-      : groups_(static_cast<std::int64_t>(runtime.spec().kv_windows().size())), block_size_(block_size) {
+      : groups_(static_cast<std::int64_t>(runtime.spec().kv_windows().size())),
+        block_size_(block_size) {
     batch_.row_starts = {0};
     batch_.num_kv_groups = groups_;
   }

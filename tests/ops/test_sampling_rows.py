@@ -118,3 +118,23 @@ def test_what_is_declared_and_not_computed_yet_is_refused(
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} are given, but {message}"):
         runtime.submit(batch(**arguments))
     runtime.step(batch())
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "right", "expected"),
+    [
+        ("temperature", [-0.5, np.nan], [0.0, 7.0], "0 or more"),
+        ("top_k", [-1], [0, 10**6], "0 or more"),
+        ("top_p", [0.0, 1.01, np.nan], [1e-6, 1.0], "above 0, at most 1"),
+        ("min_p", [-0.01, 1.01, np.nan], [0.0, 1.0], "0 to 1"),
+        ("num_logprobs", [-2, 84], [-1, 83], "-1 to 83"),
+        ("state_row", [-2], [-1], "-1 to"),
+    ],
+)
+def test_ranges_of_a_row(field: str, wrong: list[float], right: list[float], expected: str) -> None:
+    runtime = tiny_runtime()
+    for value in wrong:
+        with pytest.raises(ValueError, match=rf"sampling\[0\]\.{field} is .*expected {expected}"):
+            runtime.step(batch(sampling=sampling_rows(1, **{field: value})))
+    for value in right:
+        runtime.step(batch(sampling=sampling_rows(1, **{field: value})))
