@@ -58,7 +58,7 @@ def weights() -> dict[str, Any]:
     return random_weights(SPEC, seed=4)
 
 
-WINDOWED = with_kv_groups(replace(SPEC, layers=(replace(_LAYER, window=23), _LAYER)))
+WINDOWED = with_kv_groups(replace(SPEC, layers=(replace(_LAYER, window=40), _LAYER)))
 
 
 def make_engine(num_blocks: int = 60, spec: ModelSpec = SPEC, **more: Any) -> Engine:
