@@ -130,7 +130,7 @@ def test_models_without_tokenizer_or_template(tokenizer: Tokenizer) -> None:
     bare = LLM.from_engine(fake_engine())
     output = bare.generate([1, 2, 3], GREEDY, progress=False)[0]
     assert output.text == "" and len(output.outputs[0].token_ids) == 9
-    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
+    with pytest.raises(TokenizerError, match="no tokenizer: give the prompt as token ids"):
         bare.generate("ABC", GREEDY, progress=False)
     base = LLM.from_engine(fake_engine(tokenizer=tokenizer))
     with pytest.raises(TokenizerError, match="no chat template"):
