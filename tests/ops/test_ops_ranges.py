@@ -95,7 +95,11 @@ WRONG: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (rope_and_store, {"positions": ints(1, 2, -1)}, r"positions\[2\] is -1"),
     (rope_and_store, {"positions": ints(1, 2, 2**31 - 1)}, r"positions\[2\] is 2147483647"),
     (rope_and_store, {"positions": ints(1, 2, 3, 4)}, "positions has 4 entries; expected 3"),
-    (rope_and_store, {"frequencies": uniform(4, 3)}, "frequencies has 3 entries; expected 4"),
+    (
+        rope_and_store,
+        {"frequencies": uniform(4, 5)},
+        "5 frequencies; expected at most half of head_dim, 8",
+    ),
     (rope_and_store, {"v": uniform(3, 2, 2, 8)}, "v has 2 entries along axis 0; k has 3"),
     (rope_and_store, {"q": uniform(1, 2, 4, 8)}, "q has 2 tokens; k has 3"),
     (rope_and_store, {"q": uniform(1, 3, 4, 6)}, "q has head_dim 6; k has 8"),
