@@ -258,7 +258,7 @@ void rope_and_store(Backend& backend) {
       Numbers numbers(static_cast<std::uint64_t>(head_dim));
       const std::vector<float> cosines = numbers.many(positions_known * half),
                                sines = numbers.many(positions_known * half);
-      const Rope rope{cosines.data(), sines.data()};
+      const Rope rope{cosines.data(), sines.data(), half};
       const Ids positions{29, 0, 7, 8}, slots{33, 2, -1, 16};
       const std::vector<float> given = numbers.many(4 * width);
       Matrix qkv(4, width, given, 1);
