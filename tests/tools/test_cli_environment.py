@@ -61,6 +61,7 @@ PATHS = {  # (command, parameter): what becomes of the path
     ("quantize", "calibrate"): READ,
     ("merge", "adapter"): READ_FOLDER,
     ("merge", "out"): FOLDER,
+    ("diff", "adapter"): READ_FOLDER,
     ("diff", "html"): WRITTEN,
     ("bench serve", "dataset"): READ,
     ("bench serve", "json_file"): WRITTEN,

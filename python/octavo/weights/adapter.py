@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ def read_adapter(path: Path, files: ModelFiles, checkpoint: Checkpoint | None = 
     computed, and WeightsError that lists all that is missing, left over or does not fit.
     """
     path = expand_home(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # which takes no name for an error
         raise ModelNotFoundError(
             f"{path} is not a directory; expected an adapter that PEFT's save_pretrained wrote "
             f"({CONFIG}, {WEIGHTS})"
