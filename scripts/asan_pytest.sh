@@ -26,7 +26,7 @@ done
 # The tests that reach native code with odd shapes, bad arguments and damaged files.
 files=
 for file in tests/ops/test_ops*.py tests/engine/test_runtime*.py tests/engine/test_invariance.py \
-    tests/ops/test_cuda*.py tests/engine/test_cuda*.py tests/*/test_*fuzz*.py; do
+    tests/engine/test_adapters_native.py tests/ops/test_cuda*.py tests/engine/test_cuda*.py tests/*/test_*fuzz*.py; do
     [ -e "$file" ] && files="$files $file"
 done
 
