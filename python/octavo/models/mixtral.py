@@ -13,6 +13,7 @@ from octavo.models.reading import (
     LLAMA_IGNORED,
     LLAMA_TENSORS,
     Defaults,
+    expert_tensors,
     read_layer,
     read_model,
     read_moe,
@@ -39,7 +40,6 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     return read_model(ARCHITECTURE, fields, DEFAULTS, with_windows(layer, windows))
 
 
-_MLP = "model.layers.{layer}.block_sparse_moe"
 FAMILY = Family(
     architecture=ARCHITECTURE,
     model_type="mixtral",
@@ -47,10 +47,7 @@ FAMILY = Family(
     tensors=TensorNames(
         {
             **LLAMA_TENSORS,
-            f"{_MLP}.gate": "router",
-            f"{_MLP}.experts.{{expert}}.w1": "experts.{expert}.gate",
-            f"{_MLP}.experts.{{expert}}.w3": "experts.{expert}.up",
-            f"{_MLP}.experts.{{expert}}.w2": "experts.{expert}.down",
+            **expert_tensors("block_sparse_moe", "w1", "w3", "w2"),
         }
     ),
     ignored=LLAMA_IGNORED,

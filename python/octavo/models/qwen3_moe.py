@@ -18,6 +18,7 @@ from octavo.models.reading import (
     LLAMA_IGNORED,
     LLAMA_TENSORS,
     Defaults,
+    expert_tensors,
     read_layer,
     read_model,
     read_moe,
@@ -61,7 +62,6 @@ def _sparse_layers(fields: Fields) -> list[bool]:
     return [layer not in dense and (layer + 1) % step == 0 for layer in range(count)]
 
 
-_MLP = "model.layers.{layer}.mlp"
 FAMILY = Family(
     architecture=ARCHITECTURE,
     model_type="qwen3_moe",
@@ -70,10 +70,7 @@ FAMILY = Family(
         {
             **LLAMA_TENSORS,
             **HEAD_NORMS,
-            f"{_MLP}.gate": "router",
-            f"{_MLP}.experts.{{expert}}.gate_proj": "experts.{expert}.gate",
-            f"{_MLP}.experts.{{expert}}.up_proj": "experts.{expert}.up",
-            f"{_MLP}.experts.{{expert}}.down_proj": "experts.{expert}.down",
+            **expert_tensors("mlp", "gate_proj", "up_proj", "down_proj"),
         }
     ),
     ignored=LLAMA_IGNORED,

@@ -46,6 +46,21 @@ HEAD_NORMS = {
     "model.layers.{layer}.self_attn.k_norm": "k_norm",
 }
 
+
+def expert_tensors(block: str, gate: str, up: str, down: str) -> dict[str, str]:
+    """The names of a layer's experts and their router. block: the module in the layer.
+
+    gate, up, down: the names of an expert's matrices.
+    """
+    module = f"model.layers.{{layer}}.{block}"
+    parts = {gate: "gate", up: "up", down: "down"}
+    names = {
+        f"{module}.experts.{{expert}}.{theirs}": f"experts.{{expert}}.{ours}"
+        for theirs, ours in parts.items()
+    }
+    return {f"{module}.gate": "router", **names}
+
+
 # Old checkpoints carry the rope frequencies as buffers; they follow from the configuration.
 LLAMA_IGNORED = (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
