@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from octavo.engine.block_manager import NO_BLOCK, BlockManager
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule, ScheduledSequence
-from octavo.reference.sampling import SAMPLING_ROW, SamplingRows
+from octavo.reference.sampling import SAMPLING_ROW, SamplingRows, sampling_rows
 
 Int32 = NDArray[np.int32]
 _TINY = float(np.finfo(np.float32).tiny)
@@ -75,7 +75,7 @@ def _pack_sampling(
     sequences: SequenceOf[Sequence], state_rows: list[int], vocab_size: int
 ) -> SamplingRows:
     """The options of each row's sequence, within what the row's types hold."""
-    rows = np.zeros(len(sequences), SAMPLING_ROW)
+    rows = sampling_rows(len(sequences))
     params = [sequence.params for sequence in sequences]
     fitted = {
         "temperature": [_temperature(p.temperature) for p in params],
@@ -93,8 +93,9 @@ def _pack_sampling(
     return rows
 
 
-# Fields from the request, and those that the scheduler knows; the core sets the position.
-_OF_A_STEP = [name for name in SAMPLING_ROW.names or () if name != "position"]
+# Fields from the request, and those that the scheduler knows; the core sets the position, and rows
+# with a target are those of prompts (prompt_logprobs.py).
+_OF_A_STEP = [name for name in SAMPLING_ROW.names or () if name not in ("position", "target")]
 
 
 def _temperature(value: float) -> float:

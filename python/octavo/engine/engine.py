@@ -27,6 +27,7 @@ from octavo.engine.events import EventLog
 from octavo.engine.guard import EngineGuard, deferred_interrupt, guarded
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import InFlightStep, Pipeline, StepRuntime
+from octavo.engine.prompt_logprobs import take_prompt_rows
 from octavo.engine.request import FinishReason, Request, derive_seed
 from octavo.engine.schedule import Drafter, SchedulerLimits
 from octavo.engine.scheduler import Scheduler
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 
+MAX_PROMPT_LOGITS = 1 << 24  # of prompts, in a step that reports their log-probabilities: 64 MiB
 IDLE_CHECK_SECONDS = 10.0  # an engine that has run out of work checks its accounting so often
 
 
@@ -89,6 +91,7 @@ class Engine:
             options.max_model_len,
             options.priority_ageing_seconds,
             options.enable_prefix_caching,
+            max_prompt_rows=max(16, MAX_PROMPT_LOGITS // vocab_size),
         )
         header = describe_engine(options, limits, self.blocks)
         self.events = EventLog(options.event_log_capacity, header)
@@ -306,7 +309,7 @@ class Engine:
         self.events.record(step_end(schedule, self.scheduler, started, now))
         self._last_step_end = now
         logprobs = read_logprobs(schedule.row_sequences, output)
-        chunks: list[OutputChunk] = []
+        chunks = self._take_prompts(step, now) if schedule.scored else []
         rows = zip(schedule.row_sequences, token_ids, output.finite.tolist(), strict=True)
         for row, (sequence, token, is_finite) in enumerate(rows):
             # It may have ended since: aborted, its request failed, or at a token before this one.
@@ -326,6 +329,21 @@ class Engine:
                 continue
             if answer.request.stream or (sequence.is_finished and answer.request.is_finished):
                 chunks.append(self._chunk(answer, text, now, token, logprobs[row]))
+        return chunks
+
+    def _take_prompts(self, step: InFlightStep, now: float) -> list[OutputChunk]:
+        """Keep the log-probabilities of prompts; end the requests that sample nothing."""
+        chunks: list[OutputChunk] = []
+        scored = step.schedule.scored
+        for sequence in take_prompt_rows(scored, step.prompt_rows):
+            answer = self._answers[sequence.key]
+            chunks += self._fail(answer, now, not_finite(answer))
+        for _, sequence, _, _, is_last in scored:
+            if is_last and not sequence.is_finished:
+                answer = self._answers[sequence.key]
+                self.scheduler.finish(sequence, "length", now)
+                if answer.request.stream or answer.request.is_finished:
+                    chunks.append(self._chunk(answer, answer.flush(), now))
         return chunks
 
     def _append(self, answer: Answer, token: int, logprob: TokenLogprob | None, now: float) -> str:

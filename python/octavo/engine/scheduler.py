@@ -93,7 +93,8 @@ class Scheduler:
                 f"{max_model_len - 1}, since prompt and answer together may have {max_model_len} "
                 f"(max_model_len): shorten the prompt"
             )
-        num_cached = self.max_total_tokens(num_prompt_tokens, max_tokens) - 1
+        num_total = self.max_total_tokens(num_prompt_tokens, max_tokens)
+        num_cached = max(num_total - 1, num_prompt_tokens)
         if self.blocks.groups.blocks_of(num_cached) > self.blocks.num_blocks:
             raise InvalidArgumentError(
                 f"prompt and answer may have {num_cached + 1} tokens; the whole KV cache holds "
@@ -120,7 +121,10 @@ class Scheduler:
 
         now: for the event log, in seconds.
         """
-        step = ScheduleBuilder(self.num_schedules, self.limits.max_num_batched_tokens, now)
+        limits = self.limits
+        step = ScheduleBuilder(
+            self.num_schedules, limits.max_num_batched_tokens, now, limits.max_prompt_rows
+        )
         self._make_room_for_urgent(step)
         self._schedule_decodes(step)
         num_decodes = len(step.entries)
@@ -244,17 +248,17 @@ class Scheduler:
         return drafts if self.blocks.reserve(sequence.key, num_tokens, num_behind) else ()
 
     def _schedule_prefills(self, step: ScheduleBuilder) -> None:
-        for sequence in [other for other in self._running if other.num_uncomputed_tokens > 1]:
+        for sequence in [other for other in self._running if other.is_in_prefill]:
             if step.budget and sequence.state is SequenceState.RUNNING:  # not preempted meanwhile
                 self._schedule_chunk(sequence, step)
 
     def _schedule_chunk(self, sequence: Sequence, step: ScheduleBuilder) -> None:
         start = sequence.num_computed_tokens
-        num_new_tokens = min(sequence.num_uncomputed_tokens, step.budget)
-        if not self._make_room(sequence, start + num_new_tokens, step):
+        num_new_tokens, num_rows = step.chunk_of(sequence)
+        if not num_new_tokens or not self._make_room(sequence, start + num_new_tokens, step):
             return
         self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens, step.number))
-        step.add(sequence, num_new_tokens, int(num_new_tokens == sequence.num_uncomputed_tokens))
+        step.add_chunk(sequence, num_new_tokens, num_rows)
 
     # ---- admission ----
 
@@ -301,7 +305,7 @@ class Scheduler:
         """
         few, running = self.limits.headroom_blocks, itertools.islice(self._running, num_running)
         # The last token is sampled but never computed.
-        ends = [(sequence.key, sequence.max_total_tokens - 1) for sequence in running]
+        ends = [(s.key, max(s.max_total_tokens - 1, s.num_prompt_tokens)) for s in running]
         return sum([self.blocks.num_blocks_to_come(key, end, few) for key, end in ends])
 
     def _start(self, sequence: Sequence, prefix: Prefix, step: ScheduleBuilder) -> None:
