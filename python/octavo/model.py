@@ -12,6 +12,7 @@ from octavo.config import EngineConfig, read_environment
 from octavo.engine.engine import Engine
 from octavo.errors import InvalidArgumentError, TokenizerError
 from octavo.prompts import Conversation, EncodedPrompt, Prompt, prompt_of
+from octavo.speculative_config import read_speculative_config
 
 if TYPE_CHECKING:
     from octavo.runtime.loader import LoadProgress
@@ -100,6 +101,7 @@ def load_model(
     """Load a model. Arguments and errors are those of `LLM`."""
     from octavo.models.kv_groups import with_kv_groups
     from octavo.runtime.loader import load_runtime
+    from octavo.speculation.build import build_drafter
     from octavo.text.chat import ChatTemplate
     from octavo.text.tokenizer import Tokenizer, holds_tokenizer
     from octavo.weights.adapter import read_adapter
@@ -127,6 +129,7 @@ def load_model(
         tokenizer=tokenizer,
         eos_token_ids=files.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
         seed=config.seed,
+        drafter=build_drafter(read_speculative_config(config.speculative_config)),
         read_adapter=partial(read_adapter, files=files, checkpoint=checkpoint),
     )
     for name, folder in (adapters or {}).items():
