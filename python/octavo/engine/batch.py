@@ -121,19 +121,3 @@ def _pack_block_tables(entries: tuple[ScheduledSequence, ...], blocks: BlockMana
         for row, table in enumerate(tables[group]):
             packed[group, row, : len(table)] = table
     return packed
-
-
-def build_masks(forbidden: SequenceOf[frozenset[int]], vocab_size: int) -> Int32 | None:
-    """Which tokens each logit row may take, as `Runtime.sample` wants it; None: all may.
-
-    forbidden: for each row the token ids that must not be sampled now. Returns int32
-    (num_rows, ceil(vocab_size / 32)); a set bit allows a token.
-    """
-    if not any(forbidden):
-        return None
-    masks = np.full((len(forbidden), (vocab_size + 31) // 32), -1, np.int32)
-    words = masks.view(np.uint32)
-    for row, tokens in enumerate(forbidden):
-        for token in tokens:
-            words[row, token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
-    return masks

@@ -52,6 +52,7 @@ class InFlightStep:
 
     schedule: Schedule
     started: float
+    is_sampled: bool
     ticket: int = NO_TICKET
 
 
@@ -85,15 +86,12 @@ class Pipeline:
         """Whether another step may be submitted."""
         return len(self._in_flight) < self.depth
 
-    def submit(
-        self,
-        schedule: Schedule,
-        now: float,
-        masks: Int32 | None,
-        adjustments: LogitAdjustments | None,
-    ) -> None:
-        """Queue a step. After an error, call `abandon` for it and the steps before it."""
-        step = InFlightStep(schedule, now)
+    def submit(self, schedule: Schedule, now: float, *, sample: bool) -> None:
+        """Queue a step. After an error, call `abandon` for it and the steps before it.
+
+        sample: also queue plain sampling; otherwise call `sample` before the next `submit`.
+        """
+        step = InFlightStep(schedule, now, is_sampled=sample)
         self._in_flight.append(step)
         if schedule.copies:
             copies = np.array(schedule.copies, np.int32)
@@ -101,10 +99,20 @@ class Pipeline:
                 self._runtime.copy_blocks(group, copies[copies[:, 0] == group, 1:])
         arrays = build_batch(schedule, self._blocks, self._vocab_size)
         batch = self._make_batch(**arrays._asdict())
-        is_plain = masks is None and adjustments is None
-        step.ticket = self._runtime.submit(batch, sample=is_plain)
-        if not is_plain:
-            self._runtime.sample(step.ticket, masks, adjustments)
+        step.ticket = self._runtime.submit(batch, sample=sample)
+
+    @property
+    def unsampled(self) -> Schedule | None:
+        """The schedule of the latest step, if its sampling is not queued yet."""
+        if not self._in_flight or self._in_flight[-1].is_sampled:
+            return None
+        return self._in_flight[-1].schedule
+
+    def sample(self, masks: Int32 | None, adjustments: LogitAdjustments | None) -> None:
+        """Queue the sampling of the latest step. After an error, call `abandon`."""
+        step = self._in_flight[-1]
+        self._runtime.sample(step.ticket, masks, adjustments)
+        step.is_sampled = True
 
     def wait(self) -> tuple[InFlightStep, Any]:
         """The oldest step and its output. After an error of the runtime, call `abandon`."""

@@ -53,6 +53,8 @@ class Sequence:
     adapter that it is computed with. leader: the first
     answer of the same request, whose prompt this one shares; None for the first itself.
     max_total_tokens: prompt and answer end at this length.
+    watches_answer: whether its logits, or what it may sample, depend on the tokens of the answer
+    not through the model alone: penalties, grammars.
     num_cached_tokens: how many of its tokens were in the cache when it was first admitted.
     num_published_blocks: how many of its blocks are full and were offered to others. state_row:
     where the device keeps its last sampled token, while it runs.
@@ -73,6 +75,7 @@ class Sequence:
     num_computed_tokens: int = field(default=0, init=False)
     num_pending_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
+    watches_answer: bool = field(init=False)
     # Kept by the scheduler.
     rank: Rank = field(init=False)
     max_total_tokens: int = field(default=0, init=False)
@@ -90,6 +93,7 @@ class Sequence:
     def __post_init__(self, prompt_token_ids: SequenceOf[int]) -> None:
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.watches_answer = self.has_penalties
         self.rank = (self.arrival_time, 0)
 
     @property
@@ -113,8 +117,8 @@ class Sequence:
         return tuple(self.token_ids[self.num_prompt_tokens :])
 
     @property
-    def watches_answer(self) -> bool:
-        """Whether its logits depend on the answer so far: it has penalties."""
+    def has_penalties(self) -> bool:
+        """Whether its logits depend on how often the answer has a token."""
         params = self.params
         penalties = params.frequency_penalty or params.presence_penalty
         return bool(penalties) or params.repetition_penalty != 1
@@ -123,8 +127,7 @@ class Sequence:
     def takes_drafts(self) -> bool:
         """Whether its next tokens may be sampled in one step, after drafts.
 
-        Not while a token depends on the tokens before it not through the model alone: penalties
-        count them, and until min_tokens are sampled the end is forbidden.
+        Not while it watches the answer, nor until min_tokens are sampled: the end is forbidden.
         """
         return self.num_output_tokens >= self.params.min_tokens and not self.watches_answer
 
