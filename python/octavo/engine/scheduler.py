@@ -225,7 +225,11 @@ class Scheduler:
                     continue
                 if sequence.num_pending_tokens and drafter.awaits(sequence):
                     continue
-                drafts = () if sequence.num_pending_tokens else self._drafts(sequence, step.budget - 1, len(self._running) - index)
+                drafts = (
+                    ()
+                    if sequence.num_pending_tokens
+                    else self._drafts(sequence, step.budget - 1, len(self._running) - index)
+                )
             if self._make_room(sequence, num_tokens, step):
                 step.add(sequence, 1, 1, drafts)
 
