@@ -82,8 +82,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_family_model(path: Path, family: str, dtype: str = "BF16", **changes: Any) -> Path:
-    """A random model of a family; norms are around 1, routers float32, biases not 0."""
+def write_family_model(
+    path: Path, family: str, dtype: str = "BF16", uneven: bool = False, **changes: Any
+) -> Path:
+    """A random model of a family; norms are around 1, routers float32, biases not 0.
+
+    uneven: some channels are much larger than others.
+    """
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps({**FAMILIES[family], **changes}))
     generator, files, tensors = np.random.default_rng(5), read_model(path), {}
@@ -94,6 +99,8 @@ def write_family_model(path: Path, family: str, dtype: str = "BF16", **changes: 
             values = generator.standard_normal(place.shape)
             values *= 0.2 if len(place.shape) == 1 else place.shape[1] ** -0.5
             values += 1 if "norm.weight" in name else 0
+            if uneven and "norm.weight" in name:
+                values *= np.exp(generator.standard_normal(place.shape))
             parts.append((place, values.astype(np.float32)))
         kind = "F32" if names[0].endswith(".router.weight") else dtype
         tensors[tensor] = (kind, encode(whole_tensor(parts), kind))
