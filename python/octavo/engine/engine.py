@@ -89,6 +89,7 @@ class Engine:
             options.max_model_len,
             options.priority_ageing_seconds,
             options.enable_prefix_caching,
+            rope_switch=options.rope_switch,
         )
         header = describe_engine(options, limits, self.blocks)
         self.events = EventLog(options.event_log_capacity, header)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -66,7 +67,8 @@ class SchedulerLimits:
     priority_ageing_seconds: the seconds of one level of priority; see `Scheduler.add`.
     enable_prefix_caching: whether to look for cached beginnings; answers of one request share their
     prompt in any case. headroom_blocks: how many blocks must be free for each running sequence
-    when another is admitted; docs/scheduler.md says why two.
+    when another is admitted; docs/scheduler.md says why two. rope_switch: sequences of more tokens
+    have the rope's other frequencies; 0: none.
     """
 
     max_num_seqs: int
@@ -75,6 +77,21 @@ class SchedulerLimits:
     priority_ageing_seconds: float = 30.0
     enable_prefix_caching: bool = True
     headroom_blocks: int = 2
+    rope_switch: int = 0
+
+    def rope_set(self, num_tokens: int) -> int:
+        """Which set of rope frequencies a sequence of so many tokens is computed with: 0 or 1."""
+        return int(0 < self.rope_switch < num_tokens)
+
+    def outgrown(self, running: Iterable[Sequence]) -> list[Sequence]:
+        """Those that need the other set of frequencies from now on, for all of their keys."""
+        if not self.rope_switch:
+            return []
+        return [each for each in running if each.num_tokens > self.longest(each.rope_set)]
+
+    def longest(self, rope_set: int) -> int:
+        """The most tokens with which a sequence keeps its set of rope frequencies."""
+        return self.rope_switch if self.rope_switch and not rope_set else self.max_model_len
 
 
 @dataclass
