@@ -93,6 +93,7 @@ class Engine:
             options.priority_ageing_seconds,
             options.enable_prefix_caching,
             max_prompt_rows=max(16, MAX_PROMPT_LOGITS // vocab_size),
+            rope_switch=options.rope_switch,
         )
         header = describe_engine(options, limits, self.blocks)
         self.events = EventLog(options.event_log_capacity, header)

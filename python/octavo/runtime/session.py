@@ -34,7 +34,8 @@ class Step(NamedTuple):
 class Session:
     """Sequences 0, 1, …; they share the blocks of the KV cache in equal parts.
 
-    loaded: the runtime, of a model with one KV group; nothing else may step it meanwhile.
+    loaded: the runtime, of a model with one KV group; nothing else may step it meanwhile. Every
+    sequence has the rope frequencies of one of max_model_len tokens.
     adapter: the place of the LoRA adapter that all of them have; -1: none.
     chunk: the most tokens of a step. is_exact: whether a sequence's logits are promised to have
     the same bits in any batch.
@@ -104,6 +105,7 @@ class Session:
             logit_rows=starts[1:] - 1 if rows is None else np.asarray(rows, np.int32),
             sampling=sampling_rows(len(new), state_row=sequences) if rows is None else None,
             adapter_ids=None if self.adapter < 0 else np.full(len(new), self.adapter, np.int32),
+            rope_sets=np.ones(len(new), np.int32) if self.loaded.options.rope_switch else None,
         )
         return self.loaded.runtime.submit(batch, list(taps) or None, sample=True)
 
