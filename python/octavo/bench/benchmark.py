@@ -217,10 +217,16 @@ def measure_peak(loaded: LoadedRuntime, num_threads: int, progress: StageProgres
 
 
 class Runner:
-    """Runs cases on one loaded model."""
+    """Runs cases on one loaded model. adapters: as of `Session`, alike in the gate's sequences."""
 
-    def __init__(self, loaded: LoadedRuntime, spec: ModelSpec, peak: Peak | None) -> None:
-        self._session = Session(loaded)
+    def __init__(
+        self,
+        loaded: LoadedRuntime,
+        spec: ModelSpec,
+        peak: Peak | None,
+        adapters: Sequence[int] = (-1,),
+    ) -> None:
+        self._session = Session(loaded, adapters)
         self._runtime = loaded.runtime
         self._spec = spec
         self._options: RuntimeOptions = loaded.options

@@ -58,7 +58,7 @@ class NativeImplementation:
     def __init__(self, loaded: LoadedRuntime, adapter: Adapter | None = None) -> None:
         from octavo import _native
 
-        self._session = Session(loaded, adapter=-1 if adapter is None else 0)
+        self._session = Session(loaded, (-1,) if adapter is None else (0,))
         self.dtype: str = loaded.options.dtype
         scrambled = np.random.default_rng(0).permutation(loaded.num_kv_blocks)
         self._session.restart(blocks=scrambled.astype(np.int32))

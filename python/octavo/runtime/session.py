@@ -35,14 +35,15 @@ class Session:
     """Sequences 0, 1, …; they share the blocks of the KV cache in equal parts.
 
     loaded: the runtime, of a model with one KV group; nothing else may step it meanwhile.
-    adapter: the place of the LoRA adapter that all of them have; -1: none.
+    adapters: the places of LoRA adapters, -1 for none: of sequence 0, 1, …, and again from the
+    first where there are more sequences.
     chunk: the most tokens of a step. is_exact: whether a sequence's logits are promised to have
     the same bits in any batch.
     """
 
-    def __init__(self, loaded: LoadedRuntime, adapter: int = -1) -> None:
+    def __init__(self, loaded: LoadedRuntime, adapters: Sequence[int] = (-1,)) -> None:
         self.loaded = loaded
-        self.adapter = adapter
+        self._adapters = np.array(adapters, np.int32)
         self.chunk = loaded.options.max_num_batched_tokens
         self.is_exact = loaded.device == "cpu" or loaded.options.deterministic
         self._block_size = loaded.options.block_size
@@ -96,6 +97,7 @@ class Session:
         self._lengths[sequences] = lengths
         tables = self._blocks[sequences, : held.max()]
         tables[np.arange(held.max()) >= held[:, None]] = -1
+        adapters = np.resize(self._adapters, len(self._lengths))[sequences]
         batch = _native.Batch(
             token_ids=np.concatenate([np.asarray(tokens, np.int32) for tokens in new.values()]),
             row_starts=starts,
@@ -103,7 +105,7 @@ class Session:
             block_tables=tables[None],
             logit_rows=starts[1:] - 1 if rows is None else np.asarray(rows, np.int32),
             sampling=sampling_rows(len(new), state_row=sequences) if rows is None else None,
-            adapter_ids=None if self.adapter < 0 else np.full(len(new), self.adapter, np.int32),
+            adapter_ids=None if adapters.max() < 0 else adapters,
         )
         return self.loaded.runtime.submit(batch, list(taps) or None, sample=True)
 
