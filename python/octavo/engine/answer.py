@@ -10,6 +10,7 @@ from octavo.engine.adjustments import Adjuster
 from octavo.engine.constraints import create_constraints
 from octavo.engine.follow_grammar import grammar_constraints
 from octavo.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
+from octavo.engine.prompt_logprobs import whole_prompt
 from octavo.engine.request import Request, Sequence
 from octavo.text.stream import StopChecker, StreamDecoder
 
@@ -157,6 +158,7 @@ def request_output(answers: SequenceOf[Answer], now: float) -> RequestOutput:
             sum(sequence.num_preemptions for sequence in request.sequences),
             request.sequences[0].num_cached_tokens or 0,
         ),
+        whole_prompt(request.sequences[0]),
     )
 
 

@@ -21,7 +21,7 @@ from collections.abc import Collection, Hashable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 
 from octavo.engine.adapters import NO_ADAPTER, Loan
 from octavo.engine.outputs import TokenLogprob
@@ -89,6 +89,8 @@ class Sequence:
     stop_reason: str | int | None = field(default=None, init=False)
     logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
     cumulative_logprob: float = field(default=0.0, init=False)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
+    drafting: Any = field(default=None, init=False)  # what the drafter knows about it
 
     def __post_init__(self, prompt_token_ids: SequenceOf[int]) -> None:
         self.token_ids = list(prompt_token_ids)
@@ -112,9 +114,38 @@ class Sequence:
         return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
+    def is_in_prefill(self) -> bool:
+        """Whether it has more to compute than one token to decode from."""
+        return self.num_uncomputed_tokens > (0 if self.samples_nothing else 1)
+
+    @property
     def output_token_ids(self) -> tuple[int, ...]:
         """The answer so far."""
         return tuple(self.token_ids[self.num_prompt_tokens :])
+
+    @property
+    def samples_nothing(self) -> bool:
+        """Whether it ends with its prompt: the prompt's log-probabilities are all it wants."""
+        return self.params.max_tokens == 0
+
+    @property
+    def first_prompt_row(self) -> int:
+        """The first token of the prompt whose logits are still needed, for the token after it.
+
+        The prompt's last token where none are: its logits are those of the answer.
+        """
+        last = self.num_prompt_tokens - 1
+        if self.params.prompt_logprobs is None or self.leader is not None:
+            return last
+        first = max(self.params.prompt_logprobs_start - 1, 0)
+        return min(first + len(self.prompt_logprobs), last)
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """How many tokens from the first on may come from the cache, which holds no logits."""
+        last = self.num_prompt_tokens - 1
+        first = self.first_prompt_row
+        return len(self.token_ids) - 1 if first == last else first
 
     @property
     def has_penalties(self) -> bool:

@@ -130,6 +130,11 @@ def _named(
     """The library's error in octavo's words, with the place of what is wrong."""
     if "NoExtension" in problem:
         problem = "no text meets it"
+    if "coerce_one_of" in problem:
+        message, problem = "", (
+            '"oneOf" cannot be enforced where a text may meet two of its schemas; write "anyOf", '
+            "or ask without strict to read it as such"
+        )
     found = _JSON_PROBLEM.search(message)
     if found:
         problem = " ".join(found.group(1).split())
