@@ -3,7 +3,7 @@
     pip download --no-deps --no-binary :all: jsonschema && tar xzf jsonschema-*.tar.gz
     python scripts/json_schema_suite.py jsonschema-*/json
 
-The source package of jsonschema holds the suite (github.com/json-schema-org/JSON-Schema-Test-Suite).
+The source package of jsonschema holds the suite, github.com/json-schema-org/JSON-Schema-Test-Suite.
 Prints docs/structured_output.md's table. Each schema is compiled as a strict one over a vocabulary
 of single bytes; the suite's instances are then followed byte by byte, with their members in the
 order of the schema. Ends with 1 if an instance is accepted that the suite calls invalid.
@@ -76,8 +76,11 @@ def examine(folder: Path, draft: str, show: bool) -> dict[str, Counter[str]]:
                 got = accepts(grammars, wanted, text)
                 counts[f"{'valid' if test['valid'] else 'invalid'} {got}"] += 1
                 if show and got != test["valid"]:
-                    print(f"{path.stem}: {case['description']}: {test['description']}: {text[:80]} "
-                          f"of {str(wanted.json)[:300]}: {got}", file=sys.stderr)
+                    print(
+                        f"{path.stem}: {case['description']}: {test['description']}: {text[:80]} "
+                        f"of {str(wanted.json)[:300]}: {got}",
+                        file=sys.stderr,
+                    )
     return found
 
 

@@ -131,8 +131,9 @@ def _named(
     if "NoExtension" in problem:
         problem = "no text meets it"
     if "coerce_one_of" in problem:
-        message, problem = "", (
-            '"oneOf" cannot be enforced where a text may meet two of its schemas; write "anyOf", '
+        message = ""
+        problem = (
+            '"oneOf" cannot be enforced where a text may meet two of its schemas: write "anyOf", '
             "or ask without strict to read it as such"
         )
     found = _JSON_PROBLEM.search(message)
