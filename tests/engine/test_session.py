@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from adapter_runtime_helpers import adapters_of, runtime_with
 from runtime_helpers import VOCAB, random_weights, tiny_runtime, tiny_spec
 
 from octavo.config import RuntimeOptions

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from octavo.engine.adapters import NO_ADAPTER, Loan
 from octavo.engine.outputs import TokenLogprob
+from octavo.grammar.matcher import Grammar
 from octavo.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
@@ -191,7 +192,8 @@ class Request:
     tokenizers. kept_special_ids: special tokens that the text holds even where the others are
     skipped, such as the tags around calls of tools. priority: lower is more urgent. deadline: when
     it ends, answered or not. cache_salt: only requests with the same one share cached keys and
-    values. Times are seconds of the engine's clock, `time.monotonic` unless told otherwise.
+    values. grammar: what its answers follow. Times are seconds of the engine's clock,
+    `time.monotonic` unless told otherwise.
     """
 
     request_id: str
@@ -205,6 +207,7 @@ class Request:
     deadline: float | None = None
     cache_salt: str | None = None
     adapter: Loan = NO_ADAPTER
+    grammar: Grammar | None = None
     sequences: tuple[Sequence, ...] = ()
     error: str | None = None
     arrival_time: float = field(default_factory=time.monotonic)

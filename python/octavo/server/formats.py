@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
-from octavo.server.tools import ToolCall, ToolFormat, ToolParser, make_parser
+from octavo.server.tools import Arguments, ToolCall, ToolFormat, ToolParser, make_parser
 from octavo.text.places import TokenPlaces
 
 DONE = "data: [DONE]\n\n"
@@ -143,6 +143,7 @@ class ChatFormat(Format):
     """/v1/chat/completions.
 
     tools: how calls are written; None looks for none. max_calls: further ones are left out.
+    forced: the answers are calls and nothing else.
     """
 
     object_name, chunk_name = "chat.completion", "chat.completion.chunk"
@@ -153,8 +154,10 @@ class ChatFormat(Format):
         new_places: Callable[[], TokenPlaces] | None,
         tools: ToolFormat | None = None,
         max_calls: int | None = None,
+        forced: bool = False,
     ) -> None:
         super().__init__(head, new_places)
+        self._forced = forced
         self._tools = tools
         self._max_calls = max_calls
         self._parsers: dict[int, ToolParser] = {}
@@ -164,9 +167,14 @@ class ChatFormat(Format):
         message: dict[str, Any] = {"role": "assistant", "content": output.text}
         finish_reason = output.finish_reason
         if self._tools is not None:
-            parser = make_parser(self._tools)
+            parser = make_parser(self._tools, forced=self._forced)
             pieces = [*parser.push(output.text), *parser.finish()]
-            calls = [piece.as_json() for piece in pieces if isinstance(piece, ToolCall)]
+            calls: list[dict[str, Any]] = []
+            for piece in pieces:
+                if isinstance(piece, ToolCall):
+                    calls.append(piece.as_json())
+                elif isinstance(piece, Arguments):
+                    calls[-1]["function"]["arguments"] += piece.text
             calls = calls[: self._max_calls]
             if calls:
                 text = "".join(piece for piece in pieces if isinstance(piece, str))
@@ -199,7 +207,7 @@ class ChatFormat(Format):
 
     def _parse(self, choice: int, chunk: OutputChunk, tools: ToolFormat) -> list[dict[str, Any]]:
         """The text and the calls that a chunk makes certain, as "delta" has them."""
-        parser = self._parsers.setdefault(choice, make_parser(tools))
+        parser = self._parsers.setdefault(choice, make_parser(tools, forced=self._forced))
         pieces = parser.push(chunk.text)
         if chunk.finish_reason is not None:
             pieces += parser.finish()
@@ -208,6 +216,9 @@ class ChatFormat(Format):
             number = self._num_calls[choice]
             if isinstance(piece, str):
                 deltas.append({"content": piece})
+            elif isinstance(piece, Arguments):
+                more = {"index": number - 1, "function": {"arguments": piece.text}}
+                deltas.append({"tool_calls": [more]})
             elif number != self._max_calls:
                 self._num_calls[choice] += 1
                 deltas.append({"tool_calls": [{"index": number, **piece.as_json()}]})

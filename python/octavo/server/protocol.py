@@ -86,6 +86,13 @@ class SamplingBody(_Options):
     timeout: Annotated[float, Field(gt=0, le=1e9)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: str | None = None
 
     prompt_field: ClassVar[str] = "messages"
 
@@ -208,12 +215,6 @@ def check_supported(body: SamplingBody) -> None:
         elsewhere["max_completion_tokens"] = "its name here is max_tokens"
         elsewhere["top_logprobs"] = "logprobs is the number of them here"
     check_extra_fields(body.model_extra or {}, elsewhere)
-    kind = (body.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise bad_request(
-            f"response_format is of type {kind!r}; octavo offers {{'type': 'text'}} alone",
-            "response_format",
-        )
     if isinstance(body, CompletionBody):
         if body.suffix:
             raise bad_request("suffix is not offered by octavo: leave it out", "suffix")
