@@ -13,7 +13,7 @@ from octavo.errors import InvalidArgumentError
 _numbers = partial(option, panel="What to measure", metavar="N,N,…")
 
 
-@engine_options("max_num_batched_tokens", without=("max_model_len",))
+@engine_options("max_num_batched_tokens", without=("max_model_len", "speculative_config"))
 def bench(
     *,
     model: ModelArgument = None,

@@ -16,7 +16,7 @@ from octavo.config import EngineConfig, read_environment
 _text = partial(option, panel="What to score")
 
 
-@engine_options(without=("max_model_len",))
+@engine_options(without=("max_model_len", "speculative_config"))
 def eval(
     *,
     model: ModelArgument = None,

@@ -164,6 +164,14 @@ class _Engine:
             "--enforce-eager",
         ),
     ]
+    speculative_config: Annotated[
+        str | None,
+        _model(
+            "Guess how answers go on, and check several tokens in one step: the same answers, "
+            'sooner. As in \'{"method": "ngram", "num_speculative_tokens": 7}\'.',
+            metavar="JSON",
+        ),
+    ]
 
 
 class _Batching:

@@ -22,14 +22,15 @@ from octavo.engine.admission import AdmissionLimits, Deadlines, check_scheduling
 from octavo.engine.answer import Answer, not_finite, read_logprobs, request_output
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.block_pool import IntegrityError
-from octavo.engine.event_records import arrival, describe_engine, read_stats, refusal, step_end
+from octavo.engine.drafter import Drafter
+from octavo.engine.event_records import arrival, describe_engine, read_stats, record_step, refusal
 from octavo.engine.events import EventLog
 from octavo.engine.guard import EngineGuard, deferred_interrupt, guarded
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import InFlightStep, Pipeline, StepRuntime
 from octavo.engine.prompt_logprobs import take_prompt_rows
 from octavo.engine.request import FinishReason, Request, derive_seed
-from octavo.engine.schedule import Drafter, SchedulerLimits
+from octavo.engine.schedule import SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.steering import Steering
 from octavo.errors import InvalidArgumentError, QueueFullError
@@ -107,6 +108,7 @@ class Engine:
             vocab_size=vocab_size,
             depth=2 if options.overlap_steps else 1,
         )
+        self._drafter = drafter
         self._clock = clock
         self._last_step_end = self._last_check = clock()
         self._admission = AdmissionLimits(options.max_waiting_requests, options.max_waiting_tokens)
@@ -306,7 +308,9 @@ class Engine:
         rejected_rows = self.scheduler.complete(schedule, token_ids)
         # With two in flight it began when the one before it ended, not when it was submitted.
         started = max(step.started, self._last_step_end)
-        self.events.record(step_end(schedule, self.scheduler, started, now))
+        record_step(self.events, schedule, self.scheduler, len(rejected_rows), started, now)
+        if self._drafter is not None:
+            self._drafter.end_step(schedule, output, now - started)
         self._last_step_end = now
         logprobs = read_logprobs(schedule.row_sequences, output)
         chunks = self._take_prompts(step, now) if schedule.scored else []

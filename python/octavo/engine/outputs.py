@@ -131,7 +131,8 @@ class EngineStats:
     first in the queue waits (a key of `events.WAITING_REASONS`; None when the queue is empty);
     num_free_blocks are blocks of the KV cache that no sequence holds; num_cached_blocks of these
     have content that may be used again. Since it began: steps, tokens sampled, preemptions; prompt
-    tokens looked up in the prefix cache and found there; cached blocks evicted.
+    tokens looked up in the prefix cache and found there; cached blocks evicted; how often a sequence
+    had drafts, the drafts, and how many in each place were accepted.
     """
 
     num_running: int
@@ -148,6 +149,14 @@ class EngineStats:
     num_prefix_queries: int
     num_prefix_hits: int
     num_evictions: int
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_per_position: tuple[int, ...] = ()
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Drafts that were right, as all before them."""
+        return sum(self.num_accepted_per_position)
 
     @property
     def kv_cache_usage(self) -> float:

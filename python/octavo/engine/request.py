@@ -21,7 +21,7 @@ from collections.abc import Collection, Hashable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 
 from octavo.engine.adapters import NO_ADAPTER, Loan
 from octavo.engine.outputs import TokenLogprob
@@ -89,6 +89,7 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
     cumulative_logprob: float = field(default=0.0, init=False)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
+    drafting: Any = field(default=None, init=False)  # what the drafter knows about it
 
     def __post_init__(self, prompt_token_ids: SequenceOf[int]) -> None:
         self.token_ids = list(prompt_token_ids)

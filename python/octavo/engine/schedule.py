@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from octavo.engine.block_manager import BlockCopy
 from octavo.engine.request import Sequence
-
-
-class Drafter(Protocol):
-    """Guesses how answers continue, so that one step can check several tokens of a sequence."""
-
-    def propose(self, sequence: Sequence) -> SequenceOf[int]:
-        """Draft tokens to follow the sequence's own; none where it has no guess.
-
-        Called before a step for each decoding sequence that may take drafts. Drafts change only
-        the time: an answer is the same with good drafts, bad ones or none.
-        """
 
 
 class ScheduledSequence(NamedTuple):

@@ -23,10 +23,11 @@ from collections.abc import Sequence as SequenceOf
 
 from octavo.engine.block_manager import BlockManager, Prefix
 from octavo.engine.block_pool import IntegrityError
+from octavo.engine.drafter import DraftCounts, Drafter
 from octavo.engine.events import EventLog
 from octavo.engine.prefix_cache import PrefixCache
 from octavo.engine.request import FinishReason, RankedQueue, Sequence, SequenceState
-from octavo.engine.schedule import Drafter, Schedule, ScheduleBuilder, SchedulerLimits, num_agreeing
+from octavo.engine.schedule import Schedule, ScheduleBuilder, SchedulerLimits, num_agreeing
 from octavo.errors import InvalidArgumentError
 
 
@@ -52,6 +53,7 @@ class Scheduler:
         self.num_schedules = 0
         self.num_preemptions = 0
         self.waiting_reason: str | None = None  # of the first in the queue; None: it is empty
+        self.draft_counts = DraftCounts()
         self._drafter = drafter
         self._waiting = RankedQueue()
         self._running = RankedQueue()
@@ -157,7 +159,10 @@ class Scheduler:
             num_full_blocks = (start + num_new_tokens - len(drafts)) // block_size
             if num_full_blocks > sequence.num_published_blocks and is_running:
                 self.prefix_cache.publish(sequence, num_full_blocks)
-            num_rejected = len(drafts) - num_agreeing(drafts, token_ids[row:]) if drafts else 0
+            num_right = num_agreeing(drafts, token_ids[row:])
+            num_rejected = len(drafts) - num_right
+            if drafts:
+                self.draft_counts.add(len(drafts), num_right)
             if num_rejected:
                 sequence.num_computed_tokens -= num_rejected if is_running else 0
                 rejected_rows.update(range(row + num_samples - num_rejected, row + num_samples))
@@ -204,6 +209,9 @@ class Scheduler:
     # ---- what a step computes ----
 
     def _schedule_decodes(self, step: ScheduleBuilder) -> None:
+        drafter = self._drafter
+        if drafter is not None:
+            drafter.begin_step(self._running, step)
         index = 0
         # A preemption shortens the queue from its end. The sequences before `index` stay, so no
         # sequence loses blocks that this step uses.
@@ -216,10 +224,16 @@ class Scheduler:
             if num_tokens - start > 1 or num_tokens >= sequence.max_total_tokens:
                 continue
             drafts: tuple[int, ...] = ()
-            if self._drafter is not None and sequence.takes_drafts:
-                if sequence.num_pending_tokens:  # drafts must follow a token still being sampled
+            if drafter is not None and sequence.takes_drafts:
+                if sequence.num_pending_tokens > 1:  # which of them is the last is not known yet
                     continue
-                drafts = self._drafts(sequence, step.budget - 1, len(self._running) - index)
+                if sequence.num_pending_tokens and drafter.awaits(sequence):
+                    continue
+                drafts = (
+                    ()
+                    if sequence.num_pending_tokens
+                    else self._drafts(sequence, step.budget - 1, len(self._running) - index)
+                )
             if self._make_room(sequence, num_tokens, step):
                 step.add(sequence, 1, 1, drafts)
 
