@@ -56,7 +56,7 @@ _REFUSED = _words(
     min_keep mirostat mirostat_mode mm_processor_kwargs modalities multimodal_data n_indent
     negative_prompt no_repeat_ngram_size num_beam_groups num_beams options parameters
     parse_tool_calls penalize_nl penalty_alpha plugins post_sampling_probs prefix preset
-    previous_response_id prompt_embeds prompt_logprobs prompt_truncate_len raw reasoning_budget
+    previous_response_id prompt_embeds prompt_truncate_len raw reasoning_budget
     reasoning_format repeat_last_n repetition_context_size repetition_detection
     return_hidden_states return_prompt_text return_token_ids return_tokens
     return_tokens_as_token_ids safe_prompt sampler_order sampler_priority sampler_seq samplers

@@ -12,6 +12,7 @@ from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.errors import ApiError, bad_request, field_of, to_api_error
 from octavo.server.formats import ChatFormat, CompletionFormat, Head
+from octavo.server.prompt_logprobs import PromptLogprobs
 from octavo.server.protocol import (
     ChatBody,
     ChatFields,
@@ -106,9 +107,10 @@ def chat_format(
         kept=tag_ids(model.tokenizer, tools),
         ends=() if params.include_stop_str_in_output else ends,
     )
+    shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs)
     max_calls = 1 if body.parallel_tool_calls is False else None
     forced = tools is not None and forced_tools(body) is not None
-    return ChatFormat(head, places, tools, max_calls, forced)
+    return ChatFormat(head, places, tools, max_calls, forced, shown)
 
 
 def completion_format(
@@ -125,7 +127,8 @@ def completion_format(
             text = model.tokenizer.decode(prompt.token_ids)
         echoes += [text] * body.num_answers
     places = partial(TokenPlaces, model.tokenizer, skip, continues=True)
-    return CompletionFormat(head, places, echoes)
+    shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs, body.logprobs)
+    return CompletionFormat(head, places, echoes, shown)
 
 
 def _check_tools(tools: Sequence[dict[str, Any]], tool_format: ToolFormat | None) -> None:
@@ -208,6 +211,12 @@ def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingPara
         asked["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         if body.max_completion_tokens is not None:
             asked["max_tokens"] = body.max_completion_tokens
+    elif (
+        isinstance(body, CompletionBody)
+        and body.echo
+        and (body.logprobs is not None or body.max_tokens == 0)
+    ):
+        asked["prompt_logprobs"] = max(body.logprobs or 0, body.prompt_logprobs or 0)
     asked["structured_outputs"] = structured_outputs(body)
     asked["logit_bias"] = _logit_bias(body.logit_bias or {})
     return SamplingParams(**asked)
