@@ -54,16 +54,14 @@ def load_draft_model(
     limit = config.max_model_len or target.spec.max_position_embeddings
     if wanted.method == "layers":
         files, checkpoint = _first_layers(wanted.num_layers or 0, target, checkpoint)
-        quantize = config.quantize
     else:
         files = read_model(resolve_model(wanted.model, environment))
         _check_vocabulary(files, target, tokenizer)
         checkpoint = open_checkpoint(files, config.load_format, config.seed)
-        quantize = wanted.quantization
+        config = replace(config, quantize=wanted.quantization)
     own = replace(
         config,
         speculative_config=None,
-        quantize=quantize,
         max_model_len=min(limit, files.spec.max_position_embeddings),
         max_adapters=0,
         overlap_steps=False,
