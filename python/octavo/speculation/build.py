@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from octavo.config import EngineConfig, Environment
 from octavo.engine.drafter import Drafter
@@ -58,9 +59,10 @@ def load_draft_model(
         files = read_model(resolve_model(wanted.model, environment))
         _check_vocabulary(files, target, tokenizer)
         checkpoint = open_checkpoint(files, config.load_format, config.seed)
-        config = replace(config, quantize=wanted.quantization)
+    quantize: Any = config.quantize if wanted.method == "layers" else wanted.quantization
     own = replace(
         config,
+        quantize=quantize,
         speculative_config=None,
         max_model_len=min(limit, files.spec.max_position_embeddings),
         max_adapters=0,
