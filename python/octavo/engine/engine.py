@@ -252,6 +252,13 @@ class Engine:
         with deferred_interrupt():
             return self._end_all(request_id, "abort", self._clock())[-1].result
 
+    @guarded
+    def close(self) -> None:
+        """Give the memory of weights and cache back; every later use is an EngineClosedError."""
+        self._abandon_steps()
+        self.guard.close()
+        del self.runtime, self.adapters, self._pipeline, self._drafter
+
     def stats(self) -> EngineStats:
         """The engine's state in numbers, for metrics and a live view.
 
