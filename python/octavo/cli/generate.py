@@ -86,7 +86,7 @@ def generate(
         raise InvalidArgumentError("--system does not go with --raw; leave out one of them")
     text = common.read_prompt(prompt)
     start = time.monotonic()
-    llm = common.load_llm(model, config, adapter)
+    llm = common.load_llm(model, config, {adapter: adapter} if adapter else None)
     load_seconds = time.monotonic() - start
     encoded = encode(llm, text, chat, system)
     writer = None if json_output or params.n > 1 else AnswerWriter(sys.stdout)

@@ -64,6 +64,11 @@ class Tokenizer:
         """How many tokens there are, added ones included; the model's embedding may be larger."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token as it is spelled, added ones included, and its id; made anew."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`.
 
