@@ -12,6 +12,7 @@ from octavo.config import EngineConfig, read_environment
 from octavo.engine.engine import Engine
 from octavo.errors import InvalidArgumentError, TokenizerError
 from octavo.prompts import Conversation, EncodedPrompt, Prompt, prompt_of
+from octavo.speculative_config import read_speculative_config
 
 if TYPE_CHECKING:
     from octavo.runtime.loader import LoadProgress
@@ -100,6 +101,7 @@ def load_model(
     """Load a model. Arguments and errors are those of `LLM`."""
     from octavo.models.kv_groups import with_kv_groups
     from octavo.runtime.loader import load_runtime
+    from octavo.speculation.build import build_drafter, load_draft_model
     from octavo.text.chat import ChatTemplate
     from octavo.text.tokenizer import Tokenizer, holds_tokenizer
     from octavo.weights.adapter import read_adapter
@@ -117,7 +119,12 @@ def load_model(
     tokenizer = Tokenizer(files.folder) if has_tokenizer else None
     chat_template = ChatTemplate.load(files.folder) if has_tokenizer else None
     checkpoint = open_checkpoint(files, config.load_format, config.seed)
-    loaded = load_runtime(files, checkpoint, config, on_load, environment)
+    # Before the target's KV cache, which shares what memory is left with the draft model's.
+    draft_model = load_draft_model(config, files, checkpoint, tokenizer, environment)
+    draft_bytes = 0 if draft_model is None else draft_model.bytes_beside(files)
+    loaded = load_runtime(files, checkpoint, config, on_load, environment, draft_bytes)
+    speculative_config = read_speculative_config(config.speculative_config)
+    drafter = build_drafter(speculative_config, files, loaded.num_kv_blocks, draft_model)
     engine = Engine(
         loaded.runtime,
         loaded.options,
@@ -127,6 +134,7 @@ def load_model(
         tokenizer=tokenizer,
         eos_token_ids=files.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
         seed=config.seed,
+        drafter=drafter,
         read_adapter=partial(read_adapter, files=files, checkpoint=checkpoint),
     )
     for name, folder in (adapters or {}).items():

@@ -29,10 +29,11 @@ from invariance_helpers import (
 )
 
 from octavo.engine.block_manager import BlockManager
+from octavo.engine.drafter import Drafter
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk
 from octavo.engine.request import Sequence, SequenceState
-from octavo.engine.schedule import Drafter, SchedulerLimits
+from octavo.engine.schedule import SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.sampling_params import SamplingParams
 from octavo.text.tokenizer import Tokenizer

@@ -21,6 +21,7 @@ from fake_runtime import (
 )
 
 from octavo.config import RuntimeOptions
+from octavo.engine.drafter import Drafter
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.request import Sequence as EngineSequence
@@ -30,7 +31,7 @@ from octavo.sampling_params import SamplingParams
 
 
 @dataclass
-class FakeDrafter:
+class FakeDrafter(Drafter):
     """Proposes up to num_drafts tokens, of which the share `right` is what the answer goes on with.
 
     future: the tokens that a sequence's answer goes on with, as many as asked for, or fewer.
@@ -96,7 +97,7 @@ def fake_engine(
     eos: Sequence[int] = (EOS,),
     seed: int = 3,
     clock: Callable[[], float] = time.monotonic,
-    drafter: FakeDrafter | None = None,
+    drafter: Drafter | None = None,
     read_adapter: Callable[[Path], Adapter] | None = None,
     **options: Any,
 ) -> Engine:

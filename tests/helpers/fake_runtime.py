@@ -79,6 +79,11 @@ def draw(
     return token, float(np.float32(-((number >> 16) % 1000) / 128))
 
 
+def target_logprob(history: Sequence[int], target: int) -> float:
+    """The fake model's log-probability of a token that is given."""
+    return float(np.float32(-(hash((*history, -3, target)) % 1000) / 64))
+
+
 def top_tokens(history: Sequence[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """The fake model's most probable tokens and their log-probabilities."""
     first = hash((*history, -2)) % VOCAB
@@ -203,6 +208,9 @@ class FakeRuntime:
         sampling = tuple(options[name] for name in ("temperature", "top_k", "top_p", "min_p"))
         seed, sample_index = options["seed"], options["sample_index"]
         token, logprob = draw(history, sampling, seed, sample_index, forbidden)
+        target = options["target"]
+        if target >= 0:
+            token, logprob = target, target_logprob(history, target)
         output.token_ids[row] = token
         output.finite[row] = NAN_TOKEN not in history
         count = options["num_logprobs"]

@@ -52,7 +52,7 @@ def test_every_weight_comes_back(num_shards: int, dtype: str, tied: bool, tmp_pa
         warnings.simplefilter("error")
         items = dict(checkpoint.checked_items())
     for name, tensor in items.items():
-        np.testing.assert_array_equal(tensor.to_float32(), stored[files.weight_map[name].name])
+        np.testing.assert_array_equal(tensor.to_float32(), stored[files.weight_map[name].tensor])
 
 
 def test_mixed_formats_and_the_dominant_one(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     files = read_model(tmp_path)
     checkpoint = open_checkpoint(files)
     for name, tensor in checkpoint.items():
-        np.testing.assert_array_equal(tensor.data, stored[files.weight_map[name].name])
+        np.testing.assert_array_equal(tensor.data, stored[files.weight_map[name].tensor])
 
 
 def test_shards_of_another_name(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_shards_of_another_name(tmp_path: Path) -> None:
         shard.rename(tmp_path / shard.name.replace("model-", "my-model.v2-of-"))
     files = read_model(tmp_path)
     for name, tensor in open_checkpoint(files).items():
-        np.testing.assert_array_equal(tensor.data, stored[files.weight_map[name].name])
+        np.testing.assert_array_equal(tensor.data, stored[files.weight_map[name].tensor])
     (tmp_path / "other-00001-of-00001.safetensors").write_bytes(b"")
     with pytest.raises(WeightsError, match=r"shards named my-model\.v2-of and other"):
         open_checkpoint(files)

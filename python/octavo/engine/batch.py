@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from octavo.engine.block_manager import NO_BLOCK, BlockManager
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule, ScheduledSequence
-from octavo.reference.sampling import SAMPLING_ROW, SamplingRows
+from octavo.reference.sampling import SAMPLING_ROW, SamplingRows, sampling_rows
 
 Int32 = NDArray[np.int32]
 _TINY = float(np.finfo(np.float32).tiny)
@@ -65,19 +66,19 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
         token_ids=np.array(token_ids, np.int32),
         row_starts=np.array(row_starts, np.int32),
         context_lens=np.array([e.start + e.num_new_tokens for e in entries], np.int32),
-        block_tables=_pack_block_tables(entries, blocks),
+        block_tables=pack_block_tables([e.sequence.key for e in entries], blocks),
         logit_rows=np.array(logit_rows, np.int32),
-        sampling=_pack_sampling(schedule.row_sequences, state_rows, vocab_size),
+        sampling=pack_sampling(schedule.row_sequences, state_rows, vocab_size),
         adapter_ids=_pack_adapters(entries),
         rope_sets=_pack_rope_sets(entries),
     )
 
 
-def _pack_sampling(
+def pack_sampling(
     sequences: SequenceOf[Sequence], state_rows: list[int], vocab_size: int
 ) -> SamplingRows:
     """The options of each row's sequence, within what the row's types hold."""
-    rows = np.zeros(len(sequences), SAMPLING_ROW)
+    rows = sampling_rows(len(sequences))
     params = [sequence.params for sequence in sequences]
     fitted = {
         "temperature": [_temperature(p.temperature) for p in params],
@@ -95,8 +96,9 @@ def _pack_sampling(
     return rows
 
 
-# Fields from the request, and those that the scheduler knows; the core sets the position.
-_OF_A_STEP = [name for name in SAMPLING_ROW.names or () if name != "position"]
+# Fields from the request, and those that the scheduler knows; the core sets the position, and rows
+# with a target are those of prompts (prompt_logprobs.py).
+_OF_A_STEP = [name for name in SAMPLING_ROW.names or () if name not in ("position", "target")]
 
 
 def _temperature(value: float) -> float:
@@ -118,12 +120,12 @@ def _pack_rope_sets(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
     return np.array(sets, np.int32) if any(sets) else None
 
 
-def _pack_block_tables(entries: tuple[ScheduledSequence, ...], blocks: BlockManager) -> Int32:
+def pack_block_tables(keys: SequenceOf[Hashable], blocks: BlockManager) -> Int32:
     """(num_kv_groups, num_seqs, most blocks of one sequence), NO_BLOCK after each last block."""
     groups = range(len(blocks.groups.windows))
-    tables = [[blocks.block_table(e.sequence.key, group) for e in entries] for group in groups]
+    tables = [[blocks.block_table(key, group) for key in keys] for group in groups]
     width = max([len(table) for of_group in tables for table in of_group])
-    packed = np.full((len(groups), len(entries), width), NO_BLOCK, np.int32)
+    packed = np.full((len(groups), len(keys), width), NO_BLOCK, np.int32)
     for group in groups:
         for row, table in enumerate(tables[group]):
             packed[group, row, : len(table)] = table

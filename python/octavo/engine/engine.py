@@ -22,16 +22,19 @@ from octavo.engine.admission import AdmissionLimits, Deadlines, check_scheduling
 from octavo.engine.answer import Answer, not_finite, read_logprobs, request_output
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.block_pool import IntegrityError
-from octavo.engine.event_records import arrival, describe_engine, read_stats, refusal, step_end
+from octavo.engine.drafter import Drafter
+from octavo.engine.event_records import arrival, describe_engine, read_stats, record_step, refusal
 from octavo.engine.events import EventLog
 from octavo.engine.guard import EngineGuard, deferred_interrupt, guarded
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import InFlightStep, Pipeline, StepRuntime
+from octavo.engine.prompt_logprobs import take_prompt_rows
 from octavo.engine.request import FinishReason, Request, derive_seed
-from octavo.engine.schedule import Drafter, SchedulerLimits
+from octavo.engine.schedule import SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.steering import Steering
 from octavo.errors import InvalidArgumentError, QueueFullError
+from octavo.grammar.compiler import Grammars
 from octavo.models.adapter import Adapter
 from octavo.sampling_params import SamplingParams
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 
+MAX_PROMPT_LOGITS = 1 << 24  # of prompts, in a step that reports their log-probabilities: 64 MiB
 IDLE_CHECK_SECONDS = 10.0  # an engine that has run out of work checks its accounting so often
 
 
@@ -81,6 +85,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
+        self.grammars = Grammars(tokenizer, vocab_size, self.eos_token_ids)
         size, num_in_flight = options.block_size, options.num_in_flight_tokens
         self.blocks = BlockManager(num_kv_blocks, size, kv_windows, num_in_flight)
         limits = SchedulerLimits(
@@ -89,6 +94,7 @@ class Engine:
             options.max_model_len,
             options.priority_ageing_seconds,
             options.enable_prefix_caching,
+            max_prompt_rows=max(16, MAX_PROMPT_LOGITS // vocab_size),
             rope_switch=options.rope_switch,
         )
         header = describe_engine(options, limits, self.blocks)
@@ -105,6 +111,7 @@ class Engine:
             vocab_size=vocab_size,
             depth=2 if options.overlap_steps else 1,
         )
+        self._drafter = drafter
         self._clock = clock
         self._last_step_end = self._last_check = clock()
         self._admission = AdmissionLimits(options.max_waiting_requests, options.max_waiting_tokens)
@@ -128,6 +135,7 @@ class Engine:
                 f"use stop_token_ids"
             )
         self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
+        self.grammars.of(params)  # compiled here, so that no step waits for it
 
     @guarded
     def add_request(
@@ -183,6 +191,7 @@ class Engine:
             deadline=None if timeout is None else now + timeout,
             cache_salt=cache_salt,
             adapter=loan,
+            grammar=self.grammars.of(params),
             arrival_time=now,
         )
         if request.deadline is not None:
@@ -304,10 +313,12 @@ class Engine:
         rejected_rows = self.scheduler.complete(schedule, token_ids)
         # With two in flight it began when the one before it ended, not when it was submitted.
         started = max(step.started, self._last_step_end)
-        self.events.record(step_end(schedule, self.scheduler, started, now))
+        record_step(self.events, schedule, self.scheduler, len(rejected_rows), started, now)
+        if self._drafter is not None:
+            self._drafter.end_step(schedule, output, now - started)
         self._last_step_end = now
         logprobs = read_logprobs(schedule.row_sequences, output)
-        chunks: list[OutputChunk] = []
+        chunks = self._take_prompts(step, now) if schedule.scored else []
         rows = zip(schedule.row_sequences, token_ids, output.finite.tolist(), strict=True)
         for row, (sequence, token, is_finite) in enumerate(rows):
             # It may have ended since: aborted, its request failed, or at a token before this one.
@@ -327,6 +338,21 @@ class Engine:
                 continue
             if answer.request.stream or (sequence.is_finished and answer.request.is_finished):
                 chunks.append(self._chunk(answer, text, now, token, logprobs[row]))
+        return chunks
+
+    def _take_prompts(self, step: InFlightStep, now: float) -> list[OutputChunk]:
+        """Keep the log-probabilities of prompts; end the requests that sample nothing."""
+        chunks: list[OutputChunk] = []
+        scored = step.schedule.scored
+        for sequence in take_prompt_rows(scored, step.prompt_rows):
+            answer = self._answers[sequence.key]
+            chunks += self._fail(answer, now, not_finite(answer))
+        for _, sequence, _, _, is_last in scored:
+            if is_last and not sequence.is_finished:
+                answer = self._answers[sequence.key]
+                self.scheduler.finish(sequence, "length", now)
+                if answer.request.stream or answer.request.is_finished:
+                    chunks.append(self._chunk(answer, answer.flush(), now))
         return chunks
 
     def _append(self, answer: Answer, token: int, logprob: TokenLogprob | None, now: float) -> str:

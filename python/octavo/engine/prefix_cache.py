@@ -68,13 +68,14 @@ class PrefixCache:
         return names
 
     def find(self, sequence: Sequence) -> Prefix:
-        """The sequence's tokens that are in the cache. The last token is never among them.
+        """The sequence's tokens that are in the cache, up to the first whose logits are needed.
 
-        It is computed again, since its logits are needed and the cache does not hold them.
+        That one is computed again, since the cache holds no logits: most often the last token.
         """
         prefix = NO_PREFIX
         if self.is_enabled:
-            prefix = self._blocks.find_prefix(self.names_of(sequence), sequence.num_tokens - 1)
+            names = self.names_of(sequence)
+            prefix = self._blocks.find_prefix(names, sequence.num_reusable_tokens)
         leader = _running_leader(sequence)
         if leader is not None:
             num_alike = sequence.num_prompt_tokens - 1
@@ -93,8 +94,9 @@ class PrefixCache:
             return leader.num_computed_tokens < leader.num_prompt_tokens
         if not self.is_enabled:
             return False
-        names = self.names_of(sequence)
-        index = len(self._blocks.find_prefix(names, sequence.num_tokens - 1).blocks[0])
+        most = sequence.num_reusable_tokens
+        names = self.names_of(sequence)[: self._blocks.blocks_for(most)]
+        index = len(self._blocks.find_prefix(names, most).blocks[0])
         return index < len(names) and any(
             other.num_published_blocks <= index < len(other.block_hashes)
             and other.block_hashes[index] == names[index]

@@ -21,10 +21,11 @@ from collections.abc import Collection, Hashable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 
 from octavo.engine.adapters import NO_ADAPTER, Loan
 from octavo.engine.outputs import TokenLogprob
+from octavo.grammar.matcher import Grammar
 from octavo.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
@@ -90,6 +91,8 @@ class Sequence:
     stop_reason: str | int | None = field(default=None, init=False)
     logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
     cumulative_logprob: float = field(default=0.0, init=False)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
+    drafting: Any = field(default=None, init=False)  # what the drafter knows about it
 
     def __post_init__(self, prompt_token_ids: SequenceOf[int]) -> None:
         self.token_ids = list(prompt_token_ids)
@@ -119,9 +122,38 @@ class Sequence:
         return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
+    def is_in_prefill(self) -> bool:
+        """Whether it has more to compute than one token to decode from."""
+        return self.num_uncomputed_tokens > (0 if self.samples_nothing else 1)
+
+    @property
     def output_token_ids(self) -> tuple[int, ...]:
         """The answer so far."""
         return tuple(self.token_ids[self.num_prompt_tokens :])
+
+    @property
+    def samples_nothing(self) -> bool:
+        """Whether it ends with its prompt: the prompt's log-probabilities are all it wants."""
+        return self.params.max_tokens == 0
+
+    @property
+    def first_prompt_row(self) -> int:
+        """The first token of the prompt whose logits are still needed, for the token after it.
+
+        The prompt's last token where none are: its logits are those of the answer.
+        """
+        last = self.num_prompt_tokens - 1
+        if self.params.prompt_logprobs is None or self.leader is not None:
+            return last
+        first = max(self.params.prompt_logprobs_start - 1, 0)
+        return min(first + len(self.prompt_logprobs), last)
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """How many tokens from the first on may come from the cache, which holds no logits."""
+        last = self.num_prompt_tokens - 1
+        first = self.first_prompt_row
+        return len(self.token_ids) - 1 if first == last else first
 
     @property
     def has_penalties(self) -> bool:
@@ -160,7 +192,8 @@ class Request:
     tokenizers. kept_special_ids: special tokens that the text holds even where the others are
     skipped, such as the tags around calls of tools. priority: lower is more urgent. deadline: when
     it ends, answered or not. cache_salt: only requests with the same one share cached keys and
-    values. Times are seconds of the engine's clock, `time.monotonic` unless told otherwise.
+    values. grammar: what its answers follow. Times are seconds of the engine's clock,
+    `time.monotonic` unless told otherwise.
     """
 
     request_id: str
@@ -174,6 +207,7 @@ class Request:
     deadline: float | None = None
     cache_salt: str | None = None
     adapter: Loan = NO_ADAPTER
+    grammar: Grammar | None = None
     sequences: tuple[Sequence, ...] = ()
     error: str | None = None
     arrival_time: float = field(default_factory=time.monotonic)

@@ -24,10 +24,11 @@ from collections.abc import Sequence as SequenceOf
 
 from octavo.engine.block_manager import BlockManager, Prefix
 from octavo.engine.block_pool import IntegrityError
+from octavo.engine.drafter import DraftCounts, Drafter
 from octavo.engine.events import EventLog
 from octavo.engine.prefix_cache import PrefixCache
 from octavo.engine.request import FinishReason, RankedQueue, Sequence, SequenceState
-from octavo.engine.schedule import Drafter, Schedule, ScheduleBuilder, SchedulerLimits, num_agreeing
+from octavo.engine.schedule import Schedule, ScheduleBuilder, SchedulerLimits, num_agreeing
 from octavo.errors import InvalidArgumentError
 
 
@@ -53,6 +54,7 @@ class Scheduler:
         self.num_schedules = 0
         self.num_preemptions = 0
         self.waiting_reason: str | None = None  # of the first in the queue; None: it is empty
+        self.draft_counts = DraftCounts()
         self._drafter = drafter
         self._waiting = RankedQueue()
         self._running = RankedQueue()
@@ -94,7 +96,8 @@ class Scheduler:
                 f"{max_model_len - 1}, since prompt and answer together may have {max_model_len} "
                 f"(max_model_len): shorten the prompt"
             )
-        num_cached = self.max_total_tokens(num_prompt_tokens, max_tokens) - 1
+        num_total = self.max_total_tokens(num_prompt_tokens, max_tokens)
+        num_cached = max(num_total - 1, num_prompt_tokens)
         if self.blocks.groups.blocks_of(num_cached) > self.blocks.num_blocks:
             raise InvalidArgumentError(
                 f"prompt and answer may have {num_cached + 1} tokens; the whole KV cache holds "
@@ -121,8 +124,11 @@ class Scheduler:
 
         now: for the event log, in seconds.
         """
-        step = ScheduleBuilder(self.num_schedules, self.limits.max_num_batched_tokens, now)
-        for sequence in self.limits.outgrown(self._running):
+        limits = self.limits
+        step = ScheduleBuilder(
+            self.num_schedules, limits.max_num_batched_tokens, now, limits.max_prompt_rows
+        )
+        for sequence in limits.outgrown(self._running):
             self._preempt(sequence, "rope", sequence, now)  # it may come back in this very step
         self._make_room_for_urgent(step)
         self._schedule_decodes(step)
@@ -156,7 +162,10 @@ class Scheduler:
             num_full_blocks = (start + num_new_tokens - len(drafts)) // block_size
             if num_full_blocks > sequence.num_published_blocks and is_running:
                 self.prefix_cache.publish(sequence, num_full_blocks)
-            num_rejected = len(drafts) - num_agreeing(drafts, token_ids[row:]) if drafts else 0
+            num_right = num_agreeing(drafts, token_ids[row:])
+            num_rejected = len(drafts) - num_right
+            if drafts:
+                self.draft_counts.add(len(drafts), num_right)
             if num_rejected:
                 sequence.num_computed_tokens -= num_rejected if is_running else 0
                 rejected_rows.update(range(row + num_samples - num_rejected, row + num_samples))
@@ -203,6 +212,9 @@ class Scheduler:
     # ---- what a step computes ----
 
     def _schedule_decodes(self, step: ScheduleBuilder) -> None:
+        drafter = self._drafter
+        if drafter is not None:
+            drafter.begin_step(self._running, step)
         index = 0
         # A preemption shortens the queue from its end. The sequences before `index` stay, so no
         # sequence loses blocks that this step uses.
@@ -216,10 +228,16 @@ class Scheduler:
             if num_tokens - start > 1 or num_tokens >= end:
                 continue
             drafts: tuple[int, ...] = ()
-            if self._drafter is not None and sequence.takes_drafts:
-                if sequence.num_pending_tokens:  # drafts must follow a token still being sampled
+            if drafter is not None and sequence.takes_drafts:
+                if sequence.num_pending_tokens > 1:  # which of them is the last is not known yet
                     continue
-                drafts = self._drafts(sequence, step.budget - 1, len(self._running) - index)
+                if sequence.num_pending_tokens and drafter.awaits(sequence):
+                    continue
+                drafts = (
+                    ()
+                    if sequence.num_pending_tokens
+                    else self._drafts(sequence, step.budget - 1, len(self._running) - index)
+                )
             if self._make_room(sequence, num_tokens, step):
                 step.add(sequence, 1, 1, drafts)
 
@@ -253,17 +271,17 @@ class Scheduler:
         return drafts if self.blocks.reserve(sequence.key, num_tokens, num_behind) else ()
 
     def _schedule_prefills(self, step: ScheduleBuilder) -> None:
-        for sequence in [other for other in self._running if other.num_uncomputed_tokens > 1]:
+        for sequence in [other for other in self._running if other.is_in_prefill]:
             if step.budget and sequence.state is SequenceState.RUNNING:  # not preempted meanwhile
                 self._schedule_chunk(sequence, step)
 
     def _schedule_chunk(self, sequence: Sequence, step: ScheduleBuilder) -> None:
         start = sequence.num_computed_tokens
-        num_new_tokens = min(sequence.num_uncomputed_tokens, step.budget)
-        if not self._make_room(sequence, start + num_new_tokens, step):
+        num_new_tokens, num_rows = step.chunk_of(sequence)
+        if not num_new_tokens or not self._make_room(sequence, start + num_new_tokens, step):
             return
         self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens, step.number))
-        step.add(sequence, num_new_tokens, int(num_new_tokens == sequence.num_uncomputed_tokens))
+        step.add_chunk(sequence, num_new_tokens, num_rows)
 
     # ---- admission ----
 
@@ -311,7 +329,7 @@ class Scheduler:
         """
         few, running = self.limits.headroom_blocks, itertools.islice(self._running, num_running)
         # The last token is sampled but never computed.
-        ends = [(sequence.key, sequence.max_total_tokens - 1) for sequence in running]
+        ends = [(s.key, max(s.max_total_tokens - 1, s.num_prompt_tokens)) for s in running]
         return sum([self.blocks.num_blocks_to_come(key, end, few) for key, end in ends])
 
     def _start(self, sequence: Sequence, prefix: Prefix, step: ScheduleBuilder) -> None:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from octavo.errors import UnsupportedModelError
 from octavo.models.layer import Weight, model_nodes, split_tap
 from octavo.models.spec import ModelSpec
 
@@ -46,22 +45,19 @@ class WeightSource:
         return shape[::-1] if self.transform == "transpose" else shape
 
     @property
-    def name(self) -> str:
-        """The tensor, if it is exactly this weight; needed to write a checkpoint.
-
-        Raises UnsupportedModelError where it is not.
-        """
-        if self.rows is not None or self.transform != "plain":
-            raise UnsupportedModelError(
-                f"{self.tensor} of a checkpoint is not a weight as octavo has it (fused or "
-                "transformed), so octavo cannot write such a checkpoint; use the model as it is"
-            )
-        return self.tensor
-
-    @property
     def module(self) -> str:
         """The name without ".weight" or ".bias"."""
         return self.tensor.rpartition(".")[0]
+
+
+def group_by_tensor(weight_map: Mapping[str, WeightSource]) -> dict[str, list[str]]:
+    """The checkpoint's name of every tensor -> octavo's weights in it, in the order of its rows."""
+    found: dict[str, list[str]] = {}
+    for name, source in weight_map.items():
+        found.setdefault(source.tensor, []).append(name)
+    for names in found.values():
+        names.sort(key=lambda name: weight_map[name].rows or (0, 0))
+    return found
 
 
 @dataclass(frozen=True)

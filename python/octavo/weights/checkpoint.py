@@ -94,6 +94,18 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._map)
 
+    def first_layers(self, count: int) -> Checkpoint:
+        """The weights of the same model without its layers from `count` on."""
+
+        def is_kept(name: str) -> bool:
+            parts = name.split(".")
+            return parts[0] != "layers" or int(parts[1]) < count
+
+        kept = {name: source for name, source in self._map.items() if is_kept(name)}
+        formats = {name: each for name, each in self.formats.items() if is_kept(name)}
+        stored = {name: each for name, each in self.stored.items() if is_kept(name)}
+        return Checkpoint(self._source, kept, formats, self.dtype, stored)
+
     def bytes_by_dtype(self) -> dict[str, int]:
         """Bytes as stored, by format, largest first."""
         sizes: Counter[str] = Counter()
