@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapter_helpers import adapter_config, random_adapter, write_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf.family_models import VOCAB, make_model
@@ -117,3 +118,35 @@ def test_merged_as_peft_merges(case: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(
             tensor.to_float32(), expected[name].to_float32(), rtol=2e-6, atol=2e-6, err_msg=name
         )
+
+
+# PEFT 0.21 turns adapters of single experts, as they were trained before transformers 5, into
+# those of stacked ones; of a model that has layers without experts too, it drops these layers'.
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        ("mixtral, two of four experts", ("w1", "w2", "w3", "gate", "q_proj")),
+        ("qwen3_moe, all experts", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_adapters_of_single_experts_are_merged(
+    case: str, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = make_model(case)
+    model.save_pretrained(tmp_path / "model")
+    places = read_model(tmp_path / "model").weight_map.values()
+    shapes = {each.module: each.shape for each in places if len(each.shape) == 2}
+    settings = adapter_config(target_modules=list(names), lora_dropout=0.0)
+    write_adapter(tmp_path / "adapter", random_adapter({}, names, shapes=shapes), settings)
+    merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    files = read_model(tmp_path / "out")
+    weights = {name: tensor.to_float32() for name, tensor in open_checkpoint(files).items()}
+    tokens = np.random.default_rng(3).integers(0, VOCAB, 29).astype(np.int32)
+    before = hf_logits(model, tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    expected = hf_logits(theirs, tokens)
+    found = ReferenceModel(files.spec, weights).forward(tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+    assert np.abs(before - expected).max() > 0.1
