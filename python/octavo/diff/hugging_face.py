@@ -89,12 +89,14 @@ class HuggingFaceImplementation:
         weights: Mapping[str, Tensor] | None = None,
         adapter: Path | None = None,
         num_threads: int = 0,
+        sequence_length: int = 0,
     ) -> None:
         """files: the model. dtype: "f32" or "bf16", of weights and activations alike.
 
         weights: values to put in place of the checkpoint's, in octavo's names (dummy weights, or
         those of a GGUF file); None lets transformers load the directory by its own loader.
-        adapter: a LoRA adapter's folder, which PEFT puts into the model.
+        adapter: a LoRA adapter's folder, which PEFT puts into the model. sequence_length: of all
+        tokens that will be fed, where LongRoPE shall not go by those of each call.
         """
         self._torch, transformers = import_hugging_face()
         if num_threads:
@@ -108,6 +110,7 @@ class HuggingFaceImplementation:
         self._transformers = transformers
         _register_attention()
         self._model = self._load(files, weights)
+        self._keep_rope(sequence_length)
         added = ""
         if adapter is not None:
             peft = importlib.import_module("peft")
@@ -123,6 +126,13 @@ class HuggingFaceImplementation:
             f"transformers {transformers.__version__}, torch {self._torch.__version__}, {dtype}, "
             f"eager attention, cpu{added}"
         )
+
+    def _keep_rope(self, length: int) -> None:
+        """Let LongRoPE choose by a sequence of `length` tokens, and never again."""
+        for module in self._model.modules():
+            if length and getattr(module, "rope_type", None) == "longrope":
+                module(self._torch.zeros(1), self._torch.tensor([[length - 1]]))
+                module.rope_type = "default"
 
     def _load(self, files: ModelFiles, weights: Mapping[str, Tensor] | None) -> Any:
         torch_dtype = self._torch.float32 if self.dtype == "f32" else self._torch.bfloat16

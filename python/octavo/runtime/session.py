@@ -35,7 +35,8 @@ class Step(NamedTuple):
 class Session:
     """Sequences 0, 1, …; they share the blocks of the KV cache in equal parts.
 
-    loaded: the runtime, of a model with one KV group; nothing else may step it meanwhile.
+    loaded: the runtime, of a model with one KV group; nothing else may step it meanwhile. Every
+    sequence has the rope frequencies of one of max_model_len tokens.
     adapters: LoRA adapters that the sequences have in turn; none: they have none.
     chunk: the most tokens of a step. is_exact: whether a sequence's logits are promised to have
     the same bits in any batch.
@@ -111,6 +112,7 @@ class Session:
             logit_rows=starts[1:] - 1 if rows is None else np.asarray(rows, np.int32),
             sampling=sampling_rows(len(new), state_row=sequences) if rows is None else None,
             adapter_ids=self._adapter_ids(sequences),
+            rope_sets=np.ones(len(new), np.int32) if self.loaded.options.rope_switch else None,
         )
         return self.loaded.runtime.submit(batch, list(taps) or None, sample=True)
 
