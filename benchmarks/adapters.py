@@ -44,14 +44,6 @@ def random_adapter(spec: ModelSpec, rank: int, seed: int) -> Adapter:
     return Adapter(f"random {seed}", matrices)
 
 
-def turns(batch: int, adapters: int) -> list[int]:
-    """Of each sequence the adapter; the gate compares the first and the last one alone, as first.
-
-    So these two have the same one, where there are as many sequences as adapters and one more.
-    """
-    return [index % adapters for index in range(batch - 1)] + [0]
-
-
 def main() -> None:
     """Check, measure in turn, print, and write JSON where asked to."""
     parser = make_parser(__doc__)
@@ -79,11 +71,10 @@ def main() -> None:
     )
     files = read_model(resolve_model(a.model, read_environment()))
     loaded = load_runtime(files, open_checkpoint(files, a.load_format), fit_config(config, [case]))
-    for slot in range(a.adapters):
-        loaded.runtime.load_adapter(slot, random_adapter(files.spec, a.rank, slot).native())
+    adapters = [random_adapter(files.spec, a.rank, seed) for seed in range(a.adapters)]
     runners = {
         "without": Runner(loaded, files.spec, None),
-        "with": Runner(loaded, files.spec, None, turns(a.batch, a.adapters)),
+        "with": Runner(loaded, files.spec, None, adapters),
     }
     gates = {name: runner.gate(case) for name, runner in runners.items()}
     hashes = {gate.logits_hash for gate in gates.values()}

@@ -42,8 +42,13 @@ QkNorm qk_norm(const std::string& name) {
 
 std::optional<RopeSpec> rope_spec(nb::handle spec) {
   if (spec.is_none()) return std::nullopt;
-  return RopeSpec{field<std::vector<float>>(spec, "frequencies"),
-                  field<float>(spec, "attention_factor")};
+  RopeSpec rope{field<std::vector<float>>(spec, "frequencies"),
+                field<float>(spec, "attention_factor"),
+                field<std::vector<float>>(spec, "long_frequencies")};
+  require(rope.long_frequencies.empty() || rope.long_frequencies.size() == rope.frequencies.size(),
+          "long_frequencies has ", rope.long_frequencies.size(), " entries; expected ",
+          rope.frequencies.size(), ", as frequencies has");
+  return rope;
 }
 
 LayerSpec layer_spec(nb::handle spec) {
@@ -104,6 +109,7 @@ ModelSpec model_spec(nb::handle spec) {
   model.embed_multiplier = field<float>(spec, "embed_multiplier");
   model.logits_multiplier = field<float>(spec, "logits_multiplier");
   model.logits_softcap = field<float>(spec, "logits_softcap");
+  model.rope_switch = field<std::int64_t>(spec, "rope_switch");
   return model;
 }
 

@@ -56,9 +56,12 @@ struct NormSpec {
 struct RopeSpec {
   std::vector<float> frequencies;  // radians a position
   float attention_factor = 1.0f;   // multiplies cosines and sines
+  // Of sequences longer than ModelSpec::rope_switch; empty: the same.
+  std::vector<float> long_frequencies = {};
 
   bool operator==(const RopeSpec& other) const {
-    return frequencies == other.frequencies && attention_factor == other.attention_factor;
+    return frequencies == other.frequencies && attention_factor == other.attention_factor &&
+           long_frequencies == other.long_frequencies;
   }
 };
 
@@ -114,6 +117,7 @@ struct ModelSpec {
   float embed_multiplier = 1.0f;
   float logits_multiplier = 1.0f;
   float logits_softcap = 0.0f;
+  std::int64_t rope_switch = 0;  // longer sequences turn by long_frequencies; 0: none
 
   // Of each KV group: its layers' widest window; 0: no limit.
   std::vector<std::int64_t> kv_windows() const {
@@ -149,10 +153,11 @@ struct RuntimeOptions {
   std::optional<std::int64_t> last_layer;  // none: the model's last
 };
 
-// Cosines and sines of every position before `positions`, (positions, frequencies) each.
+// Cosines and sines, (rows, frequencies) each. The rows are the positions before `positions`. With
+// a rope_switch they follow those of the shorter sequences, which are the positions before it.
 struct RopeTables {
   std::vector<float> cosines, sines;
 };
-RopeTables rope_tables(const RopeSpec& rope, std::int64_t positions);
+RopeTables rope_tables(const RopeSpec& rope, std::int64_t positions, std::int64_t rope_switch = 0);
 
 }  // namespace octavo

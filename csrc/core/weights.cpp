@@ -53,7 +53,7 @@ Weights::Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& 
       weights.attn_out_norm = add_norm(rows("attn_out_norm", hidden), *layer.output_norm);
       weights.mlp_out_norm = add_norm(rows("mlp_out_norm", hidden), *layer.output_norm);
     }
-    if (layer.rope) weights.rope = add_rope(layer, options.max_model_len);
+    if (layer.rope) weights.rope = add_rope(layer, options.max_model_len, spec.rope_switch);
   }
   final_norm = add_norm({"final_norm", hidden}, spec.final_norm);
   if (!spec.tie_word_embeddings) add_matrix(lm_head_, {{"lm_head", spec.vocab_size}}, hidden);
@@ -175,14 +175,15 @@ Norm Weights::add_norm(const NamedRows& width, const NormSpec& spec) {
   return norm;
 }
 
-const Rope* Weights::add_rope(const LayerSpec& layer, std::int64_t max_positions) {
+const Rope* Weights::add_rope(const LayerSpec& layer, std::int64_t max_positions,
+                              std::int64_t rope_switch) {
   const auto pairs = static_cast<std::int64_t>(layer.rope->frequencies.size());
   require(2 * pairs <= layer.head_dim, "rope turns ", 2 * pairs, " elements of a head of ",
           layer.head_dim, "; expected no more than it has");
   for (const auto& table : ropes_) {
     if (table->spec == *layer.rope) return &table->rope;
   }
-  const RopeTables values = rope_tables(*layer.rope, max_positions);
+  const RopeTables values = rope_tables(*layer.rope, max_positions, rope_switch);
   const std::size_t bytes = values.cosines.size() * 4;
   auto table = std::make_unique<RopeTable>();
   table->spec = *layer.rope;

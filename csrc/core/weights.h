@@ -83,7 +83,8 @@ class Weights {
   void place_parts(Linear& matrix, const std::vector<NamedRows>& parts, std::int64_t first_row,
                    bool bias, bool adds_bias);
   Norm add_norm(const NamedRows& width, const NormSpec& spec);
-  const Rope* add_rope(const LayerSpec& layer, std::int64_t max_positions);
+  const Rope* add_rope(const LayerSpec& layer, std::int64_t max_positions,
+                       std::int64_t rope_switch);
 
   struct RopeTable {
     RopeSpec spec;

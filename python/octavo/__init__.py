@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from octavo.errors import OctavoError
     from octavo.llm import LLM
     from octavo.sampling_params import SamplingParams
+    from octavo.structured_outputs import StructuredOutputs
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "OutputChunk",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "TokenLogprob",
 ]
 _MODULES = {
@@ -38,6 +40,7 @@ _MODULES = {
     "OutputChunk": "octavo.engine.outputs",
     "RequestOutput": "octavo.engine.outputs",
     "SamplingParams": "octavo.sampling_params",
+    "StructuredOutputs": "octavo.structured_outputs",
     "TokenLogprob": "octavo.engine.outputs",
 }
 

@@ -85,6 +85,8 @@ class Batch:
         mean: how each logit row is sampled. state_row is in 0 .. max_num_seqs - 1, or -1; the
         position is set by the step, whatever it is here. Left out: greedy, without logprobs.
     adapter_ids: int32 (num_seqs,), the place of each sequence's adapter, -1 for none.
+    rope_sets: int32 (num_seqs,), 1 for a sequence of more than the model's rope_switch tokens, now
+        or by its end: it turns by long_frequencies. All steps of it must agree. Left out: 0.
     embeddings: float32 (num_tokens, hidden_size), in place of token_ids. No runtime takes them yet.
     """
 
@@ -97,6 +99,7 @@ class Batch:
         logit_rows: Int32,
         sampling: SamplingRows | None = None,
         adapter_ids: Int32 | None = None,
+        rope_sets: Int32 | None = None,
         embeddings: Float32 | None = None,
     ) -> None: ...
 

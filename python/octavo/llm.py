@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from octavo.text.chat import ChatTemplate
 
 T = TypeVar("T")
+Item = (
+    tuple[Hashable, AnyPrompt, SamplingParams]
+    | tuple[Hashable, AnyPrompt, SamplingParams, str | None]
+)
 
 
 class LLM(LoadedModel):
@@ -173,11 +177,12 @@ class LLM(LoadedModel):
 
     def generate_as_completed(
         self,
-        items: Iterable[tuple[Hashable, AnyPrompt, SamplingParams]],
+        items: Iterable[Item],
         max_in_flight: int | None = None,
     ) -> Generator[tuple[Any, RequestOutput], None, None]:
         """Answer any number of (key, prompt or conversation, params), as each one finishes.
 
+        A fourth entry of an item is the name of its LoRA adapter, or None.
         Yields (key, output) in the order of finishing. Items are taken lazily, max_in_flight at a
         time (twice max_num_seqs if None), so the input may be endless. An item that cannot be
         answered is yielded with its `error` set and no outputs, and the others go on. An item
@@ -243,12 +248,14 @@ class LLM(LoadedModel):
         return [output for output in results if output is not None]
 
     def _as_completed(
-        self, call: Call, source: Iterator[tuple[Hashable, AnyPrompt, SamplingParams]], limit: int
+        self, call: Call, source: Iterator[Item], limit: int
     ) -> Generator[tuple[Any, RequestOutput], None, None]:
         with call:
             while not call.has_ended:
                 num_taken = 0
-                for key, prompt, params in itertools.islice(source, limit - call.num_open):
+                for key, prompt, params, *adapter in itertools.islice(
+                    source, limit - call.num_open
+                ):
                     num_taken += 1
                     if params.seed is None:
                         seed = derive_seed(self.engine.seed, f"key {key}")
@@ -259,7 +266,7 @@ class LLM(LoadedModel):
                     except (InvalidArgumentError, TokenizerError) as error:
                         yield key, _refused(prompt, error)
                     else:
-                        call.ask([Asked(key, encoded, params)])
+                        call.ask([Asked(key, encoded, params, adapter=next(iter(adapter), None))])
                 if not num_taken and not call.num_open:
                     return
                 arrival = call.take()

@@ -9,6 +9,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from octavo.errors import InvalidArgumentError
+from octavo.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
@@ -81,6 +82,7 @@ class SamplingParams:
         cost no more than in any other prompt, and come from the prefix cache where it has them.
     skip_special_tokens: leave special tokens out of the text.
     n: how many answers to draw for the prompt.
+    structured_outputs: what the text must look like; also its fields as a mapping.
     """
 
     temperature: float = _limited(1.0, 0.0, None, "0 for greedy")
@@ -103,6 +105,7 @@ class SamplingParams:
     prompt_logprobs_start: int = _limited(0, 0, None, "0 for all of the prompt")
     skip_special_tokens: bool = True
     n: int = _limited(1, 1, None, "ask for at least one answer")
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         checked = {each.name: self._checked(each) for each in fields(self)}
@@ -131,6 +134,8 @@ class SamplingParams:
             return tuple(_TOKEN_ID.check(name, token) for token in value)
         if name == "logit_bias":
             return _check_bias(value)
+        if name == "structured_outputs":
+            return None if value is None else StructuredOutputs.of(value)
         if isinstance(option.default, bool):
             if value not in (False, True):
                 raise InvalidArgumentError(f"{name} is {value!r}; expected True or False")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from adapter_runtime_helpers import adapters_of, runtime_with
 from runtime_helpers import VOCAB, random_weights, tiny_runtime, tiny_spec
 
 from octavo.config import RuntimeOptions
@@ -70,20 +69,3 @@ def test_a_sampled_token_stays_on_the_device() -> None:
     for sequence, length in ((0, 7), (1, 9)):
         prompt = [*TOKENS[sequence][:length], sampled[1 - sequence]]
         assert tokens[sequence] == model.forward(prompt)[-1].argmax()
-
-
-def test_each_sequence_has_its_adapter() -> None:
-    """The places repeat where there are more sequences, and belong to sequences, not to rows."""
-    adapters = adapters_of(SPEC)[:2]
-    options = RuntimeOptions("f32", "f32", 16, 256, 8, 12, max_adapters=2)
-    loaded = LoadedRuntime(runtime_with(SPEC, adapters, num_blocks=9), options, 9, "cpu", 1)
-    found = Session(loaded, (1, -1))
-    found.restart(3)
-    step = found.step({index: TOKENS[0][:3] for index in (1, 2, 0)})
-    weights = random_weights(SPEC)
-    plain, second = (
-        ReferenceModel(SPEC, weights, adapter=adapter).forward(TOKENS[0][:3])[-1]
-        for adapter in (None, adapters[1])
-    )
-    assert np.abs(plain - second).max() > 0.02
-    np.testing.assert_allclose(step.logits, [plain, second, second], atol=1e-4)

@@ -43,10 +43,7 @@ def load_native(
         num_kv_blocks=-(-max_tokens // BLOCK_SIZE),
         num_threads=num_threads,
     )
-    loaded = load_runtime(files, checkpoint, config, progress)
-    if adapter is not None:
-        loaded.runtime.load_adapter(0, adapter.native())
-    return NativeImplementation(loaded, adapter)
+    return NativeImplementation(load_runtime(files, checkpoint, config, progress), adapter)
 
 
 class NativeImplementation:
@@ -58,7 +55,7 @@ class NativeImplementation:
     def __init__(self, loaded: LoadedRuntime, adapter: Adapter | None = None) -> None:
         from octavo import _native
 
-        self._session = Session(loaded, (-1,) if adapter is None else (0,))
+        self._session = Session(loaded, () if adapter is None else (adapter,))
         self.dtype: str = loaded.options.dtype
         scrambled = np.random.default_rng(0).permutation(loaded.num_kv_blocks)
         self._session.restart(blocks=scrambled.astype(np.int32))

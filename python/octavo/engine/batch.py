@@ -29,6 +29,7 @@ class BatchArrays(NamedTuple):
     logit_rows: Int32
     sampling: SamplingRows
     adapter_ids: Int32 | None  # None: no sequence has an adapter
+    rope_sets: Int32 | None  # None: all have the first one
 
 
 def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> BatchArrays:
@@ -69,6 +70,7 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
         logit_rows=np.array(logit_rows, np.int32),
         sampling=pack_sampling(schedule.row_sequences, state_rows, vocab_size),
         adapter_ids=_pack_adapters(entries),
+        rope_sets=_pack_rope_sets(entries),
     )
 
 
@@ -111,6 +113,11 @@ def _temperature(value: float) -> float:
 def _pack_adapters(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
     slots = [entry.sequence.adapter.slot for entry in entries]
     return np.array(slots, np.int32) if max(slots) >= 0 else None
+
+
+def _pack_rope_sets(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
+    sets = [entry.sequence.rope_set for entry in entries]
+    return np.array(sets, np.int32) if any(sets) else None
 
 
 def pack_block_tables(keys: SequenceOf[Hashable], blocks: BlockManager) -> Int32:

@@ -34,6 +34,7 @@ from octavo.engine.schedule import SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.steering import Steering
 from octavo.errors import InvalidArgumentError, QueueFullError
+from octavo.grammar.compiler import Grammars
 from octavo.models.adapter import Adapter
 from octavo.sampling_params import SamplingParams
 
@@ -84,6 +85,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
+        self.grammars = Grammars(tokenizer, vocab_size, self.eos_token_ids)
         size, num_in_flight = options.block_size, options.num_in_flight_tokens
         self.blocks = BlockManager(num_kv_blocks, size, kv_windows, num_in_flight)
         limits = SchedulerLimits(
@@ -93,6 +95,7 @@ class Engine:
             options.priority_ageing_seconds,
             options.enable_prefix_caching,
             max_prompt_rows=max(16, MAX_PROMPT_LOGITS // vocab_size),
+            rope_switch=options.rope_switch,
         )
         header = describe_engine(options, limits, self.blocks)
         self.events = EventLog(options.event_log_capacity, header)
@@ -132,6 +135,7 @@ class Engine:
                 f"use stop_token_ids"
             )
         self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
+        self.grammars.of(params)  # compiled here, so that no step waits for it
 
     @guarded
     def add_request(
@@ -187,6 +191,7 @@ class Engine:
             deadline=None if timeout is None else now + timeout,
             cache_salt=cache_salt,
             adapter=loan,
+            grammar=self.grammars.of(params),
             arrival_time=now,
         )
         if request.deadline is not None:

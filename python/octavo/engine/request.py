@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from octavo.engine.adapters import NO_ADAPTER, Loan
 from octavo.engine.outputs import TokenLogprob
+from octavo.grammar.matcher import Grammar
 from octavo.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
@@ -51,7 +52,8 @@ class Sequence:
     compute is decoding, with more it is in prefill; there is no other difference.
     priority: lower is more urgent. arrival_time: seconds of the engine's clock. adapter: the LoRA
     adapter that it is computed with. leader: the first
-    answer of the same request, whose prompt this one shares; None for the first itself.
+    answer of the same request, whose prompt this one shares; None for the first itself. rope_set:
+    1 if it has outgrown the model's `rope_switch`; block_hashes are the names for that set.
     max_total_tokens: prompt and answer end at this length.
     watches_answer: whether its logits, or what it may sample, depend on the tokens of the answer
     not through the model alone: penalties, grammars.
@@ -83,6 +85,7 @@ class Sequence:
     num_published_blocks: int = field(default=0, init=False)
     state_row: int = field(default=-1, init=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False)
+    rope_set: int = field(default=0, init=False)
     state: SequenceState = field(default=SequenceState.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     stop_reason: str | int | None = field(default=None, init=False)
@@ -96,6 +99,12 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.watches_answer = self.has_penalties
         self.rank = (self.arrival_time, 0)
+
+    def use_rope(self, rope_set: int) -> None:
+        """Choose the set of rope frequencies, while no block is held: keys depend on it."""
+        if rope_set != self.rope_set:
+            self.rope_set = rope_set
+            self.block_hashes.clear()
 
     @property
     def num_tokens(self) -> int:
@@ -183,7 +192,8 @@ class Request:
     tokenizers. kept_special_ids: special tokens that the text holds even where the others are
     skipped, such as the tags around calls of tools. priority: lower is more urgent. deadline: when
     it ends, answered or not. cache_salt: only requests with the same one share cached keys and
-    values. Times are seconds of the engine's clock, `time.monotonic` unless told otherwise.
+    values. grammar: what its answers follow. Times are seconds of the engine's clock,
+    `time.monotonic` unless told otherwise.
     """
 
     request_id: str
@@ -197,6 +207,7 @@ class Request:
     deadline: float | None = None
     cache_salt: str | None = None
     adapter: Loan = NO_ADAPTER
+    grammar: Grammar | None = None
     sequences: tuple[Sequence, ...] = ()
     error: str | None = None
     arrival_time: float = field(default_factory=time.monotonic)
@@ -267,7 +278,3 @@ class RankedQueue:
         if index == len(self._items) or self._items[index] is not sequence:
             raise ValueError(f"{sequence!r} is not in the queue")
         del self._items[index]
-
-    def pop_last(self) -> Sequence:
-        """Take out the least urgent one."""
-        return self._items.pop()

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from octavo.errors import UnsupportedModelError
+
 NormKind = Literal["rms", "layer", "none"]
 QkNorm = Literal["none", "head", "row"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -70,8 +72,8 @@ class RopeSpec:
     kind: str = "default"
     factor: float = 1.0
     theta: float = 10000.0
-    # LongRoPE: the frequencies where sequences may be longer than original_length; see
-    # `rope.for_length`, which chooses before a model is run.
+    # LongRoPE and dynamic: a sequence of more than original_length tokens turns by
+    # long_frequencies, from its first position on; see `rope.for_length` and `rope.at_length`.
     long_frequencies: tuple[float, ...] = field(default=(), repr=False)
     original_length: int = 0
 
@@ -161,6 +163,25 @@ class ModelSpec:
     embed_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     logits_softcap: float = 0.0
+
+    @property
+    def rope_switch(self) -> int:
+        """Sequences of more tokens turn by their ropes' `long_frequencies`; 0: none has any."""
+        ropes = [layer.rope for layer in self.layers if layer.rope is not None]
+        lengths = {rope.original_length for rope in ropes if rope.long_frequencies}
+        if len(lengths) > 1:
+            raise UnsupportedModelError(
+                f"ropes change their frequencies beyond {sorted(lengths)} tokens; expected one "
+                f"original_max_position_embeddings for all layers"
+            )
+        return max(lengths, default=0)
+
+    @property
+    def longest_sequence(self) -> int:
+        """The most tokens of a sequence: with dynamic rope more than the model's own positions."""
+        ropes = [layer.rope for layer in self.layers if layer.rope is not None]
+        factors = [rope.factor for rope in ropes if rope.kind == "dynamic"]
+        return int(self.max_position_embeddings * max([1.0, *factors]))
 
     @property
     def kv_windows(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from octavo.config import EngineConfig, Environment
 from octavo.engine.drafter import Drafter
@@ -54,16 +55,15 @@ def load_draft_model(
     limit = config.max_model_len or target.spec.max_position_embeddings
     if wanted.method == "layers":
         files, checkpoint = _first_layers(wanted.num_layers or 0, target, checkpoint)
-        quantize = config.quantize
     else:
         files = read_model(resolve_model(wanted.model, environment))
         _check_vocabulary(files, target, tokenizer)
         checkpoint = open_checkpoint(files, config.load_format, config.seed)
-        quantize = wanted.quantization
+    quantize: Any = config.quantize if wanted.method == "layers" else wanted.quantization
     own = replace(
         config,
-        speculative_config=None,
         quantize=quantize,
+        speculative_config=None,
         max_model_len=min(limit, files.spec.max_position_embeddings),
         max_adapters=0,
         overlap_steps=False,

@@ -166,7 +166,7 @@ class Speculator(Drafter):
 
     def _known(self, sequence: Sequence) -> _Drafting:
         """What is known about a sequence, brought up to date with its tokens."""
-        known = sequence.drafting
+        known: _Drafting | None = sequence.drafting
         if known is None:
             known = _Drafting(self.source.create(sequence), list(self.rates))
             sequence.drafting = known
