@@ -105,7 +105,7 @@ class Engine:
             vocab_size=vocab_size,
             depth=2 if options.overlap_steps else 1,
         )
-        self._drafter = drafter
+        self.drafter = drafter
         self._clock = clock
         self._last_step_end = self._last_check = clock()
         self._admission = AdmissionLimits(options.max_waiting_requests, options.max_waiting_tokens)
@@ -306,8 +306,8 @@ class Engine:
         # With two in flight it began when the one before it ended, not when it was submitted.
         started = max(step.started, self._last_step_end)
         record_step(self.events, schedule, self.scheduler, len(rejected_rows), started, now)
-        if self._drafter is not None:
-            self._drafter.end_step(schedule, output, now - started)
+        if self.drafter is not None:
+            self.drafter.end_step(schedule, output, now - started)
         self._last_step_end = now
         logprobs = read_logprobs(schedule.row_sequences, output)
         chunks: list[OutputChunk] = []
