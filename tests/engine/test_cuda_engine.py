@@ -203,9 +203,7 @@ def test_steps_with_drafts_are_recorded() -> None:
         engine = make_engine(drafter=drafter, overlap_steps=False)
         engine.add_request("a", prompt, params)
         found.append(facts(run_to_end(engine)))
-        num_drafted = sum(
-            record[4] == 8 for record in engine.events if record[1] == "step"
-        )
+        num_drafted = sum(record[5] == 8 for record in engine.events if record[1] == "step")
         counts.append((engine.runtime.counts(), num_drafted))  # type: ignore[attr-defined]
     assert found[0] == found[1]
     (drafted, num_steps) = counts[1]

@@ -104,6 +104,7 @@ class Engine:
             make_batch,
             vocab_size=vocab_size,
             depth=2 if options.overlap_steps else 1,
+            taps=drafter.taps if drafter is not None else (),
         )
         self.drafter = drafter
         self._clock = clock

@@ -81,6 +81,7 @@ class Speculator(Drafter):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.is_paused = False
+        self.taps = source.taps
         self._clock = clock
         self.use(source, depth, adaptive=adaptive)
 
