@@ -132,7 +132,9 @@ def load_model(
     draft_bytes = 0 if draft_model is None else draft_model.bytes_beside(files)
     loaded = load_runtime(files, checkpoint, config, on_load, environment, draft_bytes)
     speculative_config = read_speculative_config(config.speculative_config)
-    drafter = build_drafter(speculative_config, files, loaded.num_kv_blocks, draft_model)
+    drafter = build_drafter(
+        speculative_config, files, checkpoint, loaded.num_kv_blocks, draft_model
+    )
     engine = Engine(
         loaded.runtime,
         loaded.options,
