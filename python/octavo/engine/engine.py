@@ -258,7 +258,7 @@ class Engine:
         """Give the memory of weights and cache back; every later use is an EngineClosedError."""
         self._abandon_steps()
         self.guard.close()
-        del self.runtime, self.adapters, self._pipeline, self._drafter
+        del self.runtime, self.adapters, self.drafter, self._pipeline
 
     def stats(self) -> EngineStats:
         """The engine's state in numbers, for metrics and a live view.
