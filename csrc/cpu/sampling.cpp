@@ -59,6 +59,7 @@ void keep_top_p(std::vector<std::int32_t>& tokens, const float* scores, float ma
 
 std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int32_t* mask,
                         const SamplingRow& row, const Kernels& kernels) {
+  if (row.target >= 0) return row.target;
   std::vector<float> scores(logits, logits + vocab);
   for (std::int64_t i = 0; mask && i < vocab; ++i) {
     if (!is_allowed(mask, i)) scores[static_cast<std::size_t>(i)] = kNever;

@@ -91,6 +91,7 @@ class EngineMachine(RuleBasedStateMachine):
         kv_windows=st.sampled_from([(0,), (0, 1), (0, 3), (0, 8), (0, 100), (0, 13, 5)]),
         enable_prefix_caching=st.sampled_from([True, True, True, False]),
         overlap_steps=st.booleans(),
+        rope_switch=st.sampled_from([0, 0, 7, 14, 23]),
         drafter=st.one_of(st.none(), drafters, speculators),
     )
     def start(self, num_blocks: int, kv_windows: tuple[int, ...], **options: Any) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.engine.adjustments import Adjuster
 from octavo.engine.constraints import create_constraints
+from octavo.engine.follow_grammar import grammar_constraints
 from octavo.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
+from octavo.engine.prompt_logprobs import whole_prompt
 from octavo.engine.request import Request, Sequence
 from octavo.text.stream import StopChecker, StreamDecoder
 
@@ -38,7 +40,10 @@ class Answer:
         self.adjuster = Adjuster.create(sequence)
         own = () if params.ignore_eos else eos_token_ids
         self.stop_token_ids = frozenset(own).union(params.stop_token_ids)
-        self.constraints = create_constraints(sequence, self.stop_token_ids)
+        self.constraints = [
+            *create_constraints(sequence, self.stop_token_ids),
+            *grammar_constraints(request, sequence, self.stop_token_ids),
+        ]
         if any(constraint.watches_answer for constraint in self.constraints):
             sequence.watches_answer = True
         self.failure: str | None = None
@@ -153,6 +158,7 @@ def request_output(answers: SequenceOf[Answer], now: float) -> RequestOutput:
             sum(sequence.num_preemptions for sequence in request.sequences),
             request.sequences[0].num_cached_tokens or 0,
         ),
+        whole_prompt(request.sequences[0]),
     )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from octavo.engine.block_manager import NO_BLOCK, BlockManager
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule, ScheduledSequence
-from octavo.reference.sampling import SAMPLING_ROW, SamplingRows
+from octavo.reference.sampling import SAMPLING_ROW, SamplingRows, sampling_rows
 
 Int32 = NDArray[np.int32]
 _TINY = float(np.finfo(np.float32).tiny)
@@ -29,6 +29,7 @@ class BatchArrays(NamedTuple):
     logit_rows: Int32
     sampling: SamplingRows
     adapter_ids: Int32 | None  # None: no sequence has an adapter
+    rope_sets: Int32 | None  # None: all have the first one
 
 
 def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> BatchArrays:
@@ -69,6 +70,7 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
         logit_rows=np.array(logit_rows, np.int32),
         sampling=pack_sampling(schedule.row_sequences, state_rows, vocab_size),
         adapter_ids=_pack_adapters(entries),
+        rope_sets=_pack_rope_sets(entries),
     )
 
 
@@ -76,7 +78,7 @@ def pack_sampling(
     sequences: SequenceOf[Sequence], state_rows: list[int], vocab_size: int
 ) -> SamplingRows:
     """The options of each row's sequence, within what the row's types hold."""
-    rows = np.zeros(len(sequences), SAMPLING_ROW)
+    rows = sampling_rows(len(sequences))
     params = [sequence.params for sequence in sequences]
     fitted = {
         "temperature": [_temperature(p.temperature) for p in params],
@@ -94,8 +96,9 @@ def pack_sampling(
     return rows
 
 
-# Fields from the request, and those that the scheduler knows; the core sets the position.
-_OF_A_STEP = [name for name in SAMPLING_ROW.names or () if name != "position"]
+# Fields from the request, and those that the scheduler knows; the core sets the position, and rows
+# with a target are those of prompts (prompt_logprobs.py).
+_OF_A_STEP = [name for name in SAMPLING_ROW.names or () if name not in ("position", "target")]
 
 
 def _temperature(value: float) -> float:
@@ -110,6 +113,11 @@ def _temperature(value: float) -> float:
 def _pack_adapters(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
     slots = [entry.sequence.adapter.slot for entry in entries]
     return np.array(slots, np.int32) if max(slots) >= 0 else None
+
+
+def _pack_rope_sets(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
+    sets = [entry.sequence.rope_set for entry in entries]
+    return np.array(sets, np.int32) if any(sets) else None
 
 
 def pack_block_tables(keys: SequenceOf[Hashable], blocks: BlockManager) -> Int32:

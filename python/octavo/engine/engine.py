@@ -28,11 +28,13 @@ from octavo.engine.events import EventLog
 from octavo.engine.guard import EngineGuard, deferred_interrupt, guarded
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import InFlightStep, Pipeline, StepRuntime
+from octavo.engine.prompt_logprobs import take_prompt_rows
 from octavo.engine.request import FinishReason, Request, derive_seed
 from octavo.engine.schedule import SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.steering import Steering
 from octavo.errors import InvalidArgumentError, QueueFullError
+from octavo.grammar.compiler import Grammars
 from octavo.models.adapter import Adapter
 from octavo.sampling_params import SamplingParams
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 
+MAX_PROMPT_LOGITS = 1 << 24  # of prompts, in a step that reports their log-probabilities: 64 MiB
 IDLE_CHECK_SECONDS = 10.0  # an engine that has run out of work checks its accounting so often
 
 
@@ -82,6 +85,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
+        self.grammars = Grammars(tokenizer, vocab_size, self.eos_token_ids)
         size, num_in_flight = options.block_size, options.num_in_flight_tokens
         self.blocks = BlockManager(num_kv_blocks, size, kv_windows, num_in_flight)
         limits = SchedulerLimits(
@@ -90,6 +94,8 @@ class Engine:
             options.max_model_len,
             options.priority_ageing_seconds,
             options.enable_prefix_caching,
+            max_prompt_rows=max(16, MAX_PROMPT_LOGITS // vocab_size),
+            rope_switch=options.rope_switch,
         )
         header = describe_engine(options, limits, self.blocks)
         self.events = EventLog(options.event_log_capacity, header)
@@ -130,6 +136,7 @@ class Engine:
                 f"use stop_token_ids"
             )
         self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
+        self.grammars.of(params)  # compiled here, so that no step waits for it
 
     @guarded
     def add_request(
@@ -185,6 +192,7 @@ class Engine:
             deadline=None if timeout is None else now + timeout,
             cache_salt=cache_salt,
             adapter=loan,
+            grammar=self.grammars.of(params),
             arrival_time=now,
         )
         if request.deadline is not None:
@@ -244,6 +252,13 @@ class Engine:
             return None
         with deferred_interrupt():
             return self._end_all(request_id, "abort", self._clock())[-1].result
+
+    @guarded
+    def close(self) -> None:
+        """Give the memory of weights and cache back; every later use is an EngineClosedError."""
+        self._abandon_steps()
+        self.guard.close()
+        del self.runtime, self.adapters, self.drafter, self._pipeline
 
     def stats(self) -> EngineStats:
         """The engine's state in numbers, for metrics and a live view.
@@ -311,7 +326,7 @@ class Engine:
             self.drafter.end_step(schedule, output, now - started)
         self._last_step_end = now
         logprobs = read_logprobs(schedule.row_sequences, output)
-        chunks: list[OutputChunk] = []
+        chunks = self._take_prompts(step, now) if schedule.scored else []
         rows = zip(schedule.row_sequences, token_ids, output.finite.tolist(), strict=True)
         for row, (sequence, token, is_finite) in enumerate(rows):
             # It may have ended since: aborted, its request failed, or at a token before this one.
@@ -331,6 +346,21 @@ class Engine:
                 continue
             if answer.request.stream or (sequence.is_finished and answer.request.is_finished):
                 chunks.append(self._chunk(answer, text, now, token, logprobs[row]))
+        return chunks
+
+    def _take_prompts(self, step: InFlightStep, now: float) -> list[OutputChunk]:
+        """Keep the log-probabilities of prompts; end the requests that sample nothing."""
+        chunks: list[OutputChunk] = []
+        scored = step.schedule.scored
+        for sequence in take_prompt_rows(scored, step.prompt_rows):
+            answer = self._answers[sequence.key]
+            chunks += self._fail(answer, now, not_finite(answer))
+        for _, sequence, _, _, is_last in scored:
+            if is_last and not sequence.is_finished:
+                answer = self._answers[sequence.key]
+                self.scheduler.finish(sequence, "length", now)
+                if answer.request.stream or answer.request.is_finished:
+                    chunks.append(self._chunk(answer, answer.flush(), now))
         return chunks
 
     def _append(self, answer: Answer, token: int, logprob: TokenLogprob | None, now: float) -> str:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The log-probability (natural, of the raw distribution) of one token of an answer.
+    """The log-probability (natural, of the raw distribution) of one token of an answer or a prompt.
 
     top_token_ids and top_logprobs: the most probable tokens there, most probable first, as many as
-    `SamplingParams.logprobs` asked for.
+    `SamplingParams.logprobs`, or `prompt_logprobs`, asked for.
     """
 
     token_id: int
@@ -84,6 +84,8 @@ class RequestOutput:
 
     prompt: the text, None when the prompt was given as token ids. outputs: the n answers in order.
     error: what went wrong when a finish_reason is "error", else None.
+    prompt_logprobs: one entry for each prompt token, None where the token has none (the first, and
+    those before prompt_logprobs_start); None as a whole when they were not asked for.
     """
 
     request_id: str
@@ -92,6 +94,7 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     error: str | None
     metrics: RequestMetrics
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     @property
     def text(self) -> str:

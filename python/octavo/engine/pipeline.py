@@ -20,6 +20,7 @@ import numpy as np
 from octavo.engine.adjustments import LogitAdjustments
 from octavo.engine.batch import Int32, build_batch
 from octavo.engine.block_manager import BlockManager
+from octavo.engine.prompt_logprobs import RowPlaces, Rows, add_prompt_rows
 from octavo.engine.schedule import Schedule
 
 
@@ -52,12 +53,17 @@ NO_TICKET = -1
 
 @dataclass
 class InFlightStep:
-    """A step in flight. started: when it was scheduled, in seconds of the engine's clock."""
+    """A step in flight. started: when it was scheduled, in seconds of the engine's clock.
+
+    places: which of its logit rows are of prompts; None: none. prompt_rows: their results.
+    """
 
     schedule: Schedule
     started: float
     is_sampled: bool
     ticket: int = NO_TICKET
+    places: RowPlaces | None = None
+    prompt_rows: Rows | None = None
 
 
 class Pipeline:
@@ -105,6 +111,8 @@ class Pipeline:
             for group in np.unique(copies[:, 0]).tolist():
                 self._runtime.copy_blocks(group, copies[copies[:, 0] == group, 1:])
         arrays = build_batch(schedule, self._blocks, self._vocab_size)
+        if any([scored.num_rows for scored in schedule.scored]):
+            arrays, step.places = add_prompt_rows(arrays, schedule)
         batch = self._make_batch(**arrays._asdict())
         step.ticket = self._runtime.submit(batch, sample=sample, **self._taps)
 
@@ -118,14 +126,19 @@ class Pipeline:
     def sample(self, masks: Int32 | None, adjustments: LogitAdjustments | None) -> None:
         """Queue the sampling of the latest step. After an error, call `abandon`."""
         step = self._in_flight[-1]
+        if step.places is not None:
+            masks = step.places.spread_masks(masks)
+            adjustments = step.places.spread_adjustments(adjustments)
         self._runtime.sample(step.ticket, masks, adjustments)
         step.is_sampled = True
 
     def wait(self) -> tuple[InFlightStep, Any]:
-        """The oldest step and its output. After an error of the runtime, call `abandon`."""
+        """The oldest step and what it sampled. After an error of the runtime, call `abandon`."""
         step = self._in_flight[0]
         output = self._runtime.wait(step.ticket)
         self._in_flight.popleft()
+        if step.places is not None:
+            output, step.prompt_rows = step.places.split(output)
         return step, output
 
     def abandon(self) -> list[Schedule]:
