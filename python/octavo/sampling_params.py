@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from octavo.errors import InvalidArgumentError
+from octavo.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
@@ -81,6 +83,7 @@ class SamplingParams:
         cost no more than in any other prompt, and come from the prefix cache where it has them.
     skip_special_tokens: leave special tokens out of the text.
     n: how many answers to draw for the prompt.
+    structured_outputs: what the text must look like; also its fields as a mapping.
     """
 
     temperature: float = _limited(1.0, 0.0, None, "0 for greedy")
@@ -103,6 +106,20 @@ class SamplingParams:
     prompt_logprobs_start: int = _limited(0, 0, None, "0 for all of the prompt")
     skip_special_tokens: bool = True
     n: int = _limited(1, 1, None, "ask for at least one answer")
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
+
+    def __new__(cls, *_: Any, **given: Any) -> SamplingParams:
+        """A field that there is none of is an InvalidArgumentError, as in `LLM`."""
+        known = [each.name for each in fields(cls)]
+        unknown = sorted(given.keys() - set(known))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise InvalidArgumentError(
+                f"SamplingParams has no {', '.join(unknown)}{meant}; expected some of "
+                f"{', '.join(known)}"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         checked = {each.name: self._checked(each) for each in fields(self)}
@@ -131,6 +148,8 @@ class SamplingParams:
             return tuple(_TOKEN_ID.check(name, token) for token in value)
         if name == "logit_bias":
             return _check_bias(value)
+        if name == "structured_outputs":
+            return None if value is None else StructuredOutputs.of(value)
         if isinstance(option.default, bool):
             if value not in (False, True):
                 raise InvalidArgumentError(f"{name} is {value!r}; expected True or False")

@@ -97,7 +97,7 @@ def fake_engine(
     eos: Sequence[int] = (EOS,),
     seed: int = 3,
     clock: Callable[[], float] = time.monotonic,
-    drafter: FakeDrafter | None = None,
+    drafter: Drafter | None = None,
     read_adapter: Callable[[Path], Adapter] | None = None,
     **options: Any,
 ) -> Engine:

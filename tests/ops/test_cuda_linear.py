@@ -319,9 +319,10 @@ def test_a_row_has_the_same_bits_in_every_batch(format: WeightFormat | None, dty
                 return ops.quantized_linear(rows, codes, scales, format, zeros)
 
         together = product(x)
+        others = [(3, 5), (60, 8), (5, 16), (0, 64), (161, 96), (0, 128), (1, 192), (1, 256)]
         for first, count in [
-            *[(69, 1), (3, 5), (60, 8), (7, 9), (5, 16), (20, 17), (1, 33), (0, 64)],
-            *[(0, 65), (161, 96), (3, 100), (0, 128), (9, 129), (1, 192), (1, 256)],
+            *[(69, 1), (7, 9), (20, 17), (1, 33), (0, 65), (3, 100), (9, 129)],  # a kernel each
+            *(others if outputs == 136 else []),
         ]:
             part, expected = x[first : first + count], together[first : first + count]
             assert (product(part) == expected).all()

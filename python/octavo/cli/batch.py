@@ -202,7 +202,9 @@ def _answer_all(
             if isinstance(request, BatchRequest):
                 try:
                     adapter = run.adapter_of(request)
-                    prompt = request.encode(llm, run.is_chat(request), run.system)
+                    is_chat = run.is_chat(request)
+                    prompt = request.encode(llm, is_chat, run.system)
+                    params = request.params_for(llm, is_chat)
                 except (OctavoError, ApiError) as error:
                     request = BadLine(line.custom_id, f"line {line.number}: {error}")
             if isinstance(request, BadLine):
@@ -211,7 +213,7 @@ def _answer_all(
                 tally.failed += 1
                 continue
             waiting[request.custom_id] = request, stamp
-            yield request.custom_id, prompt, request.params, adapter
+            yield request.custom_id, prompt, params, adapter
 
     output.begin()  # not earlier: where loading failed, the old answers stay
     tally.start = time.monotonic()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.engine.adjustments import Adjuster
 from octavo.engine.constraints import create_constraints
+from octavo.engine.follow_grammar import grammar_constraints
 from octavo.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
 from octavo.engine.prompt_logprobs import whole_prompt
 from octavo.engine.request import Request, Sequence
@@ -39,7 +40,10 @@ class Answer:
         self.adjuster = Adjuster.create(sequence)
         own = () if params.ignore_eos else eos_token_ids
         self.stop_token_ids = frozenset(own).union(params.stop_token_ids)
-        self.constraints = create_constraints(sequence, self.stop_token_ids)
+        self.constraints = [
+            *create_constraints(sequence, self.stop_token_ids),
+            *grammar_constraints(request, sequence, self.stop_token_ids),
+        ]
         if any(constraint.watches_answer for constraint in self.constraints):
             sequence.watches_answer = True
         self.failure: str | None = None

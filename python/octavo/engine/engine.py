@@ -34,6 +34,7 @@ from octavo.engine.schedule import SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.steering import Steering
 from octavo.errors import InvalidArgumentError, QueueFullError
+from octavo.grammar.compiler import Grammars
 from octavo.models.adapter import Adapter
 from octavo.sampling_params import SamplingParams
 
@@ -84,6 +85,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
+        self.grammars = Grammars(tokenizer, vocab_size, self.eos_token_ids)
         size, num_in_flight = options.block_size, options.num_in_flight_tokens
         self.blocks = BlockManager(num_kv_blocks, size, kv_windows, num_in_flight)
         limits = SchedulerLimits(
@@ -108,8 +110,9 @@ class Engine:
             make_batch,
             vocab_size=vocab_size,
             depth=2 if options.overlap_steps else 1,
+            taps=drafter.taps if drafter is not None else (),
         )
-        self._drafter = drafter
+        self.drafter = drafter
         self._clock = clock
         self._last_step_end = self._last_check = clock()
         self._admission = AdmissionLimits(options.max_waiting_requests, options.max_waiting_tokens)
@@ -133,6 +136,7 @@ class Engine:
                 f"use stop_token_ids"
             )
         self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
+        self.grammars.of(params)  # compiled here, so that no step waits for it
 
     @guarded
     def add_request(
@@ -188,6 +192,7 @@ class Engine:
             deadline=None if timeout is None else now + timeout,
             cache_salt=cache_salt,
             adapter=loan,
+            grammar=self.grammars.of(params),
             arrival_time=now,
         )
         if request.deadline is not None:
@@ -247,6 +252,13 @@ class Engine:
             return None
         with deferred_interrupt():
             return self._end_all(request_id, "abort", self._clock())[-1].result
+
+    @guarded
+    def close(self) -> None:
+        """Give the memory of weights and cache back; every later use is an EngineClosedError."""
+        self._abandon_steps()
+        self.guard.close()
+        del self.runtime, self.adapters, self.drafter, self._pipeline
 
     def stats(self) -> EngineStats:
         """The engine's state in numbers, for metrics and a live view.
@@ -310,8 +322,8 @@ class Engine:
         # With two in flight it began when the one before it ended, not when it was submitted.
         started = max(step.started, self._last_step_end)
         record_step(self.events, schedule, self.scheduler, len(rejected_rows), started, now)
-        if self._drafter is not None:
-            self._drafter.end_step(schedule, output, now - started)
+        if self.drafter is not None:
+            self.drafter.end_step(schedule, output, now - started)
         self._last_step_end = now
         logprobs = read_logprobs(schedule.row_sequences, output)
         chunks = self._take_prompts(step, now) if schedule.scored else []

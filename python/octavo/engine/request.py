@@ -21,11 +21,14 @@ from collections.abc import Collection, Hashable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from operator import attrgetter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.engine.adapters import NO_ADAPTER, Loan
 from octavo.engine.outputs import TokenLogprob
 from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.grammar.matcher import Grammar  # which needs NumPy
 
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 Rank = tuple[float, int]
@@ -191,7 +194,8 @@ class Request:
     tokenizers. kept_special_ids: special tokens that the text holds even where the others are
     skipped, such as the tags around calls of tools. priority: lower is more urgent. deadline: when
     it ends, answered or not. cache_salt: only requests with the same one share cached keys and
-    values. Times are seconds of the engine's clock, `time.monotonic` unless told otherwise.
+    values. grammar: what its answers follow. Times are seconds of the engine's clock,
+    `time.monotonic` unless told otherwise.
     """
 
     request_id: str
@@ -205,6 +209,7 @@ class Request:
     deadline: float | None = None
     cache_salt: str | None = None
     adapter: Loan = NO_ADAPTER
+    grammar: Grammar | None = None
     sequences: tuple[Sequence, ...] = ()
     error: str | None = None
     arrival_time: float = field(default_factory=time.monotonic)

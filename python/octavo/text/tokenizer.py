@@ -100,12 +100,16 @@ class Tokenizer:
         """
         found = self._token_bytes.get((token_id, at_start))
         if found is None:
-            pipeline = self.pipeline(at_start=at_start, errors="surrogateescape")
-            token = self.token(token_id)
-            text = "" if token is None else pipeline.push(token) + pipeline.finish()
-            found = text.encode("utf-8", errors="surrogateescape")
+            found = self.bytes_of(token_id, at_start=at_start)
             self._token_bytes[token_id, at_start] = found
         return found
+
+    def bytes_of(self, token_id: int, *, at_start: bool = False) -> bytes:
+        """As `token_bytes`, and not kept: for one pass over all tokens."""
+        pipeline = self.pipeline(at_start=at_start, errors="surrogateescape")
+        token = self.token(token_id)
+        text = "" if token is None else pipeline.push(token) + pipeline.finish()
+        return text.encode("utf-8", errors="surrogateescape")
 
     def token(self, token_id: int) -> str | None:
         """How the vocabulary spells a token; None for an id that it does not have."""
