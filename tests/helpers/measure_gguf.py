@@ -2,10 +2,10 @@
 
     python tests/helpers/measure_gguf.py [TYPE ...]
 
-Every matrix is encoded in a type (K types by `gguf_blocks_helpers`, which are simpler than ggml's),
-and its numbers, those of octavo's codes, and those rounded to bfloat16 are put into a float32 model.
-Printed: the type, mean KL of the type's numbers from the unquantized model, mean KL of octavo's codes
-and of bfloat16 from the type's numbers; over the first four windows of `octavo eval`'s text.
+Every matrix is encoded in a type (K types by `gguf_blocks_helpers`, which are simpler than ggml's).
+Its numbers, those of octavo's codes, and those rounded to bfloat16 are put into a float32 model.
+Printed: the type, mean KL of the type's numbers from the unquantized model, mean KL of octavo's
+codes and of bfloat16 from the type's numbers, over the first four windows of `octavo eval`'s text.
 Rows of 576 are no whole blocks of 256, so blocks go on from row to row; groups of 32 do not.
 """
 
