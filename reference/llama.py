@@ -27,7 +27,7 @@ from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, WeightFo
 from octavo.reference import ops
 from octavo.reference.nodes import expert_output
 from octavo.reference.ops import Array, Float32, Integers
-from octavo.reference.quantization import check_int4_activations, rounded_product
+from octavo.reference.quantization import check_grouped_activations, rounded_product
 
 Taps = dict[str, Float32]
 _DTYPES = ("f32", "bf16")
@@ -67,8 +67,8 @@ class ReferenceModel:
     formats: the quantized matrices, by name without ".weight"; their weights are the numbers that
     the codes stand for (`octavo.reference.quantization.dequantize`), which are not rounded again,
     and what is multiplied by them is rounded to whole numbers (`rounded_product` there).
-    int4_activations: "bf16" rounds what is multiplied by int4 to bfloat16 instead, as the CPU's
-    instruction set amx does; all others, and int8 everywhere, are "whole".
+    grouped_activations: "bf16" rounds what meets weights in groups to bfloat16 instead, as the
+    CPU's instruction set amx does; all others are "whole".
     adapter: a LoRA adapter, which adds `ops.low_rank` to the products of its matrices, and to the
     rows of the embedding; its matrices are rounded as dtype says, however the model is quantized.
     compute: np.float32, or np.float64 to judge the rounding of other implementations.
@@ -82,7 +82,7 @@ class ReferenceModel:
         dtype: str = "f32",
         kv_dtype: str = "f32",
         formats: Mapping[str, WeightFormat] | None = None,
-        int4_activations: str = "whole",
+        grouped_activations: str = "whole",
         adapter: Adapter | None = None,
         compute: type[np.float32] | type[np.float64] = np.float32,
     ) -> None:
@@ -91,9 +91,9 @@ class ReferenceModel:
                 f"dtype is {dtype!r} and kv_dtype {kv_dtype!r}; "
                 f"expected one of {_DTYPES} and one of {_KV_DTYPES}"
             )
-        check_int4_activations(int4_activations)
+        check_grouped_activations(grouped_activations)
         self.spec = spec
-        self.int4_activations = int4_activations
+        self.grouped_activations = grouped_activations
         self.dtype = dtype
         self.kv_dtype = kv_dtype
         self.compute = compute
@@ -278,8 +278,8 @@ class ReferenceModel:
         As ops.linear(x, weight, bias, self.dtype), but for a weight that has been rounded already.
         """
         if name in self.formats:
-            format, rounds = self.formats[name], self.int4_activations
-            return rounded_product(x, weight, bias, format, int4_activations=rounds)
+            format, rounds = self.formats[name], self.grouped_activations
+            return rounded_product(x, weight, bias, format, grouped_activations=rounds)
         return ops.linear(ops.round_to_bf16(x) if self.dtype == "bf16" else x, weight, bias)
 
     def _checked_tokens(self, token_ids: Sequence[int] | Integers) -> Integers:

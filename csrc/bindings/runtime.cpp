@@ -112,7 +112,8 @@ nb::dlpack::dtype array_dtype(DType format) {
 }
 
 void load(Runtime& self, const std::string& name,
-          nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> array, const std::string& dtype) {
+          nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> array, const std::string& dtype,
+          std::optional<std::int64_t> first_row) {
   const DType format = parse_dtype(dtype, "dtype");
   require(array.dtype() == array_dtype(format), "weight ", name, ": the array does not hold ",
           dtype, " (bf16 is passed as its raw bits, uint16; int4 as two codes a byte, uint8)");
@@ -121,7 +122,7 @@ void load(Runtime& self, const std::string& name,
     shape.push_back(static_cast<std::int64_t>(array.shape(i)));
   if (format == DType::int4 && !shape.empty()) shape.back() *= 2;
   nb::gil_scoped_release released;
-  self.load(name, array.data(), format, shape);
+  self.load(name, array.data(), format, shape, first_row);
 }
 
 // name -> (A, scale * B)
@@ -186,7 +187,8 @@ void bind_runtime(nb::module_& module) {
              return make_with_threads<Runtime>(device, model_spec(spec), runtime_options(options));
            }),
            nb::arg("device"), nb::arg("spec"), nb::arg("options"))
-      .def("load", &load, nb::arg("name"), nb::arg("array").noconvert(), nb::arg("dtype"))
+      .def("load", &load, nb::arg("name"), nb::arg("array").noconvert(), nb::arg("dtype"),
+           nb::arg("first_row") = nb::none())
       .def("load_adapter", &load_adapter, nb::arg("slot"), nb::arg("matrices"))
       .def("unload_adapter", &Runtime::unload_adapter, nb::arg("slot"),
            nb::call_guard<nb::gil_scoped_release>())

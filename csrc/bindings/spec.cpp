@@ -118,6 +118,11 @@ WeightFormat weight_format(nb::handle format) {
   result.dtype = parse_dtype(field<std::string>(format, "dtype"), "format dtype");
   result.group_size = field<std::int64_t>(format, "group_size");
   result.has_zeros = field<bool>(format, "has_zeros");
+  require(result.group_size >= 0 && (result.dtype != DType::int4 || result.is_grouped()),
+          "group_size is ", result.group_size,
+          "; expected 1 or more, or 0 for int8 without groups");
+  require(result.dtype == DType::int4 || !result.has_zeros, "zero points of ", name(result.dtype),
+          "; only int4 has them");
   if (result.dtype == DType::int4) {
     const auto levels = field<std::vector<std::int64_t>>(format, "levels");
     require(levels.size() == result.levels.size(), "levels has ", levels.size(),
@@ -127,14 +132,15 @@ WeightFormat weight_format(nb::handle format) {
               "; expected -127 to 127");
       result.levels[i] = static_cast<std::int8_t>(levels[i]);
     }
-    result.scale_dtype = parse_dtype(field<std::string>(format, "scale_dtype"), "scale_dtype");
-    require(result.scale_dtype == DType::bf16 || result.scale_dtype == DType::f32,
-            "scale_dtype is ", name(result.scale_dtype), "; expected bf16 or f32");
   }
+  result.scale_dtype = parse_dtype(field<std::string>(format, "scale_dtype"), "scale_dtype");
+  require(bits_of(result.scale_dtype) >= 16, "scale_dtype is ", name(result.scale_dtype),
+          "; expected bf16, f16 or f32");
   result.activation_bits = field<std::int64_t>(format, "activation_bits");
-  require(
-      result.activation_bits == 16 || (result.activation_bits == 8 && result.dtype == DType::int8),
-      "activation_bits is ", result.activation_bits, "; expected 16, or 8 with int8 weights");
+  require(result.activation_bits == 16 ||
+              (result.activation_bits == 8 && result.dtype == DType::int8 && !result.is_grouped()),
+          "activation_bits is ", result.activation_bits,
+          "; expected 16, or 8 with int8 weights of one scale an output");
   return result;
 }
 

@@ -176,8 +176,8 @@ void Runtime::make_room(InFlightStep& step, std::int64_t num_rows, std::int64_t 
 }
 
 void Runtime::load(const std::string& name, const void* data, DType dtype,
-                   const std::vector<std::int64_t>& shape) {
-  queue_.run([&] { weights_.load(name, data, dtype, shape); });
+                   const std::vector<std::int64_t>& shape, std::optional<std::int64_t> first_row) {
+  queue_.run([&] { weights_.load(name, data, dtype, shape, first_row); });
 }
 
 std::vector<std::string> Runtime::missing_weights() const { return weights_.missing(); }

@@ -1,4 +1,4 @@
-"""octavo: a readable, verifiable inference engine for Llama-family language models.
+"""octavo: a readable, verifiable inference engine for open language models.
 
     from octavo import LLM, SamplingParams
     llm = LLM("smollm2-135m")
@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM
     from octavo.config import EngineConfig
     from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
     from octavo.errors import OctavoError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
     "OctavoError",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 _MODULES = {
     "LLM": "octavo.llm",
+    "AsyncLLM": "octavo.async_llm",
     "CompletionOutput": "octavo.engine.outputs",
     "EngineConfig": "octavo.config",
     "OctavoError": "octavo.errors",

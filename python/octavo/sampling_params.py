@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,19 @@ class SamplingParams:
     skip_special_tokens: bool = True
     n: int = _limited(1, 1, None, "ask for at least one answer")
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
+
+    def __new__(cls, *_: Any, **given: Any) -> SamplingParams:
+        """A field that there is none of is an InvalidArgumentError, as in `LLM`."""
+        known = [each.name for each in fields(cls)]
+        unknown = sorted(given.keys() - set(known))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise InvalidArgumentError(
+                f"SamplingParams has no {', '.join(unknown)}{meant}; expected some of "
+                f"{', '.join(known)}"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         checked = {each.name: self._checked(each) for each in fields(self)}

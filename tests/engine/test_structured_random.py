@@ -24,6 +24,7 @@ pytest.importorskip("llguidance", reason="needs llguidance: pip install llguidan
 EXPLORE = bool(os.environ.get("OCTAVO_TEST_EXPLORE"))
 NUM_SCHEMAS, NUM_ANSWERS = (200, 50) if EXPLORE else (24, 3)
 WHITESPACE = [{"disable_any_whitespace": True}, {"whitespace_pattern": "[ \n]"}, {}]
+# Most of what this model writes would be whitespace: a schema whose texts may be long has little.
 
 
 def test_every_text_parses_and_validates(tmp_path: Path) -> None:
@@ -43,13 +44,14 @@ def test_every_text_parses_and_validates(tmp_path: Path) -> None:
         schema = random_schema(rng)
         jsonschema.Draft202012Validator.check_schema(schema)
         validator = jsonschema.Draft202012Validator(schema, format_checker=checker)
-        wanted = StructuredOutputs(json=schema, **rng.choice(WHITESPACE))
+        options = WHITESPACE[: 2 if len(str(schema)) > 400 or "$defs" in schema else 3]
+        wanted = StructuredOutputs(json=schema, **rng.choice(options))
         params = [
             SamplingParams(
                 temperature=rng.choice([0.7, 1.0, 5.0, 100.0]),
                 structured_outputs=wanted,
                 seed=rng.randrange(2**32),
-                max_tokens=3000,
+                max_tokens=4000,
             )
             for _ in range(NUM_ANSWERS)
         ]

@@ -103,7 +103,7 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = smollm2_path()
-    arguments = {"pretrained": str(path), "dtype": "float32", "max_length": 63}
+    arguments = {"pretrained": str(path), "dtype": "float32", "max_length": 62}
     folder = tmp_path_factory.mktemp("hf")
     names = {"choices", "texts", "answers"}
     return results("hf", folder, names, model_args=arguments, device="cpu", batch_size=1)
@@ -120,9 +120,6 @@ def test_in_memory(expected: dict[str, Any], llm: LLM, tmp_path: Path) -> None:
     found = results(OctavoLM(llm=llm), tmp_path, {"choices", "texts", "answers"})
     assert_close(found, expected)
     assert found["metrics"]["choices"]["acc,none"] > 0.5
-    hits = llm.engine.stats().num_prefix_hits
-    assert hits == 0  # these contexts are shorter than a block
-
     shifted = {"responses": {"choices": expected["responses"]["choices"][1:]}, "metrics": {}}
     with pytest.raises(AssertionError):
         assert_close(shifted, expected)
@@ -135,7 +132,7 @@ def test_against_the_server(expected: dict[str, Any], llm: LLM, tmp_path: Path) 
             "model": "smollm2",
             "base_url": f"{url}/v1/completions",
             "tokenizer": str(path),
-            "max_length": 63,
+            "max_length": 62,
             "num_concurrent": 2,
         }
         found = results("local-completions", tmp_path, {"choices"}, model_args=arguments)

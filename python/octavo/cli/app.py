@@ -55,6 +55,7 @@ VERBS = (
     Verb("diff", "Show where octavo, its reference and Hugging Face differ.", _MODELS),
     Verb("bench", "Measure speed beside the machine's limits.", _MEASURE),
     Verb("bench serve", "Measure a server under load.", _MEASURE),
+    Verb("bench spec", "Measure what drafts save.", _MEASURE),
     Verb("eval", "Measure perplexity, and what a number format costs.", _MEASURE),
     Verb(
         "explain", "Tell where a request's time went, from an event log.", _SCHEDULING, "event_log"
@@ -184,7 +185,7 @@ def _octavo(
         ),
     ] = False,
 ) -> None:
-    """Run Llama-family language models, and check that the answers are right."""
+    """Run language models, and check that the answers are right."""
 
 
 def _usage_message(error: Exception) -> str | None:

@@ -57,7 +57,8 @@ def bench(
     and in the batch (on a GPU without --deterministic: nearly the same numbers). A test that
     fails gets no figure. Exit code: 0 all gates passed, 1 not.
 
-    A server is measured by [bold]octavo bench serve[/bold].
+    A server is measured by [bold]octavo bench serve[/bold], speculative decoding by [bold]octavo
+    bench spec[/bold].
     """
     from octavo.bench.benchmark import bench as run_bench
     from octavo.bench.cases import make_cases

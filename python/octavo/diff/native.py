@@ -64,8 +64,8 @@ class NativeImplementation:
         arithmetic = f", {isa}" if loaded.device == "cpu" else ""
         # How the definition has to round what meets int4. Other devices' activations are rounded
         # already, to a type that whole numbers of 16 bits keep well enough.
-        self.int4_activations = (
-            str(_native.int4_activations(isa)) if loaded.device == "cpu" else "whole"
+        self.grouped_activations = (
+            str(_native.grouped_activations(isa)) if loaded.device == "cpu" else "whole"
         )
         # On other devices matrix products may sum in another order for one row than for many.
         self.bit_exact = self._session.is_exact

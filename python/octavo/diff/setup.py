@@ -51,7 +51,7 @@ class DiffRequest:
     """What to compare; see `octavo diff --help`. An InvalidArgumentError names what is wrong.
 
     A quantized model, by `quantize` or in its files, is compared as bf16 is: what meets a
-    quantized matrix is rounded, as octavo's instruction set rounds it (`int4_activations` in
+    quantized matrix is rounded, as octavo's instruction set rounds it (`grouped_activations` in
     octavo.reference.quantization), and two right runs differ as far as that takes them.
     """
 
@@ -138,7 +138,7 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
         dtype=request.dtype,
         kv_dtype=request.dtype,
         formats=checkpoint.formats,
-        int4_activations=left.int4_activations,
+        grouped_activations=left.grouped_activations,
         adapter=adapter,
     )
     right = _load_right(request, files, checkpoint, definition, num_tokens, progress)

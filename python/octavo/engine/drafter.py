@@ -15,7 +15,11 @@ class Drafter:
     """Guesses how answers continue, so that one step can check several tokens of a sequence.
 
     Drafts change only the time: an answer is the same with good drafts, bad ones or none.
+
+    taps: what it reads from the output of each step, besides tokens; see docs/taps.md.
     """
+
+    taps: tuple[str, ...] = ()
 
     def begin_step(self, running: Iterable[Sequence], step: ScheduleBuilder) -> None:
         """A step is about to be scheduled. running: all sequences that hold blocks."""

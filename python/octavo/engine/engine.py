@@ -110,8 +110,9 @@ class Engine:
             make_batch,
             vocab_size=vocab_size,
             depth=2 if options.overlap_steps else 1,
+            taps=drafter.taps if drafter is not None else (),
         )
-        self._drafter = drafter
+        self.drafter = drafter
         self._clock = clock
         self._last_step_end = self._last_check = clock()
         self._admission = AdmissionLimits(options.max_waiting_requests, options.max_waiting_tokens)
@@ -252,6 +253,14 @@ class Engine:
         with deferred_interrupt():
             return self._end_all(request_id, "abort", self._clock())[-1].result
 
+    @guarded
+    def close(self) -> None:
+        """Give the memory of weights and cache back; every later use is an EngineClosedError."""
+        self._abandon_steps()
+        self.guard.close()
+        self.scheduler.drafter = None  # which may hold a model of its own
+        del self.runtime, self.adapters, self.drafter, self._pipeline
+
     def stats(self) -> EngineStats:
         """The engine's state in numbers, for metrics and a live view.
 
@@ -314,8 +323,8 @@ class Engine:
         # With two in flight it began when the one before it ended, not when it was submitted.
         started = max(step.started, self._last_step_end)
         record_step(self.events, schedule, self.scheduler, len(rejected_rows), started, now)
-        if self._drafter is not None:
-            self._drafter.end_step(schedule, output, now - started)
+        if self.drafter is not None:
+            self.drafter.end_step(schedule, output, now - started)
         self._last_step_end = now
         logprobs = read_logprobs(schedule.row_sequences, output)
         chunks = self._take_prompts(step, now) if schedule.scored else []

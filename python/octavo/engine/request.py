@@ -21,12 +21,14 @@ from collections.abc import Collection, Hashable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from operator import attrgetter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.engine.adapters import NO_ADAPTER, Loan
 from octavo.engine.outputs import TokenLogprob
-from octavo.grammar.matcher import Grammar
 from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.grammar.matcher import Grammar  # which needs NumPy
 
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 Rank = tuple[float, int]

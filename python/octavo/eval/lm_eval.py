@@ -80,8 +80,8 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        """The most tokens of context and continuation together."""
-        return self.llm.max_model_len - 1
+        """The most tokens that predict others: those of context and continuation, but the last."""
+        return self.llm.max_model_len - 2
 
     @property
     def tokenizer_name(self) -> str:
@@ -114,7 +114,7 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]
             found = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - 1,
+                max_seq_len=self.max_length,
                 context_len=1,
             )
             own = [(None, *make_disjoint_window(window)) for window in found]
@@ -151,7 +151,7 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]
         Only continuations are scored, so that contexts in common are computed once and shared. What
         is too long loses the beginning of its context.
         """
-        prompts = [(context + rest)[-self.max_length :] for _, context, rest in requests]
+        prompts = [(context + rest)[-self.max_length - 1 :] for _, context, rest in requests]
         starts = [
             len(prompt) - min(len(rest), len(prompt) - 1)
             for prompt, (_, _, rest) in zip(prompts, requests, strict=True)

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from octavo.errors import InvalidArgumentError
-from octavo.grammar.lark import lark_of, lark_of_schema
-from octavo.grammar.matcher import Grammar, short_error
-from octavo.grammar.schema import SchemaReader, children, problem_at
+from octavo.grammar.lark import lark_of
+from octavo.grammar.matcher import Grammar, short_error, start_matcher
+from octavo.grammar.repair import SchemaRepair
 from octavo.grammar.vocabulary import Vocabulary
 from octavo.sampling_params import SamplingParams
 from octavo.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
 
     from octavo.text.tokenizer import Tokenizer
 
 MAX_GRAMMARS = 256
 MAX_KEPT_TEXT = 16 << 20  # characters of what they were made of
-_LOCATE_SECONDS = 0.5  # to find the part of a schema that is wrong
-_JSON_PROBLEM = re.compile(r"failed to compile JSON schema: (.*?)(\n +\d+ \| |$)", re.DOTALL)
 _LARK_PROBLEM = re.compile(r"at (\d+)\((\d+)\): (.*?)(\n +\d+ \| |$)", re.DOTALL)
 
 
@@ -90,11 +86,12 @@ class Grammars:
                 return found[0]
         vocabulary = self.prepare()
         lark, reader = lark_of(wanted)
-        whole = _start(vocabulary.tokens, lark)
-        problem = short_error(whole)
-        if problem:
-            raise _named(whole.get_error(), problem, reader, vocabulary, wanted)
-        first = None if vocabulary.first is None else _start(vocabulary.first, lark)
+        whole = start_matcher(vocabulary.tokens, lark)
+        if whole.is_error() and reader is not None:
+            lark, whole = SchemaRepair(vocabulary.tokens, reader, wanted).repaired(whole)
+        if whole.is_error():
+            raise _named(whole, wanted)
+        first = None if vocabulary.first is None else start_matcher(vocabulary.first, lark)
         grammar = Grammar(vocabulary, whole, first)
         self._keep(wanted, grammar, len(lark))
         return grammar
@@ -109,66 +106,14 @@ class Grammars:
                 self._kept_text -= size
 
 
-def _start(tokens: LLTokenizer, lark: str) -> LLMatcher:
-    """A matcher at its start; its error, if any, is found here and not at the first token."""
-    from llguidance import LLMatcher, LLParserLimits
-
-    limits = LLParserLimits(verbose_errors=False)
-    matcher = LLMatcher(tokens, lark, log_level=0, limits=limits)  # releases Python's lock
-    if not matcher.is_error():
-        matcher.compute_bitmask()
-    return matcher
-
-
-def _named(
-    message: str,
-    problem: str,
-    reader: SchemaReader | None,
-    vocabulary: Vocabulary,
-    wanted: StructuredOutputs,
-) -> InvalidArgumentError:
-    """The library's error in octavo's words, with the place of what is wrong."""
+def _named(matcher: LLMatcher, wanted: StructuredOutputs) -> InvalidArgumentError:
+    """The library's error about a regular expression or a grammar, in octavo's words."""
+    problem = short_error(matcher)
     if "NoExtension" in problem:
         problem = "no text meets it"
-    if "coerce_one_of" in problem:
-        message = ""
-        problem = (
-            '"oneOf" cannot be enforced where a text may meet two of its schemas: write "anyOf", '
-            "or ask without strict to read it as such"
-        )
-    found = _JSON_PROBLEM.search(message)
-    if found:
-        problem = " ".join(found.group(1).split())
-    if reader is not None:
-        return problem_at(_locate(reader, vocabulary, wanted), problem)
-    where = None if found else _LARK_PROBLEM.search(message)
+    where = _LARK_PROBLEM.search(matcher.get_error())
     if where:
         line, column, text, _ = where.groups()
         problem = f"{' '.join(text.split())}, at line {line}, column {column}"
     kind = "regex" if wanted.regex is not None else "grammar"
     return InvalidArgumentError(f"the {kind} cannot be followed: {problem}")
-
-
-def _locate(reader: SchemaReader, vocabulary: Vocabulary, wanted: StructuredOutputs) -> str:
-    """The JSON pointer of the innermost schema without which the whole would be right.
-
-    Each schema on the way down is replaced by {}, which anything meets, to see whether that helps.
-    """
-    schema: Mapping[str, Any] = reader.schema
-    pointer = reader.pointers[id(schema)]
-    root = copy.copy(schema)
-    end = time.monotonic() + _LOCATE_SECONDS
-    node = root
-    while True:
-        for holder, key in children(node):
-            below = holder[key]
-            holder[key] = {}
-            helps = not _start(vocabulary.tokens, lark_of_schema(root, wanted)).is_error()
-            holder[key] = below
-            if helps and isinstance(below, Mapping):
-                node, pointer = below, reader.pointers.get(id(below), pointer)
-                break
-            if time.monotonic() > end:
-                return pointer
-        else:
-            return pointer

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
 
     from octavo.grammar.vocabulary import Vocabulary
 
@@ -69,6 +69,17 @@ class Matcher:
         self._first = None
         if not all(self._whole.consume_token(each) for each in spelled):
             raise ValueError(f"the grammar does not go on with token {token}")
+
+
+def start_matcher(tokens: LLTokenizer, lark: str) -> LLMatcher:
+    """A matcher at its start; its error, if any, is found here and not at the first token."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(verbose_errors=False)
+    matcher = LLMatcher(tokens, lark, log_level=0, limits=limits)  # releases Python's lock
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    return matcher
 
 
 def short_error(matcher: LLMatcher) -> str:

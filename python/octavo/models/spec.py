@@ -26,24 +26,30 @@ UNIFORM_LEVELS = tuple(range(-8, 8))
 class WeightFormat:
     """How a matrix (outputs, inputs) is stored: plain numbers, or codes with scales.
 
-    int8: codes -127 to 127, one scale an output: weight = code * scale.
+    int8: codes -128 to 127; one scale an output, or one for each group of `group_size` inputs:
+    weight = code * scale.
     int4: codes 0 to 15, which stand for `levels`; one scale, and with has_zeros one zero point in
-    units of a level, for each group of `group_size` inputs: weight = (level - zero) * scale.
+    units of a level, for each group: weight = (level - zero) * scale.
 
     The activations of a quantized matrix are rounded to whole numbers of `activation_bits` with a
     scale a row; `octavo.reference.quantization` defines the product.
     """
 
     dtype: Literal["f32", "bf16", "int8", "int4"]
-    group_size: int = 0  # int4: a multiple of 32
+    group_size: int = 0  # a multiple of 32; 0: one scale an output (int8)
     has_zeros: bool = False
     levels: tuple[int, ...] = UNIFORM_LEVELS  # 16 whole numbers from -127 to 127
-    scale_dtype: Literal["bf16", "f32"] = "bf16"  # int4: how scales are stored
-    activation_bits: Literal[8, 16] = 16  # 8: with int8 only
+    scale_dtype: Literal["bf16", "f16", "f32"] = "bf16"  # how the scales of groups are stored
+    activation_bits: Literal[8, 16] = 16  # 8: with int8 of one scale an output only
 
     def num_groups(self, inputs: int) -> int:
         """Scales a row of `inputs` weights has."""
-        return -(-inputs // self.group_size) if self.dtype == "int4" else 1
+        return -(-inputs // self.group_size) if self.is_grouped else 1
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether a scale is that of a group of inputs, and not of a whole output."""
+        return self.group_size > 0
 
 
 @dataclass(frozen=True)

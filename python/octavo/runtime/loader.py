@@ -289,10 +289,10 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
 def _load_weights(
     runtime: _native.Runtime, checkpoint: Checkpoint, progress: LoadProgress | None
 ) -> None:
-    """Load the weights one by one; each array is freed before the next is read."""
+    """Load the weights run by run; each array is freed before the next is read."""
     loaded = 0
-    for name, tensor in checkpoint.checked_items():
-        runtime.load(name, tensor.data, tensor.dtype)
+    for name, first_row, tensor in checkpoint.checked_runs():
+        runtime.load(name, tensor.data, tensor.dtype, first_row)
         loaded += tensor.data.nbytes
         del tensor
         if progress is not None:

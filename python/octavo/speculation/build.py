@@ -8,9 +8,12 @@ from typing import Any
 from octavo.config import EngineConfig, Environment
 from octavo.engine.drafter import Drafter
 from octavo.errors import InvalidArgumentError
+from octavo.files import expand_home
 from octavo.models.kv_groups import KvGroups, with_kv_groups
 from octavo.runtime.loader import LoadedRuntime, allocate_cache, load_without_cache
 from octavo.speculation.draft_model import DraftModelSource
+from octavo.speculation.eagle import EagleHead, EagleSource, TargetEnds
+from octavo.speculation.medusa import MedusaHeads, MedusaSource
 from octavo.speculation.ngram import NgramSource
 from octavo.speculation.source import DraftSource
 from octavo.speculation.speculator import Speculator
@@ -76,10 +79,14 @@ def load_draft_model(
 def build_drafter(
     config: SpeculativeConfig | None,
     target: ModelFiles,
+    checkpoint: Checkpoint,
     num_kv_blocks: int,
     draft_model: DraftModel | None,
 ) -> Drafter | None:
-    """The drafter that the option asks for, its KV cache allocated; None for none."""
+    """The drafter that the option asks for, its KV cache allocated; None for none.
+
+    Heads are read here. Raises WeightsError or UnsupportedModelError for those that do not fit.
+    """
     if config is None:
         return None
     source: DraftSource
@@ -90,6 +97,13 @@ def build_drafter(
         allocate_cache(loaded, num_blocks, KvGroups(loaded.options.block_size, windows, 1))
         loaded = replace(loaded, num_kv_blocks=num_blocks)
         source = DraftModelSource(loaded, draft_model.kv_windows, target.spec.vocab_size)
+    elif config.method == "medusa":
+        spec = target.spec
+        folder = expand_home(config.model or "")
+        source = MedusaSource(MedusaHeads.read(folder, spec.hidden_size, spec.vocab_size))
+    elif config.method == "eagle":
+        ends = TargetEnds.read(target, checkpoint)
+        source = EagleSource(EagleHead.read(expand_home(config.model or ""), ends))
     else:
         source = NgramSource(config.prompt_lookup_min or 1, config.prompt_lookup_max or 1)
     return Speculator(source, config.num_speculative_tokens, adaptive=config.adaptive)

@@ -27,6 +27,7 @@ class StepCosts:
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long."""
+        seconds = max(seconds, 1e-9)  # a clock may stand still
         mean, count = self._measured.get(num_tokens, (0.0, 0))
         if not count:
             if len(self._sizes) == _MOST_SIZES:  # the engine has changed its habits

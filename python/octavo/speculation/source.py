@@ -16,11 +16,12 @@ class DraftSource:
     is_free: drafts take so little time that they are made for every sequence, also to learn how
     often they would have been right. num_classes: drafts of a class are accepted about equally
     often; the class after one, as the next draft of a chain has it, is the next number, and the
-    last class goes on for ever.
+    last class goes on for ever. taps: of the target's steps, what `end_step` reads from its output.
     """
 
     is_free = False
     num_classes = 1
+    taps: tuple[str, ...] = ()
 
     def create(self, sequence: Sequence) -> Any:
         """What the source keeps about a sequence as long as that lives."""

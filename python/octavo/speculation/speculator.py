@@ -68,7 +68,8 @@ class _Step:
 class Speculator(Drafter):
     """Drafts of one source, in numbers that follow acceptance and the time of steps.
 
-    depth: the most drafts of a sequence. adaptive: False: always as many.
+    depth: the most drafts of a sequence. adaptive: False: always as many. is_paused: no drafts for
+    now, and nothing is learned.
     """
 
     def __init__(
@@ -79,12 +80,18 @@ class Speculator(Drafter):
         adaptive: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self.is_paused = False
+        self.taps = source.taps
+        self._clock = clock
+        self.use(source, depth, adaptive=adaptive)
+
+    def use(self, source: DraftSource, depth: int, *, adaptive: bool = True) -> None:
+        """Draft from this source from now on, for requests to come, and forget what was learned."""
         self.source = source
         self.depth = depth
         self.costs = StepCosts()
         self.rates = [_FIRST_RATE] * source.num_classes
         self._adaptive = adaptive
-        self._clock = clock
         self._account = _Account()
         self._round_seconds = 0.0  # to make one draft for all sequences
         self._step = _Step()
@@ -95,9 +102,11 @@ class Speculator(Drafter):
         """Choose and make the drafts for every sequence of the step."""
         started = self._clock()
         self._step = _Step()
+        if self.is_paused:
+            return
         sequences = list(running)
         self.source.begin_step(sequences)
-        decoding = [sequence for sequence in sequences if sequence.num_uncomputed_tokens <= 1]
+        decoding = [sequence for sequence in sequences if not sequence.is_in_prefill]
         self._num_decodes = max(1, len(decoding))
         ready: list[tuple[Sequence, _Drafting]] = []
         for sequence in decoding:
@@ -136,6 +145,8 @@ class Speculator(Drafter):
 
     def awaits(self, sequence: Sequence) -> bool:
         """Whether drafts after the tokens known now would pay, if the next token comes true."""
+        if self.is_paused:
+            return False
         known = self._known(sequence)
         if known.kind < 0:
             return False
@@ -146,13 +157,15 @@ class Speculator(Drafter):
 
     def end_step(self, schedule: Schedule, output: Any, seconds: float) -> None:
         """Learn what a step of this size costs, and whether its drafts have paid."""
+        if self.is_paused:
+            return
         spent = self._spent.pop(schedule.number, 0.0)
         self._spent = {n: s for n, s in self._spent.items() if n > schedule.number}
         entries = schedule.entries
         num_drafts = sum([len(entry.draft_token_ids) for entry in entries])
         accepted = _count_accepted(schedule, output.token_ids.tolist())
         self.source.end_step(schedule, output, accepted)
-        if schedule.num_tokens != len(entries) + num_drafts:
+        if schedule.scored or schedule.num_tokens != len(entries) + num_drafts:
             return  # some of it are prompts
         first = not self.costs.is_known(len(entries))
         if num_drafts and not first:
