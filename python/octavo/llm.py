@@ -187,7 +187,7 @@ class LLM(LoadedModel):
 
     def beam_search(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: EncodedPrompt | Prompt | Sequence[Prompt],
         params: BeamSearchParams,
         *,
         progress: bool = True,
@@ -200,16 +200,13 @@ class LLM(LoadedModel):
         `generate(num_beams=...)`. Raises InvalidArgumentError where the beams could not fit.
         """
         call = Call(self._shared)
-        many, items = split_prompts(prompts)
-        encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
-        stops = set(params.stop_token_ids)
-        stops |= set() if params.ignore_eos else self.engine.eos_token_ids
+        if isinstance(prompts, EncodedPrompt):
+            encoded = [prompts]
+        else:
+            many, items = split_prompts(prompts)
+            encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
         each = [params.sampling_params()] * len(encoded)
-        searches = []
-        for prompt in encoded:
-            num_prompt = len(prompt.token_ids)
-            room = self.engine.scheduler.max_total_tokens(num_prompt, params.max_tokens)
-            searches.append(BeamSearch(params, stops, room - num_prompt))
+        searches = [self.make_search(params, len(prompt.token_ids)) for prompt in encoded]
         return self._run_all(call, encoded, each, progress, adapter, searches)
 
     def stream(
