@@ -1,4 +1,4 @@
-"""octavo: a readable, verifiable inference engine for Llama-family language models.
+"""octavo: a readable, verifiable inference engine for open language models.
 
     from octavo import LLM, SamplingParams
     llm = LLM("smollm2-135m")

@@ -156,23 +156,26 @@ def test_depths_know_the_price_of_drafts_and_the_budget() -> None:
 
 
 class Coin(DraftSource):
-    """A draft is right with a probability; a token of the truth is 1."""
+    """A draft is right with a probability; a token of the truth is 1.
 
-    is_free = True
+    price: seconds of drafts for one place, of all sequences together; 0: it is free.
+    """
 
-    def __init__(self, chance: float) -> None:
+    def __init__(self, chance: float, price: float = 0.0) -> None:
         self.rng, self.chance = random.Random(7), chance
+        self.price, self.now, self.is_free = price, 0.0, not price
 
     def draft(self, wanted: Any) -> Any:
+        self.now += self.price * max(count for _, _, count in wanted)
         return [[int(self.rng.random() < self.chance) for _ in range(n)] for _, _, n in wanted]
 
 
 def simulate(
-    chance: Any, time_of: Any, num_steps: int = 600, batch: int = 1
+    chance: Any, time_of: Any, num_steps: int = 600, batch: int = 1, price: float = 0.0
 ) -> tuple[float, float, Speculator]:
     """Seconds that a stream of steps takes, those that it takes without drafts, and the drafter."""
-    source = Coin(0.0)
-    drafter = Speculator(source, 5, clock=lambda: 0.0)
+    source = Coin(0.0, price)
+    drafter = Speculator(source, 5, clock=lambda: source.now)
     params = SamplingParams(max_tokens=10**6)
     sequences = [Sequence(i, [3, 4 + i], params) for i in range(batch)]
     total = plain = 0.0
@@ -180,12 +183,12 @@ def simulate(
         source.chance = chance(number)
         for sequence in sequences:
             sequence.num_computed_tokens = sequence.num_tokens - 1
-        step = ScheduleBuilder(number, 512, 0.0)
+        step, started = ScheduleBuilder(number, 512, 0.0, 8), source.now
         drafter.begin_step(sequences, step)
         for sequence in sequences:
             step.add(sequence, 1, 1, tuple(drafter.propose(sequence)))
         schedule = step.schedule(batch)
-        seconds = time_of(schedule.num_tokens)
+        seconds = time_of(schedule.num_tokens) + source.now - started
         tokens = np.ones(len(schedule.row_sequences), np.int32)
         drafter.end_step(schedule, SimpleNamespace(token_ids=tokens), seconds)
         emitted = 0
@@ -217,6 +220,17 @@ def test_drafts_never_cost_much(times: str, batch: int, chance: float) -> None:
     assert plain / total > 0.97
 
 
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.7, 0.95])
+@pytest.mark.parametrize("price", [0.02, 0.3, 0.9])
+def test_drafts_that_cost_time_never_cost_much(chance: float, price: float) -> None:
+    """A draft model: what is not drafted teaches nothing, and is tried again at times."""
+    total, plain, _ = simulate(lambda _: chance, TIMES["flat"], price=price)
+    assert plain / total > 0.97
+    tokens = [sum(chance**i for i in range(k + 1)) for k in range(6)]
+    foretold = max(t / (1.02 + k * (0.01 + price)) * 1.01 for k, t in enumerate(tokens))
+    assert plain / total > 0.85 * foretold
+
+
 def test_good_drafts_pay_and_are_found_again() -> None:
     total, plain, drafter = simulate(lambda _: 0.9, TIMES["flat"])
     assert plain / total > 3.5
@@ -239,9 +253,9 @@ def test_sequences_in_prefill_stop_drafts_of_others() -> None:
     params = SamplingParams(max_tokens=50)
     decoding, prompt = Sequence("a", [1, 2, 3], params), Sequence("b", [1] * 30, params)
     decoding.num_computed_tokens = 2
-    drafter.begin_step([decoding], ScheduleBuilder(0, 64, 0.0))
+    drafter.begin_step([decoding], ScheduleBuilder(0, 64, 0.0, 8))
     assert len(drafter.propose(decoding)) > 1
-    drafter.begin_step([decoding, prompt], ScheduleBuilder(1, 64, 0.0))
+    drafter.begin_step([decoding, prompt], ScheduleBuilder(1, 64, 0.0, 8))
     assert not drafter.propose(decoding)
 
 
@@ -249,7 +263,7 @@ def test_what_is_not_decoded_alone_is_not_measured() -> None:
     drafter = Speculator(Coin(1.0), 4, clock=lambda: 0.0)
     sequence = Sequence("a", [1] * 9, SamplingParams())
     entry = ScheduledSequence(sequence, 0, 9, 1)
-    step = ScheduleBuilder(0, 64, 0.0)
+    step = ScheduleBuilder(0, 64, 0.0, 8)
     step.entries.append(entry)
     step.num_tokens = 9
     drafter.end_step(step.schedule(0), SimpleNamespace(token_ids=np.ones(1, np.int32)), 5.0)

@@ -185,7 +185,7 @@ def _octavo(
         ),
     ] = False,
 ) -> None:
-    """Run Llama-family language models, and check that the answers are right."""
+    """Run language models, and check that the answers are right."""
 
 
 def _usage_message(error: Exception) -> str | None:

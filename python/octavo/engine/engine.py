@@ -271,6 +271,7 @@ class Engine(Endings):
         """Give the memory of weights and cache back; every later use is an EngineClosedError."""
         self._abandon_steps()
         self.guard.close()
+        self.scheduler.drafter = None  # which may hold a model of its own
         del self.runtime, self.adapters, self.drafter, self._pipeline
 
     def stats(self) -> EngineStats:

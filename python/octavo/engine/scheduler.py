@@ -56,7 +56,7 @@ class Scheduler(SequenceQueues):
         self.num_preemptions = 0
         self.waiting_reason: str | None = None  # of the first in the queue; None: it is empty
         self.draft_counts = DraftCounts()
-        self._drafter = drafter
+        self.drafter = drafter
         self._arrival_numbers = itertools.count()
         self._noted_wait: tuple[object, str | None] | None = None
 
@@ -216,7 +216,7 @@ class Scheduler(SequenceQueues):
     # ---- what a step computes ----
 
     def _schedule_decodes(self, step: ScheduleBuilder) -> None:
-        drafter = self._drafter
+        drafter = self.drafter
         if drafter is not None:
             drafter.begin_step(self._running, step)
         index = 0
@@ -270,9 +270,9 @@ class Scheduler(SequenceQueues):
         """
         longest = min(sequence.max_total_tokens - 1, self.limits.longest(sequence.rope_set))
         room = min(budget - num_behind, longest - sequence.num_tokens)
-        if self._drafter is None or room < 1:
+        if self.drafter is None or room < 1:
             return ()
-        drafts = tuple(self._drafter.propose(sequence)[:room])
+        drafts = tuple(self.drafter.propose(sequence)[:room])
         num_tokens = sequence.num_tokens + len(drafts)
         return drafts if self.blocks.reserve(sequence.key, num_tokens, num_behind) else ()
 

@@ -106,7 +106,7 @@ class Speculator(Drafter):
             return
         sequences = list(running)
         self.source.begin_step(sequences)
-        decoding = [sequence for sequence in sequences if sequence.num_uncomputed_tokens <= 1]
+        decoding = [sequence for sequence in sequences if not sequence.is_in_prefill]
         self._num_decodes = max(1, len(decoding))
         ready: list[tuple[Sequence, _Drafting]] = []
         for sequence in decoding:
@@ -165,7 +165,7 @@ class Speculator(Drafter):
         num_drafts = sum([len(entry.draft_token_ids) for entry in entries])
         accepted = _count_accepted(schedule, output.token_ids.tolist())
         self.source.end_step(schedule, output, accepted)
-        if schedule.num_tokens != len(entries) + num_drafts:
+        if schedule.scored or schedule.num_tokens != len(entries) + num_drafts:
             return  # some of it are prompts
         first = not self.costs.is_known(len(entries))
         if num_drafts and not first:
