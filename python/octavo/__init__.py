@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from octavo.errors import OctavoError
     from octavo.llm import LLM
     from octavo.sampling_params import SamplingParams
+    from octavo.search.params import BeamSearchParams
     from octavo.structured_outputs import StructuredOutputs
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
     "OctavoError",
@@ -37,6 +39,7 @@ __all__ = [
 _MODULES = {
     "LLM": "octavo.llm",
     "AsyncLLM": "octavo.async_llm",
+    "BeamSearchParams": "octavo.search.params",
     "CompletionOutput": "octavo.engine.outputs",
     "EngineConfig": "octavo.config",
     "OctavoError": "octavo.errors",
