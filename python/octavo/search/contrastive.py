@@ -18,12 +18,7 @@ from octavo.config import EngineConfig, read_environment
 from octavo.engine.request import FinishReason
 from octavo.engine.search import MAX_CANDIDATES, Candidates, Move
 from octavo.errors import InvalidArgumentError
-from octavo.runtime.loader import load_runtime
-from octavo.runtime.session import Session
 from octavo.sampling_params import Limits, SamplingParams
-from octavo.weights.checkpoint import open_checkpoint
-from octavo.weights.hub import resolve_model
-from octavo.weights.model_files import read_model
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,12 @@ class Amateur:
     """
 
     def __init__(self, model: str, config: EngineConfig, vocab_size: int) -> None:
+        from octavo.runtime.loader import load_runtime
+        from octavo.runtime.session import Session
+        from octavo.weights.checkpoint import open_checkpoint
+        from octavo.weights.hub import resolve_model
+        from octavo.weights.model_files import read_model
+
         environment = read_environment()
         files = read_model(resolve_model(model, environment))
         if files.spec.vocab_size != vocab_size:
