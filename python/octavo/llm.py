@@ -36,6 +36,8 @@ from octavo.prompts import (
     split_prompts,
 )
 from octavo.sampling_params import SamplingParams
+from octavo.search.beam import BeamSearch
+from octavo.search.params import BeamSearchParams
 
 if TYPE_CHECKING:
     from octavo.runtime.loader import LoadProgress
@@ -183,6 +185,30 @@ class LLM(LoadedModel):
         encoded = for_each(conversations, encode, "conversation" if many else None)
         return self._run_all(call, encoded, params, progress, adapter)
 
+    def beam_search(
+        self,
+        prompts: EncodedPrompt | Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        progress: bool = True,
+        adapter: str | None = None,
+    ) -> list[RequestOutput]:
+        """Search for the best continuations of one prompt or many; arguments as for `generate`.
+
+        The outputs of a prompt are its beam_width answers, the best first: by log-probability over
+        length to the power of length_penalty. The tokens are those of transformers'
+        `generate(num_beams=...)`. Raises InvalidArgumentError where the beams could not fit.
+        """
+        call = Call(self._shared)
+        if isinstance(prompts, EncodedPrompt):
+            encoded = [prompts]
+        else:
+            many, items = split_prompts(prompts)
+            encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
+        each = [params.sampling_params()] * len(encoded)
+        searches = [self.make_search(params, len(prompt.token_ids)) for prompt in encoded]
+        return self._run_all(call, encoded, each, progress, adapter, searches)
+
     def stream(
         self,
         prompt: AnyPrompt,
@@ -250,6 +276,7 @@ class LLM(LoadedModel):
         params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
         adapter: str | None,
+        searches: Sequence[BeamSearch] = (),
     ) -> list[RequestOutput]:
         each = params_for_each(params, len(prompts))
         pairs = list(zip(prompts, each, strict=True))
@@ -263,7 +290,11 @@ class LLM(LoadedModel):
         if progress and prompts:
             bar = request_bar(self._bar_turn, len(prompts), lambda: self.engine.num_sampled_tokens)
         with call, bar as advance:
-            call.ask([Asked(i, *pair, adapter=adapter) for i, pair in enumerate(pairs)])
+            asked = [Asked(i, *pair, adapter=adapter) for i, pair in enumerate(pairs)]
+            if searches:
+                found = zip(asked, searches, strict=True)
+                asked = [one._replace(search=search) for one, search in found]
+            call.ask(asked)
             on_step = advance and partial(advance, 0)
             while (arrival := call.take(on_step)) is not None:
                 results[arrival.key] = arrival.chunk.result

@@ -12,6 +12,8 @@ from octavo.config import EngineConfig, read_environment
 from octavo.engine.engine import Engine
 from octavo.errors import InvalidArgumentError, TokenizerError
 from octavo.prompts import AnyPrompt, Conversation, EncodedPrompt, Prompt, prompt_of
+from octavo.search.beam import BeamSearch
+from octavo.search.params import BeamSearchParams
 from octavo.speculative_config import read_speculative_config
 
 if TYPE_CHECKING:
@@ -88,6 +90,13 @@ class LoadedModel:
             )
         text = template.render(messages, **template_variables)
         return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens), is_chat=True)
+
+    def make_search(self, params: BeamSearchParams, num_prompt_tokens: int) -> BeamSearch:
+        """A beam search after a prompt of so many tokens, for `Engine.add_request`."""
+        stops = set(params.stop_token_ids)
+        stops |= set() if params.ignore_eos else self.engine.eos_token_ids
+        end = self.engine.scheduler.max_total_tokens(num_prompt_tokens, params.max_tokens)
+        return BeamSearch(params, stops, end - num_prompt_tokens)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -321,6 +321,25 @@ def test_references_of_every_kind(grammars: Grammars) -> None:
     assert not follows(grammars, StructuredOutputs(json=old), "[3]")
 
 
+@pytest.mark.parametrize("whole", [6, -24, 0, 1000])
+@pytest.mark.parametrize("width", [0.25, 0.5, 1, 3])
+@pytest.mark.parametrize("above", [True, False])
+def test_a_number_is_never_its_exclusive_limit(
+    grammars: Grammars, whole: int, width: float, above: bool
+) -> None:
+    low, high = ("exclusiveMinimum", "maximum") if above else ("exclusiveMaximum", "minimum")
+    far = whole + width if above else whole - width
+    near = whole + 0.125 if above else whole - 0.125
+    for schema in (
+        {low: whole, high: far, "type": "number"},
+        {"allOf": [{low: float(whole)}, {high: far}], "type": "number"},
+    ):
+        wanted = StructuredOutputs(json=schema)
+        for text in (f"{whole}", f"{whole}.0", f"{whole}.00"):
+            assert not follows(grammars, wanted, text)
+        assert follows(grammars, wanted, f"{near}")
+
+
 def test_kept_grammars_are_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, _ = make("byte_level")
     grammars = Grammars(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids)

@@ -87,7 +87,10 @@ def pack_sampling(
         "top_p": [max(p.top_p, _TINY) for p in params],
         "seed": [p.seed or 0 for p in params],
         "sample_index": [sequence.sample_index for sequence in sequences],
-        "num_logprobs": [-1 if p.logprobs is None else min(p.logprobs, vocab_size) for p in params],
+        "num_logprobs": [
+            sequence.num_candidates or (-1 if p.logprobs is None else min(p.logprobs, vocab_size))
+            for sequence, p in zip(sequences, params, strict=True)
+        ],
         "state_row": state_rows,
     }
     for name in _OF_A_STEP:

@@ -41,6 +41,7 @@ class SequenceState(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+    IDLE = "idle"  # a beam of a search that has no part in it now
 
 
 @dataclass(eq=False, slots=True, repr=False)
@@ -61,7 +62,9 @@ class Sequence:
     not through the model alone: penalties, grammars.
     num_cached_tokens: how many of its tokens were in the cache when it was first admitted.
     num_published_blocks: how many of its blocks are full and were offered to others. state_row:
-    where the device keeps its last sampled token, while it runs.
+    where the device keeps its last sampled token, while it runs. num_candidates: of a beam of a
+    search, how many of the most probable next tokens are wanted; 0: it is none. Such a sequence
+    pauses after each token, until its search decides.
     """
 
     key: Hashable
@@ -74,6 +77,7 @@ class Sequence:
     cache_salt: str | None = None
     adapter: Loan = NO_ADAPTER
     leader: Sequence | None = None
+    num_candidates: int = 0
     token_ids: list[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = field(default=0, init=False)
@@ -170,7 +174,13 @@ class Sequence:
 
         Not while it watches the answer, nor until min_tokens are sampled: the end is forbidden.
         """
-        return self.num_output_tokens >= self.params.min_tokens and not self.watches_answer
+        is_free = not self.watches_answer and not self.num_candidates
+        return is_free and self.num_output_tokens >= self.params.min_tokens
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it is a beam that waits for the others of its search."""
+        return bool(self.num_candidates) and not self.num_uncomputed_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -194,8 +204,8 @@ class Request:
     tokenizers. kept_special_ids: special tokens that the text holds even where the others are
     skipped, such as the tags around calls of tools. priority: lower is more urgent. deadline: when
     it ends, answered or not. cache_salt: only requests with the same one share cached keys and
-    values. grammar: what its answers follow. Times are seconds of the engine's clock,
-    `time.monotonic` unless told otherwise.
+    values. grammar: what its answers follow. num_beams, num_candidates: of a search (search.py); 0:
+    none. Times are seconds of the engine's clock, `time.monotonic` unless told otherwise.
     """
 
     request_id: str
@@ -210,6 +220,8 @@ class Request:
     cache_salt: str | None = None
     adapter: Loan = NO_ADAPTER
     grammar: Grammar | None = None
+    num_beams: int = 0
+    num_candidates: int = 0
     sequences: tuple[Sequence, ...] = ()
     error: str | None = None
     arrival_time: float = field(default_factory=time.monotonic)
@@ -218,7 +230,10 @@ class Request:
 
     def __post_init__(self) -> None:
         first = self._sequence(0, None)
-        self.sequences = (first, *(self._sequence(i, first) for i in range(1, self.params.n)))
+        number = self.num_beams or self.params.n
+        self.sequences = (first, *(self._sequence(i, first) for i in range(1, number)))
+        for beam in self.sequences[1 : self.num_beams]:
+            beam.state = SequenceState.IDLE
 
     def _sequence(self, index: int, leader: Sequence | None) -> Sequence:
         return Sequence(
@@ -231,6 +246,7 @@ class Request:
             cache_salt=self.cache_salt,
             adapter=self.adapter,
             leader=leader,
+            num_candidates=self.num_candidates,
         )
 
     @property

@@ -150,6 +150,9 @@ class SchemaReader:
             found[key] = item
         elif key in ("exclusiveMinimum", "exclusiveMaximum"):
             _read_exclusive(found, place.value, key)
+        elif key in ("minimum", "maximum") and key in found:  # moved there already
+            tighter = max if key == "minimum" else min
+            found[key] = tighter(item, found[key]) if isinstance(item, (int, float)) else item
         elif key in _PLAIN:
             found[key] = item
 
@@ -201,14 +204,25 @@ def _check_multiple(place: Place, item: Any) -> None:
 
 
 def _read_exclusive(found: dict[str, Any], value: Mapping[str, Any], key: str) -> None:
-    """Draft 4 has a switch beside the limit; later ones have the limit itself."""
+    """Draft 4 has a switch beside the limit; later ones have the limit itself.
+
+    llguidance 1.9 takes 118 for a number above 118 and below 118.5. So the limit is moved by a
+    millionth where it is a whole number; numbers in between are left out.
+    """
+    plain = "minimum" if key == "exclusiveMinimum" else "maximum"
     limit = value[key]
-    if not isinstance(limit, bool):
+    if limit is True:
+        limit = value.get(plain)
+    if isinstance(limit, bool) or limit is None:
+        return
+    is_whole = isinstance(limit, (int, float)) and abs(limit) < 1e8 and limit == int(limit)
+    if not is_whole or value.get("type") == "integer":
         found[key] = limit
-    elif limit:
-        plain = "minimum" if key == "exclusiveMinimum" else "maximum"
-        if plain in value:
-            found[key] = value[plain]
+        return
+    moved = limit + (1e-6 if plain == "minimum" else -1e-6)
+    other = found.get(plain, moved)
+    tighter = max if plain == "minimum" else min
+    found[plain] = tighter(moved, other) if isinstance(other, (int, float)) else other
 
 
 def _endless(root: Mapping[str, Any]) -> Mapping[str, Any] | None:
