@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,12 @@ class SamplingParams:
         temperature.
     skip_special_tokens: leave special tokens out of the text.
     n: how many answers to draw for the prompt.
+    top_n_sigma: keep tokens whose logits are within so many standard deviations of the largest; 0
+        (or -1) keeps all. This and the next three are explained in docs/sampling.md.
+    typical_p: keep the tokens whose surprise is closest to the expected one, until they reach this
+        probability; 1 keeps all.
+    xtc_probability: how often XTC leaves out the most probable tokens; 0: never. These are the ones
+        that have xtc_threshold of the probability or more, except for the least probable of them.
     """
 
     temperature: float = _limited(1.0, 0.0, None, "0 for greedy")
@@ -96,17 +103,28 @@ class SamplingParams:
     logprobs: int | None = _limited(None, 0, MAX_LOGPROBS, "None for none")
     skip_special_tokens: bool = True
     n: int = _limited(1, 1, None, "ask for at least one answer")
+    top_n_sigma: float = _limited(0.0, -1.0, None, "0 to keep all tokens")
+    typical_p: float = _limited(1.0, 0.0, 1.0, "1 to keep all tokens")
+    xtc_probability: float = _limited(0.0, 0.0, 1.0, "0 for never")
+    xtc_threshold: float = _limited(0.1, 0.0, 1.0, "above 0.5 it leaves out nothing")
 
     def __post_init__(self) -> None:
         checked = {each.name: self._checked(each) for each in fields(self)}
         if checked["top_k"] == -1:
             checked["top_k"] = 0
+        if checked["top_n_sigma"] < 0:
+            checked["top_n_sigma"] = 0.0
         if checked["seed"] is not None:
             checked["seed"] &= MAX_SEED
         if checked["max_tokens"] is not None:
             Limits(0, checked["max_tokens"], "0 for any").check("min_tokens", checked["min_tokens"])
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    @functools.cached_property
+    def has_unusual_filters(self) -> bool:
+        """Whether one of the filters is on that few requests use; asked before every step."""
+        return self.top_n_sigma > 0 or self.typical_p < 1 or self.xtc_probability > 0
 
     def _checked(self, option: Field[Any]) -> Any:
         """The value of a field as it is kept; InvalidArgumentError names what is wrong with it."""
