@@ -41,6 +41,8 @@ def beam_search(
     token's log-probability for each beam of an earlier group that has chosen it in this step (the
     paper's Hamming diversity).
     """
+    if num_beams == 1:  # greedy decoding, which ends with its first answer
+        early_stopping = True
     width = num_beams // num_groups
     groups: list[Beams] = [{(): np.float32(0)} for _ in range(num_groups)]
     answers: list[Answers] = [[] for _ in range(num_groups)]
@@ -82,12 +84,11 @@ def _step(
     names, vocab = list(beams), rows.shape[1]
     kept = [((*names[i // vocab], int(i % vocab)), sums.flat[i]) for i in order]
     going: Beams = {}
-    was_full = len(answers) >= width
     for rank, (tokens, score) in enumerate(kept):
         if tokens[-1] not in stops and length < max_tokens:
             if len(going) < width:
                 going[tokens] = score
-        elif rank < width and not (was_full and early_stopping is True):
+        elif rank < width:
             answers.append((np.float32(score / np.float32(length**length_penalty)), tokens))
     answers.sort(key=lambda answer: -answer[0])
     del answers[width:]
@@ -100,3 +101,19 @@ def _step(
         if not best > answers[-1][0]:
             return {}
     return going
+
+
+def contrastive_choice(expert: Float32, amateur: Float32, alpha: float, temperature: float) -> int:
+    """The next token of contrastive decoding (Li et al. 2022, arXiv 2210.15097).
+
+    expert, amateur: log-probabilities of a large and a small model, float32 (vocab_size,). Of the
+    tokens whose probability for the expert is at least alpha times the largest (the paper's
+    plausibility constraint) the one with the largest log p_expert - log p_amateur; of equals the
+    one that the expert prefers. temperature: of the amateur; below 1 it is surer of itself.
+    """
+    scaled = amateur / np.float32(temperature)
+    scaled = scaled - np.log(np.sum(np.exp(scaled - scaled.max()))) - scaled.max()
+    plausible = expert >= expert.max() + np.log(np.float32(alpha))
+    scores = np.where(plausible, expert - scaled, np.float32(-np.inf))
+    best = np.flatnonzero(scores == scores.max())
+    return int(best[np.argmax(expert[best])])

@@ -16,6 +16,7 @@ from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestMetrics, RequestOutput
 from octavo.engine.request import derive_seed
+from octavo.engine.search import Search
 from octavo.engine.shared import Asked, Call, SharedEngine, SharedIterator
 from octavo.errors import (
     EngineClosedError,
@@ -36,7 +37,7 @@ from octavo.prompts import (
     split_prompts,
 )
 from octavo.sampling_params import SamplingParams
-from octavo.search.beam import BeamSearch
+from octavo.search.contrastive import Amateur, ContrastiveDecoding, ContrastiveParams
 from octavo.search.params import BeamSearchParams
 
 if TYPE_CHECKING:
@@ -209,6 +210,38 @@ class LLM(LoadedModel):
         searches = [self.make_search(params, len(prompt.token_ids)) for prompt in encoded]
         return self._run_all(call, encoded, each, progress, adapter, searches)
 
+    def contrastive_decoding(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        amateur: str | Path,
+        params: ContrastiveParams | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer with what this model finds likely and a smaller one does not (Li et al. 2022).
+
+        amateur: the smaller model, of the same vocabulary; it is loaded for this call. Otherwise as
+        `generate`. InvalidArgumentError for another vocabulary.
+        """
+        call = Call(self._shared)
+        params = params or ContrastiveParams()
+        many, items = split_prompts(prompts)
+        encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
+        vocab_size = self.engine.vocab_size
+        options = self.engine.options
+        blocks = -(-options.max_model_len // options.block_size) * len(encoded)
+        config = replace(self.config, num_kv_blocks=blocks, max_num_seqs=max(len(encoded), 1))
+        small = Amateur(str(amateur), config, vocab_size)
+        small.restart(len(encoded))
+        searches = []
+        for index, prompt in enumerate(encoded):
+            stops, room = self.ends(params, len(prompt.token_ids))
+            ids = list(prompt.token_ids)
+            search = ContrastiveDecoding(params, small, index, ids, stops, room, vocab_size)
+            searches.append(search)
+        each = [params.sampling_params()] * len(encoded)
+        return self._run_all(call, encoded, each, progress, None, searches)
+
     def stream(
         self,
         prompt: AnyPrompt,
@@ -276,7 +309,7 @@ class LLM(LoadedModel):
         params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
         adapter: str | None,
-        searches: Sequence[BeamSearch] = (),
+        searches: Sequence[Search] = (),
     ) -> list[RequestOutput]:
         each = params_for_each(params, len(prompts))
         pairs = list(zip(prompts, each, strict=True))

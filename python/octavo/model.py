@@ -13,6 +13,7 @@ from octavo.engine.engine import Engine
 from octavo.errors import InvalidArgumentError, TokenizerError
 from octavo.prompts import AnyPrompt, Conversation, EncodedPrompt, Prompt, prompt_of
 from octavo.search.beam import BeamSearch
+from octavo.search.contrastive import ContrastiveParams
 from octavo.search.params import BeamSearchParams
 from octavo.speculative_config import read_speculative_config
 
@@ -93,10 +94,16 @@ class LoadedModel:
 
     def make_search(self, params: BeamSearchParams, num_prompt_tokens: int) -> BeamSearch:
         """A beam search after a prompt of so many tokens, for `Engine.add_request`."""
+        return BeamSearch(params, *self.ends(params, num_prompt_tokens))
+
+    def ends(
+        self, params: BeamSearchParams | ContrastiveParams, num_prompt_tokens: int
+    ) -> tuple[set[int], int]:
+        """Tokens that end an answer, and the length at which it ends in any case."""
         stops = set(params.stop_token_ids)
         stops |= set() if params.ignore_eos else self.engine.eos_token_ids
         end = self.engine.scheduler.max_total_tokens(num_prompt_tokens, params.max_tokens)
-        return BeamSearch(params, stops, end - num_prompt_tokens)
+        return stops, end - num_prompt_tokens
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -272,7 +272,7 @@ def _record(
         "prompt": result.prompt,
         "prompt_token_ids": list(result.prompt_token_ids),
         **{key: value for key, value in answers[0].items() if key != "index"},
-        **({"answers": answers} if params.n > 1 else {}),
+        **({"answers": answers} if len(result.outputs) > 1 else {}),
         "seed": params.seed,
         "error": result.error,
         "usage": {

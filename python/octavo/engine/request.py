@@ -16,11 +16,9 @@ from __future__ import annotations
 import enum
 import hashlib
 import time
-from bisect import bisect_left, insort
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import KW_ONLY, InitVar, dataclass, field
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.engine.adapters import NO_ADAPTER, Loan
@@ -265,34 +263,3 @@ def derive_seed(engine_seed: int, label: str) -> int:
     text = f"{engine_seed}:{label}".encode("utf-8", errors="surrogatepass")
     digest = hashlib.blake2b(text, digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-class RankedQueue:
-    """Sequences sorted by their rank, which never changes: insertion finds its place by bisection.
-
-    The most urgent one comes first. A list suffices: to move ten thousand pointers along takes a
-    microsecond or two.
-    """
-
-    def __init__(self) -> None:
-        self._items: list[Sequence] = []
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._items)
-
-    def __getitem__(self, index: int) -> Sequence:
-        return self._items[index]
-
-    def add(self, sequence: Sequence) -> None:
-        """Put the sequence where its rank belongs."""
-        insort(self._items, sequence, key=attrgetter("rank"))
-
-    def remove(self, sequence: Sequence) -> None:
-        """Take the sequence out; ValueError if it is not in the queue."""
-        index = bisect_left(self._items, sequence.rank, key=attrgetter("rank"))
-        if index == len(self._items) or self._items[index] is not sequence:
-            raise ValueError(f"{sequence!r} is not in the queue")
-        del self._items[index]

@@ -60,6 +60,8 @@ class BeamSearch:
         self._params = params
         self._stops = frozenset(stop_token_ids)
         self._max_tokens = max_tokens
+        # One beam is greedy decoding, which ends with its first answer.
+        self._early_stopping = True if params.beam_width == 1 else params.early_stopping
         num_groups = params.num_beam_groups
         self._width = params.beam_width // num_groups
         # With so many, at least `width` are left that do not end.
@@ -107,7 +109,7 @@ class BeamSearch:
         ended = [ends_now or beam.token_ids[-1] in self._stops for _, beam in kept]
         going = [each for each, is_end in zip(kept, ended, strict=True) if not is_end]
         for (_, beam), is_end in zip(kept[: self._width], ended, strict=False):
-            if is_end and not (self._is_full(group) and self._params.early_stopping is True):
+            if is_end:
                 self._finish(group, beam)
         parents = [parent for parent, _ in going[: self._width]]
         group.beams = [beam for _, beam in going[: self._width]]
@@ -145,7 +147,7 @@ class BeamSearch:
     def _cannot_improve(self, group: Group) -> bool:
         if not self._is_full(group):
             return False
-        early, penalty = self._params.early_stopping, self._params.length_penalty
+        early, penalty = self._early_stopping, self._params.length_penalty
         if early is True:
             return True
         length = self._max_tokens if early == "never" and penalty > 0 else self._length + 1

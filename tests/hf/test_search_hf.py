@@ -1,4 +1,4 @@
-"""Beam search gives the tokens of transformers' `generate(num_beams=...)`."""
+"""Beam search is that of `generate(num_beams=...)`; contrastive decoding is the paper's."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import torch
 from reference_helpers import SMOLLM2_MISSING, smollm2_path
 
 from hf.hf_models import SHAPES, make_hf_model
+from octavo.errors import InvalidArgumentError
 from octavo.llm import LLM
-from octavo.reference.search import beam_search
+from octavo.reference.search import beam_search, contrastive_choice
+from octavo.sampling_params import SamplingParams
+from octavo.search.contrastive import ContrastiveParams
 from octavo.search.params import BeamSearchParams
 
 pytestmark = pytest.mark.hf
@@ -56,6 +59,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     model = make_hf_model({**SHAPES["smollm_9_3x64"], "vocab_size": 131}, seed=4)
     with torch.no_grad():  # flatter, so that beams differ, and answers end at different lengths
         model.lm_head.weight.mul_(0.15)
+        model.lm_head.weight[list(STOPS)] *= 3
     model.generation_config.eos_token_id = list(STOPS)
     model.generation_config.pad_token_id = 0
     model.save_pretrained(tmp_path)
@@ -67,7 +71,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
             logits = model(torch.tensor([tokens])).logits[0, -1]
         return torch.log_softmax(logits.float(), -1).numpy()
 
-    num_ended = 0
+    num_ended = num_changed = 0
     for index, case in enumerate(CASES):
         prompt = np.random.default_rng(index).integers(0, 131, size=3 + index).tolist()
         expected = hf_beams(model, prompt, 12, **case)
@@ -77,9 +81,43 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
             found = beam_search(row, prompt, max_tokens=12, stop_token_ids=STOPS, **case)
             assert [tokens for tokens, _ in found] == expected, case
         shifted = {**case, "length_penalty": case["length_penalty"] + 3.0}
-        if ours(llm, prompt, 12, **shifted) != expected:
-            num_ended += 1000
-    assert num_ended > 2010  # some answers end early, and the penalty matters
+        num_changed += ours(llm, prompt, 12, **shifted) != expected
+    assert num_ended > 10 and num_changed > 3  # some end early, and the penalty matters
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_contrastive_decoding_is_the_papers(tmp_path: Path) -> None:
+    models: list[Any] = []
+    num_changed = 0
+    for index, shape in enumerate(("plain_3x128", "mqa_5_1x80")):
+        model = make_hf_model({**SHAPES[shape], "vocab_size": 131}, seed=index)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+        model.save_pretrained(tmp_path / str(index))
+        models.append(model)
+
+    def row(model: Any, tokens: list[int]) -> np.ndarray:
+        with torch.no_grad():
+            return torch.log_softmax(model(torch.tensor([tokens])).logits[0, -1], -1).numpy()
+
+    llm = LLM(tmp_path / "0", dtype="f32", max_model_len=128, device="cpu")
+    prompts = [np.random.default_rng(i).integers(0, 131, size=5 + 9 * i).tolist() for i in range(3)]
+    for alpha, temperature in ((0.1, 1.0), (0.5, 0.7), (0.01, 1.5)):
+        params = ContrastiveParams(15, alpha, temperature, ignore_eos=True)
+        outputs = llm.contrastive_decoding(prompts, tmp_path / "1", params, progress=False)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            tokens = list(prompt)
+            for _ in range(15):
+                rows = [row(model, tokens) for model in models]
+                tokens.append(contrastive_choice(rows[0], rows[1], alpha, temperature))
+            assert list(output.outputs[0].token_ids) == tokens[len(prompt) :]
+            greedy = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=15))
+            num_changed += greedy[0].outputs[0].token_ids != output.outputs[0].token_ids
+    assert num_changed > 5
+    other = make_hf_model(SHAPES["plain_4x32"])
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(InvalidArgumentError, match="has 307 tokens; expected 131"):
+        llm.contrastive_decoding(prompts, tmp_path / "other")
 
 
 @pytest.mark.slow
