@@ -121,7 +121,7 @@ def test_any_logits(data: st.DataObject, vocab: int, rows: int) -> None:
             top_k=column(st.integers(0, vocab + 1)),
             top_p=column(st.floats(2**-10, 1, width=32)),
             min_p=column(st.just(0.0) | st.floats(2**-20, 1, width=32)),
-            top_n_sigma=column(st.just(0.0) | st.floats(0.01, 4, width=32)),
+            top_n_sigma=column(st.just(0.0) | st.floats(2**-7, 4, width=32)),
             typical_p=column(st.just(1.0) | st.floats(2**-10, 1, width=32)),
             xtc_probability=column(st.sampled_from([0.0, 0.5, 1.0])),
             xtc_threshold=column(st.floats(0, 1, width=32)),
@@ -250,7 +250,8 @@ TAMPERED = {
 
 @pytest.mark.parametrize("name", [*TAMPERED, "masks"])
 def test_an_error_in_any_argument_would_be_found(name: str) -> None:
-    arguments = {**make_rows(7, 60, 257), "masks": random_masks(7, 60, 257)}
+    rows = 300 if name.startswith("xtc") else 60  # few rows have tokens that XTC leaves out
+    arguments = {**make_rows(7, rows, 257), "masks": random_masks(7, rows, 257)}
     if name == "masks":
         turned = arguments["masks"].view(np.uint8)[:, ::-1].copy().view(np.int32)
         wrong = {**arguments, "masks": turned}
