@@ -317,6 +317,7 @@ def test_no_floats_are_made(
     kind: str, code_bytes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor, where a weight is read in runs, all of its codes; its scales are kept for afterwards."""
+    monkeypatch.setattr(gguf_blocks, "_usable_cores", lambda: 1)  # each has scratch memory
     path = tmp_path / "tiny.gguf"
     write_gguf(path, gguf_config(vocab_size=30_000, num_hidden_layers=1), kind=kind)
     checkpoint = open_checkpoint(read_model(path))
