@@ -1,4 +1,4 @@
-"""octavo: a readable, verifiable inference engine for Llama-family language models.
+"""octavo: a readable, verifiable inference engine for open language models.
 
     from octavo import LLM, SamplingParams
     llm = LLM("smollm2-135m")
@@ -13,16 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM
     from octavo.config import EngineConfig
     from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
     from octavo.errors import OctavoError
     from octavo.llm import LLM
     from octavo.sampling_params import SamplingParams
+    from octavo.search.params import BeamSearchParams
     from octavo.structured_outputs import StructuredOutputs
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
     "OctavoError",
@@ -34,6 +38,8 @@ __all__ = [
 ]
 _MODULES = {
     "LLM": "octavo.llm",
+    "AsyncLLM": "octavo.async_llm",
+    "BeamSearchParams": "octavo.search.params",
     "CompletionOutput": "octavo.engine.outputs",
     "EngineConfig": "octavo.config",
     "OctavoError": "octavo.errors",

@@ -219,6 +219,8 @@ class RuntimeOptions:
     world_size: int = 1
     first_layer: int = 0
     last_layer: int | None = None
+    # Sequences of more tokens have the rope's other frequencies (`ModelSpec.rope_switch`); 0: none.
+    rope_switch: int = 0
     # Of matrices kept in another format than dtype, by name without ".weight": "layers.3.q".
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)
     # For the scheduler alone.

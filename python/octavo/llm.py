@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,15 @@ from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestMetrics, RequestOutput
 from octavo.engine.request import derive_seed
+from octavo.engine.search import Search
 from octavo.engine.shared import Asked, Call, SharedEngine, SharedIterator
-from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError, WrongProcessError
+from octavo.errors import (
+    EngineClosedError,
+    InvalidArgumentError,
+    OctavoError,
+    TokenizerError,
+    WrongProcessError,
+)
 from octavo.model import LoadedModel, load_model
 from octavo.progress import Advance, request_bar
 from octavo.prompts import (
@@ -30,12 +37,19 @@ from octavo.prompts import (
     split_prompts,
 )
 from octavo.sampling_params import SamplingParams
+from octavo.search.contrastive import Amateur, ContrastiveDecoding, ContrastiveParams
+from octavo.search.params import BeamSearchParams
 
 if TYPE_CHECKING:
     from octavo.runtime.loader import LoadProgress
     from octavo.text.chat import ChatTemplate
+    from octavo.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
+Item = (
+    tuple[Hashable, AnyPrompt, SamplingParams]
+    | tuple[Hashable, AnyPrompt, SamplingParams, str | None]
+)
 
 
 class LLM(LoadedModel):
@@ -103,6 +117,24 @@ class LLM(LoadedModel):
         self._shared = SharedEngine(engine)
         self._bar_turn = threading.Lock()
 
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory of weights and cache. Whoever asks afterwards gets an EngineClosedError.
+
+        Waits for the step that another thread is in; its requests get that error, too.
+        """
+        with suppress(EngineClosedError):
+            self.between_steps(lambda engine: engine.close())
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; a TokenizerError where its directory has none."""
+        return self._need_tokenizer()
+
     def __reduce__(self) -> NoReturn:
         raise WrongProcessError(self.engine.guard.pid, None)
 
@@ -113,6 +145,8 @@ class LLM(LoadedModel):
         *,
         progress: bool = True,
         adapter: str | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continue one prompt or many, batched together; the outputs are in the prompts' order.
 
@@ -121,8 +155,9 @@ class LLM(LoadedModel):
         params: for all prompts, or one for each; None takes the defaults. progress: show a bar on
         stderr. adapter: the name of a LoRA adapter, for all prompts. Every prompt is checked before
         any runs: an InvalidArgumentError says which one is bad. Ctrl-C ends all of them and raises
-        KeyboardInterrupt.
+        KeyboardInterrupt. sampling_params, use_tqdm: vLLM's names of params and progress.
         """
+        params, progress = _one_of(params, sampling_params), progress and use_tqdm
         call = Call(self._shared)
         many, items = split_prompts(prompts)
         encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
@@ -135,18 +170,77 @@ class LLM(LoadedModel):
         *,
         progress: bool = True,
         adapter: str | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or many: lists of {"role": ..., "content": ...}.
 
         template_variables go to the chat template (tools, a date). Otherwise as `generate`.
         """
+        params, progress = _one_of(params, sampling_params), progress and use_tqdm
         call = Call(self._shared)
         many = bool(messages) and not isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Conversation]", messages if many else [messages])
         encode = partial(self.encode_chat, **template_variables)
         encoded = for_each(conversations, encode, "conversation" if many else None)
         return self._run_all(call, encoded, params, progress, adapter)
+
+    def beam_search(
+        self,
+        prompts: EncodedPrompt | Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        progress: bool = True,
+        adapter: str | None = None,
+    ) -> list[RequestOutput]:
+        """Search for the best continuations of one prompt or many; arguments as for `generate`.
+
+        The outputs of a prompt are its beam_width answers, the best first: by log-probability over
+        length to the power of length_penalty. The tokens are those of transformers'
+        `generate(num_beams=...)`. Raises InvalidArgumentError where the beams could not fit.
+        """
+        call = Call(self._shared)
+        if isinstance(prompts, EncodedPrompt):
+            encoded = [prompts]
+        else:
+            many, items = split_prompts(prompts)
+            encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
+        each = [params.sampling_params()] * len(encoded)
+        searches = [self.make_search(params, len(prompt.token_ids)) for prompt in encoded]
+        return self._run_all(call, encoded, each, progress, adapter, searches)
+
+    def contrastive_decoding(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        amateur: str | Path,
+        params: ContrastiveParams | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer with what this model finds likely and a smaller one does not (Li et al. 2022).
+
+        amateur: the smaller model, of the same vocabulary; it is loaded for this call. Otherwise as
+        `generate`. InvalidArgumentError for another vocabulary.
+        """
+        call = Call(self._shared)
+        params = params or ContrastiveParams()
+        many, items = split_prompts(prompts)
+        encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
+        vocab_size = self.engine.vocab_size
+        options = self.engine.options
+        blocks = -(-options.max_model_len // options.block_size) * len(encoded)
+        config = replace(self.config, num_kv_blocks=blocks, max_num_seqs=max(len(encoded), 1))
+        small = Amateur(str(amateur), config, vocab_size)
+        small.restart(len(encoded))
+        searches = []
+        for index, prompt in enumerate(encoded):
+            stops, room = self.ends(params, len(prompt.token_ids))
+            ids = list(prompt.token_ids)
+            search = ContrastiveDecoding(params, small, index, ids, stops, room, vocab_size)
+            searches.append(search)
+        each = [params.sampling_params()] * len(encoded)
+        return self._run_all(call, encoded, each, progress, None, searches)
 
     def stream(
         self,
@@ -165,7 +259,7 @@ class LLM(LoadedModel):
         chunk is asked for, since an iterator without a reader must not run.
         """
         call = Call(self._shared)
-        encoded = self._encode(prompt)
+        encoded = self.encode(prompt)
         params = params or SamplingParams()
         self.engine.check_request(encoded.token_ids, params)
         asked = Asked(None, encoded, params, stream=True, adapter=adapter)
@@ -173,11 +267,12 @@ class LLM(LoadedModel):
 
     def generate_as_completed(
         self,
-        items: Iterable[tuple[Hashable, AnyPrompt, SamplingParams]],
+        items: Iterable[Item],
         max_in_flight: int | None = None,
     ) -> Generator[tuple[Any, RequestOutput], None, None]:
         """Answer any number of (key, prompt or conversation, params), as each one finishes.
 
+        A fourth entry of an item is the name of its LoRA adapter, or None.
         Yields (key, output) in the order of finishing. Items are taken lazily, max_in_flight at a
         time (twice max_num_seqs if None), so the input may be endless. An item that cannot be
         answered is yielded with its `error` set and no outputs, and the others go on. An item
@@ -207,13 +302,6 @@ class LLM(LoadedModel):
         """
         return self._shared.between_steps(function)
 
-    def _encode(self, prompt: AnyPrompt) -> EncodedPrompt:
-        if isinstance(prompt, EncodedPrompt):
-            return prompt
-        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            return self.encode_chat(cast("Conversation", prompt))
-        return self.encode_prompt(cast("Prompt", prompt))
-
     def _run_all(
         self,
         call: Call,
@@ -221,6 +309,7 @@ class LLM(LoadedModel):
         params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
         adapter: str | None,
+        searches: Sequence[Search] = (),
     ) -> list[RequestOutput]:
         each = params_for_each(params, len(prompts))
         pairs = list(zip(prompts, each, strict=True))
@@ -234,7 +323,11 @@ class LLM(LoadedModel):
         if progress and prompts:
             bar = request_bar(self._bar_turn, len(prompts), lambda: self.engine.num_sampled_tokens)
         with call, bar as advance:
-            call.ask([Asked(i, *pair, adapter=adapter) for i, pair in enumerate(pairs)])
+            asked = [Asked(i, *pair, adapter=adapter) for i, pair in enumerate(pairs)]
+            if searches:
+                found = zip(asked, searches, strict=True)
+                asked = [one._replace(search=search) for one, search in found]
+            call.ask(asked)
             on_step = advance and partial(advance, 0)
             while (arrival := call.take(on_step)) is not None:
                 results[arrival.key] = arrival.chunk.result
@@ -243,28 +336,41 @@ class LLM(LoadedModel):
         return [output for output in results if output is not None]
 
     def _as_completed(
-        self, call: Call, source: Iterator[tuple[Hashable, AnyPrompt, SamplingParams]], limit: int
+        self, call: Call, source: Iterator[Item], limit: int
     ) -> Generator[tuple[Any, RequestOutput], None, None]:
         with call:
             while not call.has_ended:
                 num_taken = 0
-                for key, prompt, params in itertools.islice(source, limit - call.num_open):
+                for key, prompt, params, *adapter in itertools.islice(
+                    source, limit - call.num_open
+                ):
                     num_taken += 1
                     if params.seed is None:
                         seed = derive_seed(self.engine.seed, f"key {key}")
                         params = replace(params, seed=seed)
                     try:
-                        encoded = self._encode(prompt)
+                        encoded = self.encode(prompt)
                         self.engine.check_request(encoded.token_ids, params)
                     except (InvalidArgumentError, TokenizerError) as error:
                         yield key, _refused(prompt, error)
                     else:
-                        call.ask([Asked(key, encoded, params)])
+                        call.ask([Asked(key, encoded, params, adapter=next(iter(adapter), None))])
                 if not num_taken and not call.num_open:
                     return
                 arrival = call.take()
                 if arrival is not None and arrival.chunk.result is not None:
                     yield arrival.key, arrival.chunk.result
+
+
+def _one_of(
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+) -> SamplingParams | Sequence[SamplingParams] | None:
+    if params is not None and sampling_params is not None:
+        raise InvalidArgumentError(
+            "params and sampling_params are both given; expected one of them"
+        )
+    return sampling_params if params is None else params
 
 
 def _stream(call: Call, asked: Asked) -> Generator[OutputChunk, None, None]:

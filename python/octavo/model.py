@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from octavo.config import EngineConfig, read_environment
 from octavo.engine.engine import Engine
 from octavo.errors import InvalidArgumentError, TokenizerError
-from octavo.prompts import Conversation, EncodedPrompt, Prompt, prompt_of
+from octavo.prompts import AnyPrompt, Conversation, EncodedPrompt, Prompt, prompt_of
+from octavo.search.beam import BeamSearch
+from octavo.search.contrastive import ContrastiveParams
+from octavo.search.params import BeamSearchParams
 from octavo.speculative_config import read_speculative_config
 
 if TYPE_CHECKING:
@@ -42,6 +45,14 @@ class LoadedModel:
     def max_model_len(self) -> int:
         """The most tokens that prompt and answer may have together."""
         return self.engine.options.max_model_len
+
+    def encode(self, prompt: AnyPrompt) -> EncodedPrompt:
+        """A text, token ids or a conversation as the engine takes it."""
+        if isinstance(prompt, EncodedPrompt):
+            return prompt
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            return self.encode_chat(cast("Conversation", prompt))
+        return self.encode_prompt(cast("Prompt", prompt))
 
     def encode_prompt(self, prompt: Prompt, add_special_tokens: bool = True) -> EncodedPrompt:
         """Token ids of a prompt; add_special_tokens: with those that the model wants before it."""
@@ -80,6 +91,19 @@ class LoadedModel:
             )
         text = template.render(messages, **template_variables)
         return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens), is_chat=True)
+
+    def make_search(self, params: BeamSearchParams, num_prompt_tokens: int) -> BeamSearch:
+        """A beam search after a prompt of so many tokens, for `Engine.add_request`."""
+        return BeamSearch(params, *self.ends(params, num_prompt_tokens))
+
+    def ends(
+        self, params: BeamSearchParams | ContrastiveParams, num_prompt_tokens: int
+    ) -> tuple[set[int], int]:
+        """Tokens that end an answer, and the length at which it ends in any case."""
+        stops = set(params.stop_token_ids)
+        stops |= set() if params.ignore_eos else self.engine.eos_token_ids
+        end = self.engine.scheduler.max_total_tokens(num_prompt_tokens, params.max_tokens)
+        return stops, end - num_prompt_tokens
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -124,7 +148,9 @@ def load_model(
     draft_bytes = 0 if draft_model is None else draft_model.bytes_beside(files)
     loaded = load_runtime(files, checkpoint, config, on_load, environment, draft_bytes)
     speculative_config = read_speculative_config(config.speculative_config)
-    drafter = build_drafter(speculative_config, files, loaded.num_kv_blocks, draft_model)
+    drafter = build_drafter(
+        speculative_config, files, checkpoint, loaded.num_kv_blocks, draft_model
+    )
     engine = Engine(
         loaded.runtime,
         loaded.options,

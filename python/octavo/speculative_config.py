@@ -1,4 +1,4 @@
-"""How drafts are made: the option `speculative_config`, with the names that vLLM gives its parts."""
+"""How drafts are made: the option `speculative_config`, its parts named as in vLLM."""
 
 from __future__ import annotations
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from adapter_helpers import ALL, adapter_config, random_adapter, write_adapter
+from quantization_helpers import write_family_model
 from weights_helpers import tiny_config, write_gguf, write_model
 
 from octavo.cli import main
-from octavo.errors import InvalidArgumentError, WeightsError
+from octavo.errors import InvalidArgumentError, UnsupportedModelError, WeightsError
 from octavo.models.adapter import LowRank
 from octavo.quantize import merge as merging
 from octavo.quantize.merge import merge_directory
@@ -139,3 +140,114 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no longer tied" in shown and "16 matrices changed" in shown
     assert main(["merge", *paths]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def prepare_experts(tmp_path: Path, family: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """A model of experts and an adapter of the modules whose names end so; its tensors."""
+    files = read_model(write_family_model(tmp_path / "model", family, dtype="F32"))
+    places = files.weight_map.values()
+    shapes = {each.module: each.shape for each in places if len(each.shape) == 2}
+    tensors = random_adapter({}, names, shapes=shapes)
+    write_adapter(tmp_path / "adapter", tensors, adapter_config(target_modules=list(names)))
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "names", "count"),
+    [
+        ("mixtral", ("w1", "w2", "w3", "gate", "q_proj"), 2 * (3 * 4 + 2)),
+        ("mixtral", ("w2",), 2 * 4),
+        ("qwen3_moe", ("up_proj", "down_proj"), 2 + 2 * 2 * 5),  # of a dense layer, too
+    ],
+)
+def test_experts_and_routers_are_merged(
+    family: str, names: tuple[str, ...], count: int, tmp_path: Path
+) -> None:
+    tensors = prepare_experts(tmp_path, family, names)
+    weights = stored(tmp_path / "model")
+    written = merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    assert written.num_matrices == count == len(tensors) / 2
+    for name, found in stored(tmp_path / "out").items():
+        expected = (weights[name] + added(tensors, name)).astype(np.float32)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_experts_are_not_run_with_an_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error names the field, a matrix, and the command that helps."""
+    prepare_experts(tmp_path, "mixtral", ("w1", "q_proj"))
+    model, adapter = (str(tmp_path / name) for name in ("model", "adapter"))
+    assert main(["diff", model, "--adapter", adapter, "--random", "9"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "target_modules names experts or routers (model.layers.0.block_sparse_moe" in said
+    assert f"octavo merge {model} {adapter} OUT" in said
+    one_is_missing = prepare_missing(tmp_path)
+    with pytest.raises(WeightsError, match=rf"{one_is_missing} has no lora_B"):
+        merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+
+
+def prepare_missing(tmp_path: Path) -> str:
+    """Take one tensor of an expert out of the adapter; returns its module."""
+    file = SafetensorsFile(tmp_path / "adapter" / "adapter_model.safetensors")
+    tensors = {name: file.read(name).to_float32().copy() for name in file.infos}
+    module = "model.layers.1.block_sparse_moe.experts.2.w1"
+    del tensors[f"base_model.model.{module}.lora_B.weight"]
+    write_adapter(tmp_path / "adapter", tensors, adapter_config(target_modules=["w1", "q_proj"]))
+    return module
+
+
+def stacked(tmp_path: Path, seed: int = 4, **changes: Any) -> dict[str, np.ndarray]:
+    """A Mixtral and an adapter of its stacked experts, of rank 3; its tensors.
+
+    changes: of adapter_config.json.
+    """
+    write_family_model(tmp_path / "model", "mixtral", dtype="F32")  # 4 experts, 160 of 96
+    generator, tensors = np.random.default_rng(seed), {}
+    for layer in range(2):
+        name = f"base_model.model.model.layers.{layer}.mlp.experts"
+        for wraps, outputs, inputs in (("", 96, 160), (".base_layer", 320, 96)):
+            for half, shape in (("A", (12, inputs)), ("B", (outputs, 12))):
+                values = generator.normal(0, 0.1, shape).astype(np.float32)
+                tensors[f"{name}{wraps}.lora_{half}.weight"] = values
+    parameters = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    config = adapter_config(**{**parameters, "target_modules": [], **changes})
+    write_adapter(tmp_path / "adapter", tensors, config)
+    return tensors
+
+
+def test_stacked_experts_are_merged(tmp_path: Path) -> None:
+    """A is expert by expert; the columns of B are rank by rank, each of them of all experts."""
+    tensors = stacked(tmp_path)
+    weights = stored(tmp_path / "model")
+    merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    for name, found in stored(tmp_path / "out").items():
+        expected = weights[name]
+        if ".experts." in name:
+            _, _, layer, _, _, expert, part, _ = name.split(".")
+            wraps = "" if part == "w2" else ".base_layer"
+            prefix = f"base_model.model.model.layers.{layer}.mlp.experts{wraps}.lora_"
+            a, b = (tensors[f"{prefix}{half}.weight"] for half in "AB")
+            own = a[3 * int(expert) : 3 * int(expert) + 3]
+            change = b[:, int(expert) :: 4] @ own * 2
+            first = 160 if part == "w3" else 0
+            expected = expected + change[first : first + len(expected)]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_parameters": ["mlp.experts.w1"]}, "target_parameters is 'mlp.experts.w1'; suppo"),
+        ({"target_parameters": "down_proj"}, "target_parameters is 'down_proj'; supported: a list"),
+        ({"target_parameters": ["down_proj"]}, "lora_A.weight is left over"),
+        ({"target_parameters": None}, "is left over: target_modules does not name it"),
+        ({"rank_pattern": {"down_proj": 5}}, r"expected \(20, 160\)"),
+    ],
+)
+def test_stacked_experts_that_do_not_fit(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    stacked(tmp_path, **changes)
+    with pytest.raises((UnsupportedModelError, WeightsError), match=message):
+        merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))

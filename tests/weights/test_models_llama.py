@@ -179,6 +179,7 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
         *("short_factor", "True", "4 numbers"),
     ),
     ({"rope_scaling": {"type": "yarn", "factor": -1}}, "factor", "-1", "above 0"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 1e300}}, "factor", "1e+300", "above 0 to"),
     ({"rope_theta": 1.0, "rope_scaling": {"type": "yarn"}}, "rope_theta", "1.0", "above 1"),
     ({"rope_parameters": {"rope_type": "su"}}, "rope_type", "'su'", "default"),
     ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type", "['yarn']", "default"),

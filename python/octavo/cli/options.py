@@ -75,6 +75,16 @@ AdapterOption = Annotated[
         panel=MODEL,
     ),
 ]
+AdaptersOption = Annotated[
+    list[str] | None,
+    option(
+        "A LoRA adapter that PEFT wrote, which requests name as their model; may be given several "
+        "times.",
+        "--adapter",
+        metavar="NAME=PATH",
+        panel=MODEL,
+    ),
+]
 EventLogOption = Annotated[
     Path | None,
     option(

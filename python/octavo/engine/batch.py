@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from octavo.engine.block_manager import NO_BLOCK, BlockManager
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule, ScheduledSequence
-from octavo.reference.sampling import SAMPLING_ROW, SamplingRows, sampling_rows
+from octavo.reference.sampling import SamplingRows, sampling_rows
 
 Int32 = NDArray[np.int32]
 _TINY = float(np.finfo(np.float32).tiny)
@@ -29,6 +29,7 @@ class BatchArrays(NamedTuple):
     logit_rows: Int32
     sampling: SamplingRows
     adapter_ids: Int32 | None  # None: no sequence has an adapter
+    rope_sets: Int32 | None  # None: all have the first one
 
 
 def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> BatchArrays:
@@ -69,6 +70,7 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
         logit_rows=np.array(logit_rows, np.int32),
         sampling=pack_sampling(schedule.row_sequences, state_rows, vocab_size),
         adapter_ids=_pack_adapters(entries),
+        rope_sets=_pack_rope_sets(entries),
     )
 
 
@@ -83,20 +85,23 @@ def pack_sampling(
         # A top_k above the vocabulary's size keeps all tokens, also where an int32 cannot hold it.
         "top_k": [p.top_k if p.top_k < vocab_size else 0 for p in params],
         "top_p": [max(p.top_p, _TINY) for p in params],
+        "min_p": [p.min_p for p in params],
         "seed": [p.seed or 0 for p in params],
         "sample_index": [sequence.sample_index for sequence in sequences],
-        "num_logprobs": [-1 if p.logprobs is None else min(p.logprobs, vocab_size) for p in params],
+        "num_logprobs": [
+            sequence.num_candidates or (-1 if p.logprobs is None else min(p.logprobs, vocab_size))
+            for sequence, p in zip(sequences, params, strict=True)
+        ],
         "state_row": state_rows,
     }
-    for name in _OF_A_STEP:
-        values = fitted.get(name)
-        rows[name] = [getattr(p, name) for p in params] if values is None else values
+    if any([p.has_unusual_filters for p in params]):
+        fitted["top_n_sigma"] = [min(p.top_n_sigma, _HUGE) for p in params]
+        fitted["typical_p"] = [max(p.typical_p, _TINY) for p in params]
+        fitted["xtc_probability"] = [p.xtc_probability for p in params]
+        fitted["xtc_threshold"] = [p.xtc_threshold for p in params]
+    for name, values in fitted.items():  # the core sets the position
+        rows[name] = values
     return rows
-
-
-# Fields from the request, and those that the scheduler knows; the core sets the position, and rows
-# with a target are those of prompts (prompt_logprobs.py).
-_OF_A_STEP = [name for name in SAMPLING_ROW.names or () if name not in ("position", "target")]
 
 
 def _temperature(value: float) -> float:
@@ -111,6 +116,11 @@ def _temperature(value: float) -> float:
 def _pack_adapters(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
     slots = [entry.sequence.adapter.slot for entry in entries]
     return np.array(slots, np.int32) if max(slots) >= 0 else None
+
+
+def _pack_rope_sets(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
+    sets = [entry.sequence.rope_set for entry in entries]
+    return np.array(sets, np.int32) if any(sets) else None
 
 
 def pack_block_tables(keys: SequenceOf[Hashable], blocks: BlockManager) -> Int32:

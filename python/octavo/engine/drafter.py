@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -12,21 +11,25 @@ from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule, ScheduleBuilder
 
 
-class Drafter(ABC):
+class Drafter:
     """Guesses how answers continue, so that one step can check several tokens of a sequence.
 
     Drafts change only the time: an answer is the same with good drafts, bad ones or none.
+
+    taps: what it reads from the output of each step, besides tokens; see docs/taps.md.
     """
+
+    taps: tuple[str, ...] = ()
 
     def begin_step(self, running: Iterable[Sequence], step: ScheduleBuilder) -> None:
         """A step is about to be scheduled. running: all sequences that hold blocks."""
 
-    @abstractmethod
     def propose(self, sequence: Sequence) -> SequenceOf[int]:
         """Draft tokens to follow the sequence's own; none where it has no guess.
 
         Called after `begin_step` for each decoding sequence that may take drafts.
         """
+        return ()
 
     def awaits(self, sequence: Sequence) -> bool:
         """Whether the next token, which a step in flight samples, is to be followed by drafts.

@@ -131,8 +131,8 @@ class EngineStats:
     first in the queue waits (a key of `events.WAITING_REASONS`; None when the queue is empty);
     num_free_blocks are blocks of the KV cache that no sequence holds; num_cached_blocks of these
     have content that may be used again. Since it began: steps, tokens sampled, preemptions; prompt
-    tokens looked up in the prefix cache and found there; cached blocks evicted; how often a sequence
-    had drafts, the drafts, and how many in each place were accepted.
+    tokens looked up in the prefix cache and found there; cached blocks evicted; how often a
+    sequence had drafts, the drafts, and how many in each place were accepted.
     """
 
     num_running: int

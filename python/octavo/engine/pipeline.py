@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +31,10 @@ class StepRuntime(Protocol):
         """Copy whole KV blocks, after the steps queued so far; pairs: (n, 2), from and to."""
 
     def submit(self, batch: Any, *, sample: bool) -> int:
-        """Queue the forward pass and return a ticket; sample: queue plain sampling, too."""
+        """Queue the forward pass and return a ticket; sample: queue plain sampling, too.
+
+        A runtime whose drafter needs them also takes `taps`, a list of names.
+        """
 
     def sample(
         self,
@@ -65,7 +69,8 @@ class InFlightStep:
 class Pipeline:
     """Submits schedules to a runtime, at most `depth` at a time, and waits for the oldest.
 
-    make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
+    make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`. taps: names of
+    what every step's output is to hold besides.
     """
 
     def __init__(
@@ -76,12 +81,14 @@ class Pipeline:
         *,
         vocab_size: int,
         depth: int,
+        taps: SequenceOf[str] = (),
     ) -> None:
         self.depth = depth
         self._runtime = runtime
         self._blocks = blocks
         self._make_batch = make_batch
         self._vocab_size = vocab_size
+        self._taps: dict[str, Any] = {"taps": list(taps)} if taps else {}
         self._in_flight: deque[InFlightStep] = deque()
 
     def __len__(self) -> int:
@@ -107,7 +114,7 @@ class Pipeline:
         if any([scored.num_rows for scored in schedule.scored]):
             arrays, step.places = add_prompt_rows(arrays, schedule)
         batch = self._make_batch(**arrays._asdict())
-        step.ticket = self._runtime.submit(batch, sample=sample)
+        step.ticket = self._runtime.submit(batch, sample=sample, **self._taps)
 
     @property
     def unsampled(self) -> Schedule | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -73,7 +74,8 @@ class SchedulerLimits:
     enable_prefix_caching: whether to look for cached beginnings; answers of one request share their
     prompt in any case. headroom_blocks: how many blocks must be free for each running sequence
     when another is admitted; docs/scheduler.md says why two. max_prompt_rows: how many logit rows a
-    step has for the log-probabilities of prompts.
+    step has for the log-probabilities of prompts, and for drafts. rope_switch: sequences of more
+    tokens have the rope's other frequencies; 0: none.
     """
 
     max_num_seqs: int
@@ -83,6 +85,21 @@ class SchedulerLimits:
     enable_prefix_caching: bool = True
     headroom_blocks: int = 2
     max_prompt_rows: int = 128
+    rope_switch: int = 0
+
+    def rope_set(self, num_tokens: int) -> int:
+        """Which set of rope frequencies a sequence of so many tokens is computed with: 0 or 1."""
+        return int(0 < self.rope_switch < num_tokens)
+
+    def outgrown(self, running: Iterable[Sequence]) -> list[Sequence]:
+        """Those that need the other set of frequencies from now on, for all of their keys."""
+        if not self.rope_switch:
+            return []
+        return [each for each in running if each.num_tokens > self.longest(each.rope_set)]
+
+    def longest(self, rope_set: int) -> int:
+        """The most tokens with which a sequence keeps its set of rope frequencies."""
+        return self.rope_switch if self.rope_switch and not rope_set else self.max_model_len
 
 
 @dataclass
@@ -90,7 +107,7 @@ class ScheduleBuilder:
     """Builds schedule `number`.
 
     budget: the tokens that may still be added. now: the time in seconds. row_budget: the logit rows
-    of prompts that may still be added. is_short: a sequence that runs lacked blocks.
+    of prompts and drafts that may still be added. is_short: a sequence that runs lacked blocks.
     """
 
     number: int
@@ -117,6 +134,7 @@ class ScheduleBuilder:
         if drafts:
             num_new_tokens += len(drafts)
             num_samples += len(drafts)
+            self.row_budget -= len(drafts)
         start = sequence.num_computed_tokens
         self.entries.append(ScheduledSequence(sequence, start, num_new_tokens, num_samples, drafts))
         if num_samples == 1:

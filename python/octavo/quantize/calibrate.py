@@ -29,6 +29,7 @@ import numpy as np
 
 from octavo.errors import InvalidArgumentError
 from octavo.models.layer import Node, layer_nodes, model_nodes, residual_before
+from octavo.models.rope import at_length
 from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, WeightFormat
 from octavo.progress import StageProgress
 from octavo.quantization.grid import Float32
@@ -79,7 +80,8 @@ def calibrate(
             "expected int4, or no text"
         )
     tokens, notes = read_windows(calibration, files)
-    run = LayerByLayer(files.spec, checkpoint, formats, calibration.method, tokens)
+    spec = at_length(files.spec, tokens.shape[1])
+    run = LayerByLayer(spec, checkpoint, formats, calibration.method, tokens)
     count = len(files.spec.layers)
     for index in range(count):
         progress("calibrating", index, count)

@@ -107,6 +107,7 @@ def load_without_cache(
     if config.overlap_steps is None:
         options = replace(options, overlap_steps=device not in _HOST_DEVICES)
     spec = for_length(files.spec, options.max_model_len)
+    options = replace(options, rope_switch=spec.rope_switch)
     runtime = _make_runtime(device, spec, options, config)
     block_bytes = runtime.kv_bytes_per_block()
     num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
@@ -213,8 +214,9 @@ def resolve_options(
         dtype = "bf16" if stored_dtype == "bf16" else "f32"
     else:
         dtype = "f16" if stored_dtype == "f16" else "bf16"
-    limit = spec.max_position_embeddings
-    max_model_len = limit if config.max_model_len is None else config.max_model_len
+    limit = spec.longest_sequence
+    own = spec.max_position_embeddings
+    max_model_len = own if config.max_model_len is None else config.max_model_len
     if max_model_len > limit:
         raise InvalidArgumentError(
             f"max_model_len is {max_model_len}; expected at most {limit}, the positions that "
@@ -287,10 +289,10 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
 def _load_weights(
     runtime: _native.Runtime, checkpoint: Checkpoint, progress: LoadProgress | None
 ) -> None:
-    """Load the weights one by one; each array is freed before the next is read."""
+    """Load the weights run by run; each array is freed before the next is read."""
     loaded = 0
-    for name, tensor in checkpoint.checked_items():
-        runtime.load(name, tensor.data, tensor.dtype)
+    for name, first_row, tensor in checkpoint.checked_runs():
+        runtime.load(name, tensor.data, tensor.dtype, first_row)
         loaded += tensor.data.nbytes
         del tensor
         if progress is not None:

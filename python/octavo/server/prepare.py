@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
+from octavo.server.beams import beam_params, check_beams
 from octavo.server.errors import ApiError, bad_request, field_of, to_api_error
 from octavo.server.formats import ChatFormat, CompletionFormat, Head
+from octavo.server.prompt_logprobs import PromptLogprobs
 from octavo.server.protocol import (
     ChatBody,
     ChatFields,
@@ -106,9 +108,10 @@ def chat_format(
         kept=tag_ids(model.tokenizer, tools),
         ends=() if params.include_stop_str_in_output else ends,
     )
+    shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs)
     max_calls = 1 if body.parallel_tool_calls is False else None
     forced = tools is not None and forced_tools(body) is not None
-    return ChatFormat(head, places, tools, max_calls, forced)
+    return ChatFormat(head, places, tools, max_calls, forced, shown)
 
 
 def completion_format(
@@ -125,7 +128,8 @@ def completion_format(
             text = model.tokenizer.decode(prompt.token_ids)
         echoes += [text] * body.num_answers
     places = partial(TokenPlaces, model.tokenizer, skip, continues=True)
-    return CompletionFormat(head, places, echoes)
+    shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs, body.logprobs)
+    return CompletionFormat(head, places, echoes, shown)
 
 
 def _check_tools(tools: Sequence[dict[str, Any]], tool_format: ToolFormat | None) -> None:
@@ -167,6 +171,8 @@ def sampling_params(
             num_prompt = len(prompt.token_ids)
             room = model.engine.scheduler.max_total_tokens(num_prompt, None) - num_prompt
             params = replace(params, max_tokens=room)
+        if body.use_beam_search:
+            params = beam_params(body, params).sampling_params()
         model.engine.check_request(prompt.token_ids, params)  # reads only what never changes
     except InvalidArgumentError as error:
         raise to_api_error(error, body.prompt_field) from error
@@ -198,6 +204,7 @@ def force_tools(
 def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingParams:
     """What the body asks for, whatever the model; an error names what octavo does not offer."""
     check_supported(body)
+    check_beams(body)
     max_tokens = None if isinstance(body, ChatBody) else DEFAULT_COMPLETION_TOKENS
     asked: dict[str, Any] = {"max_tokens": max_tokens, **defaults}
     for each in fields(SamplingParams):
@@ -208,6 +215,12 @@ def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingPara
         asked["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         if body.max_completion_tokens is not None:
             asked["max_tokens"] = body.max_completion_tokens
+    elif (
+        isinstance(body, CompletionBody)
+        and body.echo
+        and (body.logprobs is not None or body.max_tokens == 0)
+    ):
+        asked["prompt_logprobs"] = max(body.logprobs or 0, body.prompt_logprobs or 0)
     asked["structured_outputs"] = structured_outputs(body)
     asked["logit_bias"] = _logit_bias(body.logit_bias or {})
     return SamplingParams(**asked)

@@ -21,7 +21,7 @@ MAX_PROMPTS = 1024  # prompts in one request
 MAX_STOP = 32  # stop strings, each of which costs time for every character
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenLimit = Literal[-1] | Annotated[int, Field(ge=1)]  # -1: as many as fit
+TokenLimit = Literal[-1] | Annotated[int, Field(ge=0)]  # -1: as many as fit
 
 
 class Body(BaseModel):
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 
     class _Options(Body):
         skip_special_tokens: bool | None
+        prompt_logprobs: int | None
 
 else:
     _Options = create_model("_Options", __base__=Body, **_as_params_have_them())
@@ -86,6 +87,11 @@ class SamplingBody(_Options):
     timeout: Annotated[float, Field(gt=0, le=1e9)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     response_format: dict[str, Any] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    num_beam_groups: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    diversity_penalty: Annotated[float, Field(ge=0, le=100)] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | bool | str | None = None
     guided_regex: str | None = None
@@ -128,7 +134,7 @@ class ChatFields(Body):
 class ChatBody(ChatFields, SamplingBody):
     """POST /v1/chat/completions."""
 
-    max_completion_tokens: TokenLimit | None = None
+    max_completion_tokens: Literal[-1] | Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
@@ -215,16 +221,21 @@ def check_supported(body: SamplingBody) -> None:
         elsewhere["max_completion_tokens"] = "its name here is max_tokens"
         elsewhere["top_logprobs"] = "logprobs is the number of them here"
     check_extra_fields(body.model_extra or {}, elsewhere)
+    if body.stream and body.prompt_logprobs is not None:
+        raise bad_request(
+            "stream is true, but with prompt_logprobs the answer is sent whole: leave stream out",
+            "stream",
+        )
     if isinstance(body, CompletionBody):
         if body.suffix:
             raise bad_request("suffix is not offered by octavo: leave it out", "suffix")
         if body.best_of is not None and body.best_of != body.num_answers:
             raise bad_request(f"best_of is {body.best_of}; expected n, or nothing", "best_of")
-        if body.echo and body.logprobs is not None:
+        if body.stream and body.echo and body.logprobs is not None:
             raise bad_request(
-                "echo is true beside logprobs, but octavo has no log-probabilities of the prompt: "
-                "leave one of them out",
-                "echo",
+                "stream is true, but with echo and logprobs the answer is sent whole: leave stream "
+                "out",
+                "stream",
             )
     if isinstance(body, ChatBody):
         if body.echo:

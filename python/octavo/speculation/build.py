@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from octavo.config import EngineConfig, Environment
 from octavo.engine.drafter import Drafter
 from octavo.errors import InvalidArgumentError
+from octavo.files import expand_home
 from octavo.models.kv_groups import KvGroups, with_kv_groups
 from octavo.runtime.loader import LoadedRuntime, allocate_cache, load_without_cache
 from octavo.speculation.draft_model import DraftModelSource
+from octavo.speculation.eagle import EagleHead, EagleSource, TargetEnds
+from octavo.speculation.medusa import MedusaHeads, MedusaSource
 from octavo.speculation.ngram import NgramSource
 from octavo.speculation.source import DraftSource
 from octavo.speculation.speculator import Speculator
@@ -54,16 +58,15 @@ def load_draft_model(
     limit = config.max_model_len or target.spec.max_position_embeddings
     if wanted.method == "layers":
         files, checkpoint = _first_layers(wanted.num_layers or 0, target, checkpoint)
-        quantize = config.quantize
     else:
         files = read_model(resolve_model(wanted.model, environment))
         _check_vocabulary(files, target, tokenizer)
         checkpoint = open_checkpoint(files, config.load_format, config.seed)
-        quantize = wanted.quantization
+    quantize: Any = config.quantize if wanted.method == "layers" else wanted.quantization
     own = replace(
         config,
-        speculative_config=None,
         quantize=quantize,
+        speculative_config=None,
         max_model_len=min(limit, files.spec.max_position_embeddings),
         max_adapters=0,
         overlap_steps=False,
@@ -76,10 +79,14 @@ def load_draft_model(
 def build_drafter(
     config: SpeculativeConfig | None,
     target: ModelFiles,
+    checkpoint: Checkpoint,
     num_kv_blocks: int,
     draft_model: DraftModel | None,
 ) -> Drafter | None:
-    """The drafter that the option asks for, its KV cache allocated; None for none."""
+    """The drafter that the option asks for, its KV cache allocated; None for none.
+
+    Heads are read here. Raises WeightsError or UnsupportedModelError for those that do not fit.
+    """
     if config is None:
         return None
     source: DraftSource
@@ -90,6 +97,13 @@ def build_drafter(
         allocate_cache(loaded, num_blocks, KvGroups(loaded.options.block_size, windows, 1))
         loaded = replace(loaded, num_kv_blocks=num_blocks)
         source = DraftModelSource(loaded, draft_model.kv_windows, target.spec.vocab_size)
+    elif config.method == "medusa":
+        spec = target.spec
+        folder = expand_home(config.model or "")
+        source = MedusaSource(MedusaHeads.read(folder, spec.hidden_size, spec.vocab_size))
+    elif config.method == "eagle":
+        ends = TargetEnds.read(target, checkpoint)
+        source = EagleSource(EagleHead.read(expand_home(config.model or ""), ends))
     else:
         source = NgramSource(config.prompt_lookup_min or 1, config.prompt_lookup_max or 1)
     return Speculator(source, config.num_speculative_tokens, adaptive=config.adaptive)

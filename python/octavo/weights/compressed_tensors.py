@@ -310,12 +310,12 @@ _INT8_A_TOKEN: Mapping[str, Any] = MappingProxyType(
 
 
 def _weights(format: WeightFormat) -> dict[str, Any]:
-    grouped = format.dtype == "int4"
+    grouped = format.is_grouped
     levels = {} if format.levels == UNIFORM_LEVELS else {"levels": list(format.levels)}
     return {
         **levels,
         **_INT8_A_TOKEN,
-        "num_bits": 4 if grouped else 8,
+        "num_bits": 4 if format.dtype == "int4" else 8,
         "symmetric": not format.has_zeros,
         "strategy": "group" if grouped else "channel",
         "group_size": format.group_size if grouped else None,

@@ -105,7 +105,7 @@ class StoredMatrix(ABC):
         """For people. share: of its weights that are meant. infos: of the files."""
         held = sum(infos[name].num_bytes for name in self.entries(infos) if name in infos)
         format = None if self.converted else self.format
-        return Stored(self.label, round(share * held), format, exact=True, rounded=self.converted)
+        return Stored(self.label, round(share * held), format, rounded=self.converted)
 
     def is_plain(self, infos: Infos) -> bool:
         """Whether the files hold the module as plain numbers after all.
