@@ -64,6 +64,7 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     (COMPLETIONS, {"stream": "maybe"}, "stream"),
     (COMPLETIONS, {"guided_json": {"type": "objct"}}, "guided_json"),
     (COMPLETIONS, {"guided_json": "{"}, "guided_json"),
+    (COMPLETIONS, {"guided_regex": "a", "use_beam_search": True}, "guided_regex"),
     (COMPLETIONS, {"guided_regex": "(?=a)"}, "guided_regex"),
     (COMPLETIONS, {"guided_choice": []}, "guided_choice"),
     (COMPLETIONS, {"guided_grammar": "start: a b"}, "guided_grammar"),

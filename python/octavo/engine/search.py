@@ -72,6 +72,10 @@ def check_search(
         raise InvalidArgumentError(
             "a search over beams is asked for with n or prompt_logprobs; expected neither"
         )
+    if params.structured_outputs is not None:
+        raise InvalidArgumentError(
+            "structured_outputs is given, but a search over beams follows no grammar: leave it out"
+        )
     if num_beams > limits.max_num_seqs:
         raise InvalidArgumentError(
             f"the search has {num_beams} beams; expected at most {limits.max_num_seqs} "

@@ -172,6 +172,9 @@ def sampling_params(
             room = model.engine.scheduler.max_total_tokens(num_prompt, None) - num_prompt
             params = replace(params, max_tokens=room)
         if body.use_beam_search:
+            if params.structured_outputs is not None:
+                field = structured_field(body)
+                raise bad_request(f"{field} does not go with use_beam_search: leave one out", field)
             params = beam_params(body, params).sampling_params()
         model.engine.check_request(prompt.token_ids, params)  # reads only what never changes
     except InvalidArgumentError as error:
