@@ -58,7 +58,7 @@ def speed_up(acceptance: float, batch: int, *, adaptive: bool) -> float:
     for number in range(NUM_STEPS):
         for sequence in sequences:
             sequence.num_computed_tokens = sequence.num_tokens - 1
-        step = ScheduleBuilder(number, 1024, 0.0, 8)
+        step = ScheduleBuilder(number, 1024, 0.0, 512)
         drafter.begin_step(sequences, step)
         for sequence in sequences:
             step.add(sequence, 1, 1, tuple(drafter.propose(sequence)))

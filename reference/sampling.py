@@ -37,7 +37,10 @@ OPS = ("adjust_logits", "sample", "log_softmax", "gumbel")
 # the position itself. num_logprobs: how many of the most probable tokens to report; 0: the sampled
 # token's log-probability alone; -1: nothing. state_row: where a step keeps the sampled token, for a
 # later step to read; -1: nowhere. target: a token that is taken whatever the logits, the mask and
-# the other fields are, so that its log-probability is reported; -1: none.
+# the other fields are, so that its log-probability is reported; -1: none. top_n_sigma: keep the
+# logits within so many standard deviations of the largest; 0 keeps all. typical_p: keep the most
+# typical tokens up to this probability; 1 keeps all. xtc_probability: how often the most probable
+# tokens are left out, those that have xtc_threshold or more, except for the last of them.
 _FIELDS: tuple[tuple[str, str, float], ...] = (
     ("temperature", "<f4", 0.0),
     ("top_k", "<i4", 0),
@@ -49,6 +52,10 @@ _FIELDS: tuple[tuple[str, str, float], ...] = (
     ("num_logprobs", "<i4", -1),
     ("state_row", "<i4", -1),
     ("target", "<i8", -1),
+    ("top_n_sigma", "<f4", 0.0),
+    ("typical_p", "<f4", 1.0),
+    ("xtc_probability", "<f4", 0.0),
+    ("xtc_threshold", "<f4", 0.1),
 )
 SAMPLING_ROW = np.dtype([(name, kind) for name, kind, _ in _FIELDS], align=True)
 _GREEDY = np.array(tuple(default for _, _, default in _FIELDS), SAMPLING_ROW)
@@ -216,36 +223,119 @@ def sample_row(logits: Float32, row: np.void) -> int:
         return int(row["target"])
     if row["temperature"] == 0:
         return int(np.argmax(logits))
-    scaled = logits / row["temperature"]
-    kept = keep_tokens(scaled, int(row["top_k"]), float(row["top_p"]), float(row["min_p"]))
     counter = (int(row["seed"]), int(row["sample_index"]), int(row["position"]))
+    scaled = logits / row["temperature"]
     noisy = scaled + gumbel(*counter, len(logits))
-    return int(np.argmax(np.where(kept, noisy, _f(-np.inf))))
+    return int(np.argmax(np.where(keep_tokens(logits, row), noisy, _f(-np.inf))))
 
 
-def keep_tokens(scaled: Float32, top_k: int, top_p: float, min_p: float) -> npt.NDArray[np.bool_]:
-    """Which tokens may be sampled: bool (vocab_size,); scaled: logits / temperature, (vocab_size,).
+def keep_tokens(logits: Float32, row: np.void) -> npt.NDArray[np.bool_]:
+    """Which tokens may be sampled: bool (vocab_size,), by the filters of a row of SAMPLING_ROW.
 
-    min_p (Nguyen et al. 2024, arXiv 2407.01082) goes first, then top_k, then top_p (Holtzman et
-    al. 2019, arXiv 1904.09751) of the probability that is left.
+    logits: (vocab_size,), masked ones being -inf. Each filter sees what those before it have left:
+    top_n_sigma, min_p, top_k, typical_p, top_p, and XTC. docs/sampling.md gives the reasons for
+    this order.
     """
+    scaled = logits / row["temperature"]
     largest = scaled.max()
     kept = scaled > _f(-np.inf)
-    if _f(min_p) > 0:
-        kept &= scaled >= largest + log32(np.array([min_p], dtype=np.float32))
+    if row["top_n_sigma"] > 0:
+        kept &= scaled >= lowest_by_sigma(logits, row["top_n_sigma"]) / row["temperature"]
+    if row["min_p"] > 0:  # Nguyen et al. 2024, arXiv 2407.01082
+        kept &= scaled >= largest + log32(np.array([row["min_p"]]))
     # Most probable first; a stable sort leaves equals in the order of their ids.
     order = np.argsort(-scaled, kind="stable")
     order = order[kept[order]]
-    if top_k > 0:
-        order = order[:top_k]
-    if _f(top_p) < 1:
-        weights = _fixed_point(exp32(scaled[order] - largest))
-        cumulative = np.cumsum(weights, dtype=np.uint64)
-        enough = np.uint64(math.ceil(float(_f(top_p)) * float(cumulative[-1])))
-        order = order[: max(1, 1 + int(np.searchsorted(cumulative, enough)))]
-    result = np.zeros(len(scaled), dtype=np.bool_)
+    if row["top_k"] > 0:
+        order = order[: row["top_k"]]
+    distances = largest - scaled
+    if row["typical_p"] < 1:
+        order = order[keep_typical(distances[order], order, row["typical_p"])]
+    if row["top_p"] < 1:  # Holtzman et al. 2019, arXiv 1904.09751
+        order = order[: _count_up_to(_weights(distances[order]), row["top_p"])]
+    if is_excluding_top(row):
+        order = order[exclude_top(_weights(distances[order]), row["xtc_threshold"])]
+    result = np.zeros(len(logits), dtype=np.bool_)
     result[order] = True
     return result
+
+
+def lowest_by_sigma(logits: Float32, num_sigmas: np.float32) -> np.float32:
+    """The smallest logit that top_n_sigma keeps (Tang et al. 2024, arXiv 2411.07641).
+
+    logits: float32 (vocab_size,); those of -inf do not count. It is the largest one less
+    num_sigmas standard deviations, which are taken of the distances from the largest one, as whole
+    numbers of 2^-15. Distances beyond 128 count as 128: so the sums of a million are exact.
+    """
+    largest = logits.max()
+    distances = np.minimum(largest - logits[logits > _f(-np.inf)], _f(128))
+    steps = (distances * _f(2**15)).astype(np.uint64)
+    mean = float(steps.sum()) / len(steps)
+    variance = float((steps * steps).sum()) / len(steps) - mean * mean
+    sigma = math.sqrt(max(variance, 0.0)) * 2.0**-15
+    lowest: np.float32 = largest - _f(float(num_sigmas) * sigma)
+    return lowest
+
+
+def keep_typical(
+    distances: Float32, token_ids: Integers, mass: np.float32
+) -> npt.NDArray[np.bool_]:
+    """Which tokens are the most typical ones that hold `mass` of the probability: bool (tokens,).
+
+    Locally typical sampling (Meister et al. 2022, arXiv 2202.00666) prefers tokens whose
+    -log(probability) is close to the entropy, its mean. Both have the logarithm of the total in
+    them, which cancels: -log(p_i) - entropy = distance_i - mean distance.
+
+    distances: float32 (tokens,), of the scores from the largest one. token_ids decide between
+    equals; the lower one is preferred.
+    """
+    weights = _weights(distances)
+    # No distance above 28 has a weight; an infinite one must not be multiplied.
+    products = weights.astype(np.float64) * np.minimum(distances, _f(1000)).astype(np.float64)
+    total = float(weights.sum(dtype=np.uint64))
+    mean = _f(float(np.floor(products).astype(np.uint64).sum(dtype=np.uint64)) / total)
+    order = np.lexsort((token_ids, np.abs(distances - mean)))
+    result = np.zeros(len(distances), dtype=np.bool_)
+    result[order[: _count_up_to(weights[order], mass)]] = True
+    return result
+
+
+def is_excluding_top(row: np.void) -> bool:
+    """Whether XTC leaves out the most probable tokens here: decided by one random number."""
+    counter = (0, int(row["position"]), int(row["sample_index"]), 1)  # `gumbel` has 0 at the end
+    words = tuple(np.array([word], dtype=np.uint32) for word in counter)
+    seed = int(row["seed"])
+    bits = int(philox4x32(words, (seed & 0xFFFFFFFF, seed >> 32))[0, 0])  # type: ignore[arg-type]
+    return bits < int(float(row["xtc_probability"]) * 2**32)
+
+
+def exclude_top(weights: UInt64, threshold: np.float32) -> npt.NDArray[np.bool_]:
+    """Which tokens XTC leaves, "exclude top choices": bool (tokens,).
+
+    All but those with `threshold` of the probability or more, and the last of these. (By the
+    author of DRY, 2024: github.com/oobabooga/text-generation-webui/pull/6335.)
+    weights: uint64 (tokens,), the most probable first.
+    """
+    is_top = weights >= _part_of(threshold, weights)
+    if is_top.any():
+        is_top[np.flatnonzero(is_top)[-1]] = False
+    return ~is_top
+
+
+def _weights(distances: Float32) -> UInt64:
+    """Probabilities relative to the largest one's, in fixed point; distances: as keep_typical's."""
+    return _fixed_point(exp32(-distances))
+
+
+def _part_of(fraction: np.float32, weights: UInt64) -> np.uint64:
+    part: np.uint64 = np.uint64(math.ceil(float(fraction) * float(weights.sum(dtype=np.uint64))))
+    return part
+
+
+def _count_up_to(weights: UInt64, fraction: np.float32) -> int:
+    """How many of the first tokens together reach this fraction of the total; one at least."""
+    cumulative = np.cumsum(weights, dtype=np.uint64)
+    return max(1, 1 + int(np.searchsorted(cumulative, _part_of(fraction, weights))))
 
 
 def log_softmax(logits: Float32) -> Float32:

@@ -1,6 +1,7 @@
 // Sampling a token from each row of logits. reference/sampling.py defines every step, to the bit.
 
 #include "cpu/backend.h"
+#include "cpu/sampling_filters.h"
 
 #include <algorithm>
 #include <cmath>
@@ -22,49 +23,20 @@ std::int64_t first_largest(const float* values, std::int64_t count, const Kernel
   return found == values + count ? 0 : found - values;  // all NaN: any token, the row is flagged
 }
 
-// Orders tokens by score, the best first; the lower id first among equals.
-struct Better {
-  const float* scores;
-  bool operator()(std::int32_t a, std::int32_t b) const {
-    return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
-  }
-};
-
-// Keeps the shortest prefix, best first, whose probability reaches top_p.
-void keep_top_p(std::vector<std::int32_t>& tokens, const float* scores, float max, float top_p,
-                const Kernels& kernels) {
-  std::vector<float> gathered(tokens.size());
-  for (std::size_t i = 0; i < tokens.size(); ++i) gathered[i] = scores[tokens[i]];
-  const std::uint64_t total =
-      kernels.exp_sum(gathered.data(), max, static_cast<std::int64_t>(gathered.size()));
-  const auto needed = static_cast<std::uint64_t>(
-      std::ceil(static_cast<double>(top_p) * static_cast<double>(total)));
-  std::uint64_t reached = 0;
-  // Sorted piece by piece, since a few hundred tokens are usually enough.
-  for (std::size_t begin = 0, piece = 256; begin < tokens.size(); begin += piece, piece *= 4) {
-    const std::size_t end = std::min(tokens.size(), begin + piece);
-    const auto at = [&](std::size_t i) { return tokens.begin() + static_cast<std::ptrdiff_t>(i); };
-    std::partial_sort(at(begin), at(end), tokens.end(), Better{scores});
-    for (std::size_t i = begin; i < end; ++i) {
-      std::uint64_t weight;
-      kernels.exp_weights(&weight, &scores[tokens[i]], max, 1);
-      reached += weight;
-      if (reached >= needed) {
-        tokens.resize(i + 1);
-        return;
-      }
-    }
-  }
-}
-
 std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int32_t* mask,
-                        const SamplingRow& row, const Kernels& kernels) {
-  if (row.target >= 0) return row.target;
+                        const SamplingRow& options, const Kernels& kernels) {
+  if (options.target >= 0) return options.target;
+  const SamplingRow row = decide_xtc(options, kernels);
   std::vector<float> scores(logits, logits + vocab);
   for (std::int64_t i = 0; mask && i < vocab; ++i) {
     if (!is_allowed(mask, i)) scores[static_cast<std::size_t>(i)] = kNever;
   }
   if (row.is_greedy()) return first_largest(scores.data(), vocab, kernels);
+  float lowest = kNever;
+  if (row.top_n_sigma > 0.0f) {
+    const float largest = kernels.max_value(scores.data(), vocab);
+    lowest = lowest_by_sigma(scores.data(), largest, vocab, row.top_n_sigma) / row.temperature;
+  }
   for (float& score : scores) score = score / row.temperature;
   std::vector<float> noise(static_cast<std::size_t>(vocab));
   kernels.gumbel(noise.data(), row.seed, static_cast<std::uint32_t>(row.sample_index),
@@ -75,20 +47,14 @@ std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int3
     return first_largest(scores.data(), vocab, kernels);
   }
   const float max = kernels.max_value(scores.data(), vocab);
-  const float lowest = row.min_p > 0.0f ? max + kernels.log_positive(row.min_p) : kNever;
+  if (row.min_p > 0.0f) lowest = std::max(lowest, max + kernels.log_positive(row.min_p));
   std::vector<std::int32_t> tokens;
   for (std::int64_t i = 0; i < vocab; ++i) {
     const float score = scores[static_cast<std::size_t>(i)];
     if (score >= lowest && score != kNever) tokens.push_back(static_cast<std::int32_t>(i));
   }
   if (tokens.empty()) return 0;  // every logit is a NaN, or none is allowed
-  const auto top_k = static_cast<std::size_t>(row.top_k);
-  if (top_k > 0 && top_k < tokens.size()) {
-    std::nth_element(tokens.begin(), tokens.begin() + row.top_k, tokens.end(),
-                     Better{scores.data()});
-    tokens.resize(top_k);
-  }
-  if (row.top_p < 1.0f) keep_top_p(tokens, scores.data(), max, row.top_p, kernels);
+  keep_by_rank(tokens, scores.data(), max, row, kernels);
   for (const std::int32_t token : tokens) {
     const auto i = static_cast<std::size_t>(token);
     scores[i] = scores[i] + noise[i];

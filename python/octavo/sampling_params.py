@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,12 @@ class SamplingParams:
         cost no more than in any other prompt, and come from the prefix cache where it has them.
     skip_special_tokens: leave special tokens out of the text.
     n: how many answers to draw for the prompt.
+    top_n_sigma: keep tokens whose logits are within so many standard deviations of the largest; 0
+        (or -1) keeps all. This and the next three are explained in docs/sampling.md.
+    typical_p: keep the tokens whose surprise is closest to the expected one, until they reach this
+        probability; 1 keeps all.
+    xtc_probability: how often XTC leaves out the most probable tokens; 0: never. These are the ones
+        that have xtc_threshold of the probability or more, except for the least probable of them.
     structured_outputs: what the text must look like; also its fields as a mapping.
     """
 
@@ -106,6 +113,10 @@ class SamplingParams:
     prompt_logprobs_start: int = _limited(0, 0, None, "0 for all of the prompt")
     skip_special_tokens: bool = True
     n: int = _limited(1, 1, None, "ask for at least one answer")
+    top_n_sigma: float = _limited(0.0, -1.0, None, "0 to keep all tokens")
+    typical_p: float = _limited(1.0, 0.0, 1.0, "1 to keep all tokens")
+    xtc_probability: float = _limited(0.0, 0.0, 1.0, "0 for never")
+    xtc_threshold: float = _limited(0.1, 0.0, 1.0, "above 0.5 it leaves out nothing")
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __new__(cls, *_: Any, **given: Any) -> SamplingParams:
@@ -125,6 +136,8 @@ class SamplingParams:
         checked = {each.name: self._checked(each) for each in fields(self)}
         if checked["top_k"] == -1:
             checked["top_k"] = 0
+        if checked["top_n_sigma"] < 0:
+            checked["top_n_sigma"] = 0.0
         if checked["seed"] is not None:
             checked["seed"] &= MAX_SEED
         if checked["max_tokens"] is not None:
@@ -136,6 +149,11 @@ class SamplingParams:
             )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    @functools.cached_property
+    def has_unusual_filters(self) -> bool:
+        """Whether one of the filters is on that few requests use; asked before every step."""
+        return self.top_n_sigma > 0 or self.typical_p < 1 or self.xtc_probability > 0
 
     def _checked(self, option: Field[Any]) -> Any:
         """The value of a field as it is kept; InvalidArgumentError names what is wrong with it."""

@@ -192,7 +192,7 @@ def simulate(
         source.chance = chance(number)
         for sequence in sequences:
             sequence.num_computed_tokens = sequence.num_tokens - 1
-        step, started = ScheduleBuilder(number, 512, 0.0, 8), source.now
+        step, started = ScheduleBuilder(number, 512, 0.0, 512), source.now
         drafter.begin_step(sequences, step)
         for sequence in sequences:
             step.add(sequence, 1, 1, tuple(drafter.propose(sequence)))
@@ -273,9 +273,9 @@ def test_sequences_in_prefill_stop_drafts_of_others() -> None:
     params = SamplingParams(max_tokens=50)
     decoding, prompt = Sequence("a", [1, 2, 3], params), Sequence("b", [1] * 30, params)
     decoding.num_computed_tokens = 2
-    drafter.begin_step([decoding], ScheduleBuilder(0, 64, 0.0, 8))
+    drafter.begin_step([decoding], ScheduleBuilder(0, 64, 0.0, 512))
     assert len(drafter.propose(decoding)) > 1
-    drafter.begin_step([decoding, prompt], ScheduleBuilder(1, 64, 0.0, 8))
+    drafter.begin_step([decoding, prompt], ScheduleBuilder(1, 64, 0.0, 512))
     assert not drafter.propose(decoding)
 
 
@@ -283,7 +283,7 @@ def test_what_is_not_decoded_alone_is_not_measured() -> None:
     drafter = Speculator(Coin(1.0), 4, clock=lambda: 0.0)
     sequence = Sequence("a", [1] * 9, SamplingParams())
     entry = ScheduledSequence(sequence, 0, 9, 1)
-    step = ScheduleBuilder(0, 64, 0.0, 8)
+    step = ScheduleBuilder(0, 64, 0.0, 512)
     step.entries.append(entry)
     step.num_tokens = 9
     drafter.end_step(step.schedule(0), SimpleNamespace(token_ids=np.ones(1, np.int32)), 5.0)

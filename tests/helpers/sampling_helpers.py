@@ -31,6 +31,17 @@ def make_rows(seed: int, rows: int, vocab: int) -> dict[str, Any]:
         sample_index=rng.integers(0, 5, size=rows),
         position=rng.integers(0, 100_000, size=rows),
     )
+    unusual = {
+        "top_n_sigma": pick([0, 0, 0.3, 1]),
+        "typical_p": pick([1, 1, 0.2, 0.9, 1e-6]),
+        "xtc_probability": pick([0, 0.5, 1]),
+        "xtc_threshold": pick([0.1, 0.3, 0.01, 1e-4]),
+    }
+    chosen = rng.random(rows) < 0.3  # the others take the fast path
+    for name, values in unusual.items():
+        options[name][chosen] = values[chosen]
+    for name in ("top_k", "min_p"):
+        options[name][chosen & (rng.random(rows) < 0.7)] = 0
     return {"logits": logits, "rows": options}
 
 

@@ -123,6 +123,15 @@ PLANTED: dict[str, dict[str, Any]] = {
     "top_p ignored": {"top_p": 1},
     "top_p a little higher": {"top_p": lambda p: np.where(p < 1, np.minimum(p * 1.05, 1), p)},
     "min_p ignored": {"min_p": 0},
+    "top_n_sigma ignored": {"top_n_sigma": 0},
+    "top_n_sigma a fifth higher": {"top_n_sigma": lambda n: n * 1.2},
+    "typical_p ignored": {"typical_p": 1},
+    "typical_p a little higher": {
+        "typical_p": lambda p: np.where(p < 1, np.minimum(p + 0.02, 1), p)
+    },
+    "XTC ignored": {"xtc_probability": 0},
+    "XTC always": {"xtc_probability": lambda p: np.where(p > 0, 1, p)},
+    "XTC's threshold twice as high": {"xtc_threshold": lambda t: t * 2},
     "position off by one": {"position": lambda position: position + 1},
     "sample index ignored": {"sample_index": 0},
     "half of the seed ignored": {"seed": lambda seed: seed & np.uint64(0xFFFFFFFF)},

@@ -95,9 +95,9 @@ def draw(logits: list[float], **options: Any) -> int:
     return sampling.sample_row(np.array(logits, dtype=np.float32), row)
 
 
-def kept(logits: list[float], top_k: int = 0, top_p: float = 1, min_p: float = 0) -> list[int]:
-    scaled = np.array(logits, dtype=np.float32)
-    return np.flatnonzero(sampling.keep_tokens(scaled, top_k, top_p, min_p)).tolist()
+def kept(logits: list[float], **options: Any) -> list[int]:
+    row = sampling.sampling_rows(1, **{"temperature": 1.0, **options})[0]
+    return np.flatnonzero(sampling.keep_tokens(np.array(logits, np.float32), row)).tolist()
 
 
 @pytest.mark.parametrize("vary", ["seed", "position", "sample_index"])
@@ -119,7 +119,7 @@ def test_distribution_after_cuts() -> None:
     counts = np.zeros(5)
     for i in range(4_000):
         counts[draw(logits, position=i, **options)] += 1
-    assert kept(logits, **options) == [0, 1, 2]  # type: ignore[arg-type]
+    assert kept(logits, **options) == [0, 1, 2]
     weights = np.exp(np.array(logits[:3]))
     expected = weights / weights.sum() * 4_000
     assert counts[3:].sum() == 0

@@ -63,7 +63,7 @@ def changed_layouts() -> dict[str, np.dtype[Any]]:
     longer = description(SAMPLING_ROW)
     longer["itemsize"] += 8
     added = description(SAMPLING_ROW)
-    for field, value in (("names", "typical_p"), ("formats", np.dtype("<f4")), ("offsets", 40)):
+    for field, value in (("names", "tfs_z"), ("formats", np.dtype("<f4")), ("offsets", 56)):
         added[field].append(value)
     added["itemsize"] += 8
     layouts |= {"longer": longer, "a field added": added}
@@ -127,6 +127,10 @@ def test_what_is_declared_and_not_computed_yet_is_refused(
         ("top_k", [-1], [0, 10**6], "0 or more"),
         ("top_p", [0.0, 1.01, np.nan], [1e-6, 1.0], "above 0, at most 1"),
         ("min_p", [-0.01, 1.01, np.nan], [0.0, 1.0], "0 to 1"),
+        ("top_n_sigma", [-0.5, np.nan], [0.0, 1e9], "0 or more"),
+        ("typical_p", [0.0, 1.01, np.nan], [1e-6, 1.0], "above 0, at most 1"),
+        ("xtc_probability", [-0.1, 1.01, np.nan], [0.0, 1.0], "0 to 1"),
+        ("xtc_threshold", [-0.1, 1.01, np.nan], [0.0, 1.0], "0 to 1"),
         ("num_logprobs", [-2, 84], [-1, 83], "-1 to 83"),
         ("state_row", [-2], [-1], "-1 to"),
     ],

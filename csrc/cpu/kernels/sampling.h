@@ -115,6 +115,13 @@ void gumbel(float* out, std::uint64_t seed, std::uint32_t sample_index, std::uin
   }
 }
 
+// The random bits by which XTC is on or off for a token: of a counter that no token's noise has.
+std::uint32_t xtc_word(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position) {
+  return philox(0, position, sample_index, 1, static_cast<std::uint32_t>(seed),
+                static_cast<std::uint32_t>(seed >> 32))
+      .word[0];
+}
+
 float max_value(const float* x, std::int64_t count) {
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
   Vec most = splat(kLowest);

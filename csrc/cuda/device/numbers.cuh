@@ -106,6 +106,7 @@ OCTAVO_DEVICE void write_number(void* data, DType dtype, long long index, float 
 // Sums and products that no compiler fuses: the same bits on every device and on the host.
 OCTAVO_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 OCTAVO_DEVICE float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
+OCTAVO_DEVICE double multiply_rn(double a, double b) { return __dmul_rn(a, b); }
 OCTAVO_DEVICE float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
 OCTAVO_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 

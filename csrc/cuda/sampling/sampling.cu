@@ -5,7 +5,7 @@
 
 #include "cuda/backend.h"
 #include "cuda/elementwise/elementwise.cuh"
-#include "cuda/sampling/sampling_filters.cuh"
+#include "cuda/sampling/sampling_unusual.cuh"
 
 namespace octavo::cuda {
 
@@ -141,13 +141,22 @@ OCTAVO_DEVICE Search search_collected(const SampleArguments& a, bool sampling, c
   return search;
 }
 
+OCTAVO_DEVICE_CALL Wide conclude_unusual() {
+  const SampleMemory& memory = sample_memory();
+  const Part& whole = memory.arguments.states[blockIdx.y].whole;
+  return sample_unusual(search_of(memory.arguments, true, whole), memory.options,
+                        whole.max_allowed);
+}
+
 OCTAVO_DEVICE_CALL void conclude_sampling() {
   const SampleMemory& memory = sample_memory();
   const SampleArguments& a = memory.arguments;
   const Plan& plan = memory.plan;
   const unsigned finite = a.states[blockIdx.y].whole.finite;
   Wide best = memory.whole.best;
-  if (finite && (plan.alone || plan.collected >= 0)) {
+  if (finite && memory.options.is_unusual()) {
+    best = conclude_unusual();
+  } else if (finite && (plan.alone || plan.collected >= 0)) {
     const Wide other = sample_as_planned(search_collected(a, true, plan), plan, memory.options);
     if (other > best) best = other;
   }
@@ -188,6 +197,10 @@ OCTAVO_DEVICE_CALL void run_scan(Turn turn) {
   if (threadIdx.x == 0) {
     state.whole = whole;
     state.plan = {};
+    if (options.is_unusual()) {
+      state.plan.alone = 1;
+      state.plan.kept = 0;
+    }
   }
   if (!(memory.phases >> kCollect & 1u))
     note_token(a, whole.finite ? token_of(whole.best) : 0, whole.finite);
@@ -237,6 +250,7 @@ __global__ void __launch_bounds__(kSamplingThreads, 2) sample_rows(SampleArgumen
   const std::int64_t row = a.row();
   if (threadIdx.x == 0) {
     memory.options = {a.sampling[row]};
+    memory.options.decide_xtc();
     memory.logits = a.logits + row * a.stride;
     memory.mask = a.masks ? a.masks + row * ((a.vocab + 31) / 32) : nullptr;
     memory.phases = memory.options.phases();

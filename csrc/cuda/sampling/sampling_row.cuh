@@ -50,10 +50,19 @@ struct RowOptions : SamplingRow {
   OCTAVO_DEVICE Stamp stamp() const {
     return {seed, static_cast<unsigned>(sample_index), static_cast<unsigned>(position)};
   }
+  // XTC is on or off for this token, as its random number says.
+  OCTAVO_DEVICE void decide_xtc() {
+    if (xtc_probability == 0.0f) return;
+    const uint4 random =
+        philox({0, static_cast<unsigned>(position), static_cast<unsigned>(sample_index), 1},
+               {static_cast<unsigned>(seed), static_cast<unsigned>(seed >> 32)});
+    const auto bound = static_cast<Wide>(static_cast<double>(xtc_probability) * 0x1p32);
+    if (random.x >= bound) xtc_probability = 0.0f;
+  }
   // Bit p: whether phase p is needed.
   OCTAVO_DEVICE unsigned phases() const {
     unsigned bits = 1u << kScan;
-    if (!is_greedy() && counts()) bits |= 1u << kCount;
+    if (!is_greedy() && counts() && !is_unusual()) bits |= 1u << kCount;
     if (!is_greedy() && !keeps_all()) bits |= 1u << kCollect;
     if (num_logprobs >= 0) bits |= 1u << kCountLogprobs | 1u << kCollectLogprobs;
     return bits;

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from octavo.engine.block_manager import NO_BLOCK, BlockManager
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule, ScheduledSequence
-from octavo.reference.sampling import SAMPLING_ROW, SamplingRows, sampling_rows
+from octavo.reference.sampling import SamplingRows, sampling_rows
 
 Int32 = NDArray[np.int32]
 _TINY = float(np.finfo(np.float32).tiny)
@@ -85,6 +85,7 @@ def pack_sampling(
         # A top_k above the vocabulary's size keeps all tokens, also where an int32 cannot hold it.
         "top_k": [p.top_k if p.top_k < vocab_size else 0 for p in params],
         "top_p": [max(p.top_p, _TINY) for p in params],
+        "min_p": [p.min_p for p in params],
         "seed": [p.seed or 0 for p in params],
         "sample_index": [sequence.sample_index for sequence in sequences],
         "num_logprobs": [
@@ -93,15 +94,14 @@ def pack_sampling(
         ],
         "state_row": state_rows,
     }
-    for name in _OF_A_STEP:
-        values = fitted.get(name)
-        rows[name] = [getattr(p, name) for p in params] if values is None else values
+    if any([p.has_unusual_filters for p in params]):
+        fitted["top_n_sigma"] = [min(p.top_n_sigma, _HUGE) for p in params]
+        fitted["typical_p"] = [max(p.typical_p, _TINY) for p in params]
+        fitted["xtc_probability"] = [p.xtc_probability for p in params]
+        fitted["xtc_threshold"] = [p.xtc_threshold for p in params]
+    for name, values in fitted.items():  # the core sets the position
+        rows[name] = values
     return rows
-
-
-# Fields from the request, and those that the scheduler knows; the core sets the position, and rows
-# with a target are those of prompts (prompt_logprobs.py).
-_OF_A_STEP = [name for name in SAMPLING_ROW.names or () if name not in ("position", "target")]
 
 
 def _temperature(value: float) -> float:

@@ -239,11 +239,8 @@ class Scheduler(SequenceQueues):
                     continue
                 if sequence.num_pending_tokens and drafter.awaits(sequence):
                     continue
-                drafts = (
-                    ()
-                    if sequence.num_pending_tokens
-                    else self._drafts(sequence, step.budget - 1, len(self._running) - index)
-                )
+                if not sequence.num_pending_tokens:
+                    drafts = self._drafts(sequence, step, len(self._running) - index)
             if self._make_room(sequence, num_tokens, step):
                 step.add(sequence, 1, 1, drafts)
 
@@ -263,13 +260,15 @@ class Scheduler(SequenceQueues):
                 return False
         return True
 
-    def _drafts(self, sequence: Sequence, budget: int, num_behind: int) -> tuple[int, ...]:
+    def _drafts(
+        self, sequence: Sequence, step: ScheduleBuilder, num_behind: int
+    ) -> tuple[int, ...]:
         """The drafts that the step has room to check, with blocks reserved for them.
 
         A draft takes no token and no block that one of the num_behind sequences behind may need.
         """
         longest = min(sequence.max_total_tokens - 1, self.limits.longest(sequence.rope_set))
-        room = min(budget - num_behind, longest - sequence.num_tokens)
+        room = min(step.budget - 1 - num_behind, step.row_budget, longest - sequence.num_tokens)
         if self.drafter is None or room < 1:
             return ()
         drafts = tuple(self.drafter.propose(sequence)[:room])

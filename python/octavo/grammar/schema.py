@@ -8,6 +8,7 @@ out where the caller is not strict.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
@@ -136,7 +137,8 @@ class SchemaReader:
             if not isinstance(item, Mapping):
                 raise problem_at(place.pointer, f'"{key}" is {_shown(item)}; expected an object')
             self._check_size(place, key, MAX_PROPERTIES)
-            found[key] = {name: self._read(place.child(key, name), depth) for name in item}
+            spell = exact_pattern if key == "patternProperties" else str
+            found[key] = {spell(name): self._read(place.child(key, name), depth) for name in item}
         elif key == "enum":
             self._check_size(place, key, MAX_VALUES)
             found[key] = item
@@ -153,6 +155,8 @@ class SchemaReader:
         elif key in ("minimum", "maximum") and key in found:  # moved there already
             tighter = max if key == "minimum" else min
             found[key] = tighter(item, found[key]) if isinstance(item, (int, float)) else item
+        elif key == "pattern" and isinstance(item, str):
+            found[key] = exact_pattern(item)
         elif key in _PLAIN:
             found[key] = item
 
@@ -194,6 +198,21 @@ def children(schema: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
             yield from ((item, name) for name in item)
         elif key in _ONE:
             yield schema, key
+
+
+def exact_pattern(pattern: str) -> str:
+    r"""A pattern whose classes of characters have no U+0000.
+
+    A class that has all control characters, as [^"], is taken by llguidance 1.9 for one that has
+    quotation marks and backslashes too, written as escapes.
+    """
+    pattern = re.sub(r"\\(x00|u0000)-", r"\\x01-", pattern)
+    return re.sub(
+        r"(\\.)|\[\^(\]?)",
+        lambda found: found[1] or (r"[^\x00\]" if found[2] else r"[^\x00"),
+        pattern,
+        flags=re.DOTALL,
+    )
 
 
 def _check_multiple(place: Place, item: Any) -> None:

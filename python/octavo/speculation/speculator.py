@@ -120,7 +120,8 @@ class Speculator(Drafter):
             return
         # A step that computes prompts is full of arithmetic: drafts would only make it longer.
         is_free = len(decoding) == len(sequences) or not self._adaptive
-        depths = self._depths(ready, step.budget) if is_free else [0] * len(ready)
+        room = max(0, min(step.budget - len(decoding), step.row_budget))
+        depths = self._depths(ready, room) if is_free else [0] * len(ready)
         asked = [self.depth if self.source.is_free else depth for depth in depths]
         wanted = [
             (sequence, known.own, count)
@@ -213,7 +214,7 @@ class Speculator(Drafter):
             chances.append(chance)
         return chances
 
-    def _depths(self, ready: SequenceOf[tuple[Sequence, _Drafting]], budget: int) -> list[int]:
+    def _depths(self, ready: SequenceOf[tuple[Sequence, _Drafting]], room: int) -> list[int]:
         if not self._adaptive:
             return [self.depth] * len(ready)
         costs, account, num_decodes = self.costs, self._account, self._num_decodes
@@ -224,7 +225,7 @@ class Speculator(Drafter):
         if account.lost > _MOST_LOSS * account.elapsed + _FIRST_STEPS * plain:
             return none
         chances = [self._survivals(known) for _, known in ready]
-        room, seconds = budget - num_decodes, self._round_seconds
+        seconds = self._round_seconds
         found = choose_depths(chances, num_decodes, room, costs, seconds)
         if any(found.counts):
             # The less drafts gain, the more often a step without them is measured again.

@@ -1,0 +1,155 @@
+#include "cpu/sampling_filters.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace octavo::cpu {
+
+namespace {
+
+using Tokens = std::vector<std::int32_t>;
+using Weights = std::vector<std::uint64_t>;
+
+// The probabilities of tokens, relative to that of a token with score `max`, in fixed point.
+Weights weights_of(const Tokens& tokens, const float* scores, float max, const Kernels& kernels) {
+  std::vector<float> gathered(tokens.size());
+  for (std::size_t i = 0; i < tokens.size(); ++i) gathered[i] = scores[tokens[i]];
+  Weights weights(tokens.size());
+  kernels.exp_weights(weights.data(), gathered.data(), max,
+                      static_cast<std::int64_t>(tokens.size()));
+  return weights;
+}
+
+std::uint64_t sum_of(const Weights& weights) {
+  std::uint64_t sum = 0;
+  for (const std::uint64_t weight : weights) sum += weight;
+  return sum;
+}
+
+std::uint64_t part_of(float fraction, std::uint64_t total) {
+  return static_cast<std::uint64_t>(
+      std::ceil(static_cast<double>(fraction) * static_cast<double>(total)));
+}
+
+// Keeps the shortest prefix, in the order that `before` gives, whose weight reaches `needed`.
+template <class Before>
+void keep_prefix(Tokens& tokens, std::uint64_t needed, const float* scores, float max,
+                 const Kernels& kernels, Before before) {
+  std::uint64_t reached = 0;
+  // Sorted piece by piece, since a few hundred tokens are usually enough.
+  for (std::size_t begin = 0, piece = 256; begin < tokens.size(); begin += piece, piece *= 4) {
+    const std::size_t end = std::min(tokens.size(), begin + piece);
+    const auto at = [&](std::size_t i) { return tokens.begin() + static_cast<std::ptrdiff_t>(i); };
+    std::partial_sort(at(begin), at(end), tokens.end(), before);
+    for (std::size_t i = begin; i < end; ++i) {
+      std::uint64_t weight;
+      kernels.exp_weights(&weight, &scores[tokens[i]], max, 1);
+      reached += weight;
+      if (reached >= needed) {
+        tokens.resize(i + 1);
+        return;
+      }
+    }
+  }
+}
+
+// Tokens by how far their distance from the largest score is from the mean one.
+struct MoreTypical {
+  const float* scores;
+  float max, mean;
+
+  float away(std::int32_t token) const { return std::fabs((max - scores[token]) - mean); }
+  bool operator()(std::int32_t a, std::int32_t b) const {
+    const float away_a = away(a), away_b = away(b);
+    return away_a != away_b ? away_a < away_b : a < b;
+  }
+};
+
+void keep_typical(Tokens& tokens, const float* scores, float max, float mass,
+                  const Kernels& kernels) {
+  const Weights weights = weights_of(tokens, scores, max, kernels);
+  std::uint64_t products = 0;
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    // No distance above 28 has a weight; an infinite one must not be multiplied.
+    const float distance = std::min(max - scores[tokens[i]], 1000.0f);
+    products +=
+        static_cast<std::uint64_t>(static_cast<double>(weights[i]) * static_cast<double>(distance));
+  }
+  const std::uint64_t total = sum_of(weights);
+  const auto mean = static_cast<float>(static_cast<double>(products) / static_cast<double>(total));
+  keep_prefix(tokens, part_of(mass, total), scores, max, kernels, MoreTypical{scores, max, mean});
+}
+
+void keep_top_p(Tokens& tokens, const float* scores, float max, float top_p,
+                const Kernels& kernels) {
+  std::vector<float> gathered(tokens.size());
+  for (std::size_t i = 0; i < tokens.size(); ++i) gathered[i] = scores[tokens[i]];
+  const std::uint64_t total =
+      kernels.exp_sum(gathered.data(), max, static_cast<std::int64_t>(gathered.size()));
+  keep_prefix(tokens, part_of(top_p, total), scores, max, kernels, Better{scores});
+}
+
+// Removes the tokens that have `threshold` of the probability, but for the last of them.
+void exclude_top(Tokens& tokens, const float* scores, float max, float threshold,
+                 const Kernels& kernels) {
+  const Weights weights = weights_of(tokens, scores, max, kernels);
+  const std::uint64_t needed = part_of(threshold, sum_of(weights));
+  constexpr std::int32_t kNone = -1;
+  const Better better{scores};
+  std::int32_t last = kNone;
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    if (weights[i] >= needed && (last == kNone || better(last, tokens[i]))) last = tokens[i];
+  }
+  std::size_t kept = 0;
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    if (weights[i] < needed || tokens[i] == last) tokens[kept++] = tokens[i];
+  }
+  tokens.resize(kept);
+}
+
+}  // namespace
+
+SamplingRow decide_xtc(SamplingRow row, const Kernels& kernels) {
+  if (row.xtc_probability > 0.0f) {
+    const std::uint32_t word =
+        kernels.xtc_word(row.seed, static_cast<std::uint32_t>(row.sample_index),
+                         static_cast<std::uint32_t>(row.position));
+    const auto bound =
+        static_cast<std::uint64_t>(static_cast<double>(row.xtc_probability) * 0x1p32);
+    if (word >= bound) row.xtc_probability = 0.0f;
+  }
+  return row;
+}
+
+float lowest_by_sigma(const float* logits, float max, std::int64_t vocab, float num_sigmas) {
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  std::uint64_t count = 0, sum = 0, squares = 0;
+  for (std::int64_t i = 0; i < vocab; ++i) {
+    const float distance = std::min(max - logits[i], 128.0f);
+    const bool counts = logits[i] != kNever;
+    const auto steps =
+        counts ? static_cast<std::uint32_t>(static_cast<std::int32_t>(distance * 0x1p15f)) : 0u;
+    count += counts;
+    sum += steps;
+    squares += std::uint64_t{steps} * steps;
+  }
+  const double mean = static_cast<double>(sum) / static_cast<double>(count);
+  const double variance = static_cast<double>(squares) / static_cast<double>(count) - mean * mean;
+  const double sigma = std::sqrt(std::max(variance, 0.0)) * 0x1p-15;
+  return max - static_cast<float>(static_cast<double>(num_sigmas) * sigma);
+}
+
+void keep_by_rank(Tokens& tokens, const float* scores, float max, const SamplingRow& row,
+                  const Kernels& kernels) {
+  const auto top_k = static_cast<std::size_t>(row.top_k);
+  if (top_k > 0 && top_k < tokens.size()) {
+    std::nth_element(tokens.begin(), tokens.begin() + row.top_k, tokens.end(), Better{scores});
+    tokens.resize(top_k);
+  }
+  if (row.typical_p < 1.0f) keep_typical(tokens, scores, max, row.typical_p, kernels);
+  if (row.top_p < 1.0f) keep_top_p(tokens, scores, max, row.top_p, kernels);
+  if (row.xtc_probability > 0.0f) exclude_top(tokens, scores, max, row.xtc_threshold, kernels);
+}
+
+}  // namespace octavo::cpu
