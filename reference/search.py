@@ -117,3 +117,19 @@ def contrastive_choice(expert: Float32, amateur: Float32, alpha: float, temperat
     scores = np.where(plausible, expert - scaled, np.float32(-np.inf))
     best = np.flatnonzero(scores == scores.max())
     return int(best[np.argmax(expert[best])])
+
+
+def similarity_choice(
+    probabilities: Float32, candidates: Float32, context: Float32, alpha: float
+) -> int:
+    """Which candidate contrastive search takes (Su et al. 2022, arXiv 2202.06417).
+
+    probabilities: of the k most probable next tokens, float32 (k,). candidates: the last hidden
+    state that each of them would have, after the final norm, (k, hidden). context: those of all
+    tokens so far, (tokens, hidden). The score is (1 - alpha) * probability - alpha * the largest
+    cosine similarity to any token of the context: likely, but nothing that is said already.
+    """
+    own = candidates / np.linalg.norm(candidates, axis=1, keepdims=True)
+    others = context / np.linalg.norm(context, axis=1, keepdims=True)
+    penalty = (own @ others.T).max(axis=1)
+    return int(np.argmax(np.float32(1 - alpha) * probabilities - np.float32(alpha) * penalty))

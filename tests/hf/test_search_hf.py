@@ -13,10 +13,11 @@ from reference_helpers import SMOLLM2_MISSING, smollm2_path
 from hf.hf_models import SHAPES, make_hf_model
 from octavo.errors import InvalidArgumentError
 from octavo.llm import LLM
-from octavo.reference.search import beam_search, contrastive_choice
+from octavo.reference.search import beam_search, contrastive_choice, similarity_choice
 from octavo.sampling_params import SamplingParams
 from octavo.search.contrastive import ContrastiveParams
 from octavo.search.params import BeamSearchParams
+from octavo.search.similarity import ContrastiveSearch, ContrastiveSearchParams
 
 pytestmark = pytest.mark.hf
 STOPS = (3, 50, 120)
@@ -118,6 +119,40 @@ def test_contrastive_decoding_is_the_papers(tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(InvalidArgumentError, match="has 307 tokens; expected 131"):
         llm.contrastive_decoding(prompts, tmp_path / "other")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_contrastive_search_is_the_papers(tmp_path: Path) -> None:
+    model = make_hf_model({**SHAPES["plain_3x128"], "vocab_size": 131}, seed=2)
+    model.save_pretrained(tmp_path)
+    search = ContrastiveSearch(str(tmp_path), 6, dtype="f32", max_model_len=400, device="cpu")
+
+    def look(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        with torch.no_grad():
+            found = model(torch.tensor([tokens]), output_hidden_states=True)
+        return found.hidden_states[-1][0].numpy(), found.logits[0, -1].numpy()
+
+    num_changed = 0
+    for index, (alpha, k) in enumerate(((0.6, 4), (0.9, 6), (0.0, 5))):
+        prompt = np.random.default_rng(index).integers(0, 131, size=3 + 140 * index).tolist()
+        tokens, greedy = list(prompt), list(prompt)
+        for _ in range(10):
+            states, logits = look(tokens)
+            best = np.argsort(-logits)[:k]
+            probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+            candidates = np.stack([look([*tokens, int(token)])[0][-1] for token in best])
+            chosen = similarity_choice(probabilities[best], candidates, states, alpha)
+            tokens.append(int(best[chosen]))
+            greedy.append(int(look(greedy)[1].argmax()))
+        params = ContrastiveSearchParams(alpha, k, 10)
+        assert search.generate(prompt, params) == tokens[len(prompt) :], alpha
+        num_changed += tokens != greedy
+        assert (tokens == greedy) or alpha > 0
+    assert num_changed
+    with pytest.raises(InvalidArgumentError, match="top_k is 7; expected at most 6"):
+        search.generate([1], ContrastiveSearchParams(top_k=7))
+    with pytest.raises(InvalidArgumentError, match="the prompt has 400 tokens"):
+        search.generate([1] * 400)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 from octavo.sampling_params import SamplingParams
@@ -35,7 +35,7 @@ def check_beams(body: SamplingBody) -> None:
     if isinstance(body, ChatBody) and body.tools:
         raise bad_request("tools do not go with use_beam_search: leave one of them out", "tools")
     for each in fields(SamplingParams):
-        if each.name not in _ALLOWED and not _is_neutral(each.name, getattr(body, each.name, None)):
+        if each.name not in _ALLOWED and not _is_neutral(each, getattr(body, each.name, None)):
             raise bad_request(
                 f"{each.name} is given, but beam search takes the tokens by the model's own "
                 f"probabilities: leave {each.name} or use_beam_search out",
@@ -43,9 +43,12 @@ def check_beams(body: SamplingBody) -> None:
             )
 
 
-def _is_neutral(name: str, value: Any) -> bool:
-    neutral = {"temperature": (0, 1), "top_p": (1,), "top_k": (0, -1), "repetition_penalty": (1,)}
-    return value in (None, False, (), [], {}) or value in neutral.get(name, (0,))
+def _is_neutral(option: Field[Any], value: Any) -> bool:
+    if option.name in ("logprobs", "prompt_logprobs"):  # 0 asks for something
+        return value is None or value is False
+    neutral = {"temperature": (0, 1), "top_k": (0, -1)}
+    values = (None, False, [], {}, option.default, *neutral.get(option.name, ()))
+    return value in values
 
 
 def beam_params(body: SamplingBody, params: SamplingParams) -> BeamSearchParams:
