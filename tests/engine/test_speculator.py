@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_helpers import check_answers, fake_engine, run_to_end
-from fake_runtime import NAN_TOKEN
+from fake_runtime import NAN_TOKEN, VOCAB, draw
 from speculation_helpers import fake_draft_source, ngram_drafting
 
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import ScheduleBuilder, ScheduledSequence
 from octavo.sampling_params import SamplingParams
-from octavo.speculation.costs import StepCosts, choose_depths
+from octavo.speculation import speculator
+from octavo.speculation.costs import Depths, StepCosts, choose_depths
 from octavo.speculation.ngram import LONGEST_MATCH, NgramIndex
 from octavo.speculation.source import DraftSource
 from octavo.speculation.speculator import Speculator
@@ -112,6 +113,38 @@ def test_costs_are_measured_interpolated_and_guessed() -> None:
         costs.observe(num_tokens, 1.0 + num_tokens)
     assert len(costs._measured) == len(costs._sizes) <= 256
     assert costs._sizes == sorted(costs._measured)
+
+
+def test_load_is_told_apart_from_size() -> None:
+    """The machine becomes three times slower: known of steps that were not measured since."""
+    costs = StepCosts()
+    for _ in range(5):
+        costs.observe(1, 1.0)
+        costs.observe(5, 1.2)
+    for _ in range(30):
+        costs.observe(5, 3.6)
+    assert costs.seconds(1) == pytest.approx(3.0) and costs.seconds(5) == pytest.approx(3.6)
+    costs.observe(5, 50.0)  # it stumbles
+    assert costs.seconds(1) == pytest.approx(3.0)
+
+
+def test_without_a_plain_step_to_compare_with_there_are_no_drafts() -> None:
+    _, _, drafter = simulate(lambda _: 1.0, TIMES["flat"], 3)
+    assert drafter.costs.is_known(1) and len(drafter.costs._sizes) == 1
+
+
+def test_plain_steps_are_measured_again() -> None:
+    counts = []
+    for chance in (0.3, 0.9):
+        seen: list[int] = []
+
+        def time_of(num_tokens: int, seen: list[int] = seen) -> float:
+            seen.append(num_tokens)
+            return 1 + 0.05 * num_tokens
+
+        simulate(lambda _, chance=chance: chance, time_of, 400)
+        counts.append(len([n for n in seen if n == 1]) - 400)  # `simulate` asks once a step
+    assert counts[0] > 30 and 10 < counts[1] < 40, counts
 
 
 def best_by_trying_all(chances: list[list[float]], num_decodes: int, times: StepCosts) -> float:
@@ -242,6 +275,13 @@ def test_drafts_that_cost_time_never_cost_much(chance: float, price: float) -> N
     assert plain / total > 0.85 * foretold
 
 
+def test_the_account_stops_what_is_chosen_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice that always promises much: the losses are seen, and bounded."""
+    monkeypatch.setattr(speculator, "choose_depths", lambda *_, **__: Depths([5], 0.0, 2.0))
+    total, plain, _ = simulate(lambda _: 0.0, lambda n: 0.5 + 0.5 * n, 1200)
+    assert plain / total > 0.97
+
+
 def test_good_drafts_pay_and_are_found_again() -> None:
     total, plain, drafter = simulate(lambda _: 0.9, TIMES["flat"])
     assert plain / total > 3.5
@@ -320,6 +360,32 @@ def test_a_draft_model_over_a_fake(overlap: bool, error_every: int, num_blocks: 
     source.begin_step([])
     assert source.blocks.num_free_blocks == num_blocks
     source.blocks.check_integrity()
+
+
+def test_after_rejects_a_draft_model_goes_on_from_the_answer() -> None:
+    """Its drafts are those of the fake model for the answer's own tokens, whatever was rejected."""
+    source = fake_draft_source(60, 3)
+    drafter = Speculator(source, 4, adaptive=False)
+    engine = fake_engine(60, drafter=drafter)
+    made, seen = source.draft, []
+
+    def draft(wanted: Any) -> Any:
+        if engine.num_steps % 3 == 1:  # now and then the answer goes on without drafts
+            return [()] * len(wanted)
+        found = made(wanted)
+        seen.extend(
+            (list(s.token_ids), list(d)) for (s, _, _), d in zip(wanted, found, strict=True)
+        )
+        return found
+
+    source.draft = draft  # type: ignore[method-assign]
+    engine.add_request("a", [1, 2, 3], SamplingParams(**GREEDY, max_tokens=40))
+    run_to_end(engine)
+    assert len(seen) > 10
+    for token_ids, drafts in seen:
+        for place, token in enumerate(drafts):
+            right = draw([*token_ids, *drafts[:place]], (0.0, 0, 1.0, 0.0), 0, 0)[0]
+            assert token == ((right + 1) % (VOCAB - 1) if right % 3 == 0 else right)
 
 
 def test_a_draft_model_computes_no_token_twice() -> None:
