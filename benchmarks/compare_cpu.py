@@ -13,8 +13,8 @@ GenAI are those of other Pythons (--vllm-python, --openvino-python). Peers that 
 listed as absent. The GGUF files are written from octavo's weights, OpenVINO's by optimum-intel.
 
 The systems take turns in every round, and the order turns round too; a ratio is the median of the
-rounds' ratios. Nothing of octavo's is timed before its gate has passed: the same bits alone and in
-company. Of the peers only the shape is checked.
+rounds' ratios. Nothing is timed before the gates have passed: octavo's bits alone and in company,
+the peers' shapes, and where weights are read the log-probabilities of all (agreement.py).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from agreement import PROMPT, agreement, is_compared
 from common import add_common, header, in_turns, make_parser, write_json
 from cpu_report import summarize, tables
 from peers import LlamaBinaries, preloaded
@@ -72,12 +73,14 @@ class Comparison:
         self.forms: dict[str, str] = {}  # system -> format
         self.absent: dict[str, str] = {}
         self.checks: dict[str, dict[str, Any]] = {}
+        self.errors: dict[str, float] = {}  # of log-probabilities, by system
         self.skipped: dict[tuple[str, str], str] = {}  # (row, system) -> why it is not measured
         self.limits: dict[str, dict[str, float]] = {}
         self._common = (arguments.threads, arguments.load_format)
 
     def start(self) -> None:
-        """Start every system, and check each on every row."""
+        """Start every system, check each on every row, and that all compute the same."""
+        truth = self._truth()
         for form in self.arguments.formats:
             rows = [row for row in self.rows if (row.name, form) not in NOT_MEASURED]
             if rows:
@@ -92,6 +95,32 @@ class Comparison:
                 self.absent[peer] = reason
         for name in self.systems:
             self._check(name)
+        if truth is not None:
+            self._agree(truth)
+
+    def _truth(self) -> dict[int, float] | None:
+        """What transformers computes in float32; None where there is nothing to compare."""
+        reason = why_absent("transformers", "torch")
+        if self.arguments.load_format == "dummy":
+            reason = "dummy weights differ from system to system"
+        if reason:
+            self.absent["the comparison of log-probabilities"] = reason
+            return None
+        say("asking transformers in float32")
+        system = Process("transformers_system.Transformers", self.path, "f32", *self._common)
+        truth: dict[int, float] = system.logprobs(PROMPT)
+        system.close()
+        return truth
+
+    def _agree(self, truth: dict[int, float]) -> None:
+        """Compare log-probabilities; exits with 1 where a system computes another model."""
+        found = {
+            name: system.logprobs(PROMPT)
+            for name, system in self.systems.items()
+            if is_compared(self.forms[name])
+        }
+        told = {name: given for name, given in found.items() if given is not None}
+        self.errors = agreement(truth, told, self.forms)
 
     def _add(
         self, name: str, form: str, make: Callable[..., Any], *settings: Any, **more: Any
@@ -328,6 +357,8 @@ def main() -> None:
     summary = summarize(speeds, at_the_limit, comparison.forms)
     for line in tables(summary, titles):
         print(line)
+    for name, error in comparison.errors.items():
+        print(f"log-probabilities from float32: {name}: {error:.4f}")
     for name, reason in comparison.absent.items():
         print(f"absent: {name}: {reason}")
     for (row, name), reason in comparison.skipped.items():
@@ -338,6 +369,7 @@ def main() -> None:
         "isa": isa,
         "seconds": time.perf_counter() - START,
         "checks": comparison.checks,
+        "logprob_errors": comparison.errors,
         "limits": comparison.limits,
         "tokens_per_second": speeds,
         "summary": summary,

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from agreement import error_of
 from common import add_common, header, in_turns, make_parser, median_ratio, slug, write_json
 from systems import Process
 
@@ -59,15 +60,6 @@ class Peaks:
     def measure(self) -> None:
         self.bandwidth = max(self.bandwidth, _native.measure_bandwidth(self.num_threads, 0.5))
         self.flops = max(self.flops, _native.measure_flops(self.num_threads, "auto", 0.3))
-
-
-def error_of(truth: dict[int, float], given: dict[int, float], name: str) -> float:
-    """The largest error of a likely token's log-probability; SystemExit where few are common."""
-    best = sorted(truth, key=truth.__getitem__)[-20:]
-    common = [token for token in best if token in given]
-    if len(common) < 10:
-        sys.exit(f"gate: {name} shares {len(common)} of the 20 likeliest tokens")
-    return max(abs(truth[token] - given[token]) for token in common)
 
 
 class Comparison:

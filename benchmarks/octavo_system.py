@@ -109,6 +109,10 @@ class OctavoCore:
         require_tokens([len(tokens) for tokens in found], count)
         return found
 
+    def logprobs(self, prompt: list[int]) -> dict[int, float]:
+        """The 20 most probable next tokens and their log-probabilities."""
+        return top_logprobs(self._llm, prompt)
+
     def warm_up(self, row: Row) -> None:
         """The gate has run every kernel; a few more steps."""
         self.run(row.short)
@@ -153,10 +157,8 @@ class Octavo:
             enable_prefix_caching=False,
         )
 
-    def _run(self, prompt: list[int], num_tokens: int, logprobs: int | None = None) -> Any:
-        params = SamplingParams(
-            temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=logprobs
-        )
+    def _run(self, prompt: list[int], num_tokens: int) -> Any:
+        params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
         return self._llm.generate(prompt, params, progress=False)[0]
 
     def decode(self, prompt: list[int], num_tokens: int) -> dict[str, Any]:
@@ -171,5 +173,11 @@ class Octavo:
 
     def logprobs(self, prompt: list[int]) -> dict[int, float]:
         """The 20 most probable next tokens and their log-probabilities."""
-        first = self._run(prompt, 1, logprobs=20).outputs[0].logprobs[0]
-        return dict(zip(first.top_token_ids, first.top_logprobs, strict=True))
+        return top_logprobs(self._llm, prompt)
+
+
+def top_logprobs(llm: LLM, prompt: list[int]) -> dict[int, float]:
+    """The 20 most probable next tokens and their log-probabilities."""
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=20)
+    first = llm.generate(prompt, params, progress=False)[0].outputs[0].logprobs[0]
+    return dict(zip(first.top_token_ids, first.top_logprobs, strict=True))

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from agreement import PROMPT, llama_logprobs
 from systems import Generating, Row, output_of, require_tokens
 
 TIMEOUT = 900.0  # seconds that one measurement of llama.cpp may take
@@ -25,10 +26,15 @@ OPENVINO_BLOCK = 16  # tokens; its blocks hold no fewer
 
 
 class LlamaBinaries:
-    """llama-bench for prompts and decoding; beside it llama-batched-bench for many requests."""
+    """llama-bench for prompts and decoding; beside it llama-batched-bench for many requests.
+
+    llama-perplexity, where it lies beside them, tells what is computed.
+    """
 
     def __init__(self, bench: Path, file: Path, threads: int) -> None:
         self.batched = bench.with_name("llama-batched-bench")
+        self._perplexity = bench.with_name("llama-perplexity")
+        self._file, self._threads = file, threads
         common = ["-m", str(file), "-t", str(threads)]
         self._bench = [str(bench), *common, "-r", "1", "-o", "json"]
         self._batched = [str(self.batched), *common, "--output-format", "jsonl"]
@@ -56,6 +62,12 @@ class LlamaBinaries:
         if row.name == "serve":
             return self._run_batched(row)
         return float(self._ask_bench(row)["avg_ts"])
+
+    def logprobs(self, prompt: list[int]) -> dict[int, float] | None:
+        """Of the next token; None without llama-perplexity beside, which takes PROMPT only."""
+        if prompt != PROMPT or not self._perplexity.is_file():
+            return None
+        return llama_logprobs(self._perplexity, self._file, self._threads)
 
     def _ask_bench(self, row: Row) -> dict[str, Any]:
         prompt, generated = (row.prompt, 0) if row.name == "prefill" else (0, row.generated)
@@ -159,6 +171,13 @@ class Vllm(Generating):
         seconds = time.perf_counter() - start
         require_tokens([len(output.outputs[0].token_ids) for output in outputs], count)
         return seconds
+
+    def logprobs(self, prompt: list[int]) -> dict[int, float]:
+        """The 20 most probable next tokens and their log-probabilities."""
+        params = self._params(temperature=0, max_tokens=1, logprobs=20, detokenize=False)
+        items: Any = [{"prompt_token_ids": prompt}]
+        first = self._llm.generate(items, params, use_tqdm=False)[0].outputs[0].logprobs[0]
+        return {token: found.logprob for token, found in first.items()}
 
 
 def preloaded(python: Path) -> dict[str, str]:

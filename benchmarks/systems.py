@@ -83,6 +83,10 @@ class Generating:
         """Seconds for `count` greedy tokens after each prompt."""
         raise NotImplementedError
 
+    def logprobs(self, prompt: list[int]) -> dict[int, float] | None:
+        """Log-probabilities of likely next tokens; None where it does not tell them."""
+        return None
+
     def check(self, row: Row) -> Mapping[str, Any]:
         """What is known of it; every run counts its tokens."""
         return self.description

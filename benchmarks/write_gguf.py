@@ -5,13 +5,15 @@
 Without --vocabulary the tokens are made up, so that a shape without a tokenizer can be measured:
 such a file takes token ids, and is of no other use. With it, the tokens are those of the model's
 byte-level BPE, and its value names llama.cpp's rule for cutting text into words ("smollm",
-"llama-bpe"): for llama-perplexity and llama-quantize. Rows of q and k are in llama.cpp's order; the
-numbers are the model's.
+"llama-bpe"): for llama-perplexity and llama-quantize. The tensors lie as llama.cpp has those of the
+family (rows of q and k, stacked experts); the numbers are the model's.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -21,11 +23,12 @@ from numpy.typing import NDArray
 
 from octavo.config import read_environment
 from octavo.errors import UnsupportedModelError
-from octavo.models.llama_gguf import GGUF
+from octavo.models.family import WeightSource
 from octavo.models.spec import ModelSpec
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
+from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.hub import resolve_model
-from octavo.weights.model_files import ModelFiles, read_model
+from octavo.weights.model_files import ModelFiles, read_folder, read_model
 
 FORMATS = {
     "f32": gguf.GGMLQuantizationType.F32,
@@ -35,10 +38,35 @@ FORMATS = {
 }
 
 
-def permute(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
+def stored_tensors(
+    checkpoint: Checkpoint, sources: Mapping[str, WeightSource]
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Name and values of every tensor of a checkpoint's file: `weights/reader.py` backwards.
+
+    sources: octavo's name -> where the weight lies, as `TensorNames.weight_map` has it.
+    """
+    parts: dict[str, list[str]] = {}
+    for name, source in sources.items():
+        parts.setdefault(source.tensor, []).append(name)
+    for tensor, names in parts.items():
+        names.sort(key=lambda name: sources[name].rows or (0, 0))
+        first = sources[names[0]]
+        values = checkpoint[names[0]].to_float32()
+        if len(names) > 1:
+            values = np.concatenate([checkpoint[name].to_float32() for name in names])
+        if first.transform == "plus_one":
+            values = values - np.float32(1)
+        elif first.transform == "transpose":
+            values = np.ascontiguousarray(values.T)
+        elif first.transform == "unpermute":
+            values = permute(values, first.head_dim)
+        yield tensor, values
+
+
+def permute(weight: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
     """Rows of q or k from "rotate half" to llama.cpp's order of neighbouring pairs."""
-    heads = weight.reshape(num_heads, 2, -1, weight.shape[-1])
-    return np.ascontiguousarray(heads.swapaxes(1, 2).reshape(weight.shape))
+    heads = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
+    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(weight.shape)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, vocab_size: int) -> None:
@@ -57,6 +85,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
 
 
 def _add_bpe(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, rule: str) -> None:
@@ -86,8 +115,8 @@ def _add_bpe(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, rule: str) 
     writer.add_add_bos_token(False)
 
 
-def _add_shape(writer: gguf.GGUFWriter, spec: ModelSpec, rope_theta: float) -> None:
-    layer = spec.layers[0]
+def _add_shape(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
+    layer, windows = spec.layers[0], {each.window for each in spec.layers}
     writer.add_vocab_size(spec.vocab_size)
     writer.add_context_length(spec.max_position_embeddings)
     writer.add_embedding_length(spec.hidden_size)
@@ -98,8 +127,17 @@ def _add_shape(writer: gguf.GGUFWriter, spec: ModelSpec, rope_theta: float) -> N
     writer.add_rope_dimension_count(layer.head_dim)
     writer.add_key_length(layer.head_dim)
     writer.add_value_length(layer.head_dim)
-    writer.add_rope_freq_base(rope_theta)
     writer.add_layer_norm_rms_eps(layer.norm.eps)
+    bases = {each.window: each.rope.theta for each in spec.layers if each.rope is not None}
+    if bases:
+        writer.add_rope_freq_base(bases[min(bases)])
+    if max(windows):
+        writer.add_sliding_window(max(windows))
+        writer.add_rope_freq_base_swa(bases.get(max(windows), 0.0))
+    if layer.moe is not None:
+        writer.add_expert_count(layer.moe.num_experts)
+        writer.add_expert_used_count(layer.moe.experts_per_token)
+        writer.add_expert_feed_forward_length(layer.intermediate_size)
 
 
 def write_gguf(
@@ -109,36 +147,48 @@ def write_gguf(
 
     vocabulary: llama.cpp's name for how the model's own tokenizer splits text; None makes tokens
     up. llama3's scaling of rope is left out: it changes no speed. Raises UnsupportedModelError for
-    a layer with biases, or a tokenizer that is no BPE.
+    a model that the file does not describe, or a tokenizer that is no BPE.
     """
-    spec = files.spec
-    layer = spec.layers[0]
-    if layer.qkv_bias or layer.mlp_bias or layer.rope is None:
+    spec, family = files.spec, files.family.gguf
+    if family is None:
         raise UnsupportedModelError(
-            f"{files.path} has biases or no rope; expected a plain Llama to write as GGUF"
+            f"{files.path} is {spec.architecture}; expected a family whose GGUF files octavo reads"
         )
-    writer = gguf.GGUFWriter(path, "llama")
-    _add_shape(writer, spec, layer.rope.theta)
+    writer = gguf.GGUFWriter(path, family.architecture)
+    _add_shape(writer, spec)
     if vocabulary is None:
         _add_vocabulary(writer, spec.vocab_size)
     else:
         _add_bpe(writer, files.path, spec.vocab_size, vocabulary)
-    sources = GGUF.tensors.weight_map(spec)
-    for name, tensor in checkpoint.items():
-        values = tensor.to_float32()
-        part = name.split(".")[-2]
-        if part in ("q", "k"):
-            values = permute(values, layer.num_heads if part == "q" else layer.num_kv_heads)
-        wanted = "q8_0" if kind == "q4_0" and part in ("embed", "lm_head") else kind
-        form = FORMATS[wanted] if values.ndim == 2 else FORMATS["f32"]
-        if values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[form][0]:
+    for name, values in stored_tensors(checkpoint, family.tensors.weight_map(spec)):
+        is_end = name in ("token_embd.weight", "output.weight")
+        form = FORMATS["q8_0" if kind == "q4_0" and is_end else kind]
+        if values.ndim == 1 or "ffn_gate_inp" in name:  # llama.cpp keeps routers so, too
+            form = FORMATS["f32"]
+        elif values.shape[1] % gguf.GGML_QUANT_SIZES[form][0]:
             form = FORMATS["bf16"]
+        if "_exps" in name and spec.layers[0].moe is not None:
+            values = values.reshape(spec.layers[0].moe.num_experts, -1, values.shape[1])
         data = values if form == FORMATS["f32"] else gguf.quants.quantize(values, form)
-        writer.add_tensor(sources[name].tensor, data, raw_dtype=form)
+        writer.add_tensor(name, data, raw_dtype=form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    if _comparable(read_folder(GgufFolder(path)).spec) != _comparable(spec):
+        raise UnsupportedModelError(
+            f"{files.path} has what this script does not write as GGUF; expected a model whose "
+            "layers follow from sizes, windows and experts"
+        )
+
+
+def _comparable(spec: ModelSpec) -> ModelSpec:
+    """Without the name, which a GGUF file lacks, and without rope's scaling."""
+    layers = [
+        replace(layer, rope=layer.rope and replace(layer.rope, frequencies=(), kind="", factor=1.0))
+        for layer in spec.layers
+    ]
+    return replace(spec, architecture="", layers=tuple(layers))
 
 
 def main() -> None:

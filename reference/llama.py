@@ -27,7 +27,7 @@ from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec, WeightFo
 from octavo.reference import ops
 from octavo.reference.nodes import expert_output
 from octavo.reference.ops import Array, Float32, Integers
-from octavo.reference.quantization import check_int4_activations, rounded_product
+from octavo.reference.quantization import check_grouped_activations, rounded_product
 
 Taps = dict[str, Float32]
 _DTYPES = ("f32", "bf16")
@@ -44,6 +44,7 @@ class KVCache:
     keys: list[Array] = field(default_factory=list)
     values: list[Array] = field(default_factory=list)
     length: int = 0  # tokens in the cache, hence the position of the next one
+    is_long: bool = False  # whether the keys are those of a sequence beyond `rope_switch`
 
     def extend(self, layer: int, keys: Array, values: Array) -> tuple[Array, Array]:
         """Append new tokens' keys and values to a layer; returns all of the layer's."""
@@ -66,8 +67,8 @@ class ReferenceModel:
     formats: the quantized matrices, by name without ".weight"; their weights are the numbers that
     the codes stand for (`octavo.reference.quantization.dequantize`), which are not rounded again,
     and what is multiplied by them is rounded to whole numbers (`rounded_product` there).
-    int4_activations: "bf16" rounds what is multiplied by int4 to bfloat16 instead, as the CPU's
-    instruction set amx does; all others, and int8 everywhere, are "whole".
+    grouped_activations: "bf16" rounds what meets weights in groups to bfloat16 instead, as the
+    CPU's instruction set amx does; all others are "whole".
     adapter: a LoRA adapter, which adds `ops.low_rank` to the products of its matrices, and to the
     rows of the embedding; its matrices are rounded as dtype says, however the model is quantized.
     compute: np.float32, or np.float64 to judge the rounding of other implementations.
@@ -81,7 +82,7 @@ class ReferenceModel:
         dtype: str = "f32",
         kv_dtype: str = "f32",
         formats: Mapping[str, WeightFormat] | None = None,
-        int4_activations: str = "whole",
+        grouped_activations: str = "whole",
         adapter: Adapter | None = None,
         compute: type[np.float32] | type[np.float64] = np.float32,
     ) -> None:
@@ -90,9 +91,9 @@ class ReferenceModel:
                 f"dtype is {dtype!r} and kv_dtype {kv_dtype!r}; "
                 f"expected one of {_DTYPES} and one of {_KV_DTYPES}"
             )
-        check_int4_activations(int4_activations)
+        check_grouped_activations(grouped_activations)
         self.spec = spec
-        self.int4_activations = int4_activations
+        self.grouped_activations = grouped_activations
         self.dtype = dtype
         self.kv_dtype = kv_dtype
         self.compute = compute
@@ -103,6 +104,12 @@ class ReferenceModel:
             None if layer.rope is None else np.array(layer.rope.frequencies, np.float32)
             for layer in spec.layers
         ]
+        self.long_frequencies = [
+            np.array(layer.rope.long_frequencies, np.float32)
+            if layer.rope is not None and layer.rope.long_frequencies
+            else short
+            for layer, short in zip(spec.layers, self.frequencies, strict=True)
+        ]
 
     def forward(
         self,
@@ -110,13 +117,16 @@ class ReferenceModel:
         cache: KVCache | None = None,
         taps: Taps | None = None,
         logit_rows: Sequence[int] | Integers | None = None,
+        sequence_length: int = 0,
     ) -> Float32:
         """Run the model over the next tokens of one sequence.
 
         token_ids: (rows,). cache: the tokens before these; it is extended. Without one, the
         tokens are a sequence's first. taps: filled with every intermediate result in order of
         execution, name -> float32 (rows, width). logit_rows: which rows' logits are wanted (the
-        taps "final_norm" and "logits" have those rows too); None: all.
+        taps "final_norm" and "logits" have those rows too); None: all. sequence_length: of the
+        whole sequence, where more tokens follow; it decides on LongRoPE's frequencies. A sequence
+        that outgrows `rope_switch` with a cache is a ValueError: all of its keys would change.
         Returns the logits, float32 (rows, vocab_size), or float64 if computing in that.
         """
         spec = self.spec
@@ -124,6 +134,13 @@ class ReferenceModel:
         cache = KVCache() if cache is None else cache
         taps = {} if taps is None else taps
         positions = np.arange(cache.length, cache.length + len(tokens))
+        is_long = 0 < spec.rope_switch < max(cache.length + len(tokens), sequence_length)
+        if cache.length and is_long != cache.is_long:
+            raise ValueError(
+                f"the cache holds keys of a sequence of at most {spec.rope_switch} tokens, and "
+                f"this one has more: compute it anew, with an empty cache"
+            )
+        cache.is_long = is_long
 
         x = self._embed(tokens, positions)
         _tap(taps, "embed", x)
@@ -178,7 +195,8 @@ class ReferenceModel:
         q, k, v = (x.reshape(rows, -1, layer.head_dim) for x in (q, k, v))
 
         if layer.rope is not None:
-            frequencies, factor = self.frequencies[index], layer.rope.attention_factor
+            by_layer = self.long_frequencies if cache.is_long else self.frequencies
+            frequencies, factor = by_layer[index], layer.rope.attention_factor
             q = ops.rope(q, positions, frequencies, factor)
             k = ops.rope(k, positions, frequencies, factor)
             _tap(taps, name + "q_rope", q)
@@ -260,8 +278,8 @@ class ReferenceModel:
         As ops.linear(x, weight, bias, self.dtype), but for a weight that has been rounded already.
         """
         if name in self.formats:
-            format, rounds = self.formats[name], self.int4_activations
-            return rounded_product(x, weight, bias, format, int4_activations=rounds)
+            format, rounds = self.formats[name], self.grouped_activations
+            return rounded_product(x, weight, bias, format, grouped_activations=rounds)
         return ops.linear(ops.round_to_bf16(x) if self.dtype == "bf16" else x, weight, bias)
 
     def _checked_tokens(self, token_ids: Sequence[int] | Integers) -> Integers:

@@ -1,22 +1,23 @@
 """Quantized weights: what the codes of each format stand for, and products with them.
 
 A quantized matrix (outputs, inputs) is a matrix of small whole numbers, the codes, and a scale
-for each output (int8) or for each group of consecutive inputs of each output (int4). `dequantize`
-computes the weights from them. `octavo.models.spec.WeightFormat` says which format it is.
+for each output (int8) or for each group of consecutive inputs of each output (int4, and int8 in
+groups). `dequantize` computes the weights from them. `octavo.models.spec.WeightFormat` says which
+format it is.
 
 The activations x of such a product become whole numbers too, of 16 bits, with a scale a row. Then
 a product is an exact sum of whole numbers, with the same bits in any order. That loses no more
 than bfloat16 activations do, while 8 bits would cost SmolLM2-135M ten times as much as rounding
 its weights does (`activation_bits` 8 does this, where it is asked for).
 
-For int4 weights there is a second definition, `int4_activations` "bf16": x is rounded to bfloat16
-and the weights are not rounded. The CPU's instruction set amx computes this one, all its others
-"whole" (`octavo._native.int4_activations` tells). AMX's tiles multiply bytes 64 inputs at a time,
-bfloat16 numbers 32. With bytes, groups of 32 inputs would fill half of a step and need two passes:
-a third of the speed. Levels less zero points are exact in bfloat16, and so is each product in
-float32. Rounding activations to bfloat16 costs SmolLM2-135M a mean KL of 1e-4, while its weights
-in int4 cost 0.066 or more. (On CUDA, activations are bfloat16 or float16 throughout, and are not
-rounded again for quantized weights.)
+For weights in groups there is a second definition, `grouped_activations` "bf16": x is rounded to
+bfloat16 and the weights are not rounded. The CPU's instruction set amx computes this one, all its
+others "whole" (`octavo._native.grouped_activations` tells). AMX's tiles multiply bytes 64 inputs at
+a time, bfloat16 numbers 32. With bytes, groups of 32 inputs would fill half of a step and need two
+passes: a third of the speed. Codes, and levels less zero points, are exact in bfloat16, and so is
+each product in float32. Rounding activations to bfloat16 costs SmolLM2-135M a mean KL of 1e-4,
+while its weights in int4 cost 0.066 or more. (On CUDA, activations are bfloat16 or float16
+throughout, and are not rounded again for quantized weights.)
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from octavo.reference.ops import Array, Float32, linear, round_to_bf16
 Codes = npt.NDArray[np.integer[Any]]
 
 OPS = ("quantized_linear", "quantized_embed")
-INT4_ACTIVATIONS = ("whole", "bf16")
+GROUPED_ACTIVATIONS = ("whole", "bf16")
 
 
 def dequantize(
@@ -40,14 +41,13 @@ def dequantize(
 ) -> Float32:
     """The numbers that the codes stand for.
 
-    codes: (outputs, inputs), int8 from -127 to 127, or int4 from 0 to 15, one an element; scales
+    codes: (outputs, inputs), int8 from -128 to 127, or int4 from 0 to 15, one an element; scales
     and zeros: float32 (outputs, groups). int8: code * scale. int4: (levels[code] - zero) * scale.
     Returns float32 (outputs, inputs).
     """
-    groups = np.zeros(codes.shape[1], dtype=np.int64)
+    groups = np.arange(codes.shape[1]) // (format.group_size or codes.shape[1])
     values = codes.astype(np.float32)
     if format.dtype == "int4":
-        groups = np.arange(codes.shape[1]) // format.group_size
         values = np.array(format.levels, dtype=np.float32)[codes]
         if zeros is not None:
             values = values - zeros[:, groups]
@@ -63,12 +63,12 @@ def quantized_linear(
     zeros: Float32 | None = None,
     bias: Array | None = None,
     *,
-    int4_activations: str = "whole",
+    grouped_activations: str = "whole",
 ) -> Array:
     """x, rounded as `rounded_product` says, times the dequantized matrix, plus bias.
 
     x: (rows, inputs); codes as the native core takes them: int8 (outputs, inputs), or int4 packed
-    by `pack_int4`. int4_activations: "whole", or "bf16". Returns (rows, outputs).
+    by `pack_int4`. grouped_activations: "whole", or "bf16". Returns (rows, outputs).
 
     The native core sums blocks of at most 512 inputs of one group: whole numbers exactly, rounding
     to float32 only when it adds up blocks (csrc/cpu/kernels/linear_integer.h); bfloat16 numbers in
@@ -77,7 +77,7 @@ def quantized_linear(
     if format.dtype == "int4":
         codes = unpack_int4(codes)[:, : x.shape[1]]
     weight = dequantize(codes, scales, format, zeros)
-    return rounded_product(x, weight, bias, format, int4_activations=int4_activations)
+    return rounded_product(x, weight, bias, format, grouped_activations=grouped_activations)
 
 
 def quantized_embed(
@@ -100,26 +100,26 @@ def rounded_product(
     bias: Array | None,
     format: WeightFormat,
     *,
-    int4_activations: str = "whole",
+    grouped_activations: str = "whole",
 ) -> Array:
     """x, rounded as a matrix of `format` asks, times the numbers that its codes stand for.
 
-    x is rounded to whole numbers, row by row (`round_activations`); for int4 with
-    `int4_activations` "bf16" to bfloat16 instead. x: (rows, inputs); weight: (outputs, inputs), not
-    rounded; bias: (outputs,). Returns (rows, outputs), in the type of x.
+    x is rounded to whole numbers, row by row (`round_activations`); for weights in groups with
+    `grouped_activations` "bf16" to bfloat16 instead. x: (rows, inputs); weight: (outputs, inputs),
+    not rounded; bias: (outputs,). Returns (rows, outputs), in the type of x.
     """
-    check_int4_activations(int4_activations)
-    if format.dtype == "int4" and int4_activations == "bf16":
+    check_grouped_activations(grouped_activations)
+    if format.is_grouped and grouped_activations == "bf16":
         return linear(round_to_bf16(x), weight, bias)
     steps, step = round_activations(x, format.activation_bits)
     y: Array = linear(steps.astype(x.dtype), weight) * step
     return y if bias is None else y + bias.astype(x.dtype, copy=False)
 
 
-def check_int4_activations(given: str) -> None:
-    """Raises ValueError for a value that is not in INT4_ACTIVATIONS."""
-    if given not in INT4_ACTIVATIONS:
-        raise ValueError(f"int4_activations is {given!r}; expected one of {INT4_ACTIVATIONS}")
+def check_grouped_activations(given: str) -> None:
+    """Raises ValueError for a value that is not in GROUPED_ACTIVATIONS."""
+    if given not in GROUPED_ACTIVATIONS:
+        raise ValueError(f"grouped_activations is {given!r}; expected one of {GROUPED_ACTIVATIONS}")
 
 
 def round_activations(x: Array, bits: int = 16) -> tuple[npt.NDArray[np.int16], Array]:
@@ -139,16 +139,18 @@ def round_activations(x: Array, bits: int = 16) -> tuple[npt.NDArray[np.int16], 
     return steps.astype(np.int16), scale.astype(x.dtype)
 
 
-def round_to_int8(weight: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
-    """Round to nearest: 127 steps of each output's largest magnitude, the scale in bfloat16.
+def round_to_int8(weight: Float32, group_size: int = 0) -> tuple[npt.NDArray[np.int8], Float32]:
+    """Round to nearest: 127 steps of the largest magnitude, the scale in bfloat16.
 
-    weight: (outputs, inputs). Returns codes, int8 (outputs, inputs), and scales (outputs, 1).
+    Of each output, or of each group of inputs, if there is a group size; it divides the inputs.
+    weight: (outputs, inputs). Returns codes, int8 (outputs, inputs), and scales (outputs, groups).
     """
-    largest = np.max(np.abs(weight), axis=1, keepdims=True)
+    groups = weight.reshape(len(weight), -1, group_size or weight.shape[1])
+    largest = np.max(np.abs(groups), axis=2, keepdims=True)
     scales = round_to_bf16((largest / np.float32(127)).astype(np.float32))
     scales = np.where(scales > 0, scales, 1).astype(np.float32)
-    codes = np.clip(np.rint(weight / scales), -127, 127).astype(np.int8)
-    return codes, scales
+    codes = np.clip(np.rint(groups / scales), -127, 127).astype(np.int8)
+    return codes.reshape(weight.shape), scales[:, :, 0]
 
 
 def round_to_int4(

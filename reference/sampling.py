@@ -36,10 +36,11 @@ OPS = ("adjust_logits", "sample", "log_softmax", "gumbel")
 # part of the most probable; 0 keeps all. seed, sample_index, position: as in `gumbel`; a step sets
 # the position itself. num_logprobs: how many of the most probable tokens to report; 0: the sampled
 # token's log-probability alone; -1: nothing. state_row: where a step keeps the sampled token, for a
-# later step to read; -1: nowhere. top_n_sigma: keep the logits within so many standard deviations
-# of the largest; 0 keeps all. typical_p: keep the most typical tokens up to this probability; 1
-# keeps all. xtc_probability: how often the most probable tokens are left out, those that have
-# xtc_threshold or more, except for the last of them.
+# later step to read; -1: nowhere. target: a token that is taken whatever the logits, the mask and
+# the other fields are, so that its log-probability is reported; -1: none. top_n_sigma: keep
+# the logits within so many standard deviations of the largest; 0 keeps all. typical_p: keep the
+# most typical tokens up to this probability; 1 keeps all. xtc_probability: how often the most
+# probable tokens are left out, those that have xtc_threshold or more, except for the last of them.
 _FIELDS: tuple[tuple[str, str, float], ...] = (
     ("temperature", "<f4", 0.0),
     ("top_k", "<i4", 0),
@@ -50,6 +51,7 @@ _FIELDS: tuple[tuple[str, str, float], ...] = (
     ("position", "<i4", 0),
     ("num_logprobs", "<i4", -1),
     ("state_row", "<i4", -1),
+    ("target", "<i8", -1),
     ("top_n_sigma", "<f4", 0.0),
     ("typical_p", "<f4", 1.0),
     ("xtc_probability", "<f4", 0.0),
@@ -217,6 +219,8 @@ def sample(logits: Float32, rows: SamplingRows, masks: Int32 | None = None) -> I
 
 def sample_row(logits: Float32, row: np.void) -> int:
     """Sample one token from logits (vocab_size,), masked ones being -inf, by a row of options."""
+    if row["target"] >= 0:
+        return int(row["target"])
     if row["temperature"] == 0:
         return int(np.argmax(logits))
     counter = (int(row["seed"]), int(row["sample_index"]), int(row["position"]))

@@ -35,8 +35,8 @@ WAITS_FIRST = "ExpertRows"
 
 # Loads of multiply_rows<>, at least, by its codes (Codes of weights.cuh) and whether there are zero
 # points: of two outputs each unit of the ring (ring_units), its scales and its zero points.
-LOADS = {("2", False): 16, ("3", False): 8, ("4", False): 16, ("4", True): 12}
-LOADS |= {("5", False): 12, ("5", True): 12}
+LOADS = {("2", False): 16, ("3", False): 8, ("4", False): 16, ("5", False): 16, ("5", True): 12}
+LOADS |= {("6", False): 12, ("6", True): 12}
 
 
 class Kernel(NamedTuple):

@@ -6,6 +6,9 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+# Before NumPy is imported. Several tests run at a time, and octavo has threads of its own: BLAS's
+# would wait for each other in loops that take the cores from all of them.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Machines that run tests are slow and shared: time limits would fail good code. The examples are
 # the same in every run unless OCTAVO_TEST_EXPLORE asks for new ones.
 settings.register_profile(

@@ -47,8 +47,8 @@ double measure_flops(int num_threads, const std::string& isa, double seconds,
 }
 
 // As octavo.reference.quantization names the two.
-std::string int4_activations(const std::string& isa) {
-  return cpu::kernels_for(isa).int4_takes_bf16 ? "bf16" : "whole";
+std::string grouped_activations(const std::string& isa) {
+  return cpu::kernels_for(isa).groups_take_bf16 ? "bf16" : "whole";
 }
 
 // What the process may use, as the system's folders say; others than the real ones are for tests.
@@ -116,7 +116,7 @@ NB_MODULE(_native, module) {
   module.def("build_info", &build_info);
   module.def("available_devices", &octavo::available_devices);
   module.def("available_isas", &octavo::cpu::available_isas);
-  module.def("int4_activations", &int4_activations, nb::arg("isa") = "auto");
+  module.def("grouped_activations", &grouped_activations, nb::arg("isa") = "auto");
   module.def("measure_bandwidth", &measure_bandwidth, nb::arg("num_threads") = 0,
              nb::arg("seconds") = 1.0, nb::arg("num_bytes") = 0, nb::arg("device") = "cpu",
              nb::call_guard<nb::gil_scoped_release>());

@@ -101,7 +101,7 @@ class Ops : private OpsDevice {
     const Device position_ids = up(positions), slot_ids = up(slots);
     Step step;
     step.num_tokens = size(positions);
-    step.positions = position_ids.as<std::int32_t>();
+    step.rope_rows = position_ids.as<std::int32_t>();
     step.slots = slot_ids.as<std::int32_t>();
 
     Rope rope;

@@ -145,8 +145,6 @@ class OpsDevice {
     const std::int64_t row_bytes = format.dtype == DType::int4 ? (inputs + 1) / 2 : inputs;
     require(codes.itemsize() == 1 && static_cast<std::int64_t>(codes.shape(1)) == row_bytes,
             "codes has ", codes.shape(1), " columns; expected ", row_bytes, " of one byte");
-    require(format.dtype != DType::int4 || format.group_size >= 1, "group_size is ",
-            format.group_size, "; expected 1 or more");
     const std::int64_t groups = format.groups(inputs);
     const auto check_groups = [&](const Array2<float>& array, const char* what) {
       require(size(array) == outputs * groups, what, " has ", size(array), " entries; expected ",

@@ -13,6 +13,7 @@ void make_batch(Batch* self, Array1<std::int32_t> token_ids, Array1<std::int32_t
                 Array1<std::int32_t> context_lens, Array3<std::int32_t> block_tables,
                 Array1<std::int32_t> logit_rows, nb::object sampling,
                 std::optional<Array1<std::int32_t>> adapter_ids,
+                std::optional<Array1<std::int32_t>> rope_sets,
                 std::optional<Array2<float>> embeddings) {
   Batch batch;
   batch.token_ids = to_vector<std::int32_t>(token_ids);
@@ -27,6 +28,7 @@ void make_batch(Batch* self, Array1<std::int32_t> token_ids, Array1<std::int32_t
   batch.sampling =
       sampling.is_none() ? std::vector<SamplingRow>(logit_rows.size()) : sampling_rows(sampling);
   if (adapter_ids) batch.adapter_ids = to_vector<std::int32_t>(*adapter_ids);
+  if (rope_sets) batch.rope_sets = to_vector<std::int32_t>(*rope_sets);
   if (embeddings) batch.embeddings = to_vector<float>(*embeddings);
   new (self) Batch(std::move(batch));
 }
@@ -110,7 +112,8 @@ nb::dlpack::dtype array_dtype(DType format) {
 }
 
 void load(Runtime& self, const std::string& name,
-          nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> array, const std::string& dtype) {
+          nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> array, const std::string& dtype,
+          std::optional<std::int64_t> first_row) {
   const DType format = parse_dtype(dtype, "dtype");
   require(array.dtype() == array_dtype(format), "weight ", name, ": the array does not hold ",
           dtype, " (bf16 is passed as its raw bits, uint16; int4 as two codes a byte, uint8)");
@@ -119,7 +122,7 @@ void load(Runtime& self, const std::string& name,
     shape.push_back(static_cast<std::int64_t>(array.shape(i)));
   if (format == DType::int4 && !shape.empty()) shape.back() *= 2;
   nb::gil_scoped_release released;
-  self.load(name, array.data(), format, shape);
+  self.load(name, array.data(), format, shape, first_row);
 }
 
 // name -> (A, scale * B)
@@ -168,6 +171,7 @@ void bind_runtime(nb::module_& module) {
            nb::arg("row_starts").noconvert(), nb::arg("context_lens").noconvert(),
            nb::arg("block_tables").noconvert(), nb::arg("logit_rows").noconvert(),
            nb::arg("sampling") = nb::none(), nb::arg("adapter_ids").noconvert() = nb::none(),
+           nb::arg("rope_sets").noconvert() = nb::none(),
            nb::arg("embeddings").noconvert() = nb::none());
 
   nb::class_<StepOutput>(module, "StepOutput")
@@ -183,7 +187,8 @@ void bind_runtime(nb::module_& module) {
              return make_with_threads<Runtime>(device, model_spec(spec), runtime_options(options));
            }),
            nb::arg("device"), nb::arg("spec"), nb::arg("options"))
-      .def("load", &load, nb::arg("name"), nb::arg("array").noconvert(), nb::arg("dtype"))
+      .def("load", &load, nb::arg("name"), nb::arg("array").noconvert(), nb::arg("dtype"),
+           nb::arg("first_row") = nb::none())
       .def("load_adapter", &load_adapter, nb::arg("slot"), nb::arg("matrices"))
       .def("unload_adapter", &Runtime::unload_adapter, nb::arg("slot"),
            nb::call_guard<nb::gil_scoped_release>())

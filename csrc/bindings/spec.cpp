@@ -42,8 +42,13 @@ QkNorm qk_norm(const std::string& name) {
 
 std::optional<RopeSpec> rope_spec(nb::handle spec) {
   if (spec.is_none()) return std::nullopt;
-  return RopeSpec{field<std::vector<float>>(spec, "frequencies"),
-                  field<float>(spec, "attention_factor")};
+  RopeSpec rope{field<std::vector<float>>(spec, "frequencies"),
+                field<float>(spec, "attention_factor"),
+                field<std::vector<float>>(spec, "long_frequencies")};
+  require(rope.long_frequencies.empty() || rope.long_frequencies.size() == rope.frequencies.size(),
+          "long_frequencies has ", rope.long_frequencies.size(), " entries; expected ",
+          rope.frequencies.size(), ", as frequencies has");
+  return rope;
 }
 
 LayerSpec layer_spec(nb::handle spec) {
@@ -104,6 +109,7 @@ ModelSpec model_spec(nb::handle spec) {
   model.embed_multiplier = field<float>(spec, "embed_multiplier");
   model.logits_multiplier = field<float>(spec, "logits_multiplier");
   model.logits_softcap = field<float>(spec, "logits_softcap");
+  model.rope_switch = field<std::int64_t>(spec, "rope_switch");
   return model;
 }
 
@@ -112,6 +118,11 @@ WeightFormat weight_format(nb::handle format) {
   result.dtype = parse_dtype(field<std::string>(format, "dtype"), "format dtype");
   result.group_size = field<std::int64_t>(format, "group_size");
   result.has_zeros = field<bool>(format, "has_zeros");
+  require(result.group_size >= 0 && (result.dtype != DType::int4 || result.is_grouped()),
+          "group_size is ", result.group_size,
+          "; expected 1 or more, or 0 for int8 without groups");
+  require(result.dtype == DType::int4 || !result.has_zeros, "zero points of ", name(result.dtype),
+          "; only int4 has them");
   if (result.dtype == DType::int4) {
     const auto levels = field<std::vector<std::int64_t>>(format, "levels");
     require(levels.size() == result.levels.size(), "levels has ", levels.size(),
@@ -121,14 +132,15 @@ WeightFormat weight_format(nb::handle format) {
               "; expected -127 to 127");
       result.levels[i] = static_cast<std::int8_t>(levels[i]);
     }
-    result.scale_dtype = parse_dtype(field<std::string>(format, "scale_dtype"), "scale_dtype");
-    require(result.scale_dtype == DType::bf16 || result.scale_dtype == DType::f32,
-            "scale_dtype is ", name(result.scale_dtype), "; expected bf16 or f32");
   }
+  result.scale_dtype = parse_dtype(field<std::string>(format, "scale_dtype"), "scale_dtype");
+  require(bits_of(result.scale_dtype) >= 16, "scale_dtype is ", name(result.scale_dtype),
+          "; expected bf16, f16 or f32");
   result.activation_bits = field<std::int64_t>(format, "activation_bits");
-  require(
-      result.activation_bits == 16 || (result.activation_bits == 8 && result.dtype == DType::int8),
-      "activation_bits is ", result.activation_bits, "; expected 16, or 8 with int8 weights");
+  require(result.activation_bits == 16 ||
+              (result.activation_bits == 8 && result.dtype == DType::int8 && !result.is_grouped()),
+          "activation_bits is ", result.activation_bits,
+          "; expected 16, or 8 with int8 weights of one scale an output");
   return result;
 }
 

@@ -75,6 +75,18 @@ void check_adapters(const Batch& batch, std::int64_t num_adapters) {
                 num_adapters - 1);
 }
 
+void check_rope_sets(const Batch& batch, const BatchLimits& limits) {
+  if (!batch.rope_sets.empty()) check_size("rope_sets", batch.rope_sets.size(), batch.num_seqs());
+  for (std::int64_t s = 0; s < batch.num_seqs(); ++s) {
+    const auto seq = static_cast<std::size_t>(s);
+    const std::int64_t set = batch.rope_sets.empty() ? 0 : batch.rope_sets[seq];
+    check_range("rope_sets", s, set, 0, limits.rope_switch > 0 ? 1 : 0);
+    require(set == 1 || !limits.rope_switch || batch.context_lens[seq] <= limits.rope_switch,
+            "rope_sets[", s, "] is 0 for a sequence of ", batch.context_lens[seq],
+            " tokens; expected 1 beyond ", limits.rope_switch);
+  }
+}
+
 // Of a field for a feature that is not computed yet.
 void check_unused(const Batch& batch) {
   require(batch.embeddings.empty(),
@@ -132,6 +144,7 @@ void Batch::pad(const StepKey& shape) {
     row_starts.push_back(static_cast<std::int32_t>(token_ids.size()));
     context_lens.push_back(0);
     if (!adapter_ids.empty()) adapter_ids.push_back(-1);
+    if (!rope_sets.empty()) rope_sets.push_back(0);
   }
   sampling.resize(rows);
 }
@@ -146,14 +159,15 @@ void check(const Batch& batch, const BatchLimits& limits) {
   }
   check_rows(batch, limits);
   check_adapters(batch, limits.num_adapters);
+  check_rope_sets(batch, limits);
   check_unused(batch);
 }
 
 void StepUpload::reserve(Backend& backend, const BatchLimits& limits, std::int64_t max_blocks) {
   // The arrays of `upload`, in words of 4 bytes. Any token may have a logit row.
-  constexpr std::size_t kArrays = 10;
+  constexpr std::size_t kArrays = 11;
   constexpr std::int64_t kWordsOfRow = 2 + sizeof(SamplingRow) / 4;
-  const std::int64_t of_token = 3 + limits.num_kv_groups() + kWordsOfRow;
+  const std::int64_t of_token = 4 + limits.num_kv_groups() + kWordsOfRow;
   const std::int64_t of_seq = 2 + limits.num_kv_groups() * max_blocks;
   const std::int64_t words =
       limits.max_num_batched_tokens * of_token + limits.max_num_seqs * of_seq + 1;
@@ -170,7 +184,7 @@ void StepUpload::grow(Backend& backend, std::size_t bytes) {
 }
 
 Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block_size,
-                        std::int32_t* sampled) {
+                        std::int64_t rope_switch, std::int32_t* sampled) {
   Step step;
   step.num_tokens = batch.num_tokens();
   step.num_seqs = batch.num_seqs();
@@ -178,18 +192,21 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
   step.max_blocks = batch.max_blocks;
   step.sampled = sampled;
 
-  // Positions and slots follow from the context lengths and the block tables.
+  // Positions, slots and rows of rope follow from the context lengths, tables and sets.
   const auto num_tokens = static_cast<std::size_t>(step.num_tokens);
-  std::vector<std::int32_t> positions(num_tokens);
+  std::vector<std::int32_t> positions(num_tokens), rope_rows(num_tokens);
   std::vector<std::int32_t> slots(num_tokens * static_cast<std::size_t>(batch.num_kv_groups), -1);
   for (std::int64_t s = 0; s < step.num_seqs; ++s) {
     const auto seq = static_cast<std::size_t>(s);
     if (batch.context_lens[seq] == 0) continue;  // padding: its slots stay -1
     const std::int32_t first_position =
         batch.context_lens[seq] - (batch.row_starts[seq + 1] - batch.row_starts[seq]);
+    const bool is_long = !batch.rope_sets.empty() && batch.rope_sets[seq];
     for (std::int32_t t = batch.row_starts[seq]; t < batch.row_starts[seq + 1]; ++t) {
       const std::int64_t position = first_position + t - batch.row_starts[seq];
       positions[static_cast<std::size_t>(t)] = static_cast<std::int32_t>(position);
+      rope_rows[static_cast<std::size_t>(t)] =
+          static_cast<std::int32_t>(position + (is_long ? rope_switch : 0));
       for (std::int64_t group = 0; group < batch.num_kv_groups; ++group) {
         const std::int64_t entry =
             (group * step.num_seqs + s) * batch.max_blocks + position / block_size;
@@ -230,6 +247,7 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
     offset = 0;
     place(batch.token_ids, step.token_ids);
     place(positions, step.positions);
+    place(rope_rows, step.rope_rows);
     place(slots, step.slots);
     place(batch.row_starts, step.row_starts);
     place(batch.context_lens, step.context_lens);

@@ -17,6 +17,7 @@ struct Batch {
   std::vector<SamplingRow> sampling;  // one a logit row; their positions are set by `upload`
 
   std::vector<std::int32_t> adapter_ids;  // empty: no sequence has one
+  std::vector<std::int32_t> rope_sets;    // empty: 0, the set of short sequences
   // For a feature that is not computed yet; `check` refuses it.
   std::vector<float> embeddings;
 
@@ -36,6 +37,7 @@ struct BatchLimits {
   std::vector<std::int64_t> kv_windows;  // of each KV group; 0: no limit
   std::int64_t num_blocks, block_size;
   std::int64_t num_adapters;  // places
+  std::int64_t rope_switch;   // of the model
 
   std::int64_t num_kv_groups() const { return static_cast<std::int64_t>(kv_windows.size()); }
 };
@@ -50,7 +52,9 @@ class StepUpload {
   // Allocates memory for every batch within these limits; a larger one makes the buffers grow.
   void reserve(Backend& backend, const BatchLimits& limits, std::int64_t max_blocks);
   // `sampled` is the device's [max_num_seqs] memory of sampled tokens.
-  Step upload(Backend& backend, const Batch& batch, std::int64_t block_size, std::int32_t* sampled);
+  // rope_switch: of the model.
+  Step upload(Backend& backend, const Batch& batch, std::int64_t block_size,
+              std::int64_t rope_switch, std::int32_t* sampled);
   std::int64_t growths() const { return growths_; }
   std::size_t bytes() const { return device_.bytes(); }
 

@@ -55,6 +55,8 @@ void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
   require(!spec.learned_positions || options.max_model_len <= spec.max_position_embeddings,
           "max_model_len is ", options.max_model_len, "; the model has only ",
           spec.max_position_embeddings, " learned positions");
+  require(spec.rope_switch >= 0 && spec.rope_switch <= options.max_model_len, "rope_switch is ",
+          spec.rope_switch, "; expected 0 to max_model_len = ", options.max_model_len);
   require(options.max_num_seqs >= 1, "max_num_seqs is ", options.max_num_seqs,
           "; expected 1 or more");
   require(options.max_num_batched_tokens >= 1, "max_num_batched_tokens is ",
@@ -138,7 +140,8 @@ BatchLimits Runtime::limits() const {
   return {spec_.vocab_size,      options_.max_num_batched_tokens,
           options_.max_num_seqs, options_.max_model_len,
           spec_.kv_windows(),    kv_.empty() ? 0 : kv_[0].num_blocks,
-          options_.block_size,   adapters_.num_slots()};
+          options_.block_size,   adapters_.num_slots(),
+          spec_.rope_switch};
 }
 
 // For steps with one logit row a sequence. The first step with more (scoring, checking drafts)
@@ -173,8 +176,8 @@ void Runtime::make_room(InFlightStep& step, std::int64_t num_rows, std::int64_t 
 }
 
 void Runtime::load(const std::string& name, const void* data, DType dtype,
-                   const std::vector<std::int64_t>& shape) {
-  queue_.run([&] { weights_.load(name, data, dtype, shape); });
+                   const std::vector<std::int64_t>& shape, std::optional<std::int64_t> first_row) {
+  queue_.run([&] { weights_.load(name, data, dtype, shape, first_row); });
 }
 
 std::vector<std::string> Runtime::missing_weights() const { return weights_.missing(); }
@@ -356,8 +359,8 @@ void Runtime::forward(InFlightStep& step, bool with_sampling) {
     step.key.tokens_per_seq = 0;
   }
   const std::int64_t growths_before = step.upload.growths();
-  step.uploaded =
-      step.upload.upload(*backend_, step.batch, options_.block_size, sampled_.as<std::int32_t>());
+  step.uploaded = step.upload.upload(*backend_, step.batch, options_.block_size, spec_.rope_switch,
+                                     sampled_.as<std::int32_t>());
   growths_ += step.upload.growths() - growths_before;
   const std::int64_t num_rows = step.batch.num_rows();
   make_room(step, num_rows, step.num_top);

@@ -43,8 +43,10 @@ class Runtime {
   Runtime(const std::string& device, const ModelSpec& spec, const RuntimeOptions& options);
   ~Runtime();
 
+  // As Weights::load.
   void load(const std::string& name, const void* data, DType dtype,
-            const std::vector<std::int64_t>& shape);
+            const std::vector<std::int64_t>& shape,
+            std::optional<std::int64_t> first_row = std::nullopt);
   std::vector<std::string> missing_weights() const;
 
   std::int64_t kv_bytes_per_block() const;

@@ -20,6 +20,7 @@ struct SamplingRow {
   std::int32_t position = 0;
   std::int32_t num_logprobs = -1;
   std::int32_t state_row = -1;
+  std::int64_t target = -1;  // 8 bytes: the row has no padding
   float top_n_sigma = 0.0f;
   float typical_p = 1.0f;
   float xtc_probability = 0.0f;
@@ -49,18 +50,27 @@ inline constexpr const char* numpy_type<float> = "<f4";
 template <>
 inline constexpr const char* numpy_type<std::int32_t> = "<i4";
 template <>
+inline constexpr const char* numpy_type<std::int64_t> = "<i8";
+template <>
 inline constexpr const char* numpy_type<std::uint64_t> = "<u8";
 
 #define OCTAVO_SAMPLING_FIELD(name)                                             \
   {#name, numpy_type<decltype(SamplingRow::name)>, offsetof(SamplingRow, name), \
    sizeof(SamplingRow::name)}
 inline constexpr SamplingField kSamplingFields[] = {
-    OCTAVO_SAMPLING_FIELD(temperature),   OCTAVO_SAMPLING_FIELD(top_k),
-    OCTAVO_SAMPLING_FIELD(top_p),         OCTAVO_SAMPLING_FIELD(min_p),
-    OCTAVO_SAMPLING_FIELD(seed),          OCTAVO_SAMPLING_FIELD(sample_index),
-    OCTAVO_SAMPLING_FIELD(position),      OCTAVO_SAMPLING_FIELD(num_logprobs),
-    OCTAVO_SAMPLING_FIELD(state_row),     OCTAVO_SAMPLING_FIELD(top_n_sigma),
-    OCTAVO_SAMPLING_FIELD(typical_p),     OCTAVO_SAMPLING_FIELD(xtc_probability),
+    OCTAVO_SAMPLING_FIELD(temperature),
+    OCTAVO_SAMPLING_FIELD(top_k),
+    OCTAVO_SAMPLING_FIELD(top_p),
+    OCTAVO_SAMPLING_FIELD(min_p),
+    OCTAVO_SAMPLING_FIELD(seed),
+    OCTAVO_SAMPLING_FIELD(sample_index),
+    OCTAVO_SAMPLING_FIELD(position),
+    OCTAVO_SAMPLING_FIELD(num_logprobs),
+    OCTAVO_SAMPLING_FIELD(state_row),
+    OCTAVO_SAMPLING_FIELD(target),
+    OCTAVO_SAMPLING_FIELD(top_n_sigma),
+    OCTAVO_SAMPLING_FIELD(typical_p),
+    OCTAVO_SAMPLING_FIELD(xtc_probability),
     OCTAVO_SAMPLING_FIELD(xtc_threshold),
 };
 #undef OCTAVO_SAMPLING_FIELD
@@ -86,7 +96,7 @@ inline void check(const std::vector<SamplingRow>& rows, std::int64_t vocab_size,
     const auto expect = [&](bool right, const char* field, auto value, const auto&... range) {
       require(right, "sampling[", i, "].", field, " is ", value, "; expected ", range...);
     };
-    const auto expect_up_to = [&](std::int64_t high, const char* field, std::int32_t value) {
+    const auto expect_up_to = [&](std::int64_t high, const char* field, std::int64_t value) {
       expect(-1 <= value && value <= high, field, value, "-1 to ", high);
     };
     expect(row.temperature >= 0.0f, "temperature", row.temperature, "0 or more");
@@ -102,6 +112,7 @@ inline void check(const std::vector<SamplingRow>& rows, std::int64_t vocab_size,
            row.xtc_threshold, "0 to 1");
     expect_up_to(vocab_size, "num_logprobs", row.num_logprobs);
     expect_up_to(num_states - 1, "state_row", row.state_row);
+    expect_up_to(vocab_size - 1, "target", row.target);
   }
 }
 

@@ -21,23 +21,24 @@ enum class QkNorm : std::uint8_t { none, head, row };
 enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
 
 // The format of a matrix in memory and in products. f32 and bf16 are plain numbers. int8 has a
-// scale for each output. int4 has a scale, and perhaps a zero point, for each group of inputs of
-// each output.
+// scale for each output, or for each group of inputs of each output. int4 has a scale, and perhaps
+// a zero point, for each group.
 struct WeightFormat {
   WeightFormat(DType plain = DType::f32) : dtype(plain) {}
 
   DType dtype;
-  std::int64_t group_size = 0;  // int4: inputs that share a scale, a multiple of 32
+  std::int64_t group_size = 0;  // inputs that share a scale, a multiple of 32; 0: all (int8)
   bool has_zeros = false;       // int4: asymmetric
   // int4: the levels of the 16 codes, before the scale.
   std::array<std::int8_t, 16> levels = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-  DType scale_dtype = DType::bf16;    // int4: the format of scales, bf16 or f32
-  std::int64_t activation_bits = 16;  // int8: of the codes that x is rounded to, 8 or 16
+  DType scale_dtype = DType::bf16;    // of groups' scales: bf16, f16 or f32
+  std::int64_t activation_bits = 16;  // of the codes that x is rounded to; 8: int8 without groups
 
   bool has_own_levels() const { return levels != WeightFormat().levels; }
   bool is_quantized() const { return dtype == DType::int8 || dtype == DType::int4; }
+  bool is_grouped() const { return group_size != 0; }
   std::int64_t groups(std::int64_t inputs) const {
-    return dtype == DType::int4 ? (inputs + group_size - 1) / group_size : 1;
+    return is_grouped() ? (inputs + group_size - 1) / group_size : 1;
   }
   bool operator==(const WeightFormat& other) const {
     return dtype == other.dtype && group_size == other.group_size && has_zeros == other.has_zeros &&
@@ -56,9 +57,12 @@ struct NormSpec {
 struct RopeSpec {
   std::vector<float> frequencies;  // radians a position
   float attention_factor = 1.0f;   // multiplies cosines and sines
+  // Of sequences longer than ModelSpec::rope_switch; empty: the same.
+  std::vector<float> long_frequencies = {};
 
   bool operator==(const RopeSpec& other) const {
-    return frequencies == other.frequencies && attention_factor == other.attention_factor;
+    return frequencies == other.frequencies && attention_factor == other.attention_factor &&
+           long_frequencies == other.long_frequencies;
   }
 };
 
@@ -114,6 +118,7 @@ struct ModelSpec {
   float embed_multiplier = 1.0f;
   float logits_multiplier = 1.0f;
   float logits_softcap = 0.0f;
+  std::int64_t rope_switch = 0;  // longer sequences turn by long_frequencies; 0: none
 
   // Of each KV group: its layers' widest window; 0: no limit.
   std::vector<std::int64_t> kv_windows() const {
@@ -149,10 +154,11 @@ struct RuntimeOptions {
   std::optional<std::int64_t> last_layer;  // none: the model's last
 };
 
-// Cosines and sines of every position before `positions`, (positions, frequencies) each.
+// Cosines and sines, (rows, frequencies) each. The rows are the positions before `positions`. With
+// a rope_switch they follow those of the shorter sequences, which are the positions before it.
 struct RopeTables {
   std::vector<float> cosines, sines;
 };
-RopeTables rope_tables(const RopeSpec& rope, std::int64_t positions);
+RopeTables rope_tables(const RopeSpec& rope, std::int64_t positions, std::int64_t rope_switch = 0);
 
 }  // namespace octavo

@@ -17,6 +17,7 @@ struct Step {
 
   const std::int32_t* token_ids = nullptr;     // [num_tokens]; -1 - r: sampled[r]
   const std::int32_t* positions = nullptr;     // [num_tokens]
+  const std::int32_t* rope_rows = nullptr;     // [num_tokens], of cosines and sines
   const std::int32_t* slots = nullptr;         // [num_kv_groups, num_tokens]; -1: store nothing
   const std::int32_t* row_starts = nullptr;    // [num_seqs + 1]
   const std::int32_t* context_lens = nullptr;  // [num_seqs], new tokens included

@@ -53,7 +53,7 @@ Weights::Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& 
       weights.attn_out_norm = add_norm(rows("attn_out_norm", hidden), *layer.output_norm);
       weights.mlp_out_norm = add_norm(rows("mlp_out_norm", hidden), *layer.output_norm);
     }
-    if (layer.rope) weights.rope = add_rope(layer, options.max_model_len);
+    if (layer.rope) weights.rope = add_rope(layer, options.max_model_len, spec.rope_switch);
   }
   final_norm = add_norm({"final_norm", hidden}, spec.final_norm);
   if (!spec.tie_word_embeddings) add_matrix(lm_head_, {{"lm_head", spec.vocab_size}}, hidden);
@@ -175,14 +175,15 @@ Norm Weights::add_norm(const NamedRows& width, const NormSpec& spec) {
   return norm;
 }
 
-const Rope* Weights::add_rope(const LayerSpec& layer, std::int64_t max_positions) {
+const Rope* Weights::add_rope(const LayerSpec& layer, std::int64_t max_positions,
+                              std::int64_t rope_switch) {
   const auto pairs = static_cast<std::int64_t>(layer.rope->frequencies.size());
   require(2 * pairs <= layer.head_dim, "rope turns ", 2 * pairs, " elements of a head of ",
           layer.head_dim, "; expected no more than it has");
   for (const auto& table : ropes_) {
     if (table->spec == *layer.rope) return &table->rope;
   }
-  const RopeTables values = rope_tables(*layer.rope, max_positions);
+  const RopeTables values = rope_tables(*layer.rope, max_positions, rope_switch);
   const std::size_t bytes = values.cosines.size() * 4;
   auto table = std::make_unique<RopeTable>();
   table->spec = *layer.rope;
@@ -196,18 +197,25 @@ const Rope* Weights::add_rope(const LayerSpec& layer, std::int64_t max_positions
 }
 
 void Weights::load(const std::string& name, const void* data, DType dtype,
-                   const std::vector<std::int64_t>& shape) {
+                   const std::vector<std::int64_t>& shape, std::optional<std::int64_t> first_row) {
   const auto found = places_.find(name);
   require(found != places_.end(), "this model has no weight named \"", name, "\"");
   Place& place = found->second;
-  require(shape == place.shape, "weight ", name, " has the shape ", shape_text(shape),
-          "; expected ", shape_text(place.shape));
-  const std::int64_t rows = shape[0];
+  const std::int64_t begin = first_row.value_or(0), rows = shape.empty() ? 0 : shape[0];
+  std::vector<std::int64_t> whole = shape;
+  if (first_row && !shape.empty() && (begin == 0 || begin == place.loaded_rows) &&
+      begin + rows <= place.shape[0])
+    whole[0] = place.shape[0];
+  require(whole == place.shape, "weight ", name, " has the shape ", shape_text(shape),
+          first_row ? text(" from row ", begin, " on") : "", "; expected ",
+          shape_text(place.shape));
+  const std::int64_t to_row = place.first_row + begin, end = begin + rows;
   if (place.part == Part::values) {
-    backend_.pack_rows(*place.matrix, place.first_row, {data, dtype, rows, shape[1]});
+    backend_.pack_rows(*place.matrix, to_row, {data, dtype, rows, shape[1]});
     // Numbers that are rounded to int8 here give their scales too.
     if (place.matrix->format.dtype == DType::int8 && dtype != DType::int8)
-      places_[name.substr(0, name.size() - std::string(".weight").size()) + ".scale"].loaded = true;
+      places_[name.substr(0, name.size() - std::string(".weight").size()) + ".scale"].loaded_rows =
+          end;
   } else {
     std::int64_t count = 1;
     for (const std::int64_t size : shape) count *= size;
@@ -215,20 +223,20 @@ void Weights::load(const std::string& name, const void* data, DType dtype,
     for (std::int64_t i = 0; i < count; ++i)
       values[static_cast<std::size_t>(i)] = load_float(data, dtype, i);
     if (place.part == Part::vector) {
-      if (place.vector) backend_.upload(place.vector, values.data(), values.size() * 4);
+      if (place.vector) backend_.upload(place.vector + begin, values.data(), values.size() * 4);
     } else if (place.part == Part::scales) {
-      backend_.pack_scales(*place.matrix, place.first_row, rows, values.data());
+      backend_.pack_scales(*place.matrix, to_row, rows, values.data());
     } else {
-      backend_.pack_zeros(*place.matrix, place.first_row, rows, values.data());
+      backend_.pack_zeros(*place.matrix, to_row, rows, values.data());
     }
   }
-  place.loaded = true;
+  place.loaded_rows = end;
 }
 
 std::vector<std::string> Weights::missing() const {
   std::vector<std::string> names;
   for (const auto& [name, place] : places_) {
-    if (!place.loaded) names.push_back(name);
+    if (place.loaded_rows < place.shape[0]) names.push_back(name);
   }
   return names;
 }

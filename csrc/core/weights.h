@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -36,10 +37,12 @@ class Weights {
   Weights& operator=(const Weights&) = delete;
 
   // Takes one weight under octavo's name; a quantized matrix also has a ".scale" of shape (rows,
-  // groups), and if its format has zero points a ".zero". Throws std::invalid_argument when the
-  // model has no such weight, or when its shape is wrong.
+  // groups), and if its format has zero points a ".zero". With first_row it is a run of the rows,
+  // and the runs come in order. Throws std::invalid_argument when the model has no such weight, or
+  // when its shape is wrong.
   void load(const std::string& name, const void* data, DType dtype,
-            const std::vector<std::int64_t>& shape);
+            const std::vector<std::int64_t>& shape,
+            std::optional<std::int64_t> first_row = std::nullopt);
 
   std::vector<std::string> missing() const;
   std::int64_t bytes() const { return bytes_; }
@@ -60,7 +63,7 @@ class Weights {
     float* vector = nullptr;  // null: another rank's; it is ignored
     std::int64_t first_row = 0;
     std::vector<std::int64_t> shape;
-    bool loaded = false;
+    std::int64_t loaded_rows = 0;
   };
   struct NamedRows {
     std::string name;
@@ -83,7 +86,8 @@ class Weights {
   void place_parts(Linear& matrix, const std::vector<NamedRows>& parts, std::int64_t first_row,
                    bool bias, bool adds_bias);
   Norm add_norm(const NamedRows& width, const NormSpec& spec);
-  const Rope* add_rope(const LayerSpec& layer, std::int64_t max_positions);
+  const Rope* add_rope(const LayerSpec& layer, std::int64_t max_positions,
+                       std::int64_t rope_switch);
 
   struct RopeTable {
     RopeSpec spec;

@@ -171,8 +171,8 @@ void CpuBackend::rope_and_store(View qkv, const Rope* rope, const LayerSpec& lay
   each_row(qkv, [&](std::int64_t t) {
     float* row = qkv.row(t);
     if (rope) {
-      const float* cosines = rope->cosines + step.positions[t] * rope->pairs;
-      const float* sines = rope->sines + step.positions[t] * rope->pairs;
+      const float* cosines = rope->cosines + step.rope_rows[t] * rope->pairs;
+      const float* sines = rope->sines + step.rope_rows[t] * rope->pairs;
       for (std::int64_t head = 0; head < layer.num_heads + layer.num_kv_heads; ++head)
         rotate(row + head * layer.head_dim, cosines, sines, rope->pairs);
     }

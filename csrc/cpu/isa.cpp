@@ -33,9 +33,12 @@ struct Entry {
 // has to be a literal.
 #define HAS(feature) bool(__builtin_cpu_supports(feature))
 
-[[maybe_unused]] bool has_avx2() { return HAS("avx2") && HAS("fma"); }
+// Compilers' lists of features do not all know F16C and AVX-VNNI. Their registers are AVX2's.
+[[maybe_unused]] bool has_avx2() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return HAS("avx2") && HAS("fma") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1u);
+}
 
-// Compilers' lists of features do not all know this one. It uses registers that AVX2 has.
 [[maybe_unused]] bool has_avx2_vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1u);

@@ -30,9 +30,9 @@ constexpr std::int64_t kIntegerBlock = 512;  // codes; the sum of their products
 // bits; of eight int4 inputs the first four are in the lower halves of the four bytes, the others
 // in the upper halves.
 //
-// int8: a byte is the code + 128; one scale an output, [panel][16]. int4: four bits choose one of
-// 16 levels; a scale for each group of inputs, [panel][group][16], and perhaps a zero point, in
-// units of a level: weight = (level - zero) * scale.
+// int8: a byte is the code + 128, its level. int4: four bits choose one of 16 levels. A scale for
+// each group of inputs, [panel][group][16], and perhaps a zero point, in units of a level: weight =
+// (level - zero) * scale; or int8 with one scale an output, [panel][16].
 struct LinearTask {
   // Rows of x as `prepare_input` writes them, x_stride 32-bit words apart; for each row of codes
   // its scale, and the sum of the codes of each block: (rows, num_blocks).
@@ -42,11 +42,11 @@ struct LinearTask {
   std::int32_t* x_sums = nullptr;
   const std::uint32_t* weight = nullptr;
   DType format = DType::f32;
-  int activation_bits = 16;              // int8: 8 or 16
-  std::int64_t group_size = 0;           // int4: a multiple of 32
+  int activation_bits = 16;              // 8: int8 without groups
+  std::int64_t group_size = 0;           // a multiple of 32; 0: one scale an output (int8)
   std::int64_t num_groups = 1;           // of a row
   std::int64_t num_blocks = 1;           // of a row
-  DType scale_type = DType::f32;         // int4: f32 or bf16
+  DType scale_type = DType::f32;         // of groups: f32, f16 or bf16
   const void* scales = nullptr;          // int8, int4
   const std::int8_t* zeros = nullptr;    // int4, or null
   const std::uint8_t* levels = nullptr;  // int4: [16], level + 128; null: uniform, -8 to 7
@@ -64,10 +64,11 @@ struct LinearTask {
   void* input = nullptr;             // of that product: its x, to be written
 };
 
-// Integer formats sum up a block of inputs exactly: at most 512, all of one group (an int8 row is
-// one group), counted from the beginning of the group.
+inline bool is_grouped(const LinearTask& task) { return task.group_size != 0; }
+// Integer formats sum up a block of inputs exactly: at most 512, all of one group (the whole row
+// without groups), counted from the beginning of the group.
 inline std::int64_t group_inputs(const LinearTask& task) {
-  return task.format == DType::int4 ? task.group_size : task.depth;
+  return is_grouped(task) ? task.group_size : task.depth;
 }
 inline std::int64_t blocks_per_group(const LinearTask& task) {
   return (group_inputs(task) + kIntegerBlock - 1) / kIntegerBlock;
@@ -185,7 +186,7 @@ struct Kernels {
   float (*max_value)(const float* x, std::int64_t count);
   bool (*all_finite)(const float* x, std::int64_t count);
   Pieces pieces = {};
-  bool int4_takes_bf16 = false;  // else whole numbers, as int8 does
+  bool groups_take_bf16 = false;  // x of weights in groups; else whole numbers, as of all int8
 };
 
 // The instruction sets compiled in that this machine has, slowest first; "scalar" is always there.

@@ -106,9 +106,19 @@ void pack_grouped(const Linear& linear, std::int64_t first_row, std::int64_t row
   }
 }
 
-float load_scale(const Linear& linear, std::int64_t index) {
-  return load_float(linear.scales.data(), scale_type(linear.format), index);
-}
+// The scale of an input's group of a row, and its zero point.
+struct GroupScale {
+  float scale, zero;
+
+  GroupScale(const Linear& linear, std::int64_t row, std::int64_t input) {
+    const WeightFormat& format = linear.format;
+    const std::int64_t group = format.is_grouped() ? input / format.group_size : 0;
+    const std::int64_t at =
+        (row / kLanes * format.groups(linear.inputs) + group) * kLanes + row % kLanes;
+    scale = load_float(linear.scales.data(), scale_type(format), at);
+    zero = format.has_zeros ? linear.zeros.as<std::int8_t>()[at] : 0.0f;
+  }
+};
 
 }  // namespace
 
@@ -117,7 +127,6 @@ void unpack_row(float* out, const Linear& table, std::int64_t row, bool add) {
   const Packing packing(table);
   const std::uint32_t* word =
       table.weight.as<std::uint32_t>() + row / kLanes * packing.panel_words() + row % kLanes;
-  const std::int64_t groups = table.format.groups(table.inputs);
   const auto unpack = [&](auto&& value_of) {
     for (std::int64_t i = 0; i < table.inputs; word += kLanes) {
       for (int within = 0; within < packing.inputs_per_word && i < table.inputs; ++within, ++i) {
@@ -133,20 +142,20 @@ void unpack_row(float* out, const Linear& table, std::int64_t row, bool add) {
       return unpack([](std::uint32_t bits, std::int64_t) {
         return bf16_to_float(static_cast<std::uint16_t>(bits));
       });
-    case DType::int8: {
-      const float scale = load_scale(table, row);
-      return unpack([&](std::uint32_t bits, std::int64_t) {
-        return static_cast<float>(static_cast<int>(bits & 255u) - 128) * scale;
+    case DType::int8:
+    case DType::int4: {
+      GroupScale of(table, row, 0);
+      std::int64_t group_end = table.format.is_grouped() ? table.format.group_size : table.inputs;
+      return unpack([&, group = group_end](std::uint32_t bits, std::int64_t i) mutable {
+        if (i == group_end) {
+          of = GroupScale(table, row, i);
+          group_end += group;
+        }
+        const int level = packing.bits == 4 ? table.format.levels[bits & 15u]
+                                            : static_cast<int>(bits & 255u) - 128;
+        return (static_cast<float>(level) - of.zero) * of.scale;
       });
     }
-    case DType::int4:
-      return unpack([&](std::uint32_t bits, std::int64_t i) {
-        const std::int64_t group = i / table.format.group_size;
-        const std::int64_t index = (row / kLanes * groups + group) * kLanes + row % kLanes;
-        float value = table.format.levels[bits & 15u];
-        if (table.format.has_zeros) value -= table.zeros.as<std::int8_t>()[index];
-        return value * load_scale(table, index);
-      });
     case DType::f16:
       break;  // never packed
   }
@@ -155,9 +164,9 @@ void unpack_row(float* out, const Linear& table, std::int64_t row, bool add) {
 Linear CpuBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
                                const WeightFormat& format, bool with_bias, std::int64_t count) {
   require(format.dtype != DType::f16, "the CPU has no f16 weights; take f32 or bf16");
-  require(format.dtype != DType::int4 ||
-              (format.group_size >= kDepthBlock && format.group_size % kDepthBlock == 0),
-          "group_size is ", format.group_size, "; expected a multiple of ", kDepthBlock);
+  require(
+      format.group_size % kDepthBlock == 0 && (format.is_grouped() || format.dtype != DType::int4),
+      "group_size is ", format.group_size, "; expected a multiple of ", kDepthBlock);
   Linear linear;
   linear.outputs = outputs;
   linear.inputs = inputs;
@@ -180,8 +189,9 @@ Linear CpuBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
 void CpuBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) {
   const DType format = linear.format.dtype;
   const bool is_float = rows.dtype != DType::int8 && rows.dtype != DType::int4;
-  require(rows.dtype == format || (is_float && format != DType::int4), "a matrix of format ",
-          name(format), " does not take ", name(rows.dtype), " rows");
+  require(rows.dtype == format || (is_float && !linear.format.is_grouped()), "a matrix of format ",
+          name(format), linear.format.is_grouped() ? " in groups" : "", " does not take ",
+          name(rows.dtype), " rows");
   const bool is_stored = rows.dtype == format && format != DType::f16;
   const std::int64_t bytes = row_bytes(rows.cols, format), words = (bytes + 3) / 4;
   const std::int64_t panel_words = Packing(linear).panel_words();
@@ -225,13 +235,9 @@ void CpuBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMat
 
 void CpuBackend::pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
                              const float* scales) {
-  const bool is_bf16 = scale_type(linear.format) == DType::bf16;
+  const DType dtype = scale_type(linear.format);
   pack_grouped(linear, first_row, rows, scales, [&](std::int64_t index, float value) {
-    if (is_bf16) {
-      linear.scales.as<std::uint16_t>()[index] = float_to_bf16(value);
-    } else {
-      linear.scales.as<float>()[index] = value;
-    }
+    store_float(linear.scales.data(), dtype, index, value);
   });
 }
 
@@ -312,7 +318,7 @@ bool CpuBackend::normed_mlp(View out, const NormedInput& x, const std::vector<Li
   second.x_stride = kernels_.input_stride(second);
   const std::int64_t words = std::max(input_words(second), rows * width);
   float* memory = scratch(mlp_scratch_, words);
-  const bool is_written = writes_input(first.format, second.format, kernels_.int4_takes_bf16);
+  const bool is_written = writes_input(first, second, kernels_.groups_take_bf16);
   if (is_written) {
     first.next = &second;
     second.x = second.input = memory;

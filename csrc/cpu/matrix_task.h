@@ -12,9 +12,9 @@ inline std::int64_t padded_depth(std::int64_t inputs) {
 
 inline std::int64_t num_panels(std::int64_t outputs) { return (outputs + kLanes - 1) / kLanes; }
 
-// Scales of int4 have the format's type, those of int8 are float32.
+// Scales of groups have the format's type, those of whole outputs are float32.
 inline DType scale_type(const WeightFormat& format) {
-  return format.dtype == DType::int4 ? format.scale_dtype : DType::f32;
+  return format.is_grouped() ? format.scale_dtype : DType::f32;
 }
 
 // A task that holds the levels of a matrix, if they are not uniform, as bytes.
@@ -52,10 +52,10 @@ struct MatrixTask : LinearTask {
 
 // Whether a product can write its results as the next one's input. It cannot if that is rounded to
 // whole numbers, which takes a whole row, nor if only the next product may use tiles, whose input
-// has another layout (float32 never uses tiles, int4 of bf16 always, others with many rows).
-inline bool writes_input(DType format, DType next, bool int4_takes_bf16) {
-  if (next == DType::int4) return int4_takes_bf16 && format == DType::int4;
-  return next == DType::f32 || (next == DType::bf16 && format != DType::f32);
+// has another layout (float32 never uses tiles, groups of bf16 always, others with many rows).
+inline bool writes_input(const LinearTask& task, const LinearTask& next, bool groups_take_bf16) {
+  if (is_grouped(next)) return groups_take_bf16 && is_grouped(task);
+  return next.format == DType::f32 || (next.format == DType::bf16 && task.format != DType::f32);
 }
 
 // 32-bit words of a task's input: whole tiles of rows.

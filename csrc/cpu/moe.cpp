@@ -104,8 +104,7 @@ void CpuBackend::add_experts(View sums, View x, const ExpertWork& work, ThreadPo
   const std::size_t halves = work.up.size();  // of one format: both in one matrix
   const bool is_gated = halves == 1 && width % kDepthBlock == 0;  // gates meet ups in the product
   const MatrixTask ups(work.up[0], 0), others(work.up[halves - 1], 0), downs(work.down, 0);
-  const bool is_written =
-      is_gated && writes_input(ups.format, downs.format, kernels_.int4_takes_bf16);
+  const bool is_written = is_gated && writes_input(ups, downs, kernels_.groups_take_bf16);
   const auto start = [&](std::int64_t expert) {
     return static_cast<std::int64_t>(routing_.first[static_cast<std::size_t>(expert)]);
   };

@@ -25,6 +25,7 @@ std::int64_t first_largest(const float* values, std::int64_t count, const Kernel
 
 std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int32_t* mask,
                         const SamplingRow& options, const Kernels& kernels) {
+  if (options.target >= 0) return options.target;
   const SamplingRow row = decide_xtc(options, kernels);
   std::vector<float> scores(logits, logits + vocab);
   for (std::int64_t i = 0; mask && i < vocab; ++i) {

@@ -13,31 +13,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM
     from octavo.config import EngineConfig
     from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
     from octavo.errors import OctavoError
     from octavo.llm import LLM
     from octavo.sampling_params import SamplingParams
+    from octavo.structured_outputs import StructuredOutputs
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
     "OctavoError",
     "OutputChunk",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "TokenLogprob",
 ]
 _MODULES = {
     "LLM": "octavo.llm",
+    "AsyncLLM": "octavo.async_llm",
     "CompletionOutput": "octavo.engine.outputs",
     "EngineConfig": "octavo.config",
     "OctavoError": "octavo.errors",
     "OutputChunk": "octavo.engine.outputs",
     "RequestOutput": "octavo.engine.outputs",
     "SamplingParams": "octavo.sampling_params",
+    "StructuredOutputs": "octavo.structured_outputs",
     "TokenLogprob": "octavo.engine.outputs",
 }
 

@@ -26,8 +26,8 @@ def available_devices() -> list[str]:
 def available_isas() -> list[str]:
     """The instruction sets that are compiled in and that this machine has, slowest first."""
 
-def int4_activations(isa: str = "auto") -> str:
-    """How an instruction set of the CPU rounds what meets int4 weights.
+def grouped_activations(isa: str = "auto") -> str:
+    """How an instruction set of the CPU rounds what meets weights in groups.
 
     "bf16", or "whole": to whole numbers of 16 bits, with a scale a row. Both are defined by
     `rounded_product` in octavo.reference.quantization. isa: as in RuntimeOptions; a ValueError
@@ -85,6 +85,8 @@ class Batch:
         mean: how each logit row is sampled. state_row is in 0 .. max_num_seqs - 1, or -1; the
         position is set by the step, whatever it is here. Left out: greedy, without logprobs.
     adapter_ids: int32 (num_seqs,), the place of each sequence's adapter, -1 for none.
+    rope_sets: int32 (num_seqs,), 1 for a sequence of more than the model's rope_switch tokens, now
+        or by its end: it turns by long_frequencies. All steps of it must agree. Left out: 0.
     embeddings: float32 (num_tokens, hidden_size), in place of token_ids. No runtime takes them yet.
     """
 
@@ -97,6 +99,7 @@ class Batch:
         logit_rows: Int32,
         sampling: SamplingRows | None = None,
         adapter_ids: Int32 | None = None,
+        rope_sets: Int32 | None = None,
         embeddings: Float32 | None = None,
     ) -> None: ...
 
@@ -132,13 +135,16 @@ class Runtime:
     def __init__(self, device: str, spec: Any, options: Any) -> None:
         """device: "cpu" or "cuda"; spec: octavo.models.spec.ModelSpec; options: RuntimeOptions."""
 
-    def load(self, name: str, array: NDArray[Any], dtype: str) -> None:
+    def load(
+        self, name: str, array: NDArray[Any], dtype: str, first_row: int | None = None
+    ) -> None:
         """Take one weight, in octavo's names. dtype "f32", "f16", or "bf16" (raw bits, uint16).
 
         A matrix that options.formats names as quantized comes as codes, "int8" (int8) or "int4"
         (uint8, two codes a byte, the first in the low half), with its "NAME.scale" and, where the
-        format has zeros, "NAME.zero", float (outputs, groups). An int8 matrix may also come as
-        numbers, which are rounded to 127 steps of each row's largest magnitude.
+        format has zeros, "NAME.zero", float (outputs, groups). An int8 matrix without groups may
+        also come as numbers, which are rounded to 127 steps of each row's largest magnitude.
+        first_row: the array is a run of the weight's rows from this one on; runs come in order.
         The array is copied or packed before the call returns.
         """
 

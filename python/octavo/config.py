@@ -7,12 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from octavo.errors import InvalidArgumentError
 from octavo.files import expand_home
 from octavo.models.kv_groups import KvGroups
 from octavo.models.spec import ModelSpec, WeightFormat
+from octavo.speculative_config import SpeculativeConfig, read_speculative_config
 
 DType = Literal["auto", "f32", "bf16", "f16"]
 KVDType = Literal["auto", "f32", "bf16", "f16", "int8"]
@@ -123,6 +124,8 @@ class EngineConfig:
     priority_ageing_seconds: a request of priority p queues as if it had come p times so much later
         than it did, so that one level of priority is worth so many seconds of waiting.
     seed: of dummy weights, and of requests that name no seed of their own.
+    speculative_config: how drafts are made, so that a step can give an answer several tokens: a
+        SpeculativeConfig, or its fields as a dict or JSON. None: no drafts. Answers stay the same.
     """
 
     device: str = "auto"
@@ -149,8 +152,11 @@ class EngineConfig:
     event_log_capacity: int = 65536
     overlap_steps: bool | None = None
     seed: int = 0
+    speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
+        drafts = read_speculative_config(self.speculative_config)
+        object.__setattr__(self, "speculative_config", drafts)
         check_choice("device", self.device, DEVICES)
         for name, choices in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
             object.__setattr__(self, name, dtype_name(getattr(self, name)))
@@ -213,6 +219,8 @@ class RuntimeOptions:
     world_size: int = 1
     first_layer: int = 0
     last_layer: int | None = None
+    # Sequences of more tokens have the rope's other frequencies (`ModelSpec.rope_switch`); 0: none.
+    rope_switch: int = 0
     # Of matrices kept in another format than dtype, by name without ".weight": "layers.3.q".
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)
     # For the scheduler alone.

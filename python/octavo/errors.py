@@ -118,6 +118,10 @@ class EngineInUseError(OctavoError, RuntimeError):
     """An engine that was used while it was in use, or by somebody else than its owner."""
 
 
+class EngineClosedError(OctavoError, RuntimeError):
+    """A model that was used after it was closed."""
+
+
 @dataclass(eq=False, repr=False)
 class WrongProcessError(OctavoError, RuntimeError):
     """A model that was used in another process than the one that loaded it.

@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,13 @@ from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestMetrics, RequestOutput
 from octavo.engine.request import derive_seed
 from octavo.engine.shared import Asked, Call, SharedEngine, SharedIterator
-from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError, WrongProcessError
+from octavo.errors import (
+    EngineClosedError,
+    InvalidArgumentError,
+    OctavoError,
+    TokenizerError,
+    WrongProcessError,
+)
 from octavo.model import LoadedModel, load_model
 from octavo.progress import Advance, request_bar
 from octavo.prompts import (
@@ -34,8 +40,13 @@ from octavo.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from octavo.runtime.loader import LoadProgress
     from octavo.text.chat import ChatTemplate
+    from octavo.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
+Item = (
+    tuple[Hashable, AnyPrompt, SamplingParams]
+    | tuple[Hashable, AnyPrompt, SamplingParams, str | None]
+)
 
 
 class LLM(LoadedModel):
@@ -103,6 +114,24 @@ class LLM(LoadedModel):
         self._shared = SharedEngine(engine)
         self._bar_turn = threading.Lock()
 
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory of weights and cache. Whoever asks afterwards gets an EngineClosedError.
+
+        Waits for the step that another thread is in; its requests get that error, too.
+        """
+        with suppress(EngineClosedError):
+            self.between_steps(lambda engine: engine.close())
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; a TokenizerError where its directory has none."""
+        return self._need_tokenizer()
+
     def __reduce__(self) -> NoReturn:
         raise WrongProcessError(self.engine.guard.pid, None)
 
@@ -113,6 +142,8 @@ class LLM(LoadedModel):
         *,
         progress: bool = True,
         adapter: str | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continue one prompt or many, batched together; the outputs are in the prompts' order.
 
@@ -121,8 +152,9 @@ class LLM(LoadedModel):
         params: for all prompts, or one for each; None takes the defaults. progress: show a bar on
         stderr. adapter: the name of a LoRA adapter, for all prompts. Every prompt is checked before
         any runs: an InvalidArgumentError says which one is bad. Ctrl-C ends all of them and raises
-        KeyboardInterrupt.
+        KeyboardInterrupt. sampling_params, use_tqdm: vLLM's names of params and progress.
         """
+        params, progress = _one_of(params, sampling_params), progress and use_tqdm
         call = Call(self._shared)
         many, items = split_prompts(prompts)
         encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
@@ -135,12 +167,15 @@ class LLM(LoadedModel):
         *,
         progress: bool = True,
         adapter: str | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or many: lists of {"role": ..., "content": ...}.
 
         template_variables go to the chat template (tools, a date). Otherwise as `generate`.
         """
+        params, progress = _one_of(params, sampling_params), progress and use_tqdm
         call = Call(self._shared)
         many = bool(messages) and not isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Conversation]", messages if many else [messages])
@@ -165,7 +200,7 @@ class LLM(LoadedModel):
         chunk is asked for, since an iterator without a reader must not run.
         """
         call = Call(self._shared)
-        encoded = self._encode(prompt)
+        encoded = self.encode(prompt)
         params = params or SamplingParams()
         self.engine.check_request(encoded.token_ids, params)
         asked = Asked(None, encoded, params, stream=True, adapter=adapter)
@@ -173,11 +208,12 @@ class LLM(LoadedModel):
 
     def generate_as_completed(
         self,
-        items: Iterable[tuple[Hashable, AnyPrompt, SamplingParams]],
+        items: Iterable[Item],
         max_in_flight: int | None = None,
     ) -> Generator[tuple[Any, RequestOutput], None, None]:
         """Answer any number of (key, prompt or conversation, params), as each one finishes.
 
+        A fourth entry of an item is the name of its LoRA adapter, or None.
         Yields (key, output) in the order of finishing. Items are taken lazily, max_in_flight at a
         time (twice max_num_seqs if None), so the input may be endless. An item that cannot be
         answered is yielded with its `error` set and no outputs, and the others go on. An item
@@ -206,13 +242,6 @@ class LLM(LoadedModel):
         The function must not ask for answers. `engine.stats()` needs no such care.
         """
         return self._shared.between_steps(function)
-
-    def _encode(self, prompt: AnyPrompt) -> EncodedPrompt:
-        if isinstance(prompt, EncodedPrompt):
-            return prompt
-        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            return self.encode_chat(cast("Conversation", prompt))
-        return self.encode_prompt(cast("Prompt", prompt))
 
     def _run_all(
         self,
@@ -243,28 +272,41 @@ class LLM(LoadedModel):
         return [output for output in results if output is not None]
 
     def _as_completed(
-        self, call: Call, source: Iterator[tuple[Hashable, AnyPrompt, SamplingParams]], limit: int
+        self, call: Call, source: Iterator[Item], limit: int
     ) -> Generator[tuple[Any, RequestOutput], None, None]:
         with call:
             while not call.has_ended:
                 num_taken = 0
-                for key, prompt, params in itertools.islice(source, limit - call.num_open):
+                for key, prompt, params, *adapter in itertools.islice(
+                    source, limit - call.num_open
+                ):
                     num_taken += 1
                     if params.seed is None:
                         seed = derive_seed(self.engine.seed, f"key {key}")
                         params = replace(params, seed=seed)
                     try:
-                        encoded = self._encode(prompt)
+                        encoded = self.encode(prompt)
                         self.engine.check_request(encoded.token_ids, params)
                     except (InvalidArgumentError, TokenizerError) as error:
                         yield key, _refused(prompt, error)
                     else:
-                        call.ask([Asked(key, encoded, params)])
+                        call.ask([Asked(key, encoded, params, adapter=next(iter(adapter), None))])
                 if not num_taken and not call.num_open:
                     return
                 arrival = call.take()
                 if arrival is not None and arrival.chunk.result is not None:
                     yield arrival.key, arrival.chunk.result
+
+
+def _one_of(
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+) -> SamplingParams | Sequence[SamplingParams] | None:
+    if params is not None and sampling_params is not None:
+        raise InvalidArgumentError(
+            "params and sampling_params are both given; expected one of them"
+        )
+    return sampling_params if params is None else params
 
 
 def _stream(call: Call, asked: Asked) -> Generator[OutputChunk, None, None]:

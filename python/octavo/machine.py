@@ -68,6 +68,11 @@ def resident_memory(proc: Path = PROC) -> Resident | None:
     return Resident(sizes["VmRSS"], sizes["VmHWM"]) if known else None
 
 
+def anonymous_memory(proc: Path = PROC) -> int | None:
+    """Bytes of this process in RAM that no file holds; None where the system does not tell."""
+    return _sizes(proc / "self" / "status").get("RssAnon")
+
+
 def _sizes(path: Path) -> dict[str, int]:
     """Lines such as "MemFree:  12 kB", in bytes."""
     sizes = {}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from octavo.config import EngineConfig, read_environment
 from octavo.engine.engine import Engine
 from octavo.errors import InvalidArgumentError, TokenizerError
-from octavo.prompts import Conversation, EncodedPrompt, Prompt, prompt_of
+from octavo.prompts import AnyPrompt, Conversation, EncodedPrompt, Prompt, prompt_of
+from octavo.speculative_config import read_speculative_config
 
 if TYPE_CHECKING:
     from octavo.runtime.loader import LoadProgress
@@ -41,6 +42,14 @@ class LoadedModel:
     def max_model_len(self) -> int:
         """The most tokens that prompt and answer may have together."""
         return self.engine.options.max_model_len
+
+    def encode(self, prompt: AnyPrompt) -> EncodedPrompt:
+        """A text, token ids or a conversation as the engine takes it."""
+        if isinstance(prompt, EncodedPrompt):
+            return prompt
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            return self.encode_chat(cast("Conversation", prompt))
+        return self.encode_prompt(cast("Prompt", prompt))
 
     def encode_prompt(self, prompt: Prompt, add_special_tokens: bool = True) -> EncodedPrompt:
         """Token ids of a prompt; add_special_tokens: with those that the model wants before it."""
@@ -100,6 +109,7 @@ def load_model(
     """Load a model. Arguments and errors are those of `LLM`."""
     from octavo.models.kv_groups import with_kv_groups
     from octavo.runtime.loader import load_runtime
+    from octavo.speculation.build import build_drafter, load_draft_model
     from octavo.text.chat import ChatTemplate
     from octavo.text.tokenizer import Tokenizer, holds_tokenizer
     from octavo.weights.adapter import read_adapter
@@ -117,7 +127,14 @@ def load_model(
     tokenizer = Tokenizer(files.folder) if has_tokenizer else None
     chat_template = ChatTemplate.load(files.folder) if has_tokenizer else None
     checkpoint = open_checkpoint(files, config.load_format, config.seed)
-    loaded = load_runtime(files, checkpoint, config, on_load, environment)
+    # Before the target's KV cache, which shares what memory is left with the draft model's.
+    draft_model = load_draft_model(config, files, checkpoint, tokenizer, environment)
+    draft_bytes = 0 if draft_model is None else draft_model.bytes_beside(files)
+    loaded = load_runtime(files, checkpoint, config, on_load, environment, draft_bytes)
+    speculative_config = read_speculative_config(config.speculative_config)
+    drafter = build_drafter(
+        speculative_config, files, checkpoint, loaded.num_kv_blocks, draft_model
+    )
     engine = Engine(
         loaded.runtime,
         loaded.options,
@@ -127,6 +144,7 @@ def load_model(
         tokenizer=tokenizer,
         eos_token_ids=files.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
         seed=config.seed,
+        drafter=drafter,
         read_adapter=partial(read_adapter, files=files, checkpoint=checkpoint),
     )
     for name, folder in (adapters or {}).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import numbers
@@ -10,6 +11,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from octavo.errors import InvalidArgumentError
+from octavo.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
@@ -59,7 +61,8 @@ class SamplingParams:
     min_p: drop tokens less probable than min_p times the most probable one; 0 keeps all.
     seed: the same seed gives the same text, in any batch; None takes a random one. 64 bits; a
         negative number stands for itself plus 2**64.
-    max_tokens: stop after so many new tokens; None: where the context or the KV cache ends.
+    max_tokens: stop after so many new tokens; None: where the context or the KV cache ends. 0 with
+        prompt_logprobs alone: the prompt is computed, and nothing is sampled.
     min_tokens: no stop string, stop token or end of text before so many new tokens.
     stop: stop when one of these strings appears; the text ends before it. Empty ones ask for
         nothing. The text of special tokens counts, also where it is left out of the answer.
@@ -75,8 +78,13 @@ class SamplingParams:
     logprobs: report the log-probability of each token and of the most probable n; None reports
         none. Log-probabilities are of the model's own distribution, before penalties, biases and
         temperature.
+    prompt_logprobs: report the log-probability of each token of the prompt, given the tokens before
+        it, and of the most probable n there; None reports none.
+    prompt_logprobs_start: the first prompt token that prompt_logprobs is for. The tokens before it
+        cost no more than in any other prompt, and come from the prefix cache where it has them.
     skip_special_tokens: leave special tokens out of the text.
     n: how many answers to draw for the prompt.
+    structured_outputs: what the text must look like; also its fields as a mapping.
     top_n_sigma: keep tokens whose logits are within so many standard deviations of the largest; 0
         (or -1) keeps all. This and the next three are explained in docs/sampling.md.
     typical_p: keep the tokens whose surprise is closest to the expected one, until they reach this
@@ -90,7 +98,7 @@ class SamplingParams:
     top_p: float = _limited(1.0, 0.0, 1.0, "1 to keep all tokens")
     min_p: float = _limited(0.0, 0.0, 1.0, "0 to keep all tokens")
     seed: int | None = _limited(None, -(2**63), MAX_SEED, "None for a random seed")
-    max_tokens: int | None = _limited(256, 1, None, "None for as many as fit")
+    max_tokens: int | None = _limited(256, 0, None, "None for as many as fit")
     min_tokens: int = _limited(0, 0, None, "0 for any")
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -101,12 +109,28 @@ class SamplingParams:
     presence_penalty: float = _limited(0.0, -2.0, 2.0, "0 for none")
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     logprobs: int | None = _limited(None, 0, MAX_LOGPROBS, "None for none")
+    prompt_logprobs: int | None = _limited(None, 0, MAX_LOGPROBS, "None for none")
+    prompt_logprobs_start: int = _limited(0, 0, None, "0 for all of the prompt")
     skip_special_tokens: bool = True
     n: int = _limited(1, 1, None, "ask for at least one answer")
     top_n_sigma: float = _limited(0.0, -1.0, None, "0 to keep all tokens")
     typical_p: float = _limited(1.0, 0.0, 1.0, "1 to keep all tokens")
     xtc_probability: float = _limited(0.0, 0.0, 1.0, "0 for never")
     xtc_threshold: float = _limited(0.1, 0.0, 1.0, "above 0.5 it leaves out nothing")
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
+
+    def __new__(cls, *_: Any, **given: Any) -> SamplingParams:
+        """A field that there is none of is an InvalidArgumentError, as in `LLM`."""
+        known = [each.name for each in fields(cls)]
+        unknown = sorted(given.keys() - set(known))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise InvalidArgumentError(
+                f"SamplingParams has no {', '.join(unknown)}{meant}; expected some of "
+                f"{', '.join(known)}"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         checked = {each.name: self._checked(each) for each in fields(self)}
@@ -118,6 +142,11 @@ class SamplingParams:
             checked["seed"] &= MAX_SEED
         if checked["max_tokens"] is not None:
             Limits(0, checked["max_tokens"], "0 for any").check("min_tokens", checked["min_tokens"])
+        if checked["max_tokens"] == 0 and checked["prompt_logprobs"] is None:
+            raise InvalidArgumentError(
+                "max_tokens is 0; expected 1 or more, or prompt_logprobs beside it, since without "
+                "either there is nothing to compute"
+            )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -137,6 +166,8 @@ class SamplingParams:
             return tuple(_TOKEN_ID.check(name, token) for token in value)
         if name == "logit_bias":
             return _check_bias(value)
+        if name == "structured_outputs":
+            return None if value is None else StructuredOutputs.of(value)
         if isinstance(option.default, bool):
             if value not in (False, True):
                 raise InvalidArgumentError(f"{name} is {value!r}; expected True or False")

@@ -1,6 +1,6 @@
 """lm-eval's local-completions and local-chat-completions, where they generate text.
 
-Their log-likelihoods need the prompt's log-probabilities (echo beside logprobs).
+Log-likelihoods need a tokenizer of transformers: tests/hf/test_lm_eval_hf.py.
 """
 
 from __future__ import annotations

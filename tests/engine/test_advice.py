@@ -90,7 +90,7 @@ GIVEN: list[dict[str, Any]] = [
 def test_memory(model: Path, memory_of: Any, given: dict[str, Any]) -> None:
     """With little memory, then with more and more, until the model fits as it is."""
     refused = followed = 0
-    for kib in (*range(20, 400, 40), 600, 1000, 1400):
+    for kib in (*range(20, 400, 60), 600, 1000, 1400):
         memory_of(kib * KIB)
         try:
             load(model, **given)

@@ -17,12 +17,15 @@ from reference_helpers import random_weights, uniform
 
 from octavo import _native
 from octavo.config import RuntimeOptions
+from octavo.engine.drafter import Drafter
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import RequestOutput
 from octavo.models.kv_groups import with_kv_groups
 from octavo.models.rope import default_rope
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 from octavo.sampling_params import SamplingParams
+from octavo.speculation.ngram import NgramSource
+from octavo.speculation.speculator import Speculator
 
 pytestmark = needs_cuda
 
@@ -61,7 +64,9 @@ def weights() -> dict[str, Any]:
 WINDOWED = with_kv_groups(replace(SPEC, layers=(replace(_LAYER, window=40), _LAYER)))
 
 
-def make_engine(num_blocks: int = 60, spec: ModelSpec = SPEC, **more: Any) -> Engine:
+def make_engine(
+    num_blocks: int = 60, spec: ModelSpec = SPEC, drafter: Drafter | None = None, **more: Any
+) -> Engine:
     options = RuntimeOptions(
         dtype="bf16",
         kv_dtype="bf16",
@@ -82,6 +87,7 @@ def make_engine(num_blocks: int = 60, spec: ModelSpec = SPEC, **more: Any) -> En
         num_kv_blocks=num_blocks,
         vocab_size=VOCAB,
         kv_windows=spec.kv_windows,
+        drafter=drafter,
     )
 
 
@@ -177,3 +183,29 @@ def test_a_prefix_hit_changes_no_bit() -> None:
     before = engine.stats()
     assert run(engine) == alone()
     assert engine.stats().num_prefix_hits > before.num_prefix_hits
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_bits_with_drafts(overlap: bool) -> None:
+    """Verification of several tokens a sequence, ragged among others."""
+    drafter = Speculator(NgramSource(1, 3), 7, adaptive=False)
+    engine = make_engine(drafter=drafter, overlap_steps=overlap)
+    assert run(engine) == alone()
+    assert engine.stats().num_draft_tokens > 20
+
+
+def test_steps_with_drafts_are_recorded() -> None:
+    """A token and seven drafts, the most that a recorded step has, are replayed with their bits."""
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    prompt = [7, 8, 9, 7, 8, 9, 7, 8]
+    found, counts = [], []
+    for drafter in (None, Speculator(NgramSource(1, 3), 7, adaptive=False)):
+        engine = make_engine(drafter=drafter, overlap_steps=False)
+        engine.add_request("a", prompt, params)
+        found.append(facts(run_to_end(engine)))
+        num_drafted = sum(record[5] == 8 for record in engine.events if record[1] == "step")
+        counts.append((engine.runtime.counts(), num_drafted))  # type: ignore[attr-defined]
+    assert found[0] == found[1]
+    (drafted, num_steps) = counts[1]
+    assert num_steps > 5
+    assert drafted["replayed"] >= num_steps - drafted["recorded"] > 0

@@ -29,10 +29,11 @@ from invariance_helpers import (
 )
 
 from octavo.engine.block_manager import BlockManager
+from octavo.engine.drafter import Drafter
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk
 from octavo.engine.request import Sequence, SequenceState
-from octavo.engine.schedule import Drafter, SchedulerLimits
+from octavo.engine.schedule import SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.sampling_params import SamplingParams
 from octavo.text.tokenizer import Tokenizer
@@ -292,7 +293,8 @@ def test_a_sequence_preempted_with_drafts_in_flight() -> None:
     schedule = scheduler.schedule()
     scheduler.advance(schedule)
     assert sequence.num_computed_tokens == 9 and sequence.num_pending_tokens == 4
-    scheduler._requeue(scheduler._running.pop_last())
+    scheduler._running.remove(sequence)
+    scheduler._requeue(sequence)
     assert scheduler.schedule().entries == ()  # not before its step has ended
     assert scheduler.complete(schedule, [9, 1, 2, 3]) == {2, 3}
     assert sequence.state is SequenceState.WAITING

@@ -116,7 +116,7 @@ def test_a_loaded_model_computes_what_the_reference_does(
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
 
     files = read_model(tmp_path)
-    ours = {name: weights[theirs.name] for name, theirs in files.weight_map.items()}
+    ours = {name: weights[theirs.tensor] for name, theirs in files.weight_map.items()}
     reference = ReferenceModel(
         files.spec, ours, dtype=loaded.options.dtype, kv_dtype=loaded.options.kv_dtype
     )

@@ -25,6 +25,7 @@ from fake_runtime import EOS, NAN_TOKEN, VOCAB, FakeRuntime
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from speculation_helpers import fake_drafting, ngram_drafting
 
 from octavo.engine.outputs import OutputChunk, RequestOutput
 from octavo.sampling_params import SamplingParams
@@ -63,6 +64,21 @@ drafters = st.builds(
     num_drafts=st.integers(1, 6),
     right=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
 )
+speculators = st.one_of(
+    st.builds(
+        fake_drafting,
+        num_blocks=st.integers(5, 60),
+        error_every=st.sampled_from([0, 2, 5]),
+        depth=st.integers(1, 6),
+        adaptive=st.booleans(),
+    ),
+    st.builds(
+        ngram_drafting,
+        shortest=st.integers(1, 3),
+        depth=st.integers(1, 6),
+        adaptive=st.booleans(),
+    ),
+)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -75,7 +91,8 @@ class EngineMachine(RuleBasedStateMachine):
         kv_windows=st.sampled_from([(0,), (0, 1), (0, 3), (0, 8), (0, 100), (0, 13, 5)]),
         enable_prefix_caching=st.sampled_from([True, True, True, False]),
         overlap_steps=st.booleans(),
-        drafter=st.one_of(st.none(), drafters),
+        rope_switch=st.sampled_from([0, 0, 7, 14, 23]),
+        drafter=st.one_of(st.none(), drafters, speculators),
     )
     def start(self, num_blocks: int, kv_windows: tuple[int, ...], **options: Any) -> None:
         self.clock = ManualClock()

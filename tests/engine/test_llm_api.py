@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fake_runtime import VOCAB, FakeRuntime
 
 from octavo.config import EngineConfig
 from octavo.engine.outputs import RequestOutput
-from octavo.errors import InvalidArgumentError, TokenizerError
+from octavo.errors import EngineClosedError, InvalidArgumentError, TokenizerError
 from octavo.llm import LLM
 from octavo.sampling_params import SamplingParams
 from octavo.text.chat import ChatTemplate
@@ -321,3 +322,35 @@ def test_paths_in_messages(tmp_path: Path) -> None:
 
     with pytest.raises(ModelNotFoundError, match="nowhere"):
         LLM(tmp_path / "nowhere")
+
+
+# ---- as vLLM's users know it ----
+
+
+def test_the_names_of_vllm(llm: LLM) -> None:
+    expected = llm.generate("ABC", GREEDY, progress=False)[0].outputs
+    assert llm.generate("ABC", sampling_params=GREEDY, use_tqdm=False)[0].outputs == expected
+    messages = [{"role": "user", "content": "B"}]
+    answer = llm.chat(messages, sampling_params=GREEDY, use_tqdm=False)[0]
+    assert answer.outputs == llm.chat(messages, GREEDY, progress=False)[0].outputs
+    assert llm.get_tokenizer().encode("AB") == ids("AB")
+    with pytest.raises(InvalidArgumentError, match="both given"):
+        llm.generate("ABC", GREEDY, sampling_params=GREEDY)
+
+
+def test_an_unknown_field_of_sampling_params() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"no temprature \(did you mean temperature\?\)"):
+        SamplingParams(temprature=0)  # type: ignore[call-arg]
+
+
+def test_a_closed_model_frees_its_runtime(llm: LLM) -> None:
+    runtime = weakref.ref(llm.engine.runtime)
+    with llm as entered:
+        assert entered is llm
+        stream = llm.stream("ABC", GREEDY)
+        next(stream)
+    assert runtime() is None
+    for ask in (lambda: llm.generate("A", GREEDY, progress=False), lambda: list(stream)):
+        with pytest.raises(EngineClosedError, match="load it again"):
+            ask()
+    llm.close()  # twice does no harm

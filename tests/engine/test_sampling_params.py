@@ -49,7 +49,7 @@ def test_what_vllm_takes_is_understood(given: dict[str, Any], kept: dict[str, An
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0; expected an integer, 1 or more"),
+        ({"max_tokens": 0}, "max_tokens is 0; expected 1 or more, or prompt_logprobs beside it"),
         ({"max_tokens": -2}, "max_tokens is -2"),
         ({"max_tokens": 2.0}, "max_tokens is 2.0"),
         ({"max_tokens": 4, "min_tokens": 5}, "min_tokens is 5; expected an integer, 0 to 4"),

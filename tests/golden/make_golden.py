@@ -110,7 +110,7 @@ def tiny_hf_model(config: dict[str, Any], seed: int) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="eager")).float().eval()
     spec = read_spec(config)
     weights, sources = random_weights(spec, seed), FAMILY.tensors.weight_map(spec)
-    state = {sources[name].name: torch.from_numpy(weight) for name, weight in weights.items()}
+    state = {sources[name].tensor: torch.from_numpy(weight) for name, weight in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = ["lm_head.weight"] if spec.tie_word_embeddings else []
     if unexpected or [name for name in missing if name not in tied]:

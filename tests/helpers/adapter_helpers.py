@@ -53,14 +53,16 @@ def random_adapter(
     rank: int = 3,
     ranks: Mapping[str, int] | None = None,
     seed: int = 1,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Tensors by PEFT's names for every matrix of the model whose name ends in one of `names`.
 
-    ranks: of modules by their whole name, where they differ.
+    ranks: of modules by their whole name, where they differ. shapes: of the model's modules, if it
+    is no Llama.
     """
     generator = np.random.default_rng(seed)
     tensors = {}
-    for module, (outputs, inputs) in module_shapes(config).items():
+    for module, (outputs, inputs) in (shapes or module_shapes(config)).items():
         if module.rpartition(".")[2] not in names:
             continue
         size = (ranks or {}).get(module, rank)

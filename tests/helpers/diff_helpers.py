@@ -330,7 +330,7 @@ def write_model(path: Path, seed: int = 0, **changed: Any) -> Path:
     files = read_model(path)
     weights = random_weights(files.spec, seed)
     save_file(
-        {files.weight_map[name].name: value for name, value in weights.items()},
+        {files.weight_map[name].tensor: value for name, value in weights.items()},
         path / "model.safetensors",
         metadata={"format": "pt"},
     )

@@ -12,6 +12,7 @@ import numpy as np
 from fake_runtime import (
     EOS,
     NAN_TOKEN,
+    ROPE_MARK,
     VOCAB,
     FakeBatch,
     FakeRuntime,
@@ -20,6 +21,7 @@ from fake_runtime import (
 )
 
 from octavo.config import RuntimeOptions
+from octavo.engine.drafter import Drafter
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.request import Sequence as EngineSequence
@@ -29,7 +31,7 @@ from octavo.sampling_params import SamplingParams
 
 
 @dataclass
-class FakeDrafter:
+class FakeDrafter(Drafter):
     """Proposes up to num_drafts tokens, of which the share `right` is what the answer goes on with.
 
     future: the tokens that a sequence's answer goes on with, as many as asked for, or fewer.
@@ -67,7 +69,8 @@ def check_published(engine: Engine) -> None:
     size = engine.options.block_size
     for sequence in engine.scheduler._running:
         for index, name in enumerate(sequence.block_hashes[: sequence.num_published_blocks]):
-            own = sequence.token_ids[index * size : (index + 1) * size]
+            mark = ROPE_MARK * sequence.rope_set
+            own = [mark + token for token in sequence.token_ids[index * size : (index + 1) * size]]
             for group in range(len(runtime.kv_windows)):
                 block = engine.blocks.pool.find(name, group)
                 assert block is None or runtime.slots[block, :, 0].tolist() == own
@@ -94,7 +97,7 @@ def fake_engine(
     eos: Sequence[int] = (EOS,),
     seed: int = 3,
     clock: Callable[[], float] = time.monotonic,
-    drafter: FakeDrafter | None = None,
+    drafter: Drafter | None = None,
     read_adapter: Callable[[Path], Adapter] | None = None,
     **options: Any,
 ) -> Engine:

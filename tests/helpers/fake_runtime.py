@@ -22,6 +22,7 @@ VOCAB = 97
 EOS = 5
 NAN_TOKEN = 96  # a sequence that holds it has logits that are not finite
 EMPTY = -7
+ROPE_MARK = 500
 
 
 @dataclass
@@ -35,10 +36,15 @@ class FakeBatch:
     logit_rows: npt.NDArray[Any]
     sampling: npt.NDArray[np.void]
     adapter_ids: npt.NDArray[Any] | None = None
+    rope_sets: npt.NDArray[Any] | None = None
 
     def adapter_of(self, s: int) -> int:
         """The place of a sequence's adapter."""
         return -1 if self.adapter_ids is None else int(self.adapter_ids[s])
+
+    def rope_set_of(self, s: int) -> int:
+        """The set of rope frequencies of a sequence."""
+        return 0 if self.rope_sets is None else int(self.rope_sets[s])
 
 
 @dataclass
@@ -71,6 +77,11 @@ def draw(
     while token in forbidden:
         token = (token + 1) % (VOCAB - 1)
     return token, float(np.float32(-((number >> 16) % 1000) / 128))
+
+
+def target_logprob(history: Sequence[int], target: int) -> float:
+    """The fake model's log-probability of a token that is given."""
+    return float(np.float32(-(hash((*history, -3, target)) % 1000) / 64))
 
 
 def top_tokens(history: Sequence[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -186,8 +197,10 @@ class FakeRuntime:
         s = int(np.searchsorted(batch.row_starts, token_row, side="right")) - 1
         behind = int(batch.row_starts[s + 1]) - 1 - token_row
         history = self._read(batch, s, int(batch.context_lens[s]) - behind)
+        is_long = 0 < self.options.rope_switch < len(history)
+        assert batch.rope_set_of(s) == is_long, "rope frequencies of another length"
         if batch.adapter_of(s) >= 0:
-            history = (-self._mark(batch, s), *history)
+            history = (-self.adapters[batch.adapter_of(s)], *history)
         forbidden = frozenset(
             t for t in range(VOCAB) if mask is not None and not (int(mask[t // 32]) >> (t % 32)) & 1
         )
@@ -195,6 +208,9 @@ class FakeRuntime:
         sampling = tuple(options[name] for name in ("temperature", "top_k", "top_p", "min_p"))
         seed, sample_index = options["seed"], options["sample_index"]
         token, logprob = draw(history, sampling, seed, sample_index, forbidden)
+        target = options["target"]
+        if target >= 0:
+            token, logprob = target, target_logprob(history, target)
         output.token_ids[row] = token
         output.finite[row] = NAN_TOKEN not in history
         count = options["num_logprobs"]
@@ -205,8 +221,10 @@ class FakeRuntime:
             output.top_logprobs[row, :count] = logprobs
 
     def _mark(self, batch: FakeBatch, s: int) -> int:
+        """What a sequence's keys show beside the token: whose they are."""
         slot = batch.adapter_of(s)
-        return 0 if slot < 0 else 1000 * self.adapters[slot]
+        of_rope = ROPE_MARK * batch.rope_set_of(s)
+        return of_rope if slot < 0 else of_rope + 1000 * self.adapters[slot]
 
     def _slots(self, batch: FakeBatch, s: int, stop: int) -> list[list[tuple[int, int]]]:
         size = self.options.block_size
@@ -233,7 +251,7 @@ class FakeRuntime:
             places = [(position, group) for position in range(stop - len(seen), stop)]
             assert [(p, g) for _, p, g in found] == places, f"stale or foreign slots: {found}"
             history = tuple(token - self._mark(batch, s) for token, _, _ in found)
-            assert all(0 <= token < VOCAB for token in history), "keys of another adapter"
+            assert all(0 <= token < VOCAB for token in history), "keys of another adapter or rope"
             histories.append(history)
         whole = histories[0]
         assert all(h == whole[len(whole) - len(h) :] for h in histories), "the groups disagree"
@@ -252,9 +270,10 @@ class FakeRuntime:
         assert ((batch.token_ids >= 0) & (batch.token_ids < VOCAB)).all()
         assert (batch.context_lens <= options.max_model_len).all()
         assert batch.block_tables.shape[:2] == (len(self.kv_windows), num_seqs)
-        assert batch.adapter_ids is None or batch.adapter_ids.shape == (num_seqs,)
+        for optional in (batch.adapter_ids, batch.rope_sets):
+            assert optional is None or optional.shape == (num_seqs,)
         for name, array in vars(batch).items():
-            if name == "adapter_ids" and array is None:
+            if name in ("adapter_ids", "rope_sets") and array is None:
                 continue
             assert array.dtype == (SAMPLING_ROW if name == "sampling" else np.int32), name
             assert array.flags.c_contiguous, name

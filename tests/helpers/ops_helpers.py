@@ -42,8 +42,8 @@ TOLERANCES = {
 }
 
 
-def int4_activations(isa: str) -> str:
-    """How an instruction set has to round what meets int4, as the reference names it.
+def grouped_activations(isa: str) -> str:
+    """How an instruction set has to round what meets weights in groups, as the reference names it.
 
     Written down here so that the tests do not take the native core's word for it.
     """
@@ -51,8 +51,8 @@ def int4_activations(isa: str) -> str:
 
 
 def one_isa_of_each() -> list[str]:
-    """The fastest instruction set here of those that round alike what meets int4."""
-    return sorted({int4_activations(isa): isa for isa in _native.available_isas()}.values())
+    """The fastest instruction set here of those that round alike what meets weights in groups."""
+    return sorted({grouped_activations(isa): isa for isa in _native.available_isas()}.values())
 
 
 @dataclass(frozen=True)

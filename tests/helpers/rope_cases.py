@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from octavo.models.rope import for_length
+from octavo.models.rope import at_length
 from octavo.models.rope_fields import read_rope
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rope.json"
 HEAD_DIM = 48
 MAX_POSITIONS = 640
-LENGTHS = (100, 640)  # of sequences: one within the original length of every case, one beyond it
+# Of sequences: within the original length of every case, beyond that of most, and of dynamic rope.
+LENGTHS = (100, 640, 901)
 
 # Of float32: torch's power may be one step off, and its reciprocal two.
 MOST_ULPS = 2
@@ -78,12 +79,12 @@ def config_of(case: str) -> dict[str, Any]:
 
 
 def read(case: str, length: int) -> RopeSpec:
-    """octavo's rope of a case, for sequences of at most that length."""
+    """octavo's rope of a case, for sequences of that length."""
     config = config_of(case)
     phi3 = config["model_type"] == "phi3"
     rope = read_rope(config, HEAD_DIM, MAX_POSITIONS, partial=phi3)
     layer = LayerSpec(2, 2, HEAD_DIM, 52, NormSpec(), rope)
-    chosen = for_length(ModelSpec("", 61, 96, 640, (layer,), NormSpec(), True), length).layers[0]
+    chosen = at_length(ModelSpec("", 61, 96, 640, (layer,), NormSpec(), True), length).layers[0]
     assert chosen.rope is not None and chosen == replace(layer, rope=chosen.rope)
     return chosen.rope
 

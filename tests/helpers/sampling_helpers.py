@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from reference_helpers import uniform
 
-from octavo.reference.sampling import sampling_rows
+from octavo.reference.sampling import log_softmax, sampling_rows
+from octavo.reference.sampling import sample as reference_sample
 
 
 def make_rows(seed: int, rows: int, vocab: int) -> dict[str, Any]:
@@ -50,6 +51,29 @@ def changed(arguments: dict[str, Any], **fields: Any) -> dict[str, Any]:
     for name, value in fields.items():
         rows[name] = value(rows[name]) if callable(value) else value
     return {**arguments, "rows": rows}
+
+
+def with_targets(seed: int, rows: int, vocab: int) -> dict[str, Any]:
+    """As `make_rows`; two of three rows have a target, and all report log-probabilities."""
+    targets = np.random.default_rng(seed).integers(0, vocab, size=rows)
+    targets[::3] = -1
+    return changed(make_rows(seed, rows, vocab), target=targets, num_logprobs=2)
+
+
+def check_targets(sample: Any, seed: int, rows: int, vocab: int) -> tuple[np.ndarray, ...]:
+    """`sample` of an `Ops` takes each target, masked or not, and reports its log-probability."""
+    arguments = with_targets(seed, rows, vocab)
+    masks = random_masks(seed, rows, vocab)
+    found: tuple[np.ndarray, ...] = sample(**arguments, masks=masks)
+    tokens, logprobs, finite, top_ids = found[:4]
+    assert finite.all()
+    assert (tokens == reference_sample(**arguments, masks=masks)).all()
+    expected = log_softmax(arguments["logits"])
+    np.testing.assert_allclose(logprobs, expected[np.arange(rows), tokens], 1e-6, 1e-5)
+    assert (top_ids[:, 0] == arguments["logits"].argmax(axis=1)).all()
+    targets = arguments["rows"]["target"]
+    assert (tokens == targets).sum() >= (targets >= 0).sum() == rows - -(-rows // 3)
+    return found
 
 
 def random_masks(seed: int, rows: int, vocab: int) -> np.ndarray:

@@ -52,7 +52,7 @@ DELETED = object()
 def hf_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Hugging Face's name of every weight of a configuration -> its shape."""
     spec = llama.read_spec(config)
-    return {each.name: each.shape for each in llama.FAMILY.tensors.weight_map(spec).values()}
+    return {each.tensor: each.shape for each in llama.FAMILY.tensors.weight_map(spec).values()}
 
 
 def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ transformers.logging.set_verbosity_error()
 
 VOCAB = 97
 MAX_MODEL_LEN = 192
+ORIGINAL = 45  # beyond so many tokens a model's rope has other frequencies, in two cases
 _TOKENS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None}
 _SIZES = {
     **{"vocab_size": VOCAB, "hidden_size": 42, "intermediate_size": 57, "num_hidden_layers": 3},
@@ -57,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": MAX_MODEL_LEN,
     },
     "phi3, long factors, window": {
-        **{"hidden_size": 60, "rope_scaling": _LONG, "original_max_position_embeddings": 16},
+        **{"hidden_size": 60, "rope_scaling": _LONG, "original_max_position_embeddings": ORIGINAL},
         "sliding_window": 31,
     },
     "phi3, partial rotary": {"partial_rotary_factor": 0.6, "tie_word_embeddings": True},
@@ -118,6 +119,14 @@ CASES: dict[str, dict[str, Any]] = {
         **{"scale_attn_by_inverse_layer_idx": True, "n_inner": 51, "activation_function": "relu"},
     },
 }
+# With logits that depend on what transformers has computed before: see `whole_forward`.
+DYNAMIC = "llama, dynamic beyond its length"
+_STATEFUL: dict[str, dict[str, Any]] = {
+    DYNAMIC: {
+        **{"rope_scaling": {"rope_type": "dynamic", "factor": 5.0}, **_HEADS},
+        "max_position_embeddings": ORIGINAL,
+    }
+}
 _GPT2_SIZES = {
     **{"vocab_size": VOCAB, "n_embd": 42, "n_head": 3, "n_layer": 3, "n_positions": 256, **_TOKENS}
 }
@@ -127,7 +136,8 @@ def make_model(case: str) -> Any:
     """The transformers model of a case, float32, with eager attention."""
     model_type = case.partition(",")[0]
     sizes = _GPT2_SIZES if model_type == "gpt2" else _SIZES
-    fields = deepcopy({**sizes, **CASES[case]})  # transformers keeps and changes the dicts
+    changes = {**CASES, **_STATEFUL}[case]
+    fields = deepcopy({**sizes, **changes})  # transformers keeps and changes the dicts
     if fields.get("head_dim", 0) is None:  # left out: the others imply it
         del fields["head_dim"]
     torch.manual_seed(len(case))
@@ -180,3 +190,9 @@ def logits_of(model: Any, tokens: Any) -> np.ndarray:
         ids = torch.from_numpy(np.asarray(tokens, np.int64))[None]
         logits: np.ndarray = model(ids).logits[0].float().numpy()
     return logits
+
+
+def whole_forward(model: Any, tokens: Any) -> np.ndarray:
+    """The same, once the model has seen MAX_MODEL_LEN tokens, by which dynamic rope is chosen."""
+    logits_of(model, tokens_of(MAX_MODEL_LEN, 0))
+    return logits_of(model, tokens)

@@ -109,7 +109,7 @@ def test_merged_as_peft_merges(case: str, dtype: torch.dtype, tmp_path: Path) ->
     assert not files.spec.tie_word_embeddings
     epsilon = 2e-6 if dtype == torch.float32 else 2**-7
     for name, tensor in merged.items():
-        weight = expected[files.weight_map[name].name].float().numpy()
+        weight = expected[files.weight_map[name].tensor].float().numpy()
         np.testing.assert_allclose(
             tensor.to_float32(), weight, rtol=epsilon, atol=epsilon, err_msg=name
         )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from diff_helpers import tokens_for, write_model
+from quantization_helpers import FAMILIES, write_family_model
 
 from octavo.cli import main
 from octavo.diff.comparison import Comparison, DiffOptions
@@ -149,3 +150,15 @@ def test_command_against_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "Hugging Face" in output and "no difference" in output
     (model / "model.safetensors").unlink()
     assert main([*arguments, "--load-format", "dummy", "--dtype", "bf16"]) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_made_up_weights_of_every_kind_of_checkpoint(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers is given fused, turned, shifted tensors and single experts, as from a file."""
+    model = write_family_model(tmp_path / "model", family)
+    (model / "model.safetensors").unlink()
+    arguments = ["diff", str(model), "--against", "hf", "--random", "20", "--steps", "4"]
+    assert main([*arguments, "--load-format", "dummy"]) == 0
+    assert "no difference" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def their_weights(path: Path) -> dict[str, np.ndarray]:
 def our_weights(path: Path) -> dict[str, np.ndarray]:
     files = read_folder(GgufFolder(path, "f32"))
     checkpoint = open_checkpoint(files)
-    return {files.weight_map[name].name: checkpoint[name].to_float32() for name in checkpoint}
+    return {files.weight_map[name].tensor: checkpoint[name].to_float32() for name in checkpoint}
 
 
 def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tied: bool) -> None:
@@ -110,7 +110,7 @@ def test_the_converted_directory_loads_in_transformers(dtype: str, tmp_path: Pat
     theirs = {name: value.numpy() for name, value in model.state_dict().items()}
     checkpoint = open_checkpoint(files)
     for name, tensor in checkpoint.items():
-        np.testing.assert_array_equal(tensor.to_float32(), theirs[files.weight_map[name].name])
+        np.testing.assert_array_equal(tensor.to_float32(), theirs[files.weight_map[name].tensor])
     exact = their_weights(path)
     for name, values in theirs.items():
         if dtype == "f32":

@@ -77,7 +77,7 @@ def test_every_weight_equals_transformers_exactly(
     source = open_checkpoint(read_folder(GgufFolder(gguf_file, "f32")))
     files = read_model(model_directory)
     checkpoint = open_checkpoint(files)
-    ours_of = {theirs.name: ours for ours, theirs in files.weight_map.items()}
+    ours_of = {theirs.tensor: ours for ours, theirs in files.weight_map.items()}
     assert set(ours_of) == set(theirs) - {"lm_head.weight"}
     for name, ours in ours_of.items():
         values = source[ours].to_float32()

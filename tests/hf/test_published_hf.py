@@ -55,7 +55,7 @@ def test_transformers_converts_fp8_to_the_same_bits(tmp_path: Path, kind: str) -
     files, checkpoint = opened(tmp_path)
     assert len(checkpoint.stored) == 14
     for name in checkpoint.stored:
-        weight = theirs[files.weight_map[name + ".weight"].name]
+        weight = theirs[files.weight_map[name + ".weight"].tensor]
         assert np.array_equal(checkpoint[name + ".weight"].data, bits(weight)), name
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quantization_helpers import SCHEMES, write_quantized_model
+from quantization_helpers import SCHEMES, write_family_model, write_quantized_model
 from transformers import AutoModelForCausalLM
 
 from octavo.models.layer import weight_shapes
 from octavo.quantization.apply import dequantized
+from octavo.quantization.plan import Scheme
+from octavo.quantize.writer import quantize_directory
 from octavo.reference.llama import ReferenceModel
 from octavo.reference.quantization import pack_int4
 from octavo.weights.checkpoint import open_checkpoint
@@ -79,6 +81,11 @@ def test_the_library_decodes_what_octavo_writes(tmp_path: Path, scheme: str) -> 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int4-mixed"])
 def test_transformers_runs_what_octavo_writes(tmp_path: Path, scheme: str) -> None:
     _, target = write_quantized_model(tmp_path, scheme)
+    compare_with_transformers(target)
+
+
+def compare_with_transformers(target: Path) -> None:
+    """The directory's logits by transformers and by octavo's definition."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     ids = [3, 30, 7, 7, 21, 66, 1]
     with torch.no_grad():
@@ -90,6 +97,23 @@ def test_transformers_runs_what_octavo_writes(tmp_path: Path, scheme: str) -> No
     ours = ReferenceModel(files.spec, weights).forward(ids)
     # transformers rounds the decoded weights to the type of their scales, bfloat16.
     assert np.abs(theirs - ours).max() < 0.05 * ours.std()
+
+
+@pytest.mark.parametrize("family", ["phi3", "mixtral", "qwen3_moe", "gemma2"])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_transformers_runs_fused_matrices_and_experts(
+    family: str, scheme: str, tmp_path: Path
+) -> None:
+    source = write_family_model(tmp_path / "float", family)
+    compare_with_transformers(quantize_directory(source, tmp_path / "out", SCHEMES[scheme]).path)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "w8a8"])
+def test_transformers_refuses_the_turned_codes_of_gpt2(scheme: str, tmp_path: Path) -> None:
+    source = write_family_model(tmp_path / "float", "gpt2")
+    target = quantize_directory(source, tmp_path / "out", Scheme(scheme)).path
+    with pytest.raises(RuntimeError, match="size"):
+        AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
 
 
 def test_transformers_refuses_levels_that_it_does_not_know(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ inline BackendOptions cpu_options(int num_threads, const std::string& isa = "aut
 
 // Whether an instruction set has to round what meets int4 weights to bf16; written down here so
 // that the tests do not take the kernels' word for it.
-inline bool int4_takes_bf16(const std::string& isa) { return isa.rfind("amx", 0) == 0; }
+inline bool groups_take_bf16(const std::string& isa) { return isa.rfind("amx", 0) == 0; }
 
 // One backend of every instruction set of this machine, with one thread and with three.
 struct Variant {
@@ -89,7 +89,9 @@ class Matrix {
 };
 
 inline float as_stored(float value, DType dtype) {
-  return dtype == DType::bf16 ? bf16_to_float(float_to_bf16(value)) : value;
+  return dtype == DType::bf16  ? bf16_to_float(float_to_bf16(value))
+         : dtype == DType::f16 ? f16_to_float(float_to_f16(value))
+                               : value;
 }
 
 // What a cache of `dtype` keeps of vectors of head_dim numbers each; int8: 127 steps of a vector's

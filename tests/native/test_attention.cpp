@@ -266,7 +266,7 @@ void rope_and_store(Backend& backend) {
       KvLayer kv = make_kv(backend, memory, layer, dtype, 3, 16);
       Step step;
       step.num_tokens = 4;
-      step.positions = positions.data();
+      step.rope_rows = positions.data();
       step.slots = slots.data();
       backend.rope_and_store(qkv.view(), &rope, layer, kv, step);
       qkv.check_gaps();

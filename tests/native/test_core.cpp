@@ -227,6 +227,19 @@ void cosines_and_sines() {
     check_near("sine", tables.sines[i], 1.5 * std::sin(angle), 2e-5);
   }
   CHECK(rope_tables(rope, 0).cosines.empty());
+
+  // Of two sets: the short sequences' rows, then the long ones'.
+  RopeSpec both = rope, slow = rope;
+  both.long_frequencies = slow.frequencies = {0.5f, 0.02f, 0.0003f};
+  for (const RopeSpec& spec : {both, rope}) {
+    const RopeTables long_ones = rope_tables(spec.long_frequencies.empty() ? rope : slow, 400);
+    const RopeTables found = rope_tables(spec, 400, 70);
+    CHECK(found.sines.size() == 470 * 3);
+    for (std::size_t i = 0; i < found.sines.size(); ++i) {
+      CHECK(found.sines[i] == (i < 210 ? tables.sines[i] : long_ones.sines[i - 210]));
+      CHECK(found.cosines[i] == (i < 210 ? tables.cosines[i] : long_ones.cosines[i - 210]));
+    }
+  }
 }
 
 }  // namespace

@@ -205,26 +205,30 @@ Linear random_linear(Backend& backend, std::int64_t outputs, std::int64_t inputs
   Linear linear = backend.make_linear(outputs, inputs, format, true);
   backend.upload(linear.bias.data(), numbers.many(outputs).data(),
                  static_cast<std::size_t>(outputs) * 4);
-  if (format.dtype != DType::int4) {  // int8 rounds them as it packs them
+  if (!format.is_grouped()) {  // int8 rounds them as it packs them
     const std::vector<float> weights = numbers.many(outputs * inputs, 0.3f);
     backend.pack_rows(linear, 0, {weights.data(), DType::f32, outputs, inputs});
     return linear;
   }
-  std::vector<std::uint8_t> codes(static_cast<std::size_t>(outputs * inputs / 2));
+  const std::int64_t bits = bits_of(format.dtype);
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(outputs * inputs * bits / 8));
   for (std::uint8_t& code : codes) code = static_cast<std::uint8_t>(numbers.below(256));
-  backend.pack_rows(linear, 0, {codes.data(), DType::int4, outputs, inputs});
+  backend.pack_rows(linear, 0, {codes.data(), format.dtype, outputs, inputs});
   const std::vector<float> scales = numbers.many(outputs * format.groups(inputs), 0.05f);
   backend.pack_scales(linear, 0, outputs, scales.data());
   return linear;
 }
 
 std::vector<WeightFormat> all_formats() {
-  std::vector<WeightFormat> formats(4);
+  std::vector<WeightFormat> formats(5);
   formats[0].dtype = DType::f32;
   formats[1].dtype = DType::bf16;
   formats[2].dtype = DType::int8;
   formats[3].dtype = DType::int4;
   formats[3].group_size = 32;
+  formats[4].dtype = DType::int8;
+  formats[4].group_size = 32;
+  formats[4].scale_dtype = DType::f16;
   return formats;
 }
 

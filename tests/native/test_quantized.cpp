@@ -40,7 +40,7 @@ struct Product {
 
   std::int64_t groups() const { return of.format.groups(of.inputs); }
   std::int64_t group_of(std::int64_t input) const {
-    return of.format.dtype == DType::int4 ? input / of.format.group_size : 0;
+    return of.format.is_grouped() ? input / of.format.group_size : 0;
   }
 };
 
@@ -75,8 +75,8 @@ Product make_product(const Case& of) {
   }
   for (std::int64_t i = 0; i < of.outputs * product.groups(); ++i) {
     const float scale = 0.02f + 0.015f * numbers.next();
-    const bool as_bf16 = is_int4 && of.format.scale_dtype == DType::bf16;
-    product.scales.push_back(as_stored(scale, as_bf16 ? DType::bf16 : DType::f32));
+    const DType stored = of.format.is_grouped() ? of.format.scale_dtype : DType::f32;
+    product.scales.push_back(as_stored(scale, stored));
     if (of.format.has_zeros)
       product.zeros.push_back(static_cast<float>(i % 11 == 3 ? -128 : numbers.below(17) - 8));
   }
@@ -118,7 +118,7 @@ std::vector<float> multiply(Backend& backend, const Product& product) {
 }
 
 Rounding rounding_of(const std::string& isa, const WeightFormat& format) {
-  return format.dtype == DType::int4 && int4_takes_bf16(isa) ? Rounding::bf16 : Rounding::whole;
+  return format.is_grouped() && groups_take_bf16(isa) ? Rounding::bf16 : Rounding::whole;
 }
 
 // One output in double, from the numbers that a row of x becomes, and how far float32 may be from
@@ -187,6 +187,13 @@ WeightFormat int8_format(std::int64_t activation_bits) {
   return format;
 }
 
+WeightFormat int8_groups(std::int64_t group_size, DType scales) {
+  WeightFormat format(DType::int8);
+  format.group_size = group_size;
+  format.scale_dtype = scales;
+  return format;
+}
+
 WeightFormat int4_format(std::int64_t group_size, bool zeros, bool own_levels = false,
                          DType scales = DType::bf16) {
   WeightFormat format(DType::int4);
@@ -209,7 +216,10 @@ std::vector<Case> cases() {
       {"int4 in groups of 96, levels", int4_format(96, false, true)},
       {"int4 in groups of 128, zeros, f32", int4_format(128, true, false, DType::f32)},
       {"int4 in groups of 32, levels, zeros", int4_format(32, true, true)},
-      {"int4 in groups of 1024, levels", int4_format(1024, false, true, DType::f32)}};
+      {"int4 in groups of 1024, levels", int4_format(1024, false, true, DType::f32)},
+      {"int8 in groups of 32, f16", int8_groups(32, DType::f16)},
+      {"int8 in groups of 96", int8_groups(96, DType::bf16)},
+      {"int8 in groups of 1024, f32", int8_groups(1024, DType::f32)}};
   struct Shape {
     std::int64_t rows, inputs, outputs;
   };
@@ -262,8 +272,8 @@ void products() {
 
 void kernels_name_their_rounding() {
   for (const std::string& isa : cpu::available_isas()) {
-    if (cpu::kernels_for(isa).int4_takes_bf16 != int4_takes_bf16(isa))
-      fail(isa, " says that it ", int4_takes_bf16(isa) ? "does not round" : "rounds",
+    if (cpu::kernels_for(isa).groups_take_bf16 != groups_take_bf16(isa))
+      fail(isa, " says that it ", groups_take_bf16(isa) ? "does not round" : "rounds",
            " what meets int4 to bf16");
   }
 }
@@ -359,7 +369,8 @@ void odd_groups() {
 
 // What embeddings read back is what products multiply by.
 void quantized_embeddings(Backend& backend) {
-  for (const WeightFormat& format : {int8_format(16), int4_format(32, true, true)}) {
+  for (const WeightFormat& format :
+       {int8_format(16), int8_groups(32, DType::f16), int4_format(32, true, true)}) {
     const Product product = make_product({"embedding", format, 1, 75, 21, false});
     Linear table = backend.make_linear(21, 75, format, false);
     backend.pack_rows(table, 0, {product.stored.data(), format.dtype, 21, 75});
@@ -388,7 +399,7 @@ void quantized_embeddings(Backend& backend) {
 
 std::vector<Test> quantized_tests() {
   return {{"quantized products, the same bits wherever they are rounded alike", products},
-          {"how int4's activations are rounded", kernels_name_their_rounding},
+          {"how activations that meet groups are rounded", kernels_name_their_rounding},
           {"quantized products of a row alone or among others", row_alone_or_among_others},
           on_each_variant("the largest integer sums", largest_sums),
           {"rows of zeros, NaN and infinity", [] { on_all(variants(), unusual_rows); }},

@@ -158,7 +158,7 @@ std::vector<float> logits_of_rank(Backend& backend, std::int64_t rank, std::int6
   step.num_seqs = 1;
   step.max_blocks = 2;
   step.token_ids = tokens.data();
-  step.positions = step.slots = step.logit_rows = positions.data();
+  step.positions = step.rope_rows = step.slots = step.logit_rows = positions.data();
   step.row_starts = row_starts.data();
   step.context_lens = &count;
   step.block_tables = block_table.data();

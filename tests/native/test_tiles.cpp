@@ -1,6 +1,6 @@
 // Tile registers: their emulation against plain loops, the processor's own against the emulation
-// where there are any, and products on tiles against the plain ones, bit for bit (int4's, which are
-// others there, against plain loops).
+// where there are any, and products on tiles against the plain ones, bit for bit (those of weights in
+// groups, which are others there, against plain loops).
 
 #include <algorithm>
 #include <cstdio>
@@ -297,7 +297,7 @@ Linear pack(Backend& backend, const Weights& from) {
 }
 
 std::vector<WeightFormat> formats() {
-  std::vector<WeightFormat> all(7);
+  std::vector<WeightFormat> all(9);
   all[0].dtype = DType::bf16;
   all[1].dtype = all[2].dtype = DType::int8;
   all[2].activation_bits = 8;
@@ -307,22 +307,28 @@ std::vector<WeightFormat> formats() {
     all[3 + i].group_size = groups[i];
     all[3 + i].has_zeros = i % 2 == 0;
   }
+  for (std::size_t i = 7; i < 9; ++i) {
+    all[i].dtype = DType::int8;
+    all[i].group_size = i == 7 ? 32 : 96;
+    all[i].scale_dtype = i == 7 ? DType::f16 : DType::f32;
+  }
   for (std::size_t i = 0; i < 16; ++i) all[4].levels[i] = static_cast<std::int8_t>(i * i - 120);
   return all;
 }
 
-// How int4's sums go, and wrong ways, to be noticed: a group summed up however long it is, and the
-// two chains of bf16 weights (even and odd inputs).
+// How the sums of groups go, and wrong ways, to be noticed: a group summed up however long it is,
+// and the two chains of bf16 weights (even and odd inputs).
 enum class Order { right, without_blocks, even_and_odd };
 
-// One output of int4 on tiles, by plain loops. A block of up to 512 inputs of one group is summed
-// up in float32, 32 inputs at a time: of each four the first two and the last two apart (codes are
-// looked up two at a time, those of inputs 0 and 2), then both, then onto what was there. With the
-// group's scale it is then added on.
-float int4_output(const Weights& weights, const float* x, std::int64_t output, Order order) {
+// One output of a format in groups on tiles, by plain loops. A block of up to 512 inputs of one
+// group is summed up in float32, 32 inputs at a time: of each four the first two and the last two
+// apart (codes become numbers two at a time, those of inputs 0 and 2), then both, then onto what
+// was there. With the group's scale it is then added on.
+float group_output(const Weights& weights, const float* x, std::int64_t output, Order order) {
   const std::int64_t inputs = weights.size.inputs, group_size = weights.format.group_size;
   const std::int64_t longest = order == Order::without_blocks ? group_size : cpu::kIntegerBlock;
   const std::int64_t pair = order == Order::even_and_odd ? 1 : 2;
+  const bool is_int4 = weights.format.dtype == DType::int4;
   float out = 0.0f;
   for (std::int64_t begin = 0; begin < inputs;) {
     const std::int64_t group = begin / group_size;
@@ -334,9 +340,11 @@ float int4_output(const Weights& weights, const float* x, std::int64_t output, O
       float part[2] = {0.0f, 0.0f};
       const std::int64_t stop = std::min(begin + cpu::kDepthBlock, end);
       for (; begin < stop; ++begin) {
-        const int byte = at(weights.codes, (output * inputs + begin) / 2);
-        const auto code = static_cast<std::size_t>(byte >> begin % 2 * 4 & 15);
-        const float level = static_cast<float>(weights.format.levels[code]) - zero;
+        const std::int64_t index_of_code = output * inputs + begin;
+        int stored = at(weights.codes, is_int4 ? index_of_code / 2 : index_of_code);
+        if (is_int4)
+          stored = weights.format.levels[static_cast<std::size_t>(stored >> begin % 2 * 4 & 15)];
+        const float level = static_cast<float>(static_cast<std::int8_t>(stored)) - zero;
         float& sum = part[begin / pair % 2];
         sum = std::fma(as_stored(x[begin], DType::bf16), level, sum);
       }
@@ -347,10 +355,10 @@ float int4_output(const Weights& weights, const float* x, std::int64_t output, O
   return out + at(weights.bias, output);
 }
 
-void int4_by_plain_loops(const Weights& weights, Matrix& x, Matrix& out, Order order) {
+void groups_by_plain_loops(const Weights& weights, Matrix& x, Matrix& out, Order order) {
   for (std::int64_t r = 0; r < weights.size.rows; ++r) {
     for (std::int64_t o = 0; o < weights.size.outputs; ++o)
-      out.at(r, o) = int4_output(weights, &x.at(r, 0), o, order);
+      out.at(r, o) = group_output(weights, &x.at(r, 0), o, order);
   }
 }
 
@@ -379,21 +387,21 @@ void same_bits_as_plain_products() {
         Matrix out(size.rows, size.outputs, 5), expected(size.rows, size.outputs, 5);
         backend->linear(out.view(), x.view(), pack(*backend, weights));
         out.check_gaps();
-        const bool is_int4 = format.dtype == DType::int4;
-        if (is_int4)
-          int4_by_plain_loops(weights, x, expected, Order::right);
+        const bool is_grouped = format.is_grouped();
+        if (is_grouped)
+          groups_by_plain_loops(weights, x, expected, Order::right);
         else
           scalar->linear(expected.view(), x.view(), pack(*scalar, weights));
         for (std::int64_t r = 0; r < size.rows; ++r) {
           if (!same_row(out, expected, r, size.outputs))
             fail(isa, ", ", name(format.dtype), ", groups of ", format.group_size, ", ", size.rows,
                  " x ", inputs, " x ", size.outputs, ": row ", r, " differs from ",
-                 is_int4 ? "plain loops'" : "scalar's");
+                 is_grouped ? "plain loops'" : "scalar's");
         }
         for (const Order order : {Order::without_blocks, Order::even_and_odd}) {
           bool& noticed = is_noticed[order == Order::even_and_odd];
-          if (!is_int4 || noticed) continue;
-          int4_by_plain_loops(weights, x, expected, order);
+          if (!is_grouped || noticed) continue;
+          groups_by_plain_loops(weights, x, expected, order);
           for (std::int64_t r = 0; r < size.rows; ++r)
             noticed = noticed || !same_row(out, expected, r, size.outputs);
         }

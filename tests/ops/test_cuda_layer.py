@@ -194,6 +194,8 @@ def test_layers_with_more_between_their_products_have_the_bits_of_ops(
     [
         None,
         WeightFormat("int8"),
+        WeightFormat("int8", 32, scale_dtype="f16"),
+        WeightFormat("int8", 96),
         WeightFormat("int4", 32),
         WeightFormat("int4", 64, has_zeros=True),
         WeightFormat("int4", 128, scale_dtype="f32"),

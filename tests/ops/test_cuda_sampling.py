@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from reference_helpers import same_bits, uniform
-from sampling_helpers import changed, make_rows, random_masks
+from sampling_helpers import changed, check_targets, make_rows, random_masks
 
 from octavo.reference import sampling
 
@@ -199,6 +199,11 @@ def test_logprobs(vocab: int) -> None:
         assert (top_ids[row, len(best) :] == -1).all()
         np.testing.assert_allclose(top_logprobs[row, : len(best)], expected[row, best], 1e-6, 1e-5)
         assert np.isnan(top_logprobs[row, len(best) :]).all()
+
+
+@pytest.mark.parametrize("vocab", [7, 257, 5003])
+def test_a_target_is_taken_with_its_logprob(vocab: int) -> None:
+    check_targets(cuda().sample, vocab, 60, vocab)
 
 
 def test_logprobs_of_equal_logits_and_of_many_tokens() -> None:

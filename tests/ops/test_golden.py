@@ -83,4 +83,6 @@ def test_smollm2_native(smollm2: tuple[ModelSpec, dict[str, np.ndarray]]) -> Non
             last[golden.top_tokens], golden.top_logits, atol=1e-3, rtol=0, err_msg=name
         )
         native.restart()
-        assert native.greedy(golden.tokens, len(golden.answer)) == golden.answer, name
+        answer = native.greedy(golden.tokens, 8)
+        rest = native.forward(golden.answer[7:-1])  # as one chunk: 50 steps more tell no more
+        assert answer + rest.argmax(axis=1).tolist() == golden.answer, name

@@ -123,7 +123,7 @@ def test_moe_is_made_of_the_other_ops(routing: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_moe_row_alone_or_among_others(threads: int, dtype: str) -> None:
     for isa in ISAS:
         native = _native_ops.Ops("cpu", threads, isa)
@@ -132,12 +132,10 @@ def test_moe_row_alone_or_among_others(threads: int, dtype: str) -> None:
             x, logits, *experts, count = moe_inputs(shape, "spread")
             whole = native.moe(x, logits, *experts, count, False, "gelu", dtype)
             for size in (1, 2, 17):
-                pieces = [
-                    native.moe(x[i:j], logits[i:j], *experts, count, False, "gelu", dtype)
-                    for i in range(0, rows, size)
-                    for j in [min(i + size, rows)]
-                ]
-                assert same_bits(np.concatenate(pieces), whole), (isa, shape, size)
+                for first in range(0, rows, max(size, 11)):
+                    some = slice(first, first + size)
+                    part = native.moe(x[some], logits[some], *experts, count, False, "gelu", dtype)
+                    assert same_bits(part, whole[some]), (isa, shape, size, first)
 
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])

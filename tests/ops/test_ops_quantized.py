@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ops_helpers import TOLERANCES, int4_activations, one_isa_of_each
+from ops_helpers import TOLERANCES, grouped_activations, one_isa_of_each
 from runtime_helpers import VOCAB, make_batch, random_weights, tiny_spec
 
 from octavo import _native, _native_ops
@@ -28,6 +28,11 @@ FORMATS = [
     WeightFormat("int4", 96, has_zeros=True),
     WeightFormat("int4", 1024),
     WeightFormat("int4", 32, has_zeros=True, levels=UNEVEN),
+    WeightFormat("int4", 32, scale_dtype="f16"),
+    WeightFormat("int8", 32, scale_dtype="f16"),
+    WeightFormat("int8", 96, scale_dtype="f32"),
+    WeightFormat("int8", 128),
+    WeightFormat("int8", 1024, scale_dtype="f16"),
 ]
 SHAPES = [(1, 16, 64), (1, 100, 576), (2, 17, 34), (7, 33, 96), (13, 130, 1024), (50, 5, 130)]
 TOLERANCE = TOLERANCES["linear"]  # of the root mean square, in either definition
@@ -36,7 +41,7 @@ ISAS = _native.available_isas()
 
 def activations(isa: str, format: WeightFormat) -> str:
     """Which definition a product has: "whole" or "bf16"."""
-    return int4_activations(isa) if format.dtype == "int4" else "whole"
+    return grouped_activations(isa) if format.is_grouped else "whole"
 
 
 def make_arguments(
@@ -47,7 +52,10 @@ def make_arguments(
     shape = (outputs, format.num_groups(inputs))
     x = generator.standard_normal((rows, inputs), dtype=np.float32)
     scales = generator.uniform(0.001, 0.1, shape).astype(np.float32)
-    if format.scale_dtype == "bf16" and format.dtype == "int4":
+    if format.scale_dtype == "f16":
+        scales[0] = 6e-8 * generator.integers(1, 900, shape[1])  # what float16 has no exponent for
+        scales = scales.astype(np.float16).astype(np.float32)
+    elif format.scale_dtype == "bf16" and format.is_grouped:
         scales = round_to_bf16(scales)
     zeros = generator.integers(-8, 8, shape).astype(np.float32) if format.has_zeros else None
     bias = generator.standard_normal(outputs, dtype=np.float32)
@@ -80,7 +88,7 @@ def test_product_equals_the_reference_with_the_same_bits_everywhere(
     for rounds, same in results.items():
         double = x.astype(np.float64)
         expected = q.quantized_linear(
-            double, codes, scales, format, zeros, bias, int4_activations=rounds
+            double, codes, scales, format, zeros, bias, grouped_activations=rounds
         )
         for result in same:
             assert error(result, expected) < TOLERANCE
@@ -104,19 +112,23 @@ def test_a_row_has_the_same_bits_in_every_batch(isa: str, format: WeightFormat) 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_how_int4_activations_are_rounded(isa: str) -> None:
-    assert _native.int4_activations(isa) == int4_activations(isa)
-    assert _native.int4_activations() == _native.int4_activations(str(_native.build_info()["isa"]))
+def test_how_grouped_activations_are_rounded(isa: str) -> None:
+    assert _native.grouped_activations(isa) == grouped_activations(isa)
+    assert _native.grouped_activations() == _native.grouped_activations(
+        str(_native.build_info()["isa"])
+    )
     with pytest.raises(ValueError, match='isa is "mmx"'):
-        _native.int4_activations("mmx")
+        _native.grouped_activations("mmx")
 
 
-@pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize("kind", ["int4", "int4 with zeros", "int8"])
 @pytest.mark.parametrize("group", [32, 96, 1024])
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if int4_activations(isa) == "bf16"])
-def test_bf16_products_of_whole_numbers_are_exact(isa: str, group: int, has_zeros: bool) -> None:
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if grouped_activations(isa) == "bf16"])
+def test_bf16_products_of_whole_numbers_are_exact(isa: str, group: int, kind: str) -> None:
     """Where no sum needs rounding, every bit is known, whatever the order."""
-    format = WeightFormat("int4", group, has_zeros=has_zeros, levels=UNEVEN)
+    format = WeightFormat("int8", group)
+    if kind != "int8":
+        format = WeightFormat("int4", group, has_zeros=kind != "int4", levels=UNEVEN)
     for rows in (1, 4, 5, 40):
         _, codes, scales, zeros, _ = make_arguments(rows, 50, 1110, format)
         generator = np.random.default_rng(rows)
@@ -126,8 +138,13 @@ def test_bf16_products_of_whole_numbers_are_exact(isa: str, group: int, has_zero
         arguments = (codes, scales, format, zeros, bias)
         native = _native_ops.Ops(isa=isa).quantized_linear(x, *arguments)
         double = x.astype(np.float64)
-        expected = q.quantized_linear(double, *arguments, int4_activations="bf16")
+        expected = q.quantized_linear(double, *arguments, grouped_activations="bf16")
         assert (native == expected).all()
+
+
+def decode(codes: Any, scales: Any, format: WeightFormat, zeros: Any) -> Any:
+    values = q.unpack_int4(codes) if format.dtype == "int4" else codes
+    return q.dequantize(values, scales, format, zeros)
 
 
 def wrong_nibbles(
@@ -166,7 +183,7 @@ def wrong_levels(
 def not_rounded(
     x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, **rounds: str
 ) -> Any:
-    weight = q.dequantize(q.unpack_int4(codes), scales, format, zeros)
+    weight = decode(codes, scales, format, zeros)
     return x @ weight.T + bias
 
 
@@ -179,17 +196,17 @@ def cut_off(
 
 
 def the_other_rounding(
-    x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, int4_activations: str
+    x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, grouped_activations: str
 ) -> Any:
-    other = {"whole": "bf16", "bf16": "whole"}[int4_activations]
-    return q.quantized_linear(x, codes, scales, format, zeros, bias, int4_activations=other)
+    other = {"whole": "bf16", "bf16": "whole"}[grouped_activations]
+    return q.quantized_linear(x, codes, scales, format, zeros, bias, grouped_activations=other)
 
 
 def weights_as_bf16(
     x: Any, codes: Any, scales: Any, format: Any, zeros: Any, bias: Any, **rounds: str
 ) -> Any:
     """Codes times scales, rounded: what a product of bf16 matrices would make of them."""
-    weight = q.dequantize(q.unpack_int4(codes), scales, format, zeros)
+    weight = decode(codes, scales, format, zeros)
     return q.rounded_product(x, round_to_bf16(weight), bias, format, **rounds)
 
 
@@ -211,14 +228,29 @@ WRONG = [
 def test_a_wrong_definition_would_be_noticed(wrong: Callable[..., Any], isa: str) -> None:
     """An instruction set of each definition, with few rows and with a tile of them."""
     format = WeightFormat("int4", 32, has_zeros=True)
-    rounds = int4_activations(isa)
+    check_noticed(wrong, isa, format)
+
+
+BYTES_WRONG = [wrong_group, not_rounded, cut_off, the_other_rounding, weights_as_bf16]
+
+
+@pytest.mark.parametrize("isa", one_isa_of_each())
+@pytest.mark.parametrize("wrong", BYTES_WRONG)
+def test_a_wrong_definition_of_bytes_in_groups_would_be_noticed(
+    wrong: Callable[..., Any], isa: str
+) -> None:
+    check_noticed(wrong, isa, WeightFormat("int8", 32))
+
+
+def check_noticed(wrong: Callable[..., Any], isa: str, format: WeightFormat) -> None:
+    rounds = grouped_activations(isa)
     for rows in (3, 19):
         x, codes, scales, zeros, bias = make_arguments(rows, 20, 96, format)
         arguments = (x, codes, scales, format, zeros, bias)
         native = _native_ops.Ops(isa=isa).quantized_linear(*arguments)
-        right = q.quantized_linear(*arguments, int4_activations=rounds)
+        right = q.quantized_linear(*arguments, grouped_activations=rounds)
         assert error(native, right) < TOLERANCE
-        assert error(native, wrong(*arguments, int4_activations=rounds)) > 20 * TOLERANCE
+        assert error(native, wrong(*arguments, grouped_activations=rounds)) > 20 * TOLERANCE
 
 
 def test_numbers_are_rounded_to_int8_while_loading() -> None:
@@ -271,7 +303,7 @@ def test_stacked_matrices_of_different_formats(isa: str) -> None:
         x = output.taps[f"layers.1.{source}"].astype(np.float64)
         format, weight = formats[f"layers.1.{name}"], weights[f"layers.1.{name}.weight"]
         rounds = activations(isa, format)
-        expected = q.rounded_product(x, weight, None, format, int4_activations=rounds)
+        expected = q.rounded_product(x, weight, None, format, grouped_activations=rounds)
         assert error(output.taps[f"layers.1.{name}"], expected) < TOLERANCE
 
 
@@ -280,6 +312,15 @@ def test_wrong_formats_are_refused() -> None:
     native = _native_ops.Ops()
     with pytest.raises(ValueError, match="group_size is 24; expected a multiple of 32"):
         native.quantized_linear(x, codes, scales[:, [0, 1, 1]], WeightFormat("int4", 24))
+    with pytest.raises(ValueError, match="group_size is 48; expected a multiple of 32"):
+        native.quantized_linear(x, x.astype(np.int8), scales[:1], WeightFormat("int8", 48))
+    with pytest.raises(ValueError, match="zero points of int8; only int4 has them"):
+        native.quantized_linear(x, codes, scales, WeightFormat("int8", 32, has_zeros=True))
+    with pytest.raises(ValueError, match="activation_bits is 8; expected 16, or 8 with int8"):
+        native.quantized_linear(x, codes, scales, WeightFormat("int8", 32, activation_bits=8))
+    with pytest.raises(ValueError, match="scale_dtype is int8; expected bf16, f16 or f32"):
+        wrong: Any = WeightFormat("int4", 32, scale_dtype="int8")  # type: ignore[arg-type]
+        native.quantized_linear(x, codes, scales, wrong)
     with pytest.raises(ValueError, match="codes has 32 columns; expected 64"):
         native.quantized_linear(x, codes, scales, WeightFormat("int8"))
     with pytest.raises(ValueError, match="levels has 3 entries"):
@@ -289,3 +330,45 @@ def test_wrong_formats_are_refused() -> None:
     assert "embed.scale" in runtime.missing_weights()
     with pytest.raises(ValueError, match="does not take int4 rows"):
         runtime.load("embed.weight", np.zeros((VOCAB, 18), np.uint8), "int4")
+    options = replace(options, formats={"embed": WeightFormat("int8", 32)})
+    runtime = _native.Runtime("cpu", tiny_spec(), options)
+    with pytest.raises(ValueError, match="int8 in groups does not take f32 rows"):
+        runtime.load("embed.weight", np.zeros((VOCAB, 36), np.float32), "f32")
+
+
+def test_weights_come_in_runs_of_rows() -> None:
+    """Runs divide panels of outputs; one out of order, or beyond the end, is refused."""
+    spec = tiny_spec()
+    format, weights = WeightFormat("int8", 32, scale_dtype="f16"), random_weights(spec)
+    codes, scales = q.round_to_int8(np.pad(weights["embed.weight"], ((0, 0), (0, 28))), 32)
+    codes = np.ascontiguousarray(codes[:, :36])
+    halves = scales.astype(np.float16)
+    options = RuntimeOptions("f32", "f32", 16, 256, 8, 128, formats={"embed": format})
+    taps = []
+    for run in (VOCAB, 1, 7, 16, 31):
+        runtime = _native.Runtime("cpu", spec, options)
+        for name, values in weights.items():
+            if name != "embed.weight":
+                runtime.load(name, values, "f32")
+        for part, array, dtype in (("weight", codes, "int8"), ("scale", halves, "f16")):
+            for first in range(0, VOCAB, run):
+                assert f"embed.{part}" in runtime.missing_weights()
+                runtime.load(f"embed.{part}", array[first : first + run], dtype, first)
+            with pytest.raises(ValueError, match=f"from row {VOCAB} on; expected"):
+                runtime.load(f"embed.{part}", array[:1], dtype, VOCAB)
+        assert runtime.missing_weights() == []
+        runtime.alloc_kv(8)
+        tokens = list(range(VOCAB))
+        output = runtime.step(
+            make_batch([(tokens, 0, list(range(6)))], range(VOCAB)), ["embed", "logits"]
+        )
+        taps.append(output.taps)
+    expected = q.dequantize(codes, halves.astype(np.float32), format)
+    assert (taps[0]["embed"] == expected).all()
+    for name in ("embed", "logits"):
+        assert all((each[name] == taps[0][name]).all() for each in taps)
+    runtime = _native.Runtime("cpu", spec, options)
+    with pytest.raises(ValueError, match="from row 3 on; expected"):
+        runtime.load("embed.weight", codes[3:5], "int8", 3)
+    with pytest.raises(ValueError, match=r"has the shape \(2, 36\); expected"):
+        runtime.load("embed.weight", codes[3:5], "int8")

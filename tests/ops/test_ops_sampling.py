@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ops_helpers import TOLERANCES
 from reference_helpers import max_error, same_bits, uniform
-from sampling_helpers import changed, make_rows, random_masks
+from sampling_helpers import changed, check_targets, make_rows, random_masks, with_targets
 
 from octavo import _native, _native_ops
 from octavo.reference import sampling
@@ -36,6 +36,37 @@ def test_tokens_of_a_whole_vocabulary() -> None:
     expected = sampling.sample(**arguments)
     for isa in ISAS:
         assert same_bits(_native_ops.Ops("cpu", 2, isa).sample(**arguments)[0], expected), isa
+
+
+@pytest.mark.parametrize("vocab", [7, 257, 5003])
+def test_a_target_is_taken_with_its_logprob(vocab: int) -> None:
+    first = None
+    for isa in ISAS:
+        found = check_targets(_native_ops.Ops("cpu", 2, isa).sample, vocab, 60, vocab)
+        first = first or found
+        assert all(same_bits(ours, other) for ours, other in zip(found, first, strict=True)), isa
+
+
+def test_planted_errors_of_targets_are_found() -> None:
+    ops = _native_ops.Ops("cpu", 1)
+
+    def shifted(logits: np.ndarray, rows: np.ndarray, masks: np.ndarray) -> Any:
+        return ops.sample(logits, rows[np.r_[1 : len(rows), 0]], masks)
+
+    def masked(logits: np.ndarray, rows: np.ndarray, masks: np.ndarray) -> Any:
+        rows = rows.copy()
+        allowed = sampling.unpack_masks(masks, logits.shape[1])
+        rows["target"] = np.where(allowed[np.arange(len(rows)), rows["target"]], rows["target"], -1)
+        return ops.sample(logits, rows, masks)
+
+    def of_scores(logits: np.ndarray, rows: np.ndarray, masks: np.ndarray) -> Any:
+        return ops.sample(logits / np.float32(1.01), rows, masks)
+
+    for wrong in (shifted, masked, of_scores):
+        with pytest.raises(AssertionError):
+            check_targets(wrong, 3, 60, 257)
+    with pytest.raises(ValueError, match=r"sampling\[1\].target is 257; expected -1 to 256"):
+        ops.sample(**changed(with_targets(3, 2, 257), target=257 - np.array([1, 0])))
 
 
 def test_row_alone_or_among_others() -> None:

@@ -1,7 +1,7 @@
 """Products on tile registers (AMX, and its emulation) against plain C++: every bit the same.
 
-int4 has a definition of its own there, with activations in bf16: it is held to the reference, and
-the processor's tiles to the bits of the emulated ones.
+Weights in groups have a definition of their own there, with activations in bf16: they are held to
+the reference, and the processor's tiles to the bits of the emulated ones.
 
 The other tests of ops run on these instruction sets too; here are the shapes that matter to tiles:
 16 rows and one more, blocks of rows and panels that are not whole, stretches of inputs that end
@@ -27,12 +27,15 @@ FORMATS = [
     WeightFormat("int8"),
     WeightFormat("int8", activation_bits=8),
 ]
-INT4 = [
+GROUPED = [
     WeightFormat("int4", 32),
     WeightFormat("int4", 64, has_zeros=True),
     WeightFormat("int4", 96),
     WeightFormat("int4", 128, has_zeros=True, levels=tuple(range(-127, 33, 10))),
     WeightFormat("int4", 1056, scale_dtype="f32"),
+    WeightFormat("int8", 32, scale_dtype="f16"),
+    WeightFormat("int8", 96),
+    WeightFormat("int8", 1056, scale_dtype="f32"),
 ]
 # 5: as few rows as go on tiles; 256 rows and 16 panels: as many as a call takes at a time
 SHAPES = [(5, 16, 32), (16, 33, 98), (17, 100, 576), (48, 17, 1034), (273, 270, 418)]
@@ -63,7 +66,11 @@ def arguments(shape: tuple[int, int, int], format: WeightFormat) -> tuple[Any, .
     x = generator.standard_normal((rows, inputs), dtype=np.float32)
     bias = generator.standard_normal(outputs, dtype=np.float32)
     groups = (outputs, format.num_groups(inputs))
-    scales = round_to_bf16(generator.uniform(0.001, 0.1, groups).astype(np.float32))
+    scales = generator.uniform(0.001, 0.1, groups).astype(np.float32)
+    if format.scale_dtype == "f16":
+        scales = scales.astype(np.float16).astype(np.float32)
+    else:
+        scales = round_to_bf16(scales)
     zeros = generator.integers(-8, 8, groups).astype(np.float32) if format.has_zeros else None
     if format.dtype == "int8":
         codes = generator.integers(-128, 128, (outputs, inputs)).astype(np.int8)
@@ -84,12 +91,12 @@ def test_tiles_give_the_bits_of_plain_loops(
 
 
 @needs_tiles
-@pytest.mark.parametrize("format", INT4, ids=str)
+@pytest.mark.parametrize("format", GROUPED, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 100, 576), (4, 33, 1034)], ids=str)
-def test_int4_is_a_product_of_bf16(shape: tuple[int, int, int], format: WeightFormat) -> None:
+def test_groups_are_products_of_bf16(shape: tuple[int, int, int], format: WeightFormat) -> None:
     """On tiles, and with the few rows that do without them."""
     x, *rest = arguments(shape, format)
-    expected = q.quantized_linear(x.astype(np.float64), *rest, int4_activations="bf16")
+    expected = q.quantized_linear(x.astype(np.float64), *rest, grouped_activations="bf16")
     first = product(ISAS[0], shape, format)
     error = np.abs(first - expected).max() / np.sqrt(np.mean(expected**2))
     assert error < TOLERANCES["linear"]

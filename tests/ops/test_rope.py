@@ -50,6 +50,10 @@ PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the short factors beyond the original length": planted(
         "longrope", lambda t, d, short, long, *rest: longrope(t, d, short, short, *rest)
     ),
+    "dynamic rope's base of another length": planted(
+        "_dynamic_frequencies",
+        lambda turns, n, own=rope._dynamic_frequencies: own(turns, n - 1),
+    ),
     "longrope's factor left out": planted("longrope_attention_factor", lambda factor, n: 1.0),
 }
 

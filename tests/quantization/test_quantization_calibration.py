@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from quantization_helpers import CONFIG
+from quantization_helpers import CONFIG, write_family_model
 from text_helpers import byte_level_directory
 from weights_helpers import random_weights, write_model
 
@@ -44,6 +44,12 @@ def write_text_model(path: Path, dtype: str = "BF16", **changes: Any) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text_model(tmp_path_factory.mktemp("calibration") / "float")
+
+
+def write_expert_model(path: Path, family: str) -> Path:
+    """Experts, and channels as those of `write_text_model`."""
+    limits = {"vocab_size": 421, "max_position_embeddings": 64}
+    return byte_level_directory(write_family_model(path, family, uneven=True, **limits))
 
 
 def text_file(tmp_path: Path, content: str | bytes = TEXT) -> Path:
@@ -124,22 +130,29 @@ def test_attention_in_blocks_of_queries(window: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "scheme"),
+    ("method", "scheme", "family"),
     [
-        ("gptq", Scheme("int4")),
-        ("gptq", Scheme("int4", symmetric=False)),
-        ("gptq", Scheme("int4-nonuniform", int8=("*.v", "layers.1.down"))),
-        ("awq", Scheme("int4")),
-        ("awq", Scheme("int4-nonuniform")),
-        ("awq+gptq", Scheme("int4", 64)),
+        ("gptq", Scheme("int4"), "llama"),
+        ("gptq", Scheme("int4", symmetric=False), "llama"),
+        ("gptq", Scheme("int4-nonuniform", int8=("*.v", "layers.1.down")), "llama"),
+        ("awq", Scheme("int4"), "llama"),
+        ("awq", Scheme("int4-nonuniform"), "llama"),
+        ("awq+gptq", Scheme("int4", 64), "llama"),
+        ("gptq", Scheme("int4"), "mixtral"),
+        ("gptq", Scheme("int4", int8=("*.1.experts.*.down",)), "qwen3_moe"),
+        ("awq", Scheme("int4"), "qwen3_moe"),
+        ("awq", Scheme("int4", symmetric=False), "mixtral"),
+        ("awq+gptq", Scheme("int4-nonuniform"), "mixtral"),
     ],
     ids=str,
 )
 def test_the_streams_are_the_given_and_the_written_model(
-    model: Path, tmp_path: Path, method: str, scheme: Scheme
+    model: Path, tmp_path: Path, method: str, scheme: Scheme, family: str
 ) -> None:
     """What calibration believes that the two models compute, they do compute."""
     runs = []
+    if family != "llama":
+        model = write_expert_model(tmp_path / "float", family)
 
     def work(files: Any, checkpoint: Any, formats: Any) -> Any:
         asked = Calibration(text_file(tmp_path), method, windows=9, window=31)
@@ -185,8 +198,13 @@ def divergence(source: Path, target: Path) -> float:
     return float((np.exp(values[0]) * (values[0] - values[1])).sum(axis=1).mean())
 
 
-def test_calibrated_models_are_nearer_to_the_float_model(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+def test_calibrated_models_are_nearer_to_the_float_model(
+    family: str, model: Path, tmp_path: Path
+) -> None:
     text = text_file(tmp_path)
+    if family != "llama":
+        model = write_expert_model(tmp_path / "float", family)
     found = {}
     for method in ("search", "gptq", "awq", "awq+gptq"):
 
@@ -200,7 +218,7 @@ def test_calibrated_models_are_nearer_to_the_float_model(model: Path, tmp_path: 
         found[method] = divergence(model, target)
     assert found["gptq"] < 0.7 * found["search"], found
     assert found["awq"] < found["search"], found
-    assert found["awq+gptq"] < 0.7 * found["search"], found
+    assert found["awq+gptq"] < 0.98 * min(found["gptq"], found["awq"]), found
 
 
 def test_matrices_of_several_formats(model: Path, tmp_path: Path) -> None:

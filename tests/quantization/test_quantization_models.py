@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ops_helpers import int4_activations, one_isa_of_each
+from ops_helpers import grouped_activations, one_isa_of_each
 from quantization_helpers import CONFIG, SCHEMES, write_float_model, write_quantized_model
 from runtime_helpers import tiny_spec
 from weights_helpers import random_weights, write_model
@@ -84,8 +84,8 @@ def test_diff_finds_the_other_rounding(
 ) -> None:
     """A planted error: the definition rounds what meets int4 as another instruction set would."""
     monkeypatch.setenv("OCTAVO_ISA", isa)
-    other = "whole" if int4_activations(isa) == "bf16" else "bf16"
-    monkeypatch.setattr(_native, "int4_activations", lambda isa: other)
+    other = "whole" if grouped_activations(isa) == "bf16" else "bf16"
+    monkeypatch.setattr(_native, "grouped_activations", lambda isa: other)
     source = write_float_model(tmp_path / "float")
     request = DiffRequest(str(source), quantize="int4", random=40, num_threads=1)
     result = compare(request, ENVIRONMENT, quiet)
@@ -109,8 +109,8 @@ def test_diff_finds_a_wrong_scale(
 
     def own_error() -> float:
         x, weight = taps["layers.1.mlp_norm"].astype(np.float64), weights["layers.1.up.weight"]
-        format, rounds = checkpoint.formats["layers.1.up"], int4_activations(isa)
-        expected = rounded_product(x, weight, None, format, int4_activations=rounds)
+        format, rounds = checkpoint.formats["layers.1.up"], grouped_activations(isa)
+        expected = rounded_product(x, weight, None, format, grouped_activations=rounds)
         return float(np.abs(taps["layers.1.up"] - expected).max() / np.abs(expected).max())
 
     assert own_error() < 1e-6
@@ -130,7 +130,7 @@ def test_the_reference_rounds_what_meets_a_quantized_matrix(tmp_path: Path, roun
             weights,
             dtype=dtype,
             formats=checkpoint.formats,
-            int4_activations=rounds,
+            grouped_activations=rounds,
         )
         name = "layers.0.q.weight"
         assert np.array_equal(model.weights[name], weights[name])  # not rounded again
@@ -149,10 +149,10 @@ def test_the_reference_rounds_what_meets_a_quantized_matrix(tmp_path: Path, roun
 
 def test_a_rounding_that_is_none_is_refused() -> None:
     x, format = np.ones((1, 32), np.float32), WeightFormat("int4", 32)
-    with pytest.raises(ValueError, match="int4_activations is 'f16'; expected one of"):
-        rounded_product(x, x, None, format, int4_activations="f16")
-    with pytest.raises(ValueError, match="int4_activations is 'f16'; expected one of"):
-        ReferenceModel(tiny_spec(), {}, int4_activations="f16")
+    with pytest.raises(ValueError, match="grouped_activations is 'f16'; expected one of"):
+        rounded_product(x, x, None, format, grouped_activations="f16")
+    with pytest.raises(ValueError, match="grouped_activations is 'f16'; expected one of"):
+        ReferenceModel(tiny_spec(), {}, grouped_activations="f16")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

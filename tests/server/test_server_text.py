@@ -18,7 +18,8 @@ from text_helpers import sentencepiece_directory
 from octavo import LLM, SamplingParams
 from octavo.cli import main
 from octavo.engine.outputs import OutputChunk, TokenLogprob
-from octavo.server.formats import ChatFormat, Head, unique_names
+from octavo.server.formats import ChatFormat, Head
+from octavo.server.prompt_logprobs import unique_names
 from octavo.text.places import TokenPlaces
 from octavo.text.tokenizer import Tokenizer
 

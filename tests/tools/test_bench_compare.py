@@ -11,12 +11,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from gguf_families_helpers import hugging_face
 from text_helpers import tiny_model
 
+from octavo.errors import UnsupportedModelError
 from octavo.models.llama_gguf import GGUF
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.gguf import GgufFile
-from octavo.weights.model_files import read_model
+from octavo.weights.gguf_folder import GgufFolder
+from octavo.weights.model_files import read_folder, read_model
 from octavo.weights.reader import unpermute_rows
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -25,7 +28,15 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ["write_gguf", "systems", "octavo_system", "peers", "common"]
+    names = [
+        "write_gguf",
+        "write_model",
+        "agreement",
+        "systems",
+        "octavo_system",
+        "peers",
+        "common",
+    ]
     names += ["compare_cpu", "cpu_report", "llama_quality"]
 
     def load_module(name: str) -> ModuleType:
@@ -36,23 +47,51 @@ def load(monkeypatch: pytest.MonkeyPatch):
         sys.modules.pop(name, None)
 
 
+# Of the families that the scripts write: what is unlike Llama in each.
+WRITTEN = ("llama", "qwen2, tied", "qwen3", "qwen3-moe", "mixtral", "gemma3", "gemma3, no windows")
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_a_directory_and_its_gguf_hold_the_same_model(load, case: str, tmp_path: Path) -> None:
+    config = hugging_face(case) | {"rope_scaling": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    load("write_model").write_model(tmp_path, tmp_path / "model")
+    files = read_model(tmp_path / "model")
+    checkpoint = open_checkpoint(files)
+    dummy = open_checkpoint(read_model(tmp_path), "dummy")
+    path = tmp_path / "model.gguf"
+    load("write_gguf").write_gguf(path, files, checkpoint, "f32")
+    stored = open_checkpoint(read_folder(GgufFolder(path, "f32")))
+    assert set(stored.infos) == set(checkpoint.infos) == set(dummy.infos)
+    for name, tensor in checkpoint.items():
+        values = tensor.to_float32()
+        np.testing.assert_array_equal(stored[name].to_float32(), values, err_msg=name)
+        assert values.std() > 0, name
+        if values.ndim == 2:
+            np.testing.assert_array_equal(values, dummy[name].to_float32(), err_msg=name)
+
+
+def test_a_model_that_its_gguf_would_not_describe_is_refused(load, tmp_path: Path) -> None:
+    config = hugging_face("gemma3") | {"rope_scaling": None, "query_pre_attn_scalar": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files, write = read_model(tmp_path), load("write_gguf").write_gguf
+    with pytest.raises(UnsupportedModelError, match="does not write as GGUF"):
+        write(tmp_path / "model.gguf", files, open_checkpoint(files, "dummy"), "bf16")
+
+
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_0"])
-def test_the_gguf_holds_the_model(load, kind: str, tmp_path: Path) -> None:
-    writer = load("write_gguf")
+def test_every_format_of_the_gguf_is_near_the_model(load, kind: str, tmp_path: Path) -> None:
     files = read_model(tiny_model(tmp_path / "tiny"))
     checkpoint = open_checkpoint(files, "dummy")
     path = tmp_path / f"{kind}.gguf"
-    writer.write_gguf(path, files, checkpoint, kind)
+    load("write_gguf").write_gguf(path, files, checkpoint, kind)
     file = GgufFile(path)
-    sources = GGUF.tensors.weight_map(files.spec)
-    assert set(file.tensors) == {source.tensor for source in sources.values()}
     tolerance = {"f32": 0, "bf16": 0, "q8_0": 0.01, "q4_0": 0.15}[kind]
-    for name, tensor in checkpoint.items():
-        found = file.decode(sources[name].tensor).to_float32()
-        part = name.split(".")[-2]
-        if part in ("q", "k"):
-            found = unpermute_rows(found, len(found) // (4 if part == "q" else 2))
-        expected = tensor.to_float32()
+    for name, source in GGUF.tensors.weight_map(files.spec).items():
+        found = file.decode(source.tensor).to_float32()
+        if source.transform == "unpermute":
+            found = unpermute_rows(found, source.head_dim)
+        expected = checkpoint[name].to_float32()
         assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max(), name
 
 
@@ -107,6 +146,57 @@ def test_llama_cpp_has_to_measure_what_was_asked(load) -> None:
         llama.only_test([{}, {}])
     with pytest.raises(ValueError, match="measured pl 3; expected 4"):
         llama.only_test([{"pp": 2, "pl": 3}], pp=2, pl=4)
+
+
+# Log-probabilities of an odd vocabulary, as llama-perplexity writes them; every row another scale.
+PRETEND_PERPLEXITY = """
+import struct, sys
+a = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+text, length = open(a["-f"]).read(), int(a["-c"])
+assert a["-b"] == a["-c"] and a["--chunks"] == "1" and len(text) == 2 * length, a
+out = b"_logits_" + struct.pack("<iii", length, 7, 1)
+out += struct.pack(f"<{length}i", *(ord(letter) + 3 for letter in text[:length]))
+for row in range(length - 1 - length // 2):
+    out += struct.pack("<ff8H", 0.001 * (row + 1), -5.0, 0, 10, 20, 30, 40, 50, 60, 999)
+open(a["--kl-divergence-base"], "wb").write(out)
+"""
+
+
+def test_llama_cpp_tells_what_it_computes(load, tmp_path: Path) -> None:
+    llama, agreement = load("peers"), load("agreement")
+    side = llama.LlamaBinaries(tmp_path / "llama-bench", tmp_path / "m.gguf", 3)
+    assert side.logprobs(agreement.PROMPT) is None
+    written = PRETEND_PERPLEXITY.replace("ord(letter) + 3", "ord(letter) + 2")
+    script(tmp_path / "llama-perplexity", written)
+    with pytest.raises(ValueError, match="llama-perplexity scored"):
+        side.logprobs(agreement.PROMPT)
+    script(tmp_path / "llama-perplexity", PRETEND_PERPLEXITY)
+    rows = len(agreement.PROMPT) - len(agreement.LETTERS) // 2
+    expected = {token: 0.001 * rows * 10 * token - 5 for token in range(7)}
+    assert side.logprobs(agreement.PROMPT) == pytest.approx(expected, abs=1e-6)
+
+
+def test_whoever_computes_another_model_is_named(load) -> None:
+    agreement = load("agreement")
+    truth = {token: -0.1 * token for token in range(40)}
+
+    def moved(by: float) -> dict[int, float]:
+        return {token: value + by * (token == 3) for token, value in truth.items()}
+
+    forms = {"octavo bf16": "bf16", "octavo f32": "f32", "vllm bf16": "bf16"}
+    found = {"octavo bf16": moved(0.02), "octavo f32": truth, "vllm bf16": moved(-0.03)}
+    assert agreement.agreement(truth, found, forms) == pytest.approx(
+        {"octavo bf16": 0.02, "octavo f32": 0, "vllm bf16": 0.03}
+    )
+    for name, given in (
+        ("octavo bf16", moved(0.046)),  # more than 1.5 times as far as vLLM
+        ("octavo bf16", moved(float("nan"))),
+        ("octavo f32", moved(0.002)),
+        ("vllm bf16", moved(0.26)),
+        ("vllm bf16", {token: -0.1 for token in range(11, 40)}),  # other tokens are likely
+    ):
+        with pytest.raises(SystemExit, match=name):
+            agreement.agreement(truth, {**found, name: given}, forms)
 
 
 def test_vllm_is_asked_and_its_end_is_told(

@@ -63,7 +63,7 @@ def test_a_format_changes_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(_native, "measure_bandwidth", lambda *given: 7.0)
     monkeypatch.setattr(_native, "measure_flops", lambda *given: asked.append(given) or 3.0)
-    monkeypatch.setattr(_native, "int4_activations", {"amx": "bf16", "avx512_vnni": "whole"}.get)
+    monkeypatch.setattr(_native, "grouped_activations", {"amx": "bf16", "avx512_vnni": "whole"}.get)
     peak = measure(options(isa="avx512_vnni", layers_0_q=INT8), 2, 0.25)
     assert (peak.bandwidth, peak.flops, peak.float32_flops) == (7.0, 6.0, 3.0)
     assert peak.arithmetic == "whole-number products, activations of 16 bits"

@@ -38,6 +38,7 @@ SAMPLES = {  # by command: words that make it succeed
     "batch": ["{input_file}", "{output_file}", *DUMMY, "-n", "2"],
     "pull": ["smollm2-135m"],
     "info": ["{model}"],
+    "plan": ["{model}", "-c", "64"],
     "quantize": ["{float_model}", "{out}", "--scheme", "int4"],
     "merge": ["{float_model}", "{adapter}", "{out}"],
     "diff": ["{model}", "--load-format", "dummy", "--random", "4", "--steps", "1"],

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapter_helpers import ALL, adapter_config, random_adapter, write_adapter
+from quantization_helpers import write_family_model
 from weights_helpers import tiny_config, write_gguf, write_model
 
 from octavo.cli import main
@@ -139,3 +140,58 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no longer tied" in shown and "16 matrices changed" in shown
     assert main(["merge", *paths]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def prepare_experts(tmp_path: Path, family: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """A model of experts and an adapter of the modules whose names end so; its tensors."""
+    files = read_model(write_family_model(tmp_path / "model", family, dtype="F32"))
+    places = files.weight_map.values()
+    shapes = {each.module: each.shape for each in places if len(each.shape) == 2}
+    tensors = random_adapter({}, names, shapes=shapes)
+    write_adapter(tmp_path / "adapter", tensors, adapter_config(target_modules=list(names)))
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "names", "count"),
+    [
+        ("mixtral", ("w1", "w2", "w3", "gate", "q_proj"), 2 * (3 * 4 + 2)),
+        ("mixtral", ("w2",), 2 * 4),
+        ("qwen3_moe", ("up_proj", "down_proj"), 2 + 2 * 2 * 5),  # of a dense layer, too
+    ],
+)
+def test_experts_and_routers_are_merged(
+    family: str, names: tuple[str, ...], count: int, tmp_path: Path
+) -> None:
+    tensors = prepare_experts(tmp_path, family, names)
+    weights = stored(tmp_path / "model")
+    written = merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    assert written.num_matrices == count == len(tensors) / 2
+    for name, found in stored(tmp_path / "out").items():
+        expected = (weights[name] + added(tensors, name)).astype(np.float32)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_experts_are_not_run_with_an_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error names the field, a matrix, and the command that helps."""
+    prepare_experts(tmp_path, "mixtral", ("w1", "q_proj"))
+    model, adapter = (str(tmp_path / name) for name in ("model", "adapter"))
+    assert main(["diff", model, "--adapter", adapter, "--random", "9"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "target_modules names experts or routers (model.layers.0.block_sparse_moe" in said
+    assert f"octavo merge {model} {adapter} OUT" in said
+    one_is_missing = prepare_missing(tmp_path)
+    with pytest.raises(WeightsError, match=rf"{one_is_missing} has no lora_B"):
+        merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+
+
+def prepare_missing(tmp_path: Path) -> str:
+    """Take one tensor of an expert out of the adapter; returns its module."""
+    file = SafetensorsFile(tmp_path / "adapter" / "adapter_model.safetensors")
+    tensors = {name: file.read(name).to_float32().copy() for name in file.infos}
+    module = "model.layers.1.block_sparse_moe.experts.2.w1"
+    del tensors[f"base_model.model.{module}.lora_B.weight"]
+    write_adapter(tmp_path / "adapter", tensors, adapter_config(target_modules=["w1", "q_proj"]))
+    return module

@@ -22,7 +22,7 @@ from weights_helpers import (
 
 from octavo.errors import UnsupportedModelError
 from octavo.models.registry import find_family
-from octavo.models.rope import default_rope, for_length, linear_rope
+from octavo.models.rope import at_length, default_rope, for_length, linear_rope
 from octavo.models.spec import ModelSpec
 from octavo.models.summary import specials
 from octavo.weights.checkpoint import open_checkpoint
@@ -125,11 +125,15 @@ def test_longrope_is_chosen_by_the_longest_sequence() -> None:
     spec = spec_of("phi3", rope_scaling=rope, original_max_position_embeddings=64)
     plain = np.array(default_rope(10000.0, 8).frequencies)
     for length, factors in ((64, (1, 2, 3, 4)), (65, (5, 6, 7, 8)), (128, (5, 6, 7, 8))):
-        turned = for_length(spec, length).layers[0].rope
+        turned = at_length(spec, length).layers[0].rope
         assert turned is not None and turned.kind == "longrope"
         np.testing.assert_allclose(turned.frequencies, plain / factors, rtol=1e-6)
         assert turned.attention_factor == (1 + np.log(2) / np.log(64)) ** 0.5
-    assert for_length(spec_of("qwen2"), 10) == spec_of("qwen2")
+    both = for_length(spec, 65)
+    assert both.rope_switch == 64 and both.layers[0].rope == spec.layers[0].rope
+    assert for_length(spec, 64).rope_switch == 0
+    for change in (for_length, at_length):
+        assert change(spec_of("qwen2"), 10) == spec_of("qwen2")
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

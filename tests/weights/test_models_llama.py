@@ -98,7 +98,7 @@ def test_heads_given_or_implied(head_dim: Any, kv_heads: Any, expected: tuple[in
 def test_the_weight_map_names_exactly_what_the_spec_needs(bias: bool, tied: bool) -> None:
     spec = read_spec(tiny_config(attention_bias=bias, mlp_bias=bias, tie_word_embeddings=tied))
     sources = FAMILY.tensors.weight_map(spec)
-    names = {ours: source.name for ours, source in sources.items()}
+    names = {ours: source.tensor for ours, source in sources.items()}
     assert {ours: source.shape for ours, source in sources.items()} == weight_shapes(spec)
     assert len(set(names.values())) == len(names)
     assert names["layers.1.down.weight"] == "model.layers.1.mlp.down_proj.weight"
@@ -179,6 +179,7 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
         *("short_factor", "True", "4 numbers"),
     ),
     ({"rope_scaling": {"type": "yarn", "factor": -1}}, "factor", "-1", "above 0"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 1e300}}, "factor", "1e+300", "above 0 to"),
     ({"rope_theta": 1.0, "rope_scaling": {"type": "yarn"}}, "rope_theta", "1.0", "above 1"),
     ({"rope_parameters": {"rope_type": "su"}}, "rope_type", "'su'", "default"),
     ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type", "['yarn']", "default"),

@@ -96,7 +96,7 @@ def test_where_the_weights_of_a_mixtral_lie() -> None:
         ("layers.3.experts.2.down", f"{moe}.experts.2.w2", (48, 40)),
     ):
         source = sources[f"{ours}.weight"]
-        assert (source.name, source.shape) == (f"{theirs}.weight", shape)
+        assert (source.tensor, source.shape) == (f"{theirs}.weight", shape)
         assert source.shard_axis == (1 if ours.endswith("down") else 0)
 
 
@@ -104,11 +104,11 @@ def test_where_the_weights_of_a_qwen3_moe_lie() -> None:
     """Experts and the MLP of layers without them have the same parts under other names."""
     spec = qwen3_moe.read_spec(qwen3_moe_config(mlp_only_layers=[1]))
     sources = qwen3_moe.FAMILY.tensors.weight_map(spec)
-    assert sources["layers.1.gate.weight"].name == "model.layers.1.mlp.gate_proj.weight"
-    name = sources["layers.2.experts.6.gate.weight"].name
+    assert sources["layers.1.gate.weight"].tensor == "model.layers.1.mlp.gate_proj.weight"
+    name = sources["layers.2.experts.6.gate.weight"].tensor
     assert name == "model.layers.2.mlp.experts.6.gate_proj.weight"
-    assert sources["layers.0.router.weight"].name == "model.layers.0.mlp.gate.weight"
-    assert sources["layers.0.k_norm.weight"].name == "model.layers.0.self_attn.k_norm.weight"
+    assert sources["layers.0.router.weight"].tensor == "model.layers.0.mlp.gate.weight"
+    assert sources["layers.0.k_norm.weight"].tensor == "model.layers.0.self_attn.k_norm.weight"
 
 
 def test_every_matrix_of_an_expert_may_be_quantized_and_no_router() -> None:

@@ -57,18 +57,24 @@ def test_one_scale_a_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["pack-quantized", "int-quantized"])
-@pytest.mark.parametrize("zeros", ["none", "bytes", "packed"])
-def test_8_bits_without_a_kernel_are_converted(tmp_path: Path, layout: str, zeros: str) -> None:
-    """Groups, or zero points."""
+def test_8_bits_in_groups_run_as_codes(tmp_path: Path, layout: str) -> None:
+    pack = partial(pack_compressed, group=32, bits=8, layout=layout)
+    config = scheme(layout, num_bits=8, group_size=32)
+    checkpoint = check(write_published(tmp_path, pack, config), False)
+    assert {(each.dtype, each.group_size) for each in checkpoint.formats.values()} == {("int8", 32)}
+
+
+@pytest.mark.parametrize("layout", ["pack-quantized", "int-quantized"])
+@pytest.mark.parametrize("zeros", ["bytes", "packed"])
+def test_8_bits_with_zero_points_are_converted(tmp_path: Path, layout: str, zeros: str) -> None:
     if layout == "int-quantized" and zeros == "packed":
         zeros = "bytes"  # there they are never packed
     pack = partial(pack_compressed, group=32, bits=8, layout=layout, zeros=zeros)
-    config = scheme(layout, num_bits=8, group_size=32, symmetric=zeros == "none")
+    config = scheme(layout, num_bits=8, group_size=32, symmetric=False)
     check(write_published(tmp_path / "groups", pack, config), True)
-    if zeros != "none":
-        pack = partial(pack_compressed, bits=8, layout=layout, zeros=zeros)
-        config = scheme(layout, num_bits=8, strategy="channel", symmetric=False)
-        check(write_published(tmp_path / "channel", pack, config), True)
+    pack = partial(pack_compressed, bits=8, layout=layout, zeros=zeros)
+    config = scheme(layout, num_bits=8, strategy="channel", symmetric=False)
+    check(write_published(tmp_path / "channel", pack, config), True)
 
 
 def test_small_groups_are_converted(tmp_path: Path) -> None:

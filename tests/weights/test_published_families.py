@@ -119,4 +119,4 @@ def test_turned_matrices(tmp_path: Path, config: Any, pack: Any, converted: bool
     checkpoint = check(write_published(tmp_path, pack, config, plain=plain, config=GPT2), converted)
     assert checkpoint.infos["layers.1.up.weight"].shape == (4 * 96, 96)
     if not converted:
-        assert checkpoint.formats["layers.0.k"] == WeightFormat("int4", 32, True, scale_dtype="f32")
+        assert checkpoint.formats["layers.0.k"] == WeightFormat("int4", 32, True, scale_dtype="f16")

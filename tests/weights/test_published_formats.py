@@ -51,14 +51,14 @@ def test_awq_runs_as_the_codes_of_the_file(tmp_path: Path, group: int) -> None:
     checkpoint = check(write_published(tmp_path, partial(pack_awq, group=group), config), False)
     sizes = {32} if group == 32 else {96, 160}
     assert formats(checkpoint) == {
-        WeightFormat("int4", size, has_zeros=True, scale_dtype="f32") for size in sizes
+        WeightFormat("int4", size, has_zeros=True, scale_dtype="f16") for size in sizes
     }
 
 
 def test_awq_without_zero_points_runs_symmetric(tmp_path: Path) -> None:
     pack = partial(pack_awq, group=32, middle=True)
     checkpoint = check(write_published(tmp_path, pack, AWQ), False)
-    assert formats(checkpoint) == {WeightFormat("int4", 32, scale_dtype="f32")}
+    assert formats(checkpoint) == {WeightFormat("int4", 32, scale_dtype="f16")}
 
 
 def test_awq_groups_without_a_kernel_are_converted(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_gptq_zero_points_of_0_have_borrowed_from_their_neighbours(tmp_path: Pat
 def test_symmetric_gptq_has_no_zero_points(tmp_path: Path, dtype: str) -> None:
     pack = partial(pack_gptq, group=32, middle=True, dtype=dtype)
     checkpoint = check(write_published(tmp_path, pack, GPTQ | {"sym": True}), False)
-    scale_dtype = "bf16" if dtype == "BF16" else "f32"
+    scale_dtype = "bf16" if dtype == "BF16" else "f16"
     assert formats(checkpoint) == {WeightFormat("int4", 32, scale_dtype=scale_dtype)}
 
 
@@ -129,11 +129,16 @@ def test_act_order_whose_groups_stay_together_runs_as_codes(tmp_path: Path, orde
 
 
 def test_gptq_of_8_bits(tmp_path: Path) -> None:
-    """One symmetric scale an output is octavo's int8; anything else is converted."""
+    """Without zero points and act-order they are octavo's int8; anything else is converted."""
     eight = GPTQ | {"bits": 8, "group_size": -1, "sym": True}
     pack = partial(pack_gptq, group=-1, bits=8, middle=True)
     checkpoint = check(write_published(tmp_path / "row", pack, eight), False)
     assert formats(checkpoint) == {WeightFormat("int8")}
+    pack = partial(pack_gptq, group=32, bits=8, middle=True)
+    checkpoint = check(
+        write_published(tmp_path / "groups", pack, eight | {"group_size": 32}), False
+    )
+    assert formats(checkpoint) == {WeightFormat("int8", 32, scale_dtype="f16")}
     pack = partial(pack_gptq, group=-1, bits=8)
     check(write_published(tmp_path / "zeros", pack, eight | {"sym": False}), True)
     for version in ("gptq", "gptq_v2"):

@@ -85,7 +85,7 @@ FORMATS: dict[str, Any] = {
 
 def load(path: Path) -> None:
     """Every weight of the model whose directory holds `path`."""
-    for _, tensor in open_checkpoint(read_model(path.parent)).checked_items():
+    for _, _, tensor in open_checkpoint(read_model(path.parent)).checked_runs():
         assert tensor.data.size
 
 

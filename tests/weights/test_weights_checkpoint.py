@@ -50,9 +50,9 @@ def test_every_weight_comes_back(num_shards: int, dtype: str, tied: bool, tmp_pa
     assert checkpoint.bytes_by_dtype() == {dtype.lower(): checkpoint.total_bytes}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        items = dict(checkpoint.checked_items())
+        items = {name: tensor for name, _, tensor in checkpoint.checked_runs()}
     for name, tensor in items.items():
-        np.testing.assert_array_equal(tensor.to_float32(), stored[files.weight_map[name].name])
+        np.testing.assert_array_equal(tensor.to_float32(), stored[files.weight_map[name].tensor])
 
 
 def test_mixed_formats_and_the_dominant_one(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     files = read_model(tmp_path)
     checkpoint = open_checkpoint(files)
     for name, tensor in checkpoint.items():
-        np.testing.assert_array_equal(tensor.data, stored[files.weight_map[name].name])
+        np.testing.assert_array_equal(tensor.data, stored[files.weight_map[name].tensor])
 
 
 def test_shards_of_another_name(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_shards_of_another_name(tmp_path: Path) -> None:
         shard.rename(tmp_path / shard.name.replace("model-", "my-model.v2-of-"))
     files = read_model(tmp_path)
     for name, tensor in open_checkpoint(files).items():
-        np.testing.assert_array_equal(tensor.data, stored[files.weight_map[name].name])
+        np.testing.assert_array_equal(tensor.data, stored[files.weight_map[name].tensor])
     (tmp_path / "other-00001-of-00001.safetensors").write_bytes(b"")
     with pytest.raises(WeightsError, match=r"shards named my-model\.v2-of and other"):
         open_checkpoint(files)
@@ -339,7 +339,7 @@ def test_non_finite_weights_are_warned_of_by_name(dtype: str, value: float, tmp_
     found = [name for name in checkpoint if has_non_finite(checkpoint[name])]
     assert found == ["layers.0.up.weight", "final_norm.weight"]
     with pytest.warns(NonFiniteWeightsWarning) as caught:
-        assert len(list(checkpoint.checked_items())) == len(checkpoint)
+        assert len(list(checkpoint.checked_runs())) == len(checkpoint)
     assert len(caught) == 1
     assert all(name in str(caught[0].message) for name in damaged)
 
@@ -353,7 +353,7 @@ def test_up_to_eight_damaged_weights_are_named(count: int, tmp_path: Path) -> No
     write_model(tmp_path, config, weights=weights)
     checkpoint = open_checkpoint(read_model(tmp_path))
     with pytest.warns(NonFiniteWeightsWarning, match=f"^{count} of ") as caught:
-        assert len(list(checkpoint.checked_items())) == len(checkpoint)
+        assert len(list(checkpoint.checked_runs())) == len(checkpoint)
     named = str(caught[0].message).partition("(")[2].partition(")")[0]
     assert named.count("weight") == 8 and named.endswith("...") == (count > 8)
 

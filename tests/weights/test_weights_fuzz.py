@@ -29,7 +29,7 @@ SMALL_GGUF = gguf_config(
 
 
 def load_all(files: ModelFiles) -> None:
-    for _, tensor in open_checkpoint(files).checked_items():
+    for _, _, tensor in open_checkpoint(files).checked_runs():
         assert tensor.data.size
 
 
@@ -102,7 +102,7 @@ def test_mutated_gguf_as_codes(kind: str, tmp_path: Path) -> None:
 
     def load(file: Path) -> None:
         checkpoint = open_checkpoint(read_model(file))
-        for name, tensor in checkpoint.checked_items():
+        for name, _, tensor in checkpoint.checked_runs():
             assert tensor.data.size
             if name.endswith(".zero"):
                 assert (np.abs(tensor.data) <= 120).all()

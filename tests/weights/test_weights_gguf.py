@@ -60,7 +60,7 @@ def test_plain_weights_come_back_exactly(tied: bool, bias: bool, tmp_path: Path)
     assert checkpoint.dtype == "f32"
     for name, tensor in checkpoint.items():
         np.testing.assert_array_equal(
-            tensor.data, stored[files.weight_map[name].name], err_msg=name
+            tensor.data, stored[files.weight_map[name].tensor], err_msg=name
         )
 
 
@@ -89,7 +89,7 @@ def test_the_format_that_is_written(kind: str, dtype: str, expected: str, tmp_pa
     assert files.config["torch_dtype"] == torch_names[expected]
     raw = gguf.GGMLQuantizationType[kind]
     for name in ("layers.1.up.weight", "lm_head.weight"):
-        values = stored[files.weight_map[name].name]
+        values = stored[files.weight_map[name].tensor]
         decoded = gguf.dequantize(gguf.quantize(values, raw), raw).reshape(values.shape)
         tensor = checkpoint[name]
         if expected == "bf16":
@@ -253,9 +253,9 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
 def test_names() -> None:
     spec = read_spec(gguf_config(mlp_bias=True, num_hidden_layers=13))
     sources = GGUF.tensors.weight_map(spec)
-    assert sources["embed.weight"].name == "token_embd.weight"
-    assert sources["lm_head.weight"].name == "output.weight"
-    assert sources["layers.12.down.bias"].name == "blk.12.ffn_down.bias"
+    assert sources["embed.weight"].tensor == "token_embd.weight"
+    assert sources["lm_head.weight"].tensor == "output.weight"
+    assert sources["layers.12.down.bias"].tensor == "blk.12.ffn_down.bias"
     q = sources["layers.3.q.weight"]
     assert (q.tensor, q.head_dim) == ("blk.3.attn_q.weight", 64)
 

@@ -103,7 +103,7 @@ def test_mutated_headers(case: str, tmp_path: Path) -> None:
     header = original.rindex(b"blk.2.") + 60
 
     def load(file: Path) -> None:
-        for _, tensor in open_checkpoint(read_model(file)).checked_items():
+        for _, _, tensor in open_checkpoint(read_model(file)).checked_runs():
             assert tensor.data.size
 
     outcomes = count_outcomes(load, path, mutations(original, 1000, header, seed=3))

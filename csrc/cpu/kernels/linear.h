@@ -124,6 +124,7 @@ inline void linear_plain(const LinearTask& task, std::int64_t first_row, std::in
     case DType::bf16:
       return run(linear_format<FormatBf16>);
     case DType::int8:
+      if (is_grouped(task)) return run(linear_format<IntegerFormat<FormatInt8<2, true>>>);
       return task.activation_bits == 8 ? run(linear_format<IntegerFormat<FormatInt8<1>>>)
                                        : run(linear_format<IntegerFormat<FormatInt8<2>>>);
     case DType::int4:

@@ -7,17 +7,17 @@
 // gives the same bits.
 //
 // Levels are multiplied as bytes, level + offset; the excess, offset * (sum of the block's codes),
-// is subtracted again. A block's S becomes a float; int4 multiplies it by the group's scale (after
-// subtracting zero point * sum of codes), int8 has one scale for the whole row.
+// is subtracted again. A block's S becomes a float, and is multiplied by its group's scale (after
+// subtracting zero point * sum of codes), or all of them in the end by the scale of the output.
 //
 // `Bytes`, `Codes` and `dot` are the instruction set's own (dot_*.h). Where it can only multiply
 // bytes, a code of 16 bits is 256 * high + low, and S is made of two sums. `stored_bytes` converts
 // stored bytes, level + 128, to those of the instruction set, level + kByteOffset.
 
-template <int kPasses>
+template <int kPasses, bool kHasGroups = false>
 struct FormatInt8 {
   static constexpr int kParts = 1, kActivationPasses = kPasses;
-  static constexpr bool kGrouped = false;
+  static constexpr bool kGrouped = kHasGroups;
   explicit FormatInt8(const LinearTask&) {}
   static constexpr std::uint32_t offset() { return kByteOffset; }
   template <int Part>
@@ -49,6 +49,17 @@ struct FormatInt4Levels : FormatInt4 {
     return stored_bytes(look_up_bytes(table, FormatInt4::bytes<Part>(raw)));
   }
 };
+
+// The scales of 16 outputs, from number `at` on.
+inline Vec load_scales(const void* scales, DType dtype, std::int64_t at) {
+  if (dtype == DType::f32) return load(static_cast<const float*>(scales) + at);
+  const auto* halves = static_cast<const std::uint16_t*>(scales) + at;
+  return dtype == DType::bf16 ? load(halves) : load_f16(halves);
+}
+// Where scale number `at` lies.
+inline const void* address_of_scale(const void* scales, DType dtype, std::int64_t at) {
+  return static_cast<const unsigned char*>(scales) + at * (dtype == DType::f32 ? 4 : 2);
+}
 
 inline std::int64_t smaller(std::int64_t x, std::int64_t y) { return x < y ? x : y; }
 
@@ -96,7 +107,7 @@ struct IntegerFormat {
     const std::int8_t* zeros = task.zeros;
     const Ahead words_ahead(kWordsAhead, panel_words, NR);
     const Ahead scales_ahead(kScalesAhead, group_stride, NR);
-    const bool scales_are_bf16 = task.scale_type == DType::bf16;
+    const DType scale_type = task.scale_type;
     const void* all_scales = task.scales;
     for (std::int64_t k = first; k < last; ++code_sums) {
       const std::int64_t end = smaller(k + kIntegerBlock, smaller(group_end, last));
@@ -140,12 +151,9 @@ struct IntegerFormat {
         const std::int64_t at = group_at + n * group_stride;
         Vec scale = zero();
         if constexpr (Format::kGrouped) {
-          const auto load_scale = [&](const auto* scales) {
-            prefetch(scales + at + scales_ahead.from(group_at - panel * group_stride));
-            return load(scales + at);
-          };
-          scale = scales_are_bf16 ? load_scale(static_cast<const std::uint16_t*>(all_scales))
-                                  : load_scale(static_cast<const float*>(all_scales));
+          const std::int64_t soon = scales_ahead.from(group_at - panel * group_stride);
+          prefetch(address_of_scale(all_scales, scale_type, at + soon));
+          scale = load_scales(all_scales, scale_type, at);
         }
         OCTAVO_UNROLL
         for (int m = 0; m < MR; ++m) {

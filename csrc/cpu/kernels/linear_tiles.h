@@ -15,7 +15,7 @@
 // processor takes denormal ones as zeros).
 // int8: TDPBSUD, signed codes by unsigned levels. High and low bytes are two tiles of the same
 // product; 256 * high + low is then used as in linear_integer.h.
-// int4: tiles_codes.h.
+// int8 and int4 in groups: tiles_codes.h.
 //
 // Cost of one product, in ticks of 2.6 GHz, measured on one core of a Sapphire Rapids-like Xeon: 11
 // without loads, 14 with x and W in L1, 22 with x in L2, 24 where W comes from beyond L2 as
@@ -59,7 +59,7 @@ constexpr std::int64_t kWorthKeeping = 3;  // calls that use the weights of kPar
 // ---- all tiles of a piece ----
 
 inline bool takes_tiles(const LinearTask& task) {
-  return task.format != DType::f32 && task.rows > (task.format == DType::int4 ? 1 : kFewRows);
+  return task.format != DType::f32 && task.rows > (is_grouped(task) ? 1 : kFewRows);
 }
 
 template <class Tiles>
@@ -84,7 +84,7 @@ inline void store_line(float* to, Vec y, bool is_streamed) {
 // 32 inputs of a row as bf16, in the order of the format's tiles.
 inline Vec input_line(const LinearTask& task, Vec x0, Vec x1) {
   const Vec line = two_as_bf16(x0, x1);
-  if (task.format != DType::int4) return line;
+  if (!is_grouped(task)) return line;
   static constexpr std::uint16_t kPlaces[32] = {0,  2,  1,  3,  4,  6,  5,  7,  8,  10, 9,
                                                 11, 12, 14, 13, 15, 16, 18, 17, 19, 20, 22,
                                                 21, 23, 24, 26, 25, 27, 28, 30, 29, 31};
@@ -360,21 +360,22 @@ void linear_on_tiles(const LinearTask& task, std::int64_t first_row, std::int64_
     product.multiply(first_row, last_row, first_panel, last_panel);
   };
   if (!takes_tiles(task)) {
-    if (task.format != DType::int4)
-      return linear(task, first_row, last_row, first_panel, last_panel);
-    constexpr auto kMultiply = linear_format<FormatCodes>;
+    if (!is_grouped(task)) return linear(task, first_row, last_row, first_panel, last_panel);
+    const auto multiply = task.format == DType::int4 ? linear_format<FormatCodes<Codes4>>
+                                                     : linear_format<FormatCodes<Codes8>>;
     return task.up_panels
-               ? linear_gated(task, first_row, last_row, first_panel, last_panel, kMultiply)
-               : kMultiply(task, first_row, last_row, first_panel, last_panel);
+               ? linear_gated(task, first_row, last_row, first_panel, last_panel, multiply)
+               : multiply(task, first_row, last_row, first_panel, last_panel);
   }
   switch (task.format) {
     case DType::bf16:
       return run(TileProduct<TilesBf16>(task));
     case DType::int8:
+      if (is_grouped(task)) return run(TileProduct<TilesCodes<Codes8>>(task));
       return task.activation_bits == 8 ? run(TileProduct<TilesInt8<1>>(task))
                                        : run(TileProduct<TilesInt8<2>>(task));
     case DType::int4:
-      return run(TileProduct<TilesCodes>(task));
+      return run(TileProduct<TilesCodes<Codes4>>(task));
     case DType::f32:
     case DType::f16:
       break;  // f32 is handled above, f16 has no packed format
@@ -386,7 +387,7 @@ void linear_on_tiles(const LinearTask& task, std::int64_t first_row, std::int64_
 std::int64_t tile_input_stride(const LinearTask& task) {
   if (!takes_tiles(task)) return input_stride(task);
   if (task.format == DType::bf16) return TilesBf16::input_stride(task);
-  if (task.format == DType::int4) return TilesCodes::input_stride(task);
+  if (is_grouped(task)) return TilesCodes<Codes8>::input_stride(task);  // as of Codes4
   return task.activation_bits == 16 ? TilesInt8<2>::input_stride(task)
                                     : TilesInt8<1>::input_stride(task);
 }
@@ -394,12 +395,12 @@ std::int64_t tile_input_stride(const LinearTask& task) {
 void prepare_tile_input(const LinearTask& task, std::int64_t row, void* to, const float* x,
                         std::int64_t inputs) {
   if (!takes_tiles(task)) {
-    if (task.format != DType::int4) return prepare_input(task, row, to, x, inputs);
+    if (!is_grouped(task)) return prepare_input(task, row, to, x, inputs);
     return prepare_bf16(to, x, inputs, task.depth);
   }
   const std::int64_t within = row % kRowTile;
   unsigned char* tile = static_cast<unsigned char*>(to) - within * task.x_stride * 4;
-  if (task.format == DType::bf16 || task.format == DType::int4)
+  if (task.format == DType::bf16 || is_grouped(task))
     return prepare_bf16_tile(task, tile + within * kTileRowBytes, x, inputs);
   prepare_integer_tile(task, row, tile + within * kTileRowBytes, x, inputs);
 }
@@ -413,6 +414,6 @@ inline Kernels with_tiles(Kernels kernels) {
   kernels.linear = linear_on_tiles;
   kernels.attend = attend_on_tiles;
   kernels.pieces = {2 * kRowTile, kMaxRowTiles * kRowTile, kMaxPanels, true};
-  kernels.int4_takes_bf16 = true;
+  kernels.groups_take_bf16 = true;
   return kernels;
 }

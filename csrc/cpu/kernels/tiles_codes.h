@@ -1,4 +1,4 @@
-// Products with int4 weights on tiles of bf16, for any number of rows. The definition differs from
+// Products with weights in groups, of 4 or 8 bits, on tiles of bf16. The definition differs from
 // the whole numbers of linear_integer.h, since in groups of 32 inputs a tile of bytes would be half
 // empty, and scaling and adding its sums would take longer than multiplying:
 //
@@ -10,113 +10,12 @@
 // adds it to the output.
 //
 // Codes become bf16 in scratch memory, once for a stretch of two panels and all rows of a block. Of
-// the eight codes of a word two are looked up at once, those of inputs 0 and 2, 1 and 3, 4 and 6, 5
-// and 7, and so x is stored in that order. A block's sums (often of 32 inputs: one product) are
+// the codes of a word two become numbers at once, those of inputs 0 and 2, 1 and 3, 4 and 6, 5 and
+// 7, and so x is stored in that order. A block's sums (often of 32 inputs: one product) are
 // stored, and while the next ones are multiplied, vectors multiply them by their scales and add
 // them to the total: a few blocks at a time, so that the total is loaded and stored once for them.
-//
-// A single row looks levels up as float32 and adds up the same chains: it would fill a 16th of a
-// tile, and vectors are nearly as fast as memory.
 
-struct Codes4 {
-  float level[16];
-
-  explicit Codes4(const LinearTask& task) {
-    for (int i = 0; i < 16; ++i)
-      level[i] = static_cast<float>(task.levels ? int{task.levels[i]} - 128 : i - 8);
-  }
-};
-
-// The scales of a panel's 16 outputs for one group.
-inline Vec load_scales(const LinearTask& task, std::int64_t panel, std::int64_t group) {
-  const std::int64_t at = (panel * task.num_groups + group) * kLanes;
-  return task.scale_type == DType::bf16 ? load(static_cast<const std::uint16_t*>(task.scales) + at)
-                                        : load(static_cast<const float*>(task.scales) + at);
-}
-// Prefetches the scales of groups so many numbers ahead.
-inline void prefetch_scales(const LinearTask& task, std::int64_t panel, std::int64_t group,
-                            std::int64_t soon) {
-  const std::int64_t bytes = task.scale_type == DType::bf16 ? 2 : 4;
-  const std::int64_t at = (panel * task.num_groups + group) * kLanes + soon;
-  prefetch(static_cast<const unsigned char*>(task.scales) + at * bytes);
-}
-inline Vec load_zeros(const LinearTask& task, std::int64_t panel, std::int64_t group) {
-  return load(task.zeros + (panel * task.num_groups + group) * kLanes);
-}
-
-// One row; x: float32 numbers that were rounded to bf16.
-struct FormatCodes {
-  static constexpr int kTileRows = 1, kTilePanels = kPanelsOneRow,
-                       kTilePanelsOneRow = kPanelsOneRow;
-
-  FloatTable table;
-  explicit FormatCodes(const LinearTask& task) : table(load_float_table(Codes4(task).level)) {}
-
-  static std::int64_t next_chunk(const LinearTask& task, std::int64_t) { return task.depth; }
-
-  template <int MR, int NR>
-  void accumulate(const LinearTask& task, std::int64_t row, std::int64_t panel, std::int64_t first,
-                  std::int64_t last, float* acc) const {
-    static_assert(MR == 1);
-    constexpr std::int64_t kInputsPerWord = 8;
-    const float* x = static_cast<const float*>(task.x) + row * task.x_stride;
-    const std::int64_t panel_words = task.depth / kInputsPerWord * kLanes;
-    const std::uint32_t* words = task.weight + panel * panel_words;
-    const Ahead ahead(kWordsAhead, panel_words, NR);
-    const std::int64_t panel_scales = task.num_groups * kLanes;
-    const Ahead scales_ahead(kScalesAhead, panel_scales, NR);
-    const std::int64_t group_size = task.group_size;
-    const bool has_zeros = task.zeros != nullptr;
-    std::int64_t group = first / group_size, group_end = (group + 1) * group_size;
-    for (std::int64_t k = first; k < last;) {
-      const std::int64_t end = smaller(k + kIntegerBlock, smaller(group_end, last));
-      Vec sums[NR], zeros[NR];
-      OCTAVO_UNROLL
-      for (int n = 0; n < NR; ++n) {
-        sums[n] = zero();
-        zeros[n] = has_zeros ? load_zeros(task, panel + n, group) : zero();
-      }
-      for (; k < end; k += kDepthBlock) {
-        Vec chain[2][NR];
-        OCTAVO_UNROLL
-        for (int n = 0; n < NR; ++n) chain[0][n] = chain[1][n] = zero();
-        for (std::int64_t i = k; i < k + kDepthBlock; i += kInputsPerWord) {
-          const std::int64_t at = i / kInputsPerWord * kLanes, soon = at + ahead.from(at);
-          OCTAVO_UNROLL
-          for (int n = 0; n < NR; ++n) {
-            const std::uint32_t* word = words + n * panel_words + at;
-            prefetch(words + n * panel_words + soon);
-            // Each byte is loaded into the lowest place from its own address: fewer shifts.
-            const Words bytes[4] = {load_words(word), load_words_at<1>(word),
-                                    load_words_at<2>(word), load_words_at<3>(word)};
-            const auto add_input = [&](auto input) {
-              constexpr int kByte = input % 4, kChain = kByte / 2;
-              const Words code = input < 4 ? bytes[kByte] : shift_right<4>(bytes[kByte]);
-              Vec level = look_up_floats(table, code);
-              if (has_zeros) level = sub(level, zeros[n]);
-              chain[kChain][n] = fma(splat(x[i + input]), level, chain[kChain][n]);
-            };
-            unroll(add_input, std::make_integer_sequence<int, 8>{});
-          }
-        }
-        OCTAVO_UNROLL
-        for (int n = 0; n < NR; ++n) sums[n] = add(sums[n], add(chain[0][n], chain[1][n]));
-      }
-      const std::int64_t soon = scales_ahead.from(group * kLanes);
-      OCTAVO_UNROLL
-      for (int n = 0; n < NR; ++n) {
-        store(acc + n * kLanes,
-              fma(sums[n], load_scales(task, panel + n, group), load(acc + n * kLanes)));
-        prefetch_scales(task, panel + n, group, soon);
-      }
-      if (k < group_end) continue;
-      ++group;
-      group_end += group_size;
-    }
-  }
-
-  static Vec finish(const LinearTask&, Vec sum, std::int64_t, std::int64_t) { return sum; }
-};
+#include "cpu/kernels/codes_bf16.h"
 
 // A panel that is read alone, and its sums, [16 rows][16].
 struct StreamedPanel {
@@ -124,6 +23,7 @@ struct StreamedPanel {
   float* sums;
 };
 
+template <class Codes>
 struct TilesCodes {
   static constexpr int kRowTiles = 2;
   static constexpr bool kStreams = true;  // a single tile of rows
@@ -135,11 +35,7 @@ struct TilesCodes {
   static constexpr int kBatch = 4;  // blocks, and steps, whose sums are added together
   const std::int64_t step_bytes = kTileRowBytes, steps;
 
-  explicit TilesCodes(const LinearTask& task) : steps(task.depth / kInputs) {
-    const Codes4 codes(task);
-    for (int i = 0; i < 32; ++i)
-      levels_[i] = static_cast<std::uint16_t>(float_bits(codes.level[i % 16]) >> 16);
-  }
+  explicit TilesCodes(const LinearTask& task) : steps(task.depth / kInputs), codes_(task) {}
 
   // As many whole groups as fit, or one block of a group.
   static std::int64_t next_stretch(const LinearTask& task, std::int64_t first,
@@ -155,10 +51,9 @@ struct TilesCodes {
   static AheadOf weights_ahead(const LinearTask& task, const PanelPair& pair, std::int64_t first,
                                std::int64_t length) {
     const auto at = [&](int n) {
-      return reinterpret_cast<const unsigned char*>(task.weight + panel_words(task, pair.panel[n]) +
-                                                    first / 8 * kLanes);
+      return reinterpret_cast<const unsigned char*>(words_at(task, pair.panel[n], first));
     };
-    return {at(0), at(1), length / 2 * kLanes};
+    return {at(0), at(1), 4 * length / Codes::kInputsPerWord * kLanes};
   }
 
   static AheadOf x_ahead(const LinearTask& task, std::int64_t row_tile, std::int64_t first,
@@ -178,7 +73,7 @@ struct TilesCodes {
                   std::int64_t sum_stride, Beside&& beside) {
     const auto widen_at = [&](std::int64_t k) {
       for (int n = 0; n < NR && k < last; ++n)
-        widen(task, task.weight + panel_words(task, pair.panel[n]) + k / 8 * kLanes,
+        widen(task, words_at(task, pair.panel[n], k),
               task.zeros ? load_zeros(task, pair.panel[n], k / task.group_size) : zero(),
               const_cast<unsigned char*>(w[n]) + (k - first) / kInputs * kTileBytes);
     };
@@ -287,8 +182,9 @@ struct TilesCodes {
     }
   };
 
-  static std::int64_t panel_words(const LinearTask& task, std::int64_t panel) {
-    return panel * task.depth / 8 * kLanes;
+  static const std::uint32_t* words_at(const LinearTask& task, std::int64_t panel,
+                                       std::int64_t input) {
+    return task.weight + (panel * task.depth + input) / Codes::kInputsPerWord * kLanes;
   }
 
   // Several panels at once, since each product waits for the one before it of the same panel.
@@ -307,7 +203,7 @@ struct TilesCodes {
           room_(room),
           block_sums_{block_sums, block_sums + NR * kTileSums} {
       for (int n = 0; n < NR; ++n) {
-        words_[n] = task.weight + panel_words(task, panels[n].panel);
+        words_[n] = words_at(task, panels[n].panel, 0);
         for (std::int64_t i = 0; i < num_rows_ * kLanes; i += kLanes)
           store(panels[n].sums + i, zero());
       }
@@ -362,7 +258,7 @@ struct TilesCodes {
         const Vec zeros =
             task_.zeros ? load_zeros(task_, panels_[n].panel, widened_group_) : zero();
         codes_.widen(task_, words_[n], zeros, room_of(widened_, n));
-        words_[n] += kInputs / 8 * kLanes;
+        words_[n] += kInputs / Codes::kInputsPerWord * kLanes;
       }
       ++widened_;
       if (++widened_of_group_ < group_steps_) return;
@@ -399,30 +295,17 @@ struct TilesCodes {
   // 32 inputs of a panel, as a tile.
   void widen(const LinearTask& task, const std::uint32_t* words, Vec zeros,
              unsigned char* room) const {
-    const HalfTable table = load_half_table(levels_);
-    const auto widen_words = [&](auto&& change) {
-      OCTAVO_UNROLL
-      for (int word = 0; word < 4; ++word) {
-        auto* to = reinterpret_cast<std::uint32_t*>(room) + word * 4 * kLanes;
-        prefetch(words + kWordsAhead + word * kLanes);
-        const Words raw = load_words(words + word * kLanes);
-        store_words(to, change(look_up_halves(table, raw)));
-        store_words(to + kLanes, change(look_up_halves(table, shift_halves_right<8>(raw))));
-        store_words(to + 2 * kLanes, change(look_up_halves(table, shift_halves_right<4>(raw))));
-        store_words(to + 3 * kLanes, change(look_up_halves(table, shift_halves_right<12>(raw))));
-      }
-    };
+    auto* to = reinterpret_cast<std::uint32_t*>(room);
     if (task.zeros)
-      widen_words([&](Words both) { return take_off(both, zeros); });
+      codes_.widen(words, to, [&](Words both) { return take_off(both, zeros); });
     else
-      widen_words([](Words both) { return both; });
+      codes_.widen(words, to, [](Words both) { return both; });
   }
 
   // Two levels a word, less the outputs' zero points.
   static Words take_off(Words both, Vec zeros) {
-    const Vec low = sub(as_floats(shift_left<16>(both)), zeros);
-    const Vec high = sub(as_floats(clear_low_half(both)), zeros);
-    return add_words(shift_right<16>(as_words(low)), clear_low_half(as_words(high)));
+    return as_halves(sub(as_floats(shift_left<16>(both)), zeros),
+                     sub(as_floats(clear_low_half(both)), zeros));
   }
 
   void flush_one(int index) {
@@ -431,7 +314,7 @@ struct TilesCodes {
   }
 
   alignas(64) float block_sums_[2][kBatch * 4 * kTileSums];
-  alignas(64) std::uint16_t levels_[32];
+  const Codes codes_;
   Batch batches_[2];
   int turn_ = 0;
 };

@@ -1,4 +1,4 @@
-// 16 lanes as two AVX registers; needs AVX2 and FMA.
+// 16 lanes as two AVX registers; needs AVX2, FMA and F16C.
 
 constexpr int kNumRegisters = 16;
 // Tiles of the matrix products, rows x panels, so that the sums fit the registers: fused
@@ -54,6 +54,13 @@ inline Vec load(const std::uint16_t* p) {
   const auto widen = [](const std::uint16_t* from) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  };
+  return {widen(p), widen(p + 8)};
+}
+// 16 IEEE halves.
+inline Vec load_f16(const std::uint16_t* p) {
+  const auto widen = [](const std::uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   };
   return {widen(p), widen(p + 8)};
 }

@@ -74,6 +74,11 @@ inline Vec load(const std::uint16_t* p) {
   return each_quarter(
       [&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
 }
+// 16 IEEE halves.
+inline Vec load_f16(const std::uint16_t* p) {
+  return each_quarter(
+      [&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
+}
 // 16 signed bytes.
 inline Vec load(const std::int8_t* p) {
   const int8x16_t bytes = vld1q_s8(p);

@@ -74,6 +74,10 @@ inline Vec scale_exponent(Vec y, Vec n) {
 inline Vec load(const std::uint16_t* p) {
   return each_lane([&](int i) { return bf16_to_float(p[i]); });
 }
+// 16 IEEE halves.
+inline Vec load_f16(const std::uint16_t* p) {
+  return each_lane([&](int i) { return f16_to_float(p[i]); });
+}
 // 16 signed bytes.
 inline Vec load(const std::int8_t* p) {
   return each_lane([&](int i) { return static_cast<float>(p[i]); });

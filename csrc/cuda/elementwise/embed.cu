@@ -25,9 +25,10 @@ OCTAVO_DEVICE void weights_at(float (&out)[kEach], const Matrix& m, int output, 
     unpack_eight<F16>(out, load_16(row + 2 * first));
   } else if (m.codes == Codes::bf16) {
     unpack_eight<Bf16>(out, load_16(row + 2 * first));
-  } else if (m.codes == Codes::int8) {
+  } else if (has_bytes(m.codes)) {
     const uint2 bytes = load_8(row + place_of(m.codes, first));
-    const float scale = m.output_scales[output];
+    const float scale =
+        is_grouped(m.codes) ? block_scale_at(m, output, first).scale : m.output_scales[output];
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const std::uint32_t byte = (j < 4 ? bytes.x : bytes.y) >> 8 * place_of(m.codes, j % 4);

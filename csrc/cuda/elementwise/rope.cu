@@ -59,7 +59,7 @@ __global__ void rope_and_store_kernel(RopeArguments a) {
 
   float cosine[kPairsPerLane] = {}, sine[kPairsPerLane] = {};
   if (rotates) {
-    const std::int64_t angles = static_cast<std::int64_t>(a.positions[token]) * a.pairs;
+    const std::int64_t angles = static_cast<std::int64_t>(a.rows[token]) * a.pairs;
     for (int n = 0; n < kPairsPerLane; ++n) {
       const int i = lane + 32 * n;
       if (i >= a.pairs) continue;
@@ -140,7 +140,7 @@ __global__ void rope_and_store_wide_kernel(RopeArguments a) {
   const int slot = exists && head >= a.num_heads ? a.slots[token] : -1;
   float cosine[8], sine[8];
   if (rotates) {
-    const std::int64_t angles = static_cast<std::int64_t>(a.positions[token]) * half + 8 * piece;
+    const std::int64_t angles = static_cast<std::int64_t>(a.rows[token]) * half + 8 * piece;
     load_eight(cosine, a.cosines + angles);
     load_eight(sine, a.sines + angles);
   }

@@ -10,8 +10,8 @@ namespace octavo::cuda {
 struct RopeArguments {
   void* qkv;
   std::int64_t stride;
-  const float *cosines, *sines;  // null: no rotation
-  const std::int32_t *positions, *slots;
+  const float *cosines, *sines;      // null: no rotation
+  const std::int32_t *rows, *slots;  // of cosines and sines; of the cache
   int num_heads, num_kv_heads, head_dim;
   int pairs;  // of a head, that rotate; without rotation half of the head
   KvLayout cache;
@@ -29,7 +29,7 @@ inline RopeArguments rope_arguments(View qkv, const Rope* rope, const LayerSpec&
   a.stride = qkv.stride;
   a.cosines = rope ? rope->cosines : nullptr;
   a.sines = rope ? rope->sines : nullptr;
-  a.positions = step.positions;
+  a.rows = step.rope_rows;
   a.slots = step.slots_of(layer.kv_group);
   a.num_heads = static_cast<int>(layer.num_heads);
   a.num_kv_heads = static_cast<int>(layer.num_kv_heads);

@@ -63,8 +63,8 @@ __global__ void pack_numbers(unsigned char* to, long long row_bytes, DType to_dt
 // A thread takes 16 bytes: lane t's part of a unit of a row.
 __global__ void pack_codes(unsigned char* to, long long row_bytes, Codes codes, int units,
                            Source source) {
-  const int per_block = codes == Codes::int8 ? 8 : 4;  // bytes a lane and block
-  const int bits = codes == Codes::int8 ? 8 : 4;
+  const int bits = has_bytes(codes) ? 8 : 4;
+  const int per_block = bits;  // bytes a lane and block
   for_each_item(static_cast<long long>(source.rows) * units * 4, [&](long long item) {
     const int t = static_cast<int>(item % 4), unit = static_cast<int>(item / 4 % units);
     const long long row = item / 4 / units;
@@ -114,7 +114,7 @@ Codes codes_of(const WeightFormat& format) {
     case DType::bf16:
       return Codes::bf16;
     case DType::int8:
-      return Codes::int8;
+      return format.is_grouped() ? Codes::int8_grouped : Codes::int8;
     case DType::int4:
       break;
   }
@@ -135,7 +135,8 @@ int scale_shift(const WeightFormat& format) {
 }
 
 int scales_per_row(const WeightFormat& format, int units) {
-  return round_up(ceil_div(4 * units, 1 << scale_shift(format)), 8);  // whole 16 bytes
+  const int blocks = blocks_per_unit(codes_of(format)) * units;
+  return round_up(ceil_div(blocks, 1 << scale_shift(format)), 8);  // whole 16 bytes
 }
 
 void pack_piece(Stream& stream, const Matrix& matrix, std::int64_t first_row,
@@ -189,10 +190,10 @@ Matrix matrix_of(const Linear& linear) {
   const WeightFormat& format = linear.format;
   Matrix matrix;
   matrix.data = linear.weight.as<unsigned char>();
-  if (format.dtype == DType::int8)
-    matrix.output_scales = linear.scales.as<float>();
-  else
+  if (format.is_grouped())
     matrix.scales = linear.scales.data();
+  else
+    matrix.output_scales = linear.scales.as<float>();
   matrix.zeros = linear.zeros.data();
   matrix.bias = linear.bias.as<float>();
   matrix.units = row_units(format, linear.inputs);
@@ -201,7 +202,7 @@ Matrix matrix_of(const Linear& linear) {
   matrix.inputs = static_cast<int>(linear.inputs);
   matrix.codes = codes_of(format);
   matrix.scale_dtype = format.scale_dtype;
-  if (format.dtype == DType::int4) {
+  if (format.is_grouped()) {
     matrix.scale_shift = scale_shift(format);
     matrix.scales_per_row = scales_per_row(format, matrix.units);
   }
@@ -217,8 +218,7 @@ Linear CudaBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
   constexpr std::int64_t kMost = std::int64_t{1} << 31;
   require(outputs < kMost && inputs < kMost, "a matrix is ", outputs, " x ", inputs,
           "; expected less than 2^31 either way");
-  require(format.dtype != DType::int4 ||
-              (format.group_size >= kBlock && format.group_size % kBlock == 0),
+  require(format.group_size % kBlock == 0 && (format.is_grouped() || format.dtype != DType::int4),
           "group_size is ", format.group_size, "; expected a multiple of ", kBlock);
   Linear linear;
   linear.outputs = outputs;
@@ -239,8 +239,10 @@ Linear CudaBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
   const std::int64_t rows = count * outputs;
   linear.weight = buffer(rows * matrix.row_bytes);
   const std::int64_t per_scale = bits_of(linear.format.scale_dtype) / 8;
-  if (format.dtype == DType::int8) linear.scales = buffer(rows * 4);
-  if (format.dtype == DType::int4) linear.scales = buffer(rows * matrix.scales_per_row * per_scale);
+  if (format.is_grouped())
+    linear.scales = buffer(rows * matrix.scales_per_row * per_scale);
+  else if (format.is_quantized())
+    linear.scales = buffer(rows * 4);
   if (format.has_zeros) linear.zeros = buffer(rows * matrix.scales_per_row * 2);
   if (with_bias) linear.bias = buffer(rows * 4);
   return linear;
@@ -249,8 +251,9 @@ Linear CudaBackend::make_linear(std::int64_t outputs, std::int64_t inputs,
 void CudaBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMatrix& rows) {
   const DType format = linear.format.dtype;
   const bool is_float = rows.dtype != DType::int8 && rows.dtype != DType::int4;
-  require(rows.dtype == format || (is_float && format != DType::int4), "a matrix of format ",
-          name(format), " does not take ", name(rows.dtype), " rows");
+  require(rows.dtype == format || (is_float && !linear.format.is_grouped()), "a matrix of format ",
+          name(format), linear.format.is_grouped() ? " in groups" : "", " does not take ",
+          name(rows.dtype), " rows");
   require(rows.cols == linear.inputs && first_row >= 0 &&
               first_row + rows.rows <= linear.count * linear.outputs,
           "rows ", first_row, " to ", first_row + rows.rows, " of ", rows.cols,
@@ -275,7 +278,7 @@ void CudaBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMa
 
 void CudaBackend::pack_scales(Linear& linear, std::int64_t first_row, std::int64_t rows,
                               const float* scales) {
-  if (linear.format.dtype == DType::int4) {
+  if (linear.format.is_grouped()) {
     pack_grouped(stream_, linear, linear.scales, linear.format.scale_dtype, first_row, rows, scales,
                  [](float scale) { return scale; });
     return;

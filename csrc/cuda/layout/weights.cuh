@@ -15,10 +15,11 @@
 // tensor core multiplies inputs in another order than they lie in makes no difference to it, since
 // the activations are taken in the same order: see fragments.cuh.
 //
-// Scales: int8 has a float32 for each output. int4 has for each output and group a bf16 where the
-// format's scales are such, and else a float32 (with float32 activations) or an f16, which is what
-// the files of such formats hold; rows of them are padded to 16 bytes. Where the format has zero
-// points they lie in the same order, as bf16 of 8 + zero (with levels of their own: of the zero).
+// Scales: int8 has a float32 for each output. Formats in groups have for each output and group a
+// bf16 where the format's scales are such, and else a float32 (with float32 activations) or an f16,
+// which is what the files of such formats hold; rows of them are padded to 16 bytes. Where the
+// format has zero points they lie in the same order, as bf16 of 8 + zero (with levels of their own:
+// of the zero).
 #pragma once
 
 #include <cstdint>
@@ -32,8 +33,8 @@ namespace octavo::cuda {
 constexpr int kBlock = 32;      // inputs
 constexpr int kUnitBytes = 64;  // of a row
 
-// What a weight is, as kernels tell formats apart.
-enum class Codes : int { f32, f16, bf16, int8, int4, int4_levels };
+// What a weight is, as kernels tell formats apart; int8_grouped and what follows is in groups.
+enum class Codes : int { f32, f16, bf16, int8, int8_grouped, int4, int4_levels };
 
 struct Levels {  // int4_levels: what the 16 codes stand for
   std::uint32_t words[4];
@@ -42,7 +43,7 @@ struct Levels {  // int4_levels: what the 16 codes stand for
 // A packed matrix as kernels get it, by value.
 struct Matrix {
   const unsigned char* data = nullptr;
-  const void* scales = nullptr;          // int4
+  const void* scales = nullptr;          // of groups
   const void* zeros = nullptr;           // int4; null: none
   const float* output_scales = nullptr;  // int8; null: none
   const float* bias = nullptr;           // null: none
@@ -50,10 +51,10 @@ struct Matrix {
   int outputs = 0;
   int inputs = 0;
   int units = 0;           // of a row
-  int scale_shift = 0;     // int4: log2 of the blocks that share a scale
-  int scales_per_row = 0;  // int4
+  int scale_shift = 0;     // log2 of the blocks that share a scale
+  int scales_per_row = 0;  // of groups
   Codes codes = Codes::f32;
-  DType scale_dtype = DType::f32;  // int4
+  DType scale_dtype = DType::f32;  // of groups
   Levels levels = {};
   bool computed = false;  // by the kernel before: not to be read before that has ended
 
@@ -62,14 +63,20 @@ struct Matrix {
   }
 };
 
-OCTAVO_HOST_DEVICE int bits_of(Codes codes) {
-  return codes == Codes::f32 ? 32 : codes < Codes::int8 ? 16 : codes == Codes::int8 ? 8 : 4;
+OCTAVO_HOST_DEVICE constexpr bool is_quantized(Codes codes) { return codes >= Codes::int8; }
+OCTAVO_HOST_DEVICE constexpr bool is_grouped(Codes codes) { return codes >= Codes::int8_grouped; }
+OCTAVO_HOST_DEVICE constexpr bool has_bytes(Codes codes) {
+  return codes == Codes::int8 || codes == Codes::int8_grouped;
+}
+// Of a row's unit: 64 bytes.
+OCTAVO_HOST_DEVICE constexpr int blocks_per_unit(Codes codes) {
+  return !is_quantized(codes) ? 1 : has_bytes(codes) ? 2 : 4;
 }
 
 // Where in its row an input's code lies; int4: times two, in nibbles.
 OCTAVO_HOST_DEVICE int place_of(Codes codes, int input) {
   const int j = input % 8, t = input % kBlock / 8;
-  if (codes == Codes::int8) {
+  if (has_bytes(codes)) {
     const int swapped = j % 4 == 1 ? 2 : j % 4 == 2 ? 1 : j % 4;
     return input / 64 * 64 + 16 * t + 8 * (input % 64 / kBlock) + j / 4 * 4 + swapped;
   }
@@ -88,7 +95,7 @@ inline Numbers numbers_of(View view) {
   return {view.data, view.dtype, static_cast<int>(view.rows), view.stride};
 }
 
-// What makes weights of int4 codes of one block: (level - zero) * scale.
+// What makes weights of the codes of one block: (level - zero) * scale.
 struct BlockScale {
   float scale, zero;
 };
@@ -100,8 +107,10 @@ OCTAVO_DEVICE BlockScale block_scale_at(const Matrix& m, int output, int input) 
   if (m.zeros && m.codes == Codes::int4) s.zero -= 8.0f;
   return s;
 }
+// code: 4 bits, or a byte's.
 OCTAVO_DEVICE float weight_of(const Matrix& m, BlockScale s, int code) {
-  const int level = m.codes == Codes::int4
+  const int level = has_bytes(m.codes) ? static_cast<std::int8_t>(code)
+                    : m.codes == Codes::int4
                         ? code - 8
                         : static_cast<std::int8_t>(m.levels.words[code / 4] >> code % 4 * 8);
   return (static_cast<float>(level) - s.zero) * s.scale;
@@ -116,7 +125,8 @@ OCTAVO_DEVICE float weight_at(const Matrix& m, int output, int input) {
   const int place = place_of(m.codes, input);
   if (m.codes == Codes::int8)
     return static_cast<float>(static_cast<std::int8_t>(row[place])) * m.output_scales[output];
-  return weight_of(m, block_scale_at(m, output, input), row[place / 2] >> place % 2 * 4 & 15);
+  const int code = has_bytes(m.codes) ? row[place] : row[place / 2] >> place % 2 * 4 & 15;
+  return weight_of(m, block_scale_at(m, output, input), code);
 }
 
 // The packed matrix behind a Linear that make_linear made.

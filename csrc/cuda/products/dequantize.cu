@@ -25,9 +25,9 @@ __global__ void dequantize_units(unsigned char* to, long long to_row_bytes, Matr
   if (unit >= weight.units) return;
   const uint4 bytes = load_16_once(weight.row(output) + unit * kUnitBytes + 16 * t);
   uint2 scales = {}, zeros = {};
-  if constexpr (codes >= Codes::int4) {
-    scales = load_scales(weight.scales, weight, output, unit);
-    if (weight.zeros) zeros = load_scales(weight.zeros, weight, output, unit);
+  if constexpr (is_grouped(codes)) {
+    scales = load_scales<codes>(weight.scales, weight, output, unit);
+    if (weight.zeros) zeros = load_scales<codes>(weight.zeros, weight, output, unit);
   }
 #pragma unroll
   for (int block = 0; block < blocks_per_unit(codes); ++block) {
@@ -35,8 +35,10 @@ __global__ void dequantize_units(unsigned char* to, long long to_row_bytes, Matr
     if (place * kUnitBytes >= to_row_bytes) break;  // padding
     std::uint32_t pairs[4], offset = kNoZeros<T, codes>;
     float scale = 1.0f;
-    const auto pair_of = [&](uint2 raw) { return scale_pair_of(raw, weight, unit, block / 2); };
-    if constexpr (codes >= Codes::int4) {
+    const auto pair_of = [&](uint2 raw) {
+      return scale_pair_of<codes>(raw, weight, unit, block / 2);
+    };
+    if constexpr (is_grouped(codes)) {
       if (weight.zeros) offset = offsets_of<T, codes>(pair_of(zeros), block);
       const std::uint32_t pair = pair_of(scales);
       scale = weight.scale_dtype == DType::bf16 ? scale_of<Bf16>(pair, block)
@@ -74,6 +76,8 @@ Matrix dequantize(Stream& stream, void* to, DType dtype, const Matrix& weight) {
     using T = decltype(zero);
     if (weight.codes == Codes::int8)
       run(dequantize_units<T, Codes::int8>);
+    else if (weight.codes == Codes::int8_grouped)
+      run(dequantize_units<T, Codes::int8_grouped>);
     else if (weight.codes == Codes::int4)
       run(dequantize_units<T, Codes::int4>);
     else

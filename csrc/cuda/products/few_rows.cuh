@@ -129,7 +129,7 @@ struct RotateAndStore {
   }
 
   struct Ahead {
-    int position, slot;
+    int angles, slot;
     float cosine, sine;
   };
   OCTAVO_DEVICE bool rotates(int head) const {
@@ -137,13 +137,13 @@ struct RotateAndStore {
   }
   OCTAVO_DEVICE void ask(Ahead& ahead, int row, int first, int) const {
     const int head = first / half();
-    if (rotates(head)) ahead.position = a.positions[row];
+    if (rotates(head)) ahead.angles = a.rows[row];
     if (head >= a.num_heads) ahead.slot = a.slots[row];
   }
   OCTAVO_DEVICE void ask_more(Ahead& ahead, int, int first, int j) const {
     const int head = first / half(), i = first - head * half() + j;
     if (!rotates(head)) return;
-    const long long angle = static_cast<long long>(ahead.position) * half() + i;
+    const long long angle = static_cast<long long>(ahead.angles) * half() + i;
     ahead.cosine = a.cosines[angle];
     ahead.sine = a.sines[angle];
   }

@@ -33,10 +33,6 @@ OCTAVO_HOST_DEVICE int slice_inputs(int inputs) {
 }
 OCTAVO_HOST_DEVICE int num_slices(int inputs) { return ceil_div(inputs, slice_inputs(inputs)); }
 
-constexpr int blocks_per_unit(Codes codes) {
-  return codes < Codes::int8 ? 1 : codes == Codes::int8 ? 2 : 4;
-}
-
 // Pairs of one 16-bit number.
 template <class T>
 constexpr std::uint32_t kOnes = std::is_same_v<T, Bf16> ? 0x3f803f80u : 0x3c003c00u;
@@ -76,18 +72,24 @@ OCTAVO_DEVICE std::uint32_t look_up(std::uint32_t codes, const Levels& levels) {
 }
 
 // Where the first scale of a unit lies in its row of them.
-OCTAVO_DEVICE int first_scale(const Matrix& m, int unit) { return 4 * unit >> m.scale_shift; }
+template <Codes codes>
+OCTAVO_DEVICE int first_scale(const Matrix& m, int unit) {
+  return blocks_per_unit(codes) * unit >> m.scale_shift;
+}
 
 // Scales or zero points of a unit as they lie in memory: the 8 bytes of the row that hold them,
 // which one load brings whatever the size of groups. To be asked for early, and told apart where
 // they are used.
+template <Codes codes>
 OCTAVO_DEVICE uint2 load_scales(const void* table, const Matrix& m, int output, int unit) {
   return load_8(static_cast<const std::uint16_t*>(table) +
-                static_cast<long long>(output) * m.scales_per_row + first_scale(m, unit) / 4 * 4);
+                static_cast<long long>(output) * m.scales_per_row +
+                first_scale<codes>(m, unit) / 4 * 4);
 }
 // Those of blocks 2 pair and 2 pair + 1, in the lower and the upper half.
+template <Codes codes>
 OCTAVO_DEVICE std::uint32_t scale_pair_of(uint2 raw, const Matrix& m, int unit, int pair) {
-  const auto first = static_cast<std::uint32_t>(first_scale(m, unit) % 4);
+  const auto first = static_cast<std::uint32_t>(first_scale<codes>(m, unit) % 4);
   const std::uint32_t low = first + static_cast<std::uint32_t>(2 * pair >> m.scale_shift);
   const std::uint32_t high = first + static_cast<std::uint32_t>((2 * pair + 1) >> m.scale_shift);
   return permute_bytes(raw.x, raw.y, low * 0x22u + high * 0x2200u + 0x1010u);
@@ -122,9 +124,9 @@ template <class T, Codes codes>
 OCTAVO_DEVICE void numbers_of_block(std::uint32_t (&pairs)[4], const uint4& bytes, int block,
                                     std::uint32_t offsets, const Levels& levels) {
   const std::uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-  if constexpr (codes < Codes::int8) {
+  if constexpr (!is_quantized(codes)) {
     for (int i = 0; i < 4; ++i) pairs[i] = words[i];
-  } else if constexpr (codes == Codes::int8) {
+  } else if constexpr (has_bytes(codes)) {
     pairs_of_bytes<T>(pairs[0], pairs[1], words[2 * block]);
     pairs_of_bytes<T>(pairs[2], pairs[3], words[2 * block + 1]);
   } else if constexpr (codes == Codes::int4) {
@@ -156,7 +158,7 @@ OCTAVO_DEVICE void multiply_block(float (&sums)[4], const std::uint32_t (&upper)
   multiply_accumulate<T>(sums, {upper[2], lower[2], upper[3], lower[3]}, {x.z, x.w});
 }
 
-// The same of int4, with the scales of outputs g and g + 8.
+// The same of a format in groups, with the scales of outputs g and g + 8.
 template <class T>
 OCTAVO_DEVICE void multiply_scaled(float (&sums)[4], const std::uint32_t (&upper)[4],
                                    const std::uint32_t (&lower)[4], const uint4& x,

@@ -42,6 +42,8 @@ void multiply_experts_tiles(Stream& stream, View out, View x, const Matrix& weig
     constexpr Codes kPlain = std::is_same_v<T, Bf16> ? Codes::bf16 : Codes::f16;
     if (weight.codes == Codes::int8)
       run_shape<T, Codes::int8>(stream, out, x, weight, tiles, tile_rows);
+    else if (weight.codes == Codes::int8_grouped)
+      run_shape<T, Codes::int8_grouped>(stream, out, x, weight, tiles, tile_rows);
     else if (weight.codes == Codes::int4)
       run_shape<T, Codes::int4>(stream, out, x, weight, tiles, tile_rows);
     else if (weight.codes == Codes::int4_levels)

@@ -53,8 +53,8 @@ constexpr bool asks_much = !std::is_empty_v<typename Target::Ahead>;
 
 // Units of a ring: what registers leave room for.
 template <Codes codes, bool has_zeros, class Target>
-constexpr int ring_units = codes < Codes::int8                                       ? 8
-                           : codes == Codes::int8                                    ? 4
+constexpr int ring_units = !is_quantized(codes)                                      ? 8
+                           : has_bytes(codes)                                        ? 4
                            : has_zeros && (codes > Codes::int4 || asks_much<Target>) ? 2
                            : codes > Codes::int4 ? 3
                                                  : OCTAVO_INT4_RING;
@@ -64,7 +64,7 @@ constexpr int blocks_of_processor = codes == Codes::int8 ? OCTAVO_INT8_BLOCKS
                                                                                             : 2;
 // From one tile to the next.
 template <Codes codes, class Target>
-constexpr bool goes_on = codes < Codes::int4 && !asks_much<Target>;
+constexpr bool goes_on = !is_grouped(codes) && !asks_much<Target>;
 
 // The matrix's rows of which lanes 4 g .. 4 g + 3 of a block have parts.
 template <class Target>
@@ -130,7 +130,7 @@ struct Lines {
   int upper_row, lower_row;
 };
 
-// Scale: of int4. has_zeros: int4.
+// Scale: of groups. has_zeros: int4.
 template <class T, Codes codes, class Scale, bool has_zeros, class Source, class Target>
 __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes, has_zeros, Target>)
     multiply_rows(Target target, Source source, Matrix weight, int slice_units) {
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes,
   constexpr int kBlocks = blocks_per_unit(codes);
   constexpr int kRing = ring_units<codes, has_zeros, Target>;
   constexpr bool kGoesOn = goes_on<codes, Target>;  // from one tile to the next
-  constexpr bool kScaled = codes >= Codes::int4;
+  constexpr bool kScaled = is_grouped(codes);
   constexpr int kItems = items_of_tile<Target>;
   const int lane = static_cast<int>(threadIdx.x % kWarp);
   const int slice = static_cast<int>(threadIdx.x / kWarp);
@@ -164,11 +164,11 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes,
     ring[slot][1] = load_16_once(lines.lower + unit * kUnitBytes);
     if constexpr (kScaled) {
       const int of_row = first_unit + unit;
-      scales[slot][0] = load_scales(weight.scales, weight, lines.upper_row, of_row);
-      scales[slot][1] = load_scales(weight.scales, weight, lines.lower_row, of_row);
+      scales[slot][0] = load_scales<codes>(weight.scales, weight, lines.upper_row, of_row);
+      scales[slot][1] = load_scales<codes>(weight.scales, weight, lines.lower_row, of_row);
       if constexpr (has_zeros) {
-        zeros[slot][0] = load_scales(weight.zeros, weight, lines.upper_row, of_row);
-        zeros[slot][1] = load_scales(weight.zeros, weight, lines.lower_row, of_row);
+        zeros[slot][0] = load_scales<codes>(weight.zeros, weight, lines.upper_row, of_row);
+        zeros[slot][1] = load_scales<codes>(weight.zeros, weight, lines.lower_row, of_row);
       }
     }
   };
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes,
         for (int block = 0; block < kBlocks; ++block) {
           const int slot = (u * kBlocks + block) % kAheadBlocks;
           const auto pair_of = [&](uint2 raw) {
-            return scale_pair_of(raw, weight, first_unit + unit, block / 2);
+            return scale_pair_of<codes>(raw, weight, first_unit + unit, block / 2);
           };
           std::uint32_t a[2][4];
 #pragma unroll
@@ -312,6 +312,10 @@ void run_format(Stream& stream, const Matrix& weight, const Ends&... ends) {
   switch (weight.codes) {
     case Codes::int8:
       return run<T, Codes::int8, Bf16, false>(stream, ends..., weight);
+    case Codes::int8_grouped:
+      if (weight.scale_dtype == DType::bf16)
+        return run<T, Codes::int8_grouped, Bf16, false>(stream, ends..., weight);
+      return run<T, Codes::int8_grouped, F16, false>(stream, ends..., weight);
     case Codes::int4:
       return run_scaled<T, Codes::int4>(stream, weight, ends...);
     case Codes::int4_levels:

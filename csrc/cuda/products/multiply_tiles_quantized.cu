@@ -11,6 +11,8 @@ void multiply_quantized_tiles(Stream& stream, View out, View x, const Matrix& we
     using T = decltype(zero);
     if (weight.codes == Codes::int8)
       run_rows<T, Codes::int8>(stream, out, x, weight, partials);
+    else if (weight.codes == Codes::int8_grouped)
+      run_rows<T, Codes::int8_grouped>(stream, out, x, weight, partials);
     else if (weight.codes == Codes::int4)
       run_rows<T, Codes::int4>(stream, out, x, weight, partials);
     else

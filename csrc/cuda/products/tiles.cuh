@@ -51,8 +51,7 @@ using SmallTile = TileShape<16, 64, 1, 4, 4>;
 using HalfTile = TileShape<32, 128, 1, 4, 2>;
 // int8 codes become numbers once, in one warp; int4 ones twice, or the registers would not do.
 template <Codes codes>
-using MediumTile =
-    TileShape<64, 128, codes == Codes::int8 ? 1 : 2, 4, codes >= Codes::int4 ? 1 : 2>;
+using MediumTile = TileShape<64, 128, has_bytes(codes) ? 1 : 2, 4, is_grouped(codes) ? 1 : 2>;
 using WideTile = TileShape<96, 128, 2, 4, 1>;
 // Levels leave registers for no more than 96 rows.
 template <Codes codes>
@@ -61,12 +60,12 @@ using LargeTile = TileShape<codes == Codes::int4_levels ? 96 : 128, 128, 2, 4, 1
 // What a stage holds.
 template <Codes codes, class Shape>
 struct Stage {
-  static constexpr int units = codes < Codes::int8 ? 2 : 1;
+  static constexpr int units = is_quantized(codes) ? 1 : 2;
   static constexpr int blocks = units * blocks_per_unit(codes);
   static constexpr int weight_bytes = units * Shape::outputs * kUnitBytes;
   static constexpr int x_bytes = blocks * Shape::rows * kUnitBytes;
-  // int4: the 16 bytes of each output's scales that hold those of the unit, and as many of zeros.
-  static constexpr int scale_bytes = codes < Codes::int4 ? 0 : 16 * Shape::outputs;
+  // Groups: the 16 bytes of each output's scales that hold those of the unit, and as many of zeros.
+  static constexpr int scale_bytes = is_grouped(codes) ? 16 * Shape::outputs : 0;
   static constexpr int bytes = weight_bytes + x_bytes + 2 * scale_bytes;
   // How many there are: four, or what an A100 has room for.
   static constexpr int count = 4 * bytes <= 160 * 1024 ? 4 : 3;
@@ -97,7 +96,7 @@ OCTAVO_DEVICE void copy_pieces(unsigned char* to, const unsigned char* from, int
   }
 }
 
-// The same of int4 scales or zero points, 16 bytes a row. from: the tile's first row of them.
+// The same of scales or zero points, 16 bytes a row. from: the tile's first row of them.
 template <class Shape>
 OCTAVO_DEVICE void copy_scales(unsigned char* to, const std::uint16_t* from, int scales_per_row,
                                int rows, int first) {
@@ -137,7 +136,7 @@ OCTAVO_DEVICE void multiply_stage(Sums<Shape>& sums, const unsigned char* stage,
   using S = Stage<codes, Shape>;
   const int lane = static_cast<int>(lane_index()), g = lane / 4, t = lane % 4;
   const unsigned char* xs = stage + S::weight_bytes;
-  const int first = first_scale(weight, first_unit) % 8;
+  const int first = first_scale<codes>(weight, first_unit) % 8;
   // A scale or zero point of a block; whatever the size of groups, one load and no branch.
   const auto scale_at = [&](const unsigned char* rows, int row, int block) -> std::uint32_t {
     return reinterpret_cast<const std::uint16_t*>(rows +
@@ -169,7 +168,7 @@ OCTAVO_DEVICE void multiply_stage(Sums<Shape>& sums, const unsigned char* stage,
       for_each([&](int i, int half, int row) {
         if (block == 0)
           bytes[i][half] = load_16(stage + piece_offset(unit, row, Shape::outputs) + 16 * t);
-        if constexpr (codes >= Codes::int4) {
+        if constexpr (is_grouped(codes)) {
           const std::uint32_t scale = scale_at(xs + S::x_bytes, row, block);
           scales[i][half] = weight.scale_dtype == DType::bf16 ? scale_of<Bf16>(scale, 0)
                                                               : scale_of<F16>(scale, 0);
@@ -184,7 +183,7 @@ OCTAVO_DEVICE void multiply_stage(Sums<Shape>& sums, const unsigned char* stage,
         const uint4 x = load_16(xs + piece_offset(piece, row, Shape::rows) + 16 * t);
 #pragma unroll
         for (int i = 0; i < Part<Shape>::outputs; ++i) {
-          if constexpr (codes >= Codes::int4)
+          if constexpr (is_grouped(codes))
             multiply_scaled<T>(sums[i][j], pairs[i][0], pairs[i][1], x, scales[i][0], scales[i][1]);
           else
             multiply_block<T>(sums[i][j], pairs[i][0], pairs[i][1], x);
@@ -306,11 +305,11 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
     copy_pieces<S::units, Shape::outputs, Shape::threads>(buffer(stage), codes_of_tile + at,
                                                           static_cast<int>(weight.row_bytes),
                                                           outputs, weight.units * kUnitBytes - at);
-    if constexpr (codes >= Codes::int4) {
+    if constexpr (is_grouped(codes)) {
       const auto copy = [&](const void* table, int at) {
-        copy_scales<Shape>(buffer(stage) + at,
-                           static_cast<const std::uint16_t*>(table) + scale_offset,
-                           weight.scales_per_row, outputs, first_scale(weight, stage * S::units));
+        copy_scales<Shape>(
+            buffer(stage) + at, static_cast<const std::uint16_t*>(table) + scale_offset,
+            weight.scales_per_row, outputs, first_scale<codes>(weight, stage * S::units));
       };
       copy(weight.scales, S::weight_bytes + S::x_bytes);
       if (weight.zeros) copy(weight.zeros, S::weight_bytes + S::x_bytes + S::scale_bytes);
@@ -396,7 +395,7 @@ void run_rows(Stream& stream, View out, View x, const Matrix& weight, const Part
   using Large = LargeTile<codes>;
   const int row_tiles = ceil_div(rows, Large::rows);
   if (rows <= SmallTile::rows) return run(SmallTile{});
-  if constexpr (codes >= Codes::int8) {
+  if constexpr (is_quantized(codes)) {
     if (rows <= HalfTile::rows) return run(HalfTile{});
   }
   if (rows <= Medium::rows ||

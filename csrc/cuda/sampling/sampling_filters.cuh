@@ -151,11 +151,12 @@ OCTAVO_DEVICE void forget_collected(RowState& state) {
 OCTAVO_DEVICE void note_token(const SampleArguments& a, int token, unsigned finite) {
   const std::int64_t row = a.row();
   if (threadIdx.x == 0) {
+    const RowOptions& options = sample_memory().options;
+    if (finite && options.target >= 0) token = static_cast<int>(options.target);
     a.out.token_ids[row] = token;
     a.out.finite[row] = static_cast<std::uint8_t>(finite);
     a.out.logprobs[row] = NAN;
-    const int state_row = sample_memory().options.state_row;
-    if (state_row >= 0) a.sampled[state_row] = token;
+    if (options.state_row >= 0) a.sampled[options.state_row] = token;
   }
   for (int i = static_cast<int>(threadIdx.x); i < a.num_top;
        i += static_cast<int>(kSamplingThreads)) {

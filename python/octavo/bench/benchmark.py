@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from octavo.bench.peak import measure, measure_cuda
 from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.errors import InvalidArgumentError
 from octavo.machine import processor, resident_memory
+from octavo.models.adapter import Adapter
 from octavo.models.spec import ModelSpec
 from octavo.progress import StageProgress
 from octavo.quantization.plan import expert_bytes
 from octavo.runtime.loader import LoadedRuntime, load_runtime
 from octavo.runtime.session import Float32, Session
+from octavo.weights.adapter import read_adapter
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import read_model
@@ -111,6 +114,7 @@ class BenchResult:
     peak: Peak | None
     rows: tuple[Row, ...]
     loading: Loading | None = None
+    adapters: tuple[str, ...] = ()  # their folders; sequences have them in turn
 
     @property
     def passed(self) -> bool:
@@ -130,10 +134,12 @@ def bench(
     environment: Environment,
     progress: StageProgress = lambda *_: None,
     measured: Callable[[Row], None] = lambda _: None,
+    adapters: Sequence[Path] = (),
 ) -> BenchResult:
     """Measure every case `repetitions` times. config: sizes of batch and cache are set here.
 
-    measured: called with each case's row as soon as it is there.
+    measured: called with each case's row as soon as it is there. adapters: folders of LoRA
+    adapters, which the sequences have in turn; what they read and compute is not in the limits.
 
     Raises what loading raises, and InvalidArgumentError for cases that the model has no room for.
     """
@@ -144,10 +150,11 @@ def bench(
     files = read_model(resolve_model(model, environment))
     before, started = resident_memory(), time.perf_counter()
     checkpoint = open_checkpoint(files, config.load_format, config.seed)
+    loras = [read_adapter(folder, files, checkpoint) for folder in adapters]
     loaded = load_runtime(
         files,
         checkpoint,
-        fit_config(config, cases),
+        replace(fit_config(config, cases), max_adapters=len(loras)),
         partial(progress, f"loading {files.path.name}"),
         environment,
     )
@@ -158,7 +165,7 @@ def bench(
     options = loaded.options
     threads = options.num_threads or int(info["physical_cores"])
     peak = measure_peak(loaded, threads, progress)
-    runner = Runner(loaded, files.spec, peak)
+    runner = Runner(loaded, files.spec, peak, loras)
     rows = []
     for number, case in enumerate(cases):
         progress(f"{case.name}, batch {case.batch}", number, len(cases))
@@ -181,6 +188,7 @@ def bench(
         peak=peak,
         rows=tuple(rows),
         loading=loading,
+        adapters=tuple(map(str, adapters)),
     )
 
 
@@ -219,8 +227,14 @@ def measure_peak(loaded: LoadedRuntime, num_threads: int, progress: StageProgres
 class Runner:
     """Runs cases on one loaded model."""
 
-    def __init__(self, loaded: LoadedRuntime, spec: ModelSpec, peak: Peak | None) -> None:
-        self._session = Session(loaded)
+    def __init__(
+        self,
+        loaded: LoadedRuntime,
+        spec: ModelSpec,
+        peak: Peak | None,
+        adapters: Sequence[Adapter] = (),
+    ) -> None:
+        self._session = Session(loaded, adapters)
         self._runtime = loaded.runtime
         self._spec = spec
         self._options: RuntimeOptions = loaded.options
@@ -280,7 +294,7 @@ class Runner:
         steps = GATE_STEPS if self._session.is_exact else 1
         passed = True
         for index in (batch - 1, 0):
-            alone = self.decode_logits([prompts[index]], GATE_STEPS)
+            alone = self.decode_logits([prompts[index]], GATE_STEPS, first_adapter=index)
             passed &= self._same(alone[:steps], together[:steps, index : index + 1])
         return Gate(passed, hash_of(alone))  # of the first sequence
 
@@ -322,12 +336,14 @@ class Runner:
         for ticket in tickets:
             self._runtime.wait(ticket)
 
-    def decode_logits(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Float32:
+    def decode_logits(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, first_adapter: int = 0
+    ) -> Float32:
         """The logits of each prompt's last token and of greedy tokens behind it.
 
         Returns float32 (num_tokens, sequences, vocab_size).
         """
-        self._session.restart(len(prompts))
+        self._session.restart(len(prompts), first_adapter=first_adapter)
         self._feed([prompt[:-1] for prompt in prompts])
         new = {index: [prompt[-1]] for index, prompt in enumerate(prompts)}
         found = []

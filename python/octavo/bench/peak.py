@@ -35,24 +35,27 @@ _TIMES_FLOAT32: dict[str, dict[Arithmetic, int]] = {
 
 
 def arithmetic_of(
-    format: WeightFormat | None, dtype: str, int4_activations: str = "whole"
+    format: WeightFormat | None, dtype: str, grouped_activations: str = "whole"
 ) -> Arithmetic:
     """What a matrix kept in `format` is multiplied with; None: in dtype, "f32" or "bf16".
 
-    int4_activations: "whole" or "bf16", as `_native.int4_activations` tells of an instruction set.
+    grouped_activations: "whole" or "bf16", as `_native.grouped_activations` tells of an
+    instruction set.
     """
     kind = dtype if format is None else format.dtype
-    if kind == "int4" and int4_activations == "bf16":
+    if format is not None and format.is_grouped and grouped_activations == "bf16":
         return "bf16"
     if kind in ("int8", "int4"):
         return "int8" if format is not None and format.activation_bits == 8 else "int16"
     return "bf16" if kind == "bf16" else "f32"
 
 
-def layers_arithmetic(options: RuntimeOptions, int4_activations: str = "whole") -> set[Arithmetic]:
+def layers_arithmetic(
+    options: RuntimeOptions, grouped_activations: str = "whole"
+) -> set[Arithmetic]:
     """The arithmetic of the layers' matrices; embedding and head are apart."""
     layers = [format for name, format in options.formats.items() if name.startswith("layers.")]
-    found = {arithmetic_of(format, options.dtype, int4_activations) for format in layers}
+    found = {arithmetic_of(format, options.dtype, grouped_activations) for format in layers}
     return found or {arithmetic_of(None, options.dtype)}
 
 
@@ -77,7 +80,7 @@ def measure(options: RuntimeOptions, num_threads: int, seconds: float | None = N
     isa = str(_native.build_info()["isa"]) if options.isa == "auto" else options.isa
     # Multiply-adds are those of the set that an extension extends.
     base = "avx512" if isa == "amx" else isa.split("_")[0]
-    arithmetic = layers_arithmetic(options, _native.int4_activations(isa))
+    arithmetic = layers_arithmetic(options, _native.grouped_activations(isa))
     given = () if seconds is None else (seconds,)
     bandwidth = _native.measure_bandwidth(num_threads, *given)
     float32 = _native.measure_flops(num_threads, base, *given)

@@ -15,7 +15,7 @@ HEADINGS = (
     *("% of limit", "limit", "logits", "gate"),
 )
 CSV_COLUMNS = (
-    *("model", "weights", "kv_dtype", "processor", "isa", "num_threads"),
+    *("model", "weights", "kv_dtype", "processor", "isa", "num_threads", "num_adapters"),
     *("test", "kind", "num_tokens", "batch", "depth", "tokens_per_second", "deviation"),
     *("bytes_per_second", "flops", "percent_of_limit", "limit", "logits_hash", "gate", "date"),
 )
@@ -47,7 +47,8 @@ def header(result: BenchResult) -> list[str]:
     lines = [
         f"{result.model}: {result.num_parameters / 1e6:,.1f} M parameters, "
         f"{result.weights} ({result.weight_bytes / 2**20:,.0f} MiB), KV cache {result.kv_dtype}"
-        + (", random weights" if result.load_format == "dummy" else ""),
+        + (", random weights" if result.load_format == "dummy" else "")
+        + (f", adapters {', '.join(result.adapters)}" if result.adapters else ""),
         f"{result.processor}: {result.num_threads} threads, {result.isa}, {result.device}; "
         f"{result.native['compiler']}; {result.date}",
     ]
@@ -90,6 +91,7 @@ def to_csv(result: BenchResult) -> str:
     for row in result.rows:
         own = {"test": row.case.name, "tokens_per_second": row.mean, "deviation": row.deviation}
         gate = "passed" if row.gate.passed else "failed"
+        own["num_adapters"] = len(result.adapters)
         values = vars(result) | vars(row.case) | vars(row.gate) | vars(row)
         writer.writerow(values | own | {"gate": gate})
     return stream.getvalue().rstrip("\n")

@@ -49,11 +49,13 @@ VERBS = (
     Verb("batch", "Answer a whole file of prompts; can be stopped and resumed.", _RUN),
     Verb("pull", "Fetch a model, or convert a GGUF file, into the cache.", _MODELS),
     Verb("info", "Show what a model is and whether it fits in memory.", _MODELS),
+    Verb("plan", "Tell what a model needs on a GPU, and how fast it would run.", _MODELS),
     Verb("quantize", "Write a model with its weights rounded to 8 or 4 bits.", _MODELS),
     Verb("merge", "Write a model with a LoRA adapter added to its weights.", _MODELS),
     Verb("diff", "Show where octavo, its reference and Hugging Face differ.", _MODELS),
     Verb("bench", "Measure speed beside the machine's limits.", _MEASURE),
     Verb("bench serve", "Measure a server under load.", _MEASURE),
+    Verb("bench spec", "Measure what drafts save.", _MEASURE),
     Verb("eval", "Measure perplexity, and what a number format costs.", _MEASURE),
     Verb(
         "explain", "Tell where a request's time went, from an event log.", _SCHEDULING, "event_log"

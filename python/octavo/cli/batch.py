@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +24,7 @@ from octavo.cli.batch_stamp import Run, Stamp, describe_run
 from octavo.cli.options import (
     SAMPLING,
     STOP,
+    AdaptersOption,
     ChatOption,
     EventLogOption,
     ModelOption,
@@ -55,6 +56,7 @@ def batch(
         argument("The answers, one per line.", **tried("the answers", "OUT.jsonl")),
     ],
     model: ModelOption = None,
+    adapter: AdaptersOption = None,
     chat: ChatOption = None,
     system: SystemOption = None,
     overwrite: Annotated[
@@ -88,7 +90,7 @@ def batch(
 ) -> int:
     """Answer a whole file of prompts; can be stopped and resumed.
 
-    Each line of IN.jsonl is a prompt as plain text, or an object {"prompt": …} or {"messages": …}, or a line of OpenAI's batch format.
+    Each line of IN.jsonl is a prompt as plain text, or an object {"prompt": …} or {"messages": …}, or a line of OpenAI's batch format. With --adapter, a line's "model" may name an adapter.
 
     Answers are written as they come, in OpenAI's batch output format; the text is at response.body.choices[0]. However a run was stopped, the same command resumes it; a command that would give other answers is refused. A line that cannot be answered gets an "error" and does not stop the rest.
 
@@ -101,23 +103,21 @@ def batch(
     SamplingParams(temperature=temperature or 0.0, max_tokens=max_tokens, stop=tuple(stop or ()))
     if system is not None and chat is False:
         raise InvalidArgumentError("--system needs the chat template; leave out --raw")
+    adapters = common.named_adapters(adapter, (model,) if model else ())
     _check_files(input_file, output_file, event_log)
     ids = check_ids(input_file)
     if not ids:
         raise InvalidArgumentError(f"{input_file} is empty; expected one prompt a line")
     with writing(output_file, "the answers"), OutputFile(output_file, overwrite) as output:
-        run = describe_run(model, config, chat, system, defaults)
+        run = describe_run(model, config, chat, system, defaults, adapters)
         output.check(input_file, run)
-        skipped = len(output.answered)
-        if skipped:
-            going_on = "; going on" if skipped < len(ids) else ""
-            common.note(f"{skipped:,} of {len(ids):,} answered by an earlier run{going_on}")
-        tally = Tally(total=len(ids), skipped=skipped, failed=output.num_failed)
+        tally = _begin_tally(output, len(ids))
         interrupted = False
-        if skipped == len(ids):
+        if tally.finished == len(ids):
             output.begin()
         else:
-            llm = common.load_llm(str(run.directory), config)
+            config = replace(config, max_adapters=len(adapters))  # all may be asked for at once
+            llm = common.load_llm(str(run.directory), config, adapters)
             with _event_log(llm, event_log) as note_events:
                 interrupted = _answer_all(llm, run, input_file, output, tally, note_events)
     return _summarize(tally, output_file, interrupted)
@@ -169,6 +169,15 @@ class Tally:
         return f"{self.tokens_per_second:,.0f} tokens/s{failed}"
 
 
+def _begin_tally(output: OutputFile, total: int) -> Tally:
+    """What an earlier run has done, which the user is told."""
+    skipped = len(output.answered)
+    if skipped:
+        going_on = "; going on" if skipped < total else ""
+        common.note(f"{skipped:,} of {total:,} answered by an earlier run{going_on}")
+    return Tally(total=total, skipped=skipped, failed=output.num_failed)
+
+
 def _answer_all(
     llm: LLM,
     run: Run,
@@ -184,7 +193,7 @@ def _answer_all(
             "this model has no tokenizer.json, without which there is no text"
         )
 
-    def items() -> Iterator[tuple[str, EncodedPrompt, SamplingParams]]:
+    def items() -> Iterator[tuple[str, EncodedPrompt, SamplingParams, str | None]]:
         for line in read_lines(input_file):
             if line.custom_id in output.answered:
                 continue
@@ -192,7 +201,10 @@ def _answer_all(
             stamp = run.stamp(request, line)
             if isinstance(request, BatchRequest):
                 try:
-                    prompt = request.encode(llm, run.is_chat(request), run.system)
+                    adapter = run.adapter_of(request)
+                    is_chat = run.is_chat(request)
+                    prompt = request.encode(llm, is_chat, run.system)
+                    params = request.params_for(llm, is_chat)
                 except (OctavoError, ApiError) as error:
                     request = BadLine(line.custom_id, f"line {line.number}: {error}")
             if isinstance(request, BadLine):
@@ -201,7 +213,7 @@ def _answer_all(
                 tally.failed += 1
                 continue
             waiting[request.custom_id] = request, stamp
-            yield request.custom_id, prompt, request.params
+            yield request.custom_id, prompt, params, adapter
 
     output.begin()  # not earlier: where loading failed, the old answers stay
     tally.start = time.monotonic()
@@ -210,7 +222,8 @@ def _answer_all(
             bar.start("answering", tally.total, tally.finished)
             for custom_id, answer in llm.generate_as_completed(items()):
                 request, stamp = waiting.pop(custom_id)
-                record = answer_record(request, answer, run.name, llm, run.is_chat(request))
+                name = run.adapter_of(request) or run.name
+                record = answer_record(request, answer, name, llm, run.is_chat(request))
                 output.write(record, stamp)
                 tally.done += 1
                 tally.failed += record["error"] is not None

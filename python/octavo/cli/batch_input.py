@@ -94,6 +94,16 @@ class BatchRequest:
             return prepare.encode_chat(llm, body, tool_format_of(llm, body))
         return prepare.encode_completion(llm, body)[0]
 
+    def params_for(self, llm: LLM, is_chat: bool) -> SamplingParams:
+        """Its sampling parameters, with a grammar of calls where it demands one."""
+        from octavo.server import prepare
+        from octavo.server.protocol import ChatBody
+
+        body = self.body_for(is_chat)
+        if not isinstance(body, ChatBody):
+            return self.params
+        return prepare.force_tools(self.params, llm, body, tool_format_of(llm, body))
+
     def answer_format(self, llm: LLM, head: Head, output: RequestOutput, is_chat: bool) -> Format:
         """How the answer is written."""
         from octavo.prompts import EncodedPrompt

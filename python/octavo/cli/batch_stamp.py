@@ -65,7 +65,8 @@ class Run:
     directory, name: of the model; the name is what the answers say. digest: `model_digest`.
     options: those of the engine that change answers, "auto" resolved. chat: whether a bare
     prompt is answered rather than continued. system: goes before a bare prompt that is answered.
-    seed: for random choices of lines that name none.
+    seed: for random choices of lines that name none. adapters: the names of LoRA adapters that a
+    line may give as its model -> their digests.
     """
 
     directory: Path
@@ -76,6 +77,21 @@ class Run:
     system: str | None
     seed: int
     defaults: Defaults = field(default_factory=Defaults)
+    adapters: Mapping[str, str] = field(default_factory=dict)
+
+    def adapter_of(self, request: BatchRequest) -> str | None:
+        """The adapter that a line names as its model; None: it has none.
+
+        Without adapters any name stands for the model; with some, InvalidArgumentError for a name
+        that is neither one's nor the model's.
+        """
+        name = request.body.model
+        if name in self.adapters:
+            return name
+        if self.adapters and name and name != self.name:
+            known = " or ".join(map(repr, (self.name, *self.adapters)))
+            raise InvalidArgumentError(f"model is {name!r}; expected {known}, or none")
+        return None
 
     def is_chat(self, request: BatchRequest) -> bool:
         """Whether the request is answered rather than continued."""
@@ -94,6 +110,9 @@ class Run:
             options.pop("seed", None)  # no choice is random
         elif request.params.seed is None:
             options[_SEED] = self.seed
+        name = request.body.model
+        if name is not None and name in self.adapters:
+            options["adapter"] = f"{name}, with the digest {self.adapters[name]}"
         options["chat"] = self.is_chat(request)
         if options["chat"] and request.text is not None and self.system is not None:
             options["system"] = f"a text with the digest {_digest(self.system)}"
@@ -106,17 +125,20 @@ def describe_run(
     chat: bool | None,
     system: str | None,
     defaults: Defaults,
+    adapters: Mapping[str, Path],
 ) -> Run:
     """Everything about a run that its answers depend on; no weights are loaded.
 
-    model: a name or a directory. chat None: whether the model has a chat template. Raises what
-    resolving the name and reading the configuration and the weights' headers raises.
+    model: a name or a directory. chat None: whether the model has a chat template. adapters: name
+    -> folder. Raises what resolving the name and reading the configuration, the weights' headers
+    and the adapters raises.
     """
     from octavo import _native
     from octavo.runtime.loader import resolve_options
     from octavo.text.chat import ChatTemplate
+    from octavo.weights.adapter import read_adapter
     from octavo.weights.checkpoint import open_checkpoint
-    from octavo.weights.fingerprint import model_digest
+    from octavo.weights.fingerprint import adapter_digest, model_digest
     from octavo.weights.hub import DEFAULT_MODEL, resolve_model
     from octavo.weights.model_files import read_model
 
@@ -154,6 +176,10 @@ def describe_run(
         system=system,
         seed=config.seed,
         defaults=defaults,
+        adapters={
+            name: adapter_digest(read_adapter(folder, files, checkpoint))
+            for name, folder in adapters.items()
+        },
     )
 
 

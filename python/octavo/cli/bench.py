@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 from octavo.cli.common import FAILED, print_error, progress_bar
-from octavo.cli.options import ModelArgument, engine_options, option
+from octavo.cli.options import MODEL, ModelArgument, engine_options, option
 from octavo.config import EngineConfig, check_choice, read_environment
 from octavo.errors import InvalidArgumentError
 
 _numbers = partial(option, panel="What to measure", metavar="N,N,…")
 
 
-@engine_options("max_num_batched_tokens", without=("max_model_len",))
+@engine_options("max_num_batched_tokens", without=("max_model_len", "speculative_config"))
 def bench(
     *,
     model: ModelArgument = None,
@@ -32,6 +33,15 @@ def bench(
     repetitions: Annotated[
         int, option("Timed runs of each test.", "-r", "--repetitions", panel="What to measure")
     ] = 5,
+    adapter: Annotated[
+        list[Path] | None,
+        option(
+            "Run with this LoRA adapter, a folder that PEFT wrote. Given several times, sequences "
+            "have them in turn.",
+            metavar="PATH",
+            panel=MODEL,
+        ),
+    ] = None,
     config: EngineConfig,
     output: Annotated[
         str,
@@ -47,7 +57,8 @@ def bench(
     and in the batch (on a GPU without --deterministic: nearly the same numbers). A test that
     fails gets no figure. Exit code: 0 all gates passed, 1 not.
 
-    A server is measured by [bold]octavo bench serve[/bold].
+    A server is measured by [bold]octavo bench serve[/bold], speculative decoding by [bold]octavo
+    bench spec[/bold].
     """
     from octavo.bench.benchmark import bench as run_bench
     from octavo.bench.cases import make_cases
@@ -61,7 +72,10 @@ def bench(
         parse_numbers("-d", depth),
     )
     with progress_bar() as bar:
-        result = run_bench(model, config, cases, repetitions, read_environment(), bar.update)
+        result = run_bench(
+            *(model, config, cases, repetitions, read_environment(), bar.update),
+            adapters=adapter or (),
+        )
     print_result(result, output)
     if not result.passed:
         print_error("a gate failed: logits depend on what else is in the batch. `octavo diff`")

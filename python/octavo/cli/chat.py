@@ -63,7 +63,7 @@ def chat(
     """  # noqa: E501  (typer takes a line break for one)
     interactive = sys.stdin.isatty()
     with _line_reader(interactive) as read_line:
-        llm = common.load_llm(model, config, adapter)
+        llm = common.load_llm(model, config, {adapter: adapter} if adapter else None)
         if llm.chat_template is None:
             raise TokenizerError(
                 "this model has no chat template (it is a base model, which only continues a "

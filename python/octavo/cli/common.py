@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -84,19 +84,40 @@ def progress_bar(unit: Unit = "percent", **options: Any) -> Iterator[Bar]:
         yield bar
 
 
-def load_llm(model: str | None, config: EngineConfig, adapter: str | None = None) -> LLM:
-    """The model in memory, with a bar on a terminal; fetches smollm2-135m where it is missing."""
+def load_llm(
+    model: str | None, config: EngineConfig, adapters: Mapping[str, str | Path] | None = None
+) -> LLM:
+    """The model in memory, with a bar on a terminal; fetches smollm2-135m where it is missing.
+
+    adapters: LoRA adapters, name -> folder.
+    """
     from octavo.llm import LLM
     from octavo.weights.hub import DEFAULT_MODEL
 
     stage = f"loading {Path(model or DEFAULT_MODEL).name}"
     with progress_bar("bytes") as bar:
         on_load = partial(bar.update, stage)
-        adapters = {adapter: adapter} if adapter else {}  # its folder is its name
         llm = LLM(model, config=config, on_load=on_load, adapters=adapters)
     for line in llm.notes:
         note(line)
     return llm
+
+
+def named_adapters(given: Sequence[str] | None, taken: Sequence[str]) -> dict[str, Path]:
+    """From --adapter NAME=PATH, given any number of times: name -> folder.
+
+    taken: names of the model, which no adapter may have. Raises InvalidArgumentError.
+    """
+    found: dict[str, Path] = {}
+    for entry in given or ():
+        name, _, path = entry.partition("=")
+        if not name or not path or name in found or name in taken:
+            raise InvalidArgumentError(
+                f"--adapter is {entry!r}; expected NAME=PATH with a name of its own (not that of "
+                "the model)"
+            )
+        found[name] = Path(path)
+    return found
 
 
 def printable(text: str, stream: IO[str]) -> str:

@@ -10,16 +10,17 @@ from typing import Annotated
 import typer
 
 from octavo.cli.common import progress_bar
-from octavo.cli.options import ModelArgument, engine_options, option
+from octavo.cli.options import AdapterOption, ModelArgument, engine_options, option
 from octavo.config import EngineConfig, read_environment
 
 _text = partial(option, panel="What to score")
 
 
-@engine_options(without=("max_model_len",))
+@engine_options(without=("max_model_len", "speculative_config"))
 def eval(
     *,
     model: ModelArgument = None,
+    adapter: AdapterOption = None,
     against: Annotated[
         str | None,
         option(
@@ -73,6 +74,7 @@ def eval(
         window=window,
         stride=stride,
         max_windows=max_windows,
+        adapter=None if adapter is None else Path(adapter),
     )
     with progress_bar() as bar:
         result = evaluate(request, read_environment(), bar.update)

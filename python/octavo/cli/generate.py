@@ -22,6 +22,13 @@ from octavo.cli.options import (
     sampling_options,
 )
 from octavo.cli.streams import silent_keys
+from octavo.cli.structured import (
+    ChoiceOption,
+    GrammarOption,
+    JsonSchemaOption,
+    RegexOption,
+    read_structured,
+)
 from octavo.cli.wrap import AnswerWriter
 from octavo.config import EngineConfig
 from octavo.errors import InvalidArgumentError
@@ -49,6 +56,10 @@ def generate(
     system: SystemOption = None,
     config: EngineConfig,
     params: SamplingParams,
+    json_schema: JsonSchemaOption = None,
+    regex: RegexOption = None,
+    choice: ChoiceOption = None,
+    grammar: GrammarOption = None,
     json_output: Annotated[
         bool,
         _output("Print one JSON object: text, token ids, finish reason, usage, timings.", "--json"),
@@ -77,16 +88,24 @@ def generate(
 
     [bold]octavo generate --raw "Once upon a time" -t 0.8 --max-tokens 100[/bold]
 
+    [bold]octavo generate "Is water wet?" --choice yes --choice no[/bold]
+
     [bold]octavo generate - --system "Summarize this letter." < letter.txt[/bold]
     """
-    params = replace(params, logprobs=logprobs, skip_special_tokens=not special_tokens)
+    wanted = read_structured(json_schema, regex, choice, grammar)
+    params = replace(
+        params,
+        logprobs=logprobs,
+        skip_special_tokens=not special_tokens,
+        structured_outputs=wanted,
+    )
     if logprobs is not None and not json_output:
         raise InvalidArgumentError("--logprobs is shown with --json only; add --json")
     if system is not None and chat is False:
         raise InvalidArgumentError("--system does not go with --raw; leave out one of them")
     text = common.read_prompt(prompt)
     start = time.monotonic()
-    llm = common.load_llm(model, config, adapter)
+    llm = common.load_llm(model, config, {adapter: adapter} if adapter else None)
     load_seconds = time.monotonic() - start
     encoded = encode(llm, text, chat, system)
     writer = None if json_output or params.n > 1 else AnswerWriter(sys.stdout)

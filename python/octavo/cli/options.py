@@ -75,6 +75,16 @@ AdapterOption = Annotated[
         panel=MODEL,
     ),
 ]
+AdaptersOption = Annotated[
+    list[str] | None,
+    option(
+        "A LoRA adapter that PEFT wrote, which requests name as their model; may be given several "
+        "times.",
+        "--adapter",
+        metavar="NAME=PATH",
+        panel=MODEL,
+    ),
+]
 EventLogOption = Annotated[
     Path | None,
     option(
@@ -162,6 +172,14 @@ class _Engine:
             "On a GPU, launch each kernel by itself instead of replaying recorded steps (CUDA "
             "graphs): slower, easier to debug.",
             "--enforce-eager",
+        ),
+    ]
+    speculative_config: Annotated[
+        str | None,
+        _model(
+            "Guess how answers go on, and check several tokens in one step: the same answers, "
+            'sooner. As in \'{"method": "ngram", "num_speculative_tokens": 7}\'.',
+            metavar="JSON",
         ),
     ]
 

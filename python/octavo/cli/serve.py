@@ -8,20 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from octavo.cli.common import named_adapters
 from octavo.cli.options import (
-    MODEL,
     SAMPLING,
+    AdaptersOption,
     EventLogOption,
     ModelArgument,
     engine_options,
     option,
 )
 from octavo.config import EngineConfig, check_choice, read_environment
-from octavo.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
-    from octavo.server.options import ServerOptions
 
 _listen = partial(option, panel="Listen")
 _limits = partial(option, panel="Limits")
@@ -57,15 +56,7 @@ def serve(
         list[str] | None,
         _listen("What clients call the model; may be given several times. Left out: its name."),
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        option(
-            "A LoRA adapter that PEFT wrote, which requests name as their model; may be given "
-            "several times. More are loaded by /v1/load_lora_adapter.",
-            metavar="NAME=PATH",
-            panel=MODEL,
-        ),
-    ] = None,
+    adapter: AdaptersOption = None,
     allowed_origin: Annotated[
         list[str] | None,
         _listen("Let web pages from there use the API, as in https://example.org, or * for all."),
@@ -158,21 +149,8 @@ def serve(
     )
     from octavo.server.serving import serve as run_server
 
-    run_server(options, partial(_load, path, config, _named_adapters(adapter or [], options)))
-
-
-def _named_adapters(given: list[str], options: ServerOptions) -> dict[str, Path]:
-    """From NAME=PATH; a name must be neither empty nor another one's."""
-    found: dict[str, Path] = {}
-    for entry in given:
-        name, _, path = entry.partition("=")
-        if not name or not path or name in found or name in options.served_names:
-            raise InvalidArgumentError(
-                f"--adapter is {entry!r}; expected NAME=PATH with a name of its own (not that of "
-                "the model)"
-            )
-        found[name] = Path(path)
-    return found
+    adapters = named_adapters(adapter, options.served_names)
+    run_server(options, partial(_load, path, config, adapters))
 
 
 def _load(path: Path, config: EngineConfig, adapters: dict[str, Path]) -> LLM:

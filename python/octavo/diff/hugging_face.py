@@ -24,9 +24,10 @@ import numpy as np
 from octavo.diff.implementations import Int32, StepResult
 from octavo.diff.measure import Float32
 from octavo.errors import InvalidArgumentError, UnsupportedModelError
-from octavo.models.family import WeightSource
+from octavo.models.family import WeightSource, group_by_tensor
 from octavo.models.layer import Node, model_nodes
 from octavo.weights.model_files import ModelFiles
+from octavo.weights.reader import whole_tensor
 from octavo.weights.tensor import Tensor
 
 ATTENTION = "octavo_taps"  # the name our attention function is registered under
@@ -88,12 +89,14 @@ class HuggingFaceImplementation:
         weights: Mapping[str, Tensor] | None = None,
         adapter: Path | None = None,
         num_threads: int = 0,
+        sequence_length: int = 0,
     ) -> None:
         """files: the model. dtype: "f32" or "bf16", of weights and activations alike.
 
         weights: values to put in place of the checkpoint's, in octavo's names (dummy weights, or
         those of a GGUF file); None lets transformers load the directory by its own loader.
-        adapter: a LoRA adapter's folder, which PEFT puts into the model.
+        adapter: a LoRA adapter's folder, which PEFT puts into the model. sequence_length: of all
+        tokens that will be fed, where LongRoPE shall not go by those of each call.
         """
         self._torch, transformers = import_hugging_face()
         if num_threads:
@@ -107,6 +110,7 @@ class HuggingFaceImplementation:
         self._transformers = transformers
         _register_attention()
         self._model = self._load(files, weights)
+        self._keep_rope(sequence_length)
         added = ""
         if adapter is not None:
             peft = importlib.import_module("peft")
@@ -123,6 +127,13 @@ class HuggingFaceImplementation:
             f"eager attention, cpu{added}"
         )
 
+    def _keep_rope(self, length: int) -> None:
+        """Let LongRoPE choose by a sequence of `length` tokens, and never again."""
+        for module in self._model.modules():
+            if length and getattr(module, "rope_type", None) == "longrope":
+                module(self._torch.zeros(1), self._torch.tensor([[length - 1]]))
+                module.rope_type = "default"
+
     def _load(self, files: ModelFiles, weights: Mapping[str, Tensor] | None) -> Any:
         torch_dtype = self._torch.float32 if self.dtype == "f32" else self._torch.bfloat16
         auto = self._transformers.AutoModelForCausalLM
@@ -130,22 +141,31 @@ class HuggingFaceImplementation:
         if weights is None:
             model = auto.from_pretrained(files.path, local_files_only=True, **options)
         else:
-            config = self._transformers.AutoConfig.for_model(**files.config)
-            model = auto.from_config(config, **options)
-            tensors = checkpoint_tensors(files.weight_map, weights)
-            state = {name: self._torch.from_numpy(values) for name, values in tensors.items()}
-            missing, unexpected = model.load_state_dict(state, strict=False)
-            head = model.get_output_embeddings().weight if files.spec.tie_word_embeddings else None
-            untied = [name for name in missing if model.get_parameter(name) is not head]
-            if untied or unexpected:
-                raise UnsupportedModelError(
-                    f"transformers' model has other weights than octavo's: {untied or unexpected}"
-                )
-            model.tie_weights()
+            model = self._load_values(files, checkpoint_tensors(files.weight_map, weights), options)
         # Products of all experts at once, its default, want widths that are multiples of four.
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
         return model.eval()
+
+    def _load_values(
+        self, files: ModelFiles, tensors: Mapping[str, Float32], options: Mapping[str, Any]
+    ) -> Any:
+        """transformers' model with these tensors of a checkpoint, as if it had read them."""
+        config = self._transformers.AutoConfig.for_model(**files.config)
+        kind = self._transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        state = {name: self._torch.from_numpy(values) for name, values in tensors.items()}
+        # Its loader knows which of its weights are several of a checkpoint's (experts).
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, **options
+        )
+        head = model.get_output_embeddings().weight if files.spec.tie_word_embeddings else None
+        missing = [name for name in info["missing_keys"] if model.get_parameter(name) is not head]
+        others = [*missing, *info["unexpected_keys"], *info["mismatched_keys"]]
+        if others:
+            raise UnsupportedModelError(
+                f"transformers' model has other weights than octavo's: {others}"
+            )
+        return model
 
     def _hook(self, files: ModelFiles) -> None:
         """Put a hook on every module that gives a tap, or is given one."""
@@ -236,14 +256,9 @@ def checkpoint_tensors(
     weight_map: octavo's names -> where each weight lies. Returns float32 arrays of their own.
     """
     tensors: dict[str, Float32] = {}
-    for name, tensor in weights.items():
-        place, values = weight_map[name], tensor.to_float32()
-        if place.transform == "plus_one":
-            values = values - np.float32(1)
-        first = place.rows[0] if place.rows else 0
-        whole = tensors.setdefault(place.tensor, np.empty(place.stored_shape, np.float32))
-        target = whole.T if place.transform == "transpose" else whole
-        target[first : first + len(values)] = values
+    for tensor, names in group_by_tensor(weight_map).items():
+        whole = whole_tensor([(weight_map[name], weights[name].to_float32()) for name in names])
+        tensors[tensor] = np.require(whole, requirements="W")  # what is mapped is not writable
     return tensors
 
 

@@ -43,10 +43,7 @@ def load_native(
         num_kv_blocks=-(-max_tokens // BLOCK_SIZE),
         num_threads=num_threads,
     )
-    loaded = load_runtime(files, checkpoint, config, progress)
-    if adapter is not None:
-        loaded.runtime.load_adapter(0, adapter.native())
-    return NativeImplementation(loaded, adapter)
+    return NativeImplementation(load_runtime(files, checkpoint, config, progress), adapter)
 
 
 class NativeImplementation:
@@ -58,7 +55,7 @@ class NativeImplementation:
     def __init__(self, loaded: LoadedRuntime, adapter: Adapter | None = None) -> None:
         from octavo import _native
 
-        self._session = Session(loaded, adapter=-1 if adapter is None else 0)
+        self._session = Session(loaded, () if adapter is None else (adapter,))
         self.dtype: str = loaded.options.dtype
         scrambled = np.random.default_rng(0).permutation(loaded.num_kv_blocks)
         self._session.restart(blocks=scrambled.astype(np.int32))
@@ -67,8 +64,8 @@ class NativeImplementation:
         arithmetic = f", {isa}" if loaded.device == "cpu" else ""
         # How the definition has to round what meets int4. Other devices' activations are rounded
         # already, to a type that whole numbers of 16 bits keep well enough.
-        self.int4_activations = (
-            str(_native.int4_activations(isa)) if loaded.device == "cpu" else "whole"
+        self.grouped_activations = (
+            str(_native.grouped_activations(isa)) if loaded.device == "cpu" else "whole"
         )
         # On other devices matrix products may sum in another order for one row than for many.
         self.bit_exact = self._session.is_exact

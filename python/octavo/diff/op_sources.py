@@ -94,6 +94,8 @@ _TAP_HINTS: Mapping[str, str] = MappingProxyType(
         "bias.",
         "gate": _GATE_UP,
         "up": _GATE_UP,
+        "router": "Usually the weights or the product rounded, which a router's never are, or the "
+        "experts' rows in another order.",
         "mlp_out": "Usually the down matrix (transposed, another layer's), or its bias.",
         "logits": "Usually a head that should be tied to the embedding and is not, or the reverse; "
         "or the multiplier or cap of the logits.",

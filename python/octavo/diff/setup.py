@@ -21,7 +21,7 @@ from octavo.folder import MemoryFolder
 from octavo.machine import available_memory
 from octavo.models.adapter import Adapter
 from octavo.models.layer import weight_shapes
-from octavo.models.rope import for_length
+from octavo.models.rope import at_length, for_length
 from octavo.models.spec import ModelSpec
 from octavo.progress import StageProgress
 from octavo.quantization.apply import dequantized, quantize_checkpoint
@@ -51,7 +51,7 @@ class DiffRequest:
     """What to compare; see `octavo diff --help`. An InvalidArgumentError names what is wrong.
 
     A quantized model, by `quantize` or in its files, is compared as bf16 is: what meets a
-    quantized matrix is rounded, as octavo's instruction set rounds it (`int4_activations` in
+    quantized matrix is rounded, as octavo's instruction set rounds it (`grouped_activations` in
     octavo.reference.quantization), and two right runs differ as far as that takes them.
     """
 
@@ -100,7 +100,9 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
     token_ids, tokenizer = _tokens(request, files)
     _check_length(files.spec, len(token_ids), request.options.steps)
     max_tokens = len(token_ids) + max(request.options.steps, 1)
-    files = replace(files, spec=for_length(files.spec, max_tokens))
+    num_tokens = len(token_ids) + request.options.steps
+    _check_rope(for_length(files.spec, num_tokens), len(token_ids))
+    files = replace(files, spec=at_length(files.spec, num_tokens))
     checkpoint = quantize_checkpoint(
         open_checkpoint(files, request.load_format, request.seed),
         files.spec,
@@ -136,10 +138,10 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
         dtype=request.dtype,
         kv_dtype=request.dtype,
         formats=checkpoint.formats,
-        int4_activations=left.int4_activations,
+        grouped_activations=left.grouped_activations,
         adapter=adapter,
     )
-    right = _load_right(request, files, checkpoint, definition, progress)
+    right = _load_right(request, files, checkpoint, definition, num_tokens, progress)
     del checkpoint  # quantized weights take memory, and all of them are loaded by now
     truth = _truth(request, definition, adapter)
     comparison = Comparison(left, right, definition, token_ids, options, truth, progress)
@@ -186,6 +188,17 @@ def _check_length(spec: ModelSpec, count: int, steps: int) -> None:
         )
 
 
+def _check_rope(spec: ModelSpec, count: int) -> None:
+    """Prompt and steps must have one set of rope frequencies."""
+    switch = spec.rope_switch
+    if count <= switch:
+        raise InvalidArgumentError(
+            f"sequences of more than {switch} tokens have other rope frequencies, and the greedy "
+            f"steps go beyond, from {count}: lower --steps to {switch - count}, or take a prompt "
+            f"of more than {switch} tokens"
+        )
+
+
 def _check_memory(request: DiffRequest, checkpoint: Checkpoint) -> None:
     """Each holds the weights once more; better to say so than to be killed half-way."""
     parameters = checkpoint.num_parameters
@@ -220,6 +233,7 @@ def _load_right(
     files: ModelFiles,
     checkpoint: Checkpoint,
     definition: ReferenceModel,
+    max_tokens: int,
     progress: StageProgress,
 ) -> Implementation:
     if request.against == "reference":
@@ -230,7 +244,13 @@ def _load_right(
     # What transformers cannot load as octavo does: weights that are made up, or decoded from GGUF.
     own = request.load_format == "dummy" or isinstance(files.folder, MemoryFolder)
     given: Mapping[str, Tensor] | None = checkpoint if own else None
-    return HuggingFaceImplementation(files, request.dtype, weights=given, adapter=request.adapter)
+    return HuggingFaceImplementation(
+        files,
+        request.dtype,
+        weights=given,
+        adapter=request.adapter,
+        sequence_length=max_tokens,
+    )
 
 
 def _truth(

@@ -22,9 +22,10 @@ from octavo.models.layer import Op
 from octavo.models.rope import default_rope
 from octavo.models.spec import NormSpec
 from octavo.reference import ops
-from octavo.reference.nodes import add
+from octavo.reference.nodes import add, expert_output
 from octavo.reference.ops import Array
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 Suspect = tuple[str, Callable[[], Array]]
 Call = Callable[..., Array]  # see `op_call`
 
@@ -165,7 +166,11 @@ def _linear(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         yield f"{before.part} left out: the input not normalized", partial(op, x=unnormalized)
     if node.layer is None and not model.spec.tie_word_embeddings:
         yield "the embedding table used as the head", partial(op, weight=inputs.weight("embed"))
-    if name in model.formats or model.dtype == "bf16":
+    if node.matrix.is_router:
+        sentence = "weight and activations rounded to bfloat16, as a router's never are"
+        yield sentence, lambda: ops.linear(x, weight, bias, "bf16")
+        yield "the product rounded to bfloat16", lambda: ops.round_to_bf16(op())
+    elif name in model.formats or model.dtype == "bf16":
         to = "" if name in model.formats else " to bfloat16"
         yield f"activations not rounded{to}", lambda: ops.linear(x, weight, bias)
     else:
@@ -309,9 +314,69 @@ def _activation(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
         yield "no activation: gate * up", lambda: gate * up
         yield "the gate's activation alone, not multiplied by up", alone
         yield "up left without a gate", partial(ops.activate, up, activation)
-    for other in ("silu", "gelu", "gelu_tanh", "relu"):
+    for other in ACTIVATIONS:
         if other != activation:
             yield f"{other} instead of {activation}", partial(op, activation=other)
+
+
+def _moe(inputs: OpInputs, op: Call) -> Iterator[Suspect]:
+    """The mistakes of the choice of experts, of their weights, and of an expert's own MLP.
+
+    op: `ops.mix_experts`, whose `expert` is `nodes.expert_output` but for the expert and its rows.
+    """
+    _, logits = inputs.operands
+    moe = inputs.layer.moe
+    if moe is None or not isinstance(op, partial):
+        return
+    expert = op.keywords["expert"]
+    name, weights, activation, multiply = expert.args
+    count, chosen = moe.num_experts, moe.experts_per_token
+    sentence = "the chosen experts' weights not normalized: their sum is not 1"
+    if not moe.normalize:
+        sentence = "the chosen experts' weights normalized, which they should not be"
+    yield sentence, partial(op, normalize=not moe.normalize)
+    for number in dict.fromkeys((1, chosen - 1, chosen + 1)):
+        if 0 < number <= count and number != chosen:
+            yield f"{number} experts a token, not {chosen}", partial(op, experts_per_token=number)
+    yield (
+        "the router's logits rounded to bfloat16",
+        partial(op, router_logits=ops.round_to_bf16(logits)),
+    )
+    yield (
+        "the experts' outputs added without their weights",
+        partial(_unweighted, op, logits, chosen),
+    )
+    yield "the experts of the smallest logits", partial(op, router_logits=-logits)
+    for step, which in ((1, "after"), (-1, "before")):
+        shifted = partial(_other_expert, expert, count, step)
+        yield (
+            f"the expert {which} each chosen one (numbers off by one)",
+            partial(op, expert=shifted),
+        )
+    swapped = dict(weights)
+    for index in range(count):
+        gate, up = (f"{name}experts.{index}.{part}.weight" for part in ("gate", "up"))
+        swapped[gate], swapped[up] = weights[up], weights[gate]
+    turned = partial(expert_output, name, swapped, activation, multiply)
+    yield "gate and up of every expert swapped", partial(op, expert=turned)
+    for other in ACTIVATIONS:
+        if other != activation:
+            activated = partial(expert_output, name, weights, other, multiply)
+            yield f"{other} instead of {activation} in the experts", partial(op, expert=activated)
+
+
+def _other_expert(expert: Call, count: int, step: int, index: int, x: Array) -> Array:
+    result: Array = expert((index + step) % count, x)
+    return result
+
+
+def _unweighted(op: Call, logits: Array, chosen: int) -> Array:
+    """The sum of the chosen experts' outputs: their number times what equal logits give."""
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :chosen]
+    equal = np.full_like(logits, -1e4)
+    np.put_along_axis(equal, order, 0, axis=1)
+    result: Array = chosen * op(router_logits=equal, normalize=True)
+    return result
 
 
 _SUSPECTS: Mapping[Op, Callable[[OpInputs, Call], Iterator[Suspect]]] = {
@@ -323,4 +388,5 @@ _SUSPECTS: Mapping[Op, Callable[[OpInputs, Call], Iterator[Suspect]]] = {
     "rope_and_store": _rope,
     "attention": _attention,
     "gated_activation": _activation,
+    "moe": _moe,
 }

@@ -35,7 +35,7 @@ class Adjuster:
     def create(cls, sequence: Sequence) -> Adjuster | None:
         """None for a request that changes no logits, as nearly all."""
         params = sequence.params
-        return cls(sequence) if params.logit_bias or sequence.watches_answer else None
+        return cls(sequence) if params.logit_bias or sequence.has_penalties else None
 
     def __init__(self, sequence: Sequence) -> None:
         params = sequence.params
@@ -52,7 +52,7 @@ class Adjuster:
     def arrays(self) -> tuple[Int32, Float32, Float32]:
         """token_ids, repetition and bias for the next token of the answer as it is now."""
         params = self._sequence.params
-        if self._sequence.watches_answer:
+        if self._sequence.has_penalties:
             self._count_new_tokens()
         repetition = np.where(self._seen, np.float32(params.repetition_penalty), np.float32(1))
         bias = self._bias - np.float32(params.frequency_penalty) * self._counts

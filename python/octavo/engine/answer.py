@@ -7,7 +7,10 @@ from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any
 
 from octavo.engine.adjustments import Adjuster
+from octavo.engine.constraints import create_constraints
+from octavo.engine.follow_grammar import grammar_constraints
 from octavo.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
+from octavo.engine.prompt_logprobs import whole_prompt
 from octavo.engine.request import Request, Sequence
 from octavo.text.stream import StopChecker, StreamDecoder
 
@@ -19,7 +22,8 @@ class Answer:
     """A sequence with what the engine needs to know about its end.
 
     stop_token_ids: every token that ends it, the model's own included unless they are ignored.
-    adjuster: its penalties and biases; None when it has none.
+    adjuster: its penalties and biases; None when it has none. constraints: what forbids it tokens.
+    failure: why its next token could not be sampled as it was asked for.
     text: everything that may be shown so far. Without a tokenizer it stays empty.
     """
 
@@ -36,6 +40,13 @@ class Answer:
         self.adjuster = Adjuster.create(sequence)
         own = () if params.ignore_eos else eos_token_ids
         self.stop_token_ids = frozenset(own).union(params.stop_token_ids)
+        self.constraints = [
+            *create_constraints(sequence, self.stop_token_ids),
+            *grammar_constraints(request, sequence, self.stop_token_ids),
+        ]
+        if any(constraint.watches_answer for constraint in self.constraints):
+            sequence.watches_answer = True
+        self.failure: str | None = None
         self._decoder = (
             StreamDecoder(
                 tokenizer,
@@ -55,12 +66,14 @@ class Answer:
         return "".join(self._pieces)
 
     @property
-    def forbidden_token_ids(self) -> frozenset[int]:
-        """Tokens that the next step must not sample: those that would end it before min_tokens."""
-        num_tokens = self.sequence.num_output_tokens + self.sequence.num_pending_tokens
-        if num_tokens < self.sequence.params.min_tokens:
-            return self.stop_token_ids
-        return frozenset()
+    def is_constrained(self) -> bool:
+        """Whether its next token must not be just any."""
+        return any([constraint.is_active for constraint in self.constraints])
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether its next logits are changed before they are sampled from."""
+        return self.adjuster is not None or self.is_constrained
 
     @property
     def matched_stop(self) -> str | None:
@@ -145,6 +158,7 @@ def request_output(answers: SequenceOf[Answer], now: float) -> RequestOutput:
             sum(sequence.num_preemptions for sequence in request.sequences),
             request.sequences[0].num_cached_tokens or 0,
         ),
+        whole_prompt(request.sequences[0]),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ class BatchArrays(NamedTuple):
     logit_rows: Int32
     sampling: SamplingRows
     adapter_ids: Int32 | None  # None: no sequence has an adapter
+    rope_sets: Int32 | None  # None: all have the first one
 
 
 def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> BatchArrays:
@@ -64,14 +66,15 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
         token_ids=np.array(token_ids, np.int32),
         row_starts=np.array(row_starts, np.int32),
         context_lens=np.array([e.start + e.num_new_tokens for e in entries], np.int32),
-        block_tables=_pack_block_tables(entries, blocks),
+        block_tables=pack_block_tables([e.sequence.key for e in entries], blocks),
         logit_rows=np.array(logit_rows, np.int32),
-        sampling=_pack_sampling(schedule.row_sequences, state_rows, vocab_size),
+        sampling=pack_sampling(schedule.row_sequences, state_rows, vocab_size),
         adapter_ids=_pack_adapters(entries),
+        rope_sets=_pack_rope_sets(entries),
     )
 
 
-def _pack_sampling(
+def pack_sampling(
     sequences: SequenceOf[Sequence], state_rows: list[int], vocab_size: int
 ) -> SamplingRows:
     """The options of each row's sequence, within what the row's types hold."""
@@ -93,7 +96,7 @@ def _pack_sampling(
         fitted["typical_p"] = [max(p.typical_p, _TINY) for p in params]
         fitted["xtc_probability"] = [p.xtc_probability for p in params]
         fitted["xtc_threshold"] = [p.xtc_threshold for p in params]
-    for name, values in fitted.items():  # the core sets the position
+    for name, values in fitted.items():  # not the position, which the core sets, nor a target
         rows[name] = values
     return rows
 
@@ -112,29 +115,18 @@ def _pack_adapters(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
     return np.array(slots, np.int32) if max(slots) >= 0 else None
 
 
-def _pack_block_tables(entries: tuple[ScheduledSequence, ...], blocks: BlockManager) -> Int32:
+def _pack_rope_sets(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
+    sets = [entry.sequence.rope_set for entry in entries]
+    return np.array(sets, np.int32) if any(sets) else None
+
+
+def pack_block_tables(keys: SequenceOf[Hashable], blocks: BlockManager) -> Int32:
     """(num_kv_groups, num_seqs, most blocks of one sequence), NO_BLOCK after each last block."""
     groups = range(len(blocks.groups.windows))
-    tables = [[blocks.block_table(e.sequence.key, group) for e in entries] for group in groups]
+    tables = [[blocks.block_table(key, group) for key in keys] for group in groups]
     width = max([len(table) for of_group in tables for table in of_group])
-    packed = np.full((len(groups), len(entries), width), NO_BLOCK, np.int32)
+    packed = np.full((len(groups), len(keys), width), NO_BLOCK, np.int32)
     for group in groups:
         for row, table in enumerate(tables[group]):
             packed[group, row, : len(table)] = table
     return packed
-
-
-def build_masks(forbidden: SequenceOf[frozenset[int]], vocab_size: int) -> Int32 | None:
-    """Which tokens each logit row may take, as `Runtime.sample` wants it; None: all may.
-
-    forbidden: for each row the token ids that must not be sampled now. Returns int32
-    (num_rows, ceil(vocab_size / 32)); a set bit allows a token.
-    """
-    if not any(forbidden):
-        return None
-    masks = np.full((len(forbidden), (vocab_size + 31) // 32), -1, np.int32)
-    words = masks.view(np.uint32)
-    for row, tokens in enumerate(forbidden):
-        for token in tokens:
-            words[row, token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
-    return masks

@@ -7,9 +7,10 @@ thread at a time may add requests and step (guard.py); shared.py lets many threa
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from pathlib import Path
@@ -17,21 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.config import RuntimeOptions
 from octavo.engine.adapters import AdapterTable
-from octavo.engine.adjustments import build_adjustments
 from octavo.engine.admission import AdmissionLimits, Deadlines, check_scheduling, check_tokens
 from octavo.engine.answer import Answer, not_finite, read_logprobs, request_output
-from octavo.engine.batch import build_masks
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.block_pool import IntegrityError
-from octavo.engine.event_records import arrival, describe_engine, read_stats, refusal, step_end
+from octavo.engine.drafter import Drafter
+from octavo.engine.event_records import arrival, describe_engine, read_stats, record_step, refusal
 from octavo.engine.events import EventLog
 from octavo.engine.guard import EngineGuard, deferred_interrupt, guarded
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import InFlightStep, Pipeline, StepRuntime
+from octavo.engine.prompt_logprobs import take_prompt_rows
 from octavo.engine.request import FinishReason, Request, derive_seed
-from octavo.engine.schedule import Drafter, SchedulerLimits
+from octavo.engine.schedule import SchedulerLimits
 from octavo.engine.scheduler import Scheduler
+from octavo.engine.steering import Steering
 from octavo.errors import InvalidArgumentError, QueueFullError
+from octavo.grammar.compiler import Grammars
 from octavo.models.adapter import Adapter
 from octavo.sampling_params import SamplingParams
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 
+MAX_PROMPT_LOGITS = 1 << 24  # of prompts, in a step that reports their log-probabilities: 64 MiB
 IDLE_CHECK_SECONDS = 10.0  # an engine that has run out of work checks its accounting so often
 
 
@@ -81,6 +85,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
+        self.grammars = Grammars(tokenizer, vocab_size, self.eos_token_ids)
         size, num_in_flight = options.block_size, options.num_in_flight_tokens
         self.blocks = BlockManager(num_kv_blocks, size, kv_windows, num_in_flight)
         limits = SchedulerLimits(
@@ -89,6 +94,8 @@ class Engine:
             options.max_model_len,
             options.priority_ageing_seconds,
             options.enable_prefix_caching,
+            max_prompt_rows=max(16, MAX_PROMPT_LOGITS // vocab_size),
+            rope_switch=options.rope_switch,
         )
         header = describe_engine(options, limits, self.blocks)
         self.events = EventLog(options.event_log_capacity, header)
@@ -103,7 +110,9 @@ class Engine:
             make_batch,
             vocab_size=vocab_size,
             depth=2 if options.overlap_steps else 1,
+            taps=drafter.taps if drafter is not None else (),
         )
+        self.drafter = drafter
         self._clock = clock
         self._last_step_end = self._last_check = clock()
         self._admission = AdmissionLimits(options.max_waiting_requests, options.max_waiting_tokens)
@@ -111,7 +120,7 @@ class Engine:
         self._undelivered: list[OutputChunk] = []  # of a step that failed before its end
         self._answers: dict[object, Answer] = {}  # by the key of their sequence
         self._requests: dict[str, list[Answer]] = {}
-        self._watching: set[str] = set()  # requests whose logits depend on their answers
+        self._steering = Steering(vocab_size)
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -127,6 +136,7 @@ class Engine:
                 f"use stop_token_ids"
             )
         self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
+        self.grammars.of(params)  # compiled here, so that no step waits for it
 
     @guarded
     def add_request(
@@ -182,6 +192,7 @@ class Engine:
             deadline=None if timeout is None else now + timeout,
             cache_salt=cache_salt,
             adapter=loan,
+            grammar=self.grammars.of(params),
             arrival_time=now,
         )
         if request.deadline is not None:
@@ -191,10 +202,9 @@ class Engine:
             for sequence in request.sequences
         ]
         self._requests[request_id] = answers
-        if answers[0].sequence.watches_answer:
-            self._watching.add(request_id)
         for answer in answers:
             self._answers[answer.sequence.key] = answer
+            self._steering.add(answer)
             self.scheduler.add(answer.sequence)
         names = self.scheduler.prefix_cache.names_of(request.sequences[0])
         self.events.record(arrival(request, timeout, tuple(names)))
@@ -213,16 +223,16 @@ class Engine:
             now = self._clock()
             for request_id in self._deadlines.expired(now):
                 self._undelivered += self._end_all(request_id, "timeout", now)
-            try:
+            with self._undone_after_error():
                 while self._pipeline.has_room and self._submit_next():
                     pass
                 ended = self._pipeline.wait() if len(self._pipeline) else None
-            except BaseException:
-                self.failed_request_ids = self._abandon_steps()
-                raise
             if ended is not None:
                 self.num_steps += 1
                 self._undelivered += self._update(*ended)
+                with self._undone_after_error():
+                    if (waiting := self._pipeline.unsampled) is not None:
+                        self._pipeline.sample(*self._steering.arrays(waiting))
                 if not self._requests:
                     self._abandon_steps()  # no request needs the steps still in flight
                     if self._last_step_end - self._last_check >= IDLE_CHECK_SECONDS:
@@ -243,6 +253,13 @@ class Engine:
         with deferred_interrupt():
             return self._end_all(request_id, "abort", self._clock())[-1].result
 
+    @guarded
+    def close(self) -> None:
+        """Give the memory of weights and cache back; every later use is an EngineClosedError."""
+        self._abandon_steps()
+        self.guard.close()
+        del self.runtime, self.adapters, self.drafter, self._pipeline
+
     def stats(self) -> EngineStats:
         """The engine's state in numbers, for metrics and a live view.
 
@@ -262,25 +279,30 @@ class Engine:
 
     def _submit_next(self) -> bool:
         """Schedule a step and submit it; False if there is nothing to compute."""
-        if len(self._pipeline) and self._watching:
-            return False  # penalties depend on the very tokens that are in flight
         now = self._clock()
         schedule = self.scheduler.schedule(now)
         if not schedule.entries:
             return False
-        masks, rows = None, schedule.row_sequences
-        if any([sequence.params.min_tokens for sequence in rows]):
-            forbidden = [self._answers[sequence.key].forbidden_token_ids for sequence in rows]
-            masks = build_masks(forbidden, self.vocab_size)
-        adjustments = build_adjustments([self._answers[sequence.key].adjuster for sequence in rows])
+        is_plain = not self._steering.changes(schedule)
+        must_wait = not is_plain and self._steering.must_wait(schedule)
         self.scheduler.advance(schedule)
-        self._pipeline.submit(schedule, now, masks, adjustments)
+        self._pipeline.submit(schedule, now, sample=is_plain)
+        if not is_plain and not must_wait:
+            self._pipeline.sample(*self._steering.arrays(schedule))
         for sequence in schedule.admitted:
             request = self._answers[sequence.key].request
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = now
                 self._admission.remove(request.request_id)
         return True
+
+    @contextlib.contextmanager
+    def _undone_after_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.failed_request_ids = self._abandon_steps()
+            raise
 
     def _abandon_steps(self) -> frozenset[str]:
         """Undo every step in flight, as if never scheduled; returns the requests in them."""
@@ -299,18 +321,20 @@ class Engine:
         rejected_rows = self.scheduler.complete(schedule, token_ids)
         # With two in flight it began when the one before it ended, not when it was submitted.
         started = max(step.started, self._last_step_end)
-        self.events.record(step_end(schedule, self.scheduler, started, now))
+        record_step(self.events, schedule, self.scheduler, len(rejected_rows), started, now)
+        if self.drafter is not None:
+            self.drafter.end_step(schedule, output, now - started)
         self._last_step_end = now
         logprobs = read_logprobs(schedule.row_sequences, output)
-        chunks: list[OutputChunk] = []
+        chunks = self._take_prompts(step, now) if schedule.scored else []
         rows = zip(schedule.row_sequences, token_ids, output.finite.tolist(), strict=True)
         for row, (sequence, token, is_finite) in enumerate(rows):
             # It may have ended since: aborted, its request failed, or at a token before this one.
             if sequence.is_finished or row in rejected_rows:
                 continue
             answer = self._answers[sequence.key]
-            if not is_finite:
-                chunks += self._fail(answer, now, not_finite(answer))
+            if answer.failure is not None or not is_finite:
+                chunks += self._fail(answer, now, answer.failure or not_finite(answer))
                 continue
             try:
                 text = self._append(answer, token, logprobs[row], now)
@@ -322,6 +346,21 @@ class Engine:
                 continue
             if answer.request.stream or (sequence.is_finished and answer.request.is_finished):
                 chunks.append(self._chunk(answer, text, now, token, logprobs[row]))
+        return chunks
+
+    def _take_prompts(self, step: InFlightStep, now: float) -> list[OutputChunk]:
+        """Keep the log-probabilities of prompts; end the requests that sample nothing."""
+        chunks: list[OutputChunk] = []
+        scored = step.schedule.scored
+        for sequence in take_prompt_rows(scored, step.prompt_rows):
+            answer = self._answers[sequence.key]
+            chunks += self._fail(answer, now, not_finite(answer))
+        for _, sequence, _, _, is_last in scored:
+            if is_last and not sequence.is_finished:
+                answer = self._answers[sequence.key]
+                self.scheduler.finish(sequence, "length", now)
+                if answer.request.stream or answer.request.is_finished:
+                    chunks.append(self._chunk(answer, answer.flush(), now))
         return chunks
 
     def _append(self, answer: Answer, token: int, logprob: TokenLogprob | None, now: float) -> str:
@@ -393,8 +432,8 @@ class Engine:
         answers = self._requests.pop(request_id)
         for answer in answers:
             del self._answers[answer.sequence.key]
+            self._steering.remove(answer.sequence.key)
         self._admission.remove(request_id)
         self._deadlines.remove(request_id)
-        self._watching.discard(request_id)
         self.adapters.release(answers[0].request.adapter)
         return request_output(answers, now)

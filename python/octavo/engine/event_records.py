@@ -11,7 +11,7 @@ from typing import Any
 from octavo.config import RuntimeOptions
 from octavo.engine.admission import AdmissionLimits
 from octavo.engine.block_manager import BlockManager
-from octavo.engine.events import Event
+from octavo.engine.events import Event, EventLog
 from octavo.engine.outputs import EngineStats
 from octavo.engine.request import Request
 from octavo.engine.schedule import Schedule, SchedulerLimits
@@ -49,11 +49,22 @@ def refusal(request_id: str, num_prompt_tokens: int, error: QueueFullError, now:
     return (now, "refused", request_id, num_prompt_tokens, error.num_requests, error.num_tokens)
 
 
-def step_end(schedule: Schedule, scheduler: Scheduler, started: float, now: float) -> Event:
-    """A step has ended."""
+def record_step(
+    events: EventLog,
+    schedule: Schedule,
+    scheduler: Scheduler,
+    num_rejected: int,
+    started: float,
+    now: float,
+) -> None:
+    """A step has ended. num_rejected: of its drafts."""
     counts = (schedule.num_decodes, schedule.num_tokens, schedule.num_attended)
     state = (scheduler.num_running, scheduler.num_waiting, scheduler.blocks.num_free_blocks)
-    return (now, "step", None, now - started, *counts, *state, schedule.number)
+    events.record((now, "step", None, now - started, *counts, *state, schedule.number))
+    drafts = [len(entry.draft_token_ids) for entry in schedule.entries if entry.draft_token_ids]
+    if drafts:
+        sums = (len(drafts), sum(drafts), sum(drafts) - num_rejected)
+        events.record((now, "drafts", None, *sums, schedule.number))
 
 
 def read_stats(
@@ -76,4 +87,7 @@ def read_stats(
         num_prefix_queries=scheduler.prefix_cache.num_queries,
         num_prefix_hits=scheduler.prefix_cache.num_hits,
         num_evictions=pool.num_evictions,
+        num_drafts=scheduler.draft_counts.num_drafts,
+        num_draft_tokens=scheduler.draft_counts.num_draft_tokens,
+        num_accepted_per_position=tuple(scheduler.draft_counts.accepted_per_position),
     )

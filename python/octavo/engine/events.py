@@ -55,6 +55,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "num_free_blocks",
         "step",
     ),
+    # The step checked drafts of so many sequences; the first num_accepted_tokens of the drafts of
+    # each, added up, were right. Comes right after the step's own event.
+    "drafts": ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "step"),
 }
 
 WAITING_REASONS = {

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from octavo.errors import EngineInUseError, WrongProcessError
+from octavo.errors import EngineClosedError, EngineInUseError, WrongProcessError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class EngineGuard:
 
     Entering raises a WrongProcessError in a process that was forked from the one that made the
     engine: the threads that compute exist only there, and waiting for them would never end. It
-    raises an EngineInUseError while another thread is inside.
+    raises an EngineInUseError while another thread is inside, an EngineClosedError after `close`.
 
     When the program ends, Python kills daemon threads as soon as they come back from the core,
     and C++ ends the process with an error if that happens within its functions. So the end waits
@@ -39,6 +39,7 @@ class EngineGuard:
         self.pid = os.getpid()
         self._inside = threading.Lock()
         self._program_ends = threading.Event()
+        self._is_closed = False
         weakref.finalize(self, _empty, self._inside, self._program_ends, self.pid)
 
     @property
@@ -51,8 +52,14 @@ class EngineGuard:
         if not self.is_here:
             raise WrongProcessError(self.pid, os.getpid())
 
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._is_closed = True
+
     def __enter__(self) -> None:
         self.check_process()
+        if self._is_closed:
+            raise EngineClosedError("the model was closed: load it again to ask it")
         is_free = self._inside.acquire(blocking=False)
         if self._program_ends.is_set() and threading.current_thread().daemon:
             if is_free:

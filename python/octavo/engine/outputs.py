@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The log-probability (natural, of the raw distribution) of one token of an answer.
+    """The log-probability (natural, of the raw distribution) of one token of an answer or a prompt.
 
     top_token_ids and top_logprobs: the most probable tokens there, most probable first, as many as
-    `SamplingParams.logprobs` asked for.
+    `SamplingParams.logprobs`, or `prompt_logprobs`, asked for.
     """
 
     token_id: int
@@ -84,6 +84,8 @@ class RequestOutput:
 
     prompt: the text, None when the prompt was given as token ids. outputs: the n answers in order.
     error: what went wrong when a finish_reason is "error", else None.
+    prompt_logprobs: one entry for each prompt token, None where the token has none (the first, and
+    those before prompt_logprobs_start); None as a whole when they were not asked for.
     """
 
     request_id: str
@@ -92,6 +94,7 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     error: str | None
     metrics: RequestMetrics
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -128,7 +131,8 @@ class EngineStats:
     first in the queue waits (a key of `events.WAITING_REASONS`; None when the queue is empty);
     num_free_blocks are blocks of the KV cache that no sequence holds; num_cached_blocks of these
     have content that may be used again. Since it began: steps, tokens sampled, preemptions; prompt
-    tokens looked up in the prefix cache and found there; cached blocks evicted.
+    tokens looked up in the prefix cache and found there; cached blocks evicted; how often a
+    sequence had drafts, the drafts, and how many in each place were accepted.
     """
 
     num_running: int
@@ -145,6 +149,14 @@ class EngineStats:
     num_prefix_queries: int
     num_prefix_hits: int
     num_evictions: int
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_per_position: tuple[int, ...] = ()
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Drafts that were right, as all before them."""
+        return sum(self.num_accepted_per_position)
 
     @property
     def kv_cache_usage(self) -> float:

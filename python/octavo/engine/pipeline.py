@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ import numpy as np
 from octavo.engine.adjustments import LogitAdjustments
 from octavo.engine.batch import Int32, build_batch
 from octavo.engine.block_manager import BlockManager
+from octavo.engine.prompt_logprobs import RowPlaces, Rows, add_prompt_rows
 from octavo.engine.schedule import Schedule
 
 
@@ -29,7 +31,10 @@ class StepRuntime(Protocol):
         """Copy whole KV blocks, after the steps queued so far; pairs: (n, 2), from and to."""
 
     def submit(self, batch: Any, *, sample: bool) -> int:
-        """Queue the forward pass and return a ticket; sample: queue plain sampling, too."""
+        """Queue the forward pass and return a ticket; sample: queue plain sampling, too.
+
+        A runtime whose drafter needs them also takes `taps`, a list of names.
+        """
 
     def sample(
         self,
@@ -48,17 +53,24 @@ NO_TICKET = -1
 
 @dataclass
 class InFlightStep:
-    """A step in flight. started: when it was scheduled, in seconds of the engine's clock."""
+    """A step in flight. started: when it was scheduled, in seconds of the engine's clock.
+
+    places: which of its logit rows are of prompts; None: none. prompt_rows: their results.
+    """
 
     schedule: Schedule
     started: float
+    is_sampled: bool
     ticket: int = NO_TICKET
+    places: RowPlaces | None = None
+    prompt_rows: Rows | None = None
 
 
 class Pipeline:
     """Submits schedules to a runtime, at most `depth` at a time, and waits for the oldest.
 
-    make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`.
+    make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`. taps: names of
+    what every step's output is to hold besides.
     """
 
     def __init__(
@@ -69,12 +81,14 @@ class Pipeline:
         *,
         vocab_size: int,
         depth: int,
+        taps: SequenceOf[str] = (),
     ) -> None:
         self.depth = depth
         self._runtime = runtime
         self._blocks = blocks
         self._make_batch = make_batch
         self._vocab_size = vocab_size
+        self._taps: dict[str, Any] = {"taps": list(taps)} if taps else {}
         self._in_flight: deque[InFlightStep] = deque()
 
     def __len__(self) -> int:
@@ -85,32 +99,46 @@ class Pipeline:
         """Whether another step may be submitted."""
         return len(self._in_flight) < self.depth
 
-    def submit(
-        self,
-        schedule: Schedule,
-        now: float,
-        masks: Int32 | None,
-        adjustments: LogitAdjustments | None,
-    ) -> None:
-        """Queue a step. After an error, call `abandon` for it and the steps before it."""
-        step = InFlightStep(schedule, now)
+    def submit(self, schedule: Schedule, now: float, *, sample: bool) -> None:
+        """Queue a step. After an error, call `abandon` for it and the steps before it.
+
+        sample: also queue plain sampling; otherwise call `sample` before the next `submit`.
+        """
+        step = InFlightStep(schedule, now, is_sampled=sample)
         self._in_flight.append(step)
         if schedule.copies:
             copies = np.array(schedule.copies, np.int32)
             for group in np.unique(copies[:, 0]).tolist():
                 self._runtime.copy_blocks(group, copies[copies[:, 0] == group, 1:])
         arrays = build_batch(schedule, self._blocks, self._vocab_size)
+        if any([scored.num_rows for scored in schedule.scored]):
+            arrays, step.places = add_prompt_rows(arrays, schedule)
         batch = self._make_batch(**arrays._asdict())
-        is_plain = masks is None and adjustments is None
-        step.ticket = self._runtime.submit(batch, sample=is_plain)
-        if not is_plain:
-            self._runtime.sample(step.ticket, masks, adjustments)
+        step.ticket = self._runtime.submit(batch, sample=sample, **self._taps)
+
+    @property
+    def unsampled(self) -> Schedule | None:
+        """The schedule of the latest step, if its sampling is not queued yet."""
+        if not self._in_flight or self._in_flight[-1].is_sampled:
+            return None
+        return self._in_flight[-1].schedule
+
+    def sample(self, masks: Int32 | None, adjustments: LogitAdjustments | None) -> None:
+        """Queue the sampling of the latest step. After an error, call `abandon`."""
+        step = self._in_flight[-1]
+        if step.places is not None:
+            masks = step.places.spread_masks(masks)
+            adjustments = step.places.spread_adjustments(adjustments)
+        self._runtime.sample(step.ticket, masks, adjustments)
+        step.is_sampled = True
 
     def wait(self) -> tuple[InFlightStep, Any]:
-        """The oldest step and its output. After an error of the runtime, call `abandon`."""
+        """The oldest step and what it sampled. After an error of the runtime, call `abandon`."""
         step = self._in_flight[0]
         output = self._runtime.wait(step.ticket)
         self._in_flight.popleft()
+        if step.places is not None:
+            output, step.prompt_rows = step.places.split(output)
         return step, output
 
     def abandon(self) -> list[Schedule]:

@@ -29,13 +29,15 @@ def extend_block_hashes(
     block_size: int,
     cache_salt: str | None,
     adapter_load: int = 0,
+    rope_set: int = 0,
 ) -> None:
     """Append to `hashes` the names of the full blocks among the tokens.
 
-    The salt and the adapter (`Loan.load`; 0: none) are the name before the first block: another one
-    gives other names to all that follow.
+    The salt, the adapter (`Loan.load`; 0: none) and the set of rope frequencies are the name before
+    the first block: another one gives other names to all that follow.
     """
-    label = b"adapter:%d:" % adapter_load if adapter_load else b""
+    label = b"rope:%d:" % rope_set if rope_set else b""
+    label += b"adapter:%d:" % adapter_load if adapter_load else b""
     label += b"" if cache_salt is None else b"salt:" + cache_salt.encode("utf-8", "surrogatepass")
     parent = hashes[-1] if hashes else hashlib.blake2b(label, digest_size=_DIGEST_SIZE).digest()
     for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
@@ -61,19 +63,21 @@ class PrefixCache:
         """The names of the full blocks among the sequence's known tokens."""
         names, block_size = sequence.block_hashes, self._blocks.block_size
         salt, load = sequence.cache_salt, sequence.adapter.load
-        extend_block_hashes(names, sequence.token_ids, block_size, salt, load)
+        rope_set = sequence.rope_set
+        extend_block_hashes(names, sequence.token_ids, block_size, salt, load, rope_set)
         return names
 
     def find(self, sequence: Sequence) -> Prefix:
-        """The sequence's tokens that are in the cache. The last token is never among them.
+        """The sequence's tokens that are in the cache, up to the first whose logits are needed.
 
-        It is computed again, since its logits are needed and the cache does not hold them.
+        That one is computed again, since the cache holds no logits: most often the last token.
         """
         prefix = NO_PREFIX
         if self.is_enabled:
-            prefix = self._blocks.find_prefix(self.names_of(sequence), sequence.num_tokens - 1)
-        leader = sequence.leader
-        if leader is not None and leader.state is SequenceState.RUNNING:
+            names = self.names_of(sequence)
+            prefix = self._blocks.find_prefix(names, sequence.num_reusable_tokens)
+        leader = _running_leader(sequence)
+        if leader is not None:
             num_alike = sequence.num_prompt_tokens - 1
             if leader.num_computed_tokens > num_alike > prefix.num_tokens:
                 prefix = self._blocks.prefix_of(leader.key, num_alike) or prefix
@@ -85,13 +89,14 @@ class PrefixCache:
         Then waiting a step or two saves computing it twice: when requests that begin alike come
         together, one computes the beginning.
         """
-        leader = sequence.leader
-        if leader is not None and leader.state is SequenceState.RUNNING:
+        leader = _running_leader(sequence)
+        if leader is not None:
             return leader.num_computed_tokens < leader.num_prompt_tokens
         if not self.is_enabled:
             return False
-        names = self.names_of(sequence)
-        index = len(self._blocks.find_prefix(names, sequence.num_tokens - 1).blocks[0])
+        most = sequence.num_reusable_tokens
+        names = self.names_of(sequence)[: self._blocks.blocks_for(most)]
+        index = len(self._blocks.find_prefix(names, most).blocks[0])
         return index < len(names) and any(
             other.num_published_blocks <= index < len(other.block_hashes)
             and other.block_hashes[index] == names[index]
@@ -112,3 +117,11 @@ class PrefixCache:
         if self.is_enabled and sequence.leader is None:
             self.num_queries += sequence.num_tokens
             self.num_hits += prefix.num_tokens
+
+
+def _running_leader(sequence: Sequence) -> Sequence | None:
+    """The leader whose blocks the sequence may share."""
+    leader = sequence.leader
+    if leader is None or leader.state is not SequenceState.RUNNING:
+        return None
+    return leader if leader.rope_set == sequence.rope_set else None

@@ -21,11 +21,14 @@ from collections.abc import Collection, Hashable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from operator import attrgetter
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.engine.adapters import NO_ADAPTER, Loan
 from octavo.engine.outputs import TokenLogprob
 from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.grammar.matcher import Grammar  # which needs NumPy
 
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 Rank = tuple[float, int]
@@ -51,8 +54,11 @@ class Sequence:
     compute is decoding, with more it is in prefill; there is no other difference.
     priority: lower is more urgent. arrival_time: seconds of the engine's clock. adapter: the LoRA
     adapter that it is computed with. leader: the first
-    answer of the same request, whose prompt this one shares; None for the first itself.
+    answer of the same request, whose prompt this one shares; None for the first itself. rope_set:
+    1 if it has outgrown the model's `rope_switch`; block_hashes are the names for that set.
     max_total_tokens: prompt and answer end at this length.
+    watches_answer: whether its logits, or what it may sample, depend on the tokens of the answer
+    not through the model alone: penalties, grammars.
     num_cached_tokens: how many of its tokens were in the cache when it was first admitted.
     num_published_blocks: how many of its blocks are full and were offered to others. state_row:
     where the device keeps its last sampled token, while it runs.
@@ -73,6 +79,7 @@ class Sequence:
     num_computed_tokens: int = field(default=0, init=False)
     num_pending_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
+    watches_answer: bool = field(init=False)
     # Kept by the scheduler.
     rank: Rank = field(init=False)
     max_total_tokens: int = field(default=0, init=False)
@@ -80,16 +87,26 @@ class Sequence:
     num_published_blocks: int = field(default=0, init=False)
     state_row: int = field(default=-1, init=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False)
+    rope_set: int = field(default=0, init=False)
     state: SequenceState = field(default=SequenceState.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     stop_reason: str | int | None = field(default=None, init=False)
     logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
     cumulative_logprob: float = field(default=0.0, init=False)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
+    drafting: Any = field(default=None, init=False)  # what the drafter knows about it
 
     def __post_init__(self, prompt_token_ids: SequenceOf[int]) -> None:
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.watches_answer = self.has_penalties
         self.rank = (self.arrival_time, 0)
+
+    def use_rope(self, rope_set: int) -> None:
+        """Choose the set of rope frequencies, while no block is held: keys depend on it."""
+        if rope_set != self.rope_set:
+            self.rope_set = rope_set
+            self.block_hashes.clear()
 
     @property
     def num_tokens(self) -> int:
@@ -107,13 +124,42 @@ class Sequence:
         return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
+    def is_in_prefill(self) -> bool:
+        """Whether it has more to compute than one token to decode from."""
+        return self.num_uncomputed_tokens > (0 if self.samples_nothing else 1)
+
+    @property
     def output_token_ids(self) -> tuple[int, ...]:
         """The answer so far."""
         return tuple(self.token_ids[self.num_prompt_tokens :])
 
     @property
-    def watches_answer(self) -> bool:
-        """Whether its logits depend on the answer so far: it has penalties."""
+    def samples_nothing(self) -> bool:
+        """Whether it ends with its prompt: the prompt's log-probabilities are all it wants."""
+        return self.params.max_tokens == 0
+
+    @property
+    def first_prompt_row(self) -> int:
+        """The first token of the prompt whose logits are still needed, for the token after it.
+
+        The prompt's last token where none are: its logits are those of the answer.
+        """
+        last = self.num_prompt_tokens - 1
+        if self.params.prompt_logprobs is None or self.leader is not None:
+            return last
+        first = max(self.params.prompt_logprobs_start - 1, 0)
+        return min(first + len(self.prompt_logprobs), last)
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """How many tokens from the first on may come from the cache, which holds no logits."""
+        last = self.num_prompt_tokens - 1
+        first = self.first_prompt_row
+        return len(self.token_ids) - 1 if first == last else first
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether its logits depend on how often the answer has a token."""
         params = self.params
         penalties = params.frequency_penalty or params.presence_penalty
         return bool(penalties) or params.repetition_penalty != 1
@@ -122,8 +168,7 @@ class Sequence:
     def takes_drafts(self) -> bool:
         """Whether its next tokens may be sampled in one step, after drafts.
 
-        Not while a token depends on the tokens before it not through the model alone: penalties
-        count them, and until min_tokens are sampled the end is forbidden.
+        Not while it watches the answer, nor until min_tokens are sampled: the end is forbidden.
         """
         return self.num_output_tokens >= self.params.min_tokens and not self.watches_answer
 
@@ -149,7 +194,8 @@ class Request:
     tokenizers. kept_special_ids: special tokens that the text holds even where the others are
     skipped, such as the tags around calls of tools. priority: lower is more urgent. deadline: when
     it ends, answered or not. cache_salt: only requests with the same one share cached keys and
-    values. Times are seconds of the engine's clock, `time.monotonic` unless told otherwise.
+    values. grammar: what its answers follow. Times are seconds of the engine's clock,
+    `time.monotonic` unless told otherwise.
     """
 
     request_id: str
@@ -163,6 +209,7 @@ class Request:
     deadline: float | None = None
     cache_salt: str | None = None
     adapter: Loan = NO_ADAPTER
+    grammar: Grammar | None = None
     sequences: tuple[Sequence, ...] = ()
     error: str | None = None
     arrival_time: float = field(default_factory=time.monotonic)
@@ -233,7 +280,3 @@ class RankedQueue:
         if index == len(self._items) or self._items[index] is not sequence:
             raise ValueError(f"{sequence!r} is not in the queue")
         del self._items[index]
-
-    def pop_last(self) -> Sequence:
-        """Take out the least urgent one."""
-        return self._items.pop()

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from octavo.engine.block_manager import BlockCopy
 from octavo.engine.request import Sequence
-
-
-class Drafter(Protocol):
-    """Guesses how answers continue, so that one step can check several tokens of a sequence."""
-
-    def propose(self, sequence: Sequence) -> SequenceOf[int]:
-        """Draft tokens to follow the sequence's own; none where it has no guess.
-
-        Called before a step for each decoding sequence that may take drafts. Drafts change only
-        the time: an answer is the same with good drafts, bad ones or none.
-        """
 
 
 class ScheduledSequence(NamedTuple):
@@ -36,12 +26,28 @@ class ScheduledSequence(NamedTuple):
     draft_token_ids: tuple[int, ...] = ()
 
 
+class ScoredPrompt(NamedTuple):
+    """A chunk of a prompt whose log-probabilities are wanted.
+
+    entry: its place in the schedule. It has num_rows logit rows, after the prompt's tokens
+    first_row, first_row + 1, …, for the token after each. is_last: the prompt ends with it, and
+    nothing is sampled for its sequence.
+    """
+
+    entry: int
+    sequence: Sequence
+    first_row: int
+    num_rows: int
+    is_last: bool
+
+
 class Schedule(NamedTuple):
     """One step. number: counted from 0 over non-empty steps. num_tokens: how many it computes.
 
     entries: the parts of the sequences, first the num_decodes that decode, then prompts.
-    row_sequences: the sequence of each logit row, in order. preempted: sequences that lost their
-    blocks for this step. admitted: those that got blocks. copies: to be done before anything else.
+    row_sequences: the sequence of each sampled logit row, in order. scored: the rows of prompts,
+    besides the sampled ones. preempted: sequences that lost their blocks for this step. admitted:
+    those that got blocks. copies: to be done before anything else.
     """
 
     entries: tuple[ScheduledSequence, ...]
@@ -52,6 +58,7 @@ class Schedule(NamedTuple):
     num_decodes: int = 0
     num_tokens: int = 0
     number: int = 0
+    scored: tuple[ScoredPrompt, ...] = ()
 
     @property
     def num_attended(self) -> int:
@@ -66,7 +73,9 @@ class SchedulerLimits:
     priority_ageing_seconds: the seconds of one level of priority; see `Scheduler.add`.
     enable_prefix_caching: whether to look for cached beginnings; answers of one request share their
     prompt in any case. headroom_blocks: how many blocks must be free for each running sequence
-    when another is admitted; docs/scheduler.md says why two.
+    when another is admitted; docs/scheduler.md says why two. max_prompt_rows: how many logit rows a
+    step has for the log-probabilities of prompts. rope_switch: sequences of more tokens have the
+    rope's other frequencies; 0: none.
     """
 
     max_num_seqs: int
@@ -75,19 +84,36 @@ class SchedulerLimits:
     priority_ageing_seconds: float = 30.0
     enable_prefix_caching: bool = True
     headroom_blocks: int = 2
+    max_prompt_rows: int = 128
+    rope_switch: int = 0
+
+    def rope_set(self, num_tokens: int) -> int:
+        """Which set of rope frequencies a sequence of so many tokens is computed with: 0 or 1."""
+        return int(0 < self.rope_switch < num_tokens)
+
+    def outgrown(self, running: Iterable[Sequence]) -> list[Sequence]:
+        """Those that need the other set of frequencies from now on, for all of their keys."""
+        if not self.rope_switch:
+            return []
+        return [each for each in running if each.num_tokens > self.longest(each.rope_set)]
+
+    def longest(self, rope_set: int) -> int:
+        """The most tokens with which a sequence keeps its set of rope frequencies."""
+        return self.rope_switch if self.rope_switch and not rope_set else self.max_model_len
 
 
 @dataclass
 class ScheduleBuilder:
     """Builds schedule `number`.
 
-    budget: the tokens that may still be added. now: the time in seconds. is_short: a sequence that
-    runs lacked blocks.
+    budget: the tokens that may still be added. now: the time in seconds. row_budget: the logit rows
+    of prompts that may still be added. is_short: a sequence that runs lacked blocks.
     """
 
     number: int
     budget: int
     now: float
+    row_budget: int
     is_short: bool = False
     num_tokens: int = 0
     entries: list[ScheduledSequence] = field(default_factory=list)
@@ -95,6 +121,7 @@ class ScheduleBuilder:
     preempted: list[Sequence] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
+    scored: list[ScoredPrompt] = field(default_factory=list)
 
     def add(
         self,
@@ -116,6 +143,32 @@ class ScheduleBuilder:
         self.budget -= num_new_tokens
         self.num_tokens += num_new_tokens
 
+    def chunk_of(self, sequence: Sequence) -> tuple[int, int]:
+        """How many of its uncomputed tokens there is room for, and their logit rows of the prompt.
+
+        Not those of a token that is sampled. Both are 0 when the step has enough rows already.
+        """
+        num_tokens = min(sequence.num_uncomputed_tokens, self.budget)
+        if sequence.params.prompt_logprobs is None:
+            return num_tokens, 0
+        start, last = sequence.num_computed_tokens, sequence.num_prompt_tokens - 1
+        first_row = max(sequence.first_prompt_row, start)
+        num_rows = max(min(start + num_tokens, last) - first_row, 0)
+        if num_rows > self.row_budget:
+            return first_row + self.row_budget - start, self.row_budget
+        return num_tokens, num_rows
+
+    def add_chunk(self, sequence: Sequence, num_new_tokens: int, num_rows: int) -> None:
+        """Add a part of a sequence of more than one token, as `chunk_of` gave it."""
+        is_last = num_new_tokens == sequence.num_uncomputed_tokens
+        ends = is_last and sequence.samples_nothing
+        if num_rows or ends:
+            first_row = max(sequence.first_prompt_row, sequence.num_computed_tokens)
+            entry = len(self.entries)
+            self.scored.append(ScoredPrompt(entry, sequence, first_row, num_rows, ends))
+            self.row_budget -= num_rows
+        self.add(sequence, num_new_tokens, int(is_last and not ends))
+
     def schedule(self, num_decodes: int) -> Schedule:
         """The finished schedule; its first num_decodes entries decode."""
         return Schedule(
@@ -127,6 +180,7 @@ class ScheduleBuilder:
             num_decodes,
             self.num_tokens,
             self.number,
+            tuple(self.scored),
         )
 
 

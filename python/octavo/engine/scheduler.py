@@ -10,8 +10,9 @@ Memory. A sequence is admitted when blocks for all of its present tokens are fre
 headroom for those already running. It shares the blocks of its beginning that the cache still
 holds. While it decodes, or its window moves over its prompt, it takes more blocks. When none is
 free, the *last* running sequence in rank is preempted: it gives its blocks back and waits again. So
-the first in rank is never preempted and always advances. Since no request is accepted that the
-whole cache could not hold, it ends; then the next one is the first. So all end.
+the first in rank always advances (it is preempted once at most, where it outgrows `rope_switch`).
+Since no request is accepted that the whole cache could not hold, it ends; then the next one is the
+first. So all end.
 
 Pure Python: no NumPy, no native code.
 """
@@ -23,10 +24,11 @@ from collections.abc import Sequence as SequenceOf
 
 from octavo.engine.block_manager import BlockManager, Prefix
 from octavo.engine.block_pool import IntegrityError
+from octavo.engine.drafter import DraftCounts, Drafter
 from octavo.engine.events import EventLog
 from octavo.engine.prefix_cache import PrefixCache
 from octavo.engine.request import FinishReason, RankedQueue, Sequence, SequenceState
-from octavo.engine.schedule import Drafter, Schedule, ScheduleBuilder, SchedulerLimits, num_agreeing
+from octavo.engine.schedule import Schedule, ScheduleBuilder, SchedulerLimits, num_agreeing
 from octavo.errors import InvalidArgumentError
 
 
@@ -52,6 +54,7 @@ class Scheduler:
         self.num_schedules = 0
         self.num_preemptions = 0
         self.waiting_reason: str | None = None  # of the first in the queue; None: it is empty
+        self.draft_counts = DraftCounts()
         self._drafter = drafter
         self._waiting = RankedQueue()
         self._running = RankedQueue()
@@ -93,7 +96,8 @@ class Scheduler:
                 f"{max_model_len - 1}, since prompt and answer together may have {max_model_len} "
                 f"(max_model_len): shorten the prompt"
             )
-        num_cached = self.max_total_tokens(num_prompt_tokens, max_tokens) - 1
+        num_total = self.max_total_tokens(num_prompt_tokens, max_tokens)
+        num_cached = max(num_total - 1, num_prompt_tokens)
         if self.blocks.groups.blocks_of(num_cached) > self.blocks.num_blocks:
             raise InvalidArgumentError(
                 f"prompt and answer may have {num_cached + 1} tokens; the whole KV cache holds "
@@ -120,7 +124,12 @@ class Scheduler:
 
         now: for the event log, in seconds.
         """
-        step = ScheduleBuilder(self.num_schedules, self.limits.max_num_batched_tokens, now)
+        limits = self.limits
+        step = ScheduleBuilder(
+            self.num_schedules, limits.max_num_batched_tokens, now, limits.max_prompt_rows
+        )
+        for sequence in limits.outgrown(self._running):
+            self._preempt(sequence, "rope", sequence, now)  # it may come back in this very step
         self._make_room_for_urgent(step)
         self._schedule_decodes(step)
         num_decodes = len(step.entries)
@@ -153,7 +162,10 @@ class Scheduler:
             num_full_blocks = (start + num_new_tokens - len(drafts)) // block_size
             if num_full_blocks > sequence.num_published_blocks and is_running:
                 self.prefix_cache.publish(sequence, num_full_blocks)
-            num_rejected = len(drafts) - num_agreeing(drafts, token_ids[row:]) if drafts else 0
+            num_right = num_agreeing(drafts, token_ids[row:])
+            num_rejected = len(drafts) - num_right
+            if drafts:
+                self.draft_counts.add(len(drafts), num_right)
             if num_rejected:
                 sequence.num_computed_tokens -= num_rejected if is_running else 0
                 rejected_rows.update(range(row + num_samples - num_rejected, row + num_samples))
@@ -200,6 +212,9 @@ class Scheduler:
     # ---- what a step computes ----
 
     def _schedule_decodes(self, step: ScheduleBuilder) -> None:
+        drafter = self._drafter
+        if drafter is not None:
+            drafter.begin_step(self._running, step)
         index = 0
         # A preemption shortens the queue from its end. The sequences before `index` stay, so no
         # sequence loses blocks that this step uses.
@@ -209,13 +224,20 @@ class Scheduler:
             num_tokens = len(sequence.token_ids) + sequence.num_pending_tokens
             start = sequence.num_computed_tokens
             # A sequence whose last token is being sampled has nothing left to compute.
-            if num_tokens - start > 1 or num_tokens >= sequence.max_total_tokens:
+            end = min(sequence.max_total_tokens, self.limits.longest(sequence.rope_set) + 1)
+            if num_tokens - start > 1 or num_tokens >= end:
                 continue
             drafts: tuple[int, ...] = ()
-            if self._drafter is not None and sequence.takes_drafts:
-                if sequence.num_pending_tokens:  # drafts must follow a token still being sampled
+            if drafter is not None and sequence.takes_drafts:
+                if sequence.num_pending_tokens > 1:  # which of them is the last is not known yet
                     continue
-                drafts = self._drafts(sequence, step.budget - 1, len(self._running) - index)
+                if sequence.num_pending_tokens and drafter.awaits(sequence):
+                    continue
+                drafts = (
+                    ()
+                    if sequence.num_pending_tokens
+                    else self._drafts(sequence, step.budget - 1, len(self._running) - index)
+                )
             if self._make_room(sequence, num_tokens, step):
                 step.add(sequence, 1, 1, drafts)
 
@@ -226,8 +248,12 @@ class Scheduler:
         """
         while not self.blocks.reserve(sequence.key, num_tokens):
             step.is_short = True
-            is_in_step = self._running[-1] in [entry.sequence for entry in step.entries]
-            if is_in_step or self._preempt_last("kv_blocks", sequence, step) is sequence:
+            last = self._running[-1]
+            if last in [entry.sequence for entry in step.entries]:
+                return False
+            step.preempted.append(last)
+            self._preempt(last, "kv_blocks", sequence, step.now)
+            if last is sequence:
                 return False
         return True
 
@@ -236,7 +262,8 @@ class Scheduler:
 
         A draft takes no token and no block that one of the num_behind sequences behind may need.
         """
-        room = min(budget - num_behind, sequence.max_total_tokens - sequence.num_tokens - 1)
+        longest = min(sequence.max_total_tokens - 1, self.limits.longest(sequence.rope_set))
+        room = min(budget - num_behind, longest - sequence.num_tokens)
         if self._drafter is None or room < 1:
             return ()
         drafts = tuple(self._drafter.propose(sequence)[:room])
@@ -244,17 +271,17 @@ class Scheduler:
         return drafts if self.blocks.reserve(sequence.key, num_tokens, num_behind) else ()
 
     def _schedule_prefills(self, step: ScheduleBuilder) -> None:
-        for sequence in [other for other in self._running if other.num_uncomputed_tokens > 1]:
+        for sequence in [other for other in self._running if other.is_in_prefill]:
             if step.budget and sequence.state is SequenceState.RUNNING:  # not preempted meanwhile
                 self._schedule_chunk(sequence, step)
 
     def _schedule_chunk(self, sequence: Sequence, step: ScheduleBuilder) -> None:
         start = sequence.num_computed_tokens
-        num_new_tokens = min(sequence.num_uncomputed_tokens, step.budget)
-        if not self._make_room(sequence, start + num_new_tokens, step):
+        num_new_tokens, num_rows = step.chunk_of(sequence)
+        if not num_new_tokens or not self._make_room(sequence, start + num_new_tokens, step):
             return
         self.events.record((step.now, "chunk", sequence.key, start, num_new_tokens, step.number))
-        step.add(sequence, num_new_tokens, int(num_new_tokens == sequence.num_uncomputed_tokens))
+        step.add_chunk(sequence, num_new_tokens, num_rows)
 
     # ---- admission ----
 
@@ -280,6 +307,7 @@ class Scheduler:
     def _next_candidate(self) -> Sequence | None:
         """The first in the queue whose beginning is not being computed for another one now."""
         for sequence in itertools.islice(self._waiting, self.limits.max_num_seqs):
+            sequence.use_rope(self.limits.rope_set(sequence.num_tokens))
             if not self.prefix_cache.is_being_computed(sequence, self._running):
                 return sequence
         return None
@@ -301,7 +329,7 @@ class Scheduler:
         """
         few, running = self.limits.headroom_blocks, itertools.islice(self._running, num_running)
         # The last token is sampled but never computed.
-        ends = [(sequence.key, sequence.max_total_tokens - 1) for sequence in running]
+        ends = [(s.key, max(s.max_total_tokens - 1, s.num_prompt_tokens)) for s in running]
         return sum([self.blocks.num_blocks_to_come(key, end, few) for key, end in ends])
 
     def _start(self, sequence: Sequence, prefix: Prefix, step: ScheduleBuilder) -> None:
@@ -341,18 +369,17 @@ class Scheduler:
             num_missing -= self.blocks.num_blocks_freed(victim.key, prefix)
             if num_missing + self._headroom(num_left) <= 0:
                 while len(self._running) > num_left:
-                    self._preempt_last("priority", urgent, step)
+                    step.preempted.append(self._running[-1])
+                    self._preempt(self._running[-1], "priority", urgent, step.now)
                 return
 
-    def _preempt_last(self, reason: str, by: Sequence, step: ScheduleBuilder) -> Sequence:
-        sequence = self._running.pop_last()
+    def _preempt(self, sequence: Sequence, why: str, by: Sequence, now: float) -> None:
+        self._running.remove(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        step.preempted.append(sequence)
         num_lost = sequence.num_computed_tokens
-        self.events.record((step.now, "preempted", sequence.key, reason, by.key, num_lost))
+        self.events.record((now, "preempted", sequence.key, why, by.key, num_lost))
         self._requeue(sequence)
-        return sequence
 
     def _requeue(self, sequence: Sequence) -> None:
         """Put a sequence, taken out of the running ones, into the queue; it keeps its tokens."""
@@ -371,8 +398,7 @@ class Scheduler:
         if sequence is not None and noted != self._noted_wait:
             num_needed = self.blocks.groups.blocks_of(sequence.num_tokens)
             numbers = (num_needed, self.blocks.num_free_blocks, len(self._waiting))
-            event = (now, "waited", sequence.key, reason, *numbers)
-            self.events.record(event)
+            self.events.record((now, "waited", sequence.key, reason, *numbers))
         self._noted_wait = noted
 
     @property
@@ -390,11 +416,9 @@ class Scheduler:
             if sequence.state is not SequenceState.RUNNING:
                 raise IntegrityError(f"{sequence!r} is among the running")
             self.blocks.check_sequence(sequence.key, sequence.num_computed_tokens)
-        running = {sequence.key for sequence in self._running}
-        if len(running) != len(self._running) or self.blocks.holders() != running:
-            raise IntegrityError(
-                f"blocks are held by {self.blocks.holders()}, but {running} are running"
-            )
+        running, holders = {sequence.key for sequence in self._running}, self.blocks.holders()
+        if len(running) != len(self._running) or holders != running:
+            raise IntegrityError(f"blocks are held by {holders}, but {running} are running")
         rows = [*self._free_state_rows, *(sequence.state_row for sequence in self._running)]
         if sorted(rows) != list(range(self.limits.max_num_seqs)):
             raise IntegrityError(f"of max_num_seqs state rows some are lost or shared: {rows}")

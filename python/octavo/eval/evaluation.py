@@ -26,9 +26,11 @@ from octavo.eval.measures import (
 from octavo.eval.scorer import Scorer
 from octavo.eval.windows import Window, make_windows
 from octavo.files import read_text
+from octavo.models.adapter import Adapter
 from octavo.progress import StageProgress
 from octavo.quantization.plan import describe_dtypes
 from octavo.text.tokenizer import Tokenizer
+from octavo.weights.adapter import read_adapter
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import ModelFiles, read_model
@@ -48,6 +50,8 @@ class EvalRequest:
     random: so many random tokens in place of a text (seeded by config.seed); needs no tokenizer.
     window, stride: in tokens; None: 512 (or the model's limit, if less), and half the window.
     max_windows: how many windows to take from the text's beginning; None: all.
+    adapter: the folder of a LoRA adapter for `model`, and for what it is compared with if that is
+        "same".
     """
 
     model: str | None
@@ -58,11 +62,15 @@ class EvalRequest:
     window: int | None = None
     stride: int | None = None
     max_windows: int | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
 class ModelRun:
-    """A model as it was run. weights: what its matrices are kept in, as in "int4 and int8"."""
+    """A model as it was run. weights: what its matrices are kept in, as in "int4 and int8".
+
+    adapter: the folder of its LoRA adapter, if it has one.
+    """
 
     path: str
     weights: str
@@ -71,6 +79,7 @@ class ModelRun:
     device: str
     weight_bytes: int
     perplexity: Perplexity
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,15 +131,23 @@ class _Models:
         if against != "none":
             reference = self._open_reference(against, request, checkpoint, environment)
 
-        def load(files: ModelFiles, checkpoint: Checkpoint, config: EngineConfig) -> Scorer:
-            stage = partial(progress, f"loading {files.path.name}")
-            return Scorer(files, checkpoint, config, self.window, stage, environment)
+        folder = request.adapter
+        adapter = None if folder is None else read_adapter(folder, self.files, checkpoint)
 
-        self.model = load(self.files, checkpoint, request.config)
+        def load(
+            files: ModelFiles, checkpoint: Checkpoint, config: EngineConfig, adapter: Adapter | None
+        ) -> Scorer:
+            stage = partial(progress, f"loading {files.path.name}")
+            return Scorer(files, checkpoint, config, self.window, stage, environment, adapter)
+
+        self.model = load(self.files, checkpoint, request.config, adapter)
         self.reference: Scorer | None = None
+        self.reference_adapter: Path | None = None
         if reference is not None and self.reference_files is not None:
             plain_config = replace(request.config, dtype="f32", kv_dtype="f32", quantize=None)
-            self.reference = load(self.reference_files, reference, plain_config)
+            own = adapter if against == "same" else None
+            self.reference = load(self.reference_files, reference, plain_config, own)
+            self.reference_adapter = None if own is None else folder
 
     def _open_reference(
         self,
@@ -217,14 +234,15 @@ def evaluate(
     start = time.perf_counter()
     scores = score(models.model, models.reference, text.tokens, windows, progress)
     seconds = time.perf_counter() - start
-    ours = perplexity(scores.surprisal)
+    ours, adapter = perplexity(scores.surprisal), request.adapter
     against, apart = None, None
     if models.reference is not None and models.reference_files is not None:
         theirs = perplexity(scores.reference_surprisal)
-        against = _describe(models.reference_files, models.reference, theirs)
+        own = models.reference_adapter
+        against = _describe(models.reference_files, models.reference, theirs, own)
         apart = divergence(scores.kl, scores.same_top, ours.value / theirs.value)
     return EvalResult(
-        model=_describe(models.files, models.model, ours),
+        model=_describe(models.files, models.model, ours, adapter),
         against=against,
         divergence=apart,
         text=text.name,
@@ -277,7 +295,9 @@ def score(
     return Scores(*(np.concatenate(parts) for parts in (ours, theirs, kl, same)))
 
 
-def _describe(files: ModelFiles, scorer: Scorer, value: Perplexity) -> ModelRun:
+def _describe(
+    files: ModelFiles, scorer: Scorer, value: Perplexity, adapter: Path | None
+) -> ModelRun:
     options = scorer.loaded.options
     return ModelRun(
         path=str(files.path),
@@ -287,4 +307,5 @@ def _describe(files: ModelFiles, scorer: Scorer, value: Perplexity) -> ModelRun:
         device=scorer.loaded.device,
         weight_bytes=scorer.loaded.runtime.memory()["weights"],
         perplexity=value,
+        adapter=None if adapter is None else str(adapter),
     )

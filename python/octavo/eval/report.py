@@ -34,8 +34,9 @@ def render(result: EvalResult) -> RenderableType:
 
 def _row(run: ModelRun) -> tuple[str, ...]:
     value = run.perplexity
+    adapter = "" if run.adapter is None else f" + {Path(run.adapter).name}"
     return (
-        Path(run.path).name,
+        Path(run.path).name + adapter,
         f"{run.weights}, KV {run.kv_dtype}, {run.device}",
         f"{run.weight_bytes / 2**20:,.0f} MiB",
         f"{value.mean_surprisal:.5f}",

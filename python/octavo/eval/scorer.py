@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from octavo.config import EngineConfig, Environment
 from octavo.eval.windows import Window
+from octavo.models.adapter import Adapter
 from octavo.runtime.loader import LoadProgress, load_runtime
 from octavo.runtime.session import Session
 from octavo.weights.checkpoint import Checkpoint
@@ -32,18 +33,23 @@ class Scorer:
         window: int,
         progress: LoadProgress | None = None,
         environment: Environment | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
-        """Load the model with room for one window; raises what `load_runtime` raises."""
+        """Load the model with room for one window; raises what `load_runtime` raises.
+
+        adapter: a LoRA adapter that the sequence has.
+        """
         config = replace(
             config,
             max_model_len=window,
             max_num_seqs=1,
+            max_adapters=0 if adapter is None else 1,
             # So many that all their logits fit.
             max_num_batched_tokens=min(window, max(16, _MAX_LOGITS // files.spec.vocab_size)),
             num_kv_blocks=-(-window // config.block_size),
         )
         self.loaded = load_runtime(files, checkpoint, config, progress, environment)
-        self._session = Session(self.loaded)
+        self._session = Session(self.loaded, () if adapter is None else (adapter,))
 
     def load_weight(self, name: str, values: Float32) -> None:
         """Put other numbers in the place of a weight, which the model runs in floats."""

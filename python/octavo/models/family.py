@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from octavo.errors import UnsupportedModelError
 from octavo.models.layer import Weight, model_nodes, split_tap
 from octavo.models.spec import ModelSpec
 
@@ -46,22 +45,19 @@ class WeightSource:
         return shape[::-1] if self.transform == "transpose" else shape
 
     @property
-    def name(self) -> str:
-        """The tensor, if it is exactly this weight; needed to write a checkpoint.
-
-        Raises UnsupportedModelError where it is not.
-        """
-        if self.rows is not None or self.transform != "plain":
-            raise UnsupportedModelError(
-                f"{self.tensor} of a checkpoint is not a weight as octavo has it (fused or "
-                "transformed), so octavo cannot write such a checkpoint; use the model as it is"
-            )
-        return self.tensor
-
-    @property
     def module(self) -> str:
         """The name without ".weight" or ".bias"."""
         return self.tensor.rpartition(".")[0]
+
+
+def group_by_tensor(weight_map: Mapping[str, WeightSource]) -> dict[str, list[str]]:
+    """The checkpoint's name of every tensor -> octavo's weights in it, in the order of its rows."""
+    found: dict[str, list[str]] = {}
+    for name, source in weight_map.items():
+        found.setdefault(source.tensor, []).append(name)
+    for names in found.values():
+        names.sort(key=lambda name: weight_map[name].rows or (0, 0))
+    return found
 
 
 @dataclass(frozen=True)
@@ -121,6 +117,47 @@ class TensorNames:
         return next(module for module, parts in self.modules.items() if parts == part) + ".weight"
 
 
+# The names of tensors that Llama's checkpoints introduced and most families kept.
+LLAMA_TENSORS = {
+    "model.embed_tokens": "embed",
+    "model.layers.{layer}.input_layernorm": "attn_norm",
+    "model.layers.{layer}.self_attn.q_proj": "q",
+    "model.layers.{layer}.self_attn.k_proj": "k",
+    "model.layers.{layer}.self_attn.v_proj": "v",
+    "model.layers.{layer}.self_attn.o_proj": "o",
+    "model.layers.{layer}.post_attention_layernorm": "mlp_norm",
+    "model.layers.{layer}.mlp.gate_proj": "gate",
+    "model.layers.{layer}.mlp.up_proj": "up",
+    "model.layers.{layer}.mlp.down_proj": "down",
+    "model.norm": "final_norm",
+    "lm_head": "lm_head",
+}
+
+# Of families that normalize queries and keys.
+HEAD_NORMS = {
+    "model.layers.{layer}.self_attn.q_norm": "q_norm",
+    "model.layers.{layer}.self_attn.k_norm": "k_norm",
+}
+
+
+def expert_tensors(block: str, gate: str, up: str, down: str) -> dict[str, str]:
+    """The names of a layer's experts and their router. block: the module in the layer.
+
+    gate, up, down: the names of an expert's matrices.
+    """
+    module = f"model.layers.{{layer}}.{block}"
+    parts = {gate: "gate", up: "up", down: "down"}
+    names = {
+        f"{module}.experts.{{expert}}.{theirs}": f"experts.{{expert}}.{ours}"
+        for theirs, ours in parts.items()
+    }
+    return {f"{module}.gate": "router", **names}
+
+
+# Old checkpoints carry the rope frequencies as buffers; they follow from the configuration.
+LLAMA_IGNORED = (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+
+
 @dataclass(frozen=True)
 class GgufHeader:
     """The header of a GGUF file.
@@ -148,13 +185,13 @@ class GgufFamily:
 
 @dataclass(frozen=True)
 class Family:
-    """How to read one architecture of Hugging Face."""
+    """How to read one architecture of Hugging Face; names that are left out are Llama's."""
 
     architecture: str  # in the field `architectures` of config.json
     model_type: str  # in its field `model_type`
     read_spec: Callable[[Mapping[str, Any]], ModelSpec]
-    tensors: TensorNames
-    ignored: tuple[str, ...] = ()  # patterns of other names that a checkpoint may hold
+    tensors: TensorNames = TensorNames(LLAMA_TENSORS)
+    ignored: tuple[str, ...] = LLAMA_IGNORED  # patterns of other names that a checkpoint may hold
     default_eos_token_id: int | None = None  # where config.json has no such field
     gguf: GgufFamily | None = None
     aliases: tuple[str, ...] = ()  # other names of the architecture

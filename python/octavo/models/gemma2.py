@@ -11,20 +11,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from octavo.models import gemma_gguf
-from octavo.models.family import Family, TensorNames, Transform
+from octavo.models.family import LLAMA_TENSORS, Family, TensorNames, Transform
 from octavo.models.fields import Fields, Limit
 from octavo.models.reading import (
-    LLAMA_IGNORED,
-    LLAMA_TENSORS,
     Defaults,
     read_activation,
     read_eps,
+    read_fields,
     read_layer,
     read_layer_types,
     read_model,
     read_num_layers,
     read_window,
-    refuse_changes,
     with_windows,
 )
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
@@ -55,8 +53,7 @@ NORMS_FROM_ONE = dict.fromkeys(
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Gemma 2 configuration; UnsupportedModelError names a field that is refused."""
-    fields = Fields(config, "config.json")
-    refuse_changes(fields, reads=(*READS, "attn_logit_softcapping"))
+    fields = read_fields(config, (*READS, "attn_logit_softcapping"))
     layer = read_gemma_layer(
         fields, DEFAULTS, attention_softcap=read_cap(fields, "attn_logit_softcapping", 50.0)
     )
@@ -117,7 +114,6 @@ FAMILY = Family(
     model_type="gemma2",
     read_spec=read_spec,
     tensors=TensorNames(TENSORS, NORMS_FROM_ONE),
-    ignored=LLAMA_IGNORED,
     default_eos_token_id=1,
     gguf=gemma_gguf.GEMMA2,
 )

@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from octavo.models import gemma_gguf
-from octavo.models.family import Family, TensorNames
-from octavo.models.fields import Fields
+from octavo.models.family import HEAD_NORMS, Family, TensorNames
 from octavo.models.gemma2 import (
     NORMS_FROM_ONE,
     READS,
@@ -22,14 +21,12 @@ from octavo.models.gemma2 import (
     read_gemma_layer,
 )
 from octavo.models.reading import (
-    HEAD_NORMS,
-    LLAMA_IGNORED,
     Defaults,
+    read_fields,
     read_layer_types,
     read_num_layers,
     read_positions,
     read_window,
-    refuse_changes,
 )
 from octavo.models.rope_fields import read_rope
 from octavo.models.spec import ModelSpec
@@ -45,8 +42,7 @@ DEFAULTS = Defaults(
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Gemma 3 configuration; UnsupportedModelError names a field that is refused."""
-    fields = Fields(config, "config.json")
-    refuse_changes(fields, reads=READS)
+    fields = read_fields(config, READS)
     layer = read_gemma_layer(fields, DEFAULTS, rope=None, qk_norm="head")
     positions = read_positions(fields, DEFAULTS)
     # The older spelling: one rope_scaling, of the layers that see everything, and two thetas.
@@ -80,7 +76,6 @@ FAMILY = Family(
     model_type="gemma3_text",
     read_spec=read_spec,
     tensors=TensorNames({**TENSORS, **HEAD_NORMS}, NORMS_FROM_ONE),
-    ignored=LLAMA_IGNORED,
     default_eos_token_id=1,
     gguf=gemma_gguf.GEMMA3,
 )

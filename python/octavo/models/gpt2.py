@@ -11,7 +11,7 @@ from typing import Any
 
 from octavo.models.family import Family, TensorNames, Transform
 from octavo.models.fields import Fields, Limit
-from octavo.models.reading import read_activation, refuse_changes
+from octavo.models.reading import read_activation, read_fields
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 
 ARCHITECTURE = "GPT2LMHeadModel"
@@ -19,8 +19,7 @@ ARCHITECTURE = "GPT2LMHeadModel"
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a GPT-2 configuration; UnsupportedModelError names a field that is refused."""
-    fields = Fields(config, "config.json")
-    refuse_changes(fields)
+    fields = read_fields(config)
     hidden_size = fields.integer("n_embd", 1, Limit.WIDTH, default=768)
     num_heads = fields.integer("n_head", 1, Limit.HEADS, default=12)
     head_dim = hidden_size // num_heads

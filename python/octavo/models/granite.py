@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from octavo.models.family import Family, TensorNames
+from octavo.models.family import Family
 from octavo.models.fields import Fields
 from octavo.models.reading import (
-    LLAMA_IGNORED,
-    LLAMA_TENSORS,
     Defaults,
+    read_fields,
     read_layer,
     read_model,
     read_num_layers,
-    refuse_changes,
 )
 from octavo.models.spec import ModelSpec
 
@@ -28,8 +26,7 @@ _READS = (
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Granite configuration; UnsupportedModelError names a field that is refused."""
-    fields = Fields(config, "config.json")
-    refuse_changes(fields, reads=_READS)
+    fields = read_fields(config, _READS)
     bias = fields.boolean("attention_bias", False)
     layer = read_layer(
         fields,
@@ -58,7 +55,5 @@ FAMILY = Family(
     architecture=ARCHITECTURE,
     model_type="granite",
     read_spec=read_spec,
-    tensors=TensorNames(LLAMA_TENSORS),
-    ignored=LLAMA_IGNORED,
     default_eos_token_id=2,
 )

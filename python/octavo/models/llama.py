@@ -12,16 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from octavo.models import llama_gguf
-from octavo.models.family import Family, TensorNames
-from octavo.models.fields import Fields
+from octavo.models.family import Family
 from octavo.models.reading import (
-    LLAMA_IGNORED,
-    LLAMA_TENSORS,
     Defaults,
+    read_fields,
     read_layer,
     read_model,
     read_num_layers,
-    refuse_changes,
 )
 from octavo.models.spec import ModelSpec
 
@@ -31,8 +28,7 @@ DEFAULTS = Defaults(max_position_embeddings=2048)
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Llama configuration; UnsupportedModelError names a field that is refused."""
-    fields = Fields(config, "config.json")
-    refuse_changes(fields, reads=("attention_bias", "mlp_bias"))
+    fields = read_fields(config, ("attention_bias", "mlp_bias"))
     has_bias = fields.boolean("attention_bias", False)
     mlp_bias = fields.boolean("mlp_bias", False)
     layer = read_layer(fields, DEFAULTS, qkv_bias=has_bias, o_bias=has_bias, mlp_bias=mlp_bias)
@@ -44,8 +40,6 @@ FAMILY = Family(
     aliases=("LlamaModel",),
     model_type="llama",
     read_spec=read_spec,
-    tensors=TensorNames(LLAMA_TENSORS),
-    ignored=LLAMA_IGNORED,
     default_eos_token_id=2,
     gguf=llama_gguf.GGUF,
 )

@@ -7,19 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from octavo.models import llama_gguf
-from octavo.models.family import Family, TensorNames
-from octavo.models.fields import Fields
+from octavo.models.family import LLAMA_TENSORS, Family, TensorNames, expert_tensors
 from octavo.models.reading import (
-    LLAMA_IGNORED,
-    LLAMA_TENSORS,
     Defaults,
-    expert_tensors,
+    read_fields,
     read_layer,
     read_model,
     read_moe,
     read_num_layers,
     read_window,
-    refuse_changes,
     with_windows,
 )
 from octavo.models.spec import ModelSpec
@@ -32,8 +28,7 @@ DEFAULTS = Defaults(
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Mixtral configuration; UnsupportedModelError names a field that is refused."""
-    fields = Fields(config, "config.json")
-    refuse_changes(fields, reads=("sliding_window", "num_local_experts"))
+    fields = read_fields(config, ("sliding_window", "num_local_experts"))
     moe = read_moe(fields, "num_local_experts", num_experts=8, experts_per_token=2)
     layer = replace(read_layer(fields, DEFAULTS), moe=moe)
     windows = [read_window(fields)] * read_num_layers(fields)
@@ -50,7 +45,6 @@ FAMILY = Family(
             **expert_tensors("block_sparse_moe", "w1", "w3", "w2"),
         }
     ),
-    ignored=LLAMA_IGNORED,
     default_eos_token_id=2,
     gguf=llama_gguf.MIXTRAL,
 )

@@ -8,18 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from octavo.models.family import Family, TensorNames
-from octavo.models.fields import Fields
+from octavo.models.family import HEAD_NORMS, LLAMA_TENSORS, Family, TensorNames
 from octavo.models.reading import (
-    HEAD_NORMS,
-    LLAMA_IGNORED,
-    LLAMA_TENSORS,
     Defaults,
     read_eps,
+    read_fields,
     read_layer,
     read_model,
     read_num_layers,
-    refuse_changes,
 )
 from octavo.models.spec import ModelSpec, NormSpec
 
@@ -29,8 +25,7 @@ DEFAULTS = Defaults(max_position_embeddings=2048, norm_eps=1e-5)
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of an OLMo 2 configuration; UnsupportedModelError names a field that is refused."""
-    fields = Fields(config, "config.json")
-    refuse_changes(fields, reads=("attention_bias",))
+    fields = read_fields(config, ("attention_bias",))
     bias, norm = fields.boolean("attention_bias", False), NormSpec(eps=read_eps(fields, DEFAULTS))
     layer = read_layer(
         fields,
@@ -57,6 +52,5 @@ FAMILY = Family(
             "model.layers.{layer}.post_feedforward_layernorm": "mlp_out_norm",
         }
     ),
-    ignored=LLAMA_IGNORED,
     default_eos_token_id=50279,
 )

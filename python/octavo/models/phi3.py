@@ -10,19 +10,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from octavo.models import phi3_gguf
-from octavo.models.family import Family, TensorNames
-from octavo.models.fields import Fields, Limit
+from octavo.models.family import LLAMA_TENSORS, Family, TensorNames
+from octavo.models.fields import Limit
 from octavo.models.reading import (
-    LLAMA_IGNORED,
-    LLAMA_TENSORS,
     Defaults,
+    read_fields,
     read_head_dim,
     read_layer,
     read_model,
     read_num_layers,
     read_positions,
     read_window,
-    refuse_changes,
     with_windows,
 )
 from octavo.models.rope_fields import read_rope
@@ -36,8 +34,7 @@ _SEPARATE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Phi-3 configuration; UnsupportedModelError names a field that is refused."""
     config = {"original_max_position_embeddings": 4096, **config}  # before any inside rope_scaling
-    fields = Fields(config, "config.json")
-    refuse_changes(fields, reads=("sliding_window",))
+    fields = read_fields(config, ("sliding_window",))
     fields.refuse_unless("full_attn_mod", (1,), "1 (all layers are alike)")
     hidden_size = fields.integer("hidden_size", 1, Limit.WIDTH)
     num_heads = fields.integer("num_attention_heads", 1, Limit.HEADS)
@@ -64,7 +61,6 @@ FAMILY = Family(
             "model.layers.{layer}.mlp.gate_up_proj": "gate up",
         }
     ),
-    ignored=LLAMA_IGNORED,
     default_eos_token_id=32000,
     gguf=phi3_gguf.GGUF,
 )

@@ -6,18 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from octavo.models import qwen_gguf
-from octavo.models.family import Family, TensorNames
+from octavo.models.family import Family
 from octavo.models.fields import Fields
 from octavo.models.reading import (
-    LLAMA_IGNORED,
-    LLAMA_TENSORS,
     Defaults,
+    read_fields,
     read_layer,
     read_layer_types,
     read_model,
     read_num_layers,
     read_window,
-    refuse_changes,
     with_windows,
 )
 from octavo.models.spec import ModelSpec
@@ -29,8 +27,7 @@ WINDOW_FIELDS = ("sliding_window", "use_sliding_window", "layer_types")
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Qwen2 configuration; UnsupportedModelError names a field that is refused."""
-    fields = Fields(config, "config.json")
-    refuse_changes(fields, reads=WINDOW_FIELDS)
+    fields = read_fields(config, WINDOW_FIELDS)
     layer = read_layer(fields, DEFAULTS, qkv_bias=True)
     return read_model(ARCHITECTURE, fields, DEFAULTS, with_windows(layer, read_windows(fields)))
 
@@ -48,7 +45,5 @@ FAMILY = Family(
     architecture=ARCHITECTURE,
     model_type="qwen2",
     read_spec=read_spec,
-    tensors=TensorNames(LLAMA_TENSORS),
-    ignored=LLAMA_IGNORED,
     gguf=qwen_gguf.QWEN2,
 )

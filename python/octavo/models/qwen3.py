@@ -6,17 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from octavo.models import qwen_gguf
-from octavo.models.family import Family, TensorNames
-from octavo.models.fields import Fields
+from octavo.models.family import HEAD_NORMS, LLAMA_TENSORS, Family, TensorNames
 from octavo.models.qwen2 import WINDOW_FIELDS, read_windows
 from octavo.models.reading import (
-    HEAD_NORMS,
-    LLAMA_IGNORED,
-    LLAMA_TENSORS,
     Defaults,
+    read_fields,
     read_layer,
     read_model,
-    refuse_changes,
     with_windows,
 )
 from octavo.models.spec import ModelSpec
@@ -27,8 +23,7 @@ DEFAULTS = Defaults(max_position_embeddings=32768, num_key_value_heads=32, head_
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Qwen3 configuration; UnsupportedModelError names a field that is refused."""
-    fields = Fields(config, "config.json")
-    refuse_changes(fields, reads=(*WINDOW_FIELDS, "attention_bias"))
+    fields = read_fields(config, (*WINDOW_FIELDS, "attention_bias"))
     bias = fields.boolean("attention_bias", False)
     layer = read_layer(fields, DEFAULTS, qkv_bias=bias, o_bias=bias, qk_norm="head")
     return read_model(ARCHITECTURE, fields, DEFAULTS, with_windows(layer, read_windows(fields)))
@@ -39,6 +34,5 @@ FAMILY = Family(
     model_type="qwen3",
     read_spec=read_spec,
     tensors=TensorNames({**LLAMA_TENSORS, **HEAD_NORMS}),
-    ignored=LLAMA_IGNORED,
     gguf=qwen_gguf.QWEN3,
 )

@@ -11,20 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 from octavo.models import qwen_gguf
-from octavo.models.family import Family, TensorNames
+from octavo.models.family import HEAD_NORMS, LLAMA_TENSORS, Family, TensorNames, expert_tensors
 from octavo.models.fields import Fields, Limit
 from octavo.models.reading import (
-    HEAD_NORMS,
-    LLAMA_IGNORED,
-    LLAMA_TENSORS,
     Defaults,
-    expert_tensors,
+    read_fields,
     read_layer,
     read_model,
     read_moe,
     read_num_layers,
     read_window,
-    refuse_changes,
 )
 from octavo.models.spec import ModelSpec
 
@@ -35,9 +31,8 @@ _EXPERTS = ("num_experts", "num_local_experts")  # transformers writes the secon
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of such a configuration; UnsupportedModelError names a field that is refused."""
-    fields = Fields(config, "config.json")
     reads = ("sliding_window", "use_sliding_window", "attention_bias", *_EXPERTS)
-    refuse_changes(fields, reads=reads)
+    fields = read_fields(config, reads)
     has_bias = fields.boolean("attention_bias", False)
     window = read_window(fields, 4096) if fields.boolean("use_sliding_window", False) else 0
     dense = read_layer(
@@ -73,6 +68,5 @@ FAMILY = Family(
             **expert_tensors("mlp", "gate_proj", "up_proj", "down_proj"),
         }
     ),
-    ignored=LLAMA_IGNORED,
     gguf=qwen_gguf.QWEN3_MOE,
 )

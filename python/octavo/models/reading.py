@@ -6,7 +6,7 @@ would change the result and that the family does not read are refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,46 +23,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-
-# The names of tensors that Llama's checkpoints introduced and most families kept.
-LLAMA_TENSORS = {
-    "model.embed_tokens": "embed",
-    "model.layers.{layer}.input_layernorm": "attn_norm",
-    "model.layers.{layer}.self_attn.q_proj": "q",
-    "model.layers.{layer}.self_attn.k_proj": "k",
-    "model.layers.{layer}.self_attn.v_proj": "v",
-    "model.layers.{layer}.self_attn.o_proj": "o",
-    "model.layers.{layer}.post_attention_layernorm": "mlp_norm",
-    "model.layers.{layer}.mlp.gate_proj": "gate",
-    "model.layers.{layer}.mlp.up_proj": "up",
-    "model.layers.{layer}.mlp.down_proj": "down",
-    "model.norm": "final_norm",
-    "lm_head": "lm_head",
-}
-
-# Of families that normalize queries and keys.
-HEAD_NORMS = {
-    "model.layers.{layer}.self_attn.q_norm": "q_norm",
-    "model.layers.{layer}.self_attn.k_norm": "k_norm",
-}
-
-
-def expert_tensors(block: str, gate: str, up: str, down: str) -> dict[str, str]:
-    """The names of a layer's experts and their router. block: the module in the layer.
-
-    gate, up, down: the names of an expert's matrices.
-    """
-    module = f"model.layers.{{layer}}.{block}"
-    parts = {gate: "gate", up: "up", down: "down"}
-    names = {
-        f"{module}.experts.{{expert}}.{theirs}": f"experts.{{expert}}.{ours}"
-        for theirs, ours in parts.items()
-    }
-    return {f"{module}.gate": "router", **names}
-
-
-# Old checkpoints carry the rope frequencies as buffers; they follow from the configuration.
-LLAMA_IGNORED = (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 _NO_EXPERTS, _NO_CAP = "null (no mixture of experts)", "null (logits are not capped)"
 _NO_BIAS, _NO_SCALE = "false (no biases)", "1 (nothing is multiplied)"
@@ -117,16 +77,21 @@ class Defaults:
     tie_word_embeddings: bool = False
 
 
-def refuse_changes(fields: Fields, reads: Collection[str] = ()) -> None:
-    """Refuse fields that change what a model computes. reads: those that the family reads."""
+def read_fields(config: Mapping[str, Any], reads: Collection[str] = ()) -> Fields:
+    """The fields of config.json. Refused are those that change what a model computes.
+
+    reads: those that the family reads, and which are not refused here.
+    """
+    fields = Fields(config, "config.json")
     for name, (neutral, advice) in _CHANGES.items():
         if name not in reads:
             fields.refuse_unless(name, neutral, advice)
-    layer_types = fields.values.get("layer_types")
-    if "layer_types" in reads or layer_types is None:
-        return
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise fields.error("layer_types", layer_types, "full_attention in every layer")
+    types = fields.values.get("layer_types")
+    if "layer_types" in reads or types is None:
+        return fields
+    if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
+        raise fields.error("layer_types", types, "full_attention in every layer")
+    return fields
 
 
 def read_layer(fields: Fields, defaults: Defaults, **special: Any) -> LayerSpec:

@@ -1,4 +1,4 @@
-"""The model families: each is a file beside this one and an entry of `FAMILIES`."""
+"""The model families: each has a file beside this one and an entry in `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from octavo.models import (
     gpt2,
     granite,
     llama,
-    ministral,
     mistral,
     mixtral,
     olmo2,
@@ -31,7 +30,7 @@ from octavo.models.nearest import describe_unknown
 _ALL = (
     llama.FAMILY,
     mistral.FAMILY,
-    ministral.FAMILY,
+    mistral.MINISTRAL,
     mixtral.FAMILY,
     qwen2.FAMILY,
     qwen3.FAMILY,

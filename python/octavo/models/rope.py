@@ -12,7 +12,7 @@ position of 100,000 multiplies any difference; only the power is taken in float6
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,12 +29,23 @@ def default_rope(theta: float, dim: int) -> RopeSpec:
     return _spec("default", theta, _ONE / _wavelengths(theta, dim))
 
 
-def dynamic_rope(theta: float, dim: int, factor: float) -> RopeSpec:
-    """The default up to the model's own length, which no sequence here may outgrow.
+def dynamic_rope(theta: float, dim: int, factor: float, original: int) -> RopeSpec:
+    """The default for sequences of at most `original` tokens; `for_length` adds the rest."""
+    rope = replace(default_rope(theta, dim), kind="dynamic", factor=factor)
+    return replace(rope, original_length=original)
 
-    Beyond it the keys of the whole context would have to be rotated anew with every token.
+
+def _dynamic_frequencies(rope: RopeSpec, length: int) -> tuple[float, ...]:
+    """Those of the base that suits a sequence of `length` tokens, more than the original ones.
+
+    "NTK-aware" scaling, a formula of the Reddit users bloc97 and emozilla.
     """
-    return replace(default_rope(theta, dim), kind="dynamic", factor=factor)
+    dim = 2 * len(rope.frequencies)
+    with np.errstate(over="ignore"):  # an infinite base gives frequencies of 0, as in transformers
+        stretched = np.float32(rope.factor * length) / np.float32(rope.original_length)
+        growth = (stretched - np.float32(rope.factor - 1)) ** np.float32(dim / (dim - 2))
+        base = np.float32(rope.theta) * growth
+    return default_rope(float(base), dim).frequencies
 
 
 def linear_rope(theta: float, dim: int, factor: float) -> RopeSpec:
@@ -132,23 +143,43 @@ def longrope_attention_factor(factor: float, original: int) -> float:
 
 
 def for_length(spec: ModelSpec, max_model_len: int) -> ModelSpec:
-    """The spec with the frequencies for sequences that may grow to `max_model_len` tokens.
+    """The spec with the frequencies that sequences of at most `max_model_len` tokens need.
 
-    This is the one place where LongRoPE's set is chosen: the short factors where no sequence can
-    outgrow the original length, the long ones otherwise, and for all sequences, as vLLM does it.
-    transformers chooses anew for each call by its longest sequence. Keys in the cache are rotated
-    already, so a sequence that crosses the length would have to be computed again.
+    A sequence turns by one set of frequencies from its first position to its last: those of
+    transformers' forward pass over the whole of it. LongRoPE has two sets. With dynamic rope
+    transformers has a set for each length, so that every new token would change all keys; here
+    all long sequences have that of `max_model_len`, which transformers, too, keeps once it has seen
+    a sequence of so many tokens. Where no sequence is long, the second set is left out.
     """
 
-    def chosen(rope: RopeSpec | None) -> RopeSpec | None:
-        if rope is None or not rope.long_frequencies or max_model_len <= rope.original_length:
-            return rope
+    def chosen(rope: RopeSpec) -> RopeSpec:
+        if max_model_len <= rope.original_length:
+            return replace(rope, long_frequencies=())
+        if rope.kind == "dynamic" and rope.original_length:
+            return replace(rope, long_frequencies=_dynamic_frequencies(rope, max_model_len))
+        return rope
+
+    return _with_ropes(spec, chosen)
+
+
+def at_length(spec: ModelSpec, length: int) -> ModelSpec:
+    """The spec for sequences of exactly `length` tokens: its ropes have one set of frequencies."""
+
+    def chosen(rope: RopeSpec) -> RopeSpec:
+        long = rope.long_frequencies
         return replace(
-            rope, frequencies=rope.long_frequencies, long_frequencies=(), original_length=0
+            rope, frequencies=long or rope.frequencies, long_frequencies=(), original_length=0
         )
 
-    layers = tuple(replace(layer, rope=chosen(layer.rope)) for layer in spec.layers)
-    return replace(spec, layers=layers)
+    return _with_ropes(for_length(spec, length), chosen)
+
+
+def _with_ropes(spec: ModelSpec, change: Callable[[RopeSpec], RopeSpec]) -> ModelSpec:
+    layers = (
+        layer if layer.rope is None else replace(layer, rope=change(layer.rope))
+        for layer in spec.layers
+    )
+    return replace(spec, layers=tuple(layers))
 
 
 def _wavelengths(theta: float, dim: int) -> Float32:

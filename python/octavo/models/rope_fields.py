@@ -149,8 +149,11 @@ def _linear(read: _Rope) -> RopeSpec:
 
 
 def _dynamic(read: _Rope) -> RopeSpec:
-    """Equal to the default up to the model's length, and no sequence may be longer here."""
-    return rope.dynamic_rope(read.theta, read.dim, read.factor())
+    if read.dim == 2:
+        raise read.fields.error("rope_type", "dynamic", "more than one rotated pair of a head")
+    most = Limit.POSITIONS / read.max_positions  # the longest sequence has factor times as many
+    factor = read.fields.number("factor", 0.0, most, exclude_low=True)
+    return rope.dynamic_rope(read.theta, read.dim, factor, read.max_positions)
 
 
 def _llama3(read: _Rope) -> RopeSpec:

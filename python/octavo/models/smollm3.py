@@ -9,18 +9,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from octavo.models.family import Family, TensorNames
+from octavo.models.family import Family
 from octavo.models.fields import Fields
 from octavo.models.reading import (
-    LLAMA_IGNORED,
-    LLAMA_TENSORS,
     Defaults,
+    read_fields,
     read_layer,
     read_layer_types,
     read_model,
     read_num_layers,
     read_window,
-    refuse_changes,
 )
 from octavo.models.spec import ModelSpec
 
@@ -40,8 +38,7 @@ _READS = (
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a SmolLM3 configuration; UnsupportedModelError names a field that is refused."""
-    fields = Fields(config, "config.json")
-    refuse_changes(fields, reads=_READS)
+    fields = read_fields(config, _READS)
     count, has_bias = read_num_layers(fields), fields.boolean("attention_bias", False)
     mlp_bias = fields.boolean("mlp_bias", False)
     layer = read_layer(fields, DEFAULTS, qkv_bias=has_bias, o_bias=has_bias, mlp_bias=mlp_bias)
@@ -72,7 +69,5 @@ FAMILY = Family(
     architecture=ARCHITECTURE,
     model_type="smollm3",
     read_spec=read_spec,
-    tensors=TensorNames(LLAMA_TENSORS),
-    ignored=LLAMA_IGNORED,
     default_eos_token_id=128001,
 )

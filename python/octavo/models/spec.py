@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from octavo.errors import UnsupportedModelError
+
 NormKind = Literal["rms", "layer", "none"]
 QkNorm = Literal["none", "head", "row"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -24,24 +26,30 @@ UNIFORM_LEVELS = tuple(range(-8, 8))
 class WeightFormat:
     """How a matrix (outputs, inputs) is stored: plain numbers, or codes with scales.
 
-    int8: codes -127 to 127, one scale an output: weight = code * scale.
+    int8: codes -128 to 127; one scale an output, or one for each group of `group_size` inputs:
+    weight = code * scale.
     int4: codes 0 to 15, which stand for `levels`; one scale, and with has_zeros one zero point in
-    units of a level, for each group of `group_size` inputs: weight = (level - zero) * scale.
+    units of a level, for each group: weight = (level - zero) * scale.
 
     The activations of a quantized matrix are rounded to whole numbers of `activation_bits` with a
     scale a row; `octavo.reference.quantization` defines the product.
     """
 
     dtype: Literal["f32", "bf16", "int8", "int4"]
-    group_size: int = 0  # int4: a multiple of 32
+    group_size: int = 0  # a multiple of 32; 0: one scale an output (int8)
     has_zeros: bool = False
     levels: tuple[int, ...] = UNIFORM_LEVELS  # 16 whole numbers from -127 to 127
-    scale_dtype: Literal["bf16", "f32"] = "bf16"  # int4: how scales are stored
-    activation_bits: Literal[8, 16] = 16  # 8: with int8 only
+    scale_dtype: Literal["bf16", "f16", "f32"] = "bf16"  # how the scales of groups are stored
+    activation_bits: Literal[8, 16] = 16  # 8: with int8 of one scale an output only
 
     def num_groups(self, inputs: int) -> int:
         """Scales a row of `inputs` weights has."""
-        return -(-inputs // self.group_size) if self.dtype == "int4" else 1
+        return -(-inputs // self.group_size) if self.is_grouped else 1
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether a scale is that of a group of inputs, and not of a whole output."""
+        return self.group_size > 0
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,8 @@ class RopeSpec:
     kind: str = "default"
     factor: float = 1.0
     theta: float = 10000.0
-    # LongRoPE: the frequencies where sequences may be longer than original_length; see
-    # `rope.for_length`, which chooses before a model is run.
+    # LongRoPE and dynamic: a sequence of more than original_length tokens turns by
+    # long_frequencies, from its first position on; see `rope.for_length` and `rope.at_length`.
     long_frequencies: tuple[float, ...] = field(default=(), repr=False)
     original_length: int = 0
 
@@ -161,6 +169,25 @@ class ModelSpec:
     embed_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     logits_softcap: float = 0.0
+
+    @property
+    def rope_switch(self) -> int:
+        """Sequences of more tokens turn by their ropes' `long_frequencies`; 0: none has any."""
+        ropes = [layer.rope for layer in self.layers if layer.rope is not None]
+        lengths = {rope.original_length for rope in ropes if rope.long_frequencies}
+        if len(lengths) > 1:
+            raise UnsupportedModelError(
+                f"ropes change their frequencies beyond {sorted(lengths)} tokens; expected one "
+                f"original_max_position_embeddings for all layers"
+            )
+        return max(lengths, default=0)
+
+    @property
+    def longest_sequence(self) -> int:
+        """The most tokens of a sequence: with dynamic rope more than the model's own positions."""
+        ropes = [layer.rope for layer in self.layers if layer.rope is not None]
+        factors = [rope.factor for rope in ropes if rope.kind == "dynamic"]
+        return int(self.max_position_embeddings * max([1.0, *factors]))
 
     @property
     def kv_windows(self) -> tuple[int, ...]:

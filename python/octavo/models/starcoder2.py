@@ -8,17 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from octavo.models.family import Family, TensorNames
-from octavo.models.fields import Fields
+from octavo.models.family import LLAMA_TENSORS, Family, TensorNames
 from octavo.models.reading import (
-    LLAMA_IGNORED,
-    LLAMA_TENSORS,
     Defaults,
+    read_fields,
     read_layer,
     read_model,
     read_num_layers,
     read_window,
-    refuse_changes,
     with_windows,
 )
 from octavo.models.spec import ModelSpec, NormSpec
@@ -35,8 +32,7 @@ DEFAULTS = Defaults(
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a StarCoder2 configuration; UnsupportedModelError names a refused field."""
-    fields = Fields(config, "config.json")
-    refuse_changes(fields, reads=("sliding_window", "use_bias"))
+    fields = read_fields(config, ("sliding_window", "use_bias"))
     bias = fields.boolean("use_bias", True)
     eps = fields.number("norm_epsilon", 0.0, 1.0, default=DEFAULTS.norm_eps)
     layer = read_layer(
@@ -63,6 +59,5 @@ FAMILY = Family(
             "model.layers.{layer}.mlp.c_proj": "down",
         }
     ),
-    ignored=LLAMA_IGNORED,
     default_eos_token_id=50256,
 )

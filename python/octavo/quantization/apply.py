@@ -60,7 +60,9 @@ def quantize_checkpoint(
 
 def _all_int8(formats: Mapping[str, WeightFormat]) -> bool:
     """Whether the codes of a quantized checkpoint can be run as W8A8."""
-    return bool(formats) and all(format.dtype == "int8" for format in formats.values())
+    return bool(formats) and all(
+        format.dtype == "int8" and not format.is_grouped for format in formats.values()
+    )
 
 
 class RoundingSource(TensorSource):

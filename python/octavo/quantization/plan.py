@@ -1,10 +1,10 @@
 """Which format every matrix of a model takes: the one place where that is decided.
 
-int8: codes -127 to 127 with a scale an output. w8a8: the same, and their activations are rounded
-to 8 bits too: fastest, but much less exact. int4: a scale, and optionally a zero point, for each
-group of inputs. int4-nonuniform: the same without zero points; its 16 levels are closer together
-near 0. The embedding and the head are always rounded to int8: in 4 bits they would cost too much
-accuracy, and in 16 they are half of a small model's bytes.
+int8: codes with a scale an output (in files also with one for each group of inputs). w8a8: the
+same, and their activations are rounded to 8 bits too: fastest, but much less exact. int4: a scale,
+and optionally a zero point, for each group of inputs. int4-nonuniform: the same without zero
+points; its 16 levels are closer together near 0. The embedding and the head are always rounded to
+int8: in 4 bits they would cost too much accuracy, and in 16 they are half of a small model's bytes.
 """
 
 from __future__ import annotations
@@ -126,8 +126,10 @@ def describe_format(format: WeightFormat) -> str:
     """WeightFormat("int4", 64, True) -> "int4, groups of 64, asymmetric"."""
     if format.activation_bits == 8:
         return f"{format.dtype}, activations in 8 bits"
-    if format.dtype != "int4":
+    if not format.is_grouped:
         return format.dtype
+    if format.dtype == "int8":
+        return f"int8, groups of {format.group_size}"
     kind = "asymmetric" if format.has_zeros else "symmetric"
     if format.levels != UNIFORM_LEVELS and not format.has_zeros:
         kind = "non-uniform"
@@ -173,13 +175,13 @@ def _bytes_of(
 
 
 def matrix_bytes(shape: tuple[int, ...], format: WeightFormat | None, dtype: str) -> int:
-    """Bytes of a weight in memory: zero points are bytes there, int8 scales float32.
+    """Bytes of a weight in memory: zero points are bytes there, scales of outputs float32.
 
     format: None for plain numbers of `dtype`.
     """
     if format is None:
         return math.prod(shape) * _FLOAT_BITS[dtype] // 8
-    scale = 16 if format.dtype == "int4" and format.scale_dtype == "bf16" else 32
+    scale = _FLOAT_BITS[format.scale_dtype] if format.is_grouped else 32
     per_group = scale + 8 * format.has_zeros
     bits = math.prod(shape) * _CODE_BITS[format.dtype]
     return (bits + shape[0] * format.num_groups(shape[1]) * per_group) // 8

@@ -81,7 +81,7 @@ def _effect(held: Stored, format: WeightFormat | None, dtype: str) -> str:
     if format is None:
         return "the same numbers" if dtype == "f32" else f"rounded to {dtype}"
     if format == held.format:
-        return "the same numbers" if held.exact else "within a 32nd of a step"
+        return held.difference or "the same numbers"
     return "rounded again"
 
 

@@ -7,6 +7,7 @@ factors cost nothing where whatever comes before can take them:
     attn_norm -> q, k, v        mlp_norm -> gate, up        (weight and bias of the norm)
     v -> o                      up -> down, where gated     (rows of the matrix, and its bias)
 
+Experts share the norm before them with their router, whose weights take the factors too.
 Query heads that share a key/value head share its values, so their columns of o share factors too.
 The factors are s_j = (rms of input j) ^ power; the power is the one of 11 from 0 to 1 with which
 some of the outputs, rounded as all will be, suffer least: tr(E^T H E), H the mean of x x^T.
@@ -28,6 +29,7 @@ from octavo.weights.tensor import float32_to_bf16
 
 POWERS = tuple(step / 10 for step in range(11))
 _JUDGES = 64  # of a matrix's outputs, so many
+_ALL_JUDGES = 256  # of many matrices (experts), so many together
 _LIMIT = 256.0  # of the factors, either way
 
 
@@ -50,7 +52,10 @@ def find_factors(
         mean = np.sqrt((heads**2).mean(axis=1, keepdims=True))
         size = np.broadcast_to(mean, heads.shape).reshape(-1)
     size = np.maximum(size, 1e-6 * size.max() or 1.0)
-    some = [matrix[:, :: -(-matrix.shape[1] // _JUDGES)] for matrix in matrices]
+    judges = max(1, min(_JUDGES, _ALL_JUDGES // max(1, len(matrices))))
+    some = [
+        np.ascontiguousarray(matrix[:, :: -(-matrix.shape[1] // judges)]) for matrix in matrices
+    ]
     best, least = np.ones(len(size), np.float32), np.inf
     for power in POWERS:
         factors = size**power

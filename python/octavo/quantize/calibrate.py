@@ -14,7 +14,9 @@ down, y is what brings the quantized residual stream to the float one. W' is wha
 Li et al. 2025 (GPTAQ, arXiv 2504.02692) and Zhang et al. 2025 (Qronos, arXiv 2505.11695) correct
 so; they have the plain output for y.
 
-What a layer consists of is read from `octavo.models.layer`; every op is the reference's.
+An expert's matrices are rounded for the tokens that go to it (`octavo.quantize.experts`); the y of
+its down is the expert's own output in the float model. What a layer consists of is read from
+`octavo.models.layer`; every op is the reference's.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ import numpy as np
 
 from octavo.errors import InvalidArgumentError
 from octavo.models.layer import Node, layer_nodes, model_nodes, residual_before
-from octavo.models.spec import LayerSpec, ModelSpec, WeightFormat
+from octavo.models.rope import at_length
+from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, WeightFormat
 from octavo.progress import StageProgress
 from octavo.quantization.grid import Float32
 from octavo.quantization.rounding import QuantizedMatrix, quantize_matrix
@@ -38,6 +41,13 @@ from octavo.quantize.calibration import (
     Int32,
     check_finite,
     read_windows,
+)
+from octavo.quantize.experts import (
+    LEAST_TOKENS,
+    activate,
+    note_on_few,
+    rows_of_experts,
+    split_experts,
 )
 from octavo.quantize.gptq import check_hessian, damp, gptq, round_by_search
 from octavo.reference.nodes import add, op_call
@@ -59,30 +69,25 @@ def calibrate(
     """Round every matrix that `formats` names, as the calibration says.
 
     Memory beside the checkpoint, in float32: for each token of the text, the hidden state some ten
-    times and the widest activation once (twice with AWQ); for one group of matrices at a time, H
-    (inputs squared) and three float64 arrays of that size; and the codes. Raises
-    InvalidArgumentError for a text that will not do (`read_windows`), formats without int4, or a
-    model of experts,
-    WeightsError for weights that hold a NaN or an infinity or lead to one.
+    times and the widest activation once (twice with AWQ); a layer's weights three times; for one
+    group of matrices at a time, H (inputs squared) and three float64 arrays of that size; and the
+    codes. Raises InvalidArgumentError for a text that will not do (`read_windows`) or formats
+    without int4, WeightsError for weights that hold a NaN or an infinity or lead to one.
     """
     if not any(format.dtype == "int4" for format in formats.values()):
         raise InvalidArgumentError(
             "a calibration text was given for int8, which loses next to nothing without one; "
             "expected int4, or no text"
         )
-    if any(layer.moe is not None for layer in files.spec.layers):
-        raise InvalidArgumentError(
-            "a calibration text was given for a model of experts, of which each would see a part "
-            "of it; expected a model without experts, or no text"
-        )
     tokens, notes = read_windows(calibration, files)
-    run = LayerByLayer(files.spec, checkpoint, formats, calibration.method, tokens)
+    spec = at_length(files.spec, tokens.shape[1])
+    run = LayerByLayer(spec, checkpoint, formats, calibration.method, tokens)
     count = len(files.spec.layers)
     for index in range(count):
         progress("calibrating", index, count)
         run.quantize_layer(index)
     progress("calibrating", count, count)
-    return CalibratedWeights(run.matrices, run.vectors, tuple(notes))
+    return CalibratedWeights(run.matrices, run.vectors, (*notes, *note_on_few(run.few)))
 
 
 class Stream:
@@ -159,6 +164,8 @@ class LayerByLayer:
     ) -> None:
         self.matrices: dict[str, QuantizedMatrix] = {}
         self.vectors: dict[str, Float32] = {}
+        self.few: dict[int, list[int]] = {}  # by layer, experts that saw too few tokens
+        self._divisors: dict[str, Float32] = {}  # of a matrix's outputs, where AWQ divided them
         self._spec, self._checkpoint, self._formats = spec, checkpoint, formats
         self._folds, self._compensates = "awq" in method, "gptq" in method
         embed, window = model_nodes(spec)[0], tokens.shape[1]
@@ -173,11 +180,14 @@ class LayerByLayer:
         weights = self._read(nodes)
         self.exact.enter(layer, nodes, weights)
         self.rough.enter(layer, nodes, dict(weights))
-        products = [node for node in nodes if node.op == "linear"]
+        products = [node for node in nodes if node.op == "linear" and not node.matrix.is_router]
         for source, group in groupby(products, key=lambda node: node.inputs[0]):
             self._quantize_group(nodes, source, list(group))
+        if layer.moe is not None:
+            self._quantize_experts(nodes, layer, layer.moe)
         for name, values in self.rough.weights.items():
-            if values.ndim == 1 and values is not weights[name]:
+            is_kept = values.ndim == 1 or name.endswith(".router.weight")
+            if is_kept and values is not weights[name]:
                 self.vectors[name] = values
 
     def _quantize_group(self, nodes: Sequence[Node], source: str, group: Sequence[Node]) -> None:
@@ -186,13 +196,11 @@ class LayerByLayer:
         hessian = x.T @ x / np.float32(len(x))
         check_hessian(hessian)
         sums = [node for node in nodes if node.op == "add_norm" and group[0].tap in node.inputs]
-        cross = self._cross(source, group, sums) if self._compensates else None
         if self._folds:
             factors = self._fold(nodes, source, group, hessian)
             x /= factors
             hessian /= np.outer(factors, factors)
-            if cross is not None:
-                cross /= factors[:, None]
+        cross = self._cross(source, group, sums) if self._compensates else None
         self._round(names, hessian, cross)
         if sums:  # the next taps are found from the sum, or from what is added
             self.rough.tap(group[0].tap if sums[0].norm else sums[0].tap)
@@ -212,16 +220,67 @@ class LayerByLayer:
                 y -= exact.weights[f"{own.matrix.name}.bias"]
         else:
             y = exact.tap(source)
-            through = _joined(exact.weights, [node.matrix.name for node in group])
+            through = self._exact_matrices([node.matrix.name for node in group])
         cross: Float32 = x.T @ y / np.float32(len(x))
         return cross if through is None else cross @ through
+
+    def _exact_matrices(self, names: Sequence[str]) -> Float32:
+        """The float model's matrices side by side; outputs are divided as the rough model's are."""
+        weights = self.exact.weights
+        return _side_by_side(
+            [
+                (weights[f"{name}.weight"].T / self._divisors.get(name, np.float32(1))).T
+                for name in names
+            ]
+        )
+
+    def _quantize_experts(self, nodes: Sequence[Node], layer: LayerSpec, moe: MoeSpec) -> None:
+        """Quantize the experts of a layer, each for the tokens that go to it in the rough model."""
+        mix = next(node for node in nodes if node.op == "moe")
+        router = next(node for node in nodes if node.tap == mix.inputs[1])
+        experts = split_experts(mix)
+        x, wanted = (stream.tap(mix.inputs[0]) for stream in (self.rough, self.exact))
+        if self._folds:
+            hessian = x.T @ x / np.float32(len(x))
+            check_hessian(hessian)
+            halves = [node for gate, up, _ in experts for node in (gate, up)]
+            x /= self._fold_norm(mix.inputs[0], halves, hessian, router)
+        tokens = rows_of_experts(self.rough.tap(router.tap), moe)
+        for index, ((gate, up, down), rows) in enumerate(zip(experts, tokens, strict=True)):
+            if len(rows) < LEAST_TOKENS:
+                self.few.setdefault(mix.layer or 0, []).append(index)
+                self._round_without_text([gate, up, down])
+                continue
+            inner = activate(self.exact.weights, gate, up, wanted[rows], layer.activation)
+            if self._folds:
+                columns = self._factors(inner.T @ inner / np.float32(len(rows)), [down])
+                self._move(up.matrix.name, columns, [down], columns)
+            self._round_for([gate, up], x[rows], wanted[rows])
+            made = activate(self.rough.weights, gate, up, x[rows], layer.activation)
+            self._round_for([down], made, inner)
+
+    def _round_for(self, group: Sequence[Node], x: Float32, wanted: Float32) -> None:
+        """Round matrices for the inputs x; wanted: the same in the float model. (rows, inputs)."""
+        names = [node.matrix.name for node in group]
+        hessian = x.T @ x / np.float32(len(x))
+        check_hessian(hessian)
+        cross = None
+        if self._compensates:
+            cross = (x.T @ wanted / np.float32(len(x))) @ self._exact_matrices(names)
+        self._round(names, hessian, cross)
+
+    def _round_without_text(self, group: Sequence[Node]) -> None:
+        for name in [node.matrix.name for node in group if node.matrix.name in self._formats]:
+            format, weight = self._formats[name], self.rough.weights[f"{name}.weight"]
+            self.matrices[name] = quantize_matrix(weight, format)
+            self.rough.weights[f"{name}.weight"] = self.matrices[name].decode(format)
 
     def _round(self, names: Sequence[str], hessian: Float32, cross: Float32 | None) -> None:
         """Quantize matrices with the same inputs; `rough` then has what their codes stand for.
 
         cross: T for all their outputs side by side; None: the weights are rounded as they are.
         """
-        weight = _joined(self.rough.weights, names)
+        weight = _side_by_side([self.rough.weights[f"{name}.weight"] for name in names])
         if cross is not None:
             gap = cross - hessian @ weight
             held = damp(hessian, _HOLD)
@@ -250,9 +309,7 @@ class LayerByLayer:
         by_tap = {node.tap: node for node in nodes}
         factors = np.ones(len(hessian), np.float32)
         if by_tap[source].normalizes:
-            factors = self._factors(hessian, group)
-            factors = representable_factors(factors, self.rough.weights[f"{source}.weight"])
-            self._move(source, factors, group, factors)
+            factors = self._fold_norm(source, group, hessian)
         for node in group:
             for tap in [other.tap for other in nodes if same_columns(other) == node.tap]:
                 behind = [other for other in nodes if other.op == "linear" and tap in other.inputs]
@@ -266,9 +323,19 @@ class LayerByLayer:
                 )
         return factors
 
+    def _fold_norm(
+        self, source: str, group: Sequence[Node], hessian: Float32, *others: Node
+    ) -> Float32:
+        """Fold factors into the norm `source` before a group; others: are behind it, unrounded."""
+        factors = self._factors(hessian, group)
+        factors = representable_factors(factors, self.rough.weights[f"{source}.weight"])
+        self._move(source, factors, [*group, *others], factors)
+        return factors
+
     def _move(self, name: str, divisors: Float32, behind: Sequence[Node], factors: Float32) -> None:
         """Divide what a norm or matrix puts out, and multiply the inputs of the matrices behind."""
         weights = self.rough.weights
+        self._divisors[name] = divisors
         for part in (f"{name}.weight", f"{name}.bias"):
             if part in weights:
                 weights[part] = (weights[part].T / divisors).T
@@ -280,7 +347,7 @@ class LayerByLayer:
     ) -> Float32:
         formats = {node.matrix.name: self._formats.get(node.matrix.name) for node in group}
         chosen = {name: f for name, f in formats.items() if f is not None and f.dtype == "int4"}
-        matrices = [_joined(self.rough.weights, [name]) for name in chosen]
+        matrices = [self.rough.weights[f"{name}.weight"].T for name in chosen]
         return find_factors(hessian, matrices, list(chosen.values()), shared, head_dim)
 
     def _read(self, nodes: Sequence[Node]) -> dict[str, Float32]:
@@ -292,7 +359,6 @@ class LayerByLayer:
         return weights
 
 
-def _joined(weights: Mapping[str, Float32], names: Sequence[str]) -> Float32:
-    """Matrices turned and side by side, (inputs, outputs of all); a copy."""
-    rows = np.concatenate([weights[f"{name}.weight"] for name in names])
-    return np.ascontiguousarray(rows.T)
+def _side_by_side(matrices: Sequence[Float32]) -> Float32:
+    """Matrices (outputs, inputs) turned and side by side, (inputs, outputs of all); a copy."""
+    return np.ascontiguousarray(np.concatenate(matrices).T)

@@ -72,7 +72,7 @@ def merge_directory(
         raise InvalidArgumentError(
             f"{model} is a GGUF file; expected a directory. `octavo pull {model}` makes one of it"
         )
-    changes = read_adapter(adapter, files, checkpoint)
+    changes = read_adapter(adapter, files, checkpoint, to_merge=True)
     source = open_weight_files(files.path)
     stored, unties = _stored_names(files, source, changes)
     with new_directory(target, _WHAT) as staging:

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,19 @@ import numpy.typing as npt
 from octavo.errors import InvalidArgumentError
 from octavo.files import check_writable, expand_home, open_durably, write_durably, writing
 from octavo.folder import Folder
+from octavo.models.family import group_by_tensor
 from octavo.models.spec import WeightFormat
 from octavo.progress import StageProgress
-from octavo.quantization.plan import Scheme, plan_formats
-from octavo.quantization.rounding import quantize_matrix
+from octavo.quantization.plan import Scheme, describe_format, plan_formats
+from octavo.quantization.rounding import QuantizedMatrix, quantize_matrix
 from octavo.quantize.calibration import CalibratedWeights, check_finite
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
-from octavo.weights.codes import CompressedMatrix, pack_words, pack_zeros
+from octavo.weights.codes import CompressedMatrix, Layout, pack_words, pack_zeros
 from octavo.weights.compressed_tensors import choose_layout, make_quantization_config
 from octavo.weights.model_files import ModelFiles, read_model
+from octavo.weights.reader import whole_tensor
 from octavo.weights.safetensors import make_header
+from octavo.weights.stored import stack_of
 from octavo.weights.tensor import Tensor, TensorDType, float32_to_bf16
 
 _NAMES: dict[TensorDType, str] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
@@ -83,6 +86,7 @@ def quantize_directory(
     target = check_new_directory(target)
     files, checkpoint = open_float_model(source)
     formats, notes = plan_formats(files.spec, scheme)
+    _check_alike(files, formats)
     calibrated = CalibratedWeights()
     if calibrate is not None:
         calibrated = calibrate(files, checkpoint, formats)
@@ -154,17 +158,40 @@ def copy_files(source: Folder, target: Path) -> None:
             (target / entry.name).write_bytes(entry.read_bytes())
 
 
+def _layout(files: ModelFiles, formats: Mapping[str, WeightFormat]) -> Layout:
+    places = (files.weight_map[f"{name}.weight"] for name in formats)
+    is_turned = any(place.transform == "transpose" for place in places)
+    return choose_layout(formats.values(), is_turned)
+
+
 def _config(files: ModelFiles, formats: Mapping[str, WeightFormat]) -> dict[str, Any]:
-    modules = {
-        files.weight_map[name + ".weight"].name.removesuffix(".weight"): format
-        for name, format in formats.items()
-    }
+    modules = {files.weight_map[f"{name}.weight"].module: each for name, each in formats.items()}
+    routers = [name for name in files.weight_map if _is_router(name)]
     head = files.family.tensors.tensor("lm_head").removesuffix(".weight")
-    return make_quantization_config(modules, head)
+    left_out = [head, *(files.weight_map[name].module for name in routers)]
+    return make_quantization_config(modules, left_out, _layout(files, formats))
+
+
+def _check_alike(files: ModelFiles, formats: Mapping[str, WeightFormat]) -> None:
+    """InvalidArgumentError where matrices that have to share a format do not."""
+    places = {name: files.weight_map[f"{name}.weight"].module for name in formats}
+    stacks = {name: stack_of(name) for name in formats}
+    for owner, why in ((places, "are one matrix of the checkpoint"), (stacks, "run as one")):
+        groups: dict[str, list[str]] = {}
+        for name in formats:
+            groups.setdefault(owner[name], []).append(name)
+        for names in groups.values():
+            other = next((name for name in names if formats[name] != formats[names[0]]), None)
+            if other is not None:
+                raise InvalidArgumentError(
+                    f"{names[0]} takes {describe_format(formats[names[0]])}, {other} "
+                    f"{describe_format(formats[other])}; expected one format for "
+                    f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}, which {why}"
+                )
 
 
 class _Writer:
-    """Writes the weights one by one; memory holds one matrix and its codes."""
+    """Writes the tensors one by one; memory holds one and its codes."""
 
     def __init__(
         self,
@@ -175,35 +202,41 @@ class _Writer:
         importance: Mapping[str, Float32],
         calibrated: CalibratedWeights,
     ) -> None:
+        self._places = files.weight_map
         self._checkpoint = checkpoint
         self._importance = importance
         self._method = method
         self._calibrated = calibrated
+        self._weights = group_by_tensor(files.weight_map)
+        # By the checkpoint's name of the tensor: those that become codes, and all with their parts.
         self._matrices: dict[str, CompressedMatrix] = {}
-        self._entries: dict[str, Entries] = {}  # by octavo's name of the weight
-        # Vectors that the family stores as their difference from 1.
-        self._from_one = {
-            name for name, place in files.weight_map.items() if place.transform == "plus_one"
-        }
-        layout = choose_layout(formats.values())
-        for name, info in checkpoint.infos.items():
-            place = files.weight_map[name]
-            theirs = (replace(place, transform="plain") if name in self._from_one else place).name
-            base = name.removesuffix(".weight")
-            if base in formats and name.endswith(".weight"):
-                outputs, inputs = info.shape
-                module = theirs.removesuffix(".weight")
-                matrix = CompressedMatrix.of(module, (outputs, inputs), formats[base], layout)
-                self._matrices[name] = matrix
-                self._entries[name] = {
+        self._entries: dict[str, Entries] = {}
+        self._dtypes: dict[str, TensorDType] = {}
+        layout = _layout(files, formats)
+        for tensor, names in self._weights.items():
+            place, base = self._places[names[0]], names[0].removesuffix(".weight")
+            if base in formats and base != names[0]:
+                outputs = place.rows[1] if place.rows else place.shape[0]
+                shape = (outputs, place.shape[1])
+                matrix = CompressedMatrix.of(place.module, shape, formats[base], layout)
+                self._matrices[tensor] = matrix
+                self._entries[tensor] = {
                     entry: (_stored_type(entry, wanted.types), wanted.shapes[0])
                     for entry, wanted in matrix.entries({}).items()
                 }
             else:
-                dtype = _kept_dtype(info.dtype, info.shape)
-                if name in calibrated.vectors:
-                    dtype = "f32"
-                self._entries[name] = {theirs: (_NAMES[dtype], info.shape)}
+                kept = {self._kept_dtype(name) for name in names}
+                dtype = kept.pop() if len(kept) == 1 else "f32"
+                self._dtypes[tensor] = dtype
+                self._entries[tensor] = {tensor: (_NAMES[dtype], place.stored_shape)}
+
+    def _kept_dtype(self, name: str) -> TensorDType:
+        """Embedding and head in 16 bits; routers and vectors as they are."""
+        info = self._checkpoint.infos[name]
+        is_table = len(info.shape) == 2 and not _is_router(name)
+        if name in self._calibrated.vectors or (info.dtype == "f32" and not is_table):
+            return "f32"
+        return "f16" if info.dtype == "f16" else "bf16"
 
     def write(self, path: Path, progress: StageProgress) -> int:
         """Write the file and wait until it is on the disk; returns its size."""
@@ -226,49 +259,59 @@ class _Writer:
         entries = dict(item for name in self._matrices for item in self._entries[name].items())
         return 8 * make_header(entries)[1] / weights
 
-    def _arrays(self, name: str) -> Iterator[npt.NDArray[Any]]:
-        """The contents of a weight's entries, in their order."""
-        tensor = self._checkpoint[name]
-        check_finite(next(iter(self._entries[name])), tensor)
-        vector = self._calibrated.vectors.get(name)
-        if vector is None and name not in self._matrices:
-            vector = _cast(tensor)
-        if vector is not None:
-            yield vector - np.float32(1) if name in self._from_one else vector
+    def _arrays(self, tensor: str) -> Iterator[npt.NDArray[Any]]:
+        """The contents of a tensor's entries, in their order."""
+        names, matrix = self._weights[tensor], self._matrices.get(tensor)
+        if matrix is None:
+            dtype = self._dtypes[tensor]
+            yield whole_tensor([(self._places[name], self._kept(name, dtype)) for name in names])
             return
-        matrix = self._matrices[name]
-        base = name.removesuffix(".weight")
-        rounded = self._calibrated.matrices.get(base)
-        if rounded is None:
-            values, share = tensor.to_float32(), self._importance.get(base)
-            rounded = quantize_matrix(values, matrix.format, self._method, importance=share)
+        parts = [self._rounded(name, matrix.format) for name in names]
+        codes = np.concatenate([part.codes for part in parts])
         packed = matrix.layout != "int-quantized"
-        codes = pack_words(rounded.codes, matrix.format.dtype) if packed else rounded.codes
         arrays: dict[str, npt.NDArray[Any]] = {
-            matrix.words_name.rsplit(".", 1)[1]: codes,
+            matrix.words_name.rsplit(".", 1)[1]: (
+                pack_words(codes, matrix.format.dtype) if packed else codes
+            ),
             "weight_shape": np.array(matrix.shape, "<i8"),
-            "weight_scale": float32_to_bf16(rounded.scales),
+            "weight_scale": float32_to_bf16(np.concatenate([part.scales for part in parts])),
         }
-        if rounded.zeros is not None:
-            arrays["weight_zero_point"] = pack_zeros(rounded.zeros)
-        for entry in self._entries[name]:
+        zeros = [part.zeros for part in parts if part.zeros is not None]
+        if zeros:
+            arrays["weight_zero_point"] = pack_zeros(np.concatenate(zeros))
+        for entry in self._entries[tensor]:
             yield arrays[entry.rsplit(".", 1)[1]]
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self._checkpoint[name]
+        check_finite(self._places[name].tensor, tensor)
+        return tensor
+
+    def _kept(self, name: str, dtype: TensorDType) -> npt.NDArray[Any]:
+        """A weight that stays numbers, in the type that is written."""
+        tensor = self._read(name)
+        values = self._calibrated.vectors.get(name)
+        if values is None:
+            if tensor.dtype == dtype:
+                return tensor.data
+            values = tensor.to_float32()
+        return values if dtype == "f32" else float32_to_bf16(values)
+
+    def _rounded(self, name: str, format: WeightFormat) -> QuantizedMatrix:
+        """The codes of a weight that is a matrix, or rows of one."""
+        base, tensor = name.removesuffix(".weight"), self._read(name)
+        found = self._calibrated.matrices.get(base)
+        if found is not None:
+            return found
+        share = self._importance.get(base)
+        return quantize_matrix(tensor.to_float32(), format, self._method, importance=share)
+
+
+def _is_router(name: str) -> bool:
+    return name.endswith(".router.weight")
 
 
 def _stored_type(name: str, dtypes: tuple[str, ...]) -> str:
     """Of the types that an entry may have, the one that is written."""
     part = name.rsplit(".", 1)[1]
     return {"weight_scale": "BF16", "weight_shape": "I64"}.get(part, dtypes[0])
-
-
-def _kept_dtype(dtype: str, shape: tuple[int, ...]) -> TensorDType:
-    """Embedding and head in 16 bits; vectors as they are."""
-    if dtype == "f32":
-        return "bf16" if len(shape) == 2 else "f32"
-    return "f16" if dtype == "f16" else "bf16"
-
-
-def _cast(tensor: Tensor) -> npt.NDArray[Any]:
-    if _kept_dtype(tensor.dtype, tensor.shape) == tensor.dtype:
-        return tensor.data
-    return float32_to_bf16(tensor.to_float32())

@@ -67,13 +67,31 @@ def load_runtime(
     config: EngineConfig,
     progress: LoadProgress | None = None,
     environment: Environment | None = None,
+    draft_bytes: int = 0,
 ) -> LoadedRuntime:
     """Build the runtime, load the weights into it, and allocate its KV cache.
 
+    draft_bytes: what the cache of a draft model takes beside each block of this one.
     Raises InvalidArgumentError for options that do not fit the model or each other, and
     InsufficientMemoryError, before anything large is allocated, when weights or cache do not fit.
     Warns of weights that hold a NaN or an infinity.
     """
+    loaded, needs = load_without_cache(files, checkpoint, config, progress, environment)
+    needs = replace(needs, block_bytes=needs.block_bytes + draft_bytes)
+    num_kv_blocks = plan_kv_blocks(needs, _available(loaded.runtime, loaded.device))
+    options = loaded.options
+    allocate_cache(loaded, num_kv_blocks, options.kv_groups(files.spec))
+    return replace(loaded, num_kv_blocks=num_kv_blocks)
+
+
+def load_without_cache(
+    files: ModelFiles,
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    progress: LoadProgress | None = None,
+    environment: Environment | None = None,
+) -> tuple[LoadedRuntime, Needs]:
+    """As `load_runtime`, but for the KV cache; and what memory the model needs."""
     from octavo import _native
 
     environment = read_environment() if environment is None else environment
@@ -89,6 +107,7 @@ def load_runtime(
     if config.overlap_steps is None:
         options = replace(options, overlap_steps=device not in _HOST_DEVICES)
     spec = for_length(files.spec, options.max_model_len)
+    options = replace(options, rope_switch=spec.rope_switch)
     runtime = _make_runtime(device, spec, options, config)
     block_bytes = runtime.kv_bytes_per_block()
     num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
@@ -107,14 +126,12 @@ def load_runtime(
             f"the weights, {format_bytes(num_bytes)}, could not be allocated",
             Needs(files.spec, config, options, stored, num_bytes, block_bytes).remedies(),
         ) from error
-    available = _available(runtime, device)
-    needs = Needs(files.spec, config, options, stored, available + num_bytes, block_bytes)
-    num_kv_blocks = plan_kv_blocks(needs, available)
-    _allocate_cache(runtime, num_kv_blocks, options.kv_groups(files.spec), options.max_model_len)
+    room = _available(runtime, device) + num_bytes
     found = describe_stored(files.spec, checkpoint.stored, options.formats, options.dtype)
     texts = [str(each) for each in found if each.is_worth_a_line]
     notes = (f"{files.path.name}: {'; '.join(texts)}",) if texts else ()
-    return LoadedRuntime(runtime, options, num_kv_blocks, device, notes)
+    loaded = LoadedRuntime(runtime, options, 0, device, notes)
+    return loaded, Needs(files.spec, config, options, stored, room, block_bytes)
 
 
 def _make_runtime(
@@ -160,9 +177,9 @@ def _has_room(device: str, spec: ModelSpec, options: RuntimeOptions, config: Eng
     return num_blocks * runtime.kv_bytes_per_block() <= room * config.kv_memory_fraction
 
 
-def _allocate_cache(
-    runtime: _native.Runtime, num_blocks: int, groups: KvGroups, max_model_len: int
-) -> None:
+def allocate_cache(loaded: LoadedRuntime, num_blocks: int, groups: KvGroups) -> None:
+    """Allocate the KV cache; an InsufficientMemoryError names a size that works."""
+    runtime, max_model_len = loaded.runtime, loaded.options.max_model_len
     try:
         runtime.alloc_kv(num_blocks)
     except MemoryError as error:
@@ -197,8 +214,9 @@ def resolve_options(
         dtype = "bf16" if stored_dtype == "bf16" else "f32"
     else:
         dtype = "f16" if stored_dtype == "f16" else "bf16"
-    limit = spec.max_position_embeddings
-    max_model_len = limit if config.max_model_len is None else config.max_model_len
+    limit = spec.longest_sequence
+    own = spec.max_position_embeddings
+    max_model_len = own if config.max_model_len is None else config.max_model_len
     if max_model_len > limit:
         raise InvalidArgumentError(
             f"max_model_len is {max_model_len}; expected at most {limit}, the positions that "
@@ -271,10 +289,10 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
 def _load_weights(
     runtime: _native.Runtime, checkpoint: Checkpoint, progress: LoadProgress | None
 ) -> None:
-    """Load the weights one by one; each array is freed before the next is read."""
+    """Load the weights run by run; each array is freed before the next is read."""
     loaded = 0
-    for name, tensor in checkpoint.checked_items():
-        runtime.load(name, tensor.data, tensor.dtype)
+    for name, first_row, tensor in checkpoint.checked_runs():
+        runtime.load(name, tensor.data, tensor.dtype, first_row)
         loaded += tensor.data.nbytes
         del tensor
         if progress is not None:

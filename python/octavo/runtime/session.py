@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.models.adapter import Adapter
 from octavo.reference.sampling import sampling_rows
 from octavo.runtime.loader import LoadedRuntime
 
@@ -34,25 +35,32 @@ class Step(NamedTuple):
 class Session:
     """Sequences 0, 1, …; they share the blocks of the KV cache in equal parts.
 
-    loaded: the runtime, of a model with one KV group; nothing else may step it meanwhile.
-    adapter: the place of the LoRA adapter that all of them have; -1: none.
+    loaded: the runtime, of a model with one KV group; nothing else may step it meanwhile. Every
+    sequence has the rope frequencies of one of max_model_len tokens.
+    adapters: LoRA adapters that the sequences have in turn; none: they have none.
     chunk: the most tokens of a step. is_exact: whether a sequence's logits are promised to have
     the same bits in any batch.
     """
 
-    def __init__(self, loaded: LoadedRuntime, adapter: int = -1) -> None:
+    def __init__(self, loaded: LoadedRuntime, adapters: Sequence[Adapter] = ()) -> None:
+        for place, adapter in enumerate(adapters):
+            loaded.runtime.load_adapter(place, adapter.native())
         self.loaded = loaded
-        self.adapter = adapter
+        self._num_adapters = len(adapters)
         self.chunk = loaded.options.max_num_batched_tokens
         self.is_exact = loaded.device == "cpu" or loaded.options.deterministic
         self._block_size = loaded.options.block_size
         self.restart()
 
-    def restart(self, num_sequences: int = 1, blocks: Int32 | None = None) -> None:
+    def restart(
+        self, num_sequences: int = 1, blocks: Int32 | None = None, first_adapter: int = 0
+    ) -> None:
         """Start again with so many empty sequences.
 
         blocks: int32, the blocks to use, in this order; None: all, in ascending order.
+        first_adapter: the number of sequence 0's, where there are adapters.
         """
+        self._first_adapter = first_adapter
         blocks = np.arange(self.loaded.num_kv_blocks, dtype=np.int32) if blocks is None else blocks
         each = len(blocks) // num_sequences
         self._blocks = blocks[: num_sequences * each].reshape(num_sequences, each)
@@ -103,9 +111,15 @@ class Session:
             block_tables=tables[None],
             logit_rows=starts[1:] - 1 if rows is None else np.asarray(rows, np.int32),
             sampling=sampling_rows(len(new), state_row=sequences) if rows is None else None,
-            adapter_ids=None if self.adapter < 0 else np.full(len(new), self.adapter, np.int32),
+            adapter_ids=self._adapter_ids(sequences),
+            rope_sets=np.ones(len(new), np.int32) if self.loaded.options.rope_switch else None,
         )
         return self.loaded.runtime.submit(batch, list(taps) or None, sample=True)
+
+    def _adapter_ids(self, sequences: Sequence[int]) -> Int32 | None:
+        if not self._num_adapters:
+            return None
+        return (np.array(sequences, np.int32) + self._first_adapter) % self._num_adapters
 
     def feed(self, tokens: Tokens, sequence: int = 0) -> None:
         """Add tokens to a sequence, in as many steps as needed; nothing is sampled."""

@@ -108,8 +108,15 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         model = service.model(body.model)
         tool_format = service.tool_format_of(body)
-        prompt = await asyncio.to_thread(prepare.encode_chat, model, body, tool_format)
-        params = prepare.sampling_params(model, body, prompt, service.options.defaults)
+
+        def read() -> tuple[EncodedPrompt, SamplingParams]:  # compiles a grammar, if it is new
+            prompt, defaults = (
+                prepare.encode_chat(model, body, tool_format),
+                service.options.defaults,
+            )
+            return prompt, prepare.sampling_params(model, body, prompt, defaults, tool_format)
+
+        prompt, params = await asyncio.to_thread(read)
         head = _head(service, request, "chatcmpl", body)
         answer_format = prepare.chat_format(model, body, head, params, tool_format)
         return await _answer(service, request, body, [(prompt, params)], head, answer_format)
@@ -118,11 +125,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Go on with a text, or with many."""
         model = service.model(body.model)
-        prompts = await asyncio.to_thread(prepare.encode_completion, model, body)
-        defaults = service.options.defaults
-        work = [(p, prepare.sampling_params(model, body, p, defaults)) for p in prompts]
+
+        def read() -> list[tuple[EncodedPrompt, SamplingParams]]:
+            prompts, defaults = prepare.encode_completion(model, body), service.options.defaults
+            return [(p, prepare.sampling_params(model, body, p, defaults)) for p in prompts]
+
+        work = await asyncio.to_thread(read)
         head = _head(service, request, "cmpl", body)
-        answer_format = prepare.completion_format(model, body, head, prompts)
+        answer_format = prepare.completion_format(model, body, head, [prompt for prompt, _ in work])
         return await _answer(service, request, body, work, head, answer_format)
 
 

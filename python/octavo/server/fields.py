@@ -30,6 +30,10 @@ _OTHER_NAMES = {
     **dict.fromkeys(("top_n_tokens", "top_logprobs_num"), "top_logprobs"),
     **dict.fromkeys(("reasoning", "thinking"), "reasoning_effort"),
     **dict.fromkeys(("ban_eos_token",), "ignore_eos"),
+    **dict.fromkeys(("grammar", "ebnf"), "guided_grammar"),
+    "json_schema": "guided_json",
+    "regex": "guided_regex",
+    "format": "response_format",
     "no_stop_trim": "include_stop_str_in_output",
     "eos_token_id": "stop_token_ids",
     "add_bos_token": "add_special_tokens",
@@ -44,20 +48,19 @@ _REFUSED = _words(
     banned_tokens beam_width begin_suppress_tokens cfg_scale character chat_template_content_format
     context conversation custom_logit_processor custom_params custom_token_bans
     decoder_input_details details diversity_penalty dry_multiplier dynamic_temperature
-    dynatemp_range early_stopping ebnf encoder_repetition_penalty epsilon_cutoff eta_cutoff
-    extra_body force_words_ids forced_bos_token_id format function_call functions generation_prompt
-    grammar guidance_scale guided_choice guided_grammar guided_json guided_json_object guided_regex
-    guideline image_data images input input_embeds input_extra input_ids input_prefix input_suffix
-    inputs instruction_template instructions json_schema kv_transfer_params length_penalty
+    dynatemp_range early_stopping encoder_repetition_penalty epsilon_cutoff eta_cutoff
+    extra_body force_words_ids forced_bos_token_id function_call functions generation_prompt
+    guidance_scale guideline image_data images input input_embeds input_extra input_ids input_prefix
+    input_suffix inputs instruction_template instructions kv_transfer_params length_penalty
     logit_processors logits_processors logprob_token_ids lora lora_path lora_request media_io_kwargs
     min_keep mirostat mirostat_mode mm_processor_kwargs modalities multimodal_data n_indent
     negative_prompt no_repeat_ngram_size num_beam_groups num_beams options parameters
     parse_tool_calls penalize_nl penalty_alpha plugins post_sampling_probs prefix preset
-    previous_response_id prompt_embeds prompt_logprobs prompt_truncate_len raw reasoning_budget
-    reasoning_format regex repeat_last_n repetition_context_size repetition_detection
+    previous_response_id prompt_embeds prompt_truncate_len raw reasoning_budget
+    reasoning_format repeat_last_n repetition_context_size repetition_detection
     return_hidden_states return_prompt_text return_token_ids return_tokens
     return_tokens_as_token_ids safe_prompt sampler_order sampler_priority sampler_seq samplers
-    sampling_params session_params smoothing_factor stop_regex structural_tag structured_outputs
+    sampling_params session_params smoothing_factor stop_regex structural_tag
     suppress_tokens system system_prompt t_max_predict_ms temperature_last template tfs_z think
     thinking_budget thinking_forced_open thinking_token_budget token_ids_logprob tokenization_kwargs
     tool_prompt top_a top_n_sigma transforms truncate truncate_prompt_tokens typ_p typical_p
@@ -94,7 +97,7 @@ _HARMLESS = _words(
     """
     cache_prompt dry_allowed_length dry_base dry_penalty_last_n dry_sequence_breakers
     dynatemp_exponent ec_transfer_params extra_key grammar_lazy grammar_triggers
-    guided_decoding_backend guided_whitespace_pattern id_slot include_obfuscation include_reasoning
+    guided_decoding_backend id_slot include_obfuscation include_reasoning
     keep_alive metadata mirostat_eta mirostat_tau mode models n_cache_reuse n_discard n_keep
     prediction prompt_cache_key prompt_cache_retention provider request_id response_fields
     return_progress rid route safety_identifier separate_reasoning service_tier slot_id

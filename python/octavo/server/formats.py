@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
-from octavo.server.tools import ToolCall, ToolFormat, ToolParser, make_parser
+from octavo.server.prompt_logprobs import PromptLogprobs, legacy_logprobs, unique_names
+from octavo.server.tools import Arguments, ToolCall, ToolFormat, ToolParser, make_parser
 from octavo.text.places import TokenPlaces
 
 DONE = "data: [DONE]\n\n"
@@ -40,22 +41,29 @@ class Format(ABC):
     """One of the two APIs. Choices are counted over all prompts and answers.
 
     new_places: makes what log-probabilities need to know of one answer's tokens; None: they are
-    not asked for.
+    not asked for. prompt_logprobs: how those of the prompt are written.
     """
 
     object_name: ClassVar[str]
     chunk_name: ClassVar[str]
 
-    def __init__(self, head: Head, new_places: Callable[[], TokenPlaces] | None) -> None:
+    def __init__(
+        self,
+        head: Head,
+        new_places: Callable[[], TokenPlaces] | None,
+        prompt_logprobs: PromptLogprobs | None = None,
+    ) -> None:
         self._head = head
+        self._prompt_logprobs = prompt_logprobs or PromptLogprobs(None)
         self._places: dict[int, TokenPlaces] = defaultdict(new_places)  # by choice
         self._start = f"data: {to_json(self._body(self.chunk_name))[:-1]},"
 
     def whole(self, results: Sequence[RequestOutput], usage: dict[str, Any]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        outputs = [output for result in results for output in result.outputs]
-        choices = [self._whole_choice(index, output) for index, output in enumerate(outputs)]
-        return {**self._body(self.object_name), "choices": choices, "usage": usage}
+        outputs = [(result, output) for result in results for output in result.outputs]
+        choices = [self._whole_choice(i, *output) for i, output in enumerate(outputs)]
+        found = {"choices": choices, "usage": usage}
+        return {**self._body(self.object_name), **found, **self._more(results[0])}
 
     def opening(self, num_choices: int, usage: str) -> str:
         """Events before the first text; usage: as for `piece`."""
@@ -69,8 +77,14 @@ class Format(ABC):
         """The event with the usage of the whole request."""
         return self._event([], f',"usage":{to_json(usage)}')
 
+    def _more(self, result: RequestOutput) -> dict[str, Any]:
+        """What the body has besides the choices."""
+        return {}
+
     @abstractmethod
-    def _whole_choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
+    def _whole_choice(
+        self, index: int, result: RequestOutput, output: CompletionOutput
+    ) -> dict[str, Any]:
         """One answer that is not streamed."""
 
     @abstractmethod
@@ -103,15 +117,25 @@ class CompletionFormat(Format):
     object_name = chunk_name = "text_completion"
 
     def __init__(
-        self, head: Head, new_places: Callable[[], TokenPlaces] | None, echoes: Sequence[str] = ()
+        self,
+        head: Head,
+        new_places: Callable[[], TokenPlaces] | None,
+        echoes: Sequence[str] = (),
+        prompt_logprobs: PromptLogprobs | None = None,
     ) -> None:
-        super().__init__(head, new_places)
+        super().__init__(head, new_places, prompt_logprobs)
         self._echoes = dict(enumerate(echoes))  # those that have not been shown
 
-    def _whole_choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
-        content = {"text": self._echoes.get(index, "") + output.text}
+    def _whole_choice(
+        self, index: int, result: RequestOutput, output: CompletionOutput
+    ) -> dict[str, Any]:
+        echo = self._echoes.get(index)
+        content = {"text": (echo or "") + output.text}
         ends = (output.finish_reason, output.stop_reason)
-        return self._choice(index, content, output.logprobs, *ends)
+        choice = self._choice(index, content, output.logprobs, *ends)
+        if echo is not None and choice["logprobs"] is not None:
+            choice["logprobs"] = self._prompt_logprobs.before(choice["logprobs"], result, echo)
+        return choice | self._prompt_logprobs.member(result)
 
     def piece(self, choice: int, chunk: OutputChunk, usage: str) -> str:
         text = self._echoes.pop(choice, "") + chunk.text
@@ -122,27 +146,14 @@ class CompletionFormat(Format):
         return self._event([found], usage)
 
     def _logprobs(self, places: TokenPlaces, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        names, tops, offsets = [], [], []
-        for entry in entries:
-            found = unique_names(places, (entry.token_id, *entry.top_token_ids))
-            names.append(found[entry.token_id])
-            top = zip(entry.top_token_ids, entry.top_logprobs, strict=True)
-            # As vLLM: the token that was drawn is among them, even where it is not of the best.
-            tops.append({found[token]: p for token, p in (*top, (entry.token_id, entry.logprob))})
-            offsets.append(places.offset(entry.token_id))
-            places.advance(entry.token_id)
-        return {
-            "tokens": names,
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": tops,
-            "text_offset": offsets,
-        }
+        return legacy_logprobs(places, entries)
 
 
 class ChatFormat(Format):
     """/v1/chat/completions.
 
     tools: how calls are written; None looks for none. max_calls: further ones are left out.
+    forced: the answers are calls and nothing else.
     """
 
     object_name, chunk_name = "chat.completion", "chat.completion.chunk"
@@ -153,20 +164,33 @@ class ChatFormat(Format):
         new_places: Callable[[], TokenPlaces] | None,
         tools: ToolFormat | None = None,
         max_calls: int | None = None,
+        forced: bool = False,
+        prompt_logprobs: PromptLogprobs | None = None,
     ) -> None:
-        super().__init__(head, new_places)
+        super().__init__(head, new_places, prompt_logprobs)
+        self._forced = forced
         self._tools = tools
         self._max_calls = max_calls
         self._parsers: dict[int, ToolParser] = {}
         self._num_calls: dict[int, int] = defaultdict(int)
 
-    def _whole_choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
+    def _more(self, result: RequestOutput) -> dict[str, Any]:
+        return self._prompt_logprobs.member(result)
+
+    def _whole_choice(
+        self, index: int, result: RequestOutput, output: CompletionOutput
+    ) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": output.text}
         finish_reason = output.finish_reason
         if self._tools is not None:
-            parser = make_parser(self._tools)
+            parser = make_parser(self._tools, forced=self._forced)
             pieces = [*parser.push(output.text), *parser.finish()]
-            calls = [piece.as_json() for piece in pieces if isinstance(piece, ToolCall)]
+            calls: list[dict[str, Any]] = []
+            for piece in pieces:
+                if isinstance(piece, ToolCall):
+                    calls.append(piece.as_json())
+                elif isinstance(piece, Arguments):
+                    calls[-1]["function"]["arguments"] += piece.text
             calls = calls[: self._max_calls]
             if calls:
                 text = "".join(piece for piece in pieces if isinstance(piece, str))
@@ -199,7 +223,7 @@ class ChatFormat(Format):
 
     def _parse(self, choice: int, chunk: OutputChunk, tools: ToolFormat) -> list[dict[str, Any]]:
         """The text and the calls that a chunk makes certain, as "delta" has them."""
-        parser = self._parsers.setdefault(choice, make_parser(tools))
+        parser = self._parsers.setdefault(choice, make_parser(tools, forced=self._forced))
         pieces = parser.push(chunk.text)
         if chunk.finish_reason is not None:
             pieces += parser.finish()
@@ -208,6 +232,9 @@ class ChatFormat(Format):
             number = self._num_calls[choice]
             if isinstance(piece, str):
                 deltas.append({"content": piece})
+            elif isinstance(piece, Arguments):
+                more = {"index": number - 1, "function": {"arguments": piece.text}}
+                deltas.append({"tool_calls": [more]})
             elif number != self._max_calls:
                 self._num_calls[choice] += 1
                 deltas.append({"tool_calls": [{"index": number, **piece.as_json()}]})
@@ -225,15 +252,6 @@ class ChatFormat(Format):
             content.append({**one, "top_logprobs": others})
             places.advance(entry.token_id)
         return {"content": content}
-
-
-def unique_names(places: TokenPlaces, token_ids: Iterable[int]) -> dict[int, str]:
-    """A name for each token at its place, all different: a second one of a name gets its number."""
-    names: dict[int, str] = {}
-    for token_id in dict.fromkeys(token_ids):
-        name = places.name(token_id)
-        names[token_id] = f"token_id:{token_id}" if name in names.values() else name
-    return names
 
 
 def _with_calls(finish_reason: str | None) -> str | None:

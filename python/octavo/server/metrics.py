@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from octavo.engine.events import WAITING_REASONS
-from octavo.engine.outputs import OutputChunk, RequestOutput
+from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput
 from octavo.server.stream import ResultStream, StepStats
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ _COUNTERS = {
     "vllm:request_success": "Answers that ended, by reason.",
     "vllm:admission_rejections": "Requests turned away, by reason.",
     "vllm:corrupted_requests": "Requests that a NaN, or another error of their own, ended.",
+    "vllm:spec_decode_num_drafts": "How often a sequence had drafts in a step.",
+    "vllm:spec_decode_num_draft_tokens": "Drafts that were checked.",
+    "vllm:spec_decode_num_accepted_tokens": "Drafts that were right.",
+    "vllm:spec_decode_num_accepted_tokens_per_pos": "Those of them in each place of a chain.",
 }
 # Those with one label more, each of whose values stands at 0 from the start.
 _LABEL_VALUES = {
@@ -67,6 +71,7 @@ _LABEL_VALUES = {
     "vllm:prompt_tokens_by_source": ("source", ("local_compute", "local_cache_hit")),
     "vllm:request_success": ("finished_reason", ("stop", "length", "abort", "error", "timeout")),
     "vllm:admission_rejections": ("reason", ("queue_full", "unavailable")),
+    "vllm:spec_decode_num_accepted_tokens_per_pos": ("position", ()),
 }
 # With their buckets; None: 1, 2, 5, 10, 20, 50, … up to max_model_len.
 _HISTOGRAMS: dict[str, tuple[str, Sequence[float] | None]] = {
@@ -149,9 +154,20 @@ class Metrics:
         counters["vllm:prefix_cache_queries"].inc(num_queries)
         counters["vllm:prefix_cache_hits"].inc(now.num_prefix_hits - before.num_prefix_hits)
         counters["octavo:kv_cache_evictions"].inc(now.num_evictions - before.num_evictions)
+        self._observe_drafts(now, before)
         for reason, count in stats.preemptions.items():
             counters["vllm:num_preemptions"].inc(count)
             counters["octavo:preemptions"].labels(*labels, reason).inc(count)
+
+    def _observe_drafts(self, now: EngineStats, before: EngineStats) -> None:
+        for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+            count = getattr(now, name) - getattr(before, name)
+            self._counters[f"vllm:spec_decode_{name}"].inc(count)
+        each = self._counters["vllm:spec_decode_num_accepted_tokens_per_pos"]
+        earlier = before.num_accepted_per_position
+        for place, count in enumerate(now.num_accepted_per_position):
+            new = count - (earlier[place] if place < len(earlier) else 0)
+            each.labels(*self._labels, str(place)).inc(new)
 
     def watch(self, stream: ResultStream) -> None:
         """Follow one request to its end."""

@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
-from octavo.server.errors import bad_request, to_api_error
+from octavo.server.errors import ApiError, bad_request, field_of, to_api_error
 from octavo.server.formats import ChatFormat, CompletionFormat, Head
+from octavo.server.prompt_logprobs import PromptLogprobs
 from octavo.server.protocol import (
     ChatBody,
     ChatFields,
     CompletionBody,
     SamplingBody,
     check_supported,
+)
+from octavo.server.structured import (
+    call_grammar,
+    forced_tools,
+    structured_field,
+    structured_outputs,
 )
 from octavo.server.tools import ToolFormat, tag_ids
 from octavo.text.places import TokenPlaces
@@ -79,12 +86,6 @@ def encode_chat(
 def _answer_tools(body: ChatFields, tool_format: ToolFormat | None) -> ToolFormat | None:
     """How calls are written in the answer to `body`; None: no calls are looked for."""
     choice = body.tool_choice if isinstance(body, ChatBody) else None
-    if choice == "required" or isinstance(choice, dict):
-        raise bad_request(
-            f"tool_choice is {choice!r}, which needs the answer to be constrained; octavo offers "
-            "'auto' and 'none'",
-            "tool_choice",
-        )
     return tool_format if body.tools and choice != "none" else None
 
 
@@ -106,7 +107,10 @@ def chat_format(
         kept=tag_ids(model.tokenizer, tools),
         ends=() if params.include_stop_str_in_output else ends,
     )
-    return ChatFormat(head, places, tools, 1 if body.parallel_tool_calls is False else None)
+    shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs)
+    max_calls = 1 if body.parallel_tool_calls is False else None
+    forced = tools is not None and forced_tools(body) is not None
+    return ChatFormat(head, places, tools, max_calls, forced, shown)
 
 
 def completion_format(
@@ -123,7 +127,8 @@ def completion_format(
             text = model.tokenizer.decode(prompt.token_ids)
         echoes += [text] * body.num_answers
     places = partial(TokenPlaces, model.tokenizer, skip, continues=True)
-    return CompletionFormat(head, places, echoes)
+    shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs, body.logprobs)
+    return CompletionFormat(head, places, echoes, shown)
 
 
 def _check_tools(tools: Sequence[dict[str, Any]], tool_format: ToolFormat | None) -> None:
@@ -146,14 +151,21 @@ def _check_tools(tools: Sequence[dict[str, Any]], tool_format: ToolFormat | None
 
 
 def sampling_params(
-    model: LoadedModel, body: SamplingBody, prompt: EncodedPrompt, defaults: Mapping[str, Any]
+    model: LoadedModel,
+    body: SamplingBody,
+    prompt: EncodedPrompt,
+    defaults: Mapping[str, Any],
+    tool_format: ToolFormat | None = None,
 ) -> SamplingParams:
     """What the body asks for, checked against the model: it could be answered.
 
     A chat that names no length may fill the rest of the context. defaults: for what is not named.
+    A grammar that is new is compiled here, which takes its time. tool_format: how the model writes
+    calls.
     """
     try:
-        params = read_params(body, defaults)
+        params = force_tools(read_params(body, defaults), model, body, tool_format)
+        _compile(model, body, params)
         if params.max_tokens is None:
             num_prompt = len(prompt.token_ids)
             room = model.engine.scheduler.max_total_tokens(num_prompt, None) - num_prompt
@@ -162,6 +174,28 @@ def sampling_params(
     except InvalidArgumentError as error:
         raise to_api_error(error, body.prompt_field) from error
     return params
+
+
+def _compile(model: LoadedModel, body: SamplingBody, params: SamplingParams) -> None:
+    try:
+        model.engine.grammars.of(params)
+    except InvalidArgumentError as error:
+        field = structured_field(body) or "tool_choice"
+        raise ApiError(400, str(error), param=field_of(str(error)) or field) from error
+
+
+def force_tools(
+    params: SamplingParams, model: LoadedModel, body: SamplingBody, tool_format: ToolFormat | None
+) -> SamplingParams:
+    """With a grammar of calls, where the body demands one."""
+    numbers = forced_tools(body) if isinstance(body, ChatBody) else None
+    if numbers is None or tool_format is None or not isinstance(body, ChatBody):
+        return params
+    if params.structured_outputs is not None:
+        field = structured_field(body)
+        raise bad_request(f"{field} is given, but tool_choice leaves no room for it", field)
+    grammar = call_grammar(body, numbers, tool_format, model.tokenizer)
+    return replace(params, structured_outputs=grammar)
 
 
 def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -177,6 +211,13 @@ def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingPara
         asked["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         if body.max_completion_tokens is not None:
             asked["max_tokens"] = body.max_completion_tokens
+    elif (
+        isinstance(body, CompletionBody)
+        and body.echo
+        and (body.logprobs is not None or body.max_tokens == 0)
+    ):
+        asked["prompt_logprobs"] = max(body.logprobs or 0, body.prompt_logprobs or 0)
+    asked["structured_outputs"] = structured_outputs(body)
     asked["logit_bias"] = _logit_bias(body.logit_bias or {})
     return SamplingParams(**asked)
 

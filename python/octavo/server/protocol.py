@@ -21,7 +21,7 @@ MAX_PROMPTS = 1024  # prompts in one request
 MAX_STOP = 32  # stop strings, each of which costs time for every character
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenLimit = Literal[-1] | Annotated[int, Field(ge=1)]  # -1: as many as fit
+TokenLimit = Literal[-1] | Annotated[int, Field(ge=0)]  # -1: as many as fit
 
 
 class Body(BaseModel):
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 
     class _Options(Body):
         skip_special_tokens: bool | None
+        prompt_logprobs: int | None
 
 else:
     _Options = create_model("_Options", __base__=Body, **_as_params_have_them())
@@ -86,6 +87,13 @@ class SamplingBody(_Options):
     timeout: Annotated[float, Field(gt=0, le=1e9)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: str | None = None
 
     prompt_field: ClassVar[str] = "messages"
 
@@ -121,7 +129,7 @@ class ChatFields(Body):
 class ChatBody(ChatFields, SamplingBody):
     """POST /v1/chat/completions."""
 
-    max_completion_tokens: TokenLimit | None = None
+    max_completion_tokens: Literal[-1] | Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
@@ -208,22 +216,21 @@ def check_supported(body: SamplingBody) -> None:
         elsewhere["max_completion_tokens"] = "its name here is max_tokens"
         elsewhere["top_logprobs"] = "logprobs is the number of them here"
     check_extra_fields(body.model_extra or {}, elsewhere)
-    kind = (body.response_format or {}).get("type", "text")
-    if kind != "text":
+    if body.stream and body.prompt_logprobs is not None:
         raise bad_request(
-            f"response_format is of type {kind!r}; octavo offers {{'type': 'text'}} alone",
-            "response_format",
+            "stream is true, but with prompt_logprobs the answer is sent whole: leave stream out",
+            "stream",
         )
     if isinstance(body, CompletionBody):
         if body.suffix:
             raise bad_request("suffix is not offered by octavo: leave it out", "suffix")
         if body.best_of is not None and body.best_of != body.num_answers:
             raise bad_request(f"best_of is {body.best_of}; expected n, or nothing", "best_of")
-        if body.echo and body.logprobs is not None:
+        if body.stream and body.echo and body.logprobs is not None:
             raise bad_request(
-                "echo is true beside logprobs, but octavo has no log-probabilities of the prompt: "
-                "leave one of them out",
-                "echo",
+                "stream is true, but with echo and logprobs the answer is sent whole: leave stream "
+                "out",
+                "stream",
             )
     if isinstance(body, ChatBody):
         if body.echo:

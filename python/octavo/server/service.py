@@ -6,6 +6,7 @@ LOADING --loaded--> READY --SIGTERM--> DRAINING --idle or out of time--> the end
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import deque
@@ -112,6 +113,8 @@ class Service:
             self.tool_format = cast("ToolFormat", parser)
         if self.phase == "loading":
             self.phase = "ready"
+        # So that the first grammar does not wait for it.
+        asyncio.get_running_loop().run_in_executor(None, _read_vocabulary, model)
         return model
 
     async def drain(self) -> None:
@@ -209,3 +212,8 @@ class Service:
         self._num_sampled = sampled
         if self.metrics is not None:
             self.metrics.observe_step(stats)
+
+
+def _read_vocabulary(model: LoadedModel) -> None:
+    with contextlib.suppress(OctavoError):  # which a request that needs it will name
+        model.engine.grammars.prepare()

@@ -8,6 +8,7 @@ behind <|python_tag|>.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +36,14 @@ class ToolCall:
         return {"id": self.call_id, "type": "function", "function": function}
 
 
-Piece = str | ToolCall
+@dataclass(frozen=True)
+class Arguments:
+    """More of the arguments of the last call."""
+
+    text: str
+
+
+Piece = str | ToolCall | Arguments
 
 
 def detect_format(template: str) -> ToolFormat | None:
@@ -47,6 +55,17 @@ def detect_format(template: str) -> ToolFormat | None:
     if '"parameters"' in template and ("<|python_tag|>" in template or "ipython" in template):
         return "llama3_json"
     return None
+
+
+def tags_of(tool_format: ToolFormat) -> tuple[str, str]:
+    """What stands before and behind a call where one must come; "" for nothing."""
+    tags = _TAGS[tool_format]
+    return (tags[0], tags[-1]) if len(tags) == 2 else ("", "")
+
+
+def arguments_key(tool_format: ToolFormat) -> str:
+    """What the arguments are called in a call."""
+    return "arguments" if tool_format == "hermes" else "parameters"
 
 
 def tag_ids(tokenizer: Tokenizer | None, tool_format: ToolFormat | None) -> frozenset[int]:
@@ -146,11 +165,70 @@ class Llama3Parser:
         return calls or ([held] if held else [])
 
 
-ToolParser = HermesParser | Llama3Parser
+class ForcedParser:
+    """Reads an answer that is calls and nothing else, and gives their arguments as they come.
+
+    The answer follows `octavo.server.structured.call_grammar`, so what stands before the arguments
+    is known to the last space.
+    """
+
+    _HEAD = re.compile(r'\{"name": ("(?:[^"\\]|\\.)*"), "(?:arguments|parameters)": ')
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._depth = 0  # of the brackets of the arguments
+        self._inside = self._in_string = self._is_escaped = False
+
+    def push(self, text: str) -> list[Piece]:
+        """What this text makes certain."""
+        self._held += text
+        pieces: list[Piece] = []
+        while True:
+            if not self._inside:
+                head = self._HEAD.search(self._held)
+                if head is None:
+                    return pieces
+                pieces.append(ToolCall(json.loads(head[1]), ""))
+                self._held, self._inside = self._held[head.end() :], True
+            end = self._end_of_arguments(self._held)
+            taken = self._held[:end]
+            self._held = self._held[len(taken) :]
+            if taken:
+                pieces.append(Arguments(taken))
+            if end is None:
+                return pieces
+            self._inside = False
+
+    def finish(self) -> list[Piece]:
+        """Nothing: the arguments of a call that was cut off have been given."""
+        return []
+
+    def _end_of_arguments(self, text: str) -> int | None:
+        """Where the object ends, whose beginning has been seen; None: not in this text."""
+        for index, character in enumerate(text):
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._in_string:
+                self._is_escaped = character == "\\"
+                self._in_string = character != '"'
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    return index + 1
+        return None
 
 
-def make_parser(tool_format: ToolFormat) -> ToolParser:
-    """A parser for one answer."""
+ToolParser = HermesParser | Llama3Parser | ForcedParser
+
+
+def make_parser(tool_format: ToolFormat, *, forced: bool = False) -> ToolParser:
+    """A parser for one answer; forced: it can be nothing but calls."""
+    if forced:
+        return ForcedParser()
     return HermesParser() if tool_format == "hermes" else Llama3Parser()
 
 

@@ -64,6 +64,11 @@ class Tokenizer:
         """How many tokens there are, added ones included; the model's embedding may be larger."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token as it is spelled, added ones included, and its id; made anew."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`.
 
@@ -95,12 +100,16 @@ class Tokenizer:
         """
         found = self._token_bytes.get((token_id, at_start))
         if found is None:
-            pipeline = self.pipeline(at_start=at_start, errors="surrogateescape")
-            token = self.token(token_id)
-            text = "" if token is None else pipeline.push(token) + pipeline.finish()
-            found = text.encode("utf-8", errors="surrogateescape")
+            found = self.bytes_of(token_id, at_start=at_start)
             self._token_bytes[token_id, at_start] = found
         return found
+
+    def bytes_of(self, token_id: int, *, at_start: bool = False) -> bytes:
+        """As `token_bytes`, and not kept: for one pass over all tokens."""
+        pipeline = self.pipeline(at_start=at_start, errors="surrogateescape")
+        token = self.token(token_id)
+        text = "" if token is None else pipeline.push(token) + pipeline.finish()
+        return text.encode("utf-8", errors="surrogateescape")
 
     def token(self, token_id: int) -> str | None:
         """How the vocabulary spells a token; None for an id that it does not have."""

@@ -115,6 +115,7 @@ def _preemption(record: Record) -> str:
     why = {
         "kv_blocks": f"request {record['by']} needed a block of the KV cache and none was free",
         "priority": f"request {record['by']} is more urgent",
+        "rope": "with more tokens the model has other rope frequencies, so that all keys change",
     }[record["reason"]]
     lost = _count(record["num_computed_tokens"], "computed token")
     return f"At {record['time']:.3f} s it was preempted, with {lost}: {why}."

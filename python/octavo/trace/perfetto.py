@@ -29,14 +29,19 @@ def _engine_events(log: LogFile) -> Iterator[TraceEvent]:
     yield _metadata("process_name", _ENGINE, 0, name="engine")
     yield _metadata("thread_name", _ENGINE, 1, name="steps")
     num_blocks = log.header.get("num_blocks", 0)
+    drafts = {record["step"]: record for record in log.records if record["event"] == "drafts"}
     for step in log.steps:
-        num_prompt = step.num_tokens - step.num_decodes
+        drafted = drafts.get(step.number, {})
+        num_drafts = drafted.get("num_draft_tokens", 0)
+        num_prompt = step.num_tokens - step.num_decodes - num_drafts
         name = f"{step.num_decodes} + {num_prompt}" if num_prompt else f"{step.num_decodes}"
         facts = {
             "decoding answers": step.num_decodes,
             "prompt tokens": num_prompt,
             "attended tokens": step.num_attended,
         }
+        if num_drafts:
+            facts |= {"drafts": num_drafts, "accepted": drafted["num_accepted_tokens"]}
         yield _slice(_ENGINE, 1, name, "step", step, facts)
         yield _counter("answers", step.end, running=step.num_running, waiting=step.num_waiting)
         held = num_blocks - step.num_free_blocks

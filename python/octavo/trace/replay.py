@@ -88,6 +88,7 @@ def options_of(log: LogFile, changes: Mapping[str, Any]) -> tuple[RuntimeOptions
     num_blocks = given.pop("num_kv_blocks", num_blocks)
     values.update(given)
     # The ring must hold a whole simulation.
+    values["rope_switch"] = header.get("rope_switch", 0)
     options = RuntimeOptions(dtype="f32", kv_dtype="f32", event_log_capacity=10**8, **values)
     return options, num_blocks
 

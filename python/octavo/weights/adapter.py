@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from octavo.errors import ModelNotFoundError, WeightsError
+from octavo.errors import ModelNotFoundError, UnsupportedModelError, WeightsError
 from octavo.files import expand_home
 from octavo.models.adapter import Adapter, LowRank
 from octavo.models.fields import printable
-from octavo.models.layer import linear_nodes
+from octavo.models.layer import linear_nodes, model_nodes
 from octavo.weights.adapter_config import CONFIG, AdapterConfig, read_adapter_config
 from octavo.weights.checkpoint import Checkpoint, has_non_finite
 from octavo.weights.model_files import ModelFiles
@@ -51,12 +51,15 @@ class _Module(NamedTuple):
         return self.places[-1].last
 
 
-def read_adapter(path: Path, files: ModelFiles, checkpoint: Checkpoint | None = None) -> Adapter:
+def read_adapter(
+    path: Path, files: ModelFiles, checkpoint: Checkpoint | None = None, *, to_merge: bool = False
+) -> Adapter:
     """Read the adapter in a directory for the model `files`.
 
     checkpoint: the model's weights; then a copy of its embedding in the adapter may be there, if it
-    is equal. Raises ModelNotFoundError, UnsupportedModelError for a configuration that is not
-    computed, and WeightsError that lists all that is missing, left over or does not fit.
+    is equal. to_merge: the adapter goes into the weights, so it may change experts and routers too.
+    Raises ModelNotFoundError, UnsupportedModelError for what is not computed, and WeightsError that
+    lists all that is missing, left over or does not fit.
     """
     path = expand_home(path)
     if not os.path.isdir(path):  # which takes no name for an error
@@ -66,10 +69,22 @@ def read_adapter(path: Path, files: ModelFiles, checkpoint: Checkpoint | None = 
         )
     config = read_adapter_config(path)
     source = _open_weights(path)
-    modules = _modules(files)
+    modules, apart = _modules(files), _expert_modules(files)
+    named = sorted(
+        {each["module"] for each in map(_NAME.fullmatch, source.infos) if each} & {*apart}
+    )
+    if named and not to_merge:
+        raise UnsupportedModelError(
+            f"{path / CONFIG}: target_modules names experts or routers ({named[0]}, of "
+            f"{len(named)}), whose adapters octavo computes only in a merged model: "
+            f"`octavo merge {files.path} {path} OUT` writes one"
+        )
     tables = {name for name, module in modules.items() if module.is_table}
     head = files.family.tensors.tensor("lm_head").removesuffix(".weight")
     wanted = config.targets(modules.keys() - tables - {head}, tables | {head})
+    if named:  # as PEFT has it where experts are modules: not with transformers 5
+        wanted |= config.targets(apart, ())
+        modules |= apart
     names, problems = _find_names(source, modules, wanted, files, checkpoint)
     for module in sorted(wanted):
         for half, shape in _shapes(modules[module], config.rank(module)).items():
@@ -114,6 +129,17 @@ def _modules(files: ModelFiles) -> dict[str, _Module]:
     table, head = (tensors.tensor(part).removesuffix(".weight") for part in ("embed", "lm_head"))
     found[table] = _Module((_Place("embed", 0, hidden),), vocab, True)
     found[head] = _Module((_Place("lm_head", 0, vocab),), hidden, False)
+    return found
+
+
+def _expert_modules(files: ModelFiles) -> dict[str, _Module]:
+    """The same of the matrices of experts and of routers."""
+    found = {}
+    for matrix in (each for node in model_nodes(files.spec) for each in node.matrices):
+        if matrix.is_router or ".experts." in matrix.name:
+            place = _Place(matrix.name, 0, matrix.outputs)
+            module = files.weight_map[f"{matrix.name}.weight"].module
+            found[module] = _Module((place,), matrix.inputs, False)
     return found
 
 

@@ -94,6 +94,18 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._map)
 
+    def first_layers(self, count: int) -> Checkpoint:
+        """The weights of the same model without its layers from `count` on."""
+
+        def is_kept(name: str) -> bool:
+            parts = name.split(".")
+            return parts[0] != "layers" or int(parts[1]) < count
+
+        kept = {name: source for name, source in self._map.items() if is_kept(name)}
+        formats = {name: each for name, each in self.formats.items() if is_kept(name)}
+        stored = {name: each for name, each in self.stored.items() if is_kept(name)}
+        return Checkpoint(self._source, kept, formats, self.dtype, stored)
+
     def bytes_by_dtype(self) -> dict[str, int]:
         """Bytes as stored, by format, largest first."""
         sizes: Counter[str] = Counter()
@@ -105,19 +117,22 @@ class Checkpoint(Mapping[str, Tensor]):
                 sizes[self.stored[base].kind] += self.stored[base].num_bytes
         return dict(sizes.most_common())
 
-    def checked_items(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights in order, for a loader; warns of those that hold a NaN or an infinity.
+    def checked_runs(self) -> Iterator[tuple[str, int, Tensor]]:
+        """All weights in order, for a loader, each in runs of rows: its name, first row, numbers.
 
-        One warning (NonFiniteWeightsWarning) names all of them, after the last weight.
+        Warns of weights that hold a NaN or an infinity: one warning (NonFiniteWeightsWarning) names
+        all of them, after the last weight.
         """
-        damaged: list[str] = []
+        damaged: dict[str, None] = {}
         for name in self:
-            tensor = self[name]
-            if has_non_finite(tensor):
-                damaged.append(self._map[name].tensor)
-            yield name, tensor
+            row = 0
+            for tensor in self.runs(name):
+                if has_non_finite(tensor):
+                    damaged[self._map[name].tensor] = None
+                yield name, row, tensor
+                row += len(tensor.data)
         if damaged:
-            shown = ", ".join(damaged[:8]) + (", ..." if len(damaged) > 8 else "")
+            shown = ", ".join(list(damaged)[:8]) + (", ..." if len(damaged) > 8 else "")
             warnings.warn(
                 f"{len(damaged)} of {len(self)} weights hold a NaN or an infinity ({shown}); the "
                 "model will answer nonsense. Fetch or convert it again",

@@ -242,23 +242,30 @@ def _matches(module: str, targets: Sequence[str]) -> bool:
     )
 
 
-def choose_layout(formats: Iterable[WeightFormat]) -> Layout:
-    """The layout of a directory that octavo writes: the library's, if it can hold the formats."""
+def choose_layout(formats: Iterable[WeightFormat], is_turned: bool = False) -> Layout:
+    """The layout of a directory that octavo writes: the library's, if it can hold the formats.
+
+    is_turned: the family's float matrices lie as (inputs, outputs) (GPT-2). Codes lie the other way
+    round, so other programs would multiply by the wrong matrix; the library knows no such modules.
+    """
     formats = tuple(formats)
+    if is_turned:
+        return "octavo"
     if any(format.activation_bits == 8 for format in formats):
         return "int-quantized"  # where other programs expect W8A8
     uniform = all(format.levels == UNIFORM_LEVELS for format in formats)
     return "pack-quantized" if uniform else "octavo"
 
 
-def make_quantization_config(modules: Mapping[str, WeightFormat], head: str) -> dict[str, Any]:
+def make_quantization_config(
+    modules: Mapping[str, WeightFormat], left_out: Sequence[str], layout: Layout
+) -> dict[str, Any]:
     """The field for config.json. modules: the checkpoint's name of each matrix -> its format.
 
-    head: the checkpoint's name of the head, which stays a matrix of floats.
+    left_out: the checkpoint's names, or patterns of them, of the matrices that stay floats.
 
-    The quant_method is "compressed-tensors" if that has all the formats, else "octavo".
+    The quant_method is "octavo" if that is the layout, else "compressed-tensors".
     """
-    layout = choose_layout(modules.values())
     by_format: dict[WeightFormat, list[str]] = {}
     for module, format in modules.items():
         by_format.setdefault(format, []).append(module)
@@ -268,7 +275,7 @@ def make_quantization_config(modules: Mapping[str, WeightFormat], head: str) -> 
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": [head],
+        "ignore": list(left_out),
         "config_groups": {
             f"group_{index}": {
                 "targets": _targets(names, modules),
@@ -303,12 +310,12 @@ _INT8_A_TOKEN: Mapping[str, Any] = MappingProxyType(
 
 
 def _weights(format: WeightFormat) -> dict[str, Any]:
-    grouped = format.dtype == "int4"
+    grouped = format.is_grouped
     levels = {} if format.levels == UNIFORM_LEVELS else {"levels": list(format.levels)}
     return {
         **levels,
         **_INT8_A_TOKEN,
-        "num_bits": 4 if grouped else 8,
+        "num_bits": 4 if format.dtype == "int4" else 8,
         "symmetric": not format.has_zeros,
         "strategy": "group" if grouped else "channel",
         "group_size": format.group_size if grouped else None,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -62,8 +63,14 @@ class DummySource(TensorSource):
     def _tile(self, width: int) -> npt.NDArray[np.uint16]:
         """TILE numbers, uniform within +-sqrt(3 / width), as bf16 bits."""
         if width not in self._tiles:
-            raw = np.random.Philox(key=self._seed).random_raw(TILE // 4 + 1)
-            steps = raw.astype("<u8").view("<u2")[:TILE].astype(np.float32)
+            steps = np.arange(65536, dtype=np.float32)
             centred = steps * np.float32(2.0 / 65535.0) - np.float32(1.0)
-            self._tiles[width] = float32_to_bf16(centred * np.float32(math.sqrt(3.0 / width)))
+            values = float32_to_bf16(centred * np.float32(math.sqrt(3.0 / width)))
+            self._tiles[width] = values[self._steps]
         return self._tiles[width]
+
+    @cached_property
+    def _steps(self) -> npt.NDArray[np.uint16]:
+        """TILE random numbers of 16 bits."""
+        raw = np.random.Philox(key=self._seed).random_raw(TILE // 4 + 1)
+        return raw.astype("<u8").view("<u2")[:TILE]

@@ -1,4 +1,4 @@
-"""A short digest that tells whether two directories or GGUF files hold the same model."""
+"""Short digests that tell whether two directories or GGUF files hold the same model or adapter."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.folder import Folder
+from octavo.models.adapter import Adapter
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.safetensors import open_weight_files
 
@@ -54,6 +55,16 @@ def model_digest(folder: Folder, load_format: str = "auto") -> str:
         with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
             for name, content in zip(names, pool.map(digest_of, names), strict=True):
                 add(f"{name} {tensors[name]}", content)
+    return digest.hexdigest()[:16]
+
+
+def adapter_digest(adapter: Adapter) -> str:
+    """16 hexadecimal digits that differ for another adapter, wherever its files lie."""
+    digest = hashlib.sha256()
+    for name, (a, b) in sorted(adapter.native().items()):
+        digest.update(f"{name!r} {a.shape} {b.shape}\n".encode())
+        digest.update(np.ascontiguousarray(a).data)
+        digest.update(np.ascontiguousarray(b).data)
     return digest.hexdigest()[:16]
 
 

@@ -1,21 +1,29 @@
-"""The matrices of a GGUF model that run as the file has them: as codes, never as floats.
-
-Types with 4 bits become octavo's int4 (`gguf_blocks`). Every other block type is decoded to floats:
-octavo's int8 has one scale a row, where Q8_0 has one for each 32 inputs, and there are no codes of
-5 or 6 bits.
-"""
+"""The matrices of a GGUF model as codes: read block by block, with no matrix of floats between."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from octavo.models.family import WeightSource
 from octavo.models.spec import WeightFormat
 from octavo.weights.gguf import PLAIN_KINDS
-from octavo.weights.gguf_blocks import BLOCK_FORMATS, Codes, convert_blocks
+from octavo.weights.gguf_blocks import BlockFormat, convert_blocks
+from octavo.weights.gguf_bytes import BYTE_FORMATS
+from octavo.weights.gguf_nibbles import NIBBLE_FORMATS
 from octavo.weights.gguf_parts import GgufParts
-from octavo.weights.tensor import Stored, Tensor, TensorInfo, TensorSource
+from octavo.weights.tensor import ITEM_SIZE, Stored, Tensor, TensorDType, TensorInfo, TensorSource
+
+BLOCK_FORMATS: Mapping[str, BlockFormat] = MappingProxyType({**NIBBLE_FORMATS, **BYTE_FORMATS})
+"""Of every type but plain numbers, by the type's name."""
+
+_RUN = 1 << 21  # weights that are converted at a time
 
 
 def stored_kinds(parts: GgufParts, weight_map: Mapping[str, WeightSource]) -> dict[str, Stored]:
@@ -29,34 +37,47 @@ def stored_kinds(parts: GgufParts, weight_map: Mapping[str, WeightSource]) -> di
         num_bytes = tensor.num_bytes * count // max(1, math.prod(tensor.shape))
         is_matrix = len(wanted.shape) == 2
         as_stored = is_matrix and wanted.transform in ("plain", "unpermute")
-        known = BLOCK_FORMATS.get(tensor.kind) if as_stored else None
+        known = BLOCK_FORMATS[tensor.kind] if as_stored else None
         stored[name.removesuffix(".weight")] = (
-            Stored(tensor.kind, num_bytes, known.format, known.exact)
+            Stored(tensor.kind, num_bytes, known.format, known.difference)
             if known
             else Stored(tensor.kind, num_bytes)
         )
     return stored
 
 
+@dataclass
+class _Scales:
+    """Scales and zero points of the matrix that is being read; `known`: of which rows."""
+
+    module: str
+    parts: dict[str, npt.NDArray[Any]]
+    known: npt.NDArray[np.bool_]
+
+
 class GgufCodes(TensorSource):
     """A `TensorSource` over a GGUF model in which some matrices are codes.
 
-    Of such a matrix M, "M.weight" is int4, "M.weight_scale" float32 (outputs, groups), and so is
-    "M.weight_zero_point", if its type has offsets. All other tensors are those of `parts`.
+    Of such a matrix M, "M.weight" is int8 or int4, "M.weight_scale" (outputs, groups) as its format
+    says, and "M.weight_zero_point" float32, if it has zero points. All other tensors are those of
+    `parts`.
     """
 
     def __init__(self, parts: GgufParts, modules: Mapping[str, WeightFormat]) -> None:
         """modules: the tensors that are codes, by name without ".weight"."""
         self._parts = parts
         self._modules = modules
-        self._latest: tuple[tuple[str, int, int], Codes] | None = None
+        self._scales: _Scales | None = None
         infos = dict(parts.infos)
         for module, format in modules.items():
-            outputs, inputs = parts.infos[module + ".weight"].shape
+            weight = module + ".weight"
+            outputs, inputs = parts.infos[weight].shape
+            count = outputs * inputs // (1 if format.dtype == "int8" else 2)
+            infos[weight] = TensorInfo(format.dtype, (outputs, inputs), count)
             groups = (outputs, format.num_groups(inputs))
-            infos[module + ".weight"] = TensorInfo("int4", (outputs, inputs), outputs * inputs // 2)
-            for part in ("weight_scale", "weight_zero_point")[: 1 + format.has_zeros]:
-                infos[f"{module}.{part}"] = TensorInfo("f32", groups, 4 * math.prod(groups))
+            for part, dtype in _scale_dtypes(format).items():
+                size = ITEM_SIZE[dtype] * math.prod(groups)
+                infos[f"{module}.{part}"] = TensorInfo(dtype, groups, size)
         self.infos = infos
 
     def read(self, name: str) -> Tensor:
@@ -64,25 +85,50 @@ class GgufCodes(TensorSource):
         return self.read_rows(name, 0, self.infos[name].shape[0])
 
     def read_rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first to last - 1; those converted last are kept, since their scales follow."""
+        """Rows first to last - 1. Scales of the matrix that was read last are known already."""
         module, _, part = name.rpartition(".")
         if module not in self._modules or part == "bias":
             return self._parts.read_rows(name, first, last)
-        place = module, first, last
-        if self._latest is None or self._latest[0] != place:
-            weight = module + ".weight"
-            raw = self._parts.read_bytes(weight, first, last).reshape(last - first, -1)
-            self._latest = place, convert_blocks(raw, self._parts.tensors[weight].kind)
-        found = self._latest[1]
+        scales = self._scales_of(module)
         if part == "weight":
-            return Tensor(found.codes, "int4")
-        values = found.scales if part == "weight_scale" else found.zeros
-        if values is None:
-            raise KeyError(name)
-        return Tensor(values, "f32")
+            return self._convert(scales, first, last)
+        if not scales.known[first:last].all():
+            self._convert(scales, first, last)
+        dtype = _scale_dtypes(self._modules[module])[part]
+        return Tensor(scales.parts[part][first:last], dtype)
+
+    def _scales_of(self, module: str) -> _Scales:
+        if self._scales is None or self._scales.module != module:
+            parts = {}
+            for part, dtype in _scale_dtypes(self._modules[module]).items():
+                shape = self.infos[f"{module}.{part}"].shape
+                parts[part] = np.empty(shape, np.float16 if dtype == "f16" else np.float32)
+            rows = self.infos[module + ".weight"].shape[0]
+            self._scales = _Scales(module, parts, np.zeros(rows, np.bool_))
+        return self._scales
+
+    def _convert(self, scales: _Scales, first: int, last: int) -> Tensor:
+        """The codes of these rows; keeps their scales, since they follow."""
+        weight = scales.module + ".weight"
+        raw = self._parts.read_bytes(weight, first, last).reshape(last - first, -1)
+        codes, *rest = convert_blocks(raw, BLOCK_FORMATS[self._parts.tensors[weight].kind])
+        for whole, values in zip(scales.parts.values(), rest, strict=False):
+            whole[first:last] = values
+        scales.known[first:last] = True
+        is_int8 = self._modules[scales.module].dtype == "int8"
+        return Tensor(codes, "int8" if is_int8 else "int4")
 
     def rows_at_once(self, name: str) -> int:
-        """All rows of codes; else as `GgufParts` says."""
-        if name in self._parts.infos and self.infos[name] == self._parts.infos[name]:
+        """Of codes so many that they are little beside the model; else as `GgufParts` says."""
+        module, _, part = name.rpartition(".")
+        if module in self._modules and part == "weight":
+            return max(1, _RUN // max(1, self.infos[name].shape[1]))
+        if name in self._parts.infos:
             return self._parts.rows_at_once(name)
         return super().rows_at_once(name)
+
+
+def _scale_dtypes(format: WeightFormat) -> dict[str, TensorDType]:
+    """What is beside the codes, by its ending, and its type."""
+    found: dict[str, TensorDType] = {"weight_scale": format.scale_dtype}
+    return found | ({"weight_zero_point": "f32"} if format.has_zeros else {})

@@ -1,9 +1,9 @@
 """Whole-number codes in groups: what AWQ, GPTQ and compressed-tensors have in common.
 
 A weight is (code - zero) * scale, with the scale and the zero point of its group. octavo's kernels
-compute with 4 bits in groups of consecutive inputs, a multiple of 32, and with 8 bits in one
-symmetric scale an output. Such matrices run as the codes of the file, bit for bit. The others
-(groups whose inputs are scattered by act-order, groups of 8 bits, 8 bits with zero points, groups
+compute with 4 and 8 bits in groups of consecutive inputs, a multiple of 32, and with 8 bits in one
+scale an output; zero points they have for 4 bits. Such matrices run as the codes of the file, bit
+for bit. The others (groups whose inputs are scattered by act-order, 8 bits with zero points, groups
 of another size) become bfloat16: each weight is rounded once, by at most one part in 512.
 """
 
@@ -84,12 +84,14 @@ class GroupedMatrix(StoredMatrix):
         groups: the group of each input.
         """
         size, inputs = self.group_size, self.shape[1]
-        if self.bits == 8:
-            one = not has_zeros and bool(np.all(groups == groups[0]))
-            return WeightFormat("int8", activation_bits=self.activation_bits) if one else CONVERTED
+        if self.bits == 8 and has_zeros:
+            return CONVERTED
+        if self.bits == 8 and bool(np.all(groups == groups[0])):
+            return WeightFormat("int8", activation_bits=self.activation_bits)
         whole = size % 32 == 0 and inputs % size == 0
         if whole and bool(np.all(groups.reshape(-1, size) == groups[::size, None])):
-            return WeightFormat("int4", size, has_zeros, self.levels)
+            dtype: Literal["int4", "int8"] = "int4" if self.bits == 4 else "int8"
+            return WeightFormat(dtype, size, has_zeros, self.levels)
         return CONVERTED
 
     def groups(self, files: SafetensorsFile | None = None) -> npt.NDArray[np.int64]:
@@ -106,11 +108,10 @@ class GroupedMatrix(StoredMatrix):
     def settled(self: Self, files: SafetensorsFile) -> Self:
         """As `StoredMatrix.settled`: looks at zero points and at the order of the groups."""
         format = self.running_format(self.has_zero_points(files), self.groups(files))
-        stored = next(d for d in ("f32", "f16", "bf16") if d == files.infos[self.scale_name].dtype)
-        # Scales of int4 run in bfloat16 if they are stored so; else in float32, which holds every
-        # other stored type exactly.
-        if format.dtype == "int4" and stored != "bf16":
-            format = replace(format, scale_dtype="f32")
+        dtypes: tuple[Literal["f32", "f16", "bf16"], ...] = ("f32", "f16", "bf16")
+        stored = next(d for d in dtypes if d == files.infos[self.scale_name].dtype)
+        if format.is_grouped:
+            format = replace(format, scale_dtype=stored)
         return replace(self, format=format, scale_dtype=stored)
 
     def weight(self, files: SafetensorsFile, first: int, last: int) -> Tensor:
@@ -152,7 +153,7 @@ class GroupedMatrix(StoredMatrix):
     def _places(self, files: SafetensorsFile) -> npt.NDArray[np.int64]:
         """Which stored groups the running format has, in order."""
         groups = self.groups(files)
-        return groups[:: self.group_size] if self.format.dtype == "int4" else groups[:1]
+        return groups[:: self.group_size] if self.format.is_grouped else groups[:1]
 
 
 def nibbles(words: npt.NDArray[Any]) -> Bytes:

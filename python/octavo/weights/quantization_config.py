@@ -36,7 +36,7 @@ _READERS: dict[str, _Read] = {
 _LEFT_OUT = ("modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules")
 _COMPRESSED = ("compressed-tensors", "octavo", "sparseml")
 # Methods that store Conv1D of GPT-2 as (outputs, inputs), like any other matrix.
-_TURNED = ("gptq", "bitsandbytes")
+_TURNED = ("gptq", "bitsandbytes", "octavo")
 # Where early versions of AutoGPTQ and AutoAWQ put their configuration, which names no method.
 _OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -59,6 +59,22 @@ def read_runs(source: TensorSource, wanted: WeightSource) -> Iterator[Tensor]:
         elif wanted.transform == "unpermute":
             run = Tensor(unpermute_rows(run.data, wanted.head_dim), run.dtype)
         yield run
+
+
+def whole_tensor(
+    parts: Sequence[tuple[WeightSource, npt.NDArray[Any]]],
+) -> npt.NDArray[Any]:
+    """The tensor of a checkpoint that holds these weights: the inverse of `read_weight`.
+
+    parts: all weights of one tensor in the order of its rows, which are numbers of one type;
+    float32 where the transform is "plus_one". No family writes "unpermute", which is GGUF's.
+    """
+    place, values = parts[0]
+    if len(parts) > 1:
+        values = np.concatenate([part for _, part in parts])
+    if place.transform == "plus_one":
+        values = values - np.float32(1)
+    return np.ascontiguousarray(values.T if place.transform == "transpose" else values)
 
 
 def unpermute_rows(values: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:

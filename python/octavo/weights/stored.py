@@ -105,7 +105,7 @@ class StoredMatrix(ABC):
         """For people. share: of its weights that are meant. infos: of the files."""
         held = sum(infos[name].num_bytes for name in self.entries(infos) if name in infos)
         format = None if self.converted else self.format
-        return Stored(self.label, round(share * held), format, exact=True, rounded=self.converted)
+        return Stored(self.label, round(share * held), format, rounded=self.converted)
 
     def is_plain(self, infos: Infos) -> bool:
         """Whether the files hold the module as plain numbers after all.
@@ -198,17 +198,20 @@ def with_alike_experts(settled: Mapping[str, StoredMatrix]) -> dict[str, StoredM
     """
     stacks: dict[str, set[WeightFormat]] = {}
     for name, matrix in settled.items():
-        stacks.setdefault(_stack_of(name), set()).add(matrix.format)
+        stacks.setdefault(stack_of(name), set()).add(matrix.format)
     found = {}
     for name, matrix in settled.items():
-        formats = stacks[_stack_of(name)]
+        formats = stacks[stack_of(name)]
         common = replace(matrix.format, has_zeros=any(each.has_zeros for each in formats))
         found[name] = replace(matrix, format=CONVERTED if CONVERTED in formats else common)
     return found
 
 
-def _stack_of(name: str) -> str:
-    """ "layers.0.experts.3.up" -> "layers.0.experts.gate"; other names as they are."""
+def stack_of(name: str) -> str:
+    """The matrices that the core multiplies together have the same: a layer's gates and ups.
+
+    "layers.0.experts.3.up" -> "layers.0.experts.gate"; other names as they are.
+    """
     prefix, experts, rest = name.partition(".experts.")
     part = rest.partition(".")[2]
     return prefix + experts + ("gate" if part == "up" else part) if experts else name

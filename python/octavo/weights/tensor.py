@@ -61,15 +61,15 @@ class TensorInfo:
 class Stored(NamedTuple):
     """How a file holds a matrix in a format of another program.
 
-    kind: the file's name of the format, such as "Q4_K". format: octavo's codes that it can be
-    converted to without decoding. exact: whether these stand for the same numbers. rounded: whether
-    it is read as bfloat16 for any type of the weights.
+    kind: the file's name of the format, such as "Q4_K". format: octavo's codes that it becomes.
+    difference: of their numbers from those of the file, in words; "" for none. rounded: whether it
+    is read as bfloat16 for any type of the weights.
     """
 
     kind: str
     num_bytes: int
     format: WeightFormat | None = None
-    exact: bool = False
+    difference: str = ""
     rounded: bool = False
 
 

@@ -1,0 +1,148 @@
+"""`octavo bench spec`: what drafts save on tasks, and beside the formula."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+from octavo.cli.bench import parse_numbers
+from octavo.cli.common import FAILED, load_llm, print_error, progress_bar
+from octavo.cli.options import ModelArgument, engine_options, option
+from octavo.config import EngineConfig, check_choice
+from octavo.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from octavo.bench.spec import Row, SpecResult
+
+_what = partial(option, panel="What to measure")
+_OUTPUTS = ("table", "md", "json")
+_HEADINGS = (
+    *("task", "batch", "right", "tokens/step", "plain tok/s", "tok/s", "speed-up"),
+    *("foretold", "answers"),
+)
+
+
+@engine_options()
+def bench_spec(
+    *,
+    model: ModelArgument = None,
+    tasks: Annotated[
+        str,
+        _what("Of quote (a text), code (to be edited) and chat.", "--tasks", metavar="NAME,NAME,…"),
+    ] = "quote,code,chat",
+    acceptance: Annotated[
+        str,
+        _what(
+            "Measure drafts that are right with these probabilities, whatever the model, beside "
+            "what the formula foretells. Needs no tokenizer.",
+            metavar="P,P,…",
+        ),
+    ] = "",
+    batch: Annotated[
+        str, _what("Numbers of answers at a time.", "-b", "--batch", metavar="N,N,…")
+    ] = "1",
+    generate: Annotated[int, _what("Longest answer, in tokens.", "-n", "--n-gen")] = 128,
+    repetitions: Annotated[
+        int, _what("Pairs of runs, with drafts and without.", "-r", "--repetitions")
+    ] = 3,
+    config: EngineConfig,
+    output: Annotated[
+        str,
+        option("Format of the result.", "-o", "--output", panel="Output", metavar="table|md|json"),
+    ] = "table",
+) -> int:
+    """Measure what speculative decoding saves.
+
+    Each run without drafts is followed by one with drafts, on the same model. The gate: all answers
+    are the same to the token. Exit code: 0 if so, 1 if not.
+
+    [bold]octavo bench spec smollm2-135m -b 1,8[/bold]
+
+    [bold]octavo bench spec FOLDER --load-format dummy --acceptance 0.5,0.8,0.95[/bold]
+    """
+    from octavo.bench.spec import bench_spec as run_bench
+    from octavo.bench.spec_tasks import TASKS
+
+    check_choice("--output", output, _OUTPUTS)
+    chosen = [task.strip() for task in tasks.split(",")]
+    for task in chosen:
+        check_choice("--tasks", task, TASKS)
+    batches = parse_numbers("--batch", batch)
+    if min(batches) < 1:
+        raise InvalidArgumentError(f"--batch is {batch!r}; expected numbers of 1 or more")
+    acceptances = _parse_parts(acceptance)
+    config = replace(
+        config,
+        speculative_config=config.speculative_config or {"method": "ngram"},
+        max_num_seqs=max(*batches, 1),
+        max_model_len=config.max_model_len or 512 + generate,
+    )
+    llm = load_llm(model, config)
+    with progress_bar() as bar:
+        result = run_bench(
+            llm,
+            str(model or "smollm2-135m"),
+            chosen,
+            batches,
+            acceptances,
+            generate,
+            repetitions,
+            bar.update,
+        )
+    _print(result, output)
+    if not result.passed:
+        print_error("drafts have changed answers, which must never happen: please report this")
+        return FAILED
+    return 0
+
+
+def _parse_parts(text: str) -> list[float]:
+    """ "0.5,0.8" -> [0.5, 0.8]."""
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= part <= 1 for part in found):
+        raise InvalidArgumentError(
+            f"--acceptance is {text!r}; expected numbers from 0 to 1, as in --acceptance 0.5,0.8"
+        )
+    return found
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.task,
+        str(row.batch),
+        f"{row.acceptance:.2f}" if row.num_drafts else "-",
+        f"{row.tokens_per_step:.2f}",
+        f"{row.plain_speed:.1f}",
+        f"{row.speed:.1f}",
+        f"{row.speed_up:.2f}",
+        "-" if row.foretold is None else f"{row.foretold:.2f}",
+        "equal" if row.equal else "DIFFER",
+    )
+
+
+def _print(result: SpecResult, output: str) -> None:
+    from rich.table import Table
+
+    from octavo.progress import stdout_console
+
+    if output == "json":
+        print(json.dumps(result.to_json(), indent=2))
+        return
+    if output == "md":
+        print("| " + " | ".join(_HEADINGS) + " |")
+        print("|" + " --- |" + " ---: |" * (len(_HEADINGS) - 2) + " --- |")
+        for row in result.rows:
+            print("| " + " | ".join(_cells(row)) + " |")
+        return
+    table = Table()
+    for heading in _HEADINGS:
+        left = heading in ("task", "answers")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    for row in result.rows:
+        table.add_row(*_cells(row), style=None if row.equal else "red")
+    stdout_console().print(table)

@@ -1,0 +1,226 @@
+"""`octavo plan`: whether a model fits a device, with how many sequences, and how fast it runs."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from octavo.cli.common import FAILED, print_error, progress_bar
+from octavo.cli.options import ModelArgument, engine_options, option
+from octavo.config import EngineConfig, read_environment
+from octavo.machine import format_bytes
+
+if TYPE_CHECKING:
+    from octavo.plan.check import Checked
+    from octavo.plan.devices import Device
+    from octavo.plan.plan import ModelToPlan, Plan, Request
+    from octavo.progress import Bar
+    from octavo.weights.model_files import ModelFiles
+
+_asked = partial(option, panel="What to plan for")
+_DEVICES = (
+    "a100-40, a100-80, h100, h200, l40s, a10, rtx-4090, or cpu: the processor of this machine."
+)
+# What plans for another machine have no use for.
+_UNUSED = ("device", "max_model_len", "num_threads", "isa", "deterministic", "enforce_eager")
+
+
+@engine_options(without=_UNUSED)
+def plan(
+    *,
+    model: ModelArgument = None,
+    gpu: Annotated[str, _asked(_DEVICES, "--gpu", "--device", metavar="NAME")] = "cpu",
+    context: Annotated[
+        int, _asked("Tokens of a sequence, prompt and answer together.", "--context", "-c")
+    ] = 4096,
+    concurrency: Annotated[
+        int, _asked("Sequences that run at the same time.", "--concurrency", "-b")
+    ] = 1,
+    tensor_parallel: Annotated[
+        int,
+        _asked(
+            "GPUs over which the matrices are divided: arithmetic only, octavo runs on one.",
+            "--tensor-parallel",
+            "-tp",
+        ),
+    ] = 1,
+    config: EngineConfig,
+    check: Annotated[
+        bool,
+        option("Also run it on this machine, and print measured beside predicted.", "--check"),
+    ] = False,
+    as_json: Annotated[bool, option("Print one JSON object instead of tables.", "--json")] = False,
+) -> int:
+    """Tell what a model needs on a device, the most sequences that fit, and how fast it should run.
+
+    Needs no GPU, and of the model its config.json alone. Speeds are those of the roofline: bytes by
+    the memory's bandwidth, operations by the arithmetic's, with the assumptions that are printed.
+    Exit code: 0 it fits, 1 it does not; then the smallest changes that make it fit are printed.
+    """
+    from octavo.plan.devices import find_gpu
+    from octavo.plan.plan import Request, make_plan
+
+    files = _read(model)
+    request = Request(context, concurrency, tensor_parallel)
+    environment = read_environment()
+    to_plan = _model_to_plan(files)
+    with progress_bar() as bar:
+        device = find_gpu(gpu) if gpu != "cpu" else _processor(to_plan, config, request, bar)
+        planned = make_plan(to_plan, config, request, device, environment)
+        checked = None
+        if check and planned.fits:
+            checked = _check(planned, files, config, bar)
+    if as_json:
+        extra = {} if checked is None else {"measured": vars(checked)}
+        typer.echo(json.dumps(planned.to_json() | extra, indent=2))
+    else:
+        _print(planned, checked, str(files.path))
+    if planned.fits:
+        return 0
+    if not as_json:
+        print_error(_refusal(planned))
+    return FAILED
+
+
+def _read(model: str | None) -> ModelFiles:
+    from octavo.weights.hub import resolve_model
+    from octavo.weights.model_files import read_model
+
+    return read_model(resolve_model(model, read_environment()))
+
+
+def _model_to_plan(files: ModelFiles) -> ModelToPlan:
+    from octavo.plan.plan import ModelToPlan
+
+    named = str(files.config.get("dtype") or files.config.get("torch_dtype") or "bfloat16")
+    stored = {name: matrix.format for name, matrix in files.quantized.items()}
+    return ModelToPlan(files.spec, _STORED.get(named, "bf16"), stored)
+
+
+# By the names of config.json; weights in any other format are taken as bf16.
+_STORED: dict[str, Literal["f32", "f16", "bf16"]] = {"float32": "f32", "float16": "f16"}
+
+
+def _processor(to_plan: ModelToPlan, config: EngineConfig, request: Request, bar: Bar) -> Device:
+    from octavo.machine import anonymous_memory
+    from octavo.plan.devices import this_processor
+    from octavo.plan.plan import resolve
+
+    bar.update("measuring this machine", 0, 1)
+    _, options = resolve(to_plan, config, request, read_environment(), is_gpu=False)
+    return this_processor(options, anonymous_memory() or 0)
+
+
+def _check(planned: Plan, files: ModelFiles, config: EngineConfig, bar: Bar) -> Checked:
+    from octavo.plan.check import check
+
+    return check(planned, files, config, read_environment(), bar.update)
+
+
+def _refusal(planned: Plan) -> str:
+    """What is lacking, and each change that would do."""
+    memory, request = planned.memory, planned.request
+    lines = [
+        f"{format_bytes(memory.total)} are needed, and {format_bytes(planned.usable)} of "
+        f"{planned.device.title} can be used: it does not fit"
+    ]
+    for changes in planned.remedies:
+        words = [f"--{name.replace('_', '-')} {value}" for name, value in changes.items()]
+        not_yet = " (octavo runs on one GPU so far)" if "tensor_parallel" in changes else ""
+        lines.append(f"  it fits with   {' '.join(words)}{not_yet}")
+    if not planned.remedies:
+        lines.append(
+            f"  not even one sequence of {request.context:,} tokens fits, in int4 with an int8 "
+            "cache: use a smaller model or a device with more memory"
+        )
+    return "\n".join(lines)
+
+
+def _print(planned: Plan, checked: Checked | None, path: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    request, options, device = planned.request, planned.options, planned.device
+    formats = sorted({format.dtype for format in options.formats.values()})
+    console.print(
+        f"{path} on {device.title}"
+        + (f" x {request.ranks}" if request.ranks > 1 else "")
+        + f": weights {' and '.join(formats) or options.dtype}, KV cache {options.kv_dtype}, "
+        f"{_sequences(request.concurrency)} of {request.context:,} tokens"
+    )
+    table = Table(title="Memory", title_justify="left", show_header=checked is not None)
+    table.add_column("")
+    table.add_column("predicted", justify="right")
+    if checked is not None:
+        table.add_column("measured", justify="right")
+    for label, size in _memory_rows(planned):
+        table.add_row(label, format_bytes(size))
+    if checked is not None:
+        mine = planned.memory.total - planned.memory.reserved
+        table.add_row("weights, cache and steps", format_bytes(mine), format_bytes(checked.memory))
+        if checked.resident is not None:
+            table.add_row("taken by the process", "", format_bytes(checked.resident))
+    console.print(table)
+    console.print(f"Most sequences of that length that fit: {planned.largest:,}\n")
+    speeds = Table(title="Speed, predicted", title_justify="left", show_header=checked is not None)
+    speeds.add_column("")
+    speeds.add_column("predicted", justify="right")
+    if checked is not None:
+        speeds.add_column("measured", justify="right")
+    for row in _speed_rows(planned, checked):
+        speeds.add_row(*row)
+    console.print(speeds)
+    console.print("Assumed:")
+    for text in (*device.assumptions, *_own_assumptions(planned)):
+        console.print(f"  - {text}")
+
+
+def _memory_rows(planned: Plan) -> list[tuple[str, int]]:
+    memory = planned.memory
+    what = "driver, kernels, recorded steps" if planned.device.is_gpu else "Python and libraries"
+    return [
+        ("weights", memory.weights),
+        ("KV cache", memory.kv_cache),
+        ("activations, logits", memory.activations),
+        (what, memory.reserved),
+        ("together", memory.total),
+        ("usable", planned.usable),
+    ]
+
+
+def _speed_rows(planned: Plan, checked: Checked | None) -> list[tuple[str, ...]]:
+    speed, request = planned.speed, planned.request
+    decode = f"decode, {_sequences(request.concurrency)} at the end (bound by {speed.limit})"
+    prefill = f"prompt of {max(1, request.context - 1):,} tokens"
+    rows: list[tuple[str, ...]] = [
+        ("one step of all sequences", f"{1000 * speed.decode_step:.2f} ms"),
+        (decode, f"{speed.decode:,.0f} tokens/s"),
+        (prefill, f"{speed.prefill:,.0f} tokens/s"),
+    ]
+    if checked is None:
+        return rows
+    step = request.concurrency / checked.decode
+    measured = (
+        f"{1000 * step:.2f} ms ({step / speed.decode_step - 1:+.0%})",
+        f"{checked.decode:,.0f} tokens/s ({checked.decode / speed.decode - 1:+.0%})",
+        f"{checked.prefill:,.0f} tokens/s ({checked.prefill / speed.prefill - 1:+.0%})",
+    )
+    return [(*row, text) for row, text in zip(rows, measured, strict=True)]
+
+
+def _sequences(count: int) -> str:
+    return f"{count:,} sequence{'' if count == 1 else 's'}"
+
+
+def _own_assumptions(planned: Plan) -> list[str]:
+    notes = ["every sequence is at its full length; shared prefixes take less"]
+    if planned.request.ranks > 1:
+        notes.append(
+            "octavo runs a model on one GPU: several are arithmetic, with 10 us for each of two "
+            "all-reduces a layer"
+        )
+    return notes

@@ -1,0 +1,264 @@
+"""JSON schemas as the grammar library takes them: what it can enforce, and nothing else.
+
+A schema of any draft becomes one without references out of "$defs", annotations, and keywords that
+JSON Schema does not know and so ignores. What cannot be enforced is refused with the place, or left
+out where the caller is not strict.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+
+from octavo.errors import InvalidArgumentError
+from octavo.grammar.references import Place, References
+
+MAX_DEPTH = 64  # schemas within schemas
+MAX_SCHEMAS = 10_000
+MAX_PROPERTIES = 1000  # of one object; the time to compile grows with their square
+MAX_VALUES = 10_000  # of an enum
+MAX_MULTIPLE = 10_000  # of multipleOf, without the decimal point; the automaton has so many states
+
+FORMATS = frozenset(
+    # Others are ignored, as JSON Schema has it.
+    ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"]
+)
+_ONE = frozenset({"additionalProperties", "items"})
+_LIST = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
+_MAP = frozenset({"properties", "patternProperties"})
+_COUNTS = frozenset(
+    ["minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"]
+)
+_PLAIN = frozenset({"type", "const", "required", "pattern", "minimum", "maximum"})
+# What is not enforced, each with values that ask for nothing.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "not": (False,),
+    "if": (),
+    "contains": (),
+    "uniqueItems": (False,),
+    "propertyNames": (True, {}),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+    "dependencies": ({},),
+    "unevaluatedItems": (True, {}),
+    "unevaluatedProperties": (True, {}),
+    "$dynamicRef": (),
+    "$recursiveRef": (),
+    "extends": (),
+    "disallow": (),
+}
+_OLD = ("draft-03", "draft-04", "draft-06", "draft-07")  # where nothing counts beside a "$ref"
+
+
+def problem_at(pointer: str, problem: str) -> InvalidArgumentError:
+    """The error about a part of a schema; pointer: its JSON pointer, "" for the root."""
+    place = f"at {pointer}" if pointer else "at its root"
+    return InvalidArgumentError(f"the JSON schema cannot be followed {place}: {problem}")
+
+
+class SchemaReader:
+    """Reads one schema.
+
+    schema: the result, in which "$ref" only names one of its "$defs". pointers: of each of its
+    objects, by its `id`, the JSON pointer in the document.
+    """
+
+    def __init__(self, text: str, *, strict: bool, disable_additional_properties: bool) -> None:
+        """text: JSON. Raises InvalidArgumentError with the place of what cannot be enforced."""
+        document = json.loads(text)
+        self.pointers: dict[int, str] = {}
+        self._strict = strict
+        self._closed = disable_additional_properties
+        self._num_schemas = 0
+        dialect = document.get("$schema") if isinstance(document, Mapping) else None
+        self._is_old = isinstance(dialect, str) and any(name in dialect for name in _OLD)
+        self._references = References(document)
+        self._names: dict[str, str] = {}  # of the targets of references, by their pointer
+        self._waiting: list[tuple[str, Place]] = []
+        root = self._read(self._references.root, 0)
+        if root is False:
+            raise problem_at("", "nothing meets false")
+        self.schema: dict[str, Any] = root
+        definitions: dict[str, Any] = {}
+        while self._waiting:
+            name, place = self._waiting.pop()
+            definitions[name] = self._read(place, 0)
+        if definitions:
+            self.schema["$defs"] = definitions
+        endless = _endless(self.schema)
+        if endless is not None:
+            raise problem_at(
+                self.pointers.get(id(endless), ""), "its recursion has no end, so no text meets it"
+            )
+
+    def _read(self, place: Place, depth: int) -> Any:
+        value, pointer, _ = place
+        if value is False:
+            return False
+        if value is not True and not isinstance(value, Mapping):
+            raise problem_at(pointer, f"this is {_shown(value)}; expected an object or a boolean")
+        self._num_schemas += 1
+        if self._num_schemas > MAX_SCHEMAS:
+            raise problem_at(pointer, f"too large; expected at most {MAX_SCHEMAS} schemas")
+        if depth > MAX_DEPTH:
+            raise problem_at(pointer, f"nested too deeply; expected at most {MAX_DEPTH} levels")
+        found: dict[str, Any] = {}
+        self.pointers[id(found)] = pointer
+        if value is True:
+            return found
+        keys = ["$ref"] if self._is_old and "$ref" in value else list(value)
+        for key in keys:
+            self._read_keyword(found, place, key, depth + 1)
+        if self._closed and "properties" in found:
+            found.setdefault("additionalProperties", False)
+        return found
+
+    def _read_keyword(self, found: dict[str, Any], place: Place, key: str, depth: int) -> None:
+        item = place.value[key]
+        if key in _REFUSED:
+            self._refuse(place, key)
+        elif key == "$ref":
+            found[key] = f"#/$defs/{self._name_target(place)}"
+        elif key in _LIST or (key == "items" and isinstance(item, list)):
+            if not isinstance(item, list):
+                raise problem_at(place.pointer, f'"{key}" is {_shown(item)}; expected a list')
+            parts = [self._read(place.child(key, i), depth) for i in range(len(item))]
+            if key == "items":  # as it was before 2020-12
+                if "additionalItems" in place.value:
+                    found["items"] = self._read(place.child("additionalItems"), depth)
+                key = "prefixItems"
+            found[key] = parts
+        elif key in _ONE:
+            found[key] = self._read(place.child(key), depth)
+        elif key in _MAP:
+            if not isinstance(item, Mapping):
+                raise problem_at(place.pointer, f'"{key}" is {_shown(item)}; expected an object')
+            self._check_size(place, key, MAX_PROPERTIES)
+            found[key] = {name: self._read(place.child(key, name), depth) for name in item}
+        elif key == "enum":
+            self._check_size(place, key, MAX_VALUES)
+            found[key] = item
+        elif key == "format":
+            if item in FORMATS:
+                found[key] = item
+        elif key in _COUNTS:
+            found[key] = int(item) if isinstance(item, float) and item.is_integer() else item
+        elif key == "multipleOf":
+            _check_multiple(place, item)
+            found[key] = item
+        elif key in ("exclusiveMinimum", "exclusiveMaximum"):
+            _read_exclusive(found, place.value, key)
+        elif key in _PLAIN:
+            found[key] = item
+
+    def _refuse(self, place: Place, key: str) -> None:
+        value, item = place.value, place.value[key]
+        is_idle = key == "if" and "then" not in value and "else" not in value
+        if self._strict and not is_idle and item not in _REFUSED[key]:
+            raise problem_at(
+                place.pointer,
+                f'"{key}" cannot be enforced; leave it out, or ask without strict to ignore it',
+            )
+
+    def _name_target(self, place: Place) -> str:
+        reference = place.value["$ref"]
+        try:
+            target = self._references.resolve(reference, place)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise problem_at(place.pointer, f'"$ref" is {_shown(reference)}: {error}') from error
+        name = self._names.get(target.pointer)
+        if name is None:
+            name = self._names[target.pointer] = f"s{len(self._names)}"
+            self._waiting.append((name, target))
+        return name
+
+    def _check_size(self, place: Place, key: str, limit: int) -> None:
+        item = place.value[key]
+        if isinstance(item, (Mapping, list)) and len(item) > limit:
+            raise problem_at(
+                place.child(key).pointer, f"{len(item)} entries are too many; expected {limit}"
+            )
+
+
+def children(schema: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """The schemas right below one, definitions first: of each what it is in, and its key there."""
+    for key, item in sorted(schema.items(), key=lambda each: each[0] != "$defs"):
+        if key in _LIST:
+            yield from ((item, index) for index in range(len(item)))
+        elif key in _MAP or key == "$defs":
+            yield from ((item, name) for name in item)
+        elif key in _ONE:
+            yield schema, key
+
+
+def _check_multiple(place: Place, item: Any) -> None:
+    if isinstance(item, (int, float)) and not isinstance(item, bool) and item > 0:
+        digits = Decimal(str(item)).normalize().as_tuple().digits
+        if int("".join(map(str, digits))) > MAX_MULTIPLE:
+            raise problem_at(place.pointer, f'"multipleOf" is {item}; expected at most four digits')
+
+
+def _read_exclusive(found: dict[str, Any], value: Mapping[str, Any], key: str) -> None:
+    """Draft 4 has a switch beside the limit; later ones have the limit itself."""
+    limit = value[key]
+    if not isinstance(limit, bool):
+        found[key] = limit
+    elif limit:
+        plain = "minimum" if key == "exclusiveMinimum" else "maximum"
+        if plain in value:
+            found[key] = value[plain]
+
+
+def _endless(root: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A schema that demands itself again and again, so that no finite text meets it; or None.
+
+    The definitions that some finite text meets are collected from the simple ones upwards.
+    """
+    definitions = root.get("$defs", {})
+    ending: set[str] = set()
+    while True:
+        more = {n for n, s in definitions.items() if n not in ending and _ends(s, ending)}
+        if not more:
+            break
+        ending |= more
+    schema: Any = root
+    while not _ends(schema, ending):
+        below = [child for child in _demanded(schema) if not _ends(child, ending)]
+        if not below:
+            return schema if isinstance(schema, Mapping) and "$ref" in schema else None
+        schema = below[0]
+    return None
+
+
+def _ends(schema: Any, ending: set[str]) -> bool:
+    if not isinstance(schema, Mapping):
+        return True  # that nothing meets false is another error
+    reference = schema.get("$ref")
+    if reference is not None and reference.removeprefix("#/$defs/") not in ending:
+        return False
+    choices = [schema[key] for key in ("anyOf", "oneOf") if schema.get(key)]
+    if not all(any(_ends(each, ending) for each in choice) for choice in choices):
+        return False
+    return all(_ends(child, ending) for child in _demanded(schema))
+
+
+def _demanded(schema: Mapping[str, Any]) -> list[Any]:
+    """Schemas that some part of every text must meet, as far as is plain to see."""
+    found = list(schema.get("allOf", ()))
+    if schema.get("type") in ("object", ["object"]):
+        properties, required = schema.get("properties", {}), schema.get("required", ())
+        found += [properties[name] for name in required if name in properties]
+    count = schema.get("minItems", 0)
+    if schema.get("type") in ("array", ["array"]) and isinstance(count, int) and count > 0:
+        first = schema.get("prefixItems", [])
+        found += first[:count]
+        if count > len(first) and "items" in schema:
+            found.append(schema["items"])
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -1,0 +1,73 @@
+"""`octavo plan --check`: the same request on the real device, predicted beside measured."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, replace
+
+from octavo.bench.benchmark import Runner
+from octavo.bench.cases import Case
+from octavo.config import EngineConfig, Environment
+from octavo.machine import anonymous_memory
+from octavo.plan.plan import Plan
+from octavo.progress import StageProgress
+from octavo.runtime.loader import load_runtime
+from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.model_files import ModelFiles
+
+_DECODED, _REPETITIONS = 8, 3
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was measured; decode and prefill in tokens a second.
+
+    memory: bytes of weights, cache and steps, as the runtime counts them. resident: what the
+    process took more than before; None where the system does not tell.
+    """
+
+    memory: int
+    resident: int | None
+    decode: float
+    prefill: float
+
+
+def check(
+    plan: Plan,
+    files: ModelFiles,
+    config: EngineConfig,
+    environment: Environment,
+    progress: StageProgress = lambda *_: None,
+) -> Checked:
+    """Load the model, fill the cache of every sequence, and decode. Raises what loading raises."""
+    request = plan.request
+    blocks = plan.options.kv_groups(plan.spec).blocks_of(request.context) * request.concurrency
+    config = replace(
+        config,
+        device="cuda" if plan.device.is_gpu else "cpu",
+        max_model_len=request.context,
+        max_num_seqs=request.concurrency,
+        max_num_batched_tokens=plan.options.max_num_batched_tokens,
+        num_kv_blocks=blocks,
+    )
+    before = anonymous_memory()
+    files = replace(files, spec=plan.spec)
+    checkpoint = open_checkpoint(files, config.load_format, config.seed)
+    loaded = load_runtime(
+        files, checkpoint, config, lambda done, total: progress("loading", done, total), environment
+    )
+    runner = Runner(loaded, files.spec, None)
+    progress("measuring", 0, 1)
+    depth = max(0, request.context - _DECODED)
+    decode = Case("decode", min(_DECODED, request.context), request.concurrency, depth)
+    seconds = statistics.median(runner.time(decode, _REPETITIONS))
+    prompt = Case("prefill", max(1, request.context - 1))
+    prefill = statistics.median(runner.time(prompt, _REPETITIONS))
+    memory = loaded.runtime.memory()
+    after = anonymous_memory()
+    return Checked(
+        memory["weights"] + memory["kv_cache"] + memory["workspace"],
+        None if before is None or after is None else after - before,
+        decode.tokens / seconds,
+        prompt.tokens / prefill,
+    )

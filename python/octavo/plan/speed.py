@@ -1,0 +1,57 @@
+"""How fast a step should be: the roofline, and what each kernel adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octavo.bench.cases import BYTES, Case, Peak, Work, least_seconds, streamed_bytes, work_of
+from octavo.config import RuntimeOptions
+from octavo.models.spec import ModelSpec
+from octavo.plan.devices import Device
+from octavo.quantization.plan import expert_bytes, weight_bytes
+
+# Of an all-reduce between GPUs over NVLink, two a layer (assumed).
+_ALL_REDUCE_SECONDS = 10e-6
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Predicted. decode_step: seconds of a step of all sequences; decode, prefill: tokens a second.
+
+    limit: what bounds the decode step, "memory" or "arithmetic".
+    """
+
+    decode_step: float
+    decode: float
+    prefill: float
+    limit: str
+
+
+def predict(
+    spec: ModelSpec,
+    options: RuntimeOptions,
+    device: Device,
+    sequences: int,
+    depth: int,
+    prompt: int,
+    ranks: int = 1,
+) -> Speed:
+    """The speed of `sequences` that decode behind `depth` tokens each, and of a prompt."""
+    peak = Peak(device.bandwidth * ranks, device.operations * ranks)
+    embed = options.formats.get("embed")
+    item = BYTES[options.dtype if embed is None else embed.dtype]
+    step_bytes = streamed_bytes(spec, weight_bytes(spec, options.formats, options.dtype), item)
+    experts = expert_bytes(spec, options.formats, options.dtype)
+
+    def work(case: Case) -> Work:
+        chunk = options.max_num_batched_tokens
+        return work_of(case, spec, step_bytes, options.kv_dtype, chunk, experts)
+
+    overhead = device.step_overhead + len(spec.layers) * device.layer_overhead
+    if ranks > 1:
+        overhead += 2 * len(spec.layers) * _ALL_REDUCE_SECONDS
+    least, limit = least_seconds(work(Case("decode", 1, sequences, depth)), peak)
+    step = least + overhead
+    num_chunks = -(-prompt // options.max_num_batched_tokens)
+    seconds = least_seconds(work(Case("prefill", prompt)), peak)[0] + num_chunks * overhead
+    return Speed(step, sequences / step, prompt / seconds, limit)

@@ -1,0 +1,153 @@
+"""What a body wants of the answer's text: structured outputs, and tools that must be called."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from octavo.errors import InvalidArgumentError, OctavoError
+from octavo.grammar.lark import json_rule
+from octavo.grammar.schema import SchemaReader
+from octavo.server.errors import ApiError, bad_request
+from octavo.server.protocol import ChatBody, SamplingBody
+from octavo.server.tools import ToolFormat, arguments_key, tags_of
+from octavo.structured_outputs import StructuredOutputs
+
+if TYPE_CHECKING:
+    from octavo.text.tokenizer import Tokenizer
+
+# vLLM's older spelling.
+_GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json_object": "json_object",
+}
+
+
+def structured_outputs(body: SamplingBody) -> StructuredOutputs | None:
+    """What the text of the answer is to be; None: anything. Raises an ApiError."""
+    field, asked = structured_field(body), _asked(body)
+    if len(asked) > 1:
+        raise bad_request(f"{field} is given beside {list(asked)[1]}: leave one out", field)
+    if field is None:
+        return None
+    wanted = asked[field]
+    if body.guided_whitespace_pattern is not None:
+        wanted = {"whitespace_pattern": body.guided_whitespace_pattern, **wanted}
+    try:
+        return StructuredOutputs.of(wanted)
+    except InvalidArgumentError as error:
+        raise bad_request(str(error), field) from error
+
+
+def structured_field(body: SamplingBody) -> str | None:
+    """The field that says what the text is to be."""
+    return next(iter(_asked(body)), None)
+
+
+def _asked(body: SamplingBody) -> dict[str, Any]:
+    """The fields that constrain the text, each with the fields of a StructuredOutputs."""
+    found: dict[str, Any] = {}
+    wanted = _response_format(body.response_format or {})
+    if wanted is not None:
+        found["response_format"] = wanted
+    if body.structured_outputs:
+        found["structured_outputs"] = body.structured_outputs
+    for name, kind in _GUIDED.items():
+        value = getattr(body, name)
+        if value is not None and value is not False:
+            found[name] = {kind: value}
+    return found
+
+
+def _response_format(given: dict[str, Any]) -> dict[str, Any] | None:
+    kind = given.get("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        schema = given.get("schema")  # llama.cpp's and others' addition
+        return {"json_object": True} if schema is None else {"json": schema, "strict": False}
+    if kind != "json_schema":
+        raise bad_request(
+            f"response_format is of type {kind!r}; expected 'text', 'json_object' or 'json_schema'",
+            "response_format",
+        )
+    inner = given.get("json_schema")
+    schema = inner.get("schema") if isinstance(inner, dict) else None
+    if not isinstance(schema, (dict, bool)):
+        raise bad_request(
+            "response_format has no schema; expected {'type': 'json_schema', 'json_schema': "
+            "{'name': …, 'schema': {…}}}",
+            "response_format",
+        )
+    return {"json": schema, "strict": isinstance(inner, dict) and inner.get("strict") is True}
+
+
+def forced_tools(body: ChatBody) -> list[int] | None:
+    """The numbers of the tools one of which must be called; None where the model may choose."""
+    choice = body.tool_choice
+    if choice is None or choice in ("none", "auto"):
+        return None
+    tools = body.tools or []
+    if not tools:
+        raise bad_request(f"tool_choice is {choice!r}, but there are no tools", "tool_choice")
+    if choice == "required":
+        return list(range(len(tools)))
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    names = [(tool.get("function") or {}).get("name") for tool in tools]
+    if name is None or name not in names:
+        raise bad_request(
+            f"tool_choice is {choice!r}; expected 'none', 'auto', 'required' or {{'type': "
+            f"'function', 'function': {{'name': …}}}} with the name of a tool ({names})",
+            "tool_choice",
+        )
+    return [names.index(name)]
+
+
+def call_grammar(
+    body: ChatBody, numbers: list[int], tool_format: ToolFormat, tokenizer: Tokenizer | None
+) -> StructuredOutputs:
+    """A grammar of calls of these tools, written as the model writes them.
+
+    One call; several where any tool will do and the body does not forbid it. Raises an ApiError
+    that names the tool whose parameters cannot be followed.
+    """
+    open_tag, close_tag = (_tag(tag, tokenizer) for tag in tags_of(tool_format))
+    many = body.tool_choice == "required" and body.parallel_tool_calls is not False
+    between = '"\\n"' if open_tag else '"; "'
+    call = f'{open_tag} "\\n" body "\\n" {close_tag}' if open_tag else "body"
+    rules = [
+        f"start: call ({between} call)*" if many else "start: call",
+        f"call: {call}",
+        "body: " + " | ".join(f"body_{number}" for number in numbers),
+    ]
+    for number in numbers:
+        function = (body.tools or [])[number]["function"]
+        head = f'{{"name": {json.dumps(function["name"])}, "{arguments_key(tool_format)}": '
+        rule = _arguments(function, f"tools[{number}].function.parameters")
+        rules.append(f'body_{number}: {json.dumps(head)} arguments_{number} "}}"')
+        rules.append(f"arguments_{number}: {rule}")
+    return StructuredOutputs(grammar="\n".join(rules))
+
+
+def _arguments(function: dict[str, Any], param: str) -> str:
+    strict = function.get("strict") is True
+    schema = function.get("parameters")
+    try:
+        wanted = StructuredOutputs(json={} if schema is None else schema, strict=strict)
+        reader = SchemaReader(str(wanted.json), strict=strict, disable_additional_properties=True)
+    except OctavoError as error:
+        raise ApiError(400, str(error), param=param) from error
+    reader.schema.setdefault("type", "object")
+    return json_rule(reader.schema, wanted)
+
+
+def _tag(tag: str, tokenizer: Tokenizer | None) -> str:
+    """How a grammar names a tag: a special token by its number, other text as it is."""
+    token = None if tokenizer is None else tokenizer.token_id(tag)
+    if tokenizer is not None and token is not None and token in tokenizer.special_ids:
+        return f"<[{token}]>"
+    return json.dumps(tag) if tag else ""

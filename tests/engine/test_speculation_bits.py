@@ -1,0 +1,177 @@
+"""Speculation on the native core: the same answers to the bit, from every source of drafts.
+
+OCTAVO_TEST_EXPLORE asks for a thousand prompts in place of some.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from invariance_helpers import (
+    MODES,
+    SPEC,
+    VOCAB,
+    WINDOWED,
+    alone,
+    facts,
+    make_engine,
+    others,
+    prompt_of,
+    run,
+    subjects,
+    weights,
+)
+
+from octavo import _native
+from octavo.config import RuntimeOptions
+from octavo.engine.engine import Engine
+from octavo.models.spec import ModelSpec
+from octavo.runtime.loader import LoadedRuntime
+from octavo.sampling_params import SamplingParams
+from octavo.speculation.draft_model import DraftModelSource
+from octavo.speculation.ngram import NgramSource
+from octavo.speculation.speculator import Speculator
+
+NUM_PROMPTS = 1000 if os.environ.get("OCTAVO_TEST_EXPLORE") else 60
+
+
+def draft_model(num_layers: int | None, spec: ModelSpec = SPEC) -> DraftModelSource:
+    """The model itself, or its first layers."""
+    layers = spec.layers[:num_layers]
+    small = replace(spec, layers=layers)
+    options = RuntimeOptions(
+        dtype="f32",
+        kv_dtype="f32",
+        block_size=16,
+        max_model_len=512,
+        max_num_seqs=7,
+        max_num_batched_tokens=64,
+        num_threads=1,
+    )
+    runtime = _native.Runtime("cpu", small, options)
+    for name, array in weights(spec).items():
+        if not name.startswith("layers.") or int(name.split(".")[1]) < len(layers):
+            runtime.load(name, array, "f32")
+    runtime.alloc_kv(300)
+    return DraftModelSource(LoadedRuntime(runtime, options, 300, "cpu"), small.kv_windows, VOCAB)
+
+
+SOURCES = {
+    "ngram": lambda: NgramSource(1, 3),
+    "itself": lambda: draft_model(None),
+    "layers": lambda: draft_model(4),
+}
+
+
+def drafting(source: str, depth: int = 5, adaptive: bool = False) -> Speculator:
+    return Speculator(SOURCES[source](), depth, adaptive=adaptive)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("chunk", [29, 512])
+def test_bits_among_others(source: str, mode: str, overlap: bool, chunk: int) -> None:
+    """Beside 17 others, in chunks, with steps that overlap."""
+    engine = make_engine(
+        max_num_batched_tokens=chunk, overlap_steps=overlap, drafter=drafting(source)
+    )
+    assert facts(run(engine, {**others(), **subjects(MODES[mode])})) == alone("f32", mode)
+    assert engine.stats().num_draft_tokens > 50
+    if source == "itself":
+        assert engine.stats().num_accepted_tokens > 0.9 * engine.stats().num_draft_tokens
+
+
+@pytest.mark.parametrize("source", ["ngram", "itself"])
+def test_bits_with_windows_preemption_and_prefix_hits(source: str) -> None:
+    """KV groups that let blocks go; a cache that is too small; beginnings that are cached."""
+    several = SamplingParams(temperature=0.9, seed=8, max_tokens=60, logprobs=1, n=3)
+    one = SamplingParams(temperature=0.0, max_tokens=80, logprobs=3, ignore_eos=True)
+    requests = {
+        f"subject{i}": (
+            [*prompt_of(33, seed=1), *prompt_of(10 + i, seed=i)],
+            several if i % 2 else one,
+        )
+        for i in range(6)
+    }
+    expected = facts(run(make_engine(spec=WINDOWED), requests, apart=True))
+    engine = make_engine(spec=WINDOWED, num_blocks=60, drafter=drafting(source))
+    outputs = run(engine, requests)
+    assert facts(outputs) == expected
+    assert engine.scheduler.num_preemptions > 0
+    assert engine.stats().num_prefix_hits > 0
+    assert engine.stats().num_drafts > 50
+
+
+def quotation(rng: random.Random) -> list[int]:
+    """A prompt that repeats parts of itself, as texts that are quoted do."""
+    tokens = [rng.randrange(VOCAB - 1) for _ in range(rng.randrange(3, 40))]
+    while len(tokens) < 60 and rng.random() < 0.7:
+        start = rng.randrange(len(tokens))
+        tokens += tokens[start : start + rng.randrange(1, 12)]
+    return tokens
+
+
+def thousand(count: int) -> dict[str, tuple[list[int], SamplingParams]]:
+    """Prompts of all kinds; of three one is greedy, one is sampled, one has it all."""
+    rng, requests = random.Random(6), {}
+    for i in range(count):
+        kinds: list[dict[str, Any]] = [
+            {"temperature": 0.0, "logprobs": 1},
+            {"temperature": 0.2 + rng.random(), "top_p": 0.9, "n": 1 + i % 2},
+            {
+                "temperature": rng.choice([0.0, 0.7]),
+                "frequency_penalty": rng.choice([0.0, 0.0, 0.4]),
+                "min_tokens": rng.randrange(12),
+                "stop_token_ids": tuple(rng.sample(range(VOCAB), 9)),
+                "logit_bias": ((rng.randrange(VOCAB), 1.5),),
+            },
+        ]
+        params = SamplingParams(seed=i, max_tokens=rng.randrange(8, 60), **kinds[i % 3])
+        requests[f"subject{i}"] = (quotation(rng), params)
+    return requests
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_thousand_prompts(source: str) -> None:
+    """Greedy, sampled and steered answers, with log-probabilities: what drafts do is invisible."""
+    requests = thousand(NUM_PROMPTS)
+    expected = facts(run(make_engine(), requests))
+    engine = make_engine(num_blocks=300, drafter=drafting(source, 7))
+    assert facts(run(engine, requests)) == expected
+    stats = engine.stats()
+    assert stats.num_accepted_tokens > (2 if source == "layers" else 5) * NUM_PROMPTS / 10
+    adaptive = make_engine(num_blocks=300, drafter=drafting(source, 7, adaptive=True))
+    assert facts(run(adaptive, requests)) == expected
+
+
+def test_planted_a_token_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wrong draft taken for right in a thousand prompts is seen."""
+    requests = thousand(60)
+    expected = facts(run(make_engine(), requests))
+    from octavo.engine import scheduler
+
+    def one_more(drafts: Any, sampled: Any) -> int:
+        right = real(drafts, sampled)
+        return min(right + 1, len(drafts))
+
+    real = scheduler.num_agreeing
+    monkeypatch.setattr(scheduler, "num_agreeing", one_more)
+    engine = make_engine(num_blocks=300, drafter=drafting("ngram"))
+    assert facts(run(engine, requests)) != expected
+
+
+def test_planted_noise_that_forgets_the_position() -> None:
+    """If the random numbers were drawn in order, and not by position, drafts would change them."""
+    prompt = quotation(random.Random(2))
+    params = SamplingParams(temperature=1.2, seed=3, max_tokens=40)
+
+    def answer(engine: Engine, seed: int) -> Any:
+        return facts(run(engine, {"subject": (prompt, replace(params, seed=seed))}))
+
+    drafted = make_engine(drafter=drafting("itself"))
+    assert answer(drafted, 3) == answer(make_engine(), 3) != answer(make_engine(), 4)

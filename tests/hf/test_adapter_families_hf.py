@@ -1,0 +1,152 @@
+"""LoRA adapters made by PEFT for families whose layers or checkpoints are not Llama's."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapter_helpers import adapter_config, random_adapter, write_adapter
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from hf.family_models import VOCAB, make_model
+from hf.hf_models import hf_logits
+from octavo.cli import main
+from octavo.models.adapter import Adapter
+from octavo.quantize.merge import merge_directory
+from octavo.reference.llama import ReferenceModel
+from octavo.weights.adapter import read_adapter
+from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.model_files import read_model
+
+pytestmark = pytest.mark.hf
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# Of family_models -> LoraConfig's fields, and how many of octavo's matrices the adapter changes.
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "qwen2, tied": ({"target_modules": "all-linear"}, 3 * 7),  # q, k and v have biases
+    "phi3, short factors": ({"target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}, 3 * 6),
+    "phi3, partial rotary": ({"target_modules": ["qkv_proj"], "layers_to_transform": [1]}, 3),
+    "gemma2, windows": ({"target_modules": "all-linear", "use_rslora": True}, 3 * 7),
+    "gemma3_text, windows": ({"target_modules": ["q_proj", "up_proj", "embed_tokens"]}, 3 * 2 + 1),
+    "gpt2, tied": (
+        {"target_modules": ["c_attn", "c_proj", "c_fc", "wte"], "fan_in_fan_out": True},
+        3 * 6 + 1,
+    ),
+    "gpt2, scores by layer": (
+        {"target_modules": r".*\.(attn\.c_attn|mlp\.c_proj)", "fan_in_fan_out": True},
+        3 * 4,
+    ),
+    "granite, multipliers": ({"target_modules": "all-linear"}, 3 * 7),
+    "mixtral, two of four experts": ({"target_modules": ATTENTION}, 3 * 4),
+    "qwen3_moe, a layer without experts": ({"target_modules": ["q_proj", "o_proj"]}, 3 * 2),
+}
+
+
+def make_adapter(case: str, directory: Path) -> PeftModel:
+    """A model and a random adapter in `directory`; returns PEFT's own of both."""
+    model = make_model(case)
+    model.save_pretrained(directory / "model")
+    settings = {"r": 5, "lora_alpha": 12, "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    torch.manual_seed(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, LoraConfig(**{**settings, **CASES[case][0]})).eval()
+        with torch.no_grad():
+            for name, weight in adapted.named_parameters():
+                if "lora_" in name:  # so that A x has the size of x, and B A x a third of it
+                    weight.copy_(torch.randn_like(weight) * max(weight.shape[1], 12) ** -0.5)
+        adapted.save_pretrained(directory / "adapter")
+    return adapted
+
+
+def read(directory: Path) -> tuple[Adapter, ReferenceModel, ReferenceModel]:
+    """The adapter, and the definition with it and without."""
+    files = read_model(directory / "model")
+    checkpoint = open_checkpoint(files)
+    weights = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
+    adapter = read_adapter(directory / "adapter", files, checkpoint)
+    with_it = ReferenceModel(files.spec, weights, adapter=adapter)
+    return adapter, with_it, ReferenceModel(files.spec, weights)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_definition_gives_the_logits_of_peft(case: str, tmp_path: Path) -> None:
+    theirs = make_adapter(case, tmp_path)
+    adapter, ours, without = read(tmp_path)
+    tokens = np.random.default_rng(1).integers(0, VOCAB, 37).astype(np.int32)
+    expected = hf_logits(theirs, tokens)
+    np.testing.assert_allclose(ours.forward(tokens), expected, rtol=0, atol=1e-3)
+    assert np.abs(without.forward(tokens) - expected).max() > 0.1  # the adapter does something
+    trained = sum(w.numel() for name, w in theirs.named_parameters() if "lora_" in name)
+    assert (adapter.num_parameters, len(adapter.matrices)) == (trained, CASES[case][1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_octavo_diff_against_peft(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The native core, tap by tap."""
+    make_adapter(case, tmp_path)
+    model, adapter = str(tmp_path / "model"), str(tmp_path / "adapter")
+    options = ["--against", "hf", "--random", "30", "--adapter", adapter]
+    assert main(["diff", model, *options]) == 0, capsys.readouterr().out
+    assert "peft" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_as_peft_merges(case: str, tmp_path: Path) -> None:
+    theirs = make_adapter(case, tmp_path)
+    merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    merged = open_checkpoint(read_model(tmp_path / "out"))
+    _, ours, _ = read(tmp_path)
+    tokens = np.random.default_rng(2).integers(0, VOCAB, 29).astype(np.int32)
+    files = read_model(tmp_path / "out")
+    weights = {name: tensor.to_float32() for name, tensor in merged.items()}
+    found = ReferenceModel(files.spec, weights).forward(tokens)
+    np.testing.assert_allclose(found, ours.forward(tokens), rtol=0, atol=1e-3)
+    if read_model(tmp_path / "model").spec.tie_word_embeddings != files.spec.tie_word_embeddings:
+        return  # PEFT changes head and embedding at once: tests/hf/test_adapter_hf.py
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    expected = open_checkpoint(read_model(tmp_path / "theirs"))
+    assert merged.keys() == expected.keys()
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(
+            tensor.to_float32(), expected[name].to_float32(), rtol=2e-6, atol=2e-6, err_msg=name
+        )
+
+
+# PEFT 0.21 turns adapters of single experts, as they were trained before transformers 5, into
+# those of stacked ones; of a model that has layers without experts too, it drops these layers'.
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        ("mixtral, two of four experts", ("w1", "w2", "w3", "gate", "q_proj")),
+        ("qwen3_moe, all experts", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_adapters_of_single_experts_are_merged(
+    case: str, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = make_model(case)
+    model.save_pretrained(tmp_path / "model")
+    places = read_model(tmp_path / "model").weight_map.values()
+    shapes = {each.module: each.shape for each in places if len(each.shape) == 2}
+    settings = adapter_config(target_modules=list(names), lora_dropout=0.0)
+    write_adapter(tmp_path / "adapter", random_adapter({}, names, shapes=shapes), settings)
+    merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    files = read_model(tmp_path / "out")
+    weights = {name: tensor.to_float32() for name, tensor in open_checkpoint(files).items()}
+    tokens = np.random.default_rng(3).integers(0, VOCAB, 29).astype(np.int32)
+    before = hf_logits(model, tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    expected = hf_logits(theirs, tokens)
+    found = ReferenceModel(files.spec, weights).forward(tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+    assert np.abs(before - expected).max() > 0.1
