@@ -96,6 +96,11 @@ class SamplingParams:
     bad_words: texts that the answer must not have, neither as they are nor after a space. What is
         forbidden are the tokens that the tokenizer makes of them; the same letters in other tokens
         are not found.
+    dry_multiplier: DRY takes dry_multiplier * dry_base^(n - dry_allowed_length) off the logit of a
+        token that would go on with a repetition of n tokens, n being dry_allowed_length or more;
+        0: off.
+    dry_penalty_last_n: DRY looks at so many tokens before; -1: at all of prompt and answer.
+    dry_sequence_breakers: texts over which no repetition reaches, for DRY.
     """
 
     temperature: float = _limited(1.0, 0.0, None, "0 for greedy")
@@ -125,6 +130,11 @@ class SamplingParams:
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
+    dry_multiplier: float = _limited(0.0, 0.0, 100.0, "0 for none")
+    dry_base: float = _limited(1.75, 1.0, 100.0, "1.75 is usual")
+    dry_allowed_length: int = _limited(2, 1, 1000, "2 is usual")
+    dry_penalty_last_n: int = _limited(-1, -1, None, "-1 for all tokens")
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
 
     def __new__(cls, *_: Any, **given: Any) -> SamplingParams:
         """A field that there is none of is an InvalidArgumentError, as in `LLM`."""
@@ -167,7 +177,7 @@ class SamplingParams:
         name, value = option.name, getattr(self, option.name)
         if value is None and name != "max_tokens":
             value = option.default
-        if name in ("stop", "bad_words"):
+        if name in ("stop", "bad_words", "dry_sequence_breakers"):
             return _check_texts(name, value)
         if name == "allowed_token_ids":
             return None if value is None else _check_allowed(value)

@@ -70,7 +70,7 @@ NEUTRAL: list[dict[str, Any]] = [
     {"do_sample": True, "repeat_penalty": 1.0, "length_penalty": 1.0, "num_beams": 1},
     {"metadata": {"a": "b"}, "store": True, "service_tier": "auto", "prediction": {"x": 1}},
     {"reasoning_format": "auto", "repeat_last_n": -1, "add_bos_token": True, "best_of": 1},
-    {"mirostat_tau": 5.0, "dry_base": 1.75, "guided_decoding_backend": "auto", "raw": False},
+    {"mirostat_tau": 5.0, "guided_decoding_backend": "auto", "raw": False},
     {"functions": [], "function_call": None, "audio": None, "parallel_tool_calls": True},
 ]
 
@@ -219,6 +219,9 @@ def test_rarely_used_filters_and_words_reach_the_parameters() -> None:
         "typical_p": 0.9,
         "xtc_probability": 0.5,
         "xtc_threshold": 0.2,
+        "dry_multiplier": 0.8,
+        "dry_allowed_length": 3,
+        "dry_sequence_breakers": ["a"],
         "allowed_token_ids": [7, 3, 7],
         "bad_words": ["no", "never ever"],
     }
@@ -227,6 +230,7 @@ def test_rarely_used_filters_and_words_reach_the_parameters() -> None:
         CompletionBody(prompt="x", **asked),
     ):
         params = read_params(body, {})
-        expected = {**asked, "allowed_token_ids": (3, 7), "bad_words": ("no", "never ever")}
+        lists = {"bad_words": ("no", "never ever"), "dry_sequence_breakers": ("a",)}
+        expected = {**asked, **lists, "allowed_token_ids": (3, 7)}
         assert {name: getattr(params, name) for name in asked} == expected
         assert not slips(body)

@@ -315,6 +315,20 @@ class _Sampling:
         float,
         _rare("The probability from which on XTC leaves a token out, but for the last of them."),
     ]
+    dry_multiplier: Annotated[
+        float, _rare("Take this off tokens that would go on with a repetition (DRY). 0: off.")
+    ]
+    dry_base: Annotated[float, _rare("DRY takes off so many times more for each further token.")]
+    dry_allowed_length: Annotated[int, _rare("The shortest repetition that DRY is about.")]
+    dry_penalty_last_n: Annotated[int, _rare("DRY looks at so many tokens before. -1: at all.")]
+    dry_sequence_breakers: Annotated[
+        list[str] | None,
+        _rare(
+            "A text over which no repetition reaches, in place of newline, colon, quote and star. "
+            "May be given several times.",
+            "--dry-sequence-breaker",
+        ),
+    ]
     bad_words: Annotated[
         list[str] | None,
         _rare("A word that the answer must not have. May be given several times.", "--bad-word"),
@@ -364,9 +378,12 @@ def _gathered(
     """What puts options in the place of a command's parameter, which is made of them."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     expanded = [
-        # No text to stop at is None here; for typer () would be a default to be shown.
+        # A list that is left out is None here; for typer a tuple would be a default to be shown.
         inspect.Parameter(
-            name, keyword, annotation=kind, default=None if defaults[name] == () else defaults[name]
+            name,
+            keyword,
+            annotation=kind,
+            default=None if isinstance(defaults[name], tuple) else defaults[name],
         )
         for name, kind in options.items()
     ]

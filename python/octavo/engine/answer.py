@@ -38,7 +38,7 @@ class Answer:
         params = request.params
         self.request = request
         self.sequence = sequence
-        self.adjuster = Adjuster.create(sequence)
+        self.adjuster = Adjuster.create(sequence, tokenizer)
         own = () if params.ignore_eos else eos_token_ids
         self.stop_token_ids = frozenset(own).union(params.stop_token_ids)
         self.constraints = [

@@ -49,7 +49,7 @@ _REFUSED = _words(
     adapter_id adaptive_target audio bad_words_ids banned_strings banned_tokens beam_width
     begin_suppress_tokens cfg_scale character chat_template_content_format context conversation
     custom_logit_processor custom_params custom_token_bans decoder_input_details details
-    diversity_penalty dry_multiplier dynamic_temperature dynatemp_range early_stopping
+    diversity_penalty dynamic_temperature dynatemp_range early_stopping
     encoder_repetition_penalty epsilon_cutoff eta_cutoff extra_body force_words_ids
     forced_bos_token_id function_call functions generation_prompt guidance_scale guideline
     image_data images input input_embeds input_extra input_ids input_prefix input_suffix inputs
@@ -113,7 +113,7 @@ _INSTEAD: dict[str, str] = {
 # what says more about a field that is refused.
 _HARMLESS = _words(
     """
-    cache_prompt dry_allowed_length dry_base dry_penalty_last_n dry_sequence_breakers
+    cache_prompt
     dynatemp_exponent ec_transfer_params extra_key grammar_lazy grammar_triggers
     guided_decoding_backend id_slot include_obfuscation include_reasoning
     keep_alive metadata mirostat_eta mirostat_tau mode models n_cache_reuse n_discard n_keep
