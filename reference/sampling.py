@@ -37,10 +37,10 @@ OPS = ("adjust_logits", "sample", "log_softmax", "gumbel")
 # the position itself. num_logprobs: how many of the most probable tokens to report; 0: the sampled
 # token's log-probability alone; -1: nothing. state_row: where a step keeps the sampled token, for a
 # later step to read; -1: nowhere. target: a token that is taken whatever the logits, the mask and
-# the other fields are, so that its log-probability is reported; -1: none. top_n_sigma: keep
-# the logits within so many standard deviations of the largest; 0 keeps all. typical_p: keep the
-# most typical tokens up to this probability; 1 keeps all. xtc_probability: how often the most
-# probable tokens are left out, those that have xtc_threshold or more, except for the last of them.
+# the other fields are, so that its log-probability is reported; -1: none. top_n_sigma: keep the
+# logits within so many standard deviations of the largest; 0 keeps all. typical_p: keep the most
+# typical tokens up to this probability; 1 keeps all. xtc_probability: how often the most probable
+# tokens are left out, those that have xtc_threshold or more, except for the last of them.
 _FIELDS: tuple[tuple[str, str, float], ...] = (
     ("temperature", "<f4", 0.0),
     ("top_k", "<i4", 0),

@@ -1,4 +1,4 @@
-"""octavo: a readable, verifiable inference engine for Llama-family language models.
+"""octavo: a readable, verifiable inference engine for open language models.
 
     from octavo import LLM, SamplingParams
     llm = LLM("smollm2-135m")
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from octavo.errors import OctavoError
     from octavo.llm import LLM
     from octavo.sampling_params import SamplingParams
+    from octavo.search.params import BeamSearchParams
     from octavo.structured_outputs import StructuredOutputs
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
     "OctavoError",
@@ -37,6 +39,7 @@ __all__ = [
 _MODULES = {
     "LLM": "octavo.llm",
     "AsyncLLM": "octavo.async_llm",
+    "BeamSearchParams": "octavo.search.params",
     "CompletionOutput": "octavo.engine.outputs",
     "EngineConfig": "octavo.config",
     "OctavoError": "octavo.errors",

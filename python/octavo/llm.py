@@ -16,6 +16,7 @@ from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestMetrics, RequestOutput
 from octavo.engine.request import derive_seed
+from octavo.engine.search import Search
 from octavo.engine.shared import Asked, Call, SharedEngine, SharedIterator
 from octavo.errors import (
     EngineClosedError,
@@ -36,6 +37,8 @@ from octavo.prompts import (
     split_prompts,
 )
 from octavo.sampling_params import SamplingParams
+from octavo.search.contrastive import Amateur, ContrastiveDecoding, ContrastiveParams
+from octavo.search.params import BeamSearchParams
 
 if TYPE_CHECKING:
     from octavo.runtime.loader import LoadProgress
@@ -183,6 +186,62 @@ class LLM(LoadedModel):
         encoded = for_each(conversations, encode, "conversation" if many else None)
         return self._run_all(call, encoded, params, progress, adapter)
 
+    def beam_search(
+        self,
+        prompts: EncodedPrompt | Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        progress: bool = True,
+        adapter: str | None = None,
+    ) -> list[RequestOutput]:
+        """Search for the best continuations of one prompt or many; arguments as for `generate`.
+
+        The outputs of a prompt are its beam_width answers, the best first: by log-probability over
+        length to the power of length_penalty. The tokens are those of transformers'
+        `generate(num_beams=...)`. Raises InvalidArgumentError where the beams could not fit.
+        """
+        call = Call(self._shared)
+        if isinstance(prompts, EncodedPrompt):
+            encoded = [prompts]
+        else:
+            many, items = split_prompts(prompts)
+            encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
+        each = [params.sampling_params()] * len(encoded)
+        searches = [self.make_search(params, len(prompt.token_ids)) for prompt in encoded]
+        return self._run_all(call, encoded, each, progress, adapter, searches)
+
+    def contrastive_decoding(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        amateur: str | Path,
+        params: ContrastiveParams | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer with what this model finds likely and a smaller one does not (Li et al. 2022).
+
+        amateur: the smaller model, of the same vocabulary; it is loaded for this call. Otherwise as
+        `generate`. InvalidArgumentError for another vocabulary.
+        """
+        call = Call(self._shared)
+        params = params or ContrastiveParams()
+        many, items = split_prompts(prompts)
+        encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
+        vocab_size = self.engine.vocab_size
+        options = self.engine.options
+        blocks = -(-options.max_model_len // options.block_size) * len(encoded)
+        config = replace(self.config, num_kv_blocks=blocks, max_num_seqs=max(len(encoded), 1))
+        small = Amateur(str(amateur), config, vocab_size)
+        small.restart(len(encoded))
+        searches = []
+        for index, prompt in enumerate(encoded):
+            stops, room = self.ends(params, len(prompt.token_ids))
+            ids = list(prompt.token_ids)
+            search = ContrastiveDecoding(params, small, index, ids, stops, room, vocab_size)
+            searches.append(search)
+        each = [params.sampling_params()] * len(encoded)
+        return self._run_all(call, encoded, each, progress, None, searches)
+
     def stream(
         self,
         prompt: AnyPrompt,
@@ -250,6 +309,7 @@ class LLM(LoadedModel):
         params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
         adapter: str | None,
+        searches: Sequence[Search] = (),
     ) -> list[RequestOutput]:
         each = params_for_each(params, len(prompts))
         pairs = list(zip(prompts, each, strict=True))
@@ -263,7 +323,11 @@ class LLM(LoadedModel):
         if progress and prompts:
             bar = request_bar(self._bar_turn, len(prompts), lambda: self.engine.num_sampled_tokens)
         with call, bar as advance:
-            call.ask([Asked(i, *pair, adapter=adapter) for i, pair in enumerate(pairs)])
+            asked = [Asked(i, *pair, adapter=adapter) for i, pair in enumerate(pairs)]
+            if searches:
+                found = zip(asked, searches, strict=True)
+                asked = [one._replace(search=search) for one, search in found]
+            call.ask(asked)
             on_step = advance and partial(advance, 0)
             while (arrival := call.take(on_step)) is not None:
                 results[arrival.key] = arrival.chunk.result

@@ -12,6 +12,9 @@ from octavo.config import EngineConfig, read_environment
 from octavo.engine.engine import Engine
 from octavo.errors import InvalidArgumentError, TokenizerError
 from octavo.prompts import AnyPrompt, Conversation, EncodedPrompt, Prompt, prompt_of
+from octavo.search.beam import BeamSearch
+from octavo.search.contrastive import ContrastiveParams
+from octavo.search.params import BeamSearchParams
 from octavo.speculative_config import read_speculative_config
 
 if TYPE_CHECKING:
@@ -88,6 +91,19 @@ class LoadedModel:
             )
         text = template.render(messages, **template_variables)
         return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens), is_chat=True)
+
+    def make_search(self, params: BeamSearchParams, num_prompt_tokens: int) -> BeamSearch:
+        """A beam search after a prompt of so many tokens, for `Engine.add_request`."""
+        return BeamSearch(params, *self.ends(params, num_prompt_tokens))
+
+    def ends(
+        self, params: BeamSearchParams | ContrastiveParams, num_prompt_tokens: int
+    ) -> tuple[set[int], int]:
+        """Tokens that end an answer, and the length at which it ends in any case."""
+        stops = set(params.stop_token_ids)
+        stops |= set() if params.ignore_eos else self.engine.eos_token_ids
+        end = self.engine.scheduler.max_total_tokens(num_prompt_tokens, params.max_tokens)
+        return stops, end - num_prompt_tokens
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -84,7 +84,6 @@ class SamplingParams:
         cost no more than in any other prompt, and come from the prefix cache where it has them.
     skip_special_tokens: leave special tokens out of the text.
     n: how many answers to draw for the prompt.
-    structured_outputs: what the text must look like; also its fields as a mapping.
     top_n_sigma: keep tokens whose logits are within so many standard deviations of the largest; 0
         (or -1) keeps all. This and the next three are explained in docs/sampling.md.
     typical_p: keep the tokens whose surprise is closest to the expected one, until they reach this
@@ -101,6 +100,7 @@ class SamplingParams:
         0: off.
     dry_penalty_last_n: DRY looks at so many tokens before; -1: at all of prompt and answer.
     dry_sequence_breakers: texts over which no repetition reaches, for DRY.
+    structured_outputs: what the text must look like; also its fields as a mapping.
     """
 
     temperature: float = _limited(1.0, 0.0, None, "0 for greedy")

@@ -13,6 +13,7 @@ MAX_TEXT = 1 << 20  # characters of a schema or a grammar
 MAX_REGEX = 1 << 16
 MAX_CHOICES = 10_000
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
+_IGNORED = {"disable_fallback"}  # vLLM's: whether another library may be tried
 _SWITCHES = ("disable_any_whitespace", "disable_additional_properties", "strict")
 
 
@@ -81,13 +82,15 @@ class StructuredOutputs:
             raise InvalidArgumentError(
                 f"structured_outputs is {value!r}; expected a StructuredOutputs or its fields"
             )
-        unknown = sorted(str(name) for name in value.keys() - known)
+        unknown = sorted(str(name) for name in value.keys() - known - _IGNORED)
         if unknown:
             raise InvalidArgumentError(
                 f"structured_outputs has {unknown[0]!r}; expected some of "
                 f"{', '.join(sorted(known))}"
             )
-        return cls(**{name: each for name, each in value.items() if each is not None})
+        return cls(
+            **{name: each for name, each in value.items() if name in known and each is not None}
+        )
 
 
 def _schema_text(schema: Any) -> str:

@@ -1,4 +1,4 @@
-"""instructor, in its modes that need no constrained answer."""
+"""instructor where the model may choose; test_structured_clients.py has its other modes."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from octavo.models.kv_groups import with_kv_groups
 from octavo.models.rope import default_rope
 from octavo.models.spec import LayerSpec, ModelSpec, NormSpec
 from octavo.sampling_params import SamplingParams
+from octavo.speculation.medusa import MedusaHeads, MedusaSource
 from octavo.speculation.ngram import NgramSource
 from octavo.speculation.speculator import Speculator
 
@@ -190,6 +191,17 @@ def test_bits_with_drafts(overlap: bool) -> None:
     """Verification of several tokens a sequence, ragged among others."""
     drafter = Speculator(NgramSource(1, 3), 7, adaptive=False)
     engine = make_engine(drafter=drafter, overlap_steps=overlap)
+    assert run(engine) == alone()
+    assert engine.stats().num_draft_tokens > 20
+
+
+def test_bits_with_heads() -> None:
+    """Hidden states of the sampled rows come back with each step."""
+    rng = np.random.default_rng(4)
+    block = (rng.standard_normal((64, 64), np.float32) / 8, np.zeros(64, np.float32))
+    heads = [rng.standard_normal((VOCAB, 64), np.float32) for _ in range(2)]
+    drafter = Speculator(MedusaSource(MedusaHeads([[block], [block]], heads)), 2, adaptive=False)
+    engine = make_engine(drafter=drafter)
     assert run(engine) == alone()
     assert engine.stats().num_draft_tokens > 20
 

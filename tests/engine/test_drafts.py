@@ -220,8 +220,10 @@ class Nines(FakeDrafter):
         return list(self.future(sequence, 0))
 
 
-def draft_scheduler(drafter: Drafter, budget: int = 12, num_blocks: int = 40) -> Scheduler:
-    limits = SchedulerLimits(8, budget, 64, headroom_blocks=1)
+def draft_scheduler(
+    drafter: Drafter, budget: int = 12, num_blocks: int = 40, rows: int = 128
+) -> Scheduler:
+    limits = SchedulerLimits(8, budget, 64, headroom_blocks=1, max_prompt_rows=rows)
     return Scheduler(limits, BlockManager(num_blocks, 4), drafter=drafter)
 
 
@@ -253,6 +255,15 @@ def test_drafts_take_what_the_budget_leaves_when_all_have_a_token() -> None:
     # Nines come true: ten tokens at once, and then as many as a may still have.
     assert step(scheduler, 9)[0] == ("a", 6, 10, 10)
     assert step(scheduler)[0] == ("a", 16, 7, 7)
+
+
+def test_the_logit_rows_of_drafts_are_bounded() -> None:
+    """A step never has more rows of logits than memory was set aside for."""
+    scheduler = draft_scheduler(Nines(4), budget=60, rows=7)
+    for key in "abc":
+        add(scheduler, key, 3, max_tokens=20)
+    step(scheduler)
+    assert [entry[3] for entry in step(scheduler)] == [5, 4, 1]
 
 
 def test_nobody_is_preempted_for_a_guess() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,10 @@ def test_answers_stay_the_same(
     again = llm.generate(PROMPTS, params, progress=False)  # prompts from the prefix cache
     assert [o.outputs for o in again] == [o.outputs for o in plain]
     assert llm.engine.stats().num_draft_tokens > 100
+    scored = replace(params, prompt_logprobs=1)  # rows of prompts beside those with drafts
+    both = [params, scored, params]
+    found = llm.generate(PROMPTS, both, progress=False)
+    assert [o.outputs for o in found] == [o.outputs for o in plain]
     small = LLM(model, **OPTIONS, speculative_config=config, num_kv_blocks=17)  # preempts
     found = small.generate([text * 3 for text in PROMPTS], params, progress=False)
     wide = LLM(model, **OPTIONS)
@@ -135,7 +140,7 @@ def watched(model: Path, source: Any, prompts: list[str]) -> Watched:
     drafter = Watched(source, 3)
     llm = LLM(model, **OPTIONS, enable_prefix_caching=False)
     engine = llm.engine
-    engine.drafter = engine.scheduler._drafter = drafter
+    engine.drafter = engine.scheduler.drafter = drafter
     engine._pipeline._taps = {"taps": list(source.taps)}
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     llm.generate(prompts, params, progress=False)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_helpers import run_to_end
 from invariance_helpers import (
     MODES,
     SAMPLED,
@@ -22,6 +21,7 @@ from invariance_helpers import (
     others,
     prompt_of,
     run,
+    run_preempted,
     subjects,
     weights,
 )
@@ -70,7 +70,7 @@ def test_after_forced_preemption(dtype: str, mode: str, chunk: int, caching: boo
 
     With prefix caching it finds what is left of its blocks, without it computes all of them anew.
     """
-    for name, (prompt, params) in subjects(MODES[mode]).items():
+    for name, request in subjects(MODES[mode]).items():
         engine = make_engine(
             dtype,
             num_blocks=33,
@@ -78,17 +78,7 @@ def test_after_forced_preemption(dtype: str, mode: str, chunk: int, caching: boo
             max_num_batched_tokens=chunk,
             enable_prefix_caching=caching,
         )
-        engine.add_request(name, prompt, params, priority=1)
-        outputs = {}
-        for i in range(3):
-            for _ in range(2 + 3 * i):
-                engine.step()
-            urgent = SamplingParams(temperature=1.0, seed=i, max_tokens=3)
-            engine.add_request(f"urgent{i}", prompt_of(401 - 90 * i, seed=50 + i), urgent)
-            while f"urgent{i}" not in outputs:
-                outputs.update({c.request_id: c.result for c in engine.step() if c.result})
-                engine.check_integrity()
-        outputs.update(run_to_end(engine))
+        outputs = run_preempted(engine, name, request, (2, 5, 8))
         assert outputs[name].metrics.num_preemptions == 3
         assert facts(outputs)[name] == alone(dtype, mode)[name]
 

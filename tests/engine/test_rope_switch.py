@@ -25,6 +25,7 @@ from invariance_helpers import (
     others,
     prompt_of,
     run,
+    run_preempted,
     weights,
 )
 
@@ -144,18 +145,9 @@ def test_neither_chunks_nor_company_change_a_bit(dtype: str, mode: str) -> None:
 @pytest.mark.parametrize("caching", [True, False])
 def test_preemption_changes_no_bit(caching: bool) -> None:
     """By urgent requests, before the length is crossed and after it."""
-    for name, (prompt, params) in subjects(MODES["sampled"]).items():
+    for name, request in subjects(MODES["sampled"]).items():
         engine = engine_of(max_num_seqs=1, num_blocks=33, enable_prefix_caching=caching)
-        engine.add_request(name, prompt, params, priority=1)
-        outputs = {}
-        for i in range(3):
-            for _ in range(6):
-                engine.step()
-            urgent = SamplingParams(temperature=1.0, seed=i, max_tokens=3)
-            engine.add_request(f"urgent{i}", prompt_of(401 - 90 * i, seed=50 + i), urgent)
-            while f"urgent{i}" not in outputs:
-                outputs.update({c.request_id: c.result for c in engine.step() if c.result})
-        outputs.update(run_to_end(engine))
+        outputs = run_preempted(engine, name, request, (6, 6, 6))
         crossings = name in ("subject crosses", "subject at")
         assert outputs[name].metrics.num_preemptions >= 3 + crossings
         assert facts(outputs)[name] == alone("f32", "sampled")[name]

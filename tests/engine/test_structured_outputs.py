@@ -56,7 +56,10 @@ def asked(seed: int, wanted: StructuredOutputs | None, **options: Any) -> Sampli
     return SamplingParams(structured_outputs=wanted, **given)
 
 
-MIXED = [asked(i, (JSON, NUMBER, None, WORD)[i % 4], max_tokens=60 + i) for i in range(16)]
+MIXED = [
+    asked(i, wanted, max_tokens=60 + i, ignore_eos=wanted is None)
+    for i, wanted in enumerate([None, JSON, None, None, JSON, NUMBER, WORD, None] * 2)
+]
 PROMPTS = [f"{'The ship ' * (i % 5)}of {i}" for i in range(16)]
 
 
@@ -76,9 +79,9 @@ def alone(llm: LLM) -> list[tuple[int, ...]]:
         {"overlap_steps": False},
         {"max_num_batched_tokens": 16},
         {
-            "num_kv_blocks": 16,
+            "num_kv_blocks": 8,
             "max_model_len": 128,
-            "block_size": 8,
+            "block_size": 16,
         },  # too few for all: some are preempted
         {"enable_prefix_caching": False},
     ],

@@ -21,6 +21,7 @@ from invariance_helpers import (
     others,
     prompt_of,
     run,
+    run_preempted,
     subjects,
 )
 
@@ -213,7 +214,7 @@ def test_company_gives_the_same_bits(dtype: str, spec: ModelSpec) -> None:
 @pytest.mark.parametrize("caching", [True, False])
 def test_preemption_gives_the_same_bits(spec: ModelSpec, caching: bool) -> None:
     """An urgent request takes the only place while the prompt is computed, and in the answer."""
-    name, (prompt, params) = "subject301", subjects(MODES["sampled"])["subject301"]
+    name = "subject301"
     engine = make_engine(
         num_blocks=KvGroups(16, spec.kv_windows, 48).blocks_of(512),
         max_num_seqs=1,
@@ -221,17 +222,7 @@ def test_preemption_gives_the_same_bits(spec: ModelSpec, caching: bool) -> None:
         enable_prefix_caching=caching,
         spec=spec,
     )
-    engine.add_request(name, prompt, params, priority=1)
-    outputs = {}
-    for index, num_steps in enumerate((4, 9, 3)):
-        for _ in range(num_steps):
-            engine.step()
-        urgent = SamplingParams(temperature=1.0, seed=index, max_tokens=3)
-        engine.add_request(f"urgent{index}", prompt_of(401 - 90 * index, seed=50 + index), urgent)
-        while f"urgent{index}" not in outputs:
-            outputs.update({c.request_id: c.result for c in engine.step() if c.result})
-            engine.check_integrity()
-    outputs.update(run_to_end(engine))
+    outputs = run_preempted(engine, name, subjects(MODES["sampled"])[name], (4, 9, 3))
     assert outputs[name].metrics.num_preemptions == 3
     assert facts(outputs)[name] == alone("f32", "sampled", spec=spec)[name]
 

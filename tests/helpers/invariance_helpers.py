@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -141,6 +142,24 @@ def run(engine: Engine, requests: Any, *, apart: bool = False) -> dict[str, Requ
         engine.add_request(request_id, prompt, params)
         if apart:
             outputs.update(run_to_end(engine))
+    return {**outputs, **run_to_end(engine)}
+
+
+def run_preempted(
+    engine: Engine, name: str, request: Any, steps: Iterable[int]
+) -> dict[str, RequestOutput]:
+    """Run a request that urgent ones push out of its only place, each after so many steps."""
+    prompt, params = request
+    engine.add_request(name, prompt, params, priority=1)
+    outputs: dict[str, RequestOutput] = {}
+    for index, num_steps in enumerate(steps):
+        for _ in range(num_steps):
+            engine.step()
+        urgent = SamplingParams(temperature=1.0, seed=index, max_tokens=3)
+        engine.add_request(f"urgent{index}", prompt_of(401 - 90 * index, seed=50 + index), urgent)
+        while f"urgent{index}" not in outputs:
+            outputs.update({c.request_id: c.result for c in engine.step() if c.result})
+            engine.check_integrity()
     return {**outputs, **run_to_end(engine)}
 
 

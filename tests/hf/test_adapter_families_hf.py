@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from hf.family_models import VOCAB, make_model
 from hf.hf_models import hf_logits
 from octavo.cli import main
+from octavo.errors import UnsupportedModelError
 from octavo.models.adapter import Adapter
 from octavo.quantize.merge import merge_directory
 from octavo.reference.llama import ReferenceModel
@@ -150,3 +151,52 @@ def test_adapters_of_single_experts_are_merged(
     found = ReferenceModel(files.spec, weights).forward(tokens)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
     assert np.abs(before - expected).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("case", "parameters", "more"),
+    [
+        (
+            "mixtral, two of four experts",
+            ["gate_up_proj", "down_proj"],
+            {"target_modules": ["q_proj"]},
+        ),
+        ("mixtral, one of two, window", ["mlp.experts.down_proj"], {}),
+        (
+            "qwen3_moe, a layer without experts",
+            ["mlp.experts.gate_up_proj", "experts.down_proj"],
+            {"target_modules": ["o_proj"], "alpha_pattern": {"experts.down_proj": 31}},
+        ),
+    ],
+)
+def test_adapters_of_stacked_experts_are_merged(
+    case: str, parameters: list[str], more: dict[str, Any], tmp_path: Path
+) -> None:
+    """`target_parameters`, as PEFT trains experts of transformers 5."""
+    model = make_model(case)
+    model.save_pretrained(tmp_path / "model")
+    settings = {"r": 3, "lora_alpha": 7, "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    torch.manual_seed(8)
+    tokens = np.random.default_rng(3).integers(0, VOCAB, 29).astype(np.int32)
+    before = hf_logits(model, tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(**{**settings, "target_parameters": parameters, **more})
+        theirs = get_peft_model(model, config).eval()
+        with torch.no_grad():
+            for name, weight in theirs.named_parameters():
+                if "lora_" in name:
+                    weight.copy_(torch.randn_like(weight) * 0.3)
+        theirs.save_pretrained(tmp_path / "adapter")
+    expected = hf_logits(theirs, tokens)
+    merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    files = read_model(tmp_path / "out")
+    weights = {name: tensor.to_float32() for name, tensor in open_checkpoint(files).items()}
+    found = ReferenceModel(files.spec, weights).forward(tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+    assert np.abs(before - expected).max() > 0.1
+    adapter = read_adapter(tmp_path / "adapter", read_model(tmp_path / "model"), to_merge=True)
+    trained = sum(w.numel() for name, w in theirs.named_parameters() if "lora_" in name)
+    assert adapter.num_parameters == trained
+    with pytest.raises(UnsupportedModelError, match="target_parameters names experts"):
+        read_adapter(tmp_path / "adapter", read_model(tmp_path / "model"))

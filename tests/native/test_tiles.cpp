@@ -1,6 +1,6 @@
 // Tile registers: their emulation against plain loops, the processor's own against the emulation
-// where there are any, and products on tiles against the plain ones, bit for bit (those of weights in
-// groups, which are others there, against plain loops).
+// where there are any, and products on tiles against the plain ones, bit for bit (those of weights
+// in groups, which are others there, against plain loops).
 
 #include <algorithm>
 #include <cstdio>

@@ -22,7 +22,7 @@ pytestmark = needs_cuda
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("vocab", [1, 2, 31, 33, 257, 5003])
 def test_tokens_equal_the_reference(vocab: int, masked: bool) -> None:
-    rows = 150
+    rows = 150 if vocab < 5000 else 50
     masks = random_masks(vocab, rows, vocab) if masked else None
     tokens = check(make_rows(vocab, rows, vocab), masks)
     assert vocab < 30 or len(set(tokens.tolist())) > 20  # not all the same
@@ -76,8 +76,8 @@ def test_filters_where_they_are_hard(name: str, vocab: int) -> None:
         *[(700, 0.9, 0.3), (5000, 0.6, 1e-9)],
     ]
     k, p, m = (np.array(column) for column in zip(*filters, strict=True))
-    for seed in (1, 2):
-        check(requests(logits.repeat(len(k), axis=0), top_k=k, top_p=p, min_p=m, seed=seed))
+    seed = np.arange(len(k))
+    check(requests(logits.repeat(len(k), axis=0), top_k=k, top_p=p, min_p=m, seed=seed))
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 0.01, 100.0, 1e30])
@@ -121,7 +121,7 @@ def test_any_logits(data: st.DataObject, vocab: int, rows: int) -> None:
             top_k=column(st.integers(0, vocab + 1)),
             top_p=column(st.floats(2**-10, 1, width=32)),
             min_p=column(st.just(0.0) | st.floats(2**-20, 1, width=32)),
-            top_n_sigma=column(st.just(0.0) | st.floats(0.01, 4, width=32)),
+            top_n_sigma=column(st.just(0.0) | st.floats(2**-7, 4, width=32)),
             typical_p=column(st.just(1.0) | st.floats(2**-10, 1, width=32)),
             xtc_probability=column(st.sampled_from([0.0, 0.5, 1.0])),
             xtc_threshold=column(st.floats(0, 1, width=32)),
@@ -250,7 +250,8 @@ TAMPERED = {
 
 @pytest.mark.parametrize("name", [*TAMPERED, "masks"])
 def test_an_error_in_any_argument_would_be_found(name: str) -> None:
-    arguments = {**make_rows(7, 120, 257), "masks": random_masks(7, 120, 257)}
+    rows = 300 if name.startswith("xtc") else 60  # few rows have tokens that XTC leaves out
+    arguments = {**make_rows(7, rows, 257), "masks": random_masks(7, rows, 257)}
     if name == "masks":
         turned = arguments["masks"].view(np.uint8)[:, ::-1].copy().view(np.int32)
         wrong = {**arguments, "masks": turned}

@@ -191,19 +191,24 @@ def keep_one_too_few(logits: np.ndarray, k: int) -> np.ndarray:
     return kept
 
 
+@pytest.fixture(scope="module")
+def many_equal() -> tuple[np.ndarray, np.ndarray]:
+    """Logits of which every fifth is the largest, and the tokens of 40 seeds with a top-k of 5."""
+    logits = np.where(np.arange(5003) % 5 == 3, 2.0, -1.0).astype(np.float32)
+    rows = np.tile(logits, (40, 1))
+    return logits, check(requests(rows, top_k=5, seed=np.arange(40)))
+
+
 @pytest.mark.parametrize(
     "keep",
     [keep_highest_ids, keep_each_blocks_best, keep_all_that_equal_the_last, keep_one_too_few],
 )
-def test_a_planted_error_is_found(keep: Any) -> None:
+def test_a_planted_error_is_found(keep: Any, many_equal: tuple[np.ndarray, np.ndarray]) -> None:
     """What a top-k over many blocks might keep instead draws other tokens from these rows."""
-    vocab, rows = 5003, 40
-    logits = np.where(np.arange(vocab) % 5 == 3, 2.0, -1.0).astype(np.float32)
-    arguments = requests(np.tile(logits, (rows, 1)), top_k=5, seed=np.arange(rows))
-    tokens = check(arguments)
+    logits, tokens = many_equal
     kept = keep(logits, 5)
     wrong = [
-        np.argmax(np.where(kept, logits + sampling.gumbel(seed, 0, 5, vocab), -np.inf))
-        for seed in range(rows)
+        np.argmax(np.where(kept, logits + sampling.gumbel(seed, 0, 5, len(logits)), -np.inf))
+        for seed in range(len(tokens))
     ]
     assert (tokens != np.array(wrong)).sum() > 3

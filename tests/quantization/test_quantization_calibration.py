@@ -46,8 +46,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text_model(tmp_path_factory.mktemp("calibration") / "float")
 
 
-def write_expert_model(path: Path, family: str) -> Path:
-    """Experts, and channels as those of `write_text_model`."""
+def write_uneven_model(path: Path, family: str) -> Path:
+    """A family of `FAMILIES`, channels as those of `write_text_model`."""
     limits = {"vocab_size": 421, "max_position_embeddings": 64}
     return byte_level_directory(write_family_model(path, family, uneven=True, **limits))
 
@@ -143,6 +143,9 @@ def test_attention_in_blocks_of_queries(window: int) -> None:
         ("awq", Scheme("int4"), "qwen3_moe"),
         ("awq", Scheme("int4", symmetric=False), "mixtral"),
         ("awq+gptq", Scheme("int4-nonuniform"), "mixtral"),
+        ("awq", Scheme("int4"), "gpt2"),
+        ("awq+gptq", Scheme("int4"), "phi3"),
+        ("awq", Scheme("int4", symmetric=False), "gemma2"),
     ],
     ids=str,
 )
@@ -152,7 +155,7 @@ def test_the_streams_are_the_given_and_the_written_model(
     """What calibration believes that the two models compute, they do compute."""
     runs = []
     if family != "llama":
-        model = write_expert_model(tmp_path / "float", family)
+        model = write_uneven_model(tmp_path / "float", family)
 
     def work(files: Any, checkpoint: Any, formats: Any) -> Any:
         asked = Calibration(text_file(tmp_path), method, windows=9, window=31)
@@ -204,7 +207,7 @@ def test_calibrated_models_are_nearer_to_the_float_model(
 ) -> None:
     text = text_file(tmp_path)
     if family != "llama":
-        model = write_expert_model(tmp_path / "float", family)
+        model = write_uneven_model(tmp_path / "float", family)
     found = {}
     for method in ("search", "gptq", "awq", "awq+gptq"):
 

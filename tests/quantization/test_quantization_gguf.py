@@ -25,7 +25,7 @@ from octavo.diff.native import NativeImplementation
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
 from octavo.llm import LLM
 from octavo.models.layer import weight_shapes
-from octavo.models.rope import for_length
+from octavo.models.rope import at_length
 from octavo.models.spec import WeightFormat
 from octavo.quantization.apply import dequantized
 from octavo.quantization.plan import weight_bytes
@@ -42,10 +42,11 @@ KINDS = sorted({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *SCALES})
 
 
 def load(path: Path, **options: Any) -> LoadedRuntime:
-    """With one KV group, since there is one sequence that keeps all of its blocks."""
+    """With one KV group, since one sequence keeps all of its blocks, and ropes for its length."""
     files = read_model(path)
     layers = tuple(replace(layer, kv_group=0) for layer in files.spec.layers)
-    files = replace(files, spec=replace(files.spec, layers=layers))
+    spec = at_length(replace(files.spec, layers=layers), len(PROMPT))
+    files = replace(files, spec=spec)
     config = EngineConfig(max_model_len=64, max_num_seqs=1, num_threads=1, **options)
     return load_runtime(files, open_checkpoint(files), config, environment=ENVIRONMENT)
 
@@ -62,7 +63,7 @@ def definition(
     formats: of the matrices before which x is rounded. as_codes: from octavo's codes instead.
     """
     files = read_model(path, "codes" if as_codes else "f32")
-    spec = for_length(files.spec, 64)
+    spec = at_length(files.spec, len(PROMPT))
     checkpoint = open_checkpoint(files)
     weights = {name: dequantized(checkpoint, name) for name in weight_shapes(files.spec)}
     model = ReferenceModel(spec, weights, formats=formats, grouped_activations=rounds)

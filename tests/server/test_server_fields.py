@@ -19,11 +19,10 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "Hi"}]
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"grammar": 'root ::= "yes"'}, "leave it out"),
-    ({"json_schema": {"type": "object"}}, "leave it out"),
-    ({"regex": "yes"}, "leave it out"),
-    ({"guided_choice": ["a", "b"]}, "leave it out"),
-    ({"structured_outputs": {"json": {}}}, "leave it out"),
+    ({"grammar": 'root ::= "yes"'}, "its name here is guided_grammar"),
+    ({"json_schema": {"type": "object"}}, "its name here is guided_json"),
+    ({"regex": "yes"}, "its name here is guided_regex"),
+    ({"structural_tag": {"begin": "x"}}, "leave it out"),
     ({"echo": True}, "leave it out"),
     ({"tfs_z": 0.9}, "leave it out"),
     ({"typ_p": 0.9}, "its name here is typical_p"),

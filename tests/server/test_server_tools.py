@@ -170,7 +170,7 @@ def test_tools_reach_the_template(tmp_path: Path) -> None:
                 sent = {**body, "tools": [tool, wrong]}
                 error = error_of(await client.post("/v1/chat/completions", json=sent), 400)
                 assert error["param"] == "tools[1]"
-            sent = {**body, "tool_choice": {"type": "function", "function": {"name": "FFF"}}}
+            sent = {**body, "tool_choice": {"type": "function", "function": {"name": "GGG"}}}
             error = error_of(await client.post("/v1/chat/completions", json=sent), 400)
             assert error["param"] == "tool_choice"
         async with serving(llm, tool_parser="none") as (client, _):

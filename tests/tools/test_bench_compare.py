@@ -67,8 +67,10 @@ def test_a_directory_and_its_gguf_hold_the_same_model(load, case: str, tmp_path:
         values = tensor.to_float32()
         np.testing.assert_array_equal(stored[name].to_float32(), values, err_msg=name)
         assert values.std() > 0, name
-        if values.ndim == 2:
-            np.testing.assert_array_equal(values, dummy[name].to_float32(), err_msg=name)
+        varied = 0.0 if values.ndim == 2 else 0.11  # norms around 1, biases around 0
+        np.testing.assert_allclose(
+            values, dummy[name].to_float32(), rtol=0, atol=varied, err_msg=name
+        )
 
 
 def test_a_model_that_its_gguf_would_not_describe_is_refused(load, tmp_path: Path) -> None:

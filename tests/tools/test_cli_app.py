@@ -183,6 +183,7 @@ ENGINE_WORDS = {
     "load_format": "dummy",
     "deterministic": True,
     "enforce_eager": True,
+    "speculative_config": '{"method": "ngram"}',
 }
 SAMPLING_WORDS = {
     "max_tokens": ("--max-tokens", 9),
@@ -232,6 +233,7 @@ def test_options_of_loading_reach_the_engine(name, model, tmp_path, monkeypatch)
         "serve": ("octavo.cli.serve._load", 1, [model]),
         "batch": ("octavo.cli.batch.describe_run", 1, ["{in}", "{out}", "-m", model]),
         "bench": ("octavo.bench.benchmark.bench", 1, [model]),
+        "bench spec": ("octavo.cli.bench_spec.load_llm", 1, [model]),
         "eval": ("octavo.eval.evaluation.evaluate", 0, [model]),
         "plan": ("octavo.plan.plan.make_plan", 1, [model, "--gpu", "h100"]),
     }
@@ -251,7 +253,12 @@ def test_options_of_loading_reach_the_engine(name, model, tmp_path, monkeypatch)
     (tmp_path / "in").write_text("hi")
     words = [word.format(**{"in": tmp_path / "in", "out": tmp_path / "out"}) for word in words]
     unlike = {"max_waiting_requests": 512} if name == "serve" else {}
-    fixed = {"max_model_len"} if name in ("bench", "eval", "plan") else set()
+    if name == "bench spec":
+        drafts = {"method": "ngram"}
+        unlike = {"max_num_seqs": 1, "max_model_len": 640, "speculative_config": drafts}
+    fixed = set()
+    if name in ("bench", "eval", "plan"):
+        fixed = {"max_model_len", "speculative_config"}
     if name == "plan":  # for another machine
         fixed |= {"device", "deterministic", "num_threads", "isa", "enforce_eager"}
     for field, value in ENGINE_WORDS.items():
@@ -261,7 +268,7 @@ def test_options_of_loading_reach_the_engine(name, model, tmp_path, monkeypatch)
         option = "--" + field.replace("_", "-")
         with pytest.raises(Taken):
             main([*name.split(), *words, *as_words(option, value)])
-        assert taken.pop() == EngineConfig(**{field: value}, **unlike)
+        assert taken.pop() == EngineConfig(**{**unlike, field: value})
 
 
 @pytest.mark.parametrize("name", ["generate", "chat"])

@@ -37,6 +37,8 @@ SAMPLES = {  # by command: words that make it succeed
     "serve": ["{model}", "--load-format", "dummy", "--port", "0"],
     "batch": ["{input_file}", "{output_file}", *DUMMY, "-n", "2"],
     "pull": ["smollm2-135m"],
+    "list": [],
+    "remove": ["old"],
     "info": ["{model}"],
     "plan": ["{model}", "-c", "64"],
     "quantize": ["{float_model}", "{out}", "--scheme", "int4"],
@@ -44,6 +46,10 @@ SAMPLES = {  # by command: words that make it succeed
     "diff": ["{model}", "--load-format", "dummy", "--random", "4", "--steps", "1"],
     "bench": ["{model}", "--load-format", "dummy", "-p", "8", "-n", "2", "-r", "1"],
     "bench serve": ["http://127.0.0.1:9"],  # nobody listens there
+    "bench spec": [
+        *("{model}", "--load-format", "dummy", "--acceptance", "0.5", "-n", "4", "-r", "1"),
+        *("--max-model-len", "200"),
+    ],
     "eval": ["{model}", "--load-format", "dummy", "--max-windows", "1"],
     "explain": ["--log", "{log}"],
     "trace": ["{log}", "--perfetto", "{perfetto}"],
@@ -51,6 +57,8 @@ SAMPLES = {  # by command: words that make it succeed
 }
 READ, WRITTEN, FOLDER, READ_FOLDER = "read", "written", "a new folder", "a folder that is read"
 PATHS = {  # (command, parameter): what becomes of the path
+    ("generate", "json_schema"): READ,
+    ("generate", "grammar"): READ,
     ("generate", "event_log"): WRITTEN,
     ("serve", "event_log"): WRITTEN,
     ("batch", "input_file"): READ,
@@ -96,6 +104,7 @@ CASES = [
     if (verb, wrong) not in UNTRIED
 ]
 WITHOUT_ANSWER = ("batch", "pull", "trace", "serve")  # nothing of theirs goes to standard output
+OF_THE_CACHE = ("pull", "list", "remove")
 RUNS = [verb.name for verb in VERBS if verb.name not in ("serve", "bench serve")]
 
 
@@ -108,6 +117,8 @@ class Place(NamedTuple):
     def command(self, verb: str, **changed: str) -> list[str]:
         """The words of a sample; new names for what it writes."""
         number = len(list(self.folder.iterdir()))
+        if verb == "remove":
+            (self.folder / "home" / "models" / "old").mkdir(exist_ok=True)
         files = {name: str(self.folder / f"{number}-{name}") for _, name in PATHS}
         files |= self.files | changed
         return [*verb.split(), *(word.format(**files) for word in SAMPLES[verb])]
@@ -350,7 +361,7 @@ def test_a_reader_that_has_gone_ends_it_quietly(verb, place):
     assert "error" not in gone.stderr and "Exception" not in gone.stderr
 
 
-@pytest.mark.parametrize("verb", RUNS)
+@pytest.mark.parametrize("verb", [verb for verb in RUNS if verb != "remove"])
 def test_nothing_is_written_but_what_was_asked_for(verb, place, tmp_path, monkeypatch):
     for name in ("home", "here"):
         (tmp_path / name).mkdir()
@@ -376,7 +387,7 @@ def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
-@pytest.mark.parametrize("verb", [verb for verb in RUNS if verb != "pull"])
+@pytest.mark.parametrize("verb", [verb for verb in RUNS if verb not in OF_THE_CACHE])
 def test_a_user_without_a_home(verb, place, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"fox\n")))
     no_home(monkeypatch)

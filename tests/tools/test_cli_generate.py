@@ -13,6 +13,7 @@ from octavo.cli import main
 from octavo.cli.common import printable
 from octavo.llm import LLM
 from octavo.sampling_params import SamplingParams
+from octavo.search.params import BeamSearchParams
 
 DUMMY = ["--load-format", "dummy"]
 
@@ -52,6 +53,19 @@ def test_a_base_model_continues(base_model, capsys):
     assert json.loads(capsys.readouterr().out)["prompt"] == "Hello fox"
     assert main(["generate", "hi", "-m", base_model, *DUMMY, "--chat"]) == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+def test_beams(model, llm, capsys):
+    arguments = ["generate", "Once", "-m", model, *DUMMY, "-n", "6", "--raw", "--beams", "3"]
+    expected = llm.beam_search("Once", BeamSearchParams(3, 6, 0.5), progress=False)[0]
+    assert main([*arguments, "--length-penalty", "0.5"]) == 0
+    assert capsys.readouterr().out == expected.text + "\n"
+    assert main([*arguments, "--length-penalty", "0.5", "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert [answer["text"] for answer in answers] == [answer.text for answer in expected.outputs]
+    for wrong in (["-t", "0.7"], ["--answers", "2"], ["--regex", "a*"], ["--stop", "x"]):
+        assert main([*arguments, *wrong]) == 2
+        assert "does not go with --beams" in capsys.readouterr().err, wrong
 
 
 def test_json_has_it_all(model, llm, capsys):

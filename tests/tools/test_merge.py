@@ -13,7 +13,7 @@ from quantization_helpers import write_family_model
 from weights_helpers import tiny_config, write_gguf, write_model
 
 from octavo.cli import main
-from octavo.errors import InvalidArgumentError, WeightsError
+from octavo.errors import InvalidArgumentError, UnsupportedModelError, WeightsError
 from octavo.models.adapter import LowRank
 from octavo.quantize import merge as merging
 from octavo.quantize.merge import merge_directory
@@ -195,3 +195,59 @@ def prepare_missing(tmp_path: Path) -> str:
     del tensors[f"base_model.model.{module}.lora_B.weight"]
     write_adapter(tmp_path / "adapter", tensors, adapter_config(target_modules=["w1", "q_proj"]))
     return module
+
+
+def stacked(tmp_path: Path, seed: int = 4, **changes: Any) -> dict[str, np.ndarray]:
+    """A Mixtral and an adapter of its stacked experts, of rank 3; its tensors.
+
+    changes: of adapter_config.json.
+    """
+    write_family_model(tmp_path / "model", "mixtral", dtype="F32")  # 4 experts, 160 of 96
+    generator, tensors = np.random.default_rng(seed), {}
+    for layer in range(2):
+        name = f"base_model.model.model.layers.{layer}.mlp.experts"
+        for wraps, outputs, inputs in (("", 96, 160), (".base_layer", 320, 96)):
+            for half, shape in (("A", (12, inputs)), ("B", (outputs, 12))):
+                values = generator.normal(0, 0.1, shape).astype(np.float32)
+                tensors[f"{name}{wraps}.lora_{half}.weight"] = values
+    parameters = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    config = adapter_config(**{**parameters, "target_modules": [], **changes})
+    write_adapter(tmp_path / "adapter", tensors, config)
+    return tensors
+
+
+def test_stacked_experts_are_merged(tmp_path: Path) -> None:
+    """A is expert by expert; the columns of B are rank by rank, each of them of all experts."""
+    tensors = stacked(tmp_path)
+    weights = stored(tmp_path / "model")
+    merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    for name, found in stored(tmp_path / "out").items():
+        expected = weights[name]
+        if ".experts." in name:
+            _, _, layer, _, _, expert, part, _ = name.split(".")
+            wraps = "" if part == "w2" else ".base_layer"
+            prefix = f"base_model.model.model.layers.{layer}.mlp.experts{wraps}.lora_"
+            a, b = (tensors[f"{prefix}{half}.weight"] for half in "AB")
+            own = a[3 * int(expert) : 3 * int(expert) + 3]
+            change = b[:, int(expert) :: 4] @ own * 2
+            first = 160 if part == "w3" else 0
+            expected = expected + change[first : first + len(expected)]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_parameters": ["mlp.experts.w1"]}, "target_parameters is 'mlp.experts.w1'; suppo"),
+        ({"target_parameters": "down_proj"}, "target_parameters is 'down_proj'; supported: a list"),
+        ({"target_parameters": ["down_proj"]}, "lora_A.weight is left over"),
+        ({"target_parameters": None}, "is left over: target_modules does not name it"),
+        ({"rank_pattern": {"down_proj": 5}}, r"expected \(20, 160\)"),
+    ],
+)
+def test_stacked_experts_that_do_not_fit(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    stacked(tmp_path, **changes)
+    with pytest.raises((UnsupportedModelError, WeightsError), match=message):
+        merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))

@@ -127,7 +127,7 @@ def repository_files(directory: Path, **options: Any) -> dict[str, bytes]:
 
 
 def octavo(hub: Hub, home: Path, *arguments: str, **variables: str) -> tuple[int, str]:
-    """Run `octavo ARGUMENTS`; returns the exit code and what it said on stderr."""
+    """Run `octavo ARGUMENTS`; returns the exit code and what it said."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
         "HF_ENDPOINT": hub.url,
@@ -145,7 +145,7 @@ def octavo(hub: Hub, home: Path, *arguments: str, **variables: str) -> tuple[int
         timeout=120,
     )
     assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, " ".join(done.stderr.split())
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
@@ -254,8 +254,8 @@ def test_an_interrupted_pull_goes_on(hub: Hub, tmp_path: Path) -> None:
     assert [entry.name for entry in (tmp_path / "models").iterdir() if entry.is_dir()] == [
         ".org--big.partial"
     ]
-    code, said = octavo(hub, tmp_path, "info", "org/big")
-    assert code == 2 and "octavo pull org/big" in said
+    code, said = octavo(hub, tmp_path, "info", "org/big", HF_HUB_OFFLINE="1")
+    assert code == 2 and "without it org/big is fetched" in said
     hub.requests.clear()
     code, said = octavo(hub, tmp_path, "pull", "org/big")
     assert code == 0, said
@@ -299,3 +299,41 @@ def test_no_network_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
     assert code == 2 and "could not be fetched" in said and "copy a model directory" in said
     code, said = octavo(hub, tmp_path, "pull", "org/model", HF_HUB_OFFLINE="1")
     assert code == 2 and "HF_HUB_OFFLINE" in said
+
+
+def test_a_name_of_the_hub_is_fetched_when_it_is_first_used(hub: Hub, tmp_path: Path) -> None:
+    hub.files["org/model"] = repository_files(tmp_path / "source")
+    code, said = octavo(hub, tmp_path, "--offline", "info", "org/model")
+    assert code == 2 and "HF_HUB_OFFLINE is set" in said and not hub.requests
+    code, said = octavo(hub, tmp_path, "info", "org/model")
+    assert code == 0 and "org/model is not here yet" in said, said
+    hub.requests.clear()
+    code, said = octavo(hub, tmp_path, "info", "org/model")
+    assert code == 0 and not hub.requests
+    code, said = octavo(hub, tmp_path, "list")
+    assert code == 0 and "org/model" in said
+    code, said = octavo(hub, tmp_path, "remove", "org/model")
+    assert code == 0 and "is deleted" in said
+    code, said = octavo(hub, tmp_path, "remove", "org/model")
+    assert code == 2 and "not a pulled model" in said
+    code, said = octavo(hub, tmp_path, "list")
+    assert code == 0 and "octavo pull" in said
+
+
+def test_a_whole_model_in_the_hubs_own_cache_is_used(hub: Hub, tmp_path: Path) -> None:
+    cache = tmp_path / "hub" / "models--org--model"
+    snapshot = cache / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+    files = repository_files(tmp_path / "source")
+    for name, content in files.items():
+        (snapshot / name).parent.mkdir(exist_ok=True)
+        (snapshot / name).write_bytes(content)
+    where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    code, said = octavo(hub, tmp_path, "info", "org/model", **where)
+    assert code == 0 and str(snapshot) in said.replace("\n", ""), said
+    weights = next(name for name in files if name.endswith(".safetensors"))
+    (snapshot / weights).unlink()  # a part of a model is none
+    code, said = octavo(hub, tmp_path, "info", "org/model", **where)
+    assert code == 2 and "HF_HUB_OFFLINE is set" in said

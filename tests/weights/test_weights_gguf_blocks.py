@@ -317,6 +317,8 @@ def test_no_floats_are_made(
     kind: str, code_bytes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor, where a weight is read in runs, all of its codes; its scales are kept for afterwards."""
+    monkeypatch.setattr(gguf_blocks, "_usable_cores", lambda: 1)  # each has scratch memory
+    monkeypatch.setattr(gguf_codes, "_RUN", 1 << 20)  # two runs are held at a time
     path = tmp_path / "tiny.gguf"
     write_gguf(path, gguf_config(vocab_size=30_000, num_hidden_layers=1), kind=kind)
     checkpoint = open_checkpoint(read_model(path))
@@ -327,7 +329,6 @@ def test_no_floats_are_made(
         codes = checkpoint["embed.weight"]
     assert codes.data.nbytes == code_bytes * num_bytes
     expected = codes.data, checkpoint["embed.scale"].data
-    monkeypatch.setattr(gguf_codes, "_RUN", 1 << 20)
     checkpoint = open_checkpoint(read_model(path))
     whole = np.empty_like(codes.data)
     with memory_below(scales + 7_000_000):

@@ -134,7 +134,8 @@ OCTAVO_DEVICE Wide sample_unusual(Search search, const RowOptions& options, floa
   Wide weight = all.weight;
   const auto keep_best = [&](bool by_weight, Wide needed) {
     const Limit limit = limit_of_kept(search, kept, by_weight, needed, by_score);
-    kept.lowest = limit.place;
+    // The place may be below that of any kept token, so of a filter before this one.
+    if (limit.place > kept.lowest) kept.lowest = limit.place;
     weight = limit.weight;
   };
   if (options.top_k > 0 && static_cast<unsigned>(options.top_k) < all.count)

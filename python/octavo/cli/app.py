@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -48,6 +49,8 @@ VERBS = (
     Verb("serve", "Serve a model over HTTP, with OpenAI's API.", _RUN),
     Verb("batch", "Answer a whole file of prompts; can be stopped and resumed.", _RUN),
     Verb("pull", "Fetch a model, or convert a GGUF file, into the cache.", _MODELS),
+    Verb("list", "Show the models in the cache.", _MODELS, "models"),
+    Verb("remove", "Delete a model from the cache.", _MODELS, "models"),
     Verb("info", "Show what a model is and whether it fits in memory.", _MODELS),
     Verb("plan", "Tell what a model needs on a GPU, and how fast it would run.", _MODELS),
     Verb("quantize", "Write a model with its weights rounded to 8 or 4 bits.", _MODELS),
@@ -184,8 +187,14 @@ def _octavo(
             "--version", help="Show the version and exit.", is_eager=True, callback=_print_version
         ),
     ] = False,
+    offline: Annotated[
+        bool,
+        typer.Option("--offline", help="Ask nothing of the Hugging Face Hub (HF_HUB_OFFLINE=1)."),
+    ] = False,
 ) -> None:
-    """Run Llama-family language models, and check that the answers are right."""
+    """Run language models, and check that the answers are right."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _usage_message(error: Exception) -> str | None:

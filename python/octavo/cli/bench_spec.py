@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _what = partial(option, panel="What to measure")
 _OUTPUTS = ("table", "md", "json")
 _HEADINGS = (
-    *("task", "batch", "right", "tokens/step", "plain tok/s", "tok/s", "speed-up"),
+    *("task", "batch", "accepted", "tokens/step", "plain tok/s", "tok/s", "speed-up"),
     *("foretold", "answers"),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +33,7 @@ from octavo.cli.wrap import AnswerWriter
 from octavo.config import EngineConfig
 from octavo.errors import InvalidArgumentError
 from octavo.sampling_params import SamplingParams
+from octavo.search.params import BeamSearchParams
 from octavo.text.places import TokenPlaces
 
 if TYPE_CHECKING:
@@ -78,6 +79,23 @@ def generate(
     quiet: Annotated[
         bool, _output("Leave out the line about speed at the end.", "--quiet", "-q")
     ] = False,
+    beams: Annotated[
+        int | None,
+        option(
+            "Search with N beams, and print the best answer (with --json all of them).",
+            "--beams",
+            panel="Search",
+            metavar="N",
+        ),
+    ] = None,
+    length_penalty: Annotated[
+        float,
+        option(
+            "With --beams: above 0 long answers gain.",
+            "--length-penalty",
+            panel="Search",
+        ),
+    ] = 1.0,
     event_log: EventLogOption = None,
 ) -> int:
     """Answer one prompt, or continue a text.
@@ -108,18 +126,24 @@ def generate(
     llm = common.load_llm(model, config, {adapter: adapter} if adapter else None)
     load_seconds = time.monotonic() - start
     encoded = encode(llm, text, chat, system)
-    writer = None if json_output or params.n > 1 else AnswerWriter(sys.stdout)
+    beam_params = None if beams is None else beam_search_params(beams, length_penalty, params)
+    writer = None if json_output or params.n > 1 or beams else AnswerWriter(sys.stdout)
     if writer is not None and not encoded.is_chat and sys.stdout.isatty():
         _show_dim(text, writer)  # the prompt and its continuation are one text: show it as one
     with silent_keys():
-        chunks, interrupted = _collect(llm, encoded, params, writer, adapter)
+        if beam_params is not None:
+            result, interrupted = _search(llm, encoded, beam_params, adapter)
+        else:
+            chunks, interrupted = _collect(llm, encoded, params, writer, adapter)
+            result = next((chunk.result for chunk in chunks if chunk.result is not None), None)
     if event_log is not None:
         llm.engine.events.write(event_log)
-    result = next((chunk.result for chunk in chunks if chunk.result is not None), None)
     if result is None:
         return common.INTERRUPTED if interrupted else common.FAILED
     if json_output:
         _print_json(_record(llm, result, params, encoded.is_chat, load_seconds))
+    elif beams:
+        print(common.printable(result.text, sys.stdout))
     elif params.n > 1:
         _print_answers(result)
     if not quiet:
@@ -182,6 +206,40 @@ def _collect(
     return chunks, interrupted
 
 
+def beam_search_params(
+    beams: int, length_penalty: float, params: SamplingParams
+) -> BeamSearchParams:
+    """--beams with the options that go with it; an error names one that does not."""
+    found = BeamSearchParams(
+        beams,
+        params.max_tokens or SamplingParams().max_tokens or 1,
+        length_penalty,
+        ignore_eos=params.ignore_eos,
+        stop_token_ids=params.stop_token_ids,
+        skip_special_tokens=params.skip_special_tokens,
+    )
+    plain = replace(found.sampling_params(), max_tokens=params.max_tokens, seed=params.seed)
+    for each in fields(SamplingParams):
+        value = getattr(params, each.name)
+        if value != getattr(plain, each.name):
+            raise InvalidArgumentError(
+                f"{each.name} is {value!r}, which does not go with --beams: beam search takes the "
+                f"most probable answers as they are; leave one of them out"
+            )
+    return found
+
+
+def _search(
+    llm: LLM, prompt: EncodedPrompt, params: BeamSearchParams, adapter: str | None
+) -> tuple[RequestOutput | None, bool]:
+    """The result, and whether Ctrl-C ended it."""
+    try:
+        (result,) = llm.beam_search(prompt, params, progress=False, adapter=adapter)
+    except KeyboardInterrupt:
+        return None, True
+    return result, False
+
+
 def _print_answers(result: RequestOutput) -> None:
     for answer in result.outputs:
         print(f"--- answer {answer.index + 1} of {len(result.outputs)} ---")
@@ -214,7 +272,7 @@ def _record(
         "prompt": result.prompt,
         "prompt_token_ids": list(result.prompt_token_ids),
         **{key: value for key, value in answers[0].items() if key != "index"},
-        **({"answers": answers} if params.n > 1 else {}),
+        **({"answers": answers} if len(result.outputs) > 1 else {}),
         "seed": params.seed,
         "error": result.error,
         "usage": {

@@ -25,7 +25,15 @@ _DEVICES = (
     "a100-40, a100-80, h100, h200, l40s, a10, rtx-4090, or cpu: the processor of this machine."
 )
 # What plans for another machine have no use for.
-_UNUSED = ("device", "max_model_len", "num_threads", "isa", "deterministic", "enforce_eager")
+_UNUSED = (
+    "speculative_config",
+    "device",
+    "max_model_len",
+    "num_threads",
+    "isa",
+    "deterministic",
+    "enforce_eager",
+)
 
 
 @engine_options(without=_UNUSED)

@@ -100,6 +100,16 @@ class Answer:
             self._pieces.append(held)
         return text + held
 
+    def set_answer(self, token_ids: SequenceOf[int], logprob: float) -> None:
+        """The whole answer that a search has found, with its log-probability."""
+        sequence = self.sequence
+        sequence.token_ids[sequence.num_prompt_tokens :] = token_ids
+        sequence.cumulative_logprob = logprob
+        for token in token_ids:
+            if token not in self.stop_token_ids or sequence.params.include_stop_str_in_output:
+                self.push(token)
+        self.flush()
+
     def _show(self, text: str, skipped: str = "") -> str:
         """text: of an ordinary token, or of none. skipped: of a special token."""
         params = self.sequence.params
@@ -174,5 +184,5 @@ def _completion(answer: Answer) -> CompletionOutput:
         sequence.finish_reason,
         sequence.stop_reason,
         tuple(sequence.logprobs) if has_logprobs else None,
-        sequence.cumulative_logprob if has_logprobs else None,
+        sequence.cumulative_logprob if has_logprobs or sequence.num_candidates else None,
     )

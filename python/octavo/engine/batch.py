@@ -88,7 +88,10 @@ def pack_sampling(
         "min_p": [p.min_p for p in params],
         "seed": [p.seed or 0 for p in params],
         "sample_index": [sequence.sample_index for sequence in sequences],
-        "num_logprobs": [-1 if p.logprobs is None else min(p.logprobs, vocab_size) for p in params],
+        "num_logprobs": [
+            sequence.num_candidates or (-1 if p.logprobs is None else min(p.logprobs, vocab_size))
+            for sequence, p in zip(sequences, params, strict=True)
+        ],
         "state_row": state_rows,
     }
     if any([p.has_unusual_filters for p in params]):

@@ -7,7 +7,8 @@ moved, and only the rest of each sequence's last block is wasted.
 
 Sequences that begin alike share the blocks of their common beginning. **A shared block is never
 written to**: only full blocks are shared, and a sequence writes only after its full blocks. Where
-a sequence starts in the middle of a block that others hold, it gets a copy (copy-on-write).
+a sequence starts in the middle of a block that others hold, it gets a copy (copy-on-write); so do
+the beams of a search, which fork (`fork`).
 
 Layers that keep different tokens form *KV groups*: those that attend to everything are one, those
 with a window others (models/kv_groups.py). A sequence has a table for each group, and all groups
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
@@ -208,6 +209,48 @@ class BlockManager:
             places.append((first, min(end, num_blocks)))
         return places
 
+    def fork(
+        self, parents: Mapping[Hashable, Hashable], others: Iterable[Hashable], num_tokens: int
+    ) -> list[BlockCopy]:
+        """Sequences go on from the first num_tokens tokens of others, all at once.
+
+        parents: sequence -> the one that it goes on from, which holds blocks and may be itself.
+        others: sequences that give their blocks up. Full blocks are shared. The last block, if it
+        is full only in part, goes to one child of each parent; the others get copies, which are
+        returned. A child for whose copy no block is free has an empty table afterwards, as all of
+        the others.
+        """
+        num_shared, num_more = divmod(num_tokens, self.block_size)
+        keys = {*parents, *parents.values(), *others} & self._tables.keys()
+        left = {key: self._tables.pop(key) for key in keys}
+        heirs = {parent: child for child, parent in reversed(list(parents.items()))}
+        heirs |= {key: key for key, parent in parents.items() if key == parent}
+        for parent, child in heirs.items():
+            self._tables[child] = left.pop(parent)
+        for tables in left.values():
+            self._release(tables)
+        copies: list[BlockCopy] = []
+        for child, parent in parents.items():
+            is_short = bool(num_more) and self.pool.num_free < len(self.groups.windows)
+            if child in self._tables:
+                continue
+            if is_short:
+                others = {*others, child}
+                continue
+            source = self._tables[heirs[parent]]
+            tables = tuple([table[:num_shared] for table in source])
+            for group, table in enumerate(tables):
+                for block in table:
+                    if block != NO_BLOCK:
+                        self.pool.hold(block)
+                if num_more:
+                    table.append(self.pool.take())
+                    copies.append(BlockCopy(group, source[group][num_shared], table[num_shared]))
+            self._tables[child] = tables
+        for key in set(others) - self._tables.keys():
+            self._tables[key] = tuple([array("i") for _ in self.groups.windows])
+        return copies
+
     def reserve(self, key: Hashable, num_tokens: int, num_spare: int = 0) -> bool:
         """Give a sequence that holds blocks enough of them for at least num_tokens tokens.
 
@@ -275,9 +318,12 @@ class BlockManager:
         """
         if key not in self._tables:
             raise IntegrityError(f"sequence {key!r} was freed, but it holds no blocks")
+        self._release(self._tables.pop(key), keep_cached=keep_cached)
+
+    def _release(self, tables: tuple[array[int], ...], *, keep_cached: bool = True) -> None:
         # The last block first: free blocks form a stack, so the next sequence gets the same ones in
         # order; and it is evicted before the blocks before it, without which it is worthless.
-        for table in self._tables.pop(key):
+        for table in tables:
             for block in reversed(table):
                 if block == NO_BLOCK:
                     continue

@@ -19,19 +19,20 @@ from typing import TYPE_CHECKING, Any
 from octavo.config import RuntimeOptions
 from octavo.engine.adapters import AdapterTable
 from octavo.engine.admission import AdmissionLimits, Deadlines, check_scheduling, check_tokens
-from octavo.engine.answer import Answer, not_finite, read_logprobs, request_output
+from octavo.engine.answer import Answer, not_finite, read_logprobs
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.block_pool import IntegrityError
 from octavo.engine.drafter import Drafter
+from octavo.engine.endings import Endings
 from octavo.engine.event_records import arrival, describe_engine, read_stats, record_step, refusal
 from octavo.engine.events import EventLog
 from octavo.engine.guard import EngineGuard, deferred_interrupt, guarded
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput, TokenLogprob
 from octavo.engine.pipeline import InFlightStep, Pipeline, StepRuntime
-from octavo.engine.prompt_logprobs import take_prompt_rows
-from octavo.engine.request import FinishReason, Request, derive_seed
+from octavo.engine.request import Request, SequenceState, derive_seed
 from octavo.engine.schedule import SchedulerLimits
 from octavo.engine.scheduler import Scheduler
+from octavo.engine.search import BeamGroup, Search, check_search
 from octavo.engine.steering import Steering
 from octavo.engine.word_constraints import tokens_of_words
 from octavo.errors import InvalidArgumentError, QueueFullError
@@ -47,7 +48,7 @@ MAX_PROMPT_LOGITS = 1 << 24  # of prompts, in a step that reports their log-prob
 IDLE_CHECK_SECONDS = 10.0  # an engine that has run out of work checks its accounting so often
 
 
-class Engine:
+class Engine(Endings):
     """Runs requests in steps.
 
     runtime: the native runtime with its KV cache allocated. options: what it was built with.
@@ -122,6 +123,7 @@ class Engine:
         self._answers: dict[object, Answer] = {}  # by the key of their sequence
         self._requests: dict[str, list[Answer]] = {}
         self._steering = Steering(vocab_size)
+        self._searches: dict[str, BeamGroup] = {}
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -155,6 +157,7 @@ class Engine:
         timeout: float | None = None,
         cache_salt: str | None = None,
         adapter: str | None = None,
+        search: Search | None = None,
     ) -> None:
         """Queue a request; its answers come out of `step`.
 
@@ -163,7 +166,8 @@ class Engine:
         waiting or running; None lets it run. cache_salt: requests with different salts share no
         cached keys and values, so a client cannot find out by timing what others have asked.
         adapter: the name of a LoRA adapter in `adapters`, which may raise an AdapterNotFoundError,
-        an AdaptersInUseError, or what reading it raises.
+        an AdaptersInUseError, or what reading it raises. search: chooses the tokens of several
+        beams, whose final texts are the answers; params then say only where they end.
         Raises InvalidArgumentError for a request that cannot be answered, QueueFullError when too
         many wait already; both change nothing. This, `step` and `abort` raise the errors of
         `EngineGuard`.
@@ -172,6 +176,10 @@ class Engine:
             raise InvalidArgumentError(f"request {request_id!r} is already running: name it anew")
         self.check_request(prompt_token_ids, params)
         check_scheduling(priority, timeout)
+        if search is not None:
+            check_search(
+                search, len(prompt_token_ids), params, stream, self.scheduler, self.vocab_size
+            )
         now = self._clock()
         loan = self.adapters.acquire(adapter)
         try:
@@ -195,8 +203,12 @@ class Engine:
             cache_salt=cache_salt,
             adapter=loan,
             grammar=self.grammars.of(params),
+            num_beams=0 if search is None else search.num_beams,
+            num_candidates=0 if search is None else search.num_candidates,
             arrival_time=now,
         )
+        if search is not None:
+            self._searches[request_id] = BeamGroup(search, request.sequences)
         if request.deadline is not None:
             self._deadlines.add(request_id, request.deadline)
         answers = [
@@ -207,7 +219,8 @@ class Engine:
         for answer in answers:
             self._answers[answer.sequence.key] = answer
             self._steering.add(answer)
-            self.scheduler.add(answer.sequence)
+            if answer.sequence.state is not SequenceState.IDLE:
+                self.scheduler.add(answer.sequence)
         names = self.scheduler.prefix_cache.names_of(request.sequences[0])
         self.events.record(arrival(request, timeout, tuple(names)))
 
@@ -260,6 +273,7 @@ class Engine:
         """Give the memory of weights and cache back; every later use is an EngineClosedError."""
         self._abandon_steps()
         self.guard.close()
+        self.scheduler.drafter = None  # which may hold a model of its own
         del self.runtime, self.adapters, self.drafter, self._pipeline
 
     def stats(self) -> EngineStats:
@@ -272,7 +286,8 @@ class Engine:
     def check_integrity(self) -> None:
         """Queues, blocks and requests agree; IntegrityError if not."""
         self.scheduler.check_integrity()
-        unfinished = [a for a in self._answers.values() if not a.sequence.is_finished]
+        ended = (SequenceState.FINISHED, SequenceState.IDLE)
+        unfinished = [a for a in self._answers.values() if a.sequence.state not in ended]
         if len(unfinished) != self.scheduler.num_waiting + self.scheduler.num_running:
             raise IntegrityError(
                 f"{len(unfinished)} answers are unfinished, but {self.scheduler.num_waiting} "
@@ -338,6 +353,11 @@ class Engine:
             if answer.failure is not None or not is_finite:
                 chunks += self._fail(answer, now, answer.failure or not_finite(answer))
                 continue
+            if sequence.num_candidates:
+                chunks += self._search(
+                    answer, output.top_token_ids[row], output.top_logprobs[row], now
+                )
+                continue
             try:
                 text = self._append(answer, token, logprobs[row], now)
             except IntegrityError:
@@ -348,21 +368,6 @@ class Engine:
                 continue
             if answer.request.stream or (sequence.is_finished and answer.request.is_finished):
                 chunks.append(self._chunk(answer, text, now, token, logprobs[row]))
-        return chunks
-
-    def _take_prompts(self, step: InFlightStep, now: float) -> list[OutputChunk]:
-        """Keep the log-probabilities of prompts; end the requests that sample nothing."""
-        chunks: list[OutputChunk] = []
-        scored = step.schedule.scored
-        for sequence in take_prompt_rows(scored, step.prompt_rows):
-            answer = self._answers[sequence.key]
-            chunks += self._fail(answer, now, not_finite(answer))
-        for _, sequence, _, _, is_last in scored:
-            if is_last and not sequence.is_finished:
-                answer = self._answers[sequence.key]
-                self.scheduler.finish(sequence, "length", now)
-                if answer.request.stream or answer.request.is_finished:
-                    chunks.append(self._chunk(answer, answer.flush(), now))
         return chunks
 
     def _append(self, answer: Answer, token: int, logprob: TokenLogprob | None, now: float) -> str:
@@ -392,50 +397,3 @@ class Engine:
         elif at_limit:
             self.scheduler.finish(sequence, "length", now)
         return text
-
-    def _fail(self, answer: Answer, now: float, problem: str) -> list[OutputChunk]:
-        """End the answer's whole request with an error."""
-        answer.request.error = problem
-        return self._end_all(answer.request.request_id, "error", now)
-
-    def _end_all(self, request_id: str, reason: FinishReason, now: float) -> list[OutputChunk]:
-        """End every answer of a request that has not ended yet; returns their last chunks."""
-        chunks = []
-        ending = [a for a in self._requests[request_id] if not a.sequence.is_finished]
-        for answer in ending:
-            text = answer.flush()
-            self.scheduler.finish(answer.sequence, reason, now)
-            if answer.request.stream or answer is ending[-1]:
-                chunks.append(self._chunk(answer, text, now))
-        return chunks
-
-    def _chunk(
-        self,
-        answer: Answer,
-        text: str,
-        now: float,
-        token: int | None = None,
-        logprob: TokenLogprob | None = None,
-    ) -> OutputChunk:
-        request, sequence = answer.request, answer.sequence
-        return OutputChunk(
-            request.request_id,
-            sequence.sample_index,
-            text,
-            () if token is None else (token,),
-            () if logprob is None else (logprob,),
-            sequence.finish_reason,
-            sequence.stop_reason,
-            self._remove(request.request_id, now) if request.is_finished else None,
-        )
-
-    def _remove(self, request_id: str, now: float) -> RequestOutput:
-        """Forget an ended request and return its output."""
-        answers = self._requests.pop(request_id)
-        for answer in answers:
-            del self._answers[answer.sequence.key]
-            self._steering.remove(answer.sequence.key)
-        self._admission.remove(request_id)
-        self._deadlines.remove(request_id)
-        self.adapters.release(answers[0].request.adapter)
-        return request_output(answers, now)

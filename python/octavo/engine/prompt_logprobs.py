@@ -12,6 +12,7 @@ packed, and taken out when it has ended.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ class Rows(NamedTuple):
     top_token_ids: Int32
     top_logprobs: NDArray[np.float32]
     finite: NDArray[np.bool_]
+    taps: Mapping[str, NDArray[np.float32]] = {}  # only of sampled rows
 
 
 class RowPlaces(NamedTuple):
@@ -46,9 +48,13 @@ class RowPlaces(NamedTuple):
 
     def split(self, output: Any) -> tuple[Rows, Rows]:
         """The results of the sampled rows, and those of prompts; output: a StepOutput."""
-        arrays = [getattr(output, name) for name in Rows._fields]
+        arrays = [getattr(output, name) for name in Rows._fields if name != "taps"]
         found = [Rows(*(array[places] for array in arrays)) for places in self]
-        return found[0], found[1]
+        taps = {  # these two have a row for each logit row, all others for each token
+            name: rows[self.sampled] if name in ("final_norm", "logits") else rows
+            for name, rows in getattr(output, "taps", {}).items()
+        }
+        return found[0]._replace(taps=taps), found[1]
 
     def spread_masks(self, masks: Int32 | None) -> Int32 | None:
         """Masks of the sampled rows -> masks of all rows; a target needs none."""

@@ -16,11 +16,9 @@ from __future__ import annotations
 import enum
 import hashlib
 import time
-from bisect import bisect_left, insort
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import KW_ONLY, InitVar, dataclass, field
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.engine.adapters import NO_ADAPTER, Loan
@@ -41,6 +39,7 @@ class SequenceState(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+    IDLE = "idle"  # a beam of a search that has no part in it now
 
 
 @dataclass(eq=False, slots=True, repr=False)
@@ -61,7 +60,9 @@ class Sequence:
     not through the model alone: penalties, grammars.
     num_cached_tokens: how many of its tokens were in the cache when it was first admitted.
     num_published_blocks: how many of its blocks are full and were offered to others. state_row:
-    where the device keeps its last sampled token, while it runs.
+    where the device keeps its last sampled token, while it runs. num_candidates: of a beam of a
+    search, how many of the most probable next tokens are wanted; 0: it is none. Such a sequence
+    pauses after each token, until its search decides.
     """
 
     key: Hashable
@@ -74,6 +75,7 @@ class Sequence:
     cache_salt: str | None = None
     adapter: Loan = NO_ADAPTER
     leader: Sequence | None = None
+    num_candidates: int = 0
     token_ids: list[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = field(default=0, init=False)
@@ -170,7 +172,13 @@ class Sequence:
 
         Not while it watches the answer, nor until min_tokens are sampled: the end is forbidden.
         """
-        return self.num_output_tokens >= self.params.min_tokens and not self.watches_answer
+        is_free = not self.watches_answer and not self.num_candidates
+        return is_free and self.num_output_tokens >= self.params.min_tokens
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it is a beam that waits for the others of its search."""
+        return bool(self.num_candidates) and not self.num_uncomputed_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -194,8 +202,8 @@ class Request:
     tokenizers. kept_special_ids: special tokens that the text holds even where the others are
     skipped, such as the tags around calls of tools. priority: lower is more urgent. deadline: when
     it ends, answered or not. cache_salt: only requests with the same one share cached keys and
-    values. grammar: what its answers follow. Times are seconds of the engine's clock,
-    `time.monotonic` unless told otherwise.
+    values. grammar: what its answers follow. num_beams, num_candidates: of a search (search.py); 0:
+    none. Times are seconds of the engine's clock, `time.monotonic` unless told otherwise.
     """
 
     request_id: str
@@ -210,6 +218,8 @@ class Request:
     cache_salt: str | None = None
     adapter: Loan = NO_ADAPTER
     grammar: Grammar | None = None
+    num_beams: int = 0
+    num_candidates: int = 0
     sequences: tuple[Sequence, ...] = ()
     error: str | None = None
     arrival_time: float = field(default_factory=time.monotonic)
@@ -218,7 +228,10 @@ class Request:
 
     def __post_init__(self) -> None:
         first = self._sequence(0, None)
-        self.sequences = (first, *(self._sequence(i, first) for i in range(1, self.params.n)))
+        number = self.num_beams or self.params.n
+        self.sequences = (first, *(self._sequence(i, first) for i in range(1, number)))
+        for beam in self.sequences[1 : self.num_beams]:
+            beam.state = SequenceState.IDLE
 
     def _sequence(self, index: int, leader: Sequence | None) -> Sequence:
         return Sequence(
@@ -231,6 +244,7 @@ class Request:
             cache_salt=self.cache_salt,
             adapter=self.adapter,
             leader=leader,
+            num_candidates=self.num_candidates,
         )
 
     @property
@@ -249,34 +263,3 @@ def derive_seed(engine_seed: int, label: str) -> int:
     text = f"{engine_seed}:{label}".encode("utf-8", errors="surrogatepass")
     digest = hashlib.blake2b(text, digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-class RankedQueue:
-    """Sequences sorted by their rank, which never changes: insertion finds its place by bisection.
-
-    The most urgent one comes first. A list suffices: to move ten thousand pointers along takes a
-    microsecond or two.
-    """
-
-    def __init__(self) -> None:
-        self._items: list[Sequence] = []
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._items)
-
-    def __getitem__(self, index: int) -> Sequence:
-        return self._items[index]
-
-    def add(self, sequence: Sequence) -> None:
-        """Put the sequence where its rank belongs."""
-        insort(self._items, sequence, key=attrgetter("rank"))
-
-    def remove(self, sequence: Sequence) -> None:
-        """Take the sequence out; ValueError if it is not in the queue."""
-        index = bisect_left(self._items, sequence.rank, key=attrgetter("rank"))
-        if index == len(self._items) or self._items[index] is not sequence:
-            raise ValueError(f"{sequence!r} is not in the queue")
-        del self._items[index]

@@ -74,8 +74,8 @@ class SchedulerLimits:
     enable_prefix_caching: whether to look for cached beginnings; answers of one request share their
     prompt in any case. headroom_blocks: how many blocks must be free for each running sequence
     when another is admitted; docs/scheduler.md says why two. max_prompt_rows: how many logit rows a
-    step has for the log-probabilities of prompts. rope_switch: sequences of more tokens have the
-    rope's other frequencies; 0: none.
+    step has for the log-probabilities of prompts, and for drafts. rope_switch: sequences of more
+    tokens have the rope's other frequencies; 0: none.
     """
 
     max_num_seqs: int
@@ -107,7 +107,7 @@ class ScheduleBuilder:
     """Builds schedule `number`.
 
     budget: the tokens that may still be added. now: the time in seconds. row_budget: the logit rows
-    of prompts that may still be added. is_short: a sequence that runs lacked blocks.
+    of prompts and drafts that may still be added. is_short: a sequence that runs lacked blocks.
     """
 
     number: int
@@ -134,6 +134,7 @@ class ScheduleBuilder:
         if drafts:
             num_new_tokens += len(drafts)
             num_samples += len(drafts)
+            self.row_budget -= len(drafts)
         start = sequence.num_computed_tokens
         self.entries.append(ScheduledSequence(sequence, start, num_new_tokens, num_samples, drafts))
         if num_samples == 1:

@@ -27,12 +27,13 @@ from octavo.engine.block_pool import IntegrityError
 from octavo.engine.drafter import DraftCounts, Drafter
 from octavo.engine.events import EventLog
 from octavo.engine.prefix_cache import PrefixCache
-from octavo.engine.request import FinishReason, RankedQueue, Sequence, SequenceState
+from octavo.engine.queues import SequenceQueues
+from octavo.engine.request import FinishReason, Sequence, SequenceState
 from octavo.engine.schedule import Schedule, ScheduleBuilder, SchedulerLimits, num_agreeing
 from octavo.errors import InvalidArgumentError
 
 
-class Scheduler:
+class Scheduler(SequenceQueues):
     """Holds every unfinished sequence and decides each step.
 
     A step is `schedule()`, `advance(schedule)` when it is submitted, `complete(schedule)` when it
@@ -47,30 +48,17 @@ class Scheduler:
         events: EventLog | None = None,
         drafter: Drafter | None = None,
     ) -> None:
+        super().__init__(blocks, limits.max_num_seqs)
         self.limits = limits
-        self.blocks = blocks
         self.prefix_cache = PrefixCache(blocks, limits.enable_prefix_caching)
         self.events = EventLog() if events is None else events
         self.num_schedules = 0
         self.num_preemptions = 0
         self.waiting_reason: str | None = None  # of the first in the queue; None: it is empty
         self.draft_counts = DraftCounts()
-        self._drafter = drafter
-        self._waiting = RankedQueue()
-        self._running = RankedQueue()
+        self.drafter = drafter
         self._arrival_numbers = itertools.count()
-        self._free_state_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._noted_wait: tuple[object, str | None] | None = None
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences that hold no blocks: not admitted yet, or preempted."""
-        return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Sequences that hold blocks."""
-        return len(self._running)
 
     def max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
         """The length of prompt and answer together at which the answer ends.
@@ -135,6 +123,10 @@ class Scheduler:
         num_decodes = len(step.entries)
         self._schedule_prefills(step)
         self._note_wait(*self._admit(step), now)
+        self._wake_beams(step)
+        if step.entries:
+            step.copies[:0] = self._fork_copies
+            self._fork_copies = []
         self.num_schedules += bool(step.entries)
         return step.schedule(num_decodes)
 
@@ -185,8 +177,10 @@ class Scheduler:
                 sequence.num_computed_tokens = start
         for sequence in schedule.admitted:
             if sequence.state is SequenceState.RUNNING:
-                self._running.remove(sequence)
-                self._requeue(sequence)
+                self.requeue(sequence)
+        # The step may have copied blocks for beams that were not in it.
+        for sequence in [each for each in self._running if each.num_candidates]:
+            self.requeue(sequence)
 
     def finish(
         self,
@@ -203,16 +197,26 @@ class Scheduler:
             self.blocks.free(sequence.key, keep_cached=reason != "error")
         elif sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
-        else:
+        elif sequence.state is SequenceState.FINISHED:
             raise IntegrityError(f"{sequence!r} was finished twice")
         sequence.state = SequenceState.FINISHED
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
         self.events.record((now, "finished", sequence.key, reason, sequence.num_output_tokens))
 
+    def _wake_beams(self, step: ScheduleBuilder) -> None:
+        """Where all that run are beams that pause for others which wait: make room for these."""
+        while not step.entries and self._waiting and self._running:
+            first, last = self._waiting[0], self._running[-1]
+            if last.rank < first.rank or not all([each.is_paused for each in self._running]):
+                return
+            step.preempted.append(last)
+            self._preempt(last, "kv_blocks", first, step.now)
+            self._admit(step)
+
     # ---- what a step computes ----
 
     def _schedule_decodes(self, step: ScheduleBuilder) -> None:
-        drafter = self._drafter
+        drafter = self.drafter
         if drafter is not None:
             drafter.begin_step(self._running, step)
         index = 0
@@ -225,7 +229,9 @@ class Scheduler:
             start = sequence.num_computed_tokens
             # A sequence whose last token is being sampled has nothing left to compute.
             end = min(sequence.max_total_tokens, self.limits.longest(sequence.rope_set) + 1)
-            if num_tokens - start > 1 or num_tokens >= end:
+            if num_tokens - start != 1 or num_tokens >= end:
+                continue
+            if sequence.num_candidates and sequence.num_pending_tokens:
                 continue
             drafts: tuple[int, ...] = ()
             if drafter is not None and sequence.takes_drafts:
@@ -233,11 +239,8 @@ class Scheduler:
                     continue
                 if sequence.num_pending_tokens and drafter.awaits(sequence):
                     continue
-                drafts = (
-                    ()
-                    if sequence.num_pending_tokens
-                    else self._drafts(sequence, step.budget - 1, len(self._running) - index)
-                )
+                if not sequence.num_pending_tokens:
+                    drafts = self._drafts(sequence, step, len(self._running) - index)
             if self._make_room(sequence, num_tokens, step):
                 step.add(sequence, 1, 1, drafts)
 
@@ -257,16 +260,18 @@ class Scheduler:
                 return False
         return True
 
-    def _drafts(self, sequence: Sequence, budget: int, num_behind: int) -> tuple[int, ...]:
+    def _drafts(
+        self, sequence: Sequence, step: ScheduleBuilder, num_behind: int
+    ) -> tuple[int, ...]:
         """The drafts that the step has room to check, with blocks reserved for them.
 
         A draft takes no token and no block that one of the num_behind sequences behind may need.
         """
         longest = min(sequence.max_total_tokens - 1, self.limits.longest(sequence.rope_set))
-        room = min(budget - num_behind, longest - sequence.num_tokens)
-        if self._drafter is None or room < 1:
+        room = min(step.budget - 1 - num_behind, step.row_budget, longest - sequence.num_tokens)
+        if self.drafter is None or room < 1:
             return ()
-        drafts = tuple(self._drafter.propose(sequence)[:room])
+        drafts = tuple(self.drafter.propose(sequence)[:room])
         num_tokens = sequence.num_tokens + len(drafts)
         return drafts if self.blocks.reserve(sequence.key, num_tokens, num_behind) else ()
 
@@ -328,18 +333,19 @@ class Scheduler:
         be preempted again, with many tokens computed and few sampled.
         """
         few, running = self.limits.headroom_blocks, itertools.islice(self._running, num_running)
-        # The last token is sampled but never computed.
-        ends = [(s.key, max(s.max_total_tokens - 1, s.num_prompt_tokens)) for s in running]
+        # The last token is sampled but never computed. Beams share much, and pause for each other.
+        ends = [
+            (s.key, max(s.max_total_tokens - 1, s.num_prompt_tokens))
+            for s in running
+            if not s.num_candidates
+        ]
         return sum([self.blocks.num_blocks_to_come(key, end, few) for key, end in ends])
 
     def _start(self, sequence: Sequence, prefix: Prefix, step: ScheduleBuilder) -> None:
         if sequence.num_cached_tokens is None:
             self.prefix_cache.note_first_admission(sequence, prefix)
         step.copies += self.blocks.start(sequence.key, sequence.num_tokens, prefix)
-        self._waiting.remove(sequence)
-        self._running.add(sequence)
-        sequence.state = SequenceState.RUNNING
-        sequence.state_row = self._free_state_rows.pop()
+        self.resume(sequence)
         sequence.num_computed_tokens = prefix.num_tokens
         sequence.num_published_blocks = prefix.num_tokens // self.blocks.block_size
         step.admitted.append(sequence)
@@ -380,14 +386,6 @@ class Scheduler:
         num_lost = sequence.num_computed_tokens
         self.events.record((now, "preempted", sequence.key, why, by.key, num_lost))
         self._requeue(sequence)
-
-    def _requeue(self, sequence: Sequence) -> None:
-        """Put a sequence, taken out of the running ones, into the queue; it keeps its tokens."""
-        self.blocks.free(sequence.key)
-        self._free_state_rows.append(sequence.state_row)
-        sequence.state = SequenceState.WAITING
-        sequence.num_computed_tokens = sequence.num_published_blocks = 0
-        self._waiting.add(sequence)
 
     # ---- the event log, and checks ----
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from octavo.engine.guard import deferred_interrupt
 from octavo.engine.outputs import OutputChunk
+from octavo.engine.search import Search
 from octavo.errors import EngineInUseError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
@@ -47,6 +48,7 @@ class Asked(NamedTuple):
     params: SamplingParams
     stream: bool = False
     adapter: str | None = None
+    search: Search | None = None
 
 
 class Arrival(NamedTuple):
@@ -258,6 +260,7 @@ class SharedEngine:
                     continues_prompt=not asked.prompt.is_chat,
                     kept_special_ids=asked.prompt.kept_special_ids,
                     adapter=asked.adapter,
+                    search=asked.search,
                 )
                 call.request_ids.add(request_id)
                 self._open[request_id] = (call, asked.key)

@@ -4,7 +4,7 @@
         --model_args pretrained=smollm2-135m,max_model_len=1024 --tasks arc_easy
 
 runs lm-eval's own command with the model "octavo" in it; in a program, importing this module is
-enough. Importing it needs lm-eval (`pip install lm-eval`); nothing else in octavo does.
+enough. It needs lm-eval (`pip install lm-eval`); nothing else in octavo does.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from octavo.errors import InvalidArgumentError
 from octavo.llm import LLM
 from octavo.sampling_params import SamplingParams
 
+_MISSING: ImportError | None = None
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ImportError as error:
-    raise InvalidArgumentError(
-        f"octavo.eval.lm_eval needs lm-eval ({error}); install it with `pip install lm-eval`"
-    ) from error
+except ImportError as _error:
+    _MISSING = _error
+    TemplateLM = object
+
+    def register_model(name: str) -> Any:
+        """Stands in for lm-eval's."""
+        return lambda model: model
+
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -51,6 +56,7 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]
         llm: LLM | None = None,
         **options: Any,
     ) -> None:
+        _need_lm_eval()
         super().__init__()
         if device is not None:
             options["device"] = device.split(":")[0]
@@ -188,8 +194,16 @@ def _sampling_params(options: dict[str, Any]) -> SamplingParams:
     )
 
 
+def _need_lm_eval() -> None:
+    if _MISSING is not None:
+        raise InvalidArgumentError(
+            f"octavo.eval.lm_eval needs lm-eval ({_MISSING}); install it with `pip install lm-eval`"
+        ) from _MISSING
+
+
 def main() -> None:
     """lm-eval's command, with octavo among its models."""
+    _need_lm_eval()
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

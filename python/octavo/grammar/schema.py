@@ -8,6 +8,7 @@ out where the caller is not strict.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
@@ -136,7 +137,8 @@ class SchemaReader:
             if not isinstance(item, Mapping):
                 raise problem_at(place.pointer, f'"{key}" is {_shown(item)}; expected an object')
             self._check_size(place, key, MAX_PROPERTIES)
-            found[key] = {name: self._read(place.child(key, name), depth) for name in item}
+            spell = exact_pattern if key == "patternProperties" else str
+            found[key] = {spell(name): self._read(place.child(key, name), depth) for name in item}
         elif key == "enum":
             self._check_size(place, key, MAX_VALUES)
             found[key] = item
@@ -150,6 +152,11 @@ class SchemaReader:
             found[key] = item
         elif key in ("exclusiveMinimum", "exclusiveMaximum"):
             _read_exclusive(found, place.value, key)
+        elif key in ("minimum", "maximum") and key in found:  # moved there already
+            tighter = max if key == "minimum" else min
+            found[key] = tighter(item, found[key]) if isinstance(item, (int, float)) else item
+        elif key == "pattern" and isinstance(item, str):
+            found[key] = exact_pattern(item)
         elif key in _PLAIN:
             found[key] = item
 
@@ -193,6 +200,21 @@ def children(schema: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
             yield schema, key
 
 
+def exact_pattern(pattern: str) -> str:
+    r"""A pattern whose classes of characters have no U+0000.
+
+    A class that has all control characters, as [^"], is taken by llguidance 1.9 for one that has
+    quotation marks and backslashes too, written as escapes.
+    """
+    pattern = re.sub(r"\\(x00|u0000)-", r"\\x01-", pattern)
+    return re.sub(
+        r"(\\.)|\[\^(\]?)",
+        lambda found: found[1] or (r"[^\x00\]" if found[2] else r"[^\x00"),
+        pattern,
+        flags=re.DOTALL,
+    )
+
+
 def _check_multiple(place: Place, item: Any) -> None:
     if isinstance(item, (int, float)) and not isinstance(item, bool) and item > 0:
         digits = Decimal(str(item)).normalize().as_tuple().digits
@@ -201,14 +223,25 @@ def _check_multiple(place: Place, item: Any) -> None:
 
 
 def _read_exclusive(found: dict[str, Any], value: Mapping[str, Any], key: str) -> None:
-    """Draft 4 has a switch beside the limit; later ones have the limit itself."""
+    """Draft 4 has a switch beside the limit; later ones have the limit itself.
+
+    llguidance 1.9 takes 118 for a number above 118 and below 118.5. So the limit is moved by a
+    millionth where it is a whole number; numbers in between are left out.
+    """
+    plain = "minimum" if key == "exclusiveMinimum" else "maximum"
     limit = value[key]
-    if not isinstance(limit, bool):
+    if limit is True:
+        limit = value.get(plain)
+    if isinstance(limit, bool) or limit is None:
+        return
+    is_whole = isinstance(limit, (int, float)) and abs(limit) < 1e8 and limit == int(limit)
+    if not is_whole or value.get("type") == "integer":
         found[key] = limit
-    elif limit:
-        plain = "minimum" if key == "exclusiveMinimum" else "maximum"
-        if plain in value:
-            found[key] = value[plain]
+        return
+    moved = limit + (1e-6 if plain == "minimum" else -1e-6)
+    other = found.get(plain, moved)
+    tighter = max if plain == "minimum" else min
+    found[plain] = tighter(moved, other) if isinstance(other, (int, float)) else other
 
 
 def _endless(root: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -11,6 +11,7 @@ from octavo.config import RuntimeOptions
 from octavo.models.layer import weight_shapes
 from octavo.models.spec import LayerSpec, ModelSpec
 from octavo.quantization.plan import weight_bytes
+from octavo.reference.sampling import SAMPLING_ROW
 
 _NUM_STEPS = 2  # in flight
 _MOST_TOP = 20  # log-probabilities of a row
@@ -83,7 +84,9 @@ def activation_bytes(spec: ModelSpec, options: RuntimeOptions, *, is_gpu: bool) 
     results = rows * (4 + 4 + 8 * _MOST_TOP + 1)
     tables = len(spec.kv_windows) * -(-options.max_model_len // options.block_size)
     step = rows * 4 * (vocab + spec.hidden_size + words + tables) + results
-    return forward + _NUM_STEPS * step + rows * vocab * 4
+    # The batch itself: ids, positions and slots of tokens, and how each is sampled.
+    batch = tokens * (4 * (6 + len(spec.kv_windows)) + SAMPLING_ROW.itemsize)
+    return forward + _NUM_STEPS * (step + batch) + rows * vocab * 4
 
 
 def kv_blocks(spec: ModelSpec, options: RuntimeOptions, context: int) -> int:

@@ -281,13 +281,14 @@ class EngineThread:
                 request.prompt.token_ids,
                 request.params,
                 prompt=request.prompt.text,
-                stream=True,
+                stream=request.search is None,
                 continues_prompt=not request.prompt.is_chat,
                 kept_special_ids=request.prompt.kept_special_ids,
                 priority=request.priority,
                 timeout=request.timeout,
                 cache_salt=request.cache_salt,
                 adapter=request.adapter,
+                search=request.search,
             )
         except OctavoError as error:
             self._outbox.append((stream, error))

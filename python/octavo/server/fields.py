@@ -49,14 +49,13 @@ _REFUSED = _words(
     adapter_id adaptive_target audio bad_words_ids banned_strings banned_tokens beam_width
     begin_suppress_tokens cfg_scale character chat_template_content_format context conversation
     custom_logit_processor custom_params custom_token_bans decoder_input_details details
-    diversity_penalty dynamic_temperature dynatemp_range early_stopping
-    encoder_repetition_penalty epsilon_cutoff eta_cutoff extra_body force_words_ids
-    forced_bos_token_id function_call functions generation_prompt guidance_scale guideline
-    image_data images input input_embeds input_extra input_ids input_prefix input_suffix inputs
-    instruction_template instructions kv_transfer_params length_penalty logit_processors
-    logits_processors logprob_token_ids lora lora_path lora_request media_io_kwargs min_keep
-    mirostat mirostat_mode mm_processor_kwargs modalities multimodal_data n_indent negative_prompt
-    no_repeat_ngram_size num_beam_groups num_beams options parameters parse_tool_calls penalize_nl
+    dynamic_temperature dynatemp_range encoder_repetition_penalty epsilon_cutoff eta_cutoff
+    extra_body force_words_ids forced_bos_token_id function_call functions generation_prompt
+    guidance_scale guideline image_data images input input_embeds input_extra input_ids input_prefix
+    input_suffix inputs instruction_template instructions kv_transfer_params length_penalty
+    logit_processors logits_processors logprob_token_ids lora lora_path lora_request media_io_kwargs
+    min_keep mirostat mirostat_mode mm_processor_kwargs modalities multimodal_data n_indent
+    negative_prompt no_repeat_ngram_size num_beams options parameters parse_tool_calls penalize_nl
     penalty_alpha plugins post_sampling_probs prefix preset previous_response_id prompt_embeds
     prompt_truncate_len raw reasoning_budget reasoning_format repeat_last_n repetition_context_size
     repetition_detection return_hidden_states return_prompt_text return_token_ids return_tokens
@@ -64,7 +63,7 @@ _REFUSED = _words(
     sampling_params session_params smoothing_factor stop_regex structural_tag suppress_tokens system
     system_prompt t_max_predict_ms temperature_last template tfs_z think thinking_budget
     thinking_forced_open thinking_token_budget token_ids_logprob tokenization_kwargs tool_prompt
-    top_a transforms truncate truncate_prompt_tokens use_beam_search verbosity vllm_xargs watermark
+    top_a transforms truncate truncate_prompt_tokens verbosity vllm_xargs watermark
     web_search_options
     """
 )
@@ -84,7 +83,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("temp", "sampling_seed"), ()),
     **dict.fromkeys(("typ_p", "tfs_z", "repeat_penalty", "rep_pen"), (1,)),
     **dict.fromkeys(("guidance_scale", "cfg_scale"), (*_NOTHING, 1)),
-    **dict.fromkeys(("length_penalty", "num_beams", "num_return_sequences"), (*_NOTHING, 1)),
+    **dict.fromkeys(("num_beams", "num_return_sequences"), (*_NOTHING, 1)),
     **dict.fromkeys(("n_completions", "num_completions", "n_cmpl", "best_of"), (1,)),
     "tool_choice": (*_NOTHING, "none", "auto"),
     "parallel_tool_calls": (False, True),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
+from octavo.server.beams import beam_params, check_beams
 from octavo.server.errors import ApiError, bad_request, field_of, to_api_error
 from octavo.server.formats import ChatFormat, CompletionFormat, Head
 from octavo.server.prompt_logprobs import PromptLogprobs
@@ -170,6 +171,11 @@ def sampling_params(
             num_prompt = len(prompt.token_ids)
             room = model.engine.scheduler.max_total_tokens(num_prompt, None) - num_prompt
             params = replace(params, max_tokens=room)
+        if body.use_beam_search:
+            if params.structured_outputs is not None:
+                field = structured_field(body)
+                raise bad_request(f"{field} does not go with use_beam_search: leave one out", field)
+            params = beam_params(body, params).sampling_params()
         model.engine.check_request(prompt.token_ids, params)  # reads only what never changes
     except InvalidArgumentError as error:
         raise to_api_error(error, body.prompt_field) from error
@@ -201,6 +207,7 @@ def force_tools(
 def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingParams:
     """What the body asks for, whatever the model; an error names what octavo does not offer."""
     check_supported(body)
+    check_beams(body)
     max_tokens = None if isinstance(body, ChatBody) else DEFAULT_COMPLETION_TOKENS
     asked: dict[str, Any] = {"max_tokens": max_tokens, **defaults}
     for each in fields(SamplingParams):

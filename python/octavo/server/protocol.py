@@ -91,6 +91,11 @@ class SamplingBody(_Options):
     timeout: Annotated[float, Field(gt=0, le=1e9)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     response_format: dict[str, Any] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    num_beam_groups: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    diversity_penalty: Annotated[float, Field(ge=0, le=100)] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | bool | str | None = None
     guided_regex: str | None = None

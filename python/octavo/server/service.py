@@ -23,6 +23,7 @@ from octavo.errors import (
 )
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
+from octavo.server.beams import beam_params
 from octavo.server.engine_thread import EngineThread
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.metrics import Metrics
@@ -168,6 +169,11 @@ class Service:
         """Hand one prompt to the engine."""
         own, limit = body.timeout or math.inf, self.options.request_timeout or math.inf
         timeout = min(own, limit)
+        search = None
+        if body.use_beam_search:
+            beams = beam_params(body, params)
+            search = self.model(body.model).make_search(beams, len(prompt.token_ids))
+            params = beams.sampling_params()
         stream = self.engine.submit(
             EngineRequest(
                 request_id,
@@ -178,6 +184,7 @@ class Service:
                 body.cache_salt,
                 self.adapter_of(body.model),
                 is_servers_limit=limit <= own,
+                search=search,
             )
         )
         if self.metrics is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput
+from octavo.engine.search import Search
 from octavo.errors import (
     AdaptersInUseError,
     EngineStepError,
@@ -38,6 +39,7 @@ class EngineRequest:
     cache_salt: str | None = None
     adapter: str | None = None
     is_servers_limit: bool = False
+    search: Search | None = None
 
 
 class ResultStream:

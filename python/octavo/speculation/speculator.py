@@ -24,6 +24,7 @@ _OF_ALL, _OF_ONE = 1 / 32, 1 / 8  # weight of a new draft in the rates of all an
 _MOST_LOSS = 0.01  # part of the time that drafts may cost more than they save
 _PROBING = 0.005  # part of the time for drafts that should not pay, to see whether they do now
 _MEMORY = 0.998  # the account forgets: what counts are the last 500 steps
+_REFRESH = 8  # steps with drafts, before one without is measured again, if drafts gain nothing
 _FIRST_STEPS = 2  # the account begins with the time of so many steps
 
 
@@ -97,6 +98,7 @@ class Speculator(Drafter):
         self._step = _Step()
         self._spent: dict[int, float] = {}  # by the number of a step, seconds spent on its drafts
         self._num_decodes = 1
+        self._num_drafted = 0  # steps with drafts since one without was measured
 
     def begin_step(self, running: Iterable[Sequence], step: ScheduleBuilder) -> None:
         """Choose and make the drafts for every sequence of the step."""
@@ -106,7 +108,7 @@ class Speculator(Drafter):
             return
         sequences = list(running)
         self.source.begin_step(sequences)
-        decoding = [sequence for sequence in sequences if sequence.num_uncomputed_tokens <= 1]
+        decoding = [sequence for sequence in sequences if not sequence.is_in_prefill]
         self._num_decodes = max(1, len(decoding))
         ready: list[tuple[Sequence, _Drafting]] = []
         for sequence in decoding:
@@ -118,7 +120,8 @@ class Speculator(Drafter):
             return
         # A step that computes prompts is full of arithmetic: drafts would only make it longer.
         is_free = len(decoding) == len(sequences) or not self._adaptive
-        depths = self._depths(ready, step.budget) if is_free else [0] * len(ready)
+        room = max(0, min(step.budget - len(decoding), step.row_budget))
+        depths = self._depths(ready, room) if is_free else [0] * len(ready)
         asked = [self.depth if self.source.is_free else depth for depth in depths]
         wanted = [
             (sequence, known.own, count)
@@ -153,7 +156,8 @@ class Speculator(Drafter):
         if not self._adaptive:
             return True
         chances = [self._survivals(known)]
-        return choose_depths(chances, self._num_decodes, self.depth, self.costs)[0][0] > 0
+        found = choose_depths(chances, self._num_decodes, self.depth, self.costs)
+        return found.counts[0] > 0
 
     def end_step(self, schedule: Schedule, output: Any, seconds: float) -> None:
         """Learn what a step of this size costs, and whether its drafts have paid."""
@@ -165,7 +169,7 @@ class Speculator(Drafter):
         num_drafts = sum([len(entry.draft_token_ids) for entry in entries])
         accepted = _count_accepted(schedule, output.token_ids.tolist())
         self.source.end_step(schedule, output, accepted)
-        if schedule.num_tokens != len(entries) + num_drafts:
+        if schedule.scored or schedule.num_tokens != len(entries) + num_drafts:
             return  # some of it are prompts
         first = not self.costs.is_known(len(entries))
         if num_drafts and not first:
@@ -210,26 +214,32 @@ class Speculator(Drafter):
             chances.append(chance)
         return chances
 
-    def _depths(self, ready: SequenceOf[tuple[Sequence, _Drafting]], budget: int) -> list[int]:
+    def _depths(self, ready: SequenceOf[tuple[Sequence, _Drafting]], room: int) -> list[int]:
         if not self._adaptive:
             return [self.depth] * len(ready)
         costs, account, num_decodes = self.costs, self._account, self._num_decodes
         none = [0] * len(ready)
         if not costs.is_known(num_decodes):
-            return none  # one step without drafts, to compare with
+            return none  # some steps without drafts, to compare with
         plain = costs.seconds(num_decodes)
         if account.lost > _MOST_LOSS * account.elapsed + _FIRST_STEPS * plain:
             return none
         chances = [self._survivals(known) for _, known in ready]
-        room, seconds = budget - num_decodes, self._round_seconds
-        depths, _ = choose_depths(chances, num_decodes, room, costs, seconds)
-        if any(depths) or account.allowance <= 0:
-            return depths
-        probe, extra = choose_depths(chances, num_decodes, room, costs, seconds, least_gain=0.0)
-        if max(extra, 0.1 * plain) > account.allowance:
-            return depths
-        account.allowance -= max(extra, 0.1 * plain)
-        return probe
+        seconds = self._round_seconds
+        found = choose_depths(chances, num_decodes, room, costs, seconds)
+        if any(found.counts):
+            # The less drafts gain, the more often a step without them is measured again.
+            self._num_drafted += 1
+            if self._num_drafted <= min(_REFRESH * found.gain**2, 8 * _REFRESH):
+                return found.counts
+            self._num_drafted = 0
+            return none
+        probe = choose_depths(chances, num_decodes, room, costs, seconds, least_gain=0.0)
+        extra = max(probe.extra, 0.1 * plain)
+        if extra > account.allowance:
+            return none
+        account.allowance -= extra
+        return probe.counts
 
 
 def _count_accepted(schedule: Schedule, token_ids: SequenceOf[int]) -> list[int]:

