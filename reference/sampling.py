@@ -188,6 +188,42 @@ def adjust_logits(
     return result
 
 
+def dry_penalties(
+    token_ids: Int32,
+    breaks: npt.NDArray[np.bool_],
+    *,
+    multiplier: float,
+    base: float,
+    allowed_length: int,
+) -> tuple[Int32, Float32]:
+    """What DRY takes off the logits of tokens that would go on with a repetition.
+
+    ("Don't repeat yourself", by its author, 2024: github.com/oobabooga/text-generation-webui/
+    pull/5677.) Wherever the end of the text stood before, at a length of n tokens, the token that
+    followed there loses multiplier * base^(n - allowed_length), for the largest such n of
+    allowed_length or more. No repetition reaches over a break, and no break is penalized.
+
+    token_ids: int32 (tokens,), prompt and answer so far. breaks: bool (tokens,). Lengths above
+    allowed_length + 60 count as that. Returns the tokens, ascending, and what they lose.
+    """
+    lengths = np.zeros(len(token_ids), np.int32)
+    followers = np.flatnonzero(~breaks)  # positions of tokens that may have followed
+    for length in range(allowed_length + 60):
+        last = len(token_ids) - 1 - length
+        if last < 1 or breaks[last]:
+            break
+        before = followers - 1 - length
+        is_same = (before >= 0) & (token_ids[before] == token_ids[last]) & ~breaks[before]
+        followers = followers[is_same]
+        lengths[followers] = length + 1
+    places = np.flatnonzero(lengths >= allowed_length)
+    tokens, inverse = np.unique(token_ids[places], return_inverse=True)
+    longest = np.zeros(len(tokens), np.int32)
+    np.maximum.at(longest, inverse, lengths[places])
+    lost = [multiplier * base ** (n - allowed_length) for n in longest.tolist()]
+    return tokens.astype(np.int32), np.minimum(lost, 1e30).astype(np.float32)
+
+
 def sampling_rows(num_rows: int, **fields: npt.ArrayLike) -> SamplingRows:
     """Rows of SAMPLING_ROW, (num_rows,); fields that are not given have their defaults.
 

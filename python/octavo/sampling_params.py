@@ -90,6 +90,16 @@ class SamplingParams:
         probability; 1 keeps all.
     xtc_probability: how often XTC leaves out the most probable tokens; 0: never. These are the ones
         that have xtc_threshold of the probability or more, except for the least probable of them.
+    allowed_token_ids: the answer has none but these tokens; None allows all. The model's own end of
+        text is one of those that must be named.
+    bad_words: texts that the answer must not have, neither as they are nor after a space. What is
+        forbidden are the tokens that the tokenizer makes of them; the same letters in other tokens
+        are not found.
+    dry_multiplier: DRY takes dry_multiplier * dry_base^(n - dry_allowed_length) off the logit of a
+        token that would go on with a repetition of n tokens, n being dry_allowed_length or more;
+        0: off.
+    dry_penalty_last_n: DRY looks at so many tokens before; -1: at all of prompt and answer.
+    dry_sequence_breakers: texts over which no repetition reaches, for DRY.
     structured_outputs: what the text must look like; also its fields as a mapping.
     """
 
@@ -118,6 +128,13 @@ class SamplingParams:
     xtc_probability: float = _limited(0.0, 0.0, 1.0, "0 for never")
     xtc_threshold: float = _limited(0.1, 0.0, 1.0, "above 0.5 it leaves out nothing")
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    dry_multiplier: float = _limited(0.0, 0.0, 100.0, "0 for none")
+    dry_base: float = _limited(1.75, 1.0, 100.0, "1.75 is usual")
+    dry_allowed_length: int = _limited(2, 1, 1000, "2 is usual")
+    dry_penalty_last_n: int = _limited(-1, -1, None, "-1 for all tokens")
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
 
     def __new__(cls, *_: Any, **given: Any) -> SamplingParams:
         """A field that there is none of is an InvalidArgumentError, as in `LLM`."""
@@ -160,8 +177,10 @@ class SamplingParams:
         name, value = option.name, getattr(self, option.name)
         if value is None and name != "max_tokens":
             value = option.default
-        if name == "stop":
-            return _check_stop(value)
+        if name in ("stop", "bad_words", "dry_sequence_breakers"):
+            return _check_texts(name, value)
+        if name == "allowed_token_ids":
+            return None if value is None else _check_allowed(value)
         if name == "stop_token_ids":
             return tuple(_TOKEN_ID.check(name, token) for token in value)
         if name == "logit_bias":
@@ -176,11 +195,11 @@ class SamplingParams:
         return None if is_none else option.metadata["limits"].check(name, value)
 
 
-def _check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+def _check_texts(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    texts = (given,) if isinstance(given, str) else tuple(given)
     for text in texts:
         if not isinstance(text, str):
-            raise InvalidArgumentError(f"stop holds {text!r}; expected strings")
+            raise InvalidArgumentError(f"{name} holds {text!r}; expected strings")
     return tuple(text for text in texts if text)
 
 
@@ -197,3 +216,12 @@ def _check_bias(
         limits = Limits(-100.0, 100.0, "0 for none")
         pairs[number] = limits.check(f"logit_bias of token {token}", value)
     return tuple(sorted(pairs.items()))
+
+
+def _check_allowed(token_ids: Sequence[int]) -> tuple[int, ...]:
+    checked = {_TOKEN_ID.check("an entry of allowed_token_ids", token) for token in token_ids}
+    if not checked:
+        raise InvalidArgumentError(
+            "allowed_token_ids is empty; expected at least one token, or None for all of them"
+        )
+    return tuple(sorted(checked))

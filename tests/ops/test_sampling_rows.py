@@ -63,7 +63,7 @@ def changed_layouts() -> dict[str, np.dtype[Any]]:
     longer = description(SAMPLING_ROW)
     longer["itemsize"] += 8
     added = description(SAMPLING_ROW)
-    for field, value in (("names", "tfs_z"), ("formats", np.dtype("<f4")), ("offsets", 56)):
+    for field, value in (("names", "tfs_z"), ("formats", np.dtype("<f4")), ("offsets", 64)):
         added[field].append(value)
     added["itemsize"] += 8
     layouts |= {"longer": longer, "a field added": added}

@@ -12,6 +12,7 @@ from server_helpers import error_of, fake_llm, run, serving
 
 from octavo.server.errors import ApiError
 from octavo.server.fields import check_extra_fields, unknown_fields
+from octavo.server.prepare import read_params
 from octavo.server.protocol import ChatBody, CompletionBody, check_supported, slips
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -23,8 +24,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"regex": "yes"}, "its name here is guided_regex"),
     ({"structural_tag": {"begin": "x"}}, "leave it out"),
     ({"echo": True}, "leave it out"),
-    ({"typical_p": 0.9}, "leave it out"),
-    ({"mirostat": 2}, "leave it out"),
+    ({"tfs_z": 0.9}, "leave it out"),
+    ({"typ_p": 0.9}, "its name here is typical_p"),
+    ({"mirostat": 2}, "use min_p, top_n_sigma or typical_p"),
+    ({"samplers": ["top_k"]}, "the order of the filters is fixed"),
+    ({"banned_tokens": [5]}, "use logit_bias, -100 for each"),
+    ({"logits_processors": ["a.b"]}, "runs no code of its clients"),
     ({"modalities": ["text", "audio"]}, "leave it out"),
     ({"truncate_prompt_tokens": 0}, "leave it out"),
     ({"n_predict": 5}, "its name here is max_tokens"),
@@ -64,7 +69,7 @@ NEUTRAL: list[dict[str, Any]] = [
     {"do_sample": True, "repeat_penalty": 1.0, "length_penalty": 1.0, "num_beams": 1},
     {"metadata": {"a": "b"}, "store": True, "service_tier": "auto", "prediction": {"x": 1}},
     {"reasoning_format": "auto", "repeat_last_n": -1, "add_bos_token": True, "best_of": 1},
-    {"mirostat_tau": 5.0, "dry_base": 1.75, "guided_decoding_backend": "auto", "raw": False},
+    {"mirostat_tau": 5.0, "guided_decoding_backend": "auto", "raw": False},
     {"functions": [], "function_call": None, "audio": None, "parallel_tool_calls": True},
 ]
 
@@ -205,3 +210,26 @@ def test_a_length_of_minus_one_fills_the_context(tmp_path):
             assert error["param"] == "max_tokens"
 
     run(session)
+
+
+def test_rarely_used_filters_and_words_reach_the_parameters() -> None:
+    asked: dict[str, Any] = {
+        "top_n_sigma": 1.5,
+        "typical_p": 0.9,
+        "xtc_probability": 0.5,
+        "xtc_threshold": 0.2,
+        "dry_multiplier": 0.8,
+        "dry_allowed_length": 3,
+        "dry_sequence_breakers": ["a"],
+        "allowed_token_ids": [7, 3, 7],
+        "bad_words": ["no", "never ever"],
+    }
+    for body in (
+        ChatBody(messages=USER, **asked),  # type: ignore[arg-type]
+        CompletionBody(prompt="x", **asked),
+    ):
+        params = read_params(body, {})
+        lists = {"bad_words": ("no", "never ever"), "dry_sequence_breakers": ("a",)}
+        expected = {**asked, **lists, "allowed_token_ids": (3, 7)}
+        assert {name: getattr(params, name) for name in asked} == expected
+        assert not slips(body)

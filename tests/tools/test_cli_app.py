@@ -197,6 +197,19 @@ SAMPLING_WORDS = {
     "top_p": ("--top-p", 0.75),
     "min_p": ("--min-p", 0.125),
     "seed": ("--seed", 11),
+    "repetition_penalty": ("--repetition-penalty", 1.5),
+    "frequency_penalty": ("--frequency-penalty", 0.25),
+    "presence_penalty": ("--presence-penalty", -0.5),
+    "top_n_sigma": ("--top-n-sigma", 1.25),
+    "typical_p": ("--typical-p", 0.5),
+    "xtc_probability": ("--xtc-probability", 0.25),
+    "xtc_threshold": ("--xtc-threshold", 0.375),
+    "dry_multiplier": ("--dry-multiplier", 0.75),
+    "dry_base": ("--dry-base", 1.5),
+    "dry_allowed_length": ("--dry-allowed-length", 3),
+    "dry_penalty_last_n": ("--dry-penalty-last-n", 64),
+    "dry_sequence_breakers": ("--dry-sequence-breaker", (";",)),
+    "bad_words": ("--bad-word", ("x",)),
 }
 
 

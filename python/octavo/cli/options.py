@@ -22,6 +22,7 @@ from octavo.sampling_params import SamplingParams
 
 Command = Callable[..., Any]
 MODEL, SAMPLING, STOP, BATCHING = "Model", "Sampling", "Where to stop", "Batching and memory"
+RARE = "Sampling, rarely needed (docs/sampling.md)"
 
 
 def option(help: str, *names: str, panel: str | None = None, **details: Any) -> Any:
@@ -96,6 +97,7 @@ EventLogOption = Annotated[
 
 _model = partial(option, panel=MODEL)
 _sampling = partial(option, panel=SAMPLING)
+_rare = partial(option, panel=RARE)
 _stop = partial(option, panel=STOP)
 _batching = partial(option, panel=BATCHING)
 
@@ -284,6 +286,53 @@ class _Sampling:
             "How many answers to make; with a --temperature above 0 they differ.", "--answers"
         ),
     ]
+    repetition_penalty: Annotated[
+        float, _rare("Divide the logits of tokens that are there already. 1: off.")
+    ]
+    frequency_penalty: Annotated[
+        float, _rare("Take this off a token's logit each time that the answer has it. 0: off.")
+    ]
+    presence_penalty: Annotated[
+        float, _rare("Take this off the logits of all tokens that the answer has. 0: off.")
+    ]
+    top_n_sigma: Annotated[
+        float,
+        _rare(
+            "Keep tokens whose logits are within so many standard deviations of the best's. 0: off."
+        ),
+    ]
+    typical_p: Annotated[
+        float,
+        _rare(
+            "Keep the tokens whose surprise is closest to the expected one, up to this "
+            "probability. 1: off."
+        ),
+    ]
+    xtc_probability: Annotated[
+        float, _rare("How often XTC leaves out the most probable tokens. 0: never.")
+    ]
+    xtc_threshold: Annotated[
+        float,
+        _rare("The probability from which on XTC leaves a token out, but for the last of them."),
+    ]
+    dry_multiplier: Annotated[
+        float, _rare("Take this off tokens that would go on with a repetition (DRY). 0: off.")
+    ]
+    dry_base: Annotated[float, _rare("DRY takes off so many times more for each further token.")]
+    dry_allowed_length: Annotated[int, _rare("The shortest repetition that DRY is about.")]
+    dry_penalty_last_n: Annotated[int, _rare("DRY looks at so many tokens before. -1: at all.")]
+    dry_sequence_breakers: Annotated[
+        list[str] | None,
+        _rare(
+            "A text over which no repetition reaches, in place of newline, colon, quote and star. "
+            "May be given several times.",
+            "--dry-sequence-breaker",
+        ),
+    ]
+    bad_words: Annotated[
+        list[str] | None,
+        _rare("A word that the answer must not have. May be given several times.", "--bad-word"),
+    ]
 
 
 def engine_options(
@@ -329,9 +378,12 @@ def _gathered(
     """What puts options in the place of a command's parameter, which is made of them."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     expanded = [
-        # No text to stop at is None here; for typer () would be a default to be shown.
+        # A list that is left out is None here; for typer a tuple would be a default to be shown.
         inspect.Parameter(
-            name, keyword, annotation=kind, default=None if defaults[name] == () else defaults[name]
+            name,
+            keyword,
+            annotation=kind,
+            default=None if isinstance(defaults[name], tuple) else defaults[name],
         )
         for name, kind in options.items()
     ]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.engine.dry import Dry
 from octavo.engine.request import Sequence
+
+if TYPE_CHECKING:
+    from octavo.text.tokenizer import Tokenizer
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -27,17 +31,19 @@ class Adjuster:
     """Which logits of one answer are to be changed, and how.
 
     The order is: repetition_penalty, over prompt and answer; then logit_bias is added and
-    frequency_penalty and presence_penalty, over the answer alone, are taken off. (vLLM adds the
+    frequency_penalty and presence_penalty, over the answer alone, are taken off, and what DRY
+    makes of both. (vLLM adds the
     bias first; it makes a difference only to a token that has both.)
     """
 
     @classmethod
-    def create(cls, sequence: Sequence) -> Adjuster | None:
+    def create(cls, sequence: Sequence, tokenizer: Tokenizer | None = None) -> Adjuster | None:
         """None for a request that changes no logits, as nearly all."""
         params = sequence.params
-        return cls(sequence) if params.logit_bias or sequence.has_penalties else None
+        is_needed = params.logit_bias or sequence.has_penalties
+        return cls(sequence, tokenizer) if is_needed else None
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None) -> None:
         params = sequence.params
         self._sequence = sequence
         self._num_counted = sequence.num_prompt_tokens
@@ -48,6 +54,7 @@ class Adjuster:
         self._bias = np.array([pairs.get(t, 0.0) for t in self._tokens.tolist()], np.float32)
         self._counts = np.zeros(len(self._tokens), np.float32)  # in the answer
         self._seen = np.isin(self._tokens, np.array(prompt, np.int32))  # in prompt or answer
+        self._dry = Dry(sequence, tokenizer) if params.dry_multiplier > 0 else None
 
     def arrays(self) -> tuple[Int32, Float32, Float32]:
         """token_ids, repetition and bias for the next token of the answer as it is now."""
@@ -57,7 +64,19 @@ class Adjuster:
         repetition = np.where(self._seen, np.float32(params.repetition_penalty), np.float32(1))
         bias = self._bias - np.float32(params.frequency_penalty) * self._counts
         bias -= np.float32(params.presence_penalty) * (self._counts > 0)
-        return self._tokens, repetition.astype(np.float32), bias.astype(np.float32)
+        tokens, repetition = self._tokens, repetition.astype(np.float32)
+        if self._dry is None:
+            return tokens, repetition, bias.astype(np.float32)
+        repeating, lost = self._dry.penalties()
+        every = np.union1d(tokens, repeating).astype(np.int32)
+        every_repetition, every_bias = (
+            np.ones(len(every), np.float32),
+            np.zeros(len(every), np.float32),
+        )
+        places = np.searchsorted(every, tokens)
+        every_repetition[places], every_bias[places] = repetition, bias
+        every_bias[np.searchsorted(every, repeating)] -= lost
+        return every, every_repetition, every_bias
 
     def _count_new_tokens(self) -> None:
         token_ids = self._sequence.token_ids

@@ -96,6 +96,8 @@ def check_tokens(
             _check_token(f"token {position} of the prompt", token, vocab_size)
     for token in params.stop_token_ids:
         _check_token("an entry of stop_token_ids", token, vocab_size)
+    for token in params.allowed_token_ids or ():
+        _check_token("an entry of allowed_token_ids", token, vocab_size)
     for token in dict(params.logit_bias):
         _check_token("a token id of logit_bias", token, vocab_size)
     own = () if params.ignore_eos else eos_token_ids

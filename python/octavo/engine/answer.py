@@ -12,6 +12,7 @@ from octavo.engine.follow_grammar import grammar_constraints
 from octavo.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
 from octavo.engine.prompt_logprobs import whole_prompt
 from octavo.engine.request import Request, Sequence
+from octavo.engine.word_constraints import word_constraints
 from octavo.text.stream import StopChecker, StreamDecoder
 
 if TYPE_CHECKING:
@@ -37,11 +38,12 @@ class Answer:
         params = request.params
         self.request = request
         self.sequence = sequence
-        self.adjuster = Adjuster.create(sequence)
+        self.adjuster = Adjuster.create(sequence, tokenizer)
         own = () if params.ignore_eos else eos_token_ids
         self.stop_token_ids = frozenset(own).union(params.stop_token_ids)
         self.constraints = [
             *create_constraints(sequence, self.stop_token_ids),
+            *word_constraints(sequence, tokenizer),
             *grammar_constraints(request, sequence, self.stop_token_ids),
         ]
         if any(constraint.watches_answer for constraint in self.constraints):

@@ -99,7 +99,7 @@ def pack_sampling(
         fitted["typical_p"] = [max(p.typical_p, _TINY) for p in params]
         fitted["xtc_probability"] = [p.xtc_probability for p in params]
         fitted["xtc_threshold"] = [p.xtc_threshold for p in params]
-    for name, values in fitted.items():  # the core sets the position
+    for name, values in fitted.items():  # not the position, which the core sets, nor a target
         rows[name] = values
     return rows
 

@@ -34,6 +34,7 @@ from octavo.engine.schedule import SchedulerLimits
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.search import BeamGroup, Search, check_search
 from octavo.engine.steering import Steering
+from octavo.engine.word_constraints import tokens_of_words
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.grammar.compiler import Grammars
 from octavo.models.adapter import Adapter
@@ -137,6 +138,7 @@ class Engine(Endings):
                 f"stop is {params.stop!r}, but this model has no tokenizer to make text with: "
                 f"use stop_token_ids"
             )
+        tokens_of_words(params.bad_words, self.tokenizer)
         self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
         self.grammars.of(params)  # compiled here, so that no step waits for it
 

@@ -161,10 +161,10 @@ class Sequence:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether its logits depend on how often the answer has a token."""
+        """Whether its logits depend on the tokens of the answer."""
         params = self.params
         penalties = params.frequency_penalty or params.presence_penalty
-        return bool(penalties) or params.repetition_penalty != 1
+        return bool(penalties) or params.repetition_penalty != 1 or params.dry_multiplier > 0
 
     @property
     def takes_drafts(self) -> bool:

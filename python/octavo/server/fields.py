@@ -34,6 +34,8 @@ _OTHER_NAMES = {
     "json_schema": "guided_json",
     "regex": "guided_regex",
     "format": "response_format",
+    "typ_p": "typical_p",
+    **dict.fromkeys(("banned_strings", "custom_token_bans"), "bad_words"),
     "no_stop_trim": "include_stop_str_in_output",
     "eos_token_id": "stop_token_ids",
     "add_bos_token": "add_special_tokens",
@@ -44,27 +46,25 @@ _OTHER_NAMES = {
 # What would change the answer, and is not offered.
 _REFUSED = _words(
     """
-    adapter_id adaptive_target allowed_token_ids audio bad_words bad_words_ids banned_strings
-    banned_tokens beam_width begin_suppress_tokens cfg_scale character chat_template_content_format
-    context conversation custom_logit_processor custom_params custom_token_bans
-    decoder_input_details details dry_multiplier dynamic_temperature
-    dynatemp_range encoder_repetition_penalty epsilon_cutoff eta_cutoff
+    adapter_id adaptive_target audio bad_words_ids banned_strings banned_tokens beam_width
+    begin_suppress_tokens cfg_scale character chat_template_content_format context conversation
+    custom_logit_processor custom_params custom_token_bans decoder_input_details details
+    dynamic_temperature dynatemp_range encoder_repetition_penalty epsilon_cutoff eta_cutoff
     extra_body force_words_ids forced_bos_token_id function_call functions generation_prompt
     guidance_scale guideline image_data images input input_embeds input_extra input_ids input_prefix
     input_suffix inputs instruction_template instructions kv_transfer_params length_penalty
     logit_processors logits_processors logprob_token_ids lora lora_path lora_request media_io_kwargs
     min_keep mirostat mirostat_mode mm_processor_kwargs modalities multimodal_data n_indent
-    negative_prompt no_repeat_ngram_size num_beams options parameters
-    parse_tool_calls penalize_nl penalty_alpha plugins post_sampling_probs prefix preset
-    previous_response_id prompt_embeds prompt_truncate_len raw reasoning_budget
-    reasoning_format repeat_last_n repetition_context_size repetition_detection
-    return_hidden_states return_prompt_text return_token_ids return_tokens
+    negative_prompt no_repeat_ngram_size num_beams options parameters parse_tool_calls penalize_nl
+    penalty_alpha plugins post_sampling_probs prefix preset previous_response_id prompt_embeds
+    prompt_truncate_len raw reasoning_budget reasoning_format repeat_last_n repetition_context_size
+    repetition_detection return_hidden_states return_prompt_text return_token_ids return_tokens
     return_tokens_as_token_ids safe_prompt sampler_order sampler_priority sampler_seq samplers
-    sampling_params session_params smoothing_factor stop_regex structural_tag
-    suppress_tokens system system_prompt t_max_predict_ms temperature_last template tfs_z think
-    thinking_budget thinking_forced_open thinking_token_budget token_ids_logprob tokenization_kwargs
-    tool_prompt top_a top_n_sigma transforms truncate truncate_prompt_tokens typ_p typical_p
-    verbosity vllm_xargs watermark web_search_options xtc_probability
+    sampling_params session_params smoothing_factor stop_regex structural_tag suppress_tokens system
+    system_prompt t_max_predict_ms temperature_last template tfs_z think thinking_budget
+    thinking_forced_open thinking_token_budget token_ids_logprob tokenization_kwargs tool_prompt
+    top_a transforms truncate truncate_prompt_tokens verbosity vllm_xargs watermark
+    web_search_options
     """
 )
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -76,13 +76,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "chat_template_content_format": ("auto", "string"),
     "reasoning_format": ("auto", "none"),
-    "top_n_sigma": (*_NOTHING, -1),
     **dict.fromkeys(("repeat_last_n", "reasoning_budget"), (-1,)),
     "thinking": (*_NOTHING, {"type": "disabled"}),
     **dict.fromkeys(("parse_tool_calls", "add_bos_token"), (True,)),
     **dict.fromkeys((*_LENGTHS, "enable_thinking", "eos_token_id", "random_seed"), ()),
     **dict.fromkeys(("temp", "sampling_seed"), ()),
-    **dict.fromkeys(("typical_p", "typ_p", "tfs_z", "repeat_penalty", "rep_pen"), (1,)),
+    **dict.fromkeys(("typ_p", "tfs_z", "repeat_penalty", "rep_pen"), (1,)),
     **dict.fromkeys(("guidance_scale", "cfg_scale"), (*_NOTHING, 1)),
     **dict.fromkeys(("num_beams", "num_return_sequences"), (*_NOTHING, 1)),
     **dict.fromkeys(("n_completions", "num_completions", "n_cmpl", "best_of"), (1,)),
@@ -91,18 +90,36 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
 }
 
+# What to do in place of a field that is refused.
+_MIROSTAT = (
+    "it would make a token depend on how surprising those before it were, and not on seed and "
+    "position alone; use min_p, top_n_sigma or typical_p"
+)
+_INSTEAD: dict[str, str] = {
+    **dict.fromkeys(("mirostat", "mirostat_mode"), _MIROSTAT),
+    **dict.fromkeys(
+        ("samplers", "sampler_order", "sampler_seq", "sampler_priority", "temperature_last"),
+        "the order of the filters is fixed",
+    ),
+    **dict.fromkeys(("banned_tokens", "suppress_tokens"), "use logit_bias, -100 for each"),
+    **dict.fromkeys(
+        ("logits_processors", "logit_processors", "custom_logit_processor"),
+        "a server runs no code of its clients",
+    ),
+}
+
 # What clients send and what cannot change the answer here: what accounting and routing need, and
 # what says more about a field that is refused.
 _HARMLESS = _words(
     """
-    cache_prompt dry_allowed_length dry_base dry_penalty_last_n dry_sequence_breakers
+    cache_prompt
     dynatemp_exponent ec_transfer_params extra_key grammar_lazy grammar_triggers
     guided_decoding_backend id_slot include_obfuscation include_reasoning
     keep_alive metadata mirostat_eta mirostat_tau mode models n_cache_reuse n_discard n_keep
     prediction prompt_cache_key prompt_cache_retention provider request_id response_fields
     return_progress rid route safety_identifier separate_reasoning service_tier slot_id
     spaces_between_special_tokens store stream_interval stream_reasoning timings_per_token
-    truncation_side user xtc_threshold
+    truncation_side user
     """
 )
 
@@ -115,7 +132,7 @@ def check_extra_fields(
     elsewhere: fields that another route of octavo has; each with what to do instead.
     """
     advices = {name: f"its name here is {other}" for name, other in _OTHER_NAMES.items()}
-    advices |= elsewhere or {}
+    advices |= {**_INSTEAD, **(elsewhere or {})}
     for name, value in extra.items():
         is_known = name in _REFUSED or name in advices
         if is_known and not any(value == neutral for neutral in _NEUTRAL.get(name, _NOTHING)):

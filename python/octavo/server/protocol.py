@@ -18,6 +18,7 @@ from octavo.server.fields import check_extra_fields, unknown_fields
 
 MAX_N = 128  # answers to one request; OpenAI's limit
 MAX_PROMPTS = 1024  # prompts in one request
+MAX_BAD_WORDS = 1024
 MAX_STOP = 32  # stop strings, each of which costs time for every character
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -81,6 +82,9 @@ class SamplingBody(_Options):
     stop: str | Annotated[list[str], Field(max_length=MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS)] | None = None
+    dry_sequence_breakers: Annotated[list[str], Field(max_length=MAX_STOP)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None

@@ -1,0 +1,106 @@
+"""Allowed tokens and bad words: what they forbid, and that other requests are not concerned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_helpers import fake_engine, run_to_end, solo_answer
+
+from octavo.engine import word_constraints
+from octavo.engine.constraints import all_allowed
+from octavo.engine.request import Sequence
+from octavo.engine.word_constraints import AllowedTokens, BadWords, tokens_of_words
+from octavo.errors import InvalidArgumentError
+from octavo.reference.sampling import unpack_masks
+from octavo.sampling_params import SamplingParams
+
+PLAIN = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def allowed_by(constraint: Any, vocab: int = 101) -> list[int]:
+    masks = all_allowed(1, vocab)
+    constraint.forbid(masks[0].view("uint32"))
+    return np.flatnonzero(unpack_masks(masks, vocab)[0]).tolist()
+
+
+def test_allowed_tokens() -> None:
+    assert allowed_by(AllowedTokens((3, 64, 40))) == [3, 40, 64]
+    assert allowed_by(AllowedTokens((31,))) == [31]
+    assert allowed_by(AllowedTokens((100, 0))) == [0, 100]
+
+
+def test_the_last_token_of_a_word_is_forbidden_after_the_others() -> None:
+    sequence = Sequence("a", [5, 6], PLAIN)
+    constraint = BadWords(sequence, [[9], [6, 7], [1, 2, 3]])
+    assert constraint.watches_answer and not BadWords(sequence, [[9]]).watches_answer
+
+    def forbidden(*answer: int) -> set[int]:
+        sequence.token_ids[2:] = answer
+        return set(range(101)) - set(allowed_by(constraint))
+
+    assert forbidden() == {9}  # the 6 before it is the prompt's
+    assert forbidden(6) == {9, 7}
+    assert forbidden(1, 2) == {9, 3}
+    assert forbidden(2) == forbidden(1, 2, 4) == {9}
+    assert forbidden(1, 1, 2) == {9, 3}
+
+
+class Spaced:
+    """A tokenizer whose token for a letter is another one after a space."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        assert not add_special_tokens
+        return [
+            ord(text[i]) + 100 * (text[i - 1 : i] == " ")
+            for i in range(len(text))
+            if text[i] != " "
+        ]
+
+
+def test_words_as_they_are_and_after_a_space() -> None:
+    tokenizer: Any = Spaced()
+    assert tokens_of_words(["ab"], tokenizer) == [[97, 98], [197, 98]]
+    assert tokens_of_words([" ab", "ab", "c"], tokenizer) == [[97, 98], [197, 98], [99], [199]]
+    assert tokens_of_words([], None) == []
+    with pytest.raises(InvalidArgumentError, match="bad_words is .*no tokenizer.*use logit_bias"):
+        tokens_of_words(["x"], None)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_through_the_engine_beside_others(monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+    plain = solo_answer([4, 9, 2], PLAIN).token_ids
+    word = list(plain[3:5])  # what it would say
+    monkeypatch.setattr(
+        word_constraints, "tokens_of_words", lambda words, _: [word] if words else []
+    )
+    engine = fake_engine(num_blocks=60, overlap_steps=overlap)
+    requests = {
+        "plain": PLAIN,
+        "bad": replace(PLAIN, bad_words=("x",)),
+        "few": replace(PLAIN, allowed_token_ids=(3, 40, 41), temperature=1.0, seed=5),
+    }
+    monkeypatch.setattr("octavo.engine.engine.tokens_of_words", lambda *_: [])
+    for name, params in requests.items():
+        engine.add_request(name, [4, 9, 2], params)
+    outputs = run_to_end(engine)
+    found = {name: outputs[name].outputs[0].token_ids for name in requests}
+    assert found["plain"] == plain
+    assert found["bad"][:4] == plain[:4] and found["bad"][4] != plain[4]
+    pairs = list(zip(found["bad"], found["bad"][1:], strict=False))
+    assert tuple(word) not in pairs
+    assert set(found["few"]) <= {3, 40, 41} and len(set(found["few"])) > 1
+
+
+def test_what_cannot_be_is_refused() -> None:
+    for given, message in (
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty; expected at least one"),
+        ({"allowed_token_ids": [-1]}, "an entry of allowed_token_ids is -1"),
+        ({"bad_words": [3]}, "bad_words holds 3; expected strings"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            SamplingParams(**given)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="allowed_token_ids is 70000; expected 0 to"):
+        fake_engine().add_request("a", [1], replace(PLAIN, allowed_token_ids=(70_000,)))
