@@ -75,7 +75,8 @@ def parse(printed: str) -> list[Kernel]:
     for part in printed.split("Building CUDA object ")[1:]:
         source = re.match(r"\S*/(\w+\.cu)", part)
         for name, sm, stack, stores, loads, used in pattern.findall(part):
-            spilled = int(stores) + int(loads)
+            # What is stored and never loaded again, nothing waits for.
+            spilled = int(stores) + int(loads) if int(loads) else 0
             file = source.group(1) if source else "?"
             kernels.append(Kernel(file, name, int(sm), int(used), spilled, int(stack)))
     return kernels
