@@ -26,7 +26,6 @@ from octavo.config import EngineConfig, read_environment
 from octavo.diff.comparison import DiffOptions
 from octavo.diff.setup import DiffRequest, compare
 from octavo.engine.engine import Engine
-from octavo.errors import UnsupportedModelError
 from octavo.model import load_model
 from octavo.models.layer import tap_names
 from octavo.models.registry import FAMILIES
@@ -187,10 +186,6 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 def test_octavo_quantize_writes_it(case: str, tmp_path: Path) -> None:
     """Norms too, which Gemma stores as their difference from 1."""
     _, path = saved_model(case)
-    if case.startswith(("phi3", "gpt2")):
-        with pytest.raises(UnsupportedModelError, match="fused or transformed"):
-            quantize_directory(path, tmp_path / "int8", Scheme("int8"))
-        return
     quantize_directory(path, tmp_path / "int8", Scheme("int8"))
     written = open_checkpoint(read_model(tmp_path / "int8"))
     expected = open_checkpoint(files_of(case))
