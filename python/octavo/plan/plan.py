@@ -14,7 +14,7 @@ from octavo.models.spec import ModelSpec, WeightFormat
 from octavo.plan.devices import Device
 from octavo.plan.memory import Memory, memory_of
 from octavo.plan.speed import Speed, predict
-from octavo.quantization.plan import Scheme, embedding_formats, plan_formats
+from octavo.quantization.plan import resolved_formats
 from octavo.runtime.loader import resolve_options
 from octavo.weights.tensor import TensorDType
 
@@ -138,11 +138,7 @@ def resolve(
     )
     kind = "cuda" if is_gpu else "cpu"
     options = resolve_options(spec, model.dtype, config, environment, kind)
-    formats: dict[str, WeightFormat] = dict(model.stored)
-    if config.quantize is not None:
-        formats = plan_formats(spec, Scheme(config.quantize))[0] | formats
-    if formats and not config.keep_embedding:
-        formats = {**embedding_formats(spec), **formats}
+    formats = resolved_formats(spec, model.stored, config.quantize, config.keep_embedding)
     return spec, replace(options, formats=formats, overlap_steps=is_gpu)
 
 

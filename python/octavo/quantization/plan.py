@@ -113,6 +113,18 @@ def plan_formats(spec: ModelSpec, scheme: Scheme) -> tuple[dict[str, WeightForma
     return formats, notes
 
 
+def resolved_formats(
+    spec: ModelSpec, stored: Mapping[str, WeightFormat], quantize: str | None, keep_embedding: bool
+) -> dict[str, WeightFormat]:
+    """The formats in memory of a model that is loaded so; stored: of matrices in its files."""
+    formats = dict(stored)
+    if quantize is not None:
+        formats = plan_formats(spec, Scheme(quantize))[0] | formats
+    if formats and not keep_embedding:
+        formats = {**embedding_formats(spec), **formats}
+    return formats
+
+
 def _format_for(inputs: int, scheme: Scheme) -> WeightFormat:
     if scheme.has_groups:
         levels = UNIFORM_LEVELS if scheme.name == "int4" else NONUNIFORM_LEVELS

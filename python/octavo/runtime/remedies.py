@@ -11,7 +11,7 @@ from typing import Any
 from octavo.config import EngineConfig, RuntimeOptions
 from octavo.models.layer import linear_nodes
 from octavo.models.spec import ModelSpec, WeightFormat
-from octavo.quantization.plan import Scheme, embedding_formats, plan_formats, weight_bytes
+from octavo.quantization.plan import resolved_formats, weight_bytes
 
 Changes = dict[str, Any]
 """Fields of EngineConfig with other values, to be set together."""
@@ -119,9 +119,6 @@ class Needs:
         return self._dtype(config) if config.kv_dtype == "auto" else config.kv_dtype
 
     def _weights(self, config: EngineConfig) -> int:
-        formats = dict(self.stored)
-        if config.quantize is not None:
-            formats = plan_formats(self.spec, Scheme(config.quantize))[0] | formats
-        if formats and not config.keep_embedding:
-            formats = {**embedding_formats(self.spec), **formats}
+        quantize, kept = config.quantize, config.keep_embedding
+        formats = resolved_formats(self.spec, self.stored, quantize, kept)
         return weight_bytes(self.spec, formats, self._dtype(config))
