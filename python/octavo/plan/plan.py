@@ -101,9 +101,7 @@ def make_plan(
     _check_ranks(spec, request.ranks)
     memory = _memory(spec, options, request, device)
     usable = int(device.memory * USABLE)
-    one = memory_of(
-        spec, options, 1, device.reserved, is_gpu=device.is_gpu, ranks=request.ranks
-    ).kv_cache
+    one = memory.kv_cache // request.concurrency
     largest = max(0, (usable - memory.total + memory.kv_cache) // one)
     speed = predict(
         spec,
