@@ -27,7 +27,8 @@ PIP := bin/python -m pip -qq --disable-pip-version-check
 # Building with the environment's own CMake keeps the object files from one build to the next.
 # (pip older than 23.1, which Python 3.10 and 3.11 bring, knows --config-settings but not -C.)
 SET := --config-settings=
-BUILD_TOOLS := "scikit-build-core>=1.0" "nanobind>=3.0" "cmake>=3.28" "ninja>=1.10"
+# (lm-eval needs rouge_score, which comes as source only and is built with setuptools' bdist_wheel.)
+BUILD_TOOLS := "scikit-build-core>=1.0" "nanobind>=3.0" "cmake>=3.28" "ninja>=1.10" "setuptools>=70.1"
 
 .PHONY: help
 help: ## List the commands
