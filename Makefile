@@ -27,6 +27,9 @@ PIP := bin/python -m pip -qq --disable-pip-version-check
 # Building with the environment's own CMake keeps the object files from one build to the next.
 # (pip older than 23.1, which Python 3.10 and 3.11 bring, knows --config-settings but not -C.)
 SET := --config-settings=
+# One build serves the environments of all tests.
+TEST_BUILD := "$(SET)build-dir=build/test/{wheel_tag}" $(SET)cmake.define.OCTAVO_CUDA=OFF \
+  $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON
 # (lm-eval needs rouge_score, which comes as source only and is built with setuptools' bdist_wheel.)
 BUILD_TOOLS := "scikit-build-core>=1.0" "nanobind>=3.0" "cmake>=3.28" "ninja>=1.10" "setuptools>=70.1"
 
@@ -59,10 +62,7 @@ $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(TEST_VENV)
 	@echo "building and installing octavo with what its tests need (a minute or two)"
 	@$(TEST_VENV)/$(PIP) install $(BUILD_TOOLS)
-	@$(TEST_VENV)/$(PIP) install --no-build-isolation ".[test]" \
-	  "$(SET)build-dir=build/test/{wheel_tag}" \
-	  $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON \
-	  $(SET)cmake.define.OCTAVO_CUDA=OFF
+	@$(TEST_VENV)/$(PIP) install --no-build-isolation ".[test]" $(TEST_BUILD)
 	@touch $@
 
 .PHONY: test-page
@@ -80,10 +80,7 @@ $(CLIENTS_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(CLIENTS_VENV)
 	@echo "building and installing octavo with clients of its server (some minutes)"
 	@$(CLIENTS_VENV)/$(PIP) install $(BUILD_TOOLS)
-	@$(CLIENTS_VENV)/$(PIP) install --no-build-isolation ".[test,clients]" \
-	  "$(SET)build-dir=build/test/{wheel_tag}" \
-	  $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON \
-	  $(SET)cmake.define.OCTAVO_CUDA=OFF
+	@$(CLIENTS_VENV)/$(PIP) install --no-build-isolation ".[test,clients]" $(TEST_BUILD)
 	@touch $@
 
 # ---- development ----
@@ -204,9 +201,7 @@ $(HF_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(HF_VENV)
 	@echo "building and installing octavo, torch and transformers (some minutes)"
 	@$(HF_VENV)/$(PIP) install $(BUILD_TOOLS)
-	@$(HF_VENV)/$(PIP) install --no-build-isolation ".[test,hf]" \
-	  "$(SET)build-dir=build/hf/{wheel_tag}" \
-	  $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON $(SET)cmake.define.OCTAVO_CUDA=OFF
+	@$(HF_VENV)/$(PIP) install --no-build-isolation ".[test,hf]" $(TEST_BUILD)
 	@touch $@
 
 .PHONY: clean
