@@ -16,7 +16,7 @@ const writing = new Map(); // conversation id -> {node, controller}; several may
 const isWriting = (node) => [...writing.values()].some((one) => one.node === node);
 export const writes = (conversation) => writing.has(conversation.id);
 
-const actions = { isWriting, edit, again, goOn, choose };
+const actions = { isWriting, edit, again, choose };
 
 function setBusy() {
   const busy = writes(state.current);
@@ -34,22 +34,20 @@ function show(toEnd = true) {
   if (toEnd) follow(true);
 }
 
-/** What a request to go on from `node` down to its end holds. */
-function requestOf(conversation, last, goesOn) {
+/** What a request to answer the message with the id `last` holds. */
+function requestOf(conversation, last) {
   const turns = branch(conversation, last).filter((node) => node.content);
   const messages = turns.map(({ role, content }) => ({ role, content }));
   const system = (conversation.settings.system ?? "").trim();
   if (system) messages.unshift({ role: "system", content: system });
-  const continued = goesOn ? { continue_final_message: true, add_generation_prompt: false } : {};
   // Counts come with every piece, so that an answer that is stopped has them too.
   const options = { include_usage: true, continuous_usage_stats: true };
-  return { messages, stream: true, stream_options: options, ...requestFields(conversation), ...continued };
+  return { messages, stream: true, stream_options: options, ...requestFields(conversation) };
 }
 
 /** Read an answer into its node; `tell` is called after each piece. */
 async function read(node, request, signal, tell) {
   const { facts } = node;
-  const before = { written: facts.written ?? 0, seconds: facts.seconds ?? 0 };
   const started = performance.now();
   let first = 0;
   for await (const event of stream("/v1/chat/completions", request, signal)) {
@@ -58,7 +56,7 @@ async function read(node, request, signal, tell) {
     if (event.usage) {
       facts.read = event.usage.prompt_tokens;
       facts.cached = event.usage.prompt_tokens_details?.cached_tokens ?? facts.cached ?? 0;
-      facts.written = before.written + event.usage.completion_tokens;
+      facts.written = event.usage.completion_tokens;
     }
     const choice = event.choices[0];
     if (!choice) continue;
@@ -68,18 +66,17 @@ async function read(node, request, signal, tell) {
         facts.first = (first - started) / 1000;
       }
       node.content += choice.delta.content;
-      facts.seconds = before.seconds + (performance.now() - first) / 1000;
+      facts.seconds = (performance.now() - first) / 1000;
       tell();
     }
     facts.reason = choice.finish_reason ?? facts.reason;
   }
 }
 
-async function write(conversation, node, last, goesOn = false) {
-  const request = requestOf(conversation, last, goesOn);
+async function write(conversation, node) {
+  const request = requestOf(conversation, node.parent);
   const controller = new AbortController();
-  node.facts = { ...(goesOn ? node.facts : {}), reason: "writing" };
-  delete node.facts.error;
+  node.facts = { reason: "writing" };
   writing.set(conversation.id, { node, controller });
   if (conversation === state.current) show();
   state.save(conversation);
@@ -132,7 +129,7 @@ export function send(text) {
   if (!content || !canSend(conversation)) return;
   const asked = addNode(conversation, conversation.leaf, "user", content);
   setDraft("");
-  write(conversation, addNode(conversation, asked.id, "assistant", ""), asked.id);
+  write(conversation, addNode(conversation, asked.id, "assistant", ""));
 }
 
 function edit(node, content) {
@@ -140,7 +137,7 @@ function edit(node, content) {
   if (node.role === "user" ? !canSend(conversation) : !isFree(conversation)) return;
   const changed = addNode(conversation, node.parent, node.role, content);
   if (node.role === "user") {
-    write(conversation, addNode(conversation, changed.id, "assistant", ""), changed.id);
+    write(conversation, addNode(conversation, changed.id, "assistant", ""));
   } else {
     hold(() => show(false));
     state.save(conversation);
@@ -153,14 +150,7 @@ function again(node) {
   const conversation = state.current;
   if (!canSend(conversation)) return;
   const answer = node.content ? addNode(conversation, node.parent, "assistant", "") : node;
-  write(conversation, answer, answer.parent);
-  prompt.focus();
-}
-
-/** More of an answer that was cut off. */
-function goOn(node) {
-  if (!canSend(state.current)) return;
-  write(state.current, node, node.id, true);
+  write(conversation, answer);
   prompt.focus();
 }
 

@@ -3,7 +3,7 @@
 import { stop } from "./chat.js";
 import { $, element } from "./dom.js";
 import { focusedId, press, walk } from "./messages.js";
-import { showPanel, togglePanel } from "./panels.js";
+import { closeCover, showPanel, togglePanel } from "./panels.js";
 import * as state from "./state.js";
 
 /** [how it is shown, what it does, its code, what runs]; with Alt, anywhere. */
@@ -58,7 +58,7 @@ const isTyping = () => document.activeElement?.matches("input:not([type=range]),
 document.addEventListener("keydown", (event) => {
   if (document.querySelector("dialog[open]")) return;
   const open = document.querySelector(":popover-open");
-  if (event.key === "Escape" && !open) stop();
+  if (event.key === "Escape" && !open && !closeCover()) stop();
   const plain = PLAIN.find(([key]) => key === event.key);
   if (plain && !isTyping() && !event.altKey && !event.ctrlKey && !event.metaKey) {
     event.preventDefault();

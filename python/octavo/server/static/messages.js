@@ -13,7 +13,6 @@ const ENDINGS = {
   timeout: "out of time",
   writing: "the page was left before its end",
 };
-const CUT = ["length", "stopped", "gone", "writing"]; // endings after which more can be asked for
 
 const elementOf = (node) => messages.querySelector(`[data-id="${node.id}"]`);
 
@@ -54,7 +53,6 @@ function foot(conversation, node, actions) {
   made.append(button("Edit", () => edit(node, actions), { className: "edit" }));
   if (!isAnswer) return made;
   made.append(button("Again", () => actions.again(node)));
-  if (node.content && CUT.includes(node.facts?.reason)) made.append(button("Go on", () => actions.goOn(node)));
   if (node.facts?.id) made.append(button("Where did the time go?", () => explain(node.facts.id)));
   return made;
 }

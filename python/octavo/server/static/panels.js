@@ -34,6 +34,13 @@ export function togglePanel(id) {
   else $(`show-${id}`).focus();
 }
 
+/** Close a panel that covers the chat of a narrow screen; whether there was one. */
+export function closeCover() {
+  const cover = isNarrow() && PANELS.find((id) => !$(id).hidden);
+  if (cover) togglePanel(cover);
+  return Boolean(cover);
+}
+
 for (const id of PANELS) {
   const remembered = memory.get(`panel-${id}`) ?? (id === "settings" ? "closed" : "open");
   set(id, remembered === "open" && !isNarrow());
