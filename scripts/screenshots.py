@@ -1,8 +1,8 @@
 """Take the pictures of the page that the README shows: docs/images/page-light.png and -dark.png.
 
-    python scripts/screenshots.py            # needs octavo, octavo[browser], a Chromium, the demo model
+    python scripts/screenshots.py
 
-It starts a server with the demo model, asks it a few things in a headless browser, lets other
+It needs octavo[browser], a Chromium and the demo model. It starts a server with the demo model, asks it a few things in a headless browser, lets other
 requests run beside so that the engine has something to do, and takes a picture in each light.
 Every text in them is the model's own; the speeds are of the machine that the script runs on.
 """
@@ -36,11 +36,10 @@ def start_server(model: str) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(
         [*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True
     )
-    assert process.stderr is not None
-    for line in process.stderr:
+    for line in process.stderr or ():
         entry = json.loads(line) if line.startswith("{") else {}
         if entry.get("event") == "ready":
-            threading.Thread(target=process.stderr.read, daemon=True).start()  # never full
+            threading.Thread(target=process.communicate, daemon=True).start()  # never full
             return process, re.sub("/$", "", entry["url"])
     raise SystemExit("the server did not start: is the demo model there (octavo pull)?")
 
@@ -48,7 +47,8 @@ def start_server(model: str) -> tuple[subprocess.Popen[str], str]:
 def post(url: str, index: int) -> None:
     """One of the requests beside: a prompt and an answer of its own length."""
     body = {
-        "prompt": f"Chapter {index}. " + "It was a long way to the sea, and the wind blew. " * index,
+        "prompt": f"Chapter {index}. "
+        + "It was a long way to the sea, and the wind blew. " * index,
         "max_tokens": 600,
         "ignore_eos": True,
         "temperature": 0.8,

@@ -292,6 +292,38 @@ def test_two_conversations_are_answered_at_a_time(browser: Any, page_url: str) -
         page.keyboard.press("Escape")
         page.locator(".message.assistant .facts").wait_for()
         assert page.locator("#conversation-list .busy").count() == 1
+        # The other is deleted while it is being written: it stays away.
+        page.locator("#conversation-list .open", has_text="Second").focus()
+        page.keyboard.press("Delete")
+        page.wait_for_timeout(300)
+        assert titles(page) == ["First"]
+
+
+def test_the_map_shows_a_few_blocks_of_a_large_cache(browser: Any, page_url: str) -> None:
+    script = """async (used) => {
+      const { show } = await import("/static/kv_map.js");
+      const kinds = new Uint8Array(25_000);
+      kinds.set(used);
+      show({ size: 16, map: btoa(String.fromCharCode(...kinds.subarray(0, 25_000))) });
+      const canvas = document.getElementById("kv-map");
+      const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+      const colours = {};
+      for (let i = 0; i < data.length; i += 4) {
+        const name = data.slice(i, i + 3).join();
+        if (data[i + 3] === 255) colours[name] = (colours[name] ?? 0) + 1;
+      }
+      const text = document.getElementById("kv-extent").textContent;
+      return [colours, text, document.getElementById("kv-use").textContent];
+    }"""
+    with tab(browser, page_url) as page:
+        colours, extent, use = page.evaluate(script, [3, 3, 4, 1, 2])
+        # Blank, two owners, cached, shared: each block is a square that one can see.
+        assert len(colours) == 5 and min(colours.values()) >= 100
+        assert re.fullmatch(r"Blocks 0 to \d\d of 25,000, of 16 tokens each.*blank\.", extent)
+        assert use == "4 held · 1 cached"
+        colours, extent, use = page.evaluate(script, [3] * 25_000)
+        assert len(colours) == 1 and extent == "25,000 blocks, of 16 tokens each."
+        assert use == "25,000 held · 0 cached"
 
 
 FOCUSABLE = "a[href], button:not([disabled]), input, textarea, select, [tabindex='0']"

@@ -80,6 +80,7 @@ async function write(conversation, node) {
   writing.set(conversation.id, { node, controller });
   if (conversation === state.current) show();
   state.save(conversation);
+  const isDeleted = () => state.isNew(conversation);
   let frame = 0;
   let saved = performance.now();
   const drawSoon = () => {
@@ -87,7 +88,7 @@ async function write(conversation, node) {
       frame = 0;
       if (conversation === state.current) view.grow(node);
     });
-    if (performance.now() - saved > SAVE_EVERY) {
+    if (performance.now() - saved > SAVE_EVERY && !isDeleted()) {
       saved = performance.now();
       state.saveProgress(conversation);
     }
@@ -109,7 +110,7 @@ async function write(conversation, node) {
     view.refresh(conversation, node, actions);
     setBusy();
   }
-  state.save(conversation);
+  if (!isDeleted()) state.save(conversation);
 }
 
 const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
@@ -165,8 +166,8 @@ function choose(node) {
   state.save(conversation);
 }
 
-export function stop() {
-  writing.get(state.current.id)?.controller.abort();
+export function stop(conversation = state.current) {
+  writing.get(conversation.id)?.controller.abort();
 }
 
 // ---- the message box ----
@@ -194,7 +195,7 @@ $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   send(prompt.value);
 });
-$("stop-button").addEventListener("click", stop);
+$("stop-button").addEventListener("click", () => stop());
 $("suggestions").addEventListener("click", (event) => {
   if (event.target instanceof HTMLButtonElement) send(event.target.textContent);
 });

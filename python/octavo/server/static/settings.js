@@ -5,7 +5,7 @@
 
 import { get } from "./api.js";
 import * as connection from "./connection.js";
-import { $, element } from "./dom.js";
+import { $, element, toast } from "./dom.js";
 import * as state from "./state.js";
 
 const form = $("sampling");
@@ -72,6 +72,7 @@ async function askServer() {
     show();
   } catch (error) {
     connection.note(error);
+    if (error.status === 401) toast("This server asks for an API key: enter it under Settings.");
   }
 }
 

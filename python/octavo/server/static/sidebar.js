@@ -1,6 +1,6 @@
 // The list of conversations: search, open, rename, delete.
 
-import { writes } from "./chat.js";
+import { stop, writes } from "./chat.js";
 import { $, button, element, iconButton, toast } from "./dom.js";
 import { isNarrow, showPanel } from "./panels.js";
 import * as state from "./state.js";
@@ -102,6 +102,7 @@ function remove(conversation) {
   const items = [...list.querySelectorAll(".item")];
   const place = items.findIndex((item) => item.dataset.id === conversation.id);
   const next = items[place + 1] ?? items[place - 1];
+  stop(conversation);
   state.remove(conversation);
   (openButton(next?.dataset.id) ?? search).focus();
   toast(`Deleted “${conversation.title}”.`, {
