@@ -2,8 +2,9 @@
 
     python scripts/screenshots.py
 
-It needs octavo[browser], a Chromium and the demo model. It starts a server with the demo model, asks it a few things in a headless browser, lets other
-requests run beside so that the engine has something to do, and takes a picture in each light.
+It needs octavo[browser], a Chromium and the demo model. It starts a server with the demo model,
+asks it a few things in a headless browser, lets other requests run beside so that the engine has
+something to do, and takes a picture in each light.
 Every text in them is the model's own; the speeds are of the machine that the script runs on.
 """
 
