@@ -89,6 +89,11 @@ def ask(page: Any, text: str) -> Any:
     return page.locator(".message.assistant").last.locator(".text")
 
 
+def texts(page: Any, selector: str) -> list[str]:
+    """The text of each element, as a reader sees it."""
+    return [each.inner_text() for each in page.locator(selector).all()]
+
+
 class Gate:
     """A way to a server that can be cut, as if the server had stopped, and opened again."""
 

@@ -49,8 +49,11 @@ function requestRow(request) {
   return row;
 }
 
+let requests = [];
+
 /** The rows of requests; a row that has the focus keeps it. */
-function showRequests(requests) {
+function showRequests(found = requests) {
+  requests = found;
   const focused = document.activeElement?.closest("#requests button")?.title;
   $("requests").replaceChildren(...requests.map(requestRow));
   $("no-requests").hidden = requests.length > 0;
@@ -109,6 +112,7 @@ export async function watch() {
 function drawAgain() {
   kvMap.drawAgain();
   drawSparkline();
+  showRequests(); // their colours are those of the map
 }
 window.addEventListener("resize", drawAgain);
 document.addEventListener("themechange", drawAgain);
