@@ -66,9 +66,9 @@ $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@touch $@
 
 .PHONY: test-page
-test-page: $(TEST_VENV)/.installed ## The server's page in headless Chromium, which has to be there
+test-page: $(TEST_VENV)/.installed ## The server's pages in headless Chromium, which has to be there
 	$(TEST_VENV)/$(PIP) install "octavo[browser]"
-	$(TEST_VENV)/bin/python -m pytest tests/server/test_server_page.py --timeout=300 $(ARGS)
+	$(TEST_VENV)/bin/python -m pytest tests/server/test_server_page*.py --timeout=300 $(ARGS)
 
 # Apart from the other tests, whose versions of packages these clients would change.
 .PHONY: test-clients

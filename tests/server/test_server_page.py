@@ -1,16 +1,18 @@
-"""The page: its files and what they may reach; and in a browser, where there is one."""
+"""The page and the documentation: their files, what they may reach, and what they show."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import html as html_text
+import json
 import re
-import shutil
-from collections.abc import Iterator
+import shlex
 from pathlib import Path
 from typing import Any
 
-import pytest
-from server_helpers import error_of, fake_llm, listening, run, serving, slow_down
+import httpx
+from server_helpers import error_of, events_of, fake_llm, run, serving, slow_down
 
 import octavo
 from octavo.engine.events import WAITING_REASONS
@@ -19,34 +21,129 @@ from octavo.server.pages import BLANK, FIRST_OWNER, SHARED
 STATIC = Path(octavo.__file__).parent / "server" / "static"
 
 
-def test_every_file_is_served_and_none_reaches_out(tmp_path: Path) -> None:
-    files = sorted(STATIC.iterdir())
-    assert {"index.html", "style.css", "app.js", "chat.js", "engine.js"} <= {f.name for f in files}
+OWN = [path for path in sorted(STATIC.iterdir()) if path.is_file()]
+VENDOR = sorted((STATIC / "vendor").iterdir())
+PAGES = ("index.html", "docs.html")
 
+
+def test_every_file_is_served_and_the_policy_is_strict(tmp_path: Path) -> None:
     async def test() -> None:
         async with serving(fake_llm(tmp_path), api_keys=("k",)) as (client, _):
-            page = await client.get("/")
-            assert page.status_code == 200 and "<title>octavo</title>" in page.text
-            assert "default-src 'self'" in page.headers["content-security-policy"]
-            for name in re.findall(r'(?:src|href)="(/[^"#]+)"', page.text):
-                assert (await client.get(name)).status_code == 200, name
-            for file in files:
-                assert (await client.get(f"/static/{file.name}")).content == file.read_bytes()
+            for address in ("/", "/docs"):
+                page = await client.get(address)
+                assert page.status_code == 200 and "octavo</title>" in page.text
+                policy = page.headers["content-security-policy"]
+                rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+                assert rules["default-src"] == "'none'"
+                assert rules["script-src"] == rules["style-src"] == "'self'"
+                assert rules["require-trusted-types-for"] == "'script'"
+                assert "unsafe" not in policy and "http" not in policy and "*" not in policy
+                for name in re.findall(r'(?:src|href)="(/[^"#]*)"', page.text):
+                    assert (await client.get(name)).status_code == 200, name
+            for file in [*OWN, *VENDOR]:
+                address = f"/static/{file.relative_to(STATIC)}"
+                response = await client.get(address)
+                assert response.content == file.read_bytes()
+                assert response.headers["cache-control"] == "no-cache"
+                if file.suffix in (".js", ".mjs"):
+                    assert "javascript" in response.headers["content-type"]
+                again = {"If-None-Match": response.headers["etag"]}
+                assert (await client.get(address, headers=again)).status_code == 304
             assert (await client.get("/favicon.ico")).status_code == 200
             for name in ("../app.py", "%2e%2e/app.py", "missing.js"):
                 assert (await client.get(f"/static/{name}")).status_code in (401, 404)
             error_of(await client.get("/engine"), 401)
 
     run(test)
-    for file in files:
-        elsewhere = re.findall(r"https?://(?!www\.w3\.org/2000/svg)\S+", file.read_text())
+
+
+def test_the_page_reaches_no_other_host_and_stays_readable() -> None:
+    for file in OWN:
+        text = file.read_text()
+        elsewhere = re.findall(r"https?://(?!www\.w3\.org/2000/svg)\w\S+", text)
         assert not elsewhere, file
-    html = (STATIC / "index.html").read_text()
-    assert not re.search(r"<script(?![^>]*src=)|\bon\w+=|\bstyle=", html)  # the policy forbids them
-    labels = set(re.findall(r'for="([^"]+)"', html))
-    assert labels <= set(re.findall(r'id="([^"]+)"', html))
-    used = set(re.findall(r'\$\("([\w-]+)"\)', "".join(f.read_text() for f in STATIC.glob("*.js"))))
-    assert used <= set(re.findall(r'id="([^"]+)"', html))
+        assert len(text.splitlines()) <= 400, file
+    for name in PAGES:
+        html = (STATIC / name).read_text()
+        # The policy forbids all of these.
+        assert not re.search(r"<script(?![^>]*src=)|\bon\w+=|\bstyle=|<style", html)
+        ids = re.findall(r'\bid="([^"]+)"', html)
+        assert len(ids) == len(set(ids))
+        pointed = re.findall(
+            r'(?:\bfor|aria-controls|popovertarget|aria-labelledby)="([^"]+)"', html
+        )
+        pointed += re.findall(r'href="#([^"]+)"', html)
+        assert set(pointed) <= set(ids)
+    ids = set(re.findall(r'id="([^"]+)"', "".join((STATIC / name).read_text() for name in PAGES)))
+    used = {i for f in STATIC.glob("*.js") for i in re.findall(r'\$\("([\w-]+)"\)', f.read_text())}
+    assert used and used <= ids
+
+
+def test_the_libraries_are_those_that_their_table_names() -> None:
+    table = (STATIC / "vendor" / "README.md").read_text()
+    rows = re.findall(r"^\| `([\w.-]+)` \| (\S+)@([\d.]+) \|.*`(\w{64})` \|$", table, re.M)
+    scripts = {file.name for file in VENDOR if file.suffix in (".js", ".mjs")}
+    assert {name for name, *_ in rows} == scripts and len(scripts) == 3
+    for name, _, version, digest in rows:
+        content = (STATIC / "vendor" / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == digest, name
+        assert version in content[:400].decode(), name  # each says its version in its first lines
+    assert len([file for file in VENDOR if file.name.startswith("LICENSE-")]) == 3
+
+
+CODE = re.compile(r'<pre><code class="language-(\w+)">(.*?)</code></pre>', re.S)
+
+
+NAME = """the "one's" <b>"""  # must be written as HTML, as JSON, and within quotes of a shell
+
+
+async def send_as_curl(client: httpx.AsyncClient, command: str) -> httpx.Response:
+    """Send what one curl command of the documentation would."""
+    words = shlex.split(command.replace("\\\n", " ").replace("$OCTAVO_API_KEY", "k"))
+    words = [word for word in words if word != "-N"]
+    assert words[0] == "curl" and words[1].startswith("http://server/")
+    pairs = list(zip(words[2::2], words[3::2], strict=True))
+    assert {option for option, _ in pairs} <= {"-H", "-d"}
+    headers = dict(value.split(": ") for option, value in pairs if option == "-H")
+    bodies = [value for option, value in pairs if option == "-d"]
+    if not bodies:
+        return await client.get(words[1], headers=headers)
+    assert json.loads(bodies[0])["model"] == NAME
+    return await client.post(words[1], headers=headers, content=bodies[0])
+
+
+def test_the_documentation_has_examples_that_run_as_they_are_printed(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content[:3] }}{% endfor %}A"
+
+    async def test() -> None:
+        llm = fake_llm(tmp_path, template)
+        async with serving(llm, api_keys=("k",), served_names=(NAME,)) as (client, _):
+            page = (await client.get("/docs")).text
+            assert "{{" not in page and "<b>" not in page
+            examples = [(kind, html_text.unescape(code)) for kind, code in CODE.findall(page)]
+            commands = [
+                command
+                for kind, code in examples
+                if kind == "bash"
+                for command in re.split(r"\n(?=curl )", code)
+            ]
+            assert len(commands) == 10
+            for command in commands:
+                response = await send_as_curl(client, command)
+                assert response.status_code == 200, response.text
+                if "include_usage" in command:
+                    assert events_of(response.text)[-1]["usage"]["completion_tokens"] > 0
+                if "json_schema" in command:
+                    answer = response.json()["choices"][0]
+                    if answer["finish_reason"] == "stop":
+                        assert set(json.loads(answer["message"]["content"])) == {"city", "country"}
+            (python,) = [code for kind, code in examples if kind == "python"]
+            compile(python, "docs", "exec")
+            assert 'base_url="http://server/v1"' in python
+            routes = (await client.get("/openapi.json")).json()["paths"]
+            assert {"/v1/chat/completions", "/tokenize", "/engine"} <= set(routes)
+
+    run(test)
 
 
 def test_the_live_view(tmp_path: Path) -> None:
@@ -111,66 +208,3 @@ def test_the_event_log_goes_to_a_file(tmp_path: Path) -> None:
             assert f'"request": "{answer["id"]}"' in path.read_text()
 
     run(test)
-
-
-# ---- in a browser ----
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-
-
-@pytest.fixture(scope="module")
-def page_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    llm = fake_llm(tmp_path_factory.mktemp("page"))
-    slow_down(llm, 0.004)
-    with listening(llm, served_names=("tiny",)) as url:
-        yield url
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-def test_in_a_browser(page_url: str) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    problems: list[str] = []
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1300, "height": 800}, color_scheme="dark")
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-        page.goto(page_url)
-        assert page.locator("html").get_attribute("data-theme") == "dark"
-        sync_api.expect(page.locator("#model")).to_contain_text("tiny")
-
-        # With the keyboard alone: settings, a message, its answer.
-        page.keyboard.press("Alt+s")
-        sync_api.expect(page.locator("#settings")).to_be_visible()
-        page.locator("#max_tokens").fill("300")
-        page.locator("#temperature").focus()
-        page.keyboard.press("Home")
-        page.keyboard.press("Alt+s")
-        page.locator("#messages").focus()
-        page.keyboard.press("/")
-        page.keyboard.type("<b>Hi</b>")
-        page.keyboard.press("Enter")
-        sync_api.expect(page.locator(".message.user .text")).to_have_text("<b>Hi</b>")
-        sync_api.expect(page.locator("#stop-button")).to_be_visible()
-        sync_api.expect(page.locator("#running")).to_have_text("1")
-        page.keyboard.press("Escape")
-        facts = page.locator(".message.assistant .facts")
-        sync_api.expect(facts).to_contain_text("stopped by you")
-        assert page.locator(".message.assistant .text").inner_text()
-
-        page.keyboard.press("Alt+n")
-        sync_api.expect(page.locator("#welcome")).to_be_visible()
-        page.locator("#suggestions button").first.click()
-        sync_api.expect(facts).to_contain_text("written", timeout=30_000)
-        facts.get_by_text("Where did the time go?").click()
-        sync_api.expect(page.locator("#sentences")).to_contain_text("prompt tokens")
-        page.keyboard.press("Escape")
-        page.keyboard.press("Alt+t")
-        assert page.locator("html").get_attribute("data-theme") == "light"
-
-        # What goes wrong is said in the server's words.
-        page.locator("#prompt").fill("x" * 600)
-        page.keyboard.press("Enter")
-        sync_api.expect(page.locator(".error")).to_contain_text("shorten the prompt")
-        browser.close()
-    assert [p for p in problems if "400" not in p] == []

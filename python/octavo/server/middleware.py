@@ -25,7 +25,10 @@ from octavo.server.response_writer import CLIENT_GONE
 _log = logging.getLogger("octavo.access")
 # Clients and scrapers that have no key may look at these; vLLM asks for a key under /v1 alone.
 _OPEN_PATHS = frozenset(
-    {"/", "/health", "/ready", "/ping", "/version", "/metrics", "/openapi.json", "/favicon.ico"}
+    {
+        *("/", "/docs", "/favicon.ico", "/openapi.json"),
+        *("/health", "/ready", "/ping", "/version", "/metrics"),
+    }
 )
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}.*")

@@ -1,15 +1,17 @@
-"""The page at /, its files, and what it shows of the engine: requests, KV cache, speeds, events."""
+"""The page at /, the documentation at /docs, their files, and what they show of the engine."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import html
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
-from starlette.responses import FileResponse, JSONResponse, Response
+from fastapi import FastAPI, Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from octavo.engine.events import WAITING_REASONS, EventLog
@@ -24,11 +26,20 @@ if TYPE_CHECKING:
     from octavo.engine.engine import Engine
 
 _STATIC = Path(__file__).parent / "static"
-# Nothing from another host, nothing inline, no other page's frame around it.
+# Nothing from another host, nothing inline, no other page's frame around it. Text becomes markup
+# only through DOMPurify, in a browser that knows trusted types.
 _POLICY = (
-    "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify"
 )
+# Asked for again each time, which costs a 304: files of two versions of octavo do not mix.
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "Cache-Control": "no-cache",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 BLANK, CACHED, SHARED, FIRST_OWNER = 0, 1, 2, 3  # what a byte of the block map means
 _NUM_OWNERS = 250  # different bytes for sequences; they are used again beyond
 _WINDOW = 2.0  # seconds over which speeds are measured
@@ -39,9 +50,16 @@ class _JsonLines(Response):
     media_type = "application/x-ndjson"
 
 
+class _PageFiles(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(_HEADERS)
+        return response
+
+
 def add_pages(app: FastAPI, service: Service) -> None:
-    """Add the page and the routes under /engine."""
-    app.mount("/static", StaticFiles(directory=_STATIC), name="static")
+    """Add the pages and the routes under /engine."""
+    app.mount("/static", _PageFiles(directory=_STATIC), name="static")
 
     async def copy_events() -> EventLog:
         """The ring as it is now, so that it can be read while the engine goes on."""
@@ -50,8 +68,11 @@ def add_pages(app: FastAPI, service: Service) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
-        return FileResponse(_STATIC / "index.html", headers=headers)
+        return FileResponse(_STATIC / "index.html", headers=_HEADERS)
+
+    @app.get("/docs", include_in_schema=False)
+    async def documentation(request: Request) -> Response:
+        return HTMLResponse(_documentation(service, str(request.base_url)), headers=_HEADERS)
 
     @app.get("/favicon.ico", include_in_schema=False)
     async def icon() -> Response:
@@ -79,6 +100,18 @@ def add_pages(app: FastAPI, service: Service) -> None:
         copy = await copy_events()
         lines = await asyncio.to_thread(lambda: "".join(f"{line}\n" for line in copy.as_jsonl()))
         return _JsonLines(lines)
+
+
+def _documentation(service: Service, url: str) -> str:
+    """docs.html, with this server's address and model in its examples."""
+    key = ' \\\n  -H "Authorization: Bearer $OCTAVO_API_KEY"' if service.options.api_keys else ""
+    # Within a string of JSON, within the single quotes of a shell.
+    model = json.dumps(service.name)[1:-1].replace("'", "\\u0027")
+    values = {"address": url.rstrip("/"), "name": service.name, "model": model, "key": key}
+    page = (_STATIC / "docs.html").read_text(encoding="utf-8")
+    for name, value in values.items():
+        page = page.replace(f"{{{{{name}}}}}", html.escape(value))
+    return page
 
 
 def _copy(events: EventLog) -> EventLog:
@@ -121,6 +154,7 @@ async def describe_engine(service: Service) -> dict[str, Any]:
         "uptime": round(time.time() - service.started, 1),
         "max_model_len": model.max_model_len,
         "max_num_seqs": options.max_num_seqs,
+        "sampling_defaults": dict(service.options.defaults),
         "blocks": {"size": options.block_size, "map": base64.b64encode(states).decode("ascii")},
         "stats": _stats(service),
         "speed": _speed(service),

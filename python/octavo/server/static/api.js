@@ -1,44 +1,77 @@
 // What the page asks of the server. The key stays in this tab's session storage.
 
-const keyField = document.getElementById("api-key");
-keyField.value = sessionStorage.getItem("octavo-key") ?? "";
-keyField.addEventListener("input", () => sessionStorage.setItem("octavo-key", keyField.value));
+import { $ } from "./dom.js";
+
+const keyField = $("api-key");
+if (keyField) {
+  keyField.value = sessionStorage.getItem("octavo-key") ?? "";
+  keyField.addEventListener("input", () => sessionStorage.setItem("octavo-key", keyField.value));
+}
 
 function headers() {
-  const key = keyField.value.trim();
+  const key = (sessionStorage.getItem("octavo-key") ?? "").trim();
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
+/** Nobody answered, or not to the end: the server has stopped, or the network is down. */
+export class ServerGone extends Error {}
+
 /** The server's own words for what went wrong. */
 async function failure(response) {
+  let message = `the server answers with status ${response.status}`;
   try {
-    const { error } = await response.json();
-    return Object.assign(new Error(error.message), { status: response.status });
+    ({ message } = (await response.json()).error);
   } catch {
-    return Object.assign(new Error(`status ${response.status}`), { status: response.status });
+    // Not octavo's own answer: something between may have written it.
+  }
+  return Object.assign(new Error(message), { status: response.status });
+}
+
+async function reach(path, options) {
+  try {
+    return await fetch(path, { ...options, headers: { ...headers(), ...options.headers } });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerGone("the server cannot be reached");
+  }
+}
+
+async function ask(path, options) {
+  const response = await reach(path, options);
+  if (!response.ok) throw await failure(response);
+  return response;
+}
+
+/** {status, phase, reason} of the server, whether it is well or not. */
+export async function health() {
+  const response = await reach("/health", {});
+  try {
+    return await response.json();
+  } catch {
+    throw new ServerGone("something else answers in the server's place");
   }
 }
 
 export async function get(path) {
-  const response = await fetch(path, { headers: headers() });
-  if (!response.ok) throw await failure(response);
-  return response.json();
+  return (await ask(path, {})).json();
 }
 
 /** The objects of a stream of server-sent events, until [DONE]. */
 export async function* stream(path, body, signal) {
-  const response = await fetch(path, {
+  const response = await ask(path, {
     method: "POST",
-    headers: { ...headers(), "Content-Type": "application/json" },
+    headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body),
     signal,
   });
-  if (!response.ok) throw await failure(response);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true };
+    });
+    if (done) throw new ServerGone("the server has stopped in the middle of the answer");
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {

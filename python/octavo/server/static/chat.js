@@ -1,205 +1,212 @@
-// The conversation: messages, streaming, and what each answer took.
+// Asking and answering: sends messages, writes answers down as they come, stops, tries again.
 
-import { get, stream } from "./api.js";
-import { render } from "./markdown.js";
+import { stream } from "./api.js";
+import * as connection from "./connection.js";
+import { $, memory, toast } from "./dom.js";
+import * as view from "./messages.js";
+import { follow, hold } from "./scroll.js";
+import { requestFields } from "./settings.js";
+import * as state from "./state.js";
+import { addNode, branch, showBranch, siblings } from "./tree.js";
 
-const $ = (id) => document.getElementById(id);
-const messages = $("messages");
 const prompt = $("prompt");
-const conversation = [];
-let controller = null;
+const SAVE_EVERY = 1000; // milliseconds, while an answer is being written
+const writing = new Map(); // conversation id -> {node, controller}; several may be written at a time
 
-const NUMBERS = ["temperature", "top_p", "min_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_tokens", "seed"];
+const isWriting = (node) => [...writing.values()].some((one) => one.node === node);
+export const writes = (conversation) => writing.has(conversation.id);
 
-/** The settings as fields of a request; those that are left empty are left out. */
-function sampling() {
-  const fields = {};
-  for (const name of NUMBERS) {
-    if ($(name).value !== "") fields[name] = Number($(name).value);
-  }
-  if ($("stop").value) fields.stop = [$("stop").value];
-  return fields;
-}
+const actions = { isWriting, edit, again, choose };
 
-function addMessage(role, text) {
-  $("welcome").hidden = true;
-  const message = document.createElement("article");
-  message.className = `message ${role}`;
-  message.setAttribute("aria-label", role === "user" ? "You" : "Answer");
-  const body = document.createElement("div");
-  body.className = "text";
-  body.textContent = text;
-  message.append(body);
-  messages.append(message);
-  scrollDown(true);
-  return message;
-}
-
-/** Follow the text as it grows, unless the reader has scrolled away. */
-function scrollDown(always = false) {
-  const distance = messages.scrollHeight - messages.scrollTop - messages.clientHeight;
-  if (always || distance < 120) messages.scrollTo({ top: messages.scrollHeight, behavior: "instant" });
-}
-
-function fact(text) {
-  const span = document.createElement("span");
-  span.textContent = text;
-  return span;
-}
-
-function action(label, run) {
-  const button = document.createElement("button");
-  button.type = "button";
-  button.textContent = label;
-  button.addEventListener("click", run);
-  return button;
-}
-
-function addFacts(message, answer) {
-  const facts = document.createElement("div");
-  facts.className = "facts";
-  const seconds = (answer.ended - answer.first) / 1000;
-  if (answer.usage) {
-    const { completion_tokens: made, prompt_tokens: read } = answer.usage;
-    const cached = answer.usage.prompt_tokens_details?.cached_tokens ?? 0;
-    facts.append(fact(`${read} tokens read${cached ? `, ${cached} of them cached` : ""}`));
-    facts.append(fact(`${made} written`));
-    if (made > 1 && seconds > 0) facts.append(fact(`${((made - 1) / seconds).toFixed(1)} a second`));
-  }
-  if (answer.first) facts.append(fact(`first after ${((answer.first - answer.started) / 1000).toFixed(2)} s`));
-  const endings = { length: "cut off at its longest", stopped: "stopped by you", timeout: "out of time" };
-  if (endings[answer.reason]) facts.append(fact(endings[answer.reason]));
-  facts.append(action("Copy", () => navigator.clipboard?.writeText(answer.text)));
-  if (answer.id) facts.append(action("Where did the time go?", () => explain(answer.id)));
-  facts.append(action("Again", regenerate));
-  message.append(facts);
-}
-
-export async function explain(id) {
-  $("explanation-id").textContent = id;
-  let sentences;
-  try {
-    ({ sentences } = await get(`/engine/requests/${encodeURIComponent(id)}`));
-  } catch (error) {
-    sentences = [error.message];
-  }
-  $("sentences").replaceChildren(
-    ...sentences.map((sentence) => {
-      const item = document.createElement("li");
-      item.textContent = sentence;
-      return item;
-    }),
-  );
-  $("explanation").showModal();
-}
-
-function setBusy(busy) {
+function setBusy() {
+  const busy = writes(state.current);
+  if (busy === $("send").hidden) return;
+  const hadFocus = document.activeElement === $("stop-button") || document.activeElement === $("send");
   $("send").hidden = busy;
   $("stop-button").hidden = !busy;
-  messages.setAttribute("aria-busy", busy);
+  $("messages").setAttribute("aria-busy", busy);
+  if (hadFocus) prompt.focus(); // what had it is hidden now
 }
 
-async function answerTo(turns) {
-  controller = new AbortController();
-  setBusy(true);
-  const message = addMessage("assistant", "");
-  const body = message.querySelector(".text");
-  message.classList.add("writing");
-  const answer = { text: "", started: performance.now(), first: 0, ended: 0, reason: null, usage: null, id: null };
+function show(toEnd = true) {
+  view.show(state.current, actions);
+  setBusy();
+  if (toEnd) follow(true);
+}
+
+/** What a request to answer the message with the id `last` holds. */
+function requestOf(conversation, last) {
+  const turns = branch(conversation, last).filter((node) => node.content);
+  const messages = turns.map(({ role, content }) => ({ role, content }));
+  const system = (conversation.settings.system ?? "").trim();
+  if (system) messages.unshift({ role: "system", content: system });
+  // Counts come with every piece, so that an answer that is stopped has them too.
+  const options = { include_usage: true, continuous_usage_stats: true };
+  return { messages, stream: true, stream_options: options, ...requestFields(conversation) };
+}
+
+/** Read an answer into its node; `tell` is called after each piece. */
+async function read(node, request, signal, tell) {
+  const { facts } = node;
+  const started = performance.now();
+  let first = 0;
+  for await (const event of stream("/v1/chat/completions", request, signal)) {
+    facts.id = event.id;
+    facts.model = event.model;
+    if (event.usage) {
+      facts.read = event.usage.prompt_tokens;
+      facts.cached = event.usage.prompt_tokens_details?.cached_tokens ?? facts.cached ?? 0;
+      facts.written = event.usage.completion_tokens;
+    }
+    const choice = event.choices[0];
+    if (!choice) continue;
+    if (choice.delta.content) {
+      if (!first) {
+        first = performance.now();
+        facts.first = (first - started) / 1000;
+      }
+      node.content += choice.delta.content;
+      facts.seconds = (performance.now() - first) / 1000;
+      tell();
+    }
+    facts.reason = choice.finish_reason ?? facts.reason;
+  }
+}
+
+async function write(conversation, node) {
+  const request = requestOf(conversation, node.parent);
+  const controller = new AbortController();
+  node.facts = { reason: "writing" };
+  writing.set(conversation.id, { node, controller });
+  if (conversation === state.current) show();
+  state.save(conversation);
+  const isDeleted = () => state.isNew(conversation);
   let frame = 0;
-  const draw = () => {
-    frame = 0;
-    body.replaceChildren(...render(answer.text));
-    scrollDown();
+  let saved = performance.now();
+  const drawSoon = () => {
+    frame ||= requestAnimationFrame(() => {
+      frame = 0;
+      if (conversation === state.current) view.grow(node);
+    });
+    if (performance.now() - saved > SAVE_EVERY && !isDeleted()) {
+      saved = performance.now();
+      state.saveProgress(conversation);
+    }
   };
   try {
-    const system = $("system").value.trim();
-    const all = system ? [{ role: "system", content: system }, ...turns] : turns;
-    const request = { messages: all, stream: true, stream_options: { include_usage: true }, ...sampling() };
-    for await (const event of stream("/v1/chat/completions", request, controller.signal)) {
-      answer.id = event.id;
-      answer.usage = event.usage ?? answer.usage;
-      const choice = event.choices[0];
-      if (!choice) continue;
-      if (choice.delta.content) {
-        answer.first ||= performance.now();
-        answer.text += choice.delta.content;
-        frame ||= requestAnimationFrame(draw);
-      }
-      answer.reason = choice.finish_reason ?? answer.reason;
-    }
+    await read(node, request, controller.signal, drawSoon);
   } catch (error) {
     if (error.name === "AbortError") {
-      answer.reason = "stopped";
+      node.facts.reason = "stopped";
     } else {
-      const problem = document.createElement("p");
-      problem.className = "error";
-      problem.setAttribute("role", "alert");
-      problem.textContent = error.message;
-      message.append(problem);
+      node.facts.reason = connection.note(error) ? "gone" : "error";
+      node.facts.error = sentence(error.message);
     }
   }
-  answer.ended = performance.now();
   cancelAnimationFrame(frame);
-  draw();
-  message.classList.remove("writing");
-  addFacts(message, answer);
-  scrollDown();
-  if (answer.text) conversation.push({ role: "assistant", content: answer.text });
-  controller = null;
-  setBusy(false);
-  prompt.focus();
+  writing.delete(conversation.id);
+  conversation.updated = Date.now();
+  if (conversation === state.current) {
+    view.refresh(conversation, node, actions);
+    setBusy();
+  }
+  if (!isDeleted()) state.save(conversation);
 }
+
+const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
+
+/** Whether nothing is being written in a conversation; says so where something is. */
+function isFree(conversation) {
+  if (writes(conversation)) toast("One answer at a time: wait for this one, or stop it.");
+  return !writes(conversation);
+}
+
+/** Whether a message can be sent now; without a server, the line above the message box says so. */
+const canSend = (conversation) => connection.state === "ready" && isFree(conversation);
 
 export function send(text) {
+  const conversation = state.current;
   const content = text.trim();
-  if (!content || controller) return;
-  addMessage("user", content);
-  conversation.push({ role: "user", content });
-  prompt.value = "";
-  fitPrompt();
-  answerTo([...conversation]);
+  if (!content || !canSend(conversation)) return;
+  const asked = addNode(conversation, conversation.leaf, "user", content);
+  setDraft("");
+  write(conversation, addNode(conversation, asked.id, "assistant", ""));
 }
 
-function regenerate() {
-  if (controller) return;
-  while (conversation.length && conversation.at(-1).role === "assistant") conversation.pop();
-  const last = [...messages.querySelectorAll(".message.assistant")].at(-1);
-  if (conversation.length) {
-    last?.remove();
-    answerTo([...conversation]);
+function edit(node, content) {
+  const conversation = state.current;
+  if (node.role === "user" ? !canSend(conversation) : !isFree(conversation)) return;
+  const changed = addNode(conversation, node.parent, node.role, content);
+  if (node.role === "user") {
+    write(conversation, addNode(conversation, changed.id, "assistant", ""));
+  } else {
+    hold(() => show(false));
+    state.save(conversation);
   }
-}
-
-export function stop() {
-  controller?.abort();
-}
-
-export function newChat() {
-  stop();
-  conversation.length = 0;
-  messages.querySelectorAll(".message").forEach((message) => message.remove());
-  $("welcome").hidden = false;
   prompt.focus();
 }
 
-function fitPrompt() {
-  prompt.style.height = "auto";
-  prompt.style.height = `${prompt.scrollHeight}px`;
+/** Another answer beside this one; in its place where it has no text. */
+function again(node) {
+  const conversation = state.current;
+  if (!canSend(conversation)) return;
+  const answer = node.content ? addNode(conversation, node.parent, "assistant", "") : node;
+  write(conversation, answer);
+  prompt.focus();
 }
 
-prompt.addEventListener("input", fitPrompt);
+function choose(node) {
+  const conversation = state.current;
+  if (!isFree(conversation)) return;
+  const all = siblings(conversation, node);
+  const shown = all.find((one) => branch(conversation).includes(one));
+  showBranch(conversation, node);
+  hold(() => show(false));
+  view.focusTurn(node, all.indexOf(node) > all.indexOf(shown) ? 1 : -1);
+  state.save(conversation);
+}
+
+export function stop(conversation = state.current) {
+  writing.get(conversation.id)?.controller.abort();
+}
+
+// ---- the message box ----
+
+const draftKey = () => (state.isNew(state.current) ? "draft-new" : `draft-${state.current.id}`);
+
+function setDraft(text) {
+  prompt.value = text;
+  memory.set(draftKey(), text);
+  view.fit(prompt);
+}
+
+prompt.addEventListener("input", () => setDraft(prompt.value));
 prompt.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
     send(prompt.value);
+  }
+  if (event.key === "ArrowUp" && !prompt.value) {
+    event.preventDefault();
+    view.press(view.lastAskedId(), ".edit");
   }
 });
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   send(prompt.value);
 });
-$("stop-button").addEventListener("click", stop);
+$("stop-button").addEventListener("click", () => stop());
 $("suggestions").addEventListener("click", (event) => {
   if (event.target instanceof HTMLButtonElement) send(event.target.textContent);
+});
+
+let shown = null;
+state.events.addEventListener("current", () => {
+  const isOther = shown !== state.current;
+  if (!isOther && document.querySelector(".editing")) return; // another tab wrote; not now
+  shown = state.current;
+  if (!isOther) return hold(() => show(false));
+  setDraft(memory.get(draftKey()) ?? "");
+  show();
+  document.title = state.current.title ? `${state.current.title} · octavo` : "octavo";
 });
