@@ -395,6 +395,47 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.begin(key, tokens[: num_alike + 1], prefix or Prefix((), 0))
 
     @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), chains=st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    def draft(self, data: st.DataObject, chains: list[int]) -> None:
+        """A step with branches of drafts: the sequence keeps one of the tables, or its own."""
+        key = data.draw(st.sampled_from(sorted(self.tokens)))
+        num_spare = data.draw(st.sampled_from([0, 0, 1]))
+        kept = data.draw(st.integers(0, len(chains)))
+        tokens, length = self.tokens[key], len(self.tokens[key])
+        branches: list[tuple[object, list[int]]] = []
+        for number, count in enumerate(chains):
+            own = [*tokens, *[(number + place) % 2 for place in range(count)]]
+            needed = 3 * (-(-len(own) // BLOCK) - length // BLOCK)
+            fits = needed + 3 * num_spare <= self.blocks.num_free_blocks
+            branch = ("branch", number)
+            copies = self.blocks.branch(key, branch, length, len(own), num_spare)
+            assert (copies is not None) == fits
+            if copies is None:
+                continue
+            for group, source, destination in copies:
+                assert self.content[source][0] == group
+                self.content[destination] = group, list(self.content[source][1])
+            for group, _ in enumerate(self.WINDOWS):
+                table = self.blocks.block_table(branch, group)
+                for position in range(length, len(own)):
+                    block = table[position // BLOCK]
+                    assert self.blocks.pool.num_holders(block) == 1
+                    before = self.content[block][1][: position % BLOCK] if position % BLOCK else []
+                    self.content[block] = group, [*before, own[position]]
+            branches.append((branch, own))
+        self.blocks.check_integrity()
+        self.every_sequence_reads_what_it_wrote()
+        for number, (branch, own) in enumerate(branches):
+            if number != kept:
+                self.blocks.free(branch)
+                continue
+            self.blocks.adopt(key, branch)
+            self.tokens[key] = own
+            for index, name in enumerate(names_of(own)):
+                self.blocks.publish(key, index, name)
+            self.blocks.advance(key, len(own))
+
+    @precondition(lambda self: self.tokens)
     @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=3))
     def grow(self, data: st.DataObject, more: list[int]) -> None:
         key = data.draw(st.sampled_from(sorted(self.tokens)))

@@ -251,6 +251,40 @@ class BlockManager:
             self._tables[key] = tuple([array("i") for _ in self.groups.windows])
         return copies
 
+    def branch(
+        self, key: Hashable, branch: Hashable, num_computed: int, num_tokens: int, num_spare: int
+    ) -> list[BlockCopy] | None:
+        """A second table for a sequence, for other tokens after its first num_computed.
+
+        It shares the full blocks, has a copy of the block in the middle of which those tokens end,
+        and new blocks for num_tokens tokens. Returns the copies to make. None, and no change, if
+        then fewer than num_spare blocks a group would be free. `free` gives it back, or `adopt`
+        makes it the sequence's own.
+        """
+        tables = self._tables[key]
+        num_shared, num_more = divmod(num_computed, self.block_size)
+        num_new = self.blocks_for(num_tokens) - num_shared
+        if (num_new + num_spare) * len(tables) > self.pool.num_free:
+            return None
+        copies: list[BlockCopy] = []
+        branched = []
+        for group, table in enumerate(tables):
+            own = table[:num_shared]
+            for block in own:
+                if block != NO_BLOCK:
+                    self.pool.hold(block)
+            own.extend([self.pool.take() for _ in range(num_new)])
+            if num_more:
+                copies.append(BlockCopy(group, table[num_shared], own[num_shared]))
+            branched.append(own)
+        self._tables[branch] = tuple(branched)
+        return copies
+
+    def adopt(self, key: Hashable, branch: Hashable) -> None:
+        """The branch's table is the sequence's from now on; its former one is given back."""
+        former, self._tables[key] = self._tables[key], self._tables.pop(branch)
+        self._release(former)
+
     def reserve(self, key: Hashable, num_tokens: int, num_spare: int = 0) -> bool:
         """Give a sequence that holds blocks enough of them for at least num_tokens tokens.
 

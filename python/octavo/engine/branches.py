@@ -1,0 +1,107 @@
+"""Trees of drafts: several chains of one sequence in one step, of which one may be right.
+
+Each chain is a row span of the batch, with a block table of its own: it shares the full blocks
+before the sequence's last token, has a copy of the block in which that token lies, and computes
+that token and all of its drafts by itself. So chains need nothing of each other, every row has the
+bits that it has without drafts, and the cache of the chain that was right is complete: the sequence
+takes its table over. The price is a row for every draft that two chains share, and one for the
+token before them.
+
+Chains come in the order of a depth-first walk through their tree. A chain then shares more drafts
+with the one just before it than with any other, and samples only after those that it does not
+share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+from octavo.engine.block_manager import BlockManager
+from octavo.engine.request import Sequence
+from octavo.engine.schedule import Schedule, ScheduleBuilder, num_agreeing
+
+
+class BranchKey(NamedTuple):
+    """Names the block table of a chain beside the first one, from its step to that step's end."""
+
+    sequence: Hashable
+    step: int
+    number: int
+
+
+class Judged(NamedTuple):
+    """What a step found out about a sequence's drafts.
+
+    entry: of its chains, the one that is right for longest. num_accepted: how many of that chain's
+    drafts are. rows: the sampled rows whose tokens go to the answer, in order. other_rows: its
+    other rows.
+    """
+
+    entry: int
+    num_accepted: int
+    rows: list[int]
+    other_rows: list[int]
+
+
+def num_shared(one: SequenceOf[int], other: SequenceOf[int]) -> int:
+    """How many drafts two chains begin with alike."""
+    length = min(len(one), len(other))
+    return num_agreeing(one[:length], other)
+
+
+def judge(schedule: Schedule, token_ids: SequenceOf[int]) -> list[Judged]:
+    """One for each sequence of a step, in order; token_ids: sampled, one a row."""
+    found: list[Judged] = []
+    row, path = 0, list[int]()  # the rows along a chain: after the known token, then its drafts
+    for index, entry in enumerate(schedule.entries):
+        drafts, count = entry.draft_token_ids, entry.num_samples
+        own = list(range(row, row + count))
+        row += count
+        path = path[: len(drafts) + 1 - count] + own if entry.branch is not None else own
+        num_right = num_agreeing(drafts, [token_ids[place] for place in path]) if drafts else 0
+        right = path[: num_right + 1]
+        if entry.branch is None:
+            found.append(Judged(index, num_right, right, path[num_right + 1 :]))
+            continue
+        best = found[-1]
+        rows = {*best.rows, *best.other_rows, *own}
+        if num_right > best.num_accepted:
+            best = Judged(index, num_right, right, [])
+        found[-1] = best._replace(other_rows=sorted(rows.difference(best.rows)))
+    return found
+
+
+def add_branches(
+    step: ScheduleBuilder,
+    blocks: BlockManager,
+    sequence: Sequence,
+    chains: SequenceOf[SequenceOf[int]],
+    longest: int,
+    num_behind: int,
+) -> list[BranchKey]:
+    """Add chains beside the one that the step's last entry has, as far as there is room.
+
+    longest: the most drafts of a chain. As drafts do, they take no token and no block that one of
+    the num_behind sequences behind may need. Returns the keys of their block tables.
+    """
+    before: SequenceOf[int] = step.entries[-1].draft_token_ids
+    first_new = sequence.num_computed_tokens
+    keys: list[BranchKey] = []
+    for chain in chains:
+        drafts = tuple(chain[:longest])
+        num_rows = len(drafts) - num_shared(before, drafts)
+        has_room = len(drafts) + 1 <= step.budget - num_behind and num_rows <= step.row_budget
+        if not num_rows or not has_room or not step.branch_budget:
+            continue
+        key = BranchKey(sequence.key, step.number, len(keys))
+        num_tokens = first_new + 1 + len(drafts)
+        copies = blocks.branch(sequence.key, key, first_new, num_tokens, num_behind)
+        if copies is None:
+            break
+        step.copies += copies
+        step.add_branch(sequence, drafts, num_rows, key)
+        keys.append(key)
+        before = drafts
+    return keys
