@@ -130,7 +130,7 @@ def test_bits_with_trees_windows_preemption_and_prefix_hits(source: str) -> None
         for i in range(4)
     }
     expected = facts(run(make_engine(spec=WINDOWED), requests, apart=True))
-    engine = make_engine(spec=WINDOWED, num_blocks=46, drafter=branching(source), **ROOM)
+    engine = make_engine(spec=WINDOWED, num_blocks=38, drafter=branching(source), **ROOM)
     assert facts(run(engine, requests)) == expected
     assert engine.scheduler.num_preemptions > 0
     stats = engine.stats()
