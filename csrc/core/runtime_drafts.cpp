@@ -1,9 +1,58 @@
 // What steps with drafts need besides: one shape for all sequences, and the hidden states that
 // heads continue.
 
+#include <algorithm>
+
 #include "core/runtime.h"
 
 namespace octavo {
+
+std::int64_t Batch::most_tokens() const {
+  std::int32_t most = 0;
+  for (std::size_t s = 0; s + 1 < row_starts.size(); ++s)
+    most = std::max(most, row_starts[s + 1] - row_starts[s]);
+  return most;
+}
+
+std::vector<std::int32_t> Batch::even(std::int64_t tokens, const std::vector<std::int64_t>& windows,
+                                      std::int64_t block_size) {
+  const auto seqs = static_cast<std::size_t>(num_seqs());
+  Batch made;
+  std::vector<std::int32_t> places;
+  std::size_t row = 0;
+  for (std::size_t s = 0; s < seqs; ++s) {
+    const std::int32_t first = row_starts[s], end = row_starts[s + 1];
+    const std::int64_t position = context_lens[s] - (end - first);
+    const std::int64_t padding = tokens - (end - first);
+    if (padding < 0 || padding > position) return {};
+    for (const std::int64_t window : windows) {
+      if (first_seen_block(position - padding, window, block_size) !=
+          first_seen_block(position, window, block_size))
+        return {};
+    }
+    const std::size_t first_row = row;
+    while (row < logit_rows.size() && logit_rows[row] < end) ++row;
+    const auto num_rows = static_cast<std::int32_t>(row - first_row);
+    if (num_rows == 0 || logit_rows[first_row] != end - num_rows) return {};
+    made.token_ids.insert(made.token_ids.end(), static_cast<std::size_t>(padding), 0);
+    made.token_ids.insert(made.token_ids.end(), token_ids.begin() + first, token_ids.begin() + end);
+    made.front_padding.push_back(static_cast<std::int32_t>(padding));
+    made.sampling.resize(made.token_ids.size());
+    for (std::size_t r = first_row; r < row; ++r) {
+      const std::size_t place = made.token_ids.size() - (row - r);
+      made.sampling[place] = sampling[r];
+      places.push_back(static_cast<std::int32_t>(place));
+    }
+  }
+  token_ids = std::move(made.token_ids);
+  front_padding = std::move(made.front_padding);
+  sampling = std::move(made.sampling);
+  logit_rows.resize(token_ids.size());
+  for (std::size_t t = 0; t < logit_rows.size(); ++t) logit_rows[t] = static_cast<std::int32_t>(t);
+  for (std::size_t s = 0; s <= seqs; ++s)
+    row_starts[s] = static_cast<std::int32_t>(s * static_cast<std::size_t>(tokens));
+  return places;
+}
 
 // Pads sequences with different numbers of drafts to one shape, where the device records such
 // steps, and where this does not make the step much larger.

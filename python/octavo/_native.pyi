@@ -198,9 +198,9 @@ class Runtime:
 
         taps: names from octavo.models.layer.tap_names, or ["*"] for all. sample: samples at
         once, without masks and adjustments, and `sample` must not be called: on a GPU a recorded
-        step is then one graph. states: "rows" or "tokens", whose hidden states come with the output,
-        one row for each logit row or for each token. They cost a copy; a step with taps is not
-        recorded, and computes every op by itself.
+        step is then one graph. states: "rows" or "tokens": the hidden states of each logit row or
+        each token come with the output. They cost a copy, while a step with taps is not recorded
+        and computes every op by itself.
         """
 
     def sample(

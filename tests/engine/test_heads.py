@@ -166,7 +166,8 @@ def watched(
 ) -> Watched:
     """What a source drafts while the prompts are answered together; twice: from the cache, too."""
     drafter = Watched(source, 3, tree)
-    llm = LLM(model, **OPTIONS, enable_prefix_caching=twice)
+    room = {**OPTIONS, "max_num_seqs": 15, "max_num_batched_tokens": 64} if tree else OPTIONS
+    llm = LLM(model, **room, enable_prefix_caching=twice)
     engine = llm.engine
     engine.drafter = engine.scheduler.drafter = drafter
     engine._pipeline._states = {"states": source.states}

@@ -56,9 +56,11 @@ class FakeDrafter(Drafter):
         return drafts[: self.num_drafts]
 
     def branches(self, sequence: EngineSequence) -> list[list[int]]:
-        position = sequence.num_tokens
+        if not self.num_branches:
+            return []
+        position, num_proposed = sequence.num_tokens, self.num_proposed
         first = self.propose(sequence)
-        self.num_proposed -= len(first)
+        self.num_proposed = num_proposed
         future = list(self.future(sequence, len(first) + 2))
         chains: dict[int, list[int]] = {}
         for index in range(self.num_branches if first else 0):

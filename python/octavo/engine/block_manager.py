@@ -220,7 +220,6 @@ class BlockManager:
         returned. A child for whose copy no block is free has an empty table afterwards, as all of
         the others.
         """
-        num_shared, num_more = divmod(num_tokens, self.block_size)
         keys = {*parents, *parents.values(), *others} & self._tables.keys()
         left = {key: self._tables.pop(key) for key in keys}
         heirs = {parent: child for child, parent in reversed(list(parents.items()))}
@@ -231,22 +230,13 @@ class BlockManager:
             self._release(tables)
         copies: list[BlockCopy] = []
         for child, parent in parents.items():
-            is_short = bool(num_more) and self.pool.num_free < len(self.groups.windows)
             if child in self._tables:
                 continue
-            if is_short:
+            made = self.branch(heirs[parent], child, num_tokens, num_tokens, 0)
+            if made is None:
                 others = {*others, child}
-                continue
-            source = self._tables[heirs[parent]]
-            tables = tuple([table[:num_shared] for table in source])
-            for group, table in enumerate(tables):
-                for block in table:
-                    if block != NO_BLOCK:
-                        self.pool.hold(block)
-                if num_more:
-                    table.append(self.pool.take())
-                    copies.append(BlockCopy(group, source[group][num_shared], table[num_shared]))
-            self._tables[child] = tables
+            else:
+                copies += made
         for key in set(others) - self._tables.keys():
             self._tables[key] = tuple([array("i") for _ in self.groups.windows])
         return copies

@@ -19,8 +19,8 @@ from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 from octavo.engine.block_manager import BlockManager
-from octavo.engine.request import Sequence
-from octavo.engine.schedule import Schedule, ScheduleBuilder, num_agreeing
+from octavo.engine.drafter import DraftCounts
+from octavo.engine.schedule import Schedule, ScheduleBuilder, ScheduledSequence, num_agreeing
 
 
 class BranchKey(NamedTuple):
@@ -73,35 +73,75 @@ def judge(schedule: Schedule, token_ids: SequenceOf[int]) -> list[Judged]:
     return found
 
 
-def add_branches(
-    step: ScheduleBuilder,
-    blocks: BlockManager,
-    sequence: Sequence,
-    chains: SequenceOf[SequenceOf[int]],
-    longest: int,
-    num_behind: int,
-) -> list[BranchKey]:
-    """Add chains beside the one that the step's last entry has, as far as there is room.
+class Branches:
+    """The chains beside the first ones, of all steps in flight, and their block tables.
 
-    longest: the most drafts of a chain. As drafts do, they take no token and no block that one of
-    the num_behind sequences behind may need. Returns the keys of their block tables.
+    counts: where drafts are counted when they are checked.
     """
-    before: SequenceOf[int] = step.entries[-1].draft_token_ids
-    first_new = sequence.num_computed_tokens
-    keys: list[BranchKey] = []
-    for chain in chains:
-        drafts = tuple(chain[:longest])
-        num_rows = len(drafts) - num_shared(before, drafts)
-        has_room = len(drafts) + 1 <= step.budget - num_behind and num_rows <= step.row_budget
-        if not num_rows or not has_room or not step.branch_budget:
-            continue
-        key = BranchKey(sequence.key, step.number, len(keys))
-        num_tokens = first_new + 1 + len(drafts)
-        copies = blocks.branch(sequence.key, key, first_new, num_tokens, num_behind)
-        if copies is None:
-            break
-        step.copies += copies
-        step.add_branch(sequence, drafts, num_rows, key)
-        keys.append(key)
-        before = drafts
-    return keys
+
+    def __init__(self, blocks: BlockManager, counts: DraftCounts) -> None:
+        self.keys: set[Hashable] = set()
+        self._blocks, self._counts = blocks, counts
+
+    def add(
+        self,
+        step: ScheduleBuilder,
+        chains: SequenceOf[SequenceOf[int]],
+        longest: int,
+        num_behind: int,
+    ) -> None:
+        """Add chains beside the one that the step's last entry has, as far as there is room.
+
+        longest: the most drafts of a chain. As drafts do, they take no token and no block that one
+        of the num_behind sequences behind may need.
+        """
+        sequence, before = step.entries[-1].sequence, step.entries[-1].draft_token_ids
+        first_new = sequence.num_computed_tokens
+        for number, chain in enumerate(chains):
+            drafts = tuple(chain[:longest])
+            num_rows = len(drafts) - num_shared(before, drafts)
+            has_room = len(drafts) + 1 <= step.budget - num_behind and num_rows <= step.row_budget
+            if not num_rows or not has_room or not step.branch_budget:
+                continue
+            key = BranchKey(sequence.key, step.number, number)
+            shape = (first_new, 1 + len(drafts))
+            copies = self._blocks.branch(sequence.key, key, first_new, sum(shape), num_behind)
+            if copies is None:
+                return
+            self.keys.add(key)
+            step.copies += copies
+            _add_entry(step, ScheduledSequence(sequence, *shape, num_rows, drafts, key))
+            before = drafts
+
+    def settle(self, schedule: Schedule, first: int, found: Judged, is_running: bool) -> None:
+        """A sequence's drafts are judged: it keeps the table of the chain that was right.
+
+        first: its first entry in the schedule; its branches come next. is_running: it still runs.
+        """
+        entries, index = schedule.entries, first + 1
+        num_drafts = len(entries[first].draft_token_ids)
+        while index < len(entries) and (branch := entries[index].branch) is not None:
+            num_drafts += entries[index].num_samples
+            if found.entry == index and is_running:
+                self._blocks.adopt(entries[index].sequence.key, branch)
+                self.keys.discard(branch)
+            else:
+                self.free(branch)
+            index += 1
+        num_branches = index - first - 1
+        self._counts.add(num_drafts, found.num_accepted, num_branches, found.entry > first)
+
+    def free(self, branch: Hashable) -> None:
+        """Give a branch's blocks back."""
+        self.keys.discard(branch)
+        self._blocks.free(branch)
+
+
+def _add_entry(step: ScheduleBuilder, entry: ScheduledSequence) -> None:
+    step.entries.append(entry)
+    step.row_sequences += [entry.sequence] * entry.num_samples
+    step.budget -= entry.num_new_tokens
+    step.row_budget -= entry.num_samples
+    step.num_tokens += entry.num_new_tokens
+    step.branch_budget -= 1
+    step.num_branches += 1

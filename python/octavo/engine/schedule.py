@@ -152,20 +152,6 @@ class ScheduleBuilder:
         self.budget -= num_new_tokens
         self.num_tokens += num_new_tokens
 
-    def add_branch(
-        self, sequence: Sequence, drafts: tuple[int, ...], num_samples: int, branch: Hashable
-    ) -> None:
-        """Add one more chain of drafts of the sequence that was added last."""
-        start, num_tokens = sequence.num_computed_tokens, 1 + len(drafts)
-        entry = ScheduledSequence(sequence, start, num_tokens, num_samples, drafts, branch)
-        self.entries.append(entry)
-        self.row_sequences += [sequence] * num_samples
-        self.budget -= num_tokens
-        self.row_budget -= num_samples
-        self.num_tokens += num_tokens
-        self.branch_budget -= 1
-        self.num_branches += 1
-
     def chunk_of(self, sequence: Sequence) -> tuple[int, int]:
         """How many of its uncomputed tokens there is room for, and their logit rows of the prompt.
 

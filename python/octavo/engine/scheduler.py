@@ -21,12 +21,11 @@ Pure Python: no NumPy, no native code.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
 
 from octavo.engine.block_manager import BlockManager, Prefix
 from octavo.engine.block_pool import IntegrityError
-from octavo.engine.branches import Judged, add_branches, judge
+from octavo.engine.branches import Branches, judge
 from octavo.engine.drafter import DraftCounts, Drafter
 from octavo.engine.events import EventLog
 from octavo.engine.prefix_cache import PrefixCache
@@ -59,8 +58,8 @@ class Scheduler(SequenceQueues):
         self.num_preemptions = 0
         self.waiting_reason: str | None = None  # of the first in the queue; None: it is empty
         self.draft_counts = DraftCounts()
+        self.branches = Branches(blocks, self.draft_counts)
         self.drafter = drafter
-        self._branches: set[Hashable] = set()  # that hold blocks, of steps in flight
         self._arrival_numbers = itertools.count()
         self._noted_wait: tuple[object, str | None] | None = None
 
@@ -166,7 +165,7 @@ class Scheduler(SequenceQueues):
                 rejected_rows.update(found.other_rows)
                 num_rejected = len(drafts) - found.num_accepted
                 sequence.num_computed_tokens -= num_rejected if is_running else 0
-                self._settle(schedule, index, found, is_running)
+                self.branches.settle(schedule, index, found, is_running)
             # Blocks with drafts get no name yet: the next step publishes those of right drafts.
             num_full_blocks = (start + num_new_tokens - len(drafts)) // block_size
             if num_full_blocks > sequence.num_published_blocks and is_running:
@@ -175,29 +174,6 @@ class Scheduler(SequenceQueues):
                 self.blocks.advance(sequence.key, start + num_new_tokens - num_rejected)
         return rejected_rows
 
-    def _settle(self, schedule: Schedule, first: int, found: Judged, is_running: bool) -> None:
-        """Count a sequence's drafts; it keeps the table of the chain that was right for longest.
-
-        first: its first entry in the schedule; its branches come next.
-        """
-        entries, index = schedule.entries, first + 1
-        num_drafts = len(entries[first].draft_token_ids)
-        while index < len(entries) and (branch := entries[index].branch) is not None:
-            num_drafts += entries[index].num_samples
-            if found.entry == index and is_running:
-                self.blocks.adopt(entries[index].sequence.key, branch)
-                self._branches.discard(branch)
-            else:
-                self._free_branch(branch)
-            index += 1
-        self.draft_counts.add(
-            num_drafts, found.num_accepted, index - first - 1, found.entry > first
-        )
-
-    def _free_branch(self, branch: Hashable) -> None:
-        self._branches.discard(branch)
-        self.blocks.free(branch)
-
     def rollback(self, schedule: Schedule) -> None:
         """The step failed, after `advance`: undo it; sequences that it admitted wait again.
 
@@ -205,7 +181,7 @@ class Scheduler(SequenceQueues):
         """
         for sequence, start, _, num_samples, _, branch in schedule.entries:
             if branch is not None:
-                self._free_branch(branch)
+                self.branches.free(branch)
                 continue
             sequence.num_pending_tokens -= num_samples
             if sequence.state is SequenceState.RUNNING:
@@ -281,10 +257,8 @@ class Scheduler(SequenceQueues):
             if self._make_room(sequence, num_tokens, step):
                 step.add(sequence, 1, 1, drafts)
                 if drafts and drafter is not None and (chains := drafter.branches(sequence)):
-                    longest, num_behind = end - 1 - num_tokens, len(self._running) - index
-                    self._branches.update(
-                        add_branches(step, self.blocks, sequence, chains, longest, num_behind)
-                    )
+                    num_behind = len(self._running) - index
+                    self.branches.add(step, chains, end - 1 - num_tokens, num_behind)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, step: ScheduleBuilder) -> bool:
         """Reserve blocks for so many tokens; for want of them the last sequence is preempted.
@@ -457,7 +431,7 @@ class Scheduler(SequenceQueues):
                 raise IntegrityError(f"{sequence!r} is among the running")
             self.blocks.check_sequence(sequence.key, sequence.num_computed_tokens)
         running = {sequence.key for sequence in self._running}
-        holders = self.blocks.holders() - self._branches
+        holders = self.blocks.holders() - self.branches.keys
         if len(running) != len(self._running) or holders != running:
             raise IntegrityError(f"blocks are held by {holders}, but {running} are running")
         rows = [*self._free_state_rows, *(sequence.state_row for sequence in self._running)]
