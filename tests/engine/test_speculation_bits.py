@@ -208,14 +208,14 @@ def test_planted_a_token_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """One wrong draft taken for right in a thousand prompts is seen."""
     requests = thousand(60)
     expected = facts(run(make_engine(), requests))
-    from octavo.engine import scheduler
+    from octavo.engine import branches
 
     def one_more(drafts: Any, sampled: Any) -> int:
         right = real(drafts, sampled)
         return min(right + 1, len(drafts))
 
-    real = scheduler.num_agreeing
-    monkeypatch.setattr(scheduler, "num_agreeing", one_more)
+    real = branches.num_agreeing
+    monkeypatch.setattr(branches, "num_agreeing", one_more)
     engine = make_engine(num_blocks=300, drafter=drafting("ngram"))
     assert facts(run(engine, requests)) != expected
 

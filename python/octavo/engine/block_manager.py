@@ -246,10 +246,10 @@ class BlockManager:
     ) -> list[BlockCopy] | None:
         """A second table for a sequence, for other tokens after its first num_computed.
 
-        It shares the full blocks, has a copy of the block in the middle of which those tokens end,
-        and new blocks for num_tokens tokens. Returns the copies to make. None, and no change, if
-        then fewer than num_spare blocks a group would be free. `free` gives it back, or `adopt`
-        makes it the sequence's own.
+        It shares the full blocks and has new ones for num_tokens tokens. Returns the copies
+        to make, of the block in which those tokens end. None, and no change, if then fewer than
+        num_spare blocks a group would be free. `free` gives it back, or `adopt` makes it
+        the sequence's own.
         """
         tables = self._tables[key]
         num_shared, num_more = divmod(num_computed, self.block_size)

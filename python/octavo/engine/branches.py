@@ -52,7 +52,11 @@ def num_shared(one: SequenceOf[int], other: SequenceOf[int]) -> int:
 
 
 def judge(schedule: Schedule, token_ids: SequenceOf[int]) -> list[Judged]:
-    """One for each sequence of a step, in order; token_ids: sampled, one a row."""
+    """One for each sequence of a step, in order; token_ids: sampled, one a row.
+
+    A token that was sampled after right drafts is right; the first that differs from the draft in
+    its place is the last right one.
+    """
     found: list[Judged] = []
     row, path = 0, list[int]()  # the rows along a chain: after the known token, then its drafts
     for index, entry in enumerate(schedule.entries):

@@ -4,8 +4,7 @@ There are no prefill and decode phases (Orca, Yu et al. 2022; chunked prefill, A
 A step has a budget of tokens. Sequences that decode take one each; the rest goes to prompts, in
 chunks of at most that size. So a long prompt never stops running answers, and a step's cost is
 bounded. Both are in the order of rank: time of arrival, shifted by priority (see `add`). Drafts, if
-there is a drafter, take what is left after one token for every decoding sequence; with branches
-of them (branches.py) a sequence has several entries in a step.
+there is a drafter, take what is left after one token for every decoding sequence.
 
 Memory. A sequence is admitted when blocks for all of its present tokens are free, and also some
 headroom for those already running. It shares the blocks of its beginning that the cache still
@@ -143,10 +142,8 @@ class Scheduler(SequenceQueues):
     def complete(self, schedule: Schedule, token_ids: SequenceOf[int]) -> set[int]:
         """The step has ended: its keys and values are in the cache, and it sampled token_ids.
 
-        A token that was sampled after right drafts is right; the first that differs from the draft
-        in its place is the last right one. Returns the logit rows after it, and those of branches
-        that were wrong: their tokens must be dropped. Tokens of wrong drafts do not count as
-        computed.
+        Returns the logit rows after wrong drafts (see `judge`): their tokens must be dropped, and
+        do not count as computed.
         """
         block_size, entries = self.blocks.block_size, schedule.entries
         has_drafts = any([entry.draft_token_ids for entry in entries])
@@ -256,7 +253,8 @@ class Scheduler(SequenceQueues):
                     drafts = self._drafts(sequence, step, len(self._running) - index)
             if self._make_room(sequence, num_tokens, step):
                 step.add(sequence, 1, 1, drafts)
-                if drafts and drafter is not None and (chains := drafter.branches(sequence)):
+                if drafts and drafter is not None:
+                    chains = drafter.branches(sequence)
                     num_behind = len(self._running) - index
                     self.branches.add(step, chains, end - 1 - num_tokens, num_behind)
 

@@ -113,6 +113,10 @@ class Speculator(Drafter):
         self.source = source
         self.depth = depth
         self.num_branches, self.tree = num_branches, tree
+        self.settings: dict[str, Any] = {  # with which `use` comes back to this
+            **{"source": source, "depth": depth, "adaptive": adaptive},
+            **{"num_branches": num_branches, "tree": tree},
+        }
         # By rank, how often a guess is right where the best one of its place is wrong.
         self.second_rates = [_FIRST_SECOND / rank for rank in range(1, MOST_RANKS)]
         self.costs = StepCosts()
