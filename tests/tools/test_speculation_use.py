@@ -164,14 +164,19 @@ def test_the_command_line_and_the_log(
 
 
 def test_metrics_under_vllm_s_names(model: Path) -> None:
-    drafts = {"method": "ngram", "prompt_lookup_min": 1, "adaptive": False, "num_branches": 3}
+    drafts = {"model": str(model), "quantization": "int8", "adaptive": False, "num_branches": 3}
     llm = load(model, drafts)
 
     async def test() -> None:
         async with serving(llm, served_names=("tiny",)) as (client, _):
             before = (await client.get("/metrics")).text
             assert "vllm:spec_decode_num_drafts_total{" in before
-            body = {"prompt": "a b a b a", "max_tokens": 40, "ignore_eos": True, "temperature": 0}
+            body = {
+                "prompt": "a b a b a",
+                "max_tokens": 40,
+                "ignore_eos": True,
+                "temperature": 0,
+            }
             assert (await client.post("/v1/completions", json=body)).status_code == 200
             text = (await client.get("/metrics")).text
         stats, labels = llm.engine.stats(), 'engine="0",model_name="tiny"'
