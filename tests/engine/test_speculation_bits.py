@@ -120,8 +120,8 @@ def test_bits_with_trees(source: str, overlap: bool) -> None:
 @pytest.mark.parametrize("source", ["ngram", "layers"])
 def test_bits_with_trees_windows_preemption_and_prefix_hits(source: str) -> None:
     """Tables of several KV groups are adopted; branches give way to sequences."""
-    several = SamplingParams(temperature=0.9, seed=8, max_tokens=40, logprobs=1, n=3)
-    one = SamplingParams(temperature=0.0, max_tokens=60, logprobs=3, ignore_eos=True)
+    several = SamplingParams(temperature=0.9, seed=8, max_tokens=60, logprobs=1, n=3)
+    one = SamplingParams(temperature=0.0, max_tokens=110, logprobs=3, ignore_eos=True)
     requests = {
         f"subject{i}": (
             [*prompt_of(33, seed=1), *prompt_of(10 + i, seed=i)],
@@ -130,7 +130,7 @@ def test_bits_with_trees_windows_preemption_and_prefix_hits(source: str) -> None
         for i in range(4)
     }
     expected = facts(run(make_engine(spec=WINDOWED), requests, apart=True))
-    engine = make_engine(spec=WINDOWED, num_blocks=38, drafter=branching(source), **ROOM)
+    engine = make_engine(spec=WINDOWED, num_blocks=48, drafter=branching(source), **ROOM)
     assert facts(run(engine, requests)) == expected
     assert engine.scheduler.num_preemptions > 0
     stats = engine.stats()
