@@ -35,11 +35,11 @@ void make_batch(Batch* self, Array1<std::int32_t> token_ids, Array1<std::int32_t
 
 // What Python sees of a step: NumPy arrays that own their memory.
 struct StepOutput {
-  nb::object token_ids, logprobs, top_token_ids, top_logprobs, finite;
+  nb::object token_ids, logprobs, top_token_ids, top_logprobs, finite, states;
   nb::dict taps;
 };
 
-StepOutput to_output(StepResult result) {
+StepOutput to_output(StepResult result, std::size_t hidden) {
   const auto rows = static_cast<std::size_t>(result.num_rows);
   const auto top = static_cast<std::size_t>(result.num_top);
   StepOutput output;
@@ -48,6 +48,8 @@ StepOutput to_output(StepResult result) {
   output.top_token_ids = to_numpy(std::move(result.top_token_ids), {rows, top});
   output.top_logprobs = to_numpy(std::move(result.top_logprobs), {rows, top});
   output.finite = to_numpy(std::move(result.finite)).attr("view")("bool");
+  const std::size_t num_states = result.states.size() / hidden;
+  output.states = to_numpy(std::move(result.states), {num_states, hidden});
   for (TapResult& tap : result.taps) {
     const auto tap_rows = static_cast<std::size_t>(tap.rows);
     const auto tap_cols = static_cast<std::size_t>(tap.cols);
@@ -56,9 +58,18 @@ StepOutput to_output(StepResult result) {
   return output;
 }
 
+States parse_states(const std::optional<std::string>& given) {
+  if (!given) return States::none;
+  require(*given == "rows" || *given == "tokens", "states is \"", *given,
+          "\"; expected rows or tokens");
+  return *given == "rows" ? States::rows : States::tokens;
+}
+
 std::int64_t submit(Runtime& self, const Batch& batch,
-                    const std::optional<std::vector<std::string>>& taps, bool sample) {
-  return self.submit(batch, taps.value_or(std::vector<std::string>{}), sample);
+                    const std::optional<std::vector<std::string>>& taps, bool sample,
+                    const std::optional<std::string>& states) {
+  return self.submit(batch, taps.value_or(std::vector<std::string>{}), sample,
+                     parse_states(states));
 }
 
 // row_starts, token_ids, repetition, bias
@@ -85,7 +96,8 @@ auto unlocked(const Function& function) {
 }
 
 StepOutput wait(Runtime& self, std::int64_t ticket) {
-  return to_output(unlocked([&] { return self.wait(ticket); }));
+  const auto hidden = static_cast<std::size_t>(self.spec().hidden_size);
+  return to_output(unlocked([&] { return self.wait(ticket); }), hidden);
 }
 
 nb::object logits(Runtime& self, std::int64_t ticket) {
@@ -180,6 +192,7 @@ void bind_runtime(nb::module_& module) {
       .def_ro("top_token_ids", &StepOutput::top_token_ids)
       .def_ro("top_logprobs", &StepOutput::top_logprobs)
       .def_ro("finite", &StepOutput::finite)
+      .def_ro("states", &StepOutput::states)
       .def_ro("taps", &StepOutput::taps);
 
   nb::class_<Runtime>(module, "Runtime")
@@ -206,7 +219,7 @@ void bind_runtime(nb::module_& module) {
       .def("allocations", &Runtime::allocations)
       .def("counts", &counts)
       .def("submit", &submit, nb::arg("batch"), nb::arg("taps") = nb::none(),
-           nb::arg("sample") = false)
+           nb::arg("sample") = false, nb::arg("states") = nb::none())
       .def("sample", &sample, nb::arg("ticket"), nb::arg("masks").noconvert() = nb::none(),
            nb::arg("adjustments").noconvert() = nb::none())
       .def("logits", &logits, nb::arg("ticket"))
@@ -215,7 +228,7 @@ void bind_runtime(nb::module_& module) {
           "step",
           [](Runtime& self, const Batch& batch,
              const std::optional<std::vector<std::string>>& taps) {
-            return wait(self, submit(self, batch, taps, true));
+            return wait(self, submit(self, batch, taps, true, std::nullopt));
           },
           nb::arg("batch"), nb::arg("taps") = nb::none());
 }

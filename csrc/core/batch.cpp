@@ -207,7 +207,9 @@ Step StepUpload::upload(Backend& backend, const Batch& batch, std::int64_t block
       positions[static_cast<std::size_t>(t)] = static_cast<std::int32_t>(position);
       rope_rows[static_cast<std::size_t>(t)] =
           static_cast<std::int32_t>(position + (is_long ? rope_switch : 0));
-      for (std::int64_t group = 0; group < batch.num_kv_groups; ++group) {
+      const bool is_padding =
+          !batch.front_padding.empty() && t - batch.row_starts[seq] < batch.front_padding[seq];
+      for (std::int64_t group = 0; group < batch.num_kv_groups && !is_padding; ++group) {
         const std::int64_t entry =
             (group * step.num_seqs + s) * batch.max_blocks + position / block_size;
         const std::int64_t block = batch.block_tables[static_cast<std::size_t>(entry)];

@@ -18,6 +18,8 @@ struct Batch {
 
   std::vector<std::int32_t> adapter_ids;  // empty: no sequence has one
   std::vector<std::int32_t> rope_sets;    // empty: 0, the set of short sequences
+  // Of each sequence, how many of its first tokens are padding (see `even`); empty: none.
+  std::vector<std::int32_t> front_padding;
   // For a feature that is not computed yet; `check` refuses it.
   std::vector<float> embeddings;
 
@@ -29,6 +31,14 @@ struct Batch {
   StepKey key() const;
   // Adds sequences without context until the batch has this shape (`Backend::padded`).
   void pad(const StepKey& shape);
+  std::int64_t most_tokens() const;  // of a sequence
+  // Gives every sequence this many tokens, each with a logit row, so that a step of sequences with
+  // different numbers of drafts can be recorded. The padding comes first: it stands for tokens
+  // that are in the KV cache, attends to what they saw, and stores nothing. Returns the places of
+  // the rows that were asked for; none, and no change, where a sequence lacks logit rows at its
+  // end, or tokens or blocks (windows: of each KV group) before its own.
+  std::vector<std::int32_t> even(std::int64_t tokens, const std::vector<std::int64_t>& windows,
+                                 std::int64_t block_size);
 };
 
 // What a batch is checked against.

@@ -61,8 +61,8 @@ std::int64_t Decoder::workspace_bytes() const {
   return static_cast<std::int64_t>(total);
 }
 
-void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, View normed,
-                      TapSink* taps) {
+void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits,
+                      const NormedRows& normed, TapSink* taps) {
   const View residual{residual_.data(), step.num_tokens, spec_.hidden_size, spec_.hidden_size};
   const View hidden = rows(hidden_, step.num_tokens, spec_.hidden_size);
   const Linear* positions = spec_.learned_positions ? &weights_.positions : nullptr;
@@ -84,16 +84,22 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits, V
     pending = hidden;
   }
   const NormedInput input{residual, pending, weights_.final_norm};
-  const bool is_fused =
-      is_plain && step.rows_are_tokens() && backend_.normed_linear(logits, input, weights_.head());
+  const bool is_kept = normed.keep_rows || normed.tokens.data;
+  const bool is_fused = is_plain && !is_kept && step.rows_are_tokens() &&
+                        backend_.normed_linear(logits, input, weights_.head());
   if (!is_fused) {
-    normalize(backend_, hidden, input);
+    View all = hidden;
+    if (normed.tokens.data)
+      all = normed.tokens;
+    else if (normed.keep_rows && step.rows_are_tokens())
+      all = normed.rows;
+    normalize(backend_, all, input);
     tap(taps, residual, "layers.", spec_.layers.size() - 1, ".out");
     if (step.num_rows == 0) return;
-    View last = hidden;
+    View last = all;
     if (!step.rows_are_tokens()) {
-      last = normed;
-      backend_.take_rows(last, hidden, step.logit_rows);
+      last = normed.rows;
+      backend_.take_rows(last, all, step.logit_rows);
     }
     tap(taps, last, "final_norm");
     backend_.linear(logits, last, weights_.head());

@@ -19,6 +19,13 @@ class TapSink {
   virtual void record(const std::string& name, View rows) = 0;
 };
 
+// Where the results of the final norm go: the hidden states that become logits.
+struct NormedRows {
+  View rows;               // (num_rows, hidden): written where not every token has a logit row,
+  bool keep_rows = false;  // or where this asks for it
+  View tokens;             // (num_tokens, hidden): of all tokens; no data: not wanted
+};
+
 class Decoder {
  public:
   Decoder(Backend& backend, const ModelSpec& spec, const Weights& weights, const Adapters& adapters,
@@ -27,9 +34,9 @@ class Decoder {
   // Runs the step's tokens through the model, stores their keys and values in `kv` (one entry a
   // layer), and writes the logits of the wanted rows, (num_rows, vocab), to `logits`.
   //
-  // normed: (num_rows, hidden), workspace for the final norm where not every token has a logit row.
   // taps: null, or the receiver of intermediate results.
-  void forward(const Step& step, std::vector<KvLayer>& kv, View logits, View normed, TapSink* taps);
+  void forward(const Step& step, std::vector<KvLayer>& kv, View logits, const NormedRows& normed,
+               TapSink* taps);
 
   std::int64_t workspace_bytes() const;
 

@@ -269,7 +269,7 @@ MemoryUse Runtime::memory() const {
   std::size_t workspace = sampled_.bytes() + scores_.bytes();
   for (const InFlightStep& step : steps_) {
     workspace += step.logits.bytes() + step.normed.bytes() + step.results.bytes() +
-                 step.inputs.bytes() + step.upload.bytes();
+                 step.states.bytes() + step.inputs.bytes() + step.upload.bytes();
   }
   use.workspace = decoder_.workspace_bytes() + static_cast<std::int64_t>(workspace);
   use.available = static_cast<std::int64_t>(backend_->available_memory());
@@ -282,7 +282,8 @@ WorkCounts Runtime::counts() {
   return counts;
 }
 
-std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool with_sampling) {
+std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool with_sampling,
+                             States states) {
   if (!weights_complete_) {
     const std::vector<std::string> missing = missing_weights();
     require(missing.empty(), missing.size(), " weights are not loaded yet, the first is ",
@@ -307,6 +308,9 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool wi
   step.ticket = next_ticket_++;
   step.num_rows = batch.num_rows();
   step.num_top = std::max<std::int64_t>(batch.num_logprobs(), 0);
+  step.num_tokens = batch.num_tokens();
+  step.row_places.clear();
+  step.wanted = states;
   step.batch = std::move(batch);
   step.tap_names = std::move(taps);
   step.taps.clear();
@@ -344,12 +348,14 @@ StepKey Runtime::padded(const StepKey& key) const {
 
 StepKey Runtime::key_of(const InFlightStep& step, Part part) const {
   StepKey key = step.key;
-  key.part = kParts * step.index + part + (step.batch.adapter_ids.empty() ? 0 : kAdapted);
+  key.part = kParts * step.index + part + (step.batch.adapter_ids.empty() ? 0 : kAdapted) +
+             kWithStates * static_cast<std::int64_t>(step.wanted);
   return key;
 }
 
 void Runtime::forward(InFlightStep& step, bool with_sampling) {
   const bool tapped = !step.tap_names.empty();
+  if (with_sampling && !tapped && !step.num_top) even(step);
   step.key = step.batch.key();
   if (!tapped && step.key.tokens_per_seq && step.key.rows_per_seq) {
     const StepKey shape = padded(step.key);
@@ -364,8 +370,7 @@ void Runtime::forward(InFlightStep& step, bool with_sampling) {
   growths_ += step.upload.growths() - growths_before;
   const std::int64_t num_rows = step.batch.num_rows();
   make_room(step, num_rows, step.num_top);
-  const View normed{step.normed.data(), num_rows, spec_.hidden_size, spec_.hidden_size,
-                    backend_->activation_dtype()};
+  const NormedRows normed = normed_of(step);
   // The number of top log-probabilities is not part of a key, since they are rare.
   step.sampled_with_forward = with_sampling && !tapped && num_rows && !step.num_top;
   if (tapped) {
@@ -378,6 +383,7 @@ void Runtime::forward(InFlightStep& step, bool with_sampling) {
         backend_->sample(samples_of(step), logits_view(step), nullptr, step.uploaded);
     });
   }
+  fetch_states(step);
 }
 
 }  // namespace octavo

@@ -31,8 +31,12 @@ struct StepResult {
   std::vector<std::int32_t> token_ids, top_token_ids;
   std::vector<float> logprobs, top_logprobs;
   std::vector<std::uint8_t> finite;
+  std::vector<float> states;    // (rows, hidden): of the rows or tokens that `submit` named
   std::vector<TapResult> taps;  // in the order of execution
 };
+
+// Of which rows a step returns the hidden states behind the final norm.
+enum class States { none, rows, tokens };
 
 struct MemoryUse {
   std::int64_t weights = 0, kv_cache = 0, workspace = 0, available = 0;
@@ -62,8 +66,10 @@ class Runtime {
 
   // Queues the forward pass; the ticket names the step until `wait` closes it. At most two may be
   // open. taps: names, or "*" for all. with_sampling: also samples, without masks and adjustments;
-  // then `sample` must not be called, and a recorded step is one graph.
-  std::int64_t submit(Batch batch, std::vector<std::string> taps, bool with_sampling = false);
+  // then `sample` must not be called, and a recorded step is one graph. states: the hidden states
+  // of the logit rows, or of all tokens, come with the result; unlike taps they cost one copy.
+  std::int64_t submit(Batch batch, std::vector<std::string> taps, bool with_sampling = false,
+                      States states = States::none);
   // masks: (num_rows, ceil(vocab / 32)) words, or empty. Log-probabilities are those of the logits
   // before any adjustment.
   void sample(std::int64_t ticket, std::vector<std::int32_t> masks, Adjustments adjustments = {});
@@ -86,7 +92,10 @@ class Runtime {
     bool open = false;
     bool sampling_queued = false;
     std::int64_t ticket = -1;
-    std::int64_t num_rows = 0, num_top = 0;  // as asked for; the batch may be padded
+    std::int64_t num_rows = 0, num_top = 0,
+                 num_tokens = 0;           // as asked for; the batch may be padded
+    std::vector<std::int32_t> row_places;  // of the rows asked for in the batch; empty: as they are
+    States wanted = States::none;
     Batch batch;
     StepKey key;
     std::vector<std::string> tap_names;
@@ -95,7 +104,8 @@ class Runtime {
     StepUpload upload;
     Step uploaded;                      // the batch in device memory
     bool sampled_with_forward = false;  // `run_sampling` has only to fetch the results
-    Buffer logits, normed;
+    Buffer logits, normed, states;      // the last: of all tokens, where these are wanted
+    HostBuffer states_host;
     Buffer results;  // of sampling, laid out as ResultPlaces; copied back in one piece
     HostBuffer results_host;
     Buffer inputs;  // masks and adjustments
@@ -107,6 +117,7 @@ class Runtime {
   // recorded separately.
   enum Part : std::int64_t { kForward, kSampling, kWhole, kParts };
   static constexpr std::int64_t kAdapted = kParts * kMaxInFlight;  // the same, with adapters
+  static constexpr std::int64_t kWithStates = 2 * kAdapted;        // times States
 
   // Where a layer's keys and values lie, and the bytes of a block there.
   struct KvPlace {
@@ -123,6 +134,10 @@ class Runtime {
   // The shape to which a step of this shape is padded: there is memory for it.
   StepKey padded(const StepKey& key) const;
   StepKey key_of(const InFlightStep& step, Part part) const;
+  void even(InFlightStep& step);
+  NormedRows normed_of(InFlightStep& step);
+  void fetch_states(InFlightStep& step);
+  std::vector<float> states_of(InFlightStep& step) const;
   void forward(InFlightStep& step, bool with_sampling);
   void run_sampling(InFlightStep& step, std::vector<std::int32_t> masks,
                     const Adjustments& adjustments);

@@ -143,7 +143,13 @@ std::vector<float> Runtime::logits(std::int64_t ticket) {
   std::vector<float> values(static_cast<std::size_t>(step.num_rows * spec_.vocab_size));
   queue_.run([&] {
     if (step.error) std::rethrow_exception(step.error);
-    if (!values.empty()) backend_->download(values.data(), step.logits.data(), values.size() * 4);
+    for (std::size_t row = 0; row < static_cast<std::size_t>(step.num_rows); ++row) {
+      const std::int64_t place =
+          step.row_places.empty() ? static_cast<std::int64_t>(row) : step.row_places[row];
+      backend_->download(&values[row * static_cast<std::size_t>(spec_.vocab_size)],
+                         logits_view(step).row(place),
+                         4 * static_cast<std::size_t>(spec_.vocab_size));
+    }
   });
   return values;
 }
@@ -159,20 +165,28 @@ StepResult Runtime::collect(InFlightStep& step) {
   if (rows == 0) {
     // Nothing was sampled: the step has ended when the queued work has.
     queue_.run([this] { backend_->sync(); });
+    result.states = states_of(step);
     return result;
   }
   backend_->wait_event(step.index);
   const auto read = [&](auto& values, std::size_t place, std::size_t count) {
     values.resize(count);
     if (count == 0) return;
-    std::memcpy(values.data(), step.results_host.as<unsigned char>() + place,
-                count * sizeof(values[0]));
+    const unsigned char* first = step.results_host.as<unsigned char>() + place;
+    if (step.row_places.empty()) {
+      std::memcpy(values.data(), first, count * sizeof(values[0]));
+      return;
+    }
+    for (std::size_t row = 0; row < count; ++row)  // of padded steps, which report no tops
+      std::memcpy(&values[row], first + step.row_places[row] * sizeof(values[0]),
+                  sizeof(values[0]));
   };
   read(result.token_ids, 0, rows);
   read(result.logprobs, at.logprobs, rows);
   read(result.finite, at.finite, rows);
   read(result.top_token_ids, at.top_token_ids, tops);
   read(result.top_logprobs, at.top_logprobs, tops);
+  result.states = states_of(step);
   return result;
 }
 

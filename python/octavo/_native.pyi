@@ -121,6 +121,9 @@ class StepOutput:
     def finite(self) -> NDArray[np.bool_]:
         """False where a row's logits hold a NaN or an infinity: its token means nothing."""
     @property
+    def states(self) -> Float32:
+        """(rows, hidden_size), behind the final norm: of the rows that `submit` named, or none."""
+    @property
     def taps(self) -> dict[str, Float32]:
         """(num_tokens, width) a tap; for "final_norm" and "logits" (num_rows, width)."""
 
@@ -184,12 +187,20 @@ class Runtime:
         as CUDA graphs, launched as such, dropped. uploads, downloads: copies.
         """
 
-    def submit(self, batch: Batch, taps: Sequence[str] | None = None, sample: bool = False) -> int:
+    def submit(
+        self,
+        batch: Batch,
+        taps: Sequence[str] | None = None,
+        sample: bool = False,
+        states: str | None = None,
+    ) -> int:
         """Queue the forward pass and return a ticket at once; at most two may be in flight.
 
         taps: names from octavo.models.layer.tap_names, or ["*"] for all. sample: samples at
         once, without masks and adjustments, and `sample` must not be called: on a GPU a recorded
-        step is then one graph.
+        step is then one graph. states: "rows" or "tokens": the hidden states of each logit row or
+        each token come with the output. They cost a copy, while a step with taps is not recorded
+        and computes every op by itself.
         """
 
     def sample(

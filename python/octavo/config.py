@@ -230,6 +230,8 @@ class RuntimeOptions:
     priority_ageing_seconds: float = 30.0
     event_log_capacity: int = 65536
     overlap_steps: bool = False
+    # Branches of drafts that a step may have beside max_num_seqs sequences.
+    num_spare_seqs: int = 0
 
     @property
     def num_in_flight_tokens(self) -> int:

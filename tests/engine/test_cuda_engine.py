@@ -78,7 +78,8 @@ def make_engine(
         deterministic=True,
         **more,
     )
-    runtime = _native.Runtime(DEVICE, spec, options)
+    most = options.max_num_seqs + options.num_spare_seqs  # as the loader makes it
+    runtime = _native.Runtime(DEVICE, spec, replace(options, max_num_seqs=most))
     for name, array in weights().items():
         runtime.load(name, array, "f32")
     runtime.alloc_kv(num_blocks)
@@ -204,6 +205,62 @@ def test_bits_with_heads() -> None:
     engine = make_engine(drafter=drafter)
     assert run(engine) == alone()
     assert engine.stats().num_draft_tokens > 20
+
+
+class Uneven(Drafter):
+    """Every sequence has another number of drafts, of which some are right."""
+
+    def __init__(self, answers: dict[str, Any], states: Any = None) -> None:
+        self.answers, self.states, self.num_states = answers, states, 0
+
+    def propose(self, sequence: Any) -> list[int]:
+        answer = self.answers[sequence.key[0]][0][0]
+        drafts = list(answer[sequence.num_output_tokens :][: ord(sequence.key[0]) % 3 + 1])
+        return [*drafts[:-1], (drafts[-1] + sequence.num_tokens % 2) % VOCAB] if drafts else []
+
+    def end_step(self, schedule: Any, output: Any, seconds: float) -> None:
+        if self.states:
+            count = len(schedule.row_sequences) if self.states == "rows" else schedule.num_tokens
+            assert output.states.shape == (count, SPEC.hidden_size)
+            self.num_states += count
+
+
+@pytest.mark.parametrize("states", [None, "rows", "tokens"])
+def test_steps_with_different_numbers_of_drafts_are_recorded(states: Any) -> None:
+    """Padded to one shape, with the bits of steps that are not; heads' states come with them."""
+    params = SamplingParams(temperature=0.7, seed=5, max_tokens=40, ignore_eos=True)
+    prompts = {name: prompt_of(20 + 7 * i, i) for i, name in enumerate("abcd")}
+
+    def answers(drafter: Drafter | None, **options: Any) -> tuple[dict[str, Any], Engine]:
+        engine = make_engine(drafter=drafter, overlap_steps=False, **options)
+        for name, prompt in prompts.items():
+            engine.add_request(name, prompt, params)
+        return facts(run_to_end(engine)), engine
+
+    expected, _ = answers(None, graphs=False)
+    drafter = Uneven(expected, states)
+    found, engine = answers(drafter)
+    assert found == expected
+    shapes = [record[5] for record in engine.events if record[1] == "step"]
+    assert len(set(shapes)) > 4 and engine.stats().num_accepted_tokens > 20
+    counts = engine.runtime.counts()  # type: ignore[attr-defined]
+    assert counts["replayed"] > 0.6 * len(shapes) and counts["recorded"] < 9
+    assert states is None or drafter.num_states > 100
+
+
+@pytest.mark.parametrize("method", ["ngram", "medusa"])
+def test_bits_with_trees(method: str) -> None:
+    rng = np.random.default_rng(4)
+    block = (rng.standard_normal((64, 64), np.float32) / 8, np.zeros(64, np.float32))
+    heads = [rng.standard_normal((VOCAB, 64), np.float32) for _ in range(2)]
+    source = {
+        "ngram": NgramSource(1, 3),
+        "medusa": MedusaSource(MedusaHeads([[block], [block]], heads)),
+    }[method]
+    drafter = Speculator(source, 4, adaptive=False, num_branches=3)
+    engine = make_engine(drafter=drafter, num_spare_seqs=8)
+    assert run(engine) == alone()
+    assert engine.stats().num_draft_branches > 5
 
 
 def test_steps_with_drafts_are_recorded() -> None:

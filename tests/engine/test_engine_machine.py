@@ -63,6 +63,7 @@ drafters = st.builds(
     st.just(fake_future),
     num_drafts=st.integers(1, 6),
     right=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
+    num_branches=st.sampled_from([0, 0, 1, 4]),
 )
 speculators = st.one_of(
     st.builds(

@@ -13,7 +13,10 @@ from safetensors.numpy import save_file
 from text_helpers import tiny_model
 
 from octavo import LLM, SamplingParams
+from octavo.draft_tree import MOST_RANKS, most_probable, read_tree
+from octavo.engine.request import Sequence
 from octavo.errors import InvalidArgumentError, UnsupportedModelError, WeightsError
+from octavo.reference import ops
 from octavo.speculation.eagle import EagleHead, EagleSource, TargetEnds
 from octavo.speculation.medusa import MedusaHeads, MedusaSource
 from octavo.speculation.speculator import Speculator
@@ -92,14 +95,28 @@ def eagle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_eagle(tmp_path_factory.mktemp("eagle") / "head", eagle_tensors())
 
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "chain": {"num_speculative_tokens": 4},
+    "branches": {"num_speculative_tokens": 3, "num_branches": 3},
+    "tree": {"speculative_token_tree": [[0], [1], [0, 0], [0, 1], [2], [1, 0], [0, 0, 0]]},
+}
+
+
 @pytest.mark.parametrize("method", ["medusa", "eagle"])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "temperature", "overlap"),
+    [("chain", 0.0, True), ("chain", 0.8, False), ("branches", 0.0, False), ("tree", 0.8, True)],
+)
 def test_answers_stay_the_same(
-    model: Path, request: pytest.FixtureRequest, method: str, temperature: float, overlap: bool
+    model: Path,
+    request: pytest.FixtureRequest,
+    method: str,
+    shape: str,
+    temperature: float,
+    overlap: bool,
 ) -> None:
-    config = {"method": method, "model": str(request.getfixturevalue(method))}
-    config |= {"num_speculative_tokens": 4, "adaptive": False}  # type: ignore[dict-item]
+    config: dict[str, Any] = {"method": method, "model": str(request.getfixturevalue(method))}
+    config |= {"adaptive": False, **SHAPES[shape]}
     params = SamplingParams(
         max_tokens=25, temperature=temperature, seed=3, ignore_eos=True, logprobs=2, n=2
     )
@@ -110,6 +127,7 @@ def test_answers_stay_the_same(
     again = llm.generate(PROMPTS, params, progress=False)  # prompts from the prefix cache
     assert [o.outputs for o in again] == [o.outputs for o in plain]
     assert llm.engine.stats().num_draft_tokens > 100
+    assert (llm.engine.stats().num_draft_branches > 40) == (shape != "chain")
     scored = replace(params, prompt_logprobs=1)  # rows of prompts beside those with drafts
     both = [params, scored, params]
     found = llm.generate(PROMPTS, both, progress=False)
@@ -124,31 +142,45 @@ def test_answers_stay_the_same(
 class Watched(Speculator):
     """Keeps every draft with the tokens that it followed."""
 
-    def __init__(self, source: Any, depth: int) -> None:
-        super().__init__(source, depth, adaptive=False)
+    def __init__(self, source: Any, depth: int, tree: Any = ()) -> None:
+        super().__init__(source, depth, adaptive=False, tree=tree)
         self.seen: list[tuple[list[int], list[int]]] = []
+        self.others: list[tuple[list[int], list[list[int]]]] = []
+        self.cached: list[int] = []
 
     def propose(self, sequence: Any) -> Any:
         drafts = list(super().propose(sequence))
         if drafts:
             self.seen.append((list(sequence.token_ids), drafts))
+            self.cached.append(sequence.num_cached_tokens)
         return drafts
 
+    def branches(self, sequence: Any) -> Any:
+        chains = super().branches(sequence)
+        self.others.append((list(sequence.token_ids), [list(chain) for chain in chains]))
+        return chains
 
-def watched(model: Path, source: Any, prompts: list[str]) -> Watched:
-    """What a source drafts while the prompts are answered together."""
-    drafter = Watched(source, 3)
-    llm = LLM(model, **OPTIONS, enable_prefix_caching=False)
+
+def watched(
+    model: Path, source: Any, prompts: list[str], tree: Any = (), *, twice: bool = False
+) -> Watched:
+    """What a source drafts while the prompts are answered together; twice: from the cache, too."""
+    drafter = Watched(source, 3, tree)
+    room = {**OPTIONS, "max_num_seqs": 15, "max_num_batched_tokens": 64} if tree else OPTIONS
+    llm = LLM(model, **room, enable_prefix_caching=twice)
     engine = llm.engine
     engine.drafter = engine.scheduler.drafter = drafter
-    engine._pipeline._taps = {"taps": list(source.taps)}
+    engine._pipeline._states = {"states": source.states}
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     llm.generate(prompts, params, progress=False)
+    if twice:
+        drafter.seen, drafter.cached = [], []
+        llm.generate(prompts, params, progress=False)
     assert len(drafter.seen) > 20
     return drafter
 
 
-def states_of(model: Path, token_ids: list[int], ends: TargetEnds) -> Any:
+def states_of(model: Path, token_ids: list[int]) -> Any:
     """The reference's hidden states behind the final norm, of all tokens."""
     from octavo.reference.llama import ReferenceModel
 
@@ -156,7 +188,9 @@ def states_of(model: Path, token_ids: list[int], ends: TargetEnds) -> Any:
     weights = {k: t.to_float32() for k, t in open_checkpoint(files, "dummy").items()}
     taps: dict[str, Any] = {}
     ReferenceModel(files.spec, weights).forward(np.array(token_ids), taps=taps)
-    return ends.features(taps[f"layers.{len(files.spec.layers) - 1}.out"])
+    norm = files.spec.final_norm
+    residual = taps[f"layers.{len(files.spec.layers) - 1}.out"]
+    return ops.norm(residual, weights["final_norm.weight"], None, norm.eps, norm.kind)
 
 
 def ends_of(model: Path) -> TargetEnds:
@@ -174,7 +208,7 @@ def test_what_medusa_heads_draft(model: Path, medusa: Path) -> None:
     assert [len(blocks) for blocks in heads.blocks] == [1, 2, 1]
     for token_ids, drafts in watched(model, MedusaSource(heads), PROMPTS).seen[::5]:
         # The state that gave the last token.
-        hidden = states_of(model, token_ids[:-1], ends_of(model))[-1]
+        hidden = states_of(model, token_ids[:-1])[-1]
         for head, draft in enumerate(drafts):
             x = hidden.astype(np.float64)
             for weight, bias in heads.blocks[head]:
@@ -183,13 +217,19 @@ def test_what_medusa_heads_draft(model: Path, medusa: Path) -> None:
             assert logits[draft] > logits.max() - 1e-4
 
 
-def eagle_by_hand(tensors: dict[str, Any], ends: TargetEnds, features: Any, tokens: Any) -> Any:
-    """The layer for the last of the rows, row by row and head by head, in float64."""
+def eagle_by_hand(
+    tensors: dict[str, Any], ends: TargetEnds, features: Any, tokens: Any, first: int = 0
+) -> Any:
+    """The layer for the last of the rows, row by row and head by head, in float64.
+
+    first: the position of the first row.
+    """
     w = {name.removeprefix("layers.0."): t.astype(np.float64) for name, t in tensors.items()}
     frequencies = np.array([10000.0 ** (-i / 4) for i in range(4)])
 
     def turned(x: Any, position: int) -> Any:
-        cos, sin = np.cos(position * frequencies), np.sin(position * frequencies)
+        angles = (first + position) * frequencies
+        cos, sin = np.cos(angles), np.sin(angles)
         return np.hstack([x[:4] * cos - x[4:] * sin, x[4:] * cos + x[:4] * sin])
 
     rows = [
@@ -219,7 +259,7 @@ def test_what_an_eagle_head_drafts(model: Path, tmp_path: Path) -> None:
     tensors, ends = eagle_tensors(), ends_of(model)
     head = EagleHead.read(write_eagle(tmp_path / "head", tensors), ends)
     for token_ids, drafts in watched(model, EagleSource(head), PROMPTS).seen[::7]:
-        features = list(states_of(model, token_ids[:-1], ends).astype(np.float64))
+        features = list(states_of(model, token_ids[:-1]).astype(np.float64))
         tokens = token_ids[1:]
         for draft in drafts:
             made = eagle_by_hand(tensors, ends, features, tokens)
@@ -227,6 +267,69 @@ def test_what_an_eagle_head_drafts(model: Path, tmp_path: Path) -> None:
             assert logits[draft] > logits.max() - 1e-3
             features.append(made)
             tokens = [*tokens, draft]
+
+
+def test_what_an_eagle_head_drafts_after_a_cached_prompt(model: Path, tmp_path: Path) -> None:
+    """It sees the sequence from the first token on that was computed, at its true position."""
+    tensors, ends = eagle_tensors(), ends_of(model)
+    head = EagleHead.read(write_eagle(tmp_path / "head", tensors), ends)
+    drafter = watched(model, EagleSource(head), PROMPTS, twice=True)
+    assert max(drafter.cached) > 30
+    found = list(zip(drafter.seen, drafter.cached, strict=True))
+    for (token_ids, drafts), num_cached in [*found[:3], *found[3::9]]:
+        features = list(states_of(model, token_ids[:-1]).astype(np.float64))[num_cached:]
+        tokens = token_ids[num_cached + 1 :]
+        made = eagle_by_hand(tensors, ends, features, tokens, num_cached)
+        logits = ends.head @ made
+        assert logits[drafts[0]] > logits.max() - 1e-3
+
+
+def best_of(logits: Any, rank: int) -> int:
+    return int(np.argsort(-logits, kind="stable")[rank])
+
+
+def test_what_heads_draft_in_trees(model: Path, medusa: Path, tmp_path: Path) -> None:
+    """Every draft of every chain is the guess of its rank, after the drafts before it."""
+    tree = read_tree([[0], [1], [0, 0], [0, 1], [1, 0], [1, 0, 0], [2]], 3)
+    heads = MedusaHeads.read(medusa, HIDDEN, VOCAB)
+    drafter = watched(model, MedusaSource(heads), PROMPTS, tree)
+    assert len(drafter.others) == len(drafter.seen) > 10
+    whole = [each for each in drafter.others if len(each[1]) == len(tree) - 1]
+    assert len(whole) > 8
+    for token_ids, chains in whole[::5]:
+        hidden = states_of(model, token_ids[:-1])[-1]
+        for path, chain in zip(tree[1:], chains, strict=True):
+            expected = [best_of(heads.logits(hidden, i), rank) for i, rank in enumerate(path)]
+            assert chain == expected[: len(chain)]
+    tensors, ends = eagle_tensors(), ends_of(model)
+    head = EagleHead.read(write_eagle(tmp_path / "head", tensors), ends)
+    drafter = watched(model, EagleSource(head), PROMPTS, tree)
+    whole = [each for each in drafter.others if len(each[1]) == len(tree) - 1]
+    for token_ids, chains in whole[::9]:
+        for path, chain in zip(tree[1:], chains, strict=True):
+            features = list(states_of(model, token_ids[:-1]).astype(np.float64))
+            tokens = token_ids[1:]
+            for rank, draft in zip(path, chain, strict=True):
+                made = eagle_by_hand(tensors, ends, features, tokens)
+                assert draft == best_of(ends.head @ made, rank)
+                features.append(made)
+                tokens = [*tokens, draft]
+
+
+def test_medusa_takes_the_most_probable_products(medusa: Path) -> None:
+    heads = MedusaHeads.read(medusa, HIDDEN, VOCAB)
+    source = MedusaSource(heads)
+    sequence = Sequence("a", [1, 2, 3], SamplingParams(temperature=0.0))
+    hidden = random(HIDDEN) * np.float32(9)
+    source._hidden[sequence] = (3, hidden)
+    chances = []
+    for place in range(3):
+        logits = heads.logits(hidden, place).astype(np.float64)
+        weights = np.sort(np.exp(logits - logits.max()))[::-1]
+        chances.append((weights / weights.sum())[:MOST_RANKS].tolist())
+    expected = most_probable(chances, 4, 12)
+    found = source.branches(sequence, None, 3, 3)
+    assert list(found) == [chain for chain in expected if any(chain)] and len(found) >= 2
 
 
 def test_a_planted_error_in_a_head_is_seen(model: Path, tmp_path: Path) -> None:

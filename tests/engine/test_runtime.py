@@ -32,6 +32,37 @@ def test_taps_are_those_asked_for() -> None:
     assert list(output.taps) == ["embed", "layers.1.attn"]
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_hidden_states_of_rows_and_tokens_are_those_of_the_taps(dtype: str) -> None:
+    """Without taps, ops are fused; the states and all samples have the same bits as with them."""
+    spec = tiny_spec()
+    runtime = tiny_runtime(spec, dtype=dtype)
+    cases: list[tuple[list[Any], list[int] | None]] = [
+        ([(PROMPT, 0, [7, 4]), (PROMPT[3:8], 0, [9])], [4, 18, 21, 23]),  # not every token
+        ([(PROMPT[:3], 0, [7]), (PROMPT[5:9], 0, [9])], list(range(7))),  # every token
+        ([(PROMPT[:1], 0, [7]), (PROMPT[5:6], 0, [9])], [0, 1]),  # decoding
+        ([(PROMPT, 0, [7, 4])], []),  # part of a prompt: no rows
+    ]
+    for sequences, rows in cases:
+        batch = make_batch(sequences, rows)
+        tapped = runtime.step(batch, ["*"])
+        found = {}
+        for states in ("rows", "tokens"):
+            output = runtime.wait(runtime.submit(batch, sample=bool(rows), states=states))
+            found[states] = output.states
+            assert (output.token_ids == tapped.token_ids).all()
+        num_tokens = sum(len(tokens) for tokens, _, _ in sequences)
+        assert found["rows"].shape == (len(rows or []), spec.hidden_size)
+        assert found["tokens"].shape == (num_tokens, spec.hidden_size)
+        if rows:
+            assert (found["rows"] == tapped.taps["final_norm"]).all()
+            assert (found["tokens"][rows] == found["rows"]).all()
+            assert np.abs(found["tokens"]).min() < np.abs(found["tokens"]).max()
+    assert runtime.step(make_batch(cases[0][0])).states.size == 0
+    with pytest.raises(ValueError, match='states is "all"; expected rows or tokens'):
+        runtime.submit(make_batch(cases[0][0]), states="all")
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -28,6 +28,7 @@ from invariance_helpers import (
 
 from octavo import _native
 from octavo.config import RuntimeOptions
+from octavo.draft_tree import read_tree
 from octavo.engine.engine import Engine
 from octavo.models.spec import ModelSpec
 from octavo.runtime.loader import LoadedRuntime
@@ -65,10 +66,23 @@ SOURCES = {
     "itself": lambda: draft_model(None),
     "layers": lambda: draft_model(4),
 }
+TREE = read_tree([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 1, 0]], 5)
+ROOM: dict[str, Any] = {"num_spare_seqs": 16, "max_num_seqs": 8}
 
 
-def drafting(source: str, depth: int = 5, adaptive: bool = False) -> Speculator:
-    return Speculator(SOURCES[source](), depth, adaptive=adaptive)
+def drafting(
+    source: str, depth: int = 5, adaptive: bool = False, num_branches: int = 1, tree: Any = ()
+) -> Speculator:
+    return Speculator(
+        SOURCES[source](), depth, adaptive=adaptive, num_branches=num_branches, tree=tree
+    )
+
+
+def branching(source: str, adaptive: bool = False) -> Speculator:
+    """With trees: of a given shape, or of several occurrences."""
+    if source == "ngram":
+        return drafting(source, 5, adaptive, num_branches=4)
+    return drafting(source, 3, adaptive, tree=TREE)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -84,6 +98,43 @@ def test_bits_among_others(source: str, mode: str, overlap: bool, chunk: int) ->
     assert engine.stats().num_draft_tokens > 50
     if source == "itself":
         assert engine.stats().num_accepted_tokens > 0.9 * engine.stats().num_draft_tokens
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_bits_with_trees(source: str, overlap: bool) -> None:
+    """Chains of a sequence side by side in a step, greedy and sampled, among others, in chunks."""
+    engine = make_engine(
+        max_num_batched_tokens=64, overlap_steps=overlap, drafter=branching(source), **ROOM
+    )
+    for mode in MODES:
+        requests = {**others(9), **subjects(MODES[mode])}
+        assert facts(run(engine, requests)) == alone("f32", mode)
+    stats = engine.stats()
+    assert stats.num_draft_branches > 20
+    assert stats.num_draft_branch_wins > (0 if source == "layers" else -1)
+    assert engine.blocks.num_free_blocks == engine.blocks.num_blocks
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("source", ["ngram", "layers"])
+def test_bits_with_trees_windows_preemption_and_prefix_hits(source: str) -> None:
+    """Tables of several KV groups are adopted; branches give way to sequences."""
+    several = SamplingParams(temperature=0.9, seed=8, max_tokens=60, logprobs=1, n=3)
+    one = SamplingParams(temperature=0.0, max_tokens=110, logprobs=3, ignore_eos=True)
+    requests = {
+        f"subject{i}": (
+            [*prompt_of(33, seed=1), *prompt_of(10 + i, seed=i)],
+            several if i % 2 else one,
+        )
+        for i in range(4)
+    }
+    expected = facts(run(make_engine(spec=WINDOWED), requests, apart=True))
+    engine = make_engine(spec=WINDOWED, num_blocks=48, drafter=branching(source), **ROOM)
+    assert facts(run(engine, requests)) == expected
+    assert engine.scheduler.num_preemptions > 0
+    stats = engine.stats()
+    assert stats.num_prefix_hits > 0 and stats.num_draft_branches > 20
 
 
 @pytest.mark.parametrize("source", ["ngram", "itself"])
@@ -145,22 +196,26 @@ def test_a_thousand_prompts(source: str) -> None:
     assert facts(run(engine, requests)) == expected
     stats = engine.stats()
     assert stats.num_accepted_tokens > (2 if source == "layers" else 5) * NUM_PROMPTS / 10
-    adaptive = make_engine(num_blocks=300, drafter=drafting(source, 7, adaptive=True))
-    assert facts(run(adaptive, requests)) == expected
+    trees = make_engine(num_blocks=300, drafter=branching(source), **ROOM)
+    assert facts(run(trees, requests)) == expected
+    assert trees.stats().num_draft_branch_wins > (0 if source == "itself" else NUM_PROMPTS / 20)
+    if source == "ngram":
+        adaptive = make_engine(num_blocks=300, drafter=branching(source, adaptive=True), **ROOM)
+        assert facts(run(adaptive, requests)) == expected
 
 
 def test_planted_a_token_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """One wrong draft taken for right in a thousand prompts is seen."""
     requests = thousand(60)
     expected = facts(run(make_engine(), requests))
-    from octavo.engine import scheduler
+    from octavo.engine import branches
 
     def one_more(drafts: Any, sampled: Any) -> int:
         right = real(drafts, sampled)
         return min(right + 1, len(drafts))
 
-    real = scheduler.num_agreeing
-    monkeypatch.setattr(scheduler, "num_agreeing", one_more)
+    real = branches.num_agreeing
+    monkeypatch.setattr(branches, "num_agreeing", one_more)
     engine = make_engine(num_blocks=300, drafter=drafting("ngram"))
     assert facts(run(engine, requests)) != expected
 

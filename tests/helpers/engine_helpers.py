@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class FakeDrafter(Drafter):
     """Proposes up to num_drafts tokens, of which the share `right` is what the answer goes on with.
 
     future: the tokens that a sequence's answer goes on with, as many as asked for, or fewer.
+    num_branches: other chains, which leave the first one at some place, and are right from there on
+    as often as drafts are.
     """
 
     future: Callable[[EngineSequence, int], Sequence[int]]
@@ -42,6 +44,7 @@ class FakeDrafter(Drafter):
     right: float = 1.0
     wrong: int = NAN_TOKEN
     num_proposed: int = 0
+    num_branches: int = 0
 
     def propose(self, sequence: EngineSequence) -> list[int]:
         position = sequence.num_tokens
@@ -51,6 +54,23 @@ class FakeDrafter(Drafter):
                 drafts[index] = self.wrong if index % 2 else (drafts[index] + 1) % (VOCAB - 1)
         self.num_proposed += len(drafts[: self.num_drafts])
         return drafts[: self.num_drafts]
+
+    def branches(self, sequence: EngineSequence) -> list[list[int]]:
+        if not self.num_branches:
+            return []
+        position, num_proposed = sequence.num_tokens, self.num_proposed
+        first = self.propose(sequence)
+        self.num_proposed = num_proposed
+        future = list(self.future(sequence, len(first) + 2))
+        chains: dict[int, list[int]] = {}
+        for index in range(self.num_branches if first else 0):
+            place = hash((position, index)) % len(first)
+            chain = [*first[:place], *future[place:]][: len(first) + index % 3 - 1]
+            if hash((position, index, 1)) % 100 >= 100 * self.right and chain[place:]:
+                chain[-1] = (chain[-1] + 7) % (VOCAB - 1)
+            chains[place] = chain
+        # The order of a walk: those that leave the first chain last come first.
+        return [chains[place] for place in sorted(chains, reverse=True)]
 
 
 def fake_future(sequence: EngineSequence, count: int) -> list[int]:
@@ -103,8 +123,9 @@ def fake_engine(
 ) -> Engine:
     """An engine over a fake runtime."""
     resolved = fake_options(**options)
+    most = resolved.max_num_seqs + resolved.num_spare_seqs  # as the loader makes the real one
     return Engine(
-        FakeRuntime(resolved, num_blocks, kv_windows),
+        FakeRuntime(replace(resolved, max_num_seqs=most), num_blocks, kv_windows),
         resolved,
         num_kv_blocks=num_blocks,
         vocab_size=VOCAB,

@@ -106,7 +106,8 @@ def make_engine(
         isa=isa,
         **more,
     )
-    runtime = _native.Runtime("cpu", spec, options)
+    most = options.max_num_seqs + options.num_spare_seqs  # as the loader makes it
+    runtime = _native.Runtime("cpu", spec, replace(options, max_num_seqs=most))
     for name, array in weights(spec).items():
         runtime.load(name, array, "f32")
     runtime.alloc_kv(num_blocks)

@@ -77,8 +77,10 @@ def load(model: Path, speculative_config: Any = None, **more: Any) -> LLM:
 
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "prompt_lookup_min": 1},
+    "ngram_tree": {"method": "ngram", "prompt_lookup_min": 1, "num_branches": 3},
     "draft_model": {"quantization": "int8"},
     "layers": {"method": "layers", "num_layers": 1},
+    "layers_tree": {"method": "layers", "num_layers": 1, "num_branches": 3},
 }
 
 
@@ -94,6 +96,7 @@ def test_answers_stay_the_same(model: Path, method: str) -> None:
     assert [o.outputs for o in found] == [o.outputs for o in expected]
     stats = drafted.engine.stats()
     assert stats.num_draft_tokens > 0
+    assert (stats.num_draft_branches > 0) == ("tree" in method)
     if method == "draft_model":
         assert stats.num_accepted_tokens > 0.8 * stats.num_draft_tokens
         assert stats.num_steps < plain.engine.stats().num_steps
@@ -141,17 +144,18 @@ def test_the_command_line_and_the_log(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts, log = [], tmp_path / "events.jsonl"
-    for more in ([], ["--speculative-config", '{"method": "ngram", "adaptive": false}']):
+    drafts = '{"method": "ngram", "adaptive": false, "num_branches": 2}'
+    for more in ([], ["--speculative-config", drafts]):
         arguments = ["--load-format", "dummy", "--dtype", "f32", "--num-threads", "1", "-n", "60"]
         arguments += ["--ignore-eos", "--raw", "-q", "--event-log", str(log), *more]
         assert main(["generate", "a b a b a b", "--model", str(model), *arguments]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     read = read_log(log)
-    drafts = [record for record in read.records if record["event"] == "drafts"]
-    assert drafts and all(r["num_accepted_tokens"] <= r["num_draft_tokens"] for r in drafts)
+    found = [record for record in read.records if record["event"] == "drafts"]
+    assert found and all(r["num_accepted_tokens"] <= r["num_draft_tokens"] for r in found)
     slices = [e for e in perfetto_trace(read)["traceEvents"] if "drafts" in e.get("args", {})]
-    assert len(slices) == len(drafts)
+    assert len(slices) == len(found)
     # Drafts are no prompt tokens: a step that only decodes is named by its answers.
     assert {event["name"] for event in slices} == {"1"}
     wrong = ["generate", "x", "--model", str(model), "--speculative-config", "{}"]
@@ -160,13 +164,19 @@ def test_the_command_line_and_the_log(
 
 
 def test_metrics_under_vllm_s_names(model: Path) -> None:
-    llm = load(model, {"method": "ngram", "prompt_lookup_min": 1, "adaptive": False})
+    drafts = {"model": str(model), "quantization": "int8", "adaptive": False, "num_branches": 3}
+    llm = load(model, drafts)
 
     async def test() -> None:
         async with serving(llm, served_names=("tiny",)) as (client, _):
             before = (await client.get("/metrics")).text
             assert "vllm:spec_decode_num_drafts_total{" in before
-            body = {"prompt": "a b a b a", "max_tokens": 40, "ignore_eos": True, "temperature": 0}
+            body = {
+                "prompt": "a b a b a",
+                "max_tokens": 40,
+                "ignore_eos": True,
+                "temperature": 0,
+            }
             assert (await client.post("/v1/completions", json=body)).status_code == 200
             text = (await client.get("/metrics")).text
         stats, labels = llm.engine.stats(), 'engine="0",model_name="tiny"'
@@ -174,6 +184,10 @@ def test_metrics_under_vllm_s_names(model: Path) -> None:
         for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
             line = f"vllm:spec_decode_{name}_total{{{labels}}} {getattr(stats, name)}.0"
             assert line in text, line
+        assert stats.num_draft_branches > 0
+        for name in ("branches", "branch_wins"):
+            count = getattr(stats, f"num_draft_{name}")
+            assert f"octavo:spec_decode_num_{name}_total{{{labels}}} {count}.0" in text
         for position, count in enumerate(stats.num_accepted_per_position):
             name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
             assert f'{name}{{{labels},position="{position}"}} {count}.0' in text
@@ -198,12 +212,26 @@ def test_the_bench_measures_both_on_one_model(model: Path) -> None:
     assert tokens_of_step(0.5, 3) == 1.875
 
 
+def test_the_bench_measures_trees(model: Path) -> None:
+    llm = load(model, {"method": "ngram", "num_branches": 2, "num_speculative_tokens": 3})
+    rows = bench_spec(llm, "tiny", [], [2], [0.5], 60, 1, second_guess=0.8).rows
+    assert all(row.equal for row in rows) and rows[0].tokens_per_step == 1
+    chain = tokens_of_step(0.5, 3)
+    foretold = (chain + 0.5 * 0.8 * tokens_of_step(0.5, 2)) / (rows[0].step_ratio or 0)
+    assert rows[1].foretold == pytest.approx(foretold)
+    assert rows[1].tokens_per_step > chain + 0.2
+    stats = llm.engine.stats()
+    assert stats.num_draft_branches > stats.num_draft_branch_wins > 5
+    drafter = llm.engine.drafter
+    assert isinstance(drafter, Speculator) and drafter.num_branches == 2  # as it was before
+
+
 def test_the_bench_sees_changed_answers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted error: the scheduler takes drafts unseen."""
-    from octavo.engine import scheduler
+    from octavo.engine import branches
 
     llm = load(model, {"method": "ngram"})
-    monkeypatch.setattr(scheduler, "num_agreeing", lambda drafts, sampled: len(drafts))
+    monkeypatch.setattr(branches, "num_agreeing", lambda drafts, sampled: len(drafts))
     drafter = llm.engine.drafter
     assert isinstance(drafter, Speculator)
     rows = SpecBench(llm, 30, 1).measure_constructed([0.5], 1)
@@ -212,13 +240,19 @@ def test_the_bench_sees_changed_answers(model: Path, monkeypatch: pytest.MonkeyP
 
 def test_constructed_drafts_are_right_as_often_as_asked() -> None:
     answer = tuple(range(10, 60))
-    drafts = KnownAnswers({(1, 2): answer}, 0.8)
+    drafts = KnownAnswers({(1, 2): answer}, 0.8, 0.7)
     sequence = Sequence("a", [1, 2], SamplingParams())
     sequence.token_ids += answer[:4]
     found = [drafts.draft([(sequence, None, 10)])[0] for _ in range(200)]
     assert all(len(each) == 10 for each in found)
     right = sum(d == t for each in found for d, t in zip(each, answer[4:], strict=False))
     assert 0.76 < right / 2000 < 0.84
+    trees = [
+        drafts.draft_trees([(sequence, None, [(0,) * 4, (1, 0, 0, 0)])])[0] for _ in range(900)
+    ]
+    seconds = [second[0] == answer[4] for first, second in trees if first[0] != answer[4]]
+    assert 0.6 < sum(seconds) / len(seconds) < 0.8
+    assert not any(second[0] == answer[4] for first, second in trees if first[0] == answer[4])
 
 
 def test_bench_spec_on_the_command_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,5 +263,8 @@ def test_bench_spec_on_the_command_line(model: Path, capsys: pytest.CaptureFixtu
     assert main([*plain, "--acceptance", "0.5", "-o", "md"]) == 0
     assert "| 0.5 right | 1 |" in capsys.readouterr().out
     assert main([*plain, "--tasks", "chat"]) == 0
-    for more in (["--acceptance", "2"], ["--tasks", "poem"], ["-b", "0"]):
+    assert main([*plain, "--acceptance", "0.5", "--second-guess", "0.6", "-o", "md"]) == 0
+    assert "| 0.5 right | 1 |" in capsys.readouterr().out
+    wrong = (["--acceptance", "2"], ["--tasks", "poem"], ["-b", "0"], ["--second-guess", "0.5"])
+    for more in wrong:
         assert main([*plain, *more]) == 2

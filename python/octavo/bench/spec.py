@@ -4,7 +4,8 @@ Two kinds of measurement. Tasks: real questions, drafts as the configuration say
 answers are known from a run without drafts, and each draft is made right with a given probability.
 Their speed-up can be foretold (Leviathan et al. 2023): with k drafts that are right with
 probability a, a step brings (1 - a^(k + 1)) / (1 - a) tokens. It takes `step_ratio` times as long
-as a plain step, which is measured with drafts that are all wrong.
+as a plain step, which is measured with drafts that are all wrong. A second chain, whose first draft
+is right with probability b where the first chain's is wrong, brings b (1 - a^k) tokens more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from octavo.bench.spec_tasks import conversations
+from octavo.draft_tree import Ranks
 from octavo.engine.outputs import EngineStats, RequestOutput
 from octavo.engine.request import Sequence as EngineSequence
 from octavo.errors import InvalidArgumentError
@@ -69,21 +71,51 @@ class SpecResult:
 
 
 class KnownAnswers(DraftSource):
-    """Drafts from answers that are known, each right with probability `acceptance`."""
+    """Drafts from answers that are known, each right with probability `acceptance`.
+
+    second_guess: of a second chain, the probability that its first draft is right where that of the
+    first chain is wrong; the drafts behind it are right as any.
+    """
 
     is_free = True
+    num_places = 1
 
-    def __init__(self, answers: dict[tuple[int, ...], tuple[int, ...]], acceptance: float) -> None:
+    def __init__(
+        self,
+        answers: dict[tuple[int, ...], tuple[int, ...]],
+        acceptance: float,
+        second_guess: float = 0.0,
+    ) -> None:
         self._answers, self._acceptance = answers, acceptance
+        self._second_guess = second_guess
         self._rng = random.Random(1)
 
     def draft(self, wanted: Sequence[tuple[EngineSequence, Any, int]]) -> Sequence[Sequence[int]]:
         """The answer's next tokens; in place of a wrong one stands the token after it, plus 1."""
         return [self._draft(sequence, count) for sequence, _, count in wanted]
 
-    def _draft(self, sequence: EngineSequence, count: int) -> list[int]:
+    def draft_trees(
+        self, wanted: Sequence[tuple[EngineSequence, Any, Sequence[Ranks]]]
+    ) -> Sequence[Sequence[Sequence[int]]]:
+        """Two chains, of which one may begin with the right token."""
+        trees = []
+        for sequence, _, paths in wanted:
+            first = self._draft(sequence, len(paths[0]))
+            others: list[list[int]] = []
+            for path in paths[1:2]:
+                other, known = self._draft(sequence, len(path)), self._known(sequence, 1)
+                is_right = first[:1] != known and self._rng.random() < self._second_guess
+                wrong = [token - 2 if token > 2 else token + 3 for token in known]
+                others.append([*(known if is_right else wrong), *other[1:]])
+            trees.append([first, *others, *[[]] * (len(paths) - 2)])
+        return trees
+
+    def _known(self, sequence: EngineSequence, count: int) -> list[int]:
         answer = self._answers.get(tuple(sequence.token_ids[: sequence.num_prompt_tokens]), ())
-        known = answer[sequence.num_output_tokens :][:count]
+        return list(answer[sequence.num_output_tokens :][:count])
+
+    def _draft(self, sequence: EngineSequence, count: int) -> list[int]:
+        known = self._known(sequence, count)
         is_right = [self._rng.random() < self._acceptance for _ in known]
         return [
             t if right else max(t - 1, 0) or 1 for t, right in zip(known, is_right, strict=True)
@@ -109,15 +141,21 @@ class SpecBench:
         prompts = [self._llm.encode_chat(talk) for talk in conversations(task, batch)]
         return self._measure(task, batch, prompts, SamplingParams(max_tokens=self._num_tokens))
 
-    def measure_constructed(self, acceptances: Sequence[float], batch: int) -> list[Row]:
-        """Drafts whose acceptance is set, of random prompts; beside what the formula foretells."""
+    def measure_constructed(
+        self, acceptances: Sequence[float], batch: int, second_guess: float | None = None
+    ) -> list[Row]:
+        """Drafts whose acceptance is set, of random prompts; beside what the formula foretells.
+
+        second_guess: with a second chain, see `KnownAnswers`; None: without.
+        """
         size = self._llm.engine.vocab_size
         rng = random.Random(0)
         prompts = [
             EncodedPrompt(None, [rng.randrange(size) for _ in range(32)]) for _ in range(batch)
         ]
         params = SamplingParams(max_tokens=self._num_tokens, ignore_eos=True, temperature=0.0)
-        source, depth = self._drafter.source, self._drafter.depth
+        depth, usual = self._drafter.depth, self._drafter.settings
+        num_branches = 1 if second_guess is None else 2
         known = {
             output.prompt_token_ids: output.outputs[0].token_ids
             for output in self._run(prompts, params, paused=True)[0]
@@ -125,13 +163,14 @@ class SpecBench:
         rows: list[Row] = []
         try:
             for acceptance in (0.0, *acceptances):
-                drafts = KnownAnswers(known, acceptance)
-                self._drafter.use(drafts, depth, adaptive=False)
+                chance = second_guess or 0.0 if rows else 0.0  # at first all are wrong
+                drafts = KnownAnswers(known, acceptance, chance)
+                self._drafter.use(drafts, depth, adaptive=False, num_branches=num_branches)
                 row = self._measure(f"{acceptance:g} right", batch, prompts, params)
                 ratio = rows[0].step_ratio if rows else 1 / row.speed_up
-                rows.append(_with_formula(row, acceptance, depth, ratio or 1.0))
+                rows.append(_with_formula(row, acceptance, depth, ratio or 1.0, chance))
         finally:
-            self._drafter.use(source, depth)
+            self._drafter.use(**usual)
         return rows
 
     def _measure(
@@ -194,9 +233,12 @@ def tokens_of_step(acceptance: float, num_drafts: int) -> float:
     return sum(acceptance**place for place in range(num_drafts + 1))
 
 
-def _with_formula(row: Row, acceptance: float, num_drafts: int, step_ratio: float) -> Row:
-    foretold = tokens_of_step(acceptance, num_drafts) / step_ratio
-    return Row(**{**asdict(row), "step_ratio": step_ratio, "foretold": foretold})
+def _with_formula(
+    row: Row, acceptance: float, num_drafts: int, step_ratio: float, second_guess: float
+) -> Row:
+    tokens = tokens_of_step(acceptance, num_drafts)
+    tokens += (1 - acceptance) * second_guess * tokens_of_step(acceptance, num_drafts - 1)
+    return Row(**{**asdict(row), "step_ratio": step_ratio, "foretold": tokens / step_ratio})
 
 
 def bench_spec(
@@ -208,6 +250,7 @@ def bench_spec(
     num_tokens: int,
     repetitions: int,
     progress: Callable[[str, int, int], None] = lambda *_: None,
+    second_guess: float | None = None,
 ) -> SpecResult:
     """Every task, or every acceptance if there are any, at every batch size."""
     bench = SpecBench(llm, num_tokens, repetitions)
@@ -215,7 +258,7 @@ def bench_spec(
     for number, batch in enumerate(batches):
         if acceptances:
             progress(f"batch {batch}", number, len(batches))
-            rows += bench.measure_constructed(acceptances, batch)
+            rows += bench.measure_constructed(acceptances, batch, second_guess)
         for place, task in enumerate(() if acceptances else tasks):
             progress(
                 f"{task}, batch {batch}", number * len(tasks) + place, len(batches) * len(tasks)

@@ -12,6 +12,7 @@ from octavo.cli.common import FAILED, load_llm, print_error, progress_bar
 from octavo.cli.options import ModelArgument, engine_options, option
 from octavo.config import EngineConfig, check_choice
 from octavo.errors import InvalidArgumentError
+from octavo.speculative_config import SpeculativeConfig, read_speculative_config
 
 if TYPE_CHECKING:
     from octavo.bench.spec import Row, SpecResult
@@ -38,6 +39,14 @@ def bench_spec(
             "Measure drafts that are right with these probabilities, whatever the model, beside "
             "what the formula foretells. Needs no tokenizer.",
             metavar="P,P,…",
+        ),
+    ] = "",
+    second_guess: Annotated[
+        str,
+        _what(
+            "With --acceptance: check a second chain, too, whose first draft is right with this "
+            "probability where that of the first chain is wrong.",
+            metavar="P",
         ),
     ] = "",
     batch: Annotated[
@@ -72,10 +81,18 @@ def bench_spec(
     batches = parse_numbers("--batch", batch)
     if min(batches) < 1:
         raise InvalidArgumentError(f"--batch is {batch!r}; expected numbers of 1 or more")
-    acceptances = _parse_parts(acceptance)
+    acceptances = _parse_parts("--acceptance", acceptance)
+    chances = _parse_parts("--second-guess", second_guess)
+    if len(chances) > 1 or (chances and not acceptances):
+        raise InvalidArgumentError(
+            f"--second-guess is {second_guess!r}; expected one number, beside --acceptance"
+        )
+    drafts = read_speculative_config(config.speculative_config) or SpeculativeConfig("ngram")
+    if chances and drafts.most_chains < 2:
+        drafts = replace(drafts, num_branches=2)  # so that a step has room for a second chain
     config = replace(
         config,
-        speculative_config=config.speculative_config or {"method": "ngram"},
+        speculative_config=drafts,
         max_num_seqs=max(*batches, 1),
         max_model_len=config.max_model_len or 512 + generate,
     )
@@ -90,6 +107,7 @@ def bench_spec(
             generate,
             repetitions,
             bar.update,
+            chances[0] if chances else None,
         )
     _print(result, output)
     if not result.passed:
@@ -98,7 +116,7 @@ def bench_spec(
     return 0
 
 
-def _parse_parts(text: str) -> list[float]:
+def _parse_parts(name: str, text: str) -> list[float]:
     """ "0.5,0.8" -> [0.5, 0.8]."""
     try:
         found = [float(part) for part in text.split(",") if part.strip()]
@@ -106,7 +124,7 @@ def _parse_parts(text: str) -> list[float]:
         found = [-1.0]
     if not all(0 <= part <= 1 for part in found):
         raise InvalidArgumentError(
-            f"--acceptance is {text!r}; expected numbers from 0 to 1, as in --acceptance 0.5,0.8"
+            f"{name} is {text!r}; expected numbers from 0 to 1, as in {name} 0.5"
         )
     return found
 

@@ -47,7 +47,7 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
     row_starts = [0]
     logit_rows: list[int] = []
     state_rows: list[int] = []
-    for sequence, start, num_new_tokens, num_samples, drafts in entries:
+    for sequence, start, num_new_tokens, num_samples, drafts, branch in entries:
         if num_new_tokens == 1:  # decoding, the most frequent case: no slicing
             known = sequence.token_ids
             token_ids.append(known[start] if start < len(known) else -1 - sequence.state_row)
@@ -56,7 +56,7 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
             token_ids.extend(drafts)
         num_tokens = len(token_ids)
         row_starts.append(num_tokens)
-        if num_samples == 1:
+        if num_samples == 1 and branch is None:
             logit_rows.append(num_tokens - 1)
             state_rows.append(sequence.state_row)
         elif num_samples:
@@ -66,7 +66,7 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
         token_ids=np.array(token_ids, np.int32),
         row_starts=np.array(row_starts, np.int32),
         context_lens=np.array([e.start + e.num_new_tokens for e in entries], np.int32),
-        block_tables=pack_block_tables([e.sequence.key for e in entries], blocks),
+        block_tables=pack_block_tables([e.branch or e.sequence.key for e in entries], blocks),
         logit_rows=np.array(logit_rows, np.int32),
         sampling=pack_sampling(schedule.row_sequences, state_rows, vocab_size),
         adapter_ids=_pack_adapters(entries),

@@ -220,7 +220,6 @@ class BlockManager:
         returned. A child for whose copy no block is free has an empty table afterwards, as all of
         the others.
         """
-        num_shared, num_more = divmod(num_tokens, self.block_size)
         keys = {*parents, *parents.values(), *others} & self._tables.keys()
         left = {key: self._tables.pop(key) for key in keys}
         heirs = {parent: child for child, parent in reversed(list(parents.items()))}
@@ -231,25 +230,50 @@ class BlockManager:
             self._release(tables)
         copies: list[BlockCopy] = []
         for child, parent in parents.items():
-            is_short = bool(num_more) and self.pool.num_free < len(self.groups.windows)
             if child in self._tables:
                 continue
-            if is_short:
+            made = self.branch(heirs[parent], child, num_tokens, num_tokens, 0)
+            if made is None:
                 others = {*others, child}
-                continue
-            source = self._tables[heirs[parent]]
-            tables = tuple([table[:num_shared] for table in source])
-            for group, table in enumerate(tables):
-                for block in table:
-                    if block != NO_BLOCK:
-                        self.pool.hold(block)
-                if num_more:
-                    table.append(self.pool.take())
-                    copies.append(BlockCopy(group, source[group][num_shared], table[num_shared]))
-            self._tables[child] = tables
+            else:
+                copies += made
         for key in set(others) - self._tables.keys():
             self._tables[key] = tuple([array("i") for _ in self.groups.windows])
         return copies
+
+    def branch(
+        self, key: Hashable, branch: Hashable, num_computed: int, num_tokens: int, num_spare: int
+    ) -> list[BlockCopy] | None:
+        """A second table for a sequence, for other tokens after its first num_computed.
+
+        It shares the full blocks and has new ones for num_tokens tokens. Returns the copies
+        to make, of the block in which those tokens end. None, and no change, if then fewer than
+        num_spare blocks a group would be free. `free` gives it back, or `adopt` makes it
+        the sequence's own.
+        """
+        tables = self._tables[key]
+        num_shared, num_more = divmod(num_computed, self.block_size)
+        num_new = self.blocks_for(num_tokens) - num_shared
+        if (num_new + num_spare) * len(tables) > self.pool.num_free:
+            return None
+        copies: list[BlockCopy] = []
+        branched = []
+        for group, table in enumerate(tables):
+            own = table[:num_shared]
+            for block in own:
+                if block != NO_BLOCK:
+                    self.pool.hold(block)
+            own.extend([self.pool.take() for _ in range(num_new)])
+            if num_more:
+                copies.append(BlockCopy(group, table[num_shared], own[num_shared]))
+            branched.append(own)
+        self._tables[branch] = tuple(branched)
+        return copies
+
+    def adopt(self, key: Hashable, branch: Hashable) -> None:
+        """The branch's table is the sequence's from now on; its former one is given back."""
+        former, self._tables[key] = self._tables[key], self._tables.pop(branch)
+        self._release(former)
 
     def reserve(self, key: Hashable, num_tokens: int, num_spare: int = 0) -> bool:
         """Give a sequence that holds blocks enough of them for at least num_tokens tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule, ScheduleBuilder
@@ -16,10 +16,11 @@ class Drafter:
 
     Drafts change only the time: an answer is the same with good drafts, bad ones or none.
 
-    taps: what it reads from the output of each step, besides tokens; see docs/taps.md.
+    states: of which rows it reads the hidden states from the output of each step; see
+    `_native.Runtime.submit`.
     """
 
-    taps: tuple[str, ...] = ()
+    states: Literal["rows", "tokens"] | None = None
 
     def begin_step(self, running: Iterable[Sequence], step: ScheduleBuilder) -> None:
         """A step is about to be scheduled. running: all sequences that hold blocks."""
@@ -28,6 +29,13 @@ class Drafter:
         """Draft tokens to follow the sequence's own; none where it has no guess.
 
         Called after `begin_step` for each decoding sequence that may take drafts.
+        """
+        return ()
+
+    def branches(self, sequence: Sequence) -> SequenceOf[SequenceOf[int]]:
+        """Other chains of drafts, to be checked beside that of `propose` in the same step.
+
+        In the order of a depth-first walk through the tree that all chains form (branches.py).
         """
         return ()
 
@@ -49,18 +57,29 @@ class Drafter:
 class DraftCounts:
     """Drafts checked since the engine began.
 
-    num_drafts: how often a sequence had any. accepted_per_position[i]: how often the draft in place
-    i, counted from 0, was right, and all before it.
+    num_drafts: how often a sequence had any. num_draft_tokens: those that chains share count once.
+    accepted_per_position[i]: how often the draft in place i, counted from 0, was right, and all
+    before it. num_branches: chains beside the first. num_branch_wins: how often one of those was
+    right for longest.
     """
 
     num_drafts: int = 0
     num_draft_tokens: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
+    num_branches: int = 0
+    num_branch_wins: int = 0
 
-    def add(self, num_draft_tokens: int, num_accepted: int) -> None:
-        """A sequence had so many drafts, and the first num_accepted were right."""
+    def add(
+        self, num_draft_tokens: int, num_accepted: int, num_branches: int = 0, is_win: bool = False
+    ) -> None:
+        """A sequence had so many drafts, and num_accepted of a chain were right.
+
+        is_win: the chain was a branch.
+        """
         self.num_drafts += 1
         self.num_draft_tokens += num_draft_tokens
+        self.num_branches += num_branches
+        self.num_branch_wins += is_win
         accepted = self.accepted_per_position
         accepted += [0] * (num_draft_tokens - len(accepted))
         for position in range(num_accepted):

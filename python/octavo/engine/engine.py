@@ -98,6 +98,7 @@ class Engine(Endings):
             options.enable_prefix_caching,
             max_prompt_rows=max(16, MAX_PROMPT_LOGITS // vocab_size),
             rope_switch=options.rope_switch,
+            num_spare_seqs=options.num_spare_seqs,
         )
         header = describe_engine(options, limits, self.blocks)
         self.events = EventLog(options.event_log_capacity, header)
@@ -112,7 +113,7 @@ class Engine(Endings):
             make_batch,
             vocab_size=vocab_size,
             depth=2 if options.overlap_steps else 1,
-            taps=drafter.taps if drafter is not None else (),
+            states=None if drafter is None else drafter.states,
         )
         self.drafter = drafter
         self._clock = clock

@@ -61,10 +61,16 @@ def record_step(
     counts = (schedule.num_decodes, schedule.num_tokens, schedule.num_attended)
     state = (scheduler.num_running, scheduler.num_waiting, scheduler.blocks.num_free_blocks)
     events.record((now, "step", None, now - started, *counts, *state, schedule.number))
-    drafts = [len(entry.draft_token_ids) for entry in schedule.entries if entry.draft_token_ids]
-    if drafts:
-        sums = (len(drafts), sum(drafts), sum(drafts) - num_rejected)
-        events.record((now, "drafts", None, *sums, schedule.number))
+    drafted = [entry for entry in schedule.entries if entry.draft_token_ids]
+    if drafted:
+        num_sequences = sum([entry.branch is None for entry in drafted])
+        # A branch computes again what it shares; its own drafts are those that it samples after.
+        branches = [entry for entry in drafted if entry.branch is not None]
+        num_repeated = sum([entry.num_new_tokens - entry.num_samples for entry in branches])
+        num_tokens = sum([entry.num_new_tokens for entry in drafted])
+        num_drafts = num_tokens - num_sequences - num_repeated
+        sums = (num_sequences, num_drafts, num_drafts - num_rejected)
+        events.record((now, "drafts", None, *sums, schedule.number, num_repeated))
 
 
 def read_stats(
@@ -90,4 +96,6 @@ def read_stats(
         num_drafts=scheduler.draft_counts.num_drafts,
         num_draft_tokens=scheduler.draft_counts.num_draft_tokens,
         num_accepted_per_position=tuple(scheduler.draft_counts.accepted_per_position),
+        num_draft_branches=scheduler.draft_counts.num_branches,
+        num_draft_branch_wins=scheduler.draft_counts.num_branch_wins,
     )

@@ -56,8 +56,15 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "step",
     ),
     # The step checked drafts of so many sequences; the first num_accepted_tokens of the drafts of
-    # each, added up, were right. Comes right after the step's own event.
-    "drafts": ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "step"),
+    # each, added up, were right. Comes right after the step's own event. num_repeated_tokens: what
+    # branches of drafts computed that other chains of their sequence did, too.
+    "drafts": (
+        "num_drafts",
+        "num_draft_tokens",
+        "num_accepted_tokens",
+        "step",
+        "num_repeated_tokens",
+    ),
 }
 
 WAITING_REASONS = {

@@ -132,7 +132,8 @@ class EngineStats:
     num_free_blocks are blocks of the KV cache that no sequence holds; num_cached_blocks of these
     have content that may be used again. Since it began: steps, tokens sampled, preemptions; prompt
     tokens looked up in the prefix cache and found there; cached blocks evicted; how often a
-    sequence had drafts, the drafts, and how many in each place were accepted.
+    sequence had drafts, the drafts, and how many in each place were accepted. num_draft_branches:
+    chains of drafts beside a sequence's first; num_draft_branch_wins: those that were the best.
     """
 
     num_running: int
@@ -152,6 +153,8 @@ class EngineStats:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_per_position: tuple[int, ...] = ()
+    num_draft_branches: int = 0
+    num_draft_branch_wins: int = 0
 
     @property
     def num_accepted_tokens(self) -> int:

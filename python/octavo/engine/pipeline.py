@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,7 +32,7 @@ class StepRuntime(Protocol):
     def submit(self, batch: Any, *, sample: bool) -> int:
         """Queue the forward pass and return a ticket; sample: queue plain sampling, too.
 
-        A runtime whose drafter needs them also takes `taps`, a list of names.
+        A runtime whose drafter needs them also takes `states`: "rows" or "tokens".
         """
 
     def sample(
@@ -69,8 +68,8 @@ class InFlightStep:
 class Pipeline:
     """Submits schedules to a runtime, at most `depth` at a time, and waits for the oldest.
 
-    make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`. taps: names of
-    what every step's output is to hold besides.
+    make_batch: builds what `runtime.submit` takes from the fields of `BatchArrays`. states: of
+    which rows every step's output is to hold the hidden states.
     """
 
     def __init__(
@@ -81,14 +80,14 @@ class Pipeline:
         *,
         vocab_size: int,
         depth: int,
-        taps: SequenceOf[str] = (),
+        states: str | None = None,
     ) -> None:
         self.depth = depth
         self._runtime = runtime
         self._blocks = blocks
         self._make_batch = make_batch
         self._vocab_size = vocab_size
-        self._taps: dict[str, Any] = {"taps": list(taps)} if taps else {}
+        self._states: dict[str, Any] = {"states": states} if states else {}
         self._in_flight: deque[InFlightStep] = deque()
 
     def __len__(self) -> int:
@@ -114,7 +113,7 @@ class Pipeline:
         if any([scored.num_rows for scored in schedule.scored]):
             arrays, step.places = add_prompt_rows(arrays, schedule)
         batch = self._make_batch(**arrays._asdict())
-        step.ticket = self._runtime.submit(batch, sample=sample, **self._taps)
+        step.ticket = self._runtime.submit(batch, sample=sample, **self._states)
 
     @property
     def unsampled(self) -> Schedule | None:
@@ -138,7 +137,8 @@ class Pipeline:
         output = self._runtime.wait(step.ticket)
         self._in_flight.popleft()
         if step.places is not None:
-            output, step.prompt_rows = step.places.split(output)
+            of_rows = self._states.get("states") == "rows"
+            output, step.prompt_rows = step.places.split(output, of_rows=of_rows)
         return step, output
 
     def abandon(self) -> list[Schedule]:

@@ -12,7 +12,6 @@ packed, and taken out when it has ended.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +36,7 @@ class Rows(NamedTuple):
     top_token_ids: Int32
     top_logprobs: NDArray[np.float32]
     finite: NDArray[np.bool_]
-    taps: Mapping[str, NDArray[np.float32]] = {}  # only of sampled rows
+    states: NDArray[np.float32] | None = None  # only of sampled rows, or of all tokens
 
 
 class RowPlaces(NamedTuple):
@@ -46,15 +45,17 @@ class RowPlaces(NamedTuple):
     sampled: Places
     prompts: Places
 
-    def split(self, output: Any) -> tuple[Rows, Rows]:
-        """The results of the sampled rows, and those of prompts; output: a StepOutput."""
-        arrays = [getattr(output, name) for name in Rows._fields if name != "taps"]
+    def split(self, output: Any, *, of_rows: bool) -> tuple[Rows, Rows]:
+        """The results of the sampled rows, and those of prompts; output: a StepOutput.
+
+        of_rows: it has the hidden states of logit rows.
+        """
+        arrays = [getattr(output, name) for name in Rows._fields if name != "states"]
         found = [Rows(*(array[places] for array in arrays)) for places in self]
-        taps = {  # these two have a row for each logit row, all others for each token
-            name: rows[self.sampled] if name in ("final_norm", "logits") else rows
-            for name, rows in getattr(output, "taps", {}).items()
-        }
-        return found[0]._replace(taps=taps), found[1]
+        states = getattr(output, "states", None)
+        if states is not None and of_rows:
+            states = states[self.sampled]
+        return found[0]._replace(states=states), found[1]
 
     def spread_masks(self, masks: Int32 | None) -> Int32 | None:
         """Masks of the sampled rows -> masks of all rows; a target needs none."""

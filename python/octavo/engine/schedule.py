@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,7 +16,8 @@ class ScheduledSequence(NamedTuple):
 
     It computes its tokens start .. start + num_new_tokens - 1, the last of which are drafts.
     num_samples: how many tokens are sampled, one after each of the last num_samples of those: 0
-    before the end of its prompt, then 1 and one more for each draft.
+    before the end of its prompt, then 1 and one more for each draft. branch: the key of its block
+    table, where it is one more chain of drafts of the sequence before it (branches.py).
     """
 
     sequence: Sequence
@@ -24,6 +25,7 @@ class ScheduledSequence(NamedTuple):
     num_new_tokens: int
     num_samples: int
     draft_token_ids: tuple[int, ...] = ()
+    branch: Hashable = None
 
 
 class ScoredPrompt(NamedTuple):
@@ -44,7 +46,8 @@ class ScoredPrompt(NamedTuple):
 class Schedule(NamedTuple):
     """One step. number: counted from 0 over non-empty steps. num_tokens: how many it computes.
 
-    entries: the parts of the sequences, first the num_decodes that decode, then prompts.
+    entries: the parts of the sequences, first the num_decodes that decode, each with its branches,
+    then prompts.
     row_sequences: the sequence of each sampled logit row, in order. scored: the rows of prompts,
     besides the sampled ones. preempted: sequences that lost their blocks for this step. admitted:
     those that got blocks. copies: to be done before anything else.
@@ -63,7 +66,7 @@ class Schedule(NamedTuple):
     @property
     def num_attended(self) -> int:
         """The number of tokens attended to, summed over all tokens that the step computes."""
-        return sum([n * (2 * start + n + 1) // 2 for _, start, n, _, _ in self.entries])
+        return sum([n * (2 * start + n + 1) // 2 for _, start, n, *_ in self.entries])
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class SchedulerLimits:
     prompt in any case. headroom_blocks: how many blocks must be free for each running sequence
     when another is admitted; docs/scheduler.md says why two. max_prompt_rows: how many logit rows a
     step has for the log-probabilities of prompts, and for drafts. rope_switch: sequences of more
-    tokens have the rope's other frequencies; 0: none.
+    tokens have the rope's other frequencies; 0: none. num_spare_seqs: how many branches of drafts a
+    step may have beside max_num_seqs sequences.
     """
 
     max_num_seqs: int
@@ -86,6 +90,7 @@ class SchedulerLimits:
     headroom_blocks: int = 2
     max_prompt_rows: int = 128
     rope_switch: int = 0
+    num_spare_seqs: int = 0
 
     def rope_set(self, num_tokens: int) -> int:
         """Which set of rope frequencies a sequence of so many tokens is computed with: 0 or 1."""
@@ -107,13 +112,16 @@ class ScheduleBuilder:
     """Builds schedule `number`.
 
     budget: the tokens that may still be added. now: the time in seconds. row_budget: the logit rows
-    of prompts and drafts that may still be added. is_short: a sequence that runs lacked blocks.
+    of prompts and drafts that may still be added. branch_budget: the branches of drafts that may
+    still be added. num_branches: those that were. is_short: a sequence that runs lacked blocks.
     """
 
     number: int
     budget: int
     now: float
     row_budget: int
+    branch_budget: int = 0
+    num_branches: int = 0
     is_short: bool = False
     num_tokens: int = 0
     entries: list[ScheduledSequence] = field(default_factory=list)

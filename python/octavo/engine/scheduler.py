@@ -24,12 +24,13 @@ from collections.abc import Sequence as SequenceOf
 
 from octavo.engine.block_manager import BlockManager, Prefix
 from octavo.engine.block_pool import IntegrityError
+from octavo.engine.branches import Branches, judge
 from octavo.engine.drafter import DraftCounts, Drafter
 from octavo.engine.events import EventLog
 from octavo.engine.prefix_cache import PrefixCache
 from octavo.engine.queues import SequenceQueues
 from octavo.engine.request import FinishReason, Sequence, SequenceState
-from octavo.engine.schedule import Schedule, ScheduleBuilder, SchedulerLimits, num_agreeing
+from octavo.engine.schedule import Schedule, ScheduleBuilder, SchedulerLimits
 from octavo.errors import InvalidArgumentError
 
 
@@ -56,6 +57,7 @@ class Scheduler(SequenceQueues):
         self.num_preemptions = 0
         self.waiting_reason: str | None = None  # of the first in the queue; None: it is empty
         self.draft_counts = DraftCounts()
+        self.branches = Branches(blocks, self.draft_counts)
         self.drafter = drafter
         self._arrival_numbers = itertools.count()
         self._noted_wait: tuple[object, str | None] | None = None
@@ -120,7 +122,7 @@ class Scheduler(SequenceQueues):
             self._preempt(sequence, "rope", sequence, now)  # it may come back in this very step
         self._make_room_for_urgent(step)
         self._schedule_decodes(step)
-        num_decodes = len(step.entries)
+        num_decodes = len(step.entries) - step.num_branches
         self._schedule_prefills(step)
         self._note_wait(*self._admit(step), now)
         self._wake_beams(step)
@@ -132,38 +134,41 @@ class Scheduler(SequenceQueues):
 
     def advance(self, schedule: Schedule) -> None:
         """The step was submitted: the next `schedule` counts its tokens as computed."""
-        for sequence, start, num_new_tokens, num_samples, _ in schedule.entries:
-            sequence.num_computed_tokens = start + num_new_tokens
-            sequence.num_pending_tokens += num_samples
+        for sequence, start, num_new_tokens, num_samples, _, branch in schedule.entries:
+            if branch is None:
+                sequence.num_computed_tokens = start + num_new_tokens
+                sequence.num_pending_tokens += num_samples
 
     def complete(self, schedule: Schedule, token_ids: SequenceOf[int]) -> set[int]:
         """The step has ended: its keys and values are in the cache, and it sampled token_ids.
 
-        A token that was sampled after right drafts is right; the first that differs from the draft
-        in its place is the last right one. Returns the logit rows after it, whose tokens must be
-        dropped. Tokens of wrong drafts do not count as computed.
+        Returns the logit rows after wrong drafts (see `judge`): their tokens must be dropped, and
+        do not count as computed.
         """
-        block_size = self.blocks.block_size
+        block_size, entries = self.blocks.block_size, schedule.entries
+        has_drafts = any([entry.draft_token_ids for entry in entries])
+        judged = iter(judge(schedule, token_ids) if has_drafts else ())
         rejected_rows: set[int] = set()
-        row = 0
-        for sequence, start, num_new_tokens, num_samples, drafts in schedule.entries:
+        for index, (sequence, start, num_new_tokens, num_samples, drafts, branch) in enumerate(
+            entries
+        ):
+            if branch is not None:
+                continue  # judged with the entry before it
             sequence.num_pending_tokens -= num_samples
             # If it runs now, it was not preempted since: it could not be admitted again so soon.
             is_running = sequence.state is SequenceState.RUNNING
+            num_rejected = 0
+            if (found := next(judged, None)) is not None and drafts:
+                rejected_rows.update(found.other_rows)
+                num_rejected = len(drafts) - found.num_accepted
+                sequence.num_computed_tokens -= num_rejected if is_running else 0
+                self.branches.settle(schedule, index, found, is_running)
             # Blocks with drafts get no name yet: the next step publishes those of right drafts.
             num_full_blocks = (start + num_new_tokens - len(drafts)) // block_size
             if num_full_blocks > sequence.num_published_blocks and is_running:
                 self.prefix_cache.publish(sequence, num_full_blocks)
-            num_right = num_agreeing(drafts, token_ids[row:])
-            num_rejected = len(drafts) - num_right
-            if drafts:
-                self.draft_counts.add(len(drafts), num_right)
-            if num_rejected:
-                sequence.num_computed_tokens -= num_rejected if is_running else 0
-                rejected_rows.update(range(row + num_samples - num_rejected, row + num_samples))
             if self.blocks.has_windows and is_running:
                 self.blocks.advance(sequence.key, start + num_new_tokens - num_rejected)
-            row += num_samples
         return rejected_rows
 
     def rollback(self, schedule: Schedule) -> None:
@@ -171,7 +176,10 @@ class Scheduler(SequenceQueues):
 
         With several steps in flight, undo the latest first.
         """
-        for sequence, start, _, num_samples, _ in schedule.entries:
+        for sequence, start, _, num_samples, _, branch in schedule.entries:
+            if branch is not None:
+                self.branches.free(branch)
+                continue
             sequence.num_pending_tokens -= num_samples
             if sequence.state is SequenceState.RUNNING:
                 sequence.num_computed_tokens = start
@@ -218,6 +226,8 @@ class Scheduler(SequenceQueues):
     def _schedule_decodes(self, step: ScheduleBuilder) -> None:
         drafter = self.drafter
         if drafter is not None:
+            num_free = self.limits.max_num_seqs - len(self._running) - len(self._waiting)
+            step.branch_budget = self.limits.num_spare_seqs + max(0, num_free)
             drafter.begin_step(self._running, step)
         index = 0
         # A preemption shortens the queue from its end. The sequences before `index` stay, so no
@@ -243,6 +253,10 @@ class Scheduler(SequenceQueues):
                     drafts = self._drafts(sequence, step, len(self._running) - index)
             if self._make_room(sequence, num_tokens, step):
                 step.add(sequence, 1, 1, drafts)
+                if drafts and drafter is not None:
+                    chains = drafter.branches(sequence)
+                    num_behind = len(self._running) - index
+                    self.branches.add(step, chains, end - 1 - num_tokens, num_behind)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, step: ScheduleBuilder) -> bool:
         """Reserve blocks for so many tokens; for want of them the last sequence is preempted.
@@ -414,7 +428,8 @@ class Scheduler(SequenceQueues):
             if sequence.state is not SequenceState.RUNNING:
                 raise IntegrityError(f"{sequence!r} is among the running")
             self.blocks.check_sequence(sequence.key, sequence.num_computed_tokens)
-        running, holders = {sequence.key for sequence in self._running}, self.blocks.holders()
+        running = {sequence.key for sequence in self._running}
+        holders = self.blocks.holders() - self.branches.keys
         if len(running) != len(self._running) or holders != running:
             raise IntegrityError(f"blocks are held by {holders}, but {running} are running")
         rows = [*self._free_state_rows, *(sequence.state_row for sequence in self._running)]

@@ -30,6 +30,7 @@ from octavo.quantization.plan import (
 )
 from octavo.quantization.stored import describe_stored
 from octavo.runtime.remedies import Changes, Needs
+from octavo.speculative_config import SpeculativeConfig
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
 from octavo.weights.tensor import TensorDType
@@ -44,6 +45,7 @@ LoadProgress = Callable[[int, int], None]
 # ulimit) bound them too; any other device reports its own memory.
 _HOST_DEVICES = frozenset({"cpu"})
 # Values tried for advice where there is no memory for steps; the first of each are the defaults.
+_BRANCHING_SEQS = 8  # whose branches fit in a step when all max_num_seqs sequences decode
 _FEWER_SEQS, _FEWER_TOKENS = (64, 8, 1), (512, 64, 16)
 
 
@@ -142,7 +144,9 @@ def _make_runtime(
 
     seqs, tokens = options.max_num_seqs, options.max_num_batched_tokens
     try:
-        return _native.Runtime(device, spec, options)
+        # A branch of drafts is to the core one more sequence of the step.
+        most = options.max_num_seqs + options.num_spare_seqs
+        return _native.Runtime(device, spec, replace(options, max_num_seqs=most))
     except ValueError as error:  # an instruction set or a device that this machine lacks
         raise InvalidArgumentError(str(error)) from error
     except MemoryError as error:  # on the host: `ulimit -v`; nothing large is touched yet
@@ -240,7 +244,19 @@ def resolve_options(
         priority_ageing_seconds=config.priority_ageing_seconds,
         event_log_capacity=config.event_log_capacity,
         overlap_steps=bool(config.overlap_steps),
+        num_spare_seqs=num_spare_seqs(config),
     )
+
+
+def num_spare_seqs(config: EngineConfig) -> int:
+    """How many branches of drafts a step may have beside max_num_seqs sequences.
+
+    Those of a few sequences: with many in a step branches rarely pay.
+    """
+    drafts = config.speculative_config
+    if not isinstance(drafts, SpeculativeConfig):
+        return 0
+    return (drafts.most_chains - 1) * min(config.max_num_seqs, _BRANCHING_SEQS)
 
 
 def plan_kv_blocks(needs: Needs, available: int) -> int:

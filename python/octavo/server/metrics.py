@@ -62,6 +62,8 @@ _COUNTERS = {
     "vllm:spec_decode_num_draft_tokens": "Drafts that were checked.",
     "vllm:spec_decode_num_accepted_tokens": "Drafts that were right.",
     "vllm:spec_decode_num_accepted_tokens_per_pos": "Those of them in each place of a chain.",
+    "octavo:spec_decode_num_branches": "Chains of drafts beside a sequence's first one in a step.",
+    "octavo:spec_decode_num_branch_wins": "Those of them that were right for longest.",
 }
 # Those with one label more, each of whose values stands at 0 from the start.
 _LABEL_VALUES = {
@@ -163,6 +165,9 @@ class Metrics:
         for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
             count = getattr(now, name) - getattr(before, name)
             self._counters[f"vllm:spec_decode_{name}"].inc(count)
+        for name in ("branches", "branch_wins"):
+            count = getattr(now, f"num_draft_{name}") - getattr(before, f"num_draft_{name}")
+            self._counters[f"octavo:spec_decode_num_{name}"].inc(count)
         each = self._counters["vllm:spec_decode_num_accepted_tokens_per_pos"]
         earlier = before.num_accepted_per_position
         for place, count in enumerate(now.num_accepted_per_position):

@@ -10,7 +10,7 @@ from octavo.engine.drafter import Drafter
 from octavo.errors import InvalidArgumentError
 from octavo.files import expand_home
 from octavo.models.kv_groups import KvGroups, with_kv_groups
-from octavo.runtime.loader import LoadedRuntime, allocate_cache, load_without_cache
+from octavo.runtime.loader import LoadedRuntime, allocate_cache, load_without_cache, num_spare_seqs
 from octavo.speculation.draft_model import DraftModelSource
 from octavo.speculation.eagle import EagleHead, EagleSource, TargetEnds
 from octavo.speculation.medusa import MedusaHeads, MedusaSource
@@ -68,6 +68,7 @@ def load_draft_model(
         quantize=quantize,
         speculative_config=None,
         max_model_len=min(limit, files.spec.max_position_embeddings),
+        max_num_seqs=config.max_num_seqs + num_spare_seqs(config),
         max_adapters=0,
         overlap_steps=False,
     )
@@ -106,7 +107,13 @@ def build_drafter(
         source = EagleSource(EagleHead.read(expand_home(config.model or ""), ends))
     else:
         source = NgramSource(config.prompt_lookup_min or 1, config.prompt_lookup_max or 1)
-    return Speculator(source, config.num_speculative_tokens, adaptive=config.adaptive)
+    return Speculator(
+        source,
+        config.depth,
+        adaptive=config.adaptive,
+        num_branches=config.num_branches,
+        tree=config.tree,
+    )
 
 
 def _first_layers(

@@ -76,6 +76,33 @@ class StepCosts:
         return self._medians[nearest] * (_READING + num_tokens) / (_READING + nearest)
 
 
+def choose_branches(
+    offers: SequenceOf[tuple[float, int]],
+    expected: float,
+    num_tokens: int,
+    costs: StepCosts,
+    fixed_seconds: float = 0.0,
+    least_gain: float = 1.02,
+) -> set[int]:
+    """Which branches to check beside the chains that are chosen, for the most tokens a second.
+
+    offers: of each branch the tokens that it is expected to add, and the rows that it takes.
+    expected: tokens that the step brings without them. num_tokens: its size without them.
+    fixed_seconds: to make the drafts. least_gain: branches must raise the tokens a second by this
+    factor. Returns their indices.
+    """
+    ranked = sorted(range(len(offers)), key=lambda i: -offers[i][0] / offers[i][1])
+    plain = expected / (costs.seconds(num_tokens) + fixed_seconds)
+    best, best_count = least_gain * plain, 0
+    for count, index in enumerate(ranked, 1):
+        expected += offers[index][0]
+        num_tokens += offers[index][1]
+        speed = expected / (costs.seconds(num_tokens) + fixed_seconds)
+        if speed > best:
+            best, best_count = speed, count
+    return set(ranked[:best_count])
+
+
 def _median(values: Iterable[float]) -> float:
     ordered = sorted(values)
     return ordered[len(ordered) // 2]

@@ -5,19 +5,24 @@ batch gives each its first draft, the next one its second, and so on (chains, Le
 arXiv 2211.17192). A draft is sampled with the request's own options and random numbers. The target
 takes the same token where the distributions of both are alike, since both add the same Gumbel
 noise to each token.
+
+In a tree, a chain leaves another one where it has a less probable token. From there on it has a
+block table of its own, as in the target (engine/branches.py), and drafts in the same batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from octavo.draft_tree import Ranks
 from octavo.engine.batch import pack_block_tables, pack_sampling
-from octavo.engine.block_manager import BlockManager
+from octavo.engine.block_manager import NO_PREFIX, BlockCopy, BlockManager
+from octavo.engine.branches import num_shared
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import num_agreeing
 from octavo.runtime.loader import LoadedRuntime
@@ -27,28 +32,39 @@ _NUM_CLASSES = 8  # positions in a chain whose acceptance is told apart
 
 
 @dataclass
-class _Cached:
-    """What the draft model's cache holds of a sequence: num_tokens of its own, then `drafts`.
+class _Chain:
+    """A chain in the draft model's cache: num_tokens of the sequence's own, then `drafts`.
 
-    todo: tokens to be computed next. drafted: the drafts of this step so far. wanted: how many.
+    key: of its block table. todo: tokens to be computed next. drafted: the drafts of this step so
+    far. path: the ranks of all that are wanted. guesses[i]: the tokens of place i, best first,
+    where other chains need them. parent, shared: of a chain that leaves another one, which one, and
+    after how many drafts; it begins when the other one has come there. num_named: how many of its
+    blocks others can find.
     """
 
+    sequence: Sequence
+    key: Hashable
     num_tokens: int = 0
     drafts: list[int] = field(default_factory=list)
     todo: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
-    wanted: int = 0
+    path: Ranks = ()
+    guesses: dict[int, list[int]] = field(default_factory=dict)
+    children: list[_Chain] = field(default_factory=list)
+    parent: _Chain | None = None
+    shared: int = 0
+    num_named: int = 0
 
 
 class DraftModelSource(DraftSource):
-    """Chains of a draft model.
+    """Chains and trees of a draft model.
 
     loaded: its runtime, with num_kv_blocks blocks allocated. kv_windows: of its KV groups; blocks
     behind a window are kept, because rejected drafts move a sequence back. vocab_size: the
     target's; a draft that it does not have ends a chain. make_batch: `_native.Batch`, or a test's.
     """
 
-    num_classes = _NUM_CLASSES
+    num_classes = num_places = _NUM_CLASSES
 
     def __init__(
         self,
@@ -63,89 +79,180 @@ class DraftModelSource(DraftSource):
             make_batch = Batch
         self.loaded = loaded
         self.num_batches = 0
+        self.num_cached_tokens = 0  # of prompts, that were in the cache already
         self._vocab_size = vocab_size
         self._make_batch = make_batch
         windows = (0,) * len(kv_windows)
         self.blocks = BlockManager(loaded.num_kv_blocks, loaded.options.block_size, windows)
-        self._cached: dict[Sequence, _Cached] = {}
+        self._chains: dict[Sequence, _Chain] = {}  # of best guesses, kept between steps
 
     def begin_step(self, running: Iterable[Sequence]) -> None:
         """Free the blocks of sequences that have ended or were preempted."""
-        for sequence in self._cached.keys() - set(running):
-            del self._cached[sequence]
+        for sequence in self._chains.keys() - set(running):
+            del self._chains[sequence]
             self.blocks.free(sequence)
 
     def draft(self, wanted: SequenceOf[tuple[Sequence, Any, int]]) -> SequenceOf[SequenceOf[int]]:
         """Chains of all sequences, a batch for each place in them; none without memory for it."""
-        chains = []
-        for sequence, _, count in wanted:
-            cached = self._prepare(sequence, count)
-            if cached is not None:
-                chains.append((sequence, cached))
-        while unfinished := [chain for chain in chains if chain[1].todo]:
-            self._compute(unfinished)
-        found = dict(chains)
-        return [found[s].drafted if s in found else () for s, _, _ in wanted]
+        chains = [(sequence, own, [(0,) * count]) for sequence, own, count in wanted]
+        return [drafts[0] for drafts in self.draft_trees(chains)]
 
-    def _prepare(self, sequence: Sequence, count: int) -> _Cached | None:
+    def draft_trees(
+        self, wanted: SequenceOf[tuple[Sequence, Any, SequenceOf[Ranks]]]
+    ) -> SequenceOf[SequenceOf[SequenceOf[int]]]:
+        """Trees of all sequences, with a batch for each place in their chains."""
+        trees: list[list[_Chain]] = []
+        for sequence, _, paths in wanted:
+            first = self._prepare(sequence, paths[0])
+            trees.append([] if first is None else _plant(first, paths))
+        active = [tree[0] for tree in trees if tree]
+        while unfinished := [chain for chain in active if chain.todo]:
+            for chain in self._compute(unfinished):
+                active += self._begin_children(chain)
+        found = []
+        for (_, _, paths), tree in zip(wanted, trees, strict=True):
+            found.append([chain.drafted for chain in tree] or [[] for _ in paths])
+            for chain in tree[1:]:
+                if chain.key in self.blocks.holders():
+                    self.blocks.free(chain.key)
+        return found
+
+    def _prepare(self, sequence: Sequence, path: Ranks) -> _Chain | None:
         """Bring the sequence's cache in line with its tokens, and reserve blocks for the chain."""
         # The last draft of a chain is not computed.
-        num_tokens = sequence.num_tokens + count - 1
+        num_tokens = sequence.num_tokens + len(path) - 1
         if num_tokens > self.loaded.options.max_model_len:
             return None
-        cached = self._cached.get(sequence)
-        if cached is None:
-            if self.blocks.num_blocks_needed(num_tokens) > self.blocks.num_free_blocks:
+        chain = self._chains.get(sequence)
+        if chain is None:
+            chain = self._start(sequence, num_tokens)
+            if chain is None:
                 return None
-            self.blocks.start(sequence, num_tokens)
-            cached = self._cached[sequence] = _Cached()
         elif not self.blocks.reserve(sequence, num_tokens):
             return None
-        came = sequence.token_ids[cached.num_tokens : cached.num_tokens + len(cached.drafts)]
-        cached.num_tokens += num_agreeing(came, cached.drafts)
-        cached.num_tokens = min(cached.num_tokens, sequence.num_tokens - 1)
-        cached.drafts = []
-        cached.todo = sequence.token_ids[cached.num_tokens :]
-        cached.drafted, cached.wanted = [], count
-        return cached
+        came = sequence.token_ids[chain.num_tokens : chain.num_tokens + len(chain.drafts)]
+        chain.num_tokens += num_agreeing(came, chain.drafts)
+        chain.num_tokens = min(chain.num_tokens, sequence.num_tokens - 1)
+        chain.drafts, chain.guesses, chain.children = [], {}, []
+        chain.todo = sequence.token_ids[chain.num_tokens :]
+        chain.drafted, chain.path = [], path
+        return chain
 
-    def _compute(self, chains: SequenceOf[tuple[Sequence, _Cached]]) -> None:
-        """One batch: of every chain its next token, or as much of its prompt as there is room."""
+    def _start(self, sequence: Sequence, num_tokens: int) -> _Chain | None:
+        """A sequence that holds no blocks here gets some, with what others have computed.
+
+        Blocks have the names of the target's (prefix_cache.py); where those are not made, none is
+        found.
+        """
+        prefix = self.blocks.find_prefix(sequence.block_hashes, sequence.num_tokens - 1)
+        prefix = prefix if prefix.num_tokens else NO_PREFIX
+        if self.blocks.num_blocks_needed(num_tokens, prefix) > self.blocks.num_free_blocks:
+            return None
+        self._copy(self.blocks.start(sequence, num_tokens, prefix))
+        self.num_cached_tokens += prefix.num_tokens
+        chain = _Chain(sequence, sequence, prefix.num_tokens)
+        chain.num_named = prefix.num_tokens // self.blocks.block_size
+        self._chains[sequence] = chain
+        return chain
+
+    def _copy(self, copies: SequenceOf[BlockCopy]) -> None:
+        for group in {copy.group for copy in copies}:
+            pairs = [(c.source, c.destination) for c in copies if c.group == group]
+            self.loaded.runtime.copy_blocks(group, np.array(pairs, np.int32))
+
+    def _begin_children(self, chain: _Chain) -> list[_Chain]:
+        """The chains that leave this one after the drafts that it has so far."""
+        begun = []
+        for child in chain.children:
+            guesses = chain.guesses.get(child.shared, [])
+            rank = child.path[child.shared]
+            if child.shared != len(chain.drafted) - 1 or rank >= len(guesses):
+                continue
+            num_computed = chain.num_tokens + len(chain.drafts)
+            num_tokens = child.sequence.num_tokens + len(child.path) - 1
+            child.drafted = [*chain.drafted[: child.shared], guesses[rank]]
+            if len(child.drafted) < len(child.path):
+                copies = self.blocks.branch(chain.key, child.key, num_computed, num_tokens, 0)
+                if copies is not None:
+                    self._copy(copies)
+                    child.num_tokens, child.drafts = chain.num_tokens, list(chain.drafts)
+                    child.todo = child.drafted[-1:]
+            begun.append(child)
+        return begun
+
+    def _compute(self, chains: SequenceOf[_Chain]) -> list[_Chain]:
+        """One batch: of every chain its next token, or as much of its prompt as there is room.
+
+        Returns the chains that have got a draft.
+        """
         options, size = self.loaded.options, self.loaded.options.max_num_batched_tokens
-        parts: list[tuple[Sequence, _Cached, list[int]]] = []
-        for sequence, cached in chains[: options.max_num_seqs]:
-            tokens = cached.todo[:size]
+        parts: list[tuple[_Chain, list[int]]] = []
+        for chain in chains[: options.max_num_seqs]:
+            tokens = chain.todo[:size]
             if not tokens:
                 break
             size -= len(tokens)
-            parts.append((sequence, cached, tokens))
-        starts = np.cumsum([0, *(len(tokens) for _, _, tokens in parts)], dtype=np.int32)
-        drawn = [
-            i for i, (_, cached, tokens) in enumerate(parts) if len(tokens) == len(cached.todo)
-        ]
-        rows = pack_sampling([parts[i][0] for i in drawn], [-1] * len(drawn), self._vocab_size)
-        rows["num_logprobs"] = -1
-        lengths = [cached.num_tokens + len(cached.drafts) + len(t) for _, cached, t in parts]
+            parts.append((chain, tokens))
+        starts = np.cumsum([0, *(len(tokens) for _, tokens in parts)], dtype=np.int32)
+        drawn = [i for i, (chain, tokens) in enumerate(parts) if len(tokens) == len(chain.todo)]
+        sequences = [parts[i][0].sequence for i in drawn]
+        rows = pack_sampling(sequences, [-1] * len(drawn), self._vocab_size)
+        rows["num_logprobs"] = [_num_guesses(parts[i][0]) for i in drawn]
+        lengths = [chain.num_tokens + len(chain.drafts) + len(tokens) for chain, tokens in parts]
         batch = self._make_batch(
-            token_ids=np.concatenate([np.array(tokens, np.int32) for _, _, tokens in parts]),
+            token_ids=np.concatenate([np.array(tokens, np.int32) for _, tokens in parts]),
             row_starts=starts,
             context_lens=np.array(lengths, np.int32),
-            block_tables=pack_block_tables([sequence for sequence, _, _ in parts], self.blocks),
+            block_tables=pack_block_tables([chain.key for chain, _ in parts], self.blocks),
             logit_rows=np.array([starts[i + 1] - 1 for i in drawn], np.int32),
             sampling=rows,
             adapter_ids=None,
         )
         output = self.loaded.runtime.wait(self.loaded.runtime.submit(batch, sample=True))
         self.num_batches += 1
-        sampled = output.token_ids.tolist()
-        for sequence, cached, tokens in parts:
-            del cached.todo[: len(tokens)]
-            num_own = min(len(tokens), sequence.num_tokens - cached.num_tokens)
-            cached.num_tokens += num_own
-            cached.drafts += tokens[num_own:]
-        for index, token, is_finite in zip(drawn, sampled, output.finite.tolist(), strict=True):
-            cached = parts[index][1]
-            if is_finite and token < self._vocab_size:
-                cached.drafted.append(token)
-                if len(cached.drafted) < cached.wanted:
-                    cached.todo = [token]
+        for chain, tokens in parts:
+            self._take_computed(chain, tokens)
+        drafted = []
+        for row, index in enumerate(drawn):
+            chain, token = parts[index][0], int(output.token_ids[row])
+            if bool(output.finite[row]) and token < self._vocab_size:
+                others = [int(t) for t in output.top_token_ids[row] if 0 <= t < self._vocab_size]
+                others = [other for other in others if other != token]
+                chain.guesses[len(chain.drafted)] = [token, *others]
+                chain.drafted.append(token)
+                drafted.append(chain)
+                if len(chain.drafted) < len(chain.path):
+                    chain.todo = [token]
+        return drafted
+
+    def _take_computed(self, chain: _Chain, tokens: SequenceOf[int]) -> None:
+        """The chain's next tokens are in the cache; let others find its blocks that are full."""
+        del chain.todo[: len(tokens)]
+        num_own = min(len(tokens), chain.sequence.num_tokens - chain.num_tokens)
+        chain.num_tokens += num_own
+        chain.drafts += tokens[num_own:]
+        names = chain.sequence.block_hashes[: chain.num_tokens // self.blocks.block_size]
+        if chain.parent is None:
+            for index in range(chain.num_named, len(names)):
+                self.blocks.publish(chain.key, index, names[index])
+            chain.num_named = max(chain.num_named, len(names))
+
+
+def _plant(first: _Chain, paths: SequenceOf[Ranks]) -> list[_Chain]:
+    """The chains of a tree; each knows from which one it leaves, which computes that place."""
+    chains = [first]
+    for index, path in enumerate(paths[1:], 1):
+        shared = max(num_shared(other.path, path) for other in chains)
+        parent = next(other for other in chains if num_shared(other.path, path) == shared)
+        key = (first.sequence.key, index)
+        chain = _Chain(first.sequence, key, path=path, parent=parent, shared=shared)
+        parent.children.append(chain)
+        chains.append(chain)
+    return chains
+
+
+def _num_guesses(chain: _Chain) -> int:
+    """How many of the most probable tokens the chain's next draft needs; -1: none."""
+    place = len(chain.drafted)
+    ranks = [child.path[place] for child in chain.children if child.shared == place]
+    return max(ranks) + 1 if ranks else -1

@@ -8,8 +8,9 @@ and the embedding of the token after it, and makes the feature of that one:
     x = x + mlp(norm(x))
 
 The target's own output matrix gives its logits. The feature made and the token drawn from it are
-the next input, so a chain costs as many passes as it has drafts. Everything is computed in NumPy,
-in float32, with the keys and values of this layer kept for every sequence.
+the next input, so a chain costs as many passes as it has drafts, and a tree one for every draft
+that has others behind it. Everything is computed in NumPy, in float32, with the keys and values of
+this layer kept for every sequence.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.draft_tree import Ranks
+from octavo.engine.branches import Judged
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule
 from octavo.errors import UnsupportedModelError, WeightsError
-from octavo.models.layer import residual_before
 from octavo.models.spec import LayerSpec, ModelSpec
 from octavo.reference import ops
 from octavo.speculation.medusa import choose, open_heads, read_tensor
@@ -46,8 +49,6 @@ class TargetEnds:
     spec: ModelSpec
     embedding: Float32  # (vocab_size, hidden_size)
     head: Float32  # (vocab_size, hidden_size)
-    norm_weight: Float32 | None
-    norm_bias: Float32 | None
 
     @classmethod
     def read(cls, target: ModelFiles, checkpoint: Checkpoint) -> TargetEnds:
@@ -59,17 +60,8 @@ class TargetEnds:
                 f"numbers: use it with a model that is not quantized, or quantize while loading"
             )
         embedding = checkpoint["embed.weight"].to_float32()
-        rest = [
-            checkpoint[name].to_float32() if name in checkpoint else None
-            for name in ("final_norm.weight", "final_norm.bias")
-        ]
         own = embedding if head == "embed" else checkpoint["lm_head.weight"].to_float32()
-        return cls(target.spec, embedding, own, *rest)
-
-    def features(self, residual: Float32) -> Float32:
-        """What the final norm makes of residual streams, (rows, hidden_size)."""
-        norm = self.spec.final_norm
-        return ops.norm(residual, self.norm_weight, self.norm_bias, norm.eps, norm.kind)
+        return cls(target.spec, embedding, own)
 
     def logits(self, feature: Float32) -> Float32:
         """(hidden_size,) -> (vocab_size,)."""
@@ -180,18 +172,17 @@ class Cache:
 
 
 class EagleSource(DraftSource):
-    """Chains of an EAGLE head.
+    """Chains and trees of an EAGLE head.
 
     Prompt tokens that were found in the prefix cache have no features: the head then sees a
-    sequence from the first token on that was computed.
+    sequence from the first token on that was computed. Its drafts are those of a shorter text.
     """
 
-    num_classes = 8
+    num_classes = num_places = 8
+    states = "tokens"
 
     def __init__(self, head: EagleHead) -> None:
         self._head = head
-        self._tap = residual_before(len(head.ends.spec.layers))
-        self.taps = (self._tap,)
         self._caches: dict[Sequence, Cache] = {}
 
     def begin_step(self, running: Iterable[Sequence]) -> None:
@@ -205,38 +196,54 @@ class EagleSource(DraftSource):
         return 0 if cache is not None and cache.end == sequence.num_tokens - 1 else -1
 
     def draft(self, wanted: SequenceOf[tuple[Sequence, Any, int]]) -> SequenceOf[SequenceOf[int]]:
-        """One pass for the features that came, and one for each draft after the first."""
-        return [self._draft(sequence, count) for sequence, _, count in wanted]
+        """Chains of best guesses."""
+        chains = [(sequence, own, [(0,) * count]) for sequence, own, count in wanted]
+        return [drafts[0] for drafts in self.draft_trees(chains)]
 
-    def _draft(self, sequence: Sequence, count: int) -> list[int]:
+    def draft_trees(
+        self, wanted: SequenceOf[tuple[Sequence, Any, SequenceOf[Ranks]]]
+    ) -> SequenceOf[SequenceOf[SequenceOf[int]]]:
+        """One pass for the features that came, and one for each draft that has others behind it."""
+        return [self._draft(sequence, paths) for sequence, _, paths in wanted]
+
+    def _draft(self, sequence: Sequence, paths: SequenceOf[Ranks]) -> list[list[int]]:
         cache, head = self._caches[sequence], self._head
         if len(cache.features):
             first = cache.first + len(cache.keys) + 1
             made = head.forward(cache.features, sequence.token_ids[first:], cache)
             cache.features, cache.last = cache.features[:0], made[-1]
         if cache.last is None:
-            return []
-        num_kept, feature, drafts = len(cache.keys), cache.last, list[int]()
-        while True:
-            drafts.append(choose(head.ends.logits(feature), sequence, len(drafts)))
-            if len(drafts) == count:
-                break
-            feature = head.forward(feature[None], drafts[-1:], cache)[0]
-        cache.keys, cache.values = cache.keys[:num_kept], cache.values[:num_kept]
-        return drafts
+            return [[] for _ in paths]
+        nodes = {path[:length] for path in paths for length in range(1, len(path) + 1)}
+        drafts: dict[Ranks, int] = {}
 
-    def end_step(self, schedule: Schedule, output: Any, num_accepted: SequenceOf[int]) -> None:
+        def go_on(parent: Ranks, feature: Float32) -> None:
+            """The drafts behind a node of which the head has made the feature."""
+            children = sorted(node for node in nodes if node[:-1] == parent)
+            if not children:
+                return
+            logits, num_kept = head.ends.logits(feature), len(cache.keys)
+            guesses = choose(logits, sequence, len(parent), children[-1][-1] + 1)
+            for node in children:
+                drafts[node] = guesses[node[-1]]
+                if any(other[:-1] == node for other in nodes):
+                    go_on(node, head.forward(feature[None], [drafts[node]], cache)[0])
+                    cache.keys, cache.values = cache.keys[:num_kept], cache.values[:num_kept]
+
+        go_on((), cache.last)
+        return [[drafts[path[:length]] for length in range(1, len(path) + 1)] for path in paths]
+
+    def end_step(self, schedule: Schedule, output: Any, judged: SequenceOf[Judged]) -> None:
         """Take the features of the tokens that count, prompts included."""
-        residuals, row = output.taps[self._tap], 0
-        for entry, accepted in zip(schedule.entries, num_accepted, strict=True):
-            count = entry.num_new_tokens - (len(entry.draft_token_ids) - accepted)
-            rows = residuals[row : row + count]
-            row += entry.num_new_tokens
+        starts = list(accumulate([e.num_new_tokens for e in schedule.entries], initial=0))
+        for found in judged:
+            entry, row = schedule.entries[found.entry], starts[found.entry]
+            count = entry.num_new_tokens - (len(entry.draft_token_ids) - found.num_accepted)
+            rows = output.states[row : row + count]
             cache = self._caches.get(entry.sequence)
             if cache is None or not cache.first <= entry.start <= cache.end:
                 cache = self._caches[entry.sequence] = self._empty(entry.start)
-            new = self._head.ends.features(rows[cache.end - entry.start :])
-            cache.features = np.concatenate([cache.features, new])
+            cache.features = np.concatenate([cache.features, rows[cache.end - entry.start :]])
 
     def _empty(self, first: int) -> Cache:
         layer, hidden = self._head.layer, self._head.ends.spec.hidden_size

@@ -2,7 +2,9 @@
 
 Of the target's last hidden state h, which gave the token just sampled, head i makes a guess of the
 token i + 1 places behind that one: h = h + silu(h W^T + b) for each of its residual blocks, then
-its own output matrix. The guesses form a chain. Everything is computed in NumPy, in float32.
+its own output matrix. The best guesses form a chain. The heads do not know of each other's, so any
+guess of one may follow any of another: a tree of them has the most probable products. Everything
+is computed in NumPy, in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.draft_tree import MOST_RANKS, Ranks, most_probable
 from octavo.engine.batch import pack_sampling
+from octavo.engine.branches import Judged
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import Schedule
 from octavo.errors import WeightsError
@@ -81,18 +85,20 @@ class MedusaHeads:
 
 
 class MedusaSource(DraftSource):
-    """Chains of Medusa heads: at most as many drafts as there are heads."""
+    """Chains and trees of Medusa heads: chains have at most as many drafts as there are heads."""
 
-    taps = ("final_norm",)
+    states = "rows"
 
     def __init__(self, heads: MedusaHeads) -> None:
         self._heads = heads
-        self.num_classes = len(heads.heads)
+        self.num_classes = self.num_places = len(heads.heads)
         # Of each sequence its last hidden state, and how many tokens it had with the one after it.
         self._hidden: dict[Sequence, tuple[int, Float32]] = {}
+        self._logits: dict[Sequence, list[Float32]] = {}  # of the heads, in this step
 
     def begin_step(self, running: Iterable[Sequence]) -> None:
         """Forget sequences that do not run."""
+        self._logits = {}
         for sequence in self._hidden.keys() - set(running):
             del self._hidden[sequence]
 
@@ -101,34 +107,69 @@ class MedusaSource(DraftSource):
         known = self._hidden.get(sequence)
         return 0 if known is not None and known[0] == sequence.num_tokens else -1
 
+    def branches(self, sequence: Sequence, own: Any, depth: int, count: int) -> SequenceOf[Ranks]:
+        """Those of the tree of the most probable products of guesses."""
+        chances = [_best_chances(logits) for logits in self._logits_of(sequence, depth)]
+        chains = most_probable(chances, count + 1, depth * (count + 1))
+        return [chain for chain in chains if any(chain)]
+
     def draft(self, wanted: SequenceOf[tuple[Sequence, Any, int]]) -> SequenceOf[SequenceOf[int]]:
         """A guess of each head, in order."""
-        return [
-            [
-                choose(self._heads.logits(self._hidden[sequence][1], head), sequence, head)
-                for head in range(min(count, len(self._heads.heads)))
-            ]
-            for sequence, _, count in wanted
-        ]
+        chains = [(sequence, own, [(0,) * count]) for sequence, own, count in wanted]
+        return [drafts[0] for drafts in self.draft_trees(chains)]
 
-    def end_step(self, schedule: Schedule, output: Any, num_accepted: SequenceOf[int]) -> None:
+    def draft_trees(
+        self, wanted: SequenceOf[tuple[Sequence, Any, SequenceOf[Ranks]]]
+    ) -> SequenceOf[SequenceOf[SequenceOf[int]]]:
+        """Of each head the guess of the rank that a chain has in its place."""
+        trees = []
+        for sequence, _, paths in wanted:
+            guesses = []
+            for place, logits in enumerate(self._logits_of(sequence, max(map(len, paths)))):
+                ranks = [path[place] for path in paths if place < len(path)]
+                guesses.append(choose(logits, sequence, place, max(ranks) + 1))
+            trees.append([[g[r] for g, r in zip(guesses, p, strict=False)] for p in paths])
+        return trees
+
+    def _logits_of(self, sequence: Sequence, count: int) -> list[Float32]:
+        """Of the first heads, at most so many; each is computed once a step."""
+        found = self._logits.setdefault(sequence, [])
+        hidden = self._hidden[sequence][1]
+        for head in range(len(found), min(count, len(self._heads.heads))):
+            found.append(self._heads.logits(hidden, head))
+        return found[:count]
+
+    def end_step(self, schedule: Schedule, output: Any, judged: SequenceOf[Judged]) -> None:
         """Keep the hidden states of the last rows that count."""
-        if not schedule.row_sequences:
-            return  # parts of prompts alone: there is no such tap
-        states, row = output.taps["final_norm"], 0
-        for entry, accepted in zip(schedule.entries, num_accepted, strict=True):
-            if entry.num_samples:
-                num_rejected = len(entry.draft_token_ids) - accepted
+        for found in judged:
+            if found.rows:
+                entry = schedule.entries[found.entry]
+                num_rejected = len(entry.draft_token_ids) - found.num_accepted
                 length = entry.start + entry.num_new_tokens - num_rejected + 1
-                self._hidden[entry.sequence] = (length, states[row + accepted].copy())
-            row += entry.num_samples
+                self._hidden[entry.sequence] = (length, output.states[found.rows[-1]].copy())
 
 
-def choose(logits: Float32, sequence: Sequence, place: int) -> int:
-    """The draft in a place of the chain: by the request's own options and random numbers."""
+def choose(logits: Float32, sequence: Sequence, place: int, count: int = 1) -> list[int]:
+    """Drafts for a place of the chain: by the request's own options and random numbers.
+
+    count: so many different ones, each the choice if those before it were impossible.
+    """
     rows = pack_sampling([sequence], [-1], len(logits))
     rows["position"] = sequence.num_tokens + place
-    return sample_row(logits, rows[0])
+    chosen = [sample_row(logits, rows[0])]
+    while len(chosen) < min(count, len(logits)):
+        logits = logits.copy() if len(chosen) == 1 else logits
+        logits[chosen[-1]] = -np.inf
+        chosen.append(sample_row(logits, rows[0]))
+    return chosen
+
+
+def _best_chances(logits: Float32) -> list[float]:
+    """The probabilities of the most probable tokens, in order."""
+    best = np.sort(np.partition(logits, -MOST_RANKS)[-MOST_RANKS:])[::-1]
+    weights = np.exp(best - best[0])
+    total = np.exp(logits - best[0]).sum()
+    return [float(weight / total) for weight in weights]
 
 
 def open_heads(folder: Path) -> SafetensorsFile:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as SequenceOf
 
+from octavo.draft_tree import Ranks
 from octavo.engine.request import Sequence
 from octavo.speculation.source import DraftSource
 
@@ -71,22 +72,48 @@ class NgramIndex:
             drafts.append(drafts[-period])
         return drafts
 
+    def others(self, count: int, most: int) -> list[list[int]]:
+        """At most `most` other continuations, of up to `count` tokens, the best first.
+
+        They follow other occurrences, begin with different tokens, and none as `draft` does.
+        """
+        if self.source < 0:
+            return []
+        tokens, last = self._tokens, self._count - 1
+        found: list[tuple[int, int]] = []
+        candidate = self._previous[last] if last < len(self._previous) else -1
+        for _ in range(_CHAIN):
+            if candidate < 0:
+                break
+            length = self._match(candidate, last)
+            if length >= self._shortest:
+                found.append((-length, candidate + 1))
+            candidate = self._previous[candidate]
+        chains: list[list[int]] = []
+        begun = {tokens[self.source]}
+        for _, source in sorted(found, key=lambda each: each[0]):  # of equal ones the latest
+            if len(chains) < most and tokens[source] not in begun:
+                begun.add(tokens[source])
+                chains.append(list(tokens[source : min(source + count, self._count)]))
+        return chains
+
+    def _match(self, candidate: int, last: int) -> int:
+        """How many tokens up to one position agree with those up to another."""
+        tokens, length = self._tokens, 0
+        most = min(LONGEST_MATCH, candidate + 1)
+        while length < most and tokens[candidate - length] == tokens[last - length]:
+            length += 1
+        return length
+
     def _search(self) -> None:
         """Take the longest match, of equally long ones the latest."""
-        tokens = self._tokens
         last = self._count - 1
         candidate = self._previous[last] if last < len(self._previous) else -1
         longest, found = self.length, self.source
         for _ in range(_CHAIN):
             if candidate < 0 or longest >= self._sought:
                 break
-            length = 0
-            while (
-                length < LONGEST_MATCH
-                and length <= candidate
-                and tokens[candidate - length] == tokens[last - length]
-            ):
-                length += 1
+            length = self._match(candidate, last)
             if length > longest and length >= self._shortest:
                 longest, found = length, candidate + 1
             candidate = self._previous[candidate]
@@ -126,6 +153,7 @@ class NgramSource(DraftSource):
 
     is_free = True
     num_classes = LONGEST_MATCH + 1
+    num_places = 1  # other occurrences go on in other ways from the first draft on
 
     def __init__(self, shortest: int, sought: int) -> None:
         self._shortest = shortest
@@ -145,3 +173,15 @@ class NgramSource(DraftSource):
     ) -> SequenceOf[SequenceOf[int]]:
         """What followed before."""
         return [own.draft(count) for _, own, count in wanted]
+
+    def draft_trees(
+        self, wanted: SequenceOf[tuple[Sequence, NgramIndex, SequenceOf[Ranks]]]
+    ) -> SequenceOf[SequenceOf[SequenceOf[int]]]:
+        """What followed other occurrences, too."""
+        trees: list[list[SequenceOf[int]]] = []
+        for _, own, paths in wanted:
+            others = own.others(len(paths[0]), max(path[0] for path in paths))
+            # A chain's rank stands first; rank 1 is the first of the others.
+            rest = [others[p[0] - 1] if p[0] <= len(others) else [] for p in paths[1:]]
+            trees.append([own.draft(len(paths[0])), *rest])
+        return trees

@@ -34,6 +34,7 @@ def _engine_events(log: LogFile) -> Iterator[TraceEvent]:
         drafted = drafts.get(step.number, {})
         num_drafts = drafted.get("num_draft_tokens", 0)
         num_prompt = step.num_tokens - step.num_decodes - num_drafts
+        num_prompt -= drafted.get("num_repeated_tokens", 0)
         name = f"{step.num_decodes} + {num_prompt}" if num_prompt else f"{step.num_decodes}"
         facts = {
             "decoding answers": step.num_decodes,
