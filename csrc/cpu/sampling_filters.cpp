@@ -1,8 +1,10 @@
 #include "cpu/sampling_filters.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 namespace octavo::cpu {
 
@@ -33,25 +35,39 @@ std::uint64_t part_of(float fraction, std::uint64_t total) {
 }
 
 // Keeps the shortest prefix, in the order that `before` gives, whose weight reaches `needed`.
-template <class Before>
-void keep_prefix(Tokens& tokens, std::uint64_t needed, const float* scores, float max,
-                 const Kernels& kernels, Before before) {
+//
+// `distance` puts tokens into bins whose order is the same; it is 0 or more. Whole bins are kept,
+// or not, by their weight alone, and only the tokens of one of them are sorted.
+template <class Distance, class Before>
+void keep_prefix(Tokens& tokens, const Weights& weights, std::uint64_t needed, Distance distance,
+                 Before before) {
+  constexpr int kBins = 2048;
+  constexpr float kBinsOfOne = 64.0f;
+  const auto bin_of = [&](std::int32_t token) {
+    return static_cast<int>(std::min(distance(token) * kBinsOfOne, kBins - 1.0f));
+  };
+  std::array<std::uint64_t, kBins> sums{};
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    sums[static_cast<std::size_t>(bin_of(tokens[i]))] += weights[i];
   std::uint64_t reached = 0;
-  // Sorted piece by piece, since a few hundred tokens are usually enough.
-  for (std::size_t begin = 0, piece = 256; begin < tokens.size(); begin += piece, piece *= 4) {
-    const std::size_t end = std::min(tokens.size(), begin + piece);
-    const auto at = [&](std::size_t i) { return tokens.begin() + static_cast<std::ptrdiff_t>(i); };
-    std::partial_sort(at(begin), at(end), tokens.end(), before);
-    for (std::size_t i = begin; i < end; ++i) {
-      std::uint64_t weight;
-      kernels.exp_weights(&weight, &scores[tokens[i]], max, 1);
-      reached += weight;
-      if (reached >= needed) {
-        tokens.resize(i + 1);
-        return;
-      }
-    }
+  int last = 0;
+  while (last < kBins && reached + sums[static_cast<std::size_t>(last)] < needed)
+    reached += sums[static_cast<std::size_t>(last++)];
+
+  std::vector<std::pair<std::int32_t, std::uint64_t>> edge;
+  std::size_t kept = 0;
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    const int bin = bin_of(tokens[i]);
+    if (bin == last) edge.emplace_back(tokens[i], weights[i]);
+    if (bin < last) tokens[kept++] = tokens[i];
   }
+  std::sort(edge.begin(), edge.end(),
+            [&](const auto& a, const auto& b) { return before(a.first, b.first); });
+  for (std::size_t i = 0; i < edge.size() && reached < needed; ++i) {
+    tokens[kept++] = edge[i].first;
+    reached += edge[i].second;
+  }
+  tokens.resize(kept);
 }
 
 // Tokens by how far their distance from the largest score is from the mean one.
@@ -78,16 +94,16 @@ void keep_typical(Tokens& tokens, const float* scores, float max, float mass,
   }
   const std::uint64_t total = sum_of(weights);
   const auto mean = static_cast<float>(static_cast<double>(products) / static_cast<double>(total));
-  keep_prefix(tokens, part_of(mass, total), scores, max, kernels, MoreTypical{scores, max, mean});
+  const MoreTypical more{scores, max, mean};
+  const auto away = [&](std::int32_t token) { return more.away(token); };
+  keep_prefix(tokens, weights, part_of(mass, total), away, more);
 }
 
 void keep_top_p(Tokens& tokens, const float* scores, float max, float top_p,
                 const Kernels& kernels) {
-  std::vector<float> gathered(tokens.size());
-  for (std::size_t i = 0; i < tokens.size(); ++i) gathered[i] = scores[tokens[i]];
-  const std::uint64_t total =
-      kernels.exp_sum(gathered.data(), max, static_cast<std::int64_t>(gathered.size()));
-  keep_prefix(tokens, part_of(top_p, total), scores, max, kernels, Better{scores});
+  const Weights weights = weights_of(tokens, scores, max, kernels);
+  const auto distance = [&](std::int32_t token) { return max - scores[token]; };
+  keep_prefix(tokens, weights, part_of(top_p, sum_of(weights)), distance, Better{scores});
 }
 
 // Removes the tokens that have `threshold` of the probability, but for the last of them.

@@ -224,9 +224,9 @@ def test_rows_that_are_not_finite_are_flagged(bad: float, place: int) -> None:
     logits[1, place] = bad
     filters = {"top_p": [1, 0.9, 0.9], "temperature": [0, 1, 1]}
     arguments = requests(logits, **filters, num_logprobs=2, state_row=[2, 1, 0])
-    tokens, logprobs, finite, top_ids, top_logprobs, kept = cuda().sample(**arguments)
+    tokens, logprobs, finite, top_ids, top_logprobs, kept, ranks = cuda().sample(**arguments)
     assert finite.tolist() == [1, 0, 1]
-    assert tokens[1] == 0 and kept[1] == 0
+    assert tokens[1] == 0 and kept[1] == 0 and ranks[1] == 0 and ranks[[0, 2]].all()
     assert np.isnan(logprobs).tolist() == [False, True, False]
     assert (top_ids[1] == -1).all() and np.isnan(top_logprobs[1]).all()
     whole = sampling.sample(**{name: value[[0, 2]] for name, value in arguments.items()})
