@@ -1,4 +1,4 @@
-"""A user's own logits processors: what they get, what is made of it, and that nobody else notices."""
+"""A user's own logits processors: what they get, what comes of it, and that no other notices."""
 
 from __future__ import annotations
 

@@ -129,7 +129,9 @@ def test_ranks_count_every_better_token(isa: str) -> None:
     expected = [1 + best[row].tolist().index(token) for row, token in enumerate(tokens)]
     expected[2] = 0
     assert ranks.tolist() == expected and max(expected) > 100
-    assert top_ids[3].tolist() == best[3].tolist() and top_ids[1, :3].tolist() == best[1, :3].tolist()
+    assert (
+        top_ids[3].tolist() == best[3].tolist() and top_ids[1, :3].tolist() == best[1, :3].tolist()
+    )
 
 
 NOISY: dict[str, Callable[[int, int], np.ndarray]] = {

@@ -138,7 +138,9 @@ def test_a_replay_forks_as_the_log_does(num_blocks: int) -> None:
 
 def test_planted_errors_in_forks_are_seen() -> None:
     right = log_of(simulate(forking_traffic(), options(), 36).engine.events)
-    lone = [replace(a, forks=tuple((0, 1, 2)[: len(f)] for f in a.forks)) for a in forking_traffic()]
+    lone = [
+        replace(a, forks=tuple((0, 1, 2)[: len(f)] for f in a.forks)) for a in forking_traffic()
+    ]
     longest = [replace(a, ends=()) for a in forking_traffic()]
     for planted in (lone, longest):
         wrong = summarize(log_of(simulate(planted, options(), 36).engine.events))
