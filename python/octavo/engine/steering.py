@@ -86,7 +86,8 @@ class Steering:
             except Exception as error:
                 self._give_up(answer, error, words)
         self._pipeline.set_logits(numbers, logits)
-        return masks
+        is_free = np.array_equal(masks, all_allowed(len(rows), self._vocab_size))
+        return None if is_free else masks
 
     def _forbid(self, answer: Answer, words: UInt32) -> None:
         try:
