@@ -176,7 +176,7 @@ PLANTED: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_errors_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = [5, 17, 80, 5, 17, 80, 41, 5, 17, 80]
-    bias = {5: 6.0, 17: 6.0, 80: 7.0, 41: 6.5}  # it would say nothing else
+    bias = {5: 8.5, 17: 6.0, 80: 7.0, 41: 6.5}  # it would say nothing else
     params = replace(GREEDY, logit_bias=bias, **SETTINGS)  # type: ignore[arg-type]
     monkeypatch.setattr(Breakers, "push", lambda self, token: token == 41)
     monkeypatch.setattr(*PLANTED[name])
@@ -215,7 +215,7 @@ def test_a_repetition_of_words_ends(tokenizer: Tokenizer) -> None:
     sequence.token_ids = tokenizer.encode(again, add_special_tokens=False)
     tokens, lost = Dry(sequence, tokenizer).penalties()
     jumps = tokenizer.encode(" jumps", add_special_tokens=False)
-    assert jumps[0] in tokens.tolist() and lost[tokens.tolist().index(jumps[0])] > 1.4
+    assert jumps[0] in tokens.tolist() and lost[tokens.tolist().index(jumps[0])] > 1.3
     broken = replace(sequence.params, dry_sequence_breakers=("fox",))
     other = Sequence("b", list(sequence.token_ids), broken)
     assert jumps[0] not in Dry(other, tokenizer).penalties()[0].tolist()

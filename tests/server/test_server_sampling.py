@@ -22,7 +22,7 @@ def test_dry_bad_words_and_allowed_tokens(tmp_path: Path) -> None:
     plain = output.text
     asked: list[dict[str, Any]] = [
         {"dry_multiplier": 4.0, "dry_allowed_length": 1},
-        {"dry_multiplier": 4.0, "dry_allowed_length": 1, "dry_sequence_breakers": ["("]},
+        {"dry_multiplier": 4.0, "dry_allowed_length": 1, "dry_sequence_breakers": ["M"]},
         {"bad_words": [plain[3:5], plain[0]]},
         {"allowed_token_ids": [3, 40, 41]},
     ]

@@ -57,7 +57,7 @@ def test_the_text_is_what_was_asked_for(model, tmp_path, capsys):
         (["--regex", "a", "--choice", "b"], "--regex and --choice do not go together"),
         (["--regex", "(a"], "regex"),
         (["--json-schema", "no-such-file"], "no-such-file"),
-        (["--json-schema", "SCHEMA"], "json"),
+        (["--json-schema", "SCHEMA"], "the JSON schema cannot be followed at its root"),
         (["--grammar", "SCHEMA"], "grammar"),
         (["--prompt-logprobs", "2"], "--prompt-logprobs is shown with --json only; add --json"),
         (["--amateur", "SELF", "--beams", "2"], "--beams is 2, which does not go with --amateur"),
