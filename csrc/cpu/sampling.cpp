@@ -36,11 +36,11 @@ void apply_mask(std::vector<float>& scores, const std::int32_t* mask) {
 }
 
 // The largest score that `count` tokens or more reach, or a smaller one: the count-th largest of
-// the largest scores of groups of tokens.
+// the largest scores of groups of tokens. largest: scratch.
 float reached_by(const float* scores, std::int64_t vocab, std::int64_t count,
-                 const Kernels& kernels) {
+                 std::vector<float>& largest, const Kernels& kernels) {
   constexpr std::int64_t kGroup = 64;
-  std::vector<float> largest;
+  largest.clear();
   for (std::int64_t i = 0; i < vocab; i += kGroup)
     largest.push_back(kernels.max_value(scores + i, std::min(kGroup, vocab - i)));
   if (count > static_cast<std::int64_t>(largest.size())) return kNever;
@@ -49,20 +49,26 @@ float reached_by(const float* scores, std::int64_t vocab, std::int64_t count,
   return *place;
 }
 
-std::vector<std::int32_t> tokens_from(const float* scores, std::int64_t vocab, float lowest) {
-  std::vector<std::int32_t> tokens;
+// The tokens whose score is `lowest` or more, and not -inf, in ascending order.
+void take_from(std::vector<std::int32_t>& tokens, const float* scores, std::int64_t vocab,
+               float lowest) {
+  tokens.resize(static_cast<std::size_t>(vocab));
+  std::size_t count = 0;
   for (std::int64_t i = 0; i < vocab; ++i) {
-    if (scores[i] >= lowest && scores[i] != kNever) tokens.push_back(static_cast<std::int32_t>(i));
+    tokens[count] = static_cast<std::int32_t>(i);
+    count += scores[i] >= lowest && scores[i] != kNever;
   }
-  return tokens;
+  tokens.resize(count);
 }
 
 std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int32_t* mask,
-                        const SamplingRow& options, const Kernels& kernels) {
+                        const SamplingRow& options, SamplingScratch& scratch,
+                        const Kernels& kernels) {
   if (options.target >= 0) return options.target;
   if (options.is_greedy() && !mask) return first_largest(logits, vocab, kernels);
   const SamplingRow row = decide_xtc(options, kernels);
-  std::vector<float> scores(logits, logits + vocab);
+  std::vector<float>& scores = scratch.scores;
+  scores.assign(logits, logits + vocab);
   if (mask) apply_mask(scores, mask);
   if (row.is_greedy()) return first_largest(scores.data(), vocab, kernels);
   float lowest = kNever;
@@ -71,27 +77,32 @@ std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int3
     lowest = lowest_by_sigma(scores.data(), largest, vocab, row.top_n_sigma) / row.temperature;
   }
   for (float& score : scores) score = score / row.temperature;
-  const auto draw = [&](const std::vector<float>& from) {
-    return kernels.noisy_best(from.data(), row.seed, static_cast<std::uint32_t>(row.sample_index),
+  const auto draw = [&] {
+    return kernels.noisy_best(scores.data(), row.seed, static_cast<std::uint32_t>(row.sample_index),
                               static_cast<std::uint32_t>(row.position), vocab);
   };
-  if (row.keeps_all()) return draw(scores);
+  if (row.keeps_all()) return draw();
 
   const float max = kernels.max_value(scores.data(), vocab);
   if (row.min_p > 0.0f) lowest = std::max(lowest, max + kernels.log_positive(row.min_p));
   // The filters after these bounds look at single tokens: they get no more than they may keep.
-  if (row.top_k > 0)
-    lowest = std::max(lowest, reached_by(scores.data(), vocab, row.top_k, kernels));
-  if (row.top_p < 1.0f && row.typical_p >= 1.0f) lowest = std::max(lowest, max - kWeightless);
-  std::vector<std::int32_t> tokens = tokens_from(scores.data(), vocab, lowest);
-  if (tokens.empty()) return 0;  // every logit is a NaN, or none is allowed
-  keep_by_rank(tokens, scores.data(), max, row, kernels);
-  std::vector<float> kept(scores.size(), kNever);
-  for (const std::int32_t token : tokens) {
-    const auto i = static_cast<std::size_t>(token);
-    kept[i] = scores[i];
+  if (row.top_k > 0) {
+    const float least = reached_by(scores.data(), vocab, row.top_k, scratch.gathered, kernels);
+    lowest = std::max(lowest, least);
   }
-  return draw(kept);
+  if (row.top_p < 1.0f && row.typical_p >= 1.0f) lowest = std::max(lowest, max - kWeightless);
+  std::vector<std::int32_t>& tokens = scratch.tokens;
+  take_from(tokens, scores.data(), vocab, lowest);
+  if (tokens.empty()) return 0;  // every logit is a NaN, or none is allowed
+  keep_by_rank(scratch, max, row, kernels);
+  std::vector<float>& kept = scratch.gathered;
+  kept.resize(tokens.size());
+  for (std::size_t i = 0; i < kept.size(); ++i)
+    kept[i] = scores[static_cast<std::size_t>(tokens[i])];
+  std::fill(scores.begin(), scores.end(), kNever);
+  for (std::size_t i = 0; i < kept.size(); ++i)
+    scores[static_cast<std::size_t>(tokens[i])] = kept[i];
+  return draw();
 }
 
 // log(sum of e^(logit - max)), the sum in fixed point.
@@ -103,10 +114,10 @@ float log_sum(const float* logits, float max, std::int64_t vocab, const Kernels&
 // The most probable `count` tokens of a row and their log-probabilities.
 void list_top(const float* logits, std::int64_t vocab, float max, float log_total,
               std::int64_t count, std::int32_t* token_ids, float* logprobs,
-              const Kernels& kernels) {
+              SamplingScratch& scratch, const Kernels& kernels) {
   if (count == 0) return;
-  std::vector<std::int32_t> tokens =
-      tokens_from(logits, vocab, reached_by(logits, vocab, count, kernels));
+  std::vector<std::int32_t>& tokens = scratch.tokens;
+  take_from(tokens, logits, vocab, reached_by(logits, vocab, count, scratch.gathered, kernels));
   const auto end = tokens.begin() + static_cast<std::ptrdiff_t>(count);
   std::partial_sort(tokens.begin(), end, tokens.end(), Better{logits});
   for (std::int64_t i = 0; i < count; ++i) {
@@ -134,15 +145,16 @@ void CpuBackend::sample(const Samples& out, View logits, const std::int32_t* mas
                         const Step& step) {
   const std::int64_t vocab = logits.cols;
   const std::int64_t words = (vocab + 31) / 32;
-  pool_.each(logits.rows, [&](std::int64_t row, int) {
+  pool_.each(logits.rows, [&](std::int64_t row, int thread) {
+    SamplingScratch& scratch = sampling_scratch_[static_cast<std::size_t>(thread)];
     const float* values = logits.row(row);
     const bool finite = kernels_.all_finite(values, vocab);
     const SamplingRow& sampling = step.sampling[row];
     // A row that is not finite is not sampled: a NaN cannot be ordered.
-    const auto token =
-        finite ? static_cast<std::int32_t>(draw_token(
-                     values, vocab, masks ? masks + row * words : nullptr, sampling, kernels_))
-               : 0;
+    const auto token = finite ? static_cast<std::int32_t>(
+                                    draw_token(values, vocab, masks ? masks + row * words : nullptr,
+                                               sampling, scratch, kernels_))
+                              : 0;
     out.finite[row] = finite;
     out.token_ids[row] = token;
     if (sampling.state_row >= 0) step.sampled[sampling.state_row] = token;
@@ -159,7 +171,7 @@ void CpuBackend::sample(const Samples& out, View logits, const std::int32_t* mas
     out.logprobs[row] = (values[token] - max) - log_total;
     if (out.ranks) out.ranks[row] = rank_of(values, vocab, token);
     list_top(values, vocab, max, log_total, num_top, out.top_token_ids + row * out.num_top,
-             out.top_logprobs + row * out.num_top, kernels_);
+             out.top_logprobs + row * out.num_top, scratch, kernels_);
   });
 }
 

@@ -13,14 +13,15 @@ namespace {
 using Tokens = std::vector<std::int32_t>;
 using Weights = std::vector<std::uint64_t>;
 
-// The probabilities of tokens, relative to that of a token with score `max`, in fixed point.
-Weights weights_of(const Tokens& tokens, const float* scores, float max, const Kernels& kernels) {
-  std::vector<float> gathered(tokens.size());
-  for (std::size_t i = 0; i < tokens.size(); ++i) gathered[i] = scores[tokens[i]];
-  Weights weights(tokens.size());
-  kernels.exp_weights(weights.data(), gathered.data(), max,
-                      static_cast<std::int64_t>(tokens.size()));
-  return weights;
+// The probabilities of the tokens, relative to that of one with score `max`, in fixed point.
+const Weights& weigh(SamplingScratch& s, float max, const Kernels& kernels) {
+  const std::size_t count = s.tokens.size();
+  s.gathered.resize(count);
+  s.weights.resize(count);
+  const float* scores = s.scores.data();
+  for (std::size_t i = 0; i < count; ++i) s.gathered[i] = scores[s.tokens[i]];
+  kernels.exp_weights(s.weights.data(), s.gathered.data(), max, static_cast<std::int64_t>(count));
+  return s.weights;
 }
 
 std::uint64_t sum_of(const Weights& weights) {
@@ -39,33 +40,34 @@ std::uint64_t part_of(float fraction, std::uint64_t total) {
 // `distance` puts tokens into bins whose order is the same; it is 0 or more. Whole bins are kept,
 // or not, by their weight alone, and only the tokens of one of them are sorted.
 template <class Distance, class Before>
-void keep_prefix(Tokens& tokens, const Weights& weights, std::uint64_t needed, Distance distance,
-                 Before before) {
+void keep_prefix(SamplingScratch& s, std::uint64_t needed, Distance distance, Before before) {
   constexpr int kBins = 2048;
   constexpr float kBinsOfOne = 64.0f;
   const auto bin_of = [&](std::int32_t token) {
     return static_cast<int>(std::min(distance(token) * kBinsOfOne, kBins - 1.0f));
   };
   std::array<std::uint64_t, kBins> sums{};
+  Tokens& tokens = s.tokens;
   for (std::size_t i = 0; i < tokens.size(); ++i)
-    sums[static_cast<std::size_t>(bin_of(tokens[i]))] += weights[i];
+    sums[static_cast<std::size_t>(bin_of(tokens[i]))] += s.weights[i];
   std::uint64_t reached = 0;
   int last = 0;
   while (last < kBins && reached + sums[static_cast<std::size_t>(last)] < needed)
     reached += sums[static_cast<std::size_t>(last++)];
 
-  std::vector<std::pair<std::int32_t, std::uint64_t>> edge;
+  s.edge.clear();
   std::size_t kept = 0;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     const int bin = bin_of(tokens[i]);
-    if (bin == last) edge.emplace_back(tokens[i], weights[i]);
-    if (bin < last) tokens[kept++] = tokens[i];
+    if (bin == last) s.edge.emplace_back(tokens[i], s.weights[i]);
+    tokens[kept] = tokens[i];
+    kept += bin < last;
   }
-  std::sort(edge.begin(), edge.end(),
+  std::sort(s.edge.begin(), s.edge.end(),
             [&](const auto& a, const auto& b) { return before(a.first, b.first); });
-  for (std::size_t i = 0; i < edge.size() && reached < needed; ++i) {
-    tokens[kept++] = edge[i].first;
-    reached += edge[i].second;
+  for (std::size_t i = 0; i < s.edge.size() && reached < needed; ++i) {
+    tokens[kept++] = s.edge[i].first;
+    reached += s.edge[i].second;
   }
   tokens.resize(kept);
 }
@@ -82,37 +84,34 @@ struct MoreTypical {
   }
 };
 
-void keep_typical(Tokens& tokens, const float* scores, float max, float mass,
-                  const Kernels& kernels) {
-  const Weights weights = weights_of(tokens, scores, max, kernels);
+void keep_typical(SamplingScratch& s, float max, float mass, const Kernels& kernels) {
+  const Weights& weights = weigh(s, max, kernels);
   std::uint64_t products = 0;
-  for (std::size_t i = 0; i < tokens.size(); ++i) {
+  for (std::size_t i = 0; i < weights.size(); ++i) {
     // No distance above 28 has a weight; an infinite one must not be multiplied.
-    const float distance = std::min(max - scores[tokens[i]], 1000.0f);
+    const float distance = std::min(max - s.gathered[i], 1000.0f);
     products +=
         static_cast<std::uint64_t>(static_cast<double>(weights[i]) * static_cast<double>(distance));
   }
   const std::uint64_t total = sum_of(weights);
   const auto mean = static_cast<float>(static_cast<double>(products) / static_cast<double>(total));
-  const MoreTypical more{scores, max, mean};
-  const auto away = [&](std::int32_t token) { return more.away(token); };
-  keep_prefix(tokens, weights, part_of(mass, total), away, more);
+  const MoreTypical more{s.scores.data(), max, mean};
+  keep_prefix(s, part_of(mass, total), [&](std::int32_t token) { return more.away(token); }, more);
 }
 
-void keep_top_p(Tokens& tokens, const float* scores, float max, float top_p,
-                const Kernels& kernels) {
-  const Weights weights = weights_of(tokens, scores, max, kernels);
-  const auto distance = [&](std::int32_t token) { return max - scores[token]; };
-  keep_prefix(tokens, weights, part_of(top_p, sum_of(weights)), distance, Better{scores});
+void keep_top_p(SamplingScratch& s, float max, float top_p, const Kernels& kernels) {
+  const std::uint64_t needed = part_of(top_p, sum_of(weigh(s, max, kernels)));
+  const float* scores = s.scores.data();
+  keep_prefix(s, needed, [&](std::int32_t token) { return max - scores[token]; }, Better{scores});
 }
 
 // Removes the tokens that have `threshold` of the probability, but for the last of them.
-void exclude_top(Tokens& tokens, const float* scores, float max, float threshold,
-                 const Kernels& kernels) {
-  const Weights weights = weights_of(tokens, scores, max, kernels);
+void exclude_top(SamplingScratch& s, float max, float threshold, const Kernels& kernels) {
+  const Weights& weights = weigh(s, max, kernels);
   const std::uint64_t needed = part_of(threshold, sum_of(weights));
   constexpr std::int32_t kNone = -1;
-  const Better better{scores};
+  const Better better{s.scores.data()};
+  Tokens& tokens = s.tokens;
   std::int32_t last = kNone;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     if (weights[i] >= needed && (last == kNone || better(last, tokens[i]))) last = tokens[i];
@@ -156,16 +155,18 @@ float lowest_by_sigma(const float* logits, float max, std::int64_t vocab, float 
   return max - static_cast<float>(static_cast<double>(num_sigmas) * sigma);
 }
 
-void keep_by_rank(Tokens& tokens, const float* scores, float max, const SamplingRow& row,
+void keep_by_rank(SamplingScratch& scratch, float max, const SamplingRow& row,
                   const Kernels& kernels) {
+  Tokens& tokens = scratch.tokens;
   const auto top_k = static_cast<std::size_t>(row.top_k);
   if (top_k > 0 && top_k < tokens.size()) {
-    std::nth_element(tokens.begin(), tokens.begin() + row.top_k, tokens.end(), Better{scores});
+    std::nth_element(tokens.begin(), tokens.begin() + row.top_k, tokens.end(),
+                     Better{scratch.scores.data()});
     tokens.resize(top_k);
   }
-  if (row.typical_p < 1.0f) keep_typical(tokens, scores, max, row.typical_p, kernels);
-  if (row.top_p < 1.0f) keep_top_p(tokens, scores, max, row.top_p, kernels);
-  if (row.xtc_probability > 0.0f) exclude_top(tokens, scores, max, row.xtc_threshold, kernels);
+  if (row.typical_p < 1.0f) keep_typical(scratch, max, row.typical_p, kernels);
+  if (row.top_p < 1.0f) keep_top_p(scratch, max, row.top_p, kernels);
+  if (row.xtc_probability > 0.0f) exclude_top(scratch, max, row.xtc_threshold, kernels);
 }
 
 }  // namespace octavo::cpu
