@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.config import RuntimeOptions
-from octavo.engine.adjustments import LogitAdjustments
+from octavo.engine.adjustments import Float32, LogitAdjustments
 from octavo.engine.batch import Int32
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import RequestOutput
@@ -146,6 +146,14 @@ class SimulatedRuntime:
         adjustments: LogitAdjustments | None = None,
     ) -> None:
         """Nothing to do."""
+
+    def logits(self, ticket: int, rows: Int32) -> Float32:
+        """There are none, and no request that asks for them."""
+        raise NotImplementedError
+
+    def set_logits(self, ticket: int, row: int, values: Float32) -> None:
+        """As `logits`."""
+        raise NotImplementedError
 
     def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
         """Nothing to do: its time is negligible."""
