@@ -13,14 +13,31 @@ namespace {
 using Tokens = std::vector<std::int32_t>;
 using Weights = std::vector<std::uint64_t>;
 
+// The tokens' scores.
+void gather(SamplingScratch& s) {
+  s.gathered.resize(s.tokens.size());
+  const float* scores = s.scores.data();
+  for (std::size_t i = 0; i < s.gathered.size(); ++i) s.gathered[i] = scores[s.tokens[i]];
+}
+
+// `few`: those of the tokens whose score is `lowest` or more.
+void take_near(SamplingScratch& s, float lowest) {
+  s.few.resize(s.tokens.size());
+  const float* scores = s.scores.data();
+  std::size_t count = 0;
+  for (const std::int32_t token : s.tokens) {
+    s.few[count] = token;
+    count += scores[token] >= lowest;
+  }
+  s.few.resize(count);
+}
+
 // The probabilities of the tokens, relative to that of one with score `max`, in fixed point.
 const Weights& weigh(SamplingScratch& s, float max, const Kernels& kernels) {
-  const std::size_t count = s.tokens.size();
-  s.gathered.resize(count);
-  s.weights.resize(count);
-  const float* scores = s.scores.data();
-  for (std::size_t i = 0; i < count; ++i) s.gathered[i] = scores[s.tokens[i]];
-  kernels.exp_weights(s.weights.data(), s.gathered.data(), max, static_cast<std::int64_t>(count));
+  gather(s);
+  s.weights.resize(s.tokens.size());
+  kernels.exp_weights(s.weights.data(), s.gathered.data(), max,
+                      static_cast<std::int64_t>(s.weights.size()));
   return s.weights;
 }
 
@@ -86,12 +103,12 @@ struct MoreTypical {
 
 void keep_typical(SamplingScratch& s, float max, float mass, const Kernels& kernels) {
   const Weights& weights = weigh(s, max, kernels);
-  std::uint64_t products = 0;
+  std::int64_t products = 0;
   for (std::size_t i = 0; i < weights.size(); ++i) {
     // No distance above 28 has a weight; an infinite one must not be multiplied.
     const float distance = std::min(max - s.gathered[i], 1000.0f);
-    products +=
-        static_cast<std::uint64_t>(static_cast<double>(weights[i]) * static_cast<double>(distance));
+    products +=  // below 2^50, and signed numbers are converted faster
+        static_cast<std::int64_t>(static_cast<double>(weights[i]) * static_cast<double>(distance));
   }
   const std::uint64_t total = sum_of(weights);
   const auto mean = static_cast<float>(static_cast<double>(products) / static_cast<double>(total));
@@ -100,8 +117,19 @@ void keep_typical(SamplingScratch& s, float max, float mass, const Kernels& kern
 }
 
 void keep_top_p(SamplingScratch& s, float max, float top_p, const Kernels& kernels) {
-  const std::uint64_t needed = part_of(top_p, sum_of(weigh(s, max, kernels)));
   const float* scores = s.scores.data();
+  gather(s);
+  const auto count = static_cast<std::int64_t>(s.gathered.size());
+  const std::uint64_t needed = part_of(top_p, kernels.exp_sum(s.gathered.data(), max, count));
+  // Most often tokens near the largest have it all; then the others are not looked at again.
+  for (const float reach : {3.0f, 7.0f}) {
+    take_near(s, max - reach);
+    std::swap(s.tokens, s.few);
+    const bool is_enough = sum_of(weigh(s, max, kernels)) >= needed;
+    if (is_enough) break;
+    std::swap(s.tokens, s.few);
+  }
+  if (s.weights.size() != s.tokens.size()) weigh(s, max, kernels);
   keep_prefix(s, needed, [&](std::int32_t token) { return max - scores[token]; }, Better{scores});
 }
 

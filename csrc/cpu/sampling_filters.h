@@ -21,7 +21,7 @@ struct Better {
 // What a thread needs to sample a row, kept for the next one: memory that is new is slow.
 struct SamplingScratch {
   std::vector<float> scores, gathered;
-  std::vector<std::int32_t> tokens;
+  std::vector<std::int32_t> tokens, few;
   std::vector<std::uint64_t> weights;
   std::vector<std::pair<std::int32_t, std::uint64_t>> edge;  // tokens and weights
 };

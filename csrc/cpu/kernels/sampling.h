@@ -3,15 +3,20 @@
 
 // e^(x - max) in units of 2^-40.
 inline std::uint64_t fixed_point(float weight) {
-  return static_cast<std::uint64_t>(static_cast<double>(weight) * 1099511627776.0);
+  // Signed numbers are converted faster, and these are small.
+  const auto value = static_cast<std::int64_t>(static_cast<double>(weight) * 1099511627776.0);
+  return static_cast<std::uint64_t>(value);
 }
 
 void exp_weights(std::uint64_t* out, const float* x, float max_value, std::int64_t count) {
   for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
     float lane[16];
     store(lane, exp_negative(sub(load_at(x + i, max_value), splat(max_value))));
-    const std::int64_t left = count - i < 16 ? count - i : 16;
-    for (std::int64_t j = 0; j < left; ++j) out[i + j] = fixed_point(lane[j]);
+    if (count - i >= 16) {  // a length that the compiler knows
+      for (std::int64_t j = 0; j < 16; ++j) out[i + j] = fixed_point(lane[j]);
+    } else {
+      for (std::int64_t j = 0; j < count - i; ++j) out[i + j] = fixed_point(lane[j]);
+    }
   });
 }
 
