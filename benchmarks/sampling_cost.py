@@ -47,7 +47,7 @@ def ways(temperature: float, vocab_size: int) -> dict[str, dict[str, Any]]:
         "typical 0.9": {**warm, "typical_p": 0.9},
         "min-p 0.05, XTC": {**warm, "min_p": 0.05, "xtc_probability": 1.0, "xtc_threshold": 0.01},
         "penalties": {"temperature": 0.0, "repetition_penalty": 1.1, "frequency_penalty": 0.2},
-        "logit bias": {"temperature": 0.0, "logit_bias": {7 * i: -1.0 for i in range(300)}},
+        "logit bias": {"temperature": 0.0, "logit_bias": dict.fromkeys(range(min(300, vocab_size)), -1.0)},
         "DRY": {"temperature": 0.0, "dry_multiplier": 0.8},
         "a third allowed": {**warm, "allowed_token_ids": every_third},
         "5 log-probabilities": {"temperature": 0.0, "logprobs": 5},
