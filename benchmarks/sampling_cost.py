@@ -36,6 +36,7 @@ def ways(temperature: float, vocab_size: int) -> dict[str, dict[str, Any]]:
     """Options of requests by name."""
     warm = {"temperature": temperature}
     every_third = tuple(range(0, vocab_size, 3))
+    bias = dict.fromkeys(range(min(300, vocab_size)), -1.0)
     return {
         GREEDY: {"temperature": 0.0},
         "temperature": warm,
@@ -47,7 +48,7 @@ def ways(temperature: float, vocab_size: int) -> dict[str, dict[str, Any]]:
         "typical 0.9": {**warm, "typical_p": 0.9},
         "min-p 0.05, XTC": {**warm, "min_p": 0.05, "xtc_probability": 1.0, "xtc_threshold": 0.01},
         "penalties": {"temperature": 0.0, "repetition_penalty": 1.1, "frequency_penalty": 0.2},
-        "logit bias": {"temperature": 0.0, "logit_bias": dict.fromkeys(range(min(300, vocab_size)), -1.0)},
+        "logit bias": {"temperature": 0.0, "logit_bias": bias},
         "DRY": {"temperature": 0.0, "dry_multiplier": 0.8},
         "a third allowed": {**warm, "allowed_token_ids": every_third},
         "5 log-probabilities": {"temperature": 0.0, "logprobs": 5},
