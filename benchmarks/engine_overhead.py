@@ -63,6 +63,7 @@ class NullRuntime:
             token_ids=self._generator.integers(0, self._vocab_size, rows, np.int32),
             finite=np.ones(rows, np.bool_),
             logprobs=np.zeros(rows, np.float32),
+            ranks=np.ones(rows, np.int32),
             top_token_ids=np.zeros((rows, 5), np.int32),
             top_logprobs=np.zeros((rows, 5), np.float32),
         )

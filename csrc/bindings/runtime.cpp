@@ -35,7 +35,7 @@ void make_batch(Batch* self, Array1<std::int32_t> token_ids, Array1<std::int32_t
 
 // What Python sees of a step: NumPy arrays that own their memory.
 struct StepOutput {
-  nb::object token_ids, logprobs, top_token_ids, top_logprobs, finite, states;
+  nb::object token_ids, logprobs, ranks, top_token_ids, top_logprobs, finite, states;
   nb::dict taps;
 };
 
@@ -45,6 +45,7 @@ StepOutput to_output(StepResult result, std::size_t hidden) {
   StepOutput output;
   output.token_ids = to_numpy(std::move(result.token_ids));
   output.logprobs = to_numpy(std::move(result.logprobs));
+  output.ranks = to_numpy(std::move(result.ranks));
   output.top_token_ids = to_numpy(std::move(result.top_token_ids), {rows, top});
   output.top_logprobs = to_numpy(std::move(result.top_logprobs), {rows, top});
   output.finite = to_numpy(std::move(result.finite)).attr("view")("bool");
@@ -100,11 +101,18 @@ StepOutput wait(Runtime& self, std::int64_t ticket) {
   return to_output(unlocked([&] { return self.wait(ticket); }), hidden);
 }
 
-nb::object logits(Runtime& self, std::int64_t ticket) {
-  std::vector<float> values = unlocked([&] { return self.logits(ticket); });
+nb::object logits(Runtime& self, std::int64_t ticket, std::optional<Array1<std::int32_t>> rows) {
+  std::optional<std::vector<std::int32_t>> wanted;
+  if (rows) wanted = to_vector<std::int32_t>(*rows);
+  std::vector<float> values = unlocked([&] { return self.logits(ticket, wanted); });
   const auto vocab = static_cast<std::size_t>(self.spec().vocab_size);
-  const std::size_t rows = values.size() / vocab;
-  return to_numpy(std::move(values), {rows, vocab});
+  const std::size_t num_rows = values.size() / vocab;
+  return to_numpy(std::move(values), {num_rows, vocab});
+}
+
+void set_logits(Runtime& self, std::int64_t ticket, std::int64_t row, Array1<float> values) {
+  const std::vector<float> copy = to_vector<float>(values);
+  unlocked([&] { self.set_logits(ticket, row, copy); });
 }
 
 nb::dlpack::dtype array_dtype(DType format) {
@@ -191,6 +199,7 @@ void bind_runtime(nb::module_& module) {
       .def_ro("logprobs", &StepOutput::logprobs)
       .def_ro("top_token_ids", &StepOutput::top_token_ids)
       .def_ro("top_logprobs", &StepOutput::top_logprobs)
+      .def_ro("ranks", &StepOutput::ranks)
       .def_ro("finite", &StepOutput::finite)
       .def_ro("states", &StepOutput::states)
       .def_ro("taps", &StepOutput::taps);
@@ -222,7 +231,8 @@ void bind_runtime(nb::module_& module) {
            nb::arg("sample") = false, nb::arg("states") = nb::none())
       .def("sample", &sample, nb::arg("ticket"), nb::arg("masks").noconvert() = nb::none(),
            nb::arg("adjustments").noconvert() = nb::none())
-      .def("logits", &logits, nb::arg("ticket"))
+      .def("logits", &logits, nb::arg("ticket"), nb::arg("rows") = nb::none())
+      .def("set_logits", &set_logits, nb::arg("ticket"), nb::arg("row"), nb::arg("values"))
       .def("wait", &wait, nb::arg("ticket"))
       .def(
           "step",

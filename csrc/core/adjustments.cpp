@@ -87,6 +87,14 @@ LogitAdjustments find(const Adjustments& adjustments, const unsigned char* copy)
   return result;
 }
 
+std::int32_t rank_of(const float* values, std::int64_t count, std::int32_t token_id) {
+  const float own = values[token_id];
+  std::int32_t rank = 1;
+  for (std::int64_t i = 0; i < token_id; ++i) rank += values[i] >= own;
+  for (std::int64_t i = token_id + 1; i < count; ++i) rank += values[i] > own;
+  return rank;
+}
+
 RowLogprobs list_logprobs(const std::vector<float>& values, std::int32_t token_id,
                           std::int64_t num_top) {
   const auto at = [&](std::int32_t token) { return values[static_cast<std::size_t>(token)]; };
@@ -98,6 +106,7 @@ RowLogprobs list_logprobs(const std::vector<float>& values, std::int32_t token_i
   tokens.resize(static_cast<std::size_t>(num_top));
   RowLogprobs result;
   result.logprob = at(token_id);
+  result.rank = rank_of(values.data(), static_cast<std::int64_t>(values.size()), token_id);
   for (const std::int32_t token : tokens) result.top_logprobs.push_back(at(token));
   result.top_token_ids = std::move(tokens);
   return result;

@@ -132,6 +132,9 @@ struct Samples {
   std::int32_t* top_token_ids = nullptr;  // (num_rows, num_top)
   float* top_logprobs = nullptr;          // (num_rows, num_top)
   std::int64_t num_top = 0;
+  // Of the sampled token among all, by logit, the lower id first of equals: 1 is the best. 0 where
+  // no log-probability is asked for. Null: of no row.
+  std::int32_t* ranks = nullptr;
 };
 
 // Changes to logits before a token is sampled: device memory. Row r has the entries

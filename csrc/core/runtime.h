@@ -28,7 +28,7 @@ struct TapResult {
 
 struct StepResult {
   std::int64_t num_rows = 0, num_top = 0;
-  std::vector<std::int32_t> token_ids, top_token_ids;
+  std::vector<std::int32_t> token_ids, ranks, top_token_ids;
   std::vector<float> logprobs, top_logprobs;
   std::vector<std::uint8_t> finite;
   std::vector<float> states;    // (rows, hidden): of the rows or tokens that `submit` named
@@ -73,8 +73,11 @@ class Runtime {
   // masks: (num_rows, ceil(vocab / 32)) words, or empty. Log-probabilities are those of the logits
   // before any adjustment.
   void sample(std::int64_t ticket, std::vector<std::int32_t> masks, Adjustments adjustments = {});
-  // Waits for the forward pass; (num_rows, vocab). The ticket stays open.
-  std::vector<float> logits(std::int64_t ticket);
+  // Waits for the forward pass; of all rows, or of some: (rows, vocab). The ticket stays open.
+  std::vector<float> logits(std::int64_t ticket,
+                            const std::optional<std::vector<std::int32_t>>& rows = std::nullopt);
+  // Puts other logits, vocab of them, in the place of a row's, before the step is sampled.
+  void set_logits(std::int64_t ticket, std::int64_t row, const std::vector<float>& values);
   StepResult wait(std::int64_t ticket);
 
  private:
@@ -83,7 +86,7 @@ class Runtime {
   // Where each result of a step lies in its buffer, in bytes. num_rows: with padding rows.
   struct ResultPlaces {
     ResultPlaces(std::int64_t num_rows, std::int64_t num_top);
-    std::size_t logprobs, top_token_ids, top_logprobs, finite, end;
+    std::size_t logprobs, ranks, top_token_ids, top_logprobs, finite, end;
   };
 
   // The memory of a submitted step until it is waited for; two of them are used in turn.
@@ -144,6 +147,7 @@ class Runtime {
   static std::size_t mask_bytes(std::size_t num_words);
   const unsigned char* send(InFlightStep& step, const std::vector<std::int32_t>& masks,
                             const Adjustments& adjustments);
+  std::int64_t place_of(const InFlightStep& step, std::int64_t row) const;
   void fetch_results(InFlightStep& step);
   void take_own_logprobs(InFlightStep& step);
   StepResult collect(InFlightStep& step);

@@ -11,7 +11,8 @@ Runtime::ResultPlaces::ResultPlaces(std::int64_t num_rows, std::int64_t num_top)
   const auto rows = static_cast<std::size_t>(num_rows);
   const std::size_t tops = rows * static_cast<std::size_t>(num_top);
   logprobs = 4 * rows;
-  top_token_ids = logprobs + 4 * rows;
+  ranks = logprobs + 4 * rows;
+  top_token_ids = ranks + 4 * rows;
   top_logprobs = top_token_ids + 4 * tops;
   finite = top_logprobs + 4 * tops;
   end = finite + rows;
@@ -49,6 +50,8 @@ Samples Runtime::samples_of(InFlightStep& step) const {
   samples.top_token_ids = reinterpret_cast<std::int32_t*>(first + at.top_token_ids);
   samples.top_logprobs = reinterpret_cast<float*>(first + at.top_logprobs);
   samples.num_top = step.num_top;
+  if (step.batch.num_logprobs() >= 0)
+    samples.ranks = reinterpret_cast<std::int32_t*>(first + at.ranks);
   return samples;
 }
 
@@ -59,7 +62,7 @@ void Runtime::run_sampling(InFlightStep& step, std::vector<std::int32_t> masks,
   if (masks.empty() && adjustments.empty()) {
     if (!step.sampled_with_forward) {
       StepKey key = key_of(step, kSampling);
-      if (step.num_top) key.tokens_per_seq = 0;
+      if (step.batch.num_logprobs() >= 0) key.tokens_per_seq = 0;
       backend_->run(key, [&] {
         backend_->sample(samples_of(step), logits_view(step), nullptr, step.uploaded);
       });
@@ -131,6 +134,7 @@ void Runtime::take_own_logprobs(InFlightStep& step) {
     const RowLogprobs own = list_logprobs(values, token_ids[row], wanted);
     const auto num_top = static_cast<std::size_t>(step.num_top);
     reinterpret_cast<float*>(host + at.logprobs)[row] = own.logprob;
+    reinterpret_cast<std::int32_t*>(host + at.ranks)[row] = own.rank;
     std::copy(own.top_token_ids.begin(), own.top_token_ids.end(),
               reinterpret_cast<std::int32_t*>(host + at.top_token_ids) + row * num_top);
     std::copy(own.top_logprobs.begin(), own.top_logprobs.end(),
@@ -138,20 +142,40 @@ void Runtime::take_own_logprobs(InFlightStep& step) {
   }
 }
 
-std::vector<float> Runtime::logits(std::int64_t ticket) {
+// Where a row that the batch asks for lies among a step's logits.
+std::int64_t Runtime::place_of(const InFlightStep& step, std::int64_t row) const {
+  return step.row_places.empty() ? row : step.row_places[static_cast<std::size_t>(row)];
+}
+
+std::vector<float> Runtime::logits(std::int64_t ticket,
+                                   const std::optional<std::vector<std::int32_t>>& rows) {
   InFlightStep& step = step_of(ticket);
-  std::vector<float> values(static_cast<std::size_t>(step.num_rows * spec_.vocab_size));
+  const std::size_t num_rows = rows ? rows->size() : static_cast<std::size_t>(step.num_rows);
+  const auto vocab = static_cast<std::size_t>(spec_.vocab_size);
+  std::vector<float> values(num_rows * vocab);
+  for (std::size_t i = 0; rows && i < num_rows; ++i)
+    require((*rows)[i] >= 0 && (*rows)[i] < step.num_rows, "rows names row ", (*rows)[i],
+            "; expected 0 to ", step.num_rows - 1);
+  const auto row = [&](std::size_t i) { return rows ? (*rows)[i] : static_cast<std::int64_t>(i); };
   queue_.run([&] {
     if (step.error) std::rethrow_exception(step.error);
-    for (std::size_t row = 0; row < static_cast<std::size_t>(step.num_rows); ++row) {
-      const std::int64_t place =
-          step.row_places.empty() ? static_cast<std::int64_t>(row) : step.row_places[row];
-      backend_->download(&values[row * static_cast<std::size_t>(spec_.vocab_size)],
-                         logits_view(step).row(place),
-                         4 * static_cast<std::size_t>(spec_.vocab_size));
-    }
+    for (std::size_t i = 0; i < num_rows; ++i)
+      backend_->download(&values[i * vocab], logits_view(step).row(place_of(step, row(i))),
+                         vocab * 4);
   });
   return values;
+}
+
+void Runtime::set_logits(std::int64_t ticket, std::int64_t row, const std::vector<float>& values) {
+  InFlightStep& step = step_of(ticket);
+  require(!step.sampling_queued, "ticket ", ticket, " is sampled already");
+  require(row >= 0 && row < step.num_rows, "row is ", row, "; expected 0 to ", step.num_rows - 1);
+  require(static_cast<std::int64_t>(values.size()) == spec_.vocab_size, "values has ",
+          values.size(), " numbers; expected ", spec_.vocab_size);
+  queue_.run([&] {
+    if (step.error) std::rethrow_exception(step.error);
+    backend_->upload(logits_view(step).row(place_of(step, row)), values.data(), values.size() * 4);
+  });
 }
 
 StepResult Runtime::collect(InFlightStep& step) {
@@ -183,6 +207,8 @@ StepResult Runtime::collect(InFlightStep& step) {
   };
   read(result.token_ids, 0, rows);
   read(result.logprobs, at.logprobs, rows);
+  read(result.ranks, at.ranks, step.batch.num_logprobs() >= 0 ? rows : 0);
+  result.ranks.resize(rows);  // 0 where none was asked for
   read(result.finite, at.finite, rows);
   read(result.top_token_ids, at.top_token_ids, tops);
   read(result.top_logprobs, at.top_logprobs, tops);

@@ -10,7 +10,9 @@
 namespace octavo::cpu {
 
 CpuBackend::CpuBackend(int num_threads, const std::string& isa)
-    : pool_(num_threads > 0 ? num_threads : physical_cores()), kernels_(kernels_for(isa)) {}
+    : pool_(num_threads > 0 ? num_threads : physical_cores()),
+      kernels_(kernels_for(isa)),
+      sampling_scratch_(static_cast<std::size_t>(pool_.size())) {}
 
 void* CpuBackend::allocate(std::size_t bytes) { return cpu::allocate(bytes); }
 

@@ -3,6 +3,7 @@
 
 #include "core/backend.h"
 #include "cpu/kernels.h"
+#include "cpu/sampling_filters.h"
 #include "cpu/thread_pool.h"
 
 namespace octavo::cpu {
@@ -147,6 +148,7 @@ class CpuBackend : public Backend {
 
   ThreadPool pool_;
   const Kernels& kernels_;
+  std::vector<SamplingScratch> sampling_scratch_;  // of each thread
   Buffer linear_scratch_, mlp_scratch_, attention_scratch_, experts_scratch_;
 };
 

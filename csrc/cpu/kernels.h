@@ -181,6 +181,8 @@ struct Kernels {
   std::uint64_t (*exp_sum)(const float* x, float max, std::int64_t count);
   void (*gumbel)(float* out, std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
                  std::int64_t first_token, std::int64_t count);
+  std::int64_t (*noisy_best)(const float* scores, std::uint64_t seed, std::uint32_t sample_index,
+                             std::uint32_t position, std::int64_t count);
   std::uint32_t (*xtc_word)(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position);
   float (*log_positive)(float x);
   float (*max_value)(const float* x, std::int64_t count);

@@ -1,36 +1,75 @@
 // Sampling a token from each row of logits. reference/sampling.py defines every step, to the bit.
 
+#include "core/adjustments.h"
 #include "cpu/backend.h"
 #include "cpu/sampling_filters.h"
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
-#include <numeric>
 
 namespace octavo::cpu {
 
 namespace {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
-
-bool is_allowed(const std::int32_t* mask, std::int64_t token) {
-  return !mask || ((static_cast<std::uint32_t>(mask[token / 32]) >> (token % 32)) & 1u);
-}
+// A probability relative to the largest one's, e^-28, is less than the unit of its fixed point; so
+// a token as far below the largest score is of no account to top-p. With some room for roundings.
+constexpr float kWeightless = 30.0f;
 
 std::int64_t first_largest(const float* values, std::int64_t count, const Kernels& kernels) {
   const float* found = std::find(values, values + count, kernels.max_value(values, count));
   return found == values + count ? 0 : found - values;  // all NaN: any token, the row is flagged
 }
 
-std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int32_t* mask,
-                        const SamplingRow& options, const Kernels& kernels) {
-  if (options.target >= 0) return options.target;
-  const SamplingRow row = decide_xtc(options, kernels);
-  std::vector<float> scores(logits, logits + vocab);
-  for (std::int64_t i = 0; mask && i < vocab; ++i) {
-    if (!is_allowed(mask, i)) scores[static_cast<std::size_t>(i)] = kNever;
+// The scores of tokens that the mask does not allow become -inf.
+void apply_mask(std::vector<float>& scores, const std::int32_t* mask) {
+  for (std::size_t begin = 0; begin < scores.size(); begin += 32) {
+    const auto word = static_cast<std::uint32_t>(mask[begin / 32]);
+    if (word == ~0u) continue;
+    const std::size_t end = std::min(scores.size(), begin + 32);
+    for (std::size_t i = begin; i < end; ++i) {
+      if (!((word >> (i - begin)) & 1u)) scores[i] = kNever;
+    }
   }
+}
+
+// The largest score that `count` tokens or more reach, or a smaller one: the count-th largest of
+// the largest scores of groups of tokens. largest: scratch.
+float reached_by(const float* scores, std::int64_t vocab, std::int64_t count,
+                 std::vector<float>& largest, const Kernels& kernels) {
+  constexpr std::int64_t kGroup = 64;
+  largest.clear();
+  for (std::int64_t i = 0; i < vocab; i += kGroup)
+    largest.push_back(kernels.max_value(scores + i, std::min(kGroup, vocab - i)));
+  if (count > static_cast<std::int64_t>(largest.size())) return kNever;
+  const auto place = largest.begin() + static_cast<std::ptrdiff_t>(count - 1);
+  std::nth_element(largest.begin(), place, largest.end(), std::greater<float>());
+  return *place;
+}
+
+// The tokens whose score is `lowest` or more, and not -inf, in ascending order.
+void take_from(std::vector<std::int32_t>& tokens, const float* scores, std::int64_t vocab,
+               float lowest) {
+  tokens.resize(static_cast<std::size_t>(vocab));
+  std::size_t count = 0;
+  for (std::int64_t i = 0; i < vocab; ++i) {
+    tokens[count] = static_cast<std::int32_t>(i);
+    count += scores[i] >= lowest && scores[i] != kNever;
+  }
+  tokens.resize(count);
+}
+
+std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int32_t* mask,
+                        const SamplingRow& options, SamplingScratch& scratch,
+                        const Kernels& kernels) {
+  if (options.target >= 0) return options.target;
+  if (options.is_greedy() && !mask) return first_largest(logits, vocab, kernels);
+  const SamplingRow row = decide_xtc(options, kernels);
+  std::vector<float>& scores = scratch.scores;
+  scores.assign(logits, logits + vocab);
+  if (mask) apply_mask(scores, mask);
   if (row.is_greedy()) return first_largest(scores.data(), vocab, kernels);
   float lowest = kNever;
   if (row.top_n_sigma > 0.0f) {
@@ -38,28 +77,32 @@ std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int3
     lowest = lowest_by_sigma(scores.data(), largest, vocab, row.top_n_sigma) / row.temperature;
   }
   for (float& score : scores) score = score / row.temperature;
-  std::vector<float> noise(static_cast<std::size_t>(vocab));
-  kernels.gumbel(noise.data(), row.seed, static_cast<std::uint32_t>(row.sample_index),
-                 static_cast<std::uint32_t>(row.position), 0, vocab);
+  const auto draw = [&] {
+    return kernels.noisy_best(scores.data(), row.seed, static_cast<std::uint32_t>(row.sample_index),
+                              static_cast<std::uint32_t>(row.position), vocab);
+  };
+  if (row.keeps_all()) return draw();
 
-  if (row.keeps_all()) {
-    for (std::size_t i = 0; i < scores.size(); ++i) scores[i] = scores[i] + noise[i];
-    return first_largest(scores.data(), vocab, kernels);
-  }
   const float max = kernels.max_value(scores.data(), vocab);
   if (row.min_p > 0.0f) lowest = std::max(lowest, max + kernels.log_positive(row.min_p));
-  std::vector<std::int32_t> tokens;
-  for (std::int64_t i = 0; i < vocab; ++i) {
-    const float score = scores[static_cast<std::size_t>(i)];
-    if (score >= lowest && score != kNever) tokens.push_back(static_cast<std::int32_t>(i));
+  // The filters after these bounds look at single tokens: they get no more than they may keep.
+  if (row.top_k > 0) {
+    const float least = reached_by(scores.data(), vocab, row.top_k, scratch.gathered, kernels);
+    lowest = std::max(lowest, least);
   }
+  if (row.top_p < 1.0f && row.typical_p >= 1.0f) lowest = std::max(lowest, max - kWeightless);
+  std::vector<std::int32_t>& tokens = scratch.tokens;
+  take_from(tokens, scores.data(), vocab, lowest);
   if (tokens.empty()) return 0;  // every logit is a NaN, or none is allowed
-  keep_by_rank(tokens, scores.data(), max, row, kernels);
-  for (const std::int32_t token : tokens) {
-    const auto i = static_cast<std::size_t>(token);
-    scores[i] = scores[i] + noise[i];
-  }
-  return *std::min_element(tokens.begin(), tokens.end(), Better{scores.data()});
+  keep_by_rank(scratch, max, row, kernels);
+  std::vector<float>& kept = scratch.gathered;
+  kept.resize(tokens.size());
+  for (std::size_t i = 0; i < kept.size(); ++i)
+    kept[i] = scores[static_cast<std::size_t>(tokens[i])];
+  std::fill(scores.begin(), scores.end(), kNever);
+  for (std::size_t i = 0; i < kept.size(); ++i)
+    scores[static_cast<std::size_t>(tokens[i])] = kept[i];
+  return draw();
 }
 
 // log(sum of e^(logit - max)), the sum in fixed point.
@@ -70,9 +113,11 @@ float log_sum(const float* logits, float max, std::int64_t vocab, const Kernels&
 
 // The most probable `count` tokens of a row and their log-probabilities.
 void list_top(const float* logits, std::int64_t vocab, float max, float log_total,
-              std::int64_t count, std::int32_t* token_ids, float* logprobs) {
-  std::vector<std::int32_t> tokens(static_cast<std::size_t>(vocab));
-  std::iota(tokens.begin(), tokens.end(), 0);
+              std::int64_t count, std::int32_t* token_ids, float* logprobs,
+              SamplingScratch& scratch, const Kernels& kernels) {
+  if (count == 0) return;
+  std::vector<std::int32_t>& tokens = scratch.tokens;
+  take_from(tokens, logits, vocab, reached_by(logits, vocab, count, scratch.gathered, kernels));
   const auto end = tokens.begin() + static_cast<std::ptrdiff_t>(count);
   std::partial_sort(tokens.begin(), end, tokens.end(), Better{logits});
   for (std::int64_t i = 0; i < count; ++i) {
@@ -100,15 +145,16 @@ void CpuBackend::sample(const Samples& out, View logits, const std::int32_t* mas
                         const Step& step) {
   const std::int64_t vocab = logits.cols;
   const std::int64_t words = (vocab + 31) / 32;
-  pool_.each(logits.rows, [&](std::int64_t row, int) {
+  pool_.each(logits.rows, [&](std::int64_t row, int thread) {
+    SamplingScratch& scratch = sampling_scratch_[static_cast<std::size_t>(thread)];
     const float* values = logits.row(row);
     const bool finite = kernels_.all_finite(values, vocab);
     const SamplingRow& sampling = step.sampling[row];
     // A row that is not finite is not sampled: a NaN cannot be ordered.
-    const auto token =
-        finite ? static_cast<std::int32_t>(draw_token(
-                     values, vocab, masks ? masks + row * words : nullptr, sampling, kernels_))
-               : 0;
+    const auto token = finite ? static_cast<std::int32_t>(
+                                    draw_token(values, vocab, masks ? masks + row * words : nullptr,
+                                               sampling, scratch, kernels_))
+                              : 0;
     out.finite[row] = finite;
     out.token_ids[row] = token;
     if (sampling.state_row >= 0) step.sampled[sampling.state_row] = token;
@@ -116,14 +162,16 @@ void CpuBackend::sample(const Samples& out, View logits, const std::int32_t* mas
     constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
     const std::int64_t num_top = sampling.num_logprobs;
     out.logprobs[row] = kNone;
+    if (out.ranks) out.ranks[row] = 0;
     std::fill_n(out.top_token_ids + row * out.num_top, out.num_top, -1);
     std::fill_n(out.top_logprobs + row * out.num_top, out.num_top, kNone);
     if (num_top < 0 || !finite) return;
     const float max = kernels_.max_value(values, vocab);
     const float log_total = log_sum(values, max, vocab, kernels_);
     out.logprobs[row] = (values[token] - max) - log_total;
+    if (out.ranks) out.ranks[row] = rank_of(values, vocab, token);
     list_top(values, vocab, max, log_total, num_top, out.top_token_ids + row * out.num_top,
-             out.top_logprobs + row * out.num_top);
+             out.top_logprobs + row * out.num_top, scratch, kernels_);
   });
 }
 

@@ -1,8 +1,10 @@
 #include "cpu/sampling_filters.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 namespace octavo::cpu {
 
@@ -11,14 +13,32 @@ namespace {
 using Tokens = std::vector<std::int32_t>;
 using Weights = std::vector<std::uint64_t>;
 
-// The probabilities of tokens, relative to that of a token with score `max`, in fixed point.
-Weights weights_of(const Tokens& tokens, const float* scores, float max, const Kernels& kernels) {
-  std::vector<float> gathered(tokens.size());
-  for (std::size_t i = 0; i < tokens.size(); ++i) gathered[i] = scores[tokens[i]];
-  Weights weights(tokens.size());
-  kernels.exp_weights(weights.data(), gathered.data(), max,
-                      static_cast<std::int64_t>(tokens.size()));
-  return weights;
+// The tokens' scores.
+void gather(SamplingScratch& s) {
+  s.gathered.resize(s.tokens.size());
+  const float* scores = s.scores.data();
+  for (std::size_t i = 0; i < s.gathered.size(); ++i) s.gathered[i] = scores[s.tokens[i]];
+}
+
+// `few`: those of the tokens whose score is `lowest` or more.
+void take_near(SamplingScratch& s, float lowest) {
+  s.few.resize(s.tokens.size());
+  const float* scores = s.scores.data();
+  std::size_t count = 0;
+  for (const std::int32_t token : s.tokens) {
+    s.few[count] = token;
+    count += scores[token] >= lowest;
+  }
+  s.few.resize(count);
+}
+
+// The probabilities of the tokens, relative to that of one with score `max`, in fixed point.
+const Weights& weigh(SamplingScratch& s, float max, const Kernels& kernels) {
+  gather(s);
+  s.weights.resize(s.tokens.size());
+  kernels.exp_weights(s.weights.data(), s.gathered.data(), max,
+                      static_cast<std::int64_t>(s.weights.size()));
+  return s.weights;
 }
 
 std::uint64_t sum_of(const Weights& weights) {
@@ -33,25 +53,40 @@ std::uint64_t part_of(float fraction, std::uint64_t total) {
 }
 
 // Keeps the shortest prefix, in the order that `before` gives, whose weight reaches `needed`.
-template <class Before>
-void keep_prefix(Tokens& tokens, std::uint64_t needed, const float* scores, float max,
-                 const Kernels& kernels, Before before) {
+//
+// `distance` puts tokens into bins whose order is the same; it is 0 or more. Whole bins are kept,
+// or not, by their weight alone, and only the tokens of one of them are sorted.
+template <class Distance, class Before>
+void keep_prefix(SamplingScratch& s, std::uint64_t needed, Distance distance, Before before) {
+  constexpr int kBins = 2048;
+  constexpr float kBinsOfOne = 64.0f;
+  const auto bin_of = [&](std::int32_t token) {
+    return static_cast<int>(std::min(distance(token) * kBinsOfOne, kBins - 1.0f));
+  };
+  std::array<std::uint64_t, kBins> sums{};
+  Tokens& tokens = s.tokens;
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    sums[static_cast<std::size_t>(bin_of(tokens[i]))] += s.weights[i];
   std::uint64_t reached = 0;
-  // Sorted piece by piece, since a few hundred tokens are usually enough.
-  for (std::size_t begin = 0, piece = 256; begin < tokens.size(); begin += piece, piece *= 4) {
-    const std::size_t end = std::min(tokens.size(), begin + piece);
-    const auto at = [&](std::size_t i) { return tokens.begin() + static_cast<std::ptrdiff_t>(i); };
-    std::partial_sort(at(begin), at(end), tokens.end(), before);
-    for (std::size_t i = begin; i < end; ++i) {
-      std::uint64_t weight;
-      kernels.exp_weights(&weight, &scores[tokens[i]], max, 1);
-      reached += weight;
-      if (reached >= needed) {
-        tokens.resize(i + 1);
-        return;
-      }
-    }
+  int last = 0;
+  while (last < kBins && reached + sums[static_cast<std::size_t>(last)] < needed)
+    reached += sums[static_cast<std::size_t>(last++)];
+
+  s.edge.clear();
+  std::size_t kept = 0;
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    const int bin = bin_of(tokens[i]);
+    if (bin == last) s.edge.emplace_back(tokens[i], s.weights[i]);
+    tokens[kept] = tokens[i];
+    kept += bin < last;
   }
+  std::sort(s.edge.begin(), s.edge.end(),
+            [&](const auto& a, const auto& b) { return before(a.first, b.first); });
+  for (std::size_t i = 0; i < s.edge.size() && reached < needed; ++i) {
+    tokens[kept++] = s.edge[i].first;
+    reached += s.edge[i].second;
+  }
+  tokens.resize(kept);
 }
 
 // Tokens by how far their distance from the largest score is from the mean one.
@@ -66,37 +101,45 @@ struct MoreTypical {
   }
 };
 
-void keep_typical(Tokens& tokens, const float* scores, float max, float mass,
-                  const Kernels& kernels) {
-  const Weights weights = weights_of(tokens, scores, max, kernels);
-  std::uint64_t products = 0;
-  for (std::size_t i = 0; i < tokens.size(); ++i) {
+void keep_typical(SamplingScratch& s, float max, float mass, const Kernels& kernels) {
+  const Weights& weights = weigh(s, max, kernels);
+  std::int64_t products = 0;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
     // No distance above 28 has a weight; an infinite one must not be multiplied.
-    const float distance = std::min(max - scores[tokens[i]], 1000.0f);
-    products +=
-        static_cast<std::uint64_t>(static_cast<double>(weights[i]) * static_cast<double>(distance));
+    const float distance = std::min(max - s.gathered[i], 1000.0f);
+    products +=  // below 2^50, and signed numbers are converted faster
+        static_cast<std::int64_t>(static_cast<double>(weights[i]) * static_cast<double>(distance));
   }
   const std::uint64_t total = sum_of(weights);
   const auto mean = static_cast<float>(static_cast<double>(products) / static_cast<double>(total));
-  keep_prefix(tokens, part_of(mass, total), scores, max, kernels, MoreTypical{scores, max, mean});
+  const MoreTypical more{s.scores.data(), max, mean};
+  keep_prefix(s, part_of(mass, total), [&](std::int32_t token) { return more.away(token); }, more);
 }
 
-void keep_top_p(Tokens& tokens, const float* scores, float max, float top_p,
-                const Kernels& kernels) {
-  std::vector<float> gathered(tokens.size());
-  for (std::size_t i = 0; i < tokens.size(); ++i) gathered[i] = scores[tokens[i]];
-  const std::uint64_t total =
-      kernels.exp_sum(gathered.data(), max, static_cast<std::int64_t>(gathered.size()));
-  keep_prefix(tokens, part_of(top_p, total), scores, max, kernels, Better{scores});
+void keep_top_p(SamplingScratch& s, float max, float top_p, const Kernels& kernels) {
+  const float* scores = s.scores.data();
+  gather(s);
+  const auto count = static_cast<std::int64_t>(s.gathered.size());
+  const std::uint64_t needed = part_of(top_p, kernels.exp_sum(s.gathered.data(), max, count));
+  // Most often tokens near the largest have it all; then the others are not looked at again.
+  for (const float reach : {3.0f, 7.0f}) {
+    take_near(s, max - reach);
+    std::swap(s.tokens, s.few);
+    const bool is_enough = sum_of(weigh(s, max, kernels)) >= needed;
+    if (is_enough) break;
+    std::swap(s.tokens, s.few);
+  }
+  if (s.weights.size() != s.tokens.size()) weigh(s, max, kernels);
+  keep_prefix(s, needed, [&](std::int32_t token) { return max - scores[token]; }, Better{scores});
 }
 
 // Removes the tokens that have `threshold` of the probability, but for the last of them.
-void exclude_top(Tokens& tokens, const float* scores, float max, float threshold,
-                 const Kernels& kernels) {
-  const Weights weights = weights_of(tokens, scores, max, kernels);
+void exclude_top(SamplingScratch& s, float max, float threshold, const Kernels& kernels) {
+  const Weights& weights = weigh(s, max, kernels);
   const std::uint64_t needed = part_of(threshold, sum_of(weights));
   constexpr std::int32_t kNone = -1;
-  const Better better{scores};
+  const Better better{s.scores.data()};
+  Tokens& tokens = s.tokens;
   std::int32_t last = kNone;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     if (weights[i] >= needed && (last == kNone || better(last, tokens[i]))) last = tokens[i];
@@ -140,16 +183,18 @@ float lowest_by_sigma(const float* logits, float max, std::int64_t vocab, float 
   return max - static_cast<float>(static_cast<double>(num_sigmas) * sigma);
 }
 
-void keep_by_rank(Tokens& tokens, const float* scores, float max, const SamplingRow& row,
+void keep_by_rank(SamplingScratch& scratch, float max, const SamplingRow& row,
                   const Kernels& kernels) {
+  Tokens& tokens = scratch.tokens;
   const auto top_k = static_cast<std::size_t>(row.top_k);
   if (top_k > 0 && top_k < tokens.size()) {
-    std::nth_element(tokens.begin(), tokens.begin() + row.top_k, tokens.end(), Better{scores});
+    std::nth_element(tokens.begin(), tokens.begin() + row.top_k, tokens.end(),
+                     Better{scratch.scores.data()});
     tokens.resize(top_k);
   }
-  if (row.typical_p < 1.0f) keep_typical(tokens, scores, max, row.typical_p, kernels);
-  if (row.top_p < 1.0f) keep_top_p(tokens, scores, max, row.top_p, kernels);
-  if (row.xtc_probability > 0.0f) exclude_top(tokens, scores, max, row.xtc_threshold, kernels);
+  if (row.typical_p < 1.0f) keep_typical(scratch, max, row.typical_p, kernels);
+  if (row.top_p < 1.0f) keep_top_p(scratch, max, row.top_p, kernels);
+  if (row.xtc_probability > 0.0f) exclude_top(scratch, max, row.xtc_threshold, kernels);
 }
 
 }  // namespace octavo::cpu

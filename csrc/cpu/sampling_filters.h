@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "core/sampling_row.h"
@@ -17,6 +18,14 @@ struct Better {
   }
 };
 
+// What a thread needs to sample a row, kept for the next one: memory that is new is slow.
+struct SamplingScratch {
+  std::vector<float> scores, gathered;
+  std::vector<std::int32_t> tokens, few;
+  std::vector<std::uint64_t> weights;
+  std::vector<std::pair<std::int32_t, std::uint64_t>> edge;  // tokens and weights
+};
+
 // The row as it is sampled this time: XTC is on or off, as its random number says.
 SamplingRow decide_xtc(SamplingRow row, const Kernels& kernels);
 
@@ -24,9 +33,9 @@ SamplingRow decide_xtc(SamplingRow row, const Kernels& kernels);
 // -inf do not count.
 float lowest_by_sigma(const float* logits, float max, std::int64_t vocab, float num_sigmas);
 
-// Removes those of `tokens` that are filtered out after the two lower bounds, min_p and
-// top_n_sigma. max: the largest score of all. What is left is in any order.
-void keep_by_rank(std::vector<std::int32_t>& tokens, const float* scores, float max,
-                  const SamplingRow& row, const Kernels& kernels);
+// Removes those of scratch.tokens that are filtered out after the two lower bounds, min_p and
+// top_n_sigma. max: the largest of scratch.scores. What is left is in any order.
+void keep_by_rank(SamplingScratch& scratch, float max, const SamplingRow& row,
+                  const Kernels& kernels);
 
 }  // namespace octavo::cpu

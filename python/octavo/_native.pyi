@@ -112,6 +112,9 @@ class StepOutput:
     def logprobs(self) -> Float32:
         """Log-probability of each sampled token; NaN where num_logprobs was -1."""
     @property
+    def ranks(self) -> Int32:
+        """Of each sampled token among all, by logit, from 1; 0 where num_logprobs was -1."""
+    @property
     def top_token_ids(self) -> Int32:
         """(num_rows, most asked for), most probable first; -1 where fewer were asked for."""
     @property
@@ -216,8 +219,11 @@ class Runtime:
         `adjust_logits`; log-probabilities are of the logits without them.
         """
 
-    def logits(self, ticket: int) -> Float32:
-        """(num_rows, vocab): waits for the forward pass. The ticket stays open."""
+    def logits(self, ticket: int, rows: Int32 | None = None) -> Float32:
+        """(num_rows, vocab), or of some rows: waits for the forward pass. The ticket stays open."""
+
+    def set_logits(self, ticket: int, row: int, values: Float32) -> None:
+        """Put other logits, float32 (vocab,), in a row's place, before the step is sampled."""
 
     def wait(self, ticket: int) -> StepOutput:
         """Wait for the ticket and close it (its sampling is queued first if it was not)."""

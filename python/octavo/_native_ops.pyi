@@ -178,10 +178,11 @@ class Ops:
         logits: Float32,
         rows: SamplingRows,
         masks: Int32 | None = None,
-    ) -> tuple[Int32, Float32, NDArray[np.uint8], Int32, Float32, Int32]:
+    ) -> tuple[Int32, Float32, NDArray[np.uint8], Int32, Float32, Int32, Int32]:
         """Tokens, their logprobs, whether rows are finite; the best tokens and their logprobs.
 
-        The latter two are (rows, largest num_logprobs). At last, what as many state rows keep.
+        The latter two are (rows, largest num_logprobs). At last, what as many state rows keep, and
+        the tokens' ranks; 0 where no log-probability is asked for.
         """
 
     def log_softmax(self, logits: Float32) -> Float32: ...

@@ -212,7 +212,7 @@ class LLM(LoadedModel):
 
     def contrastive_decoding(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: EncodedPrompt | Prompt | Sequence[Prompt],
         amateur: str | Path,
         params: ContrastiveParams | None = None,
         *,
@@ -225,8 +225,11 @@ class LLM(LoadedModel):
         """
         call = Call(self._shared)
         params = params or ContrastiveParams()
-        many, items = split_prompts(prompts)
-        encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
+        if isinstance(prompts, EncodedPrompt):
+            encoded = [prompts]
+        else:
+            many, items = split_prompts(prompts)
+            encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
         vocab_size = self.engine.vocab_size
         options = self.engine.options
         blocks = -(-options.max_model_len // options.block_size) * len(encoded)

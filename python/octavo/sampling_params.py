@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from octavo.errors import InvalidArgumentError
 from octavo.structured_outputs import StructuredOutputs
 
+LogitsProcessor = Callable[..., Any]
+"""(prompt tokens, tokens of the answer, logits) -> logits, or the same without the prompt."""
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
 
@@ -101,6 +104,10 @@ class SamplingParams:
     dry_penalty_last_n: DRY looks at so many tokens before; -1: at all of prompt and answer.
     dry_sequence_breakers: texts over which no repetition reaches, for DRY.
     structured_outputs: what the text must look like; also its fields as a mapping.
+    logits_processors: functions that change the logits before everything else does, each the result
+        of the one before it: f(prompt_token_ids, generated_token_ids, logits) -> logits, or
+        f(generated_token_ids, logits) if two arguments are all it requires. logits: NumPy, float32
+        (vocab_size,), -inf forbids a token. docs/sampling.md says more. Not over HTTP.
     """
 
     temperature: float = _limited(1.0, 0.0, None, "0 for greedy")
@@ -135,6 +142,7 @@ class SamplingParams:
     dry_allowed_length: int = _limited(2, 1, 1000, "2 is usual")
     dry_penalty_last_n: int = _limited(-1, -1, None, "-1 for all tokens")
     dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    logits_processors: tuple[LogitsProcessor, ...] = ()
 
     def __new__(cls, *_: Any, **given: Any) -> SamplingParams:
         """A field that there is none of is an InvalidArgumentError, as in `LLM`."""
@@ -185,6 +193,8 @@ class SamplingParams:
             return tuple(_TOKEN_ID.check(name, token) for token in value)
         if name == "logit_bias":
             return _check_bias(value)
+        if name == "logits_processors":
+            return _check_processors(value)
         if name == "structured_outputs":
             return None if value is None else StructuredOutputs.of(value)
         if isinstance(option.default, bool):
@@ -225,3 +235,49 @@ def _check_allowed(token_ids: Sequence[int]) -> tuple[int, ...]:
             "allowed_token_ids is empty; expected at least one token, or None for all of them"
         )
     return tuple(sorted(checked))
+
+
+def takes_prompt(processor: LogitsProcessor) -> bool:
+    """Whether a logits processor is called with three arguments, the prompt's tokens first.
+
+    As in vLLM, one of two arguments gets the answer's tokens and the logits. Raises
+    InvalidArgumentError for what can be called with neither.
+    """
+    if not callable(processor):
+        raise InvalidArgumentError(
+            f"logits_processors holds {processor!r}; expected functions of (prompt_token_ids, "
+            f"generated_token_ids, logits)"
+        )
+    try:
+        signature = inspect.signature(processor)
+    except (TypeError, ValueError):  # of some functions that are written in C
+        return True
+    if _fits(signature, 3) and not _requires_two(signature):
+        return True
+    if _fits(signature, 2):
+        return False
+    raise InvalidArgumentError(
+        f"logits_processors holds a function of {signature}; expected (prompt_token_ids, "
+        f"generated_token_ids, logits) or (generated_token_ids, logits)"
+    )
+
+
+def _fits(signature: inspect.Signature, num_arguments: int) -> bool:
+    try:
+        signature.bind(*range(num_arguments))
+    except TypeError:
+        return False
+    return True
+
+
+def _requires_two(signature: inspect.Signature) -> bool:
+    return _fits(signature, 2) and not _fits(signature, 1)
+
+
+def _check_processors(
+    given: LogitsProcessor | Iterable[LogitsProcessor],
+) -> tuple[LogitsProcessor, ...]:
+    processors = (given,) if callable(given) else tuple(given)
+    for processor in processors:
+        takes_prompt(processor)
+    return processors

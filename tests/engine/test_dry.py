@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine_helpers import run_to_end
+from reference_helpers import SMOLLM2_MISSING, smollm2_path
 from runtime_helpers import VOCAB, make_batch, tiny_runtime
 
 from octavo.config import RuntimeOptions
+from octavo.engine import dry as dry_module
 from octavo.engine.dry import Breakers, Dry
 from octavo.engine.engine import Engine
 from octavo.engine.request import Sequence
 from octavo.reference import sampling
 from octavo.sampling_params import SamplingParams
+from octavo.text.tokenizer import Tokenizer
 
 SETTINGS = {"dry_multiplier": 0.8, "dry_base": 1.75, "dry_allowed_length": 2}
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -94,8 +98,10 @@ def test_new_tokens_are_taken_up_and_the_range_is_kept() -> None:
     assert Dry(off, None).penalties()[0].tolist() == []
 
 
-def expected_tokens(prompt: list[int], params: SamplingParams) -> list[int]:
-    """One token at a time, by the formula."""
+def expected_tokens(
+    prompt: list[int], params: SamplingParams, breaker: int | None = None
+) -> list[int]:
+    """One token at a time, by the formula. breaker: a token that is a sequence breaker."""
     runtime = tiny_runtime()
     history = list(prompt)
     for _ in range(params.max_tokens or 0):
@@ -103,7 +109,8 @@ def expected_tokens(prompt: list[int], params: SamplingParams) -> list[int]:
         logits = runtime.logits(ticket)[0]
         runtime.wait(ticket)
         bias = dict(params.logit_bias)
-        for token, lost in oracle(history, set(), params.dry_allowed_length).items():
+        breaks = {i for i, token in enumerate(history) if token == breaker}
+        for token, lost in oracle(history, breaks, params.dry_allowed_length).items():
             bias[token] = np.float32(bias.get(token, 0)) - np.float32(lost)
         for token, change in bias.items():
             logits[token] += np.float32(change)
@@ -134,3 +141,81 @@ def test_answers_equal_the_formula_in_any_batch(overlap: bool) -> None:
     for name in ("dry", "warm"):
         assert found[name] == expected_tokens(prompt, asked[name])
     assert found["dry"] != found["plain"]
+
+
+def _behind(self: Dry) -> None:
+    """As `Dry._take_new_tokens`, a token late."""
+    last = self._sequence.token_ids.pop()
+    _take(self)
+    self._sequence.token_ids.append(last)
+
+
+def _of_the_answer(self: Dry) -> Any:
+    tokens, lost = _penalties(self)
+    is_new = np.isin(tokens, self._sequence.output_token_ids)
+    return tokens[is_new], lost[is_new]
+
+
+_take, _penalties = Dry._take_new_tokens, Dry.penalties
+PLANTED: dict[str, tuple[Any, str, Any]] = {
+    "nothing": (Dry, "penalties", _penalties),
+    "a token late": (Dry, "_take_new_tokens", _behind),
+    "added": (Dry, "penalties", lambda self: (_penalties(self)[0], -_penalties(self)[1])),
+    "of the answer alone": (Dry, "penalties", _of_the_answer),
+    "one token longer": (
+        dry_module,
+        "dry_penalties",
+        lambda *arrays, allowed_length, **options: sampling.dry_penalties(
+            *arrays, allowed_length=allowed_length + 1, **options
+        ),
+    ),
+    "over breaks": (Breakers, "push", lambda self, token: False),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_errors_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = [5, 17, 80, 5, 17, 80, 41, 5, 17, 80]
+    bias = {5: 8.5, 17: 6.0, 80: 7.0, 41: 6.5}  # it would say nothing else
+    params = replace(GREEDY, logit_bias=bias, **SETTINGS)  # type: ignore[arg-type]
+    monkeypatch.setattr(Breakers, "push", lambda self, token: token == 41)
+    monkeypatch.setattr(*PLANTED[name])
+    options = RuntimeOptions("f32", "f32", 16, 256, 8, 128, 2)
+    engine = Engine(tiny_runtime(num_blocks=32), options, num_kv_blocks=32, vocab_size=VOCAB)
+    engine.add_request("a", prompt, params)
+    found = list(run_to_end(engine)["a"].outputs[0].token_ids)
+    assert (found == expected_tokens(prompt, params, breaker=41)) == (name == "nothing")
+
+
+# ---- a real tokenizer ----
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    path = smollm2_path()
+    if path is None:
+        pytest.skip(SMOLLM2_MISSING)
+    return Tokenizer(path)
+
+
+def test_breakers_in_a_real_tokenizer(tokenizer: Tokenizer) -> None:
+    """A line's end breaks a repetition wherever it is: in a token of its own, or within one."""
+    text = "one two three.\n\nSo: one two three."
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    breakers = Breakers(("\n", ":"), tokenizer)
+    breaks = [breakers.push(token) for token in tokens]
+    pieces = [tokenizer.token_bytes(token).decode() for token in tokens]
+    assert "".join(pieces) == text
+    assert breaks == ["\n" in piece or ":" in piece for piece in pieces] and sum(breaks) >= 2
+
+
+def test_a_repetition_of_words_ends(tokenizer: Tokenizer) -> None:
+    sequence = Sequence("a", [], replace(GREEDY, **SETTINGS))  # type: ignore[arg-type]
+    again = "The quick brown fox jumps. The quick brown fox"
+    sequence.token_ids = tokenizer.encode(again, add_special_tokens=False)
+    tokens, lost = Dry(sequence, tokenizer).penalties()
+    jumps = tokenizer.encode(" jumps", add_special_tokens=False)
+    assert jumps[0] in tokens.tolist() and lost[tokens.tolist().index(jumps[0])] > 1.3
+    broken = replace(sequence.params, dry_sequence_breakers=("fox",))
+    other = Sequence("b", list(sequence.token_ids), broken)
+    assert jumps[0] not in Dry(other, tokenizer).penalties()[0].tolist()

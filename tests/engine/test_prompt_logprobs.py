@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cuda_helpers import DEVICE, needs_cuda
 from engine_helpers import check_answers, fake_engine, run_to_end
-from fake_runtime import NAN_TOKEN, FakeRuntime, target_logprob, top_tokens
+from fake_runtime import NAN_TOKEN, FakeRuntime, rank_of, target_logprob, top_tokens
 from invariance_helpers import GREEDY, SPEC, make_engine, others, prompt_of, run, weights
 from runtime_helpers import random_weights, tiny_spec
 
@@ -32,7 +32,12 @@ def fake_entries(prompt: list[int], params: SamplingParams) -> Entries:
     first = max(params.prompt_logprobs_start, 1)
     count = params.prompt_logprobs or 0
     scored = [
-        TokenLogprob(token, target_logprob(prompt[:i], token), *top_tokens(prompt[:i], count))
+        TokenLogprob(
+            token,
+            target_logprob(prompt[:i], token),
+            *top_tokens(prompt[:i], count),
+            rank_of(prompt[:i], token),
+        )
         for i, token in enumerate(prompt)
         if i >= first
     ]

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_helpers import fake_engine, run_to_end, solo_answer
+from fake_runtime import draw
+from reference_helpers import SMOLLM2_MISSING, smollm2_path
 
 from octavo.engine import word_constraints
 from octavo.engine.constraints import all_allowed
@@ -16,6 +18,7 @@ from octavo.engine.word_constraints import AllowedTokens, BadWords, tokens_of_wo
 from octavo.errors import InvalidArgumentError
 from octavo.reference.sampling import unpack_masks
 from octavo.sampling_params import SamplingParams
+from octavo.text.tokenizer import Tokenizer
 
 PLAIN = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
@@ -67,6 +70,118 @@ def test_words_as_they_are_and_after_a_space() -> None:
     assert tokens_of_words([], None) == []
     with pytest.raises(InvalidArgumentError, match="bad_words is .*no tokenizer.*use logit_bias"):
         tokens_of_words(["x"], None)
+
+
+def test_words_of_a_real_tokenizer() -> None:
+    """Its tokens spell the word, alone and after a space; the last one is forbidden, no other."""
+    path = smollm2_path()
+    if path is None:
+        pytest.skip(SMOLLM2_MISSING)
+    tokenizer = Tokenizer(path)
+    for word in ("fox", "Schadenfreude", "New York", "é"):
+        found = tokens_of_words([word], tokenizer)
+        spelled = [b"".join(map(tokenizer.token_bytes, tokens)).decode() for tokens in found]
+        assert spelled == [word, " " + word]
+        sequence = Sequence("a", [5, *found[1]], PLAIN)  # a prompt may have it
+        constraint = BadWords(sequence, found)
+        single = {tokens[0] for tokens in found if len(tokens) == 1}
+        every = set(range(tokenizer.vocab_size))
+        assert every - set(allowed_by(constraint, tokenizer.vocab_size)) == single
+        sequence.token_ids += found[1][:-1]
+        forbidden = every - set(allowed_by(constraint, tokenizer.vocab_size))
+        assert forbidden - single == ({found[1][-1]} if len(found[1]) > 1 else set())
+
+
+WORDS = [[9], [17, 5], [2, 2, 40]]
+FEW = (2, 5, 9, 17, 40, 41)
+
+
+def expected_answer(prompt: list[int], params: SamplingParams) -> list[int]:
+    """The fake model alone, with what is forbidden spelled out."""
+    answer: list[int] = []
+    for _ in range(params.max_tokens or 0):
+        forbidden = set(range(97)) - set(FEW)
+        for word in WORDS:
+            if answer[len(answer) - len(word) + 1 :] == word[:-1] or len(word) == 1:
+                forbidden.add(word[-1])
+        sampling = (params.temperature, params.top_k, params.top_p, params.min_p)
+        seed = params.seed or 0
+        answer.append(draw([*prompt, *answer], sampling, seed, 0, frozenset(forbidden))[0])
+    return answer
+
+
+class OfThePrompt(BadWords):
+    """Counts the prompt's tokens."""
+
+    def forbid(self, words: Any) -> None:
+        self._sequence.num_prompt_tokens, kept = 0, self._sequence.num_prompt_tokens
+        super().forbid(words)
+        self._sequence.num_prompt_tokens = kept
+
+
+class First(BadWords):
+    """Forbids a word's first token."""
+
+    def __init__(self, sequence: Sequence, words: Any) -> None:
+        super().__init__(sequence, [word[:1] for word in words])
+
+
+class Early(BadWords):
+    """Looks a token too far back."""
+
+    def forbid(self, words: Any) -> None:
+        last = self._sequence.token_ids.pop()
+        super().forbid(words)
+        self._sequence.token_ids.append(last)
+
+
+class Shifted(AllowedTokens):
+    def forbid(self, words: Any) -> None:
+        self._words = np.left_shift(self._words, 1)
+        super().forbid(words)
+        self._words = np.right_shift(self._words, 1)
+
+
+class Open(AllowedTokens):
+    """Allows what lies beyond its last word."""
+
+    def forbid(self, words: Any) -> None:
+        beyond = words[len(self._words) :].copy()
+        super().forbid(words)
+        words[len(self._words) :] = beyond
+
+
+PLANTED: dict[str, Any] = {
+    "nothing": None,
+    "BadWords": [OfThePrompt, First, Early],
+    "AllowedTokens": [Shifted, Open],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "planted"),
+    [(name, each) for name, found in PLANTED.items() for each in found or [None]],
+)
+def test_planted_errors_are_seen(name: str, planted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(word_constraints, "tokens_of_words", lambda words, _: WORDS)
+    monkeypatch.setattr("octavo.engine.engine.tokens_of_words", lambda *_: [])
+    if planted is not None:
+        monkeypatch.setattr(word_constraints, name, planted)
+    right = []
+    for seed in range(6):
+        params = SamplingParams(
+            temperature=1.0,
+            seed=seed,
+            max_tokens=24,
+            ignore_eos=True,
+            bad_words=("x",),
+            allowed_token_ids=FEW,
+        )
+        engine = fake_engine(num_blocks=60)
+        engine.add_request("a", [4, 2, 2], params)
+        found = list(run_to_end(engine)["a"].outputs[0].token_ids)
+        right.append(found == expected_answer([4, 2, 2], params))
+    assert all(right) if planted is None else not all(right)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

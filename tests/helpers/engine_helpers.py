@@ -17,6 +17,7 @@ from fake_runtime import (
     FakeBatch,
     FakeRuntime,
     draw,
+    rank_of,
     top_tokens,
 )
 
@@ -190,7 +191,8 @@ def solo_answer(
         forbidden = frozenset(stops) if num_drawn < params.min_tokens else frozenset()
         token, logprob = draw(history, sampling, params.seed or 0, sample_index, forbidden)
         if params.logprobs is not None:
-            logprobs.append(TokenLogprob(token, logprob, *top_tokens(history, params.logprobs)))
+            tops = top_tokens(history, params.logprobs)
+            logprobs.append(TokenLogprob(token, logprob, *tops, rank_of(history, token)))
         history.append(token)
         if token in stops:
             reason = "stop"

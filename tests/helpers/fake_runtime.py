@@ -53,6 +53,7 @@ class FakeOutput:
 
     token_ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
+    ranks: npt.NDArray[np.int32]
     top_token_ids: npt.NDArray[np.int32]
     top_logprobs: npt.NDArray[np.float32]
     finite: npt.NDArray[np.bool_]
@@ -82,6 +83,11 @@ def draw(
 def target_logprob(history: Sequence[int], target: int) -> float:
     """The fake model's log-probability of a token that is given."""
     return float(np.float32(-(hash((*history, -3, target)) % 1000) / 64))
+
+
+def rank_of(history: Sequence[int], token: int) -> int:
+    """The fake model's rank of a token."""
+    return hash((*history, -4, token)) % VOCAB + 1
 
 
 def top_tokens(history: Sequence[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -180,6 +186,7 @@ class FakeRuntime:
         output = FakeOutput(
             np.zeros(num_rows, np.int32),
             np.full(num_rows, np.nan, np.float32),
+            np.zeros(num_rows, np.int32),
             np.full((num_rows, num_top), -1, np.int32),
             np.full((num_rows, num_top), np.nan, np.float32),
             np.ones(num_rows, np.bool_),
@@ -216,6 +223,7 @@ class FakeRuntime:
         count = options["num_logprobs"]
         if count >= 0:
             output.logprobs[row] = logprob
+            output.ranks[row] = rank_of(history, token)
             ids, logprobs = top_tokens(history, count)
             output.top_token_ids[row, :count] = ids
             output.top_logprobs[row, :count] = logprobs

@@ -184,7 +184,7 @@ def test_logprobs(vocab: int) -> None:
     masks = random_masks(vocab, rows, vocab)
     asked = changed(arguments, num_logprobs=counts, state_row=np.arange(rows)[::-1])
     native = cuda().sample(**asked, masks=masks)
-    tokens, logprobs, finite, top_ids, top_logprobs, kept = native
+    tokens, logprobs, finite, top_ids, top_logprobs, kept, ranks = native
     assert same_bits(tokens, sampling.sample(**arguments, masks=masks))
     assert same_bits(kept, tokens[::-1].copy())
     assert finite.all()
@@ -194,7 +194,9 @@ def test_logprobs(vocab: int) -> None:
             assert np.isnan(logprobs[row])
         else:
             np.testing.assert_allclose(logprobs[row], expected[row, tokens[row]], 1e-6, 1e-5)
-        best = np.argsort(-arguments["logits"][row], kind="stable")[: max(count, 0)]
+        order = np.argsort(-arguments["logits"][row], kind="stable").tolist()
+        assert ranks[row] == (1 + order.index(tokens[row]) if count >= 0 else 0)
+        best = np.array(order[: max(count, 0)], np.int64)
         assert top_ids[row, : len(best)].tolist() == best.tolist()
         assert (top_ids[row, len(best) :] == -1).all()
         np.testing.assert_allclose(top_logprobs[row, : len(best)], expected[row, best], 1e-6, 1e-5)
@@ -224,9 +226,9 @@ def test_rows_that_are_not_finite_are_flagged(bad: float, place: int) -> None:
     logits[1, place] = bad
     filters = {"top_p": [1, 0.9, 0.9], "temperature": [0, 1, 1]}
     arguments = requests(logits, **filters, num_logprobs=2, state_row=[2, 1, 0])
-    tokens, logprobs, finite, top_ids, top_logprobs, kept = cuda().sample(**arguments)
+    tokens, logprobs, finite, top_ids, top_logprobs, kept, ranks = cuda().sample(**arguments)
     assert finite.tolist() == [1, 0, 1]
-    assert tokens[1] == 0 and kept[1] == 0
+    assert tokens[1] == 0 and kept[1] == 0 and ranks[1] == 0 and ranks[[0, 2]].all()
     assert np.isnan(logprobs).tolist() == [False, True, False]
     assert (top_ids[1] == -1).all() and np.isnan(top_logprobs[1]).all()
     whole = sampling.sample(**{name: value[[0, 2]] for name, value in arguments.items()})

@@ -136,11 +136,12 @@ def test_logprobs_and_filters_in_one_step_of_many_blocks() -> None:
     logprobs = sampling.log_softmax(arguments["logits"])
     best = np.argsort(-logits, kind="stable")
     for _ in range(2):
-        tokens, own, _, top_ids, top, _ = native.sample(**arguments)
+        tokens, own, _, top_ids, top, _, ranks = native.sample(**arguments)
         assert same_bits(tokens, expected)
         for row, count in enumerate(counts.clip(min=0)):
             assert top_ids[row, :count].tolist() == best[:count].tolist()
             np.testing.assert_allclose(top[row, :count], logprobs[row, best[:count]], 1e-6, 1e-5)
+            assert ranks[row] == (1 + best.tolist().index(tokens[row]) if counts[row] >= 0 else 0)
             if counts[row] >= 0:
                 np.testing.assert_allclose(own[row], logprobs[row, tokens[row]], 1e-6, 1e-5)
 

@@ -117,6 +117,47 @@ def test_temperature_zero_takes_the_first_of_the_largest() -> None:
         assert sampling.sample(logits, sampling_rows(3)).tolist() == [1, 0, 0]
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_ranks_count_every_better_token(isa: str) -> None:
+    """Of equals the lower id is the better one, as in the list of the best."""
+    logits = np.round(uniform(3, 6, 1003) * 40) / 8
+    rows = sampling_rows(6, temperature=8, seed=np.arange(6), num_logprobs=[0, 3, -1, 1003, 5, 0])
+    rows["target"][5] = 1002
+    found = _native_ops.Ops("cpu", 2, isa).sample(logits, rows)
+    tokens, top_ids, ranks = found[0], found[3], found[6]
+    best = np.argsort(-logits, axis=1, kind="stable")
+    expected = [1 + best[row].tolist().index(token) for row, token in enumerate(tokens)]
+    expected[2] = 0
+    assert ranks.tolist() == expected and max(expected) > 100
+    assert (
+        top_ids[3].tolist() == best[3].tolist() and top_ids[1, :3].tolist() == best[1, :3].tolist()
+    )
+
+
+NOISY: dict[str, Callable[[int, int], np.ndarray]] = {
+    "equals": lambda rows, vocab: np.full((rows, vocab), -3, np.float32),
+    "as a model's": lambda rows, vocab: uniform(3, rows, vocab) * uniform(5, rows, vocab) * 14,
+    "large, so that noise is rounded": lambda rows, vocab: uniform(3, rows, vocab) + 3e6,
+    "far apart": lambda rows, vocab: uniform(3, rows, vocab) * np.float32(1e20),
+    "rising": lambda rows, vocab: np.linspace(0, 9, rows * vocab).reshape(rows, vocab),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_no_token_misses_its_noise(name: str) -> None:
+    """The noise of most tokens is never computed; whoever would win has to have its own."""
+    for rows, vocab in ((120, 777), (3, 30_001)):
+        logits = NOISY[name](rows, vocab).astype(np.float32)
+        options = sampling_rows(rows, temperature=1, seed=vocab, position=np.arange(rows))
+        options["top_p"][::2] = 0.98
+        masks = random_masks(5, rows, vocab)
+        expected = sampling.sample(logits, options), sampling.sample(logits, options, masks)
+        for isa in ISAS:
+            native = _native_ops.Ops("cpu", 2, isa)
+            assert same_bits(native.sample(logits, options)[0], expected[0]), isa
+            assert same_bits(native.sample(logits, options, masks)[0], expected[1]), isa
+
+
 PLANTED: dict[str, dict[str, Any]] = {
     "top_k keeps one more": {"top_k": lambda k: np.where(k > 0, k + 1, k)},
     "top_k ignored": {"top_k": 0},

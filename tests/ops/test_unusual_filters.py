@@ -195,6 +195,37 @@ def test_devices_where_filters_are_hard(name: str, vocab: int, device: str, isa:
 
 
 @pytest.mark.parametrize(("device", "isa"), DEVICES)
+@pytest.mark.parametrize(
+    "unusual",
+    [{"top_n_sigma": 3.0}, {"typical_p": 0.95}, {"xtc_probability": 1.0, "xtc_threshold": 0.4}],
+)
+def test_no_filter_lets_in_what_one_before_it_left_out(
+    unusual: dict[str, float], device: str, isa: str
+) -> None:
+    """One token is left by top_k, which top_p and the others must leave alone.
+
+    Its part of the probability of all tokens is small, and all of what is left.
+    """
+    logits = uniform(1, 1, 1111) * uniform(2, 1, 1111) * np.float32(2)
+    count = 60
+    rows = sampling.sampling_rows(
+        count,
+        temperature=1,
+        seed=np.arange(count),
+        top_k=np.resize([1, 2, 1, 7], count),
+        top_p=np.resize([0.5, 0.9], count),
+        min_p=np.resize([0, 0, 1e-3], count),
+        **unusual,
+    )
+    many = logits.repeat(count, axis=0)
+    tokens = _native_ops.Ops(device, 2, isa).sample(many, rows)[0]
+    assert same_bits(tokens, sampling.sample(many, rows))
+    assert set(tokens[rows["top_k"] == 1].tolist()) == {int(logits[0].argmax())}
+    best = np.argsort(-logits[0], kind="stable")
+    assert set(tokens.tolist()) <= set(best[:7].tolist())
+
+
+@pytest.mark.parametrize(("device", "isa"), DEVICES)
 @pytest.mark.parametrize("vocab", [49_152, 128_256])
 def test_devices_with_a_whole_vocabulary(vocab: int, device: str, isa: str) -> None:
     """Rows that several blocks share; log-probabilities are asked for as well."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_helpers import solo_answer
-from fake_runtime import target_logprob, top_tokens
+from fake_runtime import rank_of, target_logprob, top_tokens
 from server_helpers import fake_llm, run, serving
 
 from octavo.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
@@ -78,7 +78,7 @@ def test_prompt_logprobs(llm: LLM) -> None:
     assert entries[:3] == [None] * 3 and len(entries) == 6
     for place, entry in enumerate(entries[3:], 3):
         best, logprobs = top_tokens(IDS[:place], 2)
-        own = {"rank": None, "decoded_token": PROMPT[place]}
+        own = {"rank": rank_of(IDS[:place], IDS[place]), "decoded_token": PROMPT[place]}
         expected = {str(IDS[place]): {"logprob": target_logprob(IDS[:place], IDS[place]), **own}}
         for rank, (token, logprob) in enumerate(zip(best, logprobs, strict=True), 1):
             decoded = {"rank": rank, "decoded_token": chr(33 + token)}

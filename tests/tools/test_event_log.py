@@ -68,8 +68,8 @@ def log() -> LogFile:
 
 
 def test_every_decision_is_noted(log: LogFile) -> None:
-    # Drafts: tests/tools/test_speculation_use.py.
-    assert {record["event"] for record in log.records} == FIELDS.keys() - {"drafts"}
+    # Drafts: tests/tools/test_speculation_use.py. Searches: tests/tools/test_replay.py.
+    assert {record["event"] for record in log.records} == FIELDS.keys() - {"drafts", "forked"}
     assert kinds(log, "refused") == ["refused"]
     assert kinds(log, "gone")[-1] == "finished" and "admitted" not in kinds(log, "gone")
     assert [r["reason"] for r in log.of_request("late") if r["event"] == "finished"] == ["timeout"]

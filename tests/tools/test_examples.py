@@ -53,6 +53,12 @@ def test_score_choices() -> None:
 
 
 @needs_smollm2
+def test_logits_processor() -> None:
+    plain, without = run("logits_processor.py").splitlines()[:2]
+    assert "e" in plain and "e" not in without and len(without) > 10
+
+
+@needs_smollm2
 def test_adapter(tmp_path: Path) -> None:
     model = smollm2_path()
     assert model is not None

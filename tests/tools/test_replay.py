@@ -13,9 +13,9 @@ import pytest
 from octavo.cli.app import run
 from octavo.config import RuntimeOptions
 from octavo.errors import InvalidArgumentError
-from octavo.trace.log_file import LogFile, Step, log_of, read_log
+from octavo.trace.log_file import LogFile, Step, log_of, parse_log, read_log
 from octavo.trace.replay import Quantiles, arrivals_of, options_of, summarize
-from octavo.trace.simulation import Arrival, CostModel, Simulation, fit_costs
+from octavo.trace.simulation import Arrival, CostModel, End, Simulation, fit_costs
 
 COSTS = CostModel(fixed=4e-3, per_token=1.5e-4, per_attended=3e-8)
 
@@ -95,6 +95,71 @@ def test_a_replay_of_a_simulated_log_gives_that_log(log: LogFile) -> None:
         one, other = getattr(first, name), getattr(again, name)
         assert other.mean == pytest.approx(one.mean, rel=1e-3)
         assert other.p99 == pytest.approx(one.p99, rel=1e-3)
+
+
+def forking_traffic(count: int = 24) -> list[Arrival]:
+    """Answers of one prompt that end at different lengths, and searches, among plain requests."""
+    arrivals = []
+    for i, plain in enumerate(traffic(count)):
+        lengths = [1 + (i * 7 + 11 * k) % 40 for k in range(3)]
+        ends = tuple(End(length, "stop" if length % 4 else "length") for length in lengths)
+        changes: dict[str, Any] = {"timeout": None, "abort_after": None, "priority": 0}
+        if i % 3 == 1:
+            # An answer that ends by its length has as many tokens as it may have.
+            ends = tuple(End(end.num_output_tokens, "stop") for end in ends)
+            changes |= {"n": 3, "ends": ends, "num_output_tokens": max(lengths) + 7}
+        elif i % 3 == 2:
+            forks = [tuple(min(k * (i + step) % 3, step) for k in range(3)) for step in range(25)]
+            changes |= {"n": 1, "num_beams": 3, "forks": tuple(forks), "ends": ends}
+            changes["num_output_tokens"] = 40
+        arrivals.append(replace(plain, **changes))
+    return arrivals
+
+
+@pytest.mark.parametrize("num_blocks", [36, 120])
+def test_a_replay_forks_as_the_log_does(num_blocks: int) -> None:
+    """Every event comes out again: who was copied, preempted, admitted, and when."""
+    first = simulate(forking_traffic(), options(), num_blocks)
+    log = log_of(first.engine.events)
+    count = summarize(log)
+    assert (count.num_preemptions > 0) == (num_blocks == 36)
+    assert count.finished["stop"] > 10 and count.num_requests == 24
+    arrivals = arrivals_of(log)
+    assert [a.forks for a in arrivals] == [a.forks for a in forking_traffic()]
+    assert [a.ends for a in arrivals if a.ends] != []
+    again = log_of(simulate(arrivals, options(), num_blocks).engine.events)
+    assert len(again.records) == len(log.records)
+    for one, other in zip(log.records, again.records, strict=True):
+        assert other.keys() == one.keys()
+        for name, value in one.items():
+            close = name in ("time", "seconds")  # arrival times are rounded in the log
+            assert other[name] == (pytest.approx(value, abs=1e-4) if close else value)
+
+
+def test_planted_errors_in_forks_are_seen() -> None:
+    right = log_of(simulate(forking_traffic(), options(), 36).engine.events)
+    lone = [
+        replace(a, forks=tuple((0, 1, 2)[: len(f)] for f in a.forks)) for a in forking_traffic()
+    ]
+    longest = [replace(a, ends=()) for a in forking_traffic()]
+    for planted in (lone, longest):
+        wrong = summarize(log_of(simulate(planted, options(), 36).engine.events))
+        assert wrong.num_steps != summarize(right).num_steps
+
+
+def test_an_unfinished_search_goes_on_by_itself() -> None:
+    (arrival,) = [replace(a, forks=a.forks[:4], ends=()) for a in forking_traffic()[2:3]]
+    simulation = simulate([arrival], options(), 120)
+    (output,) = simulation.outputs.values()
+    assert len(output.outputs) == 3 and simulation.engine.blocks.num_free_blocks == 120
+    kinds = [event[1] for event in simulation.engine.events]
+    assert kinds.count("forked") == 39  # it may have 40 tokens
+
+
+def test_logs_from_before_searches_were_noted_are_read() -> None:
+    lines = list(simulate(traffic(9), options(), 120).engine.events.as_jsonl())
+    old = [json.dumps({k: v for k, v in json.loads(x).items() if k != "num_beams"}) for x in lines]
+    assert arrivals_of(parse_log(old, "old")) == arrivals_of(parse_log(lines, "new"))
 
 
 def test_every_request_has_an_end(log: LogFile) -> None:

@@ -3,15 +3,20 @@
 
 // e^(x - max) in units of 2^-40.
 inline std::uint64_t fixed_point(float weight) {
-  return static_cast<std::uint64_t>(static_cast<double>(weight) * 1099511627776.0);
+  // Signed numbers are converted faster, and these are small.
+  const auto value = static_cast<std::int64_t>(static_cast<double>(weight) * 1099511627776.0);
+  return static_cast<std::uint64_t>(value);
 }
 
 void exp_weights(std::uint64_t* out, const float* x, float max_value, std::int64_t count) {
   for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
     float lane[16];
     store(lane, exp_negative(sub(load_at(x + i, max_value), splat(max_value))));
-    const std::int64_t left = count - i < 16 ? count - i : 16;
-    for (std::int64_t j = 0; j < left; ++j) out[i + j] = fixed_point(lane[j]);
+    if (count - i >= 16) {  // a length that the compiler knows
+      for (std::int64_t j = 0; j < 16; ++j) out[i + j] = fixed_point(lane[j]);
+    } else {
+      for (std::int64_t j = 0; j < count - i; ++j) out[i + j] = fixed_point(lane[j]);
+    }
   });
 }
 
@@ -94,32 +99,52 @@ inline RandomWords philox(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, 
   return {{c0, c1, c2, c3}};
 }
 
+// The random words of 64 tokens: of token 4 i + j word j of counter i, and here at [j][i], so that
+// a compiler makes vectors of the counters.
+constexpr std::int64_t kBatch = 64;
+struct BatchWords {
+  std::uint32_t word[4][kBatch / 4];
+  std::uint32_t of(std::int64_t token) const { return word[token % 4][token / 4]; }
+};
+
+inline BatchWords batch_words(std::uint64_t seed, std::uint32_t sample_index,
+                              std::uint32_t position, std::uint32_t first_counter) {
+  constexpr int kCounters = kBatch / 4;
+  auto k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
+  BatchWords c;
+  for (int i = 0; i < kCounters; ++i) {
+    c.word[0][i] = first_counter + static_cast<std::uint32_t>(i);
+    c.word[1][i] = position;
+    c.word[2][i] = sample_index;
+    c.word[3][i] = 0;
+  }
+  for (int round = 0; round < 10; ++round) {
+    for (int i = 0; i < kCounters; ++i) {
+      const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c.word[0][i];
+      const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * c.word[2][i];
+      c.word[0][i] = static_cast<std::uint32_t>(p1 >> 32) ^ c.word[1][i] ^ k0;
+      c.word[2][i] = static_cast<std::uint32_t>(p0 >> 32) ^ c.word[3][i] ^ k1;
+      c.word[1][i] = static_cast<std::uint32_t>(p1);
+      c.word[3][i] = static_cast<std::uint32_t>(p0);
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
 // Gumbel noise of tokens first_token .. first_token + count - 1; first_token a multiple of 4.
 void gumbel(float* out, std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,
             std::int64_t first_token, std::int64_t count) {
-  const auto key0 = static_cast<std::uint32_t>(seed);
-  const auto key1 = static_cast<std::uint32_t>(seed >> 32);
-  constexpr std::int64_t kBatch = 64;  // a length the compiler can vectorize over
   for (std::int64_t start = 0; start < count; start += kBatch) {
-    std::uint32_t random[kBatch];
-    const auto first = static_cast<std::uint32_t>((first_token + start) / 4);
-    for (std::uint32_t i = 0; i < kBatch / 4; ++i) {
-      const RandomWords words = philox(first + i, position, sample_index, 0, key0, key1);
-      for (std::uint32_t j = 0; j < 4; ++j) random[4 * i + j] = words.word[j];
-    }
+    const BatchWords words = batch_words(seed, sample_index, position,
+                                         static_cast<std::uint32_t>((first_token + start) / 4));
     float noise[kBatch];
     for (std::int64_t i = 0; i < kBatch; ++i)
-      noise[i] = -log_positive(exponential_variate(random[i]));
+      noise[i] = -log_positive(exponential_variate(words.of(i)));
     const std::int64_t left = count - start < kBatch ? count - start : kBatch;
     for (std::int64_t i = 0; i < left; ++i) out[start + i] = noise[i];
   }
-}
-
-// The random bits by which XTC is on or off for a token: of a counter that no token's noise has.
-std::uint32_t xtc_word(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position) {
-  return philox(0, position, sample_index, 1, static_cast<std::uint32_t>(seed),
-                static_cast<std::uint32_t>(seed >> 32))
-      .word[0];
 }
 
 float max_value(const float* x, std::int64_t count) {
@@ -129,6 +154,59 @@ float max_value(const float* x, std::int64_t count) {
     most = max(load_at(x + i, kLowest), most);
   });
   return max_lanes(most);
+}
+
+// Words whose complement is this or more belong to noise of at most `most_noise`.
+//
+// Noise is -log(E), and E is at least w, the word's distance from its upper end in units of 2^-32,
+// plus 1/2. Where w >= 2^-n >= e^-most_noise, noise is at most most_noise.
+inline std::uint64_t words_up_to(float most_noise) {
+  const float powers = most_noise * 1.44269504f;  // most_noise / ln 2
+  if (!(powers >= 1.0f)) return std::uint64_t{1} << 32;
+  return powers >= 33.0f ? 0 : (std::uint64_t{1} << 32) >> static_cast<int>(powers);
+}
+
+// The token whose score is largest once its noise is added, the first of equals; 0 if every score
+// is -inf. The logarithms of a token's noise are computed only where its random word is large
+// enough for it to win, which is a few dozen times a row: no other token could have.
+std::int64_t noisy_best(const float* scores, std::uint64_t seed, std::uint32_t sample_index,
+                        std::uint32_t position, std::int64_t count) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  float best = kLowest;
+  std::int64_t token = 0;
+  for (std::int64_t start = 0; start < count; start += kBatch) {
+    const std::int64_t left = count - start < kBatch ? count - start : kBatch;
+    const float most = max_value(scores + start, left);
+    if (!(most > kLowest)) continue;
+    // The slack is far more than the roundings of noise, of sums and of this difference.
+    const float slack = 0.01f + (std::fabs(best) + std::fabs(most)) * 0x1p-20f;
+    const std::uint64_t limit = best > kLowest ? words_up_to(best - most - slack) : 1ull << 32;
+    if (limit == 0) continue;
+    const BatchWords words =
+        batch_words(seed, sample_index, position, static_cast<std::uint32_t>(start / 4));
+    std::uint32_t largest = 0;
+    for (const auto& row : words.word) {
+      for (const std::uint32_t word : row) largest = word > largest ? word : largest;
+    }
+    if (~largest >= limit) continue;
+    for (std::int64_t i = 0; i < left; ++i) {
+      const std::uint32_t word = words.of(i);
+      if (~word >= limit) continue;
+      const float score = scores[start + i] - log_positive(exponential_variate(word));
+      if (score > best) {
+        best = score;
+        token = start + i;
+      }
+    }
+  }
+  return token;
+}
+
+// The random bits by which XTC is on or off for a token: of a counter that no token's noise has.
+std::uint32_t xtc_word(std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position) {
+  return philox(0, position, sample_index, 1, static_cast<std::uint32_t>(seed),
+                static_cast<std::uint32_t>(seed >> 32))
+      .word[0];
 }
 
 bool all_finite(const float* x, std::int64_t count) {

@@ -274,6 +274,26 @@ __global__ void __launch_bounds__(kSamplingThreads, 2) sample_rows(SampleArgumen
   }
 }
 
+// Samples::ranks. A block a row; 4 bytes a token are read.
+__global__ void __launch_bounds__(kSamplingThreads)
+    rank_rows(const float* logits, std::int64_t stride, int vocab, const SamplingRow* sampling,
+              Samples out) {
+  auto* partial = reinterpret_cast<unsigned*>(shared_memory());  // kMostWarps
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const std::int64_t row = blockIdx.x;
+  logits += row * stride;
+  unsigned rank = 0;
+  if (sampling[row].num_logprobs >= 0 && out.finite[row]) {
+    const int token = out.token_ids[row];
+    const float own = logits[token];
+    for (int i = static_cast<int>(threadIdx.x); i < vocab; i += static_cast<int>(blockDim.x))
+      rank += logits[i] > own || (logits[i] == own && i <= token);
+  }
+  rank = block_reduce(rank, partial, [](unsigned a, unsigned b) { return a + b; });
+  if (threadIdx.x == 0) out.ranks[row] = static_cast<std::int32_t>(rank);
+}
+
 }  // namespace
 
 std::size_t CudaBackend::sampling_workspace_bytes(std::int64_t max_num_rows) {
@@ -307,6 +327,11 @@ void CudaBackend::sample(const Samples& out, View logits, const std::int32_t* ma
     const std::int64_t rows = std::min(logits.rows - a.first_row, most_rows);
     launch(stream_, "sample_rows",
            {dims(blocks, rows), kSamplingThreads, sizeof(SampleMemory), true}, sample_rows, a);
+  }
+  if (out.ranks) {
+    launch(stream_, "rank_rows",
+           {dims(logits.rows), kSamplingThreads, kMostWarps * sizeof(unsigned), true}, rank_rows,
+           a.logits, logits.stride, logits.cols, step.sampling, out);
   }
 }
 

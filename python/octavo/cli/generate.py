@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli import common
+from octavo.cli.contrastive import (
+    AlphaOption,
+    AmateurOption,
+    check_contrast,
+    contrastive_params,
+    refuse_others,
+)
 from octavo.cli.options import (
     AdapterOption,
     ChatOption,
@@ -73,6 +81,15 @@ def generate(
             metavar="N",
         ),
     ] = None,
+    prompt_logprobs: Annotated[
+        int | None,
+        _output(
+            "With --json: the log-probability of each token of the prompt, its rank, and the N "
+            "most probable ones in its place.",
+            "--prompt-logprobs",
+            metavar="N",
+        ),
+    ] = None,
     special_tokens: Annotated[
         bool, _output("Show special tokens such as <|im_end|> in the text.", "--special-tokens")
     ] = False,
@@ -96,6 +113,8 @@ def generate(
             panel="Search",
         ),
     ] = 1.0,
+    amateur: AmateurOption = None,
+    alpha: AlphaOption = 0.1,
     event_log: EventLogOption = None,
 ) -> int:
     """Answer one prompt, or continue a text.
@@ -114,11 +133,14 @@ def generate(
     params = replace(
         params,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         skip_special_tokens=not special_tokens,
         structured_outputs=wanted,
     )
-    if logprobs is not None and not json_output:
-        raise InvalidArgumentError("--logprobs is shown with --json only; add --json")
+    for name, count in (("--logprobs", logprobs), ("--prompt-logprobs", prompt_logprobs)):
+        if count is not None and not json_output:
+            raise InvalidArgumentError(f"{name} is shown with --json only; add --json")
+    check_contrast(amateur, params, beams, adapter)
     if system is not None and chat is False:
         raise InvalidArgumentError("--system does not go with --raw; leave out one of them")
     text = common.read_prompt(prompt)
@@ -127,12 +149,19 @@ def generate(
     load_seconds = time.monotonic() - start
     encoded = encode(llm, text, chat, system)
     beam_params = None if beams is None else beam_search_params(beams, length_penalty, params)
-    writer = None if json_output or params.n > 1 or beams else AnswerWriter(sys.stdout)
+    is_whole = json_output or params.n > 1 or beams or amateur
+    writer = None if is_whole else AnswerWriter(sys.stdout)
     if writer is not None and not encoded.is_chat and sys.stdout.isatty():
         _show_dim(text, writer)  # the prompt and its continuation are one text: show it as one
     with silent_keys():
         if beam_params is not None:
-            result, interrupted = _search(llm, encoded, beam_params, adapter)
+            search = partial(llm.beam_search, encoded, beam_params, adapter=adapter)
+            result, interrupted = _search(search)
+        elif amateur is not None:
+            contrast = contrastive_params(alpha, params)
+            result, interrupted = _search(
+                partial(llm.contrastive_decoding, encoded, amateur, contrast)
+            )
         else:
             chunks, interrupted = _collect(llm, encoded, params, writer, adapter)
             result = next((chunk.result for chunk in chunks if chunk.result is not None), None)
@@ -142,7 +171,7 @@ def generate(
         return common.INTERRUPTED if interrupted else common.FAILED
     if json_output:
         _print_json(_record(llm, result, params, encoded.is_chat, load_seconds))
-    elif beams:
+    elif beams or amateur:
         print(common.printable(result.text, sys.stdout))
     elif params.n > 1:
         _print_answers(result)
@@ -219,22 +248,16 @@ def beam_search_params(
         skip_special_tokens=params.skip_special_tokens,
     )
     plain = replace(found.sampling_params(), max_tokens=params.max_tokens, seed=params.seed)
-    for each in fields(SamplingParams):
-        value = getattr(params, each.name)
-        if value != getattr(plain, each.name):
-            raise InvalidArgumentError(
-                f"{each.name} is {value!r}, which does not go with --beams: beam search takes the "
-                f"most probable answers as they are; leave one of them out"
-            )
+    refuse_others(
+        params, plain, "--beams", "beam search takes the most probable answers as they are"
+    )
     return found
 
 
-def _search(
-    llm: LLM, prompt: EncodedPrompt, params: BeamSearchParams, adapter: str | None
-) -> tuple[RequestOutput | None, bool]:
+def _search(search: Callable[..., list[RequestOutput]]) -> tuple[RequestOutput | None, bool]:
     """The result, and whether Ctrl-C ended it."""
     try:
-        (result,) = llm.beam_search(prompt, params, progress=False, adapter=adapter)
+        (result,) = search(progress=False)
     except KeyboardInterrupt:
         return None, True
     return result, False
@@ -273,6 +296,7 @@ def _record(
         "prompt_token_ids": list(result.prompt_token_ids),
         **{key: value for key, value in answers[0].items() if key != "index"},
         **({"answers": answers} if len(result.outputs) > 1 else {}),
+        **({} if result.prompt_logprobs is None else {"prompt_logprobs": _of_prompt(llm, result)}),
         "seed": params.seed,
         "error": result.error,
         "usage": {
@@ -310,6 +334,19 @@ def _answer(places: TokenPlaces, answer: CompletionOutput) -> dict[str, Any]:
         record["cumulative_logprob"] = answer.cumulative_logprob
         record["logprobs"] = [_logprob(places, entry) for entry in answer.logprobs]
     return record
+
+
+def _of_prompt(llm: LLM, result: RequestOutput) -> list[dict[str, Any] | None]:
+    """An entry for each token of the prompt; None for the first, which has nothing before it."""
+    places = TokenPlaces(llm.tokenizer, False, continues=False)
+    found: list[dict[str, Any] | None] = []
+    for token, entry in zip(result.prompt_token_ids, result.prompt_logprobs or (), strict=True):
+        if entry is None:
+            places.advance(token)
+            found.append(None)
+        else:
+            found.append(_logprob(places, entry) | {"rank": entry.rank})
+    return found
 
 
 def _logprob(places: TokenPlaces, entry: TokenLogprob) -> dict[str, Any]:

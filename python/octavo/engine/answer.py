@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.engine.adjustments import Adjuster
 from octavo.engine.constraints import create_constraints
 from octavo.engine.follow_grammar import grammar_constraints
+from octavo.engine.logits_processors import FORBIDDEN, LogitsProcessors
 from octavo.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
 from octavo.engine.prompt_logprobs import whole_prompt
 from octavo.engine.request import Request, Sequence
@@ -24,6 +26,7 @@ class Answer:
 
     stop_token_ids: every token that ends it, the model's own included unless they are ignored.
     adjuster: its penalties and biases; None when it has none. constraints: what forbids it tokens.
+    processors: its user's own functions on logits; None: there are none.
     failure: why its next token could not be sampled as it was asked for.
     text: everything that may be shown so far. Without a tokenizer it stays empty.
     """
@@ -48,6 +51,8 @@ class Answer:
         ]
         if any(constraint.watches_answer for constraint in self.constraints):
             sequence.watches_answer = True
+        has_processors = bool(params.logits_processors)
+        self.processors = LogitsProcessors(sequence) if has_processors else None
         self.failure: str | None = None
         self._decoder = (
             StreamDecoder(
@@ -75,7 +80,8 @@ class Answer:
     @property
     def is_steered(self) -> bool:
         """Whether its next logits are changed before they are sampled from."""
-        return self.adjuster is not None or self.is_constrained
+        has_own = self.adjuster is not None or self.processors is not None
+        return has_own or self.is_constrained
 
     @property
     def matched_stop(self) -> str | None:
@@ -128,7 +134,9 @@ def read_logprobs(sequences: SequenceOf[Sequence], output: Any) -> list[TokenLog
     """
     if all(sequence.params.logprobs is None for sequence in sequences):
         return [None] * len(sequences)
-    tokens, logprobs = output.token_ids.tolist(), output.logprobs.tolist()
+    tokens, logprobs, ranks = (
+        getattr(output, name).tolist() for name in ("token_ids", "logprobs", "ranks")
+    )
     top_ids, top_logprobs = output.top_token_ids.tolist(), output.top_logprobs.tolist()
     found: list[TokenLogprob | None] = []
     for row, sequence in enumerate(sequences):
@@ -136,9 +144,11 @@ def read_logprobs(sequences: SequenceOf[Sequence], output: Any) -> list[TokenLog
         if count is None:
             found.append(None)
             continue
-        ids = tuple(token for token in top_ids[row][:count] if token >= 0)
-        tops = tuple(top_logprobs[row][: len(ids)])
-        found.append(TokenLogprob(tokens[row], logprobs[row], ids, tops))
+        least = FORBIDDEN / 2 if sequence.params.logits_processors else -math.inf
+        tops = list(zip(top_ids[row][:count], top_logprobs[row], strict=False))
+        tops = [(token, each) for token, each in tops if token >= 0 and each >= least]
+        ids, values = (tuple(each[i] for each in tops) for i in (0, 1))
+        found.append(TokenLogprob(tokens[row], logprobs[row], ids, values, ranks[row]))
     return found
 
 

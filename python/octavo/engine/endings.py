@@ -50,7 +50,7 @@ class Endings:
         group = self._searches[request.request_id]
         request.first_token_time = request.first_token_time or now
         self.num_sampled_tokens += 1
-        if group.take(answer.sequence, tokens, logprobs, self.scheduler):
+        if group.take(answer.sequence, tokens, logprobs, self.scheduler, now):
             return []
         answers = self._requests[request.request_id]
         for each, (found, reason, logprob) in zip(answers, group.search.results(), strict=True):

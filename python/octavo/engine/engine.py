@@ -123,7 +123,7 @@ class Engine(Endings):
         self._undelivered: list[OutputChunk] = []  # of a step that failed before its end
         self._answers: dict[object, Answer] = {}  # by the key of their sequence
         self._requests: dict[str, list[Answer]] = {}
-        self._steering = Steering(vocab_size)
+        self._steering = Steering(vocab_size, self._pipeline)
         self._searches: dict[str, BeamGroup] = {}
 
     @property
@@ -209,7 +209,7 @@ class Engine(Endings):
             arrival_time=now,
         )
         if search is not None:
-            self._searches[request_id] = BeamGroup(search, request.sequences)
+            self._searches[request_id] = BeamGroup(request_id, search, request.sequences)
         if request.deadline is not None:
             self._deadlines.add(request_id, request.deadline)
         answers = [

@@ -41,7 +41,7 @@ def arrival(request: Request, timeout: float | None, block_names: tuple[bytes, .
         max_tokens = first.max_total_tokens - first.num_prompt_tokens
     asked = (first.num_prompt_tokens, max_tokens, params.n)
     event = (request.arrival_time, "arrived", request.request_id, *asked)
-    return (*event, request.priority, timeout, block_names)
+    return (*event, request.priority, timeout, block_names, request.num_beams)
 
 
 def refusal(request_id: str, num_prompt_tokens: int, error: QueueFullError, now: float) -> Event:

@@ -29,7 +29,16 @@ _WHAT = "the event log"
 
 FIELDS: dict[str, tuple[str, ...]] = {
     # A request came. blocks: names of its prompt's full blocks (numbers once written to a file).
-    "arrived": ("num_prompt_tokens", "max_tokens", "n", "priority", "timeout", "blocks"),
+    # num_beams: of a search, which has n 1; 0: it is none.
+    "arrived": (
+        "num_prompt_tokens",
+        "max_tokens",
+        "n",
+        "priority",
+        "timeout",
+        "blocks",
+        "num_beams",
+    ),
     # A request was refused: the queue was full.
     "refused": ("num_prompt_tokens", "num_waiting_requests", "num_waiting_tokens"),
     # The first in the queue still waits. reason: see WAITING_REASONS; for kv_blocks how many blocks
@@ -37,6 +46,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "waited": ("reason", "num_needed", "num_available", "num_waiting"),
     # A sequence got its blocks; num_cached of its tokens were in the cache (or of another answer).
     "admitted": ("num_tokens", "num_cached_tokens", "num_running", "num_free_blocks"),
+    # A search has gone on. parents: for each of its next beams, the one whose tokens it takes over.
+    "forked": ("parents",),
     # A part of a prompt is computed in this step, a number.
     "chunk": ("start", "num_tokens", "step"),
     # A sequence lost its blocks to another one; reason: kv_blocks or priority.

@@ -10,13 +10,15 @@ class TokenLogprob:
     """The log-probability (natural, of the raw distribution) of one token of an answer or a prompt.
 
     top_token_ids and top_logprobs: the most probable tokens there, most probable first, as many as
-    `SamplingParams.logprobs`, or `prompt_logprobs`, asked for.
+    `SamplingParams.logprobs`, or `prompt_logprobs`, asked for. rank: the token's place among all of
+    the vocabulary, 1 for the most probable one, the lower id first of equals.
     """
 
     token_id: int
     logprob: float
     top_token_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from octavo.engine.adjustments import LogitAdjustments
+from octavo.engine.adjustments import Float32, LogitAdjustments
 from octavo.engine.batch import Int32, build_batch
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.prompt_logprobs import RowPlaces, Rows, add_prompt_rows
@@ -42,6 +42,12 @@ class StepRuntime(Protocol):
         adjustments: LogitAdjustments | None = None,
     ) -> None:
         """Queue the sampling of a step that was submitted without."""
+
+    def logits(self, ticket: int, rows: Int32) -> Float32:
+        """Some rows of a step's logits, (len(rows), vocab_size); waits for its forward pass."""
+
+    def set_logits(self, ticket: int, row: int, values: Float32) -> None:
+        """Put other logits in the place of a row's, before `sample`."""
 
     def wait(self, ticket: int) -> Any:
         """Wait for the ticket and close it; returns a `_native.StepOutput`."""
@@ -121,6 +127,23 @@ class Pipeline:
         if not self._in_flight or self._in_flight[-1].is_sampled:
             return None
         return self._in_flight[-1].schedule
+
+    def logits(self, rows: SequenceOf[int]) -> Float32:
+        """The logits of some sampled rows of the latest step, (len(rows), vocab_size)."""
+        step = self._in_flight[-1]
+        return self._runtime.logits(step.ticket, self._places(step, rows))
+
+    def set_logits(self, rows: SequenceOf[int], values: Float32) -> None:
+        """Put other logits in their place, before `sample`."""
+        step = self._in_flight[-1]
+        for place, row in zip(self._places(step, rows).tolist(), values, strict=True):
+            self._runtime.set_logits(step.ticket, place, row)
+
+    @staticmethod
+    def _places(step: InFlightStep, rows: SequenceOf[int]) -> Int32:
+        """Where sampled rows lie among all logit rows."""
+        places = np.array(rows, np.int32)
+        return places if step.places is None else step.places.sampled[places].astype(np.int32)
 
     def sample(self, masks: Int32 | None, adjustments: LogitAdjustments | None) -> None:
         """Queue the sampling of the latest step. After an error, call `abandon`."""

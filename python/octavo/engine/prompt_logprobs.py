@@ -33,6 +33,7 @@ class Rows(NamedTuple):
 
     token_ids: Int32
     logprobs: NDArray[np.float32]
+    ranks: Int32
     top_token_ids: Int32
     top_logprobs: NDArray[np.float32]
     finite: NDArray[np.bool_]
@@ -120,6 +121,7 @@ def take_prompt_rows(scored: tuple[ScoredPrompt, ...], rows: Rows | None) -> lis
             rows.logprobs[part].tolist(),
             map(tuple, rows.top_token_ids[part, :count].tolist()),
             map(tuple, rows.top_logprobs[part, :count].tolist()),
+            rows.ranks[part].tolist(),
             strict=True,
         )
         sequence.prompt_logprobs += [TokenLogprob(*entry) for entry in entries]

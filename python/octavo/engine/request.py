@@ -57,7 +57,7 @@ class Sequence:
     1 if it has outgrown the model's `rope_switch`; block_hashes are the names for that set.
     max_total_tokens: prompt and answer end at this length.
     watches_answer: whether its logits, or what it may sample, depend on the tokens of the answer
-    not through the model alone: penalties, grammars.
+    not through the model alone: penalties, grammars, the user's own functions.
     num_cached_tokens: how many of its tokens were in the cache when it was first admitted.
     num_published_blocks: how many of its blocks are full and were offered to others. state_row:
     where the device keeps its last sampled token, while it runs. num_candidates: of a beam of a
@@ -101,7 +101,7 @@ class Sequence:
     def __post_init__(self, prompt_token_ids: SequenceOf[int]) -> None:
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
-        self.watches_answer = self.has_penalties
+        self.watches_answer = self.has_penalties or bool(self.params.logits_processors)
         self.rank = (self.arrival_time, 0)
 
     def use_rope(self, rope_set: int) -> None:

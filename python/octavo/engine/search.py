@@ -72,6 +72,11 @@ def check_search(
         raise InvalidArgumentError(
             "a search over beams is asked for with n or prompt_logprobs; expected neither"
         )
+    if params.logits_processors:
+        raise InvalidArgumentError(
+            "logits_processors is given, but a search over beams takes the model's own "
+            "probabilities: leave it out, or sample"
+        )
     if params.structured_outputs is not None:
         raise InvalidArgumentError(
             "structured_outputs is given, but a search over beams follows no grammar: leave it out"
@@ -103,14 +108,20 @@ def check_search(
 class BeamGroup:
     """The sequences of one search; sequence i is beam i."""
 
-    def __init__(self, search: Search, beams: SequenceOf[Sequence]) -> None:
+    def __init__(self, request_id: str, search: Search, beams: SequenceOf[Sequence]) -> None:
         self.search = search
+        self._request_id = request_id
         self._beams = beams
         self._num_alive = 1
         self._rows: dict[int, Candidates] = {}
 
-    def take(self, beam: Sequence, tokens: Any, logprobs: Any, scheduler: Scheduler) -> bool:
-        """Note what a beam reports; when all have, fork. False: the search has ended."""
+    def take(
+        self, beam: Sequence, tokens: Any, logprobs: Any, scheduler: Scheduler, now: float
+    ) -> bool:
+        """Note what a beam reports; when all have, fork. False: the search has ended.
+
+        now: for the event log, in seconds.
+        """
         count = self.search.num_candidates
         found = Candidates(tokens[:count].tolist(), logprobs[:count].tolist())
         self._rows[beam.sample_index] = found
@@ -122,6 +133,8 @@ class BeamGroup:
         moves = self.search.advance([self._rows[index] for index in range(len(alive))])
         self._rows = {}
         if moves:
+            parents = [move.parent for move in moves]
+            scheduler.events.record((now, "forked", self._request_id, parents))
             self._fork(moves, scheduler)
         return bool(moves)
 

@@ -192,7 +192,8 @@ class SharedEngine:
         if self._leader == threading.get_ident():
             raise EngineInUseError(
                 "an answer was asked for in the midst of a step, by the very thread that makes it; "
-                "expected no such thing in signal handlers, finalizers and `between_steps`"
+                "expected no such thing in signal handlers, finalizers, `between_steps` and "
+                "logits processors"
             )
 
     # ---- the lead ----

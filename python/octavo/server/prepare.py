@@ -211,6 +211,8 @@ def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingPara
     max_tokens = None if isinstance(body, ChatBody) else DEFAULT_COMPLETION_TOKENS
     asked: dict[str, Any] = {"max_tokens": max_tokens, **defaults}
     for each in fields(SamplingParams):
+        if each.name not in type(body).model_fields:  # logits_processors: they are functions
+            continue
         value = getattr(body, each.name)
         if value is not None:
             asked[each.name] = value

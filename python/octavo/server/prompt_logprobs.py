@@ -32,8 +32,7 @@ class PromptLogprobs:
     def member(self, result: RequestOutput) -> dict[str, Any]:
         """{"prompt_logprobs": one entry for each token}; {} where it was not asked for.
 
-        An entry is None, or token id -> logprob, rank (None where it is not among the best that
-        were asked for) and decoded_token.
+        An entry is None, or token id -> logprob, rank and decoded_token.
         """
         if self._shown is None or result.prompt_logprobs is None:
             return {}
@@ -92,18 +91,19 @@ def _legacy_row(
 def _shortened(entry: TokenLogprob, count: int) -> TokenLogprob:
     """With the best `count` tokens only."""
     tops = entry.top_token_ids[:count], entry.top_logprobs[:count]
-    return TokenLogprob(entry.token_id, entry.logprob, *tops)
+    return TokenLogprob(entry.token_id, entry.logprob, *tops, entry.rank)
 
 
 def _ranked(places: TokenPlaces, entry: TokenLogprob, count: int) -> dict[str, Any]:
     """Token id -> logprob, rank, decoded_token: of the token itself, and of the best `count`."""
-    ranks = {token: rank for rank, token in enumerate(entry.top_token_ids, 1)}
+    ranks = {entry.token_id: entry.rank}
+    ranks |= {token: rank for rank, token in enumerate(entry.top_token_ids, 1)}
     logprobs = {entry.token_id: entry.logprob}
     logprobs |= dict(zip(entry.top_token_ids[:count], entry.top_logprobs, strict=False))
     return {
         str(token): {
             "logprob": logprob,
-            "rank": ranks.get(token),
+            "rank": ranks[token],
             "decoded_token": places.name(token),
         }
         for token, logprob in logprobs.items()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from octavo.engine.events import WAITING_REASONS
-from octavo.trace.log_file import LogFile, Record, first
+from octavo.trace.log_file import LogFile, Record, first, num_answers
 
 _NEXT_STEP = "until the next step began"
 
@@ -70,11 +70,11 @@ def explain(log: LogFile, request_id: str) -> Iterator[str]:
         yield _refusal(refused) if refused else "Its arrival has fallen out of the log's ring."
         return
     yield _arrival(request_id, arrival)
-    num_answers = arrival["n"]
-    for sample in range(num_answers):
+    count = num_answers(arrival)
+    for sample in range(count):
         spans = spans_of(log, request_id, sample)
-        if num_answers > 1:
-            yield f"Answer {sample + 1} of {num_answers}:"
+        if count > 1:
+            yield f"Answer {sample + 1} of {count}:"
         for span in spans:
             yield from _sentences(log, request_id, sample, span)
         yield from _ending(log, request_id, sample, arrival, spans)
@@ -83,7 +83,9 @@ def explain(log: LogFile, request_id: str) -> Iterator[str]:
 def _arrival(request_id: str, arrival: Record) -> str:
     parts = [_count(arrival["num_prompt_tokens"], "prompt token")]
     parts.append(f"at most {_count(arrival['max_tokens'], 'new token')}")
-    if arrival["n"] > 1:
+    if arrival["num_beams"]:
+        parts.append(_count(arrival["num_beams"], "beam"))
+    elif arrival["n"] > 1:
         parts.append(_count(arrival["n"], "answer"))
     if arrival["priority"]:
         parts.append(f"priority {arrival['priority']}")

@@ -89,6 +89,12 @@ class LogFile:
         return self.steps[low:high]
 
 
+def num_answers(arrived: Record) -> int:
+    """How many answers a request has: the beams of a search, or n."""
+    found: int = arrived["num_beams"] or arrived["n"]
+    return found
+
+
 def first(records: Iterable[Record], kind: str) -> Record | None:
     """The first event of a kind; None if there is none."""
     return next((record for record in records if record["event"] == kind), None)
@@ -127,6 +133,8 @@ def parse_log(lines: Iterable[str], name: str) -> LogFile:
                     f'line {number} of {name} has "event": {kind!r}; expected an event of octavo '
                     f'with a "time"'
                 )
+            if kind == "arrived":
+                record.setdefault("num_beams", 0)  # logs had none of it at first
             missing = [name for name in FIELDS[kind] if name not in record]
             if missing:
                 raise InvalidArgumentError(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from octavo.trace.explain import Span, spans_of
-from octavo.trace.log_file import LogFile, Record, Step
+from octavo.trace.log_file import LogFile, Record, Step, num_answers
 
 _ENGINE, _REQUESTS = 1, 2
 _SPAN_NAMES = {"wait": "waiting", "prefill": "prompt", "decode": "decoding"}
@@ -54,10 +54,10 @@ def _request_events(log: LogFile) -> Iterator[TraceEvent]:
     thread = 0
     for request_id in log.request_ids:
         records = log.of_request(request_id)
-        num_answers = next((r["n"] for r in records if r["event"] == "arrived"), 1)
-        for sample in range(num_answers):
+        count = next((num_answers(r) for r in records if r["event"] == "arrived"), 1)
+        for sample in range(count):
             thread += 1
-            label = request_id if num_answers == 1 else f"{request_id} #{sample + 1}"
+            label = request_id if count == 1 else f"{request_id} #{sample + 1}"
             yield _metadata("thread_name", _REQUESTS, thread, name=label)
             yield _metadata("thread_sort_index", _REQUESTS, thread, sort_index=thread)
             for span in spans_of(log, request_id, sample):

@@ -19,15 +19,16 @@ from typing import Any
 
 from octavo.config import RuntimeOptions
 from octavo.errors import InvalidArgumentError
-from octavo.trace.log_file import LogFile, Record, first
-from octavo.trace.simulation import Arrival
+from octavo.trace.log_file import LogFile, Record, first, num_answers
+from octavo.trace.simulation import Arrival, End
 
 
 def arrivals_of(log: LogFile, speed: float = 1.0) -> list[Arrival]:
     """The requests of a log, without refused ones; with speed 2 they come twice as fast.
 
-    A request that ended early (by a client, a deadline, or the log's end) is given as many tokens
-    as it was allowed; a client that left does so again, as long after its arrival.
+    Each answer ends after as many tokens as it had, and the beams of a search fork as they did. A
+    request that ended early (by a client, a deadline, or the log's end) is given as many tokens as
+    it was allowed; a client that left does so again, as long after its arrival.
     """
     arrivals = []
     for request_id in log.request_ids:
@@ -36,22 +37,25 @@ def arrivals_of(log: LogFile, speed: float = 1.0) -> list[Arrival]:
         if arrived is None:  # refused, or its arrival fell out of the ring
             continue
         ends = [r for r in records if r["event"] == "finished"]
-        is_whole = len(ends) == arrived["n"] and all(
+        is_whole = len(ends) == num_answers(arrived) and all(
             r["reason"] in ("stop", "length") for r in ends
         )
-        longest = max((r["num_output_tokens"] for r in ends), default=0)
+        answers = {r["sample"]: End(r["num_output_tokens"], r["reason"]) for r in ends}
         aborted = [r["time"] for r in ends if r["reason"] == "abort"]
         arrivals.append(
             Arrival(
                 arrived["time"] / speed,
                 request_id,
                 arrived["num_prompt_tokens"],
-                longest if is_whole else arrived["max_tokens"],
+                arrived["max_tokens"],
                 arrived["n"],
                 arrived["priority"],
                 arrived["timeout"],
                 tuple(arrived["blocks"]),
                 aborted[0] - arrived["time"] if aborted else None,
+                tuple(answers[i] for i in sorted(answers)) if is_whole else (),
+                arrived["num_beams"],
+                tuple(tuple(r["parents"]) for r in records if r["event"] == "forked"),
             )
         )
     if not arrivals:
@@ -166,7 +170,7 @@ def summarize(log: LogFile) -> Summary:
         if firsts:
             to_first_token.append(min(firsts.values()) - arrived["time"])
         ends = {r["sample"]: r for r in records if r["event"] == "finished"}
-        if len(ends) == arrived["n"]:
+        if len(ends) == num_answers(arrived):
             total.append(max(r["time"] for r in ends.values()) - arrived["time"])
         per_token += [
             (ends[sample]["time"] - time) / (ends[sample]["num_output_tokens"] - 1)

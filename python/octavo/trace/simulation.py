@@ -12,16 +12,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from octavo.config import RuntimeOptions
-from octavo.engine.adjustments import LogitAdjustments
+from octavo.engine.adjustments import Float32, LogitAdjustments
 from octavo.engine.batch import Int32
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import RequestOutput
+from octavo.engine.request import FinishReason
+from octavo.engine.search import Candidates, Move
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
 from octavo.trace.log_file import Step
@@ -29,7 +31,8 @@ from octavo.trace.log_file import Step
 # Simulated tokens have a vocabulary larger than any model's, so that no two blocks are equal unless
 # the log says so.
 SIMULATED_VOCABULARY = 2**31 - 1
-
+STOP = 1  # the token that ends an answer
+_NAMES = ("seed", "sample_index")  # of a row of a batch: whose it is
 
 _ROUNDING = 2e-6  # seconds: times in a log are rounded to microseconds
 
@@ -100,12 +103,17 @@ class SimulatedClock:
 
 
 class SimulatedRuntime:
-    """Takes a native runtime's batches, samples token 0 for every row, and advances the clock."""
+    """Takes a native runtime's batches and advances the clock.
+
+    It samples token 0, and STOP where the answer `sample_index` of the request with this seed gets
+    as long as stops[seed, sample_index] says, prompt and answer together.
+    """
 
     def __init__(self, costs: CostModel, clock: SimulatedClock) -> None:
+        self.stops: dict[tuple[int, int], int] = {}
         self._costs = costs
         self._clock = clock
-        self._num_rows = 0
+        self._sampled: Int32 = np.empty(0, np.int32)
 
     def make_batch(self, **arrays: Any) -> dict[str, Any]:
         """The batch as it is."""
@@ -117,8 +125,19 @@ class SimulatedRuntime:
         before = batch["context_lens"] - new
         num_attended = int((new * before + new * (new + 1) // 2).sum())
         self._clock.now += self._costs.seconds(len(batch["token_ids"]), num_attended)
-        self._num_rows = len(batch["logit_rows"])
+        self._sampled = self._sample(batch)
         return 0
+
+    def _sample(self, batch: dict[str, Any]) -> Int32:
+        rows, starts = batch["logit_rows"], batch["row_starts"]
+        tokens = np.zeros(len(rows), np.int32)
+        if self.stops:
+            of_row = np.searchsorted(starts, rows, side="right") - 1
+            lengths = batch["context_lens"][of_row] - (starts[of_row + 1] - 1 - rows) + 1
+            names = zip(*(batch["sampling"][name].tolist() for name in _NAMES), strict=True)
+            ends = np.array([self.stops.get(name, 0) for name in names])
+            tokens[lengths == ends] = STOP
+        return tokens
 
     def sample(
         self,
@@ -128,22 +147,79 @@ class SimulatedRuntime:
     ) -> None:
         """Nothing to do."""
 
+    def logits(self, ticket: int, rows: Int32) -> Float32:
+        """There are none, and no request that asks for them."""
+        raise NotImplementedError
+
+    def set_logits(self, ticket: int, row: int, values: Float32) -> None:
+        """As `logits`."""
+        raise NotImplementedError
+
     def copy_blocks(self, kv_group: int, pairs: Int32) -> None:
         """Nothing to do: its time is negligible."""
 
     def wait(self, ticket: int) -> Any:
-        """Token 0 for every row."""
+        """What was sampled, and one candidate for each beam of a search."""
+        num_rows = len(self._sampled)
         return SimpleNamespace(
-            token_ids=np.zeros(self._num_rows, np.int32), finite=np.ones(self._num_rows, np.bool_)
+            token_ids=self._sampled,
+            finite=np.ones(num_rows, np.bool_),
+            top_token_ids=np.zeros((num_rows, 1), np.int32),
+            top_logprobs=np.zeros((num_rows, 1), np.float32),
         )
+
+
+class End(NamedTuple):
+    """How long an answer was, and why it ended: "stop" or "length"."""
+
+    num_output_tokens: int
+    reason: FinishReason
+
+
+class RecordedSearch:
+    """Beams that fork as they did in a log; see `octavo.engine.search.Search`.
+
+    ends: of the answers; () if the log does not have them: then the beams go on by themselves until
+    they have max_tokens.
+    """
+
+    num_candidates = 1
+
+    def __init__(
+        self,
+        num_beams: int,
+        forks: Iterable[tuple[int, ...]],
+        ends: tuple[End, ...],
+        max_tokens: int,
+    ) -> None:
+        self.num_beams = num_beams
+        self._forks = deque(forks)
+        self._ends = ends
+        self._num_left = max_tokens
+
+    def advance(self, rows: Sequence[Candidates]) -> Sequence[Move]:
+        """The next recorded fork; beams of one parent get different tokens."""
+        self._num_left -= 1
+        if self._forks:
+            return [Move(parent, token) for token, parent in enumerate(self._forks.popleft())]
+        if self._ends or not self._num_left:
+            return []
+        return [Move(beam, beam) for beam in range(len(rows))]
+
+    def results(self) -> list[tuple[Sequence[int], FinishReason, float]]:
+        """Answers of the recorded lengths."""
+        ends = self._ends or (End(1, "length"),) * self.num_beams
+        return [((0,) * end.num_output_tokens, end.reason, 0.0) for end in ends]
 
 
 @dataclass(frozen=True)
 class Arrival:
     """A request to simulate: when it comes, what it asks, and the length of its answers.
 
-    blocks: numbers of its prompt's full blocks, equal where the tokens were. num_output_tokens: of
-    its longest answer. abort_after: seconds from arrival until the client leaves; None: it stays.
+    blocks: numbers of its prompt's full blocks, equal where the tokens were. num_output_tokens: the
+    most that an answer may have. abort_after: seconds from arrival until the client leaves; None:
+    it stays. ends: of each answer; (): all have num_output_tokens. num_beams: of a search, whose
+    beams fork as `forks` says: for each of the next beams, which one's tokens it takes over.
     """
 
     time: float
@@ -155,6 +231,9 @@ class Arrival:
     timeout: float | None = None
     blocks: tuple[int, ...] = ()
     abort_after: float | None = None
+    ends: tuple[End, ...] = ()
+    num_beams: int = 0
+    forks: tuple[tuple[int, ...], ...] = ()
 
 
 class Simulation:
@@ -174,7 +253,7 @@ class Simulation:
         kv_windows: tuple[int, ...] = (0,),
     ) -> None:
         self.clock = SimulatedClock()
-        runtime = SimulatedRuntime(costs, self.clock)
+        self._runtime = runtime = SimulatedRuntime(costs, self.clock)
         self.engine = Engine(
             runtime,
             options,
@@ -215,10 +294,7 @@ class Simulation:
         # A block that is not full is not shared: a token from the vocabulary's other end.
         tail = SIMULATED_VOCABULARY - 1 - self._num_arrived
         prompt += [tail] * (arrival.num_prompt_tokens - len(prompt))
-        max_tokens = max(arrival.num_output_tokens, 1)
-        params = SamplingParams(
-            temperature=0.0, max_tokens=max_tokens, n=arrival.n, ignore_eos=True
-        )
+        params, search = self._params_of(arrival)
         # It came while the last step ran, and is noticed after it, as in a server's loop.
         now, self.clock.now = self.clock.now, arrival.time
         try:
@@ -228,6 +304,7 @@ class Simulation:
                 params,
                 priority=arrival.priority,
                 timeout=arrival.timeout,
+                search=search,
             )
         except QueueFullError:
             self.refused.append(arrival.request_id)
@@ -236,3 +313,27 @@ class Simulation:
                 heappush(self._aborts, (arrival.time + arrival.abort_after, arrival.request_id))
         finally:
             self.clock.now = now
+
+    def _params_of(self, arrival: Arrival) -> tuple[SamplingParams, RecordedSearch | None]:
+        lengths = [end.num_output_tokens for end in arrival.ends] or [arrival.num_output_tokens]
+        # No more than this cache holds, which may be smaller than the log's.
+        length = arrival.num_prompt_tokens
+        room = self.engine.scheduler.max_total_tokens(length, None) - length
+        max_tokens = max(min(arrival.num_output_tokens, room), *lengths, 1)
+        seed = self._num_arrived
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            n=arrival.n,
+            ignore_eos=True,
+            seed=seed,
+            stop_token_ids=(STOP,),
+        )
+        if arrival.num_beams:
+            return params, RecordedSearch(
+                arrival.num_beams, arrival.forks, arrival.ends, max_tokens
+            )
+        for index, end in enumerate(arrival.ends):
+            if end.reason == "stop":
+                self._runtime.stops[seed, index] = length + end.num_output_tokens
+        return params, None
