@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -69,12 +69,12 @@ def plan(
     Exit code: 0 it fits, 1 it does not; then the smallest changes that make it fit are printed.
     """
     from octavo.plan.devices import find_gpu
-    from octavo.plan.plan import Request, make_plan
+    from octavo.plan.plan import ModelToPlan, Request, make_plan
 
     files = _read(model)
     request = Request(context, concurrency, tensor_parallel)
     environment = read_environment()
-    to_plan = _model_to_plan(files)
+    to_plan = ModelToPlan.of(files)
     with progress_bar() as bar:
         device = find_gpu(gpu) if gpu != "cpu" else _processor(to_plan, config, request, bar)
         planned = make_plan(to_plan, config, request, device, environment)
@@ -100,18 +100,6 @@ def _read(model: str | None) -> ModelFiles:
     return read_model(resolve_model(model, read_environment()))
 
 
-def _model_to_plan(files: ModelFiles) -> ModelToPlan:
-    from octavo.plan.plan import ModelToPlan
-
-    named = str(files.config.get("dtype") or files.config.get("torch_dtype") or "bfloat16")
-    stored = {name: matrix.format for name, matrix in files.quantized.items()}
-    return ModelToPlan(files.spec, _STORED.get(named, "bf16"), stored)
-
-
-# By the names of config.json; weights in any other format are taken as bf16.
-_STORED: dict[str, Literal["f32", "f16", "bf16"]] = {"float32": "f32", "float16": "f16"}
-
-
 def _processor(to_plan: ModelToPlan, config: EngineConfig, request: Request, bar: Bar) -> Device:
     from octavo.machine import anonymous_memory
     from octavo.plan.devices import this_processor
@@ -130,15 +118,16 @@ def _check(planned: Plan, files: ModelFiles, config: EngineConfig, bar: Bar) -> 
 
 def _refusal(planned: Plan) -> str:
     """What is lacking, and each change that would do."""
+    from octavo.plan.plan import as_options
+
     memory, request = planned.memory, planned.request
     lines = [
         f"{format_bytes(memory.total)} are needed, and {format_bytes(planned.usable)} of "
         f"{planned.device.title} can be used: it does not fit"
     ]
     for changes in planned.remedies:
-        words = [f"--{name.replace('_', '-')} {value}" for name, value in changes.items()]
         not_yet = " (octavo runs on one GPU so far)" if "tensor_parallel" in changes else ""
-        lines.append(f"  it fits with   {' '.join(words)}{not_yet}")
+        lines.append(f"  it fits with   {as_options(changes)}{not_yet}")
     if not planned.remedies:
         lines.append(
             f"  not even one sequence of {request.context:,} tokens fits, in int4 with an int8 "
@@ -168,7 +157,7 @@ def _print(planned: Plan, checked: Checked | None, path: str) -> None:
     for label, size in _memory_rows(planned):
         table.add_row(label, format_bytes(size))
     if checked is not None:
-        mine = planned.memory.total - planned.memory.reserved
+        mine = planned.memory.of_runtime
         table.add_row("weights, cache and steps", format_bytes(mine), format_bytes(checked.memory))
         if checked.resident is not None:
             table.add_row("taken by the process", "", format_bytes(checked.resident))
@@ -189,12 +178,14 @@ def _print(planned: Plan, checked: Checked | None, path: str) -> None:
 
 def _memory_rows(planned: Plan) -> list[tuple[str, int]]:
     memory = planned.memory
-    what = "driver, kernels, recorded steps" if planned.device.is_gpu else "Python and libraries"
+    is_gpu = planned.device.is_gpu
+    of_gpu = [("workspace of kernels", memory.workspace), ("recorded steps", memory.graphs)]
     return [
         ("weights", memory.weights),
         ("KV cache", memory.kv_cache),
         ("activations, logits", memory.activations),
-        (what, memory.reserved),
+        *(of_gpu if is_gpu else []),
+        ("driver and kernels" if is_gpu else "Python and libraries", memory.reserved),
         ("together", memory.total),
         ("usable", planned.usable),
     ]
