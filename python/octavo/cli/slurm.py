@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from octavo.slurm.preflight import Check
     from octavo.slurm.site import NodeType
 
-slurm = typer.Typer(no_args_is_help=True)
+slurm = typer.Typer()
 _what = partial(option, panel="What to run")
 _where = partial(option, panel="Where")
 _slurm_says = partial(option, panel="Set by Slurm", show_default=False)
 _KINDS = "bench|batch|serve|eval|diff|gpu"
 
 
-@slurm.callback()
-def _group() -> None:
+@slurm.callback(invoke_without_command=True)
+def _group(context: typer.Context) -> None:
     """Write, check, run and collect jobs for a Slurm cluster.
 
     octavo slurm render bench --cluster pace.yaml --gpu h100 -o job.sbatch
@@ -43,6 +43,8 @@ def _group() -> None:
 
     octavo slurm collect octavo-results
     """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @slurm.command()

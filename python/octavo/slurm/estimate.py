@@ -70,14 +70,14 @@ def estimate(
     start = _START + num_bytes / _READ
     plan_for = partial(_plan_row, request, model, device, environment)
     plans = {row.name: plan_for(row, sizes) for row in rows}
-    work: Callable[[Plan], float] = {
+    of_kind: dict[str, Callable[[Plan], float]] = {
         "bench": _bench_seconds,
         "batch": partial(_batch_seconds, sizes or Sizes(0, 0), _max_tokens(request)),
         "eval": lambda plan: 2 * _EVAL_TOKENS / plan.speed.prefill,
         "diff": lambda plan: 2.0 * num_bytes * _DIFF_TOKENS / _NUMPY,
         "serve": lambda plan: 0.0,
-    }[request.kind]
-    seconds = {name: start + work(plan) for name, plan in plans.items()}
+    }
+    seconds = {name: start + of_kind[request.kind](plan) for name, plan in plans.items()}
     first = next(iter(seconds))
     seconds[first] += build
     largest = max(plans.values(), key=lambda plan: plan.memory.total)

@@ -185,7 +185,8 @@ class JobRequest:
     def from_json(cls, given: Mapping[str, Any]) -> JobRequest:
         """The request from what `to_json` gave. Raises InvalidArgumentError."""
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+            values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+            return cls(**values)
         except (TypeError, AttributeError) as error:
             raise InvalidArgumentError(f"no request of `octavo slurm render`: {error}") from error
 

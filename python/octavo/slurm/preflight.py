@@ -21,7 +21,7 @@ from octavo.slurm.build import sources_hash
 from octavo.slurm.estimate import Estimate, Sizes, estimate, sizes_of
 from octavo.slurm.job import SIGNAL_SECONDS, JobRequest, make_rows
 from octavo.slurm.node import find_gpu
-from octavo.slurm.render import render, shell_path, time_limit
+from octavo.slurm.render import render, request_of, shell_path, time_limit
 from octavo.slurm.site import NodeType, Site, format_time
 from octavo.slurm.stage import find_model, model_bytes
 
@@ -132,7 +132,8 @@ class Preflight:
         return not list(builds.glob(f"{sources_hash(_expanded(self.site.source))}-*/"))
 
     def _script(self) -> tuple[Status, str]:
-        if self.script.read_text(encoding="utf-8") == render(self.request, self.site):
+        text = self.script.read_text(encoding="utf-8")
+        if text == render(request_of(text), self.site):
             return "ok", f"{self.script} is as rendered"
         return "warning", f"{self.script} was edited, or the cluster's file has changed since"
 

@@ -104,8 +104,9 @@ def _sbatch_line(value: Any, what: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    kinds = {dict: "a table", list: "a list"}
-    return kinds.get(type(value)) or (repr(value) if value else "empty")
+    if isinstance(value, (dict, list)):
+        return "a table" if isinstance(value, dict) else "a list"
+    return repr(value) if value else "empty"
 
 
 _words = partial(_list, each=_word)
@@ -253,5 +254,6 @@ def _read_keys(kind: type, given: Any, inside: str) -> dict[str, Any]:
 
 
 def _nearest(name: Any, known: Mapping[str, Any] | tuple[str, ...]) -> str:
-    found = difflib.get_close_matches(str(name), list(known), 1)
+    longer = [each for each in known if each.startswith(str(name))]
+    found = longer or difflib.get_close_matches(str(name), list(known), 1)
     return f" (did you mean {found[0]!r}?)" if found else ""
