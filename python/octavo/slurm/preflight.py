@@ -234,6 +234,8 @@ class Preflight:
         if plan.fits:
             return "ok", said
         changes = ", or ".join(map(as_options, plan.remedies)) or "a smaller model"
+        for option, of_job in (("concurrency", "batch-sizes"), ("quantize", "formats")):
+            changes = changes.replace(f"--{option}", f"--{of_job}")
         return "failed", f"{said}: it does not fit; it would with {changes}"
 
     def _time(self) -> tuple[Status, str]:
