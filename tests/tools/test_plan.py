@@ -186,5 +186,7 @@ def test_measured_beside_predicted(
     predicted = facts["memory"]["total"] - facts["memory"]["reserved"]
     assert facts["measured"]["memory"] == pytest.approx(predicted, rel=0.05)
     assert facts["measured"]["decode"] > 0 and facts["measured"]["prefill"] > 0
+    assert facts["measured"]["within"]["memory"] is True
     assert run([*arguments, "--check"]) == 0
-    assert "measured" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "measured" in shown and "Memory within 5%: yes" in shown

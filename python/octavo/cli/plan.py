@@ -82,7 +82,9 @@ def plan(
         if check and planned.fits:
             checked = _check(planned, files, config, bar)
     if as_json:
-        extra = {} if checked is None else {"measured": vars(checked)}
+        extra = {}
+        if checked is not None:
+            extra["measured"] = {**vars(checked), "within": checked.within(planned)}
         typer.echo(json.dumps(planned.to_json() | extra, indent=2))
     else:
         _print(planned, checked, str(files.path))
@@ -140,6 +142,8 @@ def _print(planned: Plan, checked: Checked | None, path: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from octavo.plan.check import DECODE_WITHIN, MEMORY_WITHIN
+
     console = Console(highlight=False, markup=False)
     request, options, device = planned.request, planned.options, planned.device
     formats = sorted({format.dtype for format in options.formats.values()})
@@ -171,6 +175,11 @@ def _print(planned: Plan, checked: Checked | None, path: str) -> None:
     for row in _speed_rows(planned, checked):
         speeds.add_row(*row)
     console.print(speeds)
+    if checked is not None:
+        words = {True: "yes", False: "no (is something else running here?)"}
+        within = {name: words[is_so] for name, is_so in checked.within(planned).items()}
+        console.print(f"Memory within {MEMORY_WITHIN:.0%}: {within['memory']}")
+        console.print(f"Decoding within {DECODE_WITHIN:.0%}: {within['decode']}\n")
     console.print("Assumed:")
     for text in (*device.assumptions, *_own_assumptions(planned)):
         console.print(f"  - {text}")
