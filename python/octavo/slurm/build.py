@@ -28,6 +28,15 @@ _STAMP = "octavo-build.json"
 _FOLDERS = ("csrc", "cmake", "python", "reference")
 _SUFFIXES = {".cu", ".cuh", ".cpp", ".h", ".py", ".pyi", ".cmake", ".j2", ".js", ".css", ".html"}
 
+_TRIED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from octavo import _native
+if not _native.__file__.startswith(sys.argv[1]):
+    sys.exit(f"octavo is imported from {_native.__file__}, not from the build: an editable install "
+             "comes first. Expected an environment made with `pip install .`")
+"""
+
 
 def sources_hash(source: Path) -> str:
     """12 hexadecimal digits of everything that a build is made of.
@@ -103,8 +112,7 @@ def _commands(source: Path, partial: Path, objects: Path, node: NodeInfo) -> Ite
         *("--target", str(partial), str(source)),
         *(f"--config-settings={setting}" for setting in settings),
     ]
-    tried = f"import sys; sys.path.insert(0, {str(partial)!r}); from octavo import _native"
-    yield [sys.executable, "-c", tried]
+    yield [sys.executable, "-c", _TRIED, str(partial)]
 
 
 @contextmanager
