@@ -332,13 +332,14 @@ _MARKS: dict[str, tuple[str, str]] = {
 
 def _print_checks(checks: list[Check]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from octavo.progress import stdout_console
 
     table = Table("check", "", "what was found", show_lines=False)
     for check in checks:
         word, style = _MARKS[check.status]
-        table.add_row(check.name, f"[{style}]{word}[/]", _plain(check.said))
+        table.add_row(check.name, Text(word, style), check.said)
     stdout_console().print(table)
     failed = [check.name for check in checks if check.status == "failed"]
     if failed:
@@ -355,7 +356,7 @@ def _print_collected(found: Collected) -> None:
         job = result.job
         last: dict[str, Any] = job["runs"][-1] if job["runs"] else {}
         cells = (job["name"], job["kind"], last.get("node", ""), last.get("job", ""))
-        table.add_row(*cells, str(len(job["runs"])), _plain(result.figure))
+        table.add_row(*cells, str(len(job["runs"])), result.figure)
     for name, runs in found.unfinished.items():
         last = runs[-1] if runs else {}
         cells = (Path(name).name, "", last.get("node", ""), last.get("job", ""))
@@ -363,9 +364,3 @@ def _print_collected(found: Collected) -> None:
     stdout_console().print(table)
     if len(found.builds) > 1:
         note(f"the results are of {len(found.builds)} builds: {', '.join(found.builds)}")
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

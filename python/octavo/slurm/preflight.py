@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -72,7 +72,8 @@ class Preflight:
     read_model: Callable[[Path], ModelToPlan]
 
     def run(self) -> Iterator[Check]:
-        """Every check, also after one that failed."""
+        """Every check, also after one that failed; a failure that stops several is told once."""
+        told: set[str] = set()
         for name, check in (
             ("script", self._script),
             ("queue", self._queue),
@@ -91,6 +92,9 @@ class Preflight:
                 found = check()
             except (OctavoError, OSError) as error:
                 found = "failed", str(error)
+                if str(error) in told:
+                    found = "unknown", "not worked out, for a reason that stands above"
+                told.add(str(error))
             if found is not None:
                 yield Check(name, *found)
 
@@ -104,7 +108,9 @@ class Preflight:
 
     @cached_property
     def _model(self) -> Path:
-        return find_model(self.request.model, self.environment)
+        home = self.site.home and _expanded(self.site.home)
+        environment = replace(self.environment, home=home) if home else self.environment
+        return find_model(self.request.model, environment)
 
     @cached_property
     def _sizes(self) -> Sizes | None:
@@ -123,13 +129,20 @@ class Preflight:
             sizes=self._sizes,
         )
 
+    @cached_property
+    def _sources(self) -> str:
+        return sources_hash(_expanded(self.site.source or ""))
+
     @property
     def _builds_first(self) -> bool:
         """Whether no build of these sources is there yet, of any type of node."""
         if self.site.source is None or self.request.kind == "gpu":
             return False
-        builds = _expanded(self.site.scratch) / "builds"
-        return not list(builds.glob(f"{sources_hash(_expanded(self.site.source))}-*/"))
+        try:
+            known = self._sources
+        except OctavoError:  # which `_source` reports
+            return True
+        return not list((_expanded(self.site.scratch) / "builds").glob(f"{known}-*/"))
 
     def _script(self) -> tuple[Status, str]:
         text = self.script.read_text(encoding="utf-8")
@@ -173,9 +186,9 @@ class Preflight:
     def _source(self) -> tuple[Status, str] | None:
         if self.site.source is None:
             return None
-        digest = sources_hash(_expanded(self.site.source))
+        sources = self._sources
         built = "not built yet" if self._builds_first else "built for a type of node"
-        return "ok", f"{self.site.source}, sources {digest}, {built}"
+        return "ok", f"{self.site.source}, sources {sources}, {built}"
 
     def _nvcc(self) -> tuple[Status, str] | None:
         if not (self._compiles and self._node.has_gpu):
