@@ -326,3 +326,23 @@ def test_work_as_a_job_calls_it(tmp_path: Path) -> None:
     }
     first = json.loads((tmp_path / "out" / "b3.jsonl").read_text().splitlines()[0])
     assert first["response"]["body"]["model"] == "tiny"
+
+
+def test_a_signal_before_the_rows_sends_the_job_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is over while octavo is built: the build ends, and the next run begins it anew."""
+    asked: list[JobId] = []
+    monkeypatch.setattr("octavo.slurm.work.requeue", lambda job, _: asked.append(job) or True)
+    made = worker(tmp_path / "out", job="8")
+
+    def build(source: Path, builds: Path, node: NodeInfo, run: Any) -> Path:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        run(["sleep", "60"], tmp_path / "log")
+        raise AssertionError("a signal has come")
+
+    monkeypatch.setattr("octavo.slurm.work.build_for_node", build)
+    started = time.monotonic()
+    assert work(made, [python("a", GOOD)], Preparation(tmp_path, tmp_path)) == FINISHED
+    assert [job.job for job in asked] == ["8"] and time.monotonic() - started < 30
+    assert not (tmp_path / "out").exists()
