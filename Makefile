@@ -56,7 +56,7 @@ $(DEMO_VENV)/.installed: $(SOURCES) scripts/venv.sh
 .PHONY: test
 test: $(TEST_VENV)/.installed ## Run all tests that need no torch, against an installed octavo
 	$(TEST_VENV)/bin/octavo pull smollm2-135m
-	$(TEST_VENV)/bin/python -m pytest --ignore=tests/hf --ignore=tests/clients --timeout=300 -n $(JOBS) $(ARGS)
+	$(TEST_VENV)/bin/python -m pytest --ignore=tests/hf --ignore=tests/clients --ignore=tests/slurm --timeout=300 -n $(JOBS) $(ARGS)
 
 $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(TEST_VENV)
@@ -69,6 +69,11 @@ $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 test-page: $(TEST_VENV)/.installed ## The server's pages in headless Chromium, which has to be there
 	$(TEST_VENV)/$(PIP) install "octavo[browser]"
 	$(TEST_VENV)/bin/python -m pytest tests/server/test_server_page*.py --timeout=300 $(ARGS)
+
+# Starts slurmctld and slurmd on this machine, as root: apt install slurmctld slurmd slurm-client munge
+.PHONY: test-slurm
+test-slurm: $(TEST_VENV)/.installed ## Jobs on a real Slurm of one node, which this starts: killed, resumed
+	$(TEST_VENV)/bin/python -m pytest tests/slurm --timeout=280 $(ARGS)
 
 # Apart from the other tests, whose versions of packages these clients would change.
 .PHONY: test-clients

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "mutants"
 # Other people's packages and live models; `make test` does not run them either.
-TESTS_LEFT_OUT = ("tests/hf/", "tests/clients/")
+TESTS_LEFT_OUT = ("tests/hf/", "tests/clients/", "tests/slurm/")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

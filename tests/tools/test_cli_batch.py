@@ -262,7 +262,9 @@ def test_killed_and_resumed(model, tmp_path):
     assert len(read(target)) == count
 
 
-def test_ctrl_c_keeps_what_is_done(model, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_keeps_what_is_done(model, tmp_path, number):
+    """Ctrl-C; and SIGUSR1, which also waits for the answers that are under way."""
     source = write(tmp_path / "in.jsonl", [f"prompt {number}" for number in range(100)])
     target = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "octavo.cli", "batch", str(source), str(target)]
@@ -270,11 +272,13 @@ def test_ctrl_c_keeps_what_is_done(model, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not target.exists() or not target.stat().st_size:
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert "the same command goes on" in said and "Traceback" not in said
-    assert read(target)
+    assert read(target) and len(read(target)) < 100
+    if number == signal.SIGUSR1:
+        assert len(read(target)) >= 4, "two prompts run, and two wait"
 
 
 def test_foreign_output_is_refused(model, tmp_path, capsys):

@@ -48,6 +48,7 @@ VERBS = (
     Verb("chat", "Talk with a model in the terminal.", _RUN),
     Verb("serve", "Serve a model over HTTP, with OpenAI's API.", _RUN),
     Verb("batch", "Answer a whole file of prompts; can be stopped and resumed.", _RUN),
+    Verb("slurm", "Write, check and collect jobs for a cluster with Slurm.", _RUN),
     Verb("pull", "Fetch a model, or convert a GGUF file, into the cache.", _MODELS),
     Verb("list", "Show the models in the cache.", _MODELS, "models"),
     Verb("remove", "Delete a model from the cache.", _MODELS, "models"),
@@ -145,7 +146,11 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
             return app
     for verb in VERBS:
         if words[:1] == [verb.name]:
-            app.command(verb.name, rich_help_panel=verb.panel)(verb.load())
+            loaded = verb.load()
+            if isinstance(loaded, typer.Typer):  # a verb with verbs of its own
+                app.add_typer(loaded, name=verb.name, rich_help_panel=verb.panel)
+            else:
+                app.command(verb.name, rich_help_panel=verb.panel)(loaded)
         else:
             app.command(verb.name, help=verb.summary, rich_help_panel=verb.panel)(_not_loaded)
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,6 +94,8 @@ def batch(
     Each line of IN.jsonl is a prompt as plain text, or an object {"prompt": …} or {"messages": …}, or a line of OpenAI's batch format. With --adapter, a line's "model" may name an adapter.
 
     Answers are written as they come, in OpenAI's batch output format; the text is at response.body.choices[0]. However a run was stopped, the same command resumes it; a command that would give other answers is refused. A line that cannot be answered gets an "error" and does not stop the rest.
+
+    After SIGUSR1 it takes no more lines, finishes those under way, and ends as after Ctrl-C.
 
     Exit code: 0 all answered, 1 some lines failed, 2 a mistake in the command, 130 Ctrl-C.
 
@@ -195,6 +198,8 @@ def _answer_all(
 
     def items() -> Iterator[tuple[str, EncodedPrompt, SamplingParams, str | None]]:
         for line in read_lines(input_file):
+            if drain:
+                return
             if line.custom_id in output.answered:
                 continue
             request = parse_line(line, run.defaults)
@@ -218,7 +223,7 @@ def _answer_all(
     output.begin()  # not earlier: where loading failed, the old answers stay
     tally.start = time.monotonic()
     try:
-        with common.progress_bar("count") as bar:
+        with _asked_to_drain() as drain, common.progress_bar("count") as bar:
             bar.start("answering", tally.total, tally.finished)
             for custom_id, answer in llm.generate_as_completed(items()):
                 request, stamp = waiting.pop(custom_id)
@@ -233,7 +238,18 @@ def _answer_all(
                 bar.update("answering", tally.finished, tally.total, tally.pace)
     except KeyboardInterrupt:
         return True
-    return False
+    return tally.finished < tally.total  # SIGUSR1
+
+
+@contextmanager
+def _asked_to_drain() -> Iterator[list[int]]:
+    """A list that SIGUSR1 makes true: take no more lines, finish those under way, and end."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: asked.append(number))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @contextmanager

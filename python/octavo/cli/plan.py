@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -69,12 +69,12 @@ def plan(
     Exit code: 0 it fits, 1 it does not; then the smallest changes that make it fit are printed.
     """
     from octavo.plan.devices import find_gpu
-    from octavo.plan.plan import Request, make_plan
+    from octavo.plan.plan import ModelToPlan, Request, make_plan
 
     files = _read(model)
     request = Request(context, concurrency, tensor_parallel)
     environment = read_environment()
-    to_plan = _model_to_plan(files)
+    to_plan = ModelToPlan.of(files)
     with progress_bar() as bar:
         device = find_gpu(gpu) if gpu != "cpu" else _processor(to_plan, config, request, bar)
         planned = make_plan(to_plan, config, request, device, environment)
@@ -82,7 +82,9 @@ def plan(
         if check and planned.fits:
             checked = _check(planned, files, config, bar)
     if as_json:
-        extra = {} if checked is None else {"measured": vars(checked)}
+        extra = {}
+        if checked is not None:
+            extra["measured"] = {**vars(checked), "within": checked.within(planned)}
         typer.echo(json.dumps(planned.to_json() | extra, indent=2))
     else:
         _print(planned, checked, str(files.path))
@@ -98,18 +100,6 @@ def _read(model: str | None) -> ModelFiles:
     from octavo.weights.model_files import read_model
 
     return read_model(resolve_model(model, read_environment()))
-
-
-def _model_to_plan(files: ModelFiles) -> ModelToPlan:
-    from octavo.plan.plan import ModelToPlan
-
-    named = str(files.config.get("dtype") or files.config.get("torch_dtype") or "bfloat16")
-    stored = {name: matrix.format for name, matrix in files.quantized.items()}
-    return ModelToPlan(files.spec, _STORED.get(named, "bf16"), stored)
-
-
-# By the names of config.json; weights in any other format are taken as bf16.
-_STORED: dict[str, Literal["f32", "f16", "bf16"]] = {"float32": "f32", "float16": "f16"}
 
 
 def _processor(to_plan: ModelToPlan, config: EngineConfig, request: Request, bar: Bar) -> Device:
@@ -130,15 +120,16 @@ def _check(planned: Plan, files: ModelFiles, config: EngineConfig, bar: Bar) -> 
 
 def _refusal(planned: Plan) -> str:
     """What is lacking, and each change that would do."""
+    from octavo.plan.plan import as_options
+
     memory, request = planned.memory, planned.request
     lines = [
         f"{format_bytes(memory.total)} are needed, and {format_bytes(planned.usable)} of "
         f"{planned.device.title} can be used: it does not fit"
     ]
     for changes in planned.remedies:
-        words = [f"--{name.replace('_', '-')} {value}" for name, value in changes.items()]
         not_yet = " (octavo runs on one GPU so far)" if "tensor_parallel" in changes else ""
-        lines.append(f"  it fits with   {' '.join(words)}{not_yet}")
+        lines.append(f"  it fits with   {as_options(changes)}{not_yet}")
     if not planned.remedies:
         lines.append(
             f"  not even one sequence of {request.context:,} tokens fits, in int4 with an int8 "
@@ -150,6 +141,8 @@ def _refusal(planned: Plan) -> str:
 def _print(planned: Plan, checked: Checked | None, path: str) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from octavo.plan.check import DECODE_WITHIN, MEMORY_WITHIN
 
     console = Console(highlight=False, markup=False)
     request, options, device = planned.request, planned.options, planned.device
@@ -168,7 +161,7 @@ def _print(planned: Plan, checked: Checked | None, path: str) -> None:
     for label, size in _memory_rows(planned):
         table.add_row(label, format_bytes(size))
     if checked is not None:
-        mine = planned.memory.total - planned.memory.reserved
+        mine = planned.memory.of_runtime
         table.add_row("weights, cache and steps", format_bytes(mine), format_bytes(checked.memory))
         if checked.resident is not None:
             table.add_row("taken by the process", "", format_bytes(checked.resident))
@@ -182,6 +175,11 @@ def _print(planned: Plan, checked: Checked | None, path: str) -> None:
     for row in _speed_rows(planned, checked):
         speeds.add_row(*row)
     console.print(speeds)
+    if checked is not None:
+        words = {True: "yes", False: "no (is something else running here?)"}
+        within = {name: words[is_so] for name, is_so in checked.within(planned).items()}
+        console.print(f"Memory within {MEMORY_WITHIN:.0%}: {within['memory']}")
+        console.print(f"Decoding within {DECODE_WITHIN:.0%}: {within['decode']}\n")
     console.print("Assumed:")
     for text in (*device.assumptions, *_own_assumptions(planned)):
         console.print(f"  - {text}")
@@ -189,12 +187,14 @@ def _print(planned: Plan, checked: Checked | None, path: str) -> None:
 
 def _memory_rows(planned: Plan) -> list[tuple[str, int]]:
     memory = planned.memory
-    what = "driver, kernels, recorded steps" if planned.device.is_gpu else "Python and libraries"
+    is_gpu = planned.device.is_gpu
+    of_gpu = [("workspace of kernels", memory.workspace), ("recorded steps", memory.graphs)]
     return [
         ("weights", memory.weights),
         ("KV cache", memory.kv_cache),
         ("activations, logits", memory.activations),
-        (what, memory.reserved),
+        *(of_gpu if is_gpu else []),
+        ("driver and kernels" if is_gpu else "Python and libraries", memory.reserved),
         ("together", memory.total),
         ("usable", planned.usable),
     ]

@@ -18,6 +18,10 @@ from octavo.weights.model_files import ModelFiles
 _DECODED, _REPETITIONS = 8, 3
 
 
+# How far a prediction for the CPU may be off.
+MEMORY_WITHIN, DECODE_WITHIN = 0.05, 0.25
+
+
 @dataclass(frozen=True)
 class Checked:
     """What was measured; decode and prefill in tokens a second.
@@ -30,6 +34,13 @@ class Checked:
     resident: int | None
     decode: float
     prefill: float
+
+    def within(self, plan: Plan) -> dict[str, bool]:
+        """Whether the predictions are as near as they should be on the CPU."""
+        return {
+            "memory": abs(self.memory / plan.memory.of_runtime - 1) <= MEMORY_WITHIN,
+            "decode": abs(self.decode / plan.speed.decode - 1) <= DECODE_WITHIN,
+        }
 
 
 def check(

@@ -8,6 +8,7 @@ from octavo.bench.peak import measure
 from octavo.config import RuntimeOptions
 from octavo.errors import InvalidArgumentError
 from octavo.machine import available_memory, processor
+from octavo.plan.memory import KERNELS_A_LAYER
 
 _MIB = 2**20
 
@@ -19,7 +20,7 @@ class Device:
     memory: bytes. bandwidth: bytes a second that programs read, at best. operations: bf16 or
     whole-number operations a second that matrix products reach. step_overhead: seconds of each
     layer's dependent kernels, and of a step's others, beyond reading and computing. reserved: bytes
-    for what no formula gives (the driver's context, recorded steps). is_gpu: activations are bf16.
+    for what no formula gives (the driver's context and code). is_gpu: activations are bf16.
     assumptions: where these figures are from.
     """
 
@@ -37,8 +38,8 @@ class Device:
 
 # Five dependent kernels a layer and two at the end. On an H100, octavo's bf16 step of Llama-3.2-1B
 # took 1007 us where reading its weights takes 803 (docs/cuda.md): 2.5 us for each of 82 kernels.
-_KERNEL_SECONDS, _KERNELS_A_LAYER = 2.5e-6, 5
-_RESERVED = 600 * _MIB
+_KERNEL_SECONDS = 2.5e-6
+_RESERVED = 450 * _MIB
 _PREFILL = 0.5
 # Parts of the measured limits that octavo's decoding and prompts reach (docs/cpu.md).
 _CPU_DECODE, _CPU_PREFILL, _CPU_PREFILL_AMX = 0.9, 0.75, 0.3
@@ -60,9 +61,9 @@ def _gpu(
             f"matrix products reach {_PREFILL:.0%} of {tflops:g} bf16 TFLOP/s (assumed)",
             "a kernel that waits for the one before it costs 2.5 us (measured on an H100), five a "
             "layer",
-            "the driver's context, the kernels and recorded steps take 600 MiB (assumed)",
+            "the driver's context and the kernels take 450 MiB, a recorded kernel 8 KiB (assumed)",
         ),
-        _KERNEL_SECONDS * _KERNELS_A_LAYER,
+        _KERNEL_SECONDS * KERNELS_A_LAYER,
         _KERNEL_SECONDS * 2,
         _RESERVED,
     )

@@ -16,21 +16,38 @@ from octavo.reference.sampling import SAMPLING_ROW
 _NUM_STEPS = 2  # in flight
 _MOST_TOP = 20  # log-probabilities of a row
 _ITEM = {"f32": 4, "bf16": 2, "f16": 2, "int8": 1}
+_MIB = 2**20
+_CUBLAS, _DEQUANTIZED, _ATTENTION = 32 * _MIB, 64 * _MIB, 128 * _MIB
+_SAMPLED_ROWS, _SAMPLED_ROW = 256, 64 * 1024
+_RECORDED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # then every 32
+KERNELS_A_LAYER, _GRAPH_NODE = 5, 8 * 1024
 _LANES = 16  # of the CPU's cache, to which a head's elements are rounded up
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. kv_cache: of all sequences at their longest."""
+    """Bytes on one device.
+
+    kv_cache: of all sequences at their longest. activations: of a step, with logits and results.
+    workspace: what kernels of a GPU work in, at most. graphs: recorded steps of a GPU (assumed).
+    reserved: what no formula gives.
+    """
 
     weights: int
     kv_cache: int
     activations: int
+    workspace: int
+    graphs: int
     reserved: int
 
     @property
+    def of_runtime(self) -> int:
+        """What `Runtime.memory` counts."""
+        return self.weights + self.kv_cache + self.activations
+
+    @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.activations + self.reserved
+        return self.of_runtime + self.workspace + self.graphs + self.reserved
 
 
 def split_weight_bytes(spec: ModelSpec, options: RuntimeOptions, ranks: int) -> int:
@@ -89,6 +106,30 @@ def activation_bytes(spec: ModelSpec, options: RuntimeOptions, *, is_gpu: bool) 
     return forward + _NUM_STEPS * (step + batch) + rows * vocab * 4
 
 
+def workspace_bytes(options: RuntimeOptions) -> int:
+    """Bytes that a GPU's kernels work in, at most: the limits in csrc/cuda.
+
+    cuBLASLt's, a matrix of codes as floats, partial results of attention, and the states of rows
+    that are sampled.
+    """
+    dequantized = _DEQUANTIZED if options.formats else 0
+    rows = min(max(options.max_num_batched_tokens, options.max_num_seqs), _SAMPLED_ROWS)
+    return _CUBLAS + dequantized + _ATTENTION + rows * _SAMPLED_ROW
+
+
+def graph_bytes(spec: ModelSpec, options: RuntimeOptions) -> int:
+    """Bytes of the steps that a GPU records: one for each batch size and width of block table.
+
+    As `CudaBackend::padded` has them; a kernel of one takes 8 KiB (assumed).
+    """
+    batches = sum(1 for size in _RECORDED if size < options.max_num_seqs) + 1
+    batches += max(0, options.max_num_seqs - _RECORDED[-1] - 1) // 32
+    blocks = -(-options.max_model_len // options.block_size)
+    widths = max(0, (blocks - 1).bit_length() - 4) + 1  # 16, 32, 64 … blocks
+    kernels = KERNELS_A_LAYER * len(spec.layers) + 3
+    return batches * widths * kernels * _GRAPH_NODE
+
+
 def kv_blocks(spec: ModelSpec, options: RuntimeOptions, context: int) -> int:
     """Blocks that a sequence of `context` tokens holds at most, in all groups."""
     return options.kv_groups(spec).blocks_of(context)
@@ -110,5 +151,7 @@ def memory_of(
         split_weight_bytes(spec, options, ranks),
         sequences * blocks * size,
         activation_bytes(spec, options, is_gpu=is_gpu),
+        workspace_bytes(options) if is_gpu else 0,
+        graph_bytes(spec, options) if is_gpu and options.graphs else 0,
         reserved,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -16,11 +17,15 @@ from octavo.plan.memory import Memory, memory_of
 from octavo.plan.speed import Speed, predict
 from octavo.quantization.plan import resolved_formats
 from octavo.runtime.loader import resolve_options
+from octavo.weights.model_files import ModelFiles
 from octavo.weights.tensor import TensorDType
 
 # Of a device's memory: the rest is left for fragments, and for what others take.
 USABLE = 0.95
 _MOST_REMEDIES = 4
+_STORED: dict[str, TensorDType] = {"float32": "f32", "float16": "f16"}  # by config.json's names
+# Options that are fields of the request, and those fields.
+_OF_REQUEST = {"concurrency": "concurrency", "context": "context", "tensor_parallel": "ranks"}
 _RANKS: tuple[dict[str, Any], ...] = tuple({"tensor_parallel": n} for n in (2, 4, 8))
 
 
@@ -49,6 +54,13 @@ class ModelToPlan:
     spec: ModelSpec
     dtype: TensorDType
     stored: dict[str, WeightFormat]
+
+    @classmethod
+    def of(cls, files: ModelFiles) -> ModelToPlan:
+        """A model by its config.json; weights in a format that it does not name are bf16."""
+        named = str(files.config.get("dtype") or files.config.get("torch_dtype"))
+        stored = {name: matrix.format for name, matrix in files.quantized.items()}
+        return cls(files.spec, _STORED.get(named, "bf16"), stored)
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,55 @@ class Plan:
         }
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request, with all that its memory depends on."""
+
+    model: ModelToPlan
+    config: EngineConfig
+    request: Request
+    device: Device
+    environment: Environment
+
+    @property
+    def usable(self) -> int:
+        return int(self.device.memory * USABLE)
+
+    def resolve(self) -> tuple[ModelSpec, RuntimeOptions]:
+        return resolve(
+            *(self.model, self.config, self.request, self.environment), is_gpu=self.device.is_gpu
+        )
+
+    def memory(self) -> Memory:
+        spec, options = self.resolve()
+        device, request = self.device, self.request
+        return memory_of(
+            *(spec, options, request.concurrency, device.reserved),
+            is_gpu=device.is_gpu,
+            ranks=request.ranks,
+        )
+
+    def fits_with(self, **changes: Any) -> bool:
+        """Whether it fits with other values: options of the command, without their dashes."""
+        of_request = {
+            _OF_REQUEST[name]: changes.pop(name) for name in _OF_REQUEST if name in changes
+        }
+        asked = replace(
+            self,
+            config=replace(self.config, **changes),
+            request=replace(self.request, **of_request),
+        )
+        return asked.can_split() and asked.memory().total <= self.usable
+
+    def can_split(self) -> bool:
+        """Whether every layer's KV heads can be divided among the devices."""
+        return not any(each.num_kv_heads % self.request.ranks for each in self.model.spec.layers)
+
+    def most(self, name: str, end: int) -> int:
+        """The largest value of an option below `end` that fits with the rest; 0: none does."""
+        return bisect_left(range(1, end), True, key=lambda n: not self.fits_with(**{name: n}))
+
+
 def make_plan(
     model: ModelToPlan,
     config: EngineConfig,
@@ -97,25 +158,25 @@ def make_plan(
     environment: Environment,
 ) -> Plan:
     """Plan a request. Raises InvalidArgumentError for one that no memory would make possible."""
-    spec, options = resolve(model, config, request, environment, is_gpu=device.is_gpu)
-    _check_ranks(spec, request.ranks)
-    memory = _memory(spec, options, request, device)
-    usable = int(device.memory * USABLE)
+    asked = _Asked(model, config, request, device, environment)
+    if not asked.can_split():
+        heads = sorted({each.num_kv_heads for each in model.spec.layers})
+        raise InvalidArgumentError(
+            f"--tensor-parallel is {request.ranks}, which does not divide the model's "
+            f"{' and '.join(map(str, heads))} KV heads; expected a divisor of them"
+        )
+    spec, options = asked.resolve()
+    memory = asked.memory()
     one = memory.kv_cache // request.concurrency
-    largest = max(0, (usable - memory.total + memory.kv_cache) // one)
     speed = predict(
-        spec,
-        options,
-        device,
-        request.concurrency,
-        request.context - 1,
-        max(1, request.context - 1),
-        request.ranks,
+        *(spec, options, device, request.concurrency),
+        depth=request.context - 1,
+        prompt=max(1, request.context - 1),
+        ranks=request.ranks,
     )
-    remedies: tuple[dict[str, Any], ...] = ()
-    if memory.total > usable:
-        remedies = _remedies(model, config, request, device, environment)
-    return Plan(request, spec, options, device, memory, usable, int(largest), speed, remedies)
+    plan = Plan(request, spec, options, device, memory, asked.usable, 0, speed, ())
+    largest = asked.most("concurrency", max(0, asked.usable - memory.weights) // one + 2)
+    return replace(plan, largest=largest, remedies=() if plan.fits else _remedies(asked))
 
 
 def resolve(
@@ -140,53 +201,22 @@ def resolve(
     return spec, replace(options, formats=formats, overlap_steps=is_gpu)
 
 
-def _memory(spec: ModelSpec, options: RuntimeOptions, request: Request, device: Device) -> Memory:
-    return memory_of(
-        spec,
-        options,
-        request.concurrency,
-        device.reserved,
-        is_gpu=device.is_gpu,
-        ranks=request.ranks,
-    )
+def as_options(changes: Mapping[str, Any]) -> str:
+    """A remedy as it is typed: {"kv_dtype": "int8"} -> "--kv-dtype int8"."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
 
 
-def _check_ranks(spec: ModelSpec, ranks: int) -> None:
-    for layer in spec.layers:
-        if layer.num_kv_heads % ranks:
-            raise InvalidArgumentError(
-                f"--tensor-parallel is {ranks}, which does not divide the model's "
-                f"{layer.num_kv_heads} KV heads; expected a divisor of them"
-            )
-
-
-def _remedies(
-    model: ModelToPlan,
-    config: EngineConfig,
-    request: Request,
-    device: Device,
-    environment: Environment,
-) -> tuple[dict[str, Any], ...]:
+def _remedies(asked: _Asked) -> tuple[dict[str, Any], ...]:
     """Changes of as few options as possible after which the request fits."""
-    usable = int(device.memory * USABLE)
-
-    def fits(changes: dict[str, Any]) -> bool:
-        asked = replace(request, ranks=changes.get("tensor_parallel", request.ranks))
-        if any(layer.num_kv_heads % asked.ranks for layer in model.spec.layers):
-            return False
-        fields = {name: value for name, value in changes.items() if name != "tensor_parallel"}
-        changed = replace(config, **fields)
-        spec, options = resolve(model, changed, asked, environment, is_gpu=device.is_gpu)
-        return _memory(spec, options, asked, device).total <= usable
-
-    found = [changes for changes in _candidates(config) if fits(changes)]
+    candidates = list(_candidates(asked.config))
+    found = [changes for changes in candidates if asked.fits_with(**changes)]
     for name in ("concurrency", "context"):
-        most = _most(name, model, config, request, device, environment)
+        most = asked.most(name, getattr(asked.request, name))
         if most:
             found.append({name: most})
-    if not found and device.is_gpu:  # octavo does not run on several GPUs yet: the last way out
-        ways = ({**changes, **ranks} for changes in ({}, *_candidates(config)) for ranks in _RANKS)
-        found = [changes for changes in ways if fits(changes)]
+    if not found and asked.device.is_gpu:  # octavo does not run on several GPUs: the last way out
+        ways = [{**changes, **ranks} for changes in ({}, *candidates) for ranks in _RANKS]
+        found = [changes for changes in ways if asked.fits_with(**changes)]
     found.sort(key=len)
     return tuple(found[:_MOST_REMEDIES])
 
@@ -202,25 +232,3 @@ def _candidates(config: EngineConfig) -> Iterator[dict[str, Any]]:
     if config.kv_dtype != "int8":
         caches += [{"kv_dtype": "int8"}]
     yield from filter(None, ({**a, **b} for a, b in product(weights, caches)))
-
-
-def _most(
-    name: str,
-    model: ModelToPlan,
-    config: EngineConfig,
-    request: Request,
-    device: Device,
-    environment: Environment,
-) -> int:
-    """The largest value of a field of the request that fits with the rest; 0: none does."""
-    low, high = 0, getattr(request, name)
-    usable = int(device.memory * USABLE)
-    while low < high - 1:
-        middle = (low + high) // 2
-        asked = replace(request, **{name: middle})
-        spec, options = resolve(model, config, asked, environment, is_gpu=device.is_gpu)
-        if _memory(spec, options, asked, device).total <= usable:
-            low = middle
-        else:
-            high = middle
-    return low

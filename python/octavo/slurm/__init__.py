@@ -1,0 +1,1 @@
+"""`octavo slurm`: jobs for a cluster, written, checked, run and collected."""

@@ -1,0 +1,89 @@
+"""Weights on the node's own disk, copied once, before a model is loaded from them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from octavo.config import Environment
+from octavo.errors import ModelNotFoundError
+from octavo.files import expand_home, writing
+from octavo.machine import format_bytes
+from octavo.progress import folder_size
+from octavo.slurm.job import staged_name
+from octavo.weights.hub import model_directory, resolve_model
+from octavo.weights.huggingface import find_snapshot
+
+_SPARE = 1.1  # times the weights that have to be free on the node's disk
+
+
+def find_model(name: str, environment: Environment) -> Path:
+    """A model that is here already. Raises ModelNotFoundError rather than fetching it."""
+    cached = model_directory(name, environment)
+    is_here = os.path.exists(expand_home(name)) or (cached is not None and cached.is_dir())
+    if not is_here and ("/" not in name or find_snapshot(name) is None):
+        raise ModelNotFoundError(
+            f"the model {name!r} is neither a folder, a GGUF file, nor pulled into "
+            f"{environment.models}: on a login node, `octavo pull {name}`, with OCTAVO_HOME as the "
+            "cluster's file has it under `home:`"
+        )
+    return resolve_model(name, environment)
+
+
+def model_bytes(model: Path) -> int:
+    """Bytes of a model's files."""
+    return model.stat().st_size if model.is_file() else folder_size(model)
+
+
+def stage(name: str, environment: Environment, local: Path | None) -> tuple[str, Path | None, str]:
+    """Copy a model to the node.
+
+    local: a folder of the node; None copies nothing. Returns what commands call the model, the
+    OCTAVO_HOME in which they find it (None: as it was), and a sentence about it. A copy is renamed
+    when it is whole, so several tasks on one node may stage the same model.
+    Raises ModelNotFoundError for a model that is not here, FileError for a disk that cannot be
+    written.
+    """
+    source = find_model(name, environment)
+    if local is None:
+        return name, None, f"weights are read from {source}"
+    home, size = local / "octavo-home", model_bytes(source)
+    called = staged_name(name)
+    target = model_directory(called, replace(environment, home=home))
+    if target is None or source.is_file():
+        target = home / "models" / source.name
+        called = str(target)
+    if not target.exists():
+        with writing(target, "the node's copy of the weights"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(target.parent).free
+            if free < _SPARE * size:
+                return (
+                    name,
+                    None,
+                    f"weights are read from {source}: {local} has {format_bytes(free)} free for "
+                    f"their {format_bytes(size)}",
+                )
+            _copy(source, target)
+    return called, home, f"{format_bytes(size)} of weights are on the node, in {target}"
+
+
+def _copy(source: Path, target: Path) -> None:
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        if source.is_file():
+            shutil.copyfile(source, partial)
+        else:
+            shutil.copytree(source, partial)  # the Hub's cache is links, which are followed
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.exists():  # another task was faster
+                raise
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
