@@ -51,9 +51,13 @@ class Adapters {
     std::int64_t first = 0, outputs = 0, inputs = 0;
     bool is_table = false;
   };
-  using Slot = std::map<std::size_t, LowRankParts>;  // by stack
+  using Slot = std::map<std::size_t, LowRank>;  // by stack
+  using Given = std::vector<const HostLowRank*>;
 
-  Linear pack(const float* values, std::int64_t rows, std::int64_t cols);
+  void check(const HostLowRank& matrix) const;
+  // What the matrices of one stack become.
+  LowRank pack_stack(const Given& matrices);
+  Linear pack_table(const HostLowRank& matrix);
   void publish();
 
   Backend& backend_;

@@ -103,15 +103,20 @@ struct Rope {
   std::int64_t pairs = 0;
 };
 
-// What a LoRA adapter adds to the product of one matrix: b (a x), at the columns first ... of the
-// output of a stack of matrices. Both are plain numbers of the model's dtype.
-struct LowRankPart {
-  std::int64_t first = 0;
-  Linear a, b;
+// What a LoRA adapter adds to the products of a stack of matrices, which read the same x: of each
+// part b (its numbers of a x), in the output's columns first ... All are plain numbers of the
+// model's dtype.
+struct LowRank {
+  struct Part {
+    std::int64_t first = 0;
+    std::int64_t shrunk = 0;  // the first of its numbers of a x, b.inputs of them
+    Linear b;
+  };
+  Linear a;  // the A of all parts, one after another; of the embedding (tokens, rank)
+  std::vector<Part> parts;
 };
-using LowRankParts = std::vector<LowRankPart>;
 // By the place of an adapter, what it adds to a stack; null: nothing.
-using LowRankStack = std::vector<const LowRankParts*>;
+using LowRankStack = std::vector<const LowRank*>;
 
 // The paged keys and values of one layer. The layout within a block is the backend's own.
 struct KvLayer {

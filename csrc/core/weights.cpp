@@ -220,8 +220,14 @@ void Weights::load(const std::string& name, const void* data, DType dtype,
     std::int64_t count = 1;
     for (const std::int64_t size : shape) count *= size;
     std::vector<float> values(static_cast<std::size_t>(count));
-    for (std::int64_t i = 0; i < count; ++i)
-      values[static_cast<std::size_t>(i)] = load_float(data, dtype, i);
+    const auto convert = [&](DType type) {
+      for (std::int64_t i = 0; i < count; ++i)
+        values[static_cast<std::size_t>(i)] = load_float(data, type, i);
+    };
+    if (dtype == DType::f16)
+      convert(DType::f16);  // as a constant: scales of a GGUF file are many
+    else
+      convert(dtype);
     if (place.part == Part::vector) {
       if (place.vector) backend_.upload(place.vector + begin, values.data(), values.size() * 4);
     } else if (place.part == Part::scales) {

@@ -94,6 +94,8 @@ class CpuBackend : public Backend {
     return buffer.as<float>();
   }
 
+  void touch_shares(const Linear& linear, std::int64_t matrix);
+
   // residual += added, where it has data; writes a row of the normalized residual.
   void add_and_norm(float* out, const NormedInput& x, std::int64_t row) const;
 
@@ -121,23 +123,39 @@ class CpuBackend : public Backend {
   void add_experts(View sums, View x, const ExpertWork& work, ThreadPool::Range experts);
   void multiply_all(const std::vector<LinearTask>& tasks);
 
-  // Rows with the same adapter: rows first .. first + count - 1 of a sorted list.
+  // ---- adapters (low_rank.cpp) ----
+
+  // Some rows with the same adapter: rows first .. first + count - 1 of a sorted list.
   struct AdapterRows {
-    const LowRankParts* parts;
+    const LowRank* added;
     std::int64_t first, count;
   };
   struct SortedRows {
     std::vector<std::int64_t> rows;
     std::vector<AdapterRows> groups;
+
+    std::int64_t row(const AdapterRows& group, std::int64_t index) const {
+      return rows[static_cast<std::size_t>(group.first + index)];
+    }
   };
-  // Calls body for groups of rows that are few enough for little memory between.
+  struct LowRankPiece {
+    const AdapterRows* group;
+    const LowRank::Part* part;  // null: of A
+    std::int64_t first_panel, last_panel;
+  };
+  // Calls body for so many rows that what lies between the products is little.
   template <class Body>
   void each_adapter(std::int64_t num_rows, const LowRankStack& stack, const std::int32_t* adapters,
                     Body&& body);
-  template <class Shrink>
-  void expand_rows(View out, const SortedRows& sorted, Shrink&& shrink);
+  View shrunk_rows(const SortedRows& sorted);
+  void shrink_rows(View shrunk, View x, const SortedRows& sorted);
+  void expand_rows(View out, View shrunk, const SortedRows& sorted);
+  // Calls body(piece, memory) for each piece, on any thread; memory: of so many numbers.
+  template <class Body>
+  void each_piece(std::int64_t numbers, Body&& body);
 
   SortedRows adapter_rows_;
+  std::vector<LowRankPiece> low_rank_pieces_;
   Routing routing_;
   std::vector<LinearTask> up_tasks_, down_tasks_;  // of add_experts
   struct ProductPiece {

@@ -1,7 +1,7 @@
 // LoRA adapters: the small products of many of them in one step, as S-LoRA (Sheng et al. 2023) and
-// Punica (Chen et al. 2023) have it. Rows are sorted by adapter, and the products of all adapters
-// are one job, done by the kernels of all other products: so a row's bits depend on the row and its
-// adapter alone.
+// Punica (Chen et al. 2023) have it. Rows are sorted by adapter. All products with A are one job
+// for the threads, then all with B are another, done by the kernels of all other products: so a
+// row's bits depend on the row and its adapter alone.
 
 #include <algorithm>
 
@@ -12,7 +12,10 @@ namespace octavo::cpu {
 
 namespace {
 
-constexpr std::int64_t kRowsAtOnce = 128;
+constexpr std::int64_t kRowsAtOnce = 512;        // of a step: their shrunk rows lie in memory
+constexpr std::int64_t kRowsOfPiece = 32;        // as few as share a read of the weights well
+constexpr std::int64_t kPieceNumbers = 1 << 12;  // results of a piece: they stay in L1
+constexpr std::int64_t kFewestPanels = 4;
 
 LinearTask task_of(const Kernels& kernels, const Linear& matrix, std::int64_t rows) {
   LinearTask task = MatrixTask(matrix, rows);
@@ -36,104 +39,117 @@ void CpuBackend::each_adapter(std::int64_t num_rows, const LowRankStack& stack,
     for (std::int64_t row = 0; stack[slot] && row < num_rows; ++row) {
       if (adapters[row] != static_cast<std::int32_t>(slot)) continue;
       if (!is_open) sorted.groups.push_back({stack[slot], std::int64_t(sorted.rows.size()), 0});
+      is_open = true;
       sorted.rows.push_back(row);
       ++sorted.groups.back().count;
-      is_open = static_cast<std::int64_t>(sorted.rows.size()) < kRowsAtOnce;
-      if (!is_open) flush();
+      if (sorted.groups.back().count == kRowsOfPiece) is_open = false;
+      if (static_cast<std::int64_t>(sorted.rows.size()) < kRowsAtOnce) continue;
+      is_open = false;
+      flush();
     }
   }
   flush();
 }
 
-// The second products, and their addition to `out`. shrink(group, part, task): writes the input of
-// `task`, a row for each row of the group, which is what the first product gives.
-template <class Shrink>
-void CpuBackend::expand_rows(View out, const SortedRows& sorted, Shrink&& shrink) {
+// Memory for what A makes of the rows: enough columns for every adapter.
+View CpuBackend::shrunk_rows(const SortedRows& sorted) {
+  std::int64_t cols = 0;
+  for (const AdapterRows& group : sorted.groups) {
+    for (const LowRank::Part& part : group.added->parts)
+      cols = std::max(cols, part.shrunk + part.b.inputs);
+  }
+  const auto rows = static_cast<std::int64_t>(sorted.rows.size());
+  return {scratch(experts_scratch_, rows * cols), rows, cols, cols};
+}
+
+template <class Body>
+void CpuBackend::each_piece(std::int64_t numbers, Body&& body) {
+  float* memory = scratch(mlp_scratch_, pool_.size() * numbers);
+  pool_.each(static_cast<std::int64_t>(low_rank_pieces_.size()), [&](std::int64_t i, int thread) {
+    body(low_rank_pieces_[static_cast<std::size_t>(i)], Arena(memory + thread * numbers));
+  });
+}
+
+void CpuBackend::shrink_rows(View shrunk, View x, const SortedRows& sorted) {
+  low_rank_pieces_.clear();
   std::int64_t numbers = 0;
-  down_tasks_.clear();
+  const bool are_enough = static_cast<int>(sorted.groups.size()) >= pool_.size();
   for (const AdapterRows& group : sorted.groups) {
-    for (const LowRankPart& part : *group.parts) {
-      down_tasks_.push_back(task_of(kernels_, part.b, group.count));
-      numbers += input_numbers(down_tasks_.back()) + Arena::size(group.count * part.b.outputs);
-    }
+    const std::int64_t panels = num_panels(group.added->a.outputs);
+    const std::int64_t size = are_enough ? panels : 1;
+    for (std::int64_t panel = 0; panel < panels; panel += size)
+      low_rank_pieces_.push_back({&group, nullptr, panel, panel + size});
+    numbers = std::max(numbers, input_numbers(task_of(kernels_, group.added->a, group.count)));
   }
-  Arena arena(scratch(mlp_scratch_, numbers));
-  for (LinearTask& task : down_tasks_) {
+  each_piece(numbers, [&](const LowRankPiece& piece, Arena arena) {
+    const AdapterRows& group = *piece.group;
+    LinearTask task = task_of(kernels_, group.added->a, group.count);
     place_input(task, arena);
-    task.out = arena.take(task.rows * task.outputs);
-    task.out_stride = task.outputs;
-  }
-  std::size_t index = 0;
-  for (const AdapterRows& group : sorted.groups) {
-    for (const LowRankPart& part : *group.parts)
-      shrink(group, part, index, down_tasks_[index]), ++index;
-  }
-  multiply_all(down_tasks_);
-  index = 0;
-  for (const AdapterRows& group : sorted.groups) {
-    for (const LowRankPart& part : *group.parts) {
-      const LinearTask& task = down_tasks_[index++];
-      each_row({nullptr, group.count, task.outputs, task.outputs}, [&](std::int64_t i) {
-        const std::int64_t row = sorted.rows[static_cast<std::size_t>(group.first + i)];
-        kernels_.add(out.row(row) + part.first, task.out + i * task.out_stride, task.outputs);
-      });
+    for (std::int64_t i = 0; i < group.count; ++i)
+      prepare_row(kernels_, task, i, x.row(sorted.row(group, i)), x.cols);
+    task.out = shrunk.row(group.first);
+    task.out_stride = shrunk.stride;
+    kernels_.linear(task, 0, group.count, piece.first_panel, piece.last_panel);
+  });
+}
+
+void CpuBackend::expand_rows(View out, View shrunk, const SortedRows& sorted) {
+  low_rank_pieces_.clear();
+  const auto each_part = [&](auto&& body) {
+    for (const AdapterRows& group : sorted.groups) {
+      for (const LowRank::Part& part : group.added->parts) body(group, part);
     }
-  }
+  };
+  std::int64_t panels = 0, numbers = 0;
+  each_part(
+      [&](const AdapterRows&, const LowRank::Part& part) { panels += num_panels(part.b.outputs); });
+  const std::int64_t fair = std::max(kFewestPanels, panels / (4 * pool_.size()));
+  each_part([&](const AdapterRows& group, const LowRank::Part& part) {
+    const std::int64_t size = std::min(fair, kPieceNumbers / (group.count * kLanes));
+    const std::int64_t end = num_panels(part.b.outputs);
+    for (std::int64_t panel = 0; panel < end; panel += size)
+      low_rank_pieces_.push_back({&group, &part, panel, std::min(end, panel + size)});
+    numbers = std::max(numbers, input_numbers(task_of(kernels_, part.b, group.count)));
+  });
+  each_piece(numbers + kPieceNumbers, [&](const LowRankPiece& piece, Arena arena) {
+    const AdapterRows& group = *piece.group;
+    const LowRank::Part& part = *piece.part;
+    const std::int64_t column = piece.first_panel * kLanes;
+    const std::int64_t width = (piece.last_panel - piece.first_panel) * kLanes;
+    LinearTask task = task_of(kernels_, part.b, group.count);
+    place_input(task, arena);
+    for (std::int64_t i = 0; i < group.count; ++i)
+      prepare_row(kernels_, task, i, shrunk.row(group.first + i) + part.shrunk, part.b.inputs);
+    float* found = arena.take(group.count * width);
+    task.out = found - column;
+    task.out_stride = width;
+    kernels_.linear(task, 0, group.count, piece.first_panel, piece.last_panel);
+    const std::int64_t count = std::min(width, part.b.outputs - column);
+    for (std::int64_t i = 0; i < group.count; ++i)
+      kernels_.add(out.row(sorted.row(group, i)) + part.first + column, found + i * width, count);
+  });
 }
 
 void CpuBackend::add_low_rank(View out, View x, const LowRankStack& stack,
                               const std::int32_t* adapters) {
   each_adapter(x.rows, stack, adapters, [&](const SortedRows& sorted) {
-    // The parts of a stack read the same rows: they are prepared once for each adapter.
-    std::int64_t numbers = 0;
-    up_tasks_.clear();
-    for (const AdapterRows& group : sorted.groups) {
-      for (const LowRankPart& part : *group.parts) {
-        up_tasks_.push_back(task_of(kernels_, part.a, group.count));
-        numbers += Arena::size(group.count * part.a.outputs);
-      }
-      numbers += input_numbers(up_tasks_.back());
-    }
-    Arena arena(scratch(experts_scratch_, numbers));
-    std::size_t index = 0;
-    for (const AdapterRows& group : sorted.groups) {
-      LinearTask& first = up_tasks_[index];
-      place_input(first, arena);
-      each_row({nullptr, group.count, x.cols, x.cols}, [&](std::int64_t i) {
-        const std::int64_t row = sorted.rows[static_cast<std::size_t>(group.first + i)];
-        prepare_row(kernels_, first, i, x.row(row), x.cols);
-      });
-      for (std::size_t part = 0; part < group.parts->size(); ++part) {
-        LinearTask& task = up_tasks_[index++];
-        task.x = first.x;
-        task.out = arena.take(task.rows * task.outputs);
-        task.out_stride = task.outputs;
-      }
-    }
-    multiply_all(up_tasks_);
-    expand_rows(
-        out, sorted,
-        [&](const AdapterRows& group, const LowRankPart&, std::size_t index, LinearTask& task) {
-          const LinearTask& shrunk = up_tasks_[index];
-          for (std::int64_t i = 0; i < group.count; ++i)
-            prepare_row(kernels_, task, i, shrunk.out + i * shrunk.out_stride, shrunk.outputs);
-        });
+    const View shrunk = shrunk_rows(sorted);
+    shrink_rows(shrunk, x, sorted);
+    expand_rows(out, shrunk, sorted);
   });
 }
 
 void CpuBackend::add_low_rank_rows(View out, const LowRankStack& stack, const Step& step) {
   each_adapter(out.rows, stack, step.adapters, [&](const SortedRows& sorted) {
-    expand_rows(
-        out, sorted,
-        [&](const AdapterRows& group, const LowRankPart& part, std::size_t, LinearTask& task) {
-          std::vector<float> numbers(static_cast<std::size_t>(part.a.inputs));
-          for (std::int64_t i = 0; i < group.count; ++i) {
-            const std::int64_t row = sorted.rows[static_cast<std::size_t>(group.first + i)];
-            const std::int32_t id = step.token_ids[row];
-            unpack_row(numbers.data(), part.a, id >= 0 ? id : step.sampled[-1 - id], false);
-            prepare_row(kernels_, task, i, numbers.data(), part.a.inputs);
-          }
-        });
+    const View shrunk = shrunk_rows(sorted);
+    for (const AdapterRows& group : sorted.groups) {
+      for (std::int64_t i = 0; i < group.count; ++i) {
+        const std::int32_t id = step.token_ids[sorted.row(group, i)];
+        unpack_row(shrunk.row(group.first + i), group.added->a,
+                   id >= 0 ? id : step.sampled[-1 - id], false);
+      }
+    }
+    expand_rows(out, shrunk, sorted);
   });
 }
 

@@ -97,7 +97,7 @@ inline void prepare_row(const Kernels& kernels, const LinearTask& task, std::int
   kernels.prepare_input(task, row, memory + row * task.x_stride, x, inputs);
 }
 
-// Writes a row of an embedding table to `out`, or adds it (linear.cpp).
+// Writes a row of an embedding table to `out`, or adds it (pack.cpp).
 void unpack_row(float* out, const Linear& table, std::int64_t row, bool add);
 
 }  // namespace octavo::cpu

@@ -124,7 +124,7 @@ class CudaBackend : public Backend {
   Buffer low_rank_table_;
   const LowRankStack* low_rank_stacks_ = nullptr;  // the first stack
   std::size_t low_rank_slots_ = 0;
-  std::int64_t max_rank_ = 0, max_tokens_ = 0;
+  std::int64_t max_shrunk_ = 0, max_tokens_ = 0;
   const TileRows tile_rows_ = TileRows::read_environment();
   std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is missing
   cudaEvent_t events_[2] = {};

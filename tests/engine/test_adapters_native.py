@@ -68,12 +68,31 @@ def test_bits_do_not_depend_on_the_neighbours(dtype: str) -> None:
 
 
 def test_many_rows_of_one_adapter() -> None:
-    """More rows than are computed at once: each is as it would be alone."""
+    """More rows than a piece has, and than are computed at once: each is as it would be alone."""
     spec = SPECS["aligned"]
-    runtime = runtime_with(spec, adapters_of(spec), num_blocks=64, max_num_batched_tokens=400)
-    crowd = [(prompt(i, 30), i % 2, 2 * i) for i in range(8)]
-    for sequence, found in zip(crowd, logits(runtime, crowd), strict=True):
+    options: dict[str, Any] = {"num_blocks": 64, "max_num_batched_tokens": 640, "max_num_seqs": 20}
+    runtime = runtime_with(spec, adapters_of(spec), **options)
+    crowd = [(prompt(i, 30), i % 3 // 2, 2 * i) for i in range(20)]
+    for sequence, found in list(zip(crowd, logits(runtime, crowd), strict=True))[::3]:
         assert same_bits(logits(runtime, [sequence])[0], found)
+
+
+def test_parts_that_share_a() -> None:
+    """As those of a fused matrix do: the same bits as with an A of their own each."""
+    spec = SPECS["tied"]
+    own = adapters_of(spec)[1].native()  # of rank 16: three times that fill whole panels
+    a = own["layers.0.q"][0]
+    shared = {**own, "layers.0.k": (a, own["layers.0.k"][1])}
+    apart = {**own, "layers.0.k": (a.copy(), own["layers.0.k"][1])}
+    runtime = runtime_with(spec, [])
+    sequence = (prompt(2, 8), 0, 0)
+    found, weights = [], []
+    for matrices in (shared, apart, own):
+        runtime.load_adapter(0, matrices)
+        found.append(logits(runtime, [sequence])[0])
+        weights.append(runtime.memory()["weights"])
+    assert same_bits(found[0], found[1]) and not same_bits(found[1], found[2])
+    assert weights[0] < weights[1] == weights[2]
 
 
 def test_a_step_without_adapters_is_as_ever() -> None:

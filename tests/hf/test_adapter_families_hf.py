@@ -8,17 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from adapter_helpers import adapter_config, random_adapter, write_adapter
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 
 from hf.family_models import VOCAB, make_model
+from hf.hf_adapters import adapted_by_peft, read_adapted, read_definition, trained_numbers
 from hf.hf_models import hf_logits
 from octavo.cli import main
 from octavo.errors import UnsupportedModelError
-from octavo.models.adapter import Adapter
 from octavo.quantize.merge import merge_directory
-from octavo.reference.llama import ReferenceModel
 from octavo.weights.adapter import read_adapter
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model
@@ -46,42 +44,15 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def make_adapter(case: str, directory: Path) -> PeftModel:
-    """A model and a random adapter in `directory`; returns PEFT's own of both."""
-    model = make_model(case)
-    model.save_pretrained(directory / "model")
-    settings = {"r": 5, "lora_alpha": 12, "task_type": "CAUSAL_LM", "init_lora_weights": False}
-    torch.manual_seed(8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = get_peft_model(model, LoraConfig(**{**settings, **CASES[case][0]})).eval()
-        with torch.no_grad():
-            for name, weight in adapted.named_parameters():
-                if "lora_" in name:  # so that A x has the size of x, and B A x a third of it
-                    weight.copy_(torch.randn_like(weight) * max(weight.shape[1], 12) ** -0.5)
-        adapted.save_pretrained(directory / "adapter")
-    return adapted
-
-
-def read(directory: Path) -> tuple[Adapter, ReferenceModel, ReferenceModel]:
-    """The adapter, and the definition with it and without."""
-    files = read_model(directory / "model")
-    checkpoint = open_checkpoint(files)
-    weights = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
-    adapter = read_adapter(directory / "adapter", files, checkpoint)
-    with_it = ReferenceModel(files.spec, weights, adapter=adapter)
-    return adapter, with_it, ReferenceModel(files.spec, weights)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_definition_gives_the_logits_of_peft(case: str, tmp_path: Path) -> None:
-    theirs = make_adapter(case, tmp_path)
-    adapter, ours, without = read(tmp_path)
+    theirs = adapted_by_peft(make_model(case), tmp_path, **CASES[case][0])
+    adapter, ours, without = read_adapted(tmp_path)
     tokens = np.random.default_rng(1).integers(0, VOCAB, 37).astype(np.int32)
     expected = hf_logits(theirs, tokens)
     np.testing.assert_allclose(ours.forward(tokens), expected, rtol=0, atol=1e-3)
     assert np.abs(without.forward(tokens) - expected).max() > 0.1  # the adapter does something
-    trained = sum(w.numel() for name, w in theirs.named_parameters() if "lora_" in name)
+    trained = trained_numbers(theirs)
     assert (adapter.num_parameters, len(adapter.matrices)) == (trained, CASES[case][1])
 
 
@@ -90,7 +61,7 @@ def test_octavo_diff_against_peft(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The native core, tap by tap."""
-    make_adapter(case, tmp_path)
+    adapted_by_peft(make_model(case), tmp_path, **CASES[case][0])
     model, adapter = str(tmp_path / "model"), str(tmp_path / "adapter")
     options = ["--against", "hf", "--random", "30", "--adapter", adapter]
     assert main(["diff", model, *options]) == 0, capsys.readouterr().out
@@ -99,14 +70,13 @@ def test_octavo_diff_against_peft(
 
 @pytest.mark.parametrize("case", CASES)
 def test_merged_as_peft_merges(case: str, tmp_path: Path) -> None:
-    theirs = make_adapter(case, tmp_path)
+    theirs = adapted_by_peft(make_model(case), tmp_path, **CASES[case][0])
     merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
-    merged = open_checkpoint(read_model(tmp_path / "out"))
-    _, ours, _ = read(tmp_path)
-    tokens = np.random.default_rng(2).integers(0, VOCAB, 29).astype(np.int32)
     files = read_model(tmp_path / "out")
-    weights = {name: tensor.to_float32() for name, tensor in merged.items()}
-    found = ReferenceModel(files.spec, weights).forward(tokens)
+    merged = open_checkpoint(files)
+    _, ours, _ = read_adapted(tmp_path)
+    tokens = np.random.default_rng(2).integers(0, VOCAB, 29).astype(np.int32)
+    found = read_definition(tmp_path, "out").forward(tokens)
     np.testing.assert_allclose(found, ours.forward(tokens), rtol=0, atol=1e-3)
     if read_model(tmp_path / "model").spec.tie_word_embeddings != files.spec.tie_word_embeddings:
         return  # PEFT changes head and embedding at once: tests/hf/test_adapter_hf.py
@@ -140,15 +110,13 @@ def test_adapters_of_single_experts_are_merged(
     settings = adapter_config(target_modules=list(names), lora_dropout=0.0)
     write_adapter(tmp_path / "adapter", random_adapter({}, names, shapes=shapes), settings)
     merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
-    files = read_model(tmp_path / "out")
-    weights = {name: tensor.to_float32() for name, tensor in open_checkpoint(files).items()}
     tokens = np.random.default_rng(3).integers(0, VOCAB, 29).astype(np.int32)
     before = hf_logits(model, tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     expected = hf_logits(theirs, tokens)
-    found = ReferenceModel(files.spec, weights).forward(tokens)
+    found = read_definition(tmp_path, "out").forward(tokens)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
     assert np.abs(before - expected).max() > 0.1
 
@@ -174,29 +142,15 @@ def test_adapters_of_stacked_experts_are_merged(
 ) -> None:
     """`target_parameters`, as PEFT trains experts of transformers 5."""
     model = make_model(case)
-    model.save_pretrained(tmp_path / "model")
-    settings = {"r": 3, "lora_alpha": 7, "task_type": "CAUSAL_LM", "init_lora_weights": False}
-    torch.manual_seed(8)
     tokens = np.random.default_rng(3).integers(0, VOCAB, 29).astype(np.int32)
     before = hf_logits(model, tokens)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = LoraConfig(**{**settings, "target_parameters": parameters, **more})
-        theirs = get_peft_model(model, config).eval()
-        with torch.no_grad():
-            for name, weight in theirs.named_parameters():
-                if "lora_" in name:
-                    weight.copy_(torch.randn_like(weight) * 0.3)
-        theirs.save_pretrained(tmp_path / "adapter")
+    theirs = adapted_by_peft(model, tmp_path, target_parameters=parameters, **{"r": 3, **more})
     expected = hf_logits(theirs, tokens)
     merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
-    files = read_model(tmp_path / "out")
-    weights = {name: tensor.to_float32() for name, tensor in open_checkpoint(files).items()}
-    found = ReferenceModel(files.spec, weights).forward(tokens)
+    found = read_definition(tmp_path, "out").forward(tokens)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
     assert np.abs(before - expected).max() > 0.1
     adapter = read_adapter(tmp_path / "adapter", read_model(tmp_path / "model"), to_merge=True)
-    trained = sum(w.numel() for name, w in theirs.named_parameters() if "lora_" in name)
-    assert adapter.num_parameters == trained
+    assert adapter.num_parameters == trained_numbers(theirs)
     with pytest.raises(UnsupportedModelError, match="target_parameters names experts"):
         read_adapter(tmp_path / "adapter", read_model(tmp_path / "model"))

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 
+from hf.hf_adapters import adapted_by_peft, read_adapted, read_definition, trained_numbers
 from hf.hf_models import SHAPES, hf_logits, make_hf_model
 from octavo.cli import main
-from octavo.models.adapter import Adapter
 from octavo.quantize.merge import merge_directory
-from octavo.reference.llama import ReferenceModel
-from octavo.weights.adapter import read_adapter
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model
 
@@ -52,41 +50,18 @@ def make_adapter(case: str, directory: Path, dtype: torch.dtype = torch.float32)
     """A model and a random adapter in `directory`; returns PEFT's own of both."""
     shape, options = CASES[case]
     model = make_hf_model(SHAPES[shape], seed=3).to(dtype)
-    model.save_pretrained(directory / "model")
-    settings = {"r": 5, "lora_alpha": 12, "task_type": "CAUSAL_LM", "lora_dropout": 0.1}
-    config = LoraConfig(**{**settings, "init_lora_weights": False, **options})
-    torch.manual_seed(8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a tied head: merging it is octavo's matter
-        adapted = get_peft_model(model, config).eval()
-        with torch.no_grad():
-            for name, weight in adapted.named_parameters():
-                if "lora_" in name:  # so that A x has the size of x, and B A x a third of it
-                    weight.copy_(torch.randn_like(weight) * max(weight.shape[1], 12) ** -0.5)
-        adapted.save_pretrained(directory / "adapter")
-    return adapted
-
-
-def read(directory: Path) -> tuple[Adapter, ReferenceModel, ReferenceModel]:
-    """The adapter, and the definition with it and without."""
-    files = read_model(directory / "model")
-    checkpoint = open_checkpoint(files)
-    weights = {name: tensor.to_float32() for name, tensor in checkpoint.items()}
-    adapter = read_adapter(directory / "adapter", files, checkpoint)
-    with_it = ReferenceModel(files.spec, weights, adapter=adapter)
-    return adapter, with_it, ReferenceModel(files.spec, weights)
+    return adapted_by_peft(model, directory, lora_dropout=0.1, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_definition_gives_the_logits_of_peft(case: str, tmp_path: Path) -> None:
     theirs = make_adapter(case, tmp_path)
-    adapter, ours, without = read(tmp_path)
+    adapter, ours, without = read_adapted(tmp_path)
     tokens = np.random.default_rng(1).integers(0, 307, 23).astype(np.int32)
     expected = hf_logits(theirs, tokens)
     np.testing.assert_allclose(ours.forward(tokens), expected, rtol=0, atol=1e-3)
     assert np.abs(without.forward(tokens) - expected).max() > 0.1  # the adapter does something
-    trained = sum(w.numel() for name, w in theirs.named_parameters() if "lora_" in name)
-    assert adapter.num_parameters == trained
+    assert adapter.num_parameters == trained_numbers(theirs)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -131,10 +106,8 @@ def test_octavo_diff_against_peft(
 
 def test_the_merged_model_answers_as_the_adapter(tmp_path: Path) -> None:
     make_adapter("tied_head", tmp_path)
-    _, ours, _ = read(tmp_path)
+    _, ours, _ = read_adapted(tmp_path)
     merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
-    files = read_model(tmp_path / "out")
-    weights = {name: tensor.to_float32() for name, tensor in open_checkpoint(files).items()}
     tokens = np.random.default_rng(2).integers(0, 307, 19).astype(np.int32)
-    merged = ReferenceModel(files.spec, weights).forward(tokens)
+    merged = read_definition(tmp_path, "out").forward(tokens)
     np.testing.assert_allclose(merged, ours.forward(tokens), rtol=0, atol=2e-4)

@@ -17,8 +17,10 @@ from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.models.registry import find_family
 from octavo.quantization.apply import dequantized
 from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.convert import convert_gguf
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import read_folder, read_model
+from octavo.weights.safetensors import open_weight_files
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -37,6 +39,22 @@ def test_a_file_is_what_the_directory_is(case: str, tmp_path: Path) -> None:
         if source.transform == "plus_one":
             expected = expected + 1
         np.testing.assert_array_equal(checkpoint[name].to_float32(), expected, err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_converted_directory_has_the_tensors_of_hugging_face(case: str, tmp_path: Path) -> None:
+    """Fused matrices whole, in the order of their rows; norms without the one that GGUF adds."""
+    weights = write(tmp_path / "model.gguf", case)
+    directory = tmp_path / "converted"
+    directory.mkdir()
+    convert_gguf(tmp_path / "model.gguf", directory)
+    found = open_weight_files(directory)
+    assert found.infos.keys() == weights.keys()
+    for name, expected in weights.items():
+        is_rounded = case.startswith("gemma") and name.endswith("norm.weight")  # w + 1 - 1
+        np.testing.assert_allclose(
+            found.read(name).data, expected, rtol=0, atol=5e-7 * is_rounded, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("case", CASES)

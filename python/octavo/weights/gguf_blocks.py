@@ -22,7 +22,7 @@ Bytes = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 
 GROUP = 32
-_CHUNK = 1 << 16  # bytes of blocks converted in one go: they and their results stay in cache
+_CHUNK = 1 << 17  # bytes of blocks converted in one go: they and their results stay in cache
 _MAX_THREADS = 8
 
 
@@ -75,20 +75,23 @@ def convert_blocks(raw: Bytes, source: BlockFormat) -> Codes:
     )
     step = max(1, _CHUNK // source.block_bytes)
 
-    def convert(begin: int) -> None:
-        part = slice(begin, begin + step)
-        with np.errstate(all="ignore"):  # the numbers of a damaged block may be anything
-            for whole, values in zip(found, source.convert(blocks[part]), strict=True):
-                if whole is not None:
-                    whole[part] = values
+    def convert(begin: int, end: int) -> None:
+        for first in range(begin, end, step):
+            part = slice(first, min(first + step, end))
+            with np.errstate(all="ignore"):  # the numbers of a damaged block may be anything
+                values = source.convert(blocks[part])
+            copy_rows(found.codes[part], values.codes)
+            found.scales[part] = values.scales
+            if found.zeros is not None:
+                found.zeros[part] = values.zeros
 
-    begins = range(0, len(blocks), step)
-    if len(begins) < 2:
-        for begin in begins:
-            convert(begin)
-    else:
-        with ThreadPoolExecutor(_usable_cores()) as pool:
-            for _ in pool.map(convert, begins):
+    threads = min(_usable_cores(), len(blocks) // step)
+    if threads < 2:
+        convert(0, len(blocks))
+    else:  # a share each: a task for each chunk would cost more than the chunk
+        ends = [len(blocks) * k // threads for k in range(threads + 1)]
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(convert, ends, ends[1:]):
                 pass
     zeros = None if found.zeros is None else found.zeros.reshape(num_rows, -1)
     return Codes(found.codes.reshape(num_rows, -1), found.scales.reshape(num_rows, -1), zeros)
@@ -99,6 +102,20 @@ def _usable_cores() -> int:
     return min(count or 1, _MAX_THREADS)
 
 
+def copy_rows(to: npt.NDArray[Any], rows: npt.NDArray[Any]) -> None:
+    """to = rows. Both (rows, bytes), numbers of a byte; whole rows are copied, not bytes."""
+    if rows.strides[1] != 1:
+        to[...] = rows
+        return
+    row = f"V{rows.shape[1]}"
+    to.view(row)[...] = rows.view(row)
+
+
+def view_halves(blocks: Bytes, first: int) -> npt.NDArray[np.float16]:
+    """The float16 number at byte `first`, an even one, of each block: (blocks, 1), a view."""
+    return np.ascontiguousarray(blocks).view("<f2")[:, first // 2 : first // 2 + 1]
+
+
 def read_halves(blocks: Bytes, first: int) -> Float32:
-    """The float16 number at byte `first` of each block: (blocks, 1)."""
-    return np.ascontiguousarray(blocks[:, first : first + 2]).view("<f2").astype(np.float32)
+    """`view_halves` in float32."""
+    return view_halves(blocks, first).astype(np.float32)

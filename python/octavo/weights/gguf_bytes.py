@@ -25,13 +25,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from octavo.models.spec import WeightFormat
-from octavo.weights.gguf_blocks import GROUP, BlockFormat, Bytes, Codes, Float32, read_halves
+from octavo.weights.gguf_blocks import (
+    GROUP,
+    BlockFormat,
+    Bytes,
+    Codes,
+    Float32,
+    read_halves,
+    view_halves,
+)
 from octavo.weights.gguf_nibbles import read_q4_k
 
 ROUNDED = "rounded to 8 bits in groups of 32"
@@ -42,13 +50,14 @@ _PLACES = np.arange(0, 8, 2, dtype=np.uint8)[:, None]  # of four codes of 2 bits
 class Numbers(NamedTuple):
     """Numbers of blocks: step * code + offset, or code * step in types without offsets.
 
-    codes: int8 (blocks, inputs), from `least` to `greatest`. steps, offsets: (blocks, parts).
+    codes: int8 (blocks, inputs), from `least` to `greatest`. steps, offsets: (blocks, parts); steps
+    are float16 where scales are the file's.
     """
 
     codes: npt.NDArray[np.int8]
     least: int
     greatest: int
-    steps: Float32
+    steps: npt.NDArray[Any]
     offsets: Float32 | None = None
 
 
@@ -120,7 +129,7 @@ def _to_codes(values: Float32) -> npt.NDArray[np.int8]:
 
 
 def _read_q8_0(blocks: Bytes) -> Numbers:
-    return Numbers(blocks[:, 2:].view(np.int8), -128, 127, read_halves(blocks, 0))
+    return Numbers(blocks[:, 2:].view(np.int8), -128, 127, view_halves(blocks, 0))
 
 
 def _fives(low: Bytes, high: Bytes) -> npt.NDArray[np.int8]:
@@ -132,7 +141,7 @@ def _fives(low: Bytes, high: Bytes) -> npt.NDArray[np.int8]:
 
 def _read_q5_0(blocks: Bytes) -> Numbers:
     codes = _fives(blocks[:, 6:], blocks[:, 2:6]) - np.int8(16)
-    return Numbers(codes, -16, 15, read_halves(blocks, 0))
+    return Numbers(codes, -16, 15, view_halves(blocks, 0))
 
 
 def _read_q5_1(blocks: Bytes) -> Numbers:

@@ -22,12 +22,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from octavo.models.spec import UNIFORM_LEVELS, WeightFormat
-from octavo.weights.gguf_blocks import GROUP, BlockFormat, Bytes, Codes, Float32, read_halves
+from octavo.weights.gguf_blocks import (
+    GROUP,
+    BlockFormat,
+    Bytes,
+    Codes,
+    Float32,
+    copy_rows,
+    read_halves,
+    view_halves,
+)
 
 FINE_LEVELS = tuple(range(-120, 121, 16))
 # llama.cpp's kvalues_iq4nl.
@@ -39,10 +49,10 @@ FINE_DIFFERENCE = "within a 32nd of a step"
 class Groups(NamedTuple):
     """Of blocks, by groups of 32 numbers: steps (blocks, groups), and offsets in formats with one.
 
-    A number is step * (code or level) + offset.
+    A number is step * (code or level) + offset. Steps are float16 where scales are the file's.
     """
 
-    steps: Float32
+    steps: npt.NDArray[Any]
     offsets: Float32 | None = None
 
 
@@ -73,15 +83,16 @@ def _pair_halves(codes: Bytes, run: int, out: Bytes) -> None:
     codes: (blocks, bytes); of each run of bytes, the lower halves are its first codes and the upper
     halves the ones after them. out: of the same shape.
     """
-    words = np.ascontiguousarray(codes).view("<u2").reshape(-1, run // 2)
+    together = np.empty(codes.shape, np.uint8)
+    copy_rows(together, codes)
+    words = together.view("<u2").reshape(-1)
     halves = out.reshape(-1, 2, run // 2)
-    lower = words & np.uint16(0x0F0F)
-    lower |= lower >> np.uint16(4)
-    np.copyto(halves[:, 0], lower, casting="unsafe")  # the lower byte of each word
-    upper = words >> np.uint16(4)
-    upper &= np.uint16(0x0F0F)
-    upper |= upper >> np.uint16(4)
-    np.copyto(halves[:, 1], upper, casting="unsafe")
+    for half in range(2):
+        fours = words >> np.uint16(4 * half)
+        fours &= np.uint16(0x0F0F)
+        fours |= fours >> np.uint16(4)
+        # The lower byte of each word.
+        copy_rows(halves[:, half], fours.astype(np.uint8).reshape(-1, run // 2))
 
 
 def _place_zeros(groups: Groups, offsets: Float32, codes: Bytes) -> tuple[Float32, Float32]:
@@ -122,7 +133,7 @@ def _round_again(steps: Float32, offsets: Float32, packed: Bytes) -> tuple[Float
 
 
 def _read_q4_0(blocks: Bytes) -> Groups:
-    return Groups(read_halves(blocks, 0))
+    return Groups(view_halves(blocks, 0))
 
 
 def _read_q4_1(blocks: Bytes) -> Groups:
