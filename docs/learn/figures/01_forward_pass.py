@@ -30,10 +30,11 @@ p.label(384, 172, "a layer", size=15)
 p.label(376, 354, "norm, then")
 p.label(376, 372, "the head")
 p.arrow((331, 364), (331, 386))
-for number, (word, share) in enumerate([(" Paris", 60), (" the", 22), (" a", 15)]):
+for number, (word, share) in enumerate([("Paris", 77), ("the", 6), ("London", 1)]):
     y = 398 + number * 26
     p.text(250, y + 15, word, anchor="end")
-    p.box(258, y, share * 1.8, 20, "", "blue", radius=2)
+    p.box(258, y, max(share * 1.8, 3), 20, "", "blue", radius=2)
+    p.label(266 + max(share * 1.8, 3), y + 15, f"{share} %")
 p.text(120, 410, "the last row becomes", size=13, colour="soft")
 p.text(120, 428, "49,152 scores: one for", size=13, colour="soft")
 p.text(120, 446, "every token there is", size=13, colour="soft")

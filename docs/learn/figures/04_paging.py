@@ -42,8 +42,6 @@ for block in range(8):
 p.label(372, POOL + 18 + 1 * 31 + 10, "three places", size=12)
 p.label(372, POOL + 18 + 1 * 31 + 24, "wait for A's", size=12)
 p.label(372, POOL + 18 + 1 * 31 + 38, "next tokens", size=12)
-p.text(
-    240, 512, "Where is A's token 5, “mat”?  5 = 1 × 4 + 1: in A's block 1, at place 1.", size=13
-)
-p.text(240, 530, "The table's entry 1 is 6. So it is in block 6 of the pool, at place 1.", size=13)
+p.text(240, 512, "Where is A's token 5, “mat”? 5 = 1 × 4 + 1: in A's block 1, at place 1.", size=13)
+p.text(240, 530, "The table's entry 1 is 6. So it is in block 6 of the pool, place 1.", size=13)
 p.save()

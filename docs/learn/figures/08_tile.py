@@ -3,7 +3,7 @@
 from picture import Picture
 
 p = Picture(
-    404, "A tile of results reads a strip of A and a strip of B, and uses each number 4 times"
+    420, "A tile of results reads a strip of A and a strip of B, and uses each number 4 times"
 )
 SIDE, CELLS = 15, 8
 

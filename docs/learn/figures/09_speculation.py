@@ -16,7 +16,7 @@ for place, word in enumerate([KNOWN[-1], *GUESSES]):
     )
     p.arrow((168 + place * W, 158), (168 + place * W, 190))
 p.label(16, 147, "in")
-p.label(16, 211, "the model's choice")
+p.label(16, 211, "model's choice")
 for place, word in enumerate([*CHOICES, "it"]):
     right = place < 2
     p.box(
@@ -40,6 +40,6 @@ p.label(
 for place, word in enumerate([*KNOWN, "on", "the", "mat"]):
     colour = "blue" if place < 3 else ("green" if place < 5 else "orange")
     p.box(16 + place * W, 322, W - 6, 28, word, colour)
-p.label(16, 380, "Three tokens for one reading of the weights. What the model says after")
-p.label(16, 400, "a wrong guess is thrown away: it followed a word that is not there.")
+p.label(16, 380, "Three tokens for one reading of the weights. What follows a wrong")
+p.label(16, 400, "guess is thrown away: its row looked at a word that is not there.")
 p.save()

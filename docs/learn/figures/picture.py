@@ -71,6 +71,12 @@ class Picture:
         anchor: str = "middle", bold: bool = False,
     ) -> None:  # fmt: skip
         """Text whose base line is at y; anchor: what of it is at x: start, middle or end."""
+        across = len(text) * size * 0.505
+        left = x - across * {"start": 0, "middle": 0.5, "end": 1}[anchor]
+        if left < 0 or left + across > WIDTH:
+            raise ValueError(
+                f"{text!r} at {x:g} runs over the edge; expected at most {WIDTH} units"
+            )
         weight = ' font-weight="600"' if bold else ""
         self.parts.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" text-anchor="{anchor}"{weight}'
