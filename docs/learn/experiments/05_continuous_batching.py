@@ -19,13 +19,15 @@ def run(groups: list[list[int]]) -> tuple[float, list[int], list[list[int]]]:
     for group in groups:
         for number in group:
             params = SamplingParams(temperature=0, max_tokens=LENGTHS[number], ignore_eos=True)
-            engine.add_request(str(number), llm.tokenizer.encode(PROMPTS[number]), params)
+            engine.add_request(
+                str(number), llm.tokenizer.encode(PROMPTS[number]), params, stream=True
+            )
         while engine.has_unfinished_requests:
             chunks = engine.step()
             busy.append(len({chunk.request_id for chunk in chunks}))
             for chunk in chunks:
                 answers.setdefault(int(chunk.request_id), []).extend(chunk.token_ids)
-    return time.perf_counter() - start, busy, [answers[number] for number in range(REQUESTS)]
+    return time.perf_counter() - start, busy, [answers.get(n) for n in range(REQUESTS)]
 
 
 numbers = list(range(REQUESTS))

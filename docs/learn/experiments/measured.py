@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from octavo.config import EngineConfig, read_environment
 from octavo.machine import processor
 from octavo.models.kv_groups import with_kv_groups
 from octavo.reference.llama import ReferenceModel
-from octavo.runtime.loader import load_runtime
+from octavo.runtime.loader import LoadedRuntime, load_runtime
 from octavo.runtime.session import Session
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import open_checkpoint
@@ -43,13 +44,22 @@ def load_reference() -> tuple[ReferenceModel, Tokenizer]:
     return ReferenceModel(files.spec, weights), Tokenizer(files.folder)
 
 
-def load_session(**options: Any) -> Session:
-    """SmolLM2 in octavo's native core, to be stepped by hand; options: of EngineConfig."""
+def load_tokenizer() -> Tokenizer:
+    """SmolLM2's."""
+    return Tokenizer(resolve_model(MODEL, read_environment()))
+
+
+def load_core(**options: Any) -> LoadedRuntime:
+    """SmolLM2 in octavo's native core; options: of EngineConfig."""
     config = EngineConfig(**{"max_model_len": 1024, **options})
     files = read_model(resolve_model(MODEL, read_environment()))
-    spec = with_kv_groups(files.spec, config.max_model_len)
-    files = type(files)(**{**vars(files), "spec": spec})
-    return Session(load_runtime(files, open_checkpoint(files), config))
+    files = replace(files, spec=with_kv_groups(files.spec, config.max_model_len))
+    return load_runtime(files, open_checkpoint(files), config)
+
+
+def load_session(**options: Any) -> Session:
+    """The same, to be stepped by hand."""
+    return Session(load_core(**options))
 
 
 def seconds_of(work: Callable[[], Any], repetitions: int = 3) -> float:
