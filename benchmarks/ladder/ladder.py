@@ -13,8 +13,8 @@ Each rung sends other tokens to the same native core, with the same weights (Smo
     continuous   who is done leaves and who waits joins, before any step (chapter 5)
 
 The last three have the same memory for keys and values. If no block is free, the request that came
-last gives its blocks back and is computed again later. The gate: a rung counts only if it gives each
-request the same tokens as the first rung does.
+last gives its blocks back and is computed again later. The gate: a rung counts only if it gives
+each request the same tokens as the first rung does.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def together(core: Core, sequences: list[Sequence], has_rooms: bool, joins: bool
             free += sequence.table
 
 
-RUNGS = {
+RUNGS: dict[str, Callable[[Core, list[Sequence]], None]] = {
     "naive": lambda core, sequences: alone(core, sequences, has_cache=False),
     "cache": lambda core, sequences: alone(core, sequences, has_cache=True),
     "batch": lambda core, sequences: together(core, sequences, has_rooms=True, joins=False),

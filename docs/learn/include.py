@@ -1,4 +1,4 @@
-"""Copies programs, their output and tables of figures into the chapters, so that they cannot differ.
+"""Copies programs, their output and tables into the chapters, so that they cannot differ.
 
     python docs/learn/include.py            # rewrites the chapters
     python docs/learn/include.py --check    # ends with an error where a chapter is out of date

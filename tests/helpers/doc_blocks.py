@@ -34,7 +34,7 @@ NOT_RUN = {
     r"--device cuda|^nvcc ": "needs a GPU or nvcc",
     r"--against hf|--judge": "needs torch and transformers; tests/hf does it",
     r"^(VAR=\S+ )?make |^CUDA_EMULATOR_\w+=": "builds or tests; other stages of CI do it",
-    r"pip install|python3 -m venv|^git clone|^cmake |\.venv/bin/activate": "installs octavo; so does make test",
+    r"pip install|python3 -m venv|^git clone|^cmake |\.venv/bin/activate": "installs octavo",
     r"^python -m pytest": "tests; the stage test of CI does it",
     r"--api-key|lm_eval": "needs another package",
 }

@@ -31,8 +31,8 @@ plot = axes()
 colours = [COLOURS["orange"], *[COLOURS["blue"]] * len(SIZES)]
 bars = plot.bar(names, [100 * part for _, part in results], color=colours)
 plot.bar_label(bars, [str(count) for count, _ in results], color=COLOURS["ink"], padding=2)
-plot.set(xlabel="rooms of 2,048 tokens, or tokens in a block", ylabel="memory that holds a token (%)",
-         ylim=(0, 112))  # fmt: skip
+plot.set(xlabel="rooms of 2,048 tokens, or tokens in a block", ylim=(0, 112))
+plot.set_ylabel("memory that holds a token (%)")
 plot.grid(axis="x", visible=False)
 table = [["memory is dealt out in", "sequences that fit", "memory that holds a token"]]
 table += [

@@ -1,4 +1,4 @@
-"""The same 24 requests in static batches of 8, and in a batch that is joined and left at any step."""
+"""The same 24 requests in static batches of 8, and in a batch that changes at any step."""
 
 import time
 

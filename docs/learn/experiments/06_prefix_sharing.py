@@ -1,4 +1,4 @@
-"""The time to the first token behind a system prompt, the first time and when it is in the cache."""
+"""The time to the first token behind a prefix, the first time and when it is in the cache."""
 
 import time
 
@@ -33,8 +33,8 @@ plot.plot(
     LENGTHS, [1000 * t for t in cold], color=COLOURS["orange"], marker="o", label="first request"
 )
 plot.plot(LENGTHS, [1000 * t for t in warm], color=COLOURS["blue"], marker="o", label="later ones")
-plot.set(xlabel="tokens of the common prefix", ylabel="time to the first token (ms)", ylim=(0, None),
-         xlim=(0, None))  # fmt: skip
+plot.set(xlabel="tokens of the common prefix", ylabel="time to the first token (ms)")
+plot.set(xlim=(0, None), ylim=(0, None))
 plot.legend()
 table = [["common prefix", "first request", "later ones", "gain"]]
 for length, slow, fast in zip(LENGTHS, cold, warm, strict=True):

@@ -1,4 +1,4 @@
-"""What fewer bits cost: SmolLM2 with the matrices of its layers rounded to 3 to 8 bits, one scale for many or few.
+"""What fewer bits cost: SmolLM2 with the matrices of its layers in 3 to 8 bits.
 
 The cost is the KL divergence, in nats a token, of the rounded model's probabilities from the exact
 ones: 0 where both expect the same. SmolLM2's weights have been rounded once before they came here,
@@ -16,8 +16,8 @@ SHARING = {"a scale for a matrix": 0, "a scale for a row": -1, "a scale for 64 w
 model, tokenizer = load_reference()
 TEXT = (
     "Alice was beginning to get very tired of sitting by her sister on the bank, and of having "
-    "nothing to do: once or twice she had peeped into the book her sister was reading, but it had no "
-    "pictures or conversations in it."
+    "nothing to do: once or twice she had peeped into the book her sister was reading, but it had "
+    "no pictures or conversations in it."
 )
 tokens = tokenizer.encode(TEXT)
 

@@ -8,8 +8,8 @@ from octavo import LLM, SamplingParams
 
 DRAFTS = [0, 1, 2, 4, 7]
 POEM = (
-    "The river ran past seven mills, the miller had but one; he ground the corn of seven hills from "
-    "dawn to setting sun. "
+    "The river ran past seven mills, the miller had but one; he ground the corn of seven hills "
+    "from dawn to setting sun. "
 )
 PROMPTS = {"repeats a text": POEM * 3, "tells a story": "Once upon a time, in a small village by"}
 params = SamplingParams(temperature=0, max_tokens=96, ignore_eos=True)

@@ -107,7 +107,7 @@ def save(plot: Axes, figures: dict[str, Any], table: list[list[str]]) -> None:
     width, height = map(float, re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg).groups())
     svg = re.sub(
         r'width="[\d.]+pt" height="[\d.]+pt"',
-        f'width="600" height="{600 * height / width:.0f}" role="img" font-family="system-ui, sans-serif"',
+        f'width="600" height="{600 * height / width:.0f}" role="img" font-family="system-ui"',
         svg,
         count=1,
     )

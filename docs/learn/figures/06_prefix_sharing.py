@@ -16,8 +16,14 @@ for number, (name, colour, question) in enumerate(NAMES):
     p.box(174, y, 128, 30, "and brief assistant.", "purple", size=13)
     p.box(302, y, 128, 30, question, colour, size=13)
 p.label(16, 200, "The pool", colour="ink", size=15)
-POOL = [("0", "purple", "You are a\nhelpful"), ("1", "purple", "and brief\nassistant."), ("2", "blue", "Is it\nraining?"),
-        ("3", "orange", "Name a\nriver."), ("4", "green", "2 + 2 ?"), ("5", "box", "free")]  # fmt: skip
+POOL = [
+    ("0", "purple", "You are a\nhelpful"),
+    ("1", "purple", "and brief\nassistant."),
+    ("2", "blue", "Is it\nraining?"),
+    ("3", "orange", "Name a\nriver."),
+    ("4", "green", "2 + 2 ?"),
+    ("5", "box", "free"),
+]
 HOLDERS = ["A B C", "A B C", "A", "B", "C", ""]
 for block, (number, colour, text) in enumerate(POOL):
     x = 16 + block * 75

@@ -1,8 +1,8 @@
 """A small SVG writer for the pictures of these chapters: boxes, arrows and text in two themes.
 
-A picture is 480 units wide, so that its text can be read on a telephone, and has its own background:
-it follows the reader's light or dark setting, whatever page it stands on. Colours are those of Okabe
-and Ito (2008), which people with any kind of colour vision can tell apart.
+A picture is 480 units wide, so that its text can be read on a telephone. It has its own background
+and follows the reader's light or dark setting, whatever page it stands on. The colours are near
+those of Okabe and Ito (2008), which people with any kind of colour vision can tell apart.
 """
 
 from __future__ import annotations

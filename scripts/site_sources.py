@@ -21,7 +21,14 @@ from mkdocs.structure.pages import Page
 
 LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?P<target>[^()\s#]+)(?P<anchor>#[^()\s]*)?\)")
 NAME = re.compile(r"`(?:\w+(?:\.|::))?(\w+)`\Z")
-LANGUAGES = {"py": "python", "pyi": "python", "h": "cpp", "cu": "cuda", "cuh": "cuda", "yml": "yaml"}
+LANGUAGES = {
+    "py": "python",
+    "pyi": "python",
+    "h": "cpp",
+    "cu": "cuda",
+    "cuh": "cuda",
+    "yml": "yaml",
+}
 IMAGES = {".svg", ".png"}
 
 
@@ -59,7 +66,11 @@ def line_of(file: Path, name: str) -> int | None:
     else:  # of C++ a definition, else the first line that names it
         pattern = rf"^[^\n;/]*\b{word}\([^;]*?\{{|\b(?:struct|class) {word}\b"
     found = re.search(pattern, text, re.MULTILINE)
-    return text.count("\n", 0, found.start() + len(found[0]) - len(found[0].lstrip())) + 1 if found else None
+    return (
+        text.count("\n", 0, found.start() + len(found[0]) - len(found[0].lstrip())) + 1
+        if found
+        else None
+    )
 
 
 def page_of(file: Path, root: Path) -> str:
@@ -96,7 +107,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point the links of a page to the pages that were added."""
     root, uri = Path(config.config_file_path).parent, page.file.src_uri
-    origin = root / uri.removeprefix("source/") if uri.startswith("source/") else root / "docs" / uri
+    origin = (
+        root / uri.removeprefix("source/") if uri.startswith("source/") else root / "docs" / uri
+    )
     if origin.suffix != ".md" or not origin.is_file():
         return markdown
     for link in reversed(list(links_to_sources(markdown, origin, root))):
