@@ -53,6 +53,8 @@ WORDS = {
     r"/adapters/law\b": "$PWD/law",
     r"benchmarks/shapes/llama-3\.2-1b\b": "benchmarks/shapes/tiny",
     r"\ba-smaller-model\b": "smollm2-135m",
+    # The text that octavo eval takes by default would take most of the time of all commands.
+    r"^octavo eval(?! .*--text)": "octavo eval --text letter.txt",
 }
 
 

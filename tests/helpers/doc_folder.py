@@ -29,6 +29,7 @@ SIZES = {
     **{"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2},
     **{"num_key_value_heads": 1, "head_dim": 64},
 }
+ENDS = list(range(0, 49152, 16))  # so many tokens end an answer that noise is short
 
 
 def make_home(folder: Path) -> Path:
@@ -36,8 +37,9 @@ def make_home(folder: Path) -> Path:
     demo = resolve_model(MODEL, read_environment())
     model = folder / "models" / MODEL
     shutil.copytree(demo, model, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((model / "config.json").read_text()) | SIZES
+    config = json.loads((model / "config.json").read_text()) | SIZES | {"eos_token_id": ENDS}
     write_model(model, config, dtype="BF16")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
     return folder
 
 
