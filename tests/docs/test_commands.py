@@ -22,7 +22,10 @@ SETUP = {
         "octavo batch prompts.txt log.jsonl --max-tokens 4 --event-log events.jsonl"
     ],
     "docs/eval.md": ["octavo quantize smollm2-135m ./smollm2-int8 --scheme int8"],
-    "docs/plan.md": ['ln -s "$OCTAVO_HOME/models/smollm2-135m" my-model'],
+    "docs/plan.md": [
+        'cp -r "$OCTAVO_HOME/models/smollm2-135m" my-model',
+        "sed -i 's/_embeddings\": 8192/_embeddings\": 131072/' my-model/config.json",
+    ],
 }
 # Before a page's Python: names that its text has introduced.
 IMPORTS = {

@@ -53,8 +53,17 @@ WORDS = {
     r"/adapters/law\b": "$PWD/law",
     r"benchmarks/shapes/llama-3\.2-1b\b": "benchmarks/shapes/tiny",
     r"\ba-smaller-model\b": "smollm2-135m",
-    # The text that octavo eval takes by default would take most of the time of all commands.
+}
+# Measurements that would take most of the time of all commands, made shorter.
+SHORTER = {
     r"^octavo eval(?! .*--text)": "octavo eval --text letter.txt",
+    r"-p 512 -n 128 -b 1,4,16,32 -r 5": "-p 64 -n 8 -b 1,4 -r 2",
+    r"-d 0,1024": "-d 0,64 -p 64 -n 8 -r 2",
+    r"-b 16 --adapter": "-b 4 -p 64 -n 8 -r 2 --adapter",
+    r"--users 1,8,64 --prompt-len 32-512 --answer-len 128": "--users 1,2 --answer-len 8",
+    r"beam_search\.py --tokens 32": "beam_search.py --tokens 4",
+    r"--windows 64": "--windows 2",
+    r"--calibrate manual\.txt": "--calibrate letter.txt",
 }
 
 
@@ -67,9 +76,9 @@ class Command(NamedTuple):
     not_run: str
 
     def substituted(self) -> str:
-        """With the words of WORDS."""
+        """With the words of WORDS and SHORTER."""
         text = self.text
-        for pattern, word in WORDS.items():
+        for pattern, word in {**WORDS, **SHORTER}.items():
             text = re.sub(pattern, word.replace("{line}", str(self.line)), text)
         return text
 
