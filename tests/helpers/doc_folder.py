@@ -58,7 +58,7 @@ def make_folder(folder: Path, home: Path) -> None:
     }
     files = {
         **{"prompts.txt": "\n".join(prompts), "prompts.jsonl": "\n".join(lines)},
-        **{"letter.txt": text[:800], "manual.txt": text, "some.txt": text, "wiki.test.raw": text},
+        **{"letter.txt": text[:5000], "manual.txt": text, "some.txt": text, "wiki.test.raw": text},
         "city.json": json.dumps(schema),
     }
     for name, content in files.items():
