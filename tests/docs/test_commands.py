@@ -17,9 +17,9 @@ from doc_folder import Shell, make_folder, make_home
 PAGES = all_pages()
 # Before a page's commands: what its reader has from elsewhere.
 SETUP = {
-    "docs/cli.md": ["octavo batch prompts.txt log.jsonl --max-tokens 4 --event-log events.jsonl"],
+    "docs/cli.md": ["octavo batch prompts.txt log.jsonl --max-tokens 16 --event-log events.jsonl"],
     "docs/scheduler.md": [
-        "octavo batch prompts.txt log.jsonl --max-tokens 4 --event-log events.jsonl"
+        "octavo batch prompts.txt log.jsonl --max-tokens 16 --event-log events.jsonl"
     ],
     "docs/eval.md": ["octavo quantize smollm2-135m ./smollm2-int8 --scheme int8"],
     "docs/plan.md": [

@@ -36,6 +36,7 @@ NOT_RUN = {
     r"^(VAR=\S+ )?make |^CUDA_EMULATOR_\w+=": "builds or tests; other stages of CI do it",
     r"pip install|python3 -m venv|^git clone|^cmake |\.venv/bin/activate": "installs octavo",
     r"^python -m pytest": "tests; the stage test of CI does it",
+    r"--sensitivity|--bits-per-weight": "measures each matrix, for minutes; tests/quantize does it",
     r"--api-key|lm_eval": "needs another package",
 }
 # Words of the documentation that stand for the reader's own: pattern -> what is there in the tests.

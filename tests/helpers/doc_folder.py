@@ -58,7 +58,8 @@ def make_folder(folder: Path, home: Path) -> None:
     }
     files = {
         **{"prompts.txt": "\n".join(prompts), "prompts.jsonl": "\n".join(lines)},
-        **{"letter.txt": text[:5000], "manual.txt": text, "some.txt": text, "wiki.test.raw": text},
+        **{"letter.txt": text[:5000], "manual.txt": text, "some.txt": text[:5000]},
+        "wiki.test.raw": text[:8000],
         "city.json": json.dumps(schema),
     }
     for name, content in files.items():

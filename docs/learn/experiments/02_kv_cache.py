@@ -9,6 +9,7 @@ text = "The sea was calm that night and the old ferry crossed it slowly. " * 40
 LENGTHS = [8, 32, 64, 128, 256]
 tokens = tokenizer.encode(text)[: max(LENGTHS)]
 without, with_cache = [], []
+model.forward(tokens)  # warm
 for length in LENGTHS:
     known = tokens[:length]
     without.append(
