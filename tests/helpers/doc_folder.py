@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from adapter_helpers import adapter_config, random_adapter, write_adapter
@@ -32,14 +33,17 @@ SIZES = {
 ENDS = list(range(0, 49152, 16))  # so many tokens end an answer that noise is short
 
 
-def make_home(folder: Path) -> Path:
-    """An OCTAVO_HOME that holds the small model under the demo model's name."""
+def make_home(folder: Path, ends: Sequence[int] = ENDS) -> Path:
+    """An OCTAVO_HOME that holds the small model under the demo model's name.
+
+    ends: the tokens that end an answer.
+    """
     demo = resolve_model(MODEL, read_environment())
     model = folder / "models" / MODEL
     shutil.copytree(demo, model, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((model / "config.json").read_text()) | SIZES | {"eos_token_id": ENDS}
+    config = json.loads((model / "config.json").read_text()) | SIZES | {"eos_token_id": [*ends]}
     write_model(model, config, dtype="BF16")
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [*ends]}))
     return folder
 
 
