@@ -56,7 +56,7 @@ $(DEMO_VENV)/.installed: $(SOURCES) scripts/venv.sh
 .PHONY: test
 test: $(TEST_VENV)/.installed ## Run all tests that need no torch, against an installed octavo
 	$(TEST_VENV)/bin/octavo pull smollm2-135m
-	$(TEST_VENV)/bin/python -m pytest --ignore=tests/hf --ignore=tests/clients --ignore=tests/slurm --timeout=300 -n $(JOBS) $(ARGS)
+	$(TEST_VENV)/bin/python -m pytest --ignore=tests/hf --ignore=tests/clients --ignore=tests/slurm --ignore=tests/docs --timeout=300 -n $(JOBS) $(ARGS)
 
 $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(TEST_VENV)
@@ -74,6 +74,25 @@ test-page: $(TEST_VENV)/.installed ## The server's pages in headless Chromium, w
 .PHONY: test-slurm
 test-slurm: $(TEST_VENV)/.installed ## Jobs on a real Slurm of one node, which this starts: killed, resumed
 	$(TEST_VENV)/bin/python -m pytest tests/slurm --timeout=280 $(ARGS)
+
+.PHONY: docs
+docs: $(TEST_VENV)/.installed ## Build the documentation as a site, in build/site
+	$(TEST_VENV)/$(PIP) install "octavo[docs]"
+	NO_MKDOCS_2_WARNING=1 $(TEST_VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+.PHONY: test-docs
+test-docs: docs ## Every command of README and docs/, the learning path, the site
+	$(TEST_VENV)/bin/octavo pull smollm2-135m
+	$(TEST_VENV)/bin/python -m pytest tests/docs --timeout=300 -n $(JOBS) $(ARGS)
+
+# The plots and tables of docs/learn, on a quiet machine.
+.PHONY: learn
+learn: $(TEST_VENV)/.installed ## Measure the experiments of docs/learn and the ladder anew
+	$(TEST_VENV)/bin/octavo pull smollm2-135m
+	for script in docs/learn/experiments/0*.py benchmarks/ladder/ladder.py; do \
+	  echo "$$script"; $(TEST_VENV)/bin/python $$script || exit 1; done
+	$(TEST_VENV)/bin/python docs/learn/include.py
 
 # Apart from the other tests, whose versions of packages these clients would change.
 .PHONY: test-clients
