@@ -71,13 +71,13 @@ class ModelRun:
             self._context()
             for number in range(1, self._spec.rounds):
                 self._round(number)
-            self._close_entries()
         finally:
             for _, process in self._systems.values():
                 process.close()
         if self._model.load is not None:
             self._show("servers under load")
-            measure_load(self._model, self._catalog, self._record, self._arguments, self._left)
+            parts = (self._catalog, self._record, self._arguments, self._left)
+            measure_load(self._model.load, *parts)
         if self._model.quality is not None:
             for form in self._model.quality.formats:
                 self._guarded(f"octavo {form}", "quality", self._quality, form)
@@ -201,7 +201,6 @@ class ModelRun:
 
     def _round(self, number: int) -> None:
         """One sample of every row by every system, as far as time is left."""
-        self._measure_limits()
         for row in self._model.rows:
             if row.name == "context":
                 continue
@@ -211,6 +210,8 @@ class ModelRun:
                     what = f"{row.name}, {row.requests} at once" if row.requests > 1 else row.name
                     self._guarded(name, what, self._sample, system, process, asked)
                 self._done += 1
+        if number == 0:
+            self._note_memory()  # before the limits: what measures them takes memory, too
         self._measure_limits()
         self._write_rows()
 
@@ -289,8 +290,8 @@ class ModelRun:
     def _order(self, measure: str) -> int:
         return [row.name for row in self._model.rows].index(measure)  # type: ignore[arg-type]
 
-    def _close_entries(self) -> None:
-        """Memory of every system over all it did."""
+    def _note_memory(self) -> None:
+        """The most memory of every system over one round."""
         for name, (_, process) in list(self._systems.items()):
             try:
                 memory: Mapping[str, int] = process.memory()
@@ -298,7 +299,6 @@ class ModelRun:
                 self._record.gap(self.name, name, "peak memory", error)
                 continue
             self._entries[name] |= {f"{place}_bytes": count for place, count in memory.items()}
-        self._write_rows()
 
     def _quality(self, form: str) -> None:
         """`octavo eval` in a format, in a process of its own."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from systems import Generating, Row, System, require_tokens, timed
 
+import octavo
 from octavo import LLM, SamplingParams
 from octavo.bench.benchmark import Runner, fit_config
 from octavo.bench.cases import Case, Work
@@ -97,7 +98,7 @@ class OctavoCore(System):
             "weight_bytes": self._runner.weight_bytes,
             "kv_bytes": self._loaded.runtime.memory()["kv_cache"],
             "kv_dtype": options.kv_dtype,
-            "isa": options.isa,
+            "version": octavo.__version__,
         }
 
     def device_memory(self) -> dict[str, int]:

@@ -17,9 +17,10 @@ from typing import Any
 from catalog import Absent, Catalog
 from record import Record, distribution, spread
 from servers import Server, llama_server, octavo_server, running, vllm_server
-from spec import LoadSpec, ModelSpec, SystemSpec
+from spec import LoadSpec, SystemSpec
 
-from octavo.bench.serve_client import Client, Record as Answer
+from octavo.bench.serve_client import Client
+from octavo.bench.serve_client import Record as Answer
 from octavo.bench.serve_report import summarize
 from octavo.bench.serve_run import Load, Measured, run_load
 from octavo.bench.serve_workload import parse_lengths, random_jobs
@@ -34,15 +35,14 @@ def octavo_options(form: str) -> list[str]:
 
 
 def measure_load(
-    model: ModelSpec,
+    load: LoadSpec,
     catalog: Catalog,
     record: Record,
     arguments: argparse.Namespace,
     left: Callable[[], float],
 ) -> None:
     """All servers of a model; a failure of one is a gap. left: seconds that are left."""
-    load, tokens = model.load, None
-    assert load is not None
+    tokens: int | None = None
     for name in load.systems:
         system = SystemSpec(name)
         if left() <= 0:

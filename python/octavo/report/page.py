@@ -19,6 +19,7 @@ from octavo.report.table import Table
 class Section:
     """A plot with its tables. machine: in a line; plot: None where only tables are there."""
 
+    model: str
     title: str
     text: str
     machine: str
@@ -59,8 +60,8 @@ def sections(results: Sequence[Results]) -> list[Section]:
         entries = [q for each in results for q in each.quality if q.model == model]
         plot = plots.quality(entries, f"quality-{model}") if _has_cost(entries) else None
         shown = (table.quality_table(results, model),)
-        title = f"Quality against size · {model}"
-        found.append(Section(title, TEXTS["quality"], "", shown, plot))
+        title = "Quality against size"
+        found.append(Section(model, title, TEXTS["quality"], "", shown, plot))
     return found
 
 
@@ -73,7 +74,7 @@ def _of_model(results: Results, model: str) -> Iterator[Section]:
 
     def section(name: str, title: str, plot: Plot | None, *tables: Table | None) -> Section:
         kept = tuple(each for each in tables if each is not None)
-        return Section(f"{title} · {model}", TEXTS[name], machine, kept, plot)
+        return Section(model, title, TEXTS[name], machine, kept, plot)
 
     def key(name: str) -> str:
         return f"{Path(results.file).stem}-{model}-{name}"
@@ -192,7 +193,7 @@ def _themed(plot: Plot) -> dict[str, str]:
     """Both widths of a plot, its colours those of the page."""
     found = {}
     for width, narrow in (("wide", False), ("narrow", True)):
-        text = plot.svg(narrow)
+        text = plot.picture("svg", narrow).decode("utf-8")
         text = text[text.index("<svg") :]
         for color, (name, _, _) in variables().items():
             text = text.replace(color, f"var(--{name})")
@@ -208,9 +209,7 @@ def write_pictures(results: Sequence[Results], folder: Path, suffix: str) -> lis
         if part.plot is not None:
             file = folder / f"{part.plot.name}.{suffix}"
             with writing(file, "a plot"):
-                figure = part.plot.figure()
-                figure.set_facecolor("white")
-                figure.savefig(file, format=suffix, dpi=160)
+                file.write_bytes(part.plot.picture(suffix, paper="white"))
             written.append(file)
     return written
 

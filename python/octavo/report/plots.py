@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import InvalidArgumentError
 from octavo.report.results import Distribution, Quality, Results, Row
 from octavo.report.style import GRID, INK, MUTED, PAPER, look
+from octavo.report.table import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDE, NARROW = 7.0, 3.7  # inches; a page is as wide as one of them at about 96 dots an inch
+WIDE, NARROW = 6.3, 3.7  # inches; a page is as wide as one of them at about 96 dots an inch
 Draw = Callable[["Figure", bool], None]
 """Draws into a figure; the flag says that it is a narrow one."""
 
@@ -40,28 +41,20 @@ class Plot:
     draw: Draw
     height: tuple[float, float] = (3.7, 3.7)
 
-    def figure(self, narrow: bool = False) -> Figure:
-        """Drawn for a page or a phone."""
+    def picture(self, suffix: str, narrow: bool = False, paper: str = "none") -> bytes:
+        """Drawn for a page or a phone, as an SVG with its texts as texts, or as a PNG."""
         import matplotlib
         from matplotlib.figure import Figure
 
-        with matplotlib.rc_context(_settings(narrow)):
-            size = (NARROW if narrow else WIDE, self.height[narrow])
-            figure = Figure(figsize=size, layout="constrained", facecolor="none")
-            self.draw(figure, narrow)
-            # Until here: what is not drawn yet takes its settings when it is.
-            figure.draw_without_rendering()
-        return figure
-
-    def svg(self, narrow: bool = False) -> str:
-        """As the text of an SVG, its texts as texts."""
-        import matplotlib
-
-        text = io.StringIO()
+        data = io.BytesIO()
         salt = f"octavo-{self.name}-{narrow}"
         with matplotlib.rc_context({**_settings(narrow), "svg.hashsalt": salt}):
-            self.figure(narrow).savefig(text, format="svg", metadata={"Date": None})
-        return text.getvalue()
+            size = (NARROW if narrow else WIDE, self.height[narrow])
+            figure = Figure(figsize=size, layout="constrained", facecolor=paper)
+            self.draw(figure, narrow)
+            more = {"metadata": {"Date": None}} if suffix == "svg" else {"dpi": 160}
+            figure.savefig(data, format=suffix, **more)
+        return data.getvalue()
 
 
 def _settings(narrow: bool) -> dict[str, Any]:
@@ -116,21 +109,26 @@ def bars(rows: Sequence[Row], name: str) -> Plot:
     unit = rows[0].unit
 
     def draw(figure: Figure, narrow: bool) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes = figure.subplots()
         places = range(len(rows))[::-1]
         for place, row in zip(places, rows, strict=True):
             axes.barh(place, row.median, height=0.66, color=look(row.system).color)
             axes.plot([min(row.samples), max(row.samples)], [place] * 2, color=INK, linewidth=1.2,
                       marker="|", markersize=5)  # fmt: skip
-            text = f" {row.median:,.0f}" if row.median >= 100 else f" {row.median:.1f}"
+            text = number(row.median)
             if row.percent_of_limit is not None:
                 text += f" · {row.percent_of_limit:.0f} % of limit"
-            axes.text(max(row.samples), place, f" {text}", va="center", color=INK)
+            axes.annotate(text, (max(row.samples), place), textcoords="offset points",
+                          xytext=(5, 0), va="center")  # fmt: skip
         axes.set_yticks(list(places), [row.system for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"{unit}; lines: least to most of the rounds")
-        axes.set_xlim(0, max(max(row.samples) for row in rows) * (1.75 if narrow else 1.3))
+        axes.set_xlim(0, max(max(row.samples) for row in rows) * (1.8 if narrow else 1.4))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 6))
 
     height = 0.8 + 0.3 * len(rows)
     return Plot(name, draw, (height, height))
@@ -238,8 +236,7 @@ def distributions(
                 if found is not None:
                     xs, ys = _curve(found)
                     style = look(row.system)
-                    (line,) = axes.plot(xs, ys, color=style.color, linestyle=style.line,
-                                        drawstyle="steps-post" if found.count < 9 else "default")  # fmt: skip
+                    (line,) = axes.plot(xs, ys, color=style.color, linestyle=style.line)
                     axes.plot(found.p50, 50, style.mark, color=style.color, markeredgecolor=PAPER)
                     handles.setdefault(label(row), line)
             axes.set(title=title, xlabel="milliseconds", ylabel="% that took no longer",

@@ -54,10 +54,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def spread(row: Row) -> str:
-    """The least and the most of several rounds."""
+    """The least and the most of several rounds, and how many there were."""
     if len(row.samples) == 1:
         return "one round"
-    return f"{number(min(row.samples))} to {number(max(row.samples))}"
+    return f"{number(min(row.samples))} to {number(max(row.samples))} ({len(row.samples)})"
 
 
 def is_octavo(system: str) -> bool:
@@ -65,18 +65,22 @@ def is_octavo(system: str) -> bool:
 
 
 def speed_table(results: Results, model: str, measure: str) -> Table:
-    """Median, spread, rounds and nearness to the limit of every row of a measure."""
+    """Median, spread and nearness to the limit of every row of a measure."""
     rows = results.of(model, measure)
-    heads = ("system", "size", rows[0].unit, "least to most", "rounds", "% of the limit")
-    return Table(TITLES[measure], heads, tuple(_speed_cells(row) for row in rows))
+    sizes = {size_of(row) for row in rows}
+    title, heads = TITLES[measure], ["system", "size", rows[0].unit]
+    if len(sizes) == 1:  # it stands once, in the title
+        title, heads = f"{title}: {sizes.pop()}", [heads[0], heads[2]]
+    heads += ["least to most (rounds)", "% of limit"]
+    return Table(title, tuple(heads), tuple(_speed_cells(row, "size" in heads) for row in rows))
 
 
-def _speed_cells(row: Row) -> tuple[str, ...]:
+def _speed_cells(row: Row, with_size: bool) -> tuple[str, ...]:
     percent = "-"
     if row.percent_of_limit is not None:
         percent = f"{row.percent_of_limit:.0f}" + (f" ({row.limit})" if row.limit else "")
-    rounds = str(len(row.samples))
-    return (row.system, size_of(row), number(row.median), spread(row), rounds, percent)
+    size = [size_of(row)] if with_size else []
+    return (row.system, *size, number(row.median), spread(row), percent)
 
 
 def ratio_table(results: Results, model: str, measure: str) -> Table | None:
@@ -84,7 +88,9 @@ def ratio_table(results: Results, model: str, measure: str) -> Table | None:
 
     The best peer is the fastest one that spends no fewer bits on a weight.
     """
-    rows = [row for row in results.of(model, measure) if row.requests == _largest(results, model, measure)]
+    rows = results.of(model, measure)
+    most = max(row.requests for row in rows)
+    rows = [row for row in rows if row.requests == most]
     peers = [row for row in rows if not is_octavo(row.system)]
     ours = [row for row in rows if is_octavo(row.system)]
     if not peers or not ours:
@@ -98,10 +104,6 @@ def ratio_table(results: Results, model: str, measure: str) -> Table | None:
         made.append((row.system, *(ratio(row, peer) for peer in peers), last))
     heads = ("octavo is, times", *(peer.system for peer in peers), "best peer at no fewer bits")
     return Table(f"{TITLES[measure]}: octavo beside the others", heads, tuple(made))
-
-
-def _largest(results: Results, model: str, measure: str) -> int:
-    return max(row.requests for row in results.of(model, measure))
 
 
 def ratio(ours: Row, theirs: Row) -> str:
