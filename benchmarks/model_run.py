@@ -139,8 +139,9 @@ class ModelRun:
         self, system: SystemSpec, process: Process, entry: dict[str, Any], rows: list[Row]
     ) -> None:
         """The shape, and octavo's bits in every row. Raises RuntimeError where they are wrong."""
-        expected = next((e["num_parameters"] for e in self._entries.values()
-                         if "num_parameters" in e), None)  # fmt: skip
+        expected = next(
+            (e["num_parameters"] for e in self._entries.values() if "num_parameters" in e), None
+        )
         if entry.get("num_parameters", expected) != expected:
             raise RuntimeError(f"has {entry['num_parameters']} parameters; expected {expected}")
         for row in rows:
@@ -280,9 +281,13 @@ class ModelRun:
         order = [system.name for system in self._model.systems]
         found = sorted(
             self._samples.values(),
-            key=lambda s: (self._order(s.row.name), s.row.requests, s.row.prompt,
-                           order.index(s.system.name)),
-        )  # fmt: skip
+            key=lambda s: (
+                self._order(s.row.name),
+                s.row.requests,
+                s.row.prompt,
+                order.index(s.system.name),
+            ),
+        )
         rows = [samples.to_json(self._roof(samples)) for samples in found if len(samples)]
         self._record.content["rows"] = others + rows
         self._keep()
@@ -310,4 +315,3 @@ class ModelRun:
         self._record.content["quality"].append(
             {**quality_of_eval(json.loads(output)), "model": self.name, "system": f"octavo {form}"}
         )
-

@@ -123,9 +123,7 @@ def main() -> None:
         for kind in arguments.formats.split(",")
     }
     if arguments.llama_bench is not None:
-        llama = LlamaBinaries(
-            str(arguments.llama_bench), str(arguments.gguf), arguments.threads
-        )
+        llama = LlamaBinaries(str(arguments.llama_bench), str(arguments.gguf), arguments.threads)
         systems[f"llama.cpp {arguments.gguf.stem.rpartition('-')[2]}"] = llama
     try:
         checks = check(systems, rows, cores)

@@ -1,6 +1,6 @@
 """Measure systems as a spec says, in turn, each behind its gate; write JSON and print tables.
 
-    python benchmarks/run.py benchmarks/specs/quick.yaml                       # what `make bench` runs
+    python benchmarks/run.py benchmarks/specs/quick.yaml     # what `make bench` runs
     python benchmarks/run.py benchmarks/specs/cpu.yaml --llama-bench PATH --vllm-python PATH
     python benchmarks/run.py SPEC --model FOLDER --systems "octavo int8,llama.cpp q8_0" \\
         --measures decode,prefill --output FILE.json
@@ -21,7 +21,6 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from common import ROOT, add_common, make_parser, slug, stamp
 from energy import Meter

@@ -246,9 +246,7 @@ def _fill(kind: Any, given: Mapping[str, Any], where: str) -> Any:
             continue
         value, expected = given[each.name], _KINDS.get(str(each.type))
         if expected is not None and (not isinstance(value, expected) or isinstance(value, bool)):
-            raise InvalidArgumentError(
-                f"{where}: {each.name} is {value!r}; expected {each.type}"
-            )
+            raise InvalidArgumentError(f"{where}: {each.name} is {value!r}; expected {each.type}")
         made[each.name] = tuple(value) if isinstance(value, list) else value
     try:
         return kind(**made)

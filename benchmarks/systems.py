@@ -101,7 +101,7 @@ class System:
         self.run(row.short)
 
     def run(self, row: Row) -> dict[str, Any]:
-        """ "seconds" of one run; of a latency also "times", seconds from the start to each token."""
+        """ "seconds" of one run; of a latency also "times", in seconds, to each token."""
         raise NotImplementedError
 
     def memory(self) -> dict[str, int]:
@@ -109,7 +109,7 @@ class System:
         return {"host": host_peak(), **self.device_memory()}
 
     def device_memory(self) -> dict[str, int]:
-        """ {"device": bytes}; {} on the CPU."""
+        """{"device": bytes}; {} on the CPU."""
         return {}
 
 

@@ -108,8 +108,8 @@ async def _measure(
     for each in loads:
         if rows and left() <= 0:
             break
-        prompts, answers = parse_lengths("prompt", load.prompt), parse_lengths("answer", load.answer)
-        jobs = random_jobs(prompts, answers, 0, each.concurrency)
+        lengths = parse_lengths("prompt", load.prompt), parse_lengths("answer", load.answer)
+        jobs = random_jobs(*lengths, 0, each.concurrency)
         rows.append(row_of(await run_load(client, model, jobs, each, 0)))
     return rows, found, same
 

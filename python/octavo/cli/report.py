@@ -17,23 +17,30 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RESULTS...",
-            help="Files of benchmarks/run.py or gpu.sh, or the JSON of octavo bench, bench serve, eval.",
+            help="Files of benchmarks/run.py, or the JSON of octavo bench, bench serve, eval.",
             show_default=False,
         ),
     ],
     output: Annotated[
         Path | None,
-        option("Write one page with plots here. Left out: tables in Markdown.", "-o", "--output",
-               panel="Output", metavar="FILE.html"),
+        option(
+            "Write one page with plots here. Left out: tables in Markdown.",
+            "-o",
+            "--output",
+            panel="Output",
+            metavar="FILE.html",
+        ),
     ] = None,
     title: Annotated[
         str | None, option("Of the page. Left out: the first file's.", panel="Output")
     ] = None,
     png: Annotated[
-        Path | None, option("Write every plot as a PNG here.", "--png", panel="Output", metavar="FOLDER")
+        Path | None,
+        option("Write every plot as a PNG here.", "--png", panel="Output", metavar="FOLDER"),
     ] = None,
     svg: Annotated[
-        Path | None, option("Write every plot as an SVG here.", "--svg", panel="Output", metavar="FOLDER")
+        Path | None,
+        option("Write every plot as an SVG here.", "--svg", panel="Output", metavar="FOLDER"),
     ] = None,
 ) -> None:
     """Show results of benchmarks: tables, or one page with plots, machines and gaps.
@@ -41,7 +48,7 @@ def report(
     The page needs nothing beside it, is light or dark as the reader's system is, and can be read on
     a phone. Plots: a roofline, throughput against batch, memory against context, distributions of
     the first token and between tokens, latency against offered load, quality against size.
-    """  # fmt: skip
+    """
     from octavo.report.markdown import tables
     from octavo.report.page import render, write_pictures
     from octavo.report.plots import need_matplotlib

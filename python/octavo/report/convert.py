@@ -17,7 +17,7 @@ _FORMATS |= {"q4_0": 4.5, "int4-g128": 4.125, "Q8_0": 8.5, "Q4_0": 4.5}
 
 
 def convert(content: Content, where: str) -> dict[str, Any]:
-    """The results in the one form. where: the file, for messages; InvalidArgumentError for others."""
+    """The results in the one form. where: the file. Raises InvalidArgumentError for others."""
     for belongs, made in _KINDS:
         if belongs(content):
             try:
@@ -65,8 +65,9 @@ def _compare_cpu(content: Content) -> dict[str, Any]:
     }
     systems = []
     for name, check in content["checks"].items():
-        gates = [part["passed"] for part in check.values() if isinstance(part, dict) and
-                 "passed" in part]  # fmt: skip
+        gates = [
+            part["passed"] for part in check.values() if isinstance(part, dict) and "passed" in part
+        ]
         gate: dict[str, Any] = {"passed": all(gates)} if gates else {}
         error = content.get("logprob_errors", {}).get(name)
         gate |= {} if error is None else {"logprob_error": error}
@@ -101,9 +102,10 @@ def _compare_hf(content: Content) -> dict[str, Any]:
             systems.append(_system(model, name, gate=gate))
             for kind, speeds in found["tokens_per_second"].items():
                 samples, ceiling = speeds[side], found["ceilings"][kind]
-                sizes = {"decode": {"prompt": asked["prompt_tokens"],
-                                    "tokens": asked["new_tokens"]},
-                         "prefill": {"prompt": asked["prefill_tokens"]}}[kind]  # fmt: skip
+                sizes = {
+                    "decode": {"prompt": asked["prompt_tokens"], "tokens": asked["new_tokens"]},
+                    "prefill": {"prompt": asked["prefill_tokens"]},
+                }[kind]
                 percent = 100 * statistics.median(samples) / ceiling
                 limit = "memory" if kind == "decode" else "arithmetic"
                 more = {**sizes, "percent_of_limit": percent, "limit": limit}
@@ -138,25 +140,38 @@ def _compare_serving(content: Content) -> dict[str, Any]:
 
 
 def _server(side: str) -> str:
-    """ "octavo --quantize int8" -> "octavo int8", "llama-server smollm2-bf16" -> "llama.cpp bf16"."""
+    """ "octavo --quantize int8" -> "octavo int8", "llama-server m-bf16" -> "llama.cpp bf16"."""
     form = next((f for f in sorted(_FORMATS, key=len, reverse=True) if f in side), "bf16")
     return f"{side.split()[0].replace('llama-server', 'llama.cpp').replace('vLLM', 'vllm')} {form}"
 
 
 def _gpu(content: Content) -> dict[str, Any]:
     """One JSON file of benchmarks/gpu.sh: parts named headline-bf16, batch-int8, mixed-bf16 …"""
-    model, systems, rows = "llama-3.2-1b", {}, []
+    model, rows = "llama-3.2-1b", []
+    systems: dict[str, dict[str, Any]] = {}
     stamp = next(part["stamp"] for part in content.values() if "stamp" in part)
     native = stamp["native"]
     device = native["device_name"]
-    machine = {**stamp, "processor": device, "num_threads": 1, "gpus": [
-        f"{device}, CUDA {native['cuda_runtime']}, driver {native['cuda_driver']}; clocks now and "
-        f"at most, memory's, watts now and at most, Celsius, driver: {stamp['clocks']}"
-    ]}  # fmt: skip
+    machine = {
+        **stamp,
+        "processor": device,
+        "num_threads": 1,
+        "gpus": [
+            f"{device}, CUDA {native['cuda_runtime']}, driver {native['cuda_driver']}; clocks now "
+            f"and at most, memory's, watts now and at most, Celsius, driver: {stamp['clocks']}"
+        ],
+    }
     limits = content.get("limits", {})
     flops = max(limits.get("mma_flops", 0.0), limits.get("cublas_flops", 0.0))
-    roof = {"bandwidth": limits["read_bytes_per_second"], "flops": flops,
-            "arithmetic": "bf16 products"} if limits else {}  # fmt: skip
+    roof = (
+        {
+            "bandwidth": limits["read_bytes_per_second"],
+            "flops": flops,
+            "arithmetic": "bf16 products",
+        }
+        if limits
+        else {}
+    )
     kinds = {"headline": "decode", "decode": "decode", "batch": "batch", "prefill": "prefill"}
     for name, part in content.items():
         kind, _, mark = name.partition("-")
@@ -167,18 +182,22 @@ def _gpu(content: Content) -> dict[str, Any]:
             more |= {"percent_of_limit": 100 * least / part["seconds"] if least else None}
             measured = [_row(model, f"octavo {mark} cuda", "requests", [speed], **more)]
         elif kind in kinds:
-            measured = [_bench_row(model, f"octavo {mark} cuda", kinds[kind], row)
-                        for row in part["rows"] if row["samples"]]  # fmt: skip
+            measured = [
+                _bench_row(model, f"octavo {mark} cuda", kinds[kind], row)
+                for row in part["rows"]
+                if row["samples"]
+            ]
         else:
             continue
-        gate = {"how": f"the device's tests: {part['gate']}"}
+        gate: dict[str, Any] = {"how": f"the device's tests: {part['gate']}"}
         passed = [row["gate"]["passed"] for row in part.get("rows", ())]
         gate |= {"passed": all(passed)} if passed else {}
         made = _system(model, f"octavo {mark} cuda", gate=gate, device="cuda", limits=roof)
         systems.setdefault(made["system"], made)
         rows += measured
-    return _made(f"Llama-3.2-1B's shape on one {device}", machine, systems=[*systems.values()],
-                 rows=rows)  # fmt: skip
+    return _made(
+        f"Llama-3.2-1B's shape on one {device}", machine, systems=[*systems.values()], rows=rows
+    )
 
 
 def _bench_row(model: str, system: str, measure: str, row: Content) -> Any:
@@ -191,8 +210,11 @@ def _bench_row(model: str, system: str, measure: str, row: Content) -> Any:
         "operations_per_second": row["flops"] * speed / row["mean"],
     }
     is_prompt = case["kind"] == "prefill"
-    sizes = {"prompt": case["num_tokens"] if is_prompt else case["depth"],
-             "tokens": 1 if is_prompt else case["num_tokens"], "requests": case["batch"]}  # fmt: skip
+    sizes = {
+        "prompt": case["num_tokens"] if is_prompt else case["depth"],
+        "tokens": 1 if is_prompt else case["num_tokens"],
+        "requests": case["batch"],
+    }
     limits = {key: row[key] for key in ("percent_of_limit", "limit")}
     return _row(model, system, measure, row["samples"], **sizes, **work, **limits)
 

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from octavo.files import writing
-from octavo.report import plots, table
+from octavo.report import plots, series, table
 from octavo.report.plots import Plot
 from octavo.report.results import Results, Row
 from octavo.report.style import variables
@@ -79,7 +79,8 @@ def _of_model(results: Results, model: str) -> Iterator[Section]:
     def key(name: str) -> str:
         return f"{Path(results.file).stem}-{model}-{name}"
 
-    for measure, title in (("decode", "Decoding"), ("prefill", "Prompts"), ("requests", "Requests")):
+    titles = {"decode": "Decoding", "prefill": "Prompts", "requests": "Requests"}
+    for measure, title in titles.items():
         rows = results.of(model, measure)
         if rows:
             chart = plots.bars(_one_size(rows), key(measure))
@@ -90,20 +91,26 @@ def _of_model(results: Results, model: str) -> Iterator[Section]:
         yield section("roofline", "Roofline", roof, _roofline_table(results, model))
     rows = results.of(model, "batch")
     if rows:
-        series = plots.batch_series(rows)
-        chart = plots.lines(series, key("batch"), "sequences at once", rows[0].unit)
-        yield section("batch", "Throughput against batch", chart,
-                      table.speed_table(results, model, "batch"))  # fmt: skip
+        points = series.batch_series(rows)
+        chart = plots.lines(points, key("batch"), "sequences at once", rows[0].unit)
+        yield section(
+            "batch", "Throughput against batch", chart, table.speed_table(results, model, "batch")
+        )
     rows = results.of(model, "context")
     if rows:
-        series = plots.context_series(rows)
-        chart = plots.lines(series, key("context"), "tokens of the prompt", "MiB at most")
-        yield section("context", "Memory against context", chart, table.context_table(results, model))
+        points = series.context_series(rows)
+        chart = plots.lines(points, key("context"), "tokens of the prompt", "MiB at most")
+        yield section(
+            "context", "Memory against context", chart, table.context_table(results, model)
+        )
     rows = results.of(model, "latency")
     if rows:
-        yield section("latency", "First token and between tokens",
-                      plots.distributions(rows, key("latency")),
-                      table.latency_table(results, model, "latency"))  # fmt: skip
+        yield section(
+            "latency",
+            "First token and between tokens",
+            plots.distributions(rows, key("latency")),
+            table.latency_table(results, model, "latency"),
+        )
     rows = results.of(model, "load")
     if rows:
         shown = table.latency_table(results, model, "load")
@@ -130,11 +137,15 @@ def _one_size(rows: Sequence[Row]) -> list[Row]:
 def _roofline_table(results: Results, model: str) -> Table:
     heads = ("limits of", "memory, GB/s", "arithmetic, Gop/s", "of")
     made = [
-        (s.system, f"{s.limits['bandwidth'] / 1e9:.1f}", f"{s.limits['flops'] / 1e9:,.0f}",
-         str(s.limits.get("arithmetic", "-")))
+        (
+            s.system,
+            f"{s.limits['bandwidth'] / 1e9:.1f}",
+            f"{s.limits['flops'] / 1e9:,.0f}",
+            str(s.limits.get("arithmetic", "-")),
+        )
         for s in results.systems
         if s.model == model and s.limits.get("flops") and s.limits.get("bandwidth")
-    ]  # fmt: skip
+    ]
     return Table("The machine's limits, measured", heads, tuple(made))
 
 
@@ -212,4 +223,3 @@ def write_pictures(results: Sequence[Results], folder: Path, suffix: str) -> lis
                 file.write_bytes(part.plot.picture(suffix, paper="white"))
             written.append(file)
     return written
-

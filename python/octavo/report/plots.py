@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,6 @@ from octavo.report.style import GRID, INK, MUTED, PAPER, look
 from octavo.report.table import number
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDE, NARROW = 6.3, 3.7  # inches; a page is as wide as one of them at about 96 dots an inch
@@ -93,15 +90,25 @@ def _legend(figure: Figure, narrow: bool, handles: dict[str, Any]) -> None:
     """Below the plot, each system once."""
     columns = 2 if narrow else min(4, len(handles))
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns,
-        handlelength=2.6, columnspacing=1.2,
-    )  # fmt: skip
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=columns,
+        handlelength=2.6,
+        columnspacing=1.2,
+    )
 
 
 def _marks(row_system: str, **more: Any) -> dict[str, Any]:
     style = look(row_system)
-    return {"color": style.color, "marker": style.mark, "linestyle": style.line,
-            "markeredgecolor": PAPER, "markeredgewidth": 0.7, **more}  # fmt: skip
+    return {
+        "color": style.color,
+        "marker": style.mark,
+        "linestyle": style.line,
+        "markeredgecolor": PAPER,
+        "markeredgewidth": 0.7,
+        **more,
+    }
 
 
 def bars(rows: Sequence[Row], name: str) -> Plot:
@@ -115,13 +122,24 @@ def bars(rows: Sequence[Row], name: str) -> Plot:
         places = range(len(rows))[::-1]
         for place, row in zip(places, rows, strict=True):
             axes.barh(place, row.median, height=0.66, color=look(row.system).color)
-            axes.plot([min(row.samples), max(row.samples)], [place] * 2, color=INK, linewidth=1.2,
-                      marker="|", markersize=5)  # fmt: skip
+            axes.plot(
+                [min(row.samples), max(row.samples)],
+                [place] * 2,
+                color=INK,
+                linewidth=1.2,
+                marker="|",
+                markersize=5,
+            )
             text = number(row.median)
             if row.percent_of_limit is not None:
                 text += f" · {row.percent_of_limit:.0f} % of limit"
-            axes.annotate(text, (max(row.samples), place), textcoords="offset points",
-                          xytext=(5, 0), va="center")  # fmt: skip
+            axes.annotate(
+                text,
+                (max(row.samples), place),
+                textcoords="offset points",
+                xytext=(5, 0),
+                va="center",
+            )
         axes.set_yticks(list(places), [row.system for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
@@ -136,10 +154,16 @@ def bars(rows: Sequence[Row], name: str) -> Plot:
 
 def roofline(results: Results, model: str, name: str) -> Plot | None:
     """Operations a second over operations a byte, beneath the machine's limits."""
-    rows = [row for row in results.of(model, "decode", "prefill", "batch", "requests")
-            if row.operations and row.bytes and row.operations_per_second]  # fmt: skip
-    limits = {s.system: s.limits for s in results.systems
-              if s.model == model and s.limits.get("flops") and s.limits.get("bandwidth")}  # fmt: skip
+    rows = [
+        row
+        for row in results.of(model, "decode", "prefill", "batch", "requests")
+        if row.operations and row.bytes and row.operations_per_second
+    ]
+    limits = {
+        s.system: s.limits
+        for s in results.systems
+        if s.model == model and s.limits.get("flops") and s.limits.get("bandwidth")
+    }
     if not rows or not limits:
         return None
     measures = {"decode": "o", "prefill": "^", "batch": "s", "requests": "P"}
@@ -155,23 +179,42 @@ def roofline(results: Results, model: str, name: str) -> Plot | None:
                 flat[kind] = (limit["bandwidth"], limit["flops"])
         for kind, (bandwidth, flops) in flat.items():
             knee = flops / bandwidth
-            axes.plot([left, knee, max(right, 1.5 * knee)], [left * bandwidth, flops, flops],
-                      color=MUTED, linewidth=1.1)  # fmt: skip
-            axes.annotate(kind, (max(right, 1.5 * knee), flops), textcoords="offset points",
-                          xytext=(0, 3), ha="right", color=MUTED,
-                          fontsize=6.5 if narrow else 7.5)  # fmt: skip
+            axes.plot(
+                [left, knee, max(right, 1.5 * knee)],
+                [left * bandwidth, flops, flops],
+                color=MUTED,
+                linewidth=1.1,
+            )
+            axes.annotate(
+                kind,
+                (max(right, 1.5 * knee), flops),
+                textcoords="offset points",
+                xytext=(0, 3),
+                ha="right",
+                color=MUTED,
+                fontsize=6.5 if narrow else 7.5,
+            )
         handles: dict[str, Any] = {}
         for row in rows:
             if row.operations and row.bytes and row.operations_per_second:
                 (point,) = axes.plot(
-                    row.operations / row.bytes, row.operations_per_second, linestyle="none",
-                    marker=measures[row.measure], color=look(row.system).color,
-                    markersize=7, markeredgecolor=PAPER, markeredgewidth=0.8,
-                )  # fmt: skip
+                    row.operations / row.bytes,
+                    row.operations_per_second,
+                    linestyle="none",
+                    marker=measures[row.measure],
+                    color=look(row.system).color,
+                    markersize=7,
+                    markeredgecolor=PAPER,
+                    markeredgewidth=0.8,
+                )
                 engine = row.system.split()[0]
                 handles.setdefault(f"{engine}, {row.measure}", point)
-        axes.set(xscale="log", yscale="log", ylabel="operations a second",
-                 xlabel="operations for each byte read, at least")  # fmt: skip
+        axes.set(
+            xscale="log",
+            yscale="log",
+            ylabel="operations a second",
+            xlabel="operations for each byte read, at least",
+        )
         axes.yaxis.set_major_formatter(_si)
         _plain_log(axes.xaxis)
         _legend(figure, narrow, handles)
@@ -239,8 +282,13 @@ def distributions(
                     (line,) = axes.plot(xs, ys, color=style.color, linestyle=style.line)
                     axes.plot(found.p50, 50, style.mark, color=style.color, markeredgecolor=PAPER)
                     handles.setdefault(label(row), line)
-            axes.set(title=title, xlabel="milliseconds", ylabel="% that took no longer",
-                     xscale="log", ylim=(0, 100))  # fmt: skip
+            axes.set(
+                title=title,
+                xlabel="milliseconds",
+                ylabel="% that took no longer",
+                xscale="log",
+                ylim=(0, 100),
+            )
             _plain_log(axes.xaxis)
         _legend(figure, narrow, handles)
 
@@ -271,13 +319,24 @@ def load(rows: Sequence[Row], name: str) -> Plot:
                 style = look(system)
                 for part, width, line in (("p50", 1.7, "solid"), ("p99", 1.1, (0, (4, 2)))):
                     ys = [getattr(getattr(row, which), part) for row in own]
-                    (drawn,) = axes.plot(xs, ys, color=style.color, linewidth=width, linestyle=line,
-                                         marker=style.mark, markeredgecolor=PAPER)  # fmt: skip
+                    (drawn,) = axes.plot(
+                        xs,
+                        ys,
+                        color=style.color,
+                        linewidth=width,
+                        linestyle=line,
+                        marker=style.mark,
+                        markeredgecolor=PAPER,
+                    )
                     if part == "p50":
                         handles.setdefault(system, drawn)
             places = sorted({(row.rate if by_rate else row.users) or 0 for row in rows})
-            axes.set(title=title, ylabel="milliseconds", yscale="log",
-                     xlabel="requests a second" if by_rate else "users at once")  # fmt: skip
+            axes.set(
+                title=title,
+                ylabel="milliseconds",
+                yscale="log",
+                xlabel="requests a second" if by_rate else "users at once",
+            )
             axes.set_xscale("log", base=2)
             axes.set_xticks(places, [f"{place:g}" for place in places])
             axes.minorticks_off()
@@ -291,9 +350,12 @@ def quality(entries: Sequence[Quality], name: str) -> Plot:
     """KL divergence and perplexity over the bits of a weight."""
     panels: list[tuple[str, str, Callable[[Quality], float | None]]] = [
         ("KL divergence from float32", "nats, mean", lambda q: q.mean_kl),
-        ("Perplexity beside float32", "% more",
-         lambda q: None if q.perplexity_ratio is None else 100 * (q.perplexity_ratio - 1)),
-    ]  # fmt: skip
+        (
+            "Perplexity beside float32",
+            "% more",
+            lambda q: None if q.perplexity_ratio is None else 100 * (q.perplexity_ratio - 1),
+        ),
+    ]
 
     def draw(figure: Figure, narrow: bool) -> None:
         both = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
@@ -303,40 +365,17 @@ def quality(entries: Sequence[Quality], name: str) -> Plot:
                 found = value(each)
                 if found is not None:
                     style = look(each.system)
-                    (point,) = axes.plot(each.bits, found, style.mark, color=style.color,
-                                         markeredgecolor=PAPER, markersize=7)  # fmt: skip
+                    (point,) = axes.plot(
+                        each.bits,
+                        found,
+                        style.mark,
+                        color=style.color,
+                        markeredgecolor=PAPER,
+                        markersize=7,
+                    )
                     handles.setdefault(each.system, point)
             log = "log" if title.startswith("KL") else "linear"
             axes.set(title=title, xlabel="bits of a weight", ylabel=up, yscale=log)
         _legend(figure, narrow, handles)
 
     return Plot(name, draw, (3.7, 6.2))
-
-
-def batch_series(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
-    """System -> (sequences, tokens a second)."""
-    return _series((row.system, float(row.requests), row.median) for row in rows)
-
-
-def context_series(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
-    """System -> (tokens of the prompt, MiB); what lies on the device as a line of its own."""
-    def parts() -> Iterator[tuple[str, float, float]]:
-        for row in rows:
-            if row.host_bytes:
-                yield row.system, float(row.prompt), row.host_bytes / 2**20
-            if row.device_bytes:
-                yield f"{row.system} · device", float(row.prompt), row.device_bytes / 2**20
-
-    return _series(parts())
-
-
-def _series(points: Any) -> dict[str, list[tuple[float, float]]]:
-    """The median where a system has several values at a place."""
-    found: dict[str, dict[float, list[float]]] = {}
-    for system, x, y in points:
-        if math.isfinite(y):
-            found.setdefault(system, {}).setdefault(x, []).append(y)
-    return {
-        system: [(x, statistics.median(ys)) for x, ys in own.items()]
-        for system, own in found.items()
-    }

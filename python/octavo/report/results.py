@@ -130,7 +130,8 @@ class Results:
     @property
     def models(self) -> list[str]:
         """Every model that something was measured of."""
-        return list(dict.fromkeys(each.model for each in (*self.rows, *self.quality)))
+        names = [row.model for row in self.rows] + [each.model for each in self.quality]
+        return list(dict.fromkeys(names))
 
     def of(self, model: str, *measures: str) -> list[Row]:
         """The rows of a model in some measures."""
@@ -165,7 +166,9 @@ def _results(content: Mapping[str, Any], path: Path) -> Results:
     where = str(path)
     machine = content.get("machine")
     if not isinstance(machine, Mapping):
-        raise InvalidArgumentError(f"{where} has no machine; expected an object, as {SCHEMA} has it")
+        raise InvalidArgumentError(
+            f"{where} has no machine; expected an object, as {SCHEMA} has it"
+        )
     return Results(
         file=path.name,
         title=str(content.get("title") or path.stem),
@@ -213,10 +216,10 @@ def _one(kind: type[_Kind], given: Any, where: str) -> _Kind:
             continue
         types = _CHECKS[expected.removesuffix(" | None") if optional else expected]
         if not isinstance(value, types) or isinstance(value, bool):
-            raise InvalidArgumentError(
-                f"{where}.{each.name} is {value!r:.80}; expected {expected}"
-            )
-        if expected == "Sequence[float]" and not _are_numbers(value, each.name == "samples"):
+            raise InvalidArgumentError(f"{where}.{each.name} is {value!r:.80}; expected {expected}")
+        if expected == "Sequence[float]" and not _are_numbers(
+            given[each.name], each.name == "samples"
+        ):
             raise InvalidArgumentError(
                 f"{where}.{each.name} is {value!r:.80}; expected numbers, one at least"
             )

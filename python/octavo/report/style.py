@@ -52,7 +52,9 @@ def look(system: str) -> Look:
 
 def variables() -> dict[str, tuple[str, str, str]]:
     """Colour in a drawing -> name of the page's variable, on a light page, on a dark one."""
-    found = {light: (f"c-{name.replace('.', '')}", light, dark)
-             for name, (light, dark) in ENGINES.items()}  # fmt: skip
+    found = {
+        light: (f"c-{name.replace('.', '')}", light, dark)
+        for name, (light, dark) in ENGINES.items()
+    }
     names = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"}
     return found | {color: (names[color], color, DARK[color]) for color in names}

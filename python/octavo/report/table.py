@@ -40,7 +40,8 @@ def size_of(row: Row) -> str:
     if row.measure == "prefill":
         return f"{row.prompt:,} tokens"
     if row.measure == "load":
-        return f"{row.users} user{'s' * (row.users > 1)}" if row.users else f"{row.rate:g} requests/s"
+        plural = "s" * (row.users != 1)
+        return f"{row.users} user{plural}" if row.users else f"{row.rate:g} requests/s"
     return f"{row.requests} × {prompt}, {tokens}" if row.requests > 1 else f"{prompt}, {tokens}"
 
 
@@ -50,7 +51,9 @@ def number(value: float | None, digits: int = 3) -> str:
         return "-"
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.{digits}g}" if abs(value) < 0.01 else f"{value:.{2 if abs(value) < 10 else 1}f}"
+    if abs(value) < 0.01:
+        return f"{value:.{digits}g}"
+    return f"{value:.{2 if abs(value) < 10 else 1}f}"
 
 
 def spread(row: Row) -> str:
@@ -61,6 +64,7 @@ def spread(row: Row) -> str:
 
 
 def is_octavo(system: str) -> bool:
+    """Whether a system is octavo, in any format."""
     return system.startswith("octavo")
 
 
@@ -130,8 +134,11 @@ def latency_table(results: Results, model: str, measure: str) -> Table:
     made = []
     for row in results.of(model, measure):
         first, between = row.first_ms, row.between_ms
-        times = [d and getattr(d, p) for d in (first, between) for p in ("p50", "p99")]
-        made.append((row.system, size_of(row), *map(number, times), number(row.median)))
+        times: list[float | None] = []
+        for found in (first, between):
+            times += [None, None] if found is None else [found.p50, found.p99]
+        cells = (number(time) for time in times)
+        made.append((row.system, size_of(row), *cells, number(row.median)))
     return Table(TITLES[measure], heads, tuple(made))
 
 
@@ -139,8 +146,10 @@ def quality_table(results: Sequence[Results], model: str) -> Table:
     """What every format costs, of all files together."""
     heads = ("system", "bits of a weight", "perplexity", "beside float32", "mean KL, nats", "99 %")
     made = []
-    for each in sorted((q for r in results for q in r.quality if q.model == model),
-                       key=lambda q: (q.system.split()[0], q.bits)):  # fmt: skip
+    for each in sorted(
+        (q for r in results for q in r.quality if q.model == model),
+        key=lambda q: (q.system.split()[0], q.bits),
+    ):
         ratio_text = f"{100 * (each.perplexity_ratio - 1):+.2f} %" if each.perplexity_ratio else "-"
         kls = (number(each.mean_kl), number(each.p99_kl))
         made.append((each.system, f"{each.bits:.2f}", f"{each.perplexity:.4f}", ratio_text, *kls))
@@ -149,7 +158,8 @@ def quality_table(results: Sequence[Results], model: str) -> Table:
 
 def system_table(results: Results, model: str) -> Table | None:
     """Loading, memory and gate of every system; None where nothing of it is known."""
-    heads = ("system", "version", "weights", "starts in", "loads in", "host, most", "device, most", "gate")
+    heads: tuple[str, ...] = ("system", "version", "weights", "starts in", "loads in")
+    heads += ("host, most", "device, most", "gate")
     made = []
     for each in results.systems:
         if each.model == model:
@@ -181,11 +191,16 @@ def _bytes(count: int | None) -> str:
 def energy_table(results: Results, model: str) -> Table | None:
     """Joules of a token; None where the machine counted none."""
     made = [
-        (row.system, row.measure, size_of(row), number(row.cpu_joules_per_token),
-         number(row.gpu_joules_per_token))
+        (
+            row.system,
+            row.measure,
+            size_of(row),
+            number(row.cpu_joules_per_token),
+            number(row.gpu_joules_per_token),
+        )
         for row in results.rows
         if row.model == model and (row.cpu_joules_per_token or row.gpu_joules_per_token)
-    ]  # fmt: skip
+    ]
     heads = ("system", "measure", "size", "processor, J a token", "GPU, J a token")
     return Table("Energy", heads, tuple(made)) if made else None
 
@@ -199,7 +214,8 @@ def gap_table(results: Results) -> Table | None:
 def machine_lines(results: Results) -> list[tuple[str, str]]:
     """The machine behind the figures, as far as the file tells it: name, value."""
     m = results.machine
-    native, versions = m.get("native") or {}, m.get("versions") or {}
+    native = m.get("native") or {}
+    versions = {"Python": m.get("python"), **(m.get("versions") or {})}
     isa = m.get("instruction_set")
     clocks = f"{m['mhz']:,.0f} MHz" if m.get("mhz") else ""
     clocks += f" of {m['mhz_at_most']:,.0f}" if m.get("mhz_at_most") else ""
@@ -214,12 +230,12 @@ def machine_lines(results: Results) -> list[tuple[str, str]]:
         ("load before", f"{m['load']:.2f}" if "load" in m else ""),
         *(("GPU", line) for line in m.get("gpus", ())),
         ("system", str(m.get("system", ""))),
-        ("versions", ", ".join(f"{k} {v}" for k, v in {"Python": m.get("python"), **versions}.items() if v)),
+        ("versions", ", ".join(f"{k} {v}" for k, v in versions.items() if v)),
         ("compiler", str(native.get("compiler", ""))),
         ("commit", str(m.get("commit", ""))),
         ("job", ", ".join(f"{k} {v}" for k, v in (m.get("job") or {}).items())),
         ("date", str(m.get("date", ""))),
-    ]  # fmt: skip
+    ]
     return [(name, value) for name, value in known if value and value != "not told"]
 
 
