@@ -66,7 +66,7 @@ class ModelRun:
         try:
             for system in self._model.systems:
                 self._guarded(system.name, "all of it", self._start, system)
-            self._agree()
+            self._guarded("", "log-probabilities beside float32", self._agree)
             self._round(0)
             self._context()
             for number in range(1, self._spec.rounds):
@@ -258,11 +258,13 @@ class ModelRun:
         """What the machine can do in each of octavo's formats: the best seen in this run."""
         for name, (system, process) in self._systems.items():
             if system.engine == "octavo" and self._left() > LEAST:
-                self._show("the machine's limits")
-                best = self._entries[name].setdefault("limits", {})
-                for limit, value in process.limits().items():
-                    is_number = not isinstance(value, str)
-                    best[limit] = max(best.get(limit, 0.0), value) if is_number else value
+                self._guarded(name, "the machine's limits", self._note_limits, name, process)
+
+    def _note_limits(self, name: str, process: Process) -> None:
+        best = self._entries[name].setdefault("limits", {})
+        for limit, value in process.limits().items():
+            is_number = not isinstance(value, str)
+            best[limit] = max(best.get(limit, 0.0), value) if is_number else value
 
     def _roof(self, samples: Samples) -> Any:
         """Whose work a row is held against, that work and the limits; None where not known."""
