@@ -1,6 +1,7 @@
 """Whether the figures in README and docs/ are those of the results that are kept.
 
     python benchmarks/figures.py          # lists what does not agree; exit code 1 if anything
+    python benchmarks/figures.py --write  # writes the tables between markers anew
 
 Before a table with measurements stands where they come from:
 
@@ -12,6 +13,11 @@ system ("octavo int8") or a heading a measure ("decode"), only figures of those 
 paragraph the numbers that are measurements follow the files:
 
     <!-- figures: compare_serving-smollm2-amd-epyc-2t.json: 2.7 3.8 1.7 -->
+
+A table between markers is one of `octavo report`'s, whole (a measure, or "quality"):
+
+    <!-- table: compare_cpu-smollm2-135m-xeon-amx-2t.json smollm2-135m decode -->
+    <!-- end -->
 
 "(not kept)" at the end of the line above a table says that its results were not kept;
 "<!-- figures: none -->" marks a table that holds no measurements.
@@ -30,10 +36,13 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import InvalidArgumentError
+from octavo.report.markdown import lines_of
 from octavo.report.results import Results, Row, read_results
+from octavo.report.table import latency_table, quality_table, speed_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+_TABLE = re.compile(r"<!-- table: ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
 _MARK = re.compile(r"<!-- figures: (.*?) -->", re.DOTALL)
 # Numbers that are no part of a name, such as int8 or Q4_0.
 _NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?(?:e-?\d+)?)(?![\w])")
@@ -159,6 +168,12 @@ def check_text(text: str, name: str, folder: Path = RESULTS) -> list[Problem]:
     lines = text.split("\n")
     problems: list[Problem] = []
     marked: set[int] = set()
+    for match in _TABLE.finditer(text):
+        start = text.count("\n", 0, match.start())
+        marked |= {start + 1, start + 2, start + 3}
+        if match[0] != generated(match, folder):
+            why = "this table is not the results': `python benchmarks/figures.py --write`"
+            problems.append(Problem(name, start + 1, why))
     for match in _MARK.finditer(text):
         start = text.count("\n", 0, match.end()) + 1
         while start < len(lines) and not lines[start].strip():
@@ -176,6 +191,22 @@ def check_text(text: str, name: str, folder: Path = RESULTS) -> list[Problem]:
         if is_first and not (is_code or is_marked) and _holds_figures(_block(lines, number)):
             problems.append(Problem(name, number + 1, "a table with figures says no source"))
     return problems
+
+
+def generated(match: re.Match[str], folder: Path) -> str:
+    """A table between its markers, as `octavo report` makes it."""
+    file, model, measure = match[1].split()
+    results = _read(file, folder)
+    if not isinstance(results, Results) or model not in results.models:
+        return f"there is no benchmarks/results/{file} with {model}"
+    if measure == "quality":
+        table = quality_table([results], model)
+    elif measure in ("load", "latency"):
+        table = latency_table(results, model, measure)
+    else:
+        table = speed_table(results, model, measure)
+    shown = "\n".join(list(lines_of(table))[3:])
+    return f"<!-- table: {match[1]} -->\n\n{shown}\n\n<!-- end -->"
 
 
 def _block(lines: list[str], start: int) -> list[str]:
@@ -236,7 +267,8 @@ def pages() -> list[Path]:
     """README and the pages whose tables are measurements."""
     own = "benchmarks bench cpu cuda cuda_products models server speculation quantization"
     names = f"{own} calibration".split()
-    return [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in names)]
+    own_pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+    return [*own_pages, *(ROOT / "docs" / f"{name}.md" for name in names)]
 
 
 def check_pages() -> list[Problem]:
@@ -248,7 +280,18 @@ def check_pages() -> list[Problem]:
     return found
 
 
+def write_tables() -> None:
+    """Write every table between markers anew."""
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        made = _TABLE.sub(lambda match: generated(match, RESULTS), text)
+        if made != text:
+            page.write_text(made, encoding="utf-8")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        write_tables()
     problems = check_pages()
     print("\n".join(map(str, problems)) or "all figures agree")
     sys.exit(1 if problems else 0)

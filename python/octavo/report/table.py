@@ -206,9 +206,15 @@ def energy_table(results: Results, model: str) -> Table | None:
 
 
 def gap_table(results: Results) -> Table | None:
-    """What is not there."""
-    made = tuple((each.system or "all", each.model, each.what, each.why) for each in results.gaps)
-    return Table("Gaps", ("system", "model", "what", "why"), made) if made else None
+    """What is not there; what has one reason stands in one row."""
+    parts: dict[tuple[str, str, str], list[str]] = {}
+    for each in results.gaps:
+        parts.setdefault((each.model, each.system or "all", each.why), []).append(each.what)
+    systems: dict[tuple[str, str, str], list[str]] = {}
+    for (model, system, why), whats in parts.items():
+        systems.setdefault((model, "; ".join(whats), why), []).append(system)
+    made = tuple(("; ".join(names), *rest) for rest, names in systems.items())
+    return Table("Gaps", ("systems", "model", "what", "why"), made) if made else None
 
 
 def machine_lines(results: Results) -> list[tuple[str, str]]:
