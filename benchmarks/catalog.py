@@ -29,7 +29,7 @@ class Catalog:
         self, arguments: argparse.Namespace, model: ModelSpec, path: Path, folder: Path
     ) -> None:
         self._arguments, self.path, self.load_format = arguments, path, model.load_format
-        self._seconds = model.seconds
+        self._seconds = max(60.0, model.seconds / 3)  # that one answer of a system may take
         # One for each model: another one, or another version, may have the same name.
         self._folder = folder / model_digest(path, model.load_format)
         self._folder.mkdir(parents=True, exist_ok=True)

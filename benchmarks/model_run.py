@@ -69,11 +69,16 @@ class ModelRun:
             self._guarded("", "log-probabilities beside float32", self._agree)
             self._round(0)
             self._context()
+            self._serve_and_score()
+            # More rounds last: where time is short, every measure has one sample.
             for number in range(1, self._spec.rounds):
                 self._round(number)
         finally:
             for _, process in self._systems.values():
                 process.close()
+        self._keep()
+
+    def _serve_and_score(self) -> None:
         if self._model.load is not None:
             self._show("servers under load")
             parts = (self._catalog, self._record, self._arguments, self._left)
@@ -81,7 +86,6 @@ class ModelRun:
         if self._model.quality is not None:
             for form in self._model.quality.formats:
                 self._guarded(f"octavo {form}", "quality", self._quality, form)
-        self._keep()
 
     def _left(self) -> float:
         return self._end - time.perf_counter()
@@ -271,15 +275,31 @@ class ModelRun:
         system = samples.system
         on = " cuda" if system.device == "cuda" else ""
         name = f"octavo {ROOFS.get(system.format, system.format)}{on}"
-        works = self._works.get((name, samples.row))
-        limits = self._entries.get(name, {}).get("limits")
-        if works is None or not limits:
+        row, limits = samples.row, self._entries.get(name, {}).get("limits")
+        # A row that is shorter for a slow system is held against the work a token of the whole one.
+        like = [
+            each
+            for who, each in self._works
+            if (who, each.name, each.requests, each.prompt)
+            == (name, row.name, row.requests, row.prompt)
+        ]
+        if not like or not limits:
             return None
+        whole = row if row in like else like[0]
+        works = [
+            (num_bytes / whole.tokens, operations / whole.tokens)
+            for num_bytes, operations in self._works[name, whole]
+        ]
         return name, works, Peak(limits["bandwidth"], limits["flops"])
 
     def _write_rows(self) -> None:
         """Every row so far into the record, in the spec's order."""
-        others = [row for row in self._record.content["rows"] if row["model"] != self.name]
+        own = {row.name for row in self._model.rows}
+        others = [
+            row
+            for row in self._record.content["rows"]
+            if row["model"] != self.name or row["measure"] not in own
+        ]
         order = [system.name for system in self._model.systems]
         found = sorted(
             self._samples.values(),

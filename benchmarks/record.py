@@ -80,7 +80,7 @@ class Samples:
         return self.row.speed(sample)
 
     def to_json(self, roof: tuple[str, Sequence[tuple[float, float]], Peak] | None) -> Any:
-        """A row of the file. roof: whose work it is held against, that work, and the limits."""
+        """A row of the file. roof: whose work it is held against, that of a token, the limits."""
         speeds = [self.row.speed(sample) for sample in self._found]
         found: dict[str, Any] = {
             "model": self.model,
@@ -110,12 +110,12 @@ class Samples:
         parts = [least_seconds(Work(*work), peak) for work in works]
         least = sum(seconds for seconds, _ in parts)
         return {
-            "percent_of_limit": 100 * least * speed / self.row.tokens,
+            "percent_of_limit": 100 * least * speed,
             "limit": max(parts)[1],
             "limit_of": name,
-            "bytes": sum(work[0] for work in works),
-            "operations": sum(work[1] for work in works),
-            "operations_per_second": sum(w[1] for w in works) * speed / self.row.tokens,
+            "bytes": sum(work[0] for work in works) * self.row.tokens,
+            "operations": sum(work[1] for work in works) * self.row.tokens,
+            "operations_per_second": sum(work[1] for work in works) * speed,
         }
 
 

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -194,6 +195,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._log,
             env={**os.environ, **(environment or {})},
+            start_new_session=True,  # with what it starts itself, so that all of it can be ended
         )
         # No path is pickled: Pythons differ in where its class is.
         plain = [str(value) if isinstance(value, Path) else value for value in settings]
@@ -209,7 +211,7 @@ class Process:
         return lambda *values: self._ask((method, values))
 
     def _ask(self, question: Any) -> Any:
-        late = threading.Timer(self._seconds, self._process.kill)
+        late = threading.Timer(self._seconds, self._kill)
         late.start()
         try:
             pickle.dump(question, self._process.stdin)
@@ -228,12 +230,16 @@ class Process:
             raise RuntimeError(str(answer))
         return answer
 
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """End the process."""
         try:
             self._process.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            self._kill()
             self._process.communicate()
         self._log.close()
 

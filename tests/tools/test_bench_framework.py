@@ -187,8 +187,10 @@ def test_rounds_gates_limits_and_gaps(load, tmp_path: Path) -> None:
     assert len(ours["samples"]) == 3 and ours["least"] < ours["median"] < ours["most"]
     assert ours["percent_of_limit"] == pytest.approx(100 * ours["median"] * 2e6 / 1e9)
     assert ours["limit"] == "memory" and ours["operations_per_second"] == ours["median"] * 1e6
-    # Asked for three tokens where octavo is asked for eight: its speed is held against no limit.
-    assert rows["vllm bf16", "decode", 1]["tokens"] == 3
+    # Asked for three tokens where octavo is asked for eight, and held against the same limit.
+    theirs = rows["vllm bf16", "decode", 1]
+    assert theirs["tokens"] == 3 and theirs["limit_of"] == "octavo bf16"
+    assert theirs["percent_of_limit"] == pytest.approx(100 * theirs["median"] * 2e6 / 1e9)
     latency = rows["octavo bf16", "latency", 1]["between_ms"]
     assert latency["count"] == 12 and latency["p50"] <= latency["p99"] == latency["quantiles"][99]
     entry = found["systems"][0]
