@@ -78,7 +78,7 @@ class LlamaBinaries(System):
 
     def _run_batched(self, row: Row) -> float:
         sizes = {"-npp": row.prompt, "-ntg": row.generated, "-npl": row.requests}
-        sizes["-c"] = row.requests * row.longest
+        sizes["-c"] = max(64, row.requests * row.longest)  # its warm-up takes 16 tokens
         command = [*self._batched, *(str(part) for pair in sizes.items() for part in pair)]
         output, _ = output_of(command, TIMEOUT)
         tests = [json.loads(line) for line in output.splitlines() if line.startswith("{")]

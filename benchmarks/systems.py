@@ -68,9 +68,9 @@ class Row:
         return Row(self.name, min(self.prompt, 16), min(self.generated, 4), self.requests)
 
     def prompts(self) -> list[list[int]]:
-        """Token ids of every request, from 10 to 499: the smallest vocabulary has them."""
+        """Token ids of every request, from 10 to 299: the smallest vocabulary has them."""
         return [
-            [(7919 * index + 131 * request) % 490 + 10 for index in range(self.prompt)]
+            [(7919 * index + 131 * request) % 290 + 10 for index in range(self.prompt)]
             for request in range(self.requests)
         ]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from systems import Generating
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.initialization import no_init_weights
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -50,6 +50,9 @@ class Transformers(Generating):
         self._cache, self._device = cache, device
         self._caches: dict[tuple[int, int], StaticCache] = {}
         self._model = load_model(path, DTYPES[kind], load_format).eval().to(device)
+        from octavo.diff.hugging_face import cache_argument
+
+        self._argument = cache_argument(self._model)
         self._step = self._model
         if cache == "compiled":
             mode = "reduce-overhead" if device == "cuda" else "default"
@@ -80,22 +83,23 @@ class Transformers(Generating):
                 if self._device == "cuda":
                     torch.compiler.cudagraph_mark_step_begin()
             output = self._forward(self._step if number else self._model, ids, cache)
-            ids, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+            ids = output.logits[:, -1].argmax(-1, keepdim=True)
             yield ids
 
     def _room(self, prompts: list[list[int]], count: int) -> Any:
-        """A cache for the prompts and their answers; None: one that grows."""
+        """An empty cache for the prompts and their answers; a dynamic one grows."""
         if self._cache == "dynamic":
-            return None
+            return DynamicCache(config=self._model.config)
         size = (len(prompts), len(prompts[0]) + count)
         if size not in self._caches:  # kept, since a compiled step knows its cache's place
             self._caches[size] = StaticCache(config=self._model.config, max_cache_len=size[1])
-        self._caches[size].reset()
+        with torch.inference_mode():
+            self._caches[size].reset()
         return self._caches[size]
 
     def _forward(self, run: Any, ids: torch.Tensor, cache: Any) -> Any:
         with torch.inference_mode():
-            return run(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return run(ids, **{self._argument: cache}, use_cache=True, logits_to_keep=1)
 
     def logprobs(self, prompt: list[int]) -> dict[int, float]:
         """The log-probability of every next token."""

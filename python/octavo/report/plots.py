@@ -231,10 +231,13 @@ def _si(value: float, _: object = None) -> str:
 
 
 def _plain_log(axis: Any) -> None:
-    """1, 10, 100 and not powers; nothing between them."""
-    from matplotlib.ticker import NullFormatter
+    """1, 10, 100 and not powers; 2 and 5 where there are few of them."""
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = axis.get_view_interval()
+    if high < 30 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -289,6 +292,8 @@ def distributions(
                 xscale="log",
                 ylim=(0, 100),
             )
+            low, high = axes.get_xlim()
+            axes.set_xlim(low / 1.3, high * 1.3)
             _plain_log(axes.xaxis)
         _legend(figure, narrow, handles)
 

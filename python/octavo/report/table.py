@@ -125,7 +125,7 @@ def context_table(results: Results, model: str) -> Table:
         (row.system, f"{row.prompt:,}", _bytes(row.host_bytes), _bytes(row.device_bytes))
         for row in rows
     ]
-    return Table(TITLES["context"], heads, tuple(made))
+    return _without_empty(TITLES["context"], heads, made)
 
 
 def latency_table(results: Results, model: str, measure: str) -> Table:
@@ -167,11 +167,15 @@ def system_table(results: Results, model: str) -> Table | None:
             memory = [_bytes(b) for b in (each.host_bytes, each.device_bytes)]
             first = (each.system, each.version or "-", _bytes(each.weight_bytes))
             made.append((*first, *seconds, *memory, gate_of(each.gate)))
-    keep = [0, *(i for i in range(1, len(heads)) if any(row[i] != "-" for row in made))]
-    if len(keep) < 2:
-        return None
-    rows = tuple(tuple(row[i] for i in keep) for row in made)
-    return Table("The systems", tuple(heads[i] for i in keep), rows)
+    table = _without_empty(f"The systems, {model}", heads, made)
+    return table if len(table.headings) > 1 else None
+
+
+def _without_empty(title: str, heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
+    """A table without the columns in which nothing is told."""
+    keep = [0, *(i for i in range(1, len(heads)) if any(row[i] != "-" for row in rows))]
+    kept = tuple(tuple(row[i] for i in keep) for row in rows)
+    return Table(title, tuple(heads[i] for i in keep), kept)
 
 
 def gate_of(gate: object) -> str:
