@@ -109,7 +109,7 @@ print(json.dumps([test]))
 PRETEND_BATCHED = """
 import json, sys
 a = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-assert a["--output-format"] == "jsonl" and a["-t"] == "3" and a["-c"] == "44", a
+assert a["--output-format"] == "jsonl" and a["-t"] == "3" and a["-c"] == "64", a
 print("a line that is no JSON")
 test = {"pp": int(a["-npp"]), "tg": int(a["-ntg"]), "pl": int(a["-npl"]), "speed": 12.5}
 print(json.dumps(test))
