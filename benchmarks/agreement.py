@@ -7,7 +7,6 @@ weights have to be read (`--load-format auto`), since every system makes dummy o
 from __future__ import annotations
 
 import struct
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,33 +22,29 @@ FACTOR = 1.5  # octavo may be so many times as far from float32 as the farthest 
 MOST = 0.25  # from float32, in 16 bits: what is above it is another model
 
 
-def error_of(truth: Mapping[int, float], given: Mapping[int, float], name: str) -> float:
-    """The largest error of a likely token's log-probability; SystemExit where few are common."""
+def error_of(truth: Mapping[int, float], given: Mapping[int, float]) -> float:
+    """The largest error of a likely token's log-probability; ValueError where few are common."""
     best = sorted(truth, key=truth.__getitem__)[-20:]
     common = [token for token in best if token in given]
     if len(common) < 10:
-        sys.exit(f"gate: {name} shares {len(common)} of the 20 likeliest tokens")
+        raise ValueError(f"shares {len(common)} of the 20 likeliest tokens")
     return max(abs(truth[token] - given[token]) for token in common)
 
 
-def agreement(
-    truth: Mapping[int, float],
-    found: Mapping[str, Mapping[int, float]],
-    forms: Mapping[str, str],
-) -> dict[str, float]:
-    """System -> its error. SystemExit where octavo's or a peer's is too large to be rounding.
+def check_agreement(errors: Mapping[str, float], forms: Mapping[str, str]) -> dict[str, str]:
+    """System -> what is wrong, of those whose error is too large to be rounding.
 
-    truth, found: log-probabilities by token. forms: system -> the format of its weights.
+    errors: `error_of` by system. forms: system -> the format of its weights.
     """
-    errors = {name: error_of(truth, given, name) for name, given in found.items()}
+    wrong = {}
+    peers = [error for name, error in errors.items() if not name.startswith("octavo")]
     for name, error in errors.items():
-        peers = [errors[other] for other in errors if not other.startswith("octavo")]
         limit = 1e-3 if forms[name] == "f32" else MOST
         if name.startswith("octavo") and forms[name] != "f32" and peers:
             limit = min(limit, FACTOR * max(peers))
         if not error <= limit:
-            sys.exit(f"gate: {name} is {error:.4f} from float32; expected {limit:.4f} at most")
-    return errors
+            wrong[name] = f"is {error:.4f} from float32; expected {limit:.4f} at most"
+    return wrong
 
 
 def is_compared(form: str) -> bool:

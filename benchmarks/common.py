@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import statistics
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from octavo import _native
-from octavo.machine import processor
+from octavo.machine import processor, total_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("octavo", "numpy", "torch", "transformers")
@@ -65,7 +66,52 @@ def stamp(num_threads: int) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "versions": versions,
         "commit": commit(),
+        **circumstances(),
     }
+
+
+def circumstances(sys_folder: Path = Path("/sys"), proc: Path = Path("/proc")) -> dict[str, Any]:
+    """What else decides about a speed, as far as the machine tells it.
+
+    cores, numa_nodes, memory_bytes; governor, mhz: of the clocks, now and at most; load: programs
+    that wanted to run, on average of the last minute; gpus: a line each, as `gpus` gives it.
+    """
+    devices = sys_folder / "devices" / "system"
+    frequency = devices / "cpu" / "cpu0" / "cpufreq"
+    clocks = [
+        float(line.split(":")[1])
+        for line in _text(proc / "cpuinfo").splitlines()
+        if line.startswith("cpu MHz")
+    ]
+    most = _text(frequency / "cpuinfo_max_freq")
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "numa_nodes": len(list((devices / "node").glob("node[0-9]*"))) or 1,
+        "memory_bytes": total_memory(),
+        "governor": _text(frequency / "scaling_governor") or "not told",
+        "mhz": round(statistics.fmean(clocks)) if clocks else None,
+        "mhz_at_most": int(most) // 1000 if most.isdecimal() else None,
+        "load": os.getloadavg()[0],
+        "gpus": gpus(),
+    }
+
+
+def _text(file: Path) -> str:
+    """A small file of the system; "" where it is not."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def gpus(query: str = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem") -> Any:
+    """What nvidia-smi tells of each GPU, a line each; [] without one."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return found.stdout.strip().splitlines()
 
 
 def header(benchmark: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def measure(systems: Systems, rows: list[Row], cores: list[int], rounds: int) ->
             with neighbour(core):
                 for row in rows:
                     for name in in_turns(systems, number):
-                        speed = float(systems[name].run(row))
+                        speed = row.speed(systems[name].run(row))
                         speeds[row.name][name].setdefault(state, []).append(speed)
                         print(f"{number + 1}: {state:8} {row.name:8} {name:18} {speed:9.1f} tok/s")
     return speeds
@@ -123,7 +123,7 @@ def main() -> None:
         for kind in arguments.formats.split(",")
     }
     if arguments.llama_bench is not None:
-        llama = LlamaBinaries(arguments.llama_bench, arguments.gguf, arguments.threads)
+        llama = LlamaBinaries(str(arguments.llama_bench), str(arguments.gguf), arguments.threads)
         systems[f"llama.cpp {arguments.gguf.stem.rpartition('-')[2]}"] = llama
     try:
         checks = check(systems, rows, cores)

@@ -1,4 +1,4 @@
-"""Peers of octavo, for compare_cpu.py: llama.cpp, vLLM and OpenVINO GenAI.
+"""Peers of octavo, for run.py: llama.cpp, vLLM and OpenVINO GenAI.
 
 The last two run in a Python that has them, which may lack octavo: none of it is imported here, and
 of the peers only what is measured.
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import tempfile
 import time
-from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from agreement import PROMPT, llama_logprobs
-from systems import Generating, Row, output_of, require_tokens
+from systems import Generating, Row, System, output_of, require_tokens
 
 TIMEOUT = 900.0  # seconds that one measurement of llama.cpp may take
 _QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
@@ -25,43 +24,43 @@ OPENVINO_BITS = {"int8": 8, "int4-g128": 4}
 OPENVINO_BLOCK = 16  # tokens; its blocks hold no fewer
 
 
-class LlamaBinaries:
+class LlamaBinaries(System):
     """llama-bench for prompts and decoding; beside it llama-batched-bench for many requests.
 
-    llama-perplexity, where it lies beside them, tells what is computed.
+    llama-perplexity, where it lies beside them, tells what is computed. Every run is a process of
+    its own, which loads the model first.
     """
 
-    def __init__(self, bench: Path, file: Path, threads: int) -> None:
-        self.batched = bench.with_name("llama-batched-bench")
-        self._perplexity = bench.with_name("llama-perplexity")
-        self._file, self._threads = file, threads
-        common = ["-m", str(file), "-t", str(threads)]
-        self._bench = [str(bench), *common, "-r", "1", "-o", "json"]
-        self._batched = [str(self.batched), *common, "--output-format", "jsonl"]
+    def __init__(self, bench: str, file: str, threads: int) -> None:
+        self._batched_bench = Path(bench).with_name("llama-batched-bench")
+        self._perplexity = Path(bench).with_name("llama-perplexity")
+        self._file, self._threads = Path(file), threads
+        common = ["-m", file, "-t", str(threads)]
+        self._bench = [bench, *common, "-r", "1", "-o", "json"]
+        self._batched = [str(self._batched_bench), *common, "--output-format", "jsonl"]
         self._batched += ["-b", "2048", "-ub", "512"]
-
-    @cached_property
-    def _shape(self) -> dict[str, Any]:
-        """From a run of two tokens."""
         test = self._ask_bench(Row("prefill", 2, 1))
-        return {
+        self.description = {
             "num_parameters": int(test["model_n_params"]),
-            "build": f"{test['build_commit']} ({test['build_number']})",
-            "cpu": str(test.get("cpu_info", "")),
+            "version": f"build {test['build_number']} ({test['build_commit']})",
         }
-
-    def check(self, row: Row) -> dict[str, Any]:
-        """The shape, and what was built."""
-        return self._shape
 
     def warm_up(self, row: Row) -> None:
         """Nothing: both programs warm up themselves."""
 
-    def run(self, row: Row) -> float:
-        """Tokens a second, of one run after the program's own warm-up."""
-        if row.name == "serve":
-            return self._run_batched(row)
-        return float(self._ask_bench(row)["avg_ts"])
+    def run(self, row: Row) -> dict[str, Any]:
+        """One run after the program's own warm-up."""
+        if row.name == "latency":
+            raise NotImplementedError("llama-bench does not tell when each token comes")
+        if row.name not in ("requests", "batch"):
+            return {"seconds": row.tokens / float(self._ask_bench(row)["avg_ts"])}
+        if not self._batched_bench.is_file():
+            raise FileNotFoundError(f"no llama-batched-bench beside {self._bench[0]}")
+        return {"seconds": self._run_batched(row)}
+
+    def memory(self) -> dict[str, int]:
+        """Of the programs."""
+        return {"host": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}
 
     def logprobs(self, prompt: list[int]) -> dict[int, float] | None:
         """Of the next token; None without llama-perplexity beside, which takes PROMPT only."""
@@ -72,26 +71,23 @@ class LlamaBinaries:
     def _ask_bench(self, row: Row) -> dict[str, Any]:
         prompt, generated = (row.prompt, 0) if row.name == "prefill" else (0, row.generated)
         command = [*self._bench, "-p", str(prompt), "-n", str(generated)]
+        if row.name == "context":
+            command += ["-d", str(row.prompt)]
         output, _ = output_of(command, TIMEOUT)
         return only_test(json.loads(output), n_prompt=prompt, n_gen=generated)
 
     def _run_batched(self, row: Row) -> float:
         sizes = {"-npp": row.prompt, "-ntg": row.generated, "-npl": row.requests}
-        sizes["-c"] = row.requests * row.longest
+        sizes["-c"] = max(64, row.requests * row.longest)  # its warm-up takes 16 tokens
         command = [*self._batched, *(str(part) for pair in sizes.items() for part in pair)]
         output, _ = output_of(command, TIMEOUT)
         tests = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         expected = {"pp": row.prompt, "tg": row.generated, "pl": row.requests}
-        return float(only_test(tests, **expected)["speed"])
-
-    def close(self) -> None:
-        """Nothing runs between measurements."""
+        return row.requests * row.longest / float(only_test(tests, **expected)["speed"])
 
 
-class Xllamacpp(Generating):
+class Xllamacpp(System):
     """llama.cpp inside the package xllamacpp (built for AVX2), by the timings of its server."""
-
-    description: Mapping[str, Any] = {}  # it does not tell the number of parameters
 
     def __init__(self, file: str, threads: int, longest: int) -> None:
         import xllamacpp
@@ -104,8 +100,11 @@ class Xllamacpp(Generating):
         params.cpuparams.n_threads = threads
         params.cpuparams_batch.n_threads = threads
         self._server = xllamacpp.Server(params)
+        self.description = {"version": f"xllamacpp {xllamacpp.__version__}, built for AVX2"}
 
-    def run(self, row: Row) -> float:
+    def run(self, row: Row) -> dict[str, Any]:
+        if row.name not in ("decode", "prefill"):
+            raise NotImplementedError("xllamacpp tells the speed of one prompt and its answer only")
         answer = self._server.handle_completions(
             {
                 "prompt": row.prompts()[0],
@@ -119,7 +118,7 @@ class Xllamacpp(Generating):
         if "timings" not in answer:
             raise RuntimeError(f"xllamacpp answered without timings: {str(answer)[:300]}")
         stage = "prompt" if row.name == "prefill" else "predicted"
-        return float(answer["timings"][f"{stage}_per_second"])
+        return {"seconds": row.tokens / float(answer["timings"][f"{stage}_per_second"])}
 
 
 def only_test(tests: list[dict[str, Any]], **expected: int) -> dict[str, Any]:

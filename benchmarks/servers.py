@@ -53,11 +53,13 @@ def octavo_server(*options: Any, name: str = "octavo") -> Server:
     return Server(name, (*command, "--log-format", "json", *map(str, options)))
 
 
-def llama_server(binary: Path, file: Path, threads: int, context: int, users: int) -> Server:
+def llama_server(
+    binary: Path, file: Path, threads: int, context: int, users: int, name: str = ""
+) -> Server:
     """llama-server has a slot for each user, and one cache for all of them."""
     options = ["-m", str(file), "-t", str(threads), "-np", str(users), "-c", str(context * users)]
     command = (str(binary), *options, "--port", "{port}", "--no-webui")
-    return Server(f"llama-server {file.stem}", command)
+    return Server(name or f"llama-server {file.stem}", command)
 
 
 def vllm_server(python: Path, model: Path, context: int, users: int) -> Server:

@@ -61,6 +61,7 @@ VERBS = (
     Verb("bench serve", "Measure a server under load.", _MEASURE),
     Verb("bench spec", "Measure what drafts save.", _MEASURE),
     Verb("eval", "Measure perplexity, and what a number format costs.", _MEASURE),
+    Verb("report", "Show results of benchmarks as tables, or as a page with plots.", _MEASURE),
     Verb(
         "explain", "Tell where a request's time went, from an event log.", _SCHEDULING, "event_log"
     ),

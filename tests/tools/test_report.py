@@ -1,0 +1,255 @@
+"""`octavo report`: every kind of results file, tables, plots, one page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from octavo.cli import main
+from octavo.errors import InvalidArgumentError
+from octavo.report import plots, table
+from octavo.report.convert import quality_of_eval
+from octavo.report.markdown import tables
+from octavo.report.page import lacking, render, sections
+from octavo.report.results import SCHEMA, Results, read_results
+from octavo.report.style import ENGINES, look
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+OTHERS = ("neighbour", "serving_promises", "ladder")  # results of other shapes
+
+
+def distribution(scale: float) -> dict[str, object]:
+    quantiles = [scale * (1 + i / 50) for i in range(101)]
+    return {
+        "count": 40,
+        "p50": quantiles[50],
+        "p90": quantiles[90],
+        "p99": quantiles[99],
+        "quantiles": quantiles,
+    }
+
+
+def row(system: str, measure: str, *samples: float, **more: object) -> dict[str, object]:
+    sizes = {"prompt": 16, "tokens": 8, "requests": 1, "unit": "tokens/s", "model": "m & <b>"}
+    return {**sizes, "system": system, "measure": measure, "samples": list(samples), **more}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    work = {
+        "bytes": 3e8,
+        "operations": 6e8,
+        "operations_per_second": 6e9,
+        "percent_of_limit": 71.0,
+        "limit": "memory",
+    }
+    rows = []
+    for scale, system in ((2.0, "octavo int8"), (1.0, "llama.cpp q8_0")):
+        rows += [
+            row(system, "decode", 20 * scale, 30 * scale, 25 * scale, **work),
+            row(system, "prefill", 300 * scale),
+            *(row(system, "batch", scale * n**0.5, requests=n) for n in (1, 4, 16)),
+            *(row(system, "context", scale, prompt=n, host_bytes=n << 20) for n in (256, 1024)),
+            row(system, "latency", scale, first_ms=distribution(9), between_ms=distribution(2)),
+            *(
+                row(
+                    system,
+                    "load",
+                    scale,
+                    users=n,
+                    first_ms=distribution(9.0 * n),
+                    between_ms=distribution(2.0 * n),
+                )
+                for n in (1, 8)
+            ),
+        ]
+    limits = {"bandwidth": 2e10, "flops": 4e11, "arithmetic": "whole numbers"}
+    systems = [
+        {
+            "model": "m & <b>",
+            "system": name,
+            "engine": name.split()[0],
+            "format": "int8",
+            "bits": bits,
+            "gate": {"passed": True},
+            "limits": found,
+            "load_seconds": 1.5,
+        }
+        for name, bits, found in (("octavo int8", 8.0, limits), ("llama.cpp q8_0", 8.5, {}))
+    ]
+    quality = [
+        {
+            "model": "m & <b>",
+            "system": f"octavo {form}",
+            "bits": bits,
+            "perplexity": 20.0,
+            "perplexity_ratio": 1 + kl,
+            "mean_kl": kl,
+        }
+        for form, bits, kl in (("bf16", 16.0, 1e-4), ("int8", 8.0, 0.004), ("int4", 4.5, 0.2))
+    ]
+    content = {
+        "schema": SCHEMA,
+        "title": "a <script>title</script>",
+        "machine": {"date": "now", "processor": "a processor", "num_threads": 2, "load": 1.7},
+        "systems": systems,
+        "rows": rows,
+        "quality": quality,
+        "gaps": [{"model": "m", "system": "vllm bf16", "what": "all", "why": "absent & gone"}],
+        "spec": {"command": "python benchmarks/run.py x.yaml"},
+    }
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_file_that_is_kept_can_be_read(path: Path) -> None:
+    if path.stem.startswith(OTHERS):
+        with pytest.raises(InvalidArgumentError, match="expected a file of benchmarks/run.py"):
+            read_results(path)
+        return
+    results = read_results(path)
+    text = "\n".join(tables(results))
+    assert results.machine["processor"] and results.models
+    assert all(model in text for model in results.models)
+
+
+def test_converted_figures_are_those_of_the_file() -> None:
+    found = read_results(RESULTS / "compare_cpu-llama-3.2-1b-bf16-xeon-amx-2t.json")
+    ours = found.of("llama-3.2-1b", "decode")[0]
+    assert (ours.system, ours.tokens, round(ours.percent_of_limit or 0)) == ("octavo bf16", 32, 95)
+    vllm = next(r for r in found.of("llama-3.2-1b", "prefill") if r.system == "vllm bf16")
+    assert table.ratio(found.of("llama-3.2-1b", "prefill")[0], vllm) == "1.81 (1.51 to 1.92)"
+    served = read_results(RESULTS / "compare_serving-smollm2-amd-epyc-2t.json")
+    most = next(r for r in served.rows if r.users == 64 and r.system == "llama.cpp q8_0")
+    assert round(most.median) == 540 and most.between_ms and round(most.between_ms.p99) == 1795
+    gpu = read_results(RESULTS / "gpu-nvidia-h100-80gb-hbm3-fused.json")
+    decode = gpu.of("llama-3.2-1b", "decode")[0]
+    assert decode.system == "octavo bf16 cuda" and round(1e6 / decode.median) == 1005
+    reached = (decode.operations_per_second or 0) / (decode.operations or 1) * decode.tokens
+    assert reached == pytest.approx(decode.median, rel=0.01)
+
+
+def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for text, message in (
+        ("{", "is no JSON"),
+        ("[]", "holds a list; expected an object"),
+        ('{"a": 1}', r"its keys: a\); expected a file of benchmarks/run.py"),
+        ('{"benchmark": "compare_cpu", "model": "m"}', "results of compare_cpu, but is not whole"),
+        (json.dumps({"schema": SCHEMA}), "has no machine"),
+        (json.dumps({"schema": SCHEMA, "machine": {}, "rows": 3}), "rows is 3; expected a list"),
+        (
+            json.dumps({"schema": SCHEMA, "machine": {}, "rows": [{"model": 3}]}),
+            r"rows\[0\].model is 3; expected str",
+        ),
+        (
+            json.dumps({"schema": SCHEMA, "machine": {}, "rows": [row("s", "decode")]}),
+            "samples is .*; expected numbers, one at least",
+        ),
+    ):
+        path.write_text(text)
+        with pytest.raises(InvalidArgumentError, match=message):
+            read_results(path)
+
+
+def test_the_tables(file: Path) -> None:
+    lines = list(tables(read_results(file)))
+    assert "### Decoding, one sequence: 16 in, 8 out" in lines
+    assert "| octavo int8 | 50.0 | 40.0 to 60.0 (3) | 71 (memory) |" in lines
+    assert "| octavo int8 | 2.00 (2.00 to 2.00) | llama.cpp q8_0: 2.00 (2.00 to 2.00) |" in lines
+    assert any("| vllm bf16 | m | all | absent & gone |" in line for line in lines)
+
+
+def test_a_peer_with_fewer_bits_is_not_the_one_to_beat(file: Path) -> None:
+    content = json.loads(file.read_text())
+    content["systems"][1]["bits"] = 4.5
+    file.write_text(json.dumps(content))
+    found = table.ratio_table(read_results(file), "m & <b>", "decode")
+    assert found is not None and found.rows[0][-1] == "-"
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(file: Path, tmp_path: Path) -> None:
+    assert main(["report", str(file), "-o", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not re.search(r'(src|href)="(?!#)', page.replace('xlink:href="#', 'x="#'))
+    assert "<script" not in page and "a &lt;script&gt;title" in page
+    assert page.count('<div class="wide"><svg') == page.count('<div class="narrow"><svg') == 9
+    for color, _ in ENGINES.values():  # only where the page's own variables are set
+        assert page.count(color) <= 2, color
+    assert "prefers-color-scheme: dark" in page and "var(--c-octavo)" in page
+    ids = re.findall(r'<clipPath id="(\w+)"', page)
+    assert ids and len(ids) == len(set(ids))
+    for text in ("the machine was busy before: load 1.7", "absent &amp; gone", "x.yaml"):
+        assert text in page
+
+
+def test_every_axis_has_its_unit(file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    shown = sections([read_results(file)])
+    assert [part.title for part in shown][-1] == "Quality against size"
+    for part in shown:
+        assert part.plot is not None
+        for narrow in (False, True):
+            figure = Figure()
+            part.plot.draw(figure, narrow)
+            for axes in figure.axes:
+                assert axes.get_xlabel(), part.title
+                assert axes.get_ylabel() or axes.get_yticklabels(), part.title
+
+
+def test_pictures_are_written_and_what_lacks_is_said(file: Path, tmp_path: Path) -> None:
+    results, folder = read_results(file), tmp_path / "pictures"
+    content = json.loads(file.read_text())
+    few = {**content, "rows": content["rows"][:1], "quality": []}  # a bar and a roofline
+    file.write_text(json.dumps(few))
+    assert main(["report", str(file), "--png", str(folder), "--svg", str(folder)]) == 0
+    names = sorted(path.name.removeprefix("r-m & <b>-") for path in folder.iterdir())
+    assert names == ["decode.png", "decode.svg", "roofline.png", "roofline.svg"]
+    assert lacking([results]) == ["joules: the machine counted none"]
+    bare = Results("f", "t", results.machine, (), results.rows[:1], (), ())
+    text = " ".join(lacking([bare]))
+    assert "offered load" in text and "octavo eval --json" in text
+    assert "Not in these files at all" in render([bare], "t")
+
+
+def test_without_matplotlib_it_says_what_to_do(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    assert main(["report", str(file), "-o", str(tmp_path / "page.html")]) == 2
+    assert "--output needs matplotlib" in capsys.readouterr().err
+    assert main(["report", str(file)]) == 0
+    assert "| octavo int8 |" in capsys.readouterr().out
+
+
+def test_what_octavo_eval_wrote_has_its_bits() -> None:
+    run = {
+        "path": "/models/m",
+        "weights": "int8",
+        "weight_bytes": 1100,
+        "dtype": "bf16",
+        "perplexity": {"value": 20.5},
+    }
+    content = {
+        "model": run,
+        "against": {"weights": "f32", "weight_bytes": 4400},
+        "divergence": {"mean_kl": 0.004, "perplexity_ratio": 1.01},
+        "text": "Alice",
+        "num_scored": 9,
+    }
+    found = quality_of_eval(content)
+    assert (found["model"], found["bits"], found["mean_kl"]) == ("m", 8.0, 0.004)
+
+
+def test_looks_differ_where_systems_do() -> None:
+    names = [f"{engine} {form}" for engine in ENGINES for form in ("f32", "bf16", "int8", "int4")]
+    looks = {(look(name).color, look(name).mark) for name in names}
+    assert len(looks) == len(names)
+    assert look("llama.cpp q8_0").mark == look("octavo int8").mark
+    assert look("llama.cpp Q4_K_M").mark == look("octavo int4").mark
