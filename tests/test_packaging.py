@@ -242,4 +242,4 @@ def test_the_core_to_read_stays_small() -> None:
         )
         assert abs(lines - int(stated)) <= 0.1 * lines, f"README.md says {stated} lines of{files}"
         total += lines
-    assert total < 6850  # "about 6,800"
+    assert total < 6950  # "about 6,900"
