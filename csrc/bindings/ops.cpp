@@ -258,17 +258,16 @@ class Ops : private OpsDevice {
     const Device ids(backend_.get(), num_rows * 4), logprobs(backend_.get(), num_rows * 4),
         finite(backend_.get(), num_rows), top_ids(backend_.get(), num_rows * top * 4),
         top_logprobs(backend_.get(), num_rows * top * 4), ranks(backend_.get(), num_rows * 4);
-    backend_->sample({ids.as<std::int32_t>(), logprobs.as<float>(), finite.as<std::uint8_t>(),
-                      top_ids.as<std::int32_t>(), top_logprobs.as<float>(), num_top,
-                      ranks.as<std::int32_t>()},
-                     in.view, mask_words.as<std::int32_t>(), step);
-    return nb::make_tuple(to_numpy(down_vector<std::int32_t>(ids)),
-                          to_numpy(down_vector<float>(logprobs)),
-                          to_numpy(down_vector<std::uint8_t>(finite)),
-                          to_numpy(down_vector<std::int32_t>(top_ids), {num_rows, top}),
-                          to_numpy(down_vector<float>(top_logprobs), {num_rows, top}),
-                          to_numpy(down_vector<std::int32_t>(sampled)),
-                          to_numpy(down_vector<std::int32_t>(ranks)));
+    backend_->sample(
+        {ids.as<std::int32_t>(), logprobs.as<float>(), finite.as<std::uint8_t>(),
+         top_ids.as<std::int32_t>(), top_logprobs.as<float>(), num_top, ranks.as<std::int32_t>()},
+        in.view, mask_words.as<std::int32_t>(), step);
+    return nb::make_tuple(
+        to_numpy(down_vector<std::int32_t>(ids)), to_numpy(down_vector<float>(logprobs)),
+        to_numpy(down_vector<std::uint8_t>(finite)),
+        to_numpy(down_vector<std::int32_t>(top_ids), {num_rows, top}),
+        to_numpy(down_vector<float>(top_logprobs), {num_rows, top}),
+        to_numpy(down_vector<std::int32_t>(sampled)), to_numpy(down_vector<std::int32_t>(ranks)));
   }
 
   nb::object log_softmax(Array2<float> logits) {

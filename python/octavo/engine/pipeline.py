@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -128,19 +128,19 @@ class Pipeline:
             return None
         return self._in_flight[-1].schedule
 
-    def logits(self, rows: SequenceOf[int]) -> Float32:
+    def logits(self, rows: Sequence[int]) -> Float32:
         """The logits of some sampled rows of the latest step, (len(rows), vocab_size)."""
         step = self._in_flight[-1]
         return self._runtime.logits(step.ticket, self._places(step, rows))
 
-    def set_logits(self, rows: SequenceOf[int], values: Float32) -> None:
+    def set_logits(self, rows: Sequence[int], values: Float32) -> None:
         """Put other logits in their place, before `sample`."""
         step = self._in_flight[-1]
         for place, row in zip(self._places(step, rows).tolist(), values, strict=True):
             self._runtime.set_logits(step.ticket, place, row)
 
     @staticmethod
-    def _places(step: InFlightStep, rows: SequenceOf[int]) -> Int32:
+    def _places(step: InFlightStep, rows: Sequence[int]) -> Int32:
         """Where sampled rows lie among all logit rows."""
         places = np.array(rows, np.int32)
         return places if step.places is None else step.places.sampled[places].astype(np.int32)
