@@ -372,8 +372,7 @@ void Runtime::forward(InFlightStep& step, bool with_sampling) {
   make_room(step, num_rows, step.num_top);
   const NormedRows normed = normed_of(step);
   // Log-probabilities are not part of a key, since they are rare.
-  step.sampled_with_forward =
-      with_sampling && !tapped && num_rows && step.batch.num_logprobs() < 0;
+  step.sampled_with_forward = with_sampling && !tapped && num_rows && step.batch.num_logprobs() < 0;
   if (tapped) {
     TapRecorder recorder(*backend_, step.tap_names, step.taps);
     decoder_.forward(step.uploaded, kv_, logits_view(step), normed, &recorder);
