@@ -117,18 +117,23 @@ def test_bits_with_trees(source: str, overlap: bool) -> None:
     engine.check_integrity()
 
 
-@pytest.mark.parametrize("source", ["ngram", "layers"])
-def test_bits_with_trees_windows_preemption_and_prefix_hits(source: str) -> None:
-    """Tables of several KV groups are adopted; branches give way to sequences."""
+def shared_beginnings(count: int, max_tokens: int) -> dict[str, tuple[list[int], SamplingParams]]:
+    """Prompts that begin alike: every other one with three sampled answers, the others greedy."""
     several = SamplingParams(temperature=0.9, seed=8, max_tokens=60, logprobs=1, n=3)
-    one = SamplingParams(temperature=0.0, max_tokens=110, logprobs=3, ignore_eos=True)
-    requests = {
+    one = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=3, ignore_eos=True)
+    return {
         f"subject{i}": (
             [*prompt_of(33, seed=1), *prompt_of(10 + i, seed=i)],
             several if i % 2 else one,
         )
-        for i in range(4)
+        for i in range(count)
     }
+
+
+@pytest.mark.parametrize("source", ["ngram", "layers"])
+def test_bits_with_trees_windows_preemption_and_prefix_hits(source: str) -> None:
+    """Tables of several KV groups are adopted; branches give way to sequences."""
+    requests = shared_beginnings(4, max_tokens=110)
     expected = facts(run(make_engine(spec=WINDOWED), requests, apart=True))
     engine = make_engine(spec=WINDOWED, num_blocks=48, drafter=branching(source), **ROOM)
     assert facts(run(engine, requests)) == expected
@@ -140,15 +145,7 @@ def test_bits_with_trees_windows_preemption_and_prefix_hits(source: str) -> None
 @pytest.mark.parametrize("source", ["ngram", "itself"])
 def test_bits_with_windows_preemption_and_prefix_hits(source: str) -> None:
     """KV groups that let blocks go; a cache that is too small; beginnings that are cached."""
-    several = SamplingParams(temperature=0.9, seed=8, max_tokens=60, logprobs=1, n=3)
-    one = SamplingParams(temperature=0.0, max_tokens=80, logprobs=3, ignore_eos=True)
-    requests = {
-        f"subject{i}": (
-            [*prompt_of(33, seed=1), *prompt_of(10 + i, seed=i)],
-            several if i % 2 else one,
-        )
-        for i in range(6)
-    }
+    requests = shared_beginnings(6, max_tokens=80)
     expected = facts(run(make_engine(spec=WINDOWED), requests, apart=True))
     engine = make_engine(spec=WINDOWED, num_blocks=60, drafter=drafting(source))
     outputs = run(engine, requests)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -168,10 +168,7 @@ class Worker:
     def _run_child(self, words: Sequence[str], output: Path | None) -> int:
         environment = {**os.environ, **self.variables}
         try:
-            if output is None:
-                process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL)
-                return self._wait(process, self.kind)
-            with output.open("wb") as file:
+            with nullcontext() if output is None else output.open("wb") as file:
                 process = subprocess.Popen(
                     words, env=environment, stdin=subprocess.DEVNULL, stdout=file
                 )
