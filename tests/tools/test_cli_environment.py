@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import typer
 from adapter_helpers import random_adapter, write_adapter
 from quantization_helpers import CONFIG, write_float_model
 from stream_helpers import Streams
@@ -30,12 +31,14 @@ from octavo.config import EngineConfig, read_environment
 from octavo.errors import InvalidArgumentError
 from octavo.progress import Bar, LogLines
 
+REPOSITORY = Path(__file__).parents[2]
 DUMMY = ["-m", "{model}", "--load-format", "dummy"]
 SAMPLES = {  # by command: words that make it succeed
     "generate": ["hi", *DUMMY, "-n", "2"],
     "chat": [*DUMMY, "-n", "2"],
     "serve": ["{model}", "--load-format", "dummy", "--port", "0"],
     "batch": ["{input_file}", "{output_file}", *DUMMY, "-n", "2"],
+    "slurm": ["render", "eval", "-c", "{cluster}"],
     "pull": ["smollm2-135m"],
     "list": [],
     "remove": ["old"],
@@ -51,11 +54,13 @@ SAMPLES = {  # by command: words that make it succeed
         *("--max-model-len", "200"),
     ],
     "eval": ["{model}", "--load-format", "dummy", "--max-windows", "1"],
+    "report": ["{results}"],
     "explain": ["--log", "{log}"],
     "trace": ["{log}", "--perfetto", "{perfetto}"],
     "replay": ["{log}", "--fixed", "1", "--per-token", "1", "--per-attended", "0"],
 }
 READ, WRITTEN, FOLDER, READ_FOLDER = "read", "written", "a new folder", "a folder that is read"
+INTO = "a folder that is written into"
 PATHS = {  # (command, parameter): what becomes of the path
     ("generate", "json_schema"): READ,
     ("generate", "grammar"): READ,
@@ -76,6 +81,10 @@ PATHS = {  # (command, parameter): what becomes of the path
     ("bench serve", "json_file"): WRITTEN,
     ("bench serve", "plot_file"): WRITTEN,
     ("eval", "text"): READ,
+    ("report", "results"): READ,
+    ("report", "output"): WRITTEN,
+    ("report", "png"): INTO,
+    ("report", "svg"): INTO,
     ("explain", "log"): READ,
     ("trace", "log"): READ,
     ("trace", "perfetto"): WRITTEN,
@@ -92,6 +101,7 @@ AMISS = {
     READ: ["missing", "a folder", "below a file", "forbidden", "empty", "binary", "long name"],
     WRITTEN: ["a missing folder", "a folder", "below a file", "forbidden", "full", "long name"],
     FOLDER: ["a missing folder", "a folder", "below a file", "long name"],
+    INTO: ["below a file", "long name"],
     READ_FOLDER: ["missing", "below a file", "empty", "long name"],
 }
 # Lines of a batch that are no text are answered or refused one by one. What is written with
@@ -141,6 +151,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         "model": model,
         "float_model": float_model,
         "input_file": folder / "in.txt",
+        "cluster": REPOSITORY / "slurm" / "clusters" / "generic-cpu.yaml",
+        "results": next((REPOSITORY / "benchmarks" / "results").glob("eval-*.json")),
     }
     made = Place(folder, {name: str(path) for name, path in {**files, "log": log}.items()})
     assert main([*made.command("batch"), "--event-log", str(log)]) == 0
@@ -157,6 +169,8 @@ def home(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 def path_parameters(verb: Any) -> dict[str, tuple[str | None, Any]]:
     """Parameters of a command that are paths: the option's name (None for an argument)."""
     found = {}
+    if isinstance(verb.load(), typer.Typer):
+        return {}  # it has verbs of its own, whose tests are apart (test_slurm_*.py)
     for name, hint in typing.get_type_hints(verb.load(), include_extras=True).items():
         kind, *extras = typing.get_args(hint) or (hint,)
         if Path not in (kind, *typing.get_args(kind)):

@@ -8,17 +8,16 @@ from typing import Annotated
 import typer
 
 from octavo.cli.common import note
-from octavo.cli.options import option
+from octavo.cli.options import argument, option, tried
 from octavo.files import write_text
 
 
 def report(
     results: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RESULTS...",
-            help="Files of benchmarks/run.py, or the JSON of octavo bench, bench serve, eval.",
-            show_default=False,
+        argument(
+            "Files of benchmarks/run.py, or the JSON of octavo bench, bench serve, eval.",
+            "RESULTS...",
         ),
     ],
     output: Annotated[
@@ -28,7 +27,7 @@ def report(
             "-o",
             "--output",
             panel="Output",
-            metavar="FILE.html",
+            **tried("the page", "FILE.html"),
         ),
     ] = None,
     title: Annotated[

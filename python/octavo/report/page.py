@@ -214,7 +214,8 @@ def _themed(plot: Plot) -> dict[str, str]:
 
 def write_pictures(results: Sequence[Results], folder: Path, suffix: str) -> list[Path]:
     """Every plot as a PNG or an SVG file, on white paper."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, "plots"):
+        folder.mkdir(parents=True, exist_ok=True)
     written = []
     for part in sections(results):
         if part.plot is not None:

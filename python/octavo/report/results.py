@@ -154,7 +154,9 @@ def read_results(path: Path) -> Results:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise InvalidArgumentError(f"{path} is no JSON: {error}") from error
+        raise InvalidArgumentError(
+            f"{path} is no JSON ({error}); expected results in JSON"
+        ) from error
     if not isinstance(content, dict):
         raise InvalidArgumentError(f"{path} holds a {type(content).__name__}; expected an object")
     if content.get("schema") != SCHEMA:
