@@ -275,7 +275,7 @@ class Engine(Endings):
         self._abandon_steps()
         self.guard.close()
         self.scheduler.drafter = None  # which may hold a model of its own
-        del self.runtime, self.adapters, self.drafter, self._pipeline
+        del self.runtime, self.adapters, self.drafter, self._pipeline, self._steering
 
     def stats(self) -> EngineStats:
         """The engine's state in numbers, for metrics and a live view.
