@@ -21,6 +21,7 @@ SETUP = {
     "docs/scheduler.md": [
         "octavo batch prompts.txt log.jsonl --max-tokens 16 --event-log events.jsonl"
     ],
+    "docs/slurm.md": ["cp slurm/clusters/pace.yaml cluster.yaml", "cp prompts.jsonl in.jsonl"],
     "docs/eval.md": ["octavo quantize smollm2-135m ./smollm2-int8 --scheme int8"],
     "docs/plan.md": [
         'cp -r "$OCTAVO_HOME/models/smollm2-135m" my-model',

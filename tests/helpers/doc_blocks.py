@@ -36,13 +36,14 @@ NOT_RUN = {
     r"^(VAR=\S+ )?make |^CUDA_EMULATOR_\w+=": "builds or tests; other stages of CI do it",
     r"pip install|python3 -m venv|^git clone|^cmake |\.venv/bin/activate": "installs octavo",
     r"^python -m pytest": "tests; the stage test of CI does it",
-    r"--sensitivity|--bits-per-weight": "measures each matrix, for minutes; tests/quantize does it",
+    r"--sensitivity|--bits-per-weight": "measures each matrix, for minutes; see tests/quantization",
     r"--api-key|lm_eval": "needs another package",
 }
 # Words of the documentation that stand for the reader's own: pattern -> what is there in the tests.
 WORDS = {
     r"--json-schema FILE\b": "--json-schema city.json",
     r"\bFILE\.gguf\b": "tiny.gguf",
+    r"\bFILE\.json\b": "results.json",
     r"\bORG/NAME\b": "smollm2-135m",
     r"\bQUANTIZED_FOLDER\b": "./smollm2-int8",
     r"\bMODEL_IT_WAS_MADE_FROM\b": "smollm2-135m",

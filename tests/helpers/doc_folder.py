@@ -49,9 +49,10 @@ def make_home(folder: Path, ends: Sequence[int] = ENDS) -> Path:
 
 def make_folder(folder: Path, home: Path) -> None:
     """What the documentation's commands read: prompts, texts, a schema, adapters, a GGUF file."""
-    for name in ("docs/learn", "benchmarks", "examples", "tests/emulator"):
+    for name in ("docs/learn", "benchmarks", "examples", "slurm", "tests/emulator"):
         ignored = shutil.ignore_patterns("results", "__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copy(ROOT / "benchmarks/results/eval-smollm2-135m-bf16.json", folder / "results.json")
     prompts = [f"Write about the number {number}." for number in range(40)]
     lines = [json.dumps({"prompt": prompt, "max_tokens": 8}) for prompt in prompts[:8]]
     text = (ROOT / "README.md").read_text(encoding="utf-8")

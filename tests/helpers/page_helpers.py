@@ -81,6 +81,17 @@ def never_ending(page: Any) -> None:
     page.route("**/v1/chat/completions", pass_on)
 
 
+def kept_answer(page: Any) -> str:
+    """The first answer of the only conversation, as it came: Markdown shows less of it."""
+    text: str = page.evaluate(
+        """async () => {
+          const [one] = await (await import("/static/store.js")).readAll();
+          return Object.values(one.nodes).find((node) => node.role === "assistant").content;
+        }"""
+    )
+    return text
+
+
 def ask(page: Any, text: str) -> Any:
     """Send a message and wait for the end of its answer, which is returned."""
     page.locator("#prompt").fill(text)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from page_helpers import Gate, answer_with, ask, never_ending, tab, texts, until
+from page_helpers import Gate, answer_with, ask, kept_answer, never_ending, tab, texts, until
 
 
 def titles(page: Any) -> list[str]:
@@ -43,7 +43,7 @@ def test_ask_stop_and_what_it_took(browser: Any, page_url: str) -> None:
         assert re.search(r"\d+ tokens read\n(\d+) written\n[\d.]+ a second\nfirst after", said)
         assert "stopped by you" in said
         written = int(re.search(r"(\d+) written", said)[1])  # type: ignore[index]
-        assert abs(len(page.locator(".assistant .text").inner_text()) - written) <= 1 < written
+        assert abs(len(kept_answer(page)) - written) <= 1 < written
         assert written < 300
 
         facts.get_by_text("Where did the time go?").click()

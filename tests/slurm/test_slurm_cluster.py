@@ -46,7 +46,13 @@ def count(path: Path) -> int:
 
 
 def wait_until_ended(cluster: Cluster, number: str) -> str:
-    wait_for(f"job {number} has ended", lambda: cluster.job(number, "JobState") in ENDED)
+    def has_ended() -> bool:
+        state = cluster.job(number, "JobState")
+        if state == "PENDING":  # Slurm puts it off anew where its node came back a moment too late
+            cluster.start_now(number)
+        return state in ENDED
+
+    wait_for(f"job {number} has ended", has_ended)
     return cluster.job(number, "JobState")
 
 
