@@ -188,15 +188,26 @@ def test_the_streams_are_the_given_and_the_written_model(
 
 
 def divergence(source: Path, target: Path) -> float:
-    """Mean KL divergence on a text that is not the calibration text."""
-    held_out = "How many men and planks does ship number 1234 carry? 77 planks, and 6 men. " * 3
+    """Mean KL divergence on texts that are not the calibration text.
+
+    Several, for on a single one chance outweighs what the methods differ by.
+    """
+    held_out = [
+        "How many men and planks does ship number 1234 carry? 77 planks, and 6 men. " * 3,
+        *(
+            f"Which of the {n} ships has {n * 7 % 93} planks? It is {n} of the fleet with "
+            f"{n * 3 % 11} men aboard, and more planks than {n * 5 % 77}. " * 3
+            for n in (3, 88, 412)
+        ),
+    ]
     values = []
     for path in (source, target):
         files = read_model(path)
         checkpoint = open_checkpoint(files)
         weights = {name: dequantized(checkpoint, name) for name in weight_shapes(files.spec)}
-        ids = Tokenizer(path).encode(held_out)[:64]
-        logits = ReferenceModel(files.spec, weights).forward(ids).astype(np.float64)
+        model = ReferenceModel(files.spec, weights)
+        ids = [Tokenizer(path).encode(text)[:64] for text in held_out]
+        logits = np.concatenate([model.forward(some) for some in ids]).astype(np.float64)
         values.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
     return float((np.exp(values[0]) * (values[0] - values[1])).sum(axis=1).mean())
 
@@ -219,7 +230,10 @@ def test_calibrated_models_are_nearer_to_the_float_model(
         scheme = Scheme("int4", 32)
         quantize_directory(model, target, scheme, calibrate=None if method == "search" else work)
         found[method] = divergence(model, target)
-    assert found["gptq"] < 0.7 * found["search"], found
+    # An expert sees a part of the text only, and GPTQ gains less (a ratio of 0.48 to 0.50 without
+    # experts, of 0.67 to 0.71 with them, by which kernels BLAS has for the processor).
+    most = 0.6 if family == "llama" else 0.75
+    assert found["gptq"] < most * found["search"], found
     assert found["awq"] < found["search"], found
     assert found["awq+gptq"] < 0.98 * min(found["gptq"], found["awq"]), found
 
