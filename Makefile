@@ -201,7 +201,7 @@ mutants: $(DEV_VENV)/.tools ## Plant mistakes in copies of the tree; count those
 # ---- CUDA ----
 
 .PHONY: cuda-resources
-cuda-resources: $(DEV_VENV)/.tools ## Compile every CUDA kernel; registers and spills (needs nvcc)
+cuda-resources: $(DEV_VENV)/.tools ## Compile every CUDA kernel; registers and spills (needs nvcc); ARGS=--record
 	PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" $(DEV_VENV)/bin/python scripts/kernel_resources.py $(ARGS)
 
 # ---- beside Hugging Face ----

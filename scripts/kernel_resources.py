@@ -1,6 +1,6 @@
 """Registers, spills and stack of every CUDA kernel, and when the decoding products ask for weights.
 
-    python scripts/kernel_resources.py [--output benchmarks/results/kernel_resources.txt]
+    python scripts/kernel_resources.py [--record | --unless-recorded]
 
 Builds csrc/cuda as CMake builds it (compute capabilities 8.0 and 9.0), with warnings as errors, on
 any machine that has nvcc. A kernel of decoding that spills registers to memory fails the run: there
@@ -11,11 +11,15 @@ kernel before it, and use none of them; only those of experts wait first, to lea
 theirs. In the machine code for 9.0 those are LDG of 16 and 8 bytes in front of ACQBULK. A kernel
 with fewer, or one that reads what it has loaded, fails the run, too. That takes cuobjdump and
 nvdisasm, of the CUDA toolkit or of the packages in the extra `dev`.
+
+All this takes some ten minutes. --record keeps a table that passed, marked with the sources and the
+compiler that it is of; --unless-recorded compiles nothing while they are still the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -26,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "benchmarks" / "results" / "kernel_resources.txt"
 FLAGS = "-Xptxas -v -Werror all-warnings -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas"
 
 # Kernels that decoding of a few sequences does not use.
@@ -48,6 +53,16 @@ class Kernel(NamedTuple):
     registers: int
     spilled_bytes: int
     stack_bytes: int
+
+
+def mark() -> str:
+    """The first line of a record: what it is of, the kernels' sources and the compiler."""
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    digest = hashlib.sha256(version.stdout.encode())
+    sources = [path for ending in ("cu", "cuh", "h") for path in ROOT.glob(f"csrc/**/*.{ending}")]
+    for path in [*sorted(sources), ROOT / "CMakeLists.txt", Path(__file__)]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"# sources and nvcc: {digest.hexdigest()[:32]}"
 
 
 def build(folder: Path) -> str:
@@ -156,8 +171,13 @@ def check_early_loads(folder: Path) -> tuple[list[str], int]:
 def main() -> int:
     """Compile everything, print the tables, and fail where a kernel spills or asks too late."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--record", action="store_true", help=f"keep the table: {RECORD.name}")
+    group.add_argument("--unless-recorded", action="store_true", help="what is recorded, is good")
     given = parser.parse_args()
+    if given.unless_recorded and RECORD.read_text().startswith(mark()):
+        print(f"nothing to compile: {RECORD.relative_to(ROOT)} is of these sources and this nvcc")
+        return 0
     folder = ROOT / "build" / "cuda-resources"
     found = parse(build(folder))
     if not found:
@@ -182,13 +202,15 @@ def main() -> int:
     early, late_kernels = check_early_loads(folder)
     lines += ["", *early]
     print("\n".join(lines))
-    if given.output:
-        given.output.write_text("\n".join(lines) + "\n")
     spilling = [row for row in rows if row[4] > 0]
     wrong = [row for row in spilling if not re.search(FOR_MANY_ROWS, row[1])]
     print(f"\n{len(found)} kernels; {len(spilling)} spill registers, {len(wrong)} of decoding")
     print(f"{late_kernels} products of few rows ask for too few weights before they wait")
-    return 1 if wrong or late_kernels else 0
+    if wrong or late_kernels:
+        return 1
+    if given.record:
+        RECORD.write_text("\n".join([mark(), *lines]) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -136,6 +136,30 @@ def test_steps_are_padded_within_the_memory_that_was_taken() -> None:
         assert runtime.counts()["replayed"] == 2
 
 
+def test_logits_are_found_where_padding_put_them() -> None:
+    """Three, one and two tokens are padded in front to four each; rows keep their own order."""
+
+    def filled(**fields: Any) -> _native.Runtime:
+        runtime = cuda_runtime(**fields)
+        runtime.step(make_batch(sequences(3, new=9)))
+        return runtime
+
+    new = [([s + 3, 70, 11][:count], 9, [2 * s, 2 * s + 1]) for s, count in enumerate((3, 1, 2))]
+    batch = make_batch(new, range(6))
+    plain = filled(graphs=False)
+    ticket = plain.submit(batch)
+    expected = plain.logits(ticket)
+    plain.wait(ticket)
+    assert len(np.unique(expected, axis=0)) == 6
+    padded = filled()
+    for _ in range(3):
+        ticket = padded.submit(batch, sample=True)
+        assert np.array_equal(padded.logits(ticket), expected)
+        assert np.array_equal(padded.logits(ticket, np.array([4, 0], np.int32)), expected[[4, 0]])
+        assert (padded.wait(ticket).token_ids == expected.argmax(axis=1)).all()
+    assert padded.counts()["replayed"] == 2
+
+
 def test_a_new_cache_makes_recorded_steps_void() -> None:
     runtime = cuda_runtime(dtype="bf16", num_blocks=20)
 
