@@ -1,0 +1,168 @@
+"""Help that fits a screen: `--help` shows a command's common options, `--help-all` every one.
+
+An option is common if it has no panel (see `options.option`). The others are grouped by their
+panels and stand in `--help-all`, which is typer's own help.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from octavo.cli.app import Verb
+
+SCREEN = (80, 24)  # columns and lines into which `--help` fits; the tests hold it
+_MOST_EXAMPLES = 3
+_WIDEST_METAVAR = 14  # columns
+
+
+class ScreenCommand(TyperCommand):
+    """A command whose `--help` shows its first paragraph, its examples and its common options."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help; formatter is click's, and not used."""
+        params = [param for param in self.get_params(ctx) if not getattr(param, "hidden", False)]
+        arguments = [param for param in params if param.param_type_name == "argument"]
+        options = [param for param in params if param.param_type_name == "option"]
+        common = [option for option in options if not getattr(option, "rich_help_panel", None)]
+        first, *others = inspect.cleandoc(self.help or "").split("\n\n")
+        examples = [text for text in others if text.startswith("[bold]")][:_MOST_EXAMPLES]
+        name = ctx.command_path
+        rows = [(_argument_name(argument), _first_sentence(argument)) for argument in arguments]
+        rows += [(_option_names(option), _first_sentence(option)) for option in common]
+        usage = " ".join([f"Usage: {name}", *map(_argument_usage, arguments), "[OPTIONS]"])
+        lines = [usage, "", " ".join(first.split())]
+        lines += ["  " + _plain(example) for example in examples]
+        lines.append("")
+        _print(lines, [_table(rows)])
+        if len(common) < len(options):
+            _print(["", f"All {len(options)} options: {name} --help-all"], [])
+
+
+class ScreenGroup(TyperGroup):
+    """The program itself: `--help` shows its verbs, a line for each."""
+
+    verbs: Sequence[Verb] = ()
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help; formatter is click's, and not used."""
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2, 0, 0))
+        panel = ""
+        for verb in self.verbs:
+            table.add_row("" if verb.panel == panel else verb.panel, verb.name, verb.summary)
+            panel = verb.panel
+        table.columns[1].style = "bold cyan"
+        _print(["Usage: octavo COMMAND …   (each explains itself: octavo COMMAND --help)"], [])
+        _print(['Try:   octavo generate "What is the capital of France?"', ""], [table])
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """The verbs of one word: a shell asks for one word at a time."""
+        return [item for item in super().shell_complete(ctx, incomplete) if " " not in item.value]
+
+
+def with_help_all(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a verb with an option that shows every other one."""
+    shown = Annotated[
+        bool,
+        typer.Option(
+            "--help-all",
+            help="Show every option, with its whole explanation.",
+            callback=_show_all,
+            is_eager=True,
+            expose_value=False,
+        ),
+    ]
+    signature = inspect.signature(function, eval_str=True)
+    asked = inspect.Parameter(
+        "help_all", inspect.Parameter.KEYWORD_ONLY, annotation=shown, default=False
+    )
+
+    @functools.wraps(function)
+    def command(*arguments: Any, help_all: bool = False, **given: Any) -> Any:
+        return function(*arguments, **given)
+
+    parameters = [*signature.parameters.values(), asked]
+    # These two are what typer reads.
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command
+
+
+def _show_all(ctx: typer.Context, asked: bool) -> None:
+    if asked:
+        command: Any = ctx.command
+        kind = TyperGroup if isinstance(command, TyperGroup) else TyperCommand
+        kind.format_help(command, ctx, ctx.make_formatter())
+        raise typer.Exit()
+
+
+def _argument_name(argument: Any) -> str:
+    return str(argument.metavar or argument.name.upper())
+
+
+def _argument_usage(argument: Any) -> str:
+    return _argument_name(argument) if argument.required else f"[{_argument_name(argument)}]"
+
+
+def _option_names(option: Any) -> str:
+    """As in "-m, --model NAME"; long names stand under each other."""
+    names = sorted([*option.opts, *option.secondary_opts], key=lambda name: name.startswith("--"))
+    text = ", ".join(names)
+    if not names[0].startswith("--"):
+        text = f"{names[0]}, {'/'.join(names[1:])}"
+    else:
+        text = "    " + "/".join(names)
+    return text if option.is_flag or not option.metavar else f"{text} {_short(option.metavar)}"
+
+
+def _short(metavar: str) -> str:
+    """The first of many words to choose from."""
+    if len(metavar) <= _WIDEST_METAVAR:
+        return metavar
+    return metavar[: metavar.rindex("|", 0, _WIDEST_METAVAR) + 1] + "…"
+
+
+def _first_sentence(param: Any) -> str:
+    """What stands of its explanation on one line, with its default."""
+    sentence = re.split(r"(?<=\.)\s", param.help or "", maxsplit=1)[0].removesuffix(".")
+    default = getattr(param, "default", None)
+    if isinstance(default, bool) or not isinstance(default, (int, float, str)) or default == "":
+        return sentence
+    return f"{sentence} [{default}]"
+
+
+def _plain(text: str) -> str:
+    """Without the marks for bold."""
+    return " ".join(re.sub(r"\[/?bold\]", "", text).split())
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> Table:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _print(lines: Sequence[str], tables: Sequence[Table]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    for line in lines:
+        console.print(line)
+    for table in tables:
+        console.print(table)
