@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
+import json
 import os
 import re
 import select
@@ -23,7 +24,8 @@ import pytest
 from text_helpers import tiny_model
 
 from octavo.cli import main
-from octavo.cli.chat import Conversation
+from octavo.cli.chat import read_message
+from octavo.cli.conversation import Conversation
 from octavo.llm import LLM
 from octavo.sampling_params import SamplingParams
 
@@ -101,6 +103,100 @@ def test_a_message_that_never_fits_is_refused_and_the_talk_goes_on(llm, capsys):
     assert "shorten it" in capsys.readouterr().err
     # What had to make room is gone with the attempt; the talk goes on from there.
     assert conversation.turns[-2] == {"role": "user", "content": "ship"}
+
+
+def test_a_conversation_is_saved_and_goes_on(llm, capsys, tmp_path):
+    file = tmp_path / "talk.json"
+    first = Conversation(llm, PARAMS, "Be terse.", model="tiny", quiet=True)
+    assert first.run(reader(["fox", f"/save {file}", "dog"])) == 0
+    saved = json.loads(file.read_text())
+    assert saved == {"model": "tiny", "messages": first.messages[:3]}
+    second = Conversation(llm, PARAMS, None, quiet=True)
+    assert second.run(reader([f"/load {file}", "dog"])) == 0
+    assert second.messages == first.messages  # the same answer, from the same history
+    assert "1 turns are written" in capsys.readouterr().err
+
+
+BAD_TALKS = {
+    "nothing": "",
+    "no JSON": "{",
+    "a list": "[1, 2]",
+    "no text": '{"messages": [{"role": "user", "content": [1]}]}',
+    "no answer": '{"messages": [{"role": "user", "content": "x"}]}',
+    "order": '{"messages": [{"role": "tool", "content": ""}, {"role": "user", "content": ""}]}',
+    "empty": '{"messages": []}',
+    "deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", BAD_TALKS)
+def test_a_file_that_is_no_conversation_changes_nothing(name, llm, tmp_path, capsys):
+    (tmp_path / "bad").write_text(BAD_TALKS[name])
+    conversation = Conversation(llm, PARAMS, "Be terse.", quiet=True)
+    conversation.run(reader(["fox", f"/load {tmp_path / 'bad'}", "/load", "/load /no/such"]))
+    assert len(conversation.turns) == 2 and conversation.system == "Be terse."
+    errors = capsys.readouterr().err
+    assert errors.count("error: ") == 3 and str(tmp_path / "bad") in errors
+
+
+@pytest.mark.parametrize("place", ["/no/such/file", "/dev/full", "/", ""])
+def test_a_conversation_that_cannot_be_saved_goes_on(place, llm, capsys):
+    conversation = Conversation(llm, PARAMS, None, quiet=True)
+    assert conversation.run(reader(["fox", f"/save {place}", "dog"])) == 0
+    assert len(conversation.turns) == 4 and capsys.readouterr().err.count("error: ") == 1
+
+
+def test_retry_asks_again_with_another_seed(llm, capsys):
+    params = SamplingParams(temperature=1.5, seed=1, max_tokens=8)
+    conversation = Conversation(llm, params, None, quiet=True)
+    conversation.run(reader(["/retry", "fox"]))
+    assert "nothing was asked yet" in capsys.readouterr().err
+    before = list(conversation.turns)
+    conversation.run(reader(["/retry"]))
+    assert conversation.params.seed == 2 and len(conversation.turns) == 2
+    assert conversation.turns[0] == before[0] and conversation.turns[1] != before[1]
+    conversation.run(reader(["/set temperature 0", "/retry"]))
+    assert "the same answer comes" in capsys.readouterr().err and len(conversation.turns) == 2
+
+
+def test_options_of_sampling_are_set_between_turns(llm, capsys):
+    conversation = Conversation(llm, PARAMS, None, quiet=True)
+    conversation.run(
+        reader(["/set temperature 0.25", "/set --top-p 0.5", "/set stop ship", "/set"])
+    )
+    assert conversation.params == replace(PARAMS, temperature=0.25, top_p=0.5, stop=("ship",))
+    assert re.search(r"top_p +0\.5\n", capsys.readouterr().err)
+    conversation.run(
+        reader(["/set max_tokens none", "/set ignore_eos true", '/set stop ["a", "b"]'])
+    )
+    assert conversation.params.max_tokens is None and conversation.params.ignore_eos
+    assert conversation.params.stop == ("a", "b")
+    before = conversation.params
+    capsys.readouterr()
+    wrong = [
+        "top_p 2",
+        "top_p much",
+        "tempature 1",
+        "n 3",
+        "top_k",
+        "stop {}",
+        "stop 3",
+        "seed [1]",
+    ]
+    conversation.run(reader([f"/set {words}" for words in wrong]))
+    assert conversation.params == before
+    assert capsys.readouterr().err.count("error: ") == len(wrong)
+
+
+def test_a_message_of_several_lines_where_lines_are_read_one_by_one(llm):
+    lines = ['"""', "/reset", "fox", '"""', "dog\\", "ship", '"""one"""', '"""', "open"]
+    messages = []
+    source = reader(lines)
+    while (message := read_message(source)) is not None:
+        messages.append(message.strip())
+    assert messages == ["/reset\nfox", "dog\nship", "one", "open"]
+    pasted = '"""Doc."""\nimport this'
+    assert read_message(reader([pasted])) == pasted
 
 
 def test_over_a_pipe(model, capsys, monkeypatch):
@@ -281,9 +377,9 @@ def test_messages_are_broken_between_words(model):
         lines = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", terminal.read_before).split("\r\n")
         lines = lines[[line.startswith("  /system TEXT") for line in lines].index(True) :]
         assert max(map(len, lines)) <= 60
-        found = [line for line in lines if line.startswith(" " * 17)]
-        assert any("Alt-Enter      begin another line" in line for line in lines)
-        assert found and all(line[17] != " " for line in found)  # under what it goes on with
+        found = [line for line in lines if line.startswith(" " * 19)]
+        assert any("Alt-Enter        begin another line" in line for line in lines)
+        assert found and all(line[19] != " " for line in found)  # under what it goes on with
 
 
 def test_only_a_terminal_needs_prompt_toolkit(model):

@@ -35,7 +35,7 @@ def bench(
         str, _numbers("Numbers of sequences that decode together.", "-b", "--batch")
     ] = "1",
     depth: Annotated[
-        str, _numbers("Tokens in each sequence's cache before decoding.", "-d", "--n-depth")
+        str, _numbers("Tokens in each cache before decoding.", "-d", "--n-depth")
     ] = "0",
     repetitions: Annotated[
         int, option("Timed runs of each test.", "-r", "--repetitions", metavar="N")

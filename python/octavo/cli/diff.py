@@ -23,8 +23,8 @@ class Compared:
     against: Annotated[
         str,
         option(
-            "hf: transformers; reference: octavo's NumPy definition. The latter is always there; "
-            "hf needs torch and transformers.",
+            "With transformers (hf), or the NumPy reference. The reference is always there; hf "
+            "needs torch and transformers.",
             metavar="reference|hf",
         ),
     ] = "reference"
@@ -84,7 +84,7 @@ class Shown:
 
     html: Annotated[
         Path | None,
-        option("Also write a page with a heat map of layers and positions.", **tried("the page")),
+        option("Also write a page: a heat map of layer by position.", **tried("the page")),
     ] = None
     json: Annotated[bool, option("Print JSON instead of the table.", "--json")] = False
     show_all: Annotated[

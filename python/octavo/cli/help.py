@@ -123,7 +123,7 @@ def _option_names(option: Any) -> str:
         text = f"{names[0]}, {'/'.join(names[1:])}"
     else:
         text = "    " + "/".join(names)
-    return text if option.is_flag or not option.metavar else f"{text} {_short(option.metavar)}"
+    return text if option.is_flag else f"{text} {_short(option.metavar or 'VALUE')}"
 
 
 def _short(metavar: str) -> str:

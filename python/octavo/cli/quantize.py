@@ -30,7 +30,7 @@ class Rounding:
     scheme: Annotated[
         str,
         option(
-            "8 bits (int8, w8a8) or 4 (int4, int4-nonuniform). int8: a scale for each output, "
+            "8 bits: int8, w8a8; 4 bits: int4, int4-nonuniform. int8: a scale for each output, "
             "almost no loss. w8a8: the same, to be run with activations of 8 bits, which loses "
             "more and is faster on CPUs. int4: a scale for each group of inputs. int4-nonuniform: "
             "the same with levels closer together near 0, half the loss; octavo alone reads it.",
