@@ -15,7 +15,7 @@ import pytest
 
 from octavo.cli import main
 from octavo.cli.app import VERBS
-from octavo.cli.help import SCREEN, with_help_all
+from octavo.cli.help import SCREEN, with_common_options
 from octavo.cli.options import grouped, option
 
 WIDTH, HEIGHT = SCREEN
@@ -155,6 +155,8 @@ def test_grouped_options_become_an_object():
     def verb(first: Annotated[str, option("First.")], *, sides: Sides) -> tuple[str, Sides]:
         return first, sides
 
-    made = with_help_all(grouped(verb))
-    assert list(inspect.signature(made).parameters) == ["first", "left", "right", "help_all"]
+    made = with_common_options(grouped(verb))
+    assert list(inspect.signature(made).parameters) == [
+        *("first", "left", "right", "offline", "help_all")
+    ]
     assert made(first="x", left=3, right=["y"]) == ("x", Sides(3, ["y"]))

@@ -15,7 +15,7 @@ import typer
 from octavo.cli import streams
 from octavo.cli.common import FAILED, INTERRUPTED, MISTAKE, print_error
 from octavo.cli.completion import asked_words
-from octavo.cli.help import ScreenCommand, ScreenGroup, with_help_all
+from octavo.cli.help import ScreenCommand, ScreenGroup, with_common_options
 from octavo.errors import InsufficientMemoryError, OctavoError
 
 
@@ -138,14 +138,14 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback(epilog=_EPILOG)(with_help_all(_octavo))
+    app.callback(epilog=_EPILOG)(with_common_options(_octavo))
     words = [word for word in arguments if not word.startswith("-")][:2]
     for verb in VERBS:
         if " " in verb.name and verb.name == " ".join(words):
             # `bench serve` beside `bench`, which would take "serve" for its argument.
             group = typer.Typer()
             group.callback()(_bench)
-            group.command(words[1], cls=ScreenCommand)(with_help_all(verb.load()))
+            group.command(words[1], cls=ScreenCommand)(with_common_options(verb.load()))
             app.add_typer(group, name=words[0])
             return app
     for verb in VERBS:
@@ -155,7 +155,7 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
                 app.add_typer(loaded, name=verb.name, rich_help_panel=verb.panel)
                 continue
             command = app.command(verb.name, cls=ScreenCommand, rich_help_panel=verb.panel)
-            command(with_help_all(loaded))
+            command(with_common_options(loaded))
         else:
             app.command(verb.name, help=verb.summary, rich_help_panel=verb.panel)(_not_loaded)
     return app
@@ -201,14 +201,8 @@ def _octavo(
             "--version", help="Show the version and exit.", is_eager=True, callback=_print_version
         ),
     ] = False,
-    offline: Annotated[
-        bool,
-        typer.Option("--offline", help="Ask nothing of the Hugging Face Hub (HF_HUB_OFFLINE=1)."),
-    ] = False,
 ) -> None:
     """Run language models, and check that the answers are right."""
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _usage_message(error: Exception) -> str | None:

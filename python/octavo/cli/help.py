@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,32 +72,45 @@ class ScreenGroup(TyperGroup):
         return [item for item in super().shell_complete(ctx, incomplete) if " " not in item.value]
 
 
-def with_help_all(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of a verb with an option that shows every other one."""
-    shown = Annotated[
-        bool,
-        typer.Option(
-            "--help-all",
-            help="Show every option, with its whole explanation.",
-            callback=_show_all,
-            is_eager=True,
-            expose_value=False,
-        ),
-    ]
+def _flag(name: str, callback: Callable[..., None], help: str, **details: Any) -> Any:
+    """The annotation of an option whose callback does all that it is for."""
+    given = {"callback": callback, "help": help, "is_eager": True, "expose_value": False}
+    return Annotated[bool, typer.Option(name, **given, **details)]
+
+
+def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a verb with the options that all of them have: --offline and --help-all."""
+    panel = "Network"
+    offline = "Ask nothing of the Hugging Face Hub (HF_HUB_OFFLINE=1)."
+    everything = "Show every option, with its whole explanation."
+    added = {
+        "offline": _flag("--offline", _go_offline, offline, rich_help_panel=panel),
+        "help_all": _flag("--help-all", _show_all, everything),
+    }
     signature = inspect.signature(function, eval_str=True)
-    asked = inspect.Parameter(
-        "help_all", inspect.Parameter.KEYWORD_ONLY, annotation=shown, default=False
-    )
 
     @functools.wraps(function)
-    def command(*arguments: Any, help_all: bool = False, **given: Any) -> Any:
-        return function(*arguments, **given)
+    def command(*arguments: Any, **given: Any) -> Any:
+        kept = {name: value for name, value in given.items() if name not in added}
+        return function(*arguments, **kept)
 
-    parameters = [*signature.parameters.values(), asked]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        *signature.parameters.values(),
+        *(
+            inspect.Parameter(name, keyword, annotation=kind, default=False)
+            for name, kind in added.items()
+        ),
+    ]
     # These two are what typer reads.
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     return command
+
+
+def _go_offline(asked: bool) -> None:
+    if asked:
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _show_all(ctx: typer.Context, asked: bool) -> None:
