@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
@@ -13,9 +12,11 @@ from typing import Any
 
 from octavo.errors import InvalidArgumentError
 from octavo.structured_outputs import StructuredOutputs
+from octavo.vllm_names import refuse_sampling
 
 LogitsProcessor = Callable[..., Any]
 """(prompt tokens, tokens of the answer, logits) -> logits, or the same without the prompt."""
+StructuredOutputsParams = StructuredOutputs  # as vLLM calls it
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
 
@@ -149,12 +150,7 @@ class SamplingParams:
         known = [each.name for each in fields(cls)]
         unknown = sorted(given.keys() - set(known))
         if unknown:
-            near = difflib.get_close_matches(unknown[0], known, 1)
-            meant = f" (did you mean {near[0]}?)" if near else ""
-            raise InvalidArgumentError(
-                f"SamplingParams has no {', '.join(unknown)}{meant}; expected some of "
-                f"{', '.join(known)}"
-            )
+            raise refuse_sampling(unknown, known)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

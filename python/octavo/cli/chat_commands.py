@@ -7,15 +7,30 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from octavo.cli import common
 from octavo.cli.sampling_options import SAMPLING_FIELDS
 from octavo.errors import InvalidArgumentError
 from octavo.files import expand_home, read_text, write_text
+from octavo.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    from octavo.cli.conversation import Conversation
+
+class Talk(Protocol):
+    """What the commands need of a conversation."""
+
+    model: str
+    system: str | None
+    params: SamplingParams
+    turns: list[dict[str, str]]
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The turns, after the system message if there is one."""
+
+    def retry(self) -> None:
+        """Ask the last question again."""
+
 
 HELP = '''\
   /system TEXT     how the model should behave; begins anew
@@ -34,7 +49,7 @@ HELP = '''\
 A line that begins with a space is sent as it is, even with a / behind it.'''
 
 
-def carry_out(talk: Conversation, line: str) -> bool:
+def carry_out(talk: Talk, line: str) -> bool:
     """Carry out a command; False if the line is not one. Raises OctavoError."""
     found = re.fullmatch(r"/([a-z]*)(?:\s+(.*))?", line.rstrip(), flags=re.DOTALL)
     if found is None:
@@ -47,27 +62,27 @@ def carry_out(talk: Conversation, line: str) -> bool:
     return True
 
 
-def _help(talk: Conversation, rest: str) -> None:
+def _help(talk: Talk, rest: str) -> None:
     common.note(HELP)
 
 
-def _reset(talk: Conversation, rest: str) -> None:
+def _reset(talk: Talk, rest: str) -> None:
     talk.turns.clear()
     common.note("(the conversation is forgotten)")
 
 
-def _system(talk: Conversation, rest: str) -> None:
+def _system(talk: Talk, rest: str) -> None:
     talk.system = rest or None
     talk.turns.clear()
     change = "set" if rest else "the model's own again"
     common.note(f"(system message {change}; the conversation begins anew)")
 
 
-def _retry(talk: Conversation, rest: str) -> None:
+def _retry(talk: Talk, rest: str) -> None:
     talk.retry()
 
 
-def _set(talk: Conversation, rest: str) -> None:
+def _set(talk: Talk, rest: str) -> None:
     """/set NAME VALUE, or /set alone."""
     name, _, value = rest.partition(" ")
     name = name.lstrip("-").replace("-", "_")
@@ -103,7 +118,7 @@ def _file(name: str, command: str) -> Path:
     return expand_home(name)
 
 
-def _save(talk: Conversation, rest: str) -> None:
+def _save(talk: Talk, rest: str) -> None:
     """The file is a request to /v1/chat/completions, and a line of `octavo batch` on many lines."""
     path = _file(rest, "save")
     content = {"model": talk.model, "messages": talk.messages}
@@ -111,7 +126,7 @@ def _save(talk: Conversation, rest: str) -> None:
     common.note(f"({len(talk.turns) // 2} turns are written to {path})")
 
 
-def _load(talk: Conversation, rest: str) -> None:
+def _load(talk: Talk, rest: str) -> None:
     path = _file(rest, "load")
     messages = _messages(path)
     talk.system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
@@ -139,7 +154,7 @@ def _messages(path: Path) -> list[dict[str, str]]:
     return found
 
 
-_COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
+_COMMANDS: dict[str, Callable[[Talk, str], None]] = {
     "help": _help,
     "load": _load,
     "reset": _reset,

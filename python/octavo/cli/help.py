@@ -19,8 +19,6 @@ from typer.core import TyperCommand, TyperGroup
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from octavo.cli.app import Verb
-
 SCREEN = (80, 24)  # columns and lines into which `--help` fits; the tests hold it
 _MOST_EXAMPLES = 3
 _WIDEST_METAVAR = 14  # columns
@@ -52,7 +50,7 @@ class ScreenCommand(TyperCommand):
 class ScreenGroup(TyperGroup):
     """The program itself: `--help` shows its verbs, a line for each."""
 
-    verbs: Sequence[Verb] = ()
+    verbs: Sequence[Any] = ()  # of app.VERBS
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help; formatter is click's, and not used."""
@@ -74,8 +72,8 @@ class ScreenGroup(TyperGroup):
 
 def _flag(name: str, callback: Callable[..., None], help: str, **details: Any) -> Any:
     """The annotation of an option whose callback does all that it is for."""
-    given = {"callback": callback, "help": help, "is_eager": True, "expose_value": False}
-    return Annotated[bool, typer.Option(name, **given, **details)]
+    details |= {"callback": callback, "help": help, "is_eager": True, "expose_value": False}
+    return Annotated[bool, typer.Option(name, **details)]
 
 
 def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
