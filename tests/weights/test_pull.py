@@ -136,7 +136,7 @@ def test_a_wheel_becomes_a_model(index: Path, environment: Environment) -> None:
     checkpoint = open_checkpoint(read_model(path))
     assert checkpoint.bytes_by_dtype() == {"bf16": checkpoint.total_bytes}
     assert read_defaults(path) == {"temperature": 0.25}  # what a server answers with
-    assert WHEEL_MODELS[NAME].sampling["temperature"] == 0.2
+    assert WHEEL_MODELS[NAME].sampling["temperature"] == 0
     assert "is not here yet" in progress.messages[0]
     assert [step[0] for step in progress.steps] == ["Downloading", "Checking", "Converting"]
     assert all(step[1] == step[2] for step in progress.steps[1:])

