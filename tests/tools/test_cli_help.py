@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
+import typer
 
 from octavo.cli import main
 from octavo.cli.app import VERBS
@@ -19,7 +21,23 @@ from octavo.cli.help import SCREEN, with_common_options
 from octavo.cli.options import grouped, option
 
 WIDTH, HEIGHT = SCREEN
-GROUPS = {"", *(verb.name for verb in VERBS)}
+
+
+def commands() -> dict[str, Callable[..., Any]]:
+    """What can be run, by its words: the verbs, and those that are verbs of a verb."""
+    found = {}
+    for verb in VERBS:
+        loaded = verb.load()
+        if isinstance(loaded, typer.Typer):
+            for name, command in typer.main.get_command(loaded).commands.items():
+                found[f"{verb.name} {name}"] = inspect.unwrap(command.callback)
+        else:
+            found[verb.name] = loaded
+    return found
+
+
+COMMANDS = commands()
+GROUPS = {"", *(verb.name for verb in VERBS), *COMMANDS}
 
 
 @pytest.fixture(autouse=True)
@@ -43,23 +61,38 @@ def test_the_common_options_fit_a_screen(name, capsys):
     assert lines[0].startswith(f"Usage: octavo {name}".rstrip())
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
-def test_help_all_shows_every_option(verb, capsys, monkeypatch):
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_all_shows_every_option(words, capsys, monkeypatch):
     monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 300)
-    text = "\n".join(shown(capsys, *verb.name.split(), "--help-all"))
-    short = "\n".join(shown(capsys, *verb.name.split(), "--help"))
-    parameters = inspect.signature(verb.load(), eval_str=True).parameters
+    text = "\n".join(shown(capsys, *words.split(), "--help-all"))
+    short = "\n".join(shown(capsys, *words.split(), "--help"))
+    parameters = inspect.signature(COMMANDS[words], eval_str=True).parameters
     for name, parameter in parameters.items():
         info = parameter.annotation.__metadata__[0]
-        words = [
+        names = [
             word for word in (info.default, *(info.param_decls or ())) if isinstance(word, str)
         ]
-        option = next((word for word in words if word.startswith("--")), f"--{name}")
+        option = next((word for word in names if word.startswith("--")), f"--{name}")
         is_option = type(info).__name__ == "OptionInfo"
         for word in option.replace("_", "-").split("/") if is_option else [info.metavar]:
             assert word in text, name
             assert (word in short) or info.rich_help_panel, name
     assert "--help-all" in short
+
+
+def test_help_all_shows_paragraphs_without_the_line_breaks_of_the_source(capsys):
+    lines = [line.strip() for line in shown(capsys, "slurm", "render", "--help-all")]
+    paragraph = lines[lines.index("Write a job for a cluster.") + 2 :]
+    full = paragraph[: paragraph.index("") - 1]
+    assert len(full) > 2 and min(map(len, full)) > WIDTH - 15
+
+
+def test_a_verb_of_verbs_lists_them(capsys):
+    for words in (["slurm"], ["slurm", "--help"]):
+        lines = shown(capsys, *words)
+        assert lines[0] == "Usage: octavo slurm COMMAND [--help]"
+        named = [line.split()[0] for line in lines[lines.index("", 2) + 1 :] if line]
+        assert named == ["render", "preflight", "work", "collect"]
 
 
 def test_an_option_that_runs_past_the_screen_is_noticed(capsys, monkeypatch):
@@ -109,6 +142,8 @@ def test_shells_complete_verbs_options_models_and_adapters(shell, home, capsys):
         "octavo chat --adapter pi": "pirate",
         "octavo serve --adapter x=pi": "x=pirate",
         "octavo bench se": "serve",
+        "octavo slurm pre": "preflight",
+        "octavo slurm render ev": "eval",
     }
     for line, expected in cases.items():
         found = "\n".join(completed(shell, line, capsys))

@@ -91,16 +91,20 @@ def batch(
 ) -> int:
     """Answer a whole file of prompts; can be stopped and resumed.
 
-    Each line of IN.jsonl is a prompt as plain text, or an object {"prompt": …} or {"messages": …}, or a line of OpenAI's batch format. With --adapter, a line's "model" may name an adapter.
+    Each line of IN.jsonl is a prompt as plain text, or an object {"prompt": …} or {"messages": …},
+    or a line of OpenAI's batch format. With --adapter, a line's "model" may name an adapter.
 
-    Answers are written as they come, in OpenAI's batch output format; the text is at response.body.choices[0]. However a run was stopped, the same command resumes it; a command that would give other answers is refused. A line that cannot be answered gets an "error" and does not stop the rest.
+    Answers are written as they come, in OpenAI's batch output format; the text is at
+    response.body.choices[0]. However a run was stopped, the same command resumes it; a command that
+    would give other answers is refused. A line that cannot be answered gets an "error" and does not
+    stop the rest.
 
     After SIGUSR1 it takes no more lines, finishes those under way, and ends as after Ctrl-C.
 
     Exit code: 0 all answered, 1 some lines failed, 2 a mistake in the command, 130 Ctrl-C.
 
     [bold]octavo batch prompts.txt answers.jsonl --max-tokens 100[/bold]
-    """  # noqa: E501  (typer takes a line break for one)
+    """
     say = _silent if quiet else common.note
     defaults = Defaults(temperature, max_tokens, {"stop": tuple(stop or ())})
     # A wrong default is a mistake in the command, not one in every line.

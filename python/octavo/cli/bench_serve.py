@@ -132,10 +132,12 @@ def bench_serve(
 ) -> int:
     """Measure a server under load: latencies and throughput.
 
-    The latencies are the time to the first token, between tokens, and to the end. The server may be octavo's (`octavo serve`) or any other with OpenAI's API. Exit code: 0 every request was answered, 1 not.
+    The latencies are the time to the first token, between tokens, and to the end. The server may be
+    octavo's (`octavo serve`) or any other with OpenAI's API. Exit code: 0 every request was
+    answered, 1 not.
 
     [bold]octavo bench serve --users 1,16,64 --slo ttft:1000,itl:100[/bold]
-    """  # noqa: E501  (typer takes a line break for one)
+    """
     import asyncio
 
     from rich.console import Console

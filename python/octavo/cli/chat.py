@@ -41,14 +41,15 @@ def chat(
 ) -> int:
     """Talk with a model in the terminal.
 
-    It remembers the conversation. Enter sends; Alt-Enter, or a backslash before Enter, begins another line, and what is pasted stays together. Ctrl-C stops an answer, Ctrl-D or /exit leaves.
+    It remembers the conversation. Enter sends; Alt-Enter, or a backslash before Enter, begins
+    another line, and what is pasted stays together. Ctrl-C stops an answer, Ctrl-D or /exit leaves.
 
     [bold]octavo chat[/bold]
 
     [bold]octavo chat --system "You answer in rhymes." --temperature 0.9[/bold]
 
-    [bold]octavo chat < questions.txt[/bold]  takes each line as a turn
-    """  # noqa: E501  (typer takes a line break for one)
+    [bold]octavo chat < questions.txt[/bold]   # each line is a turn
+    """
     from octavo.weights.hub import DEFAULT_MODEL
 
     interactive = sys.stdin.isatty()

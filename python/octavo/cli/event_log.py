@@ -39,14 +39,15 @@ def explain(
 ) -> None:
     """Tell where a request's time went, from an event log.
 
-    How long it waited and for what, what of its prompt was cached, who preempted it, which step was slow and why.
+    How long it waited and for what, what of its prompt was cached, who preempted it, which step was
+    slow and why.
 
     [bold]octavo batch prompts.txt answers.jsonl --event-log auto[/bold]
 
     [bold]octavo explain 17[/bold]
 
     [bold]octavo explain 17 --log events.jsonl[/bold]
-    """  # noqa: E501  (typer takes a line break for one)
+    """
     from octavo.trace.explain import explain as sentences_about
     from octavo.trace.explain import one_line
     from octavo.trace.log_file import read_log
@@ -73,12 +74,14 @@ def trace(
 ) -> None:
     """Turn an event log into a trace for ui.perfetto.dev.
 
-    It shows every step with its tokens, every request with its waiting, prompt and decoding, and the KV cache filling. Open https://ui.perfetto.dev and drop the file there; it stays in your browser.
+    It shows every step with its tokens, every request with its waiting, prompt and decoding, and
+    the KV cache filling. Open https://ui.perfetto.dev and drop the file there; it stays in your
+    browser.
 
     [bold]octavo trace[/bold]
 
     [bold]octavo trace events.jsonl --perfetto trace.json[/bold]
-    """  # noqa: E501  (typer takes a line break for one)
+    """
     from octavo.trace.log_file import read_log
     from octavo.trace.perfetto import perfetto_trace
 
@@ -122,12 +125,13 @@ def replay(
 ) -> None:
     """Run a log's requests again on a simulated device.
 
-    The scheduler is the real one, device and clock are simulated; the same log and options give the same figures on any machine.
+    The scheduler is the real one, device and clock are simulated; the same log and options give the
+    same figures on any machine.
 
     [bold]octavo replay events.jsonl --max-num-seqs 16[/bold]
 
     [bold]octavo replay events.jsonl --num-kv-blocks 500 --speed 2[/bold]
-    """  # noqa: E501  (typer takes a line break for one)
+    """
     from octavo.trace.log_file import log_of, read_log
     from octavo.trace.replay import arrivals_of, options_of, summarize
     from octavo.trace.simulation import CostModel, Simulation, fit_costs

@@ -19,6 +19,8 @@ from typer.core import TyperCommand, TyperGroup
 if TYPE_CHECKING:
     from rich.table import Table
 
+Command = Callable[..., Any]
+
 SCREEN = (80, 24)  # columns and lines into which `--help` fits; the tests hold it
 _MOST_EXAMPLES = 3
 _WIDEST_METAVAR = 14  # columns
@@ -33,15 +35,12 @@ class ScreenCommand(TyperCommand):
         arguments = [param for param in params if param.param_type_name == "argument"]
         options = [param for param in params if param.param_type_name == "option"]
         common = [option for option in options if not getattr(option, "rich_help_panel", None)]
-        first, *others = inspect.cleandoc(self.help or "").split("\n\n")
-        examples = [text for text in others if text.startswith("[bold]")][:_MOST_EXAMPLES]
         name = ctx.command_path
         rows = [(_argument_name(argument), _first_sentence(argument)) for argument in arguments]
         rows += [(_option_names(option), _first_sentence(option)) for option in common]
-        usage = " ".join([f"Usage: {name}", *map(_argument_usage, arguments), "[OPTIONS]"])
-        lines = [usage, "", " ".join(first.split())]
-        lines += ["  " + _plain(example) for example in examples]
-        lines.append("")
+        usage = [*map(_argument_usage, arguments), "[OPTIONS]"]
+        usage.sort(key=lambda word: word.startswith("[--"))  # what is behind -- comes last
+        lines = [" ".join([f"Usage: {name}", *usage]), "", *_introduction(self.help), ""]
         _print(lines, [_table(rows)])
         if len(common) < len(options):
             _print(["", f"All {len(options)} options: {name} --help-all"], [])
@@ -62,12 +61,35 @@ class ScreenGroup(TyperGroup):
             table.add_row("" if verb.panel == panel else verb.panel, verb.name, verb.summary)
             panel = verb.panel
         table.columns[1].style = "bold cyan"
-        _print(["Usage: octavo COMMAND …   (each explains itself: octavo COMMAND --help)"], [])
-        _print(['Try:   octavo generate "What is the capital of France?"', ""], [table])
+        example = 'octavo generate "Why is the sky blue?"'
+        _print([f"Usage: octavo COMMAND [--help], as in: {example}", ""], [table])
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """The verbs of one word: a shell asks for one word at a time."""
         return [item for item in super().shell_complete(ctx, incomplete) if " " not in item.value]
+
+
+class ScreenVerbs(TyperGroup):
+    """A verb with verbs of its own: `--help` shows examples, and a line for each of them."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help; formatter is click's, and not used."""
+        usage = f"Usage: {ctx.command_path} COMMAND [--help]"
+        rows = [
+            (name, _introduction(each.help)[0].removesuffix("."))
+            for name, each in self.commands.items()
+        ]
+        _print([usage, "", *_introduction(self.help), ""], [_table(rows)])
+
+
+def screen_command(verbs: typer.Typer) -> Callable[[Command], Command]:
+    """Decorator: the function is one of these verbs, with help that fits a screen."""
+
+    def add(function: Command) -> Command:
+        verbs.command(cls=ScreenCommand)(with_common_options(function))
+        return function
+
+    return add
 
 
 def _flag(name: str, callback: Callable[..., None], help: str, **details: Any) -> Any:
@@ -115,8 +137,20 @@ def _show_all(ctx: typer.Context, asked: bool) -> None:
     if asked:
         command: Any = ctx.command
         kind = TyperGroup if isinstance(command, TyperGroup) else TyperCommand
+        command.help = "\n\n".join(" ".join(part.split()) for part in _paragraphs(command.help))
         kind.format_help(command, ctx, ctx.make_formatter())
         raise typer.Exit()
+
+
+def _paragraphs(help: str | None) -> list[str]:
+    return inspect.cleandoc(help or "").split("\n\n")
+
+
+def _introduction(help: str | None) -> list[str]:
+    """The first paragraph of a docstring, and its examples."""
+    first, *others = _paragraphs(help)
+    examples = [text for text in others if text.startswith("[bold]")][:_MOST_EXAMPLES]
+    return [" ".join(first.split()), *("  " + _plain(example) for example in examples)]
 
 
 def _argument_name(argument: Any) -> str:
