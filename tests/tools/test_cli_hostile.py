@@ -1,6 +1,7 @@
 """What a user can get wrong, in every command: one message, exit code 2, never a traceback.
 
-test_cli_environment.py has paths, streams and disks; this has values, names and networks.
+test_cli_paths.py has paths, test_cli_environment.py streams and disks; this has values, names and
+networks.
 """
 
 from __future__ import annotations

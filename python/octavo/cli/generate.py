@@ -50,35 +50,12 @@ class Shown:
         bool,
         option("Print JSON: text, token ids, usage, timings.", "--json"),
     ] = False
-    logprobs: Annotated[
-        int | None,
-        _output(
-            "With --json: the log-probability of each token, and of the N most probable ones in "
-            "its place.",
-            metavar="N",
-        ),
-    ] = None
-    prompt_logprobs: Annotated[
-        int | None,
-        _output(
-            "With --json: the log-probability of each token of the prompt, its rank, and the N "
-            "most probable ones in its place.",
-            metavar="N",
-        ),
-    ] = None
     special_tokens: Annotated[
         bool, _output("Show special tokens such as <|im_end|> in the text.", "--special-tokens")
     ] = False
     quiet: Annotated[
         bool, option("Leave out the line about speed at the end.", "--quiet", "-q")
     ] = False
-
-    def check(self) -> None:
-        """InvalidArgumentError for what --json alone can show."""
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None and not self.json_output:
-                flag = "--" + name.replace("_", "-")
-                raise InvalidArgumentError(f"{flag} is shown with --json only; add --json")
 
 
 @dataclass(frozen=True)
@@ -99,7 +76,7 @@ class Beams:
 
 
 @engine_options()
-@sampling_options(temperature=0.0)
+@sampling_options("logprobs", "prompt_logprobs", temperature=0.0)
 @grouped
 def generate(
     prompt: Annotated[
@@ -132,12 +109,10 @@ def generate(
     """
     params = replace(
         params,
-        logprobs=shown.logprobs,
-        prompt_logprobs=shown.prompt_logprobs,
         skip_special_tokens=not shown.special_tokens,
         structured_outputs=read_structured(structured),
     )
-    shown.check()
+    _check_shown(shown, params)
     check_contrast(contrast, params, search.beams, adapter)
     if system is not None and chat is False:
         raise InvalidArgumentError("--system does not go with --raw; leave out one of them")
@@ -146,22 +121,15 @@ def generate(
     llm = common.load_llm(model, config, {adapter: adapter} if adapter else None)
     load_seconds = time.monotonic() - start
     encoded = encode(llm, text, chat, system)
-    beam_params = None
-    if search.beams is not None:
-        beam_params = beam_search_params(search.beams, search.length_penalty, params)
+    searching = _searching(llm, encoded, params, search, contrast, adapter)
     writer = None
-    if not (shown.json_output or params.n > 1 or beam_params or contrast.amateur):
+    if not (shown.json_output or params.n > 1 or searching):
         writer = AnswerWriter(sys.stdout)
         if not encoded.is_chat and sys.stdout.isatty():
             _show_dim(text, writer)  # the prompt and its continuation are one text: so is this
     with silent_keys():
-        if beam_params is not None:
-            beam_search = partial(llm.beam_search, encoded, beam_params, adapter=adapter)
-            result, interrupted = _search(beam_search)
-        elif contrast.amateur is not None:
-            found = contrastive_params(contrast.alpha, params)
-            decode = partial(llm.contrastive_decoding, encoded, contrast.amateur, found)
-            result, interrupted = _search(decode)
+        if searching is not None:
+            result, interrupted = _search(searching)
         else:
             chunks, interrupted = _collect(llm, encoded, params, writer, adapter)
             result = next((chunk.result for chunk in chunks if chunk.result is not None), None)
@@ -171,7 +139,7 @@ def generate(
         return common.INTERRUPTED if interrupted else common.FAILED
     if shown.json_output:
         _print_json(_record(llm, result, params, encoded.is_chat, load_seconds))
-    elif beam_params or contrast.amateur:
+    elif searching is not None:
         print(common.printable(result.text, sys.stdout))
     elif params.n > 1:
         _print_answers(result)
@@ -181,6 +149,14 @@ def generate(
         common.print_error(result.error)
         return common.FAILED
     return 0
+
+
+def _check_shown(shown: Shown, params: SamplingParams) -> None:
+    """InvalidArgumentError for what --json alone can show."""
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None and not shown.json_output:
+            flag = "--" + name.replace("_", "-")
+            raise InvalidArgumentError(f"{flag} is shown with --json only; add --json")
 
 
 def encode(llm: LLM, text: str, chat: bool | None, system: str | None = None) -> EncodedPrompt:
@@ -254,6 +230,24 @@ def beam_search_params(
     return found
 
 
+def _searching(
+    llm: LLM,
+    prompt: EncodedPrompt,
+    params: SamplingParams,
+    search: Beams,
+    contrast: Contrast,
+    adapter: str | None,
+) -> Callable[..., list[RequestOutput]] | None:
+    """What searches for the answer, by --beams or --amateur; None: it is sampled."""
+    if search.beams is not None:
+        beams = beam_search_params(search.beams, search.length_penalty, params)
+        return partial(llm.beam_search, prompt, beams, adapter=adapter)
+    if contrast.amateur is not None:
+        found = contrastive_params(contrast.alpha, params)
+        return partial(llm.contrastive_decoding, prompt, contrast.amateur, found)
+    return None
+
+
 def _search(search: Callable[..., list[RequestOutput]]) -> tuple[RequestOutput | None, bool]:
     """The result, and whether Ctrl-C ended it."""
     try:
@@ -273,7 +267,7 @@ def _closing_line(result: RequestOutput, params: SamplingParams, max_model_len: 
     line = common.speed_line(result.metrics)
     if params.temperature > 0:
         line += f" · seed {params.seed}"
-    if any(answer.finish_reason == "length" for answer in result.outputs):
+    if params.max_tokens != 0 and any(each.finish_reason == "length" for each in result.outputs):
         at_limit = any(len(a.token_ids) == params.max_tokens for a in result.outputs)
         limit = f"--max-tokens {params.max_tokens}" if at_limit else f"context of {max_model_len}"
         line += f" · cut off ({limit})"

@@ -15,6 +15,7 @@ RARE = "Sampling, rarely needed (docs/sampling.md)"
 _sampling = partial(option, panel=SAMPLING)
 _rare = partial(option, panel=RARE)
 _stop = partial(option, panel=STOP)
+_logprobs = partial(option, panel="Output", metavar="N")
 
 
 class _Sampling:
@@ -129,12 +130,33 @@ SAMPLING_FIELDS = tuple(name for name in _Sampling.__annotations__ if name != "n
 """Options of sampling that may change between two turns of a conversation."""
 
 
+class _Logprobs:
+    """What is reported of tokens; further fields of SamplingParams, for commands that name them."""
+
+    logprobs: Annotated[
+        int | None,
+        _logprobs(
+            "With --json: the log-probability of each token, and of the N most probable ones in "
+            "its place."
+        ),
+    ]
+    prompt_logprobs: Annotated[
+        int | None,
+        _logprobs(
+            "With --json: the log-probability of each token of the prompt, its rank, and the N "
+            "most probable ones in its place. --max-tokens 0 makes no answer."
+        ),
+    ]
+
+
 def sampling_options(
-    *, without: Sequence[str] = (), **defaults: Any
+    *more: str, without: Sequence[str] = (), **defaults: Any
 ) -> Callable[[Command], Command]:
     """Give a command the options of sampling; `params` becomes a SamplingParams.
 
-    Where words are drawn and no seed is named, it gets a random one, short enough to type again.
+    more: fields of _Logprobs that it takes besides. without: fields that it does not take.
+    defaults: in place of SamplingParams's. Where the temperature is above 0 and no seed is named,
+    it gets a random one, short enough to type again.
     """
 
     def make(**given: Any) -> SamplingParams:
@@ -143,5 +165,8 @@ def sampling_options(
         return SamplingParams(**given)
 
     options = get_type_hints(_Sampling, include_extras=True)
+    for name, kind in get_type_hints(_Logprobs, include_extras=True).items():
+        if name in more:
+            options[name] = kind
     kept = {name: kind for name, kind in options.items() if name not in without}
     return gathered("params", make, kept, vars(SamplingParams()) | defaults)
