@@ -30,7 +30,7 @@ class ScreenCommand(TyperCommand):
     """A command whose `--help` shows its first paragraph, its examples and its common options."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help; formatter is click's, and not used."""
+        """Write the help into click's formatter."""
         params = [param for param in self.get_params(ctx) if not getattr(param, "hidden", False)]
         arguments = [param for param in params if param.param_type_name == "argument"]
         options = [param for param in params if param.param_type_name == "option"]
@@ -41,9 +41,10 @@ class ScreenCommand(TyperCommand):
         usage = [*map(_argument_usage, arguments), "[OPTIONS]"]
         usage.sort(key=lambda word: word.startswith("[--"))  # what is behind -- comes last
         lines = [" ".join([f"Usage: {name}", *usage]), "", *_introduction(self.help), ""]
-        _print(lines, [_table(rows)])
+        last = []
         if len(common) < len(options):
-            _print(["", f"All {len(options)} options: {name} --help-all"], [])
+            last = ["", f"All {len(options)} options: {name} --help-all"]
+        formatter.write(_rendered(*lines, _table(rows), *last))
 
 
 class ScreenGroup(TyperGroup):
@@ -52,7 +53,7 @@ class ScreenGroup(TyperGroup):
     verbs: Sequence[Any] = ()  # of app.VERBS
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help; formatter is click's, and not used."""
+        """Write the help into click's formatter."""
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2, 0, 0))
@@ -62,7 +63,8 @@ class ScreenGroup(TyperGroup):
             panel = verb.panel
         table.columns[1].style = "bold cyan"
         example = 'octavo generate "Why is the sky blue?"'
-        _print([f"Usage: octavo COMMAND [--help], as in: {example}", ""], [table])
+        usage = f"Usage: octavo COMMAND [--help], as in: {example}"
+        formatter.write(_rendered(usage, "", table))
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """The verbs of one word: a shell asks for one word at a time."""
@@ -73,13 +75,13 @@ class ScreenVerbs(TyperGroup):
     """A verb with verbs of its own: `--help` shows examples, and a line for each of them."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help; formatter is click's, and not used."""
+        """Write the help into click's formatter."""
         usage = f"Usage: {ctx.command_path} COMMAND [--help]"
         rows = [
             (name, _introduction(each.help)[0].removesuffix("."))
             for name, each in self.commands.items()
         ]
-        _print([usage, "", *_introduction(self.help), ""], [_table(rows)])
+        formatter.write(_rendered(usage, "", *_introduction(self.help), "", _table(rows)))
 
 
 def screen_command(verbs: typer.Typer) -> Callable[[Command], Command]:
@@ -204,11 +206,12 @@ def _table(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _print(lines: Sequence[str], tables: Sequence[Table]) -> None:
+def _rendered(*lines: str | Table) -> str:
+    """Text for the terminal, in colour where it has any."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
-    for line in lines:
-        console.print(line)
-    for table in tables:
-        console.print(table)
+    with console.capture() as captured:
+        for line in lines:
+            console.print(line)
+    return captured.get()

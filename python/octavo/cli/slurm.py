@@ -226,7 +226,7 @@ def work(
     node_name: Annotated[str, _slurm_says("The node.", envvar="SLURMD_NODENAME")] = "",
     restarts: Annotated[int, _slurm_says("Requeues so far.", envvar="SLURM_RESTART_COUNT")] = 0,
 ) -> int:
-    """Run the rows of a job, which standard input gives: a name and a command each.
+    """Run a job's rows: standard input has a name and a command for each.
 
     Rows that are done are left out. SIGUSR1 stops what runs, and puts the job back into the queue.
     """
