@@ -29,19 +29,13 @@ def bench_spec(
     model: ModelArgument = None,
     tasks: Annotated[
         str,
-        option(
-            "Of quote (a text), code (to be edited), chat.",
-            "--tasks",
-            panel="What to measure",
-            metavar="NAME,NAME,…",
-        ),
+        option("Of quote (a text), code (to be edited), chat.", "--tasks", metavar="NAME,NAME,…"),
     ] = "quote,code,chat",
     acceptance: Annotated[
         str,
         option(
-            "Measure drafts that are right with these probabilities, whatever the model, beside "
-            "what the formula foretells. Needs no tokenizer.",
-            panel="What to measure",
+            "Instead, drafts that are right with these probabilities. They are so whatever the "
+            "model, and are measured beside what the formula foretells. Needs no tokenizer.",
             metavar="P,P,…",
         ),
     ] = "",
