@@ -78,8 +78,8 @@ def test_mistakes(model, tmp_path: Path, capsys, more, message):
 @pytest.mark.parametrize("count", [2, 0])
 def test_prompt_log_probabilities(model, capsys, count):
     """One entry a token, the first None, with the rank among the whole vocabulary."""
-    more = ["--raw", "-n", str(count), "--json", "--prompt-logprobs", "1"]
-    assert generate(model, *more) == 0
+    words = ["generate", "Hello", "-m", model, "--load-format", "dummy", "--raw", "--json"]
+    assert main([*words, "-n", str(count), "--prompt-logprobs", "1"]) == 0
     out, err = capsys.readouterr()
     record = json.loads(out)
     assert len(record["token_ids"]) == count and (record["text"] == "") == (count == 0)
