@@ -383,10 +383,7 @@ class LLM(LoadedModel):
                         encoded = self.encode(prompt)
                         self.engine.check_request(encoded.token_ids, params)
                     except (InvalidArgumentError, TokenizerError) as error:
-                        yield (
-                            key,
-                            refused_output(prompt if isinstance(prompt, str) else None, error),
-                        )
+                        yield key, refused_output(prompt, error)
                     else:
                         call.ask([Asked(key, encoded, params, adapter=next(iter(adapter), None))])
                 if not num_taken and not call.num_open:

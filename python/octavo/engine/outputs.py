@@ -209,8 +209,9 @@ class EngineStats:
         return 1.0 - self.num_free_blocks / self.num_blocks
 
 
-def refused_output(prompt: str | None, error: Exception) -> RequestOutput:
-    """The output of a request that was never started. prompt: its text, if it was one."""
+def refused_output(prompt: object, error: Exception) -> RequestOutput:
+    """The output of a request that was never started. prompt: what was given; a text is kept."""
     now = time.monotonic()
     metrics = RequestMetrics(now, None, None, now, 0, 0, 0)
-    return RequestOutput("", prompt, (), (), str(error), metrics)
+    text = prompt if isinstance(prompt, str) else None
+    return RequestOutput("", text, (), (), str(error), metrics)
