@@ -117,6 +117,24 @@ def test_a_conversation_is_saved_and_goes_on(llm, capsys, tmp_path):
     assert "1 turns are written" in capsys.readouterr().err
 
 
+def test_options_left_out_are_as_the_model_recommends(tmp_path, monkeypatch, capsys):
+    model = str(tiny_model(tmp_path / "tiny"))
+    recommended = {"eos_token_id": 0, "temperature": 0.25, "top_k": 3, "do_sample": True}
+    words = ["chat", "-m", model, "--load-format", "dummy", "-n", "2"]
+    for content, more, expected in (
+        (recommended, [], (0.25, 3, 0.9)),
+        (recommended, ["-t", "0.6", "--top-p", "0.5"], (0.6, 3, 0.5)),
+        ({"eos_token_id": 0}, ["--top-k", "7"], (0.6, 7, 0.9)),
+    ):
+        (tmp_path / "tiny" / "generation_config.json").write_text(json.dumps(content))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"/set\n")))
+        assert main([*words, *more]) == 0
+        said = capsys.readouterr().err.splitlines()
+        shown = dict(line.split(maxsplit=1) for line in said if line.startswith("  "))
+        found = [json.loads(shown[name]) for name in ("temperature", "top_k", "top_p")]
+        assert tuple(found) == expected
+
+
 BAD_TALKS = {
     "nothing": "",
     "no JSON": "{",

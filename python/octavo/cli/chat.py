@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from octavo.cli import common
 from octavo.cli.conversation import Conversation
@@ -18,7 +21,7 @@ from octavo.cli.options import (
 )
 from octavo.cli.sampling_options import sampling_options
 from octavo.cli.streams import silent_keys
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, read_environment
 from octavo.errors import TokenizerError
 from octavo.sampling_params import SamplingParams
 
@@ -32,6 +35,7 @@ _QUOTES = '"""'
 @sampling_options(without=("n",), max_tokens=1024, temperature=0.6, top_p=0.9)
 def chat(
     *,
+    context: typer.Context,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     system: SystemOption = None,
@@ -66,9 +70,29 @@ def chat(
                 "Alt-Enter begins another line, a pasted text stays together · "
                 "/help lists commands, Ctrl-D leaves"
             )
+        params = _as_recommended(params, context, model)
         name, quiet = model or DEFAULT_MODEL, quiet or not interactive
         conversation = Conversation(llm, params, system, adapter, model=name, quiet=quiet)
         return conversation.run(partial(read_message, read_line))
+
+
+def _as_recommended(
+    params: SamplingParams, context: typer.Context, model: str | None
+) -> SamplingParams:
+    """With what the model's authors recommend in place of the options that were left out."""
+    from octavo.server.options import read_defaults
+    from octavo.weights.hub import resolve_model
+
+    recommended = read_defaults(resolve_model(model, read_environment()))
+    taken: dict[str, Any] = {
+        name: value for name, value in recommended.items() if _is_left_out(context, name)
+    }
+    return replace(params, **taken)
+
+
+def _is_left_out(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is None or source.name == "DEFAULT"
 
 
 @contextlib.contextmanager
