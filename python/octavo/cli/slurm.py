@@ -329,8 +329,8 @@ def _check_extra(request: JobRequest) -> None:
             near = difflib.get_close_matches(name, known, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise InvalidArgumentError(
-                f"`octavo {request.kind}` has no option {name}{hint}; expected one that its --help "
-                "lists"
+                f"`octavo {request.kind}` has no option {name}{hint}; expected one that its "
+                "--help-all lists"
             )
 
 
