@@ -115,3 +115,30 @@ def test_a_folder_that_vanishes_while_it_is_measured_is_nothing(
 
     monkeypatch.setattr(os, "scandir", vanishing)
     assert folder_size(tmp_path) == 7
+
+
+def test_a_notebook_gets_a_line_that_is_written_over(monkeypatch, capsys):
+    """In a notebook's Python, without ipywidgets, which rich's bars would need."""
+
+    class ZMQInteractiveShell:
+        """What `get_ipython` gives there; its name is how rich knows a notebook."""
+
+    monkeypatch.setattr("builtins.get_ipython", ZMQInteractiveShell, raising=False)
+    now = [0.0]
+    monkeypatch.setattr("octavo.progress.time.monotonic", lambda: now[0])
+    with request_bar(threading.Lock(), 4, lambda: 40) as advance:
+        assert advance is not None
+        for _ in range(4):
+            now[0] += 0.25
+            advance(1)
+    shown = capsys.readouterr()
+    lines = shown.err.split("\r")
+    assert shown.out == "" and lines[0] == "" and shown.err.endswith("\n")
+    assert lines[1].startswith("generating: 1/4") and lines[-1].startswith("generating: 4/4")
+    widths = [len(line.rstrip("\n")) for line in lines[1:]]
+    longest = [len(line.rstrip()) for line in lines[1:]]
+    # Nothing of a longer line before is left on the screen.
+    assert all(width >= before for before, width in zip(longest, widths[1:], strict=False))
+    with Bar("percent", quiet=True) as bar:
+        bar.update("loading", 1, 2)
+    assert capsys.readouterr().err == ""

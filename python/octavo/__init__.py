@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
     from octavo.errors import OctavoError
     from octavo.llm import LLM
+    from octavo.prompts import LoRARequest, TextPrompt, TokensPrompt
     from octavo.sampling_params import SamplingParams
     from octavo.search.params import BeamSearchParams
     from octavo.structured_outputs import StructuredOutputs
@@ -29,12 +30,15 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
+    "LoRARequest",
     "OctavoError",
     "OutputChunk",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputs",
+    "TextPrompt",
     "TokenLogprob",
+    "TokensPrompt",
 ]
 _MODULES = {
     "LLM": "octavo.llm",
@@ -42,12 +46,15 @@ _MODULES = {
     "BeamSearchParams": "octavo.search.params",
     "CompletionOutput": "octavo.engine.outputs",
     "EngineConfig": "octavo.config",
+    "LoRARequest": "octavo.prompts",
     "OctavoError": "octavo.errors",
     "OutputChunk": "octavo.engine.outputs",
     "RequestOutput": "octavo.engine.outputs",
     "SamplingParams": "octavo.sampling_params",
     "StructuredOutputs": "octavo.structured_outputs",
+    "TextPrompt": "octavo.prompts",
     "TokenLogprob": "octavo.engine.outputs",
+    "TokensPrompt": "octavo.prompts",
 }
 
 

@@ -53,12 +53,20 @@ class Environment:
     @property
     def models(self) -> Path:
         """Where pulled models lie, one directory each; InvalidArgumentError without a home."""
+        return self._folder("models", "pulled models", "give the model's own directory")
+
+    @property
+    def logs(self) -> Path:
+        """Where `--event-log auto` writes; InvalidArgumentError without a home."""
+        return self._folder("logs", "event logs", "name a file")
+
+    def _folder(self, name: str, what: str, otherwise: str) -> Path:
         if self.home is None:
             raise InvalidArgumentError(
-                "there is no folder for pulled models: HOME is not set, and this user is not in "
-                "the password file; set OCTAVO_HOME to a folder, or give the model's own directory"
+                f"there is no folder for {what}: HOME is not set, and this user is not in the "
+                f"password file; set OCTAVO_HOME to a folder, or {otherwise}"
             )
-        return self.home / "models"
+        return self.home / name
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:

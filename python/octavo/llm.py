@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
@@ -14,14 +13,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
-from octavo.engine.outputs import OutputChunk, RequestMetrics, RequestOutput
+from octavo.engine.outputs import OutputChunk, RequestOutput, refused_output
 from octavo.engine.request import derive_seed
 from octavo.engine.search import Search
 from octavo.engine.shared import Asked, Call, SharedEngine, SharedIterator
 from octavo.errors import (
     EngineClosedError,
     InvalidArgumentError,
-    OctavoError,
     TokenizerError,
     WrongProcessError,
 )
@@ -31,14 +29,17 @@ from octavo.prompts import (
     AnyPrompt,
     Conversation,
     EncodedPrompt,
+    LoRARequest,
     Prompt,
     for_each,
+    one_of,
     params_for_each,
     split_prompts,
 )
 from octavo.sampling_params import SamplingParams
 from octavo.search.contrastive import Amateur, ContrastiveDecoding, ContrastiveParams
 from octavo.search.params import BeamSearchParams
+from octavo.vllm_names import no_such_method
 
 if TYPE_CHECKING:
     from octavo.runtime.loader import LoadProgress
@@ -147,6 +148,7 @@ class LLM(LoadedModel):
         adapter: str | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | None = None,
     ) -> list[RequestOutput]:
         """Continue one prompt or many, batched together; the outputs are in the prompts' order.
 
@@ -155,9 +157,11 @@ class LLM(LoadedModel):
         params: for all prompts, or one for each; None takes the defaults. progress: show a bar on
         stderr. adapter: the name of a LoRA adapter, for all prompts. Every prompt is checked before
         any runs: an InvalidArgumentError says which one is bad. Ctrl-C ends all of them and raises
-        KeyboardInterrupt. sampling_params, use_tqdm: vLLM's names of params and progress.
+        KeyboardInterrupt. sampling_params, use_tqdm, lora_request: vLLM's names of params, progress
+        and adapter; an adapter that is not loaded yet is read.
         """
-        params, progress = _one_of(params, sampling_params), progress and use_tqdm
+        params, progress = one_of(params, sampling_params), progress and use_tqdm
+        adapter = self._adapter(adapter, lora_request)
         call = Call(self._shared)
         many, items = split_prompts(prompts)
         encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
@@ -172,13 +176,18 @@ class LLM(LoadedModel):
         adapter: str | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **template_variables: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or many: lists of {"role": ..., "content": ...}.
 
-        template_variables go to the chat template (tools, a date). Otherwise as `generate`.
+        template_variables and chat_template_kwargs go to the chat template (tools, a date); the
+        argument chat_template is another template. Otherwise as `generate`.
         """
-        params, progress = _one_of(params, sampling_params), progress and use_tqdm
+        params, progress = one_of(params, sampling_params), progress and use_tqdm
+        adapter = self._adapter(adapter, lora_request)
+        template_variables |= chat_template_kwargs or {}
         call = Call(self._shared)
         many = bool(messages) and not isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Conversation]", messages if many else [messages])
@@ -305,6 +314,25 @@ class LLM(LoadedModel):
         """
         return self._shared.between_steps(function)
 
+    def __getattr__(self, name: str) -> NoReturn:
+        raise no_such_method(name)
+
+    def _adapter(self, adapter: str | None, request: LoRARequest | None) -> str | None:
+        """The name of the adapter to use; that of a LoRARequest is read if it is not there."""
+        if request is None:
+            return adapter
+        if adapter is not None:
+            raise InvalidArgumentError("adapter and lora_request are both given; expected one")
+        name, folder = request.lora_name, Path(request.lora_path)
+        known = self.engine.adapters.paths
+        if name not in known:
+            self.load_adapter(name, folder)
+        elif known[name] != folder:
+            raise InvalidArgumentError(
+                f"the adapter {name!r} is {known[name]}, not {folder}; expected a name of its own"
+            )
+        return name
+
     def _run_all(
         self,
         call: Call,
@@ -355,7 +383,7 @@ class LLM(LoadedModel):
                         encoded = self.encode(prompt)
                         self.engine.check_request(encoded.token_ids, params)
                     except (InvalidArgumentError, TokenizerError) as error:
-                        yield key, _refused(prompt, error)
+                        yield key, refused_output(prompt, error)
                     else:
                         call.ask([Asked(key, encoded, params, adapter=next(iter(adapter), None))])
                 if not num_taken and not call.num_open:
@@ -365,27 +393,8 @@ class LLM(LoadedModel):
                     yield arrival.key, arrival.chunk.result
 
 
-def _one_of(
-    params: SamplingParams | Sequence[SamplingParams] | None,
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-) -> SamplingParams | Sequence[SamplingParams] | None:
-    if params is not None and sampling_params is not None:
-        raise InvalidArgumentError(
-            "params and sampling_params are both given; expected one of them"
-        )
-    return sampling_params if params is None else params
-
-
 def _stream(call: Call, asked: Asked) -> Generator[OutputChunk, None, None]:
     with call:
         call.ask([asked])
         while (arrival := call.take()) is not None:
             yield arrival.chunk
-
-
-def _refused(prompt: AnyPrompt, error: OctavoError) -> RequestOutput:
-    """The output of a request that was never started."""
-    now = time.monotonic()
-    metrics = RequestMetrics(now, None, None, now, 0, 0, 0)
-    text = prompt if isinstance(prompt, str) else None
-    return RequestOutput("", text, (), (), str(error), metrics)

@@ -16,6 +16,7 @@ from octavo.search.beam import BeamSearch
 from octavo.search.contrastive import ContrastiveParams
 from octavo.search.params import BeamSearchParams
 from octavo.speculative_config import read_speculative_config
+from octavo.vllm_names import translate_options
 
 if TYPE_CHECKING:
     from octavo.runtime.loader import LoadProgress
@@ -170,9 +171,4 @@ def load_model(
 
 def _merge_options(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
     known = {field.name for field in fields(EngineConfig)}
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise InvalidArgumentError(
-            f"LLM has no option {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
-        )
-    return replace(config or EngineConfig(), **options)
+    return replace(config or EngineConfig(), **translate_options(options, known))

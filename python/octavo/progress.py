@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -70,8 +71,38 @@ class LogLines:
     def offer(self, line: Callable[[], str]) -> None:
         """Write what `line` returns, if the last line was long enough ago."""
         if time.monotonic() - self._last >= self.SECONDS:
-            self._write(line())
+            self.now(line())
             self._last = time.monotonic()
+
+    def now(self, line: str) -> None:
+        """Write a line at once."""
+        self._write(line)
+
+    def end(self) -> None:
+        """No more lines will come."""
+
+
+class NotebookLine(LogLines):
+    """One line on standard error that is written over again and again.
+
+    Notebooks show that as terminals do. Bars of rich would need ipywidgets there.
+    """
+
+    SECONDS = 0.2
+
+    def __init__(self) -> None:
+        super().__init__(self._overwrite)
+        self._width = 0
+
+    def _overwrite(self, line: str) -> None:
+        sys.stderr.write("\r" + line.ljust(self._width))
+        sys.stderr.flush()
+        self._width = len(line)
+
+    def end(self) -> None:
+        """Let what comes next begin on a line of its own."""
+        if self._width:
+            sys.stderr.write("\n")
 
 
 def log_bytes(write: Callable[[str], object], what: str) -> Callable[[int, int], None]:
@@ -81,7 +112,7 @@ def log_bytes(write: Callable[[str], object], what: str) -> Callable[[int, int],
 
 
 class Bar(Progress):
-    """Bars on standard error, all of one look; where that is no terminal, LogLines.
+    """Bars on standard error, all of one look; in a notebook a NotebookLine, elsewhere LogLines.
 
     Use it in a `with` block. `update` is the callback that work in stages
     takes. Nothing is drawn before the first step begins: a message alone needs no bar.
@@ -97,9 +128,12 @@ class Bar(Progress):
         meanwhile goes above the bar.
         """
         self._console = stderr_console()
-        draws = self._console.is_terminal or self._console.is_jupyter
+        in_notebook = self._console.is_jupyter
+        draws = self._console.is_terminal and not in_notebook
         self._bar = _rich_bar(self._console, unit, keep, redirect) if draws and not quiet else None
-        self._log = None if draws or quiet else LogLines(self.message)
+        self._log: LogLines | None = None
+        if not draws and not quiet:
+            self._log = NotebookLine() if in_notebook else LogLines(self.message)
         self._unit = unit
         self._keep = keep
         self._task: Any = None
@@ -112,6 +146,8 @@ class Bar(Progress):
     def __exit__(self, *_: object) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.stop()
+        if self._log is not None:
+            self._log.end()
 
     def message(self, text: str) -> None:
         self._console.print(text)
@@ -145,7 +181,7 @@ class Bar(Progress):
     def write_line(self) -> None:
         """In a log, say at once how far it is: at the end of work that has no other sign of it."""
         if self._log is not None:
-            self.message(self._line())
+            self._log.now(self._line())
 
     def _show(self, done: int, total: int, facts: str) -> None:
         self._done, self._total, self._facts = done, total, facts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 from octavo.errors import InvalidArgumentError, TokenizerError
 from octavo.sampling_params import SamplingParams
@@ -13,6 +13,29 @@ T = TypeVar("T")
 U = TypeVar("U")
 Conversation = Sequence[Mapping[str, Any]]
 """Messages as in OpenAI's API: {"role": ..., "content": ...}."""
+
+
+class TokensPrompt(TypedDict):
+    """The ids of a prompt's tokens, as vLLM's users write them."""
+
+    prompt_token_ids: Sequence[int]
+
+
+class TextPrompt(TypedDict):
+    """A prompt's text, as vLLM's users write it."""
+
+    prompt: str
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    """A LoRA adapter as vLLM's users name it: a name, a number (not used), and PEFT's folder."""
+
+    lora_name: str
+    lora_int_id: int = 1
+    lora_path: str = ""
+
+
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """One prompt: text, the ids of its tokens, or an object with either, as vLLM has it."""
 
@@ -63,6 +86,18 @@ def prompt_of(given: Mapping[str, Any]) -> str | Sequence[int]:
         )
     result: str | Sequence[int] = prompt if ids is None else ids
     return result
+
+
+def one_of(
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+) -> SamplingParams | Sequence[SamplingParams] | None:
+    """The parameters under one of their two names; InvalidArgumentError for both."""
+    if params is not None and sampling_params is not None:
+        raise InvalidArgumentError(
+            "params and sampling_params are both given; expected one of them"
+        )
+    return sampling_params if params is None else params
 
 
 def params_for_each(

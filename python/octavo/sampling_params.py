@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
@@ -13,9 +12,11 @@ from typing import Any
 
 from octavo.errors import InvalidArgumentError
 from octavo.structured_outputs import StructuredOutputs
+from octavo.vllm_names import refuse_sampling
 
 LogitsProcessor = Callable[..., Any]
 """(prompt tokens, tokens of the answer, logits) -> logits, or the same without the prompt."""
+StructuredOutputsParams = StructuredOutputs  # as vLLM calls it
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
 
@@ -149,12 +150,7 @@ class SamplingParams:
         known = [each.name for each in fields(cls)]
         unknown = sorted(given.keys() - set(known))
         if unknown:
-            near = difflib.get_close_matches(unknown[0], known, 1)
-            meant = f" (did you mean {near[0]}?)" if near else ""
-            raise InvalidArgumentError(
-                f"SamplingParams has no {', '.join(unknown)}{meant}; expected some of "
-                f"{', '.join(known)}"
-            )
+            raise refuse_sampling(unknown, known)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -190,7 +186,7 @@ class SamplingParams:
         if name == "allowed_token_ids":
             return None if value is None else _check_allowed(value)
         if name == "stop_token_ids":
-            return tuple(_TOKEN_ID.check(name, token) for token in value)
+            return tuple(_TOKEN_ID.check(name, token) for token in _items(name, value, "token ids"))
         if name == "logit_bias":
             return _check_bias(value)
         if name == "logits_processors":
@@ -205,8 +201,15 @@ class SamplingParams:
         return None if is_none else option.metadata["limits"].check(name, value)
 
 
+def _items(name: str, given: Any, kind: str) -> tuple[Any, ...]:
+    """What a list holds; InvalidArgumentError for anything but a list, a tuple, an array …"""
+    if isinstance(given, (str, bytes, Mapping)) or not hasattr(given, "__iter__"):
+        raise InvalidArgumentError(f"{name} is {given!r}; expected a list of {kind}")
+    return tuple(given)
+
+
 def _check_texts(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
-    texts = (given,) if isinstance(given, str) else tuple(given)
+    texts = (given,) if isinstance(given, str) else _items(name, given, "strings")
     for text in texts:
         if not isinstance(text, str):
             raise InvalidArgumentError(f"{name} holds {text!r}; expected strings")
@@ -221,6 +224,8 @@ def _check_bias(
 ) -> tuple[tuple[int, float], ...]:
     """The pairs in ascending order of token ids."""
     pairs = {}
+    if not isinstance(bias, (Mapping, tuple)):
+        raise InvalidArgumentError(f"logit_bias is {bias!r}; expected a dict of token id -> number")
     for token, value in dict(bias).items():
         number = _TOKEN_ID.check("a token id of logit_bias", token)
         limits = Limits(-100.0, 100.0, "0 for none")
@@ -229,7 +234,8 @@ def _check_bias(
 
 
 def _check_allowed(token_ids: Sequence[int]) -> tuple[int, ...]:
-    checked = {_TOKEN_ID.check("an entry of allowed_token_ids", token) for token in token_ids}
+    given = _items("allowed_token_ids", token_ids, "token ids")
+    checked = {_TOKEN_ID.check("an entry of allowed_token_ids", token) for token in given}
     if not checked:
         raise InvalidArgumentError(
             "allowed_token_ids is empty; expected at least one token, or None for all of them"

@@ -17,7 +17,10 @@ from doc_folder import Shell, make_folder, make_home
 PAGES = all_pages()
 # Before a page's commands: what its reader has from elsewhere.
 SETUP = {
-    "docs/cli.md": ["octavo batch prompts.txt log.jsonl --max-tokens 16 --event-log events.jsonl"],
+    "docs/cli.md": [
+        "octavo batch prompts.txt log.jsonl --max-tokens 16 --event-log auto",
+        'cp "$(ls -t "$OCTAVO_HOME"/logs/*.jsonl | head -1)" events.jsonl',
+    ],
     "docs/scheduler.md": [
         "octavo batch prompts.txt log.jsonl --max-tokens 16 --event-log events.jsonl"
     ],

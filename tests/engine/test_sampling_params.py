@@ -51,6 +51,12 @@ def test_what_vllm_takes_is_understood(given: dict[str, Any], kept: dict[str, An
     [
         ({"max_tokens": 0}, "max_tokens is 0; expected 1 or more, or prompt_logprobs beside it"),
         ({"max_tokens": -2}, "max_tokens is -2"),
+        ({"stop": 3}, "stop is 3; expected a list of strings"),
+        ({"stop": {}}, "stop is {}; expected a list of strings"),
+        ({"stop_token_ids": 3}, "stop_token_ids is 3; expected a list of token ids"),
+        ({"stop_token_ids": "12"}, "stop_token_ids is '12'; expected a list of token ids"),
+        ({"allowed_token_ids": 3}, "allowed_token_ids is 3; expected a list of token ids"),
+        ({"logit_bias": 3}, "logit_bias is 3; expected a dict of token id -> number"),
         ({"max_tokens": 2.0}, "max_tokens is 2.0"),
         ({"max_tokens": 4, "min_tokens": 5}, "min_tokens is 5; expected an integer, 0 to 4"),
         ({"top_k": -2}, "top_k is -2"),

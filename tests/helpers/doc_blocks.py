@@ -38,10 +38,12 @@ NOT_RUN = {
     r"^python -m pytest": "tests; the stage test of CI does it",
     r"--sensitivity|--bits-per-weight": "measures each matrix, for minutes; see tests/quantization",
     r"--api-key|lm_eval": "needs another package",
+    r"--install-completion": "writes into the files of the reader's shell",
 }
 # Words of the documentation that stand for the reader's own: pattern -> what is there in the tests.
 WORDS = {
     r"--json-schema FILE\b": "--json-schema city.json",
+    r"^\.venv(-demo)?/bin/octavo\b": "octavo",
     r"\bFILE\.gguf\b": "tiny.gguf",
     r"\bFILE\.json\b": "results.json",
     r"\bORG/NAME\b": "smollm2-135m",

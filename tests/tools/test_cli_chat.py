@@ -1,37 +1,25 @@
-"""octavo chat: turns, commands, memory, and Ctrl-C in a real terminal."""
+"""octavo chat: turns, commands, memory; test_cli_chat_terminal.py has keys and Ctrl-C."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import io
-import os
+import json
 import re
-import select
-import signal
-import struct
-import subprocess
 import sys
-import termios
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import IO
 
 import pytest
 from text_helpers import tiny_model
 
 from octavo.cli import main
-from octavo.cli.chat import Conversation
+from octavo.cli.chat import read_message
+from octavo.cli.conversation import Conversation
 from octavo.llm import LLM
 from octavo.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=6)
 CHAT = ["--load-format", "dummy", "-t", "0", "-n", "4"]
-MARKED = "\x1b[?2004h"  # the terminal is to tell what is pasted
-SENT = "\x1b[?2004l"  # a message has been taken
-PROMPT = "\x1b[?25h"  # the cursor is shown: the prompt is on the screen, and keys are taken
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +91,118 @@ def test_a_message_that_never_fits_is_refused_and_the_talk_goes_on(llm, capsys):
     assert conversation.turns[-2] == {"role": "user", "content": "ship"}
 
 
+def test_a_conversation_is_saved_and_goes_on(llm, capsys, tmp_path):
+    file = tmp_path / "talk.json"
+    first = Conversation(llm, PARAMS, "Be terse.", model="tiny", quiet=True)
+    assert first.run(reader(["fox", f"/save {file}", "dog"])) == 0
+    saved = json.loads(file.read_text())
+    assert saved == {"model": "tiny", "messages": first.messages[:3]}
+    second = Conversation(llm, PARAMS, None, quiet=True)
+    assert second.run(reader([f"/load {file}", "dog"])) == 0
+    assert second.messages == first.messages  # the same answer, from the same history
+    assert "1 turns are written" in capsys.readouterr().err
+
+
+def test_options_left_out_are_as_the_model_recommends(tmp_path, monkeypatch, capsys):
+    model = str(tiny_model(tmp_path / "tiny"))
+    recommended = {"eos_token_id": 0, "temperature": 0.25, "top_k": 3, "do_sample": True}
+    words = ["chat", "-m", model, "--load-format", "dummy", "-n", "2"]
+    for content, more, expected in (
+        (recommended, [], (0.25, 3, 0.9)),
+        (recommended, ["-t", "0.6", "--top-p", "0.5"], (0.6, 3, 0.5)),
+        ({"eos_token_id": 0}, ["--top-k", "7"], (0.6, 7, 0.9)),
+    ):
+        (tmp_path / "tiny" / "generation_config.json").write_text(json.dumps(content))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"/set\n")))
+        assert main([*words, *more]) == 0
+        said = capsys.readouterr().err.splitlines()
+        shown = dict(line.split(maxsplit=1) for line in said if line.startswith("  "))
+        found = [json.loads(shown[name]) for name in ("temperature", "top_k", "top_p")]
+        assert tuple(found) == expected
+
+
+BAD_TALKS = {
+    "nothing": "",
+    "no JSON": "{",
+    "a list": "[1, 2]",
+    "no text": '{"messages": [{"role": "user", "content": [1]}]}',
+    "no answer": '{"messages": [{"role": "user", "content": "x"}]}',
+    "order": '{"messages": [{"role": "tool", "content": ""}, {"role": "user", "content": ""}]}',
+    "empty": '{"messages": []}',
+    "deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", BAD_TALKS)
+def test_a_file_that_is_no_conversation_changes_nothing(name, llm, tmp_path, capsys):
+    (tmp_path / "bad").write_text(BAD_TALKS[name])
+    conversation = Conversation(llm, PARAMS, "Be terse.", quiet=True)
+    conversation.run(reader(["fox", f"/load {tmp_path / 'bad'}", "/load", "/load /no/such"]))
+    assert len(conversation.turns) == 2 and conversation.system == "Be terse."
+    errors = capsys.readouterr().err
+    assert errors.count("error: ") == 3 and str(tmp_path / "bad") in errors
+
+
+@pytest.mark.parametrize("place", ["/no/such/file", "/dev/full", "/", ""])
+def test_a_conversation_that_cannot_be_saved_goes_on(place, llm, capsys):
+    conversation = Conversation(llm, PARAMS, None, quiet=True)
+    assert conversation.run(reader(["fox", f"/save {place}", "dog"])) == 0
+    assert len(conversation.turns) == 4 and capsys.readouterr().err.count("error: ") == 1
+
+
+def test_retry_asks_again_with_another_seed(llm, capsys):
+    params = SamplingParams(temperature=1.5, seed=1, max_tokens=8)
+    conversation = Conversation(llm, params, None, quiet=True)
+    conversation.run(reader(["/retry", "fox"]))
+    assert "nothing was asked yet" in capsys.readouterr().err
+    before = list(conversation.turns)
+    conversation.run(reader(["/retry"]))
+    assert conversation.params.seed == 2 and len(conversation.turns) == 2
+    assert conversation.turns[0] == before[0] and conversation.turns[1] != before[1]
+    conversation.run(reader(["/set temperature 0", "/retry"]))
+    assert "the same answer comes" in capsys.readouterr().err and len(conversation.turns) == 2
+
+
+def test_options_of_sampling_are_set_between_turns(llm, capsys):
+    conversation = Conversation(llm, PARAMS, None, quiet=True)
+    conversation.run(
+        reader(["/set temperature 0.25", "/set --top-p 0.5", "/set stop ship", "/set"])
+    )
+    assert conversation.params == replace(PARAMS, temperature=0.25, top_p=0.5, stop=("ship",))
+    assert re.search(r"top_p +0\.5\n", capsys.readouterr().err)
+    conversation.run(
+        reader(["/set max_tokens none", "/set ignore_eos true", '/set stop ["a", "b"]'])
+    )
+    assert conversation.params.max_tokens is None and conversation.params.ignore_eos
+    assert conversation.params.stop == ("a", "b")
+    before = conversation.params
+    capsys.readouterr()
+    wrong = [
+        "top_p 2",
+        "top_p much",
+        "tempature 1",
+        "n 3",
+        "top_k",
+        "stop {}",
+        "stop 3",
+        "seed [1]",
+    ]
+    conversation.run(reader([f"/set {words}" for words in wrong]))
+    assert conversation.params == before
+    assert capsys.readouterr().err.count("error: ") == len(wrong)
+
+
+def test_a_message_of_several_lines_where_lines_are_read_one_by_one(llm):
+    lines = ['"""', "/reset", "fox", '"""', "dog\\", "ship", '"""one"""', '"""', "open"]
+    messages = []
+    source = reader(lines)
+    while (message := read_message(source)) is not None:
+        messages.append(message.strip())
+    assert messages == ["/reset\nfox", "dog\nship", "one", "open"]
+    pasted = '"""Doc."""\nimport this'
+    assert read_message(reader([pasted])) == pasted
+
+
 def test_over_a_pipe(model, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fox\r\n/reset\ndog")))
     arguments = ["chat", "-m", model, "--load-format", "dummy", "-t", "0", "-n", "4"]
@@ -116,191 +216,3 @@ def test_a_base_model_cannot_chat(tmp_path, capsys):
     path = tiny_model(tmp_path, chat_template=None)
     assert main(["chat", "-m", str(path), "--load-format", "dummy"]) == 2
     assert "no chat template" in capsys.readouterr().err
-
-
-class Terminal:
-    """A program in a pseudo-terminal of its own, so that Ctrl-C and Ctrl-D are real."""
-
-    # The child makes the terminal its controlling one before it becomes the program.
-    _START = (
-        "import fcntl, os, sys, termios; os.setsid();"
-        "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-    )
-
-    def __init__(self, *arguments: str, stdout: IO[str] | None = None, TERM: str = "xterm") -> None:
-        self.descriptor, child = os.openpty()
-        fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
-        command = [sys.executable, "-c", self._START, sys.executable, "-m", "octavo.cli"]
-        self.process = subprocess.Popen(
-            [*command, *arguments],
-            stdin=child,
-            stdout=stdout or child,
-            stderr=child,
-            close_fds=True,
-            env={**os.environ, "TERM": TERM, "COLUMNS": "", "LINES": ""},
-        )
-        os.close(child)
-        self.seen = ""
-        self.all = ""
-        self.read_before = ""  # what the last wait went past
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        os.close(self.descriptor)
-
-    def send(self, text: str) -> None:
-        os.write(self.descriptor, text.encode())
-
-    def wait_for(self, text: str, seconds: float = 30.0) -> None:
-        """Read until `text` has come; it and all before it are then forgotten."""
-        end = time.monotonic() + seconds
-        while text not in self.seen:
-            assert time.monotonic() < end, f"{text!r} did not come; there is {self.seen[-500:]!r}"
-            self._read()
-        self.read_before, _, self.seen = self.seen.partition(text)
-
-    def wait_for_characters(self, count: int) -> None:
-        """Read until so much more has come, whatever it is."""
-        end = time.monotonic() + 30.0
-        while len(self.seen) < count:
-            assert time.monotonic() < end, f"not {count} characters, but {self.seen!r}"
-            self._read()
-
-    def _read(self) -> None:
-        if select.select([self.descriptor], [], [], 0.1)[0]:
-            with contextlib.suppress(OSError):  # Linux's way to say that it has ended
-                read = os.read(self.descriptor, 4096).decode(errors="replace")
-                self.seen += read
-                self.all += read
-
-
-@pytest.mark.parametrize("leave", ["\x04", "\x03", "/exit\r"], ids=["Ctrl-D", "Ctrl-C", "/exit"])
-def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path, leave: str):
-    # Greedy, this model never ends an answer, and its context is too long to reach the end of.
-    path = tiny_model(tmp_path, context=60_000)
-    arguments = ["-m", str(path), "--load-format", "dummy", "-t", "0", "-n", "50000"]
-    with Terminal("chat", *arguments) as terminal:
-        terminal.wait_for("leaves")
-        terminal.wait_for(PROMPT)
-        terminal.send("tell me more\r")
-        terminal.wait_for(SENT)
-        terminal.wait_for_characters(40)
-        terminal.send("\x03")
-        terminal.wait_for("(stopped)")
-        terminal.wait_for(PROMPT)
-        terminal.send("not this\x03")  # dropped, and the talk goes on
-        terminal.wait_for(SENT)
-        terminal.wait_for(PROMPT)
-        terminal.send("again\r")
-        terminal.wait_for(SENT)
-        terminal.wait_for_characters(40)
-        terminal.send("\x03")
-        terminal.wait_for("(stopped)")
-        terminal.wait_for(PROMPT)
-        assert terminal.process.poll() is None
-        terminal.send(leave)
-        assert terminal.process.wait(timeout=30) == 0
-
-
-# Each of these is one turn of three lines, whatever Enter is among them.
-THREE_LINES = {
-    "pasted": "\x1b[200~one\rtwo\rthree\x1b[201~",
-    "Alt-Enter": "one\x1b\rtwo\x1b\rthree",
-    "backslash": "one\\\rtwo\\\rthree",
-}
-
-
-@pytest.mark.parametrize("way", THREE_LINES)
-def test_three_lines_are_one_turn(model, way):
-    with Terminal("chat", *CHAT, "-m", model) as terminal:
-        terminal.wait_for("leaves")
-        terminal.wait_for(PROMPT)
-        terminal.send(THREE_LINES[way])
-        terminal.wait_for("three")
-        time.sleep(0.3)
-        assert "tokens/s" not in terminal.all  # nothing is sent before Enter
-        terminal.send("\r")
-        terminal.wait_for("tokens/s")
-        terminal.send("/system one\x1b\r/reset\r")  # nor is a later line a command
-        terminal.wait_for("begins anew")
-        terminal.send("/exit\r")
-        assert terminal.process.wait(timeout=30) == 0
-        assert terminal.all.count("tokens/s") == 1 and "forgotten" not in terminal.all
-
-
-def test_keys_typed_while_the_model_loads_wait_for_the_first_prompt(model):
-    with Terminal("chat", *CHAT, "-m", model) as terminal:
-        terminal.wait_for(MARKED)  # the keyboard is silent from here on
-        terminal.send("fox\r\x1b[200~a\rb\x1b[201~")
-        terminal.wait_for("leaves")
-        assert "fox" not in terminal.read_before
-        terminal.wait_for("fox")
-        terminal.wait_for("tokens/s")
-        terminal.wait_for("b")
-        assert "tokens/s" not in terminal.seen
-        terminal.send("\r")
-        terminal.wait_for("tokens/s")
-        terminal.send("\x04")
-        assert terminal.process.wait(timeout=30) == 0
-        assert termios.tcgetattr(terminal.descriptor)[3] & termios.ECHO
-
-
-def test_a_dumb_terminal_gets_no_escape_sequences(model):
-    with Terminal("chat", *CHAT, "-m", model, TERM="dumb") as terminal:
-        terminal.wait_for("> ")
-        terminal.send("fox\r")
-        terminal.wait_for("tokens/s")
-        terminal.send("\x04")
-        assert terminal.process.wait(timeout=30) == 0
-        assert "\x1b" not in terminal.all
-
-
-def test_answers_to_a_file_leave_the_prompt_on_the_screen(model, tmp_path):
-    answers = tmp_path / "answers.txt"
-    with answers.open("w") as file, Terminal("chat", *CHAT, "-m", model, stdout=file) as terminal:
-        terminal.wait_for("leaves")
-        terminal.wait_for(PROMPT)
-        terminal.send("fox\r")
-        terminal.wait_for("tokens/s")
-        terminal.send("\x04")
-        assert terminal.process.wait(timeout=30) == 0
-    assert answers.read_text().count("\n") == 1 and "> " not in answers.read_text()
-
-
-def test_messages_are_broken_between_words(model):
-    with Terminal("chat", *CHAT, "-m", model) as terminal:
-        terminal.wait_for("leaves")
-        terminal.wait_for(PROMPT)
-        terminal.send("/help\r")
-        terminal.wait_for("behind it.")
-        lines = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", terminal.read_before).split("\r\n")
-        lines = lines[[line.startswith("  /system TEXT") for line in lines].index(True) :]
-        assert max(map(len, lines)) <= 60
-        found = [line for line in lines if line.startswith(" " * 17)]
-        assert any("Alt-Enter      begin another line" in line for line in lines)
-        assert found and all(line[17] != " " for line in found)  # under what it goes on with
-
-
-def test_only_a_terminal_needs_prompt_toolkit(model):
-    code = (
-        "import sys; from octavo.cli import main;"
-        f"main(['chat', *{CHAT!r}, '-m', {model!r}]); print('prompt_toolkit' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, input="fox\n", capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
-
-
-def test_ctrl_c_ends_generate_with_130_and_keeps_the_text(tmp_path: Path):
-    path = tiny_model(tmp_path, context=60_000)
-    arguments = ["-m", str(path), "--load-format", "dummy", "-n", "50000"]
-    with Terminal("generate", "tell me more", *arguments) as terminal:
-        terminal.wait_for("loading")
-        terminal.wait_for("\x1b[2K timX")  # the bar has gone, the answer has begun
-        terminal.send("\x03")
-        assert terminal.process.wait(timeout=30) == 130

@@ -59,6 +59,7 @@ def test_the_text_is_what_was_asked_for(model, tmp_path, capsys):
         (["--json-schema", "no-such-file"], "no-such-file"),
         (["--json-schema", "SCHEMA"], "the JSON schema cannot be followed at its root"),
         (["--grammar", "SCHEMA"], "grammar"),
+        (["-n", "0", "--json"], "max_tokens is 0; expected 1 or more, or prompt_logprobs"),
         (["--prompt-logprobs", "2"], "--prompt-logprobs is shown with --json only; add --json"),
         (["--amateur", "SELF", "--beams", "2"], "--beams is 2, which does not go with --amateur"),
         (["--amateur", "SELF", "-t", "1"], "temperature is 1.0, which does not go with --amateur"),
@@ -74,13 +75,17 @@ def test_mistakes(model, tmp_path: Path, capsys, more, message):
     assert message in shown.err and shown.out == ""
 
 
-def test_prompt_log_probabilities(model, capsys):
+@pytest.mark.parametrize("count", [2, 0])
+def test_prompt_log_probabilities(model, capsys, count):
     """One entry a token, the first None, with the rank among the whole vocabulary."""
-    more = ["--raw", "-n", "2", "--json", "--prompt-logprobs", "1"]
-    assert generate(model, *more) == 0
-    record = json.loads(capsys.readouterr().out)
+    words = ["generate", "Hello", "-m", model, "--load-format", "dummy", "--raw", "--json"]
+    assert main([*words, "-n", str(count), "--prompt-logprobs", "1"]) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert len(record["token_ids"]) == count and (record["text"] == "") == (count == 0)
+    assert ("cut off" in err) == (count > 0)  # where no answer is asked for, none is cut off
     llm = LLM(model, load_format="dummy")
-    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1)
+    params = SamplingParams(temperature=0, max_tokens=count, prompt_logprobs=1)
     (output,) = llm.generate("Hello", params, progress=False)
     assert record["prompt_logprobs"][0] is None
     assert len(record["prompt_logprobs"]) == len(record["prompt_token_ids"]) > 2

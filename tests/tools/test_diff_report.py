@@ -144,6 +144,19 @@ def test_report_fits_any_terminal(width: int) -> None:
         assert any("layers.1" in line for line in lines)
 
 
+def test_red_is_what_is_wrong() -> None:
+    red = "\x1b[1;31m"
+    for result in (good_result(), broken_result()):
+        console = Console(
+            force_terminal=True, color_system="standard", file=io.StringIO(), width=110
+        )
+        print_report(result, console=console)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        is_red = {line.strip("\x1b[0123456789;m ▶").split()[0] for line in lines if red in line}
+        assert ("embed" in is_red, bool(is_red)) == (False, not result.ok)
+        assert result.ok or result.first_bad.name in "".join(lines).split(red)[1]
+
+
 def test_report_without_unicode() -> None:
     class Ascii(Console):
         @property

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_helpers import ManualClock, fake_engine, run_to_end
+from text_helpers import tiny_model
 
+from octavo.cli import main
 from octavo.engine.engine import Engine
 from octavo.engine.events import FIELDS, EventLog, EventLogFile, as_dict
 from octavo.errors import InvalidArgumentError, QueueFullError
@@ -273,3 +276,27 @@ def test_prompts_are_not_in_the_log() -> None:
 def test_times_are_told_in_whole_microseconds() -> None:
     told = as_dict((1.23456789, "step", None, 0.0123456789, 1, 2, 3, 4, 5, 6, 7))
     assert (told["time"], told["seconds"], told["num_decodes"]) == (1.234568, 0.012346, 1)
+
+
+def test_a_log_that_nobody_named_is_found_again(tmp_path, monkeypatch, capsys) -> None:
+    """`--event-log auto` writes into octavo's folder, where explain, trace and replay look."""
+    monkeypatch.setenv("OCTAVO_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for verb in ("explain", "trace", "replay"):
+        assert main([verb]) == 2
+        assert "no event log is named" in capsys.readouterr().err
+    model = str(tiny_model(tmp_path / "model"))
+    (tmp_path / "in.txt").write_text("fox\ndog\n")
+    words = ["batch", "in.txt", "out.jsonl", "-m", model, "--load-format", "dummy", "-n", "2"]
+    assert main([*words, "-q", "--event-log", "auto"]) == 0
+    assert capsys.readouterr() == ("", "")  # -q: nothing but errors
+    (log,) = (tmp_path / "home" / "logs").iterdir()
+    old = log.with_name("old.jsonl")
+    old.write_text("{}")
+    os.utime(old, (0, 0))  # not the newest
+    assert main(["explain"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("came at") == 2 and str(log) in shown.err
+    assert main(["trace"]) == 0
+    assert json.loads((tmp_path / f"{log.stem}.trace.json").read_text())["traceEvents"]
+    assert main(["replay", "--fixed", "1", "--per-token", "1", "--per-attended", "0"]) == 0

@@ -28,11 +28,12 @@ from octavo.errors import (
     UnsupportedModelError,
 )
 from octavo.progress import NO_PROGRESS, Progress
+from octavo.server.options import read_defaults
 from octavo.weights import wheel
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import pull, pulled_models, resolve_model
 from octavo.weights.model_files import read_model
-from octavo.weights.wheel import WheelModel
+from octavo.weights.wheel import WHEEL_MODELS, WheelModel
 
 NAME = "smollm2-135m"
 
@@ -85,6 +86,7 @@ def model_of(gguf: bytes, wheel_bytes: int = 1000) -> WheelModel:
         num_bytes=len(gguf),
         sha256=hashlib.sha256(gguf).hexdigest(),
         dtype="bf16",
+        sampling={"temperature": 0.25},
     )
 
 
@@ -133,6 +135,8 @@ def test_a_wheel_becomes_a_model(index: Path, environment: Environment) -> None:
     ]
     checkpoint = open_checkpoint(read_model(path))
     assert checkpoint.bytes_by_dtype() == {"bf16": checkpoint.total_bytes}
+    assert read_defaults(path) == {"temperature": 0.25}  # what a server answers with
+    assert WHEEL_MODELS[NAME].sampling["temperature"] == 0
     assert "is not here yet" in progress.messages[0]
     assert [step[0] for step in progress.steps] == ["Downloading", "Checking", "Converting"]
     assert all(step[1] == step[2] for step in progress.steps[1:])

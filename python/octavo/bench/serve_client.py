@@ -74,11 +74,16 @@ class Client:
     """Asks one server. url: as in http://127.0.0.1:8000, with or without /v1 at its end."""
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 600.0) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError:  # a port that is no number up to 65535, half of an IPv6 address
+            raise InvalidArgumentError(
+                f"url is {url!r}; expected one as http://127.0.0.1:8000"
+            ) from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InvalidArgumentError(f"url is {url!r}; expected one as http://127.0.0.1:8000")
-        self._host = parts.hostname
-        self._port = parts.port or (443 if parts.scheme == "https" else 80)
+        self._host, self._port = parts.hostname, port
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._timeout = timeout
@@ -91,9 +96,9 @@ class Client:
         try:
             status, body = await asyncio.wait_for(self._get_models(), 30)
         except (OSError, asyncio.TimeoutError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or "no reply in 30 seconds"
             raise OctavoError(
-                f"{self.url} does not answer ({error or 'no reply in 30 seconds'}): start a "
-                f"server first, as in `octavo serve`"
+                f"{self.url} does not answer ({reason}): start a server first, as in `octavo serve`"
             ) from error
         try:
             return str(json.loads(body)["data"][0]["id"])

@@ -14,6 +14,8 @@ import typer
 
 from octavo.cli import streams
 from octavo.cli.common import FAILED, INTERRUPTED, MISTAKE, print_error
+from octavo.cli.completion import asked_words
+from octavo.cli.help import ScreenCommand, ScreenGroup, with_common_options
 from octavo.errors import InsufficientMemoryError, OctavoError
 
 
@@ -38,40 +40,39 @@ class Verb(NamedTuple):
         return function
 
 
-_RUN, _MODELS = "Run a model", "Manage models"
-_MEASURE = "Measure"
-_SCHEDULING = "Inspect the scheduler"
+_RUN, _MODELS, _MEASURE, _SCHEDULING = "Run", "Models", "Measure", "Explain"
 
-# In the order of `octavo --help`. The summaries stand here so that help need not import the verbs.
+# In the order of `octavo --help`. The summaries stand here so that help need not import the verbs;
+# each fits beside its name in 80 columns.
 VERBS = (
     Verb("generate", "Answer one prompt, or continue a text.", _RUN),
     Verb("chat", "Talk with a model in the terminal.", _RUN),
     Verb("serve", "Serve a model over HTTP, with OpenAI's API.", _RUN),
-    Verb("batch", "Answer a whole file of prompts; can be stopped and resumed.", _RUN),
+    Verb("batch", "Answer a file of prompts; can be stopped and resumed.", _RUN),
     Verb("slurm", "Write, check and collect jobs for a cluster with Slurm.", _RUN),
     Verb("pull", "Fetch a model, or convert a GGUF file, into the cache.", _MODELS),
     Verb("list", "Show the models in the cache.", _MODELS, "models"),
     Verb("remove", "Delete a model from the cache.", _MODELS, "models"),
-    Verb("info", "Show what a model is and whether it fits in memory.", _MODELS),
-    Verb("plan", "Tell what a model needs on a GPU, and how fast it would run.", _MODELS),
-    Verb("quantize", "Write a model with its weights rounded to 8 or 4 bits.", _MODELS),
-    Verb("merge", "Write a model with a LoRA adapter added to its weights.", _MODELS),
-    Verb("diff", "Show where octavo, its reference and Hugging Face differ.", _MODELS),
+    Verb("info", "Show what a model is, and whether it fits in memory.", _MODELS),
+    Verb("plan", "Tell what a model needs on a GPU, and how fast it is.", _MODELS),
+    Verb("quantize", "Write a model with its weights in 8 or 4 bits.", _MODELS),
+    Verb("merge", "Write a model with a LoRA adapter in its weights.", _MODELS),
+    Verb("diff", "Compare with Hugging Face, or with the NumPy reference.", _MODELS),
     Verb("bench", "Measure speed beside the machine's limits.", _MEASURE),
     Verb("bench serve", "Measure a server under load.", _MEASURE),
     Verb("bench spec", "Measure what drafts save.", _MEASURE),
     Verb("eval", "Measure perplexity, and what a number format costs.", _MEASURE),
-    Verb("report", "Show results of benchmarks as tables, or as a page with plots.", _MEASURE),
-    Verb(
-        "explain", "Tell where a request's time went, from an event log.", _SCHEDULING, "event_log"
-    ),
-    Verb("trace", "Turn an event log into a trace for ui.perfetto.dev.", _SCHEDULING, "event_log"),
-    Verb("replay", "Run a log's requests again on a simulated device.", _SCHEDULING, "event_log"),
+    Verb("report", "Show results as tables, or as a page with plots.", _MEASURE),
+    Verb("explain", "Tell where a request's time went.", _SCHEDULING, "event_log"),
+    Verb("trace", "Draw an event log, for ui.perfetto.dev.", _SCHEDULING, "event_log"),
+    Verb("replay", "Try a log's requests on a simulated device.", _SCHEDULING, "event_log"),
 )
 
 _EPILOG = """Start here:  [bold]octavo generate "What is the capital of France?"[/bold]
 
-Each command explains itself:  [bold]octavo generate --help[/bold]"""
+Each command explains itself:  [bold]octavo generate --help[/bold]
+
+Tab completes commands, options and models after  [bold]octavo --install-completion[/bold]"""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +97,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     """The exit code, after a message where one is due; standard output is not flushed yet."""
     try:
-        result = build_app(arguments)(arguments or ["--help"], "octavo", standalone_mode=False)
+        words = asked_words(os.environ)
+        app = build_app(arguments if words is None else words)
+        result = app(arguments or ["--help"], "octavo", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
@@ -130,19 +133,19 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
     Only the verb that runs is imported, with what it needs.
     """
     app = typer.Typer(
-        add_completion=False,
+        cls=_Octavo,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback(epilog=_EPILOG)(_octavo)
+    app.callback(epilog=_EPILOG)(with_common_options(_octavo))
     words = [word for word in arguments if not word.startswith("-")][:2]
     for verb in VERBS:
         if " " in verb.name and verb.name == " ".join(words):
             # `bench serve` beside `bench`, which would take "serve" for its argument.
             group = typer.Typer()
             group.callback()(_bench)
-            group.command(words[1])(verb.load())
+            group.command(words[1], cls=ScreenCommand)(with_common_options(verb.load()))
             app.add_typer(group, name=words[0])
             return app
     for verb in VERBS:
@@ -150,11 +153,16 @@ def build_app(arguments: Sequence[str]) -> typer.Typer:
             loaded = verb.load()
             if isinstance(loaded, typer.Typer):  # a verb with verbs of its own
                 app.add_typer(loaded, name=verb.name, rich_help_panel=verb.panel)
-            else:
-                app.command(verb.name, rich_help_panel=verb.panel)(loaded)
+                continue
+            command = app.command(verb.name, cls=ScreenCommand, rich_help_panel=verb.panel)
+            command(with_common_options(loaded))
         else:
             app.command(verb.name, help=verb.summary, rich_help_panel=verb.panel)(_not_loaded)
     return app
+
+
+class _Octavo(ScreenGroup):
+    verbs = VERBS
 
 
 def _as_options(arguments: Sequence[str], remedy: Mapping[str, object]) -> str | None:
@@ -193,14 +201,8 @@ def _octavo(
             "--version", help="Show the version and exit.", is_eager=True, callback=_print_version
         ),
     ] = False,
-    offline: Annotated[
-        bool,
-        typer.Option("--offline", help="Ask nothing of the Hugging Face Hub (HF_HUB_OFFLINE=1)."),
-    ] = False,
 ) -> None:
     """Run language models, and check that the answers are right."""
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _usage_message(error: Exception) -> str | None:

@@ -23,7 +23,6 @@ from octavo.cli.batch_input import (
 from octavo.cli.batch_output import OutputFile
 from octavo.cli.batch_stamp import Run, Stamp, describe_run
 from octavo.cli.options import (
-    SAMPLING,
     STOP,
     AdaptersOption,
     ChatOption,
@@ -38,7 +37,7 @@ from octavo.cli.options import (
 from octavo.config import EngineConfig
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.files import writing
-from octavo.progress import duration
+from octavo.progress import Bar, duration
 from octavo.sampling_params import SamplingParams
 from octavo.server.errors import ApiError
 
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
 @engine_options("max_num_seqs", "seed")
 def batch(
     *,
-    input_file: Annotated[Path, argument("One prompt per line; see above.", "IN.jsonl")],
+    input_file: Annotated[Path, argument("One prompt per line: plain text, or JSON.", "IN.jsonl")],
     output_file: Annotated[
         Path,
         argument("The answers, one per line.", **tried("the answers", "OUT.jsonl")),
@@ -66,10 +65,10 @@ def batch(
     max_tokens: Annotated[
         int,
         option(
-            "Longest answer, in tokens, for lines that give no limit.",
+            "Longest answer, in tokens. For lines that give no limit.",
             "--max-tokens",
             "-n",
-            panel=STOP,
+            metavar="N",
         ),
     ] = 256,
     stop: Annotated[
@@ -79,28 +78,34 @@ def batch(
     temperature: Annotated[
         float | None,
         option(
-            "For lines that give none. Left out: 1 for OpenAI's lines (their default), 0 for all "
-            "others.",
+            "How varied: 0 always takes the likeliest token. For lines that give none. Left out: 1 "
+            "for OpenAI's lines (their default), 0 for all others.",
             "--temperature",
             "-t",
-            panel=SAMPLING,
+            metavar="NUMBER",
         ),
     ] = None,
     config: EngineConfig,
     event_log: EventLogOption = None,
+    quiet: Annotated[bool, option("No bar and no messages, only errors.", "--quiet", "-q")] = False,
 ) -> int:
     """Answer a whole file of prompts; can be stopped and resumed.
 
-    Each line of IN.jsonl is a prompt as plain text, or an object {"prompt": …} or {"messages": …}, or a line of OpenAI's batch format. With --adapter, a line's "model" may name an adapter.
+    Each line of IN.jsonl is a prompt as plain text, or an object {"prompt": …} or {"messages": …},
+    or a line of OpenAI's batch format. With --adapter, a line's "model" may name an adapter.
 
-    Answers are written as they come, in OpenAI's batch output format; the text is at response.body.choices[0]. However a run was stopped, the same command resumes it; a command that would give other answers is refused. A line that cannot be answered gets an "error" and does not stop the rest.
+    Answers are written as they come, in OpenAI's batch output format; the text is at
+    response.body.choices[0]. However a run was stopped, the same command resumes it; a command that
+    would give other answers is refused. A line that cannot be answered gets an "error" and does not
+    stop the rest.
 
     After SIGUSR1 it takes no more lines, finishes those under way, and ends as after Ctrl-C.
 
     Exit code: 0 all answered, 1 some lines failed, 2 a mistake in the command, 130 Ctrl-C.
 
     [bold]octavo batch prompts.txt answers.jsonl --max-tokens 100[/bold]
-    """  # noqa: E501  (typer takes a line break for one)
+    """
+    say = _silent if quiet else common.note
     defaults = Defaults(temperature, max_tokens, {"stop": tuple(stop or ())})
     # A wrong default is a mistake in the command, not one in every line.
     SamplingParams(temperature=temperature or 0.0, max_tokens=max_tokens, stop=tuple(stop or ()))
@@ -114,16 +119,23 @@ def batch(
     with writing(output_file, "the answers"), OutputFile(output_file, overwrite) as output:
         run = describe_run(model, config, chat, system, defaults, adapters)
         output.check(input_file, run)
-        tally = _begin_tally(output, len(ids))
+        tally = _begin_tally(output, len(ids), say)
         interrupted = False
         if tally.finished == len(ids):
             output.begin()
         else:
             config = replace(config, max_adapters=len(adapters))  # all may be asked for at once
-            llm = common.load_llm(str(run.directory), config, adapters)
-            with _event_log(llm, event_log) as note_events:
-                interrupted = _answer_all(llm, run, input_file, output, tally, note_events)
-    return _summarize(tally, output_file, interrupted)
+            llm = common.load_llm(str(run.directory), config, adapters, quiet=quiet)
+            with (
+                _event_log(llm, event_log) as noted,
+                common.progress_bar("count", quiet=quiet) as bar,
+            ):
+                interrupted = _answer_all(llm, run, input_file, output, tally, noted, bar)
+    return _summarize(tally, output_file, interrupted, say)
+
+
+def _silent(message: str) -> None:
+    """Say nothing: for --quiet."""
 
 
 def _check_files(input_file: Path, output_file: Path, event_log: Path | None) -> None:
@@ -172,12 +184,12 @@ class Tally:
         return f"{self.tokens_per_second:,.0f} tokens/s{failed}"
 
 
-def _begin_tally(output: OutputFile, total: int) -> Tally:
+def _begin_tally(output: OutputFile, total: int, say: Callable[[str], None]) -> Tally:
     """What an earlier run has done, which the user is told."""
     skipped = len(output.answered)
     if skipped:
         going_on = "; going on" if skipped < total else ""
-        common.note(f"{skipped:,} of {total:,} answered by an earlier run{going_on}")
+        say(f"{skipped:,} of {total:,} answered by an earlier run{going_on}")
     return Tally(total=total, skipped=skipped, failed=output.num_failed)
 
 
@@ -188,6 +200,7 @@ def _answer_all(
     output: OutputFile,
     tally: Tally,
     note_events: Callable[[], None],
+    bar: Bar,
 ) -> bool:
     """Answer every line that has no answer yet; returns whether Ctrl-C ended it."""
     waiting: dict[str, tuple[BatchRequest, Stamp]] = {}
@@ -223,7 +236,7 @@ def _answer_all(
     output.begin()  # not earlier: where loading failed, the old answers stay
     tally.start = time.monotonic()
     try:
-        with _asked_to_drain() as drain, common.progress_bar("count") as bar:
+        with _asked_to_drain() as drain:
             bar.start("answering", tally.total, tally.finished)
             for custom_id, answer in llm.generate_as_completed(items()):
                 request, stamp = waiting.pop(custom_id)
@@ -264,25 +277,25 @@ def _event_log(llm: LLM, path: Path | None) -> Iterator[Callable[[], None]]:
         yield file.flush
 
 
-def _summarize(tally: Tally, output_file: Path, interrupted: bool) -> int:
+def _summarize(
+    tally: Tally, output_file: Path, interrupted: bool, say: Callable[[str], None]
+) -> int:
     if tally.done:
         seconds = time.monotonic() - tally.start
-        common.note(
+        say(
             f"{tally.done:,} prompts in {duration(seconds)}: {tally.prompt_tokens:,} prompt "
             f"tokens, {tally.output_tokens:,} new tokens, {tally.tokens_per_second:,.1f} new "
             "tokens/s"
         )
     if interrupted:
-        common.note(
+        say(
             f"interrupted with {tally.finished:,} of {tally.total:,} done; the same command goes on"
         )
         return common.INTERRUPTED
     if tally.failed:
-        common.note(
-            f'{tally.failed:,} of {tally.total:,} lines failed: look for "error" in {output_file}'
-        )
+        say(f'{tally.failed:,} of {tally.total:,} lines failed: look for "error" in {output_file}')
         return common.FAILED
-    common.note(f"all {tally.total:,} answered: {output_file}")
+    say(f"all {tally.total:,} answered: {output_file}")
     return 0
 
 

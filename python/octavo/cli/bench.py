@@ -6,18 +6,25 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from octavo.cli import completion
 from octavo.cli.common import FAILED, print_error, progress_bar
-from octavo.cli.options import MODEL, ModelArgument, engine_options, option
+from octavo.cli.options import MODEL, MODEL_NAMES, argument, engine_options, option
 from octavo.config import EngineConfig, check_choice, read_environment
 from octavo.errors import InvalidArgumentError
 
-_numbers = partial(option, panel="What to measure", metavar="N,N,…")
+
+def _complete(incomplete: str) -> list[str]:
+    """Models, and the second words of `octavo bench serve` and `octavo bench spec`."""
+    return [*completion.models(incomplete), "serve", "spec"]
+
+
+_numbers = partial(option, metavar="N,N,…")
 
 
 @engine_options("max_num_batched_tokens", without=("max_model_len", "speculative_config"))
 def bench(
     *,
-    model: ModelArgument = None,
+    model: Annotated[str | None, argument(MODEL_NAMES, "MODEL", autocompletion=_complete)] = None,
     prompt: Annotated[
         str, _numbers("Prompt lengths for prefill, in tokens. 0: none.", "-p", "--n-prompt")
     ] = "512",
@@ -28,10 +35,10 @@ def bench(
         str, _numbers("Numbers of sequences that decode together.", "-b", "--batch")
     ] = "1",
     depth: Annotated[
-        str, _numbers("Tokens in each sequence's cache before decoding.", "-d", "--n-depth")
+        str, _numbers("Tokens in each cache before decoding.", "-d", "--n-depth")
     ] = "0",
     repetitions: Annotated[
-        int, option("Timed runs of each test.", "-r", "--repetitions", panel="What to measure")
+        int, option("Timed runs of each test.", "-r", "--repetitions", metavar="N")
     ] = 5,
     adapter: Annotated[
         list[Path] | None,
@@ -40,14 +47,13 @@ def bench(
             "have them in turn.",
             metavar="PATH",
             panel=MODEL,
+            autocompletion=completion.adapters,
         ),
     ] = None,
     config: EngineConfig,
     output: Annotated[
         str,
-        option(
-            "Format of the result.", "-o", "--output", panel="Output", metavar="table|md|json|csv"
-        ),
+        option("Format of the result.", "-o", "--output", metavar="table|md|json|csv"),
     ] = "table",
 ) -> int:
     """Measure how fast a model runs, and how near that is to what the machine can do.
@@ -59,6 +65,8 @@ def bench(
 
     A server is measured by [bold]octavo bench serve[/bold], speculative decoding by [bold]octavo
     bench spec[/bold].
+
+    [bold]octavo bench smollm2-135m -p 512 -n 128 -b 1,8[/bold]
     """
     from octavo.bench.benchmark import bench as run_bench
     from octavo.bench.cases import make_cases

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli.bench import parse_numbers
 from octavo.cli.common import FAILED, note, print_error, progress_bar
-from octavo.cli.options import argument, option, tried
+from octavo.cli.options import argument, grouped, option, tried
 from octavo.errors import InvalidArgumentError
 from octavo.files import write_text
 
@@ -22,118 +23,153 @@ if TYPE_CHECKING:
     from octavo.bench.serve_run import Load, Measured
     from octavo.bench.serve_workload import Job
 
-_arrivals = partial(option, panel="Arrivals")
 _asked = partial(option, panel="Requests")
-_output = partial(option, panel="Output")
 
 
-def bench_serve(
-    url: Annotated[
-        str, argument("Where the server is, with or without /v1.", "URL")
-    ] = "http://127.0.0.1:8000",
-    model: Annotated[str | None, option("Model to name. Left out: the first one served.")] = None,
-    api_key: Annotated[str | None, option("Left out: OCTAVO_API_KEY, or none.")] = None,
+@dataclass(frozen=True)
+class Arrivals:
+    """When requests come."""
+
     users: Annotated[
         str,
-        _arrivals(
-            "Users who ask again as soon as they are answered; several numbers are measured one "
+        option(
+            "Users who ask again as soon as they are answered. Several numbers are measured one "
             "after the other. With --rate: the most that are answered at a time.",
             "-u",
             "--users",
             metavar="N,N,…",
         ),
-    ] = "16",
+    ] = "16"
     rate: Annotated[
         float | None,
-        _arrivals("Arrivals a second, as a Poisson process, whether answered or not."),
-    ] = None,
+        option("Arrivals a second, as a Poisson process, answered or not.", metavar="N"),
+    ] = None
     requests: Annotated[
         int,
-        _arrivals("Requests of each run. 0: four for each user, 32 at least.", "-r", "--requests"),
-    ] = 0,
+        option(
+            "Requests of each run. 0: four for each user, 32 at least.",
+            "-r",
+            "--requests",
+            metavar="N",
+        ),
+    ] = 0
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What is asked."""
+
     prompt_len: Annotated[
         str,
-        _asked(
-            "Words of a prompt, about a token each: 128, 32-512 (uniform), or 200~100 (log-normal: "
-            "mean and standard deviation).",
+        option(
+            "Words of a prompt, as in 128 or 32-512. A word is about a token; 32-512 is uniform, "
+            "200~100 log-normal with this mean and standard deviation.",
             "-p",
             "--prompt-len",
+            metavar="N",
         ),
-    ] = "128",
+    ] = "128"
     answer_len: Annotated[
         str,
-        _asked(
+        option(
             "Tokens of an answer, in the same forms. Answers have exactly this length.",
             "-n",
             "--answer-len",
+            metavar="N",
         ),
-    ] = "64",
-    shared_prefix: Annotated[int, _asked("Words that all prompts begin with.")] = 0,
+    ] = "64"
+    shared_prefix: Annotated[int, _asked("Words that all prompts begin with.")] = 0
     dataset: Annotated[
         Path | None,
-        _asked('JSON lines with "prompt" or "messages", instead of random words.'),
-    ] = None,
-    seed: Annotated[int, _asked("Seed of words, lengths and arrivals.")] = 0,
+        option(
+            'JSON lines with "prompt" or "messages", instead of words.',
+            metavar="FILE",
+        ),
+    ] = None
+    seed: Annotated[int, _asked("Seed of words, lengths and arrivals.")] = 0
+
+
+@dataclass(frozen=True)
+class Results:
+    """What becomes of the figures."""
+
     slo: Annotated[
         str | None,
-        _output(
-            "Limits of latency in milliseconds, as in ttft:500,itl:50,e2e:10000; goodput counts "
-            "the requests that stayed within them."
+        option(
+            "Limits in ms, as in ttft:500,itl:50,e2e:10000. Goodput counts the requests that "
+            "stayed within them.",
+            metavar="LIMITS",
         ),
-    ] = None,
+    ] = None
     json_file: Annotated[
-        Path | None, _output("Write all figures here.", "--json", **tried("the figures"))
-    ] = None,
+        Path | None, option("Write all figures here.", "--json", **tried("the figures"))
+    ] = None
     plot_file: Annotated[
         Path | None,
-        _output(
-            "Draw the distributions here, as SVG; needs matplotlib.", "--plot", **tried("the plot")
+        option(
+            "Draw the distributions here, as SVG. It needs matplotlib.",
+            "--plot",
+            **tried("the plot"),
         ),
+    ] = None
+
+
+@grouped
+def bench_serve(
+    url: Annotated[str, argument("Where the server is.", "URL")] = "http://127.0.0.1:8000",
+    *,
+    model: Annotated[
+        str | None, option("Model to name. Left out: the first one served.", metavar="NAME")
     ] = None,
-    timeout: Annotated[float, option("Seconds after which a request counts as failed.")] = 600.0,
+    api_key: Annotated[
+        str | None,
+        option("The server's key. Left out: OCTAVO_API_KEY, or none.", metavar="KEY"),
+    ] = None,
+    arrivals: Arrivals,
+    asked: Requests,
+    results: Results,
+    timeout: Annotated[float, _asked("Seconds after which a request counts as failed.")] = 600.0,
 ) -> int:
-    """Measure a server under load: time to first token, between tokens, to the end; throughput.
+    """Measure a server under load: latencies and throughput.
 
-    It may be octavo's (`octavo serve`) or any other with OpenAI's API. Exit code: 0 every request was answered, 1 not.
+    The latencies are the time to the first token, between tokens, and to the end. The server may be
+    octavo's (`octavo serve`) or any other with OpenAI's API. Exit code: 0 every request was
+    answered, 1 not.
 
-    [bold]octavo bench serve --users 1,4,16,64 --prompt-len 32-512 --slo ttft:1000,itl:100[/bold]
-    """  # noqa: E501  (typer takes a line break for one)
+    [bold]octavo bench serve --users 1,16,64 --slo ttft:1000,itl:100[/bold]
+    """
     import asyncio
+
+    from rich.console import Console
 
     from octavo.bench.serve_client import Client
     from octavo.bench.serve_report import make_table, parse_slo, summarize
     from octavo.config import read_environment
 
-    if plot_file is not None:
+    if results.plot_file is not None:
         from octavo.bench.serve_plot import need_matplotlib
 
         need_matplotlib()  # before anything is measured
-    limits = None if slo is None else parse_slo(slo)
-    loads = _loads(users, rate, requests)
-    jobs = _jobs(prompt_len, answer_len, shared_prefix, dataset, seed)
+    limits = None if results.slo is None else parse_slo(results.slo)
+    loads = _loads(arrivals)
+    jobs = _jobs(asked)
     client = Client(url, api_key or read_environment().api_key, timeout)
-    measured, served = asyncio.run(_measure(client, model, jobs, loads, seed))
+    measured, served = asyncio.run(_measure(client, model, jobs, loads, asked.seed))
     summaries = [summarize(found, limits) for found in measured]
-    from rich.console import Console
-
     Console().print(make_table(summaries))
     for summary in summaries:
         for reason, count in summary["errors"].items():
             print_error(f"{summary['load']}: {count} failed: {reason}")
-    asked: dict[str, Any] = {
-        "url": url,
-        "model": served,
-        "prompt_len": prompt_len,
-        "answer_len": answer_len,
-    }
-    asked |= {"shared_prefix": shared_prefix, "dataset": dataset and str(dataset), "seed": seed}
-    _write(json_file, plot_file, asked, measured, summaries)
+    stamp = {"url": url, "model": served, **vars(asked)}
+    stamp["dataset"] = asked.dataset and str(asked.dataset)
+    _write(results, stamp, measured, summaries)
     return FAILED if any(summary["failed"] for summary in summaries) else 0
 
 
-def _loads(users: str, rate: float | None, requests: int) -> list[Load]:
+def _loads(arrivals: Arrivals) -> list[Load]:
     from octavo.bench.serve_run import Load
 
+    users, rate, requests = arrivals.users, arrivals.rate, arrivals.requests
     if rate is not None and not 0 < rate < math.inf:
         raise InvalidArgumentError(f"--rate is {rate}; expected arrivals a second, above 0")
     if requests < 0:
@@ -147,16 +183,14 @@ def _loads(users: str, rate: float | None, requests: int) -> list[Load]:
     ]
 
 
-def _jobs(
-    prompt_len: str, answer_len: str, shared_prefix: int, dataset: Path | None, seed: int
-) -> Iterator[Job]:
+def _jobs(asked: Requests) -> Iterator[Job]:
     from octavo.bench.serve_workload import jobs_of_file, parse_lengths, random_jobs
 
-    answers = parse_lengths("--answer-len", answer_len)
-    if dataset is not None:
-        return jobs_of_file(dataset, answers, seed)
-    prompts = parse_lengths("--prompt-len", prompt_len)
-    return random_jobs(prompts, answers, shared_prefix, seed)
+    answers = parse_lengths("--answer-len", asked.answer_len)
+    if asked.dataset is not None:
+        return jobs_of_file(asked.dataset, answers, asked.seed)
+    prompts = parse_lengths("--prompt-len", asked.prompt_len)
+    return random_jobs(prompts, answers, asked.shared_prefix, asked.seed)
 
 
 async def _measure(
@@ -188,20 +222,19 @@ async def _measure(
 
 
 def _write(
-    json_file: Path | None,
-    plot_file: Path | None,
+    results: Results,
     asked: dict[str, Any],
     measured: list[Measured],
     summaries: list[dict[str, Any]],
 ) -> None:
-    if json_file is not None:
+    if results.json_file is not None:
         from octavo import __version__
         from octavo.machine import processor
 
         stamp = {"octavo": __version__, "client": processor(), "asked": asked, "loads": summaries}
-        write_text(json_file, "the figures", json.dumps(stamp, indent=2) + "\n")
-    if plot_file is not None:
+        write_text(results.json_file, "the figures", json.dumps(stamp, indent=2) + "\n")
+    if results.plot_file is not None:
         from octavo.bench.serve_plot import plot
 
         title = f"{asked['model']}: prompts {asked['prompt_len']}, answers {asked['answer_len']}"
-        write_text(plot_file, "the plot", plot(measured, summaries, title))
+        write_text(results.plot_file, "the plot", plot(measured, summaries, title))

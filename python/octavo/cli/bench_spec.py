@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from octavo.cli.bench import parse_numbers
@@ -17,7 +16,6 @@ from octavo.speculative_config import SpeculativeConfig, read_speculative_config
 if TYPE_CHECKING:
     from octavo.bench.spec import Row, SpecResult
 
-_what = partial(option, panel="What to measure")
 _OUTPUTS = ("table", "md", "json")
 _HEADINGS = (
     *("task", "batch", "accepted", "tokens/step", "plain tok/s", "tok/s", "speed-up"),
@@ -31,35 +29,38 @@ def bench_spec(
     model: ModelArgument = None,
     tasks: Annotated[
         str,
-        _what("Of quote (a text), code (to be edited) and chat.", "--tasks", metavar="NAME,NAME,…"),
+        option("Of quote (a text), code (to be edited), chat.", "--tasks", metavar="NAME,NAME,…"),
     ] = "quote,code,chat",
     acceptance: Annotated[
         str,
-        _what(
-            "Measure drafts that are right with these probabilities, whatever the model, beside "
-            "what the formula foretells. Needs no tokenizer.",
+        option(
+            "Instead, drafts that are right with these probabilities. They are so whatever the "
+            "model, and are measured beside what the formula foretells. Needs no tokenizer.",
             metavar="P,P,…",
         ),
     ] = "",
     second_guess: Annotated[
         str,
-        _what(
+        option(
             "With --acceptance: check a second chain, too, whose first draft is right with this "
             "probability where that of the first chain is wrong.",
+            panel="What to measure",
             metavar="P",
         ),
     ] = "",
     batch: Annotated[
-        str, _what("Numbers of answers at a time.", "-b", "--batch", metavar="N,N,…")
+        str, option("Numbers of answers at a time.", "-b", "--batch", metavar="N,N,…")
     ] = "1",
-    generate: Annotated[int, _what("Longest answer, in tokens.", "-n", "--n-gen")] = 128,
+    generate: Annotated[
+        int, option("Longest answer, in tokens.", "-n", "--n-gen", metavar="N")
+    ] = 128,
     repetitions: Annotated[
-        int, _what("Pairs of runs, with drafts and without.", "-r", "--repetitions")
+        int, option("Pairs of runs, with drafts and without.", "-r", "--repetitions", metavar="N")
     ] = 3,
     config: EngineConfig,
     output: Annotated[
         str,
-        option("Format of the result.", "-o", "--output", panel="Output", metavar="table|md|json"),
+        option("Format of the result.", "-o", "--output", metavar="table|md|json"),
     ] = "table",
 ) -> int:
     """Measure what speculative decoding saves.

@@ -85,20 +85,24 @@ def progress_bar(unit: Unit = "percent", **options: Any) -> Iterator[Bar]:
 
 
 def load_llm(
-    model: str | None, config: EngineConfig, adapters: Mapping[str, str | Path] | None = None
+    model: str | None,
+    config: EngineConfig,
+    adapters: Mapping[str, str | Path] | None = None,
+    *,
+    quiet: bool = False,
 ) -> LLM:
     """The model in memory, with a bar on a terminal; fetches smollm2-135m where it is missing.
 
-    adapters: LoRA adapters, name -> folder.
+    adapters: LoRA adapters, name -> folder. quiet: no bar, and no notes about the weights.
     """
     from octavo.llm import LLM
     from octavo.weights.hub import DEFAULT_MODEL
 
     stage = f"loading {Path(model or DEFAULT_MODEL).name}"
-    with progress_bar("bytes") as bar:
+    with progress_bar("bytes", quiet=quiet) as bar:
         on_load = partial(bar.update, stage)
         llm = LLM(model, config=config, on_load=on_load, adapters=adapters)
-    for line in llm.notes:
+    for line in () if quiet else llm.notes:
         note(line)
     return llm
 

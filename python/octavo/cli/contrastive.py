@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Annotated
 
+from octavo.cli import completion
 from octavo.cli.options import option
 from octavo.errors import InvalidArgumentError
 from octavo.sampling_params import SamplingParams
@@ -13,26 +14,30 @@ from octavo.search.contrastive import ContrastiveParams
 
 _search = partial(option, panel="Search")
 
-AmateurOption = Annotated[
-    str | None,
-    _search(
-        "Contrastive decoding: take what this smaller model of the same vocabulary finds less "
-        "likely.",
-        "--amateur",
-        metavar="MODEL",
-    ),
-]
-AlphaOption = Annotated[
-    float,
-    _search("With --amateur: the least probability, as a part of the largest.", "--alpha"),
-]
+
+@dataclass(frozen=True)
+class Contrast:
+    """Contrastive decoding, where --amateur is given."""
+
+    amateur: Annotated[
+        str | None,
+        _search(
+            "Contrastive decoding: take what this smaller model of the same vocabulary finds less "
+            "likely.",
+            metavar="MODEL",
+            autocompletion=completion.models,
+        ),
+    ] = None
+    alpha: Annotated[
+        float, _search("With --amateur: the least probability, as a part of the largest.")
+    ] = 0.1
 
 
 def check_contrast(
-    amateur: str | None, params: SamplingParams, beams: int | None, adapter: str | None
+    contrast: Contrast, params: SamplingParams, beams: int | None, adapter: str | None
 ) -> None:
     """InvalidArgumentError names what does not go with --amateur; nothing without one."""
-    if amateur is None:
+    if contrast.amateur is None:
         return
     for name, given in (("--beams", beams), ("--adapter", adapter)):
         if given is not None:
@@ -40,7 +45,7 @@ def check_contrast(
                 f"{name} is {given!r}, which does not go with --amateur; leave one of them out"
             )
     plain = replace(
-        contrastive_params(0.1, params).sampling_params(),
+        contrastive_params(contrast.alpha, params).sampling_params(),
         max_tokens=params.max_tokens,
         seed=params.seed,
     )

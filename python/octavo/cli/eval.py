@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 
+from octavo.cli import completion
 from octavo.cli.common import progress_bar
 from octavo.cli.options import AdapterOption, ModelArgument, engine_options, option
 from octavo.config import EngineConfig, read_environment
+from octavo.errors import InvalidArgumentError
 
 _text = partial(option, panel="What to score")
 
@@ -24,15 +26,17 @@ def eval(
     against: Annotated[
         str | None,
         option(
-            "What to compare its distributions with: same (this model unquantized in f32), another "
-            "MODEL, or none. Left out: same, unless it runs in f32 or is stored quantized.",
+            "Model to compare its predictions with. same: this model unquantized in f32; none: no "
+            "comparison. Left out: same, unless it runs in f32 or is stored quantized.",
+            autocompletion=completion.models,
             metavar="same|none|MODEL",
         ),
     ] = None,
     text: Annotated[
         Path | None,
-        _text(
-            "A text file in UTF-8. Left out: chapters I to VI of Alice's Adventures in Wonderland."
+        option(
+            "A text file in UTF-8. Left out: chapters I to VI of Alice's Adventures in Wonderland.",
+            metavar="FILE",
         ),
     ] = None,
     random: Annotated[
@@ -41,19 +45,18 @@ def eval(
     ] = None,
     window: Annotated[
         int | None,
-        _text("Tokens in a window. Left out: 512, or the model's limit."),
+        option("Tokens in a window. Left out: 512, or the model's limit.", metavar="N"),
     ] = None,
     stride: Annotated[
         int | None,
         _text("Tokens from the start of one window to the next. Left out: half the window."),
     ] = None,
     max_windows: Annotated[
-        int | None, _text("Stop after this many windows. Left out: the whole text.")
+        int | None,
+        option("Stop after this many windows. Left out: the whole text.", metavar="N"),
     ] = None,
     config: EngineConfig,
-    as_json: Annotated[
-        bool, option("Print one JSON object instead of tables.", "--json", panel="Output")
-    ] = False,
+    as_json: Annotated[bool, option("Print one JSON object instead of tables.", "--json")] = False,
 ) -> None:
     """Measure how well a model predicts a text, and what its number format costs.
 
@@ -61,10 +64,14 @@ def eval(
     scored once, from at least `window - stride` tokens of context wherever the text has them.
     Against another model: the KL divergence of each prediction from the other's, in nats, and how
     often both have the same most probable token.
+
+    [bold]octavo eval smollm2-135m --quantize int4[/bold]
     """
     from octavo.eval.evaluation import EvalRequest, evaluate
     from octavo.eval.report import print_report
 
+    if window is not None and window < 2:
+        raise InvalidArgumentError(f"window is {window}; expected 2 tokens or more")
     request = EvalRequest(
         model=model,
         config=config,

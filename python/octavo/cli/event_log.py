@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from octavo.cli.common import note
+from octavo.cli.log_place import newest_log
 from octavo.cli.options import argument, option, tried
 from octavo.errors import InvalidArgumentError
 from octavo.files import write_text
@@ -16,14 +17,21 @@ from octavo.files import write_text
 if TYPE_CHECKING:
     from octavo.trace.replay import Quantiles, Summary
 
-_LOG = "An event log, from `--event-log` or the server."
-LogArgument = Annotated[Path, argument(_LOG, "LOG")]
+_LOG = "An event log. Left out: the newest that `--event-log auto` wrote."
+LogArgument = Annotated[Path | None, argument(_LOG, "LOG")]
 _policy = partial(option, panel="Engine (left out: as in the log)")
 _cost = partial(option, panel="Device: seconds of a step (left out: fitted to the log's steps)")
 
 
+def _newest() -> Path:
+    """The newest log that nobody gave a name, which the user is told."""
+    log = newest_log()
+    note(f"reading {log}")
+    return log
+
+
 def explain(
-    log: Annotated[Path, option(_LOG, metavar="FILE")],
+    log: Annotated[Path | None, option(_LOG, metavar="FILE")] = None,
     request_id: Annotated[
         str | None,
         argument("Which request. Left out: all of them, one a line.", "REQUEST_ID"),
@@ -31,17 +39,20 @@ def explain(
 ) -> None:
     """Tell where a request's time went, from an event log.
 
-    How long it waited and for what, what of its prompt was cached, who preempted it, which step was slow and why.
+    How long it waited and for what, what of its prompt was cached, who preempted it, which step was
+    slow and why.
 
-    [bold]octavo batch prompts.txt answers.jsonl --event-log events.jsonl[/bold]
+    [bold]octavo batch prompts.txt answers.jsonl --event-log auto[/bold]
+
+    [bold]octavo explain 17[/bold]
 
     [bold]octavo explain 17 --log events.jsonl[/bold]
-    """  # noqa: E501  (typer takes a line break for one)
+    """
     from octavo.trace.explain import explain as sentences_about
     from octavo.trace.explain import one_line
     from octavo.trace.log_file import read_log
 
-    recorded = read_log(log)
+    recorded = read_log(log or _newest())
     if request_id is None:
         for known in recorded.request_ids:
             print(one_line(recorded, known))
@@ -51,22 +62,32 @@ def explain(
 
 
 def trace(
-    log: LogArgument,
+    log: LogArgument = None,
     perfetto: Annotated[
-        Path,
-        option("Where to write the trace, JSON in the Trace Event Format.", **tried("the trace")),
-    ],
+        Path | None,
+        option(
+            "Where to write the trace. It is JSON in the Trace Event Format. Left out: the log's "
+            "name with .trace.json at its end, in this folder.",
+            **tried("the trace"),
+        ),
+    ] = None,
 ) -> None:
     """Turn an event log into a trace for ui.perfetto.dev.
 
-    It shows every step with its tokens, every request with its waiting, prompt and decoding, and the KV cache filling. Open https://ui.perfetto.dev and drop the file there; it stays in your browser.
+    It shows every step with its tokens, every request with its waiting, prompt and decoding, and
+    the KV cache filling. Open https://ui.perfetto.dev and drop the file there; it stays in your
+    browser.
+
+    [bold]octavo trace[/bold]
 
     [bold]octavo trace events.jsonl --perfetto trace.json[/bold]
-    """  # noqa: E501  (typer takes a line break for one)
+    """
     from octavo.trace.log_file import read_log
     from octavo.trace.perfetto import perfetto_trace
 
+    log = log or _newest()
     recorded = read_log(log)
+    perfetto = perfetto or Path(f"{log.stem}.trace.json")
     write_text(perfetto, "the trace", json.dumps(perfetto_trace(recorded)))
     steps, requests = len(recorded.steps), len(recorded.request_ids)
     note(
@@ -75,7 +96,8 @@ def trace(
 
 
 def replay(
-    log: LogArgument,
+    log: LogArgument = None,
+    *,
     max_num_seqs: Annotated[int | None, _policy("Most answers in a step.")] = None,
     max_num_batched_tokens: Annotated[int | None, _policy("Most tokens in a step.")] = None,
     num_kv_blocks: Annotated[int | None, _policy("Blocks of the KV cache.")] = None,
@@ -89,7 +111,7 @@ def replay(
     max_waiting_requests: Annotated[
         int | None, _policy("Most requests in the queue; more are refused.")
     ] = None,
-    speed: Annotated[float, option("2: the requests come twice as fast.")] = 1.0,
+    speed: Annotated[float, option("2: the requests come twice as fast.", metavar="NUMBER")] = 1.0,
     fixed: Annotated[float | None, _cost("For every step: reading the weights.")] = None,
     per_token: Annotated[float | None, _cost("For each token that is computed.")] = None,
     per_attended: Annotated[
@@ -103,19 +125,20 @@ def replay(
 ) -> None:
     """Run a log's requests again on a simulated device.
 
-    The scheduler is the real one, device and clock are simulated; the same log and options give the same figures on any machine.
+    The scheduler is the real one, device and clock are simulated; the same log and options give the
+    same figures on any machine.
 
     [bold]octavo replay events.jsonl --max-num-seqs 16[/bold]
 
     [bold]octavo replay events.jsonl --num-kv-blocks 500 --speed 2[/bold]
-    """  # noqa: E501  (typer takes a line break for one)
+    """
     from octavo.trace.log_file import log_of, read_log
     from octavo.trace.replay import arrivals_of, options_of, summarize
     from octavo.trace.simulation import CostModel, Simulation, fit_costs
 
     if not 0 < speed < float("inf"):
         raise InvalidArgumentError(f"--speed is {speed}; expected a number above 0")
-    recorded = read_log(log)
+    recorded = read_log(log or _newest())
     given = {"fixed": fixed, "per_token": per_token, "per_attended": per_attended}
     known = {name: value for name, value in given.items() if value is not None}
     if any(value < 0 for value in known.values()):

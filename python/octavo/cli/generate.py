@@ -6,18 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli import common
-from octavo.cli.contrastive import (
-    AlphaOption,
-    AmateurOption,
-    check_contrast,
-    contrastive_params,
-    refuse_others,
-)
+from octavo.cli.contrastive import Contrast, check_contrast, contrastive_params, refuse_others
 from octavo.cli.options import (
     AdapterOption,
     ChatOption,
@@ -26,17 +20,12 @@ from octavo.cli.options import (
     SystemOption,
     argument,
     engine_options,
+    grouped,
     option,
-    sampling_options,
 )
+from octavo.cli.sampling_options import sampling_options
 from octavo.cli.streams import silent_keys
-from octavo.cli.structured import (
-    ChoiceOption,
-    GrammarOption,
-    JsonSchemaOption,
-    RegexOption,
-    read_structured,
-)
+from octavo.cli.structured import Structured, read_structured
 from octavo.cli.wrap import AnswerWriter
 from octavo.config import EngineConfig
 from octavo.errors import InvalidArgumentError
@@ -50,13 +39,48 @@ if TYPE_CHECKING:
     from octavo.prompts import EncodedPrompt
 
 _output = partial(option, panel="Output")
+_search_option = partial(option, panel="Search")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What of an answer is printed, and how."""
+
+    json_output: Annotated[
+        bool,
+        option("Print JSON: text, token ids, usage, timings.", "--json"),
+    ] = False
+    special_tokens: Annotated[
+        bool, _output("Show special tokens such as <|im_end|> in the text.", "--special-tokens")
+    ] = False
+    quiet: Annotated[
+        bool, option("Leave out the line about speed at the end.", "--quiet", "-q")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Beams:
+    """A search for the most probable answer."""
+
+    beams: Annotated[
+        int | None,
+        _search_option(
+            "Search with N beams, and print the best answer (with --json all of them).",
+            "--beams",
+            metavar="N",
+        ),
+    ] = None
+    length_penalty: Annotated[
+        float, _search_option("With --beams: above 0 long answers gain.", "--length-penalty")
+    ] = 1.0
 
 
 @engine_options()
-@sampling_options(temperature=0.0)
+@sampling_options("logprobs", "prompt_logprobs", temperature=0.0)
+@grouped
 def generate(
     prompt: Annotated[
-        str, argument('The question, or the text to continue. "-" reads stdin.', "PROMPT")
+        str, argument('The question, or the text; "-" reads it from stdin.', "PROMPT")
     ],
     *,
     model: ModelOption = None,
@@ -65,56 +89,10 @@ def generate(
     system: SystemOption = None,
     config: EngineConfig,
     params: SamplingParams,
-    json_schema: JsonSchemaOption = None,
-    regex: RegexOption = None,
-    choice: ChoiceOption = None,
-    grammar: GrammarOption = None,
-    json_output: Annotated[
-        bool,
-        _output("Print one JSON object: text, token ids, finish reason, usage, timings.", "--json"),
-    ] = False,
-    logprobs: Annotated[
-        int | None,
-        _output(
-            "With --json: the log-probability of each token, and of the N most probable ones in "
-            "its place.",
-            metavar="N",
-        ),
-    ] = None,
-    prompt_logprobs: Annotated[
-        int | None,
-        _output(
-            "With --json: the log-probability of each token of the prompt, its rank, and the N "
-            "most probable ones in its place.",
-            "--prompt-logprobs",
-            metavar="N",
-        ),
-    ] = None,
-    special_tokens: Annotated[
-        bool, _output("Show special tokens such as <|im_end|> in the text.", "--special-tokens")
-    ] = False,
-    quiet: Annotated[
-        bool, _output("Leave out the line about speed at the end.", "--quiet", "-q")
-    ] = False,
-    beams: Annotated[
-        int | None,
-        option(
-            "Search with N beams, and print the best answer (with --json all of them).",
-            "--beams",
-            panel="Search",
-            metavar="N",
-        ),
-    ] = None,
-    length_penalty: Annotated[
-        float,
-        option(
-            "With --beams: above 0 long answers gain.",
-            "--length-penalty",
-            panel="Search",
-        ),
-    ] = 1.0,
-    amateur: AmateurOption = None,
-    alpha: AlphaOption = 0.1,
+    structured: Structured,
+    shown: Shown,
+    search: Beams,
+    contrast: Contrast,
     event_log: EventLogOption = None,
 ) -> int:
     """Answer one prompt, or continue a text.
@@ -125,22 +103,17 @@ def generate(
 
     [bold]octavo generate --raw "Once upon a time" -t 0.8 --max-tokens 100[/bold]
 
-    [bold]octavo generate "Is water wet?" --choice yes --choice no[/bold]
-
     [bold]octavo generate - --system "Summarize this letter." < letter.txt[/bold]
+
+    [bold]octavo generate "Is water wet?" --choice yes --choice no[/bold]
     """
-    wanted = read_structured(json_schema, regex, choice, grammar)
     params = replace(
         params,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        skip_special_tokens=not special_tokens,
-        structured_outputs=wanted,
+        skip_special_tokens=not shown.special_tokens,
+        structured_outputs=read_structured(structured),
     )
-    for name, count in (("--logprobs", logprobs), ("--prompt-logprobs", prompt_logprobs)):
-        if count is not None and not json_output:
-            raise InvalidArgumentError(f"{name} is shown with --json only; add --json")
-    check_contrast(amateur, params, beams, adapter)
+    _check_shown(shown, params)
+    check_contrast(contrast, params, search.beams, adapter)
     if system is not None and chat is False:
         raise InvalidArgumentError("--system does not go with --raw; leave out one of them")
     text = common.read_prompt(prompt)
@@ -148,20 +121,15 @@ def generate(
     llm = common.load_llm(model, config, {adapter: adapter} if adapter else None)
     load_seconds = time.monotonic() - start
     encoded = encode(llm, text, chat, system)
-    beam_params = None if beams is None else beam_search_params(beams, length_penalty, params)
-    is_whole = json_output or params.n > 1 or beams or amateur
-    writer = None if is_whole else AnswerWriter(sys.stdout)
-    if writer is not None and not encoded.is_chat and sys.stdout.isatty():
-        _show_dim(text, writer)  # the prompt and its continuation are one text: show it as one
+    searching = _searching(llm, encoded, params, search, contrast, adapter)
+    writer = None
+    if not (shown.json_output or params.n > 1 or searching):
+        writer = AnswerWriter(sys.stdout)
+        if not encoded.is_chat and sys.stdout.isatty():
+            _show_dim(text, writer)  # the prompt and its continuation are one text: so is this
     with silent_keys():
-        if beam_params is not None:
-            search = partial(llm.beam_search, encoded, beam_params, adapter=adapter)
-            result, interrupted = _search(search)
-        elif amateur is not None:
-            contrast = contrastive_params(alpha, params)
-            result, interrupted = _search(
-                partial(llm.contrastive_decoding, encoded, amateur, contrast)
-            )
+        if searching is not None:
+            result, interrupted = _search(searching)
         else:
             chunks, interrupted = _collect(llm, encoded, params, writer, adapter)
             result = next((chunk.result for chunk in chunks if chunk.result is not None), None)
@@ -169,18 +137,26 @@ def generate(
         llm.engine.events.write(event_log)
     if result is None:
         return common.INTERRUPTED if interrupted else common.FAILED
-    if json_output:
+    if shown.json_output:
         _print_json(_record(llm, result, params, encoded.is_chat, load_seconds))
-    elif beams or amateur:
+    elif searching is not None:
         print(common.printable(result.text, sys.stdout))
     elif params.n > 1:
         _print_answers(result)
-    if not quiet:
+    if not shown.quiet:
         common.note(_closing_line(result, params, llm.max_model_len))
     if result.error is not None:
         common.print_error(result.error)
         return common.FAILED
     return 0
+
+
+def _check_shown(shown: Shown, params: SamplingParams) -> None:
+    """InvalidArgumentError for what --json alone can show."""
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None and not shown.json_output:
+            flag = "--" + name.replace("_", "-")
+            raise InvalidArgumentError(f"{flag} is shown with --json only; add --json")
 
 
 def encode(llm: LLM, text: str, chat: bool | None, system: str | None = None) -> EncodedPrompt:
@@ -254,6 +230,24 @@ def beam_search_params(
     return found
 
 
+def _searching(
+    llm: LLM,
+    prompt: EncodedPrompt,
+    params: SamplingParams,
+    search: Beams,
+    contrast: Contrast,
+    adapter: str | None,
+) -> Callable[..., list[RequestOutput]] | None:
+    """What searches for the answer, by --beams or --amateur; None: it is sampled."""
+    if search.beams is not None:
+        beams = beam_search_params(search.beams, search.length_penalty, params)
+        return partial(llm.beam_search, prompt, beams, adapter=adapter)
+    if contrast.amateur is not None:
+        found = contrastive_params(contrast.alpha, params)
+        return partial(llm.contrastive_decoding, prompt, contrast.amateur, found)
+    return None
+
+
 def _search(search: Callable[..., list[RequestOutput]]) -> tuple[RequestOutput | None, bool]:
     """The result, and whether Ctrl-C ended it."""
     try:
@@ -273,7 +267,7 @@ def _closing_line(result: RequestOutput, params: SamplingParams, max_model_len: 
     line = common.speed_line(result.metrics)
     if params.temperature > 0:
         line += f" · seed {params.seed}"
-    if any(answer.finish_reason == "length" for answer in result.outputs):
+    if params.max_tokens != 0 and any(each.finish_reason == "length" for each in result.outputs):
         at_limit = any(len(a.token_ids) == params.max_tokens for a in result.outputs)
         limit = f"--max-tokens {params.max_tokens}" if at_limit else f"context of {max_model_len}"
         line += f" · cut off ({limit})"

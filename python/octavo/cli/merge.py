@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from octavo.cli import completion
 from octavo.cli.options import argument, option
 
 
@@ -14,13 +15,18 @@ def merge(
     model: Annotated[
         str,
         argument(
-            "Name of a pulled model (smollm2-135m), or a folder with a Hugging Face model, its "
-            "weights in f32, f16 or bf16.",
+            "A pulled model, or a folder. Its weights are in f32, f16 or bf16.",
             "MODEL",
+            autocompletion=completion.models,
         ),
     ],
     adapter: Annotated[
-        Path, argument("A folder with a LoRA adapter that PEFT's save_pretrained wrote.", "ADAPTER")
+        Path,
+        argument(
+            "A LoRA adapter, a folder that PEFT wrote.",
+            "ADAPTER",
+            autocompletion=completion.adapters,
+        ),
     ],
     out: Annotated[Path, argument("The new folder, which must not exist.", "OUT")],
     quiet: Annotated[bool, option("No progress bar.", "--quiet", "-q")] = False,

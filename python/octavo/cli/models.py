@@ -7,13 +7,17 @@ from typing import Annotated
 
 import typer
 
+from octavo.cli import completion
 from octavo.cli.options import argument, option
 
 
 def list(
     as_json: Annotated[bool, option("Print one JSON object instead of a table.", "--json")] = False,
 ) -> None:
-    """Show the models in the cache (OCTAVO_HOME, else ~/.cache/octavo) and the disk they take."""
+    """Show the models in the cache, and the disk they take.
+
+    The cache is the folder OCTAVO_HOME, else ~/.cache/octavo.
+    """
     from octavo.config import read_environment
     from octavo.machine import format_bytes
     from octavo.progress import folder_size
@@ -32,7 +36,10 @@ def list(
 
 
 def remove(
-    model: Annotated[str, argument("A name that `octavo list` shows.", "MODEL")],
+    model: Annotated[
+        str,
+        argument("A name that `octavo list` shows.", "MODEL", autocompletion=completion.models),
+    ],
 ) -> None:
     """Delete a model from the cache; it can be pulled again."""
     from octavo.config import read_environment

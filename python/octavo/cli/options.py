@@ -1,32 +1,41 @@
 """Options that several commands share, written once, and how a command takes them.
 
-`engine_options` and `sampling_options` give a command their options and hand it what was made of
-them: `config`, an EngineConfig, and `params`, a SamplingParams.
+`engine_options` gives a command all that says how a model is loaded, and hands it `config`, an
+EngineConfig; `sampling_options.py` does the same for SamplingParams. `grouped` puts further options
+of a command into dataclasses. An option without a panel is a common one, which `--help` shows;
+those with a panel stand in `--help-all` (help.py).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from octavo.cli import completion
+from octavo.cli.log_place import AUTO, new_log
 from octavo.config import EngineConfig
 from octavo.files import check_writable
 from octavo.sampling_params import SamplingParams
 
 Command = Callable[..., Any]
 MODEL, SAMPLING, STOP, BATCHING = "Model", "Sampling", "Where to stop", "Batching and memory"
-RARE = "Sampling, rarely needed (docs/sampling.md)"
 
 
 def option(help: str, *names: str, panel: str | None = None, **details: Any) -> Any:
-    """An option of a command, for Annotated. names: as in "--quiet", "-q"; by default its own."""
+    """An option of a command, for Annotated.
+
+    help: its first sentence stands alone in `--help`. names: as in "--quiet", "-q"; by default the
+    parameter's own. panel: None for a common option. A metavar like cpu|cuda completes in a shell.
+    """
+    if "|" in details.get("metavar", ""):
+        details.setdefault("autocompletion", completion.words(details["metavar"].split("|")))
     # readable: octavo's own message about a file says more than typer's.
     return typer.Option(*names, help=help, rich_help_panel=panel, readable=False, **details)
 
@@ -34,6 +43,15 @@ def option(help: str, *names: str, panel: str | None = None, **details: Any) -> 
 def argument(help: str, metavar: str | None = None, **details: Any) -> Any:
     """An argument of a command, for Annotated."""
     return typer.Argument(help=help, metavar=metavar, readable=False, **details)
+
+
+def _log_to_write(path: Path | None) -> Path | None:
+    """The event log to write, tried; AUTO becomes a new file in octavo's own folder."""
+    if path == Path(AUTO):
+        return new_log()
+    if path is not None:
+        check_writable(path, "the event log")
+    return path
 
 
 def tried(what: str, metavar: str = "FILE") -> dict[str, Any]:
@@ -50,55 +68,62 @@ def tried(what: str, metavar: str = "FILE") -> dict[str, Any]:
     return {"callback": check, "metavar": metavar}
 
 
-_NAMES = (
-    "Name of a pulled model (smollm2-135m), ORG/NAME, a folder with a Hugging Face model, or a "
-    "GGUF file. Left out: smollm2-135m, fetched on first use."
+MODEL_NAMES = (
+    "A pulled model, ORG/NAME, a folder, or a GGUF file. `octavo list` shows the pulled ones; "
+    "ORG/NAME is a model of the Hugging Face Hub; the folder has Hugging Face's layout. Left out: "
+    "smollm2-135m, fetched on first use."
 )
-ModelOption = Annotated[str | None, option(_NAMES, "--model", "-m", panel=MODEL)]
-ModelArgument = Annotated[str | None, argument(_NAMES, "MODEL")]
+ModelOption = Annotated[
+    str | None,
+    option(MODEL_NAMES, "--model", "-m", metavar="MODEL", autocompletion=completion.models),
+]
+ModelArgument = Annotated[
+    str | None, argument(MODEL_NAMES, "MODEL", autocompletion=completion.models)
+]
 ChatOption = Annotated[
     bool | None,
     option(
-        "--chat wraps a bare prompt in the model's chat template, so that it is answered; --raw "
-        "gives it as it is, so that it is continued. Left out: --chat for a model that has a chat "
-        "template.",
+        "Answer the prompt, or continue it as a text. --chat wraps it in the model's chat "
+        "template, --raw gives it as it is. Left out: --chat for a model that has a chat template.",
         "--chat/--raw",
     ),
 ]
 SystemOption = Annotated[
-    str | None, option('System message: how the model should behave, as in "You are a pirate."')
+    str | None,
+    option('How it should behave, as in "You are a pirate."', metavar="TEXT"),
 ]
 AdapterOption = Annotated[
     str | None,
     option(
-        "Answer with this LoRA adapter: a folder that PEFT's save_pretrained wrote.",
+        "Answer with this LoRA adapter. It is a folder that PEFT's save_pretrained wrote.",
         metavar="PATH",
         panel=MODEL,
+        autocompletion=completion.adapters,
     ),
 ]
 AdaptersOption = Annotated[
     list[str] | None,
     option(
-        "A LoRA adapter that PEFT wrote, which requests name as their model; may be given several "
-        "times.",
+        "A LoRA adapter, which requests name as their model. It is a folder that PEFT wrote; may "
+        "be given several times.",
         "--adapter",
         metavar="NAME=PATH",
-        panel=MODEL,
+        autocompletion=completion.adapters,
     ),
 ]
 EventLogOption = Annotated[
     Path | None,
     option(
-        "Write every decision of the scheduler to this file, for `octavo explain`, `trace` and "
-        "`replay`.",
-        **tried("the event log"),
+        "Write every decision of the scheduler to this file. `octavo explain`, `trace` and "
+        "`replay` read it. auto: a new file in octavo's own folder, where they look for the newest "
+        "one.",
+        panel="Event log",
+        metavar="FILE|auto",
+        callback=_log_to_write,
     ),
 ]
 
 _model = partial(option, panel=MODEL)
-_sampling = partial(option, panel=SAMPLING)
-_rare = partial(option, panel=RARE)
-_stop = partial(option, panel=STOP)
 _batching = partial(option, panel=BATCHING)
 
 
@@ -107,7 +132,7 @@ class _Engine:
 
     device: Annotated[
         str,
-        _model("Where to compute. auto takes a GPU if there is one.", metavar="auto|cpu|cuda"),
+        option("Where to compute. auto takes a GPU if there is one.", metavar="auto|cpu|cuda"),
     ]
     dtype: Annotated[
         str,
@@ -120,10 +145,10 @@ class _Engine:
     ]
     quantize: Annotated[
         str | None,
-        _model(
-            "Round the weights while loading: int8 (half the memory of bf16, next to no loss), "
-            "w8a8 (activations too: faster, more loss), int4 (about a third, with some loss) or "
-            "int4-nonuniform (half of int4's loss).",
+        option(
+            "Round the weights while loading. int8 takes half the memory of bf16, with next to no "
+            "loss; w8a8 rounds activations too (faster, more loss); int4 takes about a third, with "
+            "some loss; int4-nonuniform has half of int4's loss.",
             metavar="int8|w8a8|int4|int4-nonuniform",
         ),
     ]
@@ -146,7 +171,8 @@ class _Engine:
         int | None,
         _model(
             "Longest prompt and answer together, in tokens. Left out: the model's own limit. A "
-            "smaller one needs less memory."
+            "smaller one needs less memory.",
+            metavar="N",
         ),
     ]
     num_threads: Annotated[
@@ -228,110 +254,8 @@ class _Batching:
         int | None,
         option("Most prompt tokens in the queue. Left out: any number.", panel="Limits"),
     ]
-    seed: Annotated[int, _sampling("For random choices of requests that name no seed.")]
-
-
-class _Sampling:
-    """How answers are drawn and where they end; fields of SamplingParams."""
-
-    max_tokens: Annotated[
-        int, _stop("Longest answer, in tokens (a word is one or two).", "--max-tokens", "-n")
-    ]
-    min_tokens: Annotated[int, _stop("Shortest answer, in tokens.")]
-    stop: Annotated[
-        list[str] | None, _stop("End the answer before this text. May be given several times.")
-    ]
-    stop_token_ids: Annotated[
-        list[int] | None,
-        _stop("End the answer at this token id. May be given several times.", "--stop-token-id"),
-    ]
-    include_stop_str_in_output: Annotated[
-        bool, _stop("Keep the --stop text at the end of the answer.", "--include-stop")
-    ]
-    ignore_eos: Annotated[
-        bool,
-        _stop(
-            "Do not stop at the model's end of text, only at --max-tokens. For measuring speed.",
-            "--ignore-eos",
-        ),
-    ]
-    temperature: Annotated[
-        float,
-        _sampling(
-            "0 always takes the most probable token, and so gives the same text every time; around "
-            "1 is varied, above 1.5 wild.",
-            "--temperature",
-            "-t",
-        ),
-    ]
-    top_k: Annotated[int, _sampling("Choose among the k most probable tokens only. 0: among all.")]
-    top_p: Annotated[
-        float,
-        _sampling(
-            "Choose among the most probable tokens that together reach this probability. 1: among "
-            "all."
-        ),
-    ]
-    min_p: Annotated[
-        float,
-        _sampling("Leave out tokens less probable than this fraction of the best one's. 0: off."),
-    ]
     seed: Annotated[
-        int | None,
-        _sampling("A number that makes random choices repeatable: same seed, same text."),
-    ]
-    n: Annotated[
-        int,
-        _sampling(
-            "How many answers to make; with a --temperature above 0 they differ.", "--answers"
-        ),
-    ]
-    repetition_penalty: Annotated[
-        float, _rare("Divide the logits of tokens that are there already. 1: off.")
-    ]
-    frequency_penalty: Annotated[
-        float, _rare("Take this off a token's logit each time that the answer has it. 0: off.")
-    ]
-    presence_penalty: Annotated[
-        float, _rare("Take this off the logits of all tokens that the answer has. 0: off.")
-    ]
-    top_n_sigma: Annotated[
-        float,
-        _rare(
-            "Keep tokens whose logits are within so many standard deviations of the best's. 0: off."
-        ),
-    ]
-    typical_p: Annotated[
-        float,
-        _rare(
-            "Keep the tokens whose surprise is closest to the expected one, up to this "
-            "probability. 1: off."
-        ),
-    ]
-    xtc_probability: Annotated[
-        float, _rare("How often XTC leaves out the most probable tokens. 0: never.")
-    ]
-    xtc_threshold: Annotated[
-        float,
-        _rare("The probability from which on XTC leaves a token out, but for the last of them."),
-    ]
-    dry_multiplier: Annotated[
-        float, _rare("Take this off tokens that would go on with a repetition (DRY). 0: off.")
-    ]
-    dry_base: Annotated[float, _rare("DRY takes off so many times more for each further token.")]
-    dry_allowed_length: Annotated[int, _rare("The shortest repetition that DRY is about.")]
-    dry_penalty_last_n: Annotated[int, _rare("DRY looks at so many tokens before. -1: at all.")]
-    dry_sequence_breakers: Annotated[
-        list[str] | None,
-        _rare(
-            "A text over which no repetition reaches, in place of newline, colon, quote and star. "
-            "May be given several times.",
-            "--dry-sequence-breaker",
-        ),
-    ]
-    bad_words: Annotated[
-        list[str] | None,
-        _rare("A word that the answer must not have. May be given several times.", "--bad-word"),
+        int, option("For random choices of requests that name no seed.", panel=SAMPLING)
     ]
 
 
@@ -348,28 +272,10 @@ def engine_options(
         if name in more:
             options[name] = kind
     kept = {name: kind for name, kind in options.items() if name not in without}
-    return _gathered("config", EngineConfig, kept, vars(EngineConfig()) | defaults)
+    return gathered("config", EngineConfig, kept, vars(EngineConfig()) | defaults)
 
 
-def sampling_options(
-    *, without: Sequence[str] = (), **defaults: Any
-) -> Callable[[Command], Command]:
-    """Give a command the options of sampling; `params` becomes a SamplingParams.
-
-    Where words are drawn and no seed is named, it gets a random one, short enough to type again.
-    """
-
-    def make(**given: Any) -> SamplingParams:
-        if given["temperature"] > 0 and given["seed"] is None:
-            given["seed"] = secrets.randbelow(10**9)
-        return SamplingParams(**given)
-
-    options = get_type_hints(_Sampling, include_extras=True)
-    kept = {name: kind for name, kind in options.items() if name not in without}
-    return _gathered("params", make, kept, vars(SamplingParams()) | defaults)
-
-
-def _gathered(
+def gathered(
     parameter: str,
     make: Callable[..., Any],
     options: Mapping[str, Any],
@@ -404,3 +310,19 @@ def _gathered(
         return gathered
 
     return decorate
+
+
+def grouped(command: Command) -> Command:
+    """Give a command the options of each parameter that is a dataclass of them.
+
+    The fields of the dataclass are annotated as parameters are, and the command gets an object of
+    it. EngineConfig and SamplingParams are for `engine_options` and `sampling_options`.
+    """
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        is_group = isinstance(kind, type) and is_dataclass(kind)
+        if is_group and kind not in (EngineConfig, SamplingParams):
+            options = get_type_hints(kind, include_extras=True)
+            defaults = {each.name: each.default for each in fields(kind)}
+            command = gathered(parameter.name, kind, options, defaults)(command)
+    return command

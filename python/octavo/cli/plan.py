@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,9 +19,9 @@ if TYPE_CHECKING:
     from octavo.progress import Bar
     from octavo.weights.model_files import ModelFiles
 
-_asked = partial(option, panel="What to plan for")
 _DEVICES = (
-    "a100-40, a100-80, h100, h200, l40s, a10, rtx-4090, or cpu: the processor of this machine."
+    "As in h100; cpu is this machine's processor. Known are a100-40, a100-80, h100, h200, l40s, "
+    "a10 and rtx-4090."
 )
 # What plans for another machine have no use for.
 _UNUSED = (
@@ -40,19 +39,20 @@ _UNUSED = (
 def plan(
     *,
     model: ModelArgument = None,
-    gpu: Annotated[str, _asked(_DEVICES, "--gpu", "--device", metavar="NAME")] = "cpu",
+    gpu: Annotated[str, option(_DEVICES, "--gpu", "--device", metavar="NAME")] = "cpu",
     context: Annotated[
-        int, _asked("Tokens of a sequence, prompt and answer together.", "--context", "-c")
+        int,
+        option("Tokens of a sequence, prompt and answer together.", "--context", "-c", metavar="N"),
     ] = 4096,
     concurrency: Annotated[
-        int, _asked("Sequences that run at the same time.", "--concurrency", "-b")
+        int, option("Sequences that run at the same time.", "--concurrency", "-b", metavar="N")
     ] = 1,
     tensor_parallel: Annotated[
         int,
-        _asked(
-            "GPUs over which the matrices are divided: arithmetic only, octavo runs on one.",
-            "--tensor-parallel",
-            "-tp",
+        option(
+            "GPUs that share the matrices. This is arithmetic: octavo runs on one.",
+            *("--tensor-parallel", "-tp"),
+            metavar="N",
         ),
     ] = 1,
     config: EngineConfig,
@@ -67,6 +67,8 @@ def plan(
     Needs no GPU, and of the model its config.json alone. Speeds are those of the roofline: bytes by
     the memory's bandwidth, operations by the arithmetic's, with the assumptions that are printed.
     Exit code: 0 it fits, 1 it does not; then the smallest changes that make it fit are printed.
+
+    [bold]octavo plan ORG/NAME --gpu h100 -c 8192 -b 64[/bold]
     """
     from octavo.plan.devices import find_gpu
     from octavo.plan.plan import ModelToPlan, Request, make_plan

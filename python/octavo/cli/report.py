@@ -16,7 +16,7 @@ def report(
     results: Annotated[
         list[Path],
         argument(
-            "Files of benchmarks/run.py, or the JSON of octavo bench, bench serve, eval.",
+            "JSON of benchmarks/run.py, or of octavo bench, bench serve, eval.",
             "RESULTS...",
         ),
     ],
@@ -26,20 +26,19 @@ def report(
             "Write one page with plots here. Left out: tables in Markdown.",
             "-o",
             "--output",
-            panel="Output",
             **tried("the page", "FILE.html"),
         ),
     ] = None,
     title: Annotated[
-        str | None, option("Of the page. Left out: the first file's.", panel="Output")
+        str | None, option("Title of the page. Left out: the first file's.", metavar="TEXT")
     ] = None,
     png: Annotated[
         Path | None,
-        option("Write every plot as a PNG here.", "--png", panel="Output", metavar="FOLDER"),
+        option("Write every plot as a PNG here.", "--png", metavar="FOLDER"),
     ] = None,
     svg: Annotated[
         Path | None,
-        option("Write every plot as an SVG here.", "--svg", panel="Output", metavar="FOLDER"),
+        option("Write every plot as an SVG here.", "--svg", metavar="FOLDER"),
     ] = None,
 ) -> None:
     """Show results of benchmarks: tables, or one page with plots, machines and gaps.

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli import completion
 from octavo.cli.common import FAILED, note, print_error
+from octavo.cli.help import ScreenVerbs, screen_command, with_common_options
 from octavo.cli.options import argument, option, tried
 from octavo.config import read_environment
 from octavo.errors import InvalidArgumentError
@@ -26,76 +28,101 @@ if TYPE_CHECKING:
     from octavo.slurm.preflight import Check
     from octavo.slurm.site import NodeType
 
-slurm = typer.Typer()
-_what = partial(option, panel="What to run")
-_where = partial(option, panel="Where")
+slurm = typer.Typer(cls=ScreenVerbs)
 _slurm_says = partial(option, panel="Set by Slurm", show_default=False)
 _KINDS = "bench|batch|serve|eval|diff|gpu"
 
 
 @slurm.callback(invoke_without_command=True)
+@with_common_options
 def _group(context: typer.Context) -> None:
     """Write, check, run and collect jobs for a Slurm cluster.
 
-    octavo slurm render bench --cluster pace.yaml --gpu h100 -o job.sbatch
+    [bold]octavo slurm render bench --cluster pace.yaml --gpu h100 -o job.sbatch[/bold]
 
-    octavo slurm preflight job.sbatch && sbatch job.sbatch
+    [bold]octavo slurm preflight job.sbatch && sbatch job.sbatch[/bold]
 
-    octavo slurm collect octavo-results
+    [bold]octavo slurm collect octavo-results[/bold]
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
-@slurm.command()
+@screen_command(slurm)
 def render(
-    kind: Annotated[str, argument("What the job does.", _KINDS)],
+    kind: Annotated[
+        str,
+        argument(
+            f"What the job does: {_KINDS}.",
+            "KIND",
+            autocompletion=completion.words(_KINDS.split("|")),
+        ),
+    ],
     extra: Annotated[
         list[str] | None,
-        argument("More options of the command that runs, behind --.", "[-- OPTION…]"),
+        argument("More options of the command that runs.", "-- OPTION…"),
     ] = None,
     cluster: Annotated[
-        Path, _where("The cluster's YAML file: slurm/clusters/ has examples.", "--cluster", "-c")
+        Path,
+        option(
+            "The cluster's YAML file. slurm/clusters/ has examples.",
+            *("--cluster", "-c"),
+            metavar="FILE",
+        ),
     ] = Path("cluster.yaml"),
     gpu: Annotated[
         str,
-        _where("Nodes to run on: a name under `nodes:` of the file, as in h100 or cpu.", "--gpu"),
+        option(
+            "Nodes to run on, as in h100. A name under `nodes:` of the cluster's file.",
+            metavar="NAME",
+        ),
     ] = "cpu",
     time: Annotated[
-        str, _where("Time limit, as in 4:00:00. Left out: the file's.", "--time", "-t")
+        str,
+        option(
+            "Time limit, as in 4:00:00. Left out: the file's.", "--time", "-t", metavar="H:MM:SS"
+        ),
     ] = "",
     model: Annotated[
-        str, _what("A pulled model, ORG/NAME, a folder or a GGUF file.", "--model", "-m")
+        str,
+        option(
+            "A pulled model, ORG/NAME, a folder or a GGUF file.",
+            *("--model", "-m"),
+            metavar="MODEL",
+            autocompletion=completion.models,
+        ),
     ] = "smollm2-135m",
     input_file: Annotated[
-        str, _what("Of a batch: the file with one prompt a line.", "--input", "-i")
+        str, option("Of a batch: one prompt a line.", "--input", "-i", metavar="FILE")
     ] = "",
     formats: Annotated[
         str,
-        _what(
-            "Number formats, a row each: auto, f32, bf16, f16, int8, w8a8, int4, int4-nonuniform.",
-            "--formats",
-            "-f",
+        option(
+            "Number formats, a row each. Of auto, f32, bf16, f16, int8, w8a8, int4, "
+            "int4-nonuniform.",
+            *("--formats", "-f"),
             metavar="F,F,…",
         ),
     ] = "auto",
     batch_sizes: Annotated[
         str,
-        _what(
-            "Sequences at a time, a row each (bench, batch).",
+        option(
+            "Sequences at a time, a row each. For bench and batch.",
             *("--batch-sizes", "-b"),
             metavar="N,N,…",
         ),
     ] = "",
     array: Annotated[
         bool,
-        _where(
-            "A task of the job for each row; --no-array: one job runs them one after the other.",
-            "--array/--no-array",
-        ),
+        option("Rows as tasks of a job array, or one after the other.", "--array/--no-array"),
     ] = True,
     results: Annotated[
-        str, _where("Folder for results. Left out: octavo-results/KIND-GPU.", "--results", "-r")
+        str,
+        option(
+            "Folder for results. Left out: octavo-results/KIND-GPU.",
+            *("--results", "-r"),
+            metavar="FOLDER",
+        ),
     ] = "",
     output: Annotated[
         Path | None,
@@ -112,7 +139,7 @@ def render(
     formats times the batch sizes. A job stops before its time limit, goes back into the queue, and
     goes on at the first row that is not done.
 
-    octavo slurm render batch -c pace.yaml --gpu a100-40 -m ORG/NAME -i in.jsonl -- --max-tokens 99
+    [bold]octavo slurm render batch -c pace.yaml --gpu a100-40 -i in.jsonl -- -n 99[/bold]
     """
     from octavo.slurm.job import JobRequest
     from octavo.slurm.render import render as render_job
@@ -140,7 +167,7 @@ def render(
     note(f"octavo slurm preflight {output} && sbatch {output}")
 
 
-@slurm.command()
+@screen_command(slurm)
 def preflight(
     script: Annotated[Path, argument("A job of `octavo slurm render`.", "FILE")],
     as_json: Annotated[bool, option("Print one JSON object instead of a table.", "--json")] = False,
@@ -169,22 +196,28 @@ def preflight(
     return 0 if passed(checks) else FAILED
 
 
-@slurm.command()
+@screen_command(slurm)
 def work(
     kind: Annotated[str, option("What the job does.", "--kind", metavar=_KINDS)],
-    results: Annotated[Path, option("Folder for results.", "--results")],
+    results: Annotated[Path, option("Folder for results.", "--results", metavar="FOLDER")],
     source: Annotated[
-        Path | None, option("A checkout of octavo, built for this type of node.", "--source")
+        Path | None,
+        option("A checkout of octavo, built for this type of node.", metavar="FOLDER"),
     ] = None,
-    builds: Annotated[Path | None, option("Folder of builds.", "--builds")] = None,
-    model: Annotated[str | None, option("The model that rows call {model}.", "--model")] = None,
+    builds: Annotated[Path | None, option("Folder of builds.", metavar="FOLDER")] = None,
+    model: Annotated[
+        str | None, option("The model that rows call {model}.", metavar="MODEL")
+    ] = None,
     local: Annotated[
-        Path | None, option("Folder of this node, to which weights are copied.", "--local")
+        Path | None,
+        option("Folder of this node, to which weights are copied.", metavar="FOLDER"),
     ] = None,
     places: Annotated[
         list[str] | None, option("More {NAME}s of rows.", "--set", metavar="NAME=VALUE")
     ] = None,
-    drain: Annotated[float, option("Seconds for answers under way, after a signal.")] = 75.0,
+    drain: Annotated[
+        float, option("For answers under way, after a signal.", metavar="SECONDS")
+    ] = 75.0,
     job_id: Annotated[str, _slurm_says("The job.", envvar="SLURM_JOB_ID")] = "",
     array_job: Annotated[str, _slurm_says("The array.", envvar="SLURM_ARRAY_JOB_ID")] = "",
     array_task: Annotated[
@@ -193,7 +226,7 @@ def work(
     node_name: Annotated[str, _slurm_says("The node.", envvar="SLURMD_NODENAME")] = "",
     restarts: Annotated[int, _slurm_says("Requeues so far.", envvar="SLURM_RESTART_COUNT")] = 0,
 ) -> int:
-    """Run the rows of standard input, a name and a command each; for jobs.
+    """Run a job's rows: standard input has a name and a command for each.
 
     Rows that are done are left out. SIGUSR1 stops what runs, and puts the job back into the queue.
     """
@@ -225,7 +258,7 @@ def work(
     return do_work(worker, rows, Preparation(source, builds, model, local))
 
 
-@slurm.command()
+@screen_command(slurm)
 def collect(
     folders: Annotated[list[Path], argument("Folders that jobs have written to.", "FOLDER…")],
     output: Annotated[
@@ -287,7 +320,7 @@ def _check_extra(request: JobRequest) -> None:
 
     verb = next(each for each in VERBS if each.name == request.kind)
     app = typer.Typer()
-    app.command()(verb.load())
+    app.command()(with_common_options(verb.load()))
     parameters = typer.main.get_command(app).params
     known = {name for each in parameters for name in (*each.opts, *each.secondary_opts)}
     for word in request.extra:
@@ -296,8 +329,8 @@ def _check_extra(request: JobRequest) -> None:
             near = difflib.get_close_matches(name, known, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise InvalidArgumentError(
-                f"`octavo {request.kind}` has no option {name}{hint}; expected one that its --help "
-                "lists"
+                f"`octavo {request.kind}` has no option {name}{hint}; expected one that its "
+                "--help-all lists"
             )
 
 

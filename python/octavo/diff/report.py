@@ -103,9 +103,10 @@ def _row(
     first: TapResult | None,
 ) -> list[Text]:
     folded, is_first = len(taps) > 1, taps == [first]
-    label = Text(marks.first if is_first else "  ", style="bold red")
     name = f"layers.{taps[0].layer}" if folded else taps[0].name
-    label.append(name, style="bold red" if is_first else "")
+    label = Text((marks.first if is_first else "  ") + name)
+    if is_first:
+        label.stylize("bold red")
     if folded:
         label.append(f"  {len(taps)} taps", style="dim")
     figures = texts.figures(taps)

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """An entry of a TokenLogprob that is read as a dict. rank: 1 for the most probable token."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -11,7 +22,8 @@ class TokenLogprob:
 
     top_token_ids and top_logprobs: the most probable tokens there, most probable first, as many as
     `SamplingParams.logprobs`, or `prompt_logprobs`, asked for. rank: the token's place among all of
-    the vocabulary, 1 for the most probable one, the lower id first of equals.
+    the vocabulary, 1 for the most probable one, the lower id first of equals. It can be read as
+    vLLM's dict of token id -> Logprob, the token itself first.
     """
 
     token_id: int
@@ -19,6 +31,34 @@ class TokenLogprob:
     top_token_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
     rank: int | None = None
+
+    def as_dict(self) -> dict[int, Logprob]:
+        """Token id -> Logprob, the token itself first."""
+        found = {self.token_id: Logprob(self.logprob, self.rank)}
+        for rank, token in enumerate(self.top_token_ids, 1):
+            found[token] = Logprob(self.top_logprobs[rank - 1], rank)
+        return found
+
+    def __getitem__(self, token_id: int) -> Logprob:
+        return self.as_dict()[token_id]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.as_dict())
+
+    def __len__(self) -> int:
+        return len(self.as_dict())
+
+    def keys(self) -> KeysView[int]:
+        """The token ids."""
+        return self.as_dict().keys()
+
+    def values(self) -> ValuesView[Logprob]:
+        """Their Logprobs."""
+        return self.as_dict().values()
+
+    def items(self) -> ItemsView[int, Logprob]:
+        """Token ids with their Logprobs."""
+        return self.as_dict().items()
 
 
 @dataclass(frozen=True)
@@ -167,3 +207,11 @@ class EngineStats:
     def kv_cache_usage(self) -> float:
         """The part of the KV cache's blocks that sequences hold, 0 to 1."""
         return 1.0 - self.num_free_blocks / self.num_blocks
+
+
+def refused_output(prompt: object, error: Exception) -> RequestOutput:
+    """The output of a request that was never started. prompt: what was given; a text is kept."""
+    now = time.monotonic()
+    metrics = RequestMetrics(now, None, None, now, 0, 0, 0)
+    text = prompt if isinstance(prompt, str) else None
+    return RequestOutput("", text, (), (), str(error), metrics)

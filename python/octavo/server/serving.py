@@ -157,7 +157,8 @@ def _bind(options: ServerOptions) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise InvalidArgumentError(
-            f"host is {options.host!r}, which is unknown: {error}"
+            f"host is {options.host!r}, which is unknown ({error.strerror or error}); "
+            "expected an address of this machine, as 127.0.0.1"
         ) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
