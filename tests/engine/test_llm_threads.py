@@ -71,7 +71,7 @@ def test_everything_at_once(overlap: bool) -> None:
     assert max(len(batch.context_lens) for batch in runtime_of(llm).batches) == 5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(0, len(DEEDS) - 1), st.integers(0, 500)), max_size=4),

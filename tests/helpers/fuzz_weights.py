@@ -1,7 +1,11 @@
-"""Damaging files in repeatable ways, and counting what a loader makes of them."""
+"""Damaging files in repeatable ways, and counting what a loader makes of them.
+
+OCTAVO_TEST_EXPLORE asks for a thousand damaged files a test in place of two hundred.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,11 +15,13 @@ import numpy as np
 
 from octavo.errors import OctavoError
 
+COUNT = 1000 if os.environ.get("OCTAVO_TEST_EXPLORE") else 200  # damaged files of a test
+
 # Numbers at which arithmetic on sizes and offsets tends to break.
 EDGES = (0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 
 
-def mutations(original: bytes, count: int, header: int, seed: int) -> Iterator[bytes]:
+def mutations(original: bytes, header: int, seed: int, count: int = COUNT) -> Iterator[bytes]:
     """`count` damaged copies of a file; most of the damage falls into its first `header` bytes."""
     generator = random.Random(seed)
     for _ in range(count):

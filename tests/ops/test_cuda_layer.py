@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -189,25 +190,23 @@ def test_layers_with_more_between_their_products_have_the_bits_of_ops(
         assert np.abs(a - other).max() > 0.01, step
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16"])
-@pytest.mark.parametrize(
-    "format",
-    [
-        None,
-        WeightFormat("int8"),
-        WeightFormat("int8", 32, scale_dtype="f16"),
-        WeightFormat("int8", 96),
-        WeightFormat("int4", 32),
-        WeightFormat("int4", 64, has_zeros=True),
-        WeightFormat("int4", 128, scale_dtype="f32"),
-        WeightFormat("int4", 128, has_zeros=True, scale_dtype="f32"),
-        WeightFormat("int4", 64, levels=UNEVEN),
-        WeightFormat("int4", 96, levels=UNEVEN, scale_dtype="f32"),
-        WeightFormat("int4", 32, levels=UNEVEN, has_zeros=True),
-        WeightFormat("int4", 256, levels=UNEVEN, has_zeros=True, scale_dtype="f32"),
-    ],
-    ids=str,
-)
+EVERY_FORMAT = [
+    None,
+    WeightFormat("int8"),
+    WeightFormat("int8", 32, scale_dtype="f16"),
+    WeightFormat("int8", 96),
+    WeightFormat("int4", 32),
+    WeightFormat("int4", 64, has_zeros=True),
+    WeightFormat("int4", 128, scale_dtype="f32"),
+    WeightFormat("int4", 128, has_zeros=True, scale_dtype="f32"),
+    WeightFormat("int4", 64, levels=UNEVEN),
+    WeightFormat("int4", 96, levels=UNEVEN, scale_dtype="f32"),
+    WeightFormat("int4", 32, levels=UNEVEN, has_zeros=True),
+    WeightFormat("int4", 256, levels=UNEVEN, has_zeros=True, scale_dtype="f32"),
+]
+
+
+@pytest.mark.parametrize(("format", "dtype"), [*zip(EVERY_FORMAT, cycle(["bf16", "f16"]))], ids=str)
 def test_every_format_has_the_bits_of_ops(format: WeightFormat | None, dtype: str) -> None:
     expect_the_bits_of_ops(spec_of(392), ROWS_OF_FORMATS, format, dtype=dtype)
 

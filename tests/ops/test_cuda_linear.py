@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -290,8 +291,11 @@ def test_quantized_embeddings_are_rows_of_the_table(format: WeightFormat, dtype:
             assert (rows != other[ids]).mean() > 0.8
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16"])
-@pytest.mark.parametrize("format", [None, *FORMATS[:5], BYTES_IN_GROUPS, FORMATS[-1]], ids=str)
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [*zip([None, None, *FORMATS[:5], BYTES_IN_GROUPS, FORMATS[-1]], cycle(["f16", "bf16"]))],
+    ids=str,
+)
 def test_a_row_has_the_same_bits_in_every_batch(format: WeightFormat | None, dtype: str) -> None:
     """Across all kernels and tiles: 1 to 8, 9 to 16, to 32, to 64, to 96, to 128 and more rows."""
     without, beside = native(dtype, deterministic=True), native(dtype)

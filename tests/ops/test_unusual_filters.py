@@ -138,6 +138,7 @@ def test_the_random_number_of_xtc() -> None:
 
 # ---- devices ----
 
+VOCABS = [1, 5, 601, 2999]
 HARD = {
     "as a model's": lambda vocab: uniform(3, 1, vocab) * uniform(5, 1, vocab) * 14,
     "flat": lambda vocab: uniform(3, 1, vocab) * np.float32(1e-3),
@@ -177,10 +178,13 @@ def all_filters() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("device", "isa"), DEVICES)
 @pytest.mark.parametrize("name", HARD)
-@pytest.mark.parametrize("vocab", [1, 5, 601, 2999])
+@pytest.mark.parametrize("vocab", VOCABS)
 def test_devices_where_filters_are_hard(name: str, vocab: int, device: str, isa: str) -> None:
     logits = np.asarray(HARD[name](vocab), np.float32)
     filters = all_filters()
+    if device != "cpu":  # an emulated row takes long: a third of them for each vocabulary
+        first = VOCABS.index(vocab) % 3
+        filters = {name: column[first::3] for name, column in filters.items()}
     count = len(filters["top_k"])
     rows = sampling.sampling_rows(
         count,
