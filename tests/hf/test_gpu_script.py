@@ -39,9 +39,32 @@ def test_every_step_runs_and_its_figures_are_kept(tmp_path: Path) -> None:
     assert "gate (the device's tests): passed" in table and "us a token" in table
 
 
+# Each step takes 28 seconds of this clock, however fast the machine is.
+SLOW_STEPS = """
+import sys
+sys.path.insert(0, "benchmarks/gpu")
+import lease
+
+class Clock:
+    now = 0.0
+    monotonic = staticmethod(lambda: Clock.now)
+
+class SlowLease(lease.Lease):
+    def run(self, name):
+        super().run(name)
+        Clock.now += 28
+
+lease.time, lease.Lease = Clock, SlowLease
+lease.main()
+"""
+
+
 def test_a_step_that_is_late_costs_only_itself(tmp_path: Path) -> None:
-    ran = gpu_sh(tmp_path, "machine", "kernels", "limits", "--emulate", "--seconds", "5.2")
-    assert ran.returncode == 1
+    command = [sys.executable, "-c", SLOW_STEPS, "machine", "kernels", "limits"]
+    command += ["--emulate", "--seconds", "60"]
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 1, ran.stderr
     for line in (
         "==== machine: ok",
         "==== kernels: FAILED",  # without limits there are no floors
