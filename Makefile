@@ -209,8 +209,9 @@ cuda-resources: $(DEV_VENV)/.tools ## Compile every CUDA kernel; registers and s
 .PHONY: test-hf
 test-hf: $(HF_VENV)/.installed ## Compare with live Hugging Face (installs torch, 200 MB or more)
 	$(HF_VENV)/bin/octavo pull smollm2-135m
-	$(HF_VENV)/bin/python tests/golden/make_golden.py --check
-	$(HF_VENV)/bin/python -m pytest tests/hf --timeout=600 $(ARGS)
+	@# A thread for each test process, and whole files of tests, which share their models.
+	OMP_NUM_THREADS=1 OCTAVO_NUM_THREADS=1 $(HF_VENV)/bin/python -m pytest tests/hf --timeout=600 \
+	  -n $(JOBS) --dist loadfile $(ARGS)
 
 .PHONY: golden
 golden: $(HF_VENV)/.installed ## Make the golden files of the tests anew from Hugging Face

@@ -81,15 +81,19 @@ def never_ending(page: Any) -> None:
     page.route("**/v1/chat/completions", pass_on)
 
 
+def kept_conversations(page: Any) -> list[dict[str, Any]]:
+    """What the browser's database has, after every write and deletion that was asked before."""
+    kept: list[dict[str, Any]] = page.evaluate(
+        'async () => (await import("/static/store.js")).readAll()'
+    )
+    return kept
+
+
 def kept_answer(page: Any) -> str:
     """The first answer of the only conversation, as it came: Markdown shows less of it."""
-    text: str = page.evaluate(
-        """async () => {
-          const [one] = await (await import("/static/store.js")).readAll();
-          return Object.values(one.nodes).find((node) => node.role === "assistant").content;
-        }"""
-    )
-    return text
+    (conversation,) = kept_conversations(page)
+    nodes = conversation["nodes"].values()
+    return str(next(node["content"] for node in nodes if node["role"] == "assistant"))
 
 
 def ask(page: Any, text: str) -> Any:

@@ -40,15 +40,14 @@ def hf_perplexity(
     return math.exp(total / count)
 
 
-@pytest.mark.parametrize(("window", "stride", "most"), [(512, 256, 4), (200, 200, 5)])
-def test_perplexity_is_that_of_transformers(window: int, stride: int, most: int) -> None:
-    path = smollm2_path()
-    assert path is not None
+@pytest.mark.parametrize(("window", "stride", "most"), [(200, 100, 4), (100, 100, 5)])
+def test_perplexity_is_that_of_transformers(
+    window: int, stride: int, most: int, smollm2: SmolLM2
+) -> None:
     text = resources.files("octavo.eval").joinpath("text.txt").read_text(encoding="utf-8")
-    smollm2 = SmolLM2(path)
     expected = hf_perplexity(smollm2, smollm2.tokens(text), window, stride, most)
     request = EvalRequest(
-        str(path),
+        str(smollm2.path),
         EngineConfig(device="cpu", dtype="f32"),
         window=window,
         stride=stride,

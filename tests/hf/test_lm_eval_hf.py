@@ -59,7 +59,7 @@ def tasks(folder: Path) -> list[dict[str, Any]]:
         "task": "texts",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
-        "doc_to_target": "{{text * 9}}",
+        "doc_to_target": "{{text * 4}}",  # up to 48 tokens: two windows
         "metric_list": [{"metric": "word_perplexity"}],
     }
     answers = {
@@ -103,7 +103,10 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = smollm2_path()
-    arguments = {"pretrained": str(path), "dtype": "float32", "max_length": 62}
+    arguments = {"pretrained": str(path), "dtype": "float32", "max_length": 30}
+    # torch's log_softmax in float32 loses the small terms of 49,152: 1.4e-5 too high for each
+    # token, always (measured with AVX2), which adds up over a text.
+    arguments["softmax_dtype"] = "float64"
     folder = tmp_path_factory.mktemp("hf")
     names = {"choices", "texts", "answers"}
     return results("hf", folder, names, model_args=arguments, device="cpu", batch_size=1)
@@ -111,7 +114,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(smollm2_path(), dtype="f32", max_model_len=64, device="cpu")
+    return LLM(smollm2_path(), dtype="f32", max_model_len=32, device="cpu")
 
 
 def test_in_memory(expected: dict[str, Any], llm: LLM, tmp_path: Path) -> None:
@@ -132,7 +135,7 @@ def test_against_the_server(expected: dict[str, Any], llm: LLM, tmp_path: Path) 
             "model": "smollm2",
             "base_url": f"{url}/v1/completions",
             "tokenizer": str(path),
-            "max_length": 62,
+            "max_length": 30,
             "num_concurrent": 2,
         }
         found = results("local-completions", tmp_path, {"choices"}, model_args=arguments)

@@ -30,11 +30,8 @@ def size(difference: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def logits() -> dict[str, np.ndarray]:
+def logits(smollm2: SmolLM2) -> dict[str, np.ndarray]:
     """Each side's logits on four prompts, one after the other: (rows, vocab_size)."""
-    path = smollm2_path()
-    assert path is not None
-    smollm2 = SmolLM2(path)
     spec, weights = smollm2.files.spec, smollm2.weights
     rounded = {"dtype": "bf16", "kv_dtype": "bf16"}
     native = NativeModel(spec, weights, **rounded)

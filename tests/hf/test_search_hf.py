@@ -11,6 +11,7 @@ import torch
 from reference_helpers import SMOLLM2_MISSING, smollm2_path
 
 from hf.hf_models import SHAPES, make_hf_model
+from hf.hf_smollm2 import SmolLM2
 from octavo.errors import InvalidArgumentError
 from octavo.llm import LLM
 from octavo.reference.search import beam_search, contrastive_choice, similarity_choice
@@ -158,13 +159,8 @@ def test_contrastive_search_is_the_papers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(smollm2_path() is None, reason=SMOLLM2_MISSING)
 @pytest.mark.filterwarnings("ignore")
-def test_of_a_real_model() -> None:
-    from hf.hf_smollm2 import SmolLM2
-
-    path = smollm2_path()
-    assert path is not None
-    smollm2 = SmolLM2(path)
-    llm = LLM(path, dtype="f32", max_model_len=256, device="cpu")
+def test_of_a_real_model(smollm2: SmolLM2) -> None:
+    llm = LLM(smollm2.path, dtype="f32", max_model_len=256, device="cpu")
     prompt = smollm2.tokens("The three primary colours are").tolist()
     for early in (False, "never"):
         case = {"num_beams": 4, "length_penalty": 1.0, "early_stopping": early}

@@ -7,7 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from page_helpers import Gate, answer_with, ask, kept_answer, never_ending, tab, texts, until
+from page_helpers import (
+    Gate,
+    answer_with,
+    ask,
+    kept_answer,
+    kept_conversations,
+    never_ending,
+    tab,
+    texts,
+    until,
+)
 
 
 def titles(page: Any) -> list[str]:
@@ -124,8 +134,9 @@ def test_conversations_are_found_renamed_deleted_and_carried_away(
         page.keyboard.press("Delete")
         assert titles(page) == ["About <i>cats</i>"]
         page.locator(".toast button").click()
-        assert sorted(titles(page)) == ["About <i>cats</i>", "Big cats"]
+        # It is shown when the browser's database has it again.
         page.locator(".message.assistant").get_by_text("They roar.").wait_for()
+        assert sorted(titles(page)) == ["About <i>cats</i>", "Big cats"]
 
         def export(choice: str) -> str:
             page.locator("#export").click()
@@ -142,6 +153,7 @@ def test_conversations_are_found_renamed_deleted_and_carried_away(
             page.locator("#conversation-list .open", has_text=title).click()
             page.locator("#conversation-list .current .open").press("Delete")
         assert titles(page) == [] and page.locator("#welcome").is_visible()
+        assert kept_conversations(page) == []  # read after the deletions, before the reload
         page.reload()
         page.wait_for_selector("#send:not([disabled])")
         assert titles(page) == []
