@@ -29,7 +29,7 @@ from octavo.weights.model_files import ModelFiles, read_model
 
 SHAPE = ROOT / "benchmarks" / "shapes" / "llama-3.2-1b"
 DIRECTORIES = ("bf16", "int8", "int4")  # forms as Hugging Face stores them; the others are GGUF
-FORMS = (*DIRECTORIES, "q8_0", "q4_0")
+FORMS = (*DIRECTORIES, "q8_0", "q4_0", "q4_k_m")
 BLOCK = 16  # tokens of a block of the KV cache
 SECONDS, MEMORY = 3.0, 1.15  # the aims
 
@@ -116,7 +116,7 @@ def main() -> None:
     add = parser.add_argument
     add("folder", type=Path, help="keeps the models")
     add("--shape", type=Path, default=SHAPE, help="a folder with a config.json")
-    add("--forms", default="int8,int4,q8_0,q4_0", help=f"of: {', '.join(FORMS)}")
+    add("--forms", default="int8,int4,q8_0,q4_0,q4_k_m", help=f"of: {', '.join(FORMS)}")
     add_common(parser)
     add("--context", type=int, default=4096, help="tokens that the KV cache holds")
     add("-r", "--rounds", type=int, default=3)

@@ -12,13 +12,14 @@ family (rows of q and k, stacked experts); the numbers are the model's.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
-from common import make_parser
+from common import ROOT, make_parser
 from numpy.typing import NDArray
 
 from octavo.config import read_environment
@@ -35,7 +36,10 @@ FORMATS = {
     "bf16": gguf.GGMLQuantizationType.BF16,
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
     "q4_0": gguf.GGMLQuantizationType.Q4_0,
+    "q4_k_m": gguf.GGMLQuantizationType.Q4_K,
 }
+# The matrices that llama.cpp's Q4_K_M has in 6 bits: these, and some of every layer's.
+SIX_BITS = ("token_embd.weight", "output.weight", "attn_v.weight", "ffn_down.weight")
 
 
 def stored_tensors(
@@ -145,6 +149,8 @@ def write_gguf(
 ) -> None:
     """Write the model with its matrices in one of FORMATS; head and embedding too, at q4_0 as q8_0.
 
+    q4_k_m has blocks of 6 bits for SIX_BITS, all of them, and of 4 bits for the rest.
+
     vocabulary: llama.cpp's name for how the model's own tokenizer splits text; None makes tokens
     up. llama3's scaling of rope is left out: it changes no speed. Raises UnsupportedModelError for
     a model that the file does not describe, or a tokenizer that is no BPE.
@@ -163,13 +169,15 @@ def write_gguf(
     for name, values in stored_tensors(checkpoint, family.tensors.weight_map(spec)):
         is_end = name in ("token_embd.weight", "output.weight")
         form = FORMATS["q8_0" if kind == "q4_0" and is_end else kind]
+        if kind == "q4_k_m" and name.endswith(SIX_BITS):
+            form = gguf.GGMLQuantizationType.Q6_K
         if values.ndim == 1 or "ffn_gate_inp" in name:  # llama.cpp keeps routers so, too
             form = FORMATS["f32"]
         elif values.shape[1] % gguf.GGML_QUANT_SIZES[form][0]:
             form = FORMATS["bf16"]
         if "_exps" in name and spec.layers[0].moe is not None:
             values = values.reshape(spec.layers[0].moe.num_experts, -1, values.shape[1])
-        data = values if form == FORMATS["f32"] else gguf.quants.quantize(values, form)
+        data = values if form == FORMATS["f32"] else _encode(values, form)
         writer.add_tensor(name, data, raw_dtype=form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -180,6 +188,18 @@ def write_gguf(
             f"{files.path} has what this script does not write as GGUF; expected a model whose "
             "layers follow from sizes, windows and experts"
         )
+
+
+def _encode(values: NDArray[np.float32], form: gguf.GGMLQuantizationType) -> NDArray[np.generic]:
+    if not form.name.endswith("_K"):
+        return gguf.quants.quantize(values, form)
+    sys.path.append(str(ROOT / "tests" / "helpers"))
+    from gguf_blocks_helpers import encode_blocks  # the package has no encoder for these
+
+    rows = values.reshape(-1, values.shape[-1])
+    pieces = np.array_split(rows, -(-rows.size // 2**22))
+    blocks = np.concatenate([encode_blocks(piece, form.name, seed=0) for piece in pieces])
+    return blocks.reshape(*values.shape[:-1], -1)
 
 
 def _comparable(spec: ModelSpec) -> ModelSpec:

@@ -59,9 +59,16 @@ def mark() -> str:
     """The first line of a record: what it is of, the kernels' sources and the compiler."""
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
     digest = hashlib.sha256(version.stdout.encode())
-    sources = [path for ending in ("cu", "cuh", "h") for path in ROOT.glob(f"csrc/**/*.{ending}")]
-    for path in [*sorted(sources), ROOT / "CMakeLists.txt", Path(__file__)]:
+    left, sources = sorted(ROOT.glob("csrc/cuda/**/*.cu")), set()
+    while left:  # and what they include
+        sources.add(path := left.pop())
+        names = re.findall(r'^#include "(.+)"', path.read_text(), re.M)
+        found = {ROOT / "csrc" / name for name in names}  # the emulator's are elsewhere
+        left += [each for each in found - sources if each.exists()]
+    for path in sorted(sources):
         digest.update(path.name.encode() + path.read_bytes())
+    for path in (ROOT / "CMakeLists.txt", Path(__file__)):  # less the lists of other files
+        digest.update(re.sub(r"^ +csrc/.+\.cpp\)?\n", "", path.read_text(), flags=re.M).encode())
     return f"# sources and nvcc: {digest.hexdigest()[:32]}"
 
 

@@ -7,6 +7,7 @@
 
 #include "bindings/bindings.h"
 #include "core/backend.h"
+#include "core/gguf_blocks.h"
 #include "cpu/kernels.h"
 #include "cpu/measure.h"
 #include "cpu/platform.h"
@@ -49,6 +50,31 @@ double measure_flops(int num_threads, const std::string& isa, double seconds,
 // As octavo.reference.quantization names the two.
 std::string grouped_activations(const std::string& isa) {
   return cpu::kernels_for(isa).groups_take_bf16 ? "bf16" : "whole";
+}
+
+// Codes, scales and zero points (or None) of blocks, each (blocks, ...).
+nb::tuple convert_gguf_blocks(const std::string& kind, const Array2<std::uint8_t>& blocks) {
+  const BlockType* type = find_block_type(kind.c_str());
+  require(type, "kind is \"", kind, "\"; expected Q4_K, Q5_K or Q6_K");
+  const auto count = static_cast<std::size_t>(blocks.shape(0));
+  require(static_cast<std::int64_t>(blocks.shape(1)) == type->bytes, "blocks has ", blocks.shape(1),
+          " bytes a block; expected ", type->bytes, " of ", kind);
+  constexpr auto kGroups = static_cast<std::size_t>(kBlockGroups);
+  const std::size_t code_bytes = kBlockWeights / (type->is_int4 ? 2 : 1);
+  std::vector<std::uint8_t> codes(count * code_bytes);
+  std::vector<float> scales(type->is_int4 ? count * kGroups : 0), zeros(scales.size());
+  std::vector<std::uint16_t> halves(type->is_int4 ? 0 : count * kGroups);
+  void* of_groups = type->is_int4 ? static_cast<void*>(scales.data()) : halves.data();
+  {
+    const nb::gil_scoped_release unlocked;
+    convert_blocks(*type, blocks.data(), static_cast<std::int64_t>(count),
+                   {codes.data(), of_groups, zeros.data()});
+  }
+  const std::vector<std::size_t> groups{count, kGroups};
+  return nb::make_tuple(
+      to_numpy(std::move(codes), {count, code_bytes}),
+      type->is_int4 ? to_numpy(std::move(scales), groups) : to_numpy(std::move(halves), groups),
+      type->is_int4 ? to_numpy(std::move(zeros), groups) : nb::none());
 }
 
 // What the process may use, as the system's folders say; others than the real ones are for tests.
@@ -123,6 +149,7 @@ NB_MODULE(_native, module) {
   module.def("measure_flops", &measure_flops, nb::arg("num_threads") = 0, nb::arg("isa") = "auto",
              nb::arg("seconds") = 0.5, nb::arg("device") = "cpu",
              nb::call_guard<nb::gil_scoped_release>());
+  module.def("convert_gguf_blocks", &convert_gguf_blocks, nb::arg("kind"), nb::arg("blocks"));
   bind_limits(module);
   bind_runtime(module);
 }

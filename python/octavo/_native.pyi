@@ -34,6 +34,15 @@ def grouped_activations(isa: str = "auto") -> str:
     names those that this machine and build have.
     """
 
+def convert_gguf_blocks(
+    kind: str, blocks: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], NDArray[Any], Float32 | None]:
+    """Blocks of a GGUF file, (blocks, bytes), as octavo.weights.gguf_blocks converts them.
+
+    kind: Q4_K, Q5_K or Q6_K. Returns codes (blocks, bytes); scales (blocks, 8), float32, or float16
+    as uint16 where codes are int8; zero points, float32 (blocks, 8), or None where codes are int8.
+    """
+
 def physical_cores(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> int:
     """Physical cores this process may use, at least 1: how many threads num_threads 0 means.
 

@@ -191,7 +191,7 @@ def with_scales_swapped(numbers: gguf_bytes.Numbers) -> gguf_bytes.Numbers:
 @pytest.mark.parametrize("error", PLANTED)
 def test_planted_errors_are_found(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, changes = PLANTED[error]
-    wrong = replace(BLOCK_FORMATS[kind], **changes)
+    wrong = replace(BLOCK_FORMATS[kind], native="", **changes)
     monkeypatch.setitem(globals(), "BLOCK_FORMATS", {**BLOCK_FORMATS, kind: wrong})
     raw = encode_blocks(np.random.default_rng(5).standard_normal((9, 512)), kind, seed=1)
     expected = decoded(raw, kind)
@@ -210,6 +210,46 @@ def test_pieces_make_no_difference(kind: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gguf_blocks, "_CHUNK", 1000)
     for ours, theirs in zip(convert_blocks(raw, source), whole, strict=True):
         assert ours is theirs or np.array_equal(ours, theirs)
+
+
+NATIVE = [kind for kind, each in BLOCK_FORMATS.items() if each.native]
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_the_native_core_gives_the_bits_of_the_definition(kind: str) -> None:
+    """Blocks as encoders make them, any bytes, and numbers that are none in the place of scales."""
+    source = BLOCK_FORMATS[kind]
+    rng = np.random.default_rng(12)
+    whole = encode_blocks(rng.standard_normal((40, 1024)) + 0.1, kind, seed=3)
+    blocks = [whole.reshape(-1, source.block_bytes)]
+    for last in (256, 40, 4):  # small bytes: groups whose numbers all have one sign, or are equal
+        some = rng.integers(0, last, (700, source.block_bytes), dtype=np.uint8)
+        for first in range(*SCALES[kind], 2):
+            tiny = rng.choice([0, -0.0, 1e-7, 0.01, 3, 6e4, np.nan, np.inf, -np.inf], 700)
+            halves = np.where(rng.random(700) < 0.5, tiny, rng.standard_normal(700) * 0.02)
+            some[:, [first, first + 1]] = halves.astype("<f2")[:, None].view(np.uint8)
+        blocks.append(some)
+    every = np.concatenate(blocks)
+    native = gguf_blocks.convert_natively(every, kind)
+    with np.errstate(all="ignore"):
+        expected = source.convert(every)
+    for ours, theirs in zip(native, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert len(np.unique(theirs)) > 15
+            assert np.array_equal(
+                ours.view(theirs.dtype), theirs, equal_nan=theirs.dtype != np.int8
+            )
+    changed = every.copy()
+    changed[:, 20] ^= 1
+    assert not np.array_equal(gguf_blocks.convert_natively(changed, kind).codes, native.codes)
+
+
+def test_what_the_native_core_does_not_convert_is_refused() -> None:
+    with pytest.raises(ValueError, match='kind is "Q2_K"; expected Q4_K, Q5_K or Q6_K'):
+        gguf_blocks.convert_natively(np.zeros((1, 84), np.uint8), "Q2_K")
+    with pytest.raises(ValueError, match="blocks has 143 bytes a block; expected 144 of Q4_K"):
+        gguf_blocks.convert_natively(np.zeros((2, 143), np.uint8), "Q4_K")
 
 
 def q4_1_block(step: float, offset: float, codes: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,13 +43,14 @@ class BlockFormat(ABC):
     """How the blocks of a GGUF type become codes in groups of 32.
 
     format: octavo's. difference: of the numbers from those of the file, for people; "" for none.
-    block_bytes, inputs: of a block.
+    block_bytes, inputs: of a block. native: its name, where the native core has it, too.
     """
 
     format: WeightFormat
     difference: str
     block_bytes: int
     inputs: int
+    native: str = field(default="", kw_only=True)
 
     @abstractmethod
     def convert(self, blocks: Bytes) -> Codes:
@@ -58,6 +59,14 @@ class BlockFormat(ABC):
         NaNs and infinities among the numbers of a damaged file show in the scales; zero points are
         always valid.
         """
+
+
+def convert_natively(blocks: Bytes, kind: str) -> Codes:
+    """The bits of `BlockFormat.convert`, in a third of its time. kind: `BlockFormat.native`."""
+    from octavo import _native
+
+    codes, scales, zeros = _native.convert_gguf_blocks(kind, blocks)
+    return Codes(codes, scales.view(np.float16) if zeros is None else scales, zeros)
 
 
 def convert_blocks(raw: Bytes, source: BlockFormat) -> Codes:
@@ -79,8 +88,12 @@ def convert_blocks(raw: Bytes, source: BlockFormat) -> Codes:
         for first in range(begin, end, step):
             part = slice(first, min(first + step, end))
             with np.errstate(all="ignore"):  # the numbers of a damaged block may be anything
-                values = source.convert(blocks[part])
-            copy_rows(found.codes[part], values.codes)
+                values = (
+                    convert_natively(blocks[part], source.native)
+                    if source.native
+                    else source.convert(blocks[part])
+                )
+            copy_rows(found.codes[part], values.codes.view(found.codes.dtype))
             found.scales[part] = values.scales
             if found.zeros is not None:
                 found.zeros[part] = values.zeros

@@ -209,8 +209,8 @@ BYTE_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
         "Q5_1": _rounded(24, 32, _read_q5_1),
         "Q2_K": _rounded(84, 256, _read_q2_k),
         "Q3_K": _rounded(110, 256, _read_q3_k),
-        "Q5_K": _rounded(176, 256, _read_q5_k),
-        "Q6_K": _rounded(210, 256, _read_q6_k),
+        "Q5_K": _rounded(176, 256, _read_q5_k, native="Q5_K"),
+        "Q6_K": _rounded(210, 256, _read_q6_k, native="Q6_K"),
         **_decoded(),
     }
 )

@@ -175,7 +175,9 @@ NIBBLE_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
         ),
         "IQ4_XS": NibbleFormat(_int4(levels=IQ4_LEVELS), "", 136, 256, 16, _read_iq4_xs),
         "Q4_1": NibbleFormat(_int4(levels=FINE_LEVELS), FINE_DIFFERENCE, 20, 32, 16, _read_q4_1),
-        "Q4_K": NibbleFormat(_int4(levels=FINE_LEVELS), FINE_DIFFERENCE, 144, 256, 32, read_q4_k),
+        "Q4_K": NibbleFormat(
+            *(_int4(levels=FINE_LEVELS), FINE_DIFFERENCE, 144, 256, 32, read_q4_k), native="Q4_K"
+        ),
     }
 )
 """By the type's name."""
