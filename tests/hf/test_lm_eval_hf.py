@@ -7,6 +7,8 @@ The tasks are made of a small local file: choices (loglikelihood), whole texts
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,13 @@ def test_against_the_server(expected: dict[str, Any], llm: LLM, tmp_path: Path) 
         }
         found = results("local-completions", tmp_path, {"choices"}, model_args=arguments)
     assert_close(found, expected)
+
+
+def test_other_models_of_lm_eval_stay_known() -> None:
+    """In a process of its own: whatever was imported first decides."""
+    code = (
+        "import octavo.eval.lm_eval; from lm_eval.api.registry import get_model;"
+        "print(get_model('hf').__name__, get_model('octavo').__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["HFLM", "OctavoLM"], done.stderr

@@ -18,6 +18,7 @@ from octavo.sampling_params import SamplingParams
 
 _MISSING: ImportError | None = None
 try:
+    import lm_eval.models  # noqa: F401 (or lm-eval would know no model but this one)
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window

@@ -26,7 +26,7 @@ Run = Callable[[Sequence[str], Path], int]  # a command and its log -> its exit 
 _BEAT, _STALE = 20.0, 120.0  # seconds
 _STAMP = "octavo-build.json"
 _FOLDERS = ("csrc", "cmake", "python", "reference")
-_SUFFIXES = {".cu", ".cuh", ".cpp", ".h", ".py", ".pyi", ".cmake", ".j2", ".js", ".css", ".html"}
+_BUILT = {".so", ".pyc"}  # what lies among the sources without being one
 
 _TRIED = """
 import sys
@@ -50,7 +50,7 @@ def sources_hash(source: Path) -> str:
         )
     digest = hashlib.sha256()
     files = [path for name in _FOLDERS for path in (source / name).rglob("*")]
-    files = [path for path in files if path.suffix in _SUFFIXES and "__pycache__" not in path.parts]
+    files = [path for path in files if path.is_file() and path.suffix not in _BUILT]
     for path in sorted([source / "CMakeLists.txt", source / "pyproject.toml", *files]):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(source)} {len(content)}\n".encode() + content)
