@@ -23,10 +23,12 @@ for library in libasan.so libstdc++.so; do
     esac
 done
 
-# The tests that reach native code with odd shapes, bad arguments and damaged files.
+# The tests that reach native code with odd shapes, bad arguments and damaged files. Those of whole
+# engines run the same kernels with fewer shapes, and take long.
 files=
-for file in tests/ops/test_ops*.py tests/engine/test_runtime*.py tests/engine/test_invariance.py \
-    tests/engine/test_adapters_native.py tests/ops/test_cuda*.py tests/engine/test_cuda*.py tests/*/test_*fuzz*.py; do
+for file in tests/ops/test_ops*.py tests/engine/test_runtime*.py \
+    tests/engine/test_adapters_native.py tests/ops/test_cuda*.py tests/engine/test_cuda_runtime.py \
+    tests/engine/test_cuda_steps.py tests/*/test_*fuzz*.py; do
     [ -e "$file" ] && files="$files $file"
 done
 
