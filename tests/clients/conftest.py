@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from reference_helpers import SMOLLM2_MISSING, smollm2_path
+from reference_helpers import need_smollm2
 from server_helpers import listening, server_process
 
 from clients.scenes import MODEL, Served, write_model
@@ -56,8 +56,7 @@ def parrot(_parrot: Served) -> Served:
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    if smollm2_path() is None:
-        pytest.skip(SMOLLM2_MISSING)
+    need_smollm2()
     options = ("--max-model-len", "1024", "--num-threads", "2")
     with server_process(tmp_path_factory.mktemp("smollm2"), *options) as server:
         yield Served(server.url)

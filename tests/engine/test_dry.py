@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_helpers import run_to_end
-from reference_helpers import SMOLLM2_MISSING, smollm2_path
+from reference_helpers import need_smollm2
 from runtime_helpers import VOCAB, make_batch, tiny_runtime
 
 from octavo.config import RuntimeOptions
@@ -192,10 +192,7 @@ def test_planted_errors_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    path = smollm2_path()
-    if path is None:
-        pytest.skip(SMOLLM2_MISSING)
-    return Tokenizer(path)
+    return Tokenizer(need_smollm2())
 
 
 def test_breakers_in_a_real_tokenizer(tokenizer: Tokenizer) -> None:

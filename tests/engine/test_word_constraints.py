@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from engine_helpers import fake_engine, run_to_end, solo_answer
 from fake_runtime import draw
-from reference_helpers import SMOLLM2_MISSING, smollm2_path
+from reference_helpers import need_smollm2
 
 from octavo.engine import word_constraints
 from octavo.engine.constraints import all_allowed
@@ -74,10 +74,7 @@ def test_words_as_they_are_and_after_a_space() -> None:
 
 def test_words_of_a_real_tokenizer() -> None:
     """Its tokens spell the word, alone and after a space; the last one is forbidden, no other."""
-    path = smollm2_path()
-    if path is None:
-        pytest.skip(SMOLLM2_MISSING)
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer(need_smollm2())
     for word in ("fox", "Schadenfreude", "New York", "é"):
         found = tokens_of_words([word], tokenizer)
         spelled = [b"".join(map(tokenizer.token_bytes, tokens)).decode() for tokens in found]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from octavo import _native
 from octavo.config import RuntimeOptions, read_environment
@@ -132,6 +133,14 @@ def smollm2_path() -> Path | None:
     """The directory of SmolLM2-135M-Instruct where it has been pulled, else None."""
     path = read_environment().models / "smollm2-135m"
     return path if (path / "config.json").is_file() else None
+
+
+def need_smollm2() -> Path:
+    """That directory; the test is skipped where there is none."""
+    path = smollm2_path()
+    if path is None:
+        pytest.skip(SMOLLM2_MISSING)
+    return path
 
 
 SMOLLM2_MISSING = "SmolLM2 is not in the cache; `octavo pull smollm2-135m` puts it there"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from reference_helpers import SMOLLM2_MISSING, smollm2_path
+from reference_helpers import need_smollm2
 
 from hf.hf_smollm2 import SmolLM2
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> SmolLM2:
-    path = smollm2_path()
-    if path is None:
-        pytest.skip(SMOLLM2_MISSING)
-    return SmolLM2(path)
+    return SmolLM2(need_smollm2())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from golden_helpers import load_smollm2, load_tiny_models
-from reference_helpers import SMOLLM2_MISSING, NativeModel, smollm2_path
+from reference_helpers import NativeModel, need_smollm2
 
 from octavo import _native
 from octavo.models.spec import ModelSpec
@@ -56,10 +56,7 @@ def test_native_equals_hugging_face(name: str, isa: str) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[ModelSpec, dict[str, np.ndarray]]:
-    path = smollm2_path()
-    if path is None:
-        pytest.skip(SMOLLM2_MISSING)
-    files = read_model(path)
+    files = read_model(need_smollm2())
     weights = {name: tensor.to_float32() for name, tensor in open_checkpoint(files).items()}
     return files.spec, weights
 

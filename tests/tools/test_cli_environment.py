@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_helpers import Place, make_place
 from stream_helpers import Streams
 
 from octavo.cli import main
@@ -20,19 +19,10 @@ from octavo.config import read_environment
 from octavo.errors import InvalidArgumentError
 from octavo.progress import Bar, LogLines
 
+pytestmark = pytest.mark.usefixtures("home")
 WITHOUT_ANSWER = ("batch", "pull", "trace", "serve")  # nothing of theirs goes to standard output
 OF_THE_CACHE = ("pull", "list", "remove")
 RUNS = [verb.name for verb in VERBS if verb.name not in ("serve", "bench serve")]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(autouse=True)
-def home(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    place.enter(monkeypatch)
 
 
 @pytest.fixture

@@ -24,8 +24,6 @@ from command_helpers import (
     READ_FOLDER,
     SAMPLES,
     WRITTEN,
-    Place,
-    make_place,
     path_parameters,
 )
 
@@ -49,22 +47,13 @@ AMISS = {
 # Lines of a batch that are no text are answered or refused one by one. What is written with
 # write_text is tried on a full disk by test_files.py.
 UNTRIED = {("batch", "binary"), ("bench serve", "full"), ("diff", "full"), ("trace", "full")}
+pytestmark = pytest.mark.usefixtures("home")
 CASES = [
     (verb, name, wrong)
     for (verb, name), use in PATHS.items()
     for wrong in AMISS[use]
     if (verb, wrong) not in UNTRIED
 ]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(autouse=True)
-def home(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    place.enter(monkeypatch)
 
 
 def test_every_command_and_every_path_is_entered_above():

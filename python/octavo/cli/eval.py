@@ -13,7 +13,6 @@ from octavo.cli import completion
 from octavo.cli.common import progress_bar
 from octavo.cli.options import AdapterOption, ModelArgument, engine_options, option
 from octavo.config import EngineConfig, read_environment
-from octavo.errors import InvalidArgumentError
 
 _text = partial(option, panel="What to score")
 
@@ -70,8 +69,6 @@ def eval(
     from octavo.eval.evaluation import EvalRequest, evaluate
     from octavo.eval.report import print_report
 
-    if window is not None and window < 2:
-        raise InvalidArgumentError(f"window is {window}; expected 2 tokens or more")
     request = EvalRequest(
         model=model,
         config=config,

@@ -267,12 +267,18 @@ def engine_options(
     more: fields of _Batching that it takes besides. without: fields that it does not take.
     defaults: in place of EngineConfig's.
     """
-    options = get_type_hints(_Engine, include_extras=True)
-    for name, kind in get_type_hints(_Batching, include_extras=True).items():
-        if name in more:
-            options[name] = kind
-    kept = {name: kind for name, kind in options.items() if name not in without}
-    return gathered("config", EngineConfig, kept, vars(EngineConfig()) | defaults)
+    options = chosen(_Engine, without, _Batching, more)
+    return gathered("config", EngineConfig, options, vars(EngineConfig()) | defaults)
+
+
+def chosen(
+    usual: type, without: Sequence[str], further: type, more: Sequence[str]
+) -> dict[str, Any]:
+    """Name -> annotation of the fields of `usual` but `without`, and of `more` of `further`."""
+    left = get_type_hints(usual, include_extras=True)
+    asked = get_type_hints(further, include_extras=True)
+    options = {name: kind for name, kind in left.items() if name not in without}
+    return options | {name: kind for name, kind in asked.items() if name in more}
 
 
 def gathered(

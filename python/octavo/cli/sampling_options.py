@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
-from octavo.cli.options import SAMPLING, STOP, Command, gathered, option
+from octavo.cli.options import SAMPLING, STOP, Command, chosen, gathered, option
 from octavo.sampling_params import SamplingParams
 
 RARE = "Sampling, rarely needed (docs/sampling.md)"
@@ -164,9 +164,5 @@ def sampling_options(
             given["seed"] = secrets.randbelow(10**9)
         return SamplingParams(**given)
 
-    options = get_type_hints(_Sampling, include_extras=True)
-    for name, kind in get_type_hints(_Logprobs, include_extras=True).items():
-        if name in more:
-            options[name] = kind
-    kept = {name: kind for name, kind in options.items() if name not in without}
-    return gathered("params", make, kept, vars(SamplingParams()) | defaults)
+    options = chosen(_Sampling, without, _Logprobs, more)
+    return gathered("params", make, options, vars(SamplingParams()) | defaults)

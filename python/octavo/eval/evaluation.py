@@ -24,7 +24,7 @@ from octavo.eval.measures import (
     surprisals,
 )
 from octavo.eval.scorer import Scorer
-from octavo.eval.windows import Window, make_windows
+from octavo.eval.windows import Window, check_window, make_windows
 from octavo.files import read_text
 from octavo.models.adapter import Adapter
 from octavo.progress import StageProgress
@@ -123,6 +123,7 @@ class _Models:
         checkpoint = open_checkpoint(self.files, request.config.load_format, request.config.seed)
         limit = self.files.spec.max_position_embeddings
         self.window = min(DEFAULT_WINDOW, limit) if request.window is None else request.window
+        check_window(self.window)  # before any weights are loaded
         against = request.against
         if against is None:
             plain = is_plain_f32(request.config, checkpoint)

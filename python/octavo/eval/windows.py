@@ -23,6 +23,12 @@ class Window:
         return self.end - self.first_scored
 
 
+def check_window(window: int) -> None:
+    """InvalidArgumentError for a window in which no token could be scored."""
+    if window < 2:
+        raise InvalidArgumentError(f"window is {window}; expected 2 tokens or more")
+
+
 def make_windows(
     num_tokens: int, window: int, stride: int, max_windows: int | None = None
 ) -> list[Window]:
@@ -37,8 +43,7 @@ def make_windows(
     This is the protocol of Hugging Face's "Perplexity of fixed-length models", by which figures for
     WikiText-2 are usually given. Raises InvalidArgumentError for numbers that allow no window.
     """
-    if window < 2:
-        raise InvalidArgumentError(f"window is {window}; expected 2 tokens or more")
+    check_window(window)
     if not 1 <= stride <= window:
         raise InvalidArgumentError(
             f"stride is {stride}; expected 1 to {window}, the window: a longer one would leave "
