@@ -38,8 +38,8 @@ FORMATS = {
     "q4_0": gguf.GGMLQuantizationType.Q4_0,
     "q4_k_m": gguf.GGMLQuantizationType.Q4_K,
 }
-# The matrices that llama.cpp's Q4_K_M has in 6 bits: these, and some of every layer's.
-SIX_BITS = ("token_embd.weight", "output.weight", "attn_v.weight", "ffn_down.weight")
+# The matrices that llama.cpp's Q4_K_M has in 6 bits: these, and of some layers (`has_six_bits`).
+SIX_BITS, SIX_BITS_OF_LAYERS = ("token_embd.weight", "output.weight"), ("attn_v", "ffn_down")
 
 
 def stored_tensors(
@@ -149,7 +149,7 @@ def write_gguf(
 ) -> None:
     """Write the model with its matrices in one of FORMATS; head and embedding too, at q4_0 as q8_0.
 
-    q4_k_m has blocks of 6 bits for SIX_BITS, all of them, and of 4 bits for the rest.
+    q4_k_m has blocks of 6 bits for some matrices (`has_six_bits`), and of 4 bits for the rest.
 
     vocabulary: llama.cpp's name for how the model's own tokenizer splits text; None makes tokens
     up. llama3's scaling of rope is left out: it changes no speed. Raises UnsupportedModelError for
@@ -169,7 +169,7 @@ def write_gguf(
     for name, values in stored_tensors(checkpoint, family.tensors.weight_map(spec)):
         is_end = name in ("token_embd.weight", "output.weight")
         form = FORMATS["q8_0" if kind == "q4_0" and is_end else kind]
-        if kind == "q4_k_m" and name.endswith(SIX_BITS):
+        if kind == "q4_k_m" and has_six_bits(name, len(spec.layers)):
             form = gguf.GGMLQuantizationType.Q6_K
         if values.ndim == 1 or "ffn_gate_inp" in name:  # llama.cpp keeps routers so, too
             form = FORMATS["f32"]
@@ -188,6 +188,19 @@ def write_gguf(
             f"{files.path} has what this script does not write as GGUF; expected a model whose "
             "layers follow from sizes, windows and experts"
         )
+
+
+def has_six_bits(name: str, num_layers: int) -> bool:
+    """Whether Q4_K_M has a matrix in 6 bits; in layers `use_more_bits` of llama.cpp's choice.
+
+    That is the first and the last eighth of them, and every third in between (llama-quant.cpp).
+    """
+    if not name.startswith("blk."):
+        return name in SIX_BITS
+    _, layer, matrix, _ = name.split(".")
+    eighth, index = num_layers // 8, int(layer)
+    is_chosen = index < eighth or index >= 7 * num_layers // 8 or (index - eighth) % 3 == 2
+    return matrix in SIX_BITS_OF_LAYERS and is_chosen
 
 
 def _encode(values: NDArray[np.float32], form: gguf.GGMLQuantizationType) -> NDArray[np.generic]:

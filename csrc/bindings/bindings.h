@@ -28,6 +28,8 @@ using Array1 = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Array2 = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 template <class T>
+using OutArray2 = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // to be written
+template <class T>
 using Array3 = nb::ndarray<const T, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 template <class T, class Array>

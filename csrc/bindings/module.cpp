@@ -53,28 +53,27 @@ std::string grouped_activations(const std::string& isa) {
 }
 
 // Codes, scales and zero points (or None) of blocks, each (blocks, ...).
-nb::tuple convert_gguf_blocks(const std::string& kind, const Array2<std::uint8_t>& blocks) {
+// codes, scales: as bytes.
+void convert_gguf_blocks(const std::string& kind, const Array2<std::uint8_t>& blocks,
+                         const OutArray2<std::uint8_t>& codes,
+                         const OutArray2<std::uint8_t>& scales,
+                         const std::optional<OutArray2<float>>& zeros) {
   const BlockType* type = find_block_type(kind.c_str());
-  require(type, "kind is \"", kind, "\"; expected Q4_K, Q5_K or Q6_K");
-  const auto count = static_cast<std::size_t>(blocks.shape(0));
-  require(static_cast<std::int64_t>(blocks.shape(1)) == type->bytes, "blocks has ", blocks.shape(1),
-          " bytes a block; expected ", type->bytes, " of ", kind);
-  constexpr auto kGroups = static_cast<std::size_t>(kBlockGroups);
-  const std::size_t code_bytes = kBlockWeights / (type->is_int4 ? 2 : 1);
-  std::vector<std::uint8_t> codes(count * code_bytes);
-  std::vector<float> scales(type->is_int4 ? count * kGroups : 0), zeros(scales.size());
-  std::vector<std::uint16_t> halves(type->is_int4 ? 0 : count * kGroups);
-  void* of_groups = type->is_int4 ? static_cast<void*>(scales.data()) : halves.data();
-  {
-    const nb::gil_scoped_release unlocked;
-    convert_blocks(*type, blocks.data(), static_cast<std::int64_t>(count),
-                   {codes.data(), of_groups, zeros.data()});
-  }
-  const std::vector<std::size_t> groups{count, kGroups};
-  return nb::make_tuple(
-      to_numpy(std::move(codes), {count, code_bytes}),
-      type->is_int4 ? to_numpy(std::move(scales), groups) : to_numpy(std::move(halves), groups),
-      type->is_int4 ? to_numpy(std::move(zeros), groups) : nb::none());
+  require(type, "kind is \"", kind, "\"; expected Q4_0, Q8_0, Q4_K, Q5_K or Q6_K");
+  const std::size_t count = blocks.shape(0);
+  const auto check = [&](const char* what, const auto& array, std::int64_t width) {
+    require(array.shape(0) == count && static_cast<std::int64_t>(array.shape(1)) == width, what,
+            " is (", array.shape(0), ", ", array.shape(1), "); expected (", count, ", ", width,
+            ") of ", kind);
+  };
+  check("blocks", blocks, type->bytes);
+  check("codes", codes, type->code_bytes());
+  check("scales", scales, type->scale_bytes());
+  require(zeros.has_value() == type->has_zeros, "zeros go with Q4_K");
+  if (zeros) check("zeros", *zeros, type->groups());
+  const nb::gil_scoped_release unlocked;
+  convert_blocks(*type, blocks.data(), static_cast<std::int64_t>(count),
+                 {codes.data(), scales.data(), zeros ? zeros->data() : nullptr});
 }
 
 // What the process may use, as the system's folders say; others than the real ones are for tests.
@@ -149,7 +148,8 @@ NB_MODULE(_native, module) {
   module.def("measure_flops", &measure_flops, nb::arg("num_threads") = 0, nb::arg("isa") = "auto",
              nb::arg("seconds") = 0.5, nb::arg("device") = "cpu",
              nb::call_guard<nb::gil_scoped_release>());
-  module.def("convert_gguf_blocks", &convert_gguf_blocks, nb::arg("kind"), nb::arg("blocks"));
+  module.def("convert_gguf_blocks", &convert_gguf_blocks, nb::arg("kind"), nb::arg("blocks"),
+             nb::arg("codes"), nb::arg("scales"), nb::arg("zeros").none());
   bind_limits(module);
   bind_runtime(module);
 }

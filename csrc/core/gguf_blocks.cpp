@@ -10,7 +10,7 @@ namespace octavo {
 
 namespace {
 
-constexpr int kGroup = 32;
+constexpr int kGroup = 32, kBlockGroups = 8;
 constexpr float kLargestZero = 120;
 
 float half_at(const std::uint8_t* bytes) {
@@ -22,28 +22,56 @@ float half_at(const std::uint8_t* bytes) {
 // Of two, the larger; NaN if one is, unlike std::max.
 float larger_of(float a, float b) { return a > b || std::isnan(a) ? a : b; }
 
-// To the nearest whole number, ties to even, between -128 and 127; a NaN becomes 0. Without a call
-// of the C library, so that the compiler makes vectors of it.
+// To the nearest whole number, ties to even, between -128 and 127; a NaN becomes 0.
 std::int8_t nearest_code(float value) {
-  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: no fraction is left beside it
   value = value > -128.0f ? value : value <= -128.0f ? -128.0f : 0.0f;
-  value = value < 127.0f ? value : 127.0f;
-  return static_cast<std::int8_t>(static_cast<int>((value + kWhole) - kWhole));
+  return static_cast<std::int8_t>(std::nearbyint(value < 127.0f ? value : 127.0f));
 }
 
-// Codes -> the nearest of octavo's. Both lie in arrays of the caller, which nothing else points to,
-// or the compiler could not make vectors of this.
-void round_codes(const int* codes, int count, float factor, float added, std::uint8_t* to) {
-  std::int8_t found[kGroup];
-  for (int i = 0; i < count; ++i)
-    found[i] = nearest_code(static_cast<float>(codes[i]) * factor + added);
-  std::memcpy(to, found, static_cast<std::size_t>(count));
+// A group's codes, at most 127 of either sign, -> the nearest of octavo's; each half has a factor.
+// In steps of one kind each, from local array to local array: the compiler makes vectors of them.
+void round_codes(const std::int8_t* codes, const float (&halves)[2], float added,
+                 std::uint8_t* to) {
+  const auto all_finite = [&](float factor) {
+    return std::isfinite(128 * factor + added) && std::isfinite(128 * factor - added);
+  };
+  std::int32_t whole[kGroup];
+  float factors[kGroup];
+  std::fill_n(factors, kGroup / 2, halves[0]);
+  std::fill_n(factors + kGroup / 2, kGroup / 2, halves[1]);
+  for (int i = 0; i < kGroup; ++i) whole[i] = codes[i];
+  if (all_finite(halves[0]) && all_finite(halves[1])) {
+    constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: its last bits are the whole number
+    float values[kGroup];
+    for (int i = 0; i < kGroup; ++i) {
+      const float value = static_cast<float>(whole[i]) * factors[i] + added;
+      const float least = value > -128.0f ? value : -128.0f;
+      values[i] = (least < 127.0f ? least : 127.0f) + kWhole;
+    }
+    std::memcpy(whole, values, sizeof whole);
+  } else {
+    for (int i = 0; i < kGroup; ++i)
+      whole[i] = nearest_code(static_cast<float>(whole[i]) * factors[i] + added);
+  }
+  for (int i = 0; i < kGroup; ++i) to[i] = static_cast<std::uint8_t>(whole[i]);
+}
+
+// From ggml's order of 4-bit codes, of which the lower halves come before the upper ones, to
+// octavo's, two neighbours a byte. of: so many bytes.
+template <int bytes>
+void pair_halves(const std::uint8_t* of, std::uint8_t* to) {
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < bytes / 2; ++i) {
+      const int low = of[2 * i] >> 4 * half & 15, high = of[2 * i + 1] >> 4 * half & 15;
+      to[half * bytes / 2 + i] = static_cast<std::uint8_t>(low | high << 4);
+    }
+  }
 }
 
 // Rounds the scale to float16. What numbers are multiplied by to become codes: 0 for a scale of 0.
 float set_scale(const BlockCodes& to, int group, float wanted) {
   const std::uint16_t half = float_to_f16(wanted);
-  static_cast<std::uint16_t*>(to.scales)[group] = half;
+  std::memcpy(to.scales + group * sizeof half, &half, sizeof half);
   const float scale = f16_to_float(half);
   return scale != 0 && std::isfinite(scale) ? 1 / scale : 0.0f;
 }
@@ -66,10 +94,11 @@ struct Steps {
 };
 
 // A group without 0 between its least and its greatest number, as gguf_nibbles._round_again does.
-void round_again(float step, float offset, std::uint8_t* codes, float& scale, float& zero) {
+// packed: its codes, two a byte.
+void round_again(float step, float offset, std::uint8_t* packed, float& scale, float& zero) {
   float low = 0, high = 0, values[kGroup];
   for (int i = 0; i < kGroup; ++i) {
-    values[i] = step * static_cast<float>(codes[i]) + offset;
+    values[i] = step * static_cast<float>(packed[i / 2] >> 4 * (i % 2) & 15) + offset;
     low = -larger_of(-low, -values[i]);
     high = larger_of(high, values[i]);
   }
@@ -86,27 +115,41 @@ void round_again(float step, float offset, std::uint8_t* codes, float& scale, fl
   for (const float value : values) usable = usable && std::isfinite(value);
   usable = usable && std::isfinite(scale);
   if (!usable && std::isfinite(scale)) scale = 0;
-  for (int i = 0; i < kGroup; ++i) codes[i] = usable ? static_cast<std::uint8_t>(values[i]) : 0;
+  for (int i = 0; i < kGroup / 2; ++i) {
+    const auto code = [&](int of) { return usable ? static_cast<int>(values[of]) : 0; };
+    packed[i] = static_cast<std::uint8_t>(code(2 * i) | code(2 * i + 1) << 4);
+  }
+}
+
+void copy_scale(const std::uint8_t* block, const BlockCodes& to) {
+  std::memcpy(to.scales, block, 2);
+}
+
+void convert_q8_0(const std::uint8_t* block, const BlockCodes& to) {
+  copy_scale(block, to);
+  std::memcpy(to.codes, block + 2, kGroup);
+}
+
+void convert_q4_0(const std::uint8_t* block, const BlockCodes& to) {
+  copy_scale(block, to);
+  pair_halves<kGroup / 2>(block + 2, to.codes);
 }
 
 void convert_q4_k(const std::uint8_t* block, const BlockCodes& to) {
   const Steps of(block);
-  auto* scales = static_cast<float*>(to.scales);
+  float scales[kBlockGroups];
+  for (int pair = 0; pair < kBlockGroups / 2; ++pair)
+    pair_halves<kGroup>(block + 16 + pair * kGroup, to.codes + pair * kGroup);
   for (int group = 0; group < kBlockGroups; ++group) {
-    const std::uint8_t* packed = block + 16 + group / 2 * kGroup;
-    std::uint8_t codes[kGroup];
-    for (int i = 0; i < kGroup; ++i)
-      codes[i] = static_cast<std::uint8_t>(packed[i] >> 4 * (group % 2) & 15);
     const float exact = -16.0f * of.offsets[group] / of.steps[group] - kLargestZero;
-    float zero = std::nearbyint(exact), scale = of.steps[group] / 16.0f;
+    float zero = std::nearbyint(exact);
+    scales[group] = of.steps[group] / 16.0f;
     if (!(std::fabs(exact) <= kLargestZero + 0.5f))
-      round_again(of.steps[group], of.offsets[group], codes, scale, zero);
-    scales[group] = scale;
+      round_again(of.steps[group], of.offsets[group], to.codes + group * kGroup / 2, scales[group],
+                  zero);
     to.zeros[group] = std::clamp(zero, -kLargestZero, kLargestZero);
-    for (int i = 0; i < kGroup / 2; ++i)
-      to.codes[group * kGroup / 2 + i] =
-          static_cast<std::uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
   }
+  std::memcpy(to.scales, scales, sizeof scales);
 }
 
 void convert_q5_k(const std::uint8_t* block, const BlockCodes& to) {
@@ -118,10 +161,23 @@ void convert_q5_k(const std::uint8_t* block, const BlockCodes& to) {
     const float farthest =  // NaN where the step is infinite
         larger_of(std::fabs(offset + step * 0.0f), std::fabs(offset + step * 31.0f));
     const float inverse = set_scale(to, group, farthest / 127.0f);
-    int codes[kGroup];
+    std::int8_t codes[kGroup];
     for (int i = 0; i < kGroup; ++i)
-      codes[i] = (packed[i] >> 4 * (group % 2) & 15) | (fifths[i] >> group & 1) << 4;
-    round_codes(codes, kGroup, step * inverse, offset * inverse, to.codes + group * kGroup);
+      codes[i] = static_cast<std::int8_t>((packed[i] >> 4 * (group % 2) & 15) |
+                                          (fifths[i] >> group & 1) << 4);
+    const float factor = step * inverse;
+    round_codes(codes, {factor, factor}, offset * inverse, to.codes + group * kGroup);
+  }
+}
+
+// 64 bytes of lower halves and 32 of upper two bits -> four groups of codes of 6 bits, less 32.
+void read_six_bits(const std::uint8_t* low, const std::uint8_t* high, std::int8_t* codes) {
+  for (int place = 0; place < 4; ++place) {
+    for (int i = 0; i < kGroup; ++i) {
+      const int lower = low[place % 2 * kGroup + i] >> place / 2 * 4 & 15;
+      const int upper = high[i] >> 2 * place & 3;
+      codes[place * kGroup + i] = static_cast<std::int8_t>((lower | upper << 4) - 32);
+    }
   }
 }
 
@@ -129,23 +185,16 @@ void convert_q6_k(const std::uint8_t* block, const BlockCodes& to) {
   const float step = half_at(block + 208);
   std::int8_t whole[kBlockGroups][2];
   std::memcpy(whole, block + 192, sizeof(whole));
+  std::int8_t codes[kBlockGroups * kGroup];
+  for (int half = 0; half < 2; ++half)
+    read_six_bits(block + half * 64, block + 128 + half * kGroup, codes + half * 4 * kGroup);
   for (int group = 0; group < kBlockGroups; ++group) {
-    // Of 128 weights, two groups have the lower halves of 64 bytes and two the upper ones.
-    const int place = group % 4;
-    const std::uint8_t* low = block + group / 4 * 64 + place % 2 * kGroup;
-    const std::uint8_t* high = block + 128 + group / 4 * kGroup;
     const float steps[] = {step * static_cast<float>(whole[group][0]),
                            step * static_cast<float>(whole[group][1])};
     const bool second = !std::isnan(steps[0]) && !(std::fabs(steps[1]) <= std::fabs(steps[0]));
     const float inverse = set_scale(to, group, steps[second] * 0.25f);
-    int codes[kGroup];
-    for (int i = 0; i < kGroup; ++i)
-      codes[i] = ((low[i] >> place / 2 * 4 & 15) | (high[i] >> 2 * place & 3) << 4) - 32;
-    for (int part = 0; part < 2; ++part) {
-      constexpr int kHalf = kGroup / 2;
-      round_codes(codes + part * kHalf, kHalf, steps[part] * inverse, 0.0f,
-                  to.codes + group * kGroup + part * kHalf);
-    }
+    round_codes(codes + group * kGroup, {steps[0] * inverse, steps[1] * inverse}, 0.0f,
+                to.codes + group * kGroup);
   }
 }
 
@@ -153,21 +202,24 @@ void convert_q6_k(const std::uint8_t* block, const BlockCodes& to) {
 
 const BlockType* find_block_type(const char* name) {
   static constexpr BlockType kTypes[] = {
-      {144, true, convert_q4_k}, {176, false, convert_q5_k}, {210, false, convert_q6_k}};
-  constexpr const char* kNames[] = {"Q4_K", "Q5_K", "Q6_K"};
-  for (int i = 0; i < 3; ++i)
-    if (std::strcmp(name, kNames[i]) == 0) return &kTypes[i];
+      {"Q4_0", 18, 32, true, false, convert_q4_0},
+      {"Q8_0", 34, 32, false, false, convert_q8_0},
+      {"Q4_K", 144, 256, true, true, convert_q4_k},
+      {"Q5_K", 176, 256, false, false, convert_q5_k},
+      {"Q6_K", 210, 256, false, false, convert_q6_k},
+  };
+  for (const BlockType& type : kTypes)
+    if (std::strcmp(name, type.name) == 0) return &type;
   return nullptr;
 }
 
 void convert_blocks(const BlockType& type, const std::uint8_t* blocks, std::int64_t count,
                     BlockCodes to) {
-  const std::int64_t codes = type.is_int4 ? kBlockWeights / 2 : kBlockWeights;
   for (std::int64_t i = 0; i < count; ++i) {
     type.convert(blocks + i * type.bytes, to);
-    to.codes += codes;
-    to.scales = static_cast<std::uint8_t*>(to.scales) + kBlockGroups * (type.is_int4 ? 4 : 2);
-    if (type.is_int4) to.zeros += kBlockGroups;
+    to.codes += type.code_bytes();
+    to.scales += type.scale_bytes();
+    if (type.has_zeros) to.zeros += type.groups();
   }
 }
 

@@ -1,7 +1,7 @@
-// Blocks of 256 weights of a GGUF file as codes, for the types that most such files have.
+// Blocks of a GGUF file as codes, for the types that most such files have.
 //
 // octavo.weights.gguf_nibbles and gguf_bytes define what becomes of a block, and have its layout;
-// these give the same bits in a third of the time.
+// these give the same bits in a fraction of the time.
 #pragma once
 
 #include <cstdint>
@@ -10,19 +10,22 @@ namespace octavo {
 
 // Codes of blocks, one after the other; room for all of them.
 struct BlockCodes {
-  std::uint8_t* codes;  // int8, or int4 with two codes a byte
-  void* scales;         // of each group of 32: float32 beside int4, float16 beside int8
-  float* zeros;         // of each group; none beside int8
+  std::uint8_t* codes;   // int8, or int4 with two codes a byte
+  std::uint8_t* scales;  // of each group of 32, float16 or float32
+  float* zeros;          // of each group, in types with zero points
 };
 
-// One of the types that GGUF calls Q4_K, Q5_K and Q6_K.
+// A type of GGUF; its blocks have `inputs` weights in `bytes`.
 struct BlockType {
-  std::int64_t bytes;  // of a block
-  bool is_int4;
+  const char* name;
+  std::int64_t bytes, inputs;
+  bool is_int4, has_zeros;  // with zero points scales are float32, else float16
   void (*convert)(const std::uint8_t* block, const BlockCodes& to);
-};
 
-constexpr std::int64_t kBlockWeights = 256, kBlockGroups = 8;
+  std::int64_t code_bytes() const { return inputs / (is_int4 ? 2 : 1); }
+  std::int64_t groups() const { return inputs / 32; }
+  std::int64_t scale_bytes() const { return groups() * (has_zeros ? 4 : 2); }
+};
 
 // By GGUF's name; null if there is none.
 const BlockType* find_block_type(const char* name);

@@ -35,12 +35,16 @@ def grouped_activations(isa: str = "auto") -> str:
     """
 
 def convert_gguf_blocks(
-    kind: str, blocks: NDArray[np.uint8]
-) -> tuple[NDArray[np.uint8], NDArray[Any], Float32 | None]:
+    kind: str,
+    blocks: NDArray[np.uint8],
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.uint8],
+    zeros: Float32 | None,
+) -> None:
     """Blocks of a GGUF file, (blocks, bytes), as octavo.weights.gguf_blocks converts them.
 
-    kind: Q4_K, Q5_K or Q6_K. Returns codes (blocks, bytes); scales (blocks, 8), float32, or float16
-    as uint16 where codes are int8; zero points, float32 (blocks, 8), or None where codes are int8.
+    kind: Q4_0, Q8_0, Q4_K, Q5_K or Q6_K. The others are written: codes and scales as bytes, zero
+    points, of Q4_K, float32. All have a row for each block. Raises ValueError for other shapes.
     """
 
 def physical_cores(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> int:

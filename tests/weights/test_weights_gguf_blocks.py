@@ -15,6 +15,7 @@ import pytest
 from gguf_blocks_helpers import SCALES, encode_blocks
 from weights_helpers import gguf_config, memory_below, random_weights, write_gguf
 
+from octavo import _native
 from octavo.quantization.apply import dequantized, quantize_checkpoint
 from octavo.quantization.stored import describe_stored
 from octavo.reference.quantization import dequantize, unpack_int4
@@ -224,32 +225,46 @@ def test_the_native_core_gives_the_bits_of_the_definition(kind: str) -> None:
     blocks = [whole.reshape(-1, source.block_bytes)]
     for last in (256, 40, 4):  # small bytes: groups whose numbers all have one sign, or are equal
         some = rng.integers(0, last, (700, source.block_bytes), dtype=np.uint8)
-        for first in range(*SCALES[kind], 2):
+        for first in range(*SCALES.get(kind, (0, 2)), 2):
             tiny = rng.choice([0, -0.0, 1e-7, 0.01, 3, 6e4, np.nan, np.inf, -np.inf], 700)
             halves = np.where(rng.random(700) < 0.5, tiny, rng.standard_normal(700) * 0.02)
             some[:, [first, first + 1]] = halves.astype("<f2")[:, None].view(np.uint8)
         blocks.append(some)
     every = np.concatenate(blocks)
-    native = gguf_blocks.convert_natively(every, kind)
+    native = convert_blocks(every, source)
     with np.errstate(all="ignore"):
         expected = source.convert(every)
     for ours, theirs in zip(native, expected, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:
             assert len(np.unique(theirs)) > 15
-            assert np.array_equal(
-                ours.view(theirs.dtype), theirs, equal_nan=theirs.dtype != np.int8
-            )
+            assert np.array_equal(ours, theirs, equal_nan=theirs.dtype != np.int8)
     changed = every.copy()
-    changed[:, 20] ^= 1
-    assert not np.array_equal(gguf_blocks.convert_natively(changed, kind).codes, native.codes)
+    changed[:, 12] ^= 1  # a code, or what a code is multiplied by
+    assert not np.array_equal(convert_blocks(changed, source).codes, native.codes)
 
 
 def test_what_the_native_core_does_not_convert_is_refused() -> None:
-    with pytest.raises(ValueError, match='kind is "Q2_K"; expected Q4_K, Q5_K or Q6_K'):
-        gguf_blocks.convert_natively(np.zeros((1, 84), np.uint8), "Q2_K")
-    with pytest.raises(ValueError, match="blocks has 143 bytes a block; expected 144 of Q4_K"):
-        gguf_blocks.convert_natively(np.zeros((2, 143), np.uint8), "Q4_K")
+    def convert(kind: str, *widths: int, zeros: int | None = None) -> None:
+        """Two blocks of so many bytes, to arrays of so many."""
+        arrays = (np.zeros((2, width), np.uint8) for width in widths)
+        of_groups = None if zeros is None else np.zeros((2, zeros), np.float32)
+        _native.convert_gguf_blocks(kind, *arrays, of_groups)
+
+    convert("Q4_K", 144, 128, 32, zeros=8)
+    with pytest.raises(ValueError, match='kind is "Q2_K"; expected Q4_0, Q8_0, Q4_K, Q5_K or Q6_K'):
+        convert("Q2_K", 84, 256, 32)
+    with pytest.raises(ValueError, match=r"blocks is \(2, 143\); expected \(2, 144\) of Q4_K"):
+        convert("Q4_K", 143, 128, 32, zeros=8)
+    with pytest.raises(ValueError, match=r"codes is \(2, 64\); expected \(2, 128\)"):
+        convert("Q4_K", 144, 64, 32, zeros=8)
+    with pytest.raises(ValueError, match=r"scales is \(2, 16\); expected \(2, 32\)"):
+        convert("Q4_K", 144, 128, 16, zeros=8)
+    with pytest.raises(ValueError, match=r"zeros is \(2, 7\); expected \(2, 8\)"):
+        convert("Q4_K", 144, 128, 32, zeros=7)
+    for kind, *widths, zeros in (("Q4_K", 144, 128, 32, None), ("Q8_0", 34, 32, 2, 1)):
+        with pytest.raises(ValueError, match="zeros go with Q4_K"):
+            convert(kind, *widths, zeros=zeros)
 
 
 def q4_1_block(step: float, offset: float, codes: np.ndarray) -> np.ndarray:

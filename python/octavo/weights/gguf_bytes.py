@@ -204,7 +204,7 @@ _rounded: Callable[..., BlockFormat] = partial(ByteFormat, _FORMAT, ROUNDED)
 
 BYTE_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
     {
-        "Q8_0": ByteFormat(_FORMAT, "", 34, 32, _read_q8_0),
+        "Q8_0": ByteFormat(_FORMAT, "", 34, 32, _read_q8_0, native="Q8_0"),
         "Q5_0": ByteFormat(_FORMAT, "", 22, 32, _read_q5_0),
         "Q5_1": _rounded(24, 32, _read_q5_1),
         "Q2_K": _rounded(84, 256, _read_q2_k),

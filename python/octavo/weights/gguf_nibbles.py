@@ -169,9 +169,12 @@ def _int4(
 
 NIBBLE_FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
     {
-        "Q4_0": NibbleFormat(_int4(scale_dtype="f16"), "", 18, 32, 16, _read_q4_0),
+        "Q4_0": NibbleFormat(
+            *(_int4(scale_dtype="f16"), "", 18, 32, 16, _read_q4_0), native="Q4_0"
+        ),
         "IQ4_NL": NibbleFormat(
-            _int4(levels=IQ4_LEVELS, scale_dtype="f16"), "", 18, 32, 16, _read_q4_0
+            *(_int4(levels=IQ4_LEVELS, scale_dtype="f16"), "", 18, 32, 16, _read_q4_0),
+            native="Q4_0",  # only what the codes stand for differs
         ),
         "IQ4_XS": NibbleFormat(_int4(levels=IQ4_LEVELS), "", 136, 256, 16, _read_iq4_xs),
         "Q4_1": NibbleFormat(_int4(levels=FINE_LEVELS), FINE_DIFFERENCE, 20, 32, 16, _read_q4_1),
