@@ -8,7 +8,9 @@ constexpr std::int64_t kPairWords = kDepthBlock / 2;  // of 32 numbers
 
 // The factor of a word: two bf16 numbers.
 using Pair = std::uint32_t;
-constexpr int kPairChains = kScoreChains, kPairVectors = 4;
+constexpr int kPairChains = kScoreChains, kPairRows = kValueRows;
+template <int R>
+constexpr int kPairVectors = 4;
 
 inline void store_pairs(Pair* to, Vec x) {  // 16 numbers
   store_bf16(reinterpret_cast<std::uint16_t*>(to), x);
@@ -48,10 +50,43 @@ inline void add_pair_products(Sum&& sum, const Pair* x, std::int64_t x_stride, s
 struct Pair {
   float even, odd;
 };
-constexpr int kPairChains = kScoreChains > 1 ? kScoreChains / 2 : 1, kPairVectors = 2;
+// Rows x vectors of sums under way at a time: those of even or of odd numbers alone.
+constexpr int kPairChains = kPairSums, kPairRows = kPairSums < 4 ? kPairSums : 4;
+template <int R>
+constexpr int kPairVectors = 4 * R <= kPairSums   ? 4
+                             : 2 * R <= kPairSums ? 2
+                                                  : 1;
 
 inline void store_pairs(Pair* to, Vec x) { store(&to->even, round_to_bf16(x)); }
 
+// sums[r][n] = the products of one half of the words, even or odd numbers, in order from zero.
+template <bool odd, int R, int N, class Get>
+inline void multiply_halves(Vec (&sums)[R][N], const Pair* x, std::int64_t x_stride,
+                            std::int64_t first, std::int64_t last, Get&& get) {
+  OCTAVO_UNROLL
+  for (int r = 0; r < R; ++r) {
+    OCTAVO_UNROLL
+    for (int n = 0; n < N; ++n) sums[r][n] = zero();
+  }
+  for (std::int64_t i = first; i < last; ++i) {
+    Vec halves[N];
+    OCTAVO_UNROLL
+    for (int n = 0; n < N; ++n) {
+      const Words words = get(i, n);
+      halves[n] = as_floats(odd ? clear_low_half(words) : shift_left<16>(words));
+    }
+    OCTAVO_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Pair& pair = x[r * x_stride + i];
+      const Vec factor = splat(odd ? pair.odd : pair.even);
+      OCTAVO_UNROLL
+      for (int n = 0; n < N; ++n) sums[r][n] = fma(factor, halves[n], sums[r][n]);
+    }
+  }
+}
+
+// Even numbers first, then odd ones, so that the sums of more rows fit the registers: a word is
+// read twice, but widened once for more rows.
 template <int R, int N, class Sum, class Get>
 inline void add_pair_products(Sum&& sum, const Pair* x, std::int64_t x_stride, std::int64_t first,
                               std::int64_t last, Get&& get) {
@@ -59,29 +94,8 @@ inline void add_pair_products(Sum&& sum, const Pair* x, std::int64_t x_stride, s
     const std::int64_t begin = block < first ? first : block;
     const std::int64_t end = block + kPairWords < last ? block + kPairWords : last;
     Vec even[R][N], odd[R][N];
-    OCTAVO_UNROLL
-    for (int r = 0; r < R; ++r) {
-      OCTAVO_UNROLL
-      for (int n = 0; n < N; ++n) even[r][n] = odd[r][n] = zero();
-    }
-    for (std::int64_t i = begin; i < end; ++i) {
-      Vec of_even[N], of_odd[N];
-      OCTAVO_UNROLL
-      for (int n = 0; n < N; ++n) {
-        const Words words = get(i, n);
-        of_even[n] = as_floats(shift_left<16>(words));
-        of_odd[n] = as_floats(clear_low_half(words));
-      }
-      OCTAVO_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const Pair& pair = x[r * x_stride + i];
-        const Vec x_even = splat(pair.even), x_odd = splat(pair.odd);
-        OCTAVO_UNROLL
-        for (int n = 0; n < N; ++n) even[r][n] = fma(x_even, of_even[n], even[r][n]);
-        OCTAVO_UNROLL
-        for (int n = 0; n < N; ++n) odd[r][n] = fma(x_odd, of_odd[n], odd[r][n]);
-      }
-    }
+    multiply_halves<false>(even, x, x_stride, begin, end, get);
+    multiply_halves<true>(odd, x, x_stride, begin, end, get);
     OCTAVO_UNROLL
     for (int r = 0; r < R; ++r) {
       OCTAVO_UNROLL
@@ -221,7 +235,8 @@ inline void add_pair_values(AttendState* states, const PairTile* tiles, std::int
 template <int R>
 inline void attend_pair_rows(const AttendTask& task, const PairQueries& queries, int first,
                              AttendState* states, float* greatest, Vec* sum_lanes) {
-  constexpr int kRowsAtOnce = R < kValueRows ? R : kValueRows;
+  constexpr int kRowsAtOnce = R < kPairRows ? R : kPairRows;
+  constexpr int kVectors = kPairVectors<kRowsAtOnce>;
   const std::int64_t padded_dim = task.layout.padded_dim;
   for (std::int64_t stretch = task.begin; stretch < task.end; stretch += kStretch) {
     const StretchRows rows{task, first, R, stretch};
@@ -250,8 +265,8 @@ inline void attend_pair_rows(const AttendTask& task, const PairQueries& queries,
                                             weights + r * kStretch / 2, words);
       };
       std::int64_t dim = 0;
-      for (; dim + kPairVectors * kLanes <= padded_dim; dim += kPairVectors * kLanes)
-        add_values(std::integral_constant<int, kPairVectors>{}, dim);
+      for (; dim + kVectors * kLanes <= padded_dim; dim += kVectors * kLanes)
+        add_values(std::integral_constant<int, kVectors>{}, dim);
       for (; dim < padded_dim; dim += kLanes) add_values(std::integral_constant<int, 1>{}, dim);
     }
   }

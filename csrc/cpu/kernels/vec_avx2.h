@@ -10,6 +10,7 @@ constexpr int kPanelsOneRow = 3;  // more panels for one row: enough sums under 
 constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
 constexpr int kScoreChains = 4;   // query rows x tiles of keys under way at a time
 constexpr int kValueRows = 1;     // query rows that share a load of the values
+constexpr int kPairSums = 6;      // of even or of odd numbers, in products of bf16 pairs
 
 struct Vec {
   __m256 a, b;  // lanes 0-7 and 8-15

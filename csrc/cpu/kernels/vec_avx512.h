@@ -15,6 +15,7 @@ constexpr int kScoreChains = 16;
 constexpr int kScoreChains = 8;
 #endif
 constexpr int kValueRows = 4;  // query rows that share a load of the values
+constexpr int kPairSums = 16;  // of even or of odd numbers, in products of bf16 pairs
 
 struct Vec {
   __m512 v;

@@ -10,6 +10,7 @@ constexpr int kPanelsOneRow = 1;  // more panels for one row: enough sums under 
 constexpr int kPanelGroup = 4;    // panels whose weights stay in cache while rows pass by
 constexpr int kScoreChains = 2;   // query rows x tiles of keys under way at a time
 constexpr int kValueRows = 1;     // query rows that share a load of the values
+constexpr int kPairSums = 2;      // of even or of odd numbers, in products of bf16 pairs
 
 struct Vec {
   float lane[16];
