@@ -74,22 +74,30 @@ template <int R, int T, class Item>
 [[gnu::noinline]] void tile_scores(const float* const* q, const Tile<Item>* tiles,
                                    std::int64_t head_dim, float* scores) {
   Vec sum[R][T];
+  OCTAVO_UNROLL
   for (int r = 0; r < R; ++r) {
+    OCTAVO_UNROLL
     for (int t = 0; t < T; ++t) sum[r][t] = zero();
   }
   for (std::int64_t d = 0; d < head_dim; ++d) {
     Vec key[T];
+    OCTAVO_UNROLL
     for (int t = 0; t < T; ++t) key[t] = load(tiles[t].keys + d * kLanes);
     // Few rows: memory limits the speed, and the values are needed next.
     if constexpr (R < 8) {
+      OCTAVO_UNROLL
       for (int t = 0; t < T; ++t) prefetch(tiles[t].values + d * kLanes);
     }
+    OCTAVO_UNROLL
     for (int r = 0; r < R; ++r) {
       const Vec element = splat(q[r][d]);
+      OCTAVO_UNROLL
       for (int t = 0; t < T; ++t) sum[r][t] = fma(element, key[t], sum[r][t]);
     }
   }
+  OCTAVO_UNROLL
   for (int r = 0; r < R; ++r) {
+    OCTAVO_UNROLL
     for (int t = 0; t < T; ++t) store(scores + r * kStretch + t * kLanes, sum[r][t]);
   }
 }
@@ -148,6 +156,7 @@ inline void weights_by_rule(const StretchRows& rows, float* greatest, Vec* sum_l
   const Vec nothing = splat(-std::numeric_limits<float>::infinity());
   const Visible by_all = rows.seen_by_all();
   Vec largest[R];
+  OCTAVO_UNROLL
   for (int r = 0; r < R; ++r) largest[r] = nothing;
   for (int t = first_tile; t < last_tile; ++t) {
     const std::int64_t begin = t * kLanes;
@@ -176,6 +185,7 @@ inline void weights_by_rule(const StretchRows& rows, float* greatest, Vec* sum_l
   float bases[kLanes];
   store(bases, base);
   Vec sums[R];
+  OCTAVO_UNROLL
   for (int r = 0; r < R; ++r) sums[r] = zero();
   for (int t = first_tile; t < last_tile; ++t) {
     OCTAVO_UNROLL
@@ -242,7 +252,9 @@ inline void add_values(AttendState* states, const Tile<Item>* tiles, std::int64_
                        std::int64_t dim, const float* weights, Visible seen,
                        const float* corrections) {
   Vec acc[R][NV];
+  OCTAVO_UNROLL
   for (int r = 0; r < R; ++r) {
+    OCTAVO_UNROLL
     for (int n = 0; n < NV; ++n)
       acc[r][n] = mul(load(states[r].out + dim + n * kLanes), splat(corrections[r]));
   }
@@ -252,14 +264,19 @@ inline void add_values(AttendState* states, const Tile<Item>* tiles, std::int64_
     const Item* values = tiles[tile].values + (token - tile * kLanes) * padded_dim + dim;
     for (; token < end; ++token, values += padded_dim) {
       Vec value[NV];
+      OCTAVO_UNROLL
       for (int n = 0; n < NV; ++n) value[n] = load(values + n * kLanes);
+      OCTAVO_UNROLL
       for (int r = 0; r < R; ++r) {
         const Vec weight = splat(weights[r * kStretch + token]);
+        OCTAVO_UNROLL
         for (int n = 0; n < NV; ++n) acc[r][n] = fma(weight, value[n], acc[r][n]);
       }
     }
   }
+  OCTAVO_UNROLL
   for (int r = 0; r < R; ++r) {
+    OCTAVO_UNROLL
     for (int n = 0; n < NV; ++n) store(states[r].out + dim + n * kLanes, acc[r][n]);
   }
 }
@@ -355,10 +372,14 @@ void attend(const AttendTask& task, AttendState* states) {
                         });
     case DType::bf16: {
       const PairQueries queries(task);
-      return attend_all(task, states,
-                        [&](auto count, int row, AttendState* some, float* greatest, Vec* sums) {
-                          attend_pair_rows<count>(task, queries, row, some, greatest, sums);
-                        });
+      return attend_all(
+          task, states, [&](auto count, int row, AttendState* some, float* greatest, Vec* sums) {
+            if constexpr (count < kFewAttendRows) {
+              if (task.rows < kFewAttendRows)
+                return attend_pair_rows<count, true>(task, queries, row, some, greatest, sums);
+            }
+            attend_pair_rows<count, false>(task, queries, row, some, greatest, sums);
+          });
     }
     case DType::int8:
       return attend_all(task, states,

@@ -17,10 +17,11 @@ inline void store_pairs(Pair* to, Vec x) {  // 16 numbers
 }
 
 // sums[r][n] += products of x[r][first .. last - 1] with the words get(index, n), within 16 words
-// that begin at a multiple of 16. sums: R rows of N vectors in memory, sum(r) + 16 n.
-template <int R, int N, class Sum, class Get>
+// that begin at a multiple of 16. sums: R rows of N vectors in memory, sum(r) + 16 n. ahead(index,
+// n) prefetches what is needed later.
+template <int R, int N, class Sum, class Get, class Prefetch>
 inline void add_pair_products(Sum&& sum, const Pair* x, std::int64_t x_stride, std::int64_t first,
-                              std::int64_t last, Get&& get) {
+                              std::int64_t last, Get&& get, Prefetch&& ahead) {
   Vec sums[R][N];
   OCTAVO_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -30,7 +31,10 @@ inline void add_pair_products(Sum&& sum, const Pair* x, std::int64_t x_stride, s
   for (std::int64_t i = first; i < last; ++i) {
     Words words[N];
     OCTAVO_UNROLL
-    for (int n = 0; n < N; ++n) words[n] = get(i, n);
+    for (int n = 0; n < N; ++n) {
+      ahead(i, n);
+      words[n] = get(i, n);
+    }
     OCTAVO_UNROLL
     for (int r = 0; r < R; ++r) {
       const Words pair = splat_word(x[r * x_stride + i]);
@@ -60,9 +64,9 @@ constexpr int kPairVectors = 4 * R <= kPairSums   ? 4
 inline void store_pairs(Pair* to, Vec x) { store(&to->even, round_to_bf16(x)); }
 
 // sums[r][n] = the products of one half of the words, even or odd numbers, in order from zero.
-template <bool odd, int R, int N, class Get>
+template <bool odd, int R, int N, class Get, class Prefetch>
 inline void multiply_halves(Vec (&sums)[R][N], const Pair* x, std::int64_t x_stride,
-                            std::int64_t first, std::int64_t last, Get&& get) {
+                            std::int64_t first, std::int64_t last, Get&& get, Prefetch&& ahead) {
   OCTAVO_UNROLL
   for (int r = 0; r < R; ++r) {
     OCTAVO_UNROLL
@@ -72,6 +76,7 @@ inline void multiply_halves(Vec (&sums)[R][N], const Pair* x, std::int64_t x_str
     Vec halves[N];
     OCTAVO_UNROLL
     for (int n = 0; n < N; ++n) {
+      if (!odd) ahead(i, n);
       const Words words = get(i, n);
       halves[n] = as_floats(odd ? clear_low_half(words) : shift_left<16>(words));
     }
@@ -87,15 +92,15 @@ inline void multiply_halves(Vec (&sums)[R][N], const Pair* x, std::int64_t x_str
 
 // Even numbers first, then odd ones, so that the sums of more rows fit the registers: a word is
 // read twice, but widened once for more rows.
-template <int R, int N, class Sum, class Get>
+template <int R, int N, class Sum, class Get, class Prefetch>
 inline void add_pair_products(Sum&& sum, const Pair* x, std::int64_t x_stride, std::int64_t first,
-                              std::int64_t last, Get&& get) {
+                              std::int64_t last, Get&& get, Prefetch&& ahead) {
   for (std::int64_t block = first / kPairWords * kPairWords; block < last; block += kPairWords) {
     const std::int64_t begin = block < first ? first : block;
     const std::int64_t end = block + kPairWords < last ? block + kPairWords : last;
     Vec even[R][N], odd[R][N];
-    multiply_halves<false>(even, x, x_stride, begin, end, get);
-    multiply_halves<true>(odd, x, x_stride, begin, end, get);
+    multiply_halves<false>(even, x, x_stride, begin, end, get, ahead);
+    multiply_halves<true>(odd, x, x_stride, begin, end, get, ahead);
     OCTAVO_UNROLL
     for (int r = 0; r < R; ++r) {
       OCTAVO_UNROLL
@@ -142,8 +147,12 @@ inline const std::uint32_t* as_words(const std::uint16_t* items) {
   return reinterpret_cast<const std::uint32_t*>(items);
 }
 
+// Below so many rows of a task memory limits the speed, and all is prefetched. Where more rows pass
+// over a stretch it is in a cache already.
+constexpr int kFewAttendRows = 8;
+
 // As tile_scores.
-template <int R, int T>
+template <int R, bool few, int T>
 [[gnu::noinline]] void pair_scores(const Pair* q, std::int64_t q_stride, std::int64_t key_words,
                                    const PairTile* tiles, const Scores& scores, int tile) {
   for (int r = 0; r < R; ++r) {
@@ -151,13 +160,12 @@ template <int R, int T>
   }
   const std::uint32_t* keys[T];
   for (int t = 0; t < T; ++t) keys[t] = as_words(tiles[tile + t].keys);
-  const auto get = [&](std::int64_t i, int t) {
-    // Few rows: memory limits the speed, and the values are needed next.
-    if constexpr (R < 8) prefetch(as_words(tiles[tile + t].values) + i * kLanes);
-    return load_words(keys[t] + i * kLanes);
+  const auto get = [&](std::int64_t i, int t) { return load_words(keys[t] + i * kLanes); };
+  const auto ahead = [&](std::int64_t i, int t) {  // the values are needed next
+    if constexpr (few) prefetch(as_words(tiles[tile + t].values) + i * kLanes);
   };
-  add_pair_products<R, T>([&](int r) { return scores.at(r, tile); }, q, q_stride, 0, key_words,
-                          get);
+  add_pair_products<R, T>([&](int r) { return scores.at(r, tile); }, q, q_stride, 0, key_words, get,
+                          ahead);
 }
 
 // How scores become weights over a bf16 cache: 2^(score - a whole number), rounded to bf16.
@@ -207,10 +215,25 @@ struct SeenWords {
   }
 };
 
+// The keys of the tiles that come after a stretch, as far as there are tokens.
+struct NextKeys {
+  const std::uint32_t* words[kStretchTiles];
+
+  NextKeys(const AttendTask& task, std::int64_t stretch, const PairTile* tiles) {
+    for (int t = 0; t < kStretchTiles; ++t) {
+      const std::int64_t token = stretch + kStretch + t * kLanes;
+      const bool is_there = token <= task.position[task.rows - 1];
+      words[t] = as_words(is_there ? find_tile<std::uint16_t>(task, token).keys : tiles[0].keys);
+    }
+  }
+};
+
 // Adds weight x value of the seen tokens, for R rows and N vectors of dimensions from dim on.
-template <int R, int N>
-inline void add_pair_values(AttendState* states, const PairTile* tiles, std::int64_t padded_dim,
-                            std::int64_t dim, const Pair* weights, const SeenWords& seen) {
+// next: null, or what to prefetch.
+template <int R, bool few, int N>
+inline void add_pair_values(AttendState* states, const PairTile* tiles, const NextKeys* next,
+                            std::int64_t padded_dim, std::int64_t dim, const Pair* weights,
+                            const SeenWords& seen) {
   constexpr std::int64_t kTileWords = kLanes / 2, kStride = kStretch / 2;
   const auto words_at = [&](std::int64_t i, int n) {
     const std::uint32_t* values = as_words(tiles[i / kTileWords].values);
@@ -219,20 +242,25 @@ inline void add_pair_values(AttendState* states, const PairTile* tiles, std::int
   const auto masked = [&](std::int64_t i, int n) {
     return and_words(words_at(i, n), splat_word(seen.mask(i)));
   };
+  // A tile has as many words of keys as of values.
+  const auto ahead = [&](std::int64_t i, int n) {
+    if constexpr (few)
+      prefetch(next->words[i / kTileWords] + i % kTileWords * padded_dim + dim + n * kLanes);
+  };
   const auto sum = [&](int r) { return states[r].out + dim; };
   for (std::int64_t i = seen.first; i < seen.last;) {
     std::int64_t end = (i / kPairWords + 1) * kPairWords;
     end = end < seen.last ? end : seen.last;
     if (seen.is_whole(i, end))
-      add_pair_products<R, N>(sum, weights, kStride, i, end, words_at);
+      add_pair_products<R, N>(sum, weights, kStride, i, end, words_at, ahead);
     else
-      add_pair_products<R, N>(sum, weights, kStride, i, end, masked);
+      add_pair_products<R, N>(sum, weights, kStride, i, end, masked, ahead);
     i = end;
   }
 }
 
 // R rows over the stretches of the range.
-template <int R>
+template <int R, bool few>
 inline void attend_pair_rows(const AttendTask& task, const PairQueries& queries, int first,
                              AttendState* states, float* greatest, Vec* sum_lanes) {
   constexpr int kRowsAtOnce = R < kPairRows ? R : kPairRows;
@@ -247,8 +275,8 @@ inline void attend_pair_rows(const AttendTask& task, const PairQueries& queries,
     float memory[R * kStretch];
     const Scores scores{memory, kStretch, kLanes};
     each_tiles<R, kPairChains>(in.first, in.last, [&](auto count, int t) {
-      pair_scores<R, count>(queries.row(first), queries.stride(), task.layout.key_dim / 2, in.tiles,
-                            scores, t);
+      pair_scores<R, few, count>(queries.row(first), queries.stride(), task.layout.key_dim / 2,
+                                 in.tiles, scores, t);
     });
     Pair weights[R * kStretch / 2];
     const auto keep = [&](int r, int t, Vec weight) {
@@ -258,11 +286,14 @@ inline void attend_pair_rows(const AttendTask& task, const PairQueries& queries,
     const PowersOfTwo rule{power_scale(task), keep};
     stretch_weights<R>(rows, greatest, sum_lanes, scores, rule, in.first, in.last, corrections);
     const SeenWords words(seen);
+    std::optional<NextKeys> next;
+    if constexpr (few) next.emplace(task, stretch, in.tiles + in.first);
     for (int r = 0; r < R; ++r) correct_values(task, states[r], corrections[r]);
     for (int r = 0; r < R; r += kRowsAtOnce) {
       const auto add_values = [&](auto count, std::int64_t dim) {
-        add_pair_values<kRowsAtOnce, count>(states + r, in.tiles, padded_dim, dim,
-                                            weights + r * kStretch / 2, words);
+        add_pair_values<kRowsAtOnce, few, count>(states + r, in.tiles, few ? &*next : nullptr,
+                                                 padded_dim, dim, weights + r * kStretch / 2,
+                                                 words);
       };
       std::int64_t dim = 0;
       for (; dim + kVectors * kLanes <= padded_dim; dim += kVectors * kLanes)

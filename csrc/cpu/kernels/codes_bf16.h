@@ -135,7 +135,10 @@ struct FormatCodes {
       for (; k < end; k += kDepthBlock) {
         Vec chain[2][NR];
         OCTAVO_UNROLL
-        for (int n = 0; n < NR; ++n) chain[0][n] = chain[1][n] = zero();
+        for (int n = 0; n < NR; ++n) {
+          chain[0][n] = zero();
+          chain[1][n] = zero();
+        }
         for (std::int64_t i = k; i < k + kDepthBlock; i += kInputsPerWord) {
           const std::int64_t at = i / kInputsPerWord * kLanes, soon = at + ahead.from(at);
           OCTAVO_UNROLL

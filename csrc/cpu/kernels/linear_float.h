@@ -44,41 +44,81 @@ struct FloatFormat {
     return next_float_chunk(task, first);
   }
 
-  // Adds inputs [first, last) to acc, [MR][NR][16]: in memory, since even and odd sums fill the
-  // registers.
+  // The inputs of a block, of MR rows and NR panels.
   template <int MR, int NR>
-  static void accumulate(const LinearTask& task, std::int64_t row, std::int64_t panel,
-                         std::int64_t first, std::int64_t last, float* acc) {
-    const float* x = static_cast<const float*>(task.x) + row * task.x_stride;
-    const std::int64_t panel_words = task.depth / Pairs::kInputsPerWord * kLanes;
-    const std::uint32_t* weight = task.weight + panel * panel_words;
-    const Ahead ahead(kWordsAhead, panel_words, NR);
-    for (std::int64_t k = first; k < last; k += kDepthBlock) {
+  struct Block {
+    const float* x;
+    std::int64_t x_stride;
+    const std::uint32_t* weight;
+    std::int64_t panel_words;
+    Ahead ahead;
+
+    // sums(m, n, even, odd) of the products of inputs k to k + 31, in order from zero: of even and
+    // odd ones, or of one kind alone, while the other is zero.
+    template <bool with_even, bool with_odd, class Sums>
+    void multiply(std::int64_t k, Sums&& sums) const {
       Vec even[MR][NR], odd[MR][NR];
+      OCTAVO_UNROLL
       for (int m = 0; m < MR; ++m) {
-        for (int n = 0; n < NR; ++n) even[m][n] = odd[m][n] = zero();
+        OCTAVO_UNROLL
+        for (int n = 0; n < NR; ++n) {
+          even[m][n] = zero();
+          odd[m][n] = zero();
+        }
       }
       for (std::int64_t i = k; i < k + kDepthBlock; i += 2) {
         Vec weight_even[NR], weight_odd[NR];
+        OCTAVO_UNROLL
         for (int n = 0; n < NR; ++n) {
           const std::int64_t at = i / Pairs::kInputsPerWord * kLanes;
           const std::uint32_t* pair = weight + n * panel_words + at;
-          Pairs::prefetch_pair(pair + ahead.from(at));
+          if (with_even) Pairs::prefetch_pair(pair + ahead.from(at));
           Pairs::load_pair(pair, weight_even[n], weight_odd[n]);
         }
+        OCTAVO_UNROLL
         for (int m = 0; m < MR; ++m) {
-          const float* pair = x + m * task.x_stride + i;
-          const Vec x_even = splat(pair[0]);
-          for (int n = 0; n < NR; ++n) even[m][n] = fma(x_even, weight_even[n], even[m][n]);
-          const Vec x_odd = splat(pair[1]);
-          for (int n = 0; n < NR; ++n) odd[m][n] = fma(x_odd, weight_odd[n], odd[m][n]);
+          const float* pair = x + m * x_stride + i;
+          OCTAVO_UNROLL
+          for (int n = 0; n < NR; ++n) {
+            if (with_even) even[m][n] = fma(splat(pair[0]), weight_even[n], even[m][n]);
+          }
+          OCTAVO_UNROLL
+          for (int n = 0; n < NR; ++n) {
+            if (with_odd) odd[m][n] = fma(splat(pair[1]), weight_odd[n], odd[m][n]);
+          }
         }
       }
+      OCTAVO_UNROLL
       for (int m = 0; m < MR; ++m) {
-        for (int n = 0; n < NR; ++n) {
-          float* sum = acc + (m * NR + n) * kLanes;
-          store(sum, add(load(sum), add(even[m][n], odd[m][n])));
-        }
+        OCTAVO_UNROLL
+        for (int n = 0; n < NR; ++n) sums((m * NR + n) * kLanes, even[m][n], odd[m][n]);
+      }
+    }
+  };
+
+  // Adds inputs [first, last) to acc, [MR][NR][16]: in memory, since even and odd sums fill the
+  // registers. Where both are too many for them, odd ones go through the block after the even ones.
+  template <int MR, int NR>
+  static void accumulate(const LinearTask& task, std::int64_t row, std::int64_t panel,
+                         std::int64_t first, std::int64_t last, float* acc) {
+    const std::int64_t panel_words = task.depth / Pairs::kInputsPerWord * kLanes;
+    const Block<MR, NR> block{static_cast<const float*>(task.x) + row * task.x_stride,
+                              task.x_stride, task.weight + panel * panel_words, panel_words,
+                              Ahead(kWordsAhead, panel_words, NR)};
+    for (std::int64_t k = first; k < last; k += kDepthBlock) {
+      if constexpr (2 * MR * NR * kRegistersOfVec <= kNumRegisters - 6) {
+        block.template multiply<true, true>(k, [&](int at, Vec even, Vec odd) {
+          store(acc + at, add(load(acc + at), add(even, odd)));
+        });
+      } else {
+        alignas(64) float evens[MR * NR * kLanes];
+        block.template multiply<true, false>(
+            k, [&](int at, Vec even, Vec) { store(evens + at, even); });
+        // Without this the compiler keeps them in registers, and some of the odd sums in memory.
+        asm volatile("" : : : "memory");
+        block.template multiply<false, true>(k, [&](int at, Vec, Vec odd) {
+          store(acc + at, add(load(acc + at), add(load(evens + at), odd)));
+        });
       }
     }
   }

@@ -1,9 +1,9 @@
 // 16 lanes as two AVX registers; needs AVX2, FMA and F16C.
 
-constexpr int kNumRegisters = 16;
+constexpr int kNumRegisters = 16, kRegistersOfVec = 2;
 // Tiles of the matrix products, rows x panels, so that the sums fit the registers: fused
 // multiply-adds have even and odd sums. kDotPanels: of sums of whole numbers (dot_*.h).
-constexpr int kRows = 3;
+constexpr int kRows = 6;
 constexpr int kPanels = 1;
 constexpr int kDotPanels = 1;
 constexpr int kPanelsOneRow = 3;  // more panels for one row: enough sums under way at a time

@@ -1,6 +1,6 @@
 // 16 lanes as one AVX-512 register; needs AVX-512 F, BW, DQ and VL.
 
-constexpr int kNumRegisters = 32;
+constexpr int kNumRegisters = 32, kRegistersOfVec = 1;
 // Tiles of the matrix products, rows x panels, so that the sums fit the registers: fused
 // multiply-adds have even and odd sums. kDotPanels: of sums of whole numbers (dot_*.h).
 constexpr int kRows = 6;

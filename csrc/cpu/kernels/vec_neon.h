@@ -1,6 +1,6 @@
 // 16 lanes as four NEON registers; needs AArch64 and nothing beyond it.
 
-constexpr int kNumRegisters = 32;
+constexpr int kNumRegisters = 32, kRegistersOfVec = 4;
 // Tiles of the matrix products, rows x panels, so that the sums fit the registers: fused
 // multiply-adds have even and odd sums. kDotPanels: of sums of whole numbers (dot_*.h). Chosen by
 // counting registers, not yet by timing.

@@ -1,6 +1,6 @@
 // 16 lanes in plain C++: runs everywhere, and compilers turn most of it into SIMD instructions.
 
-constexpr int kNumRegisters = 16;
+constexpr int kNumRegisters = 16, kRegistersOfVec = 4;
 // Tiles of the matrix products, rows x panels, so that the sums fit the registers: fused
 // multiply-adds have even and odd sums. kDotPanels: of sums of whole numbers (dot_*.h).
 constexpr int kRows = 1;

@@ -87,6 +87,9 @@ class Work:
     num_bytes: float
     num_operations: float
 
+    def __add__(self, other: Work) -> Work:
+        return Work(self.num_bytes + other.num_bytes, self.num_operations + other.num_operations)
+
 
 def linear_weights(spec: ModelSpec) -> float:
     """Numbers in the layers' matrices by which a token is multiplied: of its own experts only.
@@ -121,6 +124,37 @@ def _seen(layer: LayerSpec, context: int) -> int:
     return min(context, layer.window) if layer.window else context
 
 
+def _steps(case: Case, chunk: int) -> list[tuple[int, int]]:
+    """Of each step, its tokens and how many a sequence has at its end. chunk: as in `work_of`."""
+    if case.kind == "decode":
+        return [(case.batch, case.depth + index + 1) for index in range(case.num_tokens)]
+    starts = range(0, case.num_tokens, chunk)
+    ends = [min(start + chunk, case.num_tokens) for start in starts]
+    return [(end - start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def matrices_work(
+    case: Case, spec: ModelSpec, step_bytes: float, chunk: int, expert_bytes: float = 0.0
+) -> Work:
+    """The part of `work_of` that is products with the weights."""
+    moe = next((layer.moe for layer in spec.layers if layer.moe is not None), None)
+    read = (step_bytes - expert_bytes * (1 - _chosen(moe, n)) for n, _ in _steps(case, chunk))
+    rows = 1 if case.kind == "prefill" else case.tokens
+    weights = linear_weights(spec) * case.tokens + spec.vocab_size * spec.hidden_size * rows
+    return Work(sum(read), 2.0 * weights)
+
+
+def attention_work(case: Case, spec: ModelSpec, kv_dtype: str, chunk: int) -> Work:
+    """The part of `work_of` that is attention: a product with each key, and one with each value."""
+    num_bytes = operations = 0.0
+    for layer in spec.layers:
+        read = sum(_seen(layer, end) for _, end in _steps(case, chunk))
+        num_bytes += 2.0 * layer.kv_size * BYTES[kv_dtype] * read * case.batch
+        queries = range(case.depth + 1, case.depth + case.num_tokens + 1)
+        operations += 4.0 * layer.q_size * case.batch * sum(_seen(layer, at) for at in queries)
+    return Work(num_bytes, operations)
+
+
 def work_of(
     case: Case,
     spec: ModelSpec,
@@ -134,28 +168,8 @@ def work_of(
     step_bytes: of `streamed_bytes`. chunk: most tokens a step carries, in prefill. expert_bytes: of
     step_bytes, those of experts, of which a step reads the ones that its tokens take.
     """
-    if case.kind == "prefill":
-        starts = range(0, case.num_tokens, chunk)
-        ends = [min(start + chunk, case.num_tokens) for start in starts]
-        steps = [end - start for start, end in zip(starts, ends, strict=True)]
-        rows, read = 1, [(end, 1) for end in ends]
-        queries = range(1, case.num_tokens + 1)
-    else:
-        queries = range(case.depth + 1, case.depth + case.num_tokens + 1)
-        steps, rows = [case.batch] * case.num_tokens, case.tokens
-        read = [(context, case.batch) for context in queries]
-    item = BYTES[kv_dtype]
-    moe = next((layer.moe for layer in spec.layers if layer.moe is not None), None)
-    num_bytes = sum(step_bytes - expert_bytes * (1 - _chosen(moe, tokens)) for tokens in steps)
-    operations = 2.0 * linear_weights(spec) * case.tokens
-    operations += 2.0 * spec.vocab_size * spec.hidden_size * rows
-    for layer in spec.layers:
-        seen = sum(_seen(layer, end) * count for end, count in read)
-        num_bytes += 2.0 * layer.kv_size * item * seen
-        # A product with each key, and one with each value.
-        seen = case.batch * sum(_seen(layer, context) for context in queries)
-        operations += 4.0 * layer.q_size * seen
-    return Work(num_bytes, operations)
+    matrices = matrices_work(case, spec, step_bytes, chunk, expert_bytes)
+    return matrices + attention_work(case, spec, kv_dtype, chunk)
 
 
 @dataclass(frozen=True)

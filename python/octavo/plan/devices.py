@@ -18,7 +18,8 @@ class Device:
     """A device as the plan sees it.
 
     memory: bytes. bandwidth: bytes a second that programs read, at best. operations: bf16 or
-    whole-number operations a second that matrix products reach. step_overhead: seconds of each
+    whole-number operations a second that matrix products reach; attention_operations: those that
+    attention does. step_overhead: seconds of each
     layer's dependent kernels, and of a step's others, beyond reading and computing. reserved: bytes
     for what no formula gives (the driver's context and code). is_gpu: activations are bf16.
     assumptions: where these figures are from.
@@ -29,6 +30,7 @@ class Device:
     memory: int
     bandwidth: float
     operations: float
+    attention_operations: float
     assumptions: tuple[str, ...]
     layer_overhead: float = 0.0
     step_overhead: float = 0.0
@@ -55,10 +57,11 @@ def _gpu(
         mib * _MIB,
         bandwidth * read,
         tflops * 1e12 * _PREFILL,
+        tflops * 1e12 * _PREFILL,
         (
             f"memory is read at {bandwidth * read / 1e12:.2f} TB/s, {read:.0%} of {title}'s "
             f"{bandwidth / 1e12:.2f}: {source}",
-            f"matrix products reach {_PREFILL:.0%} of {tflops:g} bf16 TFLOP/s (assumed)",
+            f"matrix products and attention reach {_PREFILL:.0%} of {tflops:g} bf16 TFLOP/s (assumed)",
             "a kernel that waits for the one before it costs 2.5 us (measured on an H100), five a "
             "layer",
             "the driver's context and the kernels take 450 MiB, a recorded kernel 8 KiB (assumed)",
@@ -118,6 +121,7 @@ def this_processor(options: RuntimeOptions, reserved: int) -> Device:
         available_memory() + reserved,
         peak.bandwidth * _CPU_DECODE,
         peak.flops * prefill,
+        attention,
         (
             f"memory is read at {peak.bandwidth * _CPU_DECODE / 1e9:.1f} GB/s, {_CPU_DECODE:.0%} "
             f"of what {threads} threads read here now (measured)",

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from octavo.bench.cases import BYTES, Case, Peak, Work, least_seconds, streamed_bytes, work_of
+from octavo.bench.cases import (
+    BYTES,
+    Case,
+    Peak,
+    attention_work,
+    least_seconds,
+    matrices_work,
+    streamed_bytes,
+)
 from octavo.config import RuntimeOptions
 from octavo.models.spec import ModelSpec
 from octavo.plan.devices import Device
@@ -37,21 +45,29 @@ def predict(
     ranks: int = 1,
 ) -> Speed:
     """The speed of `sequences` that decode behind `depth` tokens each, and of a prompt."""
-    peak = Peak(device.bandwidth * ranks, device.operations * ranks)
     embed = options.formats.get("embed")
     item = BYTES[options.dtype if embed is None else embed.dtype]
     step_bytes = streamed_bytes(spec, weight_bytes(spec, options.formats, options.dtype), item)
     experts = expert_bytes(spec, options.formats, options.dtype)
+    chunk = options.max_num_batched_tokens
 
-    def work(case: Case) -> Work:
-        chunk = options.max_num_batched_tokens
-        return work_of(case, spec, step_bytes, options.kv_dtype, chunk, experts)
+    def least(case: Case) -> tuple[float, str]:
+        """Of the matrices and then of attention, and the limit of the longer one."""
+        parts = [
+            (matrices_work(case, spec, step_bytes, chunk, experts), device.operations),
+            (attention_work(case, spec, options.kv_dtype, chunk), device.attention_operations),
+        ]
+        found = [
+            least_seconds(work, Peak(device.bandwidth * ranks, operations * ranks))
+            for work, operations in parts
+        ]
+        return sum(seconds for seconds, _ in found), max(found)[1]
 
     overhead = device.step_overhead + len(spec.layers) * device.layer_overhead
     if ranks > 1:
         overhead += 2 * len(spec.layers) * _ALL_REDUCE_SECONDS
-    least, limit = least_seconds(work(Case("decode", 1, sequences, depth)), peak)
-    step = least + overhead
+    step, limit = least(Case("decode", 1, sequences, depth))
+    step += overhead
     num_chunks = -(-prompt // options.max_num_batched_tokens)
-    seconds = least_seconds(work(Case("prefill", prompt)), peak)[0] + num_chunks * overhead
+    seconds = least(Case("prefill", prompt))[0] + num_chunks * overhead
     return Speed(step, sequences / step, prompt / seconds, limit)
