@@ -186,7 +186,12 @@ class Peak:
     float32_flops: float = 0.0
 
 
+def seconds_of(work: Work, peak: Peak) -> tuple[float, float]:
+    """How long the work's reading and its computing take at the machine's limits."""
+    return work.num_bytes / peak.bandwidth, work.num_operations / peak.flops
+
+
 def least_seconds(work: Work, peak: Peak) -> tuple[float, Literal["memory", "arithmetic"]]:
     """How long the work takes at the machine's limit, and which limit it is (a roofline)."""
-    memory, arithmetic = work.num_bytes / peak.bandwidth, work.num_operations / peak.flops
+    memory, arithmetic = seconds_of(work, peak)
     return (memory, "memory") if memory >= arithmetic else (arithmetic, "arithmetic")

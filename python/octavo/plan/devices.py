@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from octavo.bench.peak import measure
+from octavo.bench.peak import WORDS, measure
 from octavo.config import RuntimeOptions
 from octavo.errors import InvalidArgumentError
 from octavo.machine import available_memory, processor
@@ -18,11 +18,11 @@ class Device:
     """A device as the plan sees it.
 
     memory: bytes. bandwidth: bytes a second that programs read, at best. operations: bf16 or
-    whole-number operations a second that matrix products reach; attention_operations: those that
-    attention does. step_overhead: seconds of each
-    layer's dependent kernels, and of a step's others, beyond reading and computing. reserved: bytes
-    for what no formula gives (the driver's context and code). is_gpu: activations are bf16.
-    assumptions: where these figures are from.
+    whole-number operations a second that matrix products and attention reach. step_overhead:
+    seconds of each layer's dependent kernels, and of a step's others, beyond reading and computing.
+    reserved: bytes for what no formula gives (the driver's context and code). is_gpu: activations
+    are bf16, and reading and computing go on at the same time. assumptions: where these figures are
+    from.
     """
 
     name: str
@@ -30,7 +30,6 @@ class Device:
     memory: int
     bandwidth: float
     operations: float
-    attention_operations: float
     assumptions: tuple[str, ...]
     layer_overhead: float = 0.0
     step_overhead: float = 0.0
@@ -43,8 +42,10 @@ class Device:
 _KERNEL_SECONDS = 2.5e-6
 _RESERVED = 450 * _MIB
 _PREFILL = 0.5
-# Parts of the measured limits that octavo's decoding and prompts reach (docs/cpu.md).
-_CPU_DECODE, _CPU_PREFILL, _CPU_PREFILL_AMX = 0.9, 0.75, 0.3
+# Parts of the measured limits that octavo's decoding and prompts reach (docs/cpu.md): with AVX-512
+# of the format's own arithmetic, with AMX, and with other instruction sets, where all formats take
+# about as long, of float32's.
+_CPU_DECODE, _CPU_PREFILL, _CPU_PREFILL_AMX, _CPU_PREFILL_PLAIN = 0.9, 0.75, 0.3, 0.5
 
 
 def _gpu(
@@ -57,11 +58,10 @@ def _gpu(
         mib * _MIB,
         bandwidth * read,
         tflops * 1e12 * _PREFILL,
-        tflops * 1e12 * _PREFILL,
         (
             f"memory is read at {bandwidth * read / 1e12:.2f} TB/s, {read:.0%} of {title}'s "
             f"{bandwidth / 1e12:.2f}: {source}",
-            f"matrix products and attention reach {_PREFILL:.0%} of {tflops:g} bf16 TFLOP/s (assumed)",
+            f"products and attention reach {_PREFILL:.0%} of {tflops:g} bf16 TFLOP/s (assumed)",
             "a kernel that waits for the one before it costs 2.5 us (measured on an H100), five a "
             "layer",
             "the driver's context and the kernels take 450 MiB, a recorded kernel 8 KiB (assumed)",
@@ -114,19 +114,22 @@ def this_processor(options: RuntimeOptions, reserved: int) -> Device:
     threads = options.num_threads or int(info["physical_cores"])
     isa = str(info["isa"]) if options.isa == "auto" else options.isa
     peak = measure(options, threads)
-    prefill = _CPU_PREFILL_AMX if isa == "amx" else _CPU_PREFILL
+    prefill, flops, arithmetic = _CPU_PREFILL, peak.flops, peak.arithmetic
+    if isa == "amx":
+        prefill = _CPU_PREFILL_AMX
+    elif not isa.startswith("avx512"):
+        prefill, flops, arithmetic = _CPU_PREFILL_PLAIN, peak.float32_flops, WORDS["f32"]
     return Device(
         "cpu",
         processor(),
         available_memory() + reserved,
         peak.bandwidth * _CPU_DECODE,
-        peak.flops * prefill,
-        attention,
+        flops * prefill,
         (
             f"memory is read at {peak.bandwidth * _CPU_DECODE / 1e9:.1f} GB/s, {_CPU_DECODE:.0%} "
             f"of what {threads} threads read here now (measured)",
-            f"prompts reach {prefill:.0%} of {peak.flops / 1e12:.2f} TFLOP/s ({peak.arithmetic}, "
-            "measured)",
+            f"prompts reach {prefill:.0%} of {flops / 1e12:.2f} TFLOP/s ({arithmetic}, measured)",
+            "reading and computing hide each other in part: the root of the sum of their squares",
         ),
         reserved=reserved,
         is_gpu=False,

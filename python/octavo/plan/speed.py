@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from octavo.bench.cases import (
@@ -11,6 +12,7 @@ from octavo.bench.cases import (
     attention_work,
     least_seconds,
     matrices_work,
+    seconds_of,
     streamed_bytes,
 )
 from octavo.config import RuntimeOptions
@@ -45,6 +47,7 @@ def predict(
     ranks: int = 1,
 ) -> Speed:
     """The speed of `sequences` that decode behind `depth` tokens each, and of a prompt."""
+    peak = Peak(device.bandwidth * ranks, device.operations * ranks)
     embed = options.formats.get("embed")
     item = BYTES[options.dtype if embed is None else embed.dtype]
     step_bytes = streamed_bytes(spec, weight_bytes(spec, options.formats, options.dtype), item)
@@ -52,15 +55,17 @@ def predict(
     chunk = options.max_num_batched_tokens
 
     def least(case: Case) -> tuple[float, str]:
-        """Of the matrices and then of attention, and the limit of the longer one."""
-        parts = [
-            (matrices_work(case, spec, step_bytes, chunk, experts), device.operations),
-            (attention_work(case, spec, options.kv_dtype, chunk), device.attention_operations),
-        ]
-        found = [
-            least_seconds(work, Peak(device.bandwidth * ranks, operations * ranks))
-            for work, operations in parts
-        ]
+        """Of the products with the weights and then of attention, and the limit of the longer."""
+        parts = (
+            matrices_work(case, spec, step_bytes, chunk, experts),
+            attention_work(case, spec, options.kv_dtype, chunk),
+        )
+        found = [least_seconds(work, peak) for work in parts]
+        if not device.is_gpu:
+            found = [
+                (math.hypot(*seconds_of(work, peak)), limit)
+                for work, (_, limit) in zip(parts, found, strict=True)
+            ]
         return sum(seconds for seconds, _ in found), max(found)[1]
 
     overhead = device.step_overhead + len(spec.layers) * device.layer_overhead
