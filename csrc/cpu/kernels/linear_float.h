@@ -53,8 +53,8 @@ struct FloatFormat {
     std::int64_t panel_words;
     Ahead ahead;
 
-    // sums(m, n, even, odd) of the products of inputs k to k + 31, in order from zero: of even and
-    // odd ones, or of one kind alone, while the other is zero.
+    // Calls sums(at, even, odd) with the sums of products of inputs k to k + 31, in order from zero,
+    // `at` their place in [MR][NR][16]: of even and of odd inputs, or of one kind, the other zero.
     template <bool with_even, bool with_odd, class Sums>
     void multiply(std::int64_t k, Sums&& sums) const {
       Vec even[MR][NR], odd[MR][NR];
