@@ -53,8 +53,9 @@ struct FloatFormat {
     std::int64_t panel_words;
     Ahead ahead;
 
-    // Calls sums(at, even, odd) with the sums of products of inputs k to k + 31, in order from zero,
-    // `at` their place in [MR][NR][16]: of even and of odd inputs, or of one kind, the other zero.
+    // Calls sums(at, even, odd) with the sums of products of inputs k to k + 31, in order from
+    // zero, `at` their place in [MR][NR][16]: of even and of odd inputs, or of one kind, the other
+    // zero.
     template <bool with_even, bool with_odd, class Sums>
     void multiply(std::int64_t k, Sums&& sums) const {
       Vec even[MR][NR], odd[MR][NR];
