@@ -84,10 +84,7 @@ template <int R, int T, class Item>
     OCTAVO_UNROLL
     for (int t = 0; t < T; ++t) key[t] = load(tiles[t].keys + d * kLanes);
     // Few rows: memory limits the speed, and the values are needed next.
-    if constexpr (R < 8) {
-      OCTAVO_UNROLL
-      for (int t = 0; t < T; ++t) prefetch(tiles[t].values + d * kLanes);
-    }
+    for (int t = 0; R < 8 && t < T; ++t) prefetch(tiles[t].values + d * kLanes);
     OCTAVO_UNROLL
     for (int r = 0; r < R; ++r) {
       const Vec element = splat(q[r][d]);
@@ -372,14 +369,10 @@ void attend(const AttendTask& task, AttendState* states) {
                         });
     case DType::bf16: {
       const PairQueries queries(task);
-      return attend_all(
-          task, states, [&](auto count, int row, AttendState* some, float* greatest, Vec* sums) {
-            if constexpr (count < kFewAttendRows) {
-              if (task.rows < kFewAttendRows)
-                return attend_pair_rows<count, true>(task, queries, row, some, greatest, sums);
-            }
-            attend_pair_rows<count, false>(task, queries, row, some, greatest, sums);
-          });
+      return attend_all(task, states,
+                        [&](auto count, int row, AttendState* some, float* greatest, Vec* sums) {
+                          attend_pairs<count>(task, queries, row, some, greatest, sums);
+                        });
     }
     case DType::int8:
       return attend_all(task, states,

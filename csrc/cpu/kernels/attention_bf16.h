@@ -302,3 +302,13 @@ inline void attend_pair_rows(const AttendTask& task, const PairQueries& queries,
     }
   }
 }
+
+template <int R>
+inline void attend_pairs(const AttendTask& task, const PairQueries& queries, int first,
+                         AttendState* states, float* greatest, Vec* sum_lanes) {
+  if constexpr (R < kFewAttendRows) {
+    if (task.rows < kFewAttendRows)
+      return attend_pair_rows<R, true>(task, queries, first, states, greatest, sum_lanes);
+  }
+  attend_pair_rows<R, false>(task, queries, first, states, greatest, sum_lanes);
+}

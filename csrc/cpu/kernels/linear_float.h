@@ -48,14 +48,12 @@ struct FloatFormat {
   template <int MR, int NR>
   struct Block {
     const float* x;
-    std::int64_t x_stride;
     const std::uint32_t* weight;
-    std::int64_t panel_words;
+    std::int64_t x_stride, panel_words;
     Ahead ahead;
 
-    // Calls sums(at, even, odd) with the sums of products of inputs k to k + 31, in order from
-    // zero, `at` their place in [MR][NR][16]: of even and of odd inputs, or of one kind, the other
-    // zero.
+    // Calls sums(at, even, odd), at: a place in [MR][NR][16], with the sums of products of inputs k
+    // to k + 31, in order from zero: of even and of odd ones, or of one kind, the other zero.
     template <bool with_even, bool with_odd, class Sums>
     void multiply(std::int64_t k, Sums&& sums) const {
       Vec even[MR][NR], odd[MR][NR];
@@ -82,9 +80,6 @@ struct FloatFormat {
           OCTAVO_UNROLL
           for (int n = 0; n < NR; ++n) {
             if (with_even) even[m][n] = fma(splat(pair[0]), weight_even[n], even[m][n]);
-          }
-          OCTAVO_UNROLL
-          for (int n = 0; n < NR; ++n) {
             if (with_odd) odd[m][n] = fma(splat(pair[1]), weight_odd[n], odd[m][n]);
           }
         }
@@ -104,7 +99,7 @@ struct FloatFormat {
                          std::int64_t first, std::int64_t last, float* acc) {
     const std::int64_t panel_words = task.depth / Pairs::kInputsPerWord * kLanes;
     const Block<MR, NR> block{static_cast<const float*>(task.x) + row * task.x_stride,
-                              task.x_stride, task.weight + panel * panel_words, panel_words,
+                              task.weight + panel * panel_words, task.x_stride, panel_words,
                               Ahead(kWordsAhead, panel_words, NR)};
     for (std::int64_t k = first; k < last; k += kDepthBlock) {
       if constexpr (2 * MR * NR * kRegistersOfVec <= kNumRegisters - 6) {
