@@ -39,7 +39,7 @@ FORMATS = {
     "q4_k_m": gguf.GGMLQuantizationType.Q4_K,
 }
 # The matrices that llama.cpp's Q4_K_M has in 6 bits: these, and of some layers (`has_six_bits`).
-SIX_BITS, SIX_BITS_OF_LAYERS = ("token_embd.weight", "output.weight"), ("attn_v", "ffn_down")
+ENDS, SIX_BITS_OF_LAYERS = ("token_embd.weight", "output.weight"), ("attn_v", "ffn_down")
 
 
 def stored_tensors(
@@ -167,8 +167,7 @@ def write_gguf(
     else:
         _add_bpe(writer, files.path, spec.vocab_size, vocabulary)
     for name, values in stored_tensors(checkpoint, family.tensors.weight_map(spec)):
-        is_end = name in ("token_embd.weight", "output.weight")
-        form = FORMATS["q8_0" if kind == "q4_0" and is_end else kind]
+        form = FORMATS["q8_0" if kind == "q4_0" and name in ENDS else kind]
         if kind == "q4_k_m" and has_six_bits(name, len(spec.layers)):
             form = gguf.GGMLQuantizationType.Q6_K
         if values.ndim == 1 or "ffn_gate_inp" in name:  # llama.cpp keeps routers so, too
@@ -196,7 +195,7 @@ def has_six_bits(name: str, num_layers: int) -> bool:
     That is the first and the last eighth of them, and every third in between (llama-quant.cpp).
     """
     if not name.startswith("blk."):
-        return name in SIX_BITS
+        return name in ENDS
     _, layer, matrix, _ = name.split(".")
     eighth, index = num_layers // 8, int(layer)
     is_chosen = index < eighth or index >= 7 * num_layers // 8 or (index - eighth) % 3 == 2

@@ -52,8 +52,7 @@ std::string grouped_activations(const std::string& isa) {
   return cpu::kernels_for(isa).groups_take_bf16 ? "bf16" : "whole";
 }
 
-// Codes, scales and zero points (or None) of blocks, each (blocks, ...).
-// codes, scales: as bytes.
+// Writes codes and scales (both as bytes) and zero points of blocks: a row of each for every block.
 void convert_gguf_blocks(const std::string& kind, const Array2<std::uint8_t>& blocks,
                          const OutArray2<std::uint8_t>& codes,
                          const OutArray2<std::uint8_t>& scales,

@@ -60,12 +60,10 @@ def predict(
             matrices_work(case, spec, step_bytes, chunk, experts),
             attention_work(case, spec, options.kv_dtype, chunk),
         )
-        found = [least_seconds(work, peak) for work in parts]
-        if not device.is_gpu:
-            found = [
-                (math.hypot(*seconds_of(work, peak)), limit)
-                for work, (_, limit) in zip(parts, found, strict=True)
-            ]
+        combined = max if device.is_gpu else math.hypot
+        found = [
+            (combined(*seconds_of(work, peak)), least_seconds(work, peak)[1]) for work in parts
+        ]
         return sum(seconds for seconds, _ in found), max(found)[1]
 
     overhead = device.step_overhead + len(spec.layers) * device.layer_overhead
