@@ -156,43 +156,44 @@ format: $(DEV_VENV)/.tools ## Let the formatters rewrite Python and C++
 	$(DEV_VENV)/bin/ruff format
 	find $(CXX_FILES) | xargs $(DEV_VENV)/bin/clang-format -i
 
-.PHONY: asan
+.PHONY: asan native-asan asan-python
 asan: native-asan asan-python ## Native tests and the ops' tests under address and UB sanitizers
 
+native-asan: $(ASAN_VENV)/.installed
+	UBSAN_OPTIONS=print_stacktrace=1 build/asan/tests/native/octavo_tests
+	@emulator=build/asan/tests/emulator/emulator_tests; if [ -x $$emulator ]; then \
+	  echo $$emulator; UBSAN_OPTIONS=print_stacktrace=1 $$emulator; fi
+
+# Python itself is not instrumented: the sanitizer is loaded before it, and leaks are not counted.
+asan-python: $(ASAN_VENV)/.installed
+	scripts/asan_pytest.sh $(ASAN_VENV)/bin/python -n $(JOBS) $(ARGS)
+
+# One build for both.
+$(ASAN_VENV)/.installed: $(SOURCES) $(wildcard tests/native/*) scripts/venv.sh
+	@scripts/venv.sh $(ASAN_VENV)
+	@echo "building and installing octavo with sanitizers (some minutes)"
+	@$(ASAN_VENV)/$(PIP) install $(BUILD_TOOLS)
+	@$(ASAN_VENV)/$(PIP) install --no-build-isolation ".[test]" "$(SET)build-dir=build/asan" \
+	  $(SET)cmake.define.OCTAVO_WERROR=ON $(SET)cmake.define.OCTAVO_SANITIZE=ON \
+	  $(SET)cmake.define.OCTAVO_BUILD_TESTS=ON $(SET)cmake.define.OCTAVO_CUDA=OFF \
+	  $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON \
+	  $(SET)install.strip=false
+	@touch $@
+
 # native-NAME builds and runs tests/native with the options of that variant.
-.PHONY: native-asan native-tsan native-clang native-scalar native-neon
-native-asan:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DOCTAVO_SANITIZE=ON -DOCTAVO_EMULATE_CUDA=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g"
-native-tsan:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize=thread"
+.PHONY: native-tsan native-clang native-scalar native-neon
+native-tsan:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DCMAKE_BUILD_TYPE=None "-DCMAKE_CXX_FLAGS=-O1 -g1 -fsanitize=thread"
 native-clang:  NATIVE_OPTIONS = -DOCTAVO_WERROR=ON -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_COMPILER=clang++ "-DCMAKE_CXX_FLAGS=-O1 -Wno-pass-failed -stdlib=libc++"
 native-scalar: NATIVE_OPTIONS = -DOCTAVO_WERROR=ON "-DOCTAVO_DISABLE_ISAS=avx2;avx512;amx"
 # For 64-bit ARM, on any machine: needs g++-aarch64-linux-gnu and qemu-user.
 native-neon:   NATIVE_OPTIONS = -DOCTAVO_WERROR=ON "-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/aarch64-linux-gnu.cmake"
 native-neon:   NATIVE_RUN = qemu-aarch64 -L /usr/aarch64-linux-gnu
-native-asan native-tsan native-clang native-scalar native-neon: $(DEV_VENV)/.tools
+native-tsan native-clang native-scalar native-neon: $(DEV_VENV)/.tools
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake -S . -B build/$@ -G Ninja --log-level=WARNING \
 	  -DOCTAVO_BUILD_PYTHON=OFF -DOCTAVO_BUILD_TESTS=ON -DOCTAVO_CUDA=OFF -DOCTAVO_EMULATE_AMX=ON \
 	  $(NATIVE_OPTIONS)
 	@PATH="$(CURDIR)/$(DEV_VENV)/bin:$$PATH" cmake --build build/$@
-	UBSAN_OPTIONS=print_stacktrace=1 $(NATIVE_RUN) build/$@/tests/native/octavo_tests
-	@emulator=build/$@/tests/emulator/emulator_tests; if [ -x $$emulator ]; then \
-	  echo $$emulator; UBSAN_OPTIONS=print_stacktrace=1 $$emulator; fi
-
-# Python itself is not instrumented: the sanitizer is loaded before it, and leaks are not counted.
-.PHONY: asan-python
-asan-python: $(ASAN_VENV)/.installed
-	scripts/asan_pytest.sh $(ASAN_VENV)/bin/python -n $(JOBS) $(ARGS)
-
-$(ASAN_VENV)/.installed: $(SOURCES) scripts/venv.sh
-	@scripts/venv.sh $(ASAN_VENV)
-	@echo "building and installing octavo with sanitizers"
-	@$(ASAN_VENV)/$(PIP) install $(BUILD_TOOLS)
-	@$(ASAN_VENV)/$(PIP) install --no-build-isolation ".[test]" \
-	  "$(SET)build-dir=build/asan/{wheel_tag}" \
-	  $(SET)cmake.define.OCTAVO_SANITIZE=ON $(SET)cmake.define.OCTAVO_CUDA=OFF \
-	  $(SET)cmake.define.OCTAVO_EMULATE_AMX=ON $(SET)cmake.define.OCTAVO_EMULATE_CUDA=ON \
-	  $(SET)cmake.build-type=None "$(SET)cmake.define.CMAKE_CXX_FLAGS=-O1 -g" \
-	  $(SET)install.strip=false
-	@touch $@
+	$(NATIVE_RUN) build/$@/tests/native/octavo_tests
 
 .PHONY: mutants
 mutants: $(DEV_VENV)/.tools ## Plant mistakes in copies of the tree; count those that no test catches

@@ -21,6 +21,11 @@ inline Words stored_bytes(Words bytes) { return bytes; }
 inline Bytes split_bytes(Words bytes) {
   return {even_bytes(bytes), even_bytes(shift_right<8>(bytes))};
 }
+// Of the lower half of each byte.
+inline Bytes split_nibbles(Words bytes) {
+  const Words mask = splat_word(0x000f000f);
+  return {and_words(bytes, mask), and_words(shift_right<8>(bytes), mask)};
+}
 
 // The codes of four inputs, in two words.
 template <int kPasses>

@@ -29,6 +29,7 @@ inline Bytes split_bytes(Words bytes) {
   }
   return out;
 }
+inline Bytes split_nibbles(Words bytes) { return split_bytes(low_nibbles(bytes)); }
 
 // The codes of four inputs, in two words.
 template <int kPasses>

@@ -14,6 +14,7 @@ struct Codes {
 
 inline Words stored_bytes(Words bytes) { return bytes; }
 inline Bytes split_bytes(Words bytes) { return bytes; }
+inline Bytes split_nibbles(Words bytes) { return low_nibbles(bytes); }
 
 // The codes of four inputs, in two words.
 template <int kPasses>

@@ -18,6 +18,7 @@ inline Words stored_bytes(Words bytes) {
   return each_quarter_words([&](int i) { return veorq_u32(bytes.v[i], highest); });
 }
 inline Bytes split_bytes(Words bytes) { return bytes; }
+inline Bytes split_nibbles(Words bytes) { return low_nibbles(bytes); }
 
 // The codes of four inputs, in two words: their high bytes, their low bytes.
 template <int kPasses>

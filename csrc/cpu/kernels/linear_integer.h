@@ -21,8 +21,8 @@ struct FormatInt8 {
   explicit FormatInt8(const LinearTask&) {}
   static constexpr std::uint32_t offset() { return kByteOffset; }
   template <int Part>
-  Words bytes(Words raw) const {
-    return stored_bytes(raw);
+  Bytes split(Words raw) const {
+    return split_bytes(stored_bytes(raw));
   }
 };
 
@@ -33,8 +33,8 @@ struct FormatInt4 {
   explicit FormatInt4(const LinearTask&) {}
   static constexpr std::uint32_t offset() { return 8; }
   template <int Part>
-  Words bytes(Words raw) const {
-    return low_nibbles(Part == 0 ? raw : shift_right<4>(raw));
+  Bytes split(Words raw) const {
+    return split_nibbles(Part == 0 ? raw : shift_right<4>(raw));
   }
 };
 
@@ -45,8 +45,9 @@ struct FormatInt4Levels : FormatInt4 {
       : FormatInt4(task), table(load_byte_table(task.levels)) {}
   static constexpr std::uint32_t offset() { return kByteOffset; }
   template <int Part>
-  Words bytes(Words raw) const {
-    return stored_bytes(look_up_bytes(table, FormatInt4::bytes<Part>(raw)));
+  Bytes split(Words raw) const {
+    const Words codes = low_nibbles(Part == 0 ? raw : shift_right<4>(raw));
+    return split_bytes(stored_bytes(look_up_bytes(table, codes)));
   }
 };
 
@@ -125,20 +126,18 @@ struct IntegerFormat {
       for (; k < end; k += kInputsPerWord, words += kLanes, x += 2 * Format::kParts) {
         const std::int64_t ahead = words_ahead.from(k / kInputsPerWord * kLanes);
         const auto add_part = [&](auto part) {
-          Bytes bytes[NR];
           OCTAVO_UNROLL
           for (int n = 0; n < NR; ++n) {
             if (part == 0) prefetch(words + n * panel_words + ahead);
             const Words raw = load_words(words + n * panel_words);
-            bytes[n] = split_bytes(format.template bytes<part>(raw));
-          }
-          OCTAVO_UNROLL
-          for (int m = 0; m < MR; ++m) {
+            const Bytes bytes = format.template split<part>(raw);
             OCTAVO_UNROLL
-            for (int s = 0; s < kSums; ++s) {
-              const Codes codes = load_codes(x + m * x_stride + 2 * part + s);
+            for (int m = 0; m < MR; ++m) {
               OCTAVO_UNROLL
-              for (int n = 0; n < NR; ++n) sums[s][m][n] = dot(sums[s][m][n], bytes[n], codes);
+              for (int s = 0; s < kSums; ++s) {
+                const Codes codes = load_codes(x + m * x_stride + 2 * part + s);
+                sums[s][m][n] = dot(sums[s][m][n], bytes, codes);
+              }
             }
           }
         };
