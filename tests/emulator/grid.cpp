@@ -88,7 +88,7 @@ class Grid : public StartedGrid {
     const Running now(this);
     is_early_ = true;
     begin_block(blocks_[0]);
-    schedule(watch_);
+    schedule();
   }
 
   void finish() override {
@@ -113,8 +113,18 @@ class Grid : public StartedGrid {
     thread.state = state;
     thread.waits_at = what;
     thread.line = line;
-    switch_fiber(thread.fiber, scheduler_);
-    current = thread.place;
+    leave();
+  }
+
+  // Goes on with whoever is next: another thread, or the scheduler where none is ready, one has
+  // failed, or somebody watches.
+  void leave(bool finished = false) {
+    ThreadState& left = *running_;
+    if (turns_.empty() || error_ || watch_) {
+      switch_fiber(left.fiber, scheduler_, finished);
+    } else if (Fiber& next = choose(); &next != &left.fiber) {
+      switch_fiber(left.fiber, next, finished);
+    }
   }
 
   void arrive_at_barrier(const char* file, int line) {
@@ -142,7 +152,7 @@ class Grid : public StartedGrid {
     std::vector<Meeting>& meetings = warps_[current.index / kWarp];
     auto found = meetings.end();
     for (auto other = meetings.begin(); other != meetings.end(); ++other) {
-      if (other->mask == mask && std::strcmp(other->what, what) == 0) {
+      if (other->mask == mask && (other->what == what || !std::strcmp(other->what, what))) {
         found = other;
       } else if ((other->mask & bit) && (mask & other->arrived)) {  // each waits for the other
         fail(text_of("came to ", what, " (mask ", mask, ") while others of its warp wait in ",
@@ -196,6 +206,13 @@ class Grid : public StartedGrid {
     turns_.add(thread.place.index);
   }
 
+  // Whose turn it is.
+  Fiber& choose() {
+    running_ = threads_[turns_.take()];
+    current = running_->place;
+    return running_->fiber;
+  }
+
   // Lets the others have a chance to go first.
   void yield() {
     if (!options().seed) return;
@@ -239,7 +256,7 @@ class Grid : public StartedGrid {
   }
 
   void end_block(std::size_t block) {
-    schedule(watch_);
+    schedule();
     if (launch_.overlaps && std::none_of(threads_.begin(), threads_.end(),
                                          [](const ThreadState* each) { return each->waited; }))
       fail(
@@ -261,14 +278,12 @@ class Grid : public StartedGrid {
                               launch_.shared_bytes, " bytes of shared memory"));
   }
 
-  void schedule(const Watch& watch) {
+  void schedule() {
     while (!turns_.empty()) {
-      running_ = threads_[turns_.take()];
-      current = running_->place;
-      switch_fiber(scheduler_, running_->fiber);
+      switch_fiber(scheduler_, choose());
       if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-      if (watch) {
-        const std::string seen = watch();
+      if (watch_) {
+        const std::string seen = watch_();
         if (!seen.empty()) fail(seen);
       }
     }
@@ -325,7 +340,7 @@ void Grid::thread_main() {
     grid.error_ = std::current_exception();
   }
   self.state = State::finished;
-  switch_fiber(self.fiber, grid.scheduler_, true);
+  grid.leave(true);
 }
 
 }  // namespace

@@ -8,26 +8,36 @@ void Turns::start_block(std::size_t num_threads, Random* random) {
   random_ = random;
   num_ready_ = 0;
   ready_.assign((num_threads + kWarp - 1) / kWarp, 0);
-  warps_.resize(ready_.size());
-  lanes_.resize(kWarp);
-  for (unsigned i = 0; i < warps_.size(); ++i) warps_[i] = i;
-  for (unsigned i = 0; i < kWarp; ++i) lanes_[i] = i;
+  warps_.start(static_cast<unsigned>(ready_.size()));
+  lanes_.start(kWarp);
   manner_ = Manner::ascending;
   if (!random_) return;
   constexpr Manner kManners[] = {Manner::any, Manner::priorities, Manner::changing_priorities};
   manner_ = kManners[random_->below(3)];
-  draw_priorities();
+  if (manner_ != Manner::any) draw_priorities();
+}
+
+void Turns::Order::start(unsigned count) {
+  at.resize(count);
+  for (unsigned i = 0; i < count; ++i) at[i] = i;
+  place = at;
+}
+
+void Turns::Order::draw(Random& random) {
+  for (std::size_t i = at.size(); i > 1; --i) std::swap(at[i - 1], at[random.below(i)]);
+  for (unsigned i = 0; i < at.size(); ++i) place[at[i]] = i;
 }
 
 void Turns::draw_priorities() {
-  for (std::vector<unsigned>* order : {&warps_, &lanes_}) {
-    for (std::size_t i = order->size(); i > 1; --i)
-      std::swap((*order)[i - 1], (*order)[random_->below(i)]);
-  }
+  std::vector<unsigned> threads;
+  while (!empty()) threads.push_back(take_first());
+  warps_.draw(*random_);
+  lanes_.draw(*random_);
+  for (const unsigned thread : threads) add(thread);
 }
 
 void Turns::add(unsigned thread) {
-  ready_[thread / kWarp] |= 1u << thread % kWarp;
+  ready_[warps_.place[thread / kWarp]] |= 1u << lanes_.place[thread % kWarp];
   ++num_ready_;
 }
 
@@ -39,25 +49,29 @@ unsigned Turns::any_bit(std::uint32_t bits) {
 }
 
 unsigned Turns::take() {
-  unsigned warp = 0, lane = 0;
   if (manner_ == Manner::any) {
+    std::size_t warp = 0;
     do {
-      warp = static_cast<unsigned>(random_->below(ready_.size()));
+      warp = random_->below(ready_.size());
     } while (!ready_[warp]);
-    lane = any_bit(ready_[warp]);
-  } else {
-    constexpr std::size_t kPicksBetweenChanges = 40;
-    if (manner_ == Manner::changing_priorities && random_->below(kPicksBetweenChanges) == 0)
-      draw_priorities();
-    std::size_t i = 0;
-    while (!ready_[warps_[i]]) ++i;
-    warp = warps_[i];
-    for (i = 0; !(ready_[warp] >> lanes_[i] & 1u);) ++i;
-    lane = lanes_[i];
+    return take(warp, any_bit(ready_[warp]));
   }
+  constexpr std::size_t kPicksBetweenChanges = 40;
+  if (manner_ == Manner::changing_priorities && random_->below(kPicksBetweenChanges) == 0)
+    draw_priorities();
+  return take_first();
+}
+
+unsigned Turns::take_first() {
+  std::size_t warp = 0;
+  while (!ready_[warp]) ++warp;
+  return take(warp, static_cast<unsigned>(__builtin_ctz(ready_[warp])));
+}
+
+unsigned Turns::take(std::size_t warp, unsigned lane) {
   ready_[warp] &= ~(1u << lane);
   --num_ready_;
-  return warp * kWarp + lane;
+  return warps_.at[warp] * kWarp + lanes_.at[lane];
 }
 
 }  // namespace cuda_emulator

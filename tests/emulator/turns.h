@@ -11,12 +11,12 @@ namespace cuda_emulator {
 class Random {
  public:
   explicit Random(std::uint64_t seed) : state_(seed) {}
-  std::size_t below(std::size_t bound) {
+  std::size_t below(std::size_t bound) {  // bound: below 2^32
     state_ += 0x9e3779b97f4a7c15ull;
     std::uint64_t z = state_;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return static_cast<std::size_t>((z ^ (z >> 31)) % bound);
+    return static_cast<std::size_t>(((z ^ (z >> 31)) >> 32) * bound >> 32);
   }
 
  private:
@@ -43,15 +43,23 @@ class Turns {
   static constexpr unsigned kWarp = 32;
   enum class Manner { ascending, any, priorities, changing_priorities };
 
+  // Which warp (or lane) stands at a place, and at which place one stands. The first goes first.
+  struct Order {
+    std::vector<unsigned> at, place;
+    void start(unsigned count);  // ascending
+    void draw(Random& random);
+  };
+
   void draw_priorities();
   unsigned any_bit(std::uint32_t bits);
+  unsigned take_first();
+  unsigned take(std::size_t warp, unsigned lane);  // by their places
 
   Random* random_ = nullptr;
   Manner manner_ = Manner::ascending;
   std::size_t num_ready_ = 0;
-  std::vector<std::uint32_t> ready_;  // a bit a lane, a word a warp
-  std::vector<unsigned> warps_;       // the first goes first
-  std::vector<unsigned> lanes_;
+  std::vector<std::uint32_t> ready_;  // a bit a lane, a word a warp, by their places
+  Order warps_, lanes_;
 };
 
 }  // namespace cuda_emulator
