@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -55,10 +56,27 @@ class Kernel(NamedTuple):
     stack_bytes: int
 
 
-def mark() -> str:
-    """The first line of a record: what it is of, the kernels' sources and the compiler."""
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
-    digest = hashlib.sha256(version.stdout.encode())
+def configure(folder: Path) -> None:
+    """Let CMake write what is to be compiled, and how. Ends the run on an error."""
+    run(
+        *(
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(folder),
+            "-DOCTAVO_CUDA=ON",
+            "--fresh",
+            "-G",
+            "Ninja",
+        ),
+        *("-DOCTAVO_BUILD_PYTHON=OFF", f"-DCMAKE_CUDA_FLAGS={FLAGS}"),
+    )
+
+
+def mark(folder: Path) -> str:
+    """The first line of a record: what it is of, the kernels' sources, compiler and commands."""
+    digest = hashlib.sha256(run("nvcc", "--version").encode())
     left, sources = sorted(ROOT.glob("csrc/cuda/**/*.cu")), set()
     while left:  # and what they include
         sources.add(path := left.pop())
@@ -67,23 +85,24 @@ def mark() -> str:
         left += [each for each in found - sources if each.exists()]
     for path in sorted(sources):
         digest.update(path.name.encode() + path.read_bytes())
-    for path in (ROOT / "CMakeLists.txt", Path(__file__)):  # less the lists of other files
-        digest.update(re.sub(r"^ +csrc/.+\.cpp\)?\n", "", path.read_text(), flags=re.M).encode())
+    commands = json.loads((folder / "compile_commands.json").read_text())
+    for command in sorted(each["command"] for each in commands if each["file"].endswith(".cu")):
+        arguments = command.partition(" ")[2]  # less the place of nvcc
+        digest.update(arguments.replace(str(ROOT), "").encode())
     return f"# sources and nvcc: {digest.hexdigest()[:32]}"
 
 
 def build(folder: Path) -> str:
     """Compile every kernel anew; what the compilers printed. Ends the run on an error."""
-    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DOCTAVO_CUDA=ON", "--fresh"]
-    configure += ["-DOCTAVO_BUILD_PYTHON=OFF", f"-DCMAKE_CUDA_FLAGS={FLAGS}", "-G", "Ninja"]
-    compile_all = ["cmake", "--build", str(folder), "--clean-first", "--target", "octavo_cuda"]
-    printed = ""
-    for command in (configure, compile_all):
-        done = subprocess.run(command, capture_output=True, text=True)
-        printed = done.stdout + done.stderr
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{printed}")
-    return printed
+    return run("cmake", "--build", str(folder), "--clean-first", "--target", "octavo_cuda")
+
+
+def run(*command: str) -> str:
+    """What the command printed; where it fails, that ends the run."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
 
 
 def parse(printed: str) -> list[Kernel]:
@@ -182,10 +201,11 @@ def main() -> int:
     group.add_argument("--record", action="store_true", help=f"keep the table: {RECORD.name}")
     group.add_argument("--unless-recorded", action="store_true", help="what is recorded, is good")
     given = parser.parse_args()
-    if given.unless_recorded and RECORD.read_text().startswith(mark()):
+    folder = ROOT / "build" / "cuda-resources"
+    configure(folder)
+    if given.unless_recorded and RECORD.read_text().startswith(mark(folder)):
         print(f"nothing to compile: {RECORD.relative_to(ROOT)} is of these sources and this nvcc")
         return 0
-    folder = ROOT / "build" / "cuda-resources"
     found = parse(build(folder))
     if not found:
         raise SystemExit("no kernel was reported; expected nvcc to print what ptxas says")
@@ -216,7 +236,7 @@ def main() -> int:
     if wrong or late_kernels:
         return 1
     if given.record:
-        RECORD.write_text("\n".join([mark(), *lines]) + "\n")
+        RECORD.write_text("\n".join([mark(folder), *lines]) + "\n")
     return 0
 
 
