@@ -116,6 +116,9 @@ struct KvLayout {
   }
 };
 
+// Of bin_weights. The last bin begins where nothing has a weight any more: beyond 28.
+constexpr int kWeightBins = 2048;
+constexpr float kWeightBinsOfOne = 64.0f;
 constexpr int kMaxAttendRows = 256;
 
 // Attention of some query rows, all of one KV head, over tokens [begin, end) of their sequence.
@@ -177,6 +180,11 @@ struct Kernels {
   // Merges `part`, a later range of tokens, into `total`.
   void (*merge)(const KvLayout& layout, AttendState& total, const AttendState& part);
   // Sampling: see reference/sampling.py for the definition of each.
+  // Bin b: numbers by b / kWeightBinsOfOne or more below max; the last: all that are further below.
+  // sums[b] += the weights of its numbers. And which numbers are in a bin; returns how many.
+  void (*bin_weights)(std::uint64_t* sums, const float* x, float max, std::int64_t count);
+  std::int64_t (*take_bin)(std::int32_t* out, const float* x, float max, int bin,
+                           std::int64_t count);
   void (*exp_weights)(std::uint64_t* out, const float* x, float max, std::int64_t count);
   std::uint64_t (*exp_sum)(const float* x, float max, std::int64_t count);
   void (*gumbel)(float* out, std::uint64_t seed, std::uint32_t sample_index, std::uint32_t position,

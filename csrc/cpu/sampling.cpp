@@ -66,7 +66,7 @@ std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int3
                         const Kernels& kernels) {
   if (options.target >= 0) return options.target;
   if (options.is_greedy() && !mask) return first_largest(logits, vocab, kernels);
-  const SamplingRow row = decide_xtc(options, kernels);
+  SamplingRow row = decide_xtc(options, kernels);
   std::vector<float>& scores = scratch.scores;
   scores.assign(logits, logits + vocab);
   if (mask) apply_mask(scores, mask);
@@ -90,7 +90,15 @@ std::int64_t draw_token(const float* logits, std::int64_t vocab, const std::int3
     const float least = reached_by(scores.data(), vocab, row.top_k, scratch.gathered, kernels);
     lowest = std::max(lowest, least);
   }
-  if (row.top_p < 1.0f && row.typical_p >= 1.0f) lowest = std::max(lowest, max - kWeightless);
+  if (row.top_p < 1.0f && row.typical_p >= 1.0f) {
+    if (row.top_k == 0 && lowest == kNever && max > kNever) {
+      keep_top_p_of_row(scratch, max, row.top_p, kernels);
+      row.top_p = 1.0f;
+      if (row.keeps_all()) return draw();
+    } else {
+      lowest = std::max(lowest, max - kWeightless);
+    }
+  }
   std::vector<std::int32_t>& tokens = scratch.tokens;
   take_from(tokens, scores.data(), vocab, lowest);
   if (tokens.empty()) return 0;  // every logit is a NaN, or none is allowed

@@ -4,12 +4,14 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 namespace octavo::cpu {
 
 namespace {
 
+constexpr float kNever = -std::numeric_limits<float>::infinity();
 using Tokens = std::vector<std::int32_t>;
 using Weights = std::vector<std::uint64_t>;
 
@@ -18,18 +20,6 @@ void gather(SamplingScratch& s) {
   s.gathered.resize(s.tokens.size());
   const float* scores = s.scores.data();
   for (std::size_t i = 0; i < s.gathered.size(); ++i) s.gathered[i] = scores[s.tokens[i]];
-}
-
-// `few`: those of the tokens whose score is `lowest` or more.
-void take_near(SamplingScratch& s, float lowest) {
-  s.few.resize(s.tokens.size());
-  const float* scores = s.scores.data();
-  std::size_t count = 0;
-  for (const std::int32_t token : s.tokens) {
-    s.few[count] = token;
-    count += scores[token] >= lowest;
-  }
-  s.few.resize(count);
 }
 
 // The probabilities of the tokens, relative to that of one with score `max`, in fixed point.
@@ -42,9 +32,7 @@ const Weights& weigh(SamplingScratch& s, float max, const Kernels& kernels) {
 }
 
 std::uint64_t sum_of(const Weights& weights) {
-  std::uint64_t sum = 0;
-  for (const std::uint64_t weight : weights) sum += weight;
-  return sum;
+  return std::accumulate(weights.begin(), weights.end(), std::uint64_t{0});
 }
 
 std::uint64_t part_of(float fraction, std::uint64_t total) {
@@ -52,36 +40,53 @@ std::uint64_t part_of(float fraction, std::uint64_t total) {
       std::ceil(static_cast<double>(fraction) * static_cast<double>(total)));
 }
 
+template <class Before>
+void sort_edge(SamplingScratch& s, Before before) {
+  std::sort(s.edge.begin(), s.edge.end(),
+            [&](const auto& a, const auto& b) { return before(a.first, b.first); });
+}
+
+// Weights by bins of a distance, which order tokens: whole bins are kept, or not, by their weight
+// alone, and only the tokens of one of them are sorted.
+struct Bins {
+  std::array<std::uint64_t, kWeightBins> sums{};
+
+  static int of(float distance) {
+    // Also of a NaN, by the order of the two.
+    return static_cast<int>(std::min(kWeightBins - 1.0f, distance * kWeightBinsOfOne));
+  }
+  // The bin in which the sum of all so far reaches `needed`; `reached`: the sum before it.
+  int last(std::uint64_t needed, std::uint64_t& reached) const {
+    int bin = 0;
+    for (reached = 0; bin + 1 < kWeightBins; ++bin) {
+      const std::uint64_t with = reached + sums[static_cast<std::size_t>(bin)];
+      if (with >= needed) break;
+      reached = with;
+    }
+    return bin;
+  }
+};
+
 // Keeps the shortest prefix, in the order that `before` gives, whose weight reaches `needed`.
-//
-// `distance` puts tokens into bins whose order is the same; it is 0 or more. Whole bins are kept,
-// or not, by their weight alone, and only the tokens of one of them are sorted.
+// distance: of a token, 0 or more, in the same order.
 template <class Distance, class Before>
 void keep_prefix(SamplingScratch& s, std::uint64_t needed, Distance distance, Before before) {
-  constexpr int kBins = 2048;
-  constexpr float kBinsOfOne = 64.0f;
-  const auto bin_of = [&](std::int32_t token) {
-    return static_cast<int>(std::min(distance(token) * kBinsOfOne, kBins - 1.0f));
-  };
-  std::array<std::uint64_t, kBins> sums{};
+  Bins bins;
   Tokens& tokens = s.tokens;
   for (std::size_t i = 0; i < tokens.size(); ++i)
-    sums[static_cast<std::size_t>(bin_of(tokens[i]))] += s.weights[i];
+    bins.sums[static_cast<std::size_t>(Bins::of(distance(tokens[i])))] += s.weights[i];
   std::uint64_t reached = 0;
-  int last = 0;
-  while (last < kBins && reached + sums[static_cast<std::size_t>(last)] < needed)
-    reached += sums[static_cast<std::size_t>(last++)];
+  const int last = bins.last(needed, reached);
 
   s.edge.clear();
   std::size_t kept = 0;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
-    const int bin = bin_of(tokens[i]);
+    const int bin = Bins::of(distance(tokens[i]));
     if (bin == last) s.edge.emplace_back(tokens[i], s.weights[i]);
     tokens[kept] = tokens[i];
     kept += bin < last;
   }
-  std::sort(s.edge.begin(), s.edge.end(),
-            [&](const auto& a, const auto& b) { return before(a.first, b.first); });
+  sort_edge(s, before);
   for (std::size_t i = 0; i < s.edge.size() && reached < needed; ++i) {
     tokens[kept++] = s.edge[i].first;
     reached += s.edge[i].second;
@@ -117,19 +122,8 @@ void keep_typical(SamplingScratch& s, float max, float mass, const Kernels& kern
 }
 
 void keep_top_p(SamplingScratch& s, float max, float top_p, const Kernels& kernels) {
+  const std::uint64_t needed = part_of(top_p, sum_of(weigh(s, max, kernels)));
   const float* scores = s.scores.data();
-  gather(s);
-  const auto count = static_cast<std::int64_t>(s.gathered.size());
-  const std::uint64_t needed = part_of(top_p, kernels.exp_sum(s.gathered.data(), max, count));
-  // Most often tokens near the largest have it all; then the others are not looked at again.
-  for (const float reach : {3.0f, 7.0f}) {
-    take_near(s, max - reach);
-    std::swap(s.tokens, s.few);
-    const bool is_enough = sum_of(weigh(s, max, kernels)) >= needed;
-    if (is_enough) break;
-    std::swap(s.tokens, s.few);
-  }
-  if (s.weights.size() != s.tokens.size()) weigh(s, max, kernels);
   keep_prefix(s, needed, [&](std::int32_t token) { return max - scores[token]; }, Better{scores});
 }
 
@@ -166,7 +160,6 @@ SamplingRow decide_xtc(SamplingRow row, const Kernels& kernels) {
 }
 
 float lowest_by_sigma(const float* logits, float max, std::int64_t vocab, float num_sigmas) {
-  constexpr float kNever = -std::numeric_limits<float>::infinity();
   std::uint64_t count = 0, sum = 0, squares = 0;
   for (std::int64_t i = 0; i < vocab; ++i) {
     const float distance = std::min(max - logits[i], 128.0f);
@@ -181,6 +174,35 @@ float lowest_by_sigma(const float* logits, float max, std::int64_t vocab, float 
   const double variance = static_cast<double>(squares) / static_cast<double>(count) - mean * mean;
   const double sigma = std::sqrt(std::max(variance, 0.0)) * 0x1p-15;
   return max - static_cast<float>(static_cast<double>(num_sigmas) * sigma);
+}
+
+void keep_top_p_of_row(SamplingScratch& scratch, float max, float top_p, const Kernels& kernels) {
+  std::vector<float>& scores = scratch.scores;
+  const auto vocab = static_cast<std::int64_t>(scores.size());
+  Bins bins;
+  kernels.bin_weights(bins.sums.data(), scores.data(), max, vocab);
+  const std::uint64_t needed =
+      part_of(top_p, std::accumulate(bins.sums.begin(), bins.sums.end(), std::uint64_t{0}));
+  std::uint64_t reached = 0;
+  const int last = bins.last(needed, reached);
+
+  Tokens& tokens = scratch.tokens;
+  tokens.resize(scores.size());
+  tokens.resize(
+      static_cast<std::size_t>(kernels.take_bin(tokens.data(), scores.data(), max, last, vocab)));
+  weigh(scratch, max, kernels);
+  std::vector<std::pair<std::int32_t, std::uint64_t>>& edge = scratch.edge;
+  edge.clear();
+  for (std::size_t i = 0; i < tokens.size(); ++i) edge.emplace_back(tokens[i], scratch.weights[i]);
+  sort_edge(scratch, Better{scores.data()});
+  float lowest = kNever;
+  std::size_t kept = 0;
+  for (; kept < edge.size() && reached < needed; ++kept) {
+    lowest = scores[static_cast<std::size_t>(edge[kept].first)];
+    reached += edge[kept].second;
+  }
+  for (float& score : scores) score = score >= lowest ? score : kNever;
+  for (; kept < edge.size(); ++kept) scores[static_cast<std::size_t>(edge[kept].first)] = kNever;
 }
 
 void keep_by_rank(SamplingScratch& scratch, float max, const SamplingRow& row,

@@ -21,7 +21,7 @@ struct Better {
 // What a thread needs to sample a row, kept for the next one: memory that is new is slow.
 struct SamplingScratch {
   std::vector<float> scores, gathered;
-  std::vector<std::int32_t> tokens, few;
+  std::vector<std::int32_t> tokens;
   std::vector<std::uint64_t> weights;
   std::vector<std::pair<std::int32_t, std::uint64_t>> edge;  // tokens and weights
 };
@@ -32,6 +32,10 @@ SamplingRow decide_xtc(SamplingRow row, const Kernels& kernels);
 // The smallest logit within num_sigmas standard deviations of the largest one, `max`. Logits of
 // -inf do not count.
 float lowest_by_sigma(const float* logits, float max, std::int64_t vocab, float num_sigmas);
+
+// Top-p where no other filter comes before it: scores of tokens that are filtered out become -inf.
+// A list of most tokens of a row would cost more than the filter itself. max: the largest score.
+void keep_top_p_of_row(SamplingScratch& scratch, float max, float top_p, const Kernels& kernels);
 
 // Removes those of scratch.tokens that are filtered out after the two lower bounds, min_p and
 // top_n_sigma. max: the largest of scratch.scores. What is left is in any order.

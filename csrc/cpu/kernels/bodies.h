@@ -18,9 +18,9 @@
 #include "cpu/kernels/linear.h"
 
 inline const Kernels& table(const char* isa) {
-  static const Kernels kernels = {isa,      input_stride,  prepare_input, linear,    norm,
-                                  add_to,   scale_numbers, add_scaled_to, activate,  attend,
-                                  merge,    exp_weights,   exp_sum,       gumbel,    noisy_best,
-                                  xtc_word, log_one,       max_value,     all_finite};
+  static const Kernels kernels = {
+      isa,           input_stride, prepare_input, linear,   norm,        add_to,    scale_numbers,
+      add_scaled_to, activate,     attend,        merge,    bin_weights, take_bin,  exp_weights,
+      exp_sum,       gumbel,       noisy_best,    xtc_word, log_one,     max_value, all_finite};
   return kernels;
 }

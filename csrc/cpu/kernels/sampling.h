@@ -20,6 +20,41 @@ void exp_weights(std::uint64_t* out, const float* x, float max_value, std::int64
   });
 }
 
+// The bins, as floats, of numbers that are `below` the largest one.
+inline Vec bins_of(Vec below) {
+  const Vec bin = mul(below, splat(-kWeightBinsOfOne)), last = splat(kWeightBins - 1.0f);
+  return select_less(bin, last, bin, last);  // also of a NaN
+}
+
+void bin_weights(std::uint64_t* sums, const float* x, float max_value, std::int64_t count) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
+    const Vec below = sub(load_at(x + i, kLowest), splat(max_value));
+    float weights[16], bins[16];
+    store(weights, exp_negative(below));
+    store(bins, bins_of(below));
+    for (int j = 0; j < 16; ++j) sums[static_cast<int>(bins[j])] += fixed_point(weights[j]);
+  });
+}
+
+std::int64_t take_bin(std::int32_t* out, const float* x, float max_value, int bin,
+                      std::int64_t count) {
+  const auto first = static_cast<float>(bin);
+  const Vec begin = splat(first), end = splat(first + 1.0f), no = splat(-1.0f);
+  std::int64_t taken = 0;
+  for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
+    const Vec place = bins_of(sub(load_at(x + i, max_value), splat(max_value)));
+    const Vec inside = select_less(place, begin, no, select_less(place, end, place, no));
+    if (max_lanes(inside) < 0.0f) return;  // nearly always
+    float lane[16];
+    store(lane, inside);
+    for (std::int64_t j = 0; j < 16 && i + j < count; ++j) {
+      if (lane[j] >= 0.0f) out[taken++] = static_cast<std::int32_t>(i + j);
+    }
+  });
+  return taken;
+}
+
 std::uint64_t exp_sum(const float* x, float max_value, std::int64_t count) {
   std::uint64_t lanes[16] = {};
   for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
