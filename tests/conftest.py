@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Before NumPy is imported. Several tests run at a time, and octavo has threads of its own: BLAS's
@@ -26,3 +28,26 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("explore" if os.environ.get("OCTAVO_TEST_EXPLORE") else "default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--every N`, for builds in which tests take long."""
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N", help="run one in N variants of each test"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the first variant of each test, and one in N of the others.
+
+    Multiples of the golden ratio choose them: these spread evenly, and meet all values of each
+    parameter, where every third variant may always be the same one of three types.
+    """
+    every = config.getoption("--every")
+    kept, left, seen = [], [], Counter[str]()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        (kept if seen[name] * 0.6180339887 % 1 < 1 / every else left).append(item)
+        seen[name] += 1
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
