@@ -43,9 +43,10 @@ _KERNEL_SECONDS = 2.5e-6
 _RESERVED = 450 * _MIB
 _PREFILL = 0.5
 # Parts of the measured limits that octavo's decoding and prompts reach (docs/cpu.md): with AVX-512
-# of the format's own arithmetic, with AMX, and with other instruction sets, where all formats take
-# about as long, of float32's.
-_CPU_DECODE, _CPU_PREFILL, _CPU_PREFILL_AMX, _CPU_PREFILL_PLAIN = 0.9, 0.75, 0.3, 0.5
+# of the format's own arithmetic, with AMX, and with other instruction sets of float32's: in floating
+# point, and with weights in codes.
+_CPU_DECODE, _CPU_PREFILL, _CPU_PREFILL_AMX = 0.9, 0.75, 0.3
+_CPU_PREFILL_PLAIN, _CPU_PREFILL_PLAIN_CODES = 0.5, 0.7
 
 
 def _gpu(
@@ -118,7 +119,8 @@ def this_processor(options: RuntimeOptions, reserved: int) -> Device:
     if isa == "amx":
         prefill = _CPU_PREFILL_AMX
     elif not isa.startswith("avx512"):
-        prefill, flops, arithmetic = _CPU_PREFILL_PLAIN, peak.float32_flops, WORDS["f32"]
+        prefill = _CPU_PREFILL_PLAIN_CODES if options.formats else _CPU_PREFILL_PLAIN
+        flops, arithmetic = peak.float32_flops, WORDS["f32"]
     return Device(
         "cpu",
         processor(),
