@@ -43,6 +43,11 @@ def total_memory(proc: Path = PROC) -> int:
         raise OctavoError(f"this system does not say how much memory it has: {error}") from error
 
 
+def usable_cores(most: int = 8) -> int:
+    """How many threads convert weights at a time; more than `most` would wait for memory."""
+    return min(_native.physical_cores(), most)
+
+
 def format_bytes(count: float) -> str:
     """1536 -> "1.5 KiB"."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")

@@ -5,6 +5,7 @@ The package `gguf` is the oracle: its decoders share nothing with the code under
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -209,8 +210,11 @@ def test_pieces_make_no_difference(kind: str, monkeypatch: pytest.MonkeyPatch) -
     source = BLOCK_FORMATS[kind]
     whole = convert_blocks(raw, source)
     monkeypatch.setattr(gguf_blocks, "_CHUNK", 1000)
-    for ours, theirs in zip(convert_blocks(raw, source), whole, strict=True):
-        assert ours is theirs or np.array_equal(ours, theirs)
+    monkeypatch.setattr(gguf_blocks, "_SHARE", 1500)
+    with ThreadPoolExecutor(3) as pool:
+        for some in (None, pool):
+            for ours, theirs in zip(convert_blocks(raw, source, some), whole, strict=True):
+                assert ours is theirs or np.array_equal(ours, theirs)
 
 
 NATIVE = [kind for kind, each in BLOCK_FORMATS.items() if each.native]
@@ -372,7 +376,7 @@ def test_no_floats_are_made(
     kind: str, code_bytes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor, where a weight is read in runs, all of its codes; its scales are kept for afterwards."""
-    monkeypatch.setattr(gguf_blocks, "_usable_cores", lambda: 1)  # each has scratch memory
+    monkeypatch.setattr(gguf_codes, "usable_cores", lambda: 1)  # each has scratch memory
     monkeypatch.setattr(gguf_codes, "_RUN", 1 << 20)  # two runs are held at a time
     path = tmp_path / "tiny.gguf"
     write_gguf(path, gguf_config(vocab_size=30_000, num_hidden_layers=1), kind=kind)

@@ -43,8 +43,8 @@ _KERNEL_SECONDS = 2.5e-6
 _RESERVED = 450 * _MIB
 _PREFILL = 0.5
 # Parts of the measured limits that octavo's decoding and prompts reach (docs/cpu.md): with AVX-512
-# of the format's own arithmetic, with AMX, and with other instruction sets of float32's: in floating
-# point, and with weights in codes.
+# of the format's own arithmetic, with AMX, and with other instruction sets of float32's: weights in
+# floating point, and in codes.
 _CPU_DECODE, _CPU_PREFILL, _CPU_PREFILL_AMX = 0.9, 0.75, 0.3
 _CPU_PREFILL_PLAIN, _CPU_PREFILL_PLAIN_CODES = 0.5, 0.7
 

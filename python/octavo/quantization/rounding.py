@@ -6,7 +6,6 @@ compare the two.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from octavo.machine import usable_cores
 from octavo.models.spec import UNIFORM_LEVELS, WeightFormat
 from octavo.quantization.grid import SMALLEST, Float32, Grid, to_scale
 from octavo.reference.quantization import dequantize, pack_int4, unpack_int4
 
 _BLOCK = 1 << 17  # elements of a block: half a MiB an array
-_MAX_THREADS = 8
 _LEAST_SHARE = 1e-8
 
 
@@ -87,7 +86,7 @@ def quantize_matrix(
         if zeros is not None and zero is not None:
             zeros[rows] = zero.reshape(count, groups)
 
-    threads = _usable_cores() if num_threads is None else num_threads
+    threads = usable_cores() if num_threads is None else num_threads
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
         for _ in pool.map(work, _row_blocks(outputs, inputs)):
             pass
@@ -103,11 +102,6 @@ def _shares(importance: Float32, group_size: int) -> Float32:
     # No input has weight 0: its weights would then be rounded at random.
     relative = np.maximum(importance / np.float32(largest), np.float32(_LEAST_SHARE))
     return np.ascontiguousarray(relative.reshape(-1, group_size).T)
-
-
-def _usable_cores() -> int:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(count or 1, _MAX_THREADS)
 
 
 def _row_blocks(outputs: int, inputs: int) -> Iterator[slice]:

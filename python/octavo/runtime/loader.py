@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
@@ -305,14 +306,19 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
 def _load_weights(
     runtime: _native.Runtime, checkpoint: Checkpoint, progress: LoadProgress | None
 ) -> None:
-    """Load the weights run by run; each array is freed before the next is read."""
+    """Load the weights run by run; the next one is read meanwhile, and no more."""
     loaded = 0
-    for name, first_row, tensor in checkpoint.checked_runs():
-        runtime.load(name, tensor.data, tensor.dtype, first_row)
-        loaded += tensor.data.nbytes
-        del tensor
-        if progress is not None:
-            progress(loaded, checkpoint.total_bytes)
+    runs = checkpoint.checked_runs()
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(next, runs, None)
+        while run := following.result():
+            following = reader.submit(next, runs, None)
+            name, first_row, tensor = run
+            runtime.load(name, tensor.data, tensor.dtype, first_row)
+            loaded += tensor.data.nbytes
+            del run, tensor
+            if progress is not None:
+                progress(loaded, checkpoint.total_bytes)
 
 
 def _scheme(config: EngineConfig) -> Scheme | None:

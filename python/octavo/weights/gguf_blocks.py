@@ -7,9 +7,8 @@ codes have 4 bits become int4 (`gguf_nibbles`), all others int8 in groups of 32 
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ Float32 = npt.NDArray[np.float32]
 
 GROUP = 32
 _CHUNK = 1 << 17  # bytes of blocks converted in one go: they and their results stay in cache
-_MAX_THREADS = 8
+_SHARE = 1 << 19  # bytes of blocks that a thread takes: a task for each chunk would cost more
 
 
 class Codes(NamedTuple):
@@ -62,8 +61,11 @@ class BlockFormat(ABC):
         """
 
 
-def convert_blocks(raw: Bytes, source: BlockFormat) -> Codes:
-    """Rows of a matrix as codes. raw: (rows, bytes of a row), whole blocks of `source`."""
+def convert_blocks(raw: Bytes, source: BlockFormat, pool: Executor | None = None) -> Codes:
+    """Rows of a matrix as codes, in shares on the threads of `pool`.
+
+    raw: (rows, bytes of a row), whole blocks of `source`.
+    """
     num_rows = len(raw)
     blocks = raw.reshape(-1, source.block_bytes)
     groups = source.inputs // GROUP
@@ -94,21 +96,12 @@ def convert_blocks(raw: Bytes, source: BlockFormat) -> Codes:
             if found.zeros is not None:
                 found.zeros[part] = values.zeros
 
-    threads = min(_usable_cores(), len(blocks) // step)
-    if threads < 2:
-        convert(0, len(blocks))
-    else:  # a share each: a task for each chunk would cost more than the chunk
-        ends = [len(blocks) * k // threads for k in range(threads + 1)]
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(convert, ends, ends[1:]):
-                pass
+    shares = max(1, raw.nbytes // _SHARE)
+    ends = [len(blocks) * k // shares for k in range(shares + 1)]
+    for _ in (pool.map if pool else map)(convert, ends, ends[1:]):
+        pass
     zeros = None if found.zeros is None else found.zeros.reshape(num_rows, -1)
     return Codes(found.codes.reshape(num_rows, -1), found.scales.reshape(num_rows, -1), zeros)
-
-
-def _usable_cores() -> int:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(count or 1, _MAX_THREADS)
 
 
 def copy_rows(to: npt.NDArray[Any], rows: npt.NDArray[Any]) -> None:

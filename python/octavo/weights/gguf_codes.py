@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from octavo.machine import usable_cores
 from octavo.models.family import WeightSource
 from octavo.models.spec import WeightFormat
 from octavo.weights.gguf import PLAIN_KINDS
@@ -23,7 +25,7 @@ from octavo.weights.tensor import ITEM_SIZE, Stored, Tensor, TensorDType, Tensor
 BLOCK_FORMATS: Mapping[str, BlockFormat] = MappingProxyType({**NIBBLE_FORMATS, **BYTE_FORMATS})
 """Of every type but plain numbers, by the type's name."""
 
-_RUN = 1 << 21  # weights that are converted at a time
+_RUN = 3 << 20  # weights that are converted at a time
 
 
 def stored_kinds(parts: GgufParts, weight_map: Mapping[str, WeightSource]) -> dict[str, Stored]:
@@ -68,6 +70,7 @@ class GgufCodes(TensorSource):
         self._parts = parts
         self._modules = modules
         self._scales: _Scales | None = None
+        self._pool = ThreadPoolExecutor(usable_cores())
         infos = dict(parts.infos)
         for module, format in modules.items():
             weight = module + ".weight"
@@ -111,7 +114,8 @@ class GgufCodes(TensorSource):
         """The codes of these rows; keeps their scales, since they follow."""
         weight = scales.module + ".weight"
         raw = self._parts.read_bytes(weight, first, last).reshape(last - first, -1)
-        codes, *rest = convert_blocks(raw, BLOCK_FORMATS[self._parts.tensors[weight].kind])
+        source = BLOCK_FORMATS[self._parts.tensors[weight].kind]
+        codes, *rest = convert_blocks(raw, source, self._pool)
         for whole, values in zip(scales.parts.values(), rest, strict=False):
             whole[first:last] = values
         scales.known[first:last] = True
