@@ -49,7 +49,7 @@ demo: $(DEMO_VENV)/.installed ## Build octavo from source, fetch a small model a
 # Exactly what a user does: `pip install .`, with the build requirements fetched by pip.
 $(DEMO_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(DEMO_VENV)
-	@echo "building and installing octavo (a minute or two, with nvcc some minutes more)"
+	@echo "building and installing octavo (some minutes; with nvcc, up to ten more on two cores)"
 	@$(DEMO_VENV)/$(PIP) install .
 	@touch $@
 
@@ -60,7 +60,7 @@ test: $(TEST_VENV)/.installed ## Run all tests that need no torch, against an in
 
 $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(TEST_VENV)
-	@echo "building and installing octavo with what its tests need (a minute or two)"
+	@echo "building and installing octavo with what its tests need (some minutes)"
 	@$(TEST_VENV)/$(PIP) install $(BUILD_TOOLS)
 	@$(TEST_VENV)/$(PIP) install --no-build-isolation ".[test]" $(TEST_BUILD)
 	@touch $@
