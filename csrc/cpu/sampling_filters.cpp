@@ -31,7 +31,8 @@ const Weights& weigh(SamplingScratch& s, float max, const Kernels& kernels) {
   return s.weights;
 }
 
-std::uint64_t sum_of(const Weights& weights) {
+template <class Values>
+std::uint64_t sum_of(const Values& weights) {
   return std::accumulate(weights.begin(), weights.end(), std::uint64_t{0});
 }
 
@@ -181,8 +182,7 @@ void keep_top_p_of_row(SamplingScratch& scratch, float max, float top_p, const K
   const auto vocab = static_cast<std::int64_t>(scores.size());
   Bins bins;
   kernels.bin_weights(bins.sums.data(), scores.data(), max, vocab);
-  const std::uint64_t needed =
-      part_of(top_p, std::accumulate(bins.sums.begin(), bins.sums.end(), std::uint64_t{0}));
+  const std::uint64_t needed = part_of(top_p, sum_of(bins.sums));
   std::uint64_t reached = 0;
   const int last = bins.last(needed, reached);
 
