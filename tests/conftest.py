@@ -40,8 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keeps the first variant of each test, and one in N of the others.
 
-    Multiples of the golden ratio choose them: these spread evenly, and meet all values of each
-    parameter, where every third variant may always be the same one of three types.
+    Multiples of the golden ratio choose them: these spread evenly, where every third variant may
+    always be the same one of three types.
     """
     every = config.getoption("--every")
     kept, left, seen = [], [], Counter[str]()

@@ -116,9 +116,10 @@ struct KvLayout {
   }
 };
 
-// Of bin_weights. The last bin begins where nothing has a weight any more: beyond 28.
+// Of bin_weights and take_bin. The last bin begins where nothing has a weight any more: beyond 28.
 constexpr int kWeightBins = 2048;
 constexpr float kWeightBinsOfOne = 64.0f;
+
 constexpr int kMaxAttendRows = 256;
 
 // Attention of some query rows, all of one KV head, over tokens [begin, end) of their sequence.
