@@ -24,7 +24,8 @@ def main() -> None:
     arguments = ["-k", "test_norms"] if EMULATE else ["-n", str(WORKERS)]
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "--timeout=60"]
     command += ["-p", "no:benchmark", f"--maxfail={MOST_FAILURES}", *arguments, *tests]
-    environment = {**os.environ, "OCTAVO_TEST_CUDA_DEVICE": DEVICE}
+    # pytest cuts its summary of failures off at the terminal's width.
+    environment = {**os.environ, "OCTAVO_TEST_CUDA_DEVICE": DEVICE, "COLUMNS": "400"}
     run = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, errors="replace"
     )
@@ -33,7 +34,8 @@ def main() -> None:
         lines.append(line)
         print(line, end="", flush=True)
     status = run.wait()
-    failed = [found[1] for line in lines if (found := re.match(r"(?:FAILED|ERROR) (\S+)", line))]
+    # With the message: "... - AssertionError: assert 5.4e-06 < 5e-06".
+    failed = [found[1] for line in lines if (found := re.match("(?:FAILED|ERROR) (.+)", line))]
     if status and not failed:
         failed = [f"pytest ended with {status}"]
     keep("tests", {"failed": failed, "summary": lines[-1].strip() if lines else ""})

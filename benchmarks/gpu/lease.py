@@ -108,6 +108,11 @@ STEPS: dict[str, Step] = {
         *(f"model.py headline --format {f} --label apart" for f in ("bf16", "int8")),
         environment="OCTAVO_CUDA_TILES_APART=1",
     ),
+    "carveouts-apart": Step(
+        75,
+        *(f"model.py headline --format {f} --label carveouts" for f in ("bf16", "int8")),
+        environment="OCTAVO_CUDA_CARVEOUTS_APART=1",
+    ),
     "plain-tiles": Step(60, "model.py batch --label tiles-64", environment="OCTAVO_TILES_ROWS=64"),
     "int8-tiles": Step(
         60,
@@ -124,8 +129,8 @@ STEPS: dict[str, Step] = {
 LISTS = {
     "lease": "machine build limits headline tests decode mixed batch prefill kernels profile "
     "memcheck",
-    "lease-2": "machine build limits as-built int4-ring int8-blocks tiles-apart plain-tiles "
-    "int8-tiles deterministic huggingface racecheck",
+    "lease-2": "machine build limits as-built int4-ring int8-blocks tiles-apart "
+    "carveouts-apart plain-tiles int8-tiles deterministic huggingface racecheck",
     "all": " ".join(STEPS),
 }
 

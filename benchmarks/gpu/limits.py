@@ -5,6 +5,9 @@
 Memory: bytes a second of octavo's own reading kernel, and of a copy by torch (read plus written).
 Arithmetic: bf16 products by mma.sync (octavo's kernels' instruction) and by cuBLAS through torch.
 All of it on random numbers: memory and multipliers are faster on constants.
+
+And how far below the greatest number tensor cores still add: 1 - 1 + 2^-n is 2^-n up to some n, 0
+behind it. The tests' tolerances count on 23 bits or more (docs/emulator.md).
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 from results import DEVICE, EMULATE, TORCH_DEVICE, keep
 
-from octavo import _native
+from octavo import _native, _native_ops
 
 
 def main() -> None:
@@ -31,7 +35,20 @@ def main() -> None:
         print("torch is not here: its copy and its products are left out")
     for name, value in values.items():
         print(f"{name} {value / 1e12:.3f} T/s")
-    keep("limits", values)
+    bits = tensor_core_bits()
+    print(f"tensor cores keep {bits} bits below the greatest number")
+    keep("limits", {**values, "tensor_core_bits": bits})
+
+
+def tensor_core_bits(most: int = 40) -> int:
+    """The greatest n for which 1 - 1 + 2^-n, in one product, is not 0; `most` if all are kept."""
+    x = np.zeros((1, 32), np.float32)
+    weight = np.zeros((most, 32), np.float32)
+    x[0, :3] = 1.0
+    for row, bits in enumerate(range(1, most + 1)):
+        weight[row, :3] = 1.0, -1.0, 2.0**-bits
+    sums = _native_ops.Ops(DEVICE, dtype="bf16").linear(x, weight, None, "bf16")[0]
+    return int(np.count_nonzero(sums))
 
 
 def of_torch() -> dict[str, float]:

@@ -21,6 +21,8 @@ class Ops : private OpsDevice {
       : OpsDevice(device, {num_threads, isa, parse_dtype(dtype, "dtype"), deterministic}, row_gap),
         isa_(isa) {}
 
+  std::string last_kernels() const { return backend_->counts().last_kernels; }
+
   nb::object embed(Array2<float> table, IntArray token_ids,
                    std::optional<Array2<float>> position_table, std::optional<IntArray> positions,
                    const std::string& dtype) {
@@ -325,6 +327,7 @@ void bind_ops(nb::module_& module) {
                                        std::int64_t>),
            nb::arg("device") = "cpu", nb::arg("num_threads") = 0, nb::arg("isa") = "auto",
            nb::arg("dtype") = "f32", nb::arg("deterministic") = false, nb::arg("row_gap") = 0)
+      .def("last_kernels", &Ops::last_kernels)
       .def("embed", &Ops::embed, nb::arg("table"), nb::arg("token_ids"),
            nb::arg("position_table") = none, nb::arg("positions") = none, nb::arg("dtype") = "f32")
       .def("norm", &Ops::norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),

@@ -195,6 +195,7 @@ struct WorkCounts {
   std::int64_t replayed = 0;   // recorded steps launched
   std::int64_t forgotten = 0;  // recorded steps dropped
   std::int64_t uploads = 0, downloads = 0;
+  std::string last_kernels;  // names of those launched last, on a GPU
 };
 
 // A layer of a step, and memory for the results of its ops: the views of Decoder.

@@ -153,6 +153,7 @@ void CudaBackend::forget_recorded() {
 WorkCounts CudaBackend::counts() const {
   WorkCounts counts = graphs_.counts();
   counts.kernels = stream_.num_launched();
+  counts.last_kernels = stream_.launched_last();
   counts.uploads = num_uploads_;
   counts.downloads = num_downloads_;
   return counts;

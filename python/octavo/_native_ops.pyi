@@ -79,6 +79,9 @@ class Ops:
         row_gap: numbers behind every row of every matrix, NaNs that no op may read or write.
         """
 
+    def last_kernels(self) -> str:
+        """Names of the kernels launched last, first to last, on a GPU: at most 8."""
+
     def embed(
         self,
         table: Float32,

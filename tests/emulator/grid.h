@@ -34,6 +34,9 @@ struct Options {
   // Runs every kernel twice from the same device memory, with other orders, poison and guards, and
   // reports it where the results differ: a race, or a read of what nobody wrote. Slow.
   bool twice = false;
+  // How mma.sync rounds. 0: the exact sum, once, to nearest. 80, 90: as the tensor cores of that
+  // compute capability do (tensor_cores.h). Slow.
+  unsigned tensor_cores = 0;
   std::size_t memory_bytes = std::size_t{2} << 30;  // of the device
   // Limits of one block, as on sm_80.
   unsigned max_threads = 1024;
@@ -42,7 +45,7 @@ struct Options {
 
 // The options of all launches that follow. At first they are what the environment says:
 // CUDA_EMULATOR_SEED, CUDA_EMULATOR_POISON (0 to 255), CUDA_EMULATOR_TWICE (0 or 1),
-// CUDA_EMULATOR_EARLY_STARTS.
+// CUDA_EMULATOR_EARLY_STARTS, CUDA_EMULATOR_TENSOR_CORES (0, 80 or 90).
 Options& options();
 
 struct Launch {

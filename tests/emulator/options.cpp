@@ -9,14 +9,20 @@ namespace cuda_emulator {
 
 namespace {
 
+template <class... Parts>
+std::string text_of(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
 std::uint64_t number_from(const char* variable, std::uint64_t otherwise, std::uint64_t most) {
   const char* given = std::getenv(variable);
   if (!given || !*given) return otherwise;
   char* end = nullptr;
   const std::uint64_t value = std::strtoull(given, &end, 0);
   if (*end || value > most)
-    throw KernelError(std::string(variable) + " is \"" + given +
-                      "\"; expected a number from 0 to " + std::to_string(most));
+    throw KernelError(text_of(variable, " is \"", given, "\"; expected a number from 0 to ", most));
   return value;
 }
 
@@ -28,14 +34,12 @@ Options from_environment() {
   options.twice = number_from("CUDA_EMULATOR_TWICE", options.twice, 1) != 0;
   options.early_starts =
       static_cast<unsigned>(number_from("CUDA_EMULATOR_EARLY_STARTS", options.early_starts, 100));
+  constexpr const char* kTensorCores = "CUDA_EMULATOR_TENSOR_CORES";
+  options.tensor_cores = static_cast<unsigned>(number_from(kTensorCores, 0, 90));
+  if (options.tensor_cores && options.tensor_cores != 80 && options.tensor_cores != 90)
+    throw KernelError(
+        text_of(kTensorCores, " is ", options.tensor_cores, "; expected 0, 80 or 90"));
   return options;
-}
-
-template <class... Parts>
-std::string text_of(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
 }
 
 }  // namespace

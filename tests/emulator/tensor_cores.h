@@ -2,6 +2,8 @@
 // Execution ISA", section 9.7.14.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -38,6 +40,36 @@ inline void load_matrices(std::uint32_t (&to)[4], const void* row, bool transpos
   });
 }
 
+// c + the sum of 16 products as the tensor cores of a compute capability, 80 or 90, round it.
+//
+// From Khattak and Mikaitis 2025, "Accurate models of NVIDIA tensor cores" (arXiv 2512.07004), who
+// compare such models with an A100 and an H100 bit by bit: c and a group of 8 (80) or 16 (90) exact
+// products are cut off, toward zero, 24 or 25 bits below the largest exponent among them (of a
+// product, the sum of its factors' exponents; at least -132 or -133), added, and the sum is cut off
+// to a float.
+inline float add_products(const double (&a)[16], const double (&b)[16], float c,
+                          unsigned tensor_cores) {
+  const unsigned group = tensor_cores == 80 ? 8 : 16;
+  const int bits = tensor_cores == 80 ? 24 : 25;
+  for (unsigned first = 0; first < 16; first += group) {
+    int most = tensor_cores == 80 ? -132 : -133;
+    if (c != 0.0f) most = std::max(most, std::ilogb(c));
+    double sum = c;
+    for (unsigned k = first; k < first + group; ++k) {
+      sum += a[k] * b[k];
+      if (a[k] != 0.0 && b[k] != 0.0) most = std::max(most, std::ilogb(a[k]) + std::ilogb(b[k]));
+    }
+    if (!std::isfinite(sum)) return static_cast<float>(sum);
+    const double finest = std::ldexp(1.0, most - bits);
+    sum = std::trunc(c / finest);
+    for (unsigned k = first; k < first + group; ++k) sum += std::trunc(a[k] * b[k] / finest);
+    sum *= finest;
+    c = static_cast<float>(sum);
+    if (std::abs(static_cast<double>(c)) > std::abs(sum)) c = std::nextafter(c, 0.0f);
+  }
+  return c;
+}
+
 // mma.m16n8k16: d (16 x 8, float32) += a (16 x 16) times b (16 x 8), both of T, which has 16 bits.
 // With g = lane / 4 and p = 2 (lane % 4), (m, k) of a, (k, n) of b and (m, n) of d:
 //   a[0] = (g, p..p+1), a[1] = (g + 8, p..), a[2] = (g, p + 8..), a[3] = (g + 8, p + 8..)
@@ -50,11 +82,11 @@ void multiply_accumulate(float (&d)[4], const std::uint32_t (&a)[4], const std::
     const std::uint32_t *a, *b;
   } mine{d, a, b};
   warp_collective(0xffffffffu, "mma.m16n8k16", &mine, [](void* const* lanes) {
-    float a[16][16], b[16][8];
+    double a[16][16], b[16][8];
     const auto number = [](std::uint32_t pair, unsigned i) {
       T numbers[2];
       std::memcpy(static_cast<void*>(numbers), &pair, sizeof(pair));
-      return static_cast<float>(numbers[i]);
+      return static_cast<double>(static_cast<float>(numbers[i]));
     };
     for (unsigned i = 0; i < 32; ++i) {
       const auto& lane = *static_cast<Lane*>(lanes[i]);
@@ -65,13 +97,24 @@ void multiply_accumulate(float (&d)[4], const std::uint32_t (&a)[4], const std::
         for (unsigned r = 0; r < 2; ++r) b[pair + 8 * r + e][group] = number(lane.b[r], e);
       }
     }
+    double sums[16][8] = {};
+    for (unsigned m = 0; m < 16; ++m) {
+      for (unsigned k = 0; k < 16; ++k) {
+        for (unsigned n = 0; n < 8; ++n) sums[m][n] += a[m][k] * b[k][n];
+      }
+    }
+    const unsigned rounding = options().tensor_cores;
     for (unsigned i = 0; i < 32; ++i) {
       const auto& lane = *static_cast<Lane*>(lanes[i]);
       for (unsigned r = 0; r < 4; ++r) {
         const unsigned m = i / 4 + 8 * (r / 2), n = 2 * (i % 4) + r % 2;
-        double sum = 0.0;  // a tensor core rounds once, at the end
-        for (unsigned k = 0; k < 16; ++k) sum += static_cast<double>(a[m][k]) * b[k][n];
-        lane.d[r] = static_cast<float>(sum + lane.d[r]);
+        if (rounding == 0) {
+          lane.d[r] = static_cast<float>(sums[m][n] + lane.d[r]);
+        } else {
+          double column[16];
+          for (unsigned k = 0; k < 16; ++k) column[k] = b[k][n];
+          lane.d[r] = add_products(a[m], column, lane.d[r], rounding);
+        }
       }
     }
   });

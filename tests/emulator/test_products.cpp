@@ -57,7 +57,9 @@ bool is_right(const std::vector<float>& actual, const std::vector<double>& expec
 template <class T>
 void product_is_right() {
   for (std::uint64_t seed = 0; seed < 10; ++seed) {
-    const With options(with_seed(seed, 0xff, seed % 2));
+    auto of_seed = with_seed(seed, 0xff, seed % 2);
+    of_seed.tensor_cores = seed % 3 == 0 ? 0 : seed % 3 == 1 ? 80 : 90;
+    const With options(of_seed);
     std::vector<float> actual;
     const std::string message = product_outcome<T, ProductFault::none>(&actual);
     if (!message.empty()) fail(message);
@@ -164,12 +166,38 @@ void loaded_matrices() {
   }
 }
 
+// What tensor cores make of 1, -1 (product `far` of 16) and 2^-small.
+float left_of(unsigned tensor_cores, std::size_t far, int small) {
+  const double half = std::ldexp(1.0, -(small / 2));
+  double a[16] = {1.0, std::ldexp(1.0, -small) / half}, b[16] = {1.0, half};
+  a[far] = -1.0;
+  b[far] = 1.0;
+  return cuda_emulator::add_products(a, b, 0.0f, tensor_cores);
+}
+
+void tensor_cores_cut_off() {
+  for (const unsigned of : {80u, 90u}) {
+    const int last = of == 80 ? 24 : 25;  // 2^-last is not cut off
+    const float kept = std::ldexp(1.0f, -last);
+    CHECK(left_of(of, 7, last) == kept);
+    CHECK(left_of(of, 7, last + 1) == 0.0f);
+    CHECK(left_of(of, 8, last) == (of == 80 ? 0.0f : kept));  // a group of 8, or all at once
+    // The sum is cut off, too: 1 + 0.75 * 2^-23 becomes 1, unless the -2^-25 is gone before.
+    const double ones[16] = {1.0, 1.0}, more[16] = {0x1p-23, -0x1p-25}, less[16] = {-0x1p-26};
+    CHECK(cuda_emulator::add_products(more, ones, 1.0f, of) == (of == 80 ? 1.0f + 0x1p-23f : 1.0f));
+    CHECK(cuda_emulator::add_products(less, ones, 1.0f, of) == 1.0f);
+    const double infinite[16] = {INFINITY};
+    CHECK(cuda_emulator::add_products(infinite, ones, 1.0f, of) == INFINITY);
+  }
+}
+
 }  // namespace
 
 std::vector<Test> product_tests() {
   return {
       {"a product of bf16", product_is_right<Bf16>},
       {"a product of f16", product_is_right<F16>},
+      {"tensor cores cut off what is small", tensor_cores_cut_off},
       {"loaded matrices", loaded_matrices},
       {"groups of copies", groups_of_copies},
       {"planted: wrong fragment", gives_another_product<ProductFault::wrong_fragment>},

@@ -63,11 +63,17 @@ void launch(Stream& stream, const char* name, const LaunchShape& shape,
 #else
   constexpr std::size_t kWithoutAsking = 48 * 1024;
   cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > kWithoutAsking) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_bytes));
-  }
+  const auto set = [&](cudaFuncAttribute attribute, std::size_t value) {
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute,
+                                   static_cast<int>(value));
+  };
+  if (shape.shared_bytes > kWithoutAsking)
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+  // Where two kernels divide the first-level cache differently, the second may have to wait until
+  // the first has left a processor (CUDA's page on cudaFuncSetCacheConfig), and nothing overlaps.
+  if (shape.overlaps && !stream.carveouts_apart())
+    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;

@@ -44,6 +44,7 @@ Stream::Stream(int device) : device_(device) {
       10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
   max_shared_bytes_ = static_cast<std::size_t>(ask(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   tiles_apart_ = std::getenv("OCTAVO_CUDA_TILES_APART") != nullptr;
+  carveouts_apart_ = std::getenv("OCTAVO_CUDA_CARVEOUTS_APART") != nullptr;
   check(cudaStreamCreateWithFlags(&handle_, cudaStreamNonBlocking), "creating a CUDA stream");
 }
 
@@ -54,14 +55,19 @@ void Stream::attach_thread() const { check(cudaSetDevice(device_), "choosing the
 void Stream::sync() {
   const cudaError_t error = cudaStreamSynchronize(handle_);
   if (error == cudaSuccess) return;
+  const std::string names = launched_last();
+  throw DeviceError(text("a kernel failed on ", name_, ": ", cudaGetErrorString(error),
+                         ". Launched last: ", names.empty() ? "none" : names,
+                         ". Run again with CUDA_LAUNCH_BLOCKING=1 to learn which one it was."));
+}
+
+std::string Stream::launched_last() const {
   std::string names;
   const std::uint64_t first =
       num_launched_ > launched_.size() ? num_launched_ - launched_.size() : 0;
   for (std::uint64_t i = first; i < num_launched_; ++i)
     names += text(names.empty() ? "" : ", ", launched_[i % launched_.size()]);
-  throw DeviceError(text("a kernel failed on ", name_, ": ", cudaGetErrorString(error),
-                         ". Launched last: ", names.empty() ? "none" : names,
-                         ". Run again with CUDA_LAUNCH_BLOCKING=1 to learn which one it was."));
+  return names;
 }
 
 void* allocate_on(const Stream& stream, std::size_t bytes) {

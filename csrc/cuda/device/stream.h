@@ -38,11 +38,15 @@ class Stream {
   std::size_t max_shared_bytes() const { return max_shared_bytes_; }  // of one block
   bool can_overlap() const { return compute_capability_ >= 90; }
 
-  // For measuring: OCTAVO_CUDA_TILES_APART, a block for every tile of a product of 1 to 8 rows.
+  // For measuring: OCTAVO_CUDA_TILES_APART, a block for every tile of a product of 1 to 8 rows;
+  // OCTAVO_CUDA_CARVEOUTS_APART, as much shared memory as the driver chooses for each kernel.
   bool tiles_apart() const { return tiles_apart_; }
+  bool carveouts_apart() const { return carveouts_apart_; }
 
   void note_launch(const char* kernel) { launched_[num_launched_++ % launched_.size()] = kernel; }
   std::int64_t num_launched() const { return static_cast<std::int64_t>(num_launched_); }
+  // Names of the latest eight, first to last.
+  std::string launched_last() const;
 
  private:
   int device_;
@@ -50,7 +54,7 @@ class Stream {
   std::string name_;
   int num_processors_ = 0, compute_capability_ = 0;
   std::size_t max_shared_bytes_ = 0;
-  bool tiles_apart_ = false;
+  bool tiles_apart_ = false, carveouts_apart_ = false;
   std::array<const char*, 8> launched_{};  // the latest ones, in turn
   std::uint64_t num_launched_ = 0;
 };
