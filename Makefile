@@ -2,7 +2,7 @@
 #
 # Every command makes the virtual environment it needs and reinstalls only when a file it depends
 # on has changed. PYTHON=... chooses the Python, CXX=... the compiler, JOBS=... how many tests run
-# at a time.
+# at a time, EVERY=1 all variants of every test in place of one in four.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -15,6 +15,7 @@ HF_VENV   ?= .venv-hf
 ASAN_VENV ?= .venv-asan
 CLIENTS_VENV ?= .venv-clients
 JOBS      ?= 2
+EVERY     ?= 4
 
 # What an installed octavo is made of.
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc tests/emulator -type f)
@@ -54,9 +55,9 @@ $(DEMO_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@touch $@
 
 .PHONY: test
-test: $(TEST_VENV)/.installed ## Run all tests that need no torch, against an installed octavo
+test: $(TEST_VENV)/.installed ## Run the tests that need no torch, against an installed octavo; EVERY=1: all variants
 	$(TEST_VENV)/bin/octavo pull smollm2-135m
-	$(TEST_VENV)/bin/python -m pytest --ignore=tests/hf --ignore=tests/clients --ignore=tests/slurm --ignore=tests/docs --timeout=300 -n $(JOBS) $(ARGS)
+	$(TEST_VENV)/bin/python -m pytest --ignore=tests/hf --ignore=tests/clients --ignore=tests/slurm --ignore=tests/docs --timeout=300 -n $(JOBS) --every $(EVERY) $(ARGS)
 
 $(TEST_VENV)/.installed: $(SOURCES) scripts/venv.sh
 	@scripts/venv.sh $(TEST_VENV)

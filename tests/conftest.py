@@ -31,10 +31,16 @@ settings.load_profile("explore" if os.environ.get("OCTAVO_TEST_EXPLORE") else "d
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--every N`, for builds in which tests take long."""
+    """`--every N`, to save time: `make test`, sanitizers."""
     parser.addoption(
         "--every", type=int, default=1, metavar="N", help="run one in N variants of each test"
     )
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Says what is left out; pytest counts it as deselected."""
+    every = config.getoption("--every")
+    return f"of each test with several variants, one in {every}" if every > 1 else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
