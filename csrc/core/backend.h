@@ -190,10 +190,9 @@ struct ExpertWork {
 
 // Counts of the work queued on a device so far, to be compared before and after a step.
 struct WorkCounts {
-  std::int64_t kernels = 0;    // launched, or recorded, one by one
-  std::int64_t recorded = 0;   // steps recorded
-  std::int64_t replayed = 0;   // recorded steps launched
-  std::int64_t forgotten = 0;  // recorded steps dropped
+  std::int64_t kernels = 0;                  // launched, or recorded, one by one
+  std::int64_t recorded = 0, forgotten = 0;  // steps recorded; of these, dropped
+  std::int64_t replayed = 0;                 // recorded steps launched
   std::int64_t uploads = 0, downloads = 0;
   std::string last_kernels;  // names of those launched last, on a GPU
 };

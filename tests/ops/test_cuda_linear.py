@@ -2,90 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cuda_helpers import DEVICE, needs_cuda
+from cuda_linear_helpers import (
+    BYTES_IN_GROUPS,
+    F16_SCALES_TOLERANCE,
+    FORMATS,
+    PLAIN_ROWS,
+    PLAIN_TOLERANCE,
+    QUANTIZED_ROWS,
+    ROUNDED_TOLERANCE,
+    dequantized,
+    error,
+    native,
+    quantized,
+    rounded,
+)
 from reference_helpers import Float32, uniform
 
 from octavo import _native_ops
 from octavo.models.spec import WeightFormat
 from octavo.reference import ops as reference
-from octavo.reference import quantization as q
 
 pytestmark = needs_cuda
-
-
-def native(dtype: str, **options: Any) -> _native_ops.Ops:
-    return _native_ops.Ops(DEVICE, dtype=dtype, **options)
-
-
-def rounded(x: Float32, dtype: str) -> Float32:
-    """x as numbers of `dtype`."""
-    if dtype == "f32":
-        return x
-    if dtype == "f16":
-        return x.astype(np.float16).astype(np.float32)
-    return reference.round_to_bf16(x)
-
-
-def error(actual: Any, expected: Any) -> float:
-    """The largest, of the root mean square."""
-    return float(np.abs(actual - expected).max() / np.sqrt(np.mean(np.square(expected))))
-
-
-UNEVEN = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-FORMATS = [
-    WeightFormat("int8"),
-    WeightFormat("int4", 32),
-    WeightFormat("int4", 32, has_zeros=True),
-    WeightFormat("int4", 64, has_zeros=True),
-    WeightFormat("int4", 64, levels=UNEVEN),
-    WeightFormat("int4", 96),
-    WeightFormat("int4", 128, scale_dtype="f32"),
-    WeightFormat("int4", 128, has_zeros=True),
-    WeightFormat("int8", 32, scale_dtype="f16"),
-    WeightFormat("int8", 96),
-    WeightFormat("int8", 128, scale_dtype="f16"),
-    WeightFormat("int4", 256, levels=UNEVEN, has_zeros=True),
-]
-BYTES_IN_GROUPS = WeightFormat("int8", 32, scale_dtype="f16")
-PLAIN_TOLERANCE = 5e-6  # float32 sums
-# Of more rows than go by tiles (TileRows in csrc/cuda/backend.h) the library multiplies, and by
-# weights that were rounded.
-PLAIN_ROWS, QUANTIZED_ROWS = 8, 128
-ROUNDED_TOLERANCE = {"f32": 5e-6, "f16": 2e-3, "bf16": 1.5e-2}
-F16_SCALES_TOLERANCE = 2e-3  # what float32 scales become beside 16-bit activations
-
-
-def quantized(
-    outputs: int, inputs: int, format: WeightFormat
-) -> tuple[np.ndarray, Float32, Float32 | None]:
-    """Codes as the native core takes them, scales, zeros."""
-    generator = np.random.default_rng(outputs * 31 + inputs)
-    shape = (outputs, format.num_groups(inputs))
-    scales = generator.uniform(0.01, 0.1, shape).astype(np.float32)
-    if format.scale_dtype != "f32":
-        scales = rounded(scales, format.scale_dtype)
-    zeros = generator.integers(-8, 9, shape).astype(np.float32) if format.has_zeros else None
-    if format.dtype == "int8":
-        return generator.integers(-128, 128, (outputs, inputs)).astype(np.int8), scales, zeros
-    return q.pack_int4(generator.integers(0, 16, (outputs, inputs))), scales, zeros
-
-
-def dequantized(
-    codes: np.ndarray, scales: Float32, zeros: Float32 | None, format: WeightFormat, inputs: int
-) -> Float32:
-    if format.dtype == "int4":
-        codes = q.unpack_int4(codes)[:, :inputs]
-    return q.dequantize(codes, scales, format, zeros)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
@@ -169,75 +113,6 @@ def test_tiles_of_many_rows_equal_the_reference(
         actual = ops.quantized_linear(x, codes, scales, format, zeros, bias)
         assert ops.last_kernels().endswith("multiply_tile")
         assert error(actual, expected) < tolerance(rows, format, dtype)
-
-
-AS_TENSOR_CORES_ROUND = """
-import hashlib
-from test_cuda_linear import *
-worst, digest = 0.0, hashlib.sha256()
-for format in FORMATS[:5] + FORMATS[-1:]:
-    codes, scales, zeros = quantized(70, 408, format)
-    x = uniform(70, 70, 408)
-    actual = native("f16").quantized_linear(x, codes, scales, format, zeros)
-    x = rounded(x, "f16").astype(np.float64)
-    expected = reference.linear(x, dequantized(codes, scales, zeros, format, 408))
-    worst = max(worst, error(actual, expected))
-    digest.update(actual.tobytes())
-print(worst, digest.hexdigest())
-"""
-
-
-@pytest.mark.skipif(DEVICE != "cuda_emulated", reason="a GPU has tensor cores of its own")
-def test_tolerances_hold_as_tensor_cores_round() -> None:
-    """Not only as the emulator rounds, exactly: as an A100 and an H100 do, which cut off."""
-    digests = set()
-    for capability in ("0", "80", "90"):
-        environment = {**os.environ, "CUDA_EMULATOR_TENSOR_CORES": capability}
-        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-        run = subprocess.run(
-            [sys.executable, "-c", AS_TENSOR_CORES_ROUND],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        worst, digest = run.stdout.split()
-        assert float(worst) < PLAIN_TOLERANCE
-        digests.add(digest)
-    assert len(digests) == 3
-
-
-INT4 = WeightFormat("int4", 32)
-LIBRARY = "multiply_any" if DEVICE == "cuda_emulated" else "cublasLtMatmul"  # stands for it there
-
-
-@pytest.mark.parametrize(
-    ("rows", "inputs", "format", "kernels", "deterministic_kernels"),
-    [
-        (8, 136, None, "multiply_few", "multiply_few"),
-        (9, 136, None, LIBRARY, "multiply_tile"),
-        (8, 136, INT4, "multiply_few", "multiply_few"),
-        (9, 136, INT4, "multiply_tile", "multiply_tile"),
-        (QUANTIZED_ROWS, 136, INT4, "multiply_tile", "multiply_tile"),
-        (QUANTIZED_ROWS + 1, 136, INT4, f"dequantize, {LIBRARY}", "multiply_tile"),
-        (1, 134, None, "multiply_any", "multiply_any"),  # no multiple of 8
-        (300, 134, INT4, "multiply_any", "multiply_any"),
-    ],
-)
-def test_which_kernel_multiplies(
-    rows: int, inputs: int, format: WeightFormat | None, kernels: str, deterministic_kernels: str
-) -> None:
-    """The table at the top of csrc/cuda/products/linear.cu."""
-    x, weight = uniform(rows, rows, inputs), uniform(rows, 40, inputs)
-    for deterministic, row_gap in [(False, 0), (True, 8), (False, 8)]:
-        ops = native("bf16", deterministic=deterministic, row_gap=row_gap)
-        if format is None:
-            ops.linear(x, weight, None, "bf16")
-        else:
-            codes, scales, zeros = quantized(40, inputs, format)
-            ops.quantized_linear(x, codes, scales, format, zeros)
-        expected = deterministic_kernels if deterministic else kernels
-        assert ops.last_kernels().endswith(f", {expected}")
 
 
 def _input_left_out(x: Float32, weight: Float32, bias: Float32) -> Any:

@@ -1,0 +1,85 @@
+"""CUDA: which kernel multiplies, and products as tensor cores round."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from cuda_helpers import DEVICE, needs_cuda
+from cuda_linear_helpers import PLAIN_TOLERANCE, QUANTIZED_ROWS, native, quantized
+from reference_helpers import uniform
+
+from octavo.models.spec import WeightFormat
+
+pytestmark = needs_cuda
+
+AS_TENSOR_CORES_ROUND = """
+import hashlib
+from cuda_linear_helpers import *
+from reference_helpers import uniform
+worst, digest = 0.0, hashlib.sha256()
+for format in FORMATS[:5] + FORMATS[-1:]:
+    codes, scales, zeros = quantized(70, 408, format)
+    x = uniform(70, 70, 408)
+    actual = native("f16").quantized_linear(x, codes, scales, format, zeros)
+    x = rounded(x, "f16").astype(np.float64)
+    expected = reference.linear(x, dequantized(codes, scales, zeros, format, 408))
+    worst = max(worst, error(actual, expected))
+    digest.update(actual.tobytes())
+print(worst, digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(DEVICE != "cuda_emulated", reason="a GPU has tensor cores of its own")
+def test_tolerances_hold_as_tensor_cores_round() -> None:
+    """Not only as the emulator rounds, exactly: as an A100 and an H100 do, which cut off."""
+    digests = set()
+    for capability in ("0", "80", "90"):
+        environment = {**os.environ, "CUDA_EMULATOR_TENSOR_CORES": capability}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        run = subprocess.run(
+            [sys.executable, "-c", AS_TENSOR_CORES_ROUND],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        worst, digest = run.stdout.split()
+        assert float(worst) < PLAIN_TOLERANCE
+        digests.add(digest)
+    assert len(digests) == 3
+
+
+INT4 = WeightFormat("int4", 32)
+LIBRARY = "multiply_any" if DEVICE == "cuda_emulated" else "cublasLtMatmul"  # stands for it there
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "format", "kernels", "deterministic_kernels"),
+    [
+        (8, 136, None, "multiply_few", "multiply_few"),
+        (9, 136, None, LIBRARY, "multiply_tile"),
+        (8, 136, INT4, "multiply_few", "multiply_few"),
+        (9, 136, INT4, "multiply_tile", "multiply_tile"),
+        (QUANTIZED_ROWS, 136, INT4, "multiply_tile", "multiply_tile"),
+        (QUANTIZED_ROWS + 1, 136, INT4, f"dequantize, {LIBRARY}", "multiply_tile"),
+        (1, 134, None, "multiply_any", "multiply_any"),  # no multiple of 8
+        (300, 134, INT4, "multiply_any", "multiply_any"),
+    ],
+)
+def test_which_kernel_multiplies(
+    rows: int, inputs: int, format: WeightFormat | None, kernels: str, deterministic_kernels: str
+) -> None:
+    """The table at the top of csrc/cuda/products/linear.cu."""
+    x, weight = uniform(rows, rows, inputs), uniform(rows, 40, inputs)
+    for deterministic, row_gap in [(False, 0), (True, 8), (False, 8)]:
+        ops = native("bf16", deterministic=deterministic, row_gap=row_gap)
+        if format is None:
+            ops.linear(x, weight, None, "bf16")
+        else:
+            codes, scales, zeros = quantized(40, inputs, format)
+            ops.quantized_linear(x, codes, scales, format, zeros)
+        expected = deterministic_kernels if deterministic else kernels
+        assert ops.last_kernels().endswith(f", {expected}")
