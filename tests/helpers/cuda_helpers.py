@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
+from reference_helpers import Float32
 
 from octavo import _native
+from octavo.reference import ops
 
 # A GPU machine sets this to "cuda" and runs the very same tests on the hardware.
 DEVICE = os.environ.get("OCTAVO_TEST_CUDA_DEVICE", "cuda_emulated")
@@ -23,3 +26,10 @@ needs_cuda = pytest.mark.skipif(
     if DEVICE == "cuda_emulated"
     else f"this machine has no device {DEVICE}",
 )
+
+
+def rounded(x: np.ndarray, dtype: str) -> Float32:
+    """x as activations, weights or a cache of this dtype keep it."""
+    if dtype == "f16":
+        return x.astype(np.float16).astype(np.float32)
+    return np.asarray(ops.to_cache(x, dtype), np.float32)

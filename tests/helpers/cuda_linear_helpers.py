@@ -5,26 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from cuda_helpers import DEVICE
+from cuda_helpers import DEVICE, rounded
 from reference_helpers import Float32
 
 from octavo import _native_ops
 from octavo.models.spec import WeightFormat
-from octavo.reference import ops as reference
 from octavo.reference import quantization as q
 
 
 def native(dtype: str, **options: Any) -> _native_ops.Ops:
     return _native_ops.Ops(DEVICE, dtype=dtype, **options)
-
-
-def rounded(x: Float32, dtype: str) -> Float32:
-    """x as numbers of `dtype`."""
-    if dtype == "f32":
-        return x
-    if dtype == "f16":
-        return x.astype(np.float16).astype(np.float32)
-    return reference.round_to_bf16(x)
 
 
 def error(actual: Any, expected: Any) -> float:

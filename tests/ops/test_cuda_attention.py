@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from cuda_helpers import DEVICE, needs_cuda
+from cuda_helpers import DEVICE, needs_cuda, rounded
 from ops_helpers import (
     TOLERANCES,
     Case,
@@ -55,12 +55,6 @@ STORED = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 0.0}  # of the number itself
 @cache
 def native(dtype: str) -> _native_ops.Ops:
     return _native_ops.Ops(DEVICE, dtype=dtype)
-
-
-def rounded(x: Float32, dtype: str) -> Float32:
-    if dtype == "f16":
-        return x.astype(np.float16).astype(np.float32)
-    return np.asarray(ops.to_cache(x, dtype), np.float32)
 
 
 def make_sequences(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_helpers import DEVICE, needs_cuda
+from cuda_helpers import DEVICE, needs_cuda, rounded
 from reference_helpers import max_error, same_bits, uniform
 
 from octavo import _native_ops
@@ -23,13 +23,6 @@ SHAPES = [(1, 1), (3, 7), (2, 64), (5, 101), (17, 576), (1, 2049), (2, 4100), (7
 
 def cuda(dtype: str, row_gap: int = 0) -> _native_ops.Ops:
     return _native_ops.Ops(DEVICE, dtype=dtype, row_gap=row_gap)
-
-
-def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """What an activation becomes on its way to the device."""
-    if dtype == "bf16":
-        return ops.round_to_bf16(x)
-    return x.astype(np.float16).astype(np.float32) if dtype == "f16" else x
 
 
 def check(actual: np.ndarray, expected: np.ndarray, dtype: str) -> None:

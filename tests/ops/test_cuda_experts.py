@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_helpers import DEVICE, needs_cuda
+from cuda_helpers import DEVICE, needs_cuda, rounded
 from ops_helpers import MOE_SHAPES, ROUTINGS, TOLERANCES, double, moe_inputs
 from reference_helpers import Float32, max_error, same_bits
 
@@ -24,10 +24,6 @@ SHAPES = [
     (70, 72, 64, 64, 4, 2),
     (150, 40, 72, 32, 3, 2),
 ]
-
-
-def rounded(x: Float32, dtype: str) -> Float32:
-    return ops.round_to_bf16(x) if dtype == "bf16" else x.astype(np.float16).astype(np.float32)
 
 
 def made_of_products(native: Any, inputs: tuple[Any, ...], weights: str) -> Float32:

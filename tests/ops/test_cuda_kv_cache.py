@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_helpers import DEVICE, needs_cuda
+from cuda_helpers import DEVICE, needs_cuda, rounded
 from ops_helpers import TOLERANCES, Case, rope_and_store_cases, rope_frequencies
-from reference_helpers import Float32, max_error, same_bits, uniform
+from reference_helpers import max_error, same_bits, uniform
 
 from octavo import _native_ops
 from octavo.reference import ops
 
 pytestmark = needs_cuda
 KV_DTYPES = ("f32", "bf16", "f16", "int8")
-
-
-def rounded(x: np.ndarray, dtype: str) -> Float32:
-    """As activations of this dtype, or as a cache of it keeps them."""
-    if dtype == "f16":
-        return x.astype(np.float16).astype(np.float32)
-    return np.asarray(ops.to_cache(x, dtype), np.float32)
 
 
 @pytest.mark.parametrize("case", list(rope_and_store_cases()), ids=str)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_helpers import DEVICE, needs_cuda
+from cuda_helpers import DEVICE, needs_cuda, rounded
 from cuda_linear_helpers import (
     BYTES_IN_GROUPS,
     F16_SCALES_TOLERANCE,
@@ -21,7 +21,6 @@ from cuda_linear_helpers import (
     error,
     native,
     quantized,
-    rounded,
 )
 from reference_helpers import Float32, uniform
 

@@ -17,7 +17,10 @@ pytestmark = needs_cuda
 
 AS_TENSOR_CORES_ROUND = """
 import hashlib
+import numpy as np
+from cuda_helpers import rounded
 from cuda_linear_helpers import *
+from octavo.reference import ops as reference
 from reference_helpers import uniform
 worst, digest = 0.0, hashlib.sha256()
 for format in FORMATS[:5] + FORMATS[-1:]:
