@@ -21,8 +21,8 @@ void run_shape(Stream& stream, View out, View x, const Matrix& weight, const Exp
                int tile_rows) {
   if (tile_rows == SmallTile::rows)
     run_expert_tiles<T, codes, SmallTile>(stream, out, x, weight, tiles);
-  else if (tile_rows == MediumTile<codes>::rows)
-    run_expert_tiles<T, codes, MediumTile<codes>>(stream, out, x, weight, tiles);
+  else if (tile_rows == MediumTile::rows)
+    run_expert_tiles<T, codes, MediumTile>(stream, out, x, weight, tiles);
   else
     run_expert_tiles<T, codes, WideTile>(stream, out, x, weight, tiles);
 }

@@ -7,7 +7,6 @@
 namespace octavo::cuda {
 
 std::size_t partial_bytes(std::int64_t rows, std::int64_t outputs, std::int64_t inputs) {
-  using Medium = MediumTile<Codes::bf16>;
   // Of as many whole tiles as the matrix has or as may be shared, whichever is less.
   const auto bytes = [&](std::int64_t row_size, std::int64_t output_size) {
     const std::int64_t all = ceil_div(rows, row_size) * ceil_div(outputs, output_size);
@@ -15,8 +14,8 @@ std::size_t partial_bytes(std::int64_t rows, std::int64_t outputs, std::int64_t 
     return std::min(all, most) * row_size * output_size * 4;
   };
   // Larger tiles are never shared (run_rows).
-  const std::int64_t most =
-      std::max(bytes(SmallTile::rows, SmallTile::outputs), bytes(Medium::rows, Medium::outputs));
+  const std::int64_t most = std::max(bytes(SmallTile::rows, SmallTile::outputs),
+                                     bytes(MediumTile::rows, MediumTile::outputs));
   return static_cast<std::size_t>(most * num_slices(static_cast<int>(inputs)));
 }
 

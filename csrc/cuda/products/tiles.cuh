@@ -1,7 +1,7 @@
 // out = x weight^T + bias by tiles: any number of rows.
 //
 // A block makes a tile of Shape::rows x Shape::outputs. Stages of weights and activations come into
-// shared memory by cp.async, up to three stages ahead of the products. Both lie there in pieces of
+// shared memory by cp.async, up to four stages ahead of the products. Both lie there in pieces of
 // 64 bytes a row and unit (weights, still as codes) or block (x), the rows of odd units in swapped
 // pairs: so the 16 bytes that a lane needs (fragments.cuh) are read without bank conflicts by plain
 // 16-byte loads, 8 lanes at a time from 128 neighbouring bytes, and neither ldmatrix nor a swizzle
@@ -17,19 +17,18 @@
 // a sum and slice.
 //
 //   rows outputs warps  for
-//    16     64     4    9 to 16 rows: decoding; 24 KB of bf16 weights in flight a block, 4 blocks a
-//                       processor
-//    32    128     4    17 to 32 rows of quantized weights: 24 KB in flight, 2 blocks
-//    64    128   4, 8   17 to 64 rows: 48 KB in flight (bf16), 24 KB (int8, int4), 1 to 2 blocks.
-//                       x from shared memory is 2 times (bf16) to 8 times (int4) what the weights
-//                       are: for 64 rows of int4 it is the products that bound, not the memory.
-//                       More rows of small matrices
+//    16     64     4    9 to 16 rows: decoding; 3 blocks a processor
+//    32    128     8    17 to 32 rows of quantized weights; a warp makes 32 x 16, so that codes
+//                       become numbers once
+//    64    128     8    17 to 64 rows, and more of small matrices; warps of 32 x 32: codes become
+//                       numbers twice, and x is read from shared memory half as often
 //    96    128     8    65 to 96 and 129 to 192 rows, warps of 48 x 32
-//   128    128     8    more rows: 96 to 132 KB of shared memory, warps of 64 x 32. A block moves
+//   128    128     8    more rows: 96 to 160 KB of shared memory, warps of 64 x 32. A block moves
 //                       512 (bf16), 384 (int8) or 320 bytes (int4) for 16384 products of each
 //                       input: the second cache, at 5.5 TB/s, bounds as the tensor cores do
 //
-// (Little's law asks for 29 KB a processor of an H200, 15 of an A100: multiply_few.cuh.)
+// What bounds is the number of instructions: docs/cuda_products.md counts them. Hence stages of 128
+// inputs, and everything about addresses that can be is computed before the first one.
 #pragma once
 
 #include "cuda/device/launch.cuh"
@@ -47,28 +46,28 @@ struct TileShape {
   static constexpr int blocks = blocks_;             // on a processor, as far as registers go
   static constexpr bool may_be_shared = rows <= 64;  // see run_rows
 };
-using SmallTile = TileShape<16, 64, 1, 4, 4>;
-using HalfTile = TileShape<32, 128, 1, 4, 2>;
-// int8 codes become numbers once, in one warp; int4 ones twice, or the registers would not do.
-template <Codes codes>
-using MediumTile = TileShape<64, 128, has_bytes(codes) ? 1 : 2, 4, is_grouped(codes) ? 1 : 2>;
+using SmallTile = TileShape<16, 64, 1, 4, 3>;
+using HalfTile = TileShape<32, 128, 1, 8, 1>;
+using MediumTile = TileShape<64, 128, 2, 4, 1>;
 using WideTile = TileShape<96, 128, 2, 4, 1>;
 // Levels leave registers for no more than 96 rows.
 template <Codes codes>
 using LargeTile = TileShape<codes == Codes::int4_levels ? 96 : 128, 128, 2, 4, 1>;
 
-// What a stage holds.
+// What a stage holds: 64 inputs of plain weights, 128 of quantized ones.
 template <Codes codes, class Shape>
 struct Stage {
-  static constexpr int units = is_quantized(codes) ? 1 : 2;
-  static constexpr int blocks = units * blocks_per_unit(codes);
+  static constexpr int blocks = is_quantized(codes) ? 4 : 2;
+  static constexpr int units = blocks / blocks_per_unit(codes);
   static constexpr int weight_bytes = units * Shape::outputs * kUnitBytes;
   static constexpr int x_bytes = blocks * Shape::rows * kUnitBytes;
-  // Groups: the 16 bytes of each output's scales that hold those of the unit, and as many of zeros.
+  // Groups: the 16 bytes of each output's scales that hold those of the stage, and as many of
+  // zeros.
   static constexpr int scale_bytes = is_grouped(codes) ? 16 * Shape::outputs : 0;
   static constexpr int bytes = weight_bytes + x_bytes + 2 * scale_bytes;
-  // How many there are: four, or what an A100 has room for.
-  static constexpr int count = 4 * bytes <= 160 * 1024 ? 4 : 3;
+  // How many there are: five, or what an A100 has room for.
+  static constexpr int room = 160 * 1024 / Shape::blocks / bytes;
+  static constexpr int count = room < 5 ? room : 5;
   static constexpr int sums_bytes = Shape::rows * (Shape::outputs + 4) * 4;  // see write_tile
   static_assert(sums_bytes <= count * bytes, "the tile's sums take the stages' place");
 };
@@ -78,34 +77,50 @@ OCTAVO_DEVICE int piece_offset(int piece, int row, int rows) {
   return (piece * rows + (row ^ (piece & 1))) * kUnitBytes;
 }
 
-// Begins to copy `pieces` (compile-time) pieces of `all` rows to `to`. from: the first piece of the
-// first of `rows` rows, `row_bytes` apart; bytes: how many there are of each row from there on.
+// A thread's share of copying `all` rows of `pieces` pieces, stage by stage: chunks of 16 bytes of
+// every kStep-th row. What does not change from stage to stage is computed once.
 template <int pieces, int all, int threads>
-OCTAVO_DEVICE void copy_pieces(unsigned char* to, const unsigned char* from, int row_bytes,
-                               int rows, int bytes) {
-  constexpr int kStep = threads / (4 * pieces);  // rows that the threads copy at a time
-  static_assert(kStep % 2 == 0 && all % kStep == 0, "every thread copies as much, of one piece");
-  const int thread = computed_anew(static_cast<int>(threadIdx.x));
-  const int first = thread / (4 * pieces), at = thread % (4 * pieces) * 16;
-  to += piece_offset(at / kUnitBytes, first, all) + at % kUnitBytes;
-  const int offset = first * row_bytes + at;
+class RowCopier {
+ public:
+  // from: the first piece of the first of `rows` rows, row_bytes apart; bytes: how many there are
+  // of each row from there on. Rows that there are not are copies of the last one, since nothing
+  // becomes of their sums; bytes that there are not are zeros.
+  OCTAVO_DEVICE RowCopier(const unsigned char* from, int row_bytes, int rows, int bytes) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int first = thread / (4 * pieces), at = thread % (4 * pieces) * 16;
+    from_ = from + at;
+    left_ = bytes - at;
+    to_ = piece_offset(at / kUnitBytes, first, all) + at % kUnitBytes;
 #pragma unroll
-  for (int row = 0; row < all; row += kStep) {
-    const bool valid = first + row < rows && at < bytes;
-    async_copy_16(to + row * kUnitBytes, from + (valid ? offset + row * row_bytes : 0), valid);
+    for (int i = 0; i < kCount; ++i) offsets_[i] = smaller(first + i * kStep, rows - 1) * row_bytes;
   }
-}
+  // Begins to copy the next stage's.
+  OCTAVO_DEVICE void copy(unsigned char* to) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      async_copy_16(to + to_ + i * kStep * kUnitBytes, from_ + offsets_[i], left_ > 0);
+    from_ += pieces * kUnitBytes;
+    left_ -= pieces * kUnitBytes;
+  }
 
-// The same of scales or zero points, 16 bytes a row. from: the tile's first row of them.
+ private:
+  static constexpr int kStep = threads / (4 * pieces);  // rows that the threads copy at a time
+  static constexpr int kCount = all / kStep;
+  static_assert(kStep % 2 == 0 && all % kStep == 0, "every thread copies as much, of one piece");
+  const unsigned char* from_;
+  int left_, to_, offsets_[kCount];
+};
+
+// The same of scales or zero points: the 16 bytes of each output that hold those of a stage.
 template <class Shape>
-OCTAVO_DEVICE void copy_scales(unsigned char* to, const std::uint16_t* from, int scales_per_row,
-                               int rows, int first) {
-#pragma unroll
-  for (int row = computed_anew(static_cast<int>(threadIdx.x)); row < Shape::outputs;
-       row += Shape::threads) {
-    const bool valid = row < rows;
-    async_copy_16(to + 16 * row, from + (valid ? row * scales_per_row + first / 8 * 8 : 0), valid);
-  }
+OCTAVO_DEVICE void copy_scales(unsigned char* to, const void* table, const Matrix& weight,
+                               int first_output, int first) {
+  const int output = static_cast<int>(threadIdx.x);
+  static_assert(Shape::outputs <= Shape::threads, "a thread copies those of one output");
+  if (output >= Shape::outputs) return;
+  const long long row = smaller(first_output + output, weight.outputs - 1);
+  async_copy_16(to + 16 * output, static_cast<const std::uint16_t*>(table) +
+                                      row * weight.scales_per_row + first / 8 * 8);
 }
 
 // A warp's part of a tile: its own outputs and rows.
@@ -114,6 +129,7 @@ struct Part {
   static constexpr int outputs = Shape::outputs / Shape::output_warps / 16;  // times 16
   static constexpr int rows = Shape::rows / Shape::row_warps / 8;            // times 8
   int first_output, first_row;                                               // in the tile
+  int lane;
 };
 
 template <class Shape>
@@ -129,65 +145,68 @@ OCTAVO_DEVICE void for_each_quad(Body&& body) {
   }
 }
 
+// Calls body(i, half, the output in the tile) for each of a lane's outputs.
+template <class Shape, class Body>
+OCTAVO_DEVICE void for_each_output(const Part<Shape>& part, Body&& body) {
+#pragma unroll
+  for (int i = 0; i < Part<Shape>::outputs; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      body(i, half, part.first_output + 16 * i + 8 * half + part.lane / 4);
+  }
+}
+
 // sums += the products of a stage, whose first unit is first_unit.
-template <class T, Codes codes, class Shape>
+template <class T, Codes codes, bool has_zeros, class Shape>
 OCTAVO_DEVICE void multiply_stage(Sums<Shape>& sums, const unsigned char* stage,
                                   const Part<Shape>& part, const Matrix& weight, int first_unit) {
   using S = Stage<codes, Shape>;
-  const int lane = static_cast<int>(lane_index()), g = lane / 4, t = lane % 4;
+  constexpr int kBlocks = blocks_per_unit(codes);
+  const int g = part.lane / 4, t = part.lane % 4;
   const unsigned char* xs = stage + S::weight_bytes;
-  const int first = first_scale<codes>(weight, first_unit) % 8;
-  // A scale or zero point of a block; whatever the size of groups, one load and no branch.
-  const auto scale_at = [&](const unsigned char* rows, int row, int block) -> std::uint32_t {
-    return reinterpret_cast<const std::uint16_t*>(rows +
-                                                  16 * row)[first + (block >> weight.scale_shift)];
-  };
+  uint4 bytes[Part<Shape>::outputs][2];
+  uint2 scales[Part<Shape>::outputs][2], zeros[Part<Shape>::outputs][2];
+  if constexpr (is_grouped(codes)) {
+    const unsigned char* tables =
+        xs + S::x_bytes + first_scale<codes>(weight, first_unit) % 8 / 4 * 8;
+    for_each_output(part, [&](int i, int half, int output) {
+      scales[i][half] = load_8(tables + 16 * output);
+      if constexpr (has_zeros) zeros[i][half] = load_8(tables + S::scale_bytes + 16 * output);
+    });
+  }
 #pragma unroll
-  for (int unit = 0; unit < S::units; ++unit) {
-    uint4 bytes[Part<Shape>::outputs][2];
-#pragma unroll
-    for (int block = 0; block < blocks_per_unit(codes); ++block) {
-      std::uint32_t pairs[Part<Shape>::outputs][2][4];
-      float scales[Part<Shape>::outputs][2];
-      const auto for_each = [&](const auto& body) {
-#pragma unroll
-        for (int i = 0; i < Part<Shape>::outputs; ++i) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            body(i, half, part.first_output + 16 * i + 8 * half + g);
-        }
-      };
-      std::uint32_t offsets[Part<Shape>::outputs][2];
-      for_each([&](int i, int half, int) { offsets[i][half] = kNoZeros<T, codes>; });
-      if (codes >= Codes::int4 && weight.zeros) {
-        for_each([&](int i, int half, int row) {
-          const std::uint32_t zero = scale_at(xs + S::x_bytes + S::scale_bytes, row, block);
-          offsets[i][half] = offsets_of<T, codes>(zero, 0);
-        });
+  for (int block = 0; block < S::blocks; ++block) {
+    const int unit = first_unit + block / kBlocks, of_unit = block % kBlocks;
+    std::uint32_t pairs[Part<Shape>::outputs][2][4];
+    float scale[Part<Shape>::outputs][2];
+    for_each_output(part, [&](int i, int half, int output) {
+      if (of_unit == 0) {
+        const int at = piece_offset(block / kBlocks, output, Shape::outputs);
+        bytes[i][half] = load_16(stage + at + 16 * t);
       }
-      for_each([&](int i, int half, int row) {
-        if (block == 0)
-          bytes[i][half] = load_16(stage + piece_offset(unit, row, Shape::outputs) + 16 * t);
-        if constexpr (is_grouped(codes)) {
-          const std::uint32_t scale = scale_at(xs + S::x_bytes, row, block);
-          scales[i][half] = weight.scale_dtype == DType::bf16 ? scale_of<Bf16>(scale, 0)
-                                                              : scale_of<F16>(scale, 0);
-        }
-        numbers_of_block<T, codes>(pairs[i][half], bytes[i][half], block, offsets[i][half],
-                                   weight.levels);
-      });
-      const int piece = unit * blocks_per_unit(codes) + block;
+      const auto pair_of = [&](uint2 raw) {
+        return scale_pair_of<codes>(raw, weight, unit, of_unit / 2);
+      };
+      std::uint32_t offset = kNoZeros<T, codes>;
+      if constexpr (has_zeros) offset = offsets_of<T, codes>(pair_of(zeros[i][half]), of_unit);
+      if constexpr (is_grouped(codes)) {
+        const std::uint32_t two = pair_of(scales[i][half]);
+        // Both, since to choose one of them is less than a branch.
+        const float of_bf16 = scale_of<Bf16>(two, of_unit), of_f16 = scale_of<F16>(two, of_unit);
+        scale[i][half] = weight.scale_dtype == DType::bf16 ? of_bf16 : of_f16;
+      }
+      numbers_of_block<T, codes>(pairs[i][half], bytes[i][half], of_unit, offset, weight.levels);
+    });
 #pragma unroll
-      for (int j = 0; j < Part<Shape>::rows; ++j) {
-        const int row = part.first_row + 8 * j + g;
-        const uint4 x = load_16(xs + piece_offset(piece, row, Shape::rows) + 16 * t);
+    for (int j = 0; j < Part<Shape>::rows; ++j) {
+      const int row = part.first_row + 8 * j + g;
+      const uint4 x = load_16(xs + piece_offset(block, row, Shape::rows) + 16 * t);
 #pragma unroll
-        for (int i = 0; i < Part<Shape>::outputs; ++i) {
-          if constexpr (is_grouped(codes))
-            multiply_scaled<T>(sums[i][j], pairs[i][0], pairs[i][1], x, scales[i][0], scales[i][1]);
-          else
-            multiply_block<T>(sums[i][j], pairs[i][0], pairs[i][1], x);
-        }
+      for (int i = 0; i < Part<Shape>::outputs; ++i) {
+        if constexpr (is_grouped(codes))
+          multiply_scaled<T>(sums[i][j], pairs[i][0], pairs[i][1], x, scale[i][0], scale[i][1]);
+        else
+          multiply_block<T>(sums[i][j], pairs[i][0], pairs[i][1], x);
       }
     }
   }
@@ -281,9 +300,10 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
                   Partials partials, Work work) {
   using S = Stage<codes, Shape>;
   constexpr int kAhead = S::count - 1;
-  const int warp = static_cast<int>(warp_index());
+  const int warp = computed_anew(static_cast<int>(warp_index()));
   const Part<Shape> part{warp % Shape::output_warps * (Shape::outputs / Shape::output_warps),
-                         warp / Shape::output_warps * (Shape::rows / Shape::row_warps)};
+                         warp / Shape::output_warps * (Shape::rows / Shape::row_warps),
+                         computed_anew(static_cast<int>(lane_index()))};
   int first_row = static_cast<int>(blockIdx.x) * Shape::rows;
   if (!work.begin(blockIdx.x, first_row, out, x, weight)) return;
   const int first_output = static_cast<int>(blockIdx.y) * Shape::outputs;
@@ -292,58 +312,65 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
   const int shares = Shape::may_be_shared ? static_cast<int>(gridDim.z) : 1;
   const auto first_slice = [&](int of_share) { return ceil_div(of_share * slices, shares); };
   int slice = first_slice(share);
-  const int first = slice * slice_stages;
+  const int second = first_slice(1);
+  int stage = slice * slice_stages;
+  const int first_piece = stage * kUnitBytes;  // times the pieces of a stage
   const int end = smaller(first_slice(share + 1) * slice_stages, ceil_div(weight.units, S::units));
-  unsigned char* memory = shared_memory();
-  const auto buffer = [&](int stage) { return memory + (stage - first) % S::count * S::bytes; };
-  const int outputs = weight.outputs - first_output;  // from here on
-  const unsigned char* codes_of_tile = weight.row(first_output);
-  const long long scale_offset = static_cast<long long>(first_output) * weight.scales_per_row;
-  const auto begin_weights = [&](int stage) {
-    if (stage >= end) return;
-    const int at = stage * S::units * kUnitBytes;
-    copy_pieces<S::units, Shape::outputs, Shape::threads>(buffer(stage), codes_of_tile + at,
-                                                          static_cast<int>(weight.row_bytes),
-                                                          outputs, weight.units * kUnitBytes - at);
+  const int row_bytes = static_cast<int>(weight.row_bytes);
+  const int x_bytes = static_cast<int>(x.stride * sizeof(T));
+  RowCopier<S::units, Shape::outputs, Shape::threads> codes_copier(
+      weight.row(first_output) + S::units * first_piece, row_bytes, weight.outputs - first_output,
+      weight.units * kUnitBytes - S::units * first_piece);
+  RowCopier<S::blocks, Shape::rows, Shape::threads> x_copier(
+      static_cast<const unsigned char*>(x.data) + first_row * x.stride * sizeof(T) +
+          S::blocks * first_piece,
+      x_bytes, x.rows - first_row,
+      weight.inputs * static_cast<int>(sizeof(T)) - S::blocks * first_piece);
+  const auto begin_weights = [&](int of_stage, unsigned char* to) {
+    if (of_stage >= end) return;
+    codes_copier.copy(to);
     if constexpr (is_grouped(codes)) {
-      const auto copy = [&](const void* table, int at) {
-        copy_scales<Shape>(
-            buffer(stage) + at, static_cast<const std::uint16_t*>(table) + scale_offset,
-            weight.scales_per_row, outputs, first_scale<codes>(weight, stage * S::units));
-      };
-      copy(weight.scales, S::weight_bytes + S::x_bytes);
-      if (weight.zeros) copy(weight.zeros, S::weight_bytes + S::x_bytes + S::scale_bytes);
+      const int first_scale_of = first_scale<codes>(weight, of_stage * S::units);
+      unsigned char* tables = to + S::weight_bytes + S::x_bytes;
+      copy_scales<Shape>(tables, weight.scales, weight, first_output, first_scale_of);
+      if (weight.zeros)
+        copy_scales<Shape>(tables + S::scale_bytes, weight.zeros, weight, first_output,
+                           first_scale_of);
     }
   };
-  const auto* rows_of_tile =
-      static_cast<const unsigned char*>(x.data) + first_row * x.stride * sizeof(T);
-  const auto begin_x = [&](int stage) {
-    const int at = stage * S::blocks * kUnitBytes;
-    if (stage < end)
-      copy_pieces<S::blocks, Shape::rows, Shape::threads>(
-          buffer(stage) + S::weight_bytes, rows_of_tile + at,
-          static_cast<int>(x.stride * sizeof(T)), x.rows - first_row,
-          weight.inputs * static_cast<int>(sizeof(T)) - at);
+  const auto begin_x = [&](int of_stage, unsigned char* to) {
+    if (of_stage < end) x_copier.copy(to + S::weight_bytes);
     async_commit();
   };
 
+  unsigned char* memory = shared_memory();
   let_next_kernel_start();
-  for (int i = 0; i < kAhead; ++i) begin_weights(first + i);
+  for (int i = 0; i < kAhead; ++i) begin_weights(stage + i, memory + i * S::bytes);
   wait_for_previous_kernel();
-  for (int i = 0; i < kAhead; ++i) begin_x(first + i);
+  for (int i = 0; i < kAhead; ++i) begin_x(stage + i, memory + i * S::bytes);
 
   Sums<Shape> sums = {}, total = {};
-  for (int stage = first, left = slice_stages; stage < end; ++stage) {
+  const auto next = [](int place) { return place == kAhead * S::bytes ? 0 : place + S::bytes; };
+  int read = 0, fill = kAhead * S::bytes;  // where stages lie
+  for (int left = slice_stages; stage < end; ++stage) {
     async_wait<kAhead - 1>();
     __syncthreads();
-    begin_weights(stage + kAhead);
-    begin_x(stage + kAhead);
-    multiply_stage<T, codes, Shape>(sums, buffer(stage), part, weight, stage * S::units);
+    begin_weights(stage + kAhead, memory + fill);
+    begin_x(stage + kAhead, memory + fill);
+    const auto multiply = [&](auto has_zeros) {
+      multiply_stage<T, codes, has_zeros.value>(sums, memory + read, part, weight,
+                                                stage * S::units);
+    };
+    if (codes >= Codes::int4 && weight.zeros)
+      multiply(std::bool_constant<(codes >= Codes::int4)>{});
+    else
+      multiply(std::false_type{});
+    read = next(read), fill = next(fill);
     if (--left > 0 && stage + 1 < end) continue;
     left = slice_stages;
     ++slice;
     // The first share's slices need no places of their own: nothing comes before them.
-    const bool leaves = shares > 1 && (share > 0 || slice == first_slice(1));
+    const bool leaves = shares > 1 && (share > 0 || slice == second);
     end_slice<Shape>(total, sums,
                      leaves ? place_of_sums<Shape>(partials, tile, slices, slice - 1) : nullptr);
   }
@@ -351,7 +378,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
   __syncthreads();  // before shared memory has another use, and after all sums have been left
   if (shares > 1) {
     if (!arrives_last(partials.counters + tile)) return;
-    add_shares<Shape>(total, partials, tile, first_slice(1) - 1, slices);
+    add_shares<Shape>(total, partials, tile, second - 1, slices);
   }
   write_tile<Shape>(out, weight, total, part, first_output, first_row);
 }
@@ -362,7 +389,7 @@ template <class Shape>
 int blocks_a_tile(int tiles, int slices, int processors) {
   constexpr int kMostSharedTiles = static_cast<int>(kCounterBytes / sizeof(std::int32_t));
   if (!Shape::may_be_shared || 2 * tiles > processors || tiles > kMostSharedTiles) return 1;
-  return smaller(slices, (Shape::rows < 64 ? 2 : 1) * processors / tiles);
+  return smaller(slices, (Shape::blocks > 1 ? 2 : 1) * processors / tiles);
 }
 
 template <class T, Codes codes, class Shape>
@@ -391,16 +418,15 @@ void run_rows(Stream& stream, View out, View x, const Matrix& weight, const Part
   const auto run = [&](auto shape) {
     run_tiles<T, codes, decltype(shape)>(stream, out, x, weight, partials);
   };
-  using Medium = MediumTile<codes>;
   using Large = LargeTile<codes>;
   const int row_tiles = ceil_div(rows, Large::rows);
   if (rows <= SmallTile::rows) return run(SmallTile{});
   if constexpr (is_quantized(codes)) {
     if (rows <= HalfTile::rows) return run(HalfTile{});
   }
-  if (rows <= Medium::rows ||
+  if (rows <= MediumTile::rows ||
       2 * row_tiles * ceil_div(weight.outputs, Large::outputs) <= stream.num_processors())
-    run(Medium{});
+    run(MediumTile{});
   else if (ceil_div(rows, WideTile::rows) == row_tiles)
     run(WideTile{});
   else
