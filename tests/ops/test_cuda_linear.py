@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_helpers import DEVICE, needs_cuda, rounded
+from cuda_helpers import needs_cuda, rounded
 from cuda_linear_helpers import (
     BYTES_IN_GROUPS,
     F16_SCALES_TOLERANCE,
     FORMATS,
+    MANY_OUTPUTS,
     PLAIN_ROWS,
     PLAIN_TOLERANCE,
     QUANTIZED_ROWS,
@@ -87,19 +88,26 @@ def tolerance(rows: int, format: WeightFormat, dtype: str) -> float:
     return max(PLAIN_TOLERANCE if rows <= QUANTIZED_ROWS else ROUNDED_TOLERANCE[dtype], least)
 
 
-# So many tiles that more than half of the processors have one: large tiles take over.
-MANY_OUTPUTS = 281 if DEVICE == "cuda_emulated" else 8577
-
-
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize(
     ("rows", "dtype"),
     [
-        *[(65, "f16"), (96, "bf16"), (100, "bf16"), (128, "f16"), (129, "bf16"), (256, "f16")],
+        *[
+            (11, "bf16"),
+            (16, "f16"),
+            (31, "bf16"),
+            (64, "f16"),
+            (65, "f16"),
+            (96, "bf16"),
+            (100, "bf16"),
+            (128, "f16"),
+            (129, "bf16"),
+            (256, "f16"),
+        ],
         (257, "bf16"),
     ],
 )
-def test_tiles_of_many_rows_equal_the_reference(
+def test_products_of_more_rows_equal_the_reference(
     rows: int, format: WeightFormat, dtype: str
 ) -> None:
     """Few tiles, which blocks share (4 slices of inputs), and many; the last of each cut short."""
@@ -110,7 +118,8 @@ def test_tiles_of_many_rows_equal_the_reference(
         weight = dequantized(codes, scales, zeros, format, inputs)
         expected = reference.linear(rounded(x, dtype).astype(np.float64), weight, bias)
         actual = ops.quantized_linear(x, codes, scales, format, zeros, bias)
-        assert ops.last_kernels().endswith("multiply_tile")
+        few = rows <= 16 and outputs < MANY_OUTPUTS
+        assert ops.last_kernels().endswith("multiply_few" if few else "multiply_tile")
         assert error(actual, expected) < tolerance(rows, format, dtype)
 
 

@@ -8,7 +8,13 @@ import sys
 
 import pytest
 from cuda_helpers import DEVICE, needs_cuda
-from cuda_linear_helpers import PLAIN_TOLERANCE, QUANTIZED_ROWS, native, quantized
+from cuda_linear_helpers import (
+    MANY_OUTPUTS,
+    PLAIN_TOLERANCE,
+    QUANTIZED_ROWS,
+    native,
+    quantized,
+)
 from reference_helpers import uniform
 
 from octavo.models.spec import WeightFormat
@@ -56,33 +62,43 @@ def test_tolerances_hold_as_tensor_cores_round() -> None:
 
 
 INT4 = WeightFormat("int4", 32)
+MANY = MANY_OUTPUTS + 7  # a multiple of 8, which the library wants
 LIBRARY = "multiply_any" if DEVICE == "cuda_emulated" else "cublasLtMatmul"  # stands for it there
 
 
 @pytest.mark.parametrize(
-    ("rows", "inputs", "format", "kernels", "deterministic_kernels"),
+    ("rows", "outputs", "inputs", "format", "kernels", "deterministic_kernels"),
     [
-        (8, 136, None, "multiply_few", "multiply_few"),
-        (9, 136, None, LIBRARY, "multiply_tile"),
-        (8, 136, INT4, "multiply_few", "multiply_few"),
-        (9, 136, INT4, "multiply_tile", "multiply_tile"),
-        (QUANTIZED_ROWS, 136, INT4, "multiply_tile", "multiply_tile"),
-        (QUANTIZED_ROWS + 1, 136, INT4, f"dequantize, {LIBRARY}", "multiply_tile"),
-        (1, 134, None, "multiply_any", "multiply_any"),  # no multiple of 8
-        (300, 134, INT4, "multiply_any", "multiply_any"),
+        (8, MANY, 136, None, "multiply_few", "multiply_few"),
+        (9, MANY, 136, None, LIBRARY, "multiply_tile"),
+        (16, 40, 136, None, "multiply_few", "multiply_few"),
+        (17, 40, 136, None, LIBRARY, "multiply_tile"),
+        (8, MANY, 136, INT4, "multiply_few", "multiply_few"),
+        (9, MANY, 136, INT4, "multiply_tile", "multiply_tile"),
+        (16, 40, 136, INT4, "multiply_few", "multiply_few"),
+        (17, 40, 136, INT4, "multiply_tile", "multiply_tile"),
+        (QUANTIZED_ROWS, 40, 136, INT4, "multiply_tile", "multiply_tile"),
+        (QUANTIZED_ROWS + 1, 40, 136, INT4, f"dequantize, {LIBRARY}", "multiply_tile"),
+        (1, 40, 134, None, "multiply_any", "multiply_any"),  # no multiple of 8
+        (300, 40, 134, INT4, "multiply_any", "multiply_any"),
     ],
 )
 def test_which_kernel_multiplies(
-    rows: int, inputs: int, format: WeightFormat | None, kernels: str, deterministic_kernels: str
+    rows: int,
+    outputs: int,
+    inputs: int,
+    format: WeightFormat | None,
+    kernels: str,
+    deterministic_kernels: str,
 ) -> None:
     """The table at the top of csrc/cuda/products/linear.cu."""
-    x, weight = uniform(rows, rows, inputs), uniform(rows, 40, inputs)
+    x, weight = uniform(rows, rows, inputs), uniform(rows, outputs, inputs)
     for deterministic, row_gap in [(False, 0), (True, 8), (False, 8)]:
         ops = native("bf16", deterministic=deterministic, row_gap=row_gap)
         if format is None:
             ops.linear(x, weight, None, "bf16")
         else:
-            codes, scales, zeros = quantized(40, inputs, format)
+            codes, scales, zeros = quantized(outputs, inputs, format)
             ops.quantized_linear(x, codes, scales, format, zeros)
         expected = deterministic_kernels if deterministic else kernels
         assert ops.last_kernels().endswith(f", {expected}")

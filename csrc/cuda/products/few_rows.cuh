@@ -21,6 +21,7 @@ constexpr int kOutputs = 16;  // of a tile
 
 struct StoredRows {
   static constexpr bool kByExpert = false;
+  static constexpr int kRowTiles = 1;  // of 8 rows each
   Numbers x;
   int rows;
 
@@ -34,9 +35,15 @@ struct StoredRows {
   }
 };
 
+// 9 to 16 rows.
+struct TwiceStoredRows : StoredRows {
+  static constexpr int kRowTiles = 2;
+};
+
 // Every block normalizes all rows for itself.
 struct NormedRows {
   static constexpr bool kByExpert = false;
+  static constexpr int kRowTiles = 1;
   RowsToNorm norm;
   int rows;
 

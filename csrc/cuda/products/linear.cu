@@ -2,6 +2,7 @@
 //
 //   rows   plain weights                     quantized weights
 //   1-8    multiply_few                      multiply_few
+//   9-16   of few outputs: multiply_few_twice; else as below
 //   9-128  cuBLASLt, or else multiply_tiles  multiply_tiles
 //   129-   cuBLASLt, or else multiply_tiles  dequantize and cuBLASLt, or else multiply_tiles
 //
@@ -104,6 +105,9 @@ void CudaBackend::linear(View out, View x, const Linear& weight) {
   const Matrix matrix = matrix_of(weight);
   if (!is_fast(x, weight)) return multiply_any(stream_, out, x, matrix);
   if (x.rows <= kFewRows) return multiply_few(stream_, out, {x, nullptr, x.dtype}, matrix);
+  // Tiles of 64 outputs would be fewer than half of the processors; those of 16 are for all.
+  if (x.rows <= 2 * kFewRows && matrix.outputs <= 32 * stream_.num_processors())
+    return multiply_few_twice(stream_, out, x, matrix);
   const bool is_quantized = weight.format.is_quantized();
   const bool by_library = cublas_ && x.rows > tile_rows_.of(weight.format);
   const Memory layout(x.rows, weight.outputs, weight.inputs, is_quantized, by_library);

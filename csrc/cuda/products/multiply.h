@@ -34,6 +34,8 @@ struct FewInput {
 };
 // Each with the bits of the ops that it stands for. out: dtype, or float32.
 void multiply_few(Stream& stream, View out, const FewInput& x, const Matrix& weight);
+// The same of 9 to 16 rows.
+void multiply_few_twice(Stream& stream, View out, View x, const Matrix& weight);
 // residual += the product, which is rounded to dtype first.
 void multiply_few_added(Stream& stream, View residual, const FewInput& x, const Matrix& weight);
 // out = activation(gate x) * (up x), gate above up in the matrix.

@@ -35,9 +35,14 @@ namespace octavo::cuda {
 
 namespace {
 
-constexpr int kAheadBlocks = 4;  // of x
+constexpr int kAheadBlocks = 4;  // of x, of 8 rows
 constexpr int kPitch = 20;       // of sums in shared memory: lanes in different banks
-constexpr int kPartialBytes = kFewRows * kPitch * 4;  // of a slice
+
+// Of a slice in shared memory: the sums of as many rows as a source may have.
+template <class Source>
+constexpr int kMostRows = 8 * Source::kRowTiles;
+template <class Source>
+constexpr int kPartialBytes = kMostRows<Source> * kPitch * 4;
 
 // To measure other choices: -DCMAKE_CUDA_FLAGS=-DOCTAVO_INT4_RING=2.
 #ifndef OCTAVO_INT4_RING
@@ -58,8 +63,9 @@ constexpr int ring_units = !is_quantized(codes)                                 
                            : has_zeros && (codes > Codes::int4 || asks_much<Target>) ? 2
                            : codes > Codes::int4 ? 3
                                                  : OCTAVO_INT4_RING;
-template <Codes codes, bool has_zeros, class Target>
+template <Codes codes, bool has_zeros, class Source, class Target>
 constexpr int blocks_of_processor = codes == Codes::int8 ? OCTAVO_INT8_BLOCKS
+                                    : is_grouped(codes) && Source::kRowTiles > 1            ? 1
                                     : codes > Codes::int4 && has_zeros && asks_much<Target> ? 1
                                                                                             : 2;
 // From one tile to the next.
@@ -94,15 +100,15 @@ OCTAVO_DEVICE ItemScales scales_of_item(const Target& target, const Matrix& weig
 }
 
 // Adds the slices' sums of a tile, in ascending order, and gives them to the target. partial:
-// [slices][8 rows][kPitch]. item, scales: what the thread asked for its first item.
-template <class T, Codes codes, class Target>
+// [slices][most_rows][kPitch]. item, scales: what the thread asked for its first item.
+template <class T, Codes codes, int most_rows, class Target>
 OCTAVO_DEVICE void finish_tile(const Target& target, typename Target::Ahead item, ItemScales scales,
                                int items, const Matrix& weight, const float* partial, int first) {
   constexpr int kItems = items_of_tile<Target>;
   const auto total = [&](int row, int column, int output, float scale) {
     float sum = 0.0f;
     for (unsigned s = 0; s < blockDim.x / kWarp; ++s)
-      sum = add_rn(sum, partial[(s * kFewRows + row) * kPitch + column]);
+      sum = add_rn(sum, partial[(s * most_rows + row) * kPitch + column]);
     return finished(weight, output, sum, scale);
   };
   const int thread = static_cast<int>(threadIdx.x);
@@ -132,7 +138,8 @@ struct Lines {
 
 // Scale: of groups. has_zeros: int4.
 template <class T, Codes codes, class Scale, bool has_zeros, class Source, class Target>
-__global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes, has_zeros, Target>)
+__global__ void __launch_bounds__(kMostSlices* kWarp,
+                                  blocks_of_processor<codes, has_zeros, Source, Target>)
     multiply_rows(Target target, Source source, Matrix weight, int slice_units) {
   if constexpr (Source::kByExpert) {
     if (!source.begin_tile(target, weight)) return;
@@ -142,6 +149,8 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes,
   constexpr bool kGoesOn = goes_on<codes, Target>;  // from one tile to the next
   constexpr bool kScaled = is_grouped(codes);
   constexpr int kItems = items_of_tile<Target>;
+  constexpr int kRowTiles = Source::kRowTiles, kRows = kMostRows<Source>;
+  constexpr int kAhead = kAheadBlocks / kRowTiles;
   const int lane = static_cast<int>(threadIdx.x % kWarp);
   const int slice = static_cast<int>(threadIdx.x / kWarp);
   const int slices = static_cast<int>(blockDim.x / kWarp);
@@ -179,11 +188,11 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes,
   const auto has_item = [&] {
     return thread < items && tile * kItems + thread % kItems < target.count;
   };
-  // What the slices leave of a tile: [slices][8 rows][kPitch], twice where there are several tiles,
+  // What the slices leave of a tile: [slices][kRows][kPitch], twice where there are several tiles,
   // so that a warp that is ahead does not write where others still read.
   auto* partial = reinterpret_cast<float*>(shared_memory());
-  const int partial_size = slices * kFewRows * kPitch;
-  unsigned char* shared = shared_memory() + (step < tiles ? 2 : 1) * slices * kPartialBytes;
+  const int partial_size = slices * kRows * kPitch;
+  unsigned char* shared = shared_memory() + (step < tiles ? 2 : 1) * slices * kPartialBytes<Source>;
 
   let_next_kernel_start();
   ItemScales item_scales;
@@ -212,20 +221,26 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes,
 
   const int first_input = first_unit * kBlocks * kBlock + 8 * t;
   const int end_input = smaller(weight.inputs, (first_unit + units) * kBlocks * kBlock);
-  // Blocks of the slice of which the lane has numbers; the others are zeros.
-  const int x_blocks = g < source.rows ? ceil_div(end_input - first_input, kBlock) : 0;
-  const T* xs = source.template row<T>(shared, g < source.rows ? g : 0) + first_input;
-  uint4 ahead[kAheadBlocks];
+  // Blocks of the slice of which the lane has numbers; the others are zeros. Rows that there are
+  // not are copies of the first one: nothing becomes of their sums.
+  const int x_blocks = ceil_div(end_input - first_input, kBlock);
+  const T* xs[kRowTiles];
+  for (int i = 0; i < kRowTiles; ++i) {
+    const int row = 8 * i + g;
+    xs[i] = source.template row<T>(shared, row < source.rows ? row : 0) + first_input;
+  }
+  uint4 ahead[kAhead][kRowTiles];
   const auto fetch_x = [&](int slot, int block) {
-    ahead[slot] = block < x_blocks ? load_16(xs + block * kBlock) : uint4{0, 0, 0, 0};
+    for (int i = 0; i < kRowTiles; ++i)
+      ahead[slot][i] = block < x_blocks ? load_16(xs[i] + block * kBlock) : uint4{0, 0, 0, 0};
   };
 
   for (bool odd = false; tile < tiles; odd = !odd) {
 #pragma unroll
-    for (int b = 0; b < kAheadBlocks; ++b) fetch_x(b, b);
+    for (int b = 0; b < kAhead; ++b) fetch_x(b, b);
     const bool has_next = kGoesOn && tile + step < tiles;
     const Lines next = has_next ? lines_of(tile + step) : lines;
-    float sums[4] = {};
+    float sums[kRowTiles][4] = {};
     for (int base = 0; base < units; base += kRing) {
 #pragma unroll
       for (int u = 0; u < kRing; ++u) {
@@ -233,7 +248,7 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes,
         if (unit >= units) break;
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
-          const int slot = (u * kBlocks + block) % kAheadBlocks;
+          const int slot = (u * kBlocks + block) % kAhead;
           const auto pair_of = [&](uint2 raw) {
             return scale_pair_of<codes>(raw, weight, first_unit + unit, block / 2);
           };
@@ -244,13 +259,15 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes,
             if constexpr (has_zeros) offset = offsets_of<T, codes>(pair_of(zeros[u][half]), block);
             numbers_of_block<T, codes>(a[half], ring[u][half], block, offset, weight.levels);
           }
-          if constexpr (kScaled)
-            multiply_scaled<T>(sums, a[0], a[1], ahead[slot],
-                               scale_of<Scale>(pair_of(scales[u][0]), block),
-                               scale_of<Scale>(pair_of(scales[u][1]), block));
-          else
-            multiply_block<T>(sums, a[0], a[1], ahead[slot]);
-          fetch_x(slot, unit * kBlocks + block + kAheadBlocks);
+          for (int i = 0; i < kRowTiles; ++i) {
+            if constexpr (kScaled)
+              multiply_scaled<T>(sums[i], a[0], a[1], ahead[slot][i],
+                                 scale_of<Scale>(pair_of(scales[u][0]), block),
+                                 scale_of<Scale>(pair_of(scales[u][1]), block));
+            else
+              multiply_block<T>(sums[i], a[0], a[1], ahead[slot][i]);
+          }
+          fetch_x(slot, unit * kBlocks + block + kAhead);
         }
         if (unit + kRing < units)
           fetch(u, lines, unit + kRing);
@@ -260,10 +277,13 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes,
     }
 
     float* tile_sums = partial + (odd ? partial_size : 0);
-    for (int i = 0; i < 4; ++i)
-      tile_sums[(slice * kFewRows + 2 * t + i % 2) * kPitch + g + i / 2 * 8] = sums[i];
+    for (int i = 0; i < 4 * kRowTiles; ++i) {
+      const int row = i / 4 * 8 + 2 * t + i % 2;
+      tile_sums[(slice * kRows + row) * kPitch + g + i % 4 / 2 * 8] = sums[i / 4][i % 4];
+    }
     __syncthreads();
-    finish_tile<T, codes>(target, item, item_scales, items, weight, tile_sums, tile * kItems);
+    finish_tile<T, codes, kRows>(target, item, item_scales, items, weight, tile_sums,
+                                 tile * kItems);
     tile += step;
     lines = next;
     // Targets that go on ask for nothing themselves.
@@ -274,12 +294,12 @@ __global__ void __launch_bounds__(kMostSlices* kWarp, blocks_of_processor<codes,
 
 // Blocks of a product. The next tile's units take the places of this one's where slices are whole
 // rings.
-template <Codes codes, class Target>
+template <Codes codes, class Source, class Target>
 int blocks_of_product(const Stream& stream, const Matrix& weight, int tiles, int slice_units) {
   const bool may_go_on = goes_on<codes, Target> &&
                          slice_units % ring_units<codes, false, Target> == 0 &&
                          weight.units % slice_units == 0 && !stream.tiles_apart();
-  const int at_once = blocks_of_processor<codes, false, Target> * stream.num_processors();
+  const int at_once = blocks_of_processor<codes, false, Source, Target> * stream.num_processors();
   return may_go_on ? smaller(tiles, at_once) : tiles;
 }
 
@@ -288,8 +308,9 @@ void run(Stream& stream, const Target& target, const Source& source, const Matri
   const int slices = num_slices(weight.inputs);
   const int slice_units = slice_inputs(weight.inputs) / (blocks_per_unit(codes) * kBlock);
   const int tiles = ceil_div(target.count, items_of_tile<Target>);
-  const int blocks = blocks_of_product<codes, Target>(stream, weight, tiles, slice_units);
-  const int bytes = (blocks < tiles ? 2 : 1) * slices * kPartialBytes + source.shared_bytes();
+  const int blocks = blocks_of_product<codes, Source, Target>(stream, weight, tiles, slice_units);
+  const int bytes =
+      (blocks < tiles ? 2 : 1) * slices * kPartialBytes<Source> + source.shared_bytes();
   int groups = 1;
   if constexpr (Source::kByExpert) groups = source.tiles.count;
   const LaunchShape shape{dims(blocks, groups), dims(slices * static_cast<int>(kWarp)),

@@ -10,6 +10,7 @@ namespace octavo::cuda {
 // of others.
 struct ExpertRows {
   static constexpr bool kByExpert = true;
+  static constexpr int kRowTiles = 1;
   ExpertTiles tiles;
   Numbers x;
   const std::int32_t* rows_of;

@@ -43,8 +43,8 @@ struct TileShape {
   static constexpr int rows = rows_, outputs = outputs_;
   static constexpr int row_warps = row_warps_, output_warps = output_warps_;
   static constexpr int threads = row_warps * output_warps * 32;
-  static constexpr int blocks = blocks_;             // on a processor, as far as registers go
-  static constexpr bool may_be_shared = rows <= 64;  // see run_rows
+  static constexpr int blocks = blocks_;  // on a processor, as far as registers go
+  static constexpr bool may_be_shared = 16 < rows && rows <= 64;  // see run_rows
 };
 using SmallTile = TileShape<16, 64, 1, 4, 3>;
 using HalfTile = TileShape<32, 128, 1, 8, 1>;
@@ -383,13 +383,14 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
   write_tile<Shape>(out, weight, total, part, first_output, first_row);
 }
 
-// Blocks that share a tile: none where there are tiles for more than half of the processors. Of 64
-// rows a slice's sums cost a third of its products: no more blocks than processors.
+// Blocks that share a tile: none where there are tiles for more than half of the processors. A
+// slice's sums cost a third of its products: no more blocks than processors. (16 rows by so few
+// outputs are multiply_few_twice's.)
 template <class Shape>
 int blocks_a_tile(int tiles, int slices, int processors) {
   constexpr int kMostSharedTiles = static_cast<int>(kCounterBytes / sizeof(std::int32_t));
   if (!Shape::may_be_shared || 2 * tiles > processors || tiles > kMostSharedTiles) return 1;
-  return smaller(slices, (Shape::blocks > 1 ? 2 : 1) * processors / tiles);
+  return smaller(slices, processors / tiles);
 }
 
 template <class T, Codes codes, class Shape>
