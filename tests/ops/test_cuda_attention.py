@@ -242,6 +242,41 @@ def test_a_token_gets_the_same_bits_however_it_comes(
     assert same_bits(got[50:140], attend(dtype, kv_dtype, [other], window))
 
 
+# Of tiles of 64 keys: how many octaves their greatest scores are above or below those of the first.
+LEVELS = [
+    (0, -20, -38, -20, -60, 90, 50, 12),  # within a split: counts, drops below, comes back
+    (0, -30, -60, -90, -120, -150, 200, 0),  # each counts beside the one before
+    (-200, 0, -39, -41, 40, 38, 170, -10),
+    (0, -300, 60, -300, 130, 200, 60, 200),  # weights of 0
+]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+def test_tiles_whose_scores_are_far_apart(formats: tuple[str, str], head_dim: int) -> None:
+    """The same bits decoded and in chunks where a tile's weights vanish beside another's."""
+    dtype, kv_dtype = formats
+    length = 64 * 8 - 9
+    for levels in LEVELS:
+        [one] = make_sequences([(length, length)], (2, 1), head_dim, dtype)
+        octave = float(np.log(2.0)) * head_dim**0.5 / 8
+        one.q[..., 0] = 8
+        one.k[..., 0] = rounded(np.repeat(levels, 64)[:length, None] * np.float32(octave), dtype)
+        one.v[:64, :, 1] = 0
+        whole = attend(dtype, kv_dtype, [one])
+        right = expect(kv_dtype, [one])
+        if kv_dtype == "bf16":
+            # A score of 300 octaves may be off by 2^-24 of itself, a weight by 1.2e-5.
+            assert beyond_rounding(dtype, whole, right, [one], 0) <= 3 * BEYOND_ROUNDING, levels
+        else:
+            assert max_error(whole, right) <= FORMATS[formats], levels
+        cut = [attend(dtype, kv_dtype, [tokens_of(one, *c)]) for c in ((0, 150), (150, length))]
+        assert same_bits(np.concatenate(cut), whole), levels
+        ends = [63, 64, 127, 130, 192, 255, 256, 319, 330, 400, 470, length - 1]
+        alone = attend(dtype, kv_dtype, [tokens_of(one, p, p + 1) for p in ends])
+        assert same_bits(alone, whole[ends]), levels
+
+
 def test_a_long_context() -> None:
     """Past 8192 keys splits are longer. One token decoded, and the last of a chunk, the same."""
     [sequence] = make_sequences([(12, 9100)], (2, 1), 64, "bf16")

@@ -50,8 +50,7 @@ struct State {
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i) values[i] = from.values[i][threadIdx.x];
   }
-  OCTAVO_DEVICE void add(float part_max, float part_sum, const float4 (&part)[kDim / 32]) {
-    const Fold f = fold_of(max, part_max);
+  OCTAVO_DEVICE void add(const Fold& f, float part_sum, const float4 (&part)[kDim / 32]) {
     max = f.max;
     sum = fold(f, sum, part_sum);
 #pragma unroll
@@ -76,7 +75,7 @@ OCTAVO_DEVICE void fold_parts(State<kDim>& state, const Parts<kDim>& parts, int 
 #pragma unroll
     for (int i = 0; i < kDim / 32; ++i)
       part[i] = bits_as<float4>(load_16(&parts.values[warp][row][4 * (my_column() + 8 * i)]));
-    state.add(parts.max[warp][row], parts.sum[warp][row], part);
+    state.add(fold_of_tile(state.max, state.sum, parts.max[warp][row]), parts.sum[warp][row], part);
   }
 }
 
@@ -84,7 +83,7 @@ template <int kDim>
 OCTAVO_DEVICE void add_to_total(Kept<kDim>& kept, const State<kDim>& split, bool is_first) {
   State<kDim> total;
   is_first ? total.clear() : total.take(kept);
-  total.add(split.max, split.sum, split.values);
+  total.add(fold_of(total.max, split.max), split.sum, split.values);
   total.keep(kept);
 }
 
@@ -119,8 +118,8 @@ OCTAVO_DEVICE void write_row(const AttentionArguments& a, const Rows& rows,
   for (int i = 0; i < kDim / 32; ++i) {
     const float4& v = total.values[i];
     auto* to = reinterpret_cast<std::uint32_t*>(out + 4 * (my_column() + 8 * i));
-    to[0] = result_of<T, Item>(v.x, v.y, total.sum);
-    to[1] = result_of<T, Item>(v.z, v.w, total.sum);
+    to[0] = result_of<T>(v.x, v.y, total.sum);
+    to[1] = result_of<T>(v.z, v.w, total.sum);
   }
 }
 
@@ -163,7 +162,7 @@ OCTAVO_DEVICE void fold_splits(const AttentionArguments& a, const DecodeWork& wo
   T* out = rows.numbers_of(a, static_cast<T*>(a.out), a.out_stride, row) + dim;
 #pragma unroll
   for (int i = 0; i < kPairs; ++i)
-    reinterpret_cast<std::uint32_t*>(out)[i] = result_of<T, Item>(total[i].x, total[i].y, sum);
+    reinterpret_cast<std::uint32_t*>(out)[i] = result_of<T>(total[i].x, total[i].y, sum);
 }
 
 // Whether this block is the last of `count` to arrive; the counter is then zero again.

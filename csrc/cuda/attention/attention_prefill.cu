@@ -7,10 +7,9 @@
 // fragments are loaded. The new tokens' keys and values are read from the cache like all others.
 //
 // The arithmetic is that of attention_tile.cuh, tile by tile and split by split. So beside what
-// FlashAttention-2 does, P V of a tile is scaled before it is added (a multiplication an element
-// and tile), and the state of a split is folded into the result where the split ends (every 256 to
-// 2048 keys), which lies in shared memory meanwhile. That is the price of equal bits in any
-// chunking.
+// FlashAttention-2 does, P V of a tile is computed on its own before it is added, and the state of
+// a split is folded into the result where the split ends (every 256 to 2048 keys), which lies in
+// shared memory meanwhile. That is the price of equal bits in any chunking.
 //
 // Rows a warp: 32 with head_dim 64, where a fragment of K or V then serves two products, or 16 with
 // 128. Shared memory: two stages of 2 x 64 x head_dim numbers and 128 x head_dim floats: 65 KiB
@@ -105,11 +104,14 @@ OCTAVO_DEVICE void copy_tile(Stage<T, Item, kDim>& stage, const KvLayout& cache,
 }
 
 // Values of other keys than the readable ones may be anything, and 0 times a NaN is one: makes them
-// 0. All threads of the block, between barriers; int8 codes are finite.
+// 0. All threads of the block, between barriers; int8's codes are finite, their scales may not be.
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void clear_unreadable(Stage<T, Item, kDim>& stage, int first_key,
                                     const Visible& readable) {
-  if constexpr (sizeof(Item) == 2) {
+  if constexpr (Tile<T, Item, kDim>::kScaled) {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < kTileKeys && !readable.holds(first_key + i)) stage.value_scales[i] = 0.0f;
+  } else {
     for (int i = static_cast<int>(threadIdx.x); i < kTileKeys * kDim; i += blockDim.x) {
       const int key = i % kTileKeys, dim = i / kTileKeys;
       if (readable.holds(first_key + key)) continue;
@@ -190,7 +192,7 @@ OCTAVO_DEVICE void score_tile(float (&s)[kBands<Item, kDim>][8][4],
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
                             const std::uint32_t (&p)[kBands<Item, kDim>][4][4],
-                            const Fold (&folds)[kBands<Item, kDim>][2],
+                            const float (&keep)[kBands<Item, kDim>][2],
                             const Stage<T, Item, kDim>& stage) {
   using Shape = Tile<T, Item, kDim>;
   using From = Stage<T, Item, kDim>;
@@ -212,7 +214,8 @@ OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
     for (int band = 0; band < kBands<Item, kDim>; ++band) {
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        bands.values[band][n][e] = fold(folds[band][e / 2], bands.values[band][n][e], acc[band][e]);
+        bands.values[band][n][e] =
+            fma_rn(bands.values[band][n][e], keep[band][e / 2], acc[band][e]);
     }
   }
 }
@@ -220,33 +223,44 @@ OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArguments& a,
                                 const Stage<T, Item, kDim>& stage, int tile) {
+  constexpr int kCount = kBands<Item, kDim>;
   const int first_key = tile * kTileKeys, last_key = first_key + kTileKeys - 1;
   if (first_key > bands.last_position ||
       last_key < visible_keys(bands.first_position, a.window).begin)
     return;
   const int j = static_cast<int>(lane_index() % 4);
-  Sight sight{first_key, a.window, false, {}};
-  sight.all = last_key <= bands.first_position &&
-              first_key >= visible_keys(bands.last_position, a.window).begin;
   const LaneScales scales{stage.key_scales + 16 * j, stage.value_scales + 16 * j};
-  float s[kBands<Item, kDim>][8][4] = {};
+  float s[kCount][8][4] = {};
   score_tile(s, bands, stage);
-  std::uint32_t p[kBands<Item, kDim>][4][4];
-  Fold folds[kBands<Item, kDim>][2];
 #pragma unroll
-  for (int band = 0; band < kBands<Item, kDim>; ++band) {
+  for (int row = 0; row < 2 * kCount; ++row)
+    scale_scores<T, Item, kDim>(s[row / 2], row % 2, scales);
+  if (last_key > bands.first_position ||
+      first_key < visible_keys(bands.last_position, a.window).begin) {
+#pragma unroll
+    for (int row = 0; row < 2 * kCount; ++row) {
+      const Visible visible = visible_keys(bands.position[row / 2][row % 2], a.window);
+      hide_unseen<T, Item, kDim>(s[row / 2], row % 2, first_key, visible);
+    }
+  }
+  std::uint32_t p[kCount][4][4];
+  float keep[kCount][2];
+#pragma unroll
+  for (int band = 0; band < kCount; ++band) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      sight.position[half] = bands.position[band][half];
-      const RowPart part = weigh<T, Item, kDim>(s[band], half, a.scale, sight, scales);
-      const Fold f = fold_of(bands.max[band][half], part.max);
-      bands.max[band][half] = f.max;
-      bands.sum[band][half] = fold(f, bands.sum[band][half], part.sum);
-      folds[band][half] = f;
+      float &max = bands.max[band][half], &sum = bands.sum[band][half];
+      const float tile_max = max_of_row<T, Item, kDim>(s[band], half, a.scale);
+      const Fold f = fold_of_tile(max, sum, tile_max);
+      // Where the tile does not count, weights become 0.
+      const float from = f.take == 0.0f ? -minus_infinity() : tile_max;
+      max = f.max;
+      sum = fma_rn(sum, f.keep, weigh<T, Item, kDim>(s[band], half, a.scale, from, scales));
+      keep[band][half] = f.keep;
     }
     pack_weights<T>(p[band], s[band]);
   }
-  add_tile(bands, p, folds, stage);
+  add_tile(bands, p, keep, stage);
 }
 
 // There is nothing yet.
@@ -301,7 +315,7 @@ OCTAVO_DEVICE void write_bands(const Bands<T, Item, kDim>& bands, const Attentio
       for (int n = 0; n < kDim / 8; ++n) {
         const float* two = bands.values[band][n] + 2 * half;
         *reinterpret_cast<std::uint32_t*>(out + 8 * n + 2 * j) =
-            result_of<T, Item>(two[0], two[1], bands.sum[band][half]);
+            result_of<T>(two[0], two[1], bands.sum[band][half]);
       }
     }
   }

@@ -66,16 +66,29 @@ OCTAVO_HOST_DEVICE int split_of_tile(int tile) {
 
 // ---- states ----
 
-// How two states of a row become one: value = value * keep + part * take.
+// A state of a row is values and a sum of weights, all relative to 2^max. How two become one:
+// value = value * keep + part * take.
 struct Fold {
   float max, keep, take;
 };
+OCTAVO_DEVICE float fold(const Fold& f, float value, float part) {
+  return fma_rn(value, f.keep, multiply_rn(part, f.take));
+}
+
+// Of results so far and a split.
 OCTAVO_DEVICE Fold fold_of(float max, float part_max) {
   const float new_max = fmaxf(max, part_max);
   return {new_max, shrink(max, new_max), shrink(part_max, new_max)};
 }
-OCTAVO_DEVICE float fold(const Fold& f, float value, float part) {
-  return fma_rn(value, f.keep, multiply_rn(part, f.take));
+
+// Of a split and its next tile, where it costs most. The state becomes relative to the tile's
+// maximum, be it greater or smaller: so `take` is 1, and no part needs to be multiplied. But a tile
+// whose greatest weight is less than about 2^-40 of the split's sum so far does not count (take is
+// 0): float32 would not show it, and the state would grow too large. max and sum: of the split.
+OCTAVO_DEVICE Fold fold_of_tile(float max, float sum, float part_max) {
+  const float keep = fast_exp2(add_rn(max, -part_max));
+  if (multiply_rn(sum, keep) <= 0x1p40f) return {part_max, keep, 1.0f};
+  return {max, 1.0f, 0.0f};  // also where the tile has nothing to see: the product is inf or NaN
 }
 
 // ---- fragments ----
@@ -97,8 +110,8 @@ struct Tile {
   static constexpr int kDimSteps = kDim / 16;
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Item));
   // int8 weights are multiplied with the values' scales before they are rounded: that they do not
-  // become subnormal in f16, 2^6 of headroom is put to use.
-  static constexpr float kBoost = kScaled && std::is_same_v<T, F16> ? 64.0f : 1.0f;
+  // become subnormal in f16, all are 2^6 times as large.
+  static constexpr float kHeadroom = kScaled && std::is_same_v<T, F16> ? 6.0f : 0.0f;
 };
 
 // Steps' fragments b of one piece.
@@ -158,72 +171,76 @@ OCTAVO_DEVICE float number_of(const float4& four, int i) {
   return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
 }
 
-// What a tile's keys are to the rows of a lane.
-struct Sight {
-  int first_key;    // of the tile
-  int window;       // 0: no limit
-  bool all;         // every row of the warp sees the whole tile
-  int position[2];  // of rows g and g + 8
-};
-
 // ---- one tile ----
 
-// What becomes of row g (half 0) or g + 8 (half 1) in a tile.
-struct RowPart {
-  float max, sum;
-};
+// A lane has scores of row g (half 0) and g + 8 (half 1): columns 2 half and 2 half + 1 of each
+// product. The next four functions are about one of these rows.
 
-// Turns a lane's scores of one row, columns 2 half and 2 half + 1 of each product, into weights.
-// scale > 0.
+// int8: the keys' scales.
 template <class T, class Item, int kDim>
-OCTAVO_DEVICE RowPart weigh(float (&s)[8][4], int half, float scale, const Sight& sight,
-                            const LaneScales& scales) {
-  using Shape = Tile<T, Item, kDim>;
-  const int j = static_cast<int>(lane_index() % 4);
-  float max = minus_infinity();
-  float4 scales_of_four{};
+OCTAVO_DEVICE void scale_scores(float (&s)[8][4], int half, const LaneScales& scales) {
+  if constexpr (Tile<T, Item, kDim>::kScaled) {
 #pragma unroll
-  for (int t = 0; t < 8; ++t) {
-    if (Shape::kScaled && t % 2 == 0)
-      scales_of_four = bits_as<float4>(load_16(scales.keys + 2 * t));
+    for (int t = 0; t < 8; t += 2) {
+      const auto four = bits_as<float4>(load_16(scales.keys + 2 * t));
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float& x = s[t][2 * half + e];
-      if (Shape::kScaled) x = multiply_rn(x, number_of(scales_of_four, t % 2 * 2 + e));
-      if (!sight.all) {
-        const int key = sight.first_key + t / Shape::kProducts * 4 * Shape::kItems +
-                        Shape::kItems * j + 2 * (t % Shape::kProducts) + e;
-        const Visible visible = visible_keys(sight.position[half], sight.window);
-        if (key < visible.begin || key >= visible.end) x = minus_infinity();
+      for (int i = 0; i < 4; ++i) {
+        float& x = s[t + i / 2][2 * half + i % 2];
+        x = multiply_rn(x, number_of(four, i));
       }
-      max = fmaxf(max, x);
     }
   }
+}
+
+// The keys that the row does not see. Only for tiles that have some: on the diagonal, and where the
+// window begins.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE void hide_unseen(float (&s)[8][4], int half, int first_key, const Visible& visible) {
+  using Shape = Tile<T, Item, kDim>;
+  const int first = first_key + Shape::kItems * static_cast<int>(lane_index() % 4);
+#pragma unroll
+  for (int t = 0; t < 8; ++t) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int key =
+          first + t / Shape::kProducts * 4 * Shape::kItems + t % Shape::kProducts * 2 + e;
+      if (!visible.holds(key)) s[t][2 * half + e] = minus_infinity();
+    }
+  }
+}
+
+// The power of two that the row's weights are relative to. scale > 0.
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE float max_of_row(const float (&s)[8][4], int half, float scale) {
+  float max = minus_infinity();
+#pragma unroll
+  for (int t = 0; t < 8; ++t) max = fmaxf(max, fmaxf(s[t][2 * half], s[t][2 * half + 1]));
   max = fmaxf(max, shuffle_xor(max, 1));
   max = fmaxf(max, shuffle_xor(max, 2));
   max = multiply_rn(max, scale);
-  if (Shape::kWhole) max = ceilf(max);
-  const float from = max == minus_infinity() ? 0.0f : max;
+  if (Tile<T, Item, kDim>::kWhole) max = ceilf(max);
+  return add_rn(max, -Tile<T, Item, kDim>::kHeadroom);
+}
+
+// Turns the scores into weights, and returns the sum of these, before the values' scales (int8).
+template <class T, class Item, int kDim>
+OCTAVO_DEVICE float weigh(float (&s)[8][4], int half, float scale, float max,
+                          const LaneScales& scales) {
   float sum = 0.0f;
 #pragma unroll
-  for (int t = 0; t < 8; ++t) {
-    if (Shape::kScaled && t % 2 == 0)
-      scales_of_four = bits_as<float4>(load_16(scales.values + 2 * t));
+  for (int t = 0; t < 8; t += 2) {
+    float4 four{};
+    if (Tile<T, Item, kDim>::kScaled) four = bits_as<float4>(load_16(scales.values + 2 * t));
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float& x = s[t][2 * half + e];
-      x = fast_exp2(fma_rn(x, scale, -from));
+    for (int i = 0; i < 4; ++i) {
+      float& x = s[t + i / 2][2 * half + i % 2];
+      x = fast_exp2(fma_rn(x, scale, -max));
       sum = add_rn(sum, x);
-      if (!Shape::kScaled) continue;
-      // Where nothing was ever written, the scale may be a NaN; the weight is 0.
-      const bool counts = sight.all || x != 0.0f;
-      const float boosted = multiply_rn(x, Shape::kBoost);
-      x = counts ? multiply_rn(boosted, number_of(scales_of_four, t % 2 * 2 + e)) : 0.0f;
+      if (Tile<T, Item, kDim>::kScaled) x = multiply_rn(x, number_of(four, i));
     }
   }
   sum = add_rn(sum, shuffle_xor(sum, 1));
-  sum = add_rn(sum, shuffle_xor(sum, 2));
-  return {max, sum};
+  return add_rn(sum, shuffle_xor(sum, 2));
 }
 
 // Fragments a of the weights, for the four steps of a tile.
@@ -309,11 +326,10 @@ OCTAVO_DEVICE Tiles tiles_of(const AttentionArguments& a, const Rows& rows) {
 }
 
 // Two numbers of a row's result as they are stored. sum: of its weights.
-template <class T, class Item>
+template <class T>
 OCTAVO_DEVICE std::uint32_t result_of(float low, float high, float sum) {
-  const float divisor = multiply_rn(sum, Tile<T, Item, 64>::kBoost);
-  return pack2<T>(add_rn(divide_rn(low, divisor), 0.0f),  // no -0
-                  add_rn(divide_rn(high, divisor), 0.0f));
+  return pack2<T>(add_rn(divide_rn(low, sum), 0.0f),  // no -0
+                  add_rn(divide_rn(high, sum), 0.0f));
 }
 
 // Calls body(the Tile of a kernel) for formats and a head_dim as can_use_tensor_cores

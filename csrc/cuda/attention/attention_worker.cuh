@@ -50,7 +50,7 @@ class TileWorker {
     const Page page = page_of(a_.cache, rows_, readable_, tile, entry);
     const bool is_past = (tile + 1) * kTileKeys <= rows_.first_position;
     if (!is_past) wait_for_previous_kernel();
-    const Sight sight = look(tile);
+    const int first_key = tile * kTileKeys;
     uint4 keys[kKeyHalves][kKeyPart], values[kValueHalves][kValuePart];
     float s[8][4] = {};
     float2 key_scales, value_scales;
@@ -62,7 +62,7 @@ class TileWorker {
     else
       load_values<0>(values[0], page);
     load_rows();
-    if constexpr (Shape::kScaled) scales = share(parts, key_scales, value_scales);
+    if constexpr (Shape::kScaled) scales = share(parts, key_scales, value_scales, first_key);
     score<0>(s, keys[0]);
     if constexpr (kKeyHalves == 2) {
       load_values<0>(values[0], page);
@@ -70,32 +70,28 @@ class TileWorker {
     }
     if constexpr (kValueHalves == 2) load_values<1>(values[1], page);
     const int g = static_cast<int>(lane_index() / 4), warp = static_cast<int>(warp_index());
-    RowPart part[2] = {weigh<T, Item, kDim>(s, 0, a_.scale, sight, scales), {}};
-    if (upper_rows) part[1] = weigh<T, Item, kDim>(s, 1, a_.scale, sight, scales);
+    const bool sees_all = rows_.all_see(a_, 0, rows_.count - 1, first_key, kTileKeys);
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      parts.max[warp][g + 8 * half] = part[half].max;
-      parts.sum[warp][g + 8 * half] = part[half].sum;
+      if (half == 1 && !upper_rows) break;
+      const int row = g + 8 * half;
+      scale_scores<T, Item, kDim>(s, half, scales);
+      if (!sees_all) {
+        const int position = rows_.position(a_, row < rows_.count ? row : 0);
+        hide_unseen<T, Item, kDim>(s, half, first_key, visible_keys(position, a_.window));
+      }
+      const float max = max_of_row<T, Item, kDim>(s, half, a_.scale);
+      const float from = max == minus_infinity() ? 0.0f : max;
+      parts.max[warp][row] = max;
+      parts.sum[warp][row] = weigh<T, Item, kDim>(s, half, a_.scale, from, scales);
     }
     std::uint32_t p[4][4];
     pack_weights<T>(p, s);
-    add_up<0>(p, values[0], sight, parts, upper_rows);
-    if constexpr (kValueHalves == 2) add_up<1>(p, values[1], sight, parts, upper_rows);
+    add_up<0>(p, values[0], first_key, parts, upper_rows);
+    if constexpr (kValueHalves == 2) add_up<1>(p, values[1], first_key, parts, upper_rows);
   }
 
  private:
-  OCTAVO_DEVICE Sight look(int tile) const {
-    Sight sight{tile * kTileKeys, a_.window, false, {}};
-    const int g = static_cast<int>(lane_index() / 4);
-    for (int half = 0; half < 2; ++half) {
-      const int row = g + 8 * half;
-      sight.position[half] = rows_.position(a_, row < rows_.count ? row : 0);
-    }
-    const int first = rows_.position(a_, 0), last = rows_.position(a_, rows_.count - 1);
-    sight.all = sight.first_key + kTileKeys <= first + 1 &&
-                sight.first_key >= visible_keys(last, a_.window).begin;
-    return sight;
-  }
-
   // Queries, once the kernel that rotated them has ended: for each tile anew, from the first cache,
   // rather than to keep registers for them.
   OCTAVO_DEVICE void load_rows() {
@@ -170,7 +166,12 @@ class TileWorker {
     keys = *reinterpret_cast<const float2*>(at);
     values = *reinterpret_cast<const float2*>(at + a_.cache.block_size);
   }
-  OCTAVO_DEVICE LaneScales share(Parts<kDim>& parts, float2 keys, float2 values) const {
+  // Where nothing was ever written, the values' may be NaNs; the weights there are 0.
+  OCTAVO_DEVICE LaneScales share(Parts<kDim>& parts, float2 keys, float2 values,
+                                 int first_key) const {
+    const int key = first_key + 2 * static_cast<int>(lane_index());
+    if (!readable_.holds(key)) values.x = 0.0f;
+    if (!readable_.holds(key + 1)) values.y = 0.0f;
     auto& to = parts.scales[warp_index()];
     *reinterpret_cast<float2*>(to[0] + 2 * lane_index()) = keys;
     *reinterpret_cast<float2*>(to[1] + 2 * lane_index()) = values;
@@ -180,13 +181,13 @@ class TileWorker {
 
   template <int kHalf>
   OCTAVO_DEVICE void add_up(const std::uint32_t (&p)[4][4], uint4 (&pieces)[kValuePart],
-                            const Sight& sight, Parts<kDim>& parts, bool upper_rows) const {
+                            int first_key, Parts<kDim>& parts, bool upper_rows) const {
     const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
-    if (!is_readable(readable_, sight.first_key)) {
+    if (!is_readable(readable_, first_key)) {
 #pragma unroll
       for (int i = 0; i < kValuePart; ++i)
         pieces[i] = without_unreadable<Item>(
-            pieces[i], sight.first_key + i % Shape::kGroups * 4 * Shape::kItems, readable_);
+            pieces[i], first_key + i % Shape::kGroups * 4 * Shape::kItems, readable_);
     }
     auto& to = parts.values[warp_index()];
     constexpr int kProducts = kDim / 8 / kValueHalves;
