@@ -75,7 +75,11 @@ DecodePlan plan_decode(std::int64_t num_seqs, std::int64_t tokens, const LayerSp
   plan.bytes = static_cast<std::size_t>(num_seqs * tokens * layer.num_heads * splits *
                                         (layer.head_dim + 4)) *
                sizeof(float);
-  std::int64_t workers = std::min(ceil_div(kBlocksOfProcessor * num_processors, blocks), splits);
+  // A block loads its second split while it works on the first one: two each where blocks enough
+  // are left for the processors.
+  const bool are_many = 2 * blocks > num_processors && blocks * splits > 2 * num_processors;
+  std::int64_t workers = std::min(ceil_div(kBlocksOfProcessor * num_processors, blocks),
+                                  are_many ? ceil_div(splits, 2) : splits);
   if (static_cast<std::size_t>(blocks) * 4 > kCounterBytes) workers = 1;
   work.max_rows = static_cast<int>(tokens * group);
   work.sets = static_cast<int>(sets);

@@ -4,7 +4,8 @@
 // several) over some splits of the context. Of every 4 tiles of a split each warp takes one: it
 // loads 64 keys and values from the cache straight into registers, 16 bytes a lane at a time and
 // all of them before it uses the first, and computes the tile's part (attention_tile.cuh); the
-// parts are folded, in order, by way of shared memory. A block that has all splits of its rows
+// parts are folded, in order, by way of shared memory, while with head_dim 64 the next tiles are
+// on their way. A block that has all splits of its rows
 // writes the result. Otherwise splits' states go to the workspace, and the last block to arrive
 // folds them in ascending order, so that it does not matter which block computed what or when.
 //
@@ -94,7 +95,8 @@ template <int kDim>
 OCTAVO_DEVICE float* partial_of(const DecodeWork& work, const Rows& rows, int num_kv_heads, int row,
                                 int split) {
   const std::int64_t index =
-      static_cast<std::int64_t>(rows.seq * work.max_rows + rows.first_row + row) * num_kv_heads +
+      static_cast<std::int64_t>(computed_anew(rows.seq) * work.max_rows + rows.first_row + row) *
+          num_kv_heads +
       rows.kv_head;
   return work.partials + (index * work.max_splits + split) * kPartialStride<kDim>;
 }
@@ -131,8 +133,8 @@ OCTAVO_DEVICE void fold_splits(const AttentionArguments& a, const DecodeWork& wo
                                const Rows& rows, int count) {
   constexpr int kThreadsOfRow = kThreads / kMost, kPairs = kDim / kThreadsOfRow / 2;
   constexpr int kAhead = kPairs == 1 ? 20 : 24 / kPairs;
-  const int row = static_cast<int>(threadIdx.x) / kThreadsOfRow;
-  const int dim = static_cast<int>(threadIdx.x) % kThreadsOfRow * 2 * kPairs;
+  const int thread = computed_anew(static_cast<int>(threadIdx.x));
+  const int row = thread / kThreadsOfRow, dim = thread % kThreadsOfRow * 2 * kPairs;
   if (row >= rows.count) return;
   const float* from = partial_of<kDim>(work, rows, a.num_heads / a.group, row, 0);
   float max = minus_infinity(), sum = 0.0f;
@@ -184,67 +186,77 @@ OCTAVO_DEVICE void attend_rows(const AttentionArguments& a, const DecodeWork& wo
                                const Rows& rows, int set, int worker, int entry) {
   const Tiles seen = tiles_of(a, rows);
   const int first_split = split_of_tile(seen.first);
-  const int num_splits = split_of_tile(seen.end - 1) - first_split + 1;
-  int workers = work.workers < num_splits ? work.workers : num_splits;
+  const int end_split = split_of_tile(seen.end - 1) + 1;
+  int workers = smaller(work.workers, end_split - first_split);
   if (rows.first_row + rows.count > work.max_rows) workers = 1;
   if (worker >= workers) return;
 
   auto& parts = *reinterpret_cast<Parts<kDim>*>(shared_memory());
   const int warp = static_cast<int>(warp_index()), num_kv_heads = a.num_heads / a.group;
   const bool has_row = my_row() < rows.count;
-  const std::int32_t* table = a.table_of(rows.seq);
-  const auto entry_of = [&](int tile) { return load_table_entry(a, table, tile); };
+  const auto entry_of = [&](int tile) {
+    return load_table_entry(a, a.table_of(computed_anew(rows.seq)), tile);
+  };
   const auto first_of = [&](int split) { return larger(split_begin(split), seen.first); };
-  if (a.window > 0) entry = entry_of(first_of(first_split + worker) + warp);
-  TileWorker<T, Item, kDim> tiles(a, rows);
+  const auto end_of = [&](int split) { return smaller(split_begin(split + 1), seen.end); };
+  using Worker = TileWorker<T, Item, kDim>;
+  Worker tiles(a, rows);
   State<kDim> state;
-  for (int split = first_split + worker; split < first_split + num_splits; split += workers) {
-    const int begin = first_of(split), end = smaller(split_begin(split + 1), seen.end);
-    for (int at = begin; at < end; at += kWarps) {
-      const int next = at + kWarps < end ? at + kWarps : split_begin(split + workers);
-      const int next_entry = entry_of(next + warp);
-      if (at + warp < end) tiles.work(at + warp, entry, parts, rows.count > 8);
-      entry = next_entry;
-      wait_for_previous_kernel();  // whose input may be this kernel's output
-      __syncthreads();
-      if (has_row) {
-        at == begin ? state.clear() : state.take(parts.split);
-        fold_parts(state, parts, smaller(end - at, kWarps));
-        if (at + kWarps < end)
-          state.keep(parts.split);
-        else if (workers > 1)
-          write_partial(partial_of<kDim>(work, rows, num_kv_heads, my_row(), split - first_split),
-                        state);
-        else
-          add_to_total(parts.total, state, split == first_split);
-      }
-      __syncthreads();
+  // Tiles at .. at + 3 of the split, one a warp.
+  int split = first_split + worker, at = first_of(split);
+  if (a.window > 0 || !Worker::kLoadsAhead) entry = entry_of(at + warp);  // registers are short
+  if (Worker::kLoadsAhead && at + warp < end_of(split)) tiles.begin(at + warp, entry);
+  for (bool is_first = true; split < end_split;) {
+    const int end = end_of(split), tile = at + warp;
+    const bool goes_on = at + kWarps < end;
+    const int next_split = goes_on ? split : split + workers;
+    const int next_at = goes_on ? at + kWarps : first_of(next_split), next = next_at + warp;
+    const bool has_next = next_split < end_split && next < end_of(next_split);
+    const int next_entry = entry_of(next);
+    if (!Worker::kLoadsAhead && tile < end) tiles.begin(tile, entry);
+    if (tile < end)
+      tiles.work(tile, has_next ? next : -1, next_entry, parts, rows.count > 8);
+    else if (Worker::kLoadsAhead && has_next)
+      tiles.begin(next, next_entry);
+    entry = next_entry;
+    wait_for_previous_kernel();  // whose input may be this kernel's output
+    __syncthreads();
+    if (has_row) {
+      is_first ? state.clear() : state.take(parts.split);
+      fold_parts(state, parts, smaller(end - at, kWarps));
+      if (goes_on)
+        state.keep(parts.split);
+      else if (workers > 1)
+        write_partial(partial_of<kDim>(work, rows, num_kv_heads, my_row(), split - first_split),
+                      state);
+      else
+        add_to_total(parts.total, state, split == first_split);
     }
+    __syncthreads();
+    is_first = !goes_on;
+    split = next_split;
+    at = next_at;
   }
   if (workers > 1) {
     const int counter = (rows.seq * work.sets + set) * num_kv_heads + rows.kv_head;
     if (!arrive(work.counters + counter, workers, parts)) return;
+    const int count = end_split - first_split;
     if (rows.count <= 4)
-      fold_splits<T, Item, kDim, 4>(a, work, rows, num_splits);
+      fold_splits<T, Item, kDim, 4>(a, work, rows, count);
     else if (rows.count <= 8)
-      fold_splits<T, Item, kDim, 8>(a, work, rows, num_splits);
+      fold_splits<T, Item, kDim, 8>(a, work, rows, count);
     else
-      fold_splits<T, Item, kDim, 16>(a, work, rows, num_splits);
+      fold_splits<T, Item, kDim, 16>(a, work, rows, count);
   } else if (has_row) {
     state.take(parts.total);
     write_row<T, Item, kDim>(a, rows, state);
   }
 }
 
-// What registers leave room for without spilling: 24 KiB (int8) or 32 KiB and more on their way to
-// each processor.
-template <class Item, int kDim>
-constexpr int kBlocksOfProcessor = sizeof(Item) == 1 && kDim == 64 ? 3 : 2;
-
 // Block (i, h, w): set i % sets of the rows of sequence i / sets (and every sets-th after it),
 // KV head h, worker w of those that share the splits.
 template <class T, class Item, int kDim>
-__global__ void __launch_bounds__(kThreads, kBlocksOfProcessor<Item, kDim>)
+__global__ void __launch_bounds__(kThreads, 2)
     decode_attention_kernel(AttentionArguments a, DecodeWork work) {
   let_next_kernel_start();
   Rows rows{};

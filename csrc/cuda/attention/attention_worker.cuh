@@ -2,7 +2,9 @@
 // through registers to the tile's part in shared memory. attention_decode.cu says what for.
 //
 // Every load of the tile is begun before the first product: 64 keys and values of 64 bf16 numbers
-// are 32 loads of 16 bytes a lane, 16 KiB a warp.
+// are 32 loads of 16 bytes a lane, 16 KiB a warp. With head_dim 64 the next tile's keys are begun
+// when half of this one's values have been multiplied, and its values after the other half: memory
+// is busy while the warp computes and waits for others.
 #pragma once
 
 #include "cuda/attention/attention_tile.cuh"
@@ -30,45 +32,46 @@ struct Parts {
   int is_last;
 };
 
-// One warp's tile: everything from loading to its part in shared memory.
+// One warp's tiles: everything from loading to their parts in shared memory.
 template <class T, class Item, int kDim>
 class TileWorker {
  public:
   using Shape = Tile<T, Item, kDim>;
-  // A lane's pieces of the keys, and of the values. 32 (16 bits, head_dim 128) are loaded in two
-  // halves, of the keys by groups and of the values by dimensions; with int8's 16, registers are
-  // short where they are widened.
+  // A lane's pieces of the keys, and of the values. Values are loaded and used in two halves, by
+  // dimensions, and so are 32 pieces of keys (16 bits, head_dim 128), by groups.
   static constexpr int kPieces = kTileKeys * Shape::kRowBytes / (32 * 16);
-  static constexpr int kKeyHalves = kPieces > 16 ? 2 : 1;
-  static constexpr int kValueHalves = kDim > 64 ? 2 : 1;
+  static constexpr int kKeyHalves = kPieces > 16 ? 2 : 1, kValueHalves = 2;
   static constexpr int kKeyPart = kPieces / kKeyHalves, kValuePart = kPieces / kValueHalves;
+  // Whether there are registers for all of a tile at once, and for some of the next one.
+  static constexpr bool kLoadsAhead = kDim == 64;
 
   OCTAVO_DEVICE TileWorker(const AttentionArguments& a, const Rows& rows)
       : a_(a), rows_(rows), readable_(rows.readable(a)) {}
 
-  OCTAVO_DEVICE void work(int tile, int entry, Parts<kDim>& parts, bool upper_rows) {
-    const Page page = page_of(a_.cache, rows_, readable_, tile, entry);
-    const bool is_past = (tile + 1) * kTileKeys <= rows_.first_position;
-    if (!is_past) wait_for_previous_kernel();
-    const int first_key = tile * kTileKeys;
-    uint4 keys[kKeyHalves][kKeyPart], values[kValueHalves][kValuePart];
-    float s[8][4] = {};
-    float2 key_scales, value_scales;
-    LaneScales scales{};
-    if constexpr (Shape::kScaled) load_scales(key_scales, value_scales, page);
-    load_keys<0>(keys[0], page);
+  // Begins to load a tile. entry: its pages' part of the block table.
+  OCTAVO_DEVICE void begin(int tile, int entry) {
+    begin_keys(tile, entry);
     if constexpr (kKeyHalves == 2)
-      load_keys<1>(keys[1], page);
+      load_keys<1>();
     else
-      load_values<0>(values[0], page);
+      load_values<0>();
+    if constexpr (kLoadsAhead) load_values<1>();
+  }
+
+  // Computes the part of a tile that has begun, and, where it loads ahead, begins the next one
+  // (none: -1).
+  OCTAVO_DEVICE void work(int tile, int next, int next_entry, Parts<kDim>& parts, bool upper_rows) {
+    const int first_key = tile * kTileKeys;
+    float s[8][4] = {};
+    LaneScales scales{};
     load_rows();
-    if constexpr (Shape::kScaled) scales = share(parts, key_scales, value_scales, first_key);
-    score<0>(s, keys[0]);
+    if constexpr (Shape::kScaled) scales = share(parts, first_key);
+    score<0>(s);
     if constexpr (kKeyHalves == 2) {
-      load_values<0>(values[0], page);
-      score<1>(s, keys[1]);
+      load_values<0>();
+      score<1>(s);
     }
-    if constexpr (kValueHalves == 2) load_values<1>(values[1], page);
+    if constexpr (!kLoadsAhead) load_values<1>();
     const int g = static_cast<int>(lane_index() / 4), warp = static_cast<int>(warp_index());
     const bool sees_all = rows_.all_see(a_, 0, rows_.count - 1, first_key, kTileKeys);
 #pragma unroll
@@ -87,11 +90,23 @@ class TileWorker {
     }
     std::uint32_t p[4][4];
     pack_weights<T>(p, s);
-    add_up<0>(p, values[0], first_key, parts, upper_rows);
-    if constexpr (kValueHalves == 2) add_up<1>(p, values[1], first_key, parts, upper_rows);
+    add_up<0>(p, first_key, parts, upper_rows);
+    if (kLoadsAhead && next >= 0) begin_keys(next, next_entry);
+    add_up<1>(p, first_key, parts, upper_rows);
+    if (!kLoadsAhead || next < 0) return;
+    load_values<0>();
+    load_values<1>();
   }
 
  private:
+  OCTAVO_DEVICE void begin_keys(int tile, int entry) {
+    page_ = page_of(a_.cache, rows_, readable_, tile, entry);
+    const bool is_past = (tile + 1) * kTileKeys <= rows_.first_position;
+    if (!is_past) wait_for_previous_kernel();
+    if constexpr (Shape::kScaled) load_scales();
+    load_keys<0>();
+  }
+
   // Queries, once the kernel that rotated them has ended: for each tile anew, from the first cache,
   // rather than to keep registers for them.
   OCTAVO_DEVICE void load_rows() {
@@ -106,14 +121,16 @@ class TileWorker {
 
   // Piece c of the key of product t, group: entry (group, t, c), counted within the half.
   template <int kHalf>
-  OCTAVO_DEVICE void load_keys(uint4 (&to)[kKeyPart], const Page& page) const {
+  OCTAVO_DEVICE void load_keys() {
+    auto& to = keys_[kHalf];
     const auto g = lane_index() / 4, j = lane_index() % 4;
     constexpr int kPagesOfGroup = kTilePages / Shape::kGroups;
 #pragma unroll
     for (int n = 0; n < kKeyPart / Shape::kPieces / Shape::kProducts; ++n) {
       const int group = kHalf * (Shape::kGroups / kKeyHalves) + n;
       const unsigned in_group = Shape::kItems == 8 ? g / 4 : g / 2;
-      const Page from = shuffle_page(page, static_cast<unsigned>(group * kPagesOfGroup) + in_group);
+      const Page from =
+          shuffle_page(page_, static_cast<unsigned>(group * kPagesOfGroup) + in_group);
       const unsigned char* keys = a_.cache.data + from.head + from.within * Shape::kRowBytes;
 #pragma unroll
       for (int t = 0; t < Shape::kProducts; ++t) {
@@ -127,26 +144,27 @@ class TileWorker {
   }
 
   template <int kHalf>
-  OCTAVO_DEVICE void score(float (&s)[8][4], const uint4 (&pieces)[kKeyPart]) const {
+  OCTAVO_DEVICE void score(float (&s)[8][4]) const {
     constexpr int kCount = kKeyPart / Shape::kPieces;
 #pragma unroll
     for (int t = 0; t < kCount; ++t) {
 #pragma unroll
       for (int c = 0; c < Shape::kPieces; ++c)
-        multiply_piece<T, Item>(s[kHalf * kCount + t], q_, c, pieces[t * Shape::kPieces + c]);
+        multiply_piece<T, Item>(s[kHalf * kCount + t], q_, c, keys_[kHalf][t * Shape::kPieces + c]);
     }
   }
 
   // The piece of dimension g of product n: entry (n, group), counted within the half.
   template <int kHalf>
-  OCTAVO_DEVICE void load_values(uint4 (&to)[kValuePart], const Page& page) const {
+  OCTAVO_DEVICE void load_values() {
+    auto& to = values_[kHalf];
     const auto g = lane_index() / 4, j = lane_index() % 4;
     constexpr int kDimBytes = kPageTokens * static_cast<int>(sizeof(Item));
     constexpr int kProducts = kDim / 8 / kValueHalves;
     const int values_at = a_.cache.block_size * Shape::kRowBytes;
 #pragma unroll
     for (int group = 0; group < Shape::kGroups; ++group) {
-      const Page from = shuffle_page(page, Shape::kItems == 8 ? 2 * group + j / 2 : j);
+      const Page from = shuffle_page(page_, Shape::kItems == 8 ? 2 * group + j / 2 : j);
       const unsigned char* values = a_.cache.data + from.head + values_at +
                                     from.within * Shape::kRowBytes +
                                     (Shape::kItems == 8 ? j % 2 * 16 : 0);
@@ -158,30 +176,31 @@ class TileWorker {
   }
 
   // int8: lane i loads the scales of keys 2 i and 2 i + 1, and all get theirs from shared memory.
-  OCTAVO_DEVICE void load_scales(float2& keys, float2& values, const Page& page) const {
-    const Page from = shuffle_page(page, lane_index() / 8);
+  OCTAVO_DEVICE void load_scales() {
+    const Page from = shuffle_page(page_, lane_index() / 8);
     const auto* at =
         reinterpret_cast<const float*>(a_.cache.data + from.head + a_.cache.scales_at()) +
         from.within + lane_index() % 8 * 2;
-    keys = *reinterpret_cast<const float2*>(at);
-    values = *reinterpret_cast<const float2*>(at + a_.cache.block_size);
+    key_scales_ = *reinterpret_cast<const float2*>(at);
+    value_scales_ = *reinterpret_cast<const float2*>(at + a_.cache.block_size);
   }
   // Where nothing was ever written, the values' may be NaNs; the weights there are 0.
-  OCTAVO_DEVICE LaneScales share(Parts<kDim>& parts, float2 keys, float2 values,
-                                 int first_key) const {
+  OCTAVO_DEVICE LaneScales share(Parts<kDim>& parts, int first_key) const {
+    float2 values = value_scales_;
     const int key = first_key + 2 * static_cast<int>(lane_index());
     if (!readable_.holds(key)) values.x = 0.0f;
     if (!readable_.holds(key + 1)) values.y = 0.0f;
     auto& to = parts.scales[warp_index()];
-    *reinterpret_cast<float2*>(to[0] + 2 * lane_index()) = keys;
+    *reinterpret_cast<float2*>(to[0] + 2 * lane_index()) = key_scales_;
     *reinterpret_cast<float2*>(to[1] + 2 * lane_index()) = values;
     sync_warp();
     return {to[0] + 16 * (lane_index() % 4), to[1] + 16 * (lane_index() % 4)};
   }
 
   template <int kHalf>
-  OCTAVO_DEVICE void add_up(const std::uint32_t (&p)[4][4], uint4 (&pieces)[kValuePart],
-                            int first_key, Parts<kDim>& parts, bool upper_rows) const {
+  OCTAVO_DEVICE void add_up(const std::uint32_t (&p)[4][4], int first_key, Parts<kDim>& parts,
+                            bool upper_rows) {
+    auto& pieces = values_[kHalf];
     const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
     if (!is_readable(readable_, first_key)) {
 #pragma unroll
@@ -210,6 +229,9 @@ class TileWorker {
   const Rows& rows_;
   const Visible readable_;
   std::uint32_t q_[kDim / 16][4];
+  Page page_;  // of the tile that is being loaded
+  uint4 keys_[kKeyHalves][kKeyPart], values_[kValueHalves][kValuePart];
+  float2 key_scales_, value_scales_;  // int8
 };
 
 }  // namespace octavo::cuda::decoding
