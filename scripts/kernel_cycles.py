@@ -185,14 +185,13 @@ class Multiprocessor:
                         continue
                     why = self.try_to_issue(mine[index], self.units[scheduler], time)
                     if why == "issued":
-                        turn[scheduler] = index
+                        turn[scheduler] = index + 1  # the others first
                         break
                 if scheduler == 0:
                     self.spent[why] += 1
             time += 1
-        first = [warp.ends[0] for warp in self.warps]
-        last = [warp.ends[-1] for warp in self.warps]
-        return (sum(last) - sum(first)) / len(self.warps) / (passes - 1)
+        first, last = (max(warp.ends[at] for warp in self.warps) for at in (0, -1))
+        return (last - first) / (passes - 1)
 
     def try_to_issue(self, warp: Warp, units: dict[str, float], time: int) -> str:
         """Issue the warp's next instruction, or say what it waits for."""
