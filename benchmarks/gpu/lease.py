@@ -26,8 +26,8 @@ from about import ROOT, sources_hash
 
 OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
 VARIANT = ROOT / "build" / "gpu-variant"
-NCU = "ncu --clock-control none --launch-count 24"
-NCU += " --kernel-name regex:multiply_rows|decode_attention --section SpeedOfLight"
+NCU = "ncu --clock-control none --launch-count 32"
+NCU += " --kernel-name regex:multiply_rows|multiply_tile|attention_kernel --section SpeedOfLight"
 NCU += " --section WarpStateStats --section LaunchStats --section Occupancy"
 NCU += " --section MemoryWorkloadAnalysis"
 SANITIZER = "compute-sanitizer --error-exitcode 9 --tool"
