@@ -105,7 +105,7 @@ void CudaBackend::linear(View out, View x, const Linear& weight) {
   const Matrix matrix = matrix_of(weight);
   if (!is_fast(x, weight)) return multiply_any(stream_, out, x, matrix);
   if (x.rows <= kFewRows) return multiply_few(stream_, out, {x, nullptr, x.dtype}, matrix);
-  // Tiles of 64 outputs would be fewer than half of the processors; those of 16 are for all.
+  // Tiles of 128 outputs would be fewer than a quarter of the processors.
   if (x.rows <= 2 * kFewRows && matrix.outputs <= 32 * stream_.num_processors())
     return multiply_few_twice(stream_, out, x, matrix);
   const bool is_quantized = weight.format.is_quantized();

@@ -1,4 +1,5 @@
 // out = x weight^T + bias of 1 to 8 rows: decoding, where the time is that of reading the weights.
+// And of 9 to 16 rows by few outputs: each operand of weights meets two tiles of 8 rows.
 //
 // A block makes 16 outputs at a time, with a warp for every slice of the inputs (fragments.cuh). A
 // lane loads 16 bytes of two outputs at a time, straight into the operands of the tensor core: for

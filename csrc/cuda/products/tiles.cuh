@@ -17,7 +17,7 @@
 // a sum and slice.
 //
 //   rows outputs warps  for
-//    16     64     4    9 to 16 rows: decoding; 3 blocks a processor
+//    16    128     8    9 to 16 rows; a warp makes 16 x 16
 //    32    128     8    17 to 32 rows of quantized weights; a warp makes 32 x 16, so that codes
 //                       become numbers once
 //    64    128     8    17 to 64 rows, and more of small matrices; warps of 32 x 32: codes become
@@ -43,10 +43,10 @@ struct TileShape {
   static constexpr int rows = rows_, outputs = outputs_;
   static constexpr int row_warps = row_warps_, output_warps = output_warps_;
   static constexpr int threads = row_warps * output_warps * 32;
-  static constexpr int blocks = blocks_;  // on a processor, as far as registers go
-  static constexpr bool may_be_shared = 16 < rows && rows <= 64;  // see run_rows
+  static constexpr int blocks = blocks_;             // on a processor, as far as registers go
+  static constexpr bool may_be_shared = rows <= 64;  // see run_rows
 };
-using SmallTile = TileShape<16, 64, 1, 4, 3>;
+using SmallTile = TileShape<16, 128, 1, 8, 1>;
 using HalfTile = TileShape<32, 128, 1, 8, 1>;
 using MediumTile = TileShape<64, 128, 2, 4, 1>;
 using WideTile = TileShape<96, 128, 2, 4, 1>;
@@ -54,10 +54,10 @@ using WideTile = TileShape<96, 128, 2, 4, 1>;
 template <Codes codes>
 using LargeTile = TileShape<codes == Codes::int4_levels ? 96 : 128, 128, 2, 4, 1>;
 
-// What a stage holds: 64 inputs of plain weights, 128 of quantized ones.
+// What a stage holds: 128 inputs.
 template <Codes codes, class Shape>
 struct Stage {
-  static constexpr int blocks = is_quantized(codes) ? 4 : 2;
+  static constexpr int blocks = 4;
   static constexpr int units = blocks / blocks_per_unit(codes);
   static constexpr int weight_bytes = units * Shape::outputs * kUnitBytes;
   static constexpr int x_bytes = blocks * Shape::rows * kUnitBytes;
@@ -384,8 +384,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks)
 }
 
 // Blocks that share a tile: none where there are tiles for more than half of the processors. A
-// slice's sums cost a third of its products: no more blocks than processors. (16 rows by so few
-// outputs are multiply_few_twice's.)
+// slice's sums cost a third of its products: no more blocks than processors.
 template <class Shape>
 int blocks_a_tile(int tiles, int slices, int processors) {
   constexpr int kMostSharedTiles = static_cast<int>(kCounterBytes / sizeof(std::int32_t));
