@@ -71,37 +71,80 @@ OCTAVO_DEVICE bool find_rows(Rows& rows, const AttentionArguments& a, int id, in
   return num_tokens > min_tokens && rows.count > 0;
 }
 
-// Begins to copy a tile: pages are contiguous in the cache, keys and values each.
+// Copies tiles, one after the other. A warp takes the same page of each tile, or a half of it, so
+// that all its lanes need one place in the cache, and find the next without a division.
 template <class T, class Item, int kDim>
-OCTAVO_DEVICE void copy_tile(Stage<T, Item, kDim>& stage, const KvLayout& cache, const Page& page) {
+class Copier {
+ public:
   using Shape = Tile<T, Item, kDim>;
   using To = Stage<T, Item, kDim>;
-  constexpr int kChunks = To::kPageBytes / 16, kThreads = 32 * kWarps<Item, kDim>;
-  const int values_at = cache.block_size * Shape::kRowBytes;
-  const auto thread = computed_anew(static_cast<int>(threadIdx.x));
-#pragma unroll
-  for (int i = 0; i < kTilePages * kChunks / kThreads; ++i) {
-    const int p = (i * kThreads + thread) / kChunks, chunk = (i * kThreads + thread) % kChunks;
-    const Page from = shuffle_page(page, static_cast<unsigned>(p));
-    const unsigned char* keys = cache.data + from.head + from.within * Shape::kRowBytes;
-    constexpr int kRowChunks = Shape::kRowBytes / 16;
-    const int key = p * kPageTokens + chunk / kRowChunks;
-    async_copy_16(stage.keys + To::key_at(key, chunk % kRowChunks), keys + 16 * chunk);
-    async_copy_16(stage.values + p * To::kPageStride + 16 * chunk, keys + values_at + 16 * chunk);
+  static constexpr int kThreadsOfPage = 32 * kWarps<Item, kDim> / kTilePages;
+
+  OCTAVO_DEVICE Copier(const AttentionArguments& a, const Rows& rows)
+      : cache_(a.cache), head_(a.cache.data + a.cache.head_at(0, rows.kv_head)) {}
+
+  // To the tile's page. Where none of its keys is readable, the nearest one that has some takes its
+  // place, to be read in vain.
+  OCTAVO_DEVICE void seek(const std::int32_t* table, const Visible& readable, int tile) {
+    const int page = tile * kTilePages + static_cast<int>(threadIdx.x) / kThreadsOfPage;
+    const int last = (readable.end - 1) / kPageTokens;
+    const int found = smaller(larger(page, readable.begin / kPageTokens), last);
+    pages_left_ = last - found;
+    within_ = found % pages_of_block();
+    at_ = table + found / pages_of_block();
+    entry_ = *at_;
   }
-  if constexpr (Shape::kScaled) {
-    const Page from = shuffle_page(page, thread / 4 % 4);
-    if (thread < 2 * kTileKeys / 4) {
-      const bool of_value = thread >= kTileKeys / 4;
-      const auto* scales =
-          reinterpret_cast<const float*>(cache.data + from.head + cache.scales_at()) + from.within +
-          thread % 4 * 4 + (of_value ? cache.block_size : 0);
-      float* to = of_value ? stage.value_scales : stage.key_scales;
-      async_copy_16(to + thread % (kTileKeys / 4) * 4, scales);
+  // From the second tile on: to the next one.
+  OCTAVO_DEVICE void step() {
+    if (pages_left_ < kTilePages) return;
+    pages_left_ -= kTilePages;
+    within_ += kTilePages % pages_of_block();
+    at_ += kTilePages / pages_of_block();
+    if (within_ >= pages_of_block()) {
+      within_ -= pages_of_block();
+      ++at_;
     }
+    entry_ = *at_;
   }
-  async_commit();
-}
+
+  // Begins to copy: pages are contiguous in the cache, keys and values each.
+  OCTAVO_DEVICE void copy(To& stage) const {
+    const auto index = static_cast<unsigned>(computed_anew(static_cast<int>(threadIdx.x)));
+    const int page = static_cast<int>(index / kThreadsOfPage);
+    const int thread = static_cast<int>(index % kThreadsOfPage);
+    const unsigned char* block = head_ + entry_ * cache_.block_bytes;
+    const unsigned char* keys = block + within_ * To::kPageBytes + 16 * thread;
+    const unsigned char* values = keys + cache_.block_size * Shape::kRowBytes;
+    constexpr int kRowChunks = Shape::kRowBytes / 16;
+    const int key = page * kPageTokens + thread / kRowChunks;
+    unsigned char* keys_to = stage.keys + To::key_at(key, thread % kRowChunks);
+    unsigned char* values_to = stage.values + page * To::kPageStride + 16 * thread;
+    static_assert(kThreadsOfPage / kRowChunks % 2 == 0, "keys a step apart are swapped alike");
+#pragma unroll
+    for (int at = 0; at < To::kPageBytes; at += 16 * kThreadsOfPage) {
+      async_copy_16(keys_to + at, keys + at);
+      async_copy_16(values_to + at, values + at);
+    }
+    if (Shape::kScaled && thread < 2 * kPageTokens / 4) {
+      const int of_values = thread / (kPageTokens / 4), first = thread % (kPageTokens / 4) * 4;
+      const auto* scales = reinterpret_cast<const float*>(block + cache_.scales_at());
+      async_copy_16(
+          (of_values ? stage.value_scales : stage.key_scales) + page * kPageTokens + first,
+          scales + of_values * cache_.block_size + within_ * kPageTokens + first);
+    }
+    async_commit();
+  }
+
+ private:
+  OCTAVO_DEVICE int pages_of_block() const { return cache_.block_size / kPageTokens; }
+
+  const KvLayout& cache_;
+  const unsigned char* head_;  // the KV head's part of block 0
+  const std::int32_t* at_;     // in the block table
+  std::int32_t entry_;         // what stands there
+  int within_;                 // page of the block
+  int pages_left_;             // that are readable, after this one
+};
 
 // Values of other keys than the readable ones may be anything, and 0 times a NaN is one: makes them
 // 0. All threads of the block, between barriers; int8's codes are finite, their scales may not be.
@@ -130,7 +173,13 @@ struct Bands {
   float max[kCount][2], sum[kCount][2];
   int position[kCount][2];
   int first_position, last_position;  // of the warp's rows; last < first: it has none
+  Tiles full;                         // those of which all of the rows see all keys
 
+  // Whether any of the warp's rows sees a key of the tile.
+  OCTAVO_DEVICE bool see(const AttentionArguments& a, int tile) const {
+    return tile * kTileKeys <= last_position &&
+           (tile + 1) * kTileKeys > visible_keys(first_position, a.window).begin;
+  }
   OCTAVO_DEVICE void clear_split() {
 #pragma unroll
     for (int band = 0; band < kCount; ++band) {
@@ -165,6 +214,8 @@ OCTAVO_DEVICE void load_bands(Bands<T, Item, kDim>& bands, const AttentionArgume
   bands.first_position = rows.position(a, warp_row);
   bands.last_position = rows.position(a, smaller(warp_row + 16 * kCount, rows.count) - 1);
   if (warp_row >= rows.count) bands.last_position = -1;
+  const int seen_by_all = visible_keys(bands.last_position, a.window).begin;
+  bands.full = {(seen_by_all + kTileKeys - 1) / kTileKeys, (bands.first_position + 1) / kTileKeys};
 }
 
 // S of all bands.
@@ -188,7 +239,7 @@ OCTAVO_DEVICE void score_tile(float (&s)[kBands<Item, kDim>][8][4],
   }
 }
 
-// Folds P V of the tile into the split's values, 8 dimensions at a time.
+// Folds P V of the tile into the split's values, 8 dimensions at a time of 4 independent sums.
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
                             const std::uint32_t (&p)[kBands<Item, kDim>][4][4],
@@ -197,37 +248,37 @@ OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
   using Shape = Tile<T, Item, kDim>;
   using From = Stage<T, Item, kDim>;
   constexpr int kDimBytes = kPageTokens * static_cast<int>(sizeof(Item));
+  constexpr int kCount = kBands<Item, kDim>, kAtOnce = 4 / kCount;
   const int lane = computed_anew(static_cast<int>(lane_index())), g = lane / 4, j = lane % 4;
 #pragma unroll
-  for (int n = 0; n < kDim / 8; ++n) {
-    float acc[kBands<Item, kDim>][4] = {};
+  for (int first = 0; first < kDim / 8; first += kAtOnce) {
+    float acc[kAtOnce][kCount][4] = {};
 #pragma unroll
     for (int group = 0; group < Shape::kGroups; ++group) {
       const int at = Shape::kItems == 8 ? (2 * group + j / 2) * From::kPageStride + j % 2 * 16
                                         : j * From::kPageStride;
-      const uint4 piece = load_16(stage.values + at + (8 * n + g) * kDimBytes);
 #pragma unroll
-      for (int band = 0; band < kBands<Item, kDim>; ++band)
-        multiply_piece<T, Item>(acc[band], p[band], group, piece);
+      for (int n = 0; n < kAtOnce; ++n) {
+        const uint4 piece = load_16(stage.values + at + (8 * (first + n) + g) * kDimBytes);
+#pragma unroll
+        for (int band = 0; band < kCount; ++band)
+          multiply_piece<T, Item>(acc[n][band], p[band], group, piece);
+      }
     }
 #pragma unroll
-    for (int band = 0; band < kBands<Item, kDim>; ++band) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        bands.values[band][n][e] =
-            fma_rn(bands.values[band][n][e], keep[band][e / 2], acc[band][e]);
+    for (int i = 0; i < kAtOnce * kCount * 4; ++i) {
+      const int n = i / 4 / kCount, band = i / 4 % kCount, e = i % 4;
+      float& value = bands.values[band][first + n][e];
+      value = fma_rn(value, keep[band][e / 2], acc[n][band][e]);
     }
   }
 }
 
-template <class T, class Item, int kDim>
+template <bool kSeesAll, class T, class Item, int kDim>
 OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArguments& a,
                                 const Stage<T, Item, kDim>& stage, int tile) {
   constexpr int kCount = kBands<Item, kDim>;
-  const int first_key = tile * kTileKeys, last_key = first_key + kTileKeys - 1;
-  if (first_key > bands.last_position ||
-      last_key < visible_keys(bands.first_position, a.window).begin)
-    return;
+  const int first_key = tile * kTileKeys;
   const int j = static_cast<int>(lane_index() % 4);
   const LaneScales scales{stage.key_scales + 16 * j, stage.value_scales + 16 * j};
   float s[kCount][8][4] = {};
@@ -235,8 +286,7 @@ OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArgu
 #pragma unroll
   for (int row = 0; row < 2 * kCount; ++row)
     scale_scores<T, Item, kDim>(s[row / 2], row % 2, scales);
-  if (last_key > bands.first_position ||
-      first_key < visible_keys(bands.last_position, a.window).begin) {
+  if constexpr (!kSeesAll) {
 #pragma unroll
     for (int row = 0; row < 2 * kCount; ++row) {
       const Visible visible = visible_keys(bands.position[row / 2][row % 2], a.window);
@@ -270,11 +320,10 @@ OCTAVO_DEVICE void clear_total(Shared<T, Item, kDim>& shared) {
   for (auto& state : shared.total_state) state[threadIdx.x] = {minus_infinity(), 0.0f};
 }
 
-// Folds the split's state into the result, which lies in shared memory and, the last time, stays in
-// the split's registers.
+// Folds the split's state into the result, which is in shared memory and in the split's registers
+// then.
 template <class T, class Item, int kDim>
-OCTAVO_DEVICE void end_split(Bands<T, Item, kDim>& bands, Shared<T, Item, kDim>& shared,
-                             bool is_last) {
+OCTAVO_DEVICE void end_split(Bands<T, Item, kDim>& bands, Shared<T, Item, kDim>& shared) {
 #pragma unroll
   for (int band = 0; band < kBands<Item, kDim>; ++band) {
     Fold f[2];
@@ -284,7 +333,7 @@ OCTAVO_DEVICE void end_split(Bands<T, Item, kDim>& bands, Shared<T, Item, kDim>&
       const float2 before = total;
       f[half] = fold_of(before.x, bands.max[band][half]);
       bands.sum[band][half] = fold(f[half], before.y, bands.sum[band][half]);
-      if (!is_last) total = {f[half].max, bands.sum[band][half]};
+      total = {f[half].max, bands.sum[band][half]};
     }
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
@@ -295,7 +344,7 @@ OCTAVO_DEVICE void end_split(Bands<T, Item, kDim>& bands, Shared<T, Item, kDim>&
       x[1] = fold(f[0], before.y, x[1]);
       x[2] = fold(f[1], before.z, x[2]);
       x[3] = fold(f[1], before.w, x[3]);
-      if (!is_last) total = {x[0], x[1], x[2], x[3]};
+      total = {x[0], x[1], x[2], x[3]};
     }
   }
 }
@@ -335,38 +384,36 @@ __global__ void __launch_bounds__(32 * kWarps<Item, kDim>, kWarps<Item, kDim> ==
   const Visible readable = rows.readable(a);
 
   auto& shared = *reinterpret_cast<Shared<T, Item, kDim>*>(shared_memory());
-  const auto entry_of = [&](int tile) { return load_table_entry(a, a.table_of(rows.seq), tile); };
-  const auto copy = [&](int tile, int entry) {
-    copy_tile(shared.stages[tile % 2], a.cache, page_of(a.cache, rows, readable, tile, entry));
-  };
-  copy(tiles.first, entry_of(tiles.first));
-  int entry = entry_of(tiles.first + 1);
+  Copier<T, Item, kDim> copier(a, rows);
+  copier.seek(a.table_of(rows.seq), readable, tiles.first);
+  copier.copy(shared.stages[tiles.first % 2]);
+  copier.seek(a.table_of(rows.seq), readable, tiles.first + 1);
   Bands<T, Item, kDim> bands;
   load_bands(bands, a, rows);
   bands.clear_split();
   clear_total(shared);
-  int split_end = split_begin(split_of_tile(tiles.first) + 1);
   for (int tile = tiles.first; tile < tiles.end; ++tile) {
-    if (tile + 1 < tiles.end) {
-      copy(tile + 1, entry);
-      entry = entry_of(tile + 2);
-      async_wait<1>();
-    } else {
-      async_wait<0>();
+    if (begins_split(tile)) {
+      end_split(bands, shared);
+      bands.clear_split();
     }
-    __syncthreads();
+    auto& stage = shared.stages[tile % 2];
+    async_wait<0>();
+    __syncthreads();  // the tile is there, and nobody works with the other stage any longer
+    if (tile + 1 < tiles.end) {
+      copier.copy(shared.stages[(tile + 1) % 2]);
+      copier.step();
+    }
     if (!is_readable(readable, tile * kTileKeys)) {
-      clear_unreadable(shared.stages[tile % 2], tile * kTileKeys, readable);
+      clear_unreadable(stage, tile * kTileKeys, readable);
       __syncthreads();
     }
-    work_on_tile(bands, a, shared.stages[tile % 2], tile);
-    if (tile + 1 == tiles.end || tile + 1 == split_end) {
-      end_split(bands, shared, tile + 1 == tiles.end);
-      if (tile + 1 < tiles.end) bands.clear_split();
-      split_end = split_begin(split_of_tile(tile + 1) + 1);
-    }
-    __syncthreads();  // before the stage is filled again
+    if (bands.full.first <= tile && tile < bands.full.end)
+      work_on_tile<true>(bands, a, stage, tile);
+    else if (bands.see(a, tile))
+      work_on_tile<false>(bands, a, stage, tile);
   }
+  end_split(bands, shared);
   write_bands(bands, a, rows);
 }
 

@@ -64,6 +64,15 @@ OCTAVO_HOST_DEVICE int split_of_tile(int tile) {
   return split + tile / tiles;
 }
 
+// As every size divides the places where splits of that size begin.
+OCTAVO_DEVICE bool begins_split(int tile) {
+  int tiles = kSplitTiles;
+#pragma unroll
+  for (int i = 1; i < kSplitSizes; ++i)
+    if (tile >= kSplitsOfSize * kSplitTiles * ((1 << i) - 1)) tiles = kSplitTiles << i;
+  return (tile & (tiles - 1)) == 0;
+}
+
 // ---- states ----
 
 // A state of a row is values and a sum of weights, all relative to 2^max. How two become one:
