@@ -71,12 +71,6 @@ struct Rows {
   OCTAVO_DEVICE int position(const AttentionArguments& a, int row) const {
     return first_position + (first_row + row) / a.group;
   }
-  // Whether rows first .. last all see keys first_key .. first_key + count - 1.
-  OCTAVO_DEVICE bool all_see(const AttentionArguments& a, int first, int last, int first_key,
-                             int count) const {
-    return first_key + count <= position(a, first) + 1 &&
-           first_key >= visible_keys(position(a, last), a.window).begin;
-  }
   template <class T>
   OCTAVO_DEVICE T* numbers_of(const AttentionArguments& a, T* data, std::int64_t stride,
                               int row) const {

@@ -26,10 +26,10 @@ namespace {
 
 constexpr int kRows = 128;
 // Warps of a block, and 16-row products of a warp.
-template <class Item, int kDim>
-constexpr int kWarps = kDim == 64 && sizeof(Item) == 2 ? 4 : 8;
-template <class Item, int kDim>
-constexpr int kBands = kRows / 16 / kWarps<Item, kDim>;
+template <int kDim>
+constexpr int kWarps = kDim == 64 ? 4 : 8;
+template <int kDim>
+constexpr int kBands = kRows / 16 / kWarps<kDim>;
 
 // A tile in shared memory. Keys: rows, their 64-byte halves swapped in odd ones; values: pages, a
 // little apart. So the lanes of a warp that load together find their pieces in different banks.
@@ -43,7 +43,8 @@ struct Stage {
   // Of int8 alone.
   float key_scales[kTileKeys], value_scales[kTileKeys];
 
-  OCTAVO_DEVICE static int key_at(int key, int chunk) {  // chunk: of 16 bytes
+  // Where chunk `chunk` (16 bytes) of the key lies. Of keys that are even apart, the same distance.
+  OCTAVO_DEVICE static int key_at(int key, int chunk) {
     const int swap = Shape::kRowBytes % 128 == 0 ? key % 2 * 4 : 0;
     return key * Shape::kRowBytes + 16 * (chunk ^ swap);
   }
@@ -53,8 +54,8 @@ template <class T, class Item, int kDim>
 struct Shared {
   Stage<T, Item, kDim> stages[2];
   // Results so far, as the threads hold them: [16 rows x 8 dimensions][thread].
-  float4 total[kBands<Item, kDim> * kDim / 8][32 * kWarps<Item, kDim>];
-  float2 total_state[kBands<Item, kDim> * 2][32 * kWarps<Item, kDim>];  // maximum and sum
+  float4 total[kBands<kDim> * kDim / 8][32 * kWarps<kDim>];
+  float2 total_state[kBands<kDim> * 2][32 * kWarps<kDim>];  // maximum and sum
 };
 
 // Block i has 128 rows of the sequence s for which first_set(s) <= i < first_set(s + 1), where
@@ -78,7 +79,7 @@ class Copier {
  public:
   using Shape = Tile<T, Item, kDim>;
   using To = Stage<T, Item, kDim>;
-  static constexpr int kThreadsOfPage = 32 * kWarps<Item, kDim> / kTilePages;
+  static constexpr int kThreadsOfPage = 32 * kWarps<kDim> / kTilePages;
 
   OCTAVO_DEVICE Copier(const AttentionArguments& a, const Rows& rows)
       : cache_(a.cache), head_(a.cache.data + a.cache.head_at(0, rows.kv_head)) {}
@@ -98,12 +99,15 @@ class Copier {
   OCTAVO_DEVICE void step() {
     if (pages_left_ < kTilePages) return;
     pages_left_ -= kTilePages;
-    within_ += kTilePages % pages_of_block();
-    at_ += kTilePages / pages_of_block();
-    if (within_ >= pages_of_block()) {
+    within_ += kTilePages;
+    int blocks = 0;
+#pragma unroll
+    for (int i = 0; i < kTilePages; ++i) {
+      if (within_ < pages_of_block()) continue;
       within_ -= pages_of_block();
-      ++at_;
+      ++blocks;
     }
+    at_ += blocks;
     entry_ = *at_;
   }
 
@@ -114,10 +118,11 @@ class Copier {
     const int thread = static_cast<int>(index % kThreadsOfPage);
     const unsigned char* block = head_ + entry_ * cache_.block_bytes;
     const unsigned char* keys = block + within_ * To::kPageBytes + 16 * thread;
-    const unsigned char* values = keys + cache_.block_size * Shape::kRowBytes;
+    const unsigned char* values =
+        keys + static_cast<unsigned>(computed_anew(cache_.block_size)) * Shape::kRowBytes;
     constexpr int kRowChunks = Shape::kRowBytes / 16;
-    const int key = page * kPageTokens + thread / kRowChunks;
-    unsigned char* keys_to = stage.keys + To::key_at(key, thread % kRowChunks);
+    unsigned char* keys_to =
+        stage.keys + page * To::kPageBytes + To::key_at(thread / kRowChunks, thread % kRowChunks);
     unsigned char* values_to = stage.values + page * To::kPageStride + 16 * thread;
     static_assert(kThreadsOfPage / kRowChunks % 2 == 0, "keys a step apart are swapped alike");
 #pragma unroll
@@ -167,7 +172,7 @@ OCTAVO_DEVICE void clear_unreadable(Stage<T, Item, kDim>& stage, int first_key,
 // What a warp holds of its rows: 16 a band. Halves: rows g and g + 8.
 template <class T, class Item, int kDim>
 struct Bands {
-  static constexpr int kCount = kBands<Item, kDim>;
+  static constexpr int kCount = kBands<kDim>;
   std::uint32_t q[kCount][kDim / 16][4];
   float values[kCount][kDim / 8][4];  // of the split
   float max[kCount][2], sum[kCount][2];
@@ -197,7 +202,7 @@ struct Bands {
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void load_bands(Bands<T, Item, kDim>& bands, const AttentionArguments& a,
                               const Rows& rows) {
-  constexpr int kCount = kBands<Item, kDim>;
+  constexpr int kCount = kBands<kDim>;
   const int g = static_cast<int>(lane_index() / 4);
   const int warp_row = static_cast<int>(warp_index()) * 16 * kCount;
   const T* q = static_cast<const T*>(a.q);
@@ -211,29 +216,33 @@ OCTAVO_DEVICE void load_bands(Bands<T, Item, kDim>& bands, const AttentionArgume
     }
     load_queries<T, Item, kDim>(bands.q[band], from[0], from[1]);
   }
+  const bool has_rows = warp_row < rows.count;
+  const int last_row = smaller(warp_row + 16 * kCount, rows.count) - 1;
   bands.first_position = rows.position(a, warp_row);
-  bands.last_position = rows.position(a, smaller(warp_row + 16 * kCount, rows.count) - 1);
-  if (warp_row >= rows.count) bands.last_position = -1;
+  bands.last_position = has_rows ? rows.position(a, last_row) : -1;
   const int seen_by_all = visible_keys(bands.last_position, a.window).begin;
-  bands.full = {(seen_by_all + kTileKeys - 1) / kTileKeys, (bands.first_position + 1) / kTileKeys};
+  bands.full = {(seen_by_all + kTileKeys - 1) / kTileKeys,
+                has_rows ? (bands.first_position + 1) / kTileKeys : 0};
 }
 
 // S of all bands.
 template <class T, class Item, int kDim>
-OCTAVO_DEVICE void score_tile(float (&s)[kBands<Item, kDim>][8][4],
-                              const Bands<T, Item, kDim>& bands,
+OCTAVO_DEVICE void score_tile(float (&s)[kBands<kDim>][8][4], const Bands<T, Item, kDim>& bands,
                               const Stage<T, Item, kDim>& stage) {
   using Shape = Tile<T, Item, kDim>;
   const int j = static_cast<int>(lane_index() % 4);
+  const unsigned char* from[Shape::kPieces];
+#pragma unroll
+  for (int c = 0; c < Shape::kPieces; ++c)
+    from[c] = stage.keys + stage.key_at(key_of_product<Shape::kItems>(0), 4 * c + j);
 #pragma unroll
   for (int t = 0; t < 8; ++t) {
-    const int key = t / Shape::kProducts * 4 * Shape::kItems +
-                    key_of_product<Shape::kItems>(t % Shape::kProducts);
+    const int key = t / Shape::kProducts * 4 * Shape::kItems + t % Shape::kProducts * 2;
 #pragma unroll
     for (int c = 0; c < Shape::kPieces; ++c) {
-      const uint4 piece = load_16(stage.keys + stage.key_at(key, 4 * c + j));
+      const uint4 piece = load_16(from[c] + key * Shape::kRowBytes);
 #pragma unroll
-      for (int band = 0; band < kBands<Item, kDim>; ++band)
+      for (int band = 0; band < kBands<kDim>; ++band)
         multiply_piece<T, Item>(s[band][t], bands.q[band], c, piece);
     }
   }
@@ -242,13 +251,13 @@ OCTAVO_DEVICE void score_tile(float (&s)[kBands<Item, kDim>][8][4],
 // Folds P V of the tile into the split's values, 8 dimensions at a time of 4 independent sums.
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
-                            const std::uint32_t (&p)[kBands<Item, kDim>][4][4],
-                            const float (&keep)[kBands<Item, kDim>][2],
+                            const std::uint32_t (&p)[kBands<kDim>][4][4],
+                            const float (&keep)[kBands<kDim>][2],
                             const Stage<T, Item, kDim>& stage) {
   using Shape = Tile<T, Item, kDim>;
   using From = Stage<T, Item, kDim>;
   constexpr int kDimBytes = kPageTokens * static_cast<int>(sizeof(Item));
-  constexpr int kCount = kBands<Item, kDim>, kAtOnce = 4 / kCount;
+  constexpr int kCount = kBands<kDim>, kAtOnce = 4 / kCount;
   const int lane = computed_anew(static_cast<int>(lane_index())), g = lane / 4, j = lane % 4;
 #pragma unroll
   for (int first = 0; first < kDim / 8; first += kAtOnce) {
@@ -277,7 +286,7 @@ OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
 template <bool kSeesAll, class T, class Item, int kDim>
 OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArguments& a,
                                 const Stage<T, Item, kDim>& stage, int tile) {
-  constexpr int kCount = kBands<Item, kDim>;
+  constexpr int kCount = kBands<kDim>;
   const int first_key = tile * kTileKeys;
   const int j = static_cast<int>(lane_index() % 4);
   const LaneScales scales{stage.key_scales + 16 * j, stage.value_scales + 16 * j};
@@ -325,7 +334,7 @@ OCTAVO_DEVICE void clear_total(Shared<T, Item, kDim>& shared) {
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void end_split(Bands<T, Item, kDim>& bands, Shared<T, Item, kDim>& shared) {
 #pragma unroll
-  for (int band = 0; band < kBands<Item, kDim>; ++band) {
+  for (int band = 0; band < kBands<kDim>; ++band) {
     Fold f[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -352,7 +361,7 @@ OCTAVO_DEVICE void end_split(Bands<T, Item, kDim>& bands, Shared<T, Item, kDim>&
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void write_bands(const Bands<T, Item, kDim>& bands, const AttentionArguments& a,
                                const Rows& rows) {
-  constexpr int kCount = kBands<Item, kDim>;
+  constexpr int kCount = kBands<kDim>;
   const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
   const int warp_row = static_cast<int>(warp_index()) * 16 * kCount;
   for (int band = 0; band < kCount; ++band) {
@@ -372,7 +381,7 @@ OCTAVO_DEVICE void write_bands(const Bands<T, Item, kDim>& bands, const Attentio
 
 // Block (i, h): rows i of the step, the last ones first since they see most; KV head h.
 template <class T, class Item, int kDim>
-__global__ void __launch_bounds__(32 * kWarps<Item, kDim>, kWarps<Item, kDim> == 4 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kWarps<kDim>, kWarps<kDim> == 4 ? 2 : 1)
     prefill_attention_kernel(AttentionArguments a, int min_tokens) {
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -404,14 +413,15 @@ __global__ void __launch_bounds__(32 * kWarps<Item, kDim>, kWarps<Item, kDim> ==
       copier.copy(shared.stages[(tile + 1) % 2]);
       copier.step();
     }
-    if (!is_readable(readable, tile * kTileKeys)) {
-      clear_unreadable(stage, tile * kTileKeys, readable);
-      __syncthreads();
-    }
-    if (bands.full.first <= tile && tile < bands.full.end)
+    if (bands.full.first <= tile && tile < bands.full.end) {
       work_on_tile<true>(bands, a, stage, tile);
-    else if (bands.see(a, tile))
-      work_on_tile<false>(bands, a, stage, tile);
+    } else {
+      if (!is_readable(readable, tile * kTileKeys)) {  // which is so for all warps
+        clear_unreadable(stage, tile * kTileKeys, readable);
+        __syncthreads();
+      }
+      if (bands.see(a, tile)) work_on_tile<false>(bands, a, stage, tile);
+    }
   }
   end_split(bands, shared);
   write_bands(bands, a, rows);
@@ -427,7 +437,7 @@ void attend_many(Stream& stream, DType dtype, const AttentionArguments& a, int m
     using Item = typename Shape::Item;
     constexpr int kDim = Shape::kDim;
     launch(stream, "prefill_attention",
-           {dims(sets, a.num_heads / a.group), dims(32 * kWarps<Item, kDim>),
+           {dims(sets, a.num_heads / a.group), dims(32 * kWarps<kDim>),
             sizeof(Shared<T, Item, kDim>), true},
            prefill_attention_kernel<T, Item, kDim>, a, min_tokens);
   });

@@ -141,9 +141,11 @@ OCTAVO_DEVICE void widen(std::uint32_t (&b)[16 / sizeof(Item) / 4][2], const uin
           const std::uint32_t biased = permute_bytes(words[s] ^ 0x80808080u, 0x64646464u, selector);
           b[s][i] = fma2<F16>(biased, 0x3c003c00u, 0xe480e480u);  // * 1 - 1152
         } else {
-          // 0x4300 + u is 128 + u for u < 128; a set sign bit makes 0x4300 into 256.
-          const std::uint32_t both = permute_bytes(words[s], 0x43434343u, selector);
-          b[s][i] = fma2<Bf16>(both & 0xff7fff7fu, 0x3f803f80u, (both & 0xff80ff80u) ^ 0x80008000u);
+          // With u the code without its sign bit: 0x4380 + u is 2 (128 + u), and 0xc300 plus that
+          // bit is -128 or -256. No masks but for whole words.
+          const std::uint32_t number = permute_bytes(words[s] | 0x80808080u, 0x43434343u, selector);
+          const std::uint32_t sign = permute_bytes(words[s] & 0x80808080u, 0xc3c3c3c3u, selector);
+          b[s][i] = fma2<Bf16>(number, 0x3f003f00u, sign);
         }
       }
     }

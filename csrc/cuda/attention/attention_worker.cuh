@@ -63,31 +63,16 @@ class TileWorker {
   OCTAVO_DEVICE void work(int tile, int next, int next_entry, Parts<kDim>& parts, bool upper_rows) {
     const int first_key = tile * kTileKeys;
     float s[8][4] = {};
-    LaneScales scales{};
     load_rows();
-    if constexpr (Shape::kScaled) scales = share(parts, first_key);
+    if constexpr (Shape::kScaled) share(parts, first_key);
     score<0>(s);
     if constexpr (kKeyHalves == 2) {
       load_values<0>();
       score<1>(s);
     }
     if constexpr (!kLoadsAhead) load_values<1>();
-    const int g = static_cast<int>(lane_index() / 4), warp = static_cast<int>(warp_index());
-    const bool sees_all = rows_.all_see(a_, 0, rows_.count - 1, first_key, kTileKeys);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (half == 1 && !upper_rows) break;
-      const int row = g + 8 * half;
-      scale_scores<T, Item, kDim>(s, half, scales);
-      if (!sees_all) {
-        const int position = rows_.position(a_, row < rows_.count ? row : 0);
-        hide_unseen<T, Item, kDim>(s, half, first_key, visible_keys(position, a_.window));
-      }
-      const float max = max_of_row<T, Item, kDim>(s, half, a_.scale);
-      const float from = max == minus_infinity() ? 0.0f : max;
-      parts.max[warp][row] = max;
-      parts.sum[warp][row] = weigh<T, Item, kDim>(s, half, a_.scale, from, scales);
-    }
+    weigh_row(0, s, first_key, parts);
+    if (upper_rows) weigh_row(1, s, first_key, parts);
     std::uint32_t p[4][4];
     pack_weights<T>(p, s);
     add_up<0>(p, first_key, parts, upper_rows);
@@ -105,6 +90,23 @@ class TileWorker {
     if (!is_past) wait_for_previous_kernel();
     if constexpr (Shape::kScaled) load_scales();
     load_keys<0>();
+  }
+
+  // Of row g (half 0) or g + 8.
+  OCTAVO_DEVICE void weigh_row(int half, float (&s)[8][4], int first_key,
+                               Parts<kDim>& parts) const {
+    const int lane = static_cast<int>(lane_index()), row = lane / 4 + 8 * half;
+    const auto& tile_scales = parts.scales[warp_index()];
+    const LaneScales scales{tile_scales[0] + 16 * (lane % 4), tile_scales[1] + 16 * (lane % 4)};
+    scale_scores<T, Item, kDim>(s, half, scales);
+    const Visible visible =
+        visible_keys(rows_.position(a_, row < rows_.count ? row : 0), a_.window);
+    const bool sees_all = visible.begin <= first_key && first_key + kTileKeys <= visible.end;
+    if (ballot(!sees_all)) hide_unseen<T, Item, kDim>(s, half, first_key, visible);
+    const float max = max_of_row<T, Item, kDim>(s, half, a_.scale);
+    const float from = max == minus_infinity() ? 0.0f : max;
+    parts.max[warp_index()][row] = max;
+    parts.sum[warp_index()][row] = weigh<T, Item, kDim>(s, half, a_.scale, from, scales);
   }
 
   // Queries, once the kernel that rotated them has ended: for each tile anew, from the first cache,
@@ -185,7 +187,7 @@ class TileWorker {
     value_scales_ = *reinterpret_cast<const float2*>(at + a_.cache.block_size);
   }
   // Where nothing was ever written, the values' may be NaNs; the weights there are 0.
-  OCTAVO_DEVICE LaneScales share(Parts<kDim>& parts, int first_key) const {
+  OCTAVO_DEVICE void share(Parts<kDim>& parts, int first_key) const {
     float2 values = value_scales_;
     const int key = first_key + 2 * static_cast<int>(lane_index());
     if (!readable_.holds(key)) values.x = 0.0f;
@@ -194,7 +196,6 @@ class TileWorker {
     *reinterpret_cast<float2*>(to[0] + 2 * lane_index()) = key_scales_;
     *reinterpret_cast<float2*>(to[1] + 2 * lane_index()) = values;
     sync_warp();
-    return {to[0] + 16 * (lane_index() % 4), to[1] + 16 * (lane_index() % 4)};
   }
 
   template <int kHalf>
