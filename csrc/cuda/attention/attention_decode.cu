@@ -183,7 +183,7 @@ OCTAVO_DEVICE bool arrive(std::int32_t* counter, int count, Parts<kDim>& parts) 
 // block table, for this warp's first tile where contexts begin with key 0.
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void attend_rows(const AttentionArguments& a, const DecodeWork& work,
-                               const Rows& rows, int set, int worker, int entry) {
+                               const Rows& rows, int worker, int entry) {
   const Tiles seen = tiles_of(a, rows);
   const int first_split = split_of_tile(seen.first);
   const int end_split = split_of_tile(seen.end - 1) + 1;
@@ -238,6 +238,7 @@ OCTAVO_DEVICE void attend_rows(const AttentionArguments& a, const DecodeWork& wo
     at = next_at;
   }
   if (workers > 1) {
+    const int set = rows.first_row / kRows;
     const int counter = (rows.seq * work.sets + set) * num_kv_heads + rows.kv_head;
     if (!arrive(work.counters + counter, workers, parts)) return;
     const int count = end_split - first_split;
@@ -269,12 +270,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int num_tokens = rows.take_sequence(a, seq);
   const bool is_mine = work.max_tokens == 0 || num_tokens <= work.max_tokens;
   const int num_rows = is_mine ? num_tokens * a.group : 0;
-  for (int set = static_cast<int>(blockIdx.x) % work.sets; set * kRows < num_rows;
-       set += work.sets) {
-    rows.first_row = set * kRows;
+  rows.first_row = static_cast<int>(blockIdx.x) % work.sets * kRows;
+  for (; rows.first_row < num_rows; rows.first_row += work.sets * kRows) {
     rows.count = smaller(num_rows - rows.first_row, kRows);
     if (rows.context > 0) {
-      attend_rows<T, Item, kDim>(a, work, rows, set, worker, entry);
+      attend_rows<T, Item, kDim>(a, work, rows, worker, entry);
     } else if (worker == 0) {
       wait_for_previous_kernel();
       rows.clear<T>(a);

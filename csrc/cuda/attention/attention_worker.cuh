@@ -95,7 +95,8 @@ class TileWorker {
   // Of row g (half 0) or g + 8.
   OCTAVO_DEVICE void weigh_row(int half, float (&s)[8][4], int first_key,
                                Parts<kDim>& parts) const {
-    const int lane = static_cast<int>(lane_index()), row = lane / 4 + 8 * half;
+    // What the row sees is found anew for each tile: registers are short.
+    const int lane = computed_anew(static_cast<int>(lane_index())), row = lane / 4 + 8 * half;
     const auto& tile_scales = parts.scales[warp_index()];
     const LaneScales scales{tile_scales[0] + 16 * (lane % 4), tile_scales[1] + 16 * (lane % 4)};
     scale_scores<T, Item, kDim>(s, half, scales);
