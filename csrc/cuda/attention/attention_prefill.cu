@@ -18,37 +18,13 @@
 // Arithmetic: 4 x head_dim a query row and key that it sees; tiles that no row of a warp sees are
 // left out. Bytes: K and V once a block, 2 x head_dim numbers a key for 128 rows.
 
-#include "cuda/attention/attention_tile.cuh"
+#include "cuda/attention/attention_stage.cuh"
 
 namespace octavo::cuda {
 
+using namespace prefilling;
+
 namespace {
-
-constexpr int kRows = 128;
-// Warps of a block, and 16-row products of a warp.
-template <int kDim>
-constexpr int kWarps = kDim == 64 ? 4 : 8;
-template <int kDim>
-constexpr int kBands = kRows / 16 / kWarps<kDim>;
-
-// A tile in shared memory. Keys: rows, their 64-byte halves swapped in odd ones; values: pages, a
-// little apart. So the lanes of a warp that load together find their pieces in different banks.
-template <class T, class Item, int kDim>
-struct Stage {
-  using Shape = Tile<T, Item, kDim>;
-  static constexpr int kPageBytes = kPageTokens * Shape::kRowBytes;
-  static constexpr int kPageStride = kPageBytes + (Shape::kItems == 8 ? 64 : 32);
-  unsigned char keys[kTilePages * kPageBytes];
-  unsigned char values[kTilePages * kPageStride];
-  // Of int8 alone.
-  float key_scales[kTileKeys], value_scales[kTileKeys];
-
-  // Where chunk `chunk` (16 bytes) of the key lies. Of keys that are even apart, the same distance.
-  OCTAVO_DEVICE static int key_at(int key, int chunk) {
-    const int swap = Shape::kRowBytes % 128 == 0 ? key % 2 * 4 : 0;
-    return key * Shape::kRowBytes + 16 * (chunk ^ swap);
-  }
-};
 
 template <class T, class Item, int kDim>
 struct Shared {
@@ -56,6 +32,7 @@ struct Shared {
   // Results so far, as the threads hold them: [16 rows x 8 dimensions][thread].
   float4 total[kBands<kDim> * kDim / 8][32 * kWarps<kDim>];
   float2 total_state[kBands<kDim> * 2][32 * kWarps<kDim>];  // maximum and sum
+  Rows rows;  // for the few tiles that need them, and the end: registers are short meanwhile
 };
 
 // Block i has 128 rows of the sequence s for which first_set(s) <= i < first_set(s + 1), where
@@ -72,101 +49,17 @@ OCTAVO_DEVICE bool find_rows(Rows& rows, const AttentionArguments& a, int id, in
   return num_tokens > min_tokens && rows.count > 0;
 }
 
-// Copies tiles, one after the other. A warp takes the same page of each tile, or a half of it, so
-// that all its lanes need one place in the cache, and find the next without a division.
-template <class T, class Item, int kDim>
-class Copier {
- public:
-  using Shape = Tile<T, Item, kDim>;
-  using To = Stage<T, Item, kDim>;
-  static constexpr int kThreadsOfPage = 32 * kWarps<kDim> / kTilePages;
-
-  OCTAVO_DEVICE Copier(const AttentionArguments& a, const Rows& rows)
-      : cache_(a.cache), head_(a.cache.data + a.cache.head_at(0, rows.kv_head)) {}
-
-  // To the tile's page. Where none of its keys is readable, the nearest one that has some takes its
-  // place, to be read in vain.
-  OCTAVO_DEVICE void seek(const std::int32_t* table, const Visible& readable, int tile) {
-    const int page = tile * kTilePages + static_cast<int>(threadIdx.x) / kThreadsOfPage;
-    const int last = (readable.end - 1) / kPageTokens;
-    const int found = smaller(larger(page, readable.begin / kPageTokens), last);
-    pages_left_ = last - found;
-    within_ = found % pages_of_block();
-    at_ = table + found / pages_of_block();
-    entry_ = *at_;
-  }
-  // From the second tile on: to the next one.
-  OCTAVO_DEVICE void step() {
-    if (pages_left_ < kTilePages) return;
-    pages_left_ -= kTilePages;
-    within_ += kTilePages;
-    int blocks = 0;
-#pragma unroll
-    for (int i = 0; i < kTilePages; ++i) {
-      if (within_ < pages_of_block()) continue;
-      within_ -= pages_of_block();
-      ++blocks;
-    }
-    at_ += blocks;
-    entry_ = *at_;
-  }
-
-  // Begins to copy: pages are contiguous in the cache, keys and values each.
-  OCTAVO_DEVICE void copy(To& stage) const {
-    const auto index = static_cast<unsigned>(computed_anew(static_cast<int>(threadIdx.x)));
-    const int page = static_cast<int>(index / kThreadsOfPage);
-    const int thread = static_cast<int>(index % kThreadsOfPage);
-    const unsigned char* block = head_ + entry_ * cache_.block_bytes;
-    const unsigned char* keys = block + within_ * To::kPageBytes + 16 * thread;
-    const unsigned char* values =
-        keys + static_cast<unsigned>(computed_anew(cache_.block_size)) * Shape::kRowBytes;
-    constexpr int kRowChunks = Shape::kRowBytes / 16;
-    unsigned char* keys_to =
-        stage.keys + page * To::kPageBytes + To::key_at(thread / kRowChunks, thread % kRowChunks);
-    unsigned char* values_to = stage.values + page * To::kPageStride + 16 * thread;
-    static_assert(kThreadsOfPage / kRowChunks % 2 == 0, "keys a step apart are swapped alike");
-#pragma unroll
-    for (int at = 0; at < To::kPageBytes; at += 16 * kThreadsOfPage) {
-      async_copy_16(keys_to + at, keys + at);
-      async_copy_16(values_to + at, values + at);
-    }
-    if (Shape::kScaled && thread < 2 * kPageTokens / 4) {
-      const int of_values = thread / (kPageTokens / 4), first = thread % (kPageTokens / 4) * 4;
-      const auto* scales = reinterpret_cast<const float*>(block + cache_.scales_at());
-      async_copy_16(
-          (of_values ? stage.value_scales : stage.key_scales) + page * kPageTokens + first,
-          scales + of_values * cache_.block_size + within_ * kPageTokens + first);
-    }
-    async_commit();
-  }
-
- private:
-  OCTAVO_DEVICE int pages_of_block() const { return cache_.block_size / kPageTokens; }
-
-  const KvLayout& cache_;
-  const unsigned char* head_;  // the KV head's part of block 0
-  const std::int32_t* at_;     // in the block table
-  std::int32_t entry_;         // what stands there
-  int within_;                 // page of the block
-  int pages_left_;             // that are readable, after this one
-};
-
-// Values of other keys than the readable ones may be anything, and 0 times a NaN is one: makes them
-// 0. All threads of the block, between barriers; int8's codes are finite, their scales may not be.
-template <class T, class Item, int kDim>
-OCTAVO_DEVICE void clear_unreadable(Stage<T, Item, kDim>& stage, int first_key,
-                                    const Visible& readable) {
-  if constexpr (Tile<T, Item, kDim>::kScaled) {
-    const int i = static_cast<int>(threadIdx.x);
-    if (i < kTileKeys && !readable.holds(first_key + i)) stage.value_scales[i] = 0.0f;
-  } else {
-    for (int i = static_cast<int>(threadIdx.x); i < kTileKeys * kDim; i += blockDim.x) {
-      const int key = i % kTileKeys, dim = i / kTileKeys;
-      if (readable.holds(first_key + key)) continue;
-      auto* page = reinterpret_cast<Item*>(stage.values + key / kPageTokens * stage.kPageStride);
-      page[dim * kPageTokens + key % kPageTokens] = from_float<Item>(0.0f);
-    }
-  }
+template <int kDim>
+OCTAVO_DEVICE int first_row_of_warp() {
+  return static_cast<int>(warp_index()) * 16 * kBands<kDim>;
+}
+// Whether any row of the warp sees a key of the tile.
+template <int kDim>
+OCTAVO_DEVICE bool warp_sees(const AttentionArguments& a, const Rows& rows, int tile) {
+  const int first = first_row_of_warp<kDim>();
+  const int last = smaller(first + 16 * kBands<kDim>, rows.count) - 1;
+  return first < rows.count && tile * kTileKeys <= rows.position(a, last) &&
+         (tile + 1) * kTileKeys > visible_keys(rows.position(a, first), a.window).begin;
 }
 
 // What a warp holds of its rows: 16 a band. Halves: rows g and g + 8.
@@ -176,15 +69,8 @@ struct Bands {
   std::uint32_t q[kCount][kDim / 16][4];
   float values[kCount][kDim / 8][4];  // of the split
   float max[kCount][2], sum[kCount][2];
-  int position[kCount][2];
-  int first_position, last_position;  // of the warp's rows; last < first: it has none
-  Tiles full;                         // those of which all of the rows see all keys
+  Tiles full{0, 0};  // those of which all of the warp's rows see all keys
 
-  // Whether any of the warp's rows sees a key of the tile.
-  OCTAVO_DEVICE bool see(const AttentionArguments& a, int tile) const {
-    return tile * kTileKeys <= last_position &&
-           (tile + 1) * kTileKeys > visible_keys(first_position, a.window).begin;
-  }
   OCTAVO_DEVICE void clear_split() {
 #pragma unroll
     for (int band = 0; band < kCount; ++band) {
@@ -204,7 +90,7 @@ OCTAVO_DEVICE void load_bands(Bands<T, Item, kDim>& bands, const AttentionArgume
                               const Rows& rows) {
   constexpr int kCount = kBands<kDim>;
   const int g = static_cast<int>(lane_index() / 4);
-  const int warp_row = static_cast<int>(warp_index()) * 16 * kCount;
+  const int warp_row = first_row_of_warp<kDim>();
   const T* q = static_cast<const T*>(a.q);
 #pragma unroll
   for (int band = 0; band < kCount; ++band) {
@@ -212,17 +98,14 @@ OCTAVO_DEVICE void load_bands(Bands<T, Item, kDim>& bands, const AttentionArgume
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 16 * band + g + 8 * half;
       from[half] = row < rows.count ? rows.numbers_of(a, q, a.q_stride, row) : nullptr;
-      bands.position[band][half] = rows.position(a, smaller(row, rows.count - 1));
     }
     load_queries<T, Item, kDim>(bands.q[band], from[0], from[1]);
   }
-  const bool has_rows = warp_row < rows.count;
+  if (warp_row >= rows.count) return;
   const int last_row = smaller(warp_row + 16 * kCount, rows.count) - 1;
-  bands.first_position = rows.position(a, warp_row);
-  bands.last_position = has_rows ? rows.position(a, last_row) : -1;
-  const int seen_by_all = visible_keys(bands.last_position, a.window).begin;
+  const int seen_by_all = visible_keys(rows.position(a, last_row), a.window).begin;
   bands.full = {(seen_by_all + kTileKeys - 1) / kTileKeys,
-                has_rows ? (bands.first_position + 1) / kTileKeys : 0};
+                (rows.position(a, warp_row) + 1) / kTileKeys};
 }
 
 // S of all bands.
@@ -248,7 +131,7 @@ OCTAVO_DEVICE void score_tile(float (&s)[kBands<kDim>][8][4], const Bands<T, Ite
   }
 }
 
-// Folds P V of the tile into the split's values, 8 dimensions at a time of 4 independent sums.
+// Folds P V of the tile into the split's values, four times 8 dimensions at once.
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
                             const std::uint32_t (&p)[kBands<kDim>][4][4],
@@ -257,7 +140,7 @@ OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
   using Shape = Tile<T, Item, kDim>;
   using From = Stage<T, Item, kDim>;
   constexpr int kDimBytes = kPageTokens * static_cast<int>(sizeof(Item));
-  constexpr int kCount = kBands<kDim>, kAtOnce = 4 / kCount;
+  constexpr int kCount = kBands<kDim>, kAtOnce = 4;
   const int lane = computed_anew(static_cast<int>(lane_index())), g = lane / 4, j = lane % 4;
 #pragma unroll
   for (int first = 0; first < kDim / 8; first += kAtOnce) {
@@ -285,7 +168,7 @@ OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
 
 template <bool kSeesAll, class T, class Item, int kDim>
 OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArguments& a,
-                                const Stage<T, Item, kDim>& stage, int tile) {
+                                const Rows& rows, const Stage<T, Item, kDim>& stage, int tile) {
   constexpr int kCount = kBands<kDim>;
   const int first_key = tile * kTileKeys;
   const int j = static_cast<int>(lane_index() % 4);
@@ -298,8 +181,9 @@ OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArgu
   if constexpr (!kSeesAll) {
 #pragma unroll
     for (int row = 0; row < 2 * kCount; ++row) {
-      const Visible visible = visible_keys(bands.position[row / 2][row % 2], a.window);
-      hide_unseen<T, Item, kDim>(s[row / 2], row % 2, first_key, visible);
+      const int index = first_row_of_warp<kDim>() + static_cast<int>(lane_index() / 4) + 8 * row;
+      const int position = rows.position(a, smaller(index, rows.count - 1));
+      hide_unseen<T, Item, kDim>(s[row / 2], row % 2, first_key, visible_keys(position, a.window));
     }
   }
   std::uint32_t p[kCount][4][4];
@@ -363,7 +247,7 @@ OCTAVO_DEVICE void write_bands(const Bands<T, Item, kDim>& bands, const Attentio
                                const Rows& rows) {
   constexpr int kCount = kBands<kDim>;
   const int g = static_cast<int>(lane_index() / 4), j = static_cast<int>(lane_index() % 4);
-  const int warp_row = static_cast<int>(warp_index()) * 16 * kCount;
+  const int warp_row = first_row_of_warp<kDim>();
   for (int band = 0; band < kCount; ++band) {
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 16 * band + g + 8 * half;
@@ -390,13 +274,12 @@ __global__ void __launch_bounds__(32 * kWarps<kDim>, kWarps<kDim> == 4 ? 2 : 1)
   if (!find_rows(rows, a, static_cast<int>(gridDim.x - 1 - blockIdx.x), min_tokens)) return;
   if (rows.context == 0) return rows.clear<T>(a);
   const Tiles tiles = tiles_of(a, rows);
-  const Visible readable = rows.readable(a);
-
   auto& shared = *reinterpret_cast<Shared<T, Item, kDim>*>(shared_memory());
+  if (threadIdx.x == 0) shared.rows = rows;
   Copier<T, Item, kDim> copier(a, rows);
-  copier.seek(a.table_of(rows.seq), readable, tiles.first);
+  copier.seek(a.table_of(rows.seq), rows.readable(a), tiles.first);
   copier.copy(shared.stages[tiles.first % 2]);
-  copier.seek(a.table_of(rows.seq), readable, tiles.first + 1);
+  copier.seek(a.table_of(rows.seq), rows.readable(a), tiles.first + 1);
   Bands<T, Item, kDim> bands;
   load_bands(bands, a, rows);
   bands.clear_split();
@@ -414,17 +297,19 @@ __global__ void __launch_bounds__(32 * kWarps<kDim>, kWarps<kDim> == 4 ? 2 : 1)
       copier.step();
     }
     if (bands.full.first <= tile && tile < bands.full.end) {
-      work_on_tile<true>(bands, a, stage, tile);
+      work_on_tile<true>(bands, a, shared.rows, stage, tile);
     } else {
+      const Visible readable = shared.rows.readable(a);
       if (!is_readable(readable, tile * kTileKeys)) {  // which is so for all warps
         clear_unreadable(stage, tile * kTileKeys, readable);
         __syncthreads();
       }
-      if (bands.see(a, tile)) work_on_tile<false>(bands, a, stage, tile);
+      if (warp_sees<kDim>(a, shared.rows, tile))
+        work_on_tile<false>(bands, a, shared.rows, stage, tile);
     }
   }
   end_split(bands, shared);
-  write_bands(bands, a, rows);
+  write_bands(bands, a, shared.rows);
 }
 
 }  // namespace
