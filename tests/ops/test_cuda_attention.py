@@ -222,6 +222,9 @@ def test_a_token_gets_the_same_bits_however_it_comes(
         chunks = [attend(dtype, kv_dtype, [tokens_of(one, *cut)], window) for cut in cuts]
         assert same_bits(np.concatenate(chunks), whole), f"chunks of {size}"
 
+    for block_size in (32, 48, 64, 80, 112, 128, 144, 512):
+        assert same_bits(attend(dtype, kv_dtype, [one], window, block_size), whole), block_size
+
     ends = [0, 1, 14, 15, 16, 62, 63, 64, 65, 200, 254, 255, 256, 257, 319, 320, 329]
     alone = [attend(dtype, kv_dtype, [tokens_of(one, p, p + 1)], window) for p in ends]
     assert same_bits(np.concatenate(alone), whole[ends]), "decoded"
@@ -279,11 +282,12 @@ def test_tiles_whose_scores_are_far_apart(formats: tuple[str, str], head_dim: in
 
 def test_a_long_context() -> None:
     """Past 8192 keys splits are longer. One token decoded, and the last of a chunk, the same."""
-    [sequence] = make_sequences([(12, 9100)], (2, 1), 64, "bf16")
+    sequence, other = make_sequences([(40, 9100), (1, 5)], (2, 1), 64, "bf16")
     last = replace(sequence, q=sequence.q[-1:])
-    chunk, decoded = (attend("bf16", "int8", [s], 0, 64) for s in (sequence, last))
+    # A chunk that comes alone would be the decode kernel's.
+    chunk, decoded = (attend("bf16", "int8", s, 0, 64) for s in ([sequence, other], [last]))
     assert max_error(decoded, expect("int8", [last])) <= 5e-2  # an average over many: small
-    assert same_bits(decoded, chunk[-1:])
+    assert same_bits(decoded, chunk[39:40])
 
 
 @pytest.mark.parametrize("gone", [-1, 2**30])
