@@ -162,9 +162,13 @@ class Warp:
 class Multiprocessor:
     """Four schedulers, each with every fourth warp, and what they share."""
 
-    def __init__(self, code: list[Instruction], warps_of_block: int, blocks: int) -> None:
+    def __init__(
+        self, code: list[Instruction], warps_of_block: int, blocks: int, apart: int = 0
+    ) -> None:
         self.code = code
         self.warps = [Warp(index // warps_of_block) for index in range(warps_of_block * blocks)]
+        for warp in self.warps:
+            warp.free = warp.block * apart
         self.units = [dict.fromkeys(PIPES, 0.0) for _ in range(SCHEDULERS)]
         self.shared_free = 0.0
         self.arrived = [0] * blocks
@@ -262,6 +266,7 @@ def main() -> None:
     parser.add_argument("kernel", help="a part of its readable name")
     parser.add_argument("--warps", type=int, default=8, help="of a block (default: 8)")
     parser.add_argument("--blocks", type=int, default=1, help="of the multiprocessor (default: 1)")
+    parser.add_argument("--apart", type=int, default=0, help="cycles between blocks' beginnings")
     parser.add_argument("--take", action="append", default=[], metavar="ADDRESS")
     parser.add_argument("--fall-through", action="append", default=[], metavar="ADDRESS")
     parser.add_argument("--listing", action="store_true", help="print what a warp executes")
@@ -277,7 +282,7 @@ def main() -> None:
     code = one_pass(main_loop(parse(functions[chosen[0]])), *addresses)
     if given.listing:
         print("\n".join(f"{each.address:05x} {each.stall:2} {each.text}" for each in code))
-    processor = Multiprocessor(code, given.warps, given.blocks)
+    processor = Multiprocessor(code, given.warps, given.blocks, given.apart)
     cycles = processor.run(passes=8)
     products = sum(each.name == "HMMA" for each in code)
     print(names[chosen[0]])
