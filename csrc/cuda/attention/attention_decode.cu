@@ -5,9 +5,9 @@
 // loads 64 keys and values from the cache straight into registers, 16 bytes a lane at a time and
 // all of them before it uses the first, and computes the tile's part (attention_tile.cuh); the
 // parts are folded, in order, by way of shared memory, while with head_dim 64 the next tiles are
-// on their way. A block that has all splits of its rows
-// writes the result. Otherwise splits' states go to the workspace, and the last block to arrive
-// folds them in ascending order, so that it does not matter which block computed what or when.
+// on their way. A block that has all splits of its rows writes the result. Otherwise splits' states
+// go to the workspace, and the last block to arrive folds them in ascending order, so that it does
+// not matter which block computed what or when.
 //
 // Bytes: 2 x context x head_dim numbers a KV head, once; a split's state is 4 (head_dim + 2) bytes
 // a row: for 4 heads of 64, 1 KiB beside the 64 KiB of 256 keys in bf16, less in longer splits.

@@ -23,7 +23,7 @@
 //    64    128     8    17 to 64 rows, and more of small matrices; warps of 32 x 32: codes become
 //                       numbers twice, and x is read from shared memory half as often
 //    96    128     8    65 to 96 and 129 to 192 rows, warps of 48 x 32
-//   128    128     8    more rows: 96 to 160 KB of shared memory, warps of 64 x 32. A block moves
+//   128    128     8    more rows: 128 to 144 KB of shared memory, warps of 64 x 32. A block moves
 //                       512 (bf16), 384 (int8) or 320 bytes (int4) for 16384 products of each
 //                       input: the second cache, at 5.5 TB/s, bounds as the tensor cores do
 //
@@ -61,8 +61,7 @@ struct Stage {
   static constexpr int units = blocks / blocks_per_unit(codes);
   static constexpr int weight_bytes = units * Shape::outputs * kUnitBytes;
   static constexpr int x_bytes = blocks * Shape::rows * kUnitBytes;
-  // Groups: the 16 bytes of each output's scales that hold those of the stage, and as many of
-  // zeros.
+  // Groups: the 16 bytes of each output's scales that hold those of the stage; as many of zeros.
   static constexpr int scale_bytes = is_grouped(codes) ? 16 * Shape::outputs : 0;
   static constexpr int bytes = weight_bytes + x_bytes + 2 * scale_bytes;
   // How many there are: five, or what an A100 has room for.
