@@ -38,21 +38,20 @@
 
 namespace octavo::cuda {
 
-template <int rows_, int outputs_, int row_warps_, int output_warps_, int blocks_>
+template <int rows_, int outputs_, int row_warps_, int output_warps_>
 struct TileShape {
   static constexpr int rows = rows_, outputs = outputs_;
   static constexpr int row_warps = row_warps_, output_warps = output_warps_;
   static constexpr int threads = row_warps * output_warps * 32;
-  static constexpr int blocks = blocks_;             // on a processor, as far as registers go
   static constexpr bool may_be_shared = rows <= 64;  // see run_rows
 };
-using SmallTile = TileShape<16, 128, 1, 8, 1>;
-using HalfTile = TileShape<32, 128, 1, 8, 1>;
-using MediumTile = TileShape<64, 128, 2, 4, 1>;
-using WideTile = TileShape<96, 128, 2, 4, 1>;
+using SmallTile = TileShape<16, 128, 1, 8>;
+using HalfTile = TileShape<32, 128, 1, 8>;
+using MediumTile = TileShape<64, 128, 2, 4>;
+using WideTile = TileShape<96, 128, 2, 4>;
 // Levels leave registers for no more than 96 rows.
 template <Codes codes>
-using LargeTile = TileShape<codes == Codes::int4_levels ? 96 : 128, 128, 2, 4, 1>;
+using LargeTile = TileShape<codes == Codes::int4_levels ? 96 : 128, 128, 2, 4>;
 
 // What a stage holds: 128 inputs.
 template <Codes codes, class Shape>
@@ -65,7 +64,7 @@ struct Stage {
   static constexpr int scale_bytes = is_grouped(codes) ? 16 * Shape::outputs : 0;
   static constexpr int bytes = weight_bytes + x_bytes + 2 * scale_bytes;
   // How many there are: five, or what an A100 has room for.
-  static constexpr int room = 160 * 1024 / Shape::blocks / bytes;
+  static constexpr int room = 160 * 1024 / bytes;
   static constexpr int count = room < 5 ? room : 5;
   static constexpr int sums_bytes = Shape::rows * (Shape::outputs + 4) * 4;  // see write_tile
   static_assert(sums_bytes <= count * bytes, "the tile's sums take the stages' place");
@@ -294,7 +293,7 @@ OCTAVO_DEVICE bool arrives_last(std::int32_t* counter) {
 // grid: (tiles of rows, tiles of outputs, blocks that share a tile). Tiles of experts are not
 // shared.
 template <class T, Codes codes, class Shape, class Work>
-__global__ void __launch_bounds__(Shape::threads, Shape::blocks)
+__global__ void __launch_bounds__(Shape::threads, 1)
     multiply_tile(Numbers out, Numbers x, Matrix weight, int slices, int slice_stages,
                   Partials partials, Work work) {
   using S = Stage<codes, Shape>;
