@@ -320,7 +320,7 @@ std::int64_t Runtime::submit(Batch batch, std::vector<std::string> taps, bool wi
       forward(step, with_sampling);
       if (with_sampling) run_sampling(step, {}, {});
     } catch (...) {
-      step.error = std::current_exception();
+      fail(step);
     }
     if (with_sampling) step.sampling_done.set_value();
   });

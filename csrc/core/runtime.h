@@ -151,6 +151,8 @@ class Runtime {
   void fetch_results(InFlightStep& step);
   void take_own_logprobs(InFlightStep& step);
   StepResult collect(InFlightStep& step);
+  // Keeps the exception that is being handled, for wait().
+  void fail(InFlightStep& step);
   // Grows `buffer` when it is too small, and counts that.
   template <class AnyBuffer>
   void reserve(AnyBuffer& buffer, std::size_t bytes) {

@@ -34,10 +34,18 @@ void Runtime::sample(std::int64_t ticket, std::vector<std::int32_t> masks,
           // After a failed forward pass there is nothing to sample from.
           if (!step.error) run_sampling(step, std::move(masks), adjustments);
         } catch (...) {
-          step.error = std::current_exception();
+          fail(step);
         }
         step.sampling_done.set_value();
       });
+}
+
+void Runtime::fail(InFlightStep& step) {
+  step.error = std::current_exception();
+  try {
+    backend_->sync();  // what was queued still reads the step's buffers
+  } catch (...) {      // step.error says more
+  }
 }
 
 Samples Runtime::samples_of(InFlightStep& step) const {

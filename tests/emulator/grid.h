@@ -40,12 +40,12 @@ struct Options {
   std::size_t memory_bytes = std::size_t{2} << 30;  // of the device
   // Limits of one block, as on sm_80.
   unsigned max_threads = 1024;
-  std::size_t max_shared_bytes = 163 * 1024;
+  std::size_t max_shared_bytes = 163 * 1024;  // 99 on sm_86, sm_89 and sm_120, 227 on sm_90
 };
 
 // The options of all launches that follow. At first they are what the environment says:
 // CUDA_EMULATOR_SEED, CUDA_EMULATOR_POISON (0 to 255), CUDA_EMULATOR_TWICE (0 or 1),
-// CUDA_EMULATOR_EARLY_STARTS, CUDA_EMULATOR_TENSOR_CORES (0, 80 or 90).
+// CUDA_EMULATOR_EARLY_STARTS, CUDA_EMULATOR_TENSOR_CORES (0, 80 or 90), CUDA_EMULATOR_SHARED_KIB.
 Options& options();
 
 struct Launch {

@@ -145,7 +145,9 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __frsqrt_rn(float x) { return 1.0f / std::sqrt(x); }
+inline float __frsqrt_rn(float x) {  // rounds once: a double has digits enough
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const std::uint64_t both = static_cast<std::uint64_t>(b) << 32 | a;

@@ -39,6 +39,7 @@ Options from_environment() {
   if (options.tensor_cores && options.tensor_cores != 80 && options.tensor_cores != 90)
     throw KernelError(
         text_of(kTensorCores, " is ", options.tensor_cores, "; expected 0, 80 or 90"));
+  options.max_shared_bytes = 1024 * number_from("CUDA_EMULATOR_SHARED_KIB", 163, 227);
   return options;
 }
 

@@ -12,8 +12,9 @@
 // shared memory meanwhile. That is the price of equal bits in any chunking.
 //
 // Rows a warp: 32 with head_dim 64, where a fragment of K or V then serves two products, or 16 with
-// 128. Shared memory: two stages of 2 x 64 x head_dim numbers and 128 x head_dim floats: 65 KiB
-// with 64 and 129 KiB with 128 numbers of 2 bytes.
+// 128. Shared memory: two stages of 2 x 64 x head_dim numbers and 128 x head_dim floats: 70 KiB
+// with 64 and 134 KiB with 128 numbers of 2 bytes. Where a block may not have so much (99 KiB on
+// GPUs for desktops), it takes 64 rows of 128.
 //
 // Arithmetic: 4 x head_dim a query row and key that it sees; tiles that no row of a warp sees are
 // left out. Bytes: K and V once a block, 2 x head_dim numbers a key for 128 rows.
@@ -26,26 +27,33 @@ using namespace prefilling;
 
 namespace {
 
-template <class T, class Item, int kDim>
+// Of a block.
+template <int kDim, int kWarps>
+constexpr int kRows = 16 * kBands<kDim> * kWarps;
+
+template <class T, class Item, int kDim, int kWarps>
 struct Shared {
   Stage<T, Item, kDim> stages[2];
   // Results so far, as the threads hold them: [16 rows x 8 dimensions][thread].
-  float4 total[kBands<kDim> * kDim / 8][32 * kWarps<kDim>];
-  float2 total_state[kBands<kDim> * 2][32 * kWarps<kDim>];  // maximum and sum
+  float4 total[kBands<kDim> * kDim / 8][32 * kWarps];
+  float2 total_state[kBands<kDim> * 2][32 * kWarps];  // maximum and sum
   Rows rows;  // for the few tiles that need them, and the end: registers are short meanwhile
 };
 
-// Block i has 128 rows of the sequence s for which first_set(s) <= i < first_set(s + 1), where
-// there are so many: ids that are not used are fewer than sequences, and no block needs to know
-// more than row_starts to find its own.
-OCTAVO_DEVICE int first_set(const AttentionArguments& a, int seq) {
-  return static_cast<int>(static_cast<std::int64_t>(a.row_starts[seq]) * a.group / kRows) + seq;
-}
+// Block i has rows_of_block rows of the sequence s for which first_set(s) <= i < first_set(s + 1),
+// where there are so many: ids that are not used are fewer than sequences, and no block needs to
+// know more than row_starts to find its own.
+template <int rows_of_block>
 OCTAVO_DEVICE bool find_rows(Rows& rows, const AttentionArguments& a, int id, int min_tokens) {
-  const int seq = last_sequence(a.num_seqs, [&](int i) { return first_set(a, i) <= id; });
+  const auto first_set = [&](int seq) {
+    return static_cast<int>(static_cast<std::int64_t>(a.row_starts[seq]) * a.group /
+                            rows_of_block) +
+           seq;
+  };
+  const int seq = last_sequence(a.num_seqs, [&](int i) { return first_set(i) <= id; });
   const int num_tokens = rows.take_sequence(a, seq), num_rows = num_tokens * a.group;
-  rows.first_row = (id - first_set(a, seq)) * kRows;
-  rows.count = smaller(num_rows - rows.first_row, kRows);
+  rows.first_row = (id - first_set(seq)) * rows_of_block;
+  rows.count = smaller(num_rows - rows.first_row, rows_of_block);
   return num_tokens > min_tokens && rows.count > 0;
 }
 
@@ -131,41 +139,28 @@ OCTAVO_DEVICE void score_tile(float (&s)[kBands<kDim>][8][4], const Bands<T, Ite
   }
 }
 
-// Folds P V of the tile into the split's values, four times 8 dimensions at once.
+// acc += P V of a group of keys.
 template <class T, class Item, int kDim>
-OCTAVO_DEVICE void add_tile(Bands<T, Item, kDim>& bands,
-                            const std::uint32_t (&p)[kBands<kDim>][4][4],
-                            const float (&keep)[kBands<kDim>][2],
-                            const Stage<T, Item, kDim>& stage) {
+OCTAVO_DEVICE void add_group(float (&acc)[kDim / 8][kBands<kDim>][4],
+                             const std::uint32_t (&p)[kBands<kDim>][4][4], int group,
+                             const Stage<T, Item, kDim>& stage) {
   using Shape = Tile<T, Item, kDim>;
   using From = Stage<T, Item, kDim>;
   constexpr int kDimBytes = kPageTokens * static_cast<int>(sizeof(Item));
-  constexpr int kCount = kBands<kDim>, kAtOnce = 4;
   const int lane = computed_anew(static_cast<int>(lane_index())), g = lane / 4, j = lane % 4;
+  const int at = Shape::kItems == 8 ? (2 * group + j / 2) * From::kPageStride + j % 2 * 16
+                                    : j * From::kPageStride;
 #pragma unroll
-  for (int first = 0; first < kDim / 8; first += kAtOnce) {
-    float acc[kAtOnce][kCount][4] = {};
+  for (int n = 0; n < kDim / 8; ++n) {
+    const uint4 piece = load_16(stage.values + at + (8 * n + g) * kDimBytes);
 #pragma unroll
-    for (int group = 0; group < Shape::kGroups; ++group) {
-      const int at = Shape::kItems == 8 ? (2 * group + j / 2) * From::kPageStride + j % 2 * 16
-                                        : j * From::kPageStride;
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const uint4 piece = load_16(stage.values + at + (8 * (first + n) + g) * kDimBytes);
-#pragma unroll
-        for (int band = 0; band < kCount; ++band)
-          multiply_piece<T, Item>(acc[n][band], p[band], group, piece);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce * kCount * 4; ++i) {
-      const int n = i / 4 / kCount, band = i / 4 % kCount, e = i % 4;
-      float& value = bands.values[band][first + n][e];
-      value = fma_rn(value, keep[band][e / 2], acc[n][band][e]);
-    }
+    for (int band = 0; band < kBands<kDim>; ++band)
+      multiply_piece<T, Item>(acc[n][band], p[band], group, piece);
   }
 }
 
+// Groups of keys one after the other, so that the tensor cores have the P V of one to do while the
+// weights of the next are computed.
 template <bool kSeesAll, class T, class Item, int kDim>
 OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArguments& a,
                                 const Rows& rows, const Stage<T, Item, kDim>& stage, int tile) {
@@ -186,37 +181,62 @@ OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArgu
       hide_unseen<T, Item, kDim>(s[row / 2], row % 2, first_key, visible_keys(position, a.window));
     }
   }
-  std::uint32_t p[kCount][4][4];
-  float keep[kCount][2];
+  Fold folds[kCount][2];
+  float from[kCount][2], sums[kCount][2] = {};
 #pragma unroll
   for (int band = 0; band < kCount; ++band) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float &max = bands.max[band][half], &sum = bands.sum[band][half];
-      const float tile_max = max_of_row<T, Item, kDim>(s[band], half, a.scale);
-      const Fold f = fold_of_tile(max, sum, tile_max);
+      const float max = max_of_row<T, Item, kDim>(s[band], half, a.scale);
+      folds[band][half] = fold_of_tile(bands.max[band][half], bands.sum[band][half], max);
       // Where the tile does not count, weights become 0.
-      const float from = f.take == 0.0f ? -minus_infinity() : tile_max;
-      max = f.max;
-      sum = fma_rn(sum, f.keep, weigh<T, Item, kDim>(s[band], half, a.scale, from, scales));
-      keep[band][half] = f.keep;
+      from[band][half] = folds[band][half].take == 0.0f ? -minus_infinity() : max;
     }
-    pack_weights<T>(p[band], s[band]);
   }
-  add_tile(bands, p, keep, stage);
+  std::uint32_t p[kCount][4][4];
+  float acc[kDim / 8][kCount][4] = {};
+#pragma unroll
+  for (int group = 0; group < Tile<T, Item, kDim>::kGroups; ++group) {
+#pragma unroll
+    for (int band = 0; band < kCount; ++band) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        sums[band][half] = weigh_group<T, Item, kDim>(sums[band][half], s[band], half, group,
+                                                      a.scale, from[band][half], scales);
+      pack_group<T, Item>(p[band], s[band], group);
+    }
+    add_group(acc, p, group, stage);
+  }
+#pragma unroll
+  for (int band = 0; band < kCount; ++band) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Fold& f = folds[band][half];
+      float& sum = bands.sum[band][half];
+      bands.max[band][half] = f.max;
+      sum = fma_rn(sum, f.keep, sum_of_row(sums[band][half]));
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          float& value = bands.values[band][n][e];
+          value = fma_rn(value, f.keep, acc[n][band][e]);
+        }
+      }
+    }
+  }
 }
 
 // There is nothing yet.
-template <class T, class Item, int kDim>
-OCTAVO_DEVICE void clear_total(Shared<T, Item, kDim>& shared) {
+template <class T, class Item, int kDim, int kWarps>
+OCTAVO_DEVICE void clear_total(Shared<T, Item, kDim, kWarps>& shared) {
   for (auto& numbers : shared.total) numbers[threadIdx.x] = {0.0f, 0.0f, 0.0f, 0.0f};
   for (auto& state : shared.total_state) state[threadIdx.x] = {minus_infinity(), 0.0f};
 }
 
 // Folds the split's state into the result, which is in shared memory and in the split's registers
 // then.
-template <class T, class Item, int kDim>
-OCTAVO_DEVICE void end_split(Bands<T, Item, kDim>& bands, Shared<T, Item, kDim>& shared) {
+template <class T, class Item, int kDim, int kWarps>
+OCTAVO_DEVICE void end_split(Bands<T, Item, kDim>& bands, Shared<T, Item, kDim, kWarps>& shared) {
 #pragma unroll
   for (int band = 0; band < kBands<kDim>; ++band) {
     Fold f[2];
@@ -264,19 +284,20 @@ OCTAVO_DEVICE void write_bands(const Bands<T, Item, kDim>& bands, const Attentio
 }
 
 // Block (i, h): rows i of the step, the last ones first since they see most; KV head h.
-template <class T, class Item, int kDim>
-__global__ void __launch_bounds__(32 * kWarps<kDim>, kWarps<kDim> == 4 ? 2 : 1)
+template <class T, class Item, int kDim, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kDim == 64 ? 2 : 1)
     prefill_attention_kernel(AttentionArguments a, int min_tokens) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   Rows rows{};
   rows.kv_head = static_cast<int>(blockIdx.y);
-  if (!find_rows(rows, a, static_cast<int>(gridDim.x - 1 - blockIdx.x), min_tokens)) return;
+  const int id = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+  if (!find_rows<kRows<kDim, kWarps>>(rows, a, id, min_tokens)) return;
   if (rows.context == 0) return rows.clear<T>(a);
   const Tiles tiles = tiles_of(a, rows);
-  auto& shared = *reinterpret_cast<Shared<T, Item, kDim>*>(shared_memory());
+  auto& shared = *reinterpret_cast<Shared<T, Item, kDim, kWarps>*>(shared_memory());
   if (threadIdx.x == 0) shared.rows = rows;
-  Copier<T, Item, kDim> copier(a, rows);
+  Copier<T, Item, kDim, kWarps> copier(a, rows);
   copier.seek(a.table_of(rows.seq), rows.readable(a), tiles.first);
   copier.copy(shared.stages[tiles.first % 2]);
   copier.seek(a.table_of(rows.seq), rows.readable(a), tiles.first + 1);
@@ -312,19 +333,28 @@ __global__ void __launch_bounds__(32 * kWarps<kDim>, kWarps<kDim> == 4 ? 2 : 1)
   write_bands(bands, a, shared.rows);
 }
 
+template <class T, class Item, int kDim, int kWarps>
+void run(Stream& stream, const AttentionArguments& a, int min_tokens) {
+  const auto sets = static_cast<std::int64_t>(a.num_tokens) * a.group / kRows<kDim, kWarps>;
+  launch(stream, "prefill_attention",
+         {dims(sets + a.num_seqs, a.num_heads / a.group), dims(32 * kWarps),
+          sizeof(Shared<T, Item, kDim, kWarps>), true},
+         prefill_attention_kernel<T, Item, kDim, kWarps>, a, min_tokens);
+}
+
 }  // namespace
 
 void attend_many(Stream& stream, DType dtype, const AttentionArguments& a, int min_tokens) {
-  const std::int64_t sets = static_cast<std::int64_t>(a.num_tokens) * a.group / kRows + a.num_seqs;
   for_tile(dtype, a, [&](auto tile) {
     using Shape = decltype(tile);
     using T = typename Shape::T;
     using Item = typename Shape::Item;
     constexpr int kDim = Shape::kDim;
-    launch(stream, "prefill_attention",
-           {dims(sets, a.num_heads / a.group), dims(32 * kWarps<kDim>),
-            sizeof(Shared<T, Item, kDim>), true},
-           prefill_attention_kernel<T, Item, kDim>, a, min_tokens);
+    if constexpr (kDim == 128) {
+      if (sizeof(Shared<T, Item, kDim, 8>) <= stream.max_shared_bytes())
+        return run<T, Item, kDim, 8>(stream, a, min_tokens);
+    }
+    run<T, Item, kDim, 4>(stream, a, min_tokens);
   });
 }
 

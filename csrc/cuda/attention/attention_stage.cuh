@@ -6,12 +6,9 @@
 
 namespace octavo::cuda::prefilling {
 
-constexpr int kRows = 128;
-// Warps of a block, and 16-row products of a warp.
+// 16-row products of a warp.
 template <int kDim>
-constexpr int kWarps = kDim == 64 ? 4 : 8;
-template <int kDim>
-constexpr int kBands = kRows / 16 / kWarps<kDim>;
+constexpr int kBands = kDim == 64 ? 2 : 1;
 
 // A tile in shared memory. Keys: rows, their 64-byte halves swapped in odd ones; values: pages, a
 // little apart. So the lanes of a warp that load together find their pieces in different banks.
@@ -22,8 +19,9 @@ struct Stage {
   static constexpr int kPageStride = kPageBytes + (Shape::kItems == 8 ? 64 : 32);
   unsigned char keys[kTilePages * kPageBytes];
   unsigned char values[kTilePages * kPageStride];
-  // Of int8 alone.
-  float key_scales[kTileKeys], value_scales[kTileKeys];
+  // Of int8 alone; of others nearly nothing, as shared memory is short.
+  static constexpr int kScales = Shape::kScaled ? kTileKeys : 4;
+  float key_scales[kScales], value_scales[kScales];
 
   // Where chunk `chunk` (16 bytes) of the key lies. Of keys that are even apart, the same distance.
   OCTAVO_DEVICE static int key_at(int key, int chunk) {
@@ -34,12 +32,12 @@ struct Stage {
 
 // Copies tiles, one after the other. A warp takes the same page of each tile, or a half of it, so
 // that all its lanes need one place in the cache, and find the next without a division.
-template <class T, class Item, int kDim>
+template <class T, class Item, int kDim, int kWarps>
 class Copier {
  public:
   using Shape = Tile<T, Item, kDim>;
   using To = Stage<T, Item, kDim>;
-  static constexpr int kThreadsOfPage = 32 * kWarps<kDim> / kTilePages;
+  static constexpr int kThreadsOfPage = 32 * kWarps / kTilePages;
 
   OCTAVO_DEVICE Copier(const AttentionArguments& a, const Rows& rows)
       : cache_(a.cache), head_(a.cache.data + a.cache.head_at(0, rows.kv_head)) {}

@@ -185,7 +185,7 @@ OCTAVO_DEVICE float number_of(const float4& four, int i) {
 // ---- one tile ----
 
 // A lane has scores of row g (half 0) and g + 8 (half 1): columns 2 half and 2 half + 1 of each
-// product. The next four functions are about one of these rows.
+// product. The next five functions are about one of these rows.
 
 // int8: the keys' scales.
 template <class T, class Item, int kDim>
@@ -233,32 +233,39 @@ OCTAVO_DEVICE float max_of_row(const float (&s)[8][4], int half, float scale) {
   return add_rn(max, -Tile<T, Item, kDim>::kHeadroom);
 }
 
-// Turns the scores into weights, and returns the sum of these, before the values' scales (int8).
+// Turns the scores of a group of keys into weights. Returns `sum` plus these, before the values'
+// scales (int8).
 template <class T, class Item, int kDim>
-OCTAVO_DEVICE float weigh(float (&s)[8][4], int half, float scale, float max,
-                          const LaneScales& scales) {
-  float sum = 0.0f;
+OCTAVO_DEVICE float weigh_group(float sum, float (&s)[8][4], int half, int group, float scale,
+                                float max, const LaneScales& scales) {
+  using Shape = Tile<T, Item, kDim>;
 #pragma unroll
-  for (int t = 0; t < 8; t += 2) {
+  for (int t = group * Shape::kProducts; t < (group + 1) * Shape::kProducts; t += 2) {
     float4 four{};
-    if (Tile<T, Item, kDim>::kScaled) four = bits_as<float4>(load_16(scales.values + 2 * t));
+    if (Shape::kScaled) four = bits_as<float4>(load_16(scales.values + 2 * t));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float& x = s[t + i / 2][2 * half + i % 2];
       x = fast_exp2(fma_rn(x, scale, -max));
       sum = add_rn(sum, x);
-      if (Tile<T, Item, kDim>::kScaled) x = multiply_rn(x, number_of(four, i));
+      if (Shape::kScaled) x = multiply_rn(x, number_of(four, i));
     }
   }
+  return sum;
+}
+
+// Of the sums of the row's four lanes.
+OCTAVO_DEVICE float sum_of_row(float sum) {
   sum = add_rn(sum, shuffle_xor(sum, 1));
   return add_rn(sum, shuffle_xor(sum, 2));
 }
 
-// Fragments a of the weights, for the four steps of a tile.
-template <class T>
-OCTAVO_DEVICE void pack_weights(std::uint32_t (&p)[4][4], const float (&s)[8][4]) {
+// Fragments a of a group's weights: some of the four steps of a tile.
+template <class T, class Item>
+OCTAVO_DEVICE void pack_group(std::uint32_t (&p)[4][4], const float (&s)[8][4], int group) {
+  constexpr int kSteps = Tile<T, Item, 64>::kSteps;
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
+  for (int step = group * kSteps; step < (group + 1) * kSteps; ++step) {
     p[step][0] = pack2<T>(s[2 * step][0], s[2 * step][1]);
     p[step][1] = pack2<T>(s[2 * step][2], s[2 * step][3]);
     p[step][2] = pack2<T>(s[2 * step + 1][0], s[2 * step + 1][1]);

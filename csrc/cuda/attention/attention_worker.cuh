@@ -74,7 +74,8 @@ class TileWorker {
     weigh_row(0, s, first_key, parts);
     if (upper_rows) weigh_row(1, s, first_key, parts);
     std::uint32_t p[4][4];
-    pack_weights<T>(p, s);
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) pack_group<T, Item>(p, s, group);
     add_up<0>(p, first_key, parts, upper_rows);
     if (kLoadsAhead && next >= 0) begin_keys(next, next_entry);
     add_up<1>(p, first_key, parts, upper_rows);
@@ -107,7 +108,11 @@ class TileWorker {
     const float max = max_of_row<T, Item, kDim>(s, half, a_.scale);
     const float from = max == minus_infinity() ? 0.0f : max;
     parts.max[warp_index()][row] = max;
-    parts.sum[warp_index()][row] = weigh<T, Item, kDim>(s, half, a_.scale, from, scales);
+    float sum = 0.0f;
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group)
+      sum = weigh_group<T, Item, kDim>(sum, s, half, group, a_.scale, from, scales);
+    parts.sum[warp_index()][row] = sum_of_row(sum);
   }
 
   // Queries, once the kernel that rotated them has ended: for each tile anew, from the first cache,

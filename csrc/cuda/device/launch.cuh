@@ -63,17 +63,16 @@ void launch(Stream& stream, const char* name, const LaunchShape& shape,
 #else
   constexpr std::size_t kWithoutAsking = 48 * 1024;
   cudaError_t error = cudaSuccess;
-  const auto set = [&](cudaFuncAttribute attribute, std::size_t value) {
+  const auto set = [&](cudaFuncAttribute attribute, int value) {
     if (error == cudaSuccess)
-      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute,
-                                   static_cast<int>(value));
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
   };
   if (shape.shared_bytes > kWithoutAsking)
-    set(cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
   // Where two kernels divide the first-level cache differently, the second may have to wait until
   // the first has left a processor (CUDA's page on cudaFuncSetCacheConfig), and nothing overlaps.
-  if (shape.overlaps && !stream.carveouts_apart())
-    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  const bool overlaps = shape.overlaps && stream.can_overlap();
+  if (overlaps) set(cudaFuncAttributePreferredSharedMemoryCarveout, stream.carveout());
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -83,7 +82,7 @@ void launch(Stream& stream, const char* name, const LaunchShape& shape,
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream.handle();
   config.attrs = &overlap;
-  config.numAttrs = shape.overlaps && stream.can_overlap() ? 1 : 0;
+  config.numAttrs = overlaps ? 1 : 0;
   if (error == cudaSuccess)
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #endif

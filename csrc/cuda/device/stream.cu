@@ -20,6 +20,18 @@ class OutOfDeviceMemory : public std::bad_alloc {
   std::string message_;
 };
 
+// The driver takes the code of the highest capability that the device has. Built for less than 9.0,
+// kernels do not wait for the one before (wait_for_previous_kernel in primitives.cuh).
+bool is_built_to_overlap([[maybe_unused]] int compute_capability) {
+#ifdef __CUDA_ARCH_LIST__
+  for (const int built : {__CUDA_ARCH_LIST__})
+    if (900 <= built && built <= 10 * compute_capability) return true;
+  return false;
+#else
+  return true;
+#endif
+}
+
 }  // namespace
 
 void check(cudaError_t error, const char* what) {
@@ -43,8 +55,9 @@ Stream::Stream(int device) : device_(device) {
   compute_capability_ =
       10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
   max_shared_bytes_ = static_cast<std::size_t>(ask(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  can_overlap_ = compute_capability_ >= 90 && is_built_to_overlap(compute_capability_);
   tiles_apart_ = std::getenv("OCTAVO_CUDA_TILES_APART") != nullptr;
-  carveouts_apart_ = std::getenv("OCTAVO_CUDA_CARVEOUTS_APART") != nullptr;
+  if (const char* percent = std::getenv("OCTAVO_CUDA_CARVEOUT")) carveout_ = std::atoi(percent);
   check(cudaStreamCreateWithFlags(&handle_, cudaStreamNonBlocking), "creating a CUDA stream");
 }
 
@@ -94,9 +107,9 @@ void* Workspace::get(std::size_t bytes) {
   check(cudaFree(data_), "freeing a workspace");
   data_ = nullptr;
   bytes_ = 0;
+  ++growths_;  // the old address is gone even if the next line throws
   data_ = allocate_on(stream_, bytes);
   bytes_ = bytes;
-  ++growths_;
   check(cudaMemsetAsync(data_, 0, bytes, stream_.handle()), "clearing a workspace");
   return data_;
 }

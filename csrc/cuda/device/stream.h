@@ -36,12 +36,13 @@ class Stream {
   int num_processors() const { return num_processors_; }              // "streaming multiprocessors"
   int compute_capability() const { return compute_capability_; }      // 80, 90, ...
   std::size_t max_shared_bytes() const { return max_shared_bytes_; }  // of one block
-  bool can_overlap() const { return compute_capability_ >= 90; }
+  bool can_overlap() const { return can_overlap_; }                   // kernels with the one before
 
   // For measuring: OCTAVO_CUDA_TILES_APART, a block for every tile of a product of 1 to 8 rows;
-  // OCTAVO_CUDA_CARVEOUTS_APART, as much shared memory as the driver chooses for each kernel.
+  // OCTAVO_CUDA_CARVEOUT, the part of the first-level cache that kernels which overlap want as
+  // shared memory, in percent (-1: what the driver chooses for each).
   bool tiles_apart() const { return tiles_apart_; }
-  bool carveouts_apart() const { return carveouts_apart_; }
+  int carveout() const { return carveout_; }
 
   void note_launch(const char* kernel) { launched_[num_launched_++ % launched_.size()] = kernel; }
   std::int64_t num_launched() const { return static_cast<std::int64_t>(num_launched_); }
@@ -54,7 +55,10 @@ class Stream {
   std::string name_;
   int num_processors_ = 0, compute_capability_ = 0;
   std::size_t max_shared_bytes_ = 0;
-  bool tiles_apart_ = false, carveouts_apart_ = false;
+  bool can_overlap_ = false, tiles_apart_ = false;
+  // 132 KB of an H100: two blocks of every kernel of a decoding step find room. The rest caches
+  // what blocks of a processor read several times: x, weights of norms.
+  int carveout_ = 57;
   std::array<const char*, 8> launched_{};  // the latest ones, in turn
   std::uint64_t num_launched_ = 0;
 };

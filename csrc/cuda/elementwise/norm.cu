@@ -20,6 +20,7 @@ struct NormArguments {
 };
 
 constexpr unsigned kMostThreads = 1024;
+constexpr std::int64_t kMostWidth = 4 * kMostNormGroups * std::int64_t{kMostThreads};
 
 // residual += added; out = residual / sqrt(mean(residual^2) + eps) * weight + bias; centered: the
 // same of residual - mean(residual).
@@ -139,7 +140,6 @@ __global__ void __launch_bounds__(kMostThreads) norm_heads_kernel(HeadArguments 
 
 void launch_norm(Stream& stream, const char* op, View out, View residual, const View* added,
                  const Norm& norm) {
-  constexpr std::int64_t kMostWidth = 4 * kMostNormGroups * std::int64_t{kMostThreads};
   require_shape(op, residual, out.rows, out.cols);
   require_f32(op, residual);
   require(out.cols <= kMostWidth, op, " of rows of ", out.cols, " numbers; the kernel takes up to ",
@@ -195,6 +195,8 @@ void CudaBackend::norm_heads(View x, const Norm& norm, std::int64_t width) {
           "norm_heads takes an rms norm without a bias");
   require(width >= 1 && x.cols % width == 0, "norm_heads got rows of ", x.cols,
           " numbers; expected a multiple of ", width);
+  require(width <= kMostWidth, "norm_heads got heads of ", width, " numbers; expected at most ",
+          kMostWidth);
   if (x.rows == 0 || x.cols == 0) return;
   HeadArguments a{};
   a.x = x.data;

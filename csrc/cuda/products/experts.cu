@@ -212,13 +212,14 @@ struct Plan {
   int tile_rows, most_tiles;
   bool gathers;  // copies x in the pairs' order, and keeps gates and ups
 
-  Plan(std::int64_t rows, const MoeSpec& moe, bool is_fast, bool is_one_matrix)
+  Plan(const Stream& stream, std::int64_t rows, const MoeSpec& moe, bool is_fast,
+       bool is_one_matrix)
       : pairs(rows * moe.experts_per_token) {
     const std::int64_t of_expert = ceil_div(pairs, std::min(pairs, moe.num_experts));
     way = !is_fast ? Way::any : of_expert <= kRowsOfFewTile ? Way::few : Way::tiles;
     tile_rows = way == Way::few   ? kFewRows
                 : way == Way::any ? kAnyRows
-                                  : expert_tile_rows(of_expert);
+                                  : expert_tile_rows(stream, of_expert);
     most_tiles =
         static_cast<int>(std::min(pairs, pairs / tile_rows + std::min(pairs, moe.num_experts)));
     gathers = way != Way::few || !is_one_matrix;
@@ -274,7 +275,7 @@ void CudaBackend::moe(View out, View x, View router, const ExpertWork& work) {
   require_same_dtype("moe", out, x);
   if (x.rows == 0) return;
   bool fast = is_fast(x, down) && is_fast(x, work.up[0]) && is_fast(x, work.up.back());
-  const Plan plan(x.rows, work.moe, fast, work.up.size() == 1);
+  const Plan plan(stream_, x.rows, work.moe, fast, work.up.size() == 1);
   Parts sizes(nullptr);
   Work(sizes, plan, x.dtype, x.cols, width, down.outputs);
   Parts parts(experts_workspace_.get(sizes.bytes));
@@ -327,7 +328,8 @@ std::size_t CudaBackend::experts_workspace_bytes(const ModelSpec& spec,
     if (!layer.moe) continue;
     const std::int64_t hidden = spec.hidden_size;
     Parts sizes(nullptr);
-    const Plan plan(limits.max_num_batched_tokens, *layer.moe, false, false);  // has all parts
+    // That has all parts.
+    const Plan plan(stream_, limits.max_num_batched_tokens, *layer.moe, false, false);
     Work(sizes, plan, options_.dtype, hidden, layer.intermediate_size, hidden);
     most = std::max(most, sizes.bytes);
   }

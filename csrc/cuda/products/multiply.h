@@ -72,7 +72,7 @@ void multiply_experts_gated(Stream& stream, View out, View x, const std::int32_t
 // Tiles of expert_tile_rows(...) rows.
 void multiply_experts_tiles(Stream& stream, View out, View x, const Matrix& weight,
                             const ExpertTiles& tiles, int tile_rows);
-int expert_tile_rows(std::int64_t rows_of_expert);
+int expert_tile_rows(const Stream& stream, std::int64_t rows_of_expert);
 // Tiles of 16 rows.
 constexpr int kAnyRows = 16;
 void multiply_experts_any(Stream& stream, View out, View x, const Matrix& weight,

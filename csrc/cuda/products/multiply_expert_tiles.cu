@@ -9,11 +9,12 @@ template <class T, Codes codes, class Shape>
 void run_expert_tiles(Stream& stream, View out, View x, const Matrix& weight,
                       const ExpertTiles& tiles) {
   using S = Stage<codes, Shape>;
+  const int num_stages = S::count(stream);
   const LaunchShape shape{dims(tiles.count, ceil_div(weight.outputs, Shape::outputs)),
-                          Shape::threads, static_cast<std::size_t>(S::count) * S::bytes, true};
+                          Shape::threads, static_cast<std::size_t>(num_stages) * S::bytes, true};
   launch(stream, "multiply_tile", shape, multiply_tile<T, codes, Shape, ExpertTiles>,
          numbers_of(out), numbers_of(x), weight, num_slices(weight.inputs),
-         slice_inputs(weight.inputs) / (S::blocks * kBlock), Partials{}, tiles);
+         slice_inputs(weight.inputs) / (S::blocks * kBlock), num_stages, Partials{}, tiles);
 }
 
 template <class T, Codes codes>
@@ -29,10 +30,11 @@ void run_shape(Stream& stream, View out, View x, const Matrix& weight, const Exp
 
 }  // namespace
 
-// As many as an expert has, if the rows choose evenly.
-int expert_tile_rows(std::int64_t rows_of_expert) {
+// As many as an expert has, if the rows choose evenly, and as fit with plain weights.
+int expert_tile_rows(const Stream& stream, std::int64_t rows_of_expert) {
   if (rows_of_expert <= SmallTile::rows) return SmallTile::rows;
-  return rows_of_expert <= 64 ? 64 : WideTile::rows;
+  const bool may_be_wide = Stage<Codes::bf16, WideTile>::count(stream) > 0;
+  return rows_of_expert > MediumTile::rows && may_be_wide ? WideTile::rows : MediumTile::rows;
 }
 
 void multiply_experts_tiles(Stream& stream, View out, View x, const Matrix& weight,

@@ -63,11 +63,18 @@ struct Stage {
   // Groups: the 16 bytes of each output's scales that hold those of the stage; as many of zeros.
   static constexpr int scale_bytes = is_grouped(codes) ? 16 * Shape::outputs : 0;
   static constexpr int bytes = weight_bytes + x_bytes + 2 * scale_bytes;
-  // How many there are: five, or what an A100 has room for.
+  // How many there are: five, or what an A100 has room for; two where a block may have less
+  // (99 KB on GPUs for desktops).
   static constexpr int room = 160 * 1024 / bytes;
-  static constexpr int count = room < 5 ? room : 5;
+  static constexpr int most = room < 5 ? room : 5, fewest = 2;
   static constexpr int sums_bytes = Shape::rows * (Shape::outputs + 4) * 4;  // see write_tile
-  static_assert(sums_bytes <= count * bytes, "the tile's sums take the stages' place");
+  static_assert(sums_bytes <= fewest * bytes, "the tile's sums take the stages' place");
+
+  // 0: not even the fewest fit.
+  static int count(const Stream& stream) {
+    const auto fits = [&](int stages) { return stages * bytes <= stream.max_shared_bytes(); };
+    return fits(most) ? most : fits(fewest) ? fewest : 0;
+  }
 };
 
 // Where row `row` of piece `piece` (a unit of weights, a block of x) begins, of `rows` rows.
@@ -295,9 +302,9 @@ OCTAVO_DEVICE bool arrives_last(std::int32_t* counter) {
 template <class T, Codes codes, class Shape, class Work>
 __global__ void __launch_bounds__(Shape::threads, 1)
     multiply_tile(Numbers out, Numbers x, Matrix weight, int slices, int slice_stages,
-                  Partials partials, Work work) {
+                  int num_stages, Partials partials, Work work) {
   using S = Stage<codes, Shape>;
-  constexpr int kAhead = S::count - 1;
+  const int ahead = num_stages - 1;
   const int warp = computed_anew(static_cast<int>(warp_index()));
   const Part<Shape> part{warp % Shape::output_warps * (Shape::outputs / Shape::output_warps),
                          warp / Shape::output_warps * (Shape::rows / Shape::row_warps),
@@ -343,18 +350,22 @@ __global__ void __launch_bounds__(Shape::threads, 1)
 
   unsigned char* memory = shared_memory();
   let_next_kernel_start();
-  for (int i = 0; i < kAhead; ++i) begin_weights(stage + i, memory + i * S::bytes);
+  for (int i = 0; i < ahead; ++i) begin_weights(stage + i, memory + i * S::bytes);
   wait_for_previous_kernel();
-  for (int i = 0; i < kAhead; ++i) begin_x(stage + i, memory + i * S::bytes);
+  for (int i = 0; i < ahead; ++i) begin_x(stage + i, memory + i * S::bytes);
 
   Sums<Shape> sums = {}, total = {};
-  const auto next = [](int place) { return place == kAhead * S::bytes ? 0 : place + S::bytes; };
-  int read = 0, fill = kAhead * S::bytes;  // where stages lie
+  const int last = ahead * S::bytes;  // where the last stage lies
+  const auto next = [&](int place) { return place == last ? 0 : place + S::bytes; };
+  int read = 0, fill = last;
   for (int left = slice_stages; stage < end; ++stage) {
-    async_wait<kAhead - 1>();
+    if (num_stages == S::most)
+      async_wait<S::most - 2>();
+    else
+      async_wait<S::fewest - 2>();
     __syncthreads();
-    begin_weights(stage + kAhead, memory + fill);
-    begin_x(stage + kAhead, memory + fill);
+    begin_weights(stage + ahead, memory + fill);
+    begin_x(stage + ahead, memory + fill);
     const auto multiply = [&](auto has_zeros) {
       multiply_stage<T, codes, has_zeros.value>(sums, memory + read, part, weight,
                                                 stage * S::units);
@@ -398,15 +409,16 @@ void run_tiles(Stream& stream, View out, View x, const Matrix& weight, const Par
   const int slices = num_slices(weight.inputs);
   const int shares =
       blocks_a_tile<Shape>(row_tiles * output_tiles, slices, stream.num_processors());
+  const int num_stages = S::count(stream);
   const LaunchShape shape{dims(row_tiles, output_tiles, shares), Shape::threads,
-                          static_cast<std::size_t>(S::count) * S::bytes,
+                          static_cast<std::size_t>(num_stages) * S::bytes,
                           !weight.computed};  // it reads weights before it waits
   launch(stream, "multiply_tile", shape, multiply_tile<T, codes, Shape, AllRows>, numbers_of(out),
          numbers_of(x), weight, slices, slice_inputs(weight.inputs) / (S::blocks * kBlock),
-         partials, AllRows{});
+         num_stages, partials, AllRows{});
 }
 
-// The tile for so many rows. More than 64: large ones where they are enough for most of the
+// The tile for so many rows. More than 64: large ones where they fit and are enough for most of the
 // processors; else medium ones, whose weights are read again for every 64 rows, but from the second
 // cache: products of so few tiles are of small matrices. Blocks that share large tiles would leave
 // as many sums, and the last of each would take twice as long to add them.
@@ -416,16 +428,17 @@ void run_rows(Stream& stream, View out, View x, const Matrix& weight, const Part
   const auto run = [&](auto shape) {
     run_tiles<T, codes, decltype(shape)>(stream, out, x, weight, partials);
   };
+  const auto fits = [&](auto shape) { return Stage<codes, decltype(shape)>::count(stream) > 0; };
   using Large = LargeTile<codes>;
   const int row_tiles = ceil_div(rows, Large::rows);
   if (rows <= SmallTile::rows) return run(SmallTile{});
   if constexpr (is_quantized(codes)) {
     if (rows <= HalfTile::rows) return run(HalfTile{});
   }
-  if (rows <= MediumTile::rows ||
+  if (rows <= MediumTile::rows || !fits(WideTile{}) ||
       2 * row_tiles * ceil_div(weight.outputs, Large::outputs) <= stream.num_processors())
     run(MediumTile{});
-  else if (ceil_div(rows, WideTile::rows) == row_tiles)
+  else if (ceil_div(rows, WideTile::rows) == row_tiles || !fits(Large{}))
     run(WideTile{});
   else
     run(Large{});

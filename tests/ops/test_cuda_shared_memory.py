@@ -1,0 +1,63 @@
+"""CUDA: GPUs whose blocks have little shared memory (99 KiB: capabilities 8.6, 8.9, 12.0)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from cuda_helpers import DEVICE, needs_cuda
+
+pytestmark = [
+    needs_cuda,
+    pytest.mark.skipif(DEVICE != "cuda_emulated", reason="a GPU has as much as it has"),
+]
+
+ALL_SHAPES_OF_BLOCKS = """
+import hashlib
+from cuda_attention_helpers import FORMATS as CACHES, attend, make_sequences
+from cuda_linear_helpers import FORMATS, native, quantized
+from ops_helpers import moe_inputs
+from octavo import _native_ops
+from reference_helpers import uniform
+digest = hashlib.sha256()
+for rows in (12, 17, 70, 130):
+    x, weight = uniform(rows, rows, 264), uniform(7, 300, 264)
+    for dtype in ("bf16", "f16"):
+        ops = native(dtype, deterministic=True)
+        digest.update(ops.linear(x, weight, None, dtype).tobytes())
+        for format in FORMATS[::2]:
+            codes, scales, zeros = quantized(300, 264, format)
+            digest.update(ops.quantized_linear(x, codes, scales, format, zeros).tobytes())
+for dtype, kv_dtype in CACHES:
+    for head_dim in (64, 128):
+        sequences = make_sequences([(70, 300), (1, 40), (90, 90)], (6, 2), head_dim, dtype)
+        digest.update(attend(dtype, kv_dtype, sequences).tobytes())
+for weights in ("bf16", "int8"):
+    ops = _native_ops.Ops("cuda_emulated", dtype="bf16", deterministic=True)
+    inputs = (*moe_inputs((150, 40, 72, 32, 3, 2), "spread"), True, "silu", weights)
+    digest.update(ops.moe(*inputs).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_blocks_fit_and_give_the_same_bits() -> None:
+    """Fewer stages, smaller tiles of many rows, attention with fewer rows a block."""
+
+    def bits(kib: int) -> str:
+        environment = {**os.environ, "CUDA_EMULATOR_SHARED_KIB": str(kib)}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        run = subprocess.run(
+            [sys.executable, "-c", ALL_SHAPES_OF_BLOCKS],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return run.stdout or run.stderr
+
+    little = bits(99)
+    assert len(little) == 65, little
+    assert little == bits(163) == bits(227)
+    assert "expected a number from 0 to 227" in bits(228)
