@@ -8,7 +8,7 @@
 #   benchmarks/gpu.sh lease --emulate     the same with tiny shapes on the emulated GPU (no figures)
 #
 # Needs nvcc (CUDA 12.4 or newer), CMake, ninja, and in the Python that $PYTHON names (python3)
-# nanobind 3, NumPy and pytest with xdist and timeout; takes torch, transformers, ncu and
+# nanobind 3, NumPy, hypothesis and pytest with xdist and timeout; takes torch, transformers, ncu and
 # compute-sanitizer where they are. Wheels in $WHEELS (build/wheels) are used in place of what the
 # machine has. Fetches nothing. Results go to $OUT (build/gpu): benchmarks/README.md.
 cd "$(dirname "$0")/.." && exec "${PYTHON:-python3}" benchmarks/gpu/lease.py "$@"

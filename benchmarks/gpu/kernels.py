@@ -110,7 +110,7 @@ def _sdpa(num_seqs: int, tokens: int, context: int) -> float | None:
     if torch is None:
         return None
     kv_bytes = 4.0 * num_seqs * context * KV_HEADS * HEAD_DIM
-    copies = 1 if EMULATE else max(1, min(100, round(CACHE_BYTES / kv_bytes)))
+    copies = 1 if EMULATE else max(1, min(1024, round(CACHE_BYTES / kv_bytes)))
     q, kv = _numbers(num_seqs, HEADS, tokens, HEAD_DIM), (num_seqs, KV_HEADS, context, HEAD_DIM)
     caches = [(_numbers(*kv), _numbers(*kv)) for _ in range(copies)]
     mask = None
@@ -164,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=ROWS, help="rows of x, with commas")
     parser.add_argument("--label", default="", help="what variant this is")
+    parser.add_argument("--products", action="store_true", help="matrix products alone")
     given = parser.parse_args()
     peak = read_peak()
     if peak is None:
@@ -172,11 +173,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     rows_list = [int(part) for part in given.rows.split(",")]
     name = f"kernels-{given.label}" if given.label else "kernels"
-    for family in (
-        attentions(bench, peak),
-        linears(bench, peak, rows_list),
-        others(bench, peak),
-    ):
+    products = linears(bench, peak, rows_list)
+    families = [attentions(bench, peak), products, others(bench, peak)]
+    for family in [products] if given.products else families:
         rows += family
         keep(name, {"rows": rows})
 

@@ -24,9 +24,10 @@ from pathlib import Path
 
 from about import ROOT, sources_hash
 
-OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
+KEPT = ROOT / "build" / "gpu"
+OUT = Path(os.environ.get("OUT") or KEPT)
 VARIANT = ROOT / "build" / "gpu-variant"
-NCU = "ncu --clock-control none --launch-count 32"
+NCU = "ncu --clock-control none --launch-count 64"
 NCU += " --kernel-name regex:multiply_rows|multiply_tile|attention_kernel --section SpeedOfLight"
 NCU += " --section WarpStateStats --section LaunchStats --section Occupancy"
 NCU += " --section MemoryWorkloadAnalysis"
@@ -87,16 +88,21 @@ STEPS: dict[str, Step] = {
     "build": Step(200, flags=""),
     "limits": Step(40, "limits.py"),
     "headline": Step(60, "model.py headline"),
-    "tests": Step(120, "device_tests.py"),
+    "tests": Step(210, "device_tests.py"),
     "decode": Step(75, *(f"model.py decode --format {f}" for f in ("int8", "int4", "bf16"))),
     "mixed": Step(90, "mixed.py", "mixed.py --kv-dtype int8"),
     "batch": Step(90, *(f"model.py batch --format {f}" for f in ("bf16", "int8"))),
     "prefill": Step(40, "model.py prefill"),
     "kernels": Step(90, "kernels.py"),
-    "profile": Step(60, "profiled.py", tool=NCU),
+    "profile": Step(90, "profiled.py", tool=NCU),
     "memcheck": Step(90, SANITIZED, tool=f"{SANITIZER} memcheck"),
     # Variants, beside the same measurement of what is built by default.
-    "as-built": Step(75, *(f"model.py headline --format {f}" for f in ("int8", "int4"))),
+    "as-built": Step(
+        75, *(f"model.py headline --format {f} --label again" for f in ("bf16", "int8", "int4"))
+    ),
+    "few-rows": Step(
+        60, "kernels.py --products --rows 9,16 --label few", environment="OCTAVO_FEW_ROWS=16"
+    ),
     "int4-ring": Step(
         220, "model.py headline --format int4 --label ring-2", flags="-DOCTAVO_INT4_RING=2"
     ),
@@ -108,10 +114,15 @@ STEPS: dict[str, Step] = {
         *(f"model.py headline --format {f} --label apart" for f in ("bf16", "int8")),
         environment="OCTAVO_CUDA_TILES_APART=1",
     ),
-    "carveouts-apart": Step(
+    "carveout-most": Step(
         75,
-        *(f"model.py headline --format {f} --label carveouts" for f in ("bf16", "int8")),
-        environment="OCTAVO_CUDA_CARVEOUTS_APART=1",
+        *(f"model.py headline --format {f} --label carveout-most" for f in ("bf16", "int8")),
+        environment="OCTAVO_CUDA_CARVEOUT=100",
+    ),
+    "carveout-driver": Step(
+        75,
+        *(f"model.py headline --format {f} --label carveout-driver" for f in ("bf16", "int8")),
+        environment="OCTAVO_CUDA_CARVEOUT=-1",
     ),
     "plain-tiles": Step(60, "model.py batch --label tiles-64", environment="OCTAVO_TILES_ROWS=64"),
     "int8-tiles": Step(
@@ -129,8 +140,8 @@ STEPS: dict[str, Step] = {
 LISTS = {
     "lease": "machine build limits headline tests decode mixed batch prefill kernels profile "
     "memcheck",
-    "lease-2": "machine build limits as-built int4-ring int8-blocks tiles-apart "
-    "carveouts-apart plain-tiles int8-tiles deterministic huggingface racecheck",
+    "lease-2": "machine build limits as-built few-rows carveout-most carveout-driver tiles-apart "
+    "deterministic huggingface plain-tiles int8-tiles racecheck int4-ring int8-blocks",
     "all": " ".join(STEPS),
 }
 
@@ -143,6 +154,9 @@ class Lease:
         self._end = time.monotonic() + seconds
         self._emulate = emulate
         OUT.mkdir(parents=True, exist_ok=True)
+        self._keeps = OUT != KEPT and not emulate
+        if self._keeps and KEPT.exists() and not any(OUT.iterdir()):
+            shutil.copytree(KEPT, OUT, dirs_exist_ok=True)  # of an earlier call: gate, limits
         self._file = (OUT / "lease.log").open("a", buffering=1)
         self._carried = carried()
         self._environment = {**os.environ, "OUT": str(OUT), "PYTHONUNBUFFERED": "1"}
@@ -187,6 +201,8 @@ class Lease:
             (OUT / "done.json").write_text(json.dumps(done, indent=1) + "\n")
         else:
             self.failed.append(f"{name} ({status})")
+        if self._keeps:
+            shutil.copytree(OUT, KEPT, dirs_exist_ok=True)
 
     def _commands(self, step: Step) -> list[list[str]] | None:
         """What to run, one after the other; None: the step's tool is not here."""
@@ -294,7 +310,8 @@ def main() -> None:
     lease = Lease(given.seconds or (560.0 if is_lease else 1e6), given.emulate)
     for name in names:
         for step in LISTS.get(name, name).split():
-            if given.names or finished().get(step) != sources_hash():
+            is_done = finished().get(step) == sources_hash()
+            if not is_done or (given.names and step != "limits"):
                 lease.run(step)
     lease.table()
     print("FAILED: " + ", ".join(lease.failed) if lease.failed else "all steps went well")

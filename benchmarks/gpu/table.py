@@ -21,6 +21,9 @@ def main() -> None:
     if not found:
         print("nothing was measured")
         return
+    for name, part in found.items():  # the longest part first: the end is what stays in view
+        if name.startswith("kernels"):
+            kernels(name, part["rows"])
     native = next(iter(found.values()))["stamp"]["native"]
     print(f"{native['device_name'] or 'emulated'}, CUDA {native['cuda_runtime']}", end="")
     print(f" (driver {native['cuda_driver']}), many rows by {native['products'] or 'the emulator'}")
@@ -44,9 +47,6 @@ def main() -> None:
             print(f"{name}: {part['answer_tokens_per_second']:.0f} answer tokens/s{beside}")
         for what, speed in part.get("tokens_per_second", {}).items():
             print(f"{name} {what}: {speed:.1f} tokens/s")
-    for name, part in found.items():
-        if name.startswith("kernels"):
-            kernels(name, part["rows"])
 
 
 def decode(found: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ void CudaBackend::record_event(int index) {
 }
 
 void CudaBackend::wait_event(int index) {
-  stream_.attach_thread();  // any thread may wait
+  stream_.attach_thread();                                                  // any thread may wait
   if (cudaEventSynchronize(events_[index]) != cudaSuccess) stream_.sync();  // which says more
 }
 

@@ -20,9 +20,11 @@ class CublasLt;  // products/cublas.h
 constexpr int kLowRankParts = 3;  // matrices of a stack: q, k and v
 
 // Products of up to so many rows use octavo's own tiles; of more, cuBLASLt, where it is available.
-// OCTAVO_TILES_ROWS and OCTAVO_QUANTIZED_TILES_ROWS set other limits, for measuring.
+// OCTAVO_TILES_ROWS, OCTAVO_QUANTIZED_TILES_ROWS and OCTAVO_FEW_ROWS set other limits, for
+// measuring.
 struct TileRows {
   std::int64_t plain = 8, quantized = 128;
+  std::int64_t few = 8;  // up to 16: rows that multiply_few takes of any matrix
 
   static TileRows read_environment();
   std::int64_t of(const WeightFormat& format) const {

@@ -1,11 +1,11 @@
 """Blocks of GGUF types for which the package `gguf` has a decoder but no encoder.
 
 Each part of a block has a step that spans its numbers; ggml's own encoders search for better ones.
+gguf is imported where it is used: tests that need no such blocks run without it.
 """
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 
 # Where the float16 numbers of a block lie: bytes from, to.
@@ -22,6 +22,8 @@ SCALES = {
 
 def random_blocks(shape: tuple[int, ...], kind: str, seed: int) -> np.ndarray:
     """Random valid blocks: every byte pattern is one, but for float16 numbers, which are small."""
+    import gguf
+
     block_elements, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     first, last = SCALES[kind]
     generator = np.random.default_rng(seed)
@@ -134,4 +136,6 @@ def encode_blocks(values: np.ndarray, kind: str, seed: int) -> np.ndarray:
     if kind in SCALES:
         return random_blocks(values.shape, kind, seed)
     contiguous = np.ascontiguousarray(values, np.float32)
+    import gguf
+
     return gguf.quantize(contiguous, gguf.GGMLQuantizationType[kind])

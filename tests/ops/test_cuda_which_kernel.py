@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from cuda_helpers import DEVICE, needs_cuda
 from cuda_linear_helpers import (
@@ -102,3 +103,28 @@ def test_which_kernel_multiplies(
             ops.quantized_linear(x, codes, scales, format, zeros)
         expected = deterministic_kernels if deterministic else kernels
         assert ops.last_kernels().endswith(f", {expected}")
+
+
+@pytest.mark.parametrize("format", [None, INT4, WeightFormat("int8")], ids=str)
+def test_how_many_rows_are_few_can_be_set(
+    format: WeightFormat | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 16, with the bits of tiles."""
+    x, weight = uniform(16, 16, 136), uniform(3, MANY, 136)
+
+    def product() -> tuple[np.ndarray, str]:
+        ops = native("bf16", deterministic=True)
+        if format is None:
+            return ops.linear(x, weight, None, "bf16"), ops.last_kernels()
+        codes, scales, zeros = quantized(MANY, 136, format)
+        out = ops.quantized_linear(x, codes, scales, format, zeros)
+        return out, ops.last_kernels()
+
+    by_tiles, kernels = product()
+    assert kernels.endswith(", multiply_tile")
+    monkeypatch.setenv("OCTAVO_FEW_ROWS", "16")
+    by_few, kernels = product()
+    assert kernels.endswith(", multiply_few") and (by_few == by_tiles).all()
+    monkeypatch.setenv("OCTAVO_FEW_ROWS", "17")
+    with pytest.raises(ValueError, match="OCTAVO_FEW_ROWS is 17; expected at most 16"):
+        native("bf16")

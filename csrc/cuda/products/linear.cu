@@ -106,7 +106,8 @@ void CudaBackend::linear(View out, View x, const Linear& weight) {
   if (!is_fast(x, weight)) return multiply_any(stream_, out, x, matrix);
   if (x.rows <= kFewRows) return multiply_few(stream_, out, {x, nullptr, x.dtype}, matrix);
   // Tiles of 128 outputs would be fewer than a quarter of the processors.
-  if (x.rows <= 2 * kFewRows && matrix.outputs <= 32 * stream_.num_processors())
+  const bool few_tiles = matrix.outputs <= 32 * stream_.num_processors();
+  if (x.rows <= (few_tiles ? 2 * kFewRows : tile_rows_.few))
     return multiply_few_twice(stream_, out, x, matrix);
   const bool is_quantized = weight.format.is_quantized();
   const bool by_library = cublas_ && x.rows > tile_rows_.of(weight.format);
@@ -132,6 +133,9 @@ TileRows TileRows::read_environment() {
   };
   read("OCTAVO_TILES_ROWS", rows.plain);
   read("OCTAVO_QUANTIZED_TILES_ROWS", rows.quantized);
+  read("OCTAVO_FEW_ROWS", rows.few);
+  require(rows.few <= 2 * kFewRows, "OCTAVO_FEW_ROWS is ", rows.few, "; expected at most ",
+          2 * kFewRows);
   return rows;
 }
 
