@@ -223,13 +223,14 @@ OCTAVO_DEVICE void hide_unseen(float (&s)[8][4], int half, int first_key, const 
 // The power of two that the row's weights are relative to. scale > 0.
 template <class T, class Item, int kDim>
 OCTAVO_DEVICE float max_of_row(const float (&s)[8][4], int half, float scale) {
-  float max = minus_infinity();
+  float max = fmaxf(s[0][2 * half], s[0][2 * half + 1]);
 #pragma unroll
-  for (int t = 0; t < 8; ++t) max = fmaxf(max, fmaxf(s[t][2 * half], s[t][2 * half + 1]));
+  for (int t = 1; t < 8; ++t) max = fmaxf(max, fmaxf(s[t][2 * half], s[t][2 * half + 1]));
   max = fmaxf(max, shuffle_xor(max, 1));
   max = fmaxf(max, shuffle_xor(max, 2));
   max = multiply_rn(max, scale);
   if (Tile<T, Item, kDim>::kWhole) max = ceilf(max);
+  if constexpr (Tile<T, Item, kDim>::kHeadroom == 0.0f) return max;
   return add_rn(max, -Tile<T, Item, kDim>::kHeadroom);
 }
 
