@@ -230,7 +230,6 @@ OCTAVO_DEVICE float max_of_row(const float (&s)[8][4], int half, float scale) {
   max = fmaxf(max, shuffle_xor(max, 2));
   max = multiply_rn(max, scale);
   if (Tile<T, Item, kDim>::kWhole) max = ceilf(max);
-  if constexpr (Tile<T, Item, kDim>::kHeadroom == 0.0f) return max;
   return add_rn(max, -Tile<T, Item, kDim>::kHeadroom);
 }
 

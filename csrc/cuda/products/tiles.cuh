@@ -72,7 +72,9 @@ struct Stage {
 
   // 0: not even the fewest fit.
   static int count(const Stream& stream) {
-    const auto fits = [&](int stages) { return stages * bytes <= stream.max_shared_bytes(); };
+    const auto fits = [&](std::size_t stages) {
+      return stages * bytes <= stream.max_shared_bytes();
+    };
     return fits(most) ? most : fits(fewest) ? fewest : 0;
   }
 };
