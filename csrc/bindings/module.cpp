@@ -75,6 +75,35 @@ void convert_gguf_blocks(const std::string& kind, const Array2<std::uint8_t>& bl
                  {codes.data(), scales.data(), zeros ? zeros->data() : nullptr});
 }
 
+// Scales, and zero points or None.
+nb::object search_scales(const Array2<float>& x, const std::vector<float>& candidates,
+                         const std::vector<float>& levels, bool has_zeros,
+                         const std::optional<Array2<float>>& shares, const std::string& isa) {
+  const std::size_t members = x.shape(0), groups = x.shape(1);
+  require(members >= 1, "x has no members");
+  require(levels.empty() || levels.size() == 16, "there are ", levels.size(),
+          " levels; expected 16, or none");
+  require(!shares || (shares->shape(0) == members && shares->shape(1) == groups),
+          "shares have another shape than x");
+  std::vector<float> scales(groups), zeros(has_zeros ? groups : 0);
+  {
+    const nb::gil_scoped_release unlocked;
+    cpu::ScaleTask task;
+    task.x = x.data();
+    task.shares = shares ? shares->data() : nullptr;
+    task.members = static_cast<std::int64_t>(members);
+    task.groups = static_cast<std::int64_t>(groups);
+    task.levels = levels.empty() ? nullptr : levels.data();
+    task.candidates = candidates.data();
+    task.num_candidates = static_cast<std::int64_t>(candidates.size());
+    task.scales = scales.data();
+    task.zeros = has_zeros ? zeros.data() : nullptr;
+    cpu::kernels_for(isa).search_scales(task);
+  }
+  const nb::object found = has_zeros ? to_numpy(std::move(zeros)) : nb::none();
+  return nb::make_tuple(to_numpy(std::move(scales)), found);
+}
+
 // What the process may use, as the system's folders say; others than the real ones are for tests.
 void bind_limits(nb::module_& module) {
   const auto define = [&](const char* name, auto&& ask) {
@@ -149,6 +178,9 @@ NB_MODULE(_native, module) {
              nb::call_guard<nb::gil_scoped_release>());
   module.def("convert_gguf_blocks", &convert_gguf_blocks, nb::arg("kind"), nb::arg("blocks"),
              nb::arg("codes"), nb::arg("scales"), nb::arg("zeros").none());
+  module.def("search_scales", &search_scales, nb::arg("x"), nb::arg("candidates"),
+             nb::arg("levels"), nb::arg("has_zeros"), nb::arg("shares").none(),
+             nb::arg("isa") = "auto");
   bind_limits(module);
   bind_runtime(module);
 }

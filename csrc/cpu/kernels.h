@@ -145,6 +145,21 @@ struct AttendState {
   float sum = 0.0f;
 };
 
+// Scales of groups of weights for int4 (kernels/scale_search.h).
+struct ScaleTask {
+  const float* x = nullptr;  // (members, groups)
+  const float* shares =
+      nullptr;  // (members, groups), what squared errors count; null: all the same
+  std::int64_t members = 0, groups = 0;
+  const float* levels = nullptr;  // 16, ascending whole numbers; null: -8 to 7
+  // The values that the largest magnitude of a group may get; or, with zero points, which parts of
+  // its range a step may be.
+  const float* candidates = nullptr;
+  std::int64_t num_candidates = 0;
+  float* scales = nullptr;  // (groups), all bfloat16 numbers
+  float* zeros = nullptr;   // (groups); null: none
+};
+
 // How the work of `linear` should be divided: up to so many rows, each thread has its share of the
 // panels; more rows are divided into pieces of rows x panels that fit L2. keeps_rows: the rows of x
 // stay in L2 while panels pass by, so a thread should continue with the same rows.
@@ -196,6 +211,7 @@ struct Kernels {
   float (*log_positive)(float x);
   float (*max_value)(const float* x, std::int64_t count);
   bool (*all_finite)(const float* x, std::int64_t count);
+  void (*search_scales)(const ScaleTask& task);
   Pieces pieces = {};
   bool groups_take_bf16 = false;  // x of weights in groups; else whole numbers, as of all int8
 };

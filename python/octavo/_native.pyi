@@ -47,6 +47,21 @@ def convert_gguf_blocks(
     points, of Q4_K, float32. All have a row for each block. Raises ValueError for other shapes.
     """
 
+def search_scales(
+    x: Float32,
+    candidates: Sequence[float],
+    levels: Sequence[float],
+    has_zeros: bool,
+    shares: Float32 | None,
+    isa: str = "auto",
+) -> tuple[Float32, Float32 | None]:
+    """Scales of groups of weights for int4, as octavo.quantization.grid.Grid.search finds them.
+
+    x, shares: (members, groups). candidates: `Grid.candidates`. levels: 16, ascending, or none for
+    -8 to 7. Returns bfloat16 scales and zero points, (groups,), or None. Raises ValueError where
+    shapes do not fit.
+    """
+
 def physical_cores(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> int:
     """Physical cores this process may use, at least 1: how many threads num_threads 0 means.
 

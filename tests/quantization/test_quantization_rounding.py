@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from fit_levels import fit_levels
 from runtime_helpers import tiny_spec
 
+from octavo import _native
 from octavo.errors import InvalidArgumentError
 from octavo.models.spec import UNIFORM_LEVELS, WeightFormat
+from octavo.quantization.grid import Grid
 from octavo.quantization.levels import NONUNIFORM_LEVELS
 from octavo.quantization.plan import Scheme, plan_formats, weight_bytes
 from octavo.quantization.rounding import QuantizedMatrix, quantize_matrix
@@ -223,3 +227,49 @@ def test_bytes_of_weights() -> None:
 def test_schemes_that_are_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         Scheme(*arguments)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("format", FORMATS[1:], ids=str)
+def test_the_native_search_is_the_search(format: WeightFormat, shared: bool) -> None:
+    """Of NumPy, group for group, but for costs that rounding makes equal; on every instruction set.
+
+    37 groups: the last five of them are a part of a vector.
+    """
+    grid, generator = Grid(format), np.random.default_rng(11)
+    x = generator.standard_normal((format.group_size, 37), dtype=np.float32)
+    x *= generator.lognormal(sigma=3.0, size=37).astype(np.float32)
+    x[:, 3] = 0
+    x[:, 20] = np.abs(x[:, 20])
+    shares = generator.lognormal(size=x.shape).astype(np.float32) if shared else None
+    scale, zero = grid.search(x, shares=shares)
+    levels = [] if grid.is_uniform else grid.levels.tolist()
+    found: list[Any] = [
+        _native.search_scales(x, grid.candidates(), levels, grid.has_zeros, shares, isa)
+        for isa in _native.available_isas()
+    ]
+    for values in found:
+        assert np.array_equal(values[0], found[0][0])
+    assert np.mean(found[0][0] == scale) > 0.95
+
+    def costs(scale: np.ndarray, zero: np.ndarray | None) -> np.ndarray:
+        errors = np.square(grid.steps(x, scale, zero) * scale - x, dtype=np.float64)
+        total: np.ndarray = (errors if shares is None else errors * shares).sum(axis=0)
+        return total
+
+    np.testing.assert_allclose(costs(*found[0]), costs(scale, zero), rtol=1e-5)
+    other = None if shares is None else np.ones_like(shares)
+    assert shares is None or (grid.search_natively(x, other)[0] != scale).any()
+    assert (found[0][1] is None) == (zero is None)
+
+
+def test_what_the_native_search_does_not_take_is_named() -> None:
+    x, shares = np.ones((32, 5), np.float32), np.ones((32, 4), np.float32)
+    with pytest.raises(ValueError, match="there are 3 levels; expected 16, or none"):
+        _native.search_scales(x, [1.0], [1.0, 2.0, 3.0], False, None)
+    with pytest.raises(ValueError, match="shares have another shape than x"):
+        _native.search_scales(x, [1.0], [], False, shares)
+    with pytest.raises(ValueError, match="x has no members"):
+        _native.search_scales(x[:0], [1.0], [], False, None)
+    with pytest.raises(ValueError, match='isa is "mmx"'):
+        _native.search_scales(x, [1.0], [], False, None, "mmx")

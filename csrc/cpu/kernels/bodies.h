@@ -16,11 +16,14 @@
 #include "cpu/kernels/sampling.h"
 //
 #include "cpu/kernels/linear.h"
+//
+#include "cpu/kernels/scale_search.h"
 
 inline const Kernels& table(const char* isa) {
-  static const Kernels kernels = {
-      isa,           input_stride, prepare_input, linear,   norm,        add_to,    scale_numbers,
-      add_scaled_to, activate,     attend,        merge,    bin_weights, take_bin,  exp_weights,
-      exp_sum,       gumbel,       noisy_best,    xtc_word, log_one,     max_value, all_finite};
+  static const Kernels kernels = {isa,        input_stride,  prepare_input, linear,      norm,
+                                  add_to,     scale_numbers, add_scaled_to, activate,    attend,
+                                  merge,      bin_weights,   take_bin,      exp_weights, exp_sum,
+                                  gumbel,     noisy_best,    xtc_word,      log_one,     max_value,
+                                  all_finite, search_scales};
   return kernels;
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from octavo import _native
 from octavo.models.spec import UNIFORM_LEVELS, WeightFormat
 from octavo.weights.tensor import float32_to_bf16
 
@@ -99,7 +100,7 @@ class Grid:
         group's errors e cost e^T e; with shares, which broadcast to x, each squared error is
         weighted by its share; with metric M, (members, members), they cost e^T M e. plain: no
         search, the scale just spans the largest magnitude. Returns bfloat16 scales and zero points
-        (groups,).
+        (groups,). `search_natively` finds the same without a metric, several times as fast.
         """
         low, high = x.min(axis=0), x.max(axis=0)
         if plain:
@@ -107,22 +108,37 @@ class Grid:
         fit = _Fit(self, x, shares, metric)
         if self.has_zeros:
             low, high = np.minimum(low, 0), np.maximum(high, 0)
-            for shrink in _SHRINKS:
-                scale = to_scale((high - low) * np.float32(shrink / 15))
+            for part in self.candidates():
+                scale = to_scale((high - low) * part)
                 middle = (high + low) / scale / 2  # the range shrinks around it
                 for zero in (np.floor(-0.5 - middle), np.ceil(-0.5 - middle)):
                     fit.offer(scale, np.clip(zero, -8, 7).astype(np.float32))
         else:
             # A negative scale turns the group around: its longer side gets the longer levels.
             extreme = np.where(-low > high, low, high)
-            for end in self._ends():
+            for end in self.candidates():
                 fit.offer(to_scale(extreme / end), None)
         for _ in range(_REFINEMENTS):
             fit.refine()
         return fit.scale, fit.zero
 
-    def _ends(self) -> list[np.float32]:
-        """The values that the largest magnitude of a group may get."""
+    def search_natively(
+        self, x: Float32, shares: Float32 | None = None
+    ) -> tuple[Float32, Float32 | None]:
+        """`search` in the native core; shares: of x's shape.
+
+        Of candidates that cost the same but for rounding, NumPy may take another on some machines.
+        """
+        levels = [] if self.is_uniform else self.levels.tolist()
+        return _native.search_scales(x, self.candidates(), levels, self.has_zeros, shares)
+
+    def candidates(self) -> list[np.float32]:
+        """The values that the largest magnitude of a group may get.
+
+        With zero points: which parts of the group's range a step may be.
+        """
+        if self.has_zeros:
+            return [np.float32(shrink / 15) for shrink in _SHRINKS]
         if self.is_uniform:
             return [np.float32(end) for end in _UNIFORM_ENDS]
         first, last = self.levels[0], self.levels[-1]

@@ -1,4 +1,6 @@
-"""Rounding matrices to int8 and int4, in NumPy, block by block so that scratch stays in cache.
+"""Rounding matrices to int8 and int4, block by block so that scratch stays in cache.
+
+In NumPy, but for the search of int4's scales, which the native core does.
 
 `octavo.reference.quantization` defines the codes, and has the same rules in plain form; tests
 compare the two.
@@ -134,7 +136,8 @@ def _round_block(
     bad = ~np.isfinite(x.max(axis=0) - x.min(axis=0))
     if bad.any():
         x = np.where(bad, np.float32(0), x)
-    scale, zero = grid.search(x, shares=shares, plain=method == "rtn")
+    found = grid.search(x, plain=True) if method == "rtn" else grid.search_natively(x, shares)
+    scale, zero = found
     codes = grid.codes(grid.steps(x, scale, zero), zero)
     if not grid.is_uniform:  # no level is 0: a group of weights near zero needs scale 0
         nothing = np.abs(x).max(axis=0) < SMALLEST * np.abs(grid.levels).max()
