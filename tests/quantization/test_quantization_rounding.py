@@ -244,8 +244,9 @@ def test_the_native_search_is_the_search(format: WeightFormat, shared: bool) -> 
     shares = generator.lognormal(size=x.shape).astype(np.float32) if shared else None
     scale, zero = grid.search(x, shares=shares)
     levels = [] if grid.is_uniform else grid.levels.tolist()
+    candidates: Any = grid.candidates()
     found: list[Any] = [
-        _native.search_scales(x, grid.candidates(), levels, grid.has_zeros, shares, isa)
+        _native.search_scales(x, candidates, levels, grid.has_zeros, shares, isa)
         for isa in _native.available_isas()
     ]
     for values in found:

@@ -130,7 +130,8 @@ class Grid:
         Of candidates that cost the same but for rounding, NumPy may take another on some machines.
         """
         levels = [] if self.is_uniform else self.levels.tolist()
-        return _native.search_scales(x, self.candidates(), levels, self.has_zeros, shares)
+        candidates = [float(candidate) for candidate in self.candidates()]
+        return _native.search_scales(x, candidates, levels, self.has_zeros, shares)
 
     def candidates(self) -> list[np.float32]:
         """The values that the largest magnitude of a group may get.
