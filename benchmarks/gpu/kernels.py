@@ -26,7 +26,7 @@ except ImportError:
     torch = None  # type: ignore[assignment]
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, UP, VOCAB = 32, 8, 64, 2048, 8192, 128256
-ROWS = "1,4,8,16,64,128,256,2048"
+ROWS = "1,4,8,9,16,64,128,256,2048"
 CONTEXTS, SEQUENCES = (128, 1024, 4096, 16384), (1, 16, 64)
 PREFILLS = [(1, length, length) for length in (128, 1024, 8192)] + [(1, 512, 8192), (4, 4, 2048)]
 ELEMENT_ROWS, SAMPLE_ROWS = (1, 64, 8192), (1, 64, 256)

@@ -25,7 +25,7 @@ from pathlib import Path
 from about import ROOT, sources_hash
 
 KEPT = ROOT / "build" / "gpu"
-OUT = Path(os.environ.get("OUT") or KEPT)
+OUT = Path(os.environ.get("OUT") or KEPT).resolve()
 VARIANT = ROOT / "build" / "gpu-variant"
 NCU = "ncu --clock-control none --launch-count 64"
 NCU += " --kernel-name regex:multiply_rows|multiply_tile|attention_kernel --section SpeedOfLight"
@@ -78,9 +78,17 @@ def build(flags: str) -> list[list[str]]:
 
 def architecture() -> str:
     """ "90-real" on an H100."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
-    return found.strip().replace(".", "") + "-real"
+    return gpu("compute_cap").replace(".", "") + "-real"
+
+
+def gpu(what: str) -> str:
+    """What nvidia-smi says of the first GPU; "" where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+    return found.split("\n")[0].strip()
 
 
 STEPS: dict[str, Step] = {
@@ -88,7 +96,7 @@ STEPS: dict[str, Step] = {
     "build": Step(200, flags=""),
     "limits": Step(40, "limits.py"),
     "headline": Step(60, "model.py headline"),
-    "tests": Step(210, "device_tests.py"),
+    "tests": Step(250, "device_tests.py"),
     "decode": Step(75, *(f"model.py decode --format {f}" for f in ("int8", "int4", "bf16"))),
     "mixed": Step(90, "mixed.py", "mixed.py --kv-dtype int8"),
     "batch": Step(90, *(f"model.py batch --format {f}" for f in ("bf16", "int8"))),
@@ -113,6 +121,11 @@ STEPS: dict[str, Step] = {
         75,
         *(f"model.py headline --format {f} --label apart" for f in ("bf16", "int8")),
         environment="OCTAVO_CUDA_TILES_APART=1",
+    ),
+    "carveout-less": Step(
+        75,
+        *(f"model.py headline --format {f} --label carveout-less" for f in ("bf16", "int8")),
+        environment="OCTAVO_CUDA_CARVEOUT=57",
     ),
     "carveout-most": Step(
         75,
@@ -140,8 +153,9 @@ STEPS: dict[str, Step] = {
 LISTS = {
     "lease": "machine build limits headline tests decode mixed batch prefill kernels profile "
     "memcheck",
-    "lease-2": "machine build limits as-built few-rows carveout-most carveout-driver tiles-apart "
-    "deterministic huggingface plain-tiles int8-tiles racecheck int4-ring int8-blocks",
+    "lease-2": "machine build limits as-built few-rows carveout-less carveout-most "
+    "carveout-driver tiles-apart deterministic huggingface plain-tiles int8-tiles racecheck "
+    "int4-ring int8-blocks",
     "all": " ".join(STEPS),
 }
 
@@ -185,7 +199,6 @@ class Lease:
         start = time.monotonic()
         end = start + min(step.seconds, left)
         self._log(f"==== {name} ({left:.0f} s left)\n")
-        status = "ok"
         environment = self._environment | step.environment
         if step.flags and not self._emulate:
             environment["PYTHONPATH"] = self._python_path(VARIANT / "python")
@@ -197,10 +210,13 @@ class Lease:
                 break
         self._log(f"==== {name}: {status} after {time.monotonic() - start:.1f} s\n")
         if status in ("ok", "skipped"):
-            done = finished() | {name: sources_hash()}
+            done = finished() | {name: mark()}
             (OUT / "done.json").write_text(json.dumps(done, indent=1) + "\n")
         else:
             self.failed.append(f"{name} ({status})")
+        self._keep()
+
+    def _keep(self) -> None:
         if self._keeps:
             shutil.copytree(OUT, KEPT, dirs_exist_ok=True)
 
@@ -262,10 +278,16 @@ class Lease:
         self._log("\n" + shown.stdout + shown.stderr)
         if shown.returncode:
             self.failed.append("table")
+        self._keep()
+
+
+def mark() -> str:
+    """What results belong to: these sources, on this GPU."""
+    return f"{sources_hash()} {gpu('name')}"
 
 
 def finished() -> dict[str, str]:
-    """The steps that went well, and the sources that they ran with."""
+    """The steps that went well, and the sources and the GPU that they ran with."""
     path = OUT / "done.json"
     found: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     return found
@@ -310,8 +332,9 @@ def main() -> None:
     lease = Lease(given.seconds or (560.0 if is_lease else 1e6), given.emulate)
     for name in names:
         for step in LISTS.get(name, name).split():
-            is_done = finished().get(step) == sources_hash()
-            if not is_done or (given.names and step != "limits"):
+            is_done = finished().get(step) == mark()
+            # A list's limits need not be measured again for another one.
+            if not is_done or (given.names and (step == name or step != "limits")):
                 lease.run(step)
     lease.table()
     print("FAILED: " + ", ".join(lease.failed) if lease.failed else "all steps went well")

@@ -62,10 +62,10 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     given = parser.parse_args()
     prompts, answers = workload()
-    params, short = (
-        [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=max(1, n)) for n in lengths]
-        for lengths in (answers, [n // 8 for n in answers])
-    )
+
+    def params(lengths: list[int]) -> list[SamplingParams]:
+        return [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n) for n in lengths]
+
     llm = LLM(
         SHAPE,
         device=DEVICE,
@@ -78,11 +78,12 @@ def main() -> None:
         max_num_batched_tokens=64 if EMULATE else 8192,
         num_kv_blocks=32 if EMULATE else None,
         kv_memory_fraction=0.8,
-        enable_prefix_caching=False,  # the warm-up asks some of the same prompts
+        enable_prefix_caching=False,  # the warm-up asks the same prompts
     )
-    llm.generate(prompts, short)  # as many together as afterwards: every shape of step is recorded
+    # As many together as afterwards, so that nearly every shape of step is recorded.
+    llm.generate(prompts, params([max(1, n // 8) for n in answers]))
     start = time.perf_counter()
-    outputs = llm.generate(prompts, params)
+    outputs = llm.generate(prompts, params(answers))
     seconds = time.perf_counter() - start
     answered = sum(len(output.outputs[0].token_ids) for output in outputs)
     if answered != sum(answers):

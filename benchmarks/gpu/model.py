@@ -3,8 +3,8 @@
     python benchmarks/gpu/model.py headline
     python benchmarks/gpu/model.py decode batch --format int8
 
-The Llama-3.2-1B shape with random weights, loaded once. Gates and limits are `octavo bench`'s own.
-Every case is kept as soon as it is measured.
+The Llama-3.2-1B shape with random weights, loaded once. Gates are `octavo bench`'s own; percents
+are of what limits.py measured. Every case is kept as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -62,8 +62,12 @@ def main() -> None:
         speed = "gate FAILED" if row.mean is None else f"{row.mean:9.1f} tokens/s"
         if peak and row.bytes_per_second and row.flops:
             # `octavo bench` does not know what the library can do, which multiplies many rows.
-            used = max(row.bytes_per_second / peak.bandwidth, row.flops / peak.flops)
-            row = replace(row, percent_of_limit=100 * used)
+            used = {
+                "memory": row.bytes_per_second / peak.bandwidth,
+                "arithmetic": row.flops / peak.flops,
+            }
+            limit = max(used, key=lambda name: used[name])
+            row = replace(row, limit=limit, percent_of_limit=100 * used[limit])
         if row.percent_of_limit is not None:
             speed += f"  {row.percent_of_limit:5.1f} % of {row.limit}"
         rows[part].append(row.to_json())

@@ -151,7 +151,7 @@ class Runtime {
   void fetch_results(InFlightStep& step);
   void take_own_logprobs(InFlightStep& step);
   StepResult collect(InFlightStep& step);
-  // Keeps the exception that is being handled, for wait().
+  // Keeps the exception that is being handled for wait(), after all queued work has ended.
   void fail(InFlightStep& step);
   // Grows `buffer` when it is too small, and counts that.
   template <class AnyBuffer>

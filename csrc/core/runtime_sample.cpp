@@ -43,7 +43,7 @@ void Runtime::sample(std::int64_t ticket, std::vector<std::int32_t> masks,
 void Runtime::fail(InFlightStep& step) {
   step.error = std::current_exception();
   try {
-    backend_->sync();  // what was queued still reads the step's buffers
+    backend_->sync();  // kernels already queued may still read the step's buffers
   } catch (...) {      // step.error says more
   }
 }

@@ -99,3 +99,56 @@ def test_a_step_that_hangs_is_stopped(tmp_path: Path) -> None:
 def test_an_unknown_step_is_named(tmp_path: Path) -> None:
     ran = gpu_sh(tmp_path, "limitz", "--emulate")
     assert ran.returncode == 2 and 'no step "limitz"; expected some of lease' in ran.stderr
+
+
+def in_lease(code: str, out: Path) -> str:
+    """What such code prints that has the script's module as `lease`."""
+    environment = {**os.environ, "OUT": str(out)}
+    code = "import sys; sys.path.insert(0, 'benchmarks/gpu'); import lease, pathlib\n" + code
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    return ran.stdout + ran.stderr
+
+
+def test_a_later_call_starts_from_what_was_kept(tmp_path: Path) -> None:
+    code = (
+        f"lease.KEPT = pathlib.Path({str(tmp_path / 'kept')!r})\n"
+        "lease.STEPS['says'] = lease.Step(20, '-c \"print(7)\"')\n"
+        "made = lease.Lease(60.0, False); print(sorted(lease.finished())); made.run('says')\n"
+    )
+    assert in_lease(code, tmp_path / "first").startswith("[]\n")
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"lease.log", "done.json"}
+    assert in_lease(code, tmp_path / "second").startswith("['says']\n")
+    assert (tmp_path / "second" / "lease.log").read_text().count("\n7\n") == 2
+
+
+def test_a_list_does_not_measure_limits_again(tmp_path: Path) -> None:
+    code = (
+        "sys.argv[1:] = ['{}', '--emulate']; lease.LISTS['short'] = 'limits machine'; lease.main()"
+    )
+    for name, measured in [("limits", True), ("short", False), ("limits", True)]:
+        shown = in_lease(code.format(name), tmp_path)
+        assert ("==== limits: ok" in shown) == measured, shown
+        assert "all steps went well" in shown, shown
+
+
+def test_tests_that_take_too_long_are_interrupted_and_sum_up(tmp_path: Path) -> None:
+    """Also where whoever started them ignores interrupts, as shells do for the background."""
+    (tmp_path / "test_two.py").write_text(
+        "import time\ndef test_norms(): pass\ndef test_norms_slowly(): time.sleep(60)\n"
+    )
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "import device_tests as d; d.MOST_SECONDS, d.MOST_SECONDS_HF = 4, 4\n"
+        f"d.ROOT = pathlib.Path({str(tmp_path)!r}); (d.ROOT / 'tests' / 'a').mkdir(parents=True)\n"
+        "(d.ROOT / 'test_two.py').rename(d.ROOT / 'tests' / 'a' / 'test_cuda_two.py')\n"
+        "d.keep = lambda part, values: print('KEPT', values)\n"
+        "d.importlib.util.find_spec = lambda name: None\n"
+        "d.main()\n"
+    )
+    os.environ["EMULATE"] = "1"
+    shown = in_lease(code, tmp_path / "out")
+    del os.environ["EMULATE"]
+    assert "KEPT {'failed': ['pytest ended with 2'], 'summary': '" in shown, shown
+    assert "1 passed" in shown, shown

@@ -78,6 +78,9 @@ def test_norm_heads(dtype: str) -> None:
                 check(together, expected, dtype)
     with pytest.raises(ValueError, match="without a bias"):
         cuda(dtype).norm_heads(x, weight, weight, 1e-5)
+    wide = np.ones((1, 16388), np.float32)
+    with pytest.raises(ValueError, match="heads of 16388 numbers; expected at most 16384"):
+        cuda(dtype).norm_heads(wide, wide[0], None, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])

@@ -12,9 +12,9 @@
 // shared memory meanwhile. That is the price of equal bits in any chunking.
 //
 // Rows a warp: 32 with head_dim 64, where a fragment of K or V then serves two products, or 16 with
-// 128. Shared memory: two stages of 2 x 64 x head_dim numbers and 128 x head_dim floats: 70 KiB
-// with 64 and 134 KiB with 128 numbers of 2 bytes. Where a block may not have so much (99 KiB on
-// GPUs for desktops), it takes 64 rows of 128.
+// 128. Shared memory: two stages of 2 x 64 x head_dim numbers and 128 x head_dim floats: 69 KiB
+// with 64 and 133 KiB with 128 numbers of 2 bytes. With head_dim 128 a block takes 64 rows where it
+// may have only 99 KiB (GPUs of 8.6, 8.9 and 12.0).
 //
 // Arithmetic: 4 x head_dim a query row and key that it sees; tiles that no row of a warp sees are
 // left out. Bytes: K and V once a block, 2 x head_dim numbers a key for 128 rows.
@@ -27,7 +27,7 @@ using namespace prefilling;
 
 namespace {
 
-// Of a block.
+// Query rows of a block.
 template <int kDim, int kWarps>
 constexpr int kRows = 16 * kBands<kDim> * kWarps;
 
@@ -167,7 +167,8 @@ OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArgu
   constexpr int kCount = kBands<kDim>;
   const int first_key = tile * kTileKeys;
   const int j = static_cast<int>(lane_index() % 4);
-  const LaneScales scales{stage.key_scales + 16 * j, stage.value_scales + 16 * j};
+  const int at = Tile<T, Item, kDim>::kScaled ? 16 * j : 0;
+  const LaneScales scales{stage.key_scales + at, stage.value_scales + at};
   float s[kCount][8][4] = {};
   score_tile(s, bands, stage);
 #pragma unroll
@@ -217,6 +218,7 @@ OCTAVO_DEVICE void work_on_tile(Bands<T, Item, kDim>& bands, const AttentionArgu
       sum = fma_rn(sum, f.keep, sum_of_row(sums[band][half]));
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e) {
           float& value = bands.values[band][n][e];
           value = fma_rn(value, f.keep, acc[n][band][e]);

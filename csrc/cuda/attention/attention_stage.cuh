@@ -19,7 +19,7 @@ struct Stage {
   static constexpr int kPageStride = kPageBytes + (Shape::kItems == 8 ? 64 : 32);
   unsigned char keys[kTilePages * kPageBytes];
   unsigned char values[kTilePages * kPageStride];
-  // Of int8 alone; of others nearly nothing, as shared memory is short.
+  // Only int8 has scales; other formats keep 4 unused numbers, for the alignment.
   static constexpr int kScales = Shape::kScaled ? kTileKeys : 4;
   float key_scales[kScales], value_scales[kScales];
 

@@ -20,15 +20,16 @@ class OutOfDeviceMemory : public std::bad_alloc {
   std::string message_;
 };
 
-// The driver takes the code of the highest capability that the device has. Built for less than 9.0,
-// kernels do not wait for the one before (wait_for_previous_kernel in primitives.cuh).
-bool is_built_to_overlap([[maybe_unused]] int compute_capability) {
+// Whether kernels may overlap with the one before. The driver takes the code that was built for the
+// highest capability that is not above the device's; code for less than 9.0 does not wait for the
+// kernel before (wait_for_previous_kernel in primitives.cuh).
+bool may_overlap(int compute_capability) {
 #ifdef __CUDA_ARCH_LIST__
   for (const int built : {__CUDA_ARCH_LIST__})
     if (900 <= built && built <= 10 * compute_capability) return true;
   return false;
 #else
-  return true;
+  return compute_capability >= 90;
 #endif
 }
 
@@ -55,7 +56,7 @@ Stream::Stream(int device) : device_(device) {
   compute_capability_ =
       10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
   max_shared_bytes_ = static_cast<std::size_t>(ask(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  can_overlap_ = compute_capability_ >= 90 && is_built_to_overlap(compute_capability_);
+  can_overlap_ = may_overlap(compute_capability_);
   tiles_apart_ = std::getenv("OCTAVO_CUDA_TILES_APART") != nullptr;
   if (const char* percent = std::getenv("OCTAVO_CUDA_CARVEOUT")) carveout_ = std::atoi(percent);
   check(cudaStreamCreateWithFlags(&handle_, cudaStreamNonBlocking), "creating a CUDA stream");

@@ -328,7 +328,7 @@ std::size_t CudaBackend::experts_workspace_bytes(const ModelSpec& spec,
     if (!layer.moe) continue;
     const std::int64_t hidden = spec.hidden_size;
     Parts sizes(nullptr);
-    // That has all parts.
+    // A plan with all parts.
     const Plan plan(stream_, limits.max_num_batched_tokens, *layer.moe, false, false);
     Work(sizes, plan, options_.dtype, hidden, layer.intermediate_size, hidden);
     most = std::max(most, sizes.bytes);

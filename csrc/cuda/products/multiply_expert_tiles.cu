@@ -30,10 +30,10 @@ void run_shape(Stream& stream, View out, View x, const Matrix& weight, const Exp
 
 }  // namespace
 
-// As many as an expert has, if the rows choose evenly, and as fit with plain weights.
+// As many rows as an expert has if tokens choose evenly, but no more than fit with 16-bit weights.
 int expert_tile_rows(const Stream& stream, std::int64_t rows_of_expert) {
   if (rows_of_expert <= SmallTile::rows) return SmallTile::rows;
-  const bool may_be_wide = Stage<Codes::bf16, WideTile>::count(stream) > 0;
+  const bool may_be_wide = Stage<Codes::bf16, WideTile>::fits(stream);
   return rows_of_expert > MediumTile::rows && may_be_wide ? WideTile::rows : MediumTile::rows;
 }
 

@@ -27,6 +27,8 @@
 //                       512 (bf16), 384 (int8) or 320 bytes (int4) for 16384 products of each
 //                       input: the second cache, at 5.5 TB/s, bounds as the tensor cores do
 //
+// Where two stages of 96 or 128 rows do not fit (99 KiB), the next smaller tile takes their place.
+//
 // What bounds is the number of instructions: docs/cuda_products.md counts them. Hence stages of 128
 // inputs, and everything about addresses that can be is computed before the first one.
 #pragma once
@@ -63,20 +65,17 @@ struct Stage {
   // Groups: the 16 bytes of each output's scales that hold those of the stage; as many of zeros.
   static constexpr int scale_bytes = is_grouped(codes) ? 16 * Shape::outputs : 0;
   static constexpr int bytes = weight_bytes + x_bytes + 2 * scale_bytes;
-  // How many there are: five, or what an A100 has room for; two where a block may have less
-  // (99 KB on GPUs for desktops).
+  // How many there are: five, or what an A100 has room for; two where a block may not have so much
+  // shared memory (99 KiB on GPUs of 8.6, 8.9 and 12.0).
   static constexpr int room = 160 * 1024 / bytes;
   static constexpr int most = room < 5 ? room : 5, fewest = 2;
   static constexpr int sums_bytes = Shape::rows * (Shape::outputs + 4) * 4;  // see write_tile
   static_assert(sums_bytes <= fewest * bytes, "the tile's sums take the stages' place");
 
-  // 0: not even the fewest fit.
-  static int count(const Stream& stream) {
-    const auto fits = [&](std::size_t stages) {
-      return stages * bytes <= stream.max_shared_bytes();
-    };
-    return fits(most) ? most : fits(fewest) ? fewest : 0;
+  static bool fits(const Stream& stream, std::size_t stages = fewest) {
+    return stages * bytes <= stream.max_shared_bytes();
   }
+  static int count(const Stream& stream) { return fits(stream, most) ? most : fewest; }
 };
 
 // Where row `row` of piece `piece` (a unit of weights, a block of x) begins, of `rows` rows.
@@ -430,7 +429,7 @@ void run_rows(Stream& stream, View out, View x, const Matrix& weight, const Part
   const auto run = [&](auto shape) {
     run_tiles<T, codes, decltype(shape)>(stream, out, x, weight, partials);
   };
-  const auto fits = [&](auto shape) { return Stage<codes, decltype(shape)>::count(stream) > 0; };
+  const auto fits = [&](auto shape) { return Stage<codes, decltype(shape)>::fits(stream); };
   using Large = LargeTile<codes>;
   const int row_tiles = ceil_div(rows, Large::rows);
   if (rows <= SmallTile::rows) return run(SmallTile{});
