@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -29,6 +31,15 @@ needs_cuda = pytest.mark.skipif(
     if DEVICE == "cuda_emulated"
     else f"this machine has no device {DEVICE}",
 )
+
+
+def emulated(code: str, setting: str, value: int) -> str:
+    """What Python code prints where the emulator has another setting, or its error."""
+    environment = {**os.environ, f"CUDA_EMULATOR_{setting}": str(value)}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return run.stdout or run.stderr
 
 
 def rounded(x: np.ndarray, dtype: str) -> Float32:

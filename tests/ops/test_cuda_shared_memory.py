@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
-from cuda_helpers import DEVICE, needs_cuda
+from cuda_helpers import DEVICE, emulated, needs_cuda
 
 pytestmark = [
     needs_cuda,
@@ -44,20 +40,9 @@ print(digest.hexdigest())
 
 def test_blocks_fit_and_give_the_same_bits() -> None:
     """Fewer stages, smaller tiles of many rows, attention with fewer rows a block."""
-
-    def bits(kib: int) -> str:
-        environment = {**os.environ, "CUDA_EMULATOR_SHARED_KIB": str(kib)}
-        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-        run = subprocess.run(
-            [sys.executable, "-c", ALL_SHAPES_OF_BLOCKS],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return run.stdout or run.stderr
-
-    little = bits(99)
+    little, much, wrong = (
+        emulated(ALL_SHAPES_OF_BLOCKS, "SHARED_KIB", kib) for kib in (99, 227, 228)
+    )
     assert len(little) == 65, little
-    assert little == bits(227)
-    assert "expected a number from 0 to 227" in bits(228)
+    assert little == much
+    assert "expected a number from 0 to 227" in wrong

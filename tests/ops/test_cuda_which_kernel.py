@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from cuda_helpers import DEVICE, needs_cuda
+from cuda_helpers import DEVICE, emulated, needs_cuda
 from cuda_linear_helpers import (
     MANY_OUTPUTS,
     PLAIN_TOLERANCE,
@@ -46,17 +42,9 @@ print(worst, digest.hexdigest())
 def test_tolerances_hold_as_tensor_cores_round() -> None:
     """Not only as the emulator rounds, exactly: as an A100 and an H100 do, which cut off."""
     digests = set()
-    for capability in ("0", "80", "90"):
-        environment = {**os.environ, "CUDA_EMULATOR_TENSOR_CORES": capability}
-        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-        run = subprocess.run(
-            [sys.executable, "-c", AS_TENSOR_CORES_ROUND],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        worst, digest = run.stdout.split()
+    for capability in (0, 80, 90):
+        shown = emulated(AS_TENSOR_CORES_ROUND, "TENSOR_CORES", capability)
+        worst, digest = shown.split()
         assert float(worst) < PLAIN_TOLERANCE
         digests.add(digest)
     assert len(digests) == 3
