@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shlex
@@ -81,6 +82,7 @@ def architecture() -> str:
     return gpu("compute_cap").replace(".", "") + "-real"
 
 
+@functools.cache  # a call may take a second
 def gpu(what: str) -> str:
     """What nvidia-smi says of the first GPU; "" where there is none."""
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
