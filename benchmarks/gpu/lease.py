@@ -93,6 +93,11 @@ def gpu(what: str) -> str:
     return found.split("\n")[0].strip()
 
 
+def headlines(label: str, *formats: str) -> list[str]:
+    """The headline of a variant, in some formats."""
+    return [f"model.py headline --format {format} --label {label}" for format in formats]
+
+
 STEPS: dict[str, Step] = {
     "machine": Step(30, "about.py"),
     "build": Step(200, flags=""),
@@ -107,9 +112,7 @@ STEPS: dict[str, Step] = {
     "profile": Step(90, "profiled.py", tool=NCU),
     "memcheck": Step(90, SANITIZED, tool=f"{SANITIZER} memcheck"),
     # Variants, beside the same measurement of what is built by default.
-    "as-built": Step(
-        75, *(f"model.py headline --format {f} --label again" for f in ("bf16", "int8", "int4"))
-    ),
+    "as-built": Step(75, *headlines("again", "bf16", "int8", "int4")),
     "few-rows": Step(
         60, "kernels.py --products --rows 9,16 --label few", environment="OCTAVO_FEW_ROWS=16"
     ),
@@ -121,24 +124,17 @@ STEPS: dict[str, Step] = {
     ),
     "tiles-apart": Step(
         75,
-        *(f"model.py headline --format {f} --label apart" for f in ("bf16", "int8")),
+        *headlines("apart", "bf16", "int8"),
         environment="OCTAVO_CUDA_TILES_APART=1",
     ),
-    "carveout-less": Step(
-        75,
-        *(f"model.py headline --format {f} --label carveout-less" for f in ("bf16", "int8")),
-        environment="OCTAVO_CUDA_CARVEOUT=57",
-    ),
-    "carveout-most": Step(
-        75,
-        *(f"model.py headline --format {f} --label carveout-most" for f in ("bf16", "int8")),
-        environment="OCTAVO_CUDA_CARVEOUT=100",
-    ),
-    "carveout-driver": Step(
-        75,
-        *(f"model.py headline --format {f} --label carveout-driver" for f in ("bf16", "int8")),
-        environment="OCTAVO_CUDA_CARVEOUT=-1",
-    ),
+    **{
+        f"carveout-{name}": Step(
+            75,
+            *headlines(f"carveout-{name}", "bf16", "int8"),
+            environment=f"OCTAVO_CUDA_CARVEOUT={percent}",
+        )
+        for name, percent in (("less", 57), ("most", 100), ("driver", -1))
+    },
     "plain-tiles": Step(60, "model.py batch --label tiles-64", environment="OCTAVO_TILES_ROWS=64"),
     "int8-tiles": Step(
         60,

@@ -101,9 +101,9 @@ def test_an_unknown_step_is_named(tmp_path: Path) -> None:
     assert ran.returncode == 2 and 'no step "limitz"; expected some of lease' in ran.stderr
 
 
-def in_lease(code: str, out: Path) -> str:
-    """What such code prints that has the script's module as `lease`."""
-    environment = {**os.environ, "OUT": str(out)}
+def in_lease(code: str, out: Path, **more: str) -> str:
+    """What such code prints that has the script's module as `lease`; more: of its environment."""
+    environment = {**os.environ, "OUT": str(out), **more}
     code = "import sys; sys.path.insert(0, 'benchmarks/gpu'); import lease, pathlib\n" + code
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -147,8 +147,6 @@ def test_tests_that_take_too_long_are_interrupted_and_sum_up(tmp_path: Path) -> 
         "d.importlib.util.find_spec = lambda name: None\n"
         "d.main()\n"
     )
-    os.environ["EMULATE"] = "1"
-    shown = in_lease(code, tmp_path / "out")
-    del os.environ["EMULATE"]
+    shown = in_lease(code, tmp_path / "out", EMULATE="1")
     assert "KEPT {'failed': ['pytest ended with 2'], 'summary': '" in shown, shown
     assert "1 passed" in shown, shown
