@@ -163,7 +163,7 @@ def test_source_files_keep_to_their_size() -> None:
     budget = 450  # lines; 400 is the aim, and a file that grows past it wants to be two
     too_long = {}
     for path in tracked_files():
-        if path.suffix in {".py", ".pyi", ".cpp", ".h", ".cu"}:
+        if path.suffix in {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}:
             lines = len(path.read_text().splitlines())
             if lines > budget:
                 too_long[str(path.relative_to(ROOT))] = lines

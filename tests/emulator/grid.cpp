@@ -4,7 +4,6 @@
 #include <cstring>
 #include <deque>
 #include <exception>
-#include <sstream>
 #include <vector>
 
 #include "fiber.h"
@@ -190,13 +189,6 @@ class Grid : public StartedGrid {
     throw KernelError(text_of(place(), ": ", what));
   }
 
-  template <class... Parts>
-  static std::string text_of(const Parts&... parts) {
-    std::ostringstream out;
-    (out << ... << parts);
-    return out.str();
-  }
-
  private:
   // Runs on a fiber: the whole life of one CUDA thread.
   static void thread_main();
@@ -378,16 +370,16 @@ void fail(const std::string& what) {
 
 void check_aligned(const void* address, std::size_t bytes, const char* what) {
   if (reinterpret_cast<std::uintptr_t>(address) % bytes)
-    fail(Grid::text_of(what, " at ", address, ", which is no multiple of ", bytes,
-                       " bytes (a GPU says: misaligned address)"));
+    fail(text_of(what, " at ", address, ", which is no multiple of ", bytes,
+                 " bytes (a GPU says: misaligned address)"));
 }
 
 void check_shared(const void* address, std::size_t bytes, const char* what) {
   const auto* first = static_cast<const unsigned char*>(shared_memory());
   const auto* given = static_cast<const unsigned char*>(address);
   if (given < first || given + bytes > first + shared_bytes())
-    fail(Grid::text_of(what, " of ", bytes, " bytes at offset ", given - first,
-                       " of shared memory, which has ", shared_bytes(), " bytes"));
+    fail(text_of(what, " of ", bytes, " bytes at offset ", given - first,
+                 " of shared memory, which has ", shared_bytes(), " bytes"));
 }
 
 void async_copy(void* shared, const void* global, std::size_t bytes, std::size_t zeros) {

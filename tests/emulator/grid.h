@@ -10,12 +10,20 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
 #include <cuda_runtime.h>
 
 namespace cuda_emulator {
+
+template <class... Parts>
+std::string text_of(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
 
 // A mistake of the kernel, in words: kernel, block, thread and what is wrong.
 class KernelError : public std::runtime_error {
@@ -45,7 +53,8 @@ struct Options {
 
 // The options of all launches that follow. At first they are what the environment says:
 // CUDA_EMULATOR_SEED, CUDA_EMULATOR_POISON (0 to 255), CUDA_EMULATOR_TWICE (0 or 1),
-// CUDA_EMULATOR_EARLY_STARTS, CUDA_EMULATOR_TENSOR_CORES (0, 80 or 90), CUDA_EMULATOR_SHARED_KIB.
+// CUDA_EMULATOR_EARLY_STARTS, CUDA_EMULATOR_TENSOR_CORES (0, 80 or 90), CUDA_EMULATOR_SHARED_KIB,
+// CUDA_EMULATOR_MEMORY_KIB.
 Options& options();
 
 struct Launch {

@@ -1,20 +1,12 @@
 // The options, first of all as the environment gives them, and launches that keep to them.
 
 #include <cstdlib>
-#include <sstream>
 
 #include "grid.h"
 
 namespace cuda_emulator {
 
 namespace {
-
-template <class... Parts>
-std::string text_of(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
-}
 
 std::uint64_t number_from(const char* variable, std::uint64_t otherwise, std::uint64_t most) {
   const char* given = std::getenv(variable);
@@ -40,6 +32,7 @@ Options from_environment() {
     throw KernelError(
         text_of(kTensorCores, " is ", options.tensor_cores, "; expected 0, 80 or 90"));
   options.max_shared_bytes = 1024 * number_from("CUDA_EMULATOR_SHARED_KIB", 163, 227);
+  options.memory_bytes = 1024 * number_from("CUDA_EMULATOR_MEMORY_KIB", 2 << 20, 1 << 30);
   return options;
 }
 
