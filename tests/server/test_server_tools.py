@@ -50,6 +50,14 @@ CASES: list[tuple[ToolFormat, str, str, list[tuple[str, Any]]]] = [
         [("a", {}), ("b", {"x": ";"})],
     ),
     ("llama3_json", '{"answer": 42}', '{"answer": 42}', []),
+    ("llama3_json", '{"name": "Alice", "age": 30}', '{"name": "Alice", "age": 30}', []),
+    ("llama3_json", '{"name": "now"}', "", [("now", {})]),
+    ("hermes", '<tool_call>{"name": "f", "x": 1}', '<tool_call>{"name": "f", "x": 1}', []),
+    *(
+        ("llama3_json", text, text, [])
+        for number in ("NaN", "-Infinity", "1e999")
+        for text in [f'{{"name": "f", "parameters": {{"a": {number}}}}}']
+    ),
     ("llama3_json", '{"name": "f", "parameters": {}} then', None, []),  # type: ignore[list-item]
     ("llama3_json", '{"name": "f", "para', '{"name": "f", "para', []),
     ("llama3_json", "", "", []),

@@ -8,6 +8,7 @@ out where the caller is not strict.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
@@ -32,7 +33,7 @@ _MAP = frozenset({"properties", "patternProperties"})
 _COUNTS = frozenset(
     ["minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"]
 )
-_PLAIN = frozenset({"type", "const", "required", "pattern", "minimum", "maximum"})
+_PLAIN = frozenset({"type", "required", "pattern"})
 # What is not enforced, each with values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "not": (False,),
@@ -139,9 +140,11 @@ class SchemaReader:
             self._check_size(place, key, MAX_PROPERTIES)
             spell = exact_pattern if key == "patternProperties" else str
             found[key] = {spell(name): self._read(place.child(key, name), depth) for name in item}
-        elif key == "enum":
-            self._check_size(place, key, MAX_VALUES)
-            found[key] = item
+        elif key in ("enum", "const"):
+            if key == "enum":
+                self._check_size(place, key, MAX_VALUES)
+            if self._can_be_written(place, key):
+                found[key] = item
         elif key == "format":
             if item in FORMATS:
                 found[key] = item
@@ -152,9 +155,11 @@ class SchemaReader:
             found[key] = item
         elif key in ("exclusiveMinimum", "exclusiveMaximum"):
             _read_exclusive(found, place.value, key)
-        elif key in ("minimum", "maximum") and key in found:  # moved there already
-            tighter = max if key == "minimum" else min
-            found[key] = tighter(item, found[key]) if isinstance(item, (int, float)) else item
+        elif key in ("minimum", "maximum"):
+            limit = _inward(item, key)
+            if key in found and isinstance(limit, (int, float)):  # moved there already
+                limit = (max if key == "minimum" else min)(limit, found[key])
+            found[key] = limit
         elif key == "pattern" and isinstance(item, str):
             found[key] = exact_pattern(item)
         elif key in _PLAIN:
@@ -168,6 +173,20 @@ class SchemaReader:
                 place.pointer,
                 f'"{key}" cannot be enforced; leave it out, or ask without strict to ignore it',
             )
+
+    def _can_be_written(self, place: Place, key: str) -> bool:
+        """Whether the values of an enum or a const are written as they are.
+
+        llguidance 1.9 reads numbers as float64, and would write another one in their place.
+        """
+        number = next(filter(_is_rounded, _numbers_in(place.value[key])), None)
+        if number is not None and self._strict:
+            raise problem_at(
+                place.pointer,
+                f'"{key}" has {_shown(number)}, which is no float64 and would be rounded; expected '
+                f"a string, or ask without strict to ignore it",
+            )
+        return number is None
 
     def _name_target(self, place: Place) -> str:
         reference = place.value["$ref"]
@@ -234,6 +253,7 @@ def _read_exclusive(found: dict[str, Any], value: Mapping[str, Any], key: str) -
         limit = value.get(plain)
     if isinstance(limit, bool) or limit is None:
         return
+    limit = _inward(limit, plain)
     is_whole = isinstance(limit, (int, float)) and abs(limit) < 1e8 and limit == int(limit)
     if not is_whole or value.get("type") == "integer":
         found[key] = limit
@@ -242,6 +262,42 @@ def _read_exclusive(found: dict[str, Any], value: Mapping[str, Any], key: str) -
     other = found.get(plain, moved)
     tighter = max if plain == "minimum" else min
     found[plain] = tighter(moved, other) if isinstance(other, (int, float)) else other
+
+
+def _numbers_in(value: Any) -> Iterator[int | float]:
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, (int, float)):
+            yield each
+        elif isinstance(each, (list, Mapping)):
+            waiting += each.values() if isinstance(each, Mapping) else each
+
+
+def _is_rounded(number: int | float) -> bool:
+    try:
+        return int(float(number)) != number if isinstance(number, int) else False
+    except OverflowError:
+        return True
+
+
+def _inward(limit: Any, plain: str) -> Any:
+    """A minimum or maximum that is a whole number, moved to a float64 on its inner side.
+
+    llguidance 1.9 would take the nearest one, also on the outer side. It has no minimum of -2^63.
+    """
+    if not isinstance(limit, int) or isinstance(limit, bool):
+        return limit
+    most = 2**63 - 1024
+    limit = min(limit, most) if plain == "maximum" else max(limit, -most)
+    if abs(limit) > 10**300:
+        return limit  # nothing meets it
+    near = float(limit)
+    if plain == "maximum" and near > limit:
+        near = math.nextafter(near, -math.inf)
+    if plain == "minimum" and near < limit:
+        near = math.nextafter(near, math.inf)
+    return int(near)
 
 
 def _endless(root: Mapping[str, Any]) -> Mapping[str, Any] | None:

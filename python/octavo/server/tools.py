@@ -245,17 +245,30 @@ def _read_calls(text: str) -> list[Piece]:
     return calls
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
+
+
 def _read_call(text: str) -> tuple[ToolCall | None, int]:
-    """The call that `text` begins with, and where it ends."""
+    """The call that `text` begins with, and where it ends.
+
+    An object with a name but without arguments is a call only where it has nothing else.
+    """
     try:
-        content, end = json.JSONDecoder().raw_decode(text)
+        content, end = _DECODER.raw_decode(text)
+        if not isinstance(content, dict) or not isinstance(content.get("name"), str):
+            return None, 0
+        key = next((key for key in ("arguments", "parameters") if key in content), None)
+        if key is None and len(content) > 1:
+            return None, 0
+        arguments = {} if key is None else content[key]
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):
         return None, 0
-    if not isinstance(content, dict) or not isinstance(content.get("name"), str):
-        return None, 0
-    arguments = content.get("arguments", content.get("parameters", {}))
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
     return ToolCall(content["name"], arguments), end
 
 
