@@ -37,9 +37,6 @@ std::uint32_t interleave_nibbles(std::uint32_t codes) {
   return spread(codes & 0xffffu) | spread(codes >> 16) << 4;
 }
 
-// Bytes of a row as `interleave_rows` reads it.
-std::int64_t row_bytes(std::int64_t cols, DType format) { return (cols * bits_of(format) + 7) / 8; }
-
 // Rows of so many bytes, `stride` apart, become lanes of a panel; order(bits): a word of a row in
 // the packed order. A cache line of each row is taken at a time, whose words lie together in `to`.
 template <class Order>
@@ -218,20 +215,26 @@ void CpuBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMat
           name(format), linear.format.is_grouped() ? " in groups" : "", " does not take ",
           name(rows.dtype), " rows");
   const bool is_stored = rows.dtype == format && format != DType::f16;
-  const std::int64_t bytes = row_bytes(rows.cols, format), words = (bytes + 3) / 4;
-  const std::int64_t panel_words = Packing(linear).panel_words();
-  const std::int64_t last_row = first_row + rows.rows;
-  const auto pack_panel = [&](std::int64_t panel, std::vector<std::uint32_t>& rounded,
-                              std::vector<float>& values) {
+  const std::int64_t bytes = (rows.cols * bits_of(format) + 7) / 8;  // of a row
+  const std::int64_t words = (bytes + 3) / 4, panel_words = Packing(linear).panel_words();
+  const std::int64_t last_row = first_row + rows.rows, first_panel = first_row / kLanes;
+  const auto num_threads = static_cast<std::size_t>(pool_.size());
+  std::vector<std::vector<std::uint32_t>> rounded(num_threads);
+  std::vector<std::vector<float>> floats(num_threads);
+  if (first_row % linear.pitch == 0) touch_shares(linear, first_row / linear.pitch);
+  pool_.each(num_panels(last_row) - first_panel, [&](std::int64_t index, int thread) {
+    const std::int64_t panel = first_panel + index;
     const std::int64_t begin = std::max(first_row, panel * kLanes);
     const std::int64_t end = std::min(last_row, (panel + 1) * kLanes);
     const auto* source = static_cast<const std::uint8_t*>(rows.data) + (begin - first_row) * bytes;
     std::int64_t stride = bytes;
     if (!is_stored) {
       stride = words * 4;
-      rounded.resize(static_cast<std::size_t>(words * kLanes));
+      auto& panel_rows = rounded[static_cast<std::size_t>(thread)];
+      auto& values = floats[static_cast<std::size_t>(thread)];
+      panel_rows.resize(static_cast<std::size_t>(words * kLanes));
       values.resize(static_cast<std::size_t>(rows.cols));
-      auto* out = reinterpret_cast<std::uint8_t*>(rounded.data());
+      auto* out = reinterpret_cast<std::uint8_t*>(panel_rows.data());
       source = out;
       for (std::int64_t row = begin; row < end; ++row, out += stride) {
         row_to_floats(values.data(), rows, row - first_row);
@@ -242,15 +245,6 @@ void CpuBackend::pack_rows(Linear& linear, std::int64_t first_row, const HostMat
     std::uint32_t* to =
         linear.weight.as<std::uint32_t>() + panel * panel_words + begin - panel * kLanes;
     interleave_rows(to, source, end - begin, bytes, stride, format);
-  };
-  if (first_row % linear.pitch == 0) touch_shares(linear, first_row / linear.pitch);
-  const std::int64_t first_panel = first_row / kLanes;
-  const auto num_threads = static_cast<std::size_t>(pool_.size());
-  std::vector<std::vector<std::uint32_t>> rounded(num_threads);
-  std::vector<std::vector<float>> values(num_threads);
-  pool_.each(num_panels(last_row) - first_panel, [&](std::int64_t index, int thread) {
-    const auto own = static_cast<std::size_t>(thread);
-    pack_panel(first_panel + index, rounded[own], values[own]);
   });
 }
 

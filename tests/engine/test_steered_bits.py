@@ -21,7 +21,6 @@ from invariance_helpers import (
 )
 from speculation_helpers import ngram_drafting
 
-from octavo.engine import word_constraints
 from octavo.sampling_params import SamplingParams
 
 FEW = (3, 5, 17, 40, 41, 200)  # so few that words come, and texts are repeated
@@ -38,8 +37,7 @@ WAYS: dict[str, SamplingParams] = {
 @pytest.fixture(autouse=True)
 def words(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens of the bad word, which this model without a tokenizer cannot make."""
-    made = lambda words, _: WORDS if words else []  # noqa: E731
-    monkeypatch.setattr(word_constraints, "tokens_of_words", made)
+    made = lambda words, tokenizer: WORDS if words else []  # noqa: E731
     monkeypatch.setattr("octavo.engine.engine.tokens_of_words", made)
 
 

@@ -160,8 +160,7 @@ PLANTED: dict[str, Any] = {
     [(name, each) for name, found in PLANTED.items() for each in found or [None]],
 )
 def test_planted_errors_are_seen(name: str, planted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_constraints, "tokens_of_words", lambda words, _: WORDS)
-    monkeypatch.setattr("octavo.engine.engine.tokens_of_words", lambda *_: [])
+    monkeypatch.setattr("octavo.engine.engine.tokens_of_words", lambda words, tokenizer: WORDS)
     if planted is not None:
         monkeypatch.setattr(word_constraints, name, planted)
     right = []
@@ -185,16 +184,14 @@ def test_planted_errors_are_seen(name: str, planted: Any, monkeypatch: pytest.Mo
 def test_through_the_engine_beside_others(monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
     plain = solo_answer([4, 9, 2], PLAIN).token_ids
     word = list(plain[3:5])  # what it would say
-    monkeypatch.setattr(
-        word_constraints, "tokens_of_words", lambda words, _: [word] if words else []
-    )
+    made = lambda words, tokenizer: [word] if words else []  # noqa: E731
+    monkeypatch.setattr("octavo.engine.engine.tokens_of_words", made)
     engine = fake_engine(num_blocks=60, overlap_steps=overlap)
     requests = {
         "plain": PLAIN,
         "bad": replace(PLAIN, bad_words=("x",)),
         "few": replace(PLAIN, allowed_token_ids=(3, 40, 41), temperature=1.0, seed=5),
     }
-    monkeypatch.setattr("octavo.engine.engine.tokens_of_words", lambda *_: [])
     for name, params in requests.items():
         engine.add_request(name, [4, 9, 2], params)
     outputs = run_to_end(engine)
@@ -216,3 +213,21 @@ def test_what_cannot_be_is_refused() -> None:
             SamplingParams(**given)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="allowed_token_ids is 70000; expected 0 to"):
         fake_engine().add_request("a", [1], replace(PLAIN, allowed_token_ids=(70_000,)))
+
+
+def test_words_become_tokens_once_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is checked, before it is added: no step waits for them, however many answers."""
+    made: list[tuple[str, ...]] = []
+
+    def tokens(words: tuple[str, ...], tokenizer: Any) -> list[list[int]]:
+        made.append(words)
+        return WORDS if words else []
+
+    monkeypatch.setattr("octavo.engine.engine.tokens_of_words", tokens)
+    engine = fake_engine(num_blocks=200)
+    params = replace(PLAIN, bad_words=("x", "y"), n=5, temperature=1.0)
+    engine.check_request([4, 9, 2], params)
+    assert made == [("x", "y")]
+    engine.add_request("a", [4, 9, 2], params)
+    engine.add_request("b", [4, 9], replace(params, bad_words=("z",)))
+    assert made == [("x", "y"), ("z",)]

@@ -46,7 +46,7 @@ class Answer:
         self.stop_token_ids = frozenset(own).union(params.stop_token_ids)
         self.constraints = [
             *create_constraints(sequence, self.stop_token_ids),
-            *word_constraints(sequence, tokenizer),
+            *word_constraints(request, sequence),
             *grammar_constraints(request, sequence, self.stop_token_ids),
         ]
         if any(constraint.watches_answer for constraint in self.constraints):

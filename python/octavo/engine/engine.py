@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,7 @@ class Engine(Endings):
         self.eos_token_ids = frozenset(eos_token_ids)
         self.seed = seed
         self.grammars = Grammars(tokenizer, vocab_size, self.eos_token_ids)
+        self._tokens_of = lru_cache(maxsize=16)(partial(tokens_of_words, tokenizer=tokenizer))
         size, num_in_flight = options.block_size, options.num_in_flight_tokens
         self.blocks = BlockManager(num_kv_blocks, size, kv_windows, num_in_flight)
         limits = SchedulerLimits(
@@ -139,9 +141,10 @@ class Engine(Endings):
                 f"stop is {params.stop!r}, but this model has no tokenizer to make text with: "
                 f"use stop_token_ids"
             )
-        tokens_of_words(params.bad_words, self.tokenizer)
         self.scheduler.check_fits(len(prompt_token_ids), params.max_tokens)
-        self.grammars.of(params)  # compiled here, so that no step waits for it
+        # Made here and kept, so that no step waits for them.
+        self._tokens_of(params.bad_words)
+        self.grammars.of(params)
 
     @guarded
     def add_request(
@@ -204,6 +207,7 @@ class Engine(Endings):
             cache_salt=cache_salt,
             adapter=loan,
             grammar=self.grammars.of(params),
+            bad_words=self._tokens_of(params.bad_words),
             num_beams=0 if search is None else search.num_beams,
             num_candidates=0 if search is None else search.num_candidates,
             arrival_time=now,
@@ -355,9 +359,8 @@ class Engine(Endings):
                 chunks += self._fail(answer, now, answer.failure or not_finite(answer))
                 continue
             if sequence.num_candidates:
-                chunks += self._search(
-                    answer, output.top_token_ids[row], output.top_logprobs[row], now
-                )
+                best = output.top_token_ids[row], output.top_logprobs[row]
+                chunks += self._search(answer, *best, now)
                 continue
             try:
                 text = self._append(answer, token, logprobs[row], now)

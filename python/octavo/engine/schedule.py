@@ -145,10 +145,7 @@ class ScheduleBuilder:
             self.row_budget -= len(drafts)
         start = sequence.num_computed_tokens
         self.entries.append(ScheduledSequence(sequence, start, num_new_tokens, num_samples, drafts))
-        if num_samples == 1:
-            self.row_sequences.append(sequence)
-        else:
-            self.row_sequences += [sequence] * num_samples
+        self.row_sequences += [sequence] * num_samples
         self.budget -= num_new_tokens
         self.num_tokens += num_new_tokens
 

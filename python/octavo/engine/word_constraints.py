@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from octavo.engine.constraints import Constraint, UInt32, clear_bits
-from octavo.engine.request import Sequence
+from octavo.engine.request import Request, Sequence
 from octavo.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ class BadWords:
 
     is_active = True
 
-    def __init__(self, sequence: Sequence, words: SequenceOf[SequenceOf[int]]) -> None:
+    def __init__(self, sequence: Sequence, words: SequenceOf[list[int]]) -> None:
         self._sequence = sequence
         self._single = [word[0] for word in words if len(word) == 1]
-        self._longer = [list(word) for word in words if len(word) > 1]
+        self._longer = [word for word in words if len(word) > 1]
         self.watches_answer = bool(self._longer)
 
     def forbid(self, words: UInt32) -> None:
@@ -78,12 +78,11 @@ def tokens_of_words(words: SequenceOf[str], tokenizer: Tokenizer | None) -> list
     return found
 
 
-def word_constraints(sequence: Sequence, tokenizer: Tokenizer | None) -> list[Constraint]:
-    """What a request's allowed_token_ids and bad_words ask for; nearly always nothing."""
-    params = sequence.params
+def word_constraints(request: Request, sequence: Sequence) -> list[Constraint]:
+    """What allowed_token_ids and bad_words ask of an answer; nearly always nothing."""
     constraints: list[Constraint] = []
-    if params.allowed_token_ids is not None:
-        constraints.append(AllowedTokens(params.allowed_token_ids))
-    if params.bad_words:
-        constraints.append(BadWords(sequence, tokens_of_words(params.bad_words, tokenizer)))
+    if request.params.allowed_token_ids is not None:
+        constraints.append(AllowedTokens(request.params.allowed_token_ids))
+    if request.bad_words:
+        constraints.append(BadWords(sequence, request.bad_words))
     return constraints
