@@ -202,8 +202,9 @@ class Request:
     tokenizers. kept_special_ids: special tokens that the text holds even where the others are
     skipped, such as the tags around calls of tools. priority: lower is more urgent. deadline: when
     it ends, answered or not. cache_salt: only requests with the same one share cached keys and
-    values. grammar: what its answers follow. bad_words: as tokens. num_beams, num_candidates: of a search (search.py); 0:
-    none. Times are seconds of the engine's clock, `time.monotonic` unless told otherwise.
+    values. grammar: what its answers follow. bad_words: as tokens. num_beams, num_candidates: of a
+    search (search.py); 0: none. Times are seconds of the engine's clock, `time.monotonic` unless
+    told otherwise.
     """
 
     request_id: str
