@@ -226,9 +226,21 @@ serve(ServerOptions(port=0, log_format="json"), lambda: time.sleep(600))
 """
 
 
-def test_a_signal_while_loading(tmp_path: Path) -> None:
+# Soon one of its calls ends after Python has begun to.
+IN_THE_CORE = f"""
+from octavo._native import measure_flops
+
+def load():
+    while True:
+        measure_flops(num_threads=1, seconds=0.01)
+
+{LOADING.replace("lambda: time.sleep(600)", "load")}"""
+
+
+@pytest.mark.parametrize("code", [LOADING, IN_THE_CORE], ids=["waiting", "in the core"])
+def test_a_signal_while_loading(tmp_path: Path, code: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", LOADING], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=tmp_path
     )
     assert process.stderr is not None
     assert json.loads(process.stderr.readline())["event"] == "listening"

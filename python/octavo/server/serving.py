@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -43,17 +45,24 @@ def serve(options: ServerOptions, load: Callable[[], LoadedModel]) -> None:
     """Serve until a signal ends it. load: makes the model; what it raises is raised here.
 
     The socket is bound first, so that a port in use is an error at once. While the model is being
-    loaded the server answers 503.
+    loaded the server answers 503; a signal ends the process then.
     """
     set_up_logging(options.log_format)
     listener = _bind(options)
+    is_loading = False
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(options, load, listener))
+        is_loading = asyncio.run(_serve(options, load, listener))
+    if is_loading:
+        # Python stops threads at its end, and one that is in the native core aborts the process.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 async def _serve(
     options: ServerOptions, load: Callable[[], LoadedModel], listener: socket.socket
-) -> None:
+) -> bool:
+    """Whether it ended while the model was still being loaded, by a thread that goes on."""
     service = Service(options, load)
     config = uvicorn.Config(
         create_app(service),
@@ -78,8 +87,6 @@ async def _serve(
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     loading = asyncio.ensure_future(_load(service, url))
     try:
-        # A signal ends the server while the model is still being loaded; the thread that loads it
-        # is left to the end of the process.
         await asyncio.wait([loading, serving], return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             await loading
@@ -92,6 +99,7 @@ async def _serve(
         if service.engine.state == "ready":
             await service.engine.stop()
     log_event(_log, logging.INFO, "stopped")
+    return service.engine.state == "loading"
 
 
 async def _load(service: Service, url: str) -> None:
