@@ -33,12 +33,13 @@ class UnsupportedModelError(OctavoError):
 class WeightsError(OctavoError):
     """Weight files that are damaged, or do not fit the configuration.
 
-    `problems` lists every problem found, so that one attempt shows them all.
+    `problems` lists every problem found, so that one attempt shows them all; the text has ten.
     """
 
     def __init__(self, summary: str, problems: Sequence[str] = ()) -> None:
         self.problems = tuple(problems)
-        super().__init__("\n  - ".join([summary, *self.problems]))
+        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+        super().__init__("\n  - ".join([summary, *self.problems[:10], *more]))
 
 
 class TokenizerError(OctavoError):

@@ -48,6 +48,15 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
         raise FileError(f"{path} {problem}; expected {what}{advice}") from error
 
 
+def check_is_no_pointer(path: object, begin: bytes, error: type[OctavoError]) -> None:
+    """Raise `error` for a file that begins as what Git leaves in place of one without its LFS."""
+    if begin == b"version ":
+        raise error(
+            f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder, or "
+            "fetch the model with `octavo pull`"
+        )
+
+
 def map_file(path: Path) -> mmap.mmap:
     """A whole file, mapped to be read. OSError as of `open`, ValueError for an empty one.
 

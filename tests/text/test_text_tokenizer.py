@@ -82,6 +82,7 @@ def test_truncation_and_padding_of_the_file_are_off(tmp_path):
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
+        ("version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
         ("", "Expecting value"),
         ("{", "Expecting"),
         ("[1, 2]", "expected a JSON object"),

@@ -288,6 +288,7 @@ def test_damaged_files_are_refused_by_cause(tmp_path: Path) -> None:
     absurd = (2**60).to_bytes(8, "little")
     cases = {
         "is empty": b"",
+        "is a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00",
         "begins with b'PK": b"PK\x03\x04" + whole[4:],
         "version 1": whole[:4] + b"\x01\x00\x00\x00" + whole[8:],
         "big-endian": whole[:4] + b"\x00\x00\x00\x03" + whole[8:],

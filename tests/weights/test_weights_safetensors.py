@@ -113,7 +113,8 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "one_offset": (with_header(entry(data_offsets=[8]), b"x" * 8), "pair of offsets"),
     "backwards": (with_header(entry(data_offsets=[8, 0]), b"x" * 8), "end before they begin"),
     "wrong_size": (with_header(entry(shape=[3]), b"x" * 8), "takes 12 bytes"),
-    "truncated_data": (with_header(entry(), b"x" * 7), "truncated"),
+    "truncated_data": (with_header(entry(), b"x" * 7), "holds 7 bytes .* describes 8.*truncated"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
     "data_left_over": (with_header(entry(), b"x" * 9), "describes 8"),
     "overlap": (
         with_header(entry() | {"b": entry()["a"] | {"data_offsets": [4, 12]}}, b"x" * 12),
@@ -205,3 +206,14 @@ def test_a_malformed_index_is_refused(content: bytes, tmp_path: Path) -> None:
 def test_the_names_of_types_tell_their_bits() -> None:
     for name, bits in ELEMENT_BITS.items():
         assert name == "BOOL" or bits == int(re.findall("[0-9]+", name)[0])
+
+
+def test_of_many_problems_ten_are_shown_and_all_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    wrong = {f"t{i}": {"dtype": "F33", "shape": [1], "data_offsets": [0, 1]} for i in range(12)}
+    path.write_bytes(with_header(wrong, b"x"))
+    with pytest.raises(WeightsError) as caught:
+        SafetensorsFile(path)
+    assert len(caught.value.problems) == 12
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 12 and lines[-1].endswith("and 2 more")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
+from octavo.files import check_is_no_pointer
 from octavo.folder import Folder, FolderFile, MemoryFolder, as_folder
 from octavo.text.decoders import PipelineFactory
 
@@ -201,7 +202,9 @@ def read_tokenizer_config(directory: Folder) -> dict[str, Any]:
 def read_json(path: FolderFile) -> dict[str, Any]:
     """A JSON object from a file; a TokenizerError names the file and what is wrong with it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        check_is_no_pointer(path, text[:8].encode(), TokenizerError)
+        content = json.loads(text)
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -103,7 +103,7 @@ def read_adapter(
         for half, shape in _shapes(modules[module], config.rank(module)).items():
             problems += _find_problems(source, module, half, shape, names.get((module, half)))
     if not wanted:
-        problems.append("its target_modules are in none of the model's layers")
+        problems.insert(0, "its target_modules are in none of the model's layers")
     if problems:
         raise WeightsError(f"The adapter in {path} does not fit the model {files.path}:", problems)
     matrices: dict[str, LowRank] = {}

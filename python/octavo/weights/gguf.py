@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import WeightsError
-from octavo.files import map_file
+from octavo.files import check_is_no_pointer, map_file
 from octavo.models.fields import describe
 from octavo.weights.tensor import Tensor, TensorDType
 
@@ -208,6 +208,7 @@ class _Cursor:
 def _read_preamble(cursor: _Cursor) -> tuple[int, int]:
     """(number of tensors, number of metadata entries)."""
     magic = cursor.data[:4]
+    check_is_no_pointer(cursor.path, cursor.data[:8], WeightsError)
     if magic != b"GGUF":
         raise cursor.error(f"it begins with {magic!r}; expected b'GGUF'")
     cursor.position = 4

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import WeightsError
-from octavo.files import map_file
+from octavo.files import check_is_no_pointer, map_file
 from octavo.models.fields import describe, printable
 from octavo.weights.tensor import Tensor, TensorDType, TensorInfo, TensorSource
 
@@ -149,6 +149,7 @@ def _read_header(path: Path, first: bytes, file: Any, size: int) -> tuple[dict[s
             f"{path} has {size} bytes, too few for a safetensors file: it is truncated. "
             "Fetch it again"
         )
+    check_is_no_pointer(path, first, WeightsError)
     length = int.from_bytes(first, "little")
     if length > MAX_HEADER_BYTES:
         raise WeightsError(
@@ -188,7 +189,7 @@ def _check_header(path: Path, header: dict[str, Any], size: int) -> dict[str, tu
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        problem = _entry_problem(entry, size)
+        problem = _entry_problem(entry)
         if problem:
             problems.append(f"{describe(name)}: {problem}")
         else:
@@ -208,12 +209,12 @@ def _check_header(path: Path, header: dict[str, Any], size: int) -> dict[str, tu
     if position != size:
         raise WeightsError(
             f"{path} holds {size} bytes of data, but its header describes {position}: it is "
-            "damaged. Fetch it again"
+            f"{'truncated' if position > size else 'damaged'}. Fetch it again"
         )
     return offsets
 
 
-def _entry_problem(entry: object, size: int) -> str:
+def _entry_problem(entry: object) -> str:
     """What is wrong with one entry of the header; "" if nothing is."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return f"{describe(entry)} is not an object of dtype, shape and data_offsets"
@@ -227,8 +228,6 @@ def _entry_problem(entry: object, size: int) -> str:
     begin, end = offsets
     if begin > end:
         return f"data_offsets {offsets} end before they begin"
-    if end > size:
-        return f"data_offsets {offsets} reach behind the {size} bytes of data: truncated"
     bits = math.prod(shape) * ELEMENT_BITS[dtype]
     if bits != 8 * (end - begin):
         need = describe(-(-bits // 8))
