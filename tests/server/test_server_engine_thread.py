@@ -186,13 +186,32 @@ def test_errors_of_adding_come_out_of_the_stream(tmp_path: Path) -> None:
         second, third = thread.submit(request("b")), thread.submit(request("c"))
         with pytest.raises(QueueFullError, match="the queue is full"):
             await thread.submit(request("d")).wait()
-        with pytest.raises(InvalidArgumentError, match="already running"):
-            await thread.submit(request("first")).wait()
         first.close()
         assert (await second.wait()).error is None and (await third.wait()).error is None
         await thread.stop()
 
     run(test)
+
+
+def test_a_second_request_of_one_id_leaves_the_first_alone(llm: LLM) -> None:
+    async def test() -> None:
+        slow_down(llm, 0.005)
+        thread = await started(llm)
+        streams = []
+        for _ in range(2):
+            streams.append(thread.submit(request("a", LONG)))
+            await streams[-1].next_chunks()
+            with pytest.raises(InvalidArgumentError, match="'a' is already running"):
+                await thread.submit(request("a")).wait()
+            assert thread.open_streams() == streams[-1:]
+            if len(streams) == 1:  # closing it frees its blocks, and its id
+                streams[0].close()
+                assert await num_used(thread) == 0
+        await thread.stop()
+        with pytest.raises(EngineStepError, match="does not run"):
+            await streams[1].wait()
+
+    run(test, seconds=20)
 
 
 def test_deadlines_in_the_queue_and_under_way(tmp_path: Path) -> None:

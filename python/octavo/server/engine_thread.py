@@ -22,7 +22,12 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from octavo.engine.events import EventLogFile
-from octavo.errors import EngineStepError, OctavoError, WrongProcessError
+from octavo.errors import (
+    EngineStepError,
+    InvalidArgumentError,
+    OctavoError,
+    WrongProcessError,
+)
 from octavo.server.stream import EngineRequest, ResultStream, StatsReader, StepStats
 
 if TYPE_CHECKING:
@@ -103,12 +108,19 @@ class EngineThread:
         return list(self._open.values())
 
     def submit(self, request: EngineRequest) -> ResultStream:
-        """Hand a request to the engine; whatever becomes of it comes out of the stream."""
-        stream = ResultStream(request, self._close)
+        """Hand a request to the engine; whatever becomes of it comes out of the stream.
+
+        Of two open requests with one id, the second gets an InvalidArgumentError.
+        """
+        stream, name = ResultStream(request, self._close), request.request_id
         if not self._is_running:
             stream.put(self._not_running())
             return stream
-        self._open[request.request_id] = stream
+        if name in self._open:  # which would lose the first one's stream
+            message = f"request {name!r} is already running: name it anew"
+            stream.put(InvalidArgumentError(message))
+            return stream
+        self._open[name] = stream
         self._idle.clear()
         self._commands.put(partial(self._add, request, stream))
         return stream
