@@ -324,13 +324,17 @@ class LLM(LoadedModel):
         if adapter is not None:
             raise InvalidArgumentError("adapter and lora_request are both given; expected one")
         name, folder = request.lora_name, Path(request.lora_path)
-        known = self.engine.adapters.paths
-        if name not in known:
-            self.load_adapter(name, folder)
-        elif known[name] != folder:
-            raise InvalidArgumentError(
-                f"the adapter {name!r} is {known[name]}, not {folder}; expected a name of its own"
-            )
+
+        def load(engine: Engine) -> None:  # one command: other threads may ask for the same adapter
+            known = engine.adapters.paths.get(name)
+            if known is None:
+                engine.adapters.add(name, folder)
+            elif known != folder:
+                raise InvalidArgumentError(
+                    f"the adapter {name!r} is {known}, not {folder}; expected a name of its own"
+                )
+
+        self.between_steps(load)
         return name
 
     def _run_all(

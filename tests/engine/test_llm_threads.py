@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_helpers import check_answers, fake_engine, solo_answer
+from engine_helpers import check_answers, fake_adapter, fake_engine, solo_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_helpers import (
     DEEDS,
+    SECONDS,
     Gate,
     ask_for_some,
     greedy,
@@ -32,8 +33,15 @@ from thread_helpers import (
 
 from octavo.engine.outputs import RequestOutput
 from octavo.engine.request import derive_seed
-from octavo.errors import EngineInUseError, QueueFullError, WrongProcessError
+from octavo.errors import (
+    EngineInUseError,
+    InvalidArgumentError,
+    QueueFullError,
+    WrongProcessError,
+)
 from octavo.llm import LLM
+from octavo.models.adapter import Adapter
+from octavo.prompts import LoRARequest
 from octavo.sampling_params import SamplingParams
 
 
@@ -194,6 +202,28 @@ def test_between_steps(llm: LLM, tmp_path: Path) -> None:
         llm.between_steps(lambda _: {}["what"])
     with pytest.raises(EngineInUseError, match="in the midst of a step"):
         llm.between_steps(lambda _: llm.generate([1], progress=False))
+    assert is_clean(llm)
+
+
+def test_threads_that_bring_the_same_adapter_share_it() -> None:
+    def read(path: Path) -> Adapter:
+        time.sleep(0.05)  # in which all others ask for it
+        return fake_adapter(path)
+
+    llm = LLM.from_engine(fake_engine(max_adapters=2, read_adapter=read))
+    start = threading.Barrier(4)
+
+    def ask() -> RequestOutput:
+        start.wait(SECONDS)
+        request = LoRARequest("a", 1, "/adapters/7")
+        return llm.generate([1, 2], greedy(5), progress=False, lora_request=request)[0]
+
+    outputs = [wait() for wait in [in_thread(ask) for _ in range(4)]]
+    assert len({output.outputs for output in outputs}) == 1
+    assert outputs[0].outputs != llm.generate([1, 2], greedy(5), progress=False)[0].outputs
+    assert len(runtime_of(llm).loads) == 1
+    with pytest.raises(InvalidArgumentError, match="/7, not /adapters/8; expected a name of its"):
+        llm.generate([1], progress=False, lora_request=LoRARequest("a", 1, "/adapters/8"))
     assert is_clean(llm)
 
 
