@@ -287,7 +287,8 @@ class LLM(LoadedModel):
         A fourth entry of an item is the name of its LoRA adapter, or None.
         Yields (key, output) in the order of finishing. Items are taken lazily, max_in_flight at a
         time (twice max_num_seqs if None), so the input may be endless. An item that cannot be
-        answered is yielded with its `error` set and no outputs, and the others go on. An item
+        answered (a bad prompt, an adapter that cannot be had, a full queue) is yielded with its
+        `error` set and no outputs, and the others go on. An item
         whose params name no seed draws it from the engine's seed and str(key): a run that is
         resumed half-way continues as if it had never stopped.
         """
@@ -389,7 +390,9 @@ class LLM(LoadedModel):
                     except (InvalidArgumentError, TokenizerError) as error:
                         yield key, refused_output(prompt, error)
                     else:
-                        call.ask([Asked(key, encoded, params, adapter=next(iter(adapter), None))])
+                        name = next(iter(adapter), None)
+                        asked = Asked(key, encoded, params, adapter=name, may_be_refused=True)
+                        call.ask([asked])
                 if not num_taken and not call.num_open:
                     return
                 arrival = call.take()

@@ -46,12 +46,24 @@ class EncodedPrompt:
 
     is_chat: it came out of a chat template. kept_special_ids: special tokens that the answer's text
     holds even where the others are skipped, such as the tags around calls of tools.
+    Raises InvalidArgumentError for token_ids that are no sequence.
     """
 
     text: str | None
     token_ids: Sequence[int]
     is_chat: bool = False
     kept_special_ids: Collection[int] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            is_sequence = len(self.token_ids) >= 0 and hasattr(self.token_ids, "__getitem__")
+        except TypeError:
+            is_sequence = False
+        if not is_sequence:
+            raise InvalidArgumentError(
+                f"the prompt is {self.token_ids!r}; expected a text, token ids, or an object with "
+                f"either"
+            )
 
 
 AnyPrompt = Prompt | Conversation | EncodedPrompt
@@ -67,7 +79,8 @@ def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt
         raise InvalidArgumentError(
             f"prompts is {prompts!r}; expected a text, token ids, or a list of either"
         ) from None
-    if items and not hasattr(items[0], "__len__"):  # numbers: one prompt's token ids
+    is_number = bool(items) and items[0] is not None and not hasattr(items[0], "__len__")
+    if is_number:  # one prompt's token ids
         return False, [cast("Prompt", items)]
     return True, cast("list[Prompt]", items)
 

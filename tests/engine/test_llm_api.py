@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_helpers import check_answers, fake_engine, solo_answer
+from engine_helpers import check_answers, fake_adapter, fake_engine, solo_answer
 from fake_runtime import VOCAB, FakeRuntime
 
 from octavo.config import EngineConfig
 from octavo.engine.outputs import RequestOutput
 from octavo.errors import EngineClosedError, InvalidArgumentError, TokenizerError
 from octavo.llm import LLM
+from octavo.models.adapter import Adapter
 from octavo.sampling_params import SamplingParams
 from octavo.text.chat import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
@@ -180,6 +181,9 @@ def test_streams_may_be_read_side_by_side_and_left_early(llm: LLM) -> None:
         ([[1], [VOCAB + 3]], f"prompt 1: token 0 of the prompt is {VOCAB + 3}; expected 0 to 96"),
         ([1, 2.5], "token 1 of the prompt is 2.5; expected an integer"),
         (7, "prompts is 7; expected a text"),
+        (["AB", 7], "prompt 1: the prompt is 7; expected a text, token ids"),
+        ([None, "AB"], "prompt 0: the prompt is None; expected a text, token ids"),
+        ({"prompt_token_ids": 7}, "the prompt is 7; expected a text, token ids"),
     ],
 )
 def test_one_bad_prompt_stops_all_before_any_runs(llm: LLM, prompts: Any, message: str) -> None:
@@ -229,6 +233,46 @@ def test_as_completed_goes_on_when_all_that_fit_in_were_bad(llm: LLM) -> None:
     items: list[tuple[int, Any, SamplingParams]] = [(i, [VOCAB], GREEDY) for i in range(7)]
     found = dict(llm.generate_as_completed([*items, (7, "AB", GREEDY)], max_in_flight=3))
     assert [found[i].error is None for i in range(8)] == [False] * 7 + [True]
+
+
+def errors_of(llm: LLM, items: list[tuple[Any, ...]]) -> dict[Any, str | None]:
+    found = dict(llm.generate_as_completed(items))
+    assert all(bool(output.error) != bool(output.outputs) for output in found.values())
+    assert is_clean(llm)
+    return {key: output.error for key, output in found.items()}
+
+
+def test_as_completed_goes_on_after_what_the_engine_refuses(tokenizer: Tokenizer) -> None:
+    is_damaged = False
+
+    def read(path: Path) -> Adapter:
+        return fake_adapter(path / "damaged" if is_damaged else path)
+
+    engine = fake_engine(tokenizer=tokenizer, max_adapters=1, read_adapter=read)
+    llm = LLM.from_engine(engine)
+    for name in ("7", "8"):  # there is a place for one of them
+        llm.load_adapter(name, f"/adapters/{name}")
+    named: list[tuple[Any, ...]] = [(each, "AB", GREEDY, each) for each in ("7", "8", "9", None)]
+    found = errors_of(llm, [*named, ("none", None, GREEDY), ("number", 123, GREEDY)])
+    assert found.pop("7") is None and found.pop(None) is None
+    for key, message in {
+        "8": "requests use all 1 places for adapters",
+        "9": "the adapter '9' is not loaded",
+        "none": "the prompt is None; expected a text",
+        "number": "the prompt is 123; expected a text",
+    }.items():
+        assert (found.pop(key) or "").startswith(message)
+    assert not found
+    is_damaged = True
+    found = errors_of(llm, named[1:])
+    assert found["8"] == "the adapter in /adapters/8/damaged is damaged" and found[None] is None
+
+    busy = LLM.from_engine(fake_engine(tokenizer=tokenizer, max_waiting_requests=2))
+    found = errors_of(busy, [(i, "AB", GREEDY) for i in range(5)])
+    assert [i for i in range(5) if "the queue is full" in (found[i] or "")] == [2, 3, 4]
+    busy.close()  # which is no matter of one item
+    with pytest.raises(EngineClosedError):
+        next(busy.generate_as_completed([(0, "AB", GREEDY)]))
 
 
 def test_as_completed_draws_seeds_by_key(tokenizer: Tokenizer) -> None:

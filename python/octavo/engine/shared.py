@@ -25,9 +25,9 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from octavo.engine.guard import deferred_interrupt
-from octavo.engine.outputs import OutputChunk
+from octavo.engine.outputs import OutputChunk, refused_output
 from octavo.engine.search import Search
-from octavo.errors import EngineInUseError
+from octavo.errors import EngineClosedError, EngineInUseError, OctavoError, WrongProcessError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 
@@ -38,10 +38,15 @@ T = TypeVar("T")
 LOOK_AGAIN_SECONDS = 1.0
 """The longest sleep: a second Ctrl-C while the lead changes hands may lose a wake-up."""
 BEAT_SECONDS = 0.1  # between two calls of `on_step` while another thread makes the steps
+# No request could be answered any more: these are never an error of one alone.
+_OF_ENGINE = (EngineClosedError, EngineInUseError, WrongProcessError)
 
 
 class Asked(NamedTuple):
-    """A request without a number yet. key: the caller's name for it."""
+    """A request without a number yet. key: the caller's name for it.
+
+    may_be_refused: if the engine refuses it, its output says so, and the call goes on.
+    """
 
     key: Any
     prompt: EncodedPrompt
@@ -49,6 +54,7 @@ class Asked(NamedTuple):
     stream: bool = False
     adapter: str | None = None
     search: Search | None = None
+    may_be_refused: bool = False
 
 
 class Arrival(NamedTuple):
@@ -84,7 +90,8 @@ class Call:
     def ask(self, requests: SequenceOf[Asked]) -> None:
         """Add requests, which get consecutive numbers.
 
-        If the engine refuses one, it and all after it are not added, and `take` raises the error.
+        If the engine refuses one that may not be, it and all after it are not added, and `take`
+        raises the error.
         """
         self.num_open += len(requests)
         self._shared.do(partial(self._shared.add, self, requests))
@@ -249,24 +256,32 @@ class SharedEngine:
 
     def add(self, call: Call, requests: SequenceOf[Asked]) -> None:
         """A command: start requests."""
-        try:
-            for asked in requests:
-                request_id = str(next(self._numbers))
-                self.engine.add_request(
-                    request_id,
-                    asked.prompt.token_ids,
-                    asked.params,
-                    prompt=asked.prompt.text,
-                    stream=asked.stream,
-                    continues_prompt=not asked.prompt.is_chat,
-                    kept_special_ids=asked.prompt.kept_special_ids,
-                    adapter=asked.adapter,
-                    search=asked.search,
-                )
-                call.request_ids.add(request_id)
-                self._open[request_id] = (call, asked.key)
-        except Exception as error:
-            self._fail(call, error)
+        for asked in requests:
+            try:
+                self._add(call, asked)
+            except Exception as error:
+                is_its_own = isinstance(error, OctavoError) and not isinstance(error, _OF_ENGINE)
+                if not (asked.may_be_refused and is_its_own):
+                    self._fail(call, error)
+                    return
+                refused = refused_output(asked.prompt.text, error)
+                call.inbox.put(Arrival(asked.key, OutputChunk("", 0, "", result=refused)))
+
+    def _add(self, call: Call, asked: Asked) -> None:
+        request_id = str(next(self._numbers))
+        self.engine.add_request(
+            request_id,
+            asked.prompt.token_ids,
+            asked.params,
+            prompt=asked.prompt.text,
+            stream=asked.stream,
+            continues_prompt=not asked.prompt.is_chat,
+            kept_special_ids=asked.prompt.kept_special_ids,
+            adapter=asked.adapter,
+            search=asked.search,
+        )
+        call.request_ids.add(request_id)
+        self._open[request_id] = (call, asked.key)
 
     def drop(self, call: Call) -> None:
         """A command: abort every request of a call."""
