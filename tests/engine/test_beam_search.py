@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_helpers import fake_engine, run_to_end
-from fake_runtime import NAN_TOKEN, VOCAB, FakeRuntime, top_tokens
+from fake_runtime import EOS, NAN_TOKEN, VOCAB, FakeRuntime, top_tokens
 from invariance_helpers import SPEC, make_engine, prompt_of, weights
 
 from octavo.engine.engine import Engine
@@ -116,6 +116,23 @@ def test_one_beam_is_greedy_decoding() -> None:
         history.append(int(fake_row(history).argmax()))
     (answer,) = run_to_end(engine)["s"].outputs
     assert list(answer.token_ids) == history[3:] and answer.finish_reason == "length"
+
+
+def test_why_a_beam_ended_is_told_as_of_any_answer() -> None:
+    stops = tuple(range(20, 30))
+    params = BeamSearchParams(4, 5, stop_token_ids=stops)
+    engine = fake_engine()
+    reasons: set[tuple[str | None, bool]] = set()
+    for seed in range(20):
+        search = BeamSearch(params, {EOS, *stops}, params.max_tokens)
+        engine.add_request("s", [seed, 3], params.sampling_params(), search=search)
+        output = run_to_end(engine)["s"]
+        for answer in () if output.error else output.outputs:  # the fake model has its NaN
+            last = answer.token_ids[-1]
+            assert answer.stop_reason == (last if last in stops else None)
+            assert answer.finish_reason == ("stop" if last in {EOS, *stops} else "length")
+            reasons.add((answer.finish_reason, answer.stop_reason is None))
+    assert reasons == {("stop", False), ("stop", True), ("length", True)}
 
 
 def test_four_beams_hold_few_more_blocks_than_one_sequence() -> None:

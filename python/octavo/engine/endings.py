@@ -55,7 +55,8 @@ class Endings:
         answers = self._requests[request.request_id]
         for each, (found, reason, logprob) in zip(answers, group.search.results(), strict=True):
             each.set_answer(found, logprob)
-            self.scheduler.finish(each.sequence, reason, now)
+            is_stop = reason == "stop" and found[-1] in each.sequence.params.stop_token_ids
+            self.scheduler.finish(each.sequence, reason, now, found[-1] if is_stop else None)
         return [self._chunk(answers[-1], "", now)]
 
     def _fail(self, answer: Answer, now: float, problem: str) -> list[OutputChunk]:
