@@ -13,7 +13,7 @@ from octavo.config import EngineConfig
 from octavo.engine.outputs import OutputChunk, RequestOutput
 from octavo.errors import EngineStepError
 from octavo.model import LoadedModel, load_model
-from octavo.prompts import AnyPrompt
+from octavo.prompts import AnyPrompt, EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
 from octavo.server.stream import EngineRequest, ResultStream
@@ -102,11 +102,15 @@ class AsyncLLM:
         **options: Any,
     ) -> ResultStream:
         model, params = self._loaded(), params or SamplingParams()
-        encoded = model.encode(prompt)
-        model.engine.check_request(encoded.token_ids, params)
-        if params.structured_outputs is not None:  # a new grammar takes a while to compile
-            await asyncio.to_thread(model.engine.grammars.of, params)
+        # Before the wait, so that tasks get their seeds in the order in which they ask.
         name = f"request-{next(self._numbers)}" if request_id is None else request_id
+
+        def read() -> EncodedPrompt:  # a long prompt and a new grammar take a while
+            encoded = model.encode(prompt)
+            model.engine.check_request(encoded.token_ids, params)
+            return encoded
+
+        encoded = await asyncio.to_thread(read)
         return self._engine.submit(EngineRequest(name, encoded, params, **options))
 
     def _loaded(self) -> LoadedModel:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,49 @@ def test_a_stream_is_the_answer_in_pieces(llm: LLM) -> None:
 
     text, result = asyncio.run(ask())
     assert text == result.text == llm.generate("ABC", PARAMS, progress=False)[0].text
+
+
+def test_prompts_are_read_beside_the_event_loop_and_numbered_as_they_were_asked(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, compile_grammar = llm.encode, llm.engine.grammars.of
+    threads: list[str] = []
+
+    def slow_encode(prompt: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        time.sleep(0.05 if prompt == PROMPTS[0] else 0)  # so that the others overtake it
+        return encode(prompt)
+
+    def noted(params: SamplingParams) -> Any:
+        threads.append(threading.current_thread().name)
+        return compile_grammar(params)
+
+    monkeypatch.setattr(llm, "encode", slow_encode)
+    monkeypatch.setattr(llm.engine.grammars, "of", noted)
+
+    async def ask() -> list[Any]:
+        async with AsyncLLM() as asked:
+            with pytest.raises(InvalidArgumentError, match="the prompt is 7"):
+                await asked.generate(7, PARAMS)  # type: ignore[arg-type]
+            return await asyncio.gather(*(asked.generate(prompt, PARAMS) for prompt in PROMPTS))
+
+    numbers = [output.request_id for output in asyncio.run(ask())]
+    assert numbers == [f"request-{number}" for number in range(1, 5)]
+    assert len(threads) > 2 * len(PROMPTS) and threading.current_thread().name not in threads
+
+
+def test_a_second_request_of_one_id_is_told_and_the_first_goes_on(llm: LLM) -> None:
+    slow_down(llm, 0.01)
+
+    async def ask() -> None:
+        async with AsyncLLM() as asked:
+            first = asyncio.create_task(asked.generate("ABC", PARAMS, request_id="a"))
+            await asyncio.sleep(0.05)
+            with pytest.raises(InvalidArgumentError, match="'a' is already running"):
+                await asked.generate("ABC", PARAMS, request_id="a")
+            assert (await first).text
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
 
 
 def test_leaving_a_stream_and_cancelling_a_task_end_their_requests(llm: LLM) -> None:
