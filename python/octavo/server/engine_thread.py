@@ -22,6 +22,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from octavo.engine.events import EventLogFile
+from octavo.engine.outputs import OutputChunk
 from octavo.errors import (
     EngineStepError,
     InvalidArgumentError,
@@ -32,11 +33,10 @@ from octavo.server.stream import EngineRequest, ResultStream, StatsReader, StepS
 
 if TYPE_CHECKING:
     from octavo.engine.engine import Engine
-    from octavo.engine.outputs import OutputChunk
     from octavo.model import LoadedModel
 
 T = TypeVar("T")
-Outbox = list[tuple[ResultStream, "OutputChunk | OctavoError"]]
+Outbox = list[tuple[ResultStream, OutputChunk | OctavoError]]
 State = Literal["loading", "ready", "failed", "stopped"]
 _log = logging.getLogger("octavo.engine")
 _IDLE_BEAT = 0.5  # most seconds between two signs of life while there is nothing to do
@@ -128,9 +128,8 @@ class EngineThread:
     def abort_all(self, error: OctavoError) -> None:
         """End every request with an error."""
         for stream in self.open_streams():
+            self._drop(stream)
             stream.put(error)
-            self._commands.put(partial(self._abort, stream.request.request_id))
-            self._forget(stream)
 
     async def wait_until_idle(self) -> None:
         """Return when no request is open."""
@@ -193,8 +192,15 @@ class EngineThread:
     def _close(self, stream: ResultStream) -> None:
         """The stream's reader has gone."""
         if self._open.get(stream.request.request_id) is stream:
-            self._commands.put(partial(self._abort, stream.request.request_id))
-            self._forget(stream)
+            self._drop(stream)
+
+    def _drop(self, stream: ResultStream) -> None:
+        """Abort a request. What the stream is given next says why to its reader."""
+        name = stream.request.request_id
+        self._commands.put(partial(self._abort, name))
+        self._forget(stream)
+        if self._is_running and stream.observe is not None:  # to the metrics it is no error
+            stream.observe(OutputChunk(name, 0, "", finish_reason="abort"))
 
     def _forget(self, stream: ResultStream) -> None:
         self._open.pop(stream.request.request_id, None)

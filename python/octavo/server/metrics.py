@@ -175,36 +175,58 @@ class Metrics:
             each.labels(*self._labels, str(place)).inc(new)
 
     def watch(self, stream: ResultStream) -> None:
-        """Follow one request to its end."""
-        params = stream.request.params
+        """Follow one request to its end.
+
+        The tokens of a search are known with its end, and a prompt that is only scored has none.
+        A chunk with the reason "abort" ends every answer that is open.
+        """
+        params, search = stream.request.params, stream.request.search
+        answers = range(params.n if search is None else search.num_beams)
         if params.max_tokens is not None:
             self._histograms["vllm:request_params_max_tokens"].observe(params.max_tokens)
         self._histograms["vllm:request_params_n"].observe(params.n)
         last: dict[int, float] = {}
+        ended: set[int] = set()
         num_prompt = len(stream.request.prompt.token_ids)
-        generated = self._counters["vllm:generation_tokens"]
         between_tokens = self._histograms["vllm:inter_token_latency_seconds"]
 
+        def end(reasons: Mapping[int, str]) -> None:
+            for index in reasons.keys() - ended:
+                ended.add(index)
+                self._counters["vllm:request_success"].labels(*self._labels, reasons[index]).inc()
+
         def observe(chunk: OutputChunk | None) -> None:
-            if chunk is None:
-                self._counters["vllm:request_success"].labels(*self._labels, "abort").inc()
+            if chunk is None or chunk.finish_reason == "abort":
+                end(dict.fromkeys(answers, "error" if chunk is None else "abort"))
                 return
             now = time.monotonic()
             if chunk.token_ids:
                 before = last.get(chunk.index)
                 if not last:
-                    seconds = now - stream.arrival_time
-                    self._histograms["vllm:time_to_first_token_seconds"].observe(seconds)
-                    self.recent_ttft.append(round(seconds, 4))
-                    self._counters["vllm:prompt_tokens"].inc(num_prompt)
+                    self._begin(num_prompt, now - stream.arrival_time)
                 elif before is not None:
                     between_tokens.observe(now - before)
                 last[chunk.index] = now
-                generated.inc(len(chunk.token_ids))
+                self._counters["vllm:generation_tokens"].inc(len(chunk.token_ids))
+            if chunk.finish_reason is not None:
+                end({chunk.index: chunk.finish_reason})
             if chunk.result is not None:
+                outputs, metrics = chunk.result.outputs, chunk.result.metrics
+                end({output.index: output.finish_reason or "abort" for output in outputs})
+                first = metrics.first_token_time
+                if not last and (first is not None or outputs[0].finish_reason == "length"):
+                    self._begin(num_prompt, first and first - stream.arrival_time)
+                    self._counters["vllm:generation_tokens"].inc(metrics.num_output_tokens)
                 self._finish(chunk.result, now - stream.arrival_time)
 
         stream.observe = observe
+
+    def _begin(self, num_prompt_tokens: int, seconds: float | None) -> None:
+        """The prompt is processed. seconds: to the first token; None: none is asked for."""
+        self._counters["vllm:prompt_tokens"].inc(num_prompt_tokens)
+        if seconds is not None:
+            self._histograms["vllm:time_to_first_token_seconds"].observe(seconds)
+            self.recent_ttft.append(round(seconds, 4))
 
     def rejected(self, reason: str) -> None:
         """A request was turned away."""
@@ -235,9 +257,6 @@ class Metrics:
         sources = self._counters["vllm:prompt_tokens_by_source"]
         sources.labels(*self._labels, "local_cache_hit").inc(metrics.num_cached_tokens)
         sources.labels(*self._labels, "local_compute").inc(num_computed)
-        ends = self._counters["vllm:request_success"]
-        for output in result.outputs:
-            ends.labels(*self._labels, output.finish_reason or "abort").inc()
         if result.error is not None:
             self._counters["vllm:corrupted_requests"].inc()
 

@@ -1,0 +1,103 @@
+"""What the metrics count of requests that sample otherwise, and of those that end early."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from server_helpers import RawClient, error_of, fake_llm, run, runtime_of, serving, slow_down
+
+from octavo.engine.outputs import OutputChunk
+from octavo.llm import LLM
+
+COMPLETIONS = "/v1/completions"
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> LLM:
+    return fake_llm(tmp_path)
+
+
+async def metric(client: httpx.AsyncClient, name: str) -> float:
+    text = (await client.get("/metrics")).text
+    found = re.search(rf"^vllm:{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+async def ends(client: httpx.AsyncClient) -> dict[str, int]:
+    """How many answers have ended, by reason."""
+    text = (await client.get("/metrics")).text
+    found = re.findall(r'^vllm:request_success_total\{.*reason="(\w+)",.*\} (\S+)$', text, re.M)
+    return {reason: int(float(count)) for reason, count in found if float(count)}
+
+
+@pytest.mark.parametrize(
+    ("body", "num_tokens", "num_first"),
+    [
+        ({"max_tokens": 4, "n": 3}, 12, 1),
+        ({"max_tokens": 4, "n": 3, "use_beam_search": True}, 12, 1),
+        ({"max_tokens": 0, "echo": True, "logprobs": 1}, 0, 0),
+        ({"max_tokens": 200, "n": 2, "timeout": 1e-9}, 0, 0),  # its prompt was never processed
+    ],
+)
+def test_tokens_of_requests_of_every_kind(
+    llm: LLM, body: dict[str, Any], num_tokens: int, num_first: int
+) -> None:
+    async def test() -> None:
+        async with serving(llm) as (client, service):
+            asked = {"prompt": "hello", "ignore_eos": True, **body}
+            is_late = "timeout" in body
+            response = await client.post(COMPLETIONS, json=asked)
+            assert response.status_code == (504 if is_late else 200), response.text
+            assert await metric(client, "prompt_tokens_total") == (0 if is_late else 5)
+            assert await metric(client, "request_prompt_tokens_sum") == 5
+            assert await metric(client, "generation_tokens_total") == num_tokens
+            assert await metric(client, "request_generation_tokens_sum") == num_tokens
+            assert await metric(client, "time_to_first_token_seconds_count") == num_first
+            assert 0 <= await metric(client, "time_to_first_token_seconds_sum") < 60
+            assert service.metrics is not None and len(service.metrics.recent_ttft) == num_first
+            reason = "timeout" if is_late else "length"
+            assert await ends(client) == {reason: body.get("n", 1)}
+
+    run(test)
+
+
+def test_answers_that_end_early_are_counted_one_by_one_and_by_reason(llm: LLM) -> None:
+    body = {"prompt": "hello", "max_tokens": 400, "ignore_eos": True, "n": 4}
+
+    async def test() -> None:
+        slow_down(llm, 0.01)
+        async with serving(llm) as (client, service):
+
+            async def has_begun() -> None:
+                while not any(s.num_output_tokens for s in service.engine.open_streams()):
+                    await asyncio.sleep(0.005)
+
+            raw = RawClient(service, COMPLETIONS, {**body, "stream": True})
+            task = asyncio.ensure_future(raw.run())
+            await has_begun()
+            (stream,) = service.engine.open_streams()
+            stream.put(OutputChunk(stream.request.request_id, 2, "", finish_reason="stop"))
+            assert await ends(client) == {"stop": 1}
+            raw.gone.set()
+            await task
+            assert await ends(client) == {"stop": 1, "abort": 3}
+
+            runtime_of(llm).fail_next = RuntimeError("a device")
+            error_of(await client.post(COMPLETIONS, json={**body, "n": 2}), 500)
+            assert await ends(client) == {"stop": 1, "abort": 3, "error": 2}
+
+            beams = {**body, "n": 3, "max_tokens": 200, "use_beam_search": True}
+            post = asyncio.ensure_future(client.post(COMPLETIONS, json=beams))
+            while not service.engine.num_open:
+                await asyncio.sleep(0.005)
+            service.abort_all()  # as at the end of the time to shut down
+            error_of(await post, 503)
+            assert await ends(client) == {"stop": 1, "abort": 6, "error": 2}
+
+    run(test, seconds=30)
