@@ -83,8 +83,9 @@ class AsyncLLM:
     ) -> AsyncGenerator[OutputChunk, None]:
         """Answer piece by piece, as its tokens are drawn; the last chunk's `result` is the whole.
 
-        options: request_id (also seeds requests that name no seed), priority (lower is more
-        urgent), timeout (seconds), cache_salt and adapter, as `Engine.add_request` has them.
+        options: request_id (also seeds requests that name no seed; of an open request it is an
+        InvalidArgumentError), priority (lower is more urgent), timeout (seconds), cache_salt and
+        adapter, as `Engine.add_request` has them.
         """
         stream = await self._submit(prompt, params, **options)
         try:
