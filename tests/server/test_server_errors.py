@@ -117,6 +117,18 @@ def test_what_is_wrong_is_named(index: int, wrong_answers: dict[int, httpx.Respo
     assert name is None or (error["param"] or "").startswith(name), error
 
 
+def test_what_is_quoted_is_shortened(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as (client, _):
+            kind = "".join(f"{i}-" for i in range(9000))
+            for more in ({"response_format": {"type": kind}}, {"logit_bias": {kind: 1}}):
+                response = await client.post(COMPLETIONS, json={"prompt": "ABC", **more})
+                message = error_of(response, 400)["message"]
+                assert "0-1-2-3" in message and "; expected " in message and len(message) < 2100
+
+    run(test)
+
+
 def test_a_prompt_that_does_not_fit(llm: LLM) -> None:
     async def test() -> None:
         async with serving(llm) as (client, _):

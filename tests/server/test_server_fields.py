@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from server_helpers import error_of, fake_llm, run, serving
 
 from octavo.server.errors import ApiError
 from octavo.server.fields import check_extra_fields, unknown_fields
 from octavo.server.prepare import read_params
-from octavo.server.protocol import ChatBody, CompletionBody, check_supported, slips
+from octavo.server.protocol import ChatBody, CompletionBody, DetokenizeBody, check_supported, slips
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "Hi"}]
@@ -126,6 +127,26 @@ SLIPS = {
 def test_a_slip_is_told_from_what_nobody_knows():
     body = CompletionBody.model_validate({"prompt": "x", **dict.fromkeys(SLIPS, 1)})
     assert slips(body) == SLIPS
+
+
+def test_of_many_unknown_fields_the_first_are_compared():
+    body = CompletionBody.model_validate({"prompt": "x", **{f"seed{i}": i for i in range(3000)}})
+    assert slips(body) == {f"seed{i}": "seed" for i in range(20)}
+
+
+MANY = [{"a": [i]} if i % 3 else i + 0.5 for i in range(3000)]
+
+
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody, DetokenizeBody])
+def test_many_wrong_entries_are_few_errors(body):
+    base = {"prompt": "x", "messages": USER, "tokens": [1]}
+    for name in body.model_fields:
+        values = (MANY, [MANY], {str(i): 1000 + i for i in range(5000)})
+        for value in values:
+            try:
+                body.model_validate({**base, name: value})
+            except ValidationError as error:
+                assert error.error_count() < 10, name
 
 
 @given(st.dictionaries(st.text(max_size=12), st.none() | st.integers() | st.text(), max_size=4))

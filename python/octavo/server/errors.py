@@ -44,6 +44,7 @@ _STATUSES: tuple[tuple[type[OctavoError], int, str], ...] = (
 _FIELD = re.compile(
     r"(?:an? (?:entry|token id) of )?([a-z_]+(?:\[\d+\]|\.\w+)*) (?:is|has|holds|of)\b"
 )
+MAX_MESSAGE = 2000  # characters; a message quotes values of any length
 _NO_FIELDS = frozenset({"the", "this", "an", "a", "token"})
 
 
@@ -61,6 +62,7 @@ class ApiError(Exception):
     headers: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
+        self.message, self.param = _shortened(self.message), self.param and _shortened(self.param)
         super().__init__(self.message)
         if self.status in (429, 503):
             self.headers = {**(self.headers or {}), "Retry-After": "1"}
@@ -106,6 +108,12 @@ def to_api_error(error: Exception, param: str | None = None) -> ApiError:
     return ApiError(500, "octavo failed on this request; its log says why", code="internal_error")
 
 
+def _shortened(text: str) -> str:
+    """Its beginning, which names a field, and its end, which says what to do."""
+    half = MAX_MESSAGE // 2
+    return text if len(text) <= MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
+
+
 def field_of(message: str) -> str | None:
     """The field that one of octavo's messages begins with, if it does."""
     found = _FIELD.match(message)
@@ -121,7 +129,8 @@ def validation_error(problems: Sequence[Any]) -> ApiError:
         if problem.get("type") == "json_invalid":
             field, text = "", f"the body is no JSON: {problem.get('ctx', {}).get('error', '')}"
         else:
-            text = f"{field}: {problem.get('msg', 'is wrong')}" if field else problem["msg"]
+            reason = problem.get("msg", "is wrong").removeprefix("Value error, ")
+            text = f"{field}: {reason}" if field else reason
         first = first or field or None
         parts.append(text)
     return ApiError(400, "; ".join(dict.fromkeys(parts)) or "the body is wrong", param=first)

@@ -13,6 +13,8 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+_MOST_UNKNOWN = 20  # fields that are looked at for slips
+
 # Values that ask for nothing, unless a field's own are named below.
 _NOTHING: tuple[Any, ...] = (False, 0, "", [], {})
 
@@ -141,12 +143,17 @@ def check_extra_fields(
 
 
 def unknown_fields(extra: Iterable[str], known: Iterable[str]) -> dict[str, str | None]:
-    """Fields that no API has, each with the field, offered or refused, that was perhaps meant."""
+    """Fields that no API has, each with the field, offered or refused, that was perhaps meant.
+
+    The first of them only: each is compared with every field that there is.
+    """
     names = {_letters(name): name for name in (*_REFUSED, *_OTHER_NAMES, *known)}
     unknown: dict[str, str | None] = {}
     for name in extra:
         if name in _REFUSED or name in _OTHER_NAMES or name in _HARMLESS:
             continue
+        if len(unknown) == _MOST_UNKNOWN:
+            break
         close = difflib.get_close_matches(_letters(name), names, 1, 0.8)
         unknown[name] = names[close[0]] if close else None
     return unknown

@@ -20,8 +20,12 @@ MAX_N = 128  # answers to one request; OpenAI's limit
 MAX_PROMPTS = 1024  # prompts in one request
 MAX_BAD_WORDS = 1024
 MAX_STOP = 32  # stop strings, each of which costs time for every character
+MAX_BIASES = 4096  # tokens of logit_bias, which are sorted anew for each answer
 
+# fail_fast: a list of a million wrong entries is one error, and not a million.
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 TokenLimit = Literal[-1] | Annotated[int, Field(ge=0)]  # -1: as many as fit
 
 
@@ -79,12 +83,12 @@ class SamplingBody(_Options):
 
     max_tokens: TokenLimit | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOP)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOP, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
-    bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS)] | None = None
-    dry_sequence_breakers: Annotated[list[str], Field(max_length=MAX_STOP)] | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
+    dry_sequence_breakers: Annotated[list[str], Field(max_length=MAX_STOP, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
@@ -99,12 +103,22 @@ class SamplingBody(_Options):
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | bool | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     guided_grammar: str | None = None
     guided_json_object: bool | None = None
     guided_whitespace_pattern: str | None = None
 
     prompt_field: ClassVar[str] = "messages"
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _has_few_entries(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_BIASES:
+            raise ValueError(
+                f"it has {len(value)} entries; expected at most {MAX_BIASES} (allowed_token_ids "
+                "takes any number)"
+            )
+        return value
 
     @property
     def num_answers(self) -> int:
@@ -124,15 +138,15 @@ class Message(BaseModel):
 class ChatFields(Body):
     """A conversation and how its prompt is made."""
 
-    messages: list[Message]
+    messages: Annotated[list[Message], Field(fail_fast=True)]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    tools: list[dict[str, Any]] | None = None
-    documents: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
+    documents: Objects | None = None
 
 
 class ChatBody(ChatFields, SamplingBody):
@@ -153,9 +167,9 @@ class CompletionBody(SamplingBody):
 
     prompt: (
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     add_special_tokens: bool = True
     echo: bool | None = None
@@ -186,7 +200,7 @@ class TokenizeChatBody(ChatFields):
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
+    tokens: Annotated[list[TokenId], Field(max_length=1 << 20, fail_fast=True)]
 
 
 class UnloadAdapterBody(BaseModel):
