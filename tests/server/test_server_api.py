@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_helpers import solo_answer
 from fake_runtime import EOS, NAN_TOKEN
-from server_helpers import error_of, events_of, fake_llm, run, serving
+from server_helpers import error_of, events_of, fake_llm, run, serving, slow_down
 
 from octavo.llm import LLM
 from octavo.sampling_params import SamplingParams
@@ -16,6 +18,7 @@ from octavo.server.options import read_defaults
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "Hi"}]
+LONG = {"prompt": "ABC", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
 
 
 @pytest.fixture
@@ -80,6 +83,48 @@ def test_many_prompts_and_answers_are_counted_through(llm: LLM, stream: bool) ->
                 reasons = [choice["finish_reason"] for choice in choices]
             assert texts == [text_of(answer.token_ids) for answer in want]
             assert reasons == [answer.finish_reason for answer in want]
+
+    run(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_of_one_request_wait_as_one(tmp_path: Path, stream: bool) -> None:
+    llm = fake_llm(tmp_path, max_waiting_requests=2, max_num_seqs=1)
+    many = {**LONG, "prompt": ["ABC", "xy", "z", "~~~~"], "max_tokens": 4, "stream": stream}
+
+    async def test() -> None:
+        async with serving(llm) as (client, service):
+            response = await client.post(COMPLETIONS, json=many)  # no other waits
+            assert response.status_code == 200, response.text
+            events = events_of(response.text) if stream else [response.json()]
+            found = {choice["index"] for event in events for choice in event["choices"]}
+            assert found == {0, 1, 2, 3}
+            slow_down(llm, 0.01)
+            others = []
+            for _ in range(3):
+                others.append(asyncio.ensure_future(client.post(COMPLETIONS, json=LONG)))
+                await asyncio.sleep(0.05)
+            error_of(await client.post(COMPLETIONS, json=many), 429)
+            assert service.engine.num_open == 3 and not others[0].done()
+            service.abort_all()
+            await asyncio.gather(*others)
+
+    run(test)
+
+
+def test_the_first_refusal_ends_a_request_of_many_prompts(llm: LLM) -> None:
+    async def test() -> None:
+        slow_down(llm, 0.01)
+        async with serving(llm) as (client, service):
+            submit, names = service.engine.submit, []
+
+            def refuse_last(request: Any) -> Any:
+                names.append(request.request_id)
+                return submit(replace(request, priority=2**40) if len(names) == 3 else request)
+
+            service.engine.submit = refuse_last  # type: ignore[method-assign]
+            error_of(await client.post(COMPLETIONS, json={**LONG, "prompt": ["A", "xy", "z"]}), 400)
+            assert await service.engine.call(lambda m: m.engine.num_steps) < 200
 
     run(test)
 
@@ -319,8 +364,6 @@ def test_a_nan_ends_its_request_alone(llm: LLM) -> None:
             for stream in (False, True):
                 bad = {"prompt": [3, NAN_TOKEN], "stream": stream}
                 good = {"prompt": "ABC", "max_tokens": 8, "ignore_eos": True}
-                import asyncio
-
                 failed, fine = await asyncio.gather(
                     client.post(COMPLETIONS, json=bad), client.post(COMPLETIONS, json=good)
                 )

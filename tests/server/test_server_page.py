@@ -10,6 +10,7 @@ import re
 import shlex
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from server_helpers import error_of, events_of, fake_llm, run, serving, slow_down
@@ -192,6 +193,14 @@ def test_the_live_view(tmp_path: Path) -> None:
             found = (await client.get(f"/engine/requests/{responses[0].json()['id']}")).json()
             assert len(found["sentences"]) >= 3 and "21 prompt tokens" in found["sentences"][0]
             error_of(await client.get("/engine/requests/nobody"), 404)
+            body = {"prompt": ["ABCD", "xyz"], "max_tokens": 2, "n": 2}
+            name = (await client.post("/v1/completions", json=body)).json()["id"]
+            found = (await client.get(f"/engine/requests/{name}")).json()
+            assert found["id"] == name and len(found["requests"]) == 2
+            for each, count in zip(found["requests"], (4, 3), strict=True):
+                assert f"{count} prompt tokens" in each["sentences"][0]
+                url = f"/engine/requests/{quote(each['id'])}"
+                assert (await client.get(url)).json() == each
             log = (await client.get("/engine/events")).text.splitlines()
             assert '"event": "log"' in log[0] and len(log) > 50
 

@@ -12,6 +12,17 @@ from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
 
 MAX_PRIORITY = 2**31 - 1
+_PART = "#"  # in no id that a server gives or takes
+
+
+def part_id(request_id: str, index: int) -> str:
+    """What one of several prompts of a request is called; they are admitted as one."""
+    return f"{request_id}{_PART}{index}"
+
+
+def whole_id(request_id: str) -> str:
+    """The request that this is a part of; "" where it is none."""
+    return request_id.rpartition(_PART)[0]
 
 
 class AdmissionLimits:
@@ -26,6 +37,7 @@ class AdmissionLimits:
         self.max_tokens = max_tokens
         self.num_tokens = 0
         self._tokens: dict[str, int] = {}
+        self._last_whole = ""  # the request of several parts that was admitted last
 
     @property
     def num_requests(self) -> int:
@@ -36,16 +48,23 @@ class AdmissionLimits:
         """Count a request of so many prompt tokens, or raise a QueueFullError.
 
         When no request waits, any is accepted, even one longer than max_tokens: otherwise it never
-        could be.
+        could be. Of a request in several parts (`part_id`), which come one after another, the
+        first decides for all: it is not refused for what it brings itself.
         """
+        whole = whole_id(request_id)
+        if not whole or whole != self._last_whole:
+            self._check(num_tokens)
+        self._last_whole = whole
+        self._tokens[request_id] = num_tokens
+        self.num_tokens += num_tokens
+
+    def _check(self, num_tokens: int) -> None:
         is_full = self.max_requests is not None and self.num_requests >= self.max_requests
         is_over = self.max_tokens is not None and self.num_tokens + num_tokens > self.max_tokens
         if is_full or (is_over and self._tokens):
             raise QueueFullError(
                 self.num_requests, self.num_tokens, self.max_requests, self.max_tokens, num_tokens
             )
-        self._tokens[request_id] = num_tokens
-        self.num_tokens += num_tokens
 
     def remove(self, request_id: str) -> None:
         """The request has started or ended; harmless for one that is not counted."""

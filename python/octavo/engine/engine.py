@@ -173,8 +173,8 @@ class Engine(Endings):
         an AdaptersInUseError, or what reading it raises. search: chooses the tokens of several
         beams, whose final texts are the answers; params then say only where they end.
         Raises InvalidArgumentError for a request that cannot be answered, QueueFullError when too
-        many wait already; both change nothing. This, `step` and `abort` raise the errors of
-        `EngineGuard`.
+        many wait already (see `AdmissionLimits.admit`); both change nothing. This, `step` and
+        `abort` raise the errors of `EngineGuard`.
         """
         if request_id in self._requests:
             raise InvalidArgumentError(f"request {request_id!r} is already running: name it anew")

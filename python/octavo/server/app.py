@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 import octavo
+from octavo.engine.admission import part_id
 from octavo.errors import InvalidArgumentError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
@@ -153,8 +154,8 @@ async def _answer(
 ) -> Response:
     streams = []
     for index, one in enumerate(work):
-        suffix = f"-{index}" if len(work) > 1 else ""
-        streams.append(service.submit(head.response_id + suffix, *one, body))
+        name = head.response_id if len(work) == 1 else part_id(head.response_id, index)
+        streams.append(service.submit(name, *one, body))
     notes = request.state.notes
     notes["id"] = head.response_id
     try:

@@ -14,13 +14,13 @@ from fastapi import FastAPI, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from octavo.engine.admission import whole_id
 from octavo.engine.events import WAITING_REASONS, EventLog
-from octavo.errors import InvalidArgumentError
 from octavo.server.errors import ApiError
 from octavo.server.service import Service
 from octavo.server.stream import ResultStream
 from octavo.trace.explain import explain
-from octavo.trace.log_file import log_of
+from octavo.trace.log_file import LogFile, log_of
 
 if TYPE_CHECKING:
     from octavo.engine.engine import Engine
@@ -85,14 +85,17 @@ def add_pages(app: FastAPI, service: Service) -> None:
 
     @app.get("/engine/requests/{request_id}", responses={404: {"description": "Unknown, or past."}})
     async def explanation(request_id: str) -> Response:
-        """Where a request's time went, in sentences, as far as the event log's ring remembers."""
+        """Where a request's time went, in sentences, as far as the event log's ring remembers.
+
+        Of a completion with several prompts each is a member of "requests".
+        """
         copy = await copy_events()
-        try:
-            sentences = await asyncio.to_thread(lambda: list(explain(log_of(copy), request_id)))
-        except InvalidArgumentError as error:
+        found = await asyncio.to_thread(lambda: _explain(log_of(copy), request_id))
+        if not found:
             message = f"the event log has no request {request_id!r}: it never came, or long ago"
-            raise ApiError(404, message, param="request_id") from error
-        return JSONResponse({"id": request_id, "sentences": sentences})
+            raise ApiError(404, message, param="request_id")
+        is_one = found[0]["id"] == request_id
+        return JSONResponse(found[0] if is_one else {"id": request_id, "requests": found})
 
     @app.get("/engine/events", response_class=_JsonLines)
     async def events() -> Response:
@@ -112,6 +115,12 @@ def _documentation(service: Service, url: str) -> str:
     for name, value in values.items():
         page = page.replace(f"{{{{{name}}}}}", html.escape(value))
     return page
+
+
+def _explain(log: LogFile, request_id: str) -> list[dict[str, Any]]:
+    """The request of this id, or those of its prompts."""
+    names = [name for name in log.request_ids if request_id in (name, whole_id(name))]
+    return [{"id": name, "sentences": list(explain(log, name))} for name in names]
 
 
 def _copy(events: EventLog) -> EventLog:

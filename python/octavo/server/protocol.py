@@ -25,6 +25,7 @@ MAX_BIASES = 4096  # tokens of logit_bias, which are sorted anew for each answer
 # fail_fast: a list of a million wrong entries is one error, and not a million.
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+FewTexts = Annotated[list[str], Field(max_length=MAX_STOP, fail_fast=True)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 TokenLimit = Literal[-1] | Annotated[int, Field(ge=0)]  # -1: as many as fit
 
@@ -83,12 +84,12 @@ class SamplingBody(_Options):
 
     max_tokens: TokenLimit | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOP, fail_fast=True)] | None = None
+    stop: str | FewTexts | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     allowed_token_ids: TokenIds | None = None
     bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
-    dry_sequence_breakers: Annotated[list[str], Field(max_length=MAX_STOP, fail_fast=True)] | None = None
+    dry_sequence_breakers: FewTexts | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None

@@ -66,9 +66,12 @@ class ResponseWriter:
             stream.close()
 
     async def _whole(self) -> Response:
-        results = [await stream.wait() for stream in self.streams]
-        for stream, result in zip(self.streams, results, strict=True):
+        async def result_of(stream: ResultStream) -> RequestOutput:
+            result = await stream.wait()
             _check_result(result, stream.request, may_be_late=False)
+            return result
+
+        results = await asyncio.gather(*map(result_of, self.streams))  # the first error at once
         content = to_json(self.answer_format.whole(results, usage_of(*self._count_tokens())))
         return Response(content.encode(), media_type="application/json")
 
