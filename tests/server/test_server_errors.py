@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fake_runtime import VOCAB
-from server_helpers import error_of, fake_llm, run, serving
+from server_helpers import TEMPLATE, error_of, fake_llm, run, serving
 
 from octavo.llm import LLM
+from octavo.server.logs import JsonFormatter
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "Hi"}]
@@ -127,6 +129,46 @@ def test_what_is_quoted_is_shortened(llm: LLM) -> None:
                 assert "0-1-2-3" in message and "; expected " in message and len(message) < 2100
 
     run(test)
+
+
+PRIVATE = "card 4929 1234"
+SAID: list[tuple[str, dict[str, Any], str]] = [
+    (CHAT, {"messages": [*USER, {"role": "user", "tool_calls": {"x": PRIVATE}}]}, "messages[1]"),
+    (CHAT, {"messages": [{"role": "user", "content": {"x": PRIVATE}}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "fail", "content": PRIVATE}]}, "messages"),
+    (CHAT, {"tool_choice": {"x": PRIVATE}}, "tool_choice"),
+    (CHAT, {"chat_template_kwargs": PRIVATE}, "chat_template_kwargs"),
+    (COMPLETIONS, {"prompt": {"x": PRIVATE}}, "prompt"),
+    (COMPLETIONS, {"guided_regex": f"({PRIVATE}"}, "guided_regex"),
+    (COMPLETIONS, {"guided_choice": [PRIVATE, ""]}, "guided_choice"),
+    (COMPLETIONS, {"response_format": {"type": PRIVATE}}, "response_format"),
+    (COMPLETIONS, {"structured_outputs": {PRIVATE: 1}}, "structured_outputs"),
+    (COMPLETIONS, {"logit_bias": {PRIVATE: 1}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": PRIVATE * 99}, "context_length_exceeded"),
+    (COMPLETIONS, {"seed": PRIVATE}, "seed"),
+]
+
+
+def test_what_was_said_is_not_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    refusing = TEMPLATE + "{% if messages[0].role == 'fail' %}"
+    llm = fake_llm(tmp_path, refusing + "{{ raise_exception(messages[0].content) }}{% endif %}")
+
+    async def test() -> None:
+        async with serving(llm) as (client, _):
+            for path, fields, _word in SAID:
+                base = {"messages": USER} if path == CHAT else {"prompt": "ABC"}
+                error_of(await client.post(path, json={**base, **fields}), 400)
+            error_of(await client.post(COMPLETIONS, json={"prompt": "A", "model": "other"}), 404)
+
+    logging.getLogger("octavo").propagate = True
+    with caplog.at_level(logging.DEBUG):
+        run(test)
+    lines = [JsonFormatter().format(record) for record in caplog.records]
+    assert not any("4929" in line for line in lines)
+    errors = [error for line in lines if (error := json.loads(line).get("error"))]
+    for error, (_, _, word) in zip(errors, SAID, strict=False):
+        assert word in error
+    assert "the model 'other' is not served here" in errors[-1] and len(errors) == len(SAID) + 1
 
 
 def test_a_prompt_that_does_not_fit(llm: LLM) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from text_helpers import CHATML_TEMPLATE, LLAMA3_TEMPLATE, byte_level_directory
@@ -184,7 +185,7 @@ def test_what_a_template_sees_of_a_message(message, seen):
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"tool_calls": "f()"}, r"messages\[0\].tool_calls is 'f\(\)'; expected a list"),
+        ({"tool_calls": "f()"}, r"messages\[0\].tool_calls is str; expected a list"),
         ({"tool_calls": [{"id": "1"}]}, r"tool_calls\[0\] has no name of a function"),
         ({"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "no JSON"),
         ({"function_call": {"name": "f"}}, "old form of a call; expected tool_calls"),
@@ -196,6 +197,25 @@ def test_what_a_template_sees_of_a_message(message, seen):
 def test_a_malformed_answer_of_before_is_named(fields, complaint):
     with pytest.raises(InvalidArgumentError, match=complaint):
         ChatTemplate(SEEN).render([{"role": "assistant", "content": "x", **fields}])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_calls": {"id": "a", "arguments": "card 4929 1234"}},
+        {"tool_calls": "card 4929 1234"},
+        {"tool_calls": [{"function": {"name": "f", "arguments": "card 4929 1234"}}]},
+        {"content": {"text": "card 4929 1234"}},
+        {"content": [{"type": {"text": "card 4929 1234"}}]},
+        {"role": ["card 4929 1234"]},
+    ],
+    ids=str,
+)
+def test_errors_quote_nothing_of_what_was_said(fields):
+    with pytest.raises(InvalidArgumentError) as error:
+        ChatTemplate(SEEN).render([{"role": "assistant", "content": "x", **fields}])
+    assert "4929" not in str(error.value)
+    assert re.search(r"messages\[0\]", str(error.value))
 
 
 def test_the_messages_of_the_caller_stay_as_they_are():

@@ -299,5 +299,5 @@ async def _on_error(request: Request, error: Exception) -> Response:
         found = ApiError(error.status_code, message, headers=error.headers)
     else:
         found = to_api_error(error)
-    request.state.notes["error"] = found.message
+    request.state.notes["error"] = found.for_log
     return found.response()

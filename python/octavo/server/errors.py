@@ -67,6 +67,13 @@ class ApiError(Exception):
         if self.status in (429, 503):
             self.headers = {**(self.headers or {}), "Retry-After": "1"}
 
+    @property
+    def for_log(self) -> str:
+        """What the log may say of it: with status 400 a message quotes what was sent."""
+        if self.status != 400:
+            return self.message
+        return f"{self.code or 'invalid_request_error'} ({self.param or 'the body'})"
+
     def as_json(self) -> str:
         """{"error": {…}}, as OpenAI has it; ASCII, since a message may quote invalid Unicode."""
         error = {

@@ -109,8 +109,9 @@ class ResponseWriter:
         except (OctavoError, ApiError) as error:
             if is_first:
                 raise
-            self.notes["error"] = str(error)
-            yield f"data: {to_api_error(error, self.body.prompt_field).as_json()}\n\n{DONE}"
+            found = to_api_error(error, self.body.prompt_field)
+            self.notes["error"] = found.for_log
+            yield f"data: {found.as_json()}\n\n{DONE}"
 
     async def _batches(self) -> AsyncIterator[tuple[int, list[OutputChunk]]]:
         """(which prompt, its new chunks) as they come, until all prompts have ended."""

@@ -173,6 +173,12 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [_check_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
 
 
+def _kind(value: object) -> str:
+    """A value in an error: its type, and itself only where it is empty; it may be what was said."""
+    is_empty = value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+    return repr(value) if is_empty else type(value).__name__
+
+
 def _check_message(where: str, message: Message) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidArgumentError(
@@ -181,7 +187,8 @@ def _check_message(where: str, message: Message) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise InvalidArgumentError(
-            f"{where} has the role {role!r}; expected system, user, assistant or another string"
+            f"{where} has the role {_kind(role)}; expected system, user, assistant or another "
+            "string"
         )
     plain = {name: value for name, value in message.items() if value is not None}
     if plain.get("function_call"):
@@ -199,7 +206,7 @@ def _check_message(where: str, message: Message) -> dict[str, Any]:
 
 def _check_calls(where: str, calls: Any) -> list[dict[str, Any]]:
     if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
-        raise InvalidArgumentError(f"{where} is {calls!r}; expected a list of objects")
+        raise InvalidArgumentError(f"{where} is {_kind(calls)}; expected a list of objects")
     checked = []
     for index, call in enumerate(calls):
         function = call.get("function")
@@ -231,14 +238,14 @@ def _check_content(where: str, content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence) or not content:
-        raise InvalidArgumentError(f"{where} is {content!r}; expected a string")
+        raise InvalidArgumentError(f"{where} is {_kind(content)}; expected a string")
     texts: list[str] = []
-    kind: Any
     for index, part in enumerate(content):
         text, kind = part, type(part).__name__
         if isinstance(part, Mapping):
-            kind = part.get("type")
-            text = part.get(_TEXT_PARTS.get(str(kind)))
+            given = part.get("type")
+            kind = given if isinstance(given, str) else _kind(given)
+            text = part.get(_TEXT_PARTS.get(kind))
         if not isinstance(text, str):
             raise InvalidArgumentError(
                 f"{where}[{index}] is of type {kind!r}; octavo's models read text parts only: "
